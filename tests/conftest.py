@@ -1,0 +1,79 @@
+"""What every test may ask for. Nothing is downloaded: models are built from configs (tests/tiny_models.py)."""
+
+from __future__ import annotations
+
+import os
+
+# Before transformers is imported: a test that would reach for a hub fails at once instead of waiting for it.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tests import tiny_models
+
+# Models this small lose more to starting threads than they gain from them.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Every test draws the same numbers, alone or among others."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=tiny_models.BUILDERS)
+def family(request: pytest.FixtureRequest) -> str:
+    """Each family of models in turn: llama, gemma3, gpt2, bert, t5."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def tiny_model(family: str) -> PreTrainedModel:
+    """A model of each family in turn."""
+    return tiny_models.build(family)
+
+
+@pytest.fixture
+def tiny_batch(family: str) -> dict[str, Tensor]:
+    """A batch that fits `tiny_model`, with labels."""
+    return tiny_models.batch(family)
+
+
+@pytest.fixture
+def tiny_llama() -> PreTrainedModel:
+    """A decoder with grouped-query attention."""
+    return tiny_models.build("llama")
+
+
+@pytest.fixture
+def tiny_gemma3() -> PreTrainedModel:
+    """A decoder with one key-value head and tied embeddings."""
+    return tiny_models.build("gemma3")
+
+
+@pytest.fixture
+def tiny_gpt2() -> PreTrainedModel:
+    """A decoder of Conv1D layers."""
+    return tiny_models.build("gpt2")
+
+
+@pytest.fixture
+def tiny_bert() -> PreTrainedModel:
+    """An encoder with a classification head."""
+    return tiny_models.build("bert")
+
+
+@pytest.fixture
+def tiny_t5() -> PreTrainedModel:
+    """An encoder and a decoder."""
+    return tiny_models.build("t5")
+
+
+@pytest.fixture
+def causal_batch() -> dict[str, Tensor]:
+    """A batch for any of the decoders."""
+    return tiny_models.batch("llama")
