@@ -27,18 +27,17 @@ def block_ranks(r: int, num_blocks: int) -> list[int]:
 
 
 def scores(weight: Tensor) -> tuple[list[float], list[float]]:
-    """s_i = sum_j j U_ij^2 sigma_j^2 / sum_j U_ij^2 sigma_j^2 for outputs, the same with V for inputs; 0 at no energy."""
-    U, sigma, Vh = torch.linalg.svd(weight.detach().double(), full_matrices=False)
-    return _mean_index(U.tolist(), sigma.tolist()), _mean_index(Vh.T.tolist(), sigma.tolist())
+    """s_i = sum_j j U_ij^2 sigma_j^2 / sum_j U_ij^2 sigma_j^2 of outputs, and with V of inputs; 0 at zero energy."""
+    weight = weight.detach().double()
+    U, sigma, Vh = torch.linalg.svd(weight, full_matrices=False)
+    row_scores = [0.0 if (weight[i] == 0).all() else _mean_index(U[i], sigma) for i in range(weight.shape[0])]
+    col_scores = [0.0 if (weight[:, j] == 0).all() else _mean_index(Vh[:, j], sigma) for j in range(weight.shape[1])]
+    return row_scores, col_scores
 
 
-def _mean_index(vectors: list[list[float]], sigma: list[float]) -> list[float]:
-    result = []
-    for vector in vectors:
-        energy = [(u * s) ** 2 for u, s in zip(vector, sigma, strict=True)]
-        total = sum(energy)
-        result.append(sum(j * e for j, e in enumerate(energy)) / total if total > 0 else 0.0)
-    return result
+def _mean_index(vector: Tensor, sigma: Tensor) -> float:
+    energy = [(u * s) ** 2 for u, s in zip(vector.tolist(), sigma.tolist(), strict=True)]
+    return sum(j * e for j, e in enumerate(energy)) / sum(energy)
 
 
 def labels(values: Sequence[float], num_blocks: int) -> list[int]:
@@ -72,7 +71,7 @@ def delta_weight(
     scaling: float,
     modulation: str = "hadamard",
 ) -> Tensor:
-    """Dense delta W (m, n), entry by entry: s (B_k A_k)_ij, times W_ij under "hadamard", in the diagonal blocks; else 0.
+    """Dense delta W (m, n), entry by entry: s (B_k A_k)_ij in the diagonal blocks, times W_ij under "hadamard"; else 0.
 
     Differentiable in weight, A and B.
     """
