@@ -1,0 +1,45 @@
+"""SMoA, the Spectrum Modulation Adapter (arXiv:2605.21147), as a PEFT method.
+
+Importing smoa registers it: `get_peft_model(base, SmoaConfig(...))` and `PeftModel.from_pretrained` then just work.
+"""
+
+from __future__ import annotations
+
+from .registration import check_peft_version, ensure_peft_type, register
+
+check_peft_version()
+ensure_peft_type()
+
+from .config import SmoaConfig  # noqa: E402  (PeftType.SMOA must exist before the config is defined)
+from .errors import (  # noqa: E402
+    AdapterFileError,
+    ConfigError,
+    DataError,
+    MergeError,
+    PartitionError,
+    SmoaError,
+    UnsupportedModuleError,
+    UnsupportedVersionError,
+)
+from .model import SmoaModel  # noqa: E402
+from .spectrum import SpectralPartition, make_partition, spectral_scores  # noqa: E402
+
+register(SmoaConfig, SmoaModel)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterFileError",
+    "ConfigError",
+    "DataError",
+    "MergeError",
+    "PartitionError",
+    "SmoaConfig",
+    "SmoaError",
+    "SmoaModel",
+    "SpectralPartition",
+    "UnsupportedModuleError",
+    "UnsupportedVersionError",
+    "make_partition",
+    "spectral_scores",
+]

@@ -1,0 +1,114 @@
+"""The kernels as differentiable operators.
+
+Custom operators, not `torch.autograd.Function`s: `torch.compile` can neither break the graph at them nor decide to keep
+an m×n intermediate for the backward. Differentiating twice raises PyTorch's error that names the backward operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, get_type_hints
+
+import torch
+from torch import Tensor
+
+from . import kernels
+
+
+def _operator(name: str, kernel: Callable[..., Any]) -> Any:
+    @wraps(kernel)
+    def without_autocast(*args: Any) -> Any:
+        # autocast reaches into operators written in Python; the kernels choose every dtype themselves
+        with torch.autocast(args[0].device.type, enabled=False):
+            return kernel(*args)
+
+    without_autocast.__annotations__ = get_type_hints(kernel)
+    return torch.library.custom_op(f"smoa::{name}", without_autocast, mutates_args=())
+
+
+_fused = _operator("fused_linear", kernels.fused_forward)
+_fused_backward = _operator("fused_linear_backward", kernels.fused_backward)
+_branch = _operator("hadamard_branch", kernels.branch_forward)
+_branch_backward = _operator("hadamard_branch_backward", kernels.branch_backward)
+
+
+@_fused.register_fake
+def _(x: Tensor, A: Tensor, B: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@_branch.register_fake
+def _(x: Tensor, A: Tensor, B: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@_fused_backward.register_fake
+def _(g: Tensor, x: Tensor, A: Tensor, B: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    needs_x, needs_factors = rest[-2:]
+    like_A, like_B = (torch.empty_like(A), torch.empty_like(B)) if needs_factors else (A.new_empty(0), B.new_empty(0))
+    return torch.empty_like(x) if needs_x else x.new_empty(0), like_A, like_B
+
+
+@_branch_backward.register_fake
+def _(g: Tensor, x: Tensor, A: Tensor, B: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x) if rest[-1] else x.new_empty(0), torch.empty_like(A), torch.empty_like(B)
+
+
+def _fused_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, A, B, weight, _, row_labels, col_labels, ctx.ranks, ctx.scaling = inputs
+    ctx.save_for_backward(x, A, B, weight, row_labels, col_labels)
+
+
+def _fused_gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    needs_x, needs_A, needs_B, _, needs_bias = ctx.needs_input_grad[:5]
+    grad_x, grad_A, grad_B = _fused_backward(g, *ctx.saved_tensors, ctx.ranks, ctx.scaling, needs_x, needs_A or needs_B)
+    grad_bias = g.sum(0) if needs_bias else None
+    grads = (grad_x if needs_x else None, grad_A if needs_A else None, grad_B if needs_B else None)
+    return *grads, None, grad_bias, None, None, None, None
+
+
+def _branch_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.ranks, ctx.scaling = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _branch_gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    needs_x = ctx.needs_input_grad[0]
+    grad_x, grad_A, grad_B = _branch_backward(g, *ctx.saved_tensors, ctx.ranks, ctx.scaling, needs_x)
+    return grad_x if needs_x else None, grad_A, grad_B, None, None, None, None, None
+
+
+_fused.register_autograd(_fused_gradients, setup_context=_fused_setup)
+_branch.register_autograd(_branch_gradients, setup_context=_branch_setup)
+
+
+def fused_linear(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    row_labels: Tensor,
+    col_labels: Tensor,
+    ranks: Sequence[int],
+    scaling: float,
+) -> Tensor:
+    """`x(W + ΔW)ᵀ + b` for x of any leading shape; differentiable in x, A, B and bias, not in W."""
+    y = _fused(x.reshape(-1, x.shape[-1]), A, B, weight, bias, row_labels, col_labels, ranks, scaling)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def hadamard_branch(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    weight: Tensor,
+    row_labels: Tensor,
+    col_labels: Tensor,
+    ranks: Sequence[int],
+    scaling: float,
+) -> Tensor:
+    """`x ΔWᵀ` for x of any leading shape, computed in the dtype of x; differentiable in x, A and B, not in W."""
+    y = _branch(x.reshape(-1, x.shape[-1]), A, B, weight, row_labels, col_labels, ranks, scaling)
+    return y.view(*x.shape[:-1], weight.shape[0])

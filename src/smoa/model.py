@@ -1,0 +1,174 @@
+"""SmoaModel: PEFT's tuner for SMoA, injecting layers and guarding what PEFT does with them."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .checkpoint import check_adapter_state
+from .config import SmoaConfig
+from .errors import MergeError, PartitionError, SmoaError, UnsupportedModuleError
+from .layer import Linear, SmoaLayer
+from .mixed_batch import adapter_names_hooks
+from .spectrum import check_num_blocks
+
+SUPPORTED = "torch.nn.Linear, transformers.pytorch_utils.Conv1D"
+
+
+class SmoaModel(BaseTuner):
+    """A model with SMoA adapters; made by `get_peft_model(model, SmoaConfig(...))`.
+
+    Raises:
+        UnsupportedModuleError: a target is neither a Linear nor a Conv1D.
+        PartitionError: `num_blocks` is larger than a side of a target's weight.
+    """
+
+    prefix: str = "smoa_"
+    tuner_layer_cls = SmoaLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    _loads_labels = False
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """PEFT's `inject_adapter`; where a saved adapter is about to be loaded, no weight is decomposed."""
+        from_file = self.peft_config[adapter_name]._from_file
+        self._loads_labels = from_file or bool(kwargs.get("state_dict")) or bool(kwargs.get("low_cpu_mem_usage"))
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _prepare_model(self, peft_config: SmoaConfig, model: nn.Module) -> None:
+        """Refuse every unsuitable target at once, before anything is replaced."""
+        config = _maybe_include_all_linear_layers(peft_config, model)
+        inside = tuple(name + "." for name, module in model.named_modules() if isinstance(module, SmoaLayer))
+        problems: list[SmoaError] = []
+        for name, module in model.named_modules():
+            if name and not name.startswith(inside or (" ",)) and self._check_target_module_exists(config, name):
+                try:
+                    _check_target(name, module, config)
+                except SmoaError as error:
+                    problems.append(error)
+        if problems:
+            raise type(problems[0])("; ".join(map(str, problems)))
+
+    def _create_and_replace(
+        self,
+        peft_config: SmoaConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        _check_target(current_key, target, peft_config)
+        r = peft_config.rank_pattern.get(get_pattern_key(peft_config.rank_pattern.keys(), current_key), peft_config.r)
+        alpha = r if peft_config.alpha is None else peft_config.alpha
+        alpha = peft_config.alpha_pattern.get(get_pattern_key(peft_config.alpha_pattern.keys(), current_key), alpha)
+        if isinstance(target, SmoaLayer):
+            target.update_layer(adapter_name, peft_config, r, alpha, defer_partition=self._loads_labels)
+            return
+        is_conv1d = isinstance(_base_of(target), Conv1D)
+        layer = Linear(target, adapter_name, peft_config, r, alpha, is_conv1d, self._loads_labels)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: SmoaConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        *args: Any,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        for layer in _layers_with(model, [adapter_name]):
+            layer.decide_partition(adapter_name)  # in place: the buffers in `state_dict` see it
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
+        return dict(selected)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: SmoaConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        check_adapter_state(model, adapter_name, remapped)
+        for layer in _layers_with(model, [adapter_name]):
+            layer.pending_partition.pop(adapter_name, None)
+        return dict(remapped)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """PEFT's `merge_adapter`; with `safe_merge` every layer is checked before the first one is changed."""
+        if safe_merge:
+            self._check_all_finite(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge and safe_merge:
+            self._check_all_finite(adapter_names)
+        unloaded: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        return unloaded
+
+    @torch.no_grad()
+    def _check_all_finite(self, adapter_names: list[str] | None) -> None:
+        for name, module in self.model.named_modules():
+            if isinstance(module, Linear):
+                try:
+                    module.check_merge(adapter_names)
+                except MergeError as error:
+                    raise MergeError(f"{name}: {error}") from None
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        owners: dict[int, str] = {}
+        for name, module in self.model.named_modules():
+            if isinstance(module, SmoaLayer):
+                pointer = module.get_base_layer().weight.data_ptr()
+                other = owners.setdefault(pointer, name)
+                if pointer and other != name:
+                    raise MergeError(
+                        f"{name} and {other} share one weight but have an adapter each, so no merged weight serves "
+                        "both; untie them, or adapt one of them"
+                    )
+
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
+        return adapter_names_hooks(self, kwargs)
+
+
+def _base_of(module: nn.Module) -> nn.Module:
+    base: nn.Module = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    return base
+
+
+def _check_target(name: str, module: nn.Module, config: SmoaConfig) -> None:
+    base = _base_of(module)
+    if type(base) is Conv1D:
+        in_features, out_features = base.weight.shape
+    elif isinstance(base, nn.Linear):
+        in_features, out_features = base.in_features, base.out_features
+    else:
+        raise UnsupportedModuleError(
+            f"{name}: SMoA can't adapt a {type(base).__module__}.{type(base).__qualname__}; supported are {SUPPORTED}; "
+            "leave it out of target_modules or name it in exclude_modules"
+        )
+    try:
+        check_num_blocks(config.num_blocks, out_features, in_features)
+    except PartitionError as error:
+        raise PartitionError(f"{name}: {error}") from None
+
+
+def _layers_with(model: nn.Module, adapter_names: list[str]) -> list[SmoaLayer]:
+    layers = [module for module in model.modules() if isinstance(module, SmoaLayer)]
+    return [layer for layer in layers if any(name in layer.smoa_A for name in adapter_names)]

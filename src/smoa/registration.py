@@ -1,0 +1,73 @@
+"""Make PEFT know SMoA. The only file that touches PEFT's tables.
+
+PEFT has no plugin entry point and `register_peft_method` refuses a name that is not a member of the `PeftType` enum, so
+a real member is added, once.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from enum import Enum
+from typing import Any
+
+import peft
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import PeftType, register_peft_method
+
+from .errors import UnsupportedVersionError
+
+NAME = "SMOA"
+SUPPORTED_PEFT = SpecifierSet(">=0.21,<0.22")
+
+
+def check_peft_version(version: str | None = None) -> None:
+    """Raise UnsupportedVersionError unless the installed PEFT is one that this release is tested with."""
+    found = version or importlib.metadata.version("peft")
+    if Version(found).base_version not in SUPPORTED_PEFT:
+        raise UnsupportedVersionError(
+            f"smoa supports peft {SUPPORTED_PEFT}, found {found} in {peft.__path__[0]}; "
+            f"run: pip install 'peft{SUPPORTED_PEFT}'"
+        )
+
+
+def ensure_peft_type() -> None:
+    """Add the member `PeftType.SMOA` unless it is there, and check that the enum took it."""
+    if NAME not in PeftType.__members__:
+        member = str.__new__(PeftType, NAME)
+        for attribute, value in (("_name_", NAME), ("_value_", NAME), ("__objclass__", PeftType)):
+            setattr(member, attribute, value)
+        member._sort_order_ = len(PeftType.__members__)
+        type.__setattr__(PeftType, NAME, member)
+        PeftType._member_names_.append(NAME)
+        PeftType._member_map_[NAME] = member
+        PeftType._value2member_map_[NAME] = member
+        if hasattr(PeftType, "_hashable_values_"):
+            PeftType._hashable_values_.append(NAME)
+    _verify_member()
+
+
+def _verify_member() -> None:
+    member: Any = PeftType(NAME)
+    same = member is getattr(PeftType, NAME) and member in list(PeftType) and isinstance(member, Enum)
+    if not same or member.value != NAME:
+        raise UnsupportedVersionError(f"could not add {NAME} to PEFT's PeftType; PEFT has changed its enum")
+
+
+def register(config_cls: type, model_cls: type) -> None:
+    """Enter SMoA into PEFT's tables; entering a reloaded smoa again replaces it.
+
+    Raises:
+        UnsupportedVersionError: PEFT already knows another method of that name.
+    """
+    known = PEFT_TYPE_TO_TUNER_MAPPING.get(PeftType(NAME))
+    if known is None:
+        register_peft_method(name=NAME.lower(), config_cls=config_cls, model_cls=model_cls)
+    elif known.__module__ != model_cls.__module__:
+        raise UnsupportedVersionError(
+            f"PEFT already has a method {NAME}, from {known.__module__}; uninstall one of them"
+        )
+    PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(NAME)] = config_cls
+    PEFT_TYPE_TO_TUNER_MAPPING[PeftType(NAME)] = model_cls
+    PEFT_TYPE_TO_PREFIX_MAPPING[PeftType(NAME)] = f"{NAME.lower()}_"

@@ -1,0 +1,170 @@
+r"""Weight to spectral partition: the only place where a weight is decomposed.
+
+With `W = U diag(σ) Vᵀ` (economy, σ descending, j = 0 … q-1) each output coordinate i has the spectral score
+
+    s_i = Σ_j j·U_ij²·σ_j² / Σ_j U_ij²·σ_j²
+
+and each input coordinate the same with V (arXiv:2605.21147). A low score means that the coordinate lives on the
+leading singular directions; a coordinate of zero energy scores 0. Sorting both sides by score (ascending, stable) and
+cutting each order into K runs gives the K aligned blocks.
+
+| symbol | meaning                        | in code                |
+|--------|--------------------------------|------------------------|
+| m, n   | size of W, (m, n)              | out_features, in_features |
+| K      | number of blocks               | num_blocks             |
+| I_k    | output coordinates of block k  | SpectralPartition.rows |
+| J_k    | input coordinates of block k   | SpectralPartition.cols |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .errors import PartitionError
+
+PartitionKind = Literal["spectral", "contiguous", "random"]
+
+UNDECIDED = 255
+"""Label of a coordinate whose block is not known yet: labels are one byte, so at most 255 blocks exist."""
+MAX_BLOCKS = UNDECIDED
+
+
+def block_sizes(size: int, num_blocks: int) -> list[int]:
+    """Sizes of `num_blocks` runs of `size` coordinates, as `torch.tensor_split`: the first `size % K` are one larger."""
+    quotient, remainder = divmod(size, num_blocks)
+    return [quotient + 1] * remainder + [quotient] * (num_blocks - remainder)
+
+
+@dataclass(frozen=True, eq=False)
+class SpectralPartition:
+    """Which block each coordinate of a weight belongs to.
+
+    Args:
+        row_labels: uint8 (out_features,), the block of each output coordinate.
+        col_labels: uint8 (in_features,), the block of each input coordinate.
+        num_blocks: K, between 1 and 255.
+
+    Raises:
+        PartitionError: labels of another dtype or shape, or blocks whose sizes are not those of `torch.tensor_split`.
+    """
+
+    row_labels: Tensor
+    col_labels: Tensor
+    num_blocks: int
+
+    def __post_init__(self) -> None:
+        check_num_blocks(self.num_blocks, len(self.row_labels), len(self.col_labels))
+        check_labels(self.row_labels, self.num_blocks, "row_labels")
+        check_labels(self.col_labels, self.num_blocks, "col_labels")
+
+    def rows(self, block: int) -> Tensor:
+        """Output coordinates of `block`, ascending, int64."""
+        return torch.nonzero(self.row_labels == block).flatten()
+
+    def cols(self, block: int) -> Tensor:
+        """Input coordinates of `block`, ascending, int64."""
+        return torch.nonzero(self.col_labels == block).flatten()
+
+
+def check_num_blocks(num_blocks: int, out_features: int, in_features: int) -> None:
+    """Raise PartitionError unless 1 ≤ K ≤ min(out_features, in_features, 255)."""
+    limit = min(out_features, in_features, MAX_BLOCKS)
+    if not 1 <= num_blocks <= limit:
+        raise PartitionError(
+            f"num_blocks={num_blocks} must be between 1 and {limit} for a weight of shape "
+            f"({out_features}, {in_features}); lower num_blocks or exclude this module"
+        )
+
+
+def check_labels(labels: Tensor, num_blocks: int, name: str) -> None:
+    """Raise PartitionError unless `labels` is a uint8 vector whose block sizes are those of `torch.tensor_split`."""
+    if labels.dtype != torch.uint8 or labels.ndim != 1:
+        raise PartitionError(f"{name} must be a uint8 vector, got {labels.dtype} of shape {tuple(labels.shape)}")
+    found = torch.bincount(labels, minlength=num_blocks).tolist()
+    expected = block_sizes(len(labels), num_blocks)
+    if found != expected:
+        raise PartitionError(
+            f"{name} must hold {num_blocks} blocks of sizes {_short(expected)}, found label counts {_short(found)}"
+        )
+
+
+def _short(sizes: list[int]) -> str:
+    return str(sizes) if len(sizes) <= 8 else f"[{', '.join(map(str, sizes[:8]))}, … {len(sizes)} in all]"
+
+
+def spectral_scores(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Energy-weighted mean spectral index of every output and input coordinate of `weight`.
+
+    Args:
+        weight: (out_features, in_features), any floating dtype; computed in float32, float64 stays float64.
+
+    Returns:
+        Row scores (out_features,) and column scores (in_features,).
+    """
+    weight = weight.detach()
+    weight = weight if weight.dtype == torch.float64 else weight.float()
+    peak = weight.abs().max() if weight.numel() else weight.new_zeros(())
+    weight = weight / peak.clamp_min(torch.finfo(weight.dtype).tiny)
+    if weight.shape[0] >= weight.shape[1]:
+        return _tall_scores(weight)
+    col_scores, row_scores = _tall_scores(weight.T)
+    return row_scores, col_scores
+
+
+def _tall_scores(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores of a weight with at least as many rows as columns, by the Gram matrix of its columns.
+
+    `WᵀW = V diag(λ) Vᵀ` and `UΣ = WV`, so the row energies are `(WV)²` and the column energies `V²λ`: no division by σ.
+    """
+    eigenvalues, vectors = torch.linalg.eigh(weight.T @ weight)
+    energy = eigenvalues.clamp_min(0)
+    index = torch.arange(len(energy) - 1, -1, -1, dtype=weight.dtype, device=weight.device)  # eigh is ascending
+    row_energy = (weight @ vectors).square_()
+    col_energy = vectors.square_()
+    row_scores = _ratio(row_energy @ index, row_energy.sum(1))
+    col_scores = _ratio(col_energy @ (index * energy), col_energy @ energy)
+    return row_scores, col_scores
+
+
+def _ratio(numerator: Tensor, energy: Tensor) -> Tensor:
+    return torch.where(energy > 0, numerator / energy.clamp_min(torch.finfo(energy.dtype).tiny), 0)
+
+
+def labels_from_scores(scores: Tensor, num_blocks: int) -> Tensor:
+    """Block of each coordinate, uint8: sort `scores` ascending and stable, cut the order as `torch.tensor_split`."""
+    order = torch.argsort(scores, stable=True)
+    labels = torch.empty(len(scores), dtype=torch.uint8, device=scores.device)
+    labels[order] = contiguous_labels(len(scores), num_blocks, scores.device)
+    return labels
+
+
+def contiguous_labels(size: int, num_blocks: int, device: torch.device | None = None) -> Tensor:
+    """Labels of K runs of neighbouring coordinates, uint8 (size,)."""
+    sizes = torch.tensor(block_sizes(size, num_blocks), device=device)
+    blocks = torch.arange(num_blocks, dtype=torch.uint8, device=device)
+    return torch.repeat_interleave(blocks, sizes, output_size=size)
+
+
+def make_partition(weight: Tensor, num_blocks: int, kind: PartitionKind = "spectral") -> SpectralPartition:
+    """Partition of `weight` (out_features, in_features) into `num_blocks` aligned blocks.
+
+    `spectral` sorts by spectral score, `contiguous` cuts the natural order (MELoRA's), `random` shuffles with torch's
+    global generator.
+
+    Raises:
+        PartitionError: K is not between 1 and min(out_features, in_features, 255).
+    """
+    out_features, in_features = weight.shape
+    check_num_blocks(num_blocks, out_features, in_features)
+    if kind == "contiguous":
+        scores = weight.new_zeros(out_features), weight.new_zeros(in_features)
+    elif kind == "random":
+        scores = torch.rand(out_features), torch.rand(in_features)
+    else:
+        scores = spectral_scores(weight)
+    row_labels, col_labels = (labels_from_scores(s, num_blocks).to(weight.device) for s in scores)
+    return SpectralPartition(row_labels, col_labels, num_blocks)
