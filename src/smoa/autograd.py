@@ -33,25 +33,21 @@ _branch = _operator("hadamard_branch", kernels.branch_forward)
 _branch_backward = _operator("hadamard_branch_backward", kernels.branch_backward)
 
 
-@_fused.register_fake
-def _(x: Tensor, A: Tensor, B: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+def _fused_shape(x: Tensor, A: Tensor, B: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-@_branch.register_fake
-def _(x: Tensor, A: Tensor, B: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+def _branch_shape(x: Tensor, A: Tensor, B: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-@_fused_backward.register_fake
-def _(g: Tensor, x: Tensor, A: Tensor, B: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fused_backward_shape(g: Tensor, x: Tensor, A: Tensor, B: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     needs_x, needs_factors = rest[-2:]
     like_A, like_B = (torch.empty_like(A), torch.empty_like(B)) if needs_factors else (A.new_empty(0), B.new_empty(0))
     return torch.empty_like(x) if needs_x else x.new_empty(0), like_A, like_B
 
 
-@_branch_backward.register_fake
-def _(g: Tensor, x: Tensor, A: Tensor, B: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _branch_backward_shape(g: Tensor, x: Tensor, A: Tensor, B: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x) if rest[-1] else x.new_empty(0), torch.empty_like(A), torch.empty_like(B)
 
 
@@ -79,6 +75,10 @@ def _branch_gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x if needs_x else None, grad_A, grad_B, None, None, None, None, None
 
 
+_fused.register_fake(_fused_shape)
+_branch.register_fake(_branch_shape)
+_fused_backward.register_fake(_fused_backward_shape)
+_branch_backward.register_fake(_branch_backward_shape)
 _fused.register_autograd(_fused_gradients, setup_context=_fused_setup)
 _branch.register_autograd(_branch_gradients, setup_context=_branch_setup)
 
@@ -95,7 +95,7 @@ def fused_linear(
     scaling: float,
 ) -> Tensor:
     """`x(W + ΔW)ᵀ + b` for x of any leading shape; differentiable in x, A, B and bias, not in W."""
-    y = _fused(x.reshape(-1, x.shape[-1]), A, B, weight, bias, row_labels, col_labels, ranks, scaling)
+    y: Tensor = _fused(x.reshape(-1, x.shape[-1]), A, B, weight, bias, row_labels, col_labels, ranks, scaling)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -110,5 +110,5 @@ def hadamard_branch(
     scaling: float,
 ) -> Tensor:
     """`x ΔWᵀ` for x of any leading shape, computed in the dtype of x; differentiable in x, A and B, not in W."""
-    y = _branch(x.reshape(-1, x.shape[-1]), A, B, weight, row_labels, col_labels, ranks, scaling)
+    y: Tensor = _branch(x.reshape(-1, x.shape[-1]), A, B, weight, row_labels, col_labels, ranks, scaling)
     return y.view(*x.shape[:-1], weight.shape[0])

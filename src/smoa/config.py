@@ -70,7 +70,7 @@ class SmoaConfig(PeftConfig):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]  # PEFT leaves it without types
         self.peft_type = PeftType("SMOA")
         problems = self._problems()
         if problems:
@@ -87,10 +87,10 @@ class SmoaConfig(PeftConfig):
         it is used without a file having been loaded.
         """
         config: SmoaConfig = super().from_pretrained(*args, **kwargs)
-        config._from_file = True
+        config.from_file = True
         return config
 
-    _from_file = False  # class attribute without annotation: not a field, so not saved
+    from_file = False  # class attribute without annotation: not a field, so not saved
 
     def ranks(self, r: int) -> tuple[int, ...]:
         """Rank of each block of a layer whose total rank is r."""

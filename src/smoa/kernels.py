@@ -50,7 +50,7 @@ def _effective_chunks(
     stacked = layout.rank - max(layout.ranks) > MASK_COST
     spread_a = spread_A(A, layout, sorted_order(col_labels), stacked)
     spread_b = spread_B(B * scaling, layout, sorted_order(row_labels), stacked)
-    for chunk in _chunks(0, *weight.shape, weight.device):
+    for chunk in _chunks(0, weight.shape[0], weight.shape[1], weight.device):
         update = torch.mm(spread_b[chunk], spread_a)
         if stacked:
             update.mul_(row_labels[chunk, None] == col_labels)
@@ -69,7 +69,7 @@ def fused_forward(
     scaling: float,
 ) -> Tensor:
     """`x(W + ΔW)ᵀ + b`: (tokens, out_features)."""
-    layout = BlockLayout(*weight.shape, tuple(ranks))
+    layout = BlockLayout.of(weight, ranks)
     y = x.new_empty(x.shape[0], weight.shape[0])
     for chunk, effective in _effective_chunks(A, B, weight, row_labels, col_labels, layout, scaling):
         if bias is None:
@@ -98,7 +98,7 @@ def fused_backward(
         _, grad_A, grad_B = branch_backward(g, x, A, B, weight, row_labels, col_labels, ranks, scaling, False)
     if needs_x:
         grad_x = torch.zeros_like(x)
-        layout = BlockLayout(*weight.shape, tuple(ranks))
+        layout = BlockLayout.of(weight, ranks)
         for chunk, effective in _effective_chunks(A, B, weight, row_labels, col_labels, layout, scaling):
             grad_x.addmm_(g[:, chunk], effective)
     return grad_x, grad_A, grad_B
@@ -125,7 +125,7 @@ def branch_forward(
     scaling: float,
 ) -> Tensor:
     """`x ΔWᵀ`: (tokens, out_features) in the dtype of x. ΔW is formed in float32 or wider."""
-    layout = BlockLayout(*weight.shape, tuple(ranks))
+    layout = BlockLayout.of(weight, ranks)
     row_order, col_order = sorted_order(row_labels), sorted_order(col_labels)
     wide = _wide(A.dtype)
     A, B = A.to(wide), B.to(wide) * scaling
@@ -150,7 +150,7 @@ def branch_backward(
     needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `x ΔWᵀ` for x (if asked), A and B, from the diagonal blocks of gᵀx alone."""
-    layout = BlockLayout(*weight.shape, tuple(ranks))
+    layout = BlockLayout.of(weight, ranks)
     row_order, col_order = sorted_order(row_labels), sorted_order(col_labels)
     wide = _wide(A.dtype)
     wide_A, wide_B = A.to(wide), B.to(wide) * scaling

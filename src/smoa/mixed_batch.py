@@ -61,5 +61,6 @@ def _check_names(tuner: BaseTuner, adapter_names: list[str]) -> None:
 
 
 def _encoder(model: nn.Module) -> nn.Module | None:
-    encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
+    get_encoder: Any = getattr(model, "get_encoder", None)
+    encoder: nn.Module | None = get_encoder() if get_encoder else None
     return None if encoder is model else encoder

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
@@ -15,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from .checkpoint import check_adapter_state
 from .config import SmoaConfig
 from .errors import MergeError, PartitionError, SmoaError, UnsupportedModuleError
-from .layer import Linear, SmoaLayer
+from .layer import SmoaLayer
+from .linear import Linear
 from .mixed_batch import adapter_names_hooks
 from .spectrum import check_num_blocks
 
@@ -32,18 +33,18 @@ class SmoaModel(BaseTuner):
 
     prefix: str = "smoa_"
     tuner_layer_cls = SmoaLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     _loads_labels = False
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's `inject_adapter`; where a saved adapter is about to be loaded, no weight is decomposed."""
-        from_file = self.peft_config[adapter_name]._from_file
+        from_file = bool(getattr(self.peft_config[adapter_name], "from_file", False))
         self._loads_labels = from_file or bool(kwargs.get("state_dict")) or bool(kwargs.get("low_cpu_mem_usage"))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
-    def _prepare_model(self, peft_config: SmoaConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Refuse every unsuitable target at once, before anything is replaced."""
-        config = _maybe_include_all_linear_layers(peft_config, model)
+        config: Any = _maybe_include_all_linear_layers(peft_config, model)
         inside = tuple(name + "." for name, module in model.named_modules() if isinstance(module, SmoaLayer))
         problems: list[SmoaError] = []
         for name, module in model.named_modules():
@@ -57,7 +58,7 @@ class SmoaModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: SmoaConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -66,9 +67,10 @@ class SmoaModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         _check_target(current_key, target, peft_config)
-        r = peft_config.rank_pattern.get(get_pattern_key(peft_config.rank_pattern.keys(), current_key), peft_config.r)
-        alpha = r if peft_config.alpha is None else peft_config.alpha
-        alpha = peft_config.alpha_pattern.get(get_pattern_key(peft_config.alpha_pattern.keys(), current_key), alpha)
+        r = _by_pattern(peft_config.rank_pattern, current_key, peft_config.r)
+        alpha = _by_pattern(
+            peft_config.alpha_pattern, current_key, r if peft_config.alpha is None else peft_config.alpha
+        )
         if isinstance(target, SmoaLayer):
             target.update_layer(adapter_name, peft_config, r, alpha, defer_partition=self._loads_labels)
             return
@@ -82,20 +84,19 @@ class SmoaModel(BaseTuner):
     def _get_adapter_state_dict(
         cls,
         model: nn.Module,
-        config: SmoaConfig,
+        config: Any,
         adapter_name: str,
         state_dict: dict[str, Tensor],
-        *args: Any,
-        **kwargs: Any,
+        unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         for layer in _layers_with(model, [adapter_name]):
             layer.decide_partition(adapter_name)  # in place: the buffers in `state_dict` see it
-        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         return dict(selected)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: SmoaConfig, adapter_name: str, state_dict: dict[str, Tensor]
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_adapter_state(model, adapter_name, remapped)
@@ -115,11 +116,10 @@ class SmoaModel(BaseTuner):
         progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
-    ) -> nn.Module:
+    ) -> Any:
         if merge and safe_merge:
             self._check_all_finite(adapter_names)
-        unloaded: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        return unloaded
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     @torch.no_grad()
     def _check_all_finite(self, adapter_names: list[str] | None) -> None:
@@ -131,11 +131,11 @@ class SmoaModel(BaseTuner):
                     raise MergeError(f"{name}: {error}") from None
 
     def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
+        super()._check_merge_allowed()  # type: ignore[no-untyped-call]  # PEFT leaves it without types
         owners: dict[int, str] = {}
         for name, module in self.model.named_modules():
             if isinstance(module, SmoaLayer):
-                pointer = module.get_base_layer().weight.data_ptr()
+                pointer = module.base_weight().data_ptr()
                 other = owners.setdefault(pointer, name)
                 if pointer and other != name:
                     raise MergeError(
@@ -147,9 +147,12 @@ class SmoaModel(BaseTuner):
         return adapter_names_hooks(self, kwargs)
 
 
+def _by_pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
+    return patterns.get(get_pattern_key(list(patterns), name), default)
+
+
 def _base_of(module: nn.Module) -> nn.Module:
-    base: nn.Module = module.get_base_layer() if hasattr(module, "get_base_layer") else module
-    return base
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def _check_target(name: str, module: nn.Module, config: SmoaConfig) -> None:

@@ -15,7 +15,7 @@ diagonal blocks are all that is left of the product: `ΔW = s·W ⊙ (B̃Ã)` ex
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
@@ -38,7 +38,7 @@ def check_block_ranks(ranks: tuple[int, ...], r: int, num_blocks: int) -> None:
     """Raise ConfigError unless `ranks` has one non-negative integer for each block and sums to r."""
     if len(ranks) != num_blocks:
         raise ConfigError(f"block_ranks={list(ranks)} has {len(ranks)} entries, expected num_blocks={num_blocks}")
-    if any(not isinstance(rank, int) or isinstance(rank, bool) or rank < 0 for rank in ranks):
+    if any(type(rank) is not int or rank < 0 for rank in ranks):
         raise ConfigError(f"block_ranks={list(ranks)} must be non-negative integers")
     if sum(ranks) != r:
         raise ConfigError(f"block_ranks={list(ranks)} sums to {sum(ranks)}, expected r={r}")
@@ -51,6 +51,11 @@ class BlockLayout:
     out_features: int
     in_features: int
     ranks: tuple[int, ...]
+
+    @classmethod
+    def of(cls, weight: Tensor, ranks: Sequence[int]) -> BlockLayout:
+        """Layout of a weight (out_features, in_features)."""
+        return cls(weight.shape[0], weight.shape[1], tuple(ranks))
 
     @property
     def num_blocks(self) -> int:
@@ -145,7 +150,7 @@ def delta_weight(
         ranks: r_k of every block.
         scaling: s = α/r.
     """
-    layout = BlockLayout(weight.shape[0], weight.shape[1], ranks)
+    layout = BlockLayout.of(weight, ranks)
     dtype = torch.promote_types(torch.promote_types(weight.dtype, A.dtype), torch.float32)
     spread_b = spread_B(B.to(dtype) * scaling, layout, sorted_order(partition.row_labels))
     delta = spread_b @ spread_A(A.to(dtype), layout, sorted_order(partition.col_labels))

@@ -36,15 +36,15 @@ def ensure_peft_type() -> None:
     """Add the member `PeftType.SMOA` unless it is there, and check that the enum took it."""
     if NAME not in PeftType.__members__:
         member = str.__new__(PeftType, NAME)
-        for attribute, value in (("_name_", NAME), ("_value_", NAME), ("__objclass__", PeftType)):
+        attributes = {"_name_": NAME, "_value_": NAME, "__objclass__": PeftType, "_sort_order_": len(PeftType)}
+        for attribute, value in attributes.items():
             setattr(member, attribute, value)
-        member._sort_order_ = len(PeftType.__members__)
         type.__setattr__(PeftType, NAME, member)
         PeftType._member_names_.append(NAME)
         PeftType._member_map_[NAME] = member
         PeftType._value2member_map_[NAME] = member
-        if hasattr(PeftType, "_hashable_values_"):
-            PeftType._hashable_values_.append(NAME)
+        hashable: list[str] = getattr(PeftType, "_hashable_values_", [])  # Python ≥ 3.12
+        hashable.append(NAME)
     _verify_member()
 
 

@@ -34,7 +34,7 @@ MAX_BLOCKS = UNDECIDED
 
 
 def block_sizes(size: int, num_blocks: int) -> list[int]:
-    """Sizes of `num_blocks` runs of `size` coordinates, as `torch.tensor_split`: the first `size % K` are one larger."""
+    """Sizes of K runs of `size` coordinates, as `torch.tensor_split` has them: the first `size % K` are one larger."""
     quotient, remainder = divmod(size, num_blocks)
     return [quotient + 1] * remainder + [quotient] * (num_blocks - remainder)
 
@@ -104,15 +104,21 @@ def spectral_scores(weight: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         Row scores (out_features,) and column scores (in_features,).
+
+    Raises:
+        PartitionError: the weight has NaN or infinite entries.
     """
     weight = weight.detach()
     weight = weight if weight.dtype == torch.float64 else weight.float()
-    peak = weight.abs().max() if weight.numel() else weight.new_zeros(())
+    peak = weight.abs().max()
+    if not torch.isfinite(peak):
+        raise PartitionError("the weight has NaN or infinite entries, so it has no spectrum; load finite weights")
     weight = weight / peak.clamp_min(torch.finfo(weight.dtype).tiny)
     if weight.shape[0] >= weight.shape[1]:
-        return _tall_scores(weight)
-    col_scores, row_scores = _tall_scores(weight.T)
-    return row_scores, col_scores
+        row_scores, col_scores = _tall_scores(weight)
+    else:
+        col_scores, row_scores = _tall_scores(weight.T)
+    return row_scores * (weight != 0).any(1), col_scores * (weight != 0).any(0)
 
 
 def _tall_scores(weight: Tensor) -> tuple[Tensor, Tensor]:

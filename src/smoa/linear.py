@@ -1,0 +1,152 @@
+"""SMoA on a linear layer: forward, merge and unmerge."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .autograd import fused_linear, hadamard_branch
+from .config import SmoaConfig
+from .errors import MergeError
+from .layer import SmoaLayer
+from .merging import DiagonalBlocks
+from .modulation import low_rank_branch
+
+FUSED_MIN_TOKENS = 64
+"""Without gradients, fewer tokens are cheaper apart than forming W + ΔW (measured: docs/experiment-log.md)."""
+
+
+class Linear(nn.Module, SmoaLayer):
+    """SMoA on a `torch.nn.Linear` or a transformers `Conv1D`."""
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: SmoaConfig,
+        r: int,
+        alpha: float,
+        fan_in_fan_out: bool = False,
+        defer_partition: bool = False,
+    ) -> None:
+        super().__init__()
+        SmoaLayer.__init__(self, base_layer, fan_in_fan_out)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config, r, alpha, defer_partition=defer_partition)
+
+    def merged_weight(self, adapter_names: list[str]) -> Tensor:
+        """`W + Σ ΔW` of the named adapters on the pristine W, rounded once, (out_features, in_features)."""
+        pristine = self.pristine_weight()
+        total = sum((self.delta(name) for name in adapter_names), torch.zeros((), device=pristine.device))
+        return (total + pristine).to(pristine.dtype)
+
+    def check_merge(self, adapter_names: list[str] | None = None) -> None:
+        """Raise MergeError if merging these adapters gives NaN or infinite weights; changes nothing."""
+        names = self._present(self.active_adapters if adapter_names is None else adapter_names)
+        if not torch.isfinite(self.merged_weight([*self.merged_adapters, *names])).all():
+            raise MergeError(
+                f"merging {', '.join(names)} gives NaN or infinite weights; the adapter is broken or overflows "
+                f"{self.base_weight().dtype}, nothing was merged"
+            )
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Replace the base weight by `W + Σ ΔW`, keeping W's diagonal blocks (1/K of it) on the CPU for `unmerge`.
+
+        Args:
+            safe_merge: Raise MergeError instead of writing NaN or infinite weights.
+            adapter_names: Adapters to merge besides those merged already; None means the active ones.
+        """
+        names = self._present(check_adapters_to_merge(self, adapter_names))
+        if not names:
+            return
+        if safe_merge:
+            self.check_merge(names)
+        merged = self.merged_weight([*self.merged_adapters, *names])
+        pristine = self.pristine_weight()
+        partitions = [self.partition(name) for name in names]
+        self._pristine_blocks += [DiagonalBlocks.read_from(pristine, partition) for partition in partitions]
+        self.base_weight().copy_(merged)
+        self.merged_adapters.extend(names)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the pristine weight back, bit for bit."""
+        weight = self.base_weight()
+        for blocks in self._pristine_blocks:
+            blocks.write_to(weight)
+        self._pristine_blocks.clear()
+        self.merged_adapters.clear()
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        """`base_layer(x) + Σ x ΔWᵀ` of the active adapters; `adapter_names` picks one adapter for each sample."""
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        active = [] if self.merged else self._present(self.active_adapters)
+        if len(active) == 1 and self._can_fuse(x, active[0]):
+            return self._fused_forward(x, active[0])
+        result = self.base_layer(x, *args, **kwargs)
+        for name in active:
+            result = result + self.branch_output(x, name).to(result.dtype)
+        return result
+
+    def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
+        if len(x) != len(adapter_names):
+            raise ValueError(f"adapter_names names {len(adapter_names)} adapters for {len(x)} inputs; give one each")
+        if self.merged:
+            raise ValueError("adapter_names can't be used while adapters are merged; call unmerge_adapter first")
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        for name in self._present(sorted(set(adapter_names))):
+            chosen = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
+            result = result.index_add(0, chosen, self.branch_output(x[chosen], name).to(result.dtype))
+        return result
+
+    def branch_output(self, x: Tensor, adapter_name: str) -> Tensor:
+        """`x ΔWᵀ`, the adapter's contribution to the output; dropout acts on x when training."""
+        self.decide_partition(adapter_name)
+        x = self.smoa_dropout[adapter_name](x)
+        A, B = self.factors(adapter_name)
+        rows, cols = self.smoa_row_labels[adapter_name], self.smoa_col_labels[adapter_name]
+        layout, scaling = self.layout[adapter_name], self.scaling[adapter_name]
+        if self.modulation[adapter_name] == "none":
+            return low_rank_branch(self._cast_input_dtype(x, A.dtype), A, B, rows, cols, layout, scaling)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return hadamard_branch(x, A, B, self.base_weight(), rows, cols, layout.ranks, scaling)
+
+    def _can_fuse(self, x: Tensor, adapter_name: str) -> bool:
+        base = self.base_layer
+        weight = getattr(base, "weight", None)
+        if type(base) not in (nn.Linear, Conv1D) or _is_instrumented(base) or not isinstance(weight, Tensor):
+            return False
+        dropout = self.smoa_dropout[adapter_name]
+        if self.modulation[adapter_name] == "none" or (isinstance(dropout, nn.Dropout) and self.training):
+            return False
+        wide = weight.dtype in (torch.float32, torch.float64) and weight.dtype == x.dtype
+        if not wide or weight.requires_grad or torch.is_autocast_enabled(x.device.type):
+            return False
+        return torch.is_grad_enabled() or x.shape[:-1].numel() >= FUSED_MIN_TOKENS
+
+    def _fused_forward(self, x: Tensor, adapter_name: str) -> Tensor:
+        self.decide_partition(adapter_name)
+        A, B = (factor.to(x.dtype) for factor in self.factors(adapter_name))
+        rows, cols = self.smoa_row_labels[adapter_name], self.smoa_col_labels[adapter_name]
+        ranks, scaling = self.layout[adapter_name].ranks, self.scaling[adapter_name]
+        return fused_linear(x, A, B, self.base_weight(), self.bias, rows, cols, ranks, scaling)
+
+    def __repr__(self) -> str:
+        return f"smoa.{super().__repr__()}"
+
+
+def _is_instrumented(module: nn.Module) -> bool:
+    """True when a forward hook or a replaced forward (as accelerate's offloading) must see the base layer's call."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in module.__dict__
