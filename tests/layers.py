@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from peft import inject_adapter_in_model
-from smoa.layer import SmoaLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from smoa import SmoaConfig
+from smoa.layer import SmoaLayer
 from tests import reference
 
 # (out_features, in_features, num_blocks): square, tall, wide, K that divides neither side, K = min(m, n), K = 1.
@@ -67,7 +67,7 @@ def factors(layer: SmoaLayer, adapter: str = "default") -> tuple[nn.Parameter, n
 
 def randomise(layer: SmoaLayer, adapter: str = "default", scale: float = 0.5) -> None:
     """Fill the entries of A and B that are not padding."""
-    in_A, in_B = reference.real_entries(layer.out_features, layer.in_features, layer.block_ranks[adapter])
+    in_A, in_B = reference.real_entries(layer.out_features, layer.in_features, ranks(layer, adapter))
     A, B = factors(layer, adapter)
     with torch.no_grad():
         A.copy_(torch.randn_like(A) * in_A.to(A) * scale)
@@ -82,6 +82,11 @@ def base_weight(layer: nn.Module) -> Tensor:
 
 def labels(layer: SmoaLayer, adapter: str = "default") -> tuple[list[int], list[int]]:
     return layer.smoa_row_labels[adapter].tolist(), layer.smoa_col_labels[adapter].tolist()
+
+
+def ranks(layer: SmoaLayer, adapter: str = "default") -> list[int]:
+    """r_k of every block."""
+    return list(layer.layout[adapter].ranks)
 
 
 def oracle_delta(
@@ -99,7 +104,7 @@ def oracle_delta(
         (own_A.detach() if A is None else A).double(),
         (own_B.detach() if B is None else B).double(),
         *labels(layer, adapter),
-        layer.block_ranks[adapter],
+        ranks(layer, adapter),
         layer.scaling[adapter],
         layer.modulation[adapter],
     )
