@@ -1,0 +1,25 @@
+"""Pictures of runs, readable in grey: lines differ in style and marker, not in colour alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def draw_loss_curve(history: list[dict[str, Any]], file: Path, title: str) -> None:
+    """Training loss, and validation loss where it was measured, over the optimiser's steps, from the Trainer's log."""
+    import matplotlib.figure  # not pyplot: no window system is asked for, no global state is left
+
+    figure = matplotlib.figure.Figure(figsize=(7, 4), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o--")):
+        points = [(entry["step"], entry[key]) for entry in history if key in entry]
+        if points:
+            steps, losses = zip(*points, strict=True)
+            axes.plot(steps, losses, style, label=label, color="0.2")
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel("loss on answer tokens (nats per token)")
+    axes.set_title(title)
+    axes.grid(True, color="0.9")
+    axes.legend()
+    figure.savefig(file)

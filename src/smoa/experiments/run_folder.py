@@ -1,0 +1,134 @@
+"""A run's folder: config, log, checkpoints, adapter, picture, and last ``metrics.json``, which marks it finished.
+
+A finished run is never overwritten. An interrupted one is resumed by the same config and by no other.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.trainer_utils import get_last_checkpoint
+
+from smoa.errors import ConfigError
+from smoa.experiments.cache import write_whole
+
+PACKAGES = ("smoa", "torch", "transformers", "peft", "accelerate")
+
+
+class RunFolder:
+    """The files of one run under ``path``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.adapter = path / "adapter"
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.json"
+        self.picture = path / "loss_curve.png"
+        self.log = path / "train.log"
+
+    @property
+    def finished(self) -> bool:
+        return self.metrics.is_file()
+
+    def start(self, config_yaml: str) -> str | None:
+        """Claim the folder for this config; the checkpoint to resume from, if an interrupted run left one.
+
+        Raises:
+            ConfigError: the folder holds a finished run, or an unfinished one of another config.
+        """
+        if self.finished:
+            raise ConfigError(f"{self.path}: holds a finished run; choose another training.output_dir or move it away")
+        if self.config.is_file() and self.config.read_text(encoding="utf-8") != config_yaml:
+            raise ConfigError(
+                f"{self.path}: holds an unfinished run of another config ({self.config}); "
+                "choose another training.output_dir or remove it"
+            )
+        write_whole(self.config, config_yaml)
+        checkpoint: str | None = get_last_checkpoint(str(self.path))
+        return checkpoint
+
+    def finish(self, metrics: dict[str, Any]) -> None:
+        """Write the metrics; from now on the run is finished. Checkpoints have done their duty."""
+        write_whole(self.metrics, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+        for checkpoint in self.path.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+
+    @contextmanager
+    def logging(self) -> Iterator[None]:
+        """Append what smoa logs to ``train.log``."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        logger = logging.getLogger("smoa")
+        handler = logging.FileHandler(self.log, encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        level = logger.level
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+            handler.close()
+
+
+def free_folder(wanted: Path) -> Path:
+    """``wanted``, or the first of ``wanted-2``, ``wanted-3``, … that holds no finished run."""
+    folder, number = wanted, 1
+    while RunFolder(folder).finished:
+        number += 1
+        folder = wanted.with_name(f"{wanted.name}-{number}")
+    return folder
+
+
+def provenance(seed: int, device: torch.device) -> dict[str, Any]:
+    """Where a result comes from: commit, versions, machine, seed."""
+    return {
+        **_git_state(),
+        "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "seed": seed,
+    }
+
+
+def _git_state() -> dict[str, Any]:
+    """Of the repository that holds this file; nothing where the package is installed from a wheel."""
+    commit = _git("rev-parse", "HEAD")
+    if commit is None:
+        return {"commit": None, "dirty": None}
+    return {"commit": commit, "dirty": bool(_git("status", "--porcelain", "--untracked-files=no"))}
+
+
+def _git(*arguments: str) -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        for line in information.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

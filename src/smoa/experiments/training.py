@@ -1,0 +1,153 @@
+"""A training run from its config to its folder, on transformers' Trainer."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+
+from smoa.experiments.answer_loss import AnswerTrainer, collate
+from smoa.experiments.base_models import BaseModel, load_base_model
+from smoa.experiments.config import RunConfig
+from smoa.experiments.data.selection import Selection, select
+from smoa.experiments.evaluation import Scores, evaluate_records
+from smoa.experiments.methods import METHODS
+from smoa.experiments.plots import draw_loss_curve
+from smoa.experiments.progress import REPLACED, ProgressReport
+from smoa.experiments.prompts import Encoded, PromptEncoder
+from smoa.experiments.run_folder import RunFolder, provenance
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that a run needs before its first step."""
+
+    base: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    encoder: PromptEncoder
+    records: Selection
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Load data and model; what cannot be had fails here, before any work."""
+    records = select(**config.data.model_dump())
+    base, tokenizer = load_model(config)
+    encoder = PromptEncoder(tokenizer, config.task.template, config.task.answer, config.task.max_length)
+    return Prepared(base, tokenizer, encoder, records)
+
+
+def load_model(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The untouched base model of a run."""
+    return load_base_model(BaseModel(**config.model.model_dump()))
+
+
+def train(config: RunConfig, prepared: Prepared | None = None) -> dict[str, Any]:
+    """Train, evaluate, save; the run's metrics, as ``metrics.json`` has them.
+
+    Raises:
+        ConfigError: the run folder is finished or belongs to another config.
+        DataError: model or data cannot be had.
+    """
+    folder = RunFolder(config.folder)
+    checkpoint = folder.start(config.to_yaml())
+    with folder.logging():
+        if checkpoint:
+            logger.info("Resuming from %s", checkpoint)
+        return _run(config, folder, prepared or prepare(config), checkpoint)
+
+
+def _run(config: RunConfig, folder: RunFolder, ready: Prepared, checkpoint: str | None) -> dict[str, Any]:
+    arguments = TrainingArguments(**config.training)
+    evaluation: dict[str, Any] = {}
+    if config.task.baseline and ready.records.test:
+        evaluation["before"] = _evaluate(config, ready, ready.base, "before training")
+    set_seed(arguments.seed)  # the adapter's factors are drawn here
+    model = add_adapter(ready.base, config)
+    examples = [ready.encoder.example(record) for record in ready.records.train]
+    trainer = make_trainer(model, arguments, ready, examples)
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    seconds = time.perf_counter() - started
+    if ready.records.test:
+        evaluation["after"] = _evaluate(config, ready, model, "after training")
+    metrics = {
+        "format": 1,
+        "config": config.model_dump(mode="json"),
+        "provenance": provenance(arguments.seed, arguments.device),
+        "parameters": _parameters(model),
+        "data": ready.records.account | {"truncation": _truncation(examples)},
+        "training": {"seconds": round(seconds, 1), "steps": trainer.state.global_step, "resumed": bool(checkpoint)},
+        "evaluation": evaluation,
+        "history": trainer.state.log_history,
+    }
+    if trainer.is_world_process_zero():
+        _save(config, folder, ready, model, metrics)
+    return metrics
+
+
+def add_adapter(base: PreTrainedModel, config: RunConfig) -> PreTrainedModel | PeftModel:
+    """The base model with the method's trainable parameters, all else frozen; the base itself for ``full``."""
+    peft_config = METHODS[config.method].peft_config(config.adapter)
+    return base if peft_config is None else get_peft_model(base, peft_config)
+
+
+def make_trainer(
+    model: nn.Module, arguments: TrainingArguments, ready: Prepared, examples: list[Encoded]
+) -> AnswerTrainer:
+    """The Trainer on the records' tokens, with our progress in the place of its own."""
+    trainer = AnswerTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=examples,
+        eval_dataset=[ready.encoder.example(record) for record in ready.records.validation] or None,
+        data_collator=partial(collate, pad=int(ready.tokenizer.pad_token_id or 0)),
+        processing_class=ready.tokenizer,
+        callbacks=[ProgressReport()],
+    )
+    for callback in REPLACED:
+        trainer.remove_callback(callback)
+    return trainer
+
+
+def _evaluate(config: RunConfig, ready: Prepared, model: nn.Module, when: str) -> dict[str, Any]:
+    logger.info("Scoring %d held-out questions %s", len(ready.records.test), when)
+    scores: dict[str, Scores] = evaluate_records(
+        model, ready.encoder, ready.records.test, config.task.eval_batch_tokens
+    )
+    return {name: score.to_dict() for name, score in scores.items()}
+
+
+def _parameters(model: nn.Module) -> dict[str, Any]:
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return {"trainable": trainable, "total": total, "percent": round(100 * trainable / total, 4)}
+
+
+def _truncation(examples: list[Encoded]) -> dict[str, int]:
+    return {
+        "prompts_cut": sum(example.cut > 0 for example in examples),
+        "prompt_tokens_cut": sum(example.cut for example in examples),
+        "answers_cut": sum(example.answer_cut > 0 for example in examples),
+    }
+
+
+def _save(config: RunConfig, folder: RunFolder, ready: Prepared, model: Any, metrics: dict[str, Any]) -> None:
+    model.save_pretrained(folder.adapter)
+    ready.tokenizer.save_pretrained(folder.adapter)
+    metrics["parameters"]["adapter_bytes"] = _weight_bytes(folder.adapter)
+    draw_loss_curve(metrics["history"], folder.picture, f"{config.method} on {', '.join(config.data.tasks)}")
+    folder.finish(metrics)
+    logger.info("Finished: %s", folder.path)
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
