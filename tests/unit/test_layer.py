@@ -13,7 +13,6 @@ from tests.layers import (
     adapted_layer,
     base_layer,
     base_weight,
-    clone_leaf,
     factors,
     labels,
     oracle_delta,
@@ -288,19 +287,3 @@ def test_gradients_reach_factors_only() -> None:
     layer = adapted_layer(base_layer(8, 6), r=4, num_blocks=2)
     trainable = {name for name, parameter in layer.named_parameters() if parameter.requires_grad}
     assert trainable >= {"smoa_A.default.weight", "smoa_B.default.weight"}
-
-
-def test_gradcheck_agrees() -> None:
-    layer = adapted_layer(base_layer(7, 5), r=3, num_blocks=2, alpha=2.0)
-    A, B = factors(layer)
-    in_A, in_B = reference.real_entries(7, 5, ranks(layer))
-    x = torch.randn(3, 5, dtype=torch.float64)
-
-    def output(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        full = {
-            "smoa_A.default.weight": torch.zeros_like(A).masked_scatter(in_A, a),
-            "smoa_B.default.weight": torch.zeros_like(B).masked_scatter(in_B, b),
-        }
-        return torch.func.functional_call(layer, full, (x,))
-
-    assert torch.autograd.gradcheck(output, (clone_leaf(x), clone_leaf(A[in_A]), clone_leaf(B[in_B])))
