@@ -48,10 +48,13 @@ def _effective_chunks(
     large it is cheaper to stack the blocks' ranks, at max r_k an entry, and to mask.
     """
     stacked = layout.rank - max(layout.ranks) > MASK_COST
+    row_major = weight.stride(0) >= weight.stride(
+        1
+    )  # Conv1D stores columns; the base layer's own order of sums is kept
     spread_a = spread_A(A, layout, sorted_order(col_labels), stacked)
     spread_b = spread_B(B * scaling, layout, sorted_order(row_labels), stacked)
     for chunk in _chunks(0, weight.shape[0], weight.shape[1], weight.device):
-        update = torch.mm(spread_b[chunk], spread_a)
+        update = torch.mm(spread_b[chunk], spread_a) if row_major else torch.mm(spread_a.T, spread_b[chunk].T).T
         if stacked:
             update.mul_(row_labels[chunk, None] == col_labels)
         yield chunk, torch.addcmul(weight[chunk], weight[chunk], update, out=update)

@@ -127,7 +127,7 @@ class SmoaLayer(BaseTunerLayer):
 
     def base_weight(self) -> Tensor:
         """The base layer's weight as it stands, (out_features, in_features) whatever its storage."""
-        weight: Tensor = self.get_base_layer().weight.detach()  # type: ignore[operator]
+        weight: Tensor = self.get_base_layer().weight  # type: ignore[assignment]
         return weight.T if self.fan_in_fan_out else weight
 
     def pristine_weight(self) -> Tensor:

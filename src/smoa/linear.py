@@ -14,7 +14,7 @@ from .config import SmoaConfig
 from .errors import MergeError
 from .layer import SmoaLayer
 from .merging import DiagonalBlocks
-from .modulation import low_rank_branch
+from .modulation import plain_branch
 
 FUSED_MIN_TOKENS = 64
 """Without gradients, fewer tokens are cheaper apart than forming W + ΔW (measured: docs/experiment-log.md)."""
@@ -117,10 +117,13 @@ class Linear(nn.Module, SmoaLayer):
         rows, cols = self.smoa_row_labels[adapter_name], self.smoa_col_labels[adapter_name]
         layout, scaling = self.layout[adapter_name], self.scaling[adapter_name]
         if self.modulation[adapter_name] == "none":
-            return low_rank_branch(self._cast_input_dtype(x, A.dtype), A, B, rows, cols, layout, scaling)
+            return plain_branch(self._cast_input_dtype(x, A.dtype), A, B, None, rows, cols, layout, scaling)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return hadamard_branch(x, A, B, self.base_weight(), rows, cols, layout.ranks, scaling)
+        weight = self.base_weight()
+        if weight.requires_grad or _is_transformed(x, A, B):
+            return plain_branch(x, A, B, weight, rows, cols, layout, scaling)
+        return hadamard_branch(x, A, B, weight, rows, cols, layout.ranks, scaling)
 
     def _can_fuse(self, x: Tensor, adapter_name: str) -> bool:
         base = self.base_layer
@@ -132,6 +135,8 @@ class Linear(nn.Module, SmoaLayer):
             return False
         wide = weight.dtype in (torch.float32, torch.float64) and weight.dtype == x.dtype
         if not wide or weight.requires_grad or torch.is_autocast_enabled(x.device.type):
+            return False
+        if _is_transformed(x, *self.factors(adapter_name)):
             return False
         return torch.is_grad_enabled() or x.shape[:-1].numel() >= FUSED_MIN_TOKENS
 
@@ -150,3 +155,10 @@ def _is_instrumented(module: nn.Module) -> bool:
     """True when a forward hook or a replaced forward (as accelerate's offloading) must see the base layer's call."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or "forward" in module.__dict__
+
+
+def _is_transformed(*tensors: Tensor) -> bool:
+    """True inside `torch.func` transforms, which don't reach into custom operators."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)

@@ -172,14 +172,29 @@ def init_factors(A: Tensor, B: Tensor, layout: BlockLayout, *, zero_B: bool, rel
             B[: rows.stop - rows.start, ranks].normal_(std=relative_size * (3 * width / rank) ** 0.5)
 
 
-def low_rank_branch(
-    x: Tensor, A: Tensor, B: Tensor, row_labels: Tensor, col_labels: Tensor, layout: BlockLayout, scaling: float
+def plain_branch(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    weight: Tensor | None,
+    row_labels: Tensor,
+    col_labels: Tensor,
+    layout: BlockLayout,
+    scaling: float,
 ) -> Tensor:
-    """`x ΔWᵀ` without modulation: one plain low-rank branch on each diagonal block, (…, out_features)."""
+    """`x ΔWᵀ` in differentiable operations alone, (…, out_features): without modulation when `weight` is None.
+
+    With a weight autograd keeps the K modulated blocks, 1/K of W, but every transform and derivative goes through,
+    that of W included.
+    """
     row_order, col_order = sorted_order(row_labels), sorted_order(col_labels)
     x = x.index_select(-1, col_order)
     outputs = []
     for rows, cols, ranks in layout.blocks():
-        hidden = x[..., cols] @ A[ranks, : cols.stop - cols.start].T
-        outputs.append(hidden @ B[: rows.stop - rows.start, ranks].T)
+        block_A, block_B = A[ranks, : cols.stop - cols.start], B[: rows.stop - rows.start, ranks]
+        if weight is None:
+            outputs.append(x[..., cols] @ block_A.T @ block_B.T)
+        else:
+            anchor = weight.index_select(0, row_order[rows]).index_select(1, col_order[cols])
+            outputs.append(x[..., cols] @ (block_B @ block_A * anchor).to(x.dtype).T)
     return torch.cat(outputs, dim=-1).index_select(-1, inverse_order(row_order)) * scaling

@@ -31,6 +31,10 @@ PartitionKind = Literal["spectral", "contiguous", "random"]
 UNDECIDED = 255
 """Label of a coordinate whose block is not known yet: labels are one byte, so at most 255 blocks exist."""
 MAX_BLOCKS = UNDECIDED
+GRAM_TILE = 1024
+"""Columns of the Gram matrix formed at a time."""
+ROW_TILE = 1024
+"""Rows of WV held at a time: nothing of the weight's size is kept."""
 
 
 def block_sizes(size: int, num_blocks: int) -> list[int]:
@@ -113,12 +117,11 @@ def spectral_scores(weight: Tensor) -> tuple[Tensor, Tensor]:
     peak = weight.abs().max()
     if not torch.isfinite(peak):
         raise PartitionError("the weight has NaN or infinite entries, so it has no spectrum; load finite weights")
-    weight = weight / peak.clamp_min(torch.finfo(weight.dtype).tiny)
+    weight = weight / peak.clamp_min(torch.finfo(weight.dtype).tiny)  # squares neither overflow nor underflow
     if weight.shape[0] >= weight.shape[1]:
-        row_scores, col_scores = _tall_scores(weight)
-    else:
-        col_scores, row_scores = _tall_scores(weight.T)
-    return row_scores * (weight != 0).any(1), col_scores * (weight != 0).any(0)
+        return _tall_scores(weight)
+    col_scores, row_scores = _tall_scores(weight.T)
+    return row_scores, col_scores
 
 
 def _tall_scores(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,17 +129,44 @@ def _tall_scores(weight: Tensor) -> tuple[Tensor, Tensor]:
 
     `WᵀW = V diag(λ) Vᵀ` and `UΣ = WV`, so the row energies are `(WV)²` and the column energies `V²λ`: no division by σ.
     """
-    eigenvalues, vectors = torch.linalg.eigh(weight.T @ weight)
+    gram = _lower_gram(weight)
+    col_is_zero = gram.diagonal() == 0
+    eigenvalues, vectors = torch.linalg.eigh(gram)
+    del gram
     energy = eigenvalues.clamp_min(0)
     index = torch.arange(len(energy) - 1, -1, -1, dtype=weight.dtype, device=weight.device)  # eigh is ascending
-    row_energy = (weight @ vectors).square_()
-    col_energy = vectors.square_()
-    row_scores = _ratio(row_energy @ index, row_energy.sum(1))
-    col_scores = _ratio(col_energy @ (index * energy), col_energy @ energy)
-    return row_scores, col_scores
+    row_scores = _row_scores(weight, vectors, index)
+    col_scores = _ratio(vectors.square_() @ torch.stack([index * energy, energy], 1))
+    return row_scores, col_scores.masked_fill_(col_is_zero, 0)  # rounding leaves a zero column a little energy
 
 
-def _ratio(numerator: Tensor, energy: Tensor) -> Tensor:
+def _lower_gram(weight: Tensor) -> Tensor:
+    """`WᵀW` on and below the diagonal, all that `eigh` reads: about half the multiplications of the whole.
+
+    What lies above the diagonal is partly filled, partly zero.
+    """
+    size = weight.shape[1]
+    gram = weight.new_zeros(size, size)
+    for start in range(0, size, GRAM_TILE):
+        stop = min(start + GRAM_TILE, size)
+        torch.mm(weight[:, start:stop].T, weight[:, :stop], out=gram[start:stop, :stop])
+    return gram
+
+
+def _row_scores(weight: Tensor, vectors: Tensor, index: Tensor) -> Tensor:
+    """Σ_j j (WV)_ij² / Σ_j (WV)_ij², a tile of rows at a time in one buffer."""
+    moments = torch.stack([index, torch.ones_like(index)], 1)
+    buffer = weight.new_empty(min(ROW_TILE, len(weight)), len(index))
+    scores = []
+    for rows in torch.split(weight, ROW_TILE):  # type: ignore[no-untyped-call]
+        projected = torch.mm(rows, vectors, out=buffer[: len(rows)])
+        scores.append(_ratio(projected.square_() @ moments))
+    return torch.cat(scores)
+
+
+def _ratio(moments: Tensor) -> Tensor:
+    """First over second column; 0 where the second, the energy, is 0."""
+    numerator, energy = moments.unbind(1)
     return torch.where(energy > 0, numerator / energy.clamp_min(torch.finfo(energy.dtype).tiny), 0)
 
 

@@ -1,0 +1,7 @@
+"""``python -m smoa`` is the ``smoa`` command."""
+
+from __future__ import annotations
+
+from smoa.cli.main import app
+
+app()
