@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from smoa.experiments.answer_loss import answer_nll, answer_positions, collate, logits_at
 from smoa.experiments.data.records import Record
-from smoa.experiments.prompts import Encoded, PromptEncoder
+from smoa.experiments.likelihood import sequence_losses
+from smoa.experiments.prompts import PromptEncoder
 
 
 @dataclass(frozen=True)
@@ -41,54 +40,12 @@ def evaluate_records(
     model: nn.Module, encoder: PromptEncoder, records: Sequence[Record], batch_tokens: int = 4096
 ) -> dict[str, Scores]:
     """Scores per task, and over all under ``all``. Dropout is off and no gradient kept; the mode is put back."""
-    sequences = [
-        sequence
-        for record in records
-        for sequence in (encoder.choices(record) or [encoder.encode(record, record.answer, end=False)])
-    ]
-    losses = iter(sequence_losses(model, sequences, int(encoder.tokenizer.pad_token_id or 0), batch_tokens))
+    sequences = [sequence for record in records for sequence in (encoder.choices(record) or [encoder.gold(record)])]
+    losses = iter(sequence_losses(model, sequences, encoder.pad, batch_tokens))
     outcomes = [_outcome(record, [next(losses) for _ in record.choices or (0,)]) for record in records]
     names = list(dict.fromkeys(record.task for record in records))
     per_task = {name: _scores([o for o in outcomes if o.record.task == name]) for name in names}
     return {**per_task, "all": _scores(outcomes)}
-
-
-def sequence_losses(
-    model: nn.Module, sequences: Sequence[Encoded], pad: int, batch_tokens: int
-) -> list[tuple[float, int]]:
-    """For each sequence the sum of its answer tokens' negative log-likelihoods and their number, in order."""
-    device = next(model.parameters()).device
-    found: list[tuple[float, int]] = [(math.nan, 0)] * len(sequences)
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            for numbers in _batches([len(sequence.input_ids) for sequence in sequences], batch_tokens):
-                batch = collate([sequences[number] for number in numbers], pad)
-                nll = _batch_nll(model, {name: tensor.to(device) for name, tensor in batch.items()})
-                counts = [len(sequences[number].answer) for number in numbers]
-                for number, part in zip(numbers, torch.split(nll, counts), strict=True):
-                    found[number] = (float(part.sum()), len(part))
-    finally:
-        model.train(was_training)
-    return found
-
-
-def _batch_nll(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    labels = batch.pop("labels")
-    with logits_at(model, answer_positions(labels)):
-        logits = model(**batch, use_cache=False).logits
-    return answer_nll(logits, labels)
-
-
-def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Numbers of sequences of like length, longest first, as many as ``batch_tokens`` hold when padded."""
-    order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
-    start = 0
-    while start < len(order):
-        size = max(1, batch_tokens // lengths[order[start]])
-        yield order[start : start + size]
-        start += size
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,7 @@ class PromptEncoder:
         self.template = template
         self.style = style
         self.max_length = max_length
+        self.pad = int(tokenizer.pad_token_id or 0)
         empty = tokenizer("")["input_ids"]
         # GPT-2 has a BOS token and does not use it: what the tokenizer does to an empty text decides.
         self.head = [tokenizer.bos_token_id] if tokenizer.bos_token_id in empty else []
@@ -132,6 +133,10 @@ class PromptEncoder:
     def choices(self, record: Record) -> list[Encoded]:
         """Prompt and each choice, without an end token: what is scored."""
         return [self.encode(record, text, end=False) for text in candidates(record, self.style)]
+
+    def gold(self, record: Record) -> Encoded:
+        """Prompt and gold answer, without an end token: whose loss is reported."""
+        return self.encode(record, gold_response(record, self.style), end=False)
 
     def encode(self, record: Record, response: str, end: bool) -> Encoded:
         """Token ids of a record's prompt with any response."""

@@ -21,6 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from smoa.errors import ConfigError
 from smoa.experiments.cache import write_whole
+from smoa.experiments.config import RunConfig
 
 PACKAGES = ("smoa", "torch", "transformers", "peft", "accelerate")
 
@@ -81,13 +82,14 @@ class RunFolder:
             handler.close()
 
 
-def free_folder(wanted: Path) -> Path:
-    """``wanted``, or the first of ``wanted-2``, ``wanted-3``, … that holds no finished run."""
-    folder, number = wanted, 1
+def in_free_folder(config: RunConfig) -> RunConfig:
+    """The same run in its folder, or in the first of ``…-2``, ``…-3`` and so on that holds no finished run."""
+    wanted = folder = config.folder
+    number = 1
     while RunFolder(folder).finished:
         number += 1
         folder = wanted.with_name(f"{wanted.name}-{number}")
-    return folder
+    return config.model_copy(update={"training": {**config.training, "output_dir": str(folder)}})
 
 
 def provenance(seed: int, device: torch.device) -> dict[str, Any]:

@@ -109,7 +109,7 @@ def make_trainer(
         args=arguments,
         train_dataset=examples,
         eval_dataset=[ready.encoder.example(record) for record in ready.records.validation] or None,
-        data_collator=partial(collate, pad=int(ready.tokenizer.pad_token_id or 0)),
+        data_collator=partial(collate, pad=ready.encoder.pad),
         processing_class=ready.tokenizer,
         callbacks=[ProgressReport()],
     )

@@ -1,0 +1,68 @@
+"""A lab in miniature: a tiny random model with its tokenizer in a folder, and a handful of questions in the cache."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from smoa.experiments.data.records import Record, choice_record
+from smoa.experiments.data.tasks import FORMAT
+
+SPECIALS = ["<pad>", "<bos>", "<eos>"]
+
+
+def byte_tokenizer(adds_bos: bool = True) -> PreTrainedTokenizerFast:
+    """One token per byte, made here and not downloaded."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate([*SPECIALS, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if adds_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+
+
+def tiny_base(folder: Path) -> Path:
+    """A Llama of two layers and its tokenizer, saved as a base model."""
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            initializer_range=0.2,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def questions(number: int, part: str, task: str = "arc_easy") -> list[Record]:
+    """Sums in words: enough for the machinery, and every one different."""
+    return [
+        choice_record(task, f"{part}-{i}", f"In {part}, what is {i} plus one?", [str(i), str(i + 1), "none"], 1)
+        for i in range(number)
+    ]
+
+
+def fill_cache(cache: Path, train: list[Record], test: list[Record], task: str = "arc_easy") -> None:
+    """Put records where a prepared task lies, so that nothing is fetched."""
+    (cache / "data").mkdir(parents=True, exist_ok=True)
+    for part, records in (("train", train), ("test", test)):
+        rows = [json.dumps(asdict(record)) for record in records]
+        (cache / "data" / f"{task}-{part}-{FORMAT}.jsonl").write_text("\n".join(rows) + "\n")
