@@ -1,0 +1,94 @@
+"""What `import smoa` promises: names, version, types, and that it stays light."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from peft import PeftType
+
+import smoa
+
+SOURCE = Path(smoa.__file__).parent
+LOWER_LAYERS = ["errors.py", "spectrum.py", "modulation.py", "kernels.py", "autograd.py"]
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Top-level names of what a file imports, relative imports aside."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def run_python(code: str) -> str:
+    """What a fresh interpreter prints."""
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_all_is_sorted_and_holds_each_name_once() -> None:
+    assert smoa.__all__ == sorted(set(smoa.__all__))
+
+
+def test_all_is_what_is_exported() -> None:
+    submodules = {path.stem for path in SOURCE.iterdir()}
+    exported = {name for name in vars(smoa) if not name.startswith("_")} - submodules
+    plumbing = {"annotations", "check_peft_version", "ensure_peft_type", "register"}
+    assert exported - plumbing == set(smoa.__all__)
+
+
+@pytest.mark.parametrize("name", smoa.__all__)
+def test_every_public_name_is_documented(name: str) -> None:
+    assert (getattr(smoa, name).__doc__ or "").strip()
+
+
+def test_every_error_is_a_smoa_error() -> None:
+    errors = [getattr(smoa, name) for name in smoa.__all__ if name.endswith("Error")]
+    assert len(errors) > 1
+    assert all(issubclass(error, smoa.SmoaError) for error in errors)
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert smoa.__version__ == importlib.metadata.version("smoa")
+
+
+def test_the_package_says_that_it_is_typed() -> None:
+    assert (SOURCE / "py.typed").is_file()
+
+
+def test_importing_smoa_registers_it_with_peft() -> None:
+    code = "import smoa; from peft import PeftType; print(PeftType('SMOA').value, PeftType.SMOA in list(PeftType))"
+    assert run_python(code) == "SMOA True"
+
+
+def test_importing_smoa_again_registers_nothing_twice() -> None:
+    importlib.reload(sys.modules["smoa.registration"])
+    importlib.reload(smoa)
+    assert [member.value for member in PeftType].count("SMOA") == 1
+
+
+def test_importing_smoa_needs_nothing_of_the_lab() -> None:
+    lab = ["accelerate", "datasets", "gguf", "matplotlib", "pydantic", "rich", "typer"]
+    # peft imports accelerate and transformers imports others by itself: what counts is what smoa adds to them.
+    loaded = f"set({lab}) & set(sys.modules)"
+    code = f"import sys, peft, transformers; old = {loaded}; import smoa; print({loaded} - old)"
+    assert run_python(code) == "set()"
+
+
+@pytest.mark.parametrize("file", LOWER_LAYERS)
+def test_the_maths_imports_neither_peft_nor_transformers(file: str) -> None:
+    assert imported_modules(SOURCE / file).isdisjoint({"peft", "transformers"})
+
+
+def test_the_library_never_imports_the_lab() -> None:
+    library = [path for path in SOURCE.glob("*.py") if path.name != "__main__.py"]
+    text = {path.name: path.read_text(encoding="utf-8") for path in library}
+    assert [name for name, source in text.items() if "smoa.experiments" in source or ".cli" in source] == []
