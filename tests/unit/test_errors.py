@@ -181,7 +181,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def load(folder: Path | str, **kwargs: Any) -> PeftModel:
+def load(folder: Path, **kwargs: Any) -> PeftModel:
     return PeftModel.from_pretrained(tiny_models.build("llama"), folder, **kwargs)
 
 
@@ -193,8 +193,8 @@ def test_a_folder_without_a_config_is_refused(folder: Path) -> None:
 
 def test_a_folder_without_the_adapter_file_is_refused(folder: Path) -> None:
     (folder / "adapter_model.safetensors").unlink()
-    with pytest.raises(ValueError, match="Can't find weights"):
-        load(str(folder))
+    with pytest.raises(ValueError, match=folder.name):  # PEFT's own: it looks for the file on the hub
+        load(folder)
 
 
 @pytest.mark.parametrize("kept", [0, 7, 200, -1])
