@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from smoa import SmoaConfig
 from smoa.layer import SmoaLayer
 from tests import tiny_models
-from tests.layers import Wrapper, base_layer, factors, labels, oracle_output, randomise, ranks
+from tests.layers import Wrapper, adapted_layer, base_layer, factors, labels, oracle_output, randomise, ranks
 from tests.tolerance import assert_close
 
 QV = ["q_proj", "v_proj"]
@@ -493,14 +493,12 @@ def test_adapting_a_tied_head_warns(tiny_gemma3: PreTrainedModel) -> None:
 
 def test_an_adapter_on_an_already_wrapped_layer_is_anchored_on_the_innermost_weight() -> None:
     base = base_layer(8, 6)
-    wrapped = inject_adapter_in_model(LoraConfig(r=2, target_modules=["layer"]), Wrapper(base), "lora")
-    with pytest.warns(UserWarning, match="with PEFT for a second time"):
-        model = adapted(wrapped, target_modules=["layer"])
-    layer = smoa_layers(model)["layer"]
+    lora = inject_adapter_in_model(LoraConfig(r=2, target_modules=["layer"]), Wrapper(base)).layer
+    layer = adapted_layer(lora, r=4, num_blocks=2)
     x = torch.randn(4, 6, dtype=torch.float64)
     assert layer.get_base_layer() is base
     # LoRA's B is zero, so that its layer gives the base layer's output
-    assert_close(model(x), oracle_output(layer, x))
+    assert_close(layer(x), oracle_output(layer, x))
 
 
 def test_a_subclass_of_linear_keeps_its_own_forward() -> None:

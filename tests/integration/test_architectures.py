@@ -1,0 +1,171 @@
+"""Encoders, decoders and encoder-decoders train, save, load, merge and generate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from smoa import SmoaConfig
+from smoa.layer import SmoaLayer
+from tests import reference, tiny_models
+from tests.decompositions import NoDecomposition
+from tests.layers import base_weight, factors, labels, oracle_delta
+from tests.tolerance import assert_close
+
+VARIANTS = {
+    "plain": {},
+    "unmodulated": {"modulation": "none"},
+    "ragged": {"r": 7, "num_blocks": 3, "alpha": 28.0},
+    "contiguous": {"partition": "contiguous"},
+    "random": {"partition": "random"},
+}
+
+
+def smoa_layers(model: torch.nn.Module) -> list[SmoaLayer]:
+    return [module for module in model.modules() if isinstance(module, SmoaLayer)]
+
+
+def adapted(base: PreTrainedModel, **config: Any) -> PeftModel:
+    settings = {"r": 4, "num_blocks": 2, "target_modules": "all-linear"} | config
+    return get_peft_model(base, SmoaConfig(**settings))
+
+
+def train(model: PeftModel, batch: dict[str, Tensor], steps: int = 10) -> list[float]:
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    losses = []
+    for _ in range(steps):
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    model.eval()
+    return losses
+
+
+@torch.no_grad()
+def outputs(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return model(**batch).logits
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_model_is_a_no_op_then_learns_then_is_saved_loaded_and_merged(
+    tiny_model: PreTrainedModel, tiny_batch: dict[str, Tensor], family: str, variant: str, tmp_path: Path
+) -> None:
+    before = outputs(tiny_model, tiny_batch)
+    model = adapted(tiny_model, **VARIANTS[variant]).eval()
+    # not bit for bit: a Conv1D and the fused product may sum in another order
+    assert_close(outputs(model, tiny_batch), before)
+
+    losses = train(model, tiny_batch)
+    assert losses[-1] < losses[0]
+    trained = outputs(model, tiny_batch)
+
+    model.save_pretrained(tmp_path)
+    with NoDecomposition():
+        loaded = PeftModel.from_pretrained(tiny_models.build(family), tmp_path).eval()
+        assert torch.equal(outputs(loaded, tiny_batch), trained)
+
+    merged = loaded.merge_and_unload()
+    assert not smoa_layers(merged)
+    assert_close(outputs(merged, tiny_batch), trained, dtype=torch.float32)
+
+
+def test_every_trained_layer_is_the_oracles(
+    tiny_model: PreTrainedModel, tiny_batch: dict[str, Tensor], family: str
+) -> None:
+    pristine = tiny_models.build(family)
+    model = adapted(tiny_model, r=5, num_blocks=3, alpha=20.0)
+    train(model, tiny_batch, steps=3)
+    for name, layer in model.named_modules():
+        if not isinstance(layer, SmoaLayer):
+            continue
+        weight = base_weight(pristine.get_submodule(name.removeprefix("base_model.model.")))
+        assert labels(layer) == reference.spectral_labels(weight, 3), name
+        assert torch.equal(base_weight(layer), weight)
+        x = torch.randn(4, layer.in_features)
+        expected = reference.forward(x.double(), weight.double(), _bias(layer), [oracle_delta(layer, weight=weight)])
+        assert_close(layer(x), expected)
+
+
+def _bias(layer: SmoaLayer) -> Tensor | None:
+    bias = layer.get_base_layer().bias
+    return None if bias is None else bias.detach().double()
+
+
+def test_one_step_moves_every_factor_and_nothing_else(
+    tiny_model: PreTrainedModel, tiny_batch: dict[str, Tensor]
+) -> None:
+    model = adapted(tiny_model, init_weights=False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    train(model, tiny_batch, steps=1)
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved == {name for name in before if ".smoa_A." in name or ".smoa_B." in name}
+
+
+@pytest.mark.parametrize("family", [*tiny_models.CAUSAL, "t5"])
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_adapted_merged_and_plain_models_generate(family: str, num_beams: int) -> None:
+    batch = tiny_models.batch(family)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    settings = {"max_new_tokens": 5, "do_sample": False, "num_beams": num_beams}
+    base = tiny_models.build(family)
+    plain, plain_logits = base.generate(**inputs, **settings), outputs(base, batch)
+    model = adapted(base, init_weights=False, alpha=64.0).eval()
+    own = model.generate(**inputs, **settings)
+    assert not torch.allclose(outputs(model, batch), plain_logits)
+    model.merge_adapter()
+    assert torch.equal(model.generate(**inputs, **settings), own)
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(model.generate(**inputs, **settings), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_learn_and_unmerge_bit_for_bit(
+    family: str, tiny_batch: dict[str, Tensor], dtype: torch.dtype
+) -> None:
+    base = tiny_models.build(family, dtype)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    model = adapted(base)
+    losses = train(model, tiny_batch)
+    assert losses[-1] < losses[0]
+    model.merge_adapter(safe_merge=True)
+    model.unmerge_adapter()
+    after = model.unload().state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_at_equal_budget_smoa_has_loras_parameter_count(tiny_model: PreTrainedModel, family: str) -> None:
+    lora = get_peft_model(tiny_models.build(family), LoraConfig(r=2, fan_in_fan_out=family == "gpt2"))
+    own = adapted(tiny_model, r=4, num_blocks=2, target_modules=None)
+    assert own.get_nb_trainable_parameters()[0] == lora.get_nb_trainable_parameters()[0]
+
+
+def test_a_trained_updates_rank_exceeds_the_budget_within_its_bound(
+    tiny_llama: PreTrainedModel, causal_batch: dict[str, Tensor]
+) -> None:
+    model = adapted(tiny_llama, r=4, num_blocks=2)
+    train(model, causal_batch)
+    for layer in smoa_layers(model):
+        rank = int(torch.linalg.matrix_rank(layer.get_delta_weight("default").detach().double()))
+        assert 4 < rank <= reference.rank_bound(base_weight(layer), *labels(layer), [2, 2])
+
+
+def test_a_compiled_model_trains_as_the_plain_one(tiny_llama: PreTrainedModel, causal_batch: dict[str, Tensor]) -> None:
+    torch.compiler.reset()
+    model = adapted(tiny_llama, init_weights=False)
+    model(**causal_batch).loss.backward()
+    expected = [factor.grad.clone() for layer in smoa_layers(model) for factor in factors(layer)]
+    model.zero_grad()
+    torch.compile(model, backend="aot_eager")(**causal_batch).loss.backward()
+    actual = [factor.grad for layer in smoa_layers(model) for factor in factors(layer)]
+    for own, plain in zip(actual, expected, strict=True):
+        assert_close(own, plain)

@@ -1,0 +1,183 @@
+"""The snippet of the README, whole lives of adapters, and the trainers that drive them unchanged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from smoa import SmoaConfig
+from smoa.layer import SmoaLayer
+from tests import tiny_models
+from tests.decompositions import NoDecomposition
+from tests.layers import labels
+from tests.tolerance import assert_close
+
+
+class Repeated(Dataset[dict[str, Tensor]]):
+    """The rows of one batch, again and again."""
+
+    def __init__(self, batch: dict[str, Tensor], times: int = 4) -> None:
+        self.batch, self.times = batch, times
+
+    def __len__(self) -> int:
+        return self.times * len(self.batch["input_ids"])
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return {name: tensor[i % len(tensor)] for name, tensor in self.batch.items()}
+
+
+def smoa_layers(model: torch.nn.Module) -> list[SmoaLayer]:
+    return [module for module in model.modules() if isinstance(module, SmoaLayer)]
+
+
+def factor_state(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items() if "smoa_" in name}
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> Tensor:
+    return model(**tiny_models.batch("llama")).logits
+
+
+def adapted(**config: Any) -> PeftModel:
+    """The same fresh adapter every time."""
+    settings = {"r": 8, "num_blocks": 4, "alpha": 32.0, "target_modules": "all-linear"} | config
+    torch.manual_seed(5)
+    return get_peft_model(tiny_models.build("llama"), SmoaConfig(**settings))
+
+
+def train(model: PeftModel, steps: int = 5) -> None:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model.train()
+    for _ in range(steps):
+        model(**tiny_models.batch("llama")).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+def trainer(model: PreTrainedModel | PeftModel, folder: Path, **arguments: Any) -> Trainer:
+    settings = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 3,
+        "learning_rate": 1e-2,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_steps": 2,
+        "logging_steps": 1,
+    }
+    data = Repeated(tiny_models.batch("llama"))
+    return Trainer(model, TrainingArguments(**settings | arguments), train_dataset=data)
+
+
+def test_the_readmes_snippet_does_what_it_says(tmp_path: Path) -> None:
+    base = tiny_models.build("llama")
+    model = get_peft_model(base, SmoaConfig(r=32, num_blocks=4, alpha=32, target_modules="all-linear"))
+    train(model)
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".md") == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    loaded = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path).eval()
+    assert torch.equal(logits(loaded), expected)
+    assert_close(logits(loaded.merge_and_unload()), expected)
+
+
+def test_an_adapter_lives_through_training_loading_merging_and_training_again(tmp_path: Path) -> None:
+    model = adapted()
+    train(model)
+    model.save_pretrained(tmp_path / "first")
+    with NoDecomposition():
+        again = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path / "first", is_trainable=True)
+        again.merge_adapter()
+        again.unmerge_adapter()
+        train(again)
+        train(model)
+    assert torch.equal(logits(again), logits(model))
+    for own, original in zip(smoa_layers(again), smoa_layers(model), strict=True):
+        assert labels(own) == labels(original)
+
+
+def test_the_trainer_trains_and_saves_an_adapter(tmp_path: Path) -> None:
+    model = adapted()
+    run = trainer(model, tmp_path, max_steps=4)
+    result = run.train()
+    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert result.global_step == 4
+    assert losses[-1] < losses[0]
+    run.save_model(str(tmp_path / "final"))
+    loaded = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path / "final").eval()
+    assert torch.equal(logits(loaded), logits(model.eval()))
+    assert set(load_file(tmp_path / "checkpoint-4" / "adapter_model.safetensors")) == set(
+        load_file(tmp_path / "final" / "adapter_model.safetensors")
+    )
+
+
+def test_resuming_from_a_checkpoint_gives_the_uninterrupted_result(tmp_path: Path) -> None:
+    whole = adapted()
+    trainer(whole, tmp_path / "whole", max_steps=4).train()
+    first = adapted()
+    trainer(first, tmp_path / "parts", max_steps=4, save_steps=2).train()
+    second = adapted()
+    trainer(second, tmp_path / "parts", max_steps=4).train(
+        resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-2")
+    )
+    expected, actual = factor_state(whole), factor_state(second)
+    assert expected.keys() == actual.keys()
+    assert [name for name in expected if not torch.equal(expected[name], actual[name])] == []
+
+
+def test_gradient_accumulation_and_checkpointing_train_as_one_batch(tmp_path: Path) -> None:
+    whole = adapted()
+    trainer(whole, tmp_path, max_steps=2, save_strategy="no", max_grad_norm=0.0).train()
+    parts = adapted()
+    settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3, "save_strategy": "no"}
+    trainer(parts, tmp_path, max_steps=2, max_grad_norm=0.0, **settings).train()
+    assert_close(logits(parts.eval()), logits(whole.eval()), dtype=torch.float16)
+
+
+def test_two_adapters_are_trained_in_turn_and_do_not_disturb_each_other(tmp_path: Path) -> None:
+    model = adapted()
+    train(model)
+    first = logits(model)
+    model.add_adapter("other", SmoaConfig(r=4, num_blocks=2, target_modules=["q_proj", "v_proj"]))
+    model.set_adapter("other")
+    train(model)
+    second = logits(model)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+    model.save_pretrained(tmp_path)
+    alone = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path / "other").eval()
+    assert torch.equal(logits(alone), second)
+
+
+def test_the_same_seed_gives_the_same_adapter() -> None:
+    states = []
+    for _ in range(2):
+        model = adapted(partition="random", smoa_dropout=0.1)
+        train(model)
+        states.append(factor_state(model))
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_hundred_lives_leave_the_base_weights_as_they_were(tmp_path: Path) -> None:
+    base = tiny_models.build("llama", torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    for i in range(100):
+        config = SmoaConfig(r=4, num_blocks=2, target_modules=["q_proj", "v_proj"], partition="contiguous")
+        model = get_peft_model(base, config)
+        model(**tiny_models.batch("llama")).loss.backward()
+        model.merge_adapter(safe_merge=i % 2 == 0)
+        model.unmerge_adapter()
+        base = model.unload()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
