@@ -108,6 +108,11 @@ class SmoaConfig(PeftConfig):
             problems.append(f"smoa_dropout={self.smoa_dropout!r} must be a number in [0, 1)")
         if self.layers_pattern and self.layers_to_transform is None:
             problems.append(f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            problems.append(
+                f"layers_to_transform={self.layers_to_transform!r} needs target_modules to be a list of names, "
+                f"not the regular expression {self.target_modules!r}"
+            )
         found = [problem for problem in problems if problem]
         return found or self._block_rank_problems()
 
@@ -118,9 +123,11 @@ class SmoaConfig(PeftConfig):
             return [
                 "block_ranks and rank_pattern can't be combined: a pattern's r has no block_ranks; drop one of them"
             ]
+        if not isinstance(self.block_ranks, (list, tuple)):
+            return [f"block_ranks={self.block_ranks!r} must be a list of integers, one for each block"]
         try:
             check_block_ranks(tuple(self.block_ranks), self.r, self.num_blocks)
-        except (ConfigError, TypeError) as error:
+        except ConfigError as error:
             return [str(error)]
         return []
 

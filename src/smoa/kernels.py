@@ -14,6 +14,7 @@ Only the diagonal blocks of gᵀx are formed. In units of one m×n product over 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -25,6 +26,28 @@ CHUNK_ELEMENTS = {"cpu": 1 << 21, "other": 1 << 25}
 """Entries of W handled at a time: few enough to stay in a CPU's cache, many enough to fill a GPU."""
 MASK_COST = 64
 """What masking one entry costs, in multiplications of a matrix product (measured: docs/experiment-log.md)."""
+
+
+class _Scratch(threading.local):
+    """Buffers that every chunk of every call reuses, on a CPU, where the system allocator would hand each one back to
+    the kernel and page it in again: a fifth of a small layer's step. At most a few chunks' worth stays allocated.
+    """
+
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def take(self, use: str, rows: int, cols: int, like: Tensor) -> Tensor:
+        """An uninitialised (rows, cols) with the dtype and device of `like`; the next `take` of that use reuses it."""
+        size = rows * cols
+        if like.device.type != "cpu" or size > 2 * CHUNK_ELEMENTS["cpu"]:
+            return like.new_empty(rows, cols)
+        key = (use, like.dtype)
+        if key not in self.buffers or self.buffers[key].numel() < size:
+            self.buffers[key] = like.new_empty(size)
+        return self.buffers[key][:size].view(rows, cols)
+
+
+_scratch = _Scratch()
 
 
 def _chunks(start: int, stop: int, columns: int, device: torch.device) -> Iterator[slice]:
@@ -53,8 +76,13 @@ def _effective_chunks(
     )  # Conv1D stores columns; the base layer's own order of sums is kept
     spread_a = spread_A(A, layout, sorted_order(col_labels), stacked)
     spread_b = spread_B(B * scaling, layout, sorted_order(row_labels), stacked)
-    for chunk in _chunks(0, weight.shape[0], weight.shape[1], weight.device):
-        update = torch.mm(spread_b[chunk], spread_a) if row_major else torch.mm(spread_a.T, spread_b[chunk].T).T
+    columns = weight.shape[1]
+    for chunk in _chunks(0, weight.shape[0], columns, weight.device):
+        rows = chunk.stop - chunk.start
+        if row_major:
+            update = torch.mm(spread_b[chunk], spread_a, out=_scratch.take("update", rows, columns, weight))
+        else:
+            update = torch.mm(spread_a.T, spread_b[chunk].T, out=_scratch.take("update", columns, rows, weight)).T
         if stacked:
             update.mul_(row_labels[chunk, None] == col_labels)
         yield chunk, torch.addcmul(weight[chunk], weight[chunk], update, out=update)
@@ -113,7 +141,11 @@ def _anchor_chunks(
     """Runs of rows of the anchors `M_k = W[I_k, J_k]`: (sorted rows, rows within the block, cols, ranks, entries)."""
     for rows, cols, ranks in layout.blocks():
         for chunk in _chunks(rows.start, rows.stop, weight.shape[1], weight.device):
-            anchor = weight.index_select(0, row_order[chunk]).index_select(1, col_order[cols])
+            size, width = chunk.stop - chunk.start, cols.stop - cols.start
+            rows_of_w = _scratch.take("rows", size, weight.shape[1], weight)
+            torch.index_select(weight, 0, row_order[chunk], out=rows_of_w)
+            anchor = _scratch.take("anchor", size, width, weight)
+            torch.index_select(rows_of_w, 1, col_order[cols], out=anchor)
             yield chunk, slice(chunk.start - rows.start, chunk.stop - rows.start), cols, ranks, anchor
 
 
@@ -159,14 +191,17 @@ def branch_backward(
     wide_A, wide_B = A.to(wide), B.to(wide) * scaling
     grad_A, grad_B = torch.zeros_like(wide_A), torch.zeros_like(wide_B)
     dtype, product_dtype = x.dtype, _product_dtype(x)
-    g, x = g.index_select(1, row_order).to(product_dtype), x.index_select(1, col_order).to(product_dtype)
+    x = x.index_select(1, col_order).to(product_dtype)
     grad_x = torch.zeros_like(x) if needs_x else x.new_empty(0)
     for chunk, local, cols, block, anchor in _anchor_chunks(weight, row_order, col_order, layout):
         block_A, block_B = wide_A[block, : cols.stop - cols.start], wide_B[local, block]
+        chunk_g = _scratch.take("g", g.shape[0], chunk.stop - chunk.start, g)
+        chunk_g = torch.index_select(g, 1, row_order[chunk], out=chunk_g).to(product_dtype)
         if needs_x:
             delta = torch.mm(block_B, block_A).mul_(anchor)
-            grad_x[:, cols].addmm_(g[:, chunk], delta.to(x.dtype))
-        grad_delta = torch.mm(g[:, chunk].T, x[:, cols]).to(wide).mul_(anchor)
+            grad_x[:, cols].addmm_(chunk_g, delta.to(x.dtype))
+        grad_delta = _scratch.take("grad_delta", chunk_g.shape[1], cols.stop - cols.start, x)
+        grad_delta = torch.mm(chunk_g.T, x[:, cols], out=grad_delta).to(wide).mul_(anchor)
         grad_B[local, block] = torch.mm(grad_delta, block_A.T).mul_(scaling)
         grad_A[block, : cols.stop - cols.start].addmm_(block_B.T, grad_delta)
     grad_x = grad_x.index_select(1, inverse_order(col_order)) if needs_x else grad_x

@@ -110,14 +110,19 @@ class SmoaLayer(BaseTunerLayer):
         rows, cols = self.smoa_row_labels[adapter_name], self.smoa_col_labels[adapter_name]
         if rows.device.type == "meta" or self.base_weight().device.type == "meta":
             raise PartitionError("the base weight is on the meta device; load the weights before the adapter is used")
-        if (rows == UNDECIDED).any() or (cols == UNDECIDED).any():
-            partition = self._compute_partition(adapter_name, kind)
+        if not self._has_valid_labels(adapter_name):
+            partition = make_partition(self.pristine_weight(), self.layout[adapter_name].num_blocks, kind)
             rows.copy_(partition.row_labels)
             cols.copy_(partition.col_labels)
         del self.pending_partition[adapter_name]
 
-    def _compute_partition(self, adapter_name: str, kind: PartitionKind) -> SpectralPartition:
-        return make_partition(self.pristine_weight(), self.layout[adapter_name].num_blocks, kind)
+    def _has_valid_labels(self, adapter_name: str) -> bool:
+        num_blocks = self.layout[adapter_name].num_blocks
+        try:
+            SpectralPartition(self.smoa_row_labels[adapter_name], self.smoa_col_labels[adapter_name], num_blocks)
+        except PartitionError:
+            return False
+        return True
 
     def partition(self, adapter_name: str) -> SpectralPartition:
         """The adapter's partition; computed now if nothing has decided it yet."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -76,6 +77,9 @@ class Linear(nn.Module, SmoaLayer):
     @torch.no_grad()
     def unmerge(self) -> None:
         """Put the pristine weight back, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
         weight = self.base_weight()
         for blocks in self._pristine_blocks:
             blocks.write_to(weight)
@@ -91,6 +95,8 @@ class Linear(nn.Module, SmoaLayer):
         if adapter_names is not None:
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         active = [] if self.merged else self._present(self.active_adapters)
+        for name in active:
+            self.decide_partition(name)
         if len(active) == 1 and self._can_fuse(x, active[0]):
             return self._fused_forward(x, active[0])
         result = self.base_layer(x, *args, **kwargs)
@@ -141,7 +147,6 @@ class Linear(nn.Module, SmoaLayer):
         return torch.is_grad_enabled() or x.shape[:-1].numel() >= FUSED_MIN_TOKENS
 
     def _fused_forward(self, x: Tensor, adapter_name: str) -> Tensor:
-        self.decide_partition(adapter_name)
         A, B = (factor.to(x.dtype) for factor in self.factors(adapter_name))
         rows, cols = self.smoa_row_labels[adapter_name], self.smoa_col_labels[adapter_name]
         ranks, scaling = self.layout[adapter_name].ranks, self.scaling[adapter_name]

@@ -71,11 +71,14 @@ class SmoaModel(BaseTuner):
         alpha = _by_pattern(
             peft_config.alpha_pattern, current_key, r if peft_config.alpha is None else peft_config.alpha
         )
-        if isinstance(target, SmoaLayer):
-            target.update_layer(adapter_name, peft_config, r, alpha, defer_partition=self._loads_labels)
-            return
-        is_conv1d = isinstance(_base_of(target), Conv1D)
-        layer = Linear(target, adapter_name, peft_config, r, alpha, is_conv1d, self._loads_labels)
+        try:
+            if isinstance(target, SmoaLayer):
+                target.update_layer(adapter_name, peft_config, r, alpha, defer_partition=self._loads_labels)
+                return
+            is_conv1d = isinstance(_base_of(target), Conv1D)
+            layer = Linear(target, adapter_name, peft_config, r, alpha, is_conv1d, self._loads_labels)
+        except PartitionError as error:
+            raise PartitionError(f"{current_key}: {error}") from None
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)

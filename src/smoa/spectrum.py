@@ -158,7 +158,7 @@ def _row_scores(weight: Tensor, vectors: Tensor, index: Tensor) -> Tensor:
     moments = torch.stack([index, torch.ones_like(index)], 1)
     buffer = weight.new_empty(min(ROW_TILE, len(weight)), len(index))
     scores = []
-    for rows in torch.split(weight, ROW_TILE):  # type: ignore[no-untyped-call]
+    for rows in torch.split(weight, ROW_TILE):
         projected = torch.mm(rows, vectors, out=buffer[: len(rows)])
         scores.append(_ratio(projected.square_() @ moments))
     return torch.cat(scores)
