@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from peft import PeftType
 
 import smoa
 
 SOURCE = Path(smoa.__file__).parent
-LOWER_LAYERS = ["errors.py", "spectrum.py", "modulation.py", "kernels.py", "autograd.py"]
+LOWER_LAYERS = ["errors.py", "spectrum.py", "modulation.py", "budget.py", "kernels.py", "autograd.py"]
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -62,17 +60,6 @@ def test_the_version_is_that_of_the_package() -> None:
 
 def test_the_package_says_that_it_is_typed() -> None:
     assert (SOURCE / "py.typed").is_file()
-
-
-def test_importing_smoa_registers_it_with_peft() -> None:
-    code = "import smoa; from peft import PeftType; print(PeftType('SMOA').value, PeftType.SMOA in list(PeftType))"
-    assert run_python(code) == "SMOA True"
-
-
-def test_importing_smoa_again_registers_nothing_twice() -> None:
-    importlib.reload(sys.modules["smoa.registration"])
-    importlib.reload(smoa)
-    assert [member.value for member in PeftType].count("SMOA") == 1
 
 
 def test_importing_smoa_needs_nothing_of_the_lab() -> None:
