@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from peft import (
     PeftConfig,
     PeftModel,
     TaskType,
+    convert_to_lora,
     get_model_status,
     get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -537,3 +540,29 @@ def test_a_layers_scale_can_be_set_and_put_back(tiny_llama: PreTrainedModel) -> 
     assert_close(layer.get_delta_weight("default"), 0.5 * before)
     layer.unscale_layer()
     assert torch.equal(layer.get_delta_weight("default"), before)
+
+
+def test_an_adapter_of_full_rank_converts_to_lora_without_loss(tiny_llama: PreTrainedModel) -> None:
+    model = adapted(tiny_llama, target_modules=["v_proj"])
+    config, state = convert_to_lora(model, rank=16)
+    lora = get_peft_model(tiny_models.build("llama"), config).eval()
+    set_peft_model_state_dict(lora, state)
+    assert_close(logits(lora), logits(model))
+
+
+def test_hot_swapping_is_refused_by_name(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
+    model = adapted(tiny_llama)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="SMOA"):
+        hotswap_adapter(model, str(tmp_path), "default")
+
+
+def test_an_exported_layer_gives_the_same_output() -> None:
+    layer = smoa_layers(adapted(Wrapper(base_layer(8, 6)), target_modules=["layer"]))["layer"]
+    x = torch.randn(3, 6, dtype=torch.float64)
+    assert_close(torch.export.export(layer, (x,)).module()(x), layer(x))
+
+
+def test_a_pickled_model_gives_the_same_output(tiny_llama: PreTrainedModel) -> None:
+    model = adapted(tiny_llama)
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model))), logits(model))
