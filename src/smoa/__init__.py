@@ -23,6 +23,8 @@ from .errors import (  # noqa: E402
 )
 from .model import SmoaModel  # noqa: E402
 from .spectrum import SpectralPartition, make_partition, spectral_scores  # noqa: E402
+from .spectrum_cache import clear_spectrum_cache  # noqa: E402
+from .weight_cache import cached_weights  # noqa: E402
 
 register(SmoaConfig, SmoaModel)
 
@@ -40,6 +42,8 @@ __all__ = [
     "SpectralPartition",
     "UnsupportedModuleError",
     "UnsupportedVersionError",
+    "cached_weights",
+    "clear_spectrum_cache",
     "make_partition",
     "spectral_scores",
 ]

@@ -43,7 +43,8 @@ class _Scratch(threading.local):
             return like.new_empty(rows, cols)
         key = (use, like.dtype)
         if key not in self.buffers or self.buffers[key].numel() < size:
-            self.buffers[key] = like.new_empty(size)
+            with torch.inference_mode(False):  # a buffer made in inference mode couldn't be written to outside
+                self.buffers[key] = torch.empty(size, dtype=like.dtype)
         return self.buffers[key][:size].view(rows, cols)
 
 

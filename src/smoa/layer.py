@@ -12,6 +12,8 @@ from .errors import PartitionError
 from .merging import DiagonalBlocks
 from .modulation import BlockLayout, Modulation, delta_weight, init_factors
 from .spectrum import UNDECIDED, PartitionKind, SpectralPartition, check_num_blocks, make_partition
+from .spectrum_cache import cached_spectral_scores
+from .weight_cache import WeightCache
 
 RANDOM_SIZE = 0.1
 """rms of ΔW relative to W of an adapter made with `init_weights=False`: visible, not huge."""
@@ -54,6 +56,7 @@ class SmoaLayer(BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._pristine_blocks: list[DiagonalBlocks] = []
+        self.smoa_weight_cache: WeightCache | None = None
         self.out_features, self.in_features = self.base_weight().shape
 
     def update_layer(
@@ -111,7 +114,8 @@ class SmoaLayer(BaseTunerLayer):
         if rows.device.type == "meta" or self.base_weight().device.type == "meta":
             raise PartitionError("the base weight is on the meta device; load the weights before the adapter is used")
         if not self._has_valid_labels(adapter_name):
-            partition = make_partition(self.pristine_weight(), self.layout[adapter_name].num_blocks, kind)
+            num_blocks = self.layout[adapter_name].num_blocks
+            partition = make_partition(self.pristine_weight(), num_blocks, kind, cached_spectral_scores)
             rows.copy_(partition.row_labels)
             cols.copy_(partition.col_labels)
         del self.pending_partition[adapter_name]

@@ -16,6 +16,7 @@ from .errors import MergeError
 from .layer import SmoaLayer
 from .merging import DiagonalBlocks
 from .modulation import plain_branch
+from .weight_cache import SortedBlocks, WeightCache, tensor_state
 
 FUSED_MIN_TOKENS = 64
 """Without gradients, fewer tokens are cheaper apart than forming W + ΔW (measured: docs/experiment-log.md)."""
@@ -97,6 +98,8 @@ class Linear(nn.Module, SmoaLayer):
         active = [] if self.merged else self._present(self.active_adapters)
         for name in active:
             self.decide_partition(name)
+        if active and self.smoa_weight_cache is not None and not torch.is_grad_enabled():
+            return self._cached_forward(self.smoa_weight_cache, x, active, *args, **kwargs)
         if len(active) == 1 and self._can_fuse(x, active[0]):
             return self._fused_forward(x, active[0])
         result = self.base_layer(x, *args, **kwargs)
@@ -130,6 +133,31 @@ class Linear(nn.Module, SmoaLayer):
         if weight.requires_grad or _is_transformed(x, A, B):
             return plain_branch(x, A, B, weight, rows, cols, layout, scaling)
         return hadamard_branch(x, A, B, weight, rows, cols, layout.ranks, scaling)
+
+    def _cached_forward(self, cache: WeightCache, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        tensors = [t for n in active for t in (*self.factors(n), self.smoa_row_labels[n], self.smoa_col_labels[n])]
+        scalings = [self.scaling[name] for name in active]
+        key = (*active, *scalings, *map(tensor_state, [self.weight, *tensors]))
+        if cache.key != key:
+            self._fill_cache(cache, active)
+            cache.key = key
+        if cache.effective is not None:
+            return nn.functional.linear(x, cache.effective, self.bias)
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        for blocks in cache.blocks:
+            result = result + blocks.output(x.to(blocks.blocks[0].dtype)).to(result.dtype)
+        return result
+
+    def _fill_cache(self, cache: WeightCache, active: list[str]) -> None:
+        cache.clear()
+        weight = self.base_weight()
+        if weight.dtype in (torch.float32, torch.float64) and type(self.base_layer) in (nn.Linear, Conv1D):
+            cache.effective = self.merged_weight(active)
+            return
+        for name in active:
+            rows, cols = self.smoa_row_labels[name], self.smoa_col_labels[name]
+            slices = list(zip(self.layout[name].row_slices(), self.layout[name].col_slices(), strict=True))
+            cache.blocks.append(SortedBlocks.of(self.delta(name).to(weight.dtype), rows, cols, slices))
 
     def _can_fuse(self, x: Tensor, adapter_name: str) -> bool:
         base = self.base_layer

@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_a
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from .checkpoint import check_adapter_state
@@ -40,21 +41,32 @@ class SmoaModel(BaseTuner):
         """PEFT's `inject_adapter`; where a saved adapter is about to be loaded, no weight is decomposed."""
         from_file = bool(getattr(self.peft_config[adapter_name], "from_file", False))
         self._loads_labels = from_file or bool(kwargs.get("state_dict")) or bool(kwargs.get("low_cpu_mem_usage"))
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._progress: tqdm[Any] | None = None
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            if self._progress is not None:
+                self._progress.close()
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Refuse every unsuitable target at once, before anything is replaced."""
         config: Any = _maybe_include_all_linear_layers(peft_config, model)
         inside = tuple(name + "." for name, module in model.named_modules() if isinstance(module, SmoaLayer))
         problems: list[SmoaError] = []
+        targets = 0
         for name, module in model.named_modules():
             if name and not name.startswith(inside or (" ",)) and self._check_target_module_exists(config, name):
+                targets += 1
                 try:
                     _check_target(name, module, config)
                 except SmoaError as error:
                     problems.append(error)
         if problems:
             raise type(problems[0])("; ".join(map(str, problems)))
+        hidden = (
+            None if config.partition == "spectral" and not self._loads_labels else True
+        )  # None: a terminal shows it
+        self._progress = tqdm(total=targets, desc="SMoA partitions", unit="layer", delay=1, disable=hidden)
 
     def _create_and_replace(
         self,
@@ -71,6 +83,8 @@ class SmoaModel(BaseTuner):
         alpha = _by_pattern(
             peft_config.alpha_pattern, current_key, r if peft_config.alpha is None else peft_config.alpha
         )
+        if self._progress is not None:
+            self._progress.update()
         try:
             if isinstance(target, SmoaLayer):
                 target.update_layer(adapter_name, peft_config, r, alpha, defer_partition=self._loads_labels)

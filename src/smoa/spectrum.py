@@ -18,6 +18,7 @@ cutting each order into K runs gives the K aligned blocks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -185,11 +186,16 @@ def contiguous_labels(size: int, num_blocks: int, device: torch.device | None = 
     return torch.repeat_interleave(blocks, sizes, output_size=size)
 
 
-def make_partition(weight: Tensor, num_blocks: int, kind: PartitionKind = "spectral") -> SpectralPartition:
+def make_partition(
+    weight: Tensor,
+    num_blocks: int,
+    kind: PartitionKind = "spectral",
+    scores_of: Callable[[Tensor], tuple[Tensor, Tensor]] = spectral_scores,
+) -> SpectralPartition:
     """Partition of `weight` (out_features, in_features) into `num_blocks` aligned blocks.
 
     `spectral` sorts by spectral score, `contiguous` cuts the natural order (MELoRA's), `random` shuffles with torch's
-    global generator.
+    global generator. `scores_of` computes the scores of a `spectral` partition.
 
     Raises:
         PartitionError: K is not between 1 and min(out_features, in_features, 255).
@@ -201,6 +207,6 @@ def make_partition(weight: Tensor, num_blocks: int, kind: PartitionKind = "spect
     elif kind == "random":
         scores = torch.rand(out_features), torch.rand(in_features)
     else:
-        scores = spectral_scores(weight)
+        scores = scores_of(weight)
     row_labels, col_labels = (labels_from_scores(s, num_blocks).to(weight.device) for s in scores)
     return SpectralPartition(row_labels, col_labels, num_blocks)
