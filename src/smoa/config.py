@@ -87,10 +87,10 @@ class SmoaConfig(PeftConfig):
         it is used without a file having been loaded.
         """
         config: SmoaConfig = super().from_pretrained(*args, **kwargs)
-        config.from_file = True
+        config.labels_follow = True
         return config
 
-    from_file = False  # class attribute without annotation: not a field, so not saved
+    labels_follow = False  # class attribute without annotation: not a field, so not saved
 
     def ranks(self, r: int) -> tuple[int, ...]:
         """Rank of each block of a layer whose total rank is r."""

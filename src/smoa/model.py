@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from .checkpoint import check_adapter_state
+from .combining import Combination, check_same_labels, combined_config, fill_combined
 from .config import SmoaConfig
 from .errors import MergeError, PartitionError, SmoaError, UnsupportedModuleError
 from .layer import SmoaLayer
@@ -39,8 +40,8 @@ class SmoaModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's `inject_adapter`; where a saved adapter is about to be loaded, no weight is decomposed."""
-        from_file = bool(getattr(self.peft_config[adapter_name], "from_file", False))
-        self._loads_labels = from_file or bool(kwargs.get("state_dict")) or bool(kwargs.get("low_cpu_mem_usage"))
+        labels_follow = bool(getattr(self.peft_config[adapter_name], "labels_follow", False))
+        self._loads_labels = labels_follow or bool(kwargs.get("state_dict")) or bool(kwargs.get("low_cpu_mem_usage"))
         self._progress: tqdm[Any] | None = None
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -137,6 +138,34 @@ class SmoaModel(BaseTuner):
         if merge and safe_merge:
             self._check_all_finite(adapter_names)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: Combination = "cat"
+    ) -> None:
+        """Add the adapter `adapter_name` = Σ weights·adapters, negative weights included.
+
+        Args:
+            combination_type: "cat" is exact, r is the sum of the ranks; "linear" keeps the rank and is approximate.
+
+        Raises:
+            MergeError: an adapter is unknown, or the adapters don't share partition, modulation and targets.
+        """
+        unknown = sorted(set(adapters) - set(self.peft_config))
+        if unknown or not adapters or len(adapters) != len(weights) or adapter_name in self.peft_config:
+            raise MergeError(
+                f"can't combine {adapters} with weights {weights} into {adapter_name!r}: give existing adapters "
+                f"({', '.join(self.peft_config)}), one weight each, and a new name"
+            )
+        if combination_type not in get_args(Combination):
+            raise MergeError(f"combination_type={combination_type!r} must be one of {get_args(Combination)}")
+        config = combined_config([self.peft_config[name] for name in adapters], combination_type)  # type: ignore[misc]
+        layers = {n: m for n, m in self.model.named_modules() if isinstance(m, SmoaLayer) and adapters[0] in m.smoa_A}
+        for name, layer in layers.items():
+            check_same_labels(name, layer, adapters)
+        self.peft_config[adapter_name] = config
+        self.inject_adapter(self.model, adapter_name)
+        for layer in layers.values():
+            fill_combined(layer, adapters, weights, adapter_name, combination_type)
 
     @torch.no_grad()
     def _check_all_finite(self, adapter_names: list[str] | None) -> None:

@@ -1,0 +1,88 @@
+"""`add_weighted_adapter`: one new adapter that is a weighted sum of adapters of one partition.
+
+`cat` is exact: within each block the ranks stand side by side, so `ΔW = Σ w_i ΔW_i` and the new r is Σ r_i. `linear`
+adds the factors themselves, √|w_i·s_i| on either side, as PEFT's LoRA does: r stays, the cross terms are an error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .config import SmoaConfig
+from .errors import MergeError
+from .layer import SmoaLayer
+
+Combination = Literal["cat", "linear"]
+
+
+def combined_config(configs: list[SmoaConfig], combination: Combination) -> SmoaConfig:
+    """Config of the sum.
+
+    Raises:
+        MergeError: the adapters differ in what a sum can't mix.
+    """
+    first = configs[0]
+    for name in ("num_blocks", "modulation", "target_modules"):
+        values = [getattr(config, name) for config in configs]
+        if any(value != values[0] for value in values):
+            raise MergeError(f"can't combine adapters of different {name}: {values}")
+    if any(config.rank_pattern for config in configs):
+        raise MergeError("can't combine adapters with a rank_pattern; give every layer the same r")
+    ranks = [config.ranks(config.r) for config in configs]
+    if combination == "linear" and len(set(ranks)) > 1:
+        raise MergeError(f"combination_type='linear' needs equal block ranks, found {ranks}; use 'cat'")
+    total = [sum(column) for column in zip(*ranks, strict=True)] if combination == "cat" else list(ranks[0])
+    config = replace(first, r=sum(total), block_ranks=total, alpha=None, alpha_pattern={})
+    config.labels_follow = True
+    return config
+
+
+def check_same_labels(name: str, layer: SmoaLayer, adapters: list[str]) -> None:
+    """Raise MergeError unless all these adapters of the layer have one partition."""
+    first = layer.partition(adapters[0])
+    for other in map(layer.partition, adapters[1:]):
+        same_rows = torch.equal(first.row_labels, other.row_labels)
+        if not same_rows or not torch.equal(first.col_labels, other.col_labels):
+            raise MergeError(
+                f"{name}: adapters {', '.join(adapters)} have different partitions, so their sum is no SMoA adapter; "
+                "merge them one after another, or convert them to LoRA and combine those"
+            )
+
+
+@torch.no_grad()
+def fill_combined(
+    layer: SmoaLayer, adapters: list[str], weights: list[float], adapter_name: str, combination: Combination
+) -> None:
+    """Write labels and factors of the sum into the fresh adapter `adapter_name` of one layer."""
+    for labels in (layer.smoa_row_labels, layer.smoa_col_labels):
+        labels[adapter_name].copy_(labels[adapters[0]])
+    layer.pending_partition.pop(adapter_name, None)
+    scaled = [weight * layer.scaling[name] for name, weight in zip(adapters, weights, strict=True)]
+    A, B = layer.factors(adapter_name)
+    combine = _concatenate if combination == "cat" else _add
+    combine(A, B, [layer.factors(name) for name in adapters], scaled, layer, [*adapters, adapter_name])
+
+
+def _concatenate(
+    A: Tensor, B: Tensor, parts: list[tuple[Tensor, Tensor]], scaled: list[float], layer: SmoaLayer, names: list[str]
+) -> None:
+    slices = [layer.layout[name].rank_slices() for name in names]
+    for *sources, target in zip(*slices, strict=True):
+        A[target] = torch.cat([part[ranks] for (part, _), ranks in zip(parts, sources, strict=True)])
+        columns = [part[:, ranks] * s for (_, part), ranks, s in zip(parts, sources, scaled, strict=True)]
+        B[:, target] = torch.cat(columns, dim=1)
+
+
+def _add(
+    A: Tensor, B: Tensor, parts: list[tuple[Tensor, Tensor]], scaled: list[float], layer: SmoaLayer, names: list[str]
+) -> None:
+    A.zero_()
+    B.zero_()
+    for (part_A, part_B), s in zip(parts, scaled, strict=True):
+        root = abs(s) ** 0.5
+        A.add_(part_A, alpha=root)
+        B.add_(part_B, alpha=root if s >= 0 else -root)

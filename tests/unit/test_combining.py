@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from smoa import MergeError, SmoaConfig
+from tests.layers import Wrapper, base_layer, randomise
+from tests.tolerance import assert_close
+
+
+def model_with(first: dict[str, object], second: dict[str, object], conv1d: bool = False) -> PeftModel:
+    def config(settings: dict[str, object]) -> SmoaConfig:
+        return SmoaConfig(target_modules=["layer"], num_blocks=3, **settings)
+
+    model = get_peft_model(Wrapper(base_layer(13, 11, conv1d=conv1d)), config(first), "one")
+    model.add_adapter("two", config(second))
+    for name in ("one", "two"):
+        randomise(layer_of(model), name)
+    return model
+
+
+def layer_of(model: PeftModel) -> nn.Module:
+    return model.base_model.model.layer
+
+
+@pytest.mark.parametrize("modulation", ["hadamard", "none"])
+@pytest.mark.parametrize("conv1d", [False, True])
+def test_concatenation_is_exact_with_any_weights(modulation: str, conv1d: bool) -> None:
+    model = model_with({"r": 5, "alpha": 7, "modulation": modulation}, {"r": 4, "modulation": modulation}, conv1d)
+    model.add_weighted_adapter(["one", "two"], [0.7, -1.3], "sum")
+    layer = layer_of(model)
+    assert_close(layer.delta("sum"), 0.7 * layer.delta("one") - 1.3 * layer.delta("two"))
+    assert layer.r["sum"] == 9
+
+
+def test_linear_keeps_the_rank_and_scales_one_adapter_exactly() -> None:
+    model = model_with({"r": 4}, {"r": 4})
+    model.add_weighted_adapter(["one"], [-2.0], "scaled", combination_type="linear")
+    layer = layer_of(model)
+    assert_close(layer.delta("scaled"), -2 * layer.delta("one"))
+    assert layer.r["scaled"] == 4
+
+
+def test_a_combined_adapter_saves_and_loads(tmp_path: object) -> None:
+    model = model_with({"r": 5}, {"r": 4})
+    base = copy.deepcopy(layer_of(model).get_base_layer())
+    model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum")
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    loaded = PeftModel.from_pretrained(Wrapper(base), tmp_path / "sum")  # type: ignore[operator]
+    assert_close(layer_of(loaded).delta("default"), layer_of(model).delta("sum"))
+
+
+def test_other_partitions_are_refused_and_nothing_is_added() -> None:
+    torch.manual_seed(0)
+    model = model_with({"r": 4}, {"r": 4, "partition": "random"})
+    with pytest.raises(MergeError, match="different partitions"):
+        model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum")
+    assert "sum" not in model.peft_config
+
+
+@pytest.mark.parametrize(
+    ("adapters", "weights", "name", "kind", "message"),
+    [
+        (["one", "three"], [1.0, 1.0], "sum", "cat", "existing adapters"),
+        (["one"], [1.0, 1.0], "sum", "cat", "one weight each"),
+        (["one"], [1.0], "two", "cat", "a new name"),
+        (["one", "two"], [1.0, 1.0], "sum", "svd", "combination_type='svd'"),
+        (["one", "two"], [1.0, 1.0], "sum", "linear", "equal block ranks"),
+    ],
+)
+def test_what_can_not_be_combined_is_refused(
+    adapters: list[str], weights: list[float], name: str, kind: str, message: str
+) -> None:
+    model = model_with({"r": 4}, {"r": 5})
+    with pytest.raises(MergeError, match=message):
+        model.add_weighted_adapter(adapters, weights, name, combination_type=kind)
