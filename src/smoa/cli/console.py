@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import typer
 
@@ -38,6 +40,11 @@ def reporting() -> Iterator[None]:
         raise typer.Exit(130) from None
     finally:
         logger.removeHandler(shown)
+
+
+def print_json(value: Any) -> None:
+    """For scripts: JSON on stdout and nothing else."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

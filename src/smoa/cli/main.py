@@ -1,10 +1,10 @@
-"""``smoa``: gathers the subcommands. Nothing heavy is imported before a subcommand runs, so ``--help`` is instant."""
+"""``smoa``: gathers the subcommands. Nothing heavy is imported before a subcommand runs, so ``--help`` is quick."""
 
 from __future__ import annotations
 
 import typer
 
-from smoa.cli import demo, train
+from smoa.cli import budget, data, demo, evaluate, inspect, merge, train
 
 app = typer.Typer(
     name="smoa",
@@ -14,7 +14,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("train")(train.train)
+app.command("eval")(evaluate.evaluate)
+app.command("merge")(merge.merge)
+app.command("inspect")(inspect.inspect)
+app.command("budget")(budget.budget)
 app.command("demo")(demo.demo)
+app.add_typer(data.app, name="data")
 
 if __name__ == "__main__":
     app()

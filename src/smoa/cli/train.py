@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from smoa.cli.console import print_table, reporting, score, size
+from smoa.cli.console import print_json, print_table, reporting, score, size
 
 
 def train(
@@ -25,7 +25,7 @@ def train(
         checked = load_config(config, overrides)
         metrics = run(checked)
         if json:
-            typer.echo(_to_json(metrics))
+            print_json(metrics)
             return
         print_scores(metrics)
         typer.echo(f"\nAdapter, metrics, log and loss curve: {checked.folder}")
@@ -38,7 +38,9 @@ def print_scores(metrics: dict[str, Any]) -> None:
     names = list(evaluation[stages[-1]]) if stages else []
     rows = [_row(name, stage, evaluation[stage][name]) for name in names for stage in stages]
     if rows:
-        print_table(["held-out questions", "", "number", "gold-answer loss", "accuracy", "per byte", "majority"], rows)
+        print_table(
+            ["held-out questions", "", "number", "gold-answer loss", "accuracy", "per character", "majority"], rows
+        )
     parameters, training = metrics["parameters"], metrics["training"]
     typer.echo(
         f"\n{parameters['trainable']:,} trainable parameters, {parameters['percent']} % of {parameters['total']:,}; "
@@ -56,9 +58,3 @@ def _row(name: str, stage: str, scores: dict[str, Any]) -> list[str]:
         score(scores["accuracy_norm"], scores["accuracy_norm_stderr"]),
         score(scores["majority"]),
     ]
-
-
-def _to_json(metrics: dict[str, Any]) -> str:
-    import json
-
-    return json.dumps(metrics, indent=2, ensure_ascii=False)

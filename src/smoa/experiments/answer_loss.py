@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Trainer
 
-from smoa.experiments.prompts import IGNORED, Encoded
+from smoa.experiments.prompts import IGNORED
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +59,14 @@ def answer_positions(labels: Tensor) -> Tensor:
 def answer_nll(logits: Tensor, labels: Tensor) -> Tensor:
     """(N,) negative log-likelihoods, float32, of the N answer tokens from the logits at their positions or from all."""
     targets = labels[:, 1:][labels[:, 1:] != IGNORED]
+    return F.cross_entropy(answer_logits(logits, labels).float(), targets.to(logits.device), reduction="none")
+
+
+def answer_logits(logits: Tensor, labels: Tensor) -> Tensor:
+    """(N, vocabulary): the logits that predict the N answer tokens, from those under :func:`logits_at` or from all."""
     if logits.shape[:2] == labels.shape:
-        logits = logits[answer_positions(labels)]
-    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), targets.to(logits.device), reduction="none")
+        return logits[answer_positions(labels)]
+    return logits.reshape(-1, logits.shape[-1])
 
 
 def mean_answer_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
@@ -84,15 +89,15 @@ class AnswerTrainer(Trainer):
             return super().compute_loss(model, inputs, *args, **options)
 
 
-def collate(examples: list[Encoded], pad: int) -> dict[str, Tensor]:
+def collate(rows: list[dict[str, list[int]]], pad: int) -> dict[str, Tensor]:
     """Right-padded ``input_ids``, ``attention_mask`` and ``labels``, each (batch, tokens) int64."""
-    width = max(len(example.input_ids) for example in examples)
+    width = max(len(row["input_ids"]) for row in rows)
 
-    def rows(values: list[list[int]], filler: int) -> Tensor:
-        return torch.tensor([row + [filler] * (width - len(row)) for row in values], dtype=torch.long)
+    def padded(values: list[list[int]], filler: int) -> Tensor:
+        return torch.tensor([one + [filler] * (width - len(one)) for one in values], dtype=torch.long)
 
     return {
-        "input_ids": rows([example.input_ids for example in examples], pad),
-        "attention_mask": rows([[1] * len(example.input_ids) for example in examples], 0),
-        "labels": rows([example.labels for example in examples], IGNORED),
+        "input_ids": padded([row["input_ids"] for row in rows], pad),
+        "attention_mask": padded([[1] * len(row["input_ids"]) for row in rows], 0),
+        "labels": padded([row["labels"] for row in rows], IGNORED),
     }

@@ -1,4 +1,4 @@
-"""Held-out scores by likelihood: the loss of the gold answers, and how often the gold choice is the likeliest."""
+"""Held-out scores by likelihood: the loss of the gold answers, and how often the gold answer is the likeliest."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ from typing import Any
 from torch import nn
 
 from smoa.experiments.data.records import Record
-from smoa.experiments.likelihood import sequence_losses
-from smoa.experiments.prompts import PromptEncoder
+from smoa.experiments.likelihood import AnswerScore, score_answers
+from smoa.experiments.prompts import PromptEncoder, candidates
 
 
 @dataclass(frozen=True)
 class Scores:
     """``gold_loss``: mean negative log-likelihood of a gold answer's token, end token not counted, in nats.
-    ``accuracy`` takes the choice of the highest log-likelihood, ``accuracy_norm`` that of the highest per byte of its
-    text (lm-eval's acc and acc_norm); both with their standard errors. ``majority``: always the commonest label.
-    None where no question has choices."""
+
+    With choices, ``accuracy`` takes the choice of the highest log-likelihood, ``accuracy_norm`` that of the highest
+    per character of its text (lm-eval's acc and acc_norm), ``majority`` always the commonest label. Without,
+    ``accuracy`` is the exact match of greedy decoding: answer and end token are the likeliest at every place.
+    """
 
     questions: int
     gold_loss: float
     gold_loss_stderr: float
-    accuracy: float | None = None
-    accuracy_stderr: float | None = None
+    accuracy: float
+    accuracy_stderr: float
     accuracy_norm: float | None = None
     accuracy_norm_stderr: float | None = None
     majority: float | None = None
@@ -40,10 +42,13 @@ def evaluate_records(
     model: nn.Module, encoder: PromptEncoder, records: Sequence[Record], batch_tokens: int = 4096
 ) -> dict[str, Scores]:
     """Scores per task, and over all under ``all``. Dropout is off and no gradient kept; the mode is put back."""
-    sequences = [sequence for record in records for sequence in (encoder.choices(record) or [encoder.gold(record)])]
-    losses = iter(sequence_losses(model, sequences, encoder.pad, batch_tokens))
-    outcomes = [_outcome(record, [next(losses) for _ in record.choices or (0,)]) for record in records]
-    names = list(dict.fromkeys(record.task for record in records))
+    encoded = [encoder.choices(record) if record.choices else [encoder.example(record)] for record in records]
+    flat = iter(score_answers(model, [one for some in encoded for one in some], encoder.pad, batch_tokens))
+    outcomes = [
+        _outcome(record, [next(flat) for _ in some], [len(text) for text in candidates(record, encoder.style)])
+        for record, some in zip(records, encoded, strict=True)
+    ]
+    names = dict.fromkeys(record.task for record in records)
     per_task = {name: _scores([o for o in outcomes if o.record.task == name]) for name in names}
     return {**per_task, "all": _scores(outcomes)}
 
@@ -51,37 +56,39 @@ def evaluate_records(
 @dataclass(frozen=True)
 class _Outcome:
     record: Record
-    gold: tuple[float, int]
-    right: bool | None
-    right_norm: bool | None
+    gold_nll: float
+    gold_tokens: int
+    right: bool
+    right_norm: bool
 
 
-def _outcome(record: Record, losses: list[tuple[float, int]]) -> _Outcome:
+def _outcome(record: Record, scores: list[AnswerScore], lengths: list[int]) -> _Outcome:
     if record.label is None:
-        return _Outcome(record, losses[0], None, None)
-    sums = [loss for loss, _ in losses]
-    per_byte = [loss / len(text.encode()) for loss, text in zip(sums, record.choices, strict=True)]
+        *nll, _end = scores[0].nll
+        return _Outcome(record, sum(nll), len(nll), scores[0].greedy, scores[0].greedy)
+    losses = [score.loss for score in scores]
+    normed = [loss / length for loss, length in zip(losses, lengths, strict=True)]
     return _Outcome(
         record,
-        losses[record.label],
-        right=sums.index(min(sums)) == record.label,
-        right_norm=per_byte.index(min(per_byte)) == record.label,
+        gold_nll=losses[record.label],
+        gold_tokens=len(scores[record.label].nll),
+        right=losses.index(min(losses)) == record.label,
+        right_norm=normed.index(min(normed)) == record.label,
     )
 
 
 def _scores(outcomes: list[_Outcome]) -> Scores:
-    tokens = sum(count for _, count in (outcome.gold for outcome in outcomes))
-    gold_loss = sum(loss for loss, _ in (outcome.gold for outcome in outcomes)) / tokens
-    # The error of a ratio of sums, questions drawn at random.
-    deviations = [loss - gold_loss * count for loss, count in (outcome.gold for outcome in outcomes)]
+    tokens = sum(outcome.gold_tokens for outcome in outcomes)
+    gold_loss = sum(outcome.gold_nll for outcome in outcomes) / tokens
+    # The standard error of a ratio of sums, questions drawn at random.
+    deviations = [outcome.gold_nll - gold_loss * outcome.gold_tokens for outcome in outcomes]
     stderr = math.sqrt(sum(deviation**2 for deviation in deviations)) / tokens
-    answered = [outcome for outcome in outcomes if outcome.right is not None]
-    if not answered:
-        return Scores(len(outcomes), gold_loss, stderr)
-    accuracy, accuracy_stderr = _share([bool(outcome.right) for outcome in answered])
-    norm, norm_stderr = _share([bool(outcome.right_norm) for outcome in answered])
-    majority = _majority([outcome.record for outcome in answered])
-    return Scores(len(outcomes), gold_loss, stderr, accuracy, accuracy_stderr, norm, norm_stderr, majority)
+    share = proportion([outcome.right for outcome in outcomes])
+    if not all(outcome.record.choices for outcome in outcomes):
+        return Scores(len(outcomes), gold_loss, stderr, *share)
+    norm = proportion([outcome.right_norm for outcome in outcomes])
+    majority = _majority([outcome.record for outcome in outcomes])
+    return Scores(len(outcomes), gold_loss, stderr, *share, *norm, majority)
 
 
 def _majority(records: list[Record]) -> float:
@@ -92,6 +99,7 @@ def _majority(records: list[Record]) -> float:
     return sum(max(labels.values()) for labels in counts.values()) / len(records)
 
 
-def _share(hits: list[bool]) -> tuple[float, float]:
+def proportion(hits: Sequence[bool]) -> tuple[float, float]:
+    """The share of hits and its standard error."""
     share = sum(hits) / len(hits)
     return share, math.sqrt(share * (1 - share) / max(1, len(hits) - 1))

@@ -1,99 +1,129 @@
 """Log-likelihoods of answers given prompts, with no work done twice.
 
 The choices of a question share its prompt. The prompt goes through the model once, but for its last token; its keys and
-values are then repeated for each choice, and logits are computed at the answers' positions only. Questions are batched
-by equal prompt length, so that nothing is padded before an answer. For short answers this is two to three times
-faster than scoring prompt and choice together.
+values are then repeated for each choice, and logits are computed at the answers' positions only. Batches are large: a
+pass over a vocabulary of 262,144 costs about a second on a CPU however few its rows.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from smoa.experiments.answer_loss import answer_nll, answer_positions, collate, logits_at
+from smoa.experiments.answer_loss import answer_logits, answer_nll, answer_positions, collate, logits_at
 from smoa.experiments.prompts import Encoded
 
 # The numbers, in the caller's list, of sequences that share a prompt.
 Group = list[int]
 
 
-def sequence_losses(
-    model: nn.Module, sequences: Sequence[Encoded], pad: int, batch_tokens: int
-) -> list[tuple[float, int]]:
-    """For each sequence the sum of its answer tokens' negative log-likelihoods in nats, and their number, in order.
+@dataclass(frozen=True)
+class AnswerScore:
+    """The negative log-likelihood of each answer token in nats, and whether greedy decoding would give this answer:
+    every token of it is the likeliest at its place."""
 
-    ``batch_tokens`` bounds the padded tokens of a batch. Dropout is off and no gradient kept; the mode is put back.
+    nll: tuple[float, ...]
+    greedy: bool
+
+    @property
+    def loss(self) -> float:
+        """The answer's negative log-likelihood."""
+        return sum(self.nll)
+
+
+def score_answers(model: nn.Module, sequences: Sequence[Encoded], pad: int, batch_tokens: int) -> list[AnswerScore]:
+    """The score of each sequence's answer, in order. ``batch_tokens`` bounds the padded tokens of a batch.
+
+    Dropout is off and no gradient kept; the model's mode is put back.
     """
-    found: list[tuple[float, int]] = [(math.nan, 0)] * len(sequences)
+    found: dict[int, AnswerScore] = {}
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode():
             for groups in _batches(sequences, batch_tokens):
                 numbers = [number for group in groups for number in group]
-                nll = _batch_nll(model, [[sequences[number] for number in group] for group in groups], pad)
-                counts = [len(sequences[number].answer) for number in numbers]
-                for number, part in zip(numbers, torch.split(nll, counts), strict=True):
-                    found[number] = (float(part.sum()), len(part))
+                scores = _score_batch(model, [[sequences[number] for number in group] for group in groups], pad)
+                found.update(zip(numbers, scores, strict=True))
     finally:
         model.train(was_training)
-    return found
+    return [found[number] for number in range(len(sequences))]
 
 
 def _batches(sequences: Sequence[Encoded], batch_tokens: int) -> Iterator[list[Group]]:
-    """Groups of neighbours with the same prompt, batched by equal prompt length, longest first."""
+    """Neighbours with the same prompt are a group; groups of like length are a batch, longest first."""
     groups = [list(group) for _, group in groupby(range(len(sequences)), key=lambda number: sequences[number].prompt)]
 
-    def prompt_length(group: Group) -> int:
-        return len(sequences[group[0]].prompt)
-
     def cost(group: Group) -> int:
-        return prompt_length(group) + len(group) * max(len(sequences[number].answer) for number in group)
+        longest = max(len(sequences[number].answer) for number in group)
+        return len(sequences[group[0]].prompt) + len(group) * longest
 
-    for _, alike in groupby(sorted(groups, key=prompt_length, reverse=True), key=prompt_length):
-        batch: list[Group] = []
-        for group in sorted(alike, key=cost, reverse=True):
-            if batch and (len(batch) + 1) * cost(batch[0]) > batch_tokens:
-                yield batch
-                batch = []
-            batch.append(group)
+    batch: list[Group] = []
+    for group in sorted(groups, key=cost, reverse=True):
+        if batch and (len(batch) + 1) * cost(batch[0]) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(group)
+    if batch:
         yield batch
 
 
-def _batch_nll(model: nn.Module, groups: list[list[Encoded]], pad: int) -> Tensor:
-    """(N,) for the N answer tokens of all sequences in order; all prompts are equally long."""
+def _score_batch(model: nn.Module, groups: list[list[Encoded]], pad: int) -> list[AnswerScore]:
+    """Scores of all sequences in order."""
     sequences = [sequence for group in groups for sequence in group]
-    shared = len(sequences[0].prompt) - 1
-    cache = _prompt_cache(model, [group[0].prompt[:shared] for group in groups], [len(group) for group in groups])
-    skipped = 0 if cache is None else shared
-    batch = collate([Encoded(s.prompt[skipped:], s.answer, ends=s.ends) for s in sequences], pad)
-    device = _device(model)
-    labels = batch["labels"].to(device)
-    # No attention mask: what is padded comes after the answers, where causal attention never looks.
+    prompts = [group[0].prompt[:-1] for group in groups]
+    repeats = torch.tensor([len(group) for group in groups])
+    shared = _prompt_pass(model, prompts, repeats, pad) if int(repeats.max()) > 1 and all(prompts) else None
+    # What is left of a sequence whose prompt is in the cache begins with the prompt's last token.
+    rest = sequences if shared is None else [Encoded(s.prompt[-1:], s.answer, ends=s.ends) for s in sequences]
+    batch = {name: tensor.to(_device(model)) for name, tensor in collate([one.row for one in rest], pad).items()}
+    labels = batch.pop("labels")
+    inputs: dict[str, Any] = {**batch, "use_cache": False} if shared is None else shared.continued_by(batch)
     with logits_at(model, answer_positions(labels)):
-        options = {"use_cache": False} if cache is None else {"past_key_values": cache}
-        logits = model(input_ids=batch["input_ids"].to(device), **options).logits
-    return answer_nll(logits, labels)
+        logits = model(**inputs).logits
+    counts = [len(sequence.answer) for sequence in sequences]
+    nll = torch.split(answer_nll(logits, labels), counts)
+    hits = torch.split(answer_logits(logits, labels).argmax(-1) == labels[labels >= 0], counts)
+    return [AnswerScore(tuple(one.tolist()), bool(hit.all())) for one, hit in zip(nll, hits, strict=True)]
 
 
-def _prompt_cache(model: nn.Module, prompts: list[list[int]], repeats: list[int]) -> Any:
-    """Keys and values of the prompts, each repeated for its sequences; None where the model keeps none, or where
-    nothing would be gained."""
-    if not prompts[0] or max(repeats) == 1:
-        return None
-    ids = torch.tensor(prompts, device=_device(model))
-    with logits_at(model, torch.zeros_like(ids, dtype=torch.bool)):
-        cache: Any = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
+@dataclass(frozen=True)
+class _PromptCache:
+    """Keys and values of left-padded prompts, each repeated for its sequences, with ``mask`` (sequences, width)."""
+
+    keys_and_values: Any
+    mask: Tensor
+
+    def continued_by(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+        """The model's inputs for right-padded continuations."""
+        lengths = self.mask.sum(dim=1, keepdim=True)
+        return {
+            "input_ids": batch["input_ids"],
+            "attention_mask": torch.cat([self.mask, batch["attention_mask"]], dim=1),
+            "position_ids": lengths + torch.arange(batch["input_ids"].shape[1], device=lengths.device),
+            "past_key_values": self.keys_and_values,
+        }
+
+
+def _prompt_pass(model: nn.Module, prompts: list[list[int]], repeats: Tensor, pad: int) -> _PromptCache | None:
+    """Run each prompt once; None where the model keeps no keys and values that can be repeated."""
+    width, device = max(map(len, prompts)), _device(model)
+    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    with logits_at(model, torch.zeros_like(mask, dtype=torch.bool)):
+        output = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
+    cache: Any = getattr(output, "past_key_values", None)
     if not hasattr(cache, "batch_select_indices"):
         return None
-    cache.batch_select_indices(torch.repeat_interleave(torch.tensor(repeats)).to(ids.device))
-    return cache
+    rows = torch.repeat_interleave(repeats).to(device)
+    cache.batch_select_indices(rows)
+    return _PromptCache(cache, mask[rows])
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -97,12 +97,9 @@ class Encoded:
     answer_cut: int = 0
 
     @property
-    def input_ids(self) -> list[int]:
-        return self.prompt + self.answer
-
-    @property
-    def labels(self) -> list[int]:
-        return [IGNORED] * len(self.prompt) + self.answer
+    def row(self) -> dict[str, list[int]]:
+        """``input_ids`` and ``labels``, as the Trainer wants them."""
+        return {"input_ids": self.prompt + self.answer, "labels": [IGNORED] * len(self.prompt) + self.answer}
 
 
 class PromptEncoder:
@@ -140,7 +137,11 @@ class PromptEncoder:
 
     def encode(self, record: Record, response: str, end: bool) -> Encoded:
         """Token ids of a record's prompt with any response."""
-        prompt, answer = self._tokens(self.prompt_text(record), response)
+        return self.encode_texts(self.prompt_text(record), response, end)
+
+    def encode_texts(self, prompt_text: str, response: str, end: bool) -> Encoded:
+        """Token ids of a prompt that is already in the template, and a response."""
+        prompt, answer = self._tokens(prompt_text, response)
         if end:
             answer = [*answer, self._end_token()]
         return self._fit(prompt, answer, end)

@@ -107,8 +107,8 @@ def make_trainer(
     trainer = AnswerTrainer(
         model=model,
         args=arguments,
-        train_dataset=examples,
-        eval_dataset=[ready.encoder.example(record) for record in ready.records.validation] or None,
+        train_dataset=[example.row for example in examples],
+        eval_dataset=[ready.encoder.example(record).row for record in ready.records.validation] or None,
         data_collator=partial(collate, pad=ready.encoder.pad),
         processing_class=ready.tokenizer,
         callbacks=[ProgressReport()],

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from smoa.errors import MergeError
 from smoa.experiments.answer_loss import collate
 from smoa.experiments.config import RunConfig
-from smoa.experiments.likelihood import sequence_losses
+from smoa.experiments.likelihood import score_answers
 from smoa.experiments.run_folder import RunFolder
 from smoa.experiments.training import Prepared, load_model
 
@@ -60,8 +60,8 @@ def _check(agreement: Agreement, tolerance: float) -> None:
 
 def _gold_loss(config: RunConfig, ready: Prepared, model: nn.Module) -> float:
     sequences = [ready.encoder.gold(record) for record in ready.records.test]
-    losses = sequence_losses(model, sequences, ready.encoder.pad, config.task.eval_batch_tokens)
-    return sum(loss for loss, _ in losses) / sum(count for _, count in losses)
+    scores = score_answers(model, sequences, ready.encoder.pad, config.task.eval_batch_tokens)
+    return sum(score.loss for score in scores) / sum(len(score.nll) for score in scores)
 
 
 def _logits(ready: Prepared, model: nn.Module, questions: int = 8) -> Tensor:
@@ -71,7 +71,7 @@ def _logits(ready: Prepared, model: nn.Module, questions: int = 8) -> Tensor:
     rows = []
     with torch.inference_mode():
         for prompt in prompts:
-            inputs = collate([prompt], ready.encoder.pad)["input_ids"][:, : len(prompt.prompt)].to(device)
+            inputs = collate([prompt.row], ready.encoder.pad)["input_ids"][:, : len(prompt.prompt)].to(device)
             rows.append(model(input_ids=inputs).logits[0, -1].float())
     return torch.stack(rows)
 

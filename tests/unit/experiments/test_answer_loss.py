@@ -15,7 +15,7 @@ BATCH = [Encoded([1, 5, 6, 7], [8, 9], ends=False), Encoded([1, 5], [10, 11, 12]
 
 @pytest.fixture
 def batch() -> dict[str, Tensor]:
-    return collate(BATCH, pad=0)
+    return collate([one.row for one in BATCH], pad=0)
 
 
 @pytest.fixture(params=["llama", "gemma3", "gpt2"])

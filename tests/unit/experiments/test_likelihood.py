@@ -5,7 +5,7 @@ import torch
 from transformers import PreTrainedModel
 
 from smoa.experiments.answer_loss import answer_nll, collate
-from smoa.experiments.likelihood import sequence_losses
+from smoa.experiments.likelihood import score_answers
 from smoa.experiments.prompts import Encoded
 from tests import tiny_models
 
@@ -22,7 +22,7 @@ SEQUENCES = [
 
 
 def one_by_one(model: PreTrainedModel, sequence: Encoded) -> float:
-    batch = collate([sequence], pad=0)
+    batch = collate([sequence.row], pad=0)
     labels = batch.pop("labels")
     with torch.no_grad():
         return float(answer_nll(model(**batch).logits, labels).sum())
@@ -32,12 +32,24 @@ def one_by_one(model: PreTrainedModel, sequence: Encoded) -> float:
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
 def test_sharing_prompts_gives_what_scoring_one_by_one_gives(family: str, batch_tokens: int) -> None:
     model = tiny_models.build(family).eval()
-    found = sequence_losses(model, SEQUENCES, pad=0, batch_tokens=batch_tokens)
-    assert [count for _, count in found] == [len(sequence.answer) for sequence in SEQUENCES]
-    assert [loss for loss, _ in found] == pytest.approx([one_by_one(model, s) for s in SEQUENCES], rel=1e-4)
+    found = score_answers(model, SEQUENCES, pad=0, batch_tokens=batch_tokens)
+    assert [len(score.nll) for score in found] == [len(sequence.answer) for sequence in SEQUENCES]
+    assert [score.loss for score in found] == pytest.approx([one_by_one(model, s) for s in SEQUENCES], rel=1e-4)
 
 
 def test_the_model_is_left_in_the_mode_it_was_in() -> None:
     model = tiny_models.build("llama").train()
-    sequence_losses(model, SEQUENCES, pad=0, batch_tokens=100)
+    score_answers(model, SEQUENCES, pad=0, batch_tokens=100)
     assert model.training
+
+
+def test_greedy_means_that_decoding_gives_the_answer() -> None:
+    model = tiny_models.build("llama").eval()
+    prompt = [1, 5, 6, 7]
+    written = model.generate(
+        torch.tensor([prompt]), max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    answer = written[0, 4:].tolist()
+    other = [*answer[:2], (answer[2] + 1) % tiny_models.VOCAB_SIZE]
+    sequences = [Encoded(prompt, answer, ends=False), Encoded(prompt, other, ends=False)]
+    assert [score.greedy for score in score_answers(model, sequences, pad=0, batch_tokens=100)] == [True, False]

@@ -42,27 +42,29 @@ def test_an_example_begins_with_bos_ends_with_eos_and_is_trained_on_the_answer_o
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     example = PromptEncoder(tokenizer).example(SUN)
-    assert example.input_ids[0] == tokenizer.bos_token_id
-    assert example.input_ids.count(tokenizer.bos_token_id) == 1
-    assert example.input_ids[-1] == tokenizer.eos_token_id
-    trained = [token for token, label in zip(example.input_ids, example.labels, strict=True) if label != IGNORED]
+    assert example.row["input_ids"][0] == tokenizer.bos_token_id
+    assert example.row["input_ids"].count(tokenizer.bos_token_id) == 1
+    assert example.row["input_ids"][-1] == tokenizer.eos_token_id
+    trained = [token for token, label in zip(*example.row.values(), strict=True) if label != IGNORED]
     assert tokenizer.decode(trained) == "the Sun<eos>"
     assert tokenizer.decode(example.prompt).endswith("### Response:\n")
 
 
 def test_a_tokenizer_that_adds_no_bos_gets_none() -> None:
     example = PromptEncoder(lab.byte_tokenizer(adds_bos=False)).example(SUN)
-    assert 1 not in example.input_ids
+    assert 1 not in example.row["input_ids"]
 
 
 def test_a_scored_choice_has_no_end_token(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert all(encoded.input_ids[-1] != tokenizer.eos_token_id for encoded in PromptEncoder(tokenizer).choices(SUN))
+    assert all(
+        encoded.row["input_ids"][-1] != tokenizer.eos_token_id for encoded in PromptEncoder(tokenizer).choices(SUN)
+    )
 
 
 def test_truncation_keeps_bos_and_the_prompts_tail_and_counts_what_it_cut(tokenizer: PreTrainedTokenizerFast) -> None:
     whole = PromptEncoder(tokenizer).example(SUN)
     short = PromptEncoder(tokenizer, max_length=30).example(SUN)
-    assert len(short.input_ids) == 30
+    assert len(short.row["input_ids"]) == 30
     assert short.prompt[0] == tokenizer.bos_token_id
     assert short.prompt[1:] == whole.prompt[-(len(short.prompt) - 1) :]
     assert short.answer == whole.answer
@@ -71,7 +73,7 @@ def test_truncation_keeps_bos_and_the_prompts_tail_and_counts_what_it_cut(tokeni
 
 def test_an_answer_too_long_for_the_limit_loses_its_end_and_is_counted(tokenizer: PreTrainedTokenizerFast) -> None:
     encoded = PromptEncoder(tokenizer, max_length=8).example(Record("own", "1", "Say it.", "a long long answer"))
-    assert len(encoded.input_ids) == 8
+    assert len(encoded.row["input_ids"]) == 8
     assert encoded.answer_cut > 0
     assert not encoded.ends
 

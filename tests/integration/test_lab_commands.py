@@ -1,0 +1,170 @@
+"""Every command of the lab on a tiny random model, and what must hold between them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from smoa.cli.main import app
+from smoa.experiments import training
+from smoa.experiments.answer_loss import AnswerTrainer
+from smoa.experiments.config import check_config
+from tests import lab
+
+# Not ours: the data loader of a CPU-only torch, and a deprecation between transformers and peft.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:'pin_memory' argument"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
+]
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A run of four steps."""
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
+    lab.fill_cache(tmp_path / "cache", lab.questions(40, "train"), lab.questions(6, "test"))
+    return {
+        "model": {"name": str(lab.tiny_base(tmp_path / "base"))},
+        "method": "smoa",
+        "adapter": {"r": 4, "num_blocks": 2, "smoa_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]},
+        "data": {"tasks": ["arc_easy"], "train_examples": 16, "validation_examples": 2},
+        "training": {
+            "output_dir": str(tmp_path / "run"),
+            "max_steps": 4,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 0.01,
+            "save_steps": 2,
+            "logging_steps": 1,
+            "use_cpu": True,
+        },
+    }
+
+
+@pytest.fixture
+def run(config: dict[str, Any]) -> Path:
+    """A finished run's folder."""
+    training.train(check_config(config))
+    return Path(config["training"]["output_dir"])
+
+
+def invoke(*arguments: object) -> str:
+    """The output of a command that must succeed."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_a_killed_run_resumes_to_the_same_bits(
+    config: dict[str, Any], run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config["training"]["output_dir"] = str(run.with_name("killed"))
+    whole_step = AnswerTrainer.training_step
+
+    def killed(self: AnswerTrainer, *args: Any, **options: Any) -> torch.Tensor:
+        if self.state.global_step == 3:
+            raise KeyboardInterrupt
+        return whole_step(self, *args, **options)
+
+    monkeypatch.setattr(AnswerTrainer, "training_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(check_config(config))
+    monkeypatch.setattr(AnswerTrainer, "training_step", whole_step)
+    metrics = training.train(check_config(config))
+    assert metrics["training"]["resumed"]
+    ours, theirs = (
+        load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (run.with_name("killed"), run)
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert metrics["evaluation"]["after"] == json.loads((run / "metrics.json").read_text())["evaluation"]["after"]
+
+
+def test_an_unfinished_run_is_not_resumed_by_another_config(config: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("method: lora\n")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    result = CliRunner().invoke(app, ["train", str(tmp_path / "config.yaml")])
+    assert result.exit_code == 1
+    assert "unfinished run of another config" in result.output
+
+
+def test_eval_gives_what_training_gave_and_lm_eval_agrees(run: Path) -> None:
+    trained = json.loads((run / "metrics.json").read_text())["evaluation"]["after"]["arc_easy"]
+    own = json.loads(invoke("eval", run, "--json"))["scores"]["arc_easy"]
+    assert own == pytest.approx(trained)
+    pytest.importorskip("lm_eval")
+    harness = json.loads(invoke("eval", run, "--protocol", "lm-eval", "--json"))["scores"]["arc_easy"]
+    named = {"acc": "accuracy", "acc_norm": "accuracy_norm"}
+    for theirs, ours in named.items():
+        assert harness[theirs] == pytest.approx(own[ours])
+        assert harness[f"{theirs}_stderr"] == pytest.approx(own[f"{ours}_stderr"])
+
+
+def test_generation_counts_what_it_could_not_extract_and_keeps_every_text(run: Path, tmp_path: Path) -> None:
+    output = tmp_path / "texts.json"
+    table = invoke("eval", run, "task.answer=label", "--protocol", "generation", "--output", output)
+    assert "extraction failures" in table
+    result = json.loads(output.read_text())
+    assert len(result["texts"]) == 6
+    assert result["scores"]["arc_easy"]["extraction_failures"] == sum(one["found"] is None for one in result["texts"])
+    again = CliRunner().invoke(app, ["eval", str(run), "--output", str(output)])
+    assert "never overwritten" in again.output
+
+
+def test_the_untouched_model_is_scored_from_a_config(run: Path) -> None:
+    before = json.loads((run / "metrics.json").read_text())["evaluation"]["before"]["arc_easy"]
+    assert json.loads(invoke("eval", run / "config.yaml", "--json"))["scores"]["arc_easy"] == pytest.approx(before)
+
+
+def test_a_merged_model_scores_as_the_adapter_does(run: Path, tmp_path: Path) -> None:
+    report = json.loads(invoke("merge", run, tmp_path / "merged", "--json"))
+    assert report["layers"] == 4
+    assert report["update_lost"] < 1e-5
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype == torch.float32
+    merged = json.loads(invoke("eval", run / "config.yaml", f"model.name={tmp_path / 'merged'}", "--json"))
+    adapter = json.loads(invoke("eval", run, "--json"))
+    assert merged["scores"]["arc_easy"]["gold_loss"] == pytest.approx(
+        adapter["scores"]["arc_easy"]["gold_loss"], rel=1e-4
+    )
+
+
+def test_merging_into_bfloat16_says_what_it_lost(run: Path, tmp_path: Path) -> None:
+    report = json.loads(invoke("merge", run, tmp_path / "merged", "--dtype", "bfloat16", "--json"))
+    assert report["update_lost"] > 0.001
+    again = CliRunner().invoke(app, ["merge", str(run), str(tmp_path / "merged")])
+    assert again.exit_code == 1
+    assert "exists" in again.output
+
+
+def test_inspect_tells_a_rank_above_r(run: Path) -> None:
+    layers = json.loads(invoke("inspect", run, "--json"))
+    assert len(layers) == 4
+    assert all(layer["rank"] > 4 for layer in layers)
+    assert all(layer["parameters"] == 4 * (layer["rows"] + layer["columns"]) // 2 for layer in layers)
+    assert "effective rank" in invoke("inspect", run)
+
+
+def test_budget_spends_no_more_than_it_may(config: dict[str, Any]) -> None:
+    choices = json.loads(invoke("budget", config["model"]["name"], "1%", "--json"))
+    assert [choice["num_blocks"] for choice in choices][:2] == [1, 2]
+    assert all(0.5 < choice["percent"] <= 1.0 for choice in choices)
+    assert choices[1]["r"] > choices[0]["r"]
+    result = CliRunner().invoke(app, ["budget", config["model"]["name"], "much"])
+    assert "neither a percentage" in result.output
+
+
+def test_data_lists_and_prepares(config: dict[str, Any]) -> None:
+    tasks = {row["task"] for row in json.loads(invoke("data", "list", "--json"))}
+    assert {"boolq", "hellaswag", "gsm8k", "chitchat"} <= tasks
+    (row,) = json.loads(invoke("data", "prepare", "arc_easy", "--json"))
+    assert row["train"] == 38
+    result = CliRunner().invoke(app, ["data", "prepare", "arc_esy"])
+    assert "did you mean 'arc_easy'" in result.output
