@@ -338,3 +338,12 @@ def test_a_merged_layer_forward_does_not_add_the_adapter_again() -> None:
     x = torch.randn(5, 13, dtype=torch.float64)
     layer.merge()
     assert torch.equal(layer(x), layer.get_base_layer()(x))
+
+
+@pytest.mark.filterwarnings("ignore:All adapters are already merged:UserWarning")
+def test_a_safe_merge_of_what_is_merged_already_does_not_count_it_twice() -> None:
+    layer = adapted_layer(base_layer(11, 13, dtype=torch.float16), r=7, num_blocks=3)
+    largest = float(layer.get_delta_weight("default").detach().abs().max())
+    layer.set_scale("default", 40_000 / largest)
+    layer.merge(safe_merge=True)
+    layer.check_merge()
