@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, the machine and versions a result belongs to, result files."""
+"""What the benchmarks share: timing of methods in turn, the machine and versions a result belongs to, result files."""
 
 from __future__ import annotations
 
@@ -30,12 +30,19 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def seconds(function: Callable[[], object], device: torch.device | None = None) -> float:
-    """Wall time of one call, with the device's queue empty before and after."""
+    """Time of one call, with the device's queue empty before and after: see `clock_name`."""
+    clock = time.process_time if clock_name(device) == "cpu" else time.perf_counter
     synchronize(device)
-    start = time.perf_counter()
+    start = clock()
     function()
     synchronize(device)
-    return time.perf_counter() - start
+    return clock() - start
+
+
+def clock_name(device: torch.device | None) -> str:
+    """`wall`, or `cpu` with one thread: no thread spins there, so other processes hardly change the CPU time."""
+    on_cpu = device is None or device.type == "cpu"
+    return "cpu" if on_cpu and torch.get_num_threads() == 1 else "wall"
 
 
 def synchronize(device: torch.device | None) -> None:
@@ -91,6 +98,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "peft", "transformers")},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "clock": clock_name(device),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }

@@ -186,7 +186,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="folder of Gemma 3 270M as safetensors (default: the cached one)")
     parser.add_argument("--layers", help="only these layers, as 0,8,17 (default: all)")
+    parser.add_argument("--threads", type=int, help="torch threads; 1 measures CPU time, for a busy machine")
     arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     wanted = arguments.layers.split(",") if arguments.layers else None
     weights = {
         n: w

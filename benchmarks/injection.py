@@ -102,7 +102,10 @@ def main() -> None:
     parser.add_argument("--only", choices=BARS, help="one part (default: all)")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int, help="torch threads; 1 measures CPU time, for a busy machine")
     arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     device = pick_device(arguments.device)
 
     for part in [arguments.only] if arguments.only else BARS:
@@ -113,7 +116,7 @@ def main() -> None:
             result = random_weight(SHAPES[part], arguments.repeats, device)
         result |= {"bar": BARS[part], "config": {"repeats": arguments.repeats}, "provenance": provenance(device)}
         print(f"{part:12} {result['ratio']:.3f} of torch.linalg.svd (bar {BARS[part]})", result["seconds"])
-        print(write_results(f"injection_{part}", result))
+        print(write_results(f"injection_{part}_{torch.get_num_threads()}_threads", result))
 
 
 if __name__ == "__main__":
