@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
 
 from .config import SmoaConfig
 from .errors import PartitionError
@@ -57,7 +60,7 @@ class SmoaLayer(BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._pristine_blocks: list[DiagonalBlocks] = []
         self.smoa_weight_cache: WeightCache | None = None
-        self.out_features, self.in_features = self.base_weight().shape
+        self.out_features, self.in_features = linear_shape(self.get_base_layer())
 
     def update_layer(
         self,
@@ -114,11 +117,17 @@ class SmoaLayer(BaseTunerLayer):
         if rows.device.type == "meta" or self.base_weight().device.type == "meta":
             raise PartitionError("the base weight is on the meta device; load the weights before the adapter is used")
         if not self._has_valid_labels(adapter_name):
-            num_blocks = self.layout[adapter_name].num_blocks
-            partition = make_partition(self.pristine_weight(), num_blocks, kind, cached_spectral_scores)
+            partition = self._make_partition(self.layout[adapter_name].num_blocks, kind)
             rows.copy_(partition.row_labels)
             cols.copy_(partition.col_labels)
         del self.pending_partition[adapter_name]
+
+    def _make_partition(self, num_blocks: int, kind: PartitionKind) -> SpectralPartition:
+        with gather_params_ctx(self.get_base_layer().weight):  # type: ignore[arg-type]  # whole under DeepSpeed ZeRO-3
+            weight = self.pristine_weight()
+            if isinstance(weight, DTensor):  # sharded by FSDP2
+                weight = weight.full_tensor()
+            return make_partition(weight, num_blocks, kind, cached_spectral_scores)
 
     def _has_valid_labels(self, adapter_name: str) -> bool:
         num_blocks = self.layout[adapter_name].num_blocks
@@ -185,6 +194,14 @@ class SmoaLayer(BaseTunerLayer):
 
     def _present(self, names: list[str]) -> list[str]:
         return [name for name in names if name in self.smoa_A]
+
+
+def linear_shape(base: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features) of a Linear or Conv1D, also while its weight is sharded."""
+    if isinstance(base, Conv1D):
+        shape = getattr(base.weight, "ds_shape", base.weight.shape)
+        return shape[1], shape[0]
+    return int(base.out_features), int(base.in_features)  # type: ignore[arg-type]
 
 
 def _undecided(size: int, device: torch.device) -> Tensor:

@@ -17,7 +17,7 @@ from .checkpoint import check_adapter_state
 from .combining import Combination, check_same_labels, combined_config, fill_combined
 from .config import SmoaConfig
 from .errors import MergeError, PartitionError, SmoaError, UnsupportedModuleError
-from .layer import SmoaLayer
+from .layer import SmoaLayer, linear_shape
 from .linear import Linear
 from .mixed_batch import adapter_names_hooks
 from .spectrum import check_num_blocks
@@ -203,17 +203,13 @@ def _base_of(module: nn.Module) -> nn.Module:
 
 def _check_target(name: str, module: nn.Module, config: SmoaConfig) -> None:
     base = _base_of(module)
-    if type(base) is Conv1D:
-        in_features, out_features = base.weight.shape
-    elif isinstance(base, nn.Linear):
-        in_features, out_features = base.in_features, base.out_features
-    else:
+    if not isinstance(base, (nn.Linear, Conv1D)):
         raise UnsupportedModuleError(
             f"{name}: SMoA can't adapt a {type(base).__module__}.{type(base).__qualname__}; supported are {SUPPORTED}; "
             "leave it out of target_modules or name it in exclude_modules"
         )
     try:
-        check_num_blocks(config.num_blocks, out_features, in_features)
+        check_num_blocks(config.num_blocks, *linear_shape(base))
     except PartitionError as error:
         raise PartitionError(f"{name}: {error}") from None
 
