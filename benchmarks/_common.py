@@ -94,7 +94,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", "src", "benchmarks")),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ":/src", ":/benchmarks")),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "peft", "transformers")},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
