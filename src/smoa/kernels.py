@@ -72,9 +72,7 @@ def _effective_chunks(
     large it is cheaper to stack the blocks' ranks, at max r_k an entry, and to mask.
     """
     stacked = layout.rank - max(layout.ranks) > MASK_COST
-    row_major = weight.stride(0) >= weight.stride(
-        1
-    )  # Conv1D stores columns; the base layer's own order of sums is kept
+    row_major = weight.stride(0) >= weight.stride(1)  # Conv1D's is not; keep the order in which the base layer sums
     spread_a = spread_A(A, layout, sorted_order(col_labels), stacked)
     spread_b = spread_B(B * scaling, layout, sorted_order(row_labels), stacked)
     columns = weight.shape[1]
@@ -129,10 +127,10 @@ def fused_backward(
     if needs_factors:
         _, grad_A, grad_B = branch_backward(g, x, A, B, weight, row_labels, col_labels, ranks, scaling, False)
     if needs_x:
-        grad_x = torch.zeros_like(x)
+        grad_x = torch.empty_like(x)
         layout = BlockLayout.of(weight, ranks)
         for chunk, effective in _effective_chunks(A, B, weight, row_labels, col_labels, layout, scaling):
-            grad_x.addmm_(g[:, chunk], effective)
+            grad_x.addmm_(g[:, chunk], effective, beta=int(chunk.start > 0))
     return grad_x, grad_A, grad_B
 
 
