@@ -9,7 +9,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from smoa.cli.main import app
+from smoa_cli.main import app
 from tests import lab
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"

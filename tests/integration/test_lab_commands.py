@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from smoa.cli.main import app
 from smoa.experiments import training
 from smoa.experiments.answer_loss import AnswerTrainer
 from smoa.experiments.config import check_config
+from smoa_cli.main import app
 from tests import lab
 
 # Not ours: the data loader of a CPU-only torch, and a deprecation between transformers and peft.

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import typer
 
-from smoa.cli.console import print_table, reporting, score, size
 from smoa.errors import DataError
+from smoa_cli.console import print_table, reporting, score, size
 
 
 def test_an_error_of_ours_is_one_line_on_stderr_and_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from smoa.cli.console import print_json, print_table, reporting
+from smoa_cli.console import print_json, print_table, reporting
 
 
 def inspect(

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from smoa.cli.console import print_json, print_table, reporting, score
+from smoa_cli.console import print_json, print_table, reporting, score
 
 
 class Protocol(StrEnum):

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from smoa.cli.console import print_json, print_table, reporting
+from smoa_cli.console import print_json, print_table, reporting
 
 app = typer.Typer(help="List the tasks, or prepare their data ahead of a run.", no_args_is_help=True)
 

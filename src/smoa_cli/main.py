@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from smoa.cli import budget, data, demo, evaluate, inspect, merge, train
+from smoa_cli import budget, data, demo, evaluate, inspect, merge, train
 
 app = typer.Typer(
     name="smoa",

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from smoa.cli.console import print_json, print_table, reporting, size
+from smoa_cli.console import print_json, print_table, reporting, size
 
 
 def budget(

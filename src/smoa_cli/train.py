@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from smoa.cli.console import print_json, print_table, reporting, score, size
+from smoa_cli.console import print_json, print_table, reporting, score, size
 
 
 def train(

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from smoa.cli.console import reporting
-from smoa.cli.train import print_scores
+from smoa_cli.console import reporting
+from smoa_cli.train import print_scores
 
 
 def demo(

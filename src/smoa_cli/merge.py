@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from smoa.cli.console import print_json, reporting
+from smoa_cli.console import print_json, reporting
 
 
 class Dtype(StrEnum):
