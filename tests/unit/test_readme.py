@@ -50,7 +50,7 @@ def test_every_file_of_the_file_map_exists() -> None:
 
 
 def test_the_file_map_names_every_module() -> None:
-    modules = {path.relative_to(ROOT) for path in (ROOT / "src" / "smoa").rglob("*.py")}
+    modules = {path.relative_to(ROOT) for path in (ROOT / "src").rglob("*.py")}
     packages = {path for path in modules if path.name == "__init__.py" and path.parent.name != "smoa"}
     assert sorted(modules - packages - set(mapped_files())) == []
 
