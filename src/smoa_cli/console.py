@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +29,8 @@ def reporting() -> Iterator[None]:
     logger = logging.getLogger("smoa")
     logger.addHandler(shown)
     logger.setLevel(logging.INFO)
+    # Between transformers and peft: nothing that a user could do.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     if not terminal:
         transformers.utils.logging.disable_progress_bar()
     try:

@@ -14,11 +14,8 @@ from tests import lab
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 
-# Not ours: the data loader of a CPU-only torch, and a deprecation between transformers and peft.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:'pin_memory' argument"),
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
-]
+# Not ours: a deprecation between transformers and peft.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
 
 @pytest.fixture

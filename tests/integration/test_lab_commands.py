@@ -19,11 +19,8 @@ from smoa.experiments.config import check_config
 from smoa_cli.main import app
 from tests import lab
 
-# Not ours: the data loader of a CPU-only torch, and a deprecation between transformers and peft.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:'pin_memory' argument"),
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
-]
+# Not ours: a deprecation between transformers and peft.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
 
 @pytest.fixture
