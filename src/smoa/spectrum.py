@@ -32,8 +32,10 @@ PartitionKind = Literal["spectral", "contiguous", "random"]
 UNDECIDED = 255
 """Label of a coordinate whose block is not known yet: labels are one byte, so at most 255 blocks exist."""
 MAX_BLOCKS = UNDECIDED
-GRAM_TILE = 1024
+GRAM_TILE = 512
 """Columns of the Gram matrix formed at a time."""
+SAFE_PEAK = 1e-4, 1e4
+"""Weights whose largest entry lies between are decomposed as they are; others are scaled, which costs a copy."""
 ROW_TILE = 1024
 """Rows of WV held at a time: nothing of the weight's size is kept."""
 
@@ -118,7 +120,8 @@ def spectral_scores(weight: Tensor) -> tuple[Tensor, Tensor]:
     peak = torch.stack(torch.aminmax(weight)).abs().max()
     if not torch.isfinite(peak):
         raise PartitionError("the weight has NaN or infinite entries, so it has no spectrum; load finite weights")
-    weight = weight / peak.clamp_min(torch.finfo(weight.dtype).tiny)  # squares neither overflow nor underflow
+    if not SAFE_PEAK[0] < peak < SAFE_PEAK[1]:  # else squares would underflow or overflow; scores ignore the scale
+        weight = weight / peak.clamp_min(torch.finfo(weight.dtype).tiny)
     if weight.shape[0] >= weight.shape[1]:
         return _tall_scores(weight)
     col_scores, row_scores = _tall_scores(weight.T)
