@@ -29,7 +29,7 @@ def compare(base: OneLayer, num_blocks: int, arguments: argparse.Namespace) -> d
     if arguments.compile:
         models = {name: torch.compile(model, fullgraph=name != "released") for name, model in models.items()}
     steps = {name: training_step(model, x, grad) for name, model in models.items()}
-    interleaved(steps, 1, weight.device)  # warm up
+    interleaved(steps, arguments.warm_up, weight.device)
     others = busy_elsewhere()
     times = interleaved(steps, arguments.repeats, weight.device)
     frozen = times["frozen"]
@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--num-blocks", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--r", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=8)
+    parser.add_argument("--warm-up", type=int, default=1)
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--compile", action="store_true", help="torch.compile every method")
     parser.add_argument("--device", default="auto")
@@ -74,7 +75,9 @@ def main() -> None:
     for num_blocks in arguments.num_blocks:
         results.append(compare(base, num_blocks, arguments))
         print(report(results[-1]), flush=True)
-    name = f"layer_step_{arguments.shape}_{arguments.dtype}{'_compiled' if arguments.compile else ''}"
+    name = f"layer_step_{arguments.shape}_{arguments.dtype}"
+    name += "" if arguments.tokens == 1024 else f"_{arguments.tokens}"
+    name += "_compiled" if arguments.compile else ""
     content = {"config": vars(arguments), "results": results, "provenance": provenance(device)}
     print(write_results(name, content))
 

@@ -1,0 +1,185 @@
+"""Write the tables and pictures of docs/performance.md from benchmarks/results/*.json.
+
+    python benchmarks/report.py
+
+Tables stand between `<!-- begin NAME -->` and `<!-- end NAME -->`; the rest of the page is written by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+from _common import FOLDER, RESULTS
+from _layers import lower_quartile
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+DOCS = FOLDER.parent / "docs"
+AXES = {"tokens": "tokens", "width": "width m = n", "num_blocks": "blocks K", "r": "rank budget r"}
+FLOOR_BARS = {"4096x4096_float32": 1.20, "4096x4096_bfloat16": 1.40, "2048x640_float32": 1.25}
+
+
+def load(name: str) -> dict[str, Any] | None:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def machine(content: dict[str, Any]) -> str:
+    origin = content["provenance"]
+    return f"{origin['device']}, {origin['threads']} threads, PyTorch {origin['versions']['torch']}"
+
+
+def layer_step(compiled: bool = False) -> str:
+    """One row for each case and K: ratios to the frozen layer."""
+    methods = ("smoa", "lora", "hira", "released")
+    rows = []
+    for path in sorted(RESULTS.glob("layer_step_*.json")):
+        case = path.stem.removeprefix("layer_step_")
+        if case.endswith("_compiled") == compiled:
+            content = json.loads(path.read_text())
+            rows += [_layer_row(case, content["config"]["tokens"], result, methods) for result in content["results"]]
+    header = ["layer, dtype", "tokens", "K", "frozen, s", "SMoA", "LoRA", "HiRA", "released", "floor", "÷ floor", "bar"]
+    return table([*header, "of the slower"], rows)
+
+
+def _layer_row(case: str, tokens: int, result: dict[str, Any], methods: tuple[str, ...]) -> list[str]:
+    ratio = result["ratio"]
+    shape_and_dtype = "_".join(case.split("_")[:2])
+    slower = [ratio[name] for name in ("hira", "released") if name in ratio]
+    return [
+        shape_and_dtype.replace("_", ", "),
+        str(tokens),
+        str(result["num_blocks"]),
+        f"{lower_quartile(result['seconds']['frozen']):.3f}",
+        *(f"{ratio[name]:.2f}" if name in ratio else "–" for name in methods),
+        f"{result['floor']:.3f}",
+        f"{ratio['smoa'] / result['floor']:.2f} ({result['ratio_of_fastest']['smoa'] / result['floor']:.2f})",
+        f"{FLOOR_BARS[shape_and_dtype]:.2f}",
+        f"{ratio['smoa'] / min(slower):.2f}" if slower else "–",
+    ]
+
+
+def model_step() -> str:
+    content = load("model_step")
+    assert content is not None
+    rows = [
+        [
+            name,
+            f"{content['trainable'][key]:,}",
+            f"{lower_quartile(content['seconds'][key]):.2f}",
+            f"{content['peak_bytes'][key] / 1e9:.2f}",
+        ]
+        for key, name in (("smoa", "SMoA, K=4, r=32"), ("lora", "LoRA, r=8"))
+    ]
+    rows.append(["SMoA ÷ LoRA (bar)", "1", f"{content['ratio']:.3f} (1.15)", f"{content['memory_ratio']:.3f} (1.03)"])
+    return table(["method", "trainable parameters", "step, s", "peak memory, GB"], rows)
+
+
+def decoding() -> str:
+    content = load("decoding")
+    assert content is not None
+    names = {
+        "base": "base model",
+        "merged": "SMoA, merged",
+        "cached": "SMoA, unmerged, `cached_weights`",
+        "unmerged": "SMoA, unmerged",
+        "lora": "LoRA, unmerged",
+    }
+    bars = content["bars"]
+    rows = [
+        [
+            name,
+            f"{content['tokens_per_second'][key]:.1f}",
+            f"{content['ratio'][key]:.2f}",
+            f"{content['ratio_of_fastest'][key]:.2f}",
+            f"{bars[key]:.2f}" if key in bars else "–",
+        ]
+        for key, name in names.items()
+    ]
+    note = (
+        f"The cache takes {content['cache_bytes'] / 1e6:.0f} MB beside a model of "
+        f"{content['model_bytes'] / 1e6:.0f} MB, and {content['seconds_to_fill_cache']:.2f} s to fill."
+    )
+    return table(["route", "tokens/s", "time ÷ base", "of the fastest", "bar"], rows) + f"\n\n{note}"
+
+
+def thresholds() -> str:
+    content = load("thresholds_fused_min_tokens")
+    assert content is not None
+    cells = {(tuple(row["shape"]), row["num_blocks"], row["tokens"]): row for row in content["results"]}
+    cases = sorted({(shape, blocks) for shape, blocks, _ in cells})
+    tokens = sorted({count for _, _, count in cells})
+    rows = [
+        [f"{shape[0]}×{shape[1]}, K={blocks}"]
+        + [f"{cells[shape, blocks, t]['fused'] / cells[shape, blocks, t]['apart']:.2f}" for t in tokens]
+        for shape, blocks in cases
+    ]
+    return table(["fused ÷ apart, at tokens", *map(str, tokens)], rows)
+
+
+def draw_sweep(content: dict[str, Any]) -> None:
+    """Time ÷ floor and kept bytes against tokens, width, K and r, one picture each."""
+    panels: dict[str, tuple[str, Callable[[Axes, list[dict[str, Any]], list[int]], None]]] = {
+        "time": ("training step ÷ floor", _draw_time),
+        "memory": ("MB kept for the backward", _draw_memory),
+    }
+    for name, (label, draw) in panels.items():
+        figure = Figure(figsize=(9, 6), dpi=120, layout="constrained")
+        for axes, (quantity, title) in zip(figure.subplots(2, 2).flat, AXES.items(), strict=True):
+            points = content["results"][quantity]
+            draw(axes, points, [point[quantity] for point in points])
+            axes.set(xlabel=title, ylabel=label)
+            axes.set_xscale("log", base=2)
+            axes.grid(True, color="0.9")
+            axes.legend(fontsize=8)
+        figure.suptitle(
+            f"One SMoA layer, {content['config']['dtype']}; where not varied: 1,024 tokens, 2048×2048, K=4, r=32\n"
+            + machine(content),
+            fontsize=9,
+        )
+        figure.savefig(DOCS / "images" / f"performance-{name}.png")
+
+
+def _draw_time(axes: Axes, points: list[dict[str, Any]], x: list[int]) -> None:
+    axes.plot(x, [point["over_floor"] for point in points], "o-", color="0.1", label="SMoA ÷ floor")
+    axes.plot(x, [point["ratio"] for point in points], "s:", color="0.5", label="SMoA ÷ frozen layer")
+    axes.axhline(1, color="0.6", linewidth=1)
+    axes.set_ylim(bottom=0)
+
+
+def _draw_memory(axes: Axes, points: list[dict[str, Any]], x: list[int]) -> None:
+    axes.plot(x, [point["kept_bytes"] / 1e6 for point in points], "o-", color="0.1", label="kept by SMoA")
+    axes.plot(x, [point["input_bytes"] / 1e6 for point in points], "s:", color="0.5", label="the input x alone")
+    axes.plot(x, [point["weight_bytes"] / 1e6 for point in points], "^--", color="0.7", label="size of W (not kept)")
+    axes.set_yscale("log")
+
+
+def main() -> None:
+    tables = {
+        "layer-step": layer_step(),
+        "compiled": layer_step(compiled=True),
+        "model-step": model_step(),
+        "decoding": decoding(),
+        "thresholds": thresholds(),
+    }
+    page = DOCS / "performance.md"
+    text = page.read_text()
+    for name, content in tables.items():
+        pattern = rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)"
+        text = re.sub(pattern, lambda match, content=content: f"{match[1]}\n{content}\n\n{match[2]}", text, flags=re.S)
+    page.write_text(text)
+    sweep = load("sweep_float32")
+    if sweep is not None:
+        draw_sweep(sweep)
+
+
+if __name__ == "__main__":
+    main()

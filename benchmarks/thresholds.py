@@ -1,0 +1,91 @@
+"""The two thresholds of the library that were measured, not derived.
+
+    python benchmarks/thresholds.py [--only fused_min_tokens|mask_cost]
+
+`FUSED_MIN_TOKENS` (smoa/linear.py): from how many tokens on a forward without gradients is quicker through W + ΔW.
+`MASK_COST` (smoa/kernels.py): from which rank on stacking the blocks and masking is quicker than scattered factors.
+Writes benchmarks/results/thresholds_<name>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from _common import interleaved, pick_device, provenance, write_results
+from _layers import OneLayer, adapted, lower_quartile, training_step
+
+import smoa.kernels
+import smoa.linear
+
+SHAPES = ((2048, 640), (4096, 4096))
+NUM_BLOCKS = (2, 8)
+
+
+def with_setting(module: Any, name: str, value: int, function: Callable[[], object]) -> Callable[[], None]:
+    def run() -> None:
+        before = getattr(module, name)
+        setattr(module, name, value)
+        function()
+        setattr(module, name, before)
+
+    return run
+
+
+def either_way(module: Any, name: str, function: Callable[[], object], repeats: int) -> dict[str, float]:
+    """Seconds with the threshold below everything ("below") and above everything ("above")."""
+    ways = {way: with_setting(module, name, value, function) for way, value in (("below", -1), ("above", 1 << 30))}
+    interleaved(ways, 1)
+    return {way: lower_quartile(times) for way, times in interleaved(ways, repeats).items()}
+
+
+def fused_min_tokens(device: torch.device, repeats: int) -> list[dict[str, Any]]:
+    """Seconds of a forward without gradients, fused and apart, over tokens."""
+    rows = []
+    for shape in SHAPES:
+        for num_blocks in NUM_BLOCKS:
+            model = adapted("smoa", OneLayer(*shape, torch.float32, device), 32, num_blocks).eval()
+            for tokens in (1, 8, 32, 64, 128, 256, 512):
+                x = torch.randn(tokens, shape[1], device=device)
+                times = either_way(
+                    smoa.linear, "FUSED_MIN_TOKENS", torch.no_grad()(lambda model=model, x=x: model(x)), repeats
+                )
+                row = {"shape": shape, "num_blocks": num_blocks, "tokens": tokens}
+                rows.append(row | {"fused": times["below"], "apart": times["above"]})
+                print(rows[-1], flush=True)
+    return rows
+
+
+def mask_cost(device: torch.device, repeats: int) -> list[dict[str, Any]]:
+    """Seconds of a training step, stacked and scattered, over r."""
+    rows = []
+    for shape in SHAPES:
+        for num_blocks in NUM_BLOCKS:
+            for r in (16, 32, 64, 128, 256):
+                model = adapted("smoa", OneLayer(*shape, torch.float32, device), r, num_blocks)
+                x, grad = torch.randn(128, shape[1], device=device), torch.randn(128, shape[0], device=device)
+                times = either_way(smoa.kernels, "MASK_COST", training_step(model, x, grad), repeats)
+                row = {"shape": shape, "num_blocks": num_blocks, "r": r, "saved_rank": r - -(-r // num_blocks)}
+                rows.append(row | {"stacked": times["below"], "scattered": times["above"]})
+                print(rows[-1], flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    studies = {"fused_min_tokens": fused_min_tokens, "mask_cost": mask_cost}
+    parser.add_argument("--only", choices=studies)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--device", default="auto")
+    arguments = parser.parse_args()
+    device = pick_device(arguments.device)
+    for name in [arguments.only] if arguments.only else studies:
+        rows = studies[name](device, arguments.repeats)
+        content = {"config": vars(arguments), "results": rows, "provenance": provenance(device)}
+        print(write_results(f"thresholds_{name}", content))
+
+
+if __name__ == "__main__":
+    main()
