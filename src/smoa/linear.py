@@ -48,7 +48,8 @@ class Linear(nn.Module, SmoaLayer):
 
     def check_merge(self, adapter_names: list[str] | None = None) -> None:
         """Raise MergeError if merging these adapters gives NaN or infinite weights; changes nothing."""
-        names = self._present(self.active_adapters if adapter_names is None else adapter_names)
+        chosen = self.active_adapters if adapter_names is None else adapter_names
+        names = [name for name in self._present(chosen) if name not in self.merged_adapters]
         if not torch.isfinite(self.merged_weight([*self.merged_adapters, *names])).all():
             raise MergeError(
                 f"merging {', '.join(names)} gives NaN or infinite weights; the adapter is broken or overflows "
