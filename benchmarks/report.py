@@ -37,13 +37,13 @@ def machine(content: dict[str, Any]) -> str:
     return f"{origin['device']}, {origin['threads']} threads, PyTorch {origin['versions']['torch']}"
 
 
-def layer_step(compiled: bool = False) -> str:
+def layer_step() -> str:
     """One row for each case and K: ratios to the frozen layer."""
     methods = ("smoa", "lora", "hira", "released")
     rows = []
     for path in sorted(RESULTS.glob("layer_step_*.json")):
         case = path.stem.removeprefix("layer_step_")
-        if case.endswith("_compiled") == compiled:
+        if not case.endswith("_compiled"):
             content = json.loads(path.read_text())
             rows += [_layer_row(case, content["config"]["tokens"], result, methods) for result in content["results"]]
     header = ["layer, dtype", "tokens", "K", "frozen, s", "SMoA", "LoRA", "HiRA", "released", "floor", "÷ floor", "bar"]
@@ -165,7 +165,6 @@ def _draw_memory(axes: Axes, points: list[dict[str, Any]], x: list[int]) -> None
 def main() -> None:
     tables = {
         "layer-step": layer_step(),
-        "compiled": layer_step(compiled=True),
         "model-step": model_step(),
         "decoding": decoding(),
         "thresholds": thresholds(),
