@@ -47,7 +47,7 @@ def layer_step() -> str:
             content = json.loads(path.read_text())
             rows += [_layer_row(case, content["config"]["tokens"], result, methods) for result in content["results"]]
     header = ["layer, dtype", "tokens", "K", "frozen, s", "SMoA", "LoRA", "HiRA", "released", "floor", "÷ floor", "bar"]
-    return table([*header, "of the slower"], rows)
+    return table([*header, "÷ quicker of HiRA, released"], rows)
 
 
 def _layer_row(case: str, tokens: int, result: dict[str, Any], methods: tuple[str, ...]) -> list[str]:
