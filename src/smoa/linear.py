@@ -19,7 +19,8 @@ from .modulation import plain_branch
 from .weight_cache import SortedBlocks, WeightCache, tensor_state
 
 FUSED_MIN_TOKENS = 64
-"""Without gradients, fewer tokens are cheaper apart than forming W + ΔW (measured: docs/experiment-log.md)."""
+APART_MIN_BLOCKS = 8
+"""Without gradients, fewer tokens on many blocks cost less apart than forming W + ΔW (docs/experiment-log.md)."""
 
 
 class Linear(nn.Module, SmoaLayer):
@@ -173,7 +174,8 @@ class Linear(nn.Module, SmoaLayer):
             return False
         if _is_transformed(x, *self.factors(adapter_name)):
             return False
-        return torch.is_grad_enabled() or x.shape[:-1].numel() >= FUSED_MIN_TOKENS
+        few_blocks = self.layout[adapter_name].num_blocks < APART_MIN_BLOCKS
+        return torch.is_grad_enabled() or few_blocks or x.shape[:-1].numel() >= FUSED_MIN_TOKENS
 
     def _fused_forward(self, x: Tensor, adapter_name: str) -> Tensor:
         A, B = (factor.to(x.dtype) for factor in self.factors(adapter_name))
