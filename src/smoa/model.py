@@ -208,6 +208,12 @@ def _check_target(name: str, module: nn.Module, config: SmoaConfig) -> None:
             f"{name}: SMoA can't adapt a {type(base).__module__}.{type(base).__qualname__}; supported are {SUPPORTED}; "
             "leave it out of target_modules or name it in exclude_modules"
         )
+    weight: Any = base.weight
+    if not weight.is_floating_point() or type(weight.data).__module__.startswith("torchao"):
+        raise UnsupportedModuleError(
+            f"{name}: SMoA can't adapt the quantised weight of a {type(base).__module__}.{type(base).__qualname__}; "
+            "load the model in float32, bfloat16 or float16"
+        )
     try:
         check_num_blocks(config.num_blocks, *linear_shape(base))
     except PartitionError as error:
