@@ -51,11 +51,7 @@ class Linear(nn.Module, SmoaLayer):
         """Raise MergeError if merging these adapters gives NaN or infinite weights; changes nothing."""
         chosen = self.active_adapters if adapter_names is None else adapter_names
         names = [name for name in self._present(chosen) if name not in self.merged_adapters]
-        if not torch.isfinite(self.merged_weight([*self.merged_adapters, *names])).all():
-            raise MergeError(
-                f"merging {', '.join(names)} gives NaN or infinite weights; the adapter is broken or overflows "
-                f"{self.base_weight().dtype}, nothing was merged"
-            )
+        _check_finite(self.merged_weight([*self.merged_adapters, *names]), names)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -68,9 +64,9 @@ class Linear(nn.Module, SmoaLayer):
         names = self._present(check_adapters_to_merge(self, adapter_names))
         if not names:
             return
-        if safe_merge:
-            self.check_merge(names)
         merged = self.merged_weight([*self.merged_adapters, *names])
+        if safe_merge:
+            _check_finite(merged, names)
         pristine = self.pristine_weight()
         partitions = [self.partition(name) for name in names]
         self._pristine_blocks += [DiagonalBlocks.read_from(pristine, partition) for partition in partitions]
@@ -185,6 +181,14 @@ class Linear(nn.Module, SmoaLayer):
 
     def __repr__(self) -> str:
         return f"smoa.{super().__repr__()}"
+
+
+def _check_finite(merged: Tensor, names: list[str]) -> None:
+    if not torch.isfinite(merged).all():
+        raise MergeError(
+            f"merging {', '.join(names)} gives NaN or infinite weights; the adapter is broken or overflows "
+            f"{merged.dtype}, nothing was merged"
+        )
 
 
 def _is_instrumented(module: nn.Module) -> bool:

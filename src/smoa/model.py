@@ -56,7 +56,7 @@ class SmoaModel(BaseTuner):
         problems: list[SmoaError] = []
         targets = 0
         for name, module in model.named_modules():
-            if name and not name.startswith(inside or (" ",)) and self._check_target_module_exists(config, name):
+            if name and not name.startswith(inside) and self._check_target_module_exists(config, name):
                 targets += 1
                 try:
                     _check_target(name, module, config)
@@ -64,9 +64,8 @@ class SmoaModel(BaseTuner):
                     problems.append(error)
         if problems:
             raise type(problems[0])("; ".join(map(str, problems)))
-        hidden = (
-            None if config.partition == "spectral" and not self._loads_labels else True
-        )  # None: a terminal shows it
+        decomposes = config.partition == "spectral" and not self._loads_labels
+        hidden = None if decomposes else True  # None: shown on a terminal only
         self._progress = tqdm(total=targets, desc="SMoA partitions", unit="layer", delay=1, disable=hidden)
 
     def _create_and_replace(
@@ -107,7 +106,7 @@ class SmoaModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        for layer in _layers_with(model, [adapter_name]):
+        for layer in _layers_with(model, adapter_name):
             layer.decide_partition(adapter_name)  # in place: the buffers in `state_dict` see it
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         return dict(selected)
@@ -118,7 +117,7 @@ class SmoaModel(BaseTuner):
     ) -> dict[str, Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_adapter_state(model, adapter_name, remapped)
-        for layer in _layers_with(model, [adapter_name]):
+        for layer in _layers_with(model, adapter_name):
             layer.pending_partition.pop(adapter_name, None)
         return dict(remapped)
 
@@ -220,6 +219,5 @@ def _check_target(name: str, module: nn.Module, config: SmoaConfig) -> None:
         raise PartitionError(f"{name}: {error}") from None
 
 
-def _layers_with(model: nn.Module, adapter_names: list[str]) -> list[SmoaLayer]:
-    layers = [module for module in model.modules() if isinstance(module, SmoaLayer)]
-    return [layer for layer in layers if any(name in layer.smoa_A for name in adapter_names)]
+def _layers_with(model: nn.Module, adapter_name: str) -> list[SmoaLayer]:
+    return [module for module in model.modules() if isinstance(module, SmoaLayer) and adapter_name in module.smoa_A]

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -27,6 +26,7 @@ from smoa import (
 )
 from smoa.registration import check_peft_version
 from tests import tiny_models
+from tests.adapter_files import rewritten
 from tests.layers import Wrapper
 
 
@@ -217,14 +217,6 @@ def test_a_config_with_a_broken_rule_is_refused(folder: Path) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"r": -4}))
     with pytest.raises(ConfigError, match=r"r=-4"):
         load(folder)
-
-
-def rewritten(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
-    file = folder / "adapter_model.safetensors"
-    tensors = load_file(file)
-    change(tensors)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
-    return folder
 
 
 A = "base_model.model.model.layers.0.self_attn.q_proj.smoa_A.weight"

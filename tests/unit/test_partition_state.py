@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -16,6 +16,7 @@ from smoa import AdapterFileError, SmoaConfig
 from smoa.layer import SmoaLayer
 from smoa.spectrum_cache import clear_spectrum_cache
 from tests import reference, tiny_models
+from tests.adapter_files import rewritten
 from tests.decompositions import NoDecomposition
 from tests.layers import base_weight, factors, labels, oracle_delta, randomise, ranks
 from tests.tolerance import assert_close
@@ -182,15 +183,6 @@ def test_the_labels_of_a_model_adapted_on_the_meta_device_are_decided_once_weigh
         expected = reference.spectral_labels(base_weight(layer), 3)
         partition = layer.partition("default")
         assert (partition.row_labels.tolist(), partition.col_labels.tolist()) == expected
-
-
-def rewritten(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
-    """The folder after its tensors were changed."""
-    file = folder / "adapter_model.safetensors"
-    tensors = load_file(file)
-    change(tensors)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
-    return folder
 
 
 ROW_LABELS = "base_model.model.model.layers.1.self_attn.v_proj.smoa_row_labels"

@@ -1,0 +1,18 @@
+"""Saved adapters, changed on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+def rewritten(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
+    """The folder after its tensors were changed."""
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+    return folder
