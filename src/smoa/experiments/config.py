@@ -18,7 +18,7 @@ from smoa.experiments.data.selection import Selection, Sizes, select
 from smoa.experiments.data.tasks import Source, find_task
 from smoa.experiments.prompts import AnswerStyle, Template
 from smoa.experiments.validation import all_problems
-from smoa.experiments.yaml_text import key_lines, parse_value, parse_yaml
+from smoa.experiments.yaml_text import apply_overrides, key_lines, parse_yaml
 
 TRAINING_DEFAULTS: dict[str, Any] = {"report_to": "none", "logging_steps": 10, "save_total_limit": 1}
 
@@ -102,8 +102,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         raise ConfigError(f"{path}: no such file")
     text = file.read_text(encoding="utf-8")
     values = parse_yaml(text, file)
-    for override in overrides or []:
-        _apply(values, override)
+    apply_overrides(values, overrides or [])
     return check_config(values, place=str(file), lines=key_lines(text))
 
 
@@ -128,16 +127,3 @@ def _line(path: tuple[str, ...], lines: dict[tuple[str, ...], int]) -> int:
     while path and path not in lines:
         path = path[:-1]
     return lines.get(path, 0)
-
-
-def _apply(values: dict[str, Any], override: str) -> None:
-    key, separator, value = override.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"{override!r}: an override is written key.key=value, e.g. training.learning_rate=1e-3")
-    *parents, last = key.split(".")
-    block = values
-    for parent in parents:
-        block = block.setdefault(parent, {})
-        if not isinstance(block, dict):
-            raise ConfigError(f"{override!r}: {parent} is no block of keys")
-    block[last] = parse_value(value)

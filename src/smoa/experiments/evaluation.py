@@ -42,19 +42,33 @@ def evaluate_records(
     model: nn.Module, encoder: PromptEncoder, records: Sequence[Record], batch_tokens: int = 4096
 ) -> dict[str, Scores]:
     """Scores per task, and over all under ``all``. Dropout is off and no gradient kept; the mode is put back."""
+    return score_outcomes(answer_outcomes(model, encoder, records, batch_tokens))
+
+
+def answer_outcomes(
+    model: nn.Module, encoder: PromptEncoder, records: Sequence[Record], batch_tokens: int = 4096
+) -> list[Outcome]:
+    """What the model makes of each question, in order."""
     encoded = [encoder.choices(record) if record.choices else [encoder.example(record)] for record in records]
     flat = iter(score_answers(model, [one for some in encoded for one in some], encoder.pad, batch_tokens))
-    outcomes = [
+    return [
         _outcome(record, [next(flat) for _ in some], [len(text) for text in candidates(record, encoder.style)])
         for record, some in zip(records, encoded, strict=True)
     ]
-    names = dict.fromkeys(record.task for record in records)
+
+
+def score_outcomes(outcomes: Sequence[Outcome]) -> dict[str, Scores]:
+    """Scores per task, and over all under ``all``."""
+    names = dict.fromkeys(o.record.task for o in outcomes)
     per_task = {name: _scores([o for o in outcomes if o.record.task == name]) for name in names}
     return {**per_task, "all": _scores(outcomes)}
 
 
 @dataclass(frozen=True)
-class _Outcome:
+class Outcome:
+    """One question: its gold answer's negative log-likelihood in nats over its tokens, and whether the answer is right,
+    by likelihood and by likelihood per character."""
+
     record: Record
     gold_nll: float
     gold_tokens: int
@@ -62,13 +76,13 @@ class _Outcome:
     right_norm: bool
 
 
-def _outcome(record: Record, scores: list[AnswerScore], lengths: list[int]) -> _Outcome:
+def _outcome(record: Record, scores: list[AnswerScore], lengths: list[int]) -> Outcome:
     if record.label is None:
         *nll, _end = scores[0].nll
-        return _Outcome(record, sum(nll), len(nll), scores[0].greedy, scores[0].greedy)
+        return Outcome(record, sum(nll), len(nll), scores[0].greedy, scores[0].greedy)
     losses = [score.loss for score in scores]
     normed = [loss / length for loss, length in zip(losses, lengths, strict=True)]
-    return _Outcome(
+    return Outcome(
         record,
         gold_nll=losses[record.label],
         gold_tokens=len(scores[record.label].nll),
@@ -77,7 +91,7 @@ def _outcome(record: Record, scores: list[AnswerScore], lengths: list[int]) -> _
     )
 
 
-def _scores(outcomes: list[_Outcome]) -> Scores:
+def _scores(outcomes: Sequence[Outcome]) -> Scores:
     tokens = sum(outcome.gold_tokens for outcome in outcomes)
     gold_loss = sum(outcome.gold_nll for outcome in outcomes) / tokens
     # The standard error of a ratio of sums, questions drawn at random.

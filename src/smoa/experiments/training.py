@@ -66,19 +66,12 @@ def train(config: RunConfig, prepared: Prepared | None = None) -> dict[str, Any]
 
 
 def _run(config: RunConfig, folder: RunFolder, ready: Prepared, checkpoint: str | None) -> dict[str, Any]:
-    arguments = TrainingArguments(**config.training)
-    # Pinned memory speeds up copies to a GPU; without one torch only warns.
-    arguments.dataloader_pin_memory &= arguments.device.type == "cuda"
+    arguments = training_arguments(config)
     evaluation: dict[str, Any] = {}
     if config.task.baseline and ready.records.test:
         evaluation["before"] = _evaluate(config, ready, ready.base, "before training")
-    set_seed(arguments.seed)  # the adapter's factors are drawn here
-    model = add_adapter(ready.base, config)
     examples = [ready.encoder.example(record) for record in ready.records.train]
-    trainer = make_trainer(model, arguments, ready, examples)
-    started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = time.perf_counter() - started
+    model, trainer, seconds = fit(config, arguments, ready, examples, checkpoint)
     if ready.records.test:
         evaluation["after"] = _evaluate(config, ready, model, "after training")
     metrics = {
@@ -94,6 +87,26 @@ def _run(config: RunConfig, folder: RunFolder, ready: Prepared, checkpoint: str 
     if trainer.is_world_process_zero():
         _save(config, folder, ready, model, metrics)
     return metrics
+
+
+def fit(
+    config: RunConfig, arguments: TrainingArguments, ready: Prepared, examples: list[Encoded], checkpoint: str | None
+) -> tuple[Any, AnswerTrainer, float]:
+    """The trained model, its trainer, and the seconds that training took."""
+    set_seed(arguments.seed)  # the adapter's factors are drawn here
+    model = add_adapter(ready.base, config)
+    trainer = make_trainer(model, arguments, ready, examples)
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return model, trainer, time.perf_counter() - started
+
+
+def training_arguments(config: RunConfig) -> TrainingArguments:
+    """The Trainer's arguments of a run."""
+    arguments = TrainingArguments(**config.training)
+    # Pinned memory speeds up copies to a GPU; without one torch only warns.
+    arguments.dataloader_pin_memory &= arguments.device.type == "cuda"
+    return arguments
 
 
 def add_adapter(base: PreTrainedModel, config: RunConfig) -> PreTrainedModel | PeftModel:

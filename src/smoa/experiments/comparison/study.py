@@ -1,0 +1,84 @@
+"""The YAML of a study: what all runs share, and the entries that are compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError
+
+from smoa.errors import ConfigError
+from smoa.experiments.comparison.bench import Bench
+from smoa.experiments.comparison.benches import BENCHES
+from smoa.experiments.comparison.entry import Entry, Section
+from smoa.experiments.yaml_text import apply_overrides, parse_yaml
+
+
+class Tuning(Section):
+    """The search for a learning rate, the same for each entry: half decades around the start, and on in the better
+    direction until the best of them has neighbours on both sides or ``max_runs`` are spent. Judged by the gold
+    answers' loss on the validation part after a run with ``seed``. ``max_runs: 0`` takes the start as it is."""
+
+    seed: int = 100
+    max_runs: Literal[0] | Annotated[int, Field(ge=3)] = 6
+
+
+class Study(Section):
+    """A whole study. ``shared`` is a run's config but for method, adapter and learning rate.
+
+    ``references`` are the entries to which the others of their budget are compared, by default the first one of each
+    budget. ``elsewhere`` is a data block of another domain: the loss on its test part tells what was forgotten.
+    """
+
+    kind: Literal["answers", "classification"] = "answers"
+    folder: Path
+    shared: dict[str, Any]
+    elsewhere: dict[str, Any] | None = None
+    entries: dict[str, Entry] = Field(min_length=1)
+    references: list[str] = Field(default=[])
+    tuning: Tuning = Tuning()
+    seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
+
+    def bench(self) -> Bench:
+        """What trains and scores one entry."""
+        return BENCHES[self.kind](self.shared, self.elsewhere)
+
+    def reference(self, budget: str) -> str:
+        """The entry to which those of ``budget`` are compared."""
+        names = [name for name, entry in self.entries.items() if entry.budget == budget]
+        return next((name for name in self.references if name in names), names[0])
+
+
+def load_study(path: str | Path, overrides: list[str] | None = None) -> Study:
+    """Read a study, lay ``key.key=value`` overrides over it and check every entry's run.
+
+    Raises:
+        ConfigError: lists the problems of the study, and of each entry's run, before any work starts.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"{path}: no such file")
+    values = parse_yaml(file.read_text(encoding="utf-8"), file)
+    apply_overrides(values, overrides or [])
+    try:
+        study = Study.model_validate({"folder": f"studies/{file.stem}", **values})
+    except ValidationError as error:
+        raise ConfigError(f"{file}: {_listed(error)}") from error
+    unknown = [name for name in study.references if name not in study.entries]
+    if unknown:
+        raise ConfigError(f"{file}: references: {', '.join(unknown)} is no entry; entries: {', '.join(study.entries)}")
+    bench = study.bench()
+    for name, entry in study.entries.items():
+        bench.config(entry, entry.learning_rate, seed=0, place=f"{file}: entries.{name}")
+    return study
+
+
+def to_yaml(study: Study) -> str:
+    """The study with every default filled in."""
+    return yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _listed(error: ValidationError) -> str:
+    found = [f"  {'.'.join(map(str, one['loc']))}: {one['msg']}; got {one['input']!r}" for one in error.errors()]
+    return f"{len(found)} problem{'s' if len(found) > 1 else ''}\n" + "\n".join(found)
