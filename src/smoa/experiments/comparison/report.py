@@ -1,0 +1,186 @@
+"""What a study found, from its stored trials alone: a table in words, JSON, and two pictures."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from smoa.errors import DataError
+from smoa.experiments.cache import write_whole
+from smoa.experiments.comparison.compare import Tuned, stored, stored_search
+from smoa.experiments.comparison.pictures import draw_differences, draw_searches
+from smoa.experiments.comparison.statistics import Difference, accuracy_difference, loss_difference, outcomes
+from smoa.experiments.comparison.study import Study
+from smoa.experiments.comparison.trials import TrialStore
+
+
+@dataclass(frozen=True)
+class Row:
+    """One entry: what it trained and reached over its seeds, and the differences to the reference of its budget."""
+
+    entry: str
+    budget: str
+    reference: str
+    parameters: int
+    search: Tuned | None
+    seeds: list[int]
+    loss: float
+    loss_spread: float
+    accuracy: float
+    accuracy_spread: float
+    elsewhere: float | None
+    seconds: float
+    loss_difference: Difference | None
+    accuracy_difference: Difference | None
+
+
+def report(study: Study) -> list[Row]:
+    """Write ``README.md``, ``summary.json`` and the pictures into the study's folder; the rows, best loss first.
+
+    Raises:
+        DataError: no final run is finished yet.
+    """
+    rows = sorted(filter(None, (_row(study, name) for name in study.entries)), key=lambda row: (row.budget, row.loss))
+    if not rows:
+        raise DataError(f"{study.folder}: no final run is finished yet; run smoa compare on this study first")
+    untouched = TrialStore(study.folder).find("untouched")
+    write_whole(study.folder / "summary.json", json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    pictures = _draw(study, rows)
+    write_whole(study.folder / "README.md", _page(study, rows, untouched, pictures))
+    return rows
+
+
+def _draw(study: Study, rows: list[Row]) -> dict[str, str]:
+    """The pictures that the finished trials allow: title by file name."""
+    searches = {name: search for name in study.entries if (search := stored_search(study, name)) is not None}
+    differences = {row.entry: row.loss_difference for row in rows if row.loss_difference is not None}
+    pictures = {}
+    if searches:
+        draw_searches({name: one.losses for name, one in searches.items()}, study.folder / "learning_rates.png")
+        pictures["learning_rates.png"] = "Validation loss by learning rate"
+    if differences:
+        references = " and ".join(dict.fromkeys(row.reference for row in rows))
+        draw_differences(differences, references, study.folder / "differences.png")
+        pictures["differences.png"] = f"Test loss minus that of {references}"
+    return pictures
+
+
+def _row(study: Study, name: str) -> Row | None:
+    search = stored_search(study, name)
+    finals = _finals(study, name)
+    if not finals:
+        return None
+    reference = study.reference(study.entries[name].budget)
+    found = outcomes(list(finals.values()))
+    losses, accuracies = found.mean_loss(), found.accuracy()
+    away = [result["elsewhere"] for result in finals.values() if result.get("elsewhere") is not None]
+    by_loss, by_accuracy = _differences(study, finals, reference) if name != reference else (None, None)
+    return Row(
+        entry=name,
+        budget=study.entries[name].budget,
+        reference=reference,
+        parameters=next(iter(finals.values()))["parameters"],
+        search=search,
+        seeds=list(finals),
+        loss=float(losses.mean()),
+        loss_spread=_spread(losses),
+        accuracy=float(accuracies.mean()),
+        accuracy_spread=_spread(accuracies),
+        elsewhere=float(np.mean(away)) if away else None,
+        seconds=float(np.mean([result["seconds"] for result in finals.values()])),
+        loss_difference=by_loss,
+        accuracy_difference=by_accuracy,
+    )
+
+
+def _finals(study: Study, name: str) -> dict[int, dict[str, Any]]:
+    """The final runs by seed, at the learning rate that the search chose."""
+    search = stored_search(study, name)
+    wanted = search.learning_rate if search else study.entries[name].learning_rate
+    results = [one["config"]["training"] | {"result": one} for one in stored(study, "final", name)]
+    return {one["seed"]: one["result"] for one in results if one["learning_rate"] == wanted}
+
+
+def _differences(
+    study: Study, finals: dict[int, dict[str, Any]], reference: str
+) -> tuple[Difference | None, Difference | None]:
+    theirs = _finals(study, reference)
+    shared = [seed for seed in finals if seed in theirs]
+    if not shared:
+        return None, None
+    pair = outcomes([finals[seed] for seed in shared]), outcomes([theirs[seed] for seed in shared])
+    return loss_difference(*pair), accuracy_difference(*pair)
+
+
+def _spread(values: Any) -> float:
+    """The standard deviation over seeds; 0 for one seed."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def _page(study: Study, rows: list[Row], untouched: dict[str, Any] | None, pictures: dict[str, str]) -> str:
+    parts = [
+        f"# {study.folder.name}: {study.kind} of {study.shared['model']['name']}",
+        "Written by `smoa compare` from the JSON files beside it; do not edit. Each entry's learning rate is chosen on "
+        "validation data by the same search (half decades around a start, then on in the better direction until the "
+        f"best is inside, at most {study.tuning.max_runs} runs); the figures are of fresh seeds on the test part. "
+        "Differences are paired by seed and question, with bootstrap 95 % intervals over both; *same* means that the "
+        "interval holds 0. ± is the standard deviation over seeds. An edge mark (!) says that the best learning rate "
+        "is the last one tried on a side.",
+    ]
+    budgets = dict.fromkeys(row.budget for row in rows)
+    parts += [_table([row for row in rows if row.budget == budget], budget) for budget in budgets]
+    parts.append(_known_before(untouched))
+    parts += [f"![{title}]({file})" for file, title in pictures.items()]
+    missing = [name for name in study.entries if name not in {row.entry for row in rows}]
+    if missing:
+        parts.append(f"Not run yet: {', '.join(missing)}.")
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _table(rows: list[Row], budget: str) -> str:
+    reference = rows[0].reference
+    names = ["entry", "trained", "lr", "runs", "seeds", "loss", "accuracy %"]
+    names += [f"loss − {reference}", "", f"accuracy % − {reference}", "", "elsewhere", "s"]
+    header = f"| {' | '.join(names)} |\n|---|{'--:|' * 7}---|--:|---|--:|--:|"
+    return "\n".join([f"## Budget: {budget}\n", header, *(_line(row) for row in rows)])
+
+
+def _line(row: Row) -> str:
+    search = row.search
+    rate = "" if search is None else f"{search.learning_rate:g}{'' if search.interior else ' !'}"
+    cells = [
+        row.entry,
+        f"{row.parameters:,}",
+        rate,
+        str(len(search.losses) if search else 0),
+        str(len(row.seeds)),
+        f"{row.loss:.4f} ± {row.loss_spread:.4f}",
+        f"{100 * row.accuracy:.1f} ± {100 * row.accuracy_spread:.1f}",
+        *_difference_cells(row.loss_difference, 1, 4),
+        *_difference_cells(row.accuracy_difference, 100, 1),
+        "–" if row.elsewhere is None else f"{row.elsewhere:.3f}",
+        f"{row.seconds:.0f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _difference_cells(found: Difference | None, scale: float, digits: int) -> tuple[str, str]:
+    if found is None:
+        return "", "reference"
+    mean, low, high = (f"{scale * value:+.{digits}f}" for value in (found.mean, found.low, found.high))
+    return f"{mean} [{low}, {high}]", found.verdict
+
+
+def _known_before(untouched: dict[str, Any] | None) -> str:
+    if untouched is None:
+        return ""
+    scores = untouched["scores"]["all"]
+    told = f"The untouched model: loss {scores['gold_loss']:.4f}, accuracy {100 * scores['accuracy']:.1f} %"
+    if scores["majority"] is not None:
+        told += f"; the commonest label of each task is right in {100 * scores['majority']:.1f} %"
+    if untouched.get("elsewhere") is not None:
+        told += f"; its loss elsewhere is {untouched['elsewhere']:.3f}"
+    return f"{told}."

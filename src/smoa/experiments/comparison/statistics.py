@@ -1,0 +1,89 @@
+"""Differences between two entries, paired by seed and by question, with bootstrap intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Verdict = Literal["better", "same", "worse"]
+RESAMPLES = 2000
+INTERVAL = 95.0
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """Per seed and question, (seeds, questions) float64: ``loss`` is the gold answer's negative log-likelihood; per
+    question (questions,): its ``tokens``, and its ``share`` in an accuracy that counts every task alike."""
+
+    loss: NDArray[np.float64]
+    right: NDArray[np.float64]
+    tokens: NDArray[np.float64]
+    share: NDArray[np.float64]
+
+    def mean_loss(self) -> NDArray[np.float64]:
+        """Per seed, nats per answer token."""
+        return np.asarray(self.loss.sum(axis=1) / self.tokens.sum())
+
+    def accuracy(self) -> NDArray[np.float64]:
+        """Per seed, the mean over tasks of the share of right answers."""
+        return np.asarray(self.right @ self.share / self.share.sum())
+
+
+@dataclass(frozen=True)
+class Difference:
+    """An entry's value minus the reference's, with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+    verdict: Verdict
+
+
+def outcomes(results: Sequence[dict[str, Any]]) -> Outcomes:
+    """From the JSON of final runs of one entry, one per seed. A question that diverged counts as infinitely bad."""
+    questions = [result["questions"] for result in results]
+    tasks = questions[0]["task"]
+    loss = [[np.inf if nll is None else nll for nll in one["nll"]] for one in questions]
+    return Outcomes(
+        loss=np.array(loss, dtype=np.float64),
+        right=np.array([one["right"] for one in questions], dtype=np.float64),
+        tokens=np.array(questions[0]["tokens"], dtype=np.float64),
+        share=np.array([1 / tasks.count(task) for task in tasks]),
+    )
+
+
+def loss_difference(entry: Outcomes, reference: Outcomes) -> Difference:
+    """Of the loss per answer token; lower is better. Seeds and questions are resampled, each with replacement."""
+    return _difference(entry.loss - reference.loss, entry.tokens, sign=-1)
+
+
+def accuracy_difference(entry: Outcomes, reference: Outcomes) -> Difference:
+    """Of the accuracy; higher is better."""
+    return _difference((entry.right - reference.right) * entry.share, entry.share, sign=1)
+
+
+def _difference(gaps: NDArray[np.float64], weights: NDArray[np.float64], sign: int) -> Difference:
+    """Σ gaps / Σ weights over seeds and questions."""
+    if not np.isfinite(gaps).all():
+        return Difference(float("nan"), float("nan"), float("nan"), "worse")
+    seeds, questions = gaps.shape
+    random = np.random.default_rng(0)
+    found = np.empty(RESAMPLES)
+    for number in range(RESAMPLES):
+        rows = random.integers(0, seeds, seeds)
+        columns = random.integers(0, questions, questions)
+        found[number] = gaps[rows].mean(axis=0)[columns].sum() / weights[columns].sum()
+    tail = (100 - INTERVAL) / 2
+    low, high = np.percentile(found, [tail, 100 - tail])
+    mean = float(gaps.mean(axis=0).sum() / weights.sum())
+    return Difference(mean, float(low), float(high), _verdict(low, high, sign))
+
+
+def _verdict(low: float, high: float, sign: int) -> Verdict:
+    if low <= 0 <= high:
+        return "same"
+    return "better" if sign * low > 0 else "worse"

@@ -1,0 +1,59 @@
+"""``smoa compare``: a study from its YAML."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from smoa_cli.console import print_json, print_table, reporting
+
+
+def compare(
+    study: Annotated[Path, typer.Argument(help="The study's YAML file; configs/studies holds ready ones.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Values to change, e.g. seeds=[0,1].")] = None,
+    report_only: Annotated[bool, typer.Option("--report-only", help="Run nothing; report what is finished.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON instead of a table.")] = False,
+) -> None:
+    """Tune methods alike, run the winners with fresh seeds, and say what is better, same or worse."""
+    with reporting():
+        import transformers
+
+        from smoa.experiments.comparison.compare import Comparison
+        from smoa.experiments.comparison.report import report
+        from smoa.experiments.comparison.study import load_study
+
+        checked = load_study(study, overrides)
+        transformers.utils.logging.set_verbosity_error()  # a line for every new classification head
+        if not report_only:
+            Comparison(checked).run()
+        rows = report(checked)
+        if json:
+            print_json([asdict(row) for row in rows])
+            return
+        print_table(
+            ["entry", "trained", "seeds", "loss", "accuracy %", "loss difference", "", "accuracy difference %", ""],
+            [_cells(row) for row in rows],
+        )
+        typer.echo(f"\nTable, pictures and one JSON a run: {checked.folder}")
+
+
+def _cells(row: Any) -> list[str]:
+    return [
+        row.entry,
+        f"{row.parameters:,}",
+        str(len(row.seeds)),
+        f"{row.loss:.4f}",
+        f"{100 * row.accuracy:.1f}",
+        *_difference(row.loss_difference, 1, 4),
+        *_difference(row.accuracy_difference, 100, 1),
+    ]
+
+
+def _difference(found: Any, scale: float, digits: int) -> tuple[str, str]:
+    if found is None:
+        return "", "reference"
+    low, high = (f"{scale * value:+.{digits}f}" for value in (found.low, found.high))
+    return f"[{low}, {high}]", found.verdict

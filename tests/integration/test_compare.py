@@ -1,0 +1,146 @@
+"""A whole study on a tiny random model: what is run, what is resumed, what is refused, what is reported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from smoa.errors import ConfigError, DataError
+from smoa.experiments.comparison.bench import Bench
+from smoa.experiments.comparison.compare import Comparison
+from smoa.experiments.comparison.report import report
+from smoa.experiments.comparison.study import load_study
+from smoa_cli.main import app
+from tests import lab
+
+# Not ours: a deprecation between transformers and peft.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+
+STUDIES = sorted((Path(__file__).parents[2] / "configs" / "studies").glob("*.yaml"))
+
+
+@pytest.fixture
+def values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Two entries of the same trainable parameters."""
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
+    lab.fill_cache(tmp_path / "cache", lab.questions(40, "train"), lab.questions(6, "test"))
+    lab.fill_cache(tmp_path / "cache", lab.questions(4, "train", "piqa"), lab.questions(4, "test", "piqa"), "piqa")
+    targets = ["q_proj", "v_proj"]
+    return {
+        "folder": str(tmp_path / "study"),
+        "shared": {
+            "model": {"name": str(lab.tiny_base(tmp_path / "base"))},
+            "data": {"tasks": ["arc_easy"], "train_examples": 8, "validation_examples": 2},
+            "training": {"max_steps": 2, "per_device_train_batch_size": 2, "save_strategy": "no", "use_cpu": True},
+        },
+        "elsewhere": {"tasks": ["piqa"]},
+        "tuning": {"max_runs": 3},
+        "seeds": [0, 1],
+        "entries": {
+            "ours": {"method": "smoa", "adapter": {"r": 4, "num_blocks": 2, "target_modules": targets}}
+            | {"learning_rate": 0.01, "parameters": 448},
+            "lora": {"method": "lora", "adapter": {"r": 2, "target_modules": targets}}
+            | {"learning_rate": 0.003, "parameters": 448},
+        },
+    }
+
+
+def study_file(values: dict[str, Any], tmp_path: Path) -> Path:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(values, sort_keys=False))
+    return file
+
+
+def test_a_study_is_run_reported_and_never_run_twice(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = study_file(values, tmp_path)
+    ran = CliRunner().invoke(app, ["compare", str(file), "--json"], catch_exceptions=False)
+    assert ran.exit_code == 0, ran.output
+    rows = {row["entry"]: row for row in json.loads(ran.stdout)}
+    assert rows["ours"]["parameters"] == rows["lora"]["parameters"] == 448
+    assert rows["ours"]["loss_difference"] is None
+    assert rows["lora"]["loss_difference"]["verdict"] in ("better", "same", "worse")
+    assert rows["lora"]["seeds"] == [0, 1]
+    assert rows["lora"]["elsewhere"] > 0
+    folder = tmp_path / "study"
+    assert len(list(folder.glob("tuning/*/*.json"))) == 6
+    assert len(list(folder.glob("final/*/*.json"))) == 4
+    for name in ("README.md", "summary.json", "differences.png", "learning_rates.png"):
+        assert (folder / name).stat().st_size > 100
+    assert not list(folder.glob("work/*/*/*"))
+
+    monkeypatch.setattr(Bench, "run", lambda *args: pytest.fail("a finished trial is run again"))
+    Comparison(load_study(file)).run()
+
+
+def test_a_changed_study_does_not_mix_with_finished_runs(values: dict[str, Any], tmp_path: Path) -> None:
+    values |= {"tuning": {"max_runs": 0}, "seeds": [0]}
+    Comparison(load_study(study_file(values, tmp_path))).run()
+    values["shared"]["training"]["max_steps"] = 3
+    with pytest.raises(ConfigError, match=r"ours/lr-0.01-seed-0.json: was run with other values of training"):
+        Comparison(load_study(study_file(values, tmp_path))).run()
+
+
+def test_a_killed_trial_is_run_again(values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values |= {"tuning": {"max_runs": 0}, "seeds": [0]}
+    study = load_study(study_file(values, tmp_path))
+    whole_run = Bench.run
+
+    def killed(self: Bench, entry: Any, *args: Any) -> dict[str, Any]:
+        if entry.method == "lora":
+            raise KeyboardInterrupt
+        return whole_run(self, entry, *args)
+
+    monkeypatch.setattr(Bench, "run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Comparison(study).run()
+    assert [row.entry for row in report(study)] == ["ours"]
+    assert "Not run yet: lora" in (study.folder / "README.md").read_text()
+    monkeypatch.setattr(Bench, "run", whole_run)
+    Comparison(study).run()
+    assert len(report(study)) == 2
+
+
+def test_an_entry_that_trains_more_than_it_declares_is_refused(values: dict[str, Any], tmp_path: Path) -> None:
+    values["entries"]["lora"]["parameters"] = 300
+    with pytest.raises(ConfigError, match=r"lora .* trains 448 parameters, not 300 to within 2%"):
+        Comparison(load_study(study_file(values, tmp_path))).tune("lora")
+
+
+def test_a_report_before_any_run_says_what_to_do(values: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no final run is finished yet"):
+        report(load_study(study_file(values, tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"entries": {}}, "entries"),
+        ({"references": ["nobody"]}, "nobody is no entry; entries: ours, lora"),
+        ({"tuning": {"max_runs": 1}}, "tuning.max_runs"),
+        ({"colour": "red"}, "colour"),
+    ],
+)
+def test_a_wrong_study_is_refused_before_any_work(
+    values: dict[str, Any], tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_study(study_file(values | change, tmp_path))
+
+
+def test_a_wrong_entry_is_refused_with_its_name_and_the_nearest_key(values: dict[str, Any], tmp_path: Path) -> None:
+    values["entries"]["ours"]["adapter"]["num_block"] = 2
+    with pytest.raises(ConfigError, match=r"entries.ours(.|\n)*num_block(.|\n)*did you mean 'num_blocks'"):
+        load_study(study_file(values, tmp_path))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.name)
+def test_the_ready_studies_parse(path: Path) -> None:
+    study = load_study(path)
+    assert study.seeds

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from smoa.experiments.comparison.statistics import accuracy_difference, loss_difference, outcomes
+
+
+def results(shift: float, seeds: int = 3, questions: int = 200, noise: float = 0.05) -> list[dict[str, Any]]:
+    """Runs on the same questions: hard and easy ones, all made worse by ``shift``, with a little noise of each run."""
+    hard = np.random.default_rng(0).gamma(2.0, 1.0, questions)
+    runs = []
+    for seed in range(seeds):
+        own = np.random.default_rng([seed, round(1000 * (shift + 1))]).normal(0, noise, questions)
+        nll = hard + shift + own
+        runs.append(
+            {
+                "questions": {
+                    "task": ["a"] * (questions // 4) + ["b"] * (questions - questions // 4),
+                    "nll": nll.tolist(),
+                    "tokens": [2] * questions,
+                    "right": [int(value < 1.5) for value in nll],
+                }
+            }
+        )
+    return runs
+
+
+def test_the_loss_is_per_token_and_the_accuracy_counts_tasks_alike() -> None:
+    run = {"questions": {"task": ["a", "b", "b"], "nll": [1.0, 2.0, 3.0], "tokens": [1, 1, 2], "right": [1, 0, 1]}}
+    found = outcomes([run])
+    assert found.mean_loss() == pytest.approx([6 / 4])
+    assert found.accuracy() == pytest.approx([0.75])
+
+
+def test_pairing_finds_a_difference_far_below_the_spread_of_questions() -> None:
+    better = loss_difference(outcomes(results(-0.1)), outcomes(results(0.0)))
+    assert better.verdict == "better"
+    assert better.low < -0.05 < better.high  # 0.1 nats over two tokens
+    assert loss_difference(outcomes(results(0.1)), outcomes(results(0.0))).verdict == "worse"
+
+
+def test_an_entry_is_the_same_as_itself_run_again() -> None:
+    again = results(0.0)
+    for run in again:
+        run["questions"]["nll"] = [value + 0.05 * (-1) ** i for i, value in enumerate(run["questions"]["nll"])]
+    assert loss_difference(outcomes(again), outcomes(results(0.0))).verdict == "same"
+
+
+def test_more_right_answers_are_better() -> None:
+    found = accuracy_difference(outcomes(results(-0.5)), outcomes(results(0.0)))
+    assert found.verdict == "better"
+    assert found.low <= found.mean <= found.high
+
+
+def test_a_diverged_run_is_worse() -> None:
+    diverged = results(0.0)
+    diverged[0]["questions"]["nll"][3] = None
+    found = loss_difference(outcomes(diverged), outcomes(results(0.0)))
+    assert found.verdict == "worse"
+    assert math.isnan(found.mean)
