@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -15,4 +17,14 @@ def rewritten(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Pa
     tensors = load_file(file)
     change(tensors)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+    return folder
+
+
+def with_settings(folder: Path, **settings: Any) -> Path:
+    """The folder after its config was edited on purpose: without the digests, which tell damage."""
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) | settings
+    for name in ("settings_digest", "weights_digest"):
+        config.pop(name, None)
+    file.write_text(json.dumps(config), encoding="utf-8")
     return folder

@@ -22,6 +22,7 @@ from .errors import (  # noqa: E402
     UnsupportedVersionError,
 )
 from .model import SmoaModel  # noqa: E402
+from .saving import save_adapter  # noqa: E402
 from .spectrum import SpectralPartition, make_partition, spectral_scores  # noqa: E402
 from .spectrum_cache import clear_spectrum_cache  # noqa: E402
 from .weight_cache import cached_weights  # noqa: E402
@@ -45,5 +46,6 @@ __all__ = [
     "cached_weights",
     "clear_spectrum_cache",
     "make_partition",
+    "save_adapter",
     "spectral_scores",
 ]

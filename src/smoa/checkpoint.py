@@ -2,33 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from .config import SmoaConfig
 from .errors import AdapterFileError, PartitionError
 from .layer import SmoaLayer
 from .spectrum import check_labels
 
 LABELS = ("smoa_row_labels", "smoa_col_labels")
 FACTORS = ("smoa_A", "smoa_B")
+FACTOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_adapter_state(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
+def check_adapter_state(model: nn.Module, config: SmoaConfig, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
     """Check the tensors about to be loaded, keyed as in the model, against the layers that have the adapter.
 
     Raises:
-        AdapterFileError: a factor or label vector is missing, superfluous, of a wrong shape or dtype or not finite, or
-            the labels are not a partition of their layer.
+        AdapterFileError: a factor or label vector is missing, superfluous, of a wrong shape or dtype or not finite, the
+            labels are not a partition of their layer, a tensor would replace one that is not the adapter's, or the
+            file it all came from is not the one that was saved.
     """
+    try:
+        _check_state(model, config, adapter_name, state_dict)
+    except AdapterFileError as error:
+        place = "" if config.weights_file is None else f"{config.weights_file}: "
+        raise AdapterFileError(f"{place}{error}" + ("" if config.damage is None else f"; {config.damage}")) from None
+    if config.damage is not None:
+        raise AdapterFileError(f"{config.weights_file}: {config.damage}")
+    config.weights_file = None  # what is loaded next may come from elsewhere
+
+
+def _check_state(model: nn.Module, config: SmoaConfig, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
     expected = dict(_expected_tensors(model, adapter_name))
     found = {key for key in state_dict if ".smoa_" in key}
     missing, extra = sorted(expected.keys() - found), sorted(found - expected.keys())
+    extra += sorted(_foreign_keys(model, config, state_dict.keys() - found))
     if missing or extra:
         raise AdapterFileError(_difference("lacks", missing) + _difference("has unknown", extra))
-    for key, (layer, name) in expected.items():
-        _check_tensor(key, state_dict[key], layer, name, adapter_name)
+    for key, tensor in state_dict.items():
+        if key in expected:
+            _check_tensor(key, tensor, *expected[key], adapter_name)
+        else:
+            _check_finite(key, tensor)
+
+
+def _foreign_keys(model: nn.Module, config: SmoaConfig, keys: Iterable[str]) -> Iterator[str]:
+    """Keys of neither the adapter nor what PEFT saves beside it; PyTorch would write them over the base, or drop them.
+
+    PEFT saves trained biases, modules_to_save and token embeddings (both inside wrappers of its own) and, where the
+    vocabulary was resized, the embeddings.
+    """
+    getters = [getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings")]
+    embeddings = [getter() for getter in getters if getter is not None]
+    saved = tuple(
+        name.removeprefix("_fsdp_wrapped_module.") + "."
+        for name, module in model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper) or any(module is embedding for embedding in embeddings)
+    )
+    for key in keys:
+        is_bias = config.bias != "none" and (key == "bias" or key.endswith(".bias"))
+        if not is_bias and not key.startswith(saved):
+            yield key
 
 
 def _expected_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, tuple[SmoaLayer, str]]]:
@@ -60,7 +98,12 @@ def _check_tensor(key: str, tensor: Tensor, layer: SmoaLayer, name: str, adapter
             raise AdapterFileError(f"{error}; the adapter was made for another layer or num_blocks") from None
         return
     shape = layout.shape_A if name == "smoa_A" else layout.shape_B
-    if tensor.shape != shape or not tensor.is_floating_point():
+    if tensor.shape != shape or tensor.dtype not in FACTOR_DTYPES:
         raise AdapterFileError(f"{key}: {tensor.dtype} {tuple(tensor.shape)} found, floating point {shape} expected")
-    if not torch.isfinite(tensor).all():
+    _check_finite(key, tensor.to(layer.factors(adapter_name)[0].dtype))
+
+
+def _check_finite(key: str, tensor: Tensor) -> None:
+    wide = tensor.float() if tensor.itemsize == 1 else tensor  # PyTorch can't tell for all of the 8-bit formats
+    if tensor.is_floating_point() and not torch.isfinite(wide).all():
         raise AdapterFileError(f"{key}: holds NaN or infinite values; the adapter is broken")

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+import copy
+import os
+import tempfile
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
 
 from peft import PeftConfig
-from peft.utils import PeftType
+from peft.utils import CONFIG_NAME, PeftType
 
-from .errors import ConfigError
+from .adapter_folder import read_factors
+from .config_rules import choice_problem, int_problem, is_number, positive_problem, type_problems
+from .digest import settings_digest
+from .errors import AdapterFileError, ConfigError
 from .modulation import Modulation, check_block_ranks, split_rank
 from .spectrum import MAX_BLOCKS, PartitionKind
 
@@ -41,6 +48,8 @@ class SmoaConfig(PeftConfig):
         alpha_pattern: alpha by module name or regular expression.
         fan_in_fan_out: True for layers that store (in_features, out_features), as GPT-2's Conv1D; set automatically.
         trainable_token_indices: Token embeddings that train besides, as in LoRA.
+        settings_digest: Written when saved, checked when read: a damaged or edited `adapter_config.json` is refused.
+        weights_digest: Written when saved with weights, checked when those are loaded.
 
     Raises:
         ConfigError: every broken rule, all in one message.
@@ -69,42 +78,107 @@ class SmoaConfig(PeftConfig):
         default=None, metadata={"help": "Token embeddings that train besides."}
     )
 
+    settings_digest: str | None = field(default=None, metadata={"help": "Of the settings above, when saved."})
+    weights_digest: str | None = field(default=None, metadata={"help": "Of the tensors it was saved with."})
+
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]  # PEFT leaves it without types
         self.peft_type = PeftType("SMOA")
-        problems = self._problems()
+        problems = type_problems(self) or self._problems()
         if problems:
             raise ConfigError("SmoaConfig: " + "; ".join(problems))
+        if self.settings_digest not in (None, self._settings_digest()):
+            raise ConfigError(
+                f"SmoaConfig: settings_digest={self.settings_digest!r} is not that of these settings: "
+                f"{CONFIG_NAME} was damaged or edited since it was saved; if that was on purpose, delete its "
+                "settings_digest"
+            )
+        self.settings_digest = None  # settings may change from here on
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list) else value)
+        if (self.base_model_name_or_path or "").startswith("~"):
+            self.base_model_name_or_path = str(Path(str(self.base_model_name_or_path)).expanduser())
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> SmoaConfig:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
+    ) -> SmoaConfig:
         """Read `adapter_config.json` of a folder or hub id.
 
         The labels of such an adapter come from its file, so a layer made from this config decomposes nothing unless
         it is used without a file having been loaded.
+
+        Raises:
+            ConfigError: the file breaks a rule.
+            AdapterFileError: the folder's weights are a pickle, or no safetensors file of a SMoA adapter.
         """
-        config: SmoaConfig = super().from_pretrained(*args, **kwargs)
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        try:
+            config: SmoaConfig = super().from_pretrained(str(pretrained_model_name_or_path), subfolder, **kwargs)
+        except ConfigError as error:
+            raise ConfigError(f"{folder / CONFIG_NAME}: {error}") from None
         config.labels_follow = True
+        config._compare_with_weights(folder)
         return config
 
-    labels_follow = False  # class attribute without annotation: not a field, so not saved
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write `adapter_config.json`, whole or not at all, with the digests by which its adapter is recognised.
+
+        The home folder in the path of a local base becomes `~`.
+        """
+        saved = copy.copy(self)
+        saved.settings_digest = self._settings_digest()
+        saved.weights_digest, self.digest_of_saved = self.digest_of_saved or self.weights_digest, None
+        saved.base_model_name_or_path = _without_home(self.base_model_name_or_path)
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".smoa-", dir=save_directory) as room:
+            super(SmoaConfig, saved).save_pretrained(room, **kwargs)
+            Path(room, CONFIG_NAME).replace(Path(save_directory, CONFIG_NAME))
+
+    # Class attributes without annotation: not fields, so not saved.
+    labels_follow = False
+    digest_of_saved = cast("str | None", None)  # of tensors that PEFT asked for and is about to write
+    weights_file = cast("Path | None", None)  # beside the file that this config was read from, till they are loaded
+    damage = cast("str | None", None)  # of that file
+
+    def _compare_with_weights(self, folder: Path) -> None:
+        weights = read_factors(folder)
+        if weights is None:
+            return
+        self.weights_file = weights.file
+        ranks = list(self.rank_pattern.values()) or [self.r]
+        if max(ranks) > weights.largest_rank:  # told before anything of that size is made
+            raise AdapterFileError(
+                f"{folder / CONFIG_NAME}: r or rank_pattern asks for rank {max(ranks)}, but the largest factor in "
+                f"{weights.file.name} has {weights.largest_rank} rows; they are not of one adapter"
+            )
+        self.r = min(self.r, weights.largest_rank)  # with a rank_pattern, r may stand for no layer at all
+        if self.weights_digest not in (None, weights.digest):
+            self.damage = (
+                f"its factors and labels are not those that {CONFIG_NAME} was saved with: a file was damaged or "
+                f"edited, or comes from another save; if that was on purpose, delete weights_digest from {CONFIG_NAME}"
+            )
+
+    def _settings_digest(self) -> str:
+        own = [f for f in fields(self) if f.name in SmoaConfig.__annotations__ and not f.name.endswith("_digest")]
+        values = {f.name: getattr(self, f.name) for f in own}
+        # A setting left at its default does not count, so that a version that has one more reads older files.
+        return settings_digest({f.name: values[f.name] for f in own if values[f.name] not in (f.default, {})})
 
     def ranks(self, r: int) -> tuple[int, ...]:
         """Rank of each block of a layer whose total rank is r."""
         return tuple(self.block_ranks) if self.block_ranks is not None else split_rank(r, self.num_blocks)
 
     def _problems(self) -> list[str]:
-        problems = [_int_problem("r", self.r), _int_problem("num_blocks", self.num_blocks, MAX_BLOCKS)]
-        problems += [_int_problem(f"rank_pattern[{key!r}]", value) for key, value in self.rank_pattern.items()]
-        problems += [_positive_problem(f"alpha_pattern[{key!r}]", value) for key, value in self.alpha_pattern.items()]
-        problems.append(None if self.alpha is None else _positive_problem("alpha", self.alpha))
+        problems = [int_problem("r", self.r), int_problem("num_blocks", self.num_blocks, MAX_BLOCKS)]
+        problems += [int_problem(f"rank_pattern[{key!r}]", value) for key, value in self.rank_pattern.items()]
+        problems += [positive_problem(f"alpha_pattern[{key!r}]", value) for key, value in self.alpha_pattern.items()]
+        problems.append(None if self.alpha is None else positive_problem("alpha", self.alpha))
         for name, choices in (("bias", Bias), ("partition", PartitionKind), ("modulation", Modulation)):
-            problems.append(_choice_problem(name, getattr(self, name), get_args(choices)))
-        problems.append(_choice_problem("init_weights", self.init_weights, (True, False)))
-        if not _is_number(self.smoa_dropout) or not 0 <= self.smoa_dropout < 1:
+            problems.append(choice_problem(name, getattr(self, name), get_args(choices)))
+        problems.append(choice_problem("init_weights", self.init_weights, (True, False)))
+        if not is_number(self.smoa_dropout) or not 0 <= self.smoa_dropout < 1:
             problems.append(f"smoa_dropout={self.smoa_dropout!r} must be a number in [0, 1)")
         if self.layers_pattern and self.layers_to_transform is None:
             problems.append(f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform")
@@ -132,23 +206,9 @@ class SmoaConfig(PeftConfig):
         return []
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _int_problem(name: str, value: object, limit: int | None = None) -> str | None:
-    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= (limit or value):
-        return None
-    return f"{name}={value!r} must be a positive integer" + (f", at most {limit}" if limit else "")
-
-
-def _positive_problem(name: str, value: object) -> str | None:
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf"):
-        return None
-    return f"{name}={value!r} must be a positive number"
-
-
-def _choice_problem(name: str, value: object, choices: tuple[object, ...]) -> str | None:
-    if any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
-        return None
-    return f"{name}={value!r} must be one of {', '.join(map(repr, choices))}"
+def _without_home(name: str | None) -> str | None:
+    """The name or path of a model with the home folder, which tells who the user is, as `~`."""
+    home = Path("~").expanduser()
+    if name is None or home == Path(home.anchor) or not Path(name).is_relative_to(home):
+        return name
+    return "~/" + Path(name).relative_to(home).as_posix()

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from .checkpoint import check_adapter_state
 from .combining import Combination, check_same_labels, combined_config, fill_combined
 from .config import SmoaConfig
+from .digest import kind_of, tensors_digest
 from .errors import MergeError, PartitionError, SmoaError, UnsupportedModuleError
 from .layer import SmoaLayer, linear_shape
 from .linear import Linear
@@ -108,15 +109,20 @@ class SmoaModel(BaseTuner):
     ) -> dict[str, Tensor]:
         for layer in _layers_with(model, adapter_name):
             layer.decide_partition(adapter_name)  # in place: the buffers in `state_dict` see it
-        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return dict(selected)
+        selected = dict(
+            super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        )
+        tensors = ((kind, tensor) for key, tensor in selected.items() if (kind := kind_of(key)))
+        config.digest_of_saved = tensors_digest(tensors)
+        config.weights_file = config.damage = None  # the adapter has a life of its own by now
+        return selected
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        check_adapter_state(model, adapter_name, remapped)
+        check_adapter_state(model, config, adapter_name, remapped)
         for layer in _layers_with(model, adapter_name):
             layer.pending_partition.pop(adapter_name, None)
         return dict(remapped)

@@ -16,7 +16,7 @@ from smoa import AdapterFileError, SmoaConfig
 from smoa.layer import SmoaLayer
 from smoa.spectrum_cache import clear_spectrum_cache
 from tests import reference, tiny_models
-from tests.adapter_files import rewritten
+from tests.adapter_files import rewritten, with_settings
 from tests.decompositions import NoDecomposition
 from tests.layers import base_weight, factors, labels, oracle_delta, randomise, ranks
 from tests.tolerance import assert_close
@@ -212,9 +212,7 @@ def test_labels_that_do_not_fit_the_layer_are_refused_by_name(
 
 
 def test_labels_of_another_number_of_blocks_are_refused(tmp_path: Path) -> None:
-    folder = saved(trained_llama(num_blocks=4, r=8), tmp_path)
-    config = folder / "adapter_config.json"
-    config.write_text(config.read_text().replace('"num_blocks": 4', '"num_blocks": 2'))
+    folder = with_settings(saved(trained_llama(num_blocks=4, r=8), tmp_path), num_blocks=2)
     with pytest.raises(AdapterFileError, match=r"self_attn\.[qv]_proj|down_proj"):
         PeftModel.from_pretrained(tiny_models.build("llama"), folder)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from smoa.errors import ConfigError
@@ -55,8 +56,21 @@ class RunFolder:
                 "choose another training.output_dir or remove it"
             )
         write_whole(self.config, config_yaml)
-        checkpoint: str | None = get_last_checkpoint(str(self.path))
-        return checkpoint
+        return self._last_whole_checkpoint()
+
+    def _last_whole_checkpoint(self) -> str | None:
+        """The latest checkpoint; one that a kill or a full disk left half-written is removed.
+
+        The Trainer writes ``trainer_state.json`` last, so where that is whole everything is.
+        """
+        while checkpoint := get_last_checkpoint(str(self.path)):
+            try:
+                json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+                return str(checkpoint)
+            except (OSError, ValueError):
+                logging.getLogger(__name__).warning("%s was never finished; it is removed", checkpoint)
+                shutil.rmtree(checkpoint)
+        return None
 
     def finish(self, metrics: dict[str, Any]) -> None:
         """Write the metrics; from now on the run is finished. Checkpoints have done their duty."""

@@ -23,6 +23,7 @@ from smoa.experiments.plots import draw_loss_curve
 from smoa.experiments.progress import REPLACED, ProgressReport
 from smoa.experiments.prompts import Encoded, PromptEncoder
 from smoa.experiments.run_folder import RunFolder, provenance
+from smoa.saving import replaced_folder
 
 logger = logging.getLogger(__name__)
 
@@ -156,8 +157,9 @@ def _truncation(examples: list[Encoded]) -> dict[str, int]:
 
 
 def _save(config: RunConfig, folder: RunFolder, ready: Prepared, model: Any, metrics: dict[str, Any]) -> None:
-    model.save_pretrained(folder.adapter)
-    ready.tokenizer.save_pretrained(folder.adapter)
+    with replaced_folder(folder.adapter) as temporary:
+        model.save_pretrained(temporary)
+        ready.tokenizer.save_pretrained(temporary)
     metrics["parameters"]["adapter_bytes"] = _weight_bytes(folder.adapter)
     draw_loss_curve(metrics["history"], folder.picture, f"{config.method} on {', '.join(config.data.tasks)}")
     folder.finish(metrics)

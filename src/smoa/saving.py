@@ -1,0 +1,119 @@
+"""Saving an adapter so that whoever looks finds the old one or the new one, whole, whenever the process is killed.
+
+PEFT's `save_pretrained` writes its files one after the other into the folder. Here they are written beside it, and then
+the two folders change places. Linux and macOS can do that in one step; elsewhere, and on file systems that cannot, the
+old folder steps aside first, and for that moment both lie beside the place under hidden names.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from peft.utils import CONFIG_NAME
+
+MODEL_CARD = "README.md"
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux: fcntl.h, fs.h
+RENAME_SWAP = 2  # macOS: stdio.h
+
+
+def save_adapter(model: Any, folder: str | Path, *, base_model_name: str | None = None, **options: Any) -> None:
+    """`model.save_pretrained(folder)`, in which a kill or a full disk leaves the old adapter or the new, never half.
+
+    What else lies in the folder stays. Files that the disk has not yet seen survive a kill, and a crash of the machine
+    as far as its file system orders them: every file is flushed before the folders change places.
+
+    Args:
+        model: A `PeftModel`, or a transformers model with an adapter.
+        folder: Made if need be.
+        base_model_name: Put this name of the base into `adapter_config.json` and the model card instead of the path
+            that the base was loaded from: for adapters that leave this machine.
+        options: Passed to `save_pretrained`.
+
+    Raises:
+        NotADirectoryError: `folder` is a file.
+    """
+    target = Path(folder)
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"{target}: is a file; name a folder for the adapter")
+    if not options.get("is_main_process", True):  # it takes part in gathering, and writes nothing
+        with tempfile.TemporaryDirectory() as nowhere:
+            model.save_pretrained(nowhere, **options)
+        return
+    with replaced_folder(target) as temporary:
+        model.save_pretrained(temporary, **options)
+        if base_model_name is not None:
+            _rename_base(temporary, base_model_name)
+
+
+@contextmanager
+def replaced_folder(target: Path) -> Iterator[Path]:
+    """Yield a copy of the folder, or an empty one, that takes its place when the block ends well, and else vanishes."""
+    target = target.resolve()  # a symlink stays one
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent, ignore_cleanup_errors=True) as room:
+        temporary = Path(room) / target.name
+        if target.exists():
+            shutil.copytree(target, temporary, symlinks=True)
+        else:
+            temporary.mkdir()
+        yield temporary
+        _flush(temporary)
+        if target.exists():
+            _exchange(temporary, target)
+        else:
+            temporary.rename(target)
+
+
+def _rename_base(folder: Path, name: str) -> None:
+    card = folder / MODEL_CARD
+    for file in folder.rglob(CONFIG_NAME):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        old, config["base_model_name_or_path"] = config.get("base_model_name_or_path"), name
+        file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+        if old and card.is_file():
+            places = {str(old), str(Path(old).expanduser())}
+            text = card.read_text(encoding="utf-8")
+            for place in sorted(places, key=len, reverse=True):
+                text = text.replace(place, name)
+            card.write_text(text, encoding="utf-8")
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Let the two folders change places; the old one is then where the new one was."""
+    if _exchange_in_one_step(new, old):
+        return
+    aside = new.with_name(f"{new.name}.old")
+    old.rename(aside)
+    try:
+        new.rename(old)
+    except OSError:
+        aside.rename(old)
+        raise
+
+
+def _exchange_in_one_step(new: Path, old: Path) -> bool:
+    if sys.platform not in ("linux", "darwin"):
+        return False
+    libc = ctypes.CDLL(None)
+    first, second = os.fsencode(new), os.fsencode(old)
+    if hasattr(libc, "renameat2"):
+        return bool(libc.renameat2(AT_FDCWD, first, AT_FDCWD, second, RENAME_EXCHANGE) == 0)
+    if hasattr(libc, "renamex_np"):
+        return bool(libc.renamex_np(first, second, RENAME_SWAP) == 0)
+    return False
+
+
+def _flush(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
