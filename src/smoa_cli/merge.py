@@ -14,6 +14,7 @@ from smoa_cli.console import print_json, reporting
 class Dtype(StrEnum):
     """The merged weights' dtype."""
 
+    auto = "auto"
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
@@ -23,8 +24,9 @@ def merge(
     adapter: Annotated[Path, typer.Argument(help="A run's folder, or an adapter's.")],
     output: Annotated[Path, typer.Argument(help="A new folder for the merged model.")],
     dtype: Annotated[
-        Dtype, typer.Option(help="Of the saved weights; merging itself is done in float32.")
-    ] = Dtype.float32,
+        Dtype, typer.Option(help="Of the saved weights; merging itself is done in float32. auto: as the base.")
+    ] = Dtype.auto,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file, e.g. 2GB.")] = "5GB",
     base: Annotated[str | None, typer.Option(help="The base model, where it is not where the adapter says.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Let the model's repository run its own code.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -33,9 +35,8 @@ def merge(
     with reporting():
         from smoa.experiments.merge import merge as run_merge
 
-        merged = run_merge(adapter, output, dtype.value, base, trust_remote_code)
+        export = run_merge(adapter, output, dtype.value, base, trust_remote_code, max_shard_size)
         if json:
-            print_json({"folder": str(merged.folder), "layers": merged.layers, "update_lost": merged.update_lost})
+            print_json(export.to_dict())
             return
-        typer.echo(f"{merged.layers} layers merged into {merged.folder}")
-        typer.echo(f"Rounding to {dtype.value} lost {100 * merged.update_lost:.2g} % of the update.")
+        typer.echo(f"{export.folder}: {export.summary()}")
