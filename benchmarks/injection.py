@@ -18,7 +18,7 @@ from _common import busy_elsewhere, gemma_weights, interleaved, median_ratio, pi
 from torch import Tensor
 
 from smoa.experiments.base_models import prepare_packaged_model
-from smoa.spectrum import labels_from_scores, spectral_scores
+from smoa.spectrum import labels_from_scores, make_partition, spectral_scores
 
 SHAPES = {"4096x4096": (4096, 4096), "4096x11008": (4096, 11008)}
 BARS = {"4096x4096": 0.5, "4096x11008": 0.35, "gemma": 0.35}
@@ -38,17 +38,34 @@ def _mean_index(vectors: Tensor, sigma: Tensor, index: Tensor) -> Tensor:
     return energy @ index / energy.sum(1)
 
 
-def membership(scores: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor]) -> dict[str, list[float]]:
+Labels = dict[int, tuple[Tensor, Tensor]]
+
+
+def svd_labels(weight: Tensor) -> Labels:
+    """By K: row and column labels by the definition, in the weight's own dtype."""
+    row_scores, col_scores = svd_scores(weight)
+    return {K: (labels_from_scores(row_scores, K), labels_from_scores(col_scores, K)) for K in NUM_BLOCKS}
+
+
+def exact_labels(weight: Tensor) -> Labels:
+    """By K: ours, the scores shared between all K, as injection has it."""
+    scores: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+
+    def scores_of(weight: Tensor) -> tuple[Tensor, Tensor]:
+        if weight.dtype not in scores:
+            scores[weight.dtype] = spectral_scores(weight)
+        return scores[weight.dtype]
+
+    partitions = {K: make_partition(weight, K, scores_of=scores_of) for K in NUM_BLOCKS}
+    return {K: (found.row_labels, found.col_labels) for K, found in partitions.items()}
+
+
+def membership(ours: Labels, reference: Labels) -> dict[str, list[float]]:
     """By K: share of rows and share of columns that land in the reference's block."""
     return {
-        str(K): [_agreement(ours, theirs, K) for ours, theirs in zip(scores, reference, strict=True)]
+        str(K): [(mine == theirs).double().mean().item() for mine, theirs in zip(ours[K], reference[K], strict=True)]
         for K in NUM_BLOCKS
     }
-
-
-def _agreement(ours: Tensor, theirs: Tensor, num_blocks: int) -> float:
-    same = labels_from_scores(ours, num_blocks) == labels_from_scores(theirs, num_blocks)
-    return same.double().mean().item()
 
 
 def random_weight(shape: tuple[int, int], repeats: int, device: torch.device) -> dict[str, Any]:
@@ -71,24 +88,24 @@ def random_weight(shape: tuple[int, int], repeats: int, device: torch.device) ->
 def gemma(folder: Path, repeats: int, device: torch.device) -> dict[str, Any]:
     """Summed times and the membership of every adapted weight."""
     weights = {name: weight.to(device) for name, weight in gemma_weights(folder)}
-    scored: dict[str, dict[str, tuple[Tensor, Tensor]]] = {"svd": {}, "exact": {}}
+    found: dict[str, dict[str, Labels]] = {"svd": {}, "exact": {}}
 
-    def score_all(method: str, scores: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+    def label_all(method: str, labels: Callable[[Tensor], Labels]) -> None:
         for name, weight in weights.items():
-            scored[method][name] = scores(weight)
+            found[method][name] = labels(weight)
 
     others = busy_elsewhere()
     times = interleaved(
-        {"svd": lambda: score_all("svd", svd_scores), "exact": lambda: score_all("exact", spectral_scores)},
+        {"svd": lambda: label_all("svd", svd_labels), "exact": lambda: label_all("exact", exact_labels)},
         repeats,
         device,
     )
     result = {"seconds": times, "ratio": median_ratio(times, "exact", "svd"), "cores_busy_elsewhere": others()}
-    reference = {name: svd_scores(weight.double()) for name, weight in weights.items()}
+    reference = {name: svd_labels(weight.double()) for name, weight in weights.items()}
     return result | {
         "weights": len(weights),
-        "membership": {name: membership(scored["exact"][name], reference[name]) for name in weights},
-        "membership_float32_svd": {name: membership(scored["svd"][name], reference[name]) for name in weights},
+        "membership": {name: membership(found["exact"][name], reference[name]) for name in weights},
+        "membership_float32_svd": {name: membership(found["svd"][name], reference[name]) for name in weights},
     }
 
 

@@ -36,6 +36,8 @@ GRAM_TILE = 512
 """Columns of the Gram matrix formed at a time."""
 SAFE_PEAK = 1e-4, 1e4
 """Weights whose largest entry lies between are decomposed as they are; others are scaled, which costs a copy."""
+CLOSE_SCORES = 2e-7
+"""Times min(m, n): scores nearer to each other than this, in float32, may stand in the wrong order."""
 ROW_TILE = 1024
 """Rows of WV held at a time: nothing of the weight's size is kept."""
 
@@ -182,6 +184,15 @@ def labels_from_scores(scores: Tensor, num_blocks: int) -> Tensor:
     return labels
 
 
+def _cut_is_close(scores: Tensor, num_blocks: int, spectrum_size: int) -> bool:
+    """Whether two blocks meet between scores that differ, but by less than the error of float32. Equal ones are no
+    question of precision: their order is the natural one."""
+    ends = torch.tensor(block_sizes(len(scores), num_blocks), device=scores.device).cumsum(0)[:-1]
+    ascending = scores.sort().values
+    gaps = ascending[ends] - ascending[ends - 1]
+    return bool(((gaps > 0) & (gaps < CLOSE_SCORES * spectrum_size)).any())
+
+
 def contiguous_labels(size: int, num_blocks: int, device: torch.device | None = None) -> Tensor:
     """Labels of K runs of neighbouring coordinates, uint8 (size,)."""
     sizes = torch.tensor(block_sizes(size, num_blocks), device=device)
@@ -198,7 +209,9 @@ def make_partition(
     """Partition of `weight` (out_features, in_features) into `num_blocks` aligned blocks.
 
     `spectral` sorts by spectral score, `contiguous` cuts the natural order (MELoRA's), `random` shuffles with torch's
-    global generator. `scores_of` computes the scores of a `spectral` partition.
+    global generator. `scores_of` computes the scores of a `spectral` partition. Where a cut falls between two scores
+    that float32 cannot tell apart, the weight is decomposed again in float64, so that the same weight gets the same
+    blocks whatever the device and the number of threads.
 
     Raises:
         PartitionError: K is not between 1 and min(out_features, in_features, 255).
@@ -211,5 +224,7 @@ def make_partition(
         scores = torch.rand(out_features), torch.rand(in_features)
     else:
         scores = scores_of(weight)
+        if weight.dtype != torch.float64 and any(_cut_is_close(s, num_blocks, min(weight.shape)) for s in scores):
+            scores = scores_of(weight.double())
     row_labels, col_labels = (labels_from_scores(s, num_blocks).to(weight.device) for s in scores)
     return SpectralPartition(row_labels, col_labels, num_blocks)

@@ -223,3 +223,19 @@ def test_labels_of_two_dimensions_are_refused() -> None:
     labels = torch.tensor([[0, 1]], dtype=torch.uint8)
     with pytest.raises(PartitionError):
         SpectralPartition(labels, labels, num_blocks=1)
+
+
+@pytest.mark.parametrize(("gap", "decompositions"), [(1e-7, 2), (0.0, 1), (0.5, 1)])
+def test_a_cut_between_scores_that_float32_cannot_tell_apart_is_decided_in_float64(
+    gap: float, decompositions: int
+) -> None:
+    dtypes = []
+
+    def scores_of(weight: Tensor) -> tuple[Tensor, Tensor]:
+        dtypes.append(weight.dtype)
+        rows = torch.tensor([0.0, 0.25, 0.25 + gap, 0.9], dtype=weight.dtype)
+        return (rows.flip(0) if weight.dtype == torch.float64 else rows), torch.arange(4.0)
+
+    partition = make_partition(torch.eye(4), 2, scores_of=scores_of)
+    assert dtypes == [torch.float32, torch.float64][:decompositions]
+    assert partition.row_labels.tolist() == ([1, 1, 0, 0] if decompositions == 2 else [0, 0, 1, 1])
