@@ -112,3 +112,23 @@ def hadamard_branch(
     """`x ΔWᵀ` for x of any leading shape, computed in the dtype of x; differentiable in x, A and B, not in W."""
     y: Tensor = _branch(x.reshape(-1, x.shape[-1]), A, B, weight, row_labels, col_labels, ranks, scaling)
     return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def hadamard_branch_backward(
+    g: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    weight: Tensor,
+    row_labels: Tensor,
+    col_labels: Tensor,
+    ranks: Sequence[int],
+    scaling: float,
+    needs_x: bool,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Gradients of `hadamard_branch` for x (None unless `needs_x`), A and B, from that of its output."""
+    flat_g, flat_x = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
+    grad_x, grad_A, grad_B = _branch_backward(
+        flat_g, flat_x, A, B, weight, row_labels, col_labels, ranks, scaling, needs_x
+    )
+    return grad_x.view(x.shape) if needs_x else None, grad_A, grad_B

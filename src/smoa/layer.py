@@ -6,6 +6,7 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import gather_params_ctx
+from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
@@ -42,9 +43,12 @@ class SmoaLayer(BaseTunerLayer):
         "smoa_col_labels",
     )
 
-    def __init__(self, base_layer: nn.Module, fan_in_fan_out: bool = False) -> None:
+    def __init__(
+        self, base_layer: nn.Module, fan_in_fan_out: bool = False, backend: QuantizationBackend | None = None
+    ) -> None:
         self.base_layer = base_layer
         self.fan_in_fan_out = fan_in_fan_out
+        self.quantization_backend = backend
         self.r: dict[str, int] = {}
         self.alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
@@ -101,7 +105,7 @@ class SmoaLayer(BaseTunerLayer):
         self.smoa_A[adapter_name], self.smoa_B[adapter_name] = A, B
 
     def _add_labels(self, adapter_name: str, kind: PartitionKind, defer: bool) -> None:
-        device = self.base_weight().device
+        device = self.stored_weight().device
         self.smoa_row_labels[adapter_name] = _undecided(self.out_features, device)
         self.smoa_col_labels[adapter_name] = _undecided(self.in_features, device)
         self.pending_partition[adapter_name] = kind
@@ -114,7 +118,7 @@ class SmoaLayer(BaseTunerLayer):
         if kind is None:
             return
         rows, cols = self.smoa_row_labels[adapter_name], self.smoa_col_labels[adapter_name]
-        if rows.device.type == "meta" or self.base_weight().device.type == "meta":
+        if rows.device.type == "meta" or self.stored_weight().device.type == "meta":
             raise PartitionError("the base weight is on the meta device; load the weights before the adapter is used")
         if not self._has_valid_labels(adapter_name):
             partition = self._make_partition(self.layout[adapter_name].num_blocks, kind)
@@ -143,10 +147,13 @@ class SmoaLayer(BaseTunerLayer):
         rows, cols = self.smoa_row_labels[adapter_name], self.smoa_col_labels[adapter_name]
         return SpectralPartition(rows, cols, self.layout[adapter_name].num_blocks)
 
+    def stored_weight(self) -> Tensor:
+        """The base layer's weight as it is stored: transposed in a Conv1D, packed bytes in a quantised layer."""
+        return self.get_base_layer().weight  # type: ignore[return-value]
+
     def base_weight(self) -> Tensor:
         """The base layer's weight as it stands, (out_features, in_features) whatever its storage."""
-        weight: Tensor = self.get_base_layer().weight  # type: ignore[assignment]
-        return weight.T if self.fan_in_fan_out else weight
+        return self.stored_weight().T if self.fan_in_fan_out else self.stored_weight()
 
     def pristine_weight(self) -> Tensor:
         """The base weight as it was before any merge, (out_features, in_features); not a copy unless merged."""

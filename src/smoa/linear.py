@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -35,9 +36,10 @@ class Linear(nn.Module, SmoaLayer):
         alpha: float,
         fan_in_fan_out: bool = False,
         defer_partition: bool = False,
+        backend: QuantizationBackend | None = None,
     ) -> None:
         super().__init__()
-        SmoaLayer.__init__(self, base_layer, fan_in_fan_out)
+        SmoaLayer.__init__(self, base_layer, fan_in_fan_out, backend)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, r, alpha, defer_partition=defer_partition)
 
@@ -67,11 +69,14 @@ class Linear(nn.Module, SmoaLayer):
         merged = self.merged_weight([*self.merged_adapters, *names])
         if safe_merge:
             _check_finite(merged, names)
+        self._write_merged(merged, names)
+        self.merged_adapters.extend(names)
+
+    def _write_merged(self, merged: Tensor, names: list[str]) -> None:
         pristine = self.pristine_weight()
         partitions = [self.partition(name) for name in names]
         self._pristine_blocks += [DiagonalBlocks.read_from(pristine, partition) for partition in partitions]
         self.base_weight().copy_(merged)
-        self.merged_adapters.extend(names)
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -79,11 +84,14 @@ class Linear(nn.Module, SmoaLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        self._restore_pristine()
+        self.merged_adapters.clear()
+
+    def _restore_pristine(self) -> None:
         weight = self.base_weight()
         for blocks in self._pristine_blocks:
             blocks.write_to(weight)
         self._pristine_blocks.clear()
-        self.merged_adapters.clear()
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """`base_layer(x) + Σ x ΔWᵀ` of the active adapters; `adapter_names` picks one adapter for each sample."""
@@ -127,6 +135,12 @@ class Linear(nn.Module, SmoaLayer):
             return plain_branch(self._cast_input_dtype(x, A.dtype), A, B, None, rows, cols, layout, scaling)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        return self._hadamard_output(x, adapter_name)
+
+    def _hadamard_output(self, x: Tensor, adapter_name: str) -> Tensor:
+        A, B = self.factors(adapter_name)
+        rows, cols = self.smoa_row_labels[adapter_name], self.smoa_col_labels[adapter_name]
+        layout, scaling = self.layout[adapter_name], self.scaling[adapter_name]
         weight = self.base_weight()
         if weight.requires_grad or _is_transformed(x, A, B):
             return plain_branch(x, A, B, weight, rows, cols, layout, scaling)
@@ -135,7 +149,7 @@ class Linear(nn.Module, SmoaLayer):
     def _cached_forward(self, cache: WeightCache, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Tensor:
         tensors = [t for n in active for t in (*self.factors(n), self.smoa_row_labels[n], self.smoa_col_labels[n])]
         scalings = [self.scaling[name] for name in active]
-        key = (*active, *scalings, *map(tensor_state, [self.weight, *tensors]))
+        key = (*active, *scalings, *map(tensor_state, [self.stored_weight(), *tensors]))
         if cache.key != key:
             self._fill_cache(cache, active)
             cache.key = key
@@ -149,7 +163,7 @@ class Linear(nn.Module, SmoaLayer):
     def _fill_cache(self, cache: WeightCache, active: list[str]) -> None:
         cache.clear()
         weight = self.base_weight()
-        if weight.dtype in (torch.float32, torch.float64) and type(self.base_layer) in (nn.Linear, Conv1D):
+        if weight.dtype in (torch.float32, torch.float64) and self._has_plain_base():
             cache.effective = self.merged_weight(active)
             return
         for name in active:
@@ -157,10 +171,14 @@ class Linear(nn.Module, SmoaLayer):
             slices = list(zip(self.layout[name].row_slices(), self.layout[name].col_slices(), strict=True))
             cache.blocks.append(SortedBlocks.of(self.delta(name).to(weight.dtype), rows, cols, slices))
 
+    def _has_plain_base(self) -> bool:
+        """Whether the base layer computes `x Wᵀ + b` of a plain weight and nothing else."""
+        return type(self.base_layer) in (nn.Linear, Conv1D)
+
     def _can_fuse(self, x: Tensor, adapter_name: str) -> bool:
         base = self.base_layer
         weight = getattr(base, "weight", None)
-        if type(base) not in (nn.Linear, Conv1D) or _is_instrumented(base) or not isinstance(weight, Tensor):
+        if not self._has_plain_base() or _is_instrumented(base) or not isinstance(weight, Tensor):
             return False
         dropout = self.smoa_dropout[adapter_name]
         if self.modulation[adapter_name] == "none" or (isinstance(dropout, nn.Dropout) and self.training):

@@ -9,6 +9,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
@@ -21,9 +22,12 @@ from .errors import MergeError, PartitionError, SmoaError, UnsupportedModuleErro
 from .layer import SmoaLayer, linear_shape
 from .linear import Linear
 from .mixed_batch import adapter_names_hooks
+from .quantized import QuantizedLinear, find_backend, requantisation_reported
 from .spectrum import check_num_blocks
 
-SUPPORTED = "torch.nn.Linear, transformers.pytorch_utils.Conv1D"
+SUPPORTED = (
+    "torch.nn.Linear, transformers.pytorch_utils.Conv1D, quantised linear layers of bitsandbytes, torchao and HQQ"
+)
 
 
 class SmoaModel(BaseTuner):
@@ -60,7 +64,7 @@ class SmoaModel(BaseTuner):
             if name and not name.startswith(inside) and self._check_target_module_exists(config, name):
                 targets += 1
                 try:
-                    _check_target(name, module, config)
+                    _check_target(name, module, config, model)
                 except SmoaError as error:
                     problems.append(error)
         if problems:
@@ -79,7 +83,7 @@ class SmoaModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        _check_target(current_key, target, peft_config)
+        backend = _check_target(current_key, target, peft_config, self.model)
         r = _by_pattern(peft_config.rank_pattern, current_key, peft_config.r)
         alpha = _by_pattern(
             peft_config.alpha_pattern, current_key, r if peft_config.alpha is None else peft_config.alpha
@@ -91,7 +95,8 @@ class SmoaModel(BaseTuner):
                 target.update_layer(adapter_name, peft_config, r, alpha, defer_partition=self._loads_labels)
                 return
             is_conv1d = isinstance(_base_of(target), Conv1D)
-            layer = Linear(target, adapter_name, peft_config, r, alpha, is_conv1d, self._loads_labels)
+            layer_class = Linear if backend is None else QuantizedLinear
+            layer = layer_class(target, adapter_name, peft_config, r, alpha, is_conv1d, self._loads_labels, backend)
         except PartitionError as error:
             raise PartitionError(f"{current_key}: {error}") from None
         if adapter_name not in self.active_adapters:
@@ -137,7 +142,8 @@ class SmoaModel(BaseTuner):
         """PEFT's `merge_adapter`; with `safe_merge` every layer is checked before the first one is changed."""
         if safe_merge:
             self._check_all_finite(adapter_names)
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        with requantisation_reported(self.model):
+            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(
         self,
@@ -148,7 +154,8 @@ class SmoaModel(BaseTuner):
     ) -> Any:
         if merge and safe_merge:
             self._check_all_finite(adapter_names)
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        with requantisation_reported(self.model):
+            return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: Combination = "cat"
@@ -192,7 +199,7 @@ class SmoaModel(BaseTuner):
         owners: dict[int, str] = {}
         for name, module in self.model.named_modules():
             if isinstance(module, SmoaLayer):
-                pointer = module.base_weight().data_ptr()
+                pointer = module.stored_weight().data_ptr()
                 other = owners.setdefault(pointer, name)
                 if pointer and other != name:
                     raise MergeError(
@@ -212,23 +219,23 @@ def _base_of(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
-def _check_target(name: str, module: nn.Module, config: SmoaConfig) -> None:
+def _check_target(name: str, module: nn.Module, config: SmoaConfig, model: nn.Module) -> QuantizationBackend | None:
+    """Raise unless the module can be adapted; the backend of a quantised one."""
     base = _base_of(module)
-    if not isinstance(base, (nn.Linear, Conv1D)):
+    try:
+        backend = find_backend(base, model)
+    except UnsupportedModuleError as error:
+        raise UnsupportedModuleError(f"{name}: {error}") from error
+    if backend is None and not isinstance(base, (nn.Linear, Conv1D)):
         raise UnsupportedModuleError(
             f"{name}: SMoA can't adapt a {type(base).__module__}.{type(base).__qualname__}; supported are {SUPPORTED}; "
             "leave it out of target_modules or name it in exclude_modules"
-        )
-    weight: Any = base.weight
-    if not weight.is_floating_point() or type(weight.data).__module__.startswith("torchao"):
-        raise UnsupportedModuleError(
-            f"{name}: SMoA can't adapt the quantised weight of a {type(base).__module__}.{type(base).__qualname__}; "
-            "load the model in float32, bfloat16 or float16"
         )
     try:
         check_num_blocks(config.num_blocks, *linear_shape(base))
     except PartitionError as error:
         raise PartitionError(f"{name}: {error}") from None
+    return backend
 
 
 def _layers_with(model: nn.Module, adapter_name: str) -> list[SmoaLayer]:
