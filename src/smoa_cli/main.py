@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from smoa_cli import budget, compare, data, demo, evaluate, inspect, merge, train
+from smoa_cli import budget, compare, convert, data, demo, evaluate, inspect, merge, train
 
 app = typer.Typer(
     name="smoa",
@@ -16,6 +16,7 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("merge")(merge.merge)
+app.command("convert")(convert.convert)
 app.command("compare")(compare.compare)
 app.command("inspect")(inspect.inspect)
 app.command("budget")(budget.budget)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -141,12 +142,48 @@ def test_merging_into_bfloat16_says_what_it_lost(run: Path, tmp_path: Path) -> N
     assert "exists" in again.output
 
 
+def test_convert_writes_a_lora_and_says_what_it_lost(run: Path, tmp_path: Path) -> None:
+    trained = json.loads((run / "metrics.json").read_text())["evaluation"]["after"]["all"]["gold_loss"]
+    whole = json.loads(invoke("convert", run, tmp_path / "whole", "--error", 0.0001, "--json"))
+    assert whole["error"] <= 0.0001
+    assert whole["loss"]["adapter"] == pytest.approx(trained)
+    assert whole["loss"]["lora"] == pytest.approx(whole["loss"]["adapter"], rel=1e-4)
+    small = invoke("convert", run, tmp_path / "small", "--rank", 1, "--layers")
+    assert "LoRA of rank 1" in small
+    assert "% of the adapter's gain is kept" in small
+    assert len(load_file(tmp_path / "small" / "adapter_model.safetensors")) == 8
+    unscored = json.loads(invoke("convert", run / "adapter", tmp_path / "third", "--energy", 0.5, "--json"))
+    assert unscored["loss"] is None
+    assert 0 < unscored["error"] <= 0.5**0.5
+    assert all(layer["blockwise_parameters"] < layer["parameters"] for layer in unscored["layers"])
+
+
+def test_convert_wants_one_rule_and_a_new_folder(run: Path, tmp_path: Path) -> None:
+    for arguments, reason in (([], "exactly one"), (["--rank", "1", "--error", "0.1"], "exactly one")):
+        refused = CliRunner().invoke(app, ["convert", str(run), str(tmp_path / "lora"), *arguments])
+        assert refused.exit_code == 1
+        assert reason in refused.output
+    refused = CliRunner().invoke(app, ["convert", str(run), str(tmp_path), "--rank", "1"])
+    assert "exists" in refused.output
+
+
 def test_inspect_tells_a_rank_above_r(run: Path) -> None:
     layers = json.loads(invoke("inspect", run, "--json"))
     assert len(layers) == 4
     assert all(layer["rank"] > 4 for layer in layers)
     assert all(layer["parameters"] == 4 * (layer["rows"] + layer["columns"]) // 2 for layer in layers)
+    assert all(layer["rank"] <= layer["rank_bound"] for layer in layers)
     assert "effective rank" in invoke("inspect", run)
+
+
+def test_inspect_writes_a_page_that_needs_no_network(run: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    both = json.loads(invoke("inspect", run, "--against", run / "adapter", "--html", page, "--json"))
+    assert [len(layers) for layers in both.values()] == [4, 4]
+    text = page.read_text()
+    assert "layers.1.self_attn.v_proj" in text
+    assert text.count("<figure>") == text.count('role="img"') == 4
+    assert not re.search(r"(src|href)=\"?https?://|@import|url\(", text)
 
 
 def test_budget_spends_no_more_than_it_may(config: dict[str, Any]) -> None:
