@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Set
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import CONFIG_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -13,6 +15,8 @@ from .errors import AdapterFileError, PartitionError
 from .layer import SmoaLayer
 from .spectrum import check_labels
 
+PREFIX = "base_model.model."
+"""Of every name in a saved adapter, and in a model that a PeftModel is around."""
 LABELS = ("smoa_row_labels", "smoa_col_labels")
 FACTORS = ("smoa_A", "smoa_B")
 FACTOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -29,10 +33,10 @@ def check_adapter_state(model: nn.Module, config: SmoaConfig, adapter_name: str,
     try:
         _check_state(model, config, adapter_name, state_dict)
     except AdapterFileError as error:
-        place = "" if config.weights_file is None else f"{config.weights_file}: "
-        raise AdapterFileError(f"{place}{error}" + ("" if config.damage is None else f"; {config.damage}")) from None
-    if config.damage is not None:
-        raise AdapterFileError(f"{config.weights_file}: {config.damage}")
+        if config.weights_file is None:
+            raise
+        raise AdapterFileError(f"{config.weights_file}: {error}; does {CONFIG_NAME} come from another save?") from None
+    config.check_weights()
     config.weights_file = None  # what is loaded next may come from elsewhere
 
 
@@ -40,9 +44,9 @@ def _check_state(model: nn.Module, config: SmoaConfig, adapter_name: str, state_
     expected = dict(_expected_tensors(model, adapter_name))
     found = {key for key in state_dict if ".smoa_" in key}
     missing, extra = sorted(expected.keys() - found), sorted(found - expected.keys())
-    extra += sorted(_foreign_keys(model, config, state_dict.keys() - found))
-    if missing or extra:
-        raise AdapterFileError(_difference("lacks", missing) + _difference("has unknown", extra))
+    lost, foreign = _compare_others(model, config, state_dict.keys() - found)
+    if missing or extra or lost or foreign:
+        raise AdapterFileError(_difference("lacks", missing + lost) + _difference("has unknown", extra + foreign))
     for key, tensor in state_dict.items():
         if key in expected:
             _check_tensor(key, tensor, *expected[key], adapter_name)
@@ -50,23 +54,28 @@ def _check_state(model: nn.Module, config: SmoaConfig, adapter_name: str, state_
             _check_finite(key, tensor)
 
 
-def _foreign_keys(model: nn.Module, config: SmoaConfig, keys: Iterable[str]) -> Iterator[str]:
-    """Keys of neither the adapter nor what PEFT saves beside it; PyTorch would write them over the base, or drop them.
+def _compare_others(model: nn.Module, config: SmoaConfig, keys: Set[str]) -> tuple[list[str], list[str]]:
+    """Keys that are missing, and foreign ones, which PyTorch would write over the base or drop without a word.
 
-    PEFT saves trained biases, modules_to_save and token embeddings (both inside wrappers of its own) and, where the
-    vocabulary was resized, the embeddings.
+    Besides the adapter PEFT saves trained biases, modules_to_save and token embeddings (both inside wrappers of its
+    own, which look for what they need) and, where the vocabulary was resized, the embeddings.
     """
+    state = model.state_dict()
+    own = {key.removeprefix(PREFIX) for key in state}
+    trained = BaseTuner._get_learnable_bias_state_dict(model, state, config)
+    biases = {key.removeprefix(PREFIX) for key in trained if ".modules_to_save." not in key}
     getters = [getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings")]
     embeddings = [getter() for getter in getters if getter is not None]
-    saved = tuple(
-        name.removeprefix("_fsdp_wrapped_module.") + "."
+    others = tuple(
+        name.removeprefix("_fsdp_wrapped_module.").removeprefix(PREFIX) + "."
         for name, module in model.named_modules()
         if isinstance(module, AuxiliaryTrainingWrapper) or any(module is embedding for embedding in embeddings)
     )
-    for key in keys:
-        is_bias = config.bias != "none" and (key == "bias" or key.endswith(".bias"))
-        if not is_bias and not key.startswith(saved):
-            yield key
+    found = {key.removeprefix(PREFIX) for key in keys}
+    # With bias="all" PEFT saves the biases of modules_to_save a second time, under a name that nothing reads.
+    unread = {key for key in found if config.bias == "all" and key.endswith(".modules_to_save.bias")}
+    known = {key for key in own if key in biases or key.startswith(others)} | unread
+    return sorted(biases - found), sorted(found - known)
 
 
 def _expected_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, tuple[SmoaLayer, str]]]:

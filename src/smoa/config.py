@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from peft import PeftConfig
-from peft.utils import CONFIG_NAME, PeftType
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 
-from .adapter_folder import read_factors
+from .adapter_folder import find_weights, largest_rank, saved_digest
 from .config_rules import choice_problem, int_problem, is_number, positive_problem, type_problems
 from .digest import settings_digest
 from .errors import AdapterFileError, ConfigError
@@ -129,7 +129,10 @@ class SmoaConfig(PeftConfig):
         """
         saved = copy.copy(self)
         saved.settings_digest = self._settings_digest()
-        saved.weights_digest, self.digest_of_saved = self.digest_of_saved or self.weights_digest, None
+        if self.digest_of_saved is not None:  # PEFT has written them by now, transformers has not
+            weights = Path(save_directory, SAFETENSORS_WEIGHTS_NAME)
+            saved.weights_digest = saved_digest(weights, self.digest_of_saved) if weights.is_file() else None
+            self.digest_of_saved = None
         saved.base_model_name_or_path = _without_home(self.base_model_name_or_path)
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".smoa-", dir=save_directory) as room:
@@ -138,27 +141,29 @@ class SmoaConfig(PeftConfig):
 
     # Class attributes without annotation: not fields, so not saved.
     labels_follow = False
-    digest_of_saved = cast("str | None", None)  # of tensors that PEFT asked for and is about to write
+    digest_of_saved = cast("str | None", None)  # of the factors that PEFT asked for and is about to write
     weights_file = cast("Path | None", None)  # beside the file that this config was read from, till they are loaded
-    damage = cast("str | None", None)  # of that file
+
+    def check_weights(self) -> None:
+        """Raise AdapterFileError unless the weights beside the file that this was read from were saved with it."""
+        if self.weights_file is None or self.weights_digest in (None, saved_digest(self.weights_file)):
+            return
+        raise AdapterFileError(
+            f"{self.weights_file}: the tensors are not those that {CONFIG_NAME} was saved with: a file was damaged or "
+            f"edited, or comes from another save; if that was on purpose, delete weights_digest from {CONFIG_NAME}"
+        )
 
     def _compare_with_weights(self, folder: Path) -> None:
-        weights = read_factors(folder)
-        if weights is None:
+        self.weights_file = find_weights(folder)
+        if self.weights_file is None:
             return
-        self.weights_file = weights.file
-        ranks = list(self.rank_pattern.values()) or [self.r]
-        if max(ranks) > weights.largest_rank:  # told before anything of that size is made
+        limit, rank = largest_rank(self.weights_file), max(self.rank_pattern.values(), default=self.r)
+        if rank > limit:  # told before anything of that size is made
             raise AdapterFileError(
-                f"{folder / CONFIG_NAME}: r or rank_pattern asks for rank {max(ranks)}, but the largest factor in "
-                f"{weights.file.name} has {weights.largest_rank} rows; they are not of one adapter"
+                f"{folder / CONFIG_NAME}: r or rank_pattern asks for rank {rank}, but the largest factor in "
+                f"{self.weights_file.name} has {limit} rows; they are not of one adapter"
             )
-        self.r = min(self.r, weights.largest_rank)  # with a rank_pattern, r may stand for no layer at all
-        if self.weights_digest not in (None, weights.digest):
-            self.damage = (
-                f"its factors and labels are not those that {CONFIG_NAME} was saved with: a file was damaged or "
-                f"edited, or comes from another save; if that was on purpose, delete weights_digest from {CONFIG_NAME}"
-            )
+        self.r = min(self.r, limit)  # with a rank_pattern, r may stand for no layer at all
 
     def _settings_digest(self) -> str:
         own = [f for f in fields(self) if f.name in SmoaConfig.__annotations__ and not f.name.endswith("_digest")]

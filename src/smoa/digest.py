@@ -46,3 +46,8 @@ def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         parts.append(digest.hexdigest())
     return hashlib.sha256("".join(sorted(parts)).encode()).hexdigest()[:LENGTH]
+
+
+def factors_digest(tensors: Mapping[str, Tensor]) -> str | None:
+    """Of the factors and labels among named tensors."""
+    return tensors_digest((kind, tensor) for key, tensor in tensors.items() if (kind := kind_of(key)))

@@ -47,7 +47,8 @@ class Linear(nn.Module, SmoaLayer):
         """`W + Σ ΔW` of the named adapters on the pristine W, rounded once, (out_features, in_features)."""
         pristine = self.pristine_weight()
         total = sum((self.delta(name) for name in adapter_names), torch.zeros((), device=pristine.device))
-        return (total + pristine).to(pristine.dtype)
+        # Where nothing is added the very bits stay: -0 + 0 would be 0, and `unmerge` puts back diagonal blocks only.
+        return torch.where(total == 0, pristine, (total + pristine).to(pristine.dtype))
 
     def check_merge(self, adapter_names: list[str] | None = None) -> None:
         """Raise MergeError if merging these adapters gives NaN or infinite weights; changes nothing."""

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from .checkpoint import check_adapter_state
 from .combining import Combination, check_same_labels, combined_config, fill_combined
 from .config import SmoaConfig
-from .digest import kind_of, tensors_digest
+from .digest import factors_digest
 from .errors import MergeError, PartitionError, SmoaError, UnsupportedModuleError
 from .layer import SmoaLayer, linear_shape
 from .linear import Linear
@@ -123,9 +123,8 @@ class SmoaModel(BaseTuner):
         selected = dict(
             super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         )
-        tensors = ((kind, tensor) for key, tensor in selected.items() if (kind := kind_of(key)))
-        config.digest_of_saved = tensors_digest(tensors)
-        config.weights_file = config.damage = None  # the adapter has a life of its own by now
+        config.digest_of_saved = factors_digest(selected)
+        config.weights_file = None  # the adapter has a life of its own by now
         return selected
 
     @classmethod
