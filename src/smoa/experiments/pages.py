@@ -1,0 +1,112 @@
+"""One self-contained HTML page: no network, light and dark, sortable tables that a keyboard reaches, fit for print."""
+
+from __future__ import annotations
+
+import html
+import io
+from collections.abc import Sequence
+from typing import Any
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --line: #bbb; --soft: #f2f2f2; --link: #0b57d0; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8e8e8; --paper: #161616; --line: #555; --soft: #242424;
+  --link: #8ab4f8; } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 72rem;
+  margin: 2rem auto; padding: 0 1rem; }
+a { color: var(--link); }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
+caption { text-align: left; padding-bottom: .5rem; }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+tbody tr:hover { background: var(--soft); }
+th button { font: inherit; color: inherit; background: none; border: 0; padding: 0; cursor: pointer; }
+th button:focus-visible, a:focus-visible, .wide:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
+th[aria-sort=ascending] button::after { content: " ▲"; } th[aria-sort=descending] button::after { content: " ▼"; }
+.wide { overflow-x: auto; } figure { margin: 1.5rem 0; } svg { max-width: 100%; height: auto; color: var(--ink); }
+@media print { body { max-width: none; margin: 0; color: #000; background: #fff; } svg { color: #000; }
+  .wide { overflow: visible; } table { font-size: .7rem; } figure, tr { break-inside: avoid; } }
+"""
+# Sorts by data-value where a cell has one, else by its text; numbers as numbers.
+SCRIPT = """
+for (const button of document.querySelectorAll('th button')) button.addEventListener('click', () => {
+  const head = button.closest('th'), table = head.closest('table'), column = head.cellIndex;
+  const up = head.getAttribute('aria-sort') !== 'ascending';
+  const key = row => { const cell = row.cells[column], value = cell.dataset.value ?? cell.textContent.trim();
+    return value !== '' && !isNaN(value) ? Number(value) : value; };
+  const order = (a, b) => typeof a === 'number' && typeof b === 'number' ? a - b : String(a).localeCompare(String(b));
+  const rows = [...table.tBodies[0].rows].sort((a, b) => order(key(a), key(b)) * (up ? 1 : -1));
+  for (const other of table.querySelectorAll('th')) other.setAttribute('aria-sort', 'none');
+  head.setAttribute('aria-sort', up ? 'ascending' : 'descending');
+  table.tBodies[0].append(...rows);
+});
+"""
+
+
+def page(title: str, *parts: str) -> str:
+    """The whole document of parts that are HTML already."""
+    heading = html.escape(title)
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{heading}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{heading}</h1>\n"
+        + "\n".join(parts)
+        + f"\n</main>\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
+    )
+
+
+def paragraph(text: str) -> str:
+    """A paragraph of plain text."""
+    return f"<p>{html.escape(text)}</p>"
+
+
+def section(title: str, *parts: str) -> str:
+    """A heading and what is under it."""
+    return f"<section>\n<h2>{html.escape(title)}</h2>\n" + "\n".join(parts) + "\n</section>"
+
+
+def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A sortable table. A cell is text, a number, or (shown, value to sort by), and HTML where it begins with <."""
+    heads = "".join(
+        f'<th scope="col" aria-sort="none"><button type="button">{html.escape(name)}</button></th>' for name in header
+    )
+    body = "\n".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
+    return (
+        f'<div class="wide" tabindex="0" role="region" aria-label="{html.escape(caption)}">\n<table>\n'
+        f"<caption>{html.escape(caption)}</caption>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody>\n"
+        "</table>\n</div>"
+    )
+
+
+def figure(drawn: Any, caption: str) -> str:
+    """A matplotlib figure as inline SVG in the page's colour; ``caption`` is its text for screen readers too."""
+    buffer = io.StringIO()
+    # Without a date and with a fixed salt the same figure gives the same bytes.
+    with _deterministic(caption):
+        drawn.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    drawing = buffer.getvalue()
+    drawing = drawing[drawing.index("<svg") :].replace("#000000", "currentColor")
+    drawing = drawing.replace("<svg ", f'<svg role="img" aria-label="{html.escape(caption)}" ', 1)
+    return f"<figure>\n{drawing}\n<figcaption>{html.escape(caption)}</figcaption>\n</figure>"
+
+
+def link(address: str, text: str) -> str:
+    """A link, as a table's cell takes it."""
+    return f'<a href="{html.escape(address)}">{html.escape(text)}</a>'
+
+
+def _cell(content: Any) -> str:
+    if isinstance(content, tuple):
+        shown, value = content
+        return f'<td data-value="{html.escape(str(value))}">{_text(shown)}</td>'
+    return f"<td>{_text(content)}</td>"
+
+
+def _text(content: Any) -> str:
+    text = str(content)
+    return text if text.startswith("<") else html.escape(text)
+
+
+def _deterministic(salt: str) -> Any:
+    import matplotlib
+
+    return matplotlib.rc_context({"svg.hashsalt": salt, "svg.fonttype": "none"})
