@@ -33,6 +33,7 @@ class BaseModel:
     """What to load: ``name`` (hub id, folder, ``*.gguf`` or ``gemma3-270m``), ``dtype`` by torch's name.
 
     ``options`` pass through to ``AutoModelForCausalLM.from_pretrained`` (``device_map``, ``quantization_config``, …).
+    The latter may be a plain dictionary: ``{"load_in_4bit": True}``.
     """
 
     name: str
@@ -45,7 +46,7 @@ def load_base_model(wanted: BaseModel) -> tuple[PreTrainedModel, PreTrainedToken
     """The causal language model and its tokenizer.
 
     Raises:
-        DataError: nothing readable of that name, or ``dtype`` is no torch dtype.
+        DataError: nothing readable of that name, an unknown option, or ``dtype`` is no torch dtype.
     """
     dtype = getattr(torch, wanted.dtype, None)
     if not isinstance(dtype, torch.dtype):
@@ -59,6 +60,8 @@ def load_base_model(wanted: BaseModel) -> tuple[PreTrainedModel, PreTrainedToken
     try:
         model = AutoModelForCausalLM.from_pretrained(source, **shared, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **shared)
+    except TypeError as error:  # transformers hands on what it doesn't know
+        raise DataError(f"model.options: cannot load {wanted.name!r} with {wanted.options}: {error}") from error
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
             f"model.name: cannot load {wanted.name!r}: {error}. "

@@ -144,8 +144,14 @@ def _evaluate(config: RunConfig, ready: Prepared, model: nn.Module, when: str) -
 
 def _parameters(model: nn.Module) -> dict[str, Any]:
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = sum(map(_entries, model.parameters()))
     return {"trainable": trainable, "total": total, "percent": round(100 * trainable / total, 4)}
+
+
+def _entries(parameter: Any) -> int:
+    """Entries of a weight; bitsandbytes packs two of 4 bits into a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return int(parameter.numel() if state is None else state.shape.numel())
 
 
 def _truncation(examples: list[Encoded]) -> dict[str, int]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import typing
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from pydantic import (
@@ -22,30 +20,18 @@ from transformers import TrainingArguments
 from smoa.errors import ConfigError, DataError
 from smoa.experiments.data.tasks import find_task
 from smoa.experiments.methods import METHODS, Method
-
-
-@dataclass(frozen=True)
-class Problem:
-    """``path`` is the key's, so that its line can be found."""
-
-    path: tuple[str, ...]
-    text: str
+from smoa.experiments.problems import Problem, nearest
+from smoa.experiments.quantisation import quantisation_problems
 
 
 def all_problems(model: type[BaseModel], values: dict[str, Any]) -> list[Problem]:
     """Problems of our own blocks, of the method, the tasks, ``adapter`` and ``training``."""
     own = list(_own_problems(model, values))
     tasks = list(_task_problems(values))
-    return own + tasks + list(_method_problems(values)) + list(_training_problems(values.get("training")))
-
-
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """``; did you mean 'x'?``, or the list to choose from where it is short, or nothing."""
-    names = sorted(valid)
-    near = difflib.get_close_matches(name, names, n=1)
-    if near:
-        return f"; did you mean {near[0]!r}?"
-    return f"; choose from {', '.join(names)}" if len(names) <= 12 else ""
+    quantisation = list(quantisation_problems(values))
+    return (
+        own + quantisation + tasks + list(_method_problems(values)) + list(_training_problems(values.get("training")))
+    )
 
 
 def _own_problems(model: type[BaseModel], values: dict[str, Any]) -> Iterable[Problem]:
