@@ -146,17 +146,17 @@ def _verdict(model: PeftModel, expected: Base, folder: Path, pristine: Path) -> 
     for name, layer in layers.items():
         if not torch.isfinite(layer.get_delta_weight("default")).all() or not _agrees(layer, name, tensors, expected):
             return f"FINDING ΔW of {name} is not finite or not what the file says"
-    return _compared(folder, pristine, tensors)
+    return _compared(model.peft_config["default"], folder, pristine, tensors)
 
 
-def _compared(folder: Path, pristine: Path, tensors: dict[str, Tensor]) -> str:
-    config, saved = (json.loads((place / CONFIG).read_text()) for place in (folder, pristine))
-    untouched = load_file(pristine / WEIGHTS)
+def _compared(config: Any, folder: Path, pristine: Path, tensors: dict[str, Tensor]) -> str:
+    saved, untouched = SmoaConfig.from_pretrained(pristine), load_file(pristine / WEIGHTS)
     same = tensors.keys() == untouched.keys() and all(torch.equal(tensors[key], untouched[key]) for key in tensors)
     settings = ("alpha", "alpha_pattern", "num_blocks", "modulation", "block_ranks")
-    if same and all(config.get(key) == saved[key] for key in settings):
+    if same and all(getattr(config, key) == getattr(saved, key) for key in settings):
         return "loaded: the same adapter"
-    return "loaded as the files say, digests deleted" if not _digests(config) else "FINDING loaded another adapter"
+    digests = _digests(json.loads((folder / CONFIG).read_text()))
+    return "FINDING loaded another adapter" if digests else "loaded as the files say, digests deleted"
 
 
 def _digests(config: dict[str, Any]) -> bool:

@@ -16,6 +16,7 @@ from peft import PeftConfig
 from peft.utils import load_peft_weights
 from transformers import AutoConfig, PreTrainedModel
 
+from .config import SmoaConfig
 from .errors import ConfigError, MergeError
 
 AUTO_CLASSES = {
@@ -41,6 +42,8 @@ def adapter_config(adapter: Path) -> PeftConfig:
     if not (adapter / "adapter_config.json").is_file():
         raise ConfigError(f"{adapter}: holds no adapter_config.json; give the folder that save_pretrained wrote")
     config: PeftConfig = PeftConfig.from_pretrained(str(adapter))
+    if isinstance(config, SmoaConfig):  # whose own reading looks at the weights
+        return SmoaConfig.from_pretrained(adapter)
     return config
 
 

@@ -71,6 +71,7 @@ class SavedAdapter:
     """
 
     def __init__(self, folder: str | Path, config: SmoaConfig) -> None:
+        config.check_weights()
         self.config = config
         self.layers: dict[str, dict[str, Tensor]] = {}
         self.others: dict[str, Tensor] = {}
