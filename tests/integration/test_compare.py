@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,9 @@ def test_a_study_is_run_reported_and_never_run_twice(
     for name in ("README.md", "summary.json", "differences.png", "learning_rates.png"):
         assert (folder / name).stat().st_size > 100
     assert not list(folder.glob("work/*/*/*"))
+    links = re.findall(r'href="([^"#]+\.json)"', (folder / "index.html").read_text())
+    assert len(set(links)) == 10
+    assert all((folder / name).is_file() for name in links)
 
     monkeypatch.setattr(Bench, "run", lambda *args: pytest.fail("a finished trial is run again"))
     Comparison(load_study(file)).run()

@@ -15,7 +15,7 @@ STYLES = ("-", "--", "-.", ":")
 
 def draw_searches(searches: Mapping[str, Mapping[float, float | None]], file: Path) -> None:
     """Validation loss against the learning rate, one line an entry; a diverged run leaves a gap."""
-    figure, axes = _figure(height=5.0)
+    figure, axes = new_figure(height=5.0)
     for (name, losses), marker, style, shade in zip(
         searches.items(), cycle(MARKERS), cycle(STYLES), cycle(("0", "0.3", "0.55")), strict=False
     ):
@@ -32,7 +32,7 @@ def draw_searches(searches: Mapping[str, Mapping[float, float | None]], file: Pa
 
 def draw_differences(differences: Mapping[str, Difference], reference: str, file: Path) -> None:
     """Each entry's test loss minus the reference's with its interval; left of the line is better."""
-    figure, axes = _figure(height=1.2 + 0.35 * max(1, len(differences)))
+    figure, axes = new_figure(height=1.2 + 0.35 * max(1, len(differences)))
     for place, found in enumerate(differences.values()):
         clear = found.verdict != "same"
         axes.plot([found.low, found.high], [place, place], color="0.2", linewidth=2 if clear else 1)
@@ -45,8 +45,11 @@ def draw_differences(differences: Mapping[str, Difference], reference: str, file
     figure.savefig(file)
 
 
-def _figure(height: float) -> tuple[Any, Any]:
+def new_figure(height: float) -> tuple[Any, Any]:
+    """A figure of ``height`` inches with one plot."""
     import matplotlib.figure  # not pyplot: no window system is asked for, no global state is left
 
     figure = matplotlib.figure.Figure(figsize=(8, height), dpi=150, layout="constrained")
-    return figure, figure.add_subplot()
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes

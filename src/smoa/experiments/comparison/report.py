@@ -3,53 +3,36 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
-
-import numpy as np
 
 from smoa.errors import DataError
 from smoa.experiments.cache import write_whole
-from smoa.experiments.comparison.compare import Tuned, stored, stored_search
+from smoa.experiments.comparison.compare import stored_search
 from smoa.experiments.comparison.pictures import draw_differences, draw_searches
-from smoa.experiments.comparison.statistics import Difference, accuracy_difference, loss_difference, outcomes
+from smoa.experiments.comparison.rows import Row, entry_row
+from smoa.experiments.comparison.statistics import Difference
 from smoa.experiments.comparison.study import Study
+from smoa.experiments.comparison.study_page import study_page
 from smoa.experiments.comparison.trials import TrialStore
 
 
-@dataclass(frozen=True)
-class Row:
-    """One entry: what it trained and reached over its seeds, and the differences to the reference of its budget."""
-
-    entry: str
-    budget: str
-    reference: str
-    parameters: int
-    search: Tuned | None
-    seeds: list[int]
-    loss: float
-    loss_spread: float
-    accuracy: float
-    accuracy_spread: float
-    elsewhere: float | None
-    seconds: float
-    loss_difference: Difference | None
-    accuracy_difference: Difference | None
-
-
 def report(study: Study) -> list[Row]:
-    """Write ``README.md``, ``summary.json`` and the pictures into the study's folder; the rows, best loss first.
+    """Write ``README.md``, ``index.html``, ``summary.json`` and pictures into the study's folder; the rows by loss.
 
     Raises:
         DataError: no final run is finished yet.
     """
-    rows = sorted(filter(None, (_row(study, name) for name in study.entries)), key=lambda row: (row.budget, row.loss))
+    rows = sorted(
+        filter(None, (entry_row(study, name) for name in study.entries)), key=lambda row: (row.budget, row.loss)
+    )
     if not rows:
         raise DataError(f"{study.folder}: no final run is finished yet; run smoa compare on this study first")
     untouched = TrialStore(study.folder).find("untouched")
     write_whole(study.folder / "summary.json", json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     pictures = _draw(study, rows)
     write_whole(study.folder / "README.md", _page(study, rows, untouched, pictures))
+    write_whole(study.folder / "index.html", study_page(study, rows, [_known_before(untouched)]))
     return rows
 
 
@@ -66,58 +49,6 @@ def _draw(study: Study, rows: list[Row]) -> dict[str, str]:
         draw_differences(differences, references, study.folder / "differences.png")
         pictures["differences.png"] = f"Test loss minus that of {references}"
     return pictures
-
-
-def _row(study: Study, name: str) -> Row | None:
-    search = stored_search(study, name)
-    finals = _finals(study, name)
-    if not finals:
-        return None
-    reference = study.reference(study.entries[name].budget)
-    found = outcomes(list(finals.values()))
-    losses, accuracies = found.mean_loss(), found.accuracy()
-    away = [result["elsewhere"] for result in finals.values() if result.get("elsewhere") is not None]
-    by_loss, by_accuracy = _differences(study, finals, reference) if name != reference else (None, None)
-    return Row(
-        entry=name,
-        budget=study.entries[name].budget,
-        reference=reference,
-        parameters=next(iter(finals.values()))["parameters"],
-        search=search,
-        seeds=list(finals),
-        loss=float(losses.mean()),
-        loss_spread=_spread(losses),
-        accuracy=float(accuracies.mean()),
-        accuracy_spread=_spread(accuracies),
-        elsewhere=float(np.mean(away)) if away else None,
-        seconds=float(np.mean([result["seconds"] for result in finals.values()])),
-        loss_difference=by_loss,
-        accuracy_difference=by_accuracy,
-    )
-
-
-def _finals(study: Study, name: str) -> dict[int, dict[str, Any]]:
-    """The final runs by seed, at the learning rate that the search chose."""
-    search = stored_search(study, name)
-    wanted = search.learning_rate if search else study.entries[name].learning_rate
-    results = [one["config"]["training"] | {"result": one} for one in stored(study, "final", name)]
-    return {one["seed"]: one["result"] for one in results if one["learning_rate"] == wanted}
-
-
-def _differences(
-    study: Study, finals: dict[int, dict[str, Any]], reference: str
-) -> tuple[Difference | None, Difference | None]:
-    theirs = _finals(study, reference)
-    shared = [seed for seed in finals if seed in theirs]
-    if not shared:
-        return None, None
-    pair = outcomes([finals[seed] for seed in shared]), outcomes([theirs[seed] for seed in shared])
-    return loss_difference(*pair), accuracy_difference(*pair)
-
-
-def _spread(values: Any) -> float:
-    """The standard deviation over seeds; 0 for one seed."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def _page(study: Study, rows: list[Row], untouched: dict[str, Any] | None, pictures: dict[str, str]) -> str:

@@ -34,12 +34,18 @@ class Outcomes:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """An entry's value minus the reference's, with its 95 % interval."""
+class Interval:
+    """A mean over seeds and questions with its bootstrap 95 % interval."""
 
     mean: float
     low: float
     high: float
+
+
+@dataclass(frozen=True)
+class Difference(Interval):
+    """An entry's value minus the reference's."""
+
     verdict: Verdict
 
 
@@ -56,6 +62,11 @@ def outcomes(results: Sequence[dict[str, Any]]) -> Outcomes:
     )
 
 
+def accuracy_interval(entry: Outcomes) -> Interval:
+    """Of the accuracy itself."""
+    return _interval(entry.right * entry.share, entry.share)
+
+
 def loss_difference(entry: Outcomes, reference: Outcomes) -> Difference:
     """Of the loss per answer token; lower is better. Seeds and questions are resampled, each with replacement."""
     return _difference(entry.loss - reference.loss, entry.tokens, sign=-1)
@@ -67,20 +78,24 @@ def accuracy_difference(entry: Outcomes, reference: Outcomes) -> Difference:
 
 
 def _difference(gaps: NDArray[np.float64], weights: NDArray[np.float64], sign: int) -> Difference:
-    """Σ gaps / Σ weights over seeds and questions."""
     if not np.isfinite(gaps).all():
         return Difference(float("nan"), float("nan"), float("nan"), "worse")
-    seeds, questions = gaps.shape
+    found = _interval(gaps, weights)
+    return Difference(found.mean, found.low, found.high, _verdict(found.low, found.high, sign))
+
+
+def _interval(values: NDArray[np.float64], weights: NDArray[np.float64]) -> Interval:
+    """Σ values / Σ weights over seeds and questions, (seeds, questions) and (questions,)."""
+    seeds, questions = values.shape
     random = np.random.default_rng(0)
     found = np.empty(RESAMPLES)
     for number in range(RESAMPLES):
         rows = random.integers(0, seeds, seeds)
         columns = random.integers(0, questions, questions)
-        found[number] = gaps[rows].mean(axis=0)[columns].sum() / weights[columns].sum()
+        found[number] = values[rows].mean(axis=0)[columns].sum() / weights[columns].sum()
     tail = (100 - INTERVAL) / 2
     low, high = np.percentile(found, [tail, 100 - tail])
-    mean = float(gaps.mean(axis=0).sum() / weights.sum())
-    return Difference(mean, float(low), float(high), _verdict(low, high, sign))
+    return Interval(float(values.mean(axis=0).sum() / weights.sum()), float(low), float(high))
 
 
 def _verdict(low: float, high: float, sign: int) -> Verdict:
