@@ -58,9 +58,7 @@ def fill_combined(
     layer: SmoaLayer, adapters: list[str], weights: list[float], adapter_name: str, combination: Combination
 ) -> None:
     """Write labels and factors of the sum into the fresh adapter `adapter_name` of one layer."""
-    for labels in (layer.smoa_row_labels, layer.smoa_col_labels):
-        labels[adapter_name].copy_(labels[adapters[0]])
-    layer.pending_partition.pop(adapter_name, None)
+    layer.share_partition(adapters[0], adapter_name)
     scaled = [weight * layer.scaling[name] for name, weight in zip(adapters, weights, strict=True)]
     A, B = layer.factors(adapter_name)
     combine = _concatenate if combination == "cat" else _add

@@ -126,6 +126,13 @@ class SmoaLayer(BaseTunerLayer):
             cols.copy_(partition.col_labels)
         del self.pending_partition[adapter_name]
 
+    def share_partition(self, source: str, adapter_name: str) -> None:
+        """Give the adapter the labels of the adapter `source`, which has as many blocks."""
+        partition = self.partition(source)
+        self.smoa_row_labels[adapter_name].copy_(partition.row_labels)
+        self.smoa_col_labels[adapter_name].copy_(partition.col_labels)
+        self.pending_partition.pop(adapter_name, None)
+
     def _make_partition(self, num_blocks: int, kind: PartitionKind) -> SpectralPartition:
         with gather_params_ctx(self.get_base_layer().weight):  # type: ignore[arg-type]  # whole under DeepSpeed ZeRO-3
             weight = self.pristine_weight()

@@ -44,15 +44,26 @@ class SmoaModel(BaseTuner):
     _loads_labels = False
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """PEFT's `inject_adapter`; where a saved adapter is about to be loaded, no weight is decomposed."""
-        labels_follow = bool(getattr(self.peft_config[adapter_name], "labels_follow", False))
-        self._loads_labels = labels_follow or bool(kwargs.get("state_dict")) or bool(kwargs.get("low_cpu_mem_usage"))
+        """PEFT's `inject_adapter`; where a saved adapter is about to be loaded, no weight is decomposed.
+
+        An adapter added with the very config of another is its twin and gets its partition: TRL makes a reference
+        adapter so, and copies the factors but no buffers.
+        """
+        config = self.peft_config[adapter_name]
+        twin = next(
+            (name for name, other in self.peft_config.items() if other is config and name != adapter_name), None
+        )
+        comes = bool(kwargs.get("state_dict")) or bool(kwargs.get("low_cpu_mem_usage"))
+        self._loads_labels = comes or bool(getattr(config, "labels_follow", False)) or twin is not None
         self._progress: tqdm[Any] | None = None
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             if self._progress is not None:
                 self._progress.close()
+        if twin is not None and not comes:
+            for layer in _layers_with(self.model, twin):
+                layer.share_partition(twin, adapter_name)
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Refuse every unsuitable target at once, before anything is replaced."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from smoa_cli import budget, compare, convert, data, demo, evaluate, inspect, merge, train
+from smoa_cli import budget, compare, convert, data, demo, evaluate, inspect, merge, run, train
 
 app = typer.Typer(
     name="smoa",
@@ -21,6 +21,7 @@ app.command("compare")(compare.compare)
 app.command("inspect")(inspect.inspect)
 app.command("budget")(budget.budget)
 app.command("demo")(demo.demo)
+app.command("run", context_settings=run.SETTINGS)(run.run)
 app.add_typer(data.app, name="data")
 
 if __name__ == "__main__":

@@ -1,0 +1,40 @@
+"""``smoa run``: another tool's command, or a script, in a process where PEFT knows SMoA."""
+
+from __future__ import annotations
+
+import importlib
+import runpy
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+# Everything behind the tool's name belongs to the tool, `--help` too.
+SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+
+
+def run(
+    context: typer.Context,
+    tool: Annotated[str, typer.Argument(help="A command of this Python's packages, such as lm_eval, or a .py file.")],
+) -> None:
+    """Run another tool on SMoA adapters: `smoa run lm_eval --model hf …`; its options follow its name."""
+    commands = list(entry_points(group="console_scripts", name=tool))
+    is_script = tool.endswith(".py")
+    if is_script and not Path(tool).is_file():
+        typer.echo(f"error: {tool}: no such file", err=True)
+        raise typer.Exit(1)
+    if not is_script and not commands:
+        typer.echo(
+            f"error: {tool!r} is no command of the packages in {sys.prefix}; install it there, or name a .py file",
+            err=True,
+        )
+        raise typer.Exit(1)
+    importlib.import_module("smoa")  # registers the method with PEFT
+    sys.argv = [tool, *context.args]
+    if is_script:
+        sys.path.insert(0, str(Path(tool).resolve().parent))  # as Python does for a script
+        runpy.run_path(tool, run_name="__main__")
+    else:
+        sys.exit(commands[0].load()())
