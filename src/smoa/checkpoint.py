@@ -11,6 +11,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .config import SmoaConfig
+from .distributed import plain_name, whole
 from .errors import AdapterFileError, PartitionError
 from .layer import SmoaLayer
 from .spectrum import check_labels
@@ -48,6 +49,7 @@ def _check_state(model: nn.Module, config: SmoaConfig, adapter_name: str, state_
     if missing or extra or lost or foreign:
         raise AdapterFileError(_difference("lacks", missing + lost) + _difference("has unknown", extra + foreign))
     for key, tensor in state_dict.items():
+        tensor = whole(tensor)  # FSDP2's checkpoints come in shards
         if key in expected:
             _check_tensor(key, tensor, *expected[key], adapter_name)
         else:
@@ -67,7 +69,7 @@ def _compare_others(model: nn.Module, config: SmoaConfig, keys: Set[str]) -> tup
     getters = [getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings")]
     embeddings = [getter() for getter in getters if getter is not None]
     others = tuple(
-        name.removeprefix("_fsdp_wrapped_module.").removeprefix(PREFIX) + "."
+        plain_name(name).removeprefix(PREFIX) + "."
         for name, module in model.named_modules()
         if isinstance(module, AuxiliaryTrainingWrapper) or any(module is embedding for embedding in embeddings)
     )
@@ -81,7 +83,7 @@ def _compare_others(model: nn.Module, config: SmoaConfig, keys: Set[str]) -> tup
 def _expected_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, tuple[SmoaLayer, str]]]:
     for module_name, layer in model.named_modules():
         if isinstance(layer, SmoaLayer) and adapter_name in layer.smoa_A:
-            module_name = module_name.removeprefix("_fsdp_wrapped_module.")
+            module_name = plain_name(module_name)
             for name in FACTORS:
                 yield f"{module_name}.{name}.{adapter_name}.weight", (layer, name)
             for name in LABELS:
@@ -109,7 +111,7 @@ def _check_tensor(key: str, tensor: Tensor, layer: SmoaLayer, name: str, adapter
     shape = layout.shape_A if name == "smoa_A" else layout.shape_B
     if tensor.shape != shape or tensor.dtype not in FACTOR_DTYPES:
         raise AdapterFileError(f"{key}: {tensor.dtype} {tuple(tensor.shape)} found, floating point {shape} expected")
-    _check_finite(key, tensor.to(layer.factors(adapter_name)[0].dtype))
+    _check_finite(key, tensor.to(next(layer.smoa_A[adapter_name].parameters()).dtype))
 
 
 def _check_finite(key: str, tensor: Tensor) -> None:

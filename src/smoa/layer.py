@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import gather_params_ctx
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from .config import SmoaConfig
+from .distributed import awaits_process_group, from_rank_zero, whole
 from .errors import PartitionError
 from .merging import DiagonalBlocks
 from .modulation import BlockLayout, Modulation, delta_weight, init_factors
@@ -109,21 +111,18 @@ class SmoaLayer(BaseTunerLayer):
         self.smoa_row_labels[adapter_name] = _undecided(self.out_features, device)
         self.smoa_col_labels[adapter_name] = _undecided(self.in_features, device)
         self.pending_partition[adapter_name] = kind
-        if not defer and device.type != "meta":
-            self.decide_partition(adapter_name)
+        if not defer and not awaits_process_group() and self._compute_labels(adapter_name):
+            del self.pending_partition[adapter_name]
 
     def decide_partition(self, adapter_name: str) -> None:
-        """Compute the labels of an adapter unless they have been computed or loaded already."""
-        kind = self.pending_partition.get(adapter_name)
-        if kind is None:
+        """Compute the labels of an adapter unless they have been computed or loaded already.
+
+        Of several processes rank 0 computes them for all, so every rank must call this.
+        """
+        if adapter_name not in self.pending_partition:
             return
-        rows, cols = self.smoa_row_labels[adapter_name], self.smoa_col_labels[adapter_name]
-        if rows.device.type == "meta" or self.stored_weight().device.type == "meta":
+        if not self._has_valid_labels(adapter_name) and not self._compute_labels(adapter_name):
             raise PartitionError("the base weight is on the meta device; load the weights before the adapter is used")
-        if not self._has_valid_labels(adapter_name):
-            partition = self._make_partition(self.layout[adapter_name].num_blocks, kind)
-            rows.copy_(partition.row_labels)
-            cols.copy_(partition.col_labels)
         del self.pending_partition[adapter_name]
 
     def share_partition(self, source: str, adapter_name: str) -> None:
@@ -133,17 +132,31 @@ class SmoaLayer(BaseTunerLayer):
         self.smoa_col_labels[adapter_name].copy_(partition.col_labels)
         self.pending_partition.pop(adapter_name, None)
 
-    def _make_partition(self, num_blocks: int, kind: PartitionKind) -> SpectralPartition:
+    def _compute_labels(self, adapter_name: str) -> bool:
+        """Compute the labels from the weight, which is rank 0's; False, and nothing, if that is on the meta device."""
+        kind, num_blocks = self.pending_partition[adapter_name], self.layout[adapter_name].num_blocks
         with gather_params_ctx(self.get_base_layer().weight):  # type: ignore[arg-type]  # whole under DeepSpeed ZeRO-3
-            weight = self.pristine_weight()
-            if isinstance(weight, DTensor):  # sharded by FSDP2
-                weight = weight.full_tensor()
-            return make_partition(weight, num_blocks, kind, cached_spectral_scores)
+            is_meta = self.stored_weight().device.type == "meta"
+            weight = None if is_meta else whole(self.pristine_weight())  # and where FSDP2 has sharded it
+            found = from_rank_zero(
+                partial(_labels_of, weight, num_blocks, kind),
+                everywhere=kind != "spectral",  # costs nothing, and keeps the random generators of all ranks in step
+            )
+        if found is None:
+            return False
+        for buffers, labels in zip((self.smoa_row_labels, self.smoa_col_labels), found, strict=True):
+            if buffers[adapter_name].device.type == "meta":
+                buffers[adapter_name] = labels
+            else:
+                buffers[adapter_name].copy_(labels)
+        return True
 
     def _has_valid_labels(self, adapter_name: str) -> bool:
-        num_blocks = self.layout[adapter_name].num_blocks
+        rows, cols = self.smoa_row_labels[adapter_name], self.smoa_col_labels[adapter_name]
+        if rows.device.type == "meta":
+            return False
         try:
-            SpectralPartition(self.smoa_row_labels[adapter_name], self.smoa_col_labels[adapter_name], num_blocks)
+            SpectralPartition(rows, cols, self.layout[adapter_name].num_blocks)
         except PartitionError:
             return False
         return True
@@ -216,6 +229,14 @@ def linear_shape(base: nn.Module) -> tuple[int, int]:
         shape = getattr(base.weight, "ds_shape", base.weight.shape)
         return shape[1], shape[0]
     return int(base.out_features), int(base.in_features)  # type: ignore[arg-type]
+
+
+def _labels_of(weight: Tensor | None, num_blocks: int, kind: PartitionKind) -> tuple[Tensor, Tensor] | None:
+    """Row and column labels of a weight, on the CPU; None if there is no weight."""
+    if weight is None:
+        return None
+    partition = make_partition(weight, num_blocks, kind, cached_spectral_scores)
+    return partition.row_labels.cpu(), partition.col_labels.cpu()
 
 
 def _undecided(size: int, device: torch.device) -> Tensor:

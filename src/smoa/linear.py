@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .autograd import fused_linear, hadamard_branch
 from .config import SmoaConfig
+from .distributed import localise_labels, replicate_labels
 from .errors import MergeError
 from .layer import SmoaLayer
 from .merging import DiagonalBlocks
@@ -40,6 +41,8 @@ class Linear(nn.Module, SmoaLayer):
     ) -> None:
         super().__init__()
         SmoaLayer.__init__(self, base_layer, fan_in_fan_out, backend)
+        self.register_state_dict_post_hook(replicate_labels)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(localise_labels)  # type: ignore[no-untyped-call]
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, r, alpha, defer_partition=defer_partition)
 

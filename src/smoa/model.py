@@ -18,6 +18,7 @@ from .checkpoint import check_adapter_state
 from .combining import Combination, check_same_labels, combined_config, fill_combined
 from .config import SmoaConfig
 from .digest import factors_digest
+from .distributed import with_plain_names
 from .errors import MergeError, PartitionError, SmoaError, UnsupportedModuleError
 from .layer import SmoaLayer, linear_shape
 from .linear import Linear
@@ -131,8 +132,9 @@ class SmoaModel(BaseTuner):
     ) -> dict[str, Tensor]:
         for layer in _layers_with(model, adapter_name):
             layer.decide_partition(adapter_name)  # in place: the buffers in `state_dict` see it
+        named = with_plain_names(model)
         selected = dict(
-            super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+            super()._get_adapter_state_dict(named, config, adapter_name, state_dict, unwanted_adapter_names)
         )
         config.digest_of_saved = factors_digest(selected)
         config.weights_file = None  # the adapter has a life of its own by now
@@ -142,7 +144,8 @@ class SmoaModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        named = with_plain_names(model)
+        remapped = super()._remap_adapter_state_dict_for_load(named, config, adapter_name, state_dict)
         check_adapter_state(model, config, adapter_name, remapped)
         for layer in _layers_with(model, adapter_name):
             layer.pending_partition.pop(adapter_name, None)

@@ -1,0 +1,92 @@
+"""What several processes must agree on: a partition, which two of them may round differently.
+
+So rank 0 alone decomposes a weight, and its labels are broadcast. Once FSDP2 has sharded a layer, its state dict shows
+the labels as tensors replicated over the mesh: accelerate expects nothing but DTensors there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+
+from .errors import SmoaError
+
+T = TypeVar("T")
+LABELS = ("smoa_row_labels", "smoa_col_labels")
+WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+"""In the names of modules inside FSDP1 and activation checkpointing, but not in the keys of their state dicts."""
+
+
+def is_distributed() -> bool:
+    """True in one of several processes with a process group."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def awaits_process_group() -> bool:
+    """True in one of several processes, as torchrun and accelerate start them, that have no process group yet."""
+    launched = "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return launched and dist.is_available() and not dist.is_initialized()
+
+
+def from_rank_zero(compute: Callable[[], T], everywhere: bool = False) -> T:
+    """`compute()` of rank 0, on every rank; every rank must call this, and computes too with `everywhere`.
+
+    Raises:
+        SmoaError: `compute` raised it on rank 0; it is raised on every rank, so that none waits for ever.
+    """
+    if not is_distributed():
+        return compute()
+    outcome: list[Any] = [None]
+    if everywhere or dist.get_rank() == 0:
+        try:
+            outcome = [compute()]
+        except SmoaError as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], SmoaError):
+        raise outcome[0]
+    result: T = outcome[0]
+    return result
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or all of one that is sharded or replicated over a mesh; every rank must call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def replicate_labels(layer: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """State dict hook: the labels of adapters that FSDP2 has sharded, as replicated DTensors on the factors' mesh."""
+    for name, factor in layer.smoa_A.items():  # type: ignore[operator, union-attr]
+        weight = next(factor.parameters())
+        if isinstance(weight, DTensor):
+            placements = [Replicate()] * weight.device_mesh.ndim
+            for key in (f"{prefix}{labels}.{name}" for labels in LABELS):
+                if key in state_dict:
+                    local = state_dict[key]
+                    state_dict[key] = DTensor.from_local(local, weight.device_mesh, placements, run_check=False)
+
+
+def localise_labels(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Load state dict pre-hook: the labels as plain tensors, whatever `replicate_labels` made of them."""
+    for key in state_dict:
+        if key.startswith(tuple(f"{prefix}{labels}." for labels in LABELS)):
+            state_dict[key] = whole(state_dict[key])
+
+
+def plain_name(name: str) -> str:
+    """A module's name as state dicts have it."""
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def with_plain_names(model: nn.Module) -> Any:
+    """The model as PEFT asks it for names; PEFT 0.21 finds nothing to save inside wrappers, and saves nothing."""
+    modules = [(plain_name(name), module) for name, module in model.named_modules()]
+    return SimpleNamespace(named_modules=lambda: modules, state_dict=model.state_dict)

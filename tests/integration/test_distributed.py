@@ -1,0 +1,195 @@
+"""Two processes over gloo against one that accumulates as much: through accelerate and PyTorch, no engine of ours."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+
+from tests import tiny_models
+from tests.integration.workers.strategies import STEPS, adapted, labels, layers, micro_batches, optimizer
+from tests.processes import run_two
+
+CURVE_TOLERANCE = 1e-5
+"""Relative; ranks sum the two halves of a batch in another order."""
+FACTOR_TOLERANCE = {"rtol": 1e-3, "atol": 1e-5}
+"""AdamW divides by √v, which magnifies the rounding of a small gradient."""
+STRATEGIES = ["late_process_group", "ddp", "fsdp2_full", "fsdp2_sharded", "fsdp1_flat", "fsdp1_original"]
+SAVING = ["ddp", "fsdp2_full", "fsdp2_sharded"]
+
+# Not ours: DCP tells those who load in one process that it is one process.
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes left behind after all strategies."""
+    path = tmp_path_factory.mktemp("two")
+    run_two("tests.integration.workers.strategies", str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> list[dict[str, Any]]:
+    """Results of rank 0 and of rank 1, by strategy."""
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def one_process() -> tuple[PeftModel, list[float]]:
+    """The trained model of one process that accumulates two micro-batches, and its losses."""
+    model = adapted()
+    steps = optimizer(model)
+    losses = []
+    model.train()
+    for _ in range(STEPS):
+        parts = [model(input_ids=rows, labels=rows).loss / 2 for rows in micro_batches()]
+        sum(parts).backward()
+        steps.step()
+        steps.zero_grad()
+        losses.append(sum(part.item() for part in parts))
+    return model.eval(), losses
+
+
+def of_strategy(ranks: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """Its results on both ranks; an exception of a rank fails the test."""
+    for results in ranks:
+        assert "failure" not in results[name], results[name]["failure"]
+    return [results[name] for results in ranks]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_loss_curve_is_that_of_one_process_with_twice_the_accumulation(
+    ranks: list[dict[str, Any]], one_process: tuple[PeftModel, list[float]], strategy: str
+) -> None:
+    first, second = of_strategy(ranks, strategy)
+    assert first["losses"] == second["losses"] == pytest.approx(one_process[1], rel=CURVE_TOLERANCE)
+    assert first["losses"][-1] < 0.9 * first["losses"][0]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_rank_has_the_partition_of_one_process(
+    ranks: list[dict[str, Any]], one_process: tuple[PeftModel, list[float]], strategy: str
+) -> None:
+    first, second = of_strategy(ranks, strategy)
+    assert first["labels"] == second["labels"] == labels(one_process[0])
+
+
+def test_bfloat16_under_fsdp2_follows_the_same_curve(
+    ranks: list[dict[str, Any]], one_process: tuple[PeftModel, list[float]]
+) -> None:
+    first, second = of_strategy(ranks, "fsdp2_bfloat16")
+    assert first["losses"] == second["losses"] == pytest.approx(one_process[1], rel=0.03)
+
+
+def test_rank_zero_decides_even_where_another_rank_would_find_another_partition(ranks: list[dict[str, Any]]) -> None:
+    first, second = of_strategy(ranks, "disagreeing_weights")
+    assert first["own"] != second["own"]
+    assert first["labels"] == second["labels"]
+    assert first["labels"][::2] == first["own"]
+    assert first["random"] == second["random"]
+    assert (first["decompositions"], second["decompositions"]) == (len(first["own"]), 0)
+
+
+def test_a_weight_that_rank_zero_cannot_decompose_is_an_error_on_every_rank(ranks: list[dict[str, Any]]) -> None:
+    first, second = of_strategy(ranks, "broken_weights")
+    assert first["error"] == second["error"]
+    assert "layers.1.self_attn.q_proj: the weight has NaN" in first["error"]
+
+
+def test_weights_that_are_sharded_already_are_gathered_to_be_decomposed(
+    ranks: list[dict[str, Any]], one_process: tuple[PeftModel, list[float]]
+) -> None:
+    first, second = of_strategy(ranks, "sharded_base")
+    assert first["labels"] == second["labels"] == labels(one_process[0])
+
+
+def test_an_adapter_injected_before_the_process_group_waits_for_it(ranks: list[dict[str, Any]]) -> None:
+    assert all(result["pending"] for result in of_strategy(ranks, "late_process_group"))
+
+
+@pytest.mark.parametrize("strategy", SAVING)
+def test_the_adapter_saved_from_rank_zero_is_that_of_one_process(
+    ranks: list[dict[str, Any]],
+    folder: Path,
+    one_process: tuple[PeftModel, list[float]],
+    tmp_path: Path,
+    strategy: str,
+) -> None:
+    of_strategy(ranks, strategy)
+    one_process[0].save_pretrained(tmp_path)
+    expected = load_file(tmp_path / "adapter_model.safetensors")
+    saved = load_file(folder / strategy / "adapter" / "adapter_model.safetensors")
+    assert_same_adapter(saved, expected)
+    reloaded = PeftModel.from_pretrained(tiny_models.build("llama"), folder / strategy / "adapter")
+    assert_same_logits(reloaded, one_process[0])
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2_full", "fsdp2_sharded"])
+def test_checkpoints_of_fsdp2_restore_factors_and_labels(ranks: list[dict[str, Any]], strategy: str) -> None:
+    for result in of_strategy(ranks, strategy):
+        assert result["restored"] == [True, True, True]
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "adapter_only"])
+def test_a_full_checkpoint_loads_back_on_one_process(
+    ranks: list[dict[str, Any]], folder: Path, one_process: tuple[PeftModel, list[float]], kind: str
+) -> None:
+    of_strategy(ranks, "fsdp2_full")
+    state = torch.load(folder / "fsdp2_full" / kind / "pytorch_model_fsdp.bin", weights_only=True)
+    model = untrained()
+    outcome = model.load_state_dict(state, strict=kind == "checkpoint")
+    assert not outcome.unexpected_keys
+    assert not any("smoa_" in key for key in outcome.missing_keys)
+    assert_same_logits(model, one_process[0])
+
+
+def test_a_sharded_checkpoint_loads_back_on_one_process(
+    ranks: list[dict[str, Any]], folder: Path, one_process: tuple[PeftModel, list[float]]
+) -> None:
+    of_strategy(ranks, "fsdp2_sharded")
+    whole = untrained()
+    state = {"model": whole.state_dict()}
+    dcp.load(state, checkpoint_id=folder / "fsdp2_sharded" / "checkpoint" / "pytorch_model_fsdp_0")
+    whole.load_state_dict(state["model"])
+    assert_same_logits(whole, one_process[0])
+
+    alone = untrained()
+    state = {"model": get_peft_model_state_dict(alone)}
+    dcp.load(state, checkpoint_id=folder / "fsdp2_sharded" / "adapter_only" / "pytorch_model_fsdp_0")
+    set_peft_model_state_dict(alone, state["model"])
+    assert_same_logits(alone, one_process[0])
+
+
+def test_fsdp_auto_wrap_policy_gives_every_factor_a_unit_of_its_own(
+    ranks: list[dict[str, Any]], one_process: tuple[PeftModel, list[float]]
+) -> None:
+    factors, decoder_layers, root = 2 * len(layers(one_process[0])), 2, 1
+    for strategy in ("fsdp1_flat", "fsdp1_original"):
+        assert all(result["wrapped"] == factors + decoder_layers + root for result in of_strategy(ranks, strategy))
+
+
+def untrained() -> PeftModel:
+    """With labels that are not those to be loaded."""
+    return adapted(partition="contiguous")
+
+
+def assert_same_adapter(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(
+            actual[name], tensor, **FACTOR_TOLERANCE, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@torch.no_grad()
+def assert_same_logits(actual: PeftModel, expected: PeftModel) -> None:
+    rows = micro_batches()[0]
+    ours, theirs = (model.eval()(input_ids=rows).logits for model in (actual, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)

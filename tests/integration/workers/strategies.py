@@ -1,0 +1,276 @@
+"""What two processes do in test_distributed.py: each strategy in turn, what came of it in a file for each rank.
+
+accelerate offers FSDP on accelerators alone. So it is told here that the two CPU processes are GPUs; all that follows
+is its own code and PyTorch's, over gloo.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, load_fsdp_model, save_fsdp_model
+from peft import PeftModel, get_peft_model
+from peft.utils.other import fsdp_auto_wrap_policy
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+import smoa.layer
+from smoa import PartitionError, SmoaConfig, make_partition
+from smoa.layer import SmoaLayer
+from tests import tiny_models
+
+RANK = int(os.environ.get("RANK", "0"))
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+STEPS = 4
+LEARNING_RATE = 0.05
+Result = dict[str, Any]
+
+
+def micro_batches() -> Tensor:
+    """(2, rows, tokens): one for each rank, or two to accumulate; as many tokens in both, the same in every step."""
+    return torch.randint(3, tiny_models.VOCAB_SIZE, (2, 2, 11), generator=torch.Generator().manual_seed(1))
+
+
+def adapted(base: nn.Module | None = None, **options: Any) -> PeftModel:
+    """The model that all strategies start from."""
+    base = tiny_models.build("llama") if base is None else base
+    torch.manual_seed(0)
+    return get_peft_model(base, SmoaConfig(r=4, num_blocks=2, alpha=64, target_modules=TARGETS, **options))
+
+
+def optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
+
+
+def layers(model: nn.Module) -> dict[str, SmoaLayer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, SmoaLayer)}
+
+
+def labels(model: nn.Module) -> list[list[int]]:
+    """Of all layers, rows then columns."""
+    found = layers(model).values()
+    return [side["default"].tolist() for layer in found for side in (layer.smoa_row_labels, layer.smoa_col_labels)]
+
+
+def train(accelerator: Accelerator, model: nn.Module) -> tuple[nn.Module, Any, list[float]]:
+    """The prepared model and optimizer after training, and the loss of every step, averaged over the ranks."""
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        model = accelerator.prepare(model)  # FSDP1 makes new parameters
+        steps = accelerator.prepare(optimizer(model))
+    else:
+        model, steps = accelerator.prepare(model, optimizer(model))
+    model.train()
+    losses, rows = [], micro_batches()[RANK]
+    for _ in range(STEPS):
+        steps.zero_grad()
+        loss = model(input_ids=rows, labels=rows).loss
+        accelerator.backward(loss)
+        steps.step()
+        losses.append(accelerator.reduce(loss.detach(), "mean").item())
+    return model, steps, losses
+
+
+def fresh_accelerator(**options: Any) -> Accelerator:
+    """An Accelerator that knows nothing of the last one; with a `fsdp_plugin` the processes pass for GPUs."""
+    AcceleratorState._reset_state(reset_partial_state=False)
+    for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
+        del os.environ[name]
+    state = PartialState(cpu=True)._shared_state
+    state["device"] = torch.device("cpu")
+    pretends = "fsdp_plugin" in options
+    state["distributed_type"] = DistributedType.MULTI_GPU if pretends else DistributedType.MULTI_CPU
+    return Accelerator(cpu=not pretends, **options)
+
+
+def plugin(version: int, **options: Any) -> FullyShardedDataParallelPlugin:
+    options = {"cpu_ram_efficient_loading": False, "state_dict_type": "FULL_STATE_DICT"} | options
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=version,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        **options,
+    )
+
+
+def save_adapter(accelerator: Accelerator, model: nn.Module, folder: Path) -> None:
+    """The documented way: all ranks gather, rank 0 writes."""
+    state = accelerator.get_state_dict(model)
+    if accelerator.is_main_process:
+        accelerator.unwrap_model(model).save_pretrained(folder, state_dict=state)
+    accelerator.wait_for_everyone()
+
+
+def late_process_group(folder: Path) -> Result:
+    """The adapter is injected before there is a process group; must be the first."""
+    model = adapted()
+    pending = all(layer.pending_partition for layer in layers(model).values())
+    accelerator = fresh_accelerator()
+    model, _, losses = train(accelerator, model)
+    return {"pending": pending, "losses": losses, "labels": labels(model)}
+
+
+def ddp(folder: Path) -> Result:
+    accelerator = fresh_accelerator()
+    model, _, losses = train(accelerator, adapted())
+    save_adapter(accelerator, model, folder / "adapter")
+    return {"losses": losses, "labels": labels(model)}
+
+
+def disagreeing_weights(folder: Path) -> Result:
+    """Rank 1 has other weights and another random state; spectral and random partitions follow rank 0."""
+    base = tiny_models.build("llama")
+    torch.manual_seed(RANK)
+    for parameter in base.parameters():
+        parameter.data += RANK * torch.randn_like(parameter)
+    calls = 0
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return make_partition(*arguments)
+
+    smoa.layer.make_partition = counted
+    model = get_peft_model(base, SmoaConfig(num_blocks=2, target_modules=TARGETS))
+    smoa.layer.make_partition = make_partition
+    torch.manual_seed(RANK)
+    shuffled = get_peft_model(
+        tiny_models.build("llama"), SmoaConfig(num_blocks=2, target_modules=TARGETS, partition="random")
+    )
+    own = [make_partition(layer.base_weight(), 2).row_labels.tolist() for layer in layers(model).values()]
+    return {"labels": labels(model), "own": own, "random": labels(shuffled), "decompositions": calls}
+
+
+def broken_weights(folder: Path) -> Result:
+    """Rank 0 can't decompose a weight."""
+    base = tiny_models.build("llama")
+    if RANK == 0:
+        base.model.layers[1].self_attn.q_proj.weight.data[0, 0] = float("nan")
+    try:
+        adapted(base)
+    except PartitionError as error:
+        return {"error": str(error)}
+    return {"error": None}
+
+
+def sharded_base(folder: Path) -> Result:
+    """The adapter is injected into weights that FSDP2 has sharded already."""
+    base = tiny_models.build("llama")
+    fully_shard(base)
+    return {"labels": labels(adapted(base))}
+
+
+def fsdp2(folder: Path, **options: Any) -> Result:
+    accelerator = fresh_accelerator(fsdp_plugin=plugin(2, **options))
+    loads_on_rank_zero = bool(options.get("cpu_ram_efficient_loading"))
+    base = tiny_models.build("llama")
+    if loads_on_rank_zero and RANK > 0:
+        for parameter in base.parameters():  # never loaded: rank 0 will send it
+            parameter.data.fill_(float("nan"))
+    model, _, losses = train(accelerator, adapted(base))
+    save_adapter(accelerator, model, folder / "adapter")
+    return {"losses": losses, "labels": labels(model), "restored": _saves_and_restores(accelerator, model, folder)}
+
+
+def _saves_and_restores(accelerator: Accelerator, model: nn.Module, folder: Path) -> list[bool]:
+    """Save a checkpoint, spoil factors and labels, load it, see if all is as it was; then the Trainer's kind, which
+    holds the adapter alone."""
+    plugin = accelerator.state.fsdp_plugin
+    accelerator.save_state(str(folder / "checkpoint"))
+    save_fsdp_model(plugin, accelerator, model, str(folder / "adapter_only"), adapter_only=True)
+    trained = {name: p.to_local().clone() for name, p in model.named_parameters() if p.requires_grad}
+    kept = labels(model)
+
+    def is_restored() -> bool:
+        now = dict(model.named_parameters())
+        same = all(torch.equal(now[name].to_local(), saved) for name, saved in trained.items())
+        return same and labels(model) == kept
+
+    spoil(model)
+    spoiled = not is_restored()
+    accelerator.load_state(str(folder / "checkpoint"))
+    restored = is_restored()
+    spoil(model)
+    load_fsdp_model(plugin, accelerator, model, str(folder / "adapter_only"), adapter_only=True)
+    return [spoiled, restored, is_restored()]
+
+
+@torch.no_grad()
+def spoil(model: nn.Module) -> None:
+    """Zero the factors and swap the labels of two blocks."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.zero_()
+    for layer in layers(model).values():
+        layer.smoa_row_labels["default"].copy_(1 - layer.smoa_row_labels["default"])
+
+
+def fsdp2_full(folder: Path) -> Result:
+    return fsdp2(folder, activation_checkpointing=True)
+
+
+def fsdp2_sharded(folder: Path) -> Result:
+    return fsdp2(folder, state_dict_type="SHARDED_STATE_DICT", cpu_ram_efficient_loading=True)
+
+
+def fsdp2_bfloat16(folder: Path) -> Result:
+    accelerator = fresh_accelerator(fsdp_plugin=plugin(2), mixed_precision="bf16")
+    return {"losses": train(accelerator, adapted())[2]}
+
+
+def fsdp1(folder: Path, **options: Any) -> Result:
+    """Its state dict is not asked for: on a CPU that ends in freed memory inside PyTorch, with LoRA too."""
+    accelerator = fresh_accelerator(fsdp_plugin=plugin(1, sync_module_states=False, **options))
+    model = adapted()
+    accelerator.state.fsdp_plugin.auto_wrap_policy = fsdp_auto_wrap_policy(model)
+    model, _, losses = train(accelerator, model)
+    wrapped = sum(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+    return {"losses": losses, "labels": labels(model), "wrapped": wrapped}
+
+
+def fsdp1_flat(folder: Path) -> Result:
+    """One flat parameter for each unit: factors exist only while their own unit is computed."""
+    return fsdp1(folder, use_orig_params=False)
+
+
+def fsdp1_original(folder: Path) -> Result:
+    return fsdp1(folder, use_orig_params=True, activation_checkpointing=True)
+
+
+SCENARIOS: list[Callable[[Path], Result]] = [
+    late_process_group,
+    ddp,
+    disagreeing_weights,
+    broken_weights,
+    sharded_base,
+    fsdp2_full,
+    fsdp2_sharded,
+    fsdp2_bfloat16,
+    fsdp1_flat,
+    fsdp1_original,
+]
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    results: dict[str, Result] = {}
+    for scenario in SCENARIOS:
+        name = scenario.__name__
+        try:
+            results[name] = scenario(folder / name)
+        except Exception:
+            results[name] = {"failure": traceback.format_exc()}
+    (folder / f"rank{RANK}.json").write_text(json.dumps(results))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
