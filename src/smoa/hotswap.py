@@ -44,7 +44,7 @@ def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "def
     if not isinstance(slot, PeftModel) or not isinstance(old, SmoaConfig):
         raise ConfigError(f"hotswap_adapter: the model has no SMoA adapter named {adapter_name!r} to be replaced")
     layers = _layers(slot, adapter_name)
-    config = _checked_config(old, PeftConfig.from_pretrained(str(path)), str(path))
+    config = _checked_config(old, str(path))
     state = _fitted(load_peft_weights(str(path), device="cpu"), layers, config, adapter_name, str(path))
     _check_others(slot, state, adapter_name, str(path))
     set_peft_model_state_dict(slot, state, adapter_name=adapter_name)
@@ -62,19 +62,17 @@ def _layers(slot: PeftModel, adapter_name: str) -> dict[str, SmoaLayer]:
     return layers
 
 
-def _checked_config(old: SmoaConfig, new: PeftConfig, path: str) -> SmoaConfig:
+def _checked_config(old: SmoaConfig, path: str) -> SmoaConfig:
+    new = PeftConfig.from_pretrained(path)
     if not isinstance(new, SmoaConfig):
         raise ConfigError(f"{path}: holds a {new.peft_type} adapter, which can't take the place of a SMoA adapter")
-    names = ("num_blocks", "modulation", "bias")
-    differences = [f"{name}={getattr(new, name)!r}, not {getattr(old, name)!r}" for name in names]
-    differences = [
-        text for name, text in zip(names, differences, strict=True) if getattr(new, name) != getattr(old, name)
-    ]
-    if differences:
-        raise ConfigError(
-            f"{path}: has {'; '.join(differences)} as the loaded adapter; load it under another name with load_adapter"
-        )
-    return new
+    different = [n for n in ("num_blocks", "modulation", "bias") if getattr(new, n) != getattr(old, n)]
+    if different:
+        found = "; ".join(f"{name}={getattr(new, name)!r}, not {getattr(old, name)!r}" for name in different)
+        raise ConfigError(f"{path}: has {found} as the loaded adapter; load it under another name with load_adapter")
+    config = SmoaConfig.from_pretrained(path)  # whose own reading looks at the weights
+    config.check_weights()
+    return config
 
 
 def _fitted(

@@ -12,6 +12,7 @@ from smoa import AdapterFileError, ConfigError, MergeError, SmoaConfig, cached_w
 from smoa.hotswap import hotswap_adapter
 from smoa.layer import SmoaLayer
 from tests import tiny_models
+from tests.adapter_files import rewritten
 from tests.tolerance import assert_close
 
 # The spectral partition depends on the weights alone; another one shows that the labels are swapped too.
@@ -173,6 +174,13 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterFileError, match="fit the layer"):
         hotswap_adapter(model, tmp_path)
     assert torch.equal(logits(model), before)
+
+
+def test_a_file_that_was_changed_since_it_was_saved_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path)
+    rewritten(tmp_path, lambda tensors: next(t for n, t in tensors.items() if "smoa_B" in n).mul_(2))
+    with pytest.raises(AdapterFileError, match="not those that"):
+        hotswap_adapter(adapted(1), tmp_path)
 
 
 def test_a_merged_adapter_is_not_swapped(tmp_path: Path) -> None:
