@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +25,8 @@ def train(
 
         checked = load_config(config, overrides)
         metrics = run(checked)
+        if os.environ.get("RANK", "0") != "0":
+            return  # one of several processes: rank 0 tells
         if json:
             print_json(metrics)
             return

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+import yaml
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from tests import tiny_models
+from smoa.experiments import training
+from smoa.experiments.config import check_config
+from tests import lab, tiny_models
 from tests.integration.workers.strategies import STEPS, adapted, labels, layers, micro_batches, optimizer
-from tests.processes import run_two
+from tests.processes import ROOT, environment, free_port, run_two
 
 CURVE_TOLERANCE = 1e-5
 """Relative; ranks sum the two halves of a batch in another order."""
@@ -173,6 +178,44 @@ def test_fsdp_auto_wrap_policy_gives_every_factor_a_unit_of_its_own(
     factors, decoder_layers, root = 2 * len(layers(one_process[0])), 2, 1
     for strategy in ("fsdp1_flat", "fsdp1_original"):
         assert all(result["wrapped"] == factors + decoder_layers + root for result in of_strategy(ranks, strategy))
+
+
+@pytest.mark.slow  # three Python processes that import everything
+def test_accelerate_launch_gives_the_curve_of_one_process_with_twice_the_accumulation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
+    lab.fill_cache(tmp_path / "cache", lab.questions(40, "train"), lab.questions(6, "test"))
+    config = {
+        "model": {"name": str(lab.tiny_base(tmp_path / "base"))},
+        "adapter": {"r": 4, "num_blocks": 2, "target_modules": ["q_proj", "v_proj"]},  # dropout would differ
+        "data": {"tasks": ["arc_easy"], "train_examples": 24, "validation_examples": 2},
+        "training": {
+            "output_dir": str(tmp_path / "two"),
+            "max_steps": 6,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 0.01,
+            "logging_steps": 1,
+            "use_cpu": True,
+        },
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    options = [f"--main_process_port={free_port()}", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    command = [*accelerate, *options, "-m", "smoa", "train", str(tmp_path / "config.yaml")]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("trainable parameters") == 1
+
+    config["training"] |= {"output_dir": str(tmp_path / "one"), "gradient_accumulation_steps": 2}
+    one = training.train(check_config(config))
+    two = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert (one["training"]["processes"], two["training"]["processes"]) == (1, 2)
+    curves = [[entry["loss"] for entry in run["history"] if "loss" in entry] for run in (two, one)]
+    assert len(curves[0]) == 6
+    assert curves[0] == pytest.approx(curves[1], rel=CURVE_TOLERANCE)
+    saved, expected = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("two", "one"))
+    assert_same_adapter(saved, expected)
 
 
 def untrained() -> PeftModel:

@@ -13,6 +13,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
+from smoa.distributed import from_rank_zero
 from smoa.experiments.answer_loss import AnswerTrainer, collate
 from smoa.experiments.base_models import BaseModel, load_base_model
 from smoa.experiments.config import RunConfig
@@ -68,6 +69,8 @@ def train(config: RunConfig, prepared: Prepared | None = None) -> dict[str, Any]
 
 def _run(config: RunConfig, folder: RunFolder, ready: Prepared, checkpoint: str | None) -> dict[str, Any]:
     arguments = training_arguments(config)
+    if arguments.process_index > 0:
+        logging.getLogger("smoa").setLevel(logging.WARNING)  # rank 0 tells the rest
     evaluation: dict[str, Any] = {}
     if config.task.baseline and ready.records.test:
         evaluation["before"] = _evaluate(config, ready, ready.base, "before training")
@@ -81,13 +84,18 @@ def _run(config: RunConfig, folder: RunFolder, ready: Prepared, checkpoint: str 
         "provenance": provenance(arguments.seed, arguments.device),
         "parameters": _parameters(model),
         "data": ready.records.account | {"truncation": _truncation(examples)},
-        "training": {"seconds": round(seconds, 1), "steps": trainer.state.global_step, "resumed": bool(checkpoint)},
+        "training": {
+            "seconds": round(seconds, 1),
+            "steps": trainer.state.global_step,
+            "processes": arguments.world_size,
+            "resumed": bool(checkpoint),
+        },
         "evaluation": evaluation,
         "history": trainer.state.log_history,
     }
-    if trainer.is_world_process_zero():
-        _save(config, folder, ready, model, metrics)
-    return metrics
+    is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if is_sharded else None  # all ranks gather it
+    return from_rank_zero(partial(_save, config, folder, ready, model, state, metrics))
 
 
 def fit(
@@ -162,14 +170,17 @@ def _truncation(examples: list[Encoded]) -> dict[str, int]:
     }
 
 
-def _save(config: RunConfig, folder: RunFolder, ready: Prepared, model: Any, metrics: dict[str, Any]) -> None:
+def _save(
+    config: RunConfig, folder: RunFolder, ready: Prepared, model: Any, state: Any, metrics: dict[str, Any]
+) -> dict[str, Any]:
     with replaced_folder(folder.adapter) as temporary:
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, state_dict=state)
         ready.tokenizer.save_pretrained(temporary)
     metrics["parameters"]["adapter_bytes"] = _weight_bytes(folder.adapter)
     draw_loss_curve(metrics["history"], folder.picture, f"{config.method} on {', '.join(config.data.tasks)}")
     folder.finish(metrics)
     logger.info("Finished: %s", folder.path)
+    return metrics
 
 
 def _weight_bytes(folder: Path) -> int:
