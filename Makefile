@@ -9,7 +9,7 @@ USABLE := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 PYTHON = $(shell for p in $(CANDIDATES); do "$$p" -c '$(USABLE)' >/dev/null 2>&1 && echo "$$p" && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint types unit format figures clean
+.PHONY: help demo test test-slow lint types unit docs format figures clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -17,7 +17,7 @@ help:  ## list the targets
 demo: $(VENV)/.demo-installed  ## fine-tune Gemma 3 270M with SMoA and show what changed
 	$(BIN)/smoa demo
 
-test: lint types unit  ## lint, types and tests: what CI runs
+test: lint types unit docs  ## lint, types, tests and the documents' site: what CI runs
 
 lint: $(VENV)/.dev-installed  ## check format and style
 	$(BIN)/ruff format --check .
@@ -32,15 +32,21 @@ unit: $(VENV)/.dev-installed  ## run the tests but for the slow ones
 test-slow: $(VENV)/.demo-installed  ## run the slow tests, with the demo's base model
 	$(BIN)/python -m pytest -m slow
 
+# The variable silences an advertisement.
+docs: $(VENV)/.dev-installed  ## build the documents into site/, warnings being errors
+	$(BIN)/python docs/figures/results.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 format: $(VENV)/.dev-installed  ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 figures: $(VENV)/.dev-installed  ## draw the pictures in docs/images anew
 	$(BIN)/python docs/figures/idea.py
+	$(BIN)/python docs/figures/precision.py
 
 clean:  ## remove .venv and what tools left behind
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage dist
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage dist site
 
 # Stamps: a target is installed again only when pyproject.toml changes.
 $(VENV)/.created:

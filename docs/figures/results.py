@@ -1,0 +1,107 @@
+"""Write docs/results.md from the stored results: docs/studies/*/summary.json and docs/lab-results/*.json.
+
+    python docs/figures/results.py
+
+`smoa compare` writes the former, `smoa eval --output` and `smoa train` (its metrics.json) the latter. What is not there
+is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parents[1]
+INTRODUCTION = """# Results
+
+Written by `python docs/figures/results.py` from stored JSON; do not edit. A study is run by `smoa compare` and its YAML
+file: every entry gets the same search for a learning rate on validation data, then fresh seeds on the test part.
+Differences are to the reference of the entry's budget, paired by seed and by question, with bootstrap 95 % intervals:
+*better* and *worse* say that the interval leaves 0 out, *same* that it doesn't. Lower loss is better.
+"""
+NOTHING = (
+    "No result is stored yet: run one of the studies in [configs/studies](../configs/studies), then this script.\n"
+)
+HEADER = ["entry", "trained", "seeds", "loss", "loss − reference", "", "accuracy %", "accuracy % − reference", ""]
+
+
+def main(docs: Path = DOCS) -> None:
+    parts = [study(path) for path in sorted(docs.glob("studies/*/summary.json"))]
+    parts += lab_results(sorted(docs.glob("lab-results/*.json")))
+    text = "\n".join([INTRODUCTION, *(parts or [NOTHING])])
+    (docs / "results.md").write_text(text, encoding="utf-8")
+
+
+def study(summary: Path) -> str:
+    """One study: a table for each budget, its pictures, and where every run's JSON lies."""
+    folder, rows = summary.parent, json.loads(summary.read_text(encoding="utf-8"))
+    home = f"studies/{folder.name}"
+    links = [f"[summary as JSON]({home}/summary.json)"]
+    if (folder / "README.md").is_file():
+        links.insert(0, f"[whole report]({home}/README.md)")
+    parts = [f"## {folder.name}\n\n{', '.join(links)}; one JSON for each run lies in `docs/{home}`."]
+    for budget in dict.fromkeys(row["budget"] for row in rows):
+        of_budget = sorted((row for row in rows if row["budget"] == budget), key=lambda row: row["loss"])
+        parts.append(f"Budget *{budget}*, reference **{of_budget[0]['reference']}**; {verdicts(of_budget)}")
+        parts.append(table(HEADER, [cells(row) for row in of_budget]))
+    pictures = {path.name: path.stem.replace("_", " ").capitalize() for path in sorted(folder.glob("*.png"))}
+    parts += [f"![{title} of the study {folder.name}]({home}/{name})" for name, title in pictures.items()]
+    return "\n\n".join(parts) + "\n"
+
+
+def verdicts(rows: list[dict[str, Any]]) -> str:
+    """How many entries are better, the same and worse than the reference, by loss."""
+    found = [row["loss_difference"]["verdict"] for row in rows if row["loss_difference"]]
+    return "by loss " + ", ".join(f"{found.count(word)} {word}" for word in ("better", "same", "worse")) + "."
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    return [
+        row["entry"],
+        f"{row['parameters']:,}",
+        str(len(row["seeds"])),
+        f"{row['loss']:.4f} ± {row['loss_spread']:.4f}",
+        *difference(row["loss_difference"], 1, 4),
+        f"{100 * row['accuracy']:.1f} ± {100 * row['accuracy_spread']:.1f}",
+        *difference(row["accuracy_difference"], 100, 1),
+    ]
+
+
+def difference(found: dict[str, Any] | None, scale: float, digits: int) -> tuple[str, str]:
+    if found is None:
+        return "", "–"
+    mean, low, high = (f"{scale * found[name]:+.{digits}f}" for name in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]", found["verdict"]
+
+
+def lab_results(files: list[Path]) -> list[str]:
+    """Scores of `smoa eval --output` files and of runs' metrics, one table for each file."""
+    return [lab_result(path, json.loads(path.read_text(encoding="utf-8"))) for path in files]
+
+
+def lab_result(path: Path, result: dict[str, Any]) -> str:
+    stages = result.get("evaluation") or {result.get("protocol", "scores"): result.get("scores", {})}
+    rows = [[task, stage, *figures(scores)] for stage, by_task in stages.items() for task, scores in by_task.items()]
+    names = ["task", "", "questions", "loss", "accuracy %"]
+    return f"## {path.stem}\n\n[JSON](lab-results/{path.name})\n\n{table(names, rows)}\n"
+
+
+def figures(scores: dict[str, Any]) -> list[str]:
+    accuracy = next((scores[name] for name in ("accuracy", "acc") if scores.get(name) is not None), None)
+    loss = scores.get("gold_loss")
+    return [
+        str(scores.get("questions", "–")),
+        "–" if loss is None else f"{loss:.4f}",
+        "–" if accuracy is None else f"{100 * accuracy:.1f}",
+    ]
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:2]))

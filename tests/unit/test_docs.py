@@ -1,0 +1,159 @@
+"""The documents are run: their Python on tiny models, their commands through the parser, their links to the end."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from pydantic import BaseModel
+from transformers import PreTrainedModel
+
+from smoa.experiments.comparison.entry import Entry
+from smoa.experiments.comparison.study import Study, Tuning
+from smoa.experiments.config import DataSection, ModelSection, RunConfig, TaskSection, check_config, load_config
+from smoa_cli.main import app
+from tests.lab import byte_tokenizer
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+# Generated pages only show what was measured.
+GENERATED = ("studies",)
+PAGES = sorted(path for path in DOCS.rglob("*.md") if path.relative_to(DOCS).parts[0] not in GENERATED)
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "configs" / "README.md", *PAGES]
+BASE_MODEL = "google/gemma-3-270m"
+# `<!-- not run: REASON -->` before a block of Python says why no test can run it. A block within a comment is run and
+# not shown.
+PYTHON = re.compile(
+    r"(?:<!-- not run: (?P<reason>.+?) -->\n+)?^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+)
+SHELL = re.compile(r"^```(?:console|bash|shell|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+YAML = re.compile(r"^```yaml\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\((?!https?://|#|mailto:)([^)\s#]+)")
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def python_blocks(path: Path) -> Iterator[str]:
+    for block in PYTHON.finditer(path.read_text(encoding="utf-8")):
+        if block["reason"] is None:
+            yield block["code"]
+
+
+def commands(path: Path) -> Iterator[list[str]]:
+    """Words of every command in the shell blocks, without prompt, comment and environment variables."""
+    for block in SHELL.findall(path.read_text(encoding="utf-8")):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line.removeprefix("$ "), comments=True)
+            while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+                words = words[1:]
+            if words:
+                yield [words[0].removeprefix(".venv/bin/"), *words[1:]]
+
+
+WITH_PYTHON = [path for path in DOCUMENTS if any(python_blocks(path))]
+SMOA_COMMANDS = [
+    pytest.param(words[1:], id=f"{name_of(path)}: {' '.join(words)}")
+    for path in DOCUMENTS
+    for words in commands(path)
+    if words[0] == "smoa"
+]
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")  # PEFT 0.21 calls it
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=name_of)
+def test_the_python_of_a_page_runs(
+    page: Path, tiny_gemma3: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where a folder takes the place of the model of that name
+    tiny_gemma3.resize_token_embeddings(len(byte_tokenizer()), mean_resizing=False)
+    tiny_gemma3.save_pretrained(BASE_MODEL)
+    byte_tokenizer().save_pretrained(BASE_MODEL)
+    names: dict[str, object] = {"__name__": "page"}
+    for number, block in enumerate(python_blocks(page), start=1):
+        exec(compile(block, f"{name_of(page)}, block {number}", "exec"), names)
+
+
+@pytest.mark.parametrize("words", SMOA_COMMANDS)
+def test_a_command_of_the_documents_is_one(words: list[str]) -> None:
+    command: Any = typer.main.get_command(app)
+    context: Any = command.make_context("smoa", list(words))
+    while hasattr(command, "commands"):
+        name, command, words = command.resolve_command(context, [*context._protected_args, *context.args])
+        context = command.make_context(name, list(words), parent=context)  # unknown options and bad values raise
+    given = context.params.get("config") or context.params.get("run") or context.params.get("study")
+    if isinstance(given, Path) and given.parts[0] == "configs":
+        assert (ROOT / given).is_file()
+        if name in ("train", "eval", "demo"):
+            load_config(ROOT / given, context.params["overrides"])
+
+
+def test_other_commands_of_the_documents_name_files_and_targets_that_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    missing = []
+    for path in DOCUMENTS:
+        for program, *arguments in commands(path):
+            if program == "python" and arguments and arguments[0].endswith(".py"):
+                missing += [] if (ROOT / arguments[0]).is_file() else [f"{name_of(path)}: {arguments[0]}"]
+            if program == "make":
+                targets = [word for word in arguments if "=" not in word]
+                missing += [f"make {one}" for one in targets if not re.search(rf"^{one}:", makefile, re.MULTILINE)]
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", [path for path in PAGES if YAML.search(path.read_text(encoding="utf-8"))], ids=name_of)
+def test_a_run_shown_as_yaml_is_valid(page: Path) -> None:
+    for block in YAML.findall(page.read_text(encoding="utf-8")):
+        values = yaml.safe_load(block)
+        if {"model", "data", "training"} <= set(values):
+            check_config(values)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_local_links_lead_somewhere(document: Path) -> None:
+    targets = LINK.findall(document.read_text(encoding="utf-8"))
+    assert [target for target in targets if not (document.parent / target).exists()] == []
+
+
+def nav_pages(entry: Any) -> list[str]:
+    if isinstance(entry, str):
+        return [entry]
+    return [page for one in (entry.values() if isinstance(entry, dict) else entry) for page in nav_pages(one)]
+
+
+def test_the_navigation_lists_every_page_once() -> None:
+    listed = nav_pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
+    own = [page for page in listed if not page.startswith(GENERATED)]
+    assert sorted(own) == [page.relative_to(DOCS).as_posix() for page in PAGES]
+    assert [page for page in listed if not (DOCS / page).is_file()] == []
+
+
+@pytest.mark.parametrize(
+    ("prefix", "section"),
+    [
+        ("", RunConfig),
+        ("model.", ModelSection),
+        ("data.", DataSection),
+        ("task.", TaskSection),
+        ("", Study),
+        ("tuning.", Tuning),
+        ("entries.NAME.", Entry),
+    ],
+)
+def test_the_lab_page_tells_every_key(prefix: str, section: type[BaseModel]) -> None:
+    text = (DOCS / "lab.md").read_text(encoding="utf-8")
+    told = set(re.findall(r"^\| `([^`]+)` \|", text, flags=re.MULTILINE))
+    groups = {key.partition(".")[0] for key in told}
+    assert [key for key in section.model_fields if f"{prefix}{key}" not in told | groups] == []
+
+
+def test_no_page_names_a_registry_host() -> None:
+    hosts = re.compile(r"(pypi|pythonhosted|anaconda|conda-forge)\.(org|com)")
+    assert [name_of(path) for path in DOCUMENTS if hosts.search(path.read_text(encoding="utf-8"))] == []
