@@ -146,5 +146,7 @@ def test_a_wrong_entry_is_refused_with_its_name_and_the_nearest_key(values: dict
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.name)
 def test_the_ready_studies_parse(path: Path) -> None:
-    study = load_study(path)
-    assert study.seeds
+    # Without use_cpu a study for a GPU is refused where there is none, as it should be.
+    study = load_study(path, ["shared.training.use_cpu=true"])
+    assert study.reference(next(iter(study.entries.values())).budget) in study.entries
+    assert study.folder.name == path.stem
