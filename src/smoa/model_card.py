@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
 from peft import PeftConfig
 
+from .adapter_card import settings_as_json
 from .streaming import RoundingLoss
 
 TEXT = """---
@@ -55,7 +55,7 @@ def model_card(
         dtype=str(loss.dtype).removeprefix("torch."),
         lost=what_was_lost(loss),
         notes="".join(f"\n{note}\n" for note in notes),
-        config=json.dumps(_plain(config), indent=2, sort_keys=True),
+        config=settings_as_json(config),
     )
 
 
@@ -82,13 +82,3 @@ def _front_matter(base: str) -> str:
     """A base that lies in a local folder has no name that a hub could follow."""
     known: dict[str, Any] = {} if Path(base).exists() else {"base_model": base}
     return ModelCardData(**known, library_name="transformers", tags=["smoa", "merged"]).to_yaml()
-
-
-def _plain(config: PeftConfig) -> dict[str, Any]:
-    """The config's values that say something, as JSON has them."""
-    values: dict[str, Any] = config.to_dict()
-    return {
-        key: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
-        for key, value in values.items()
-        if value not in (None, {}, [], False) and key not in ("base_model_name_or_path", "inference_mode", "revision")
-    }

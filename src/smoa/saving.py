@@ -13,19 +13,29 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from peft.utils import CONFIG_NAME
 
+from .adapter_card import adapter_card
+from .config import SmoaConfig
+
 MODEL_CARD = "README.md"
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux: fcntl.h, fs.h
 RENAME_SWAP = 2  # macOS: stdio.h
 
 
-def save_adapter(model: Any, folder: str | Path, *, base_model_name: str | None = None, **options: Any) -> None:
+def save_adapter(
+    model: Any,
+    folder: str | Path,
+    *,
+    base_model_name: str | None = None,
+    metrics: Mapping[str, float] | None = None,
+    **options: Any,
+) -> None:
     """`model.save_pretrained(folder)`, in which a kill or a full disk leaves the old adapter or the new, never half.
 
     What else lies in the folder stays. Files that the disk has not yet seen survive a kill, and a crash of the machine
@@ -36,6 +46,8 @@ def save_adapter(model: Any, folder: str | Path, *, base_model_name: str | None 
         folder: Made if need be.
         base_model_name: Put this name of the base into `adapter_config.json` and the model card instead of the path
             that the base was loaded from: for adapters that leave this machine.
+        metrics: Replace PEFT's model card, mostly blanks to fill in, by one that names base, config, these results
+            (there may be none: `{}`) and how to load the SMoA adapter.
         options: Passed to `save_pretrained`.
 
     Raises:
@@ -52,6 +64,8 @@ def save_adapter(model: Any, folder: str | Path, *, base_model_name: str | None 
         model.save_pretrained(temporary, **options)
         if base_model_name is not None:
             _rename_base(temporary, base_model_name)
+        if metrics is not None:
+            _write_card(temporary, target.resolve().name, metrics)
 
 
 @contextmanager
@@ -85,6 +99,13 @@ def _rename_base(folder: Path, name: str) -> None:
             for place in sorted(places, key=len, reverse=True):
                 text = text.replace(place, name)
             card.write_text(text, encoding="utf-8")
+
+
+def _write_card(folder: Path, title: str, metrics: Mapping[str, float]) -> None:
+    config = SmoaConfig.from_pretrained(folder)
+    # as the file has it: reading puts the home folder in, which tells who the user is
+    config.base_model_name_or_path = json.loads((folder / CONFIG_NAME).read_text("utf-8"))["base_model_name_or_path"]
+    (folder / MODEL_CARD).write_text(adapter_card(title, config, metrics), encoding="utf-8")
 
 
 def _exchange(new: Path, old: Path) -> None:

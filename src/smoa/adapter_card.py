@@ -1,0 +1,86 @@
+"""The README.md of a saved adapter: what it is of, how it was set, what it reached, how to load it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from huggingface_hub import ModelCardData
+from peft import PeftConfig
+
+LOADERS = {
+    "CAUSAL_LM": ("AutoPeftModelForCausalLM", "text-generation"),
+    "SEQ_2_SEQ_LM": ("AutoPeftModelForSeq2SeqLM", None),
+    "SEQ_CLS": ("AutoPeftModelForSequenceClassification", "text-classification"),
+    "TOKEN_CLS": ("AutoPeftModelForTokenClassification", "token-classification"),
+    "QUESTION_ANS": ("AutoPeftModelForQuestionAnswering", "question-answering"),
+    "FEATURE_EXTRACTION": ("AutoPeftModelForFeatureExtraction", "feature-extraction"),
+}
+"""PEFT's class for each task type, and the name that hubs have for the task."""
+
+TEXT = """---
+{front_matter}
+---
+
+# {title}
+
+A SMoA adapter ([arXiv:2605.21147](https://arxiv.org/abs/2605.21147)) of `{base}`: r = {r}, {num_blocks} blocks.
+
+```python
+import smoa  # makes SMoA known to PEFT
+from peft import {loader}
+
+model = {loader}.from_pretrained("PATH")
+```
+
+{metrics}## Adapter
+
+```json
+{config}
+```
+
+The base model's licence and terms of use apply.
+"""
+
+
+def adapter_card(title: str, config: Any, metrics: Mapping[str, float]) -> str:
+    """Markdown with the front matter that model hubs read; `config` is the SmoaConfig as saved."""
+    loader, pipeline = LOADERS.get(str(getattr(config.task_type, "value", config.task_type)), ("AutoPeftModel", None))
+    base = config.base_model_name_or_path or "a model without a name"
+    return TEXT.format(
+        front_matter=_front_matter(config.base_model_name_or_path, pipeline),
+        title=title,
+        base=base,
+        r=config.r,
+        num_blocks=config.num_blocks,
+        loader=loader,
+        metrics=_table(metrics),
+        config=settings_as_json(config),
+    )
+
+
+def settings_as_json(config: PeftConfig) -> str:
+    """The config's values that say something."""
+    values: dict[str, Any] = config.to_dict()
+    said = {
+        key: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
+        for key, value in values.items()
+        if value not in (None, {}, [], False) and key not in ("base_model_name_or_path", "inference_mode", "revision")
+    }
+    return json.dumps(said, indent=2, sort_keys=True)
+
+
+def _front_matter(base: str | None, pipeline: str | None) -> str:
+    """A base that lies in a local folder has no name that a hub could follow."""
+    named = base is not None and not base.startswith((".", "/", "~")) and ":" not in base and "\\" not in base
+    known: dict[str, Any] = {"base_model": base} if named else {}
+    tags = ["smoa", *([f"base_model:adapter:{base}"] if named else [])]
+    return ModelCardData(**known, library_name="peft", pipeline_tag=pipeline, tags=tags).to_yaml()
+
+
+def _table(metrics: Mapping[str, float]) -> str:
+    if not metrics:
+        return ""
+    rows = "".join(f"| {name} | {value:.4g} |\n" for name, value in metrics.items())
+    return f"## Results\n\n| metric | value |\n|---|---|\n{rows}\n"

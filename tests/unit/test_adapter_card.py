@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+from peft import get_peft_model
+from transformers import PreTrainedModel
+
+from smoa import SmoaConfig, save_adapter
+
+
+@pytest.fixture
+def model(tiny_llama: PreTrainedModel) -> Any:
+    return get_peft_model(tiny_llama, SmoaConfig(r=8, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+
+
+def test_the_card_names_base_config_metrics_and_how_to_load(model: Any, tmp_path: Path) -> None:
+    save_adapter(model, tmp_path / "mine", base_model_name="org/base", metrics={"accuracy": 0.625})
+    card = ModelCard.load(tmp_path / "mine" / "README.md")
+    assert card.data.base_model == "org/base"
+    assert card.data.library_name == "peft"
+    assert card.data.tags == ["smoa", "base_model:adapter:org/base"]
+    assert card.data.pipeline_tag == "text-generation"
+    for said in ("# mine", "import smoa", "AutoPeftModelForCausalLM", "| accuracy | 0.625 |"):
+        assert said in card.text
+    settings = json.loads(card.text.split("```json")[1].split("```")[0])
+    assert settings["r"] == 8
+    assert settings["target_modules"] == ["q_proj"]
+
+
+def test_the_home_folder_stays_out_of_the_card(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "models" / "base")
+    save_adapter(model, tmp_path / "mine", metrics={}, save_embedding_layers=False)
+    text = (tmp_path / "mine" / "README.md").read_text()
+    assert str(tmp_path) not in text
+    assert "base_model:" not in text
+    assert "Results" not in text
+
+
+def test_without_metrics_the_card_is_left_to_peft(model: Any, tmp_path: Path) -> None:
+    save_adapter(model, tmp_path / "mine", base_model_name="org/base")
+    assert "How to Get Started" in (tmp_path / "mine" / "README.md").read_text()
