@@ -135,7 +135,7 @@ class SmoaLayer(BaseTunerLayer):
     def _compute_labels(self, adapter_name: str) -> bool:
         """Compute the labels from the weight, which is rank 0's; False, and nothing, if that is on the meta device."""
         kind, num_blocks = self.pending_partition[adapter_name], self.layout[adapter_name].num_blocks
-        with gather_params_ctx(self.get_base_layer().weight):  # type: ignore[arg-type]  # whole under DeepSpeed ZeRO-3
+        with gather_params_ctx(self.stored_weight()):  # whole under DeepSpeed ZeRO-3
             is_meta = self.stored_weight().device.type == "meta"
             weight = None if is_meta else whole(self.pristine_weight())  # and where FSDP2 has sharded it
             found = from_rank_zero(

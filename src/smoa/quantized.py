@@ -23,8 +23,6 @@ from transformers.pytorch_utils import Conv1D
 from .autograd import hadamard_branch, hadamard_branch_backward
 from .errors import UnsupportedModuleError
 from .linear import Linear
-from .spectrum import PartitionKind, SpectralPartition, make_partition
-from .spectrum_cache import cached_spectral_scores
 
 PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -110,9 +108,6 @@ class QuantizedLinear(Linear):
         if self._pristine_layers:
             return dequantized(self.quantization_backend, self._pristine_layers[0])
         return self.base_weight()
-
-    def _make_partition(self, num_blocks: int, kind: PartitionKind) -> SpectralPartition:
-        return make_partition(self.pristine_weight(), num_blocks, kind, cached_spectral_scores)
 
     def _has_plain_base(self) -> bool:
         return False
