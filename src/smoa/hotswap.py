@@ -27,7 +27,8 @@ def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "def
     """Put the adapter saved in `path` into the place of the loaded adapter `adapter_name`.
 
     The new one must have the same num_blocks, modulation and bias, no block of larger rank, and no layer that the
-    loaded one lacks. A layer that it lacks itself does nothing until the next swap. Dropout stays the slot's.
+    loaded one lacks. A layer that it lacks itself does nothing until the next swap. Dropout stays the slot's. An
+    error leaves everything as it was.
 
     Args:
         model: A PeftModel, compiled by `torch.compile` or not.
@@ -37,7 +38,6 @@ def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "def
         ConfigError: one of the two is no SMoA adapter, or they can't share a slot.
         AdapterFileError: the tensors don't fit the model.
         MergeError: the loaded adapter is merged.
-        In each case nothing was changed.
     """
     slot: Any = getattr(model, "_orig_mod", model)
     old = getattr(slot, "peft_config", {}).get(adapter_name)

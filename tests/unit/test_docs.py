@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -157,3 +160,34 @@ def test_the_lab_page_tells_every_key(prefix: str, section: type[BaseModel]) -> 
 def test_no_page_names_a_registry_host() -> None:
     hosts = re.compile(r"(pypi|pythonhosted|anaconda|conda-forge)\.(org|com)")
     assert [name_of(path) for path in DOCUMENTS if hosts.search(path.read_text(encoding="utf-8"))] == []
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built site; a warning of mkdocs fails the build."""
+    pytest.importorskip("mkdocs", reason="the extra `docs` is not installed")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=quiet, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_the_site_loads_nothing_from_the_network(site: Path) -> None:
+    loads = re.compile(r"""<link[^>]+href=["']?https?:|\bsrc(?:set)?=["']?https?:|url\(["']?https?:|@import""")
+    files = [path for path in site.rglob("*") if path.suffix in (".html", ".css")]
+    assert len(files) > len(PAGES)
+    assert [path.name for path in files if loads.search(path.read_text(encoding="utf-8"))] == []
+
+
+def test_every_formula_is_drawn(site: Path) -> None:
+    page = (site / "method.html").read_text(encoding="utf-8")
+    assert page.count("<math") > 50
+    assert 'class="arithmatex"' not in page
+
+
+def test_links_out_of_the_documents_lead_to_copies_in_the_site(site: Path) -> None:
+    page = (site / "how-to" / "several-adapters.html").read_text(encoding="utf-8")
+    assert 'href="../repository/src/smoa/spectrum_cache.py.txt"' in page
+    assert (site / "repository" / "src" / "smoa" / "spectrum_cache.py.txt").is_file()
