@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from re import _constants, _parser  # type: ignore[attr-defined]  # Python has no public way to look into an expression
 from typing import Any
+
+MAX_REPEATS = 6
+"""Repetitions of variable length in one regular expression, as `.*`."""
+_REPEATS = (_constants.MAX_REPEAT, _constants.MIN_REPEAT)
 
 
 def is_number(value: object) -> bool:
@@ -46,11 +51,31 @@ def _is_names(value: object) -> bool:
 
 
 def _is_pattern(value: object) -> bool:
-    """A regular expression that Python can read."""
+    """A regular expression that Python can read, and answer in a reasonable time whatever the name."""
     try:
-        return isinstance(value, str) and bool(re.compile(value))
+        return isinstance(value, str) and bool(re.compile(value)) and _is_quick(_parser.parse(value))
     except (re.error, RecursionError, OverflowError):
         return False
+
+
+def _is_quick(tree: Any) -> bool:
+    """No repetition of variable length within another, which takes exponential time, and few of them: n of them take
+    the n-th power of a name's length."""
+    depths = list(_repetitions(tree))
+    return max(depths, default=1) == 1 and len(depths) <= MAX_REPEATS
+
+
+def _repetitions(node: Any, depth: int = 1) -> Iterator[int]:
+    """How deep within others each repetition of variable length lies."""
+    if isinstance(node, tuple) and len(node) == 2 and node[0] in _REPEATS:
+        least, most, inner = node[1]
+        varies = most > max(least, 1)
+        if varies:
+            yield depth
+        yield from _repetitions(inner, depth + varies)
+    elif isinstance(node, (tuple, list, _parser.SubPattern)):
+        for part in node:
+            yield from _repetitions(part, depth)
 
 
 def _is_place(value: object) -> bool:
@@ -71,14 +96,15 @@ def _is_token_indices(value: object) -> bool:
     )
 
 
+_EXPRESSION = f"a regular expression with at most {MAX_REPEATS} repetitions such as .*, none within another"
 _TYPES: dict[str, tuple[Callable[[object], bool], str]] = {
-    "target_modules": (lambda v: _is_names(v) or _is_pattern(v), "a list of names or a regular expression"),
-    "exclude_modules": (lambda v: _is_names(v) or _is_pattern(v), "a list of names or a regular expression"),
+    "target_modules": (lambda v: _is_names(v) or _is_pattern(v), f"a list of names or {_EXPRESSION}"),
+    "exclude_modules": (lambda v: _is_names(v) or _is_pattern(v), f"a list of names or {_EXPRESSION}"),
     "modules_to_save": (_is_names, "a list of names"),
     "layers_to_transform": (lambda v: _is_place(v) or _is_places(v), "a layer index or a list of them"),
     "layers_pattern": (lambda v: _is_pattern(v) or _all(v, _is_pattern, list, tuple, set), "one name or a list"),
-    "rank_pattern": (_is_patterns, "a mapping from names or regular expressions to integers"),
-    "alpha_pattern": (_is_patterns, "a mapping from names or regular expressions to numbers"),
+    "rank_pattern": (_is_patterns, f"a mapping to integers from names, each {_EXPRESSION}"),
+    "alpha_pattern": (_is_patterns, f"a mapping to numbers from names, each {_EXPRESSION}"),
     "fan_in_fan_out": (lambda v: isinstance(v, bool), "true or false"),
     "inference_mode": (lambda v: isinstance(v, bool), "true or false"),
     "trainable_token_indices": (_is_token_indices, "a list of token indices, or such lists by module name"),

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from smoa import AdapterFileError, SmoaConfig, SmoaError, save_adapter, saving
 from tests.killing import killed_at
 from tests.layers import Wrapper, randomise
+from tests.soak import soak
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 
@@ -274,3 +275,7 @@ def test_a_later_checkpoint_loads_into_an_adapter_that_is_there(tmp_path: Path, 
 def test_every_call_is_reached_by_a_kill(tmp_path: Path) -> None:
     calls = [killed_at(number, lambda: [list(tmp_path.iterdir()), tmp_path.chmod(0o700)]) for number in (1, 2, 3)]
     assert calls == [True, True, False]
+
+
+def test_a_few_lives_of_an_adapter_leave_weights_and_memory_as_they_were() -> None:
+    assert soak(20)["tensors"] == 0

@@ -140,6 +140,23 @@ def test_a_value_of_a_wrong_type_is_refused_by_its_name_and_file(folder: Path, s
         load(folder)
 
 
+@pytest.mark.parametrize(
+    "pattern", ["(.+)+x", "(.*)*", "((a|b)*c)*", r"(\w+\.)+up", ".*.*.*.*.*.*.*x", "(a{1,50}){1,50}"]
+)
+def test_an_expression_that_can_take_for_ever_is_refused(pattern: str) -> None:
+    for settings in ({"target_modules": pattern}, {"rank_pattern": {pattern: 2}}, {"exclude_modules": pattern}):
+        with pytest.raises(ConfigError, match="none within another"):
+            SmoaConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["all-linear", r".*\.layers\.\d+\.(self_attn|mlp)\.(q|v)_proj", r"(.*\.)?(up|down)", "(?:ab){3}", "a|b", ".*?x"],
+)
+def test_an_ordinary_expression_is_accepted(pattern: str) -> None:
+    SmoaConfig(target_modules=pattern, rank_pattern={pattern: 3})
+
+
 def test_every_setting_has_wrong_values_in_this_test() -> None:
     own = set(SmoaConfig.__dataclass_fields__) - {"task_type", "peft_type", "peft_version"}
     assert own == set(WRONG)

@@ -1,0 +1,129 @@
+"""`smoa train` killed for real (SIGKILL) while it writes, then started again: the result is the uninterrupted run's."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from smoa.experiments import training
+from smoa.experiments.answer_loss import AnswerTrainer
+from smoa.experiments.config import check_config
+from smoa.experiments.run_folder import RunFolder
+from tests import lab
+from tests.killing import killed_at
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="forks"),
+]
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A run of four steps that saves after each of them."""
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
+    lab.fill_cache(tmp_path / "cache", lab.questions(40, "train"), lab.questions(3, "test"))
+    return {
+        "model": {"name": str(lab.tiny_base(tmp_path / "base"))},
+        "method": "smoa",
+        "adapter": {"r": 4, "num_blocks": 2, "smoa_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]},
+        "data": {"tasks": ["arc_easy"], "train_examples": 8, "validation_examples": 2},
+        "task": {"baseline": False},
+        "training": {
+            "output_dir": str(tmp_path / "run"),
+            "max_steps": 4,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 0.01,
+            "logging_steps": 1,
+            "save_steps": 1,
+            "save_total_limit": 1,
+            "use_cpu": True,
+        },
+    }
+
+
+def result(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The adapter and the scores of a finished run."""
+    adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
+    return adapter, json.loads((folder / "metrics.json").read_text())["evaluation"]
+
+
+def assert_same_result(folder: Path, other: Path) -> None:
+    (ours, our_scores), (theirs, their_scores) = result(folder), result(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert our_scores == their_scores
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        pytest.param([29, 95], id="few"),
+        pytest.param([2, 10, 17, 40, 60, 75, 110, 125, 140, 155, 170], id="many", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_killed_anywhere_and_started_again_ends_in_the_same_bits(
+    settings: dict[str, Any], tmp_path: Path, calls: list[int]
+) -> None:
+    whole = tmp_path / "whole"
+    settings["training"]["output_dir"] = str(whole)
+    training.train(check_config(settings))
+    killed = []
+    for number in calls:
+        folder = tmp_path / f"killed-{number}"
+        settings["training"]["output_dir"] = str(folder)
+        config = check_config(settings)
+        killed.append(killed_at(number, partial(training.train, config), partial(touches, folder)))
+        if not RunFolder(folder).finished:
+            assert killed[-1]
+            training.train(config)
+        assert_same_result(folder, whole)
+    assert all(killed[: 2 * len(killed) // 3])
+
+
+def touches(folder: Path, event: str, arguments: tuple[Any, ...]) -> bool:
+    """Whether a call has to do with the folder."""
+    return str(folder) in str(arguments)
+
+
+def test_a_disk_that_fills_up_ends_the_run_with_a_clear_error_and_it_goes_on_later(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = check_config(settings)
+    save = AnswerTrainer._save_optimizer_and_scheduler
+
+    def full(self: AnswerTrainer, output_dir: str) -> None:
+        if self.state.global_step == 3:
+            raise OSError(errno.ENOSPC, "No space left on device", output_dir)
+        save(self, output_dir)
+
+    monkeypatch.setattr(AnswerTrainer, "_save_optimizer_and_scheduler", full)
+    with pytest.raises(OSError, match=r"No space left on device.*checkpoint-3"):
+        training.train(config)
+    run = RunFolder(config.folder)
+    assert not run.finished
+    assert not run.adapter.exists()
+    monkeypatch.setattr(AnswerTrainer, "_save_optimizer_and_scheduler", save)
+    assert training.train(config)["training"]["resumed"]
+    settings["training"]["output_dir"] = str(tmp_path / "whole")
+    training.train(check_config(settings))
+    assert_same_result(run.path, tmp_path / "whole")
+
+
+def test_half_a_checkpoint_is_removed_and_the_whole_one_before_it_is_taken(tmp_path: Path) -> None:
+    for step, state in ((2, "{}"), (3, '{"epoch": 1.'), (4, None)):
+        checkpoint = tmp_path / f"checkpoint-{step}"
+        checkpoint.mkdir()
+        (checkpoint / "optimizer.pt").touch()
+        if state is not None:
+            (checkpoint / "trainer_state.json").write_text(state)
+    assert RunFolder(tmp_path).start("method: smoa\n") == str(tmp_path / "checkpoint-2")
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
