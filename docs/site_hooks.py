@@ -17,12 +17,19 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"(?<=\]\()(\.\./[^)\s#]+)")
+STUDY_PAGE = re.compile(r"(?<=\]\()(studies/[^/)]+/)?index\.html(?=\))")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[\[(](.*?)\\[\])]</\1>', re.DOTALL)
 SHOWN_AS_THEY_ARE = (".json", ".png", ".svg", ".html")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add a copy of every file of the repository, outside docs/, that a page links to."""
+    """Add a copy of every file of the repository, outside docs/, that a page links to.
+
+    A study's index.html, which the site can't have beside its README.md, is there as page.html.
+    """
+    for report in ROOT.glob("docs/studies/*/index.html"):
+        uri = report.with_name("page.html").relative_to(ROOT / "docs").as_posix()
+        files.append(File.generated(config, uri, abs_src_path=str(report)))
     for page in files.documentation_pages():
         for target in LINK.findall(page.content_string):
             path = repository_path(page.src_uri, target)
@@ -43,7 +50,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         path = repository_path(page.file.src_uri, link[1])
         return link[1] if path is None else posixpath.relpath(copy_of(path), posixpath.dirname(page.file.src_uri))
 
-    return LINK.sub(replaced, markdown)
+    return STUDY_PAGE.sub(r"\1page.html", LINK.sub(replaced, markdown))
 
 
 def on_page_content(content: str, **_: Any) -> str:

@@ -39,8 +39,8 @@ def study(summary: Path) -> str:
     folder, rows = summary.parent, json.loads(summary.read_text(encoding="utf-8"))
     home = f"studies/{folder.name}"
     links = [f"[summary as JSON]({home}/summary.json)"]
-    if (folder / "README.md").is_file():
-        links.insert(0, f"[whole report]({home}/README.md)")
+    reports = {"README.md": "whole report", "index.html": "the same as a page with sortable tables"}
+    links = [f"[{title}]({home}/{name})" for name, title in reports.items() if (folder / name).is_file()] + links
     parts = [f"## {folder.name}\n\n{', '.join(links)}; one JSON for each run lies in `docs/{home}`."]
     for budget in dict.fromkeys(row["budget"] for row in rows):
         of_budget = sorted((row for row in rows if row["budget"] == budget), key=lambda row: row["loss"])
