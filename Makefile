@@ -47,9 +47,10 @@ format: $(VENV)/.dev-installed  ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-figures: $(VENV)/.dev-installed  ## draw the pictures in docs/images anew
+figures: $(VENV)/.demo-installed  ## draw the pictures in docs/images anew
 	$(BIN)/python docs/figures/idea.py
 	$(BIN)/python docs/figures/precision.py
+	$(BIN)/python docs/figures/weight_sizes.py
 
 clean:  ## remove .venv and what tools left behind
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage dist site
