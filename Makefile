@@ -49,6 +49,7 @@ format: $(VENV)/.dev-installed  ## rewrite the code in the project's format
 
 figures: $(VENV)/.demo-installed  ## draw the pictures in docs/images anew
 	$(BIN)/python docs/figures/idea.py
+	$(BIN)/python docs/figures/conversion.py
 	$(BIN)/python docs/figures/precision.py
 	$(BIN)/python docs/figures/weight_sizes.py
 

@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
     arguments = parser.parse_args()
     metrics = json.loads((arguments.run / "metrics.json").read_text())
+    metrics["config"]["training"].pop("output_dir")
     with tempfile.TemporaryDirectory() as scratch:
         result = trade_off(arguments.run, arguments.ranks, Path(scratch))
     for point in result["points"]:

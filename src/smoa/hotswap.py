@@ -133,7 +133,10 @@ def _padded(
 def _check_others(slot: PeftModel, state: dict[str, Tensor], adapter_name: str, path: str) -> None:
     """Biases and modules_to_save must be those that the slot has: what is left out would stay the old adapter's."""
     saved = get_peft_model_state_dict(slot, adapter_name=adapter_name)
-    expected, found = ({key for key in keys if ".smoa_" not in key} for keys in (saved, state))
+    expected, found = (
+        {f"{key} {tuple(tensor.shape)}" for key, tensor in tensors.items() if ".smoa_" not in key}
+        for tensors in (saved, state)
+    )
     if expected != found:
         raise AdapterFileError(
             f"{path}: besides its factors it holds {sorted(found - expected) or 'nothing'} more and lacks "
