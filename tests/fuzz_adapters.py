@@ -177,11 +177,11 @@ def folder_bytes(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in (CONFIG, WEIGHTS)}
 
 
-def fuzz(count: int, seed: int, room: Path, seconds: float = float("inf")) -> Counter[tuple[str, str]]:
-    """Outcomes by (mutation, outcome) of `count` folders, or of as many as the seconds allow."""
+def fuzz(count: int, seed: int, room: Path, seconds: float = float("inf"), first: int = 0) -> Counter[tuple[str, str]]:
+    """Outcomes by (mutation, outcome) of `count` folders from number `first` on, or of as many as the seconds allow."""
     corpus, results = write_corpus(room / "corpus"), Counter[tuple[str, str]]()
     started = time.monotonic()
-    for number in range(count):
+    for number in range(first, first + count):
         if time.monotonic() - started > seconds:
             break
         random_number = random.Random(f"{seed} {number}")  # each folder by its own number, in whatever order
@@ -201,17 +201,18 @@ def fuzz(count: int, seed: int, room: Path, seconds: float = float("inf")) -> Co
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=10_000)
+    parser.add_argument("--first", type=int, default=0, help="a finding's number, with --count 1, repeats it alone")
     parser.add_argument("--seed", type=int, default=2026)
     parser.add_argument("--seconds", type=float, default=1200)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as room:
-        results = fuzz(chosen.count, chosen.seed, Path(room), chosen.seconds)
+        results = fuzz(chosen.count, chosen.seed, Path(room), chosen.seconds, chosen.first)
     lines = Counter[str]()
     for (_, result), number in results.items():
         lines[result] += number
-    print(f"seed {chosen.seed}: {lines.total()} folders in {time.monotonic() - started:.0f} s")  # noqa: T201
+    print(f"seed {chosen.seed}: {lines.total()} folders from {chosen.first} on in {time.monotonic() - started:.0f} s")  # noqa: T201
     for result, number in lines.most_common():
         print(f"{number:6} {result}")  # noqa: T201
     sys.exit(any(result.startswith("FINDING") for result in lines))
