@@ -1,6 +1,8 @@
-"""What an adapter costs and what it can reach, from sizes alone: parameters, bytes on disk, rank bound."""
+"""What an adapter costs and what it can reach, from sizes alone: parameters, bytes on disk, memory, rank bound."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from .modulation import split_rank
 from .spectrum import block_sizes, check_num_blocks
@@ -38,3 +40,40 @@ def adapter_bytes(out_features: int, in_features: int, r: int, num_blocks: int, 
     check_num_blocks(num_blocks, out_features, in_features)
     values = r * (-(-out_features // num_blocks) + -(-in_features // num_blocks))
     return values * bytes_per_value + out_features + in_features
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes that training holds on all devices together, in the order in which they appear.
+
+    `weights` of the frozen base, `factors` of the adapter (float32, as PEFT keeps them), their `gradients`, AdamW's two
+    moments, and with every decoder layer checkpointed the `checkpoints`: its input, 16 bits an entry.
+    """
+
+    weights: int
+    factors: int
+    gradients: int
+    optimizer: int
+    checkpoints: int
+
+    @property
+    def total(self) -> int:
+        """Their sum: what one layer needs while it is recomputed, and the logits, come on top."""
+        return self.weights + self.factors + self.gradients + self.optimizer + self.checkpoints
+
+
+def training_memory(
+    linear: int, other: int, trainable: int, layers: int, hidden_size: int, tokens: int, four_bit: bool = False
+) -> TrainingMemory:
+    """Memory from counts alone.
+
+    Args:
+        linear: Parameters of the decoder's linear layers, which 4 bits hold in NF4 with nested quantisation.
+        other: All other parameters of the base; 16 bits each.
+        trainable: Parameters of the adapter.
+        tokens: Batch times length.
+    """
+    # NF4: half a byte an entry, a byte for each 64 entries, and a float32 for each 256 of those bytes.
+    per_entry = 0.5 + 1 / 64 + 4 / (64 * 256) if four_bit else 2
+    weights = round(linear * per_entry) + 2 * other
+    return TrainingMemory(weights, 4 * trainable, 4 * trainable, 8 * trainable, 2 * layers * hidden_size * tokens)

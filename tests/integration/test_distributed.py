@@ -25,8 +25,16 @@ CURVE_TOLERANCE = 1e-5
 """Relative; ranks sum the two halves of a batch in another order."""
 FACTOR_TOLERANCE = {"rtol": 1e-3, "atol": 1e-5}
 """AdamW divides by √v, which magnifies the rounding of a small gradient."""
-STRATEGIES = ["late_process_group", "ddp", "fsdp2_full", "fsdp2_sharded", "fsdp1_flat", "fsdp1_original"]
-SAVING = ["ddp", "fsdp2_full", "fsdp2_sharded"]
+STRATEGIES = [
+    "late_process_group",
+    "ddp",
+    "fsdp2_full",
+    "fsdp2_sharded",
+    "fsdp2_documented",
+    "fsdp1_flat",
+    "fsdp1_original",
+]
+SAVING = ["ddp", "fsdp2_full", "fsdp2_sharded", "fsdp2_documented"]
 
 # Not ours: DCP tells those who load in one process that it is one process.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, load_fsdp_model, save_fsdp_model
@@ -221,6 +222,17 @@ def fsdp2_sharded(folder: Path) -> Result:
     return fsdp2(folder, state_dict_type="SHARDED_STATE_DICT", cpu_ram_efficient_loading=True)
 
 
+def fsdp2_documented(folder: Path) -> Result:
+    """By the file in docs/scale.md, whose keys accelerate's launcher hands to the plugin in the environment."""
+    page = (Path(__file__).parents[3] / "docs" / "scale.md").read_text(encoding="utf-8")
+    config = yaml.safe_load(page.split("```yaml\n")[1].split("```")[0])["fsdp_config"]
+    os.environ.update({key.upper(): str(value) for key, value in config.items()})
+    accelerator = fresh_accelerator(fsdp_plugin=FullyShardedDataParallelPlugin())
+    model, _, losses = train(accelerator, adapted())
+    save_adapter(accelerator, model, folder / "adapter")
+    return {"losses": losses, "labels": labels(model), "fsdp2": accelerator.is_fsdp2}
+
+
 def fsdp2_bfloat16(folder: Path) -> Result:
     accelerator = fresh_accelerator(fsdp_plugin=plugin(2), mixed_precision="bf16")
     return {"losses": train(accelerator, adapted())[2]}
@@ -253,6 +265,7 @@ SCENARIOS: list[Callable[[Path], Result]] = [
     sharded_base,
     fsdp2_full,
     fsdp2_sharded,
+    fsdp2_documented,
     fsdp2_bfloat16,
     fsdp1_flat,
     fsdp1_original,
