@@ -83,19 +83,18 @@ def lab_results(files: list[Path]) -> list[str]:
 
 def lab_result(path: Path, result: dict[str, Any]) -> str:
     stages = result.get("evaluation") or {result.get("protocol", "scores"): result.get("scores", {})}
-    rows = [[task, stage, *figures(scores)] for stage, by_task in stages.items() for task, scores in by_task.items()]
-    names = ["task", "", "questions", "loss", "accuracy %"]
-    return f"## {path.stem}\n\n[JSON](lab-results/{path.name})\n\n{table(names, rows)}\n"
+    rows = [(task, stage, scores) for stage, by_task in stages.items() for task, scores in by_task.items()]
+    names = list(dict.fromkeys(name for *_, scores in rows for name in scores if not name.endswith("_stderr")))
+    cells = [[task, stage, *(score(scores, name) for name in names)] for task, stage, scores in rows]
+    header = ["task", "", *(name.replace("_", " ") for name in names)]
+    return f"## {path.stem}\n\n[JSON](lab-results/{path.name})\n\n{table(header, cells)}\n"
 
 
-def figures(scores: dict[str, Any]) -> list[str]:
-    accuracy = next((scores[name] for name in ("accuracy", "acc") if scores.get(name) is not None), None)
-    loss = scores.get("gold_loss")
-    return [
-        str(scores.get("questions", "–")),
-        "–" if loss is None else f"{loss:.4f}",
-        "–" if accuracy is None else f"{100 * accuracy:.1f}",
-    ]
+def score(scores: dict[str, Any], name: str) -> str:
+    value, error = scores.get(name), scores.get(f"{name}_stderr")
+    if value is None or isinstance(value, int):
+        return "–" if value is None else str(value)
+    return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

@@ -48,7 +48,7 @@ def docs(tmp_path: Path) -> Path:
     (study / "summary.json").write_text(json.dumps([asdict(one) for one in rows]))
     (study / "learning_rates.png").touch()
     (tmp_path / "lab-results").mkdir()
-    scores = {"questions": 40, "gold_loss": 2.5, "accuracy": 0.375}
+    scores = {"questions": 40, "gold_loss": 2.5, "gold_loss_stderr": 0.25, "accuracy": 0.375, "majority": None}
     metrics = {"evaluation": {"before": {"arc_easy": scores}, "after": {"arc_easy": scores}}}
     (tmp_path / "lab-results" / "demo.json").write_text(json.dumps(metrics))
     return tmp_path
@@ -71,7 +71,7 @@ def test_every_result_leads_to_its_json_and_pictures(docs: Path) -> None:
 def test_a_run_is_shown_before_and_after(docs: Path) -> None:
     text = page(docs)
     for stage in ("before", "after"):
-        assert f"| arc_easy | {stage} | 40 | 2.5000 | 37.5 |" in text
+        assert f"| arc_easy | {stage} | 40 | 2.500 ± 0.250 | 0.375 | – |" in text
 
 
 def test_without_results_the_page_says_so(docs: Path) -> None:
