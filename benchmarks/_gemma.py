@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from _common import GEMMA_TARGETS
@@ -12,13 +13,20 @@ from torch import nn
 from smoa import SmoaConfig
 from smoa.experiments.base_models import BaseModel, load_base_model
 
+QUANTISATIONS: dict[str, dict[str, Any]] = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "int8": {"load_in_8bit": True},
+}
 
-def gemma(method: str, r: int, num_blocks: int, device: torch.device) -> nn.Module:
+
+def gemma(method: str, r: int, num_blocks: int, device: torch.device, base: str = "float32") -> nn.Module:
     """The base model, or it under SMoA or under LoRA of as many trainable parameters; adapters start non-zero.
 
-    SMoA's partition is a random one: decomposing the weights would not change what a step costs.
+    SMoA's partition is a random one: decomposing the weights would not change what a step costs. `base` may be one of
+    QUANTISATIONS.
     """
-    model, _ = load_base_model(BaseModel("gemma3-270m"))
+    options = {"quantization_config": QUANTISATIONS[base]} if base in QUANTISATIONS else {}
+    model, _ = load_base_model(BaseModel("gemma3-270m", options=options))
     model.to(device)
     if method == "base":
         return model.requires_grad_(False)
