@@ -19,7 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from .errors import UnsupportedModuleError
 from .modulation import inverse_order, sorted_order
 
 
@@ -69,8 +71,17 @@ def tensor_state(tensor: Tensor) -> Hashable:
 
 @contextmanager
 def cached_weights(model: nn.Module) -> Iterator[None]:
-    """Let the adapted layers of `model` keep their effective weights while the context is open, without gradients."""
-    layers: list[Any] = [module for module in model.modules() if hasattr(module, "smoa_weight_cache")]
+    """Let the adapted layers of `model` keep their effective weights while the context is open, without gradients.
+
+    Raises:
+        UnsupportedModuleError: a layer's parameters are sharded (FSDP, ZeRO-3): they are refilled between steps without
+            a trace, so what is kept could be stale.
+    """
+    layers: list[Any] = []
+    for name, module in model.named_modules():
+        if hasattr(module, "smoa_weight_cache"):
+            _refuse_sharded(name, module)
+            layers.append(module)
     for layer in layers:
         layer.smoa_weight_cache = WeightCache()
     try:
@@ -78,3 +89,13 @@ def cached_weights(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.smoa_weight_cache = None
+
+
+def _refuse_sharded(name: str, layer: nn.Module) -> None:
+    parameters = list(layer.parameters())
+    whole = [p for p in parameters if p.numel() and not isinstance(p, DTensor)]
+    if not parameters or len(whole) < len(parameters):
+        raise UnsupportedModuleError(
+            f"{name}: its parameters are sharded over processes, and a cache of them could be stale; "
+            "use cached_weights on a model that is whole on one process, or merge the adapter"
+        )

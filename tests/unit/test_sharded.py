@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from smoa import make_partition
+from smoa import UnsupportedModuleError, cached_weights, make_partition
 from tests.layers import adapted_layer
 
 
@@ -29,3 +29,14 @@ def test_a_sharded_weight_is_gathered_before_it_is_decomposed() -> None:
     layer = adapted_layer(base, num_blocks=3)
     assert torch.equal(layer.smoa_row_labels["default"], expected.row_labels)
     assert torch.equal(layer.smoa_col_labels["default"], expected.col_labels)
+
+
+@pytest.mark.usefixtures("_one_rank")
+def test_sharded_layers_keep_no_weights() -> None:
+    layer = adapted_layer(nn.Linear(12, 18), num_blocks=3)
+    factor = layer.smoa_A["default"]
+    mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("fsdp",))
+    factor.weight = nn.Parameter(distribute_tensor(factor.weight.detach(), mesh, [Shard(0)]))
+    with pytest.raises(UnsupportedModuleError, match=r"sharded over processes"), cached_weights(layer):
+        pass
+    assert layer.smoa_weight_cache is None

@@ -239,7 +239,7 @@ def fsdp2_bfloat16(folder: Path) -> Result:
 
 
 def fsdp1(folder: Path, **options: Any) -> Result:
-    """Its state dict is not asked for: on a CPU that ends in freed memory inside PyTorch, with LoRA too."""
+    """Its state dict is not asked for: on a CPU it fails inside PyTorch, with flat parameters for LoRA too."""
     accelerator = fresh_accelerator(fsdp_plugin=plugin(1, sync_module_states=False, **options))
     model = adapted()
     accelerator.state.fsdp_plugin.auto_wrap_policy = fsdp_auto_wrap_policy(model)
