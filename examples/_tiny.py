@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from smoa.experiments.cache import new_folder
 
+torch.set_num_threads(1)  # a model this small loses more to starting threads than it gains from them
+
 ADAPTER = {"r": 16, "num_blocks": 2, "alpha": 512, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 CAPITALS = [("France", "Paris"), ("Italy", "Rome"), ("Spain", "Madrid"), ("Japan", "Tokyo"), ("Kenya", "Nairobi")]
 SOUNDS = [("cat", "meow"), ("dog", "woof"), ("cow", "moo"), ("duck", "quack"), ("sheep", "baa")]
