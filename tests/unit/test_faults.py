@@ -116,6 +116,41 @@ def test_where_folders_cannot_change_places_a_kill_loses_neither(
             assert torch.equal(loaded(room / "adapter.old"), delta(old))
 
 
+def test_where_folders_cannot_change_places_the_new_adapter_still_takes_the_place(
+    tmp_path: Path, old: PeftModel, new: PeftModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saving, "_exchange_in_one_step", lambda first, second: False)
+    folder = tmp_path / "adapter"
+    for model in (old, new):
+        save_adapter(model, folder)
+        assert torch.equal(loaded(folder), delta(model))
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_rename_that_fails_halfway_is_taken_back(
+    tmp_path: Path, old: PeftModel, new: PeftModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "adapter"
+    save_adapter(old, folder)
+    monkeypatch.setattr(saving, "_exchange_in_one_step", lambda first, second: False)
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if target == folder and self.name == "adapter":
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        save_adapter(new, folder)
+    assert torch.equal(loaded(folder), delta(old))
+
+
+def test_an_unknown_system_has_no_exchange_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "win32")
+    assert not saving._exchange_in_one_step(tmp_path / "a", tmp_path / "b")
+
+
 @pytest.mark.parametrize("same_settings", [False, True], ids=["other settings", "same settings"])
 def test_a_kill_in_pefts_own_save_leaves_an_adapter_or_a_pair_that_is_refused(
     tmp_path: Path, old: PeftModel, same_settings: bool
