@@ -1,10 +1,10 @@
-"""YAML as people write it: ``1e-3`` is a number, a key given twice is an error, and every key knows its line."""
+"""YAML as people write it: ``1e-3`` is a number, ``no`` a word, a key given twice an error; every key knows its line."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -12,7 +12,14 @@ from smoa.errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML follows YAML 1.1, in which ``1e-3`` is a string; and it lets the last of two equal keys win."""
+    """PyYAML follows YAML 1.1, in which ``1e-3`` is a string and ``no`` is false; and it lets the last of two equal keys
+    win."""
+
+    # Copied, so that PyYAML's own loader stays as it is; without the eleven spellings of a boolean.
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -24,6 +31,9 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )

@@ -48,6 +48,12 @@ def test_numbers_in_exponent_notation_are_numbers(file: Path) -> None:
     assert load_config(file).training["learning_rate"] == 0.01
 
 
+def test_no_is_a_word_and_false_is_not(file: Path) -> None:
+    file.write_text(GOOD)
+    training = load_config(file, ["training.eval_strategy=no", "training.bf16=false"]).training
+    assert (training["eval_strategy"], training["bf16"]) == ("no", False)
+
+
 def test_an_override_changes_one_value(file: Path) -> None:
     file.write_text(GOOD)
     config = load_config(file, ["training.learning_rate=3e-3", "data.tasks=[piqa, boolq]"])
