@@ -1,10 +1,10 @@
-"""YAML as people write it: ``1e-3`` is a number, ``no`` a word, a key given twice an error; every key knows its line."""
+"""YAML as people write it: ``1e-3`` is a number, ``no`` a word, a key given twice an error; keys know their lines."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -12,14 +12,7 @@ from smoa.errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML follows YAML 1.1, in which ``1e-3`` is a string and ``no`` is false; and it lets the last of two equal keys
-    win."""
-
-    # Copied, so that PyYAML's own loader stays as it is; without the eleven spellings of a boolean.
-    yaml_implicit_resolvers: ClassVar = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
+    """PyYAML follows YAML 1.1, in which ``1e-3`` is a string and ``no`` is false; it lets the last of equal keys win."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -31,6 +24,11 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# A table of its own, so that PyYAML's loader stays as it is; without YAML 1.1's many spellings of a boolean.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
