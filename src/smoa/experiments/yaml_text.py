@@ -12,7 +12,7 @@ from smoa.errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML follows YAML 1.1, in which ``1e-3`` is a string and ``no`` is false; it lets the last of equal keys win."""
+    """PyYAML follows YAML 1.1, in which ``1e-3`` is a string and ``no`` is false; the last of equal keys wins."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
