@@ -78,3 +78,16 @@ def test_what_can_not_be_combined_is_refused(
     model = model_with({"r": 4}, {"r": 5})
     with pytest.raises(MergeError, match=message):
         model.add_weighted_adapter(adapters, weights, name, combination_type=kind)
+
+
+def test_adapters_with_a_rank_for_each_module_are_refused() -> None:
+    model = model_with({"r": 4, "rank_pattern": {"layer": 5}}, {"r": 4})
+    with pytest.raises(MergeError, match="rank_pattern"):
+        model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum")
+
+
+def test_adapters_of_another_number_of_blocks_are_refused() -> None:
+    model = model_with({"r": 4}, {"r": 4})
+    model.peft_config["two"].num_blocks = 2
+    with pytest.raises(MergeError, match="different num_blocks"):
+        model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum")

@@ -9,6 +9,7 @@ import resource
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -146,9 +147,22 @@ def test_a_rename_that_fails_halfway_is_taken_back(
     assert torch.equal(loaded(folder), delta(old))
 
 
-def test_an_unknown_system_has_no_exchange_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.platform", "win32")
-    assert not saving._exchange_in_one_step(tmp_path / "a", tmp_path / "b")
+@pytest.mark.parametrize(
+    ("platform", "library", "in_one_step"),
+    [
+        ("win32", SimpleNamespace(), False),
+        ("linux", SimpleNamespace(), False),  # a C library older than the call
+        ("linux", SimpleNamespace(renameat2=lambda *call: -1), False),  # a file system that cannot
+        ("linux", SimpleNamespace(renameat2=lambda *call: 0), True),
+        ("darwin", SimpleNamespace(renamex_np=lambda *call: 0), True),
+    ],
+)
+def test_folders_change_places_in_one_step_where_the_system_can(
+    platform: str, library: SimpleNamespace, in_one_step: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.platform", platform)
+    monkeypatch.setattr(saving.ctypes, "CDLL", lambda name: library)
+    assert saving._exchange_in_one_step(tmp_path / "a", tmp_path / "b") == in_one_step
 
 
 @pytest.mark.parametrize("same_settings", [False, True], ids=["other settings", "same settings"])

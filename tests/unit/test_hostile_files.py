@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from smoa import AdapterFileError, ConfigError, SmoaConfig, SmoaError
+from smoa.digest import tensors_digest
 from tests.adapter_files import rewritten, with_settings
 from tests.adapter_mutations import CONFIG, MUTATIONS, PICKLE, WEIGHTS, Payload
 from tests.fuzz_adapters import CORPUS, base, fuzz, outcome, write_corpus
@@ -298,3 +299,26 @@ def test_a_shape_that_the_bytes_do_not_bear_out_is_refused(folder: Path, shape: 
     changed(folder, lambda header: header["base_model.model.up.smoa_A.weight"].update(shape=shape))
     with pytest.raises(SmoaError, match=r"adapter_model\.safetensors"):
         load(folder)
+
+
+def test_weights_without_any_factor_of_ours_are_refused_by_name(folder: Path, corpus: dict[str, Path]) -> None:
+    shutil.copy(corpus["lora"] / WEIGHTS, folder)
+    with pytest.raises(AdapterFileError, match=r"adapter_model\.safetensors: lacks every smoa_A factor"):
+        load(folder)
+
+
+def test_an_older_file_in_the_folder_is_not_taken_for_what_is_saved(folder: Path) -> None:
+    """As transformers saves: the config first, the weights after it."""
+    config = SmoaConfig(r=4)
+    config.digest_of_saved = "of other factors"
+    config.save_pretrained(folder)
+    assert json.loads((folder / CONFIG).read_text())["weights_digest"] is None
+
+
+def test_tensors_without_values_have_no_digest() -> None:
+    assert tensors_digest([("smoa_A", torch.empty(2, 2, device="meta"))]) is None
+
+
+def test_a_pattern_of_layers_without_their_indices_is_refused() -> None:
+    with pytest.raises(ConfigError, match="layers_pattern='h' has no effect"):
+        SmoaConfig(layers_pattern="h")
