@@ -9,7 +9,7 @@ USABLE := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 PYTHON = $(shell for p in $(CANDIDATES); do "$$p" -c '$(USABLE)' >/dev/null 2>&1 && echo "$$p" && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint types unit docs fuzz soak format figures clean
+.PHONY: help demo test test-slow lint types unit coverage docs fuzz soak format figures clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,6 +28,9 @@ types: $(VENV)/.dev-installed  ## check types
 
 unit: $(VENV)/.dev-installed  ## run the tests but for the slow ones
 	$(BIN)/python -m pytest
+
+coverage: $(VENV)/.dev-installed  ## run the same tests and tell which branches they leave out
+	$(BIN)/python -m pytest --cov=smoa --cov-branch --cov-report=term-missing:skip-covered
 
 test-slow: $(VENV)/.demo-installed  ## run the slow tests, with the demo's base model
 	$(BIN)/python -m pytest -m slow
