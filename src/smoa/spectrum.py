@@ -36,7 +36,7 @@ GRAM_TILE = 512
 """Columns of the Gram matrix formed at a time."""
 SAFE_PEAK = 1e-4, 1e4
 """Weights whose largest entry lies between are decomposed as they are; others are scaled, which costs a copy."""
-CLOSE_SCORES = 2e-7
+CLOSE_SCORES = 1e-6
 """Times min(m, n): scores nearer to each other than this, in float32, may stand in the wrong order."""
 ROW_TILE = 1024
 """Rows of WV held at a time: nothing of the weight's size is kept."""
