@@ -34,7 +34,7 @@ def draw_differences(differences: Mapping[str, Difference], reference: str, file
     """Each entry's test loss minus the reference's with its interval; left of the line is better."""
     figure, axes = new_figure(height=1.2 + 0.35 * max(1, len(differences)))
     for place, found in enumerate(differences.values()):
-        clear = found.verdict != "same"
+        clear = found.verdict in ("better", "worse")
         axes.plot([found.low, found.high], [place, place], color="0.2", linewidth=2 if clear else 1)
         axes.plot(found.mean, place, "o", color="0.2", markerfacecolor="0.2" if clear else "white")
     axes.axvline(0, color="0.5", linestyle="--", linewidth=1)

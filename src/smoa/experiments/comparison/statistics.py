@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Verdict = Literal["better", "same", "worse"]
+Verdict = Literal["better", "same", "worse", "one seed"]
 RESAMPLES = 2000
 INTERVAL = 95.0
 
@@ -44,7 +44,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Difference(Interval):
-    """An entry's value minus the reference's."""
+    """An entry's value minus the reference's. One seed tells nothing of how seeds differ, so it gets no verdict."""
 
     verdict: Verdict
 
@@ -81,7 +81,8 @@ def _difference(gaps: NDArray[np.float64], weights: NDArray[np.float64], sign: i
     if not np.isfinite(gaps).all():
         return Difference(float("nan"), float("nan"), float("nan"), "worse")
     found = _interval(gaps, weights)
-    return Difference(found.mean, found.low, found.high, _verdict(found.low, found.high, sign))
+    verdict = _verdict(found.low, found.high, sign) if len(gaps) > 1 else "one seed"
+    return Difference(found.mean, found.low, found.high, verdict)
 
 
 def _interval(values: NDArray[np.float64], weights: NDArray[np.float64]) -> Interval:

@@ -62,3 +62,9 @@ def test_a_diverged_run_is_worse() -> None:
     found = loss_difference(outcomes(diverged), outcomes(results(0.0)))
     assert found.verdict == "worse"
     assert math.isnan(found.mean)
+
+
+def test_one_seed_gets_no_verdict() -> None:
+    found = loss_difference(outcomes(results(-0.5, seeds=1)), outcomes(results(0.0, seeds=1)))
+    assert found.verdict == "one seed"
+    assert found.high < 0
