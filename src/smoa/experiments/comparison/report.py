@@ -58,9 +58,8 @@ def _page(study: Study, rows: list[Row], untouched: dict[str, Any] | None, pictu
         "validation data by the same search (half decades around a start, then on in the better direction until the "
         f"best is inside, at most {study.tuning.max_runs} runs); the figures are of fresh seeds on the test part. "
         "Differences are paired by seed and question, with bootstrap 95 % intervals over both; *same* means that the "
-        "interval holds 0; one seed gets no verdict. ± is the standard deviation over seeds. An edge mark (!) says that "
-        "the best learning rate "
-        "is the last one tried on a side.",
+        "interval holds 0; one seed gets no verdict. ± is the standard deviation over seeds. An edge mark (!) says "
+        "that the best learning rate is the last one tried on a side.",
     ]
     budgets = dict.fromkeys(row.budget for row in rows)
     parts += [_table([row for row in rows if row.budget == budget], budget) for budget in budgets]
