@@ -32,7 +32,7 @@ unit: $(VENV)/.dev-installed  ## run the tests but for the slow ones
 coverage: $(VENV)/.dev-installed  ## run the same tests and tell which branches they leave out
 	$(BIN)/python -m pytest --cov=smoa --cov-branch --cov-report=term-missing:skip-covered
 
-test-slow: $(VENV)/.demo-installed  ## run the slow tests, with the demo's base model
+test-slow: $(VENV)/.demo-installed $(VENV)/.examples-installed  ## run the slow tests, with the demo's base model
 	$(BIN)/python -m pytest -m slow
 
 # The variable silences an advertisement.
@@ -75,3 +75,7 @@ $(VENV)/.demo-installed: pyproject.toml $(VENV)/.created
 	$(BIN)/python -m pip install --quiet --editable '.[dev,demo]'
 	$(BIN)/python -m pip install --quiet --no-deps 'ai2-olmo==0.6.0'
 	touch $(VENV)/.dev-installed $@
+
+$(VENV)/.examples-installed: pyproject.toml $(VENV)/.demo-installed
+	$(BIN)/python -m pip install --quiet --editable '.[dev,demo,examples]'
+	touch $@
