@@ -49,12 +49,12 @@ def svd_labels(weight: Tensor) -> Labels:
 
 def exact_labels(weight: Tensor) -> Labels:
     """By K: ours, the scores shared between all K, as injection has it."""
-    scores: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+    scores: dict[bool, tuple[Tensor, Tensor]] = {}
 
-    def scores_of(weight: Tensor) -> tuple[Tensor, Tensor]:
-        if weight.dtype not in scores:
-            scores[weight.dtype] = spectral_scores(weight)
-        return scores[weight.dtype]
+    def scores_of(weight: Tensor, precise: bool) -> tuple[Tensor, Tensor]:
+        if precise not in scores:
+            scores[precise] = spectral_scores(weight, precise)
+        return scores[precise]
 
     partitions = {K: make_partition(weight, K, scores_of=scores_of) for K in NUM_BLOCKS}
     return {K: (found.row_labels, found.col_labels) for K, found in partitions.items()}

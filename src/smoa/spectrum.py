@@ -32,8 +32,8 @@ PartitionKind = Literal["spectral", "contiguous", "random"]
 UNDECIDED = 255
 """Label of a coordinate whose block is not known yet: labels are one byte, so at most 255 blocks exist."""
 MAX_BLOCKS = UNDECIDED
-GRAM_TILE = 512
-"""Columns of the Gram matrix formed at a time."""
+GRAM_TILES = 4
+"""Strips in which the upper half of the Gram matrix is formed."""
 SAFE_PEAK = 1e-4, 1e4
 """Weights whose largest entry lies between are decomposed as they are; others are scaled, which costs a copy."""
 CLOSE_SCORES = 1e-6
@@ -105,11 +105,12 @@ def _short(sizes: list[int]) -> str:
     return str(sizes) if len(sizes) <= 8 else f"[{', '.join(map(str, sizes[:8]))}, … {len(sizes)} in all]"
 
 
-def spectral_scores(weight: Tensor) -> tuple[Tensor, Tensor]:
+def spectral_scores(weight: Tensor, precise: bool = False) -> tuple[Tensor, Tensor]:
     """Energy-weighted mean spectral index of every output and input coordinate of `weight`.
 
     Args:
         weight: (out_features, in_features), any floating dtype; computed in float32, float64 stays float64.
+        precise: Find the eigenvectors, and add up, in float64 also for other weights, in about 1.7 times the time.
 
     Returns:
         Row scores (out_features,) and column scores (in_features,).
@@ -125,24 +126,24 @@ def spectral_scores(weight: Tensor) -> tuple[Tensor, Tensor]:
     if not SAFE_PEAK[0] < peak < SAFE_PEAK[1]:  # else squares would underflow or overflow; scores ignore the scale
         weight = weight / peak.clamp_min(torch.finfo(weight.dtype).tiny)
     if weight.shape[0] >= weight.shape[1]:
-        return _tall_scores(weight)
-    col_scores, row_scores = _tall_scores(weight.T)
+        return _tall_scores(weight, precise)
+    col_scores, row_scores = _tall_scores(weight.T, precise)
     return row_scores, col_scores
 
 
-def _tall_scores(weight: Tensor) -> tuple[Tensor, Tensor]:
+def _tall_scores(weight: Tensor, precise: bool) -> tuple[Tensor, Tensor]:
     """Scores of a weight with at least as many rows as columns, by the Gram matrix of its columns.
 
     `WᵀW = V diag(λ) Vᵀ` and `UΣ = WV`, so the row energies are `(WV)²` and the column energies `V²λ`: no division by σ.
     """
     gram = _upper_gram(weight)
     col_is_zero = gram.diagonal() == 0
-    eigenvalues, vectors = torch.linalg.eigh(gram, UPLO="U")
+    eigenvalues, vectors = torch.linalg.eigh(gram.double() if precise else gram, UPLO="U")
     del gram
     energy = eigenvalues.clamp_min(0)
-    index = torch.arange(len(energy) - 1, -1, -1, dtype=weight.dtype, device=weight.device)  # eigh is ascending
-    row_scores = _row_scores(weight, vectors, index)
-    col_scores = _ratio(vectors.square_() @ torch.stack([index * energy, energy], 1))
+    index = torch.arange(len(energy) - 1, -1, -1, dtype=energy.dtype, device=weight.device)  # eigh is ascending
+    row_scores = _row_scores(weight, vectors.to(weight.dtype), index)
+    col_scores = _mean_index(vectors.square_() * energy, index)
     return row_scores, col_scores.masked_fill_(col_is_zero, 0)  # rounding leaves a zero column a little energy
 
 
@@ -153,27 +154,32 @@ def _upper_gram(weight: Tensor) -> Tensor:
     """
     size = weight.shape[1]
     gram = weight.new_zeros(size, size)
-    for start in range(0, size, GRAM_TILE):
-        stop = min(start + GRAM_TILE, size)
+    tile = -(-size // GRAM_TILES)
+    for start in range(0, size, tile):
+        stop = min(start + tile, size)
         torch.mm(weight[:, start:stop].T, weight[:, start:], out=gram[start:stop, start:])
     return gram
 
 
 def _row_scores(weight: Tensor, vectors: Tensor, index: Tensor) -> Tensor:
     """Σ_j j (WV)_ij² / Σ_j (WV)_ij², a tile of rows at a time in one buffer."""
-    moments = torch.stack([index, torch.ones_like(index)], 1)
     buffer = weight.new_empty(min(ROW_TILE, len(weight)), len(index))
     scores = []
     for rows in torch.split(weight, ROW_TILE):
         projected = torch.mm(rows, vectors, out=buffer[: len(rows)])
-        scores.append(_ratio(projected.square_() @ moments))
+        scores.append(_mean_index(projected.square_(), index))
     return torch.cat(scores)
 
 
-def _ratio(moments: Tensor) -> Tensor:
-    """First over second column; 0 where the second, the energy, is 0."""
-    numerator, energy = moments.unbind(1)
-    return torch.where(energy > 0, numerator / energy.clamp_min(torch.finfo(energy.dtype).tiny), 0)
+def _mean_index(energy: Tensor, index: Tensor) -> Tensor:
+    """Σ_j index_j energy_ij / Σ_j energy_ij, added up in the dtype of `index`; 0 where the energy is 0.
+
+    The index is counted from its middle, which halves the terms and so their rounding.
+    """
+    middle = (len(index) - 1) / 2
+    moments = energy.to(index.dtype) @ torch.stack([index - middle, torch.ones_like(index)], 1)
+    numerator, total = moments.unbind(1)
+    return torch.where(total > 0, numerator / total.clamp_min(torch.finfo(total.dtype).tiny) + middle, 0)
 
 
 def labels_from_scores(scores: Tensor, num_blocks: int) -> Tensor:
@@ -204,13 +210,13 @@ def make_partition(
     weight: Tensor,
     num_blocks: int,
     kind: PartitionKind = "spectral",
-    scores_of: Callable[[Tensor], tuple[Tensor, Tensor]] = spectral_scores,
+    scores_of: Callable[[Tensor, bool], tuple[Tensor, Tensor]] = spectral_scores,
 ) -> SpectralPartition:
     """Partition of `weight` (out_features, in_features) into `num_blocks` aligned blocks.
 
     `spectral` sorts by spectral score, `contiguous` cuts the natural order (MELoRA's), `random` shuffles with torch's
-    global generator. `scores_of` computes the scores of a `spectral` partition. Where a cut falls between two scores
-    that float32 cannot tell apart, the weight is decomposed again in float64, so that the same weight gets the same
+    global generator. `scores_of` is `spectral_scores` or a cache of it. Where a cut falls between two scores
+    that float32 cannot tell apart, the weight is decomposed again, precisely, so that the same weight gets the same
     blocks whatever the device and the number of threads.
 
     Raises:
@@ -223,8 +229,8 @@ def make_partition(
     elif kind == "random":
         scores = torch.rand(out_features), torch.rand(in_features)
     else:
-        scores = scores_of(weight)
+        scores = scores_of(weight, False)
         if weight.dtype != torch.float64 and any(_cut_is_close(s, num_blocks, min(weight.shape)) for s in scores):
-            scores = scores_of(weight.double())
+            scores = scores_of(weight, True)
     row_labels, col_labels = (labels_from_scores(s, num_blocks).to(weight.device) for s in scores)
     return SpectralPartition(row_labels, col_labels, num_blocks)

@@ -21,18 +21,18 @@ from .spectrum import spectral_scores
 CACHE_VARIABLE = "SMOA_SPECTRUM_CACHE"
 MEMORY_LIMIT = 64 << 20
 """Bytes of scores kept in memory; 4(m+n) a weight, 8 MB for the 160 weights of a Llama-3-8B adapter."""
-VERSION = "1"
+VERSION = "2"
 """Part of the key: changes when the scores of a weight change."""
 
 _memory: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
 
 
-def cached_spectral_scores(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """`spectral_scores(weight)`, from memory or disk if this very content has been seen before."""
-    key = _content_key(weight)
+def cached_spectral_scores(weight: Tensor, precise: bool = False) -> tuple[Tensor, Tensor]:
+    """`spectral_scores(weight, precise)`, from memory or disk if this very content has been seen before."""
+    key = _content_key(weight, precise)
     scores = _memory.get(key) or _read(key, weight)
     if scores is None:
-        row_scores, col_scores = spectral_scores(weight)
+        row_scores, col_scores = spectral_scores(weight, precise)
         scores = row_scores.cpu(), col_scores.cpu()
         _write(key, scores)
     _remember(key, scores)
@@ -44,9 +44,9 @@ def clear_spectrum_cache() -> None:
     _memory.clear()
 
 
-def _content_key(weight: Tensor) -> str:
+def _content_key(weight: Tensor, precise: bool) -> str:
     content = weight.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{VERSION} {content.dtype} {tuple(content.shape)} ".encode())
+    digest = hashlib.sha256(f"{VERSION} {precise} {content.dtype} {tuple(content.shape)} ".encode())
     digest.update(content.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

@@ -226,16 +226,27 @@ def test_labels_of_two_dimensions_are_refused() -> None:
 
 
 @pytest.mark.parametrize(("gap", "decompositions"), [(1e-7, 2), (0.0, 1), (0.5, 1)])
-def test_a_cut_between_scores_that_float32_cannot_tell_apart_is_decided_in_float64(
+def test_a_cut_between_scores_that_float32_cannot_tell_apart_is_decided_precisely(
     gap: float, decompositions: int
 ) -> None:
-    dtypes = []
+    asked = []
 
-    def scores_of(weight: Tensor) -> tuple[Tensor, Tensor]:
-        dtypes.append(weight.dtype)
-        rows = torch.tensor([0.0, 0.25, 0.25 + gap, 0.9], dtype=weight.dtype)
-        return (rows.flip(0) if weight.dtype == torch.float64 else rows), torch.arange(4.0)
+    def scores_of(weight: Tensor, precise: bool) -> tuple[Tensor, Tensor]:
+        asked.append(precise)
+        rows = torch.tensor([0.0, 0.25, 0.25 + gap, 0.9])
+        return (rows.flip(0) if precise else rows), torch.arange(4.0)
 
     partition = make_partition(torch.eye(4), 2, scores_of=scores_of)
-    assert dtypes == [torch.float32, torch.float64][:decompositions]
+    assert asked == [False, True][:decompositions]
     assert partition.row_labels.tolist() == ([1, 1, 0, 0] if decompositions == 2 else [0, 0, 1, 1])
+
+
+def test_precise_scores_of_a_float32_weight_are_nearer_to_those_of_float64() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(300, 200) * torch.linspace(0.01, 1, 200)
+    exact = spectral_scores(weight.double())
+    errors = [
+        max((found.double() - true).abs().max().item() for found, true in zip(scores, exact, strict=True))
+        for scores in (spectral_scores(weight), spectral_scores(weight, precise=True))
+    ]
+    assert errors[1] < 0.5 * errors[0]
