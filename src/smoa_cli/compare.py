@@ -14,6 +14,9 @@ from smoa_cli.console import print_json, print_table, reporting
 def compare(
     study: Annotated[Path, typer.Argument(help="The study's YAML file; configs/studies holds ready ones.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Values to change, e.g. seeds=[0,1].")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="Run this entry, or budget, alone; may be given more than once.")
+    ] = None,
     report_only: Annotated[bool, typer.Option("--report-only", help="Run nothing; report what is finished.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON instead of a table.")] = False,
 ) -> None:
@@ -28,7 +31,7 @@ def compare(
         checked = load_study(study, overrides)
         transformers.utils.logging.set_verbosity_error()  # a line for every new classification head
         if not report_only:
-            Comparison(checked).run()
+            Comparison(checked).run(only or [])
         rows = report(checked)
         if json:
             print_json([asdict(row) for row in rows])

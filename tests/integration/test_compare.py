@@ -83,6 +83,17 @@ def test_a_study_is_run_reported_and_never_run_twice(
     Comparison(load_study(file)).run()
 
 
+def test_only_the_entries_that_are_named_are_run(values: dict[str, Any], tmp_path: Path) -> None:
+    values |= {"tuning": {"max_runs": 0}, "seeds": [0]}
+    values["entries"]["lora"]["budget"] = "other"
+    file = study_file(values, tmp_path)
+    ran = CliRunner().invoke(app, ["compare", str(file), "--only", "other", "--json"], catch_exceptions=False)
+    assert [row["entry"] for row in json.loads(ran.stdout)] == ["lora"]
+    refused = CliRunner().invoke(app, ["compare", str(file), "--only", "nobody"])
+    assert refused.exit_code != 0
+    assert "--only: nobody is neither an entry (ours, lora) nor a budget (all, other)" in refused.output
+
+
 def test_a_changed_study_does_not_mix_with_finished_runs(values: dict[str, Any], tmp_path: Path) -> None:
     values |= {"tuning": {"max_runs": 0}, "seeds": [0]}
     Comparison(load_study(study_file(values, tmp_path))).run()

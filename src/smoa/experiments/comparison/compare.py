@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,9 +33,14 @@ class Comparison:
         self.store = TrialStore(study.folder)
         self.bench: Bench = study.bench()
 
-    def run(self) -> None:
-        """Tune all entries, then the final runs, one seed of every entry before the next."""
-        tuned = {name: self.tune(name) for name in self.study.entries}
+    def run(self, only: Sequence[str] = ()) -> None:
+        """Tune all entries, or those that ``only`` names or whose budget it names, then the final runs, one seed
+        of every entry before the next.
+
+        Raises:
+            ConfigError: ``only`` names nothing of the study.
+        """
+        tuned = {name: self.tune(name) for name in self.study.chosen(only)}
         self.untouched()
         for seed in self.study.seeds:
             for name, search in tuned.items():

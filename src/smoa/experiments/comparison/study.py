@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -43,6 +44,17 @@ class Study(Section):
     def bench(self) -> Bench:
         """What trains and scores one entry."""
         return BENCHES[self.kind](self.shared, self.elsewhere)
+
+    def chosen(self, only: Sequence[str]) -> list[str]:
+        """The entries of these names or budgets, all where none is given; raises ConfigError for unknown ones."""
+        budgets = {entry.budget for entry in self.entries.values()}
+        unknown = [name for name in only if name not in self.entries and name not in budgets]
+        if unknown:
+            raise ConfigError(
+                f"--only: {', '.join(unknown)} is neither an entry ({', '.join(self.entries)}) nor a budget "
+                f"({', '.join(sorted(budgets))}) of this study"
+            )
+        return [name for name, entry in self.entries.items() if not only or name in only or entry.budget in only]
 
     def reference(self, budget: str) -> str:
         """The entry to which those of ``budget`` are compared."""
