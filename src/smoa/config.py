@@ -11,12 +11,13 @@ from typing import Any, Literal, cast, get_args
 
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
+from peft.utils.other import get_pattern_key
 
 from .adapter_folder import find_weights, largest_rank, saved_digest
 from .config_rules import choice_problem, int_problem, is_number, positive_problem, type_problems
 from .digest import settings_digest
 from .errors import AdapterFileError, ConfigError
-from .modulation import Modulation, check_block_ranks, split_rank
+from .modulation import Initialisation, Modulation, check_block_ranks, split_rank
 from .spectrum import MAX_BLOCKS, PartitionKind
 
 Bias = Literal["none", "all", "smoa_only"]
@@ -36,9 +37,13 @@ class SmoaConfig(PeftConfig):
             alpha = r wants a learning rate 10 to 50 times LoRA's; alpha = 32·r works with ordinary ones.
         smoa_dropout: Dropout probability of the adapter's input.
         bias: Which biases train: "none", "all" or "smoa_only" (those of adapted layers).
+        normalize_anchor: Divide alpha by the rms of each layer's weight, so that its blocks are modulated with anchors
+            of unit rms and LoRA's alpha and learning rates are the right size.
         partition: How coordinates are assigned to blocks: by "spectral" score, "contiguous" or at "random".
-        modulation: "hadamard" multiplies each block with the frozen weight, "none" does not.
-        init_weights: True makes the fresh adapter a no-op (B = 0), False gives a visible random one, for tests.
+        modulation: "hadamard" multiplies each block with the frozen weight, "none" does not, "noise" takes random
+            numbers of the weight's norm in its place: to measure what the weight's own entries are worth.
+        init_weights: True makes the fresh adapter a no-op (B = 0), and so does "zero_A" (A = 0, B random); False gives
+            a visible random one, for tests.
         target_modules: As in LoRA: names, a regular expression, or "all-linear"; None takes the architecture's default.
         exclude_modules: Names or a regular expression of modules to leave alone.
         modules_to_save: Modules besides the adapter that are trained and saved whole.
@@ -48,6 +53,7 @@ class SmoaConfig(PeftConfig):
         alpha_pattern: alpha by module name or regular expression.
         fan_in_fan_out: True for layers that store (in_features, out_features), as GPT-2's Conv1D; set automatically.
         trainable_token_indices: Token embeddings that train besides, as in LoRA.
+        normalized_alpha: Alpha by module name, written by `normalize_anchor`.
         settings_digest: Written when saved, checked when read: a damaged or edited `adapter_config.json` is refused.
         weights_digest: Written when saved with weights, checked when those are loaded.
 
@@ -59,11 +65,14 @@ class SmoaConfig(PeftConfig):
     num_blocks: int = field(default=2, metadata={"help": "Number of aligned spectral blocks, K."})
     block_ranks: list[int] | None = field(default=None, metadata={"help": "Rank of each block; sums to r."})
     alpha: float | None = field(default=None, metadata={"help": "ΔW is scaled by alpha / r; None means alpha = r."})
+    normalize_anchor: bool = field(default=False, metadata={"help": "Divide alpha by the rms of each weight."})
     smoa_dropout: float = field(default=0.0, metadata={"help": "Dropout probability of the adapter's input."})
     bias: Bias = field(default="none", metadata={"help": "Which biases train: none, all or smoa_only."})
     partition: PartitionKind = field(default="spectral", metadata={"help": "spectral, contiguous or random."})
-    modulation: Modulation = field(default="hadamard", metadata={"help": "hadamard or none."})
-    init_weights: bool = field(default=True, metadata={"help": "True: no-op at the start. False: random, for tests."})
+    modulation: Modulation = field(default="hadamard", metadata={"help": "hadamard, none or noise."})
+    init_weights: Initialisation = field(
+        default=True, metadata={"help": "True: B = 0. zero_A: A = 0. False: a random update, for tests."}
+    )
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Module names, a regular expression or 'all-linear'."}
     )
@@ -78,6 +87,9 @@ class SmoaConfig(PeftConfig):
         default=None, metadata={"help": "Token embeddings that train besides."}
     )
 
+    normalized_alpha: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "alpha by module, from normalize_anchor."}
+    )
     settings_digest: str | None = field(default=None, metadata={"help": "Of the settings above, when saved."})
     weights_digest: str | None = field(default=None, metadata={"help": "Of the tensors it was saved with."})
 
@@ -175,14 +187,22 @@ class SmoaConfig(PeftConfig):
         """Rank of each block of a layer whose total rank is r."""
         return tuple(self.block_ranks) if self.block_ranks is not None else split_rank(r, self.num_blocks)
 
+    def alpha_of(self, module: str, r: int) -> float:
+        """Alpha of the module of that name, whose total rank is r."""
+        if module in self.normalized_alpha:
+            return self.normalized_alpha[module]
+        default = float(r) if self.alpha is None else self.alpha
+        return self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), module), default)
+
     def _problems(self) -> list[str]:
         problems = [int_problem("r", self.r), int_problem("num_blocks", self.num_blocks, MAX_BLOCKS)]
         problems += [int_problem(f"rank_pattern[{key!r}]", value) for key, value in self.rank_pattern.items()]
-        problems += [positive_problem(f"alpha_pattern[{key!r}]", value) for key, value in self.alpha_pattern.items()]
+        for name in ("alpha_pattern", "normalized_alpha"):
+            problems += [positive_problem(f"{name}[{key!r}]", value) for key, value in getattr(self, name).items()]
         problems.append(None if self.alpha is None else positive_problem("alpha", self.alpha))
         for name, choices in (("bias", Bias), ("partition", PartitionKind), ("modulation", Modulation)):
             problems.append(choice_problem(name, getattr(self, name), get_args(choices)))
-        problems.append(choice_problem("init_weights", self.init_weights, (True, False)))
+        problems.append(choice_problem("init_weights", self.init_weights, (True, False, "zero_A")))
         if not is_number(self.smoa_dropout) or not 0 <= self.smoa_dropout < 1:
             problems.append(f"smoa_dropout={self.smoa_dropout!r} must be a number in [0, 1)")
         if self.layers_pattern and self.layers_to_transform is None:

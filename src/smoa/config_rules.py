@@ -105,6 +105,8 @@ _TYPES: dict[str, tuple[Callable[[object], bool], str]] = {
     "layers_pattern": (lambda v: _is_pattern(v) or _all(v, _is_pattern, list, tuple, set), "one name or a list"),
     "rank_pattern": (_is_patterns, f"a mapping to integers from names, each {_EXPRESSION}"),
     "alpha_pattern": (_is_patterns, f"a mapping to numbers from names, each {_EXPRESSION}"),
+    "normalized_alpha": (lambda v: isinstance(v, dict) and all(map(_is_text, v)), "a mapping from module names"),
+    "normalize_anchor": (lambda v: isinstance(v, bool), "true or false"),
     "fan_in_fan_out": (lambda v: isinstance(v, bool), "true or false"),
     "inference_mode": (lambda v: isinstance(v, bool), "true or false"),
     "trainable_token_indices": (_is_token_indices, "a list of token indices, or such lists by module name"),
@@ -114,7 +116,14 @@ _TYPES: dict[str, tuple[Callable[[object], bool], str]] = {
     "settings_digest": (_is_text, "what was written when the adapter was saved"),
     "weights_digest": (_is_text, "what was written when the adapter was saved"),
 }
-_NEVER_NONE = {"rank_pattern", "alpha_pattern", "fan_in_fan_out", "inference_mode"}
+_NEVER_NONE = {
+    "rank_pattern",
+    "alpha_pattern",
+    "normalized_alpha",
+    "normalize_anchor",
+    "fan_in_fan_out",
+    "inference_mode",
+}
 
 
 def type_problems(config: object) -> list[str]:

@@ -19,7 +19,7 @@ from .config import SmoaConfig
 from .errors import AdapterFileError, ConfigError, MergeError
 from .layer import SmoaLayer
 from .modulation import BlockLayout
-from .streaming import PARTS, PREFIX, configured_scaling
+from .streaming import PARTS, PREFIX
 
 
 @torch.no_grad()
@@ -121,7 +121,7 @@ def _padded(
             f"{path}: {name} has block ranks {list(new.ranks)}, more than the {list(slot.ranks)} of the loaded "
             "adapter; load the adapter of the largest rank first"
         )
-    ratio = configured_scaling(config, name, len(A)) * layer.r[adapter_name] / layer.alpha[adapter_name]
+    ratio = config.alpha_of(name, len(A)) / len(A) * layer.r[adapter_name] / layer.alpha[adapter_name]
     wide_A, wide_B = A.new_zeros(slot.shape_A), B.new_zeros(slot.shape_B)
     for source, target in zip(new.rank_slices(), slot.rank_slices(), strict=True):
         width = source.stop - source.start

@@ -16,7 +16,7 @@ from .config import SmoaConfig
 from .distributed import awaits_process_group, from_rank_zero, whole
 from .errors import PartitionError
 from .merging import DiagonalBlocks
-from .modulation import BlockLayout, Modulation, delta_weight, init_factors
+from .modulation import BlockLayout, Initialisation, Modulation, delta_weight, init_factors, noise_like
 from .spectrum import UNDECIDED, PartitionKind, SpectralPartition, check_num_blocks, make_partition
 from .spectrum_cache import cached_spectral_scores
 from .weight_cache import WeightCache
@@ -91,19 +91,17 @@ class SmoaLayer(BaseTunerLayer):
         self.r[adapter_name], self.alpha[adapter_name], self.scaling[adapter_name] = r, alpha, alpha / r
         self.layout[adapter_name], self.modulation[adapter_name] = layout, config.modulation
         self.smoa_dropout[adapter_name] = nn.Dropout(config.smoa_dropout) if config.smoa_dropout else nn.Identity()
-        self._add_factors(adapter_name, zero_B=config.init_weights)
+        self._add_factors(adapter_name, config.init_weights)
         self._add_labels(adapter_name, config.partition, defer_partition)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def _add_factors(self, adapter_name: str, zero_B: bool) -> None:
+    def _add_factors(self, adapter_name: str, init: Initialisation) -> None:
         layout = self.layout[adapter_name]
         A = nn.Linear(layout.shape_A[1], layout.rank, bias=False)
         B = nn.Linear(layout.rank, layout.shape_B[0], bias=False)
         with torch.no_grad():
-            init_factors(
-                A.weight, B.weight, layout, zero_B=zero_B, relative_size=RANDOM_SIZE / self.scaling[adapter_name]
-            )
+            init_factors(A.weight, B.weight, layout, init, relative_size=RANDOM_SIZE / self.scaling[adapter_name])
         self.smoa_A[adapter_name], self.smoa_B[adapter_name] = A, B
 
     def _add_labels(self, adapter_name: str, kind: PartitionKind, defer: bool) -> None:
@@ -188,6 +186,31 @@ class SmoaLayer(BaseTunerLayer):
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """A: (r, ⌈n/K⌉) and B: (⌈m/K⌉, r)."""
         return _linear_weight(self.smoa_A[adapter_name]), _linear_weight(self.smoa_B[adapter_name])
+
+    def anchor(self, adapter_name: str) -> Tensor:
+        """M in `ΔW = s·(BA) ⊙ M`, (out_features, in_features): the pristine weight, or noise in its place."""
+        weight = self.pristine_weight()
+        if self.modulation[adapter_name] != "noise":
+            return weight
+        return noise_like(weight, self.smoa_row_labels[adapter_name], self.smoa_col_labels[adapter_name])
+
+    @torch.no_grad()
+    def normalize_anchor(self, adapter_name: str) -> float:
+        """Divide alpha by the rms of the weight and return it; ΔW stays as it is.
+
+        Raises:
+            PartitionError: the weight is on the meta device.
+        """
+        with gather_params_ctx(self.stored_weight()):
+            if self.stored_weight().device.type == "meta":
+                raise PartitionError("normalize_anchor needs the base weights; load them before the adapter is added")
+            weight = whole(self.pristine_weight())
+            rms = float(torch.linalg.vector_norm(weight.float())) / weight.numel() ** 0.5
+        if rms > 0:
+            self.alpha[adapter_name] /= rms
+            self.set_scale(adapter_name, 1)
+            self.smoa_B[adapter_name].weight.mul_(rms)  # type: ignore[operator]  # a Linear's
+        return self.alpha[adapter_name]
 
     def delta(self, adapter_name: str) -> Tensor:
         """Dense ΔW, (out_features, in_features), float32 or wider, anchored on the pristine weight."""

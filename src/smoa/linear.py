@@ -145,7 +145,7 @@ class Linear(nn.Module, SmoaLayer):
         A, B = self.factors(adapter_name)
         rows, cols = self.smoa_row_labels[adapter_name], self.smoa_col_labels[adapter_name]
         layout, scaling = self.layout[adapter_name], self.scaling[adapter_name]
-        weight = self.base_weight()
+        weight = self.anchor(adapter_name)
         if weight.requires_grad or _is_transformed(x, A, B):
             return plain_branch(x, A, B, weight, rows, cols, layout, scaling)
         return hadamard_branch(x, A, B, weight, rows, cols, layout.ranks, scaling)
@@ -185,7 +185,7 @@ class Linear(nn.Module, SmoaLayer):
         if not self._has_plain_base() or _is_instrumented(base) or not isinstance(weight, Tensor):
             return False
         dropout = self.smoa_dropout[adapter_name]
-        if self.modulation[adapter_name] == "none" or (isinstance(dropout, nn.Dropout) and self.training):
+        if self.modulation[adapter_name] != "hadamard" or (isinstance(dropout, nn.Dropout) and self.training):
             return False
         wide = weight.dtype in (torch.float32, torch.float64) and weight.dtype == x.dtype
         if not wide or weight.requires_grad or torch.is_autocast_enabled(x.device.type):

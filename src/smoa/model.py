@@ -97,20 +97,27 @@ class SmoaModel(BaseTuner):
     ) -> None:
         backend = _check_target(current_key, target, peft_config, self.model)
         r = _by_pattern(peft_config.rank_pattern, current_key, peft_config.r)
-        alpha = _by_pattern(
-            peft_config.alpha_pattern, current_key, r if peft_config.alpha is None else peft_config.alpha
-        )
+        if not self._loads_labels:
+            peft_config.normalized_alpha.pop(current_key, None)  # of another model that the config was used for
+        normalizes = peft_config.normalize_anchor and current_key not in peft_config.normalized_alpha
+        alpha = peft_config.alpha_of(current_key, r)
         if self._progress is not None:
             self._progress.update()
+        layer: SmoaLayer
         try:
             if isinstance(target, SmoaLayer):
-                target.update_layer(adapter_name, peft_config, r, alpha, defer_partition=self._loads_labels)
-                return
-            is_conv1d = isinstance(_base_of(target), Conv1D)
-            layer_class = Linear if backend is None else QuantizedLinear
-            layer = layer_class(target, adapter_name, peft_config, r, alpha, is_conv1d, self._loads_labels, backend)
+                layer = target
+                layer.update_layer(adapter_name, peft_config, r, alpha, defer_partition=self._loads_labels)
+            else:
+                is_conv1d = isinstance(_base_of(target), Conv1D)
+                layer_class = Linear if backend is None else QuantizedLinear
+                layer = layer_class(target, adapter_name, peft_config, r, alpha, is_conv1d, self._loads_labels, backend)
+            if normalizes:
+                peft_config.normalized_alpha[current_key] = layer.normalize_anchor(adapter_name)
         except PartitionError as error:
             raise PartitionError(f"{current_key}: {error}") from None
+        if layer is target:
+            return
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)

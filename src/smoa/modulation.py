@@ -2,7 +2,8 @@ r"""The maths of one layer: how compact factors make up ΔW.
 
     ΔW[I_k, J_k] = s·(B_k A_k) ⊙ W[I_k, J_k],   s = α/r,   zero off the diagonal blocks   (arXiv:2605.21147)
 
-`modulation="none"` leaves out `⊙ W`. All K blocks live in two LoRA-like factors,
+`modulation="none"` leaves out `⊙ W`, `"noise"` puts noise of W's norm in its place. All K blocks live in two
+LoRA-like factors,
 
     A: (r, ⌈n/K⌉)   block k owns rows `rank_slices[k]`, of which the first |J_k| columns count
     B: (⌈m/K⌉, r)   block k owns columns `rank_slices[k]`, of which the first |I_k| rows count
@@ -15,6 +16,7 @@ diagonal blocks are all that is left of the product: `ΔW = s·W ⊙ (B̃Ã)` ex
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -26,7 +28,8 @@ from torch import Tensor
 from .errors import ConfigError
 from .spectrum import SpectralPartition, block_sizes
 
-Modulation = Literal["hadamard", "none"]
+Modulation = Literal["hadamard", "none", "noise"]
+Initialisation = bool | Literal["zero_A"]
 
 
 def split_rank(r: int, num_blocks: int) -> tuple[int, ...]:
@@ -154,22 +157,37 @@ def delta_weight(
     dtype = torch.promote_types(torch.promote_types(weight.dtype, A.dtype), torch.float32)
     spread_b = spread_B(B.to(dtype) * scaling, layout, sorted_order(partition.row_labels))
     delta = spread_b @ spread_A(A.to(dtype), layout, sorted_order(partition.col_labels))
-    return delta.mul_(weight) if modulation == "hadamard" else delta
+    if modulation == "noise":
+        weight = noise_like(weight, partition.row_labels, partition.col_labels)
+    return delta if modulation == "none" else delta.mul_(weight)
 
 
-def init_factors(A: Tensor, B: Tensor, layout: BlockLayout, *, zero_B: bool, relative_size: float) -> None:
+def noise_like(weight: Tensor, row_labels: Tensor, col_labels: Tensor) -> Tensor:
+    """Gaussian noise with the shape, dtype, device and Frobenius norm of `weight`, drawn by a seed made of the labels:
+    the same wherever the adapter is loaded. What is left of the method without W's own entries."""
+    seed = zlib.crc32(torch.cat([row_labels, col_labels]).cpu().numpy().tobytes())
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+    size = torch.linalg.vector_norm(weight.detach().float()).cpu() / torch.linalg.vector_norm(noise)
+    return noise.mul_(size).to(weight.device, weight.dtype)
+
+
+def init_factors(A: Tensor, B: Tensor, layout: BlockLayout, init: Initialisation, relative_size: float) -> None:
     """Fill A and B in place.
 
-    `A_k` is uniform on ±1/√|J_k| (as `nn.Linear`). `B_k` is zero, a no-op, or (`zero_B=False`) normal so that the
-    entries of `B_k A_k` have rms `relative_size`.
+    True: `A_k` is uniform on ±1/√|J_k| (as `nn.Linear`) and `B_k` zero, a no-op. "zero_A", the other way round, a no-op
+    too: `B_k` is uniform on ±1/√r_k. False: both random, so that the entries of `B_k A_k` have rms `relative_size`.
     """
     A.zero_()
     B.zero_()
     for rows, cols, ranks in layout.blocks():
         width, rank = cols.stop - cols.start, ranks.stop - ranks.start
-        A[ranks, :width].uniform_(-(width**-0.5), width**-0.5)
-        if not zero_B and rank:
-            B[: rows.stop - rows.start, ranks].normal_(std=relative_size * (3 * width / rank) ** 0.5)
+        block_A, block_B = A[ranks, :width], B[: rows.stop - rows.start, ranks]
+        if init == "zero_A":
+            block_B.uniform_(-1, 1).mul_(max(rank, 1) ** -0.5)
+            continue
+        block_A.uniform_(-(width**-0.5), width**-0.5)
+        if not init and rank:
+            block_B.normal_(std=relative_size * (3 * width / rank) ** 0.5)
 
 
 def plain_branch(

@@ -10,6 +10,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -118,7 +119,7 @@ class QuantizedLinear(Linear):
         A, B = self.factors(adapter_name)
         rows, cols = self.smoa_row_labels[adapter_name], self.smoa_col_labels[adapter_name]
         ranks, scaling = self.layout[adapter_name].ranks, self.scaling[adapter_name]
-        inputs = (x, A, B, rows, cols, ranks, scaling, self.pristine_weight)
+        inputs = (x, A, B, rows, cols, ranks, scaling, partial(self.anchor, adapter_name))
         output: Tensor = _DequantizedBranch.apply(*inputs)  # type: ignore[no-untyped-call]  # torch's, without types
         return output
 

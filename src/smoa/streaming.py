@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from peft.utils import load_peft_weights
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -57,12 +56,6 @@ class RoundingLoss:
         self.error += error
 
 
-def configured_scaling(config: SmoaConfig, module: str, r: int) -> float:
-    """s = alpha / r of the module of that name, whose total rank is r."""
-    alpha = r if config.alpha is None else config.alpha
-    return float(config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), module), alpha)) / r
-
-
 class SavedAdapter:
     """An adapter's file, by the names of the modules of the base model.
 
@@ -95,7 +88,7 @@ class SavedAdapter:
         A, B, rows, cols = (self.layers[module][part] for part in PARTS)
         pristine = weight.T if transposed else weight
         partition = SpectralPartition(rows, cols, self.config.num_blocks)
-        ranks, scaling = self.config.ranks(len(A)), configured_scaling(self.config, module, len(A))
+        ranks, scaling = self.config.ranks(len(A)), self.config.alpha_of(module, len(A)) / len(A)
         merged = delta_weight(pristine, A, B, partition, ranks, scaling, self.config.modulation).add_(pristine)
         return merged.T if transposed else merged
 

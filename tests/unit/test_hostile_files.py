@@ -130,6 +130,8 @@ WRONG: dict[str, list[Any]] = {
     "partition": [None, 1, ["spectral"]],
     "modulation": [None, 1],
     "init_weights": [None, "gaussian", 2],
+    "normalize_anchor": [None, "yes", 1],
+    "normalized_alpha": [None, 1, [1], {"a": None}, {"a": 0}],
 }
 
 
