@@ -15,6 +15,10 @@ def inspect(
     against: Annotated[list[Path] | None, typer.Option(help="Another adapter to show beside it.")] = None,
     base: Annotated[str | None, typer.Option(help="The base model, where it is not where the adapter says.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with pictures to this file.")] = None,
+    layer: Annotated[
+        list[str] | None,
+        typer.Option(help="On the page, show layers in detail whose names hold this; may be given more than once."),
+    ] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Let the model's repository run its own code.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -26,17 +30,18 @@ def inspect(
 
         found = {place: run_inspection(place, base, trust_remote_code) for place in (adapter, *(against or []))}
         if html is not None:
-            write_whole(html, inspection_page(f"Inside {adapter}", {_name(place): one for place, one in found.items()}))
+            reports = {_name(place): one for place, one in found.items()}
+            write_whole(html, inspection_page(f"Inside {adapter}", reports, layer or []))
             typer.echo(f"Page: {html}", err=True)
         if json:
             print_json(_plain(found))
             return
-        for place, reports in found.items():
+        for place, layers in found.items():
             if len(found) > 1:
                 typer.echo(f"\n{place}")
             print_table(
                 ["layer", "shape", "parameters", "‖ΔW‖/‖W‖", "rank", "bound", "effective rank", "coverage"],
-                [_cells(report) for report in reports],
+                [_cells(one) for one in layers],
             )
 
 

@@ -186,6 +186,21 @@ def test_inspect_writes_a_page_that_needs_no_network(run: Path, tmp_path: Path) 
     assert not re.search(r'(src|href)="(?!#)|@import|url\((?!#)', text)
 
 
+def test_inspect_shows_the_layers_in_detail_that_are_named(run: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    invoke("inspect", run, "--html", page, "--layer", "layers.0", "--layer", "v_proj")
+    headings = re.findall(r"<h2>(.*?)</h2>", page.read_text())
+    shown = {heading.removeprefix("What changed most: ") for heading in headings if "layers" in heading}
+    assert {name for name in shown if "layers.0" in name or "v_proj" in name} == {
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.0.self_attn.v_proj",
+        "model.layers.1.self_attn.v_proj",
+    }
+    refused = CliRunner().invoke(app, ["inspect", str(run), "--html", str(page), "--layer", "layers.7"])
+    assert refused.exit_code == 1
+    assert "--layer layers.7: no adapted layer's name holds it" in refused.output
+
+
 def test_budget_spends_no_more_than_it_may(config: dict[str, Any]) -> None:
     choices = json.loads(invoke("budget", config["model"]["name"], "20%", "--json"))
     assert [choice["num_blocks"] for choice in choices][:2] == [1, 2]

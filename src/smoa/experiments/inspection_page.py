@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smoa.errors import ConfigError
 from smoa.experiments.inspection import LayerReport
 from smoa.experiments.pages import figure, page, paragraph, section, table
 
@@ -19,10 +20,16 @@ BINS = 100
 HEADER = ("layer", "shape", "trained", "‖ΔW‖/‖W‖", "rank", "bound", "effective rank", "coverage")
 
 
-def inspection_page(title: str, adapters: Reports) -> str:
-    """The HTML of one or more adapters by name; the first gives the layer that is shown in detail."""
+def inspection_page(title: str, adapters: Reports, layers: Sequence[str] = ()) -> str:
+    """The HTML of one or more adapters by name. Of the first one the layer that changed most is shown in detail, and so
+    is every layer whose name holds one of ``layers``.
+
+    Raises:
+        ConfigError: one of ``layers`` is in no layer's name.
+    """
     first = next(iter(adapters.values()))
     changed = max(first, key=lambda report: report.relative_update)
+    chosen = [report for report in _matching(first, layers) if report is not changed]
     parts = [
         paragraph(
             "W = U diag(σ) Vᵀ is a frozen weight, ΔW what the adapter adds. Coverage is how far down W's spectrum ΔW "
@@ -32,9 +39,17 @@ def inspection_page(title: str, adapters: Reports) -> str:
         section("Coverage of the spectrum", figure(_coverage(adapters), _coverage_caption(adapters))),
         section("Layer by layer", figure(_layers(adapters), "Relative size and effective rank of ΔW, by layer.")),
         section(f"What changed most: {changed.module}", *_detail(changed)),
+        *(section(report.module, *_detail(report)) for report in chosen),
         *(_layer_table(name, reports) for name, reports in adapters.items()),
     ]
     return page(title, *parts)
+
+
+def _matching(reports: Sequence[LayerReport], layers: Sequence[str]) -> list[LayerReport]:
+    for wanted in layers:
+        if not any(wanted in report.module for report in reports):
+            raise ConfigError(f"--layer {wanted}: no adapted layer's name holds it; there is {reports[0].module}, …")
+    return [report for report in reports if any(wanted in report.module for wanted in layers)]
 
 
 def summary(reports: Sequence[LayerReport]) -> dict[str, float]:
