@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from smoa.experiments.comparison.statistics import Difference
+
 DOCS = Path(__file__).parents[1]
 INTRODUCTION = """# Results
 
@@ -72,8 +74,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 def difference(found: dict[str, Any] | None, scale: float, digits: int) -> tuple[str, str]:
     if found is None:
         return "", "–"
-    mean, low, high = (f"{scale * found[name]:+.{digits}f}" for name in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]", found["verdict"]
+    return " ".join(Difference(**found).signed(scale, digits)), found["verdict"]
 
 
 def lab_results(files: list[Path]) -> list[str]:

@@ -32,7 +32,7 @@ PartitionKind = Literal["spectral", "contiguous", "random"]
 UNDECIDED = 255
 """Label of a coordinate whose block is not known yet: labels are one byte, so at most 255 blocks exist."""
 MAX_BLOCKS = UNDECIDED
-GRAM_TILES = 4
+GRAM_TILES = 8
 """Strips in which the upper half of the Gram matrix is formed."""
 SAFE_PEAK = 1e-4, 1e4
 """Weights whose largest entry lies between are decomposed as they are; others are scaled, which costs a copy."""

@@ -58,5 +58,4 @@ def _cells(row: Any) -> list[str]:
 def _difference(found: Any, scale: float, digits: int) -> tuple[str, str]:
     if found is None:
         return "", "reference"
-    low, high = (f"{scale * value:+.{digits}f}" for value in (found.low, found.high))
-    return f"[{low}, {high}]", found.verdict
+    return found.signed(scale, digits)[1], found.verdict

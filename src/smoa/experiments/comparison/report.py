@@ -101,8 +101,7 @@ def _line(row: Row) -> str:
 def _difference_cells(found: Difference | None, scale: float, digits: int) -> tuple[str, str]:
     if found is None:
         return "", "reference"
-    mean, low, high = (f"{scale * value:+.{digits}f}" for value in (found.mean, found.low, found.high))
-    return f"{mean} [{low}, {high}]", found.verdict
+    return " ".join(found.signed(scale, digits)), found.verdict
 
 
 def _known_before(untouched: dict[str, Any] | None) -> str:

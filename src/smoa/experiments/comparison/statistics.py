@@ -41,6 +41,11 @@ class Interval:
     low: float
     high: float
 
+    def signed(self, scale: float, digits: int) -> tuple[str, str]:
+        """Mean and ``[low, high]`` as text, with their signs."""
+        mean, low, high = (f"{scale * value:+.{digits}f}" for value in (self.mean, self.low, self.high))
+        return mean, f"[{low}, {high}]"
+
 
 @dataclass(frozen=True)
 class Difference(Interval):

@@ -68,8 +68,7 @@ def _cells(study: Study, rows: Sequence[Row]) -> list[tuple[Any, ...]]:
 def _difference(found: Difference | None, scale: float, digits: int) -> tuple[Any, str]:
     if found is None:
         return "", "reference"
-    low, high = (f"{scale * value:+.{digits}f}" for value in (found.low, found.high))
-    return (f"[{low}, {high}]", found.mean), found.verdict
+    return (found.signed(scale, digits)[1], found.mean), found.verdict
 
 
 def _final(study: Study, row: Row, seed: int) -> str:
