@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,9 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .base_checkpoint import BESIDES, LEGAL, TOKENIZER, BaseCheckpoint, adapter_config, auto_class, base_folder
 from .config import SmoaConfig
-from .errors import ConfigError
 from .merged_in_memory import dequantised, merge_in_memory
 from .model_card import model_card, what_was_lost
+from .saving import new_folder
 from .shards import Checkpoint, has_safetensors
 from .streaming import RoundingLoss, SavedAdapter, plan_stream, stream_merge
 
@@ -108,7 +105,7 @@ def merge_and_save(
     source, target = Path(adapter), Path(output)
     config = adapter_config(source)
     wanted = None if dtype == "auto" else getattr(torch, dtype)
-    with _whole_folder(target) as folder, torch.no_grad():
+    with new_folder(target) as folder, torch.no_grad():
         if isinstance(base, PreTrainedModel):
             name, origin, loss = str(base.name_or_path), None, None
         else:
@@ -173,20 +170,3 @@ def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
         for file in source.glob(pattern):
             if file.is_file() and not (target / file.name).exists():
                 shutil.copyfile(file, target / file.name)
-
-
-@contextmanager
-def _whole_folder(target: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `target` that takes its name when the block ends well and vanishes otherwise."""
-    if target.exists():
-        raise ConfigError(f"{target}: exists; choose another folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)  # mkdtemp makes it private
-        if target.exists():
-            raise ConfigError(f"{target}: somebody else has made it meanwhile; choose another folder")
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

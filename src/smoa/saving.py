@@ -22,6 +22,7 @@ from peft.utils import CONFIG_NAME
 
 from .adapter_card import adapter_card
 from .config import SmoaConfig
+from .errors import ConfigError
 
 MODEL_CARD = "README.md"
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux: fcntl.h, fs.h
@@ -85,6 +86,31 @@ def replaced_folder(target: Path) -> Iterator[Path]:
             _exchange(temporary, target)
         else:
             temporary.rename(target)
+
+
+@contextmanager
+def new_folder(target: Path, theirs_will_do: bool = False) -> Iterator[Path]:
+    """Yield an empty folder beside `target` that takes its name when the block ends well and vanishes otherwise.
+
+    Args:
+        theirs_will_do: If somebody else has made the folder, theirs stays and ours vanishes.
+
+    Raises:
+        ConfigError: the folder exists, at the start or meanwhile, and theirs won't do.
+    """
+    if target.exists() and not theirs_will_do:
+        raise ConfigError(f"{target}: exists; choose another folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield temporary
+        if not target.exists():
+            temporary.chmod(0o755)  # mkdtemp makes it private
+            temporary.rename(target)
+        elif not theirs_will_do:
+            raise ConfigError(f"{target}: somebody else has made it meanwhile; choose another folder")
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _rename_base(folder: Path, name: str) -> None:

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -21,23 +17,6 @@ def cache_folder() -> Path:
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "smoa"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smoa"
-
-
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """Yield an empty folder beside ``target`` that takes its name when the block ends well and vanishes otherwise.
-
-    If somebody else finished the same folder meanwhile, theirs stays.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        yield temporary
-        if not target.exists():
-            temporary.chmod(0o755)  # mkdtemp makes it private
-            temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_whole(target: Path, text: str) -> None:

@@ -14,14 +14,13 @@ from torch import nn
 
 import smoa  # noqa: F401  (registers SMoA with PEFT)
 from smoa.conversion import LoraConversion, RankRule, UpdateSpectra
-from smoa.errors import ConfigError
 from smoa.experiments.base_models import BaseModel, load_base_model
-from smoa.experiments.cache import new_folder
 from smoa.experiments.config import RunConfig, load_config
 from smoa.experiments.likelihood import score_answers
 from smoa.experiments.merge import adapter_folder
 from smoa.experiments.run_folder import RunFolder
 from smoa.experiments.training import Prepared, prepare
+from smoa.saving import new_folder
 
 
 @dataclass(frozen=True)
@@ -115,10 +114,8 @@ def convert(
         ConfigError: ``output`` exists, or ``place`` holds no SMoA adapter.
         DataError: base model or data cannot be had.
     """
-    if Path(output).exists():
-        raise ConfigError(f"{output}: exists; choose another folder")
-    converter = Converter(place, base, score)
     with new_folder(Path(output)) as temporary:
+        converter = Converter(place, base, score)
         conversion, loss = converter.cut(rule, temporary, uniform_rank)
     return {
         "folder": str(output),

