@@ -78,17 +78,52 @@ def difference(found: dict[str, Any] | None, scale: float, digits: int) -> tuple
 
 
 def lab_results(files: list[Path]) -> list[str]:
-    """Scores of `smoa eval --output` files and of runs' metrics, one table for each file."""
-    return [lab_result(path, json.loads(path.read_text(encoding="utf-8"))) for path in files]
+    """Scores of `smoa eval --output` files and of runs' metrics: one table for all models on the same tasks."""
+    groups: dict[tuple[str, str], list[tuple[Path, dict[str, Any]]]] = {}
+    for path in files:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        key = ", ".join(result["config"]["data"]["tasks"]), result.get("protocol", "likelihood")
+        groups.setdefault(key, []).append((path, result))
+    return [lab_table(*key, found) for key, found in groups.items()]
 
 
-def lab_result(path: Path, result: dict[str, Any]) -> str:
-    stages = result.get("evaluation") or {result.get("protocol", "scores"): result.get("scores", {})}
-    rows = [(task, stage, scores) for stage, by_task in stages.items() for task, scores in by_task.items()]
-    names = list(dict.fromkeys(name for *_, scores in rows for name in scores if not name.endswith("_stderr")))
-    cells = [[task, stage, *(score(scores, name) for name in names)] for task, stage, scores in rows]
-    header = ["task", "", *(name.replace("_", " ") for name in names)]
-    return f"## {path.stem}\n\n[JSON](lab-results/{path.name})\n\n{table(header, cells)}\n"
+def lab_table(tasks: str, protocol: str, found: list[tuple[Path, dict[str, Any]]]) -> str:
+    """The untouched model and each method, task by task, and how each was trained."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for _, result in found:
+        for model, by_task in stages(result).items():
+            rows |= {(task, model): by_task[task] for task in by_task if task != "all" or len(by_task) > 2}
+    order = list(dict.fromkeys(task for task, _ in rows))
+    lines = sorted(rows.items(), key=lambda line: (order.index(line[0][0]), line[0][1] != "untouched", line[0][1]))
+    names = [name for name in dict.fromkeys(key for scores in rows.values() for key in scores) if shown(name, rows)]
+    cells = [[task, model, *(score(scores, name) for name in names)] for (task, model), scores in lines]
+    header = ["task", "model", *(name.replace("_", " ") for name in names)]
+    return f"## {tasks}: {protocol}\n\n{table(header, cells)}\n\n{''.join(origin(*one) for one in found)}"
+
+
+def stages(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Scores by task of each model in a file; before training it is the untouched one."""
+    method = str(result["config"]["method"])
+    if "evaluation" in result:
+        return {{"before": "untouched"}.get(stage, method): scores for stage, scores in result["evaluation"].items()}
+    return {method if result.get("adapter") else "untouched": result["scores"]}
+
+
+def shown(name: str, rows: dict[tuple[str, str], dict[str, Any]]) -> bool:
+    return not name.endswith("_stderr") and any(scores.get(name) is not None for scores in rows.values())
+
+
+def origin(path: Path, result: dict[str, Any]) -> str:
+    """What was run, in a line that leads to its JSON."""
+    config, link = result["config"], f"[{path.stem}](lab-results/{path.name})"
+    if "training" not in result:
+        return f"- {link}: {config['method'] if result.get('adapter') else 'untouched'}\n"
+    training = config["training"]
+    return (
+        f"- {link}: {config['method']}, {result['parameters']['trainable']:,} parameters, {config['model']['dtype']}, "
+        f"{result['training']['steps']} steps of {training.get('per_device_train_batch_size', 8)}, learning rate "
+        f"{training['learning_rate']:g}, seed {training.get('seed', 42)}\n"
+    )
 
 
 def score(scores: dict[str, Any], name: str) -> str:

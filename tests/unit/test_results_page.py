@@ -1,9 +1,8 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,7 +15,7 @@ SCRIPT = Path(__file__).parents[2] / "docs" / "figures" / "results.py"
 
 
 def page(docs: Path) -> str:
-    subprocess.run([sys.executable, str(SCRIPT), str(docs)], check=True)
+    runpy.run_path(str(SCRIPT))["main"](docs)
     return (docs / "results.md").read_text(encoding="utf-8")
 
 
@@ -49,8 +48,20 @@ def docs(tmp_path: Path) -> Path:
     (study / "learning_rates.png").touch()
     (tmp_path / "lab-results").mkdir()
     scores = {"questions": 40, "gold_loss": 2.5, "gold_loss_stderr": 0.25, "accuracy": 0.375, "majority": None}
-    metrics = {"evaluation": {"before": {"arc_easy": scores}, "after": {"arc_easy": scores}}}
-    (tmp_path / "lab-results" / "demo.json").write_text(json.dumps(metrics))
+    for method, loss in (("smoa", 2.0), ("lora", 2.25)):
+        after = {**scores, "gold_loss": loss}
+        metrics = {
+            "config": {
+                "method": method,
+                "model": {"dtype": "float32"},
+                "data": {"tasks": ["arc_easy"]},
+                "training": {"learning_rate": 0.01, "per_device_train_batch_size": 16},
+            },
+            "parameters": {"trainable": 158_976},
+            "training": {"steps": 60},
+            "evaluation": {"before": {"arc_easy": scores}, "after": {"arc_easy": after}},
+        }
+        (tmp_path / "lab-results" / f"demo-{method}.json").write_text(json.dumps(metrics))
     return tmp_path
 
 
@@ -63,15 +74,27 @@ def test_a_study_is_told_in_words_with_its_intervals(docs: Path) -> None:
 
 def test_every_result_leads_to_its_json_and_pictures(docs: Path) -> None:
     text = page(docs)
-    for target in ("studies/headlines/summary.json", "studies/headlines/learning_rates.png", "lab-results/demo.json"):
+    for target in (
+        "studies/headlines/summary.json",
+        "studies/headlines/learning_rates.png",
+        "lab-results/demo-smoa.json",
+    ):
         assert f"]({target})" in text
         assert (docs / target).is_file()
 
 
-def test_a_run_is_shown_before_and_after(docs: Path) -> None:
+def test_runs_on_the_same_tasks_stand_in_one_table_with_the_untouched_model(docs: Path) -> None:
     text = page(docs)
-    for stage in ("before", "after"):
-        assert f"| arc_easy | {stage} | 40 | 2.500 ± 0.250 | 0.375 | – |" in text
+    lines = [line for line in text.splitlines() if line.startswith("| arc_easy |")]
+    assert lines == [
+        "| arc_easy | untouched | 40 | 2.500 ± 0.250 | 0.375 |",
+        "| arc_easy | lora | 40 | 2.250 ± 0.250 | 0.375 |",
+        "| arc_easy | smoa | 40 | 2.000 ± 0.250 | 0.375 |",
+    ]
+
+
+def test_how_a_run_was_trained_is_told_beside_its_json(docs: Path) -> None:
+    assert "smoa, 158,976 parameters, float32, 60 steps of 16, learning rate 0.01, seed 42" in page(docs)
 
 
 def test_without_results_the_page_says_so(docs: Path) -> None:
