@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Set
 
 import torch
+import torch.distributed as dist
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import CONFIG_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .config import SmoaConfig
-from .distributed import plain_name, whole
+from .distributed import is_distributed, plain_name, whole
 from .errors import AdapterFileError, PartitionError
 from .layer import SmoaLayer
 from .spectrum import check_labels
@@ -39,6 +40,22 @@ def check_adapter_state(model: nn.Module, config: SmoaConfig, adapter_name: str,
         raise AdapterFileError(f"{config.weights_file}: {error}; does {CONFIG_NAME} come from another save?") from None
     config.check_weights()
     config.weights_file = None  # what is loaded next may come from elsewhere
+
+
+def check_gathered(state_dict: dict[str, Tensor]) -> None:
+    """Refuse to save what ZeRO-3 has partitioned: tensors without entries, which nothing could load.
+
+    Ranks other than 0 have nothing to save, whatever they hold.
+
+    Raises:
+        AdapterFileError: a tensor of rank 0 is empty.
+    """
+    empty = sorted(key for key, tensor in state_dict.items() if tensor.numel() == 0)
+    if empty and not (is_distributed() and dist.get_rank() > 0):
+        raise AdapterFileError(
+            f"{empty[0]}: is empty, as are {len(empty) - 1} others: weights that DeepSpeed ZeRO-3 has partitioned; let "
+            "every rank gather them: save_pretrained(folder, state_dict=accelerator.get_state_dict(engine))"
+        )
 
 
 def _check_state(model: nn.Module, config: SmoaConfig, adapter_name: str, state_dict: dict[str, Tensor]) -> None:

@@ -2,12 +2,17 @@
 
 So rank 0 alone decomposes a weight, and its labels are broadcast. Once FSDP2 has sharded a layer, its state dict shows
 the labels as tensors replicated over the mesh: accelerate expects nothing but DTensors there.
+
+DeepSpeed's ZeRO-3 gathers a parameter when its own module is called, or anything reads it inside the engine's forward.
+A layer reads its base weight and factors without calling their modules, so it gathers them by itself elsewhere, as in
+`generate`. What is outside of any forward, such as a merge, finds empty tensors, or whole ones left over from a forward
+that will be dropped with all that is written to them, and refuses both.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -15,10 +20,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from .errors import SmoaError
+from .errors import SmoaError, UnsupportedModuleError
 
 T = TypeVar("T")
 LABELS = ("smoa_row_labels", "smoa_col_labels")
+GATHERED = "_ds_z3_gathered_param_context_depth"
+"""What DeepSpeed 0.19 counts on a parameter while it is within GatheredParameters."""
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 """In the names of modules inside FSDP1 and activation checkpointing, but not in the keys of their state dicts."""
 
@@ -58,6 +65,45 @@ def from_rank_zero(compute: Callable[[], T], everywhere: bool = False) -> T:
 def whole(tensor: Tensor) -> Tensor:
     """The tensor itself, or all of one that is sharded or replicated over a mesh; every rank must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def is_partitioned(parameter: Tensor) -> bool:
+    """True while ZeRO-3 has left the parameter without entries on this rank."""
+    return parameter.numel() == 0 and hasattr(parameter, "ds_id")
+
+
+def gather_for(module: nn.Module, parameters: Iterable[Tensor]) -> None:
+    """Gather what ZeRO-3 has partitioned until the forward of `module` ends, and in its backward; every rank must."""
+    for parameter in filter(is_partitioned, parameters):
+        import deepspeed
+
+        deepspeed.zero.register_external_parameter(module, parameter)
+        parameter.all_gather()  # type: ignore[attr-defined]
+
+
+def refuse_partitioned(parameter: Tensor) -> Tensor:
+    """The parameter itself, to be read.
+
+    Raises:
+        UnsupportedModuleError: ZeRO-3 has left it empty.
+    """
+    if is_partitioned(parameter):
+        raise _needs_gathering(parameter)
+    return parameter
+
+
+def refuse_writing(parameter: Tensor) -> None:
+    """Raise UnsupportedModuleError if ZeRO-3 would drop what is written to the parameter."""
+    if hasattr(parameter, "ds_id") and not getattr(parameter, GATHERED, 0):
+        raise _needs_gathering(parameter)
+
+
+def _needs_gathering(parameter: Any) -> UnsupportedModuleError:
+    return UnsupportedModuleError(
+        f"a weight of shape {tuple(parameter.ds_shape)} is partitioned by DeepSpeed ZeRO-3: outside of a forward pass "
+        "it is empty, or loses what is written to it; on every rank call this within "
+        "deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0)"
+    )
 
 
 def replicate_labels(layer: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import SmoaConfig
-from .distributed import awaits_process_group, from_rank_zero, whole
+from .distributed import awaits_process_group, from_rank_zero, refuse_partitioned, whole
 from .errors import PartitionError
 from .merging import DiagonalBlocks
 from .modulation import BlockLayout, Initialisation, Modulation, delta_weight, init_factors, noise_like
@@ -171,7 +171,8 @@ class SmoaLayer(BaseTunerLayer):
 
     def base_weight(self) -> Tensor:
         """The base layer's weight as it stands, (out_features, in_features) whatever its storage."""
-        return self.stored_weight().T if self.fan_in_fan_out else self.stored_weight()
+        weight = refuse_partitioned(self.stored_weight())
+        return weight.T if self.fan_in_fan_out else weight
 
     def pristine_weight(self) -> Tensor:
         """The base weight as it was before any merge, (out_features, in_features); not a copy unless merged."""
@@ -269,7 +270,7 @@ def _undecided(size: int, device: torch.device) -> Tensor:
 def _linear_weight(linear: nn.Module) -> Tensor:
     """Weight of a bias-free Linear, through its forward where a wrapper (FSDP) gathers the weight only there."""
     if type(linear) is nn.Linear:
-        return linear.weight
+        return refuse_partitioned(linear.weight)
     weight = next(linear.parameters())
     output: Tensor = linear(torch.eye(int(linear.in_features), device=weight.device, dtype=weight.dtype))  # type: ignore[arg-type]
     return output.T

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .autograd import fused_linear, hadamard_branch
 from .config import SmoaConfig
-from .distributed import localise_labels, replicate_labels
+from .distributed import gather_for, localise_labels, refuse_writing, replicate_labels
 from .errors import MergeError
 from .layer import SmoaLayer
 from .merging import DiagonalBlocks
@@ -70,6 +70,7 @@ class Linear(nn.Module, SmoaLayer):
         names = self._present(check_adapters_to_merge(self, adapter_names))
         if not names:
             return
+        refuse_writing(self.stored_weight())
         merged = self.merged_weight([*self.merged_adapters, *names])
         if safe_merge:
             _check_finite(merged, names)
@@ -88,6 +89,7 @@ class Linear(nn.Module, SmoaLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        refuse_writing(self.stored_weight())
         self._restore_pristine()
         self.merged_adapters.clear()
 
@@ -131,6 +133,9 @@ class Linear(nn.Module, SmoaLayer):
     def branch_output(self, x: Tensor, adapter_name: str) -> Tensor:
         """`x ΔWᵀ`, the adapter's contribution to the output; dropout acts on x when training."""
         self.decide_partition(adapter_name)
+        if hasattr(self, "ds_id"):  # ZeRO-3 knows this layer
+            factors = (self.smoa_A[adapter_name], self.smoa_B[adapter_name])
+            gather_for(self, [self.stored_weight(), *(p for factor in factors for p in factor.parameters())])
         x = self.smoa_dropout[adapter_name](x)
         A, B = self.factors(adapter_name)
         rows, cols = self.smoa_row_labels[adapter_name], self.smoa_col_labels[adapter_name]

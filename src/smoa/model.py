@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from .checkpoint import check_adapter_state
+from .checkpoint import check_adapter_state, check_gathered
 from .combining import Combination, check_same_labels, combined_config, fill_combined
 from .config import SmoaConfig
 from .digest import factors_digest
-from .distributed import with_plain_names
+from .distributed import refuse_writing, with_plain_names
 from .errors import MergeError, PartitionError, SmoaError, UnsupportedModuleError
 from .layer import SmoaLayer, linear_shape
 from .linear import Linear
@@ -143,6 +143,7 @@ class SmoaModel(BaseTuner):
         selected = dict(
             super()._get_adapter_state_dict(named, config, adapter_name, state_dict, unwanted_adapter_names)
         )
+        check_gathered(selected)
         config.digest_of_saved = factors_digest(selected)
         config.weights_file = None  # the adapter has a life of its own by now
         return selected
@@ -155,6 +156,8 @@ class SmoaModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(named, config, adapter_name, state_dict)
         check_adapter_state(model, config, adapter_name, remapped)
         for layer in _layers_with(model, adapter_name):
+            for parameter in (*layer.smoa_A[adapter_name].parameters(), *layer.smoa_B[adapter_name].parameters()):
+                refuse_writing(parameter)
             layer.pending_partition.pop(adapter_name, None)
         return dict(remapped)
 

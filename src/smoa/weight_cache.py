@@ -93,7 +93,8 @@ def cached_weights(model: nn.Module) -> Iterator[None]:
 
 def _refuse_sharded(name: str, layer: nn.Module) -> None:
     parameters = list(layer.parameters())
-    whole = [p for p in parameters if p.numel() and not isinstance(p, DTensor)]
+    # ZeRO-3 may have left a parameter whole (`ds_id`), but replaces it in every step
+    whole = [p for p in parameters if p.numel() and not isinstance(p, DTensor) and not hasattr(p, "ds_id")]
     if not parameters or len(whole) < len(parameters):
         raise UnsupportedModuleError(
             f"{name}: its parameters are sharded over processes, and a cache of them could be stale; "

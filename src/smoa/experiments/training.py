@@ -9,11 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
-from smoa.distributed import from_rank_zero
+from smoa.distributed import from_rank_zero, is_distributed
+from smoa.errors import ConfigError
 from smoa.experiments.answer_loss import AnswerTrainer, collate
 from smoa.experiments.base_models import BaseModel, load_base_model
 from smoa.experiments.config import RunConfig
@@ -111,8 +113,17 @@ def fit(
 
 
 def training_arguments(config: RunConfig) -> TrainingArguments:
-    """The Trainer's arguments of a run."""
+    """The Trainer's arguments of a run.
+
+    Raises:
+        ConfigError: accelerate counts fewer processes than there are.
+    """
     arguments = TrainingArguments(**config.training)
+    if is_distributed() and arguments.world_size < dist.get_world_size():
+        raise ConfigError(
+            f"training.deepspeed: accelerate counts {arguments.world_size} of {dist.get_world_size()} processes, as it "
+            "does for DeepSpeed without a GPU, and all would train on the same data; leave deepspeed out, or use GPUs"
+        )
     # Pinned memory speeds up copies to a GPU; without one torch only warns.
     arguments.dataloader_pin_memory &= arguments.device.type == "cuda"
     return arguments
@@ -151,15 +162,15 @@ def _evaluate(config: RunConfig, ready: Prepared, model: nn.Module, when: str) -
 
 
 def _parameters(model: nn.Module) -> dict[str, Any]:
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    trainable = sum(_entries(parameter) for parameter in model.parameters() if parameter.requires_grad)
     total = sum(map(_entries, model.parameters()))
     return {"trainable": trainable, "total": total, "percent": round(100 * trainable / total, 4)}
 
 
 def _entries(parameter: Any) -> int:
-    """Entries of a weight; bitsandbytes packs two of 4 bits into a byte."""
+    """Entries of a weight; bitsandbytes packs two of 4 bits into a byte, and ZeRO-3 leaves none."""
     state = getattr(parameter, "quant_state", None)
-    return int(parameter.numel() if state is None else state.shape.numel())
+    return int(getattr(parameter, "ds_numel", parameter.numel()) if state is None else state.shape.numel())
 
 
 def _truncation(examples: list[Encoded]) -> dict[str, int]:

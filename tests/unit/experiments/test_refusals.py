@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, TrainingArguments
 
 from smoa.errors import ConfigError, DataError
-from smoa.experiments import run_folder
+from smoa.experiments import run_folder, training
 from smoa.experiments.budgeting import _limit, model_shapes
 from smoa.experiments.cache import cache_folder
 from smoa.experiments.config import check_config
@@ -164,3 +164,11 @@ def test_provenance_without_git_or_a_known_processor_says_so(monkeypatch: pytest
 def test_a_line_that_is_no_object_is_refused() -> None:
     with pytest.raises(ValueError, match="line 3 holds no object"):
         _json_row(3, "[1]")
+
+
+def test_processes_that_accelerate_does_not_count_don_t_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "is_distributed", lambda: True)
+    monkeypatch.setattr(training.dist, "get_world_size", lambda: 2)
+    arguments = {"output_dir": str(tmp_path), "use_cpu": True}
+    with pytest.raises(ConfigError, match=r"accelerate counts 1 of 2 processes, .*; leave deepspeed out"):
+        training.training_arguments(SimpleNamespace(training=arguments))
