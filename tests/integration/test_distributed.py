@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from smoa.experiments import training
 from smoa.experiments.config import check_config
 from tests import lab, tiny_models
-from tests.integration.workers.strategies import STEPS, adapted, labels, layers, micro_batches, optimizer
+from tests.integration.workers.strategies import adapted, labels, layers, micro_batches, train_alone
 from tests.processes import ROOT, environment, free_port, run_two
 
 CURVE_TOLERANCE = 1e-5
@@ -57,17 +57,7 @@ def ranks(folder: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def one_process() -> tuple[PeftModel, list[float]]:
     """The trained model of one process that accumulates two micro-batches, and its losses."""
-    model = adapted()
-    steps = optimizer(model)
-    losses = []
-    model.train()
-    for _ in range(STEPS):
-        parts = [model(input_ids=rows, labels=rows).loss / 2 for rows in micro_batches()]
-        sum(parts).backward()
-        steps.step()
-        steps.zero_grad()
-        losses.append(sum(part.item() for part in parts))
-    return model.eval(), losses
+    return train_alone(adapted())
 
 
 def of_strategy(ranks: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:

@@ -41,11 +41,11 @@ def micro_batches() -> Tensor:
     return torch.randint(3, tiny_models.VOCAB_SIZE, (2, 2, 11), generator=torch.Generator().manual_seed(1))
 
 
-def adapted(base: nn.Module | None = None, **options: Any) -> PeftModel:
+def adapted(base: nn.Module | None = None, targets: list[str] = TARGETS, **options: Any) -> PeftModel:
     """The model that all strategies start from."""
     base = tiny_models.build("llama") if base is None else base
     torch.manual_seed(0)
-    return get_peft_model(base, SmoaConfig(r=4, num_blocks=2, alpha=64, target_modules=TARGETS, **options))
+    return get_peft_model(base, SmoaConfig(r=4, num_blocks=2, alpha=64, target_modules=targets, **options))
 
 
 def optimizer(model: nn.Module) -> torch.optim.Optimizer:
@@ -60,6 +60,24 @@ def labels(model: nn.Module) -> list[list[int]]:
     """Of all layers, rows then columns."""
     found = layers(model).values()
     return [side["default"].tolist() for layer in found for side in (layer.smoa_row_labels, layer.smoa_col_labels)]
+
+
+def train_alone(model: PeftModel) -> tuple[PeftModel, list[float]]:
+    """The model trained in one process that accumulates two micro-batches, and its losses."""
+    steps = optimizer(model)
+    losses = []
+    model.train()
+    for _ in range(STEPS):
+        parts = [model(input_ids=rows, labels=rows).loss / 2 for rows in micro_batches()]
+        sum(parts).backward()
+        steps.step()
+        steps.zero_grad()
+        losses.append(sum(part.item() for part in parts))
+    return model.eval(), losses
+
+
+def generated(model: nn.Module) -> list[list[int]]:
+    return model.eval().generate(input_ids=micro_batches()[0, :, :5], max_new_tokens=6, do_sample=False).tolist()
 
 
 def train(accelerator: Accelerator, model: nn.Module) -> tuple[nn.Module, Any, list[float]]:

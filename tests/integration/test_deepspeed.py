@@ -1,0 +1,129 @@
+"""DeepSpeed's ZeRO on two processes over gloo, held against one process as in test_distributed.py."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from tests import tiny_models
+from tests.integration.test_distributed import CURVE_TOLERANCE, assert_same_adapter, assert_same_logits, of_strategy
+from tests.integration.workers.strategies import adapted, generated, labels, train_alone
+from tests.processes import run_two
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed; pip install deepspeed"
+)
+STRATEGIES = ["late", "zero2", "zero3", "zero3_loaded", "zero3_defaults", "zero3_checkpointing"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes left behind after all strategies."""
+    path = tmp_path_factory.mktemp("zero")
+    run_two("tests.integration.workers.zero", str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> list[dict[str, Any]]:
+    """Results of rank 0 and of rank 1, by strategy."""
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def one_process() -> tuple[PeftModel, list[float]]:
+    """The trained model of one process that accumulates two micro-batches, and its losses."""
+    return train_alone(adapted())
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_zero_follows_the_loss_curve_and_partition_of_one_process(
+    ranks: list[dict[str, Any]], one_process: tuple[PeftModel, list[float]], strategy: str
+) -> None:
+    first, second = of_strategy(ranks, strategy)
+    assert first["losses"] == second["losses"] == pytest.approx(one_process[1], rel=CURVE_TOLERANCE)
+    assert first["labels"] == second["labels"] == labels(one_process[0])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_adapter_saved_from_rank_zero_under_zero_is_that_of_one_process(
+    ranks: list[dict[str, Any]],
+    folder: Path,
+    one_process: tuple[PeftModel, list[float]],
+    tmp_path: Path,
+    strategy: str,
+) -> None:
+    of_strategy(ranks, strategy)
+    one_process[0].save_pretrained(tmp_path)
+    expected = load_file(tmp_path / "adapter_model.safetensors")
+    assert_same_adapter(load_file(folder / strategy / "adapter" / "adapter_model.safetensors"), expected)
+    reloaded = PeftModel.from_pretrained(tiny_models.build("llama"), folder / strategy / "adapter")
+    assert_same_logits(reloaded, one_process[0])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_checkpoints_of_zero_restore_factors_and_labels(ranks: list[dict[str, Any]], strategy: str) -> None:
+    for result in of_strategy(ranks, strategy):
+        assert result["restored"] == [True, True]
+
+
+def test_zero3_leaves_nothing_whole_between_two_steps(ranks: list[dict[str, Any]]) -> None:
+    parameters = len(list(adapted().parameters()))
+    for strategy in ("late", "zero3", "zero3_loaded", "zero3_checkpointing"):
+        assert [result["empty"] for result in of_strategy(ranks, strategy)] == [parameters] * 2
+    assert [result["empty"] for result in of_strategy(ranks, "zero2")] == [0, 0]
+
+
+def test_an_adapter_injected_before_zero3_waits_for_the_process_group(ranks: list[dict[str, Any]]) -> None:
+    assert all(result["pending"] for result in of_strategy(ranks, "late"))
+
+
+def test_a_conv1d_under_zero3_follows_the_curve_of_one_process(ranks: list[dict[str, Any]]) -> None:
+    first, second = of_strategy(ranks, "zero3_conv1d")
+    model, losses = train_alone(adapted(tiny_models.build("gpt2"), targets=["c_attn", "c_proj"]))
+    assert first["losses"] == second["losses"] == pytest.approx(losses, rel=CURVE_TOLERANCE)
+    assert first["labels"] == second["labels"] == labels(model)
+
+
+def test_bfloat16_under_zero3_follows_the_same_curve(
+    ranks: list[dict[str, Any]], one_process: tuple[PeftModel, list[float]]
+) -> None:
+    first, second = of_strategy(ranks, "zero3_bfloat16")
+    assert first["losses"] == second["losses"] == pytest.approx(one_process[1], rel=0.03)
+
+
+def test_a_model_under_zero3_generates_before_it_is_trained(ranks: list[dict[str, Any]]) -> None:
+    expected = generated(adapted(init_weights=False))
+    assert [result["tokens"] for result in of_strategy(ranks, "zero3_generation")] == [expected] * 2
+
+
+def test_weights_that_zero3_has_partitioned_are_neither_merged_nor_saved_nor_cached(
+    ranks: list[dict[str, Any]],
+) -> None:
+    first, second = of_strategy(ranks, "zero3_refusals")
+    for result in (first, second):
+        assert result["merge"].startswith(
+            "UnsupportedModuleError: a weight of shape (32, 32) is partitioned by DeepSpeed"
+        )
+        assert "sharded over processes" in result["cache"]
+    assert "smoa_A.default.weight: is empty" in first["save"]
+    assert second["save"] is None
+
+
+def test_whole_weights_left_over_from_a_forward_under_zero3_are_not_written_to(ranks: list[dict[str, Any]]) -> None:
+    for result in of_strategy(ranks, "zero3_merge"):
+        assert result["left_over"]
+        assert "loses what is written to it" in result["merge"]
+        assert "loses what is written to it" in result["swap"]
+
+
+def test_a_merge_within_gathered_parameters_lasts_and_is_undone(ranks: list[dict[str, Any]]) -> None:
+    for result in of_strategy(ranks, "zero3_merge"):
+        assert result["merged"] == pytest.approx(result["unmerged"], rel=CURVE_TOLERANCE)
+        assert result["restored"] == result["unmerged"] < 0.9 * result["untrained"]
