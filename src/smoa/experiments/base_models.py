@@ -70,6 +70,7 @@ def load_base_model(wanted: BaseModel) -> tuple[PreTrainedModel, PreTrainedToken
         ) from error
     if gguf_file:
         _unmark_gguf(model)
+        model.name_or_path = wanted.name  # from_pretrained notes the folder, from which nobody finds the file again
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
