@@ -90,5 +90,7 @@ def _differences(
 
 
 def _spread(values: Any) -> float:
-    """The standard deviation over seeds; 0 for one seed."""
+    """The standard deviation over seeds; 0 for one seed, NaN where one diverged."""
+    if not np.isfinite(values).all():
+        return float("nan")
     return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
