@@ -21,4 +21,4 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, names, n=1)
     if near:
         return f"; did you mean {near[0]!r}?"
-    return f"; choose from {', '.join(names)}" if len(names) <= 12 else ""
+    return f"; choose from {', '.join(names)}" if 0 < len(names) <= 12 else ""

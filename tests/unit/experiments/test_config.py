@@ -6,6 +6,7 @@ import pytest
 
 from smoa.errors import ConfigError
 from smoa.experiments.config import load_config
+from smoa.experiments.problems import nearest
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 GOOD = """
@@ -115,3 +116,17 @@ def test_an_override_without_a_value_is_refused(file: Path) -> None:
     file.write_text(GOOD)
     with pytest.raises(ConfigError, match="an override is written"):
         load_config(file, ["training.seed"])
+
+
+def test_an_unknown_key_inside_a_table_of_ones_own_is_named_without_a_guess(file: Path) -> None:
+    file.write_text(GOOD)
+    with pytest.raises(ConfigError, match=r"data\.files\.own\.trian: unknown key$") as caught:
+        load_config(file, ["data.files={own: {train: a.csv, trian: b.csv}}"])
+    assert "1 problem" in str(caught.value)
+
+
+def test_a_name_like_none_is_answered_with_all_where_they_are_few() -> None:
+    few, many = ["one", "two"], [f"name{i}" for i in range(13)]
+    assert nearest("zzz", few) == "; choose from one, two"
+    assert nearest("zzz", many) == nearest("zzz", []) == ""
+    assert nearest("nam3", many).endswith("did you mean 'name3'?")
