@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from smoa.experiments.data.records import Record, choice_record
 from smoa.experiments.data.tasks import FORMAT
@@ -52,10 +52,42 @@ def tiny_base(folder: Path) -> Path:
     return folder
 
 
+def tiny_encoder(folder: Path) -> Path:
+    """A BERT of two layers without a head and its tokenizer, saved as a base for classification."""
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(0)
+    model = BertModel(
+        BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=128,
+            initializer_range=0.2,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            pad_token_id=0,
+        )
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def questions(number: int, part: str, task: str = "arc_easy") -> list[Record]:
     """Sums in words: enough for the machinery, and every one different."""
     return [
         choice_record(task, f"{part}-{i}", f"In {part}, what is {i} plus one?", [str(i), str(i + 1), "none"], 1)
+        for i in range(number)
+    ]
+
+
+def verdicts(number: int, part: str, task: str = "headlines") -> list[Record]:
+    """Lines that are one of two classes, the same two for all."""
+    choices = ("serious", "sarcastic")
+    return [
+        choice_record(task, f"{part}-{i}", f"In {part} line {i} is {choices[i % 2]}.", choices, i % 2)
         for i in range(number)
     ]
 
