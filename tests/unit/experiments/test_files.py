@@ -87,3 +87,16 @@ def test_a_missing_file_and_an_unknown_kind_are_named(tmp_path: Path) -> None:
     (tmp_path / "own.xlsx").write_text("x")
     with pytest.raises(DataError, match="give one of jsonl, csv, parquet"):
         read_file_split("own", FileTask(train=str(tmp_path / "own.xlsx")), "train")
+
+
+def test_columns_that_say_no_answer_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "own.jsonl", [{"prompt": "Say hello."}])
+    with pytest.raises(DataError, match=r"data\.files\.own\.columns: give answer, or choices and label"):
+        read_file_split("own", FileTask(train=str(tmp_path / "own.jsonl")), "train")
+
+
+def test_choices_without_a_label_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "own.jsonl", ROWS)
+    task = FileTask(train=str(tmp_path / "own.jsonl"), columns=Columns(prompt="q", choices=["a", "b"]))
+    with pytest.raises(DataError, match=r"own\.jsonl, row 1: choices need a column with their label"):
+        read_file_split("own", task, "train")

