@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from smoa import AdapterFileError, ConfigError, MergeError, SmoaConfig
+from smoa import export as export_module
 from smoa.export import Export, merge_and_save
 from tests import lab, tiny_models
 from tests.tolerance import assert_close
@@ -287,3 +288,29 @@ def test_the_report_is_plain_json(base: Path, adapter: Path, output: Path) -> No
     report = json.loads(json.dumps(export.to_dict()))
     assert report["layers"] == 6
     assert report["notes"] == ["A note."]
+
+
+def test_a_base_that_is_no_safetensors_goes_through_memory(base: Path, adapter: Path, output: Path) -> None:
+    adapted = saved(base, adapter)
+    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    export = merge_and_save(adapter, output)
+    assert not export.streamed
+    assert_close(logits(merged_model(output)), logits(adapted))
+
+
+def test_a_folder_that_somebody_else_makes_meanwhile_stays(
+    base: Path, adapter: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(base, adapter)
+
+    def make(*arguments: Any) -> str:
+        output.mkdir()
+        (output / "theirs").touch()
+        return ""
+
+    monkeypatch.setattr(export_module, "model_card", make)
+    with pytest.raises(ConfigError, match="somebody else has made it meanwhile"):
+        merge_and_save(adapter, output)
+    assert [file.name for file in output.iterdir()] == ["theirs"]
+    assert sorted(path.name for path in output.parent.iterdir()) == ["adapter", "base", "merged"]
