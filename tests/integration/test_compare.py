@@ -161,3 +161,8 @@ def test_the_ready_studies_parse(path: Path) -> None:
     study = load_study(path, ["shared.training.use_cpu=true"])
     assert study.reference(next(iter(study.entries.values())).budget) in study.entries
     assert study.folder.name == path.stem
+
+
+def test_a_study_that_is_nowhere_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such file"):
+        load_study(tmp_path / "nowhere.yaml")

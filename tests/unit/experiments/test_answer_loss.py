@@ -78,3 +78,15 @@ def test_a_model_without_an_output_layer_gives_all_logits(batch: dict[str, Tenso
     plain = Plain()
     with logits_at(plain, answer_positions(batch["labels"])):
         assert plain(batch["input_ids"]) is batch["input_ids"]
+
+
+def test_a_model_without_an_output_layer_of_its_own_gives_all_logits(
+    batch: dict[str, Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_models.build("llama").eval()
+    labels = batch.pop("labels")
+    full = model(**batch).logits
+    model.get_output_embeddings = lambda: None
+    with logits_at(model, answer_positions(labels)):
+        assert torch.equal(model(**batch).logits, full)
+    assert "LlamaForCausalLM has no output embeddings" in caplog.text

@@ -53,3 +53,20 @@ def test_greedy_means_that_decoding_gives_the_answer() -> None:
     other = [*answer[:2], (answer[2] + 1) % tiny_models.VOCAB_SIZE]
     sequences = [Encoded(prompt, answer, ends=False), Encoded(prompt, other, ends=False)]
     assert [score.greedy for score in score_answers(model, sequences, pad=0, batch_tokens=100)] == [True, False]
+
+
+def test_a_model_that_keeps_no_keys_and_values_is_scored_all_the_same() -> None:
+    model = tiny_models.build("llama").eval()
+    expected = [one_by_one(model, sequence) for sequence in SEQUENCES]
+
+    def forget(module: PreTrainedModel, inputs: tuple[object, ...], output: dict[str, object]) -> dict[str, object]:
+        output["past_key_values"] = None
+        return output
+
+    model.register_forward_hook(forget)
+    found = score_answers(model, SEQUENCES, pad=0, batch_tokens=1000)
+    assert [score.loss for score in found] == pytest.approx(expected, rel=1e-4)
+
+
+def test_of_no_answers_there_are_no_scores() -> None:
+    assert score_answers(tiny_models.build("llama"), [], pad=0, batch_tokens=100) == []

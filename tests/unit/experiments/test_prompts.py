@@ -89,3 +89,11 @@ def test_the_chat_template_wraps_the_request_with_one_bos(tokenizer: PreTrainedT
     )
     example = PromptEncoder(tokenizer, template="chat").example(SUN)
     assert tokenizer.decode(example.prompt) == "<bos>[user]What warms the Earth?[model]"
+
+
+def test_a_tokenizer_without_an_end_token_cannot_be_trained_with(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.eos_token = None
+    encoder = PromptEncoder(tokenizer)
+    assert encoder.gold(SUN).answer
+    with pytest.raises(DataError, match="no end-of-sequence token"):
+        encoder.example(SUN)

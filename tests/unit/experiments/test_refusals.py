@@ -14,7 +14,7 @@ from transformers import LlamaConfig, TrainingArguments
 
 from smoa.errors import ConfigError, DataError
 from smoa.experiments import run_folder, training
-from smoa.experiments.budgeting import _limit, model_shapes
+from smoa.experiments.budgeting import _limit, budget, model_shapes
 from smoa.experiments.cache import cache_folder
 from smoa.experiments.config import check_config
 from smoa.experiments.data.files import _json_row
@@ -23,7 +23,7 @@ from smoa.experiments.inspection import _blocks, _rank_bound, _weight_and_update
 from smoa.experiments.progress import ProgressReport
 from smoa.experiments.yaml_text import apply_overrides, parse_yaml
 from smoa.saving import new_folder
-from tests import tiny_models
+from tests import lab, tiny_models
 
 
 @pytest.mark.parametrize(
@@ -85,6 +85,7 @@ def test_an_override_that_goes_nowhere_is_refused(override: str, message: str) -
         ({"training": 3}, "training"),
         ({"data": {"tasks": "arc_easy"}}, r"data\.tasks"),
         ({"data": 3}, "data"),
+        ({"adapter": 3}, "adapter: should be a valid dictionary"),
         ({"model": {"name": "x", "dtype": "float99"}}, r"model\.dtype"),
     ],
 )
@@ -117,6 +118,14 @@ def test_a_model_whose_shapes_cannot_be_had_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no linear layers named nowhere"):
         model_shapes(str(tmp_path), ("nowhere",))
     assert model_shapes(str(tmp_path), ("q_proj",))[0] == Counter({(8, 8): 1})
+
+
+def test_a_budget_that_buys_nothing_is_told_what_the_least_is(tmp_path: Path) -> None:
+    base = str(lab.tiny_base(tmp_path))
+    with pytest.raises(ConfigError, match=r"budget: '1' buys nothing; the least is 256 parameters"):
+        budget(base, "1", ("q_proj", "o_proj"))
+    least = budget(base, "256", ("q_proj", "o_proj"))
+    assert {(choice.r - choice.num_blocks, choice.parameters) for choice in least} == {(0, 256)}
 
 
 def test_another_methods_layer_is_inspected_without_blocks() -> None:
@@ -172,3 +181,12 @@ def test_processes_that_accelerate_does_not_count_don_t_train(tmp_path: Path, mo
     arguments = {"output_dir": str(tmp_path), "use_cpu": True}
     with pytest.raises(ConfigError, match=r"accelerate counts 1 of 2 processes, .*; leave deepspeed out"):
         training.training_arguments(SimpleNamespace(training=arguments))
+
+
+def test_a_processor_that_does_not_tell_its_model_is_told_by_the_platform(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "is_file", lambda self: True)
+    monkeypatch.setattr(Path, "read_text", lambda self, encoding: "processor : 0\nBogoMIPS : 50.00\n")
+    monkeypatch.setattr(run_folder.platform, "processor", lambda: "aarch64")
+    assert run_folder._processor() == "aarch64"
+    monkeypatch.setattr(Path, "read_text", lambda self, encoding: "processor : 0\nmodel name : A processor\n")
+    assert run_folder._processor() == "A processor"
