@@ -12,7 +12,7 @@ from smoa import AdapterFileError, ConfigError, MergeError, SmoaConfig, cached_w
 from smoa.hotswap import hotswap_adapter
 from smoa.layer import SmoaLayer
 from tests import tiny_models
-from tests.adapter_files import rewritten
+from tests.adapter_files import rewritten, with_settings
 from tests.tolerance import assert_close
 
 # The spectral partition depends on the weights alone; another one shows that the labels are swapped too.
@@ -199,3 +199,14 @@ def test_only_smoa_adapters_are_swapped(tmp_path: Path) -> None:
         hotswap_adapter(adapted(1), tmp_path, "other")
     with pytest.raises(ConfigError, match="LORA"):
         hotswap_adapter(adapted(1), tmp_path)
+
+
+def test_a_layer_that_lacks_a_part_is_refused_and_nothing_is_changed(tmp_path: Path) -> None:
+    model = adapted(1)
+    before = logits(model)
+    saved(tmp_path)
+    part = "base_model.model.model.layers.1.self_attn.q_proj.smoa_B.weight"
+    with_settings(rewritten(tmp_path, lambda tensors: tensors.pop(part)))
+    with pytest.raises(AdapterFileError, match=r"layers\.1\.self_attn\.q_proj lacks .*smoa_B.*the adapter is broken"):
+        hotswap_adapter(model, tmp_path)
+    assert torch.equal(logits(model), before)

@@ -287,3 +287,10 @@ def test_gradients_reach_factors_only() -> None:
     layer = adapted_layer(base_layer(8, 6), r=4, num_blocks=2)
     trainable = {name for name, parameter in layer.named_parameters() if parameter.requires_grad}
     assert trainable >= {"smoa_A.default.weight", "smoa_B.default.weight"}
+
+
+def test_the_scale_of_an_adapter_that_a_layer_does_not_have_is_nobodys() -> None:
+    layer = adapted_layer(base_layer(11, 13), r=7, num_blocks=3)
+    before = dict(layer.scaling)
+    layer.set_scale("other", 3.0)
+    assert layer.scaling == before

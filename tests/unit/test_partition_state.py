@@ -9,16 +9,16 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from smoa import AdapterFileError, SmoaConfig
+from smoa import AdapterFileError, SmoaConfig, make_partition
 from smoa.layer import SmoaLayer
 from smoa.spectrum_cache import clear_spectrum_cache
 from tests import reference, tiny_models
 from tests.adapter_files import rewritten, with_settings
 from tests.decompositions import NoDecomposition
-from tests.layers import base_weight, factors, labels, oracle_delta, randomise, ranks
+from tests.layers import adapted_layer, base_layer, base_weight, factors, labels, oracle_delta, randomise, ranks
 from tests.tolerance import assert_close
 
 PARTITIONS = ["spectral", "contiguous", "random"]
@@ -221,3 +221,23 @@ def test_one_oracle_speaks_for_saved_and_loaded(tmp_path: Path) -> None:
     loaded = PeftModel.from_pretrained(tiny_models.build("llama"), saved(trained_llama(), tmp_path))
     for layer in smoa_layers(loaded).values():
         assert_close(layer.get_delta_weight("default"), oracle_delta(layer))
+
+
+def test_weights_that_come_after_the_adapter_decide_its_partition() -> None:
+    with torch.device("meta"):
+        layer = adapted_layer(nn.Linear(8, 12), trained=False, r=4, num_blocks=2)
+    layer.base_layer.weight = nn.Parameter(torch.randn(12, 8))
+    expected = make_partition(layer.base_layer.weight, 2)
+    assert torch.equal(layer.partition("default").row_labels, expected.row_labels)
+    assert torch.equal(layer.partition("default").col_labels, expected.col_labels)
+
+
+def test_labels_that_have_come_in_the_meantime_are_not_computed_again() -> None:
+    layer = adapted_layer(base_layer(12, 8), r=4, num_blocks=2)
+    layer.update_layer("late", SmoaConfig(r=4, num_blocks=2), 4, 4, defer_partition=True)
+    loaded = make_partition(torch.randn(12, 8), 2)
+    layer.smoa_row_labels["late"].copy_(loaded.row_labels)
+    layer.smoa_col_labels["late"].copy_(loaded.col_labels)
+    assert torch.equal(layer.partition("late").row_labels, loaded.row_labels)
+    assert torch.equal(layer.partition("late").col_labels, loaded.col_labels)
+    assert not torch.equal(layer.partition("default").row_labels, loaded.row_labels)

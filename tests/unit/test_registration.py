@@ -6,6 +6,7 @@ import json
 import pickle
 import subprocess
 import sys
+from enum import StrEnum
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.utils import PeftType
 
 import smoa
-from smoa import SmoaConfig, SmoaModel, UnsupportedVersionError
+from smoa import SmoaConfig, SmoaModel, UnsupportedVersionError, registration
 from smoa.registration import ensure_peft_type, register
 from tests import tiny_models
 
@@ -142,3 +143,16 @@ def test_get_peft_model_makes_a_smoa_model() -> None:
     assert isinstance(model, PeftModel)
     assert isinstance(model.base_model, SmoaModel)
     assert model.peft_type == PeftType.SMOA
+
+
+def test_an_enum_that_takes_no_member_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Changed(StrEnum):
+        SMOA = "another value"
+
+        @classmethod
+        def _missing_(cls, value: object) -> Changed:
+            return cls.SMOA
+
+    monkeypatch.setattr(registration, "PeftType", Changed)
+    with pytest.raises(UnsupportedVersionError, match="PEFT has changed its enum"):
+        registration._verify_member()

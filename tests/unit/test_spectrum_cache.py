@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from smoa import SmoaConfig, clear_spectrum_cache, make_partition
 from smoa.spectrum_cache import CACHE_VARIABLE, cached_spectral_scores
@@ -89,3 +90,21 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     from smoa import spectrum_cache
 
     assert len(spectrum_cache._memory) <= 2
+
+
+@pytest.mark.parametrize(
+    "other", [{"row_scores": torch.zeros(12)}, {name: torch.zeros(7) for name in ("row_scores", "col_scores")}]
+)
+def test_a_cache_file_of_another_weight_is_replaced(
+    other: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decompositions: list[int]
+) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    weight = torch.randn(12, 10)
+    first = cached_spectral_scores(weight)
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    save_file(other, file)
+    clear_spectrum_cache()
+    assert all(torch.equal(a, b) for a, b in zip(cached_spectral_scores(weight), first, strict=True))
+    assert len(decompositions) == 2
+    assert file.read_bytes() == whole
