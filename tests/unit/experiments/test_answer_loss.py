@@ -90,3 +90,13 @@ def test_a_model_without_an_output_layer_of_its_own_gives_all_logits(
     with logits_at(model, answer_positions(labels)):
         assert torch.equal(model(**batch).logits, full)
     assert "LlamaForCausalLM has no output embeddings" in caplog.text
+
+
+def test_an_output_layer_that_is_applied_to_something_else_is_left_alone(
+    model: PreTrainedModel, batch: dict[str, Tensor]
+) -> None:
+    labels = batch.pop("labels")
+    last = model(**batch, logits_to_keep=2).logits
+    with logits_at(model, answer_positions(labels)):
+        assert torch.equal(model(**batch, logits_to_keep=2).logits, last)
+    assert last.shape[1] == 2

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -57,14 +60,13 @@ def test_greedy_means_that_decoding_gives_the_answer() -> None:
 
 def test_a_model_that_keeps_no_keys_and_values_is_scored_all_the_same() -> None:
     model = tiny_models.build("llama").eval()
-    expected = [one_by_one(model, sequence) for sequence in SEQUENCES]
+    expected = [one_by_one(model, sequence) for sequence in SEQUENCES[:-1]]
 
-    def forget(module: PreTrainedModel, inputs: tuple[object, ...], output: dict[str, object]) -> dict[str, object]:
-        output["past_key_values"] = None
-        return output
+    def forget(module: PreTrainedModel, inputs: tuple[object, ...], output: Any) -> SimpleNamespace:
+        return SimpleNamespace(logits=output.logits)
 
     model.register_forward_hook(forget)
-    found = score_answers(model, SEQUENCES, pad=0, batch_tokens=1000)
+    found = score_answers(model, SEQUENCES[:-1], pad=0, batch_tokens=1000)
     assert [score.loss for score in found] == pytest.approx(expected, rel=1e-4)
 
 
