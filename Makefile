@@ -29,8 +29,9 @@ types: $(VENV)/.dev-installed  ## check types
 unit: $(VENV)/.dev-installed  ## run the tests but for the slow ones
 	$(BIN)/python -m pytest
 
-coverage: $(VENV)/.dev-installed  ## run the same tests and tell which branches they leave out
+coverage: $(VENV)/.dev-installed  ## run the same tests and fail where they leave out 5 % of the branches
 	$(BIN)/python -m pytest --cov=smoa --cov-branch --cov-report=term-missing:skip-covered
+	$(BIN)/python -m tests.branch_coverage
 
 test-slow: $(VENV)/.demo-installed $(VENV)/.examples-installed  ## run the slow tests, with the demo's base model
 	$(BIN)/python -m pytest -m slow
