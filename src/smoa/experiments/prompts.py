@@ -61,8 +61,7 @@ def instruction(record: Record, style: AnswerStyle) -> str:
     names = label_names(record)
     listed = " ".join(f"{name.capitalize()}: {text}" for name, text in zip(names, record.choices, strict=True))
     choices = f"{listed}\n\n" if wording.word else ""
-    question = f"{record.prompt}?" if record.task == "boolq" else record.prompt
-    return f"{wording.request}{question}\n\n{choices}Answer format: {'/'.join(names)}"
+    return f"{wording.request}{record.prompt}\n\n{choices}Answer format: {'/'.join(names)}"
 
 
 def label_names(record: Record) -> list[str]:

@@ -19,7 +19,7 @@ from smoa.experiments.prompts import PromptEncoder
 from tests import lab, tiny_models
 
 PIQA = choice_record("piqa", "1", "Cut it.", ["a saw", "glue"], 0)
-BOOLQ = choice_record("boolq", "2", "is water wet", ["yes", "no"], 0)
+BOOLQ = choice_record("boolq", "2", "is water wet?", ["yes", "no"], 0)
 SUM = Record("gsm8k", "3", "How many?", "16 - 4 = <<16-4=12>>12\n#### 12")
 
 

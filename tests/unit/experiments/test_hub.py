@@ -12,6 +12,13 @@ from smoa.experiments.data import commonsense, hub
 from smoa.experiments.data.records import content_hash
 
 PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "boolq": (
+        {"question": "does ethanol take more energy make that produces", "title": "Ethanol fuel", "answer": False,
+         "passage": "All biomass goes through at least some of these steps."},
+        {"query": "Ethanol fuel -- All biomass goes through at least some of these steps.\n"
+                  "Question: does ethanol take more energy make that produces?\nAnswer:",
+         "choices": ["yes", "no"], "gold": 1},
+    ),
     "piqa": (
         {"goal": "When boiling butter, when it's ready, you can", "sol1": "Pour it onto a plate",
          "sol2": "Pour it into a jar", "label": 1},

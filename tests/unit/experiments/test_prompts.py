@@ -9,7 +9,7 @@ from smoa.experiments.prompts import IGNORED, PromptEncoder, candidates, gold_re
 from tests import lab
 
 SUN = choice_record("arc_easy", "1", "What warms the Earth?", ["the Moon", "the Sun"], 1)
-BOOLQ = choice_record("boolq", "2", "is water wet", ["yes", "no"], 0, context="Water -- a liquid.")
+BOOLQ = choice_record("boolq", "2", "is water wet?", ["yes", "no"], 0, context="Water -- a liquid.")
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ class HubSet:
 
 def _boolq(row: dict[str, Any]) -> Parts:
     passage = f"{row['title']} -- {row['passage']}" if "title" in row else row["passage"]
-    return row["question"], ["yes", "no"], 0 if row["answer"] else 1, passage
+    return f"{row['question']}?", ["yes", "no"], 0 if row["answer"] else 1, passage
 
 
 def _piqa(row: dict[str, Any]) -> Parts:

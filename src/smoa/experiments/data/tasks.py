@@ -18,7 +18,7 @@ from smoa.experiments.data.records import Record, Split, split
 Source = Literal["packaged", "hub"]
 
 # Raised whenever the normalisation of a source changes, so that no stale cache is read.
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
