@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 DOCS = FOLDER.parent / "docs"
+INJECTIONS = sorted(RESULTS.glob("injection_*.json"))
 AXES = {"tokens": "tokens", "width": "width m = n", "num_blocks": "blocks K", "r": "rank budget r"}
 FLOOR_BARS = {"4096x4096_float32": 1.20, "4096x4096_bfloat16": 1.40, "2048x640_float32": 1.25}
 
@@ -34,20 +36,30 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def machine(content: dict[str, Any]) -> str:
     origin = content["provenance"]
-    return f"{origin['device']}, {origin['threads']} threads, PyTorch {origin['versions']['torch']}"
+    return (
+        f"{origin['device']} ({origin['cpu_capability']}), {origin['threads']} threads, "
+        f"PyTorch {origin['versions']['torch']}"
+    )
 
 
-def layer_step() -> str:
+def measured(*contents: dict[str, Any]) -> str:
+    """The machines that results come from, with their days and commits."""
+    found = {f"{machine(one)}, {one['provenance']['date'][:10]}, {one['provenance']['commit'][:7]}" for one in contents}
+    return f"\n\nMeasured on {'; '.join(sorted(found))}."
+
+
+def layer_step(compiled: bool = False) -> str:
     """One row for each case and K: ratios to the frozen layer."""
     methods = ("smoa", "lora", "hira", "released")
-    rows = []
+    rows, contents = [], []
     for path in sorted(RESULTS.glob("layer_step_*.json")):
         case = path.stem.removeprefix("layer_step_")
-        if not case.endswith("_compiled"):
+        if case.endswith("_compiled") == compiled:
             content = json.loads(path.read_text())
+            contents.append(content)
             rows += [_layer_row(case, content["config"]["tokens"], result, methods) for result in content["results"]]
     header = ["layer, dtype", "tokens", "K", "frozen, s", "SMoA", "LoRA", "HiRA", "released", "floor", "÷ floor", "bar"]
-    return table([*header, "÷ quicker of HiRA, released"], rows)
+    return table([*header, "÷ quicker of HiRA, released"], rows) + measured(*contents)
 
 
 def _layer_row(case: str, tokens: int, result: dict[str, Any], methods: tuple[str, ...]) -> list[str]:
@@ -62,7 +74,7 @@ def _layer_row(case: str, tokens: int, result: dict[str, Any], methods: tuple[st
         *(f"{ratio[name]:.2f}" if name in ratio else "–" for name in methods),
         f"{result['floor']:.3f}",
         f"{ratio['smoa'] / result['floor']:.2f} ({result['ratio_of_fastest']['smoa'] / result['floor']:.2f})",
-        f"{FLOOR_BARS[shape_and_dtype]:.2f}",
+        f"{FLOOR_BARS[shape_and_dtype]:.2f}" if shape_and_dtype in FLOOR_BARS else "–",
         f"{ratio['smoa'] / min(slower):.2f}" if slower else "–",
     ]
 
@@ -80,7 +92,7 @@ def model_step() -> str:
         for key, name in (("smoa", "SMoA, K=4, r=32"), ("lora", "LoRA, r=8"))
     ]
     rows.append(["SMoA ÷ LoRA (bar)", "1", f"{content['ratio']:.3f} (1.15)", f"{content['memory_ratio']:.3f} (1.03)"])
-    return table(["method", "trainable parameters", "step, s", "peak memory, GB"], rows)
+    return table(["method", "trainable parameters", "step, s", "peak memory, GB"], rows) + measured(content)
 
 
 def decoding() -> str:
@@ -108,7 +120,9 @@ def decoding() -> str:
         f"The cache takes {content['cache_bytes'] / 1e6:.0f} MB beside a model of "
         f"{content['model_bytes'] / 1e6:.0f} MB, and {content['seconds_to_fill_cache']:.2f} s to fill."
     )
-    return table(["route", "tokens/s", "time ÷ base", "of the fastest", "bar"], rows) + f"\n\n{note}"
+    return (
+        table(["route", "tokens/s", "time ÷ base", "of the fastest", "bar"], rows) + f"\n\n{note}" + measured(content)
+    )
 
 
 def thresholds() -> str:
@@ -122,13 +136,29 @@ def thresholds() -> str:
         + [f"{cells[shape, blocks, t]['fused'] / cells[shape, blocks, t]['apart']:.2f}" for t in tokens]
         for shape, blocks in cases
     ]
-    return table(["fused ÷ apart, at tokens", *map(str, tokens)], rows)
+    return table(["fused ÷ apart, at tokens", *map(str, tokens)], rows) + measured(content)
+
+
+def injection() -> str:
+    """One row for each weight or model: the time of the exact scores ÷ that of a full SVD."""
+    contents = {path.stem.removeprefix("injection_"): json.loads(path.read_text()) for path in INJECTIONS}
+    rows = [
+        [
+            name.replace("_threads", " threads").replace("_", ", ").replace("1 threads", "1 thread"),
+            f"{statistics.median(content['seconds']['svd']):.2f}",
+            f"{statistics.median(content['seconds']['exact']):.2f}",
+            f"{content['ratio']:.2f}",
+            f"{content['bar']:.2f}",
+        ]
+        for name, content in contents.items()
+    ]
+    return table(["weight", "SVD, s", "exact scores, s", "ratio", "bar"], rows) + measured(*contents.values())
 
 
 def draw_sweep(content: dict[str, Any]) -> None:
     """Time ÷ floor and kept bytes against tokens, width, K and r, one picture each."""
     panels: dict[str, tuple[str, Callable[[Axes, list[dict[str, Any]], list[int]], None]]] = {
-        "time": ("training step ÷ floor", _draw_time),
+        "time": ("time of a training step, relative", _draw_time),
         "memory": ("MB kept for the backward", _draw_memory),
     }
     for name, (label, draw) in panels.items():
@@ -165,9 +195,11 @@ def _draw_memory(axes: Axes, points: list[dict[str, Any]], x: list[int]) -> None
 def main() -> None:
     tables = {
         "layer-step": layer_step(),
+        "compiled": layer_step(compiled=True),
         "model-step": model_step(),
         "decoding": decoding(),
         "thresholds": thresholds(),
+        "injection": injection(),
     }
     page = DOCS / "performance.md"
     text = page.read_text()
