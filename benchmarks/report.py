@@ -149,10 +149,11 @@ def injection() -> str:
             f"{statistics.median(content['seconds']['exact']):.2f}",
             f"{content['ratio']:.2f}",
             f"{content['bar']:.2f}",
+            content["provenance"]["cpu_capability"],
         ]
         for name, content in contents.items()
     ]
-    return table(["weight", "SVD, s", "exact scores, s", "ratio", "bar"], rows) + measured(*contents.values())
+    return table(["weight", "SVD, s", "exact scores, s", "ratio", "bar", "machine"], rows) + measured(*contents.values())
 
 
 def draw_sweep(content: dict[str, Any]) -> None:
