@@ -153,7 +153,8 @@ def injection() -> str:
         ]
         for name, content in contents.items()
     ]
-    return table(["weight", "SVD, s", "exact scores, s", "ratio", "bar", "machine"], rows) + measured(*contents.values())
+    header = ["weight", "SVD, s", "exact scores, s", "ratio", "bar", "machine"]
+    return table(header, rows) + measured(*contents.values())
 
 
 def draw_sweep(content: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def load_base_model(wanted: BaseModel) -> tuple[PreTrainedModel, PreTrainedToken
         tokenizer = AutoTokenizer.from_pretrained(source, **shared)
     except TypeError as error:  # transformers hands on what it doesn't know
         raise DataError(f"model.options: cannot load {wanted.name!r} with {wanted.options}: {error}") from error
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, struct.error) as error:  # the last is a GGUF file's that ends too early
         raise DataError(
             f"model.name: cannot load {wanted.name!r}: {error}. "
             f"Give a hub id, a folder with config.json and weights, a .gguf file, or {PACKAGED_MODEL!r}"

@@ -21,5 +21,6 @@ def draw_loss_curve(history: list[dict[str, Any]], file: Path, title: str) -> No
     axes.set_ylabel("loss on answer tokens (nats per token)")
     axes.set_title(title)
     axes.grid(True, color="0.9")
-    axes.legend()
+    if axes.lines:  # a run shorter than its logging steps has none
+        axes.legend()
     figure.savefig(file)

@@ -43,6 +43,15 @@ def test_the_packaged_model_names_its_packages_where_they_are_missing(
         load_base_model(BaseModel("gemma3-270m"))
 
 
+@pytest.mark.parametrize("kept", [20, 2000])
+def test_a_gguf_file_that_ends_too_early_is_told_with_what_would_do(tmp_path: Path, kept: int) -> None:
+    gguf_base.tiny_gguf(tmp_path / "tiny.gguf")
+    whole = (tmp_path / "tiny.gguf").read_bytes()
+    (tmp_path / "cut.gguf").write_bytes(whole[:kept])
+    with pytest.raises(DataError, match=r"model\.name: cannot load .*cut\.gguf"):
+        load_base_model(BaseModel(str(tmp_path / "cut.gguf")))
+
+
 def test_a_gguf_file_is_unpacked_into_the_weights_that_it_was_made_of(tmp_path: Path) -> None:
     original = gguf_base.tiny_gguf(tmp_path / "tiny.gguf")
     model, tokenizer = load_base_model(BaseModel(str(tmp_path / "tiny.gguf")))

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError
 
 from smoa.errors import ConfigError
@@ -84,11 +83,6 @@ def load_study(path: str | Path, overrides: list[str] | None = None) -> Study:
     for name, entry in study.entries.items():
         bench.config(entry, entry.learning_rate, seed=0, place=f"{file}: entries.{name}")
     return study
-
-
-def to_yaml(study: Study) -> str:
-    """The study with every default filled in."""
-    return yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def _listed(error: ValidationError) -> str:
