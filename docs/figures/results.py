@@ -1,9 +1,9 @@
-"""Write docs/results.md from the stored results: docs/studies/*/summary.json and docs/lab-results/*.json.
+"""Write docs/results.md from the stored results in docs/studies, docs/lab-results and docs/inspections.
 
     python docs/figures/results.py
 
-`smoa compare` writes the former, `smoa eval --output` and `smoa train` (its metrics.json) the latter. What is not there
-is left out.
+`smoa compare` writes the first, `smoa eval --output` and `smoa train` (its metrics.json) the second, `smoa inspect` with
+`--json` and `--html` the third. What is not there is left out.
 """
 
 from __future__ import annotations
@@ -26,12 +26,17 @@ Differences are to the reference of the entry's budget, paired by seed and by qu
 NOTHING = (
     "No result is stored yet: run one of the studies in [configs/studies](../configs/studies), then this script.\n"
 )
+INSPECTION = (
+    "Means over the adapted layers of trained adapters. Coverage is how far down W's spectrum the energy of the update "
+    "reaches: 0 for the leading direction alone, 0.5 where all directions are treated alike."
+)
 HEADER = ["entry", "trained", "seeds", "loss", "loss − reference", "", "accuracy %", "accuracy % − reference", ""]
 
 
 def main(docs: Path = DOCS) -> None:
     parts = [study(path) for path in sorted(docs.glob("studies/*/summary.json"))]
     parts += lab_results(sorted(docs.glob("lab-results/*.json")))
+    parts += [inspection(path) for path in sorted(docs.glob("inspections/*.json"))]
     text = "\n".join([INTRODUCTION, *(parts or [NOTHING])])
     (docs / "results.md").write_text(text, encoding="utf-8")
 
@@ -99,6 +104,19 @@ def lab_table(tasks: str, protocol: str, found: list[tuple[Path, dict[str, Any]]
     cells = [[task, model, *(score(scores, name) for name in names)] for (task, model), scores in lines]
     header = ["task", "model", *(name.replace("_", " ") for name in names)]
     return f"## {tasks}: {protocol}\n\n{table(header, cells)}\n\n{''.join(origin(*one) for one in found)}"
+
+
+def inspection(path: Path) -> str:
+    """Means over the layers of each adapter that `smoa inspect` looked into, by name."""
+    digits = {"relative_update": 3, "rank": 0, "effective_rank": 0, "coverage": 3}
+    rows = []
+    for place, layers in json.loads(path.read_text(encoding="utf-8")).items():
+        means = [f"{sum(layer[name] for layer in layers) / len(layers):.{count}f}" for name, count in digits.items()]
+        trained = sum(layer["parameters"] for layer in layers)
+        rows.append([Path(place).name, f"{trained:,}", *means])
+    header = ["adapter", "trained", "‖ΔW‖/‖W‖", "rank of ΔW", "effective rank", "coverage"]
+    links = f"[JSON](inspections/{path.name}), [page with pictures](inspections/{path.stem}.html)"
+    return f"## {path.stem}: the spectrum\n\n{INSPECTION}\n\n{table(header, rows)}\n\n{links}\n"
 
 
 def stages(result: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -62,7 +62,17 @@ def docs(tmp_path: Path) -> Path:
             "evaluation": {"before": {"arc_easy": scores}, "after": {"arc_easy": after}},
         }
         (tmp_path / "lab-results" / f"demo-{method}.json").write_text(json.dumps(metrics))
+    (tmp_path / "inspections").mkdir()
+    layers = [
+        {"parameters": 10, "relative_update": 0.1, "rank": rank, "effective_rank": 2, "coverage": 0.5}
+        for rank in (4, 6)
+    ]
+    (tmp_path / "inspections" / "demo.json").write_text(json.dumps({"runs/demo-smoa": layers}))
     return tmp_path
+
+
+def test_means_over_the_layers_of_an_adapter_are_told(docs: Path) -> None:
+    assert "| demo-smoa | 20 | 0.100 | 5 | 2 | 0.500 |" in page(docs)
 
 
 def test_a_study_is_told_in_words_with_its_intervals(docs: Path) -> None:
@@ -98,7 +108,7 @@ def test_how_a_run_was_trained_is_told_beside_its_json(docs: Path) -> None:
 
 
 def test_without_results_the_page_says_so(docs: Path) -> None:
-    for folder in ("studies", "lab-results"):
+    for folder in ("studies", "lab-results", "inspections"):
         shutil.rmtree(docs / folder)
     assert "No result is stored yet" in page(docs)
 
