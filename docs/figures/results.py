@@ -2,8 +2,8 @@
 
     python docs/figures/results.py
 
-`smoa compare` writes the first, `smoa eval --output` and `smoa train` (its metrics.json) the second, `smoa inspect` with
-`--json` and `--html` the third. What is not there is left out.
+`smoa compare` writes the first, `smoa eval --output` and `smoa train` (its metrics.json) the second, and `smoa inspect`
+with `--json` and `--html` the third. What is not there is left out.
 """
 
 from __future__ import annotations
