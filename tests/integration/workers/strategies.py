@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -290,10 +290,11 @@ SCENARIOS: list[Callable[[Path], Result]] = [
 ]
 
 
-def main(folder: Path) -> None:
+def run_scenarios(folder: Path, scenarios: Sequence[Callable[[Path], Result]]) -> None:
+    """Run one after the other; what this rank found, or how it failed, goes into the folder."""
     torch.set_num_threads(1)
     results: dict[str, Result] = {}
-    for scenario in SCENARIOS:
+    for scenario in scenarios:
         name = scenario.__name__
         try:
             results[name] = scenario(folder / name)
@@ -304,4 +305,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_scenarios(Path(sys.argv[1]), SCENARIOS)

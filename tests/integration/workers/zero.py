@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from tests.integration.workers.strategies import (
     layers,
     micro_batches,
     optimizer,
+    run_scenarios,
     save_adapter,
     spoil,
     train,
@@ -206,18 +206,5 @@ SCENARIOS: list[Callable[[Path], Result]] = [
 ]
 
 
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
-    results: dict[str, Result] = {}
-    for scenario in SCENARIOS:
-        name = scenario.__name__
-        try:
-            results[name] = scenario(folder / name)
-        except Exception:
-            results[name] = {"failure": traceback.format_exc()}
-    (folder / f"rank{RANK}.json").write_text(json.dumps(results))
-    torch.distributed.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_scenarios(Path(sys.argv[1]), SCENARIOS)
