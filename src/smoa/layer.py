@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -16,10 +18,12 @@ from .config import SmoaConfig
 from .distributed import awaits_process_group, from_rank_zero, refuse_partitioned, whole
 from .errors import PartitionError
 from .merging import DiagonalBlocks
-from .modulation import BlockLayout, Initialisation, Modulation, delta_weight, init_factors, noise_like
+from .modulation import BlockLayout, Initialisation, Modulation, delta_weight, init_factors, noise_like, rms_of
 from .spectrum import UNDECIDED, PartitionKind, SpectralPartition, check_num_blocks, make_partition
 from .spectrum_cache import cached_spectral_scores
 from .weight_cache import WeightCache
+
+T = TypeVar("T")
 
 RANDOM_SIZE = 0.1
 """rms of ΔW relative to W of an adapter made with `init_weights=False`: visible, not huge."""
@@ -133,13 +137,10 @@ class SmoaLayer(BaseTunerLayer):
     def _compute_labels(self, adapter_name: str) -> bool:
         """Compute the labels from the weight, which is rank 0's; False, and nothing, if that is on the meta device."""
         kind, num_blocks = self.pending_partition[adapter_name], self.layout[adapter_name].num_blocks
-        with gather_params_ctx(self.stored_weight()):  # whole under DeepSpeed ZeRO-3
-            is_meta = self.stored_weight().device.type == "meta"
-            weight = None if is_meta else whole(self.pristine_weight())  # and where FSDP2 has sharded it
-            found = from_rank_zero(
-                partial(_labels_of, weight, num_blocks, kind),
-                everywhere=kind != "spectral",  # costs nothing, and keeps the random generators of all ranks in step
-            )
+        found = self._from_weight(
+            partial(_labels_of, num_blocks, kind),
+            everywhere=kind != "spectral",  # costs nothing, and keeps the random generators of all ranks in step
+        )
         if found is None:
             return False
         for buffers, labels in zip((self.smoa_row_labels, self.smoa_col_labels), found, strict=True):
@@ -148,6 +149,13 @@ class SmoaLayer(BaseTunerLayer):
             else:
                 buffers[adapter_name].copy_(labels)
         return True
+
+    def _from_weight(self, compute: Callable[[Tensor], T], everywhere: bool = False) -> T | None:
+        """`compute` of rank 0's whole pristine weight, on every rank; None if that weight is on the meta device."""
+        with gather_params_ctx(self.stored_weight()):  # whole under DeepSpeed ZeRO-3
+            is_meta = self.stored_weight().device.type == "meta"
+            weight = None if is_meta else whole(self.pristine_weight())  # and where FSDP2 has sharded it
+            return from_rank_zero(lambda: None if weight is None else compute(weight), everywhere)
 
     def _has_valid_labels(self, adapter_name: str) -> bool:
         rows, cols = self.smoa_row_labels[adapter_name], self.smoa_col_labels[adapter_name]
@@ -193,7 +201,8 @@ class SmoaLayer(BaseTunerLayer):
         weight = self.pristine_weight()
         if self.modulation[adapter_name] != "noise":
             return weight
-        return noise_like(weight, self.smoa_row_labels[adapter_name], self.smoa_col_labels[adapter_name])
+        partition = self.partition(adapter_name)
+        return noise_like(weight, partition.row_labels, partition.col_labels)
 
     @torch.no_grad()
     def normalize_anchor(self, adapter_name: str) -> float:
@@ -202,11 +211,9 @@ class SmoaLayer(BaseTunerLayer):
         Raises:
             PartitionError: the weight is on the meta device.
         """
-        with gather_params_ctx(self.stored_weight()):
-            if self.stored_weight().device.type == "meta":
-                raise PartitionError("normalize_anchor needs the base weights; load them before the adapter is added")
-            weight = whole(self.pristine_weight())
-            rms = float(torch.linalg.vector_norm(weight.float())) / weight.numel() ** 0.5
+        rms = self._from_weight(rms_of)
+        if rms is None:
+            raise PartitionError("normalize_anchor needs the base weights; load them before the adapter is added")
         if rms > 0:
             self.alpha[adapter_name] /= rms
             self.set_scale(adapter_name, 1)
@@ -255,10 +262,8 @@ def linear_shape(base: nn.Module) -> tuple[int, int]:
     return int(base.out_features), int(base.in_features)  # type: ignore[arg-type]
 
 
-def _labels_of(weight: Tensor | None, num_blocks: int, kind: PartitionKind) -> tuple[Tensor, Tensor] | None:
-    """Row and column labels of a weight, on the CPU; None if there is no weight."""
-    if weight is None:
-        return None
+def _labels_of(num_blocks: int, kind: PartitionKind, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column labels of a weight, on the CPU."""
     partition = make_partition(weight, num_blocks, kind, cached_spectral_scores)
     return partition.row_labels.cpu(), partition.col_labels.cpu()
 

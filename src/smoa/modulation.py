@@ -16,6 +16,7 @@ diagonal blocks are all that is left of the product: `ΔW = s·W ⊙ (B̃Ã)` ex
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -167,8 +168,12 @@ def noise_like(weight: Tensor, row_labels: Tensor, col_labels: Tensor) -> Tensor
     the same wherever the adapter is loaded. What is left of the method without W's own entries."""
     seed = zlib.crc32(torch.cat([row_labels, col_labels]).cpu().numpy().tobytes())
     noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
-    size = torch.linalg.vector_norm(weight.detach().float()).cpu() / torch.linalg.vector_norm(noise)
-    return noise.mul_(size).to(weight.device, weight.dtype)
+    return noise.mul_(rms_of(weight) / rms_of(noise)).to(weight.device, weight.dtype)
+
+
+def rms_of(weight: Tensor) -> float:
+    """The root mean square of the entries."""
+    return float(torch.linalg.vector_norm(weight.detach().float())) / math.sqrt(weight.numel())
 
 
 def init_factors(A: Tensor, B: Tensor, layout: BlockLayout, init: Initialisation, relative_size: float) -> None:
