@@ -7,7 +7,7 @@ import os
 import tempfile
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
@@ -20,6 +20,7 @@ from .errors import AdapterFileError, ConfigError
 from .modulation import Initialisation, Modulation, check_block_ranks, split_rank
 from .spectrum import MAX_BLOCKS, PartitionKind
 
+T = TypeVar("T")
 Bias = Literal["none", "all", "smoa_only"]
 
 
@@ -187,12 +188,15 @@ class SmoaConfig(PeftConfig):
         """Rank of each block of a layer whose total rank is r."""
         return tuple(self.block_ranks) if self.block_ranks is not None else split_rank(r, self.num_blocks)
 
+    def rank_of(self, module: str) -> int:
+        """Total rank of the module of that name."""
+        return _by_pattern(self.rank_pattern, module, self.r)
+
     def alpha_of(self, module: str, r: int) -> float:
         """Alpha of the module of that name, whose total rank is r."""
         if module in self.normalized_alpha:
             return self.normalized_alpha[module]
-        default = float(r) if self.alpha is None else self.alpha
-        return self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), module), default)
+        return _by_pattern(self.alpha_pattern, module, float(r) if self.alpha is None else self.alpha)
 
     def _problems(self) -> list[str]:
         problems = [int_problem("r", self.r), int_problem("num_blocks", self.num_blocks, MAX_BLOCKS)]
@@ -229,6 +233,10 @@ class SmoaConfig(PeftConfig):
         except ConfigError as error:
             return [str(error)]
         return []
+
+
+def _by_pattern(patterns: dict[str, T], module: str, default: T) -> T:
+    return patterns.get(get_pattern_key(list(patterns), module), default)
 
 
 def _without_home(name: str | None) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -96,7 +96,7 @@ class SmoaModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         backend = _check_target(current_key, target, peft_config, self.model)
-        r = _by_pattern(peft_config.rank_pattern, current_key, peft_config.r)
+        r = peft_config.rank_of(current_key)
         if not self._loads_labels:
             peft_config.normalized_alpha.pop(current_key, None)  # of another model that the config was used for
         normalizes = peft_config.normalize_anchor and current_key not in peft_config.normalized_alpha
@@ -232,10 +232,6 @@ class SmoaModel(BaseTuner):
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         return adapter_names_hooks(self, kwargs)
-
-
-def _by_pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
-    return patterns.get(get_pattern_key(list(patterns), name), default)
 
 
 def _base_of(module: nn.Module) -> nn.Module:
