@@ -36,7 +36,15 @@ def combined_config(configs: list[SmoaConfig], combination: Combination) -> Smoa
     if combination == "linear" and len(set(ranks)) > 1:
         raise MergeError(f"combination_type='linear' needs equal block ranks, found {ranks}; use 'cat'")
     total = [sum(column) for column in zip(*ranks, strict=True)] if combination == "cat" else list(ranks[0])
-    config = replace(first, r=sum(total), block_ranks=total, alpha=None, alpha_pattern={}, normalize_anchor=False)
+    config = replace(
+        first,
+        r=sum(total),
+        block_ranks=total,
+        alpha=None,
+        alpha_pattern={},
+        normalize_anchor=False,
+        normalized_alpha={},
+    )
     config.labels_follow = True
     return config
 
