@@ -51,9 +51,9 @@ class Bench(ABC):
         """The whole run of an entry; raises ConfigError with all problems of it."""
         training = {**(self.shared.get("training") or {}), **entry.training}
         training |= {"learning_rate": learning_rate, "seed": seed, "output_dir": str(work)}
-        return check_config(
-            {**self.shared, "method": entry.method, "adapter": entry.adapter, "training": training}, place
-        )
+        model = {**(self.shared.get("model") or {}), **entry.model}
+        own = {"method": entry.method, "adapter": entry.adapter, "model": model, "training": training}
+        return check_config({**self.shared, **own}, place)
 
     def run(self, entry: Entry, learning_rate: float, seed: int, part: Part, work: Path) -> dict[str, Any]:
         """Train, then score ``part``: plain values for a trial's JSON. An interrupted run goes on in ``work``."""

@@ -16,8 +16,8 @@ class Section(BaseModel):
 class Entry(Section):
     """One method at one setting. ``learning_rate`` is where its search starts, ``budget`` the table it belongs to.
 
-    ``parameters``, where given, is what it must train besides a task head, to within 2 %. ``training`` is laid over the
-    shared block.
+    ``parameters``, where given, is what it must train besides a task head, to within 2 %. ``training``
+    and ``model`` are laid over the shared blocks.
     """
 
     method: str
@@ -26,3 +26,4 @@ class Entry(Section):
     budget: str = "all"
     parameters: int | None = Field(default=None, gt=0)
     training: dict[str, Any] = {}
+    model: dict[str, Any] = {}
