@@ -30,9 +30,10 @@ def combined_config(configs: list[SmoaConfig], combination: Combination) -> Smoa
         values = [getattr(config, name) for config in configs]
         if any(value != values[0] for value in values):
             raise MergeError(f"can't combine adapters of different {name}: {values}")
-    if any(config.rank_pattern for config in configs):
-        raise MergeError("can't combine adapters with a rank_pattern; give every layer the same r")
-    ranks = [config.ranks(config.r) for config in configs]
+    for name in ("rank_pattern", "num_blocks_pattern", "spectrum_blocks"):
+        if any(getattr(config, name) for config in configs):
+            raise MergeError(f"can't combine adapters with {name}; give every layer the same r and num_blocks")
+    ranks = [config.ranks_of() for config in configs]
     if combination == "linear" and len(set(ranks)) > 1:
         raise MergeError(f"combination_type='linear' needs equal block ranks, found {ranks}; use 'cat'")
     total = [sum(column) for column in zip(*ranks, strict=True)] if combination == "cat" else list(ranks[0])

@@ -7,21 +7,21 @@ import os
 import tempfile
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, TypeVar, cast
 
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 from peft.utils.other import get_pattern_key
 
 from .adapter_folder import find_weights, largest_rank, saved_digest
-from .config_rules import choice_problem, int_problem, is_number, positive_problem, type_problems
+from .config_rules import Bias, value_problems
+from .config_types import type_problems
 from .digest import settings_digest
 from .errors import AdapterFileError, ConfigError
-from .modulation import Initialisation, Modulation, check_block_ranks, split_rank
-from .spectrum import MAX_BLOCKS, PartitionKind
+from .modulation import Initialisation, Modulation, split_rank
+from .spectrum import PartitionKind
 
 T = TypeVar("T")
-Bias = Literal["none", "all", "smoa_only"]
 
 
 @dataclass
@@ -33,6 +33,9 @@ class SmoaConfig(PeftConfig):
     Args:
         r: Total rank budget, Σ r_k over the blocks.
         num_blocks: K, at most the smaller side of every adapted weight and at most 255.
+        num_blocks_pattern: K by module name or regular expression.
+        blocks_from_spectrum: Choose each layer's K in proportion to the effective rank of its weight, with `num_blocks`
+            for the mean, and r and alpha with it, so that a block's rank, ΔW's scale and the layer's parameters stay.
         block_ranks: r_k of each block, summing to r; None splits r evenly, the remainder going to the first blocks.
         alpha: ΔW is scaled by alpha / r; None means alpha = r. Since ΔW is also scaled by |W|, which is about 0.02,
             alpha = r wants a learning rate 10 to 50 times LoRA's; alpha = 32·r works with ordinary ones.
@@ -55,6 +58,7 @@ class SmoaConfig(PeftConfig):
         fan_in_fan_out: True for layers that store (in_features, out_features), as GPT-2's Conv1D; set automatically.
         trainable_token_indices: Token embeddings that train besides, as in LoRA.
         normalized_alpha: Alpha by module name, written by `normalize_anchor`.
+        spectrum_blocks: K by module name, written by `blocks_from_spectrum`.
         settings_digest: Written when saved, checked when read: a damaged or edited `adapter_config.json` is refused.
         weights_digest: Written when saved with weights, checked when those are loaded.
 
@@ -64,6 +68,8 @@ class SmoaConfig(PeftConfig):
 
     r: int = field(default=32, metadata={"help": "Total rank budget, the sum of the blocks' ranks."})
     num_blocks: int = field(default=2, metadata={"help": "Number of aligned spectral blocks, K."})
+    num_blocks_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "num_blocks by module name."})
+    blocks_from_spectrum: bool = field(default=False, metadata={"help": "Choose each layer's K by its spectrum."})
     block_ranks: list[int] | None = field(default=None, metadata={"help": "Rank of each block; sums to r."})
     alpha: float | None = field(default=None, metadata={"help": "ΔW is scaled by alpha / r; None means alpha = r."})
     normalize_anchor: bool = field(default=False, metadata={"help": "Divide alpha by the rms of each weight."})
@@ -91,13 +97,16 @@ class SmoaConfig(PeftConfig):
     normalized_alpha: dict[str, float] = field(
         default_factory=dict, metadata={"help": "alpha by module, from normalize_anchor."}
     )
+    spectrum_blocks: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "num_blocks by module, from blocks_from_spectrum."}
+    )
     settings_digest: str | None = field(default=None, metadata={"help": "Of the settings above, when saved."})
     weights_digest: str | None = field(default=None, metadata={"help": "Of the tensors it was saved with."})
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]  # PEFT leaves it without types
         self.peft_type = PeftType("SMOA")
-        problems = type_problems(self) or self._problems()
+        problems = type_problems(self) or value_problems(self)
         if problems:
             raise ConfigError("SmoaConfig: " + "; ".join(problems))
         if self.settings_digest not in (None, self._settings_digest()):
@@ -170,13 +179,15 @@ class SmoaConfig(PeftConfig):
         self.weights_file = find_weights(folder)
         if self.weights_file is None:
             return
-        limit, rank = largest_rank(self.weights_file), max(self.rank_pattern.values(), default=self.r)
+        limit = largest_rank(self.weights_file)
+        rank = max(map(self.rank_of, self.spectrum_blocks), default=max(self.rank_pattern.values(), default=self.r))
         if rank > limit:  # told before anything of that size is made
             raise AdapterFileError(
                 f"{folder / CONFIG_NAME}: r or rank_pattern asks for rank {rank}, but the largest factor in "
                 f"{self.weights_file.name} has {limit} rows; they are not of one adapter"
             )
-        self.r = min(self.r, limit)  # with a rank_pattern, r may stand for no layer at all
+        if not self.spectrum_blocks:
+            self.r = min(self.r, limit)  # with a rank_pattern, r may stand for no layer at all
 
     def _settings_digest(self) -> str:
         own = [f for f in fields(self) if f.name in SmoaConfig.__annotations__ and not f.name.endswith("_digest")]
@@ -184,55 +195,29 @@ class SmoaConfig(PeftConfig):
         # A setting left at its default does not count, so that a version that has one more reads older files.
         return settings_digest({f.name: values[f.name] for f in own if values[f.name] not in (f.default, {})})
 
-    def ranks(self, r: int) -> tuple[int, ...]:
-        """Rank of each block of a layer whose total rank is r."""
-        return tuple(self.block_ranks) if self.block_ranks is not None else split_rank(r, self.num_blocks)
+    def num_blocks_of(self, module: str) -> int:
+        """K of the module of that name."""
+        return self.spectrum_blocks.get(module) or _by_pattern(self.num_blocks_pattern, module, self.num_blocks)
 
     def rank_of(self, module: str) -> int:
         """Total rank of the module of that name."""
-        return _by_pattern(self.rank_pattern, module, self.r)
+        r = _by_pattern(self.rank_pattern, module, self.r)
+        return r // self.num_blocks * self.spectrum_blocks[module] if module in self.spectrum_blocks else r
+
+    def ranks_of(self, module: str = "", r: int | None = None) -> tuple[int, ...]:
+        """Rank of each block of the module of that name, by default of one that no pattern names; r is their sum."""
+        if self.block_ranks is not None:
+            return tuple(self.block_ranks)
+        return split_rank(self.rank_of(module) if r is None else r, self.num_blocks_of(module))
 
     def alpha_of(self, module: str, r: int) -> float:
         """Alpha of the module of that name, whose total rank is r."""
         if module in self.normalized_alpha:
             return self.normalized_alpha[module]
-        return _by_pattern(self.alpha_pattern, module, float(r) if self.alpha is None else self.alpha)
-
-    def _problems(self) -> list[str]:
-        problems = [int_problem("r", self.r), int_problem("num_blocks", self.num_blocks, MAX_BLOCKS)]
-        problems += [int_problem(f"rank_pattern[{key!r}]", value) for key, value in self.rank_pattern.items()]
-        for name in ("alpha_pattern", "normalized_alpha"):
-            problems += [positive_problem(f"{name}[{key!r}]", value) for key, value in getattr(self, name).items()]
-        problems.append(None if self.alpha is None else positive_problem("alpha", self.alpha))
-        for name, choices in (("bias", Bias), ("partition", PartitionKind), ("modulation", Modulation)):
-            problems.append(choice_problem(name, getattr(self, name), get_args(choices)))
-        problems.append(choice_problem("init_weights", self.init_weights, (True, False, "zero_A")))
-        if not is_number(self.smoa_dropout) or not 0 <= self.smoa_dropout < 1:
-            problems.append(f"smoa_dropout={self.smoa_dropout!r} must be a number in [0, 1)")
-        if self.layers_pattern and self.layers_to_transform is None:
-            problems.append(f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform")
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            problems.append(
-                f"layers_to_transform={self.layers_to_transform!r} needs target_modules to be a list of names, "
-                f"not the regular expression {self.target_modules!r}"
-            )
-        found = [problem for problem in problems if problem]
-        return found or self._block_rank_problems()
-
-    def _block_rank_problems(self) -> list[str]:
-        if self.block_ranks is None:
-            return []
-        if self.rank_pattern:
-            return [
-                "block_ranks and rank_pattern can't be combined: a pattern's r has no block_ranks; drop one of them"
-            ]
-        if not isinstance(self.block_ranks, (list, tuple)):
-            return [f"block_ranks={self.block_ranks!r} must be a list of integers, one for each block"]
-        try:
-            check_block_ranks(tuple(self.block_ranks), self.r, self.num_blocks)
-        except ConfigError as error:
-            return [str(error)]
-        return []
+        alpha: float | None = _by_pattern(dict[str, float | None](self.alpha_pattern), module, self.alpha)
+        return (
+            float(r) if alpha is None else alpha * self.spectrum_blocks.get(module, self.num_blocks) / self.num_blocks
+        )
 
 
 def _by_pattern(patterns: dict[str, T], module: str, default: T) -> T:

@@ -1,141 +1,104 @@
-"""What makes a value of SmoaConfig invalid, one rule at a time: each gives the problem in words, or None."""
+"""What makes values of SmoaConfig invalid, alone or together: each rule gives the problem in words."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
-from re import _constants, _parser  # type: ignore[attr-defined]  # Python has no public way to look into an expression
-from typing import Any
+from typing import Any, Literal, get_args
 
-MAX_REPEATS = 6
-"""Repetitions of variable length in one regular expression, as `.*`."""
-_REPEATS = (_constants.MAX_REPEAT, _constants.MIN_REPEAT)
+from .errors import ConfigError
+from .modulation import Modulation, check_block_ranks
+from .spectrum import MAX_BLOCKS, PartitionKind
+
+Bias = Literal["none", "all", "smoa_only"]
 
 
-def is_number(value: object) -> bool:
+def value_problems(config: Any) -> list[str]:
+    """The problems of a SmoaConfig whose values are of the right types."""
+    found = [*_count_problems(config), *_size_problems(config), *_choice_problems(config), *_target_problems(config)]
+    return [problem for problem in found if problem] or _block_rank_problems(config) or _spectrum_problems(config)
+
+
+def _count_problems(config: Any) -> list[str | None]:
+    problems = [_int_problem("r", config.r), _int_problem("num_blocks", config.num_blocks, MAX_BLOCKS)]
+    for name, limit in (("rank_pattern", None), ("num_blocks_pattern", MAX_BLOCKS), ("spectrum_blocks", MAX_BLOCKS)):
+        problems += [_int_problem(f"{name}[{key!r}]", value, limit) for key, value in getattr(config, name).items()]
+    return problems
+
+
+def _size_problems(config: Any) -> list[str | None]:
+    problems = []
+    for name in ("alpha_pattern", "normalized_alpha"):
+        problems += [_positive_problem(f"{name}[{key!r}]", value) for key, value in getattr(config, name).items()]
+    problems.append(None if config.alpha is None else _positive_problem("alpha", config.alpha))
+    if not _is_number(config.smoa_dropout) or not 0 <= config.smoa_dropout < 1:
+        problems.append(f"smoa_dropout={config.smoa_dropout!r} must be a number in [0, 1)")
+    return problems
+
+
+def _choice_problems(config: Any) -> list[str | None]:
+    choices = {"bias": Bias, "partition": PartitionKind, "modulation": Modulation}
+    problems = [_choice_problem(name, getattr(config, name), get_args(kind)) for name, kind in choices.items()]
+    return [*problems, _choice_problem("init_weights", config.init_weights, (True, False, "zero_A"))]
+
+
+def _target_problems(config: Any) -> list[str | None]:
+    problems: list[str | None] = []
+    if config.layers_pattern and config.layers_to_transform is None:
+        problems.append(f"layers_pattern={config.layers_pattern!r} has no effect without layers_to_transform")
+    if isinstance(config.target_modules, str) and config.layers_to_transform is not None:
+        problems.append(
+            f"layers_to_transform={config.layers_to_transform!r} needs target_modules to be a list of names, "
+            f"not the regular expression {config.target_modules!r}"
+        )
+    return problems
+
+
+def _block_rank_problems(config: Any) -> list[str]:
+    if config.block_ranks is None:
+        return []
+    for name in ("rank_pattern", "num_blocks_pattern"):
+        if getattr(config, name):
+            return [f"block_ranks and {name} can't be combined: block_ranks fits one r and one K; drop one of them"]
+    if not isinstance(config.block_ranks, (list, tuple)):
+        return [f"block_ranks={config.block_ranks!r} must be a list of integers, one for each block"]
+    try:
+        check_block_ranks(tuple(config.block_ranks), config.r, config.num_blocks)
+    except ConfigError as error:
+        return [str(error)]
+    return []
+
+
+def _spectrum_problems(config: Any) -> list[str]:
+    if not config.blocks_from_spectrum:
+        return ["spectrum_blocks has no effect without blocks_from_spectrum"] if config.spectrum_blocks else []
+    if config.block_ranks is not None or config.num_blocks_pattern:
+        return ["blocks_from_spectrum decides about blocks itself; drop block_ranks and num_blocks_pattern"]
+    uneven = [r for r in (config.r, *config.rank_pattern.values()) if r % config.num_blocks]
+    if uneven:
+        return [f"blocks_from_spectrum needs num_blocks={config.num_blocks} to divide every r, found {uneven[0]}"]
+    return []
+
+
+def _is_number(value: object) -> bool:
     """True for an int or float that is no bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def int_problem(name: str, value: object, limit: int | None = None) -> str | None:
+def _int_problem(name: str, value: object, limit: int | None = None) -> str | None:
     """Unless a positive integer, at most `limit`."""
     if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= (limit or value):
         return None
     return f"{name}={value!r} must be a positive integer" + (f", at most {limit}" if limit else "")
 
 
-def positive_problem(name: str, value: object) -> str | None:
+def _positive_problem(name: str, value: Any) -> str | None:
     """Unless a positive finite number."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf"):
+    if _is_number(value) and 0 < value < float("inf"):
         return None
     return f"{name}={value!r} must be a positive number"
 
 
-def choice_problem(name: str, value: object, choices: tuple[object, ...]) -> str | None:
+def _choice_problem(name: str, value: object, choices: tuple[object, ...]) -> str | None:
     """Unless one of `choices`."""
     if any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
         return None
     return f"{name}={value!r} must be one of {', '.join(map(repr, choices))}"
-
-
-def _all(value: object, rule: Callable[[Any], bool], *containers: type) -> bool:
-    return isinstance(value, containers) and all(map(rule, value))  # type: ignore[call-overload]
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _is_names(value: object) -> bool:
-    return _all(value, _is_text, list, tuple, set, frozenset)
-
-
-def _is_pattern(value: object) -> bool:
-    """A regular expression that Python can read, and answer in a reasonable time whatever the name."""
-    try:
-        return isinstance(value, str) and bool(re.compile(value)) and _is_quick(_parser.parse(value))
-    except (re.error, RecursionError, OverflowError):
-        return False
-
-
-def _is_quick(tree: Any) -> bool:
-    """No repetition of variable length within another, which takes exponential time, and few of them: n of them take
-    the n-th power of a name's length."""
-    depths = list(_repetitions(tree))
-    return max(depths, default=1) == 1 and len(depths) <= MAX_REPEATS
-
-
-def _repetitions(node: Any, depth: int = 1) -> Iterator[int]:
-    """How deep within others each repetition of variable length lies."""
-    if isinstance(node, tuple) and len(node) == 2 and node[0] in _REPEATS:
-        least, most, inner = node[1]
-        varies = most > max(least, 1)
-        if varies:
-            yield depth
-        yield from _repetitions(inner, depth + varies)
-    elif isinstance(node, (tuple, list, _parser.SubPattern)):
-        for part in node:
-            yield from _repetitions(part, depth)
-
-
-def _is_place(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_places(value: object) -> bool:
-    return _all(value, _is_place, list, tuple, set, frozenset, range)
-
-
-def _is_patterns(value: object) -> bool:
-    return isinstance(value, dict) and all(map(_is_pattern, value))
-
-
-def _is_token_indices(value: object) -> bool:
-    return _is_places(value) or (
-        isinstance(value, dict) and all(map(_is_text, value)) and all(map(_is_places, value.values()))
-    )
-
-
-_EXPRESSION = f"a regular expression with at most {MAX_REPEATS} repetitions such as .*, none within another"
-_TYPES: dict[str, tuple[Callable[[object], bool], str]] = {
-    "target_modules": (lambda v: _is_names(v) or _is_pattern(v), f"a list of names or {_EXPRESSION}"),
-    "exclude_modules": (lambda v: _is_names(v) or _is_pattern(v), f"a list of names or {_EXPRESSION}"),
-    "modules_to_save": (_is_names, "a list of names"),
-    "layers_to_transform": (lambda v: _is_place(v) or _is_places(v), "a layer index or a list of them"),
-    "layers_pattern": (lambda v: _is_pattern(v) or _all(v, _is_pattern, list, tuple, set), "one name or a list"),
-    "rank_pattern": (_is_patterns, f"a mapping to integers from names, each {_EXPRESSION}"),
-    "alpha_pattern": (_is_patterns, f"a mapping to numbers from names, each {_EXPRESSION}"),
-    "normalized_alpha": (lambda v: isinstance(v, dict) and all(map(_is_text, v)), "a mapping from module names"),
-    "normalize_anchor": (lambda v: isinstance(v, bool), "true or false"),
-    "fan_in_fan_out": (lambda v: isinstance(v, bool), "true or false"),
-    "inference_mode": (lambda v: isinstance(v, bool), "true or false"),
-    "trainable_token_indices": (_is_token_indices, "a list of token indices, or such lists by module name"),
-    "base_model_name_or_path": (_is_text, "a name or path"),
-    "revision": (_is_text, "a name"),
-    "auto_mapping": (lambda v: isinstance(v, dict), "a mapping"),
-    "settings_digest": (_is_text, "what was written when the adapter was saved"),
-    "weights_digest": (_is_text, "what was written when the adapter was saved"),
-}
-_NEVER_NONE = {
-    "rank_pattern",
-    "alpha_pattern",
-    "normalized_alpha",
-    "normalize_anchor",
-    "fan_in_fan_out",
-    "inference_mode",
-}
-
-
-def type_problems(config: object) -> list[str]:
-    """Values of a type that no rule below could even be put to."""
-    problems = []
-    for name, (fits, wanted) in _TYPES.items():
-        value = getattr(config, name)
-        if not (value is None and name not in _NEVER_NONE) and not fits(value):
-            problems.append(f"{name}={_short(value)} must be {wanted}")
-    return problems
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}…"

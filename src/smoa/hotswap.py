@@ -66,7 +66,8 @@ def _checked_config(old: SmoaConfig, path: str) -> SmoaConfig:
     new = PeftConfig.from_pretrained(path)
     if not isinstance(new, SmoaConfig):
         raise ConfigError(f"{path}: holds a {new.peft_type} adapter, which can't take the place of a SMoA adapter")
-    different = [n for n in ("num_blocks", "modulation", "bias") if getattr(new, n) != getattr(old, n)]
+    fixed = ("num_blocks", "num_blocks_pattern", "spectrum_blocks", "modulation", "bias")
+    different = [name for name in fixed if getattr(new, name) != getattr(old, name)]
     if different:
         found = "; ".join(f"{name}={getattr(new, name)!r}, not {getattr(old, name)!r}" for name in different)
         raise ConfigError(f"{path}: has {found} as the loaded adapter; load it under another name with load_adapter")
@@ -111,7 +112,7 @@ def _padded(
     """Each block's ranks at the head of the slot's, zeros behind them; B takes the ratio of the scales."""
     A, B, rows, cols = parts
     slot = layer.layout[adapter_name]
-    new = BlockLayout(slot.out_features, slot.in_features, config.ranks(len(A)))
+    new = BlockLayout(slot.out_features, slot.in_features, config.ranks_of(name, len(A)))
     if (tuple(A.shape), tuple(B.shape)) != (new.shape_A, new.shape_B):
         raise AdapterFileError(
             f"{path}: {name} has factors {tuple(A.shape)}, {tuple(B.shape)} that don't fit the layer"

@@ -76,7 +76,7 @@ class SmoaLayer(BaseTunerLayer):
         self,
         adapter_name: str,
         config: SmoaConfig,
-        r: int,
+        ranks: tuple[int, ...],
         alpha: float,
         *,
         defer_partition: bool = False,
@@ -85,13 +85,14 @@ class SmoaLayer(BaseTunerLayer):
         """Add an adapter.
 
         Args:
+            ranks: Of the blocks, as many as there are.
             defer_partition: The labels are about to be loaded: decide them only if the adapter is used before.
 
         Raises:
             PartitionError: K doesn't fit the layer.
         """
-        check_num_blocks(config.num_blocks, self.out_features, self.in_features)
-        layout = BlockLayout(self.out_features, self.in_features, config.ranks(r))
+        check_num_blocks(len(ranks), self.out_features, self.in_features)
+        layout, r = BlockLayout(self.out_features, self.in_features, ranks), sum(ranks)
         self.r[adapter_name], self.alpha[adapter_name], self.scaling[adapter_name] = r, alpha, alpha / r
         self.layout[adapter_name], self.modulation[adapter_name] = layout, config.modulation
         self.smoa_dropout[adapter_name] = nn.Dropout(config.smoa_dropout) if config.smoa_dropout else nn.Identity()

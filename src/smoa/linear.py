@@ -33,7 +33,7 @@ class Linear(nn.Module, SmoaLayer):
         base_layer: nn.Module,
         adapter_name: str,
         config: SmoaConfig,
-        r: int,
+        ranks: tuple[int, ...],
         alpha: float,
         fan_in_fan_out: bool = False,
         defer_partition: bool = False,
@@ -44,7 +44,7 @@ class Linear(nn.Module, SmoaLayer):
         self.register_state_dict_post_hook(replicate_labels)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(localise_labels)  # type: ignore[no-untyped-call]
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config, r, alpha, defer_partition=defer_partition)
+        self.update_layer(adapter_name, config, ranks, alpha, defer_partition=defer_partition)
 
     def merged_weight(self, adapter_names: list[str]) -> Tensor:
         """`W + Σ ΔW` of the named adapters on the pristine W, rounded once, (out_features, in_features)."""

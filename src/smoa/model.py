@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, get_args
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
-from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
+from .block_choice import choose_blocks
 from .checkpoint import check_adapter_state, check_gathered
 from .combining import Combination, check_same_labels, combined_config, fill_combined
 from .config import SmoaConfig
 from .digest import factors_digest
-from .distributed import refuse_writing, with_plain_names
-from .errors import MergeError, PartitionError, SmoaError, UnsupportedModuleError
-from .layer import SmoaLayer, linear_shape
+from .distributed import from_rank_zero, refuse_writing, with_plain_names
+from .errors import MergeError, PartitionError, SmoaError
+from .layer import SmoaLayer
 from .linear import Linear
 from .mixed_batch import adapter_names_hooks
-from .quantized import QuantizedLinear, find_backend, requantisation_reported
-from .spectrum import check_num_blocks
-
-SUPPORTED = (
-    "torch.nn.Linear, transformers.pytorch_utils.Conv1D, quantised linear layers of bitsandbytes, torchao and HQQ"
-)
+from .quantized import QuantizedLinear, requantisation_reported
+from .targets import base_of, check_target, weight_of
 
 
 class SmoaModel(BaseTuner):
@@ -69,21 +67,37 @@ class SmoaModel(BaseTuner):
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Refuse every unsuitable target at once, before anything is replaced."""
         config: Any = _maybe_include_all_linear_layers(peft_config, model)
+        if not self._loads_labels:
+            config.spectrum_blocks = {}  # of another model that the config was used for
         inside = tuple(name + "." for name, module in model.named_modules() if isinstance(module, SmoaLayer))
         problems: list[SmoaError] = []
-        targets = 0
+        weights: dict[str, Callable[[], Tensor]] = {}
         for name, module in model.named_modules():
             if name and not name.startswith(inside) and self._check_target_module_exists(config, name):
-                targets += 1
                 try:
-                    _check_target(name, module, config, model)
+                    weights[name] = partial(weight_of, module, check_target(name, module, config, model))
                 except SmoaError as error:
                     problems.append(error)
         if problems:
             raise type(problems[0])("; ".join(map(str, problems)))
+        self._choose_blocks(config, weights)
         decomposes = config.partition == "spectral" and not self._loads_labels
         hidden = None if decomposes else True  # None: shown on a terminal only
-        self._progress = tqdm(total=targets, desc="SMoA partitions", unit="layer", delay=1, disable=hidden)
+        self._progress = tqdm(total=len(weights), desc="SMoA partitions", unit="layer", delay=1, disable=hidden)
+
+    def _choose_blocks(self, config: SmoaConfig, weights: dict[str, Callable[[], Tensor]]) -> None:
+        """Fill in `spectrum_blocks` if asked to, unless a saved adapter brings them."""
+        if not config.blocks_from_spectrum:
+            return
+        if not config.spectrum_blocks:
+            choose = partial(choose_blocks, weights, config.num_blocks)
+            config.spectrum_blocks = from_rank_zero(choose, everywhere=True)  # every rank gathers what is sharded
+        missing = sorted(weights.keys() - config.spectrum_blocks.keys())
+        if missing:
+            raise PartitionError(
+                f"{missing[0]}: the config's spectrum_blocks has no number for it and {len(missing) - 1} more; the "
+                "adapter is for another model, or its adapter_config.json is broken"
+            )
 
     def _create_and_replace(
         self,
@@ -95,23 +109,25 @@ class SmoaModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        backend = _check_target(current_key, target, peft_config, self.model)
-        r = peft_config.rank_of(current_key)
+        backend = check_target(current_key, target, peft_config, self.model)
+        ranks = peft_config.ranks_of(current_key)
         if not self._loads_labels:
             peft_config.normalized_alpha.pop(current_key, None)  # of another model that the config was used for
         normalizes = peft_config.normalize_anchor and current_key not in peft_config.normalized_alpha
-        alpha = peft_config.alpha_of(current_key, r)
+        alpha = peft_config.alpha_of(current_key, sum(ranks))
         if self._progress is not None:
             self._progress.update()
         layer: SmoaLayer
         try:
             if isinstance(target, SmoaLayer):
                 layer = target
-                layer.update_layer(adapter_name, peft_config, r, alpha, defer_partition=self._loads_labels)
+                layer.update_layer(adapter_name, peft_config, ranks, alpha, defer_partition=self._loads_labels)
             else:
-                is_conv1d = isinstance(_base_of(target), Conv1D)
+                is_conv1d = isinstance(base_of(target), Conv1D)
                 layer_class = Linear if backend is None else QuantizedLinear
-                layer = layer_class(target, adapter_name, peft_config, r, alpha, is_conv1d, self._loads_labels, backend)
+                layer = layer_class(
+                    target, adapter_name, peft_config, ranks, alpha, is_conv1d, self._loads_labels, backend
+                )
             if normalizes:
                 peft_config.normalized_alpha[current_key] = layer.normalize_anchor(adapter_name)
         except PartitionError as error:
@@ -232,29 +248,6 @@ class SmoaModel(BaseTuner):
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         return adapter_names_hooks(self, kwargs)
-
-
-def _base_of(module: nn.Module) -> nn.Module:
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-
-
-def _check_target(name: str, module: nn.Module, config: SmoaConfig, model: nn.Module) -> QuantizationBackend | None:
-    """Raise unless the module can be adapted; the backend of a quantised one."""
-    base = _base_of(module)
-    try:
-        backend = find_backend(base, model)
-    except UnsupportedModuleError as error:
-        raise UnsupportedModuleError(f"{name}: {error}") from error
-    if backend is None and not isinstance(base, (nn.Linear, Conv1D)):
-        raise UnsupportedModuleError(
-            f"{name}: SMoA can't adapt a {type(base).__module__}.{type(base).__qualname__}; supported are {SUPPORTED}; "
-            "leave it out of target_modules or name it in exclude_modules"
-        )
-    try:
-        check_num_blocks(config.num_blocks, *linear_shape(base))
-    except PartitionError as error:
-        raise PartitionError(f"{name}: {error}") from None
-    return backend
 
 
 def _layers_with(model: nn.Module, adapter_name: str) -> list[SmoaLayer]:

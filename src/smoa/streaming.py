@@ -87,8 +87,8 @@ class SavedAdapter:
         """
         A, B, rows, cols = (self.layers[module][part] for part in PARTS)
         pristine = weight.T if transposed else weight
-        partition = SpectralPartition(rows, cols, self.config.num_blocks)
-        ranks, scaling = self.config.ranks(len(A)), self.config.alpha_of(module, len(A)) / len(A)
+        ranks, scaling = self.config.ranks_of(module, len(A)), self.config.alpha_of(module, len(A)) / len(A)
+        partition = SpectralPartition(rows, cols, len(ranks))
         merged = delta_weight(pristine, A, B, partition, ranks, scaling, self.config.modulation).add_(pristine)
         return merged.T if transposed else merged
 

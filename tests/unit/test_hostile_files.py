@@ -132,6 +132,9 @@ WRONG: dict[str, list[Any]] = {
     "init_weights": [None, "gaussian", 2],
     "normalize_anchor": [None, "yes", 1],
     "normalized_alpha": [None, 1, [1], {"a": None}, {"a": 0}],
+    "num_blocks_pattern": [None, 1, [1], {"(": 2}, {"a": "b"}, {"a": 256}],
+    "blocks_from_spectrum": [None, "yes", 1],
+    "spectrum_blocks": [None, 1, [1], {"a": None}, {"a": 0}],
 }
 
 
