@@ -50,7 +50,9 @@ def study(summary: Path) -> str:
     links = [f"[{title}]({home}/{name})" for name, title in reports.items() if (folder / name).is_file()] + links
     parts = [f"## {folder.name}\n\n{', '.join(links)}; one JSON for each run lies in `docs/{home}`."]
     for budget in dict.fromkeys(row["budget"] for row in rows):
-        of_budget = sorted((row for row in rows if row["budget"] == budget), key=lambda row: row["loss"])
+        of_budget = sorted(
+            (row for row in rows if row["budget"] == budget), key=lambda row: (row["loss"] is None, row["loss"])
+        )
         parts.append(f"Budget *{budget}*, reference **{of_budget[0]['reference']}**; {verdicts(of_budget)}")
         parts.append(table(HEADER, [cells(row) for row in of_budget]))
     pictures = {path.name: path.stem.replace("_", " ").capitalize() for path in sorted(folder.glob("*.png"))}
@@ -69,7 +71,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         row["entry"],
         f"{row['parameters']:,}",
         str(len(row["seeds"])),
-        f"{row['loss']:.4f} ± {row['loss_spread']:.4f}",
+        "diverged" if row["loss"] is None else f"{row['loss']:.4f} ± {row['loss_spread']:.4f}",
         *difference(row["loss_difference"], 1, 4),
         f"{100 * row['accuracy']:.1f} ± {100 * row['accuracy_spread']:.1f}",
         *difference(row["accuracy_difference"], 100, 1),
@@ -79,6 +81,8 @@ def cells(row: dict[str, Any]) -> list[str]:
 def difference(found: dict[str, Any] | None, scale: float, digits: int) -> tuple[str, str]:
     if found is None:
         return "", "–"
+    if found["mean"] is None:
+        return "diverged", found["verdict"]
     return " ".join(Difference(**found).signed(scale, digits)), found["verdict"]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +25,7 @@ def compare(
 
         from smoa.experiments.comparison.compare import Comparison
         from smoa.experiments.comparison.report import report
+        from smoa.experiments.comparison.rows import as_json
         from smoa.experiments.comparison.study import load_study
 
         checked = load_study(study, overrides)
@@ -34,7 +34,7 @@ def compare(
             Comparison(checked).run(only or [])
         rows = report(checked)
         if json:
-            print_json([asdict(row) for row in rows])
+            print_json(as_json(rows))
             return
         print_table(
             ["entry", "trained", "seeds", "loss", "accuracy %", "loss difference", "", "accuracy difference %", ""],

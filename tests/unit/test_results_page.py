@@ -3,12 +3,11 @@ from __future__ import annotations
 import json
 import runpy
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from smoa.experiments.comparison.rows import Row
+from smoa.experiments.comparison.rows import Row, as_json
 from smoa.experiments.comparison.statistics import Difference, Interval
 
 SCRIPT = Path(__file__).parents[2] / "docs" / "figures" / "results.py"
@@ -32,6 +31,7 @@ def row(entry: str, loss: float, difference: Difference | None) -> Row:
         accuracy=0.5,
         accuracy_spread=0.02,
         accuracy_interval=Interval(0.5, 0.4, 0.6),
+        task_accuracy={"arc_easy": 0.5},
         elsewhere=None,
         seconds=60.0,
         loss_difference=difference,
@@ -44,7 +44,7 @@ def docs(tmp_path: Path) -> Path:
     study = tmp_path / "studies" / "headlines"
     study.mkdir(parents=True)
     rows = [row("lora", 3.25, Difference(0.0125, 0.001, 0.024, "worse")), row("smoa", 3.2375, None)]
-    (study / "summary.json").write_text(json.dumps([asdict(one) for one in rows]))
+    (study / "summary.json").write_text(json.dumps(as_json(rows)))
     (study / "learning_rates.png").touch()
     (tmp_path / "lab-results").mkdir()
     scores = {"questions": 40, "gold_loss": 2.5, "gold_loss_stderr": 0.25, "accuracy": 0.375, "majority": None}
@@ -79,6 +79,15 @@ def test_a_study_is_told_in_words_with_its_intervals(docs: Path) -> None:
     text = page(docs)
     assert "reference **smoa**; by loss 0 better, 0 same, 1 worse." in text
     assert "| lora | 158,976 | 3 | 3.2500 ± 0.0100 | +0.0125 [+0.0010, +0.0240] | worse | 50.0 ± 2.0 |" in text
+    assert text.index("| smoa |") < text.index("| lora |")
+
+
+def test_an_entry_that_diverged_stands_last(docs: Path) -> None:
+    nan = float("nan")
+    rows = [row("lora", float("inf"), Difference(nan, nan, nan, "worse")), row("smoa", 3.2375, None)]
+    (docs / "studies" / "headlines" / "summary.json").write_text(json.dumps(as_json(rows)))
+    text = page(docs)
+    assert "| lora | 158,976 | 3 | diverged | diverged | worse | 50.0 ± 2.0 | diverged | worse |" in text
     assert text.index("| smoa |") < text.index("| lora |")
 
 

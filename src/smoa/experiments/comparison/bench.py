@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,7 +65,7 @@ class Bench(ABC):
             "parameters": fitted.parameters,
             "seconds": round(fitted.seconds, 1),
             "steps": fitted.trainer.state.global_step,
-            "training_loss": _finite(fitted.trainer.state.log_history[-1].get("train_loss")),
+            "training_loss": fitted.trainer.state.log_history[-1].get("train_loss"),
             **self._scores(fitted.model, config, part),
         }
 
@@ -129,12 +128,7 @@ def _questions(outcomes: Sequence[Outcome]) -> dict[str, list[Any]]:
     """Per question, in order, so that entries can be paired: task, loss and tokens of the gold answer, right or not."""
     return {
         "task": [outcome.record.task for outcome in outcomes],
-        "nll": [_finite(round(outcome.gold_nll, 4)) for outcome in outcomes],
+        "nll": [round(outcome.gold_nll, 4) for outcome in outcomes],
         "tokens": [outcome.gold_tokens for outcome in outcomes],
         "right": [int(outcome.right) for outcome in outcomes],
     }
-
-
-def _finite(value: float | None) -> float | None:
-    """JSON knows neither NaN nor infinity: null stands for a run that diverged."""
-    return value if value is not None and math.isfinite(value) else None

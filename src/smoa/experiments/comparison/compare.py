@@ -11,7 +11,7 @@ from typing import Any
 from smoa.experiments.comparison.bench import Bench, Part
 from smoa.experiments.comparison.study import Study
 from smoa.experiments.comparison.trials import Stage, Trial, TrialStore
-from smoa.experiments.comparison.tuning import best_index, half_decade, is_interior, nearest_index, next_index
+from smoa.experiments.comparison.tuning import best_index, first_index, is_interior, nearest_index, next_index, rate
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +52,12 @@ class Comparison:
         entry, tuning = self.study.entries[name], self.study.tuning
         if tuning.max_runs == 0:
             return Tuned({}, entry.learning_rate, interior=False)
-        start = nearest_index(entry.learning_rate)
+        start = first_index(entry.learning_rate)
         losses: dict[int, float | None] = {}
-        while (index := next_index(start, losses, tuning.max_runs)) is not None:
-            result = self._trial(Trial("tuning", name, half_decade(index), tuning.seed))
+        while (index := next_index(start, losses, tuning.max_runs, tuning.refine)) is not None:
+            result = self._trial(Trial("tuning", name, rate(index), tuning.seed))
             losses[index] = validation_loss(result)
-            logger.info("%s at %g: %s", name, half_decade(index), _summary(result))
+            logger.info("%s at %g: %s", name, rate(index), _summary(result))
         return _tuned(losses)
 
     def untouched(self) -> dict[str, Any]:
@@ -101,10 +101,12 @@ def validation_loss(result: dict[str, Any]) -> float | None:
 
 
 def _tuned(losses: dict[int, float | None]) -> Tuned:
-    by_rate = {half_decade(index): losses[index] for index in sorted(losses)}
-    return Tuned(by_rate, half_decade(best_index(losses)), is_interior(losses))
+    by_rate = {rate(index): losses[index] for index in sorted(losses)}
+    return Tuned(by_rate, rate(best_index(losses)), is_interior(losses))
 
 
 def _summary(result: dict[str, Any]) -> str:
     scores = result["scores"]["all"]
+    if scores["gold_loss"] is None:
+        return f"diverged ({result.get('seconds', 0)} s)"
     return f"loss {scores['gold_loss']:.4f}, accuracy {scores['accuracy']:.4f} ({result.get('seconds', 0)} s)"

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from typing import Any
 
 from smoa.errors import DataError
 from smoa.experiments.cache import write_whole
 from smoa.experiments.comparison.compare import stored_search
 from smoa.experiments.comparison.pictures import draw_differences, draw_searches
-from smoa.experiments.comparison.rows import Row, entry_row
+from smoa.experiments.comparison.rows import BY_TASK, Row, accuracy_by_task, as_json, entry_row
 from smoa.experiments.comparison.statistics import Difference
 from smoa.experiments.comparison.study import Study
 from smoa.experiments.comparison.study_page import study_page
@@ -29,10 +28,10 @@ def report(study: Study) -> list[Row]:
     if not rows:
         raise DataError(f"{study.folder}: no final run is finished yet; run smoa compare on this study first")
     untouched = TrialStore(study.folder).find("untouched")
-    write_whole(study.folder / "summary.json", json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    write_whole(study.folder / "summary.json", json.dumps(as_json(rows), indent=1, allow_nan=False) + "\n")
     pictures = _draw(study, rows)
     write_whole(study.folder / "README.md", _page(study, rows, untouched, pictures))
-    write_whole(study.folder / "index.html", study_page(study, rows, [_known_before(untouched)]))
+    write_whole(study.folder / "index.html", study_page(study, rows, untouched, [_known_before(untouched)]))
     return rows
 
 
@@ -52,17 +51,19 @@ def _draw(study: Study, rows: list[Row]) -> dict[str, str]:
 
 
 def _page(study: Study, rows: list[Row], untouched: dict[str, Any] | None, pictures: dict[str, str]) -> str:
+    beside = ", then the two quarter decades beside it" if study.tuning.refine else ""
     parts = [
         f"# {study.folder.name}: {study.kind} of {study.shared['model']['name']}",
         "Written by `smoa compare` from the JSON files beside it; do not edit. Each entry's learning rate is chosen on "
         "validation data by the same search (half decades around a start, then on in the better direction until the "
-        f"best is inside, at most {study.tuning.max_runs} runs); the figures are of fresh seeds on the test part. "
-        "Differences are paired by seed and question, with bootstrap 95 % intervals over both; *same* means that the "
-        "interval holds 0; one seed gets no verdict. ± is the standard deviation over seeds. An edge mark (!) says "
+        f"best is inside, at most {study.tuning.max_runs} runs{beside}); the figures are of fresh seeds on the test "
+        "part. Differences are paired by seed and question, with bootstrap 95 % intervals over both; *same* means that "
+        "the interval holds 0; one seed gets no verdict. ± is the standard deviation over seeds. An edge mark (!) says "
         "that the best learning rate is the last one tried on a side.",
     ]
     budgets = dict.fromkeys(row.budget for row in rows)
     parts += [_table([row for row in rows if row.budget == budget], budget) for budget in budgets]
+    parts += [_tasks([row for row in rows if row.budget == budget], budget, untouched) for budget in budgets]
     parts.append(_known_before(untouched))
     parts += [f"![{title}]({file})" for file, title in pictures.items()]
     missing = [name for name in study.entries if name not in {row.entry for row in rows}]
@@ -77,6 +78,16 @@ def _table(rows: list[Row], budget: str) -> str:
     names += [f"loss − {reference}", "", f"accuracy % − {reference}", "", "elsewhere", "s"]
     header = f"| {' | '.join(names)} |\n|---|{'--:|' * 7}---|--:|---|--:|--:|"
     return "\n".join([f"## Budget: {budget}\n", header, *(_line(row) for row in rows)])
+
+
+def _tasks(rows: list[Row], budget: str, untouched: dict[str, Any] | None) -> str:
+    header, *lines = accuracy_by_task(rows, untouched) or [[]]
+    if not lines:
+        return ""
+    parts = [f"| {' | '.join(cells)} |" for cells in lines]
+    return "\n".join(
+        [f"### {BY_TASK}: {budget}\n", f"| {' | '.join(header)} |", f"|---|{'--:|' * (len(header) - 1)}", *parts]
+    )
 
 
 def _line(row: Row) -> str:

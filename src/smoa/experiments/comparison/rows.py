@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,9 @@ from smoa.experiments.comparison.statistics import (
     outcomes,
 )
 from smoa.experiments.comparison.study import Study
+from smoa.experiments.comparison.trials import finite
+
+BY_TASK = "Accuracy % by task"
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Row:
     accuracy: float
     accuracy_spread: float
     accuracy_interval: Interval
+    task_accuracy: dict[str, float]
     elsewhere: float | None
     seconds: float
     loss_difference: Difference | None
@@ -63,11 +68,36 @@ def entry_row(study: Study, name: str) -> Row | None:
         accuracy=float(accuracies.mean()),
         accuracy_spread=_spread(accuracies),
         accuracy_interval=accuracy_interval(found),
+        task_accuracy=_by_task(list(finals.values())),
         elsewhere=float(np.mean(away)) if away else None,
         seconds=float(np.mean([result["seconds"] for result in finals.values()])),
         loss_difference=by_loss,
         accuracy_difference=by_accuracy,
     )
+
+
+def accuracy_by_task(rows: Sequence[Row], untouched: dict[str, Any] | None) -> list[list[str]]:
+    """A table in percent, its header first, with the untouched model last; nothing where there is one task only."""
+    names = list(rows[0].task_accuracy)
+    if len(names) < 2:
+        return []
+    found = [(row.entry, row.task_accuracy) for row in rows]
+    if untouched is not None:
+        found.append(("untouched", {name: untouched["scores"][name]["accuracy"] for name in names}))
+    shares = [(entry, [by_task[name] for name in names]) for entry, by_task in found]
+    lines = [[entry, *(f"{100 * one:.1f}" for one in (*of, sum(of) / len(of)))] for entry, of in shares]
+    return [["entry", *names, "mean"], *lines]
+
+
+def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Plain values, with null for what a diverged run left without a number."""
+    return [finite(asdict(row)) for row in rows]
+
+
+def _by_task(results: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Accuracy of each task, the mean over seeds."""
+    tasks = [name for name in results[0]["scores"] if name != "all"]
+    return {name: float(np.mean([result["scores"][name]["accuracy"] for result in results])) for name in tasks}
 
 
 def _finals(study: Study, name: str) -> dict[int, dict[str, Any]]:

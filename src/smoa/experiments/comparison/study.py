@@ -17,11 +17,13 @@ from smoa.experiments.yaml_text import apply_overrides, parse_yaml
 
 class Tuning(Section):
     """The search for a learning rate, the same for each entry: half decades around the start, and on in the better
-    direction until the best of them has neighbours on both sides or ``max_runs`` are spent. Judged by the gold
-    answers' loss on the validation part after a run with ``seed``. ``max_runs: 0`` takes the start as it is."""
+    direction until the best of them has neighbours on both sides or ``max_runs`` are spent; with ``refine`` the quarter
+    decades beside the best as well. Judged by the gold answers' loss on the validation part after a run with ``seed``.
+    ``max_runs: 0`` takes the start as it is."""
 
     seed: int = 100
     max_runs: Literal[0] | Annotated[int, Field(ge=3)] = 6
+    refine: bool = False
 
 
 class Study(Section):

@@ -7,7 +7,7 @@ from itertools import cycle
 from typing import Any
 
 from smoa.experiments.comparison.pictures import MARKERS, STYLES, new_figure
-from smoa.experiments.comparison.rows import Row
+from smoa.experiments.comparison.rows import BY_TASK, Row, accuracy_by_task
 from smoa.experiments.comparison.statistics import Difference
 from smoa.experiments.comparison.study import Study
 from smoa.experiments.comparison.trials import Trial
@@ -19,8 +19,9 @@ HEADER = [
 ]
 
 
-def study_page(study: Study, rows: Sequence[Row], remarks: Sequence[str]) -> str:
+def study_page(study: Study, rows: Sequence[Row], untouched: dict[str, Any] | None, remarks: Sequence[str]) -> str:
     """The HTML; ``remarks`` are put under the introduction."""
+    header, *by_task = accuracy_by_task(rows, untouched) or [[]]
     searched = [row for row in rows if row.search is not None]
     parts = [
         paragraph(
@@ -32,6 +33,7 @@ def study_page(study: Study, rows: Sequence[Row], remarks: Sequence[str]) -> str
         section(
             "Results", table("Test results, best loss first; choose a heading to sort.", HEADER, _cells(study, rows))
         ),
+        *([section(BY_TASK, table("The mean over seeds.", header, by_task))] if by_task else []),
         section("Accuracy against trained parameters", figure(_accuracy(study, rows), _ACCURACY)),
         *([section("Learning rates", figure(_searches(study, searched), _SEARCHES))] if searched else []),
         section("Cost", figure(_cost(rows), "Seconds of a final run's training, mean over seeds.")),

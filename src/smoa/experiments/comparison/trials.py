@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,14 +62,25 @@ class TrialStore:
             return found
         work = self.folder / "work" / name
         logger.info("%s", name)
-        result = run(work)
+        result = finite(run(work))
         seed = int(result["config"]["training"].get("seed", 0))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         result = {"format": 1, "name": name, "provenance": provenance(seed, device), **result}
         result["config"] = _comparable(result["config"])
-        write_whole(self.file(name), json.dumps(result, ensure_ascii=False, separators=(",", ":")) + "\n")
+        write_whole(
+            self.file(name), json.dumps(result, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
+        )
         shutil.rmtree(work, ignore_errors=True)
         return result
+
+
+def finite(value: Any) -> Any:
+    """The same, with None for NaN and infinities, which JSON has no words for: what a run left that diverged."""
+    if isinstance(value, dict):
+        return {key: finite(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:

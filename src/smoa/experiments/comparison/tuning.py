@@ -1,4 +1,5 @@
-"""The search for a learning rate: half decades, walking downhill until the best has neighbours on both sides."""
+"""The search for a learning rate: half decades, walking downhill until the best has neighbours on both sides, and then,
+if asked for, the quarter decades beside it. An index counts quarter decades; the even ones are half decades."""
 
 from __future__ import annotations
 
@@ -6,30 +7,35 @@ import math
 from collections.abc import Mapping
 
 
-def half_decade(index: int) -> float:
-    """1, 3, 10, 30, …: the grid's value at ``index``, 10^(index / 2) to one digit."""
-    return float(f"{10 ** (index / 2):.0e}")
+def rate(index: int) -> float:
+    """1, 2, 3, 6, 10, …: the grid's value at ``index``, 10^(index / 4) to one digit."""
+    return float(f"{10 ** (index / 4):.0e}")
 
 
 def nearest_index(learning_rate: float) -> int:
     """Where on the grid a learning rate lies."""
-    return round(2 * math.log10(learning_rate))
+    return round(4 * math.log10(learning_rate))
 
 
-def next_index(start: int, losses: Mapping[int, float | None], max_runs: int) -> int | None:
-    """The grid index to try next; None when the best is interior or ``max_runs`` are spent.
+def first_index(learning_rate: float) -> int:
+    """The half decade at which a search from this learning rate starts."""
+    return 2 * round(2 * math.log10(learning_rate))
+
+
+def next_index(start: int, losses: Mapping[int, float | None], max_runs: int, refine: bool = False) -> int | None:
+    """The grid index to try next; None when the search is over.
 
     ``losses`` by index; None is a run that diverged. First come the start and its neighbours, then whatever lies
-    beyond the best.
+    beyond the best, until that is interior or ``max_runs`` are spent; with ``refine`` two more, on both sides of it.
     """
-    for index in (start, start - 1, start + 1):
-        if index not in losses:
+    halves = {index: loss for index, loss in losses.items() if index % 2 == 0}
+    for index in (start, start - 2, start + 2):
+        if index not in halves:
             return index
-    if len(losses) >= max_runs:
-        return None
-    best = best_index(losses)
-    beyond = [index for index in (best - 1, best + 1) if index not in losses]
-    return beyond[0] if beyond else None
+    best = best_index(halves)
+    beyond = [best - 2, best + 2] if len(halves) < max_runs else []
+    beside = [best - 1, best + 1] if refine else []
+    return next((index for index in (*beyond, *beside) if index not in losses), None)
 
 
 def best_index(losses: Mapping[int, float | None]) -> int:
@@ -38,6 +44,5 @@ def best_index(losses: Mapping[int, float | None]) -> int:
 
 
 def is_interior(losses: Mapping[int, float | None]) -> bool:
-    """Whether the best has a tried neighbour on both sides."""
-    best = best_index(losses)
-    return best - 1 in losses and best + 1 in losses
+    """Whether something was tried on both sides of the best."""
+    return min(losses) < best_index(losses) < max(losses)

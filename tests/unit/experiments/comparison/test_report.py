@@ -120,6 +120,30 @@ def test_a_final_run_that_diverged_is_worse_than_any(study: Study) -> None:
     rows = {row.entry: row for row in report(study)}
     assert rows["lora"].loss_difference is not None
     assert rows["lora"].loss_difference.verdict == "worse"
+    summary = json.loads((study.folder / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert [one["loss"] for one in summary if one["entry"] == "lora"] == [None]
+
+
+def test_a_trial_that_diverged_is_stored_as_json_that_others_can_read(tmp_path: Path) -> None:
+    result = {"config": {"training": {}}, "scores": {"all": {"gold_loss": math.inf}}, "questions": {"nll": [math.nan]}}
+    store = TrialStore(tmp_path)
+    first = store.get("final/lora/x", {}, lambda work: result)
+    assert json.loads(store.file("final/lora/x").read_text(), parse_constant=pytest.fail) == first
+    assert (first["scores"]["all"]["gold_loss"], first["questions"]["nll"]) == (None, [None])
+
+
+def test_accuracy_is_told_task_by_task(study: Study) -> None:
+    for seed in (0, 1):
+        scores = {name: {"accuracy": share + seed / 10} for name, share in (("piqa", 0.5), ("boolq", 0.3))}
+        finish(study, Trial("final", "ours", 0.01, seed), 2.0, scores=scores)
+    untouched = {"gold_loss": 4.0, "accuracy": 0.25, "majority": None}
+    scores = {"piqa": {"accuracy": 0.4}, "boolq": {"accuracy": 0.2}, "all": untouched}
+    (study.folder / "untouched.json").write_text(json.dumps({"scores": scores}))
+    report(study)
+    assert (
+        "| entry | piqa | boolq | mean |\n|---|--:|--:|--:|\n| ours | 55.0 | 35.0 | 45.0 |\n| untouched | 40.0"
+        in page(study)
+    )
 
 
 def test_what_was_known_before_is_told(study: Study) -> None:
