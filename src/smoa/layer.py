@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import TypeVar
-
 import torch
-from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.integrations import gather_params_ctx
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import SmoaConfig
-from .distributed import awaits_process_group, from_rank_zero, refuse_partitioned, whole
+from .distributed import refuse_partitioned
 from .errors import PartitionError
 from .merging import DiagonalBlocks
 from .modulation import BlockLayout, Initialisation, Modulation, delta_weight, init_factors, noise_like, rms_of
-from .spectrum import UNDECIDED, PartitionKind, SpectralPartition, check_num_blocks, make_partition
-from .spectrum_cache import cached_spectral_scores
+from .partition_state import PartitionState
+from .spectrum import check_num_blocks
 from .weight_cache import WeightCache
-
-T = TypeVar("T")
 
 RANDOM_SIZE = 0.1
 """rms of ΔW relative to W of an adapter made with `init_weights=False`: visible, not huge."""
 
 
-class SmoaLayer(BaseTunerLayer):
+class SmoaLayer(PartitionState):
     """State of all SMoA adapters on one layer; everything but `base_layer` is keyed by adapter name.
 
     `smoa_A[name]` is a `Linear(⌈n/K⌉ → r)`, `smoa_B[name]` a `Linear(r → ⌈m/K⌉)`, both without bias, and the labels are
@@ -52,20 +43,17 @@ class SmoaLayer(BaseTunerLayer):
     def __init__(
         self, base_layer: nn.Module, fan_in_fan_out: bool = False, backend: QuantizationBackend | None = None
     ) -> None:
+        PartitionState.__init__(self)
         self.base_layer = base_layer
         self.fan_in_fan_out = fan_in_fan_out
         self.quantization_backend = backend
         self.r: dict[str, int] = {}
         self.alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
-        self.layout: dict[str, BlockLayout] = {}
         self.modulation: dict[str, Modulation] = {}
-        self.pending_partition: dict[str, PartitionKind] = {}
         self.smoa_dropout = nn.ModuleDict()
         self.smoa_A = nn.ModuleDict()
         self.smoa_B = nn.ModuleDict()
-        self.smoa_row_labels = BufferDict(persistent=True)
-        self.smoa_col_labels = BufferDict(persistent=True)
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._pristine_blocks: list[DiagonalBlocks] = []
@@ -108,71 +96,6 @@ class SmoaLayer(BaseTunerLayer):
         with torch.no_grad():
             init_factors(A.weight, B.weight, layout, init, relative_size=RANDOM_SIZE / self.scaling[adapter_name])
         self.smoa_A[adapter_name], self.smoa_B[adapter_name] = A, B
-
-    def _add_labels(self, adapter_name: str, kind: PartitionKind, defer: bool) -> None:
-        device = self.stored_weight().device
-        self.smoa_row_labels[adapter_name] = _undecided(self.out_features, device)
-        self.smoa_col_labels[adapter_name] = _undecided(self.in_features, device)
-        self.pending_partition[adapter_name] = kind
-        if not defer and not awaits_process_group() and self._compute_labels(adapter_name):
-            del self.pending_partition[adapter_name]
-
-    def decide_partition(self, adapter_name: str) -> None:
-        """Compute the labels of an adapter unless they have been computed or loaded already.
-
-        Of several processes rank 0 computes them for all, so every rank must call this.
-        """
-        if adapter_name not in self.pending_partition:
-            return
-        if not self._has_valid_labels(adapter_name) and not self._compute_labels(adapter_name):
-            raise PartitionError("the base weight is on the meta device; load the weights before the adapter is used")
-        del self.pending_partition[adapter_name]
-
-    def share_partition(self, source: str, adapter_name: str) -> None:
-        """Give the adapter the labels of the adapter `source`, which has as many blocks."""
-        partition = self.partition(source)
-        self.smoa_row_labels[adapter_name].copy_(partition.row_labels)
-        self.smoa_col_labels[adapter_name].copy_(partition.col_labels)
-        self.pending_partition.pop(adapter_name, None)
-
-    def _compute_labels(self, adapter_name: str) -> bool:
-        """Compute the labels from the weight, which is rank 0's; False, and nothing, if that is on the meta device."""
-        kind, num_blocks = self.pending_partition[adapter_name], self.layout[adapter_name].num_blocks
-        found = self._from_weight(
-            partial(_labels_of, num_blocks, kind),
-            everywhere=kind != "spectral",  # costs nothing, and keeps the random generators of all ranks in step
-        )
-        if found is None:
-            return False
-        for buffers, labels in zip((self.smoa_row_labels, self.smoa_col_labels), found, strict=True):
-            if buffers[adapter_name].device.type == "meta":
-                buffers[adapter_name] = labels
-            else:
-                buffers[adapter_name].copy_(labels)
-        return True
-
-    def _from_weight(self, compute: Callable[[Tensor], T], everywhere: bool = False) -> T | None:
-        """`compute` of rank 0's whole pristine weight, on every rank; None if that weight is on the meta device."""
-        with gather_params_ctx(self.stored_weight()):  # whole under DeepSpeed ZeRO-3
-            is_meta = self.stored_weight().device.type == "meta"
-            weight = None if is_meta else whole(self.pristine_weight())  # and where FSDP2 has sharded it
-            return from_rank_zero(lambda: None if weight is None else compute(weight), everywhere)
-
-    def _has_valid_labels(self, adapter_name: str) -> bool:
-        rows, cols = self.smoa_row_labels[adapter_name], self.smoa_col_labels[adapter_name]
-        if rows.device.type == "meta":
-            return False
-        try:
-            SpectralPartition(rows, cols, self.layout[adapter_name].num_blocks)
-        except PartitionError:
-            return False
-        return True
-
-    def partition(self, adapter_name: str) -> SpectralPartition:
-        """The adapter's partition; computed now if nothing has decided it yet."""
-        self.decide_partition(adapter_name)
-        rows, cols = self.smoa_row_labels[adapter_name], self.smoa_col_labels[adapter_name]
-        return SpectralPartition(rows, cols, self.layout[adapter_name].num_blocks)
 
     def stored_weight(self) -> Tensor:
         """The base layer's weight as it is stored: transposed in a Conv1D, packed bytes in a quantised layer."""
@@ -261,16 +184,6 @@ def linear_shape(base: nn.Module) -> tuple[int, int]:
         shape = getattr(base.weight, "ds_shape", base.weight.shape)
         return shape[1], shape[0]
     return int(base.out_features), int(base.in_features)  # type: ignore[arg-type]
-
-
-def _labels_of(num_blocks: int, kind: PartitionKind, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and column labels of a weight, on the CPU."""
-    partition = make_partition(weight, num_blocks, kind, cached_spectral_scores)
-    return partition.row_labels.cpu(), partition.col_labels.cpu()
-
-
-def _undecided(size: int, device: torch.device) -> Tensor:
-    return torch.full((size,), UNDECIDED, dtype=torch.uint8, device=device)
 
 
 def _linear_weight(linear: nn.Module) -> Tensor:
