@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -50,6 +52,26 @@ def tiny_base(folder: Path) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def tiny_run(
+    room: Path, monkeypatch: pytest.MonkeyPatch, *, train: int, test: int, training: dict[str, Any], **sections: Any
+) -> dict[str, Any]:
+    """The config of a run on a tiny model and so many questions, all in `room`; `sections` are laid over it."""
+    monkeypatch.setenv("SMOA_CACHE", str(room / "cache"))
+    fill_cache(room / "cache", questions(train, "train"), questions(test, "test"))
+    return {
+        "model": {"name": str(tiny_base(room / "base"))},
+        "adapter": {"r": 4, "num_blocks": 2, "target_modules": ["q_proj", "v_proj"]},
+        "data": {"tasks": ["arc_easy"], "train_examples": 8, "validation_examples": 2},
+        "training": {"output_dir": str(room / "run"), "use_cpu": True, **training},
+        **sections,
+    }
+
+
+def steps(number: int, **training: Any) -> dict[str, Any]:
+    """The training block of a run of so many steps of two examples."""
+    return {"max_steps": number, "per_device_train_batch_size": 2, "logging_steps": 1, **training}
 
 
 def tiny_encoder(folder: Path) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +27,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("zero")
     run_two("tests.integration.workers.zero", str(path))
     return path
-
-
-@pytest.fixture(scope="module")
-def ranks(folder: Path) -> list[dict[str, Any]]:
-    """Results of rank 0 and of rank 1, by strategy."""
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
-
-
-@pytest.fixture(scope="module")
-def one_process() -> tuple[PeftModel, list[float]]:
-    """The trained model of one process that accumulates two micro-batches, and its losses."""
-    return train_alone(adapted())
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from smoa.experiments import training
 from smoa.experiments.config import check_config
 from tests import lab, tiny_models
-from tests.integration.workers.strategies import adapted, labels, layers, micro_batches, train_alone
+from tests.integration.workers.strategies import adapted, labels, layers, micro_batches
 from tests.processes import ROOT, environment, free_port, run_two
 
 CURVE_TOLERANCE = 1e-5
@@ -46,18 +46,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("two")
     run_two("tests.integration.workers.strategies", str(path))
     return path
-
-
-@pytest.fixture(scope="module")
-def ranks(folder: Path) -> list[dict[str, Any]]:
-    """Results of rank 0 and of rank 1, by strategy."""
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
-
-
-@pytest.fixture(scope="module")
-def one_process() -> tuple[PeftModel, list[float]]:
-    """The trained model of one process that accumulates two micro-batches, and its losses."""
-    return train_alone(adapted())
 
 
 def of_strategy(ranks: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:

@@ -29,25 +29,12 @@ pytestmark = [
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A run of four steps that saves after each of them."""
-    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
-    lab.fill_cache(tmp_path / "cache", lab.questions(40, "train"), lab.questions(3, "test"))
-    return {
-        "model": {"name": str(lab.tiny_base(tmp_path / "base"))},
-        "method": "smoa",
-        "adapter": {"r": 4, "num_blocks": 2, "smoa_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]},
-        "data": {"tasks": ["arc_easy"], "train_examples": 8, "validation_examples": 2},
-        "task": {"baseline": False},
-        "training": {
-            "output_dir": str(tmp_path / "run"),
-            "max_steps": 4,
-            "per_device_train_batch_size": 2,
-            "learning_rate": 0.01,
-            "logging_steps": 1,
-            "save_steps": 1,
-            "save_total_limit": 1,
-            "use_cpu": True,
-        },
-    }
+    saving = {"save_steps": 1, "save_total_limit": 1}
+    adapter = {"r": 4, "num_blocks": 2, "smoa_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]}
+    training = lab.steps(4, learning_rate=0.01, **saving)
+    return lab.tiny_run(
+        tmp_path, monkeypatch, train=40, test=3, training=training, adapter=adapter, task={"baseline": False}
+    )
 
 
 def result(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -27,23 +27,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A run of four steps."""
-    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
-    lab.fill_cache(tmp_path / "cache", lab.questions(40, "train"), lab.questions(6, "test"))
-    return {
-        "model": {"name": str(lab.tiny_base(tmp_path / "base"))},
-        "method": "smoa",
-        "adapter": {"r": 4, "num_blocks": 2, "smoa_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]},
-        "data": {"tasks": ["arc_easy"], "train_examples": 16, "validation_examples": 2},
-        "training": {
-            "output_dir": str(tmp_path / "run"),
-            "max_steps": 4,
-            "per_device_train_batch_size": 2,
-            "learning_rate": 0.01,
-            "save_steps": 2,
-            "logging_steps": 1,
-            "use_cpu": True,
-        },
-    }
+    adapter = {"r": 4, "num_blocks": 2, "smoa_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]}
+    data = {"tasks": ["arc_easy"], "train_examples": 16, "validation_examples": 2}
+    training = lab.steps(4, learning_rate=0.01, save_steps=2)
+    return lab.tiny_run(tmp_path, monkeypatch, train=40, test=6, training=training, adapter=adapter, data=data)
 
 
 @pytest.fixture

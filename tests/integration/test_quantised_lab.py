@@ -32,21 +32,17 @@ def _one_layout(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A run of four steps on an NF4 model."""
-    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
-    lab.fill_cache(tmp_path / "cache", lab.questions(40, "train"), lab.questions(6, "test"))
-    return {
-        "model": {"name": str(lab.tiny_base(tmp_path / "base")), "options": {"quantization_config": NF4}},
-        "adapter": {"r": 4, "num_blocks": 2, "alpha": 128, "target_modules": "all-linear"},
-        "data": {"tasks": ["arc_easy"], "train_examples": 16, "validation_examples": 2},
-        "training": {
-            "output_dir": str(tmp_path / "run"),
-            "max_steps": 4,
-            "per_device_train_batch_size": 2,
-            "learning_rate": 0.01,
-            "logging_steps": 1,
-            "use_cpu": True,
-        },
-    }
+    config = lab.tiny_run(
+        tmp_path,
+        monkeypatch,
+        train=40,
+        test=6,
+        training=lab.steps(4, learning_rate=0.01),
+        adapter={"r": 4, "num_blocks": 2, "alpha": 128, "target_modules": "all-linear"},
+        data={"tasks": ["arc_easy"], "train_examples": 16, "validation_examples": 2},
+    )
+    config["model"]["options"] = {"quantization_config": NF4}
+    return config
 
 
 @pytest.mark.parametrize(("quantisation", "kind"), [(NF4, bnb.nn.Linear4bit), (INT8, bnb.nn.Linear8bitLt)])

@@ -22,14 +22,9 @@ ADAPTER = {"r": 4, "num_blocks": 2, "target_modules": ["q_proj", "v_proj"]}
 @pytest.fixture
 def values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A run's config."""
-    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
-    lab.fill_cache(tmp_path / "cache", lab.questions(10, "train"), lab.questions(5, "test"))
-    return {
-        "model": {"name": str(lab.tiny_base(tmp_path / "base"))},
-        "adapter": ADAPTER,
-        "data": {"tasks": ["arc_easy"]},
-        "training": {"output_dir": str(tmp_path / "run"), "use_cpu": True},
-    }
+    return lab.tiny_run(
+        tmp_path, monkeypatch, train=10, test=5, training={}, adapter=ADAPTER, data={"tasks": ["arc_easy"]}
+    )
 
 
 def finished_run(values: dict[str, Any]) -> Path:

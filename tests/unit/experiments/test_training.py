@@ -23,21 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 @pytest.fixture
 def values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A run of two steps."""
-    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
-    lab.fill_cache(tmp_path / "cache", lab.questions(20, "train"), lab.questions(3, "test"))
-    return {
-        "model": {"name": str(lab.tiny_base(tmp_path / "base"))},
-        "adapter": {"r": 4, "num_blocks": 2, "target_modules": ["q_proj"]},
-        "data": {"tasks": ["arc_easy"], "train_examples": 8, "validation_examples": 2},
-        "training": {
-            "output_dir": str(tmp_path / "run"),
-            "max_steps": 2,
-            "per_device_train_batch_size": 2,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "use_cpu": True,
-        },
-    }
+    return lab.tiny_run(tmp_path, monkeypatch, train=20, test=3, training=lab.steps(2, save_strategy="no"))
 
 
 @pytest.fixture

@@ -67,7 +67,7 @@ class ClassificationBench(Bench):
         source = encoder_folder() if config.model.name == PACKAGED_ENCODER else config.model.name
         options: dict[str, Any] = {
             "dtype": getattr(torch, config.model.dtype),
-            "num_labels": _classes(self.records.train),
+            "num_labels": _classes([*self.records.train, *self._elsewhere_records]),
             "trust_remote_code": config.model.trust_remote_code,
             **config.model.options,
         }
@@ -89,7 +89,7 @@ def encoder_folder() -> str:
 def _classes(records: Sequence[Record]) -> int:
     choices = {record.choices for record in records}
     if len(choices) != 1 or not all(choices):
-        raise DataError("shared.data.tasks: for classification all questions must have the same choices")
+        raise DataError("shared.data and elsewhere: for classification all questions must have the same choices")
     return len(choices.pop())
 
 

@@ -154,6 +154,12 @@ def test_questions_of_differing_choices_are_refused(shared: dict[str, Any], tmp_
         ClassificationBench(shared).run(entry(), 0.01, 0, "test", tmp_path / "work")
 
 
+def test_text_elsewhere_must_have_the_same_classes(shared: dict[str, Any], tmp_path: Path) -> None:
+    lab.fill_cache(tmp_path / "cache", lab.questions(6, "train"), lab.questions(4, "test"))
+    with pytest.raises(DataError, match=r"shared\.data and elsewhere: .* the same choices"):
+        ClassificationBench(shared, {"tasks": ["arc_easy"]}).run(entry(), 0.01, 0, "test", tmp_path / "work")
+
+
 def test_a_model_that_cannot_be_had_is_named(shared: dict[str, Any], tmp_path: Path) -> None:
     shared["model"]["name"] = str(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"model\.name: cannot load .*nowhere' for classification"):
