@@ -25,7 +25,7 @@ TEXT = """---
 
 # {title}
 
-A SMoA adapter ([arXiv:2605.21147](https://arxiv.org/abs/2605.21147)) of `{base}`: r = {r}, {num_blocks} blocks.
+A SMoA adapter ([arXiv:2605.21147](https://arxiv.org/abs/2605.21147)) of `{base}`: r = {r}, {blocks} blocks{by_layer}.
 
 ```python
 import smoa  # makes SMoA known to PEFT
@@ -48,12 +48,14 @@ def adapter_card(title: str, config: Any, metrics: Mapping[str, float]) -> str:
     """Markdown with the front matter that model hubs read; `config` is the SmoaConfig as saved."""
     loader, pipeline = LOADERS.get(str(getattr(config.task_type, "value", config.task_type)), ("AutoPeftModel", None))
     base = config.base_model_name_or_path or "a model without a name"
+    several = config.num_blocks_pattern or config.spectrum_blocks
     return TEXT.format(
         front_matter=_front_matter(config.base_model_name_or_path, pipeline),
         title=title,
         base=base,
         r=config.r,
-        num_blocks=config.num_blocks,
+        blocks=config.num_blocks,
+        by_layer=" where its config says no other number for a layer" if several else "",
         loader=loader,
         metrics=_table(metrics),
         config=settings_as_json(config),

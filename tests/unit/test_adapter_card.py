@@ -31,6 +31,13 @@ def test_the_card_names_base_config_metrics_and_how_to_load(model: Any, tmp_path
     assert settings["target_modules"] == ["q_proj"]
 
 
+def test_the_card_does_not_hide_that_blocks_differ_by_layer(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
+    config = SmoaConfig(r=8, num_blocks_pattern={"v_proj": 4}, target_modules=["q_proj", "v_proj"])
+    save_adapter(get_peft_model(tiny_llama, config), tmp_path / "mine", base_model_name="org/base", metrics={})
+    text = (tmp_path / "mine" / "README.md").read_text()
+    assert "r = 8, 2 blocks where its config says no other number for a layer." in text
+
+
 def test_the_home_folder_stays_out_of_the_card(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     model.peft_config["default"].base_model_name_or_path = str(tmp_path / "models" / "base")
