@@ -9,7 +9,7 @@ from typing import Any
 
 from smoa.experiments.comparison.statistics import Difference
 
-MARKERS = "osD^v<>PX*hp"
+MARKERS = "osD^v<>PX*hpd"  # so many that they repeat in no step with lines and shades
 STYLES = ("-", "--", "-.", ":")
 
 
@@ -40,7 +40,9 @@ def draw_differences(differences: Mapping[str, Difference], reference: str, file
     axes.axvline(0, color="0.5", linestyle="--", linewidth=1)
     axes.set_yticks(range(len(differences)), list(differences))
     axes.invert_yaxis()
-    axes.set_xlabel(f"test loss minus that of {reference} (nats per token; left is better, filled: interval without 0)")
+    axes.set_xlabel(
+        f"test loss minus that of {reference} (nats per token)\nleft is better; filled: the interval leaves out 0"
+    )
     axes.grid(True, axis="x", color="0.9")
     figure.savefig(file)
 
