@@ -138,6 +138,10 @@ def test_a_report_before_any_run_says_what_to_do(values: dict[str, Any], tmp_pat
     [
         ({"entries": {}}, "entries"),
         ({"references": ["nobody"]}, "nobody is no entry; entries: ours, lora"),
+        (
+            {"entries": {"lora": {"method": "lora", "learning_rate": 0.01, "budget": "lora"}}},
+            "is an entry and a budget",
+        ),
         ({"tuning": {"max_runs": 1}}, "tuning.max_runs"),
         ({"colour": "red"}, "colour"),
     ],

@@ -81,6 +81,11 @@ def load_study(path: str | Path, overrides: list[str] | None = None) -> Study:
     unknown = [name for name in study.references if name not in study.entries]
     if unknown:
         raise ConfigError(f"{file}: references: {', '.join(unknown)} is no entry; entries: {', '.join(study.entries)}")
+    both = sorted({entry.budget for entry in study.entries.values()} & study.entries.keys())
+    if both:
+        raise ConfigError(
+            f"{file}: entries: {both[0]} is an entry and a budget, and --only can't tell which; rename one"
+        )
     bench = study.bench()
     for name, entry in study.entries.items():
         bench.config(entry, entry.learning_rate, seed=0, place=f"{file}: entries.{name}")
