@@ -31,6 +31,7 @@ INSPECTION = (
     "reaches: 0 for the leading direction alone, 0.5 where all directions are treated alike."
 )
 HEADER = ["entry", "trained", "seeds", "loss", "loss − reference", "", "accuracy %", "accuracy % − reference", ""]
+ELSEWHERE = "loss elsewhere"
 
 
 def main(docs: Path = DOCS) -> None:
@@ -54,10 +55,31 @@ def study(summary: Path) -> str:
             (row for row in rows if row["budget"] == budget), key=lambda row: (row["loss"] is None, row["loss"])
         )
         parts.append(f"Budget *{budget}*, reference **{of_budget[0]['reference']}**; {verdicts(of_budget)}")
-        parts.append(table(HEADER, [cells(row) for row in of_budget]))
+        forgets = any(row["elsewhere"] is not None for row in of_budget)
+        header, lines = (
+            [*HEADER, *[ELSEWHERE][:forgets]],
+            [[*cells(row), *elsewhere(row)[:forgets]] for row in of_budget],
+        )
+        parts.append(table(header, lines))
+    parts += untouched(folder / "untouched.json")
     pictures = {path.name: path.stem.replace("_", " ").capitalize() for path in sorted(folder.glob("*.png"))}
     parts += [f"![{title} of the study {folder.name}]({home}/{name})" for name, title in pictures.items()]
     return "\n\n".join(parts) + "\n"
+
+
+def untouched(path: Path) -> list[str]:
+    """What the model makes of the test part before any training, in words."""
+    if not path.is_file():
+        return []
+    result = json.loads(path.read_text(encoding="utf-8"))
+    scores = result["scores"]["all"]
+    told = f"The untouched model: loss {scores['gold_loss']:.4f}, accuracy {100 * scores['accuracy']:.1f} %"
+    away = result.get("elsewhere")
+    return [f"{told}." if away is None else f"{told}, {ELSEWHERE} {away:.3f}."]
+
+
+def elsewhere(row: dict[str, Any]) -> list[str]:
+    return ["–" if row["elsewhere"] is None else f"{row['elsewhere']:.3f}"]
 
 
 def verdicts(rows: list[dict[str, Any]]) -> str:

@@ -91,6 +91,21 @@ def test_an_entry_that_diverged_stands_last(docs: Path) -> None:
     assert text.index("| smoa |") < text.index("| lora |")
 
 
+def test_what_was_forgotten_is_told_beside_the_untouched_model(docs: Path) -> None:
+    folder = docs / "studies" / "headlines"
+    rows = json.loads((folder / "summary.json").read_text())
+    rows[0]["elsewhere"] = 3.5
+    (folder / "summary.json").write_text(json.dumps(rows))
+    known = {"scores": {"all": {"gold_loss": 4.0, "accuracy": 0.25}}, "elsewhere": 3.0}
+    (folder / "untouched.json").write_text(json.dumps(known))
+    text = page(docs)
+    assert "| worse | 50.0 ± 2.0 | +1.2 [+0.1, +2.4] | worse | 3.500 |" in text
+    assert "The untouched model: loss 4.0000, accuracy 25.0 %, loss elsewhere 3.000." in text
+    del known["elsewhere"]
+    (folder / "untouched.json").write_text(json.dumps(known))
+    assert "accuracy 25.0 %.\n" in page(docs)
+
+
 def test_every_result_leads_to_its_json_and_pictures(docs: Path) -> None:
     text = page(docs)
     for target in (
