@@ -42,7 +42,8 @@ def study_page(study: Study, rows: Sequence[Row], untouched: dict[str, Any] | No
 
 
 _ACCURACY = (
-    "Mean over tasks, with bootstrap 95 % intervals over seeds and questions. Every point links to a run's JSON."
+    "Mean over tasks, with bootstrap 95 % intervals over seeds and questions; entries of equal parameters stand side "
+    "by side. Every point links to a run's JSON."
 )
 _SEARCHES = "Validation loss of the search, by learning rate. Every point links to its run's JSON."
 
@@ -80,17 +81,24 @@ def _final(study: Study, row: Row, seed: int) -> str:
 
 def _accuracy(study: Study, rows: Sequence[Row]) -> Any:
     drawn, axes = new_figure(5.0)
-    for row, marker in zip(rows, cycle(MARKERS), strict=False):
+    for row, place, marker in zip(rows, _side_by_side(rows), cycle(MARKERS), strict=False):
         found = row.accuracy_interval
         spread = [[100 * (found.mean - found.low)], [100 * (found.high - found.mean)]]
-        axes.errorbar(row.parameters, 100 * found.mean, yerr=spread, color="#000000", linewidth=0.8, capsize=2)
-        points = axes.scatter([row.parameters], [100 * found.mean], color="#000000", marker=marker, label=row.entry)
+        axes.errorbar(place, 100 * found.mean, yerr=spread, color="#000000", linewidth=0.8, capsize=2)
+        points = axes.scatter([place], [100 * found.mean], color="#000000", marker=marker, label=row.entry)
         points.set_urls([_final(study, row, row.seeds[0])])
     axes.set_xscale("log")
     axes.set_xlabel("trained parameters")
     axes.set_ylabel("accuracy on the test part (%)")
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
     return drawn
+
+
+def _side_by_side(rows: Sequence[Row]) -> list[float]:
+    """Where each row's point stands on the axis of parameters: those of equal ones 3 % apart, around their number."""
+    equal = [[other.entry for other in rows if other.parameters == row.parameters] for row in rows]
+    steps = [names.index(row.entry) - (len(names) - 1) / 2 for row, names in zip(rows, equal, strict=True)]
+    return [row.parameters * 1.03**step for row, step in zip(rows, steps, strict=True)]
 
 
 def _searches(study: Study, rows: Sequence[Row]) -> Any:
