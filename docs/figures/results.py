@@ -56,11 +56,8 @@ def study(summary: Path) -> str:
         )
         parts.append(f"Budget *{budget}*, reference **{of_budget[0]['reference']}**; {verdicts(of_budget)}")
         forgets = any(row["elsewhere"] is not None for row in of_budget)
-        header, lines = (
-            [*HEADER, *[ELSEWHERE][:forgets]],
-            [[*cells(row), *elsewhere(row)[:forgets]] for row in of_budget],
-        )
-        parts.append(table(header, lines))
+        header = [*HEADER, ELSEWHERE] if forgets else HEADER
+        parts.append(table(header, [cells(row)[: len(header)] for row in of_budget]))
     parts += untouched(folder / "untouched.json")
     pictures = {path.name: path.stem.replace("_", " ").capitalize() for path in sorted(folder.glob("*.png"))}
     parts += [f"![{title} of the study {folder.name}]({home}/{name})" for name, title in pictures.items()]
@@ -78,10 +75,6 @@ def untouched(path: Path) -> list[str]:
     return [f"{told}." if away is None else f"{told}, {ELSEWHERE} {away:.3f}."]
 
 
-def elsewhere(row: dict[str, Any]) -> list[str]:
-    return ["–" if row["elsewhere"] is None else f"{row['elsewhere']:.3f}"]
-
-
 def verdicts(rows: list[dict[str, Any]]) -> str:
     """How many entries are better, the same and worse than the reference, by loss."""
     found = [row["loss_difference"]["verdict"] for row in rows if row["loss_difference"]]
@@ -97,6 +90,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         *difference(row["loss_difference"], 1, 4),
         f"{100 * row['accuracy']:.1f} ± {100 * row['accuracy_spread']:.1f}",
         *difference(row["accuracy_difference"], 100, 1),
+        "–" if row["elsewhere"] is None else f"{row['elsewhere']:.3f}",
     ]
 
 

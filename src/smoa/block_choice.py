@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from .analysis import effective_rank
 from .errors import PartitionError
-from .spectrum import MAX_BLOCKS
+from .spectrum import MAX_BLOCKS, squarable
 
 
 def choose_blocks(weights: Mapping[str, Callable[[], Tensor]], num_blocks: int) -> dict[str, int]:
@@ -29,22 +29,18 @@ def choose_blocks(weights: Mapping[str, Callable[[], Tensor]], num_blocks: int) 
     for name, weight in tqdm(weights.items(), desc="SMoA blocks", unit="layer", delay=1, disable=None):
         found = weight()
         limits[name] = min(*found.shape, MAX_BLOCKS)
-        shares[name] = _used_share(name, found)
+        try:
+            shares[name] = _used_share(found)
+        except PartitionError as error:
+            raise PartitionError(f"{name}: {error}") from None
     mean = sum(shares.values()) / max(1, len(shares))
     return {name: min(limits[name], max(1, round(num_blocks * share / (mean or 1)))) for name, share in shares.items()}
 
 
-def _used_share(name: str, weight: Tensor) -> float:
+def _used_share(weight: Tensor) -> float:
     """The effective rank of a weight as a share of its smaller side."""
     if weight.device.type == "meta":
-        raise PartitionError(
-            f"{name}: blocks_from_spectrum needs the base weights; load them before the adapter is added"
-        )
-    W = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-    W = W / W.abs().max().clamp_min(torch.finfo(W.dtype).tiny)  # squares neither overflow nor vanish
-    if not torch.isfinite(W).all():
-        raise PartitionError(
-            f"{name}: the weight has NaN or infinite entries, so it has no spectrum; load finite weights"
-        )
+        raise PartitionError("blocks_from_spectrum needs the base weights; load them before the adapter is added")
+    W = squarable(weight)
     gram = W.T @ W if W.shape[0] >= W.shape[1] else W @ W.T
     return effective_rank(torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()) / len(gram)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -214,13 +215,13 @@ class SmoaConfig(PeftConfig):
         """Alpha of the module of that name, whose total rank is r."""
         if module in self.normalized_alpha:
             return self.normalized_alpha[module]
-        alpha: float | None = _by_pattern(dict[str, float | None](self.alpha_pattern), module, self.alpha)
-        return (
-            float(r) if alpha is None else alpha * self.spectrum_blocks.get(module, self.num_blocks) / self.num_blocks
-        )
+        alpha: float | None = _by_pattern(self.alpha_pattern, module, self.alpha)
+        if alpha is None:
+            return float(r)
+        return alpha * self.spectrum_blocks.get(module, self.num_blocks) / self.num_blocks
 
 
-def _by_pattern(patterns: dict[str, T], module: str, default: T) -> T:
+def _by_pattern(patterns: Mapping[str, T], module: str, default: T) -> T:
     return patterns.get(get_pattern_key(list(patterns), module), default)
 
 

@@ -118,17 +118,27 @@ def spectral_scores(weight: Tensor, precise: bool = False) -> tuple[Tensor, Tens
     Raises:
         PartitionError: the weight has NaN or infinite entries.
     """
+    weight = squarable(weight)
+    if weight.shape[0] >= weight.shape[1]:
+        return _tall_scores(weight, precise)
+    col_scores, row_scores = _tall_scores(weight.T, precise)
+    return row_scores, col_scores
+
+
+def squarable(weight: Tensor) -> Tensor:
+    """The weight in float32 or float64, scaled if its squares would underflow or overflow.
+
+    Raises:
+        PartitionError: it has NaN or infinite entries.
+    """
     weight = weight.detach()
     weight = weight if weight.dtype == torch.float64 else weight.float()
     peak = torch.stack(torch.aminmax(weight)).abs().max()
     if not torch.isfinite(peak):
         raise PartitionError("the weight has NaN or infinite entries, so it has no spectrum; load finite weights")
-    if not SAFE_PEAK[0] < peak < SAFE_PEAK[1]:  # else squares would underflow or overflow; scores ignore the scale
-        weight = weight / peak.clamp_min(torch.finfo(weight.dtype).tiny)
-    if weight.shape[0] >= weight.shape[1]:
-        return _tall_scores(weight, precise)
-    col_scores, row_scores = _tall_scores(weight.T, precise)
-    return row_scores, col_scores
+    if SAFE_PEAK[0] < peak < SAFE_PEAK[1]:
+        return weight
+    return weight / peak.clamp_min(torch.finfo(weight.dtype).tiny)
 
 
 def _tall_scores(weight: Tensor, precise: bool) -> tuple[Tensor, Tensor]:

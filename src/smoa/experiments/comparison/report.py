@@ -81,13 +81,11 @@ def _table(rows: list[Row], budget: str) -> str:
 
 
 def _tasks(rows: list[Row], budget: str, untouched: dict[str, Any] | None) -> str:
-    header, *lines = accuracy_by_task(rows, untouched) or [[]]
-    if not lines:
+    cells = accuracy_by_task(rows, untouched)
+    if not cells:
         return ""
-    parts = [f"| {' | '.join(cells)} |" for cells in lines]
-    return "\n".join(
-        [f"### {BY_TASK}: {budget}\n", f"| {' | '.join(header)} |", f"|---|{'--:|' * (len(header) - 1)}", *parts]
-    )
+    header, *lines = [f"| {' | '.join(line)} |" for line in cells]
+    return "\n".join([f"### {BY_TASK}: {budget}\n", header, f"|---|{'--:|' * (len(cells[0]) - 1)}", *lines])
 
 
 def _line(row: Row) -> str:

@@ -21,7 +21,7 @@ HEADER = [
 
 def study_page(study: Study, rows: Sequence[Row], untouched: dict[str, Any] | None, remarks: Sequence[str]) -> str:
     """The HTML; ``remarks`` are put under the introduction."""
-    header, *by_task = accuracy_by_task(rows, untouched) or [[]]
+    by_task = accuracy_by_task(rows, untouched)
     searched = [row for row in rows if row.search is not None]
     parts = [
         paragraph(
@@ -33,7 +33,7 @@ def study_page(study: Study, rows: Sequence[Row], untouched: dict[str, Any] | No
         section(
             "Results", table("Test results, best loss first; choose a heading to sort.", HEADER, _cells(study, rows))
         ),
-        *([section(BY_TASK, table("The mean over seeds.", header, by_task))] if by_task else []),
+        *([section(BY_TASK, table("The mean over seeds.", by_task[0], by_task[1:]))] if by_task else []),
         section("Accuracy against trained parameters", figure(_accuracy(study, rows), _ACCURACY)),
         *([section("Learning rates", figure(_searches(study, searched), _SEARCHES))] if searched else []),
         section("Cost", figure(_cost(rows), "Seconds of a final run's training, mean over seeds.")),
