@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from smoa.experiments.comparison.rows import known_before
 from smoa.experiments.comparison.statistics import Difference
 
 DOCS = Path(__file__).parents[1]
@@ -58,21 +59,11 @@ def study(summary: Path) -> str:
         forgets = any(row["elsewhere"] is not None for row in of_budget)
         header = [*HEADER, ELSEWHERE] if forgets else HEADER
         parts.append(table(header, [cells(row)[: len(header)] for row in of_budget]))
-    parts += untouched(folder / "untouched.json")
+    if (folder / "untouched.json").is_file():
+        parts.append(known_before(json.loads((folder / "untouched.json").read_text(encoding="utf-8"))))
     pictures = {path.name: path.stem.replace("_", " ").capitalize() for path in sorted(folder.glob("*.png"))}
     parts += [f"![{title} of the study {folder.name}]({home}/{name})" for name, title in pictures.items()]
     return "\n\n".join(parts) + "\n"
-
-
-def untouched(path: Path) -> list[str]:
-    """What the model makes of the test part before any training, in words."""
-    if not path.is_file():
-        return []
-    result = json.loads(path.read_text(encoding="utf-8"))
-    scores = result["scores"]["all"]
-    told = f"The untouched model: loss {scores['gold_loss']:.4f}, accuracy {100 * scores['accuracy']:.1f} %"
-    away = result.get("elsewhere")
-    return [f"{told}." if away is None else f"{told}, {ELSEWHERE} {away:.3f}."]
 
 
 def verdicts(rows: list[dict[str, Any]]) -> str:

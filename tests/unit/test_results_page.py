@@ -96,11 +96,11 @@ def test_what_was_forgotten_is_told_beside_the_untouched_model(docs: Path) -> No
     rows = json.loads((folder / "summary.json").read_text())
     rows[0]["elsewhere"] = 3.5
     (folder / "summary.json").write_text(json.dumps(rows))
-    known = {"scores": {"all": {"gold_loss": 4.0, "accuracy": 0.25}}, "elsewhere": 3.0}
+    known = {"scores": {"all": {"gold_loss": 4.0, "accuracy": 0.25, "majority": None}}, "elsewhere": 3.0}
     (folder / "untouched.json").write_text(json.dumps(known))
     text = page(docs)
     assert "| worse | 50.0 ± 2.0 | +1.2 [+0.1, +2.4] | worse | 3.500 |" in text
-    assert "The untouched model: loss 4.0000, accuracy 25.0 %, loss elsewhere 3.000." in text
+    assert "The untouched model: loss 4.0000, accuracy 25.0 %; its loss elsewhere is 3.000." in text
     del known["elsewhere"]
     (folder / "untouched.json").write_text(json.dumps(known))
     assert "accuracy 25.0 %.\n" in page(docs)

@@ -9,7 +9,7 @@ from smoa.errors import DataError
 from smoa.experiments.cache import write_whole
 from smoa.experiments.comparison.compare import stored_search
 from smoa.experiments.comparison.pictures import draw_differences, draw_searches
-from smoa.experiments.comparison.rows import BY_TASK, Row, accuracy_by_task, as_json, entry_row
+from smoa.experiments.comparison.rows import BY_TASK, Row, accuracy_by_task, as_json, entry_row, known_before
 from smoa.experiments.comparison.statistics import Difference
 from smoa.experiments.comparison.study import Study
 from smoa.experiments.comparison.study_page import study_page
@@ -31,7 +31,7 @@ def report(study: Study) -> list[Row]:
     write_whole(study.folder / "summary.json", json.dumps(as_json(rows), indent=1, allow_nan=False) + "\n")
     pictures = _draw(study, rows)
     write_whole(study.folder / "README.md", _page(study, rows, untouched, pictures))
-    write_whole(study.folder / "index.html", study_page(study, rows, untouched, [_known_before(untouched)]))
+    write_whole(study.folder / "index.html", study_page(study, rows, untouched, [known_before(untouched)]))
     return rows
 
 
@@ -64,7 +64,7 @@ def _page(study: Study, rows: list[Row], untouched: dict[str, Any] | None, pictu
     budgets = dict.fromkeys(row.budget for row in rows)
     parts += [_table([row for row in rows if row.budget == budget], budget) for budget in budgets]
     parts += [_tasks([row for row in rows if row.budget == budget], budget, untouched) for budget in budgets]
-    parts.append(_known_before(untouched))
+    parts.append(known_before(untouched))
     parts += [f"![{title}]({file})" for file, title in pictures.items()]
     missing = [name for name in study.entries if name not in {row.entry for row in rows}]
     if missing:
@@ -111,15 +111,3 @@ def _difference_cells(found: Difference | None, scale: float, digits: int) -> tu
     if found is None:
         return "", "reference"
     return " ".join(found.signed(scale, digits)), found.verdict
-
-
-def _known_before(untouched: dict[str, Any] | None) -> str:
-    if untouched is None:
-        return ""
-    scores = untouched["scores"]["all"]
-    told = f"The untouched model: loss {scores['gold_loss']:.4f}, accuracy {100 * scores['accuracy']:.1f} %"
-    if scores["majority"] is not None:
-        told += f"; the commonest label of each task is right in {100 * scores['majority']:.1f} %"
-    if untouched.get("elsewhere") is not None:
-        told += f"; its loss elsewhere is {untouched['elsewhere']:.3f}"
-    return f"{told}."

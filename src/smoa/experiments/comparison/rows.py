@@ -89,6 +89,19 @@ def accuracy_by_task(rows: Sequence[Row], untouched: dict[str, Any] | None) -> l
     return [["entry", *names, "mean"], *lines]
 
 
+def known_before(untouched: dict[str, Any] | None) -> str:
+    """The untouched model's scores in a sentence; nothing where it was not scored."""
+    if untouched is None:
+        return ""
+    scores = untouched["scores"]["all"]
+    told = f"The untouched model: loss {scores['gold_loss']:.4f}, accuracy {100 * scores['accuracy']:.1f} %"
+    if scores["majority"] is not None:
+        told += f"; the commonest label of each task is right in {100 * scores['majority']:.1f} %"
+    if untouched.get("elsewhere") is not None:
+        told += f"; its loss elsewhere is {untouched['elsewhere']:.3f}"
+    return f"{told}."
+
+
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Plain values, with null for what a diverged run left without a number."""
     return [finite(asdict(row)) for row in rows]
