@@ -6,8 +6,9 @@ adds the factors themselves, √|w_i·s_i| on either side, as PEFT's LoRA does: 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -17,6 +18,20 @@ from .errors import MergeError
 from .layer import SmoaLayer
 
 Combination = Literal["cat", "linear"]
+
+
+def check_combination(
+    known: Mapping[str, object], adapters: list[str], weights: list[float], adapter_name: str, combination: str
+) -> None:
+    """Raise MergeError unless these are existing adapters with one weight each, and the sum's name is free."""
+    unknown = set(adapters) - set(known)
+    if unknown or not adapters or len(adapters) != len(weights) or adapter_name in known:
+        raise MergeError(
+            f"can't combine {adapters} with weights {weights} into {adapter_name!r}: give existing adapters "
+            f"({', '.join(known)}), one weight each, and a new name"
+        )
+    if combination not in get_args(Combination):
+        raise MergeError(f"combination_type={combination!r} must be one of {get_args(Combination)}")
 
 
 def combined_config(configs: list[SmoaConfig], combination: Combination) -> SmoaConfig:

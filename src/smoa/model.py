@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .block_choice import choose_blocks
 from .checkpoint import check_adapter_state, check_gathered
-from .combining import Combination, check_same_labels, combined_config, fill_combined
+from .combining import Combination, check_combination, check_same_labels, combined_config, fill_combined
 from .config import SmoaConfig
 from .digest import factors_digest
 from .distributed import from_rank_zero, refuse_writing, with_plain_names
@@ -207,14 +207,7 @@ class SmoaModel(BaseTuner):
         Raises:
             MergeError: an adapter is unknown, or the adapters don't share partition, modulation and targets.
         """
-        unknown = sorted(set(adapters) - set(self.peft_config))
-        if unknown or not adapters or len(adapters) != len(weights) or adapter_name in self.peft_config:
-            raise MergeError(
-                f"can't combine {adapters} with weights {weights} into {adapter_name!r}: give existing adapters "
-                f"({', '.join(self.peft_config)}), one weight each, and a new name"
-            )
-        if combination_type not in get_args(Combination):
-            raise MergeError(f"combination_type={combination_type!r} must be one of {get_args(Combination)}")
+        check_combination(self.peft_config, adapters, weights, adapter_name, combination_type)
         config = combined_config([self.peft_config[name] for name in adapters], combination_type)  # type: ignore[misc]
         layers = {n: m for n, m in self.model.named_modules() if isinstance(m, SmoaLayer) and adapters[0] in m.smoa_A}
         for name, layer in layers.items():
