@@ -22,10 +22,19 @@ INTRODUCTION = """# Results
 Written by `python docs/figures/results.py` from stored JSON; do not edit. A study is run by `smoa compare` and its YAML
 file: every entry gets the same search for a learning rate on validation data, then fresh seeds on the test part.
 Differences are to the reference of the entry's budget, paired by seed and by question, with bootstrap 95 % intervals:
-*better* and *worse* say that the interval leaves 0 out, *same* that it doesn't. Lower loss is better.
+*better* and *worse* say that the interval leaves 0 out, *same* that it doesn't. Lower loss is better. An entry is named
+after its method, its number of blocks (`k8`), what it changes, and its budget: `r1` are the trainable parameters of a
+LoRA of rank 1. *Loss elsewhere* is that on text of a domain that wasn't trained on: what rises there was forgotten.
 """
 NOTHING = (
     "No result is stored yet: run one of the studies in [configs/studies](../configs/studies), then this script.\n"
+)
+SINGLE_RUNS = (
+    "Single runs of the lab, one seed each, at learning rates that were not tuned: what the lab reports, no ranking. "
+    "*Gold loss* is the mean negative log-likelihood of the right answers, *accuracy norm* picks the choice by the "
+    "likelihood of each character, *majority* is the share of the commonest label. Generated answers are right where "
+    "they equal the reference, and so is an answer without choices that greedy decoding would give; BLEU runs from 0 "
+    "to 100."
 )
 INSPECTION = (
     "Means over the adapted layers of trained adapters. Coverage is how far down W's spectrum the energy of the update "
@@ -50,7 +59,7 @@ def study(summary: Path) -> str:
     links = [f"[summary as JSON]({home}/summary.json)"]
     reports = {"README.md": "whole report", "index.html": "the same as a page with sortable tables"}
     links = [f"[{title}]({home}/{name})" for name, title in reports.items() if (folder / name).is_file()] + links
-    parts = [f"## {folder.name}\n\n{', '.join(links)}; one JSON for each run lies in `docs/{home}`."]
+    parts = [f"## {folder.name}\n\n{', '.join(links)}; one JSON for each run lies in `docs/{home}`.{setting(folder)}"]
     for budget in dict.fromkeys(row["budget"] for row in rows):
         of_budget = sorted(
             (row for row in rows if row["budget"] == budget), key=lambda row: (row["loss"] is None, row["loss"])
@@ -64,6 +73,20 @@ def study(summary: Path) -> str:
     pictures = {path.name: path.stem.replace("_", " ").capitalize() for path in sorted(folder.glob("*.png"))}
     parts += [f"![{title} of the study {folder.name}]({home}/{name})" for name, title in pictures.items()]
     return "\n\n".join(parts) + "\n"
+
+
+def setting(folder: Path) -> str:
+    """The model and data of a study, from the first of its final runs, in a sentence."""
+    first = min(folder.glob("final/*/*.json"), default=None)
+    if first is None:
+        return ""
+    run = json.loads(first.read_text(encoding="utf-8"))
+    model, data, batch = (run["config"][key] for key in ("model", "data", "training"))
+    return (
+        f" Model: {model['name']}, {model['dtype']}. Tasks: {', '.join(data['tasks'])}; {data['train_examples']} "
+        f"training examples, {run['steps']} steps of {batch['per_device_train_batch_size']}, "
+        f"{run['scores']['all']['questions']} test questions."
+    )
 
 
 def verdicts(rows: list[dict[str, Any]]) -> str:
@@ -100,7 +123,8 @@ def lab_results(files: list[Path]) -> list[str]:
         result = json.loads(path.read_text(encoding="utf-8"))
         key = ", ".join(result["config"]["data"]["tasks"]), result.get("protocol", "likelihood")
         groups.setdefault(key, []).append((path, result))
-    return [lab_table(*key, found) for key, found in groups.items()]
+    tables = [lab_table(*key, found) for key, found in groups.items()]
+    return [f"## Single runs\n\n{SINGLE_RUNS}\n", *tables] if tables else []
 
 
 def lab_table(tasks: str, protocol: str, found: list[tuple[Path, dict[str, Any]]]) -> str:
@@ -114,7 +138,7 @@ def lab_table(tasks: str, protocol: str, found: list[tuple[Path, dict[str, Any]]
     names = [name for name in dict.fromkeys(key for scores in rows.values() for key in scores) if shown(name, rows)]
     cells = [[task, model, *(score(scores, name) for name in names)] for (task, model), scores in lines]
     header = ["task", "model", *(name.replace("_", " ") for name in names)]
-    return f"## {tasks}: {protocol}\n\n{table(header, cells)}\n\n{''.join(origin(*one) for one in found)}"
+    return f"### {tasks}: {protocol}\n\n{table(header, cells)}\n\n{''.join(origin(*one) for one in found)}"
 
 
 def inspection(path: Path) -> str:

@@ -39,11 +39,11 @@ class SmoaConfig(PeftConfig):
             for the mean, and r and alpha with it, so that a block's rank, ΔW's scale and the layer's parameters stay.
         block_ranks: r_k of each block, summing to r; None splits r evenly, the remainder going to the first blocks.
         alpha: ΔW is scaled by alpha / r; None means alpha = r. Since ΔW is also scaled by |W|, which is about 0.02,
-            alpha = r wants a learning rate 10 to 50 times LoRA's; alpha = 32·r works with ordinary ones.
+            alpha = r wants a learning rate 10 to 50 times LoRA's, alpha = 32·r one of about 1e-2.
         smoa_dropout: Dropout probability of the adapter's input.
         bias: Which biases train: "none", "all" or "smoa_only" (those of adapted layers).
         normalize_anchor: Divide alpha by the rms of each layer's weight, so that its blocks are modulated with anchors
-            of unit rms and LoRA's alpha and learning rates are the right size.
+            of unit rms and alpha means what it means in LoRA.
         partition: How coordinates are assigned to blocks: by "spectral" score, "contiguous" or at "random".
         modulation: "hadamard" multiplies each block with the frozen weight, "none" does not, "noise" takes random
             numbers of the weight's norm in its place: to measure what the weight's own entries are worth.

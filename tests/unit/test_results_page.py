@@ -10,6 +10,15 @@ import pytest
 from smoa.experiments.comparison.rows import Row, as_json
 from smoa.experiments.comparison.statistics import Difference, Interval
 
+FINAL = {
+    "config": {
+        "model": {"name": "all-minilm-l6-v2", "dtype": "float32"},
+        "data": {"tasks": ["headlines"], "train_examples": 1920},
+        "training": {"per_device_train_batch_size": 32},
+    },
+    "steps": 60,
+    "scores": {"all": {"questions": 2000}},
+}
 SCRIPT = Path(__file__).parents[2] / "docs" / "figures" / "results.py"
 
 
@@ -46,6 +55,8 @@ def docs(tmp_path: Path) -> Path:
     rows = [row("lora", 3.25, Difference(0.0125, 0.001, 0.024, "worse")), row("smoa", 3.2375, None)]
     (study / "summary.json").write_text(json.dumps(as_json(rows)))
     (study / "learning_rates.png").touch()
+    (study / "final" / "lora").mkdir(parents=True)
+    (study / "final" / "lora" / "lr-0.01-seed-0.json").write_text(json.dumps(FINAL))
     (tmp_path / "lab-results").mkdir()
     scores = {"questions": 40, "gold_loss": 2.5, "gold_loss_stderr": 0.25, "accuracy": 0.375, "majority": None}
     for method, loss in (("smoa", 2.0), ("lora", 2.25)):
@@ -80,6 +91,8 @@ def test_a_study_is_told_in_words_with_its_intervals(docs: Path) -> None:
     assert "reference **smoa**; by loss 0 better, 0 same, 1 worse." in text
     assert "| lora | 158,976 | 3 | 3.2500 ± 0.0100 | +0.0125 [+0.0010, +0.0240] | worse | 50.0 ± 2.0 |" in text
     assert text.index("| smoa |") < text.index("| lora |")
+    setting = "Model: all-minilm-l6-v2, float32. Tasks: headlines; 1920 training examples, 60 steps of 32, 2000 test"
+    assert setting in text
 
 
 def test_an_entry_that_diverged_stands_last(docs: Path) -> None:
