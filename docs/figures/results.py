@@ -21,10 +21,11 @@ INTRODUCTION = """# Results
 
 Written by `python docs/figures/results.py` from stored JSON; do not edit. A study is run by `smoa compare` and its YAML
 file: every entry gets the same search for a learning rate on validation data, then fresh seeds on the test part.
-Differences are to the reference of the entry's budget, paired by seed and by question, with bootstrap 95 % intervals:
-*better* and *worse* say that the interval leaves 0 out, *same* that it doesn't. Lower loss is better. An entry is named
-after its method, its number of blocks (`k8`), what it changes, and its budget: `r1` are the trainable parameters of a
-LoRA of rank 1. *Loss elsewhere* is that on text of a domain that wasn't trained on: what rises there was forgotten.
+Differences are to the reference of the entry's budget, paired by seed and by question, with 95 % intervals (questions
+resampled, Student's t over seeds): *better* and *worse* say that the interval leaves 0 out, *same* that it doesn't.
+Lower loss is better. An entry is named after its method, its number of blocks (`k8`), what it changes, and its budget:
+`r1` are the trainable parameters of a LoRA of rank 1. *Loss elsewhere* is that on text of a domain that wasn't trained
+on: what rises there was forgotten.
 """
 NOTHING = (
     "No result is stored yet: run one of the studies in [configs/studies](../configs/studies), then this script.\n"

@@ -57,9 +57,9 @@ def _page(study: Study, rows: list[Row], untouched: dict[str, Any] | None, pictu
         "Written by `smoa compare` from the JSON files beside it; do not edit. Each entry's learning rate is chosen on "
         "validation data by the same search (half decades around a start, then on in the better direction until the "
         f"best is inside, at most {study.tuning.max_runs} runs{beside}); the figures are of fresh seeds on the test "
-        "part. Differences are paired by seed and question, with bootstrap 95 % intervals over both; *same* means that "
-        "the interval holds 0; one seed gets no verdict. ± is the standard deviation over seeds. An edge mark (!) says "
-        "that the best learning rate is the last one tried on a side.",
+        "part. Differences are paired by seed and question, with 95 % intervals (questions resampled, Student's t over "
+        "seeds); *same* means that the interval holds 0; one seed gets no verdict. ± is the standard deviation over "
+        "seeds. An edge mark (!) says that the best learning rate is the last one tried on a side.",
     ]
     budgets = dict.fromkeys(row.budget for row in rows)
     parts += [_table([row for row in rows if row.budget == budget], budget) for budget in budgets]
@@ -102,7 +102,7 @@ def _line(row: Row) -> str:
         *_difference_cells(row.loss_difference, 1, 4),
         *_difference_cells(row.accuracy_difference, 100, 1),
         "–" if row.elsewhere is None else f"{row.elsewhere:.3f}",
-        f"{row.seconds:.0f}",
+        "–" if row.seconds is None else f"{row.seconds:.0f}",
     ]
     return f"| {' | '.join(cells)} |"
 

@@ -27,7 +27,7 @@ def study_page(study: Study, rows: Sequence[Row], untouched: dict[str, Any] | No
         paragraph(
             "Every entry's learning rate is chosen on validation data by the same search; the figures are of fresh "
             "seeds on the test part. Differences are to the reference of the same budget, paired by seed and question, "
-            "with bootstrap 95 % intervals; 'same' means that the interval holds 0."
+            "with 95 % intervals (questions resampled, Student's t over seeds); 'same' means that the interval holds 0."
         ),
         *(paragraph(remark) for remark in remarks if remark),
         section(
@@ -42,7 +42,7 @@ def study_page(study: Study, rows: Sequence[Row], untouched: dict[str, Any] | No
 
 
 _ACCURACY = (
-    "Mean over tasks, with bootstrap 95 % intervals over seeds and questions; entries of equal parameters stand side "
+    "Mean over tasks, with 95 % intervals over seeds and questions; entries of equal parameters stand side "
     "by side. Every point links to a run's JSON."
 )
 _SEARCHES = "Validation loss of the search, by learning rate. Every point links to its run's JSON."
@@ -61,7 +61,7 @@ def _cells(study: Study, rows: Sequence[Row]) -> list[tuple[Any, ...]]:
             f"{100 * row.accuracy:.1f}",
             *_difference(row.accuracy_difference, 100, 1),
             "–" if row.elsewhere is None else f"{row.elsewhere:.3f}",
-            f"{row.seconds:.0f}",
+            "–" if row.seconds is None else f"{row.seconds:.0f}",
             "<span>" + " ".join(link(_final(study, row, seed), str(seed)) for seed in row.seeds) + "</span>",
         )
         for row in rows
@@ -119,7 +119,7 @@ def _searches(study: Study, rows: Sequence[Row]) -> Any:
 
 def _cost(rows: Sequence[Row]) -> Any:
     drawn, axes = new_figure(1.2 + 0.3 * len(rows))
-    axes.barh([row.entry for row in rows], [row.seconds for row in rows], color="#808080")
+    axes.barh([row.entry for row in rows], [row.seconds or 0 for row in rows], color="#808080")
     axes.invert_yaxis()
     axes.set_xlabel("seconds")
     return drawn

@@ -64,6 +64,41 @@ def test_a_diverged_run_is_worse() -> None:
     assert math.isnan(found.mean)
 
 
+def test_an_entry_is_better_than_a_reference_that_diverged() -> None:
+    diverged = results(0.0)
+    diverged[0]["questions"]["nll"][3] = None
+    assert loss_difference(outcomes(results(0.0)), outcomes(diverged)).verdict == "better"
+    assert loss_difference(outcomes(diverged), outcomes(diverged)).verdict == "same"
+
+
+@pytest.mark.parametrize(("seeds", "quantile"), [(2, 12.706), (3, 4.303), (5, 2.776), (10, 2.262)])
+def test_few_seeds_widen_the_interval_by_students_t(seeds: int, quantile: float) -> None:
+    """Every question of a seed is shifted alike, so nothing but the seeds is uncertain."""
+    reference = results(0.0, seeds=seeds, noise=0.0)
+    shifts = np.random.default_rng(1).normal(0.1, 0.3, seeds)
+    entry = [
+        {"questions": {**run["questions"], "nll": [nll + shift for nll in run["questions"]["nll"]]}}
+        for run, shift in zip(reference, shifts, strict=True)
+    ]
+    found = loss_difference(outcomes(entry), outcomes(reference))
+    half = quantile * shifts.std(ddof=1) / seeds**0.5 / 2  # two tokens a question
+    assert found.mean == pytest.approx(shifts.mean() / 2)
+    assert found.high - found.mean == pytest.approx(half, rel=0.05)
+    assert found.mean - found.low == pytest.approx(half, rel=0.05)
+
+
+def test_seeds_that_differ_by_chance_are_called_so_in_one_study_of_twenty() -> None:
+    wrong = 0
+    for study in range(60):
+        random = np.random.default_rng(study)
+        runs = [results(0.0, questions=40, noise=0.0) for _ in range(2)]
+        for run in (run for entry in runs for run in entry):
+            shift = random.normal(0, 0.3)
+            run["questions"]["nll"] = [nll + shift for nll in run["questions"]["nll"]]
+        wrong += loss_difference(*map(outcomes, runs)).verdict != "same"
+    assert wrong <= 7  # 3 expected; seeds resampled like questions give 15
+
+
 def test_one_seed_gets_no_verdict() -> None:
     found = loss_difference(outcomes(results(-0.5, seeds=1)), outcomes(results(0.0, seeds=1)))
     assert found.verdict == "one seed"
