@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from torch import nn
 from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint
 
 from smoa.errors import ConfigError
 from smoa.experiments.comparison.entry import Entry
@@ -19,6 +18,7 @@ from smoa.experiments.config import DataSection, RunConfig, check_config
 from smoa.experiments.data.records import Record
 from smoa.experiments.data.selection import Selection
 from smoa.experiments.evaluation import Outcome, score_outcomes
+from smoa.experiments.run_folder import RunFolder
 from smoa.experiments.training import training_arguments
 
 Part = Literal["validation", "test"]
@@ -57,21 +57,29 @@ class Bench(ABC):
     def run(self, entry: Entry, learning_rate: float, seed: int, part: Part, work: Path) -> dict[str, Any]:
         """Train, then score ``part``: plain values for a trial's JSON. An interrupted run goes on in ``work``."""
         config = self.config(entry, learning_rate, seed, work=work)
-        checkpoint = get_last_checkpoint(str(work)) if work.is_dir() else None
+        self._part(part)
+        checkpoint = RunFolder(work).start(config.to_yaml())
         fitted = self._fit(config, checkpoint)
         _check_parameters(entry, fitted.parameters)
         return {
             "config": config.model_dump(mode="json"),
             "parameters": fitted.parameters,
-            "seconds": round(fitted.seconds, 1),
+            "seconds": None if checkpoint else round(fitted.seconds, 1),  # of a resumed run it would be a part only
             "steps": fitted.trainer.state.global_step,
             "training_loss": fitted.trainer.state.log_history[-1].get("train_loss"),
             **self._scores(fitted.model, config, part),
         }
 
-    def untouched(self, part: Part) -> dict[str, Any]:
+    def untouched_config(self, entry: Entry) -> RunConfig:
+        """Of the shared model without training; ``entry`` only lends a method that is valid for it."""
+        lent = Entry(method=entry.method, adapter=entry.adapter, learning_rate=entry.learning_rate)
+        config = self.config(lent, lent.learning_rate, seed=0)
+        own = {"learning_rate", "seed", "output_dir"}
+        training = {key: value for key, value in config.training.items() if key not in own}
+        return config.model_copy(update={"method": "full", "adapter": {}, "training": training})
+
+    def untouched(self, config: RunConfig, part: Part) -> dict[str, Any]:
         """Scores without any training, for what is known before: majority class, and loss elsewhere."""
-        config = check_config({**self.shared, "method": "full", "training": self.shared.get("training") or {}})
         return {"config": config.model_dump(mode="json"), "parameters": 0, **self._scores(None, config, part)}
 
     @cached_property
@@ -83,11 +91,14 @@ class Bench(ABC):
     def _elsewhere_records(self) -> list[Record]:
         return [] if self.elsewhere is None else self.elsewhere.select().test
 
-    def _scores(self, model: nn.Module | None, config: RunConfig, part: Part) -> dict[str, Any]:
+    def _part(self, part: Part) -> list[Record]:
         records: list[Record] = getattr(self.records, part)
         if not records:
             raise ConfigError(f"shared.data.{part}_examples: a study needs a {part} part; it has no questions")
-        outcomes = self._outcomes(model, config, records)
+        return records
+
+    def _scores(self, model: nn.Module | None, config: RunConfig, part: Part) -> dict[str, Any]:
+        outcomes = self._outcomes(model, config, self._part(part))
         found: dict[str, Any] = {
             "part": part,
             "sha256": self.records.account["used"][part]["sha256"],

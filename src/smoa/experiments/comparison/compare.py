@@ -40,8 +40,9 @@ class Comparison:
         Raises:
             ConfigError: ``only`` names nothing of the study.
         """
-        tuned = {name: self.tune(name) for name in self.study.chosen(only)}
+        chosen = self.study.chosen(only)
         self.untouched()
+        tuned = {name: self.tune(name) for name in chosen}
         for seed in self.study.seeds:
             for name, search in tuned.items():
                 result = self._trial(Trial("final", name, search.learning_rate, seed))
@@ -62,11 +63,14 @@ class Comparison:
 
     def untouched(self) -> dict[str, Any]:
         """The model as it is, on the test part."""
+        entries = list(self.study.entries.values())
+        lender = next((entry for entry in entries if entry.method != "full"), entries[0])
+        config = self.bench.untouched_config(lender)
+        wanted = config.model_dump(mode="json")
         found = self.store.find("untouched")
         if found is not None:
-            return found
-        result = self.bench.untouched("test")
-        return self.store.get("untouched", result["config"], lambda work: result)
+            wanted["training"] = found["config"]["training"]  # none took place
+        return self.store.get("untouched", wanted, lambda work: self.bench.untouched(config, "test"))
 
     def _trial(self, trial: Trial) -> dict[str, Any]:
         entry = self.study.entries[trial.entry]
@@ -81,6 +85,7 @@ def stored_search(study: Study, name: str) -> Tuned | None:
     losses = {
         nearest_index(result["config"]["training"]["learning_rate"]): validation_loss(result)
         for result in stored(study, "tuning", name)
+        if study.tuning.max_runs and result["config"]["training"]["seed"] == study.tuning.seed
     }
     return _tuned(losses) if losses else None
 
@@ -107,6 +112,7 @@ def _tuned(losses: dict[int, float | None]) -> Tuned:
 
 def _summary(result: dict[str, Any]) -> str:
     scores = result["scores"]["all"]
+    took = "resumed" if result["seconds"] is None else f"{result['seconds']} s"
     if scores["gold_loss"] is None:
-        return f"diverged ({result.get('seconds', 0)} s)"
-    return f"loss {scores['gold_loss']:.4f}, accuracy {scores['accuracy']:.4f} ({result.get('seconds', 0)} s)"
+        return f"diverged ({took})"
+    return f"loss {scores['gold_loss']:.4f}, accuracy {scores['accuracy']:.4f} ({took})"

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from smoa.errors import DataError
 from smoa.experiments.comparison.compare import Tuned, stored, stored_search
 from smoa.experiments.comparison.statistics import (
     Difference,
@@ -40,7 +41,7 @@ class Row:
     accuracy_interval: Interval
     task_accuracy: dict[str, float]
     elsewhere: float | None
-    seconds: float
+    seconds: float | None
     loss_difference: Difference | None
     accuracy_difference: Difference | None
 
@@ -55,6 +56,7 @@ def entry_row(study: Study, name: str) -> Row | None:
     found = outcomes(list(finals.values()))
     losses, accuracies = found.mean_loss(), found.accuracy()
     away = [result["elsewhere"] for result in finals.values() if result.get("elsewhere") is not None]
+    seconds = [result["seconds"] for result in finals.values() if result["seconds"] is not None]
     by_loss, by_accuracy = _differences(study, finals, reference) if name != reference else (None, None)
     return Row(
         entry=name,
@@ -70,7 +72,7 @@ def entry_row(study: Study, name: str) -> Row | None:
         accuracy_interval=accuracy_interval(found),
         task_accuracy=_by_task(list(finals.values())),
         elsewhere=float(np.mean(away)) if away else None,
-        seconds=float(np.mean([result["seconds"] for result in finals.values()])),
+        seconds=float(np.mean(seconds)) if seconds else None,
         loss_difference=by_loss,
         accuracy_difference=by_accuracy,
     )
@@ -128,8 +130,19 @@ def _differences(
     shared = [seed for seed in finals if seed in theirs]
     if not shared:
         return None, None
+    for seed in shared:
+        _check_paired(finals[seed], theirs[seed])
     pair = outcomes([finals[seed] for seed in shared]), outcomes([theirs[seed] for seed in shared])
     return loss_difference(*pair), accuracy_difference(*pair)
+
+
+def _check_paired(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Raise DataError unless both were asked the same questions, in the same tokens."""
+    if one.get("sha256") != other.get("sha256") or one["questions"]["tokens"] != other["questions"]["tokens"]:
+        raise DataError(
+            f"{one.get('name')} and {other.get('name')} were scored on different questions or by different "
+            "tokenizers, so they can't be compared; move the older one away and run smoa compare again"
+        )
 
 
 def _spread(values: Any) -> float:

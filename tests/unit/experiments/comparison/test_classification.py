@@ -47,6 +47,11 @@ def entry(method: str = "smoa", **values: Any) -> Entry:
     return Entry(method=method, learning_rate=0.01, **{"adapter": ADAPTER} | values)
 
 
+def untouched(shared: dict[str, Any]) -> dict[str, Any]:
+    bench = ClassificationBench(shared)
+    return bench.untouched(bench.untouched_config(entry()), "test")
+
+
 def refill(shared: dict[str, Any], train: list[Record], test: list[Record]) -> None:
     lab.fill_cache(Path(shared["model"]["name"]).with_name("cache"), train, test, "headlines")
 
@@ -163,7 +168,7 @@ def test_text_elsewhere_must_have_the_same_classes(shared: dict[str, Any], tmp_p
 def test_a_model_that_cannot_be_had_is_named(shared: dict[str, Any], tmp_path: Path) -> None:
     shared["model"]["name"] = str(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"model\.name: cannot load .*nowhere' for classification"):
-        ClassificationBench(shared).untouched("test")
+        untouched(shared)
 
 
 def test_the_packaged_encoder_is_taken_from_its_package(
@@ -172,7 +177,7 @@ def test_the_packaged_encoder_is_taken_from_its_package(
     folder = Path(shared["model"]["name"])
     monkeypatch.setattr(classification, "installed_file", lambda package, name: folder / Path(name).name)
     shared["model"]["name"] = PACKAGED_ENCODER
-    assert ClassificationBench(shared).untouched("test")["scores"]["all"]["questions"] == 8
+    assert untouched(shared)["scores"]["all"]["questions"] == 8
     assert encoder_folder() == str(folder)
 
 

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from smoa.errors import ConfigError, DataError
 from smoa.experiments.comparison.compare import Comparison, stored_search, validation_loss
 from smoa.experiments.comparison.report import report
 from smoa.experiments.comparison.study import Study
 from smoa.experiments.comparison.trials import Trial, TrialStore
+from smoa.experiments.config import RunConfig
 from tests import lab
 
 QUESTIONS = 40
@@ -164,13 +166,58 @@ def test_the_untouched_model_is_scored_once(study: Study, monkeypatch: pytest.Mo
     comparison = Comparison(study)
     calls: list[str] = []
 
-    def score(part: str) -> dict[str, Any]:
+    def score(config: RunConfig, part: str) -> dict[str, Any]:
         calls.append(part)
-        return {"config": {"training": {}}, "scores": {}}
+        return {"config": config.model_dump(mode="json"), "scores": {}}
 
     monkeypatch.setattr(comparison.bench, "untouched", score)
     assert comparison.untouched() == comparison.untouched()
     assert calls == ["test"]
+    comparison.bench.shared["training"] = {"use_cpu": True, "max_steps": 3}
+    comparison.untouched()  # no training took place
+    comparison.bench.shared["data"] = {"tasks": ["arc_easy"], "test_examples": 2}
+    with pytest.raises(ConfigError, match=r"untouched\.json: was run with other values of data"):
+        comparison.untouched()
+
+
+def test_the_untouched_model_of_a_quantised_study_is_described_without_training(study: Study) -> None:
+    """Full fine-tuning of quantised weights is refused, and is not what is asked for."""
+    in_4_bits = {"quantization_config": {"load_in_4bit": True}}
+    shared = {**study.shared, "model": {"name": "base", "options": in_4_bits}}
+    config = study.model_copy(update={"shared": shared}).bench().untouched_config(study.entries["ours"])
+    assert (config.method, config.adapter, config.model.options) == ("full", {}, in_4_bits)
+    assert "learning_rate" not in config.training
+
+
+def test_runs_on_different_questions_are_not_compared(study: Study) -> None:
+    finish(study, Trial("final", "ours", 0.01, 0), 2.0, sha256="one")
+    finish(study, Trial("final", "lora", 0.01, 0), 2.5, sha256="another")
+    with pytest.raises(DataError, match="were scored on different questions"):
+        report(study)
+
+
+def test_a_search_of_another_seed_is_no_part_of_this_one(study: Study) -> None:
+    finish(study, Trial("tuning", "ours", 0.01, 100), 2.0)
+    finish(study, Trial("tuning", "ours", 0.03, 7), 1.0)
+    search = stored_search(study, "ours")
+    assert search is not None
+    assert search.learning_rate == 0.01
+
+
+def test_the_seconds_of_resumed_runs_are_left_out(study: Study) -> None:
+    finish(study, Trial("final", "ours", 0.01, 0), 2.0, seconds=None)
+    assert report(study)[0].seconds is None
+    finish(study, Trial("final", "ours", 0.01, 1), 2.0)
+    assert report(study)[0].seconds == 7.0
+
+
+def test_a_reference_that_diverged_makes_nobody_worse(study: Study) -> None:
+    for seed in (0, 1):
+        finish(study, Trial("final", "ours", 0.01, seed), None)
+        finish(study, Trial("final", "lora", 0.01, seed), 2.0)
+    rows = {row.entry: row for row in report(study)}
+    assert rows["lora"].loss_difference is not None
+    assert rows["lora"].loss_difference.verdict == "better"
 
 
 def test_before_the_first_run_there_is_no_search(study: Study) -> None:
