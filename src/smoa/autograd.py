@@ -33,11 +33,16 @@ _branch = _operator("hadamard_branch", kernels.branch_forward)
 _branch_backward = _operator("hadamard_branch_backward", kernels.branch_backward)
 
 
-def _fused_shape(x: Tensor, A: Tensor, B: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # PyTorch's is not annotated
+def multiplies_exactly(device_type: str) -> bool:
+    """Whether products of float32 matrices keep all 24 bits; a compiled model keeps the answer of its first call."""
+    if not hasattr(torch.backends, "fp32_precision"):  # before PyTorch 2.9
+        return torch.get_float32_matmul_precision() == "highest"
+    backend = torch.backends.mkldnn if device_type == "cpu" else torch.backends.cuda
+    return backend.matmul.fp32_precision not in ("tf32", "bf16")
 
 
-def _branch_shape(x: Tensor, A: Tensor, B: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+def _output_shape(x: Tensor, A: Tensor, B: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
@@ -75,8 +80,8 @@ def _branch_gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x if needs_x else None, grad_A, grad_B, None, None, None, None, None
 
 
-_fused.register_fake(_fused_shape)
-_branch.register_fake(_branch_shape)
+_fused.register_fake(_output_shape)
+_branch.register_fake(_output_shape)
 _fused_backward.register_fake(_fused_backward_shape)
 _branch_backward.register_fake(_branch_backward_shape)
 _fused.register_autograd(_fused_gradients, setup_context=_fused_setup)

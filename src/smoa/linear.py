@@ -11,7 +11,7 @@ from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .autograd import fused_linear, hadamard_branch
+from .autograd import fused_linear, hadamard_branch, multiplies_exactly
 from .config import SmoaConfig
 from .distributed import gather_for, localise_labels, refuse_writing, replicate_labels
 from .errors import MergeError
@@ -158,9 +158,10 @@ class Linear(nn.Module, SmoaLayer):
     def _cached_forward(self, cache: WeightCache, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Tensor:
         tensors = [t for n in active for t in (*self.factors(n), self.smoa_row_labels[n], self.smoa_col_labels[n])]
         scalings = [self.scaling[name] for name in active]
-        key = (*active, *scalings, *map(tensor_state, [self.stored_weight(), *tensors]))
+        whole = self._may_add_to_weight(x.device.type)
+        key = (whole, *active, *scalings, *map(tensor_state, [self.stored_weight(), *tensors]))
         if cache.key != key:
-            self._fill_cache(cache, active)
+            self._fill_cache(cache, active, whole)
             cache.key = key
         if cache.effective is not None:
             return nn.functional.linear(x, cache.effective, self.bias)
@@ -169,12 +170,12 @@ class Linear(nn.Module, SmoaLayer):
             result = result + blocks.output(x.to(blocks.blocks[0].dtype)).to(result.dtype)
         return result
 
-    def _fill_cache(self, cache: WeightCache, active: list[str]) -> None:
+    def _fill_cache(self, cache: WeightCache, active: list[str], whole: bool) -> None:
         cache.clear()
-        weight = self.base_weight()
-        if weight.dtype in (torch.float32, torch.float64) and self._has_plain_base():
+        if whole:
             cache.effective = self.merged_weight(active)
             return
+        weight = self.base_weight()
         for name in active:
             rows, cols = self.smoa_row_labels[name], self.smoa_col_labels[name]
             slices = list(zip(self.layout[name].row_slices(), self.layout[name].col_slices(), strict=True))
@@ -184,16 +185,21 @@ class Linear(nn.Module, SmoaLayer):
         """Whether the base layer computes `x Wᵀ + b` of a plain weight and nothing else."""
         return type(self.base_layer) in (nn.Linear, Conv1D)
 
+    def _may_add_to_weight(self, device_type: str) -> bool:
+        """Whether `x (W + ΔW)ᵀ` keeps a small ΔW: in a half's 8 bits of mantissa, or TF32's 10, it would be lost."""
+        if not self._has_plain_base() or torch.is_autocast_enabled(device_type):
+            return False
+        dtype = self.stored_weight().dtype
+        return dtype == torch.float64 or (dtype == torch.float32 and multiplies_exactly(device_type))
+
     def _can_fuse(self, x: Tensor, adapter_name: str) -> bool:
-        base = self.base_layer
-        weight = getattr(base, "weight", None)
-        if not self._has_plain_base() or _is_instrumented(base) or not isinstance(weight, Tensor):
+        if not self._may_add_to_weight(x.device.type) or _is_instrumented(self.base_layer):
             return False
         dropout = self.smoa_dropout[adapter_name]
         if self.modulation[adapter_name] != "hadamard" or (isinstance(dropout, nn.Dropout) and self.training):
             return False
-        wide = weight.dtype in (torch.float32, torch.float64) and weight.dtype == x.dtype
-        if not wide or weight.requires_grad or torch.is_autocast_enabled(x.device.type):
+        weight = self.stored_weight()
+        if weight.dtype != x.dtype or weight.requires_grad:
             return False
         if _is_transformed(x, *self.factors(adapter_name)):
             return False

@@ -4,7 +4,8 @@ Forming W + ΔW costs a pass over the weight, which is nothing beside a training
 `cached_weights(model)` is open each adapted layer keeps, after its first call without gradients,
 
 - W + ΔW for float32 and float64 weights: as much memory again as the adapted weights take;
-- the diagonal blocks of ΔW for bfloat16 and float16 weights, where W + ΔW would round small updates away: 1/K of that.
+- the diagonal blocks of ΔW for bfloat16 and float16 weights, and under autocast or TF32, where W + ΔW would round small
+  updates away: 1/K of that.
 
 What is kept is dropped as soon as factors, labels, base weight, scaling, active adapters, dtype or device change. A
 change through `tensor.data` is invisible to PyTorch's version counters, and so to the cache.

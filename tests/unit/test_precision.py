@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
 import pytest
 import torch
 from torch import Tensor
 
+from smoa import cached_weights
 from smoa.layer import SmoaLayer
 from tests.layers import adapted_layer, base_layer, base_weight, factors, labels, oracle_delta, oracle_output
 
@@ -87,3 +91,51 @@ def test_gradients_of_the_factors_survive_half_precision(dtype: torch.dtype) -> 
     (x.double() @ oracle_delta(layer, A=A, B=B).T).backward(gradient.double())
     assert relative_error(factors(layer)[0].grad, A.grad) <= 0.01
     assert relative_error(factors(layer)[1].grad, B.grad) <= 0.01
+
+
+ROUNDING = [
+    pytest.param(lambda: torch.autocast("cpu", torch.bfloat16), id="autocast"),
+    pytest.param(lambda: matmul_precision("high"), id="TF32"),
+    pytest.param(lambda: matmul_precision("medium"), id="bf16 products"),
+]
+
+
+@contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("rounding", ROUNDING)
+@pytest.mark.parametrize("grad", [True, False])
+def test_the_update_is_added_apart_where_products_are_rounded(
+    grad: bool, rounding: Callable[[], AbstractContextManager[None]]
+) -> None:
+    """In W + ΔW it would be lost in the weight's rounding, on the machines that do round."""
+    layer = layer_of_relative_size(torch.float32, 1e-3, factors_in_float32=True)
+    x = torch.randn(200, 64)
+    with torch.set_grad_enabled(grad), rounding():
+        contribution = layer.branch_output(x, "default")
+        plain = layer.get_base_layer()(x)
+        assert torch.equal(layer(x), plain + contribution.to(plain.dtype))
+
+
+@pytest.mark.parametrize("rounding", ROUNDING)
+def test_the_cache_keeps_the_update_apart_where_products_are_rounded(
+    rounding: Callable[[], AbstractContextManager[None]],
+) -> None:
+    layer = layer_of_relative_size(torch.float32, 1e-3, factors_in_float32=True)
+    x = torch.randn(200, 64)
+    with torch.no_grad(), cached_weights(layer):
+        layer(x)
+        cache = layer.smoa_weight_cache
+        assert cache is not None
+        assert cache.effective is not None
+        with rounding():
+            layer(x)
+            assert cache.effective is None
+            assert relative_error(cache.blocks[0].output(x), x.double() @ oracle_delta(layer).T) <= 0.01
