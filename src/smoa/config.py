@@ -166,6 +166,7 @@ class SmoaConfig(PeftConfig):
     labels_follow = False
     digest_of_saved = cast("str | None", None)  # of the factors that PEFT asked for and is about to write
     weights_file = cast("Path | None", None)  # beside the file that this config was read from, till they are loaded
+    saved_rank = 0  # the largest in that file
 
     def check_weights(self) -> None:
         """Raise AdapterFileError unless the weights beside the file that this was read from were saved with it."""
@@ -180,15 +181,20 @@ class SmoaConfig(PeftConfig):
         self.weights_file = find_weights(folder)
         if self.weights_file is None:
             return
-        limit = largest_rank(self.weights_file)
-        rank = max(map(self.rank_of, self.spectrum_blocks), default=max(self.rank_pattern.values(), default=self.r))
-        if rank > limit:  # told before anything of that size is made
+        self.saved_rank = largest_rank(self.weights_file)
+
+    def check_rank(self, module: str) -> None:
+        """Raise AdapterFileError if a module asks for a larger rank than any in the file that this comes with.
+
+        It tells before anything of that size is made. What stands for no module of the model counts for nothing: r
+        where a `rank_pattern` covers all, or a pattern meant for another model.
+        """
+        rank = self.rank_of(module)
+        if self.weights_file is not None and rank > self.saved_rank:
             raise AdapterFileError(
-                f"{folder / CONFIG_NAME}: r or rank_pattern asks for rank {rank}, but the largest factor in "
-                f"{self.weights_file.name} has {limit} rows; they are not of one adapter"
+                f"{self.weights_file.with_name(CONFIG_NAME)}: r or rank_pattern asks for rank {rank} in {module}, but "
+                f"the largest factor in {self.weights_file.name} has {self.saved_rank} rows; they are not of one adapter"
             )
-        if not self.spectrum_blocks:
-            self.r = min(self.r, limit)  # with a rank_pattern, r may stand for no layer at all
 
     def _settings_digest(self) -> str:
         own = [f for f in fields(self) if f.name in SmoaConfig.__annotations__ and not f.name.endswith("_digest")]

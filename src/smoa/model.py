@@ -75,6 +75,7 @@ class SmoaModel(BaseTuner):
         for name, module in model.named_modules():
             if name and not name.startswith(inside) and self._check_target_module_exists(config, name):
                 try:
+                    config.check_rank(name)
                     weights[name] = partial(weight_of, module, check_target(name, module, config, model))
                 except SmoaError as error:
                     problems.append(error)

@@ -105,6 +105,13 @@ def test_a_rank_beyond_the_file_is_refused_before_anything_of_that_size_is_made(
         load(folder)
 
 
+@pytest.mark.filterwarnings("ignore:.*did not match any targeted module:RuntimeWarning")
+@pytest.mark.parametrize("settings", [{"rank_pattern": {"nowhere": 10**12}}, {"r": 10**12, "rank_pattern": {".*": 4}}])
+def test_a_rank_that_stands_for_no_layer_does_not_count(folder: Path, settings: dict[str, Any]) -> None:
+    with_settings(folder, **settings)
+    load(folder)
+
+
 WRONG: dict[str, list[Any]] = {
     "target_modules": [3, {"a": 1}, [1], "(", True],
     "exclude_modules": [3, [None], "["],
