@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import reduce
 from typing import Literal, get_args
 
 import torch
@@ -48,6 +49,9 @@ def combined_config(configs: list[SmoaConfig], combination: Combination) -> Smoa
     for name in ("rank_pattern", "num_blocks_pattern", "spectrum_blocks"):
         if any(getattr(config, name) for config in configs):
             raise MergeError(f"can't combine adapters with {name}; give every layer the same r and num_blocks")
+    for name in ("modules_to_save", "trainable_token_indices", "bias"):
+        if any(getattr(config, name) not in (None, "none", [], {}) for config in configs):
+            raise MergeError(f"can't combine adapters with {name}: only the updates of adapted layers have a sum")
     ranks = [config.ranks_of() for config in configs]
     if combination == "linear" and len(set(ranks)) > 1:
         raise MergeError(f"combination_type='linear' needs equal block ranks, found {ranks}; use 'cat'")
@@ -66,7 +70,10 @@ def combined_config(configs: list[SmoaConfig], combination: Combination) -> Smoa
 
 
 def check_same_labels(name: str, layer: SmoaLayer, adapters: list[str]) -> None:
-    """Raise MergeError unless all these adapters of the layer have one partition."""
+    """Raise MergeError unless the layer has all these adapters, and they have one partition."""
+    absent = [adapter for adapter in adapters if adapter not in layer.smoa_A]
+    if absent:
+        raise MergeError(f"{name}: {', '.join(absent)} doesn't adapt this layer; combine adapters of the same layers")
     first = layer.partition(adapters[0])
     for other in map(layer.partition, adapters[1:]):
         same_rows = torch.equal(first.row_labels, other.row_labels)
@@ -83,25 +90,31 @@ def fill_combined(
 ) -> None:
     """Write labels and factors of the sum into the fresh adapter `adapter_name` of one layer."""
     layer.share_partition(adapters[0], adapter_name)
-    scaled = [weight * layer.scaling[name] for name, weight in zip(adapters, weights, strict=True)]
+    parts = [layer.factors(name) for name in adapters]
+    # PEFT has made the factors in the base's dtype, which may be narrower than those of the parts
+    dtype = reduce(torch.promote_types, (factor.dtype for part in parts for factor in part))
+    layer.smoa_A[adapter_name].to(dtype)
+    layer.smoa_B[adapter_name].to(dtype)
     A, B = layer.factors(adapter_name)
-    combine = _concatenate if combination == "cat" else _add
-    combine(A, B, [layer.factors(name) for name in adapters], scaled, layer, [*adapters, adapter_name])
+    scaled = [weight * layer.scaling[name] for name, weight in zip(adapters, weights, strict=True)]
+    if combination == "linear":
+        _add(A, B, parts, scaled)
+    else:
+        slices = [layer.layout[name].rank_slices() for name in (*adapters, adapter_name)]
+        _concatenate(A, B, parts, scaled, slices)
 
 
 def _concatenate(
-    A: Tensor, B: Tensor, parts: list[tuple[Tensor, Tensor]], scaled: list[float], layer: SmoaLayer, names: list[str]
+    A: Tensor, B: Tensor, parts: list[tuple[Tensor, Tensor]], scaled: list[float], slices: list[list[slice]]
 ) -> None:
-    slices = [layer.layout[name].rank_slices() for name in names]
+    """`slices`: the ranks of each block in every part and, last, in the sum."""
     for *sources, target in zip(*slices, strict=True):
         A[target] = torch.cat([part[ranks] for (part, _), ranks in zip(parts, sources, strict=True)])
         columns = [part[:, ranks] * s for (_, part), ranks, s in zip(parts, sources, scaled, strict=True)]
         B[:, target] = torch.cat(columns, dim=1)
 
 
-def _add(
-    A: Tensor, B: Tensor, parts: list[tuple[Tensor, Tensor]], scaled: list[float], layer: SmoaLayer, names: list[str]
-) -> None:
+def _add(A: Tensor, B: Tensor, parts: list[tuple[Tensor, Tensor]], scaled: list[float]) -> None:
     A.zero_()
     B.zero_()
     for (part_A, part_B), s in zip(parts, scaled, strict=True):

@@ -193,7 +193,7 @@ class SmoaConfig(PeftConfig):
         if self.weights_file is not None and rank > self.saved_rank:
             raise AdapterFileError(
                 f"{self.weights_file.with_name(CONFIG_NAME)}: r or rank_pattern asks for rank {rank} in {module}, but "
-                f"the largest factor in {self.weights_file.name} has {self.saved_rank} rows; they are not of one adapter"
+                f"the largest factor in {self.weights_file.name} has {self.saved_rank} rows; they are of two adapters"
             )
 
     def _settings_digest(self) -> str:

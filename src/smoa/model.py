@@ -206,11 +206,12 @@ class SmoaModel(BaseTuner):
             combination_type: "cat" is exact, r is the sum of the ranks; "linear" keeps the rank and is approximate.
 
         Raises:
-            MergeError: an adapter is unknown, or the adapters don't share partition, modulation and targets.
+            MergeError: an adapter is unknown or trains more than layers, or the adapters don't share partition,
+                modulation and layers.
         """
         check_combination(self.peft_config, adapters, weights, adapter_name, combination_type)
         config = combined_config([self.peft_config[name] for name in adapters], combination_type)  # type: ignore[misc]
-        layers = {n: m for n, m in self.model.named_modules() if isinstance(m, SmoaLayer) and adapters[0] in m.smoa_A}
+        layers = {n: m for n, m in self.model.named_modules() if isinstance(m, SmoaLayer) and {*adapters} & {*m.smoa_A}}
         for name, layer in layers.items():
             check_same_labels(name, layer, adapters)
         self.peft_config[adapter_name] = config

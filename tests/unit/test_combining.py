@@ -101,3 +101,36 @@ def test_adapters_of_another_number_of_blocks_are_refused() -> None:
     model.peft_config["two"].num_blocks = 2
     with pytest.raises(MergeError, match="different num_blocks"):
         model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"bias": "smoa_only"}, {"modules_to_save": ["head"]}, {"trainable_token_indices": {"head": [0]}}]
+)
+def test_adapters_that_train_more_than_layers_are_refused(settings: dict[str, object]) -> None:
+    model = model_with({"r": 4}, {"r": 4})
+    for name, value in settings.items():
+        setattr(model.peft_config["two"], name, value)
+    with pytest.raises(MergeError, match=f"with {next(iter(settings))}: only the updates"):
+        model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum")
+    assert "sum" not in model.peft_config
+
+
+@pytest.mark.parametrize("lacking", [0, 1])
+def test_adapters_of_different_layers_are_refused(lacking: int) -> None:
+    model = nn.ModuleDict({"layer": nn.Linear(6, 6), "other": nn.ModuleDict({"layer": nn.Linear(6, 6)})})
+    excluded = [{"exclude_modules": ["other.layer"]} if i == lacking else {} for i in range(2)]
+    configs = [SmoaConfig(r=2, target_modules=["layer"], **settings) for settings in excluded]
+    adapted = get_peft_model(model, configs[0], "one")
+    adapted.add_adapter("two", configs[1])
+    with pytest.raises(MergeError, match=r"other\.layer: (one|two) doesn't adapt this layer"):
+        adapted.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum")
+    assert "sum" not in adapted.peft_config
+
+
+def test_concatenation_is_exact_on_a_bfloat16_base() -> None:
+    model = get_peft_model(Wrapper(base_layer(13, 11, dtype=torch.bfloat16)), SmoaConfig(r=4, target_modules=["layer"]))
+    layer = layer_of(model)
+    randomise(layer, "default")
+    model.add_weighted_adapter(["default"], [0.7], "sum")
+    assert layer.smoa_A["sum"].weight.dtype == torch.float32
+    torch.testing.assert_close(layer.delta("sum"), 0.7 * layer.delta("default"))
