@@ -42,6 +42,16 @@ def check_adapter_state(model: nn.Module, config: SmoaConfig, adapter_name: str,
     config.weights_file = None  # what is loaded next may come from elsewhere
 
 
+def record_choices(model: nn.Module, config: SmoaConfig, adapter_name: str) -> None:
+    """Write into the config what the layers chose by their weights; it may have served another model since."""
+    modules = {plain_name(name).removeprefix(PREFIX): module for name, module in model.named_modules()}
+    layers = {n: m for n, m in modules.items() if isinstance(m, SmoaLayer) and adapter_name in m.smoa_A}
+    if config.normalize_anchor:
+        config.normalized_alpha = {name: layer.alpha[adapter_name] for name, layer in layers.items()}
+    if config.blocks_from_spectrum:
+        config.spectrum_blocks = {name: layer.layout[adapter_name].num_blocks for name, layer in layers.items()}
+
+
 def check_gathered(state_dict: dict[str, Tensor]) -> None:
     """Refuse to save what ZeRO-3 has partitioned: tensors without entries, which nothing could load.
 

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from .block_choice import choose_blocks
-from .checkpoint import check_adapter_state, check_gathered
+from .checkpoint import check_adapter_state, check_gathered, record_choices
 from .combining import Combination, check_combination, check_same_labels, combined_config, fill_combined
 from .config import SmoaConfig
 from .digest import factors_digest
@@ -161,6 +161,7 @@ class SmoaModel(BaseTuner):
             super()._get_adapter_state_dict(named, config, adapter_name, state_dict, unwanted_adapter_names)
         )
         check_gathered(selected)
+        record_choices(model, config, adapter_name)
         config.digest_of_saved = factors_digest(selected)
         config.weights_file = None  # the adapter has a life of its own by now
         return selected

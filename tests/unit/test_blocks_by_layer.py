@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,16 @@ def test_a_config_that_is_used_again_is_fitted_to_the_new_weights() -> None:
     get_peft_model(flat, config)
     assert first.peft_config["default"] is config
     assert config.spectrum_blocks != even
+
+
+@pytest.mark.parametrize("option", ["blocks_from_spectrum", "normalize_anchor"])
+def test_what_a_layer_chose_is_saved_though_the_config_has_served_another_model(option: str, tmp_path: Path) -> None:
+    config = SmoaConfig(r=8, num_blocks=4, target_modules=TARGETS, init_weights=False, **{option: True})
+    base = adapted().unload()
+    first = get_peft_model(copy.deepcopy(base), config)
+    get_peft_model(tiny_models.build("llama"), config)
+    first.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path)), logits(first.eval()))
 
 
 def test_a_second_adapter_can_have_blocks_of_its_own() -> None:
