@@ -16,7 +16,7 @@ from peft.utils.other import get_pattern_key
 
 from .adapter_folder import find_weights, largest_rank, saved_digest
 from .config_rules import Bias, value_problems
-from .config_types import type_problems
+from .config_types import make_savable, type_problems
 from .digest import settings_digest
 from .errors import AdapterFileError, ConfigError
 from .modulation import Initialisation, Modulation, split_rank
@@ -107,6 +107,7 @@ class SmoaConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]  # PEFT leaves it without types
         self.peft_type = PeftType("SMOA")
+        make_savable(self)
         problems = type_problems(self) or value_problems(self)
         if problems:
             raise ConfigError("SmoaConfig: " + "; ".join(problems))

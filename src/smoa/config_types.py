@@ -93,6 +93,14 @@ _TYPES: dict[str, tuple[Callable[[object], bool], str]] = {
     "settings_digest": (_is_text, "what was written when the adapter was saved"),
     "weights_digest": (_is_text, "what was written when the adapter was saved"),
 }
+_COLLECTIONS = (
+    "target_modules",
+    "exclude_modules",
+    "modules_to_save",
+    "layers_to_transform",
+    "layers_pattern",
+    "trainable_token_indices",
+)
 _NEVER_NONE = {
     "rank_pattern",
     "alpha_pattern",
@@ -114,6 +122,20 @@ def type_problems(config: object) -> list[str]:
         if not (value is None and name not in _NEVER_NONE) and not fits(value):
             problems.append(f"{name}={_short(value)} must be {wanted}")
     return problems
+
+
+def make_savable(config: object) -> None:
+    """Put lists in the place of the collections that JSON lacks."""
+    for name in _COLLECTIONS:
+        setattr(config, name, _as_json(getattr(config, name)))
+
+
+def _as_json(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _as_json(inner) for key, inner in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(value, key=str)
+    return list(value) if isinstance(value, range) else value
 
 
 def _short(value: object) -> str:

@@ -566,3 +566,19 @@ def test_an_exported_layer_gives_the_same_output() -> None:
 def test_a_pickled_model_gives_the_same_output(tiny_llama: PreTrainedModel) -> None:
     model = adapted(tiny_llama)
     assert torch.equal(logits(pickle.loads(pickle.dumps(model))), logits(model))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": frozenset(QV), "exclude_modules": {"lm_head"}},
+        {"target_modules": QV, "layers_to_transform": range(1), "layers_pattern": {"layers"}},
+        {"target_modules": QV, "modules_to_save": {"lm_head"}, "trainable_token_indices": {"embed_tokens": {3, 1}}},
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+def test_every_collection_that_is_taken_can_be_saved(settings: dict[str, Any], tmp_path: Path) -> None:
+    config = SmoaConfig(r=4, **settings)
+    config.save_pretrained(tmp_path)
+    again = SmoaConfig.from_pretrained(tmp_path)
+    assert {name: getattr(again, name) for name in settings} == {name: getattr(config, name) for name in settings}
