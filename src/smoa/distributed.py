@@ -45,19 +45,23 @@ def from_rank_zero(compute: Callable[[], T], everywhere: bool = False) -> T:
     """`compute()` of rank 0, on every rank; every rank must call this, and computes too with `everywhere`.
 
     Raises:
-        SmoaError: `compute` raised it on rank 0; it is raised on every rank, so that none waits for ever.
+        SmoaError: `compute` raised it on rank 0; it is raised on every rank, so that none waits for ever. Any other
+            error of rank 0 is raised there, and the others raise a SmoaError that tells of it.
     """
     if not is_distributed():
         return compute()
     outcome: list[Any] = [None]
+    failure: Exception | None = None
     if everywhere or dist.get_rank() == 0:
         try:
             outcome = [compute()]
-        except SmoaError as error:
-            outcome = [error]
+        except Exception as error:
+            failure = error
+            text = f"rank {dist.get_rank()} failed: {type(error).__name__}: {error}"
+            outcome = [error if isinstance(error, SmoaError) else SmoaError(text)]
     dist.broadcast_object_list(outcome, src=0)
     if isinstance(outcome[0], SmoaError):
-        raise outcome[0]
+        raise failure or outcome[0]
     result: T = outcome[0]
     return result
 

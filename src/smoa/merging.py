@@ -26,7 +26,7 @@ class DiagonalBlocks:
         return cls(rows, cols, entries)
 
     def write_to(self, weight: Tensor) -> None:
-        """Overwrite the diagonal blocks of `weight` in place."""
+        """Overwrite the diagonal blocks of `weight` in place, in its dtype, which may have changed since."""
         for rows, cols, entries in zip(self.rows, self.cols, self.entries, strict=True):
             rows, cols = rows.to(weight.device), cols.to(weight.device)
-            weight[rows[:, None], cols] = entries.to(weight.device)
+            weight[rows[:, None], cols] = entries.to(weight)

@@ -39,8 +39,9 @@ def save_adapter(
 ) -> None:
     """`model.save_pretrained(folder)`, in which a kill or a full disk leaves the old adapter or the new, never half.
 
-    What else lies in the folder stays. Files that the disk has not yet seen survive a kill, and a crash of the machine
-    as far as its file system orders them: every file is flushed before the folders change places.
+    What else lies in the folder stays, but for what somebody writes into it in this moment. Files that the disk has not
+    yet seen survive a kill, and a crash of the machine as far as its file system orders them: every file is flushed
+    before the folders change places.
 
     Args:
         model: A `PeftModel`, or a transformers model with an adapter.
@@ -48,25 +49,38 @@ def save_adapter(
         base_model_name: Put this name of the base into `adapter_config.json` and the model card instead of the path
             that the base was loaded from: for adapters that leave this machine.
         metrics: Replace PEFT's model card, mostly blanks to fill in, by one that names base, config, these results
-            (there may be none: `{}`) and how to load the SMoA adapter.
+            (there may be none: `{}`) and how to load the SMoA adapter; beside the config of each adapter saved.
         options: Passed to `save_pretrained`.
 
     Raises:
         NotADirectoryError: `folder` is a file.
+        ConfigError: a card is asked for, and not all adapters of the model are SMoA's.
     """
     target = Path(folder)
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{target}: is a file; name a folder for the adapter")
+    others = [name for name, config in model.peft_config.items() if not isinstance(config, SmoaConfig)]
+    if metrics is not None and others:
+        raise ConfigError(f"metrics: {others[0]} is no SMoA adapter; save it without metrics, with PEFT's model card")
     if not options.get("is_main_process", True):  # it takes part in gathering, and writes nothing
         with tempfile.TemporaryDirectory() as nowhere:
             model.save_pretrained(nowhere, **options)
         return
     with replaced_folder(target) as temporary:
+        before = _configs(temporary)
         model.save_pretrained(temporary, **options)
-        if base_model_name is not None:
-            _rename_base(temporary, base_model_name)
-        if metrics is not None:
-            _write_card(temporary, target.resolve().name, metrics)
+        for file, state in _configs(temporary).items():
+            if before.get(file) == state:  # of another adapter, which lies in the folder besides
+                continue
+            if base_model_name is not None:
+                _rename_base(file, temporary / MODEL_CARD, base_model_name)
+            if metrics is not None:
+                _write_card(file.parent, target.resolve().name, metrics)
+
+
+def _configs(folder: Path) -> dict[Path, tuple[int, int]]:
+    """The configs of the adapters in a folder, and what changes when one is written."""
+    return {file: (file.stat().st_ino, file.stat().st_mtime_ns) for file in folder.rglob(CONFIG_NAME)}
 
 
 @contextmanager
@@ -113,18 +127,15 @@ def new_folder(target: Path, theirs_will_do: bool = False) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _rename_base(folder: Path, name: str) -> None:
-    card = folder / MODEL_CARD
-    for file in folder.rglob(CONFIG_NAME):
-        config = json.loads(file.read_text(encoding="utf-8"))
-        old, config["base_model_name_or_path"] = config.get("base_model_name_or_path"), name
-        file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-        if old and card.is_file():
-            places = {str(old), str(Path(old).expanduser())}
-            text = card.read_text(encoding="utf-8")
-            for place in sorted(places, key=len, reverse=True):
-                text = text.replace(place, name)
-            card.write_text(text, encoding="utf-8")
+def _rename_base(file: Path, card: Path, name: str) -> None:
+    config = json.loads(file.read_text(encoding="utf-8"))
+    old, config["base_model_name_or_path"] = config.get("base_model_name_or_path"), name
+    file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    if old and card.is_file():
+        text = card.read_text(encoding="utf-8")
+        for place in sorted({str(old), str(Path(old).expanduser())}, key=len, reverse=True):
+            text = text.replace(place, name)
+        card.write_text(text, encoding="utf-8")
 
 
 def _write_card(folder: Path, title: str, metrics: Mapping[str, float]) -> None:
@@ -142,7 +153,7 @@ def _exchange(new: Path, old: Path) -> None:
     old.rename(aside)
     try:
         new.rename(old)
-    except OSError:
+    except BaseException:
         aside.rename(old)
         raise
 
@@ -162,5 +173,5 @@ def _exchange_in_one_step(new: Path, old: Path) -> bool:
 def _flush(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():
-            with path.open("rb+") as file:
+            with path.open("rb+" if os.name == "nt" else "rb") as file:  # what is read-only can be flushed too
                 os.fsync(file.fileno())

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -69,7 +71,7 @@ def _read(key: str, weight: Tensor) -> tuple[Tensor, Tensor] | None:
         return None
     try:
         tensors = load_file(path)
-    except SafetensorError:
+    except (OSError, SafetensorError):
         return None  # an unreadable entry is computed and written anew
     rows, cols = tensors.get("row_scores"), tensors.get("col_scores")
     if rows is None or cols is None or (len(rows), len(cols)) != tuple(weight.shape):
@@ -81,7 +83,12 @@ def _write(key: str, scores: tuple[Tensor, Tensor]) -> None:
     path = _path(key)
     if path is None:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file({"row_scores": scores[0].contiguous(), "col_scores": scores[1].contiguous()}, temporary)
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"row_scores": scores[0].contiguous(), "col_scores": scores[1].contiguous()}, temporary)
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        warnings.warn(f"{CACHE_VARIABLE}: can't keep scores in {path.parent} ({error})", RuntimeWarning, stacklevel=2)
+        with suppress(OSError):
+            temporary.unlink()

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
-from smoa import SmoaConfig, save_adapter
+from smoa import ConfigError, SmoaConfig, save_adapter
 
 
 @pytest.fixture
@@ -51,3 +51,23 @@ def test_the_home_folder_stays_out_of_the_card(model: Any, tmp_path: Path, monke
 def test_without_metrics_the_card_is_left_to_peft(model: Any, tmp_path: Path) -> None:
     save_adapter(model, tmp_path / "mine", base_model_name="org/base")
     assert "How to Get Started" in (tmp_path / "mine" / "README.md").read_text()
+
+
+def test_every_adapter_saved_gets_a_card_beside_its_config(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
+    model = get_peft_model(tiny_llama, SmoaConfig(r=4, target_modules=["q_proj"]), "first")
+    model.add_adapter("second", SmoaConfig(r=6, target_modules=["q_proj"]))
+    save_adapter(model, tmp_path / "mine", base_model_name="org/base", metrics={"accuracy": 0.625})
+    for name, r in (("first", 4), ("second", 6)):
+        text = (tmp_path / "mine" / name / "README.md").read_text()
+        assert "0.625" in text
+        assert f'"r": {r}' in text
+
+
+def test_a_card_for_another_method_is_refused_before_anything_is_written(
+    tiny_llama: PreTrainedModel, tmp_path: Path
+) -> None:
+    model = get_peft_model(tiny_llama, LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ConfigError, match="metrics: default is no SMoA adapter"):
+        save_adapter(model, tmp_path / "mine", metrics={})
+    save_adapter(model, tmp_path / "mine")
+    assert (tmp_path / "mine" / "adapter_config.json").is_file()

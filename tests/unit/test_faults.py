@@ -270,6 +270,23 @@ def test_every_adapter_is_saved_in_its_subfolder(tmp_path: Path, new: PeftModel)
     PeftModel.from_pretrained(base(), tmp_path / "adapter" / "second")
 
 
+def test_an_adapter_that_lies_in_the_folder_besides_is_left_as_it_is(tmp_path: Path, new: PeftModel) -> None:
+    theirs = tmp_path / "adapter" / "theirs"
+    save_adapter(adapter(3, **OLD), theirs, base_model_name="their/base")
+    config = (theirs / "adapter_config.json").read_bytes()
+    save_adapter(new, tmp_path / "adapter", base_model_name="my/base", metrics={})
+    assert (theirs / "adapter_config.json").read_bytes() == config
+    assert SmoaConfig.from_pretrained(tmp_path / "adapter").base_model_name_or_path == "my/base"
+    assert "my/base" not in (theirs / "README.md").read_text()
+
+
+def test_a_file_that_is_read_only_does_not_stop_a_save(tmp_path: Path, new: PeftModel) -> None:
+    save_adapter(new, tmp_path / "adapter")
+    (tmp_path / "adapter" / "notes.txt").write_text("mine")
+    (tmp_path / "adapter" / "notes.txt").chmod(0o400)
+    save_adapter(new, tmp_path / "adapter")  # root may write it, so this tells where the tests run as somebody else
+
+
 def test_the_home_folder_does_not_leak_and_is_found_again(
     tmp_path: Path, tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -347,3 +347,12 @@ def test_a_safe_merge_of_what_is_merged_already_does_not_count_it_twice() -> Non
     layer.set_scale("default", 40_000 / largest)
     layer.merge(safe_merge=True)
     layer.check_merge()
+
+
+def test_a_layer_cast_while_merged_unmerges_to_the_cast_weight() -> None:
+    layer = adapted_layer(base_layer(13, 11, dtype=torch.float32), num_blocks=3)
+    before = layer.get_base_layer().weight.detach().clone()
+    layer.merge()
+    layer.to(torch.bfloat16)
+    layer.unmerge()
+    assert torch.equal(layer.get_base_layer().weight, before.to(torch.bfloat16))

@@ -11,7 +11,16 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from smoa import AdapterFileError, SmoaConfig, UnsupportedModuleError, cached_weights, make_partition
+from smoa import (
+    AdapterFileError,
+    PartitionError,
+    SmoaConfig,
+    SmoaError,
+    UnsupportedModuleError,
+    cached_weights,
+    distributed,
+    make_partition,
+)
 from tests import tiny_models
 from tests.layers import adapted_layer
 
@@ -92,3 +101,20 @@ def test_layers_that_zero3_keeps_whole_keep_no_weights_either() -> None:
     _partition(layer.base_layer.weight, whole=True)
     with pytest.raises(UnsupportedModuleError, match=r"sharded over processes"), cached_weights(layer):
         pass
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), PartitionError("no")], ids=["another error", "ours"])
+def test_no_rank_waits_for_one_that_failed(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> int:
+        raise error
+
+    sent: list[object] = []
+    monkeypatch.setattr(distributed, "is_distributed", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda outcome, src: sent.append(outcome[0]))
+    with pytest.raises(type(error), match="no"):
+        distributed.from_rank_zero(fail)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda outcome, src: outcome.__setitem__(0, sent[0]))
+    with pytest.raises(SmoaError, match="no"):
+        distributed.from_rank_zero(fail)

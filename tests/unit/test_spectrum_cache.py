@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -108,3 +109,25 @@ def test_a_cache_file_of_another_weight_is_replaced(
     assert all(torch.equal(a, b) for a, b in zip(cached_spectral_scores(weight), first, strict=True))
     assert len(decompositions) == 2
     assert file.read_bytes() == whole
+
+
+def test_a_folder_that_cannot_be_written_is_told_and_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decompositions: list[int]
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file"))
+    with pytest.warns(RuntimeWarning, match="SMOA_SPECTRUM_CACHE: can't keep scores in .*file"):
+        cached_spectral_scores(torch.randn(12, 10))
+    assert len(decompositions) == 1
+
+
+def test_a_full_disk_leaves_no_half_written_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(tensors: object, file: Path) -> None:
+        file.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setattr("smoa.spectrum_cache.save_file", full)
+    with pytest.warns(RuntimeWarning, match="No space left"):
+        cached_spectral_scores(torch.randn(12, 10))
+    assert not list(tmp_path.iterdir())
