@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from re import _constants, _parser  # type: ignore[attr-defined]  # Python has no public way to look into an expression
@@ -9,7 +10,9 @@ from typing import Any
 
 MAX_REPEATS = 6
 """Repetitions of variable length in one regular expression, as `.*`."""
-_REPEATS = (_constants.MAX_REPEAT, _constants.MIN_REPEAT)
+MAX_WAYS = 10_000
+"""Product of the numbers of alternatives, as in `(up|down)`, an optional part being two."""
+_REPEATS = (_constants.MAX_REPEAT, _constants.MIN_REPEAT, _constants.POSSESSIVE_REPEAT)
 
 
 def _all(value: object, rule: Callable[[Any], bool], *containers: type) -> bool:
@@ -33,23 +36,27 @@ def _is_pattern(value: object) -> bool:
 
 
 def _is_quick(tree: Any) -> bool:
-    """No repetition of variable length within another, which takes exponential time, and few of them: n of them take
-    the n-th power of a name's length."""
-    depths = list(_repetitions(tree))
-    return max(depths, default=1) == 1 and len(depths) <= MAX_REPEATS
+    """Nothing of variable length is repeated, which takes exponential time, and little of it stands in a row: n
+    repetitions take the n-th power of a name's length."""
+    choices = list(_choices(tree))
+    unlimited = [ways for ways, _ in choices if ways is None]
+    ways = math.prod(ways for ways, _ in choices if ways is not None)
+    return not any(repeated for _, repeated in choices) and len(unlimited) <= MAX_REPEATS and ways <= MAX_WAYS
 
 
-def _repetitions(node: Any, depth: int = 1) -> Iterator[int]:
-    """How deep within others each repetition of variable length lies."""
+def _choices(node: Any, repeated: bool = False) -> Iterator[tuple[int | None, bool]]:
+    """Wherever a match can go on in several ways: in how many (None: the text decides), and whether repeatedly."""
     if isinstance(node, tuple) and len(node) == 2 and node[0] in _REPEATS:
         least, most, inner = node[1]
-        varies = most > max(least, 1)
-        if varies:
-            yield depth
-        yield from _repetitions(inner, depth + varies)
-    elif isinstance(node, (tuple, list, _parser.SubPattern)):
+        if least < most:
+            yield (2 if most == 1 else None), repeated
+        yield from _choices(inner, repeated or most > 1)
+        return
+    if isinstance(node, tuple) and len(node) == 2 and node[0] == _constants.BRANCH:
+        yield len(node[1][1]), repeated
+    if isinstance(node, (tuple, list, _parser.SubPattern)):
         for part in node:
-            yield from _repetitions(part, depth)
+            yield from _choices(part, repeated)
 
 
 def _is_place(value: object) -> bool:
@@ -70,7 +77,10 @@ def _is_token_indices(value: object) -> bool:
     )
 
 
-_EXPRESSION = f"a regular expression with at most {MAX_REPEATS} repetitions such as .*, none within another"
+_EXPRESSION = (
+    f"a regular expression with at most {MAX_REPEATS} repetitions such as .*, none within another nor around "
+    f"alternatives, and at most {MAX_WAYS} combinations of those"
+)
 _TYPES: dict[str, tuple[Callable[[object], bool], str]] = {
     "target_modules": (lambda v: _is_names(v) or _is_pattern(v), f"a list of names or {_EXPRESSION}"),
     "exclude_modules": (lambda v: _is_names(v) or _is_pattern(v), f"a list of names or {_EXPRESSION}"),

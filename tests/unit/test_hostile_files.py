@@ -154,7 +154,20 @@ def test_a_value_of_a_wrong_type_is_refused_by_its_name_and_file(folder: Path, s
 
 
 @pytest.mark.parametrize(
-    "pattern", ["(.+)+x", "(.*)*", "((a|b)*c)*", r"(\w+\.)+up", ".*.*.*.*.*.*.*x", "(a{1,50}){1,50}"]
+    "pattern",
+    [
+        "(.+)+x",
+        "(.*)*",
+        "((a|b)*c)*",
+        r"(\w+\.)+up",
+        ".*.*.*.*.*.*.*x",
+        "(a{1,50}){1,50}",
+        "(a|aa)+x",
+        "(a?){30}a{30}",
+        "(a*){30}x",
+        "a?" * 25 + "a" * 25,
+        "(a|aa)" * 14 + "x",
+    ],
 )
 def test_an_expression_that_can_take_for_ever_is_refused(pattern: str) -> None:
     for settings in ({"target_modules": pattern}, {"rank_pattern": {pattern: 2}}, {"exclude_modules": pattern}):
@@ -164,7 +177,16 @@ def test_an_expression_that_can_take_for_ever_is_refused(pattern: str) -> None:
 
 @pytest.mark.parametrize(
     "pattern",
-    ["all-linear", r".*\.layers\.\d+\.(self_attn|mlp)\.(q|v)_proj", r"(.*\.)?(up|down)", "(?:ab){3}", "a|b", ".*?x"],
+    [
+        "all-linear",
+        r".*\.layers\.\d+\.(self_attn|mlp)\.(q|v)_proj",
+        r"(.*\.)?(up|down)",
+        "(?:ab){3}",
+        "a|b",
+        ".*?x",
+        "|".join(f"layers.{i}.up" for i in range(500)),
+        r"^(?!.*vision).*layers\.(1?\d|2[0-3])\.(self_attn|mlp)\.(k|up)_proj",
+    ],
 )
 def test_an_ordinary_expression_is_accepted(pattern: str) -> None:
     SmoaConfig(target_modules=pattern, rank_pattern={pattern: 3})
