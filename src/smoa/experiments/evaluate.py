@@ -27,6 +27,8 @@ Protocol = Literal["likelihood", "lm-eval", "generation"]
 def open_run(place: str | Path, overrides: list[str] | None = None) -> tuple[RunConfig, Path | None]:
     """The config and the adapter of a finished run folder; of a config file the config alone.
 
+    A run that trained the whole model has no adapter; its config then names the trained model.
+
     Raises:
         ConfigError: neither, or the run is not finished.
     """
@@ -36,7 +38,11 @@ def open_run(place: str | Path, overrides: list[str] | None = None) -> tuple[Run
     folder = RunFolder(path)
     if not folder.finished:
         raise ConfigError(f"{path}: is neither a config file nor the folder of a finished run (with metrics.json)")
-    return load_config(folder.config, overrides), folder.adapter
+    config = load_config(folder.config, overrides)
+    if config.method == "full":
+        model = config.model.model_copy(update={"name": str(folder.adapter)})
+        return config.model_copy(update={"model": model}), None
+    return config, folder.adapter
 
 
 def evaluate(

@@ -132,7 +132,7 @@ def extract_choice(record: Record, text: str, style: AnswerStyle) -> str | None:
 def extract_number(record: Record, text: str, style: AnswerStyle) -> str | None:
     """The last number in ``text``, thousands separators left out, whole numbers without a decimal point."""
     numbers = NUMBER.findall(text.replace(",", ""))
-    return f"{float(numbers[-1]):g}" if numbers else None
+    return f"{float(numbers[-1]):.15g}" if numbers else None
 
 
 def extract_all(record: Record, text: str, style: AnswerStyle) -> str | None:

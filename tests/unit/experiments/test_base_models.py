@@ -112,3 +112,15 @@ def test_marks_that_a_gguf_file_leaves_on_a_model_are_taken_off(tmp_path: Path) 
         assert not getattr(model, mark, None)
     model.save_pretrained(tmp_path / "again")
     assert "quantization_config" not in (tmp_path / "again" / "config.json").read_text()
+
+
+def test_the_tokenizer_comes_from_the_same_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    original = base_models.AutoTokenizer.from_pretrained
+    monkeypatch.setattr(
+        base_models.AutoTokenizer,
+        "from_pretrained",
+        lambda source, **options: asked.append(options.pop("revision", None)) or original(source, **options),
+    )
+    load_base_model(BaseModel(str(lab.tiny_base(tmp_path)), options={"revision": "v2", "low_cpu_mem_usage": True}))
+    assert asked == ["v2"]

@@ -71,3 +71,11 @@ def test_scoring_can_be_left_out(values: dict[str, Any], tmp_path: Path) -> None
     report = convert(finished_run(values), tmp_path / "lora", RankRule(error=0.1), score=False)
     assert report["loss"] is None
     assert report["error"] <= 0.1
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning")  # PEFT looks where the base was
+def test_another_base_takes_the_place_of_the_runs(values: dict[str, Any], tmp_path: Path) -> None:
+    run = finished_run(values)
+    Path(values["model"]["name"]).rename(tmp_path / "moved")
+    report = convert(run, tmp_path / "lora", RankRule(rank=2), base=str(tmp_path / "moved"))
+    assert report["loss"] is not None

@@ -100,3 +100,26 @@ def test_choices_without_a_label_are_refused(tmp_path: Path) -> None:
     task = FileTask(train=str(tmp_path / "own.jsonl"), columns=Columns(prompt="q", choices=["a", "b"]))
     with pytest.raises(DataError, match=r"own\.jsonl, row 1: choices need a column with their label"):
         read_file_split("own", task, "train")
+
+
+@pytest.mark.parametrize("column", ["q", "b", "gold"])
+def test_a_cell_that_holds_nothing_is_named(tmp_path: Path, column: str) -> None:
+    task = write(tmp_path / "own.jsonl", [ROWS[0], ROWS[1] | {column: None}])
+    with pytest.raises(DataError, match=rf"own\.jsonl, row 2: column '{column}' holds nothing"):
+        read_file_split("own", task, "train")
+
+
+def test_a_context_may_be_absent(tmp_path: Path) -> None:
+    write(tmp_path / "own.jsonl", [row | {"story": None} for row in ROWS])
+    task = FileTask(train=str(tmp_path / "own.jsonl"), columns=COLUMNS.model_copy(update={"context": "story"}))
+    assert [record.context for record in read_file_split("own", task, "train")] == ["", ""]
+
+
+def test_choices_in_one_column_of_a_csv_file_are_json(tmp_path: Path) -> None:
+    (tmp_path / "own.csv").write_text('q,options,gold\nWhich?,"[""x"", ""y""]",y\n')
+    columns = Columns(prompt="q", choices="options", label="gold")
+    task = FileTask(train=str(tmp_path / "own.csv"), columns=columns)
+    assert read_file_split("own", task, "train")[0].choices == ("x", "y")
+    (tmp_path / "own.csv").write_text("q,options,gold\nWhich?,x|y,y\n")
+    with pytest.raises(DataError, match=r"row 1: 'options' must hold a list of choices, in CSV as JSON, found 'x\|y'"):
+        read_file_split("own", task, "train")

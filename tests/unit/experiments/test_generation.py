@@ -45,7 +45,14 @@ def test_in_the_text_style_the_text_must_be_a_choice() -> None:
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("#### 1,234", "1234"), ("it is 3.50", "3.5"), ("-7 apples", "-7"), ("12 then 12.0", "12"), ("none", None)],
+    [
+        ("#### 1,234", "1234"),
+        ("it is 3.50", "3.5"),
+        ("-7 apples", "-7"),
+        ("12 then 12.0", "12"),
+        ("none", None),
+        ("it is 1234567.", "1234567"),
+    ],
 )
 def test_the_number_is_the_last_one(text: str, number: str | None) -> None:
     assert extract_number(SUM, text, "text") == number

@@ -12,7 +12,7 @@ import pytest
 from smoa.errors import DataError
 from smoa.experiments import training
 from smoa.experiments.config import RunConfig, check_config
-from smoa.experiments.evaluate import evaluate
+from smoa.experiments.evaluate import evaluate, open_run
 from smoa.experiments.run_folder import RunFolder
 from tests import lab
 
@@ -64,6 +64,8 @@ def test_every_weight_is_trained_by_the_full_method(values: dict[str, Any]) -> N
     metrics = training.train(check_config(values))
     assert metrics["parameters"]["percent"] == 100
     assert metrics["parameters"]["trainable"] == metrics["parameters"]["total"]
+    again = evaluate(*open_run(values["training"]["output_dir"]))
+    assert again["scores"] == metrics["evaluation"]["after"]
 
 
 def test_only_the_first_process_tells(

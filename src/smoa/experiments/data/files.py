@@ -7,6 +7,7 @@ import gzip
 import importlib
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -19,9 +20,9 @@ Family = Literal["commonsense", "maths", "dialogue", "text"]
 
 
 class Columns(BaseModel):
-    """The file's column for each part of a record. ``choices`` is one column that holds a list, or a list of columns;
-    ``label`` holds the number of the right choice, from 0, or its text. With choices, ``label`` takes ``answer``'s
-    place."""
+    """The file's column for each part of a record. ``choices`` is one column that holds a list (in CSV as JSON), or a
+    list of columns; ``label`` holds the number of the right choice, from 0, or its text. With choices, ``label`` takes
+    ``answer``'s place."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -124,21 +125,32 @@ def _record(name: str, file: Path, number: int, row: dict[str, Any], columns: Co
             f"{where}: has no column {', '.join(map(repr, missing))}; it has {', '.join(map(repr, row))}. "
             f"Map them under data.files.{name}.columns"
         )
-    context = str(row[columns.context]) if columns.context else ""
+    empty = [column for column in columns.names() if row[column] is None and column != columns.context]
+    if empty:
+        raise DataError(f"{where}: column {', '.join(map(repr, empty))} holds nothing")
+    context = str(row[columns.context] or "") if columns.context else ""
     prompt = str(row[columns.prompt])
     if columns.choices is None:
         if columns.answer is None:
             raise DataError(f"data.files.{name}.columns: give answer, or choices and label")
         return Record(name, str(number), prompt, str(row[columns.answer]), context=context)
-    choices = _choices(row, columns.choices)
     try:
+        choices = _choices(row, columns.choices)
         return choice_record(name, str(number), prompt, choices, _label(row, columns, choices), context)
     except (DataError, ValueError) as error:
         raise DataError(f"{where}: {error}") from error
 
 
 def _choices(row: dict[str, Any], columns: str | list[str]) -> list[str]:
-    return [str(text) for text in (row[columns] if isinstance(columns, str) else [row[name] for name in columns])]
+    if not isinstance(columns, str):
+        return [str(row[name]) for name in columns]
+    found = row[columns]
+    if isinstance(found, str):  # CSV has no lists
+        with suppress(json.JSONDecodeError):
+            found = json.loads(found)
+    if not isinstance(found, list):
+        raise DataError(f"{columns!r} must hold a list of choices, in CSV as JSON, found {found!r}; or name columns")
+    return list(map(str, found))
 
 
 def _label(row: dict[str, Any], columns: Columns, choices: list[str]) -> int:
