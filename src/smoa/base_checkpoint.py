@@ -87,6 +87,11 @@ class BaseCheckpoint:
         options = {} if labels is None else {"num_labels": labels}
         return AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code, **options)
 
+    def own_num_labels(self) -> int:
+        """Labels of the base itself, whose names are kept if the adapter's head has as many."""
+        config = AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+        return int(config.num_labels)
+
     def on_meta(self) -> PreTrainedModel:
         """The model without weights: its modules and the shapes of its parameters."""
         chosen, config = self._model_class(), self.model_config()
@@ -96,10 +101,16 @@ class BaseCheckpoint:
             return chosen.from_config(config, trust_remote_code=self.trust_remote_code)  # type: ignore[no-any-return]
 
     def load(self) -> PreTrainedModel:
-        """The model in memory, in its own dtype."""
-        return self._model_class().from_pretrained(  # type: ignore[no-any-return]
+        """The model in memory, in its own dtype, with as many tokens as the adapter's own embeddings have."""
+        model: PreTrainedModel = self._model_class().from_pretrained(
             self.folder, config=self.model_config(), trust_remote_code=self.trust_remote_code, dtype="auto"
         )
+        embeddings: Any = model.get_input_embeddings()
+        name = next(name for name, module in model.named_modules() if module is embeddings)
+        saved = load_peft_weights(str(self.adapter), device="cpu").get(f"base_model.model.{name}.weight")
+        if saved is not None and len(saved) != len(embeddings.weight):
+            model.resize_token_embeddings(len(saved), mean_resizing=False)
+        return model
 
     def _model_class(self) -> Any:
         """PEFT notes the class where the adapter has no task type."""

@@ -143,7 +143,8 @@ def _stream(
     # The base's own words are kept: a config written anew may be beyond the reader that the base was made for.
     raw["architectures"] = [type(model).__name__]
     raw["torch_dtype" if "torch_dtype" in raw else "dtype"] = _name(loss.dtype)
-    if model.config.num_labels != type(model.config)().num_labels:
+    if model.config.num_labels != base.own_num_labels():
+        raw.pop("num_labels", None)
         raw |= {key: model.config.to_dict()[key] for key in ("id2label", "label2id")}
     (folder / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return loss

@@ -105,8 +105,8 @@ class StreamPlan:
 def plan_stream(adapter: SavedAdapter, model: nn.Module, checkpoint: Checkpoint) -> StreamPlan | None:
     """Match the adapter with the checkpoint by the parameters of `model`, which may be on the meta device.
 
-    None where that takes more than names: keys that transformers converts while loading, or tied weights, which must be
-    untied when only one of them changes.
+    None where that takes more than names: keys that transformers converts while loading, tied weights, which must be
+    untied when only one of them changes, or a vocabulary that was resized, which the config must tell.
 
     Raises:
         AdapterFileError: the model has no such module.
@@ -125,6 +125,9 @@ def plan_stream(adapter: SavedAdapter, model: nn.Module, checkpoint: Checkpoint)
     found = all(keys[name] in checkpoint.entries for name in weights)
     known = all(key in checkpoint.entries or keys[name] == name for name, key in keys.items())
     if not found or not known or not _shapes_agree(weights, keys, modules, checkpoint):
+        return None
+    kept = {keys[name]: tensor for name, tensor in adapter.others.items() if keys[name] in checkpoint.entries}
+    if any(tuple(tensor.shape) != checkpoint.entries[key].shape for key, tensor in kept.items() if "embed" in key):
         return None
     return StreamPlan(
         {keys[name]: module for name, module in weights.items()},

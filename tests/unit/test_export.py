@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
     BertModel,
     BitsAndBytesConfig,
     GPT2Model,
@@ -70,7 +72,7 @@ def saved(base: Path, adapter: Path, family: str = "llama", dtype: torch.dtype =
 
 @torch.no_grad()
 def logits(model: nn.Module, family: str = "llama") -> Tensor:
-    inputs = tiny_models.batch(family)
+    inputs = {name: tensor for name, tensor in tiny_models.batch(family).items() if family == "t5" or name != "labels"}
     return model(**inputs).logits.float()
 
 
@@ -145,6 +147,43 @@ def test_tokens_that_were_trained_are_merged(base: Path, adapter: Path, output: 
     adapted = saved(base, adapter, "llama", trainable_token_indices=[3, 5, 7])
     assert not merge_and_save(adapter, output).streamed
     assert_close(logits(merged_model(output)), logits(adapted))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_vocabulary_that_was_resized_is_merged(base: Path, adapter: Path, output: Path, tied: bool) -> None:
+    model: Any = tiny_models.build("llama")
+    if tied:
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+    model.save_pretrained(base)
+    model.name_or_path = str(base)
+    size = model.config.vocab_size
+    model.resize_token_embeddings(size + 3)
+    config = SmoaConfig(r=4, init_weights=False, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, config).eval()
+    adapted.save_pretrained(adapter)
+    merge_and_save(adapter, output)
+    merged = merged_model(output)
+    assert merged.config.vocab_size == size + 3
+    assert_close(logits(merged), logits(adapted))
+
+
+@pytest.mark.parametrize("labels", [2, 4])
+def test_the_head_decides_how_many_labels_the_merged_model_has(
+    base: Path, adapter: Path, output: Path, labels: int
+) -> None:
+    saved(base, adapter, "bert")  # its own head has 3
+    config = BertConfig.from_pretrained(base, num_labels=labels)
+    torch.manual_seed(0)
+    adapted = get_peft_model(
+        BertForSequenceClassification.from_pretrained(base, config=config, ignore_mismatched_sizes=True),
+        SmoaConfig(r=4, init_weights=False, target_modules=["query"], task_type="SEQ_CLS"),
+    ).eval()
+    adapted.save_pretrained(adapter)
+    merge_and_save(adapter, output, base=base)
+    merged = merged_model(output, AutoModelForSequenceClassification)
+    assert merged.config.num_labels == labels
+    assert_close(logits(merged, "bert"), logits(adapted, "bert"))
 
 
 def test_shards_are_read_and_written(base: Path, adapter: Path, output: Path) -> None:
