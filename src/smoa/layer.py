@@ -68,7 +68,6 @@ class SmoaLayer(PartitionState):
         alpha: float,
         *,
         defer_partition: bool = False,
-        inference_mode: bool = False,
     ) -> None:
         """Add an adapter.
 
@@ -87,7 +86,7 @@ class SmoaLayer(PartitionState):
         self._add_factors(adapter_name, config.init_weights)
         self._add_labels(adapter_name, config.partition, defer_partition)
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        self.set_adapter(self.active_adapters)
 
     def _add_factors(self, adapter_name: str, init: Initialisation) -> None:
         layout = self.layout[adapter_name]

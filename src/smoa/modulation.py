@@ -145,7 +145,7 @@ def delta_weight(
     scaling: float,
     modulation: Modulation = "hadamard",
 ) -> Tensor:
-    """Dense ΔW: (out_features, in_features), in the wider of the dtypes of `weight` and the factors.
+    """Dense ΔW: (out_features, in_features), in the widest of float32 and the dtypes of `weight` and the factors.
 
     Args:
         weight: pristine W (out_features, in_features).

@@ -189,7 +189,12 @@ def requantisation_reported(model: nn.Module) -> Iterator[None]:
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             module.requantisations = found
-    yield
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            if isinstance(module, QuantizedLinear):
+                module.requantisations = None
     parts = [error / size for error, size in found if size]
     if parts:
         total = [sum(value**2 for value in column) ** 0.5 for column in zip(*found, strict=True)]

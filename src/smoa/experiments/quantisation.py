@@ -40,7 +40,7 @@ def _block(options: dict[str, Any]) -> Iterable[tuple[tuple[str, ...], str]]:
     try:
         known = {"quant_method", *inspect.signature(type(AutoQuantizationConfig.from_dict(wanted))).parameters}
     except (ValueError, TypeError, AttributeError, ImportError) as error:
-        hint = "; pip install 'smoa[quantized]'" if isinstance(error, ImportError) else ""
+        hint = "; pip install '.[quantized]'" if isinstance(error, ImportError) else ""
         yield (), f"{PLACE}: {error}{hint}"
         return
     for key in wanted.keys() - known:

@@ -118,7 +118,7 @@ def provenance(seed: int, device: torch.device) -> dict[str, Any]:
 
 
 def _git_state() -> dict[str, Any]:
-    """Of the repository that holds this file; nothing where the package is installed from a wheel."""
+    """Of the repository around this file; nothing where there is none, as for a package installed from a wheel."""
     commit = _git("rev-parse", "HEAD")
     if commit is None:
         return {"commit": None, "dirty": None}
