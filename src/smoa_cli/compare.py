@@ -23,11 +23,14 @@ def compare(
     with reporting():
         import transformers
 
+        from smoa.errors import ConfigError
         from smoa.experiments.comparison.compare import Comparison
         from smoa.experiments.comparison.report import report
         from smoa.experiments.comparison.rows import as_json
         from smoa.experiments.comparison.study import load_study
 
+        if only and report_only:
+            raise ConfigError("--only: narrows what is run, and --report-only runs nothing; leave out one of them")
         checked = load_study(study, overrides)
         transformers.utils.logging.set_verbosity_error()  # a line for every new classification head
         if not report_only:

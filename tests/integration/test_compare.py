@@ -128,6 +128,13 @@ def test_an_entry_that_trains_more_than_it_declares_is_refused(values: dict[str,
         Comparison(load_study(study_file(values, tmp_path))).tune("lora")
 
 
+def test_what_is_to_be_run_is_not_named_where_nothing_is_run(values: dict[str, Any], tmp_path: Path) -> None:
+    arguments = ["compare", str(study_file(values, tmp_path)), "--report-only", "--only", "ours"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 1
+    assert "--only: narrows what is run" in done.stderr
+
+
 def test_a_report_before_any_run_says_what_to_do(values: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no final run is finished yet"):
         report(load_study(study_file(values, tmp_path)))
