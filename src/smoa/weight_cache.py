@@ -74,6 +74,8 @@ def tensor_state(tensor: Tensor) -> Hashable:
 def cached_weights(model: nn.Module) -> Iterator[None]:
     """Let the adapted layers of `model` keep their effective weights while the context is open, without gradients.
 
+    Meanwhile one thread at a time may use the model.
+
     Raises:
         UnsupportedModuleError: a layer's parameters are sharded (FSDP, ZeRO-3): they are refilled between steps without
             a trace, so what is kept could be stale.
