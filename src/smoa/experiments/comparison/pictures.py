@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import cycle
 from pathlib import Path
-from typing import Any
 
 from smoa.experiments.comparison.statistics import Difference
+from smoa.experiments.plots import new_figure, save_figure
 
 MARKERS = "osD^v<>PX*hpd"  # so many that they repeat in no step with lines and shades
 STYLES = ("-", "--", "-.", ":")
@@ -27,7 +27,7 @@ def draw_searches(searches: Mapping[str, Mapping[float, float | None]], file: Pa
     axes.set_ylabel("validation loss of gold answers (nats per token)")
     axes.grid(True, color="0.9")
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
-    figure.savefig(file)
+    save_figure(figure, file)
 
 
 def draw_differences(differences: Mapping[str, Difference], reference: str, file: Path) -> None:
@@ -44,14 +44,4 @@ def draw_differences(differences: Mapping[str, Difference], reference: str, file
         f"test loss minus that of {reference} (nats per token)\nleft is better; filled: the interval leaves out 0"
     )
     axes.grid(True, axis="x", color="0.9")
-    figure.savefig(file)
-
-
-def new_figure(height: float) -> tuple[Any, Any]:
-    """A figure of ``height`` inches with one plot."""
-    import matplotlib.figure  # not pyplot: no window system is asked for, no global state is left
-
-    figure = matplotlib.figure.Figure(figsize=(8, height), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    save_figure(figure, file)

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from itertools import cycle
 from typing import Any
 
-from smoa.experiments.comparison.pictures import MARKERS, STYLES, new_figure
+from smoa.experiments.comparison.pictures import MARKERS, STYLES
 from smoa.experiments.comparison.rows import BY_TASK, Row, accuracy_by_task
 from smoa.experiments.comparison.statistics import Difference
 from smoa.experiments.comparison.study import Study
 from smoa.experiments.comparison.trials import Trial
 from smoa.experiments.pages import figure, link, page, paragraph, section, table
+from smoa.experiments.plots import new_figure
 
 HEADER = [
     *("entry", "budget", "trained", "lr", "runs", "loss", "loss difference", "", "accuracy %"),
