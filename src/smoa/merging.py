@@ -1,11 +1,13 @@
-"""What a merge overwrites, kept so that it can be put back bit for bit."""
+"""What a merge overwrites, kept so that it can be put back bit for bit; and what no merge can serve."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from .errors import MergeError
 from .spectrum import SpectralPartition
 
 
@@ -30,3 +32,16 @@ class DiagonalBlocks:
         for rows, cols, entries in zip(self.rows, self.cols, self.entries, strict=True):
             rows, cols = rows.to(weight.device), cols.to(weight.device)
             weight[rows[:, None], cols] = entries.to(weight)
+
+
+def refuse_shared(weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise MergeError if two adapted layers, by name, have one weight: merged for one, it would serve neither."""
+    owners: dict[int, str] = {}
+    for name, weight in weights:
+        pointer = weight.data_ptr()  # 0 on the meta device
+        other = owners.setdefault(pointer, name)
+        if pointer and other != name:
+            raise MergeError(
+                f"{name} and {other} share one weight but have an adapter each, so no merged weight serves both; untie "
+                "them, or adapt one of them"
+            )

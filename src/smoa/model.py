@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from .distributed import from_rank_zero, refuse_writing, with_plain_names
 from .errors import MergeError, PartitionError, SmoaError
 from .layer import SmoaLayer
 from .linear import Linear
+from .merging import refuse_shared
 from .mixed_batch import adapter_names_hooks
 from .quantized import QuantizedLinear, requantisation_reported
 from .targets import base_of, check_target, weight_of
@@ -225,22 +226,15 @@ class SmoaModel(BaseTuner):
         for name, module in self.model.named_modules():
             if isinstance(module, Linear):
                 try:
-                    module.check_merge(adapter_names)
+                    with onload_layer(module):  # where accelerate keeps its weights elsewhere
+                        module.check_merge(adapter_names)
                 except MergeError as error:
                     raise MergeError(f"{name}: {error}") from None
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()  # type: ignore[no-untyped-call]  # PEFT leaves it without types
-        owners: dict[int, str] = {}
-        for name, module in self.model.named_modules():
-            if isinstance(module, SmoaLayer):
-                pointer = module.stored_weight().data_ptr()
-                other = owners.setdefault(pointer, name)
-                if pointer and other != name:
-                    raise MergeError(
-                        f"{name} and {other} share one weight but have an adapter each, so no merged weight serves "
-                        "both; untie them, or adapt one of them"
-                    )
+        layers = ((name, module) for name, module in self.model.named_modules() if isinstance(module, SmoaLayer))
+        refuse_shared((name, layer.stored_weight()) for name, layer in layers)
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         return adapter_names_hooks(self, kwargs)

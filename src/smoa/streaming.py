@@ -126,8 +126,8 @@ def plan_stream(adapter: SavedAdapter, model: nn.Module, checkpoint: Checkpoint)
     known = all(key in checkpoint.entries or keys[name] == name for name, key in keys.items())
     if not found or not known or not _shapes_agree(weights, keys, modules, checkpoint):
         return None
-    kept = {keys[name]: tensor for name, tensor in adapter.others.items() if keys[name] in checkpoint.entries}
-    if any(tuple(tensor.shape) != checkpoint.entries[key].shape for key, tensor in kept.items() if "embed" in key):
+    own = model.state_dict()
+    if any(name in own and own[name].shape != tensor.shape for name, tensor in adapter.others.items()):
         return None
     return StreamPlan(
         {keys[name]: module for name, module in weights.items()},

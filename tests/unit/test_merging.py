@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import accelerate
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from smoa import MergeError, SmoaConfig
 from smoa.layer import SmoaLayer
 from tests import reference
-from tests.layers import adapted_layer, add_adapter, base_layer, base_weight, factors, oracle_delta, randomise
+from tests.layers import Wrapper, adapted_layer, add_adapter, base_layer, base_weight, factors, oracle_delta, randomise
 from tests.tolerance import assert_close
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -356,3 +357,14 @@ def test_a_layer_cast_while_merged_unmerges_to_the_cast_weight() -> None:
     layer.to(torch.bfloat16)
     layer.unmerge()
     assert torch.equal(layer.get_base_layer().weight, before.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("safe", [False, True])
+def test_a_model_that_accelerate_offloads_is_merged(safe: bool) -> None:
+    model = get_peft_model(Wrapper(nn.Linear(12, 10)), SmoaConfig(r=4, target_modules=["layer"], init_weights=False))
+    x = torch.randn(3, 12)
+    with torch.no_grad():
+        expected = model(x)
+        accelerate.cpu_offload(model, execution_device="cpu")
+        merged = model.merge_and_unload(safe_merge=safe)
+        torch.testing.assert_close(merged(x), expected)
