@@ -9,7 +9,15 @@ from smoa.errors import DataError
 from smoa.experiments.cache import write_whole
 from smoa.experiments.comparison.compare import stored_search
 from smoa.experiments.comparison.pictures import draw_differences, draw_searches
-from smoa.experiments.comparison.rows import BY_TASK, Row, accuracy_by_task, as_json, entry_row, known_before
+from smoa.experiments.comparison.rows import (
+    BY_TASK,
+    Row,
+    accuracy_by_task,
+    as_json,
+    commonest_machine,
+    entry_row,
+    known_before,
+)
 from smoa.experiments.comparison.statistics import Difference
 from smoa.experiments.comparison.study import Study
 from smoa.experiments.comparison.study_page import study_page
@@ -22,9 +30,9 @@ def report(study: Study) -> list[Row]:
     Raises:
         DataError: no final run is finished yet.
     """
-    rows = sorted(
-        filter(None, (entry_row(study, name) for name in study.entries)), key=lambda row: (row.budget, row.loss)
-    )
+    machine = commonest_machine(study)
+    found = (entry_row(study, name, machine) for name in study.entries)
+    rows = sorted(filter(None, found), key=lambda row: (row.budget, row.loss))
     if not rows:
         raise DataError(f"{study.folder}: no final run is finished yet; run smoa compare on this study first")
     untouched = TrialStore(study.folder).find("untouched")
@@ -59,7 +67,8 @@ def _page(study: Study, rows: list[Row], untouched: dict[str, Any] | None, pictu
         f"best is inside, at most {study.tuning.max_runs} runs{beside}); the figures are of fresh seeds on the test "
         "part. Differences are paired by seed and question, with 95 % intervals (questions resampled, Student's t over "
         "seeds); *same* means that the interval holds 0; one seed gets no verdict. ± is the standard deviation over "
-        "seeds. An edge mark (!) says that the best learning rate is the last one tried on a side.",
+        "seeds, *s* the seconds of training on the machine that made most of the runs. An edge mark (!) says that the "
+        "best learning rate is the last one tried on a side.",
     ]
     budgets = dict.fromkeys(row.budget for row in rows)
     parts += [_table([row for row in rows if row.budget == budget], budget) for budget in budgets]

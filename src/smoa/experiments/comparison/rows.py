@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from smoa.experiments.comparison.study import Study
 from smoa.experiments.comparison.trials import finite
 
 BY_TASK = "Accuracy % by task"
+Machine = tuple[str | None, int | None]
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,14 @@ class Row:
     accuracy_difference: Difference | None
 
 
-def entry_row(study: Study, name: str) -> Row | None:
-    """The row of an entry; None before its first final run."""
+def commonest_machine(study: Study) -> Machine:
+    """Device and threads of most final runs: those of others take another time for the same work."""
+    finals = (result for name in study.entries for result in stored(study, "final", name))
+    return max(Counter(map(_machine, finals)).items(), key=itemgetter(1), default=((None, None), 0))[0]
+
+
+def entry_row(study: Study, name: str, machine: Machine) -> Row | None:
+    """The row of an entry, its seconds those on ``machine``; None before its first final run."""
     search = stored_search(study, name)
     finals = _finals(study, name)
     if not finals:
@@ -56,7 +65,7 @@ def entry_row(study: Study, name: str) -> Row | None:
     found = outcomes(list(finals.values()))
     losses, accuracies = found.mean_loss(), found.accuracy()
     away = [result["elsewhere"] for result in finals.values() if result.get("elsewhere") is not None]
-    seconds = [result["seconds"] for result in finals.values() if result["seconds"] is not None]
+    timed = [result for result in finals.values() if result["seconds"] is not None and _machine(result) == machine]
     by_loss, by_accuracy = _differences(study, finals, reference) if name != reference else (None, None)
     return Row(
         entry=name,
@@ -72,7 +81,7 @@ def entry_row(study: Study, name: str) -> Row | None:
         accuracy_interval=accuracy_interval(found),
         task_accuracy=_by_task(list(finals.values())),
         elsewhere=float(np.mean(away)) if away else None,
-        seconds=float(np.mean(seconds)) if seconds else None,
+        seconds=float(np.mean([result["seconds"] for result in timed])) if timed else None,
         loss_difference=by_loss,
         accuracy_difference=by_accuracy,
     )
@@ -107,6 +116,11 @@ def known_before(untouched: dict[str, Any] | None) -> str:
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Plain values, with null for what a diverged run left without a number."""
     return [finite(asdict(row)) for row in rows]
+
+
+def _machine(result: dict[str, Any]) -> Machine:
+    made = result.get("provenance", {})
+    return made.get("device"), made.get("threads")
 
 
 def _by_task(results: Sequence[dict[str, Any]]) -> dict[str, float]:

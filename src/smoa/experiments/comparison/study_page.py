@@ -37,7 +37,13 @@ def study_page(study: Study, rows: Sequence[Row], untouched: dict[str, Any] | No
         *([section(BY_TASK, table("The mean over seeds.", by_task[0], by_task[1:]))] if by_task else []),
         section("Accuracy against trained parameters", figure(_accuracy(study, rows), _ACCURACY)),
         *([section("Learning rates", figure(_searches(study, searched), _SEARCHES))] if searched else []),
-        section("Cost", figure(_cost(rows), "Seconds of a final run's training, mean over seeds.")),
+        section(
+            "Cost",
+            figure(
+                _cost(rows),
+                "Seconds of a final run's training, mean over seeds, on the machine that made most of the runs.",
+            ),
+        ),
     ]
     return page(f"{study.folder.name}: {study.kind} of {study.shared['model']['name']}", *parts)
 

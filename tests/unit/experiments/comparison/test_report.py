@@ -233,3 +233,12 @@ def test_a_run_with_one_question_without_a_loss_has_diverged() -> None:
     scores = {"all": {"gold_loss": 1.5}}
     assert validation_loss({"questions": {"nll": [1.0, 2.0]}, "scores": scores}) == 1.5
     assert validation_loss({"questions": {"nll": [1.0, None]}, "scores": scores}) is None
+
+
+def test_seconds_are_those_of_the_machine_that_made_most_runs(study: Study) -> None:
+    fast, slow = ({"provenance": {"device": device, "threads": 1}} for device in ("fast", "slow"))
+    for seed, machine, seconds in ((0, slow, 70.0), (1, slow, 80.0), (2, fast, 10.0)):
+        finish(study, Trial("final", "ours", 0.01, seed), 3.0, seconds=seconds, **machine)
+    finish(study, Trial("final", "lora", 0.01, 0), 3.0, seconds=5.0, **fast)
+    finish(study, Trial("final", "full", 0.001, 0), 3.0, seconds=None, **slow)
+    assert {row.entry: row.seconds for row in report(study)} == {"ours": 75.0, "lora": None, "full": None}
