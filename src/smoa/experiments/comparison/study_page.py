@@ -95,6 +95,8 @@ def _accuracy(study: Study, rows: Sequence[Row]) -> Any:
         points = axes.scatter([place], [100 * found.mean], color="#000000", marker=marker, label=row.entry)
         points.set_urls([_final(study, row, row.seeds[0])])
     axes.set_xscale("log")
+    numbers = [row.parameters for row in rows]
+    axes.set_xlim(min(numbers) / 2, max(numbers) * 2)  # wide enough for labels that don't run into each other
     axes.set_xlabel("trained parameters")
     axes.set_ylabel("accuracy on the test part (%)")
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
