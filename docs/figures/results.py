@@ -25,8 +25,8 @@ Differences are to the reference of the entry's budget, paired by seed and by qu
 resampled, Student's t over seeds): *better* and *worse* say that the interval leaves 0 out, *same* that it doesn't.
 Lower loss is better. An entry is named after its method, its number of blocks (`k8`), what it changes, and its budget:
 `r1` are the trainable parameters of a LoRA of rank 1. A study's name says how it differs: `refined` searched quarter
-decades besides half ones, `float32` has its weights in that type. *Loss elsewhere* is that on text of a domain that wasn't trained
-on: what rises there was forgotten.
+decades besides half ones, `float32` has its weights in that type. *Loss elsewhere* is that on text of a domain that
+wasn't trained on: what rises there was forgotten.
 """
 NOTHING = (
     "No result is stored yet: run one of the studies in [configs/studies](../configs/studies), then this script.\n"
