@@ -16,6 +16,7 @@ from peft import PeftConfig
 from peft.utils import load_peft_weights
 from transformers import AutoConfig, PreTrainedModel
 
+from .checkpoint import PREFIX, embeddings_of
 from .config import SmoaConfig
 from .errors import ConfigError, MergeError
 
@@ -84,13 +85,14 @@ class BaseCheckpoint:
     def model_config(self) -> Any:
         """The model's config, with as many labels as the adapter's own classification head has."""
         labels = self._num_labels()
-        options = {} if labels is None else {"num_labels": labels}
-        return AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code, **options)
+        return self._config(**({} if labels is None else {"num_labels": labels}))
 
     def own_num_labels(self) -> int:
         """Labels of the base itself, whose names are kept if the adapter's head has as many."""
-        config = AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
-        return int(config.num_labels)
+        return int(self._config().num_labels)
+
+    def _config(self, **options: Any) -> Any:
+        return AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code, **options)
 
     def on_meta(self) -> PreTrainedModel:
         """The model without weights: its modules and the shapes of its parameters."""
@@ -105,11 +107,12 @@ class BaseCheckpoint:
         model: PreTrainedModel = self._model_class().from_pretrained(
             self.folder, config=self.model_config(), trust_remote_code=self.trust_remote_code, dtype="auto"
         )
-        embeddings: Any = model.get_input_embeddings()
-        name = next(name for name, module in model.named_modules() if module is embeddings)
-        saved = load_peft_weights(str(self.adapter), device="cpu").get(f"base_model.model.{name}.weight")
-        if saved is not None and len(saved) != len(embeddings.weight):
-            model.resize_token_embeddings(len(saved), mean_resizing=False)
+        saved = load_peft_weights(str(self.adapter), device="cpu")
+        for name, module in embeddings_of(model).items():
+            own = saved.get(f"{PREFIX}{name}.weight")
+            if own is not None and len(own) != len(module.weight):
+                model.resize_token_embeddings(len(own), mean_resizing=False)
+                break  # both at once
         return model
 
     def _model_class(self) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Set
+from contextlib import suppress
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,12 +46,26 @@ def check_adapter_state(model: nn.Module, config: SmoaConfig, adapter_name: str,
 
 def record_choices(model: nn.Module, config: SmoaConfig, adapter_name: str) -> None:
     """Write into the config what the layers chose by their weights; it may have served another model since."""
-    modules = {plain_name(name).removeprefix(PREFIX): module for name, module in model.named_modules()}
-    layers = {n: m for n, m in modules.items() if isinstance(m, SmoaLayer) and adapter_name in m.smoa_A}
+    layers = {name.removeprefix(PREFIX): layer for name, layer in layers_with(model, adapter_name).items()}
     if config.normalize_anchor:
         config.normalized_alpha = {name: layer.alpha[adapter_name] for name, layer in layers.items()}
     if config.blocks_from_spectrum:
         config.spectrum_blocks = {name: layer.layout[adapter_name].num_blocks for name, layer in layers.items()}
+
+
+def layers_with(model: nn.Module, adapter_name: str) -> dict[str, SmoaLayer]:
+    """The layers that have the adapter, by their names in state dicts."""
+    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, SmoaLayer))
+    return {plain_name(name): layer for name, layer in layers if adapter_name in layer.smoa_A}
+
+
+def embeddings_of(model: nn.Module) -> dict[str, Any]:
+    """The model's input and output embeddings by name; none where transformers can't tell, as of models of speech."""
+    found: list[object] = []
+    for getter in (getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings")):
+        with suppress(NotImplementedError):
+            found += [getter()] if getter is not None else []
+    return {name: module for name, module in model.named_modules() if any(module is one for one in found)}
 
 
 def check_gathered(state_dict: dict[str, Tensor]) -> None:
@@ -93,12 +109,11 @@ def _compare_others(model: nn.Module, config: SmoaConfig, keys: Set[str]) -> tup
     own = {key.removeprefix(PREFIX) for key in state}
     trained = BaseTuner._get_learnable_bias_state_dict(model, state, config)
     biases = {key.removeprefix(PREFIX) for key in trained if ".modules_to_save." not in key}
-    getters = [getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings")]
-    embeddings = [getter() for getter in getters if getter is not None]
+    embeddings = embeddings_of(model)
     others = tuple(
         plain_name(name).removeprefix(PREFIX) + "."
         for name, module in model.named_modules()
-        if isinstance(module, AuxiliaryTrainingWrapper) or any(module is embedding for embedding in embeddings)
+        if isinstance(module, AuxiliaryTrainingWrapper) or name in embeddings
     )
     found = {key.removeprefix(PREFIX) for key in keys}
     # With bias="all" PEFT saves the biases of modules_to_save a second time, under a name that nothing reads.
@@ -108,13 +123,11 @@ def _compare_others(model: nn.Module, config: SmoaConfig, keys: Set[str]) -> tup
 
 
 def _expected_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, tuple[SmoaLayer, str]]]:
-    for module_name, layer in model.named_modules():
-        if isinstance(layer, SmoaLayer) and adapter_name in layer.smoa_A:
-            module_name = plain_name(module_name)
-            for name in FACTORS:
-                yield f"{module_name}.{name}.{adapter_name}.weight", (layer, name)
-            for name in LABELS:
-                yield f"{module_name}.{name}.{adapter_name}", (layer, name)
+    for module_name, layer in layers_with(model, adapter_name).items():
+        for name in FACTORS:
+            yield f"{module_name}.{name}.{adapter_name}.weight", (layer, name)
+        for name in LABELS:
+            yield f"{module_name}.{name}.{adapter_name}", (layer, name)
 
 
 def _difference(verb: str, keys: list[str]) -> str:

@@ -22,10 +22,9 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .checkpoint import PREFIX
 from .errors import ConfigError
 from .layer import SmoaLayer
-
-PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ from peft import PeftConfig, PeftModel, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict, load_peft_weights
 from torch import Tensor, nn
 
+from .checkpoint import PREFIX
 from .config import SmoaConfig
 from .errors import AdapterFileError, ConfigError, MergeError
 from .layer import SmoaLayer
 from .modulation import BlockLayout
-from .streaming import PARTS, PREFIX
+from .streaming import PARTS
 
 
 @torch.no_grad()

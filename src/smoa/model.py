@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from .block_choice import choose_blocks
-from .checkpoint import check_adapter_state, check_gathered, record_choices
+from .checkpoint import check_adapter_state, check_gathered, layers_with, record_choices
 from .combining import Combination, check_combination, check_same_labels, combined_config, fill_combined
 from .config import SmoaConfig
 from .digest import factors_digest
@@ -62,7 +62,7 @@ class SmoaModel(BaseTuner):
             if self._progress is not None:
                 self._progress.close()
         if twin is not None and not comes:
-            for layer in _layers_with(self.model, twin):
+            for layer in layers_with(self.model, twin).values():
                 layer.share_partition(twin, adapter_name)
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
@@ -155,7 +155,7 @@ class SmoaModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        for layer in _layers_with(model, adapter_name):
+        for layer in layers_with(model, adapter_name).values():
             layer.decide_partition(adapter_name)  # in place: the buffers in `state_dict` see it
         named = with_plain_names(model)
         selected = dict(
@@ -174,7 +174,7 @@ class SmoaModel(BaseTuner):
         named = with_plain_names(model)
         remapped = super()._remap_adapter_state_dict_for_load(named, config, adapter_name, state_dict)
         check_adapter_state(model, config, adapter_name, remapped)
-        for layer in _layers_with(model, adapter_name):
+        for layer in layers_with(model, adapter_name).values():
             for parameter in (*layer.smoa_A[adapter_name].parameters(), *layer.smoa_B[adapter_name].parameters()):
                 refuse_writing(parameter)
             layer.pending_partition.pop(adapter_name, None)
@@ -238,7 +238,3 @@ class SmoaModel(BaseTuner):
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         return adapter_names_hooks(self, kwargs)
-
-
-def _layers_with(model: nn.Module, adapter_name: str) -> list[SmoaLayer]:
-    return [module for module in model.modules() if isinstance(module, SmoaLayer) and adapter_name in module.smoa_A]

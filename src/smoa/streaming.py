@@ -10,13 +10,13 @@ from peft.utils import load_peft_weights
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .checkpoint import PREFIX
 from .config import SmoaConfig
 from .errors import AdapterFileError, MergeError
 from .modulation import delta_weight
 from .shards import FLOATS, Checkpoint, Entry, write_checkpoint
 from .spectrum import SpectralPartition
 
-PREFIX = "base_model.model."
 PARTS = ("smoa_A.weight", "smoa_B.weight", "smoa_row_labels", "smoa_col_labels")
 
 

@@ -10,10 +10,12 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import LlamaForCausalLM, LlamaModel
 
 from smoa import ConfigError, MergeError, SmoaConfig, base_checkpoint
 from smoa.base_checkpoint import BaseCheckpoint, adapter_config, base_folder
+from smoa.checkpoint import embeddings_of
 from tests import tiny_models
 
 
@@ -104,3 +106,11 @@ def test_without_a_head_of_its_own_the_bases_labels_count(tmp_path: Path) -> Non
     base = checkpoint(tmp_path, "bert", ("query",), task_type="SEQ_CLS")
     without = BaseCheckpoint(base.folder, checkpoint(tmp_path / "other").adapter, base.peft_config)
     assert without.model_config().num_labels == 3
+
+
+def test_a_model_that_names_no_embeddings_has_none() -> None:
+    class Speech(nn.Linear):
+        def get_input_embeddings(self) -> nn.Module:
+            raise NotImplementedError  # as transformers' models of speech do
+
+    assert embeddings_of(Speech(2, 2)) == {}
