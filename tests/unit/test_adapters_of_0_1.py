@@ -1,6 +1,6 @@
 """Adapters saved by smoa 0.1.0 load to the ΔW that they had, bit for bit.
 
-`tests/data/adapters_0_1` holds a base model, adapters as 0.1.0 wrote them, and the ΔW of each layer that 0.1.0 computed.
+`tests/data/adapters_0_1` holds a base model, adapters as 0.1.0 wrote them, and the ΔW of each layer as it computed it.
 All values are small multiples of powers of two, so that no order of summation changes a bit; where they can't be
 (noise), rounding is allowed for.
 """
