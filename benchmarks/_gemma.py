@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 
 from smoa import SmoaConfig
-from smoa.experiments.base_models import BaseModel, load_base_model
+from smoa_lab.training.base_models import BaseModel, load_base_model
 
 QUANTISATIONS: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},

@@ -12,7 +12,7 @@ from released import ReleasedLinear
 from torch import Tensor, nn
 
 from smoa import SmoaConfig
-from smoa.spectrum import make_partition
+from smoa.maths.spectrum import make_partition
 
 
 class OneLayer(nn.Module):

@@ -25,8 +25,8 @@ from _common import RESULTS, busy_elsewhere, gemma_weights, pick_device, provena
 from injection import NUM_BLOCKS, membership, svd_scores
 from torch import Tensor
 
-from smoa.experiments.base_models import prepare_packaged_model
-from smoa.spectrum import spectral_scores
+from smoa.maths.spectrum import spectral_scores
+from smoa_lab.training.base_models import prepare_packaged_model
 
 Scores = tuple[Tensor, Tensor]
 RANGE_SIZES = (64, 128, 256, 512)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from _common import provenance, write_results
 
-from smoa.experiments.conversion import trade_off
+from smoa_lab.runs.convert_run import trade_off
 
 RANKS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 640]
 

@@ -20,7 +20,7 @@ from _common import provenance, write_results
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
-from smoa.export import merge_and_save
+from smoa.export.merge import merge_and_save
 
 
 def memory() -> dict[str, float]:

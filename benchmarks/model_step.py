@@ -22,8 +22,8 @@ from _gemma import gemma
 from _layers import lower_quartile, trainable
 from torch import Tensor, nn
 
-from smoa.experiments.answer_loss import answer_positions, logits_at, mean_answer_loss
-from smoa.experiments.prompts import IGNORED
+from smoa_lab.data.prompts import IGNORED
+from smoa_lab.scoring.answer_loss import answer_positions, logits_at, mean_answer_loss
 
 BARS = {"time": 1.15, "memory": 1.03}
 

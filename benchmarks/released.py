@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from smoa.modulation import split_rank
-from smoa.spectrum import SpectralPartition
+from smoa.maths.modulation import split_rank
+from smoa.maths.spectrum import SpectralPartition
 
 
 class ReleasedLinear(nn.Module):

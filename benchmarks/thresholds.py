@@ -17,8 +17,8 @@ import torch
 from _common import interleaved, pick_device, provenance, write_results
 from _layers import OneLayer, adapted, lower_quartile, training_step
 
-import smoa.kernels
-import smoa.linear
+import smoa.layers.linear
+import smoa.maths.kernels
 
 SHAPES = ((2048, 640), (4096, 4096))
 NUM_BLOCKS = (2, 8)
@@ -50,7 +50,7 @@ def fused_min_tokens(device: torch.device, repeats: int) -> list[dict[str, Any]]
             for tokens in (1, 8, 32, 64, 128, 256, 512):
                 x = torch.randn(tokens, shape[1], device=device)
                 times = either_way(
-                    smoa.linear, "FUSED_MIN_TOKENS", torch.no_grad()(lambda model=model, x=x: model(x)), repeats
+                    smoa.layers.linear, "FUSED_MIN_TOKENS", torch.no_grad()(lambda model=model, x=x: model(x)), repeats
                 )
                 row = {"shape": shape, "num_blocks": num_blocks, "tokens": tokens}
                 rows.append(row | {"fused": times["below"], "apart": times["above"]})
@@ -66,7 +66,7 @@ def mask_cost(device: torch.device, repeats: int) -> list[dict[str, Any]]:
             for r in (16, 32, 64, 128, 256):
                 model = adapted("smoa", OneLayer(*shape, torch.float32, device), r, num_blocks)
                 x, grad = torch.randn(128, shape[1], device=device), torch.randn(128, shape[0], device=device)
-                times = either_way(smoa.kernels, "MASK_COST", training_step(model, x, grad), repeats)
+                times = either_way(smoa.maths.kernels, "MASK_COST", training_step(model, x, grad), repeats)
                 row = {"shape": shape, "num_blocks": num_blocks, "r": r, "saved_rank": r - -(-r // num_blocks)}
                 rows.append(row | {"stacked": times["below"], "scattered": times["above"]})
                 print(rows[-1], flush=True)

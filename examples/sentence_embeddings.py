@@ -20,7 +20,7 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from sentence_transformers.losses import MultipleNegativesRankingLoss
 
 from smoa import SmoaConfig
-from smoa.experiments.data.tasks import find_task, load_task
+from smoa_lab.data.tasks import find_task, load_task
 
 
 def main() -> None:

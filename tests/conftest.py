@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tests import tiny_models
+from tests.support import tiny_models
 
 # Models this small lose more to starting threads than they gain from them.
 torch.set_num_threads(1)

@@ -29,9 +29,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from smoa import SmoaConfig, SmoaError
-from smoa.layer import SmoaLayer
+from smoa.layers.layer import SmoaLayer
 from tests import reference
-from tests.adapter_mutations import CONFIG, MUTATIONS, WEIGHTS
+from tests.support.adapter_mutations import CONFIG, MUTATIONS, WEIGHTS
 
 SECONDS, PATIENCE, BYTES = 10, 300, 1 << 30
 """What one load may take before it counts as a hang, computing or waiting, and as a huge allocation."""

@@ -17,7 +17,7 @@ from peft import get_peft_model
 from torch import nn
 
 from smoa import SmoaConfig, clear_spectrum_cache, save_adapter
-from tests.layers import Wrapper
+from tests.support.layers import Wrapper
 
 WARM_UP = 300
 """Cycles after which caches of the libraries are full."""

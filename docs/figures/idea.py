@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import ConnectionPatch, FancyArrowPatch, Rectangle
 from torch import Tensor
 
-from smoa.spectrum import SpectralPartition, make_partition
+from smoa.maths.spectrum import SpectralPartition, make_partition
 
 OUT = Path(__file__).parents[1] / "images"
 NUM_BLOCKS, ROWS, COLS, RANK = 4, 6, 8, 2  # K; rows, columns and rank of one block

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from smoa.experiments.comparison.rows import known_before
-from smoa.experiments.comparison.statistics import Difference
+from smoa_lab.study.report.rows import known_before
+from smoa_lab.study.report.statistics import Difference
 
 DOCS = Path(__file__).parents[1]
 INTRODUCTION = """# Results

@@ -15,8 +15,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from torch import nn
 
-from smoa.experiments.base_models import BaseModel, load_base_model
-from smoa.experiments.budgeting import TARGETS
+from smoa_lab.runs.budget_choices import TARGETS
+from smoa_lab.training.base_models import BaseModel, load_base_model
 
 IMAGES = Path(__file__).parents[1] / "images"
 

@@ -5,13 +5,15 @@ Importing smoa registers it: `get_peft_model(base, SmoaConfig(...))` and `PeftMo
 
 from __future__ import annotations
 
-from .registration import check_peft_version, ensure_peft_type, register
+from smoa import _aliases
+from smoa.registration import check_peft_version, ensure_peft_type, register
 
 check_peft_version()
+_aliases.install()
 ensure_peft_type()
 
-from .config import SmoaConfig  # noqa: E402  (PeftType.SMOA must exist before the config is defined)
-from .errors import (  # noqa: E402
+from smoa.config.adapter_config import SmoaConfig  # noqa: E402  (PeftType.SMOA must exist before the config is defined)
+from smoa.errors import (  # noqa: E402
     AdapterFileError,
     ConfigError,
     DataError,
@@ -21,11 +23,11 @@ from .errors import (  # noqa: E402
     UnsupportedModuleError,
     UnsupportedVersionError,
 )
-from .model import SmoaModel  # noqa: E402
-from .saving import save_adapter  # noqa: E402
-from .spectrum import SpectralPartition, make_partition, spectral_scores  # noqa: E402
-from .spectrum_cache import clear_spectrum_cache  # noqa: E402
-from .weight_cache import cached_weights  # noqa: E402
+from smoa.files.saving import save_adapter  # noqa: E402
+from smoa.layers.weight_cache import cached_weights  # noqa: E402
+from smoa.maths.spectrum import SpectralPartition, make_partition, spectral_scores  # noqa: E402
+from smoa.maths.spectrum_cache import clear_spectrum_cache  # noqa: E402
+from smoa.tuner.model import SmoaModel  # noqa: E402
 
 register(SmoaConfig, SmoaModel)
 

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from smoa_cli.main import app
+from smoa_lab.cli.main import app
 
 app()

@@ -16,7 +16,7 @@ from packaging.version import Version
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType, register_peft_method
 
-from .errors import UnsupportedVersionError
+from smoa.errors import UnsupportedVersionError
 
 NAME = "SMOA"
 SUPPORTED_PEFT = SpecifierSet(">=0.21,<0.22")

@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from smoa import SmoaConfig
-from smoa.layer import SmoaLayer
-from tests import reference, tiny_models
-from tests.decompositions import NoDecomposition
-from tests.layers import base_weight, factors, labels, oracle_delta
-from tests.tolerance import assert_close
+from smoa.layers.layer import SmoaLayer
+from tests import reference
+from tests.support import tiny_models
+from tests.support.decompositions import NoDecomposition
+from tests.support.layers import base_weight, factors, labels, oracle_delta
+from tests.support.tolerance import assert_close
 
 VARIANTS = {
     "plain": {},

@@ -12,12 +12,12 @@ import yaml
 from typer.testing import CliRunner
 
 from smoa.errors import ConfigError, DataError
-from smoa.experiments.comparison.bench import Bench
-from smoa.experiments.comparison.compare import Comparison
-from smoa.experiments.comparison.report import report
-from smoa.experiments.comparison.study import load_study
-from smoa_cli.main import app
-from tests import lab
+from smoa_lab.cli.main import app
+from smoa_lab.study.benches.bench import Bench
+from smoa_lab.study.comparison import Comparison
+from smoa_lab.study.report.table import report
+from smoa_lab.study.study_file import load_study
+from tests.support import lab
 
 # Not ours: a deprecation between transformers and peft.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")

@@ -10,10 +10,10 @@ import pytest
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from tests import tiny_models
 from tests.integration.test_distributed import CURVE_TOLERANCE, assert_same_adapter, assert_same_logits, of_strategy
 from tests.integration.workers.strategies import adapted, generated, labels, train_alone
-from tests.processes import run_two
+from tests.support import tiny_models
+from tests.support.processes import run_two
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed; pip install deepspeed"

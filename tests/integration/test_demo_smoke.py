@@ -9,8 +9,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from smoa_cli.main import app
-from tests import lab
+from smoa_lab.cli.main import app
+from tests.support import lab
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 

@@ -15,11 +15,11 @@ import yaml
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from smoa.experiments import training
-from smoa.experiments.config import check_config
-from tests import lab, tiny_models
+from smoa_lab.config.run_config import check_config
+from smoa_lab.training import train_run
 from tests.integration.workers.strategies import adapted, labels, layers, micro_batches
-from tests.processes import ROOT, environment, free_port, run_two
+from tests.support import lab, tiny_models
+from tests.support.processes import ROOT, environment, free_port, run_two
 
 CURVE_TOLERANCE = 1e-5
 """Relative; ranks sum the two halves of a batch in another order."""
@@ -194,7 +194,7 @@ def test_accelerate_launch_gives_the_curve_of_one_process_with_twice_the_accumul
     assert done.stdout.count("trainable parameters") == 1
 
     config["training"] |= {"output_dir": str(tmp_path / "one"), "gradient_accumulation_steps": 2}
-    one = training.train(check_config(config))
+    one = train_run.train(check_config(config))
     two = json.loads((tmp_path / "two" / "metrics.json").read_text())
     assert (one["training"]["processes"], two["training"]["processes"]) == (1, 2)
     curves = [[entry["loss"] for entry in run["history"] if "loss" in entry] for run in (two, one)]

@@ -13,9 +13,9 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
 from smoa import SmoaConfig
-from smoa.export import merge_and_save
-from tests import tiny_models
-from tests.tolerance import assert_close
+from smoa.export.merge import merge_and_save
+from tests.support import tiny_models
+from tests.support.tolerance import assert_close
 
 # Isolated and without `site`, the only packages on the path are those in the folder itself: what was installed in
 # editable mode, as smoa is here, is reached by a .pth file that nobody reads.

@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from smoa.experiments import training
-from smoa.experiments.answer_loss import AnswerTrainer
-from smoa.experiments.config import check_config
-from smoa.experiments.run_folder import RunFolder
-from tests import lab
-from tests.killing import killed_at
+from smoa_lab.config.run_config import check_config
+from smoa_lab.scoring.answer_loss import AnswerTrainer
+from smoa_lab.training import train_run
+from smoa_lab.training.run_folder import RunFolder
+from tests.support import lab
+from tests.support.killing import killed_at
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
@@ -62,16 +62,16 @@ def test_a_run_killed_anywhere_and_started_again_ends_in_the_same_bits(
 ) -> None:
     whole = tmp_path / "whole"
     settings["training"]["output_dir"] = str(whole)
-    training.train(check_config(settings))
+    train_run.train(check_config(settings))
     killed = []
     for number in calls:
         folder = tmp_path / f"killed-{number}"
         settings["training"]["output_dir"] = str(folder)
         config = check_config(settings)
-        killed.append(killed_at(number, partial(training.train, config), partial(touches, folder)))
+        killed.append(killed_at(number, partial(train_run.train, config), partial(touches, folder)))
         if not RunFolder(folder).finished:
             assert killed[-1]
-            training.train(config)
+            train_run.train(config)
         assert_same_result(folder, whole)
     assert all(killed[: 2 * len(killed) // 3])
 
@@ -94,14 +94,14 @@ def test_a_disk_that_fills_up_ends_the_run_with_a_clear_error_and_it_goes_on_lat
 
     monkeypatch.setattr(AnswerTrainer, "_save_optimizer_and_scheduler", full)
     with pytest.raises(OSError, match=r"No space left on device.*checkpoint-3"):
-        training.train(config)
+        train_run.train(config)
     run = RunFolder(config.folder)
     assert not run.finished
     assert not run.adapter.exists()
     monkeypatch.setattr(AnswerTrainer, "_save_optimizer_and_scheduler", save)
-    assert training.train(config)["training"]["resumed"]
+    assert train_run.train(config)["training"]["resumed"]
     settings["training"]["output_dir"] = str(tmp_path / "whole")
-    training.train(check_config(settings))
+    train_run.train(check_config(settings))
     assert_same_result(run.path, tmp_path / "whole")
 
 

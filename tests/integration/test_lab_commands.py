@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from smoa.experiments import training
-from smoa.experiments.answer_loss import AnswerTrainer
-from smoa.experiments.config import check_config
-from smoa_cli.main import app
-from tests import lab
+from smoa_lab.cli.main import app
+from smoa_lab.config.run_config import check_config
+from smoa_lab.scoring.answer_loss import AnswerTrainer
+from smoa_lab.training import train_run
+from tests.support import lab
 
 # Not ours: a deprecation between transformers and peft.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -36,7 +36,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 @pytest.fixture
 def run(config: dict[str, Any]) -> Path:
     """A finished run's folder."""
-    training.train(check_config(config))
+    train_run.train(check_config(config))
     return Path(config["training"]["output_dir"])
 
 
@@ -60,9 +60,9 @@ def test_a_killed_run_resumes_to_the_same_bits(
 
     monkeypatch.setattr(AnswerTrainer, "training_step", killed)
     with pytest.raises(KeyboardInterrupt):
-        training.train(check_config(config))
+        train_run.train(check_config(config))
     monkeypatch.setattr(AnswerTrainer, "training_step", whole_step)
-    metrics = training.train(check_config(config))
+    metrics = train_run.train(check_config(config))
     assert metrics["training"]["resumed"]
     ours, theirs = (
         load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (run.with_name("killed"), run)

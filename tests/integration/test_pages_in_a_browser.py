@@ -13,9 +13,9 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from smoa import SmoaConfig
-from smoa.experiments.inspection import inspect
-from smoa.experiments.inspection_page import inspection_page
-from tests import lab
+from smoa_lab.inspection.layers import inspect
+from smoa_lab.inspection.page import inspection_page
+from tests.support import lab
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")

@@ -13,11 +13,11 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from smoa import SmoaConfig
-from smoa.layer import SmoaLayer
-from tests import tiny_models
-from tests.decompositions import NoDecomposition
-from tests.layers import labels
-from tests.tolerance import assert_close
+from smoa.layers.layer import SmoaLayer
+from tests.support import tiny_models
+from tests.support.decompositions import NoDecomposition
+from tests.support.layers import labels
+from tests.support.tolerance import assert_close
 
 
 class Repeated(Dataset[dict[str, Tensor]]):

@@ -11,13 +11,13 @@ import torch
 from peft import PeftModel
 
 from smoa.errors import ConfigError, DataError
-from smoa.experiments import training
-from smoa.experiments.base_models import BaseModel, load_base_model
-from smoa.experiments.config import check_config, load_config
-from smoa.experiments.evaluate import evaluate
-from smoa.experiments.run_folder import RunFolder
-from smoa.quantized import QuantizedLinear
-from tests import lab
+from smoa.layers.quantized import QuantizedLinear
+from smoa_lab.config.run_config import check_config, load_config
+from smoa_lab.runs.evaluate_run import evaluate
+from smoa_lab.training import train_run
+from smoa_lab.training.base_models import BaseModel, load_base_model
+from smoa_lab.training.run_folder import RunFolder
+from tests.support import lab
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}
 INT8 = {"load_in_8bit": True}
@@ -51,8 +51,8 @@ def test_a_run_trains_on_the_quantised_model_and_is_scored_again_from_its_folder
 ) -> None:
     config["model"]["options"]["quantization_config"] = quantisation
     run = check_config(config)
-    ready = training.prepare(run)
-    metrics = training.train(run, ready)
+    ready = train_run.prepare(run)
+    metrics = train_run.train(run, ready)
     adapted = [module for module in ready.base.modules() if isinstance(module, QuantizedLinear)]
     assert adapted
     assert all(type(layer.get_base_layer()) is kind for layer in adapted)
@@ -63,14 +63,14 @@ def test_a_run_trains_on_the_quantised_model_and_is_scored_again_from_its_folder
 
 
 def test_packed_weights_count_whole(config: dict[str, Any]) -> None:
-    packed, _ = training.load_model(check_config(config))
+    packed, _ = train_run.load_model(check_config(config))
     plain, _ = load_base_model(BaseModel(config["model"]["name"]))
-    assert training._parameters(packed)["total"] == training._parameters(plain)["total"]
+    assert train_run._parameters(packed)["total"] == train_run._parameters(plain)["total"]
 
 
 def test_the_adapter_of_a_quantised_run_fits_the_full_model(config: dict[str, Any]) -> None:
     run = check_config(config)
-    training.train(run)
+    train_run.train(run)
     base, _ = load_base_model(BaseModel(config["model"]["name"]))
     model = PeftModel.from_pretrained(base, str(RunFolder(run.folder).adapter))
     merged = model.merge_and_unload(safe_merge=True)  # warnings are errors here: nothing is rounded

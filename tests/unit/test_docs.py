@@ -17,11 +17,11 @@ import yaml
 from pydantic import BaseModel
 from transformers import PreTrainedModel
 
-from smoa.experiments.comparison.entry import Entry
-from smoa.experiments.comparison.study import Study, Tuning
-from smoa.experiments.config import DataSection, ModelSection, RunConfig, TaskSection, check_config, load_config
-from smoa_cli.main import app
-from tests.lab import byte_tokenizer
+from smoa_lab.cli.main import app
+from smoa_lab.config.run_config import DataSection, ModelSection, RunConfig, TaskSection, check_config, load_config
+from smoa_lab.study.entry import Entry
+from smoa_lab.study.study_file import Study, Tuning
+from tests.support.lab import byte_tokenizer
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from smoa.experiments.comparison.rows import Row, as_json
-from smoa.experiments.comparison.statistics import Difference, Interval
+from smoa_lab.study.report.rows import Row, as_json
+from smoa_lab.study.report.statistics import Difference, Interval
 
 FINAL = {
     "config": {

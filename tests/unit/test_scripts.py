@@ -19,7 +19,7 @@ def test_there_are_scripts() -> None:
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda file: str(file.relative_to(ROOT)))
 def test_a_script_imports_what_smoa_has(script: Path) -> None:
     for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] in ("smoa", "smoa_cli"):
+        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] in ("smoa", "smoa_lab"):
             module = importlib.import_module(str(node.module))
             for name in node.names:
                 if not hasattr(module, name.name):

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tests import tiny_models
+from tests.support import tiny_models
 
 
 def test_a_tiny_model_gives_a_loss_that_reaches_its_weights(

@@ -24,10 +24,10 @@ from peft.utils.other import fsdp_auto_wrap_policy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-import smoa.partition_state
+import smoa.layers.partition
 from smoa import PartitionError, SmoaConfig, make_partition
-from smoa.layer import SmoaLayer
-from tests import tiny_models
+from smoa.layers.layer import SmoaLayer
+from tests.support import tiny_models
 
 RANK = int(os.environ.get("RANK", "0"))
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -157,9 +157,9 @@ def disagreeing_weights(folder: Path) -> Result:
         calls += 1
         return make_partition(*arguments)
 
-    smoa.partition_state.make_partition = counted
+    smoa.layers.partition.make_partition = counted
     model = get_peft_model(base, SmoaConfig(num_blocks=2, target_modules=TARGETS))
-    smoa.partition_state.make_partition = make_partition
+    smoa.layers.partition.make_partition = make_partition
     torch.manual_seed(RANK)
     shuffled = get_peft_model(
         tiny_models.build("llama"), SmoaConfig(num_blocks=2, target_modules=TARGETS, partition="random")

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from smoa import SmoaError, cached_weights
-from smoa.hotswap import hotswap_adapter
-from tests import tiny_models
+from smoa.tuner.hotswap import hotswap_adapter
 from tests.integration.workers.strategies import (
     RANK,
     Result,
@@ -32,6 +31,7 @@ from tests.integration.workers.strategies import (
     spoil,
     train,
 )
+from tests.support import tiny_models
 
 deepspeed.ops.__compatible_ops__ = {}  # or it would compile an operator that training doesn't use, for minutes
 RELEASE_AT_ONCE = {

@@ -1,1 +1,0 @@
-"""Real question sets as one record type; :func:`smoa.experiments.data.tasks.load_task` is the way in."""

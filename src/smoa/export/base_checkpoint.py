@@ -1,0 +1,136 @@
+"""The base model that a saved adapter belongs to: where it lies and which class of transformers it is."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft import PeftConfig
+from peft.utils import load_peft_weights
+from transformers import AutoConfig, PreTrainedModel
+
+from smoa.config.adapter_config import SmoaConfig
+from smoa.errors import ConfigError, MergeError
+from smoa.files.checkpoint import embeddings_of
+from smoa.files.names import PREFIX
+
+AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
+TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model")
+BESIDES = ("chat_template*", "generation_config.json", "*processor_config.json", "*.py")
+LEGAL = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+WEIGHTS = ("config.json", "*.safetensors", "*.safetensors.index.json")
+
+
+def adapter_config(adapter: Path) -> PeftConfig:
+    """The config in an adapter's folder.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if not (adapter / "adapter_config.json").is_file():
+        raise ConfigError(f"{adapter}: holds no adapter_config.json; give the folder that save_pretrained wrote")
+    config: PeftConfig = PeftConfig.from_pretrained(str(adapter))
+    if isinstance(config, SmoaConfig):  # whose own reading looks at the weights
+        return SmoaConfig.from_pretrained(adapter)
+    return config
+
+
+def base_folder(name: str, revision: str | None = None) -> Path:
+    """The folder of a base model, downloaded where `name` is a hub id.
+
+    Raises:
+        MergeError: there is no such folder, and the hub has no such model or can't be reached.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        patterns = [*WEIGHTS, *TOKENIZER, *BESIDES, *LEGAL]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise MergeError(f"base model {name!r}: neither a folder nor to be had from the hub ({error})") from error
+
+
+@dataclass(frozen=True)
+class BaseCheckpoint:
+    """A base model's folder, seen by an adapter."""
+
+    folder: Path
+    adapter: Path
+    peft_config: PeftConfig
+    trust_remote_code: bool = False
+
+    @property
+    def auto_class(self) -> str:
+        """Name of the class that loads the merged model."""
+        return auto_class(self.peft_config)
+
+    def raw_config(self) -> dict[str, Any]:
+        """`config.json` as it stands."""
+        raw: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        return raw
+
+    def model_config(self) -> Any:
+        """The model's config, with as many labels as the adapter's own classification head has."""
+        labels = self._num_labels()
+        return self._config(**({} if labels is None else {"num_labels": labels}))
+
+    def own_num_labels(self) -> int:
+        """Labels of the base itself, whose names are kept if the adapter's head has as many."""
+        return int(self._config().num_labels)
+
+    def _config(self, **options: Any) -> Any:
+        return AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code, **options)
+
+    def on_meta(self) -> PreTrainedModel:
+        """The model without weights: its modules and the shapes of its parameters."""
+        chosen, config = self._model_class(), self.model_config()
+        with torch.device("meta"):
+            if not hasattr(chosen, "from_config"):
+                return chosen(config)  # type: ignore[no-any-return]
+            return chosen.from_config(config, trust_remote_code=self.trust_remote_code)  # type: ignore[no-any-return]
+
+    def load(self) -> PreTrainedModel:
+        """The model in memory, in its own dtype, with as many tokens as the adapter's own embeddings have."""
+        model: PreTrainedModel = self._model_class().from_pretrained(
+            self.folder, config=self.model_config(), trust_remote_code=self.trust_remote_code, dtype="auto"
+        )
+        saved = load_peft_weights(str(self.adapter), device="cpu")
+        for name, module in embeddings_of(model).items():
+            own = saved.get(f"{PREFIX}{name}.weight")
+            if own is not None and len(own) != len(module.weight):
+                model.resize_token_embeddings(len(own), mean_resizing=False)
+                break  # both at once
+        return model
+
+    def _model_class(self) -> Any:
+        """PEFT notes the class where the adapter has no task type."""
+        noted: dict[str, str] = self.peft_config.auto_mapping or {}
+        if self.peft_config.task_type is None and noted.get("parent_library", "").startswith("transformers."):
+            return getattr(importlib.import_module(noted["parent_library"]), noted["base_model_class"])
+        return getattr(transformers, self.auto_class)
+
+    def _num_labels(self) -> int | None:
+        if str(self.peft_config.task_type) not in ("SEQ_CLS", "TOKEN_CLS"):
+            return None
+        weights = load_peft_weights(str(self.adapter), device="cpu")
+        return next((len(weight) for key, weight in weights.items() if key.endswith(HEADS)), None)
+
+
+def auto_class(config: PeftConfig) -> str:
+    """Name of the Auto class of the adapter's task."""
+    task = getattr(config.task_type, "value", config.task_type)
+    return AUTO_CLASSES.get(str(task), "AutoModel")

@@ -1,0 +1,87 @@
+"""Merging a saved adapter into a loaded model: for bases that are no folder of plain safetensors."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from smoa.errors import MergeError
+from smoa.export.streaming import RoundingLoss
+
+
+def dequantised(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with plain float32 weights, quantised or not before.
+
+    Raises:
+        MergeError: transformers can't dequantise this kind.
+    """
+    if getattr(model, "hf_quantizer", None) is not None:
+        try:
+            model = model.dequantize(dtype=torch.float32)
+        except NotImplementedError as error:
+            raise MergeError(f"the base can't be dequantised ({error}); give a base that isn't quantised") from error
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+    wide: PreTrainedModel = model.float()
+    return wide
+
+
+def merge_in_memory(
+    model: PreTrainedModel,
+    adapter: Path,
+    folder: Path,
+    dtype: torch.dtype,
+    max_shard_size: int | str,
+) -> RoundingLoss:
+    """Merge the adapter of any PEFT method into `model` (float32, used up) and save it in `folder`.
+
+    Raises:
+        MergeError: a merged weight is not finite, or the method can't merge.
+    """
+    adapted: Any = PeftModel.from_pretrained(model, str(adapter))
+    adapted.eval()
+    loss = RoundingLoss()
+    with warnings.catch_warnings():
+        # Layers are merged here one by one, so that no more than one weight is kept for comparison.
+        warnings.filterwarnings("ignore", message="All adapters are already merged")
+        warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied after merging")
+        for name, layer in _layers(adapted):
+            _untie(model, layer)
+            _merge_layer(name, layer, dtype, loss)
+        merged = adapted.merge_and_unload()
+    merged.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+    return loss
+
+
+def _layers(adapted: PeftModel) -> list[tuple[str, Any]]:
+    tuner: Any = adapted.base_model
+    return [
+        (name, module)
+        for name, module in tuner.model.named_modules()
+        if isinstance(module, tuner.tuner_layer_cls)
+        and isinstance(getattr(module.get_base_layer(), "weight", None), Tensor)
+    ]
+
+
+def _merge_layer(name: str, layer: Any, dtype: torch.dtype, loss: RoundingLoss) -> None:
+    before = layer.get_base_layer().weight.detach().clone()
+    try:
+        layer.merge(safe_merge=True)
+    except (ValueError, NotImplementedError) as error:
+        raise MergeError(f"{name}: {error}") from error
+    loss.add(name, before, layer.get_base_layer().weight.detach(), dtype)
+
+
+def _untie(model: Any, layer: Any) -> None:
+    """Give the layer a weight of its own where another module shares it: the adapter acts in the one place only."""
+    base: nn.Module = layer.get_base_layer()
+    users = [module for module in model.modules() if getattr(module, "weight", None) is base.weight]
+    if len({id(module) for module in users} - {id(layer)}) > 1:
+        base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)  # type: ignore[operator]
+        model.config.tie_word_embeddings = False

@@ -1,0 +1,247 @@
+r"""A SMoA adapter as a LoRA of chosen rank, for servers that load nothing else, and what that loses of ΔW.
+
+The best LoRA of rank k keeps the k largest singular values of ΔW (Eckart and Young, 1936):
+
+    ‖ΔW − BA‖ / ‖ΔW‖ = √(Σ_{j>k} σ_j² / Σ_j σ_j²)
+
+ΔW is zero off its diagonal blocks, so its singular values are those of the K blocks together and each singular vector
+lives on one block: K decompositions of (m/K)×(n/K) instead of one of m×n, at 1/K² of the cost, and just as exact. The
+same k vectors kept block by block are k(m+n)/K numbers; a LoRA must store k(m+n), mostly zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor
+
+from smoa.errors import ConfigError
+from smoa.files.names import PREFIX
+from smoa.layers.layer import SmoaLayer
+
+
+@dataclass(frozen=True)
+class RankRule:
+    """How many singular values of a layer are kept: exactly one of the three is given.
+
+    Args:
+        rank: So many, or all where a layer has fewer.
+        energy: The fewest whose squares sum to this share of all.
+        error: The fewest that leave at most this ‖ΔW − BA‖ / ‖ΔW‖.
+
+    Raises:
+        ConfigError: none or several are given, or one is out of range.
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+    error: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if len(given) != 1:
+            raise ConfigError(f"give exactly one of rank, energy and error, found {given or 'none'}")
+        if self.rank is not None and self.rank < 1:
+            raise ConfigError(f"rank={self.rank} must be a positive integer")
+        if self.energy is not None and not 0 < self.energy <= 1:
+            raise ConfigError(f"energy={self.energy} must lie in (0, 1]: the share of Σ σ² that is kept")
+        if self.error is not None and not 0 <= self.error < 1:
+            raise ConfigError(f"error={self.error} must lie in [0, 1): ‖ΔW − BA‖ / ‖ΔW‖ of each layer")
+
+    def choose(self, singular: Tensor) -> int:
+        """The rank for singular values in descending order, at least 1."""
+        if self.rank is not None:
+            return min(self.rank, len(singular))
+        energy = singular.double().square()
+        # Summed from the small end, where the error is, so that asking for little of it is not lost in rounding.
+        left = energy.flip(0).cumsum(0).flip(0)
+        allowed = (1 - self.energy if self.energy is not None else (self.error or 0.0) ** 2) * left[0]
+        return max(1, int((left > allowed).sum()))
+
+
+@dataclass(frozen=True)
+class UpdateSpectrum:
+    """Singular value decomposition of one layer's ΔW, kept block by block."""
+
+    shape: tuple[int, int]
+    rows: list[Tensor]
+    cols: list[Tensor]
+    U: list[Tensor]
+    singular: list[Tensor]
+    Vh: list[Tensor]
+
+    @classmethod
+    def of(cls, layer: SmoaLayer, adapter_name: str) -> UpdateSpectrum:
+        """Decompose the blocks `ΔW[I_k, J_k]` in float32 or wider."""
+        delta, partition = layer.delta(adapter_name).detach(), layer.partition(adapter_name)
+        rows = [partition.rows(block) for block in range(partition.num_blocks)]
+        cols = [partition.cols(block) for block in range(partition.num_blocks)]
+        blocks = [delta[i][:, j] for i, j in zip(rows, cols, strict=True)]
+        U, singular, Vh = zip(*(torch.linalg.svd(block, full_matrices=False) for block in blocks), strict=True)
+        return cls((delta.shape[0], delta.shape[1]), rows, cols, list(U), list(singular), list(Vh))
+
+    @property
+    def values(self) -> Tensor:
+        """All singular values of ΔW, descending."""
+        return torch.cat(self.singular).sort(descending=True).values
+
+    def error(self, rank: int) -> float:
+        """‖ΔW − BA‖ / ‖ΔW‖ of the best LoRA of that rank; 0 where ΔW is 0."""
+        energy = self.values.double().square()
+        return float((energy[rank:].sum() / energy.sum()).sqrt()) if energy.sum() else 0.0
+
+    def norm(self) -> float:
+        """‖ΔW‖."""
+        return float(self.values.double().square().sum().sqrt())
+
+    def kept(self, rank: int) -> list[tuple[int, int]]:
+        """(block, index) of the `rank` largest singular values."""
+        owners = [(block, index) for block, values in enumerate(self.singular) for index in range(len(values))]
+        order = torch.cat(self.singular).argsort(descending=True, stable=True)[:rank]
+        return [owners[i] for i in order.tolist()]
+
+    def factors(self, rank: int, width: int) -> tuple[Tensor, Tensor]:
+        """A: (width, n) and B: (m, width) with BA the best approximation of ΔW of that rank; the rest is zero."""
+        A = self.singular[0].new_zeros(width, self.shape[1])
+        B = self.singular[0].new_zeros(self.shape[0], width)
+        for slot, (block, index) in enumerate(self.kept(rank)):
+            root = self.singular[block][index].sqrt()
+            A[slot, self.cols[block]] = root * self.Vh[block][index]
+            B[self.rows[block], slot] = root * self.U[block][:, index]
+        return A, B
+
+    def blockwise_parameters(self, rank: int) -> int:
+        """Numbers that the same approximation takes when each vector is stored on its block only."""
+        return sum(len(self.rows[block]) + len(self.cols[block]) for block, _ in self.kept(rank))
+
+
+@dataclass(frozen=True)
+class ConvertedLayer:
+    """One layer's rank, what is lost (‖ΔW − BA‖ / ‖ΔW‖), and the norm of its ΔW."""
+
+    module: str
+    rows: int
+    columns: int
+    rank: int
+    error: float
+    norm: float
+    parameters: int
+    blockwise_parameters: int
+
+
+@dataclass(frozen=True)
+class LoraConversion:
+    """A LoRA adapter in PEFT's terms and what it lost."""
+
+    config: LoraConfig
+    state: dict[str, Tensor]
+    layers: list[ConvertedLayer]
+
+    @property
+    def error(self) -> float:
+        """‖ΔW − BA‖ / ‖ΔW‖ over all layers together."""
+        total = sum(layer.norm**2 for layer in self.layers)
+        return (sum((layer.error * layer.norm) ** 2 for layer in self.layers) / total) ** 0.5 if total else 0.0
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the LoRA's factors."""
+        return sum(layer.parameters for layer in self.layers)
+
+    def save(self, folder: str | Path) -> None:
+        """Write `adapter_config.json` and `adapter_model.safetensors`, which PEFT loads without smoa."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.config.save_pretrained(str(folder))
+        save_file(
+            {name: tensor.contiguous() for name, tensor in self.state.items()}, Path(folder) / SAFETENSORS_WEIGHTS_NAME
+        )
+
+
+class UpdateSpectra:
+    """The spectra of an adapter's layers, from which a LoRA of any rank is cut.
+
+    Raises:
+        ConfigError: the model has no SMoA adapter of that name.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: PeftModel, adapter_name: str = "default") -> None:
+        tuner: Any = model.base_model
+        layers = {n: m for n, m in tuner.model.named_modules() if isinstance(m, SmoaLayer) and adapter_name in m.smoa_A}
+        if not layers:
+            raise ConfigError(f"the model has no SMoA adapter named {adapter_name!r}; it has {list(model.peft_config)}")
+        self.config: Any = model.peft_config[adapter_name]
+        self.conv1d = any(layer.fan_in_fan_out for layer in layers.values())
+        self.others = _others(model, adapter_name)
+        self.layers = {name: UpdateSpectrum.of(layer, adapter_name) for name, layer in layers.items()}
+
+    def to_lora(self, rule: RankRule, uniform_rank: bool = False) -> LoraConversion:
+        """The LoRA that keeps as much of every layer as `rule` says.
+
+        Args:
+            uniform_rank: Fill all layers up to the largest rank with zeros, for servers that know one rank only.
+        """
+        ranks = {name: rule.choose(spectrum.values) for name, spectrum in self.layers.items()}
+        largest = max(ranks.values())
+        widths = dict.fromkeys(ranks, largest) if uniform_rank else ranks
+        state = dict(self.others)
+        for name, spectrum in self.layers.items():
+            A, B = spectrum.factors(ranks[name], widths[name])
+            state |= {f"{PREFIX}{name}.lora_A.weight": A, f"{PREFIX}{name}.lora_B.weight": B}
+        layers = [_converted(name, self.layers[name], ranks[name], widths[name]) for name in ranks]
+        return LoraConversion(self._lora_config(widths, largest), state, layers)
+
+    def _lora_config(self, widths: dict[str, int], largest: int) -> LoraConfig:
+        """alpha = r in every layer: the scale is in the factors, so also a server that reads one r gets it right."""
+        others = {name: width for name, width in widths.items() if width != largest}
+        return LoraConfig(
+            r=largest,
+            lora_alpha=largest,
+            rank_pattern=others,
+            alpha_pattern=dict(others),
+            target_modules=list(widths),
+            bias="lora_only" if self.config.bias == "smoa_only" else self.config.bias,
+            modules_to_save=self.config.modules_to_save,
+            trainable_token_indices=self.config.trainable_token_indices,
+            fan_in_fan_out=self.conv1d,
+            task_type=self.config.task_type,
+            base_model_name_or_path=self.config.base_model_name_or_path,
+            inference_mode=True,
+        )
+
+
+def convert_to_lora(
+    model: PeftModel,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    error: float | None = None,
+    adapter_name: str = "default",
+    uniform_rank: bool = False,
+) -> LoraConversion:
+    """The best LoRA of a SMoA adapter by `rank`, by `energy` kept or by `error` allowed in each layer.
+
+    Raises:
+        ConfigError: not exactly one of the three is given, or there is no such adapter.
+    """
+    return UpdateSpectra(model, adapter_name).to_lora(RankRule(rank, energy, error), uniform_rank)
+
+
+def _others(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
+    """What trains besides the factors: biases, modules_to_save, token embeddings."""
+    state: Iterable[tuple[str, Tensor]] = get_peft_model_state_dict(model, adapter_name=adapter_name).items()
+    return {name: tensor for name, tensor in state if ".smoa_" not in name}
+
+
+def _converted(name: str, spectrum: UpdateSpectrum, rank: int, width: int) -> ConvertedLayer:
+    rows, columns = spectrum.shape
+    error, norm = spectrum.error(rank), spectrum.norm()
+    blockwise = spectrum.blockwise_parameters(rank)
+    return ConvertedLayer(name, rows, columns, rank, error, norm, width * (rows + columns), blockwise)

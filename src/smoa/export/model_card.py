@@ -1,0 +1,84 @@
+"""The README.md of a merged model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+from peft import PeftConfig
+
+from smoa.export.streaming import RoundingLoss
+from smoa.files.adapter_card import settings_as_json
+
+TEXT = """---
+{front_matter}
+---
+
+# {title}
+
+`{base}` with the {method} adapter below merged into {layers} of its weights by smoa. It is a plain transformers model:
+nothing else is needed to load it.
+
+```python
+from transformers import {auto_class}, AutoTokenizer
+
+model = {auto_class}.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```
+
+## Precision
+
+Merged in float32, saved in {dtype}: {lost}
+{notes}
+## Adapter
+
+```json
+{config}
+```
+
+The base model's licence and terms of use apply.
+"""
+
+
+def model_card(
+    title: str, base: str, auto_class: str, config: PeftConfig, loss: RoundingLoss, notes: tuple[str, ...]
+) -> str:
+    """Markdown with the front matter that model hubs read."""
+    return TEXT.format(
+        front_matter=_front_matter(base),
+        title=title,
+        base=base,
+        method=_name(config),
+        layers=len(loss.by_layer),
+        auto_class=auto_class,
+        dtype=str(loss.dtype).removeprefix("torch."),
+        lost=what_was_lost(loss),
+        notes="".join(f"\n{note}\n" for note in notes),
+        config=settings_as_json(config),
+    )
+
+
+def what_was_lost(loss: RoundingLoss) -> str:
+    """One sentence on what rounding took from the update, over all layers and in the worst of them."""
+    if loss.total == 0:
+        return "rounding took nothing from the adapter's update."
+    worst = max(loss.by_layer, key=loss.by_layer.__getitem__)
+    return (
+        f"rounding took {_percent(loss.total)} of the adapter's update "
+        f"(‖error‖ / ‖ΔW‖; the most in {worst}: {_percent(loss.by_layer[worst])})."
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %"
+
+
+def _name(config: PeftConfig) -> str:
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def _front_matter(base: str) -> str:
+    """A base that lies in a local folder has no name that a hub could follow."""
+    known: dict[str, Any] = {} if Path(base).exists() else {"base_model": base}
+    return ModelCardData(**known, library_name="transformers", tags=["smoa", "merged"]).to_yaml()

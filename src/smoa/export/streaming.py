@@ -1,0 +1,196 @@
+"""Merging a saved adapter into a checkpoint on disk, tensor by tensor; the model itself is never built in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft.utils import load_peft_weights
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from smoa.config.adapter_config import SmoaConfig
+from smoa.errors import AdapterFileError, MergeError
+from smoa.export.shards import FLOATS, Checkpoint, Entry, write_checkpoint
+from smoa.files.names import PARTS, PREFIX
+from smoa.maths.modulation import delta_weight
+from smoa.maths.spectrum import SpectralPartition
+
+
+@dataclass
+class RoundingLoss:
+    """‖what rounding to the saved dtype takes from ΔW‖ / ‖ΔW‖, for each layer and over all of them."""
+
+    dtype: torch.dtype = torch.float32
+    by_layer: dict[str, float] = field(default_factory=dict)
+    update: float = 0.0
+    error: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Over all layers; 0 where nothing changes."""
+        return (self.error / self.update) ** 0.5 if self.update else 0.0
+
+    def add(self, name: str, before: Tensor, after: Tensor, dtype: torch.dtype) -> None:
+        """One layer's weight before and after the merge, float32 or wider, and the dtype it is saved in.
+
+        Raises:
+            MergeError: the merged weight is not finite in the dtype.
+        """
+        rounded = after.to(dtype)
+        if not torch.isfinite(rounded).all():
+            raise MergeError(
+                f"{name}: the merged weight is NaN, infinite or out of the range of {dtype}; the adapter is "
+                "broken, or needs float32 or bfloat16"
+            )
+        change = after - before
+        # What counts is the change that is left after both weights are rounded.
+        lost = rounded.to(after.dtype) - before.to(dtype).to(after.dtype) - change
+        update, error = (float(torch.linalg.vector_norm(part)) ** 2 for part in (change, lost))
+        self.dtype = dtype
+        self.by_layer[name] = (error / update) ** 0.5 if update else 0.0
+        self.update += update
+        self.error += error
+
+
+class SavedAdapter:
+    """An adapter's file, by the names of the modules of the base model.
+
+    Raises:
+        AdapterFileError: a layer's tensors are incomplete.
+    """
+
+    def __init__(self, folder: str | Path, config: SmoaConfig) -> None:
+        config.check_weights()
+        self.config = config
+        self.layers: dict[str, dict[str, Tensor]] = {}
+        self.others: dict[str, Tensor] = {}
+        for key, tensor in load_peft_weights(str(folder), device="cpu").items():
+            name = key.removeprefix(PREFIX)
+            module, found, part = name.partition(".smoa_")
+            if found:
+                self.layers.setdefault(module, {})["smoa_" + part] = tensor
+            elif ".original_module." not in name and ".modules_to_save." not in name:  # kept besides the plain name
+                self.others[name.replace(".base_layer.", ".")] = tensor
+        for module, parts in self.layers.items():
+            if sorted(parts) != sorted(PARTS):
+                raise AdapterFileError(f"{folder}: {module} has {sorted(parts)}, expected {sorted(PARTS)}")
+
+    def merged(self, module: str, weight: Tensor, transposed: bool) -> Tensor:
+        """`W + ΔW` in float32 or wider, as W is stored: (in_features, out_features) where `transposed`.
+
+        Raises:
+            PartitionError: the labels are no partition of this weight.
+        """
+        A, B, rows, cols = (self.layers[module][part] for part in PARTS)
+        pristine = weight.T if transposed else weight
+        ranks, scaling = self.config.ranks_of(module, len(A)), self.config.alpha_of(module, len(A)) / len(A)
+        partition = SpectralPartition(rows, cols, len(ranks))
+        merged = delta_weight(pristine, A, B, partition, ranks, scaling, self.config.modulation).add_(pristine)
+        return merged.T if transposed else merged
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """Where the adapter's changes go: checkpoint key → module of an adapted weight, or → tensor that replaces it."""
+
+    weights: dict[str, str]
+    replaced: dict[str, Tensor]
+    transposed: frozenset[str]
+
+
+def plan_stream(adapter: SavedAdapter, model: nn.Module, checkpoint: Checkpoint) -> StreamPlan | None:
+    """Match the adapter with the checkpoint by the parameters of `model`, which may be on the meta device.
+
+    None where that takes more than names: keys that transformers converts while loading, tied weights, which must be
+    untied when only one of them changes, or a vocabulary that was resized, which the config must tell.
+
+    Raises:
+        AdapterFileError: the model has no such module.
+    """
+    modules = dict(model.named_modules())
+    missing = sorted(adapter.layers.keys() - modules.keys())
+    if missing:
+        raise AdapterFileError(
+            f"the adapter is for {missing[0]} and {len(missing) - 1} more that {type(model).__name__} does not have; "
+            "give the base model that it was trained on"
+        )
+    weights = {f"{module}.weight": module for module in adapter.layers}
+    if any(name in _tied_names(model) for name in (*weights, *adapter.others)):
+        return None
+    keys = {name: _key_of(name, model, checkpoint) for name in (*weights, *adapter.others)}
+    found = all(keys[name] in checkpoint.entries for name in weights)
+    known = all(key in checkpoint.entries or keys[name] == name for name, key in keys.items())
+    if not found or not known or not _shapes_agree(weights, keys, modules, checkpoint):
+        return None
+    own = model.state_dict()
+    if any(name in own and own[name].shape != tensor.shape for name, tensor in adapter.others.items()):
+        return None
+    return StreamPlan(
+        {keys[name]: module for name, module in weights.items()},
+        {keys[name]: tensor for name, tensor in adapter.others.items()},
+        frozenset(name for name in adapter.layers if isinstance(modules[name], Conv1D)),
+    )
+
+
+def _tied_names(model: nn.Module) -> set[str]:
+    """Parameters that are one with another one."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {name for same in names.values() if len(same) > 1 for name in same}
+
+
+def _key_of(name: str, model: nn.Module, checkpoint: Checkpoint) -> str:
+    """A checkpoint of the bare model lacks the prefix that a model with a head has, or the other way round."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    others = (name.removeprefix(prefix), prefix + name)
+    return next((key for key in (name, *others) if key in checkpoint.entries), name)
+
+
+def _shapes_agree(
+    weights: dict[str, str], keys: dict[str, str], modules: dict[str, nn.Module], checkpoint: Checkpoint
+) -> bool:
+    return all(
+        tuple(modules[module].weight.shape) == checkpoint.entries[keys[name]].shape  # type: ignore[arg-type]
+        for name, module in weights.items()
+    )
+
+
+@torch.no_grad()
+def stream_merge(
+    adapter: SavedAdapter,
+    plan: StreamPlan,
+    checkpoint: Checkpoint,
+    folder: Path,
+    dtype: torch.dtype | None,
+    max_shard_size: int | str,
+) -> RoundingLoss:
+    """Write the merged checkpoint into `folder` in `dtype`; None keeps the dtype of every tensor.
+
+    Raises:
+        MergeError: a merged weight is not finite.
+    """
+    entries = {key: entry.cast(dtype) for key, entry in checkpoint.entries.items()}
+    for key, tensor in plan.replaced.items():
+        entries[key] = Entry.of(tensor).cast(dtype or _dtype(checkpoint, key))
+    loss = RoundingLoss()
+
+    def read(key: str) -> Tensor:
+        if key in plan.replaced:
+            return plan.replaced[key]
+        tensor = checkpoint.read(key)
+        if key not in plan.weights:
+            return tensor
+        module = plan.weights[key]
+        merged = adapter.merged(module, tensor, module in plan.transposed)
+        loss.add(module, tensor.to(merged.dtype), merged, FLOATS[entries[key].dtype])
+        return merged
+
+    write_checkpoint(folder, entries, read, max_shard_size)
+    return loss
+
+
+def _dtype(checkpoint: Checkpoint, key: str) -> torch.dtype | None:
+    return FLOATS.get(checkpoint.entries[key].dtype) if key in checkpoint.entries else None

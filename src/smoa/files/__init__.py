@@ -1,0 +1,1 @@
+"""Saved adapters: names of tensors, checks, reading and writing."""

@@ -1,0 +1,151 @@
+"""What a saved adapter must hold before a tensor of it reaches the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Set
+from contextlib import suppress
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import CONFIG_NAME
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from smoa.config.adapter_config import SmoaConfig
+from smoa.errors import AdapterFileError, PartitionError
+from smoa.files.names import FACTORS, PREFIX, adapter_layers
+from smoa.layers.distributed import LABELS, is_distributed, plain_name, whole
+from smoa.layers.layer import SmoaLayer
+from smoa.maths.spectrum import check_labels
+
+FACTOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_adapter_state(model: nn.Module, config: SmoaConfig, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
+    """Check the tensors about to be loaded, keyed as in the model, against the layers that have the adapter.
+
+    Raises:
+        AdapterFileError: a factor or label vector is missing, superfluous, of a wrong shape or dtype or not finite, the
+            labels are not a partition of their layer, a tensor would replace one that is not the adapter's, or the
+            file it all came from is not the one that was saved.
+    """
+    try:
+        _check_state(model, config, adapter_name, state_dict)
+    except AdapterFileError as error:
+        if config.weights_file is None:
+            raise
+        raise AdapterFileError(f"{config.weights_file}: {error}; does {CONFIG_NAME} come from another save?") from None
+    config.check_weights()
+    config.weights_file = None  # what is loaded next may come from elsewhere
+
+
+def record_choices(model: nn.Module, config: SmoaConfig, adapter_name: str) -> None:
+    """Write into the config what the layers chose by their weights; it may have served another model since."""
+    layers = {name.removeprefix(PREFIX): layer for name, layer in adapter_layers(model, adapter_name).items()}
+    if config.normalize_anchor:
+        config.normalized_alpha = {name: layer.alpha[adapter_name] for name, layer in layers.items()}
+    if config.blocks_from_spectrum:
+        config.spectrum_blocks = {name: layer.layout[adapter_name].num_blocks for name, layer in layers.items()}
+
+
+def embeddings_of(model: nn.Module) -> dict[str, Any]:
+    """The model's input and output embeddings by name; none where transformers can't tell, as of models of speech."""
+    found: list[object] = []
+    for getter in (getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings")):
+        with suppress(NotImplementedError):
+            found += [getter()] if getter is not None else []
+    return {name: module for name, module in model.named_modules() if any(module is one for one in found)}
+
+
+def check_gathered(state_dict: dict[str, Tensor]) -> None:
+    """Refuse to save what ZeRO-3 has partitioned: tensors without entries, which nothing could load.
+
+    Ranks other than 0 have nothing to save, whatever they hold.
+
+    Raises:
+        AdapterFileError: a tensor of rank 0 is empty.
+    """
+    empty = sorted(key for key, tensor in state_dict.items() if tensor.numel() == 0)
+    if empty and not (is_distributed() and dist.get_rank() > 0):
+        raise AdapterFileError(
+            f"{empty[0]}: is empty, as are {len(empty) - 1} others: weights that DeepSpeed ZeRO-3 has partitioned; let "
+            "every rank gather them: save_pretrained(folder, state_dict=accelerator.get_state_dict(engine))"
+        )
+
+
+def _check_state(model: nn.Module, config: SmoaConfig, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
+    expected = dict(_expected_tensors(model, adapter_name))
+    found = {key for key in state_dict if ".smoa_" in key}
+    missing, extra = sorted(expected.keys() - found), sorted(found - expected.keys())
+    lost, foreign = _compare_others(model, config, state_dict.keys() - found)
+    if missing or extra or lost or foreign:
+        raise AdapterFileError(_difference("lacks", missing + lost) + _difference("has unknown", extra + foreign))
+    for key, tensor in state_dict.items():
+        tensor = whole(tensor)  # FSDP2's checkpoints come in shards
+        if key in expected:
+            _check_tensor(key, tensor, *expected[key], adapter_name)
+        else:
+            _check_finite(key, tensor)
+
+
+def _compare_others(model: nn.Module, config: SmoaConfig, keys: Set[str]) -> tuple[list[str], list[str]]:
+    """Keys that are missing, and foreign ones, which PyTorch would write over the base or drop without a word.
+
+    Besides the adapter PEFT saves trained biases, modules_to_save and token embeddings (both inside wrappers of its
+    own, which look for what they need) and, where the vocabulary was resized, the embeddings.
+    """
+    state = model.state_dict()
+    own = {key.removeprefix(PREFIX) for key in state}
+    trained = BaseTuner._get_learnable_bias_state_dict(model, state, config)
+    biases = {key.removeprefix(PREFIX) for key in trained if ".modules_to_save." not in key}
+    embeddings = embeddings_of(model)
+    others = tuple(
+        plain_name(name).removeprefix(PREFIX) + "."
+        for name, module in model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper) or name in embeddings
+    )
+    found = {key.removeprefix(PREFIX) for key in keys}
+    # With bias="all" PEFT saves the biases of modules_to_save a second time, under a name that nothing reads.
+    unread = {key for key in found if config.bias == "all" and key.endswith(".modules_to_save.bias")}
+    known = {key for key in own if key in biases or key.startswith(others)} | unread
+    return sorted(biases - found), sorted(found - known)
+
+
+def _expected_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, tuple[SmoaLayer, str]]]:
+    for module_name, layer in adapter_layers(model, adapter_name).items():
+        for name in FACTORS:
+            yield f"{module_name}.{name}.{adapter_name}.weight", (layer, name)
+        for name in LABELS:
+            yield f"{module_name}.{name}.{adapter_name}", (layer, name)
+
+
+def _difference(verb: str, keys: list[str]) -> str:
+    if not keys:
+        return ""
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    return f"the adapter file {verb} {len(keys)} tensor(s): {', '.join(keys[:3])}{more}; "
+
+
+def _check_tensor(key: str, tensor: Tensor, layer: SmoaLayer, name: str, adapter_name: str) -> None:
+    layout = layer.layout[adapter_name]
+    if name in LABELS:
+        size = layout.out_features if name == "smoa_row_labels" else layout.in_features
+        if tensor.shape != (size,):
+            raise AdapterFileError(f"{key}: shape {tuple(tensor.shape)} doesn't fit the layer, expected ({size},)")
+        try:
+            check_labels(tensor, layout.num_blocks, key)
+        except PartitionError as error:
+            raise AdapterFileError(f"{error}; the adapter was made for another layer or num_blocks") from None
+        return
+    shape = layout.shape_A if name == "smoa_A" else layout.shape_B
+    if tensor.shape != shape or tensor.dtype not in FACTOR_DTYPES:
+        raise AdapterFileError(f"{key}: {tensor.dtype} {tuple(tensor.shape)} found, floating point {shape} expected")
+    _check_finite(key, tensor.to(next(layer.smoa_A[adapter_name].parameters()).dtype))
+
+
+def _check_finite(key: str, tensor: Tensor) -> None:
+    wide = tensor.float() if tensor.itemsize == 1 else tensor  # PyTorch can't tell for all of the 8-bit formats
+    if tensor.is_floating_point() and not torch.isfinite(wide).all():
+        raise AdapterFileError(f"{key}: holds NaN or infinite values; the adapter is broken")

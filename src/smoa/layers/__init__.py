@@ -1,0 +1,1 @@
+"""Adapted layers: what they remember, and how they compute, merge and unmerge."""

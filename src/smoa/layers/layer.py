@@ -1,0 +1,202 @@
+"""The adapted layer: it remembers factors, labels and merged state; the maths is elsewhere."""
+
+from __future__ import annotations
+
+import torch
+from peft.utils.quantization_utils import QuantizationBackend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from smoa.config.adapter_config import SmoaConfig
+from smoa.errors import PartitionError
+from smoa.layers.distributed import refuse_partitioned
+from smoa.layers.partition import PartitionState
+from smoa.layers.undo import DiagonalBlocks
+from smoa.layers.weight_cache import WeightCache
+from smoa.maths.modulation import (
+    BlockLayout,
+    Initialisation,
+    Modulation,
+    delta_weight,
+    init_factors,
+    noise_like,
+    rms_of,
+)
+from smoa.maths.spectrum import check_num_blocks
+
+RANDOM_SIZE = 0.1
+"""rms of ΔW relative to W of an adapter made with `init_weights=False`: visible, not huge."""
+
+
+class SmoaLayer(PartitionState):
+    """State of all SMoA adapters on one layer; everything but `base_layer` is keyed by adapter name.
+
+    `smoa_A[name]` is a `Linear(⌈n/K⌉ → r)`, `smoa_B[name]` a `Linear(r → ⌈m/K⌉)`, both without bias, and the labels are
+    uint8 buffers (in_features,) and (out_features,): that is all that is saved.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("smoa_A", "smoa_B")
+    other_param_names: tuple[str, ...] = (
+        "r",
+        "alpha",
+        "scaling",
+        "layout",
+        "modulation",
+        "pending_partition",
+        "smoa_dropout",
+        "smoa_row_labels",
+        "smoa_col_labels",
+    )
+
+    def __init__(
+        self, base_layer: nn.Module, fan_in_fan_out: bool = False, backend: QuantizationBackend | None = None
+    ) -> None:
+        PartitionState.__init__(self)
+        self.base_layer = base_layer
+        self.fan_in_fan_out = fan_in_fan_out
+        self.quantization_backend = backend
+        self.r: dict[str, int] = {}
+        self.alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.modulation: dict[str, Modulation] = {}
+        self.smoa_dropout = nn.ModuleDict()
+        self.smoa_A = nn.ModuleDict()
+        self.smoa_B = nn.ModuleDict()
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._pristine_blocks: list[DiagonalBlocks] = []
+        self.smoa_weight_cache: WeightCache | None = None
+        self.out_features, self.in_features = linear_shape(self.get_base_layer())
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        config: SmoaConfig,
+        ranks: tuple[int, ...],
+        alpha: float,
+        *,
+        defer_partition: bool = False,
+    ) -> None:
+        """Add an adapter.
+
+        Args:
+            ranks: Of the blocks, as many as there are.
+            defer_partition: The labels are about to be loaded: decide them only if the adapter is used before.
+
+        Raises:
+            PartitionError: K doesn't fit the layer.
+        """
+        check_num_blocks(len(ranks), self.out_features, self.in_features)
+        layout, r = BlockLayout(self.out_features, self.in_features, ranks), sum(ranks)
+        self.r[adapter_name], self.alpha[adapter_name], self.scaling[adapter_name] = r, alpha, alpha / r
+        self.layout[adapter_name], self.modulation[adapter_name] = layout, config.modulation
+        self.smoa_dropout[adapter_name] = nn.Dropout(config.smoa_dropout) if config.smoa_dropout else nn.Identity()
+        self._add_factors(adapter_name, config.init_weights)
+        self._add_labels(adapter_name, config.partition, defer_partition)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters)
+
+    def _add_factors(self, adapter_name: str, init: Initialisation) -> None:
+        layout = self.layout[adapter_name]
+        A = nn.Linear(layout.shape_A[1], layout.rank, bias=False)
+        B = nn.Linear(layout.rank, layout.shape_B[0], bias=False)
+        with torch.no_grad():
+            init_factors(A.weight, B.weight, layout, init, relative_size=RANDOM_SIZE / self.scaling[adapter_name])
+        self.smoa_A[adapter_name], self.smoa_B[adapter_name] = A, B
+
+    def stored_weight(self) -> Tensor:
+        """The base layer's weight as it is stored: transposed in a Conv1D, packed bytes in a quantised layer."""
+        return self.get_base_layer().weight  # type: ignore[return-value]
+
+    def base_weight(self) -> Tensor:
+        """The base layer's weight as it stands, (out_features, in_features) whatever its storage."""
+        weight = refuse_partitioned(self.stored_weight())
+        return weight.T if self.fan_in_fan_out else weight
+
+    def pristine_weight(self) -> Tensor:
+        """The base weight as it was before any merge, (out_features, in_features); not a copy unless merged."""
+        weight = self.base_weight()
+        if not self._pristine_blocks:
+            return weight
+        weight = weight.clone()
+        for blocks in self._pristine_blocks:
+            blocks.write_to(weight)
+        return weight
+
+    def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """A: (r, ⌈n/K⌉) and B: (⌈m/K⌉, r)."""
+        return _linear_weight(self.smoa_A[adapter_name]), _linear_weight(self.smoa_B[adapter_name])
+
+    def anchor(self, adapter_name: str) -> Tensor:
+        """M in `ΔW = s·(BA) ⊙ M`, (out_features, in_features): the pristine weight, or noise in its place."""
+        weight = self.pristine_weight()
+        if self.modulation[adapter_name] != "noise":
+            return weight
+        partition = self.partition(adapter_name)
+        return noise_like(weight, partition.row_labels, partition.col_labels)
+
+    @torch.no_grad()
+    def normalize_anchor(self, adapter_name: str) -> float:
+        """Divide alpha by the rms of the weight and return it; ΔW stays as it is.
+
+        Raises:
+            PartitionError: the weight is on the meta device.
+        """
+        rms = self._from_weight(rms_of)
+        if rms is None:
+            raise PartitionError("normalize_anchor needs the base weights; load them before the adapter is added")
+        if rms > 0:
+            self.alpha[adapter_name] /= rms
+            self.set_scale(adapter_name, 1)
+            self.smoa_B[adapter_name].weight.mul_(rms)  # type: ignore[operator]  # a Linear's
+        return self.alpha[adapter_name]
+
+    def delta(self, adapter_name: str) -> Tensor:
+        """Dense ΔW, (out_features, in_features), float32 or wider, anchored on the pristine weight."""
+        A, B = self.factors(adapter_name)
+        ranks, modulation = self.layout[adapter_name].ranks, self.modulation[adapter_name]
+        weight, scaling = self.pristine_weight(), self.scaling[adapter_name]
+        return delta_weight(weight, A, B, self.partition(adapter_name), ranks, scaling, modulation)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """ΔW in the orientation in which the base layer stores its weight (PEFT's contract)."""
+        return self.delta(adapter).T if self.fan_in_fan_out else self.delta(adapter)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """True: ΔW is additive."""
+        return True
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set s to `scale` times its configured value alpha / r."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self.alpha[adapter] / self.r[adapter]
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply s of the active adapters by `scale`."""
+        for name in self._present(self.active_adapters):
+            self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide s of the active adapters by `scale`; None puts the configured value back."""
+        for name in self._present(self.active_adapters):
+            self.scaling[name] = self.alpha[name] / self.r[name] if scale is None else self.scaling[name] / scale
+
+    def _present(self, names: list[str]) -> list[str]:
+        return [name for name in names if name in self.smoa_A]
+
+
+def linear_shape(base: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features) of a Linear or Conv1D, also while its weight is sharded."""
+    if isinstance(base, Conv1D):
+        shape = getattr(base.weight, "ds_shape", base.weight.shape)
+        return shape[1], shape[0]
+    return int(base.out_features), int(base.in_features)  # type: ignore[arg-type]
+
+
+def _linear_weight(linear: nn.Module) -> Tensor:
+    """Weight of a bias-free Linear, through its forward where a wrapper (FSDP) gathers the weight only there."""
+    if type(linear) is nn.Linear:
+        return refuse_partitioned(linear.weight)
+    weight = next(linear.parameters())
+    output: Tensor = linear(torch.eye(int(linear.in_features), device=weight.device, dtype=weight.dtype))  # type: ignore[arg-type]
+    return output.T

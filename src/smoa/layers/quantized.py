@@ -1,0 +1,206 @@
+"""SMoA on quantised layers: bitsandbytes in 4 and 8 bits, torchao and HQQ, all through PEFT's quantisation backends.
+
+The base product is the quantised layer's own, and the branch `x ΔWᵀ` stays apart. ΔW is anchored on the dequantised
+weight. That is formed anew whenever it is needed, in the backward too, and never kept.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+from peft.utils.quantization_utils import QuantizationBackend
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers.pytorch_utils import Conv1D
+
+from smoa.errors import UnsupportedModuleError
+from smoa.layers.linear import Linear
+from smoa.maths.autograd import hadamard_branch, hadamard_branch_backward
+
+PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def find_backend(base: nn.Module, model: nn.Module) -> QuantizationBackend | None:
+    """PEFT's backend for the quantised layer `base` of `model`, or None if `base` holds a plain weight.
+
+    Raises:
+        UnsupportedModuleError: `base` is quantised, but its weight can't be dequantised or written back.
+    """
+    if type(base) in (nn.Linear, Conv1D) and _is_plain(base.weight):
+        return None  # without asking PEFT, which imports whatever quantisation library is installed
+    kind = f"{type(base).__module__}.{type(base).__qualname__}"
+    try:
+        backend = resolve_quantization_backend(base, **get_quantization_kwargs(model))
+    except (ImportError, ValueError) as error:
+        raise UnsupportedModuleError(f"SMoA can't adapt the quantised weight of a {kind}: {error}") from error
+    weight: Any = getattr(base, "weight", None)
+    if backend is None and isinstance(base, (nn.Linear, Conv1D)) and not _is_plain(weight):
+        raise UnsupportedModuleError(
+            f"SMoA can't adapt the quantised weight of a {kind}, which PEFT has no quantisation backend for; quantise "
+            "with bitsandbytes, torchao or HQQ, or load the model in float32, bfloat16 or float16"
+        )
+    if backend is not None and not backend.supports_merge:
+        raise UnsupportedModuleError(
+            f"SMoA can't adapt the quantised weight of a {kind}: PEFT can't dequantise {backend.backend_name}, and ΔW "
+            "is relative to the weight; quantise with bitsandbytes, torchao or HQQ"
+        )
+    if backend is not None and _awaits_quantisation(weight):
+        raise UnsupportedModuleError(
+            f"SMoA can't adapt a {kind} that holds {weight.dtype}: it is not quantised yet, or only while it computes; "
+            "build it with has_fp16_weights=False (8 bits) and move it to its device first"
+        )
+    return backend
+
+
+def _is_plain(weight: Any) -> bool:
+    """A weight of ordinary floating-point numbers, also while it is sharded by FSDP2."""
+    wrapped = is_traceable_wrapper_subclass(weight) and not isinstance(weight, DTensor)
+    return isinstance(weight, Tensor) and weight.dtype in PLAIN_DTYPES and not wrapped
+
+
+def _awaits_quantisation(weight: Any) -> bool:
+    """bitsandbytes quantises when a layer is moved to its device, and not at all with `has_fp16_weights=True`."""
+    if hasattr(weight, "quant_state"):
+        return weight.quant_state is None
+    return hasattr(weight, "has_fp16_weights") and weight.dtype != torch.int8
+
+
+def dequantized(backend: QuantizationBackend, base: nn.Module) -> Tensor:
+    """The weight of `base` as floating-point numbers: (out_features, in_features)."""
+    if getattr(base, "support_avx512bf16_for_cpu", False):
+        # In evaluation bitsandbytes repacks 4-bit weights for CPUs with AVX512-BF16, which rounds their scales and
+        # which neither PEFT's dequantisation nor a later training step can read.
+        base.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # a bool of bitsandbytes', no module
+        base.state_dict()  # unpacks the weight in place
+    return backend.get_base_weight(base).detach()
+
+
+class QuantizedLinear(Linear):
+    """SMoA on a linear layer with a quantised weight; `quantization_backend` (PEFT's) dequantises and requantises it.
+
+    Merging follows PEFT: the base layer holds W + ΔW, quantised again. The layer as it was, with every quantised byte,
+    is set aside for `unmerge`: half a byte or a byte for each entry of W while merged.
+    """
+
+    quantization_backend: QuantizationBackend
+    requantisations: list[tuple[float, float]] | None = None
+    """Where a merge writes (‖error‖, ‖ΔW‖), while `requantisation_reported` is open."""
+    _pristine_layers: tuple[nn.Module, ...] = ()  # in a tuple, a module is not saved with the model
+
+    def stored_weight(self) -> Tensor:
+        base: Any = self.get_base_layer()
+        weight: Tensor = base.W_q if hasattr(base, "W_q") else base.weight  # HQQ's name
+        return weight
+
+    def base_weight(self) -> Tensor:
+        """The base layer's weight as it stands, dequantised: (out_features, in_features)."""
+        return dequantized(self.quantization_backend, self.get_base_layer())
+
+    def pristine_weight(self) -> Tensor:
+        """The weight as it was before any merge, dequantised: (out_features, in_features)."""
+        if self._pristine_layers:
+            return dequantized(self.quantization_backend, self._pristine_layers[0])
+        return self.base_weight()
+
+    def _has_plain_base(self) -> bool:
+        return False
+
+    # A break in the graph, so that no compiler decides to keep the dequantised weight.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _hadamard_output(self, x: Tensor, adapter_name: str) -> Tensor:
+        A, B = self.factors(adapter_name)
+        rows, cols = self.smoa_row_labels[adapter_name], self.smoa_col_labels[adapter_name]
+        ranks, scaling = self.layout[adapter_name].ranks, self.scaling[adapter_name]
+        inputs = (x, A, B, rows, cols, ranks, scaling, partial(self.anchor, adapter_name))
+        output: Tensor = _DequantizedBranch.apply(*inputs)  # type: ignore[no-untyped-call]  # torch's, without types
+        return output
+
+    def _write_merged(self, merged: Tensor, names: list[str]) -> None:
+        if not self._pristine_layers:
+            self._pristine_layers = (self.base_layer,)
+            self.base_layer = _copied(self.base_layer)
+        self.set_base_weight(merged)
+        base: Any = self.get_base_layer()
+        base.bias = self._pristine_layers[0].bias  # the same parameter; PEFT drops it with HQQ
+        if self.requantisations is not None:
+            delta = sum((self.delta(name) for name in [*self.merged_adapters, *names]), torch.zeros(()))
+            error = self.base_weight() - self.pristine_weight() - delta
+            self.requantisations.append((float(error.norm()), float(delta.norm())))
+
+    def _restore_pristine(self) -> None:
+        device = self.stored_weight().device
+        self.base_layer, self._pristine_layers = self._pristine_layers[0].train(self.training), ()
+        if self.stored_weight().device != device:  # the model was moved while merged
+            self.base_layer.to(device)
+
+
+class _DequantizedBranch(torch.autograd.Function):
+    """`x ΔWᵀ`; the backward calls `dequantize` again instead of keeping the weight.
+
+    A Function and not an operator, since an operator can't take a function.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        rows: Tensor,
+        cols: Tensor,
+        ranks: Sequence[int],
+        scaling: float,
+        dequantize: Callable[[], Tensor],
+    ) -> Tensor:
+        ctx.save_for_backward(x, A, B, rows, cols)
+        ctx.ranks, ctx.scaling, ctx.dequantize = ranks, scaling, dequantize
+        return hadamard_branch(x, A, B, dequantize(), rows, cols, ranks, scaling)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, A, B, rows, cols = ctx.saved_tensors
+        needs_x = ctx.needs_input_grad[0]
+        weight = ctx.dequantize()
+        grads = hadamard_branch_backward(g, x, A, B, weight, rows, cols, ctx.ranks, ctx.scaling, needs_x)
+        return *grads, None, None, None, None, None
+
+
+def _copied(base: nn.Module) -> nn.Module:
+    copied = copy.deepcopy(base)
+    weight: Any = getattr(copied, "weight", None)
+    if hasattr(weight, "module"):  # a copied 4-bit weight still writes its statistics to the layer it was copied from
+        weight.module = copied
+    return copied
+
+
+@contextmanager
+def requantisation_reported(model: nn.Module) -> Iterator[None]:
+    """Warn of what merging into the quantised layers of `model` loses of ΔW while the context is open."""
+    found: list[tuple[float, float]] = []
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.requantisations = found
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            if isinstance(module, QuantizedLinear):
+                module.requantisations = None
+    parts = [error / size for error, size in found if size]
+    if parts:
+        total = [sum(value**2 for value in column) ** 0.5 for column in zip(*found, strict=True)]
+        warnings.warn(
+            f"merged weights were quantised again in {len(found)} layers: the relative error of ΔW is "
+            f"{total[0] / total[1]:.3g} (layers: {min(parts):.3g} to {max(parts):.3g}). Keep the adapter unmerged, or "
+            "load it on the model in float32 or bfloat16 and merge there",
+            stacklevel=4,
+        )

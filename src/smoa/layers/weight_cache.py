@@ -1,0 +1,105 @@
+"""An opt-in cache of what an adapter adds, for decoding token by token without merging.
+
+Forming W + ΔW costs a pass over the weight, which is nothing beside a training batch and much beside one token. While
+`cached_weights(model)` is open each adapted layer keeps, after its first call without gradients,
+
+- W + ΔW for float32 and float64 weights: as much memory again as the adapted weights take;
+- the diagonal blocks of ΔW for bfloat16 and float16 weights, and under autocast or TF32, where W + ΔW would round small
+  updates away: 1/K of that.
+
+What is kept is dropped as soon as factors, labels, base weight, scaling, active adapters, dtype or device change. A
+change through `tensor.data` is invisible to PyTorch's version counters, and so to the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from smoa.errors import UnsupportedModuleError
+from smoa.maths.modulation import inverse_order, sorted_order
+
+
+@dataclass
+class WeightCache:
+    """What one layer has kept, and the state that it was computed from."""
+
+    key: Hashable = None
+    effective: Tensor | None = None
+    blocks: list[SortedBlocks] = field(default_factory=list)
+
+    def clear(self) -> None:
+        """Drop everything kept."""
+        self.key, self.effective, self.blocks = None, None, []
+
+
+@dataclass(frozen=True)
+class SortedBlocks:
+    """Diagonal blocks of one ΔW and the orders that sort coordinates by block."""
+
+    col_order: Tensor
+    row_inverse: Tensor
+    blocks: list[Tensor]
+    col_slices: list[slice]
+
+    @classmethod
+    def of(
+        cls, delta: Tensor, row_labels: Tensor, col_labels: Tensor, slices: list[tuple[slice, slice]]
+    ) -> SortedBlocks:
+        """Take the blocks out of a dense ΔW (out_features, in_features)."""
+        row_order, col_order = sorted_order(row_labels), sorted_order(col_labels)
+        blocks = [delta.index_select(0, row_order[rows]).index_select(1, col_order[cols]) for rows, cols in slices]
+        return cls(col_order, inverse_order(row_order), blocks, [cols for _, cols in slices])
+
+    def output(self, x: Tensor) -> Tensor:
+        """`x ΔWᵀ`: (…, out_features)."""
+        x = x.index_select(-1, self.col_order)
+        outputs = [x[..., cols] @ block.T for cols, block in zip(self.col_slices, self.blocks, strict=True)]
+        return torch.cat(outputs, -1).index_select(-1, self.row_inverse)
+
+
+def tensor_state(tensor: Tensor) -> Hashable:
+    """What changes whenever the tensor is written to, replaced, cast or moved."""
+    version = 0 if tensor.is_inference() else tensor._version
+    return id(tensor), tensor.data_ptr(), version, tensor.dtype, tensor.device
+
+
+@contextmanager
+def cached_weights(model: nn.Module) -> Iterator[None]:
+    """Let the adapted layers of `model` keep their effective weights while the context is open, without gradients.
+
+    Meanwhile one thread at a time may use the model.
+
+    Raises:
+        UnsupportedModuleError: a layer's parameters are sharded (FSDP, ZeRO-3): they are refilled between steps without
+            a trace, so what is kept could be stale.
+    """
+    layers: list[Any] = []
+    for name, module in model.named_modules():
+        if hasattr(module, "smoa_weight_cache"):
+            _refuse_sharded(name, module)
+            layers.append(module)
+    for layer in layers:
+        layer.smoa_weight_cache = WeightCache()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.smoa_weight_cache = None
+
+
+def _refuse_sharded(name: str, layer: nn.Module) -> None:
+    parameters = list(layer.parameters())
+    # ZeRO-3 may have left a parameter whole (`ds_id`), but replaces it in every step
+    whole = [p for p in parameters if p.numel() and not isinstance(p, DTensor) and not hasattr(p, "ds_id")]
+    if not parameters or len(whole) < len(parameters):
+        raise UnsupportedModuleError(
+            f"{name}: its parameters are sharded over processes, and a cache of them could be stale; "
+            "use cached_weights on a model that is whole on one process, or merge the adapter"
+        )

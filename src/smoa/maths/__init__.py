@@ -1,0 +1,1 @@
+"""The method in formulas: spectrum, blocks, update. Knows neither PEFT nor transformers."""

@@ -1,0 +1,246 @@
+r"""Weight to spectral partition: the only place where a weight is decomposed.
+
+With `W = U diag(σ) Vᵀ` (economy, σ descending, j = 0 … q-1) each output coordinate i has the spectral score
+
+    s_i = Σ_j j·U_ij²·σ_j² / Σ_j U_ij²·σ_j²
+
+and each input coordinate the same with V (arXiv:2605.21147). A low score means that the coordinate lives on the
+leading singular directions; a coordinate of zero energy scores 0. Sorting both sides by score (ascending, stable) and
+cutting each order into K runs gives the K aligned blocks.
+
+| symbol | meaning                        | in code                |
+|--------|--------------------------------|------------------------|
+| m, n   | size of W, (m, n)              | out_features, in_features |
+| K      | number of blocks               | num_blocks             |
+| I_k    | output coordinates of block k  | SpectralPartition.rows |
+| J_k    | input coordinates of block k   | SpectralPartition.cols |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from smoa.errors import PartitionError
+
+PartitionKind = Literal["spectral", "contiguous", "random"]
+
+UNDECIDED = 255
+"""Label of a coordinate whose block is not known yet: labels are one byte, so at most 255 blocks exist."""
+MAX_BLOCKS = UNDECIDED
+GRAM_TILES = 8
+"""Strips in which the upper half of the Gram matrix is formed."""
+SAFE_PEAK = 1e-4, 1e4
+"""Weights whose largest entry lies between are decomposed as they are; others are scaled, which costs a copy."""
+CLOSE_SCORES = 1e-6
+"""Times min(m, n): scores nearer to each other than this, in float32, may stand in the wrong order."""
+ROW_TILE = 1024
+"""Rows of WV held at a time: nothing of the weight's size is kept."""
+
+
+def block_sizes(size: int, num_blocks: int) -> list[int]:
+    """Sizes of K runs of `size` coordinates, as `torch.tensor_split` has them: the first `size % K` are one larger."""
+    quotient, remainder = divmod(size, num_blocks)
+    return [quotient + 1] * remainder + [quotient] * (num_blocks - remainder)
+
+
+@dataclass(frozen=True, eq=False)
+class SpectralPartition:
+    """Which block each coordinate of a weight belongs to.
+
+    Args:
+        row_labels: uint8 (out_features,), the block of each output coordinate.
+        col_labels: uint8 (in_features,), the block of each input coordinate.
+        num_blocks: K, between 1 and 255.
+
+    Raises:
+        PartitionError: labels of another dtype or shape, or blocks whose sizes are not those of `torch.tensor_split`.
+    """
+
+    row_labels: Tensor
+    col_labels: Tensor
+    num_blocks: int
+
+    def __post_init__(self) -> None:
+        check_num_blocks(self.num_blocks, len(self.row_labels), len(self.col_labels))
+        check_labels(self.row_labels, self.num_blocks, "row_labels")
+        check_labels(self.col_labels, self.num_blocks, "col_labels")
+
+    def rows(self, block: int) -> Tensor:
+        """Output coordinates of `block`, ascending, int64."""
+        return torch.nonzero(self.row_labels == block).flatten()
+
+    def cols(self, block: int) -> Tensor:
+        """Input coordinates of `block`, ascending, int64."""
+        return torch.nonzero(self.col_labels == block).flatten()
+
+
+def check_num_blocks(num_blocks: int, out_features: int, in_features: int) -> None:
+    """Raise PartitionError unless 1 ≤ K ≤ min(out_features, in_features, 255)."""
+    limit = min(out_features, in_features, MAX_BLOCKS)
+    if not 1 <= num_blocks <= limit:
+        raise PartitionError(
+            f"num_blocks={num_blocks} must be between 1 and {limit} for a weight of shape "
+            f"({out_features}, {in_features}); lower num_blocks or exclude this module"
+        )
+
+
+def check_labels(labels: Tensor, num_blocks: int, name: str) -> None:
+    """Raise PartitionError unless `labels` is a uint8 vector whose block sizes are those of `torch.tensor_split`."""
+    if labels.dtype != torch.uint8 or labels.ndim != 1:
+        raise PartitionError(f"{name} must be a uint8 vector, got {labels.dtype} of shape {tuple(labels.shape)}")
+    found = torch.bincount(labels, minlength=num_blocks).tolist()
+    expected = block_sizes(len(labels), num_blocks)
+    if found != expected:
+        raise PartitionError(
+            f"{name} must hold {num_blocks} blocks of sizes {_short(expected)}, found label counts {_short(found)}"
+        )
+
+
+def _short(sizes: list[int]) -> str:
+    return str(sizes) if len(sizes) <= 8 else f"[{', '.join(map(str, sizes[:8]))}, … {len(sizes)} in all]"
+
+
+def spectral_scores(weight: Tensor, precise: bool = False) -> tuple[Tensor, Tensor]:
+    """Energy-weighted mean spectral index of every output and input coordinate of `weight`.
+
+    Args:
+        weight: (out_features, in_features), any floating dtype; computed in float32, float64 stays float64.
+        precise: Find the eigenvectors, and add up, in float64 also for other weights, in about 1.7 times the time.
+
+    Returns:
+        Row scores (out_features,) and column scores (in_features,).
+
+    Raises:
+        PartitionError: the weight has NaN or infinite entries.
+    """
+    weight = squarable(weight)
+    if weight.shape[0] >= weight.shape[1]:
+        return _tall_scores(weight, precise)
+    col_scores, row_scores = _tall_scores(weight.T, precise)
+    return row_scores, col_scores
+
+
+def squarable(weight: Tensor) -> Tensor:
+    """The weight in float32 or float64, scaled if its squares would underflow or overflow.
+
+    Raises:
+        PartitionError: it has NaN or infinite entries.
+    """
+    weight = weight.detach()
+    weight = weight if weight.dtype == torch.float64 else weight.float()
+    peak = torch.stack(torch.aminmax(weight)).abs().max()
+    if not torch.isfinite(peak):
+        raise PartitionError("the weight has NaN or infinite entries, so it has no spectrum; load finite weights")
+    if SAFE_PEAK[0] < peak < SAFE_PEAK[1]:
+        return weight
+    return weight / peak.clamp_min(torch.finfo(weight.dtype).tiny)
+
+
+def _tall_scores(weight: Tensor, precise: bool) -> tuple[Tensor, Tensor]:
+    """Scores of a weight with at least as many rows as columns, by the Gram matrix of its columns.
+
+    `WᵀW = V diag(λ) Vᵀ` and `UΣ = WV`, so the row energies are `(WV)²` and the column energies `V²λ`: no division by σ.
+    """
+    gram = _upper_gram(weight)
+    col_is_zero = gram.diagonal() == 0
+    eigenvalues, vectors = torch.linalg.eigh(gram.double() if precise else gram, UPLO="U")
+    del gram
+    energy = eigenvalues.clamp_min(0)
+    index = torch.arange(len(energy) - 1, -1, -1, dtype=energy.dtype, device=weight.device)  # eigh is ascending
+    row_scores = _row_scores(weight, vectors.to(weight.dtype), index)
+    col_scores = _mean_index(vectors.square_() * energy, index)
+    return row_scores, col_scores.masked_fill_(col_is_zero, 0)  # rounding leaves a zero column a little energy
+
+
+def _upper_gram(weight: Tensor) -> Tensor:
+    """`WᵀW` on and above the diagonal, all that `eigh` then reads: about half the multiplications of the whole.
+
+    The upper one, since MKL's `eigh` takes less time on it. What lies below the diagonal is partly filled.
+    """
+    size = weight.shape[1]
+    gram = weight.new_zeros(size, size)
+    tile = -(-size // GRAM_TILES)
+    for start in range(0, size, tile):
+        stop = min(start + tile, size)
+        torch.mm(weight[:, start:stop].T, weight[:, start:], out=gram[start:stop, start:])
+    return gram
+
+
+def _row_scores(weight: Tensor, vectors: Tensor, index: Tensor) -> Tensor:
+    """Σ_j j (WV)_ij² / Σ_j (WV)_ij², a tile of rows at a time in one buffer."""
+    buffer = weight.new_empty(min(ROW_TILE, len(weight)), len(index))
+    scores = []
+    for rows in torch.split(weight, ROW_TILE):
+        projected = torch.mm(rows, vectors, out=buffer[: len(rows)])
+        scores.append(_mean_index(projected.square_(), index))
+    return torch.cat(scores)
+
+
+def _mean_index(energy: Tensor, index: Tensor) -> Tensor:
+    """Σ_j index_j energy_ij / Σ_j energy_ij, added up in the dtype of `index`; 0 where the energy is 0.
+
+    The index is counted from its middle, which halves the terms and so their rounding.
+    """
+    middle = (len(index) - 1) / 2
+    moments = energy.to(index.dtype) @ torch.stack([index - middle, torch.ones_like(index)], 1)
+    numerator, total = moments.unbind(1)
+    return torch.where(total > 0, numerator / total.clamp_min(torch.finfo(total.dtype).tiny) + middle, 0)
+
+
+def labels_from_scores(scores: Tensor, num_blocks: int) -> Tensor:
+    """Block of each coordinate, uint8: sort `scores` ascending and stable, cut the order as `torch.tensor_split`."""
+    order = torch.argsort(scores, stable=True)
+    labels = torch.empty(len(scores), dtype=torch.uint8, device=scores.device)
+    labels[order] = contiguous_labels(len(scores), num_blocks, scores.device)
+    return labels
+
+
+def _cut_is_close(scores: Tensor, num_blocks: int, spectrum_size: int) -> bool:
+    """Whether two blocks meet between scores that differ, but by less than the error of float32. Equal ones are no
+    question of precision: their order is the natural one."""
+    ends = torch.tensor(block_sizes(len(scores), num_blocks), device=scores.device).cumsum(0)[:-1]
+    ascending = scores.sort().values
+    gaps = ascending[ends] - ascending[ends - 1]
+    return bool(((gaps > 0) & (gaps < CLOSE_SCORES * spectrum_size)).any())
+
+
+def contiguous_labels(size: int, num_blocks: int, device: torch.device | None = None) -> Tensor:
+    """Labels of K runs of neighbouring coordinates, uint8 (size,)."""
+    sizes = torch.tensor(block_sizes(size, num_blocks), device=device)
+    blocks = torch.arange(num_blocks, dtype=torch.uint8, device=device)
+    return torch.repeat_interleave(blocks, sizes, output_size=size)
+
+
+def make_partition(
+    weight: Tensor,
+    num_blocks: int,
+    kind: PartitionKind = "spectral",
+    scores_of: Callable[[Tensor, bool], tuple[Tensor, Tensor]] = spectral_scores,
+) -> SpectralPartition:
+    """Partition of `weight` (out_features, in_features) into `num_blocks` aligned blocks.
+
+    `spectral` sorts by spectral score, `contiguous` cuts the natural order (MELoRA's), `random` shuffles with torch's
+    global generator. `scores_of` is `spectral_scores` or a cache of it. Where a cut falls between two scores
+    that float32 cannot tell apart, the weight is decomposed again, precisely, so that the same weight gets the same
+    blocks whatever the device and the number of threads.
+
+    Raises:
+        PartitionError: K is not between 1 and min(out_features, in_features, 255).
+    """
+    out_features, in_features = weight.shape
+    check_num_blocks(num_blocks, out_features, in_features)
+    if kind == "contiguous":
+        scores = weight.new_zeros(out_features), weight.new_zeros(in_features)
+    elif kind == "random":
+        scores = torch.rand(out_features), torch.rand(in_features)
+    else:
+        scores = scores_of(weight, False)
+        if weight.dtype != torch.float64 and any(_cut_is_close(s, num_blocks, min(weight.shape)) for s in scores):
+            scores = scores_of(weight, True)
+    row_labels, col_labels = (labels_from_scores(s, num_blocks).to(weight.device) for s in scores)
+    return SpectralPartition(row_labels, col_labels, num_blocks)

@@ -1,0 +1,94 @@
+"""Scores that have been computed once: kept in memory, and on disk if asked, keyed by the weight's content.
+
+A second adapter on the same weight, also with another K, costs no decomposition. With the environment variable
+`SMOA_SPECTRUM_CACHE` set to a folder neither does the next process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections import OrderedDict
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from smoa.maths.spectrum import spectral_scores
+
+CACHE_VARIABLE = "SMOA_SPECTRUM_CACHE"
+MEMORY_LIMIT = 64 << 20
+"""Bytes of scores kept in memory; 4(m+n) a weight, 8 MB for the 160 weights of a Llama-3-8B adapter."""
+VERSION = "2"
+"""Part of the key: changes when the scores of a weight change."""
+
+_memory: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
+
+
+def cached_spectral_scores(weight: Tensor, precise: bool = False) -> tuple[Tensor, Tensor]:
+    """`spectral_scores(weight, precise)`, from memory or disk if this very content has been seen before."""
+    key = _content_key(weight, precise)
+    scores = _memory.get(key) or _read(key, weight)
+    if scores is None:
+        row_scores, col_scores = spectral_scores(weight, precise)
+        scores = row_scores.cpu(), col_scores.cpu()
+        _write(key, scores)
+    _remember(key, scores)
+    return scores[0].to(weight.device), scores[1].to(weight.device)
+
+
+def clear_spectrum_cache() -> None:
+    """Forget the scores kept in memory."""
+    _memory.clear()
+
+
+def _content_key(weight: Tensor, precise: bool) -> str:
+    content = weight.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{VERSION} {precise} {content.dtype} {tuple(content.shape)} ".encode())
+    digest.update(content.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _remember(key: str, scores: tuple[Tensor, Tensor]) -> None:
+    _memory[key] = scores
+    _memory.move_to_end(key)
+    while len(_memory) > 1 and sum(rows.nbytes + cols.nbytes for rows, cols in _memory.values()) > MEMORY_LIMIT:
+        _memory.popitem(last=False)
+
+
+def _path(key: str) -> Path | None:
+    folder = os.environ.get(CACHE_VARIABLE)
+    return Path(folder).expanduser() / f"{key}.safetensors" if folder else None
+
+
+def _read(key: str, weight: Tensor) -> tuple[Tensor, Tensor] | None:
+    path = _path(key)
+    if path is None or not path.is_file():
+        return None
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError):
+        return None  # an unreadable entry is computed and written anew
+    rows, cols = tensors.get("row_scores"), tensors.get("col_scores")
+    if rows is None or cols is None or (len(rows), len(cols)) != tuple(weight.shape):
+        return None
+    return rows, cols
+
+
+def _write(key: str, scores: tuple[Tensor, Tensor]) -> None:
+    path = _path(key)
+    if path is None:
+        return
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"row_scores": scores[0].contiguous(), "col_scores": scores[1].contiguous()}, temporary)
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        warnings.warn(f"{CACHE_VARIABLE}: can't keep scores in {path.parent} ({error})", RuntimeWarning, stacklevel=2)
+        with suppress(OSError):
+            temporary.unlink()

@@ -1,0 +1,145 @@
+"""Replace what a loaded adapter holds, in place: no module and no shape changes, so compiled code stays valid.
+
+PEFT's own hot-swapping knows LoRA only. Here the new adapter's tensors are brought into the shape of the slot that they
+go into and loaded by PEFT as ever: blocks of smaller rank are filled up with zeros, and where alpha / r differs the
+ratio goes into B. The slot keeps its name, config, rank and scale, and what is saved from it afterwards fits them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, load_peft_weights
+from torch import Tensor, nn
+
+from smoa.config.adapter_config import SmoaConfig
+from smoa.errors import AdapterFileError, ConfigError, MergeError
+from smoa.files.names import PARTS, PREFIX
+from smoa.layers.layer import SmoaLayer
+from smoa.maths.modulation import BlockLayout
+
+
+@torch.no_grad()
+def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "default") -> None:
+    """Put the adapter saved in `path` into the place of the loaded adapter `adapter_name`.
+
+    The new one must have the same num_blocks, modulation and bias, no block of larger rank, and no layer that the
+    loaded one lacks. A layer that it lacks itself does nothing until the next swap. Dropout stays the slot's. An
+    error leaves everything as it was.
+
+    Args:
+        model: A PeftModel, compiled by `torch.compile` or not.
+        path: Folder or hub id.
+
+    Raises:
+        ConfigError: one of the two is no SMoA adapter, or they can't share a slot.
+        AdapterFileError: the tensors don't fit the model.
+        MergeError: the loaded adapter is merged.
+    """
+    slot: Any = getattr(model, "_orig_mod", model)
+    old = getattr(slot, "peft_config", {}).get(adapter_name)
+    if not isinstance(slot, PeftModel) or not isinstance(old, SmoaConfig):
+        raise ConfigError(f"hotswap_adapter: the model has no SMoA adapter named {adapter_name!r} to be replaced")
+    layers = _layers(slot, adapter_name)
+    config = _checked_config(old, str(path))
+    state = _fitted(load_peft_weights(str(path), device="cpu"), layers, config, adapter_name, str(path))
+    _check_others(slot, state, adapter_name, str(path))
+    set_peft_model_state_dict(slot, state, adapter_name=adapter_name)
+    for layer in layers.values():
+        if layer.smoa_weight_cache is not None:
+            layer.smoa_weight_cache.clear()
+
+
+def _layers(slot: PeftModel, adapter_name: str) -> dict[str, SmoaLayer]:
+    tuner: Any = slot.base_model
+    layers = {n: m for n, m in tuner.model.named_modules() if isinstance(m, SmoaLayer) and adapter_name in m.smoa_A}
+    merged = [name for name, layer in layers.items() if adapter_name in layer.merged_adapters]
+    if merged:
+        raise MergeError(f"{merged[0]}: {adapter_name!r} is merged; call unmerge_adapter before it is swapped")
+    return layers
+
+
+def _checked_config(old: SmoaConfig, path: str) -> SmoaConfig:
+    new = PeftConfig.from_pretrained(path)
+    if not isinstance(new, SmoaConfig):
+        raise ConfigError(f"{path}: holds a {new.peft_type} adapter, which can't take the place of a SMoA adapter")
+    fixed = ("num_blocks", "num_blocks_pattern", "spectrum_blocks", "modulation", "bias")
+    different = [name for name in fixed if getattr(new, name) != getattr(old, name)]
+    if different:
+        found = "; ".join(f"{name}={getattr(new, name)!r}, not {getattr(old, name)!r}" for name in different)
+        raise ConfigError(f"{path}: has {found} as the loaded adapter; load it under another name with load_adapter")
+    config = SmoaConfig.from_pretrained(path)  # whose own reading looks at the weights
+    config.check_weights()
+    return config
+
+
+def _fitted(
+    state: dict[str, Tensor], layers: dict[str, SmoaLayer], config: SmoaConfig, adapter_name: str, path: str
+) -> dict[str, Tensor]:
+    """The adapter's tensors as the slot would have saved them."""
+    own = {key for key in state if ".smoa_" in key}
+    fitted = {key: tensor for key, tensor in state.items() if key not in own}
+    for name, layer in layers.items():
+        keys = [f"{PREFIX}{name}.{part}" for part in PARTS]
+        if own.isdisjoint(keys):
+            parts = _without_effect(layer, adapter_name)
+        elif own.issuperset(keys):
+            parts = _padded(name, layer, [state[key] for key in keys], config, adapter_name, path)
+        else:
+            raise AdapterFileError(f"{path}: {name} lacks {sorted(set(keys) - own)}; the adapter is broken")
+        fitted |= dict(zip(keys, parts, strict=True))
+        own -= set(keys)
+    if own:
+        raise AdapterFileError(
+            f"{path}: adapts {sorted(own)[0]} and {len(own) - 1} more tensor(s) that the loaded adapter has no place "
+            "for; load it under another name with load_adapter"
+        )
+    return fitted
+
+
+def _without_effect(layer: SmoaLayer, adapter_name: str) -> list[Tensor]:
+    A, B = layer.factors(adapter_name)
+    partition = layer.partition(adapter_name)
+    return [torch.zeros_like(A), torch.zeros_like(B), partition.row_labels, partition.col_labels]
+
+
+def _padded(
+    name: str, layer: SmoaLayer, parts: list[Tensor], config: SmoaConfig, adapter_name: str, path: str
+) -> list[Tensor]:
+    """Each block's ranks at the head of the slot's, zeros behind them; B takes the ratio of the scales."""
+    A, B, rows, cols = parts
+    slot = layer.layout[adapter_name]
+    new = BlockLayout(slot.out_features, slot.in_features, config.ranks_of(name, len(A)))
+    if (tuple(A.shape), tuple(B.shape)) != (new.shape_A, new.shape_B):
+        raise AdapterFileError(
+            f"{path}: {name} has factors {tuple(A.shape)}, {tuple(B.shape)} that don't fit the layer"
+        )
+    if any(theirs > ours for theirs, ours in zip(new.ranks, slot.ranks, strict=True)):
+        raise ConfigError(
+            f"{path}: {name} has block ranks {list(new.ranks)}, more than the {list(slot.ranks)} of the loaded "
+            "adapter; load the adapter of the largest rank first"
+        )
+    ratio = config.alpha_of(name, len(A)) / len(A) * layer.r[adapter_name] / layer.alpha[adapter_name]
+    wide_A, wide_B = A.new_zeros(slot.shape_A), B.new_zeros(slot.shape_B)
+    for source, target in zip(new.rank_slices(), slot.rank_slices(), strict=True):
+        width = source.stop - source.start
+        wide_A[target.start : target.start + width] = A[source]
+        wide_B[:, target.start : target.start + width] = B[:, source] * ratio
+    return [wide_A, wide_B, rows, cols]
+
+
+def _check_others(slot: PeftModel, state: dict[str, Tensor], adapter_name: str, path: str) -> None:
+    """Biases and modules_to_save must be those that the slot has: what is left out would stay the old adapter's."""
+    saved = get_peft_model_state_dict(slot, adapter_name=adapter_name)
+    expected, found = (
+        {f"{key} {tuple(tensor.shape)}" for key, tensor in tensors.items() if ".smoa_" not in key}
+        for tensors in (saved, state)
+    )
+    if expected != found:
+        raise AdapterFileError(
+            f"{path}: besides its factors it holds {sorted(found - expected) or 'nothing'} more and lacks "
+            f"{sorted(expected - found) or 'nothing'} of what {adapter_name!r} trains; load it under another name"
+        )

@@ -1,0 +1,66 @@
+"""`adapter_names=[…]`: another adapter for each sample of one batch, as PEFT's LoRA has it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from smoa.layers.layer import SmoaLayer
+
+BASE = "__base__"
+
+
+@contextmanager
+def adapter_names_hooks(tuner: BaseTuner, kwargs: dict[str, Any]) -> Iterator[None]:
+    """Take `adapter_names` out of `kwargs` and hand it to every adapted layer while the context is open.
+
+    Raises:
+        ValueError: the model is training, or a name is neither an adapter nor "__base__".
+    """
+    adapter_names = kwargs.pop("adapter_names", None)
+    if adapter_names is None:
+        yield
+        return
+    _check_names(tuner, adapter_names)
+    beams = kwargs.get("num_beams") or 1
+    encoder = _encoder(tuner.model)
+    encoder_modules = set() if encoder is None else set(encoder.modules())
+    handles = []
+    for module in tuner.modules():
+        if isinstance(module, (SmoaLayer, AuxiliaryTrainingWrapper)):
+            # beam search repeats every sample, but not for the encoder
+            repeats = 1 if module in encoder_modules else beams
+            names = [name for name in adapter_names for _ in range(repeats)]
+            handles.append(module.register_forward_pre_hook(_inject(names), with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _inject(names: list[str]) -> Any:
+    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "adapter_names": names}
+
+    return hook
+
+
+def _check_names(tuner: BaseTuner, adapter_names: list[str]) -> None:
+    if tuner.training:
+        raise ValueError("adapter_names can't be used in training mode; call model.eval() first")
+    known = {BASE} | {name for module in tuner.modules() if isinstance(module, SmoaLayer) for name in module.smoa_A}
+    unknown = sorted(set(adapter_names) - known)
+    if unknown:
+        raise ValueError(f"adapter_names has unknown {unknown}; there are {sorted(known)}")
+
+
+def _encoder(model: nn.Module) -> nn.Module | None:
+    get_encoder: Any = getattr(model, "get_encoder", None)
+    encoder: nn.Module | None = get_encoder() if get_encoder else None
+    return None if encoder is model else encoder

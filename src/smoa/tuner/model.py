@@ -1,0 +1,241 @@
+"""SmoaModel: PEFT's tuner for SMoA, injecting layers and guarding what PEFT does with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers, onload_layer
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from smoa.config.adapter_config import SmoaConfig
+from smoa.errors import MergeError, PartitionError, SmoaError
+from smoa.files.checkpoint import check_adapter_state, check_gathered, record_choices
+from smoa.files.digest import factors_digest
+from smoa.files.names import adapter_layers
+from smoa.layers.distributed import from_rank_zero, refuse_writing, with_plain_names
+from smoa.layers.layer import SmoaLayer
+from smoa.layers.linear import Linear
+from smoa.layers.quantized import QuantizedLinear, requantisation_reported
+from smoa.layers.undo import refuse_shared
+from smoa.tuner.block_choice import choose_blocks
+from smoa.tuner.combining import Combination, check_combination, check_same_labels, combined_config, fill_combined
+from smoa.tuner.mixed_batch import adapter_names_hooks
+from smoa.tuner.targets import base_of, check_target, weight_of
+
+
+class SmoaModel(BaseTuner):
+    """A model with SMoA adapters; made by `get_peft_model(model, SmoaConfig(...))`.
+
+    Raises:
+        UnsupportedModuleError: a target is neither a Linear nor a Conv1D.
+        PartitionError: `num_blocks` is larger than a side of a target's weight.
+    """
+
+    prefix: str = "smoa_"
+    tuner_layer_cls = SmoaLayer
+    target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    _loads_labels = False
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """PEFT's `inject_adapter`; where a saved adapter is about to be loaded, no weight is decomposed.
+
+        An adapter added with the very config of another is its twin and gets its partition: TRL makes a reference
+        adapter so, and copies the factors but no buffers.
+        """
+        config = self.peft_config[adapter_name]
+        twin = next(
+            (name for name, other in self.peft_config.items() if other is config and name != adapter_name), None
+        )
+        comes = bool(kwargs.get("state_dict")) or bool(kwargs.get("low_cpu_mem_usage"))
+        self._loads_labels = comes or bool(getattr(config, "labels_follow", False)) or twin is not None
+        self._progress: tqdm[Any] | None = None
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            if self._progress is not None:
+                self._progress.close()
+        if twin is not None and not comes:
+            for layer in adapter_layers(self.model, twin).values():
+                layer.share_partition(twin, adapter_name)
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        """Refuse every unsuitable target at once, before anything is replaced."""
+        config: Any = _maybe_include_all_linear_layers(peft_config, model)
+        if not self._loads_labels:
+            config.spectrum_blocks = {}  # of another model that the config was used for
+        inside = tuple(name + "." for name, module in model.named_modules() if isinstance(module, SmoaLayer))
+        problems: list[SmoaError] = []
+        weights: dict[str, Callable[[], Tensor]] = {}
+        for name, module in model.named_modules():
+            if name and not name.startswith(inside) and self._check_target_module_exists(config, name):
+                try:
+                    config.check_rank(name)
+                    weights[name] = partial(weight_of, module, check_target(name, module, config, model))
+                except SmoaError as error:
+                    problems.append(error)
+        if problems:
+            raise type(problems[0])("; ".join(map(str, problems)))
+        self._choose_blocks(config, weights)
+        decomposes = config.partition == "spectral" and not self._loads_labels
+        hidden = None if decomposes else True  # None: shown on a terminal only
+        self._progress = tqdm(total=len(weights), desc="SMoA partitions", unit="layer", delay=1, disable=hidden)
+
+    def _choose_blocks(self, config: SmoaConfig, weights: dict[str, Callable[[], Tensor]]) -> None:
+        """Fill in `spectrum_blocks` if asked to, unless a saved adapter brings them."""
+        if not config.blocks_from_spectrum:
+            return
+        if not config.spectrum_blocks:
+            choose = partial(choose_blocks, weights, config.num_blocks)
+            config.spectrum_blocks = from_rank_zero(choose, everywhere=True)  # every rank gathers what is sharded
+        missing = sorted(weights.keys() - config.spectrum_blocks.keys())
+        if missing:
+            raise PartitionError(
+                f"{missing[0]}: the config's spectrum_blocks has no number for it and {len(missing) - 1} more; the "
+                "adapter is for another model, or its adapter_config.json is broken"
+            )
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        backend = check_target(current_key, target, peft_config, self.model)
+        ranks = peft_config.ranks_of(current_key)
+        if not self._loads_labels:
+            peft_config.normalized_alpha.pop(current_key, None)  # of another model that the config was used for
+        normalizes = peft_config.normalize_anchor and current_key not in peft_config.normalized_alpha
+        alpha = peft_config.alpha_of(current_key, sum(ranks))
+        if self._progress is not None:
+            self._progress.update()
+        layer: SmoaLayer
+        try:
+            if isinstance(target, SmoaLayer):
+                layer = target
+                layer.update_layer(adapter_name, peft_config, ranks, alpha, defer_partition=self._loads_labels)
+            else:
+                is_conv1d = isinstance(base_of(target), Conv1D)
+                layer_class = Linear if backend is None else QuantizedLinear
+                layer = layer_class(
+                    target, adapter_name, peft_config, ranks, alpha, is_conv1d, self._loads_labels, backend
+                )
+            if normalizes:
+                peft_config.normalized_alpha[current_key] = layer.normalize_anchor(adapter_name)
+        except PartitionError as error:
+            raise PartitionError(f"{current_key}: {error}") from None
+        if layer is target:
+            return
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, AuxiliaryTrainingWrapper):  # PEFT would assign its weight, which may be no parameter
+            setattr(parent, child_name, new_module)
+            return
+        super()._replace_module(parent, child_name, new_module, child)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        for layer in adapter_layers(model, adapter_name).values():
+            layer.decide_partition(adapter_name)  # in place: the buffers in `state_dict` see it
+        named = with_plain_names(model)
+        selected = dict(
+            super()._get_adapter_state_dict(named, config, adapter_name, state_dict, unwanted_adapter_names)
+        )
+        check_gathered(selected)
+        record_choices(model, config, adapter_name)
+        config.digest_of_saved = factors_digest(selected)
+        config.weights_file = None  # the adapter has a life of its own by now
+        return selected
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        named = with_plain_names(model)
+        remapped = super()._remap_adapter_state_dict_for_load(named, config, adapter_name, state_dict)
+        check_adapter_state(model, config, adapter_name, remapped)
+        for layer in adapter_layers(model, adapter_name).values():
+            for parameter in (*layer.smoa_A[adapter_name].parameters(), *layer.smoa_B[adapter_name].parameters()):
+                refuse_writing(parameter)
+            layer.pending_partition.pop(adapter_name, None)
+        return dict(remapped)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """PEFT's `merge_adapter`; with `safe_merge` every layer is checked before the first one is changed."""
+        if safe_merge:
+            self._check_all_finite(adapter_names)
+        with requantisation_reported(self.model):
+            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge and safe_merge:
+            self._check_all_finite(adapter_names)
+        with requantisation_reported(self.model):
+            return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: Combination = "cat"
+    ) -> None:
+        """Add the adapter `adapter_name` = Σ weights·adapters, negative weights included.
+
+        Args:
+            combination_type: "cat" is exact, r is the sum of the ranks; "linear" keeps the rank and is approximate.
+
+        Raises:
+            MergeError: an adapter is unknown or trains more than layers, or the adapters don't share partition,
+                modulation and layers.
+        """
+        check_combination(self.peft_config, adapters, weights, adapter_name, combination_type)
+        config = combined_config([self.peft_config[name] for name in adapters], combination_type)  # type: ignore[misc]
+        layers = {n: m for n, m in self.model.named_modules() if isinstance(m, SmoaLayer) and {*adapters} & {*m.smoa_A}}
+        for name, layer in layers.items():
+            check_same_labels(name, layer, adapters)
+        self.peft_config[adapter_name] = config
+        self.inject_adapter(self.model, adapter_name)
+        for layer in layers.values():
+            fill_combined(layer, adapters, weights, adapter_name, combination_type)
+
+    @torch.no_grad()
+    def _check_all_finite(self, adapter_names: list[str] | None) -> None:
+        for name, module in self.model.named_modules():
+            if isinstance(module, Linear):
+                try:
+                    with onload_layer(module):  # where accelerate keeps its weights elsewhere
+                        module.check_merge(adapter_names)
+                except MergeError as error:
+                    raise MergeError(f"{name}: {error}") from None
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()  # type: ignore[no-untyped-call]  # PEFT leaves it without types
+        layers = ((name, module) for name, module in self.model.named_modules() if isinstance(module, SmoaLayer))
+        refuse_shared((name, layer.stored_weight()) for name, layer in layers)
+
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
+        return adapter_names_hooks(self, kwargs)

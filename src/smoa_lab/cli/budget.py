@@ -1,0 +1,41 @@
+"""``smoa budget``: which r and K a parameter budget affords."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from smoa_lab.cli.console import print_json, print_table, reporting, size
+
+
+def budget(
+    model: Annotated[str, typer.Argument(help="Hub id, folder, or gemma3-270m; its weights are not loaded.")],
+    amount: Annotated[str, typer.Argument(help="Share of the model, such as 0.1%, or a number of parameters.")],
+    targets: Annotated[
+        str, typer.Option(help="Names of the layers to adapt, with commas between.")
+    ] = "q_proj,k_proj,v_proj,up_proj,down_proj",
+    trust_remote_code: Annotated[bool, typer.Option(help="Let the model's repository run its own code.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """List the choices of r and num_blocks within a parameter budget, with rank bound and size on disk."""
+    with reporting():
+        from smoa_lab.runs.budget_choices import budget as find_choices
+
+        choices = find_choices(model, amount, tuple(name.strip() for name in targets.split(",")), trust_remote_code)
+        if json:
+            print_json([choice.to_dict() for choice in choices])
+            return
+        rows = [
+            [
+                str(choice.num_blocks),
+                str(choice.r),
+                f"{choice.parameters:,}",
+                f"{choice.percent} %",
+                size(choice.bytes_on_disk),
+                str(choice.rank_bound),
+                str(choice.lora_r),
+            ]
+            for choice in choices
+        ]
+        print_table(["num_blocks", "r", "parameters", "of model", "on disk", "rank bound", "LoRA's r"], rows)

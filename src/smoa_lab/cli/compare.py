@@ -1,0 +1,64 @@
+"""``smoa compare``: a study from its YAML."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from smoa_lab.cli.console import print_json, print_table, reporting
+
+
+def compare(
+    study: Annotated[Path, typer.Argument(help="The study's YAML file; configs/studies holds ready ones.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Values to change, e.g. seeds=[0,1].")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="Run this entry, or budget, alone; may be given more than once.")
+    ] = None,
+    report_only: Annotated[bool, typer.Option("--report-only", help="Run nothing; report what is finished.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON instead of a table.")] = False,
+) -> None:
+    """Tune methods alike, run the winners with fresh seeds, and say what is better, same or worse."""
+    with reporting():
+        import transformers
+
+        from smoa.errors import ConfigError
+        from smoa_lab.study.comparison import Comparison
+        from smoa_lab.study.report.rows import as_json
+        from smoa_lab.study.report.table import report
+        from smoa_lab.study.study_file import load_study
+
+        if only and report_only:
+            raise ConfigError("--only: narrows what is run, and --report-only runs nothing; leave out one of them")
+        checked = load_study(study, overrides)
+        transformers.utils.logging.set_verbosity_error()  # a line for every new classification head
+        if not report_only:
+            Comparison(checked).run(only or [])
+        rows = report(checked)
+        if json:
+            print_json(as_json(rows))
+            return
+        print_table(
+            ["entry", "trained", "seeds", "loss", "accuracy %", "loss difference", "", "accuracy difference %", ""],
+            [_cells(row) for row in rows],
+        )
+        typer.echo(f"\nTable, pictures and one JSON a run: {checked.folder}")
+
+
+def _cells(row: Any) -> list[str]:
+    return [
+        row.entry,
+        f"{row.parameters:,}",
+        str(len(row.seeds)),
+        f"{row.loss:.4f}",
+        f"{100 * row.accuracy:.1f}",
+        *_difference(row.loss_difference, 1, 4),
+        *_difference(row.accuracy_difference, 100, 1),
+    ]
+
+
+def _difference(found: Any, scale: float, digits: int) -> tuple[str, str]:
+    if found is None:
+        return "", "reference"
+    return found.signed(scale, digits)[1], found.verdict

@@ -1,0 +1,40 @@
+"""``smoa demo``: a training run like any other, followed by a look at what was saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from smoa_lab.cli.console import reporting
+from smoa_lab.cli.train import print_scores
+
+
+def demo(
+    config: Annotated[Path, typer.Argument(help="The run's YAML file.")] = Path("configs/demo.yaml"),
+    overrides: Annotated[list[str] | None, typer.Argument(help="Values to change, as for train.")] = None,
+) -> None:
+    """Fine-tune a small real model in minutes, show what changed, reload the adapter and merge it."""
+    with reporting():
+        from smoa_lab.config.run_config import load_config
+        from smoa_lab.runs.verify_run import verify_saved
+        from smoa_lab.training.base_models import GEMMA_NOTICE, PACKAGED_MODEL
+        from smoa_lab.training.run_folder import RunFolder, in_free_folder
+        from smoa_lab.training.train_run import prepare, train
+
+        checked = in_free_folder(load_config(config, overrides))
+        if checked.model.name == PACKAGED_MODEL:
+            typer.echo(GEMMA_NOTICE)
+        ready = prepare(checked)
+        metrics = train(checked, ready)
+        print_scores(metrics)
+        agreement = verify_saved(checked, ready, metrics)
+        typer.echo(
+            f"Gold-answer loss of the adapter as trained {agreement.trained:.6f}, reloaded onto a fresh base model "
+            f"{agreement.reloaded:.6f}, merged {agreement.merged:.6f}: they agree "
+            f"(largest difference of a logit, relative: {agreement.logit_difference:.1e})."
+        )
+        folder = RunFolder(checked.folder)
+        typer.echo(f"\nAdapter:    {folder.adapter}\nLoss curve: {folder.picture}\nMetrics:    {folder.metrics}")
+        typer.echo(f"Your own run: copy {config}, change it, and `smoa train` the copy.")

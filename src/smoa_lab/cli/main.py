@@ -1,0 +1,28 @@
+"""``smoa``: gathers the subcommands. Nothing heavy is imported before a subcommand runs, so ``--help`` is quick."""
+
+from __future__ import annotations
+
+import typer
+
+from smoa_lab.cli import budget, compare, convert, data, demo, evaluate, inspect, merge, run, train
+
+app = typer.Typer(
+    name="smoa",
+    help="Fine-tune, score and merge language models with SMoA, the Spectrum Modulation Adapter.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("train")(train.train)
+app.command("eval")(evaluate.evaluate)
+app.command("merge")(merge.merge)
+app.command("convert")(convert.convert)
+app.command("compare")(compare.compare)
+app.command("inspect")(inspect.inspect)
+app.command("budget")(budget.budget)
+app.command("demo")(demo.demo)
+app.command("run", context_settings=run.SETTINGS)(run.run)
+app.add_typer(data.app, name="data")
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,63 @@
+"""``smoa train``: one run from its config."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from smoa_lab.cli.console import print_json, print_table, reporting, score, size
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="The run's YAML file; configs/ holds ready ones.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Values to change, e.g. training.learning_rate=1e-3.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the run's metrics as JSON instead of a table.")] = False,
+) -> None:
+    """Train an adapter and score it on held-out questions."""
+    with reporting():
+        from smoa_lab.config.run_config import load_config
+        from smoa_lab.training.train_run import train as run
+
+        checked = load_config(config, overrides)
+        metrics = run(checked)
+        if os.environ.get("RANK", "0") != "0":
+            return  # one of several processes: rank 0 tells
+        if json:
+            print_json(metrics)
+            return
+        print_scores(metrics)
+        typer.echo(f"\nAdapter, metrics, log and loss curve: {checked.folder}")
+
+
+def print_scores(metrics: dict[str, Any]) -> None:
+    """Held-out scores before and after, then what the adapter costs."""
+    evaluation = metrics["evaluation"]
+    stages = [stage for stage in ("before", "after") if stage in evaluation]
+    names = list(evaluation[stages[-1]]) if stages else []
+    rows = [_row(name, stage, evaluation[stage][name]) for name in names for stage in stages]
+    if rows:
+        print_table(
+            ["held-out questions", "", "number", "gold-answer loss", "accuracy", "per character", "majority"], rows
+        )
+    parameters, training = metrics["parameters"], metrics["training"]
+    typer.echo(
+        f"\n{parameters['trainable']:,} trainable parameters, {parameters['percent']} % of {parameters['total']:,}; "
+        f"{size(parameters['adapter_bytes'])} on disk; {training['steps']} steps in {training['seconds']:.0f} s"
+    )
+
+
+def _row(name: str, stage: str, scores: dict[str, Any]) -> list[str]:
+    return [
+        name,
+        stage,
+        str(scores["questions"]),
+        score(scores["gold_loss"], scores["gold_loss_stderr"]),
+        score(scores["accuracy"], scores["accuracy_stderr"]),
+        score(scores["accuracy_norm"], scores["accuracy_norm_stderr"]),
+        score(scores["majority"]),
+    ]

@@ -1,0 +1,1 @@
+"""The YAML of a run, checked as a whole."""

@@ -1,0 +1,144 @@
+"""Finds everything that is wrong with a config at once, each problem with the nearest valid name."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    PydanticSchemaGenerationError,
+    PydanticUserError,
+    TypeAdapter,
+    ValidationError,
+)
+from transformers import TrainingArguments
+
+from smoa.errors import ConfigError, DataError
+from smoa_lab.config.methods import METHODS, Method
+from smoa_lab.config.problems import Problem, nearest
+from smoa_lab.config.quantization import quantisation_problems
+from smoa_lab.data.tasks import find_task
+
+
+def all_problems(model: type[BaseModel], values: dict[str, Any]) -> list[Problem]:
+    """Problems of our own blocks, of the method, the tasks, ``adapter`` and ``training``."""
+    own = list(_own_problems(model, values))
+    tasks = list(_task_problems(values))
+    quantisation = list(quantisation_problems(values))
+    return (
+        own + quantisation + tasks + list(_method_problems(values)) + list(_training_problems(values.get("training")))
+    )
+
+
+def _own_problems(model: type[BaseModel], values: dict[str, Any]) -> Iterable[Problem]:
+    try:
+        model.model_validate(values)
+    except ValidationError as error:
+        for found in error.errors():
+            path = tuple(map(str, found["loc"]))
+            yield Problem(path, f"{'.'.join(path)}: {_wording(model, path, dict(found))}")
+
+
+def _wording(model: type[BaseModel], path: tuple[str, ...], found: dict[str, Any]) -> str:
+    if found["type"] == "extra_forbidden":
+        return f"unknown key{nearest(path[-1], _keys_beside(model, path))}"
+    if found["type"] == "missing":
+        return "is missing"
+    got = found["input"]
+    hint = nearest(str(got), _literals(found)) if found["type"] == "literal_error" else ""
+    return f"{found['msg'].removeprefix('Input ')}; got {got!r}{hint}"
+
+
+def _keys_beside(model: type[BaseModel], path: tuple[str, ...]) -> list[str]:
+    """The valid keys of the block in which ``path`` ends."""
+    for key in path[:-1]:
+        block = model.model_fields[key].annotation
+        if not (isinstance(block, type) and issubclass(block, BaseModel)):
+            return []
+        model = block
+    return list(model.model_fields)
+
+
+def _literals(found: dict[str, Any]) -> list[str]:
+    return [part.strip(" '") for part in found["ctx"]["expected"].replace(" or ", ",").split(",")]
+
+
+def _task_problems(values: dict[str, Any]) -> Iterable[Problem]:
+    data = values.get("data")
+    if not isinstance(data, dict) or not isinstance(data.get("tasks"), list):
+        return
+    for name in data["tasks"]:
+        if name in (data.get("files") or {}):
+            continue
+        try:
+            find_task(str(name))
+        except DataError as error:
+            yield Problem(("data", "tasks"), str(error))
+
+
+def _method_problems(values: dict[str, Any]) -> Iterable[Problem]:
+    name, adapter = values.get("method", "smoa"), values.get("adapter", {})
+    if name not in METHODS:
+        yield Problem(("method",), f"method: there is no method {name!r}{nearest(str(name), METHODS)}")
+    elif isinstance(adapter, dict):
+        yield from _adapter_problems(name, METHODS[name], adapter)
+
+
+def _adapter_problems(name: str, method: Method, adapter: dict[str, Any]) -> Iterable[Problem]:
+    config_class = method.config_class()
+    if config_class is None:
+        if adapter:
+            yield Problem(("adapter",), f"adapter: method {name} trains all weights and takes no adapter keys")
+        return
+    problems = list(_dataclass_problems("adapter", config_class, adapter))
+    problems += [
+        Problem(("adapter", key), f"adapter.{key}: is decided by method {name}; leave it out")
+        for key in method.preset.keys() & adapter.keys()
+    ]
+    yield from problems or _construction_problems(method, adapter)
+
+
+def _construction_problems(method: Method, adapter: dict[str, Any]) -> Iterable[Problem]:
+    """The rules that the PEFT config checks itself."""
+    try:
+        method.peft_config(adapter)
+    except (ConfigError, ValueError, TypeError) as error:
+        yield Problem(("adapter",), f"adapter: {error}")
+
+
+def _training_problems(training: Any) -> Iterable[Problem]:
+    if not isinstance(training, dict):
+        return
+    problems = list(_dataclass_problems("training", TrainingArguments, training))
+    if not problems:
+        try:
+            TrainingArguments(**training)
+        except (ValueError, TypeError, ImportError) as error:
+            problems = [Problem(("training",), f"training: {error}")]
+    yield from problems
+
+
+def _dataclass_problems(block: str, target: type[Any], values: dict[str, Any]) -> Iterable[Problem]:
+    """Unknown keys and values of the wrong type, for the dataclass to which a block is handed."""
+    valid = [field.name for field in dataclasses.fields(target) if field.init]
+    hints = typing.get_type_hints(target)
+    for key, value in values.items():
+        path = (block, str(key))
+        if key not in valid:
+            yield Problem(path, f"{block}.{key}: {target.__name__} has no such key{nearest(str(key), valid)}")
+        elif (reason := _type_problem(hints[key], value)) is not None:
+            yield Problem(path, f"{block}.{key}: {reason}; got {value!r}")
+
+
+def _type_problem(hint: Any, value: Any) -> str | None:
+    try:
+        TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+    except (PydanticSchemaGenerationError, PydanticUserError):
+        return None  # a type that pydantic cannot check is left to the class itself
+    except ValidationError as error:
+        return str(error.errors()[0]["msg"]).removeprefix("Input ")
+    return None

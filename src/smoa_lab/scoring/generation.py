@@ -1,0 +1,176 @@
+"""The generation protocol of the adapter literature: let the model write, then look for the answer in what it wrote.
+
+Answers are extracted by the reference's rules (LLM-Adapters, arXiv:2304.01933): for the commonsense sets the first
+match of the task's labels, for mathematics the last number. Where nothing is found the answer is wrong, and counted as
+an extraction failure besides. Not to be put into one table with likelihood scores.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from smoa_lab.data.files import Family
+from smoa_lab.data.prompts import AnswerStyle, PromptEncoder, gold_response, label_names
+from smoa_lab.data.records import Record
+from smoa_lab.scoring.held_out import proportion
+
+NEW_TOKENS: dict[Family, int] = {"commonsense": 16, "maths": 256, "dialogue": 48, "text": 48}
+NUMBER = re.compile(r"-?\d+\.?\d*")
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One question: what was written, what was found in it, what should have been found."""
+
+    record: Record
+    text: str
+    found: str | None
+    wanted: str
+
+
+@dataclass(frozen=True)
+class GenerationScores:
+    """``exact_match`` with its standard error, and the number of texts in which no answer was found. For dialogue
+    the answer is the whole text, so the overlap scores matter: mean ``token_f1``, corpus ``bleu`` (sacrebleu, 0 to
+    100) and ``rouge_l`` (0 to 1)."""
+
+    questions: int
+    exact_match: float
+    exact_match_stderr: float
+    extraction_failures: int
+    token_f1: float | None = None
+    bleu: float | None = None
+    rouge_l: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def evaluate_by_generation(
+    model: Any,
+    encoder: PromptEncoder,
+    records: Sequence[Record],
+    families: Mapping[str, Family],
+    batch_size: int = 16,
+    num_beams: int = 1,
+) -> tuple[dict[str, GenerationScores], list[Generated]]:
+    """Scores per task, and every text for inspection. Greedy, or beam search with ``num_beams``."""
+    generated = []
+    for name in dict.fromkeys(record.task for record in records):
+        family, chosen = families[name], [record for record in records if record.task == name]
+        texts = generate(model, encoder, chosen, NEW_TOKENS[family], batch_size, num_beams)
+        extract = EXTRACTORS[family]
+        for record, text in zip(chosen, texts, strict=True):
+            wanted = extract(record, gold_response(record, encoder.style), encoder.style)
+            found = extract(record, text, encoder.style)
+            generated.append(Generated(record, text, found, wanted if wanted is not None else record.answer))
+    tasks = dict.fromkeys(one.record.task for one in generated)
+    return {name: _scores([o for o in generated if o.record.task == name], families[name]) for name in tasks}, generated
+
+
+def generate(
+    model: Any, encoder: PromptEncoder, records: Sequence[Record], new_tokens: int, batch_size: int, num_beams: int = 1
+) -> list[str]:
+    """The text that the model writes for each record, in order, up to its end token."""
+    prompts = [encoder.encode(record, "", end=False).prompt for record in records]
+    texts: dict[int, str] = {}
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            for numbers in _batches(prompts, batch_size):
+                written = _continue(model, encoder, [prompts[number] for number in numbers], new_tokens, num_beams)
+                texts.update(zip(numbers, written, strict=True))
+    finally:
+        model.train(was_training)
+    return [texts[number] for number in range(len(records))]
+
+
+def _batches(prompts: list[list[int]], size: int) -> Iterator[list[int]]:
+    order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def _continue(
+    model: nn.Module, encoder: PromptEncoder, prompts: list[list[int]], new_tokens: int, num_beams: int
+) -> list[str]:
+    width = max(map(len, prompts))
+    device = next(model.parameters()).device
+    padded = torch.tensor([[encoder.pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    generator: Any = model
+    output = generator.generate(
+        input_ids=padded,
+        attention_mask=mask,
+        max_new_tokens=new_tokens,
+        num_beams=num_beams,
+        do_sample=False,
+        pad_token_id=encoder.pad,
+        eos_token_id=encoder.tokenizer.eos_token_id,
+    )
+    return [text.strip() for text in encoder.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)]
+
+
+def extract_choice(record: Record, text: str, style: AnswerStyle) -> str | None:
+    """The first of the task's labels in ``text``; in the text style the choice that ``text`` is, whatever the case."""
+    if style == "label":
+        match = re.search("|".join(label_names(record)), text)
+        return match.group() if match else None
+    plain = " ".join(text.split()).casefold()
+    return next((choice for choice in record.choices if " ".join(choice.split()).casefold() == plain), None)
+
+
+def extract_number(record: Record, text: str, style: AnswerStyle) -> str | None:
+    """The last number in ``text``, thousands separators left out, whole numbers without a decimal point."""
+    numbers = NUMBER.findall(text.replace(",", ""))
+    return f"{float(numbers[-1]):.15g}" if numbers else None
+
+
+def extract_all(record: Record, text: str, style: AnswerStyle) -> str | None:
+    """The whole text; nothing where the model wrote nothing."""
+    return text.strip() or None
+
+
+EXTRACTORS: dict[Family, Callable[[Record, str, AnswerStyle], str | None]] = {
+    "commonsense": extract_choice,
+    "maths": extract_number,
+    "dialogue": extract_all,
+    "text": extract_all,
+}
+
+
+def _scores(generated: list[Generated], family: Family) -> GenerationScores:
+    share, stderr = proportion([one.found == one.wanted for one in generated])
+    failures = sum(one.found is None for one in generated)
+    if family != "dialogue":
+        return GenerationScores(len(generated), share, stderr, failures)
+    return GenerationScores(len(generated), share, stderr, failures, *_overlap(generated))
+
+
+def _overlap(generated: list[Generated]) -> tuple[float, float, float]:
+    """Mean token F1, corpus BLEU and mean ROUGE-L of the texts against the gold answers."""
+    import sacrebleu
+    from rouge_score.rouge_scorer import RougeScorer
+
+    pairs = [(one.record.answer, one.text) for one in generated]
+    f1 = sum(token_f1(text, answer) for answer, text in pairs) / len(pairs)
+    bleu = sacrebleu.corpus_bleu([text for _, text in pairs], [[answer for answer, _ in pairs]]).score
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    rouge = sum(scorer.score(answer, text)["rougeL"].fmeasure for answer, text in pairs) / len(pairs)
+    return f1, bleu, rouge
+
+
+def token_f1(text: str, answer: str) -> float:
+    """The harmonic mean of precision and recall of words, as in SQuAD and ConvAI2, case and punctuation aside."""
+    ours, gold = (Counter(re.findall(r"\w+", words.casefold())) for words in (text, answer))
+    common = sum((ours & gold).values())
+    return 2 * common / (sum(ours.values()) + sum(gold.values())) if common else 0.0

@@ -1,0 +1,119 @@
+"""Held-out scores by likelihood: the loss of the gold answers, and how often the gold answer is the likeliest."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from smoa_lab.data.prompts import PromptEncoder, candidates
+from smoa_lab.data.records import Record
+from smoa_lab.scoring.likelihood import AnswerScore, score_answers
+
+
+@dataclass(frozen=True)
+class Scores:
+    """``gold_loss``: mean negative log-likelihood of a gold answer's token, end token not counted, in nats.
+
+    With choices, ``accuracy`` takes the choice of the highest log-likelihood, ``accuracy_norm`` that of the highest
+    per character of its text (lm-eval's acc and acc_norm), ``majority`` always the commonest label. Without,
+    ``accuracy`` is the exact match of greedy decoding: answer and end token are the likeliest at every place.
+    """
+
+    questions: int
+    gold_loss: float
+    gold_loss_stderr: float
+    accuracy: float
+    accuracy_stderr: float
+    accuracy_norm: float | None = None
+    accuracy_norm_stderr: float | None = None
+    majority: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def evaluate_records(
+    model: nn.Module, encoder: PromptEncoder, records: Sequence[Record], batch_tokens: int = 4096
+) -> dict[str, Scores]:
+    """Scores per task, and over all under ``all``. Dropout is off and no gradient kept; the mode is put back."""
+    return score_outcomes(answer_outcomes(model, encoder, records, batch_tokens))
+
+
+def answer_outcomes(
+    model: nn.Module, encoder: PromptEncoder, records: Sequence[Record], batch_tokens: int = 4096
+) -> list[Outcome]:
+    """What the model makes of each question, in order."""
+    encoded = [encoder.choices(record) if record.choices else [encoder.example(record)] for record in records]
+    flat = iter(score_answers(model, [one for some in encoded for one in some], encoder.pad, batch_tokens))
+    return [
+        _outcome(record, [next(flat) for _ in some], [len(text) for text in candidates(record, encoder.style)])
+        for record, some in zip(records, encoded, strict=True)
+    ]
+
+
+def score_outcomes(outcomes: Sequence[Outcome]) -> dict[str, Scores]:
+    """Scores per task, and over all under ``all``."""
+    names = dict.fromkeys(o.record.task for o in outcomes)
+    per_task = {name: _scores([o for o in outcomes if o.record.task == name]) for name in names}
+    return {**per_task, "all": _scores(outcomes)}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One question: its gold answer's negative log-likelihood in nats over its tokens, and whether the answer is right,
+    by likelihood and by likelihood per character."""
+
+    record: Record
+    gold_nll: float
+    gold_tokens: int
+    right: bool
+    right_norm: bool
+
+
+def _outcome(record: Record, scores: list[AnswerScore], lengths: list[int]) -> Outcome:
+    if record.label is None:
+        *nll, _end = scores[0].nll
+        return Outcome(record, sum(nll), len(nll), scores[0].greedy, scores[0].greedy)
+    losses = [score.loss for score in scores]
+    normed = [loss / length for loss, length in zip(losses, lengths, strict=True)]
+    return Outcome(
+        record,
+        gold_nll=losses[record.label],
+        gold_tokens=len(scores[record.label].nll),
+        right=losses.index(min(losses)) == record.label,
+        right_norm=normed.index(min(normed)) == record.label,
+    )
+
+
+def _scores(outcomes: Sequence[Outcome]) -> Scores:
+    tokens = sum(outcome.gold_tokens for outcome in outcomes)
+    gold_loss = sum(outcome.gold_nll for outcome in outcomes) / tokens
+    # The standard error of a ratio of sums, questions drawn at random.
+    deviations = [outcome.gold_nll - gold_loss * outcome.gold_tokens for outcome in outcomes]
+    stderr = math.sqrt(sum(deviation**2 for deviation in deviations)) / tokens
+    share = proportion([outcome.right for outcome in outcomes])
+    if not all(outcome.record.choices for outcome in outcomes):
+        return Scores(len(outcomes), gold_loss, stderr, *share)
+    norm = proportion([outcome.right_norm for outcome in outcomes])
+    majority = _majority([outcome.record for outcome in outcomes])
+    return Scores(len(outcomes), gold_loss, stderr, *share, *norm, majority)
+
+
+def _majority(records: list[Record]) -> float:
+    """How often each task's commonest label is right."""
+    counts: dict[str, Counter[int | None]] = defaultdict(Counter)
+    for record in records:
+        counts[record.task][record.label] += 1
+    return sum(max(labels.values()) for labels in counts.values()) / len(records)
+
+
+def proportion(hits: Sequence[bool]) -> tuple[float, float]:
+    """The share of hits and its standard error."""
+    share = sum(hits) / len(hits)
+    return share, math.sqrt(share * (1 - share) / max(1, len(hits) - 1))

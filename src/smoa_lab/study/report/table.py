@@ -1,0 +1,122 @@
+"""What a study found, from its stored trials alone: a table in words, JSON, and two pictures."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from smoa.errors import DataError
+from smoa_lab.cache import write_whole
+from smoa_lab.study.comparison import stored_search
+from smoa_lab.study.report.pictures import draw_differences, draw_searches
+from smoa_lab.study.report.rows import (
+    BY_TASK,
+    Row,
+    accuracy_by_task,
+    as_json,
+    commonest_machine,
+    entry_row,
+    known_before,
+)
+from smoa_lab.study.report.statistics import Difference
+from smoa_lab.study.report.study_page import study_page
+from smoa_lab.study.study_file import Study
+from smoa_lab.study.trials import TrialStore
+
+
+def report(study: Study) -> list[Row]:
+    """Write ``README.md``, ``index.html``, ``summary.json`` and pictures into the study's folder; the rows by loss.
+
+    Raises:
+        DataError: no final run is finished yet.
+    """
+    machine = commonest_machine(study)
+    found = (entry_row(study, name, machine) for name in study.entries)
+    rows = sorted(filter(None, found), key=lambda row: (row.budget, row.loss))
+    if not rows:
+        raise DataError(f"{study.folder}: no final run is finished yet; run smoa compare on this study first")
+    untouched = TrialStore(study.folder).find("untouched")
+    write_whole(study.folder / "summary.json", json.dumps(as_json(rows), indent=1, allow_nan=False) + "\n")
+    pictures = _draw(study, rows)
+    write_whole(study.folder / "README.md", _page(study, rows, untouched, pictures))
+    write_whole(study.folder / "index.html", study_page(study, rows, untouched, [known_before(untouched)]))
+    return rows
+
+
+def _draw(study: Study, rows: list[Row]) -> dict[str, str]:
+    """The pictures that the finished trials allow: title by file name."""
+    searches = {name: search for name in study.entries if (search := stored_search(study, name)) is not None}
+    differences = {row.entry: row.loss_difference for row in rows if row.loss_difference is not None}
+    pictures = {}
+    if searches:
+        draw_searches({name: one.losses for name, one in searches.items()}, study.folder / "learning_rates.png")
+        pictures["learning_rates.png"] = "Validation loss by learning rate"
+    if differences:
+        references = " and ".join(dict.fromkeys(row.reference for row in rows))
+        draw_differences(differences, references, study.folder / "differences.png")
+        pictures["differences.png"] = f"Test loss minus that of {references}"
+    return pictures
+
+
+def _page(study: Study, rows: list[Row], untouched: dict[str, Any] | None, pictures: dict[str, str]) -> str:
+    beside = ", then the two quarter decades beside it" if study.tuning.refine else ""
+    parts = [
+        f"# {study.folder.name}: {study.kind} of {study.shared['model']['name']}",
+        "Written by `smoa compare` from the JSON files beside it; do not edit. Each entry's learning rate is chosen on "
+        "validation data by the same search (half decades around a start, then on in the better direction until the "
+        f"best is inside, at most {study.tuning.max_runs} runs{beside}); the figures are of fresh seeds on the test "
+        "part. Differences are paired by seed and question, with 95 % intervals (questions resampled, Student's t over "
+        "seeds); *same* means that the interval holds 0; one seed gets no verdict. ± is the standard deviation over "
+        "seeds, *s* the seconds of training on the machine that made most of the runs. An edge mark (!) says that the "
+        "best learning rate is the last one tried on a side.",
+    ]
+    budgets = dict.fromkeys(row.budget for row in rows)
+    parts += [_table([row for row in rows if row.budget == budget], budget) for budget in budgets]
+    parts += [_tasks([row for row in rows if row.budget == budget], budget, untouched) for budget in budgets]
+    parts.append(known_before(untouched))
+    parts += [f"![{title}]({file})" for file, title in pictures.items()]
+    missing = [name for name in study.entries if name not in {row.entry for row in rows}]
+    if missing:
+        parts.append(f"Not run yet: {', '.join(missing)}.")
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _table(rows: list[Row], budget: str) -> str:
+    reference = rows[0].reference
+    names = ["entry", "trained", "lr", "runs", "seeds", "loss", "accuracy %"]
+    names += [f"loss − {reference}", "", f"accuracy % − {reference}", "", "elsewhere", "s"]
+    header = f"| {' | '.join(names)} |\n|---|{'--:|' * 7}---|--:|---|--:|--:|"
+    return "\n".join([f"## Budget: {budget}\n", header, *(_line(row) for row in rows)])
+
+
+def _tasks(rows: list[Row], budget: str, untouched: dict[str, Any] | None) -> str:
+    cells = accuracy_by_task(rows, untouched)
+    if not cells:
+        return ""
+    header, *lines = [f"| {' | '.join(line)} |" for line in cells]
+    return "\n".join([f"### {BY_TASK}: {budget}\n", header, f"|---|{'--:|' * (len(cells[0]) - 1)}", *lines])
+
+
+def _line(row: Row) -> str:
+    search = row.search
+    rate = "" if search is None else f"{search.learning_rate:g}{'' if search.interior else ' !'}"
+    cells = [
+        row.entry,
+        f"{row.parameters:,}",
+        rate,
+        str(len(search.losses) if search else 0),
+        str(len(row.seeds)),
+        f"{row.loss:.4f} ± {row.loss_spread:.4f}",
+        f"{100 * row.accuracy:.1f} ± {100 * row.accuracy_spread:.1f}",
+        *_difference_cells(row.loss_difference, 1, 4),
+        *_difference_cells(row.accuracy_difference, 100, 1),
+        "–" if row.elsewhere is None else f"{row.elsewhere:.3f}",
+        "–" if row.seconds is None else f"{row.seconds:.0f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _difference_cells(found: Difference | None, scale: float, digits: int) -> tuple[str, str]:
+    if found is None:
+        return "", "reference"
+    return " ".join(found.signed(scale, digits)), found.verdict

@@ -1,0 +1,150 @@
+"""A run's folder: config, log, checkpoints, adapter, picture, and last ``metrics.json``, which marks it finished.
+
+A finished run is never overwritten. An interrupted one is resumed by the same config and by no other.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import get_last_checkpoint
+
+from smoa.errors import ConfigError
+from smoa_lab.cache import write_whole
+from smoa_lab.config.run_config import RunConfig
+
+PACKAGES = ("smoa", "torch", "transformers", "peft", "accelerate")
+
+
+class RunFolder:
+    """The files of one run under ``path``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.adapter = path / "adapter"
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.json"
+        self.picture = path / "loss_curve.png"
+        self.log = path / "train.log"
+
+    @property
+    def finished(self) -> bool:
+        return self.metrics.is_file()
+
+    def start(self, config_yaml: str) -> str | None:
+        """Claim the folder for this config; the checkpoint to resume from, if an interrupted run left one.
+
+        Raises:
+            ConfigError: the folder holds a finished run, or an unfinished one of another config.
+        """
+        if self.finished:
+            raise ConfigError(f"{self.path}: holds a finished run; choose another training.output_dir or move it away")
+        if self.config.is_file() and self.config.read_text(encoding="utf-8") != config_yaml:
+            raise ConfigError(
+                f"{self.path}: holds an unfinished run of another config ({self.config}); "
+                "choose another training.output_dir or remove it"
+            )
+        write_whole(self.config, config_yaml)
+        return self._last_whole_checkpoint()
+
+    def _last_whole_checkpoint(self) -> str | None:
+        """The latest checkpoint; one that a kill or a full disk left half-written is removed.
+
+        The Trainer writes ``trainer_state.json`` last, so where that is whole everything is.
+        """
+        while checkpoint := get_last_checkpoint(str(self.path)):
+            try:
+                json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+                return str(checkpoint)
+            except (OSError, ValueError):
+                logging.getLogger(__name__).warning("%s was never finished; it is removed", checkpoint)
+                shutil.rmtree(checkpoint)
+        return None
+
+    def finish(self, metrics: dict[str, Any]) -> None:
+        """Write the metrics; from now on the run is finished. Checkpoints have done their duty."""
+        write_whole(self.metrics, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+        for checkpoint in self.path.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+
+    @contextmanager
+    def logging(self) -> Iterator[None]:
+        """Append what smoa logs to ``train.log``."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        logger = logging.getLogger("smoa_lab")
+        handler = logging.FileHandler(self.log, encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        level = logger.level
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+            handler.close()
+
+
+def in_free_folder(config: RunConfig) -> RunConfig:
+    """The same run in its folder, or in the first of ``…-2``, ``…-3`` and so on that holds no finished run."""
+    wanted = folder = config.folder
+    number = 1
+    while RunFolder(folder).finished:
+        number += 1
+        folder = wanted.with_name(f"{wanted.name}-{number}")
+    return config.model_copy(update={"training": {**config.training, "output_dir": str(folder)}})
+
+
+def provenance(seed: int, device: torch.device) -> dict[str, Any]:
+    """Where a result comes from: commit, versions, machine, seed."""
+    return {
+        **_git_state(),
+        "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "seed": seed,
+    }
+
+
+def _git_state() -> dict[str, Any]:
+    """Of the repository around this file; nothing where there is none, as for a package installed from a wheel."""
+    commit = _git("rev-parse", "HEAD")
+    if commit is None:
+        return {"commit": None, "dirty": None}
+    return {"commit": commit, "dirty": bool(_git("status", "--porcelain", "--untracked-files=no"))}
+
+
+def _git(*arguments: str) -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        for line in information.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

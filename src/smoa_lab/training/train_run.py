@@ -1,0 +1,198 @@
+"""A training run from its config to its folder, on transformers' Trainer."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+
+from smoa.errors import ConfigError
+from smoa.files.saving import replaced_folder
+from smoa.layers.distributed import from_rank_zero, is_distributed
+from smoa_lab.config.methods import METHODS
+from smoa_lab.config.run_config import RunConfig
+from smoa_lab.data.prompts import Encoded, PromptEncoder
+from smoa_lab.data.selection import Selection
+from smoa_lab.drawing.plots import draw_loss_curve
+from smoa_lab.scoring.answer_loss import AnswerTrainer, collate
+from smoa_lab.scoring.held_out import Scores, evaluate_records
+from smoa_lab.training.base_models import BaseModel, load_base_model
+from smoa_lab.training.progress import REPLACED, ProgressReport
+from smoa_lab.training.run_folder import RunFolder, provenance
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that a run needs before its first step."""
+
+    base: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    encoder: PromptEncoder
+    records: Selection
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Load data and model; what cannot be had fails here, before any work."""
+    records = config.data.select()
+    base, tokenizer = load_model(config)
+    encoder = PromptEncoder(tokenizer, config.task.template, config.task.answer, config.task.max_length)
+    return Prepared(base, tokenizer, encoder, records)
+
+
+def load_model(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The untouched base model of a run."""
+    return load_base_model(BaseModel(**config.model.model_dump()))
+
+
+def train(config: RunConfig, prepared: Prepared | None = None) -> dict[str, Any]:
+    """Train, evaluate, save; the run's metrics, as ``metrics.json`` has them.
+
+    Raises:
+        ConfigError: the run folder is finished or belongs to another config.
+        DataError: model or data cannot be had.
+    """
+    folder = RunFolder(config.folder)
+    checkpoint = folder.start(config.to_yaml())
+    with folder.logging():
+        if checkpoint:
+            logger.info("Resuming from %s", checkpoint)
+        return _run(config, folder, prepared or prepare(config), checkpoint)
+
+
+def _run(config: RunConfig, folder: RunFolder, ready: Prepared, checkpoint: str | None) -> dict[str, Any]:
+    arguments = training_arguments(config)
+    if arguments.process_index > 0:
+        logging.getLogger("smoa_lab").setLevel(logging.WARNING)  # rank 0 tells the rest
+    evaluation: dict[str, Any] = {}
+    if config.task.baseline and ready.records.test:
+        evaluation["before"] = _evaluate(config, ready, ready.base, "before training")
+    examples = [ready.encoder.example(record) for record in ready.records.train]
+    model, trainer, seconds = fit(config, arguments, ready, examples, checkpoint)
+    if ready.records.test:
+        evaluation["after"] = _evaluate(config, ready, model, "after training")
+    metrics = {
+        "format": 1,
+        "config": config.model_dump(mode="json"),
+        "provenance": provenance(arguments.seed, arguments.device),
+        "parameters": _parameters(model),
+        "data": ready.records.account | {"truncation": _truncation(examples)},
+        "training": {
+            "seconds": round(seconds, 1),
+            "steps": trainer.state.global_step,
+            "processes": arguments.world_size,
+            "resumed": bool(checkpoint),
+        },
+        "evaluation": evaluation,
+        "history": trainer.state.log_history,
+    }
+    is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if is_sharded else None  # all ranks gather it
+    return from_rank_zero(partial(_save, config, folder, ready, model, state, metrics))
+
+
+def fit(
+    config: RunConfig, arguments: TrainingArguments, ready: Prepared, examples: list[Encoded], checkpoint: str | None
+) -> tuple[Any, AnswerTrainer, float]:
+    """The trained model, its trainer, and the seconds that training took."""
+    set_seed(arguments.seed)  # the adapter's factors are drawn here
+    model = add_adapter(ready.base, config)
+    trainer = make_trainer(model, arguments, ready, examples)
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return model, trainer, time.perf_counter() - started
+
+
+def training_arguments(config: RunConfig) -> TrainingArguments:
+    """The Trainer's arguments of a run.
+
+    Raises:
+        ConfigError: accelerate counts fewer processes than there are.
+    """
+    arguments = TrainingArguments(**config.training)
+    if is_distributed() and arguments.world_size < dist.get_world_size():
+        raise ConfigError(
+            f"training.deepspeed: accelerate counts {arguments.world_size} of {dist.get_world_size()} processes, as it "
+            "does for DeepSpeed without a GPU, and all would train on the same data; leave deepspeed out, or use GPUs"
+        )
+    # Pinned memory speeds up copies to a GPU; without one torch only warns.
+    arguments.dataloader_pin_memory &= arguments.device.type == "cuda"
+    return arguments
+
+
+def add_adapter(base: PreTrainedModel, config: RunConfig) -> PreTrainedModel | PeftModel:
+    """The base model with the method's trainable parameters, all else frozen; the base itself for ``full``."""
+    peft_config = METHODS[config.method].peft_config(config.adapter)
+    return base if peft_config is None else get_peft_model(base, peft_config)
+
+
+def make_trainer(
+    model: nn.Module, arguments: TrainingArguments, ready: Prepared, examples: list[Encoded]
+) -> AnswerTrainer:
+    """The Trainer on the records' tokens, with our progress in the place of its own."""
+    trainer = AnswerTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=[example.row for example in examples],
+        eval_dataset=[ready.encoder.example(record).row for record in ready.records.validation] or None,
+        data_collator=partial(collate, pad=ready.encoder.pad),
+        processing_class=ready.tokenizer,
+        callbacks=[ProgressReport()],
+    )
+    for callback in REPLACED:
+        trainer.remove_callback(callback)
+    return trainer
+
+
+def _evaluate(config: RunConfig, ready: Prepared, model: nn.Module, when: str) -> dict[str, Any]:
+    logger.info("Scoring %d held-out questions %s", len(ready.records.test), when)
+    scores: dict[str, Scores] = evaluate_records(
+        model, ready.encoder, ready.records.test, config.task.eval_batch_tokens
+    )
+    return {name: score.to_dict() for name, score in scores.items()}
+
+
+def _parameters(model: nn.Module) -> dict[str, Any]:
+    trainable = sum(_entries(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    total = sum(map(_entries, model.parameters()))
+    return {"trainable": trainable, "total": total, "percent": round(100 * trainable / total, 4)}
+
+
+def _entries(parameter: Any) -> int:
+    """Entries of a weight; bitsandbytes packs two of 4 bits into a byte, and ZeRO-3 leaves none."""
+    state = getattr(parameter, "quant_state", None)
+    return int(getattr(parameter, "ds_numel", parameter.numel()) if state is None else state.shape.numel())
+
+
+def _truncation(examples: list[Encoded]) -> dict[str, int]:
+    return {
+        "prompts_cut": sum(example.cut > 0 for example in examples),
+        "prompt_tokens_cut": sum(example.cut for example in examples),
+        "answers_cut": sum(example.answer_cut > 0 for example in examples),
+    }
+
+
+def _save(
+    config: RunConfig, folder: RunFolder, ready: Prepared, model: Any, state: Any, metrics: dict[str, Any]
+) -> dict[str, Any]:
+    with replaced_folder(folder.adapter) as temporary:
+        model.save_pretrained(temporary, state_dict=state)
+        ready.tokenizer.save_pretrained(temporary)
+    metrics["parameters"]["adapter_bytes"] = _weight_bytes(folder.adapter)
+    draw_loss_curve(metrics["history"], folder.picture, f"{config.method} on {', '.join(config.data.tasks)}")
+    folder.finish(metrics)
+    logger.info("Finished: %s", folder.path)
+    return metrics
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

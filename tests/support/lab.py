@@ -1,0 +1,122 @@
+"""A lab in miniature: a tiny random model with its tokenizer in a folder, and a handful of questions in the cache."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from smoa_lab.data.records import Record, choice_record
+from smoa_lab.data.tasks import FORMAT
+
+SPECIALS = ["<pad>", "<bos>", "<eos>"]
+
+
+def byte_tokenizer(adds_bos: bool = True) -> PreTrainedTokenizerFast:
+    """One token per byte, made here and not downloaded."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate([*SPECIALS, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if adds_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+
+
+def tiny_base(folder: Path) -> Path:
+    """A Llama of two layers and its tokenizer, saved as a base model."""
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            initializer_range=0.2,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def tiny_run(
+    room: Path, monkeypatch: pytest.MonkeyPatch, *, train: int, test: int, training: dict[str, Any], **sections: Any
+) -> dict[str, Any]:
+    """The config of a run on a tiny model and so many questions, all in `room`; `sections` are laid over it."""
+    monkeypatch.setenv("SMOA_CACHE", str(room / "cache"))
+    fill_cache(room / "cache", questions(train, "train"), questions(test, "test"))
+    return {
+        "model": {"name": str(tiny_base(room / "base"))},
+        "adapter": {"r": 4, "num_blocks": 2, "target_modules": ["q_proj", "v_proj"]},
+        "data": {"tasks": ["arc_easy"], "train_examples": 8, "validation_examples": 2},
+        "training": {"output_dir": str(room / "run"), "use_cpu": True, **training},
+        **sections,
+    }
+
+
+def steps(number: int, **training: Any) -> dict[str, Any]:
+    """The training block of a run of so many steps of two examples."""
+    return {"max_steps": number, "per_device_train_batch_size": 2, "logging_steps": 1, **training}
+
+
+def tiny_encoder(folder: Path) -> Path:
+    """A BERT of two layers without a head and its tokenizer, saved as a base for classification."""
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(0)
+    model = BertModel(
+        BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=128,
+            initializer_range=0.2,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            pad_token_id=0,
+        )
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def questions(number: int, part: str, task: str = "arc_easy") -> list[Record]:
+    """Sums in words: enough for the machinery, and every one different."""
+    return [
+        choice_record(task, f"{part}-{i}", f"In {part}, what is {i} plus one?", [str(i), str(i + 1), "none"], 1)
+        for i in range(number)
+    ]
+
+
+def verdicts(number: int, part: str, task: str = "headlines") -> list[Record]:
+    """Lines that are one of two classes, the same two for all."""
+    choices = ("serious", "sarcastic")
+    return [
+        choice_record(task, f"{part}-{i}", f"In {part} line {i} is {choices[i % 2]}.", choices, i % 2)
+        for i in range(number)
+    ]
+
+
+def fill_cache(cache: Path, train: list[Record], test: list[Record], task: str = "arc_easy") -> None:
+    """Put records where a prepared task lies, so that nothing is fetched."""
+    (cache / "data").mkdir(parents=True, exist_ok=True)
+    for part, records in (("train", train), ("test", test)):
+        rows = [json.dumps(asdict(record)) for record in records]
+        (cache / "data" / f"{task}-{part}-{FORMAT}.jsonl").write_text("\n".join(rows) + "\n")

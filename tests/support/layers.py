@@ -1,0 +1,121 @@
+"""One adapted layer and what the oracle says about it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import inject_adapter_in_model
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from smoa import SmoaConfig
+from smoa.layers.layer import SmoaLayer
+from tests import reference
+
+# (out_features, in_features, num_blocks): square, tall, wide, K that divides neither side, K = min(m, n), K = 1.
+SHAPES = [(12, 12, 3), (17, 10, 4), (9, 16, 2), (11, 13, 5), (6, 7, 6), (8, 5, 1)]
+
+
+class Wrapper(nn.Module):
+    """A model of one linear layer, named `layer`."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        return self.layer(x, **kwargs)
+
+
+def base_layer(
+    out_features: int,
+    in_features: int,
+    *,
+    conv1d: bool = False,
+    bias: bool = True,
+    dtype: torch.dtype = torch.float64,
+) -> nn.Module:
+    """A Linear, or a Conv1D of the same function, with a bias that is not zero."""
+    if not conv1d:
+        return nn.Linear(in_features, out_features, bias=bias, dtype=dtype)
+    layer = Conv1D(out_features, in_features).to(dtype)
+    nn.init.normal_(layer.weight)
+    nn.init.normal_(layer.bias)
+    return layer
+
+
+def adapted_layer(base: nn.Module, adapter: str = "default", *, trained: bool = True, **config: Any) -> SmoaLayer:
+    """`base` with a SMoA adapter whose factors hold random numbers, as if trained (unless `trained=False`)."""
+    model = inject_adapter_in_model(SmoaConfig(target_modules=["layer"], **config), Wrapper(base), adapter)
+    if trained:
+        randomise(model.layer, adapter)
+    return model.layer
+
+
+def add_adapter(layer: SmoaLayer, adapter: str, **config: Any) -> None:
+    """A second adapter on the same layer, also with random factors; all adapters become active."""
+    inject_adapter_in_model(SmoaConfig(target_modules=["layer"], **config), Wrapper(layer), adapter)
+    randomise(layer, adapter)
+    layer.set_adapter(sorted(layer.smoa_A))
+
+
+def factors(layer: SmoaLayer, adapter: str = "default") -> tuple[nn.Parameter, nn.Parameter]:
+    """A (r, ceil(n / K)) and B (ceil(m / K), r)."""
+    return layer.smoa_A[adapter].weight, layer.smoa_B[adapter].weight
+
+
+def randomise(layer: SmoaLayer, adapter: str = "default", scale: float = 0.5) -> None:
+    """Fill the entries of A and B that are not padding."""
+    in_A, in_B = reference.real_entries(layer.out_features, layer.in_features, ranks(layer, adapter))
+    A, B = factors(layer, adapter)
+    with torch.no_grad():
+        A.copy_(torch.randn_like(A) * in_A.to(A) * scale)
+        B.copy_(torch.randn_like(B) * in_B.to(B) * scale)
+
+
+def base_weight(layer: nn.Module) -> Tensor:
+    """W (out_features, in_features) of a base layer or of an adapted one that is not merged."""
+    base = layer.get_base_layer() if isinstance(layer, SmoaLayer) else layer
+    return base.weight.detach().T if isinstance(base, Conv1D) else base.weight.detach()
+
+
+def labels(layer: SmoaLayer, adapter: str = "default") -> tuple[list[int], list[int]]:
+    return layer.smoa_row_labels[adapter].tolist(), layer.smoa_col_labels[adapter].tolist()
+
+
+def ranks(layer: SmoaLayer, adapter: str = "default") -> list[int]:
+    """r_k of every block."""
+    return list(layer.layout[adapter].ranks)
+
+
+def oracle_delta(
+    layer: SmoaLayer,
+    adapter: str = "default",
+    *,
+    weight: Tensor | None = None,
+    A: Tensor | None = None,
+    B: Tensor | None = None,
+) -> Tensor:
+    """The oracle's delta W (m, n) in float64, from the layer's factors and labels and from W or `weight`."""
+    own_A, own_B = factors(layer, adapter)
+    return reference.delta_weight(
+        (base_weight(layer) if weight is None else weight).double(),
+        (own_A.detach() if A is None else A).double(),
+        (own_B.detach() if B is None else B).double(),
+        *labels(layer, adapter),
+        ranks(layer, adapter),
+        layer.scaling[adapter],
+        layer.modulation[adapter],
+    )
+
+
+def oracle_output(layer: SmoaLayer, x: Tensor, *adapters: str) -> Tensor:
+    """The oracle's y in float64 with the given adapters active and dropout off; no adapter named means "default"."""
+    bias = layer.get_base_layer().bias
+    deltas = [oracle_delta(layer, adapter) for adapter in adapters or ("default",)]
+    return reference.forward(x.double(), base_weight(layer).double(), None if bias is None else bias.double(), deltas)
+
+
+def clone_leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_()

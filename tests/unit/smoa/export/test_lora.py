@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from smoa import ConfigError, SmoaConfig
+from smoa.export.lora import RankRule, UpdateSpectra, UpdateSpectrum, convert_to_lora
+from smoa.layers.layer import SmoaLayer
+from tests.support import tiny_models
+from tests.support.layers import adapted_layer, base_layer, oracle_delta
+from tests.support.tolerance import assert_close
+
+# K divides neither side, K = 1, K = min(m, n).
+SHAPES = [(17, 10, 4), (9, 16, 2), (8, 5, 1), (6, 7, 6)]
+TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"]}
+
+
+def adapted(family: str = "llama", **config: Any) -> PeftModel:
+    options = {"r": 4, "num_blocks": 2, "alpha": 12.0, "init_weights": False, "target_modules": TARGETS[family]}
+    return get_peft_model(tiny_models.build(family), SmoaConfig(**options | config, task_type="CAUSAL_LM")).eval()
+
+
+@torch.no_grad()
+def logits(model: nn.Module, family: str = "llama") -> Tensor:
+    return model(**tiny_models.batch(family)).logits
+
+
+def deltas(model: PeftModel) -> dict[str, Tensor]:
+    modules = model.base_model.model.named_modules()
+    return {name: layer.delta("default").detach() for name, layer in modules if isinstance(layer, SmoaLayer)}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_singular_values_of_the_blocks_are_those_of_the_whole(shape: tuple[int, int, int]) -> None:
+    out_features, in_features, num_blocks = shape
+    layer = adapted_layer(base_layer(out_features, in_features), r=2 * num_blocks, num_blocks=num_blocks, alpha=3.0)
+    expected = torch.linalg.svdvals(oracle_delta(layer))
+    assert_close(UpdateSpectrum.of(layer, "default").values, expected[: min(out_features, in_features)])
+
+
+@pytest.mark.parametrize("rank", [1, 3, 6])
+def test_a_cut_is_the_best_approximation_of_its_rank(rank: int) -> None:
+    layer = adapted_layer(base_layer(17, 10), r=8, num_blocks=4)
+    spectrum = UpdateSpectrum.of(layer, "default")
+    A, B = spectrum.factors(rank, rank)
+    U, S, Vh = torch.linalg.svd(oracle_delta(layer))
+    assert_close(B @ A, U[:, :rank] * S[:rank] @ Vh[:rank])
+    assert spectrum.error(rank) == pytest.approx(
+        float((oracle_delta(layer) - B @ A).norm() / oracle_delta(layer).norm())
+    )
+
+
+def test_blockwise_the_same_cut_takes_a_share_of_the_numbers() -> None:
+    layer = adapted_layer(base_layer(16, 12), r=8, num_blocks=4)
+    assert UpdateSpectrum.of(layer, "default").blockwise_parameters(5) == 5 * (16 + 12) // 4
+
+
+def test_a_rank_is_chosen_by_number_energy_or_error() -> None:
+    singular = torch.tensor([3.0, 2.0, 1.0, 0.5])
+    assert [RankRule(rank=k).choose(singular) for k in (1, 3, 9)] == [1, 3, 4]
+    assert RankRule(energy=9 / 14.25).choose(singular) == 1
+    assert RankRule(energy=0.99).choose(singular) == 4
+    assert RankRule(error=(1.25 / 14.25) ** 0.5 + 1e-9).choose(singular) == 2
+    assert RankRule(error=0.0).choose(singular) == 4
+    assert RankRule(energy=1.0).choose(singular) == 4
+    assert RankRule(error=0.1).choose(torch.zeros(4)) == 1
+
+
+@pytest.mark.parametrize("rule", [{}, {"rank": 1, "error": 0.1}, {"rank": 0}, {"energy": 1.5}, {"error": 1.0}])
+def test_a_rule_that_says_too_little_or_too_much_is_refused(rule: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        RankRule(**rule)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_lora_of_full_rank_does_what_the_adapter_does(family: str, tmp_path: Path) -> None:
+    model = adapted(family)
+    convert_to_lora(model, error=0.0).save(tmp_path)
+    lora = PeftModel.from_pretrained(tiny_models.build(family), tmp_path).eval()
+    assert_close(logits(lora, family), logits(model, family))
+
+
+@pytest.mark.parametrize("rule", [{"rank": 3}, {"energy": 0.7}, {"error": 0.4}])
+@pytest.mark.parametrize("uniform_rank", [False, True])
+def test_the_errors_that_are_reported_are_those_of_the_loaded_lora(
+    rule: dict[str, Any], uniform_rank: bool, tmp_path: Path
+) -> None:
+    model = adapted()
+    conversion = convert_to_lora(model, **rule, uniform_rank=uniform_rank)
+    conversion.save(tmp_path)
+    lora = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path)
+    wanted, error, total = deltas(model), 0.0, 0.0
+    for layer in conversion.layers:
+        found = lora.base_model.model.get_submodule(layer.module).get_delta_weight("default").detach()
+        difference, norm = float((found - wanted[layer.module]).norm()), float(wanted[layer.module].norm())
+        assert layer.error == pytest.approx(difference / norm, rel=1e-3)
+        assert layer.norm == pytest.approx(norm, rel=1e-3)
+        error, total = error + difference**2, total + norm**2
+        assert layer.error <= rule.get("error", 1.0)
+        assert 1 - layer.error**2 >= rule.get("energy", 0.0)
+    assert conversion.error == pytest.approx((error / total) ** 0.5, rel=1e-3)
+    assert conversion.parameters == sum(t.numel() for n, t in conversion.state.items() if ".lora_" in n)
+
+
+def test_a_uniform_rank_is_one_number_for_every_layer() -> None:
+    model = adapted()
+    ragged, uniform = (convert_to_lora(model, error=0.4, uniform_rank=flag) for flag in (False, True))
+    assert len({layer.rank for layer in ragged.layers}) > 1
+    assert uniform.config.rank_pattern == {}
+    assert {len(t) for n, t in uniform.state.items() if "lora_A" in n} == {uniform.config.r}
+
+
+def test_modules_and_biases_that_were_trained_besides_come_along(tmp_path: Path) -> None:
+    model = adapted("gpt2", bias="smoa_only", modules_to_save=["ln_f"])
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "smoa_" not in name:
+            nn.init.normal_(parameter)
+    convert_to_lora(model, error=0.0).save(tmp_path)
+    lora = PeftModel.from_pretrained(tiny_models.build("gpt2"), tmp_path).eval()
+    assert_close(logits(lora, "gpt2"), logits(model, "gpt2"))
+
+
+def test_an_untrained_adapter_becomes_a_lora_that_does_nothing() -> None:
+    conversion = convert_to_lora(adapted(init_weights=True), error=0.1)
+    assert conversion.error == 0.0
+    assert {layer.rank for layer in conversion.layers} == {1}
+
+
+def test_an_adapter_that_is_not_there_is_named() -> None:
+    with pytest.raises(ConfigError, match="other"):
+        UpdateSpectra(adapted(), "other")

@@ -1,0 +1,355 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    BitsAndBytesConfig,
+    GPT2Model,
+    PreTrainedModel,
+)
+
+from smoa import AdapterFileError, ConfigError, MergeError, SmoaConfig
+from smoa.export import merge as export_module
+from smoa.export.merge import Export, merge_and_save
+from tests.support import lab, tiny_models
+from tests.support.tolerance import assert_close
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Model with `tie_word_embeddings=True` and:UserWarning",
+    "ignore:Model has `tie_word_embeddings=True`",
+    "ignore:Setting `save_embedding_layers` to `True`",
+)
+TARGETS = {
+    "llama": ["q_proj", "v_proj", "down_proj"],
+    "gemma3": ["q_proj", "v_proj", "down_proj"],
+    "gpt2": ["c_attn", "c_proj"],
+    "bert": ["query", "value"],
+    "t5": ["q", "v", "wo"],
+}
+TASKS = {"bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    return tmp_path / "adapter"
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "merged"
+
+
+def saved(base: Path, adapter: Path, family: str = "llama", dtype: torch.dtype = torch.float32, **config: Any) -> Any:
+    """The adapted model, with base and adapter saved where they belong."""
+    model = tiny_models.build(family, dtype)
+    model.save_pretrained(base)
+    options = {"r": 4, "num_blocks": 2, "init_weights": False, "target_modules": TARGETS[family]} | config
+    model.name_or_path = str(base)
+    adapted = get_peft_model(model, SmoaConfig(task_type=TASKS.get(family, "CAUSAL_LM"), **options))
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad and "smoa_" not in name:
+            nn.init.normal_(parameter, std=0.1)  # biases and whole modules that are trained besides
+    adapted.save_pretrained(adapter)
+    return adapted.eval()
+
+
+@torch.no_grad()
+def logits(model: nn.Module, family: str = "llama") -> Tensor:
+    inputs = {name: tensor for name, tensor in tiny_models.batch(family).items() if family == "t5" or name != "labels"}
+    return model(**inputs).logits.float()
+
+
+def merged_model(folder: Path, auto: Any = AutoModelForCausalLM) -> PreTrainedModel:
+    model: PreTrainedModel = auto.from_pretrained(folder)
+    return model.eval()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_the_merged_model_gives_the_adapters_outputs(family: str, base: Path, adapter: Path, output: Path) -> None:
+    first, second, *_ = TARGETS[family]
+    adapted = saved(base, adapter, family, alpha_pattern={first: 9.0}, rank_pattern={second: 2})
+    export = merge_and_save(adapter, output)
+    assert export.streamed
+    assert set(export.loss.by_layer) == {n for n, m in adapted.base_model.model.named_modules() if hasattr(m, "smoa_A")}
+    model = merged_model(output)
+    assert_close(logits(model, family), logits(adapted, family))
+    assert model.state_dict().keys() == tiny_models.build(family).state_dict().keys()
+
+
+def test_a_classification_head_that_was_trained_besides_is_merged(base: Path, adapter: Path, output: Path) -> None:
+    adapted = saved(base, adapter, "bert")
+    # As from a hub: a checkpoint of the bare encoder, without prefix and without a head.
+    model: Any = tiny_models.build("bert")
+    BertModel.save_pretrained(model.bert, base)
+    (base / "model.safetensors").replace(base / "whole.safetensors")
+    tensors = load_file(base / "whole.safetensors")
+    save_file({name.removeprefix("bert."): tensor for name, tensor in tensors.items()}, base / "model.safetensors")
+    (base / "whole.safetensors").unlink()
+    assert merge_and_save(adapter, output).streamed
+    again = merged_model(output, AutoModelForSequenceClassification)
+    assert again.config.num_labels == 3
+    assert_close(logits(again, "bert"), logits(adapted, "bert"))
+
+
+def test_an_encoder_decoder_is_merged(base: Path, adapter: Path, output: Path) -> None:
+    from transformers import AutoModelForSeq2SeqLM
+
+    adapted = saved(base, adapter, "t5")
+    merge_and_save(adapter, output)
+    assert_close(logits(merged_model(output, AutoModelForSeq2SeqLM), "t5"), logits(adapted, "t5"))
+
+
+def test_a_checkpoint_of_the_bare_model_keeps_its_names(base: Path, adapter: Path, output: Path) -> None:
+    adapted = saved(base, adapter, "gpt2")
+    tensors = load_file(base / "model.safetensors")
+    save_file({n.removeprefix("transformer."): t for n, t in tensors.items()}, base / "model.safetensors")
+    assert merge_and_save(adapter, output).streamed
+    assert load_file(output / "model.safetensors").keys() == load_file(base / "model.safetensors").keys()
+    assert isinstance(merged_model(output).transformer, GPT2Model)
+    assert_close(logits(merged_model(output), "gpt2"), logits(adapted, "gpt2"))
+
+
+def test_biases_that_were_trained_are_merged(base: Path, adapter: Path, output: Path) -> None:
+    adapted = saved(base, adapter, "gpt2", bias="all", modules_to_save=["ln_f"])
+    assert merge_and_save(adapter, output).streamed
+    assert_close(logits(merged_model(output), "gpt2"), logits(adapted, "gpt2"))
+
+
+@pytest.mark.parametrize("config", [{"target_modules": ["lm_head", "q_proj"]}, {"modules_to_save": ["lm_head"]}])
+def test_an_output_layer_that_was_tied_gets_a_weight_of_its_own(
+    config: dict[str, Any], base: Path, adapter: Path, output: Path
+) -> None:
+    adapted = saved(base, adapter, "gemma3", **config)
+    merge_and_save(adapter, output)
+    model = merged_model(output)
+    assert not model.config.tie_word_embeddings
+    assert_close(logits(model, "gemma3"), logits(adapted, "gemma3"))
+
+
+def test_tokens_that_were_trained_are_merged(base: Path, adapter: Path, output: Path) -> None:
+    adapted = saved(base, adapter, "llama", trainable_token_indices=[3, 5, 7])
+    assert not merge_and_save(adapter, output).streamed
+    assert_close(logits(merged_model(output)), logits(adapted))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_vocabulary_that_was_resized_is_merged(base: Path, adapter: Path, output: Path, tied: bool) -> None:
+    model: Any = tiny_models.build("llama")
+    if tied:
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+    model.save_pretrained(base)
+    model.name_or_path = str(base)
+    size = model.config.vocab_size
+    model.resize_token_embeddings(size + 3)
+    config = SmoaConfig(r=4, init_weights=False, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, config).eval()
+    adapted.save_pretrained(adapter)
+    merge_and_save(adapter, output)
+    merged = merged_model(output)
+    assert merged.config.vocab_size == size + 3
+    assert_close(logits(merged), logits(adapted))
+
+
+@pytest.mark.parametrize("labels", [2, 4])
+def test_the_head_decides_how_many_labels_the_merged_model_has(
+    base: Path, adapter: Path, output: Path, labels: int
+) -> None:
+    saved(base, adapter, "bert")  # its own head has 3
+    config = BertConfig.from_pretrained(base, num_labels=labels)
+    torch.manual_seed(0)
+    adapted = get_peft_model(
+        BertForSequenceClassification.from_pretrained(base, config=config, ignore_mismatched_sizes=True),
+        SmoaConfig(r=4, init_weights=False, target_modules=["query"], task_type="SEQ_CLS"),
+    ).eval()
+    adapted.save_pretrained(adapter)
+    merge_and_save(adapter, output, base=base)
+    merged = merged_model(output, AutoModelForSequenceClassification)
+    assert merged.config.num_labels == labels
+    assert_close(logits(merged, "bert"), logits(adapted, "bert"))
+
+
+def test_shards_are_read_and_written(base: Path, adapter: Path, output: Path) -> None:
+    adapted = saved(base, adapter)
+    tiny_models.build("llama").save_pretrained(base, max_shard_size="20KB")
+    (base / "model.safetensors").unlink()
+    merge_and_save(adapter, output, max_shard_size="30KB")
+    files = sorted(output.glob("*.safetensors"))
+    assert len(files) > 1
+    assert all(file.stat().st_size < 35_000 for file in files)
+    assert_close(logits(merged_model(output)), logits(adapted))
+
+
+def test_without_an_adapted_weight_every_byte_stays(base: Path, adapter: Path, output: Path) -> None:
+    saved(base, adapter, dtype=torch.bfloat16)
+    export = merge_and_save(adapter, output)
+    before, after = load_file(base / "model.safetensors"), load_file(output / "model.safetensors")
+    untouched = before.keys() - {f"{name}.weight" for name in export.loss.by_layer}
+    assert all(torch.equal(before[name], after[name]) for name in untouched)
+    assert len(untouched) < len(before)
+
+
+def test_a_bfloat16_base_stays_bfloat16_and_says_what_that_lost(base: Path, adapter: Path, output: Path) -> None:
+    saved(base, adapter, dtype=torch.bfloat16)
+    export = merge_and_save(adapter, output)
+    assert merged_model(output).dtype == torch.bfloat16
+    assert 0 < export.loss.total < 0.1
+    assert 'dtype="float32"' in export.summary()
+    wide = merge_and_save(adapter, output.with_name("wide"), dtype="float32")
+    assert wide.loss.total < 1e-5
+    assert merged_model(wide.folder).dtype == torch.float32
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
+    assert_close(logits(merged_model(wide.folder)), logits(adapted.eval()))
+
+
+def test_what_rounding_takes_is_measured_against_the_update(base: Path, adapter: Path, output: Path) -> None:
+    adapted = saved(base, adapter, dtype=torch.bfloat16)
+    export = merge_and_save(adapter, output)
+    after = load_file(output / "model.safetensors")
+    error = update = 0.0
+    for name in export.loss.by_layer:
+        layer = adapted.base_model.model.get_submodule(name)
+        delta = layer.get_delta_weight("default").detach().double()
+        kept = after[f"{name}.weight"].double() - layer.get_base_layer().weight.double()
+        assert export.loss.by_layer[name] == pytest.approx(float((kept - delta).norm() / delta.norm()), rel=1e-3)
+        error, update = error + float((kept - delta).norm()) ** 2, update + float(delta.norm()) ** 2
+    assert export.loss.total == pytest.approx((error / update) ** 0.5, rel=1e-3)
+
+
+def test_a_quantised_base_is_merged_into_its_dequantised_weights(base: Path, adapter: Path, output: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    saved(base, adapter)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    loaded = AutoModelForCausalLM.from_pretrained(base, quantization_config=config)
+    export = merge_and_save(adapter, output, base=loaded, dtype="float32")
+    again = AutoModelForCausalLM.from_pretrained(base, quantization_config=config).dequantize(dtype=torch.float32)
+    expected = PeftModel.from_pretrained(again.float(), adapter)
+    assert any("dequantised" in note for note in export.notes)
+    assert "dequantised" in (output / "README.md").read_text()
+    assert_close(logits(merged_model(output)), logits(expected.eval()))
+
+
+def test_any_method_of_peft_is_merged(base: Path, adapter: Path, output: Path) -> None:
+    model = tiny_models.build("llama")
+    model.save_pretrained(base)
+    model.name_or_path = str(base)
+    config = LoraConfig(r=2, target_modules=["q_proj"], use_dora=True, init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, config).eval()
+    adapted.save_pretrained(adapter)
+    assert len(merge_and_save(adapter, output).loss.by_layer) == 2
+    assert_close(logits(merged_model(output)), logits(adapted))
+
+
+def test_tokenizer_generation_config_and_card_come_along(base: Path, adapter: Path, output: Path) -> None:
+    saved(base, adapter)
+    lab.byte_tokenizer().save_pretrained(base)
+    (base / "LICENSE").write_text("terms")
+    merge_and_save(adapter, output)
+    assert {"tokenizer.json", "generation_config.json", "LICENSE", "README.md"} <= {f.name for f in output.iterdir()}
+    card = (output / "README.md").read_text()
+    assert str(base) in card
+    assert '"num_blocks": 2' in card
+    assert "AutoModelForCausalLM.from_pretrained" in card
+
+
+def test_the_adapters_own_tokenizer_comes_first(base: Path, adapter: Path, output: Path) -> None:
+    saved(base, adapter)
+    lab.byte_tokenizer().save_pretrained(base)
+    (adapter / "tokenizer.json").write_text("{}")
+    merge_and_save(adapter, output)
+    assert (output / "tokenizer.json").read_text() == "{}"
+
+
+def test_nothing_is_overwritten(base: Path, adapter: Path, output: Path) -> None:
+    saved(base, adapter)
+    output.mkdir()
+    with pytest.raises(ConfigError, match="exists"):
+        merge_and_save(adapter, output)
+
+
+def test_a_merge_that_fails_leaves_nothing_behind(base: Path, adapter: Path, output: Path) -> None:
+    saved(base, adapter)
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.1.self_attn.v_proj.weight"].fill_(float("inf"))
+    save_file(tensors, base / "model.safetensors")
+    with pytest.raises(MergeError, match="infinite"):
+        merge_and_save(adapter, output)
+    assert sorted(path.name for path in output.parent.iterdir()) == ["adapter", "base"]
+
+
+def test_a_range_that_is_too_small_is_refused(base: Path, adapter: Path, output: Path) -> None:
+    adapted = saved(base, adapter)
+    with torch.no_grad():
+        next(p for n, p in adapted.named_parameters() if "smoa_B" in n).mul_(1e7)
+    adapted.save_pretrained(adapter)
+    with pytest.raises(MergeError, match=r"range of torch\.float16"):
+        merge_and_save(adapter, output, dtype="float16")
+
+
+def test_an_adapter_of_another_model_is_refused(base: Path, adapter: Path, output: Path) -> None:
+    saved(base, adapter)
+    tiny_models.build("gpt2").save_pretrained(base)
+    with pytest.raises(AdapterFileError, match="give the base model"):
+        merge_and_save(adapter, output)
+
+
+def test_a_base_that_is_nowhere_is_named(base: Path, adapter: Path, output: Path) -> None:
+    saved(base, adapter)
+    with pytest.raises(MergeError, match="no-such/model"):
+        merge_and_save(adapter, output, base="no-such/model")
+
+
+def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="adapter_config"):
+        merge_and_save(tmp_path, tmp_path / "merged", base="x")
+
+
+def test_the_report_is_plain_json(base: Path, adapter: Path, output: Path) -> None:
+    saved(base, adapter)
+    export: Export = merge_and_save(adapter, output, notes=("A note.",))
+    report = json.loads(json.dumps(export.to_dict()))
+    assert report["layers"] == 6
+    assert report["notes"] == ["A note."]
+
+
+def test_a_base_that_is_no_safetensors_goes_through_memory(base: Path, adapter: Path, output: Path) -> None:
+    adapted = saved(base, adapter)
+    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    export = merge_and_save(adapter, output)
+    assert not export.streamed
+    assert_close(logits(merged_model(output)), logits(adapted))
+
+
+def test_a_folder_that_somebody_else_makes_meanwhile_stays(
+    base: Path, adapter: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(base, adapter)
+
+    def make(*arguments: Any) -> str:
+        output.mkdir()
+        (output / "theirs").touch()
+        return ""
+
+    monkeypatch.setattr(export_module, "model_card", make)
+    with pytest.raises(ConfigError, match="somebody else has made it meanwhile"):
+        merge_and_save(adapter, output)
+    assert [file.name for file in output.iterdir()] == ["theirs"]
+    assert sorted(path.name for path in output.parent.iterdir()) == ["adapter", "base", "merged"]

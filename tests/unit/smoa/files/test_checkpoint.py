@@ -1,0 +1,358 @@
+"""A short part of `make fuzz`, and what each kind of hostile folder is told."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor
+
+from smoa import AdapterFileError, ConfigError, SmoaConfig, SmoaError
+from smoa.files.digest import tensors_digest
+from tests.fuzz_adapters import CORPUS, base, fuzz, outcome, write_corpus
+from tests.support.adapter_files import rewritten, with_settings
+from tests.support.adapter_mutations import CONFIG, MUTATIONS, PICKLE, WEIGHTS, Payload
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, corpus: dict[str, Path]) -> Path:
+    return shutil.copytree(corpus["plain"], tmp_path / "adapter")
+
+
+def load(folder: Path) -> PeftModel:
+    return PeftModel.from_pretrained(base(), folder)
+
+
+def test_each_kind_of_mutation_is_loaded_as_what_it_is_or_refused(tmp_path: Path) -> None:
+    results = fuzz(3 * len(MUTATIONS), seed=20, room=tmp_path)
+    assert {mutation for mutation, _ in results} == set(MUTATIONS)
+    assert not [result for result in results if result[1].startswith("FINDING")]
+
+
+@pytest.mark.parametrize("name", [name for name in CORPUS if name not in ("other shapes", "lora", "hira")])
+def test_a_folder_that_nobody_touched_is_loaded(name: str, corpus: dict[str, Path]) -> None:
+    assert outcome(corpus[name], corpus[name]) == "loaded: the same bytes"
+
+
+def test_every_flipped_bit_of_the_values_is_noticed(folder: Path) -> None:
+    whole = (folder / WEIGHTS).read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    for place in range(start, len(whole), 37):
+        content = bytearray(whole)
+        content[place] ^= 1 << place % 8
+        (folder / WEIGHTS).write_bytes(content)
+        with pytest.raises(AdapterFileError, match=r"adapter_model\.safetensors"):
+            load(folder)
+
+
+@pytest.mark.parametrize("limit", [0, 1, 8, 100, -1])
+def test_a_truncated_file_is_refused_by_name(folder: Path, limit: int) -> None:
+    file = folder / WEIGHTS
+    os.truncate(file, limit % file.stat().st_size)
+    with pytest.raises(AdapterFileError, match=r"adapter_model\.safetensors: no whole safetensors file"):
+        load(folder)
+
+
+@pytest.mark.parametrize("harmless", [True, False])
+def test_a_pickle_is_refused_unread(folder: Path, harmless: bool) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    if harmless:
+        torch.save(tensors, folder / PICKLE)
+    else:
+        (folder / PICKLE).write_bytes(pickle.dumps(Payload()))
+    with pytest.raises(AdapterFileError, match=r"adapter_model\.bin.*pickles"):
+        load(folder)
+
+
+def test_a_pipe_in_the_place_of_the_weights_is_refused_and_not_waited_for(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    os.mkfifo(folder / WEIGHTS)
+    with pytest.raises(AdapterFileError, match="no regular file"):
+        load(folder)
+
+
+def test_links_as_the_hub_makes_them_are_followed(folder: Path) -> None:
+    for name in (CONFIG, WEIGHTS):
+        (folder / name).rename(folder / f"blob-{name}")
+        (folder / name).symlink_to(f"blob-{name}")
+    load(folder)
+
+
+@pytest.mark.parametrize("r", [10**12, 10**6, 5])
+@pytest.mark.parametrize("setting", ["r", "rank_pattern"])
+def test_a_rank_beyond_the_file_is_refused_before_anything_of_that_size_is_made(
+    folder: Path, setting: str, r: int
+) -> None:
+    with_settings(folder, **{setting: r if setting == "r" else {"up": r}})
+    with pytest.raises(AdapterFileError, match=rf"adapter_config\.json.*rank {r}.*4 rows"):
+        load(folder)
+
+
+@pytest.mark.filterwarnings("ignore:.*did not match any targeted module:RuntimeWarning")
+@pytest.mark.parametrize("settings", [{"rank_pattern": {"nowhere": 10**12}}, {"r": 10**12, "rank_pattern": {".*": 4}}])
+def test_a_rank_that_stands_for_no_layer_does_not_count(folder: Path, settings: dict[str, Any]) -> None:
+    with_settings(folder, **settings)
+    load(folder)
+
+
+WRONG: dict[str, list[Any]] = {
+    "target_modules": [3, {"a": 1}, [1], "(", True],
+    "exclude_modules": [3, [None], "["],
+    "modules_to_save": ["head", 1, [2]],
+    "layers_to_transform": ["x", -1, [-1], 1.5, True],
+    "layers_pattern": [1, [1], "("],
+    "rank_pattern": [None, 1, [1], {"(": 2}, {"a": "b"}, {"a": 0}],
+    "alpha_pattern": [None, 1, {"a": None}, {"a": -1}],
+    "fan_in_fan_out": [None, "yes", 1],
+    "inference_mode": [None, 0],
+    "trainable_token_indices": [1, "x", ["a"], {"a": 1}, [-3]],
+    "base_model_name_or_path": [1, []],
+    "revision": [1],
+    "auto_mapping": [1, "x"],
+    "settings_digest": [1, []],
+    "weights_digest": [1, {}],
+    "r": [None, "4", 4.0, True, 0],
+    "num_blocks": [None, "2", 0, 256],
+    "block_ranks": ["22", 1, {}, [2, "2"]],
+    "alpha": ["1", float("nan"), 0, []],
+    "smoa_dropout": [None, "0", 1, []],
+    "bias": [None, 1, ["none"], "lora_only"],
+    "partition": [None, 1, ["spectral"]],
+    "modulation": [None, 1],
+    "init_weights": [None, "gaussian", 2],
+    "normalize_anchor": [None, "yes", 1],
+    "normalized_alpha": [None, 1, [1], {"a": None}, {"a": 0}],
+    "num_blocks_pattern": [None, 1, [1], {"(": 2}, {"a": "b"}, {"a": 256}],
+    "blocks_from_spectrum": [None, "yes", 1],
+    "spectrum_blocks": [None, 1, [1], {"a": None}, {"a": 0}],
+}
+
+
+@pytest.mark.parametrize(("setting", "value"), [(name, value) for name, values in WRONG.items() for value in values])
+def test_a_value_of_a_wrong_type_is_refused_by_its_name_and_file(folder: Path, setting: str, value: Any) -> None:
+    config = json.loads((folder / CONFIG).read_text()) | {setting: value}
+    (folder / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=rf"adapter_config\.json.*{setting}"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "(.+)+x",
+        "(.*)*",
+        "((a|b)*c)*",
+        r"(\w+\.)+up",
+        ".*.*.*.*.*.*.*x",
+        "(a{1,50}){1,50}",
+        "(a|aa)+x",
+        "(a?){30}a{30}",
+        "(a*){30}x",
+        "a?" * 25 + "a" * 25,
+        "(a|aa)" * 14 + "x",
+    ],
+)
+def test_an_expression_that_can_take_for_ever_is_refused(pattern: str) -> None:
+    for settings in ({"target_modules": pattern}, {"rank_pattern": {pattern: 2}}, {"exclude_modules": pattern}):
+        with pytest.raises(ConfigError, match="none within another"):
+            SmoaConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "all-linear",
+        r".*\.layers\.\d+\.(self_attn|mlp)\.(q|v)_proj",
+        r"(.*\.)?(up|down)",
+        "(?:ab){3}",
+        "a|b",
+        ".*?x",
+        "|".join(f"layers.{i}.up" for i in range(500)),
+        r"^(?!.*vision).*layers\.(1?\d|2[0-3])\.(self_attn|mlp)\.(k|up)_proj",
+    ],
+)
+def test_an_ordinary_expression_is_accepted(pattern: str) -> None:
+    SmoaConfig(target_modules=pattern, rank_pattern={pattern: 3})
+
+
+def test_every_setting_has_wrong_values_in_this_test() -> None:
+    own = set(SmoaConfig.__dataclass_fields__) - {"task_type", "peft_type", "peft_version"}
+    assert own == set(WRONG)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"alpha": 7.0}, {"num_blocks": 1}, {"modulation": "none"}, {"target_modules": "up"}]
+)
+def test_an_edited_config_is_refused_unless_its_digest_is_deleted(folder: Path, setting: dict[str, Any]) -> None:
+    config = json.loads((folder / CONFIG).read_text()) | setting
+    (folder / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"adapter_config\.json.*delete its settings_digest"):
+        load(folder)
+
+
+def test_an_edited_alpha_without_a_digest_counts(folder: Path) -> None:
+    before = load(folder).base_model.model.up.scaling["default"]
+    assert load(with_settings(folder, alpha=12.0)).base_model.model.up.scaling["default"] == 2 * before
+
+
+def test_the_digest_survives_what_does_not_matter(folder: Path) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    for name, value in (("inference_mode", False), ("base_model_name_or_path", "other"), ("revision", "main")):
+        config[name] = value
+    config["target_modules"] = config["target_modules"][::-1]
+    (folder / CONFIG).write_text(json.dumps(config))
+    load(folder)
+
+
+BASE_WEIGHT = "base_model.model.up.base_layer.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        (BASE_WEIGHT, torch.ones(10, 12)),
+        ("base_model.model.head.weight", torch.ones(3, 12)),
+        ("base_model.model.up.base_layer.bias", torch.ones(10)),
+        ("base_model.model.up.lora_A.weight", torch.ones(4, 12)),
+        ("../../../etc/passwd", torch.ones(1)),
+        ("", torch.ones(1)),
+    ],
+)
+def test_a_tensor_that_is_not_the_adapters_is_refused_and_not_written_over_the_base(
+    folder: Path, name: str, tensor: Tensor
+) -> None:
+    rewritten(with_settings(folder), lambda tensors: tensors.update({name: tensor}))
+    model = base()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(AdapterFileError, match=r"has unknown 1 tensor"):
+        PeftModel.from_pretrained(model, folder)
+    after = {key.replace(".base_layer", ""): value for key, value in model.state_dict().items()}
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+def test_a_missing_bias_is_refused(tmp_path: Path, corpus: dict[str, Path]) -> None:
+    folder = with_settings(shutil.copytree(corpus["head"], tmp_path / "adapter"))
+    rewritten(folder, lambda tensors: tensors.pop("base_model.model.up.base_layer.bias"))
+    with pytest.raises(AdapterFileError, match=r"lacks 1 tensor\(s\): up\.base_layer\.bias"):
+        load(folder)
+
+
+@pytest.mark.parametrize("value", [1e300, float("nan"), float("-inf")])
+def test_a_factor_that_is_not_finite_once_it_is_cast_is_refused(folder: Path, value: float) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        name = "base_model.model.up.smoa_B.weight"
+        tensors[name] = tensors[name].double()
+        tensors[name][0, 0] = value
+
+    rewritten(with_settings(folder), change)
+    with pytest.raises(AdapterFileError, match=r"adapter_model\.safetensors: .*up\.smoa_B.*NaN or infinite"):
+        load(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_factors_in_another_floating_dtype_are_loaded(folder: Path, dtype: torch.dtype) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors.update({name: t.to(dtype) for name, t in tensors.items() if t.is_floating_point()})
+
+    rewritten(with_settings(folder), change)
+    assert load(folder).base_model.model.up.smoa_A["default"].weight.dtype == torch.float32
+
+
+def test_factors_in_eight_bits_are_refused(folder: Path) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors.update({name: t.to(torch.float8_e4m3fn) for name, t in tensors.items() if t.is_floating_point()})
+
+    rewritten(with_settings(folder), change)
+    with pytest.raises(AdapterFileError, match=r"float8_e4m3fn.*floating point"):
+        load(folder)
+
+
+def test_code_beside_an_adapter_is_not_run(folder: Path) -> None:
+    for name in ("modeling.py", "__init__.py", "adapter_model.py", "smoa.py"):
+        (folder / name).write_text('raise SystemExit("code ran")')
+    load(folder)
+
+
+def test_a_state_dict_without_a_folder_is_checked_as_well(folder: Path) -> None:
+    model = get_peft_model(base(), CORPUS["plain"][0])
+    tensors = load_file(folder / WEIGHTS)
+    tensors[BASE_WEIGHT] = torch.ones(10, 12)
+    with pytest.raises(AdapterFileError, match=r"up\.base_layer\.weight"):
+        set_peft_model_state_dict(model, tensors)
+
+
+def test_a_config_read_from_one_adapter_trains_and_resumes_another(folder: Path, tmp_path: Path) -> None:
+    """Its digest is of the folder it was read from, and must not be asked of later checkpoints."""
+    model = get_peft_model(base(), SmoaConfig.from_pretrained(folder))
+    later = get_peft_model(base(), SmoaConfig(**{**CORPUS["plain"][0].to_dict(), "init_weights": False}))
+    later.save_pretrained(tmp_path / "later")
+    model.load_adapter(tmp_path / "later", "default", is_trainable=True)
+    assert torch.equal(
+        model.base_model.model.up.get_delta_weight("default"), later.base_model.model.up.get_delta_weight("default")
+    )
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "1", "null", "[" * 100_000, '{"peft_type": "SMOA", "r": ' + "9" * 5000 + "}"]
+)
+def test_a_config_that_is_no_object_is_refused(folder: Path, text: str) -> None:
+    (folder / CONFIG).write_text(text)
+    with pytest.raises((ValueError, TypeError, RecursionError)):  # PEFT's and Python's own: they read it first
+        load(folder)
+
+
+def changed(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    content = (folder / WEIGHTS).read_bytes()
+    size = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:size])
+    change(header)
+    text = json.dumps(header).encode()
+    (folder / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + content[size:])
+    return folder
+
+
+@pytest.mark.parametrize("shape", [[2**62, 4], [-1, 4], [0, 0], "ab", None])
+def test_a_shape_that_the_bytes_do_not_bear_out_is_refused(folder: Path, shape: Any) -> None:
+    changed(folder, lambda header: header["base_model.model.up.smoa_A.weight"].update(shape=shape))
+    with pytest.raises(SmoaError, match=r"adapter_model\.safetensors"):
+        load(folder)
+
+
+def test_weights_without_any_factor_of_ours_are_refused_by_name(folder: Path, corpus: dict[str, Path]) -> None:
+    shutil.copy(corpus["lora"] / WEIGHTS, folder)
+    with pytest.raises(AdapterFileError, match=r"adapter_model\.safetensors: lacks every smoa_A factor"):
+        load(folder)
+
+
+def test_an_older_file_in_the_folder_is_not_taken_for_what_is_saved(folder: Path) -> None:
+    """As transformers saves: the config first, the weights after it."""
+    config = SmoaConfig(r=4)
+    config.digest_of_saved = "of other factors"
+    config.save_pretrained(folder)
+    assert json.loads((folder / CONFIG).read_text())["weights_digest"] is None
+
+
+def test_tensors_without_values_have_no_digest() -> None:
+    assert tensors_digest([("smoa_A", torch.empty(2, 2, device="meta"))]) is None
+
+
+def test_a_pattern_of_adapter_layersout_their_indices_is_refused() -> None:
+    with pytest.raises(ConfigError, match="layers_pattern='h' has no effect"):
+        SmoaConfig(layers_pattern="h")

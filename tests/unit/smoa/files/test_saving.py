@@ -1,0 +1,348 @@
+"""A kill or a full disk in the middle of a save leaves the old adapter or the new one, never half of either."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from smoa import AdapterFileError, SmoaConfig, SmoaError, save_adapter
+from smoa.files import saving
+from tests.soak import soak
+from tests.support.killing import killed_at
+from tests.support.layers import Wrapper, randomise
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+
+
+def base() -> Wrapper:
+    torch.manual_seed(1)
+    return Wrapper(nn.Linear(12, 10))
+
+
+def adapter(seed: int, **settings: Any) -> PeftModel:
+    model = get_peft_model(base(), SmoaConfig(target_modules=["layer"], **settings))
+    torch.manual_seed(seed)
+    randomise(model.base_model.model.layer)
+    return model
+
+
+def delta(model: PeftModel) -> Tensor:
+    return model.base_model.model.layer.get_delta_weight("default").detach()
+
+
+def loaded(folder: Path) -> Tensor:
+    return delta(PeftModel.from_pretrained(base(), folder))
+
+
+# They differ in everything: a mixture would fail to load, or give a third ΔW.
+OLD = {"r": 4, "num_blocks": 2, "alpha": 3.0}
+NEW = {"r": 6, "num_blocks": 3, "alpha": 7.0}
+
+
+@pytest.fixture
+def old() -> PeftModel:
+    return adapter(2, **OLD)
+
+
+@pytest.fixture
+def new() -> PeftModel:
+    return adapter(3, **NEW)
+
+
+def kills(action: Callable[[], object], folder: Path, previous: PeftModel | None, calls: str = "") -> Iterator[int]:
+    """Every kill of the action as it touches the room of the folder, which held the previous adapter, or nothing."""
+    room, spare = folder.parent, folder.parent.with_name("spare")
+    if previous is not None:
+        previous.save_pretrained(spare)
+    for number in itertools.count(1):
+        shutil.rmtree(room, ignore_errors=True)
+        room.mkdir()
+        if previous is not None:
+            shutil.copytree(spare, folder)
+        killed = killed_at(number, action, lambda event, arguments: calls in event and str(room) in str(arguments))
+        yield number
+        if not killed:
+            return
+
+
+def test_a_kill_while_an_adapter_replaces_another_leaves_one_of_them(
+    tmp_path: Path, old: PeftModel, new: PeftModel
+) -> None:
+    folder = tmp_path / "room" / "adapter"
+    found = []
+    for _ in kills(lambda: save_adapter(new, folder), folder, old):
+        result = loaded(folder)
+        assert torch.equal(result, delta(old)) or torch.equal(result, delta(new))
+        found.append(torch.equal(result, delta(new)))
+    assert len(found) > 20
+    assert found == sorted(found), "once the new one is there it stays"
+    assert not found[0]
+    assert found[-1]
+
+
+def test_a_kill_while_the_first_adapter_is_saved_leaves_it_or_nothing(tmp_path: Path, new: PeftModel) -> None:
+    folder = tmp_path / "room" / "adapter"
+    found = []
+    for _ in kills(lambda: save_adapter(new, folder), folder, None):
+        found.append(folder.exists())
+        assert not folder.exists() or torch.equal(loaded(folder), delta(new))
+    assert found == sorted(found)
+    assert found[-1]
+
+
+def test_where_folders_cannot_change_places_a_kill_loses_neither(
+    tmp_path: Path, old: PeftModel, new: PeftModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saving, "_exchange_in_one_step", lambda first, second: False)
+    folder = tmp_path / "room" / "adapter"
+    for _ in kills(lambda: save_adapter(new, folder), folder, old, "os."):
+        if folder.exists():
+            result = loaded(folder)
+            assert torch.equal(result, delta(old)) or torch.equal(result, delta(new))
+        else:  # the moment between two renames: both lie beside it
+            (room,) = folder.parent.glob(".adapter-*")
+            assert torch.equal(loaded(room / "adapter"), delta(new))
+            assert torch.equal(loaded(room / "adapter.old"), delta(old))
+
+
+def test_where_folders_cannot_change_places_the_new_adapter_still_takes_the_place(
+    tmp_path: Path, old: PeftModel, new: PeftModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saving, "_exchange_in_one_step", lambda first, second: False)
+    folder = tmp_path / "adapter"
+    for model in (old, new):
+        save_adapter(model, folder)
+        assert torch.equal(loaded(folder), delta(model))
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_rename_that_fails_halfway_is_taken_back(
+    tmp_path: Path, old: PeftModel, new: PeftModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "adapter"
+    save_adapter(old, folder)
+    monkeypatch.setattr(saving, "_exchange_in_one_step", lambda first, second: False)
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if target == folder and self.name == "adapter":
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        save_adapter(new, folder)
+    assert torch.equal(loaded(folder), delta(old))
+
+
+@pytest.mark.parametrize(
+    ("platform", "library", "in_one_step"),
+    [
+        ("win32", SimpleNamespace(), False),
+        ("linux", SimpleNamespace(), False),  # a C library older than the call
+        ("linux", SimpleNamespace(renameat2=lambda *call: -1), False),  # a file system that cannot
+        ("linux", SimpleNamespace(renameat2=lambda *call: 0), True),
+        ("darwin", SimpleNamespace(renamex_np=lambda *call: 0), True),
+    ],
+)
+def test_folders_change_places_in_one_step_where_the_system_can(
+    platform: str, library: SimpleNamespace, in_one_step: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.platform", platform)
+    monkeypatch.setattr(saving.ctypes, "CDLL", lambda name: library)
+    assert saving._exchange_in_one_step(tmp_path / "a", tmp_path / "b") == in_one_step
+
+
+@pytest.mark.parametrize("same_settings", [False, True], ids=["other settings", "same settings"])
+def test_a_kill_in_pefts_own_save_leaves_an_adapter_or_a_pair_that_is_refused(
+    tmp_path: Path, old: PeftModel, same_settings: bool
+) -> None:
+    new = adapter(3, **(OLD if same_settings else NEW))
+    folder = tmp_path / "room" / "adapter"
+    refused = []
+    for _ in kills(lambda: new.save_pretrained(folder), folder, old):
+        try:
+            result = loaded(folder)
+        except SmoaError as error:
+            refused.append("adapter_config.json" in str(error))
+        else:
+            assert torch.equal(result, delta(old)) or torch.equal(result, delta(new))
+    assert refused
+    assert all(refused)
+    assert torch.equal(loaded(folder), delta(new))
+
+
+@pytest.mark.parametrize("limit", [100, 1500])
+def test_a_disk_that_fills_up_is_told_and_leaves_the_old_adapter_alone(
+    tmp_path: Path, old: PeftModel, new: PeftModel, limit: int
+) -> None:
+    folder = tmp_path / "room" / "adapter"
+    old.save_pretrained(folder)
+    process = os.fork()
+    if process == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # what no file may outgrow
+        try:
+            save_adapter(new, folder)
+        except Exception as error:
+            os._exit(0 if "too large" in str(error).lower() else 2)
+        finally:
+            os._exit(3)
+    _, status = os.waitpid(process, 0)
+    assert os.WEXITSTATUS(status) == 0
+    assert torch.equal(loaded(folder), delta(old))
+    assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
+
+
+def test_a_full_disk_at_the_last_file_leaves_nothing_behind(
+    tmp_path: Path, old: PeftModel, new: PeftModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "room" / "adapter"
+    old.save_pretrained(folder)
+
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(saving, "_flush", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_adapter(new, folder)
+    assert torch.equal(loaded(folder), delta(old))
+    assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
+
+
+def test_a_disk_that_fills_up_while_the_config_is_written_keeps_the_old_config(
+    tmp_path: Path, old: PeftModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old.save_pretrained(tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    text = (tmp_path / "adapter_config.json").read_bytes()
+
+    def full(*args: Any, **options: Any) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("peft.config.json.dumps", full)
+    with pytest.raises(OSError, match="No space left"):
+        SmoaConfig(**NEW).save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_config.json").read_bytes() == text
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_saving_keeps_what_else_lies_in_the_folder_and_a_link_to_it(
+    tmp_path: Path, old: PeftModel, new: PeftModel
+) -> None:
+    folder, link = tmp_path / "room" / "adapter", tmp_path / "latest"
+    save_adapter(old, folder)
+    (folder / "notes.txt").write_text("mine")
+    link.symlink_to(folder)
+    save_adapter(new, link)
+    assert link.is_symlink()
+    assert torch.equal(loaded(folder), delta(new))
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
+
+
+def test_saving_over_a_file_is_refused(tmp_path: Path, new: PeftModel) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="file"):
+        save_adapter(new, tmp_path / "file")
+
+
+def test_a_process_that_is_not_the_main_one_writes_nothing(tmp_path: Path, new: PeftModel) -> None:
+    save_adapter(new, tmp_path / "adapter", is_main_process=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_adapter_is_saved_in_its_subfolder(tmp_path: Path, new: PeftModel) -> None:
+    new.add_adapter("second", SmoaConfig(target_modules=["layer"], **OLD))
+    save_adapter(new, tmp_path / "adapter")
+    assert torch.equal(loaded(tmp_path / "adapter"), delta(new))
+    PeftModel.from_pretrained(base(), tmp_path / "adapter" / "second")
+
+
+def test_an_adapter_that_lies_in_the_folder_besides_is_left_as_it_is(tmp_path: Path, new: PeftModel) -> None:
+    theirs = tmp_path / "adapter" / "theirs"
+    save_adapter(adapter(3, **OLD), theirs, base_model_name="their/base")
+    config = (theirs / "adapter_config.json").read_bytes()
+    save_adapter(new, tmp_path / "adapter", base_model_name="my/base", metrics={})
+    assert (theirs / "adapter_config.json").read_bytes() == config
+    assert SmoaConfig.from_pretrained(tmp_path / "adapter").base_model_name_or_path == "my/base"
+    assert "my/base" not in (theirs / "README.md").read_text()
+
+
+def test_a_file_that_is_read_only_does_not_stop_a_save(tmp_path: Path, new: PeftModel) -> None:
+    save_adapter(new, tmp_path / "adapter")
+    (tmp_path / "adapter" / "notes.txt").write_text("mine")
+    (tmp_path / "adapter" / "notes.txt").chmod(0o400)
+    save_adapter(new, tmp_path / "adapter")  # root may write it, so this tells where the tests run as somebody else
+
+
+def test_the_home_folder_does_not_leak_and_is_found_again(
+    tmp_path: Path, tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tiny_llama.save_pretrained(tmp_path / "models" / "base")
+    model = get_peft_model(
+        type(tiny_llama).from_pretrained(tmp_path / "models" / "base"),
+        SmoaConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    text = (tmp_path / "adapter" / "adapter_config.json").read_text()
+    assert str(tmp_path) not in text
+    config = SmoaConfig.from_pretrained(tmp_path / "adapter")
+    assert config.base_model_name_or_path == str(tmp_path / "models" / "base")
+
+
+def test_an_adapter_for_others_names_its_base_as_it_is_told_to(tmp_path: Path, tiny_llama: PreTrainedModel) -> None:
+    tiny_llama.save_pretrained(tmp_path / "base")
+    model = get_peft_model(
+        type(tiny_llama).from_pretrained(tmp_path / "base"), SmoaConfig(target_modules=["q_proj"], num_blocks=3)
+    )
+    save_adapter(model, tmp_path / "adapter", base_model_name="lab/llama")
+    for file in (tmp_path / "adapter").iterdir():
+        assert str(tmp_path).encode() not in file.read_bytes(), file.name
+    assert SmoaConfig.from_pretrained(tmp_path / "adapter").base_model_name_or_path == "lab/llama"
+
+
+def test_a_token_given_for_loading_is_not_saved(tmp_path: Path, old: PeftModel) -> None:
+    old.save_pretrained(tmp_path / "first")
+    again = PeftModel.from_pretrained(base(), tmp_path / "first", token="hf_secret")
+    again.save_pretrained(tmp_path / "second")
+    assert all(b"hf_secret" not in file.read_bytes() for file in (tmp_path / "second").iterdir())
+
+
+def test_weights_of_another_save_under_a_config_are_refused(tmp_path: Path) -> None:
+    for seed in (2, 3):
+        adapter(seed, **OLD).save_pretrained(tmp_path / str(seed))
+    shutil.copy(tmp_path / "3" / "adapter_model.safetensors", tmp_path / "2")
+    with pytest.raises(AdapterFileError, match=r"adapter_model\.safetensors.*weights_digest"):
+        loaded(tmp_path / "2")
+
+
+def test_a_later_checkpoint_loads_into_an_adapter_that_is_there(tmp_path: Path, old: PeftModel) -> None:
+    old.save_pretrained(tmp_path / "first")
+    later = adapter(5, **OLD)
+    later.save_pretrained(tmp_path / "later")
+    model = PeftModel.from_pretrained(base(), tmp_path / "first", is_trainable=True)
+    model.load_adapter(tmp_path / "later", "default", is_trainable=True)  # as the Trainer resumes
+    assert torch.equal(delta(model), delta(later))
+
+
+def test_every_call_is_reached_by_a_kill(tmp_path: Path) -> None:
+    calls = [killed_at(number, lambda: [list(tmp_path.iterdir()), tmp_path.chmod(0o700)]) for number in (1, 2, 3)]
+    assert calls == [True, True, False]
+
+
+def test_a_few_lives_of_an_adapter_leave_weights_and_memory_as_they_were() -> None:
+    assert soak(20)["tensors"] == 0

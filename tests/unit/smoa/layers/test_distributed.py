@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from peft import get_peft_model
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from smoa import (
+    AdapterFileError,
+    PartitionError,
+    SmoaConfig,
+    SmoaError,
+    UnsupportedModuleError,
+    cached_weights,
+    make_partition,
+)
+from smoa.layers import distributed
+from tests.support import tiny_models
+from tests.support.layers import adapted_layer
+
+
+@pytest.fixture
+def _one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_one_rank")
+def test_a_sharded_weight_is_gathered_before_it_is_decomposed() -> None:
+    base = nn.Linear(12, 18)
+    expected = make_partition(base.weight, 3)
+    mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("fsdp",))
+    base.weight = nn.Parameter(distribute_tensor(base.weight.detach(), mesh, [Shard(0)]))
+    layer = adapted_layer(base, num_blocks=3)
+    assert torch.equal(layer.smoa_row_labels["default"], expected.row_labels)
+    assert torch.equal(layer.smoa_col_labels["default"], expected.col_labels)
+
+
+@pytest.mark.usefixtures("_one_rank")
+def test_sharded_layers_keep_no_weights() -> None:
+    layer = adapted_layer(nn.Linear(12, 18), num_blocks=3)
+    factor = layer.smoa_A["default"]
+    mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("fsdp",))
+    factor.weight = nn.Parameter(distribute_tensor(factor.weight.detach(), mesh, [Shard(0)]))
+    with pytest.raises(UnsupportedModuleError, match=r"sharded over processes"), cached_weights(layer):
+        pass
+    assert layer.smoa_weight_cache is None
+
+
+def _partition(parameter: nn.Parameter, *, whole: bool = False) -> None:
+    """As DeepSpeed's ZeRO-3 would, which leaves a parameter no entries until it gathers them."""
+    parameter.ds_id, parameter.ds_shape = 0, parameter.shape
+    if not whole:
+        parameter.data = torch.empty(0)
+
+
+@pytest.mark.parametrize("part", ["base", "factor"])
+def test_no_update_is_computed_from_weights_that_zero3_has_partitioned(part: str) -> None:
+    layer = adapted_layer(nn.Linear(12, 18), num_blocks=3)
+    _partition(layer.base_layer.weight if part == "base" else layer.smoa_B["default"].weight)
+    shape = r"\(18, 12\)" if part == "base" else r"\(6, 32\)"
+    with pytest.raises(UnsupportedModuleError, match=rf"shape {shape} is partitioned .*GatheredParameters"):
+        layer.merge()
+
+
+def test_a_merge_that_zero3_would_drop_is_refused_and_one_within_gathered_parameters_is_not() -> None:
+    layer = adapted_layer(nn.Linear(12, 18), num_blocks=3)
+    weight = layer.base_layer.weight
+    _partition(weight, whole=True)
+    before = weight.detach().clone()
+    with pytest.raises(UnsupportedModuleError, match=r"loses what is written to it; .*GatheredParameters"):
+        layer.merge()
+    assert torch.equal(weight, before)
+    weight._ds_z3_gathered_param_context_depth = 1
+    layer.merge()
+    assert not torch.equal(weight, before)
+    weight._ds_z3_gathered_param_context_depth = 0
+    with pytest.raises(UnsupportedModuleError, match=r"loses what is written to it"):
+        layer.unmerge()
+
+
+def test_factors_that_zero3_has_partitioned_are_not_saved(tmp_path: Path) -> None:
+    model = get_peft_model(tiny_models.build("llama"), SmoaConfig(num_blocks=2, target_modules=["q_proj"]))
+    for name, parameter in model.named_parameters():
+        if ".smoa_" in name:
+            _partition(parameter)
+    with pytest.raises(AdapterFileError, match=r"smoa_A.*: is empty, as are 3 others.*get_state_dict"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_layers_that_zero3_keeps_whole_keep_no_weights_either() -> None:
+    layer = adapted_layer(nn.Linear(12, 18), num_blocks=3)
+    _partition(layer.base_layer.weight, whole=True)
+    with pytest.raises(UnsupportedModuleError, match=r"sharded over processes"), cached_weights(layer):
+        pass
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), PartitionError("no")], ids=["another error", "ours"])
+def test_no_rank_waits_for_one_that_failed(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> int:
+        raise error
+
+    sent: list[object] = []
+    monkeypatch.setattr(distributed, "is_distributed", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda outcome, src: sent.append(outcome[0]))
+    with pytest.raises(type(error), match="no"):
+        distributed.from_rank_zero(fail)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda outcome, src: outcome.__setitem__(0, sent[0]))
+    with pytest.raises(SmoaError, match="no"):
+        distributed.from_rank_zero(fail)

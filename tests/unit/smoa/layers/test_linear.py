@@ -1,0 +1,460 @@
+"""Every route through the layer gives the oracle's values and gradients and keeps nothing of the weight's size."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from smoa.layers.layer import SmoaLayer
+from tests import reference
+from tests.support.layers import (
+    adapted_layer,
+    add_adapter,
+    base_layer,
+    base_weight,
+    clone_leaf,
+    factors,
+    oracle_delta,
+    oracle_output,
+)
+from tests.support.tolerance import TOLERANCE, assert_close
+
+MODULATIONS = ["hadamard", "none"]
+
+
+def layer_13_to_11(*, conv1d: bool = False, dtype: torch.dtype = torch.float64, **config: object) -> SmoaLayer:
+    """A ragged layer: K = 3 divides neither side, r = 7 not by K, alpha is not r."""
+    settings = {"r": 7, "num_blocks": 3, "alpha": 4.0} | config
+    return adapted_layer(base_layer(11, 13, conv1d=conv1d, dtype=dtype), **settings)
+
+
+def inputs(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, 13, dtype=dtype, requires_grad=True)
+
+
+def oracle_gradients(layer: SmoaLayer, x: Tensor, gradient: Tensor, *adapters: str) -> list[Tensor]:
+    """Output and gradients of x and of every adapter's A and B."""
+    names = adapters or ("default",)
+    leaves = [clone_leaf(x.double())] + [clone_leaf(f.double()) for name in names for f in factors(layer, name)]
+    deltas = [oracle_delta(layer, name, A=leaves[2 * a + 1], B=leaves[2 * a + 2]) for a, name in enumerate(names)]
+    bias = layer.get_base_layer().bias
+    y = reference.forward(leaves[0], base_weight(layer).double(), bias.detach().double(), deltas)
+    return [y.detach(), *torch.autograd.grad(y, leaves, gradient.double())]
+
+
+def own_gradients(layer: SmoaLayer, y: Tensor, x: Tensor, gradient: Tensor, *adapters: str) -> list[Tensor]:
+    parameters = [f for name in adapters or ("default",) for f in factors(layer, name)]
+    return [y.detach(), *torch.autograd.grad(y, [x, *parameters], gradient)]
+
+
+def assert_path(layer: SmoaLayer, y: Tensor, x: Tensor, *adapters: str) -> None:
+    """Output and gradients are the oracle's."""
+    gradient = torch.randn_like(y)
+    expected = oracle_gradients(layer, x, gradient, *adapters)
+    for own, oracles in zip(own_gradients(layer, y, x, gradient, *adapters), expected, strict=True):
+        assert_close(own, oracles)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (2, 5), (2, 3, 4)], ids=["1-D", "2-D", "3-D", "4-D"])
+@pytest.mark.parametrize("modulation", MODULATIONS)
+@pytest.mark.parametrize("dropout", [0.0, 1e-12], ids=["fast", "apart"])
+def test_inputs_of_one_to_four_dimensions(shape: tuple[int, ...], modulation: str, dropout: float) -> None:
+    # so small a dropout drops nothing, but it takes the route that keeps the branch apart
+    layer = layer_13_to_11(modulation=modulation, smoa_dropout=dropout).train()
+    x = inputs(*shape)
+    y = layer(x)
+    assert y.shape == (*shape, 11)
+    assert_path(layer, y, x)
+
+
+@pytest.mark.parametrize("modulation", MODULATIONS)
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 4)])
+def test_an_empty_batch_gives_an_empty_output_and_zero_gradients(shape: tuple[int, ...], modulation: str) -> None:
+    layer = layer_13_to_11(modulation=modulation)
+    x = inputs(*shape)
+    y = layer(x)
+    y.sum().backward()
+    assert y.shape == (*shape, 11)
+    assert x.grad.shape == x.shape
+    assert all((factor.grad == 0).all() for factor in factors(layer))
+
+
+@pytest.mark.parametrize("modulation", MODULATIONS)
+def test_inputs_that_are_not_contiguous(modulation: str) -> None:
+    layer = layer_13_to_11(modulation=modulation)
+    x = torch.randn(13, 6, 4, dtype=torch.float64).permute(2, 1, 0)[:, ::2].requires_grad_()
+    assert not x.is_contiguous()
+    assert_path(layer, layer(x), x)
+
+
+def test_gradients_that_are_not_contiguous() -> None:
+    layer = layer_13_to_11()
+    x = inputs(6)
+    gradient = torch.randn(11, 6, dtype=torch.float64).T
+    expected = oracle_gradients(layer, x, gradient)
+    for own, oracles in zip(own_gradients(layer, layer(x), x, gradient), expected, strict=True):
+        assert_close(own, oracles)
+
+
+def test_an_expanded_gradient() -> None:
+    layer = layer_13_to_11()
+    x = inputs(6)
+    y = layer(x)
+    y.sum().backward()
+    assert_close(x.grad, oracle_gradients(layer, x, torch.ones_like(y))[1])
+
+
+@pytest.mark.parametrize("modulation", MODULATIONS)
+@pytest.mark.parametrize("dropout", [0.0, 1e-12], ids=["fast", "apart"])
+def test_an_input_that_needs_no_gradient(modulation: str, dropout: float) -> None:
+    layer = layer_13_to_11(modulation=modulation, smoa_dropout=dropout).train()
+    x = torch.randn(5, 13, dtype=torch.float64)
+    y = layer(x)
+    gradient = torch.randn_like(y)
+    _, _, *expected = oracle_gradients(layer, x, gradient)
+    for own, oracles in zip(torch.autograd.grad(y, factors(layer), gradient), expected, strict=True):
+        assert_close(own, oracles)
+
+
+@pytest.mark.parametrize("modulation", MODULATIONS)
+def test_frozen_factors_pass_the_gradient_on(modulation: str) -> None:
+    layer = layer_13_to_11(modulation=modulation)
+    layer.requires_grad_(False)
+    x = inputs(5)
+    y = layer(x)
+    y.sum().backward()
+    assert_close(x.grad, oracle_gradients(layer, x, torch.ones_like(y))[1])
+    assert all(factor.grad is None for factor in factors(layer))
+
+
+@pytest.mark.parametrize("frozen", [0, 1], ids=["A", "B"])
+@pytest.mark.parametrize("modulation", MODULATIONS)
+def test_one_frozen_factor_leaves_the_gradient_of_the_other(frozen: int, modulation: str) -> None:
+    layer = layer_13_to_11(modulation=modulation)
+    factors(layer)[frozen].requires_grad_(False)
+    x = inputs(5)
+    y = layer(x)
+    y.sum().backward()
+    expected = oracle_gradients(layer, x, torch.ones_like(y))
+    assert factors(layer)[frozen].grad is None
+    assert_close(factors(layer)[1 - frozen].grad, expected[3 - frozen])
+
+
+@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
+@pytest.mark.parametrize("dropout", [0.0, 1e-12], ids=["fast", "apart"])
+def test_a_trained_bias_gets_its_gradient(conv1d: bool, dropout: float) -> None:
+    layer = layer_13_to_11(conv1d=conv1d, smoa_dropout=dropout).train()
+    bias = layer.get_base_layer().bias.requires_grad_()
+    gradient = torch.randn(2, 5, 11, dtype=torch.float64)
+    layer(inputs(2, 5)).backward(gradient)
+    assert_close(bias.grad, gradient.sum((0, 1)))
+
+
+@pytest.mark.parametrize("modulation", MODULATIONS)
+@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
+def test_a_trained_base_weight_gets_its_gradient(conv1d: bool, modulation: str) -> None:
+    layer = layer_13_to_11(conv1d=conv1d, modulation=modulation)
+    weight = layer.get_base_layer().weight.requires_grad_()
+    x, gradient = torch.randn(5, 13, dtype=torch.float64), torch.randn(5, 11, dtype=torch.float64)
+    layer(x).backward(gradient)
+    W = clone_leaf(base_weight(layer))
+    reference.forward(x, W, None, [oracle_delta(layer, weight=W)]).backward(gradient)
+    assert_close(weight.grad.T if conv1d else weight.grad, W.grad)
+
+
+def test_a_layer_used_twice_in_one_graph() -> None:
+    layer = adapted_layer(base_layer(9, 9), r=4, num_blocks=2)
+    x = torch.randn(5, 9, dtype=torch.float64, requires_grad=True)
+    A, B = factors(layer)
+    gradient = torch.randn(5, 9, dtype=torch.float64)
+    actual = torch.autograd.grad(layer(layer(x).tanh()), (x, A, B), gradient)
+    leaves = [clone_leaf(t) for t in (x, A, B)]
+    delta, weight, bias = oracle_delta(layer, A=leaves[1], B=leaves[2]), base_weight(layer), layer.get_base_layer().bias
+    hidden = reference.forward(leaves[0], weight, bias.detach(), [delta]).tanh()
+    expected = torch.autograd.grad(reference.forward(hidden, weight, bias.detach(), [delta]), leaves, gradient)
+    for own, oracles in zip(actual, expected, strict=True):
+        assert_close(own, oracles)
+
+
+def test_gradients_accumulate_over_two_steps() -> None:
+    layer = layer_13_to_11()
+    first, second = inputs(5), inputs(4)
+    expected = [
+        sum(pair)
+        for pair in zip(
+            oracle_gradients(layer, first, torch.ones(5, 11))[2:],
+            oracle_gradients(layer, second, torch.ones(4, 11))[2:],
+            strict=True,
+        )
+    ]
+    layer(first).sum().backward()
+    layer(second).sum().backward()
+    for factor, oracles in zip(factors(layer), expected, strict=True):
+        assert_close(factor.grad, oracles)
+
+
+@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
+@pytest.mark.parametrize("dropout", [0.0, 1e-12], ids=["fast", "apart"])
+def test_several_active_adapters_add_up(conv1d: bool, dropout: float) -> None:
+    layer = layer_13_to_11(conv1d=conv1d, smoa_dropout=dropout).train()
+    add_adapter(layer, "flat", r=3, num_blocks=2, modulation="none")
+    add_adapter(layer, "wide", r=6, num_blocks=5, alpha=1.0, partition="random")
+    x = inputs(5)
+    assert_path(layer, layer(x), x, "default", "flat", "wide")
+
+
+def test_only_the_active_adapter_acts() -> None:
+    layer = layer_13_to_11()
+    add_adapter(layer, "other", r=3, num_blocks=2)
+    x = torch.randn(5, 13, dtype=torch.float64)
+    for name in ("default", "other"):
+        layer.set_adapter(name)
+        assert_close(layer(x), oracle_output(layer, x, name))
+
+
+def test_a_mixed_batch_gives_each_sample_its_adapter() -> None:
+    layer = layer_13_to_11()
+    add_adapter(layer, "other", r=3, num_blocks=2, modulation="none")
+    layer.eval()
+    x = inputs(5, 2)
+    names = ["other", "__base__", "default", "other", "default"]
+    y = layer(x, adapter_names=names)
+    plain = layer.get_base_layer()(x)
+    for i, name in enumerate(names):
+        expected = plain[i] if name == "__base__" else oracle_output(layer, x[i], name)
+        assert_close(y[i], expected)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["fast", "dropout"])
+def test_gradient_checkpointing_changes_nothing(use_reentrant: bool, dropout: float) -> None:
+    layer = layer_13_to_11(smoa_dropout=dropout).train()
+    x, gradient = inputs(5), torch.randn(5, 11, dtype=torch.float64)
+    torch.manual_seed(1)
+    plain = own_gradients(layer, layer(x), x, gradient)
+    torch.manual_seed(1)
+    y = checkpoint(layer, x, use_reentrant=use_reentrant)
+    y.backward(gradient)
+    checkpointed = [y.detach(), x.grad, *(factor.grad for factor in factors(layer))]
+    for first, second in zip(checkpointed, plain, strict=True):
+        assert_close(first, second)
+
+
+@pytest.mark.parametrize("modulation", MODULATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32 base", "bf16 base"])
+def test_autocast_to_bf16_stays_close_to_the_oracle(dtype: torch.dtype, modulation: str) -> None:
+    layer = layer_13_to_11(dtype=dtype, modulation=modulation)
+    for factor in factors(layer):
+        factor.data = factor.data.float()
+    x = inputs(64, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    gradient = torch.randn_like(y)
+    assert y.dtype == torch.bfloat16
+    expected = oracle_gradients(layer, x, gradient)
+    for own, oracles in zip(own_gradients(layer, y, x, gradient), expected, strict=True):
+        assert (own.double() - oracles).norm() <= 0.02 * oracles.norm()
+
+
+def test_autocast_leaves_the_gradients_of_float32_factors_in_float32() -> None:
+    layer = layer_13_to_11(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = layer(inputs(5, dtype=torch.float32)).sum()
+    loss.backward()
+    assert {factor.grad.dtype for factor in factors(layer)} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("modulation", MODULATIONS)
+def test_half_precision_stays_close_to_the_oracle(dtype: torch.dtype, modulation: str) -> None:
+    layer = layer_13_to_11(dtype=dtype, modulation=modulation)
+    x = inputs(64, dtype=dtype)
+    y = layer(x)
+    gradient = torch.randn_like(y)
+    expected = oracle_gradients(layer, x, gradient)
+    for own, oracles in zip(own_gradients(layer, y, x, gradient), expected, strict=True):
+        assert (own.double() - oracles).norm() <= TOLERANCE[dtype].rtol * oracles.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_output_has_the_dtype_of_the_base_output(dtype: torch.dtype) -> None:
+    layer = layer_13_to_11(dtype=dtype)
+    x = torch.randn(5, 13, dtype=dtype)
+    assert layer(x).dtype == layer.get_base_layer()(x).dtype == dtype
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 200])
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("modulation", MODULATIONS)
+def test_without_gradients_the_output_is_the_oracles(tokens: int, context: type, modulation: str) -> None:
+    layer = layer_13_to_11(modulation=modulation)
+    x = torch.randn(tokens, 13, dtype=torch.float64)
+    with context():
+        y = layer(x)
+    assert not y.requires_grad
+    assert_close(y, oracle_output(layer, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_layer_trains_after_inference_mode(dtype: torch.dtype) -> None:
+    layer = layer_13_to_11(dtype=dtype)
+    x = inputs(200, dtype=dtype)
+
+    def infer_then_train() -> Tensor:
+        with torch.inference_mode():
+            expected = layer(x)
+        y = layer(x)
+        y.sum().backward()
+        assert_close(y, expected.clone())
+        return y
+
+    # a thread of its own, so that nothing that earlier tests left behind is reused
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(infer_then_train).result()
+
+
+@pytest.mark.parametrize("modulation", MODULATIONS)
+@pytest.mark.parametrize("dropout", [0.0, 1e-12], ids=["fast", "apart"])
+@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
+def test_a_compiled_layer_gives_the_oracles_values_and_gradients(conv1d: bool, dropout: float, modulation: str) -> None:
+    torch.compiler.reset()
+    layer = layer_13_to_11(conv1d=conv1d, modulation=modulation, smoa_dropout=dropout).train()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = inputs(2, 5)
+    assert_path(layer, compiled(x), x)
+
+
+def test_compiled_several_active_adapters_add_up() -> None:
+    torch.compiler.reset()
+    layer = layer_13_to_11()
+    add_adapter(layer, "other", r=3, num_blocks=2)
+    x = inputs(5)
+    assert_path(layer, torch.compile(layer, fullgraph=True, backend="aot_eager")(x), x, "default", "other")
+
+
+def test_a_compiled_layer_in_half_precision() -> None:
+    torch.compiler.reset()
+    layer = layer_13_to_11(dtype=torch.bfloat16)
+    x = inputs(5, dtype=torch.bfloat16)
+    y, expected = torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x)
+    y.sum().backward()
+    assert torch.equal(y, expected)
+
+
+def test_a_compiled_layer_of_changing_batch_size_is_the_oracles() -> None:
+    torch.compiler.reset()
+    layer = layer_13_to_11()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in (5, 9, 3):
+        x = inputs(tokens)
+        assert_path(layer, compiled(x), x)
+
+
+@pytest.mark.slow
+# inductor itself uses what PyTorch has deprecated
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("modulation", MODULATIONS)
+def test_a_layer_compiled_by_inductor_gives_the_oracles_values_and_gradients(modulation: str) -> None:
+    torch.compiler.reset()
+    layer = layer_13_to_11(modulation=modulation)
+    x = inputs(2, 5)
+    assert_path(layer, torch.compile(layer, fullgraph=True)(x), x)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1e-12], ids=["fast", "apart"])
+def test_double_backward_is_refused_clearly(dropout: float) -> None:
+    layer = layer_13_to_11(smoa_dropout=dropout).train()
+    x = inputs(5)
+    (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"(?i)smoa.*(backward|twice|differentiat)"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1e-12], ids=["fast", "apart"])
+@pytest.mark.parametrize("modulation", MODULATIONS)
+def test_func_grad_gives_the_oracles_gradients(modulation: str, dropout: float) -> None:
+    layer = layer_13_to_11(modulation=modulation, smoa_dropout=dropout).train()
+    x = torch.randn(5, 13, dtype=torch.float64)
+    parameters = {name: p.detach() for name, p in layer.named_parameters() if "smoa" in name}
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, parameters, (x,)).sum()
+
+    gradients = torch.func.grad(loss)(parameters, x)
+    _, _, grad_A, grad_B = oracle_gradients(layer, x, torch.ones(5, 11))
+    assert_close(gradients["smoa_A.default.weight"], grad_A)
+    assert_close(gradients["smoa_B.default.weight"], grad_B)
+
+
+@pytest.mark.parametrize("modulation", MODULATIONS)
+def test_vmap_gives_the_oracles_output(modulation: str) -> None:
+    layer = layer_13_to_11(modulation=modulation)
+    x = torch.randn(4, 5, 13, dtype=torch.float64)
+    assert_close(torch.func.vmap(layer)(x), oracle_output(layer, x))
+
+
+def test_per_sample_gradients_are_the_oracles() -> None:
+    layer = layer_13_to_11()
+    x = torch.randn(3, 5, 13, dtype=torch.float64)
+    parameters = {name: p.detach() for name, p in layer.named_parameters() if "smoa" in name}
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, parameters, (x,)).sum()
+
+    gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    for i in range(3):
+        expected = oracle_gradients(layer, x[i], torch.ones(5, 11))
+        assert_close(gradients["smoa_A.default.weight"][i], expected[2])
+
+
+def kept_for_backward(layer: SmoaLayer, x: Tensor) -> list[Tensor]:
+    """Tensors that autograd keeps from the forward, without the frozen parameters themselves."""
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(x).sum().backward()
+    frozen = {p.untyped_storage().data_ptr() for p in layer.get_base_layer().parameters()}
+    return [t for t in kept if t.untyped_storage().data_ptr() not in frozen]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["fast", "dropout"])
+@pytest.mark.parametrize("modulation", MODULATIONS)
+def test_nothing_of_the_weights_size_is_kept_for_the_backward(
+    dtype: torch.dtype, conv1d: bool, dropout: float, modulation: str
+) -> None:
+    base = base_layer(96, 80, conv1d=conv1d, dtype=dtype)
+    layer = adapted_layer(base, r=4, num_blocks=2, smoa_dropout=dropout, modulation=modulation).train()
+    x = torch.randn(3, 80, dtype=dtype, requires_grad=True)
+    sizes = [t.numel() for t in kept_for_backward(layer, x)]
+    assert sizes
+    assert max(sizes) <= max(factor.numel() for factor in factors(layer)) + x.numel()
+
+
+def test_nothing_of_the_weights_size_is_kept_for_the_backward_under_autocast() -> None:
+    layer = adapted_layer(base_layer(96, 80, dtype=torch.bfloat16), r=4, num_blocks=2)
+    x = torch.randn(3, 80, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        sizes = [t.numel() for t in kept_for_backward(layer, x)]
+    assert max(sizes) <= max(factor.numel() for factor in factors(layer)) + x.numel()
+
+
+def test_the_fast_route_keeps_the_input_the_factors_and_the_labels_only() -> None:
+    layer = adapted_layer(base_layer(96, 80, dtype=torch.float32), r=4, num_blocks=2)
+    x = torch.randn(3, 80, requires_grad=True)
+    kept = {t.untyped_storage().data_ptr() for t in kept_for_backward(layer, x)}
+    own = [x, *factors(layer), layer.smoa_row_labels["default"], layer.smoa_col_labels["default"]]
+    assert kept <= {t.untyped_storage().data_ptr() for t in own}
+
+
+def test_the_base_layers_hooks_still_run() -> None:
+    layer = layer_13_to_11()
+    seen: list[nn.Module] = []
+    layer.get_base_layer().register_forward_hook(lambda module, args, output: seen.append(module))
+    x = inputs(5)
+    assert_path(layer, layer(x), x)
+    assert seen == [layer.get_base_layer()]

@@ -1,0 +1,267 @@
+"""What happens at the edges of the numbers: overflow, denormals, zeros, constants, the largest K and r, threads."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import get_peft_model
+from torch import Tensor, nn
+
+from smoa import MergeError, SmoaConfig, make_partition, spectral_scores
+from smoa.layers.layer import SmoaLayer
+from tests import reference
+from tests.support import tiny_models
+from tests.support.layers import (
+    Wrapper,
+    adapted_layer,
+    base_layer,
+    base_weight,
+    factors,
+    labels,
+    oracle_delta,
+    oracle_output,
+    randomise,
+    ranks,
+)
+from tests.support.tolerance import TOLERANCE, assert_close
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+def layer_of(weight: Tensor, **config: object) -> SmoaLayer:
+    base = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+    base.weight = nn.Parameter(weight.clone())
+    return adapted_layer(base, **config)
+
+
+@pytest.mark.parametrize("modulation", ["hadamard", "none"])
+def test_a_merge_that_overflows_float16_is_refused_and_changes_nothing(modulation: str) -> None:
+    layer = layer_of(torch.full((6, 8), 200.0, dtype=torch.float16), r=4, modulation=modulation)
+    with torch.no_grad():
+        for factor in factors(layer):
+            factor.fill_(100.0)  # s·BA reaches 2·10⁴ or more, and 65,504 is float16's largest
+            factor.mul_(10)
+    with pytest.raises(MergeError, match=r"overflows torch\.float16"):
+        layer.merge(safe_merge=True)
+    assert torch.equal(layer.get_base_layer().weight, torch.full((6, 8), 200.0, dtype=torch.float16))
+    assert not layer.merged
+
+
+def test_a_merge_that_overflows_float16_unchecked_is_infinite_and_undone_bit_for_bit() -> None:
+    weight = torch.randn(6, 8).to(torch.float16) * 100
+    layer = layer_of(weight, r=4)
+    with torch.no_grad():
+        for factor in factors(layer):
+            factor.fill_(1000.0)
+    layer.merge()
+    assert torch.isinf(layer.get_base_layer().weight).any()
+    layer.unmerge()
+    assert torch.equal(layer.get_base_layer().weight, weight)
+
+
+def test_factors_in_float16_whose_product_overflows_it_still_give_a_finite_update() -> None:
+    """ΔW is formed in float32: 300 · 300 is beyond float16, times 2⁻¹⁰ it is not."""
+    layer = layer_of(torch.full((6, 8), 2.0**-10, dtype=torch.float16), r=2, num_blocks=2)
+    with torch.no_grad():
+        for factor in factors(layer):
+            factor.fill_(300.0)
+    assert factors(layer)[0].dtype == torch.float16
+    delta = layer.delta("default")
+    assert torch.isfinite(delta).all()
+    assert_close(delta.double(), oracle_delta(layer), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_denormal_weights_have_a_partition_and_an_update(dtype: torch.dtype) -> None:
+    tiny = torch.finfo(dtype).tiny / 8
+    weight = torch.randn(9, 7, dtype=dtype) * tiny
+    assert (weight != 0).any()
+    layer = layer_of(weight, r=3, num_blocks=3)
+    rows, cols = labels(layer)
+    assert sorted(rows) == reference.contiguous_labels(9, 3)
+    assert sorted(cols) == reference.contiguous_labels(7, 3)
+    x = torch.randn(4, 7, dtype=dtype)
+    assert torch.isfinite(layer(x)).all()
+    layer.merge(safe_merge=True)
+    layer.unmerge()
+    assert torch.equal(base_weight(layer), weight)
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-5, 1.0, 1e5, 1e30, 3e37])
+def test_the_partition_does_not_depend_on_the_scale_of_a_float32_weight(scale: float) -> None:
+    # a power of two, so that the entries are the same numbers
+    factor = 2.0 ** torch.tensor(scale).log2().round().item()
+    weight = torch.randn(12, 10) * 0.5
+    expected, found = make_partition(weight, 3), make_partition(weight * factor, 3)
+    assert torch.equal(found.row_labels, expected.row_labels)
+    assert torch.equal(found.col_labels, expected.col_labels)
+
+
+@pytest.mark.parametrize("modulation", ["hadamard", "none"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_zero_weight_is_cut_in_natural_order_and_modulates_to_nothing(dtype: torch.dtype, modulation: str) -> None:
+    layer = layer_of(torch.zeros(7, 5, dtype=dtype), r=2, num_blocks=2, modulation=modulation)
+    assert labels(layer) == (reference.contiguous_labels(7, 2), reference.contiguous_labels(5, 2))
+    x = torch.randn(3, 5, dtype=dtype, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert (y == 0).all() == (modulation == "hadamard")
+    assert all(torch.isfinite(factor.grad).all() for factor in factors(layer))
+    assert all((factor.grad == 0).all() == (modulation == "hadamard") for factor in factors(layer))
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (8, 6), (7, 7)])
+def test_rows_and_columns_of_one_value_have_a_partition_and_the_oracles_output(shape: tuple[int, int]) -> None:
+    """A weight of one value has rank 1: every score but for rounding is the same."""
+    layer = layer_of(torch.full(shape, 0.5, dtype=torch.float64), r=4, num_blocks=2)
+    rows, cols = labels(layer)
+    assert sorted(rows) == reference.contiguous_labels(shape[0], 2)
+    assert sorted(cols) == reference.contiguous_labels(shape[1], 2)
+    x = torch.randn(3, shape[1], dtype=torch.float64)
+    assert_close(layer(x), oracle_output(layer, x))
+
+
+def test_a_constant_row_among_others_gets_the_oracles_block() -> None:
+    weight = torch.randn(8, 6, dtype=torch.float64)
+    weight[3], weight[:, 2] = 1.0, -1.0
+    layer = layer_of(weight, r=4, num_blocks=2)
+    assert labels(layer) == reference.spectral_labels(weight, 2)
+
+
+@pytest.mark.parametrize("modulation", ["hadamard", "none"])
+@pytest.mark.parametrize("partition", ["spectral", "contiguous", "random"])
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6), (1, 5), (5, 1), (1, 1)])
+def test_as_many_blocks_as_the_smaller_side_give_the_oracles_output(
+    shape: tuple[int, int], partition: str, modulation: str
+) -> None:
+    layer = layer_of(
+        torch.randn(shape, dtype=torch.float64),
+        r=7,
+        num_blocks=min(shape),
+        alpha=3.0,
+        partition=partition,
+        modulation=modulation,
+    )
+    x = torch.randn(3, shape[1], dtype=torch.float64)
+    assert_close(layer(x), oracle_output(layer, x))
+
+
+@pytest.mark.parametrize("r", [1, 24, 200])
+def test_a_rank_beyond_the_blocks_size_gives_the_oracles_output_and_gradients(r: int) -> None:
+    layer = layer_of(torch.randn(6, 8, dtype=torch.float64), r=r, num_blocks=2, alpha=5.0)
+    x = torch.randn(3, 8, dtype=torch.float64)
+    A, B = (factor.detach().clone().requires_grad_() for factor in factors(layer))
+    expected = x @ (base_weight(layer) + oracle_delta(layer, A=A, B=B)).T
+    y = layer(x)
+    assert_close(y, expected)
+    y.square().sum().backward()
+    expected.square().sum().backward()
+    for found, oracle in zip(factors(layer), (A, B), strict=True):
+        assert_close(found.grad, oracle.grad)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_layer_is_the_oracles_whatever_its_sizes_blocks_ranks_and_dtype(data: st.DataObject) -> None:
+    m, n = data.draw(st.integers(1, 20), "m"), data.draw(st.integers(1, 20), "n")
+    num_blocks = data.draw(st.integers(1, min(m, n)), "K")
+    block_ranks = data.draw(
+        st.lists(st.integers(0, 6), min_size=num_blocks, max_size=num_blocks).filter(any), "block_ranks"
+    )
+    dtype = data.draw(st.sampled_from(DTYPES), "dtype")
+    torch.manual_seed(data.draw(st.integers(0, 1000), "seed"))
+    layer = adapted_layer(
+        base_layer(m, n, conv1d=data.draw(st.booleans(), "conv1d"), dtype=dtype),
+        r=sum(block_ranks),
+        block_ranks=block_ranks,
+        num_blocks=num_blocks,
+        alpha=data.draw(st.floats(0.1, 20), "alpha"),
+        partition=data.draw(st.sampled_from(["spectral", "contiguous", "random"]), "partition"),
+        modulation=data.draw(st.sampled_from(["hadamard", "none"]), "modulation"),
+    )
+    assert ranks(layer) == block_ranks
+    x = torch.randn(data.draw(st.integers(1, 70), "tokens"), n, dtype=dtype)
+    expected = oracle_output(layer, x)
+    # in half precision rounding is in proportion to the largest summand, not to what is left of the sum
+    scale = max(1.0, float(expected.abs().max()))
+    assert_close(layer(x).double() / scale, expected / scale, dtype=dtype)
+    layer.merge(safe_merge=True)
+    assert_close(layer(x).double() / scale, expected / scale, dtype=dtype)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_a_merge_is_undone_bit_for_bit_whatever_the_weight_holds(data: st.DataObject) -> None:
+    dtype = data.draw(st.sampled_from(DTYPES), "dtype")
+    numbers = st.sampled_from([0.0, -0.0, 1.0, -3.5, torch.finfo(dtype).max, torch.finfo(dtype).tiny, 6e-8, 1e-3])
+    m, n = data.draw(st.integers(2, 6), "m"), data.draw(st.integers(2, 6), "n")
+    values = data.draw(st.lists(numbers, min_size=m * n, max_size=m * n), "weight")
+    weight = torch.tensor(values, dtype=torch.float64).to(dtype).reshape(m, n)
+    layer = layer_of(weight, r=3, num_blocks=2, partition="contiguous")
+    layer.merge()
+    layer.unmerge()
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]  # so that 0 and -0 differ
+    assert torch.equal(base_weight(layer).view(bits), weight.view(bits))
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def trained(num_threads: int) -> dict[str, Tensor]:
+    """The adapter and the losses of three steps on a tiny model."""
+    torch.set_num_threads(num_threads)
+    torch.manual_seed(5)
+    model = get_peft_model(tiny_models.build("llama"), SmoaConfig(r=6, num_blocks=2, target_modules="all-linear"))
+    for module in model.modules():
+        if isinstance(module, SmoaLayer):
+            randomise(module, scale=0.1)
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    losses = []
+    for _ in range(3):
+        loss = model(**tiny_models.batch("llama")).loss
+        loss.backward()
+        losses.append(loss.detach())
+        optimiser.step()
+        optimiser.zero_grad()
+    state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items() if ".smoa_" in name}
+    return state | {"losses": torch.stack(losses)}
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_one_thread_gives_the_same_twice_and_two_threads_the_same_within_the_tolerance() -> None:
+    one, again, two = trained(1), trained(1), trained(2)
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    for name, tensor in one.items():
+        if tensor.dtype == torch.uint8:
+            assert torch.equal(two[name], tensor), "labels"
+        else:
+            assert_close(two[name], tensor)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_scores_of_a_large_weight_are_the_same_within_the_tolerance_on_two_threads() -> None:
+    weight = torch.randn(384, 256)
+    found = spectral_scores(weight)
+    torch.set_num_threads(1)
+    for ours, theirs in zip(found, spectral_scores(weight), strict=True):
+        # scores run up to 255, so that is what is relative
+        assert ((ours - theirs).abs().max() / 255) < TOLERANCE[torch.float32].rtol
+
+
+def test_a_weight_that_is_not_finite_is_refused_by_the_name_of_its_layer() -> None:
+    for value, kind in itertools.product([float("nan"), float("inf")], [nn.Linear]):
+        model = Wrapper(kind(6, 6))
+        with torch.no_grad():
+            model.layer.weight[2, 3] = value
+        with pytest.raises(ValueError, match=r"layer: .*NaN or infinite"):
+            get_peft_model(model, SmoaConfig(r=2, target_modules=["layer"]))

@@ -1,0 +1,244 @@
+"""The partition is part of the saved adapter: loading decides nothing anew and adds nothing else to the file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from smoa import AdapterFileError, SmoaConfig, make_partition
+from smoa.layers.layer import SmoaLayer
+from smoa.maths.spectrum_cache import clear_spectrum_cache
+from tests import reference
+from tests.support import tiny_models
+from tests.support.adapter_files import rewritten, with_settings
+from tests.support.decompositions import NoDecomposition
+from tests.support.layers import adapted_layer, base_layer, base_weight, factors, labels, oracle_delta, randomise, ranks
+from tests.support.tolerance import assert_close
+
+PARTITIONS = ["spectral", "contiguous", "random"]
+CONFIG = {"r": 5, "num_blocks": 3, "alpha": 8.0, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+
+
+def smoa_layers(model: torch.nn.Module) -> dict[str, SmoaLayer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, SmoaLayer)}
+
+
+def trained_llama(family: str = "llama", **config: object) -> PeftModel:
+    model = get_peft_model(tiny_models.build(family), SmoaConfig(**{**CONFIG, **config}))
+    for layer in smoa_layers(model).values():
+        randomise(layer)
+    return model.eval()
+
+
+def saved(model: PeftModel, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    return folder
+
+
+def perturbed(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model with other weights, so that a new decomposition would give other labels."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+BASES: dict[str, Callable[[], PreTrainedModel]] = {
+    "the same base": lambda: tiny_models.build("llama"),
+    "a base in bfloat16": lambda: tiny_models.build("llama", torch.bfloat16),
+    "a base in float16": lambda: tiny_models.build("llama", torch.float16),
+    "a base in float64": lambda: tiny_models.build("llama", torch.float64),
+    "a base with other weights": lambda: perturbed(tiny_models.build("llama")),
+}
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True], ids=["", "low_cpu_mem_usage"])
+@pytest.mark.parametrize("is_trainable", [False, True], ids=["", "is_trainable"])
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_loading_decomposes_nothing_and_gives_the_saved_labels(
+    tmp_path: Path, partition: str, base: str, is_trainable: bool, low_cpu_mem_usage: bool
+) -> None:
+    model = trained_llama(partition=partition)
+    folder, other_base = saved(model, tmp_path), BASES[base]()
+    clear_spectrum_cache()  # or a decomposition might go unseen
+    with NoDecomposition():
+        loaded = PeftModel.from_pretrained(
+            other_base, folder, is_trainable=is_trainable, low_cpu_mem_usage=low_cpu_mem_usage
+        )
+        loaded(**tiny_models.batch("llama"))
+    for (name, layer), original in zip(smoa_layers(loaded).items(), smoa_layers(model).values(), strict=True):
+        assert labels(layer) == labels(original), name
+        assert {p.device.type for p in layer.parameters()} == {"cpu"}
+        assert all(p.requires_grad == is_trainable for p in factors(layer))
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("modulation", ["hadamard", "none"])
+def test_a_loaded_adapter_applies_the_same_formula_to_the_base_it_is_on(
+    tmp_path: Path, base: str, modulation: str
+) -> None:
+    model = trained_llama(modulation=modulation)
+    loaded = PeftModel.from_pretrained(BASES[base](), saved(model, tmp_path))
+    for name, layer in smoa_layers(loaded).items():
+        original = smoa_layers(model)[name]
+        expected = reference.delta_weight(
+            base_weight(layer).double(),
+            *(factor.detach().double() for factor in factors(original)),
+            *labels(original),
+            ranks(original),
+            8.0 / 5,
+            modulation,
+        )
+        assert_close(layer.get_delta_weight("default"), expected, dtype=torch.float32)
+
+
+def test_a_loaded_adapter_gives_the_same_output_bit_for_bit(tmp_path: Path) -> None:
+    model, batch = trained_llama(), tiny_models.batch("llama")
+    loaded = PeftModel.from_pretrained(tiny_models.build("llama"), saved(model, tmp_path)).eval()
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+
+
+def test_a_reloaded_and_saved_adapter_has_the_same_bytes(tmp_path: Path) -> None:
+    first = saved(trained_llama(), tmp_path / "first")
+    loaded = PeftModel.from_pretrained(perturbed(tiny_models.build("llama")), first)
+    second = saved(loaded, tmp_path / "second")
+    name = "adapter_model.safetensors"
+    assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def test_a_second_adapter_is_loaded_beside_the_first_without_a_decomposition(tmp_path: Path) -> None:
+    other = trained_llama(num_blocks=2, partition="random")
+    folder = saved(other, tmp_path)
+    model = trained_llama()
+    before = {name: labels(layer) for name, layer in smoa_layers(model).items()}
+    with NoDecomposition():
+        model.load_adapter(folder, "other")
+        model.set_adapter("other")
+        model(**tiny_models.batch("llama"))
+    for name, layer in smoa_layers(model).items():
+        assert labels(layer, "other") == labels(smoa_layers(other)[name])
+        assert labels(layer) == before[name]
+
+
+def test_training_goes_on_from_a_loaded_adapter(tmp_path: Path) -> None:
+    folder = saved(trained_llama(), tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_models.build("llama"), folder, is_trainable=True)
+    with NoDecomposition():
+        loaded(**tiny_models.batch("llama")).loss.backward()
+    assert all(factor.grad is not None for layer in smoa_layers(loaded).values() for factor in factors(layer))
+
+
+def test_the_file_holds_factors_and_labels_and_nothing_else(tmp_path: Path) -> None:
+    model = trained_llama()
+    tensors = load_file(saved(model, tmp_path) / "adapter_model.safetensors")
+    expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for name, layer in smoa_layers(model).items():
+        A_shape, B_shape = reference.factor_shapes(layer.out_features, layer.in_features, 3, 5)
+        expected[f"{name}.smoa_A.weight"] = (A_shape, torch.float32)
+        expected[f"{name}.smoa_B.weight"] = (B_shape, torch.float32)
+        expected[f"{name}.smoa_row_labels"] = ((layer.out_features,), torch.uint8)
+        expected[f"{name}.smoa_col_labels"] = ((layer.in_features,), torch.uint8)
+    assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()} == expected
+    assert all(name.startswith("base_model.model.model.layers.") for name in tensors)
+
+
+def test_the_file_is_as_large_as_the_parameters_and_a_byte_per_coordinate(tmp_path: Path) -> None:
+    # K = 4 and r = 8 divide every side of q_proj and up_proj: no padding
+    model = trained_llama(num_blocks=4, r=8, target_modules=["q_proj", "up_proj"])
+    file = saved(model, tmp_path) / "adapter_model.safetensors"
+    values = labels_bytes = 0
+    for layer in smoa_layers(model).values():
+        values += 8 * (layer.out_features + layer.in_features) // 4
+        labels_bytes += layer.out_features + layer.in_features
+    header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    assert file.stat().st_size - header == 4 * values + labels_bytes
+
+
+def test_an_adapter_made_from_a_saved_config_alone_decides_its_labels_before_it_is_saved(tmp_path: Path) -> None:
+    config = SmoaConfig.from_pretrained(saved(trained_llama(), tmp_path / "first"))
+    model = get_peft_model(tiny_models.build("llama"), config)
+    tensors = load_file(saved(model, tmp_path / "second") / "adapter_model.safetensors")
+    for name, layer in smoa_layers(model).items():
+        own = tensors[f"{name}.smoa_row_labels"].tolist(), tensors[f"{name}.smoa_col_labels"].tolist()
+        assert own == reference.spectral_labels(base_weight(layer), 3)
+
+
+def test_the_labels_of_a_model_adapted_on_the_meta_device_are_decided_once_weights_are_there() -> None:
+    with torch.device("meta"):
+        model = get_peft_model(tiny_models.llama(), SmoaConfig(**CONFIG))
+    real = tiny_models.build("llama").state_dict()
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if "smoa_" not in name:
+                tensor.copy_(real[name.removeprefix("base_model.model.").replace(".base_layer", "")])
+    for layer in smoa_layers(model).values():
+        expected = reference.spectral_labels(base_weight(layer), 3)
+        partition = layer.partition("default")
+        assert (partition.row_labels.tolist(), partition.col_labels.tolist()) == expected
+
+
+ROW_LABELS = "base_model.model.model.layers.1.self_attn.v_proj.smoa_row_labels"
+MODULE = r"layers\.1\.self_attn\.v_proj"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda t: t.update({ROW_LABELS: t[ROW_LABELS][:-1]}), id="too short"),
+        pytest.param(lambda t: t.update({ROW_LABELS: torch.cat([t[ROW_LABELS]] * 2)}), id="too long"),
+        pytest.param(lambda t: t.update({ROW_LABELS: t[ROW_LABELS][None]}), id="of two dimensions"),
+        pytest.param(lambda t: t.update({ROW_LABELS: t[ROW_LABELS].long()}), id="of another dtype"),
+        pytest.param(lambda t: t[ROW_LABELS].fill_(0), id="all in one block"),
+        pytest.param(lambda t: t[ROW_LABELS].add_(1), id="beyond the last block"),
+        pytest.param(lambda t: t[ROW_LABELS].fill_(255), id="undecided"),
+        pytest.param(lambda t: t.pop(ROW_LABELS), id="missing"),
+    ],
+)
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True], ids=["", "low_cpu_mem_usage"])
+def test_labels_that_do_not_fit_the_layer_are_refused_by_name(
+    tmp_path: Path, change: Callable[[dict[str, Tensor]], object], low_cpu_mem_usage: bool
+) -> None:
+    folder = rewritten(saved(trained_llama(), tmp_path), change)
+    with pytest.raises(AdapterFileError, match=MODULE):
+        PeftModel.from_pretrained(tiny_models.build("llama"), folder, low_cpu_mem_usage=low_cpu_mem_usage)
+
+
+def test_labels_of_another_number_of_blocks_are_refused(tmp_path: Path) -> None:
+    folder = with_settings(saved(trained_llama(num_blocks=4, r=8), tmp_path), num_blocks=2)
+    with pytest.raises(AdapterFileError, match=r"self_attn\.[qv]_proj|down_proj"):
+        PeftModel.from_pretrained(tiny_models.build("llama"), folder)
+
+
+def test_one_oracle_speaks_for_saved_and_loaded(tmp_path: Path) -> None:
+    loaded = PeftModel.from_pretrained(tiny_models.build("llama"), saved(trained_llama(), tmp_path))
+    for layer in smoa_layers(loaded).values():
+        assert_close(layer.get_delta_weight("default"), oracle_delta(layer))
+
+
+def test_weights_that_come_after_the_adapter_decide_its_partition() -> None:
+    with torch.device("meta"):
+        layer = adapted_layer(nn.Linear(8, 12), trained=False, r=4, num_blocks=2)
+    layer.base_layer.weight = nn.Parameter(torch.randn(12, 8))
+    expected = make_partition(layer.base_layer.weight, 2)
+    assert torch.equal(layer.partition("default").row_labels, expected.row_labels)
+    assert torch.equal(layer.partition("default").col_labels, expected.col_labels)
+
+
+def test_labels_that_have_come_in_the_meantime_are_not_computed_again() -> None:
+    layer = adapted_layer(base_layer(12, 8), r=4, num_blocks=2)
+    layer.update_layer("late", SmoaConfig(r=4, num_blocks=2), (2, 2), 4, defer_partition=True)
+    loaded = make_partition(torch.randn(12, 8), 2)
+    layer.smoa_row_labels["late"].copy_(loaded.row_labels)
+    layer.smoa_col_labels["late"].copy_(loaded.col_labels)
+    assert torch.equal(layer.partition("late").row_labels, loaded.row_labels)
+    assert torch.equal(layer.partition("late").col_labels, loaded.col_labels)
+    assert not torch.equal(layer.partition("default").row_labels, loaded.row_labels)

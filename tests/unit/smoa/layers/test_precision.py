@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+from smoa import cached_weights
+from smoa.layers.layer import SmoaLayer
+from tests.support.layers import adapted_layer, base_layer, base_weight, factors, labels, oracle_delta, oracle_output
+
+HALVES = [torch.bfloat16, torch.float16]
+RELATIVE_SIZES = [3e-4, 1e-3, 1e-2]
+
+
+def layer_of_relative_size(
+    dtype: torch.dtype, size: float, *, conv1d: bool = False, factors_in_float32: bool
+) -> SmoaLayer:
+    """A layer whose delta W is W times entries of rms `size` in its diagonal blocks, with |W| as in real models."""
+    base = base_layer(96, 64, conv1d=conv1d, dtype=dtype)
+    with torch.no_grad():
+        base.weight.normal_(std=0.02)
+    layer = adapted_layer(base, r=16, num_blocks=4)
+    if factors_in_float32:  # as get_peft_model has it, unless autocast_adapter_dtype=False
+        layer.smoa_A.float()
+        layer.smoa_B.float()
+    row_labels, col_labels = (torch.tensor(side) for side in labels(layer))
+    same_block = row_labels[:, None] == col_labels
+    delta = (oracle_delta(layer) / base_weight(layer).double())[same_block]
+    with torch.no_grad():
+        factors(layer)[1].mul_(size / delta.square().mean().sqrt())
+    return layer
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.detach().double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("factors_in_float32", [True, False], ids=["fp32 factors", "half factors"])
+@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
+@pytest.mark.parametrize("size", RELATIVE_SIZES)
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_small_update_survives_half_precision(
+    dtype: torch.dtype, size: float, conv1d: bool, factors_in_float32: bool
+) -> None:
+    layer = layer_of_relative_size(dtype, size, conv1d=conv1d, factors_in_float32=factors_in_float32)
+    x = torch.randn(200, 64).to(dtype)
+    assert relative_error(layer.branch_output(x, "default"), x.double() @ oracle_delta(layer).T) <= 0.01
+
+
+@pytest.mark.parametrize("size", RELATIVE_SIZES)
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_small_update_survives_autocast(dtype: torch.dtype, size: float) -> None:
+    layer = layer_of_relative_size(torch.float32, size, factors_in_float32=True)
+    x = torch.randn(200, 64)
+    with torch.autocast("cpu", dtype):
+        contribution = layer.branch_output(x, "default")
+    assert relative_error(contribution, x.double() @ oracle_delta(layer).T) <= 0.01
+
+
+@pytest.mark.parametrize("tokens", [1, 200])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_no_half_precision_route_folds_the_update_into_the_weight(dtype: torch.dtype, tokens: int) -> None:
+    layer = layer_of_relative_size(dtype, 1e-3, factors_in_float32=True)
+    base = layer.get_base_layer()
+    x = torch.randn(tokens, 64).to(dtype)
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            y, plain = layer(x), base(x)
+            contribution = layer.branch_output(x, "default")
+        assert torch.equal(y, plain + contribution.to(dtype))
+
+
+@pytest.mark.parametrize("size", RELATIVE_SIZES)
+def test_a_small_update_survives_float32(size: float) -> None:
+    layer = layer_of_relative_size(torch.float32, size, factors_in_float32=True)
+    x = torch.randn(200, 64)
+    expected = oracle_output(layer, x)
+    without = x.double() @ base_weight(layer).double().T + layer.get_base_layer().bias.double()
+    assert relative_error(layer(x).double() - without, expected - without) <= 0.01
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_gradients_of_the_factors_survive_half_precision(dtype: torch.dtype) -> None:
+    layer = layer_of_relative_size(dtype, 1e-3, factors_in_float32=True)
+    x, gradient = torch.randn(200, 64).to(dtype), torch.randn(200, 96).to(dtype)
+    layer(x).backward(gradient)
+    A, B = (factor.detach().double().requires_grad_() for factor in factors(layer))
+    (x.double() @ oracle_delta(layer, A=A, B=B).T).backward(gradient.double())
+    assert relative_error(factors(layer)[0].grad, A.grad) <= 0.01
+    assert relative_error(factors(layer)[1].grad, B.grad) <= 0.01
+
+
+ROUNDING = [
+    pytest.param(lambda: torch.autocast("cpu", torch.bfloat16), id="autocast"),
+    pytest.param(lambda: matmul_precision("high"), id="TF32"),
+    pytest.param(lambda: matmul_precision("medium"), id="bf16 products"),
+]
+
+
+@contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("rounding", ROUNDING)
+@pytest.mark.parametrize("grad", [True, False])
+def test_the_update_is_added_apart_where_products_are_rounded(
+    grad: bool, rounding: Callable[[], AbstractContextManager[None]]
+) -> None:
+    """In W + ΔW it would be lost in the weight's rounding, on the machines that do round."""
+    layer = layer_of_relative_size(torch.float32, 1e-3, factors_in_float32=True)
+    x = torch.randn(200, 64)
+    with torch.set_grad_enabled(grad), rounding():
+        contribution = layer.branch_output(x, "default")
+        plain = layer.get_base_layer()(x)
+        assert torch.equal(layer(x), plain + contribution.to(plain.dtype))
+
+
+@pytest.mark.parametrize("rounding", ROUNDING)
+def test_the_cache_keeps_the_update_apart_where_products_are_rounded(
+    rounding: Callable[[], AbstractContextManager[None]],
+) -> None:
+    layer = layer_of_relative_size(torch.float32, 1e-3, factors_in_float32=True)
+    x = torch.randn(200, 64)
+    with torch.no_grad(), cached_weights(layer):
+        layer(x)
+        cache = layer.smoa_weight_cache
+        assert cache is not None
+        assert cache.effective is not None
+        with rounding():
+            layer(x)
+            assert cache.effective is None
+            assert relative_error(cache.blocks[0].output(x), x.double() @ oracle_delta(layer).T) <= 0.01

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from smoa import cached_weights
+from smoa.layers.linear import Linear
+from tests.support.layers import adapted_layer, base_layer
+from tests.support.tolerance import assert_close
+
+
+def output(layer: Linear, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return layer(x)
+
+
+@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
+@pytest.mark.parametrize("modulation", ["hadamard", "none"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_cache_does_not_change_the_output(dtype: torch.dtype, modulation: str, conv1d: bool) -> None:
+    layer = adapted_layer(base_layer(13, 11, dtype=dtype, conv1d=conv1d), num_blocks=3, modulation=modulation)
+    x = torch.randn(2, 3, 11).to(dtype)
+    expected = output(layer, x)
+    with cached_weights(layer):
+        for _ in range(2):
+            assert_close(output(layer, x), expected, dtype)
+
+
+def test_the_weight_is_formed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = adapted_layer(base_layer(13, 11, dtype=torch.float32))
+    formed = []
+    original = layer.merged_weight
+    monkeypatch.setattr(layer, "merged_weight", lambda names: formed.append(names) or original(names))
+    with cached_weights(layer):
+        for _ in range(3):
+            output(layer, torch.randn(1, 11))
+    assert len(formed) == 1
+
+
+def test_without_the_context_nothing_is_kept() -> None:
+    layer = adapted_layer(base_layer(13, 11, dtype=torch.float32))
+    output(layer, torch.randn(1, 11))
+    assert layer.smoa_weight_cache is None
+    with cached_weights(layer):
+        output(layer, torch.randn(1, 11))
+        assert layer.smoa_weight_cache is not None
+    assert layer.smoa_weight_cache is None
+
+
+def change_factor(layer: Linear) -> None:
+    layer.smoa_B["default"].weight.mul_(3)
+
+
+def replace_factor(layer: Linear) -> None:
+    layer.smoa_A["default"].weight = torch.nn.Parameter(torch.randn_like(layer.smoa_A["default"].weight))
+
+
+def change_base(layer: Linear) -> None:
+    layer.get_base_layer().weight.mul_(2)
+
+
+def change_labels(layer: Linear) -> None:
+    layer.smoa_row_labels["default"].copy_(layer.smoa_row_labels["default"].flip(0))
+
+
+def change_scale(layer: Linear) -> None:
+    layer.set_scale("default", 7)
+
+
+def change_dtype(layer: Linear) -> None:
+    layer.double()
+
+
+def activate_another(layer: Linear) -> None:
+    layer.set_adapter(["default", "other"])
+
+
+def disable(layer: Linear) -> None:
+    layer.enable_adapters(False)
+
+
+CHANGES = [
+    change_factor,
+    replace_factor,
+    change_base,
+    change_labels,
+    change_scale,
+    change_dtype,
+    activate_another,
+    disable,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
+def test_every_change_is_seen(change: object, conv1d: bool) -> None:
+    from smoa import SmoaConfig
+
+    layer = adapted_layer(base_layer(12, 12, dtype=torch.float32, conv1d=conv1d), num_blocks=3)
+    layer.update_layer("other", SmoaConfig(r=4, num_blocks=2, init_weights=False), (2, 2), 4)
+    layer.set_adapter("default")
+    x = torch.randn(2, 12)
+    with cached_weights(layer):
+        before = output(layer, x)
+        with torch.no_grad():
+            change(layer)  # type: ignore[operator]
+        x = x.to(layer.get_base_layer().weight.dtype)
+        cached = output(layer, x)
+    torch.testing.assert_close(cached, output(layer, x))
+    if change is not change_dtype:
+        assert not torch.allclose(cached, before)
+
+
+def test_training_ignores_the_cache() -> None:
+    layer = adapted_layer(base_layer(12, 10))
+    x = torch.randn(2, 10, dtype=torch.float64)
+    with cached_weights(layer):
+        output(layer, x)
+        layer(x).sum().backward()
+    assert layer.smoa_B["default"].weight.grad is not None

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from smoa import SmoaConfig, clear_spectrum_cache, make_partition
+from smoa.maths.spectrum_cache import CACHE_VARIABLE, cached_spectral_scores
+from tests.support.layers import adapted_layer, base_layer
+
+
+@pytest.fixture(autouse=True)
+def _empty_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(CACHE_VARIABLE, raising=False)
+    clear_spectrum_cache()
+
+
+@pytest.fixture
+def decompositions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for each decomposition that has run."""
+    ran: list[int] = []
+    eigh = torch.linalg.eigh
+
+    def counting(matrix: torch.Tensor, **kwargs: str) -> object:
+        ran.append(len(matrix))
+        return eigh(matrix, **kwargs)
+
+    monkeypatch.setattr(torch.linalg, "eigh", counting)
+    return ran
+
+
+def test_a_second_adapter_with_another_number_of_blocks_costs_no_decomposition(decompositions: list[int]) -> None:
+    layer = adapted_layer(base_layer(24, 20), num_blocks=2)
+    layer.update_layer("other", SmoaConfig(r=6, num_blocks=5), (2, 1, 1, 1, 1), 6)
+    assert len(decompositions) == 1
+    expected = make_partition(layer.pristine_weight(), 5)
+    assert torch.equal(layer.partition("other").row_labels, expected.row_labels)
+    assert torch.equal(layer.partition("other").col_labels, expected.col_labels)
+
+
+def test_a_changed_weight_is_decomposed_anew(decompositions: list[int]) -> None:
+    weight = torch.randn(9, 7)
+    cached_spectral_scores(weight)
+    weight.data[0, 0] += 1
+    cached_spectral_scores(weight)
+    assert len(decompositions) == 2
+
+
+def test_weights_of_equal_bytes_and_other_shape_are_told_apart() -> None:
+    weight = torch.randn(6, 4)
+    cached_spectral_scores(weight)
+    rows, cols = cached_spectral_scores(weight.reshape(4, 6))
+    assert (len(rows), len(cols)) == (4, 6)
+
+
+def test_a_folder_saves_the_next_process_the_decomposition(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decompositions: list[int]
+) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "spectra"))
+    weight = torch.randn(12, 10, dtype=torch.float64)
+    first = cached_spectral_scores(weight)
+    clear_spectrum_cache()
+    second = cached_spectral_scores(weight)
+    assert len(decompositions) == 1
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert [path.suffix for path in (tmp_path / "spectra").iterdir()] == [".safetensors"]
+
+
+def test_a_broken_cache_file_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decompositions: list[int]
+) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    weight = torch.randn(12, 10)
+    cached_spectral_scores(weight)
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:20])
+    clear_spectrum_cache()
+    cached_spectral_scores(weight)
+    assert len(decompositions) == 2
+    assert file.read_bytes() == whole
+
+
+def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("smoa.maths.spectrum_cache.MEMORY_LIMIT", 200)
+    for _ in range(5):
+        cached_spectral_scores(torch.randn(10, 10))
+    from smoa.maths import spectrum_cache
+
+    assert len(spectrum_cache._memory) <= 2
+
+
+@pytest.mark.parametrize(
+    "other", [{"row_scores": torch.zeros(12)}, {name: torch.zeros(7) for name in ("row_scores", "col_scores")}]
+)
+def test_a_cache_file_of_another_weight_is_replaced(
+    other: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decompositions: list[int]
+) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    weight = torch.randn(12, 10)
+    first = cached_spectral_scores(weight)
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    save_file(other, file)
+    clear_spectrum_cache()
+    assert all(torch.equal(a, b) for a, b in zip(cached_spectral_scores(weight), first, strict=True))
+    assert len(decompositions) == 2
+    assert file.read_bytes() == whole
+
+
+def test_a_folder_that_cannot_be_written_is_told_and_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decompositions: list[int]
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file"))
+    with pytest.warns(RuntimeWarning, match="SMOA_SPECTRUM_CACHE: can't keep scores in .*file"):
+        cached_spectral_scores(torch.randn(12, 10))
+    assert len(decompositions) == 1
+
+
+def test_a_full_disk_leaves_no_half_written_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(tensors: object, file: Path) -> None:
+        file.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setattr("smoa.maths.spectrum_cache.save_file", full)
+    with pytest.warns(RuntimeWarning, match="No space left"):
+        cached_spectral_scores(torch.randn(12, 10))
+    assert not list(tmp_path.iterdir())

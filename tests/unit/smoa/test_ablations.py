@@ -1,0 +1,139 @@
+"""What takes one idea out of the method, or changes its sizes: noise for the anchor, unit anchors, A = 0 at first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from smoa import ConfigError, PartitionError, SmoaConfig
+from smoa.export.merge import merge_and_save
+from smoa.layers.layer import SmoaLayer
+from tests import reference
+from tests.support import lab
+from tests.support.layers import Wrapper, adapted_layer, base_layer, base_weight, factors, labels, oracle_delta, ranks
+from tests.support.tolerance import assert_close
+
+
+def rms(weight: torch.Tensor) -> float:
+    return float(weight.double().square().mean().sqrt())
+
+
+def smoa_layers(model: nn.Module) -> dict[str, SmoaLayer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, SmoaLayer)}
+
+
+def llama(folder: Path, **options: object) -> PeftModel:
+    """A tiny Llama with an adapter that is no no-op."""
+    base = AutoModelForCausalLM.from_pretrained(lab.tiny_base(folder))
+    settings: dict[str, object] = {"r": 4, "num_blocks": 2, "alpha": 3.0, "target_modules": ["q_proj", "down_proj"]}
+    return get_peft_model(base, SmoaConfig(**{**settings, "init_weights": False, **options}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
+def test_a_noise_anchor_gives_the_oracles_output_and_gradients_with_noise_for_the_weight(conv1d: bool) -> None:
+    layer = adapted_layer(base_layer(17, 10, conv1d=conv1d), r=5, alpha=3.0, num_blocks=3, modulation="noise")
+    x = torch.randn(4, 10, dtype=torch.float64, requires_grad=True)
+    A, B = factors(layer)
+    twins = [tensor.detach().clone().requires_grad_() for tensor in (x, A, B)]
+    delta = reference.delta_weight(
+        layer.anchor("default").detach(), *twins[1:], *labels(layer), ranks(layer), layer.scaling["default"]
+    )
+    expected = reference.forward(twins[0], base_weight(layer), layer.get_base_layer().bias, [delta])
+    y = layer(x)
+    assert_close(y, expected)
+    found = torch.autograd.grad(y.sin().sum(), [x, A, B])
+    for own, oracles in zip(found, torch.autograd.grad(expected.sin().sum(), twins), strict=True):
+        assert_close(own, oracles)
+    assert_close(layer.delta("default"), delta)
+
+
+def test_noise_has_the_weights_norm_and_nothing_else_of_it() -> None:
+    layer = adapted_layer(base_layer(60, 40), r=4, num_blocks=2, modulation="noise")
+    noise, weight = layer.anchor("default"), base_weight(layer)
+    assert float(noise.norm() / weight.norm()) == pytest.approx(1, rel=1e-5)
+    correlation = float((noise * weight).sum() / (noise.norm() * weight.norm()))
+    assert abs(correlation) < 0.1
+    assert torch.equal(noise, layer.anchor("default"))
+
+
+@pytest.mark.parametrize("options", [{"modulation": "noise"}, {"normalize_anchor": True}], ids=str)
+def test_a_reloaded_adapter_has_the_same_update_and_merges_the_same_on_disk(
+    options: dict[str, object], tmp_path: Path
+) -> None:
+    model = llama(tmp_path / "base", **options)
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(llama(tmp_path / "base").unload(), tmp_path / "adapter")
+    merge_and_save(tmp_path / "adapter", tmp_path / "merged", base=tmp_path / "base")
+    merged = type(model.get_base_model()).from_pretrained(tmp_path / "merged").state_dict()
+    theirs = smoa_layers(again)
+    for name, layer in smoa_layers(model).items():
+        assert_close(theirs[name].delta("default"), layer.delta("default"))
+        key = name.removeprefix("base_model.model.") + ".weight"
+        assert_close(merged[key], base_weight(layer) + layer.delta("default"))
+
+
+def test_a_normalized_anchor_divides_alpha_by_the_weights_rms(tmp_path: Path) -> None:
+    model = llama(tmp_path, normalize_anchor=True, alpha_pattern={"down_proj": 5.0})
+    for name, layer in smoa_layers(model).items():
+        alpha = 5.0 if name.endswith("down_proj") else 3.0
+        assert layer.alpha["default"] == pytest.approx(alpha / rms(base_weight(layer)), rel=1e-5)
+        assert layer.scaling["default"] == pytest.approx(layer.alpha["default"] / 4)
+        assert_close(layer.delta("default").double(), oracle_delta(layer), dtype=torch.float32)
+
+
+def test_a_random_adapter_is_as_large_with_a_normalized_anchor_as_without() -> None:
+    sizes = []
+    for normalize in (False, True):
+        torch.manual_seed(0)
+        layer = adapted_layer(
+            base_layer(12, 10), trained=False, r=4, num_blocks=2, init_weights=False, normalize_anchor=normalize
+        )
+        sizes.append(layer.delta("default").detach().norm().item())
+    assert sizes[0] == pytest.approx(sizes[1], rel=1e-4)
+
+
+def test_a_config_that_is_used_again_is_normalized_for_the_new_weights() -> None:
+    config = SmoaConfig(r=4, num_blocks=2, target_modules=["layer"], normalize_anchor=True)
+    for _ in range(2):
+        layer = inject_adapter_in_model(config, Wrapper(base_layer(12, 10))).layer
+        assert layer.alpha["default"] == pytest.approx(4 / rms(base_weight(layer)), rel=1e-5)
+
+
+def test_a_weight_of_zeros_keeps_alpha() -> None:
+    base = nn.Linear(6, 6)
+    nn.init.zeros_(base.weight)
+    assert adapted_layer(base, r=2, num_blocks=2, normalize_anchor=True).alpha["default"] == 2
+
+
+def test_an_anchor_on_the_meta_device_cannot_be_normalized() -> None:
+    with pytest.raises(PartitionError, match="layer: normalize_anchor needs the base weights"):
+        adapted_layer(nn.Linear(6, 6, device="meta"), r=2, num_blocks=2, normalize_anchor=True)
+
+
+def test_an_adapter_with_A_zero_is_a_no_op_that_learns_by_A() -> None:
+    layer = adapted_layer(base_layer(12, 10), trained=False, r=4, num_blocks=2, init_weights="zero_A")
+    A, B = factors(layer)
+    assert (A == 0).all()
+    assert (B != 0).all()
+    x = torch.randn(5, 10, dtype=torch.float64)
+    y = layer(x)
+    assert torch.equal(y, layer.get_base_layer()(x))
+    y.sin().sum().backward()
+    assert A.grad is not None
+    assert (A.grad != 0).any()
+    assert (B.grad == 0).all()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"modulation": "nois"}, {"normalize_anchor": 1}, {"init_weights": "zero_B"}, {"normalized_alpha": {"a": -1.0}}],
+    ids=str,
+)
+def test_a_wrong_value_of_an_option_is_named(wrong: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        SmoaConfig(**wrong)  # type: ignore[arg-type]

@@ -1,0 +1,125 @@
+"""The members of the family meet their published selves: HiRA and LoRA as PEFT has them, MELoRA by its formula."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from peft import HiraConfig, LoraConfig, PeftConfig, get_peft_model, inject_adapter_in_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from smoa import SmoaConfig
+from smoa.layers.layer import SmoaLayer
+from tests.support.layers import Wrapper, adapted_layer, base_layer, base_weight, factors, randomise
+from tests.support.tolerance import assert_close
+
+# (out_features, in_features)
+SHAPES = [(12, 12), (17, 10), (9, 16)]
+
+
+def peft_layer(config: PeftConfig, base: nn.Module) -> nn.Module:
+    return inject_adapter_in_model(config, Wrapper(base)).layer
+
+
+def lora_twin(layer: SmoaLayer, alpha: float, conv1d: bool) -> tuple[nn.Module, list[nn.Parameter]]:
+    config = LoraConfig(r=layer.r["default"], lora_alpha=alpha, target_modules=["layer"], fan_in_fan_out=conv1d)
+    twin = peft_layer(config, layer.get_base_layer())
+    own = [twin.lora_A["default"].weight, twin.lora_B["default"].weight]
+    return twin, copy_factors(layer, own)
+
+
+def hira_twin(layer: SmoaLayer, conv1d: bool) -> tuple[nn.Module, list[nn.Parameter]]:
+    config = HiraConfig(r=layer.r["default"], target_modules=["layer"], fan_in_fan_out=conv1d)
+    twin = peft_layer(config, layer.get_base_layer())
+    return twin, copy_factors(layer, [twin.hira_A["default"], twin.hira_B["default"]])
+
+
+def copy_factors(layer: SmoaLayer, own: list[nn.Parameter]) -> list[nn.Parameter]:
+    for source, target in zip(factors(layer), own, strict=True):
+        assert source.shape == target.shape
+        target.data = source.detach().clone()
+    return own
+
+
+def values_and_gradients(layer: nn.Module, parameters: Sequence[Tensor], x: Tensor) -> list[Tensor]:
+    y = layer(x)
+    return [y, *torch.autograd.grad(y.sin().sum(), [x, *parameters])]
+
+
+@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
+@pytest.mark.parametrize(("out_features", "in_features"), SHAPES)
+def test_one_block_without_modulation_equals_peft_lora(out_features: int, in_features: int, conv1d: bool) -> None:
+    base = base_layer(out_features, in_features, conv1d=conv1d)
+    layer = adapted_layer(base, r=4, alpha=6.0, num_blocks=1, modulation="none")
+    twin, twin_factors = lora_twin(layer, 6.0, conv1d)
+    x = torch.randn(5, in_features, dtype=torch.float64, requires_grad=True)
+    expected = values_and_gradients(twin, twin_factors, x)
+    for own, loras in zip(values_and_gradients(layer, factors(layer), x), expected, strict=True):
+        assert_close(own, loras)
+    assert_close(layer.get_delta_weight("default"), twin.get_delta_weight("default"))
+
+
+@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
+@pytest.mark.parametrize(("out_features", "in_features"), SHAPES)
+def test_one_block_with_modulation_equals_peft_hira(out_features: int, in_features: int, conv1d: bool) -> None:
+    base = base_layer(out_features, in_features, conv1d=conv1d)
+    layer = adapted_layer(base, r=4, num_blocks=1)
+    twin, twin_factors = hira_twin(layer, conv1d)
+    x = torch.randn(5, in_features, dtype=torch.float64, requires_grad=True)
+    expected = values_and_gradients(twin, twin_factors, x)
+    for own, hiras in zip(values_and_gradients(layer, factors(layer), x), expected, strict=True):
+        assert_close(own, hiras)
+
+
+def test_one_block_with_modulation_merges_as_peft_hira() -> None:
+    base = base_layer(9, 16)
+    layer = adapted_layer(base, r=4, num_blocks=1)
+    twin, _ = hira_twin(layer, conv1d=False)
+    layer.merge()
+    merged = base.weight.detach().clone()
+    layer.unmerge()
+    twin.merge()
+    assert_close(merged, base.weight.detach())
+
+
+@pytest.mark.parametrize("modulation", ["hadamard", "none"])
+def test_the_partition_does_not_matter_with_one_block(modulation: str) -> None:
+    base = base_layer(9, 16)
+    x = torch.randn(5, 16, dtype=torch.float64)
+    settings = {"r": 4, "num_blocks": 1, "modulation": modulation}
+    outputs = []
+    for partition in ("spectral", "contiguous", "random"):
+        layer = adapted_layer(base, partition=partition, **settings)
+        torch.manual_seed(1)
+        randomise(layer)
+        outputs.append(layer(x))
+    for other in outputs[1:]:
+        assert_close(other, outputs[0])
+
+
+def test_contiguous_blocks_without_modulation_equal_melora() -> None:
+    layer = adapted_layer(base_layer(8, 10), r=4, num_blocks=2, modulation="none", partition="contiguous")
+    A, B = factors(layer)
+    x = torch.randn(5, 10, dtype=torch.float64)
+    small_loras = [x[:, :5] @ A[:2].T @ B[:, :2].T, x[:, 5:] @ A[2:].T @ B[:, 2:].T]
+    assert_close(layer.branch_output(x, "default"), torch.cat(small_loras, dim=1))
+
+
+def test_modulation_keeps_zero_weights_zero() -> None:
+    base = base_layer(8, 10)
+    with torch.no_grad():
+        base.weight[torch.rand(8, 10) < 0.5] = 0
+    layer = adapted_layer(base, r=4, num_blocks=2)
+    assert (layer.get_delta_weight("default")[base_weight(layer) == 0] == 0).all()
+
+
+@pytest.mark.parametrize("num_blocks", [2, 4])
+def test_at_loras_budget_smoa_affords_k_times_the_rank(num_blocks: int, tiny_llama: PreTrainedModel) -> None:
+    targets = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+    lora = get_peft_model(tiny_llama, LoraConfig(r=4, target_modules=targets))
+    budget, _ = lora.get_nb_trainable_parameters()
+    smoa_config = SmoaConfig(r=4 * num_blocks, num_blocks=num_blocks, target_modules=targets)
+    trainable, _ = get_peft_model(lora.unload(), smoa_config).get_nb_trainable_parameters()
+    assert trainable == budget

@@ -1,0 +1,58 @@
+"""What `import smoa` promises: names, version, types, and that it stays light."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import smoa
+from smoa._aliases import MOVED
+
+SOURCE = Path(smoa.__file__).parent
+
+
+def run_python(code: str) -> str:
+    """What a fresh interpreter prints."""
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_all_is_sorted_and_holds_each_name_once() -> None:
+    assert smoa.__all__ == sorted(set(smoa.__all__))
+
+
+def test_all_is_what_is_exported() -> None:
+    submodules = {path.stem for path in SOURCE.iterdir()} | MOVED.keys()
+    exported = {name for name in vars(smoa) if not name.startswith("_")} - submodules
+    plumbing = {"annotations", "check_peft_version", "ensure_peft_type", "register"}
+    assert exported - plumbing == set(smoa.__all__)
+
+
+@pytest.mark.parametrize("name", smoa.__all__)
+def test_every_public_name_is_documented(name: str) -> None:
+    assert (getattr(smoa, name).__doc__ or "").strip()
+
+
+def test_every_error_is_a_smoa_error() -> None:
+    errors = [getattr(smoa, name) for name in smoa.__all__ if name.endswith("Error")]
+    assert len(errors) > 1
+    assert all(issubclass(error, smoa.SmoaError) for error in errors)
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert smoa.__version__ == importlib.metadata.version("smoa")
+
+
+def test_the_package_says_that_it_is_typed() -> None:
+    assert (SOURCE / "py.typed").is_file()
+
+
+def test_importing_smoa_needs_nothing_of_the_lab() -> None:
+    lab = ["accelerate", "datasets", "gguf", "matplotlib", "pydantic", "rich", "typer"]
+    # peft imports accelerate and transformers imports others by itself: what counts is what smoa adds to them.
+    loaded = f"set({lab}) & set(sys.modules)"
+    code = f"import sys, peft, transformers; old = {loaded}; import smoa; print({loaded} - old)"
+    assert run_python(code) == "set()"

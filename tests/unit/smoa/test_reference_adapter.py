@@ -1,0 +1,60 @@
+"""TRL's DPO, KTO and GRPO trainers keep their start as a second adapter: same config, parameters copied by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from smoa import SmoaConfig
+from tests.support import tiny_models
+
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+
+
+def copy_as_trl_does(model: Any) -> None:
+    model.add_adapter("ref", model.peft_config["default"])
+    for name, parameter in model.named_parameters():
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+
+
+def logits_of(model: Any, adapter: str) -> Tensor:
+    model.set_adapter(adapter)
+    with torch.no_grad():
+        logits: Tensor = model(**tiny_models.batch("llama")).logits
+    return logits
+
+
+@pytest.mark.parametrize("partition", ["spectral", "contiguous", "random"])
+def test_the_reference_equals_the_start(tiny_llama: PreTrainedModel, partition: Any) -> None:
+    config = SmoaConfig(r=8, partition=partition, target_modules=TARGETS, init_weights=False)
+    model = get_peft_model(tiny_llama, config).eval()
+    copy_as_trl_does(model)
+    assert torch.equal(logits_of(model, "ref"), logits_of(model, "default"))
+
+
+def test_the_reference_equals_a_start_trained_on_other_weights(tiny_llama: PreTrainedModel, tmp_path: Any) -> None:
+    config = SmoaConfig(r=8, num_blocks=4, target_modules=TARGETS, init_weights=False)
+    get_peft_model(tiny_llama, config).save_pretrained(tmp_path)
+    other = tiny_models.build("llama")
+    with torch.no_grad():
+        for parameter in other.parameters():  # as after quantisation: another spectrum, so other blocks if computed
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model = PeftModel.from_pretrained(other, tmp_path, is_trainable=True).eval()
+    copy_as_trl_does(model)
+    assert torch.equal(logits_of(model, "ref"), logits_of(model, "default"))
+
+
+def test_adapters_of_configs_of_their_own_get_partitions_of_their_own(tiny_llama: PreTrainedModel) -> None:
+    def config() -> SmoaConfig:
+        return SmoaConfig(r=8, partition="random", target_modules=TARGETS)
+
+    model = get_peft_model(tiny_llama, config())
+    model.add_adapter("other", config())
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    assert not torch.equal(layer.partition("other").row_labels, layer.partition("default").row_labels)

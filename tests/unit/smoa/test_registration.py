@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import pickle
+import subprocess
+import sys
+from enum import StrEnum
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import PeftType
+
+import smoa
+from smoa import SmoaConfig, SmoaModel, UnsupportedVersionError, registration
+from smoa.registration import ensure_peft_type, register
+from tests.support import tiny_models
+
+CONFIG = SmoaConfig(
+    r=7, num_blocks=3, block_ranks=[4, 2, 1], alpha=2.5, target_modules=["q_proj", "v_proj"], smoa_dropout=0.1
+)
+
+
+def test_smoa_is_a_member_of_pefts_enum() -> None:
+    member = PeftType("SMOA")
+    assert member is PeftType.SMOA is PeftType["SMOA"]
+    assert member in list(PeftType)
+    assert isinstance(member, PeftType)
+    assert (member.name, member.value, str.__str__(member)) == ("SMOA", "SMOA", "SMOA")
+    assert member == "SMOA"
+    assert {"SMOA": 1}[member] == 1
+
+
+def test_the_other_members_are_left_as_they_were() -> None:
+    names = [member.name for member in PeftType]
+    assert len(names) == len(set(names))
+    assert PeftType("LORA") is PeftType.LORA
+    with pytest.raises(ValueError, match="NO_SUCH_METHOD"):
+        PeftType("NO_SUCH_METHOD")
+
+
+def test_smoa_is_in_pefts_tables() -> None:
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.SMOA] is SmoaConfig
+    assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType.SMOA] is SmoaModel
+    assert PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.SMOA] == "smoa_"
+
+
+def test_registering_again_changes_nothing() -> None:
+    before = [member.name for member in PeftType], dict(PEFT_TYPE_TO_TUNER_MAPPING)
+    ensure_peft_type()
+    register(SmoaConfig, SmoaModel)
+    assert ([member.name for member in PeftType], dict(PEFT_TYPE_TO_TUNER_MAPPING)) == before
+
+
+def test_reloading_smoa_keeps_one_member() -> None:
+    member = PeftType.SMOA
+    importlib.reload(smoa)
+    assert PeftType.SMOA is member
+    assert [m.name for m in PeftType].count("SMOA") == 1
+
+
+def test_another_method_of_the_same_name_is_not_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    foreign = type("ForeignModel", (), {"__module__": "peft.tuners.smoa.model"})
+    monkeypatch.setitem(PEFT_TYPE_TO_TUNER_MAPPING, PeftType.SMOA, foreign)
+    with pytest.raises(UnsupportedVersionError, match=r"peft\.tuners\.smoa"):
+        register(SmoaConfig, SmoaModel)
+    assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType.SMOA] is foreign
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_config_survives_pickling(protocol: int) -> None:
+    again = pickle.loads(pickle.dumps(CONFIG, protocol))
+    assert again == CONFIG
+    assert again.peft_type is PeftType.SMOA
+
+
+def test_a_config_survives_copying() -> None:
+    again = copy.deepcopy(CONFIG)
+    assert again == CONFIG
+    assert again.peft_type is PeftType.SMOA
+
+
+@pytest.mark.parametrize("loader", [SmoaConfig, PeftConfig])
+def test_a_config_survives_saving(tmp_path: Path, loader: type[PeftConfig]) -> None:
+    CONFIG.save_pretrained(tmp_path)
+    again = loader.from_pretrained(tmp_path)
+    assert isinstance(again, SmoaConfig)
+    assert again.to_dict() == {**CONFIG.to_dict(), "inference_mode": again.inference_mode}
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "SMOA"
+
+
+def test_a_saved_config_says_all_that_a_user_said(tmp_path: Path) -> None:
+    CONFIG.save_pretrained(tmp_path)
+    said = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert {key: said[key] for key in ("r", "num_blocks", "block_ranks", "alpha", "smoa_dropout")} == {
+        "r": 7,
+        "num_blocks": 3,
+        "block_ranks": [4, 2, 1],
+        "alpha": 2.5,
+        "smoa_dropout": 0.1,
+    }
+
+
+def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[3])
+
+
+def test_a_fresh_process_that_only_imports_smoa_loads_an_adapter(tmp_path: Path) -> None:
+    settings = {"r": 5, "num_blocks": 3, "target_modules": ["q_proj"], "init_weights": False}
+    model = get_peft_model(tiny_models.build("llama"), SmoaConfig(**settings)).eval()
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = model(**tiny_models.batch("llama")).logits.double().sum().item()
+    code = """
+import sys
+import smoa
+from peft import PeftModel
+from tests.support import tiny_models
+model = PeftModel.from_pretrained(tiny_models.build("llama"), sys.argv[1]).eval()
+print(type(model.base_model).__name__, model(**tiny_models.batch("llama")).logits.double().sum().item())
+"""
+    result = run(code, str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    name, total = result.stdout.split()
+    assert name == "SmoaModel"
+    assert float(total) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_process_without_smoa_gets_an_error_that_names_the_method(tmp_path: Path) -> None:
+    CONFIG.save_pretrained(tmp_path)
+    result = run("import sys; from peft import PeftConfig; PeftConfig.from_pretrained(sys.argv[1])", str(tmp_path))
+    assert result.returncode != 0
+    assert "KeyError: 'SMOA'" in result.stderr or "SMOA" in result.stderr.splitlines()[-1]
+
+
+def test_get_peft_model_makes_a_smoa_model() -> None:
+    model = get_peft_model(tiny_models.build("llama"), CONFIG)
+    assert isinstance(model, PeftModel)
+    assert isinstance(model.base_model, SmoaModel)
+    assert model.peft_type == PeftType.SMOA
+
+
+def test_an_enum_that_takes_no_member_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Changed(StrEnum):
+        SMOA = "another value"
+
+        @classmethod
+        def _missing_(cls, value: object) -> Changed:
+            return cls.SMOA
+
+    monkeypatch.setattr(registration, "PeftType", Changed)
+    with pytest.raises(UnsupportedVersionError, match="PEFT has changed its enum"):
+        registration._verify_member()

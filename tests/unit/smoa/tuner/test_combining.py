@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from smoa import MergeError, SmoaConfig
+from tests.support.layers import Wrapper, base_layer, randomise
+from tests.support.tolerance import assert_close
+
+
+def model_with(first: dict[str, object], second: dict[str, object], conv1d: bool = False) -> PeftModel:
+    def config(settings: dict[str, object]) -> SmoaConfig:
+        return SmoaConfig(target_modules=["layer"], num_blocks=3, **settings)
+
+    model = get_peft_model(Wrapper(base_layer(13, 11, conv1d=conv1d)), config(first), "one")
+    model.add_adapter("two", config(second))
+    for name in ("one", "two"):
+        randomise(layer_of(model), name)
+    return model
+
+
+def layer_of(model: PeftModel) -> nn.Module:
+    return model.base_model.model.layer
+
+
+@pytest.mark.parametrize("modulation", ["hadamard", "none"])
+@pytest.mark.parametrize("conv1d", [False, True])
+def test_concatenation_is_exact_with_any_weights(modulation: str, conv1d: bool) -> None:
+    model = model_with({"r": 5, "alpha": 7, "modulation": modulation}, {"r": 4, "modulation": modulation}, conv1d)
+    model.add_weighted_adapter(["one", "two"], [0.7, -1.3], "sum")
+    layer = layer_of(model)
+    assert_close(layer.delta("sum"), 0.7 * layer.delta("one") - 1.3 * layer.delta("two"))
+    assert layer.r["sum"] == 9
+
+
+@pytest.mark.parametrize("combination", ["cat", "linear"])
+def test_an_adapter_with_a_normalized_anchor_combines_exactly(combination: str) -> None:
+    model = model_with({"r": 4, "normalize_anchor": True}, {"r": 4})
+    before = dict(model.peft_config["one"].normalized_alpha)
+    model.add_weighted_adapter(["one"], [0.5], "scaled", combination_type=combination)
+    layer = layer_of(model)
+    assert_close(layer.delta("scaled"), 0.5 * layer.delta("one"))
+    assert model.peft_config["one"].normalized_alpha == before != {}
+
+
+def test_linear_keeps_the_rank_and_scales_one_adapter_exactly() -> None:
+    model = model_with({"r": 4}, {"r": 4})
+    model.add_weighted_adapter(["one"], [-2.0], "scaled", combination_type="linear")
+    layer = layer_of(model)
+    assert_close(layer.delta("scaled"), -2 * layer.delta("one"))
+    assert layer.r["scaled"] == 4
+
+
+def test_a_combined_adapter_saves_and_loads(tmp_path: object) -> None:
+    model = model_with({"r": 5}, {"r": 4})
+    base = copy.deepcopy(layer_of(model).get_base_layer())
+    model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum")
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    loaded = PeftModel.from_pretrained(Wrapper(base), tmp_path / "sum")  # type: ignore[operator]
+    assert_close(layer_of(loaded).delta("default"), layer_of(model).delta("sum"))
+
+
+def test_other_partitions_are_refused_and_nothing_is_added() -> None:
+    torch.manual_seed(0)
+    model = model_with({"r": 4}, {"r": 4, "partition": "random"})
+    with pytest.raises(MergeError, match="different partitions"):
+        model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum")
+    assert "sum" not in model.peft_config
+
+
+@pytest.mark.parametrize(
+    ("adapters", "weights", "name", "kind", "message"),
+    [
+        (["one", "three"], [1.0, 1.0], "sum", "cat", "existing adapters"),
+        (["one"], [1.0, 1.0], "sum", "cat", "one weight each"),
+        (["one"], [1.0], "two", "cat", "a new name"),
+        (["one", "two"], [1.0, 1.0], "sum", "svd", "combination_type='svd'"),
+        (["one", "two"], [1.0, 1.0], "sum", "linear", "equal block ranks"),
+    ],
+)
+def test_what_can_not_be_combined_is_refused(
+    adapters: list[str], weights: list[float], name: str, kind: str, message: str
+) -> None:
+    model = model_with({"r": 4}, {"r": 5})
+    with pytest.raises(MergeError, match=message):
+        model.add_weighted_adapter(adapters, weights, name, combination_type=kind)
+
+
+def test_adapters_with_a_rank_for_each_module_are_refused() -> None:
+    model = model_with({"r": 4, "rank_pattern": {"layer": 5}}, {"r": 4})
+    with pytest.raises(MergeError, match="rank_pattern"):
+        model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum")
+
+
+def test_adapters_of_another_number_of_blocks_are_refused() -> None:
+    model = model_with({"r": 4}, {"r": 4})
+    model.peft_config["two"].num_blocks = 2
+    with pytest.raises(MergeError, match="different num_blocks"):
+        model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"bias": "smoa_only"}, {"modules_to_save": ["head"]}, {"trainable_token_indices": {"head": [0]}}]
+)
+def test_adapters_that_train_more_than_layers_are_refused(settings: dict[str, object]) -> None:
+    model = model_with({"r": 4}, {"r": 4})
+    for name, value in settings.items():
+        setattr(model.peft_config["two"], name, value)
+    with pytest.raises(MergeError, match=f"with {next(iter(settings))}: only the updates"):
+        model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum")
+    assert "sum" not in model.peft_config
+
+
+@pytest.mark.parametrize("lacking", [0, 1])
+def test_adapters_of_different_layers_are_refused(lacking: int) -> None:
+    model = nn.ModuleDict({"layer": nn.Linear(6, 6), "other": nn.ModuleDict({"layer": nn.Linear(6, 6)})})
+    excluded = [{"exclude_modules": ["other.layer"]} if i == lacking else {} for i in range(2)]
+    configs = [SmoaConfig(r=2, target_modules=["layer"], **settings) for settings in excluded]
+    adapted = get_peft_model(model, configs[0], "one")
+    adapted.add_adapter("two", configs[1])
+    with pytest.raises(MergeError, match=r"other\.layer: (one|two) doesn't adapt this layer"):
+        adapted.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum")
+    assert "sum" not in adapted.peft_config
+
+
+def test_concatenation_is_exact_on_a_bfloat16_base() -> None:
+    model = get_peft_model(Wrapper(base_layer(13, 11, dtype=torch.bfloat16)), SmoaConfig(r=4, target_modules=["layer"]))
+    layer = layer_of(model)
+    randomise(layer, "default")
+    model.add_weighted_adapter(["default"], [0.7], "sum")
+    assert layer.smoa_A["sum"].weight.dtype == torch.float32
+    torch.testing.assert_close(layer.delta("sum"), 0.7 * layer.delta("default"))

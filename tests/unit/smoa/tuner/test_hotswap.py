@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from smoa import AdapterFileError, ConfigError, MergeError, SmoaConfig, cached_weights
+from smoa.layers.layer import SmoaLayer
+from smoa.tuner.hotswap import hotswap_adapter
+from tests.support import tiny_models
+from tests.support.adapter_files import rewritten, with_settings
+from tests.support.tolerance import assert_close
+
+# The spectral partition depends on the weights alone; another one shows that the labels are swapped too.
+SLOT = {"r": 6, "num_blocks": 3, "alpha": 12.0, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+
+
+def adapted(seed: int, family: str = "llama", **config: Any) -> PeftModel:
+    torch.manual_seed(seed)
+    options = SLOT | {"init_weights": False, "task_type": "CAUSAL_LM"} | config
+    return get_peft_model(tiny_models.build(family), SmoaConfig(**options)).eval()
+
+
+def saved(folder: Path, seed: int = 2, family: str = "llama", **config: Any) -> PeftModel:
+    model = adapted(seed, family, **config)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "smoa_" not in name:
+            nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    return model
+
+
+@torch.no_grad()
+def logits(model: nn.Module, family: str = "llama") -> Tensor:
+    return model(**tiny_models.batch(family)).logits
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {},
+        {"partition": "random"},
+        {"r": 3, "alpha": None},
+        {"r": 4, "alpha": 5.0},
+        {"r": 5, "block_ranks": [1, 2, 2]},
+        {"r": 2, "block_ranks": [0, 2, 0]},
+        {"rank_pattern": {"v_proj": 3}, "alpha_pattern": {"q_proj": 1.0}},
+        {"target_modules": ["q_proj"]},
+        {"smoa_dropout": 0.5},
+    ],
+)
+def test_after_a_swap_the_model_does_what_the_new_adapter_does(other: dict[str, Any], tmp_path: Path) -> None:
+    model, new = adapted(1), saved(tmp_path, **other)
+    assert not torch.allclose(logits(model), logits(new), atol=1e-3)
+    hotswap_adapter(model, tmp_path)
+    assert_close(logits(model), logits(new))
+
+
+def test_what_was_swapped_in_can_be_saved_and_loaded(tmp_path: Path) -> None:
+    model, new = adapted(1), saved(tmp_path / "new", r=3, alpha=2.0, partition="random")
+    hotswap_adapter(model, tmp_path / "new")
+    model.save_pretrained(tmp_path / "again")
+    again = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path / "again")
+    assert again.peft_config["default"].r == SLOT["r"]
+    assert_close(logits(again.eval()), logits(new))
+
+
+def test_an_adapter_that_was_loaded_is_swapped(tmp_path: Path) -> None:
+    saved(tmp_path / "first", seed=1)
+    new = saved(tmp_path / "second")
+    model = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path / "first").eval()
+    hotswap_adapter(model, tmp_path / "second")
+    assert_close(logits(model), logits(new))
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_swapping_back_and_forth_changes_nothing(tmp_path: Path) -> None:
+    model = saved(tmp_path / "first", seed=1)
+    before = logits(model)
+    saved(tmp_path / "second", r=3, target_modules=["v_proj"])
+    hotswap_adapter(model, tmp_path / "second")
+    hotswap_adapter(model, tmp_path / "first")
+    assert torch.equal(logits(model), before)
+
+
+def test_other_adapters_stay_as_they_are(tmp_path: Path) -> None:
+    model, new = adapted(1), saved(tmp_path)
+    model.add_adapter("other", SmoaConfig(**SLOT | {"init_weights": False, "task_type": "CAUSAL_LM"}))
+    first = logits(model)
+    hotswap_adapter(model, tmp_path, "other")
+    assert torch.equal(logits(model), first)
+    model.set_adapter("other")
+    assert_close(logits(model), logits(new))
+
+
+def test_a_scale_that_was_set_goes_on_acting(tmp_path: Path) -> None:
+    model, new = adapted(1), saved(tmp_path, r=3, alpha=2.0)
+    for one in (model, new):
+        for layer in one.modules():
+            if isinstance(layer, SmoaLayer):
+                layer.set_scale("default", 0.5)
+    hotswap_adapter(model, tmp_path)
+    assert_close(logits(model), logits(new))
+
+
+def test_modules_and_biases_that_were_trained_besides_are_swapped(tmp_path: Path) -> None:
+    besides = {"target_modules": ["c_attn"], "bias": "smoa_only", "modules_to_save": ["ln_f"]}
+    model, new = adapted(1, "gpt2", **besides), saved(tmp_path, family="gpt2", **besides)
+    hotswap_adapter(model, tmp_path)
+    assert_close(logits(model, "gpt2"), logits(new, "gpt2"))
+
+
+@pytest.mark.parametrize("smaller", [False, True])
+def test_a_compiled_model_is_not_compiled_again(smaller: bool, tmp_path: Path) -> None:
+    model = adapted(1)
+    new = saved(tmp_path, partition="random", **({"r": 3, "alpha": 1.0} if smaller else {}))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    logits(compiled)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        hotswap_adapter(compiled, tmp_path)
+        assert_close(logits(compiled), logits(new))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cache_of_weights_is_dropped(dtype: torch.dtype, tmp_path: Path) -> None:
+    model, new = adapted(1).to(dtype), saved(tmp_path).to(dtype)
+    with torch.inference_mode(), cached_weights(model), cached_weights(new):
+        logits(model)
+        hotswap_adapter(model, tmp_path)
+        assert_close(logits(model), logits(new))
+
+
+def test_a_model_made_in_inference_mode_is_swapped(tmp_path: Path) -> None:
+    new = saved(tmp_path)
+    with torch.inference_mode():
+        model = adapted(1)
+        with cached_weights(model):
+            logits(model)
+            hotswap_adapter(model, tmp_path)
+            assert_close(logits(model), logits(new))
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        ({"r": 9}, "more than the"),
+        ({"block_ranks": [1, 4, 1]}, "more than the"),
+        ({"num_blocks": 2}, "num_blocks=2, not 3"),
+        ({"modulation": "none"}, "modulation='none'"),
+        ({"bias": "all"}, "bias='all'"),
+        ({"target_modules": ["q_proj", "k_proj"]}, "no place"),
+        ({"modules_to_save": ["norm"]}, "norm"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_changes_nothing(other: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    model = adapted(1)
+    saved(tmp_path, **other)
+    before = logits(model)
+    with pytest.raises((ConfigError, AdapterFileError), match=reason):
+        hotswap_adapter(model, tmp_path)
+    assert torch.equal(logits(model), before)
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path, family="gemma3")
+    model = adapted(1)
+    before = logits(model)
+    with pytest.raises(AdapterFileError, match="fit the layer"):
+        hotswap_adapter(model, tmp_path)
+    assert torch.equal(logits(model), before)
+
+
+def test_a_file_that_was_changed_since_it_was_saved_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path)
+    rewritten(tmp_path, lambda tensors: next(t for n, t in tensors.items() if "smoa_B" in n).mul_(2))
+    with pytest.raises(AdapterFileError, match="not those that"):
+        hotswap_adapter(adapted(1), tmp_path)
+
+
+def test_a_merged_adapter_is_not_swapped(tmp_path: Path) -> None:
+    model = saved(tmp_path)
+    model.merge_adapter()
+    with pytest.raises(MergeError, match="unmerge_adapter"):
+        hotswap_adapter(model, tmp_path)
+
+
+def test_only_smoa_adapters_are_swapped(tmp_path: Path) -> None:
+    lora = get_peft_model(tiny_models.build("llama"), LoraConfig(target_modules=["q_proj"]))
+    lora.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="no SMoA adapter named"):
+        hotswap_adapter(lora, tmp_path)
+    with pytest.raises(ConfigError, match="no SMoA adapter named 'other'"):
+        hotswap_adapter(adapted(1), tmp_path, "other")
+    with pytest.raises(ConfigError, match="LORA"):
+        hotswap_adapter(adapted(1), tmp_path)
+
+
+def test_a_layer_that_lacks_a_part_is_refused_and_nothing_is_changed(tmp_path: Path) -> None:
+    model = adapted(1)
+    before = logits(model)
+    saved(tmp_path)
+    part = "base_model.model.model.layers.1.self_attn.q_proj.smoa_B.weight"
+    with_settings(rewritten(tmp_path, lambda tensors: tensors.pop(part)))
+    with pytest.raises(AdapterFileError, match=r"layers\.1\.self_attn\.q_proj lacks .*smoa_B.*the adapter is broken"):
+        hotswap_adapter(model, tmp_path)
+    assert torch.equal(logits(model), before)

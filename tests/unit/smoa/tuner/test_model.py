@@ -1,0 +1,584 @@
+"""What PEFT promises of every method holds for SMoA too."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import (
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    TaskType,
+    convert_to_lora,
+    get_model_status,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from peft.utils.hotswap import hotswap_adapter
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from smoa import SmoaConfig
+from smoa.layers.layer import SmoaLayer
+from tests.support import tiny_models
+from tests.support.layers import Wrapper, adapted_layer, base_layer, factors, labels, oracle_output, randomise, ranks
+from tests.support.tolerance import assert_close
+
+QV = ["q_proj", "v_proj"]
+
+
+def smoa_layers(model: nn.Module) -> dict[str, SmoaLayer]:
+    """Adapted layers by their name in the base model."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, SmoaLayer)}
+    return {name.removeprefix("base_model.model."): layer for name, layer in found.items()}
+
+
+def adapted(base: nn.Module, adapter: str = "default", **config: Any) -> PeftModel:
+    """A model with random factors in every adapted layer."""
+    settings = {"r": 4, "num_blocks": 2, "target_modules": QV} | config
+    model = get_peft_model(base, SmoaConfig(**settings), adapter)
+    for layer in smoa_layers(model).values():
+        randomise(layer, adapter)
+    return model.eval()
+
+
+def add_adapter(model: PeftModel, adapter: str, **config: Any) -> None:
+    model.add_adapter(adapter, SmoaConfig(**{"r": 4, "num_blocks": 2, "target_modules": QV} | config))
+    for layer in smoa_layers(model).values():
+        if adapter in layer.smoa_A:
+            randomise(layer, adapter)
+
+
+def logits(model: nn.Module, **kwargs: Any) -> Tensor:
+    return model(**tiny_models.batch("llama"), **kwargs).logits.detach()
+
+
+def trainable(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+# --- which modules are adapted ---------------------------------------------------------------------------------------
+
+
+def test_all_linear_adapts_every_linear_layer_but_the_head(tiny_model: PreTrainedModel, family: str) -> None:
+    own = get_peft_model(tiny_model, SmoaConfig(r=4, target_modules="all-linear"))
+    config = LoraConfig(r=4, target_modules="all-linear", fan_in_fan_out=family == "gpt2")
+    loras = get_peft_model(tiny_models.build(family), config)
+    assert set(own.targeted_module_names) == set(loras.targeted_module_names)
+    assert "lm_head" not in own.targeted_module_names
+
+
+def test_the_default_targets_of_an_architecture_are_those_of_lora(tiny_model: PreTrainedModel, family: str) -> None:
+    own = get_peft_model(tiny_model, SmoaConfig(r=4))
+    loras = get_peft_model(tiny_models.build(family), LoraConfig(r=4, fan_in_fan_out=family == "gpt2"))
+    assert set(own.targeted_module_names) == set(loras.targeted_module_names)
+
+
+def test_a_regular_expression_chooses_the_targets(tiny_llama: PreTrainedModel) -> None:
+    model = adapted(tiny_llama, target_modules=r".*layers\.1\..*(q|down)_proj")
+    assert set(smoa_layers(model)) == {"model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj"}
+
+
+@pytest.mark.parametrize("excluded", [["v_proj"], r".*v_proj"])
+def test_excluded_modules_are_left_alone(tiny_llama: PreTrainedModel, excluded: Any) -> None:
+    model = adapted(tiny_llama, exclude_modules=excluded)
+    assert {name.rpartition(".")[2] for name in smoa_layers(model)} == {"q_proj"}
+
+
+@pytest.mark.parametrize("settings", [{}, {"layers_pattern": "layers"}])
+@pytest.mark.parametrize("indices", [1, [1]])
+def test_layers_are_chosen_by_index(tiny_llama: PreTrainedModel, indices: Any, settings: dict[str, Any]) -> None:
+    model = adapted(tiny_llama, layers_to_transform=indices, **settings)
+    assert set(smoa_layers(model)) == {"model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"}
+
+
+def test_rank_and_alpha_follow_their_patterns(tiny_llama: PreTrainedModel) -> None:
+    model = adapted(
+        tiny_llama, alpha=8.0, rank_pattern={"v_proj": 6, "layers.1.self_attn.q_proj": 3}, alpha_pattern={"v_proj": 3.0}
+    )
+    found = {
+        name.removeprefix("model.layers."): (ranks(layer), layer.scaling["default"])
+        for name, layer in smoa_layers(model).items()
+    }
+    assert found == {
+        "0.self_attn.q_proj": ([2, 2], 2.0),
+        "0.self_attn.v_proj": ([3, 3], 0.5),
+        "1.self_attn.q_proj": ([2, 1], 8 / 3),
+        "1.self_attn.v_proj": ([3, 3], 0.5),
+    }
+
+
+def test_without_alpha_a_pattern_of_ranks_leaves_the_scale_at_one(tiny_llama: PreTrainedModel) -> None:
+    model = adapted(tiny_llama, rank_pattern={"v_proj": 6})
+    assert {layer.scaling["default"] for layer in smoa_layers(model).values()} == {1.0}
+
+
+def test_a_pattern_of_ranks_survives_saving(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
+    model = adapted(tiny_llama, alpha=8.0, rank_pattern={"v_proj": 6}, alpha_pattern={"v_proj": 3.0})
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path).eval()
+    assert torch.equal(logits(loaded), logits(model))
+
+
+# --- what is trained and saved ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "smoa_only"])
+def test_the_biases_asked_for_are_trained(tiny_bert: PreTrainedModel, bias: Any) -> None:
+    names = trainable(adapted(tiny_bert, target_modules=["query"], bias=bias))
+    biases = {name for name in names if name.endswith(".bias")}
+    every = {name for name, _ in tiny_bert.named_parameters() if name.endswith(".bias")}
+    of_layers = {name for name in every if ".query.base_layer." in name}
+    expected = {"none": set(), "all": every, "smoa_only": of_layers}[bias]
+    assert {name.removeprefix("base_model.model.") for name in biases} == expected
+    assert names - biases == {
+        f"base_model.model.bert.encoder.layer.{i}.attention.self.query.smoa_{factor}.default.weight"
+        for i in (0, 1)
+        for factor in "AB"
+    }
+
+
+@pytest.mark.parametrize("bias", ["all", "smoa_only"])
+def test_trained_biases_are_saved_and_loaded(tiny_bert: PreTrainedModel, tmp_path: Path, bias: Any) -> None:
+    model, batch = adapted(tiny_bert, target_modules=["query"], bias=bias), tiny_models.batch("bert")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in trainable(model) and name.endswith("bias"):
+                parameter.add_(torch.randn_like(parameter))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_models.build("bert"), tmp_path).eval()
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+
+
+def test_modules_to_save_are_trained_and_saved_whole(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
+    model = adapted(tiny_llama, modules_to_save=["lm_head"])
+    assert "base_model.model.lm_head.modules_to_save.default.weight" in trainable(model)
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight.mul_(2)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path).eval()
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_the_head_of_a_classifier_is_saved_with_the_adapter(tiny_bert: PreTrainedModel, tmp_path: Path) -> None:
+    model = adapted(tiny_bert, target_modules=["query"], task_type=TaskType.SEQ_CLS)
+    assert any("classifier.modules_to_save" in name for name in trainable(model))
+    model.save_pretrained(tmp_path)
+    loaded, batch = PeftModel.from_pretrained(tiny_models.build("bert"), tmp_path).eval(), tiny_models.batch("bert")
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+
+
+def test_single_token_embeddings_can_train_besides(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
+    model = adapted(tiny_llama, trainable_token_indices={"embed_tokens": [5, 7]})
+    (token_parameter,) = (name for name in trainable(model) if "token_adapter" in name)
+    with torch.no_grad():
+        model.get_parameter(token_parameter).add_(1.0)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path).eval()
+    assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_factors_are_in_float32_unless_asked_otherwise(dtype: torch.dtype, autocast_adapter_dtype: bool) -> None:
+    base = tiny_models.build("llama", dtype)
+    model = get_peft_model(
+        base, SmoaConfig(r=4, target_modules=QV), autocast_adapter_dtype=autocast_adapter_dtype
+    ).eval()
+    expected = torch.float32 if autocast_adapter_dtype else dtype
+    assert {f.dtype for layer in smoa_layers(model).values() for f in factors(layer)} == {expected}
+    assert {buffer.dtype for layer in smoa_layers(model).values() for buffer in layer.buffers()} == {torch.uint8}
+    assert logits(model).dtype == dtype
+    model(**tiny_models.batch("llama")).loss.backward()
+
+
+def test_casting_a_model_leaves_the_labels_alone(tiny_llama: PreTrainedModel) -> None:
+    model = adapted(tiny_llama, num_blocks=4)
+    before = {name: labels(layer) for name, layer in smoa_layers(model).items()}
+    model.half().bfloat16().double()
+    assert {name: labels(layer) for name, layer in smoa_layers(model).items()} == before
+    assert logits(model).dtype == torch.float64
+
+
+def test_the_state_dict_goes_through_pefts_own_functions(tiny_llama: PreTrainedModel) -> None:
+    model = adapted(tiny_llama)
+    fresh = get_peft_model(tiny_models.build("llama"), SmoaConfig(r=4, num_blocks=2, target_modules=QV)).eval()
+    result = set_peft_model_state_dict(fresh, get_peft_model_state_dict(model))
+    assert not result.unexpected_keys
+    assert torch.equal(logits(fresh), logits(model))
+
+
+# --- several adapters ------------------------------------------------------------------------------------------------
+
+
+def test_adapters_are_added_chosen_and_deleted(tiny_llama: PreTrainedModel) -> None:
+    model = adapted(tiny_llama)
+    first = logits(model)
+    add_adapter(model, "other", r=6, num_blocks=3, modulation="none", target_modules=["q_proj", "up_proj"])
+    assert torch.equal(logits(model), first)
+    model.set_adapter("other")
+    second = logits(model)
+    assert not torch.allclose(second, first)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+    with pytest.warns(UserWarning, match="Setting active adapter to other"):
+        model.delete_adapter("default")
+    assert model.active_adapters == ["other"]
+    assert_close(logits(model), second)
+    assert not [name for name in model.state_dict() if "default" in name]
+
+
+def test_an_added_adapter_is_not_trained_until_it_is_chosen(tiny_llama: PreTrainedModel) -> None:
+    model = adapted(tiny_llama)
+    add_adapter(model, "other")
+    assert all(".default." in name for name in trainable(model))
+    model.set_adapter("other")
+    assert trainable(model)
+    assert all(".other." in name for name in trainable(model))
+
+
+def test_deleting_an_adapter_forgets_all_of_it(tiny_llama: PreTrainedModel) -> None:
+    model = adapted(tiny_llama)
+    add_adapter(model, "other")
+    model.delete_adapter("other")
+    for layer in smoa_layers(model).values():
+        for attribute in (*layer.adapter_layer_names, *layer.other_param_names):
+            assert "other" not in getattr(layer, attribute), attribute
+
+
+def test_an_adapter_of_a_deleted_name_can_be_added_again(tiny_llama: PreTrainedModel) -> None:
+    model = adapted(tiny_llama)
+    add_adapter(model, "other", num_blocks=3)
+    model.delete_adapter("other")
+    add_adapter(model, "other", num_blocks=4)
+    assert {len(ranks(layer, "other")) for layer in smoa_layers(model).values()} == {4}
+
+
+@pytest.mark.parametrize("selected", [["default"], ["other"], ["default", "other"]])
+def test_every_adapter_is_saved_under_its_own_name_alone(
+    tiny_llama: PreTrainedModel, tmp_path: Path, selected: list[str]
+) -> None:
+    model = adapted(tiny_llama)
+    add_adapter(model, "other", num_blocks=4, modulation="none")
+    model.save_pretrained(tmp_path, selected_adapters=selected)
+    for name in selected:
+        model.set_adapter(name)
+        folder = tmp_path if name == "default" else tmp_path / name
+        loaded = PeftModel.from_pretrained(tiny_models.build("llama"), folder).eval()
+        assert torch.equal(logits(loaded), logits(model))
+        layers = zip(smoa_layers(loaded).values(), smoa_layers(model).values(), strict=True)
+        assert all(labels(own) == labels(original, name) for own, original in layers)
+
+
+def test_a_disabled_adapter_gives_the_base_models_output(tiny_llama: PreTrainedModel) -> None:
+    expected = logits(tiny_llama)
+    model = adapted(tiny_llama)
+    active = logits(model)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), expected)
+    assert torch.equal(logits(model), active)
+    assert not torch.allclose(active, expected)
+
+
+def test_a_mixed_batch_gives_what_each_adapter_gives_alone(tiny_llama: PreTrainedModel) -> None:
+    model = adapted(tiny_llama)
+    add_adapter(model, "other", modulation="none", num_blocks=3)
+    alone = {"__base__": None, "default": None, "other": None}
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        alone[name] = logits(model)
+    with model.disable_adapter():
+        alone["__base__"] = logits(model)
+    names = ["other", "__base__", "default"]
+    mixed = logits(model, adapter_names=names)
+    for i, name in enumerate(names):
+        assert_close(mixed[i], alone[name][i])
+
+
+@pytest.mark.parametrize("names", [["default"], ["default"] * 4])
+def test_a_mixed_batch_of_another_length_is_refused(tiny_llama: PreTrainedModel, names: list[str]) -> None:
+    with pytest.raises(ValueError, match="adapter_names"):
+        logits(adapted(tiny_llama), adapter_names=names)
+
+
+def test_a_mixed_batch_with_an_unknown_adapter_is_refused(tiny_llama: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match="nobody"):
+        logits(adapted(tiny_llama), adapter_names=["default", "nobody", "default"])
+
+
+def test_a_mixed_batch_in_training_is_refused(tiny_llama: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match=r"(?i)training|eval"):
+        logits(adapted(tiny_llama).train(), adapter_names=["default"] * 3)
+
+
+def test_a_mixed_batch_of_a_merged_model_is_refused(tiny_llama: PreTrainedModel) -> None:
+    model = adapted(tiny_llama)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="merged"):
+        logits(model, adapter_names=["default"] * 3)
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_mixed_batch_generates_what_each_adapter_generates_alone(family: str, num_beams: int) -> None:
+    targets = ["q", "v"] if family == "t5" else QV
+    task = TaskType.SEQ_2_SEQ_LM if family == "t5" else TaskType.CAUSAL_LM
+    model = adapted(tiny_models.build(family), target_modules=targets, task_type=task)
+    add_adapter(model, "other", target_modules=targets, task_type=task)
+    inputs = tiny_models.batch(family)
+    inputs = {name: inputs[name][:2] for name in ("input_ids", "attention_mask")}
+    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "num_beams": num_beams}
+    alone = []
+    for i, name in enumerate(["other", "default"]):
+        model.set_adapter(name)
+        alone.append(model.generate(**inputs, **settings)[i])
+    mixed = model.generate(**inputs, **settings, adapter_names=["other", "default"])
+    assert torch.equal(mixed, torch.stack(alone))
+
+
+# --- the ways in -----------------------------------------------------------------------------------------------------
+
+
+def test_a_deep_copy_is_an_independent_model_of_the_same_output(tiny_llama: PreTrainedModel) -> None:
+    model = adapted(tiny_llama)
+    twin = copy.deepcopy(model)
+    expected = logits(model)
+    assert torch.equal(logits(twin), expected)
+    for layer in smoa_layers(twin).values():
+        randomise(layer)
+    twin.merge_adapter()
+    assert torch.equal(logits(model), expected)
+
+
+def test_a_deep_copy_of_a_merged_model_unmerges_on_its_own(tiny_llama: PreTrainedModel) -> None:
+    model = adapted(tiny_llama)
+    expected = logits(model)
+    model.merge_adapter()
+    twin = copy.deepcopy(model)
+    twin.unmerge_adapter()
+    assert torch.equal(logits(twin), expected)
+    assert all(layer.merged for layer in smoa_layers(model).values())
+
+
+def test_an_injected_adapter_gives_the_wrapped_models_output(tiny_llama: PreTrainedModel) -> None:
+    wrapped = adapted(tiny_llama)
+    config = SmoaConfig(r=4, num_blocks=2, target_modules=QV)
+    injected = inject_adapter_in_model(config, tiny_models.build("llama")).eval()
+    set_peft_model_state_dict(injected, get_peft_model_state_dict(wrapped))
+    assert torch.equal(logits(injected), logits(wrapped))
+
+
+def test_transformers_own_adapter_interface_takes_smoa(tmp_path: Path) -> None:
+    model = tiny_models.build("llama")
+    model.add_adapter(SmoaConfig(r=4, num_blocks=2, target_modules=QV), "mine")
+    for layer in smoa_layers(model).values():
+        randomise(layer, "mine")
+    model.eval()
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    fresh = tiny_models.build("llama")
+    plain = logits(fresh)
+    fresh.load_adapter(str(tmp_path), "mine")
+    fresh.eval()
+    assert torch.equal(logits(fresh), expected)
+    fresh.disable_adapters()
+    assert torch.equal(logits(fresh), plain)
+    fresh.enable_adapters()
+    assert torch.equal(logits(fresh), expected)
+
+
+def test_transformers_loads_an_adapter_that_peft_saved(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
+    model = adapted(tiny_llama)
+    model.save_pretrained(tmp_path)
+    fresh = tiny_models.build("llama")
+    fresh.load_adapter(str(tmp_path))
+    assert torch.equal(logits(fresh.eval()), logits(model))
+
+
+def test_auto_peft_model_finds_base_and_adapter(tmp_path: Path) -> None:
+    tiny_models.build("llama").save_pretrained(tmp_path / "base")
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = adapted(base, task_type=TaskType.CAUSAL_LM)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert PeftConfig.from_pretrained(tmp_path / "adapter").base_model_name_or_path == str(tmp_path / "base")
+    assert torch.equal(logits(loaded.eval()), logits(model))
+
+
+def test_a_peft_model_reports_its_adapters(tiny_llama: PreTrainedModel) -> None:
+    model = adapted(tiny_llama)
+    add_adapter(model, "other")
+    status = get_model_status(model)
+    assert status.peft_types == {"default": "SMOA", "other": "SMOA"}
+    assert status.available_adapters == ["default", "other"]
+    assert status.active_adapters == ["default"]
+    assert status.requires_grad == {"default": True, "other": False}
+    assert status.num_adapter_layers == 4
+
+
+def test_trainable_parameters_are_counted(tiny_llama: PreTrainedModel) -> None:
+    model = adapted(tiny_llama)
+    expected = sum(f.numel() for layer in smoa_layers(model).values() for f in factors(layer))
+    assert model.get_nb_trainable_parameters()[0] == expected
+
+
+def test_low_cpu_mem_usage_makes_meta_factors_only(tiny_llama: PreTrainedModel) -> None:
+    model = get_peft_model(tiny_llama, SmoaConfig(r=4, target_modules=QV), low_cpu_mem_usage=True)
+    for layer in smoa_layers(model).values():
+        assert {factor.device.type for factor in factors(layer)} == {"meta"}
+        assert layer.get_base_layer().weight.device.type == "cpu"
+
+
+# --- layers of an unusual kind ---------------------------------------------------------------------------------------
+
+
+class TiedModel(nn.Module):
+    """A head that shares its weight with the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(12, 8)
+        self.lm_head = nn.Linear(8, 12, bias=False)
+        self.lm_head.weight = self.embed_tokens.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.lm_head(self.embed_tokens(tokens))
+
+
+def test_an_adapted_head_leaves_the_embedding_it_is_tied_to_as_it_was() -> None:
+    base = TiedModel()
+    tokens = torch.arange(6)
+    embedded = base.embed_tokens(tokens).detach()
+    model = adapted(base, target_modules=["lm_head"])
+    layer = smoa_layers(model)["lm_head"]
+    assert_close(model(tokens), oracle_output(layer, embedded))
+    assert layer.get_base_layer().weight is base.embed_tokens.weight
+
+
+class ReplicatedModel(nn.Module):
+    """One layer that stands in two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.second = self.first
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).tanh())
+
+
+def test_a_layer_in_two_places_is_adapted_in_the_first_as_lora_does() -> None:
+    base = ReplicatedModel()
+    linear = base.first
+    model = adapted(base, target_modules=["first", "second"])
+    x = torch.randn(3, 8)
+    assert list(smoa_layers(model)) == ["first"]
+    assert model.base_model.model.second is smoa_layers(model)["first"].get_base_layer() is linear
+    hidden = oracle_output(smoa_layers(model)["first"], x).float().tanh()
+    assert_close(model(x), linear(hidden))
+
+
+def test_adapting_a_tied_head_warns(tiny_gemma3: PreTrainedModel) -> None:
+    with pytest.warns(UserWarning, match="tie_word_embeddings=True"):
+        model = adapted(tiny_gemma3, target_modules=["q_proj", "lm_head"])
+    assert "lm_head" in smoa_layers(model)
+
+
+def test_an_adapter_on_an_already_wrapped_layer_is_anchored_on_the_innermost_weight() -> None:
+    base = base_layer(8, 6)
+    lora = inject_adapter_in_model(LoraConfig(r=2, target_modules=["layer"]), Wrapper(base)).layer
+    layer = adapted_layer(lora, r=4, num_blocks=2)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    assert layer.get_base_layer() is base
+    # LoRA's B is zero, so that its layer gives the base layer's output
+    assert_close(layer(x), oracle_output(layer, x))
+
+
+def test_a_subclass_of_linear_keeps_its_own_forward() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    base = Doubled(6, 8, dtype=torch.float64)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    expected = base(x)
+    layer = smoa_layers(adapted(Wrapper(base), target_modules=["layer"]))["layer"]
+    assert_close(layer(x), expected + layer.branch_output(x, "default"))
+
+
+# transformers 5.23 has a new name for it, which the oldest supported ones lack
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+def test_gradient_checkpointing_of_a_model_trains_the_same(tiny_llama: PreTrainedModel) -> None:
+    model = adapted(tiny_llama).train()
+    model(**tiny_models.batch("llama")).loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model(**tiny_models.batch("llama")).loss.backward()
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            assert_close(parameter.grad, expected[name])
+
+
+def test_a_layers_scale_can_be_set_and_put_back(tiny_llama: PreTrainedModel) -> None:
+    layer = next(iter(smoa_layers(adapted(tiny_llama, alpha=8.0)).values()))
+    before = layer.get_delta_weight("default")
+    layer.set_scale("default", 3.0)
+    assert_close(layer.get_delta_weight("default"), 3 * before)
+    layer.set_scale("default", 1.0)
+    layer.scale_layer(0.5)
+    assert_close(layer.get_delta_weight("default"), 0.5 * before)
+    layer.unscale_layer()
+    assert torch.equal(layer.get_delta_weight("default"), before)
+
+
+def test_an_adapter_of_full_rank_converts_to_lora_without_loss(tiny_llama: PreTrainedModel) -> None:
+    model = adapted(tiny_llama, target_modules=["v_proj"])
+    config, state = convert_to_lora(model, rank=16)
+    lora = get_peft_model(tiny_models.build("llama"), config).eval()
+    set_peft_model_state_dict(lora, state)
+    assert_close(logits(lora), logits(model))
+
+
+def test_hot_swapping_is_refused_by_name(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
+    model = adapted(tiny_llama)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="SMOA"):
+        hotswap_adapter(model, str(tmp_path), "default")
+
+
+def test_an_exported_layer_gives_the_same_output() -> None:
+    layer = smoa_layers(adapted(Wrapper(base_layer(8, 6)), target_modules=["layer"]))["layer"]
+    x = torch.randn(3, 6, dtype=torch.float64)
+    assert_close(torch.export.export(layer, (x,)).module()(x), layer(x))
+
+
+def test_a_pickled_model_gives_the_same_output(tiny_llama: PreTrainedModel) -> None:
+    model = adapted(tiny_llama)
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model))), logits(model))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": frozenset(QV), "exclude_modules": {"lm_head"}},
+        {"target_modules": QV, "layers_to_transform": range(1), "layers_pattern": {"layers"}},
+        {"target_modules": QV, "modules_to_save": {"lm_head"}, "trainable_token_indices": {"embed_tokens": {3, 1}}},
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+def test_every_collection_that_is_taken_can_be_saved(settings: dict[str, Any], tmp_path: Path) -> None:
+    config = SmoaConfig(r=4, **settings)
+    config.save_pretrained(tmp_path)
+    again = SmoaConfig.from_pretrained(tmp_path)
+    assert {name: getattr(again, name) for name in settings} == {name: getattr(config, name) for name in settings}

@@ -1,0 +1,81 @@
+"""LoRAs of several ranks cut from a run's adapter, and what they lose of its task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import get_peft_model
+from transformers import LlamaForCausalLM
+
+from smoa import SmoaConfig
+from smoa.export.lora import RankRule
+from smoa_lab.config.run_config import check_config
+from smoa_lab.runs.convert_run import Converter, convert, trade_off
+from smoa_lab.training.run_folder import RunFolder
+from tests.support import lab
+
+ADAPTER = {"r": 4, "num_blocks": 2, "target_modules": ["q_proj", "v_proj"]}
+
+
+@pytest.fixture
+def values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A run's config."""
+    return lab.tiny_run(
+        tmp_path, monkeypatch, train=10, test=5, training={}, adapter=ADAPTER, data={"tasks": ["arc_easy"]}
+    )
+
+
+def finished_run(values: dict[str, Any]) -> Path:
+    """A folder as a run of that config leaves it, with an adapter of random factors."""
+    run = RunFolder(Path(values["training"]["output_dir"]))
+    base = LlamaForCausalLM.from_pretrained(values["model"]["name"])
+    config = SmoaConfig(**ADAPTER, init_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(base, config).save_pretrained(run.adapter)
+    run.config.write_text(check_config(values).to_yaml())
+    return run.path
+
+
+def test_a_higher_rank_keeps_more_of_update_and_task(values: dict[str, Any], tmp_path: Path) -> None:
+    found = trade_off(finished_run(values), [1, 4, 32], tmp_path / "scratch")
+    points = found["points"]
+    assert [point["rank"] for point in points] == [1, 4, 32]
+    assert points[0]["error"] > points[1]["error"] > points[2]["error"]
+    assert points[2]["error"] < 1e-6
+    changes = [abs(point["loss"]["lora_change"]) for point in points]
+    assert changes[2] < 1e-5 < changes[0]
+    assert points[2]["loss"]["gain_kept"] == pytest.approx(1.0, abs=1e-3)
+    for layer in found["ranks_needed"].values():
+        needed = [layer[f"error {error}"] for error in (0.5, 0.3, 0.1, 0.05)]
+        assert needed == sorted(needed)
+        assert layer["blocks"] == 2
+
+
+def test_without_held_out_questions_the_task_is_not_scored(values: dict[str, Any], tmp_path: Path) -> None:
+    values["data"]["test_examples"] = 0
+    report = convert(finished_run(values), tmp_path / "lora", RankRule(rank=2))
+    assert report["loss"] is None
+    assert report["rank"] == 2
+    assert (tmp_path / "lora" / "adapter_config.json").is_file()
+
+
+def test_the_base_of_the_adapter_is_as_before_when_all_is_cut(values: dict[str, Any], tmp_path: Path) -> None:
+    converter = Converter(finished_run(values))
+    before = converter.base_nll
+    converter.cut(RankRule(rank=1), tmp_path / "lora")
+    assert converter._nll(converter.base) == before
+
+
+def test_scoring_can_be_left_out(values: dict[str, Any], tmp_path: Path) -> None:
+    report = convert(finished_run(values), tmp_path / "lora", RankRule(error=0.1), score=False)
+    assert report["loss"] is None
+    assert report["error"] <= 0.1
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning")  # PEFT looks where the base was
+def test_another_base_takes_the_place_of_the_runs(values: dict[str, Any], tmp_path: Path) -> None:
+    run = finished_run(values)
+    Path(values["model"]["name"]).rename(tmp_path / "moved")
+    report = convert(run, tmp_path / "lora", RankRule(rank=2), base=str(tmp_path / "moved"))
+    assert report["loss"] is not None

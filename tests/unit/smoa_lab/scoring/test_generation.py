@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from smoa_lab.data.prompts import PromptEncoder
+from smoa_lab.data.records import Record, choice_record
+from smoa_lab.scoring import generation
+from smoa_lab.scoring.generation import (
+    Generated,
+    _scores,
+    extract_all,
+    extract_choice,
+    extract_number,
+    generate,
+    token_f1,
+)
+from tests.support import lab, tiny_models
+
+PIQA = choice_record("piqa", "1", "Cut it.", ["a saw", "glue"], 0)
+BOOLQ = choice_record("boolq", "2", "is water wet?", ["yes", "no"], 0)
+SUM = Record("gsm8k", "3", "How many?", "16 - 4 = <<16-4=12>>12\n#### 12")
+
+
+@pytest.mark.parametrize(
+    ("record", "text", "found"),
+    [
+        (PIQA, "the correct answer is solution2", "solution2"),
+        (PIQA, "solution1 and not solution2", "solution1"),
+        (PIQA, "answer1", None),
+        (BOOLQ, "the correct answer is true", "true"),
+        (BOOLQ, "True", None),
+        (BOOLQ, "", None),
+    ],
+)
+def test_the_label_is_the_first_match_of_the_tasks_own(record: Record, text: str, found: str | None) -> None:
+    assert extract_choice(record, text, "label") == found
+
+
+def test_in_the_text_style_the_text_must_be_a_choice() -> None:
+    assert extract_choice(PIQA, " A  saw\n", "text") == "a saw"
+    assert extract_choice(PIQA, "a saw, I think", "text") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("#### 1,234", "1234"),
+        ("it is 3.50", "3.5"),
+        ("-7 apples", "-7"),
+        ("12 then 12.0", "12"),
+        ("none", None),
+        ("it is 1234567.", "1234567"),
+    ],
+)
+def test_the_number_is_the_last_one(text: str, number: str | None) -> None:
+    assert extract_number(SUM, text, "text") == number
+
+
+def test_the_gold_solution_ends_in_its_number() -> None:
+    assert extract_number(SUM, SUM.answer, "text") == "12"
+
+
+def test_token_f1_counts_common_words() -> None:
+    assert token_f1("The cat sat.", "the cat") == pytest.approx(0.8)
+    assert token_f1("dog", "cat") == 0.0
+
+
+def test_dialogue_is_scored_by_overlap_and_the_rest_is_not() -> None:
+    pytest.importorskip("sacrebleu")
+    pytest.importorskip("rouge_score")
+    records = [Record("chat", str(i), "And then?", "we went home early that day") for i in range(2)]
+    same = [Generated(record, record.answer, record.answer, record.answer) for record in records]
+    scores = _scores(same, "dialogue")
+    assert (scores.exact_match, scores.token_f1, scores.rouge_l) == (1.0, 1.0, 1.0)
+    assert scores.bleu == pytest.approx(100.0)
+    half = _scores([same[0], Generated(records[1], "", None, records[1].answer)], "dialogue")
+    assert (half.exact_match, half.extraction_failures, half.token_f1, half.rouge_l) == (0.5, 1, 0.5, 0.5)
+    assert _scores(same, "text").token_f1 is None
+
+
+def test_the_whole_text_is_the_answer_where_nothing_is_extracted() -> None:
+    assert extract_all(SUM, " so it is \n", "text") == "so it is"
+    assert extract_all(SUM, " \n", "text") is None
+
+
+def test_texts_come_back_in_order_whatever_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    def echo(model: Any, encoder: PromptEncoder, prompts: list[list[int]], *options: int) -> list[str]:
+        return [encoder.tokenizer.decode(prompt) for prompt in prompts]
+
+    monkeypatch.setattr(generation, "_continue", echo)
+    model, encoder = tiny_models.build("llama").train(), PromptEncoder(lab.byte_tokenizer())
+    records = [Record("own", str(i), "word " * (i * 3 % 5) + "?", "x") for i in range(7)]
+    for size in (1, 3, 7):
+        texts = generate(model, encoder, records, new_tokens=5, batch_size=size)
+        for text, record in zip(texts, records, strict=True):
+            assert f"Instruction:\n{record.prompt}\n" in text
+    assert model.training

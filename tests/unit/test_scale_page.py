@@ -1,0 +1,69 @@
+"""The memory table of docs/scale.md against a count on the meta device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from smoa import SmoaConfig
+from smoa.maths.budget import training_memory
+
+PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
+TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+TOKENS = 4096
+SHAPES = {
+    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+}
+
+
+@pytest.mark.parametrize("size", ["8B", pytest.param("70B", marks=pytest.mark.slow)])
+def test_the_memory_table_is_what_the_meta_device_counts(size: str) -> None:
+    config = LlamaConfig(vocab_size=128256, num_key_value_heads=8, **SHAPES[size])
+    with torch.device("meta"):
+        base = LlamaForCausalLM(config).to(torch.bfloat16)
+    total = sum(parameter.nbytes for parameter in base.parameters())
+    linear = sum(layer.weight.numel() for layer in base.model.modules() if isinstance(layer, nn.Linear))
+    adapted = get_peft_model(base, SmoaConfig(r=32, num_blocks=2, target_modules=TARGETS))
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    assert {parameter.dtype for parameter in trained} == {torch.float32}
+    counts = linear, total // 2 - linear, sum(parameter.numel() for parameter in trained)
+    for bits in (16, 4):
+        memory = training_memory(*counts, config.num_hidden_layers, config.hidden_size, TOKENS, four_bit=bits == 4)
+        if bits == 16:
+            assert memory.weights == total
+            assert memory.factors == sum(parameter.nbytes for parameter in trained)
+        parts = (memory.weights, memory.factors, memory.gradients, memory.optimizer, memory.checkpoints, memory.total)
+        row = f"| {size} | {bits} bits | {' | '.join(f'{part / 2**30:.2f}' for part in parts)} |"
+        assert row in PAGE.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("config", "documented"),
+    [
+        (SmoaConfig(r=16, num_blocks=2, target_modules=TARGETS, partition="contiguous"), 23),
+        (SmoaConfig(r=16, num_blocks=2, target_modules=TARGETS, partition="contiguous", smoa_dropout=0.05), 32),
+        (LoraConfig(r=16, target_modules=TARGETS), 33),
+    ],
+)
+def test_a_decoder_layer_keeps_as_many_hidden_states_as_documented(config: PeftConfig, documented: int) -> None:
+    shapes = {"hidden_size": 256, "intermediate_size": 896, "num_attention_heads": 4, "num_key_value_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=8, num_hidden_layers=1, **shapes)).to(torch.bfloat16)
+    parameters = {tensor.untyped_storage().data_ptr() for tensor in get_peft_model(model, config).state_dict().values()}
+    hidden = torch.randn(1, 128, 256, dtype=torch.bfloat16, requires_grad=True)
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        positions = model.model.rotary_emb(hidden, torch.arange(128)[None])
+        model.model.layers[0].train()(hidden, position_embeddings=positions)
+    found = sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in parameters)
+    assert found / hidden.nbytes == pytest.approx(documented, abs=1)
