@@ -13,8 +13,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from smoa_lab.study.packing import PACK
 from smoa_lab.study.report.rows import known_before
 from smoa_lab.study.report.statistics import Difference
+from smoa_lab.study.trials import TrialStore
 
 DOCS = Path(__file__).parents[1]
 INTRODUCTION = """# Results
@@ -55,13 +57,15 @@ def main(docs: Path = DOCS) -> None:
 
 
 def study(summary: Path) -> str:
-    """One study: a table for each budget, its pictures, and where every run's JSON lies."""
+    """One study: a table for each budget, its pictures, and links to its report and runs."""
     folder, rows = summary.parent, json.loads(summary.read_text(encoding="utf-8"))
     home = f"studies/{folder.name}"
     links = [f"[summary as JSON]({home}/summary.json)"]
     reports = {"README.md": "whole report", "index.html": "the same as a page with sortable tables"}
     links = [f"[{title}]({home}/{name})" for name, title in reports.items() if (folder / name).is_file()] + links
-    parts = [f"## {folder.name}\n\n{', '.join(links)}; one JSON for each run lies in `docs/{home}`.{setting(folder)}"]
+    if (folder / PACK).is_file():
+        links.append(f"[every run as a line of JSON]({home}/{PACK})")
+    parts = [f"## {folder.name}\n\n{', '.join(links)}.{setting(folder)}"]
     for budget in dict.fromkeys(row["budget"] for row in rows):
         of_budget = sorted(
             (row for row in rows if row["budget"] == budget), key=lambda row: (row["loss"] is None, row["loss"])
@@ -70,8 +74,7 @@ def study(summary: Path) -> str:
         forgets = any(row["elsewhere"] is not None for row in of_budget)
         header = [*HEADER, ELSEWHERE] if forgets else HEADER
         parts.append(table(header, [cells(row)[: len(header)] for row in of_budget]))
-    if (folder / "untouched.json").is_file():
-        parts.append(known_before(json.loads((folder / "untouched.json").read_text(encoding="utf-8"))))
+    parts += filter(None, [known_before(TrialStore(folder).find("untouched"))])
     pictures = {path.name: path.stem.replace("_", " ").capitalize() for path in sorted(folder.glob("*.png"))}
     parts += [f"![{title} of the study {folder.name}]({home}/{name})" for name, title in pictures.items()]
     return "\n\n".join(parts) + "\n"
@@ -79,10 +82,10 @@ def study(summary: Path) -> str:
 
 def setting(folder: Path) -> str:
     """The model and data of a study, from the first of its final runs, in a sentence."""
-    first = min(folder.glob("final/*/*.json"), default=None)
-    if first is None:
+    store = TrialStore(folder)
+    run = next(map(store.find, store.names("final/")), None)
+    if run is None:
         return ""
-    run = json.loads(first.read_text(encoding="utf-8"))
     model, data, batch = (run["config"][key] for key in ("model", "data", "training"))
     return (
         f" Model: {model['name']}, {model['dtype']}. Tasks: {', '.join(data['tasks'])}; {data['train_examples']} "
