@@ -28,13 +28,14 @@ def study_page(study: Study, rows: Sequence[Row], untouched: dict[str, Any] | No
     searched = [row for row in rows if row.search is not None]
     parts = [
         paragraph(
-            "Every entry's learning rate is chosen on validation data by the same search; the figures are of fresh "
+            "Every entry's learning rate is chosen on validation data by the same search. The figures are from fresh "
             "seeds on the test part. Differences are to the reference of the same budget, paired by seed and question, "
-            "with 95 % intervals (questions resampled, Student's t over seeds); 'same' means that the interval holds 0."
+            "with 95 % intervals (questions resampled, Student's t over seeds). 'Same' means that the interval "
+            "includes 0."
         ),
         *(paragraph(remark) for remark in remarks if remark),
         section(
-            "Results", table("Test results, best loss first; choose a heading to sort.", HEADER, _cells(study, rows))
+            "Results", table("Test results, best loss first. Click a heading to sort.", HEADER, _cells(study, rows))
         ),
         *([section(BY_TASK, table("The mean over seeds.", by_task[0], by_task[1:]))] if by_task else []),
         section("Accuracy against trained parameters", figure(_accuracy(study, rows), _ACCURACY)),
@@ -43,7 +44,7 @@ def study_page(study: Study, rows: Sequence[Row], untouched: dict[str, Any] | No
             "Cost",
             figure(
                 _cost(rows),
-                "Seconds of a final run's training, mean over seeds, on the machine that made most of the runs.",
+                "Seconds of a final run's training, mean over seeds, on the machine that ran most of the runs.",
             ),
         ),
         section(
@@ -56,13 +57,13 @@ def study_page(study: Study, rows: Sequence[Row], untouched: dict[str, Any] | No
 
 
 _ACCURACY = (
-    "Mean over tasks, with 95 % intervals over seeds and questions; entries of equal parameters stand side "
-    "by side. Every point leads to a run."
+    "Mean over tasks, with 95 % intervals over seeds and questions. Entries of equal parameters are drawn side "
+    "by side. Every point links to a run."
 )
-_SEARCHES = "Validation loss of the search, by learning rate. Every point leads to its run."
+_SEARCHES = "Validation loss of the search by learning rate. Every point links to its run."
 WHERE = (
-    "The whole JSON of a run, with its config and every question's outcome, is the file of that name in this folder "
-    f"or, once the study is packed, a line of {PACK}: "
+    "The whole JSON of a run, with its config and the result of every question, is the file of that name in this "
+    f"folder or, once the study is packed, a line of {PACK}: "
 )
 
 
