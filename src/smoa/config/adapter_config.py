@@ -19,7 +19,8 @@ from smoa.config.types import make_savable, type_problems
 from smoa.errors import AdapterFileError, ConfigError
 from smoa.files.adapter_folder import find_weights, largest_rank, saved_digest
 from smoa.files.digest import settings_digest
-from smoa.maths.modulation import Initialisation, Modulation, split_rank
+from smoa.maths.factors import Initialization, split_rank
+from smoa.maths.modulations import ModulationKind
 from smoa.maths.spectrum import PartitionKind
 
 T = TypeVar("T")
@@ -77,8 +78,8 @@ class SmoaConfig(PeftConfig):
     smoa_dropout: float = field(default=0.0, metadata={"help": "Dropout probability of the adapter's input."})
     bias: Bias = field(default="none", metadata={"help": "Which biases train: none, all or smoa_only."})
     partition: PartitionKind = field(default="spectral", metadata={"help": "spectral, contiguous or random."})
-    modulation: Modulation = field(default="hadamard", metadata={"help": "hadamard, none or noise."})
-    init_weights: Initialisation = field(
+    modulation: ModulationKind = field(default="hadamard", metadata={"help": "hadamard, none or noise."})
+    init_weights: Initialization = field(
         default=True, metadata={"help": "True: B = 0. zero_A: A = 0. False: a random update, for tests."}
     )
     target_modules: list[str] | str | None = field(

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any, Literal, get_args
 
 from smoa.errors import ConfigError
-from smoa.maths.modulation import Modulation, check_block_ranks
-from smoa.maths.spectrum import MAX_BLOCKS, PartitionKind
+from smoa.maths.blocks import MAX_BLOCKS
+from smoa.maths.factors import check_block_ranks
+from smoa.maths.modulations import ModulationKind
+from smoa.maths.spectrum import PartitionKind
 
 Bias = Literal["none", "all", "smoa_only"]
 
@@ -35,7 +37,7 @@ def _size_problems(config: Any) -> list[str | None]:
 
 
 def _choice_problems(config: Any) -> list[str | None]:
-    choices = {"bias": Bias, "partition": PartitionKind, "modulation": Modulation}
+    choices = {"bias": Bias, "partition": PartitionKind, "modulation": ModulationKind}
     problems = [_choice_problem(name, getattr(config, name), get_args(kind)) for name, kind in choices.items()]
     return [*problems, _choice_problem("init_weights", config.init_weights, (True, False, "zero_A"))]
 

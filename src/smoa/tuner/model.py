@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from smoa.config.adapter_config import SmoaConfig
 from smoa.errors import MergeError, PartitionError, SmoaError
-from smoa.files.checkpoint import check_adapter_state, check_gathered, record_choices
+from smoa.files.checkpoint import add_missing_scales, check_adapter_state, check_gathered, record_choices
 from smoa.files.digest import factors_digest
 from smoa.files.names import adapter_layers
 from smoa.layers.distributed import from_rank_zero, refuse_writing, with_plain_names
@@ -116,7 +116,6 @@ class SmoaModel(BaseTuner):
         ranks = peft_config.ranks_of(current_key)
         if not self._loads_labels:
             peft_config.normalized_alpha.pop(current_key, None)  # of another model that the config was used for
-        normalizes = peft_config.normalize_anchor and current_key not in peft_config.normalized_alpha
         alpha = peft_config.alpha_of(current_key, sum(ranks))
         if self._progress is not None:
             self._progress.update()
@@ -131,8 +130,6 @@ class SmoaModel(BaseTuner):
                 layer = layer_class(
                     target, adapter_name, peft_config, ranks, alpha, is_conv1d, self._loads_labels, backend
                 )
-            if normalizes:
-                peft_config.normalized_alpha[current_key] = layer.normalize_anchor(adapter_name)
         except PartitionError as error:
             raise PartitionError(f"{current_key}: {error}") from None
         if layer is target:
@@ -174,6 +171,7 @@ class SmoaModel(BaseTuner):
     ) -> dict[str, Tensor]:
         named = with_plain_names(model)
         remapped = super()._remap_adapter_state_dict_for_load(named, config, adapter_name, state_dict)
+        add_missing_scales(model, adapter_name, remapped)
         check_adapter_state(model, config, adapter_name, remapped)
         for layer in adapter_layers(model, adapter_name).values():
             for parameter in (*layer.smoa_A[adapter_name].parameters(), *layer.smoa_B[adapter_name].parameters()):

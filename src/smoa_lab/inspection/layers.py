@@ -105,10 +105,11 @@ def _weight_and_update(module: Any, adapter: str) -> tuple[Tensor, Tensor]:
 
 def _rank_bound(module: Any, adapter: str) -> int | None:
     if isinstance(module, SmoaLayer):
-        layout = module.layout[adapter]
+        block_ranks = module.ranks[adapter]
         if module.modulation[adapter] == "none":
-            return layout.rank
-        return rank_bound(layout.out_features, layout.in_features, layout.rank, layout.num_blocks, layout.ranks)
+            return sum(block_ranks)
+        sizes = module.out_features, module.in_features
+        return rank_bound(*sizes, sum(block_ranks), len(block_ranks), block_ranks)
     ranks = getattr(module, "r", None)
     return int(ranks[adapter]) if isinstance(ranks, dict) and hasattr(module, "lora_A") else None
 
@@ -116,12 +117,12 @@ def _rank_bound(module: Any, adapter: str) -> int | None:
 def _blocks(module: Any, adapter: str) -> dict[str, Any]:
     if not isinstance(module, SmoaLayer):
         return {}
-    partition = module.partition(adapter)
+    own = module.blocks(adapter)
     scores = torch.cat(spectral_scores(module.pristine_weight()))
-    labels = torch.cat([partition.row_labels, partition.col_labels])
-    blocks = [scores[labels == block] for block in range(partition.num_blocks)]
+    labels = torch.cat([own.row_labels, own.col_labels])
+    blocks = [scores[labels == block] for block in range(own.num_blocks)]
     return {
-        "row_blocks": partition.row_labels.cpu(),
-        "col_blocks": partition.col_labels.cpu(),
+        "row_blocks": own.row_labels.cpu(),
+        "col_blocks": own.col_labels.cpu(),
         "bands": tuple((float(block.min()), float(block.max())) for block in blocks),
     }

@@ -8,8 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from smoa.maths.modulation import delta_weight
-from smoa.maths.spectrum import SpectralPartition, make_partition
+from smoa.maths.blocks import Blocks
+from smoa.maths.factors import Factors
+from smoa.maths.modulations import MODULATIONS as KINDS
+from smoa.maths.spectrum import make_partition
+from smoa.maths.update import Update
 from tests import reference
 from tests.support.tolerance import assert_close
 
@@ -30,11 +33,12 @@ class Problem(NamedTuple):
     weight: Tensor
     A: Tensor
     B: Tensor
-    partition: SpectralPartition
+    partition: Blocks
     ranks: tuple[int, ...]
 
     def smoa(self, modulation: str, scaling: float = 1.0) -> Tensor:
-        return delta_weight(self.weight, self.A, self.B, self.partition, self.ranks, scaling, modulation)
+        factors = Factors(self.A, self.B, self.ranks, scaling, torch.ones(sum(self.ranks)), self.partition)
+        return Update(factors, KINDS[modulation]).delta(self.weight)  # type: ignore[index]
 
     def oracle(self, modulation: str, scaling: float = 1.0) -> Tensor:
         row_labels, col_labels = self.partition.row_labels.tolist(), self.partition.col_labels.tolist()
