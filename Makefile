@@ -39,6 +39,7 @@ test-slow: $(VENV)/.demo-installed $(VENV)/.examples-installed  ## run the slow 
 # The variable silences an advertisement.
 docs: $(VENV)/.dev-installed  ## build the documents into site/, warnings being errors
 	$(BIN)/python docs/figures/results.py
+	$(BIN)/python docs/figures/file_map.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 fuzz: $(VENV)/.dev-installed  ## load 10,000 mutated adapter folders, for 20 minutes at most
