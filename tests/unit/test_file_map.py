@@ -16,5 +16,5 @@ def test_the_file_map_is_up_to_date() -> None:
 
 def test_a_module_without_a_docstring_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "bare.py").write_text("x = 1\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="bare.py: has no docstring"):
+    with pytest.raises(ValueError, match=r"bare\.py: has no docstring"):
         SCRIPT["first_line"](tmp_path / "bare.py")
