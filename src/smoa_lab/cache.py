@@ -17,14 +17,3 @@ def cache_folder() -> Path:
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "smoa"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smoa"
-
-
-def write_whole(target: Path, content: str | bytes) -> None:
-    """Write ``content`` to ``target`` so that no reader ever sees half of it."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from smoa.atomic import new_folder
 from smoa.config.adapter_config import SmoaConfig
 from smoa.export.base_checkpoint import (
     BESIDES,
@@ -32,7 +33,6 @@ from smoa.export.in_memory import dequantised, merge_in_memory
 from smoa.export.model_card import model_card, what_was_lost
 from smoa.export.shards import Checkpoint, has_safetensors
 from smoa.export.streaming import RoundingLoss, SavedAdapter, plan_stream, stream_merge
-from smoa.files.saving import new_folder
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 

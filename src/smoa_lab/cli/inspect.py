@@ -24,7 +24,7 @@ def inspect(
 ) -> None:
     """Show size, norm, ranks and spectral coverage of the update of every adapted layer."""
     with reporting():
-        from smoa_lab.cache import write_whole
+        from smoa.atomic import write_whole
         from smoa_lab.inspection.layers import inspect as run_inspection
         from smoa_lab.inspection.page import inspection_page
 

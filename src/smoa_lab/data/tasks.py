@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Literal
 
+from smoa.atomic import write_whole
 from smoa.errors import DataError
-from smoa_lab.cache import cache_folder, write_whole
+from smoa_lab.cache import cache_folder
 from smoa_lab.data.files import Family, FileTask, read_file_split
 from smoa_lab.data.records import Record, Split, split
 from smoa_lab.data.sources import commonsense, dialogue, headlines, hub, sums

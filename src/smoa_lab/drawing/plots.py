@@ -6,7 +6,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from smoa_lab.cache import write_whole
+from smoa.atomic import write_whole
 
 
 def draw_loss_curve(history: list[dict[str, Any]], file: Path, title: str) -> None:

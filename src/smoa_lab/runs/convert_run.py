@@ -14,8 +14,8 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 
 import smoa  # noqa: F401  (registers SMoA with PEFT)
+from smoa.atomic import new_folder
 from smoa.export.lora import LoraConversion, RankRule, UpdateSpectra
-from smoa.files.saving import new_folder
 from smoa_lab.config.run_config import RunConfig, load_config
 from smoa_lab.runs.merge_run import adapter_folder
 from smoa_lab.scoring.likelihood import score_answers

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from peft import PeftModel
 
+from smoa.atomic import write_whole
 from smoa.errors import ConfigError, DataError
-from smoa_lab.cache import write_whole
 from smoa_lab.config.run_config import RunConfig, load_config
 from smoa_lab.scoring.generation import evaluate_by_generation
 from smoa_lab.scoring.held_out import evaluate_records

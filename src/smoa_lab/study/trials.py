@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import torch
 
+from smoa.atomic import write_whole
 from smoa.errors import ConfigError
-from smoa_lab.cache import write_whole
 from smoa_lab.training.run_folder import provenance
 
 logger = logging.getLogger(__name__)

