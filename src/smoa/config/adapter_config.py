@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -13,7 +14,7 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 from peft.utils.other import get_pattern_key
 
-from smoa.atomic import new_file
+from smoa.atomic import write_whole
 from smoa.config.rules import Bias, value_problems
 from smoa.config.types import make_savable, type_problems
 from smoa.errors import AdapterFileError, ConfigError
@@ -158,8 +159,9 @@ class SmoaConfig(PeftConfig):
             saved.weights_digest = saved_digest(weights, self.digest_of_saved) if weights.is_file() else None
             self.digest_of_saved = None
         saved.base_model_name_or_path = _without_home(self.base_model_name_or_path)
-        with new_file(Path(save_directory, CONFIG_NAME)) as temporary:
-            super(SmoaConfig, saved).save_pretrained(temporary.parent, **kwargs)
+        with tempfile.TemporaryDirectory() as room:
+            super(SmoaConfig, saved).save_pretrained(room, **kwargs)
+            write_whole(Path(save_directory, CONFIG_NAME), Path(room, CONFIG_NAME).read_bytes())
 
     # Class attributes without annotation: not fields, so not saved.
     labels_follow = False

@@ -17,6 +17,9 @@ def compare(
         list[str] | None, typer.Option("--only", help="Run this entry, or budget, alone; may be given more than once.")
     ] = None,
     report_only: Annotated[bool, typer.Option("--report-only", help="Run nothing; report what is finished.")] = False,
+    pack: Annotated[
+        bool, typer.Option("--pack", help="Then move all finished runs into one compressed file, runs.jsonl.gz.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON instead of a table.")] = False,
 ) -> None:
     """Tune methods alike, run the winners with fresh seeds, and say what is better, same or worse."""
@@ -25,6 +28,7 @@ def compare(
 
         from smoa.errors import ConfigError
         from smoa_lab.study.comparison import Comparison
+        from smoa_lab.study.packing import pack as pack_runs
         from smoa_lab.study.report.rows import as_json
         from smoa_lab.study.report.table import report
         from smoa_lab.study.study_file import load_study
@@ -35,6 +39,8 @@ def compare(
         transformers.utils.logging.set_verbosity_error()  # a line for every new classification head
         if not report_only:
             Comparison(checked).run(only or [])
+        if pack:
+            pack_runs(checked.folder)
         rows = report(checked)
         if json:
             print_json(as_json(rows))
@@ -43,7 +49,7 @@ def compare(
             ["entry", "trained", "seeds", "loss", "accuracy %", "loss difference", "", "accuracy difference %", ""],
             [_cells(row) for row in rows],
         )
-        typer.echo(f"\nTable, pictures and one JSON a run: {checked.folder}")
+        typer.echo(f"\nTable, pictures and runs: {checked.folder}")
 
 
 def _cells(row: Any) -> list[str]:

@@ -91,10 +91,9 @@ def stored_search(study: Study, name: str) -> Tuned | None:
 
 
 def stored(study: Study, stage: Stage, name: str) -> list[dict[str, Any]]:
-    """The finished trials of an entry, by file name."""
+    """The finished trials of an entry, by name."""
     store = TrialStore(study.folder)
-    names = sorted(f"{stage}/{name}/{file.stem}" for file in (study.folder / stage / name).glob("*.json"))
-    return [found for one in names if (found := store.find(one)) is not None]
+    return [found for one in store.names(f"{stage}/{name}/") if (found := store.find(one)) is not None]
 
 
 def validation_loss(result: dict[str, Any]) -> float | None:

@@ -36,10 +36,10 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_a_file_is_written_under_its_own_name(tmp_path: Path) -> None:
+def test_a_file_appears_only_when_it_is_complete(tmp_path: Path) -> None:
     with new_file(tmp_path / "deep" / "file.txt") as temporary:
         temporary.write_text("new")
-        assert temporary.name == "file.txt"
+        assert temporary.suffix != ".txt", "whoever lists the folder must not take it for the file"
         assert not (tmp_path / "deep" / "file.txt").exists()
     assert texts(tmp_path / "deep") == {"new"}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from smoa.errors import ConfigError, DataError
 from smoa_lab.config.run_config import RunConfig
 from smoa_lab.study.comparison import Comparison, stored_search, validation_loss
+from smoa_lab.study.packing import PACK, pack
 from smoa_lab.study.report.table import report
 from smoa_lab.study.study_file import Study
 from smoa_lab.study.trials import Trial, TrialStore
@@ -41,7 +43,7 @@ def finish(study: Study, trial: Trial, loss: float | None, **values: Any) -> Non
         "config": {"training": {"learning_rate": trial.learning_rate, "seed": trial.seed}},
         "parameters": 1000,
         "seconds": 7.0,
-        "scores": {"all": {"gold_loss": math.nan if loss is None else loss, "accuracy": 0.5, "majority": None}},
+        "scores": {"all": {"gold_loss": loss, "accuracy": 0.5, "majority": None}},
         "questions": {
             "task": ["arc_easy"] * QUESTIONS,
             "nll": [None if loss is None else loss + i / QUESTIONS for i in range(QUESTIONS)],
@@ -137,6 +139,7 @@ def test_a_trial_that_diverged_is_stored_as_json_that_others_can_read(tmp_path: 
 def test_accuracy_is_told_task_by_task(study: Study) -> None:
     for seed in (0, 1):
         scores = {name: {"accuracy": share + seed / 10} for name, share in (("piqa", 0.5), ("boolq", 0.3))}
+        scores["all"] = {"gold_loss": 2.0, "accuracy": 0.4 + seed / 10, "majority": None}
         finish(study, Trial("final", "ours", 0.01, seed), 2.0, scores=scores)
     untouched = {"gold_loss": 4.0, "accuracy": 0.25, "majority": None}
     scores = {"piqa": {"accuracy": 0.4}, "boolq": {"accuracy": 0.2}, "all": untouched}
@@ -242,3 +245,50 @@ def test_seconds_are_those_of_the_machine_that_made_most_runs(study: Study) -> N
     finish(study, Trial("final", "lora", 0.01, 0), 3.0, seconds=5.0, **fast)
     finish(study, Trial("final", "full", 0.001, 0), 3.0, seconds=None, **slow)
     assert {row.entry: row.seconds for row in report(study)} == {"ours": 75.0, "lora": None, "full": None}
+
+
+def finish_a_study(study: Study) -> None:
+    """Searches and final runs of two entries, one of them diverged at a rate, and the untouched model."""
+    for name, rate, loss in (("ours", 0.003, 2.2), ("ours", 0.01, 2.1), ("ours", 0.03, None), ("lora", 0.01, 2.3)):
+        finish(study, Trial("tuning", name, rate, 100), loss)
+    for seed in (0, 1):
+        finish(
+            study, Trial("final", "ours", 0.01, seed), 2.0, steps=60, provenance={"device": "a CPU", "commit": "c" * 40}
+        )
+        finish(study, Trial("final", "lora", 0.01, seed), 2.5)
+    scores = {"all": {"gold_loss": 4.0, "accuracy": 0.25, "majority": 0.6}}
+    (study.folder / "untouched.json").write_text(json.dumps({"scores": scores}))
+
+
+def test_a_packed_study_has_the_same_report_to_the_byte(study: Study) -> None:
+    finish_a_study(study)
+    report(study)
+    files = [file for file in study.folder.iterdir() if file.is_file() and file.name != "untouched.json"]
+    before = {file.name: file.read_bytes() for file in files}
+    assert sorted(before) == ["README.md", "differences.png", "index.html", "learning_rates.png", "summary.json"]
+    pack(study.folder)
+    for name in before:
+        (study.folder / name).unlink()
+    report(study)
+    after = {file.name: file.read_bytes() for file in study.folder.iterdir() if file.is_file()}
+    assert after.pop(PACK)
+    assert after == before
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_link_of_a_report_leads_to_its_run(study: Study, packed: bool) -> None:
+    finish_a_study(study)
+    if packed:
+        pack(study.folder)
+    report(study)
+    html = (study.folder / "index.html").read_text()
+    lines = dict(re.findall(r'<tr><td><span id="([^"]+)">[^<]+</span></td>(.*?)</tr>', html))
+    assert sorted(lines) == TrialStore(study.folder).names()
+    links = set(re.findall(r'href="#((?:final|tuning)/[^"]+)"', html))
+    assert links == {name for name in lines if name not in ("untouched", "tuning/ours/lr-0.03-seed-100")}
+    values = re.findall(r"<td>([^<]*)</td>", lines["final/ours/lr-0.01-seed-0"])
+    assert values == ["2.0000", "50.0", "60", "7", "a CPU", "ccccccc"]
+    assert lines["tuning/ours/lr-0.03-seed-100"].startswith("<td>diverged</td>")
+    command = """gzip -dc runs.jsonl.gz | grep -F '"name":"final/ours/'"""
+    assert f"`{command}`" in page(study)
+    assert command in html.replace("&quot;", '"').replace("&#x27;", "'")
