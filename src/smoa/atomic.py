@@ -1,6 +1,6 @@
 """Writes a file or a folder whole or not at all: a kill or a full disk leaves the old one or the new one.
 
-The new one is written beside its place, under a hidden name, and renamed when it is complete. A folder cannot be renamed
+It is written beside its place, under a hidden name, and renamed when it is complete. A folder cannot be renamed
 over another one, so the old folder `NAME` first becomes `.NAME.smoa-old`. A kill between the two renames leaves it
 there; `recover` puts it back, and every save and load calls it first.
 """

@@ -13,9 +13,9 @@ from peft import PeftModel
 from smoa.errors import ConfigError, DataError
 from smoa.layers.quantized import QuantizedLinear
 from smoa_lab.config.run_config import check_config, load_config
-from smoa_lab.runs.evaluate_run import evaluate
+from smoa_lab.runs.evaluate_run import evaluate_run
 from smoa_lab.training import train_run
-from smoa_lab.training.base_models import BaseModel, load_base_model
+from smoa_lab.training.base_models import ModelSource, load_base_model
 from smoa_lab.training.run_folder import RunFolder
 from tests.support import lab
 
@@ -58,20 +58,20 @@ def test_a_run_trains_on_the_quantised_model_and_is_scored_again_from_its_folder
     assert all(type(layer.get_base_layer()) is kind for layer in adapted)
     assert all(layer.smoa_B["default"].weight.any() for layer in adapted)
     assert metrics["evaluation"]["after"]["all"] != metrics["evaluation"]["before"]["all"]
-    again = evaluate(load_config(RunFolder(run.folder).config), RunFolder(run.folder).adapter)
+    again = evaluate_run(load_config(RunFolder(run.folder).config), RunFolder(run.folder).adapter)
     assert again["scores"]["all"] == pytest.approx(metrics["evaluation"]["after"]["all"], rel=1e-5)
 
 
 def test_packed_weights_count_whole(config: dict[str, Any]) -> None:
     packed, _ = train_run.load_model(check_config(config))
-    plain, _ = load_base_model(BaseModel(config["model"]["name"]))
+    plain, _ = load_base_model(ModelSource(config["model"]["name"]))
     assert train_run._parameters(packed)["total"] == train_run._parameters(plain)["total"]
 
 
 def test_the_adapter_of_a_quantised_run_fits_the_full_model(config: dict[str, Any]) -> None:
     run = check_config(config)
     train_run.train(run)
-    base, _ = load_base_model(BaseModel(config["model"]["name"]))
+    base, _ = load_base_model(ModelSource(config["model"]["name"]))
     model = PeftModel.from_pretrained(base, str(RunFolder(run.folder).adapter))
     merged = model.merge_and_unload(safe_merge=True)  # warnings are errors here: nothing is rounded
     assert torch.isfinite(merged.lm_head.weight).all()
@@ -80,10 +80,10 @@ def test_the_adapter_of_a_quantised_run_fits_the_full_model(config: dict[str, An
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"load_in_4bit": True}, r"model\.options\.load_in_4bit: stands one level deeper, in .*quantization_config"),
+        ({"load_in_4bit": True}, r"model\.options\.load_in_4bit: belongs one level deeper, in .*quantization_config"),
         (
             {"quantization_config": True},
-            r"quantization_config: must be a block of keys, as load_in_4bit: true; got True",
+            r"quantization_config: must be a block of keys, such as load_in_4bit: true; got True",
         ),
         ({"quantization_config": {"load_in_3bit": True}}, r"quantization_config: .*no `quant_method`"),
         (
@@ -106,13 +106,13 @@ def test_a_mistaken_quantisation_is_told_before_anything_is_loaded(
 
 def test_what_can_not_be_combined_with_a_quantisation_is_told(config: dict[str, Any]) -> None:
     config["model"]["name"] = "model.gguf"
-    with pytest.raises(ConfigError, match="a GGUF file is unpacked, not quantised anew"):
+    with pytest.raises(ConfigError, match="a GGUF file is dequantized when loaded"):
         check_config(config)
     config["model"]["name"], config["method"], config["adapter"] = "base", "full", {}
-    with pytest.raises(ConfigError, match="full trains the weights, which quantised ones can't be"):
+    with pytest.raises(ConfigError, match="full trains the weights, and quantized weights cannot be trained"):
         check_config(config)
 
 
 def test_an_option_that_transformers_does_not_know_is_named(config: dict[str, Any]) -> None:
     with pytest.raises(DataError, match=r"model\.options: cannot load .*load_in_5bit"):
-        load_base_model(BaseModel(config["model"]["name"], options={"load_in_5bit": True}))
+        load_base_model(ModelSource(config["model"]["name"], options={"load_in_5bit": True}))

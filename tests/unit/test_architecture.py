@@ -11,7 +11,7 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "src"
 LIBRARY = ["errors", "atomic", "maths", "config", "layers", "files", "tuner", "export"]
 """Each may import what stands before it, and `export` and `tuner` not each other."""
-LAB = ["cache", "data", "config", "drawing", "scoring", "training", "runs", "inspection", "study", "cli"]
+LAB = ["basics", "data", "config", "drawing", "scoring", "training", "runs", "inspection", "study", "cli"]
 APART = {("tuner", "export"), ("export", "tuner"), ("study", "inspection"), ("inspection", "study")}
 
 

@@ -1,4 +1,4 @@
-"""How a record becomes tokens: an instruction, the model's answer, and a loss on the answer only.
+"""Turns a record into tokens: an instruction, the model's answer, and a loss on the answer only.
 
 The instruction format is Alpaca's, as in the commonsense line of work (LLM-Adapters, arXiv:2304.01933), without the
 indentation that its code carries by accident; or the model's own chat template. The answer is either the answer's

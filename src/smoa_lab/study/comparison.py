@@ -1,4 +1,4 @@
-"""``smoa compare``: tune each entry alike, run the winners with fresh seeds on the test part, report."""
+"""Runs a study: searches each entry's learning rate in the same way, then runs it with fresh seeds on the test part."""
 
 from __future__ import annotations
 

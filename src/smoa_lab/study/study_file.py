@@ -1,4 +1,4 @@
-"""The YAML of a study: what all runs share, and the entries that are compared."""
+"""The YAML file of a study: what all runs share, and the entries that are compared."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from smoa.errors import ConfigError
+from smoa_lab.basics.section import Section
+from smoa_lab.config.problems import listed
 from smoa_lab.config.yaml_text import apply_overrides, parse_yaml
 from smoa_lab.study.benches.bench import Bench
 from smoa_lab.study.benches.kinds import BENCHES
-from smoa_lab.study.entry import Entry, Section
+from smoa_lab.study.entry import Entry
 
 
 class Tuning(Section):
@@ -77,7 +79,8 @@ def load_study(path: str | Path, overrides: list[str] | None = None) -> Study:
     try:
         study = Study.model_validate({"folder": f"studies/{file.stem}", **values})
     except ValidationError as error:
-        raise ConfigError(f"{file}: {_listed(error)}") from error
+        problems = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}; got {one['input']!r}" for one in error.errors()]
+        raise ConfigError(f"{file}: {listed(problems)}") from error
     unknown = [name for name in study.references if name not in study.entries]
     if unknown:
         raise ConfigError(f"{file}: references: {', '.join(unknown)} is no entry; entries: {', '.join(study.entries)}")
@@ -90,8 +93,3 @@ def load_study(path: str | Path, overrides: list[str] | None = None) -> Study:
     for name, entry in study.entries.items():
         bench.config(entry, entry.learning_rate, seed=0, place=f"{file}: entries.{name}")
     return study
-
-
-def _listed(error: ValidationError) -> str:
-    found = [f"  {'.'.join(map(str, one['loc']))}: {one['msg']}; got {one['input']!r}" for one in error.errors()]
-    return f"{len(found)} problem{'s' if len(found) > 1 else ''}\n" + "\n".join(found)
