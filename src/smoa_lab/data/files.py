@@ -19,9 +19,9 @@ Family = Literal["commonsense", "maths", "dialogue", "text"]
 
 
 class Columns(Section):
-    """The file's column for each part of a record. ``choices`` is one column that holds a list (in CSV as JSON), or a
-    list of columns; ``label`` holds the number of the right choice, from 0, or its text. With choices, ``label`` takes
-    ``answer``'s place."""
+    """The file's column for each part of a record. ``choices`` is one column with a list (in CSV as JSON), or a
+    list of columns; ``label`` has the number of the right choice, from 0, or its text. With choices, ``label`` replaces
+    ``answer``."""
 
     prompt: str = "prompt"
     answer: str | None = None

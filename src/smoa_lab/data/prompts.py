@@ -86,7 +86,7 @@ def gold_response(record: Record, style: AnswerStyle) -> str:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of prompt and answer; ``ends`` tells whether an end token closes the answer; ``cut`` counts the
+    """Token ids of prompt and answer; ``ends``: whether the answer ends with an end token; ``cut`` counts the
     tokens lost from the prompt's head and ``answer_cut`` those from the answer's end."""
 
     prompt: list[int]

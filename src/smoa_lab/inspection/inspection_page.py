@@ -23,7 +23,7 @@ HEADER = ("layer", "shape", "trained", "‖ΔW‖/‖W‖", "rank", "bound", "ef
 
 def inspection_page(title: str, adapters: Reports, layers: Sequence[str] = ()) -> str:
     """The HTML of one or more adapters by name. Of the first one the layer that changed most is shown in detail, and so
-    is every layer whose name holds one of ``layers``.
+    is every layer whose name contains one of ``layers``.
 
     Raises:
         ConfigError: one of ``layers`` is in no layer's name.
@@ -128,7 +128,7 @@ def _detail(report: LayerReport) -> list[str]:
     energy.set_xlabel("singular direction j, largest first")
     energy.legend(frameon=False)
     caption = (
-        f"Singular values of W and ΔW, and where on W's directions ΔW's energy lies ({report.rows}×{report.columns}; "
+        f"Singular values of W and ΔW, and ΔW's energy along W's directions ({report.rows}×{report.columns}; "
         f"rank of ΔW {report.rank}, effective {report.effective_rank:.1f})."
     )
     if report.bands:

@@ -101,7 +101,7 @@ def _limit(amount: str, total: int) -> float:
     except ValueError as error:
         raise ConfigError(f"budget: {amount!r} is neither a percentage such as 0.1% nor a parameter count") from error
     if not 0 < limit < total:
-        raise ConfigError(f"budget: {amount!r} must lie between nothing and the model's {total:,} parameters")
+        raise ConfigError(f"budget: {amount!r} must be more than 0 and less than the model's {total:,} parameters")
     return limit
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from smoa.atomic import new_folder
 from smoa.export.lora import LoraConversion, RankRule, UpdateSpectra
 from smoa_lab.config.run_config import RunConfig, load_config
-from smoa_lab.runs.open_run import base_of, find_adapter
+from smoa_lab.runs.open_run import base_name, find_adapter
 from smoa_lab.scoring.likelihood import score_answers
 from smoa_lab.training.base_models import ModelSource, load_base_model
 from smoa_lab.training.run_folder import RunFolder
@@ -59,7 +59,9 @@ class Converter:
         self.ready: Prepared | None = None if self.run is None else prepare(self.run)
         if self.ready is not None and not self.ready.records.test:
             self.ready = None
-        self.base: Any = self.ready.base if self.ready else load_base_model(ModelSource(base_of(self.source, base)))[0]
+        self.base: Any = (
+            self.ready.base if self.ready else load_base_model(ModelSource(base_name(self.source, base)))[0]
+        )
         self.base_nll = self._nll(self.base)
         with self._adapted(self.source) as model:
             self.spectra = UpdateSpectra(model)
@@ -119,12 +121,12 @@ def convert_run(
         conversion, loss = converter.cut(rule, temporary, uniform_rank)
     return {
         "folder": str(output),
-        **report(converter, conversion, loss),
+        **conversion_report(converter, conversion, loss),
         "layers": [asdict(x) for x in conversion.layers],
     }
 
 
-def report(converter: Converter, conversion: LoraConversion, loss: TaskLoss | None) -> dict[str, Any]:
+def conversion_report(converter: Converter, conversion: LoraConversion, loss: TaskLoss | None) -> dict[str, Any]:
     """The figures of one conversion, over all layers."""
     return {
         "rank": conversion.config.r,
@@ -137,12 +139,12 @@ def report(converter: Converter, conversion: LoraConversion, loss: TaskLoss | No
 
 
 def trade_off(place: str | Path, ranks: list[int], scratch: Path) -> dict[str, Any]:
-    """:func:`report` for LoRAs of several ranks, and the rank that each layer needs for given errors."""
+    """:func:`conversion_report` for LoRAs of several ranks, and the rank that each layer needs for given errors."""
     converter = Converter(place)
     points = []
     for rank in ranks:
         conversion, loss = converter.cut(RankRule(rank=rank), scratch / f"rank-{rank}")
-        points.append({**report(converter, conversion, loss), "rank": rank})
+        points.append({**conversion_report(converter, conversion, loss), "rank": rank})
     return {"points": points, "ranks_needed": _ranks_needed(converter.spectra)}
 
 

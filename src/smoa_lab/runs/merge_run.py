@@ -9,7 +9,7 @@ from smoa.errors import ConfigError
 from smoa.export.merge import Dtype, Export, merge_and_save
 from smoa_lab.basics.cache import cache_folder
 from smoa_lab.config.run_config import load_config
-from smoa_lab.runs.open_run import base_of, find_adapter
+from smoa_lab.runs.open_run import base_name, find_adapter
 from smoa_lab.training.base_models import PACKAGED_MODEL, ModelSource, load_base_model, prepare_packaged_model
 from smoa_lab.training.run_folder import RunFolder
 
@@ -36,7 +36,7 @@ def merge_run(
     source = find_adapter(adapter)
     if Path(output).exists():
         raise ConfigError(f"{output}: exists; choose another folder")
-    name = base_of(source, base)
+    name = base_name(source, base)
     options: dict[str, Any] = {"max_shard_size": max_shard_size, "trust_remote_code": trust_remote_code}
     quantized = None if base else _quantized_while_loading(Path(adapter))
     if name.endswith(".gguf") or quantized is not None:

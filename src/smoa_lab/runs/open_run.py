@@ -48,6 +48,6 @@ def find_adapter(place: str | Path) -> Path:
     raise ConfigError(f"{place}: contains no adapter ({CONFIG_NAME}), nor does {place}/adapter")
 
 
-def base_of(adapter: Path, base: str | None = None) -> str:
+def base_name(adapter: Path, base: str | None = None) -> str:
     """``base`` if given, or else the base model that the adapter's config records."""
     return base or str(PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path)

@@ -52,7 +52,7 @@ def score_answers(model: nn.Module, sequences: Sequence[Encoded], pad: int, batc
 
 
 def _batches(sequences: Sequence[Encoded], batch_tokens: int) -> Iterator[list[Group]]:
-    """Neighbours with the same prompt are a group; groups of like length are a batch, longest first."""
+    """Neighbors with the same prompt are a group; groups of like length are a batch, longest first."""
     groups = [list(group) for _, group in groupby(range(len(sequences)), key=lambda number: sequences[number].prompt)]
 
     def cost(group: Group) -> int:

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Tuned:
-    """An entry's search: losses by learning rate, the chosen one, and whether it lies inside what was tried."""
+    """An entry's search: losses by learning rate, the chosen one, and whether it is inside the range that was tried."""
 
     losses: dict[float, float | None]
     learning_rate: float

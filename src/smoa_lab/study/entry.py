@@ -12,7 +12,7 @@ from smoa_lab.basics.section import Section
 class Entry(Section):
     """One method at one setting. ``learning_rate`` is where its search starts, ``budget`` the table it belongs to.
 
-    ``parameters``, where given, is what it must train besides a task head, to within 2 %. ``training``
+    ``parameters``, if given, is the number it must train, a task head aside, to within 2 %. ``training``
     and ``model`` are laid over the shared blocks.
     """
 

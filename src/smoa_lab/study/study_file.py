@@ -19,7 +19,7 @@ from smoa_lab.study.entry import Entry
 
 class Tuning(Section):
     """The search for a learning rate, the same for each entry: half decades around the start, and on in the better
-    direction until the best of them has neighbours on both sides or ``max_runs`` are spent; with ``refine`` the quarter
+    direction until the best of them has neighbors on both sides or ``max_runs`` are spent; with ``refine`` the quarter
     decades beside the best as well. Judged by the gold answers' loss on the validation part after a run with ``seed``.
     ``max_runs: 0`` takes the start as it is."""
 
@@ -32,7 +32,7 @@ class Study(Section):
     """A whole study. ``shared`` is a run's config but for method, adapter and learning rate.
 
     ``references`` are the entries to which the others of their budget are compared, by default the first one of each
-    budget. ``elsewhere`` is a data block of another domain: the loss on its test part tells what was forgotten.
+    budget. ``elsewhere`` is a data block of another domain: the loss on its test part shows what was forgotten.
     """
 
     kind: Literal["answers", "classification"] = "answers"
@@ -83,11 +83,13 @@ def load_study(path: str | Path, overrides: list[str] | None = None) -> Study:
         raise ConfigError(f"{file}: {listed(problems)}") from error
     unknown = [name for name in study.references if name not in study.entries]
     if unknown:
-        raise ConfigError(f"{file}: references: {', '.join(unknown)} is no entry; entries: {', '.join(study.entries)}")
+        raise ConfigError(
+            f"{file}: references: {', '.join(unknown)} is not an entry; entries: {', '.join(study.entries)}"
+        )
     both = sorted({entry.budget for entry in study.entries.values()} & study.entries.keys())
     if both:
         raise ConfigError(
-            f"{file}: entries: {both[0]} is an entry and a budget, and --only can't tell which; rename one"
+            f"{file}: entries: {both[0]} is both an entry and a budget, so --only is ambiguous; rename one"
         )
     bench = study.bench()
     for name, entry in study.entries.items():

@@ -1,4 +1,4 @@
-"""Studies of causal language models: the loss is on the answers, as in ``smoa train``."""
+"""Studies of causal language models, whose loss is on the answers, as in ``smoa train``."""
 
 from __future__ import annotations
 

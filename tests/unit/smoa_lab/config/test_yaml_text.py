@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from smoa.errors import ConfigError
 from smoa_lab.config.run_config import load_config
-from smoa_lab.config.yaml_text import apply_overrides, parse_yaml
+from smoa_lab.config.yaml_text import apply_overrides, key_lines, parse_yaml, to_yaml
 
 
 @pytest.mark.parametrize(
@@ -57,3 +58,21 @@ def test_text_that_is_no_config_is_refused_with_its_place(file: Path, text: str,
 def test_an_override_without_a_value_is_refused(file: Path) -> None:
     with pytest.raises(ConfigError, match="write an override as"):
         load_config(file, ["training.seed"])
+
+
+def test_what_is_not_yaml_is_a_text_in_an_override() -> None:
+    values: dict[str, Any] = {}
+    apply_overrides(values, ["a.b=[1, 2]", "a.c=[1", "a.d=1e-3"])
+    assert values == {"a": {"b": [1, 2], "c": "[1", "d": 0.001}}
+
+
+def test_what_is_written_is_read_again_as_it_was() -> None:
+    values = {"b": {"text": "1e-3", "word": "no", "number": 1e-5, "none": None, "empty": {}, "list": [1, "é"]}, "a": 1}
+    text = to_yaml(values)
+    assert parse_yaml(text, Path("run.yaml")) == values
+    assert text.index("b:") < text.index("a:")
+
+
+def test_keys_know_their_lines() -> None:
+    assert key_lines("a:\n  b: 1\n  c: {d: 2}\n") == {("a",): 1, ("a", "b"): 2, ("a", "c"): 3, ("a", "c", "d"): 3}
+    assert key_lines("") == {}

@@ -1,4 +1,4 @@
-"""From tasks to the records of one run: mixed, cut to size, counted, and normalised into the cache once."""
+"""From tasks to the records of one run: mixed, cut to size, counted, and normalized into the cache once."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from tests.support import lab
 
 
 @pytest.mark.parametrize(
-    ("amount", "message"), [("0", "must lie between"), ("200%", "must lie between"), ("x", "neither")]
+    ("amount", "message"), [("0", "must be more than 0"), ("200%", "must be more than 0"), ("x", "neither")]
 )
 def test_a_budget_that_is_none_is_refused(amount: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):

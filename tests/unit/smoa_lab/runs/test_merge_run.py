@@ -1,4 +1,4 @@
-"""`smoa merge` finds the base of an adapter: a folder, a GGUF file, the packaged model, one quantised while loading."""
+"""`smoa merge` finds the base of an adapter: a folder, a GGUF file, the packaged model, one quantized while loading."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_plain_base_gets_no_note(tmp_path: Path) -> None:
     assert_close(merged_logits(tmp_path / "merged"), logits(adapted))
 
 
-def test_what_a_run_quantised_while_loading_is_loaded_as_the_run_did(
+def test_what_a_run_quantized_while_loading_is_loaded_as_the_run_did(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = str(lab.tiny_base(tmp_path / "base"))

@@ -6,7 +6,7 @@ import pytest
 from peft import LoraConfig
 
 from smoa.errors import ConfigError
-from smoa_lab.runs.open_run import base_of, find_adapter, open_run
+from smoa_lab.runs.open_run import base_name, find_adapter, open_run
 from smoa_lab.training.run_folder import RunFolder
 
 
@@ -38,5 +38,5 @@ def test_an_adapter_whose_save_was_killed_between_its_renames_is_put_back(adapte
 
 
 def test_the_base_is_the_one_given_or_the_one_recorded(adapter: Path) -> None:
-    assert base_of(adapter) == "its/base"
-    assert base_of(adapter, "another/base") == "another/base"
+    assert base_name(adapter) == "its/base"
+    assert base_name(adapter, "another/base") == "another/base"

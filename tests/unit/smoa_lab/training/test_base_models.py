@@ -124,3 +124,8 @@ def test_the_tokenizer_comes_from_the_same_revision(tmp_path: Path, monkeypatch:
     )
     load_base_model(ModelSource(str(lab.tiny_base(tmp_path)), options={"revision": "v2", "low_cpu_mem_usage": True}))
     assert asked == ["v2"]
+
+
+def test_an_option_that_transformers_does_not_know_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"model\.options: cannot load .*load_in_5bit"):
+        load_base_model(ModelSource(str(lab.tiny_base(tmp_path)), options={"load_in_5bit": True}))

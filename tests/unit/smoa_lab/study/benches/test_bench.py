@@ -11,8 +11,8 @@ from smoa_lab.study.study_file import Study
 from tests.support.studies import entry
 
 
-def test_the_untouched_model_of_a_quantised_study_is_described_without_training(study: Study) -> None:
-    """Full fine-tuning of quantised weights is refused, and is not what is asked for."""
+def test_the_untouched_model_of_a_quantized_study_is_described_without_training(study: Study) -> None:
+    """Full fine-tuning of quantized weights is refused, and is not what is asked for."""
     in_4_bits = {"quantization_config": {"load_in_4bit": True}}
     shared = {**study.shared, "model": {"name": "base", "options": in_4_bits}}
     config = study.model_copy(update={"shared": shared}).bench().untouched_config(study.entries["ours"])

@@ -10,7 +10,6 @@ import pytest
 import torch
 from peft import PeftModel
 
-from smoa.errors import ConfigError, DataError
 from smoa.layers.quantized import QuantizedLinear
 from smoa_lab.config.run_config import check_config, load_config
 from smoa_lab.runs.evaluate_run import evaluate_run
@@ -45,11 +44,11 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return config
 
 
-@pytest.mark.parametrize(("quantisation", "kind"), [(NF4, bnb.nn.Linear4bit), (INT8, bnb.nn.Linear8bitLt)])
-def test_a_run_trains_on_the_quantised_model_and_is_scored_again_from_its_folder(
-    config: dict[str, Any], quantisation: dict[str, Any], kind: type
+@pytest.mark.parametrize(("quantization", "kind"), [(NF4, bnb.nn.Linear4bit), (INT8, bnb.nn.Linear8bitLt)])
+def test_a_run_trains_on_the_quantized_model_and_is_scored_again_from_its_folder(
+    config: dict[str, Any], quantization: dict[str, Any], kind: type
 ) -> None:
-    config["model"]["options"]["quantization_config"] = quantisation
+    config["model"]["options"]["quantization_config"] = quantization
     run = check_config(config)
     ready = train_run.prepare(run)
     metrics = train_run.train(run, ready)
@@ -68,51 +67,10 @@ def test_packed_weights_count_whole(config: dict[str, Any]) -> None:
     assert train_run._parameters(packed)["total"] == train_run._parameters(plain)["total"]
 
 
-def test_the_adapter_of_a_quantised_run_fits_the_full_model(config: dict[str, Any]) -> None:
+def test_the_adapter_of_a_quantized_run_fits_the_full_model(config: dict[str, Any]) -> None:
     run = check_config(config)
     train_run.train(run)
     base, _ = load_base_model(ModelSource(config["model"]["name"]))
     model = PeftModel.from_pretrained(base, str(RunFolder(run.folder).adapter))
     merged = model.merge_and_unload(safe_merge=True)  # warnings are errors here: nothing is rounded
     assert torch.isfinite(merged.lm_head.weight).all()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"load_in_4bit": True}, r"model\.options\.load_in_4bit: belongs one level deeper, in .*quantization_config"),
-        (
-            {"quantization_config": True},
-            r"quantization_config: must be a block of keys, such as load_in_4bit: true; got True",
-        ),
-        ({"quantization_config": {"load_in_3bit": True}}, r"quantization_config: .*no `quant_method`"),
-        (
-            {"quantization_config": {"load_in_4bit": True, "bnb_4bit_quantype": "nf4"}},
-            r"quantization_config\.bnb_4bit_quantype: there is no such key; did you mean 'bnb_4bit_quant_type'\?",
-        ),
-        (
-            {"quantization_config": {"load_in_4bit": True, "bnb_4bit_compute_dtype": "bflot16"}},
-            r"quantization_config: .*bflot16",
-        ),
-    ],
-)
-def test_a_mistaken_quantisation_is_told_before_anything_is_loaded(
-    config: dict[str, Any], options: dict[str, Any], message: str
-) -> None:
-    config["model"]["options"] = options
-    with pytest.raises(ConfigError, match=message):
-        check_config(config)
-
-
-def test_what_can_not_be_combined_with_a_quantisation_is_told(config: dict[str, Any]) -> None:
-    config["model"]["name"] = "model.gguf"
-    with pytest.raises(ConfigError, match="a GGUF file is dequantized when loaded"):
-        check_config(config)
-    config["model"]["name"], config["method"], config["adapter"] = "base", "full", {}
-    with pytest.raises(ConfigError, match="full trains the weights, and quantized weights cannot be trained"):
-        check_config(config)
-
-
-def test_an_option_that_transformers_does_not_know_is_named(config: dict[str, Any]) -> None:
-    with pytest.raises(DataError, match=r"model\.options: cannot load .*load_in_5bit"):
-        load_base_model(ModelSource(config["model"]["name"], options={"load_in_5bit": True}))
