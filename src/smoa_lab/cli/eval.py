@@ -14,7 +14,7 @@ from smoa_lab.scoring.protocol import Protocol
 
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run, or a config file for the untouched model.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Values to change, e.g. data.tasks=[piqa].")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="Values to change, e.g. task.max_length=512.")] = None,
     protocol: Annotated[
         Protocol, typer.Option(help="Likelihood of the answers, the same computed by lm-eval, or generated text.")
     ] = "likelihood",

@@ -18,7 +18,7 @@ from smoa.layers.layer import SmoaLayer
 from smoa.maths.analysis import UpdateSpectrum, update_spectrum
 from smoa.maths.budget import rank_bound
 from smoa.maths.spectrum import spectral_scores
-from smoa_lab.runs.open_run import base_name, find_adapter
+from smoa_lab.runs.open_run import adapter_of_run, base_name
 from smoa_lab.training.base_models import ModelSource, load_base_model
 
 
@@ -59,7 +59,7 @@ def inspect_layers(adapter: str | Path, base: str | None = None, trust_remote_co
         ConfigError: ``adapter`` is not the folder of an adapter or a run.
         DataError: the base model cannot be loaded.
     """
-    source = find_adapter(adapter)
+    source = adapter_of_run(adapter)
     model, _ = load_base_model(ModelSource(base_name(source, base), "float32", trust_remote_code))
     adapted: Any = PeftModel.from_pretrained(model, str(source))
     kind = adapted.active_peft_config.peft_type

@@ -16,7 +16,7 @@ from torch import nn
 from smoa.atomic import new_folder
 from smoa.export.lora import LoraConversion, RankRule, UpdateSpectra
 from smoa_lab.config.run_config import RunConfig, load_config
-from smoa_lab.runs.open_run import base_name, find_adapter
+from smoa_lab.runs.open_run import adapter_of_run, base_name
 from smoa_lab.scoring.likelihood import score_answers
 from smoa_lab.training.base_models import ModelSource, load_base_model
 from smoa_lab.training.run_folder import RunFolder
@@ -52,7 +52,7 @@ class Converter:
     """
 
     def __init__(self, place: str | Path, base: str | None = None, score: bool = True) -> None:
-        self.source = find_adapter(place)
+        self.source = adapter_of_run(place)
         config = RunFolder(Path(place)).config
         elsewhere = [] if base is None else [f"model.name={json.dumps(base)}"]
         self.run: RunConfig | None = load_config(config, elsewhere) if score and config.is_file() else None

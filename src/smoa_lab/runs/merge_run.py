@@ -9,7 +9,7 @@ from smoa.errors import ConfigError
 from smoa.export.merge import Dtype, Export, merge_and_save
 from smoa_lab.basics.cache import cache_folder
 from smoa_lab.config.run_config import load_config
-from smoa_lab.runs.open_run import base_name, find_adapter
+from smoa_lab.runs.open_run import adapter_of_run, base_name
 from smoa_lab.training.base_models import PACKAGED_MODEL, ModelSource, load_base_model, prepare_packaged_model
 from smoa_lab.training.run_folder import RunFolder
 
@@ -33,7 +33,7 @@ def merge_run(
         DataError: the base model cannot be loaded.
         MergeError: a merged weight is not finite, or not in range of ``dtype``.
     """
-    source = find_adapter(adapter)
+    source = adapter_of_run(adapter)
     if Path(output).exists():
         raise ConfigError(f"{output}: exists; choose another folder")
     name = base_name(source, base)

@@ -32,10 +32,10 @@ def open_run(place: str | Path, overrides: list[str] | None = None) -> tuple[Run
     if config.method == "full":
         model = config.model.model_copy(update={"name": str(folder.adapter)})
         return config.model_copy(update={"model": model}), None
-    return config, find_adapter(path)
+    return config, adapter_of_run(path)
 
 
-def find_adapter(place: str | Path) -> Path:
+def adapter_of_run(place: str | Path) -> Path:
     """The folder with ``adapter_config.json``: ``place`` itself, or the adapter of the run in ``place``.
 
     Raises:

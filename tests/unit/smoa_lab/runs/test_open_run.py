@@ -6,7 +6,7 @@ import pytest
 from peft import LoraConfig
 
 from smoa.errors import ConfigError
-from smoa_lab.runs.open_run import base_name, find_adapter, open_run
+from smoa_lab.runs.open_run import adapter_of_run, base_name, open_run
 from smoa_lab.training.run_folder import RunFolder
 
 
@@ -24,16 +24,16 @@ def test_a_place_without_a_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_adapter_is_found_in_its_run_and_missed_elsewhere(adapter: Path, tmp_path: Path) -> None:
-    assert find_adapter(tmp_path / "run") == find_adapter(adapter) == adapter
+    assert adapter_of_run(tmp_path / "run") == adapter_of_run(adapter) == adapter
     (tmp_path / "base").mkdir()
     missed = r"base: contains no adapter \(adapter_config\.json\), nor does .*base/adapter"
     with pytest.raises(ConfigError, match=missed):
-        find_adapter(tmp_path / "base")
+        adapter_of_run(tmp_path / "base")
 
 
 def test_an_adapter_whose_save_was_killed_between_its_renames_is_put_back(adapter: Path) -> None:
     adapter.rename(adapter.with_name(".adapter.smoa-old"))
-    assert find_adapter(adapter) == adapter
+    assert adapter_of_run(adapter) == adapter
     assert adapter.is_dir()
 
 
