@@ -166,7 +166,7 @@ def test_what_is_to_be_run_is_not_named_where_nothing_is_run(values: dict[str, A
     arguments = ["compare", str(study_file(values, tmp_path)), "--report-only", "--only", "ours"]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 1
-    assert "--only: narrows what is run" in done.stderr
+    assert "--only selects runs" in done.stderr
 
 
 def test_a_report_before_any_run_says_what_to_do(values: dict[str, Any], tmp_path: Path) -> None:
@@ -178,10 +178,10 @@ def test_a_report_before_any_run_says_what_to_do(values: dict[str, Any], tmp_pat
     ("change", "message"),
     [
         ({"entries": {}}, "entries"),
-        ({"references": ["nobody"]}, "nobody is no entry; entries: ours, lora"),
+        ({"references": ["nobody"]}, "nobody is not an entry; entries: ours, lora"),
         (
             {"entries": {"lora": {"method": "lora", "learning_rate": 0.01, "budget": "lora"}}},
-            "is an entry and a budget",
+            "is both an entry and a budget",
         ),
         ({"tuning": {"max_runs": 1}}, "tuning.max_runs"),
         ({"colour": "red"}, "colour"),

@@ -14,6 +14,7 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 from peft.utils.other import get_pattern_key
 
+from smoa.atomic import write_whole
 from smoa.config.rules import Bias, value_problems
 from smoa.config.types import make_savable, type_problems
 from smoa.errors import AdapterFileError, ConfigError
@@ -159,10 +160,9 @@ class SmoaConfig(PeftConfig):
             saved.weights_digest = saved_digest(weights, self.digest_of_saved) if weights.is_file() else None
             self.digest_of_saved = None
         saved.base_model_name_or_path = _without_home(self.base_model_name_or_path)
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".smoa-", dir=save_directory) as room:
+        with tempfile.TemporaryDirectory() as room:
             super(SmoaConfig, saved).save_pretrained(room, **kwargs)
-            Path(room, CONFIG_NAME).replace(Path(save_directory, CONFIG_NAME))
+            write_whole(Path(save_directory, CONFIG_NAME), Path(room, CONFIG_NAME).read_bytes())
 
     # Class attributes without annotation: not fields, so not saved.
     labels_follow = False

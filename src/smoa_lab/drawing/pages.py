@@ -78,7 +78,7 @@ def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) ->
 
 
 def figure(drawn: Any, caption: str) -> str:
-    """A matplotlib figure as inline SVG in the page's colour; ``caption`` is its text for screen readers too."""
+    """A matplotlib figure as inline SVG in the page's color; ``caption`` is its text for screen readers too."""
     buffer = io.StringIO()
     # Without a date and with a fixed salt the same figure gives the same bytes.
     with _deterministic(caption):

@@ -1,4 +1,4 @@
-"""``smoa compare``: tune each entry alike, run the winners with fresh seeds on the test part, report."""
+"""Runs a study: searches each entry's learning rate in the same way, then runs it with fresh seeds on the test part."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Tuned:
-    """An entry's search: losses by learning rate, the chosen one, and whether it lies inside what was tried."""
+    """An entry's search: losses by learning rate, the chosen one, and whether it is inside the range that was tried."""
 
     losses: dict[float, float | None]
     learning_rate: float

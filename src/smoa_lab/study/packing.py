@@ -15,8 +15,8 @@ from typing import Any
 
 from filelock import FileLock
 
+from smoa.atomic import write_whole
 from smoa.errors import DataError
-from smoa_lab.cache import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def pack(folder: Path) -> None:
     be repeated.
 
     Raises:
-        DataError: the pack or a run's file is damaged, or the pack holds another run of the same name.
+        DataError: the pack or a run's file is damaged, or the pack contains another run of the same name.
     """
     if not own_files(folder):
         return
@@ -64,7 +64,7 @@ def pack(folder: Path) -> None:
         for name, file in files.items():
             line = as_line({**parse_run(file.read_text(encoding="utf-8"), str(file)), "name": name})
             if runs.setdefault(name, line) != line:
-                raise DataError(f"{file}: {folder / PACK} holds another run of this name; delete one of the two")
+                raise DataError(f"{file}: {folder / PACK} contains another run of this name; delete one of the two")
         _write(folder / PACK, runs)
         for file in files.values():
             file.unlink()

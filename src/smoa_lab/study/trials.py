@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import torch
 
+from smoa.atomic import write_whole
 from smoa.errors import ConfigError
-from smoa_lab.cache import write_whole
 from smoa_lab.study.packing import PACK, as_line, own_files, packed_runs, parse_run
 from smoa_lab.training.run_folder import provenance
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from smoa.atomic import write_whole
 from smoa.errors import DataError
-from smoa_lab.cache import write_whole
 from smoa_lab.study.comparison import stored_search
 from smoa_lab.study.packing import PACK, shell_command
 from smoa_lab.study.report.pictures import draw_differences, draw_searches

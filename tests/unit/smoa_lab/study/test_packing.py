@@ -149,7 +149,7 @@ def test_another_run_of_a_packed_name_is_not_packed_over_it(folder: Path) -> Non
     content = (folder / PACK).read_bytes()
     file = TrialStore(folder).file(NAMES[0])
     file.write_text('{"config": {}}')
-    with pytest.raises(DataError, match=rf"seed-0\.json: .*{PACK} holds another run of this name; delete one"):
+    with pytest.raises(DataError, match=rf"seed-0\.json: .*{PACK} contains another run of this name; delete one"):
         pack(folder)
     assert file.is_file()
     assert (folder / PACK).read_bytes() == content

@@ -10,8 +10,8 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 from smoa import SmoaConfig
-from smoa_lab.inspection.layers import LayerReport, inspect
-from smoa_lab.inspection.page import inspection_page, summary
+from smoa_lab.inspection.inspection_page import inspection_page, summary
+from smoa_lab.inspection.layer_reports import LayerReport, inspect_layers
 from tests.support import lab
 
 TARGETS = ["q_proj", "v_proj"]
@@ -26,7 +26,7 @@ def reports(base: Path, config: PeftConfig) -> list[LayerReport]:
     """What `smoa inspect` finds in an adapter of random factors."""
     adapter = base.with_name(str(config.peft_type.value))
     get_peft_model(LlamaForCausalLM.from_pretrained(base), config).save_pretrained(adapter)
-    return inspect(adapter)
+    return inspect_layers(adapter)
 
 
 def lora(base: Path) -> list[LayerReport]:
@@ -57,12 +57,6 @@ def test_two_adapters_stand_beside_each_other_and_the_first_is_shown_in_detail(b
         assert f"Every adapted layer of {name}" in page
     changed = max(ours, key=lambda layer: layer.relative_update)
     assert f"What changed most: {changed.module}" in page
-
-
-def test_without_modulation_the_rank_is_bound_by_r(base: Path) -> None:
-    layers = smoa(base, modulation="none", partition="contiguous")
-    assert {layer.rank_bound for layer in layers} == {4}
-    assert all(layer.rank <= 4 for layer in layers)
 
 
 def test_a_bound_that_is_not_known_is_a_dash(base: Path) -> None:

@@ -1,4 +1,4 @@
-"""The page of ``smoa inspect --html``: coverage of W's spectrum, ranks and norms, one layer in detail."""
+"""The HTML page about one or more adapters: coverage of W's spectrum, ranks and norms, some layers in detail."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from smoa.errors import ConfigError
 from smoa_lab.drawing.pages import figure, page, paragraph, section, table
-from smoa_lab.inspection.layers import LayerReport
+from smoa_lab.drawing.plots import new_figure
+from smoa_lab.inspection.layer_reports import LayerReport
 
 Reports = Mapping[str, Sequence[LayerReport]]
 
@@ -22,7 +23,7 @@ HEADER = ("layer", "shape", "trained", "‖ΔW‖/‖W‖", "rank", "bound", "ef
 
 def inspection_page(title: str, adapters: Reports, layers: Sequence[str] = ()) -> str:
     """The HTML of one or more adapters by name. Of the first one the layer that changed most is shown in detail, and so
-    is every layer whose name holds one of ``layers``.
+    is every layer whose name contains one of ``layers``.
 
     Raises:
         ConfigError: one of ``layers`` is in no layer's name.
@@ -48,7 +49,9 @@ def inspection_page(title: str, adapters: Reports, layers: Sequence[str] = ()) -
 def _matching(reports: Sequence[LayerReport], layers: Sequence[str]) -> list[LayerReport]:
     for wanted in layers:
         if not any(wanted in report.module for report in reports):
-            raise ConfigError(f"--layer {wanted}: no adapted layer's name holds it; there is {reports[0].module}, …")
+            raise ConfigError(
+                f"--layer {wanted}: no adapted layer's name contains it; layers are named like {reports[0].module}"
+            )
     return [report for report in reports if any(wanted in report.module for wanted in layers)]
 
 
@@ -125,7 +128,7 @@ def _detail(report: LayerReport) -> list[str]:
     energy.set_xlabel("singular direction j, largest first")
     energy.legend(frameon=False)
     caption = (
-        f"Singular values of W and ΔW, and where on W's directions ΔW's energy lies ({report.rows}×{report.columns}; "
+        f"Singular values of W and ΔW, and ΔW's energy along W's directions ({report.rows}×{report.columns}; "
         f"rank of ΔW {report.rank}, effective {report.effective_rank:.1f})."
     )
     if report.bands:
@@ -174,11 +177,7 @@ def _layer_table(name: str, reports: Sequence[LayerReport]) -> str:
 
 
 def _figure(rows: int) -> tuple[Any, Any]:
-    import matplotlib.figure  # not pyplot: no window system is asked for, no global state is left
-
-    drawn = matplotlib.figure.Figure(figsize=(8, 1.2 + 2.3 * rows), layout="constrained")
-    axes = drawn.subplots(rows)
+    drawn, axes = new_figure(1.2 + 2.3 * rows, rows)
     for one in [axes] if rows == 1 else axes:
-        one.spines[["top", "right"]].set_visible(False)
         one.grid(True, color="#808080", alpha=0.25)
     return drawn, axes

@@ -1,5 +1,5 @@
-"""``smoa inspect``: the spectrum of every adapted layer, and what adapters did to it. Works for every PEFT method whose
-layers tell their ΔW."""
+"""Reports on every adapted layer: its spectrum, and what the adapter changed. For all PEFT methods whose layers can
+return their ΔW."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -18,8 +18,8 @@ from smoa.layers.layer import SmoaLayer
 from smoa.maths.analysis import UpdateSpectrum, update_spectrum
 from smoa.maths.budget import rank_bound
 from smoa.maths.spectrum import spectral_scores
-from smoa_lab.runs.merge_run import adapter_folder
-from smoa_lab.training.base_models import BaseModel, load_base_model
+from smoa_lab.runs.open_run import adapter_of_run, base_name
+from smoa_lab.training.base_models import ModelSource, load_base_model
 
 
 @dataclass(frozen=True)
@@ -52,18 +52,18 @@ class LayerReport:
         return {name: getattr(self, name) for name in (*names, "effective_rank", "coverage")}
 
 
-def inspect(adapter: str | Path, base: str | None = None, trust_remote_code: bool = False) -> list[LayerReport]:
+def inspect_layers(adapter: str | Path, base: str | None = None, trust_remote_code: bool = False) -> list[LayerReport]:
     """A report on every adapted layer, in the model's order.
 
     Raises:
-        ConfigError: ``adapter`` is no adapter's folder.
+        ConfigError: ``adapter`` is not the folder of an adapter or a run.
         DataError: the base model cannot be loaded.
     """
-    source = adapter_folder(adapter)
-    config = PeftConfig.from_pretrained(str(source))
-    model, _ = load_base_model(BaseModel(base or str(config.base_model_name_or_path), "float32", trust_remote_code))
+    source = adapter_of_run(adapter)
+    model, _ = load_base_model(ModelSource(base_name(source, base), "float32", trust_remote_code))
     adapted: Any = PeftModel.from_pretrained(model, str(source))
-    method = str(getattr(config.peft_type, "value", config.peft_type)).lower()
+    kind = adapted.active_peft_config.peft_type
+    method = str(getattr(kind, "value", kind)).lower()
     layers = list(_adapter_layers_updates(adapted.base_model.model))
     shown = tqdm(layers, desc="Decomposing", disable=None, leave=False)
     with torch.no_grad():
@@ -97,7 +97,7 @@ def _report(path: str, module: Any, adapter: str, method: str) -> LayerReport:
 
 
 def _weight_and_update(module: Any, adapter: str) -> tuple[Tensor, Tensor]:
-    """W, dequantised where it is stored packed, and ΔW, in float32."""
+    """W, dequantized if it is quantized, and ΔW, in float32."""
     if isinstance(module, SmoaLayer):
         return module.pristine_weight().float(), module.delta(adapter).float()
     return module.get_base_layer().weight.float(), module.get_delta_weight(adapter).float()
