@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smoa.maths.budget import rank_bound, trainable_parameters
+from smoa.maths.budget import adapter_bytes, rank_bound, trainable_parameters
 from tests import reference
 from tests.support.layers import adapted_layer, base_layer, base_weight, labels, ranks
 
@@ -28,3 +29,9 @@ def test_the_rank_bound_is_that_of_full_anchors(out_features: int, in_features: 
     layer = adapted_layer(base_layer(out_features, in_features), r=r, num_blocks=num_blocks)
     expected = reference.rank_bound(base_weight(layer), *labels(layer), ranks(layer))
     assert rank_bound(out_features, in_features, r, num_blocks) == expected
+
+
+def test_the_bytes_of_an_adapter_are_those_of_its_state() -> None:
+    layer = adapted_layer(base_layer(17, 10, dtype=torch.float32), r=5, num_blocks=3)
+    state = {name: tensor for name, tensor in layer.state_dict().items() if not name.startswith("base_layer")}
+    assert sum(tensor.nbytes for tensor in state.values()) == adapter_bytes(17, 10, r=5, num_blocks=3)
