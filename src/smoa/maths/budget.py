@@ -36,7 +36,7 @@ def rank_bound(
 
 
 def adapter_bytes(out_features: int, in_features: int, r: int, num_blocks: int, bytes_per_value: int = 4) -> int:
-    """Bytes of one layer in a saved adapter: both factors with padding, a label byte per coordinate, a scale per block."""
+    """Bytes of one layer in a saved adapter: padded factors, a label byte per coordinate, a scale per block."""
     check_num_blocks(num_blocks, out_features, in_features)
     values = r * (-(-out_features // num_blocks) + -(-in_features // num_blocks))
     return values * bytes_per_value + out_features + in_features + 4 * num_blocks
