@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 
 from smoa import SmoaConfig
-from smoa_lab.training.base_models import BaseModel, load_base_model
+from smoa_lab.training.base_models import ModelSource, load_base_model
 
 QUANTISATIONS: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
@@ -26,7 +26,7 @@ def gemma(method: str, r: int, num_blocks: int, device: torch.device, base: str 
     QUANTISATIONS.
     """
     options = {"quantization_config": QUANTISATIONS[base]} if base in QUANTISATIONS else {}
-    model, _ = load_base_model(BaseModel("gemma3-270m", options=options))
+    model, _ = load_base_model(ModelSource("gemma3-270m", options=options))
     model.to(device)
     if method == "base":
         return model.requires_grad_(False)

@@ -9,14 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from smoa.maths.modulation import split_rank
-from smoa.maths.spectrum import SpectralPartition
+from smoa.maths.blocks import Blocks
+from smoa.maths.factors import split_rank
 
 
 class ReleasedLinear(nn.Module):
     """A frozen `nn.Linear` with the released form of SMoA; factors, ΔW and its product are float32."""
 
-    def __init__(self, base: nn.Linear, r: int, partition: SpectralPartition) -> None:
+    def __init__(self, base: nn.Linear, r: int, partition: Blocks) -> None:
         super().__init__()
         self.base = base
         self.rows = [partition.rows(k) for k in range(partition.num_blocks)]

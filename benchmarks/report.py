@@ -2,7 +2,7 @@
 
     python benchmarks/report.py
 
-Tables stand between `<!-- begin NAME -->` and `<!-- end NAME -->`; the rest of the page is written by hand.
+Tables go between `<!-- begin NAME -->` and `<!-- end NAME -->`; the rest of the page is written by hand.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -43,9 +44,9 @@ def machine(content: dict[str, Any]) -> str:
 
 
 def measured(*contents: dict[str, Any]) -> str:
-    """The machines that results come from, with their days and commits."""
+    """The machines that produced the results, with dates and commits."""
     found = {f"{machine(one)}, {one['provenance']['date'][:10]}, {one['provenance']['commit'][:7]}" for one in contents}
-    return f"\n\nMeasured on {'; '.join(sorted(found))}."
+    return "\n\n" + textwrap.fill(f"Measured on {'; '.join(sorted(found))}.", 120)
 
 
 def layer_step(compiled: bool = False) -> str:
@@ -58,7 +59,19 @@ def layer_step(compiled: bool = False) -> str:
             content = json.loads(path.read_text())
             contents.append(content)
             rows += [_layer_row(case, content["config"]["tokens"], result, methods) for result in content["results"]]
-    header = ["layer, dtype", "tokens", "K", "frozen, s", "SMoA", "LoRA", "HiRA", "released", "floor", "÷ floor", "bar"]
+    header = [
+        "layer, dtype",
+        "tokens",
+        "K",
+        "frozen, s",
+        "SMoA",
+        "LoRA",
+        "HiRA",
+        "released",
+        "floor",
+        "÷ floor",
+        "target",
+    ]
     return table([*header, "÷ quicker of HiRA, released"], rows) + measured(*contents)
 
 
@@ -91,7 +104,9 @@ def model_step() -> str:
         ]
         for key, name in (("smoa", "SMoA, K=4, r=32"), ("lora", "LoRA, r=8"))
     ]
-    rows.append(["SMoA ÷ LoRA (bar)", "1", f"{content['ratio']:.3f} (1.15)", f"{content['memory_ratio']:.3f} (1.03)"])
+    rows.append(
+        ["SMoA ÷ LoRA (target)", "1", f"{content['ratio']:.3f} (1.15)", f"{content['memory_ratio']:.3f} (1.03)"]
+    )
     return table(["method", "trainable parameters", "step, s", "peak memory, GB"], rows) + measured(content)
 
 
@@ -117,11 +132,13 @@ def decoding() -> str:
         for key, name in names.items()
     ]
     note = (
-        f"The cache takes {content['cache_bytes'] / 1e6:.0f} MB beside a model of "
-        f"{content['model_bytes'] / 1e6:.0f} MB, and {content['seconds_to_fill_cache']:.2f} s to fill."
+        f"The cache takes {content['cache_bytes'] / 1e6:.0f} MB for a model of {content['model_bytes'] / 1e6:.0f} MB, "
+        f"and {content['seconds_to_fill_cache']:.2f} s to fill."
     )
     return (
-        table(["route", "tokens/s", "time ÷ base", "of the fastest", "bar"], rows) + f"\n\n{note}" + measured(content)
+        table(["route", "tokens/s", "time ÷ base", "of the fastest", "target"], rows)
+        + f"\n\n{note}"
+        + measured(content)
     )
 
 
@@ -153,7 +170,7 @@ def injection() -> str:
         ]
         for name, content in contents.items()
     ]
-    header = ["weight", "SVD, s", "exact scores, s", "ratio", "bar", "machine"]
+    header = ["weight", "SVD, s", "exact scores, s", "ratio", "target", "machine"]
     return table(header, rows) + measured(*contents.values())
 
 

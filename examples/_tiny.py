@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from smoa.files.saving import new_folder
+from smoa.atomic import new_folder
 
 torch.set_num_threads(1)  # a model this small loses more to starting threads than it gains from them
 

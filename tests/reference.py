@@ -68,10 +68,12 @@ def delta_weight(
     row_labels: Sequence[int],
     col_labels: Sequence[int],
     ranks: Sequence[int],
-    scaling: float,
+    scaling: float | Sequence[float],
     modulation: str = "hadamard",
 ) -> Tensor:
-    """Dense delta W (m, n), entry by entry: s (B_k A_k)_ij in the diagonal blocks, times W_ij under "hadamard"; else 0.
+    """Dense delta W (m, n), entry by entry: s_k (B_k A_k)_ij in the diagonal blocks, times W_ij if "hadamard"; else 0.
+
+    `scaling` is one s for all blocks, or one for each.
 
     Differentiable in weight, A and B.
     """
@@ -85,7 +87,8 @@ def delta_weight(
                 continue
             start = sum(ranks[:row_block])
             owned = slice(start, start + ranks[row_block])
-            entry = scaling * (B[row_place[i], owned] * A[owned, col_place[j]]).sum()
+            s = scaling if isinstance(scaling, (int, float)) else scaling[row_block]
+            entry = s * (B[row_place[i], owned] * A[owned, col_place[j]]).sum()
             entries.append(entry * weight[i, j] if modulation == "hadamard" else entry)
     return torch.stack(entries).reshape(len(row_labels), len(col_labels))
 

@@ -14,7 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import ConnectionPatch, FancyArrowPatch, Rectangle
 from torch import Tensor
 
-from smoa.maths.spectrum import SpectralPartition, make_partition
+from smoa.maths.blocks import Blocks
+from smoa.maths.spectrum import make_partition
 
 OUT = Path(__file__).parents[1] / "images"
 NUM_BLOCKS, ROWS, COLS, RANK = 4, 6, 8, 2  # K; rows, columns and rank of one block
@@ -53,7 +54,7 @@ def matrix(ax: Axes, values: Tensor, x: float, y: float, cell: float) -> None:
     box(ax, x, y, width, height, fill=False, edgecolor=INK, linewidth=0.9)
 
 
-def natural_order(ax: Axes, weight: Tensor, partition: SpectralPartition) -> None:
+def natural_order(ax: Axes, weight: Tensor, partition: Blocks) -> None:
     """The weight as it is; strips tell the block of each row and column."""
     matrix(ax, weight, LEFT, TOP, CELL)
     for i, k in enumerate(partition.row_labels.tolist()):

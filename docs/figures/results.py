@@ -10,40 +10,50 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
+from smoa_lab.study.packing import PACK
 from smoa_lab.study.report.rows import known_before
 from smoa_lab.study.report.statistics import Difference
+from smoa_lab.study.trials import TrialStore
 
 DOCS = Path(__file__).parents[1]
 INTRODUCTION = """# Results
 
-Written by `python docs/figures/results.py` from stored JSON; do not edit. A study is run by `smoa compare` and its YAML
-file: every entry gets the same search for a learning rate on validation data, then fresh seeds on the test part.
-Differences are to the reference of the entry's budget, paired by seed and by question, with 95 % intervals (questions
-resampled, Student's t over seeds): *better* and *worse* say that the interval leaves 0 out, *same* that it doesn't.
-Lower loss is better. An entry is named after its method, its number of blocks (`k8`), what it changes, and its budget:
-`r1` are the trainable parameters of a LoRA of rank 1. A study's name says how it differs: `refined` searched quarter
-decades besides half ones, `float32` has its weights in that type. *Loss elsewhere* is that on text of a domain that
-wasn't trained on: what rises there was forgotten.
+Written by `python docs/figures/results.py` from stored JSON; do not edit.
+
+`smoa compare` runs a study from its YAML file. Every entry gets the same search for a learning rate on validation data,
+then fresh seeds on the test part.
+
+- **Differences** are to the reference of the entry's budget, paired by seed and by question, with 95 % intervals
+  (questions resampled, Student's t over seeds). *Better* and *worse* mean that the interval excludes 0, *same* that it
+  includes 0. Lower loss is better.
+- **Entries** are named after their method, number of blocks (`k8`), change, and budget: `r1` means the trainable
+  parameters of a LoRA of rank 1.
+- **Studies**: `refined` also searched quarter decades; `float32` has its weights in that dtype.
+- **Loss elsewhere** is the loss on text of a domain that was not trained on. A rise means forgetting.
+
+[Limits](limits.md#of-the-evidence) sums up what the studies show.
 """
 NOTHING = (
     "No result is stored yet: run one of the studies in [configs/studies](../configs/studies), then this script.\n"
 )
 SINGLE_RUNS = (
-    "Single runs of the lab, one seed each, at learning rates that were not tuned: what the lab reports, no ranking. "
-    "*Gold loss* is the mean negative log-likelihood of the right answers, *accuracy norm* picks the choice by the "
-    "likelihood of each character, *majority* is the share of the commonest label. Generated answers are right where "
-    "they equal the reference, and so is an answer without choices that greedy decoding would give; BLEU runs from 0 "
-    "to 100."
+    "Single runs of the lab, one seed each, at learning rates that were not tuned. They show what the lab reports and "
+    "rank nothing. *Gold loss* is the mean negative log-likelihood of the right answers. *Accuracy norm* picks the "
+    "choice by the likelihood per character. *Majority* is the share of the most common label. A generated answer is "
+    "right if it equals the reference; an answer without choices is right if greedy decoding would give it. BLEU runs "
+    "from 0 to 100."
 )
 INSPECTION = (
     "Means over the adapted layers of trained adapters. Coverage is how far down W's spectrum the energy of the update "
-    "reaches: 0 for the leading direction alone, 0.5 where all directions are treated alike."
+    "reaches: 0 for the leading direction alone, 0.5 for all directions alike."
 )
 HEADER = ["entry", "trained", "seeds", "loss", "loss − reference", "", "accuracy %", "accuracy % − reference", ""]
 ELSEWHERE = "loss elsewhere"
+WIDTH = 120
 
 
 def main(docs: Path = DOCS) -> None:
@@ -55,13 +65,15 @@ def main(docs: Path = DOCS) -> None:
 
 
 def study(summary: Path) -> str:
-    """One study: a table for each budget, its pictures, and where every run's JSON lies."""
+    """One study: a table for each budget, its pictures, and links to its report and runs."""
     folder, rows = summary.parent, json.loads(summary.read_text(encoding="utf-8"))
     home = f"studies/{folder.name}"
     links = [f"[summary as JSON]({home}/summary.json)"]
     reports = {"README.md": "whole report", "index.html": "the same as a page with sortable tables"}
     links = [f"[{title}]({home}/{name})" for name, title in reports.items() if (folder / name).is_file()] + links
-    parts = [f"## {folder.name}\n\n{', '.join(links)}; one JSON for each run lies in `docs/{home}`.{setting(folder)}"]
+    if (folder / PACK).is_file():
+        links.append(f"[every run as a line of JSON]({home}/{PACK})")
+    parts = [f"## {folder.name}\n\n{', '.join(links)}.{setting(folder)}"]
     for budget in dict.fromkeys(row["budget"] for row in rows):
         of_budget = sorted(
             (row for row in rows if row["budget"] == budget), key=lambda row: (row["loss"] is None, row["loss"])
@@ -70,8 +82,9 @@ def study(summary: Path) -> str:
         forgets = any(row["elsewhere"] is not None for row in of_budget)
         header = [*HEADER, ELSEWHERE] if forgets else HEADER
         parts.append(table(header, [cells(row)[: len(header)] for row in of_budget]))
-    if (folder / "untouched.json").is_file():
-        parts.append(known_before(json.loads((folder / "untouched.json").read_text(encoding="utf-8"))))
+    told = known_before(TrialStore(folder).find("untouched"))
+    if told:
+        parts.append(textwrap.fill(told, WIDTH))
     pictures = {path.name: path.stem.replace("_", " ").capitalize() for path in sorted(folder.glob("*.png"))}
     parts += [f"![{title} of the study {folder.name}]({home}/{name})" for name, title in pictures.items()]
     return "\n\n".join(parts) + "\n"
@@ -79,16 +92,17 @@ def study(summary: Path) -> str:
 
 def setting(folder: Path) -> str:
     """The model and data of a study, from the first of its final runs, in a sentence."""
-    first = min(folder.glob("final/*/*.json"), default=None)
-    if first is None:
+    store = TrialStore(folder)
+    run = next(map(store.find, store.names("final/")), None)
+    if run is None:
         return ""
-    run = json.loads(first.read_text(encoding="utf-8"))
     model, data, batch = (run["config"][key] for key in ("model", "data", "training"))
-    return (
-        f" Model: {model['name']}, {model['dtype']}. Tasks: {', '.join(data['tasks'])}; {data['train_examples']} "
+    told = (
+        f"Model: {model['name']}, {model['dtype']}. Tasks: {', '.join(data['tasks'])}; {data['train_examples']} "
         f"training examples, {run['steps']} steps of {batch['per_device_train_batch_size']}, "
         f"{run['scores']['all']['questions']} test questions."
     )
+    return f"\n\n{textwrap.fill(told, WIDTH)}"
 
 
 def verdicts(rows: list[dict[str, Any]]) -> str:
@@ -126,7 +140,7 @@ def lab_results(files: list[Path]) -> list[str]:
         key = ", ".join(result["config"]["data"]["tasks"]), result.get("protocol", "likelihood")
         groups.setdefault(key, []).append((path, result))
     tables = [lab_table(*key, found) for key, found in groups.items()]
-    return [f"## Single runs\n\n{SINGLE_RUNS}\n", *tables] if tables else []
+    return [f"## Single runs\n\n{textwrap.fill(SINGLE_RUNS, WIDTH)}\n", *tables] if tables else []
 
 
 def lab_table(tasks: str, protocol: str, found: list[tuple[Path, dict[str, Any]]]) -> str:
@@ -153,7 +167,7 @@ def inspection(path: Path) -> str:
         rows.append([Path(place).name, f"{trained:,}", *means])
     header = ["adapter", "trained", "‖ΔW‖/‖W‖", "rank of ΔW", "effective rank", "coverage"]
     links = f"[JSON](inspections/{path.name}), [page with pictures](inspections/{path.stem}.html)"
-    return f"## {path.stem}: the spectrum\n\n{INSPECTION}\n\n{table(header, rows)}\n\n{links}\n"
+    return f"## {path.stem}: the spectrum\n\n{textwrap.fill(INSPECTION, WIDTH)}\n\n{table(header, rows)}\n\n{links}\n"
 
 
 def stages(result: dict[str, Any]) -> dict[str, dict[str, Any]]:

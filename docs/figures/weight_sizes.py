@@ -16,14 +16,14 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from smoa_lab.runs.budget_choices import TARGETS
-from smoa_lab.training.base_models import BaseModel, load_base_model
+from smoa_lab.training.base_models import ModelSource, load_base_model
 
 IMAGES = Path(__file__).parents[1] / "images"
 
 
 def weight_sizes(name: str) -> dict[str, list[float]]:
     """rms of the weight in each layer, by the name of the projection."""
-    model, _ = load_base_model(BaseModel(name))
+    model, _ = load_base_model(ModelSource(name))
     sizes: dict[str, list[float]] = {target: [] for target in TARGETS}
     for path, module in model.named_modules():
         target = path.rpartition(".")[2]

@@ -1,7 +1,7 @@
-"""``python -m smoa`` is the ``smoa`` command."""
+"""The ``smoa`` command as ``python -m smoa``."""
 
 from __future__ import annotations
 
-from smoa_lab.cli.main import app
+from smoa_lab.__main__ import main
 
-app()
+main()

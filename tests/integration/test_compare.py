@@ -15,8 +15,10 @@ from smoa.errors import ConfigError, DataError
 from smoa_lab.cli.main import app
 from smoa_lab.study.benches.bench import Bench
 from smoa_lab.study.comparison import Comparison
+from smoa_lab.study.packing import own_files
 from smoa_lab.study.report.table import report
 from smoa_lab.study.study_file import load_study
+from smoa_lab.study.trials import TrialStore
 from tests.support import lab
 
 # Not ours: a deprecation between transformers and peft.
@@ -75,12 +77,44 @@ def test_a_study_is_run_reported_and_never_run_twice(
     for name in ("README.md", "summary.json", "differences.png", "learning_rates.png"):
         assert (folder / name).stat().st_size > 100
     assert not list(folder.glob("work/*/*/*"))
-    links = re.findall(r'href="([^"#]+\.json)"', (folder / "index.html").read_text())
-    assert len(set(links)) == 10
-    assert all((folder / name).is_file() for name in links)
+    page = (folder / "index.html").read_text()
+    links = set(re.findall(r'href="#((?:tuning|final)/[^"]+)"', page))
+    assert len(links) == 10
+    assert all((folder / f"{name}.json").is_file() and f'id="{name}"' in page for name in links)
 
     monkeypatch.setattr(Bench, "run", lambda *args: pytest.fail("a finished trial is run again"))
     Comparison(load_study(file)).run()
+
+
+def test_a_packed_study_goes_on_where_it_stopped(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compared(*options: str) -> Any:
+        ran = CliRunner().invoke(app, ["compare", str(file), "--json", *options], catch_exceptions=False)
+        assert ran.exit_code == 0, ran.output
+        return json.loads(ran.stdout)
+
+    values |= {"tuning": {"max_runs": 0}, "seeds": [0]}
+    file = study_file(values, tmp_path)
+    first = compared("--pack", "--only", "lora")
+    assert [row["seeds"] for row in first] == [[0]]
+    store = TrialStore(tmp_path / "study")
+    assert not own_files(store.folder)
+    whole_run, ran = Bench.run, []
+    monkeypatch.setattr(Bench, "run", lambda *args: ran.append((args[1].method, args[3])) or whole_run(*args))
+    study_file(values | {"seeds": [0, 1]}, tmp_path)
+    rows = compared()
+    assert ran == [("smoa", 0), ("smoa", 1), ("lora", 1)]
+    assert len(own_files(store.folder)) == 3
+    assert compared("--report-only", "--pack") == rows
+    assert not own_files(store.folder)
+    assert store.names() == [
+        *(f"final/{name}-seed-{seed}" for name in ("lora/lr-0.003", "ours/lr-0.01") for seed in (0, 1)),
+        "untouched",
+    ]
+    values["shared"]["training"]["max_steps"] = 3
+    with pytest.raises(ConfigError, match=r"runs\.jsonl\.gz: final/ours/\S+: was run with other values of training"):
+        Comparison(load_study(study_file(values, tmp_path))).run()
 
 
 def test_only_the_entries_that_are_named_are_run(values: dict[str, Any], tmp_path: Path) -> None:
@@ -132,7 +166,7 @@ def test_what_is_to_be_run_is_not_named_where_nothing_is_run(values: dict[str, A
     arguments = ["compare", str(study_file(values, tmp_path)), "--report-only", "--only", "ours"]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 1
-    assert "--only: narrows what is run" in done.stderr
+    assert "--only selects runs" in done.stderr
 
 
 def test_a_report_before_any_run_says_what_to_do(values: dict[str, Any], tmp_path: Path) -> None:
@@ -144,10 +178,10 @@ def test_a_report_before_any_run_says_what_to_do(values: dict[str, Any], tmp_pat
     ("change", "message"),
     [
         ({"entries": {}}, "entries"),
-        ({"references": ["nobody"]}, "nobody is no entry; entries: ours, lora"),
+        ({"references": ["nobody"]}, "nobody is not an entry; entries: ours, lora"),
         (
             {"entries": {"lora": {"method": "lora", "learning_rate": 0.01, "budget": "lora"}}},
-            "is an entry and a budget",
+            "is both an entry and a budget",
         ),
         ({"tuning": {"max_runs": 1}}, "tuning.max_runs"),
         ({"colour": "red"}, "colour"),

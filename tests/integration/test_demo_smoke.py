@@ -74,7 +74,7 @@ def test_a_second_demo_leaves_the_first_as_it_is(finished: tuple[str, Path], ove
 def test_training_into_a_finished_run_is_refused(finished: tuple[str, Path], overrides: list[str]) -> None:
     result = CliRunner().invoke(app, ["train", str(DEMO), *overrides])
     assert result.exit_code == 1
-    assert "holds a finished run" in result.output
+    assert "contains a finished run" in result.output
 
 
 def test_a_config_written_by_a_run_starts_the_same_run(finished: tuple[str, Path], tmp_path: Path) -> None:

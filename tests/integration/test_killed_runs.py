@@ -103,14 +103,3 @@ def test_a_disk_that_fills_up_ends_the_run_with_a_clear_error_and_it_goes_on_lat
     settings["training"]["output_dir"] = str(tmp_path / "whole")
     train_run.train(check_config(settings))
     assert_same_result(run.path, tmp_path / "whole")
-
-
-def test_half_a_checkpoint_is_removed_and_the_whole_one_before_it_is_taken(tmp_path: Path) -> None:
-    for step, state in ((2, "{}"), (3, '{"epoch": 1.'), (4, None)):
-        checkpoint = tmp_path / f"checkpoint-{step}"
-        checkpoint.mkdir()
-        (checkpoint / "optimizer.pt").touch()
-        if state is not None:
-            (checkpoint / "trainer_state.json").write_text(state)
-    assert RunFolder(tmp_path).start("method: smoa\n") == str(tmp_path / "checkpoint-2")
-    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]

@@ -185,7 +185,7 @@ def test_inspect_shows_the_layers_in_detail_that_are_named(run: Path, tmp_path: 
     }
     refused = CliRunner().invoke(app, ["inspect", str(run), "--html", str(page), "--layer", "layers.7"])
     assert refused.exit_code == 1
-    assert "--layer layers.7: no adapted layer's name holds it" in refused.output
+    assert "--layer layers.7: no adapted layer's name contains it" in refused.output
 
 
 def test_budget_spends_no_more_than_it_may(config: dict[str, Any]) -> None:

@@ -13,8 +13,8 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from smoa import SmoaConfig
-from smoa_lab.inspection.layers import inspect
-from smoa_lab.inspection.page import inspection_page
+from smoa_lab.inspection.inspection_page import inspection_page
+from smoa_lab.inspection.layer_reports import inspect_layers
 from tests.support import lab
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -33,7 +33,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     base = lab.tiny_base(folder / "base")
     config = SmoaConfig(r=4, num_blocks=2, target_modules=["q_proj", "down_proj"], init_weights=False)
     get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(folder / "adapter")
-    return inspection_page("An adapter", {"ours": inspect(folder / "adapter", base=str(base))})
+    return inspection_page("An adapter", {"ours": inspect_layers(folder / "adapter", base=str(base))})
 
 
 def seen(page: str, expression: str, tmp_path: Path, *options: str) -> Any:

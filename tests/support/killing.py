@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-CALLS = ("open", "os.", "shutil.", "tempfile.", "ctypes.")
+CALLS = ("open", "os.", "shutil.", "tempfile.")
 
 
 def killed_at(

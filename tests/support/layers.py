@@ -86,7 +86,7 @@ def labels(layer: SmoaLayer, adapter: str = "default") -> tuple[list[int], list[
 
 def ranks(layer: SmoaLayer, adapter: str = "default") -> list[int]:
     """r_k of every block."""
-    return list(layer.layout[adapter].ranks)
+    return list(layer.ranks[adapter])
 
 
 def oracle_delta(
@@ -105,7 +105,7 @@ def oracle_delta(
         (own_B.detach() if B is None else B).double(),
         *labels(layer, adapter),
         ranks(layer, adapter),
-        layer.scaling[adapter],
+        [layer.scaling[adapter] * s for s in layer.block_scale(adapter).tolist()],
         layer.modulation[adapter],
     )
 

@@ -1,4 +1,4 @@
-"""Small quantised layers and models: by bitsandbytes, and by torchao and HQQ where they are installed."""
+"""Small quantized layers and models: by bitsandbytes, and by torchao and HQQ where they are installed."""
 
 from __future__ import annotations
 
@@ -76,10 +76,10 @@ KINDS = [
 ]
 
 
-def quantised_layer(
+def quantized_layer(
     kind: str, out_features: int = 24, in_features: int = 64, *, bias: bool = True, dtype: torch.dtype = torch.float32
 ) -> nn.Module:
-    """A quantised layer of random weights."""
+    """A quantized layer of random weights."""
     return QUANTISERS[kind](nn.Linear(in_features, out_features, bias=bias, dtype=dtype).requires_grad_(False))
 
 
@@ -115,7 +115,7 @@ def _bytes(tensor: Tensor) -> bytes:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def quantised_model(folder: Path, family: str = "llama", **options: Any) -> PreTrainedModel:
+def quantized_model(folder: Path, family: str = "llama", **options: Any) -> PreTrainedModel:
     """The tiny model of the family, loaded by bitsandbytes with `options` of BitsAndBytesConfig, by default in NF4."""
     if not (folder / "config.json").is_file():
         tiny_models.build(family).save_pretrained(folder)

@@ -1,18 +1,24 @@
-"""Imports point one way: between the folders of the library, of the lab, and from the lab to the library."""
+"""Imports point one way, files are found by their names, and each test file of the lab is named after its module."""
 
 from __future__ import annotations
 
 import ast
+import re
+from collections import Counter
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 SOURCE = Path(__file__).parents[2] / "src"
-LIBRARY = ["errors", "maths", "config", "layers", "files", "tuner", "export"]
+LIBRARY = ["errors", "atomic", "maths", "config", "layers", "files", "tuner", "export"]
 """Each may import what stands before it, and `export` and `tuner` not each other."""
-LAB = ["cache", "data", "config", "drawing", "scoring", "training", "runs", "inspection", "study", "cli"]
+LAB = ["basics", "data", "config", "drawing", "scoring", "training", "runs", "inspection", "study", "cli"]
 APART = {("tuner", "export"), ("export", "tuner"), ("study", "inspection"), ("inspection", "study")}
+
+
+COMMANDS = SOURCE / "smoa_lab" / "cli"
+"""Its files are named after the commands, whatever else has the same name."""
 
 
 def module_of(file: Path) -> str:
@@ -80,3 +86,31 @@ def test_the_maths_imports_neither_peft_nor_transformers(module: str) -> None:
     names = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
     names |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert {name.split(".")[0] for name in names}.isdisjoint({"peft", "transformers"})
+
+
+def test_no_two_files_have_one_name() -> None:
+    files = [file for file in MODULES.values() if file.parent != COMMANDS and not file.stem.startswith("__")]
+    names = Counter(file.stem for file in files)
+    assert [name for name, number in names.items() if number > 1] == []
+
+
+def test_each_command_is_in_the_file_of_its_name() -> None:
+    files = {file.stem for file in COMMANDS.glob("*.py")} - {"__init__", "main", "console", "options"}
+    registered = re.findall(r'app\.(?:command\("|add_typer\(.*name=")(\w+)', (COMMANDS / "main.py").read_text("utf-8"))
+    assert files == set(registered)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_first_line_of_a_module_says_what_it_is_for(module: str) -> None:
+    docstring = ast.get_docstring(ast.parse(MODULES[module].read_text(encoding="utf-8")))
+    assert docstring is not None
+    assert len(docstring.splitlines()[0]) > 10
+
+
+TESTS = Path(__file__).parent / "smoa_lab"
+
+
+def test_every_test_file_of_the_lab_is_named_after_its_module() -> None:
+    files = [file.relative_to(TESTS) for file in TESTS.rglob("test_*.py")]
+    lab = SOURCE / "smoa_lab"
+    assert [file for file in files if not (lab / file.with_name(file.name.removeprefix("test_"))).is_file()] == []

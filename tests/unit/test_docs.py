@@ -190,5 +190,5 @@ def test_every_formula_is_drawn(site: Path) -> None:
 
 def test_links_out_of_the_documents_lead_to_copies_in_the_site(site: Path) -> None:
     page = (site / "how-to" / "several-adapters.html").read_text(encoding="utf-8")
-    assert 'href="../repository/src/smoa/spectrum_cache.py.txt"' in page
-    assert (site / "repository" / "src" / "smoa" / "spectrum_cache.py.txt").is_file()
+    assert 'href="../repository/examples/mixed_batch.py.txt"' in page
+    assert (site / "repository" / "examples" / "mixed_batch.py.txt").is_file()

@@ -1,4 +1,4 @@
-"""The README is run and its file map held against the tree, so that neither can rot."""
+"""The README is run, so that it can't rot."""
 
 from __future__ import annotations
 
@@ -11,23 +11,7 @@ from transformers import PreTrainedModel
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON_BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
-FILE_MAP = re.findall(r"^```text\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)[0]
 BASE_MODEL = "google/gemma-3-270m"
-
-
-def mapped_files() -> list[Path]:
-    """Every file that the file map names; a line that ends in / opens a folder for the deeper lines below it."""
-    folders: list[tuple[int, Path]] = []
-    files = []
-    for line in FILE_MAP.splitlines():
-        name, depth = line.split()[0], len(line) - len(line.lstrip())
-        folders = [folder for folder in folders if folder[0] < depth]
-        path = (folders[-1][1] if folders else Path()) / name
-        if name.endswith("/"):
-            folders.append((depth, path))
-        else:
-            files.append(path)
-    return files
 
 
 def test_the_python_of_the_readme_runs(
@@ -43,16 +27,6 @@ def test_the_python_of_the_readme_runs(
     assert isinstance(merged, PreTrainedModel)
     assert merged.state_dict().keys() == before.keys()
     assert (tmp_path / "out" / "adapter_config.json").is_file()
-
-
-def test_every_file_of_the_file_map_exists() -> None:
-    assert [path for path in mapped_files() if not (ROOT / path).is_file()] == []
-
-
-def test_the_file_map_names_every_module() -> None:
-    modules = {path.relative_to(ROOT) for path in (ROOT / "src").rglob("*.py")}
-    packages = {path for path in modules if path.name == "__init__.py" and path.parent.name != "smoa"}
-    assert sorted(modules - packages - set(mapped_files())) == []
 
 
 def test_local_links_of_the_readme_lead_somewhere() -> None:

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import shutil
 from pathlib import Path
 
 import pytest
 
+from smoa_lab.study.packing import PACK, own_files, pack
 from smoa_lab.study.report.rows import Row, as_json
 from smoa_lab.study.report.statistics import Difference, Interval
+from smoa_lab.study.trials import TrialStore
 
 FINAL = {
     "config": {
@@ -130,6 +133,17 @@ def test_every_result_leads_to_its_json_and_pictures(docs: Path) -> None:
         assert (docs / target).is_file()
 
 
+def test_a_packed_study_is_told_alike_and_leads_to_its_runs(docs: Path) -> None:
+    folder = docs / "studies" / "headlines"
+    known = {"scores": {"all": {"gold_loss": 4.0, "accuracy": 0.25, "majority": None}}}
+    (folder / "untouched.json").write_text(json.dumps(known))
+    before = page(docs)
+    pack(folder)
+    link = f", [every run as a line of JSON](studies/headlines/{PACK})"
+    assert page(docs).count(link) == 1
+    assert page(docs).replace(link, "") == before
+
+
 def test_runs_on_the_same_tasks_stand_in_one_table_with_the_untouched_model(docs: Path) -> None:
     text = page(docs)
     lines = [line for line in text.splitlines() if line.startswith("| arc_easy |")]
@@ -155,3 +169,24 @@ def test_every_stored_study_is_on_the_page() -> None:
     committed = (stored / "results.md").read_text(encoding="utf-8")
     studies = [path.parent.name for path in stored.glob("studies/*/summary.json")]
     assert [name for name in studies if f"## {name}\n" not in committed] == [], "run python docs/figures/results.py"
+
+
+STORED = sorted((SCRIPT.parents[1] / "studies").iterdir())
+
+
+@pytest.mark.parametrize("folder", STORED, ids=lambda folder: folder.name)
+def test_every_stored_study_is_packed_and_its_pages_lead_to_its_runs(folder: Path) -> None:
+    assert not own_files(folder), "run smoa compare --report-only --pack on this study"
+    html = (folder / "index.html").read_text(encoding="utf-8")
+    shown = re.findall(r'<span id="([^"]+)">', html)
+    assert shown == TrialStore(folder).names()
+    assert set(re.findall(r'href="#((?:final|tuning)/[^"]+)"', html)) <= set(shown)
+    for entry in json.loads((folder / "summary.json").read_text(encoding="utf-8")):
+        runs = [name for name in shown if name.startswith(f"final/{entry['entry']}/")]
+        assert len(runs) >= len(entry["seeds"])
+
+
+def test_the_documents_take_at_most_5_megabytes() -> None:
+    files = [path for path in SCRIPT.parents[1].rglob("*") if path.is_file()]
+    stored = [path for path in files if not {"work", "__pycache__"} & set(path.parts)]
+    assert sum(path.stat().st_size for path in stored) <= 5_000_000

@@ -14,9 +14,11 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME, PeftType
 from peft.utils.other import get_pattern_key
 
+from smoa.atomic import write_whole
 from smoa.config.rules import Bias, config_problems, value_problems
 from smoa.errors import ConfigError
-from smoa.maths.modulation import Initialisation, Modulation, split_rank
+from smoa.maths.factors import Initialization, split_rank
+from smoa.maths.modulations import ModulationKind
 from smoa.maths.spectrum import PartitionKind
 
 
@@ -75,8 +77,8 @@ class SmoaConfig(PeftConfig):
     smoa_dropout: float = field(default=0.0, metadata={"help": "Dropout probability of the adapter's input."})
     bias: Bias = field(default="none", metadata={"help": "Which biases train: none, all or smoa_only."})
     partition: PartitionKind = field(default="spectral", metadata={"help": "spectral, contiguous or random."})
-    modulation: Modulation = field(default="hadamard", metadata={"help": "hadamard, none or noise."})
-    init_weights: Initialisation = field(
+    modulation: ModulationKind = field(default="hadamard", metadata={"help": "hadamard, none or noise."})
+    init_weights: Initialization = field(
         default=True, metadata={"help": "True: B = 0. zero_A: A = 0. False: a random update, for tests."}
     )
     target_modules: list[str] | str | None = field(
@@ -155,10 +157,9 @@ class SmoaConfig(PeftConfig):
         """Write `adapter_config.json`, whole or not at all. The home folder in the path of a local base becomes `~`."""
         saved = copy.copy(self)
         saved.base_model_name_or_path = _without_home(self.base_model_name_or_path)
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".smoa-", dir=save_directory) as room:
+        with tempfile.TemporaryDirectory() as room:
             super(SmoaConfig, saved).save_pretrained(room, **kwargs)
-            Path(room, CONFIG_NAME).replace(Path(save_directory, CONFIG_NAME))
+            write_whole(Path(save_directory, CONFIG_NAME), Path(room, CONFIG_NAME).read_bytes())
 
     def num_blocks_of(self, module: str) -> int:
         """K of the module of that name."""

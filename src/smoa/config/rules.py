@@ -11,8 +11,8 @@ from typing import Any, Literal, get_type_hints
 
 from smoa.config.types import fits, in_words, shortened
 from smoa.errors import ConfigError
-from smoa.maths.modulation import check_block_ranks
-from smoa.maths.spectrum import MAX_BLOCKS
+from smoa.maths.blocks import MAX_BLOCKS
+from smoa.maths.factors import check_block_ranks
 
 Bias = Literal["none", "all", "smoa_only"]
 Rule = tuple[Callable[[Any], bool], str]

@@ -1,4 +1,4 @@
-"""Merging a saved adapter into a loaded model: for bases that are no folder of plain safetensors."""
+"""Merges a saved adapter into a loaded model, for bases that are not a folder of plain safetensors."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from smoa.errors import MergeError
 from smoa.export.streaming import RoundingLoss
 
 
-def dequantised(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with plain float32 weights, quantised or not before.
+def with_plain_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with plain float32 weights, quantized or not before.
 
     Raises:
-        MergeError: transformers can't dequantise this kind.
+        MergeError: transformers can't dequantize this kind.
     """
     if getattr(model, "hf_quantizer", None) is not None:
         try:
             model = model.dequantize(dtype=torch.float32)
         except NotImplementedError as error:
-            raise MergeError(f"the base can't be dequantised ({error}); give a base that isn't quantised") from error
+            raise MergeError(f"the base can't be dequantized ({error}); give a base that isn't quantized") from error
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
     wide: PreTrainedModel = model.float()

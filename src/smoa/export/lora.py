@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from smoa.errors import ConfigError
-from smoa.files.names import PREFIX
+from smoa.files.names import PREFIX, adapter_layers
 from smoa.layers.layer import SmoaLayer
 
 
@@ -67,7 +67,7 @@ class RankRule:
 
 
 @dataclass(frozen=True)
-class UpdateSpectrum:
+class BlockSpectra:
     """Singular value decomposition of one layer's ΔW, kept block by block."""
 
     shape: tuple[int, int]
@@ -78,13 +78,12 @@ class UpdateSpectrum:
     Vh: list[Tensor]
 
     @classmethod
-    def of(cls, layer: SmoaLayer, adapter_name: str) -> UpdateSpectrum:
+    def of(cls, layer: SmoaLayer, adapter_name: str) -> BlockSpectra:
         """Decompose the blocks `ΔW[I_k, J_k]` in float32 or wider."""
-        delta, partition = layer.delta(adapter_name).detach(), layer.partition(adapter_name)
-        rows = [partition.rows(block) for block in range(partition.num_blocks)]
-        cols = [partition.cols(block) for block in range(partition.num_blocks)]
-        blocks = [delta[i][:, j] for i, j in zip(rows, cols, strict=True)]
-        U, singular, Vh = zip(*(torch.linalg.svd(block, full_matrices=False) for block in blocks), strict=True)
+        delta, blocks = layer.delta(adapter_name).detach(), layer.blocks(adapter_name)
+        rows, cols = ([side(k) for k in range(blocks.num_blocks)] for side in (blocks.rows, blocks.cols))
+        parts = [torch.linalg.svd(block, full_matrices=False) for block in blocks.of(delta)]
+        U, singular, Vh = zip(*parts, strict=True)
         return cls((delta.shape[0], delta.shape[1]), rows, cols, list(U), list(singular), list(Vh))
 
     @property
@@ -174,13 +173,13 @@ class UpdateSpectra:
     @torch.no_grad()
     def __init__(self, model: PeftModel, adapter_name: str = "default") -> None:
         tuner: Any = model.base_model
-        layers = {n: m for n, m in tuner.model.named_modules() if isinstance(m, SmoaLayer) and adapter_name in m.smoa_A}
+        layers = adapter_layers(tuner.model, adapter_name)
         if not layers:
             raise ConfigError(f"the model has no SMoA adapter named {adapter_name!r}; it has {list(model.peft_config)}")
         self.config: Any = model.peft_config[adapter_name]
         self.conv1d = any(layer.fan_in_fan_out for layer in layers.values())
         self.others = _others(model, adapter_name)
-        self.layers = {name: UpdateSpectrum.of(layer, adapter_name) for name, layer in layers.items()}
+        self.layers = {name: BlockSpectra.of(layer, adapter_name) for name, layer in layers.items()}
 
     def to_lora(self, rule: RankRule, uniform_rank: bool = False) -> LoraConversion:
         """The LoRA that keeps as much of every layer as `rule` says.
@@ -240,7 +239,7 @@ def _others(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state if ".smoa_" not in name}
 
 
-def _converted(name: str, spectrum: UpdateSpectrum, rank: int, width: int) -> ConvertedLayer:
+def _converted(name: str, spectrum: BlockSpectra, rank: int, width: int) -> ConvertedLayer:
     rows, columns = spectrum.shape
     error, norm = spectrum.error(rank), spectrum.norm()
     blockwise = spectrum.blockwise_parameters(rank)

@@ -4,7 +4,7 @@
 float32 (or wider) whatever the base's dtype; what rounding to the saved dtype then takes from ΔW is measured.
 
 Where the base is a folder of safetensors, every tensor is read, merged and written on its own, so memory stays near the
-largest tensor's size. Everything else (GGUF, quantised, tied weights of which one changes) goes through a loaded model.
+largest tensor's size. Everything else (GGUF, quantized, tied weights of which one changes) goes through a loaded model.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from smoa.atomic import new_folder
 from smoa.config.adapter_config import SmoaConfig
 from smoa.export.base_checkpoint import (
     BESIDES,
@@ -28,15 +29,14 @@ from smoa.export.base_checkpoint import (
     auto_class,
     base_folder,
 )
-from smoa.export.in_memory import dequantised, merge_in_memory
+from smoa.export.in_memory import merge_in_memory, with_plain_weights
 from smoa.export.model_card import model_card, what_was_lost
 from smoa.export.shards import Checkpoint, has_safetensors
 from smoa.export.streaming import RoundingLoss, SavedAdapter, plan_stream, stream_merge
-from smoa.files.saving import new_folder
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
-DEQUANTISED = "The base is quantised: the adapter is merged into its dequantised weights, which is what it was used on."
+DEQUANTIZED = "The base is quantized: the adapter is merged into its dequantized weights, which is what it was used on."
 NOTEWORTHY = 0.01
 """Share of ΔW lost to rounding from which on the summary points to float32."""
 
@@ -99,7 +99,7 @@ def merge_and_save(
         adapter: The adapter's folder, of any PEFT method whose layers can merge.
         output: A folder that doesn't exist yet; it appears whole or not at all.
         base: A folder or hub id, by default the adapter's own; or a loaded model, which is used up.
-        dtype: Of the saved weights. "auto": as in the base; float32 where the base is quantised.
+        dtype: Of the saved weights. "auto": as in the base; float32 where the base is quantized.
         max_shard_size: As `save_pretrained` takes it.
         tokenizer: Saved in the place of the adapter's or the base's.
         trust_remote_code: Let the base's repository run its own code.
@@ -124,10 +124,10 @@ def merge_and_save(
         streamed = loss is not None
         if loss is None:
             model = base if isinstance(base, PreTrainedModel) else checkpoint.load()
-            quantised = getattr(model, "hf_quantizer", None) is not None
-            notes += (DEQUANTISED,) if quantised else ()
-            wanted = wanted or (torch.float32 if quantised else model.dtype)
-            loss = merge_in_memory(dequantised(model), source, folder, wanted, max_shard_size)
+            quantized = getattr(model, "hf_quantizer", None) is not None
+            notes += (DEQUANTIZED,) if quantized else ()
+            wanted = wanted or (torch.float32 if quantized else model.dtype)
+            loss = merge_in_memory(with_plain_weights(model), source, folder, wanted, max_shard_size)
         _copy_besides(source, origin, folder, tokenizer)
         card = model_card(target.name, name, auto_class(config), config, loss, notes)
         (folder / "README.md").write_text(card, encoding="utf-8")

@@ -14,8 +14,11 @@ from smoa.errors import AdapterFileError, MergeError
 from smoa.export.shards import FLOATS, Checkpoint, Entry, write_checkpoint
 from smoa.files.adapter_folder import smoa_adapter
 from smoa.files.names import PARTS, PREFIX
-from smoa.maths.modulation import delta_weight
-from smoa.maths.spectrum import SpectralPartition
+from smoa.layers.distributed import SCALE
+from smoa.maths.blocks import Blocks
+from smoa.maths.factors import Factors
+from smoa.maths.modulations import MODULATIONS
+from smoa.maths.update import Update
 
 
 @dataclass
@@ -73,21 +76,29 @@ class SavedAdapter:
             elif ".original_module." not in name and ".modules_to_save." not in name:  # kept besides the plain name
                 self.others[name.replace(".base_layer.", ".")] = tensor
         for module, parts in self.layers.items():
-            if sorted(parts) != sorted(PARTS):
+            if sorted(parts.keys() - {SCALE}) != sorted(PARTS):
                 raise AdapterFileError(f"{folder}: {module} has {sorted(parts)}, expected {sorted(PARTS)}")
 
     def merged(self, module: str, weight: Tensor, transposed: bool) -> Tensor:
-        """`W + ΔW` in float32 or wider, as W is stored: (in_features, out_features) where `transposed`.
+        """`W + ΔW` in float32 or wider, as W is stored: (in_features, out_features) where `transposed`."""
+        pristine = weight.T if transposed else weight
+        merged = self._update(module).delta(pristine).add_(pristine)
+        return merged.T if transposed else merged
+
+    def _update(self, module: str) -> Update:
+        """ΔW of one layer.
 
         Raises:
             PartitionError: the labels are no partition of this weight.
         """
-        A, B, rows, cols = (self.layers[module][part] for part in PARTS)
-        pristine = weight.T if transposed else weight
-        ranks, scaling = self.config.ranks_of(module, len(A)), self.config.alpha_of(module, len(A)) / len(A)
-        partition = SpectralPartition(rows, cols, len(ranks))
-        merged = delta_weight(pristine, A, B, partition, ranks, scaling, self.config.modulation).add_(pristine)
-        return merged.T if transposed else merged
+        tensors = self.layers[module]
+        A, B, rows, cols = (tensors[part] for part in PARTS)
+        ranks = self.config.ranks_of(module, len(A))
+        scaling = self.config.alpha_of(module, len(A)) / len(A)
+        block_scale = tensors[SCALE].float() if SCALE in tensors else torch.ones(len(ranks))
+        rank_scale = torch.repeat_interleave(block_scale, torch.tensor(ranks))
+        factors = Factors(A, B, ranks, scaling, rank_scale, Blocks(rows, cols, len(ranks)))
+        return Update(factors, MODULATIONS[self.config.modulation])
 
 
 @dataclass(frozen=True)

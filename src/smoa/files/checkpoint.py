@@ -17,9 +17,10 @@ from smoa.config.adapter_config import SmoaConfig
 from smoa.errors import AdapterFileError, PartitionError
 from smoa.files.loading import incoming
 from smoa.files.names import FACTORS, PREFIX, adapter_layers
-from smoa.layers.distributed import LABELS, is_distributed, plain_name, whole
+from smoa.layers.distributed import LABELS, PARTITION, SCALE, is_distributed, plain_name, whole
 from smoa.layers.layer import SmoaLayer
-from smoa.maths.spectrum import check_labels
+from smoa.maths.blocks import check_labels
+from smoa.maths.factors import factor_shapes
 
 FACTOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -38,6 +39,13 @@ def check_adapter_state(model: nn.Module, config: SmoaConfig, adapter_name: str,
         if found is None:
             raise
         raise AdapterFileError(f"{found.file.path}: {error}; does {CONFIG_NAME} come from another save?") from None
+
+
+def add_missing_scales(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
+    """Give the layers of an adapter saved by 0.1, which knew no block scales, scales of 1, in place."""
+    for name, layer in adapter_layers(model, adapter_name).items():
+        if f"{name}.{LABELS[0]}.{adapter_name}" in state_dict:
+            state_dict.setdefault(f"{name}.{SCALE}.{adapter_name}", torch.ones(len(layer.ranks[adapter_name])))
 
 
 def embeddings_of(model: nn.Module) -> dict[str, Any]:
@@ -107,7 +115,7 @@ def _expected_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str
     for module_name, layer in adapter_layers(model, adapter_name).items():
         for name in FACTORS:
             yield f"{module_name}.{name}.{adapter_name}.weight", (layer, name)
-        for name in LABELS:
+        for name in PARTITION:
             yield f"{module_name}.{name}.{adapter_name}", (layer, name)
 
 
@@ -119,20 +127,27 @@ def _difference(verb: str, keys: list[str]) -> str:
 
 
 def _check_tensor(key: str, tensor: Tensor, layer: SmoaLayer, name: str, adapter_name: str) -> None:
-    layout = layer.layout[adapter_name]
+    ranks = layer.ranks[adapter_name]
+    shape_A, shape_B = factor_shapes(layer.out_features, layer.in_features, ranks)
+    shapes = {
+        "smoa_A": shape_A,
+        "smoa_B": shape_B,
+        "smoa_row_labels": (layer.out_features,),
+        "smoa_col_labels": (layer.in_features,),
+        "smoa_block_scale": (len(ranks),),
+    }
+    if tensor.shape != shapes[name]:
+        raise AdapterFileError(f"{key}: shape {tuple(tensor.shape)} doesn't fit the layer, expected {shapes[name]}")
     if name in LABELS:
-        size = layout.out_features if name == "smoa_row_labels" else layout.in_features
-        if tensor.shape != (size,):
-            raise AdapterFileError(f"{key}: shape {tuple(tensor.shape)} doesn't fit the layer, expected ({size},)")
         try:
-            check_labels(tensor, layout.num_blocks, key)
+            check_labels(tensor, len(ranks), key)
         except PartitionError as error:
             raise AdapterFileError(f"{error}; the adapter was made for another layer or num_blocks") from None
         return
-    shape = layout.shape_A if name == "smoa_A" else layout.shape_B
-    if tensor.shape != shape or tensor.dtype not in FACTOR_DTYPES:
-        raise AdapterFileError(f"{key}: {tensor.dtype} {tuple(tensor.shape)} found, floating point {shape} expected")
-    _check_finite(key, tensor.to(next(layer.smoa_A[adapter_name].parameters()).dtype))
+    if tensor.dtype not in FACTOR_DTYPES:
+        raise AdapterFileError(f"{key}: {tensor.dtype} found, floating point expected")
+    dtype = torch.float32 if name == SCALE else next(layer.smoa_A[adapter_name].parameters()).dtype
+    _check_finite(key, tensor.to(dtype))
 
 
 def _check_finite(key: str, tensor: Tensor) -> None:

@@ -24,6 +24,7 @@ from peft.utils import CONFIG_NAME
 from torch import Tensor
 from transformers.integrations.peft import PeftAdapterMixin
 
+from smoa.atomic import recover
 from smoa.errors import ConfigError
 from smoa.files.adapter_folder import HUB_OPTIONS, AdapterFile, find_adapter
 
@@ -68,6 +69,8 @@ def door(
         ConfigError: the config breaks a rule; the message names the file.
     """
     place = None if source is None else Path(source, options.get("subfolder") or "")
+    if source is not None:
+        recover(Path(source))  # where a save was killed
     known = _INCOMING.get()
     if known is not None and known.place == place:  # one loader calls another
         yield known

@@ -11,7 +11,7 @@ PREFIX = "base_model.model."
 """Of every name in a saved adapter, and in a model that a PeftModel is around."""
 FACTORS = ("smoa_A", "smoa_B")
 PARTS = (*(f"{factor}.weight" for factor in FACTORS), *LABELS)
-"""What is saved of each layer, in the order A, B, row labels, column labels."""
+"""What every saved layer has, in the order A, B, row and column labels. Adapters saved by 0.2 also have `SCALE`."""
 
 
 def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, SmoaLayer]:

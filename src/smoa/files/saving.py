@@ -1,32 +1,25 @@
-"""Saving an adapter so that whoever looks finds the old one or the new one, whole, whenever the process is killed.
+"""Saves an adapter so that a kill leaves the old one or the new one, whole.
 
-PEFT's `save_pretrained` writes its files one after the other into the folder. Here they are written beside it, and then
-the two folders change places. Linux and macOS can do that in one step; elsewhere, and on file systems that cannot, the
-old folder steps aside first, and for that moment both lie beside the place under hidden names.
+PEFT's `save_pretrained` writes its files one after the other into the folder. Here they are written into a folder
+beside it, which then replaces it (atomic.py).
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
-import shutil
-import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from peft.utils import CONFIG_NAME
 
+from smoa.atomic import recover, replaced_folder
 from smoa.config.adapter_config import SmoaConfig
 from smoa.errors import ConfigError
 from smoa.files.adapter_card import adapter_card
 
 MODEL_CARD = "README.md"
-AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux: fcntl.h, fs.h
-RENAME_SWAP = 2  # macOS: stdio.h
 
 
 def save_adapter(
@@ -39,9 +32,9 @@ def save_adapter(
 ) -> None:
     """`model.save_pretrained(folder)`, in which a kill or a full disk leaves the old adapter or the new, never half.
 
-    What else lies in the folder stays, but for what somebody writes into it in this moment. Files that the disk has not
-    yet seen survive a kill, and a crash of the machine as far as its file system orders them: every file is flushed
-    before the folders change places.
+    Other files in the folder are kept, except those written during the save. Every file is flushed to the disk before
+    the folder is renamed. A kill between the two renames leaves the old adapter beside the folder, under a hidden name;
+    the next save or load puts it back.
 
     Args:
         model: A `PeftModel`, or a transformers model with an adapter.
@@ -57,6 +50,7 @@ def save_adapter(
         ConfigError: a card is asked for, and not all adapters of the model are SMoA's.
     """
     target = Path(folder)
+    recover(target)
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{target}: is a file; name a folder for the adapter")
     others = [name for name, config in model.peft_config.items() if not isinstance(config, SmoaConfig)]
@@ -83,50 +77,6 @@ def _configs(folder: Path) -> dict[Path, tuple[int, int]]:
     return {file: (file.stat().st_ino, file.stat().st_mtime_ns) for file in folder.rglob(CONFIG_NAME)}
 
 
-@contextmanager
-def replaced_folder(target: Path) -> Iterator[Path]:
-    """Yield a copy of the folder, or an empty one, that takes its place when the block ends well, and else vanishes."""
-    target = target.resolve()  # a symlink stays one
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent, ignore_cleanup_errors=True) as room:
-        temporary = Path(room) / target.name
-        if target.exists():
-            shutil.copytree(target, temporary, symlinks=True)
-        else:
-            temporary.mkdir()
-        yield temporary
-        _flush(temporary)
-        if target.exists():
-            _exchange(temporary, target)
-        else:
-            temporary.rename(target)
-
-
-@contextmanager
-def new_folder(target: Path, theirs_will_do: bool = False) -> Iterator[Path]:
-    """Yield an empty folder beside `target` that takes its name when the block ends well and vanishes otherwise.
-
-    Args:
-        theirs_will_do: If somebody else has made the folder, theirs stays and ours vanishes.
-
-    Raises:
-        ConfigError: the folder exists, at the start or meanwhile, and theirs won't do.
-    """
-    if target.exists() and not theirs_will_do:
-        raise ConfigError(f"{target}: exists; choose another folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        yield temporary
-        if not target.exists():
-            temporary.chmod(0o755)  # mkdtemp makes it private
-            temporary.rename(target)
-        elif not theirs_will_do:
-            raise ConfigError(f"{target}: somebody else has made it meanwhile; choose another folder")
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def _rename_base(file: Path, card: Path, name: str) -> None:
     config = json.loads(file.read_text(encoding="utf-8"))
     old, config["base_model_name_or_path"] = config.get("base_model_name_or_path"), name
@@ -143,35 +93,3 @@ def _write_card(folder: Path, title: str, metrics: Mapping[str, float]) -> None:
     # as the file has it: reading puts the home folder in, which tells who the user is
     config.base_model_name_or_path = json.loads((folder / CONFIG_NAME).read_text("utf-8"))["base_model_name_or_path"]
     (folder / MODEL_CARD).write_text(adapter_card(title, config, metrics), encoding="utf-8")
-
-
-def _exchange(new: Path, old: Path) -> None:
-    """Let the two folders change places; the old one is then where the new one was."""
-    if _exchange_in_one_step(new, old):
-        return
-    aside = new.with_name(f"{new.name}.old")
-    old.rename(aside)
-    try:
-        new.rename(old)
-    except BaseException:
-        aside.rename(old)
-        raise
-
-
-def _exchange_in_one_step(new: Path, old: Path) -> bool:
-    if sys.platform not in ("linux", "darwin"):
-        return False
-    libc = ctypes.CDLL(None)
-    first, second = os.fsencode(new), os.fsencode(old)
-    if hasattr(libc, "renameat2"):
-        return bool(libc.renameat2(AT_FDCWD, first, AT_FDCWD, second, RENAME_EXCHANGE) == 0)
-    if hasattr(libc, "renamex_np"):
-        return bool(libc.renamex_np(first, second, RENAME_SWAP) == 0)
-    return False
-
-
-def _flush(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file() and not path.is_symlink():
-            with path.open("rb+" if os.name == "nt" else "rb") as file:  # what is read-only can be flushed too
-                os.fsync(file.fileno())

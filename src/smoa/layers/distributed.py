@@ -24,6 +24,8 @@ from smoa.errors import SmoaError, UnsupportedModuleError
 
 T = TypeVar("T")
 LABELS = ("smoa_row_labels", "smoa_col_labels")
+SCALE = "smoa_block_scale"
+PARTITION = (*LABELS, SCALE)
 GATHERED = "_ds_z3_gathered_param_context_depth"
 """What DeepSpeed 0.19 counts on a parameter while it is within GatheredParameters."""
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -110,22 +112,27 @@ def _needs_gathering(parameter: Any) -> UnsupportedModuleError:
     )
 
 
-def replicate_labels(layer: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """State dict hook: the labels of adapters that FSDP2 has sharded, as replicated DTensors on the factors' mesh."""
+def shown_partition(layer: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """State dict hook: exact block scales; all as replicated DTensors on the mesh of factors that FSDP2 shards."""
     for name, factor in layer.smoa_A.items():  # type: ignore[operator, union-attr]
         weight = next(factor.parameters())
-        if isinstance(weight, DTensor):
-            placements = [Replicate()] * weight.device_mesh.ndim
-            for key in (f"{prefix}{labels}.{name}" for labels in LABELS):
-                if key in state_dict:
-                    local = state_dict[key]
-                    state_dict[key] = DTensor.from_local(local, weight.device_mesh, placements, run_check=False)
+        for key in (f"{prefix}{part}.{name}" for part in PARTITION):
+            if key not in state_dict:
+                continue
+            local = state_dict[key]
+            if key == f"{prefix}{SCALE}.{name}":
+                layer.restore_scale(name)  # type: ignore[operator]
+                local = layer.smoa_block_scale[name]  # type: ignore[index]
+            if isinstance(weight, DTensor):
+                placements = [Replicate()] * weight.device_mesh.ndim
+                local = DTensor.from_local(local, weight.device_mesh, placements, run_check=False)
+            state_dict[key] = local
 
 
-def localise_labels(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Load state dict pre-hook: the labels as plain tensors, whatever `replicate_labels` made of them."""
+def local_partition(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Load state dict pre-hook: undoes what `shown_partition` did."""
     for key in state_dict:
-        if key.startswith(tuple(f"{prefix}{labels}." for labels in LABELS)):
+        if key.startswith(tuple(f"{prefix}{part}." for part in PARTITION)):
             state_dict[key] = whole(state_dict[key])
 
 

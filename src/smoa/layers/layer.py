@@ -8,21 +8,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from smoa.config.adapter_config import SmoaConfig
-from smoa.errors import PartitionError
 from smoa.layers.distributed import refuse_partitioned
-from smoa.layers.partition import PartitionState
+from smoa.layers.partition import PartitionState, Pending
 from smoa.layers.undo import DiagonalBlocks
 from smoa.layers.weight_cache import WeightCache
-from smoa.maths.modulation import (
-    BlockLayout,
-    Initialisation,
-    Modulation,
-    delta_weight,
-    init_factors,
-    noise_like,
-    rms_of,
-)
-from smoa.maths.spectrum import check_num_blocks
+from smoa.maths.blocks import check_num_blocks
+from smoa.maths.factors import Factors, Initialization, factor_shapes, init_factors
+from smoa.maths.modulations import MODULATIONS, ModulationKind
+from smoa.maths.update import Update
 
 RANDOM_SIZE = 0.1
 """rms of ΔW relative to W of an adapter made with `init_weights=False`: visible, not huge."""
@@ -31,8 +24,8 @@ RANDOM_SIZE = 0.1
 class SmoaLayer(PartitionState):
     """State of all SMoA adapters on one layer; everything but `base_layer` is keyed by adapter name.
 
-    `smoa_A[name]` is a `Linear(⌈n/K⌉ → r)`, `smoa_B[name]` a `Linear(r → ⌈m/K⌉)`, both without bias, and the labels are
-    uint8 buffers (in_features,) and (out_features,): that is all that is saved.
+    `smoa_A[name]` is a `Linear(⌈n/K⌉ → r)`, `smoa_B[name]` a `Linear(r → ⌈m/K⌉)`, both without bias. These two, the
+    labels and the block scales are all that is saved.
     """
 
     adapter_layer_names: tuple[str, ...] = ("smoa_A", "smoa_B")
@@ -40,12 +33,15 @@ class SmoaLayer(PartitionState):
         "r",
         "alpha",
         "scaling",
-        "layout",
+        "ranks",
         "modulation",
         "pending_partition",
         "smoa_dropout",
         "smoa_row_labels",
         "smoa_col_labels",
+        "smoa_block_scale",
+        "smoa_orders",
+        "smoa_scale_bits",
     )
 
     def __init__(
@@ -58,7 +54,7 @@ class SmoaLayer(PartitionState):
         self.r: dict[str, int] = {}
         self.alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
-        self.modulation: dict[str, Modulation] = {}
+        self.modulation: dict[str, ModulationKind] = {}
         self.smoa_dropout = nn.ModuleDict()
         self.smoa_A = nn.ModuleDict()
         self.smoa_B = nn.ModuleDict()
@@ -87,22 +83,29 @@ class SmoaLayer(PartitionState):
             PartitionError: K doesn't fit the layer.
         """
         check_num_blocks(len(ranks), self.out_features, self.in_features)
-        layout, r = BlockLayout(self.out_features, self.in_features, ranks), sum(ranks)
+        r = sum(ranks)
         self.r[adapter_name], self.alpha[adapter_name], self.scaling[adapter_name] = r, alpha, alpha / r
-        self.layout[adapter_name], self.modulation[adapter_name] = layout, config.modulation
+        self.ranks[adapter_name], self.modulation[adapter_name] = ranks, config.modulation
         self.smoa_dropout[adapter_name] = nn.Dropout(config.smoa_dropout) if config.smoa_dropout else nn.Identity()
         self._add_factors(adapter_name, config.init_weights)
-        self._add_labels(adapter_name, config.partition, defer_partition)
+        self._add_partition(adapter_name, Pending(config.partition, config.normalize_anchor), defer_partition)
+        if config.init_weights is False:  # whatever the scale, ΔW gets the same size
+            with torch.no_grad():
+                self.smoa_B[adapter_name].weight.div_(self.rank_scale(adapter_name))  # type: ignore[operator]
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
-    def _add_factors(self, adapter_name: str, init: Initialisation) -> None:
-        layout = self.layout[adapter_name]
-        A = nn.Linear(layout.shape_A[1], layout.rank, bias=False)
-        B = nn.Linear(layout.rank, layout.shape_B[0], bias=False)
+    def _add_factors(self, adapter_name: str, init: Initialization) -> None:
+        ranks, sizes = self.ranks[adapter_name], (self.out_features, self.in_features)
+        shape_A, shape_B = factor_shapes(*sizes, ranks)
+        A, B = nn.Linear(shape_A[1], shape_A[0], bias=False), nn.Linear(shape_B[1], shape_B[0], bias=False)
         with torch.no_grad():
-            init_factors(A.weight, B.weight, layout, init, relative_size=RANDOM_SIZE / self.scaling[adapter_name])
+            init_factors(A.weight, B.weight, sizes, ranks, init, relative_size=RANDOM_SIZE / self.scaling[adapter_name])
         self.smoa_A[adapter_name], self.smoa_B[adapter_name] = A, B
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        with self.exact_scales():  # which PEFT would cast to the base layer's dtype
+            super()._move_adapter_to_device_of_base_layer(adapter_name, device)
 
     def stored_weight(self) -> Tensor:
         """The base layer's weight as it is stored: transposed in a Conv1D, packed bytes in a quantised layer."""
@@ -127,36 +130,17 @@ class SmoaLayer(PartitionState):
         """A: (r, ⌈n/K⌉) and B: (⌈m/K⌉, r)."""
         return _linear_weight(self.smoa_A[adapter_name]), _linear_weight(self.smoa_B[adapter_name])
 
-    def anchor(self, adapter_name: str) -> Tensor:
-        """M in `ΔW = s·(BA) ⊙ M`, (out_features, in_features): the pristine weight, or noise in its place."""
-        weight = self.pristine_weight()
-        if self.modulation[adapter_name] != "noise":
-            return weight
-        partition = self.partition(adapter_name)
-        return noise_like(weight, partition.row_labels, partition.col_labels)
-
-    @torch.no_grad()
-    def normalize_anchor(self, adapter_name: str) -> float:
-        """Divide alpha by the rms of the weight and return it; ΔW stays as it is.
-
-        Raises:
-            PartitionError: the weight is on the meta device.
-        """
-        rms = self._from_weight(rms_of)
-        if rms is None:
-            raise PartitionError("normalize_anchor needs the base weights; load them before the adapter is added")
-        if rms > 0:
-            self.alpha[adapter_name] /= rms
-            self.set_scale(adapter_name, 1)
-            self.smoa_B[adapter_name].weight.mul_(rms)  # type: ignore[operator]  # a Linear's
-        return self.alpha[adapter_name]
+    def update(self, adapter_name: str) -> Update:
+        """ΔW of the adapter, as an object that is applied to x or formed from the pristine weight."""
+        blocks = self.blocks(adapter_name)
+        A, B = self.factors(adapter_name)
+        ranks, scaling = self.ranks[adapter_name], self.scaling[adapter_name]
+        factors = Factors(A, B, ranks, scaling, self.rank_scale(adapter_name), blocks)
+        return Update(factors, MODULATIONS[self.modulation[adapter_name]])
 
     def delta(self, adapter_name: str) -> Tensor:
         """Dense ΔW, (out_features, in_features), float32 or wider, anchored on the pristine weight."""
-        A, B = self.factors(adapter_name)
-        ranks, modulation = self.layout[adapter_name].ranks, self.modulation[adapter_name]
-        weight, scaling = self.pristine_weight(), self.scaling[adapter_name]
-        return delta_weight(weight, A, B, self.partition(adapter_name), ranks, scaling, modulation)
+        return self.update(adapter_name).delta(self.pristine_weight())
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW in the orientation in which the base layer stores its weight (PEFT's contract)."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal, Self, cast
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
@@ -13,12 +14,13 @@ from transformers.pytorch_utils import Conv1D
 
 from smoa.config.adapter_config import SmoaConfig
 from smoa.errors import MergeError
-from smoa.layers.distributed import gather_for, localise_labels, refuse_writing, replicate_labels
+from smoa.layers.distributed import gather_for, local_partition, refuse_writing, shown_partition
 from smoa.layers.layer import SmoaLayer
 from smoa.layers.undo import DiagonalBlocks
-from smoa.layers.weight_cache import SortedBlocks, WeightCache, tensor_state
-from smoa.maths.autograd import fused_linear, hadamard_branch, multiplies_exactly
-from smoa.maths.modulation import plain_branch
+from smoa.layers.weight_cache import KeptUpdate, WeightCache, tensor_state
+from smoa.maths.kernels.operators import is_transformed, multiplies_exactly
+from smoa.maths.modulations import MODULATIONS
+from smoa.maths.update import Update
 
 FUSED_MIN_TOKENS = 64
 APART_MIN_BLOCKS = 8
@@ -26,7 +28,13 @@ APART_MIN_BLOCKS = 8
 
 
 class Linear(nn.Module, SmoaLayer):
-    """SMoA on a `torch.nn.Linear` or a transformers `Conv1D`."""
+    """SMoA on a `torch.nn.Linear` or a transformers `Conv1D`.
+
+    `route` says how a single active adapter is computed: "apart" adds `x ΔWᵀ` to the base layer's output, "fused" forms
+    W + ΔW in chunks where that is exact, "auto" takes the quicker one.
+    """
+
+    route: Literal["auto", "fused", "apart"] = "auto"
 
     def __init__(
         self,
@@ -41,10 +49,16 @@ class Linear(nn.Module, SmoaLayer):
     ) -> None:
         super().__init__()
         SmoaLayer.__init__(self, base_layer, fan_in_fan_out, backend)
-        self.register_state_dict_post_hook(replicate_labels)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(localise_labels)  # type: ignore[no-untyped-call]
+        self.register_state_dict_post_hook(shown_partition)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(local_partition)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_refresh_orders)  # type: ignore[no-untyped-call]
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, ranks, alpha, defer_partition=defer_partition)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        with self.exact_scales():  # `.half()`, `.to(dtype)` and others end up here
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def merged_weight(self, adapter_names: list[str]) -> Tensor:
         """`W + Σ ΔW` of the named adapters on the pristine W, rounded once, (out_features, in_features)."""
@@ -79,8 +93,7 @@ class Linear(nn.Module, SmoaLayer):
 
     def _write_merged(self, merged: Tensor, names: list[str]) -> None:
         pristine = self.pristine_weight()
-        partitions = [self.partition(name) for name in names]
-        self._pristine_blocks += [DiagonalBlocks.read_from(pristine, partition) for partition in partitions]
+        self._pristine_blocks += [DiagonalBlocks.read_from(pristine, self.blocks(name)) for name in names]
         self.base_weight().copy_(merged)
 
     @torch.no_grad()
@@ -136,27 +149,18 @@ class Linear(nn.Module, SmoaLayer):
         if hasattr(self, "ds_id"):  # ZeRO-3 knows this layer
             factors = (self.smoa_A[adapter_name], self.smoa_B[adapter_name])
             gather_for(self, [self.stored_weight(), *(p for factor in factors for p in factor.parameters())])
-        x = self.smoa_dropout[adapter_name](x)
-        A, B = self.factors(adapter_name)
-        rows, cols = self.smoa_row_labels[adapter_name], self.smoa_col_labels[adapter_name]
-        layout, scaling = self.layout[adapter_name], self.scaling[adapter_name]
-        if self.modulation[adapter_name] == "none":
-            return plain_branch(self._cast_input_dtype(x, A.dtype), A, B, None, rows, cols, layout, scaling)
-        if torch.is_autocast_enabled(x.device.type):
+        x, update = self.smoa_dropout[adapter_name](x), self.update(adapter_name)
+        if not update.modulation.anchors:
+            x = self._cast_input_dtype(x, update.factors.A.dtype)
+        elif torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return self._hadamard_output(x, adapter_name)
+        return self._apply_update(update, x)
 
-    def _hadamard_output(self, x: Tensor, adapter_name: str) -> Tensor:
-        A, B = self.factors(adapter_name)
-        rows, cols = self.smoa_row_labels[adapter_name], self.smoa_col_labels[adapter_name]
-        layout, scaling = self.layout[adapter_name], self.scaling[adapter_name]
-        weight = self.anchor(adapter_name)
-        if weight.requires_grad or _is_transformed(x, A, B):
-            return plain_branch(x, A, B, weight, rows, cols, layout, scaling)
-        return hadamard_branch(x, A, B, weight, rows, cols, layout.ranks, scaling)
+    def _apply_update(self, update: Update, x: Tensor) -> Tensor:
+        return update.apply(x, self.pristine_weight())
 
     def _cached_forward(self, cache: WeightCache, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        tensors = [t for n in active for t in (*self.factors(n), self.smoa_row_labels[n], self.smoa_col_labels[n])]
+        tensors = [tensor for name in active for tensor in (*self.factors(name), *self._saved(name))]
         scalings = [self.scaling[name] for name in active]
         whole = self._may_add_to_weight(x.device.type)
         key = (whole, *active, *scalings, *map(tensor_state, [self.stored_weight(), *tensors]))
@@ -166,8 +170,8 @@ class Linear(nn.Module, SmoaLayer):
         if cache.effective is not None:
             return nn.functional.linear(x, cache.effective, self.bias)
         result: Tensor = self.base_layer(x, *args, **kwargs)
-        for blocks in cache.blocks:
-            result = result + blocks.output(x.to(blocks.blocks[0].dtype)).to(result.dtype)
+        for kept in cache.updates:
+            result = result + kept.apply(x.to(kept.entries[0].dtype)).to(result.dtype)
         return result
 
     def _fill_cache(self, cache: WeightCache, active: list[str], whole: bool) -> None:
@@ -175,11 +179,10 @@ class Linear(nn.Module, SmoaLayer):
         if whole:
             cache.effective = self.merged_weight(active)
             return
-        weight = self.base_weight()
+        dtype = self.base_weight().dtype
         for name in active:
-            rows, cols = self.smoa_row_labels[name], self.smoa_col_labels[name]
-            slices = list(zip(self.layout[name].row_slices(), self.layout[name].col_slices(), strict=True))
-            cache.blocks.append(SortedBlocks.of(self.delta(name).to(weight.dtype), rows, cols, slices))
+            blocks = self.blocks(name)
+            cache.updates.append(KeptUpdate(blocks, blocks.of(self.delta(name).to(dtype))))
 
     def _has_plain_base(self) -> bool:
         """Whether the base layer computes `x Wᵀ + b` of a plain weight and nothing else."""
@@ -193,24 +196,21 @@ class Linear(nn.Module, SmoaLayer):
         return dtype == torch.float64 or (dtype == torch.float32 and multiplies_exactly(device_type))
 
     def _can_fuse(self, x: Tensor, adapter_name: str) -> bool:
-        if not self._may_add_to_weight(x.device.type) or _is_instrumented(self.base_layer):
+        if self.route == "apart" or not self._may_add_to_weight(x.device.type) or _is_instrumented(self.base_layer):
             return False
         dropout = self.smoa_dropout[adapter_name]
-        if self.modulation[adapter_name] != "hadamard" or (isinstance(dropout, nn.Dropout) and self.training):
+        by_weight = MODULATIONS[self.modulation[adapter_name]].by_weight
+        if not by_weight or (isinstance(dropout, nn.Dropout) and self.training):
             return False
         weight = self.stored_weight()
-        if weight.dtype != x.dtype or weight.requires_grad:
+        if weight.dtype != x.dtype or weight.requires_grad or is_transformed(x, *self.factors(adapter_name)):
             return False
-        if _is_transformed(x, *self.factors(adapter_name)):
-            return False
-        few_blocks = self.layout[adapter_name].num_blocks < APART_MIN_BLOCKS
-        return torch.is_grad_enabled() or few_blocks or x.shape[:-1].numel() >= FUSED_MIN_TOKENS
+        if self.route == "fused" or torch.is_grad_enabled():
+            return True
+        return len(self.ranks[adapter_name]) < APART_MIN_BLOCKS or x.shape[:-1].numel() >= FUSED_MIN_TOKENS
 
     def _fused_forward(self, x: Tensor, adapter_name: str) -> Tensor:
-        A, B = (factor.to(x.dtype) for factor in self.factors(adapter_name))
-        rows, cols = self.smoa_row_labels[adapter_name], self.smoa_col_labels[adapter_name]
-        ranks, scaling = self.layout[adapter_name].ranks, self.scaling[adapter_name]
-        return fused_linear(x, A, B, self.base_weight(), self.bias, rows, cols, ranks, scaling)
+        return self.update(adapter_name).apply_with_base(x, self.base_weight(), self.bias)
 
     def __repr__(self) -> str:
         return f"smoa.{super().__repr__()}"
@@ -230,8 +230,6 @@ def _is_instrumented(module: nn.Module) -> bool:
     return any(hooks) or "forward" in module.__dict__
 
 
-def _is_transformed(*tensors: Tensor) -> bool:
-    """True inside `torch.func` transforms, which don't reach into custom operators."""
-    if torch.compiler.is_compiling():
-        return False
-    return any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
+def _refresh_orders(layer: nn.Module, incompatible_keys: object) -> None:
+    """Load state dict post-hook: a compiled model finds the orders of the labels that were loaded."""
+    cast(Linear, layer).refresh_orders()

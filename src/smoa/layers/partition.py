@@ -1,8 +1,10 @@
-"""When a layer's partitions are decided, and by whom: at once, at first use, by a file, or by another process."""
+"""A layer's blocks and block scales: decided at once, at first use, by a file, or by another process."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -14,24 +16,49 @@ from torch import Tensor
 
 from smoa.errors import PartitionError
 from smoa.layers.distributed import awaits_process_group, from_rank_zero, whole
-from smoa.maths.modulation import BlockLayout
-from smoa.maths.spectrum import UNDECIDED, PartitionKind, SpectralPartition, make_partition
+from smoa.maths.blocks import UNDECIDED, Blocks, Orders
+from smoa.maths.modulations import rms_of
+from smoa.maths.spectrum import PartitionKind, make_partition
 from smoa.maths.spectrum_cache import cached_spectral_scores
 
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Pending:
+    """How an adapter's blocks and scales are to be made from the weight."""
+
+    partition: PartitionKind
+    normalize_anchor: bool
+
+    def decide(self, num_blocks: int, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Row labels, column labels and scale of each block, on the CPU."""
+        blocks = make_partition(weight, num_blocks, self.partition, cached_spectral_scores)
+        rms = rms_of(weight) if self.normalize_anchor else 1.0
+        return blocks.row_labels.cpu(), blocks.col_labels.cpu(), torch.full((num_blocks,), 1 / rms if rms else 1.0)
+
+
 class PartitionState(BaseTunerLayer):
-    """The labels of all adapters on one layer: uint8 buffers (out_features,) and (in_features,) by adapter name."""
+    """The blocks of all adapters on one layer, by adapter name.
+
+    Saved are the labels, uint8 (out_features,) and (in_features,), and the scale of each block, float32 (num_blocks,):
+    the part of s_k that comes from the weight. Derived from them when they change, and never saved: the orders of the
+    coordinates, and the int32 of the same bits as the scales of all blocks and ranks, which nothing that casts a
+    model's floats can round.
+    """
 
     in_features: int
     out_features: int
 
     def __init__(self) -> None:
-        self.layout: dict[str, BlockLayout] = {}
-        self.pending_partition: dict[str, PartitionKind] = {}
+        self.ranks: dict[str, tuple[int, ...]] = {}
+        self.pending_partition: dict[str, Pending] = {}
         self.smoa_row_labels = BufferDict(persistent=True)
         self.smoa_col_labels = BufferDict(persistent=True)
+        self.smoa_block_scale = BufferDict(persistent=True)
+        self.smoa_orders = BufferDict(persistent=False)
+        self.smoa_scale_bits = BufferDict(persistent=False)
+        self._derived_from: dict[str, list[tuple[Tensor, int]]] = {}
 
     def stored_weight(self) -> Tensor:
         """The base layer's weight as it is stored."""
@@ -41,46 +68,126 @@ class PartitionState(BaseTunerLayer):
         """The base weight as it was before any merge, (out_features, in_features)."""
         raise NotImplementedError
 
-    def _add_labels(self, adapter_name: str, kind: PartitionKind, defer: bool) -> None:
-        device = self.stored_weight().device
-        self.smoa_row_labels[adapter_name] = _undecided(self.out_features, device)
-        self.smoa_col_labels[adapter_name] = _undecided(self.in_features, device)
-        self.pending_partition[adapter_name] = kind
-        if not defer and not awaits_process_group() and self._compute_labels(adapter_name):
-            del self.pending_partition[adapter_name]
+    def blocks(self, adapter_name: str) -> Blocks:
+        """The adapter's blocks; decided now if nothing has decided them yet."""
+        self.decide_partition(adapter_name)
+        self._refresh(adapter_name)
+        rows, cols = self.smoa_row_labels[adapter_name], self.smoa_col_labels[adapter_name]
+        m, n = self.out_features, self.in_features
+        orders = Orders(*self.smoa_orders[adapter_name].split([m, m, n, n]))
+        return Blocks(rows, cols, len(self.ranks[adapter_name]), orders)
+
+    def block_scale(self, adapter_name: str) -> Tensor:
+        """(num_blocks,) float32: what each block's update is multiplied with besides alpha / r."""
+        self.decide_partition(adapter_name)
+        return self._exact_scale(adapter_name)[: len(self.ranks[adapter_name])]
+
+    def rank_scale(self, adapter_name: str) -> Tensor:
+        """(r,) float32: `block_scale` of the block that each rank belongs to."""
+        return self._exact_scale(adapter_name)[len(self.ranks[adapter_name]) :]
+
+    def _exact_scale(self, adapter_name: str) -> Tensor:
+        self._refresh(adapter_name)
+        scale: Tensor = self.smoa_scale_bits[adapter_name].view(torch.float32)
+        return scale
+
+    @contextmanager
+    def exact_scales(self) -> Iterator[None]:
+        """Whatever casts this layer's floats while the context is open leaves the block scales in float32."""
+        for adapter_name in self.ranks:
+            self._refresh(adapter_name)
+        yield
+        for adapter_name in self.ranks:
+            self._refresh(adapter_name)
+
+    def restore_scale(self, adapter_name: str) -> None:
+        """Put the bits that were kept in the place of a scale that was cast."""
+        scale = self.smoa_block_scale[adapter_name]
+        if scale.dtype != torch.float32:
+            bits = self.smoa_scale_bits[adapter_name][: len(scale)]
+            self.smoa_block_scale[adapter_name] = bits.view(torch.float32).to(scale.device, copy=True)
 
     def decide_partition(self, adapter_name: str) -> None:
-        """Compute the labels of an adapter unless they have been computed or loaded already.
+        """Compute the blocks of an adapter unless they have been computed or loaded already.
 
         Of several processes rank 0 computes them for all, so every rank must call this.
         """
         if adapter_name not in self.pending_partition:
             return
-        if not self._has_valid_labels(adapter_name) and not self._compute_labels(adapter_name):
+        if not self._has_valid_labels(adapter_name) and not self._compute(adapter_name):
             raise PartitionError("the base weight is on the meta device; load the weights before the adapter is used")
         del self.pending_partition[adapter_name]
 
-    def share_partition(self, source: str, adapter_name: str) -> None:
-        """Give the adapter the labels of the adapter `source`, which has as many blocks."""
-        partition = self.partition(source)
-        self.smoa_row_labels[adapter_name].copy_(partition.row_labels)
-        self.smoa_col_labels[adapter_name].copy_(partition.col_labels)
+    def share_partition(self, source: str, adapter_name: str, with_scale: bool = True) -> None:
+        """Give the adapter the blocks of the adapter `source`, which has as many, and its scales or scales of 1."""
+        self.decide_partition(source)
+        rows, cols, scale = self._saved(source)
+        self._set(adapter_name, (rows, cols, scale if with_scale else torch.ones_like(scale)))
         self.pending_partition.pop(adapter_name, None)
 
-    def _compute_labels(self, adapter_name: str) -> bool:
-        """Compute the labels from the weight, which is rank 0's; False, and nothing, if that is on the meta device."""
-        kind, num_blocks = self.pending_partition[adapter_name], self.layout[adapter_name].num_blocks
+    def refresh_orders(self) -> None:
+        """Derive the orders of all adapters again: after a load, whose writes a compiled model doesn't see."""
+        self._derived_from.clear()
+        for adapter_name in self.ranks:
+            self._refresh(adapter_name)
+
+    def _add_partition(self, adapter_name: str, pending: Pending, defer: bool) -> None:
+        device, num_blocks = self.stored_weight().device, len(self.ranks[adapter_name])
+        undecided = [
+            torch.full((size,), UNDECIDED, dtype=torch.uint8, device=device)
+            for size in (self.out_features, self.in_features)
+        ]
+        self._set(adapter_name, (undecided[0], undecided[1], torch.ones(num_blocks, device=device)))
+        self.pending_partition[adapter_name] = pending
+        if not defer and not awaits_process_group() and self._compute(adapter_name):
+            del self.pending_partition[adapter_name]
+
+    def _saved(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Row labels, column labels and block scales."""
+        buffers = (self.smoa_row_labels, self.smoa_col_labels, self.smoa_block_scale)
+        rows, cols, scale = (buffer[adapter_name] for buffer in buffers)
+        return rows, cols, scale
+
+    def _set(self, adapter_name: str, saved: tuple[Tensor, Tensor, Tensor]) -> None:
+        for buffers, tensor in zip(
+            (self.smoa_row_labels, self.smoa_col_labels, self.smoa_block_scale), saved, strict=True
+        ):
+            if adapter_name not in buffers or buffers[adapter_name].device.type == "meta":
+                buffers[adapter_name] = tensor.clone()
+            else:
+                buffers[adapter_name].copy_(tensor)
+        self._refresh(adapter_name)
+
+    @torch.no_grad()
+    def _refresh(self, adapter_name: str) -> None:
+        """Sort the labels if they are not those that the orders were made from. A compiler sees nothing of it."""
+        if torch.compiler.is_compiling():
+            return
+        self.restore_scale(adapter_name)
+        rows, cols, scale = saved = self._saved(adapter_name)
+        versions = [0 if tensor.is_inference() else tensor._version for tensor in saved]
+        known = self._derived_from.get(adapter_name, [])
+        if len(known) == 3 and all(
+            tensor is old and version == old_version
+            for tensor, version, (old, old_version) in zip(saved, versions, known, strict=True)
+        ):
+            return
+        ranks = torch.tensor(self.ranks[adapter_name], device=scale.device)
+        rank_scale = torch.repeat_interleave(scale, ranks, output_size=sum(self.ranks[adapter_name]))
+        self.smoa_orders[adapter_name] = torch.cat(Orders.of(rows, cols))
+        self.smoa_scale_bits[adapter_name] = torch.cat([scale, rank_scale]).view(torch.int32)
+        self._derived_from[adapter_name] = list(zip(saved, versions, strict=True))
+
+    def _compute(self, adapter_name: str) -> bool:
+        """Compute labels and scales from rank 0's weight; False, and nothing, if that is on the meta device."""
+        pending, num_blocks = self.pending_partition[adapter_name], len(self.ranks[adapter_name])
         found = self._from_weight(
-            partial(_labels_of, num_blocks, kind),
-            everywhere=kind != "spectral",  # costs nothing, and keeps the random generators of all ranks in step
+            partial(pending.decide, num_blocks),
+            everywhere=pending.partition != "spectral",  # costs nothing, and keeps the random generators in step
         )
         if found is None:
             return False
-        for buffers, labels in zip((self.smoa_row_labels, self.smoa_col_labels), found, strict=True):
-            if buffers[adapter_name].device.type == "meta":
-                buffers[adapter_name] = labels
-            else:
-                buffers[adapter_name].copy_(labels)
+        self._set(adapter_name, found)
         return True
 
     def _from_weight(self, compute: Callable[[Tensor], T], everywhere: bool = False) -> T | None:
@@ -91,27 +198,11 @@ class PartitionState(BaseTunerLayer):
             return from_rank_zero(lambda: None if weight is None else compute(weight), everywhere)
 
     def _has_valid_labels(self, adapter_name: str) -> bool:
-        rows, cols = self.smoa_row_labels[adapter_name], self.smoa_col_labels[adapter_name]
+        rows, cols, _ = self._saved(adapter_name)
         if rows.device.type == "meta":
             return False
         try:
-            SpectralPartition(rows, cols, self.layout[adapter_name].num_blocks)
+            Blocks(rows, cols, len(self.ranks[adapter_name]))
         except PartitionError:
             return False
         return True
-
-    def partition(self, adapter_name: str) -> SpectralPartition:
-        """The adapter's partition; computed now if nothing has decided it yet."""
-        self.decide_partition(adapter_name)
-        rows, cols = self.smoa_row_labels[adapter_name], self.smoa_col_labels[adapter_name]
-        return SpectralPartition(rows, cols, self.layout[adapter_name].num_blocks)
-
-
-def _labels_of(num_blocks: int, kind: PartitionKind, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and column labels of a weight, on the CPU."""
-    partition = make_partition(weight, num_blocks, kind, cached_spectral_scores)
-    return partition.row_labels.cpu(), partition.col_labels.cpu()
-
-
-def _undecided(size: int, device: torch.device) -> Tensor:
-    return torch.full((size,), UNDECIDED, dtype=torch.uint8, device=device)

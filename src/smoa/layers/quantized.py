@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from smoa.errors import UnsupportedModuleError
 from smoa.layers.linear import Linear
-from smoa.maths.autograd import hadamard_branch, hadamard_branch_backward
+from smoa.maths.update import Update
 
 PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -113,14 +113,15 @@ class QuantizedLinear(Linear):
     def _has_plain_base(self) -> bool:
         return False
 
-    # A break in the graph, so that no compiler decides to keep the dequantised weight.
+    # A break in the graph, so that no compiler decides to keep the dequantized weight.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _hadamard_output(self, x: Tensor, adapter_name: str) -> Tensor:
-        A, B = self.factors(adapter_name)
-        rows, cols = self.smoa_row_labels[adapter_name], self.smoa_col_labels[adapter_name]
-        ranks, scaling = self.layout[adapter_name].ranks, self.scaling[adapter_name]
-        inputs = (x, A, B, rows, cols, ranks, scaling, partial(self.anchor, adapter_name))
-        output: Tensor = _DequantizedBranch.apply(*inputs)  # type: ignore[no-untyped-call]  # torch's, without types
+    def _apply_update(self, update: Update, x: Tensor) -> Tensor:
+        if not update.modulation.anchors:
+            return update.apply(x, x.new_empty(0))
+        factors = update.factors
+        output: Tensor = _DequantizedBranch.apply(  # type: ignore[no-untyped-call]  # torch's, without types
+            x, factors.A, factors.B, update, self.pristine_weight
+        )
         return output
 
     def _write_merged(self, merged: Tensor, names: list[str]) -> None:
@@ -149,29 +150,17 @@ class _DequantizedBranch(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        A: Tensor,
-        B: Tensor,
-        rows: Tensor,
-        cols: Tensor,
-        ranks: Sequence[int],
-        scaling: float,
-        dequantize: Callable[[], Tensor],
-    ) -> Tensor:
-        ctx.save_for_backward(x, A, B, rows, cols)
-        ctx.ranks, ctx.scaling, ctx.dequantize = ranks, scaling, dequantize
-        return hadamard_branch(x, A, B, dequantize(), rows, cols, ranks, scaling)
+    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, update: Update, dequantize: Callable[[], Tensor]) -> Tensor:
+        ctx.save_for_backward(x, A, B)
+        ctx.update, ctx.dequantize = update, dequantize
+        return update.apply(x, dequantize())
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, A, B, rows, cols = ctx.saved_tensors
-        needs_x = ctx.needs_input_grad[0]
-        weight = ctx.dequantize()
-        grads = hadamard_branch_backward(g, x, A, B, weight, rows, cols, ctx.ranks, ctx.scaling, needs_x)
-        return *grads, None, None, None, None, None
+        x, A, B = ctx.saved_tensors
+        update = replace(ctx.update, factors=replace(ctx.update.factors, A=A, B=B))
+        return *update.gradients(g, x, ctx.dequantize(), ctx.needs_input_grad[0]), None, None
 
 
 def _copied(base: nn.Module) -> nn.Module:

@@ -8,30 +8,25 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from smoa.errors import MergeError
-from smoa.maths.spectrum import SpectralPartition
+from smoa.maths.blocks import Blocks
 
 
 @dataclass(frozen=True)
 class DiagonalBlocks:
     """Copies, on the CPU, of the diagonal blocks `W[I_k, J_k]` of a weight: 1/K of it, all that a merge can change."""
 
-    rows: list[Tensor]
-    cols: list[Tensor]
+    blocks: Blocks
     entries: list[Tensor]
 
     @classmethod
-    def read_from(cls, weight: Tensor, partition: SpectralPartition) -> DiagonalBlocks:
+    def read_from(cls, weight: Tensor, blocks: Blocks) -> DiagonalBlocks:
         """Copy the diagonal blocks of `weight` (out_features, in_features)."""
-        rows = [partition.rows(block) for block in range(partition.num_blocks)]
-        cols = [partition.cols(block) for block in range(partition.num_blocks)]
-        entries = [weight.index_select(0, i).index_select(1, j).cpu() for i, j in zip(rows, cols, strict=True)]
-        return cls(rows, cols, entries)
+        own = Blocks(blocks.row_labels.cpu().clone(), blocks.col_labels.cpu().clone(), blocks.num_blocks)
+        return cls(own, [entries.cpu() for entries in blocks.of(weight)])
 
     def write_to(self, weight: Tensor) -> None:
         """Overwrite the diagonal blocks of `weight` in place, in its dtype, which may have changed since."""
-        for rows, cols, entries in zip(self.rows, self.cols, self.entries, strict=True):
-            rows, cols = rows.to(weight.device), cols.to(weight.device)
-            weight[rows[:, None], cols] = entries.to(weight)
+        self.blocks.write(weight, self.entries)
 
 
 def refuse_shared(weights: Iterable[tuple[str, Tensor]]) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from smoa.errors import UnsupportedModuleError
-from smoa.maths.modulation import inverse_order, sorted_order
+from smoa.maths.blocks import Blocks
 
 
 @dataclass
@@ -32,36 +32,26 @@ class WeightCache:
 
     key: Hashable = None
     effective: Tensor | None = None
-    blocks: list[SortedBlocks] = field(default_factory=list)
+    updates: list[KeptUpdate] = field(default_factory=list)
 
     def clear(self) -> None:
         """Drop everything kept."""
-        self.key, self.effective, self.blocks = None, None, []
+        self.key, self.effective, self.updates = None, None, []
 
 
 @dataclass(frozen=True)
-class SortedBlocks:
-    """Diagonal blocks of one ΔW and the orders that sort coordinates by block."""
+class KeptUpdate:
+    """The diagonal blocks of one ΔW, sorted by block."""
 
-    col_order: Tensor
-    row_inverse: Tensor
-    blocks: list[Tensor]
-    col_slices: list[slice]
+    blocks: Blocks
+    entries: list[Tensor]
 
-    @classmethod
-    def of(
-        cls, delta: Tensor, row_labels: Tensor, col_labels: Tensor, slices: list[tuple[slice, slice]]
-    ) -> SortedBlocks:
-        """Take the blocks out of a dense ΔW (out_features, in_features)."""
-        row_order, col_order = sorted_order(row_labels), sorted_order(col_labels)
-        blocks = [delta.index_select(0, row_order[rows]).index_select(1, col_order[cols]) for rows, cols in slices]
-        return cls(col_order, inverse_order(row_order), blocks, [cols for _, cols in slices])
-
-    def output(self, x: Tensor) -> Tensor:
+    def apply(self, x: Tensor) -> Tensor:
         """`x ΔWᵀ`: (…, out_features)."""
-        x = x.index_select(-1, self.col_order)
-        outputs = [x[..., cols] @ block.T for cols, block in zip(self.col_slices, self.blocks, strict=True)]
-        return torch.cat(outputs, -1).index_select(-1, self.row_inverse)
+        x = x.index_select(-1, self.blocks.orders.cols)
+        pairs = zip(self.blocks.col_slices, self.entries, strict=True)
+        outputs = [x[..., cols] @ entries.T for cols, entries in pairs]
+        return torch.cat(outputs, -1).index_select(-1, self.blocks.orders.rows_inverse)
 
 
 def tensor_state(tensor: Tensor) -> Hashable:

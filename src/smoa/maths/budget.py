@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from smoa.maths.modulation import split_rank
-from smoa.maths.spectrum import block_sizes, check_num_blocks
+from smoa.maths.blocks import block_sizes, check_num_blocks
+from smoa.maths.factors import split_rank
 
 
 def _block_shapes(

@@ -12,26 +12,23 @@ cutting each order into K runs gives the K aligned blocks.
 |--------|--------------------------------|------------------------|
 | m, n   | size of W, (m, n)              | out_features, in_features |
 | K      | number of blocks               | num_blocks             |
-| I_k    | output coordinates of block k  | SpectralPartition.rows |
-| J_k    | input coordinates of block k   | SpectralPartition.cols |
+| I_k    | output coordinates of block k  | Blocks.rows(k) |
+| J_k    | input coordinates of block k   | Blocks.cols(k) |
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from smoa.errors import PartitionError
+from smoa.maths.blocks import Blocks, block_sizes, check_num_blocks
 
 PartitionKind = Literal["spectral", "contiguous", "random"]
 
-UNDECIDED = 255
-"""Label of a coordinate whose block is not known yet: labels are one byte, so at most 255 blocks exist."""
-MAX_BLOCKS = UNDECIDED
 GRAM_TILES = 8
 """Strips in which the upper half of the Gram matrix is formed."""
 SAFE_PEAK = 1e-4, 1e4
@@ -40,69 +37,6 @@ CLOSE_SCORES = 1e-6
 """Times min(m, n): scores nearer to each other than this, in float32, may stand in the wrong order."""
 ROW_TILE = 1024
 """Rows of WV held at a time: nothing of the weight's size is kept."""
-
-
-def block_sizes(size: int, num_blocks: int) -> list[int]:
-    """Sizes of K runs of `size` coordinates, as `torch.tensor_split` has them: the first `size % K` are one larger."""
-    quotient, remainder = divmod(size, num_blocks)
-    return [quotient + 1] * remainder + [quotient] * (num_blocks - remainder)
-
-
-@dataclass(frozen=True, eq=False)
-class SpectralPartition:
-    """Which block each coordinate of a weight belongs to.
-
-    Args:
-        row_labels: uint8 (out_features,), the block of each output coordinate.
-        col_labels: uint8 (in_features,), the block of each input coordinate.
-        num_blocks: K, between 1 and 255.
-
-    Raises:
-        PartitionError: labels of another dtype or shape, or blocks whose sizes are not those of `torch.tensor_split`.
-    """
-
-    row_labels: Tensor
-    col_labels: Tensor
-    num_blocks: int
-
-    def __post_init__(self) -> None:
-        check_num_blocks(self.num_blocks, len(self.row_labels), len(self.col_labels))
-        check_labels(self.row_labels, self.num_blocks, "row_labels")
-        check_labels(self.col_labels, self.num_blocks, "col_labels")
-
-    def rows(self, block: int) -> Tensor:
-        """Output coordinates of `block`, ascending, int64."""
-        return torch.nonzero(self.row_labels == block).flatten()
-
-    def cols(self, block: int) -> Tensor:
-        """Input coordinates of `block`, ascending, int64."""
-        return torch.nonzero(self.col_labels == block).flatten()
-
-
-def check_num_blocks(num_blocks: int, out_features: int, in_features: int) -> None:
-    """Raise PartitionError unless 1 ≤ K ≤ min(out_features, in_features, 255)."""
-    limit = min(out_features, in_features, MAX_BLOCKS)
-    if not 1 <= num_blocks <= limit:
-        raise PartitionError(
-            f"num_blocks={num_blocks} must be between 1 and {limit} for a weight of shape "
-            f"({out_features}, {in_features}); lower num_blocks or exclude this module"
-        )
-
-
-def check_labels(labels: Tensor, num_blocks: int, name: str) -> None:
-    """Raise PartitionError unless `labels` is a uint8 vector whose block sizes are those of `torch.tensor_split`."""
-    if labels.dtype != torch.uint8 or labels.ndim != 1:
-        raise PartitionError(f"{name} must be a uint8 vector, got {labels.dtype} of shape {tuple(labels.shape)}")
-    found = torch.bincount(labels, minlength=num_blocks).tolist()
-    expected = block_sizes(len(labels), num_blocks)
-    if found != expected:
-        raise PartitionError(
-            f"{name} must hold {num_blocks} blocks of sizes {_short(expected)}, found label counts {_short(found)}"
-        )
-
-
-def _short(sizes: list[int]) -> str:
-    return str(sizes) if len(sizes) <= 8 else f"[{', '.join(map(str, sizes[:8]))}, … {len(sizes)} in all]"
 
 
 def spectral_scores(weight: Tensor, precise: bool = False) -> tuple[Tensor, Tensor]:
@@ -221,7 +155,7 @@ def make_partition(
     num_blocks: int,
     kind: PartitionKind = "spectral",
     scores_of: Callable[[Tensor, bool], tuple[Tensor, Tensor]] = spectral_scores,
-) -> SpectralPartition:
+) -> Blocks:
     """Partition of `weight` (out_features, in_features) into `num_blocks` aligned blocks.
 
     `spectral` sorts by spectral score, `contiguous` cuts the natural order (MELoRA's), `random` shuffles with torch's
@@ -243,4 +177,4 @@ def make_partition(
         if weight.dtype != torch.float64 and any(_cut_is_close(s, num_blocks, min(weight.shape)) for s in scores):
             scores = scores_of(weight, True)
     row_labels, col_labels = (labels_from_scores(s, num_blocks).to(weight.device) for s in scores)
-    return SpectralPartition(row_labels, col_labels, num_blocks)
+    return Blocks(row_labels, col_labels, num_blocks)

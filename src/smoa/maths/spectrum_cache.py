@@ -10,7 +10,6 @@ import hashlib
 import os
 import warnings
 from collections import OrderedDict
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from smoa.atomic import new_file
 from smoa.maths.spectrum import spectral_scores
 
 CACHE_VARIABLE = "SMOA_SPECTRUM_CACHE"
@@ -83,12 +83,8 @@ def _write(key: str, scores: tuple[Tensor, Tensor]) -> None:
     path = _path(key)
     if path is None:
         return
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"row_scores": scores[0].contiguous(), "col_scores": scores[1].contiguous()}, temporary)
-        temporary.replace(path)
+        with new_file(path) as temporary:
+            save_file({"row_scores": scores[0].contiguous(), "col_scores": scores[1].contiguous()}, temporary)
     except (OSError, SafetensorError) as error:
         warnings.warn(f"{CACHE_VARIABLE}: can't keep scores in {path.parent} ({error})", RuntimeWarning, stacklevel=2)
-        with suppress(OSError):
-            temporary.unlink()

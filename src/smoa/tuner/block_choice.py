@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 
 from smoa.errors import PartitionError
 from smoa.maths.analysis import effective_rank
-from smoa.maths.spectrum import MAX_BLOCKS, squarable
+from smoa.maths.blocks import MAX_BLOCKS
+from smoa.maths.spectrum import squarable
 
 
 def choose_blocks(weights: Mapping[str, Callable[[], Tensor]], num_blocks: int) -> dict[str, int]:

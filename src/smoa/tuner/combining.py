@@ -1,7 +1,7 @@
 """`add_weighted_adapter`: one new adapter that is a weighted sum of adapters of one partition.
 
 `cat` is exact: within each block the ranks stand side by side, so `ΔW = Σ w_i ΔW_i` and the new r is Σ r_i. `linear`
-adds the factors themselves, √|w_i·s_i| on either side, as PEFT's LoRA does: r stays, the cross terms are an error.
+adds the factors themselves, √|w_i·s_ik| on either side, as PEFT's LoRA does: r stays, the cross terms are an error.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from torch import Tensor
 from smoa.config.adapter_config import SmoaConfig
 from smoa.errors import MergeError
 from smoa.layers.layer import SmoaLayer
+from smoa.maths.blocks import slices
+from smoa.maths.factors import Factors
 
 Combination = Literal["cat", "linear"]
 
@@ -72,50 +74,44 @@ def check_same_labels(name: str, layer: SmoaLayer, adapters: list[str]) -> None:
     absent = [adapter for adapter in adapters if adapter not in layer.smoa_A]
     if absent:
         raise MergeError(f"{name}: {', '.join(absent)} doesn't adapt this layer; combine adapters of the same layers")
-    first = layer.partition(adapters[0])
-    for other in map(layer.partition, adapters[1:]):
-        same_rows = torch.equal(first.row_labels, other.row_labels)
-        if not same_rows or not torch.equal(first.col_labels, other.col_labels):
-            raise MergeError(
-                f"{name}: adapters {', '.join(adapters)} have different partitions, so their sum is no SMoA adapter; "
-                "merge them one after another, or convert them to LoRA and combine those"
-            )
+    first = layer.blocks(adapters[0])
+    if not all(first.same_as(layer.blocks(other)) for other in adapters[1:]):
+        raise MergeError(
+            f"{name}: adapters {', '.join(adapters)} have different partitions, so their sum is no SMoA adapter; "
+            "merge them one after another, or convert them to LoRA and combine those"
+        )
 
 
 @torch.no_grad()
 def fill_combined(
     layer: SmoaLayer, adapters: list[str], weights: list[float], adapter_name: str, combination: Combination
 ) -> None:
-    """Write labels and factors of the sum into the fresh adapter `adapter_name` of one layer."""
-    layer.share_partition(adapters[0], adapter_name)
-    parts = [layer.factors(name) for name in adapters]
+    """Write labels and factors of the sum into the fresh adapter `adapter_name` of one layer; its scales are 1."""
+    layer.share_partition(adapters[0], adapter_name, with_scale=False)
+    parts = [layer.update(name).factors for name in adapters]
     # PEFT has made the factors in the base's dtype, which may be narrower than those of the parts
-    dtype = reduce(torch.promote_types, (factor.dtype for part in parts for factor in part))
+    dtype = reduce(torch.promote_types, (factor.dtype for part in parts for factor in (part.A, part.B)))
     layer.smoa_A[adapter_name].to(dtype)
     layer.smoa_B[adapter_name].to(dtype)
-    A, B = layer.factors(adapter_name)
-    scaled = [weight * layer.scaling[name] for name, weight in zip(adapters, weights, strict=True)]
+    total = layer.update(adapter_name).factors
+    scales = [weight * part.scale(dtype) for weight, part in zip(weights, parts, strict=True)]
     if combination == "linear":
-        _add(A, B, parts, scaled)
+        _add(total, parts, scales)
     else:
-        slices = [layer.layout[name].rank_slices() for name in (*adapters, adapter_name)]
-        _concatenate(A, B, parts, scaled, slices)
+        _concatenate(total, parts, scales)
 
 
-def _concatenate(
-    A: Tensor, B: Tensor, parts: list[tuple[Tensor, Tensor]], scaled: list[float], slices: list[list[slice]]
-) -> None:
-    """`slices`: the ranks of each block in every part and, last, in the sum."""
-    for *sources, target in zip(*slices, strict=True):
-        A[target] = torch.cat([part[ranks] for (part, _), ranks in zip(parts, sources, strict=True)])
-        columns = [part[:, ranks] * s for (_, part), ranks, s in zip(parts, sources, scaled, strict=True)]
-        B[:, target] = torch.cat(columns, dim=1)
+def _concatenate(total: Factors, parts: list[Factors], scales: list[Tensor]) -> None:
+    for *sources, target in zip(*(slices(part.ranks) for part in (*parts, total)), strict=True):
+        total.A[target] = torch.cat([part.A[ranks] for part, ranks in zip(parts, sources, strict=True)])
+        triples = zip(parts, sources, scales, strict=True)
+        total.B[:, target] = torch.cat([part.B[:, ranks] * scale[ranks] for part, ranks, scale in triples], dim=1)
 
 
-def _add(A: Tensor, B: Tensor, parts: list[tuple[Tensor, Tensor]], scaled: list[float]) -> None:
-    A.zero_()
-    B.zero_()
-    for (part_A, part_B), s in zip(parts, scaled, strict=True):
-        root = abs(s) ** 0.5
-        A.add_(part_A, alpha=root)
-        B.add_(part_B, alpha=root if s >= 0 else -root)
+def _add(total: Factors, parts: list[Factors], scales: list[Tensor]) -> None:
+    total.A.zero_()
+    total.B.zero_()
+    for part, scale in zip(parts, scales, strict=True):
+        root = scale.abs().sqrt()
+        total.A.add_(part.A * root[:, None])
+        total.B.add_(part.B * root * scale.sign())

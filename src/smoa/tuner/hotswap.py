@@ -19,9 +19,11 @@ from smoa.config.adapter_config import SmoaConfig
 from smoa.errors import AdapterFileError, ConfigError, MergeError
 from smoa.files.adapter_folder import smoa_adapter
 from smoa.files.loading import door
-from smoa.files.names import PARTS, PREFIX
+from smoa.files.names import PARTS, PREFIX, adapter_layers
+from smoa.layers.distributed import SCALE
 from smoa.layers.layer import SmoaLayer
-from smoa.maths.modulation import BlockLayout
+from smoa.maths.blocks import slices
+from smoa.maths.factors import factor_shapes
 
 
 @torch.no_grad()
@@ -58,7 +60,7 @@ def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "def
 
 def _layers(slot: PeftModel, adapter_name: str) -> dict[str, SmoaLayer]:
     tuner: Any = slot.base_model
-    layers = {n: m for n, m in tuner.model.named_modules() if isinstance(m, SmoaLayer) and adapter_name in m.smoa_A}
+    layers = adapter_layers(tuner.model, adapter_name)
     merged = [name for name, layer in layers.items() if adapter_name in layer.merged_adapters]
     if merged:
         raise MergeError(f"{merged[0]}: {adapter_name!r} is merged; call unmerge_adapter before it is swapped")
@@ -88,10 +90,12 @@ def _fitted(
         if own.isdisjoint(keys):
             parts = _without_effect(layer, adapter_name)
         elif own.issuperset(keys):
-            parts = _padded(name, layer, [state[key] for key in keys], config, adapter_name, path)
+            scale = state.get(f"{PREFIX}{name}.{SCALE}", torch.ones(len(layer.ranks[adapter_name])))
+            own.discard(f"{PREFIX}{name}.{SCALE}")
+            parts = [*_padded(name, layer, [state[key] for key in keys], config, adapter_name, path), scale]
         else:
             raise AdapterFileError(f"{path}: {name} lacks {sorted(set(keys) - own)}; the adapter is broken")
-        fitted |= dict(zip(keys, parts, strict=True))
+        fitted |= dict(zip([*keys, f"{PREFIX}{name}.{SCALE}"], parts, strict=True))
         own -= set(keys)
     if own:
         raise AdapterFileError(
@@ -103,8 +107,14 @@ def _fitted(
 
 def _without_effect(layer: SmoaLayer, adapter_name: str) -> list[Tensor]:
     A, B = layer.factors(adapter_name)
-    partition = layer.partition(adapter_name)
-    return [torch.zeros_like(A), torch.zeros_like(B), partition.row_labels, partition.col_labels]
+    blocks = layer.blocks(adapter_name)
+    return [
+        torch.zeros_like(A),
+        torch.zeros_like(B),
+        blocks.row_labels,
+        blocks.col_labels,
+        layer.block_scale(adapter_name),
+    ]
 
 
 def _padded(
@@ -112,20 +122,21 @@ def _padded(
 ) -> list[Tensor]:
     """Each block's ranks at the head of the slot's, zeros behind them; B takes the ratio of the scales."""
     A, B, rows, cols = parts
-    slot = layer.layout[adapter_name]
-    new = BlockLayout(slot.out_features, slot.in_features, config.ranks_of(name, len(A)))
-    if (tuple(A.shape), tuple(B.shape)) != (new.shape_A, new.shape_B):
+    slot, ranks = layer.ranks[adapter_name], config.ranks_of(name, len(A))
+    shapes = factor_shapes(layer.out_features, layer.in_features, ranks)
+    if (tuple(A.shape), tuple(B.shape)) != shapes:
         raise AdapterFileError(
             f"{path}: {name} has factors {tuple(A.shape)}, {tuple(B.shape)} that don't fit the layer"
         )
-    if any(theirs > ours for theirs, ours in zip(new.ranks, slot.ranks, strict=True)):
+    if any(theirs > ours for theirs, ours in zip(ranks, slot, strict=True)):
         raise ConfigError(
-            f"{path}: {name} has block ranks {list(new.ranks)}, more than the {list(slot.ranks)} of the loaded "
+            f"{path}: {name} has block ranks {list(ranks)}, more than the {list(slot)} of the loaded "
             "adapter; load the adapter of the largest rank first"
         )
     ratio = config.alpha_of(name, len(A)) / len(A) * layer.r[adapter_name] / layer.alpha[adapter_name]
-    wide_A, wide_B = A.new_zeros(slot.shape_A), B.new_zeros(slot.shape_B)
-    for source, target in zip(new.rank_slices(), slot.rank_slices(), strict=True):
+    shape_A, shape_B = factor_shapes(layer.out_features, layer.in_features, slot)
+    wide_A, wide_B = A.new_zeros(shape_A), B.new_zeros(shape_B)
+    for source, target in zip(slices(ranks), slices(slot), strict=True):
         width = source.stop - source.start
         wide_A[target.start : target.start + width] = A[source]
         wide_B[:, target.start : target.start + width] = B[:, source] * ratio

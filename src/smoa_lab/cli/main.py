@@ -1,10 +1,10 @@
-"""``smoa``: gathers the subcommands. Nothing heavy is imported before a subcommand runs, so ``--help`` is quick."""
+"""The ``smoa`` command with its subcommands. Nothing heavy is imported before one runs, so ``--help`` is quick."""
 
 from __future__ import annotations
 
 import typer
 
-from smoa_lab.cli import budget, compare, convert, data, demo, evaluate, inspect, merge, run, train
+from smoa_lab.cli import budget, compare, convert, data, demo, eval, inspect, merge, run, train
 
 app = typer.Typer(
     name="smoa",
@@ -14,7 +14,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("train")(train.train)
-app.command("eval")(evaluate.evaluate)
+app.command("eval")(eval.evaluate)
 app.command("merge")(merge.merge)
 app.command("convert")(convert.convert)
 app.command("compare")(compare.compare)

@@ -1,4 +1,4 @@
-"""``smoa run``: another tool's command, or a script, in a process where PEFT knows SMoA."""
+"""``smoa run``: runs another tool, or a script, in a process where SMoA is registered with PEFT."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from typing import Annotated
 
 import typer
 
-# Everything behind the tool's name belongs to the tool, `--help` too.
+# All words after the tool's name are passed to the tool, `--help` too.
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
 
 
 def run(
     context: typer.Context,
-    tool: Annotated[str, typer.Argument(help="A command of this Python's packages, such as lm_eval, or a .py file.")],
+    tool: Annotated[
+        str, typer.Argument(help="Command of an installed Python package, such as lm_eval, or a .py file.")
+    ],
 ) -> None:
-    """Run another tool on SMoA adapters: `smoa run lm_eval --model hf …`; its options follow its name."""
+    """Run another tool on SMoA adapters, e.g. `smoa run lm_eval --model hf …`; its options follow its name."""
     commands = list(entry_points(group="console_scripts", name=tool))
     is_script = tool.endswith(".py")
     if is_script and not Path(tool).is_file():
@@ -27,7 +29,7 @@ def run(
         raise typer.Exit(1)
     if not is_script and not commands:
         typer.echo(
-            f"error: {tool!r} is no command of the packages in {sys.prefix}; install it there, or name a .py file",
+            f"error: {tool!r} is not a command of the packages in {sys.prefix}; install it there, or name a .py file",
             err=True,
         )
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""``smoa train``: one run from its config."""
+"""``smoa train``: trains an adapter from a YAML file."""
 
 from __future__ import annotations
 
@@ -9,24 +9,23 @@ from typing import Annotated, Any
 import typer
 
 from smoa_lab.cli.console import print_json, print_table, reporting, score, size
+from smoa_lab.cli.options import AsJson, Overrides
 
 
 def train(
-    config: Annotated[Path, typer.Argument(help="The run's YAML file; configs/ holds ready ones.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Values to change, e.g. training.learning_rate=1e-3.")
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the run's metrics as JSON instead of a table.")] = False,
+    config: Annotated[Path, typer.Argument(help="YAML file of the run; configs/ has ready ones.")],
+    overrides: Overrides = None,
+    json: AsJson = False,
 ) -> None:
     """Train an adapter and score it on held-out questions."""
-    with reporting():
+    with reporting("accelerate", "matplotlib"):
         from smoa_lab.config.run_config import load_config
-        from smoa_lab.training.train_run import train as run
+        from smoa_lab.training.train_run import train as train_run
 
         checked = load_config(config, overrides)
-        metrics = run(checked)
+        metrics = train_run(checked)
         if os.environ.get("RANK", "0") != "0":
-            return  # one of several processes: rank 0 tells
+            return  # one of several processes: rank 0 prints
         if json:
             print_json(metrics)
             return
@@ -35,7 +34,7 @@ def train(
 
 
 def print_scores(metrics: dict[str, Any]) -> None:
-    """Held-out scores before and after, then what the adapter costs."""
+    """Held-out scores before and after training, and the adapter's size."""
     evaluation = metrics["evaluation"]
     stages = [stage for stage in ("before", "after") if stage in evaluation]
     names = list(evaluation[stages[-1]]) if stages else []

@@ -1,1 +1,1 @@
-"""The YAML of a run, checked as a whole."""
+"""The YAML file of a run: reading and checking it."""

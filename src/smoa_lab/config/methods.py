@@ -1,4 +1,4 @@
-"""The table of methods that a run config can name: any of them may take SMoA's place while every other line stays."""
+"""The table of methods that a run config can name: SMoA and the PEFT methods it is compared with."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from peft import PeftConfig
 
 @dataclass(frozen=True)
 class Method:
-    """``config`` is ``module:class`` of a PEFT config, ``preset`` what the method's name already decides.
+    """``config`` is ``module:class`` of a PEFT config, ``preset`` the settings that the method's name decides.
 
     ``full`` has no config: all weights are trained.
     """

@@ -1,24 +1,19 @@
-"""What is wrong with one key of a config, and the valid name nearest to a wrong one."""
+"""Problems of a config, each with the key that it is about, and all of them as one message."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Problem:
-    """``path`` is the key's, so that its line can be found."""
+    """What is wrong with one key; ``path`` is the key's, so that its line can be found."""
 
     path: tuple[str, ...]
     text: str
 
 
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """``; did you mean 'x'?``, or the list to choose from where it is short, or nothing."""
-    names = sorted(valid)
-    near = difflib.get_close_matches(name, names, n=1)
-    if near:
-        return f"; did you mean {near[0]!r}?"
-    return f"; choose from {', '.join(names)}" if 0 < len(names) <= 12 else ""
+def listed(problems: Sequence[str]) -> str:
+    """``2 problems``, then one a line."""
+    return "\n  ".join([f"{len(problems)} problem{'s' if len(problems) > 1 else ''}", *problems])

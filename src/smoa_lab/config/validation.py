@@ -1,4 +1,4 @@
-"""Finds everything that is wrong with a config at once, each problem with the nearest valid name."""
+"""Checks a run's config and finds all its problems at once, each with the nearest valid name."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from pydantic import (
 from transformers import TrainingArguments
 
 from smoa.errors import ConfigError, DataError
+from smoa_lab.basics.nearest import nearest
 from smoa_lab.config.methods import METHODS, Method
-from smoa_lab.config.problems import Problem, nearest
-from smoa_lab.config.quantization import quantisation_problems
+from smoa_lab.config.problems import Problem
+from smoa_lab.config.quantization import quantization_problems
 from smoa_lab.data.tasks import find_task
 
 
@@ -28,9 +29,9 @@ def all_problems(model: type[BaseModel], values: dict[str, Any]) -> list[Problem
     """Problems of our own blocks, of the method, the tasks, ``adapter`` and ``training``."""
     own = list(_own_problems(model, values))
     tasks = list(_task_problems(values))
-    quantisation = list(quantisation_problems(values))
+    quantization = list(quantization_problems(values))
     return (
-        own + quantisation + tasks + list(_method_problems(values)) + list(_training_problems(values.get("training")))
+        own + quantization + tasks + list(_method_problems(values)) + list(_training_problems(values.get("training")))
     )
 
 

@@ -1,4 +1,4 @@
-"""A user's own questions: JSON lines, CSV or Parquet with a map from our names to the file's columns."""
+"""Reads a user's own questions from JSON lines, CSV or Parquet, by a map from our names to the file's columns."""
 
 from __future__ import annotations
 
@@ -11,20 +11,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from pydantic import BaseModel, ConfigDict
-
 from smoa.errors import DataError
+from smoa_lab.basics.section import Section
 from smoa_lab.data.records import Record, choice_record
 
 Family = Literal["commonsense", "maths", "dialogue", "text"]
 
 
-class Columns(BaseModel):
-    """The file's column for each part of a record. ``choices`` is one column that holds a list (in CSV as JSON), or a
-    list of columns; ``label`` holds the number of the right choice, from 0, or its text. With choices, ``label`` takes
-    ``answer``'s place."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class Columns(Section):
+    """The file's column for each part of a record. ``choices`` is one column with a list (in CSV as JSON), or a
+    list of columns; ``label`` has the number of the right choice, from 0, or its text. With choices, ``label`` replaces
+    ``answer``."""
 
     prompt: str = "prompt"
     answer: str | None = None
@@ -38,10 +35,8 @@ class Columns(BaseModel):
         return [name for name in (self.prompt, self.answer, self.context, self.label, *choices) if name is not None]
 
 
-class FileTask(BaseModel):
-    """Where a task of one's own lies. Without ``test`` nothing is held out."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class FileTask(Section):
+    """The files of a user's own task. Without ``test`` nothing is held out."""
 
     train: str
     test: str | None = None
@@ -53,8 +48,8 @@ def read_file_split(name: str, task: FileTask, split: str) -> list[Record]:
     """The records of one file, in order.
 
     Raises:
-        DataError: names the file, the row and the column at fault: no such file, nothing in it, a column that is
-            missing, a label outside the choices, an empty question.
+        DataError: the file does not exist or is empty, a column is missing, a label is not one of the choices, or a
+            question is empty; the message names file, row and column.
     """
     path = task.train if split == "train" else task.test
     if path is None:
@@ -62,7 +57,7 @@ def read_file_split(name: str, task: FileTask, split: str) -> list[Record]:
     file = Path(path).expanduser()
     rows = _rows(file)
     if not rows:
-        raise DataError(f"{file}: holds no rows")
+        raise DataError(f"{file}: has no rows")
     return [_record(name, file, number, row, task.columns) for number, row in enumerate(rows, start=1)]
 
 
@@ -71,7 +66,7 @@ def _rows(file: Path) -> list[dict[str, Any]]:
         raise DataError(f"{file}: no such file")
     kind = file.name.removesuffix(".gz").rpartition(".")[2]
     if kind not in READERS:
-        raise DataError(f"{file}: cannot read files of this kind; give one of {', '.join(READERS)}")
+        raise DataError(f"{file}: cannot read this kind of file; use one of {', '.join(READERS)}")
     try:
         return READERS[kind](file)
     except (ValueError, OSError, EOFError, csv.Error) as error:
@@ -87,9 +82,9 @@ def _json_row(number: int, line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"line {number} is no JSON: {error}") from error
+        raise ValueError(f"line {number} is not JSON: {error}") from error
     if not isinstance(row, dict):
-        raise ValueError(f"line {number} holds no object: {line[:40]!r}")
+        raise ValueError(f"line {number} is not a JSON object: {line[:40]!r}")
     return row
 
 
@@ -127,7 +122,7 @@ def _record(name: str, file: Path, number: int, row: dict[str, Any], columns: Co
         )
     empty = [column for column in columns.names() if row[column] is None and column != columns.context]
     if empty:
-        raise DataError(f"{where}: column {', '.join(map(repr, empty))} holds nothing")
+        raise DataError(f"{where}: column {', '.join(map(repr, empty))} is empty")
     context = str(row[columns.context] or "") if columns.context else ""
     prompt = str(row[columns.prompt])
     if columns.choices is None:
@@ -149,14 +144,16 @@ def _choices(row: dict[str, Any], columns: str | list[str]) -> list[str]:
         with suppress(json.JSONDecodeError):
             found = json.loads(found)
     if not isinstance(found, list):
-        raise DataError(f"{columns!r} must hold a list of choices, in CSV as JSON, found {found!r}; or name columns")
+        raise DataError(
+            f"{columns!r} must be a list of choices (in CSV as JSON), found {found!r}; or list one column per choice"
+        )
     return list(map(str, found))
 
 
 def _label(row: dict[str, Any], columns: Columns, choices: list[str]) -> int:
     column = columns.label or columns.answer
     if column is None:
-        raise DataError("choices need a column with their label")
+        raise DataError("choices need a label column")
     value = row[column]
     if str(value) in choices:
         return choices.index(str(value))

@@ -1,4 +1,4 @@
-"""How a record becomes tokens: an instruction, the model's answer, and a loss on the answer only.
+"""Turns a record into tokens: an instruction, the model's answer, and a loss on the answer only.
 
 The instruction format is Alpaca's, as in the commonsense line of work (LLM-Adapters, arXiv:2304.01933), without the
 indentation that its code carries by accident; or the model's own chat template. The answer is either the answer's
@@ -86,7 +86,7 @@ def gold_response(record: Record, style: AnswerStyle) -> str:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of prompt and answer; ``ends`` tells whether an end token closes the answer; ``cut`` counts the
+    """Token ids of prompt and answer; ``ends``: whether the answer ends with an end token; ``cut`` counts the
     tokens lost from the prompt's head and ``answer_cut`` those from the answer's end."""
 
     prompt: list[int]

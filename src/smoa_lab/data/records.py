@@ -1,11 +1,11 @@
-"""One record type for every task, and what is done to lists of them: checking, de-duplication, splitting, hashing."""
+"""The record of a question, and operations on lists of records: deduplicate, split, hash."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -66,7 +66,7 @@ class Split:
 def choice_record(
     task: str, identifier: str, prompt: str, choices: Sequence[str], label: int, context: str = ""
 ) -> Record:
-    """A multiple-choice record; raises DataError where ``label`` (from 0) is outside ``choices``."""
+    """A multiple-choice record; raises DataError if ``label`` (from 0) is outside ``choices``."""
     if not 0 <= label < len(choices):
         raise DataError(
             f"{task}, record {identifier}: label {label} is outside its {len(choices)} choices (counted from 0)"
@@ -74,10 +74,31 @@ def choice_record(
     return Record(task, identifier, prompt, choices[label], tuple(choices), label, context)
 
 
-def split(train: Sequence[Record], test: Sequence[Record], validation_part: float, seed: int = 0) -> Split:
-    """Drop from ``train`` what ``test`` holds and what comes twice, then cut a validation part from what is left.
+Parts = tuple[str, list[str], int, str]
+"""Prompt, choices, label (from 0) and context of a row."""
 
-    The cut is by a shuffle of its own seed, so that it does not depend on how much of the data a run uses.
+
+def row_record(
+    task: str, number: int, row: dict[str, Any], parse: Callable[[dict[str, Any]], Parts], place: str
+) -> Record:
+    """The multiple-choice record of a data set's row; raises DataError, which names ``place``, if it lacks a part."""
+    try:
+        prompt, choices, label, context = parse(row)
+    except (KeyError, ValueError) as error:
+        raise DataError(f"{task}, {place}: {error!r}; the row has {sorted(row)}") from error
+    texts = [text.strip() for text in choices]
+    return choice_record(task, str(row.get("id", number)), prompt.strip(), texts, label, context.strip())
+
+
+def in_test_part(text: str, one_in: int) -> bool:
+    """Whether a record without an official split belongs to the test part: one of ``one_in``, by a hash of ``text``."""
+    return int(hashlib.sha256(text.encode()).hexdigest(), 16) % one_in == 0
+
+
+def split(train: Sequence[Record], test: Sequence[Record], validation_part: float, seed: int = 0) -> Split:
+    """Drop from ``train`` the records of ``test`` and repeated ones, then cut off a validation part.
+
+    The shuffle before the cut has its own seed, so that the cut does not depend on how much data a run uses.
     """
     unseen = without_overlap(train, test)
     order = without_duplicates(unseen)

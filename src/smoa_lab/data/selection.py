@@ -1,4 +1,4 @@
-"""The records of one run: tasks mixed, shuffled and cut to size, with an account of what they are."""
+"""The records of one run: tasks mixed, shuffled and cut to size, with an account of what was used."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def select(tasks: Mapping[str, Task], sizes: Sizes, validation_part: float = 0.0
     """Training and validation records are a sample of all tasks together, test records one of each task.
 
     Raises:
-        DataError: no training examples are left, or a source cannot be had.
+        DataError: no training examples are left, or a source cannot be loaded.
     """
     splits = {name: load_task(name, task, validation_part) for name, task in tasks.items()}
     train = _sample([record for split in splits.values() for record in split.train], sizes.train, seed)

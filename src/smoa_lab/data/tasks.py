@@ -1,23 +1,24 @@
-"""The table of tasks, and how one is loaded: normalised once into the cache folder, then de-duplicated and split."""
+"""The table of tasks, and loading one: normalized once into the cache folder, then deduplicated and split."""
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Literal
 
+from smoa.atomic import write_whole
 from smoa.errors import DataError
-from smoa_lab.cache import cache_folder, write_whole
+from smoa_lab.basics.cache import cache_folder
+from smoa_lab.basics.nearest import nearest
 from smoa_lab.data.files import Family, FileTask, read_file_split
 from smoa_lab.data.records import Record, Split, split
 from smoa_lab.data.sources import commonsense, dialogue, headlines, hub, sums
 
 Source = Literal["packaged", "hub"]
 
-# Raised whenever the normalisation of a source changes, so that no stale cache is read.
+# Raised whenever the normalization of a source changes, so that no stale cache is read.
 FORMAT = 3
 
 
@@ -53,7 +54,7 @@ def find_task(name: str, source: Source = "packaged", files: Mapping[str, FileTa
         return Task(own.family, own.train, partial(read_file_split, name, own), cached=False)
     if name in TASKS:
         return ON_HUB.get(name, TASKS[name]) if source == "hub" else TASKS[name]
-    raise DataError(f"data.tasks: there is no task {name!r}; {_hint(name, [*TASKS, *(files or {})])}")
+    raise DataError(f"data.tasks: there is no task {name!r}{nearest(name, [*TASKS, *(files or {})])}")
 
 
 def load_task(name: str, task: Task, validation_part: float = 0.05) -> Split:
@@ -62,14 +63,9 @@ def load_task(name: str, task: Task, validation_part: float = 0.05) -> Split:
     The validation part is cut from the *training* records: nothing is ever selected on the test split.
 
     Raises:
-        DataError: its source cannot be had or read.
+        DataError: its source cannot be downloaded or read.
     """
     return split(_records(name, "train", task), _records(name, "test", task), validation_part)
-
-
-def _hint(name: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(names)}"
 
 
 def _records(name: str, part: str, task: Task) -> list[Record]:

@@ -18,7 +18,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 caption { text-align: left; padding-bottom: .5rem; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
-tbody tr:hover { background: var(--soft); }
+tbody tr:hover, tr:has(:target) { background: var(--soft); }
 th button { font: inherit; color: inherit; background: none; border: 0; padding: 0; cursor: pointer; }
 th button:focus-visible, a:focus-visible, .wide:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
 th[aria-sort=ascending] button::after { content: " ▲"; } th[aria-sort=descending] button::after { content: " ▼"; }
@@ -78,7 +78,7 @@ def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) ->
 
 
 def figure(drawn: Any, caption: str) -> str:
-    """A matplotlib figure as inline SVG in the page's colour; ``caption`` is its text for screen readers too."""
+    """A matplotlib figure as inline SVG in the page's color; ``caption`` is its text for screen readers too."""
     buffer = io.StringIO()
     # Without a date and with a fixed salt the same figure gives the same bytes.
     with _deterministic(caption):
@@ -92,6 +92,11 @@ def figure(drawn: Any, caption: str) -> str:
 def link(address: str, text: str) -> str:
     """A link, as a table's cell takes it."""
     return f'<a href="{html.escape(address)}">{html.escape(text)}</a>'
+
+
+def anchor(name: str) -> str:
+    """A name that links on the page lead to as ``#name``, as a table's cell takes it."""
+    return f'<span id="{html.escape(name)}">{html.escape(name)}</span>'
 
 
 def _cell(content: Any) -> str:

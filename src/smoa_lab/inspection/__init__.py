@@ -1,1 +1,1 @@
-"""What an adapter did to each layer."""
+"""What an adapter changed in each layer."""

@@ -1,4 +1,4 @@
-"""``smoa budget``: which r and K a parameter budget affords on a model. Shapes only: no weight is loaded."""
+"""Finds the r and num_blocks that fit a parameter budget on a model. Only shapes are read, no weights."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ class Choice:
         return asdict(self)
 
 
-def budget(
+def budget_choices(
     model: str, amount: str, targets: tuple[str, ...] = TARGETS, trust_remote_code: bool = False
 ) -> list[Choice]:
     """For each number of blocks the largest r within ``amount``: ``"0.1%"`` of the model, or a parameter count.
 
     Raises:
-        ConfigError: ``amount`` cannot be read, or buys not even r = num_blocks = 1.
+        ConfigError: ``amount`` cannot be read, or is too small for r = num_blocks = 1.
         DataError: no such model, or none of ``targets`` in it.
     """
     shapes, total = model_shapes(model, targets, trust_remote_code)
@@ -62,7 +62,9 @@ def budget(
             bound = min(rank_bound(*shape, r, num_blocks) for shape in shapes)
             choices.append(Choice(num_blocks, r, spent, round(100 * spent / total, 4), size, bound, spent // lora_cost))
     if not choices:
-        raise ConfigError(f"budget: {amount!r} buys nothing; the least is {parameters(shapes, 1, 1):,} parameters")
+        raise ConfigError(
+            f"budget: {amount!r} is too small; the smallest adapter has {parameters(shapes, 1, 1):,} parameters"
+        )
     return choices
 
 
@@ -99,7 +101,7 @@ def _limit(amount: str, total: int) -> float:
     except ValueError as error:
         raise ConfigError(f"budget: {amount!r} is neither a percentage such as 0.1% nor a parameter count") from error
     if not 0 < limit < total:
-        raise ConfigError(f"budget: {amount!r} must lie between nothing and the model's {total:,} parameters")
+        raise ConfigError(f"budget: {amount!r} must be more than 0 and less than the model's {total:,} parameters")
     return limit
 
 

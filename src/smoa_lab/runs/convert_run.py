@@ -1,4 +1,4 @@
-"""``smoa convert``: an adapter as a LoRA, with what that loses of ΔW and of the task."""
+"""Approximates an adapter, or a run's, by a LoRA, and measures what that loses of ΔW and of the task."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from torch import nn
 
-import smoa  # noqa: F401  (registers SMoA with PEFT)
+from smoa.atomic import new_folder
 from smoa.export.lora import LoraConversion, RankRule, UpdateSpectra
-from smoa.files.saving import new_folder
 from smoa_lab.config.run_config import RunConfig, load_config
-from smoa_lab.runs.merge_run import adapter_folder
+from smoa_lab.runs.open_run import adapter_of_run, base_name
 from smoa_lab.scoring.likelihood import score_answers
-from smoa_lab.training.base_models import BaseModel, load_base_model
+from smoa_lab.training.base_models import ModelSource, load_base_model
 from smoa_lab.training.run_folder import RunFolder
 from smoa_lab.training.train_run import Prepared, prepare
 
@@ -45,23 +44,24 @@ class TaskLoss:
 
 
 class Converter:
-    """A saved adapter on its base model: LoRAs of any rank are cut from it, and scored where the run's data is known.
+    """A saved adapter on its base model: makes LoRAs of any rank from it, and scores them if the run's data is known.
 
     Raises:
-        ConfigError: ``place`` is no adapter's folder nor a run's, or the adapter is not SMoA.
-        DataError: base model or data cannot be had.
+        ConfigError: ``place`` is not the folder of an adapter or a run, or the adapter is not SMoA.
+        DataError: base model or data cannot be loaded.
     """
 
     def __init__(self, place: str | Path, base: str | None = None, score: bool = True) -> None:
-        self.source = adapter_folder(place)
+        self.source = adapter_of_run(place)
         config = RunFolder(Path(place)).config
         elsewhere = [] if base is None else [f"model.name={json.dumps(base)}"]
         self.run: RunConfig | None = load_config(config, elsewhere) if score and config.is_file() else None
         self.ready: Prepared | None = None if self.run is None else prepare(self.run)
         if self.ready is not None and not self.ready.records.test:
             self.ready = None
-        name = base or str(PeftConfig.from_pretrained(str(self.source)).base_model_name_or_path)
-        self.base: Any = self.ready.base if self.ready else load_base_model(BaseModel(name))[0]
+        self.base: Any = (
+            self.ready.base if self.ready else load_base_model(ModelSource(base_name(self.source, base)))[0]
+        )
         self.base_nll = self._nll(self.base)
         with self._adapted(self.source) as model:
             self.spectra = UpdateSpectra(model)
@@ -102,7 +102,7 @@ class Converter:
         return TaskLoss(len(lora_nll), base, adapter, lora, lora - adapter, deviation / tokens)
 
 
-def convert(
+def convert_run(
     place: str | Path,
     output: str | Path,
     rule: RankRule,
@@ -110,23 +110,23 @@ def convert(
     uniform_rank: bool = False,
     score: bool = True,
 ) -> dict[str, Any]:
-    """Write the LoRA to ``output`` and tell what it loses; of the task too where ``place`` is a run's folder.
+    """Write the LoRA to ``output`` and return what it loses; of the task too if ``place`` is a run's folder.
 
     Raises:
-        ConfigError: ``output`` exists, or ``place`` holds no SMoA adapter.
-        DataError: base model or data cannot be had.
+        ConfigError: ``output`` exists, or ``place`` contains no SMoA adapter.
+        DataError: base model or data cannot be loaded.
     """
     with new_folder(Path(output)) as temporary:
         converter = Converter(place, base, score)
         conversion, loss = converter.cut(rule, temporary, uniform_rank)
     return {
         "folder": str(output),
-        **report(converter, conversion, loss),
+        **conversion_report(converter, conversion, loss),
         "layers": [asdict(x) for x in conversion.layers],
     }
 
 
-def report(converter: Converter, conversion: LoraConversion, loss: TaskLoss | None) -> dict[str, Any]:
+def conversion_report(converter: Converter, conversion: LoraConversion, loss: TaskLoss | None) -> dict[str, Any]:
     """The figures of one conversion, over all layers."""
     return {
         "rank": conversion.config.r,
@@ -139,12 +139,12 @@ def report(converter: Converter, conversion: LoraConversion, loss: TaskLoss | No
 
 
 def trade_off(place: str | Path, ranks: list[int], scratch: Path) -> dict[str, Any]:
-    """:func:`report` for LoRAs of several ranks, and the rank that each layer needs for given errors."""
+    """:func:`conversion_report` for LoRAs of several ranks, and the rank that each layer needs for given errors."""
     converter = Converter(place)
     points = []
     for rank in ranks:
         conversion, loss = converter.cut(RankRule(rank=rank), scratch / f"rank-{rank}")
-        points.append({**report(converter, conversion, loss), "rank": rank})
+        points.append({**conversion_report(converter, conversion, loss), "rank": rank})
     return {"points": points, "ranks_needed": _ranks_needed(converter.spectra)}
 
 

@@ -1,51 +1,29 @@
-"""``smoa eval``: score a model, with or without an adapter, on a config's held-out questions by one protocol."""
+"""Scores a model, with or without an adapter, on a config's held-out questions by one protocol."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from peft import PeftModel
 
+from smoa.atomic import write_whole
 from smoa.errors import ConfigError, DataError
-from smoa_lab.cache import write_whole
-from smoa_lab.config.run_config import RunConfig, load_config
+from smoa_lab.basics.extras import import_package
+from smoa_lab.config.run_config import RunConfig
 from smoa_lab.scoring.generation import evaluate_by_generation
 from smoa_lab.scoring.held_out import evaluate_records
-from smoa_lab.training.run_folder import RunFolder, provenance
+from smoa_lab.scoring.protocol import Protocol
+from smoa_lab.training.run_folder import provenance
 from smoa_lab.training.train_run import Prepared, prepare
 
 logger = logging.getLogger(__name__)
 
-Protocol = Literal["likelihood", "lm-eval", "generation"]
 
-
-def open_run(place: str | Path, overrides: list[str] | None = None) -> tuple[RunConfig, Path | None]:
-    """The config and the adapter of a finished run folder; of a config file the config alone.
-
-    A run that trained the whole model has no adapter; its config then names the trained model.
-
-    Raises:
-        ConfigError: neither, or the run is not finished.
-    """
-    path = Path(place)
-    if path.is_file():
-        return load_config(path, overrides), None
-    folder = RunFolder(path)
-    if not folder.finished:
-        raise ConfigError(f"{path}: is neither a config file nor the folder of a finished run (with metrics.json)")
-    config = load_config(folder.config, overrides)
-    if config.method == "full":
-        model = config.model.model_copy(update={"name": str(folder.adapter)})
-        return config.model_copy(update={"model": model}), None
-    return config, folder.adapter
-
-
-def evaluate(
+def evaluate_run(
     config: RunConfig,
     adapter: Path | None = None,
     protocol: Protocol = "likelihood",
@@ -53,18 +31,18 @@ def evaluate(
     num_beams: int = 1,
     output: Path | None = None,
 ) -> dict[str, Any]:
-    """The scores per task with their provenance; written to ``output`` too, which must not exist.
+    """The scores per task with their provenance; also written to ``output``, which must not exist.
 
     ``likelihood`` gives the gold answers' loss and the accuracy of the likeliest choice, or for free answers the exact
-    match of greedy decoding; ``lm-eval`` has the library of that name compute acc and acc_norm, choices only (the two
-    agree); ``generation`` has the model write and extracts the answer.
+    match of greedy decoding; ``lm-eval`` lets the library of that name compute acc and acc_norm, for choices only (the
+    two agree); ``generation`` generates text and extracts the answer from it.
 
     Raises:
         ConfigError: ``output`` exists.
-        DataError: nothing is held out, or model or data cannot be had.
+        DataError: nothing is held out, or model or data cannot be loaded.
     """
     if output is not None and output.exists():
-        raise ConfigError(f"{output}: exists; results are never overwritten, choose another --output")
+        raise ConfigError(f"{output}: exists, and results are never overwritten; choose another --output")
     ready = prepare(config)
     if not ready.records.test:
         raise DataError("data.test_examples: no held-out questions to score")
@@ -94,14 +72,9 @@ def _scores(
         return {"scores": {name: score.to_dict() for name, score in scores.items()}, "texts": written}
     tokens = config.task.eval_batch_tokens
     if protocol == "lm-eval":
-        return {"scores": _harness()(model, ready.encoder, records, tokens)}
+        import_package("lm_eval", "protocol lm-eval")
+        from smoa_lab.scoring.harness import evaluate_with_harness
+
+        return {"scores": evaluate_with_harness(model, ready.encoder, records, tokens)}
     own = {name: score.to_dict() for name, score in evaluate_records(model, ready.encoder, records, tokens).items()}
     return {"scores": own}
-
-
-def _harness() -> Callable[..., dict[str, Any]]:
-    try:
-        from smoa_lab.scoring.harness import evaluate_with_harness
-    except ImportError as error:
-        raise DataError("protocol lm-eval needs the library: pip install lm-eval") from error
-    return evaluate_with_harness

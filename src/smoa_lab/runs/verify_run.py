@@ -1,4 +1,4 @@
-"""Does what was saved do what was trained? The adapter is reloaded onto a fresh base model, scored, merged, scored."""
+"""Checks that a run's saved adapter, reloaded and merged, scores as it did when trained."""
 
 from __future__ import annotations
 

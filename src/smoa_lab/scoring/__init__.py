@@ -1,1 +1,1 @@
-"""Scores on held-out records."""
+"""Scores on held-out questions."""

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 def logits_at(model: nn.Module, positions: Tensor) -> Iterator[None]:
     """Within the block, ``model(...).logits`` is (1, N, vocabulary): those at ``positions`` (batch, tokens; bool).
 
-    A model without an output layer of its own, or one that applies it to something else, gives all logits as ever.
+    A model without an output layer of its own, or one that applies it to something else, gives all logits.
     """
     getter: Any = getattr(model, "get_output_embeddings", None)
     head: nn.Module | None = None if getter is None else getter()

@@ -1,8 +1,8 @@
-"""The generation protocol of the adapter literature: let the model write, then look for the answer in what it wrote.
+"""Scores generated text by the protocol of the adapter literature: generate, then extract the answer.
 
 Answers are extracted by the reference's rules (LLM-Adapters, arXiv:2304.01933): for the commonsense sets the first
-match of the task's labels, for mathematics the last number. Where nothing is found the answer is wrong, and counted as
-an extraction failure besides. Not to be put into one table with likelihood scores.
+match of the task's labels, for mathematics the last number. If nothing is found the answer is wrong, and also
+counted as an extraction failure. Do not put these scores into one table with likelihood scores.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from smoa_lab.basics.extras import import_package
 from smoa_lab.data.files import Family
 from smoa_lab.data.prompts import AnswerStyle, PromptEncoder, gold_response, label_names
 from smoa_lab.data.records import Record
 from smoa_lab.scoring.held_out import proportion
+from smoa_lab.scoring.mode import scoring
 
 NEW_TOKENS: dict[Family, int] = {"commonsense": 16, "maths": 256, "dialogue": 48, "text": 48}
 NUMBER = re.compile(r"-?\d+\.?\d*")
@@ -82,15 +84,10 @@ def generate(
     """The text that the model writes for each record, in order, up to its end token."""
     prompts = [encoder.encode(record, "", end=False).prompt for record in records]
     texts: dict[int, str] = {}
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            for numbers in _batches(prompts, batch_size):
-                written = _continue(model, encoder, [prompts[number] for number in numbers], new_tokens, num_beams)
-                texts.update(zip(numbers, written, strict=True))
-    finally:
-        model.train(was_training)
+    with scoring(model):
+        for numbers in _batches(prompts, batch_size):
+            written = _continue(model, encoder, [prompts[number] for number in numbers], new_tokens, num_beams)
+            texts.update(zip(numbers, written, strict=True))
     return [texts[number] for number in range(len(records))]
 
 
@@ -158,9 +155,8 @@ def _scores(generated: list[Generated], family: Family) -> GenerationScores:
 
 def _overlap(generated: list[Generated]) -> tuple[float, float, float]:
     """Mean token F1, corpus BLEU and mean ROUGE-L of the texts against the gold answers."""
-    import sacrebleu
-    from rouge_score.rouge_scorer import RougeScorer
-
+    sacrebleu = import_package("sacrebleu", "BLEU")
+    RougeScorer = import_package("rouge_score.rouge_scorer", "ROUGE").RougeScorer
     pairs = [(one.record.answer, one.text) for one in generated]
     f1 = sum(token_f1(text, answer) for answer, text in pairs) / len(pairs)
     bleu = sacrebleu.corpus_bleu([text for _, text in pairs], [[answer for answer, _ in pairs]]).score

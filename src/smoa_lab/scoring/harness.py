@@ -1,4 +1,4 @@
-"""Likelihood scores through lm-eval's own API, tasks and metrics: acc, acc_norm and their standard errors."""
+"""Scores through lm-eval's own API, tasks and metrics: acc, acc_norm and their standard errors."""
 
 from __future__ import annotations
 

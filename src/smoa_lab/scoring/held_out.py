@@ -1,4 +1,4 @@
-"""Held-out scores by likelihood: the loss of the gold answers, and how often the gold answer is the likeliest."""
+"""Scores held-out questions by likelihood: the loss of the gold answers, and how often the gold answer is likeliest."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Scores:
 def evaluate_records(
     model: nn.Module, encoder: PromptEncoder, records: Sequence[Record], batch_tokens: int = 4096
 ) -> dict[str, Scores]:
-    """Scores per task, and over all under ``all``. Dropout is off and no gradient kept; the mode is put back."""
+    """Scores per task, and over all under ``all``. Dropout is off and no gradient is kept; the mode is restored."""
     return score_outcomes(answer_outcomes(model, encoder, records, batch_tokens))
 
 

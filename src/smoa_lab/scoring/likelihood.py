@@ -1,4 +1,4 @@
-"""Log-likelihoods of answers given prompts, with no work done twice.
+"""Computes log-likelihoods of answers given prompts, and shares the work of a common prompt.
 
 The choices of a question share its prompt. The prompt goes through the model once, but for its last token; its keys and
 values are then repeated for each choice, and logits are computed at the answers' positions only. Batches are large: a
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from smoa_lab.data.prompts import Encoded
 from smoa_lab.scoring.answer_loss import answer_logits, answer_nll, answer_positions, collate, logits_at
+from smoa_lab.scoring.mode import scoring
 
 # The numbers, in the caller's list, of sequences that share a prompt.
 Group = list[int]
@@ -39,24 +40,19 @@ class AnswerScore:
 def score_answers(model: nn.Module, sequences: Sequence[Encoded], pad: int, batch_tokens: int) -> list[AnswerScore]:
     """The score of each sequence's answer, in order. ``batch_tokens`` bounds the padded tokens of a batch.
 
-    Dropout is off and no gradient kept; the model's mode is put back.
+    Dropout is off and no gradient is kept; the model's mode is restored.
     """
     found: dict[int, AnswerScore] = {}
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            for groups in _batches(sequences, batch_tokens):
-                numbers = [number for group in groups for number in group]
-                scores = _score_batch(model, [[sequences[number] for number in group] for group in groups], pad)
-                found.update(zip(numbers, scores, strict=True))
-    finally:
-        model.train(was_training)
+    with scoring(model):
+        for groups in _batches(sequences, batch_tokens):
+            numbers = [number for group in groups for number in group]
+            scores = _score_batch(model, [[sequences[number] for number in group] for group in groups], pad)
+            found.update(zip(numbers, scores, strict=True))
     return [found[number] for number in range(len(sequences))]
 
 
 def _batches(sequences: Sequence[Encoded], batch_tokens: int) -> Iterator[list[Group]]:
-    """Neighbours with the same prompt are a group; groups of like length are a batch, longest first."""
+    """Neighbors with the same prompt are a group; groups of like length are a batch, longest first."""
     groups = [list(group) for _, group in groupby(range(len(sequences)), key=lambda number: sequences[number].prompt)]
 
     def cost(group: Group) -> int:

@@ -1,1 +1,1 @@
-"""Methods against each other, tuned alike."""
+"""Studies: methods tuned in the same way and compared."""

@@ -1,4 +1,4 @@
-"""``smoa compare``: tune each entry alike, run the winners with fresh seeds on the test part, report."""
+"""Runs a study: searches each entry's learning rate in the same way, then runs it with fresh seeds on the test part."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Tuned:
-    """An entry's search: losses by learning rate, the chosen one, and whether it lies inside what was tried."""
+    """An entry's search: losses by learning rate, the chosen one, and whether it is inside the range that was tried."""
 
     losses: dict[float, float | None]
     learning_rate: float
@@ -91,10 +91,9 @@ def stored_search(study: Study, name: str) -> Tuned | None:
 
 
 def stored(study: Study, stage: Stage, name: str) -> list[dict[str, Any]]:
-    """The finished trials of an entry, by file name."""
+    """The finished trials of an entry, by name."""
     store = TrialStore(study.folder)
-    names = sorted(f"{stage}/{name}/{file.stem}" for file in (study.folder / stage / name).glob("*.json"))
-    return [found for one in names if (found := store.find(one)) is not None]
+    return [found for one in store.names(f"{stage}/{name}/") if (found := store.find(one)) is not None]
 
 
 def validation_loss(result: dict[str, Any]) -> float | None:

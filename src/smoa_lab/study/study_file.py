@@ -1,4 +1,4 @@
-"""The YAML of a study: what all runs share, and the entries that are compared."""
+"""The YAML file of a study: what all runs share, and the entries that are compared."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from smoa.errors import ConfigError
+from smoa_lab.basics.section import Section
+from smoa_lab.config.problems import listed
 from smoa_lab.config.yaml_text import apply_overrides, parse_yaml
 from smoa_lab.study.benches.bench import Bench
 from smoa_lab.study.benches.kinds import BENCHES
-from smoa_lab.study.entry import Entry, Section
+from smoa_lab.study.entry import Entry
 
 
 class Tuning(Section):
     """The search for a learning rate, the same for each entry: half decades around the start, and on in the better
-    direction until the best of them has neighbours on both sides or ``max_runs`` are spent; with ``refine`` the quarter
+    direction until the best of them has neighbors on both sides or ``max_runs`` are spent; with ``refine`` the quarter
     decades beside the best as well. Judged by the gold answers' loss on the validation part after a run with ``seed``.
     ``max_runs: 0`` takes the start as it is."""
 
@@ -30,7 +32,7 @@ class Study(Section):
     """A whole study. ``shared`` is a run's config but for method, adapter and learning rate.
 
     ``references`` are the entries to which the others of their budget are compared, by default the first one of each
-    budget. ``elsewhere`` is a data block of another domain: the loss on its test part tells what was forgotten.
+    budget. ``elsewhere`` is a data block of another domain: the loss on its test part shows what was forgotten.
     """
 
     kind: Literal["answers", "classification"] = "answers"
@@ -77,21 +79,19 @@ def load_study(path: str | Path, overrides: list[str] | None = None) -> Study:
     try:
         study = Study.model_validate({"folder": f"studies/{file.stem}", **values})
     except ValidationError as error:
-        raise ConfigError(f"{file}: {_listed(error)}") from error
+        problems = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}; got {one['input']!r}" for one in error.errors()]
+        raise ConfigError(f"{file}: {listed(problems)}") from error
     unknown = [name for name in study.references if name not in study.entries]
     if unknown:
-        raise ConfigError(f"{file}: references: {', '.join(unknown)} is no entry; entries: {', '.join(study.entries)}")
+        raise ConfigError(
+            f"{file}: references: {', '.join(unknown)} is not an entry; entries: {', '.join(study.entries)}"
+        )
     both = sorted({entry.budget for entry in study.entries.values()} & study.entries.keys())
     if both:
         raise ConfigError(
-            f"{file}: entries: {both[0]} is an entry and a budget, and --only can't tell which; rename one"
+            f"{file}: entries: {both[0]} is both an entry and a budget, so --only is ambiguous; rename one"
         )
     bench = study.bench()
     for name, entry in study.entries.items():
         bench.config(entry, entry.learning_rate, seed=0, place=f"{file}: entries.{name}")
     return study
-
-
-def _listed(error: ValidationError) -> str:
-    found = [f"  {'.'.join(map(str, one['loc']))}: {one['msg']}; got {one['input']!r}" for one in error.errors()]
-    return f"{len(found)} problem{'s' if len(found) > 1 else ''}\n" + "\n".join(found)

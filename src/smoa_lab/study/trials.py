@@ -1,8 +1,7 @@
-"""Trials: one JSON per finished run, named after what was run, never overwritten."""
+"""Trials: one JSON per finished run, in its own file or packed, named after what was run, never overwritten."""
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import shutil
@@ -13,8 +12,9 @@ from typing import Any, Literal
 
 import torch
 
+from smoa.atomic import write_whole
 from smoa.errors import ConfigError
-from smoa_lab.cache import write_whole
+from smoa_lab.study.packing import PACK, as_line, own_files, packed_runs, parse_run
 from smoa_lab.training.run_folder import provenance
 
 logger = logging.getLogger(__name__)
@@ -45,10 +45,23 @@ class TrialStore:
     def file(self, name: str) -> Path:
         return self.folder / f"{name}.json"
 
+    def names(self, under: str = "") -> list[str]:
+        """The finished trials whose names begin with ``under``, sorted."""
+        found = {*own_files(self.folder), *packed_runs(self.folder)}  # in this order: packing removes files last
+        return sorted(name for name in found if name.startswith(under))
+
     def find(self, name: str) -> dict[str, Any] | None:
-        """A finished trial's JSON."""
+        """A finished trial's JSON, from its own file or from the pack.
+
+        Raises:
+            DataError: either is damaged.
+        """
         file = self.file(name)
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        try:
+            return parse_run(file.read_text(encoding="utf-8"), str(file))
+        except FileNotFoundError:
+            line = packed_runs(self.folder).get(name)
+        return None if line is None else parse_run(line, self._place(name))
 
     def get(self, name: str, config: dict[str, Any], run: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
         """The finished trial, or else ``run(work folder)``, stored.
@@ -58,7 +71,7 @@ class TrialStore:
         """
         found = self.find(name)
         if found is not None:
-            _check_same(self.file(name), found["config"], config)
+            _check_same(self._place(name), found["config"], config)
             return found
         work = self.folder / "work" / name
         logger.info("%s", name)
@@ -67,11 +80,14 @@ class TrialStore:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         result = {"format": 1, "name": name, "provenance": provenance(seed, device), **result}
         result["config"] = _comparable(result["config"])
-        write_whole(
-            self.file(name), json.dumps(result, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
-        )
+        write_whole(self.file(name), as_line(result))
         shutil.rmtree(work, ignore_errors=True)
         return result
+
+    def _place(self, name: str) -> str:
+        """Where a finished trial is kept, for messages."""
+        file = self.file(name)
+        return str(file) if file.is_file() else f"{self.folder / PACK}: {name}"
 
 
 def finite(value: Any) -> Any:
@@ -88,12 +104,12 @@ def _comparable(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "training": {key: value for key, value in config["training"].items() if key != "output_dir"}}
 
 
-def _check_same(file: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _check_same(place: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     wanted = _comparable(wanted)
     if found == wanted:
         return
     keys = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
     raise ConfigError(
-        f"{file}: was run with other values of {', '.join(keys)}; give the changed study another folder, "
-        "or move this file away to run it again"
+        f"{place}: was run with other values of {', '.join(keys)}; give the changed study another folder, "
+        "or move this file or line away to run it again"
     )

@@ -1,5 +1,5 @@
-"""The search for a learning rate: half decades, walking downhill until the best has neighbours on both sides, and then,
-if asked for, the quarter decades beside it. An index counts quarter decades; the even ones are half decades."""
+"""The search for a learning rate: half decades, downhill until the best has neighbors on both sides, then, if asked
+for, the quarter decades beside it. An index counts quarter decades; the even ones are half decades."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def first_index(learning_rate: float) -> int:
 def next_index(start: int, losses: Mapping[int, float | None], max_runs: int, refine: bool = False) -> int | None:
     """The grid index to try next; None when the search is over.
 
-    ``losses`` by index; None is a run that diverged. First come the start and its neighbours, then whatever lies
+    ``losses`` by index; None is a run that diverged. First come the start and its neighbors, then whatever lies
     beyond the best, until that is interior or ``max_runs`` are spent; with ``refine`` two more, on both sides of it.
     """
     halves = {index: loss for index, loss in losses.items() if index % 2 == 0}

@@ -1,1 +1,1 @@
-"""A run from its config to its folder."""
+"""Training runs, from config to folder."""

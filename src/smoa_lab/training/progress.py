@@ -1,4 +1,4 @@
-"""Progress of a training run: a bar on a terminal, plain lines in a pipe."""
+"""Shows the progress of a training run: a bar on a terminal, plain lines in a pipe."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 logger = logging.getLogger(__name__)
 
-# What the Trainer shows by itself, and ProgressReport replaces.
+# The Trainer's own callbacks, which ProgressReport replaces.
 REPLACED = (PrinterCallback, ProgressCallback)
 SHOWN = ("loss", "eval_loss", "learning_rate")
 
 
 class ProgressReport(TrainerCallback):
-    """One log line for each of the Trainer's logs; on a terminal a bar besides."""
+    """One log line for each of the Trainer's logs; on a terminal also a bar."""
 
     def __init__(self) -> None:
         self.bar = Progress(

@@ -1,4 +1,4 @@
-"""A run's folder: config, log, checkpoints, adapter, picture, and last ``metrics.json``, which marks it finished.
+"""A run's folder: config, log, checkpoints, adapter, loss curve, and last ``metrics.json``, which marks it finished.
 
 A finished run is never overwritten. An interrupted one is resumed by the same config and by no other.
 """
@@ -20,9 +20,10 @@ import torch
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
+from smoa.atomic import write_whole
 from smoa.errors import ConfigError
-from smoa_lab.cache import write_whole
 from smoa_lab.config.run_config import RunConfig
+from smoa_lab.config.yaml_text import parse_yaml
 
 PACKAGES = ("smoa", "torch", "transformers", "peft", "accelerate")
 
@@ -46,17 +47,22 @@ class RunFolder:
         """Claim the folder for this config; the checkpoint to resume from, if an interrupted run left one.
 
         Raises:
-            ConfigError: the folder holds a finished run, or an unfinished one of another config.
+            ConfigError: the folder contains a finished run, or an unfinished one of another config.
         """
         if self.finished:
-            raise ConfigError(f"{self.path}: holds a finished run; choose another training.output_dir or move it away")
-        if self.config.is_file() and self.config.read_text(encoding="utf-8") != config_yaml:
+            raise ConfigError(f"{self.path}: contains a finished run; choose another training.output_dir or move it")
+        if self.config.is_file() and not self._was_started_by(config_yaml):
             raise ConfigError(
-                f"{self.path}: holds an unfinished run of another config ({self.config}); "
+                f"{self.path}: contains an unfinished run of another config ({self.config}); "
                 "choose another training.output_dir or remove it"
             )
         write_whole(self.config, config_yaml)
         return self._last_whole_checkpoint()
+
+    def _was_started_by(self, config_yaml: str) -> bool:
+        """By value: other releases write the same config in other words."""
+        found = parse_yaml(self.config.read_text(encoding="utf-8"), self.config)
+        return found == parse_yaml(config_yaml, self.config)
 
     def _last_whole_checkpoint(self) -> str | None:
         """The latest checkpoint; one that a kill or a full disk left half-written is removed.
@@ -68,12 +74,12 @@ class RunFolder:
                 json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text(encoding="utf-8"))
                 return str(checkpoint)
             except (OSError, ValueError):
-                logging.getLogger(__name__).warning("%s was never finished; it is removed", checkpoint)
+                logging.getLogger(__name__).warning("%s is incomplete and is removed", checkpoint)
                 shutil.rmtree(checkpoint)
         return None
 
     def finish(self, metrics: dict[str, Any]) -> None:
-        """Write the metrics; from now on the run is finished. Checkpoints have done their duty."""
+        """Write the metrics, which marks the run finished, and remove its checkpoints."""
         write_whole(self.metrics, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
         for checkpoint in self.path.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
@@ -97,7 +103,7 @@ class RunFolder:
 
 
 def in_free_folder(config: RunConfig) -> RunConfig:
-    """The same run in its folder, or in the first of ``…-2``, ``…-3`` and so on that holds no finished run."""
+    """The same run in its folder, or in the first of ``…-2``, ``…-3`` and so on without a finished run."""
     wanted = folder = config.folder
     number = 1
     while RunFolder(folder).finished:
@@ -107,7 +113,7 @@ def in_free_folder(config: RunConfig) -> RunConfig:
 
 
 def provenance(seed: int, device: torch.device) -> dict[str, Any]:
-    """Where a result comes from: commit, versions, machine, seed."""
+    """Commit, versions, machine and seed of a result."""
     return {
         **_git_state(),
         "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
@@ -118,7 +124,7 @@ def provenance(seed: int, device: torch.device) -> dict[str, Any]:
 
 
 def _git_state() -> dict[str, Any]:
-    """Of the repository around this file; nothing where there is none, as for a package installed from a wheel."""
+    """Commit and dirty flag of the repository around this file; None for a package installed from a wheel."""
     commit = _git("rev-parse", "HEAD")
     if commit is None:
         return {"commit": None, "dirty": None}

@@ -1,4 +1,4 @@
-"""A training run from its config to its folder, on transformers' Trainer."""
+"""Trains an adapter as a run's config says, on transformers' Trainer, and saves everything in the run's folder."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
+from smoa.atomic import replaced_folder
 from smoa.errors import ConfigError
-from smoa.files.saving import replaced_folder
 from smoa.layers.distributed import from_rank_zero, is_distributed
 from smoa_lab.config.methods import METHODS
 from smoa_lab.config.run_config import RunConfig
@@ -24,7 +24,7 @@ from smoa_lab.data.selection import Selection
 from smoa_lab.drawing.plots import draw_loss_curve
 from smoa_lab.scoring.answer_loss import AnswerTrainer, collate
 from smoa_lab.scoring.held_out import Scores, evaluate_records
-from smoa_lab.training.base_models import BaseModel, load_base_model
+from smoa_lab.training.base_models import ModelSource, load_base_model
 from smoa_lab.training.progress import REPLACED, ProgressReport
 from smoa_lab.training.run_folder import RunFolder, provenance
 
@@ -41,9 +41,9 @@ class Prepared:
     records: Selection
 
 
-def prepare(config: RunConfig) -> Prepared:
-    """Load data and model; what cannot be had fails here, before any work."""
-    records = config.data.select()
+def prepare(config: RunConfig, records: Selection | None = None) -> Prepared:
+    """Load data, unless given, and model; what cannot be loaded fails here, before any work."""
+    records = config.data.select() if records is None else records
     base, tokenizer = load_model(config)
     encoder = PromptEncoder(tokenizer, config.task.template, config.task.answer, config.task.max_length)
     return Prepared(base, tokenizer, encoder, records)
@@ -51,15 +51,15 @@ def prepare(config: RunConfig) -> Prepared:
 
 def load_model(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The untouched base model of a run."""
-    return load_base_model(BaseModel(**config.model.model_dump()))
+    return load_base_model(ModelSource(**config.model.model_dump()))
 
 
 def train(config: RunConfig, prepared: Prepared | None = None) -> dict[str, Any]:
     """Train, evaluate, save; the run's metrics, as ``metrics.json`` has them.
 
     Raises:
-        ConfigError: the run folder is finished or belongs to another config.
-        DataError: model or data cannot be had.
+        ConfigError: the run's folder contains a finished run or one of another config.
+        DataError: model or data cannot be loaded.
     """
     folder = RunFolder(config.folder)
     checkpoint = folder.start(config.to_yaml())
@@ -72,7 +72,7 @@ def train(config: RunConfig, prepared: Prepared | None = None) -> dict[str, Any]
 def _run(config: RunConfig, folder: RunFolder, ready: Prepared, checkpoint: str | None) -> dict[str, Any]:
     arguments = training_arguments(config)
     if arguments.process_index > 0:
-        logging.getLogger("smoa_lab").setLevel(logging.WARNING)  # rank 0 tells the rest
+        logging.getLogger("smoa_lab").setLevel(logging.WARNING)  # rank 0 logs the rest
     evaluation: dict[str, Any] = {}
     if config.task.baseline and ready.records.test:
         evaluation["before"] = _evaluate(config, ready, ready.base, "before training")
@@ -138,7 +138,7 @@ def add_adapter(base: PreTrainedModel, config: RunConfig) -> PreTrainedModel | P
 def make_trainer(
     model: nn.Module, arguments: TrainingArguments, ready: Prepared, examples: list[Encoded]
 ) -> AnswerTrainer:
-    """The Trainer on the records' tokens, with our progress in the place of its own."""
+    """The Trainer on the records' tokens, with our progress report instead of its own."""
     trainer = AnswerTrainer(
         model=model,
         args=arguments,
@@ -168,7 +168,7 @@ def _parameters(model: nn.Module) -> dict[str, Any]:
 
 
 def _entries(parameter: Any) -> int:
-    """Entries of a weight; bitsandbytes packs two of 4 bits into a byte, and ZeRO-3 leaves none."""
+    """Entries of a weight, which bitsandbytes packs into bytes, and which ZeRO-3 moves elsewhere."""
     state = getattr(parameter, "quant_state", None)
     return int(getattr(parameter, "ds_numel", parameter.numel()) if state is None else state.shape.numel())
 

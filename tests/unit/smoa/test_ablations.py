@@ -41,7 +41,11 @@ def test_a_noise_anchor_gives_the_oracles_output_and_gradients_with_noise_for_th
     A, B = factors(layer)
     twins = [tensor.detach().clone().requires_grad_() for tensor in (x, A, B)]
     delta = reference.delta_weight(
-        layer.anchor("default").detach(), *twins[1:], *labels(layer), ranks(layer), layer.scaling["default"]
+        layer.update("default").anchor(layer.pristine_weight()).detach(),
+        *twins[1:],
+        *labels(layer),
+        ranks(layer),
+        layer.scaling["default"],
     )
     expected = reference.forward(twins[0], base_weight(layer), layer.get_base_layer().bias, [delta])
     y = layer(x)
@@ -54,11 +58,11 @@ def test_a_noise_anchor_gives_the_oracles_output_and_gradients_with_noise_for_th
 
 def test_noise_has_the_weights_norm_and_nothing_else_of_it() -> None:
     layer = adapted_layer(base_layer(60, 40), r=4, num_blocks=2, modulation="noise")
-    noise, weight = layer.anchor("default"), base_weight(layer)
+    noise, weight = layer.update("default").anchor(layer.pristine_weight()), base_weight(layer)
     assert float(noise.norm() / weight.norm()) == pytest.approx(1, rel=1e-5)
     correlation = float((noise * weight).sum() / (noise.norm() * weight.norm()))
     assert abs(correlation) < 0.1
-    assert torch.equal(noise, layer.anchor("default"))
+    assert torch.equal(noise, layer.update("default").anchor(layer.pristine_weight()))
 
 
 @pytest.mark.parametrize("options", [{"modulation": "noise"}, {"normalize_anchor": True}], ids=str)
@@ -77,12 +81,12 @@ def test_a_reloaded_adapter_has_the_same_update_and_merges_the_same_on_disk(
         assert_close(merged[key], base_weight(layer) + layer.delta("default"))
 
 
-def test_a_normalized_anchor_divides_alpha_by_the_weights_rms(tmp_path: Path) -> None:
+def test_a_normalized_anchor_divides_the_update_by_the_weights_rms(tmp_path: Path) -> None:
     model = llama(tmp_path, normalize_anchor=True, alpha_pattern={"down_proj": 5.0})
     for name, layer in smoa_layers(model).items():
         alpha = 5.0 if name.endswith("down_proj") else 3.0
-        assert layer.alpha["default"] == pytest.approx(alpha / rms(base_weight(layer)), rel=1e-5)
-        assert layer.scaling["default"] == pytest.approx(layer.alpha["default"] / 4)
+        assert layer.scaling["default"] == alpha / 4
+        assert layer.block_scale("default").tolist() == pytest.approx([1 / rms(base_weight(layer))] * 2, rel=1e-5)
         assert_close(layer.delta("default").double(), oracle_delta(layer), dtype=torch.float32)
 
 
@@ -101,18 +105,22 @@ def test_a_config_that_is_used_again_is_normalized_for_the_new_weights() -> None
     config = SmoaConfig(r=4, num_blocks=2, target_modules=["layer"], normalize_anchor=True)
     for _ in range(2):
         layer = inject_adapter_in_model(config, Wrapper(base_layer(12, 10))).layer
-        assert layer.alpha["default"] == pytest.approx(4 / rms(base_weight(layer)), rel=1e-5)
+        assert layer.block_scale("default").tolist() == pytest.approx([1 / rms(base_weight(layer))] * 2, rel=1e-5)
 
 
-def test_a_weight_of_zeros_keeps_alpha() -> None:
+def test_a_weight_of_zeros_has_a_scale_of_one() -> None:
     base = nn.Linear(6, 6)
     nn.init.zeros_(base.weight)
-    assert adapted_layer(base, r=2, num_blocks=2, normalize_anchor=True).alpha["default"] == 2
+    assert adapted_layer(base, r=2, num_blocks=2, normalize_anchor=True).block_scale("default").tolist() == [1, 1]
 
 
-def test_an_anchor_on_the_meta_device_cannot_be_normalized() -> None:
-    with pytest.raises(PartitionError, match="layer: normalize_anchor needs the base weights"):
-        adapted_layer(nn.Linear(6, 6, device="meta"), r=2, num_blocks=2, normalize_anchor=True)
+def test_an_anchor_on_the_meta_device_is_normalized_once_weights_are_there() -> None:
+    with torch.device("meta"):
+        layer = adapted_layer(nn.Linear(6, 6), trained=False, r=2, num_blocks=2, normalize_anchor=True)
+    with pytest.raises(PartitionError, match="meta device"):
+        layer.block_scale("default")
+    layer.base_layer.weight = nn.Parameter(torch.randn(6, 6))
+    assert layer.block_scale("default").tolist() == pytest.approx([1 / rms(base_weight(layer))] * 2, rel=1e-5)
 
 
 def test_an_adapter_with_A_zero_is_a_no_op_that_learns_by_A() -> None:

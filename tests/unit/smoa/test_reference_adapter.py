@@ -57,4 +57,4 @@ def test_adapters_of_configs_of_their_own_get_partitions_of_their_own(tiny_llama
     model = get_peft_model(tiny_llama, config())
     model.add_adapter("other", config())
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
-    assert not torch.equal(layer.partition("other").row_labels, layer.partition("default").row_labels)
+    assert not torch.equal(layer.blocks("other").row_labels, layer.blocks("default").row_labels)

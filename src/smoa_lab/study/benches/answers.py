@@ -1,4 +1,4 @@
-"""Studies of causal language models: the loss is on the answers, as in ``smoa train``."""
+"""Studies of causal language models, whose loss is on the answers, as in ``smoa train``."""
 
 from __future__ import annotations
 
@@ -7,21 +7,19 @@ from collections.abc import Sequence
 from torch import nn
 
 from smoa_lab.config.run_config import RunConfig
-from smoa_lab.data.prompts import PromptEncoder
 from smoa_lab.data.records import Record
 from smoa_lab.scoring.held_out import Outcome, answer_outcomes
 from smoa_lab.study.benches.bench import Bench, Fitted, fit_arguments
-from smoa_lab.training.train_run import Prepared, fit, load_model
+from smoa_lab.training.train_run import Prepared, fit, prepare
 
 
 class AnswerBench(Bench):
     """Trains with the loss on the answers only; scores the gold answers' likelihood."""
 
     def _prepare(self, config: RunConfig) -> Prepared:
-        base, tokenizer = load_model(config)
-        encoder = PromptEncoder(tokenizer, config.task.template, config.task.answer, config.task.max_length)
-        self.encoder = encoder
-        return Prepared(base, tokenizer, encoder, self.records)
+        ready = prepare(config, self.records)
+        self.encoder = ready.encoder
+        return ready
 
     def _fit(self, config: RunConfig, checkpoint: str | None) -> Fitted:
         ready = self._prepare(config)

@@ -1,4 +1,4 @@
-"""What trains and scores one entry of a study: the part that is the same for answers and for classes."""
+"""Trains and scores one entry of a study: the part that answers and classes share."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from smoa_lab.training.train_run import training_arguments
 
 Part = Literal["validation", "test"]
 
-# How far the trainable parameters of an entry may lie from what it declares.
+# How far the trainable parameters of an entry may differ from what it declares.
 PARAMETER_TOLERANCE = 0.02
 
 
@@ -79,7 +79,7 @@ class Bench(ABC):
         return config.model_copy(update={"method": "full", "adapter": {}, "training": training})
 
     def untouched(self, config: RunConfig, part: Part) -> dict[str, Any]:
-        """Scores without any training, for what is known before: majority class, and loss elsewhere."""
+        """Scores without any training, for comparison: majority class, and loss elsewhere."""
         return {"config": config.model_dump(mode="json"), "parameters": 0, **self._scores(None, config, part)}
 
     @cached_property
@@ -120,7 +120,7 @@ class Bench(ABC):
 
 
 def fit_arguments(config: RunConfig) -> Any:
-    """The Trainer's arguments, without a bar of its own: a study logs one line a run."""
+    """The Trainer's arguments, without a progress bar: a study logs one line a run."""
     arguments = training_arguments(config)
     arguments.disable_tqdm = True
     return arguments

@@ -1,6 +1,6 @@
-"""Studies of encoders with a classification head: records whose choices are the same for all become classes.
+"""Studies of encoders with a classification head: the choices, the same for all records, are the classes.
 
-A 22M encoder trains in seconds, so many seeds and methods can be had where a language model allows a few.
+A 22M encoder trains in seconds, which allows many more seeds and methods than a language model.
 """
 
 from __future__ import annotations

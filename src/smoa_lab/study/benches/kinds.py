@@ -1,4 +1,4 @@
-"""The kinds of study."""
+"""The table of the kinds of study."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures of a study, readable in grey: lines differ in style and marker, not in colour alone."""
+"""Pictures of a study, readable in gray: lines differ in style and marker, not only in color."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A study as one offline page: sortable table, accuracy, learning rates, cost, links to every JSON."""
+"""A study as one offline page: sortable table, accuracy, learning rates, cost, every run and the way to its JSON."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ from collections.abc import Sequence
 from itertools import cycle
 from typing import Any
 
-from smoa_lab.drawing.pages import figure, link, page, paragraph, section, table
+from smoa_lab.drawing.pages import anchor, figure, link, page, paragraph, section, table
 from smoa_lab.drawing.plots import new_figure
+from smoa_lab.study.packing import PACK, shell_command
 from smoa_lab.study.report.pictures import MARKERS, STYLES
 from smoa_lab.study.report.rows import BY_TASK, Row, accuracy_by_task
 from smoa_lab.study.report.statistics import Difference
 from smoa_lab.study.study_file import Study
-from smoa_lab.study.trials import Trial
+from smoa_lab.study.trials import Trial, TrialStore
 
 HEADER = [
     *("entry", "budget", "trained", "lr", "runs", "loss", "loss difference", "", "accuracy %"),
     *("accuracy difference %", "", "elsewhere", "s a run", "final runs, by seed"),
 ]
+RUNS_HEADER = ["run", "loss", "accuracy %", "steps", "s", "machine", "commit"]
 
 
 def study_page(study: Study, rows: Sequence[Row], untouched: dict[str, Any] | None, remarks: Sequence[str]) -> str:
@@ -26,13 +28,14 @@ def study_page(study: Study, rows: Sequence[Row], untouched: dict[str, Any] | No
     searched = [row for row in rows if row.search is not None]
     parts = [
         paragraph(
-            "Every entry's learning rate is chosen on validation data by the same search; the figures are of fresh "
+            "Every entry's learning rate is chosen on validation data by the same search. The figures are from fresh "
             "seeds on the test part. Differences are to the reference of the same budget, paired by seed and question, "
-            "with 95 % intervals (questions resampled, Student's t over seeds); 'same' means that the interval holds 0."
+            "with 95 % intervals (questions resampled, Student's t over seeds). 'Same' means that the interval "
+            "includes 0."
         ),
         *(paragraph(remark) for remark in remarks if remark),
         section(
-            "Results", table("Test results, best loss first; choose a heading to sort.", HEADER, _cells(study, rows))
+            "Results", table("Test results, best loss first. Click a heading to sort.", HEADER, _cells(study, rows))
         ),
         *([section(BY_TASK, table("The mean over seeds.", by_task[0], by_task[1:]))] if by_task else []),
         section("Accuracy against trained parameters", figure(_accuracy(study, rows), _ACCURACY)),
@@ -41,18 +44,27 @@ def study_page(study: Study, rows: Sequence[Row], untouched: dict[str, Any] | No
             "Cost",
             figure(
                 _cost(rows),
-                "Seconds of a final run's training, mean over seeds, on the machine that made most of the runs.",
+                "Seconds of a final run's training, mean over seeds, on the machine that ran most of the runs.",
             ),
+        ),
+        section(
+            "Runs",
+            paragraph(WHERE + shell_command(f"final/{rows[0].entry}/")),
+            table("Every finished run.", RUNS_HEADER, _runs(study)),
         ),
     ]
     return page(f"{study.folder.name}: {study.kind} of {study.shared['model']['name']}", *parts)
 
 
 _ACCURACY = (
-    "Mean over tasks, with 95 % intervals over seeds and questions; entries of equal parameters stand side "
-    "by side. Every point links to a run's JSON."
+    "Mean over tasks, with 95 % intervals over seeds and questions. Entries of equal parameters are drawn side "
+    "by side. Every point links to a run."
 )
-_SEARCHES = "Validation loss of the search, by learning rate. Every point links to its run's JSON."
+_SEARCHES = "Validation loss of the search by learning rate. Every point links to its run."
+WHERE = (
+    "The whole JSON of a run, with its config and the result of every question, is the file of that name in this "
+    f"folder or, once the study is packed, a line of {PACK}: "
+)
 
 
 def _cells(study: Study, rows: Sequence[Row]) -> list[tuple[Any, ...]]:
@@ -83,7 +95,25 @@ def _difference(found: Difference | None, scale: float, digits: int) -> tuple[An
 
 def _final(study: Study, row: Row, seed: int) -> str:
     rate = row.search.learning_rate if row.search else study.entries[row.entry].learning_rate
-    return f"{Trial('final', row.entry, rate, seed).name}.json"
+    return f"#{Trial('final', row.entry, rate, seed).name}"
+
+
+def _runs(study: Study) -> list[tuple[str, ...]]:
+    """One line for each finished run, which links lead to."""
+    store = TrialStore(study.folder)
+    return [_run(name, found) for name in store.names() if (found := store.find(name)) is not None]
+
+
+def _run(name: str, found: dict[str, Any]) -> tuple[str, ...]:
+    scores, made = found["scores"]["all"], found.get("provenance", {})
+    return (
+        anchor(name),
+        "diverged" if scores["gold_loss"] is None else f"{scores['gold_loss']:.4f}",
+        f"{100 * scores['accuracy']:.1f}",
+        *("–" if found.get(key) is None else f"{found[key]:g}" for key in ("steps", "seconds")),
+        made.get("device", "–"),
+        (made.get("commit") or "–")[:7],
+    )
 
 
 def _accuracy(study: Study, rows: Sequence[Row]) -> Any:
@@ -118,7 +148,7 @@ def _searches(study: Study, rows: Sequence[Row]) -> Any:
         )
         axes.plot(list(losses), list(losses.values()), style, color="#000000", linewidth=0.8)
         points = axes.scatter(list(losses), list(losses.values()), color="#000000", marker=marker, label=row.entry)
-        points.set_urls([f"{Trial('tuning', row.entry, rate, study.tuning.seed).name}.json" for rate in losses])
+        points.set_urls([f"#{Trial('tuning', row.entry, rate, study.tuning.seed).name}" for rate in losses])
     axes.set_xscale("log")
     axes.set_xlabel("learning rate")
     axes.set_ylabel("validation loss of gold answers (nats per token)")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from smoa.atomic import write_whole
 from smoa.errors import DataError
-from smoa_lab.cache import write_whole
 from smoa_lab.study.comparison import stored_search
+from smoa_lab.study.packing import PACK, shell_command
 from smoa_lab.study.report.pictures import draw_differences, draw_searches
 from smoa_lab.study.report.rows import (
     BY_TASK,
@@ -59,22 +60,27 @@ def _draw(study: Study, rows: list[Row]) -> dict[str, str]:
 
 
 def _page(study: Study, rows: list[Row], untouched: dict[str, Any] | None, pictures: dict[str, str]) -> str:
-    beside = ", then the two quarter decades beside it" if study.tuning.refine else ""
+    beside = ", then the two quarter decades next to it" if study.tuning.refine else ""
     parts = [
         f"# {study.folder.name}: {study.kind} of {study.shared['model']['name']}",
-        "Written by `smoa compare` from the JSON files beside it; do not edit. Each entry's learning rate is chosen on "
-        "validation data by the same search (half decades around a start, then on in the better direction until the "
-        f"best is inside, at most {study.tuning.max_runs} runs{beside}); the figures are of fresh seeds on the test "
-        "part. Differences are paired by seed and question, with 95 % intervals (questions resampled, Student's t over "
-        "seeds); *same* means that the interval holds 0; one seed gets no verdict. ± is the standard deviation over "
-        "seeds, *s* the seconds of training on the machine that made most of the runs. An edge mark (!) says that the "
-        "best learning rate is the last one tried on a side.",
+        "Written by `smoa compare` from the stored runs; do not edit. Each entry's learning rate is chosen "
+        "on validation data by the same search: half decades around a start, then on in the better direction until the "
+        f"best has neighbors on both sides, at most {study.tuning.max_runs} runs{beside}. The figures are from fresh "
+        "seeds on the test part. Differences are paired by seed and question, with 95 % intervals (questions "
+        "resampled, Student's t over seeds). *Same* means that the interval includes 0. One seed gets no verdict. ± is "
+        "the standard deviation over seeds. *s* is the seconds of training on the machine that ran most of the runs. "
+        "(!) marks a best learning rate at an edge of the search.",
     ]
     budgets = dict.fromkeys(row.budget for row in rows)
     parts += [_table([row for row in rows if row.budget == budget], budget) for budget in budgets]
     parts += [_tasks([row for row in rows if row.budget == budget], budget, untouched) for budget in budgets]
     parts.append(known_before(untouched))
     parts += [f"![{title}]({file})" for file, title in pictures.items()]
+    parts.append(
+        "[The same as a page](index.html) lists every run. The whole JSON of a run is "
+        f"`STAGE/ENTRY/lr-RATE-seed-SEED.json` in this folder or, once the study is packed, a line of `{PACK}`: "
+        f"`{shell_command(f'final/{rows[0].entry}/')}`"
+    )
     missing = [name for name in study.entries if name not in {row.entry for row in rows}]
     if missing:
         parts.append(f"Not run yet: {', '.join(missing)}.")

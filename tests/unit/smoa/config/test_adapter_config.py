@@ -332,4 +332,4 @@ def test_an_adapter_of_the_config_that_was_passed_before_is_a_twin(tiny_llama: P
     model = get_peft_model(tiny_llama, config)
     model.add_adapter("twin", config)
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
-    assert torch.equal(layer.partition("twin").row_labels, layer.partition("default").row_labels)
+    assert torch.equal(layer.smoa_row_labels["twin"], layer.smoa_row_labels["default"])

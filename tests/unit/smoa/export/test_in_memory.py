@@ -11,7 +11,7 @@ from peft import get_peft_model
 from transformers import PreTrainedModel
 
 from smoa import MergeError, SmoaConfig
-from smoa.export.in_memory import dequantised, merge_in_memory
+from smoa.export.in_memory import merge_in_memory, with_plain_weights
 from smoa.layers.linear import Linear
 from tests.support import tiny_models
 
@@ -37,27 +37,27 @@ def test_a_layer_that_cannot_be_merged_is_named(
     assert not adapter.with_name("merged").exists()
 
 
-def test_a_base_that_cannot_be_dequantised_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_that_cannot_be_dequantized_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: PreTrainedModel, dtype: torch.dtype) -> None:
         raise NotImplementedError("no way back")
 
     model = tiny_models.build("llama")
     model.hf_quantizer = object()
     monkeypatch.setattr(PreTrainedModel, "dequantize", refuse)
-    with pytest.raises(MergeError, match=r"can't be dequantised \(no way back\); give a base that isn't quantised"):
-        dequantised(model)
+    with pytest.raises(MergeError, match=r"can't be dequantized \(no way back\); give a base that isn't quantized"):
+        with_plain_weights(model)
 
 
-def test_a_dequantised_base_is_not_saved_as_quantised(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dequantized_base_is_not_saved_as_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_models.build("llama", torch.bfloat16)
     model.hf_quantizer = model.config.quantization_config = object()
     monkeypatch.setattr(PreTrainedModel, "dequantize", lambda self, dtype: self)
-    plain = dequantised(model)
+    plain = with_plain_weights(model)
     assert plain.dtype == torch.float32
     assert not hasattr(plain.config, "quantization_config")
 
 
-def test_a_base_that_was_never_quantised_is_only_widened() -> None:
+def test_a_base_that_was_never_quantized_is_only_widened() -> None:
     model = tiny_models.build("llama", torch.bfloat16)
-    assert dequantised(model) is model
+    assert with_plain_weights(model) is model
     assert model.dtype == torch.float32

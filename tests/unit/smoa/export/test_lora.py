@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from smoa import ConfigError, SmoaConfig
-from smoa.export.lora import RankRule, UpdateSpectra, UpdateSpectrum, convert_to_lora
+from smoa.export.lora import BlockSpectra, RankRule, UpdateSpectra, convert_to_lora
 from smoa.layers.layer import SmoaLayer
 from tests.support import tiny_models
 from tests.support.layers import adapted_layer, base_layer, oracle_delta
@@ -40,13 +40,13 @@ def test_the_singular_values_of_the_blocks_are_those_of_the_whole(shape: tuple[i
     out_features, in_features, num_blocks = shape
     layer = adapted_layer(base_layer(out_features, in_features), r=2 * num_blocks, num_blocks=num_blocks, alpha=3.0)
     expected = torch.linalg.svdvals(oracle_delta(layer))
-    assert_close(UpdateSpectrum.of(layer, "default").values, expected[: min(out_features, in_features)])
+    assert_close(BlockSpectra.of(layer, "default").values, expected[: min(out_features, in_features)])
 
 
 @pytest.mark.parametrize("rank", [1, 3, 6])
 def test_a_cut_is_the_best_approximation_of_its_rank(rank: int) -> None:
     layer = adapted_layer(base_layer(17, 10), r=8, num_blocks=4)
-    spectrum = UpdateSpectrum.of(layer, "default")
+    spectrum = BlockSpectra.of(layer, "default")
     A, B = spectrum.factors(rank, rank)
     U, S, Vh = torch.linalg.svd(oracle_delta(layer))
     assert_close(B @ A, U[:, :rank] * S[:rank] @ Vh[:rank])
@@ -57,7 +57,7 @@ def test_a_cut_is_the_best_approximation_of_its_rank(rank: int) -> None:
 
 def test_blockwise_the_same_cut_takes_a_share_of_the_numbers() -> None:
     layer = adapted_layer(base_layer(16, 12), r=8, num_blocks=4)
-    assert UpdateSpectrum.of(layer, "default").blockwise_parameters(5) == 5 * (16 + 12) // 4
+    assert BlockSpectra.of(layer, "default").blockwise_parameters(5) == 5 * (16 + 12) // 4
 
 
 def test_a_rank_is_chosen_by_number_energy_or_error() -> None:

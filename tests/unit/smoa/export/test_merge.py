@@ -233,7 +233,7 @@ def test_what_rounding_takes_is_measured_against_the_update(base: Path, adapter:
     assert export.loss.total == pytest.approx((error / update) ** 0.5, rel=1e-3)
 
 
-def test_a_quantised_base_is_merged_into_its_dequantised_weights(base: Path, adapter: Path, output: Path) -> None:
+def test_a_quantized_base_is_merged_into_its_dequantized_weights(base: Path, adapter: Path, output: Path) -> None:
     pytest.importorskip("bitsandbytes")
     saved(base, adapter)
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
@@ -241,8 +241,8 @@ def test_a_quantised_base_is_merged_into_its_dequantised_weights(base: Path, ada
     export = merge_and_save(adapter, output, base=loaded, dtype="float32")
     again = AutoModelForCausalLM.from_pretrained(base, quantization_config=config).dequantize(dtype=torch.float32)
     expected = PeftModel.from_pretrained(again.float(), adapter)
-    assert any("dequantised" in note for note in export.notes)
-    assert "dequantised" in (output / "README.md").read_text()
+    assert any("dequantized" in note for note in export.notes)
+    assert "dequantized" in (output / "README.md").read_text()
     assert_close(logits(merged_model(output)), logits(expected.eval()))
 
 
@@ -349,7 +349,7 @@ def test_a_folder_that_somebody_else_makes_meanwhile_stays(
         return ""
 
     monkeypatch.setattr(export_module, "model_card", make)
-    with pytest.raises(ConfigError, match="somebody else has made it meanwhile"):
+    with pytest.raises(ConfigError, match="another process created it in the meantime"):
         merge_and_save(adapter, output)
     assert [file.name for file in output.iterdir()] == ["theirs"]
     assert sorted(path.name for path in output.parent.iterdir()) == ["adapter", "base", "merged"]

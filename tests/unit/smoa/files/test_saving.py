@@ -9,7 +9,6 @@ import resource
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +17,8 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from smoa import AdapterFileError, SmoaConfig, SmoaError, save_adapter
-from smoa.files import saving
+from smoa import AdapterFileError, SmoaConfig, SmoaError, atomic, save_adapter
+from smoa.atomic import recover
 from tests.soak import soak
 from tests.support.killing import killed_at
 from tests.support.layers import Wrapper, randomise
@@ -45,6 +44,7 @@ def delta(model: PeftModel) -> Tensor:
 
 
 def loaded(folder: Path) -> Tensor:
+    recover(folder)  # as whatever loads an adapter does first
     return delta(PeftModel.from_pretrained(base(), folder))
 
 
@@ -99,72 +99,34 @@ def test_a_kill_while_the_first_adapter_is_saved_leaves_it_or_nothing(tmp_path: 
     found = []
     for _ in kills(lambda: save_adapter(new, folder), folder, None):
         found.append(folder.exists())
-        assert not folder.exists() or torch.equal(loaded(folder), delta(new))
+        assert not found[-1] or torch.equal(loaded(folder), delta(new))
     assert found == sorted(found)
     assert found[-1]
 
 
-def test_where_folders_cannot_change_places_a_kill_loses_neither(
-    tmp_path: Path, old: PeftModel, new: PeftModel, monkeypatch: pytest.MonkeyPatch
+def killed_between_the_renames(action: Callable[[], object], folder: Path, previous: PeftModel) -> bool:
+    """Kill the save where the old folder has been renamed and the new one not yet; True if it was."""
+    return any(not folder.exists() for _ in kills(action, folder, previous, "os.rename"))
+
+
+def test_a_kill_between_the_two_renames_leaves_the_old_adapter_where_the_next_load_finds_it(
+    tmp_path: Path, old: PeftModel, new: PeftModel
 ) -> None:
-    monkeypatch.setattr(saving, "_exchange_in_one_step", lambda first, second: False)
     folder = tmp_path / "room" / "adapter"
-    for _ in kills(lambda: save_adapter(new, folder), folder, old, "os."):
-        if folder.exists():
-            result = loaded(folder)
-            assert torch.equal(result, delta(old)) or torch.equal(result, delta(new))
-        else:  # the moment between two renames: both lie beside it
-            (room,) = folder.parent.glob(".adapter-*")
-            assert torch.equal(loaded(room / "adapter"), delta(new))
-            assert torch.equal(loaded(room / "adapter.old"), delta(old))
-
-
-def test_where_folders_cannot_change_places_the_new_adapter_still_takes_the_place(
-    tmp_path: Path, old: PeftModel, new: PeftModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(saving, "_exchange_in_one_step", lambda first, second: False)
-    folder = tmp_path / "adapter"
-    for model in (old, new):
-        save_adapter(model, folder)
-        assert torch.equal(loaded(folder), delta(model))
-    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
-
-
-def test_a_rename_that_fails_halfway_is_taken_back(
-    tmp_path: Path, old: PeftModel, new: PeftModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "adapter"
-    save_adapter(old, folder)
-    monkeypatch.setattr(saving, "_exchange_in_one_step", lambda first, second: False)
-    rename = Path.rename
-
-    def failing(self: Path, target: Path) -> Path:
-        if target == folder and self.name == "adapter":
-            raise OSError(errno.EIO, "Input/output error")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(OSError, match="Input/output error"):
-        save_adapter(new, folder)
+    assert killed_between_the_renames(lambda: save_adapter(new, folder), folder, old)
     assert torch.equal(loaded(folder), delta(old))
 
 
-@pytest.mark.parametrize(
-    ("platform", "library", "in_one_step"),
-    [
-        ("win32", SimpleNamespace(), False),
-        ("linux", SimpleNamespace(), False),  # a C library older than the call
-        ("linux", SimpleNamespace(renameat2=lambda *call: -1), False),  # a file system that cannot
-        ("linux", SimpleNamespace(renameat2=lambda *call: 0), True),
-        ("darwin", SimpleNamespace(renamex_np=lambda *call: 0), True),
-    ],
-)
-def test_folders_change_places_in_one_step_where_the_system_can(
-    platform: str, library: SimpleNamespace, in_one_step: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_kill_between_the_two_renames_leaves_what_the_next_save_goes_on_from(
+    tmp_path: Path, old: PeftModel, new: PeftModel
 ) -> None:
-    monkeypatch.setattr("sys.platform", platform)
-    monkeypatch.setattr(saving.ctypes, "CDLL", lambda name: library)
-    assert saving._exchange_in_one_step(tmp_path / "a", tmp_path / "b") == in_one_step
+    folder = tmp_path / "room" / "adapter"
+    assert killed_between_the_renames(lambda: save_adapter(new, folder), folder, old)
+    (folder.with_name(".adapter.smoa-old") / "notes.txt").write_text("mine")
+    save_adapter(new, folder)
+    assert torch.equal(loaded(folder), delta(new))
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert not folder.with_name(".adapter.smoa-old").exists()
 
 
 @pytest.mark.parametrize("same_settings", [False, True], ids=["other settings", "same settings"])
@@ -216,7 +178,7 @@ def test_a_full_disk_at_the_last_file_leaves_nothing_behind(
     def full(*args: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(saving, "_flush", full)
+    monkeypatch.setattr(atomic, "_flush", full)
     with pytest.raises(OSError, match="No space left"):
         save_adapter(new, folder)
     assert torch.equal(loaded(folder), delta(old))

@@ -183,7 +183,7 @@ def test_padding_stays_zero_through_training_with_momentum_and_decay() -> None:
     assert (B[~in_B] == 0).all()
 
 
-def test_the_state_is_two_compact_factors_and_one_byte_per_coordinate() -> None:
+def test_the_state_is_two_compact_factors_a_byte_per_coordinate_and_a_scale_per_block() -> None:
     layer = adapted_layer(base_layer(11, 13), r=6, num_blocks=3)
     state = {name: tensor for name, tensor in layer.state_dict().items() if not name.startswith("base_layer")}
     assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()} == {
@@ -191,6 +191,7 @@ def test_the_state_is_two_compact_factors_and_one_byte_per_coordinate() -> None:
         "smoa_B.default.weight": ((4, 6), torch.float64),
         "smoa_row_labels.default": ((11,), torch.uint8),
         "smoa_col_labels.default": ((13,), torch.uint8),
+        "smoa_block_scale.default": ((3,), torch.float32),
     }
 
 
@@ -206,7 +207,7 @@ def test_nothing_besides_the_state_is_kept_per_layer() -> None:
 
 def test_the_partition_of_a_layer_is_that_of_its_labels() -> None:
     layer = adapted_layer(base_layer(11, 13), r=6, num_blocks=3)
-    partition = layer.partition("default")
+    partition = layer.blocks("default")
     assert (partition.row_labels.tolist(), partition.col_labels.tolist()) == labels(layer)
     assert partition.num_blocks == 3
 

@@ -443,11 +443,11 @@ def test_nothing_of_the_weights_size_is_kept_for_the_backward_under_autocast() -
     assert max(sizes) <= max(factor.numel() for factor in factors(layer)) + x.numel()
 
 
-def test_the_fast_route_keeps_the_input_the_factors_and_the_labels_only() -> None:
+def test_the_fast_route_keeps_the_input_the_factors_and_the_layers_own_buffers_only() -> None:
     layer = adapted_layer(base_layer(96, 80, dtype=torch.float32), r=4, num_blocks=2)
     x = torch.randn(3, 80, requires_grad=True)
     kept = {t.untyped_storage().data_ptr() for t in kept_for_backward(layer, x)}
-    own = [x, *factors(layer), layer.smoa_row_labels["default"], layer.smoa_col_labels["default"]]
+    own = [x, *factors(layer), *layer.buffers()]
     assert kept <= {t.untyped_storage().data_ptr() for t in own}
 
 

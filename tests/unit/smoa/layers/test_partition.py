@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from smoa import AdapterFileError, SmoaConfig, make_partition
@@ -136,7 +140,7 @@ def test_training_goes_on_from_a_loaded_adapter(tmp_path: Path) -> None:
     assert all(factor.grad is not None for layer in smoa_layers(loaded).values() for factor in factors(layer))
 
 
-def test_the_file_holds_factors_labels_and_an_id_and_nothing_else(tmp_path: Path) -> None:
+def test_the_file_holds_factors_labels_scales_and_an_id_and_nothing_else(tmp_path: Path) -> None:
     model = trained_llama()
     tensors = load_file(saved(model, tmp_path) / "adapter_model.safetensors")
     expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"base_model.model.smoa_save_id": ((16,), torch.uint8)}
@@ -146,17 +150,18 @@ def test_the_file_holds_factors_labels_and_an_id_and_nothing_else(tmp_path: Path
         expected[f"{name}.smoa_B.weight"] = (B_shape, torch.float32)
         expected[f"{name}.smoa_row_labels"] = ((layer.out_features,), torch.uint8)
         expected[f"{name}.smoa_col_labels"] = ((layer.in_features,), torch.uint8)
+        expected[f"{name}.smoa_block_scale"] = ((3,), torch.float32)
     assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()} == expected
     assert all(name.startswith("base_model.model.model.layers.") for name in tensors if "smoa_save_id" not in name)
 
 
-def test_the_file_is_as_large_as_the_parameters_and_a_byte_per_coordinate(tmp_path: Path) -> None:
+def test_the_file_is_as_large_as_the_parameters_a_byte_per_coordinate_and_a_float_per_block(tmp_path: Path) -> None:
     # K = 4 and r = 8 divide every side of q_proj and up_proj: no padding
     model = trained_llama(num_blocks=4, r=8, target_modules=["q_proj", "up_proj"])
     file = saved(model, tmp_path) / "adapter_model.safetensors"
     values = labels_bytes = 0
     for layer in smoa_layers(model).values():
-        values += 8 * (layer.out_features + layer.in_features) // 4
+        values += 8 * (layer.out_features + layer.in_features) // 4 + 4
         labels_bytes += layer.out_features + layer.in_features
     header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
     assert file.stat().st_size - header == 4 * values + labels_bytes + 16  # the id
@@ -182,7 +187,7 @@ def test_the_labels_of_a_model_adapted_on_the_meta_device_are_decided_once_weigh
                 tensor.copy_(real[name.removeprefix("base_model.model.").replace(".base_layer", "")])
     for layer in smoa_layers(model).values():
         expected = reference.spectral_labels(base_weight(layer), 3)
-        partition = layer.partition("default")
+        partition = layer.blocks("default")
         assert (partition.row_labels.tolist(), partition.col_labels.tolist()) == expected
 
 
@@ -229,8 +234,8 @@ def test_weights_that_come_after_the_adapter_decide_its_partition() -> None:
         layer = adapted_layer(nn.Linear(8, 12), trained=False, r=4, num_blocks=2)
     layer.base_layer.weight = nn.Parameter(torch.randn(12, 8))
     expected = make_partition(layer.base_layer.weight, 2)
-    assert torch.equal(layer.partition("default").row_labels, expected.row_labels)
-    assert torch.equal(layer.partition("default").col_labels, expected.col_labels)
+    assert torch.equal(layer.blocks("default").row_labels, expected.row_labels)
+    assert torch.equal(layer.blocks("default").col_labels, expected.col_labels)
 
 
 def test_labels_that_have_come_in_the_meantime_are_not_computed_again() -> None:
@@ -239,6 +244,96 @@ def test_labels_that_have_come_in_the_meantime_are_not_computed_again() -> None:
     loaded = make_partition(torch.randn(12, 8), 2)
     layer.smoa_row_labels["late"].copy_(loaded.row_labels)
     layer.smoa_col_labels["late"].copy_(loaded.col_labels)
-    assert torch.equal(layer.partition("late").row_labels, loaded.row_labels)
-    assert torch.equal(layer.partition("late").col_labels, loaded.col_labels)
-    assert not torch.equal(layer.partition("default").row_labels, loaded.row_labels)
+    assert torch.equal(layer.blocks("late").row_labels, loaded.row_labels)
+    assert torch.equal(layer.blocks("late").col_labels, loaded.col_labels)
+    assert not torch.equal(layer.blocks("default").row_labels, loaded.row_labels)
+
+
+class NoSort(TorchDispatchMode):
+    """A context in which every sort, search and count raises."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket._qualified_op_name.removeprefix("aten::")
+        assert not name.startswith(("sort", "argsort", "nonzero", "bincount", "unique", "repeat_interleave")), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("route", ["fused", "apart"])
+@pytest.mark.parametrize("modulation", ["hadamard", "none"])
+def test_a_step_sorts_nothing(route: str, modulation: str) -> None:
+    layer = adapted_layer(base_layer(12, 8), r=4, num_blocks=2, modulation=modulation)
+    layer.route = route
+    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    with NoSort():
+        layer(x).sum().backward()
+
+
+def test_a_step_sorts_nothing_after_loading_casting_and_copying() -> None:
+    layer = adapted_layer(base_layer(12, 8), r=4, num_blocks=2)
+    layer.load_state_dict(adapted_layer(base_layer(12, 8), r=4, num_blocks=2).state_dict())
+    x = torch.randn(3, 8, requires_grad=True)
+    layer.float()
+    with NoSort():
+        layer(x).sum().backward()
+    copied = copy.deepcopy(layer)
+    copied(x)  # a copy sorts once
+    with NoSort():
+        copied(x).sum().backward()
+
+
+@pytest.mark.parametrize("change", ["load", "copy_", "share"])
+def test_orders_follow_the_labels(change: str) -> None:
+    layer = adapted_layer(base_layer(12, 8), r=4, num_blocks=2)
+    other = adapted_layer(base_layer(12, 8), r=4, num_blocks=2, partition="random")
+    if change == "load":
+        layer.load_state_dict(other.state_dict())
+    elif change == "copy_":
+        layer.smoa_row_labels["default"].copy_(other.smoa_row_labels["default"])
+        layer.smoa_col_labels["default"].copy_(other.smoa_col_labels["default"])
+    else:
+        layer.update_layer("other", SmoaConfig(r=4, num_blocks=2, partition="random"), (2, 2), 4)
+        layer.share_partition("other", "default")
+        other = layer
+    name = "other" if change == "share" else "default"
+    found, expected = layer.blocks("default"), other.blocks(name)
+    assert all(torch.equal(own, theirs) for own, theirs in zip(found.orders, expected.orders, strict=True))
+    x = torch.randn(3, 8, dtype=torch.float64)
+    assert_close(layer.branch_output(x, "default"), x @ oracle_delta(layer).T)
+
+
+def test_orders_are_never_saved() -> None:
+    layer = adapted_layer(base_layer(12, 8), r=4, num_blocks=2)
+    assert not [key for key in layer.state_dict() if "orders" in key or "bits" in key]
+
+
+CASTS = {
+    "half": lambda layer: layer.half(),
+    "bfloat16 and back": lambda layer: layer.bfloat16().float(),
+    "to": lambda layer: layer.to(torch.bfloat16),
+    "of the buffer alone": lambda layer: layer.smoa_block_scale.bfloat16(),
+    "moved by PEFT": lambda layer: layer._move_adapter_to_device_of_base_layer("default"),
+}
+
+
+@pytest.mark.parametrize("cast", CASTS)
+def test_the_scale_of_a_block_is_not_rounded(cast: str) -> None:
+    layer = adapted_layer(base_layer(12, 8, dtype=torch.bfloat16), r=4, num_blocks=2, normalize_anchor=True)
+    before = layer.block_scale("default").clone()
+    assert not torch.equal(before, before.bfloat16().float())
+    CASTS[cast](layer)
+    assert layer.state_dict()["smoa_block_scale.default"].dtype == torch.float32
+    assert torch.equal(layer.state_dict()["smoa_block_scale.default"], before)
+    assert torch.equal(layer.block_scale("default"), before)
+    assert torch.equal(layer.rank_scale("default"), before.repeat_interleave(2))
+
+
+def test_editing_alpha_acts_on_a_saved_adapter_with_a_normalized_anchor(tmp_path: Path) -> None:
+    model = trained_llama(normalize_anchor=True, alpha=4.0)
+    folder = saved(model, tmp_path)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["normalized_alpha"] == {}
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "alpha": 8.0, "settings_digest": None}))
+    loaded = PeftModel.from_pretrained(tiny_models.build("llama"), str(folder))
+    theirs = smoa_layers(loaded)
+    for name, layer in smoa_layers(model).items():
+        assert_close(theirs[name].delta("default"), 2 * layer.delta("default"))

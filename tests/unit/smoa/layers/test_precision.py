@@ -138,4 +138,4 @@ def test_the_cache_keeps_the_update_apart_where_products_are_rounded(
         with rounding():
             layer(x)
             assert cache.effective is None
-            assert relative_error(cache.blocks[0].output(x), x.double() @ oracle_delta(layer).T) <= 0.01
+            assert relative_error(cache.updates[0].apply(x), x.double() @ oracle_delta(layer).T) <= 0.01

@@ -214,12 +214,12 @@ def test_cached_weights_keep_the_blocks_of_the_update_alone(kind: str) -> None:
         with cached_weights(layer):
             assert_close(layer(x), expected)
             assert layer.smoa_weight_cache.effective is None
-            kept = sum(block.numel() for cached in layer.smoa_weight_cache.blocks for block in cached.blocks)
+            kept = sum(block.numel() for cached in layer.smoa_weight_cache.updates for block in cached.entries)
             assert kept == sum(len(r) * len(c) for r, c in zip(*parts_of(layer), strict=True))
 
 
 def parts_of(layer: SmoaLayer) -> tuple[list[Tensor], list[Tensor]]:
-    partition = layer.partition("default")
+    partition = layer.blocks("default")
     return [partition.rows(k) for k in range(3)], [partition.cols(k) for k in range(3)]
 
 

@@ -104,7 +104,7 @@ def test_a_thousand_merges_and_unmerges_leave_the_base_bit_for_bit(dtype: torch.
 def test_merging_changes_the_diagonal_blocks_only() -> None:
     layer = adapted_layer(base_layer(11, 13), r=7, num_blocks=3)
     before = base_weight(layer).clone()
-    partition = layer.partition("default")
+    partition = layer.blocks("default")
     same_block = partition.row_labels[:, None] == partition.col_labels
     layer.merge()
     assert torch.equal(base_weight(layer) != before, same_block)
@@ -165,7 +165,7 @@ def test_an_adapter_added_while_another_is_merged_is_anchored_on_the_pristine_we
     assert torch.equal(base_weight(layer), pristine)
     late_delta = oracle_delta(layer, "late", weight=pristine)
     if kind == "spectral":
-        partition = layer.partition("late")
+        partition = layer.blocks("late")
         own = partition.row_labels.tolist(), partition.col_labels.tolist()
         assert own == reference.spectral_labels(pristine, 2)
     layer.merge()
@@ -340,7 +340,7 @@ def test_adding_an_adapter_to_a_merged_model_unmerges_it_bit_for_bit() -> None:
         model.add_adapter("late", SmoaConfig(r=2, target_modules=["first"]))
     for layer, before in zip(smoa_layers(model), pristine, strict=True):
         assert torch.equal(base_weight(layer), before)
-    assert smoa_layers(model)[0].partition("late").row_labels.tolist() == reference.spectral_labels(pristine[0], 2)[0]
+    assert smoa_layers(model)[0].blocks("late").row_labels.tolist() == reference.spectral_labels(pristine[0], 2)[0]
 
 
 def test_a_merged_layer_forward_does_not_add_the_adapter_again() -> None:

@@ -70,7 +70,7 @@ def test_the_rank_of_a_trained_update_exceeds_the_budget_and_respects_the_bound(
     x = torch.randn(60, 20, dtype=torch.float64)
     distance_after_training(layer, torch.randn(60, 24, dtype=torch.float64), x)
     rank = int(torch.linalg.matrix_rank(layer.get_delta_weight("default")))
-    partition = layer.partition("default")
+    partition = layer.blocks("default")
     bound = reference.rank_bound(
         layer.get_base_layer().weight.detach(),
         partition.row_labels.tolist(),

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from smoa.maths import kernels
-from smoa.maths.autograd import fused_linear, hadamard_branch
+from smoa.maths.factors import Factors
+from smoa.maths.kernels import operators, scratch
 from smoa.maths.spectrum import make_partition
+from smoa.maths.update import Update
 from tests import reference
 from tests.support.layers import adapted_layer, base_layer, clone_leaf, factors, oracle_delta, oracle_output
 from tests.support.tolerance import assert_close
@@ -21,13 +22,13 @@ from tests.support.tolerance import assert_close
 @pytest.fixture
 def tiny_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of 16 rows, the fewest that the kernels take."""
-    monkeypatch.setattr(kernels, "CHUNK_ELEMENTS", {"cpu": 1, "other": 1})
+    monkeypatch.setattr(scratch, "CHUNK_ELEMENTS", {"cpu": 1, "other": 1})
 
 
 def assert_layer_is_the_oracles(dtype: torch.dtype = torch.float64, **config: object) -> None:
-    dropout = float(config.pop("dropout", 0.0))  # type: ignore[arg-type]
-    conv1d = bool(config.pop("conv1d", False))
-    layer = adapted_layer(base_layer(70, 45, conv1d=conv1d, dtype=dtype), smoa_dropout=dropout, **config).train()
+    route, conv1d = config.pop("route", "auto"), bool(config.pop("conv1d", False))
+    layer = adapted_layer(base_layer(70, 45, conv1d=conv1d, dtype=dtype), **config).train()
+    layer.route = route  # type: ignore[assignment]
     x = torch.randn(9, 45, dtype=dtype, requires_grad=True)
     A, B = factors(layer)
     gradient = torch.randn(9, 70, dtype=dtype)
@@ -45,20 +46,20 @@ def assert_layer_is_the_oracles(dtype: torch.dtype = torch.float64, **config: ob
 
 @pytest.mark.usefixtures("tiny_chunks")
 @pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
-@pytest.mark.parametrize("dropout", [0.0, 1e-12], ids=["fast", "apart"])
+@pytest.mark.parametrize("route", ["fused", "apart"])
 @pytest.mark.parametrize("num_blocks", [1, 2, 3])
-def test_many_runs_of_rows_give_the_oracles_values_and_gradients(num_blocks: int, dropout: float, conv1d: bool) -> None:
-    assert_layer_is_the_oracles(r=7, num_blocks=num_blocks, alpha=3.0, dropout=dropout, conv1d=conv1d)
+def test_many_runs_of_rows_give_the_oracles_values_and_gradients(num_blocks: int, route: str, conv1d: bool) -> None:
+    assert_layer_is_the_oracles(r=7, num_blocks=num_blocks, alpha=3.0, route=route, conv1d=conv1d)
 
 
 @pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
-@pytest.mark.parametrize("dropout", [0.0, 1e-12], ids=["fast", "apart"])
+@pytest.mark.parametrize("route", ["fused", "apart"])
 @pytest.mark.parametrize("block_ranks", [None, [50, 20, 40], [0, 100, 10]])
 def test_ranks_so_large_that_blocks_are_masked_give_the_oracles_values_and_gradients(
-    block_ranks: list[int] | None, dropout: float, conv1d: bool
+    block_ranks: list[int] | None, route: str, conv1d: bool
 ) -> None:
     settings = {"r": 110, "num_blocks": 3, "block_ranks": block_ranks, "alpha": 11.0}
-    assert_layer_is_the_oracles(**settings, dropout=dropout, conv1d=conv1d)
+    assert_layer_is_the_oracles(**settings, route=route, conv1d=conv1d)
 
 
 @pytest.mark.usefixtures("tiny_chunks")
@@ -80,9 +81,11 @@ def test_both_routes_are_the_oracles_whatever_the_sizes(data: st.DataObject) -> 
         torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((tokens, in_features), A_shape, B_shape)
     ]
     x, A, B = leaves
-    rest = (partition.row_labels, partition.col_labels, ranks, 1.5)
+    scale = [3.0 + k for k in range(num_blocks)]
+    rank_scale = torch.tensor([s for s, rank in zip(scale, ranks, strict=True) for _ in range(rank)])
+    update = Update(Factors(A, B, tuple(ranks), 0.5, rank_scale, partition))
     delta = reference.delta_weight(
-        weight, A, B, partition.row_labels.tolist(), partition.col_labels.tolist(), ranks, 1.5
+        weight, A, B, partition.row_labels.tolist(), partition.col_labels.tolist(), ranks, [s / 2 for s in scale]
     )
     gradient = torch.randn(tokens, out_features, dtype=torch.float64)
 
@@ -92,8 +95,8 @@ def test_both_routes_are_the_oracles_whatever_the_sizes(data: st.DataObject) -> 
         for own, oracle in zip(torch.autograd.grad(y, leaves, gradient), oracles, strict=True):
             assert_close(own, oracle)
 
-    check(fused_linear(x, A, B, weight, None, *rest), x @ (weight + delta).T)
-    check(hadamard_branch(x, A, B, weight, *rest), x @ delta.T)
+    check(update.apply_with_base(x, weight, None), x @ (weight + delta).T)
+    check(update.apply(x, weight), x @ delta.T)
 
 
 def test_threads_do_not_disturb_each_other() -> None:
@@ -123,7 +126,7 @@ def test_operators_obey_the_rules_of_pytorchs_checker(dtype: torch.dtype) -> Non
     partition = make_partition(weight, 3)
     A, B = torch.randn(6, 5, requires_grad=True), torch.randn(4, 6, requires_grad=True)
     x = torch.randn(5, 13, dtype=dtype, requires_grad=True)
-    rest = (partition.row_labels, partition.col_labels, (2, 2, 2), 1.5)
-    torch.library.opcheck(torch.ops.smoa.hadamard_branch.default, (x, A, B, weight, *rest))
+    fields = operators._fields(Factors(A, B, (2, 2, 2), 1.5, torch.ones(6), partition))
+    torch.library.opcheck(torch.ops.smoa.hadamard_branch.default, (*fields, x, weight))
     if dtype == torch.float32:
-        torch.library.opcheck(torch.ops.smoa.fused_linear.default, (x, A, B, weight, torch.randn(11), *rest))
+        torch.library.opcheck(torch.ops.smoa.fused_linear.default, (*fields, x, weight, torch.randn(11)))

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from smoa.errors import PartitionError
-from smoa.maths.spectrum import SpectralPartition, block_sizes, labels_from_scores, make_partition, spectral_scores
+from smoa.maths.blocks import Blocks, block_sizes
+from smoa.maths.spectrum import labels_from_scores, make_partition, spectral_scores
 from tests import reference
 from tests.support.decompositions import NoDecomposition
 from tests.support.tolerance import assert_close
@@ -208,21 +209,19 @@ def test_a_weight_that_is_not_finite_is_refused(value: float) -> None:
 )
 def test_labels_that_are_no_partition_are_refused(row_labels: list[int], col_labels: list[int]) -> None:
     with pytest.raises(PartitionError):
-        SpectralPartition(
-            torch.tensor(row_labels, dtype=torch.uint8), torch.tensor(col_labels, dtype=torch.uint8), num_blocks=2
-        )
+        Blocks(torch.tensor(row_labels, dtype=torch.uint8), torch.tensor(col_labels, dtype=torch.uint8), num_blocks=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
 def test_labels_that_are_not_bytes_are_refused(dtype: torch.dtype) -> None:
     with pytest.raises(PartitionError, match="uint8"):
-        SpectralPartition(torch.tensor([0, 1], dtype=dtype), torch.tensor([0, 1], dtype=dtype), num_blocks=2)
+        Blocks(torch.tensor([0, 1], dtype=dtype), torch.tensor([0, 1], dtype=dtype), num_blocks=2)
 
 
 def test_labels_of_two_dimensions_are_refused() -> None:
     labels = torch.tensor([[0, 1]], dtype=torch.uint8)
     with pytest.raises(PartitionError):
-        SpectralPartition(labels, labels, num_blocks=1)
+        Blocks(labels, labels, num_blocks=1)
 
 
 @pytest.mark.parametrize(("gap", "decompositions"), [(1e-7, 2), (0.0, 1), (0.5, 1)])

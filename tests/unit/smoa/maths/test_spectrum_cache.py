@@ -37,8 +37,8 @@ def test_a_second_adapter_with_another_number_of_blocks_costs_no_decomposition(d
     layer.update_layer("other", SmoaConfig(r=6, num_blocks=5), (2, 1, 1, 1, 1), 6)
     assert len(decompositions) == 1
     expected = make_partition(layer.pristine_weight(), 5)
-    assert torch.equal(layer.partition("other").row_labels, expected.row_labels)
-    assert torch.equal(layer.partition("other").col_labels, expected.col_labels)
+    assert torch.equal(layer.blocks("other").row_labels, expected.row_labels)
+    assert torch.equal(layer.blocks("other").col_labels, expected.col_labels)
 
 
 def test_a_changed_weight_is_decomposed_anew(decompositions: list[int]) -> None:

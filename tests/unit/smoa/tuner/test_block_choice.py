@@ -21,7 +21,7 @@ from tests.support import tiny_models
 from tests.support.adapter_files import with_settings
 from tests.support.decompositions import NoDecomposition
 from tests.support.layers import adapted_layer, base_layer, base_weight, oracle_delta
-from tests.support.quantized import quantised_layer
+from tests.support.quantized import quantized_layer
 from tests.support.tolerance import assert_close
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -73,7 +73,7 @@ def test_a_pattern_sets_the_blocks_of_the_layers_it_names() -> None:
     model = adapted(num_blocks_pattern={"v_proj": 2, "layers.1.mlp.down_proj": 6})
     for name, layer in layers(model).items():
         expected = 2 if name.endswith("v_proj") else 6 if name.endswith("1.mlp.down_proj") else 4
-        assert layer.layout["default"].num_blocks == expected
+        assert len(layer.ranks["default"]) == expected
         assert layer.r["default"] == 8
         assert_close(layer.delta("default").double(), oracle_delta(layer), dtype=torch.float32)
 
@@ -85,9 +85,9 @@ def test_blocks_follow_the_effective_rank_of_the_weights_and_keep_what_they_cost
     mean = sum(shares.values()) / len(shares)
     assert len(set(model.peft_config["default"].num_blocks_pattern.values())) > 2
     for name, layer in found.items():
-        K = layer.layout["default"].num_blocks
+        K = len(layer.ranks["default"])
         assert model.peft_config["default"].num_blocks_pattern[name] == K == round(4 * shares[name] / mean)
-        assert set(layer.layout["default"].ranks) == {2}
+        assert set(layer.ranks["default"]) == {2}
         assert layer.scaling["default"] == pytest.approx(12 / 8)
         assert_close(layer.delta("default").double(), oracle_delta(layer), dtype=torch.float32)
     same = sum(parameter.numel() for parameter in adapted().parameters() if parameter.requires_grad)
@@ -128,7 +128,7 @@ def test_a_config_that_is_used_again_is_fitted_to_the_new_weights() -> None:
     models = [get_peft_model(model, config) for model in (tiny_models.build("llama"), adapted().unload())]
     for model in models:
         own = model.peft_config["default"].num_blocks_pattern
-        assert own == {name: layer.layout["default"].num_blocks for name, layer in layers(model).items()}
+        assert own == {name: len(layer.ranks["default"]) for name, layer in layers(model).items()}
     even, flat = (model.peft_config["default"].num_blocks_pattern for model in models)
     assert even != flat
     assert {**config.to_dict(), "base_model_name_or_path": None} == {
@@ -140,8 +140,8 @@ def test_a_config_that_is_used_again_is_fitted_to_the_new_weights() -> None:
 def test_a_pattern_goes_before_the_spectrum() -> None:
     model = adapted(blocks_from_spectrum=True, num_blocks_pattern={"v_proj": 2})
     for name, layer in layers(model).items():
-        assert set(layer.layout["default"].ranks) == {2}  # r / num_blocks
-        assert (layer.layout["default"].num_blocks == 2) == name.endswith("v_proj")
+        assert set(layer.ranks["default"]) == {2}  # r / num_blocks
+        assert (len(layer.ranks["default"]) == 2) == name.endswith("v_proj")
 
 
 def test_the_blocks_of_hundreds_of_layers_are_looked_up_by_name() -> None:
@@ -171,9 +171,9 @@ def test_a_second_adapter_can_have_blocks_of_its_own() -> None:
 
 @pytest.mark.parametrize("kind", ["conv1d", "nf4", "int8"])
 def test_blocks_are_chosen_for_weights_however_they_are_stored(kind: str) -> None:
-    base = base_layer(24, 64, conv1d=True) if kind == "conv1d" else quantised_layer(kind)
+    base = base_layer(24, 64, conv1d=True) if kind == "conv1d" else quantized_layer(kind)
     layer = adapted_layer(base, r=8, num_blocks=4, blocks_from_spectrum=True)
-    assert layer.layout["default"].num_blocks == 4
+    assert len(layer.ranks["default"]) == 4
 
 
 def test_a_layer_gets_at_least_one_block_and_no_more_than_it_has_room_for() -> None:

@@ -195,7 +195,11 @@ def test_factors_are_in_float32_unless_asked_otherwise(dtype: torch.dtype, autoc
     ).eval()
     expected = torch.float32 if autocast_adapter_dtype else dtype
     assert {f.dtype for layer in smoa_layers(model).values() for f in factors(layer)} == {expected}
-    assert {buffer.dtype for layer in smoa_layers(model).values() for buffer in layer.buffers()} == {torch.uint8}
+    for layer in smoa_layers(model).values():
+        assert {tensor.dtype for tensor in (layer.smoa_row_labels["default"], layer.smoa_col_labels["default"])} == {
+            torch.uint8
+        }
+        assert layer.smoa_block_scale["default"].dtype == torch.float32
     assert logits(model).dtype == dtype
     model(**tiny_models.batch("llama")).loss.backward()
 

@@ -18,12 +18,43 @@ def test_an_interrupted_command_says_how_to_go_on(capsys: pytest.CaptureFixture[
     with pytest.raises(typer.Exit) as ended, reporting():
         raise KeyboardInterrupt
     assert ended.value.exit_code == 130
-    assert "resumes" in capsys.readouterr().err
+    assert "resume" in capsys.readouterr().err
 
 
-def test_numbers_stand_to_the_right_and_names_to_the_left(capsys: pytest.CaptureFixture[str]) -> None:
+def test_numbers_are_aligned_right_and_names_left(capsys: pytest.CaptureFixture[str]) -> None:
     print_table(["task", "n"], [["a", "100"], ["bcdefg", "1"]])
     assert capsys.readouterr().out == "task      n\na       100\nbcdefg    1\n"
+
+
+def test_a_table_in_a_pipe_has_whole_cells_in_one_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    long, brackets = "model.layers." * 30, "[bold]not markup[/bold]"
+    print_table([brackets, "n"], [[long, brackets]])
+    header, row = capsys.readouterr().out.splitlines()
+    assert header.split()[0] == "[bold]not"
+    assert row.split("  ") == [long, brackets]
+
+
+def test_a_table_wider_than_the_terminal_is_wrapped_and_not_cut(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")  # rich then takes the output for a terminal
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "30")
+    print_table(["layer", "rank"], [["abcdefghij" * 5, "4"]])
+    printed = capsys.readouterr().out
+    assert "abcdefghij" * 5 in "".join(line.split()[0] for line in printed.splitlines()[1:] if line.strip())
+
+
+def test_a_missing_package_of_an_extra_is_one_line_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as ended, reporting():
+        raise ModuleNotFoundError("No module named 'sacrebleu'", name="sacrebleu.metrics")
+    assert ended.value.exit_code == 1
+    assert capsys.readouterr().err == "error: this command needs sacrebleu; run: pip install 'smoa[lab]'\n"
+
+
+def test_any_other_failed_import_is_shown_in_full() -> None:
+    with pytest.raises(ImportError, match="libcuda"), reporting():
+        raise ImportError("libcuda.so.1: cannot open shared object file")
 
 
 def test_scores_carry_their_error_and_missing_ones_a_dash() -> None:

@@ -2,14 +2,21 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
+import typer
+from rich.text import Text
+
+from smoa_lab.cli.main import app
 
 HELP_WITHOUT_TORCH = """
 import sys
-from smoa_lab.cli.main import app
+from smoa_lab.__main__ import main
+sys.argv = ["smoa", *{arguments}]
 try:
-    app({arguments})
+    main()
 finally:
     print("heavy:", sorted({{"torch", "transformers", "peft", "smoa"}} & set(sys.modules)))
 """
@@ -29,3 +36,18 @@ def test_an_unknown_command_is_a_usage_error() -> None:
     )
     assert done.returncode == 2
     assert "trian" in done.stderr
+
+
+def commands(command: Any) -> Iterator[Any]:
+    yield command
+    for one in getattr(command, "commands", {}).values():
+        yield from commands(one)
+
+
+def test_help_texts_are_shown_in_full() -> None:
+    """Typer takes them for rich's markup, in which a word in brackets is a style."""
+    found = list(commands(typer.main.get_command(app)))
+    assert len(found) > 10
+    for command in found:
+        for text in (command.help, *(getattr(option, "help", None) for option in command.params)):
+            assert Text.from_markup(text or "").plain == (text or "")

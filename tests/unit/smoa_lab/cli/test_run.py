@@ -35,7 +35,7 @@ def test_a_command_gets_its_own_options() -> None:
 
 
 def test_what_is_neither_command_nor_script_is_named() -> None:
-    for tool, rule in {"no-such-tool": "is no command", "nowhere.py": "no such file"}.items():
+    for tool, rule in {"no-such-tool": "is not a command", "nowhere.py": "no such file"}.items():
         done = smoa_run(tool)
         assert done.returncode == 1
         assert tool in done.stderr

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from smoa.errors import DataError
-from smoa_lab.data.files import Columns, FileTask, read_file_split
+from smoa_lab.data.files import Columns, FileTask, _json_row, read_file_split
 
 ROWS: list[dict[str, Any]] = [
     {"q": "What warms the Earth?", "a": "the Moon", "b": "the Sun", "gold": 1},
@@ -71,13 +71,13 @@ def test_a_label_outside_the_choices_is_named_by_row(tmp_path: Path, gold: objec
 
 def test_an_empty_set_is_refused(tmp_path: Path) -> None:
     (tmp_path / "own.jsonl").write_text("")
-    with pytest.raises(DataError, match="holds no rows"):
+    with pytest.raises(DataError, match="has no rows"):
         read_file_split("own", FileTask(train=str(tmp_path / "own.jsonl")), "train")
 
 
 def test_a_broken_line_is_named(tmp_path: Path) -> None:
     (tmp_path / "own.jsonl").write_text('{"prompt": "a"}\n{"prompt": ')
-    with pytest.raises(DataError, match="line 2 is no JSON"):
+    with pytest.raises(DataError, match="line 2 is not JSON"):
         read_file_split("own", FileTask(train=str(tmp_path / "own.jsonl")), "train")
 
 
@@ -85,7 +85,7 @@ def test_a_missing_file_and_an_unknown_kind_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         read_file_split("own", FileTask(train="nowhere.jsonl"), "train")
     (tmp_path / "own.xlsx").write_text("x")
-    with pytest.raises(DataError, match="give one of jsonl, csv, parquet"):
+    with pytest.raises(DataError, match="use one of jsonl, csv, parquet"):
         read_file_split("own", FileTask(train=str(tmp_path / "own.xlsx")), "train")
 
 
@@ -98,14 +98,14 @@ def test_columns_that_say_no_answer_are_refused(tmp_path: Path) -> None:
 def test_choices_without_a_label_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "own.jsonl", ROWS)
     task = FileTask(train=str(tmp_path / "own.jsonl"), columns=Columns(prompt="q", choices=["a", "b"]))
-    with pytest.raises(DataError, match=r"own\.jsonl, row 1: choices need a column with their label"):
+    with pytest.raises(DataError, match=r"own\.jsonl, row 1: choices need a label column"):
         read_file_split("own", task, "train")
 
 
 @pytest.mark.parametrize("column", ["q", "b", "gold"])
 def test_a_cell_that_holds_nothing_is_named(tmp_path: Path, column: str) -> None:
     task = write(tmp_path / "own.jsonl", [ROWS[0], ROWS[1] | {column: None}])
-    with pytest.raises(DataError, match=rf"own\.jsonl, row 2: column '{column}' holds nothing"):
+    with pytest.raises(DataError, match=rf"own\.jsonl, row 2: column '{column}' is empty"):
         read_file_split("own", task, "train")
 
 
@@ -121,5 +121,10 @@ def test_choices_in_one_column_of_a_csv_file_are_json(tmp_path: Path) -> None:
     task = FileTask(train=str(tmp_path / "own.csv"), columns=columns)
     assert read_file_split("own", task, "train")[0].choices == ("x", "y")
     (tmp_path / "own.csv").write_text("q,options,gold\nWhich?,x|y,y\n")
-    with pytest.raises(DataError, match=r"row 1: 'options' must hold a list of choices, in CSV as JSON, found 'x\|y'"):
+    with pytest.raises(DataError, match=r"row 1: 'options' must be a list of choices \(in CSV as JSON\), found 'x\|y'"):
         read_file_split("own", task, "train")
+
+
+def test_a_line_that_is_no_object_is_refused() -> None:
+    with pytest.raises(ValueError, match="line 3 is not a JSON object"):
+        _json_row(3, "[1]")

@@ -1,4 +1,4 @@
-"""From tasks to the records of one run: mixed, cut to size, counted, and normalised into the cache once."""
+"""From tasks to the records of one run: mixed, cut to size, counted, and normalized into the cache once."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from smoa.errors import DataError
-from smoa_lab.data.files import Columns, FileTask
 from smoa_lab.data.records import Record, content_hash
 from smoa_lab.data.selection import Sizes, select
-from smoa_lab.data.tasks import Task, find_task
+from smoa_lab.data.tasks import Task
 from tests.support import lab
 
 
@@ -58,38 +57,8 @@ def test_the_same_seed_takes_the_same_records_and_another_takes_others() -> None
     assert first != other
 
 
-def test_a_source_is_read_once_and_then_from_the_cache() -> None:
-    reads: list[str] = []
-    first = select({"a": task("a", 20, 5, reads)}, Sizes())
-    again = select({"a": task("a", 20, 5, reads)}, Sizes())
-    assert again.train == first.train
-    assert again.test == first.test
-    assert reads == ["a, train", "a, test"]
-
-
 def test_tasks_that_leave_nothing_to_train_on_are_refused() -> None:
     train = lab.questions(6, "a")
     own = Task("commonsense", "own", lambda part: train, cached=False)  # the test part has them all
     with pytest.raises(DataError, match=r"data\.tasks: a leave no training examples"):
         select({"a": own}, Sizes())
-
-
-def test_a_file_of_ones_own_comes_before_a_task_of_that_name_and_is_never_cached(tmp_path: Path) -> None:
-    file = tmp_path / "own.csv"
-    file.write_text("q,a\nSay it.,yes\n")
-    own = FileTask(train=str(file), family="dialogue", columns=Columns(prompt="q", answer="a"))
-    found = find_task("arc_easy", files={"arc_easy": own})
-    assert found.family == "dialogue"
-    assert [record.answer for record in select({"arc_easy": found}, Sizes(), validation_part=0).train] == ["yes"]
-    file.write_text("q,a\nSay it.,no\n")
-    assert [record.answer for record in select({"arc_easy": found}, Sizes(), validation_part=0).train] == ["no"]
-
-
-def test_the_hub_is_a_source_of_the_sets_that_it_has() -> None:
-    assert find_task("piqa", source="hub").source == "hub: ybisk/piqa"
-    assert find_task("chain_sum", source="hub") is find_task("chain_sum")
-
-
-def test_a_name_like_no_task_is_answered_with_all_of_them() -> None:
-    with pytest.raises(DataError, match=r"no task 'zzz'; choose from boolq, .*chitchat, mine"):
-        find_task("zzz", files={"mine": FileTask(train="mine.csv")})

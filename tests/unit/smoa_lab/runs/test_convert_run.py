@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 from smoa import SmoaConfig
 from smoa.export.lora import RankRule
 from smoa_lab.config.run_config import check_config
-from smoa_lab.runs.convert_run import Converter, convert, trade_off
+from smoa_lab.runs.convert_run import Converter, convert_run, trade_off
 from smoa_lab.training.run_folder import RunFolder
 from tests.support import lab
 
@@ -54,7 +54,7 @@ def test_a_higher_rank_keeps_more_of_update_and_task(values: dict[str, Any], tmp
 
 def test_without_held_out_questions_the_task_is_not_scored(values: dict[str, Any], tmp_path: Path) -> None:
     values["data"]["test_examples"] = 0
-    report = convert(finished_run(values), tmp_path / "lora", RankRule(rank=2))
+    report = convert_run(finished_run(values), tmp_path / "lora", RankRule(rank=2))
     assert report["loss"] is None
     assert report["rank"] == 2
     assert (tmp_path / "lora" / "adapter_config.json").is_file()
@@ -68,7 +68,7 @@ def test_the_base_of_the_adapter_is_as_before_when_all_is_cut(values: dict[str, 
 
 
 def test_scoring_can_be_left_out(values: dict[str, Any], tmp_path: Path) -> None:
-    report = convert(finished_run(values), tmp_path / "lora", RankRule(error=0.1), score=False)
+    report = convert_run(finished_run(values), tmp_path / "lora", RankRule(error=0.1), score=False)
     assert report["loss"] is None
     assert report["error"] <= 0.1
 
@@ -77,5 +77,5 @@ def test_scoring_can_be_left_out(values: dict[str, Any], tmp_path: Path) -> None
 def test_another_base_takes_the_place_of_the_runs(values: dict[str, Any], tmp_path: Path) -> None:
     run = finished_run(values)
     Path(values["model"]["name"]).rename(tmp_path / "moved")
-    report = convert(run, tmp_path / "lora", RankRule(rank=2), base=str(tmp_path / "moved"))
+    report = convert_run(run, tmp_path / "lora", RankRule(rank=2), base=str(tmp_path / "moved"))
     assert report["loss"] is not None

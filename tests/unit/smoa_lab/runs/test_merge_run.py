@@ -1,4 +1,4 @@
-"""`smoa merge` finds the base of an adapter: a folder, a GGUF file, the packaged model, one quantised while loading."""
+"""`smoa merge` finds the base of an adapter: a folder, a GGUF file, the packaged model, one quantized while loading."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from smoa import ConfigError, SmoaConfig, save_adapter
+from smoa import SmoaConfig, save_adapter
 from smoa_lab.config.run_config import check_config
-from smoa_lab.inspection.layers import inspect
+from smoa_lab.inspection.layer_reports import inspect_layers
 from smoa_lab.runs import merge_run as merging
-from smoa_lab.runs.evaluate_run import evaluate
-from smoa_lab.runs.merge_run import GGUF_NOTE, adapter_folder, merge
-from smoa_lab.training.base_models import PACKAGED_MODEL, BaseModel, prepare_packaged_model
+from smoa_lab.runs.evaluate_run import evaluate_run
+from smoa_lab.runs.merge_run import GGUF_NOTE, merge_run
+from smoa_lab.training.base_models import PACKAGED_MODEL, ModelSource, prepare_packaged_model
 from smoa_lab.training.run_folder import RunFolder
 from smoa_lab.training.train_run import train
 from tests.support import gguf_base, lab
@@ -49,7 +49,7 @@ def merged_logits(folder: Path) -> Tensor:
 def test_the_base_is_a_gguf_file(tmp_path: Path) -> None:
     file = tmp_path / "tiny.gguf"
     adapted = adapter_of(gguf_base.tiny_gguf(file), "elsewhere", tmp_path / "adapter")
-    export = merge(tmp_path / "adapter", tmp_path / "merged", base=str(file))
+    export = merge_run(tmp_path / "adapter", tmp_path / "merged", base=str(file))
     assert export.notes == (GGUF_NOTE,)
     assert not export.streamed
     assert_close(merged_logits(tmp_path / "merged"), logits(adapted))
@@ -65,7 +65,7 @@ def test_the_base_is_the_packaged_model(by_name: bool, tmp_path: Path, monkeypat
     name = PACKAGED_MODEL if by_name else str(prepare_packaged_model())
     prepare_packaged_model()
     adapted = adapter_of(package.model, name, tmp_path / "adapter")
-    export = merge(tmp_path / "adapter", tmp_path / "merged")
+    export = merge_run(tmp_path / "adapter", tmp_path / "merged")
     assert export.notes == (GGUF_NOTE,)
     assert export.streamed
     assert_close(merged_logits(tmp_path / "merged"), logits(adapted))
@@ -74,12 +74,12 @@ def test_the_base_is_the_packaged_model(by_name: bool, tmp_path: Path, monkeypat
 def test_a_plain_base_gets_no_note(tmp_path: Path) -> None:
     base = str(lab.tiny_base(tmp_path / "base"))
     adapted = adapter_of(LlamaForCausalLM.from_pretrained(base), base, tmp_path / "adapter")
-    export = merge(tmp_path / "adapter", tmp_path / "merged")
+    export = merge_run(tmp_path / "adapter", tmp_path / "merged")
     assert export.notes == ()
     assert_close(merged_logits(tmp_path / "merged"), logits(adapted))
 
 
-def test_what_a_run_quantised_while_loading_is_loaded_as_the_run_did(
+def test_what_a_run_quantized_while_loading_is_loaded_as_the_run_did(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = str(lab.tiny_base(tmp_path / "base"))
@@ -93,28 +93,19 @@ def test_what_a_run_quantised_while_loading_is_loaded_as_the_run_did(
         "training": {"output_dir": str(run.path), "use_cpu": True},
     }
     run.config.write_text(check_config(values).to_yaml())
-    loaded: list[BaseModel] = []
+    loaded: list[ModelSource] = []
 
-    def load(wanted: BaseModel) -> tuple[Any, Any]:
+    def load(wanted: ModelSource) -> tuple[Any, Any]:
         loaded.append(wanted)
         return LlamaForCausalLM.from_pretrained(base), lab.byte_tokenizer()
 
     monkeypatch.setattr(merging, "load_base_model", load)
-    export = merge(run.path, tmp_path / "merged")
-    assert loaded == [BaseModel(base, options=options)]
+    export = merge_run(run.path, tmp_path / "merged")
+    assert loaded == [ModelSource(base, options=options)]
     assert export.notes == ()
     assert_close(merged_logits(tmp_path / "merged"), logits(adapted))
-    merge(run.path, tmp_path / "plain", base=base)
+    merge_run(run.path, tmp_path / "plain", base=base)
     assert len(loaded) == 1
-
-
-def test_an_adapter_is_found_in_its_run_and_missed_elsewhere(tmp_path: Path) -> None:
-    base = str(lab.tiny_base(tmp_path / "base"))
-    adapter = RunFolder(tmp_path / "run").adapter
-    adapter_of(LlamaForCausalLM.from_pretrained(base), base, adapter)
-    assert adapter_folder(tmp_path / "run") == adapter_folder(adapter) == adapter
-    with pytest.raises(ConfigError, match=r"base: holds no adapter \(adapter_config\.json\), nor does .*base/adapter"):
-        adapter_folder(base)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # between transformers and peft
@@ -133,8 +124,8 @@ def test_a_run_on_a_gguf_file_is_merged_and_inspected_without_naming_it_again(
     }
     run = check_config(values)
     trained = train(run)["evaluation"]["after"]["all"]
-    export = merge(run.folder, tmp_path / "merged")
+    export = merge_run(run.folder, tmp_path / "merged")
     assert export.notes == (GGUF_NOTE,)
     values["model"]["name"] = str(tmp_path / "merged")
-    assert evaluate(check_config(values))["scores"]["all"] == pytest.approx(trained, rel=1e-4)
-    assert len(inspect(run.folder)) == 4
+    assert evaluate_run(check_config(values))["scores"]["all"] == pytest.approx(trained, rel=1e-4)
+    assert len(inspect_layers(run.folder)) == 4

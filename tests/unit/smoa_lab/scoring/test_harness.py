@@ -1,13 +1,10 @@
 from __future__ import annotations
 
-import sys
-
 import pytest
 
 from smoa.errors import DataError
 from smoa_lab.data.prompts import PromptEncoder
 from smoa_lab.data.records import Record
-from smoa_lab.runs import evaluate_run
 from tests.support import lab, tiny_models
 
 
@@ -29,9 +26,3 @@ def test_what_is_no_scoring_of_answers_is_left_to_lm_eval(encoder: PromptEncoder
     for method in (model.loglikelihood_rolling, model.generate_until):
         with pytest.raises(NotImplementedError, match="use lm-eval's HFLM"):
             method([])
-
-
-def test_without_the_library_its_name_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "smoa_lab.scoring.harness", None)
-    with pytest.raises(DataError, match="pip install lm-eval"):
-        evaluate_run._harness()

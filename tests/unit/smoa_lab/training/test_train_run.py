@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from smoa.errors import DataError
+from smoa.errors import ConfigError
 from smoa_lab.config.run_config import RunConfig, check_config
-from smoa_lab.runs.evaluate_run import evaluate, open_run
+from smoa_lab.runs.evaluate_run import evaluate_run
+from smoa_lab.runs.open_run import open_run
 from smoa_lab.training import train_run
 from smoa_lab.training.run_folder import RunFolder
 from tests.support import lab
@@ -45,11 +47,6 @@ def test_without_a_baseline_the_untouched_model_is_not_scored(values: dict[str, 
     assert list(train_run.train(check_config(values))["evaluation"]) == ["after"]
 
 
-def test_scoring_nothing_is_refused(untested: RunConfig) -> None:
-    with pytest.raises(DataError, match=r"data\.test_examples: no held-out questions"):
-        evaluate(untested)
-
-
 def test_the_validation_loss_is_measured_where_the_run_asks_for_it(values: dict[str, Any]) -> None:
     values["training"] |= {"eval_strategy": "steps", "eval_steps": 1}
     history = train_run.train(check_config(values))["history"]
@@ -64,7 +61,7 @@ def test_every_weight_is_trained_by_the_full_method(values: dict[str, Any]) -> N
     metrics = train_run.train(check_config(values))
     assert metrics["parameters"]["percent"] == 100
     assert metrics["parameters"]["trainable"] == metrics["parameters"]["total"]
-    again = evaluate(*open_run(values["training"]["output_dir"]))
+    again = evaluate_run(*open_run(values["training"]["output_dir"]))
     assert again["scores"] == metrics["evaluation"]["after"]
 
 
@@ -84,3 +81,11 @@ def test_only_the_first_process_tells(
     assert "step 1/2" not in RunFolder(untested.folder).log.read_text()
     assert logging.getLogger("smoa_lab").level == level
     assert json.loads((untested.folder / "metrics.json").read_text())["training"]["steps"] == 2
+
+
+def test_processes_that_accelerate_does_not_count_don_t_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_run, "is_distributed", lambda: True)
+    monkeypatch.setattr(train_run.dist, "get_world_size", lambda: 2)
+    arguments = {"output_dir": str(tmp_path), "use_cpu": True}
+    with pytest.raises(ConfigError, match=r"accelerate counts 1 of 2 processes, .*; leave deepspeed out"):
+        train_run.training_arguments(SimpleNamespace(training=arguments))

@@ -72,7 +72,7 @@ def test_both_sources_give_identical_records(task: str, monkeypatch: pytest.Monk
 
 
 def test_a_hub_row_without_its_column_is_told() -> None:
-    with pytest.raises(DataError, match=r"piqa, row 3 of the hub's set: KeyError\('goal'\)"):
+    with pytest.raises(DataError, match=r"piqa, row 3 of the Hub's set: KeyError\('goal'\)"):
         hub.hub_record("piqa", 3, {"text": "x"})
 
 
@@ -95,5 +95,7 @@ def test_a_hub_that_cannot_be_reached_is_told_with_the_other_source(monkeypatch:
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(DataError, match=r"cannot get ybisk/piqa from the hub \(ConnectionError.*source: packaged"):
+    with pytest.raises(
+        DataError, match=r"ybisk/piqa: could not be downloaded from the Hub \(ConnectionError.*source: packaged"
+    ):
         hub.read_hub_split("piqa", "train")

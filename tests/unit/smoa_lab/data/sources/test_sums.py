@@ -30,7 +30,9 @@ def test_without_the_hub_gsm8k_says_how_to_name_a_copy(monkeypatch: pytest.Monke
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(DataError, match=r"gsm8k: the hub cannot be reached \(ConnectionError\).*data\.files"):
+    with pytest.raises(
+        DataError, match=r"openai/gsm8k: could not be downloaded from the Hub \(ConnectionError.*data\.files: gsm8k"
+    ):
         sums.read_gsm8k("train")
 
 
@@ -49,5 +51,5 @@ def test_sums_are_right_and_come_only_once(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_sums_name_their_package_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    with pytest.raises(DataError, match="pip install reasoning-gym"):
+    with pytest.raises(DataError, match=r"chain_sum: needs reasoning-gym; run: pip install 'smoa\[lab\]'"):
         sums.read_chain_sum("train")

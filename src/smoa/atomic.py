@@ -1,0 +1,126 @@
+"""Writes a file or a folder whole or not at all: a kill or a full disk leaves the old one or the new one.
+
+It is written beside its place, under a hidden name, and renamed when it is complete. A folder cannot be renamed
+over another one, so the old folder `NAME` first becomes `.NAME.smoa-old`. A kill between the two renames leaves it
+there; `recover` puts it back, and every save and load calls it first.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from smoa.errors import ConfigError
+
+
+@contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """Yield a path beside `target` to write to; the file takes its place when the block succeeds."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        yield temporary
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_whole(target: Path, content: str | bytes) -> None:
+    """Write `content` to `target`; nobody who reads the file ever sees half of it."""
+    with new_file(target) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def new_folder(target: Path, keep_existing: bool = False) -> Iterator[Path]:
+    """Yield an empty folder beside `target`; it takes the name when the block succeeds and is removed when it fails.
+
+    Args:
+        keep_existing: If another process has made the folder, keep that one and remove ours.
+
+    Raises:
+        ConfigError: the folder exists, at the start or at the end, and `keep_existing` is False.
+    """
+    if target.exists() and not keep_existing:
+        raise ConfigError(f"{target}: exists; choose another folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield temporary
+        if not target.exists():
+            temporary.chmod(0o755)  # mkdtemp makes it private
+            temporary.rename(target)
+        elif not keep_existing:
+            raise ConfigError(f"{target}: another process created it in the meantime; choose another folder")
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def replaced_folder(target: Path) -> Iterator[Path]:
+    """Yield a copy of the folder, or an empty one, that replaces it when the block succeeds; else nothing changes.
+
+    Every file is flushed to the disk before the folder is renamed.
+    """
+    target = target.resolve()  # a symlink stays one
+    target.parent.mkdir(parents=True, exist_ok=True)
+    recover(target)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent, ignore_cleanup_errors=True) as room:
+        temporary = Path(room) / target.name
+        if target.exists():
+            shutil.copytree(target, temporary, symlinks=True)
+        else:
+            temporary.mkdir()
+        yield temporary
+        _flush(temporary)
+        _replace(temporary, target)
+
+
+def recover(folder: str | Path) -> None:
+    """Put back a folder that a save, killed between its two renames, left as `.NAME.smoa-old`.
+
+    Nothing happens where the folder exists, or where there is no such old one.
+    """
+    target = Path(folder).resolve()
+    if target.exists():
+        return
+    with suppress(FileNotFoundError, NotADirectoryError):  # also where another process was quicker
+        _old(target).rename(target)
+
+
+def _old(target: Path) -> Path:
+    return target.with_name(f".{target.name}.smoa-old")
+
+
+def _replace(new: Path, target: Path) -> None:
+    try:
+        while not _renamed(new, target):
+            pass
+    finally:
+        recover(target)  # where the second rename failed
+    shutil.rmtree(_old(target), ignore_errors=True)
+
+
+def _renamed(new: Path, target: Path) -> bool:
+    """Rename the old folder out of the way and the new one into its place; False if a load put the old one back."""
+    if target.exists():
+        shutil.rmtree(_old(target), ignore_errors=True)  # of a save that was killed after its second rename
+        target.rename(_old(target))
+    try:
+        new.rename(target)
+    except OSError:
+        if target.exists():
+            return False
+        raise
+    return True
+
+
+def _flush(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            with path.open("rb+" if os.name == "nt" else "rb") as file:  # a read-only file can be flushed too
+                os.fsync(file.fileno())

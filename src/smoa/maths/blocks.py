@@ -1,0 +1,175 @@
+"""Aligned blocks: which coordinate of a weight belongs to which block, and the K diagonal blocks of a matrix.
+
+| symbol | meaning                       | in code       |
+|--------|-------------------------------|---------------|
+| m, n   | size of W, (m, n)             | out_features, in_features |
+| K      | number of blocks              | num_blocks    |
+| I_k    | output coordinates of block k | Blocks.rows(k) |
+| J_k    | input coordinates of block k  | Blocks.cols(k) |
+
+Within a block, coordinates keep their natural order. Block sizes are those of `torch.tensor_split`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
+
+import numpy
+import torch
+from torch import Tensor
+
+from smoa.errors import PartitionError
+
+UNDECIDED = 255
+"""Label of a coordinate whose block is not known yet: labels are one byte, so at most 255 blocks exist."""
+MAX_BLOCKS = UNDECIDED
+
+
+def block_sizes(size: int, num_blocks: int) -> tuple[int, ...]:
+    """Sizes of K runs of `size` coordinates, as `torch.tensor_split` has them: the first `size % K` are one larger."""
+    quotient, remainder = divmod(size, num_blocks)
+    return (quotient + 1,) * remainder + (quotient,) * (num_blocks - remainder)
+
+
+def slices(sizes: Sequence[int]) -> tuple[slice, ...]:
+    """Consecutive slices of the given sizes."""
+    return tuple(slice(stop - size, stop) for size, stop in zip(sizes, accumulate(sizes), strict=True))
+
+
+class Orders(NamedTuple):
+    """Coordinates sorted by block, and the permutations that undo this: int64 (out_features,) and (in_features,)."""
+
+    rows: Tensor
+    rows_inverse: Tensor
+    cols: Tensor
+    cols_inverse: Tensor
+
+    @classmethod
+    def of(cls, row_labels: Tensor, col_labels: Tensor) -> Orders:
+        """Sort both sides, stable. Done when labels change, never in a training step."""
+        rows, cols = (torch.argsort(labels, stable=True) for labels in (row_labels, col_labels))
+        return cls(rows, _inverse(rows), cols, _inverse(cols))
+
+
+def _inverse(order: Tensor) -> Tensor:
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(len(order), device=order.device)
+    return inverse
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """The aligned blocks of a weight (out_features, in_features).
+
+    Args:
+        row_labels: uint8 (out_features,), the block of each output coordinate.
+        col_labels: uint8 (in_features,), the block of each input coordinate.
+        num_blocks: K, between 1 and 255.
+        orders: Computed from the labels if left out. Labels that come with orders are taken as checked.
+
+    Raises:
+        PartitionError: labels of another dtype or shape, or blocks whose sizes are not those of `torch.tensor_split`.
+    """
+
+    row_labels: Tensor
+    col_labels: Tensor
+    num_blocks: int
+    orders: Orders = None  # type: ignore[assignment]  # always there after construction
+
+    def __post_init__(self) -> None:
+        if self.orders is None:
+            check_num_blocks(self.num_blocks, len(self.row_labels), len(self.col_labels))
+            check_labels(self.row_labels, self.num_blocks, "row_labels")
+            check_labels(self.col_labels, self.num_blocks, "col_labels")
+            object.__setattr__(self, "orders", Orders.of(self.row_labels, self.col_labels))
+
+    @property
+    def out_features(self) -> int:
+        return self.row_labels.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.col_labels.shape[0]
+
+    @property
+    def row_slices(self) -> tuple[slice, ...]:
+        """Block k's output coordinates among all of them sorted by block."""
+        return slices(block_sizes(self.out_features, self.num_blocks))
+
+    @property
+    def col_slices(self) -> tuple[slice, ...]:
+        """Block k's input coordinates among all of them sorted by block."""
+        return slices(block_sizes(self.in_features, self.num_blocks))
+
+    def rows(self, block: int) -> Tensor:
+        """Output coordinates of `block`, ascending, int64."""
+        return self.orders.rows[self.row_slices[block]]
+
+    def cols(self, block: int) -> Tensor:
+        """Input coordinates of `block`, ascending, int64."""
+        return self.orders.cols[self.col_slices[block]]
+
+    def of(self, matrix: Tensor) -> list[Tensor]:
+        """Copies of the K diagonal blocks `matrix[I_k, J_k]`; differentiable."""
+        return [self.part(matrix, rows, cols) for rows, cols in zip(self.row_slices, self.col_slices, strict=True)]
+
+    def part(
+        self, matrix: Tensor, rows: slice, cols: slice, rows_out: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """The entries of `matrix` at runs of the sorted rows and columns: a diagonal block, or some rows of one.
+
+        Args:
+            rows_out: Buffer for the whole rows (len(rows), in_features).
+            out: Buffer for the result. Not differentiable then.
+        """
+        picked = torch.index_select(matrix, 0, self.orders.rows[rows], out=rows_out)
+        return take_columns(picked, self.orders.cols[cols], out)
+
+    def write(self, matrix: Tensor, blocks: Sequence[Tensor]) -> None:
+        """Overwrite the diagonal blocks of `matrix` in place, in its dtype and on its device."""
+        for k, entries in enumerate(blocks):
+            rows, cols = self.rows(k).to(matrix.device), self.cols(k).to(matrix.device)
+            matrix[rows[:, None], cols] = entries.to(matrix)
+
+    def same_as(self, other: Blocks) -> bool:
+        """Whether every coordinate belongs to the same block in both."""
+        same_rows = torch.equal(self.row_labels, other.row_labels)
+        return same_rows and torch.equal(self.col_labels, other.col_labels)
+
+
+def take_columns(x: Tensor, order: Tensor, out: Tensor | None = None) -> Tensor:
+    """`x[:, order]`. Into `out`, two-byte entries on a CPU go through NumPy, in a third of the time."""
+    if out is None or x.device.type != "cpu" or x.dtype.itemsize != 2:
+        return torch.index_select(x, 1, order, out=out)
+    entries, target = (tensor.detach().view(torch.int16).numpy() for tensor in (x, out))
+    numpy.take(entries, order.numpy(), axis=1, out=target, mode="clip")  # the other modes buffer the output
+    return out
+
+
+def check_num_blocks(num_blocks: int, out_features: int, in_features: int) -> None:
+    """Raise PartitionError unless 1 ≤ K ≤ min(out_features, in_features, 255)."""
+    limit = min(out_features, in_features, MAX_BLOCKS)
+    if not 1 <= num_blocks <= limit:
+        raise PartitionError(
+            f"num_blocks={num_blocks} must be between 1 and {limit} for a weight of shape "
+            f"({out_features}, {in_features}); lower num_blocks or exclude this module"
+        )
+
+
+def check_labels(labels: Tensor, num_blocks: int, name: str) -> None:
+    """Raise PartitionError unless `labels` is a uint8 vector whose block sizes are those of `torch.tensor_split`."""
+    if labels.dtype != torch.uint8 or labels.ndim != 1:
+        raise PartitionError(f"{name} must be a uint8 vector, got {labels.dtype} of shape {tuple(labels.shape)}")
+    found = torch.bincount(labels, minlength=num_blocks).tolist()
+    expected = list(block_sizes(len(labels), num_blocks))
+    if found != expected:
+        raise PartitionError(
+            f"{name} must hold {num_blocks} blocks of sizes {_short(expected)}, found label counts {_short(found)}"
+        )
+
+
+def _short(sizes: list[int]) -> str:
+    return str(sizes) if len(sizes) <= 8 else f"[{', '.join(map(str, sizes[:8]))}, … {len(sizes)} in all]"

@@ -1,0 +1,132 @@
+"""The low-rank part of an update: compact factors of all K blocks, and their scale.
+
+    A: (r, ⌈n/K⌉)   block k owns r_k rows, of which the first |J_k| columns count
+    B: (⌈m/K⌉, r)   block k owns r_k columns, of which the first |I_k| rows count
+
+Ragged blocks pad by one entry, which stays zero. With A and B scattered to Ã: (r, n) and B̃: (m, r), each row and
+column non-zero in its own block's slots only, the product B̃Ã is zero off the diagonal blocks by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from smoa.errors import ConfigError
+from smoa.maths.blocks import Blocks, block_sizes, slices
+
+Initialization = bool | Literal["zero_A"]
+
+
+def split_rank(r: int, num_blocks: int) -> tuple[int, ...]:
+    """Ranks of the blocks when r is split evenly, the remainder going to the first blocks."""
+    return block_sizes(r, num_blocks)
+
+
+def check_block_ranks(ranks: tuple[int, ...], r: int, num_blocks: int) -> None:
+    """Raise ConfigError unless `ranks` has one non-negative integer for each block and sums to r."""
+    if len(ranks) != num_blocks:
+        raise ConfigError(f"block_ranks={list(ranks)} has {len(ranks)} entries, expected num_blocks={num_blocks}")
+    if any(type(rank) is not int or rank < 0 for rank in ranks):
+        raise ConfigError(f"block_ranks={list(ranks)} must be non-negative integers")
+    if sum(ranks) != r:
+        raise ConfigError(f"block_ranks={list(ranks)} sums to {sum(ranks)}, expected r={r}")
+
+
+def factor_shapes(out_features: int, in_features: int, ranks: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Shapes of A (r, ⌈n/K⌉) and B (⌈m/K⌉, r)."""
+    num_blocks, r = len(ranks), sum(ranks)
+    return (r, -(-in_features // num_blocks)), (-(-out_features // num_blocks), r)
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """`s_k·B_k A_k` of every block.
+
+    Args:
+        A: (r, ⌈n/K⌉).
+        B: (⌈m/K⌉, r).
+        ranks: r_k of every block.
+        scaling: α/r, the part of the scale that a user sets.
+        rank_scale: (r,) float32, the part that comes from the weight, for each column of B.
+        blocks: Which coordinates the blocks consist of.
+    """
+
+    A: Tensor
+    B: Tensor
+    ranks: tuple[int, ...]
+    scaling: float
+    rank_scale: Tensor
+    blocks: Blocks
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which products of the factors are formed: float32 or wider."""
+        return torch.promote_types(self.A.dtype, torch.float32)
+
+    def scale(self, dtype: torch.dtype) -> Tensor:
+        """(r,), s_k for each column of B that block k owns."""
+        return self.rank_scale.to(dtype) * self.scaling
+
+    def wide(self, dtype: torch.dtype | None = None) -> Factors:
+        """The same in `dtype`, by default float32 or wider, with the scale multiplied into B."""
+        dtype = dtype or self.dtype
+        B = self.B.to(dtype) * self.scale(dtype)
+        return Factors(self.A.to(dtype), B, self.ranks, 1.0, torch.ones_like(self.rank_scale), self.blocks)
+
+    def slots(self) -> Iterator[tuple[slice, slice, slice]]:
+        """(sorted rows, sorted columns, ranks) of every block."""
+        return zip(self.blocks.row_slices, self.blocks.col_slices, slices(self.ranks), strict=True)
+
+    def spread_A(self, stacked: bool = False) -> Tensor:
+        """Ã: (r, in_features) in natural column order, zero outside each block's own slots.
+
+        `stacked`: every block takes the first r_k rows instead of rows of its own: (max r_k, in_features).
+        """
+        spread = self.A.new_zeros(self._height(stacked), self.blocks.in_features)
+        for _, cols, ranks in self.slots():
+            spread[_rows(ranks, stacked), cols] = self.A[ranks, : cols.stop - cols.start]
+        return spread.index_select(1, self.blocks.orders.cols_inverse)
+
+    def spread_B(self, stacked: bool = False) -> Tensor:
+        """B̃: (out_features, r) in natural row order, without the scale; `stacked` as in `spread_A`."""
+        spread = self.B.new_zeros(self.blocks.out_features, self._height(stacked))
+        for rows, _, ranks in self.slots():
+            spread[rows, _rows(ranks, stacked)] = self.B[: rows.stop - rows.start, ranks]
+        return spread.index_select(0, self.blocks.orders.rows_inverse)
+
+    def _height(self, stacked: bool) -> int:
+        return max(self.ranks) if stacked else sum(self.ranks)
+
+
+def _rows(ranks: slice, stacked: bool) -> slice:
+    return slice(0, ranks.stop - ranks.start) if stacked else ranks
+
+
+def init_factors(
+    A: Tensor, B: Tensor, sizes: tuple[int, int], ranks: Sequence[int], init: Initialization, relative_size: float
+) -> None:
+    """Fill A and B in place.
+
+    True: `A_k` is uniform on ±1/√|J_k| (as `nn.Linear`) and `B_k` zero, a no-op. "zero_A", the other way round, a no-op
+    too: `B_k` is uniform on ±1/√r_k. False: both random, so that the entries of `B_k A_k` have rms `relative_size`.
+
+    Args:
+        sizes: (out_features, in_features).
+    """
+    A.zero_()
+    B.zero_()
+    heights, widths = (block_sizes(size, len(ranks)) for size in sizes)
+    for height, width, block in zip(heights, widths, slices(ranks), strict=True):
+        rank = block.stop - block.start
+        block_A, block_B = A[block, :width], B[:height, block]
+        if init == "zero_A":
+            block_B.uniform_(-1, 1).mul_(max(rank, 1) ** -0.5)
+            continue
+        block_A.uniform_(-(width**-0.5), width**-0.5)
+        if not init and rank:
+            block_B.normal_(std=relative_size * (3 * width / rank) ** 0.5)

@@ -1,0 +1,84 @@
+r"""`x ΔWᵀ` apart from the base layer, block by block: 2 + 3/K products a training step together with the base's.
+
+For bfloat16 and float16 weights, where `W(1 + δ)` would round a small δ away, for dropout, and for a base layer with a
+forward of its own. The backward needs x, the factors and the (frozen, shared) anchor, and per block
+
+    G_k = s·(g[:, I_k]ᵀ x[:, J_k]) ⊙ M_k,   dB_k = G_k A_kᵀ,   dA_k = B_kᵀ G_k,   gx[:, J_k] = g[:, I_k] ΔW_k.
+
+Only the diagonal blocks of gᵀx are formed. x and g are (tokens, features); M is (out_features, in_features).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from smoa.maths.blocks import take_columns
+from smoa.maths.factors import Factors
+from smoa.maths.kernels.scratch import SCRATCH, chunks
+
+
+def branch_forward(factors: Factors, x: Tensor, anchor: Tensor) -> Tensor:
+    """`x ΔWᵀ`: (tokens, out_features) in the dtype of x. ΔW is formed in float32 or wider."""
+    orders, wide = factors.blocks.orders, factors.wide()
+    sorted_x = _columns(x, orders.cols).to(_product_dtype(x))
+    y = sorted_x.new_empty(x.shape[0], anchor.shape[0])
+    for chunk, local, cols, ranks, entries in _anchor_chunks(wide, anchor):
+        delta = torch.mm(wide.B[local, ranks], wide.A[ranks, : cols.stop - cols.start]).mul_(entries)
+        torch.mm(sorted_x[:, cols], delta.to(y.dtype).T, out=y[:, chunk])
+    return _columns(y, orders.rows_inverse).to(x.dtype)
+
+
+def branch_backward(
+    factors: Factors, g: Tensor, x: Tensor, anchor: Tensor, needs_x: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `x ΔWᵀ` for x (if asked), A and B, from the diagonal blocks of gᵀx alone."""
+    orders, wide, scale = factors.blocks.orders, factors.wide(), factors.scale(factors.dtype)
+    grad_A, grad_B = torch.zeros_like(wide.A), torch.zeros_like(wide.B)
+    dtype, product_dtype = x.dtype, _product_dtype(x)
+    x = _columns(x, orders.cols).to(product_dtype)
+    grad_x = torch.zeros_like(x) if needs_x else x.new_empty(0)
+    for chunk, local, cols, ranks, entries in _anchor_chunks(wide, anchor):
+        width = cols.stop - cols.start
+        block_A, block_B = wide.A[ranks, :width], wide.B[local, ranks]
+        chunk_g = SCRATCH.take("g", g.shape[0], chunk.stop - chunk.start, g)
+        chunk_g = take_columns(g, orders.rows[chunk], out=chunk_g).to(product_dtype)
+        if needs_x:
+            delta = torch.mm(block_B, block_A).mul_(entries)
+            grad_x[:, cols].addmm_(chunk_g, delta.to(x.dtype))
+        grad_delta = SCRATCH.take("grad_delta", chunk_g.shape[1], width, x)
+        grad_delta = torch.mm(chunk_g.T, x[:, cols], out=grad_delta).to(factors.dtype).mul_(entries)
+        grad_B[local, ranks] = torch.mm(grad_delta, block_A.T).mul_(scale[ranks])
+        grad_A[ranks, :width].addmm_(block_B.T, grad_delta)
+    grad_x = _columns(grad_x, orders.cols_inverse) if needs_x else grad_x
+    return grad_x.to(dtype), grad_A.to(factors.A.dtype), grad_B.to(factors.B.dtype)
+
+
+def _anchor_chunks(factors: Factors, anchor: Tensor) -> Iterator[tuple[slice, slice, slice, slice, Tensor]]:
+    """Runs of rows of the anchors `M_k = M[I_k, J_k]`: (sorted rows, rows within the block, cols, ranks, entries)."""
+    for rows, cols, ranks in factors.slots():
+        for chunk in chunks(rows.start, rows.stop, anchor.shape[1], anchor.device):
+            size, width = chunk.stop - chunk.start, cols.stop - cols.start
+            whole_rows = SCRATCH.take("rows", size, anchor.shape[1], anchor)
+            entries = SCRATCH.take("anchor", size, width, anchor)
+            factors.blocks.part(anchor, chunk, cols, whole_rows, entries)
+            yield chunk, slice(chunk.start - rows.start, chunk.stop - rows.start), cols, ranks, entries
+
+
+def _columns(x: Tensor, order: Tensor) -> Tensor:
+    return take_columns(x, order, out=x.new_empty(len(x), len(order)))
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """Dtype of the block products: that of x, but float32 on a CPU that has no instructions for x's dtype."""
+    if x.device.type != "cpu" or x.dtype not in _HALF_SUPPORT or _HALF_SUPPORT[x.dtype]():
+        return x.dtype
+    return torch.float32
+
+
+_HALF_SUPPORT = {
+    torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+    torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+}

@@ -1,0 +1,150 @@
+"""The kernels as differentiable operators.
+
+Custom operators, not `torch.autograd.Function`s: `torch.compile` can neither break the graph at them nor decide to keep
+an m×n intermediate for the backward. Differentiating twice raises PyTorch's error that names the backward operator.
+
+An operator's schema takes tensors and numbers: this file alone takes `Factors` apart and puts them together again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smoa.maths.blocks import Blocks, Orders
+from smoa.maths.factors import Factors
+from smoa.maths.kernels.branch import branch_backward, branch_forward
+from smoa.maths.kernels.fused import fused_backward, fused_forward
+
+FIELDS = (
+    "Tensor A, Tensor B, Tensor rank_scale, Tensor row_labels, Tensor col_labels, "
+    "Tensor rows, Tensor rows_inverse, Tensor cols, Tensor cols_inverse, int[] ranks, float scaling"
+)
+COUNT = FIELDS.count(",") + 1
+
+
+def _fields(factors: Factors) -> tuple[Any, ...]:
+    blocks = factors.blocks
+    tensors = factors.A, factors.B, factors.rank_scale, blocks.row_labels, blocks.col_labels, *blocks.orders
+    return *tensors, factors.ranks, factors.scaling
+
+
+def _factors(fields: tuple[Any, ...]) -> Factors:
+    A, B, rank_scale, row_labels, col_labels, *orders, ranks, scaling = fields
+    blocks = Blocks(row_labels, col_labels, len(ranks), Orders(*orders))
+    return Factors(A, B, tuple(ranks), scaling, rank_scale, blocks)
+
+
+def _operator(name: str, rest: str, kernel: Callable[..., Any]) -> Any:
+    """`kernel(factors, …)` as an operator that takes the fields of `factors`, then `rest`."""
+
+    def without_autocast(*inputs: Any) -> Any:
+        # autocast reaches into operators written in Python; the kernels choose every dtype themselves
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            return kernel(_factors(inputs[:COUNT]), *inputs[COUNT:])
+
+    schema = f"({FIELDS}, {rest}"
+    return torch.library.custom_op(f"smoa::{name}", without_autocast, mutates_args=(), schema=schema)
+
+
+_fused = _operator("fused_linear", "Tensor x, Tensor weight, Tensor? bias) -> Tensor", fused_forward)
+_fused_backward = _operator(
+    "fused_linear_backward",
+    "Tensor g, Tensor x, Tensor weight, bool needs_x, bool needs_factors) -> (Tensor, Tensor, Tensor)",
+    fused_backward,
+)
+_branch = _operator("hadamard_branch", "Tensor x, Tensor anchor) -> Tensor", branch_forward)
+_branch_backward = _operator(
+    "hadamard_branch_backward",
+    "Tensor g, Tensor x, Tensor anchor, bool needs_x) -> (Tensor, Tensor, Tensor)",
+    branch_backward,
+)
+
+
+def _output_shape(*inputs: Any) -> Tensor:
+    x, weight = inputs[COUNT : COUNT + 2]
+    return x.new_empty(x.shape[0], weight.shape[0])  # type: ignore[no-any-return]
+
+
+def _backward_shape(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    A, B, (_, x, _, needs_x, *needs_factors) = inputs[0], inputs[1], inputs[COUNT:]
+    needs = all(needs_factors)  # what the branch is never asked without
+    like_A, like_B = (torch.empty_like(A), torch.empty_like(B)) if needs else (A.new_empty(0), B.new_empty(0))
+    return torch.empty_like(x) if needs_x else x.new_empty(0), like_A, like_B
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.ranks, ctx.scaling = inputs[:COUNT]
+    ctx.save_for_backward(*tensors, *inputs[COUNT : COUNT + 2])
+
+
+def _saved(ctx: Any) -> tuple[tuple[Any, ...], Tensor, Tensor]:
+    *tensors, x, weight = ctx.saved_tensors
+    return (*tensors, ctx.ranks, ctx.scaling), x, weight
+
+
+def _fused_gradients(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    needs_A, needs_B, needs_x, needs_bias = (ctx.needs_input_grad[i] for i in (0, 1, COUNT, COUNT + 2))
+    fields, x, weight = _saved(ctx)
+    grad_x, grad_A, grad_B = _fused_backward(*fields, g, x, weight, needs_x, needs_A or needs_B)
+    grad_bias = g.sum(0) if needs_bias else None
+    of_factors = grad_A if needs_A else None, grad_B if needs_B else None, *_NO_GRADIENTS
+    return *of_factors, grad_x if needs_x else None, None, grad_bias
+
+
+def _branch_gradients(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    needs_x = ctx.needs_input_grad[COUNT]
+    fields, x, anchor = _saved(ctx)
+    grad_x, grad_A, grad_B = _branch_backward(*fields, g, x, anchor, needs_x)
+    return grad_A, grad_B, *_NO_GRADIENTS, grad_x if needs_x else None, None
+
+
+_NO_GRADIENTS = (None,) * (COUNT - 2)
+
+for _forward, _backward, _gradients in (
+    (_fused, _fused_backward, _fused_gradients),
+    (_branch, _branch_backward, _branch_gradients),
+):
+    _forward.register_fake(_output_shape)
+    _backward.register_fake(_backward_shape)
+    _forward.register_autograd(_gradients, setup_context=_setup)
+
+
+def fused(factors: Factors, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x(W + ΔW)ᵀ + b` for x of any leading shape; differentiable in x, A, B and bias, not in W."""
+    y: Tensor = _fused(*_fields(factors), x.reshape(-1, x.shape[-1]), weight, bias)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def branch(factors: Factors, x: Tensor, anchor: Tensor) -> Tensor:
+    """`x ΔWᵀ` for x of any leading shape, computed in the dtype of x; differentiable in x, A and B, not in M."""
+    y: Tensor = _branch(*_fields(factors), x.reshape(-1, x.shape[-1]), anchor)
+    return y.view(*x.shape[:-1], anchor.shape[0])
+
+
+def branch_gradients(
+    factors: Factors, g: Tensor, x: Tensor, anchor: Tensor, needs_x: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Gradients of `branch` for x (None unless `needs_x`), A and B, from that of its output."""
+    flat_g, flat_x = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
+    grad_x, grad_A, grad_B = _branch_backward(*_fields(factors), flat_g, flat_x, anchor, needs_x)
+    return grad_x.view(x.shape) if needs_x else None, grad_A, grad_B
+
+
+def is_transformed(*tensors: Tensor) -> bool:
+    """True inside `torch.func` transforms, which don't reach into custom operators."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # PyTorch's is not annotated
+def multiplies_exactly(device_type: str) -> bool:
+    """Whether products of float32 matrices keep all 24 bits; a compiled model keeps the answer of its first call."""
+    if not hasattr(torch.backends, "fp32_precision"):  # before PyTorch 2.9
+        return torch.get_float32_matmul_precision() == "highest"
+    backend = torch.backends.mkldnn if device_type == "cpu" else torch.backends.cuda
+    return backend.matmul.fp32_precision not in ("tf32", "bf16")

@@ -1,0 +1,64 @@
+"""What the low-rank product is multiplied with, entry by entry: `ΔW = s·(BA) ⊙ M`. One class for each kind of M."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from smoa.maths.blocks import Blocks
+
+ModulationKind = Literal["hadamard", "none", "noise"]
+
+
+class Modulation(Protocol):
+    """How the anchor M (out_features, in_features) is made from the pristine weight."""
+
+    anchors: bool
+    """There is an M."""
+    by_weight: bool
+    """M is the weight itself, so that W + ΔW = W ⊙ (1 + s·BA) can be formed in one pass."""
+
+    def anchor(self, weight: Tensor, blocks: Blocks) -> Tensor | None:
+        """M, or None where nothing modulates."""
+
+
+class Hadamard:
+    """M = W, the paper's method."""
+
+    anchors, by_weight = True, True
+
+    def anchor(self, weight: Tensor, blocks: Blocks) -> Tensor | None:
+        return weight
+
+
+class Unmodulated:
+    """No M: with contiguous blocks this is MELoRA, with one block LoRA."""
+
+    anchors, by_weight = False, False
+
+    def anchor(self, weight: Tensor, blocks: Blocks) -> Tensor | None:
+        return None
+
+
+class Noise:
+    """M is Gaussian noise of W's Frobenius norm: what is left of the method without W's own entries."""
+
+    anchors, by_weight = True, False
+
+    def anchor(self, weight: Tensor, blocks: Blocks) -> Tensor | None:
+        """The noise is drawn by a seed made of the labels, so it is the same wherever the adapter is loaded."""
+        seed = zlib.crc32(torch.cat([blocks.row_labels, blocks.col_labels]).cpu().numpy().tobytes())
+        noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+        return noise.mul_(rms_of(weight) / rms_of(noise)).to(weight.device, weight.dtype)
+
+
+MODULATIONS: dict[ModulationKind, Modulation] = {"hadamard": Hadamard(), "none": Unmodulated(), "noise": Noise()}
+
+
+def rms_of(weight: Tensor) -> float:
+    """The root mean square of the entries."""
+    return float(torch.linalg.vector_norm(weight.detach().float())) / math.sqrt(weight.numel())

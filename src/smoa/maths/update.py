@@ -1,0 +1,68 @@
+r"""The update ΔW of one layer, the central object of the method:
+
+    ΔW[I_k, J_k] = s_k·(B_k A_k) ⊙ M_k,   zero off the diagonal blocks   (arXiv:2605.21147)
+
+M is the frozen weight W, or what another modulation puts there. `delta` gives ΔW itself; `apply` and `apply_with_base`
+give `x ΔWᵀ` and `x(W + ΔW)ᵀ + b` without forming it. All three agree, and the scale is applied in `Factors` alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from smoa.maths.factors import Factors
+from smoa.maths.kernels import operators
+from smoa.maths.kernels.plain import plain_branch
+from smoa.maths.modulations import MODULATIONS, Modulation
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """ΔW = s·(BA) ⊙ M of one layer."""
+
+    factors: Factors
+    modulation: Modulation = MODULATIONS["hadamard"]
+
+    def anchor(self, weight: Tensor) -> Tensor | None:
+        """M (out_features, in_features) for the pristine weight; None where nothing modulates."""
+        return self.modulation.anchor(weight, self.factors.blocks)
+
+    def delta(self, weight: Tensor) -> Tensor:
+        """Dense ΔW (out_features, in_features), in the widest of float32 and the dtypes of `weight` and the factors.
+
+        Args:
+            weight: Pristine W (out_features, in_features).
+        """
+        wide = self.factors.wide(torch.promote_types(self.factors.dtype, weight.dtype))
+        product = wide.spread_B() @ wide.spread_A()
+        anchor = self.anchor(weight)
+        return product if anchor is None else product.mul_(anchor)
+
+    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        """`x ΔWᵀ` for x (…, in_features) in the dtype of x; differentiable in x, A and B.
+
+        Nothing of W's size is kept for the backward, unless W itself trains or a `torch.func` transform is active.
+        """
+        anchor = self.anchor(weight)
+        if anchor is None or anchor.requires_grad or operators.is_transformed(x, self.factors.A, self.factors.B):
+            return plain_branch(self.factors, x, anchor)
+        return operators.branch(self.factors, x, anchor)
+
+    def apply_with_base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """`x(W + ΔW)ᵀ + b` in one product, where M is W; differentiable in x, A, B and bias.
+
+        For float32 and float64 alone: in 16 bits `W(1 + δ)` rounds a small δ away.
+        """
+        return operators.fused(self.factors, x, weight, bias)
+
+    def gradients(self, g: Tensor, x: Tensor, weight: Tensor, needs_x: bool) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Gradients of `apply` for x (None unless `needs_x`), A and B, from that of its output.
+
+        For layers whose weight is formed anew for the backward.
+        """
+        anchor = self.anchor(weight)
+        assert anchor is not None, "without an anchor autograd needs no weight"
+        return operators.branch_gradients(self.factors, g, x, anchor, needs_x)

@@ -1,0 +1,48 @@
+"""``smoa eval``: scores a run, or an untouched model, on held-out questions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from smoa_lab.cli.console import print_json, print_table, reporting, score
+from smoa_lab.cli.options import AsJson
+from smoa_lab.scoring.protocol import Protocol
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run, or a config file for the untouched model.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Values to change, e.g. task.max_length=512.")] = None,
+    protocol: Annotated[
+        Protocol, typer.Option(help="Likelihood of the answers, the same computed by lm-eval, or generated text.")
+    ] = "likelihood",
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch when generating.")] = 16,
+    num_beams: Annotated[int, typer.Option(min=1, help="Beams when generating; 1 is greedy.")] = 1,
+    output: Annotated[Path | None, typer.Option(help="Write the result, with every text, to this JSON file.")] = None,
+    json: AsJson = False,
+) -> None:
+    """Score a run's adapter, or an untouched model, on held-out questions."""
+    with reporting():
+        from smoa_lab.runs.evaluate_run import evaluate_run
+        from smoa_lab.runs.open_run import open_run
+
+        config, adapter = open_run(run, overrides)
+        result = evaluate_run(config, adapter, protocol, batch_size, num_beams, output)
+        if json:
+            print_json(result)
+        else:
+            _print_scores(result)
+
+
+def _print_scores(result: dict[str, Any]) -> None:
+    columns = {name: None for scores in result["scores"].values() for name in scores if not name.endswith("_stderr")}
+    rows = [[task, *(_cell(scores, name) for name in columns)] for task, scores in result["scores"].items()]
+    typer.echo(f"{result['adapter'] or 'untouched model'}, by {result['protocol']}")
+    print_table(["task", *(name.replace("_", " ") for name in columns)], rows)
+
+
+def _cell(scores: dict[str, Any], name: str) -> str:
+    value = scores.get(name)
+    return str(value) if isinstance(value, int) else score(value, scores.get(f"{name}_stderr"))

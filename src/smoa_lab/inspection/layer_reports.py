@@ -1,0 +1,128 @@
+"""Reports on every adapted layer: its spectrum, and what the adapter changed. For all PEFT methods whose layers can
+return their ΔW."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from smoa.layers.layer import SmoaLayer
+from smoa.maths.analysis import UpdateSpectrum, update_spectrum
+from smoa.maths.budget import rank_bound
+from smoa.maths.spectrum import spectral_scores
+from smoa_lab.runs.open_run import adapter_of_run, base_name
+from smoa_lab.training.base_models import ModelSource, load_base_model
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One adapted layer: shape of W, trainable parameters, ‖ΔW‖/‖W‖ (Frobenius), ΔW's ranks with the bound that the
+    method sets (None where it isn't known), its coverage of W's spectrum, and the spectrum itself.
+
+    SMoA only: ``row_blocks`` and ``col_blocks``, the block of every output and input coordinate, and ``bands``, the
+    lowest and highest spectral score of each block's coordinates.
+    """
+
+    module: str
+    method: str
+    rows: int
+    columns: int
+    parameters: int
+    relative_update: float
+    rank: int
+    rank_bound: int | None
+    effective_rank: float
+    coverage: float
+    spectrum: UpdateSpectrum
+    row_blocks: Tensor | None = None
+    col_blocks: Tensor | None = None
+    bands: tuple[tuple[float, float], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, the curves left out."""
+        names = ("module", "method", "rows", "columns", "parameters", "relative_update", "rank", "rank_bound")
+        return {name: getattr(self, name) for name in (*names, "effective_rank", "coverage")}
+
+
+def inspect_layers(adapter: str | Path, base: str | None = None, trust_remote_code: bool = False) -> list[LayerReport]:
+    """A report on every adapted layer, in the model's order.
+
+    Raises:
+        ConfigError: ``adapter`` is not the folder of an adapter or a run.
+        DataError: the base model cannot be loaded.
+    """
+    source = adapter_of_run(adapter)
+    model, _ = load_base_model(ModelSource(base_name(source, base), "float32", trust_remote_code))
+    adapted: Any = PeftModel.from_pretrained(model, str(source))
+    kind = adapted.active_peft_config.peft_type
+    method = str(getattr(kind, "value", kind)).lower()
+    layers = list(_adapter_layers_updates(adapted.base_model.model))
+    shown = tqdm(layers, desc="Decomposing", disable=None, leave=False)
+    with torch.no_grad():
+        return [_report(path, module, adapted.active_adapter, method) for path, module in shown]
+
+
+def _adapter_layers_updates(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    for path, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and hasattr(module, "get_delta_weight"):
+            yield path, module
+
+
+def _report(path: str, module: Any, adapter: str, method: str) -> LayerReport:
+    weight, update = _weight_and_update(module, adapter)
+    spectrum = update_spectrum(weight, update)
+    own = [p for name, p in module.named_parameters() if f".{adapter}." in f".{name}." and "base_layer" not in name]
+    return LayerReport(
+        module=path,
+        method=method,
+        rows=update.shape[0],
+        columns=update.shape[1],
+        parameters=sum(parameter.numel() for parameter in own),
+        relative_update=float(update.norm() / weight.norm()),
+        rank=spectrum.rank,
+        rank_bound=_rank_bound(module, adapter),
+        effective_rank=spectrum.effective_rank,
+        coverage=spectrum.coverage,
+        spectrum=spectrum,
+        **_blocks(module, adapter),
+    )
+
+
+def _weight_and_update(module: Any, adapter: str) -> tuple[Tensor, Tensor]:
+    """W, dequantized if it is quantized, and ΔW, in float32."""
+    if isinstance(module, SmoaLayer):
+        return module.pristine_weight().float(), module.delta(adapter).float()
+    return module.get_base_layer().weight.float(), module.get_delta_weight(adapter).float()
+
+
+def _rank_bound(module: Any, adapter: str) -> int | None:
+    if isinstance(module, SmoaLayer):
+        block_ranks = module.ranks[adapter]
+        if module.modulation[adapter] == "none":
+            return sum(block_ranks)
+        sizes = module.out_features, module.in_features
+        return rank_bound(*sizes, sum(block_ranks), len(block_ranks), block_ranks)
+    ranks = getattr(module, "r", None)
+    return int(ranks[adapter]) if isinstance(ranks, dict) and hasattr(module, "lora_A") else None
+
+
+def _blocks(module: Any, adapter: str) -> dict[str, Any]:
+    if not isinstance(module, SmoaLayer):
+        return {}
+    own = module.blocks(adapter)
+    scores = torch.cat(spectral_scores(module.pristine_weight()))
+    labels = torch.cat([own.row_labels, own.col_labels])
+    blocks = [scores[labels == block] for block in range(own.num_blocks)]
+    return {
+        "row_blocks": own.row_labels.cpu(),
+        "col_blocks": own.col_labels.cpu(),
+        "bands": tuple((float(block.min()), float(block.max())) for block in blocks),
+    }

@@ -1,0 +1,53 @@
+"""Opens what a command is given: a finished run, a config file, or an adapter's folder, and its base model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME
+
+import smoa  # noqa: F401  (registers SMoA with PEFT)
+from smoa.atomic import recover
+from smoa.errors import ConfigError
+from smoa_lab.config.run_config import RunConfig, load_config
+from smoa_lab.training.run_folder import RunFolder
+
+
+def open_run(place: str | Path, overrides: list[str] | None = None) -> tuple[RunConfig, Path | None]:
+    """The config and the adapter of a finished run's folder; of a config file the config alone.
+
+    A run that trained the whole model has no adapter; its config then names the trained model.
+
+    Raises:
+        ConfigError: ``place`` is neither, or the run is not finished.
+    """
+    path = Path(place)
+    if path.is_file():
+        return load_config(path, overrides), None
+    folder = RunFolder(path)
+    if not folder.finished:
+        raise ConfigError(f"{path}: is neither a config file nor the folder of a finished run (with metrics.json)")
+    config = load_config(folder.config, overrides)
+    if config.method == "full":
+        model = config.model.model_copy(update={"name": str(folder.adapter)})
+        return config.model_copy(update={"model": model}), None
+    return config, adapter_of_run(path)
+
+
+def adapter_of_run(place: str | Path) -> Path:
+    """The folder with ``adapter_config.json``: ``place`` itself, or the adapter of the run in ``place``.
+
+    Raises:
+        ConfigError: neither has one.
+    """
+    for folder in (Path(place), RunFolder(Path(place)).adapter):
+        recover(folder)
+        if (folder / CONFIG_NAME).is_file():
+            return folder
+    raise ConfigError(f"{place}: contains no adapter ({CONFIG_NAME}), nor does {place}/adapter")
+
+
+def base_name(adapter: Path, base: str | None = None) -> str:
+    """``base`` if given, or else the base model that the adapter's config records."""
+    return base or str(PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path)

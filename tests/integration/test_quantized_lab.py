@@ -1,0 +1,76 @@
+"""`smoa train` on a base model in 4 and 8 bits: what the YAML asks for is what is trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from peft import PeftModel
+
+from smoa.layers.quantized import QuantizedLinear
+from smoa_lab.config.run_config import check_config, load_config
+from smoa_lab.runs.evaluate_run import evaluate_run
+from smoa_lab.training import train_run
+from smoa_lab.training.base_models import ModelSource, load_base_model
+from smoa_lab.training.run_folder import RunFolder
+from tests.support import lab
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}
+INT8 = {"load_in_8bit": True}
+
+
+@pytest.fixture(autouse=True)
+def _one_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CPUs with AVX512-BF16 bitsandbytes repacks what it evaluates, and can't where a layer is as narrow as here."""
+    monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: False)
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A run of four steps on an NF4 model."""
+    config = lab.tiny_run(
+        tmp_path,
+        monkeypatch,
+        train=40,
+        test=6,
+        training=lab.steps(4, learning_rate=0.01),
+        adapter={"r": 4, "num_blocks": 2, "alpha": 128, "target_modules": "all-linear"},
+        data={"tasks": ["arc_easy"], "train_examples": 16, "validation_examples": 2},
+    )
+    config["model"]["options"] = {"quantization_config": NF4}
+    return config
+
+
+@pytest.mark.parametrize(("quantization", "kind"), [(NF4, bnb.nn.Linear4bit), (INT8, bnb.nn.Linear8bitLt)])
+def test_a_run_trains_on_the_quantized_model_and_is_scored_again_from_its_folder(
+    config: dict[str, Any], quantization: dict[str, Any], kind: type
+) -> None:
+    config["model"]["options"]["quantization_config"] = quantization
+    run = check_config(config)
+    ready = train_run.prepare(run)
+    metrics = train_run.train(run, ready)
+    adapted = [module for module in ready.base.modules() if isinstance(module, QuantizedLinear)]
+    assert adapted
+    assert all(type(layer.get_base_layer()) is kind for layer in adapted)
+    assert all(layer.smoa_B["default"].weight.any() for layer in adapted)
+    assert metrics["evaluation"]["after"]["all"] != metrics["evaluation"]["before"]["all"]
+    again = evaluate_run(load_config(RunFolder(run.folder).config), RunFolder(run.folder).adapter)
+    assert again["scores"]["all"] == pytest.approx(metrics["evaluation"]["after"]["all"], rel=1e-5)
+
+
+def test_packed_weights_count_whole(config: dict[str, Any]) -> None:
+    packed, _ = train_run.load_model(check_config(config))
+    plain, _ = load_base_model(ModelSource(config["model"]["name"]))
+    assert train_run._parameters(packed)["total"] == train_run._parameters(plain)["total"]
+
+
+def test_the_adapter_of_a_quantized_run_fits_the_full_model(config: dict[str, Any]) -> None:
+    run = check_config(config)
+    train_run.train(run)
+    base, _ = load_base_model(ModelSource(config["model"]["name"]))
+    model = PeftModel.from_pretrained(base, str(RunFolder(run.folder).adapter))
+    merged = model.merge_and_unload(safe_merge=True)  # warnings are errors here: nothing is rounded
+    assert torch.isfinite(merged.lm_head.weight).all()

@@ -1,0 +1,70 @@
+"""Studies whose runs are written and not trained, and the pieces of small ones that are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from smoa_lab.study.entry import Entry
+from smoa_lab.study.study_file import Study
+from smoa_lab.study.trials import Trial, TrialStore
+
+ENCODER_ADAPTER = {"r": 4, "num_blocks": 2, "target_modules": ["query", "value"]}
+
+
+def entry(method: str = "smoa", **values: Any) -> Entry:
+    """An entry of a study of tiny encoders."""
+    return Entry(method=method, learning_rate=0.01, **{"adapter": ENCODER_ADAPTER} | values)
+
+
+QUESTIONS = 40
+
+
+def tiny_study(folder: Path) -> Study:
+    """Two entries of one budget and a third of another; nothing is run yet."""
+    return Study(
+        folder=folder,
+        shared={"model": {"name": "base"}, "data": {"tasks": ["arc_easy"]}, "training": {"use_cpu": True}},
+        entries={
+            "ours": {"method": "smoa", "learning_rate": 0.01, "budget": "small"},
+            "lora": {"method": "lora", "learning_rate": 0.01, "budget": "small"},
+            "full": {"method": "full", "learning_rate": 0.001, "budget": "large"},
+        },
+    )
+
+
+def finish(study: Study, trial: Trial, loss: float | None, **values: Any) -> None:
+    """Store the result of a trial, with the same loss on every question; None is a run that diverged."""
+    result = {
+        "config": {"training": {"learning_rate": trial.learning_rate, "seed": trial.seed}},
+        "parameters": 1000,
+        "seconds": 7.0,
+        "scores": {"all": {"gold_loss": loss, "accuracy": 0.5, "majority": None}},
+        "questions": {
+            "task": ["arc_easy"] * QUESTIONS,
+            "nll": [None if loss is None else loss + i / QUESTIONS for i in range(QUESTIONS)],
+            "tokens": [1] * QUESTIONS,
+            "right": [int(loss is not None and i % 2 == 0) for i in range(QUESTIONS)],
+        },
+    }
+    file = TrialStore(study.folder).file(trial.name)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(result | values))
+
+
+def page(study: Study) -> str:
+    return (study.folder / "README.md").read_text()
+
+
+def finish_a_study(study: Study) -> None:
+    """Searches and final runs of two entries, one of them diverged at a rate, and the untouched model."""
+    for name, rate, loss in (("ours", 0.003, 2.2), ("ours", 0.01, 2.1), ("ours", 0.03, None), ("lora", 0.01, 2.3)):
+        finish(study, Trial("tuning", name, rate, 100), loss)
+    for seed in (0, 1):
+        finish(
+            study, Trial("final", "ours", 0.01, seed), 2.0, steps=60, provenance={"device": "a CPU", "commit": "c" * 40}
+        )
+        finish(study, Trial("final", "lora", 0.01, seed), 2.5)
+    scores = {"all": {"gold_loss": 4.0, "accuracy": 0.25, "majority": 0.6}}
+    (study.folder / "untouched.json").write_text(json.dumps({"scores": scores}))

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from smoa.errors import DataError
+from smoa_lab.basics.extras import EXTRAS, advice, import_package, missing
+
+PROJECT = tomllib.loads((Path(__file__).parents[4] / "pyproject.toml").read_text())["project"]
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_the_table_is_that_of_pyproject(extra: str) -> None:
+    names = {Requirement(one).name for one in PROJECT["optional-dependencies"][extra]}
+    assert names - {"smoa"} == set(EXTRAS[extra])
+
+
+def test_the_advice_names_package_and_extra() -> None:
+    assert advice("ruamel.yaml.error") == "needs ruamel.yaml; run: pip install 'smoa[cli]'"
+    assert advice("rouge_score") == "needs rouge-score; run: pip install 'smoa[lab]'"
+    assert advice("PIL") == "needs pillow; run: pip install 'smoa[lab]'"
+    assert advice("nothing_of_ours") is advice(None) is None
+
+
+def test_nothing_is_missing_where_all_is_installed() -> None:
+    assert missing() is missing("json", "typer", "ruamel.yaml") is None
+
+
+def test_a_module_of_a_missing_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere(name: str) -> None:
+        raise ModuleNotFoundError(name)
+
+    for find in (nowhere, lambda name: None):
+        monkeypatch.setattr("importlib.util.find_spec", find)
+        assert missing("PIL.Image", "typer") == "needs pillow; run: pip install 'smoa[lab]'"
+
+
+def test_a_package_that_is_missing_is_named_with_the_purpose(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert import_package("json", "anything").loads("3") == 3
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    with pytest.raises(DataError, match=r"BLEU: needs sacrebleu; run: pip install 'smoa\[lab\]'"):
+        import_package("sacrebleu", "BLEU")
+
+
+def test_a_package_that_fails_while_it_is_imported_is_told_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_package.py").write_text("import no_such_dependency")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(DataError, match="anything: No module named 'no_such_dependency'"):
+        import_package("broken_package", "anything")

@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import pytest
+from peft import PeftConfig
+
+from smoa import SmoaConfig
+from smoa_lab.config.methods import METHODS
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_makes_a_config_for_causal_language_models(name: str) -> None:
+    config = METHODS[name].peft_config(
+        {"target_modules": ["q_proj"], **({"total_step": 10} if name == "adalora" else {})}
+    )
+    if name == "full":
+        assert config is METHODS[name].config_class() is None
+    else:
+        assert isinstance(config, PeftConfig)
+        assert config.task_type == "CAUSAL_LM"
+
+
+def test_a_preset_wins_over_the_block_and_the_block_over_the_task_type() -> None:
+    config = METHODS["melora"].peft_config({"partition": "spectral", "task_type": "SEQ_CLS"})
+    assert isinstance(config, SmoaConfig)
+    assert (config.partition, config.modulation, config.task_type) == ("contiguous", "none", "SEQ_CLS")

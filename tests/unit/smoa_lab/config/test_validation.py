@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from smoa.errors import ConfigError
+from smoa_lab.config.run_config import check_config, load_config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {}}, r"model\.name: is missing"),
+        ({"method": "full", "adapter": {"r": 4}}, "method full trains all weights and takes no adapter keys"),
+        ({"training": 3}, "training"),
+        ({"data": {"tasks": "arc_easy"}}, r"data\.tasks"),
+        ({"data": 3}, "data"),
+        ({"adapter": 3}, "adapter: should be a valid dictionary"),
+        ({"model": {"name": "x", "dtype": "float99"}}, r"model\.dtype"),
+    ],
+)
+def test_a_block_that_is_wrong_is_told_by_its_key(change: dict[str, Any], message: str) -> None:
+    config = {"model": {"name": "x"}, "data": {"tasks": ["arc_easy"]}, "training": {"output_dir": "run"}}
+    with pytest.raises(ConfigError, match=message):
+        check_config(config | change)
+
+
+def test_what_training_arguments_refuse_themselves_is_told_as_well() -> None:
+    training = {"output_dir": "run", "eval_strategy": "steps", "load_best_model_at_end": True, "save_strategy": "epoch"}
+    with pytest.raises(ConfigError, match="training: "):
+        check_config({"model": {"name": "x"}, "data": {"tasks": ["arc_easy"]}, "training": training})
+
+
+FIVE_MISTAKES = """\
+model:
+  name: base
+  dtype: flot32
+method: smoa
+adapter:
+  r: 4
+  num_block: 2
+data:
+  tasks: [arc_esy]
+task:
+  max_lenght: 100
+training:
+  learning_rat: 1e-3
+"""
+
+
+def test_five_mistakes_are_reported_at_once_with_line_and_nearest_name(file: Path) -> None:
+    file.write_text(FIVE_MISTAKES)
+    with pytest.raises(ConfigError) as caught:
+        load_config(file)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == f"{file}: 5 problems"
+    assert [line.split(":")[0].strip() for line in lines[1:]] == ["line 3", "line 7", "line 9", "line 11", "line 13"]
+    for line, name in zip(lines[1:], ["float32", "num_blocks", "arc_easy", "max_length", "learning_rate"], strict=True):
+        assert f"did you mean '{name}'?" in line
+
+
+def test_a_value_of_the_wrong_type_is_named(file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"training.max_steps: .*integer.*got 'many'"):
+        load_config(file, ["training.max_steps=many"])
+
+
+def test_a_rule_of_the_adapter_config_is_reported(file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"adapter: .*num_blocks"):
+        load_config(file, ["adapter.num_blocks=0"])
+
+
+def test_what_the_method_decides_cannot_be_set(file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"adapter.partition: is decided by method melora"):
+        load_config(file, ["method=melora", "adapter.partition=spectral"])
+
+
+def test_an_unknown_method_names_the_nearest(file: Path) -> None:
+    with pytest.raises(ConfigError, match="no method 'smao'; did you mean 'smoa'"):
+        load_config(file, ["method=smao"])
+
+
+def test_an_unknown_key_inside_a_table_of_ones_own_is_named_without_a_guess(file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.files\.own\.trian: unknown key$") as caught:
+        load_config(file, ["data.files={own: {train: a.csv, trian: b.csv}}"])
+    assert "1 problem" in str(caught.value)

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from smoa.errors import ConfigError
+from smoa_lab.config.run_config import load_config
+from smoa_lab.config.yaml_text import apply_overrides, key_lines, parse_yaml, to_yaml
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1", r"run\.yaml, line 1: "),
+        ("- a\n- b\n", r"run\.yaml: must contain the blocks"),
+        ("", "must contain the blocks"),
+    ],
+)
+def test_text_that_is_no_config_is_refused_with_its_file(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_yaml(text, Path("run.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("training", "key.key=value"), ("=3", "key.key=value"), ("model.name.first=3", "name is not a block of keys")],
+)
+def test_an_override_that_goes_nowhere_is_refused(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        apply_overrides({"model": {"name": "base"}}, [override])
+
+
+def test_numbers_in_exponent_notation_are_numbers(file: Path) -> None:
+    assert load_config(file).training["learning_rate"] == 0.01
+
+
+def test_no_is_a_word_and_false_is_not(file: Path) -> None:
+    training = load_config(file, ["training.eval_strategy=no", "training.bf16=false"]).training
+    assert (training["eval_strategy"], training["bf16"]) == ("no", False)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1", "line 1"),
+        ("- 1", "must contain the blocks"),
+        ("model: 1\nmodel: 2", 'line 2: found duplicate key "model"'),
+    ],
+)
+def test_text_that_is_no_config_is_refused_with_its_place(file: Path, text: str, message: str) -> None:
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(file)
+
+
+def test_an_override_without_a_value_is_refused(file: Path) -> None:
+    with pytest.raises(ConfigError, match="write an override as"):
+        load_config(file, ["training.seed"])
+
+
+def test_what_is_not_yaml_is_a_text_in_an_override() -> None:
+    values: dict[str, Any] = {}
+    apply_overrides(values, ["a.b=[1, 2]", "a.c=[1", "a.d=1e-3"])
+    assert values == {"a": {"b": [1, 2], "c": "[1", "d": 0.001}}
+
+
+def test_what_is_written_is_read_again_as_it_was() -> None:
+    values = {"b": {"text": "1e-3", "word": "no", "number": 1e-5, "none": None, "empty": {}, "list": [1, "é"]}, "a": 1}
+    text = to_yaml(values)
+    assert parse_yaml(text, Path("run.yaml")) == values
+    assert text.index("b:") < text.index("a:")
+
+
+def test_keys_know_their_lines() -> None:
+    assert key_lines("a:\n  b: 1\n  c: {d: 2}\n") == {("a",): 1, ("a", "b"): 2, ("a", "c"): 3, ("a", "c", "d"): 3}
+    assert key_lines("") == {}

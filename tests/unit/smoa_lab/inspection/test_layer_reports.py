@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from peft import LoraConfig, PeftConfig, get_peft_model
+from transformers import LlamaForCausalLM
+
+from smoa import SmoaConfig
+from smoa_lab.inspection.layer_reports import LayerReport, _blocks, _rank_bound, _weight_and_update, inspect_layers
+from tests.support import lab, tiny_models
+
+TARGETS = ["q_proj", "v_proj"]
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return lab.tiny_base(tmp_path / "base")
+
+
+def reports(base: Path, config: PeftConfig) -> list[LayerReport]:
+    """What `smoa inspect` finds in an adapter of random factors."""
+    adapter = base.with_name(str(config.peft_type.value))
+    get_peft_model(LlamaForCausalLM.from_pretrained(base), config).save_pretrained(adapter)
+    return inspect_layers(adapter)
+
+
+def smoa(base: Path, **options: object) -> list[LayerReport]:
+    return reports(base, SmoaConfig(r=4, num_blocks=2, target_modules=TARGETS, init_weights=False, **options))
+
+
+def test_without_modulation_the_rank_is_bound_by_r(base: Path) -> None:
+    layers = smoa(base, modulation="none", partition="contiguous")
+    assert {layer.rank_bound for layer in layers} == {4}
+    assert all(layer.rank <= 4 for layer in layers)
+
+
+def test_another_methods_layer_is_inspected_without_blocks() -> None:
+    model = get_peft_model(tiny_models.build("llama"), LoraConfig(r=3, target_modules=["q_proj"]))
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    weight, update = _weight_and_update(layer, "default")
+    assert weight.shape == update.shape
+    assert _rank_bound(layer, "default") == 3
+    assert _blocks(layer, "default") == {}

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from peft import LoraConfig
+
+from smoa.errors import ConfigError
+from smoa_lab.runs.open_run import adapter_of_run, base_name, open_run
+from smoa_lab.training.run_folder import RunFolder
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """The config of an adapter, in a run's folder."""
+    folder = RunFolder(tmp_path / "run").adapter
+    LoraConfig(base_model_name_or_path="its/base").save_pretrained(folder)
+    return folder
+
+
+def test_a_place_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="neither a config file nor the folder of a finished run"):
+        open_run(tmp_path)
+
+
+def test_an_adapter_is_found_in_its_run_and_missed_elsewhere(adapter: Path, tmp_path: Path) -> None:
+    assert adapter_of_run(tmp_path / "run") == adapter_of_run(adapter) == adapter
+    (tmp_path / "base").mkdir()
+    missed = r"base: contains no adapter \(adapter_config\.json\), nor does .*base/adapter"
+    with pytest.raises(ConfigError, match=missed):
+        adapter_of_run(tmp_path / "base")
+
+
+def test_an_adapter_whose_save_was_killed_between_its_renames_is_put_back(adapter: Path) -> None:
+    adapter.rename(adapter.with_name(".adapter.smoa-old"))
+    assert adapter_of_run(adapter) == adapter
+    assert adapter.is_dir()
+
+
+def test_the_base_is_the_one_given_or_the_one_recorded(adapter: Path) -> None:
+    assert base_name(adapter) == "its/base"
+    assert base_name(adapter, "another/base") == "another/base"

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from smoa.errors import DataError
+from smoa_lab.study.report.table import report
+from smoa_lab.study.study_file import Study
+from smoa_lab.study.trials import Trial
+from tests.support.studies import finish, page
+
+
+def test_seeds_that_only_one_has_are_not_compared(study: Study) -> None:
+    finish(study, Trial("final", "ours", 0.01, 0), 2.0)
+    finish(study, Trial("final", "lora", 0.01, 1), 2.5)
+    rows = {row.entry: row for row in report(study)}
+    assert rows["lora"].loss_difference is rows["lora"].accuracy_difference is None
+
+
+def test_accuracy_is_told_task_by_task(study: Study) -> None:
+    for seed in (0, 1):
+        scores = {name: {"accuracy": share + seed / 10} for name, share in (("piqa", 0.5), ("boolq", 0.3))}
+        scores["all"] = {"gold_loss": 2.0, "accuracy": 0.4 + seed / 10, "majority": None}
+        finish(study, Trial("final", "ours", 0.01, seed), 2.0, scores=scores)
+    untouched = {"gold_loss": 4.0, "accuracy": 0.25, "majority": None}
+    scores = {"piqa": {"accuracy": 0.4}, "boolq": {"accuracy": 0.2}, "all": untouched}
+    (study.folder / "untouched.json").write_text(json.dumps({"scores": scores}))
+    report(study)
+    assert (
+        "| entry | piqa | boolq | mean |\n|---|--:|--:|--:|\n| ours | 55.0 | 35.0 | 45.0 |\n| untouched | 40.0"
+        in page(study)
+    )
+
+
+def test_what_was_known_before_is_told(study: Study) -> None:
+    finish(study, Trial("final", "ours", 0.01, 0), 2.0, elsewhere=3.0)
+    scores = {"all": {"gold_loss": 4.0, "accuracy": 0.25, "majority": 0.6}}
+    (study.folder / "untouched.json").write_text(json.dumps({"scores": scores, "elsewhere": 3.5}))
+    assert report(study)[0].elsewhere == 3.0
+    told = "The untouched model: loss 4.0000, accuracy 25.0 %; the commonest label of each task is right in 60.0 %; "
+    assert f"{told}its loss elsewhere is 3.500." in page(study)
+    scores["all"]["majority"] = None
+    (study.folder / "untouched.json").write_text(json.dumps({"scores": scores}))
+    report(study)
+    assert "The untouched model: loss 4.0000, accuracy 25.0 %.\n" in page(study)
+
+
+def test_runs_on_different_questions_are_not_compared(study: Study) -> None:
+    finish(study, Trial("final", "ours", 0.01, 0), 2.0, sha256="one")
+    finish(study, Trial("final", "lora", 0.01, 0), 2.5, sha256="another")
+    with pytest.raises(DataError, match="were scored on different questions"):
+        report(study)
+
+
+def test_the_seconds_of_resumed_runs_are_left_out(study: Study) -> None:
+    finish(study, Trial("final", "ours", 0.01, 0), 2.0, seconds=None)
+    assert report(study)[0].seconds is None
+    finish(study, Trial("final", "ours", 0.01, 1), 2.0)
+    assert report(study)[0].seconds == 7.0
+
+
+def test_seconds_are_those_of_the_machine_that_made_most_runs(study: Study) -> None:
+    fast, slow = ({"provenance": {"device": device, "threads": 1}} for device in ("fast", "slow"))
+    for seed, machine, seconds in ((0, slow, 70.0), (1, slow, 80.0), (2, fast, 10.0)):
+        finish(study, Trial("final", "ours", 0.01, seed), 3.0, seconds=seconds, **machine)
+    finish(study, Trial("final", "lora", 0.01, 0), 3.0, seconds=5.0, **fast)
+    finish(study, Trial("final", "full", 0.001, 0), 3.0, seconds=None, **slow)
+    assert {row.entry: row.seconds for row in report(study)} == {"ours": 75.0, "lora": None, "full": None}

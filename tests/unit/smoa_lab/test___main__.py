@@ -1,0 +1,71 @@
+"""Which packages `smoa` needs: none but the extra `cli` for saved adapters, and one line where a package is missing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import get_peft_model
+from transformers import LlamaForCausalLM
+
+from smoa import SmoaConfig, save_adapter
+from smoa_lab.basics.extras import EXTRAS
+from tests.support import lab
+from tests.support.without_packages import smoa_without
+
+MODULES = {"pillow": "PIL", "ruamel.yaml": "ruamel"}
+CLI, LAB = ({MODULES.get(name, name.replace("-", "_")) for name in EXTRAS[extra]} for extra in ("cli", "lab"))
+BESIDES = {"accelerate", "filelock"}
+"""Of the extra `lab`, and installed with peft and torch in any case."""
+
+
+def test_the_extra_cli_is_these_packages() -> None:
+    assert {"platformdirs", "pydantic", "rich", "ruamel", "typer"} == CLI
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved adapter, outside any run."""
+    room = tmp_path_factory.mktemp("adapter")
+    base = LlamaForCausalLM.from_pretrained(lab.tiny_base(room / "base"))
+    settings: dict[str, Any] = {"r": 4, "num_blocks": 2, "target_modules": ["q_proj", "v_proj"], "init_weights": False}
+    save_adapter(get_peft_model(base, SmoaConfig(**settings)), room / "saved")
+    return room / "saved"
+
+
+@pytest.mark.parametrize("command", ["budget", "merge", "convert", "inspect"])
+def test_saved_adapters_need_no_package_of_the_lab(command: str, adapter: Path, tmp_path: Path) -> None:
+    arguments = {
+        "budget": [str(adapter.with_name("base")), "20%"],
+        "merge": [str(adapter), str(tmp_path / "merged")],
+        "convert": [str(adapter), str(tmp_path / "lora"), "--rank", "2"],
+        "inspect": [str(adapter)],
+    }
+    done = smoa_without(LAB - BESIDES, command, *arguments[command])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+@pytest.mark.parametrize("package", sorted(CLI))
+def test_without_the_extra_cli_even_help_names_it_in_one_line(package: str) -> None:
+    done = smoa_without({package}, "--help")
+    assert done.returncode == 1
+    named = "ruamel.yaml" if package == "ruamel" else package
+    assert done.stderr == f"smoa: the command line needs {named}; run: pip install 'smoa[cli]'\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "package"),
+    [
+        (["train", "nowhere.yaml"], "matplotlib"),
+        (["demo"], "matplotlib"),
+        (["compare", "nowhere.yaml"], "matplotlib"),
+        (["inspect", "nowhere", "--html", "page.html"], "matplotlib"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else value,
+)
+def test_training_with_the_extra_cli_alone_names_the_lab_before_any_work(command: list[str], package: str) -> None:
+    done = smoa_without(LAB - BESIDES, *command)
+    assert done.returncode == 1
+    assert done.stderr == f"error: this command needs {package}; run: pip install 'smoa[lab]'\n"
