@@ -57,7 +57,7 @@ class SmoaConfig(PeftConfig):
         alpha_pattern: alpha by module name or regular expression.
         fan_in_fan_out: True for layers that store (in_features, out_features), as GPT-2's Conv1D; set automatically.
         trainable_token_indices: Token embeddings that train besides, as in LoRA.
-        normalized_alpha: Alpha by module name, written by `normalize_anchor`.
+        normalized_alpha: Alpha by module name, in adapters of smoa 0.1 with `normalize_anchor`.
         save_id: Made for each adapter and saved in both of its files, so that files of two adapters are told apart.
         spectrum_blocks: K by module name in adapters of smoa 0.1: entries of `num_blocks_pattern`.
         settings_digest: Ignored: in adapters of smoa 0.1.
@@ -96,7 +96,7 @@ class SmoaConfig(PeftConfig):
     )
 
     normalized_alpha: dict[str, float] = field(
-        default_factory=dict, metadata={"help": "alpha by module, from normalize_anchor."}
+        default_factory=dict, metadata={"help": "alpha by module, in adapters of 0.1."}
     )
     save_id: str | None = field(default=None, metadata={"help": "The same in both files of a saved adapter."})
 

@@ -1,4 +1,4 @@
-"""Whether a value is of the type that its field's annotation says, and that type in words."""
+"""Checks a value against the type in its field's annotation, and puts that type into words."""
 
 from __future__ import annotations
 

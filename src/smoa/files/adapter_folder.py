@@ -1,4 +1,4 @@
-"""A saved adapter, found in a folder or on the Hub and looked at before anything is made for it."""
+"""Finds a saved adapter in a folder or on the Hub, and checks its header before any layer is made for it."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""The door through which saved adapters come, whoever loads them.
+"""Looks at a saved adapter before PEFT or transformers loads it, and tells injection that its labels will follow.
 
-PEFT and transformers have four functions that load an adapter, and none of them lets a method look at the files before
-layers are made for it. They are wrapped here, once, when smoa is imported: each looks at the adapter first
-(`find_adapter`), and while it runs `incoming()` tells injection that labels will follow, so that nothing is decomposed,
-and up to which rank. Adapters of other methods are loaded as if nothing had been wrapped.
+PEFT and transformers have four functions that load an adapter. None of them lets a method look at the files before
+layers are made for them, so all four are wrapped once, when smoa is imported. Each first looks at the adapter
+(`find_adapter`). While it runs, `incoming()` tells injection that the labels will come from the file, so no weight is
+decomposed, and how large a rank the file allows. Adapters of other methods are loaded by the original function alone.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def door(
 
 
 def guard_loading() -> None:
-    """Put the door before the functions of PEFT and transformers that load adapters; doing it again changes nothing."""
+    """Wrap the functions of PEFT and transformers that load adapters. A second call replaces the wrappers."""
     _replace(_BaseAutoPeftModel, "from_pretrained", "pretrained_model_name_or_path")
     _replace(PeftModel, "from_pretrained", "model_id")
     _replace(PeftModel, "load_adapter", "model_id")

@@ -1,4 +1,4 @@
-"""The id that an adapter's two files share, by which files of two adapters are told apart.
+"""The id that both files of an adapter hold, to refuse the config of one adapter with the weights of another.
 
 In `adapter_config.json` it is a setting, among the weights a tensor of 16 bytes: PEFT, transformers and accelerate all
 write what `get_peft_model_state_dict` returns. An adapter keeps its id when it is loaded and saved again.
@@ -20,7 +20,7 @@ BYTES = 16
 
 
 def new_id(config: SmoaConfig) -> str:
-    """An id for a fresh adapter: of its settings and seed, so that a run that is repeated saves the same bytes."""
+    """An id for a fresh adapter, from its settings and the random state: a repeated run saves the same bytes."""
     own = {
         name: getattr(config, name) for name in SmoaConfig.__dataclass_fields__ if name in SmoaConfig.__annotations__
     }
