@@ -23,6 +23,7 @@ from smoa.errors import (  # noqa: E402
     UnsupportedModuleError,
     UnsupportedVersionError,
 )
+from smoa.files.loading import guard_loading  # noqa: E402
 from smoa.files.saving import save_adapter  # noqa: E402
 from smoa.layers.weight_cache import cached_weights  # noqa: E402
 from smoa.maths.blocks import Blocks as SpectralPartition  # noqa: E402  (its name in 0.1)
@@ -31,6 +32,7 @@ from smoa.maths.spectrum_cache import clear_spectrum_cache  # noqa: E402
 from smoa.tuner.model import SmoaModel  # noqa: E402
 
 register(SmoaConfig, SmoaModel)
+guard_loading()
 
 __version__ = "0.1.0"
 

@@ -6,25 +6,20 @@ import copy
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import InitVar, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 from peft import PeftConfig
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
+from peft.utils import CONFIG_NAME, PeftType
 from peft.utils.other import get_pattern_key
 
 from smoa.atomic import write_whole
-from smoa.config.rules import Bias, value_problems
-from smoa.config.types import make_savable, type_problems
-from smoa.errors import AdapterFileError, ConfigError
-from smoa.files.adapter_folder import find_weights, largest_rank, saved_digest
-from smoa.files.digest import settings_digest
+from smoa.config.rules import Bias, config_problems, value_problems
+from smoa.errors import ConfigError
 from smoa.maths.factors import Initialization, split_rank
 from smoa.maths.modulations import ModulationKind
 from smoa.maths.spectrum import PartitionKind
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -37,8 +32,10 @@ class SmoaConfig(PeftConfig):
         r: Total rank budget, Σ r_k over the blocks.
         num_blocks: K, at most the smaller side of every adapted weight and at most 255.
         num_blocks_pattern: K by module name or regular expression.
-        blocks_from_spectrum: Choose each layer's K in proportion to the effective rank of its weight, with `num_blocks`
-            for the mean, and r and alpha with it, so that a block's rank, ΔW's scale and the layer's parameters stay.
+        blocks_from_spectrum: Choose the K of each layer that `num_blocks_pattern` does not name, in proportion to the
+            effective rank of its weight, with `num_blocks` for the mean. r and alpha follow K, so that a block's rank,
+            ΔW's scale and the layer's parameters stay. The adapter's own config, `model.peft_config["default"]`, has
+            the choices in `num_blocks_pattern`.
         block_ranks: r_k of each block, summing to r; None splits r evenly, the remainder going to the first blocks.
         alpha: ΔW is scaled by alpha / r; None means alpha = r. Since ΔW is also scaled by |W|, which is about 0.02,
             alpha = r wants a learning rate 10 to 50 times LoRA's, alpha = 32·r one of about 1e-2.
@@ -60,10 +57,11 @@ class SmoaConfig(PeftConfig):
         alpha_pattern: alpha by module name or regular expression.
         fan_in_fan_out: True for layers that store (in_features, out_features), as GPT-2's Conv1D; set automatically.
         trainable_token_indices: Token embeddings that train besides, as in LoRA.
-        normalized_alpha: Alpha by module name, written by `normalize_anchor`.
-        spectrum_blocks: K by module name, written by `blocks_from_spectrum`.
-        settings_digest: Written when saved, checked when read: a damaged or edited `adapter_config.json` is refused.
-        weights_digest: Written when saved with weights, checked when those are loaded.
+        normalized_alpha: Alpha by module name, in adapters of smoa 0.1 with `normalize_anchor`.
+        save_id: Made for each adapter and saved in both of its files, so that files of two adapters are told apart.
+        spectrum_blocks: K by module name in adapters of smoa 0.1: entries of `num_blocks_pattern`.
+        settings_digest: Ignored: in adapters of smoa 0.1.
+        weights_digest: Ignored: in adapters of smoa 0.1.
 
     Raises:
         ConfigError: every broken rule, all in one message.
@@ -98,120 +96,86 @@ class SmoaConfig(PeftConfig):
     )
 
     normalized_alpha: dict[str, float] = field(
-        default_factory=dict, metadata={"help": "alpha by module, from normalize_anchor."}
+        default_factory=dict, metadata={"help": "alpha by module, in adapters of 0.1."}
     )
-    spectrum_blocks: dict[str, int] = field(
-        default_factory=dict, metadata={"help": "num_blocks by module, from blocks_from_spectrum."}
-    )
-    settings_digest: str | None = field(default=None, metadata={"help": "Of the settings above, when saved."})
-    weights_digest: str | None = field(default=None, metadata={"help": "Of the tensors it was saved with."})
+    save_id: str | None = field(default=None, metadata={"help": "The same in both files of a saved adapter."})
 
-    def __post_init__(self) -> None:
+    spectrum_blocks: InitVar[dict[str, int] | None] = None
+    settings_digest: InitVar[object] = None
+    weights_digest: InitVar[object] = None
+
+    def __post_init__(
+        self, spectrum_blocks: dict[str, int] | None, settings_digest: object, weights_digest: object
+    ) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]  # PEFT leaves it without types
         self.peft_type = PeftType("SMOA")
-        make_savable(self)
-        problems = type_problems(self) or value_problems(self)
+        self._make_savable()
+        problems = [*self._absorb(spectrum_blocks), *config_problems(self)]
         if problems:
             raise ConfigError("SmoaConfig: " + "; ".join(problems))
-        if self.settings_digest not in (None, self._settings_digest()):
-            raise ConfigError(
-                f"SmoaConfig: settings_digest={self.settings_digest!r} is not that of these settings: "
-                f"{CONFIG_NAME} was damaged or edited since it was saved; if that was on purpose, delete its "
-                "settings_digest"
-            )
-        self.settings_digest = None  # settings may change from here on
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list) else value)
         if (self.base_model_name_or_path or "").startswith("~"):
             self.base_model_name_or_path = str(Path(str(self.base_model_name_or_path)).expanduser())
 
+    def _make_savable(self) -> None:
+        for name in (each.name for each in fields(self)):
+            value, ordered = getattr(self, name), name == "block_ranks"
+            if isinstance(value, dict):
+                setattr(self, name, {key: _as_json(inner, ordered) for key, inner in value.items()})
+            else:
+                setattr(self, name, _as_json(value, ordered))
+
+    def _absorb(self, spectrum_blocks: dict[str, int] | None) -> list[str]:
+        """Put the choices of smoa 0.1 where they are now; the problems that they have."""
+        problems = list(value_problems("spectrum_blocks", spectrum_blocks, dict[str, int] | None))
+        if spectrum_blocks and not problems:
+            if self.blocks_from_spectrum is not True:
+                return ["spectrum_blocks has no effect without blocks_from_spectrum"]
+            if isinstance(self.num_blocks_pattern, dict):
+                self.num_blocks_pattern = {**self.num_blocks_pattern, **spectrum_blocks}
+        return problems
+
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
     ) -> SmoaConfig:
-        """Read `adapter_config.json` of a folder or hub id.
-
-        The labels of such an adapter come from its file, so a layer made from this config decomposes nothing unless
-        it is used without a file having been loaded.
+        """Read `adapter_config.json` of a folder or hub id, as PEFT does: another method's gives that method's config.
 
         Raises:
             ConfigError: the file breaks a rule.
-            AdapterFileError: the folder's weights are a pickle, or no safetensors file of a SMoA adapter.
         """
-        folder = Path(pretrained_model_name_or_path, subfolder or "")
         try:
             config: SmoaConfig = super().from_pretrained(str(pretrained_model_name_or_path), subfolder, **kwargs)
         except ConfigError as error:
+            folder = Path(pretrained_model_name_or_path, subfolder or "")
             raise ConfigError(f"{folder / CONFIG_NAME}: {error}") from None
-        config.labels_follow = True
-        config._compare_with_weights(folder)
         return config
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write `adapter_config.json`, whole or not at all, with the digests by which its adapter is recognised.
-
-        The home folder in the path of a local base becomes `~`.
-        """
+        """Write `adapter_config.json`, whole or not at all. The home folder in the path of a local base becomes `~`."""
         saved = copy.copy(self)
-        saved.settings_digest = self._settings_digest()
-        if self.digest_of_saved is not None:  # PEFT has written them by now, transformers has not
-            weights = Path(save_directory, SAFETENSORS_WEIGHTS_NAME)
-            saved.weights_digest = saved_digest(weights, self.digest_of_saved) if weights.is_file() else None
-            self.digest_of_saved = None
         saved.base_model_name_or_path = _without_home(self.base_model_name_or_path)
         with tempfile.TemporaryDirectory() as room:
             super(SmoaConfig, saved).save_pretrained(room, **kwargs)
             write_whole(Path(save_directory, CONFIG_NAME), Path(room, CONFIG_NAME).read_bytes())
 
-    # Class attributes without annotation: not fields, so not saved.
-    labels_follow = False
-    digest_of_saved = cast("str | None", None)  # of the factors that PEFT asked for and is about to write
-    weights_file = cast("Path | None", None)  # beside the file that this config was read from, till they are loaded
-    saved_rank = 0  # the largest in that file
-
-    def check_weights(self) -> None:
-        """Raise AdapterFileError unless the weights beside the file that this was read from were saved with it."""
-        if self.weights_file is None or self.weights_digest in (None, saved_digest(self.weights_file)):
-            return
-        raise AdapterFileError(
-            f"{self.weights_file}: the tensors are not those that {CONFIG_NAME} was saved with: a file was damaged or "
-            f"edited, or comes from another save; if that was on purpose, delete weights_digest from {CONFIG_NAME}"
-        )
-
-    def _compare_with_weights(self, folder: Path) -> None:
-        self.weights_file = find_weights(folder)
-        if self.weights_file is None:
-            return
-        self.saved_rank = largest_rank(self.weights_file)
-
-    def check_rank(self, module: str) -> None:
-        """Raise AdapterFileError if a module asks for a larger rank than any in the file that this comes with.
-
-        It tells before anything of that size is made. What stands for no module of the model counts for nothing: r
-        where a `rank_pattern` covers all, or a pattern meant for another model.
-        """
-        rank = self.rank_of(module)
-        if self.weights_file is not None and rank > self.saved_rank:
-            raise AdapterFileError(
-                f"{self.weights_file.with_name(CONFIG_NAME)}: r or rank_pattern asks for rank {rank} in {module}, but "
-                f"the largest factor in {self.weights_file.name} has {self.saved_rank} rows; they are of two adapters"
-            )
-
-    def _settings_digest(self) -> str:
-        own = [f for f in fields(self) if f.name in SmoaConfig.__annotations__ and not f.name.endswith("_digest")]
-        values = {f.name: getattr(self, f.name) for f in own}
-        # A setting left at its default does not count, so that a version that has one more reads older files.
-        return settings_digest({f.name: values[f.name] for f in own if values[f.name] not in (f.default, {})})
-
     def num_blocks_of(self, module: str) -> int:
         """K of the module of that name."""
-        return self.spectrum_blocks.get(module) or _by_pattern(self.num_blocks_pattern, module, self.num_blocks)
+        return self.chosen_blocks_of(module) or self.num_blocks
+
+    def chosen_blocks_of(self, module: str) -> int | None:
+        """K of the module of that name by `num_blocks_pattern`, None if that does not name it."""
+        if self.blocks_from_spectrum and module in self.num_blocks_pattern:  # one of hundreds, looked up at once
+            return self.num_blocks_pattern[module]
+        found: int | None = _by_pattern(self.num_blocks_pattern, module, None)
+        return found
 
     def rank_of(self, module: str) -> int:
         """Total rank of the module of that name."""
-        r = _by_pattern(self.rank_pattern, module, self.r)
-        return r // self.num_blocks * self.spectrum_blocks[module] if module in self.spectrum_blocks else r
+        r: int = _by_pattern(self.rank_pattern, module, self.r)
+        return r // self.num_blocks * self.num_blocks_of(module) if self.blocks_from_spectrum else r
 
     def ranks_of(self, module: str = "", r: int | None = None) -> tuple[int, ...]:
         """Rank of each block of the module of that name, by default of one that no pattern names; r is their sum."""
@@ -226,11 +190,19 @@ class SmoaConfig(PeftConfig):
         alpha: float | None = _by_pattern(self.alpha_pattern, module, self.alpha)
         if alpha is None:
             return float(r)
-        return alpha * self.spectrum_blocks.get(module, self.num_blocks) / self.num_blocks
+        num_blocks = self.num_blocks_of(module) if self.blocks_from_spectrum else self.num_blocks
+        return alpha * num_blocks / self.num_blocks
 
 
-def _by_pattern(patterns: Mapping[str, T], module: str, default: T) -> T:
+def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     return patterns.get(get_pattern_key(list(patterns), module), default)
+
+
+def _as_json(value: object, ordered: bool) -> object:
+    """Lists in the place of the collections that JSON lacks; of sets only where order has no meaning."""
+    if isinstance(value, (set, frozenset)) and not ordered:
+        return sorted(value, key=str)
+    return list(value) if isinstance(value, (tuple, range)) else value
 
 
 def _without_home(name: str | None) -> str | None:

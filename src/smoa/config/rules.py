@@ -2,105 +2,126 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
+from functools import cache
+from typing import Any, Literal, get_type_hints
 
+from smoa.config.types import fits, in_words, shortened
 from smoa.errors import ConfigError
 from smoa.maths.blocks import MAX_BLOCKS
 from smoa.maths.factors import check_block_ranks
-from smoa.maths.modulations import ModulationKind
-from smoa.maths.spectrum import PartitionKind
 
 Bias = Literal["none", "all", "smoa_only"]
+Rule = tuple[Callable[[Any], bool], str]
+
+COUNT: Rule = (lambda n: n >= 1, "a positive integer")
+BLOCKS: Rule = (lambda n: 1 <= n <= MAX_BLOCKS, f"a positive integer, at most {MAX_BLOCKS}")
+POSITIVE: Rule = (lambda x: 0 < x <= sys.float_info.max, "a positive number")
+INDEX: Rule = (lambda n: n >= 0, "an index from 0 on")
+RULES: dict[str, Rule] = {
+    "r": COUNT,
+    "rank_pattern": COUNT,
+    "num_blocks": BLOCKS,
+    "num_blocks_pattern": BLOCKS,
+    "spectrum_blocks": BLOCKS,
+    "alpha": POSITIVE,
+    "alpha_pattern": POSITIVE,
+    "normalized_alpha": POSITIVE,
+    "smoa_dropout": (lambda p: 0 <= p < 1, "a number in [0, 1)"),
+    "layers_to_transform": INDEX,
+    "trainable_token_indices": INDEX,
+}
+"""What a value, or each of a list or mapping, must be besides its type."""
+EXPRESSIONS = ("target_modules", "exclude_modules", "layers_pattern")
+PATTERNS = ("rank_pattern", "alpha_pattern", "num_blocks_pattern")
+CHECKED_BY_PEFT = ("task_type", "peft_type", "peft_version")
 
 
-def value_problems(config: Any) -> list[str]:
-    """The problems of a SmoaConfig whose values are of the right types."""
-    found = [*_count_problems(config), *_size_problems(config), *_choice_problems(config), *_target_problems(config)]
-    return [problem for problem in found if problem] or _block_rank_problems(config) or _spectrum_problems(config)
+def config_problems(config: Any) -> list[str]:
+    """All problems of single values or, where there are none, of values together."""
+    hints = _hints(config.__class__)
+    names = [field.name for field in fields(config) if field.name not in CHECKED_BY_PEFT]
+    found = [problem for name in names for problem in value_problems(name, getattr(config, name), hints[name])]
+    return found or list(_combination_problems(config))
 
 
-def _count_problems(config: Any) -> list[str | None]:
-    problems = [_int_problem("r", config.r), _int_problem("num_blocks", config.num_blocks, MAX_BLOCKS)]
-    for name, limit in (("rank_pattern", None), ("num_blocks_pattern", MAX_BLOCKS), ("spectrum_blocks", MAX_BLOCKS)):
-        problems += [_int_problem(f"{name}[{key!r}]", value, limit) for key, value in getattr(config, name).items()]
-    return problems
+@cache
+def _hints(config: type) -> dict[str, Any]:
+    return get_type_hints(config)
 
 
-def _size_problems(config: Any) -> list[str | None]:
-    problems = []
-    for name in ("alpha_pattern", "normalized_alpha"):
-        problems += [_positive_problem(f"{name}[{key!r}]", value) for key, value in getattr(config, name).items()]
-    problems.append(None if config.alpha is None else _positive_problem("alpha", config.alpha))
-    if not _is_number(config.smoa_dropout) or not 0 <= config.smoa_dropout < 1:
-        problems.append(f"smoa_dropout={config.smoa_dropout!r} must be a number in [0, 1)")
-    return problems
+def value_problems(name: str, value: Any, hint: Any) -> Iterator[str]:
+    """The problems of one value: its type or, where that is right, what its rule says."""
+    if not fits(value, hint):
+        yield f"{name}={shortened(value)} must be {in_words(hint)}"
+        return
+    if name in RULES:
+        holds, wanted = RULES[name]
+        yield from (f"{at}={found!r} must be {wanted}" for at, found in _entries(name, value) if not holds(found))
+    for expression in _expressions(name, value):
+        if not _compiles(expression):
+            yield f"{name}: {shortened(expression)} is not a regular expression"
 
 
-def _choice_problems(config: Any) -> list[str | None]:
-    choices = {"bias": Bias, "partition": PartitionKind, "modulation": ModulationKind}
-    problems = [_choice_problem(name, getattr(config, name), get_args(kind)) for name, kind in choices.items()]
-    return [*problems, _choice_problem("init_weights", config.init_weights, (True, False, "zero_A"))]
+def _entries(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The numbers in a value, each with its place."""
+    if isinstance(value, (list, Mapping)):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, inner in items:
+            yield from _entries(f"{name}[{key!r}]", inner)
+    elif value is not None:
+        yield name, value
 
 
-def _target_problems(config: Any) -> list[str | None]:
-    problems: list[str | None] = []
+def _expressions(name: str, value: Any) -> list[str]:
+    if name in PATTERNS:
+        return [*value, *(rf"(.*\.)?({key})$" for key in value)]  # by itself, and as PEFT uses it
+    if name not in EXPRESSIONS or value is None:
+        return []
+    if isinstance(value, str):
+        return [value]
+    return list(value) if name == "layers_pattern" else []  # lists of modules are plain names
+
+
+def _compiles(expression: str) -> bool:
+    try:
+        re.compile(expression)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
+
+
+def _combination_problems(config: Any) -> Iterator[str]:
     if config.layers_pattern and config.layers_to_transform is None:
-        problems.append(f"layers_pattern={config.layers_pattern!r} has no effect without layers_to_transform")
+        yield f"layers_pattern={config.layers_pattern!r} has no effect without layers_to_transform"
     if isinstance(config.target_modules, str) and config.layers_to_transform is not None:
-        problems.append(
+        yield (
             f"layers_to_transform={config.layers_to_transform!r} needs target_modules to be a list of names, "
             f"not the regular expression {config.target_modules!r}"
         )
-    return problems
+    if config.block_ranks is not None:
+        yield from _block_rank_problems(config)
+    if config.blocks_from_spectrum:
+        yield from _spectrum_problems(config)
 
 
-def _block_rank_problems(config: Any) -> list[str]:
-    if config.block_ranks is None:
-        return []
+def _block_rank_problems(config: Any) -> Iterator[str]:
     for name in ("rank_pattern", "num_blocks_pattern"):
         if getattr(config, name):
-            return [f"block_ranks and {name} can't be combined: block_ranks fits one r and one K; drop one of them"]
-    if not isinstance(config.block_ranks, (list, tuple)):
-        return [f"block_ranks={config.block_ranks!r} must be a list of integers, one for each block"]
+            yield f"block_ranks and {name} can't be combined: block_ranks fits one r and one K; drop one of them"
+            return
     try:
         check_block_ranks(tuple(config.block_ranks), config.r, config.num_blocks)
     except ConfigError as error:
-        return [str(error)]
-    return []
+        yield str(error)
 
 
-def _spectrum_problems(config: Any) -> list[str]:
-    if not config.blocks_from_spectrum:
-        return ["spectrum_blocks has no effect without blocks_from_spectrum"] if config.spectrum_blocks else []
-    if config.block_ranks is not None or config.num_blocks_pattern:
-        return ["blocks_from_spectrum decides about blocks itself; drop block_ranks and num_blocks_pattern"]
+def _spectrum_problems(config: Any) -> Iterator[str]:
+    if config.block_ranks is not None:
+        yield "blocks_from_spectrum decides about blocks itself; drop block_ranks"
     uneven = [r for r in (config.r, *config.rank_pattern.values()) if r % config.num_blocks]
     if uneven:
-        return [f"blocks_from_spectrum needs num_blocks={config.num_blocks} to divide every r, found {uneven[0]}"]
-    return []
-
-
-def _is_number(value: object) -> bool:
-    """True for an int or float that is no bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _int_problem(name: str, value: object, limit: int | None = None) -> str | None:
-    """Unless a positive integer, at most `limit`."""
-    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= (limit or value):
-        return None
-    return f"{name}={value!r} must be a positive integer" + (f", at most {limit}" if limit else "")
-
-
-def _positive_problem(name: str, value: Any) -> str | None:
-    """Unless a positive finite number."""
-    if _is_number(value) and 0 < value < float("inf"):
-        return None
-    return f"{name}={value!r} must be a positive number"
-
-
-def _choice_problem(name: str, value: object, choices: tuple[object, ...]) -> str | None:
-    """Unless one of `choices`."""
-    if any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
-        return None
-    return f"{name}={value!r} must be one of {', '.join(map(repr, choices))}"
+        yield f"blocks_from_spectrum needs num_blocks={config.num_blocks} to divide every r, found {uneven[0]}"

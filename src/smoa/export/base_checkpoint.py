@@ -16,9 +16,9 @@ from peft import PeftConfig
 from peft.utils import load_peft_weights
 from transformers import AutoConfig, PreTrainedModel
 
-from smoa.config.adapter_config import SmoaConfig
 from smoa.errors import ConfigError, MergeError
 from smoa.files.checkpoint import embeddings_of
+from smoa.files.loading import door
 from smoa.files.names import PREFIX
 
 AUTO_CLASSES = {
@@ -39,13 +39,13 @@ def adapter_config(adapter: Path) -> PeftConfig:
     """The config in an adapter's folder.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or it breaks a rule.
+        AdapterFileError: the weights are a pickle, damaged, or not those that the config was saved with.
     """
     if not (adapter / "adapter_config.json").is_file():
         raise ConfigError(f"{adapter}: holds no adapter_config.json; give the folder that save_pretrained wrote")
-    config: PeftConfig = PeftConfig.from_pretrained(str(adapter))
-    if isinstance(config, SmoaConfig):  # whose own reading looks at the weights
-        return SmoaConfig.from_pretrained(adapter)
+    with door(adapter):
+        config: PeftConfig = PeftConfig.from_pretrained(str(adapter))
     return config
 
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from peft.utils import load_peft_weights
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from smoa.config.adapter_config import SmoaConfig
 from smoa.errors import AdapterFileError, MergeError
 from smoa.export.shards import FLOATS, Checkpoint, Entry, write_checkpoint
+from smoa.files.adapter_folder import smoa_adapter
 from smoa.files.names import PARTS, PREFIX
 from smoa.layers.distributed import SCALE
 from smoa.maths.blocks import Blocks
@@ -61,15 +61,14 @@ class SavedAdapter:
     """An adapter's file, by the names of the modules of the base model.
 
     Raises:
-        AdapterFileError: a layer's tensors are incomplete.
+        AdapterFileError: the file is damaged, of another adapter than its config, or lacks tensors of a layer.
     """
 
     def __init__(self, folder: str | Path, config: SmoaConfig) -> None:
-        config.check_weights()
         self.config = config
         self.layers: dict[str, dict[str, Tensor]] = {}
         self.others: dict[str, Tensor] = {}
-        for key, tensor in load_peft_weights(str(folder), device="cpu").items():
+        for key, tensor in smoa_adapter(folder).read().items():
             name = key.removeprefix(PREFIX)
             module, found, part = name.partition(".smoa_")
             if found:

@@ -19,6 +19,8 @@ LOADERS = {
 }
 """PEFT's class for each task type, and the name that hubs have for the task."""
 
+NOT_SHOWN = ("base_model_name_or_path", "inference_mode", "revision", "save_id")
+
 TEXT = """---
 {front_matter}
 ---
@@ -48,14 +50,13 @@ def adapter_card(title: str, config: Any, metrics: Mapping[str, float]) -> str:
     """Markdown with the front matter that model hubs read; `config` is the SmoaConfig as saved."""
     loader, pipeline = LOADERS.get(str(getattr(config.task_type, "value", config.task_type)), ("AutoPeftModel", None))
     base = config.base_model_name_or_path or "a model without a name"
-    several = config.num_blocks_pattern or config.spectrum_blocks
     return TEXT.format(
         front_matter=_front_matter(config.base_model_name_or_path, pipeline),
         title=title,
         base=base,
         r=config.r,
         blocks=config.num_blocks,
-        by_layer=" where its config says no other number for a layer" if several else "",
+        by_layer=" where its config says no other number for a layer" if config.num_blocks_pattern else "",
         loader=loader,
         metrics=_table(metrics),
         config=settings_as_json(config),
@@ -68,7 +69,7 @@ def settings_as_json(config: PeftConfig) -> str:
     said = {
         key: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
         for key, value in values.items()
-        if value not in (None, {}, [], False) and key not in ("base_model_name_or_path", "inference_mode", "revision")
+        if value not in (None, {}, [], False) and key not in NOT_SHOWN
     }
     return json.dumps(said, indent=2, sort_keys=True)
 

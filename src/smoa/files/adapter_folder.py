@@ -1,64 +1,158 @@
-"""A saved adapter's folder, looked at before PEFT opens its weights."""
+"""Finds a saved adapter in a folder or on the Hub, and checks its header before any layer is made for it."""
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
+from smoa.config.adapter_config import SmoaConfig
 from smoa.errors import AdapterFileError
-from smoa.files.digest import factors_digest, kind_of, tensors_digest
+from smoa.files.save_id import BYTES, is_id
+
+HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "repo_type")
 
 
-def find_weights(folder: Path) -> Path | None:
-    """The weights in a local folder; None if there are none, or it is no folder.
+@dataclass(frozen=True)
+class AdapterFile:
+    """The weights of a saved SMoA adapter, of which the header has been read."""
+
+    path: Path
+    largest_rank: int
+    save_id: str | None
+
+    @classmethod
+    def opened(cls, path: Path) -> AdapterFile:
+        """Read the header.
+
+        Raises:
+            AdapterFileError: it is not a regular file or not a whole safetensors file, or has no factor A.
+        """
+        if not path.is_file():
+            raise AdapterFileError(f"{path}: is not a regular file; save the adapter again")
+        with _opened(path) as tensors:
+            keys = list(tensors.keys())
+            shapes = [tensors.get_slice(key).get_shape() for key in keys if key.endswith(".smoa_A.weight")]
+            save_id = next((_id(tensors, key) for key in keys if is_id(key)), None)
+        if not shapes:
+            raise AdapterFileError(f"{path}: has no smoa_A factor, so it does not belong to {CONFIG_NAME}")
+        return cls(path, max(shape[0] if shape else 0 for shape in shapes), save_id)
+
+    def read(self) -> dict[str, Tensor]:
+        """All tensors but the id, on the CPU.
+
+        Raises:
+            AdapterFileError: the file can't be read.
+        """
+        with _opened(self.path) as tensors:
+            return {key: tensors.get_tensor(key) for key in tensors.keys() if not is_id(key)}  # noqa: SIM118
+
+    def check_rank(self, module: str, rank: int) -> None:
+        """Raise AdapterFileError if the config gives a module a larger rank than any factor in the file has.
+
+        Called before anything of that size is made, for the modules that are adapted: a pattern that matches none of
+        them, or r where patterns cover all, does not matter.
+        """
+        if rank > self.largest_rank:
+            raise AdapterFileError(
+                f"{self.path.with_name(CONFIG_NAME)}: r or rank_pattern asks for rank {rank} in {module}, but the "
+                f"largest factor in {self.path.name} has {self.largest_rank} rows; they come from different adapters"
+            )
+
+
+def smoa_adapter(source: str | os.PathLike[str], **options: Any) -> AdapterFile:
+    """`find_adapter`, where it must be SMoA's.
 
     Raises:
-        AdapterFileError: they are a pickle, or no regular file.
+        AdapterFileError: it is not, has no weights, or they are refused.
     """
-    file = folder / SAFETENSORS_WEIGHTS_NAME
-    if file.exists() and not file.is_file():
-        raise AdapterFileError(f"{file}: is no regular file; save the adapter again")
-    pickle = folder / WEIGHTS_NAME
-    if not file.exists() and pickle.exists():
-        raise AdapterFileError(
-            f"{pickle}: smoa reads no pickles, which can run code; have the adapter saved as {SAFETENSORS_WEIGHTS_NAME}"
-        )
-    return file if file.exists() else None
+    found = find_adapter(source, **options)
+    if found is None:
+        raise AdapterFileError(f"{source}: has no {SAFETENSORS_WEIGHTS_NAME} of a SMoA adapter")
+    return found
 
 
-def largest_rank(file: Path) -> int:
-    """Rows of the largest factor A in a file of weights, of which the header alone is read.
+def find_adapter(source: str | os.PathLike[str], config: object = None, **options: Any) -> AdapterFile | None:
+    """The weights of the SMoA adapter in a folder or on the Hub.
+
+    Args:
+        source: Folder or hub id.
+        config: The config to load it with, where that is known already. The file's own decides otherwise.
+        options: As PEFT takes them: `subfolder`, `revision`, `token` and so on. Others are ignored.
+
+    Returns:
+        None if it is another method's or can't be found: PEFT then loads it, or says what is missing.
 
     Raises:
-        AdapterFileError: it is no whole safetensors file, or has no factor A.
+        AdapterFileError: the weights are a pickle, damaged, or not those that the config was saved with.
     """
-    with _opened(file) as tensors:
-        shapes = [tensors.get_slice(key).get_shape() for key in tensors.keys() if kind_of(key) == "smoa_A"]  # noqa: SIM118
-    if not shapes:
-        raise AdapterFileError(
-            f"{file}: lacks every smoa_A factor, so it isn't of the adapter that {CONFIG_NAME} is of"
-        )
-    return max(shape[0] if shape else 0 for shape in shapes)
-
-
-def saved_digest(file: Path, factors: str | None = None) -> str | None:
-    """Digest of all tensors in a file of weights; None if `factors` is given and is not that of its factors."""
-    with _opened(file) as tensors:
-        everything = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118  (no mapping)
-    if factors not in (None, factors_digest(everything)):
+    options = {name: options[name] for name in HUB_OPTIONS if options.get(name) is not None}
+    said = _json(_located(source, CONFIG_NAME, options))
+    ours = said.get("peft_type") == "SMOA" if config is None else isinstance(config, SmoaConfig)
+    path = _weights(source, options) if ours else None
+    if path is None:
         return None
-    return tensors_digest((kind_of(key) or "other", tensor) for key, tensor in everything.items())
+    file = AdapterFile.opened(path)
+    if isinstance(said.get("save_id"), str) and said["save_id"] != file.save_id:
+        raise AdapterFileError(
+            f"{path}: comes from another adapter than {CONFIG_NAME}, their save_id differ; put two files of one save "
+            f"together, or delete save_id from {CONFIG_NAME} if they do belong together"
+        )
+    return file
+
+
+def _id(tensors: Any, key: str) -> str | None:
+    view = tensors.get_slice(key)
+    whole = view.get_dtype() == "U8" and view.get_shape() == [BYTES]
+    return bytes(tensors.get_tensor(key).tolist()).hex() if whole else None
+
+
+def _weights(source: str | os.PathLike[str], options: dict[str, Any]) -> Path | None:
+    path = _located(source, SAFETENSORS_WEIGHTS_NAME, options)
+    if path is not None and path.exists():
+        return path
+    pickle = _located(source, WEIGHTS_NAME, options)
+    if pickle is not None and pickle.exists():
+        raise AdapterFileError(
+            f"{pickle}: is a pickle, which can run code when it is read; ask for the adapter as "
+            f"{SAFETENSORS_WEIGHTS_NAME}"
+        )
+    return None
+
+
+def _located(source: str | os.PathLike[str], name: str, options: dict[str, Any]) -> Path | None:
+    """Where a file of the adapter is, or would be; None if the Hub does not have it."""
+    if Path(source).exists():
+        return Path(source, options.get("subfolder", ""), name)
+    try:
+        return Path(hf_hub_download(str(source), name, **options))
+    except (HfHubHTTPError, OSError, ValueError):
+        return None
+
+
+def _json(path: Path | None) -> dict[str, Any]:
+    """What a config says; nothing if it can't be read, which PEFT will say."""
+    try:
+        said = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return said if isinstance(said, dict) else {}
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def _opened(path: Path) -> Iterator[Any]:
     try:
-        with safe_open(file, "pt") as tensors:
+        with safe_open(path, "pt") as tensors:
             yield tensors
     except (SafetensorError, OSError, RuntimeError) as error:  # the last from torch, when it can't map the file
-        raise AdapterFileError(f"{file}: no whole safetensors file ({error}); save or fetch it again") from None
+        raise AdapterFileError(f"{path}: is not a whole safetensors file ({error}); save or fetch it again") from None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from smoa.config.adapter_config import SmoaConfig
 from smoa.errors import AdapterFileError, PartitionError
+from smoa.files.loading import incoming
 from smoa.files.names import FACTORS, PREFIX, adapter_layers
 from smoa.layers.distributed import LABELS, PARTITION, SCALE, is_distributed, plain_name, whole
 from smoa.layers.layer import SmoaLayer
@@ -29,17 +30,15 @@ def check_adapter_state(model: nn.Module, config: SmoaConfig, adapter_name: str,
 
     Raises:
         AdapterFileError: a factor or label vector is missing, superfluous, of a wrong shape or dtype or not finite, the
-            labels are not a partition of their layer, a tensor would replace one that is not the adapter's, or the
-            file it all came from is not the one that was saved.
+            labels are not a partition of their layer, or a tensor would replace one that is not the adapter's.
     """
     try:
         _check_state(model, config, adapter_name, state_dict)
     except AdapterFileError as error:
-        if config.weights_file is None:
+        found = incoming()
+        if found is None:
             raise
-        raise AdapterFileError(f"{config.weights_file}: {error}; does {CONFIG_NAME} come from another save?") from None
-    config.check_weights()
-    config.weights_file = None  # what is loaded next may come from elsewhere
+        raise AdapterFileError(f"{found.file.path}: {error}; does {CONFIG_NAME} come from another save?") from None
 
 
 def add_missing_scales(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
@@ -47,13 +46,6 @@ def add_missing_scales(model: nn.Module, adapter_name: str, state_dict: dict[str
     for name, layer in adapter_layers(model, adapter_name).items():
         if f"{name}.{LABELS[0]}.{adapter_name}" in state_dict:
             state_dict.setdefault(f"{name}.{SCALE}.{adapter_name}", torch.ones(len(layer.ranks[adapter_name])))
-
-
-def record_choices(model: nn.Module, config: SmoaConfig, adapter_name: str) -> None:
-    """Write into the config what the layers chose by their weights; it may have served another model since."""
-    layers = {name.removeprefix(PREFIX): layer for name, layer in adapter_layers(model, adapter_name).items()}
-    if config.blocks_from_spectrum:
-        config.spectrum_blocks = {name: len(layer.ranks[adapter_name]) for name, layer in layers.items()}
 
 
 def embeddings_of(model: nn.Module) -> dict[str, Any]:

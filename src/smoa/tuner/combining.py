@@ -48,7 +48,7 @@ def combined_config(configs: list[SmoaConfig], combination: Combination) -> Smoa
         values = [getattr(config, name) for config in configs]
         if any(value != values[0] for value in values):
             raise MergeError(f"can't combine adapters of different {name}: {values}")
-    for name in ("rank_pattern", "num_blocks_pattern", "spectrum_blocks"):
+    for name in ("rank_pattern", "num_blocks_pattern"):
         if any(getattr(config, name) for config in configs):
             raise MergeError(f"can't combine adapters with {name}; give every layer the same r and num_blocks")
     for name in ("modules_to_save", "trainable_token_indices", "bias"):
@@ -58,7 +58,7 @@ def combined_config(configs: list[SmoaConfig], combination: Combination) -> Smoa
     if combination == "linear" and len(set(ranks)) > 1:
         raise MergeError(f"combination_type='linear' needs equal block ranks, found {ranks}; use 'cat'")
     total = [sum(column) for column in zip(*ranks, strict=True)] if combination == "cat" else list(ranks[0])
-    config = replace(
+    return replace(
         first,
         r=sum(total),
         block_ranks=total,
@@ -67,8 +67,6 @@ def combined_config(configs: list[SmoaConfig], combination: Combination) -> Smoa
         normalize_anchor=False,
         normalized_alpha={},
     )
-    config.labels_follow = True
-    return config
 
 
 def check_same_labels(name: str, layer: SmoaLayer, adapters: list[str]) -> None:

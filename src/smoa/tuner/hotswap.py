@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, set_peft_model_state_dict
-from peft.utils import get_peft_model_state_dict, load_peft_weights
+from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from smoa.config.adapter_config import SmoaConfig
 from smoa.errors import AdapterFileError, ConfigError, MergeError
+from smoa.files.adapter_folder import smoa_adapter
+from smoa.files.loading import door
 from smoa.files.names import PARTS, PREFIX, adapter_layers
 from smoa.layers.distributed import SCALE
 from smoa.layers.layer import SmoaLayer
@@ -46,10 +48,11 @@ def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "def
     if not isinstance(slot, PeftModel) or not isinstance(old, SmoaConfig):
         raise ConfigError(f"hotswap_adapter: the model has no SMoA adapter named {adapter_name!r} to be replaced")
     layers = _layers(slot, adapter_name)
-    config = _checked_config(old, str(path))
-    state = _fitted(load_peft_weights(str(path), device="cpu"), layers, config, adapter_name, str(path))
-    _check_others(slot, state, adapter_name, str(path))
-    set_peft_model_state_dict(slot, state, adapter_name=adapter_name)
+    with door(path):
+        config = _checked_config(old, str(path))
+        state = _fitted(smoa_adapter(path).read(), layers, config, adapter_name, str(path))
+        _check_others(slot, state, adapter_name, str(path))
+        set_peft_model_state_dict(slot, state, adapter_name=adapter_name)
     for layer in layers.values():
         if layer.smoa_weight_cache is not None:
             layer.smoa_weight_cache.clear()
@@ -68,14 +71,12 @@ def _checked_config(old: SmoaConfig, path: str) -> SmoaConfig:
     new = PeftConfig.from_pretrained(path)
     if not isinstance(new, SmoaConfig):
         raise ConfigError(f"{path}: holds a {new.peft_type} adapter, which can't take the place of a SMoA adapter")
-    fixed = ("num_blocks", "num_blocks_pattern", "spectrum_blocks", "modulation", "bias")
+    fixed = ("num_blocks", "num_blocks_pattern", "modulation", "bias")
     different = [name for name in fixed if getattr(new, name) != getattr(old, name)]
     if different:
         found = "; ".join(f"{name}={getattr(new, name)!r}, not {getattr(old, name)!r}" for name in different)
         raise ConfigError(f"{path}: has {found} as the loaded adapter; load it under another name with load_adapter")
-    config = SmoaConfig.from_pretrained(path)  # whose own reading looks at the weights
-    config.check_weights()
-    return config
+    return new
 
 
 def _fitted(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import torch
+from peft import set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers, onload_layer
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils import CONFIG_NAME, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -17,9 +19,10 @@ from transformers.pytorch_utils import Conv1D
 
 from smoa.config.adapter_config import SmoaConfig
 from smoa.errors import MergeError, PartitionError, SmoaError
-from smoa.files.checkpoint import add_missing_scales, check_adapter_state, check_gathered, record_choices
-from smoa.files.digest import factors_digest
-from smoa.files.names import adapter_layers
+from smoa.files.checkpoint import add_missing_scales, check_adapter_state, check_gathered
+from smoa.files.loading import incoming
+from smoa.files.names import PREFIX, adapter_layers
+from smoa.files.save_id import new_id, with_id, without_id
 from smoa.layers.distributed import from_rank_zero, refuse_writing, with_plain_names
 from smoa.layers.layer import SmoaLayer
 from smoa.layers.linear import Linear
@@ -43,41 +46,62 @@ class SmoaModel(BaseTuner):
     tuner_layer_cls = SmoaLayer
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     _loads_labels = False
+    _given: Mapping[str, object] = {}
+    """The configs that were passed, by adapter."""
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """PEFT's `inject_adapter`; where a saved adapter is about to be loaded, no weight is decomposed.
+        """PEFT's `inject_adapter`; no weight is decomposed where a saved adapter is being loaded.
+
+        What is decided for this model goes into a copy of the config, `peft_config[adapter_name]`: the one that was
+        passed stays as it is, and can serve other models.
 
         An adapter added with the very config of another is its twin and gets its partition: TRL makes a reference
         adapter so, and copies the factors but no buffers.
         """
-        config = self.peft_config[adapter_name]
-        twin = next(
-            (name for name, other in self.peft_config.items() if other is config and name != adapter_name), None
-        )
-        comes = bool(kwargs.get("state_dict")) or bool(kwargs.get("low_cpu_mem_usage"))
-        self._loads_labels = comes or bool(getattr(config, "labels_follow", False)) or twin is not None
-        self._progress: tqdm[Any] | None = None
-        try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-        finally:
-            if self._progress is not None:
-                self._progress.close()
+        found = incoming()
+        twin = self._take_config(adapter_name, None if found is None else found.file.save_id)
+        comes = bool(kwargs.get("state_dict")) or bool(kwargs.get("low_cpu_mem_usage")) or found is not None
+        self._loads_labels = comes or twin is not None
+        self._inject(model, adapter_name, *args, **kwargs)
         if twin is not None and not comes:
             for layer in adapter_layers(self.model, twin).values():
                 layer.share_partition(twin, adapter_name)
+        if found is not None and found.tensors is not None:
+            self.model.peft_config = self.peft_config
+            tensors = {key.removeprefix(PREFIX): tensor for key, tensor in found.tensors.items()}
+            set_peft_model_state_dict(self.model, tensors, adapter_name)
+
+    def _take_config(self, adapter_name: str, save_id: str | None = None) -> str | None:
+        """Put a copy of the adapter's config, with its id, in its place; the name of its twin, if any."""
+        given: Any = self.peft_config[adapter_name]
+        others = (name for name in self.peft_config if name != adapter_name)
+        twin = next((n for n in others if given is self.peft_config[n] or given is self._given.get(n)), None)
+        own = copy.deepcopy(given)
+        own.save_id = save_id or new_id(own)
+        self._given = {**self._given, adapter_name: given}
+        self.peft_config[adapter_name] = own
+        return twin
+
+    def _inject(self, *args: Any, **kwargs: Any) -> None:
+        self._progress: tqdm[Any] | None = None
+        try:
+            super().inject_adapter(*args, **kwargs)
+        finally:
+            if self._progress is not None:
+                self._progress.close()
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Refuse every unsuitable target at once, before anything is replaced."""
         config: Any = _maybe_include_all_linear_layers(peft_config, model)
-        if not self._loads_labels:
-            config.spectrum_blocks = {}  # of another model that the config was used for
+        found = incoming()
         inside = tuple(name + "." for name, module in model.named_modules() if isinstance(module, SmoaLayer))
         problems: list[SmoaError] = []
         weights: dict[str, Callable[[], Tensor]] = {}
         for name, module in model.named_modules():
             if name and not name.startswith(inside) and self._check_target_module_exists(config, name):
                 try:
-                    config.check_rank(name)
+                    if found is not None:
+                        found.file.check_rank(name, config.rank_of(name))
                     weights[name] = partial(weight_of, module, check_target(name, module, config, model))
                 except SmoaError as error:
                     problems.append(error)
@@ -89,18 +113,20 @@ class SmoaModel(BaseTuner):
         self._progress = tqdm(total=len(weights), desc="SMoA partitions", unit="layer", delay=1, disable=hidden)
 
     def _choose_blocks(self, config: SmoaConfig, weights: dict[str, Callable[[], Tensor]]) -> None:
-        """Fill in `spectrum_blocks` if asked to, unless a saved adapter brings them."""
-        if not config.blocks_from_spectrum:
+        """Choose the K that `num_blocks_pattern` doesn't give, if asked to; a saved adapter brings all of them."""
+        missing = sorted(name for name in weights if config.chosen_blocks_of(name) is None)
+        if not config.blocks_from_spectrum or not missing:
             return
-        if not config.spectrum_blocks:
-            choose = partial(choose_blocks, weights, config.num_blocks)
-            config.spectrum_blocks = from_rank_zero(choose, everywhere=True)  # every rank gathers what is sharded
-        missing = sorted(weights.keys() - config.spectrum_blocks.keys())
-        if missing:
+        if self._loads_labels:
+            found = incoming()
+            place = "" if found is None else f"{found.file.path.with_name(CONFIG_NAME)}: "
             raise PartitionError(
-                f"{missing[0]}: the config's spectrum_blocks has no number for it and {len(missing) - 1} more; the "
-                "adapter is for another model, or its adapter_config.json is broken"
+                f"{place}{missing[0]}: num_blocks_pattern names neither it nor {len(missing) - 1} more, although "
+                "blocks_from_spectrum chose K; the adapter is for another model, or its adapter_config.json is broken"
             )
+        choose = partial(choose_blocks, {name: weights[name] for name in missing}, config.num_blocks)
+        chosen = from_rank_zero(choose, everywhere=True)  # every rank gathers what is sharded
+        config.num_blocks_pattern = {**config.num_blocks_pattern, **chosen}
 
     def _create_and_replace(
         self,
@@ -160,17 +186,15 @@ class SmoaModel(BaseTuner):
             super()._get_adapter_state_dict(named, config, adapter_name, state_dict, unwanted_adapter_names)
         )
         check_gathered(selected)
-        record_choices(model, config, adapter_name)
-        config.digest_of_saved = factors_digest(selected)
-        config.weights_file = None  # the adapter has a life of its own by now
-        return selected
+        return with_id(selected, config.save_id)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         named = with_plain_names(model)
-        remapped = super()._remap_adapter_state_dict_for_load(named, config, adapter_name, state_dict)
+        saved = without_id(state_dict)
+        remapped = super()._remap_adapter_state_dict_for_load(named, config, adapter_name, saved)
         add_missing_scales(model, adapter_name, remapped)
         check_adapter_state(model, config, adapter_name, remapped)
         for layer in adapter_layers(model, adapter_name).values():
@@ -216,7 +240,9 @@ class SmoaModel(BaseTuner):
         for name, layer in layers.items():
             check_same_labels(name, layer, adapters)
         self.peft_config[adapter_name] = config
-        self.inject_adapter(self.model, adapter_name)
+        self._take_config(adapter_name)
+        self._loads_labels = True  # of the parts
+        self._inject(self.model, adapter_name)
         for layer in layers.values():
             fill_combined(layer, adapters, weights, adapter_name, combination_type)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Callable
@@ -305,3 +306,30 @@ class QuantisedLinear(nn.Linear):
 def test_a_quantised_layer_is_refused_by_name() -> None:
     with pytest.raises(UnsupportedModuleError, match=r"layer: .*quantised weight of a .*QuantisedLinear"):
         get_peft_model(Wrapper(QuantisedLinear(8, 8)), SmoaConfig(target_modules=["layer"]))
+
+
+def test_a_saved_config_read_as_json_is_what_was_saved(tmp_path: Path) -> None:
+    config = SmoaConfig(r=4, alpha=3.0, rank_pattern={"up": 2})
+    config.save_pretrained(tmp_path)
+    assert SmoaConfig.from_json_file(str(tmp_path / "adapter_config.json")) == config.to_dict()
+
+
+def test_one_config_serves_two_models_and_stays_as_it_is(tiny_llama: PreTrainedModel) -> None:
+    config = SmoaConfig(
+        r=4, num_blocks=2, target_modules="all-linear", blocks_from_spectrum=True, normalize_anchor=True
+    )
+    first = get_peft_model(tiny_llama, config)
+    before = copy.deepcopy(first.peft_config["default"])
+    second = get_peft_model(tiny_models.build("gpt2"), config)
+    assert first.peft_config["default"] == before
+    assert first.peft_config["default"].target_modules != second.peft_config["default"].target_modules
+    assert (config.target_modules, config.num_blocks_pattern, config.normalized_alpha) == ("all-linear", {}, {})
+    assert config.save_id is None
+
+
+def test_an_adapter_of_the_config_that_was_passed_before_is_a_twin(tiny_llama: PreTrainedModel) -> None:
+    config = SmoaConfig(r=4, partition="random", target_modules=["q_proj"])
+    model = get_peft_model(tiny_llama, config)
+    model.add_adapter("twin", config)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    assert torch.equal(layer.smoa_row_labels["twin"], layer.smoa_row_labels["default"])

@@ -16,8 +16,7 @@ from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 
-from smoa import AdapterFileError, ConfigError, SmoaConfig, SmoaError
-from smoa.files.digest import tensors_digest
+from smoa import AdapterFileError, SmoaConfig, SmoaError
 from tests.fuzz_adapters import CORPUS, base, fuzz, outcome, write_corpus
 from tests.support.adapter_files import rewritten, with_settings
 from tests.support.adapter_mutations import CONFIG, MUTATIONS, PICKLE, WEIGHTS, Payload
@@ -50,22 +49,11 @@ def test_a_folder_that_nobody_touched_is_loaded(name: str, corpus: dict[str, Pat
     assert outcome(corpus[name], corpus[name]) == "loaded: the same bytes"
 
 
-def test_every_flipped_bit_of_the_values_is_noticed(folder: Path) -> None:
-    whole = (folder / WEIGHTS).read_bytes()
-    start = 8 + int.from_bytes(whole[:8], "little")
-    for place in range(start, len(whole), 37):
-        content = bytearray(whole)
-        content[place] ^= 1 << place % 8
-        (folder / WEIGHTS).write_bytes(content)
-        with pytest.raises(AdapterFileError, match=r"adapter_model\.safetensors"):
-            load(folder)
-
-
 @pytest.mark.parametrize("limit", [0, 1, 8, 100, -1])
 def test_a_truncated_file_is_refused_by_name(folder: Path, limit: int) -> None:
     file = folder / WEIGHTS
     os.truncate(file, limit % file.stat().st_size)
-    with pytest.raises(AdapterFileError, match=r"adapter_model\.safetensors: no whole safetensors file"):
+    with pytest.raises(AdapterFileError, match=r"adapter_model\.safetensors: is not a whole safetensors file"):
         load(folder)
 
 
@@ -77,14 +65,14 @@ def test_a_pickle_is_refused_unread(folder: Path, harmless: bool) -> None:
         torch.save(tensors, folder / PICKLE)
     else:
         (folder / PICKLE).write_bytes(pickle.dumps(Payload()))
-    with pytest.raises(AdapterFileError, match=r"adapter_model\.bin.*pickles"):
+    with pytest.raises(AdapterFileError, match=r"adapter_model\.bin.*pickle"):
         load(folder)
 
 
 def test_a_pipe_in_the_place_of_the_weights_is_refused_and_not_waited_for(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
     os.mkfifo(folder / WEIGHTS)
-    with pytest.raises(AdapterFileError, match="no regular file"):
+    with pytest.raises(AdapterFileError, match="not a regular file"):
         load(folder)
 
 
@@ -112,113 +100,14 @@ def test_a_rank_that_stands_for_no_layer_does_not_count(folder: Path, settings: 
     load(folder)
 
 
-WRONG: dict[str, list[Any]] = {
-    "target_modules": [3, {"a": 1}, [1], "(", True],
-    "exclude_modules": [3, [None], "["],
-    "modules_to_save": ["head", 1, [2]],
-    "layers_to_transform": ["x", -1, [-1], 1.5, True],
-    "layers_pattern": [1, [1], "("],
-    "rank_pattern": [None, 1, [1], {"(": 2}, {"a": "b"}, {"a": 0}],
-    "alpha_pattern": [None, 1, {"a": None}, {"a": -1}],
-    "fan_in_fan_out": [None, "yes", 1],
-    "inference_mode": [None, 0],
-    "trainable_token_indices": [1, "x", ["a"], {"a": 1}, [-3]],
-    "base_model_name_or_path": [1, []],
-    "revision": [1],
-    "auto_mapping": [1, "x"],
-    "settings_digest": [1, []],
-    "weights_digest": [1, {}],
-    "r": [None, "4", 4.0, True, 0],
-    "num_blocks": [None, "2", 0, 256],
-    "block_ranks": ["22", 1, {}, [2, "2"]],
-    "alpha": ["1", float("nan"), 0, []],
-    "smoa_dropout": [None, "0", 1, []],
-    "bias": [None, 1, ["none"], "lora_only"],
-    "partition": [None, 1, ["spectral"]],
-    "modulation": [None, 1],
-    "init_weights": [None, "gaussian", 2],
-    "normalize_anchor": [None, "yes", 1],
-    "normalized_alpha": [None, 1, [1], {"a": None}, {"a": 0}],
-    "num_blocks_pattern": [None, 1, [1], {"(": 2}, {"a": "b"}, {"a": 256}],
-    "blocks_from_spectrum": [None, "yes", 1],
-    "spectrum_blocks": [None, 1, [1], {"a": None}, {"a": 0}],
-}
-
-
-@pytest.mark.parametrize(("setting", "value"), [(name, value) for name, values in WRONG.items() for value in values])
-def test_a_value_of_a_wrong_type_is_refused_by_its_name_and_file(folder: Path, setting: str, value: Any) -> None:
-    config = json.loads((folder / CONFIG).read_text()) | {setting: value}
-    (folder / CONFIG).write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match=rf"adapter_config\.json.*{setting}"):
-        load(folder)
-
-
-@pytest.mark.parametrize(
-    "pattern",
-    [
-        "(.+)+x",
-        "(.*)*",
-        "((a|b)*c)*",
-        r"(\w+\.)+up",
-        ".*.*.*.*.*.*.*x",
-        "(a{1,50}){1,50}",
-        "(a|aa)+x",
-        "(a?){30}a{30}",
-        "(a*){30}x",
-        "a?" * 25 + "a" * 25,
-        "(a|aa)" * 14 + "x",
-    ],
-)
-def test_an_expression_that_can_take_for_ever_is_refused(pattern: str) -> None:
-    for settings in ({"target_modules": pattern}, {"rank_pattern": {pattern: 2}}, {"exclude_modules": pattern}):
-        with pytest.raises(ConfigError, match="none within another"):
-            SmoaConfig(**settings)
-
-
-@pytest.mark.parametrize(
-    "pattern",
-    [
-        "all-linear",
-        r".*\.layers\.\d+\.(self_attn|mlp)\.(q|v)_proj",
-        r"(.*\.)?(up|down)",
-        "(?:ab){3}",
-        "a|b",
-        ".*?x",
-        "|".join(f"layers.{i}.up" for i in range(500)),
-        r"^(?!.*vision).*layers\.(1?\d|2[0-3])\.(self_attn|mlp)\.(k|up)_proj",
-    ],
-)
-def test_an_ordinary_expression_is_accepted(pattern: str) -> None:
-    SmoaConfig(target_modules=pattern, rank_pattern={pattern: 3})
-
-
-def test_every_setting_has_wrong_values_in_this_test() -> None:
-    own = set(SmoaConfig.__dataclass_fields__) - {"task_type", "peft_type", "peft_version"}
-    assert own == set(WRONG)
-
-
-@pytest.mark.parametrize(
-    "setting", [{"alpha": 7.0}, {"num_blocks": 1}, {"modulation": "none"}, {"target_modules": "up"}]
-)
-def test_an_edited_config_is_refused_unless_its_digest_is_deleted(folder: Path, setting: dict[str, Any]) -> None:
-    config = json.loads((folder / CONFIG).read_text()) | setting
-    (folder / CONFIG).write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match=r"adapter_config\.json.*delete its settings_digest"):
-        load(folder)
-
-
-def test_an_edited_alpha_without_a_digest_counts(folder: Path) -> None:
+def test_an_edited_alpha_counts(folder: Path) -> None:
     before = load(folder).base_model.model.up.scaling["default"]
     assert load(with_settings(folder, alpha=12.0)).base_model.model.up.scaling["default"] == 2 * before
 
 
-def test_the_digest_survives_what_does_not_matter(folder: Path) -> None:
-    config = json.loads((folder / CONFIG).read_text())
-    for name, value in (("inference_mode", False), ("base_model_name_or_path", "other"), ("revision", "main")):
-        config[name] = value
-    config["target_modules"] = config["target_modules"][::-1]
-    (folder / CONFIG).write_text(json.dumps(config))
-    load(folder)
+def test_the_digests_of_smoa_0_1_are_ignored_and_not_saved_again(folder: Path, tmp_path: Path) -> None:
+    load(with_settings(folder, settings_digest="of 0.1", weights_digest="of 0.1")).save_pretrained(tmp_path)
+    assert not {"settings_digest", "weights_digest"} & json.loads((tmp_path / CONFIG).read_text()).keys()
 
 
 BASE_WEIGHT = "base_model.model.up.base_layer.weight"
@@ -299,7 +188,7 @@ def test_a_state_dict_without_a_folder_is_checked_as_well(folder: Path) -> None:
 
 
 def test_a_config_read_from_one_adapter_trains_and_resumes_another(folder: Path, tmp_path: Path) -> None:
-    """Its digest is of the folder it was read from, and must not be asked of later checkpoints."""
+    """Nothing of the folder that it was read from is asked of later checkpoints."""
     model = get_peft_model(base(), SmoaConfig.from_pretrained(folder))
     later = get_peft_model(base(), SmoaConfig(**{**CORPUS["plain"][0].to_dict(), "init_weights": False}))
     later.save_pretrained(tmp_path / "later")
@@ -337,22 +226,5 @@ def test_a_shape_that_the_bytes_do_not_bear_out_is_refused(folder: Path, shape: 
 
 def test_weights_without_any_factor_of_ours_are_refused_by_name(folder: Path, corpus: dict[str, Path]) -> None:
     shutil.copy(corpus["lora"] / WEIGHTS, folder)
-    with pytest.raises(AdapterFileError, match=r"adapter_model\.safetensors: lacks every smoa_A factor"):
+    with pytest.raises(AdapterFileError, match=r"adapter_model\.safetensors: has no smoa_A factor"):
         load(folder)
-
-
-def test_an_older_file_in_the_folder_is_not_taken_for_what_is_saved(folder: Path) -> None:
-    """As transformers saves: the config first, the weights after it."""
-    config = SmoaConfig(r=4)
-    config.digest_of_saved = "of other factors"
-    config.save_pretrained(folder)
-    assert json.loads((folder / CONFIG).read_text())["weights_digest"] is None
-
-
-def test_tensors_without_values_have_no_digest() -> None:
-    assert tensors_digest([("smoa_A", torch.empty(2, 2, device="meta"))]) is None
-
-
-def test_a_pattern_of_adapter_layersout_their_indices_is_refused() -> None:
-    with pytest.raises(ConfigError, match="layers_pattern='h' has no effect"):
-        SmoaConfig(layers_pattern="h")

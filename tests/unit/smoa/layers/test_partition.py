@@ -140,10 +140,10 @@ def test_training_goes_on_from_a_loaded_adapter(tmp_path: Path) -> None:
     assert all(factor.grad is not None for layer in smoa_layers(loaded).values() for factor in factors(layer))
 
 
-def test_the_file_holds_factors_labels_and_scales_and_nothing_else(tmp_path: Path) -> None:
+def test_the_file_holds_factors_labels_scales_and_an_id_and_nothing_else(tmp_path: Path) -> None:
     model = trained_llama()
     tensors = load_file(saved(model, tmp_path) / "adapter_model.safetensors")
-    expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"base_model.model.smoa_save_id": ((16,), torch.uint8)}
     for name, layer in smoa_layers(model).items():
         A_shape, B_shape = reference.factor_shapes(layer.out_features, layer.in_features, 3, 5)
         expected[f"{name}.smoa_A.weight"] = (A_shape, torch.float32)
@@ -152,7 +152,7 @@ def test_the_file_holds_factors_labels_and_scales_and_nothing_else(tmp_path: Pat
         expected[f"{name}.smoa_col_labels"] = ((layer.in_features,), torch.uint8)
         expected[f"{name}.smoa_block_scale"] = ((3,), torch.float32)
     assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()} == expected
-    assert all(name.startswith("base_model.model.model.layers.") for name in tensors)
+    assert all(name.startswith("base_model.model.model.layers.") for name in tensors if "smoa_save_id" not in name)
 
 
 def test_the_file_is_as_large_as_the_parameters_a_byte_per_coordinate_and_a_float_per_block(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_the_file_is_as_large_as_the_parameters_a_byte_per_coordinate_and_a_floa
         values += 8 * (layer.out_features + layer.in_features) // 4 + 4
         labels_bytes += layer.out_features + layer.in_features
     header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
-    assert file.stat().st_size - header == 4 * values + labels_bytes
+    assert file.stat().st_size - header == 4 * values + labels_bytes + 16  # the id
 
 
 def test_an_adapter_made_from_a_saved_config_alone_decides_its_labels_before_it_is_saved(tmp_path: Path) -> None:

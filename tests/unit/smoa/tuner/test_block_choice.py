@@ -21,7 +21,7 @@ from tests.support import tiny_models
 from tests.support.adapter_files import with_settings
 from tests.support.decompositions import NoDecomposition
 from tests.support.layers import adapted_layer, base_layer, base_weight, oracle_delta
-from tests.support.quantized import quantised_layer
+from tests.support.quantized import quantized_layer
 from tests.support.tolerance import assert_close
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -83,10 +83,10 @@ def test_blocks_follow_the_effective_rank_of_the_weights_and_keep_what_they_cost
     found = layers(model)
     shares = {name: used_share(base_weight(layer)) for name, layer in found.items()}
     mean = sum(shares.values()) / len(shares)
-    assert len(set(model.peft_config["default"].spectrum_blocks.values())) > 2
+    assert len(set(model.peft_config["default"].num_blocks_pattern.values())) > 2
     for name, layer in found.items():
         K = len(layer.ranks["default"])
-        assert model.peft_config["default"].spectrum_blocks[name] == K == round(4 * shares[name] / mean)
+        assert model.peft_config["default"].num_blocks_pattern[name] == K == round(4 * shares[name] / mean)
         assert set(layer.ranks["default"]) == {2}
         assert layer.scaling["default"] == pytest.approx(12 / 8)
         assert_close(layer.delta("default").double(), oracle_delta(layer), dtype=torch.float32)
@@ -124,12 +124,32 @@ def test_a_merge_on_disk_knows_the_blocks(options: dict[str, Any], tmp_path: Pat
 
 def test_a_config_that_is_used_again_is_fitted_to_the_new_weights() -> None:
     config = SmoaConfig(r=8, num_blocks=4, target_modules=TARGETS, blocks_from_spectrum=True)
-    first = get_peft_model(tiny_models.build("llama"), config)
-    even = dict(config.spectrum_blocks)
-    flat = adapted().unload()
-    get_peft_model(flat, config)
-    assert first.peft_config["default"] is config
-    assert config.spectrum_blocks != even
+    before = copy.deepcopy(config)
+    models = [get_peft_model(model, config) for model in (tiny_models.build("llama"), adapted().unload())]
+    for model in models:
+        own = model.peft_config["default"].num_blocks_pattern
+        assert own == {name: len(layer.ranks["default"]) for name, layer in layers(model).items()}
+    even, flat = (model.peft_config["default"].num_blocks_pattern for model in models)
+    assert even != flat
+    assert {**config.to_dict(), "base_model_name_or_path": None} == {
+        **before.to_dict(),
+        "base_model_name_or_path": None,
+    }
+
+
+def test_a_pattern_goes_before_the_spectrum() -> None:
+    model = adapted(blocks_from_spectrum=True, num_blocks_pattern={"v_proj": 2})
+    for name, layer in layers(model).items():
+        assert set(layer.ranks["default"]) == {2}  # r / num_blocks
+        assert (len(layer.ranks["default"]) == 2) == name.endswith("v_proj")
+
+
+def test_the_blocks_of_hundreds_of_layers_are_looked_up_by_name() -> None:
+    names = {f"model.layers.{i}.{target}": 2 + i % 3 for i in range(1000) for target in TARGETS}
+    config = SmoaConfig(r=8, num_blocks=4, blocks_from_spectrum=True, num_blocks_pattern=names)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("smoa.config.adapter_config.get_pattern_key", None)  # would take a second for each name
+        assert {name: config.num_blocks_of(name) for name in names} == names
 
 
 @pytest.mark.parametrize("option", ["blocks_from_spectrum", "normalize_anchor"])
@@ -146,12 +166,12 @@ def test_a_second_adapter_can_have_blocks_of_its_own() -> None:
     model = adapted()
     model.add_adapter("other", SmoaConfig(r=8, num_blocks=4, target_modules=TARGETS, blocks_from_spectrum=True))
     fresh = adapted(blocks_from_spectrum=True)
-    assert model.peft_config["other"].spectrum_blocks == fresh.peft_config["default"].spectrum_blocks
+    assert model.peft_config["other"].num_blocks_pattern == fresh.peft_config["default"].num_blocks_pattern
 
 
 @pytest.mark.parametrize("kind", ["conv1d", "nf4", "int8"])
 def test_blocks_are_chosen_for_weights_however_they_are_stored(kind: str) -> None:
-    base = base_layer(24, 64, conv1d=True) if kind == "conv1d" else quantised_layer(kind)
+    base = base_layer(24, 64, conv1d=True) if kind == "conv1d" else quantized_layer(kind)
     layer = adapted_layer(base, r=8, num_blocks=4, blocks_from_spectrum=True)
     assert len(layer.ranks["default"]) == 4
 
@@ -192,20 +212,22 @@ def test_a_swap_needs_the_same_blocks(tmp_path: Path) -> None:
 def test_adapters_of_different_blocks_by_layer_are_not_combined(options: dict[str, Any]) -> None:
     model = adapted(**options)
     model.add_adapter("other", SmoaConfig(r=8, num_blocks=4, target_modules=TARGETS))
-    with pytest.raises(MergeError, match=r"num_blocks_pattern|spectrum_blocks"):
+    with pytest.raises(MergeError, match="num_blocks_pattern"):
         model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
 
 
 def test_a_config_that_lacks_a_layer_or_asks_for_more_rank_than_saved_is_refused(tmp_path: Path) -> None:
     model = adapted(blocks_from_spectrum=True)
-    chosen = model.peft_config["default"].spectrum_blocks
+    chosen = model.peft_config["default"].num_blocks_pattern
     model.save_pretrained(tmp_path)
     base = adapted().unload()
     first = sorted(chosen)[0]
-    with_settings(tmp_path, spectrum_blocks={name: K for name, K in chosen.items() if name != first})
-    with pytest.raises(PartitionError, match=rf"{first}: the config's spectrum_blocks has no number for it"):
+    with_settings(tmp_path, num_blocks_pattern={name: K for name, K in chosen.items() if name != first})
+    with pytest.raises(
+        PartitionError, match=rf"adapter_config\.json: {first}: num_blocks_pattern names neither it nor 0 more"
+    ):
         PeftModel.from_pretrained(base, tmp_path)
-    for settings in ({"spectrum_blocks": {**chosen, first: 200}}, {"spectrum_blocks": chosen, "r": 10**9 * 4}):
+    for settings in ({"num_blocks_pattern": {**chosen, first: 200}}, {"num_blocks_pattern": chosen, "r": 10**9 * 4}):
         with_settings(tmp_path, **settings)
         with pytest.raises(AdapterFileError, match="asks for rank"):
             PeftModel.from_pretrained(base, tmp_path)
@@ -217,7 +239,7 @@ def test_a_config_that_lacks_a_layer_or_asks_for_more_rank_than_saved_is_refused
         ({"num_blocks_pattern": {"v_proj": 0}}, r"num_blocks_pattern\['v_proj'\]=0"),
         ({"num_blocks_pattern": {"v_proj": 2}, "block_ranks": [2, 2, 2, 2]}, "block_ranks and num_blocks_pattern"),
         ({"spectrum_blocks": {"v_proj": 2}}, "without blocks_from_spectrum"),
-        ({"blocks_from_spectrum": True, "num_blocks_pattern": {"v_proj": 2}}, "drop block_ranks and num_blocks"),
+        ({"blocks_from_spectrum": True, "block_ranks": [2, 2, 2, 2]}, "drop block_ranks"),
         ({"blocks_from_spectrum": True, "r": 10}, "num_blocks=4 to divide every r, found 10"),
         ({"blocks_from_spectrum": True, "rank_pattern": {"v_proj": 5}}, "found 5"),
     ],

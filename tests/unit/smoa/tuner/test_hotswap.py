@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -176,10 +177,25 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     assert torch.equal(logits(model), before)
 
 
-def test_a_file_that_was_changed_since_it_was_saved_is_refused(tmp_path: Path) -> None:
+def test_files_of_two_adapters_are_refused(tmp_path: Path) -> None:
+    saved(tmp_path / "one")
+    saved(tmp_path / "two", seed=3)
+    shutil.copy(tmp_path / "two" / "adapter_model.safetensors", tmp_path / "one")
+    with pytest.raises(AdapterFileError, match="another adapter than adapter_config"):
+        hotswap_adapter(adapted(1), tmp_path / "one")
+
+
+def test_a_pickle_is_refused(tmp_path: Path) -> None:
     saved(tmp_path)
-    rewritten(tmp_path, lambda tensors: next(t for n, t in tensors.items() if "smoa_B" in n).mul_(2))
-    with pytest.raises(AdapterFileError, match="not those that"):
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(AdapterFileError, match="pickle"):
+        hotswap_adapter(adapted(1), tmp_path)
+
+
+def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(AdapterFileError, match=r"has no adapter_model\.safetensors"):
         hotswap_adapter(adapted(1), tmp_path)
 
 

@@ -1,0 +1,132 @@
+"""Values of a config that are refused, each by its name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from smoa import ConfigError, SmoaConfig
+
+WRONG: dict[str, list[Any]] = {
+    "target_modules": [3, {"a": 1}, [1], "(", True],
+    "exclude_modules": [3, [None], "["],
+    "modules_to_save": ["head", 1, [2]],
+    "layers_to_transform": ["x", -1, [-1], 1.5, True],
+    "layers_pattern": [1, [1], "("],
+    "rank_pattern": [None, 1, [1], {"(": 2}, {"a": "b"}, {"a": 0}],
+    "alpha_pattern": [None, 1, {"a": None}, {"a": -1}],
+    "fan_in_fan_out": [None, "yes", 1],
+    "inference_mode": [None, 0],
+    "trainable_token_indices": [1, "x", ["a"], {"a": 1}, [-3]],
+    "base_model_name_or_path": [1, []],
+    "revision": [1],
+    "auto_mapping": [1, "x"],
+    "save_id": [1, []],
+    "r": [None, "4", 4.0, True, 0],
+    "num_blocks": [None, "2", 0, 256],
+    "block_ranks": ["22", 1, {}, [2, "2"]],
+    "alpha": ["1", float("nan"), 0, []],
+    "smoa_dropout": [None, "0", 1, []],
+    "bias": [None, 1, ["none"], "lora_only"],
+    "partition": [None, 1, ["spectral"]],
+    "modulation": [None, 1],
+    "init_weights": [None, "gaussian", 2],
+    "normalize_anchor": [None, "yes", 1],
+    "normalized_alpha": [None, 1, [1], {"a": None}, {"a": 0}],
+    "num_blocks_pattern": [None, 1, [1], {"(": 2}, {"a": "b"}, {"a": 256}],
+    "blocks_from_spectrum": [None, "yes", 1],
+    "spectrum_blocks": [1, [1], {"a": None}, {"a": 0}],
+}
+
+
+@pytest.mark.parametrize(("setting", "value"), [(name, value) for name, values in WRONG.items() for value in values])
+def test_a_value_of_a_wrong_type_is_refused_by_its_name_and_file(setting: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"SmoaConfig: {setting}"):
+        SmoaConfig(**{setting: value})
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "SMOA", setting: value}))
+    with pytest.raises(ConfigError, match=rf"adapter_config\.json: SmoaConfig: {setting}"):
+        SmoaConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "words"),
+    [
+        ("r", "4", "r='4' must be an integer"),
+        ("alpha", [], "alpha=[] must be a number or null"),
+        ("bias", 1, "bias=1 must be one of 'none', 'all', 'smoa_only'"),
+        ("init_weights", 2, "init_weights=2 must be true or false or 'zero_A'"),
+        ("target_modules", [1], "target_modules=[1] must be a list of strings or a string or null"),
+        ("rank_pattern", {"a": "b"}, "rank_pattern={'a': 'b'} must be a mapping from strings to integers"),
+        ("rank_pattern", {"a": 0}, "rank_pattern['a']=0 must be a positive integer"),
+        ("num_blocks", 256, "num_blocks=256 must be a positive integer, at most 255"),
+        (
+            "trainable_token_indices",
+            {"a": 1},
+            "trainable_token_indices={'a': 1} must be a list of integers or a mapping from strings to lists of "
+            "integers or null",
+        ),
+        ("trainable_token_indices", {"a": [3, -1]}, "trainable_token_indices['a'][1]=-1 must be an index from 0 on"),
+        ("target_modules", "(", "target_modules: '(' is not a regular expression"),
+    ],
+)
+def test_a_refusal_says_what_the_value_must_be(setting: str, value: Any, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        SmoaConfig(**{setting: value})
+    assert str(caught.value) == f"SmoaConfig: {words}"
+
+
+def test_problems_of_types_and_of_values_are_told_together() -> None:
+    with pytest.raises(
+        ConfigError, match=r"r='4' .*; num_blocks=0 .*; target_modules: '\(' .*; rank_pattern\['a'\]=0 "
+    ):
+        SmoaConfig(r="4", num_blocks=0, target_modules="(", rank_pattern={"a": 0})  # type: ignore[arg-type]
+
+
+def test_what_json_lacks_is_accepted() -> None:
+    config = SmoaConfig(target_modules={"a"}, block_ranks=(4, 28), layers_to_transform=range(2))  # type: ignore[arg-type]
+    assert (config.target_modules, config.block_ranks, config.layers_to_transform) == ({"a"}, [4, 28], [0, 1])
+    with pytest.raises(ConfigError, match="block_ranks"):
+        SmoaConfig(block_ranks={4, 28})  # type: ignore[arg-type]  # in no order
+
+
+@pytest.mark.parametrize("pattern", ["(", "[", "a{2,1}", "*", "(?P<a", "(" * 2000])
+def test_an_expression_that_python_can_not_read_is_refused(pattern: str) -> None:
+    for name, value in (("target_modules", pattern), ("rank_pattern", {pattern: 2}), ("layers_pattern", [pattern])):
+        with pytest.raises(ConfigError, match=f"{name}: .* is not a regular expression"):
+            SmoaConfig(**{name: value})
+
+
+def test_an_expression_that_peft_can_not_use_as_a_pattern_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"num_blocks_pattern: .*is not a regular expression"):
+        SmoaConfig(num_blocks_pattern={"(?i)up": 2})
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "all-linear",
+        r".*\.layers\.\d+\.(self_attn|mlp)\.(q|v)_proj",
+        r"(.*\.)?(up|down)",
+        "(?:ab){3}",
+        "a|b",
+        ".*?x",
+        "|".join(f"layers.{i}.up" for i in range(500)),
+        "(.+)+x",
+        r"^(?!.*vision).*layers\.(1?\d|2[0-3])\.(self_attn|mlp)\.(k|up)_proj",
+    ],
+)
+def test_an_ordinary_expression_is_accepted(pattern: str) -> None:
+    SmoaConfig(target_modules=pattern, rank_pattern={pattern: 3})
+
+
+def test_every_setting_has_wrong_values_in_this_test() -> None:
+    others = {"task_type", "peft_type", "peft_version", "settings_digest", "weights_digest"}
+    assert set(SmoaConfig.__dataclass_fields__) - others == set(WRONG)
+
+
+def test_a_pattern_of_layers_without_their_indices_is_refused() -> None:
+    with pytest.raises(ConfigError, match="layers_pattern='h' has no effect"):
+        SmoaConfig(layers_pattern="h")

@@ -1,0 +1,463 @@
+"""Every way of loading a saved adapter goes through one door, which looks at the files before layers are made."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import (
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.integrations.peft import PeftAdapterMixin
+
+import smoa
+from smoa import AdapterFileError, ConfigError, SmoaConfig
+from smoa.export.streaming import SavedAdapter
+from smoa.files.adapter_folder import find_adapter
+from smoa.files.loading import door, guard_loading, incoming
+from smoa.layers.layer import SmoaLayer
+from smoa.tuner.hotswap import hotswap_adapter
+from tests.support import tiny_models
+from tests.support.adapter_files import rewritten, with_settings
+from tests.support.decompositions import NoDecomposition
+
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+SETTINGS: dict[str, Any] = {"r": 6, "num_blocks": 3, "target_modules": ["q_proj", "v_proj"], "init_weights": False}
+
+
+def by_peft_model(folder: Path) -> nn.Module:
+    return PeftModel.from_pretrained(tiny_models.build("llama"), folder / "adapter")
+
+
+def beside_another(folder: Path) -> nn.Module:
+    model = get_peft_model(tiny_models.build("llama"), SmoaConfig(partition="contiguous", **SETTINGS), "first")
+    model.load_adapter(str(folder / "adapter"), "default")
+    model.set_adapter("default")
+    return model
+
+
+def by_auto_model(folder: Path) -> nn.Module:
+    return AutoPeftModelForCausalLM.from_pretrained(folder / "adapter")
+
+
+def by_transformers(folder: Path) -> nn.Module:
+    model = tiny_models.build("llama")
+    model.load_adapter(str(folder / "adapter"))
+    return model
+
+
+def by_transformers_auto_model(folder: Path) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder / "adapter")
+
+
+def by_low_memory(folder: Path) -> nn.Module:
+    return PeftModel.from_pretrained(tiny_models.build("llama"), folder / "adapter", low_cpu_mem_usage=True)
+
+
+def with_a_given_config(folder: Path) -> nn.Module:
+    config = PeftConfig.from_pretrained(folder / "adapter")
+    return PeftModel.from_pretrained(tiny_models.build("llama"), folder / "adapter", config=config)
+
+
+LOADERS: list[Callable[[Path], nn.Module]] = [
+    *(by_peft_model, beside_another, by_auto_model, by_transformers, by_transformers_auto_model),
+    *(by_low_memory, with_a_given_config),
+]
+every_loader = pytest.mark.parametrize("load", LOADERS, ids=lambda loader: loader.__name__)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> PeftModel:
+    """An adapter in `tmp_path/adapter`, and its base beside it."""
+    tiny_models.build("llama").save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, SmoaConfig(task_type="CAUSAL_LM", **SETTINGS)).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    return model
+
+
+def updates(model: nn.Module) -> list[Tensor]:
+    layers = (module for module in model.modules() if isinstance(module, SmoaLayer))
+    return [layer.delta("default").detach() for layer in layers]
+
+
+@every_loader
+def test_a_saved_adapter_is_loaded_without_a_decomposition(
+    load: Callable[[Path], nn.Module], saved: PeftModel, tmp_path: Path
+) -> None:
+    smoa.clear_spectrum_cache()
+    with NoDecomposition():
+        found = updates(load(tmp_path))
+    assert len(found) == 4
+    assert all(torch.equal(*pair) for pair in zip(found, updates(saved), strict=True))
+    assert incoming() is None
+
+
+class Counted:
+    """`safe_open` that counts how often the values of a tensor are read."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reads: Counter[str] = Counter()
+        for module in ("safetensors.torch", "transformers.modeling_utils", "smoa.files.adapter_folder"):
+            original = importlib.import_module(module).safe_open
+            monkeypatch.setattr(f"{module}.safe_open", self._counting(original))
+
+    def _counting(self, original: Any) -> Callable[..., Any]:
+        def opened(file: Any, *args: Any, **kwargs: Any) -> Any:
+            return OpenedFile(original(file, *args, **kwargs), self.reads if Path(file).name == WEIGHTS else Counter())
+
+        return opened
+
+
+class OpenedFile:
+    def __init__(self, file: Any, reads: Counter[str]) -> None:
+        self.file, self.reads = file, reads
+
+    def __enter__(self) -> OpenedFile:
+        self.file.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.file.__exit__(*error)
+
+    def get_tensor(self, key: str) -> Tensor:
+        self.reads[key] += 1
+        return self.file.get_tensor(key)
+
+    def get_tensors(self) -> dict[str, Tensor]:
+        self.reads.update(self.file.keys())
+        return self.file.get_tensors()
+
+    def get_slice(self, key: str) -> Any:
+        return Slice(self.file.get_slice(key), key, self.reads)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
+class Slice:
+    def __init__(self, view: Any, key: str, reads: Counter[str]) -> None:
+        self.view, self.key, self.reads = view, key, reads
+
+    def __getitem__(self, places: Any) -> Tensor:
+        self.reads[self.key] += 1
+        return self.view[places]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.view, name)
+
+
+READERS: list[Callable[[Path], object]] = [
+    *LOADERS,
+    lambda folder: SavedAdapter(folder / "adapter", PeftConfig.from_pretrained(folder / "adapter")),
+]
+
+
+@pytest.mark.parametrize("load", READERS, ids=lambda loader: loader.__name__)
+def test_a_load_reads_the_weights_once(
+    load: Callable[[Path], object], saved: PeftModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = Counted(monkeypatch)
+    load(tmp_path)
+    values = {key: number for key, number in counted.reads.items() if "save_id" not in key}
+    assert values == dict.fromkeys(values, 1)
+    assert len(values) == 4 * 5  # layers × A, B, labels of rows and of columns, scales
+
+
+def test_a_swap_reads_the_weights_once(saved: PeftModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = Counted(monkeypatch)
+    hotswap_adapter(saved, tmp_path / "adapter")
+    assert {number for key, number in counted.reads.items() if "save_id" not in key} == {1}
+
+
+def as_a_pickle(folder: Path) -> None:
+    torch.save(load_file(folder / WEIGHTS), folder / PICKLE)
+    (folder / WEIGHTS).unlink()
+
+
+def truncated(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-1])
+
+
+def of_a_huge_rank(folder: Path) -> None:
+    with_settings(folder, r=3 * 10**9)
+
+
+def a_folder_for_weights(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    (folder / WEIGHTS).mkdir()
+
+
+def of_another_adapter(folder: Path) -> None:
+    other = get_peft_model(tiny_models.build("llama"), SmoaConfig(**SETTINGS))
+    other.save_pretrained(folder / "other")
+    shutil.copy(folder / "other" / WEIGHTS, folder)
+
+
+def with_a_tensor_of_the_base(folder: Path) -> None:
+    key = "base_model.model.model.layers.0.mlp.down_proj.weight"
+    rewritten(folder, lambda tensors: tensors.update({key: torch.ones(32, 64)}))
+
+
+def with_nan(folder: Path) -> None:
+    rewritten(folder, lambda tensors: next(t for key, t in tensors.items() if "smoa_B" in key).fill_(float("nan")))
+
+
+def with_labels_that_are_no_partition(folder: Path) -> None:
+    rewritten(folder, lambda tensors: next(t for key, t in tensors.items() if "row_labels" in key).zero_())
+
+
+def without_a_factor(folder: Path) -> None:
+    rewritten(folder, lambda tensors: tensors.pop(next(key for key in tensors if "smoa_B" in key)))
+
+
+SPOILED: list[tuple[Callable[[Path], None], str]] = [
+    (as_a_pickle, r"adapter_model\.bin: is a pickle"),
+    (truncated, r"adapter_model\.safetensors: is not a whole safetensors file"),
+    (of_a_huge_rank, r"adapter_config\.json: .*asks for rank 3000000000"),
+    (a_folder_for_weights, r"adapter_model\.safetensors: is not a regular file"),
+    (of_another_adapter, r"adapter_model\.safetensors: comes from another adapter"),
+    (with_a_tensor_of_the_base, r"adapter_model\.safetensors: .*has unknown 1 tensor.*down_proj"),
+    (with_nan, r"adapter_model\.safetensors: .*smoa_B.*NaN or infinite"),
+    (with_labels_that_are_no_partition, r"adapter_model\.safetensors: .*row_labels"),
+    (without_a_factor, r"adapter_model\.safetensors: .*lacks 1 tensor.*smoa_B"),
+]
+
+
+@every_loader
+@pytest.mark.parametrize(("spoil", "words"), SPOILED, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_spoiled_adapter_is_refused_whoever_loads_it(
+    load: Callable[[Path], nn.Module], spoil: Callable[[Path], None], words: str, saved: PeftModel, tmp_path: Path
+) -> None:
+    if load is with_a_given_config and spoil is of_a_huge_rank:
+        words = "asks for rank"  # in the config that was given
+    spoil(tmp_path / "adapter")
+    with pytest.raises(AdapterFileError, match=words):
+        load(tmp_path)
+    assert incoming() is None
+
+
+@pytest.mark.parametrize("load", [by_peft_model, beside_another, by_auto_model, by_transformers])
+def test_a_config_that_breaks_a_rule_is_refused_with_its_file(
+    load: Callable[[Path], nn.Module], saved: PeftModel, tmp_path: Path
+) -> None:
+    with_settings(tmp_path / "adapter", r=-1, alpha="x")
+    with pytest.raises(ConfigError, match=r"adapter_config\.json: SmoaConfig: r=-1 .*; alpha='x'"):
+        load(tmp_path)
+
+
+def test_weights_that_replace_those_of_a_loaded_adapter_are_looked_at(saved: PeftModel, tmp_path: Path) -> None:
+    model = by_peft_model(tmp_path)
+    as_a_pickle(tmp_path / "adapter")
+    with pytest.raises(AdapterFileError, match="pickle"):
+        model.load_adapter(str(tmp_path / "adapter"), "default")
+
+
+def test_weights_without_a_config_are_looked_at_where_one_is_given(saved: PeftModel, tmp_path: Path) -> None:
+    config = PeftConfig.from_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / CONFIG).unlink()
+    with NoDecomposition():
+        model = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path / "adapter", config=config)
+    assert all(torch.equal(*pair) for pair in zip(updates(model), updates(saved), strict=True))
+    as_a_pickle(tmp_path / "adapter")
+    with pytest.raises(AdapterFileError, match="pickle"):
+        PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path / "adapter", config=config)
+
+
+def test_transformers_keeps_its_base_where_a_file_is_refused(saved: PeftModel, tmp_path: Path) -> None:
+    with_a_tensor_of_the_base(tmp_path / "adapter")
+    model = tiny_models.build("llama")
+    before = model.model.layers[0].mlp.down_proj.weight.clone()
+    with pytest.raises(AdapterFileError, match="down_proj"):
+        model.load_adapter(str(tmp_path / "adapter"))
+    assert torch.equal(model.model.layers[0].mlp.down_proj.weight, before)
+
+
+def test_transformers_loads_modules_that_were_trained_whole(tmp_path: Path) -> None:
+    model = get_peft_model(tiny_models.build("llama"), SmoaConfig(modules_to_save=["lm_head"], **SETTINGS))
+    nn.init.normal_(model.base_model.model.lm_head.modules_to_save["default"].weight)
+    model.save_pretrained(tmp_path / "adapter")
+    again = by_transformers(tmp_path)
+    batch = tiny_models.batch("llama")
+    with torch.no_grad():
+        assert torch.equal(again.eval()(**batch).logits, model.eval()(**batch).logits)
+
+
+# From the Hub: a cache as it makes it, without network.
+
+
+def in_a_hub_cache(folder: Path, cache: Path) -> Path:
+    snapshot = cache / "models--lab--adapter" / "snapshots" / ("a" * 40)
+    shutil.copytree(folder, snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("a" * 40)
+    return snapshot
+
+
+def test_an_adapter_of_the_hub_comes_through_the_door(saved: PeftModel, tmp_path: Path) -> None:
+    snapshot = in_a_hub_cache(tmp_path / "adapter", tmp_path / "cache")
+    with NoDecomposition():
+        model = PeftModel.from_pretrained(tiny_models.build("llama"), "lab/adapter", cache_dir=str(tmp_path / "cache"))
+    assert all(torch.equal(*pair) for pair in zip(updates(model), updates(saved), strict=True))
+    as_a_pickle(snapshot)
+    with pytest.raises(AdapterFileError, match="pickle"):
+        PeftModel.from_pretrained(tiny_models.build("llama"), "lab/adapter", cache_dir=str(tmp_path / "cache"))
+
+
+def test_transformers_takes_an_adapter_of_the_hub_through_the_door(saved: PeftModel, tmp_path: Path) -> None:
+    snapshot = in_a_hub_cache(tmp_path / "adapter", tmp_path / "cache")
+    options = {"cache_dir": str(tmp_path / "cache")}
+    model = tiny_models.build("llama")
+    with NoDecomposition():
+        model.load_adapter("lab/adapter", adapter_kwargs=options)
+    assert all(torch.equal(*pair) for pair in zip(updates(model), updates(saved), strict=True))
+    with_nan(snapshot)
+    with pytest.raises(AdapterFileError, match="NaN"):
+        tiny_models.build("llama").load_adapter("lab/adapter", adapter_kwargs=options)
+
+
+def test_what_the_hub_does_not_have_is_left_to_peft() -> None:
+    assert find_adapter("lab/nothing") is None
+    with pytest.raises(ValueError, match=r"adapter_config\.json.*lab/nothing"):
+        PeftModel.from_pretrained(tiny_models.build("llama"), "lab/nothing")
+
+
+# Foreign adapters, and other ways in.
+
+
+def test_an_adapter_of_another_method_is_loaded_as_ever(tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = get_peft_model(tiny_models.build("llama"), config)
+    model.save_pretrained(tmp_path)
+    assert find_adapter(tmp_path) is None
+    loaded = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path)
+    loaded.load_adapter(str(tmp_path), "second")
+    batch = tiny_models.batch("llama")
+    assert torch.equal(loaded.eval()(**batch).logits, model.eval()(**batch).logits)
+    as_a_pickle(tmp_path)
+    PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path)
+    assert isinstance(SmoaConfig.from_pretrained(tmp_path), LoraConfig)
+
+
+def test_an_adapter_that_is_added_while_none_is_loaded_is_decomposed(saved: PeftModel, tmp_path: Path) -> None:
+    config = SmoaConfig.from_pretrained(tmp_path / "adapter")
+    config.base_model_name_or_path = None
+    smoa.clear_spectrum_cache()
+    with pytest.raises(AssertionError, match="no decomposition"), NoDecomposition():
+        get_peft_model(tiny_models.build("llama"), config)
+
+
+def test_layers_made_for_a_state_dict_wait_for_its_labels(saved: PeftModel, tmp_path: Path) -> None:
+    config = PeftConfig.from_pretrained(tmp_path / "adapter")
+    tensors = load_file(tmp_path / "adapter" / WEIGHTS)
+    plain = {key.removeprefix("base_model.model."): tensor for key, tensor in tensors.items()}
+    with NoDecomposition():
+        model = inject_adapter_in_model(config, tiny_models.build("llama"), state_dict=plain)
+        set_peft_model_state_dict(model, tensors)
+    assert all(torch.equal(*pair) for pair in zip(updates(model), updates(saved), strict=True))
+
+
+def test_arguments_that_a_loader_does_not_take_are_refused_by_it() -> None:
+    with pytest.raises(TypeError, match="missing"):
+        PeftModel.from_pretrained(tiny_models.build("llama"))
+    with pytest.raises(ValueError, match="peft_model_id"):
+        tiny_models.build("llama").load_adapter()
+
+
+def test_guarding_again_puts_up_no_second_door() -> None:
+    before = [PeftModel.__dict__["load_adapter"], PeftAdapterMixin.__dict__["load_adapter"]]
+    guard_loading()
+    importlib.reload(smoa)
+    for function, again in zip(before, (PeftModel.load_adapter, PeftAdapterMixin.load_adapter), strict=True):
+        assert inspect.unwrap(again) is function.__wrapped__
+    assert isinstance(PeftModel.__dict__["from_pretrained"], classmethod)
+
+
+def test_a_door_within_a_door_looks_at_another_adapter_anew(saved: PeftModel, tmp_path: Path) -> None:
+    saved.save_pretrained(tmp_path / "second")
+    with door(tmp_path / "adapter") as outer:
+        with door(tmp_path / "adapter") as same, door(tmp_path / "second") as other:
+            assert same is outer
+            assert other is not None
+            assert other.file.path == tmp_path / "second" / WEIGHTS
+        assert incoming() is outer
+
+
+# The id that both files share.
+
+
+def test_both_files_of_a_save_have_one_id_which_survives_loading(saved: PeftModel, tmp_path: Path) -> None:
+    again = by_peft_model(tmp_path)
+    again.save_pretrained(tmp_path / "again")
+    ids = []
+    for folder in ("adapter", "again"):
+        said = json.loads((tmp_path / folder / CONFIG).read_text())["save_id"]
+        tensor = load_file(tmp_path / folder / WEIGHTS)["base_model.model.smoa_save_id"]
+        assert bytes(tensor.tolist()).hex() == said
+        ids.append(said)
+    assert ids[0] == ids[1] == saved.peft_config["default"].save_id
+
+
+def test_transformers_saves_the_id_too(tmp_path: Path) -> None:
+    model = tiny_models.build("llama")
+    model.add_adapter(SmoaConfig(**SETTINGS), "default")
+    model.save_pretrained(tmp_path / "adapter")
+    found = find_adapter(tmp_path / "adapter")
+    assert found is not None
+    assert found.save_id == model.peft_config["default"].save_id
+    assert len(updates(by_transformers(tmp_path))) == 4
+
+
+def test_every_adapter_gets_an_id_of_its_own_and_the_same_seed_the_same(tmp_path: Path) -> None:
+    ids = []
+    for seed in (1, 1, 2):
+        base = tiny_models.build("llama")
+        torch.manual_seed(seed)
+        model = get_peft_model(base, SmoaConfig(**SETTINGS))
+        model.add_adapter("second", SmoaConfig(**SETTINGS))
+        ids.append([model.peft_config[name].save_id for name in ("default", "second")])
+    assert ids[0] == ids[1]
+    assert len({*ids[0], *ids[2]}) == 4
+
+
+def test_files_without_an_id_are_loaded(saved: PeftModel, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    file = json.loads((folder / CONFIG).read_text())
+    file.pop("save_id")
+    (folder / CONFIG).write_text(json.dumps(file))
+    by_peft_model(tmp_path)
+    tensors = load_file(folder / WEIGHTS)
+    save_file({key: t for key, t in tensors.items() if not key.endswith(("save_id", "block_scale"))}, folder / WEIGHTS)
+    for load in (by_peft_model, by_transformers):  # as smoa 0.1 saved them
+        assert all(torch.equal(*pair) for pair in zip(updates(load(tmp_path)), updates(saved), strict=True))
+
+
+def test_a_config_with_an_id_wants_weights_with_it(saved: PeftModel, tmp_path: Path) -> None:
+    rewritten(tmp_path / "adapter", lambda tensors: tensors.pop("base_model.model.smoa_save_id"))
+    with pytest.raises(AdapterFileError, match="delete save_id"):
+        by_peft_model(tmp_path)
+
+
+@pytest.mark.parametrize("load", [by_peft_model, by_auto_model, by_transformers])
+def test_a_load_puts_back_what_a_killed_save_left_beside_the_folder(
+    load: Callable[[Path], nn.Module], saved: PeftModel, tmp_path: Path
+) -> None:
+    (tmp_path / "adapter").rename(tmp_path / ".adapter.smoa-old")
+    assert all(torch.equal(*pair) for pair in zip(updates(load(tmp_path)), updates(saved), strict=True))
