@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import inject_adapter_in_model
@@ -15,6 +15,8 @@ from tests import reference
 
 # (out_features, in_features, num_blocks): square, tall, wide, K that divides neither side, K = min(m, n), K = 1.
 SHAPES = [(12, 12, 3), (17, 10, 4), (9, 16, 2), (11, 13, 5), (6, 7, 6), (8, 5, 1)]
+Route = Literal["auto", "fused", "apart"]
+ROUTES: list[Route] = ["fused", "apart"]
 
 
 class Wrapper(nn.Module):
@@ -45,9 +47,12 @@ def base_layer(
     return layer
 
 
-def adapted_layer(base: nn.Module, adapter: str = "default", *, trained: bool = True, **config: Any) -> SmoaLayer:
+def adapted_layer(
+    base: nn.Module, adapter: str = "default", *, trained: bool = True, route: Route = "auto", **config: Any
+) -> SmoaLayer:
     """`base` with a SMoA adapter whose factors hold random numbers, as if trained (unless `trained=False`)."""
     model = inject_adapter_in_model(SmoaConfig(target_modules=["layer"], **config), Wrapper(base), adapter)
+    model.layer.route = route
     if trained:
         randomise(model.layer, adapter)
     return model.layer
