@@ -1,4 +1,4 @@
-"""TRL's DPO, KTO and GRPO trainers keep their start as a second adapter: same config, parameters copied by name."""
+"""TRL's DPO, KTO and GRPO trainers copy their start to a second adapter of the same config: tuner/model.py."""
 
 from __future__ import annotations
 

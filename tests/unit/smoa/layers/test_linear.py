@@ -340,3 +340,16 @@ def test_the_base_layers_hooks_still_run() -> None:
     x = inputs(5)
     assert_path(layer, layer(x), x)
     assert seen == [layer.get_base_layer()]
+
+
+@pytest.mark.parametrize("modulation", MODULATIONS)
+def test_two_adapters_get_their_own_gradients(modulation: str) -> None:
+    layer = adapted_layer(base_layer(8, 6), r=4, num_blocks=2, modulation=modulation)
+    add_adapter(layer, "other", r=2, num_blocks=3)
+    x, gradient = torch.randn(5, 6, dtype=torch.float64), torch.randn(5, 8, dtype=torch.float64)
+    layer(x).backward(gradient)
+    for name in ("default", "other"):
+        A, B = (clone_leaf(factor) for factor in factors(layer, name))
+        (x @ oracle_delta(layer, name, A=A, B=B).T).backward(gradient)
+        torch.testing.assert_close(factors(layer, name)[0].grad, A.grad)
+        torch.testing.assert_close(factors(layer, name)[1].grad, B.grad)

@@ -9,6 +9,7 @@ from torch import Tensor
 from smoa.maths.modulations import MODULATIONS as KINDS
 from smoa.maths.update import Update
 from tests import reference
+from tests.support.layers import adapted_layer, base_layer
 from tests.support.tolerance import assert_close
 from tests.support.updates import CASES, Problem, problem
 
@@ -156,3 +157,11 @@ def test_gradients_that_are_asked_for_are_those_of_apply(modulation: str, needs_
     assert (grad_x is not None) == needs_x
     for own, theirs in zip([expected[0] if grad_x is None else grad_x, *of_factors], expected, strict=True):
         assert_close(own, theirs)
+
+
+def test_an_adapter_on_a_weight_of_low_rank_respects_the_bound() -> None:
+    base = base_layer(24, 20)
+    with torch.no_grad():
+        base.weight.copy_(torch.randn(24, 2, dtype=torch.float64) @ torch.randn(2, 20, dtype=torch.float64))
+    layer = adapted_layer(base, r=4, num_blocks=2)
+    assert int(torch.linalg.matrix_rank(layer.get_delta_weight("default"))) == 8

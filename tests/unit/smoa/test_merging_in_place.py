@@ -1,3 +1,5 @@
+"""Merging and unmerging layers and models: layers/linear.py, layers/undo.py and tuner/model.py."""
+
 from __future__ import annotations
 
 import accelerate
