@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from smoa import SmoaConfig
+from smoa.files.names import PREFIX
 from smoa.layers.layer import SmoaLayer
 from tests import reference
 
@@ -120,6 +121,17 @@ def oracle_output(layer: SmoaLayer, x: Tensor, *adapters: str) -> Tensor:
     bias = layer.get_base_layer().bias
     deltas = [oracle_delta(layer, adapter) for adapter in adapters or ("default",)]
     return reference.forward(x.double(), base_weight(layer).double(), None if bias is None else bias.double(), deltas)
+
+
+def smoa_layers(model: nn.Module) -> dict[str, SmoaLayer]:
+    """Adapted layers by their names in the base model."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, SmoaLayer)}
+    return {name.removeprefix(PREFIX): layer for name, layer in found.items()}
+
+
+def layers_of(model: nn.Module) -> list[SmoaLayer]:
+    """Adapted layers in the model's order."""
+    return list(smoa_layers(model).values())
 
 
 def clone_leaf(tensor: Tensor) -> Tensor:

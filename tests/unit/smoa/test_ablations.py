@@ -12,18 +12,13 @@ from transformers import AutoModelForCausalLM
 
 from smoa import ConfigError, PartitionError, SmoaConfig
 from smoa.export.merge import merge_and_save
-from smoa.layers.layer import SmoaLayer
 from tests.support import lab
-from tests.support.layers import Wrapper, adapted_layer, base_layer, base_weight, oracle_delta
+from tests.support.layers import Wrapper, adapted_layer, base_layer, base_weight, oracle_delta, smoa_layers
 from tests.support.tolerance import assert_close
 
 
 def rms(weight: torch.Tensor) -> float:
     return float(weight.double().square().mean().sqrt())
-
-
-def smoa_layers(model: nn.Module) -> dict[str, SmoaLayer]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, SmoaLayer)}
 
 
 def llama(folder: Path, **options: object) -> PeftModel:
@@ -45,8 +40,7 @@ def test_a_reloaded_adapter_has_the_same_update_and_merges_the_same_on_disk(
     theirs = smoa_layers(again)
     for name, layer in smoa_layers(model).items():
         assert_close(theirs[name].delta("default"), layer.delta("default"))
-        key = name.removeprefix("base_model.model.") + ".weight"
-        assert_close(merged[key], base_weight(layer) + layer.delta("default"))
+        assert_close(merged[f"{name}.weight"], base_weight(layer) + layer.delta("default"))
 
 
 def test_a_normalized_anchor_divides_the_update_by_the_weights_rms(tmp_path: Path) -> None:

@@ -6,10 +6,10 @@ import accelerate
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from smoa import MergeError, SmoaConfig
-from smoa.layers.layer import SmoaLayer
 from tests import reference
 from tests.support.layers import (
     Wrapper,
@@ -18,6 +18,7 @@ from tests.support.layers import (
     base_layer,
     base_weight,
     factors,
+    layers_of,
     oracle_delta,
     randomise,
 )
@@ -43,14 +44,10 @@ def adapted_model(*adapters: str, dtype: torch.dtype = torch.float64) -> PeftMod
     model = get_peft_model(TwoLayers(dtype), config, adapter_name=names[0])
     for name in names[1:]:
         model.add_adapter(name, config)
-    for layer in smoa_layers(model):
+    for layer in layers_of(model):
         for name in names:
             randomise(layer, name)
     return model.eval()
-
-
-def smoa_layers(model: nn.Module) -> list[SmoaLayer]:
-    return [module for module in model.modules() if isinstance(module, SmoaLayer)]
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
@@ -101,24 +98,6 @@ def test_a_thousand_merges_and_unmerges_leave_the_base_bit_for_bit(dtype: torch.
         layer.merge()
         layer.unmerge()
     assert_same_bits(state(base), before)
-
-
-def test_merging_changes_the_diagonal_blocks_only() -> None:
-    layer = adapted_layer(base_layer(11, 13), r=7, num_blocks=3)
-    before = base_weight(layer).clone()
-    partition = layer.blocks("default")
-    same_block = partition.row_labels[:, None] == partition.col_labels
-    layer.merge()
-    assert torch.equal(base_weight(layer) != before, same_block)
-
-
-def test_a_merged_layer_keeps_one_kth_of_the_weight() -> None:
-    layer = adapted_layer(base_layer(40, 40), r=4, num_blocks=4)
-    layer.merge()
-    kept = sum(entries.numel() for blocks in layer._pristine_blocks for entries in blocks.entries)
-    assert kept == 40 * 40 // 4
-    layer.unmerge()
-    assert not layer._pristine_blocks
 
 
 def test_merging_twice_changes_nothing() -> None:
@@ -214,7 +193,7 @@ def test_disabling_adapters_unmerges_them() -> None:
 @pytest.mark.parametrize("route", ["merge_adapter", "merge_and_unload"])
 def test_a_broken_layer_is_refused_under_safe_merge_and_nothing_is_changed_anywhere(route: str, value: float) -> None:
     model = adapted_model()
-    first, second = smoa_layers(model)
+    first, second = layers_of(model)
     with torch.no_grad():
         factors(second)[1][0, 0] = value
     before = state(model)
@@ -223,7 +202,7 @@ def test_a_broken_layer_is_refused_under_safe_merge_and_nothing_is_changed_anywh
     assert_same_bits(state(model), before)
     assert not first.merged
     assert not second.merged
-    assert smoa_layers(model) == [first, second]
+    assert layers_of(model) == [first, second]
 
 
 def test_an_overflow_of_half_precision_is_refused_under_safe_merge() -> None:
@@ -277,7 +256,7 @@ def test_unload_gives_the_base_back_bit_for_bit() -> None:
 
 def test_unloading_a_merged_model_without_merging_gives_the_base_back() -> None:
     model = adapted_model()
-    pristine = [base_weight(layer).clone() for layer in smoa_layers(model)]
+    pristine = [base_weight(layer).clone() for layer in layers_of(model)]
     model.merge_adapter()
     model.unmerge_adapter()
     plain = model.unload()
@@ -295,8 +274,6 @@ def test_deleting_an_adapter_leaves_the_others() -> None:
 
 
 def test_the_adapter_saved_while_merged_is_the_adapter_saved_before(tmp_path_factory: pytest.TempPathFactory) -> None:
-    from safetensors.torch import load_file
-
     model = adapted_model()
     saved = []
     for prepare in (lambda: None, model.merge_adapter):
@@ -305,17 +282,6 @@ def test_the_adapter_saved_while_merged_is_the_adapter_saved_before(tmp_path_fac
         model.save_pretrained(folder)
         saved.append(load_file(folder / "adapter_model.safetensors"))
     assert_same_bits(*saved)
-
-
-def test_a_weight_shared_by_two_adapted_layers_is_not_merged_twice() -> None:
-    base = TwoLayers()
-    base.second = nn.Linear(10, 12, dtype=torch.float64)
-    base.second.weight = base.first.weight
-    model = get_peft_model(base, SmoaConfig(r=4, num_blocks=2, target_modules=["first", "second"]))
-    before = state(model)
-    with pytest.raises(MergeError, match=r"first.*second|second.*first"):
-        model.merge_adapter()
-    assert_same_bits(state(model), before)
 
 
 def test_loading_an_adapter_while_another_is_merged_anchors_it_on_the_pristine_weight(
@@ -329,20 +295,20 @@ def test_loading_an_adapter_while_another_is_merged_anchors_it_on_the_pristine_w
     fresh.merge_adapter()
     with pytest.warns(UserWarning, match="Unmerging the model first"):
         fresh.load_adapter(folder / "two", "two")
-    for mine, other in zip(smoa_layers(fresh), smoa_layers(model), strict=True):
+    for mine, other in zip(layers_of(fresh), layers_of(model), strict=True):
         assert torch.equal(mine.get_delta_weight("two"), other.get_delta_weight("two"))
         assert torch.equal(mine.pristine_weight(), other.pristine_weight())
 
 
 def test_adding_an_adapter_to_a_merged_model_unmerges_it_bit_for_bit() -> None:
     model = adapted_model(dtype=torch.bfloat16)
-    pristine = [base_weight(layer).clone() for layer in smoa_layers(model)]
+    pristine = [base_weight(layer).clone() for layer in layers_of(model)]
     model.merge_adapter()
     with pytest.warns(UserWarning, match="Unmerging the model first"):
         model.add_adapter("late", SmoaConfig(r=2, target_modules=["first"]))
-    for layer, before in zip(smoa_layers(model), pristine, strict=True):
+    for layer, before in zip(layers_of(model), pristine, strict=True):
         assert torch.equal(base_weight(layer), before)
-    assert smoa_layers(model)[0].blocks("late").row_labels.tolist() == reference.spectral_labels(pristine[0], 2)[0]
+    assert layers_of(model)[0].blocks("late").row_labels.tolist() == reference.spectral_labels(pristine[0], 2)[0]
 
 
 def test_a_merged_layer_forward_does_not_add_the_adapter_again() -> None:
@@ -379,3 +345,14 @@ def test_a_model_that_accelerate_offloads_is_merged(safe: bool) -> None:
         accelerate.cpu_offload(model, execution_device="cpu")
         merged = model.merge_and_unload(safe_merge=safe)
         torch.testing.assert_close(merged(x), expected)
+
+
+def test_a_weight_shared_by_two_adapted_layers_is_not_merged_twice() -> None:
+    base = TwoLayers()
+    base.second = nn.Linear(10, 12, dtype=torch.float64)
+    base.second.weight = base.first.weight
+    model = get_peft_model(base, SmoaConfig(r=4, num_blocks=2, target_modules=["first", "second"]))
+    before = state(model)
+    with pytest.raises(MergeError, match=r"first.*second|second.*first"):
+        model.merge_adapter()
+    assert_same_bits(state(model), before)

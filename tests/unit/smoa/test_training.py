@@ -11,7 +11,7 @@ from smoa import SmoaConfig
 from smoa.layers.layer import SmoaLayer
 from tests import reference
 from tests.support import tiny_models
-from tests.support.layers import adapted_layer, base_layer, factors, randomise, ranks
+from tests.support.layers import adapted_layer, base_layer, factors, layers_of, randomise, ranks
 from tests.support.threads import threads
 from tests.support.tolerance import assert_close
 
@@ -79,9 +79,8 @@ def trained(num_threads: int) -> dict[str, Tensor]:
 def three_steps() -> dict[str, Tensor]:
     torch.manual_seed(5)
     model = get_peft_model(tiny_models.build("llama"), SmoaConfig(r=6, num_blocks=2, target_modules="all-linear"))
-    for module in model.modules():
-        if isinstance(module, SmoaLayer):
-            randomise(module, scale=0.1)
+    for layer in layers_of(model):
+        randomise(layer, scale=0.1)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
     losses = []
     for _ in range(3):
