@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import inject_adapter_in_model
@@ -10,11 +10,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from smoa import SmoaConfig
+from smoa.files.names import PREFIX
 from smoa.layers.layer import SmoaLayer
 from tests import reference
 
 # (out_features, in_features, num_blocks): square, tall, wide, K that divides neither side, K = min(m, n), K = 1.
 SHAPES = [(12, 12, 3), (17, 10, 4), (9, 16, 2), (11, 13, 5), (6, 7, 6), (8, 5, 1)]
+Route = Literal["auto", "fused", "apart"]
+ROUTES: list[Route] = ["fused", "apart"]
 
 
 class Wrapper(nn.Module):
@@ -45,9 +48,12 @@ def base_layer(
     return layer
 
 
-def adapted_layer(base: nn.Module, adapter: str = "default", *, trained: bool = True, **config: Any) -> SmoaLayer:
+def adapted_layer(
+    base: nn.Module, adapter: str = "default", *, trained: bool = True, route: Route = "auto", **config: Any
+) -> SmoaLayer:
     """`base` with a SMoA adapter whose factors hold random numbers, as if trained (unless `trained=False`)."""
     model = inject_adapter_in_model(SmoaConfig(target_modules=["layer"], **config), Wrapper(base), adapter)
+    model.layer.route = route
     if trained:
         randomise(model.layer, adapter)
     return model.layer
@@ -115,6 +121,17 @@ def oracle_output(layer: SmoaLayer, x: Tensor, *adapters: str) -> Tensor:
     bias = layer.get_base_layer().bias
     deltas = [oracle_delta(layer, adapter) for adapter in adapters or ("default",)]
     return reference.forward(x.double(), base_weight(layer).double(), None if bias is None else bias.double(), deltas)
+
+
+def smoa_layers(model: nn.Module) -> dict[str, SmoaLayer]:
+    """Adapted layers by their names in the base model."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, SmoaLayer)}
+    return {name.removeprefix(PREFIX): layer for name, layer in found.items()}
+
+
+def layers_of(model: nn.Module) -> list[SmoaLayer]:
+    """Adapted layers in the model's order."""
+    return list(smoa_layers(model).values())
 
 
 def clone_leaf(tensor: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from smoa import SmoaConfig
 from smoa.layers.layer import SmoaLayer
 from tests.support import tiny_models
-from tests.support.layers import Wrapper, randomise
+from tests.support.layers import Wrapper, oracle_delta, randomise
 
 
 def _in_4_bits(linear: nn.Linear, quant_type: str, twice: bool = False, compute_dtype: Any = None) -> nn.Module:
@@ -122,3 +122,22 @@ def quantized_model(folder: Path, family: str = "llama", **options: Any) -> PreT
     options = options or {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
     quantization_config = BitsAndBytesConfig(**options)
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization_config, dtype=torch.float32)
+
+
+def weight_of(layer: SmoaLayer) -> Tensor:
+    """The dequantized pristine weight."""
+    return layer.pristine_weight().double()
+
+
+def delta_of(layer: SmoaLayer, adapter: str = "default") -> Tensor:
+    """The oracle's ΔW on the dequantized weight, float64."""
+    return oracle_delta(layer, adapter, weight=weight_of(layer))
+
+
+def same_layout_on_every_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CPUs with AVX512-BF16 bitsandbytes repacks the weights that it evaluates: not for this test."""
+    monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: False, raising=False)
+
+
+quantised_layer = quantized_layer
+"""The old spelling, which tests/unit/smoa/tuner/test_block_choice.py still imports."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -143,3 +143,11 @@ def batch(family: str, size: int = 3, length: int = 11) -> dict[str, Tensor]:
     input_ids = input_ids.masked_fill(attention_mask == 0, 0)
     labels = torch.arange(size) % 3 if family == "bert" else input_ids.masked_fill(attention_mask == 0, -100)
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+@torch.no_grad()
+def logits(model: nn.Module, family: str = "llama") -> Tensor:
+    """What a model of the family, adapted or not, says to `batch`, in float32."""
+    inputs = {name: tensor for name, tensor in batch(family).items() if family == "t5" or name != "labels"}
+    found: Tensor = model(**inputs).logits
+    return found.float()

@@ -26,3 +26,8 @@ def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype | None = N
     dtype = dtype or max(actual.dtype, expected.dtype, key=lambda d: TOLERANCE[d].rtol)
     rtol, atol = TOLERANCE[dtype]
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol, check_dtype=False, **kwargs)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """‖actual − expected‖ / ‖expected‖, in float64."""
+    return float((actual.detach().double() - expected).norm() / expected.norm())

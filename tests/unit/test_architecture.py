@@ -1,4 +1,4 @@
-"""Imports point one way, files are found by their names, and each test file of the lab is named after its module."""
+"""Imports point one way, and files are found by their names: modules, commands and tests."""
 
 from __future__ import annotations
 
@@ -107,10 +107,31 @@ def test_the_first_line_of_a_module_says_what_it_is_for(module: str) -> None:
     assert len(docstring.splitlines()[0]) > 10
 
 
-TESTS = Path(__file__).parent / "smoa_lab"
+TESTS = Path(__file__).parent
+THEMES = {
+    "smoa/test_ablations.py",
+    "smoa/test_extreme_numbers.py",
+    "smoa/test_families.py",
+    "smoa/test_merging_in_place.py",
+    "smoa/test_precision.py",
+    "smoa/test_public_api.py",
+    "smoa/test_quantized_models.py",
+    "smoa/test_reference_adapter.py",
+    "smoa/test_training.py",
+    "smoa/files/test_adapters_of_0_1.py",
+}
+"""Tests that cross modules. Their first lines say which."""
 
 
-def test_every_test_file_of_the_lab_is_named_after_its_module() -> None:
-    files = [file.relative_to(TESTS) for file in TESTS.rglob("test_*.py")]
-    lab = SOURCE / "smoa_lab"
-    assert [file for file in files if not (lab / file.with_name(file.name.removeprefix("test_"))).is_file()] == []
+def test_every_test_file_is_named_after_its_module_or_is_a_theme() -> None:
+    files = [
+        file.relative_to(TESTS) for package in ("smoa", "smoa_lab") for file in TESTS.glob(f"{package}/**/test_*.py")
+    ]
+    modules = {file: SOURCE / file.with_name(file.name.removeprefix("test_")) for file in files}
+    nameless = {file.as_posix() for file, module in modules.items() if not module.is_file()}
+    assert nameless == THEMES
+
+
+@pytest.mark.parametrize("theme", sorted(THEMES))
+def test_the_first_line_of_a_theme_says_what_it_is_about(theme: str) -> None:
+    assert ast.get_docstring(ast.parse((TESTS / theme).read_text(encoding="utf-8")))

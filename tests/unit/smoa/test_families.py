@@ -1,4 +1,4 @@
-"""The members of the family meet their published selves: HiRA and LoRA as PEFT has them, MELoRA by its formula."""
+"""Special cases of layers/ and maths/ are the published methods: HiRA and LoRA as in PEFT, MELoRA by its formula."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `import smoa` promises: names, version, types, and that it stays light."""
+"""What `import smoa` (smoa/__init__.py) promises: names, version, types, and that it stays light."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TRL's DPO, KTO and GRPO trainers keep their start as a second adapter: same config, parameters copied by name."""
+"""TRL's DPO, KTO and GRPO trainers copy their start to a second adapter of the same config: tuner/model.py."""
 
 from __future__ import annotations
 
@@ -25,9 +25,7 @@ def copy_as_trl_does(model: Any) -> None:
 
 def logits_of(model: Any, adapter: str) -> Tensor:
     model.set_adapter(adapter)
-    with torch.no_grad():
-        logits: Tensor = model(**tiny_models.batch("llama")).logits
-    return logits
+    return tiny_models.logits(model)
 
 
 @pytest.mark.parametrize("partition", ["spectral", "contiguous", "random"])

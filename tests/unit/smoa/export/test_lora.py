@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from smoa import ConfigError, SmoaConfig
 from smoa.export.lora import BlockSpectra, RankRule, UpdateSpectra, convert_to_lora
-from smoa.layers.layer import SmoaLayer
 from tests.support import tiny_models
-from tests.support.layers import adapted_layer, base_layer, oracle_delta
+from tests.support.layers import adapted_layer, base_layer, oracle_delta, smoa_layers
+from tests.support.tiny_models import logits
 from tests.support.tolerance import assert_close
 
 # K divides neither side, K = 1, K = min(m, n).
@@ -25,14 +25,8 @@ def adapted(family: str = "llama", **config: Any) -> PeftModel:
     return get_peft_model(tiny_models.build(family), SmoaConfig(**options | config, task_type="CAUSAL_LM")).eval()
 
 
-@torch.no_grad()
-def logits(model: nn.Module, family: str = "llama") -> Tensor:
-    return model(**tiny_models.batch(family)).logits
-
-
 def deltas(model: PeftModel) -> dict[str, Tensor]:
-    modules = model.base_model.model.named_modules()
-    return {name: layer.delta("default").detach() for name, layer in modules if isinstance(layer, SmoaLayer)}
+    return {name: layer.delta("default").detach() for name, layer in smoa_layers(model).items()}
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -24,6 +24,7 @@ from smoa import AdapterFileError, ConfigError, MergeError, SmoaConfig
 from smoa.export import merge as export_module
 from smoa.export.merge import Export, merge_and_save
 from tests.support import lab, tiny_models
+from tests.support.tiny_models import logits
 from tests.support.tolerance import assert_close
 
 pytestmark = pytest.mark.filterwarnings(
@@ -68,12 +69,6 @@ def saved(base: Path, adapter: Path, family: str = "llama", dtype: torch.dtype =
             nn.init.normal_(parameter, std=0.1)  # biases and whole modules that are trained besides
     adapted.save_pretrained(adapter)
     return adapted.eval()
-
-
-@torch.no_grad()
-def logits(model: nn.Module, family: str = "llama") -> Tensor:
-    inputs = {name: tensor for name, tensor in tiny_models.batch(family).items() if family == "t5" or name != "labels"}
-    return model(**inputs).logits.float()
 
 
 def merged_model(folder: Path, auto: Any = AutoModelForCausalLM) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""Every route through the layer gives the oracle's values and gradients and keeps nothing of the weight's size."""
+"""Every route through the layer gives the oracle's values and gradients."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from smoa.layers.layer import SmoaLayer
 from tests import reference
+from tests.support.gradients import assert_path, inputs, layer_13_to_11, oracle_gradients, own_gradients
 from tests.support.layers import (
+    ROUTES,
+    Route,
     adapted_layer,
     add_adapter,
     base_layer,
@@ -26,45 +28,11 @@ from tests.support.tolerance import TOLERANCE, assert_close
 MODULATIONS = ["hadamard", "none"]
 
 
-def layer_13_to_11(*, conv1d: bool = False, dtype: torch.dtype = torch.float64, **config: object) -> SmoaLayer:
-    """A ragged layer: K = 3 divides neither side, r = 7 not by K, alpha is not r."""
-    settings = {"r": 7, "num_blocks": 3, "alpha": 4.0} | config
-    return adapted_layer(base_layer(11, 13, conv1d=conv1d, dtype=dtype), **settings)
-
-
-def inputs(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, 13, dtype=dtype, requires_grad=True)
-
-
-def oracle_gradients(layer: SmoaLayer, x: Tensor, gradient: Tensor, *adapters: str) -> list[Tensor]:
-    """Output and gradients of x and of every adapter's A and B."""
-    names = adapters or ("default",)
-    leaves = [clone_leaf(x.double())] + [clone_leaf(f.double()) for name in names for f in factors(layer, name)]
-    deltas = [oracle_delta(layer, name, A=leaves[2 * a + 1], B=leaves[2 * a + 2]) for a, name in enumerate(names)]
-    bias = layer.get_base_layer().bias
-    y = reference.forward(leaves[0], base_weight(layer).double(), bias.detach().double(), deltas)
-    return [y.detach(), *torch.autograd.grad(y, leaves, gradient.double())]
-
-
-def own_gradients(layer: SmoaLayer, y: Tensor, x: Tensor, gradient: Tensor, *adapters: str) -> list[Tensor]:
-    parameters = [f for name in adapters or ("default",) for f in factors(layer, name)]
-    return [y.detach(), *torch.autograd.grad(y, [x, *parameters], gradient)]
-
-
-def assert_path(layer: SmoaLayer, y: Tensor, x: Tensor, *adapters: str) -> None:
-    """Output and gradients are the oracle's."""
-    gradient = torch.randn_like(y)
-    expected = oracle_gradients(layer, x, gradient, *adapters)
-    for own, oracles in zip(own_gradients(layer, y, x, gradient, *adapters), expected, strict=True):
-        assert_close(own, oracles)
-
-
 @pytest.mark.parametrize("shape", [(), (5,), (2, 5), (2, 3, 4)], ids=["1-D", "2-D", "3-D", "4-D"])
 @pytest.mark.parametrize("modulation", MODULATIONS)
-@pytest.mark.parametrize("dropout", [0.0, 1e-12], ids=["fast", "apart"])
-def test_inputs_of_one_to_four_dimensions(shape: tuple[int, ...], modulation: str, dropout: float) -> None:
-    # so small a dropout drops nothing, but it takes the route that keeps the branch apart
-    layer = layer_13_to_11(modulation=modulation, smoa_dropout=dropout).train()
+@pytest.mark.parametrize("route", ROUTES)
+def test_inputs_of_one_to_four_dimensions(shape: tuple[int, ...], modulation: str, route: Route) -> None:
+    layer = layer_13_to_11(modulation=modulation, route=route)
     x = inputs(*shape)
     y = layer(x)
     assert y.shape == (*shape, 11)
@@ -109,9 +77,9 @@ def test_an_expanded_gradient() -> None:
 
 
 @pytest.mark.parametrize("modulation", MODULATIONS)
-@pytest.mark.parametrize("dropout", [0.0, 1e-12], ids=["fast", "apart"])
-def test_an_input_that_needs_no_gradient(modulation: str, dropout: float) -> None:
-    layer = layer_13_to_11(modulation=modulation, smoa_dropout=dropout).train()
+@pytest.mark.parametrize("route", ROUTES)
+def test_an_input_that_needs_no_gradient(modulation: str, route: Route) -> None:
+    layer = layer_13_to_11(modulation=modulation, route=route)
     x = torch.randn(5, 13, dtype=torch.float64)
     y = layer(x)
     gradient = torch.randn_like(y)
@@ -145,9 +113,9 @@ def test_one_frozen_factor_leaves_the_gradient_of_the_other(frozen: int, modulat
 
 
 @pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
-@pytest.mark.parametrize("dropout", [0.0, 1e-12], ids=["fast", "apart"])
-def test_a_trained_bias_gets_its_gradient(conv1d: bool, dropout: float) -> None:
-    layer = layer_13_to_11(conv1d=conv1d, smoa_dropout=dropout).train()
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_trained_bias_gets_its_gradient(conv1d: bool, route: Route) -> None:
+    layer = layer_13_to_11(conv1d=conv1d, route=route)
     bias = layer.get_base_layer().bias.requires_grad_()
     gradient = torch.randn(2, 5, 11, dtype=torch.float64)
     layer(inputs(2, 5)).backward(gradient)
@@ -198,9 +166,9 @@ def test_gradients_accumulate_over_two_steps() -> None:
 
 
 @pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
-@pytest.mark.parametrize("dropout", [0.0, 1e-12], ids=["fast", "apart"])
-def test_several_active_adapters_add_up(conv1d: bool, dropout: float) -> None:
-    layer = layer_13_to_11(conv1d=conv1d, smoa_dropout=dropout).train()
+@pytest.mark.parametrize("route", ROUTES)
+def test_several_active_adapters_add_up(conv1d: bool, route: Route) -> None:
+    layer = layer_13_to_11(conv1d=conv1d, route=route)
     add_adapter(layer, "flat", r=3, num_blocks=2, modulation="none")
     add_adapter(layer, "wide", r=6, num_blocks=5, alpha=1.0, partition="random")
     x = inputs(5)
@@ -318,11 +286,11 @@ def test_a_layer_trains_after_inference_mode(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("modulation", MODULATIONS)
-@pytest.mark.parametrize("dropout", [0.0, 1e-12], ids=["fast", "apart"])
+@pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
-def test_a_compiled_layer_gives_the_oracles_values_and_gradients(conv1d: bool, dropout: float, modulation: str) -> None:
+def test_a_compiled_layer_gives_the_oracles_values_and_gradients(conv1d: bool, route: Route, modulation: str) -> None:
     torch.compiler.reset()
-    layer = layer_13_to_11(conv1d=conv1d, modulation=modulation, smoa_dropout=dropout).train()
+    layer = layer_13_to_11(conv1d=conv1d, modulation=modulation, route=route)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = inputs(2, 5)
     assert_path(layer, compiled(x), x)
@@ -365,92 +333,6 @@ def test_a_layer_compiled_by_inductor_gives_the_oracles_values_and_gradients(mod
     assert_path(layer, torch.compile(layer, fullgraph=True)(x), x)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 1e-12], ids=["fast", "apart"])
-def test_double_backward_is_refused_clearly(dropout: float) -> None:
-    layer = layer_13_to_11(smoa_dropout=dropout).train()
-    x = inputs(5)
-    (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"(?i)smoa.*(backward|twice|differentiat)"):
-        gradient.sum().backward()
-
-
-@pytest.mark.parametrize("dropout", [0.0, 1e-12], ids=["fast", "apart"])
-@pytest.mark.parametrize("modulation", MODULATIONS)
-def test_func_grad_gives_the_oracles_gradients(modulation: str, dropout: float) -> None:
-    layer = layer_13_to_11(modulation=modulation, smoa_dropout=dropout).train()
-    x = torch.randn(5, 13, dtype=torch.float64)
-    parameters = {name: p.detach() for name, p in layer.named_parameters() if "smoa" in name}
-
-    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
-        return torch.func.functional_call(layer, parameters, (x,)).sum()
-
-    gradients = torch.func.grad(loss)(parameters, x)
-    _, _, grad_A, grad_B = oracle_gradients(layer, x, torch.ones(5, 11))
-    assert_close(gradients["smoa_A.default.weight"], grad_A)
-    assert_close(gradients["smoa_B.default.weight"], grad_B)
-
-
-@pytest.mark.parametrize("modulation", MODULATIONS)
-def test_vmap_gives_the_oracles_output(modulation: str) -> None:
-    layer = layer_13_to_11(modulation=modulation)
-    x = torch.randn(4, 5, 13, dtype=torch.float64)
-    assert_close(torch.func.vmap(layer)(x), oracle_output(layer, x))
-
-
-def test_per_sample_gradients_are_the_oracles() -> None:
-    layer = layer_13_to_11()
-    x = torch.randn(3, 5, 13, dtype=torch.float64)
-    parameters = {name: p.detach() for name, p in layer.named_parameters() if "smoa" in name}
-
-    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
-        return torch.func.functional_call(layer, parameters, (x,)).sum()
-
-    gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
-    for i in range(3):
-        expected = oracle_gradients(layer, x[i], torch.ones(5, 11))
-        assert_close(gradients["smoa_A.default.weight"][i], expected[2])
-
-
-def kept_for_backward(layer: SmoaLayer, x: Tensor) -> list[Tensor]:
-    """Tensors that autograd keeps from the forward, without the frozen parameters themselves."""
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        layer(x).sum().backward()
-    frozen = {p.untyped_storage().data_ptr() for p in layer.get_base_layer().parameters()}
-    return [t for t in kept if t.untyped_storage().data_ptr() not in frozen]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
-@pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["fast", "dropout"])
-@pytest.mark.parametrize("modulation", MODULATIONS)
-def test_nothing_of_the_weights_size_is_kept_for_the_backward(
-    dtype: torch.dtype, conv1d: bool, dropout: float, modulation: str
-) -> None:
-    base = base_layer(96, 80, conv1d=conv1d, dtype=dtype)
-    layer = adapted_layer(base, r=4, num_blocks=2, smoa_dropout=dropout, modulation=modulation).train()
-    x = torch.randn(3, 80, dtype=dtype, requires_grad=True)
-    sizes = [t.numel() for t in kept_for_backward(layer, x)]
-    assert sizes
-    assert max(sizes) <= max(factor.numel() for factor in factors(layer)) + x.numel()
-
-
-def test_nothing_of_the_weights_size_is_kept_for_the_backward_under_autocast() -> None:
-    layer = adapted_layer(base_layer(96, 80, dtype=torch.bfloat16), r=4, num_blocks=2)
-    x = torch.randn(3, 80, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        sizes = [t.numel() for t in kept_for_backward(layer, x)]
-    assert max(sizes) <= max(factor.numel() for factor in factors(layer)) + x.numel()
-
-
-def test_the_fast_route_keeps_the_input_the_factors_and_the_layers_own_buffers_only() -> None:
-    layer = adapted_layer(base_layer(96, 80, dtype=torch.float32), r=4, num_blocks=2)
-    x = torch.randn(3, 80, requires_grad=True)
-    kept = {t.untyped_storage().data_ptr() for t in kept_for_backward(layer, x)}
-    own = [x, *factors(layer), *layer.buffers()]
-    assert kept <= {t.untyped_storage().data_ptr() for t in own}
-
-
 def test_the_base_layers_hooks_still_run() -> None:
     layer = layer_13_to_11()
     seen: list[nn.Module] = []
@@ -458,3 +340,16 @@ def test_the_base_layers_hooks_still_run() -> None:
     x = inputs(5)
     assert_path(layer, layer(x), x)
     assert seen == [layer.get_base_layer()]
+
+
+@pytest.mark.parametrize("modulation", MODULATIONS)
+def test_two_adapters_get_their_own_gradients(modulation: str) -> None:
+    layer = adapted_layer(base_layer(8, 6), r=4, num_blocks=2, modulation=modulation)
+    add_adapter(layer, "other", r=2, num_blocks=3)
+    x, gradient = torch.randn(5, 6, dtype=torch.float64), torch.randn(5, 8, dtype=torch.float64)
+    layer(x).backward(gradient)
+    for name in ("default", "other"):
+        A, B = (clone_leaf(factor) for factor in factors(layer, name))
+        (x @ oracle_delta(layer, name, A=A, B=B).T).backward(gradient)
+        torch.testing.assert_close(factors(layer, name)[0].grad, A.grad)
+        torch.testing.assert_close(factors(layer, name)[1].grad, B.grad)

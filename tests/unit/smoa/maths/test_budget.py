@@ -1,13 +1,89 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import HiraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from smoa.maths.budget import adapter_bytes, rank_bound, trainable_parameters
+from smoa import PartitionError, SmoaConfig
+from smoa.maths.budget import TrainingMemory, adapter_bytes, rank_bound, trainable_parameters, training_memory
 from tests import reference
-from tests.support.layers import adapted_layer, base_layer, base_weight, labels, ranks
+from tests.support.layers import adapted_layer, base_layer, base_weight, factors, labels, ranks
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+LLAMA_2_7B = LlamaConfig(
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    tie_word_embeddings=False,
+)
+LLAMA_3_8B = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    tie_word_embeddings=False,
+)
+LORA = LoraConfig(r=32, target_modules=TARGETS)
+HIRA = HiraConfig(r=32, target_modules=TARGETS)
+SMOA_1 = SmoaConfig(r=32, num_blocks=1, target_modules=TARGETS)
+SMOA_2 = SmoaConfig(r=32, num_blocks=2, target_modules=TARGETS)
+
+
+def on_the_meta_device(model_config: LlamaConfig, adapter_config: PeftConfig) -> PeftModel:
+    with torch.device("meta"):
+        return get_peft_model(LlamaForCausalLM(model_config), adapter_config)
+
+
+# Published: arXiv:2605.21147, its table of trainable parameters.
+@pytest.mark.parametrize(
+    ("model_config", "adapter_config", "millions", "percent"),
+    [
+        pytest.param(LLAMA_2_7B, LORA, "56.10", "0.8256", id="Llama-2-7B LoRA"),
+        pytest.param(LLAMA_2_7B, HIRA, "56.10", "0.8256", id="Llama-2-7B HiRA"),
+        pytest.param(LLAMA_2_7B, SMOA_1, "56.10", "0.8256", id="Llama-2-7B SMoA K=1"),
+        pytest.param(LLAMA_2_7B, SMOA_2, "28.05", "0.4145", id="Llama-2-7B SMoA K=2"),
+        pytest.param(LLAMA_3_8B, LORA, "56.62", "0.7002", id="Llama-3-8B LoRA"),
+        pytest.param(LLAMA_3_8B, SMOA_1, "56.62", "0.7002", id="Llama-3-8B SMoA K=1"),
+        pytest.param(LLAMA_3_8B, SMOA_2, "28.31", "0.3513", id="Llama-3-8B SMoA K=2"),
+    ],
+)
+def test_published_parameter_counts_are_reproduced(
+    model_config: LlamaConfig, adapter_config: PeftConfig, millions: str, percent: str
+) -> None:
+    trainable, total = on_the_meta_device(model_config, adapter_config).get_nb_trainable_parameters()
+    assert f"{trainable / 1e6:.2f}" == millions
+    assert f"{100 * trainable / total:.4f}" == percent
+
+
+def test_a_model_on_the_meta_device_is_adapted_without_being_materialised() -> None:
+    model = on_the_meta_device(LLAMA_2_7B, SMOA_2)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize(("out_features", "in_features", "r", "num_blocks"), [(12, 18, 6, 3), (8, 8, 4, 1)])
+def test_a_layer_trains_r_times_both_sides_over_k_parameters(
+    out_features: int, in_features: int, r: int, num_blocks: int
+) -> None:
+    layer = adapted_layer(base_layer(out_features, in_features), r=r, num_blocks=num_blocks)
+    counted = sum(factor.numel() for factor in factors(layer))
+    assert counted == r * (out_features + in_features) // num_blocks
+    assert counted == reference.parameter_count(out_features, in_features, reference.block_ranks(r, num_blocks))
+
+
+def test_a_ragged_layer_pads_by_at_most_one_entry_a_rank() -> None:
+    layer = adapted_layer(base_layer(11, 13), r=7, num_blocks=3)
+    padding = sum(factor.numel() for factor in factors(layer)) - reference.parameter_count(11, 13, [3, 2, 2])
+    assert 0 < padding <= 2 * 7
 
 
 @given(data=st.data())
@@ -29,6 +105,37 @@ def test_the_rank_bound_is_that_of_full_anchors(out_features: int, in_features: 
     layer = adapted_layer(base_layer(out_features, in_features), r=r, num_blocks=num_blocks)
     expected = reference.rank_bound(base_weight(layer), *labels(layer), ranks(layer))
     assert rank_bound(out_features, in_features, r, num_blocks) == expected
+
+
+@pytest.mark.parametrize("count", [trainable_parameters, rank_bound])
+@pytest.mark.parametrize("num_blocks", [0, 9, 256])
+def test_a_number_of_blocks_that_does_not_fit_is_refused(count: Any, num_blocks: int) -> None:
+    with pytest.raises(PartitionError, match=f"num_blocks={num_blocks}"):
+        count(8, 12, 4, num_blocks)
+
+
+def test_the_rank_bound_leaves_out_blocks_without_a_rank() -> None:
+    assert rank_bound(11, 13, 5, 3, ranks=(4, 0, 1)) == 4 + 3
+
+
+@pytest.mark.parametrize(("out_features", "in_features", "r", "num_blocks"), [(12, 18, 6, 3), (11, 13, 7, 3)])
+def test_the_bytes_of_an_adapter_are_those_of_its_factors_and_labels(
+    out_features: int, in_features: int, r: int, num_blocks: int
+) -> None:
+    layer = adapted_layer(base_layer(out_features, in_features, dtype=torch.float32), r=r, num_blocks=num_blocks)
+    labels = layer.smoa_row_labels["default"], layer.smoa_col_labels["default"]
+    expected = sum(tensor.nbytes for tensor in (*factors(layer), *labels))
+    assert adapter_bytes(out_features, in_features, r, num_blocks) == expected
+
+
+def test_training_holds_the_base_the_factors_their_gradients_and_moments_and_the_checkpoints() -> None:
+    counts = {"linear": 16384, "other": 100, "trainable": 10, "layers": 3, "hidden_size": 7, "tokens": 5}
+    found = training_memory(**counts)
+    assert found == TrainingMemory(2 * 16484, 40, 40, 80, 2 * 3 * 7 * 5)
+    assert found.total == 2 * 16484 + 160 + 210
+    four_bit = training_memory(**counts, four_bit=True)
+    assert four_bit.weights == 16384 // 2 + 16384 // 64 + 4 + 200
+    assert four_bit.total - four_bit.weights == found.total - found.weights
 
 
 def test_the_bytes_of_an_adapter_are_those_of_its_state() -> None:

@@ -1,58 +1,19 @@
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from smoa.maths.blocks import Blocks
-from smoa.maths.factors import Factors
 from smoa.maths.modulations import MODULATIONS as KINDS
-from smoa.maths.spectrum import make_partition
 from smoa.maths.update import Update
 from tests import reference
+from tests.support.layers import adapted_layer, base_layer
 from tests.support.tolerance import assert_close
+from tests.support.updates import CASES, Problem, problem
 
 MODULATIONS = ["hadamard", "none"]
-# (out_features, in_features, block_ranks): square, tall, wide, ragged, r that K does not divide, unequal, an empty one.
-CASES = [
-    (12, 12, (2, 2, 2)),
-    (17, 10, (2, 1, 1, 1)),
-    (9, 16, (3, 3)),
-    (11, 13, (1, 4, 2)),
-    (8, 8, (3, 0)),
-    (7, 6, (1,) * 6),
-    (5, 9, (4,)),
-]
-
-
-class Problem(NamedTuple):
-    weight: Tensor
-    A: Tensor
-    B: Tensor
-    partition: Blocks
-    ranks: tuple[int, ...]
-
-    def smoa(self, modulation: str, scaling: float = 1.0) -> Tensor:
-        factors = Factors(self.A, self.B, self.ranks, scaling, torch.ones(sum(self.ranks)), self.partition)
-        return Update(factors, KINDS[modulation]).delta(self.weight)  # type: ignore[index]
-
-    def oracle(self, modulation: str, scaling: float = 1.0) -> Tensor:
-        row_labels, col_labels = self.partition.row_labels.tolist(), self.partition.col_labels.tolist()
-        return reference.delta_weight(
-            self.weight, self.A, self.B, row_labels, col_labels, self.ranks, scaling, modulation
-        )
-
-
-def problem(out_features: int, in_features: int, ranks: tuple[int, ...], kind: str = "spectral") -> Problem:
-    weight = torch.randn(out_features, in_features, dtype=torch.float64)
-    A_shape, B_shape = reference.factor_shapes(out_features, in_features, len(ranks), sum(ranks))
-    A = torch.randn(A_shape, dtype=torch.float64, requires_grad=True)
-    B = torch.randn(B_shape, dtype=torch.float64, requires_grad=True)
-    return Problem(weight, A, B, make_partition(weight, len(ranks), kind), ranks)
 
 
 @pytest.mark.parametrize("modulation", MODULATIONS)
@@ -148,6 +109,59 @@ def test_delta_weight_of_half_precision_operands_is_computed_in_float32() -> Non
     case = problem(12, 10, (2, 2))
     half = Problem(*(t.detach().bfloat16() for t in case[:3]), case.partition, case.ranks)
     delta = half.smoa("hadamard")
-    expected = Problem(*(t.double() for t in half[:3]), case.partition, case.ranks).oracle("hadamard")
+    expected = half.double().oracle("hadamard")
     assert delta.dtype == torch.float32
     assert_close(delta, expected)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_both_routes_are_the_oracles_whatever_the_sizes(data: st.DataObject) -> None:
+    out_features, in_features = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 14))
+    num_blocks = data.draw(st.integers(1, min(out_features, in_features)))
+    ranks = data.draw(st.lists(st.integers(0, 4), min_size=num_blocks, max_size=num_blocks).filter(any))
+    tokens = data.draw(st.integers(0, 5))
+    case = problem(out_features, in_features, tuple(ranks), data.draw(st.sampled_from(["spectral", "random"])))
+    scale = [3.0 + k for k in range(num_blocks)]
+    x = torch.randn(tokens, in_features, dtype=torch.float64, requires_grad=True)
+    leaves = [x, case.A, case.B]
+    update, delta = Update(case.factors(0.5, scale)), case.oracle("hadamard", [s / 2 for s in scale])
+    gradient = torch.randn(tokens, out_features, dtype=torch.float64)
+
+    def check(y: Tensor, expected: Tensor) -> None:
+        assert_close(y, expected)
+        oracles = torch.autograd.grad(expected, leaves, gradient, retain_graph=True)
+        for own, oracle in zip(torch.autograd.grad(y, leaves, gradient), oracles, strict=True):
+            assert_close(own, oracle)
+
+    check(update.apply_with_base(x, case.weight, None), x @ (case.weight + delta).T)
+    check(update.apply(x, case.weight), x @ delta.T)
+
+
+@pytest.mark.parametrize("modulation", KINDS)
+def test_dense_and_applied_the_update_is_the_same(modulation: str) -> None:
+    case = problem(11, 13, (1, 4, 2))
+    update, x = case.update(modulation, 0.5), torch.randn(2, 5, 13, dtype=torch.float64)
+    assert_close(update.apply(x, case.weight), x @ update.delta(case.weight).T)
+
+
+@pytest.mark.parametrize("needs_x", [False, True], ids=["", "x"])
+@pytest.mark.parametrize("modulation", ["hadamard", "noise"])
+def test_gradients_that_are_asked_for_are_those_of_apply(modulation: str, needs_x: bool) -> None:
+    case = problem(11, 13, (1, 4, 2))
+    update = case.update(modulation, 0.5)
+    x, g = torch.randn(2, 5, 13, dtype=torch.float64, requires_grad=True), torch.randn(2, 5, 11, dtype=torch.float64)
+    expected = torch.autograd.grad(update.apply(x, case.weight), (x, case.A, case.B), g)
+    with torch.no_grad():
+        grad_x, *of_factors = update.gradients(g, x, case.weight, needs_x)
+    assert (grad_x is not None) == needs_x
+    for own, theirs in zip([expected[0] if grad_x is None else grad_x, *of_factors], expected, strict=True):
+        assert_close(own, theirs)
+
+
+def test_an_adapter_on_a_weight_of_low_rank_respects_the_bound() -> None:
+    base = base_layer(24, 20)
+    with torch.no_grad():
+        base.weight.copy_(torch.randn(24, 2, dtype=torch.float64) @ torch.randn(2, 20, dtype=torch.float64))
+    layer = adapted_layer(base, r=4, num_blocks=2)
+    assert int(torch.linalg.matrix_rank(layer.get_delta_weight("default"))) == 8

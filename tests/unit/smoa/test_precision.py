@@ -1,3 +1,5 @@
+"""A small update survives half precision and rounded products, in layers/linear.py and layers/weight_cache.py."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -5,11 +7,11 @@ from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 import torch
-from torch import Tensor
 
 from smoa import cached_weights
 from smoa.layers.layer import SmoaLayer
 from tests.support.layers import adapted_layer, base_layer, base_weight, factors, labels, oracle_delta, oracle_output
+from tests.support.tolerance import relative_error
 
 HALVES = [torch.bfloat16, torch.float16]
 RELATIVE_SIZES = [3e-4, 1e-3, 1e-2]
@@ -32,10 +34,6 @@ def layer_of_relative_size(
     with torch.no_grad():
         factors(layer)[1].mul_(size / delta.square().mean().sqrt())
     return layer
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    return float((actual.detach().double() - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("factors_in_float32", [True, False], ids=["fp32 factors", "half factors"])

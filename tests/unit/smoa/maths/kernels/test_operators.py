@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from smoa.layers.layer import SmoaLayer
+from smoa.maths.factors import Factors
+from smoa.maths.kernels import operators
+from smoa.maths.spectrum import make_partition
+from tests import reference
+from tests.support.gradients import inputs, layer_13_to_11
+from tests.support.layers import ROUTES, Route, adapted_layer, base_layer, clone_leaf, factors, ranks
+
+MODULATIONS = ["hadamard", "none"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_operators_obey_the_rules_of_pytorchs_checker(dtype: torch.dtype) -> None:
+    weight = torch.randn(11, 13, dtype=dtype)
+    partition = make_partition(weight, 3)
+    A, B = torch.randn(6, 5, requires_grad=True), torch.randn(4, 6, requires_grad=True)
+    x = torch.randn(5, 13, dtype=dtype, requires_grad=True)
+    fields = operators._fields(Factors(A, B, (2, 2, 2), 1.5, torch.ones(6), partition))
+    torch.library.opcheck(torch.ops.smoa.hadamard_branch.default, (*fields, x, weight))
+    if dtype == torch.float32:
+        torch.library.opcheck(torch.ops.smoa.fused_linear.default, (*fields, x, weight, torch.randn(11)))
+
+
+@pytest.mark.parametrize("modulation", MODULATIONS)
+@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
+@pytest.mark.parametrize("route", ROUTES)
+def test_finite_differences_agree(route: Route, conv1d: bool, modulation: str) -> None:
+    base = base_layer(7, 5, conv1d=conv1d)
+    layer = adapted_layer(base, r=3, num_blocks=2, alpha=2.0, modulation=modulation, route=route)
+    A, B = factors(layer)
+    in_A, in_B = reference.real_entries(7, 5, ranks(layer))
+
+    def output(x: Tensor, a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
+        parameters = {
+            "smoa_A.default.weight": torch.zeros_like(A).masked_scatter(in_A, a),
+            "smoa_B.default.weight": torch.zeros_like(B).masked_scatter(in_B, b),
+            "base_layer.bias": bias,
+        }
+        return torch.func.functional_call(layer, parameters, (x,))
+
+    leaves = [torch.randn(3, 5, dtype=torch.float64), A[in_A], B[in_B], base.bias]
+    assert torch.autograd.gradcheck(output, [clone_leaf(leaf) for leaf in leaves])
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_double_backward_is_refused_clearly(route: Route) -> None:
+    layer = layer_13_to_11(route=route)
+    x = inputs(5)
+    (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"(?i)smoa.*(backward|twice|differentiat)"):
+        gradient.sum().backward()
+
+
+def kept_for_backward(layer: SmoaLayer, x: Tensor) -> list[Tensor]:
+    """Tensors that autograd keeps from the forward, without the frozen parameters themselves."""
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(x).sum().backward()
+    frozen = {p.untyped_storage().data_ptr() for p in layer.get_base_layer().parameters()}
+    return [t for t in kept if t.untyped_storage().data_ptr() not in frozen]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["fast", "dropout"])
+@pytest.mark.parametrize("modulation", MODULATIONS)
+def test_nothing_of_the_weights_size_is_kept_for_the_backward(
+    dtype: torch.dtype, conv1d: bool, dropout: float, modulation: str
+) -> None:
+    base = base_layer(96, 80, conv1d=conv1d, dtype=dtype)
+    layer = adapted_layer(base, r=4, num_blocks=2, smoa_dropout=dropout, modulation=modulation).train()
+    x = torch.randn(3, 80, dtype=dtype, requires_grad=True)
+    sizes = [t.numel() for t in kept_for_backward(layer, x)]
+    assert sizes
+    assert max(sizes) <= max(factor.numel() for factor in factors(layer)) + x.numel()
+
+
+def test_nothing_of_the_weights_size_is_kept_for_the_backward_under_autocast() -> None:
+    layer = adapted_layer(base_layer(96, 80, dtype=torch.bfloat16), r=4, num_blocks=2)
+    x = torch.randn(3, 80, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        sizes = [t.numel() for t in kept_for_backward(layer, x)]
+    assert max(sizes) <= max(factor.numel() for factor in factors(layer)) + x.numel()
+
+
+def test_the_fast_route_keeps_the_input_the_factors_and_the_layers_own_buffers_only() -> None:
+    layer = adapted_layer(base_layer(96, 80, dtype=torch.float32), r=4, num_blocks=2)
+    x = torch.randn(3, 80, requires_grad=True)
+    kept = {t.untyped_storage().data_ptr() for t in kept_for_backward(layer, x)}
+    own = [x, *factors(layer), *layer.buffers()]
+    assert kept <= {t.untyped_storage().data_ptr() for t in own}

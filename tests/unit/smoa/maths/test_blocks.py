@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from smoa.errors import PartitionError
+from smoa.maths.blocks import Blocks, Orders, block_sizes, check_labels, check_num_blocks, slices, take_columns
+from tests import reference
+
+# (out_features, in_features, num_blocks): even, tall and ragged, wide and ragged, one block, as many as there are rows.
+SIZES = [(12, 12, 3), (17, 10, 4), (9, 16, 5), (8, 5, 1), (6, 7, 6)]
+sizes = pytest.mark.parametrize(("out_features", "in_features", "num_blocks"), SIZES)
+
+
+def shuffled_labels(size: int, num_blocks: int) -> Tensor:
+    return torch.tensor(reference.contiguous_labels(size, num_blocks), dtype=torch.uint8)[torch.randperm(size)]
+
+
+def shuffled(out_features: int, in_features: int, num_blocks: int) -> Blocks:
+    """Blocks of coordinates in random places."""
+    return Blocks(shuffled_labels(out_features, num_blocks), shuffled_labels(in_features, num_blocks), num_blocks)
+
+
+def places(labels: Tensor, block: int) -> list[int]:
+    """Coordinates of a block, one after another."""
+    return [i for i, label in enumerate(labels.tolist()) if label == block]
+
+
+# sizes and labels
+
+
+@given(size=st.integers(1, 300), num_blocks=st.integers(1, 255))
+def test_block_sizes_are_those_of_tensor_split(size: int, num_blocks: int) -> None:
+    expected = [len(part) for part in torch.tensor_split(torch.empty(size), num_blocks)]
+    assert list(block_sizes(size, num_blocks)) == expected
+
+
+@pytest.mark.parametrize(
+    ("row_labels", "col_labels"),
+    [
+        pytest.param([0, 0, 0, 1], [0, 0, 1], id="blocks of other sizes"),
+        pytest.param([0, 0, 1, 2], [0, 0, 1], id="a label that is not a block"),
+        pytest.param([0, 0, 1, 1], [0, 1, 1], id="the longer block last"),
+        pytest.param([0, 0, 1, 255], [0, 0, 1], id="an undecided label"),
+    ],
+)
+def test_labels_that_are_no_partition_are_refused(row_labels: list[int], col_labels: list[int]) -> None:
+    with pytest.raises(PartitionError):
+        Blocks(torch.tensor(row_labels, dtype=torch.uint8), torch.tensor(col_labels, dtype=torch.uint8), num_blocks=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_labels_that_are_not_bytes_are_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(PartitionError, match="uint8"):
+        Blocks(torch.tensor([0, 1], dtype=dtype), torch.tensor([0, 1], dtype=dtype), num_blocks=2)
+
+
+def test_labels_of_two_dimensions_are_refused() -> None:
+    labels = torch.tensor([[0, 1]], dtype=torch.uint8)
+    with pytest.raises(PartitionError):
+        Blocks(labels, labels, num_blocks=1)
+
+
+def test_slices_follow_each_other() -> None:
+    assert slices((2, 0, 3)) == (slice(0, 2), slice(2, 2), slice(2, 5))
+
+
+@pytest.mark.parametrize("num_blocks", [-1, 0, 6, 256])
+def test_a_number_of_blocks_that_does_not_fit_is_refused_with_the_limit(num_blocks: int) -> None:
+    with pytest.raises(PartitionError, match=rf"num_blocks={num_blocks} must be between 1 and 5 .*\(9, 5\)"):
+        check_num_blocks(num_blocks, 9, 5)
+
+
+def test_a_byte_limits_the_number_of_blocks() -> None:
+    check_num_blocks(255, 300, 300)
+    with pytest.raises(PartitionError, match="between 1 and 255"):
+        check_num_blocks(256, 300, 300)
+
+
+def test_the_error_about_many_blocks_is_short() -> None:
+    labels = torch.zeros(100, dtype=torch.uint8)
+    with pytest.raises(PartitionError, match=r"row_labels must hold 50 .*\[2, 2.* 50 in all\].*\[100, 0") as error:
+        check_labels(labels, 50, "row_labels")
+    assert len(str(error.value)) < 250
+
+
+def test_labels_that_come_with_their_orders_are_taken_as_checked() -> None:
+    rows, cols = torch.tensor([0, 0, 0, 1], dtype=torch.uint8), torch.tensor([0, 1], dtype=torch.uint8)
+    orders = Orders.of(rows, cols)
+    assert Blocks(rows, cols, 2, orders).orders is orders
+    with pytest.raises(PartitionError):
+        Blocks(rows, cols, 2)
+
+
+# which coordinates
+
+
+@sizes
+def test_coordinates_of_a_block_are_those_with_its_label(out_features: int, in_features: int, num_blocks: int) -> None:
+    blocks = shuffled(out_features, in_features, num_blocks)
+    assert (blocks.out_features, blocks.in_features) == (out_features, in_features)
+    for k in range(num_blocks):
+        assert blocks.rows(k).tolist() == places(blocks.row_labels, k)
+        assert blocks.cols(k).tolist() == places(blocks.col_labels, k)
+
+
+@sizes
+def test_orders_sort_by_block_and_back(out_features: int, in_features: int, num_blocks: int) -> None:
+    blocks = shuffled(out_features, in_features, num_blocks)
+    rows, rows_inverse, cols, cols_inverse = (order.tolist() for order in blocks.orders)
+    assert rows == [i for k in range(num_blocks) for i in places(blocks.row_labels, k)]
+    assert cols == [j for k in range(num_blocks) for j in places(blocks.col_labels, k)]
+    assert [rows[place] for place in rows_inverse] == list(range(out_features))
+    assert [cols[place] for place in cols_inverse] == list(range(in_features))
+
+
+@sizes
+def test_slices_are_the_blocks_runs_in_the_sorted_order(out_features: int, in_features: int, num_blocks: int) -> None:
+    blocks = shuffled(out_features, in_features, num_blocks)
+    for k in range(num_blocks):
+        assert torch.equal(blocks.orders.rows[blocks.row_slices[k]], blocks.rows(k))
+        assert torch.equal(blocks.orders.cols[blocks.col_slices[k]], blocks.cols(k))
+
+
+def test_blocks_are_the_same_where_all_labels_are() -> None:
+    blocks = shuffled(12, 8, 3)
+    twin = Blocks(blocks.row_labels.clone(), blocks.col_labels.clone(), 3)
+    assert blocks.same_as(twin)
+    assert not blocks.same_as(Blocks(blocks.row_labels.flip(0), blocks.col_labels, 3))
+    assert not blocks.same_as(Blocks(blocks.row_labels, blocks.col_labels.flip(0), 3))
+    assert not blocks.same_as(shuffled(9, 8, 3))
+
+
+# a matrix's blocks
+
+
+@sizes
+def test_the_blocks_of_a_matrix_are_its_entries_at_their_coordinates(
+    out_features: int, in_features: int, num_blocks: int
+) -> None:
+    blocks, matrix = shuffled(out_features, in_features, num_blocks), torch.randn(out_features, in_features)
+    entries = matrix.tolist()
+    for k, block in enumerate(blocks.of(matrix)):
+        rows, cols = places(blocks.row_labels, k), places(blocks.col_labels, k)
+        assert block.tolist() == [[entries[i][j] for j in cols] for i in rows]
+
+
+def test_the_blocks_of_a_matrix_are_copies_that_pass_the_gradient_on() -> None:
+    blocks, matrix = shuffled(9, 16, 5), torch.randn(9, 16, requires_grad=True)
+    parts = blocks.of(matrix)
+    sum((k + 2) * part.sum() for k, part in enumerate(parts)).backward()  # type: ignore[union-attr]
+    for i, j in product(range(9), range(16)):
+        label = int(blocks.row_labels[i])
+        assert matrix.grad is not None
+        assert matrix.grad[i, j] == (label + 2 if label == int(blocks.col_labels[j]) else 0)
+    with torch.no_grad():
+        before = matrix.clone()
+        parts[0].zero_()
+        assert torch.equal(matrix, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_some_rows_of_a_block_are_picked_into_buffers(dtype: torch.dtype) -> None:
+    blocks, matrix = shuffled(17, 10, 4), torch.randn(17, 10).to(dtype)
+    rows, cols = slice(1, 4), blocks.col_slices[2]
+    expected = matrix[blocks.orders.rows[rows]][:, blocks.orders.cols[cols]]
+    whole_rows, out = torch.empty(3, 10, dtype=dtype), torch.empty(3, cols.stop - cols.start, dtype=dtype)
+    assert torch.equal(blocks.part(matrix, rows, cols), expected)
+    assert blocks.part(matrix, rows, cols, whole_rows, out) is out
+    assert torch.equal(out, expected)
+    assert torch.equal(whole_rows, matrix[blocks.orders.rows[rows]])
+
+
+@sizes
+def test_what_is_written_stands_in_the_diagonal_blocks_and_nowhere_else(
+    out_features: int, in_features: int, num_blocks: int
+) -> None:
+    blocks = shuffled(out_features, in_features, num_blocks)
+    matrix, source = torch.randn(out_features, in_features), torch.randn(out_features, in_features)
+    before = matrix.tolist()
+    blocks.write(matrix, blocks.of(source))
+    for i, j in product(range(out_features), range(in_features)):
+        same_block = blocks.row_labels[i] == blocks.col_labels[j]
+        assert matrix[i, j].item() == (source[i, j].item() if same_block else before[i][j])
+
+
+def test_blocks_are_written_in_the_dtype_of_the_matrix() -> None:
+    blocks, matrix, source = shuffled(12, 8, 2), torch.zeros(12, 8, dtype=torch.bfloat16), torch.randn(12, 8)
+    blocks.write(matrix, blocks.of(source))
+    same_block = blocks.row_labels[:, None] == blocks.col_labels
+    assert torch.equal(matrix, torch.where(same_block, source, 0).to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_columns_are_taken_in_any_order_and_dtype(dtype: torch.dtype) -> None:
+    x, order = torch.randn(5, 9).to(dtype), torch.randperm(9)[:6]
+    x[0, 0], x[1, 1] = float("nan"), float("-inf")
+    expected = x[:, order]
+    out = torch.empty(5, 6, dtype=dtype)
+    for found in (take_columns(x, order), take_columns(x, order, out), out):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)

@@ -1,0 +1,358 @@
+"""Merging and unmerging layers and models: layers/linear.py, layers/undo.py and tuner/model.py."""
+
+from __future__ import annotations
+
+import accelerate
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from smoa import MergeError, SmoaConfig
+from tests import reference
+from tests.support.layers import (
+    Wrapper,
+    adapted_layer,
+    add_adapter,
+    base_layer,
+    base_weight,
+    factors,
+    layers_of,
+    oracle_delta,
+    randomise,
+)
+from tests.support.tolerance import assert_close
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+class TwoLayers(nn.Module):
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.first = nn.Linear(10, 12, dtype=dtype)
+        self.second = nn.Linear(12, 9, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).tanh())
+
+
+def adapted_model(*adapters: str, dtype: torch.dtype = torch.float64) -> PeftModel:
+    """Adapters on both layers with random factors; the first one is active."""
+    names = adapters or ("default",)
+    config = SmoaConfig(r=4, num_blocks=3, alpha=2.0, target_modules=["first", "second"])
+    model = get_peft_model(TwoLayers(dtype), config, adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, config)
+    for layer in layers_of(model):
+        for name in names:
+            randomise(layer, name)
+    return model.eval()
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def bits(tensor: Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def assert_same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert [name for name in first if bits(first[name]) != bits(second[name])] == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
+@pytest.mark.parametrize("modulation", ["hadamard", "none"])
+def test_the_merged_layer_gives_the_output_of_the_unmerged_one(
+    dtype: torch.dtype, conv1d: bool, modulation: str
+) -> None:
+    layer = adapted_layer(base_layer(11, 13, conv1d=conv1d, dtype=dtype), r=7, num_blocks=3, modulation=modulation)
+    x = torch.randn(5, 13).to(dtype)
+    expected = layer(x)
+    layer.merge()
+    assert layer.merged
+    assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
+def test_the_merged_weight_is_the_oracles_rounded_once(dtype: torch.dtype, conv1d: bool) -> None:
+    layer = adapted_layer(base_layer(11, 13, conv1d=conv1d, dtype=dtype), r=7, num_blocks=3, alpha=2.0)
+    exact = reference.effective_weight(base_weight(layer).double(), [oracle_delta(layer)])
+    layer.merge()
+    # half a unit in the last place, and what float32 on the way may add to it
+    limit = 0.51 * torch.finfo(dtype).eps if dtype.itemsize == 2 else 4 * torch.finfo(dtype).eps
+    assert ((base_weight(layer).double() - exact).abs() <= limit * exact.abs() + 1e-7 * (dtype != torch.float64)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
+def test_a_thousand_merges_and_unmerges_leave_the_base_bit_for_bit(dtype: torch.dtype, conv1d: bool) -> None:
+    layer = adapted_layer(base_layer(11, 13, conv1d=conv1d, dtype=dtype), r=7, num_blocks=3)
+    base = layer.get_base_layer()
+    before = state(base)
+    for _ in range(1000):
+        layer.merge()
+        layer.unmerge()
+    assert_same_bits(state(base), before)
+
+
+def test_merging_twice_changes_nothing() -> None:
+    layer = adapted_layer(base_layer(11, 13), r=7, num_blocks=3)
+    layer.merge()
+    once = base_weight(layer).clone()
+    with pytest.warns(UserWarning, match="already merged|Already following"):
+        layer.merge()
+    assert torch.equal(base_weight(layer), once)
+    assert layer.merged_adapters == ["default"]
+
+
+def test_unmerging_what_is_not_merged_warns_and_changes_nothing() -> None:
+    layer = adapted_layer(base_layer(11, 13), r=7, num_blocks=3)
+    before = base_weight(layer).clone()
+    with pytest.warns(UserWarning, match="Already unmerged"):
+        layer.unmerge()
+    assert torch.equal(base_weight(layer), before)
+
+
+# PEFT's own, when a second adapter is merged later
+@pytest.mark.filterwarnings("ignore:Already following adapters were merged:UserWarning")
+@pytest.mark.parametrize("order", [["default", "other"], ["other", "default"]])
+@pytest.mark.parametrize("together", [True, False], ids=["together", "one after the other"])
+def test_every_merged_adapter_is_anchored_on_the_pristine_weight(order: list[str], together: bool) -> None:
+    layer = adapted_layer(base_layer(11, 13), r=7, num_blocks=3)
+    add_adapter(layer, "other", r=4, num_blocks=2, alpha=3.0)
+    before = base_weight(layer).clone()
+    expected = reference.effective_weight(before, [oracle_delta(layer), oracle_delta(layer, "other")])
+    for names in [order] if together else [[name] for name in order]:
+        layer.merge(adapter_names=names)
+    assert_close(base_weight(layer), expected)
+    assert layer.merged_adapters == order
+    layer.unmerge()
+    assert torch.equal(base_weight(layer), before)
+
+
+@pytest.mark.parametrize("kind", ["spectral", "contiguous"])
+def test_an_adapter_added_while_another_is_merged_is_anchored_on_the_pristine_weight(kind: str) -> None:
+    layer = adapted_layer(base_layer(11, 13), r=7, num_blocks=3)
+    pristine = base_weight(layer).clone()
+    merged_delta = oracle_delta(layer)
+    layer.merge()
+    with pytest.warns(UserWarning, match="Unmerging the model first"):
+        add_adapter(layer, "late", r=4, num_blocks=2, partition=kind)
+    assert torch.equal(base_weight(layer), pristine)
+    late_delta = oracle_delta(layer, "late", weight=pristine)
+    if kind == "spectral":
+        partition = layer.blocks("late")
+        own = partition.row_labels.tolist(), partition.col_labels.tolist()
+        assert own == reference.spectral_labels(pristine, 2)
+    layer.merge()
+    assert_close(layer.get_delta_weight("late"), late_delta)
+    assert_close(base_weight(layer), pristine + merged_delta + late_delta)
+    layer.unmerge()
+    assert torch.equal(base_weight(layer), pristine)
+
+
+def test_delta_weight_of_a_merged_adapter_is_that_of_the_unmerged_one() -> None:
+    layer = adapted_layer(base_layer(11, 13), r=7, num_blocks=3)
+    before = layer.get_delta_weight("default")
+    layer.merge()
+    assert torch.equal(layer.get_delta_weight("default"), before)
+
+
+def test_changing_the_factors_while_merged_does_not_disturb_unmerging() -> None:
+    layer = adapted_layer(base_layer(11, 13, dtype=torch.bfloat16), r=7, num_blocks=3)
+    before = base_weight(layer).clone()
+    layer.merge()
+    randomise(layer)
+    layer.unmerge()
+    assert torch.equal(base_weight(layer), before)
+
+
+def test_merging_in_training_mode_with_dropout_merges_without_dropout() -> None:
+    layer = adapted_layer(base_layer(11, 13), r=7, num_blocks=3, smoa_dropout=0.5).train()
+    expected = base_weight(layer) + oracle_delta(layer)
+    layer.merge()
+    assert_close(base_weight(layer), expected)
+
+
+def test_disabling_adapters_unmerges_them() -> None:
+    layer = adapted_layer(base_layer(11, 13), r=7, num_blocks=3)
+    x = torch.randn(5, 13, dtype=torch.float64)
+    before, plain = base_weight(layer).clone(), layer.get_base_layer()(x)
+    layer.merge()
+    layer.enable_adapters(False)
+    assert torch.equal(layer(x), plain)
+    assert torch.equal(base_weight(layer), before)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("route", ["merge_adapter", "merge_and_unload"])
+def test_a_broken_layer_is_refused_under_safe_merge_and_nothing_is_changed_anywhere(route: str, value: float) -> None:
+    model = adapted_model()
+    first, second = layers_of(model)
+    with torch.no_grad():
+        factors(second)[1][0, 0] = value
+    before = state(model)
+    with pytest.raises(MergeError, match=r"second.*(NaN|infinite)"):
+        getattr(model, route)(safe_merge=True)
+    assert_same_bits(state(model), before)
+    assert not first.merged
+    assert not second.merged
+    assert layers_of(model) == [first, second]
+
+
+def test_an_overflow_of_half_precision_is_refused_under_safe_merge() -> None:
+    layer = adapted_layer(base_layer(11, 13, dtype=torch.float16), r=7, num_blocks=3, alpha=1e7)
+    before = state(layer)
+    with pytest.raises(MergeError):
+        layer.merge(safe_merge=True)
+    assert_same_bits(state(layer), before)
+
+
+def test_safe_merge_of_a_sound_adapter_is_the_plain_merge() -> None:
+    first, second = adapted_model(), adapted_model()
+    second.load_state_dict(first.state_dict())
+    first.merge_adapter(safe_merge=True)
+    second.merge_adapter()
+    assert_same_bits(state(first), state(second))
+
+
+@pytest.mark.parametrize("names", [["one", "two"], ["two"], None])
+def test_merge_adapter_merges_the_adapters_named(names: list[str] | None) -> None:
+    model = adapted_model("one", "two")
+    merged = names or ["one"]
+    x = torch.randn(5, 10, dtype=torch.float64)
+    before = state(model)
+    model.base_model.set_adapter(merged)
+    expected = model(x)
+    model.base_model.set_adapter(["one"])
+    model.merge_adapter(names)
+    assert_close(model(x), expected)
+    model.unmerge_adapter()
+    assert_same_bits(state(model), before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_merge_and_unload_gives_plain_layers_of_the_same_output(dtype: torch.dtype) -> None:
+    model = adapted_model(dtype=dtype)
+    x = torch.randn(5, 10).to(dtype)
+    expected = model(x)
+    merged = model.merge_and_unload()
+    assert [type(module) for module in (merged.first, merged.second)] == [nn.Linear, nn.Linear]
+    assert {parameter.dtype for parameter in merged.parameters()} == {dtype}
+    assert_close(merged(x), expected)
+
+
+def test_unload_gives_the_base_back_bit_for_bit() -> None:
+    base = TwoLayers()
+    before = state(base)
+    model = get_peft_model(base, SmoaConfig(r=4, num_blocks=3, target_modules=["first"], init_weights=False))
+    assert_same_bits(state(model.unload()), before)
+
+
+def test_unloading_a_merged_model_without_merging_gives_the_base_back() -> None:
+    model = adapted_model()
+    pristine = [base_weight(layer).clone() for layer in layers_of(model)]
+    model.merge_adapter()
+    model.unmerge_adapter()
+    plain = model.unload()
+    assert torch.equal(plain.first.weight, pristine[0])
+    assert torch.equal(plain.second.weight, pristine[1])
+
+
+def test_deleting_an_adapter_leaves_the_others() -> None:
+    model = adapted_model("one", "two")
+    x = torch.randn(5, 10, dtype=torch.float64)
+    expected = model(x)
+    model.delete_adapter("two")
+    assert torch.equal(model(x), expected)
+    assert not [name for name in model.state_dict() if ".two" in name.removesuffix(".base_layer.bias")]
+
+
+def test_the_adapter_saved_while_merged_is_the_adapter_saved_before(tmp_path_factory: pytest.TempPathFactory) -> None:
+    model = adapted_model()
+    saved = []
+    for prepare in (lambda: None, model.merge_adapter):
+        prepare()
+        folder = tmp_path_factory.mktemp("adapter")
+        model.save_pretrained(folder)
+        saved.append(load_file(folder / "adapter_model.safetensors"))
+    assert_same_bits(*saved)
+
+
+def test_loading_an_adapter_while_another_is_merged_anchors_it_on_the_pristine_weight(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    folder = tmp_path_factory.mktemp("adapter")
+    model = adapted_model("one", "two")
+    model.save_pretrained(folder, selected_adapters=["two"])
+    fresh = adapted_model("one")
+    fresh.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if ".two" not in name})
+    fresh.merge_adapter()
+    with pytest.warns(UserWarning, match="Unmerging the model first"):
+        fresh.load_adapter(folder / "two", "two")
+    for mine, other in zip(layers_of(fresh), layers_of(model), strict=True):
+        assert torch.equal(mine.get_delta_weight("two"), other.get_delta_weight("two"))
+        assert torch.equal(mine.pristine_weight(), other.pristine_weight())
+
+
+def test_adding_an_adapter_to_a_merged_model_unmerges_it_bit_for_bit() -> None:
+    model = adapted_model(dtype=torch.bfloat16)
+    pristine = [base_weight(layer).clone() for layer in layers_of(model)]
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="Unmerging the model first"):
+        model.add_adapter("late", SmoaConfig(r=2, target_modules=["first"]))
+    for layer, before in zip(layers_of(model), pristine, strict=True):
+        assert torch.equal(base_weight(layer), before)
+    assert layers_of(model)[0].blocks("late").row_labels.tolist() == reference.spectral_labels(pristine[0], 2)[0]
+
+
+def test_a_merged_layer_forward_does_not_add_the_adapter_again() -> None:
+    layer = adapted_layer(base_layer(11, 13), r=7, num_blocks=3)
+    x = torch.randn(5, 13, dtype=torch.float64)
+    layer.merge()
+    assert torch.equal(layer(x), layer.get_base_layer()(x))
+
+
+@pytest.mark.filterwarnings("ignore:All adapters are already merged:UserWarning")
+def test_a_safe_merge_of_what_is_merged_already_does_not_count_it_twice() -> None:
+    layer = adapted_layer(base_layer(11, 13, dtype=torch.float16), r=7, num_blocks=3)
+    largest = float(layer.get_delta_weight("default").detach().abs().max())
+    layer.set_scale("default", 40_000 / largest)
+    layer.merge(safe_merge=True)
+    layer.check_merge()
+
+
+def test_a_layer_cast_while_merged_unmerges_to_the_cast_weight() -> None:
+    layer = adapted_layer(base_layer(13, 11, dtype=torch.float32), num_blocks=3)
+    before = layer.get_base_layer().weight.detach().clone()
+    layer.merge()
+    layer.to(torch.bfloat16)
+    layer.unmerge()
+    assert torch.equal(layer.get_base_layer().weight, before.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("safe", [False, True])
+def test_a_model_that_accelerate_offloads_is_merged(safe: bool) -> None:
+    model = get_peft_model(Wrapper(nn.Linear(12, 10)), SmoaConfig(r=4, target_modules=["layer"], init_weights=False))
+    x = torch.randn(3, 12)
+    with torch.no_grad():
+        expected = model(x)
+        accelerate.cpu_offload(model, execution_device="cpu")
+        merged = model.merge_and_unload(safe_merge=safe)
+        torch.testing.assert_close(merged(x), expected)
+
+
+def test_a_weight_shared_by_two_adapted_layers_is_not_merged_twice() -> None:
+    base = TwoLayers()
+    base.second = nn.Linear(10, 12, dtype=torch.float64)
+    base.second.weight = base.first.weight
+    model = get_peft_model(base, SmoaConfig(r=4, num_blocks=2, target_modules=["first", "second"]))
+    before = state(model)
+    with pytest.raises(MergeError, match=r"first.*second|second.*first"):
+        model.merge_adapter()
+    assert_same_bits(state(model), before)

@@ -1,0 +1,186 @@
+"""Quantized models, through layers/quantized.py and tuner/model.py: several adapters, merges, saves, training."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from torch import Tensor, nn
+
+from smoa import MergeError, SmoaConfig
+from smoa.layers.quantized import QuantizedLinear
+from smoa.maths import spectrum_cache
+from tests.support import tiny_models
+from tests.support.layers import factors, labels, layers_of, oracle_delta, randomise
+from tests.support.quantized import delta_of, quantized_model, same_layout_on_every_cpu, stored_bits, weight_of
+from tests.support.tolerance import assert_close
+
+LOST = "relative error of ΔW"
+
+
+@pytest.fixture(autouse=True)
+def _one_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests compare on every CPU alike."""
+    same_layout_on_every_cpu(monkeypatch)
+
+
+def adapted_model(base: nn.Module, **config: Any) -> PeftModel:
+    settings = {"r": 4, "num_blocks": 2, "alpha": 8, "target_modules": "all-linear"} | config
+    model = get_peft_model(base, SmoaConfig(**settings))
+    for layer in layers_of(model):
+        assert isinstance(layer, QuantizedLinear)
+        randomise(layer)
+    return model
+
+
+@pytest.fixture
+def two_adapters(tmp_path: Path) -> PeftModel:
+    """An NF4 model with the adapters `default` and `other`, of another K."""
+    model = adapted_model(quantized_model(tmp_path / "base"))
+    model.add_adapter("other", SmoaConfig(r=6, num_blocks=3, target_modules="all-linear"))
+    for layer in layers_of(model):
+        randomise(layer, "other")
+    return model.eval()
+
+
+def test_the_updates_of_two_active_adapters_add_up(two_adapters: PeftModel) -> None:
+    two_adapters.base_model.set_adapter(["default", "other"])
+    layer = layers_of(two_adapters)[0]
+    x = torch.randn(5, layer.in_features)
+    expected = x.double() @ (delta_of(layer) + delta_of(layer, "other")).T
+    assert_close(layer(x) - layer.base_layer(x), expected, torch.float32)
+
+
+def test_a_mixed_batch_gives_each_sample_its_adapter(two_adapters: PeftModel) -> None:
+    inputs = {key: value for key, value in tiny_models.batch("llama").items() if key != "labels"}
+    alone = []
+    with torch.no_grad():
+        for row, name in enumerate(("default", "other")):
+            two_adapters.set_adapter(name)
+            alone.append(two_adapters(**inputs).logits[row])
+        with two_adapters.disable_adapter():
+            alone.append(two_adapters(**inputs).logits[2])
+        mixed = two_adapters(**inputs, adapter_names=["default", "other", "__base__"]).logits
+    assert_close(mixed, torch.stack(alone))
+
+
+def test_every_merged_adapter_is_anchored_on_the_pristine_weight(two_adapters: PeftModel) -> None:
+    layer = layers_of(two_adapters)[0]
+    deltas = [delta_of(layer), delta_of(layer, "other")]
+    before = stored_bits(layer.get_base_layer())
+    layer.merge(adapter_names=["default"])
+    with pytest.warns(UserWarning, match="Already following"):
+        layer.merge(adapter_names=["other"])
+    for name, delta in zip(("default", "other"), deltas, strict=True):
+        assert_close(layer.delta(name), delta, torch.float32)
+    together = layer.base_weight()
+    layer.unmerge()
+    layer.merge(adapter_names=["default", "other"])
+    assert torch.equal(layer.base_weight(), together)
+    layer.unmerge()
+    assert stored_bits(layer.get_base_layer()) == before
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_merge_tells_what_rounding_lost_and_is_undone(tmp_path: Path, bits: int) -> None:
+    model = adapted_model(quantized_model(tmp_path, **{f"load_in_{bits}bit": True})).eval()
+    before = stored_bits(model)
+    with pytest.warns(UserWarning, match=LOST) as warned:
+        model.merge_adapter(safe_merge=True)
+    told = next(
+        float(str(one.message).split(f"{LOST} is ")[1].split()[0]) for one in warned if LOST in str(one.message)
+    )
+    layers = layers_of(model)
+    kept = [layer.base_weight().double() - weight_of(layer) for layer in layers]
+    deltas = [delta_of(layer) for layer in layers]
+    error = torch.stack([(k - d).norm() for k, d in zip(kept, deltas, strict=True)]).norm()
+    assert told == pytest.approx(float(error / torch.stack([d.norm() for d in deltas]).norm()), rel=1e-2)
+    model.unmerge_adapter()
+    assert stored_bits(model) == before
+
+
+def test_merge_and_unload_leaves_a_quantized_model_and_keeps_nothing(tmp_path: Path) -> None:
+    model = adapted_model(quantized_model(tmp_path)).eval()
+    set_aside = [weakref.ref(layer.get_base_layer()) for layer in layers_of(model)]
+    inputs = tiny_models.batch("llama")
+    with pytest.warns(UserWarning, match=LOST):
+        merged = model.merge_and_unload(safe_merge=True)
+    del model
+    gc.collect()
+    assert all(reference() is None for reference in set_aside)
+    assert isinstance(merged.model.layers[0].self_attn.q_proj, bnb.nn.Linear4bit)
+    assert torch.isfinite(merged(**inputs).loss)
+
+
+def test_an_untrained_adapter_merges_without_a_report(tmp_path: Path) -> None:
+    model = get_peft_model(quantized_model(tmp_path), SmoaConfig(r=4, target_modules=["q_proj"]))
+    model.merge_adapter()  # warnings are errors here
+
+
+def test_a_broken_adapter_is_refused_under_safe_merge_and_nothing_is_changed(tmp_path: Path) -> None:
+    model = adapted_model(quantized_model(tmp_path))
+    before = stored_bits(model)
+    with torch.no_grad():
+        factors(layers_of(model)[-1])[0][0, 0] = float("nan")
+    changed = stored_bits(model)
+    with pytest.raises(MergeError, match=r"down_proj: merging default gives NaN"):
+        model.merge_adapter(safe_merge=True)
+    assert stored_bits(model) == changed != before
+
+
+@pytest.mark.parametrize("options", [{}, {"load_in_8bit": True}], ids=["nf4", "int8"])
+def test_an_adapter_moves_to_a_full_precision_base_and_back(
+    tmp_path: Path, options: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = adapted_model(quantized_model(tmp_path / "base", **options)).eval()
+    expected = trained(**tiny_models.batch("llama")).logits
+    trained.save_pretrained(tmp_path / "adapter")
+
+    def decompose(weight: Tensor) -> None:
+        raise AssertionError("a loaded adapter decomposes nothing")
+
+    monkeypatch.setattr(spectrum_cache, "spectral_scores", decompose)
+    spectrum_cache.clear_spectrum_cache()
+    full = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path / "adapter")
+    for ours, theirs in zip(layers_of(full), layers_of(trained), strict=True):
+        assert labels(ours) == labels(theirs)
+        assert_close(ours.delta("default"), oracle_delta(theirs, weight=ours.base_weight()), torch.float32)
+    full.save_pretrained(tmp_path / "back")
+    back = PeftModel.from_pretrained(quantized_model(tmp_path / "base", **options), tmp_path / "back").eval()
+    assert torch.equal(back(**tiny_models.batch("llama")).logits, expected)
+
+
+# Not ours: PEFT calls transformers by a name that transformers renamed.
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+def test_a_model_prepared_for_kbit_training_learns(tmp_path: Path) -> None:
+    base = prepare_model_for_kbit_training(
+        quantized_model(tmp_path), gradient_checkpointing_kwargs={"use_reentrant": False}
+    )
+    model = get_peft_model(base, SmoaConfig(r=8, num_blocks=2, alpha=64, target_modules="all-linear")).train()
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        name for name, _ in model.named_parameters() if ".smoa_" in name
+    }
+    frozen = {name: bits for name, bits in stored_bits(model).items() if ".smoa_" not in name}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(12):
+        loss = model(**tiny_models.batch("llama")).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    assert {name: bits for name, bits in stored_bits(model).items() if ".smoa_" not in name} == frozen
+
+
+def test_the_projections_of_gpt2_are_quantised_and_adapted_too(tmp_path: Path) -> None:
+    model = adapted_model(quantized_model(tmp_path, "gpt2"), target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
+    layer = layers_of(model)[0]
+    x = torch.randn(5, layer.in_features)
+    assert_close(layer(x) - layer.base_layer(x), x.double() @ delta_of(layer).T, torch.float32)
