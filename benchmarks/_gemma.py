@@ -13,7 +13,7 @@ from torch import nn
 from smoa import SmoaConfig
 from smoa_lab.training.base_models import ModelSource, load_base_model
 
-QUANTISATIONS: dict[str, dict[str, Any]] = {
+QUANTIZATIONS: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     "int8": {"load_in_8bit": True},
 }
@@ -23,9 +23,9 @@ def gemma(method: str, r: int, num_blocks: int, device: torch.device, base: str 
     """The base model, or it under SMoA or under LoRA of as many trainable parameters; adapters start non-zero.
 
     SMoA's partition is a random one: decomposing the weights would not change what a step costs. `base` may be one of
-    QUANTISATIONS.
+    QUANTIZATIONS.
     """
-    options = {"quantization_config": QUANTISATIONS[base]} if base in QUANTISATIONS else {}
+    options = {"quantization_config": QUANTIZATIONS[base]} if base in QUANTIZATIONS else {}
     model, _ = load_base_model(ModelSource("gemma3-270m", options=options))
     model.to(device)
     if method == "base":

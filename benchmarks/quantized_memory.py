@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from _common import pick_device, provenance, seconds, write_results
-from _gemma import QUANTISATIONS, gemma
+from _gemma import QUANTIZATIONS, gemma
 from _layers import trainable
 from model_step import example_batch, training_step
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ def measure(method: str, arguments: argparse.Namespace, device: torch.device) ->
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of parameters, buffers and what a quantised layer keeps besides, tied ones once."""
+    """Bytes of parameters, buffers and what a quantized layer keeps besides, tied ones once."""
     tensors = model.state_dict(keep_vars=True).values()
     return sum({t.data_ptr(): t.nbytes for t in tensors if isinstance(t, Tensor)}.values())
 
@@ -90,7 +90,7 @@ def measured_apart(method: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", choices=("float32", *QUANTISATIONS), default="nf4")
+    parser.add_argument("--base", choices=("float32", *QUANTIZATIONS), default="nf4")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--answer", type=int, default=16, help="tokens of the answer, at the end")

@@ -1,4 +1,4 @@
-"""What merging into quantised weights loses of ΔW, by the size of ΔW relative to W.
+"""What merging into quantized weights loses of ΔW, by the size of ΔW relative to W.
 
     python benchmarks/quantized_merge.py
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from _common import provenance, write_results
-from _gemma import QUANTISATIONS, gemma
+from _gemma import QUANTIZATIONS, gemma
 from torch import Tensor
 
 from smoa.layers.quantized import QuantizedLinear
@@ -44,7 +44,7 @@ def loss(layers: list[QuantizedLinear], factors: list[Tensor], size: float) -> f
     found: list[tuple[float, float]] = []
     for layer, B in zip(layers, factors, strict=True):
         B.mul_(size)
-        layer.requantisations = found
+        layer.requantizations = found
         layer.merge()
         layer.unmerge()
         B.div_(size)
@@ -58,9 +58,9 @@ def main() -> None:
     parser.add_argument("--num-blocks", type=int, default=4)
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    found = {base: losses(base, arguments) for base in QUANTISATIONS}
+    found = {base: losses(base, arguments) for base in QUANTIZATIONS}
     result = {
-        "config": vars(arguments) | {"blocks": BLOCKS, "quantisations": QUANTISATIONS},
+        "config": vars(arguments) | {"blocks": BLOCKS, "quantizations": QUANTIZATIONS},
         "relative_error": found,
         "provenance": provenance(torch.device("cpu")),
     }

@@ -1,4 +1,4 @@
-"""Quantised layers: the oracle on the dequantised weight, nothing dense kept, merged as PEFT does, undone bit for bit.
+"""Quantized layers: the oracle on the dequantized weight, nothing dense kept, merged as PEFT does, undone bit for bit.
 
 bitsandbytes is always there; torchao and HQQ are tested where they are installed.
 """
@@ -32,8 +32,8 @@ from tests.support.quantized import (
     KINDS,
     adapted,
     in_4_bits,
-    quantised_layer,
-    quantised_model,
+    quantized_layer,
+    quantized_model,
     stored_bits,
 )
 from tests.support.tolerance import assert_close
@@ -48,12 +48,12 @@ def _one_layout(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def weight_of(layer: SmoaLayer) -> Tensor:
-    """The dequantised pristine weight."""
+    """The dequantized pristine weight."""
     return layer.pristine_weight().double()
 
 
 def delta_of(layer: SmoaLayer, adapter: str = "default") -> Tensor:
-    """The oracle's ΔW on the dequantised weight, float64."""
+    """The oracle's ΔW on the dequantized weight, float64."""
     return oracle_delta(layer, adapter, weight=weight_of(layer))
 
 
@@ -77,16 +77,16 @@ def adapted_model(base: nn.Module, **config: Any) -> PeftModel:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_partition_is_that_of_the_dequantised_weight(kind: str) -> None:
-    layer = adapted(quantised_layer(kind))
+def test_the_partition_is_that_of_the_dequantized_weight(kind: str) -> None:
+    layer = adapted(quantized_layer(kind))
     assert isinstance(layer, QuantizedLinear)
     assert labels(layer) == reference.spectral_labels(weight_of(layer), 3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("modulation", ["hadamard", "none"])
-def test_values_and_gradients_are_the_oracles_on_the_dequantised_weight(kind: str, modulation: str) -> None:
-    base = quantised_layer(kind)
+def test_values_and_gradients_are_the_oracles_on_the_dequantized_weight(kind: str, modulation: str) -> None:
+    base = quantized_layer(kind)
     layer = adapted(base, modulation=modulation).train()
     x, gradient = torch.randn(2, 5, 64, requires_grad=True), torch.randn(2, 5, 24)
     y = layer(x)
@@ -101,8 +101,8 @@ def test_values_and_gradients_are_the_oracles_on_the_dequantised_weight(kind: st
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_base_product_is_the_quantised_layers_own(kind: str) -> None:
-    base = quantised_layer(kind).eval()
+def test_the_base_product_is_the_quantized_layers_own(kind: str) -> None:
+    base = quantized_layer(kind).eval()
     layer = adapted(base).eval()
     x = torch.randn(5, 64)
     assert torch.equal(layer(x), base(x) + layer.branch_output(x, "default"))
@@ -110,7 +110,7 @@ def test_the_base_product_is_the_quantised_layers_own(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_of_the_weights_size_is_kept_for_the_backward(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = adapted(quantised_layer(kind, 96, 128)).train()
+    layer = adapted(quantized_layer(kind, 96, 128)).train()
     dense: list[weakref.ref[Tensor]] = []
     sizes: list[int] = []
     dequantized = quantized.dequantized
@@ -127,14 +127,14 @@ def test_nothing_of_the_weights_size_is_kept_for_the_backward(kind: str, monkeyp
     assert dense[0]() is None
     assert max(sizes) < 96 * 128 // 3
     y.sum().backward()
-    assert len(dense) == 2  # dequantised again
+    assert len(dense) == 2  # dequantized again
     assert dense[1]() is None
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_changes_nothing(kind: str, reentrant: bool) -> None:
-    layer = adapted(quantised_layer(kind), smoa_dropout=0.5).train()
+    layer = adapted(quantized_layer(kind), smoa_dropout=0.5).train()
     x = torch.randn(5, 64, requires_grad=True)
     leaves = [x, *factors(layer)]
     torch.manual_seed(1)
@@ -148,7 +148,7 @@ def test_gradient_checkpointing_changes_nothing(kind: str, reentrant: bool) -> N
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_dropout_acts_on_the_adapters_input_alone(kind: str) -> None:
-    base = quantised_layer(kind)
+    base = quantized_layer(kind)
     layer = adapted(base, smoa_dropout=0.5).train()
     x = torch.randn(5, 64)
     torch.manual_seed(1)
@@ -183,7 +183,7 @@ def test_the_output_has_the_inputs_dtype_and_a_small_update_survives(
 @pytest.mark.parametrize("kind", BITSANDBYTES)
 @pytest.mark.parametrize("modulation", ["hadamard", "none"])
 def test_autocast_computes_the_branch_in_its_dtype(kind: str, modulation: str) -> None:
-    layer = adapted(quantised_layer(kind), modulation=modulation).train()
+    layer = adapted(quantized_layer(kind), modulation=modulation).train()
     x = torch.randn(50, 64, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         contribution = layer.branch_output(x, "default")
@@ -197,7 +197,7 @@ def test_autocast_computes_the_branch_in_its_dtype(kind: str, modulation: str) -
 # torch's own, at the autograd functions of bitsandbytes
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_it_compiles() -> None:
-    layer = adapted(quantised_layer("nf4")).train()
+    layer = adapted(quantized_layer("nf4")).train()
     x = torch.randn(5, 64, requires_grad=True)
     compiled = torch.compile(layer, backend="aot_eager")
     expected = torch.autograd.grad(layer(x).sum(), [x, *factors(layer)])
@@ -207,7 +207,7 @@ def test_it_compiles() -> None:
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_cached_weights_keep_the_blocks_of_the_update_alone(kind: str) -> None:
-    layer = adapted(quantised_layer(kind)).eval()
+    layer = adapted(quantized_layer(kind)).eval()
     x = torch.randn(2, 64)
     with torch.no_grad():
         expected = layer(x)
@@ -229,7 +229,7 @@ def parts_of(layer: SmoaLayer) -> tuple[list[Tensor], list[Tensor]]:
 @pytest.fixture
 def two_adapters(tmp_path: Path) -> PeftModel:
     """An NF4 model with the adapters `default` and `other`, of another K."""
-    model = adapted_model(quantised_model(tmp_path / "base"))
+    model = adapted_model(quantized_model(tmp_path / "base"))
     model.add_adapter("other", SmoaConfig(r=6, num_blocks=3, target_modules="all-linear"))
     for layer in smoa_layers(model):
         randomise(layer, "other")
@@ -261,11 +261,11 @@ def test_a_mixed_batch_gives_each_sample_its_adapter(two_adapters: PeftModel) ->
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_merged_layer_is_the_requantised_sum(kind: str) -> None:
-    base = quantised_layer(kind)
+def test_the_merged_layer_is_the_requantized_sum(kind: str) -> None:
+    base = quantized_layer(kind)
     layer = adapted(base)
     exact = weight_of(layer) + delta_of(layer)
-    step = requantisation_step(kind, exact)
+    step = requantization_step(kind, exact)
     layer.merge()
     assert ((layer.base_weight().double() - exact).abs() <= step).all()
     x = torch.randn(5, 64)
@@ -273,15 +273,15 @@ def test_the_merged_layer_is_the_requantised_sum(kind: str) -> None:
     assert layer.get_base_layer().bias is base.bias
 
 
-def requantisation_step(kind: str, weight: Tensor) -> Tensor:
-    """An upper bound of what quantising `weight` once more changes: half the widest gap of the code, of each block."""
+def requantization_step(kind: str, weight: Tensor) -> Tensor:
+    """An upper bound of what quantizing `weight` once more changes: half the widest gap of the code, of each block."""
     peak = weight.abs().reshape(len(weight), -1, 64).amax(-1, keepdim=True).expand(-1, -1, 64).reshape(weight.shape)
     return {"int8": 0.5 / 127, "torchao": 0.5 / 127, "hqq": 0.25}.get(kind, 0.2) * peak + 1e-3
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_unmerging_puts_back_every_quantised_byte(kind: str) -> None:
-    base = quantised_layer(kind)
+def test_unmerging_puts_back_every_quantized_byte(kind: str) -> None:
+    base = quantized_layer(kind)
     layer = adapted(base)
     before, x = stored_bits(base), torch.randn(5, 64)
     expected = layer(x)
@@ -297,15 +297,15 @@ def test_unmerging_puts_back_every_quantised_byte(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_merged_layer_can_be_saved_and_has_nothing_set_aside_in_its_state(kind: str) -> None:
-    layer = adapted(quantised_layer(kind))
+    layer = adapted(quantized_layer(kind))
     names = layer.state_dict().keys()
     layer.merge()
     assert layer.state_dict().keys() == names
-    assert len(list(layer.modules())) == len(list(adapted(quantised_layer(kind)).modules()))
+    assert len(list(layer.modules())) == len(list(adapted(quantized_layer(kind)).modules()))
 
 
 def test_disabling_a_merged_adapter_gives_the_base_back() -> None:
-    base = quantised_layer("nf4")
+    base = quantized_layer("nf4")
     layer, x = adapted(base), torch.randn(5, 64)
     layer.merge()
     layer.enable_adapters(False)
@@ -314,7 +314,7 @@ def test_disabling_a_merged_adapter_gives_the_base_back() -> None:
 
 
 def test_a_model_switched_to_training_while_merged_trains_after_unmerging() -> None:
-    layer = adapted(quantised_layer("int8")).eval()
+    layer = adapted(quantized_layer("int8")).eval()
     layer.merge()
     layer.train()
     layer.unmerge()
@@ -340,7 +340,7 @@ def test_every_merged_adapter_is_anchored_on_the_pristine_weight(two_adapters: P
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_merge_tells_what_rounding_lost_and_is_undone(tmp_path: Path, bits: int) -> None:
-    model = adapted_model(quantised_model(tmp_path, **{f"load_in_{bits}bit": True})).eval()
+    model = adapted_model(quantized_model(tmp_path, **{f"load_in_{bits}bit": True})).eval()
     before = stored_bits(model)
     with pytest.warns(UserWarning, match=LOST) as warned:
         model.merge_adapter(safe_merge=True)
@@ -356,8 +356,8 @@ def test_a_merge_tells_what_rounding_lost_and_is_undone(tmp_path: Path, bits: in
     assert stored_bits(model) == before
 
 
-def test_merge_and_unload_leaves_a_quantised_model_and_keeps_nothing(tmp_path: Path) -> None:
-    model = adapted_model(quantised_model(tmp_path)).eval()
+def test_merge_and_unload_leaves_a_quantized_model_and_keeps_nothing(tmp_path: Path) -> None:
+    model = adapted_model(quantized_model(tmp_path)).eval()
     set_aside = [weakref.ref(layer.get_base_layer()) for layer in smoa_layers(model)]
     inputs = tiny_models.batch("llama")
     with pytest.warns(UserWarning, match=LOST):
@@ -370,12 +370,12 @@ def test_merge_and_unload_leaves_a_quantised_model_and_keeps_nothing(tmp_path: P
 
 
 def test_an_untrained_adapter_merges_without_a_report(tmp_path: Path) -> None:
-    model = get_peft_model(quantised_model(tmp_path), SmoaConfig(r=4, target_modules=["q_proj"]))
+    model = get_peft_model(quantized_model(tmp_path), SmoaConfig(r=4, target_modules=["q_proj"]))
     model.merge_adapter()  # warnings are errors here
 
 
 def test_a_broken_adapter_is_refused_under_safe_merge_and_nothing_is_changed(tmp_path: Path) -> None:
-    model = adapted_model(quantised_model(tmp_path))
+    model = adapted_model(quantized_model(tmp_path))
     before = stored_bits(model)
     with torch.no_grad():
         factors(smoa_layers(model)[-1])[0][0, 0] = float("nan")
@@ -386,7 +386,7 @@ def test_a_broken_adapter_is_refused_under_safe_merge_and_nothing_is_changed(tmp
 
 
 def test_merging_a_copy_leaves_the_original_alone() -> None:
-    base = quantised_layer("nf4")
+    base = quantized_layer("nf4")
     layer = adapted(base)
     before, statistics, x = stored_bits(base), base.quant_state, torch.randn(5, 64)
     expected = layer(x)
@@ -404,7 +404,7 @@ def test_merging_a_copy_leaves_the_original_alone() -> None:
 def test_an_adapter_moves_to_a_full_precision_base_and_back(
     tmp_path: Path, options: dict[str, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trained = adapted_model(quantised_model(tmp_path / "base", **options)).eval()
+    trained = adapted_model(quantized_model(tmp_path / "base", **options)).eval()
     expected = trained(**tiny_models.batch("llama")).logits
     trained.save_pretrained(tmp_path / "adapter")
 
@@ -419,7 +419,7 @@ def test_an_adapter_moves_to_a_full_precision_base_and_back(
         assert labels(ours) == labels(theirs)
         assert_close(ours.delta("default"), oracle_delta(theirs, weight=ours.base_weight()), torch.float32)
     full.save_pretrained(tmp_path / "back")
-    back = PeftModel.from_pretrained(quantised_model(tmp_path / "base", **options), tmp_path / "back").eval()
+    back = PeftModel.from_pretrained(quantized_model(tmp_path / "base", **options), tmp_path / "back").eval()
     assert torch.equal(back(**tiny_models.batch("llama")).logits, expected)
 
 
@@ -430,7 +430,7 @@ def test_an_adapter_moves_to_a_full_precision_base_and_back(
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 def test_a_model_prepared_for_kbit_training_learns(tmp_path: Path) -> None:
     base = prepare_model_for_kbit_training(
-        quantised_model(tmp_path), gradient_checkpointing_kwargs={"use_reentrant": False}
+        quantized_model(tmp_path), gradient_checkpointing_kwargs={"use_reentrant": False}
     )
     model = get_peft_model(base, SmoaConfig(r=8, num_blocks=2, alpha=64, target_modules="all-linear")).train()
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
@@ -449,8 +449,8 @@ def test_a_model_prepared_for_kbit_training_learns(tmp_path: Path) -> None:
     assert {name: bits for name, bits in stored_bits(model).items() if ".smoa_" not in name} == frozen
 
 
-def test_the_projections_of_gpt2_are_quantised_and_adapted_too(tmp_path: Path) -> None:
-    model = adapted_model(quantised_model(tmp_path, "gpt2"), target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
+def test_the_projections_of_gpt2_are_quantized_and_adapted_too(tmp_path: Path) -> None:
+    model = adapted_model(quantized_model(tmp_path, "gpt2"), target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
     layer = smoa_layers(model)[0]
     x = torch.randn(5, layer.in_features)
     assert_close(layer(x) - layer.base_layer(x), x.double() @ delta_of(layer).T, torch.float32)
@@ -460,7 +460,7 @@ def test_the_projections_of_gpt2_are_quantised_and_adapted_too(tmp_path: Path) -
 
 
 def test_a_weight_that_was_repacked_for_evaluation_is_unpacked_for_good() -> None:
-    base = quantised_layer("nf4", 32, 64)
+    base = quantized_layer("nf4", 32, 64)
     expected = base.weight.quant_state, bnb.functional.dequantize_4bit(base.weight.data, base.weight.quant_state)
     base.weight.data, _ = bnb.functional._convert_weight_packed_for_cpu(base.weight.data, base.weight.quant_state)
     base.support_avx512bf16_for_cpu = True
@@ -492,15 +492,15 @@ def refused(layer: nn.Module, message: str) -> None:
 
 
 def test_an_eight_bit_float_without_a_backend_is_refused_by_name() -> None:
-    refused(Float8Linear(), r"layer: .*Float8Linear, which PEFT has no quantisation backend for; quantise with")
+    refused(Float8Linear(), r"layer: .*Float8Linear, for which PEFT has no quantization backend; quantize it with")
 
 
-def test_a_layer_that_is_not_quantised_yet_is_refused() -> None:
-    refused(bnb.nn.Linear4bit(8, 8), r"layer: .*Linear4bit that holds torch.float32: it is not quantised yet")
+def test_a_layer_that_is_not_quantized_yet_is_refused() -> None:
+    refused(bnb.nn.Linear4bit(8, 8), r"layer: .*Linear4bit that holds torch.float32: it is not quantized yet")
     refused(bnb.nn.Linear8bitLt(8, 8), r"layer: .*Linear8bitLt that holds .*has_fp16_weights=False")
 
 
-def test_a_format_that_peft_can_not_dequantise_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_format_that_peft_can_not_dequantize_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     class PackedLinear(nn.Module):
         """As GPTQ, AWQ and AQLM have it: no Linear at all."""
 
@@ -508,7 +508,7 @@ def test_a_format_that_peft_can_not_dequantise_is_refused_by_name(monkeypatch: p
 
     backend = ForwardOnlyQuantizationBackend("gptq")
     monkeypatch.setattr(quantized, "resolve_quantization_backend", lambda *_, **__: backend)
-    refused(PackedLinear(), r"layer: .*PackedLinear: PEFT can't dequantise gptq, and ΔW is relative to the weight")
+    refused(PackedLinear(), r"layer: .*PackedLinear: PEFT can't dequantize gptq, and ΔW is relative to the weight")
 
 
 def test_what_peft_refuses_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -516,4 +516,4 @@ def test_what_peft_refuses_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -
         raise ValueError("torchao quantized layer detected but 'get_apply_tensor_subclass' was not provided")
 
     monkeypatch.setattr(quantized, "resolve_quantization_backend", resolve)
-    refused(Float8Linear(), r"layer: SMoA can't adapt the quantised weight of a .*Float8Linear: torchao quantized")
+    refused(Float8Linear(), r"layer: SMoA can't adapt the quantized weight of a .*Float8Linear: torchao quantized")

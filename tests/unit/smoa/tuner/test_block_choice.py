@@ -21,7 +21,7 @@ from tests.support import tiny_models
 from tests.support.adapter_files import with_settings
 from tests.support.decompositions import NoDecomposition
 from tests.support.layers import adapted_layer, base_layer, base_weight, oracle_delta
-from tests.support.quantized import quantised_layer
+from tests.support.quantized import quantized_layer
 from tests.support.tolerance import assert_close
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -151,7 +151,7 @@ def test_a_second_adapter_can_have_blocks_of_its_own() -> None:
 
 @pytest.mark.parametrize("kind", ["conv1d", "nf4", "int8"])
 def test_blocks_are_chosen_for_weights_however_they_are_stored(kind: str) -> None:
-    base = base_layer(24, 64, conv1d=True) if kind == "conv1d" else quantised_layer(kind)
+    base = base_layer(24, 64, conv1d=True) if kind == "conv1d" else quantized_layer(kind)
     layer = adapted_layer(base, r=8, num_blocks=4, blocks_from_spectrum=True)
     assert len(layer.ranks["default"]) == 4
 
