@@ -101,7 +101,7 @@ def test_an_index_that_names_a_missing_file_is_refused(source: Path, target: Pat
     write_checkpoint(target, checkpoint.entries, checkpoint.read, 40)
     lost = next(target.glob("*.safetensors"))
     lost.unlink()
-    with pytest.raises(MergeError, match=f"names {lost.name}, which is missing; download it again"):
+    with pytest.raises(MergeError, match=f"names {lost.name}, which is missing; download the checkpoint again"):
         Checkpoint(target)
 
 
