@@ -1,4 +1,4 @@
-"""Gemma 3 270M under each method, for the benchmarks of whole models."""
+"""Loads Gemma 3 270M with each method, for the benchmarks of whole models."""
 
 from __future__ import annotations
 
@@ -20,10 +20,16 @@ QUANTIZATIONS: dict[str, dict[str, Any]] = {
 
 
 def gemma(method: str, r: int, num_blocks: int, device: torch.device, base: str = "float32") -> nn.Module:
-    """The base model, or it under SMoA or under LoRA of as many trainable parameters; adapters start non-zero.
+    """Load the base model, with SMoA, or with LoRA of as many trainable parameters. Adapters start non-zero.
 
-    SMoA's partition is a random one: decomposing the weights would not change what a step costs. `base` may be one of
-    QUANTIZATIONS.
+    SMoA's partition is random, because decomposing the weights would not change the cost of a step.
+
+    Args:
+        method: "base", "smoa" or "lora".
+        r: SMoA's rank.
+        num_blocks: SMoA's K.
+        device: Where the model is moved.
+        base: "float32", or one of QUANTIZATIONS.
     """
     options = {"quantization_config": QUANTIZATIONS[base]} if base in QUANTIZATIONS else {}
     model, _ = load_base_model(ModelSource("gemma3-270m", options=options))

@@ -1,4 +1,4 @@
-"""Adapters in several processes: one partition for all of them, and parameters that are sharded.
+"""Adapters in several processes: one partition for all, and sharded parameters.
 
 Two processes may round a decomposition differently. So only rank 0 decomposes a weight, and broadcasts its labels. Once
 FSDP2 has sharded a layer, its state dict shows the labels as DTensors replicated over the mesh, because accelerate
