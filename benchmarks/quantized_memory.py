@@ -1,4 +1,4 @@
-"""Compares the memory of a training step on a quantized model, with SMoA and with PEFT's LoRA.
+"""Compares the memory of a training step on a quantized model, with SMoA and with LoRA.
 
     python benchmarks/quantized_memory.py --base nf4
 

@@ -1,4 +1,4 @@
-"""The model that the examples start from: a Llama of two layers with random weights, made offline.
+"""The model of the examples: a Llama of two layers with random weights, made offline.
 
 Replace `base_model()` with the name of your model. Random weights have learned nothing, so the figures that the
 examples print show that a tool works, not how good the result is.

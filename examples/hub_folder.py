@@ -1,4 +1,4 @@
-"""Saves a folder that can be uploaded to a model hub: the adapter, its config and a model card.
+"""Saves a folder for upload to a model hub: the adapter, its config and a model card.
 
 Shows: `save_adapter` with the base model's name on the hub and the metrics; the card's front matter as a hub reads it;
 no path of this machine in the folder; loading from the folder. To upload, add one line:

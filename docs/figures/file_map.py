@@ -1,4 +1,7 @@
-"""Writes the file map of docs/design.md from the first line of every module. `make docs` runs it."""
+"""Writes the file map of docs/design.md from the first line of every module.
+
+Run by `make docs`.
+"""
 
 from __future__ import annotations
 

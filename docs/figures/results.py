@@ -1,9 +1,9 @@
-"""Writes docs/results.md from the stored results in docs/studies, docs/lab-results and docs/inspections.
+"""Writes docs/results.md from the stored results of studies, runs and inspections.
 
     python docs/figures/results.py
 
-`smoa compare` writes the first, `smoa eval --output` and `smoa train` (its metrics.json) the second, and `smoa inspect`
-with `--json` and `--html` the third. Missing results are left out.
+`smoa compare` writes docs/studies; `smoa eval --output` and `smoa train` (its metrics.json) write docs/lab-results;
+`smoa inspect` with `--json` and `--html` writes docs/inspections. Missing results are left out.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def block_sizes(size: int, num_blocks: int) -> tuple[int, ...]:
     return (quotient + 1,) * remainder + (quotient,) * (num_blocks - remainder)
 
 
-def slices(sizes: tuple[int, ...]) -> tuple[slice, ...]:
+def slices(sizes: Sequence[int]) -> tuple[slice, ...]:
     """Consecutive slices of the given sizes."""
     return tuple(slice(stop - size, stop) for size, stop in zip(sizes, accumulate(sizes), strict=True))
 

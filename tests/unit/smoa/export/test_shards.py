@@ -105,7 +105,7 @@ def test_an_index_that_names_a_missing_file_is_refused(source: Path, target: Pat
         Checkpoint(target)
 
 
-def test_a_folder_without_weights_is_recognised(source: Path, target: Path) -> None:
+def test_a_folder_without_weights_is_recognized(source: Path, target: Path) -> None:
     assert has_safetensors(source)
     assert not has_safetensors(target)
 

@@ -225,14 +225,14 @@ def trained(num_threads: int) -> dict[str, Tensor]:
     for module in model.modules():
         if isinstance(module, SmoaLayer):
             randomise(module, scale=0.1)
-    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
     losses = []
     for _ in range(3):
         loss = model(**tiny_models.batch("llama")).loss
         loss.backward()
         losses.append(loss.detach())
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items() if ".smoa_" in name}
     return state | {"losses": torch.stack(losses)}
 

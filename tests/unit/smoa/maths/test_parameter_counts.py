@@ -60,7 +60,7 @@ def test_published_parameter_counts_are_reproduced(
     assert f"{100 * trainable / total:.4f}" == percent
 
 
-def test_a_model_on_the_meta_device_is_adapted_without_being_materialised() -> None:
+def test_a_model_on_the_meta_device_is_adapted_without_being_materialized() -> None:
     model = on_the_meta_device(LLAMA_2_7B, SMOA_2)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
 
