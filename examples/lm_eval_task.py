@@ -1,6 +1,4 @@
-"""Evaluates a SMoA adapter with lm-eval.
-
-For any task: `smoa run lm_eval --model hf --model_args pretrained=…,peft=… --tasks …`.
+"""Evaluates a SMoA adapter with `smoa run lm_eval --model hf --model_args pretrained=…,peft=…`.
 
 `smoa run` imports smoa before lm-eval's own command starts; all options are lm-eval's. The task is a local file, so
 that the example runs offline. Shows: accuracy of base model and adapter.

