@@ -57,7 +57,7 @@ def _verify_member() -> None:
     same = member is getattr(PeftType, NAME) and member in list(PeftType) and isinstance(member, Enum)
     if not same or member.value != NAME:
         raise UnsupportedVersionError(
-            f"could not add {NAME} to PeftType: PEFT has changed its enum; run: pip install 'peft{SUPPORTED_PEFT}'"
+            f"could not add {NAME} to PeftType: PEFT has changed its enum; install another peft{SUPPORTED_PEFT}"
         )
 
 
