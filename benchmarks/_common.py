@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing of methods in turn, the machine and versions a result belongs to, result files."""
+"""Shared by the benchmarks: timing in turn, provenance of results, result files."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ GEMMA_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The named device; `auto` takes a GPU where there is one."""
+    """The named device; `auto` takes a GPU if there is one."""
     if name != "auto":
         return torch.device(name)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def seconds(function: Callable[[], object], device: torch.device | None = None) -> float:
-    """Time of one call, with the device's queue empty before and after: see `clock_name`."""
+    """Time of one call by the clock of `clock_name`, with the device's queue empty before and after."""
     clock = time.process_time if clock_name(device) == "cpu" else time.perf_counter
     synchronize(device)
     start = clock()
@@ -40,7 +40,7 @@ def seconds(function: Callable[[], object], device: torch.device | None = None) 
 
 
 def clock_name(device: torch.device | None) -> str:
-    """`wall`, or `cpu` with one thread: no thread spins there, so other processes hardly change the CPU time."""
+    """`cpu` with one thread on a CPU, where no thread spins and other processes hardly change CPU time; else `wall`."""
     on_cpu = device is None or device.type == "cpu"
     return "cpu" if on_cpu and torch.get_num_threads() == 1 else "wall"
 
@@ -53,7 +53,7 @@ def synchronize(device: torch.device | None) -> None:
 def interleaved(
     functions: Mapping[str, Callable[[], object]], repeats: int, device: torch.device | None = None
 ) -> dict[str, list[float]]:
-    """Times of each function, taken in turn, so that a slow minute of the machine meets all of them."""
+    """Times of each function, called in turn, so that a slow minute of the machine affects all of them."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
@@ -62,7 +62,7 @@ def interleaved(
 
 
 def busy_elsewhere() -> Callable[[], float | None]:
-    """Starts watching; the returned function says how many cores other processes kept busy since (None off Linux)."""
+    """Start watching. The returned function gives the number of cores busy with other processes since (Linux only)."""
     before = _other_cpu_seconds()
     start = time.perf_counter()
 
@@ -90,7 +90,7 @@ def median_ratio(times: Mapping[str, list[float]], name: str, against: str) -> f
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """Commit, versions and machine: what makes a result file readable later."""
+    """Commit, versions, machine and clock of a result."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),

@@ -1,4 +1,4 @@
-"""Gemma 3 270M under each method, for the benchmarks of whole models."""
+"""Loads Gemma 3 270M with each method, for the benchmarks of whole models."""
 
 from __future__ import annotations
 
@@ -13,19 +13,25 @@ from torch import nn
 from smoa import SmoaConfig
 from smoa_lab.training.base_models import ModelSource, load_base_model
 
-QUANTISATIONS: dict[str, dict[str, Any]] = {
+QUANTIZATIONS: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     "int8": {"load_in_8bit": True},
 }
 
 
 def gemma(method: str, r: int, num_blocks: int, device: torch.device, base: str = "float32") -> nn.Module:
-    """The base model, or it under SMoA or under LoRA of as many trainable parameters; adapters start non-zero.
+    """Load the base model, with SMoA, or with LoRA of as many trainable parameters. Adapters start non-zero.
 
-    SMoA's partition is a random one: decomposing the weights would not change what a step costs. `base` may be one of
-    QUANTISATIONS.
+    SMoA's partition is random, because decomposing the weights would not change the cost of a step.
+
+    Args:
+        method: "base", "smoa" or "lora".
+        r: SMoA's rank.
+        num_blocks: SMoA's K.
+        device: Where the model is moved.
+        base: "float32", or one of QUANTIZATIONS.
     """
-    options = {"quantization_config": QUANTISATIONS[base]} if base in QUANTISATIONS else {}
+    options = {"quantization_config": QUANTIZATIONS[base]} if base in QUANTIZATIONS else {}
     model, _ = load_base_model(ModelSource("gemma3-270m", options=options))
     model.to(device)
     if method == "base":

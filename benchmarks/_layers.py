@@ -1,4 +1,4 @@
-"""One frozen layer and its adapted forms, and the step that the benchmarks time on them."""
+"""One frozen layer, adapted by each method, and the training step that is timed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from smoa.maths.spectrum import make_partition
 
 
 class OneLayer(nn.Module):
-    """A frozen linear layer without bias, of a size that trained layers have (rms 0.02)."""
+    """A frozen linear layer without bias, with weights as large as in trained layers (rms 0.02)."""
 
     def __init__(self, out_features: int, in_features: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -28,9 +28,9 @@ class OneLayer(nn.Module):
 
 
 def adapted(method: str, base: OneLayer, r: int, num_blocks: int) -> nn.Module:
-    """`base` under a method; all but "frozen" train as many parameters as SMoA of rank r with K blocks.
+    """`base` with a method. All except "frozen" train as many parameters as SMoA of rank r with K blocks.
 
-    The partition is a random one: decomposing the weight would not change what a step costs.
+    The partition is random, because decomposing the weight would not change the cost of a step.
     """
     layer = OneLayer(*base.linear.weight.shape, base.linear.weight.dtype, base.linear.weight.device)
     layer.linear.weight = base.linear.weight
@@ -51,7 +51,7 @@ def adapted(method: str, base: OneLayer, r: int, num_blocks: int) -> nn.Module:
 
 
 def training_step(model: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], None]:
-    """Forward and backward, with the gradient of the input."""
+    """A step of forward and backward that computes the gradient of the input too."""
     parameters = list(model.parameters())
 
     def step() -> None:
@@ -68,11 +68,11 @@ def trainable(model: nn.Module) -> int:
 
 
 def floor(dtype: torch.dtype, num_blocks: int) -> float:
-    """The least that a step can cost in steps of the frozen layer: products alone, no passes over the weight."""
+    """Lower bound of a step's cost, in steps of the frozen layer: matrix products only, no passes over the weight."""
     products = 1 if dtype in (torch.float32, torch.float64) else 3
     return (2 + products / num_blocks) / 2
 
 
 def lower_quartile(times: list[float]) -> float:
-    """The first of four quartiles: other processes only ever add time."""
+    """The lower quartile, because other processes only add time."""
     return statistics.quantiles(times, n=4, method="inclusive")[0] if len(times) > 1 else times[0]

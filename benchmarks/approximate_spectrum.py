@@ -1,12 +1,12 @@
-"""Approximate spectral scores: time against block membership on Gemma 3 270M's adapted weights.
+"""Measures approximate spectral scores: time and block membership on Gemma 3 270M.
 
     python benchmarks/approximate_spectrum.py [--layers 0,8,17] [--model FOLDER]
 
-None of these methods is in the package: the study shows why. With G = WᵀW and N the counting function of its spectrum,
-`s_i = (W N(G) Wᵀ)_ii / ‖w_i‖²` (rows) and `s_j = (G N(G))_jj / G_jj` (columns), so a polynomial in place of N needs
-matrix products only; the row norms and column norms of `W T_k(G)`, k ≤ d, give a polynomial of degree 2d.
+None of these methods is in the package, and this study shows why. With G = WᵀW and N the counting function of its
+spectrum, `s_i = (W N(G) Wᵀ)_ii / ‖w_i‖²` (rows) and `s_j = (G N(G))_jj / G_jj` (columns). A polynomial instead of N
+needs matrix products only: the row and column norms of `W T_k(G)`, k ≤ d, give a polynomial of degree 2d.
 
-- range finder: `svd_lowrank` with q vectors, what is left of each coordinate's energy put in the middle of the tail
+- range finder: `svd_lowrank` with q vectors; the rest of each coordinate's energy is put in the middle of the tail
 - kpm: Chebyshev expansion of N from the exact eigenvalues (`eigvalsh`), with or without Jackson's damping
 - least squares: the polynomial that fits N best at the exact eigenvalues, weighted by their energy
 """
@@ -35,7 +35,7 @@ TIME_BAR, MEMBERSHIP_BAR = 0.2, 0.99
 
 
 def tall(method: Callable[[Tensor], Scores]) -> Callable[[Tensor], Scores]:
-    """`method` for weights of either orientation; it sees at least as many rows as columns."""
+    """`method` for weights of either orientation; it gets at least as many rows as columns."""
 
     def scores(weight: Tensor) -> Scores:
         if weight.shape[0] >= weight.shape[1]:
@@ -62,7 +62,7 @@ def _with_tail(energy: Tensor, index: Tensor, total: Tensor, tail: float) -> Ten
 
 
 def polynomial(weight: Tensor, degree: int, fit: str) -> Scores:
-    """Scores with a polynomial of twice the degree in the place of N: one product with G for each k ≤ degree."""
+    """Scores with a polynomial of twice the degree instead of N: one product with G for each k ≤ degree."""
     gram = weight.T @ weight
     eigenvalues = torch.linalg.eigvalsh(gram).double().flip(0).clamp_min(0)
     top = eigenvalues[0].item() * 1.001
@@ -119,7 +119,7 @@ def jackson_series(eigenvalues: Tensor, top: float, degree: int) -> Tensor:
 
 
 def least_squares(eigenvalues: Tensor, top: float, degree: int) -> Tensor:
-    """Coefficients that minimise Σ_j λ_j (p(λ_j) - j)²; small singular values are cut, for float32 sums follow."""
+    """Coefficients that minimize Σ_j λ_j (p(λ_j) - j)². Small singular values are cut, because the sums are float32."""
     angle = torch.acos((2 * eigenvalues / top - 1).clamp(-1, 1))
     basis = torch.cos(angle[:, None] * torch.arange(degree + 1))
     index = torch.arange(len(eigenvalues), dtype=torch.float64)
@@ -139,7 +139,7 @@ def methods() -> dict[tuple[str, int], Callable[[Tensor], Scores]]:
 
 
 def study(weights: dict[str, Tensor]) -> list[dict[str, Any]]:
-    """One entry a method: time over the exact method's, and membership by K as lowest and mean over the weights."""
+    """One entry per method: time ÷ exact method's, and the lowest and mean membership over the weights, by K."""
     reference = {name: svd_scores(weight.double()) for name, weight in weights.items()}
     exact = [seconds(lambda: [spectral_scores(weight) for weight in weights.values()]) for _ in range(3)]
     entries = []
@@ -164,7 +164,7 @@ def study(weights: dict[str, Tensor]) -> list[dict[str, Any]]:
 
 
 def draw(entries: list[dict[str, Any]], path: Path) -> None:
-    """Lowest membership against time, one panel a K; lines differ by dash and marker, so it reads in grey."""
+    """Draw lowest membership against time, one panel per K. Lines differ by dash and marker, to be readable in gray."""
     import matplotlib.pyplot as plt
 
     styles = dict(zip(("range finder", *FITS), ("s:", "o-", "^--", "D-."), strict=True))

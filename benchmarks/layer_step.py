@@ -1,10 +1,10 @@
-"""One training step of one layer (forward and backward, gradient of x included) under each method.
+"""Times a training step of one layer with each method.
 
     python benchmarks/layer_step.py [--shape 4096x4096] [--dtype float32] [--compile]
 
-Times are taken in turn in one process and given as ratios to the frozen layer's and to the floor
-(2 + 1/K)/2 (float32) or (2 + 3/K)/2 (bfloat16). All methods train as many parameters as SMoA. Writes
-benchmarks/results/layer_step_<shape>_<dtype>.json.
+A step is forward and backward, gradient of x included. Times are taken in turn in one process, and reported as ratios
+to the frozen layer's time and to the floor, (2 + 1/K)/2 (float32) or (2 + 3/K)/2 (bfloat16). All methods train as many
+parameters as SMoA. Writes benchmarks/results/layer_step_<shape>_<dtype>.json.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a LoRA of each rank keeps of a trained SMoA adapter: of ΔW, and of the task's loss.
+"""Measures what a LoRA of each rank keeps of a trained adapter: of ΔW, and of the task's loss.
 
     smoa train configs/demo.yaml
     python benchmarks/lora_conversion.py runs/demo

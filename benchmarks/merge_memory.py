@@ -1,10 +1,10 @@
-"""Peak memory of merging an adapter into its base model on disk, beside what the imports alone take.
+"""Measures the peak memory of merging an adapter into its base model on disk.
 
     python benchmarks/merge_memory.py runs/demo/adapter [--route streamed|loaded] [--dtype bfloat16]
 
 `loaded` is the usual way: the base model in memory, `merge_and_unload`, `save_pretrained`. Anonymous memory is the
-process's own; the rest of the resident set are mapped pages of the checkpoint, which the system takes back when it
-needs them. Linux only. Writes benchmarks/results/merge_memory_<route>_<dtype>.json.
+process's own. The rest of the resident set are mapped pages of the checkpoint, which the system can reclaim. The memory
+after the imports is reported too. Linux only. Writes benchmarks/results/merge_memory_<route>_<dtype>.json.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from smoa.export.merge import merge_and_save
 
 
 def memory() -> dict[str, float]:
-    """MB resident, and of those anonymous."""
+    """Resident memory and its anonymous part, in MB."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {name: int(lines[key].split()[0]) / 1e3 for name, key in (("resident", "VmRSS"), ("anonymous", "RssAnon"))}
 
 
 class Peak(threading.Thread):
-    """The largest of each figure while the thread runs."""
+    """Records the largest value of each figure of `memory` while the thread runs."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)

@@ -1,11 +1,11 @@
-"""Gemma 3 270M, float32: one batch for several adapters (`adapter_names`), against running the adapters in turn.
+"""Compares one batch for several adapters (`adapter_names`) with running the adapters in turn.
 
     python benchmarks/mixed_batch.py
 
-Samples are split evenly over the adapters and the base model. Routes, timed in turn in one process: `mixed` is one
-forward with `adapter_names`; `in_turn` is a forward for each adapter on its own samples, switching included; `one` is
-the whole batch under one adapter, `base` under none. Once for a prompt and once for a single token, as in decoding.
-Writes benchmarks/results/mixed_batch.json.
+The model is Gemma 3 270M in float32. Samples are split evenly over the adapters and the base model. Routes, timed in
+turn in one process: `mixed` is one forward with `adapter_names`; `in_turn` is a forward for each adapter on its own
+samples, switching included; `one` runs the whole batch with one adapter, and `base` with none. Each is timed for a
+prompt and for a single token, as in decoding. Writes benchmarks/results/mixed_batch.json.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def adapted_gemma(arguments: argparse.Namespace, device: torch.device) -> Any:
-    """Gemma with random adapters of partitions of their own."""
+    """Gemma with random adapters, each with its own partition."""
     model: Any = gemma("smoa", arguments.r, arguments.num_blocks, device).eval()
     for number in range(1, arguments.adapters):
         config = SmoaConfig(
@@ -62,7 +62,7 @@ def adapted_gemma(arguments: argparse.Namespace, device: torch.device) -> Any:
 
 
 def routes(model: Any, names: list[str], tokens: Tensor, each: int) -> dict[str, Callable[[], Tensor]]:
-    """Each returns the logits of the last token, (samples, vocabulary)."""
+    """Functions that return the logits of the last token, (samples, vocabulary), by route."""
     parts = dict(zip(names, tokens.split(each), strict=True))
     per_sample = [name for name in names for _ in range(each)]
 
@@ -88,7 +88,7 @@ def routes(model: Any, names: list[str], tokens: Tensor, each: int) -> dict[str,
 
 @torch.inference_mode()
 def compare(model: Any, names: list[str], length: int, each: int, repeats: int, device: torch.device) -> dict[str, Any]:
-    """Times of every route for one length, and how far the mixed batch's logits lie from those of the turns."""
+    """Times of every route for one length, and the largest relative difference of logits, `mixed` to `in_turn`."""
     tokens = torch.randint(10, 200_000, (len(names) * each, length), device=device)
     run = routes(model, names, tokens, each)
     alone = run["in_turn"]()

@@ -1,10 +1,10 @@
-"""A training step of Gemma 3 270M, float32: SMoA against PEFT's LoRA of as many trainable parameters.
+"""Compares a training step of Gemma 3 270M with SMoA and with PEFT's LoRA.
 
     python benchmarks/model_step.py
 
-A step is forward, loss on the answers, backward and AdamW's update, of 16 examples of 64 tokens, 16 of them the answer.
-Steps are taken in turn in one process; peak resident memory during steps is that of a process for each method.
-Writes benchmarks/results/model_step.json.
+Both train as many parameters, in float32. A step is forward, loss on the answers, backward and AdamW's update, for 16
+examples of 64 tokens, the last 16 of them the answer. Steps are timed in turn in one process. Peak resident memory
+during steps is measured in a process of its own for each method. Writes benchmarks/results/model_step.json.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def peak_memory(method: str, arguments: argparse.Namespace, device: torch.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak to the current value
     for _ in range(4):
         step()
     if device.type == "cuda":

@@ -1,10 +1,10 @@
-"""Memory of a training step of Gemma 3 270M in 4 bits: SMoA against PEFT's LoRA of as many trainable parameters.
+"""Compares the memory of a training step on a quantized model, with SMoA and with LoRA.
 
     python benchmarks/quantized_memory.py --base nf4
 
-Each method runs in a process of its own, in turn: the most that torch has allocated at once, weights included; peak
-resident memory, which on a CPU also counts the mapped file; what a step saves for its backward; seconds a step.
-`--base float32` is for comparison.
+The model is Gemma 3 270M, and both methods train as many parameters. Each runs in a process of its own. Reported are
+the most that torch allocates at once, weights included; peak resident memory, which on a CPU also counts the mapped
+file; the bytes saved for the backward of a step; and seconds per step. `--base float32` is for comparison.
 Writes benchmarks/results/quantized_memory_<base>.json.
 """
 
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from _common import pick_device, provenance, seconds, write_results
-from _gemma import QUANTISATIONS, gemma
+from _gemma import QUANTIZATIONS, gemma
 from _layers import trainable
 from model_step import example_batch, training_step
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ METHODS = ("smoa", "lora")
 
 
 def measure(method: str, arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """One process's figures."""
+    """The figures of one method, in this process."""
     model = gemma(method, arguments.r, arguments.num_blocks, device, arguments.base)
     step = training_step(model, example_batch(arguments, device))
     saved = saved_bytes(model, step)
@@ -39,7 +39,7 @@ def measure(method: str, arguments: argparse.Namespace, device: torch.device) ->
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak to the current value
     times = [seconds(step, device) for _ in range(arguments.steps)]
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_resident()
     found = {"allocated_bytes": allocated or peak, "resident_bytes": peak, "saved_bytes": saved, "seconds": times}
@@ -47,13 +47,13 @@ def measure(method: str, arguments: argparse.Namespace, device: torch.device) ->
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of parameters, buffers and what a quantised layer keeps besides, tied ones once."""
+    """Bytes of parameters, buffers and the other tensors of quantized layers; tied ones count once."""
     tensors = model.state_dict(keep_vars=True).values()
     return sum({t.data_ptr(): t.nbytes for t in tensors if isinstance(t, Tensor)}.values())
 
 
 def step_peak(step: Callable[[], None]) -> int:
-    """The most bytes that torch's CPU allocator holds at once during a step, over what it held before."""
+    """The most bytes that torch's CPU allocator holds at once during a step, in addition to those before it."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     events = profiler.profiler.kineto_results.events()
@@ -62,7 +62,7 @@ def step_peak(step: Callable[[], None]) -> int:
 
 
 def saved_bytes(model: nn.Module, step: Callable[[], None]) -> int:
-    """Bytes of activations and other tensors, not parameters, that autograd keeps during one step."""
+    """Bytes of tensors other than parameters that autograd keeps during one step."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     storages: dict[int, int] = {}
 
@@ -90,7 +90,7 @@ def measured_apart(method: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", choices=("float32", *QUANTISATIONS), default="nf4")
+    parser.add_argument("--base", choices=("float32", *QUANTIZATIONS), default="nf4")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--answer", type=int, default=16, help="tokens of the answer, at the end")

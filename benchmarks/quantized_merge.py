@@ -1,8 +1,8 @@
-"""What merging into quantised weights loses of ΔW, by the size of ΔW relative to W.
+"""Measures how much of ΔW is lost by merging into quantized weights, by ΔW's relative size.
 
     python benchmarks/quantized_merge.py
 
-Layers of three blocks of Gemma 3 270M, in 4 and in 8 bits; ‖what the merge leaves of ΔW − ΔW‖ / ‖ΔW‖ over all of them.
+The loss is ‖merged weight − W − ΔW‖ / ‖ΔW‖ over the layers of three decoder blocks of Gemma 3 270M, in 4 and in 8 bits.
 Writes benchmarks/results/quantized_merge.json.
 """
 
@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 from _common import provenance, write_results
-from _gemma import QUANTISATIONS, gemma
+from _gemma import QUANTIZATIONS, gemma
 from torch import Tensor
 
 from smoa.layers.quantized import QuantizedLinear
 
 BLOCKS = (0, 8, 17)
 RELATIVE_SIZES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-"""rms of ΔW / W within SMoA's blocks."""
+"""rms of ΔW / W on SMoA's blocks."""
 
 
 @torch.no_grad()
@@ -44,7 +44,7 @@ def loss(layers: list[QuantizedLinear], factors: list[Tensor], size: float) -> f
     found: list[tuple[float, float]] = []
     for layer, B in zip(layers, factors, strict=True):
         B.mul_(size)
-        layer.requantisations = found
+        layer.requantizations = found
         layer.merge()
         layer.unmerge()
         B.div_(size)
@@ -58,9 +58,9 @@ def main() -> None:
     parser.add_argument("--num-blocks", type=int, default=4)
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    found = {base: losses(base, arguments) for base in QUANTISATIONS}
+    found = {base: losses(base, arguments) for base in QUANTIZATIONS}
     result = {
-        "config": vars(arguments) | {"blocks": BLOCKS, "quantisations": QUANTISATIONS},
+        "config": vars(arguments) | {"blocks": BLOCKS, "quantizations": QUANTIZATIONS},
         "relative_error": found,
         "provenance": provenance(torch.device("cpu")),
     }

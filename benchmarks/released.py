@@ -1,7 +1,7 @@
-"""The algorithm that SMoA's authors released, written anew from its description, to be timed against.
+"""The algorithm that SMoA's authors released, rewritten from its description for comparison.
 
-Each layer holds float32 copies of its anchors as buffers; every forward scatters the modulated blocks into a dense,
-zero-filled ΔW, which autograd keeps, and multiplies the inputs with it in a second full product.
+Each layer keeps float32 copies of its anchors as buffers. Every forward scatters the modulated blocks into a dense ΔW,
+which autograd keeps, and multiplies the inputs with it in a second full product.
 """
 
 from __future__ import annotations

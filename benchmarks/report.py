@@ -1,4 +1,4 @@
-"""Write the tables and pictures of docs/performance.md from benchmarks/results/*.json.
+"""Writes the tables and pictures of docs/performance.md from benchmarks/results/*.json.
 
     python benchmarks/report.py
 
@@ -44,13 +44,13 @@ def machine(content: dict[str, Any]) -> str:
 
 
 def measured(*contents: dict[str, Any]) -> str:
-    """The machines that produced the results, with dates and commits."""
+    """A sentence on the machines, dates and commits of the results."""
     found = {f"{machine(one)}, {one['provenance']['date'][:10]}, {one['provenance']['commit'][:7]}" for one in contents}
     return "\n\n" + textwrap.fill(f"Measured on {'; '.join(sorted(found))}.", 120)
 
 
 def layer_step(compiled: bool = False) -> str:
-    """One row for each case and K: ratios to the frozen layer."""
+    """Table of ratios to the frozen layer, one row per case and K."""
     methods = ("smoa", "lora", "hira", "released")
     rows, contents = [], []
     for path in sorted(RESULTS.glob("layer_step_*.json")):
@@ -157,7 +157,7 @@ def thresholds() -> str:
 
 
 def injection() -> str:
-    """One row for each weight or model: the time of the exact scores ÷ that of a full SVD."""
+    """Table of the exact scores' time ÷ a full SVD's, one row per weight or model."""
     contents = {path.stem.removeprefix("injection_"): json.loads(path.read_text()) for path in INJECTIONS}
     rows = [
         [
@@ -175,7 +175,7 @@ def injection() -> str:
 
 
 def draw_sweep(content: dict[str, Any]) -> None:
-    """Time ÷ floor and kept bytes against tokens, width, K and r, one picture each."""
+    """Draw time ÷ floor and kept bytes against tokens, width, K and r, in one picture each."""
     panels: dict[str, tuple[str, Callable[[Axes, list[dict[str, Any]], list[int]], None]]] = {
         "time": ("time of a training step, relative", _draw_time),
         "memory": ("MB kept for the backward", _draw_memory),

@@ -1,9 +1,9 @@
-"""How a training step of one SMoA layer grows with tokens, width, K and r: time ÷ floor and bytes kept for backward.
+"""Measures how a training step of one SMoA layer grows with tokens, width, K and r.
 
     python benchmarks/sweep.py [--dtype float32]
 
-One quantity moves at a time; the others stay at 1,024 tokens, width 2,048, K = 4, r = 32. Writes
-benchmarks/results/sweep_<dtype>.json.
+Reports time ÷ floor and the bytes kept for the backward. One quantity changes at a time; the others stay at 1,024
+tokens, width 2,048, K = 4, r = 32. Writes benchmarks/results/sweep_<dtype>.json.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SECONDS_A_POINT = 4.0
 
 
 def kept_bytes(model: nn.Module, x: Tensor) -> int:
-    """Bytes that autograd keeps for the backward, but for the frozen weights, which live anyway."""
+    """Bytes that autograd keeps for the backward, except frozen weights, which exist anyway."""
     storages: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:

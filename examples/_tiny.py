@@ -1,6 +1,6 @@
-"""What the examples start from: a Llama of two layers with random weights, made here so that nothing is fetched.
+"""The model of the examples: a Llama of two layers with random weights, made offline.
 
-Put the name of your model in place of `base_model()`. Random weights have learnt nothing, so the figures that the
+Replace `base_model()` with the name of your model. Random weights have learned nothing, so the figures that the
 examples print show that a tool works, not how good the result is.
 """
 
@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from smoa.atomic import new_folder
 
-torch.set_num_threads(1)  # a model this small loses more to starting threads than it gains from them
+torch.set_num_threads(1)  # for a model this small, threads cost more than they save
 
 ADAPTER = {"r": 16, "num_blocks": 2, "alpha": 512, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 CAPITALS = [("France", "Paris"), ("Italy", "Rome"), ("Spain", "Madrid"), ("Japan", "Tokyo"), ("Kenya", "Nairobi")]
@@ -25,7 +25,7 @@ SOUNDS = [("cat", "meow"), ("dog", "woof"), ("cow", "moo"), ("duck", "quack"), (
 
 
 def base_model() -> str:
-    """The folder of the model and its tokenizer, one token per byte; made once."""
+    """The folder of the model and its tokenizer (one token per byte), made at the first call."""
     folder = Path(tempfile.gettempdir(), f"smoa-examples-{getpass.getuser()}", "tiny-llama")
     if not folder.is_dir():
         with new_folder(folder) as temporary:
@@ -55,7 +55,7 @@ def load() -> tuple[Any, Any]:
 
 
 def fit(model: Any, tokenizer: Any, pairs: list[tuple[str, str]], steps: int = 60) -> float:
-    """Train the active adapter in a plain loop; the last loss."""
+    """Train the active adapter in a plain loop, and return the last loss."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     inputs = batch(tokenizer, pairs)
     model.train()
@@ -70,7 +70,7 @@ def fit(model: Any, tokenizer: Any, pairs: list[tuple[str, str]], steps: int = 6
 
 @torch.no_grad()
 def loss_of(model: Any, tokenizer: Any, pairs: list[tuple[str, str]]) -> float:
-    """Mean loss of the answers' tokens."""
+    """Mean loss per token of the answers."""
     return model(**batch(tokenizer, pairs)).loss.item()
 
 

@@ -1,6 +1,7 @@
-"""A training loop on accelerate; the same file runs on several processes or GPUs with `accelerate launch`.
+"""Trains a SMoA adapter in a loop on accelerate.
 
-Shows: `prepare`, `backward` and `clip_grad_norm_` need no change; `save_pretrained` from the main process.
+`accelerate launch` runs the same file on several processes or GPUs.
+Shows: `prepare`, `backward` and `clip_grad_norm_` without changes; `save_pretrained` in the main process.
 Printed when last run: loss 5.75 -> 0.003 in 60 steps; reloaded 0.003
 """
 

@@ -1,7 +1,7 @@
-"""What goes to a model hub, saved to a local folder: the adapter, its config, and a card that says what it is.
+"""Saves a folder for upload to a model hub: the adapter, its config and a model card.
 
-Shows: `save_adapter` with the hub's name of the base model and the metrics; the card's front matter as a hub reads it;
-that nothing in the folder names a path of this machine; loading from the folder. The upload itself is one line more:
+Shows: `save_adapter` with the base model's name on the hub and the metrics; the card's front matter as a hub reads it;
+no path of this machine in the folder; loading from the folder. To upload, add one line:
 `huggingface_hub.upload_folder(repo_id="your-name/capitals-smoa", folder_path=folder)`.
 Printed when last run: the card, with loss before 5.75 and after 0.003309, below
 

@@ -1,7 +1,7 @@
-"""lm-eval on a SMoA adapter, any task: `smoa run lm_eval --model hf --model_args pretrained=…,peft=… --tasks …`.
+"""Evaluates a SMoA adapter with `smoa run lm_eval --model hf --model_args pretrained=…,peft=…`.
 
-`smoa run` imports smoa before lm-eval's own command starts; nothing else differs from its manual. The task here is a
-file, so that the example runs offline. Shows: accuracy of base model and adapter through the command.
+`smoa run` imports smoa before lm-eval's own command starts; all options are lm-eval's. The task is a local file, so
+that the example runs offline. Shows: accuracy of base model and adapter.
 Printed when last run: accuracy 0.20 -> 1.00
 """
 

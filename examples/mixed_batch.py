@@ -1,6 +1,7 @@
-"""One batch for several adapters: `adapter_names` says for each sample which one, `__base__` for none.
+"""Runs one batch with several adapters.
 
-Shows: logits and generated tokens equal those of running every adapter alone. What it costs: docs/ecosystem.md.
+`adapter_names` has the name of an adapter for each sample, or `__base__` for none.
+Shows: logits and generated tokens are those of each adapter alone. docs/ecosystem.md has the cost.
 Printed when last run: Spain: Madrid, cow: moo, Kenya: Nairobi; logits differ from alone by at most 7e-06
 """
 

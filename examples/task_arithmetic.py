@@ -1,7 +1,7 @@
-"""Task arithmetic: adapters added, and one subtracted with a negative weight.
+"""Task arithmetic: adds adapters, and subtracts one with a negative weight.
 
-Two adapters of one base share its partition, so their sum is a SMoA adapter again, and an exact one ("cat": the ranks
-stand side by side). Shows: the sum of both, the sum less one of them, which is the other, and the negative of one.
+Two adapters of one base model have the same partition, so their sum is exactly a SMoA adapter again: "cat" concatenates
+the ranks. Shows: the sum of both, the sum minus one of them, which is the other, and the negative of one.
 Printed when last run:
 
     loss on         capitals    sounds

@@ -1,6 +1,6 @@
-"""Draw docs/images/conversion.png from benchmarks/results/lora_conversion.json: what a LoRA keeps of a trained adapter.
+"""Draws docs/images/conversion.png: what a LoRA of each rank keeps of a trained adapter.
 
-Run with `make figures`; the numbers are measured anew by benchmarks/lora_conversion.py.
+Run with `make figures`. benchmarks/lora_conversion.py measures the numbers, in benchmarks/results/lora_conversion.json.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ DARK, MUTED = "0.15", "0.5"
 
 
 def loss_by_rank(axes: Axes, points: list[dict[str, Any]]) -> None:
-    """The task's loss between the base model's and the adapter's."""
+    """Draw the LoRA's loss on the task, between the base model's and the adapter's."""
     ranks, losses = [point["rank"] for point in points], [point["loss"]["lora"] for point in points]
     bars = [point["loss"]["lora_change_stderr"] for point in points]
     axes.errorbar(ranks, losses, yerr=bars, fmt="o-", color=DARK, capsize=3, label="LoRA of that rank")
@@ -32,7 +32,7 @@ def loss_by_rank(axes: Axes, points: list[dict[str, Any]]) -> None:
 
 
 def error_by_size(axes: Axes, points: list[dict[str, Any]]) -> None:
-    """‖ΔW − BA‖ / ‖ΔW‖ against what is stored, as a LoRA and block by block."""
+    """Draw ‖ΔW − BA‖ / ‖ΔW‖ against the stored numbers, as a LoRA and block by block."""
     errors = [point["error"] for point in points]
     for key, style, label in (("parameters", "o-", "LoRA"), ("blockwise_parameters", "^--", "same, stored by blocks")):
         axes.plot([point[key] for point in points], errors, style, color=DARK, label=label)

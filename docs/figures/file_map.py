@@ -1,4 +1,7 @@
-"""Write the file map of docs/design.md from the first line of every module: `make docs` does so."""
+"""Writes the file map of docs/design.md from the first line of every module.
+
+Run by `make docs`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ MARKERS = "<!-- file map: written by docs/figures/file_map.py -->\n", "<!-- end 
 
 
 def entries(folder: Path, depth: int = 0) -> list[tuple[str, str]]:
-    """(indented name, what it holds) of a package: itself, its modules, then the packages in it."""
+    """(indented name, first line) of a package, its modules, and the packages in it."""
     indent = "  " * depth
     found = [(f"{indent}{folder.name}/", first_line(folder / "__init__.py"))]
     modules = (file for file in sorted(folder.glob("*.py")) if file.name != "__init__.py")
@@ -22,26 +25,26 @@ def entries(folder: Path, depth: int = 0) -> list[tuple[str, str]]:
 
 
 def first_line(file: Path) -> str:
-    """The first sentence of a module's docstring, as far as its first line goes.
+    """The first sentence of a module's docstring, up to the end of its first line.
 
     Raises:
-        ValueError: it has none.
+        ValueError: the module has no docstring.
     """
     text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
     if not text:
-        raise ValueError(f"{file}: has no docstring; its first line goes into the file map")
+        raise ValueError(f"{file}: has no docstring; add one, its first line goes into the file map")
     return re.sub(r"(\. .*|[.:]|\. \(.*)$", "", text.splitlines()[0])
 
 
 def file_map() -> str:
-    """The map as a block of text."""
+    """The map as a Markdown code block."""
     listed = [entry for package in ("smoa", "smoa_lab") for entry in entries(ROOT / "src" / package)]
     width = max(len(name) for name, _ in listed)
     return "\n".join(["```text", *(f"{name.ljust(width)}  {text}" for name, text in listed), "```", ""])
 
 
 def page() -> str:
-    """docs/design.md with the map as it should be."""
+    """docs/design.md with the current map."""
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(MARKERS[0])
     return before + MARKERS[0] + file_map() + MARKERS[1] + rest.partition(MARKERS[1])[2]
 

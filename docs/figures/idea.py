@@ -1,7 +1,7 @@
-"""Draw docs/images/idea.svg and .png: what SMoA does to one weight. Run with `make figures`.
+"""Draws docs/images/idea.svg and .png: what SMoA does to one weight. Run with `make figures`.
 
-The weight is made for the picture: each band of its spectrum lives on rows and columns of its own, so that it can be
-seen, and both are shuffled. The partition that is drawn is the one that smoa computes from it.
+The weight is made for the picture: each band of its spectrum has its own rows and columns, so that it is visible, and
+both are shuffled. smoa computes the partition that is drawn.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from smoa.maths.spectrum import make_partition
 OUT = Path(__file__).parents[1] / "images"
 NUM_BLOCKS, ROWS, COLS, RANK = 4, 6, 8, 2  # K; rows, columns and rank of one block
 ZOOMED = 2  # the block that the lower half shows
-CELL, ZOOM = 0.105, 1.45  # inches an entry takes; how much larger in the lower half
+CELL, ZOOM = 0.105, 1.45  # inches per entry; magnification in the lower half
 STRIP, GAP = 0.13, 0.05
-# Luminance rises from the first band to the last, so the four differ in grey too.
+# Luminance rises from the first band to the last, so the four differ in gray too.
 BANDS = ["#0b3c5d", "#2f7fa8", "#7cc0c9", "#d3e8c8"]
 TRAINED, INK, MUTED = "#f0a05a", "#1a1a1a", "#5a5a5a"
-LEFT, RIGHT, TOP, MIDDLE = 0.62, 4.98, 4.85, 0.72  # where the matrices of the upper half and the equation stand
+LEFT, RIGHT, TOP, MIDDLE = 0.62, 4.98, 4.85, 0.72  # positions of the upper half's matrices and of the equation
 
 
 def example_weight() -> Tensor:
-    """(24, 32): band k of the spectrum lives on 6 rows and 8 columns; with some noise, shuffled."""
+    """(24, 32): band k of the spectrum is on 6 rows and 8 columns; with some noise, shuffled."""
     torch.manual_seed(3)
     weight = 0.17 * torch.randn(NUM_BLOCKS * ROWS, NUM_BLOCKS * COLS)
     for k, sigma in enumerate([4.6, 3.6, 2.8, 2.1]):
@@ -40,12 +40,12 @@ def example_weight() -> Tensor:
 
 
 def box(ax: Axes, x: float, y: float, width: float, height: float, **style: object) -> None:
-    """A rectangle whose upper left corner is (x, y)."""
+    """Draw a rectangle whose upper left corner is (x, y)."""
     ax.add_patch(Rectangle((x, y - height), width, height, **{"linewidth": 0, **style}))
 
 
 def matrix(ax: Axes, values: Tensor, x: float, y: float, cell: float) -> None:
-    """Magnitudes as shades of grey, the upper left corner at (x, y)."""
+    """Draw magnitudes as shades of gray, with the upper left corner at (x, y)."""
     height, width = (size * cell for size in values.shape)
     extent = (x, x + width, y - height, y)
     ax.imshow(
@@ -55,7 +55,7 @@ def matrix(ax: Axes, values: Tensor, x: float, y: float, cell: float) -> None:
 
 
 def natural_order(ax: Axes, weight: Tensor, partition: Blocks) -> None:
-    """The weight as it is; strips tell the block of each row and column."""
+    """Draw the weight in its natural order; strips show the block of each row and column."""
     matrix(ax, weight, LEFT, TOP, CELL)
     for i, k in enumerate(partition.row_labels.tolist()):
         box(ax, LEFT - GAP - STRIP, TOP - i * CELL, STRIP, CELL, color=BANDS[k])
@@ -68,7 +68,7 @@ def natural_order(ax: Axes, weight: Tensor, partition: Blocks) -> None:
 
 
 def score_key(ax: Axes, x: float, y: float) -> None:
-    """What the colours of the strips mean."""
+    """Draw the key to the colors of the strips."""
     ax.text(x, y, "low score: leading\nsingular directions", ha="left", va="center", fontsize=8.5, color=MUTED)
     ax.text(x + 3.36, y, "high score: tail\nof the spectrum", ha="right", va="center", fontsize=8.5, color=MUTED)
     for k, color in enumerate(BANDS):
@@ -76,7 +76,7 @@ def score_key(ax: Axes, x: float, y: float) -> None:
 
 
 def sorted_order(ax: Axes, weight: Tensor) -> None:
-    """The weight sorted by score: diagonal blocks framed, everything else veiled."""
+    """Draw the weight sorted by score, with diagonal blocks framed and everything else faded."""
     matrix(ax, weight, RIGHT, TOP, CELL)
     height, width = ROWS * CELL, COLS * CELL
     for k, color in enumerate(BANDS):
@@ -94,13 +94,13 @@ def sorted_order(ax: Axes, weight: Tensor) -> None:
 
 
 def factor(ax: Axes, x: float, y: float, width: float, height: float) -> None:
-    """A trained factor: the only thing in the picture that is orange, and hatched."""
+    """Draw a trained factor. Nothing else in the picture is orange or hatched."""
     box(ax, x, y, width, height, facecolor=TRAINED, hatch="////", edgecolor="white")
     box(ax, x, y, width, height, fill=False, edgecolor=INK, linewidth=0.9)
 
 
 def equation(ax: Axes, anchor: Tensor) -> None:
-    """The update of one block: ΔW = α/r (B A) ⊙ W, drawn from left to right."""
+    """Draw the update of one block, ΔW = α/r (B A) ⊙ W, from left to right."""
     cell = CELL * ZOOM
     height, width, rank = ROWS * cell, COLS * cell, RANK * cell
     top = MIDDLE + height / 2
@@ -129,7 +129,7 @@ def equation(ax: Axes, anchor: Tensor) -> None:
 
 
 def zoom_lines(ax: Axes, left: float, right: float, y: float) -> None:
-    """Tie the block of the upper half to its enlargement."""
+    """Connect the block of the upper half with its enlargement."""
     corner, bottom = RIGHT + ZOOMED * COLS * CELL, TOP - (ZOOMED + 1) * ROWS * CELL
     for start, end in [(corner, left), (corner + COLS * CELL, right)]:
         style = {"color": MUTED, "linewidth": 0.8, "linestyle": (0, (4, 3)), "zorder": 1}
@@ -137,7 +137,7 @@ def zoom_lines(ax: Axes, left: float, right: float, y: float) -> None:
 
 
 def legend(ax: Axes, x: float) -> None:
-    """What is trained, how much of it, and what is frozen."""
+    """Draw the legend: what is trained, how much of it, and what is frozen."""
     factor(ax, x, MIDDLE + 0.5, 0.26, 0.2)
     ax.text(x + 0.36, MIDDLE + 0.4, "trained:", va="center", fontsize=9.5)
     ax.text(x + 0.36, MIDDLE + 0.17, r"$r\,(m+n)\,/\,K$", va="center", fontsize=11)
@@ -147,7 +147,7 @@ def legend(ax: Axes, x: float) -> None:
 
 
 def captions(ax: Axes) -> None:
-    """What happens in each part, in words."""
+    """Write above each part what happens in it."""
     style = {"ha": "left", "va": "bottom", "fontsize": 11, "fontweight": "bold"}
     ax.text(LEFT, TOP + 0.56, "1  Score rows and columns of W, once", **style)
     ax.text(RIGHT, TOP + 0.56, "2  Sort, and cut into K aligned blocks", **style)
@@ -155,7 +155,7 @@ def captions(ax: Axes) -> None:
 
 
 def main() -> None:
-    """Draw the picture and write it twice: for the web page and for everything else."""
+    """Draw the picture, and save it as SVG and PNG."""
     plt.rcParams.update({"svg.hashsalt": "smoa", "svg.fonttype": "path", "mathtext.fontset": "cm", "font.size": 11})
     weight = example_weight()
     partition = make_partition(weight, NUM_BLOCKS)

@@ -1,9 +1,9 @@
-"""Measure and draw docs/images/precision.png: what of ΔW is left in the output when it is formed in bfloat16.
+"""Measures and draws docs/images/precision.png: how much of ΔW bfloat16 keeps in the output.
 
     python docs/figures/precision.py
 
-The numbers go to docs/images/precision.json. ΔW = W ⊙ δ is relative to W, so where W(1 + δ) is rounded to bfloat16 an
-entry with |δ| < 2⁻⁹ stays as it was; a ΔW that is kept apart and rounded by itself loses next to nothing.
+The numbers are written to docs/images/precision.json. ΔW = W ⊙ δ is relative to W. If W(1 + δ) is rounded to bfloat16,
+an entry with |δ| < 2⁻⁹ does not change. A ΔW that is rounded apart from W loses almost nothing.
 """
 
 from __future__ import annotations

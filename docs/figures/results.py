@@ -1,9 +1,9 @@
-"""Write docs/results.md from the stored results in docs/studies, docs/lab-results and docs/inspections.
+"""Writes docs/results.md from the stored results of studies, runs and inspections.
 
     python docs/figures/results.py
 
-`smoa compare` writes the first, `smoa eval --output` and `smoa train` (its metrics.json) the second, and `smoa inspect`
-with `--json` and `--html` the third. What is not there is left out.
+`smoa compare` writes docs/studies; `smoa eval --output` and `smoa train` (its metrics.json) write docs/lab-results;
+`smoa inspect` with `--json` and `--html` writes docs/inspections. Missing results are left out.
 """
 
 from __future__ import annotations
@@ -82,9 +82,9 @@ def study(summary: Path) -> str:
         forgets = any(row["elsewhere"] is not None for row in of_budget)
         header = [*HEADER, ELSEWHERE] if forgets else HEADER
         parts.append(table(header, [cells(row)[: len(header)] for row in of_budget]))
-    told = known_before(TrialStore(folder).find("untouched"))
-    if told:
-        parts.append(textwrap.fill(told, WIDTH))
+    note = known_before(TrialStore(folder).find("untouched"))
+    if note:
+        parts.append(textwrap.fill(note, WIDTH))
     pictures = {path.name: path.stem.replace("_", " ").capitalize() for path in sorted(folder.glob("*.png"))}
     parts += [f"![{title} of the study {folder.name}]({home}/{name})" for name, title in pictures.items()]
     return "\n\n".join(parts) + "\n"
@@ -144,7 +144,7 @@ def lab_results(files: list[Path]) -> list[str]:
 
 
 def lab_table(tasks: str, protocol: str, found: list[tuple[Path, dict[str, Any]]]) -> str:
-    """The untouched model and each method, task by task, and how each was trained."""
+    """Table of the untouched model and each method, task by task, and how each was trained."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for _, result in found:
         for model, by_task in stages(result).items():
@@ -158,7 +158,7 @@ def lab_table(tasks: str, protocol: str, found: list[tuple[Path, dict[str, Any]]
 
 
 def inspection(path: Path) -> str:
-    """Means over the layers of each adapter that `smoa inspect` looked into, by name."""
+    """Table of means over the layers of each adapter that `smoa inspect` reported on."""
     digits = {"relative_update": 3, "rank": 0, "effective_rank": 0, "coverage": 3}
     rows = []
     for place, layers in json.loads(path.read_text(encoding="utf-8")).items():
@@ -171,7 +171,7 @@ def inspection(path: Path) -> str:
 
 
 def stages(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Scores by task of each model in a file; before training it is the untouched one."""
+    """Scores of each model in a file, by task; the model before training is the untouched one."""
     method = str(result["config"]["method"])
     if "evaluation" in result:
         return {{"before": "untouched"}.get(stage, method): scores for stage, scores in result["evaluation"].items()}
@@ -183,7 +183,7 @@ def shown(name: str, rows: dict[tuple[str, str], dict[str, Any]]) -> bool:
 
 
 def origin(path: Path, result: dict[str, Any]) -> str:
-    """What was run, in a line that leads to its JSON."""
+    """A line on what was run, with a link to its JSON."""
     config, link = result["config"], f"[{path.stem}](lab-results/{path.name})"
     if "training" not in result:
         return f"- {link}: {config['method'] if result.get('adapter') else 'untouched'}\n"

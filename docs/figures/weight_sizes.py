@@ -1,9 +1,9 @@
-"""Measure and draw docs/images/weight_sizes.png: how large the weights are that SMoA multiplies its update with.
+"""Measures and draws docs/images/weight_sizes.png: the rms of the weights that SMoA adapts.
 
     python docs/figures/weight_sizes.py [hub id, folder, or gemma3-270m]
 
-The numbers go to docs/images/weight_sizes.json. At equal alpha / r a step of SMoA moves a weight by its rms times what
-LoRA's moves it, so the inverse of these numbers is what alpha has to make up for.
+The numbers are written to docs/images/weight_sizes.json. At equal alpha / r, a step of SMoA changes a weight by rms(W)
+times as much as a step of LoRA. For equal steps alpha has to be 1/rms(W) times as large.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ IMAGES = Path(__file__).parents[1] / "images"
 
 
 def weight_sizes(name: str) -> dict[str, list[float]]:
-    """rms of the weight in each layer, by the name of the projection."""
+    """rms of the weight in each layer, by name of the projection."""
     model, _ = load_base_model(ModelSource(name))
     sizes: dict[str, list[float]] = {target: [] for target in TARGETS}
     for path, module in model.named_modules():

@@ -1,6 +1,7 @@
 """SMoA, the Spectrum Modulation Adapter (arXiv:2605.21147), as a PEFT method.
 
-Importing smoa registers it: `get_peft_model(base, SmoaConfig(...))` and `PeftModel.from_pretrained` then just work.
+`import smoa` registers the method with PEFT: `get_peft_model(base, SmoaConfig(...))` and `PeftModel.from_pretrained`
+then work as for any method.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Import paths of 0.1 that have moved: `from smoa.conversion import convert_to_lora` still works, with a warning."""
+"""Keeps import paths of 0.1 working, such as `smoa.conversion`. Most of them warn."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ MOVED = {
     "weight_cache": "layers.weight_cache",
 }
 DOCUMENTED = {"analysis", "budget", "conversion", "hotswap"}
-"""In docs/api.md under the short path, which stays."""
+"""Names that docs/api.md keeps; they do not warn."""
 
 
 class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -49,7 +49,7 @@ class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return importlib.util.spec_from_loader(fullname, self) if package == "smoa" and name in MOVED else None
 
     def exec_module(self, module: ModuleType) -> None:
-        """Put the moved module itself under the old name."""
+        """Enter the moved module under its old name."""
         name = module.__name__.partition(".")[2]
         if name not in DOCUMENTED:
             warnings.warn(
@@ -61,6 +61,6 @@ class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def install() -> None:
-    """Let Python find the old paths."""
+    """Make the old paths importable."""
     if not any(isinstance(finder, _MovedModules) for finder in sys.meta_path):
         sys.meta_path.append(_MovedModules())

@@ -1,8 +1,9 @@
-"""Writes a file or a folder whole or not at all: a kill or a full disk leaves the old one or the new one.
+"""Writes a file or a folder whole or not at all.
 
-It is written beside its place, under a hidden name, and renamed when it is complete. A folder cannot be renamed
-over another one, so the old folder `NAME` first becomes `.NAME.smoa-old`. A kill between the two renames leaves it
-there; `recover` puts it back, and every save and load calls it first.
+A kill or a full disk leaves the old one or the new one. It is written beside its place, under a hidden name, and
+renamed when it is complete. A folder cannot be renamed over another one, so the old folder `NAME` first becomes
+`.NAME.smoa-old`. A kill between the two renames leaves it there; `recover` puts it back, and every save and load calls
+it first.
 """
 
 from __future__ import annotations

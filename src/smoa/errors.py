@@ -1,13 +1,13 @@
-"""The exception tree. Every error of smoa's own is a SmoaError and, besides, the builtin that fits.
+"""The exception tree: every error is a SmoaError and also the builtin error that fits.
 
 SmoaError
-├── ConfigError(ValueError)              a configuration value breaks a rule that the config alone can check
-├── PartitionError(ValueError)           a spectral partition doesn't fit its layer
-├── UnsupportedModuleError(TypeError)    the target module is of a kind that SMoA can't adapt
-├── AdapterFileError(ValueError)         the tensors of a saved adapter don't fit the model
-├── MergeError(ValueError)               merging, unmerging or combining adapters can't be done safely
-├── DataError(ValueError)                a data set, task or record is not as it must be
-└── UnsupportedVersionError(ImportError) the installed PEFT is not one that this release supports
+├── ConfigError(ValueError)              a setting, option or argument is invalid
+├── PartitionError(ValueError)           a weight can't be partitioned so, or labels don't fit their layer
+├── UnsupportedModuleError(TypeError)    SMoA can't adapt or change this kind of module
+├── AdapterFileError(ValueError)         a saved adapter is damaged or doesn't fit the model
+├── MergeError(ValueError)               adapters can't be merged, unmerged or combined safely
+├── DataError(ValueError)                a data set, task or record is invalid
+└── UnsupportedVersionError(ImportError) this release doesn't support the installed PEFT
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ __all__ = [
 
 
 class SmoaError(Exception):
-    """Base of all errors that smoa raises on purpose."""
+    """Base class of all errors that smoa raises on purpose."""
 
 
 class ConfigError(SmoaError, ValueError):
-    """A configuration value breaks a rule that the configuration alone can check."""
+    """A setting, option or argument is invalid."""
 
 
 class PartitionError(SmoaError, ValueError):
-    """A spectral partition does not fit the layer or is not a partition."""
+    """A weight can't be partitioned as asked, or labels are no valid partition of the layer."""
 
 
 class UnsupportedModuleError(SmoaError, TypeError):
-    """The target module is of a kind that SMoA cannot adapt."""
+    """SMoA can't adapt this kind of module, or can't change it in its current state."""
 
 
 class AdapterFileError(SmoaError, ValueError):
-    """The tensors of a saved adapter are missing, superfluous or do not fit the model."""
+    """A saved adapter is damaged, incomplete, or doesn't fit the model."""
 
 
 class MergeError(SmoaError, ValueError):
-    """Merging, unmerging or combining adapters cannot be done safely."""
+    """Adapters can't be merged, unmerged or combined safely."""
 
 
 class DataError(SmoaError, ValueError):
-    """A data set, task or record is not as it must be."""
+    """A data set, task or record is invalid."""
 
 
 class UnsupportedVersionError(SmoaError, ImportError):
-    """The installed version of a required library is not supported."""
+    """This release doesn't support the installed version of a required library."""

@@ -1,7 +1,7 @@
-"""Make PEFT know SMoA. The only file that touches PEFT's tables.
+"""Registers SMoA with PEFT. No other file changes PEFT's tables.
 
-PEFT has no plugin entry point and `register_peft_method` refuses a name that is not a member of the `PeftType` enum, so
-a real member is added, once.
+PEFT has no plugin entry point, and `register_peft_method` refuses a name that is not a member of the `PeftType` enum.
+So a real member is added to the enum, once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SUPPORTED_PEFT = SpecifierSet(">=0.21,<0.22")
 
 
 def check_peft_version(version: str | None = None) -> None:
-    """Raise UnsupportedVersionError unless the installed PEFT is one that this release is tested with."""
+    """Raise UnsupportedVersionError unless this release is tested with the installed PEFT."""
     found = version or importlib.metadata.version("peft")
     if Version(found).base_version not in SUPPORTED_PEFT:
         raise UnsupportedVersionError(
@@ -33,7 +33,11 @@ def check_peft_version(version: str | None = None) -> None:
 
 
 def ensure_peft_type() -> None:
-    """Add the member `PeftType.SMOA` unless it is there, and check that the enum took it."""
+    """Add the member `PeftType.SMOA` unless it exists, and check that the enum has it.
+
+    Raises:
+        UnsupportedVersionError: the enum of the installed PEFT can't be extended in this way.
+    """
     if NAME not in PeftType.__members__:
         member = str.__new__(PeftType, NAME)
         attributes = {"_name_": NAME, "_value_": NAME, "__objclass__": PeftType, "_sort_order_": len(PeftType)}
@@ -52,14 +56,16 @@ def _verify_member() -> None:
     member: Any = PeftType(NAME)
     same = member is getattr(PeftType, NAME) and member in list(PeftType) and isinstance(member, Enum)
     if not same or member.value != NAME:
-        raise UnsupportedVersionError(f"could not add {NAME} to PEFT's PeftType; PEFT has changed its enum")
+        raise UnsupportedVersionError(
+            f"could not add {NAME} to PeftType: PEFT has changed its enum; install another peft{SUPPORTED_PEFT}"
+        )
 
 
 def register(config_cls: type, model_cls: type) -> None:
-    """Enter SMoA into PEFT's tables; entering a reloaded smoa again replaces it.
+    """Enter SMoA into PEFT's tables. A reloaded smoa replaces its earlier entries.
 
     Raises:
-        UnsupportedVersionError: PEFT already knows another method of that name.
+        UnsupportedVersionError: PEFT already has another method of that name.
     """
     known = PEFT_TYPE_TO_TUNER_MAPPING.get(PeftType(NAME))
     if known is None:

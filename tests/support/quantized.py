@@ -31,7 +31,7 @@ def _in_4_bits(linear: nn.Linear, quant_type: str, twice: bool = False, compute_
         quant_type=quant_type,
     ).to(linear.weight.dtype)
     layer.load_state_dict(linear.state_dict())
-    return layer.to("cpu")  # quantises
+    return layer.to("cpu")  # quantizes
 
 
 def _in_8_bits(linear: nn.Linear) -> nn.Module:
@@ -39,7 +39,7 @@ def _in_8_bits(linear: nn.Linear) -> nn.Module:
         linear.in_features, linear.out_features, bias=linear.bias is not None, has_fp16_weights=False
     )
     layer.load_state_dict(linear.state_dict())
-    return layer.to("cpu")  # quantises
+    return layer.to("cpu")  # quantizes
 
 
 def _by_torchao(linear: nn.Linear) -> nn.Module:
@@ -58,7 +58,7 @@ def _by_hqq(linear: nn.Linear) -> nn.Module:
     return layer
 
 
-QUANTISERS: dict[str, Callable[[nn.Linear], nn.Module]] = {
+QUANTIZERS: dict[str, Callable[[nn.Linear], nn.Module]] = {
     "nf4": lambda linear: _in_4_bits(linear, "nf4"),
     "nf4 twice": lambda linear: _in_4_bits(linear, "nf4", twice=True),
     "fp4": lambda linear: _in_4_bits(linear, "fp4"),
@@ -80,7 +80,7 @@ def quantized_layer(
     kind: str, out_features: int = 24, in_features: int = 64, *, bias: bool = True, dtype: torch.dtype = torch.float32
 ) -> nn.Module:
     """A quantized layer of random weights."""
-    return QUANTISERS[kind](nn.Linear(in_features, out_features, bias=bias, dtype=dtype).requires_grad_(False))
+    return QUANTIZERS[kind](nn.Linear(in_features, out_features, bias=bias, dtype=dtype).requires_grad_(False))
 
 
 def in_4_bits(compute_dtype: torch.dtype, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -139,5 +139,5 @@ def same_layout_on_every_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: False, raising=False)
 
 
-quantised_layer = quantized_layer
+quantized_layer = quantized_layer
 """The old spelling, which tests/unit/smoa/tuner/test_block_choice.py still imports."""

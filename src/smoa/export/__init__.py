@@ -1,4 +1,4 @@
-"""Adapters on their way out: merged models and LoRA."""
+"""Exports adapters, as merged models or as LoRA."""
 
 from smoa.export.merge import Export, merge_and_save
 

@@ -1,4 +1,4 @@
-"""Merges a saved adapter into a loaded model, for bases that are not a folder of plain safetensors."""
+"""Merges a saved adapter into a model in memory, for bases that can't be merged on disk."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from smoa.export.streaming import RoundingLoss
 
 
 def with_plain_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with plain float32 weights, quantized or not before.
+    """Return the model with plain float32 weights, dequantized if it was quantized.
 
     Raises:
-        MergeError: transformers can't dequantize this kind.
+        MergeError: transformers can't dequantize the model's format.
     """
     if getattr(model, "hf_quantizer", None) is not None:
         try:
@@ -39,16 +39,26 @@ def merge_in_memory(
     dtype: torch.dtype,
     max_shard_size: int | str,
 ) -> RoundingLoss:
-    """Merge the adapter of any PEFT method into `model` (float32, used up) and save it in `folder`.
+    """Merge the adapter of any PEFT method into `model`, and save the merged model.
+
+    Args:
+        model: The base in float32, which is changed.
+        adapter: Folder of the adapter.
+        folder: Where the merged model is saved.
+        dtype: Dtype of the saved weights.
+        max_shard_size: Largest file, in bytes or as text ("5GB").
+
+    Returns:
+        How much of the update was lost by rounding to `dtype`.
 
     Raises:
-        MergeError: a merged weight is not finite, or the method can't merge.
+        MergeError: a merged weight is NaN or infinite, or the method can't merge.
     """
     adapted: Any = PeftModel.from_pretrained(model, str(adapter))
     adapted.eval()
     loss = RoundingLoss()
     with warnings.catch_warnings():
-        # Layers are merged here one by one, so that no more than one weight is kept for comparison.
+        # Merge layer by layer, so that only one weight at a time is kept for comparison.
         warnings.filterwarnings("ignore", message="All adapters are already merged")
         warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied after merging")
         for name, layer in _layers(adapted):
@@ -79,7 +89,7 @@ def _merge_layer(name: str, layer: Any, dtype: torch.dtype, loss: RoundingLoss) 
 
 
 def _untie(model: Any, layer: Any) -> None:
-    """Give the layer a weight of its own where another module shares it: the adapter acts in the one place only."""
+    """Give the layer a weight of its own if another module shares it, because the adapter changes only this layer."""
     base: nn.Module = layer.get_base_layer()
     users = [module for module in model.modules() if getattr(module, "weight", None) is base.weight]
     if len({id(module) for module in users} - {id(layer)}) > 1:

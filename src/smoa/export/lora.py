@@ -1,12 +1,12 @@
-r"""A SMoA adapter as a LoRA of chosen rank, for servers that load nothing else, and what that loses of ΔW.
+r"""Approximates a SMoA adapter by a LoRA of chosen rank, for servers that load only LoRA.
 
 The best LoRA of rank k keeps the k largest singular values of ΔW (Eckart and Young, 1936):
 
     ‖ΔW − BA‖ / ‖ΔW‖ = √(Σ_{j>k} σ_j² / Σ_j σ_j²)
 
-ΔW is zero off its diagonal blocks, so its singular values are those of the K blocks together and each singular vector
-lives on one block: K decompositions of (m/K)×(n/K) instead of one of m×n, at 1/K² of the cost, and just as exact. The
-same k vectors kept block by block are k(m+n)/K numbers; a LoRA must store k(m+n), mostly zeros.
+ΔW is zero off its diagonal blocks. So its singular values are those of the K blocks together, and each singular vector
+is non-zero on one block only. K decompositions of (m/K)×(n/K) replace one of m×n, exactly, at 1/K² of the cost. Stored
+block by block, the same k vectors are k(m+n)/K numbers; a LoRA must store k(m+n), mostly zeros.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from smoa.layers.layer import SmoaLayer
 
 @dataclass(frozen=True)
 class RankRule:
-    """How many singular values of a layer are kept: exactly one of the three is given.
+    """How many singular values of a layer to keep. Give exactly one of the three.
 
     Args:
-        rank: So many, or all where a layer has fewer.
-        energy: The fewest whose squares sum to this share of all.
-        error: The fewest that leave at most this ‖ΔW − BA‖ / ‖ΔW‖.
+        rank: Keep this many, or all if a layer has fewer. At least 1.
+        energy: Keep the fewest whose squares sum to this share of the total, in (0, 1].
+        error: Keep the fewest that bring ‖ΔW − BA‖ / ‖ΔW‖ down to this value, in [0, 1).
 
     Raises:
-        ConfigError: none or several are given, or one is out of range.
+        ConfigError: none or several are given, or the one given is out of range.
     """
 
     rank: int | None = None
@@ -51,16 +51,16 @@ class RankRule:
         if self.rank is not None and self.rank < 1:
             raise ConfigError(f"rank={self.rank} must be a positive integer")
         if self.energy is not None and not 0 < self.energy <= 1:
-            raise ConfigError(f"energy={self.energy} must lie in (0, 1]: the share of Σ σ² that is kept")
+            raise ConfigError(f"energy={self.energy} must be in (0, 1]: the share of Σ σ² that each layer keeps")
         if self.error is not None and not 0 <= self.error < 1:
-            raise ConfigError(f"error={self.error} must lie in [0, 1): ‖ΔW − BA‖ / ‖ΔW‖ of each layer")
+            raise ConfigError(f"error={self.error} must be in [0, 1): the largest ‖ΔW − BA‖ / ‖ΔW‖ of a layer")
 
     def choose(self, singular: Tensor) -> int:
-        """The rank for singular values in descending order, at least 1."""
+        """The rank for these singular values (descending, float), at least 1."""
         if self.rank is not None:
             return min(self.rank, len(singular))
         energy = singular.double().square()
-        # Summed from the small end, where the error is, so that asking for little of it is not lost in rounding.
+        # Sum from the small end, so that a small allowed error is not lost in rounding.
         left = energy.flip(0).cumsum(0).flip(0)
         allowed = (1 - self.energy if self.energy is not None else (self.error or 0.0) ** 2) * left[0]
         return max(1, int((left > allowed).sum()))
@@ -68,7 +68,16 @@ class RankRule:
 
 @dataclass(frozen=True)
 class BlockSpectra:
-    """Singular value decomposition of one layer's ΔW, kept block by block."""
+    """Singular value decomposition of one layer's ΔW, block by block, in float32 or wider.
+
+    Args:
+        shape: (out_features, in_features) of ΔW.
+        rows: I_k of each block, int64.
+        cols: J_k of each block, int64.
+        U: Left singular vectors of each block, (|I_k|, q_k) with q_k = min(|I_k|, |J_k|).
+        singular: Singular values of each block, descending, (q_k,).
+        Vh: Right singular vectors of each block, (q_k, |J_k|).
+    """
 
     shape: tuple[int, int]
     rows: list[Tensor]
@@ -92,7 +101,7 @@ class BlockSpectra:
         return torch.cat(self.singular).sort(descending=True).values
 
     def error(self, rank: int) -> float:
-        """‖ΔW − BA‖ / ‖ΔW‖ of the best LoRA of that rank; 0 where ΔW is 0."""
+        """‖ΔW − BA‖ / ‖ΔW‖ of the best LoRA of that rank; 0 if ΔW is zero."""
         energy = self.values.double().square()
         return float((energy[rank:].sum() / energy.sum()).sqrt()) if energy.sum() else 0.0
 
@@ -107,7 +116,7 @@ class BlockSpectra:
         return [owners[i] for i in order.tolist()]
 
     def factors(self, rank: int, width: int) -> tuple[Tensor, Tensor]:
-        """A: (width, n) and B: (m, width) with BA the best approximation of ΔW of that rank; the rest is zero."""
+        """A: (width, n) and B: (m, width). BA is the best approximation of ΔW of that rank; the rest is zero."""
         A = self.singular[0].new_zeros(width, self.shape[1])
         B = self.singular[0].new_zeros(self.shape[0], width)
         for slot, (block, index) in enumerate(self.kept(rank)):
@@ -117,13 +126,24 @@ class BlockSpectra:
         return A, B
 
     def blockwise_parameters(self, rank: int) -> int:
-        """Numbers that the same approximation takes when each vector is stored on its block only."""
+        """Numbers that the same approximation takes if each vector is stored on its block only."""
         return sum(len(self.rows[block]) + len(self.cols[block]) for block, _ in self.kept(rank))
 
 
 @dataclass(frozen=True)
 class ConvertedLayer:
-    """One layer's rank, what is lost (‖ΔW − BA‖ / ‖ΔW‖), and the norm of its ΔW."""
+    """What the conversion of one layer kept and lost.
+
+    Args:
+        module: Name of the layer.
+        rows: out_features.
+        columns: in_features.
+        rank: Number of singular values kept.
+        error: ‖ΔW − BA‖ / ‖ΔW‖.
+        norm: ‖ΔW‖.
+        parameters: Numbers in the LoRA's factors.
+        blockwise_parameters: Numbers if each vector is stored on its block only.
+    """
 
     module: str
     rows: int
@@ -137,7 +157,7 @@ class ConvertedLayer:
 
 @dataclass(frozen=True)
 class LoraConversion:
-    """A LoRA adapter in PEFT's terms and what it lost."""
+    """A LoRA adapter as PEFT's config and state dict, and what each layer lost."""
 
     config: LoraConfig
     state: dict[str, Tensor]
@@ -164,7 +184,7 @@ class LoraConversion:
 
 
 class UpdateSpectra:
-    """The spectra of an adapter's layers, from which a LoRA of any rank is cut.
+    """The singular values and vectors of an adapter's layers, from which `to_lora` builds a LoRA of any rank.
 
     Raises:
         ConfigError: the model has no SMoA adapter of that name.
@@ -178,19 +198,20 @@ class UpdateSpectra:
             raise ConfigError(f"the model has no SMoA adapter named {adapter_name!r}; it has {list(model.peft_config)}")
         self.config: Any = model.peft_config[adapter_name]
         self.conv1d = any(layer.fan_in_fan_out for layer in layers.values())
-        self.others = _others(model, adapter_name)
+        self.other_tensors = _other_tensors(model, adapter_name)
         self.layers = {name: BlockSpectra.of(layer, adapter_name) for name, layer in layers.items()}
 
     def to_lora(self, rule: RankRule, uniform_rank: bool = False) -> LoraConversion:
-        """The LoRA that keeps as much of every layer as `rule` says.
+        """Build the LoRA that keeps as much of every layer as `rule` says.
 
         Args:
-            uniform_rank: Fill all layers up to the largest rank with zeros, for servers that know one rank only.
+            rule: How many singular values to keep of each layer.
+            uniform_rank: Pad all layers with zeros to the largest rank, for servers that support only one rank.
         """
         ranks = {name: rule.choose(spectrum.values) for name, spectrum in self.layers.items()}
         largest = max(ranks.values())
         widths = dict.fromkeys(ranks, largest) if uniform_rank else ranks
-        state = dict(self.others)
+        state = dict(self.other_tensors)
         for name, spectrum in self.layers.items():
             A, B = spectrum.factors(ranks[name], widths[name])
             state |= {f"{PREFIX}{name}.lora_A.weight": A, f"{PREFIX}{name}.lora_B.weight": B}
@@ -198,13 +219,13 @@ class UpdateSpectra:
         return LoraConversion(self._lora_config(widths, largest), state, layers)
 
     def _lora_config(self, widths: dict[str, int], largest: int) -> LoraConfig:
-        """alpha = r in every layer: the scale is in the factors, so also a server that reads one r gets it right."""
-        others = {name: width for name, width in widths.items() if width != largest}
+        """alpha = r in every layer. The factors include the scale, so a server that reads one r gets it right too."""
+        exceptions = {name: width for name, width in widths.items() if width != largest}
         return LoraConfig(
             r=largest,
             lora_alpha=largest,
-            rank_pattern=others,
-            alpha_pattern=dict(others),
+            rank_pattern=exceptions,
+            alpha_pattern=dict(exceptions),
             target_modules=list(widths),
             bias="lora_only" if self.config.bias == "smoa_only" else self.config.bias,
             modules_to_save=self.config.modules_to_save,
@@ -225,16 +246,24 @@ def convert_to_lora(
     adapter_name: str = "default",
     uniform_rank: bool = False,
 ) -> LoraConversion:
-    """The best LoRA of a SMoA adapter by `rank`, by `energy` kept or by `error` allowed in each layer.
+    """Approximate a SMoA adapter by the best LoRA, layer by layer. Give exactly one of `rank`, `energy` and `error`.
+
+    Args:
+        model: Model with the adapter.
+        rank: Rank of every layer.
+        energy: Smallest share of Σ σ² that each layer keeps.
+        error: Largest ‖ΔW − BA‖ / ‖ΔW‖ of each layer.
+        adapter_name: The adapter to convert.
+        uniform_rank: Pad all layers with zeros to the largest rank, for servers that support only one rank.
 
     Raises:
-        ConfigError: not exactly one of the three is given, or there is no such adapter.
+        ConfigError: none or several of the three are given, one is out of range, or there is no such adapter.
     """
     return UpdateSpectra(model, adapter_name).to_lora(RankRule(rank, energy, error), uniform_rank)
 
 
-def _others(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
-    """What trains besides the factors: biases, modules_to_save, token embeddings."""
+def _other_tensors(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
+    """Trained tensors that are not factors: biases, modules_to_save, token embeddings."""
     state: Iterable[tuple[str, Tensor]] = get_peft_model_state_dict(model, adapter_name=adapter_name).items()
     return {name: tensor for name, tensor in state if ".smoa_" not in name}
 

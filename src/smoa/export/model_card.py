@@ -1,4 +1,4 @@
-"""The README.md of a merged model."""
+"""Writes the README.md of a merged model."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ Merged in float32, saved in {dtype}: {lost}
 {config}
 ```
 
-The base model's licence and terms of use apply.
+The base model's license and terms of use apply.
 """
 
 
 def model_card(
     title: str, base: str, auto_class: str, config: PeftConfig, loss: RoundingLoss, notes: tuple[str, ...]
 ) -> str:
-    """Markdown with the front matter that model hubs read."""
+    """The card as Markdown, with the front matter that model hubs read."""
     return TEXT.format(
         front_matter=_front_matter(base),
         title=title,
@@ -60,7 +60,7 @@ def model_card(
 
 
 def what_was_lost(loss: RoundingLoss) -> str:
-    """One sentence on what rounding took from the update, over all layers and in the worst of them."""
+    """One sentence on how much rounding changed the update, over all layers and in the worst one."""
     if loss.total == 0:
         return "rounding took nothing from the adapter's update."
     worst = max(loss.by_layer, key=loss.by_layer.__getitem__)
@@ -79,6 +79,6 @@ def _name(config: PeftConfig) -> str:
 
 
 def _front_matter(base: str) -> str:
-    """A base that lies in a local folder has no name that a hub could follow."""
+    """YAML for the hub. A base model in a local folder is left out, because a hub can't link to it."""
     known: dict[str, Any] = {} if Path(base).exists() else {"base_model": base}
     return ModelCardData(**known, library_name="transformers", tags=["smoa", "merged"]).to_yaml()

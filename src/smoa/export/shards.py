@@ -1,8 +1,8 @@
-"""Checkpoints in safetensors, read and written one tensor at a time.
+"""Reads and writes safetensors checkpoints one tensor at a time.
 
-`safetensors.torch.save_file` takes all tensors of a file at once and copies them; here no more than one is in memory,
-however large the shards are. The format: eight bytes with the header's length (little endian), the header (JSON: name →
-dtype, shape, offsets), the tensors' bytes without gaps.
+`safetensors.torch.save_file` takes all tensors of a file at once and copies them. Here only one is in memory, for any
+shard size. A file consists of eight bytes with the header's length (little endian), the header (JSON: name → dtype,
+shape, offsets), and the tensors' bytes without gaps.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 NAMES = {dtype: name for name, dtype in FLOATS.items()}
 SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 CHUNK = 1 << 22
-"""Entries that are cast and written at a time."""
+"""Number of entries that are cast and written at a time."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What a checkpoint's header says about one tensor; `dtype` as safetensors names it ("F32", "BF16", …)."""
+    """A tensor's entry in a checkpoint's header; `dtype` as safetensors names it ("F32", "BF16", …)."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -42,17 +42,17 @@ class Entry:
         return int(torch.Size(self.shape).numel()) * SIZES.get(self.dtype, 1)
 
     def cast(self, dtype: torch.dtype | None) -> Entry:
-        """The same in another dtype; None, and everything that is no float, stays."""
+        """The same entry in another dtype. Without a dtype, or for a tensor that is not a float, the entry itself."""
         return self if dtype is None or self.dtype not in FLOATS else Entry(NAMES[dtype], self.shape)
 
     @classmethod
     def of(cls, tensor: Tensor) -> Entry:
-        """Of a floating tensor in memory."""
+        """Entry of a floating-point tensor in memory."""
         return cls(NAMES[tensor.dtype], tuple(tensor.shape))
 
 
 class Checkpoint:
-    """The safetensors files of a folder: `entries` from their headers, `read` for one tensor.
+    """The safetensors files of a folder: `entries` come from their headers, `read` loads one tensor.
 
     Raises:
         MergeError: the index names a file that is missing.
@@ -64,19 +64,19 @@ class Checkpoint:
         self.entries: dict[str, Entry] = {}
         for file in sorted(set(self.files.values())):
             with safe_open(folder / file, "pt") as opened:
-                for key in opened.keys():  # noqa: SIM118  (safe_open is no dict)
+                for key in opened.keys():  # noqa: SIM118  (safe_open is not a dict)
                     part = opened.get_slice(key)
                     self.entries[key] = Entry(part.get_dtype(), tuple(part.get_shape()))
 
     def read(self, key: str) -> Tensor:
-        """One tensor. The file is opened for it alone: what is mapped is given back with the tensor."""
+        """One tensor. The file is opened for it only, so that its mapped memory is freed with the tensor."""
         with safe_open(self.folder / self.files[key], "pt") as opened:
             tensor: Tensor = opened.get_tensor(key)
             return tensor
 
 
 def has_safetensors(folder: Path) -> bool:
-    """True where `Checkpoint` finds weights."""
+    """Whether the folder has weights that `Checkpoint` can read."""
     return (folder / INDEX).is_file() or (folder / SINGLE).is_file()
 
 
@@ -88,14 +88,23 @@ def _files(folder: Path) -> dict[str, str]:
     files: dict[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
     missing = sorted({file for file in files.values() if not (folder / file).is_file()})
     if missing:
-        raise MergeError(f"{folder / INDEX}: names {', '.join(missing[:3])}, which is missing; download it again")
+        raise MergeError(
+            f"{folder / INDEX}: names {', '.join(missing[:3])}, which is missing; download the checkpoint again"
+        )
     return files
 
 
 def write_checkpoint(
     folder: Path, entries: dict[str, Entry], read: Callable[[str], Tensor], max_shard_size: int | str
 ) -> None:
-    """Write `model.safetensors`, or shards and their index, asking `read` for every tensor once, in turn."""
+    """Write `model.safetensors`, or shards and their index.
+
+    Args:
+        folder: An existing folder.
+        entries: Dtype and shape of each tensor, by name.
+        read: Called once for each tensor, in turn. A tensor of another dtype is cast.
+        max_shard_size: Largest file, in bytes or as text ("5GB").
+    """
     plan: Any = split_state_dict_into_shards_factory(
         entries,
         get_storage_size=lambda entry: entry.nbytes,
@@ -110,7 +119,7 @@ def write_checkpoint(
 
 
 def _write_file(path: Path, entries: dict[str, Entry], read: Callable[[str], Tensor]) -> None:
-    """Wide dtypes first, so that every tensor is aligned."""
+    """Write one file, wide dtypes first, so that every tensor is aligned."""
     order = sorted(entries, key=lambda key: -SIZES.get(entries[key].dtype, 1))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0

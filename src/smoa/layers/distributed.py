@@ -1,12 +1,13 @@
-"""What several processes must agree on: a partition, which two of them may round differently.
+"""Adapters in several processes: one partition for all, and sharded parameters.
 
-So rank 0 alone decomposes a weight, and its labels are broadcast. Once FSDP2 has sharded a layer, its state dict shows
-the labels as tensors replicated over the mesh: accelerate expects nothing but DTensors there.
+Two processes may round a decomposition differently. So only rank 0 decomposes a weight, and broadcasts its labels. Once
+FSDP2 has sharded a layer, its state dict shows the labels as DTensors replicated over the mesh, because accelerate
+expects only DTensors there.
 
-DeepSpeed's ZeRO-3 gathers a parameter when its own module is called, or anything reads it inside the engine's forward.
-A layer reads its base weight and factors without calling their modules, so it gathers them by itself elsewhere, as in
-`generate`. What is outside of any forward, such as a merge, finds empty tensors, or whole ones left over from a forward
-that will be dropped with all that is written to them, and refuses both.
+DeepSpeed's ZeRO-3 gathers a parameter when its own module is called, or when it is read inside the engine's forward. An
+adapted layer reads its base weight and factors without calling their modules. Outside the engine's forward, as in
+`generate`, the layer gathers them itself. Outside any forward, as in a merge, a parameter is either empty or left over
+from a forward, and in that case ZeRO-3 drops what is written to it. Both are refused.
 """
 
 from __future__ import annotations
@@ -27,28 +28,32 @@ LABELS = ("smoa_row_labels", "smoa_col_labels")
 SCALE = "smoa_block_scale"
 PARTITION = (*LABELS, SCALE)
 GATHERED = "_ds_z3_gathered_param_context_depth"
-"""What DeepSpeed 0.19 counts on a parameter while it is within GatheredParameters."""
+"""Attribute in which DeepSpeed 0.19 counts the open GatheredParameters contexts of a parameter."""
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-"""In the names of modules inside FSDP1 and activation checkpointing, but not in the keys of their state dicts."""
+"""Parts of module names inside FSDP1 and activation checkpointing, which the keys of state dicts do not have."""
 
 
 def is_distributed() -> bool:
-    """True in one of several processes with a process group."""
+    """Whether this is one of several processes in a process group."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def awaits_process_group() -> bool:
-    """True in one of several processes, as torchrun and accelerate start them, that have no process group yet."""
+    """Whether this is one of several processes of torchrun or accelerate that have no process group yet."""
     launched = "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
     return launched and dist.is_available() and not dist.is_initialized()
 
 
 def from_rank_zero(compute: Callable[[], T], everywhere: bool = False) -> T:
-    """`compute()` of rank 0, on every rank; every rank must call this, and computes too with `everywhere`.
+    """Return rank 0's `compute()` on every rank. Every rank must call this.
+
+    Args:
+        compute: Called on rank 0.
+        everywhere: Call `compute` on the other ranks too, and ignore their results.
 
     Raises:
-        SmoaError: `compute` raised it on rank 0; it is raised on every rank, so that none waits for ever. Any other
-            error of rank 0 is raised there, and the others raise a SmoaError that tells of it.
+        SmoaError: `compute` raised it on rank 0. Every rank raises it, so that none waits forever. If rank 0 raises
+            another error, the other ranks raise a SmoaError that quotes it.
     """
     if not is_distributed():
         return compute()
@@ -69,17 +74,17 @@ def from_rank_zero(compute: Callable[[], T], everywhere: bool = False) -> T:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself, or all of one that is sharded or replicated over a mesh; every rank must call this."""
+    """The full tensor of a DTensor, or else the tensor itself. Every rank must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def is_partitioned(parameter: Tensor) -> bool:
-    """True while ZeRO-3 has left the parameter without entries on this rank."""
+    """Whether ZeRO-3 has left the parameter empty on this rank."""
     return parameter.numel() == 0 and hasattr(parameter, "ds_id")
 
 
 def gather_for(module: nn.Module, parameters: Iterable[Tensor]) -> None:
-    """Gather what ZeRO-3 has partitioned until the forward of `module` ends, and in its backward; every rank must."""
+    """Gather parameters that ZeRO-3 partitions for the forward and backward of `module`. Every rank must call this."""
     for parameter in filter(is_partitioned, parameters):
         import deepspeed
 
@@ -88,7 +93,7 @@ def gather_for(module: nn.Module, parameters: Iterable[Tensor]) -> None:
 
 
 def refuse_partitioned(parameter: Tensor) -> Tensor:
-    """The parameter itself, to be read.
+    """Return the parameter if it can be read.
 
     Raises:
         UnsupportedModuleError: ZeRO-3 has left it empty.
@@ -99,21 +104,21 @@ def refuse_partitioned(parameter: Tensor) -> Tensor:
 
 
 def refuse_writing(parameter: Tensor) -> None:
-    """Raise UnsupportedModuleError if ZeRO-3 would drop what is written to the parameter."""
+    """Raise UnsupportedModuleError if ZeRO-3 will drop what is written to the parameter."""
     if hasattr(parameter, "ds_id") and not getattr(parameter, GATHERED, 0):
         raise _needs_gathering(parameter)
 
 
 def _needs_gathering(parameter: Any) -> UnsupportedModuleError:
     return UnsupportedModuleError(
-        f"a weight of shape {tuple(parameter.ds_shape)} is partitioned by DeepSpeed ZeRO-3: outside of a forward pass "
-        "it is empty, or loses what is written to it; on every rank call this within "
+        f"a weight of shape {tuple(parameter.ds_shape)} is partitioned by DeepSpeed ZeRO-3: outside a forward pass "
+        "it is empty, or loses what is written to it; on every rank, call this within "
         "deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0)"
     )
 
 
-def shown_partition(layer: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """State dict hook: exact block scales; all as replicated DTensors on the mesh of factors that FSDP2 shards."""
+def partition_to_state_dict(layer: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """State dict hook: save exact block scales, and under FSDP2 save labels and scales as replicated DTensors."""
     for name, factor in layer.smoa_A.items():  # type: ignore[operator, union-attr]
         weight = next(factor.parameters())
         for key in (f"{prefix}{part}.{name}" for part in PARTITION):
@@ -129,21 +134,21 @@ def shown_partition(layer: nn.Module, state_dict: dict[str, Any], prefix: str, m
             state_dict[key] = local
 
 
-def local_partition(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Load state dict pre-hook: undoes what `shown_partition` did."""
+def partition_from_state_dict(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Load state dict pre-hook: replace the DTensors of `partition_to_state_dict` by plain tensors."""
     for key in state_dict:
         if key.startswith(tuple(f"{prefix}{part}." for part in PARTITION)):
             state_dict[key] = whole(state_dict[key])
 
 
 def plain_name(name: str) -> str:
-    """A module's name as state dicts have it."""
+    """The module's name as in the keys of state dicts."""
     for wrapper in WRAPPERS:
         name = name.replace(wrapper, "")
     return name
 
 
 def with_plain_names(model: nn.Module) -> Any:
-    """The model as PEFT asks it for names; PEFT 0.21 finds nothing to save inside wrappers, and saves nothing."""
+    """Stand-in for the model with plain names, without which PEFT 0.21 finds nothing to save inside wrappers."""
     modules = [(plain_name(name), module) for name, module in model.named_modules()]
     return SimpleNamespace(named_modules=lambda: modules, state_dict=model.state_dict)

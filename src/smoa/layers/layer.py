@@ -1,4 +1,4 @@
-"""The adapted layer: it remembers factors, labels and merged state; the maths is elsewhere."""
+"""State of an adapted layer: factors, labels and merged adapters."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from smoa.maths.modulations import MODULATIONS, ModulationKind
 from smoa.maths.update import Update
 
 RANDOM_SIZE = 0.1
-"""rms of ΔW relative to W of an adapter made with `init_weights=False`: visible, not huge."""
+"""rms of ΔW relative to W for an adapter made with `init_weights=False`: visible, not huge."""
 
 
 class SmoaLayer(PartitionState):
-    """State of all SMoA adapters on one layer; everything but `base_layer` is keyed by adapter name.
+    """State of all SMoA adapters on one layer; everything except `base_layer` is keyed by adapter name.
 
-    `smoa_A[name]` is a `Linear(⌈n/K⌉ → r)`, `smoa_B[name]` a `Linear(r → ⌈m/K⌉)`, both without bias. These two, the
-    labels and the block scales are all that is saved.
+    `smoa_A[name]` is a `Linear(⌈n/K⌉ → r)` and `smoa_B[name]` a `Linear(r → ⌈m/K⌉)`, both without bias. Only they, the
+    labels and the block scales are saved.
     """
 
     adapter_layer_names: tuple[str, ...] = ("smoa_A", "smoa_B")
@@ -76,11 +76,14 @@ class SmoaLayer(PartitionState):
         """Add an adapter.
 
         Args:
-            ranks: Of the blocks, as many as there are.
-            defer_partition: The labels are about to be loaded: decide them only if the adapter is used before.
+            adapter_name: Name of the adapter.
+            config: The adapter's settings.
+            ranks: Rank of each block.
+            alpha: α of the scale α/r.
+            defer_partition: Don't decide the labels yet, because they are about to be loaded.
 
         Raises:
-            PartitionError: K doesn't fit the layer.
+            PartitionError: K is larger than a side of the layer, or the weight has NaN or infinite entries.
         """
         check_num_blocks(len(ranks), self.out_features, self.in_features)
         r = sum(ranks)
@@ -89,7 +92,7 @@ class SmoaLayer(PartitionState):
         self.smoa_dropout[adapter_name] = nn.Dropout(config.smoa_dropout) if config.smoa_dropout else nn.Identity()
         self._add_factors(adapter_name, config.init_weights)
         self._add_partition(adapter_name, Pending(config.partition, config.normalize_anchor), defer_partition)
-        if config.init_weights is False:  # whatever the scale, ΔW gets the same size
+        if config.init_weights is False:  # give ΔW the same size for every scale
             with torch.no_grad():
                 self.smoa_B[adapter_name].weight.div_(self.rank_scale(adapter_name))  # type: ignore[operator]
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -104,20 +107,20 @@ class SmoaLayer(PartitionState):
         self.smoa_A[adapter_name], self.smoa_B[adapter_name] = A, B
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        with self.exact_scales():  # which PEFT would cast to the base layer's dtype
+        with self.exact_scales():  # PEFT casts them to the base layer's dtype
             super()._move_adapter_to_device_of_base_layer(adapter_name, device)
 
     def stored_weight(self) -> Tensor:
-        """The base layer's weight as it is stored: transposed in a Conv1D, packed bytes in a quantised layer."""
+        """The base layer's weight as stored: transposed in a Conv1D, packed bytes in a quantized layer."""
         return self.get_base_layer().weight  # type: ignore[return-value]
 
     def base_weight(self) -> Tensor:
-        """The base layer's weight as it stands, (out_features, in_features) whatever its storage."""
+        """The base layer's current weight, (out_features, in_features) for every kind of storage."""
         weight = refuse_partitioned(self.stored_weight())
         return weight.T if self.fan_in_fan_out else weight
 
     def pristine_weight(self) -> Tensor:
-        """The base weight as it was before any merge, (out_features, in_features); not a copy unless merged."""
+        """The base weight before any merge, (out_features, in_features); a copy only while adapters are merged."""
         weight = self.base_weight()
         if not self._pristine_blocks:
             return weight
@@ -131,7 +134,7 @@ class SmoaLayer(PartitionState):
         return _linear_weight(self.smoa_A[adapter_name]), _linear_weight(self.smoa_B[adapter_name])
 
     def update(self, adapter_name: str) -> Update:
-        """ΔW of the adapter, as an object that is applied to x or formed from the pristine weight."""
+        """The adapter's `Update`, which forms ΔW or applies it to x, given the pristine weight."""
         blocks = self.blocks(adapter_name)
         A, B = self.factors(adapter_name)
         ranks, scaling = self.ranks[adapter_name], self.scaling[adapter_name]
@@ -139,7 +142,7 @@ class SmoaLayer(PartitionState):
         return Update(factors, MODULATIONS[self.modulation[adapter_name]])
 
     def delta(self, adapter_name: str) -> Tensor:
-        """Dense ΔW, (out_features, in_features), float32 or wider, anchored on the pristine weight."""
+        """Dense ΔW (out_features, in_features), float32 or wider, anchored on the pristine weight."""
         return self.update(adapter_name).delta(self.pristine_weight())
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -151,7 +154,7 @@ class SmoaLayer(PartitionState):
         return True
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Set s to `scale` times its configured value alpha / r."""
+        """Set s to `scale` times its configured value α/r."""
         if adapter in self.scaling:
             self.scaling[adapter] = scale * self.alpha[adapter] / self.r[adapter]
 
@@ -161,7 +164,7 @@ class SmoaLayer(PartitionState):
             self.scaling[name] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide s of the active adapters by `scale`; None puts the configured value back."""
+        """Divide s of the active adapters by `scale`; None restores the configured value."""
         for name in self._present(self.active_adapters):
             self.scaling[name] = self.alpha[name] / self.r[name] if scale is None else self.scaling[name] / scale
 
@@ -178,7 +181,7 @@ def linear_shape(base: nn.Module) -> tuple[int, int]:
 
 
 def _linear_weight(linear: nn.Module) -> Tensor:
-    """Weight of a bias-free Linear, through its forward where a wrapper (FSDP) gathers the weight only there."""
+    """Weight of a bias-free Linear, computed by its forward if a wrapper (FSDP) gathers the weight only there."""
     if type(linear) is nn.Linear:
         return refuse_partitioned(linear.weight)
     weight = next(linear.parameters())

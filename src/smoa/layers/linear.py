@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from smoa.config.adapter_config import SmoaConfig
 from smoa.errors import MergeError
-from smoa.layers.distributed import gather_for, local_partition, refuse_writing, shown_partition
+from smoa.layers.distributed import gather_for, partition_from_state_dict, partition_to_state_dict, refuse_writing
 from smoa.layers.layer import SmoaLayer
 from smoa.layers.undo import DiagonalBlocks
 from smoa.layers.weight_cache import KeptUpdate, WeightCache, tensor_state
@@ -24,14 +24,14 @@ from smoa.maths.update import Update
 
 FUSED_MIN_TOKENS = 64
 APART_MIN_BLOCKS = 8
-"""Without gradients, fewer tokens on many blocks cost less apart than forming W + ΔW (docs/experiment-log.md)."""
+"""Without gradients, fewer tokens on at least so many blocks are faster apart (measured: docs/experiment-log.md)."""
 
 
 class Linear(nn.Module, SmoaLayer):
     """SMoA on a `torch.nn.Linear` or a transformers `Conv1D`.
 
-    `route` says how a single active adapter is computed: "apart" adds `x ΔWᵀ` to the base layer's output, "fused" forms
-    W + ΔW in chunks where that is exact, "auto" takes the quicker one.
+    `route` selects how a single active adapter is computed: "apart" adds `x ΔWᵀ` to the base layer's output, "fused"
+    forms W + ΔW in chunks where that is exact, and "auto" takes the faster of the two.
     """
 
     route: Literal["auto", "fused", "apart"] = "auto"
@@ -49,22 +49,22 @@ class Linear(nn.Module, SmoaLayer):
     ) -> None:
         super().__init__()
         SmoaLayer.__init__(self, base_layer, fan_in_fan_out, backend)
-        self.register_state_dict_post_hook(shown_partition)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(local_partition)  # type: ignore[no-untyped-call]
+        self.register_state_dict_post_hook(partition_to_state_dict)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(partition_from_state_dict)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_refresh_orders)  # type: ignore[no-untyped-call]
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, ranks, alpha, defer_partition=defer_partition)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        with self.exact_scales():  # `.half()`, `.to(dtype)` and others end up here
+        with self.exact_scales():  # `.half()`, `.to(dtype)` and others call this
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def merged_weight(self, adapter_names: list[str]) -> Tensor:
-        """`W + Σ ΔW` of the named adapters on the pristine W, rounded once, (out_features, in_features)."""
+        """`W + Σ ΔW` of the named adapters on the pristine W, rounded once: (out_features, in_features)."""
         pristine = self.pristine_weight()
         total = sum((self.delta(name) for name in adapter_names), torch.zeros((), device=pristine.device))
-        # Where nothing is added the very bits stay: -0 + 0 would be 0, and `unmerge` puts back diagonal blocks only.
+        # Keep the exact bits where nothing is added: -0 + 0 is 0, and `unmerge` restores diagonal blocks only.
         return torch.where(total == 0, pristine, (total + pristine).to(pristine.dtype))
 
     def check_merge(self, adapter_names: list[str] | None = None) -> None:
@@ -75,11 +75,17 @@ class Linear(nn.Module, SmoaLayer):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Replace the base weight by `W + Σ ΔW`, keeping W's diagonal blocks (1/K of it) on the CPU for `unmerge`.
+        """Replace the base weight by `W + Σ ΔW`.
+
+        W's diagonal blocks, 1/K of it, are kept on the CPU for `unmerge`.
 
         Args:
             safe_merge: Raise MergeError instead of writing NaN or infinite weights.
-            adapter_names: Adapters to merge besides those merged already; None means the active ones.
+            adapter_names: Adapters to add to those that are merged already; None means the active ones.
+
+        Raises:
+            MergeError: `safe_merge` found NaN or infinite weights; nothing was merged.
+            UnsupportedModuleError: ZeRO-3 would drop the merged weight.
         """
         names = self._present(check_adapters_to_merge(self, adapter_names))
         if not names:
@@ -98,7 +104,7 @@ class Linear(nn.Module, SmoaLayer):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Put the pristine weight back, bit for bit."""
+        """Restore the pristine weight, bit for bit."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -113,7 +119,7 @@ class Linear(nn.Module, SmoaLayer):
         self._pristine_blocks.clear()
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
-        """`base_layer(x) + Σ x ΔWᵀ` of the active adapters; `adapter_names` picks one adapter for each sample."""
+        """`base_layer(x) + Σ x ΔWᵀ` of the active adapters; `adapter_names` selects an adapter for each sample."""
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -134,7 +140,7 @@ class Linear(nn.Module, SmoaLayer):
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         if len(x) != len(adapter_names):
-            raise ValueError(f"adapter_names names {len(adapter_names)} adapters for {len(x)} inputs; give one each")
+            raise ValueError(f"adapter_names has {len(adapter_names)} names for {len(x)} samples; give one for each")
         if self.merged:
             raise ValueError("adapter_names can't be used while adapters are merged; call unmerge_adapter first")
         result: Tensor = self.base_layer(x, *args, **kwargs)
@@ -144,7 +150,7 @@ class Linear(nn.Module, SmoaLayer):
         return result
 
     def branch_output(self, x: Tensor, adapter_name: str) -> Tensor:
-        """`x ΔWᵀ`, the adapter's contribution to the output; dropout acts on x when training."""
+        """`x ΔWᵀ`, the adapter's contribution to the output; in training, dropout acts on x."""
         self.decide_partition(adapter_name)
         if hasattr(self, "ds_id"):  # ZeRO-3 knows this layer
             factors = (self.smoa_A[adapter_name], self.smoa_B[adapter_name])
@@ -189,7 +195,7 @@ class Linear(nn.Module, SmoaLayer):
         return type(self.base_layer) in (nn.Linear, Conv1D)
 
     def _may_add_to_weight(self, device_type: str) -> bool:
-        """Whether `x (W + ΔW)ᵀ` keeps a small ΔW: in a half's 8 bits of mantissa, or TF32's 10, it would be lost."""
+        """Whether `x (W + ΔW)ᵀ` keeps a small ΔW, which 16-bit floats and TF32 would round away."""
         if not self._has_plain_base() or torch.is_autocast_enabled(device_type):
             return False
         dtype = self.stored_weight().dtype
@@ -219,17 +225,17 @@ class Linear(nn.Module, SmoaLayer):
 def _check_finite(merged: Tensor, names: list[str]) -> None:
     if not torch.isfinite(merged).all():
         raise MergeError(
-            f"merging {', '.join(names)} gives NaN or infinite weights; the adapter is broken or overflows "
-            f"{merged.dtype}, nothing was merged"
+            f"merging {', '.join(names)} gives NaN or infinite weights, so nothing was merged; the adapter is broken, "
+            f"or overflows {merged.dtype}: train it again, or load the base model in float32"
         )
 
 
 def _is_instrumented(module: nn.Module) -> bool:
-    """True when a forward hook or a replaced forward (as accelerate's offloading) must see the base layer's call."""
+    """Whether a forward hook or a replaced forward (as in accelerate's offloading) must see the base layer's call."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or "forward" in module.__dict__
 
 
 def _refresh_orders(layer: nn.Module, incompatible_keys: object) -> None:
-    """Load state dict post-hook: a compiled model finds the orders of the labels that were loaded."""
+    """Load state dict post-hook: give a compiled model the orders of the loaded labels."""
     cast(Linear, layer).refresh_orders()

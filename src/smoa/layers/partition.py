@@ -1,4 +1,4 @@
-"""A layer's blocks and block scales: decided at once, at first use, by a file, or by another process."""
+"""A layer's blocks and block scales: decided at injection, at first use, or by a loaded file."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Pending:
-    """How an adapter's blocks and scales are to be made from the weight."""
+    """How to make an adapter's blocks and block scales from the weight."""
 
     partition: PartitionKind
     normalize_anchor: bool
 
     def decide(self, num_blocks: int, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Row labels, column labels and scale of each block, on the CPU."""
+        """Row labels, column labels and block scales (num_blocks,), on the CPU."""
         blocks = make_partition(weight, num_blocks, self.partition, cached_spectral_scores)
         rms = rms_of(weight) if self.normalize_anchor else 1.0
         return blocks.row_labels.cpu(), blocks.col_labels.cpu(), torch.full((num_blocks,), 1 / rms if rms else 1.0)
 
 
 class PartitionState(BaseTunerLayer):
-    """The blocks of all adapters on one layer, by adapter name.
+    """Blocks and block scales of all adapters on one layer, by adapter name.
 
-    Saved are the labels, uint8 (out_features,) and (in_features,), and the scale of each block, float32 (num_blocks,):
-    the part of s_k that comes from the weight. Derived from them when they change, and never saved: the orders of the
-    coordinates, and the int32 of the same bits as the scales of all blocks and ranks, which nothing that casts a
-    model's floats can round.
+    Saved are the labels, uint8 (out_features,) and (in_features,), and the block scales, float32 (num_blocks,), which
+    are the part of s_k that comes from the weight. Derived from them when they change, and never saved, are the orders
+    of the coordinates and the scale bits: the scales of all blocks and of all ranks as int32, so that a cast of the
+    model's floats can't round them.
     """
 
     in_features: int
@@ -61,15 +61,15 @@ class PartitionState(BaseTunerLayer):
         self._derived_from: dict[str, list[tuple[Tensor, int]]] = {}
 
     def stored_weight(self) -> Tensor:
-        """The base layer's weight as it is stored."""
+        """The base layer's weight as stored."""
         raise NotImplementedError
 
     def pristine_weight(self) -> Tensor:
-        """The base weight as it was before any merge, (out_features, in_features)."""
+        """The base weight before any merge, (out_features, in_features)."""
         raise NotImplementedError
 
     def blocks(self, adapter_name: str) -> Blocks:
-        """The adapter's blocks; decided now if nothing has decided them yet."""
+        """The adapter's blocks; decided now if they are still pending."""
         self.decide_partition(adapter_name)
         self._refresh(adapter_name)
         rows, cols = self.smoa_row_labels[adapter_name], self.smoa_col_labels[adapter_name]
@@ -78,12 +78,12 @@ class PartitionState(BaseTunerLayer):
         return Blocks(rows, cols, len(self.ranks[adapter_name]), orders)
 
     def block_scale(self, adapter_name: str) -> Tensor:
-        """(num_blocks,) float32: what each block's update is multiplied with besides alpha / r."""
+        """Factor of each block's update in addition to α/r: (num_blocks,) float32."""
         self.decide_partition(adapter_name)
         return self._exact_scale(adapter_name)[: len(self.ranks[adapter_name])]
 
     def rank_scale(self, adapter_name: str) -> Tensor:
-        """(r,) float32: `block_scale` of the block that each rank belongs to."""
+        """`block_scale` of the block that each rank belongs to: (r,) float32."""
         return self._exact_scale(adapter_name)[len(self.ranks[adapter_name]) :]
 
     def _exact_scale(self, adapter_name: str) -> Tensor:
@@ -93,7 +93,7 @@ class PartitionState(BaseTunerLayer):
 
     @contextmanager
     def exact_scales(self) -> Iterator[None]:
-        """Whatever casts this layer's floats while the context is open leaves the block scales in float32."""
+        """Keep the block scales in float32 while other code casts this layer's floats."""
         for adapter_name in self.ranks:
             self._refresh(adapter_name)
         yield
@@ -101,16 +101,19 @@ class PartitionState(BaseTunerLayer):
             self._refresh(adapter_name)
 
     def restore_scale(self, adapter_name: str) -> None:
-        """Put the bits that were kept in the place of a scale that was cast."""
+        """Restore the adapter's saved block scales from the kept bits if they were cast."""
         scale = self.smoa_block_scale[adapter_name]
         if scale.dtype != torch.float32:
             bits = self.smoa_scale_bits[adapter_name][: len(scale)]
             self.smoa_block_scale[adapter_name] = bits.view(torch.float32).to(scale.device, copy=True)
 
     def decide_partition(self, adapter_name: str) -> None:
-        """Compute the blocks of an adapter unless they have been computed or loaded already.
+        """Compute the blocks of an adapter, unless they have been computed or loaded already.
 
-        Of several processes rank 0 computes them for all, so every rank must call this.
+        With several processes, rank 0 computes them for all, so every rank must call this.
+
+        Raises:
+            PartitionError: the base weight is on the meta device.
         """
         if adapter_name not in self.pending_partition:
             return
@@ -119,14 +122,14 @@ class PartitionState(BaseTunerLayer):
         del self.pending_partition[adapter_name]
 
     def share_partition(self, source: str, adapter_name: str, with_scale: bool = True) -> None:
-        """Give the adapter the blocks of the adapter `source`, which has as many, and its scales or scales of 1."""
+        """Give the adapter the blocks of `source`, which must have as many, and its block scales or scales of 1."""
         self.decide_partition(source)
         rows, cols, scale = self._saved(source)
         self._set(adapter_name, (rows, cols, scale if with_scale else torch.ones_like(scale)))
         self.pending_partition.pop(adapter_name, None)
 
     def refresh_orders(self) -> None:
-        """Derive the orders of all adapters again: after a load, whose writes a compiled model doesn't see."""
+        """Derive the orders of all adapters again after a load, whose writes a compiled model does not see."""
         self._derived_from.clear()
         for adapter_name in self.ranks:
             self._refresh(adapter_name)
@@ -142,16 +145,16 @@ class PartitionState(BaseTunerLayer):
         if not defer and not awaits_process_group() and self._compute(adapter_name):
             del self.pending_partition[adapter_name]
 
+    def _saved_buffers(self) -> tuple[BufferDict, BufferDict, BufferDict]:
+        return self.smoa_row_labels, self.smoa_col_labels, self.smoa_block_scale
+
     def _saved(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
         """Row labels, column labels and block scales."""
-        buffers = (self.smoa_row_labels, self.smoa_col_labels, self.smoa_block_scale)
-        rows, cols, scale = (buffer[adapter_name] for buffer in buffers)
+        rows, cols, scale = (buffers[adapter_name] for buffers in self._saved_buffers())
         return rows, cols, scale
 
     def _set(self, adapter_name: str, saved: tuple[Tensor, Tensor, Tensor]) -> None:
-        for buffers, tensor in zip(
-            (self.smoa_row_labels, self.smoa_col_labels, self.smoa_block_scale), saved, strict=True
-        ):
+        for buffers, tensor in zip(self._saved_buffers(), saved, strict=True):
             if adapter_name not in buffers or buffers[adapter_name].device.type == "meta":
                 buffers[adapter_name] = tensor.clone()
             else:
@@ -160,7 +163,7 @@ class PartitionState(BaseTunerLayer):
 
     @torch.no_grad()
     def _refresh(self, adapter_name: str) -> None:
-        """Sort the labels if they are not those that the orders were made from. A compiler sees nothing of it."""
+        """Derive orders and scale bits again if labels or scales have changed. A compiled model skips this."""
         if torch.compiler.is_compiling():
             return
         self.restore_scale(adapter_name)
@@ -179,11 +182,11 @@ class PartitionState(BaseTunerLayer):
         self._derived_from[adapter_name] = list(zip(saved, versions, strict=True))
 
     def _compute(self, adapter_name: str) -> bool:
-        """Compute labels and scales from rank 0's weight; False, and nothing, if that is on the meta device."""
+        """Compute labels and scales from rank 0's weight. Return False if that is on the meta device."""
         pending, num_blocks = self.pending_partition[adapter_name], len(self.ranks[adapter_name])
         found = self._from_weight(
             partial(pending.decide, num_blocks),
-            everywhere=pending.partition != "spectral",  # costs nothing, and keeps the random generators in step
+            everywhere=pending.partition != "spectral",  # cheap, and keeps the random generators of all ranks in step
         )
         if found is None:
             return False
@@ -191,10 +194,10 @@ class PartitionState(BaseTunerLayer):
         return True
 
     def _from_weight(self, compute: Callable[[Tensor], T], everywhere: bool = False) -> T | None:
-        """`compute` of rank 0's whole pristine weight, on every rank; None if that weight is on the meta device."""
-        with gather_params_ctx(self.stored_weight()):  # whole under DeepSpeed ZeRO-3
+        """`compute` of rank 0's whole pristine weight, on every rank; None if it is on the meta device."""
+        with gather_params_ctx(self.stored_weight()):  # for DeepSpeed ZeRO-3
             is_meta = self.stored_weight().device.type == "meta"
-            weight = None if is_meta else whole(self.pristine_weight())  # and where FSDP2 has sharded it
+            weight = None if is_meta else whole(self.pristine_weight())  # for FSDP2
             return from_rank_zero(lambda: None if weight is None else compute(weight), everywhere)
 
     def _has_valid_labels(self, adapter_name: str) -> bool:

@@ -1,7 +1,8 @@
-"""SMoA on quantised layers: bitsandbytes in 4 and 8 bits, torchao and HQQ, all through PEFT's quantisation backends.
+"""SMoA on layers quantized by bitsandbytes (4 and 8 bits), torchao or HQQ.
 
-The base product is the quantised layer's own, and the branch `x ΔWᵀ` stays apart. ΔW is anchored on the dequantised
-weight. That is formed anew whenever it is needed, in the backward too, and never kept.
+PEFT's quantization backends read and write the weights. The quantized layer computes the base product itself, and
+`x ΔWᵀ` is added to it. ΔW is anchored on the dequantized weight, which is computed whenever it is needed, in the
+backward too, and never kept.
 """
 
 from __future__ import annotations
@@ -29,45 +30,48 @@ PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def find_backend(base: nn.Module, model: nn.Module) -> QuantizationBackend | None:
-    """PEFT's backend for the quantised layer `base` of `model`, or None if `base` holds a plain weight.
+    """PEFT's backend for the quantized layer `base` of `model`, or None if `base` holds a plain weight.
 
     Raises:
-        UnsupportedModuleError: `base` is quantised, but its weight can't be dequantised or written back.
+        UnsupportedModuleError: `base` is quantized, but its weight can't be dequantized, or not written back.
     """
     if type(base) in (nn.Linear, Conv1D) and _is_plain(base.weight):
-        return None  # without asking PEFT, which imports whatever quantisation library is installed
+        return None  # don't ask PEFT, which imports every quantization library that is installed
     kind = f"{type(base).__module__}.{type(base).__qualname__}"
     try:
         backend = resolve_quantization_backend(base, **get_quantization_kwargs(model))
     except (ImportError, ValueError) as error:
-        raise UnsupportedModuleError(f"SMoA can't adapt the quantised weight of a {kind}: {error}") from error
+        raise UnsupportedModuleError(f"SMoA can't adapt the quantized weight of a {kind}: {error}") from error
     weight: Any = getattr(base, "weight", None)
     if backend is None and isinstance(base, (nn.Linear, Conv1D)) and not _is_plain(weight):
         raise UnsupportedModuleError(
-            f"SMoA can't adapt the quantised weight of a {kind}, which PEFT has no quantisation backend for; quantise "
-            "with bitsandbytes, torchao or HQQ, or load the model in float32, bfloat16 or float16"
+            f"SMoA can't adapt the quantized weight of a {kind}, for which PEFT has no quantization backend; quantize "
+            "it with bitsandbytes, torchao or HQQ, or load the model in float32, bfloat16 or float16"
         )
     if backend is not None and not backend.supports_merge:
         raise UnsupportedModuleError(
-            f"SMoA can't adapt the quantised weight of a {kind}: PEFT can't dequantise {backend.backend_name}, and ΔW "
-            "is relative to the weight; quantise with bitsandbytes, torchao or HQQ"
+            f"SMoA can't adapt the quantized weight of a {kind}: PEFT can't dequantize {backend.backend_name}, and ΔW "
+            "is relative to the weight; quantize it with bitsandbytes, torchao or HQQ"
         )
-    if backend is not None and _awaits_quantisation(weight):
+    if backend is not None and _awaits_quantization(weight):
         raise UnsupportedModuleError(
-            f"SMoA can't adapt a {kind} that holds {weight.dtype}: it is not quantised yet, or only while it computes; "
+            f"SMoA can't adapt a {kind} that holds {weight.dtype}: it is not quantized yet, or only while it computes; "
             "build it with has_fp16_weights=False (8 bits) and move it to its device first"
         )
     return backend
 
 
 def _is_plain(weight: Any) -> bool:
-    """A weight of ordinary floating-point numbers, also while it is sharded by FSDP2."""
+    """Whether the weight holds ordinary floating-point numbers, also while FSDP2 shards it."""
     wrapped = is_traceable_wrapper_subclass(weight) and not isinstance(weight, DTensor)
     return isinstance(weight, Tensor) and weight.dtype in PLAIN_DTYPES and not wrapped
 
 
-def _awaits_quantisation(weight: Any) -> bool:
-    """bitsandbytes quantises when a layer is moved to its device, and not at all with `has_fp16_weights=True`."""
+def _awaits_quantization(weight: Any) -> bool:
+    """Whether bitsandbytes has not quantized the weight yet.
+
+    It does so when a layer is moved to its device, and never with `has_fp16_weights=True`.
+    """
     if hasattr(weight, "quant_state"):
         return weight.quant_state is None
     return hasattr(weight, "has_fp16_weights") and weight.dtype != torch.int8
@@ -76,24 +80,25 @@ def _awaits_quantisation(weight: Any) -> bool:
 def dequantized(backend: QuantizationBackend, base: nn.Module) -> Tensor:
     """The weight of `base` as floating-point numbers: (out_features, in_features)."""
     if getattr(base, "support_avx512bf16_for_cpu", False):
-        # In evaluation bitsandbytes repacks 4-bit weights for CPUs with AVX512-BF16, which rounds their scales and
-        # which neither PEFT's dequantisation nor a later training step can read.
-        base.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # a bool of bitsandbytes', no module
+        # In evaluation, bitsandbytes repacks 4-bit weights for CPUs with AVX512-BF16. This rounds their scales, and
+        # neither PEFT's dequantization nor a later training step can read the result.
+        base.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # bitsandbytes has a bool here, not a module
         base.state_dict()  # unpacks the weight in place
     return backend.get_base_weight(base).detach()
 
 
 class QuantizedLinear(Linear):
-    """SMoA on a linear layer with a quantised weight; `quantization_backend` (PEFT's) dequantises and requantises it.
+    """SMoA on a linear layer with a quantized weight.
 
-    Merging follows PEFT: the base layer holds W + ΔW, quantised again. The layer as it was, with every quantised byte,
-    is set aside for `unmerge`: half a byte or a byte for each entry of W while merged.
+    `quantization_backend`, one of PEFT's, dequantizes the weight and quantizes it again. As in PEFT, a merged base
+    layer holds W + ΔW, quantized again. The original layer is kept for `unmerge`, which takes half a byte or one byte
+    for each entry of W.
     """
 
     quantization_backend: QuantizationBackend
-    requantisations: list[tuple[float, float]] | None = None
-    """Where a merge writes (‖error‖, ‖ΔW‖), while `requantisation_reported` is open."""
-    _pristine_layers: tuple[nn.Module, ...] = ()  # in a tuple, a module is not saved with the model
+    requantizations: list[tuple[float, float]] | None = None
+    """Where a merge appends (‖error‖, ‖ΔW‖) while `requantization_reported` is open."""
+    _pristine_layers: tuple[nn.Module, ...] = ()  # a module in a tuple is not saved with the model
 
     def stored_weight(self) -> Tensor:
         base: Any = self.get_base_layer()
@@ -101,11 +106,11 @@ class QuantizedLinear(Linear):
         return weight
 
     def base_weight(self) -> Tensor:
-        """The base layer's weight as it stands, dequantised: (out_features, in_features)."""
+        """The base layer's current weight, dequantized: (out_features, in_features)."""
         return dequantized(self.quantization_backend, self.get_base_layer())
 
     def pristine_weight(self) -> Tensor:
-        """The weight as it was before any merge, dequantised: (out_features, in_features)."""
+        """The weight before any merge, dequantized: (out_features, in_features)."""
         if self._pristine_layers:
             return dequantized(self.quantization_backend, self._pristine_layers[0])
         return self.base_weight()
@@ -113,13 +118,13 @@ class QuantizedLinear(Linear):
     def _has_plain_base(self) -> bool:
         return False
 
-    # A break in the graph, so that no compiler decides to keep the dequantized weight.
+    # Break the graph, so that a compiler can't decide to keep the dequantized weight.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _apply_update(self, update: Update, x: Tensor) -> Tensor:
         if not update.modulation.anchors:
             return update.apply(x, x.new_empty(0))
         factors = update.factors
-        output: Tensor = _DequantizedBranch.apply(  # type: ignore[no-untyped-call]  # torch's, without types
+        output: Tensor = _DequantizedBranch.apply(  # type: ignore[no-untyped-call]  # torch has no types here
             x, factors.A, factors.B, update, self.pristine_weight
         )
         return output
@@ -131,10 +136,10 @@ class QuantizedLinear(Linear):
         self.set_base_weight(merged)
         base: Any = self.get_base_layer()
         base.bias = self._pristine_layers[0].bias  # the same parameter; PEFT drops it with HQQ
-        if self.requantisations is not None:
+        if self.requantizations is not None:
             delta = sum((self.delta(name) for name in [*self.merged_adapters, *names]), torch.zeros(()))
             error = self.base_weight() - self.pristine_weight() - delta
-            self.requantisations.append((float(error.norm()), float(delta.norm())))
+            self.requantizations.append((float(error.norm()), float(delta.norm())))
 
     def _restore_pristine(self) -> None:
         device = self.stored_weight().device
@@ -146,7 +151,7 @@ class QuantizedLinear(Linear):
 class _DequantizedBranch(torch.autograd.Function):
     """`x ΔWᵀ`; the backward calls `dequantize` again instead of keeping the weight.
 
-    A Function and not an operator, since an operator can't take a function.
+    A Function and not a custom operator, because an operator can't take `dequantize` as an argument.
     """
 
     @staticmethod
@@ -166,29 +171,29 @@ class _DequantizedBranch(torch.autograd.Function):
 def _copied(base: nn.Module) -> nn.Module:
     copied = copy.deepcopy(base)
     weight: Any = getattr(copied, "weight", None)
-    if hasattr(weight, "module"):  # a copied 4-bit weight still writes its statistics to the layer it was copied from
+    if hasattr(weight, "module"):  # a copied 4-bit weight still writes its statistics to the original layer
         weight.module = copied
     return copied
 
 
 @contextmanager
-def requantisation_reported(model: nn.Module) -> Iterator[None]:
-    """Warn of what merging into the quantised layers of `model` loses of ΔW while the context is open."""
+def requantization_reported(model: nn.Module) -> Iterator[None]:
+    """Warn how much of ΔW was lost if quantized layers of `model` are merged while the context is open."""
     found: list[tuple[float, float]] = []
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
-            module.requantisations = found
+            module.requantizations = found
     try:
         yield
     finally:
         for module in model.modules():
             if isinstance(module, QuantizedLinear):
-                module.requantisations = None
+                module.requantizations = None
     parts = [error / size for error, size in found if size]
     if parts:
         total = [sum(value**2 for value in column) ** 0.5 for column in zip(*found, strict=True)]
         warnings.warn(
-            f"merged weights were quantised again in {len(found)} layers: the relative error of ΔW is "
+            f"merged weights were quantized again in {len(found)} layers: the relative error of ΔW is "
             f"{total[0] / total[1]:.3g} (layers: {min(parts):.3g} to {max(parts):.3g}). Keep the adapter unmerged, or "
             "load it on the model in float32 or bfloat16 and merge there",
             stacklevel=4,

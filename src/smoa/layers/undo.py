@@ -1,4 +1,4 @@
-"""What a merge overwrites, kept so that it can be put back bit for bit; and what no merge can serve."""
+"""Keeps the diagonal blocks that a merge overwrites, and refuses to merge shared weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from smoa.maths.blocks import Blocks
 
 @dataclass(frozen=True)
 class DiagonalBlocks:
-    """Copies, on the CPU, of the diagonal blocks `W[I_k, J_k]` of a weight: 1/K of it, all that a merge can change."""
+    """Copies on the CPU of a weight's diagonal blocks `W[I_k, J_k]`: 1/K of W, and all that a merge can change."""
 
     blocks: Blocks
     entries: list[Tensor]
@@ -25,18 +25,22 @@ class DiagonalBlocks:
         return cls(own, [entries.cpu() for entries in blocks.of(weight)])
 
     def write_to(self, weight: Tensor) -> None:
-        """Overwrite the diagonal blocks of `weight` in place, in its dtype, which may have changed since."""
+        """Overwrite the diagonal blocks of `weight` in place, in its current dtype."""
         self.blocks.write(weight, self.entries)
 
 
 def refuse_shared(weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Raise MergeError if two adapted layers, by name, have one weight: merged for one, it would serve neither."""
+    """Raise MergeError if two adapted layers share one weight: a merged weight would be wrong for both.
+
+    Args:
+        weights: Names and stored weights of the layers.
+    """
     owners: dict[int, str] = {}
     for name, weight in weights:
         pointer = weight.data_ptr()  # 0 on the meta device
         other = owners.setdefault(pointer, name)
         if pointer and other != name:
             raise MergeError(
-                f"{name} and {other} share one weight but have an adapter each, so no merged weight serves both; untie "
-                "them, or adapt one of them"
+                f"{name} and {other} share one weight but have an adapter each, so no merged weight is right for both; "
+                "untie them, or adapt one of them only"
             )

@@ -1,14 +1,14 @@
-"""An opt-in cache of what an adapter adds, for decoding token by token without merging.
+"""An opt-in cache of effective weights, for decoding token by token without merging.
 
-Forming W + ΔW costs a pass over the weight, which is nothing beside a training batch and much beside one token. While
-`cached_weights(model)` is open each adapted layer keeps, after its first call without gradients,
+Forming W + ΔW takes a pass over the weight: cheap for a training batch, expensive for one token. While
+`cached_weights(model)` is open, each adapted layer keeps after its first call without gradients
 
-- W + ΔW for float32 and float64 weights: as much memory again as the adapted weights take;
+- W + ΔW for float32 and float64 weights: as much memory as the adapted weights take;
 - the diagonal blocks of ΔW for bfloat16 and float16 weights, and under autocast or TF32, where W + ΔW would round small
-  updates away: 1/K of that.
+  updates away: 1/K of that memory.
 
-What is kept is dropped as soon as factors, labels, base weight, scaling, active adapters, dtype or device change. A
-change through `tensor.data` is invisible to PyTorch's version counters, and so to the cache.
+A layer drops its cache when its factors, labels, base weight, scaling, active adapters, dtype or device change. It does
+not notice writes through `tensor.data`, which PyTorch's version counters leave out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from smoa.maths.blocks import Blocks
 
 @dataclass
 class WeightCache:
-    """What one layer has kept, and the state that it was computed from."""
+    """What one layer keeps, and the state that it was computed from."""
 
     key: Hashable = None
     effective: Tensor | None = None
@@ -55,20 +55,20 @@ class KeptUpdate:
 
 
 def tensor_state(tensor: Tensor) -> Hashable:
-    """What changes whenever the tensor is written to, replaced, cast or moved."""
+    """A value that changes when the tensor is written to, replaced, cast or moved."""
     version = 0 if tensor.is_inference() else tensor._version
     return id(tensor), tensor.data_ptr(), version, tensor.dtype, tensor.device
 
 
 @contextmanager
 def cached_weights(model: nn.Module) -> Iterator[None]:
-    """Let the adapted layers of `model` keep their effective weights while the context is open, without gradients.
+    """Keep effective weights of `model`'s adapted layers while the context is open, for calls without gradients.
 
-    Meanwhile one thread at a time may use the model.
+    Only one thread at a time may use the model meanwhile.
 
     Raises:
-        UnsupportedModuleError: a layer's parameters are sharded (FSDP, ZeRO-3): they are refilled between steps without
-            a trace, so what is kept could be stale.
+        UnsupportedModuleError: a layer's parameters are sharded (FSDP, ZeRO-3). They are refilled between steps
+            unnoticed, so the cache could be stale.
     """
     layers: list[Any] = []
     for name, module in model.named_modules():
@@ -90,6 +90,6 @@ def _refuse_sharded(name: str, layer: nn.Module) -> None:
     whole = [p for p in parameters if p.numel() and not isinstance(p, DTensor) and not hasattr(p, "ds_id")]
     if not parameters or len(whole) < len(parameters):
         raise UnsupportedModuleError(
-            f"{name}: its parameters are sharded over processes, and a cache of them could be stale; "
+            f"{name}: the parameters are sharded over processes, so a cache of them could be stale; "
             "use cached_weights on a model that is whole on one process, or merge the adapter"
         )

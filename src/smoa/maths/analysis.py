@@ -1,8 +1,8 @@
-r"""What an update does to a weight's spectrum: ranks of ΔW, and which of W's singular directions it touches.
+r"""Measures an update's spectrum: its rank, and which singular directions of W it changes.
 
-With `W = U diag(σ) Vᵀ` (economy, σ descending) the energy of ΔW on input direction j is `‖ΔW v_j‖²`, on output
-direction j `‖u_jᵀ ΔW‖²`. How far down the spectrum an update reaches is the mean of `j / q` under that energy,
-q = min(m, n): an update along the leading directions has coverage near 0, one that touches all alike 0.5.
+With `W = U diag(σ) Vᵀ` (economy, σ descending) the energy of ΔW on input direction j is `‖ΔW v_j‖²`, and on output
+direction j `‖u_jᵀ ΔW‖²`. Coverage is the mean of `j / q` under that energy, q = min(m, n). It is near 0 if the update
+acts on the leading directions only, and 0.5 if it acts on all directions alike.
 """
 
 from __future__ import annotations
@@ -17,8 +17,14 @@ from smoa.errors import PartitionError
 
 @dataclass(frozen=True)
 class UpdateSpectrum:
-    """Of one layer: singular values of W (q,) and of ΔW (q,), both descending, and the share of ΔW's energy on each of
-    W's singular directions, input and output side, (q,) each. float64 on the CPU."""
+    """Spectra of one layer, float64 on the CPU, all of shape (q,).
+
+    Args:
+        weight_values: Singular values of W, descending.
+        update_values: Singular values of ΔW, descending.
+        input_energy: Share of ΔW's energy on each right singular vector of W.
+        output_energy: Share of ΔW's energy on each left singular vector of W.
+    """
 
     weight_values: Tensor
     update_values: Tensor
@@ -27,17 +33,17 @@ class UpdateSpectrum:
 
     @property
     def rank(self) -> int:
-        """The numerical rank of ΔW."""
+        """Numerical rank of ΔW."""
         return numerical_rank(self.update_values)
 
     @property
     def effective_rank(self) -> float:
-        """exp of the entropy of ΔW's normalised singular values (Roy and Vetterli, 2007)."""
+        """exp of the entropy of ΔW's normalized singular values (Roy and Vetterli, 2007)."""
         return effective_rank(self.update_values)
 
     @property
     def coverage(self) -> float:
-        """The mean of `j / q` under the energy on both sides; 0 for an update of zero."""
+        """Mean of `j / q` under the energy on both sides; 0 if ΔW is zero."""
         energy = self.input_energy + self.output_energy
         total = energy.sum()
         place = torch.arange(len(energy), dtype=energy.dtype) / len(energy)
@@ -45,16 +51,23 @@ class UpdateSpectrum:
 
 
 def update_spectrum(weight: Tensor, delta_weight: Tensor) -> UpdateSpectrum:
-    """Decompose W and ΔW, both (out_features, in_features), in float32 or wider: two full SVDs.
+    """Decompose W and ΔW with two full SVDs, in float32 or wider.
+
+    Args:
+        weight: W, (out_features, in_features).
+        delta_weight: ΔW, (out_features, in_features).
 
     Raises:
-        PartitionError: the two differ in shape.
+        PartitionError: the shapes differ.
     """
     if weight.shape != delta_weight.shape:
         raise PartitionError(
-            f"ΔW of shape {tuple(delta_weight.shape)} is no update of a weight of shape {tuple(weight.shape)}"
+            f"delta_weight has shape {tuple(delta_weight.shape)}, but the weight has shape {tuple(weight.shape)}; "
+            "give the ΔW of this weight, as (out_features, in_features)"
         )
-    W, delta = (one.detach().to(torch.promote_types(one.dtype, torch.float32)) for one in (weight, delta_weight))
+    W, delta = (
+        matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32)) for matrix in (weight, delta_weight)
+    )
     U, sigma, Vh = torch.linalg.svd(W, full_matrices=False)
     sides = (delta @ Vh.T).square().sum(0), (U.T @ delta).square().sum(1)
     return UpdateSpectrum(
@@ -66,7 +79,7 @@ def update_spectrum(weight: Tensor, delta_weight: Tensor) -> UpdateSpectrum:
 
 
 def numerical_rank(singular_values: Tensor) -> int:
-    """How many singular values stand above the rounding of float32."""
+    """Number of singular values above σ_max·q·ε, with ε of float32."""
     if not len(singular_values) or not singular_values.max():
         return 0
     floor = singular_values.max() * len(singular_values) * torch.finfo(torch.float32).eps
@@ -74,7 +87,7 @@ def numerical_rank(singular_values: Tensor) -> int:
 
 
 def effective_rank(singular_values: Tensor) -> float:
-    """exp of the entropy of the normalised singular values: between 1 and their number, 0 where all are zero."""
+    """exp of the entropy of the normalized singular values: from 1 to their number, or 0 if all are zero."""
     share = singular_values[singular_values > 0]
     share = share / share.sum()
     return float(torch.exp(-(share * share.log()).sum())) if len(share) else 0.0

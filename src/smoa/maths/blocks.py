@@ -1,11 +1,11 @@
-"""Aligned blocks: which coordinate of a weight belongs to which block, and the K diagonal blocks of a matrix.
+"""Aligned blocks: the block of each coordinate, and the K diagonal blocks of a matrix.
 
-| symbol | meaning                       | in code       |
-|--------|-------------------------------|---------------|
+| symbol | meaning                       | in code                   |
+|--------|-------------------------------|---------------------------|
 | m, n   | size of W, (m, n)             | out_features, in_features |
-| K      | number of blocks              | num_blocks    |
-| I_k    | output coordinates of block k | Blocks.rows(k) |
-| J_k    | input coordinates of block k  | Blocks.cols(k) |
+| K      | number of blocks              | num_blocks                |
+| I_k    | output coordinates of block k | Blocks.rows(k)            |
+| J_k    | input coordinates of block k  | Blocks.cols(k)            |
 
 Within a block, coordinates keep their natural order. Block sizes are those of `torch.tensor_split`.
 """
@@ -24,12 +24,12 @@ from torch import Tensor
 from smoa.errors import PartitionError
 
 UNDECIDED = 255
-"""Label of a coordinate whose block is not known yet: labels are one byte, so at most 255 blocks exist."""
+"""Label of a coordinate whose block is not decided yet. Labels are one byte, which leaves at most 255 blocks."""
 MAX_BLOCKS = UNDECIDED
 
 
 def block_sizes(size: int, num_blocks: int) -> tuple[int, ...]:
-    """Sizes of K runs of `size` coordinates, as `torch.tensor_split` has them: the first `size % K` are one larger."""
+    """Sizes of K runs of `size` coordinates, as in `torch.tensor_split`: the first `size % K` are larger by one."""
     quotient, remainder = divmod(size, num_blocks)
     return (quotient + 1,) * remainder + (quotient,) * (num_blocks - remainder)
 
@@ -40,7 +40,7 @@ def slices(sizes: Sequence[int]) -> tuple[slice, ...]:
 
 
 class Orders(NamedTuple):
-    """Coordinates sorted by block, and the permutations that undo this: int64 (out_features,) and (in_features,)."""
+    """Coordinates sorted by block, and the inverse permutations: int64, (out_features,) and (in_features,)."""
 
     rows: Tensor
     rows_inverse: Tensor
@@ -49,7 +49,7 @@ class Orders(NamedTuple):
 
     @classmethod
     def of(cls, row_labels: Tensor, col_labels: Tensor) -> Orders:
-        """Sort both sides, stable. Done when labels change, never in a training step."""
+        """Sort both sides, stable. Called when labels change, never in a training step."""
         rows, cols = (torch.argsort(labels, stable=True) for labels in (row_labels, col_labels))
         return cls(rows, _inverse(rows), cols, _inverse(cols))
 
@@ -68,16 +68,17 @@ class Blocks:
         row_labels: uint8 (out_features,), the block of each output coordinate.
         col_labels: uint8 (in_features,), the block of each input coordinate.
         num_blocks: K, between 1 and 255.
-        orders: Computed from the labels if left out. Labels that come with orders are taken as checked.
+        orders: The sorted coordinates, by default computed from the labels. If given, the labels are not checked again.
 
     Raises:
-        PartitionError: labels of another dtype or shape, or blocks whose sizes are not those of `torch.tensor_split`.
+        PartitionError: K is out of range, the labels have another dtype or shape, or the block sizes are not those of
+            `torch.tensor_split`.
     """
 
     row_labels: Tensor
     col_labels: Tensor
     num_blocks: int
-    orders: Orders = None  # type: ignore[assignment]  # always there after construction
+    orders: Orders = None  # type: ignore[assignment]  # `__post_init__` sets it
 
     def __post_init__(self) -> None:
         if self.orders is None:
@@ -96,12 +97,12 @@ class Blocks:
 
     @property
     def row_slices(self) -> tuple[slice, ...]:
-        """Block k's output coordinates among all of them sorted by block."""
+        """Where each block's output coordinates are in `orders.rows`."""
         return slices(block_sizes(self.out_features, self.num_blocks))
 
     @property
     def col_slices(self) -> tuple[slice, ...]:
-        """Block k's input coordinates among all of them sorted by block."""
+        """Where each block's input coordinates are in `orders.cols`."""
         return slices(block_sizes(self.in_features, self.num_blocks))
 
     def rows(self, block: int) -> Tensor:
@@ -113,17 +114,19 @@ class Blocks:
         return self.orders.cols[self.col_slices[block]]
 
     def of(self, matrix: Tensor) -> list[Tensor]:
-        """Copies of the K diagonal blocks `matrix[I_k, J_k]`; differentiable."""
+        """Copies of the K diagonal blocks `matrix[I_k, J_k]`, differentiable."""
         return [self.part(matrix, rows, cols) for rows, cols in zip(self.row_slices, self.col_slices, strict=True)]
 
     def part(
         self, matrix: Tensor, rows: slice, cols: slice, rows_out: Tensor | None = None, out: Tensor | None = None
     ) -> Tensor:
-        """The entries of `matrix` at runs of the sorted rows and columns: a diagonal block, or some rows of one.
+        """Copy of a diagonal block of `matrix`, or of some of its rows.
 
         Args:
-            rows_out: Buffer for the whole rows (len(rows), in_features).
-            out: Buffer for the result. Not differentiable then.
+            rows: Slice of `orders.rows`.
+            cols: Slice of `orders.cols`.
+            rows_out: Buffer for the whole rows, (len(rows), in_features).
+            out: Buffer for the result, which is then not differentiable.
         """
         picked = torch.index_select(matrix, 0, self.orders.rows[rows], out=rows_out)
         return take_columns(picked, self.orders.cols[cols], out)
@@ -141,7 +144,7 @@ class Blocks:
 
 
 def take_columns(x: Tensor, order: Tensor, out: Tensor | None = None) -> Tensor:
-    """`x[:, order]`. Into `out`, two-byte entries on a CPU go through NumPy, in a third of the time."""
+    """`x[:, order]`. With `out`, two-byte entries on a CPU are copied by NumPy, which takes a third of the time."""
     if out is None or x.device.type != "cpu" or x.dtype.itemsize != 2:
         return torch.index_select(x, 1, order, out=out)
     entries, target = (tensor.detach().view(torch.int16).numpy() for tensor in (x, out))

@@ -1,4 +1,4 @@
-"""What an adapter costs and what it can reach, from sizes alone: parameters, bytes on disk, memory, rank bound."""
+"""Computes an adapter's costs from sizes alone: parameters, bytes, memory, bound of the rank."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ def _block_shapes(
 def trainable_parameters(
     out_features: int, in_features: int, r: int, num_blocks: int, ranks: tuple[int, ...] | None = None
 ) -> int:
-    """`Σ_k r_k(|I_k| + |J_k|)`, which is r(m+n)/K when K divides everything: 1/K of LoRA's at the same r.
+    """Trainable parameters of one layer, `Σ_k r_k(|I_k| + |J_k|)`.
+
+    If K divides m and n this is r(m+n)/K: 1/K of LoRA's at the same r.
 
     Raises:
         PartitionError: K is not between 1 and min(out_features, in_features, 255).
@@ -30,13 +32,21 @@ def trainable_parameters(
 def rank_bound(
     out_features: int, in_features: int, r: int, num_blocks: int, ranks: tuple[int, ...] | None = None
 ) -> int:
-    """`Σ_k min(|I_k|, |J_k|, r_k·min(|I_k|, |J_k|))`: rank ΔW can't exceed it, for anchors of full rank."""
+    """Upper bound of rank ΔW if all anchors have full rank: `Σ_k min(|I_k|, |J_k|, r_k·min(|I_k|, |J_k|))`.
+
+    Raises:
+        PartitionError: K is not between 1 and min(out_features, in_features, 255).
+    """
     shapes = _block_shapes(out_features, in_features, r, num_blocks, ranks)
     return sum(min(m, n) if rank else 0 for m, n, rank in shapes)
 
 
 def adapter_bytes(out_features: int, in_features: int, r: int, num_blocks: int, bytes_per_value: int = 4) -> int:
-    """Bytes of one layer in a saved adapter: padded factors, a label byte per coordinate, a scale per block."""
+    """Bytes of one layer in a saved adapter: padded factors, a label byte per coordinate, a scale per block.
+
+    Raises:
+        PartitionError: K is not between 1 and min(out_features, in_features, 255).
+    """
     check_num_blocks(num_blocks, out_features, in_features)
     values = r * (-(-out_features // num_blocks) + -(-in_features // num_blocks))
     return values * bytes_per_value + out_features + in_features + 4 * num_blocks
@@ -44,10 +54,14 @@ def adapter_bytes(out_features: int, in_features: int, r: int, num_blocks: int, 
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes that training holds on all devices together, in the order in which they appear.
+    """Bytes that training allocates on all devices together, in the order of allocation.
 
-    `weights` of the frozen base, `factors` of the adapter (float32, as PEFT keeps them), their `gradients`, AdamW's two
-    moments, and with every decoder layer checkpointed the `checkpoints`: its input, 16 bits an entry.
+    Args:
+        weights: The frozen base.
+        factors: The adapter's factors, float32 as in PEFT.
+        gradients: The gradients of the factors.
+        optimizer: AdamW's two moments.
+        checkpoints: The input of each decoder layer, 16 bits per entry, if all layers are checkpointed.
     """
 
     weights: int
@@ -58,22 +72,25 @@ class TrainingMemory:
 
     @property
     def total(self) -> int:
-        """Their sum: what one layer needs while it is recomputed, and the logits, come on top."""
+        """Sum of the above. The logits, and what one layer needs while it is recomputed, are not included."""
         return self.weights + self.factors + self.gradients + self.optimizer + self.checkpoints
 
 
 def training_memory(
     linear: int, other: int, trainable: int, layers: int, hidden_size: int, tokens: int, four_bit: bool = False
 ) -> TrainingMemory:
-    """Memory from counts alone.
+    """Estimate the memory of training from counts alone.
 
     Args:
-        linear: Parameters of the decoder's linear layers, which 4 bits hold in NF4 with nested quantisation.
-        other: All other parameters of the base; 16 bits each.
+        linear: Parameters of the decoder's linear layers, 16 bits each.
+        other: All other parameters of the base, 16 bits each.
         trainable: Parameters of the adapter.
-        tokens: Batch times length.
+        layers: Number of decoder layers.
+        hidden_size: Width of the decoder.
+        tokens: Batch size times length.
+        four_bit: Store the linear layers as NF4 with nested quantization.
     """
-    # NF4: half a byte an entry, a byte for each 64 entries, and a float32 for each 256 of those bytes.
+    # NF4: half a byte per entry, one byte per 64 entries, and one float32 per 256 of those bytes.
     per_entry = 0.5 + 1 / 64 + 4 / (64 * 256) if four_bit else 2
     weights = round(linear * per_entry) + 2 * other
     return TrainingMemory(weights, 4 * trainable, 4 * trainable, 8 * trainable, 2 * layers * hidden_size * tokens)

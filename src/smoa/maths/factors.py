@@ -1,10 +1,10 @@
 """The low-rank part of an update: compact factors of all K blocks, and their scale.
 
-    A: (r, ⌈n/K⌉)   block k owns r_k rows, of which the first |J_k| columns count
-    B: (⌈m/K⌉, r)   block k owns r_k columns, of which the first |I_k| rows count
+    A: (r, ⌈n/K⌉)   block k owns r_k rows, and uses their first |J_k| columns
+    B: (⌈m/K⌉, r)   block k owns r_k columns, and uses their first |I_k| rows
 
-Ragged blocks pad by one entry, which stays zero. With A and B scattered to Ã: (r, n) and B̃: (m, r), each row and
-column non-zero in its own block's slots only, the product B̃Ã is zero off the diagonal blocks by itself.
+Smaller blocks are padded by one entry, which stays zero. Ã: (r, n) and B̃: (m, r) are the factors scattered to full
+size: each row of Ã and column of B̃ is non-zero on its own block only. So B̃Ã is zero off the diagonal blocks.
 """
 
 from __future__ import annotations
@@ -23,18 +23,20 @@ Initialization = bool | Literal["zero_A"]
 
 
 def split_rank(r: int, num_blocks: int) -> tuple[int, ...]:
-    """Ranks of the blocks when r is split evenly, the remainder going to the first blocks."""
+    """Ranks of the blocks if r is split evenly; the first blocks get the remainder."""
     return block_sizes(r, num_blocks)
 
 
 def check_block_ranks(ranks: tuple[int, ...], r: int, num_blocks: int) -> None:
     """Raise ConfigError unless `ranks` has one non-negative integer for each block and sums to r."""
     if len(ranks) != num_blocks:
-        raise ConfigError(f"block_ranks={list(ranks)} has {len(ranks)} entries, expected num_blocks={num_blocks}")
+        raise ConfigError(
+            f"block_ranks={list(ranks)} has {len(ranks)} entries; give one for each of num_blocks={num_blocks}"
+        )
     if any(type(rank) is not int or rank < 0 for rank in ranks):
-        raise ConfigError(f"block_ranks={list(ranks)} must be non-negative integers")
+        raise ConfigError(f"block_ranks={list(ranks)} must contain non-negative integers only")
     if sum(ranks) != r:
-        raise ConfigError(f"block_ranks={list(ranks)} sums to {sum(ranks)}, expected r={r}")
+        raise ConfigError(f"block_ranks={list(ranks)} sums to {sum(ranks)}; the ranks of all blocks must sum to r={r}")
 
 
 def factor_shapes(out_features: int, in_features: int, ranks: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -45,15 +47,15 @@ def factor_shapes(out_features: int, in_features: int, ranks: Sequence[int]) -> 
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """`s_k·B_k A_k` of every block.
+    """Factors and scale of all blocks, for `s_k·B_k A_k` with `s_k = scaling·rank_scale`.
 
     Args:
         A: (r, ⌈n/K⌉).
         B: (⌈m/K⌉, r).
         ranks: r_k of every block.
-        scaling: α/r, the part of the scale that a user sets.
-        rank_scale: (r,) float32, the part that comes from the weight, for each column of B.
-        blocks: Which coordinates the blocks consist of.
+        scaling: α/r, the part of the scale that comes from the config.
+        rank_scale: The part of the scale that comes from the weight, for each column of B: (r,) float32.
+        blocks: The coordinates of the blocks.
     """
 
     A: Tensor
@@ -65,27 +67,28 @@ class Factors:
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which products of the factors are formed: float32 or wider."""
+        """Dtype of products of the factors: float32 or wider."""
         return torch.promote_types(self.A.dtype, torch.float32)
 
     def scale(self, dtype: torch.dtype) -> Tensor:
-        """(r,), s_k for each column of B that block k owns."""
+        """s_k for each column of B that block k owns: (r,)."""
         return self.rank_scale.to(dtype) * self.scaling
 
     def wide(self, dtype: torch.dtype | None = None) -> Factors:
-        """The same in `dtype`, by default float32 or wider, with the scale multiplied into B."""
+        """The same factors in `dtype` (default: float32 or wider), with the scale multiplied into B."""
         dtype = dtype or self.dtype
         B = self.B.to(dtype) * self.scale(dtype)
         return Factors(self.A.to(dtype), B, self.ranks, 1.0, torch.ones_like(self.rank_scale), self.blocks)
 
     def slots(self) -> Iterator[tuple[slice, slice, slice]]:
-        """(sorted rows, sorted columns, ranks) of every block."""
+        """Slices of every block: of `orders.rows`, of `orders.cols`, and of the ranks."""
         return zip(self.blocks.row_slices, self.blocks.col_slices, slices(self.ranks), strict=True)
 
     def spread_A(self, stacked: bool = False) -> Tensor:
-        """Ã: (r, in_features) in natural column order, zero outside each block's own slots.
+        """Ã: (r, in_features) in natural column order, zero outside each block's own columns.
 
-        `stacked`: every block takes the first r_k rows instead of rows of its own: (max r_k, in_features).
+        Args:
+            stacked: Every block uses the first r_k rows instead of rows of its own: (max r_k, in_features).
         """
         spread = self.A.new_zeros(self._height(stacked), self.blocks.in_features)
         for _, cols, ranks in self.slots():
@@ -110,13 +113,16 @@ def _rows(ranks: slice, stacked: bool) -> slice:
 def init_factors(
     A: Tensor, B: Tensor, sizes: tuple[int, int], ranks: Sequence[int], init: Initialization, relative_size: float
 ) -> None:
-    """Fill A and B in place.
-
-    True: `A_k` is uniform on ±1/√|J_k| (as `nn.Linear`) and `B_k` zero, a no-op. "zero_A", the other way round, a no-op
-    too: `B_k` is uniform on ±1/√r_k. False: both random, so that the entries of `B_k A_k` have rms `relative_size`.
+    """Initialize A and B in place.
 
     Args:
+        A: (r, ⌈n/K⌉).
+        B: (⌈m/K⌉, r).
         sizes: (out_features, in_features).
+        ranks: r_k of every block.
+        init: True makes `A_k` uniform on ±1/√|J_k|, as `nn.Linear` does, and `B_k` zero, so ΔW is zero. "zero_A" makes
+            `A_k` zero and `B_k` uniform on ±1/√r_k, so ΔW is zero too. False makes both random.
+        relative_size: rms of the entries of `B_k A_k` if `init` is False.
     """
     A.zero_()
     B.zero_()

@@ -1,4 +1,4 @@
-"""What the low-rank product is multiplied with, entry by entry: `ΔW = s·(BA) ⊙ M`. One class for each kind of M."""
+"""Modulations: how the anchor M of `ΔW = s·(BA) ⊙ M` is made. One class for each kind."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ ModulationKind = Literal["hadamard", "none", "noise"]
 
 
 class Modulation(Protocol):
-    """How the anchor M (out_features, in_features) is made from the pristine weight."""
+    """Makes the anchor M (out_features, in_features) from the pristine weight."""
 
     anchors: bool
-    """There is an M."""
+    """Whether there is an M."""
     by_weight: bool
-    """M is the weight itself, so that W + ΔW = W ⊙ (1 + s·BA) can be formed in one pass."""
+    """Whether M is W itself, so that `W + ΔW = W ⊙ (1 + s·BA)` can be formed in one pass."""
 
     def anchor(self, weight: Tensor, blocks: Blocks) -> Tensor | None:
-        """M, or None where nothing modulates."""
+        """M, or None without modulation."""
 
 
 class Hadamard:
@@ -45,12 +45,12 @@ class Unmodulated:
 
 
 class Noise:
-    """M is Gaussian noise of W's Frobenius norm: what is left of the method without W's own entries."""
+    """M is Gaussian noise with W's Frobenius norm, an ablation that replaces W's own entries."""
 
     anchors, by_weight = True, False
 
     def anchor(self, weight: Tensor, blocks: Blocks) -> Tensor | None:
-        """The noise is drawn by a seed made of the labels, so it is the same wherever the adapter is loaded."""
+        """Draw M with a seed that is a hash of the labels, so that it is the same wherever the adapter is loaded."""
         seed = zlib.crc32(torch.cat([blocks.row_labels, blocks.col_labels]).cpu().numpy().tobytes())
         noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
         return noise.mul_(rms_of(weight) / rms_of(noise)).to(weight.device, weight.dtype)
@@ -60,5 +60,5 @@ MODULATIONS: dict[ModulationKind, Modulation] = {"hadamard": Hadamard(), "none":
 
 
 def rms_of(weight: Tensor) -> float:
-    """The root mean square of the entries."""
+    """Root mean square of the entries, computed in float32."""
     return float(torch.linalg.vector_norm(weight.detach().float())) / math.sqrt(weight.numel())

@@ -1,19 +1,12 @@
-r"""Weight to spectral partition: the only place where a weight is decomposed.
+r"""Computes the spectral scores of a weight, and its partition into aligned blocks.
 
 With `W = U diag(σ) Vᵀ` (economy, σ descending, j = 0 … q-1) each output coordinate i has the spectral score
 
     s_i = Σ_j j·U_ij²·σ_j² / Σ_j U_ij²·σ_j²
 
-and each input coordinate the same with V (arXiv:2605.21147). A low score means that the coordinate lives on the
-leading singular directions; a coordinate of zero energy scores 0. Sorting both sides by score (ascending, stable) and
-cutting each order into K runs gives the K aligned blocks.
-
-| symbol | meaning                        | in code                |
-|--------|--------------------------------|------------------------|
-| m, n   | size of W, (m, n)              | out_features, in_features |
-| K      | number of blocks               | num_blocks             |
-| I_k    | output coordinates of block k  | Blocks.rows(k) |
-| J_k    | input coordinates of block k   | Blocks.cols(k) |
+and each input coordinate the same with V (arXiv:2605.21147). A low score means that most of the coordinate's energy is
+in the leading singular directions. A coordinate of zero energy scores 0. Sorting both sides by score (ascending,
+stable) and cutting each order into K runs gives the K aligned blocks. `smoa.maths.blocks` has the table of symbols.
 """
 
 from __future__ import annotations
@@ -30,24 +23,24 @@ from smoa.maths.blocks import Blocks, block_sizes, check_num_blocks
 PartitionKind = Literal["spectral", "contiguous", "random"]
 
 GRAM_TILES = 8
-"""Strips in which the upper half of the Gram matrix is formed."""
+"""Number of strips in which the upper half of the Gram matrix is formed."""
 SAFE_PEAK = 1e-4, 1e4
-"""Weights whose largest entry lies between are decomposed as they are; others are scaled, which costs a copy."""
+"""Weights whose largest entry is in this range are decomposed as they are. Others are scaled, which costs a copy."""
 CLOSE_SCORES = 1e-6
-"""Times min(m, n): scores nearer to each other than this, in float32, may stand in the wrong order."""
+"""float32 may sort two scores wrongly if they differ by less than this times min(m, n)."""
 ROW_TILE = 1024
-"""Rows of WV held at a time: nothing of the weight's size is kept."""
+"""Number of rows of WV that are computed at a time, so that no buffer has the weight's size."""
 
 
 def spectral_scores(weight: Tensor, precise: bool = False) -> tuple[Tensor, Tensor]:
     """Energy-weighted mean spectral index of every output and input coordinate of `weight`.
 
     Args:
-        weight: (out_features, in_features), any floating dtype; computed in float32, float64 stays float64.
-        precise: Find the eigenvectors, and add up, in float64 also for other weights, in about 1.7 times the time.
+        weight: (out_features, in_features), any floating dtype. Computed in float64 for float64, else in float32.
+        precise: Compute eigenvectors and sums in float64 for all dtypes, which takes about 1.7 times as long.
 
     Returns:
-        Row scores (out_features,) and column scores (in_features,).
+        Row scores (out_features,) and column scores (in_features,), float32 or float64.
 
     Raises:
         PartitionError: the weight has NaN or infinite entries.
@@ -63,7 +56,7 @@ def squarable(weight: Tensor) -> Tensor:
     """The weight in float32 or float64, scaled if its squares would underflow or overflow.
 
     Raises:
-        PartitionError: it has NaN or infinite entries.
+        PartitionError: the weight has NaN or infinite entries.
     """
     weight = weight.detach()
     weight = weight if weight.dtype == torch.float64 else weight.float()
@@ -76,9 +69,9 @@ def squarable(weight: Tensor) -> Tensor:
 
 
 def _tall_scores(weight: Tensor, precise: bool) -> tuple[Tensor, Tensor]:
-    """Scores of a weight with at least as many rows as columns, by the Gram matrix of its columns.
+    """Scores of a weight with at least as many rows as columns, from the Gram matrix of its columns.
 
-    `WᵀW = V diag(λ) Vᵀ` and `UΣ = WV`, so the row energies are `(WV)²` and the column energies `V²λ`: no division by σ.
+    `WᵀW = V diag(λ) Vᵀ` and `UΣ = WV`, so the row energies are `(WV)²` and the column energies `V²λ`. No division by σ.
     """
     gram = _upper_gram(weight)
     col_is_zero = gram.diagonal() == 0
@@ -88,13 +81,13 @@ def _tall_scores(weight: Tensor, precise: bool) -> tuple[Tensor, Tensor]:
     index = torch.arange(len(energy) - 1, -1, -1, dtype=energy.dtype, device=weight.device)  # eigh is ascending
     row_scores = _row_scores(weight, vectors.to(weight.dtype), index)
     col_scores = _mean_index(vectors.square_() * energy, index)
-    return row_scores, col_scores.masked_fill_(col_is_zero, 0)  # rounding leaves a zero column a little energy
+    return row_scores, col_scores.masked_fill_(col_is_zero, 0)  # a zero column may have energy from rounding
 
 
 def _upper_gram(weight: Tensor) -> Tensor:
-    """`WᵀW` on and above the diagonal, all that `eigh` then reads: about half the multiplications of the whole.
+    """`WᵀW` on and above the diagonal, which is all that `eigh` reads, with about half the multiplications.
 
-    The upper one, since MKL's `eigh` takes less time on it. What lies below the diagonal is partly filled.
+    The upper half, because MKL's `eigh` is faster on it. Some entries below the diagonal are set too.
     """
     size = weight.shape[1]
     gram = weight.new_zeros(size, size)
@@ -106,7 +99,7 @@ def _upper_gram(weight: Tensor) -> Tensor:
 
 
 def _row_scores(weight: Tensor, vectors: Tensor, index: Tensor) -> Tensor:
-    """Σ_j j (WV)_ij² / Σ_j (WV)_ij², a tile of rows at a time in one buffer."""
+    """Σ_j j (WV)_ij² / Σ_j (WV)_ij², computed a tile of rows at a time in one buffer."""
     buffer = weight.new_empty(min(ROW_TILE, len(weight)), len(index))
     scores = []
     for rows in torch.split(weight, ROW_TILE):
@@ -116,9 +109,9 @@ def _row_scores(weight: Tensor, vectors: Tensor, index: Tensor) -> Tensor:
 
 
 def _mean_index(energy: Tensor, index: Tensor) -> Tensor:
-    """Σ_j index_j energy_ij / Σ_j energy_ij, added up in the dtype of `index`; 0 where the energy is 0.
+    """Σ_j index_j energy_ij / Σ_j energy_ij, summed in the dtype of `index`; 0 where the energy is 0.
 
-    The index is counted from its middle, which halves the terms and so their rounding.
+    The index is counted from its middle, which halves the terms and so their rounding errors.
     """
     middle = (len(index) - 1) / 2
     moments = energy.to(index.dtype) @ torch.stack([index - middle, torch.ones_like(index)], 1)
@@ -127,7 +120,7 @@ def _mean_index(energy: Tensor, index: Tensor) -> Tensor:
 
 
 def labels_from_scores(scores: Tensor, num_blocks: int) -> Tensor:
-    """Block of each coordinate, uint8: sort `scores` ascending and stable, cut the order as `torch.tensor_split`."""
+    """Block of each coordinate, uint8: sort `scores` (ascending, stable), and cut the order as `torch.tensor_split`."""
     order = torch.argsort(scores, stable=True)
     labels = torch.empty(len(scores), dtype=torch.uint8, device=scores.device)
     labels[order] = contiguous_labels(len(scores), num_blocks, scores.device)
@@ -135,8 +128,10 @@ def labels_from_scores(scores: Tensor, num_blocks: int) -> Tensor:
 
 
 def _cut_is_close(scores: Tensor, num_blocks: int, spectrum_size: int) -> bool:
-    """Whether two blocks meet between scores that differ, but by less than the error of float32. Equal ones are no
-    question of precision: their order is the natural one."""
+    """Whether a cut falls between two scores that differ by less than the error of float32.
+
+    Equal scores do not count: they keep their natural order in any precision.
+    """
     ends = torch.tensor(block_sizes(len(scores), num_blocks), device=scores.device).cumsum(0)[:-1]
     ascending = scores.sort().values
     gaps = ascending[ends] - ascending[ends - 1]
@@ -144,7 +139,7 @@ def _cut_is_close(scores: Tensor, num_blocks: int, spectrum_size: int) -> bool:
 
 
 def contiguous_labels(size: int, num_blocks: int, device: torch.device | None = None) -> Tensor:
-    """Labels of K runs of neighbouring coordinates, uint8 (size,)."""
+    """Labels of K runs of neighboring coordinates, uint8 (size,)."""
     sizes = torch.tensor(block_sizes(size, num_blocks), device=device)
     blocks = torch.arange(num_blocks, dtype=torch.uint8, device=device)
     return torch.repeat_interleave(blocks, sizes, output_size=size)
@@ -156,15 +151,24 @@ def make_partition(
     kind: PartitionKind = "spectral",
     scores_of: Callable[[Tensor, bool], tuple[Tensor, Tensor]] = spectral_scores,
 ) -> Blocks:
-    """Partition of `weight` (out_features, in_features) into `num_blocks` aligned blocks.
+    """Partition `weight` into `num_blocks` aligned blocks.
 
-    `spectral` sorts by spectral score, `contiguous` cuts the natural order (MELoRA's), `random` shuffles with torch's
-    global generator. `scores_of` is `spectral_scores` or a cache of it. Where a cut falls between two scores
-    that float32 cannot tell apart, the weight is decomposed again, precisely, so that the same weight gets the same
-    blocks whatever the device and the number of threads.
+    If float32 can't separate the two scores at a cut, the weight is decomposed again in float64. So a weight gets the
+    same blocks on every device and with any number of threads.
+
+    Args:
+        weight: (out_features, in_features), any floating dtype.
+        num_blocks: K.
+        kind: "spectral" sorts by spectral score, "contiguous" cuts the natural order (as MELoRA does), "random"
+            shuffles with torch's global generator.
+        scores_of: `spectral_scores`, or a cache of it.
+
+    Returns:
+        The blocks, with labels on the weight's device.
 
     Raises:
-        PartitionError: K is not between 1 and min(out_features, in_features, 255).
+        PartitionError: K is not between 1 and min(out_features, in_features, 255), or the weight has NaN or infinite
+            entries.
     """
     out_features, in_features = weight.shape
     check_num_blocks(num_blocks, out_features, in_features)

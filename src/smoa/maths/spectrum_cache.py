@@ -1,7 +1,7 @@
-"""Scores that have been computed once: kept in memory, and on disk if asked, keyed by the weight's content.
+"""Caches spectral scores in memory, and on disk if asked, by a hash of the weight's content.
 
-A second adapter on the same weight, also with another K, costs no decomposition. With the environment variable
-`SMOA_SPECTRUM_CACHE` set to a folder neither does the next process.
+A second adapter on the same weight needs no decomposition, whatever its K. If the environment variable
+`SMOA_SPECTRUM_CACHE` names a folder, the next process needs none either.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from smoa.maths.spectrum import spectral_scores
 
 CACHE_VARIABLE = "SMOA_SPECTRUM_CACHE"
 MEMORY_LIMIT = 64 << 20
-"""Bytes of scores kept in memory; 4(m+n) a weight, 8 MB for the 160 weights of a Llama-3-8B adapter."""
+"""Bytes of scores kept in memory. A weight takes 4(m+n), the 160 weights of a Llama-3-8B adapter take 8 MB."""
 VERSION = "2"
-"""Part of the key: changes when the scores of a weight change."""
+"""Part of the key, to be increased when a change of the code changes the scores of a weight."""
 
 _memory: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
 
 
 def cached_spectral_scores(weight: Tensor, precise: bool = False) -> tuple[Tensor, Tensor]:
-    """`spectral_scores(weight, precise)`, from memory or disk if this very content has been seen before."""
+    """`spectral_scores(weight, precise)`, from memory or disk if a weight of equal content was decomposed before."""
     key = _content_key(weight, precise)
     scores = _memory.get(key) or _read(key, weight)
     if scores is None:
@@ -72,7 +72,7 @@ def _read(key: str, weight: Tensor) -> tuple[Tensor, Tensor] | None:
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError):
-        return None  # an unreadable entry is computed and written anew
+        return None  # an unreadable entry is computed and written again
     rows, cols = tensors.get("row_scores"), tensors.get("col_scores")
     if rows is None or cols is None or (len(rows), len(cols)) != tuple(weight.shape):
         return None
@@ -87,4 +87,4 @@ def _write(key: str, scores: tuple[Tensor, Tensor]) -> None:
         with new_file(path) as temporary:
             save_file({"row_scores": scores[0].contiguous(), "col_scores": scores[1].contiguous()}, temporary)
     except (OSError, SafetensorError) as error:
-        warnings.warn(f"{CACHE_VARIABLE}: can't keep scores in {path.parent} ({error})", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"{CACHE_VARIABLE}: can't write scores to {path.parent} ({error})", RuntimeWarning, stacklevel=2)

@@ -2,8 +2,8 @@ r"""The update ΔW of one layer, the central object of the method:
 
     ΔW[I_k, J_k] = s_k·(B_k A_k) ⊙ M_k,   zero off the diagonal blocks   (arXiv:2605.21147)
 
-M is the frozen weight W, or what another modulation puts there. `delta` gives ΔW itself; `apply` and `apply_with_base`
-give `x ΔWᵀ` and `x(W + ΔW)ᵀ + b` without forming it. All three agree, and the scale is applied in `Factors` alone.
+M is the frozen weight W, or the anchor of another modulation. `delta` forms ΔW. `apply` computes `x ΔWᵀ` and
+`apply_with_base` computes `x(W + ΔW)ᵀ + b`, both without forming ΔW. All three agree. Only `Factors` applies the scale.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Update:
     modulation: Modulation = MODULATIONS["hadamard"]
 
     def anchor(self, weight: Tensor) -> Tensor | None:
-        """M (out_features, in_features) for the pristine weight; None where nothing modulates."""
+        """M (out_features, in_features), made from the pristine weight; None without modulation."""
         return self.modulation.anchor(weight, self.factors.blocks)
 
     def delta(self, weight: Tensor) -> Tensor:
@@ -52,17 +52,23 @@ class Update:
         return operators.branch(self.factors, x, anchor)
 
     def apply_with_base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """`x(W + ΔW)ᵀ + b` in one product, where M is W; differentiable in x, A, B and bias.
+        """`x(W + ΔW)ᵀ + b` in one product, for M = W; differentiable in x, A, B and bias.
 
-        For float32 and float64 alone: in 16 bits `W(1 + δ)` rounds a small δ away.
+        For float32 and float64 only: in 16 bits `W(1 + δ)` rounds a small δ away.
         """
         return operators.fused(self.factors, x, weight, bias)
 
     def gradients(self, g: Tensor, x: Tensor, weight: Tensor, needs_x: bool) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Gradients of `apply` for x (None unless `needs_x`), A and B, from that of its output.
+        """Gradients of `apply` for x (None unless `needs_x`), A and B, given the gradient g of its output.
 
-        For layers whose weight is formed anew for the backward.
+        For layers that dequantize the weight again for the backward.
+
+        Args:
+            g: (…, out_features).
+            x: (…, in_features).
+            weight: Pristine W (out_features, in_features).
+            needs_x: Whether to compute the gradient for x.
         """
         anchor = self.anchor(weight)
-        assert anchor is not None, "without an anchor autograd needs no weight"
+        assert anchor is not None, "without an anchor, autograd computes the gradients"
         return operators.branch_gradients(self.factors, g, x, anchor, needs_x)

@@ -1,8 +1,9 @@
-"""`blocks_from_spectrum`: how many blocks each layer gets.
+"""`blocks_from_spectrum`: chooses the number of blocks of each layer.
 
-K of a layer is in proportion to the share of its spectrum that is in use, `erank(W) / min(m, n)`, and `num_blocks` is
-what a layer of average share gets. erank is the effective rank of Roy and Vetterli (2007): exp of the entropy of the
-normalised singular values. A block's rank stays, so a layer of more blocks gets more rank for the same parameters.
+A layer's K is proportional to the used share of its spectrum, `erank(W) / min(m, n)`. A layer of average share gets
+`num_blocks`. erank is the effective rank of Roy and Vetterli (2007): exp of the entropy of the normalized singular
+values. The rank of a block does not change, so a layer with more blocks gets more rank for the same number of
+parameters.
 """
 
 from __future__ import annotations
@@ -20,7 +21,12 @@ from smoa.maths.spectrum import squarable
 
 
 def choose_blocks(weights: Mapping[str, Callable[[], Tensor]], num_blocks: int) -> dict[str, int]:
-    """K of each layer by name, from its weight (m, n), which is asked for once and not kept.
+    """Choose K of each layer, by name.
+
+    Args:
+        weights: Functions that return the weight (out_features, in_features) of each layer, by name. Each is called
+            once, and its weight is not kept.
+        num_blocks: K of a layer of average share.
 
     Raises:
         PartitionError: a weight is on the meta device, or has NaN or infinite entries.
@@ -39,7 +45,7 @@ def choose_blocks(weights: Mapping[str, Callable[[], Tensor]], num_blocks: int) 
 
 
 def _used_share(weight: Tensor) -> float:
-    """The effective rank of a weight as a share of its smaller side."""
+    """Effective rank of a weight, divided by its smaller side."""
     if weight.device.type == "meta":
         raise PartitionError("blocks_from_spectrum needs the base weights; load them before the adapter is added")
     W = squarable(weight)

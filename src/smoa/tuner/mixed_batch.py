@@ -1,4 +1,4 @@
-"""`adapter_names=[…]`: another adapter for each sample of one batch, as PEFT's LoRA has it."""
+"""`adapter_names=[…]`: an adapter for each sample of a batch, as in PEFT's LoRA."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ BASE = "__base__"
 
 @contextmanager
 def adapter_names_hooks(tuner: BaseTuner, kwargs: dict[str, Any]) -> Iterator[None]:
-    """Take `adapter_names` out of `kwargs` and hand it to every adapted layer while the context is open.
+    """Remove `adapter_names` from `kwargs`, and pass it to every adapted layer while the context is open.
 
     Raises:
-        ValueError: the model is training, or a name is neither an adapter nor "__base__".
+        ValueError: the model is in training mode, or a name is neither an adapter nor "__base__".
     """
     adapter_names = kwargs.pop("adapter_names", None)
     if adapter_names is None:
@@ -33,7 +33,7 @@ def adapter_names_hooks(tuner: BaseTuner, kwargs: dict[str, Any]) -> Iterator[No
     handles = []
     for module in tuner.modules():
         if isinstance(module, (SmoaLayer, AuxiliaryTrainingWrapper)):
-            # beam search repeats every sample, but not for the encoder
+            # beam search repeats every sample, except in the encoder
             repeats = 1 if module in encoder_modules else beams
             names = [name for name in adapter_names for _ in range(repeats)]
             handles.append(module.register_forward_pre_hook(_inject(names), with_kwargs=True))
@@ -57,7 +57,7 @@ def _check_names(tuner: BaseTuner, adapter_names: list[str]) -> None:
     known = {BASE} | {name for module in tuner.modules() if isinstance(module, SmoaLayer) for name in module.smoa_A}
     unknown = sorted(set(adapter_names) - known)
     if unknown:
-        raise ValueError(f"adapter_names has unknown {unknown}; there are {sorted(known)}")
+        raise ValueError(f"adapter_names: unknown adapters {unknown}; use some of {sorted(known)}")
 
 
 def _encoder(model: nn.Module) -> nn.Module | None:

@@ -26,7 +26,7 @@ from smoa.files.save_id import new_id, with_id, without_id
 from smoa.layers.distributed import from_rank_zero, refuse_writing, with_plain_names
 from smoa.layers.layer import SmoaLayer
 from smoa.layers.linear import Linear
-from smoa.layers.quantized import QuantizedLinear, requantisation_reported
+from smoa.layers.quantized import QuantizedLinear, requantization_reported
 from smoa.layers.undo import refuse_shared
 from smoa.tuner.block_choice import choose_blocks
 from smoa.tuner.combining import Combination, check_combination, check_same_labels, combined_config, fill_combined
@@ -207,7 +207,7 @@ class SmoaModel(BaseTuner):
         """PEFT's `merge_adapter`; with `safe_merge` every layer is checked before the first one is changed."""
         if safe_merge:
             self._check_all_finite(adapter_names)
-        with requantisation_reported(self.model):
+        with requantization_reported(self.model):
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(
@@ -219,7 +219,7 @@ class SmoaModel(BaseTuner):
     ) -> Any:
         if merge and safe_merge:
             self._check_all_finite(adapter_names)
-        with requantisation_reported(self.model):
+        with requantization_reported(self.model):
             return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def add_weighted_adapter(

@@ -179,7 +179,7 @@ def test_a_model_prepared_for_kbit_training_learns(tmp_path: Path) -> None:
     assert {name: bits for name, bits in stored_bits(model).items() if ".smoa_" not in name} == frozen
 
 
-def test_the_projections_of_gpt2_are_quantised_and_adapted_too(tmp_path: Path) -> None:
+def test_the_projections_of_gpt2_are_quantized_and_adapted_too(tmp_path: Path) -> None:
     model = adapted_model(quantized_model(tmp_path, "gpt2"), target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
     layer = layers_of(model)[0]
     x = torch.randn(5, layer.in_features)

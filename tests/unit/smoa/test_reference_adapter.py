@@ -41,7 +41,7 @@ def test_the_reference_equals_a_start_trained_on_other_weights(tiny_llama: PreTr
     get_peft_model(tiny_llama, config).save_pretrained(tmp_path)
     other = tiny_models.build("llama")
     with torch.no_grad():
-        for parameter in other.parameters():  # as after quantisation: another spectrum, so other blocks if computed
+        for parameter in other.parameters():  # as after quantization: another spectrum, so other blocks if computed
             parameter.add_(0.1 * torch.randn_like(parameter))
     model = PeftModel.from_pretrained(other, tmp_path, is_trainable=True).eval()
     copy_as_trl_does(model)

@@ -1,7 +1,8 @@
-r"""`x ΔWᵀ` apart from the base layer, block by block: 2 + 3/K products a training step together with the base's.
+r"""Computes `x ΔWᵀ` apart from the base layer, block by block.
 
-For bfloat16 and float16 weights, where `W(1 + δ)` would round a small δ away, for dropout, and for a base layer with a
-forward of its own. The backward needs x, the factors and the (frozen, shared) anchor, and per block
+Used for bfloat16 and float16 weights, where `W(1 + δ)` would round a small δ away, with dropout, and for base layers
+with a forward of their own. A training step takes 2 + 3/K products, the base layer's included. The backward needs x,
+the factors and the anchor (frozen, shared with the base layer). It computes for each block
 
     G_k = s·(g[:, I_k]ᵀ x[:, J_k]) ⊙ M_k,   dB_k = G_k A_kᵀ,   dA_k = B_kᵀ G_k,   gx[:, J_k] = g[:, I_k] ΔW_k.
 
@@ -34,7 +35,7 @@ def branch_forward(factors: Factors, x: Tensor, anchor: Tensor) -> Tensor:
 def branch_backward(
     factors: Factors, g: Tensor, x: Tensor, anchor: Tensor, needs_x: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `x ΔWᵀ` for x (if asked), A and B, from the diagonal blocks of gᵀx alone."""
+    """Gradients of `x ΔWᵀ` for x (empty unless `needs_x`), A and B, from the diagonal blocks of gᵀx."""
     orders, wide, scale = factors.blocks.orders, factors.wide(), factors.scale(factors.dtype)
     grad_A, grad_B = torch.zeros_like(wide.A), torch.zeros_like(wide.B)
     dtype, product_dtype = x.dtype, _product_dtype(x)
@@ -57,7 +58,11 @@ def branch_backward(
 
 
 def _anchor_chunks(factors: Factors, anchor: Tensor) -> Iterator[tuple[slice, slice, slice, slice, Tensor]]:
-    """Runs of rows of the anchors `M_k = M[I_k, J_k]`: (sorted rows, rows within the block, cols, ranks, entries)."""
+    """Chunks of rows of the anchors `M_k = M[I_k, J_k]`.
+
+    Yields slices of the sorted rows, of the rows within the block, of the sorted columns and of the ranks, then the
+    chunk's entries of M_k.
+    """
     for rows, cols, ranks in factors.slots():
         for chunk in chunks(rows.start, rows.stop, anchor.shape[1], anchor.device):
             size, width = chunk.stop - chunk.start, cols.stop - cols.start

@@ -1,7 +1,7 @@
-"""`x(W + ΔW)ᵀ + b` as one product, for float32 and float64 weights: 2 + 1/K products a training step.
+"""Computes `x(W + ΔW)ᵀ + b` as one product, for float32 and float64 weights.
 
-W + ΔW is formed a chunk of rows at a time and dropped; the backward forms it again. x and g are (tokens, features).
-W is (out_features, in_features), of any strides.
+A training step takes 2 + 1/K products. W + ΔW is formed one chunk of rows at a time and not kept; the backward forms it
+again. x and g are (tokens, features). W is (out_features, in_features), with any strides.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from smoa.maths.kernels.branch import branch_backward
 from smoa.maths.kernels.scratch import SCRATCH, chunks
 
 MASK_COST = 64
-"""What masking one entry costs, in multiplications of a matrix product (measured: docs/experiment-log.md)."""
+"""Cost of masking one entry, in multiplications of a matrix product (measured: docs/experiment-log.md)."""
 
 
 def fused_forward(factors: Factors, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -33,7 +33,7 @@ def fused_forward(factors: Factors, x: Tensor, weight: Tensor, bias: Tensor | No
 def fused_backward(
     factors: Factors, g: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_factors: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `x(W + ΔW)ᵀ` for x, A and B; those not needed are empty."""
+    """Gradients of `x(W + ΔW)ᵀ` for x, A and B. Those that are not needed are empty."""
     grad_x, grad_A, grad_B = x.new_empty(0), factors.A.new_empty(0), factors.B.new_empty(0)
     if needs_factors:
         _, grad_A, grad_B = branch_backward(factors, g, x, weight, False)
@@ -45,13 +45,13 @@ def fused_backward(
 
 
 def _effective_chunks(factors: Factors, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Runs of rows of `W + ΔW = W ⊙ (1 + s·B̃Ã)`, in natural order.
+    """Chunks of rows of `W + ΔW = W ⊙ (1 + s·B̃Ã)`, in natural order.
 
-    The scattered factors give zero off the diagonal blocks by themselves, at r multiplications an entry. When r is
-    large it is cheaper to stack the blocks' ranks, at max r_k an entry, and to mask.
+    The product of the scattered factors is zero off the diagonal blocks, at r multiplications per entry. For large r it
+    is cheaper to stack the blocks' ranks, at max r_k multiplications per entry, and to mask the result.
     """
     stacked = sum(factors.ranks) - max(factors.ranks) > MASK_COST
-    row_major = weight.stride(0) >= weight.stride(1)  # Conv1D's is not; keep the order in which the base layer sums
+    row_major = weight.stride(0) >= weight.stride(1)  # not so for Conv1D; sum in the base layer's order
     wide = factors.wide(weight.dtype)
     spread_a, spread_b = wide.spread_A(stacked), wide.spread_B(stacked)
     row_labels, col_labels, columns = factors.blocks.row_labels, factors.blocks.col_labels, weight.shape[1]

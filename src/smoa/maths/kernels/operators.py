@@ -1,9 +1,10 @@
 """The kernels as differentiable operators.
 
-Custom operators, not `torch.autograd.Function`s: `torch.compile` can neither break the graph at them nor decide to keep
-an m×n intermediate for the backward. Differentiating twice raises PyTorch's error that names the backward operator.
+They are custom operators and not `torch.autograd.Function`s, because then `torch.compile` neither breaks the graph at
+them nor keeps an m×n intermediate for the backward. Differentiating twice raises PyTorch's error, which names the
+backward operator.
 
-An operator's schema takes tensors and numbers: this file alone takes `Factors` apart and puts them together again.
+An operator's schema takes tensors and numbers. Only this file converts `Factors` to such fields and back.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ FIELDS = (
     "Tensor A, Tensor B, Tensor rank_scale, Tensor row_labels, Tensor col_labels, "
     "Tensor rows, Tensor rows_inverse, Tensor cols, Tensor cols_inverse, int[] ranks, float scaling"
 )
-COUNT = FIELDS.count(",") + 1
+NUM_FIELDS = FIELDS.count(",") + 1
 
 
 def _fields(factors: Factors) -> tuple[Any, ...]:
@@ -42,9 +43,9 @@ def _operator(name: str, rest: str, kernel: Callable[..., Any]) -> Any:
     """`kernel(factors, …)` as an operator that takes the fields of `factors`, then `rest`."""
 
     def without_autocast(*inputs: Any) -> Any:
-        # autocast reaches into operators written in Python; the kernels choose every dtype themselves
+        # autocast acts inside operators written in Python, but the kernels choose every dtype themselves
         with torch.autocast(inputs[0].device.type, enabled=False):
-            return kernel(_factors(inputs[:COUNT]), *inputs[COUNT:])
+            return kernel(_factors(inputs[:NUM_FIELDS]), *inputs[NUM_FIELDS:])
 
     schema = f"({FIELDS}, {rest}"
     return torch.library.custom_op(f"smoa::{name}", without_autocast, mutates_args=(), schema=schema)
@@ -65,20 +66,20 @@ _branch_backward = _operator(
 
 
 def _output_shape(*inputs: Any) -> Tensor:
-    x, weight = inputs[COUNT : COUNT + 2]
+    x, weight = inputs[NUM_FIELDS : NUM_FIELDS + 2]
     return x.new_empty(x.shape[0], weight.shape[0])  # type: ignore[no-any-return]
 
 
 def _backward_shape(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    A, B, (_, x, _, needs_x, *needs_factors) = inputs[0], inputs[1], inputs[COUNT:]
-    needs = all(needs_factors)  # what the branch is never asked without
+    A, B, (_, x, _, needs_x, *needs_factors) = inputs[0], inputs[1], inputs[NUM_FIELDS:]
+    needs = all(needs_factors)  # the branch's backward has no such argument: it always computes them
     like_A, like_B = (torch.empty_like(A), torch.empty_like(B)) if needs else (A.new_empty(0), B.new_empty(0))
     return torch.empty_like(x) if needs_x else x.new_empty(0), like_A, like_B
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.ranks, ctx.scaling = inputs[:COUNT]
-    ctx.save_for_backward(*tensors, *inputs[COUNT : COUNT + 2])
+    *tensors, ctx.ranks, ctx.scaling = inputs[:NUM_FIELDS]
+    ctx.save_for_backward(*tensors, *inputs[NUM_FIELDS : NUM_FIELDS + 2])
 
 
 def _saved(ctx: Any) -> tuple[tuple[Any, ...], Tensor, Tensor]:
@@ -87,7 +88,7 @@ def _saved(ctx: Any) -> tuple[tuple[Any, ...], Tensor, Tensor]:
 
 
 def _fused_gradients(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-    needs_A, needs_B, needs_x, needs_bias = (ctx.needs_input_grad[i] for i in (0, 1, COUNT, COUNT + 2))
+    needs_A, needs_B, needs_x, needs_bias = (ctx.needs_input_grad[i] for i in (0, 1, NUM_FIELDS, NUM_FIELDS + 2))
     fields, x, weight = _saved(ctx)
     grad_x, grad_A, grad_B = _fused_backward(*fields, g, x, weight, needs_x, needs_A or needs_B)
     grad_bias = g.sum(0) if needs_bias else None
@@ -96,13 +97,13 @@ def _fused_gradients(ctx: Any, g: Tensor) -> tuple[Any, ...]:
 
 
 def _branch_gradients(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-    needs_x = ctx.needs_input_grad[COUNT]
+    needs_x = ctx.needs_input_grad[NUM_FIELDS]
     fields, x, anchor = _saved(ctx)
     grad_x, grad_A, grad_B = _branch_backward(*fields, g, x, anchor, needs_x)
     return grad_A, grad_B, *_NO_GRADIENTS, grad_x if needs_x else None, None
 
 
-_NO_GRADIENTS = (None,) * (COUNT - 2)
+_NO_GRADIENTS = (None,) * (NUM_FIELDS - 2)
 
 for _forward, _backward, _gradients in (
     (_fused, _fused_backward, _fused_gradients),
@@ -114,13 +115,13 @@ for _forward, _backward, _gradients in (
 
 
 def fused(factors: Factors, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`x(W + ΔW)ᵀ + b` for x of any leading shape; differentiable in x, A, B and bias, not in W."""
+    """`x(W + ΔW)ᵀ + b` for x (…, in_features); differentiable in x, A, B and bias, not in W."""
     y: Tensor = _fused(*_fields(factors), x.reshape(-1, x.shape[-1]), weight, bias)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def branch(factors: Factors, x: Tensor, anchor: Tensor) -> Tensor:
-    """`x ΔWᵀ` for x of any leading shape, computed in the dtype of x; differentiable in x, A and B, not in M."""
+    """`x ΔWᵀ` for x (…, in_features), computed in the dtype of x; differentiable in x, A and B, not in M."""
     y: Tensor = _branch(*_fields(factors), x.reshape(-1, x.shape[-1]), anchor)
     return y.view(*x.shape[:-1], anchor.shape[0])
 
@@ -128,22 +129,22 @@ def branch(factors: Factors, x: Tensor, anchor: Tensor) -> Tensor:
 def branch_gradients(
     factors: Factors, g: Tensor, x: Tensor, anchor: Tensor, needs_x: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Gradients of `branch` for x (None unless `needs_x`), A and B, from that of its output."""
+    """Gradients of `branch` for x (None unless `needs_x`), A and B, given the gradient g of its output."""
     flat_g, flat_x = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
     grad_x, grad_A, grad_B = _branch_backward(*_fields(factors), flat_g, flat_x, anchor, needs_x)
     return grad_x.view(x.shape) if needs_x else None, grad_A, grad_B
 
 
 def is_transformed(*tensors: Tensor) -> bool:
-    """True inside `torch.func` transforms, which don't reach into custom operators."""
+    """Whether a `torch.func` transform is active, which custom operators do not support."""
     if torch.compiler.is_compiling():
         return False
     return any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # PyTorch's is not annotated
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # PyTorch has no annotation here
 def multiplies_exactly(device_type: str) -> bool:
-    """Whether products of float32 matrices keep all 24 bits; a compiled model keeps the answer of its first call."""
+    """Whether products of float32 matrices keep all 24 bits. A compiled model keeps the answer of its first call."""
     if not hasattr(torch.backends, "fp32_precision"):  # before PyTorch 2.9
         return torch.get_float32_matmul_precision() == "highest"
     backend = torch.backends.mkldnn if device_type == "cpu" else torch.backends.cuda

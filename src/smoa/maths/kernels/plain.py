@@ -1,4 +1,4 @@
-"""`x ΔWᵀ` in PyTorch's own differentiable operations, which every transform and derivative goes through."""
+"""Computes `x ΔWᵀ` with PyTorch's own operations, for transforms and second derivatives."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from smoa.maths.factors import Factors
 
 
 def plain_branch(factors: Factors, x: Tensor, anchor: Tensor | None) -> Tensor:
-    """`x ΔWᵀ` (…, out_features), without modulation when `anchor` is None.
+    """`x ΔWᵀ`: (…, out_features), without modulation if `anchor` is None.
 
-    With an anchor autograd keeps the K modulated blocks, 1/K of W, and differentiates the anchor too.
+    With an anchor, autograd keeps the K modulated blocks, 1/K of W, and also differentiates the anchor.
     """
     blocks = factors.blocks
     x = x.index_select(-1, blocks.orders.cols)

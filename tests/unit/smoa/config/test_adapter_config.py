@@ -295,7 +295,7 @@ def test_using_an_adapter_on_the_meta_device_is_refused_clearly() -> None:
             model(torch.randn(2, 8))
 
 
-class QuantisedLinear(nn.Linear):
+class QuantizedLinear(nn.Linear):
     """As bitsandbytes has it: a Linear whose weight holds integers."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
@@ -303,9 +303,9 @@ class QuantisedLinear(nn.Linear):
         self.weight = nn.Parameter(torch.zeros(out_features, in_features, dtype=torch.int8), requires_grad=False)
 
 
-def test_a_quantised_layer_is_refused_by_name() -> None:
-    with pytest.raises(UnsupportedModuleError, match=r"layer: .*quantised weight of a .*QuantisedLinear"):
-        get_peft_model(Wrapper(QuantisedLinear(8, 8)), SmoaConfig(target_modules=["layer"]))
+def test_a_quantized_layer_is_refused_by_name() -> None:
+    with pytest.raises(UnsupportedModuleError, match=r"layer: .*quantized weight of a .*QuantizedLinear"):
+        get_peft_model(Wrapper(QuantizedLinear(8, 8)), SmoaConfig(target_modules=["layer"]))
 
 
 def test_a_saved_config_read_as_json_is_what_was_saved(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What is refused, and what is left of quantisation, where a model is merged in memory."""
+"""What is refused, and what is left of quantization, where a model is merged in memory."""
 
 from __future__ import annotations
 

@@ -101,11 +101,11 @@ def test_an_index_that_names_a_missing_file_is_refused(source: Path, target: Pat
     write_checkpoint(target, checkpoint.entries, checkpoint.read, 40)
     lost = next(target.glob("*.safetensors"))
     lost.unlink()
-    with pytest.raises(MergeError, match=f"names {lost.name}, which is missing; download it again"):
+    with pytest.raises(MergeError, match=f"names {lost.name}, which is missing; download the checkpoint again"):
         Checkpoint(target)
 
 
-def test_a_folder_without_weights_is_recognised(source: Path, target: Path) -> None:
+def test_a_folder_without_weights_is_recognized(source: Path, target: Path) -> None:
     assert has_safetensors(source)
     assert not has_safetensors(target)
 

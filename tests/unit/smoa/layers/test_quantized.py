@@ -1,4 +1,4 @@
-"""Quantized layers: the oracle on the dequantised weight, nothing dense kept, merged as PEFT does, undone bit for bit.
+"""Quantized layers: the oracle on the dequantized weight, nothing dense kept, merged as PEFT does, undone bit for bit.
 
 bitsandbytes is always there; torchao and HQQ are tested where they are installed.
 """
@@ -47,7 +47,7 @@ def _one_layout(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_partition_is_that_of_the_dequantised_weight(kind: str) -> None:
+def test_the_partition_is_that_of_the_dequantized_weight(kind: str) -> None:
     layer = adapted(quantized_layer(kind))
     assert isinstance(layer, QuantizedLinear)
     assert labels(layer) == reference.spectral_labels(weight_of(layer), 3)
@@ -55,7 +55,7 @@ def test_the_partition_is_that_of_the_dequantised_weight(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("modulation", ["hadamard", "none"])
-def test_values_and_gradients_are_the_oracles_on_the_dequantised_weight(kind: str, modulation: str) -> None:
+def test_values_and_gradients_are_the_oracles_on_the_dequantized_weight(kind: str, modulation: str) -> None:
     base = quantized_layer(kind)
     layer = adapted(base, modulation=modulation).train()
     x, gradient = torch.randn(2, 5, 64, requires_grad=True), torch.randn(2, 5, 24)
@@ -97,7 +97,7 @@ def test_nothing_of_the_weights_size_is_kept_for_the_backward(kind: str, monkeyp
     assert dense[0]() is None
     assert max(sizes) < 96 * 128 // 3
     y.sum().backward()
-    assert len(dense) == 2  # dequantised again
+    assert len(dense) == 2  # dequantized again
     assert dense[1]() is None
 
 
@@ -197,11 +197,11 @@ def parts_of(layer: SmoaLayer) -> tuple[list[Tensor], list[Tensor]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_merged_layer_is_the_requantised_sum(kind: str) -> None:
+def test_the_merged_layer_is_the_requantized_sum(kind: str) -> None:
     base = quantized_layer(kind)
     layer = adapted(base)
     exact = weight_of(layer) + delta_of(layer)
-    step = requantisation_step(kind, exact)
+    step = requantization_step(kind, exact)
     layer.merge()
     assert ((layer.base_weight().double() - exact).abs() <= step).all()
     x = torch.randn(5, 64)
@@ -209,14 +209,14 @@ def test_the_merged_layer_is_the_requantised_sum(kind: str) -> None:
     assert layer.get_base_layer().bias is base.bias
 
 
-def requantisation_step(kind: str, weight: Tensor) -> Tensor:
-    """An upper bound of what quantising `weight` once more changes: half the widest gap of the code, of each block."""
+def requantization_step(kind: str, weight: Tensor) -> Tensor:
+    """An upper bound of what quantizing `weight` once more changes: half the widest gap of the code, of each block."""
     peak = weight.abs().reshape(len(weight), -1, 64).amax(-1, keepdim=True).expand(-1, -1, 64).reshape(weight.shape)
     return {"int8": 0.5 / 127, "torchao": 0.5 / 127, "hqq": 0.25}.get(kind, 0.2) * peak + 1e-3
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_unmerging_puts_back_every_quantised_byte(kind: str) -> None:
+def test_unmerging_puts_back_every_quantized_byte(kind: str) -> None:
     base = quantized_layer(kind)
     layer = adapted(base)
     before, x = stored_bits(base), torch.randn(5, 64)
@@ -305,15 +305,15 @@ def refused(layer: nn.Module, message: str) -> None:
 
 
 def test_an_eight_bit_float_without_a_backend_is_refused_by_name() -> None:
-    refused(Float8Linear(), r"layer: .*Float8Linear, which PEFT has no quantisation backend for; quantise with")
+    refused(Float8Linear(), r"layer: .*Float8Linear, which PEFT has no quantization backend for; quantize with")
 
 
-def test_a_layer_that_is_not_quantised_yet_is_refused() -> None:
-    refused(bnb.nn.Linear4bit(8, 8), r"layer: .*Linear4bit that holds torch.float32: it is not quantised yet")
+def test_a_layer_that_is_not_quantized_yet_is_refused() -> None:
+    refused(bnb.nn.Linear4bit(8, 8), r"layer: .*Linear4bit that holds torch.float32: it is not quantized yet")
     refused(bnb.nn.Linear8bitLt(8, 8), r"layer: .*Linear8bitLt that holds .*has_fp16_weights=False")
 
 
-def test_a_format_that_peft_can_not_dequantise_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_format_that_peft_can_not_dequantize_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     class PackedLinear(nn.Module):
         """As GPTQ, AWQ and AQLM have it: no Linear at all."""
 
@@ -321,7 +321,7 @@ def test_a_format_that_peft_can_not_dequantise_is_refused_by_name(monkeypatch: p
 
     backend = ForwardOnlyQuantizationBackend("gptq")
     monkeypatch.setattr(quantized, "resolve_quantization_backend", lambda *_, **__: backend)
-    refused(PackedLinear(), r"layer: .*PackedLinear: PEFT can't dequantise gptq, and ΔW is relative to the weight")
+    refused(PackedLinear(), r"layer: .*PackedLinear: PEFT can't dequantize gptq, and ΔW is relative to the weight")
 
 
 def test_what_peft_refuses_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,4 +329,4 @@ def test_what_peft_refuses_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -
         raise ValueError("torchao quantized layer detected but 'get_apply_tensor_subclass' was not provided")
 
     monkeypatch.setattr(quantized, "resolve_quantization_backend", resolve)
-    refused(Float8Linear(), r"layer: SMoA can't adapt the quantised weight of a .*Float8Linear: torchao quantized")
+    refused(Float8Linear(), r"layer: SMoA can't adapt the quantized weight of a .*Float8Linear: torchao quantized")

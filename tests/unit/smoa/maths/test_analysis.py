@@ -42,5 +42,5 @@ def test_ranks_of_no_singular_values_are_zero() -> None:
 
 
 def test_another_shape_is_no_update(weight: torch.Tensor) -> None:
-    with pytest.raises(PartitionError, match=r"shape \(7, 12\) is no update of a weight of shape \(12, 7\)"):
+    with pytest.raises(PartitionError, match=r"delta_weight has shape \(7, 12\), but the weight has shape \(12, 7\)"):
         update_spectrum(weight, weight.T)

@@ -116,7 +116,7 @@ def test_a_folder_that_cannot_be_written_is_told_and_stops_nothing(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file"))
-    with pytest.warns(RuntimeWarning, match="SMOA_SPECTRUM_CACHE: can't keep scores in .*file"):
+    with pytest.warns(RuntimeWarning, match="SMOA_SPECTRUM_CACHE: can't write scores to .*file"):
         cached_spectral_scores(torch.randn(12, 10))
     assert len(decompositions) == 1
 

@@ -63,7 +63,7 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def used_share(weight: Tensor) -> float:
-    """exp of the entropy of the normalised singular values, over their number."""
+    """exp of the entropy of the normalized singular values, over their number."""
     sigma = torch.linalg.svdvals(weight.double()).tolist()
     shares = [value / sum(sigma) for value in sigma]
     return math.exp(-sum(share * math.log(share) for share in shares if share > 0)) / len(sigma)
