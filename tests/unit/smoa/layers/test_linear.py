@@ -296,6 +296,19 @@ def test_a_compiled_layer_gives_the_oracles_values_and_gradients(conv1d: bool, r
     assert_path(layer, compiled(x), x)
 
 
+def test_a_compiled_layer_drops_the_same_inputs() -> None:
+    torch.compiler.reset()
+    layer = layer_13_to_11(smoa_dropout=0.5).train()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x, gradient = inputs(2, 5), torch.randn(2, 5, 11, dtype=torch.float64)
+    found = []
+    for form in (layer, compiled):
+        torch.manual_seed(3)
+        found.append(own_gradients(layer, form(x), x, gradient))
+    for plain, own in zip(*found, strict=True):
+        assert_close(own, plain)
+
+
 def test_compiled_several_active_adapters_add_up() -> None:
     torch.compiler.reset()
     layer = layer_13_to_11()
