@@ -73,13 +73,14 @@ class SmoaModel(BaseTuner):
 
     def _take_config(self, adapter_name: str, save_id: str | None = None) -> str | None:
         """Put a copy of the adapter's config, with its id, in its place; the name of its twin, if any."""
-        given: Any = self.peft_config[adapter_name]
-        others = (name for name in self.peft_config if name != adapter_name)
-        twin = next((n for n in others if given is self.peft_config[n] or given is self._given.get(n)), None)
+        configs: dict[str, Any] = self.peft_config
+        given = configs[adapter_name]
+        others = (name for name in configs if name != adapter_name)
+        twin = next((n for n in others if given is configs[n] or given is self._given.get(n)), None)
         own = copy.deepcopy(given)
-        own.save_id = save_id or new_id(own)
+        own.save_id = save_id or (new_id(own) if twin is None else configs[twin].save_id)
         self._given = {**self._given, adapter_name: given}
-        self.peft_config[adapter_name] = own
+        configs[adapter_name] = own
         return twin
 
     def _inject(self, *args: Any, **kwargs: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -34,6 +34,9 @@ def test_the_reference_equals_the_start(tiny_llama: PreTrainedModel, partition: 
     model = get_peft_model(tiny_llama, config).eval()
     copy_as_trl_does(model)
     assert torch.equal(logits_of(model, "ref"), logits_of(model, "default"))
+    reference, start = (get_peft_model_state_dict(model, adapter_name=name) for name in ("ref", "default"))
+    assert reference.keys() == start.keys()
+    assert all(torch.equal(reference[name], start[name]) for name in start)
 
 
 def test_the_reference_equals_a_start_trained_on_other_weights(tiny_llama: PreTrainedModel, tmp_path: Any) -> None:
