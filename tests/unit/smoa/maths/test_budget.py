@@ -119,12 +119,12 @@ def test_the_rank_bound_leaves_out_blocks_without_a_rank() -> None:
 
 
 @pytest.mark.parametrize(("out_features", "in_features", "r", "num_blocks"), [(12, 18, 6, 3), (11, 13, 7, 3)])
-def test_the_bytes_of_an_adapter_are_those_of_its_factors_and_labels(
+def test_the_bytes_of_an_adapter_are_those_of_its_factors_labels_and_scales(
     out_features: int, in_features: int, r: int, num_blocks: int
 ) -> None:
     layer = adapted_layer(base_layer(out_features, in_features, dtype=torch.float32), r=r, num_blocks=num_blocks)
-    labels = layer.smoa_row_labels["default"], layer.smoa_col_labels["default"]
-    expected = sum(tensor.nbytes for tensor in (*factors(layer), *labels))
+    saved = layer.smoa_row_labels["default"], layer.smoa_col_labels["default"], layer.block_scale("default")
+    expected = sum(tensor.nbytes for tensor in (*factors(layer), *saved))
     assert adapter_bytes(out_features, in_features, r, num_blocks) == expected
 
 
@@ -136,9 +136,3 @@ def test_training_holds_the_base_the_factors_their_gradients_and_moments_and_the
     four_bit = training_memory(**counts, four_bit=True)
     assert four_bit.weights == 16384 // 2 + 16384 // 64 + 4 + 200
     assert four_bit.total - four_bit.weights == found.total - found.weights
-
-
-def test_the_bytes_of_an_adapter_are_those_of_its_state() -> None:
-    layer = adapted_layer(base_layer(17, 10, dtype=torch.float32), r=5, num_blocks=3)
-    state = {name: tensor for name, tensor in layer.state_dict().items() if not name.startswith("base_layer")}
-    assert sum(tensor.nbytes for tensor in state.values()) == adapter_bytes(17, 10, r=5, num_blocks=3)

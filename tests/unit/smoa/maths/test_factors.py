@@ -35,11 +35,11 @@ def test_shapes_are_those_of_the_largest_block(out_features: int, in_features: i
 @pytest.mark.parametrize(
     ("ranks", "message"),
     [
-        ((4, 3), r"\[4, 3\] has 2 entries, expected num_blocks=3"),
-        ((8, -1, 0), "must be non-negative integers"),
-        ((3.0, 2, 2), "must be non-negative integers"),
-        ((True, 3, 3), "must be non-negative integers"),
-        ((3, 2, 1), "sums to 6, expected r=7"),
+        ((4, 3), r"\[4, 3\] has 2 entries; give one for each of num_blocks=3"),
+        ((8, -1, 0), "must contain non-negative integers only"),
+        ((3.0, 2, 2), "must contain non-negative integers only"),
+        ((True, 3, 3), "must contain non-negative integers only"),
+        ((3, 2, 1), "sums to 6; the ranks of all blocks must sum to r=7"),
     ],
 )
 def test_block_ranks_that_break_a_rule_are_refused(ranks: Any, message: str) -> None:
