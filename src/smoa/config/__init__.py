@@ -1,4 +1,4 @@
-"""What a user says about an adapter: a value that opens no file."""
+"""The settings of an adapter."""
 
 from smoa.config.adapter_config import SmoaConfig
 

@@ -1,4 +1,4 @@
-"""SmoaConfig: what a user says about an adapter. It checks what it alone knows; the layer checks shapes."""
+"""SmoaConfig: the settings of an adapter. It checks all that needs no model; layers check shapes."""
 
 from __future__ import annotations
 
@@ -26,79 +26,73 @@ from smoa.maths.spectrum import PartitionKind
 class SmoaConfig(PeftConfig):
     """Configuration of a SMoA adapter: `ΔW[I_k, J_k] = (α/r)·(B_k A_k) ⊙ W[I_k, J_k]` (arXiv:2605.21147).
 
-    Trainable parameters of a layer: r(m+n)/K, 1/K of LoRA's at the same r.
+    Trainable parameters of a layer: r(m+n)/K, 1/K of LoRA's at the same r. Using a config does not change it: each
+    adapter has its own copy, `model.peft_config[adapter_name]`.
 
     Args:
-        r: Total rank budget, Σ r_k over the blocks.
-        num_blocks: K, at most the smaller side of every adapted weight and at most 255.
+        r: Total rank, Σ r_k over the blocks.
+        num_blocks: K, at most 255 and at most the smaller side of every adapted weight.
         num_blocks_pattern: K by module name or regular expression.
         blocks_from_spectrum: Choose the K of each layer that `num_blocks_pattern` does not name, in proportion to the
-            effective rank of its weight, with `num_blocks` for the mean. r and alpha follow K, so that a block's rank,
-            ΔW's scale and the layer's parameters stay. The adapter's own config, `model.peft_config["default"]`, has
+            effective rank of its weight; a layer of average share gets `num_blocks`. r and alpha follow K, so that the
+            rank of a block, the scale of ΔW and the layer's parameters stay the same. The adapter's own config stores
             the choices in `num_blocks_pattern`.
-        block_ranks: r_k of each block, summing to r; None splits r evenly, the remainder going to the first blocks.
-        alpha: ΔW is scaled by alpha / r; None means alpha = r. Since ΔW is also scaled by |W|, which is about 0.02,
-            alpha = r wants a learning rate 10 to 50 times LoRA's, alpha = 32·r one of about 1e-2.
+        block_ranks: r_k of each block, summing to r. None splits r evenly; the first blocks get the remainder.
+        alpha: ΔW is scaled by alpha / r; None means alpha = r. ΔW is also scaled by |W|, which is about 0.02, so
+            alpha = r needs a learning rate 10 to 50 times LoRA's, and alpha = 32·r one of about 1e-2.
         smoa_dropout: Dropout probability of the adapter's input.
-        bias: Which biases train: "none", "all" or "smoa_only" (those of adapted layers).
-        normalize_anchor: Divide alpha by the rms of each layer's weight, so that its blocks are modulated with anchors
-            of unit rms and alpha means what it means in LoRA.
-        partition: How coordinates are assigned to blocks: by "spectral" score, "contiguous" or at "random".
-        modulation: "hadamard" multiplies each block with the frozen weight, "none" does not, "noise" takes random
-            numbers of the weight's norm in its place: to measure what the weight's own entries are worth.
-        init_weights: True makes the fresh adapter a no-op (B = 0), and so does "zero_A" (A = 0, B random); False gives
-            a visible random one, for tests.
-        target_modules: As in LoRA: names, a regular expression, or "all-linear"; None takes the architecture's default.
-        exclude_modules: Names or a regular expression of modules to leave alone.
-        modules_to_save: Modules besides the adapter that are trained and saved whole.
+        bias: Biases to train: "none", "all" or "smoa_only" (those of adapted layers).
+        normalize_anchor: Divide alpha by the rms of each layer's weight. Its anchors then have unit rms, and alpha
+            means what it means in LoRA.
+        partition: How to assign coordinates to blocks: by "spectral" score, "contiguous" or at "random".
+        modulation: "hadamard" multiplies each block by the frozen weight. Ablations: "none" does not, and "noise"
+            multiplies by random numbers with the weight's norm.
+        init_weights: True starts with B = 0 and "zero_A" with A = 0, so ΔW is zero. False makes a visible random
+            update, for tests.
+        target_modules: As in LoRA: names, a regular expression, or "all-linear". None uses the architecture's default.
+        exclude_modules: Names or a regular expression of modules not to adapt.
+        modules_to_save: Modules to train and save whole, in addition to the adapter.
         layers_to_transform: Indices of the layers to adapt.
         layers_pattern: Name of the layer list, with `layers_to_transform`.
         rank_pattern: r by module name or regular expression.
         alpha_pattern: alpha by module name or regular expression.
-        fan_in_fan_out: True for layers that store (in_features, out_features), as GPT-2's Conv1D; set automatically.
-        trainable_token_indices: Token embeddings that train besides, as in LoRA.
-        normalized_alpha: Alpha by module name, in adapters of smoa 0.1 with `normalize_anchor`.
-        save_id: Made for each adapter and saved in both of its files, so that files of two adapters are told apart.
-        spectrum_blocks: K by module name in adapters of smoa 0.1: entries of `num_blocks_pattern`.
-        settings_digest: Ignored: in adapters of smoa 0.1.
-        weights_digest: Ignored: in adapters of smoa 0.1.
+        fan_in_fan_out: Weights are stored as (in_features, out_features), as in GPT-2's Conv1D. Set automatically.
+        trainable_token_indices: Token embeddings to train, as in LoRA.
+        normalized_alpha: alpha by module name, already divided by the rms, in adapters that smoa 0.1 saved with
+            `normalize_anchor`.
+        save_id: Made for each adapter and saved in both of its files, to refuse two files of different adapters.
+        spectrum_blocks: K by module name in adapters saved by smoa 0.1; added to `num_blocks_pattern`.
+        settings_digest: In adapters saved by smoa 0.1. Ignored.
+        weights_digest: In adapters saved by smoa 0.1. Ignored.
 
     Raises:
-        ConfigError: every broken rule, all in one message.
+        ConfigError: at least one rule is broken; the message lists all of them.
     """
 
-    r: int = field(default=32, metadata={"help": "Total rank budget, the sum of the blocks' ranks."})
-    num_blocks: int = field(default=2, metadata={"help": "Number of aligned spectral blocks, K."})
-    num_blocks_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "num_blocks by module name."})
-    blocks_from_spectrum: bool = field(default=False, metadata={"help": "Choose each layer's K by its spectrum."})
-    block_ranks: list[int] | None = field(default=None, metadata={"help": "Rank of each block; sums to r."})
-    alpha: float | None = field(default=None, metadata={"help": "ΔW is scaled by alpha / r; None means alpha = r."})
-    normalize_anchor: bool = field(default=False, metadata={"help": "Divide alpha by the rms of each weight."})
-    smoa_dropout: float = field(default=0.0, metadata={"help": "Dropout probability of the adapter's input."})
-    bias: Bias = field(default="none", metadata={"help": "Which biases train: none, all or smoa_only."})
-    partition: PartitionKind = field(default="spectral", metadata={"help": "spectral, contiguous or random."})
-    modulation: ModulationKind = field(default="hadamard", metadata={"help": "hadamard, none or noise."})
-    init_weights: Initialization = field(
-        default=True, metadata={"help": "True: B = 0. zero_A: A = 0. False: a random update, for tests."}
-    )
-    target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Module names, a regular expression or 'all-linear'."}
-    )
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave alone."})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved whole."})
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indices to adapt."})
-    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the layer list."})
-    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "r by module name."})
-    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "alpha by module name."})
-    fan_in_fan_out: bool = field(default=False, metadata={"help": "Weights are stored (in_features, out_features)."})
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "Token embeddings that train besides."}
-    )
+    r: int = 32
+    num_blocks: int = 2
+    num_blocks_pattern: dict[str, int] = field(default_factory=dict)
+    blocks_from_spectrum: bool = False
+    block_ranks: list[int] | None = None
+    alpha: float | None = None
+    normalize_anchor: bool = False
+    smoa_dropout: float = 0.0
+    bias: Bias = "none"
+    partition: PartitionKind = "spectral"
+    modulation: ModulationKind = "hadamard"
+    init_weights: Initialization = True
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    fan_in_fan_out: bool = False
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 
-    normalized_alpha: dict[str, float] = field(
-        default_factory=dict, metadata={"help": "alpha by module, in adapters of 0.1."}
-    )
-    save_id: str | None = field(default=None, metadata={"help": "The same in both files of a saved adapter."})
+    normalized_alpha: dict[str, float] = field(default_factory=dict)
+    save_id: str | None = None
 
     spectrum_blocks: InitVar[dict[str, int] | None] = None
     settings_digest: InitVar[object] = None
@@ -128,7 +122,7 @@ class SmoaConfig(PeftConfig):
                 setattr(self, name, _as_json(value, ordered))
 
     def _absorb(self, spectrum_blocks: dict[str, int] | None) -> list[str]:
-        """Put the choices of smoa 0.1 where they are now; the problems that they have."""
+        """Move the choices of smoa 0.1 to `num_blocks_pattern`. Return their problems."""
         problems = list(value_problems("spectrum_blocks", spectrum_blocks, dict[str, int] | None))
         if spectrum_blocks and not problems:
             if self.blocks_from_spectrum is not True:
@@ -141,7 +135,7 @@ class SmoaConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
     ) -> SmoaConfig:
-        """Read `adapter_config.json` of a folder or hub id, as PEFT does: another method's gives that method's config.
+        """Read `adapter_config.json` from a folder or the Hub. As in PEFT, another method's file gives its own config.
 
         Raises:
             ConfigError: the file breaks a rule.
@@ -154,7 +148,7 @@ class SmoaConfig(PeftConfig):
         return config
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write `adapter_config.json`, whole or not at all. The home folder in the path of a local base becomes `~`."""
+        """Write `adapter_config.json` in one step. The home folder in the path of a local base becomes `~`."""
         saved = copy.copy(self)
         saved.base_model_name_or_path = _without_home(self.base_model_name_or_path)
         with tempfile.TemporaryDirectory() as room:
@@ -162,29 +156,31 @@ class SmoaConfig(PeftConfig):
             write_whole(Path(save_directory, CONFIG_NAME), Path(room, CONFIG_NAME).read_bytes())
 
     def num_blocks_of(self, module: str) -> int:
-        """K of the module of that name."""
+        """K of a module."""
         return self.chosen_blocks_of(module) or self.num_blocks
 
     def chosen_blocks_of(self, module: str) -> int | None:
-        """K of the module of that name by `num_blocks_pattern`, None if that does not name it."""
-        if self.blocks_from_spectrum and module in self.num_blocks_pattern:  # one of hundreds, looked up at once
+        """K of a module if `num_blocks_pattern` names it, else None."""
+        if (
+            self.blocks_from_spectrum and module in self.num_blocks_pattern
+        ):  # the pattern of the first of hundreds is slow
             return self.num_blocks_pattern[module]
         found: int | None = _by_pattern(self.num_blocks_pattern, module, None)
         return found
 
     def rank_of(self, module: str) -> int:
-        """Total rank of the module of that name."""
+        """Total rank of a module."""
         r: int = _by_pattern(self.rank_pattern, module, self.r)
         return r // self.num_blocks * self.num_blocks_of(module) if self.blocks_from_spectrum else r
 
     def ranks_of(self, module: str = "", r: int | None = None) -> tuple[int, ...]:
-        """Rank of each block of the module of that name, by default of one that no pattern names; r is their sum."""
+        """Rank of each block of a module. The default name matches no pattern; r replaces the configured total."""
         if self.block_ranks is not None:
             return tuple(self.block_ranks)
         return split_rank(self.rank_of(module) if r is None else r, self.num_blocks_of(module))
 
     def alpha_of(self, module: str, r: int) -> float:
-        """Alpha of the module of that name, whose total rank is r."""
+        """Alpha of a module whose total rank is r."""
         if module in self.normalized_alpha:
             return self.normalized_alpha[module]
         alpha: float | None = _by_pattern(self.alpha_pattern, module, self.alpha)
@@ -199,14 +195,14 @@ def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
 
 
 def _as_json(value: object, ordered: bool) -> object:
-    """Lists in the place of the collections that JSON lacks; of sets only where order has no meaning."""
+    """Convert collections that JSON lacks to lists; sets only if order has no meaning."""
     if isinstance(value, (set, frozenset)) and not ordered:
         return sorted(value, key=str)
     return list(value) if isinstance(value, (tuple, range)) else value
 
 
 def _without_home(name: str | None) -> str | None:
-    """The name or path of a model with the home folder, which tells who the user is, as `~`."""
+    """The model's name or path with `~` for the home folder, which would reveal the user's name."""
     home = Path("~").expanduser()
     if name is None or home == Path(home.anchor) or not Path(name).is_relative_to(home):
         return name

@@ -1,4 +1,4 @@
-"""What makes values of SmoaConfig invalid, alone or together: each rule gives the problem in words."""
+"""Rules for the values of SmoaConfig, alone and together. Each describes its problem in words."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from functools import cache
 from typing import Any, Literal, get_type_hints
 
 from smoa.config.types import fits, in_words, shortened
-from smoa.errors import ConfigError
 from smoa.maths.blocks import MAX_BLOCKS
-from smoa.maths.factors import check_block_ranks
 
 Bias = Literal["none", "all", "smoa_only"]
 Rule = tuple[Callable[[Any], bool], str]
@@ -27,6 +25,7 @@ RULES: dict[str, Rule] = {
     "num_blocks": BLOCKS,
     "num_blocks_pattern": BLOCKS,
     "spectrum_blocks": BLOCKS,
+    "block_ranks": (lambda n: n >= 0, "a non-negative integer"),
     "alpha": POSITIVE,
     "alpha_pattern": POSITIVE,
     "normalized_alpha": POSITIVE,
@@ -34,14 +33,14 @@ RULES: dict[str, Rule] = {
     "layers_to_transform": INDEX,
     "trainable_token_indices": INDEX,
 }
-"""What a value, or each of a list or mapping, must be besides its type."""
+"""The range of a value, or of each value in a list or mapping."""
 EXPRESSIONS = ("target_modules", "exclude_modules", "layers_pattern")
 PATTERNS = ("rank_pattern", "alpha_pattern", "num_blocks_pattern")
 CHECKED_BY_PEFT = ("task_type", "peft_type", "peft_version")
 
 
 def config_problems(config: Any) -> list[str]:
-    """All problems of single values or, where there are none, of values together."""
+    """All problems of single values or, if there are none, of combinations."""
     hints = _hints(config.__class__)
     names = [field.name for field in fields(config) if field.name not in CHECKED_BY_PEFT]
     found = [problem for name in names for problem in value_problems(name, getattr(config, name), hints[name])]
@@ -54,7 +53,7 @@ def _hints(config: type) -> dict[str, Any]:
 
 
 def value_problems(name: str, value: Any, hint: Any) -> Iterator[str]:
-    """The problems of one value: its type or, where that is right, what its rule says."""
+    """The problems of one value: its type or, if that is right, its range and syntax."""
     if not fits(value, hint):
         yield f"{name}={shortened(value)} must be {in_words(hint)}"
         return
@@ -67,7 +66,7 @@ def value_problems(name: str, value: Any, hint: Any) -> Iterator[str]:
 
 
 def _entries(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """The numbers in a value, each with its place."""
+    """The numbers in a value and their places."""
     if isinstance(value, (list, Mapping)):
         items = value.items() if isinstance(value, Mapping) else enumerate(value)
         for key, inner in items:
@@ -78,7 +77,7 @@ def _entries(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 def _expressions(name: str, value: Any) -> list[str]:
     if name in PATTERNS:
-        return [*value, *(rf"(.*\.)?({key})$" for key in value)]  # by itself, and as PEFT uses it
+        return [*value, *(rf"(.*\.)?({key})$" for key in value)]  # alone, and as PEFT uses it
     if name not in EXPRESSIONS or value is None:
         return []
     if isinstance(value, str):
@@ -113,15 +112,16 @@ def _block_rank_problems(config: Any) -> Iterator[str]:
         if getattr(config, name):
             yield f"block_ranks and {name} can't be combined: block_ranks fits one r and one K; drop one of them"
             return
-    try:
-        check_block_ranks(tuple(config.block_ranks), config.r, config.num_blocks)
-    except ConfigError as error:
-        yield str(error)
+    ranks, total = config.block_ranks, sum(config.block_ranks)
+    if len(ranks) != config.num_blocks:
+        yield f"block_ranks={ranks} has {len(ranks)} entries; give one for each of num_blocks={config.num_blocks}"
+    elif total != config.r:
+        yield f"block_ranks={ranks} sums to {total}; the ranks of all blocks must sum to r={config.r}"
 
 
 def _spectrum_problems(config: Any) -> Iterator[str]:
     if config.block_ranks is not None:
-        yield "blocks_from_spectrum decides about blocks itself; drop block_ranks"
+        yield "blocks_from_spectrum chooses the blocks itself; drop block_ranks"
     uneven = [r for r in (config.r, *config.rank_pattern.values()) if r % config.num_blocks]
     if uneven:
         yield f"blocks_from_spectrum needs num_blocks={config.num_blocks} to divide every r, found {uneven[0]}"

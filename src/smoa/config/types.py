@@ -1,4 +1,4 @@
-"""Checks a value against the type in its field's annotation, and puts that type into words."""
+"""Checks a value against its field's annotation, and describes the annotation in words."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MANY = {int: "integers", float: "numbers", str: "strings"}
 
 
 def fits(value: object, hint: Any) -> bool:
-    """Whether a value is of the annotated type. An int is a float as well; a bool is neither."""
+    """Whether a value has the annotated type. An int is also a float; a bool is neither."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return any(fits(value, one) for one in inner)
@@ -33,7 +33,7 @@ def fits(value: object, hint: Any) -> bool:
 
 
 def in_words(hint: Any) -> str:
-    """The annotated type as an error message names it."""
+    """The annotated type in words, for an error message."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return " or ".join(in_words(one) for one in inner)
@@ -51,6 +51,6 @@ def _plural(hint: Any) -> str:
 
 
 def shortened(value: object) -> str:
-    """A value for an error message."""
+    """The value as text, cut after 100 characters."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:100]}…"

@@ -16,7 +16,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from smoa.errors import ConfigError
 from smoa.maths.blocks import Blocks, block_sizes, slices
 
 Initialization = bool | Literal["zero_A"]
@@ -25,18 +24,6 @@ Initialization = bool | Literal["zero_A"]
 def split_rank(r: int, num_blocks: int) -> tuple[int, ...]:
     """Ranks of the blocks if r is split evenly; the first blocks get the remainder."""
     return block_sizes(r, num_blocks)
-
-
-def check_block_ranks(ranks: tuple[int, ...], r: int, num_blocks: int) -> None:
-    """Raise ConfigError unless `ranks` has one non-negative integer for each block and sums to r."""
-    if len(ranks) != num_blocks:
-        raise ConfigError(
-            f"block_ranks={list(ranks)} has {len(ranks)} entries; give one for each of num_blocks={num_blocks}"
-        )
-    if any(type(rank) is not int or rank < 0 for rank in ranks):
-        raise ConfigError(f"block_ranks={list(ranks)} must contain non-negative integers only")
-    if sum(ranks) != r:
-        raise ConfigError(f"block_ranks={list(ranks)} sums to {sum(ranks)}; the ranks of all blocks must sum to r={r}")
 
 
 def factor_shapes(out_features: int, in_features: int, ranks: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -45,7 +45,7 @@ from tests.support.layers import Wrapper
         ({"r": 8, "num_blocks": 2, "block_ranks": [8]}, r"block_ranks=\[8\].*num_blocks=2"),
         ({"r": 8, "num_blocks": 2, "block_ranks": [4, 2, 2]}, r"block_ranks=\[4, 2, 2\].*num_blocks=2"),
         ({"r": 8, "num_blocks": 2, "block_ranks": [4, 5]}, r"block_ranks=\[4, 5\].*9.*r=8"),
-        ({"r": 8, "num_blocks": 2, "block_ranks": [9, -1]}, r"block_ranks=\[9, -1\]"),
+        ({"r": 8, "num_blocks": 2, "block_ranks": [9, -1]}, r"block_ranks\[1\]=-1 must be a non-negative"),
         ({"r": 8, "num_blocks": 2, "block_ranks": [7.5, 0.5]}, r"block_ranks=\[7\.5, 0\.5\]"),
         ({"r": 8, "num_blocks": 2, "block_ranks": 8}, r"block_ranks"),
         ({"alpha": 0}, r"alpha=0\b"),

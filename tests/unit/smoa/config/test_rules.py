@@ -69,6 +69,10 @@ def test_a_value_of_a_wrong_type_is_refused_by_its_name_and_file(setting: str, v
             "integers or null",
         ),
         ("trainable_token_indices", {"a": [3, -1]}, "trainable_token_indices['a'][1]=-1 must be an index from 0 on"),
+        ("block_ranks", [9, -1], "block_ranks[1]=-1 must be a non-negative integer"),
+        ("block_ranks", [True, 3], "block_ranks=[True, 3] must be a list of integers or null"),
+        ("block_ranks", [32], "block_ranks=[32] has 1 entries; give one for each of num_blocks=2"),
+        ("block_ranks", [3, 4], "block_ranks=[3, 4] sums to 7; the ranks of all blocks must sum to r=32"),
         ("target_modules", "(", "target_modules: '(' is not a regular expression"),
     ],
 )
@@ -130,3 +134,7 @@ def test_every_setting_has_wrong_values_in_this_test() -> None:
 def test_a_pattern_of_layers_without_their_indices_is_refused() -> None:
     with pytest.raises(ConfigError, match="layers_pattern='h' has no effect"):
         SmoaConfig(layers_pattern="h")
+
+
+def test_block_ranks_may_be_unequal_and_zero() -> None:
+    assert SmoaConfig(r=7, num_blocks=3, block_ranks=[7, 0, 0]).ranks_of() == (7, 0, 0)

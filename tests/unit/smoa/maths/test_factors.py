@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from smoa.errors import ConfigError
-from smoa.maths.factors import check_block_ranks, factor_shapes, init_factors, split_rank
+from smoa.maths.factors import factor_shapes, init_factors, split_rank
 from tests import reference
 from tests.support.tolerance import assert_close
 from tests.support.updates import CASES, Problem, problem
@@ -30,25 +29,6 @@ def test_a_rank_is_split_evenly_with_the_remainder_to_the_first_blocks(r: int, n
 def test_shapes_are_those_of_the_largest_block(out_features: int, in_features: int, ranks: tuple[int, ...]) -> None:
     expected = reference.factor_shapes(out_features, in_features, len(ranks), sum(ranks))
     assert factor_shapes(out_features, in_features, ranks) == expected
-
-
-@pytest.mark.parametrize(
-    ("ranks", "message"),
-    [
-        ((4, 3), r"\[4, 3\] has 2 entries; give one for each of num_blocks=3"),
-        ((8, -1, 0), "must contain non-negative integers only"),
-        ((3.0, 2, 2), "must contain non-negative integers only"),
-        ((True, 3, 3), "must contain non-negative integers only"),
-        ((3, 2, 1), "sums to 6; the ranks of all blocks must sum to r=7"),
-    ],
-)
-def test_block_ranks_that_break_a_rule_are_refused(ranks: Any, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        check_block_ranks(ranks, 7, 3)
-
-
-def test_block_ranks_may_be_unequal_and_zero() -> None:
-    check_block_ranks((7, 0, 0), 7, 3)
 
 
 # scale and dtype
