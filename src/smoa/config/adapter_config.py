@@ -189,6 +189,10 @@ class SmoaConfig(PeftConfig):
         num_blocks = self.num_blocks_of(module) if self.blocks_from_spectrum else self.num_blocks
         return alpha * num_blocks / self.num_blocks
 
+    def normalizes(self, module: str) -> bool:
+        """Whether the block scales of a module hold 1/rms of its weight. In adapters of 0.1 its alpha does."""
+        return self.normalize_anchor and module not in self.normalized_alpha
+
 
 def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     return patterns.get(get_pattern_key(list(patterns), module), default)

@@ -68,8 +68,7 @@ class SmoaLayer(PartitionState):
         self,
         adapter_name: str,
         config: SmoaConfig,
-        ranks: tuple[int, ...],
-        alpha: float,
+        module: str = "",
         *,
         defer_partition: bool = False,
     ) -> None:
@@ -78,20 +77,21 @@ class SmoaLayer(PartitionState):
         Args:
             adapter_name: Name of the adapter.
             config: The adapter's settings.
-            ranks: Rank of each block.
-            alpha: α of the scale α/r.
+            module: Name of this layer in the model, for the patterns of the config.
             defer_partition: Don't decide the labels yet, because they are about to be loaded.
 
         Raises:
             PartitionError: K is larger than a side of the layer, or the weight has NaN or infinite entries.
         """
+        ranks = config.ranks_of(module)
         check_num_blocks(len(ranks), self.out_features, self.in_features)
         r = sum(ranks)
+        alpha = config.alpha_of(module, r)
         self.r[adapter_name], self.alpha[adapter_name], self.scaling[adapter_name] = r, alpha, alpha / r
         self.ranks[adapter_name], self.modulation[adapter_name] = ranks, config.modulation
         self.smoa_dropout[adapter_name] = nn.Dropout(config.smoa_dropout) if config.smoa_dropout else nn.Identity()
         self._add_factors(adapter_name, config.init_weights)
-        self._add_partition(adapter_name, Pending(config.partition, config.normalize_anchor), defer_partition)
+        self._add_partition(adapter_name, Pending(config.partition, config.normalizes(module)), defer_partition)
         if config.init_weights is False:  # give ΔW the same size for every scale
             with torch.no_grad():
                 self.smoa_B[adapter_name].weight.div_(self.rank_scale(adapter_name))  # type: ignore[operator]

@@ -41,8 +41,7 @@ class Linear(nn.Module, SmoaLayer):
         base_layer: nn.Module,
         adapter_name: str,
         config: SmoaConfig,
-        ranks: tuple[int, ...],
-        alpha: float,
+        module: str,
         fan_in_fan_out: bool = False,
         defer_partition: bool = False,
         backend: QuantizationBackend | None = None,
@@ -53,7 +52,7 @@ class Linear(nn.Module, SmoaLayer):
         self.register_load_state_dict_pre_hook(partition_from_state_dict)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_refresh_orders)  # type: ignore[no-untyped-call]
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config, ranks, alpha, defer_partition=defer_partition)
+        self.update_layer(adapter_name, config, module, defer_partition=defer_partition)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         with self.exact_scales():  # `.half()`, `.to(dtype)` and others call this

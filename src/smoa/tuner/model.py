@@ -140,27 +140,18 @@ class SmoaModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         backend = check_target(current_key, target, peft_config, self.model)
-        ranks = peft_config.ranks_of(current_key)
-        if not self._loads_labels:
-            peft_config.normalized_alpha.pop(current_key, None)  # of another model that the config was used for
-        alpha = peft_config.alpha_of(current_key, sum(ranks))
         if self._progress is not None:
             self._progress.update()
-        layer: SmoaLayer
+        loads = self._loads_labels
         try:
             if isinstance(target, SmoaLayer):
-                layer = target
-                layer.update_layer(adapter_name, peft_config, ranks, alpha, defer_partition=self._loads_labels)
-            else:
-                is_conv1d = isinstance(base_of(target), Conv1D)
-                layer_class = Linear if backend is None else QuantizedLinear
-                layer = layer_class(
-                    target, adapter_name, peft_config, ranks, alpha, is_conv1d, self._loads_labels, backend
-                )
+                target.update_layer(adapter_name, peft_config, current_key, defer_partition=loads)
+                return
+            is_conv1d = isinstance(base_of(target), Conv1D)
+            layer_class = Linear if backend is None else QuantizedLinear
+            layer = layer_class(target, adapter_name, peft_config, current_key, is_conv1d, loads, backend)
         except PartitionError as error:
             raise PartitionError(f"{current_key}: {error}") from None
-        if layer is target:
-            return
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)

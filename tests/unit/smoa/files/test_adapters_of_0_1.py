@@ -7,17 +7,19 @@ All values are small multiples of powers of two, so that no order of summation c
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-import smoa  # noqa: F401  (registers SMoA with PEFT)
-from smoa.layers.layer import SmoaLayer
+from smoa import SmoaConfig
+from tests.support.layers import smoa_layers
+from tests.support.tolerance import assert_close
 
 SAMPLES = Path(__file__).parents[3] / "data" / "adapters_0_1"
 CASES = sorted(file.parent.relative_to(SAMPLES).as_posix() for file in SAMPLES.rglob("adapter_config.json"))
@@ -39,12 +41,8 @@ class Base(nn.Module):
 
 
 def deltas(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
-    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, SmoaLayer))
-    return {
-        name.removeprefix("base_model.model."): layer.delta(adapter_name).detach()
-        for name, layer in layers
-        if adapter_name in layer.smoa_A
-    }
+    layers = smoa_layers(model).items()
+    return {name: layer.delta(adapter_name).detach() for name, layer in layers if adapter_name in layer.smoa_A}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -63,6 +61,22 @@ def test_an_adapter_of_0_1_saved_again_keeps_its_update(case: str, tmp_path: Pat
     again = deltas(PeftModel.from_pretrained(Base(), str(tmp_path)))
     for name, delta in deltas(model).items():
         assert torch.equal(again[name], delta)
+
+
+def test_an_adapter_of_0_1_loads_into_a_fresh_adapter_of_its_config() -> None:
+    config = SmoaConfig.from_pretrained(SAMPLES / "normalize_anchor")
+    assert config.normalized_alpha
+    model = get_peft_model(Base(), config)
+    set_peft_model_state_dict(model, load_file(SAMPLES / "normalize_anchor" / "adapter_model.safetensors"))
+    expected = load_file(SAMPLES / "normalize_anchor" / "delta.safetensors")
+    assert all(torch.equal(delta, expected[name]) for name, delta in deltas(model).items())
+
+
+def test_a_fresh_adapter_of_a_config_of_0_1_is_normalized_once() -> None:
+    config = SmoaConfig.from_pretrained(SAMPLES / "normalize_anchor")
+    models = [get_peft_model(Base(), one) for one in (config, replace(config, normalized_alpha={}))]
+    scales = [smoa_layers(model)["up"].update("default").factors.scale(torch.float32) for model in models]
+    assert_close(*scales)
 
 
 def test_several_adapters_of_0_1_load_beside_each_other() -> None:

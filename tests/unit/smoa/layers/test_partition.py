@@ -240,7 +240,7 @@ def test_weights_that_come_after_the_adapter_decide_its_partition() -> None:
 
 def test_labels_that_have_come_in_the_meantime_are_not_computed_again() -> None:
     layer = adapted_layer(base_layer(12, 8), r=4, num_blocks=2)
-    layer.update_layer("late", SmoaConfig(r=4, num_blocks=2), (2, 2), 4, defer_partition=True)
+    layer.update_layer("late", SmoaConfig(r=4, num_blocks=2), defer_partition=True)
     loaded = make_partition(torch.randn(12, 8), 2)
     layer.smoa_row_labels["late"].copy_(loaded.row_labels)
     layer.smoa_col_labels["late"].copy_(loaded.col_labels)
@@ -291,7 +291,7 @@ def test_orders_follow_the_labels(change: str) -> None:
         layer.smoa_row_labels["default"].copy_(other.smoa_row_labels["default"])
         layer.smoa_col_labels["default"].copy_(other.smoa_col_labels["default"])
     else:
-        layer.update_layer("other", SmoaConfig(r=4, num_blocks=2, partition="random"), (2, 2), 4)
+        layer.update_layer("other", SmoaConfig(r=4, num_blocks=2, partition="random"))
         layer.share_partition("other", "default")
         other = layer
     name = "other" if change == "share" else "default"

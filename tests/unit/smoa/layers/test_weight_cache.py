@@ -98,7 +98,7 @@ def test_every_change_is_seen(change: object, conv1d: bool) -> None:
     from smoa import SmoaConfig
 
     layer = adapted_layer(base_layer(12, 12, dtype=torch.float32, conv1d=conv1d), num_blocks=3)
-    layer.update_layer("other", SmoaConfig(r=4, num_blocks=2, init_weights=False), (2, 2), 4)
+    layer.update_layer("other", SmoaConfig(r=4, num_blocks=2, init_weights=False))
     layer.set_adapter("default")
     x = torch.randn(2, 12)
     with cached_weights(layer):

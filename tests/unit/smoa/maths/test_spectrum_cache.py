@@ -34,7 +34,7 @@ def decompositions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_a_second_adapter_with_another_number_of_blocks_costs_no_decomposition(decompositions: list[int]) -> None:
     layer = adapted_layer(base_layer(24, 20), num_blocks=2)
-    layer.update_layer("other", SmoaConfig(r=6, num_blocks=5), (2, 1, 1, 1, 1), 6)
+    layer.update_layer("other", SmoaConfig(r=6, num_blocks=5))
     assert len(decompositions) == 1
     expected = make_partition(layer.pristine_weight(), 5)
     assert torch.equal(layer.blocks("other").row_labels, expected.row_labels)
