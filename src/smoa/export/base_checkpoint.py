@@ -1,4 +1,4 @@
-"""The base model that a saved adapter belongs to: where it lies and which class of transformers it is."""
+"""The base model of a saved adapter: its folder, config and transformers class."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ AUTO_CLASSES = {
 }
 HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model")
-BESIDES = ("chat_template*", "generation_config.json", "*processor_config.json", "*.py")
+COMPANIONS = ("chat_template*", "generation_config.json", "*processor_config.json", "*.py")
 LEGAL = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 WEIGHTS = ("config.json", "*.safetensors", "*.safetensors.index.json")
 
@@ -40,63 +40,60 @@ def adapter_config(adapter: Path) -> PeftConfig:
 
     Raises:
         ConfigError: there is none, or it breaks a rule.
-        AdapterFileError: the weights are a pickle, damaged, or not those that the config was saved with.
+        AdapterFileError: the weights are a pickle, are damaged, or come from another adapter than the config.
     """
     if not (adapter / "adapter_config.json").is_file():
-        raise ConfigError(f"{adapter}: holds no adapter_config.json; give the folder that save_pretrained wrote")
+        raise ConfigError(f"{adapter}: has no adapter_config.json; give the folder that save_pretrained wrote")
     with door(adapter):
         config: PeftConfig = PeftConfig.from_pretrained(str(adapter))
     return config
 
 
 def base_folder(name: str, revision: str | None = None) -> Path:
-    """The folder of a base model, downloaded where `name` is a hub id.
+    """The folder of a base model, downloaded if `name` is a hub id.
 
     Raises:
-        MergeError: there is no such folder, and the hub has no such model or can't be reached.
+        MergeError: `name` is not a folder and could not be downloaded.
     """
     if Path(name).is_dir():
         return Path(name)
     try:
-        patterns = [*WEIGHTS, *TOKENIZER, *BESIDES, *LEGAL]
+        patterns = [*WEIGHTS, *TOKENIZER, *COMPANIONS, *LEGAL]
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise MergeError(f"base model {name!r}: neither a folder nor to be had from the hub ({error})") from error
+        raise MergeError(
+            f"base model {name!r}: is not a local folder and could not be downloaded from the Hub ({error})"
+        ) from error
 
 
 @dataclass(frozen=True)
 class BaseCheckpoint:
-    """A base model's folder, seen by an adapter."""
+    """A base model in a folder, and the adapter to be merged into it."""
 
     folder: Path
     adapter: Path
     peft_config: PeftConfig
     trust_remote_code: bool = False
 
-    @property
-    def auto_class(self) -> str:
-        """Name of the class that loads the merged model."""
-        return auto_class(self.peft_config)
-
     def raw_config(self) -> dict[str, Any]:
-        """`config.json` as it stands."""
+        """`config.json` as it is."""
         raw: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
         return raw
 
     def model_config(self) -> Any:
-        """The model's config, with as many labels as the adapter's own classification head has."""
+        """The model's config, with the number of labels of the adapter's classification head, if it has one."""
         labels = self._num_labels()
         return self._config(**({} if labels is None else {"num_labels": labels}))
 
     def own_num_labels(self) -> int:
-        """Labels of the base itself, whose names are kept if the adapter's head has as many."""
+        """Number of labels of the base itself. If the adapter's head has the same number, their names are kept."""
         return int(self._config().num_labels)
 
     def _config(self, **options: Any) -> Any:
         return AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code, **options)
 
     def on_meta(self) -> PreTrainedModel:
-        """The model without weights: its modules and the shapes of its parameters."""
+        """The model without weights, for its modules and the shapes of its parameters."""
         chosen, config = self._model_class(), self.model_config()
         with torch.device("meta"):
             if not hasattr(chosen, "from_config"):
@@ -104,7 +101,7 @@ class BaseCheckpoint:
             return chosen.from_config(config, trust_remote_code=self.trust_remote_code)  # type: ignore[no-any-return]
 
     def load(self) -> PreTrainedModel:
-        """The model in memory, in its own dtype, with as many tokens as the adapter's own embeddings have."""
+        """The model in memory, in its own dtype, with as many tokens as the adapter's embeddings have, if any."""
         model: PreTrainedModel = self._model_class().from_pretrained(
             self.folder, config=self.model_config(), trust_remote_code=self.trust_remote_code, dtype="auto"
         )
@@ -113,15 +110,15 @@ class BaseCheckpoint:
             own = saved.get(f"{PREFIX}{name}.weight")
             if own is not None and len(own) != len(module.weight):
                 model.resize_token_embeddings(len(own), mean_resizing=False)
-                break  # both at once
+                break  # it resizes both
         return model
 
     def _model_class(self) -> Any:
-        """PEFT notes the class where the adapter has no task type."""
+        """The class of the task type, or the class that PEFT stores for an adapter without one."""
         noted: dict[str, str] = self.peft_config.auto_mapping or {}
         if self.peft_config.task_type is None and noted.get("parent_library", "").startswith("transformers."):
             return getattr(importlib.import_module(noted["parent_library"]), noted["base_model_class"])
-        return getattr(transformers, self.auto_class)
+        return getattr(transformers, auto_class(self.peft_config))
 
     def _num_labels(self) -> int | None:
         if str(self.peft_config.task_type) not in ("SEQ_CLS", "TOKEN_CLS"):
@@ -131,6 +128,6 @@ class BaseCheckpoint:
 
 
 def auto_class(config: PeftConfig) -> str:
-    """Name of the Auto class of the adapter's task."""
+    """Name of the Auto class for the adapter's task."""
     task = getattr(config.task_type, "value", config.task_type)
     return AUTO_CLASSES.get(str(task), "AutoModel")

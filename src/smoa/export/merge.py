@@ -1,10 +1,10 @@
-"""Base model and saved adapter into one model that plain transformers loads, without smoa.
+"""Merges a saved adapter into its base, as a model that transformers loads without smoa.
 
-ΔW is relative to W, so in bfloat16 an entry that changes by less than a 512th stays as it was. Merging is done in
-float32 (or wider) whatever the base's dtype; what rounding to the saved dtype then takes from ΔW is measured.
+ΔW is relative to W, so bfloat16 drops changes of an entry by less than a 512th. Weights are therefore merged in float32
+or wider, and the share of ΔW that rounding to the saved dtype loses is measured.
 
-Where the base is a folder of safetensors, every tensor is read, merged and written on its own, so memory stays near the
-largest tensor's size. Everything else (GGUF, quantized, tied weights of which one changes) goes through a loaded model.
+If the base is a folder of safetensors, tensors are read, merged and written one at a time, so little more memory than
+for the largest is needed. Other bases (GGUF, quantized, or with tied weights of which one changes) are loaded whole.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from smoa.atomic import new_folder
 from smoa.config.adapter_config import SmoaConfig
 from smoa.export.base_checkpoint import (
-    BESIDES,
+    COMPANIONS,
     LEGAL,
     TOKENIZER,
     BaseCheckpoint,
@@ -30,15 +30,15 @@ from smoa.export.base_checkpoint import (
     base_folder,
 )
 from smoa.export.in_memory import merge_in_memory, with_plain_weights
-from smoa.export.model_card import model_card, what_was_lost
+from smoa.export.model_card import loss_in_words, model_card
 from smoa.export.shards import Checkpoint, has_safetensors
 from smoa.export.streaming import RoundingLoss, SavedAdapter, plan_stream, stream_merge
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
-DEQUANTIZED = "The base is quantized: the adapter is merged into its dequantized weights, which is what it was used on."
+DEQUANTIZED = "The base is quantized. The adapter is merged into its dequantized weights, on which it was used."
 NOTEWORTHY = 0.01
-"""Share of ΔW lost to rounding from which on the summary points to float32."""
+"""Share of ΔW lost to rounding from which on the summary recommends float32."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ class Export:
     """What `merge_and_save` did.
 
     Args:
-        folder: Where the merged model lies.
+        folder: Folder of the merged model.
         base: Name of the base model.
-        loss: What rounding to the saved dtype (`loss.dtype`) took from ΔW, in all and by layer.
-        streamed: Whether the model was never in memory as a whole.
-        notes: What a user of the merged model should know, in sentences.
+        loss: How much of ΔW rounding to the saved dtype (`loss.dtype`) lost, in total and by layer.
+        streamed: Whether tensors were merged one at a time.
+        notes: Sentences for the users of the merged model.
     """
 
     folder: Path
@@ -60,11 +60,11 @@ class Export:
     notes: tuple[str, ...]
 
     def summary(self) -> str:
-        """What happened, in sentences."""
+        """The result in sentences."""
         dtype = _name(self.loss.dtype)
         return " ".join(
-            [f"{len(self.loss.by_layer)} weights merged in float32, saved in {dtype}: {what_was_lost(self.loss)}"]
-            + ([] if self.loss.total < NOTEWORTHY else ['float32 (dtype="float32") loses next to nothing.'])
+            [f"{len(self.loss.by_layer)} weights merged in float32, saved in {dtype}: {loss_in_words(self.loss)}"]
+            + ([] if self.loss.total < NOTEWORTHY else ['float32 (dtype="float32") loses almost nothing.'])
             + list(self.notes)
         )
 
@@ -93,21 +93,22 @@ def merge_and_save(
     trust_remote_code: bool = False,
     notes: tuple[str, ...] = (),
 ) -> Export:
-    """Merge a saved adapter into its base model: `output` gets weights, config, tokenizer and a model card.
+    """Merge a saved adapter into its base model, and save weights, config, tokenizer and a model card in `output`.
 
     Args:
-        adapter: The adapter's folder, of any PEFT method whose layers can merge.
-        output: A folder that doesn't exist yet; it appears whole or not at all.
-        base: A folder or hub id, by default the adapter's own; or a loaded model, which is used up.
-        dtype: Of the saved weights. "auto": as in the base; float32 where the base is quantized.
-        max_shard_size: As `save_pretrained` takes it.
-        tokenizer: Saved in the place of the adapter's or the base's.
-        trust_remote_code: Let the base's repository run its own code.
+        adapter: Folder of the adapter, of any PEFT method that can merge.
+        output: A folder that does not exist yet. It is created when it is complete.
+        base: Base model to use instead of the one recorded in the adapter: a folder, a hub id, or a loaded model, which
+            is changed.
+        dtype: Dtype of the saved weights. "auto" keeps the base's, or uses float32 if the base is quantized.
+        max_shard_size: Largest file, in bytes or as text ("5GB").
+        tokenizer: Tokenizer to save instead of the adapter's or the base's.
+        trust_remote_code: Allow the base's repository to run its own code.
         notes: Sentences for the model card.
 
     Raises:
-        ConfigError: `output` exists, or `adapter` is none.
-        MergeError: the base can't be had, or a merged weight is not finite.
+        ConfigError: `output` exists, or `adapter` is not an adapter.
+        MergeError: the base can't be loaded, or a merged weight is not finite.
         AdapterFileError: the adapter doesn't fit the base.
     """
     source, target = Path(adapter), Path(output)
@@ -128,7 +129,7 @@ def merge_and_save(
             notes += (DEQUANTIZED,) if quantized else ()
             wanted = wanted or (torch.float32 if quantized else model.dtype)
             loss = merge_in_memory(with_plain_weights(model), source, folder, wanted, max_shard_size)
-        _copy_besides(source, origin, folder, tokenizer)
+        _copy_other_files(source, origin, folder, tokenizer)
         card = model_card(target.name, name, auto_class(config), config, loss, notes)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return Export(target, name, loss, streamed, notes)
@@ -137,7 +138,7 @@ def merge_and_save(
 def _stream(
     base: BaseCheckpoint, folder: Path, dtype: torch.dtype | None, max_shard_size: int | str
 ) -> RoundingLoss | None:
-    """Merge from disk to disk; None, and nothing written, where that takes a loaded model."""
+    """Merge from disk to disk. If that is not possible, write nothing and return None."""
     config, raw = base.peft_config, base.raw_config()
     if not isinstance(config, SmoaConfig) or config.trainable_token_indices:
         return None
@@ -148,7 +149,7 @@ def _stream(
     if plan is None:
         return None
     loss = stream_merge(adapter, plan, checkpoint, folder, dtype, max_shard_size)
-    # The base's own words are kept: a config written anew may be beyond the reader that the base was made for.
+    # Edit the base's file, because the transformers release that the base is for may not read a config written by ours.
     raw["architectures"] = [type(model).__name__]
     raw["torch_dtype" if "torch_dtype" in raw else "dtype"] = _name(loss.dtype)
     if model.config.num_labels != base.own_num_labels():
@@ -162,8 +163,10 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _copy_besides(adapter: Path, base: Path | None, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Tokenizer (the adapter's own before the base's), generation config, code and licence."""
+def _copy_other_files(
+    adapter: Path, base: Path | None, folder: Path, tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    """Save or copy the tokenizer (the adapter's, else the base's), and copy generation config, code and license."""
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     elif any(adapter.glob("tokenizer*")):
@@ -171,7 +174,7 @@ def _copy_besides(adapter: Path, base: Path | None, folder: Path, tokenizer: Pre
     elif base is not None:
         _copy(base, folder, TOKENIZER)
     if base is not None:
-        _copy(base, folder, (*BESIDES, *LEGAL))
+        _copy(base, folder, (*COMPANIONS, *LEGAL))
 
 
 def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:

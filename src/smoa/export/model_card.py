@@ -53,13 +53,13 @@ def model_card(
         layers=len(loss.by_layer),
         auto_class=auto_class,
         dtype=str(loss.dtype).removeprefix("torch."),
-        lost=what_was_lost(loss),
+        lost=loss_in_words(loss),
         notes="".join(f"\n{note}\n" for note in notes),
         config=settings_as_json(config),
     )
 
 
-def what_was_lost(loss: RoundingLoss) -> str:
+def loss_in_words(loss: RoundingLoss) -> str:
     """One sentence on how much rounding changed the update, over all layers and in the worst one."""
     if loss.total == 0:
         return "rounding took nothing from the adapter's update."

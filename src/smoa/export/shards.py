@@ -31,7 +31,7 @@ CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
-class Entry:
+class HeaderEntry:
     """A tensor's entry in a checkpoint's header; `dtype` as safetensors names it ("F32", "BF16", …)."""
 
     dtype: str
@@ -41,13 +41,13 @@ class Entry:
     def nbytes(self) -> int:
         return int(torch.Size(self.shape).numel()) * SIZES.get(self.dtype, 1)
 
-    def cast(self, dtype: torch.dtype | None) -> Entry:
+    def cast(self, dtype: torch.dtype | None) -> HeaderEntry:
         """The same entry in another dtype. Without a dtype, or for a tensor that is not a float, the entry itself."""
-        return self if dtype is None or self.dtype not in FLOATS else Entry(NAMES[dtype], self.shape)
+        return self if dtype is None or self.dtype not in FLOATS else HeaderEntry(NAMES[dtype], self.shape)
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Entry:
-        """Entry of a floating-point tensor in memory."""
+    def of(cls, tensor: Tensor) -> HeaderEntry:
+        """HeaderEntry of a floating-point tensor in memory."""
         return cls(NAMES[tensor.dtype], tuple(tensor.shape))
 
 
@@ -61,12 +61,12 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.files = _files(folder)
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, HeaderEntry] = {}
         for file in sorted(set(self.files.values())):
             with safe_open(folder / file, "pt") as opened:
                 for key in opened.keys():  # noqa: SIM118  (safe_open is not a dict)
                     part = opened.get_slice(key)
-                    self.entries[key] = Entry(part.get_dtype(), tuple(part.get_shape()))
+                    self.entries[key] = HeaderEntry(part.get_dtype(), tuple(part.get_shape()))
 
     def read(self, key: str) -> Tensor:
         """One tensor. The file is opened for it only, so that its mapped memory is freed with the tensor."""
@@ -95,7 +95,7 @@ def _files(folder: Path) -> dict[str, str]:
 
 
 def write_checkpoint(
-    folder: Path, entries: dict[str, Entry], read: Callable[[str], Tensor], max_shard_size: int | str
+    folder: Path, entries: dict[str, HeaderEntry], read: Callable[[str], Tensor], max_shard_size: int | str
 ) -> None:
     """Write `model.safetensors`, or shards and their index.
 
@@ -118,7 +118,7 @@ def write_checkpoint(
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _write_file(path: Path, entries: dict[str, Entry], read: Callable[[str], Tensor]) -> None:
+def _write_file(path: Path, entries: dict[str, HeaderEntry], read: Callable[[str], Tensor]) -> None:
     """Write one file, wide dtypes first, so that every tensor is aligned."""
     order = sorted(entries, key=lambda key: -SIZES.get(entries[key].dtype, 1))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -136,7 +136,7 @@ def _write_file(path: Path, entries: dict[str, Entry], read: Callable[[str], Ten
             file.writelines(_chunks(read(key), entries[key]))
 
 
-def _chunks(tensor: Tensor, entry: Entry) -> Iterable[memoryview]:
+def _chunks(tensor: Tensor, entry: HeaderEntry) -> Iterable[memoryview]:
     dtype = FLOATS.get(entry.dtype, tensor.dtype)
     for chunk in tensor.detach().reshape(-1).split(CHUNK):
         yield chunk.to(dtype).contiguous().view(torch.uint8).numpy().data

@@ -1,4 +1,4 @@
-"""Merging a saved adapter into a checkpoint on disk, tensor by tensor; the model itself is never built in memory."""
+"""Merges a saved adapter into a checkpoint on disk, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from smoa.config.adapter_config import SmoaConfig
 from smoa.errors import AdapterFileError, MergeError
-from smoa.export.shards import FLOATS, Checkpoint, Entry, write_checkpoint
+from smoa.export.shards import FLOATS, Checkpoint, HeaderEntry, write_checkpoint
 from smoa.files.adapter_folder import smoa_adapter
 from smoa.files.names import PARTS, PREFIX
 from smoa.layers.distributed import SCALE
@@ -23,7 +23,7 @@ from smoa.maths.update import Update
 
 @dataclass
 class RoundingLoss:
-    """‖what rounding to the saved dtype takes from ΔW‖ / ‖ΔW‖, for each layer and over all of them."""
+    """‖error of ΔW‖ / ‖ΔW‖ after rounding to the saved dtype, by layer and over all layers."""
 
     dtype: torch.dtype = torch.float32
     by_layer: dict[str, float] = field(default_factory=dict)
@@ -32,11 +32,17 @@ class RoundingLoss:
 
     @property
     def total(self) -> float:
-        """Over all layers; 0 where nothing changes."""
+        """The relative error over all layers, 0 if nothing changes."""
         return (self.error / self.update) ** 0.5 if self.update else 0.0
 
     def add(self, name: str, before: Tensor, after: Tensor, dtype: torch.dtype) -> None:
-        """One layer's weight before and after the merge, float32 or wider, and the dtype it is saved in.
+        """Add one layer.
+
+        Args:
+            name: Name of the layer.
+            before: Weight before the merge, float32 or wider.
+            after: Weight after the merge, in the same dtype.
+            dtype: Dtype in which it is saved.
 
         Raises:
             MergeError: the merged weight is not finite in the dtype.
@@ -48,7 +54,7 @@ class RoundingLoss:
                 "broken, or needs float32 or bfloat16"
             )
         change = after - before
-        # What counts is the change that is left after both weights are rounded.
+        # compare with the change that is left after rounding both weights
         lost = rounded.to(after.dtype) - before.to(dtype).to(after.dtype) - change
         update, error = (float(torch.linalg.vector_norm(part)) ** 2 for part in (change, lost))
         self.dtype = dtype
@@ -58,10 +64,10 @@ class RoundingLoss:
 
 
 class SavedAdapter:
-    """An adapter's file, by the names of the modules of the base model.
+    """The tensors of an adapter's file, by the base model's module names.
 
     Raises:
-        AdapterFileError: the file is damaged, of another adapter than its config, or lacks tensors of a layer.
+        AdapterFileError: the file is damaged, comes from another adapter than its config, or lacks tensors of a layer.
     """
 
     def __init__(self, folder: str | Path, config: SmoaConfig) -> None:
@@ -73,14 +79,14 @@ class SavedAdapter:
             module, found, part = name.partition(".smoa_")
             if found:
                 self.layers.setdefault(module, {})["smoa_" + part] = tensor
-            elif ".original_module." not in name and ".modules_to_save." not in name:  # kept besides the plain name
+            elif ".original_module." not in name and ".modules_to_save." not in name:  # also saved under the plain name
                 self.others[name.replace(".base_layer.", ".")] = tensor
         for module, parts in self.layers.items():
             if sorted(parts.keys() - {SCALE}) != sorted(PARTS):
                 raise AdapterFileError(f"{folder}: {module} has {sorted(parts)}, expected {sorted(PARTS)}")
 
     def merged(self, module: str, weight: Tensor, transposed: bool) -> Tensor:
-        """`W + ΔW` in float32 or wider, as W is stored: (in_features, out_features) where `transposed`."""
+        """`W + ΔW` in float32 or wider, in the orientation of W: (in_features, out_features) if `transposed`."""
         pristine = weight.T if transposed else weight
         merged = self._update(module).delta(pristine).add_(pristine)
         return merged.T if transposed else merged
@@ -89,7 +95,7 @@ class SavedAdapter:
         """ΔW of one layer.
 
         Raises:
-            PartitionError: the labels are no partition of this weight.
+            PartitionError: the labels are not a partition of this weight.
         """
         tensors = self.layers[module]
         A, B, rows, cols = (tensors[part] for part in PARTS)
@@ -103,7 +109,7 @@ class SavedAdapter:
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """Where the adapter's changes go: checkpoint key → module of an adapted weight, or → tensor that replaces it."""
+    """What changes in the checkpoint, by key: the module of each adapted weight, and the tensors to replace."""
 
     weights: dict[str, str]
     replaced: dict[str, Tensor]
@@ -111,20 +117,26 @@ class StreamPlan:
 
 
 def plan_stream(adapter: SavedAdapter, model: nn.Module, checkpoint: Checkpoint) -> StreamPlan | None:
-    """Match the adapter with the checkpoint by the parameters of `model`, which may be on the meta device.
+    """Match the adapter's names with the checkpoint's.
 
-    None where that takes more than names: keys that transformers converts while loading, tied weights, which must be
-    untied when only one of them changes, or a vocabulary that was resized, which the config must tell.
+    Args:
+        adapter: The adapter.
+        model: The base model, may be on the meta device.
+        checkpoint: The base model's files.
+
+    Returns:
+        None if the merge needs a loaded model: transformers converts keys while loading, only one of several tied
+        weights changes, or the vocabulary was resized.
 
     Raises:
-        AdapterFileError: the model has no such module.
+        AdapterFileError: the model lacks a module that is adapted.
     """
     modules = dict(model.named_modules())
     missing = sorted(adapter.layers.keys() - modules.keys())
     if missing:
         raise AdapterFileError(
             f"the adapter is for {missing[0]} and {len(missing) - 1} more that {type(model).__name__} does not have; "
-            "give the base model that it was trained on"
+            "give the base model it was trained on"
         )
     weights = {f"{module}.weight": module for module in adapter.layers}
     if any(name in _tied_names(model) for name in (*weights, *adapter.others)):
@@ -132,10 +144,12 @@ def plan_stream(adapter: SavedAdapter, model: nn.Module, checkpoint: Checkpoint)
     keys = {name: _key_of(name, model, checkpoint) for name in (*weights, *adapter.others)}
     found = all(keys[name] in checkpoint.entries for name in weights)
     known = all(key in checkpoint.entries or keys[name] == name for name, key in keys.items())
-    if not found or not known or not _shapes_agree(weights, keys, modules, checkpoint):
+    if not found or not known:
         return None
-    own = model.state_dict()
-    if any(name in own and own[name].shape != tensor.shape for name, tensor in adapter.others.items()):
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in adapter.others.items() if name in shapes}
+    given |= {name: checkpoint.entries[keys[name]].shape for name in weights}
+    if any(shapes[name] != shape for name, shape in given.items()):
         return None
     return StreamPlan(
         {keys[name]: module for name, module in weights.items()},
@@ -145,7 +159,7 @@ def plan_stream(adapter: SavedAdapter, model: nn.Module, checkpoint: Checkpoint)
 
 
 def _tied_names(model: nn.Module) -> set[str]:
-    """Parameters that are one with another one."""
+    """Names of parameters that have several names."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -153,19 +167,10 @@ def _tied_names(model: nn.Module) -> set[str]:
 
 
 def _key_of(name: str, model: nn.Module, checkpoint: Checkpoint) -> str:
-    """A checkpoint of the bare model lacks the prefix that a model with a head has, or the other way round."""
+    """Key of a parameter: the name, or the name without or with the prefix of models with a head."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     others = (name.removeprefix(prefix), prefix + name)
     return next((key for key in (name, *others) if key in checkpoint.entries), name)
-
-
-def _shapes_agree(
-    weights: dict[str, str], keys: dict[str, str], modules: dict[str, nn.Module], checkpoint: Checkpoint
-) -> bool:
-    return all(
-        tuple(modules[module].weight.shape) == checkpoint.entries[keys[name]].shape  # type: ignore[arg-type]
-        for name, module in weights.items()
-    )
 
 
 @torch.no_grad()
@@ -177,14 +182,15 @@ def stream_merge(
     dtype: torch.dtype | None,
     max_shard_size: int | str,
 ) -> RoundingLoss:
-    """Write the merged checkpoint into `folder` in `dtype`; None keeps the dtype of every tensor.
+    """Write the merged checkpoint into `folder`, in `dtype` or each tensor's own.
 
     Raises:
         MergeError: a merged weight is not finite.
     """
     entries = {key: entry.cast(dtype) for key, entry in checkpoint.entries.items()}
     for key, tensor in plan.replaced.items():
-        entries[key] = Entry.of(tensor).cast(dtype or _dtype(checkpoint, key))
+        kept = FLOATS.get(entries[key].dtype) if key in entries else None
+        entries[key] = HeaderEntry.of(tensor).cast(dtype or kept)
     loss = RoundingLoss()
 
     def read(key: str) -> Tensor:
@@ -200,7 +206,3 @@ def stream_merge(
 
     write_checkpoint(folder, entries, read, max_shard_size)
     return loss
-
-
-def _dtype(checkpoint: Checkpoint, key: str) -> torch.dtype | None:
-    return FLOATS.get(checkpoint.entries[key].dtype) if key in checkpoint.entries else None

@@ -1,4 +1,4 @@
-"""The README.md of a saved adapter: what it is of, how it was set, what it reached, how to load it."""
+"""Writes the README.md of a saved adapter: base model, how to load it, results, settings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOADERS = {
     "QUESTION_ANS": ("AutoPeftModelForQuestionAnswering", "question-answering"),
     "FEATURE_EXTRACTION": ("AutoPeftModelForFeatureExtraction", "feature-extraction"),
 }
-"""PEFT's class for each task type, and the name that hubs have for the task."""
+"""PEFT's class and the Hub's task name for each task type."""
 
 NOT_SHOWN = ("base_model_name_or_path", "inference_mode", "revision", "save_id")
 
@@ -30,7 +30,7 @@ TEXT = """---
 A SMoA adapter ([arXiv:2605.21147](https://arxiv.org/abs/2605.21147)) of `{base}`: r = {r}, {blocks} blocks{by_layer}.
 
 ```python
-import smoa  # makes SMoA known to PEFT
+import smoa  # registers SMoA with PEFT
 from peft import {loader}
 
 model = {loader}.from_pretrained("PATH")
@@ -42,7 +42,7 @@ model = {loader}.from_pretrained("PATH")
 {config}
 ```
 
-The base model's licence and terms of use apply.
+The base model's license and terms of use apply.
 """
 
 
@@ -56,7 +56,7 @@ def adapter_card(title: str, config: Any, metrics: Mapping[str, float]) -> str:
         base=base,
         r=config.r,
         blocks=config.num_blocks,
-        by_layer=" where its config says no other number for a layer" if config.num_blocks_pattern else "",
+        by_layer=" in layers for which its config gives no other number" if config.num_blocks_pattern else "",
         loader=loader,
         metrics=_table(metrics),
         config=settings_as_json(config),
@@ -64,18 +64,18 @@ def adapter_card(title: str, config: Any, metrics: Mapping[str, float]) -> str:
 
 
 def settings_as_json(config: PeftConfig) -> str:
-    """The config's values that say something."""
+    """The config's values as JSON, without empty ones and those in `NOT_SHOWN`."""
     values: dict[str, Any] = config.to_dict()
-    said = {
+    shown = {
         key: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
         for key, value in values.items()
         if value not in (None, {}, [], False) and key not in NOT_SHOWN
     }
-    return json.dumps(said, indent=2, sort_keys=True)
+    return json.dumps(shown, indent=2, sort_keys=True)
 
 
 def _front_matter(base: str | None, pipeline: str | None) -> str:
-    """A base that lies in a local folder has no name that a hub could follow."""
+    """YAML for the Hub. A base model in a local folder is left out, because the Hub can't link to it."""
     named = base is not None and not base.startswith((".", "/", "~")) and ":" not in base and "\\" not in base
     known: dict[str, Any] = {"base_model": base} if named else {}
     tags = ["smoa", *([f"base_model:adapter:{base}"] if named else [])]

@@ -1,4 +1,4 @@
-"""Finds a saved adapter in a folder or on the Hub, and checks its header before any layer is made for it."""
+"""Finds a saved adapter in a folder or on the Hub, and checks its header."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only"
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """The weights of a saved SMoA adapter, of which the header has been read."""
+    """The weights of a saved SMoA adapter, and what their header says."""
 
     path: Path
     largest_rank: int
@@ -49,7 +49,7 @@ class AdapterFile:
         return cls(path, max(shape[0] if shape else 0 for shape in shapes), save_id)
 
     def read(self) -> dict[str, Tensor]:
-        """All tensors but the id, on the CPU.
+        """All tensors except the id, on the CPU.
 
         Raises:
             AdapterFileError: the file can't be read.
@@ -60,8 +60,7 @@ class AdapterFile:
     def check_rank(self, module: str, rank: int) -> None:
         """Raise AdapterFileError if the config gives a module a larger rank than any factor in the file has.
 
-        Called before anything of that size is made, for the modules that are adapted: a pattern that matches none of
-        them, or r where patterns cover all, does not matter.
+        Called for each adapted module before anything of that size is allocated.
         """
         if rank > self.largest_rank:
             raise AdapterFileError(
@@ -71,10 +70,10 @@ class AdapterFile:
 
 
 def smoa_adapter(source: str | os.PathLike[str], **options: Any) -> AdapterFile:
-    """`find_adapter`, where it must be SMoA's.
+    """Like `find_adapter`, but never None.
 
     Raises:
-        AdapterFileError: it is not, has no weights, or they are refused.
+        AdapterFileError: there is no SMoA adapter, or `find_adapter` refuses it.
     """
     found = find_adapter(source, **options)
     if found is None:
@@ -87,26 +86,26 @@ def find_adapter(source: str | os.PathLike[str], config: object = None, **option
 
     Args:
         source: Folder or hub id.
-        config: The config to load it with, where that is known already. The file's own decides otherwise.
-        options: As PEFT takes them: `subfolder`, `revision`, `token` and so on. Others are ignored.
+        config: The config to load it with, by default the one in the folder.
+        options: PEFT's options, such as `subfolder`, `revision` and `token`. Options not for the Hub are ignored.
 
     Returns:
-        None if it is another method's or can't be found: PEFT then loads it, or says what is missing.
+        None if there is none or it belongs to another method. PEFT then loads it, or reports what is missing.
 
     Raises:
-        AdapterFileError: the weights are a pickle, damaged, or not those that the config was saved with.
+        AdapterFileError: the weights are a pickle, are damaged, or come from another adapter than the config.
     """
     options = {name: options[name] for name in HUB_OPTIONS if options.get(name) is not None}
-    said = _json(_located(source, CONFIG_NAME, options))
-    ours = said.get("peft_type") == "SMOA" if config is None else isinstance(config, SmoaConfig)
+    saved = _json(_located(source, CONFIG_NAME, options))
+    ours = saved.get("peft_type") == "SMOA" if config is None else isinstance(config, SmoaConfig)
     path = _weights(source, options) if ours else None
     if path is None:
         return None
     file = AdapterFile.opened(path)
-    if isinstance(said.get("save_id"), str) and said["save_id"] != file.save_id:
+    if isinstance(saved.get("save_id"), str) and saved["save_id"] != file.save_id:
         raise AdapterFileError(
-            f"{path}: comes from another adapter than {CONFIG_NAME}, their save_id differ; put two files of one save "
-            f"together, or delete save_id from {CONFIG_NAME} if they do belong together"
+            f"{path}: comes from another adapter than {CONFIG_NAME}: their save_id differ; use two files of one save, "
+            f"or delete save_id from {CONFIG_NAME} if they do belong together"
         )
     return file
 
@@ -124,14 +123,13 @@ def _weights(source: str | os.PathLike[str], options: dict[str, Any]) -> Path | 
     pickle = _located(source, WEIGHTS_NAME, options)
     if pickle is not None and pickle.exists():
         raise AdapterFileError(
-            f"{pickle}: is a pickle, which can run code when it is read; ask for the adapter as "
-            f"{SAFETENSORS_WEIGHTS_NAME}"
+            f"{pickle}: is a pickle, which can run code when it is read; save the adapter as {SAFETENSORS_WEIGHTS_NAME}"
         )
     return None
 
 
 def _located(source: str | os.PathLike[str], name: str, options: dict[str, Any]) -> Path | None:
-    """Where a file of the adapter is, or would be; None if the Hub does not have it."""
+    """Path of a file in a folder, which may not exist, or downloaded from the Hub; None if the Hub does not have it."""
     if Path(source).exists():
         return Path(source, options.get("subfolder", ""), name)
     try:
@@ -141,12 +139,12 @@ def _located(source: str | os.PathLike[str], name: str, options: dict[str, Any])
 
 
 def _json(path: Path | None) -> dict[str, Any]:
-    """What a config says; nothing if it can't be read, which PEFT will say."""
+    """The content of a config; empty if it can't be read, which PEFT then reports."""
     try:
-        said = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else {}
+        saved = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else {}
     except (OSError, ValueError, RecursionError):
         return {}
-    return said if isinstance(said, dict) else {}
+    return saved if isinstance(saved, dict) else {}
 
 
 @contextmanager
@@ -154,5 +152,5 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, "pt") as tensors:
             yield tensors
-    except (SafetensorError, OSError, RuntimeError) as error:  # the last from torch, when it can't map the file
+    except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: torch can't map the file
         raise AdapterFileError(f"{path}: is not a whole safetensors file ({error}); save or fetch it again") from None

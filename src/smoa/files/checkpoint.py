@@ -1,4 +1,4 @@
-"""What a saved adapter must hold before a tensor of it reaches the model."""
+"""Checks an adapter's tensors before they are loaded or saved."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def check_adapter_state(model: nn.Module, config: SmoaConfig, adapter_name: str,
     """Check the tensors about to be loaded, keyed as in the model, against the layers that have the adapter.
 
     Raises:
-        AdapterFileError: a factor or label vector is missing, superfluous, of a wrong shape or dtype or not finite, the
-            labels are not a partition of their layer, or a tensor would replace one that is not the adapter's.
+        AdapterFileError: a tensor is missing, unknown, not finite or has a wrong shape or dtype, labels are not a
+            partition of their layer, or a tensor would replace one that is not the adapter's.
     """
     try:
         _check_state(model, config, adapter_name, state_dict)
@@ -42,14 +42,14 @@ def check_adapter_state(model: nn.Module, config: SmoaConfig, adapter_name: str,
 
 
 def add_missing_scales(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
-    """Give the layers of an adapter saved by 0.1, which knew no block scales, scales of 1, in place."""
+    """Add block scales of 1 for the layers of an adapter saved by 0.1, which had none."""
     for name, layer in adapter_layers(model, adapter_name).items():
         if f"{name}.{LABELS[0]}.{adapter_name}" in state_dict:
             state_dict.setdefault(f"{name}.{SCALE}.{adapter_name}", torch.ones(len(layer.ranks[adapter_name])))
 
 
 def embeddings_of(model: nn.Module) -> dict[str, Any]:
-    """The model's input and output embeddings by name; none where transformers can't tell, as of models of speech."""
+    """The model's input and output embeddings by name; none if transformers does not know them (speech models)."""
     found: list[object] = []
     for getter in (getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings")):
         with suppress(NotImplementedError):
@@ -58,9 +58,7 @@ def embeddings_of(model: nn.Module) -> dict[str, Any]:
 
 
 def check_gathered(state_dict: dict[str, Tensor]) -> None:
-    """Refuse to save what ZeRO-3 has partitioned: tensors without entries, which nothing could load.
-
-    Ranks other than 0 have nothing to save, whatever they hold.
+    """Refuse to save tensors that ZeRO-3 has left empty. Only rank 0 saves, so others are not checked.
 
     Raises:
         AdapterFileError: a tensor of rank 0 is empty.
@@ -68,8 +66,8 @@ def check_gathered(state_dict: dict[str, Tensor]) -> None:
     empty = sorted(key for key, tensor in state_dict.items() if tensor.numel() == 0)
     if empty and not (is_distributed() and dist.get_rank() > 0):
         raise AdapterFileError(
-            f"{empty[0]}: is empty, as are {len(empty) - 1} others: weights that DeepSpeed ZeRO-3 has partitioned; let "
-            "every rank gather them: save_pretrained(folder, state_dict=accelerator.get_state_dict(engine))"
+            f"{empty[0]}: is empty, as are {len(empty) - 1} others: DeepSpeed ZeRO-3 has partitioned these weights; "
+            "gather them on every rank: save_pretrained(folder, state_dict=accelerator.get_state_dict(engine))"
         )
 
 
@@ -89,10 +87,10 @@ def _check_state(model: nn.Module, config: SmoaConfig, adapter_name: str, state_
 
 
 def _compare_others(model: nn.Module, config: SmoaConfig, keys: Set[str]) -> tuple[list[str], list[str]]:
-    """Keys that are missing, and foreign ones, which PyTorch would write over the base or drop without a word.
+    """Missing keys, and foreign ones, which PyTorch would write over the base or silently drop.
 
-    Besides the adapter PEFT saves trained biases, modules_to_save and token embeddings (both inside wrappers of its
-    own, which look for what they need) and, where the vocabulary was resized, the embeddings.
+    In addition to factors and labels, PEFT saves trained biases, modules_to_save and token embeddings (in wrappers,
+    which check their own keys), and the embeddings of a resized vocabulary.
     """
     state = model.state_dict()
     own = {key.removeprefix(PREFIX) for key in state}
@@ -151,6 +149,6 @@ def _check_tensor(key: str, tensor: Tensor, layer: SmoaLayer, name: str, adapter
 
 
 def _check_finite(key: str, tensor: Tensor) -> None:
-    wide = tensor.float() if tensor.itemsize == 1 else tensor  # PyTorch can't tell for all of the 8-bit formats
+    wide = tensor.float() if tensor.itemsize == 1 else tensor  # isfinite does not support all 8-bit formats
     if tensor.is_floating_point() and not torch.isfinite(wide).all():
         raise AdapterFileError(f"{key}: holds NaN or infinite values; the adapter is broken")

@@ -1,9 +1,9 @@
-"""Looks at a saved adapter before PEFT or transformers loads it, and tells injection that its labels will follow.
+"""Checks a saved adapter before PEFT or transformers makes layers for it.
 
-PEFT and transformers have four functions that load an adapter. None of them lets a method look at the files before
-layers are made for them, so all four are wrapped once, when smoa is imported. Each first looks at the adapter
-(`find_adapter`). While it runs, `incoming()` tells injection that the labels will come from the file, so no weight is
-decomposed, and how large a rank the file allows. Adapters of other methods are loaded by the original function alone.
+PEFT and transformers have four functions that load an adapter, and no hook that runs before layers are made. So all
+four are wrapped once, when smoa is imported. A wrapper first finds and checks the adapter (`find_adapter`). While the
+function runs, `incoming()` gives the adapter to injection, which then decomposes no weight, because the labels come
+from the file, and allows no larger rank than the file has. Adapters of other methods are not affected.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Incoming:
     """An adapter that is being loaded.
 
     Args:
-        place: Folder or hub id that it was asked for by.
+        place: The folder or hub id that was given.
         file: Its weights.
-        tensors: What they hold, where the loader checks nothing: injection then checks and loads them itself.
+        tensors: Their tensors, if the loader does not check them. Injection then checks and loads them.
     """
 
     place: Path
@@ -48,7 +48,7 @@ _INCOMING: ContextVar[Incoming | None] = ContextVar("smoa_incoming", default=Non
 
 
 def incoming() -> Incoming | None:
-    """The adapter that is being loaded now, if any."""
+    """The adapter that is being loaded, if any."""
     return _INCOMING.get()
 
 
@@ -56,21 +56,21 @@ def incoming() -> Incoming | None:
 def door(
     source: str | os.PathLike[str] | None, config: object = None, read: bool = False, **options: Any
 ) -> Iterator[Incoming | None]:
-    """Look at a saved adapter, and let injection know about it within the block.
+    """Check a saved adapter, and return it from `incoming()` within the block.
 
     Args:
-        source: Folder or hub id; None if the adapter comes from elsewhere.
-        config: The config to load it with, where that is known already.
-        read: Read the tensors as well.
-        options: As PEFT takes them: `subfolder`, `revision` and so on.
+        source: Folder or hub id; None if the adapter is not in files.
+        config: The config to load it with, by default the one in the folder.
+        read: Read the tensors too.
+        options: PEFT's options, such as `subfolder` and `revision`.
 
     Raises:
-        AdapterFileError: the weights are a pickle, damaged, or not those that the config was saved with.
+        AdapterFileError: the weights are a pickle, are damaged, or come from another adapter than the config.
         ConfigError: the config breaks a rule; the message names the file.
     """
     place = None if source is None else Path(source, options.get("subfolder") or "")
     if source is not None:
-        recover(Path(source))  # where a save was killed
+        recover(Path(source))  # from a killed save
     known = _INCOMING.get()
     if known is not None and known.place == place:  # one loader calls another
         yield known
@@ -105,7 +105,7 @@ def _replace(owner: type, name: str, source: str) -> None:
 
 def _guarded(original: Callable[..., Any], source: str) -> Callable[..., Any]:
     signature = inspect.signature(original)
-    checks_nothing = "adapter_state_dict" in signature.parameters  # transformers; it takes tensors that were read
+    checks_nothing = "adapter_state_dict" in signature.parameters  # transformers; it accepts tensors
 
     @wraps(original)
     def load(*args: Any, **kwargs: Any) -> Any:
@@ -125,7 +125,7 @@ def _guarded(original: Callable[..., Any], source: str) -> Callable[..., Any]:
 
 
 def _known_config(model: Any, given: Mapping[str, Any]) -> object:
-    """The config that was passed, or that of the adapter that the weights go into."""
+    """The config that was passed, or the config of the loaded adapter that gets the weights."""
     passed = given.get("config") or given.get("peft_config")
     there = {} if isinstance(model, type) else getattr(model, "peft_config", {})
     return passed or there.get(given.get("adapter_name"))

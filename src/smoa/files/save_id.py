@@ -1,7 +1,7 @@
-"""The id that both files of an adapter hold, to refuse the config of one adapter with the weights of another.
+"""The id in both files of an adapter, to refuse a config and weights of different adapters.
 
-In `adapter_config.json` it is a setting, among the weights a tensor of 16 bytes: PEFT, transformers and accelerate all
-write what `get_peft_model_state_dict` returns. An adapter keeps its id when it is loaded and saved again.
+It is a setting in `adapter_config.json` and a tensor of 16 bytes in the weights, because PEFT, transformers and
+accelerate all write what `get_peft_model_state_dict` returns. An adapter that is loaded and saved again keeps its id.
 """
 
 from __future__ import annotations
@@ -20,10 +20,8 @@ BYTES = 16
 
 
 def new_id(config: SmoaConfig) -> str:
-    """An id for a fresh adapter, from its settings and the random state: a repeated run saves the same bytes."""
-    own = {
-        name: getattr(config, name) for name in SmoaConfig.__dataclass_fields__ if name in SmoaConfig.__annotations__
-    }
+    """An id from an adapter's settings and the random state, so that a repeated run saves the same bytes."""
+    own = {name: getattr(config, name) for name in SmoaConfig.__annotations__}
     settings = {name: sorted(value) if isinstance(value, set) else value for name, value in own.items()}
     settings.pop("save_id")
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
@@ -32,16 +30,16 @@ def new_id(config: SmoaConfig) -> str:
 
 
 def with_id(state_dict: dict[str, Tensor], save_id: str) -> dict[str, Tensor]:
-    """What is to be saved, and the id."""
+    """The tensors to save, with the id."""
     prefix = PREFIX if any(key.startswith(PREFIX) for key in state_dict) else ""
     return state_dict | {prefix + KEY: torch.tensor(list(bytes.fromhex(save_id)), dtype=torch.uint8)}
 
 
 def without_id(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What was saved, but for the id."""
+    """The saved tensors, without the id."""
     return {key: tensor for key, tensor in state_dict.items() if not is_id(key)}
 
 
 def is_id(key: str) -> bool:
-    """Whether a tensor of that name is an id."""
+    """Whether this is the name of the id."""
     return key.removeprefix(PREFIX) == KEY

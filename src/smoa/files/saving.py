@@ -1,7 +1,7 @@
 """Saves an adapter so that a kill leaves the old one or the new one, whole.
 
-PEFT's `save_pretrained` writes its files one after the other into the folder. Here they are written into a folder
-beside it, which then replaces it (atomic.py).
+PEFT's `save_pretrained` writes one file after another into the folder. Here it writes into a copy of the folder, which
+then replaces it (atomic.py).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def save_adapter(
     metrics: Mapping[str, float] | None = None,
     **options: Any,
 ) -> None:
-    """`model.save_pretrained(folder)`, in which a kill or a full disk leaves the old adapter or the new, never half.
+    """Call `model.save_pretrained(folder)` so that a kill or a full disk leaves the old adapter or the new one, whole.
 
     Other files in the folder are kept, except those written during the save. Every file is flushed to the disk before
     the folder is renamed. A kill between the two renames leaves the old adapter beside the folder, under a hidden name;
@@ -38,25 +38,27 @@ def save_adapter(
 
     Args:
         model: A `PeftModel`, or a transformers model with an adapter.
-        folder: Made if need be.
-        base_model_name: Put this name of the base into `adapter_config.json` and the model card instead of the path
-            that the base was loaded from: for adapters that leave this machine.
-        metrics: Replace PEFT's model card, mostly blanks to fill in, by one that names base, config, these results
-            (there may be none: `{}`) and how to load the SMoA adapter; beside the config of each adapter saved.
+        folder: Created if it does not exist.
+        base_model_name: Name of the base model for `adapter_config.json` and the model card, instead of the path it
+            was loaded from.
+        metrics: Results, may be empty. If given, each saved adapter gets a model card with base model, settings, these
+            results and how to load it, instead of PEFT's template.
         options: Passed to `save_pretrained`.
 
     Raises:
         NotADirectoryError: `folder` is a file.
-        ConfigError: a card is asked for, and not all adapters of the model are SMoA's.
+        ConfigError: `metrics` is given, and an adapter of the model is not a SMoA adapter.
     """
     target = Path(folder)
     recover(target)
     if target.exists() and not target.is_dir():
-        raise NotADirectoryError(f"{target}: is a file; name a folder for the adapter")
+        raise NotADirectoryError(f"{target}: is a file; give a folder")
     others = [name for name, config in model.peft_config.items() if not isinstance(config, SmoaConfig)]
     if metrics is not None and others:
-        raise ConfigError(f"metrics: {others[0]} is no SMoA adapter; save it without metrics, with PEFT's model card")
-    if not options.get("is_main_process", True):  # it takes part in gathering, and writes nothing
+        raise ConfigError(
+            f"metrics: {others[0]} is not a SMoA adapter; leave metrics out to save it with PEFT's model card"
+        )
+    if not options.get("is_main_process", True):  # takes part in gathering and keeps nothing
         with tempfile.TemporaryDirectory() as nowhere:
             model.save_pretrained(nowhere, **options)
         return
@@ -64,7 +66,7 @@ def save_adapter(
         before = _configs(temporary)
         model.save_pretrained(temporary, **options)
         for file, state in _configs(temporary).items():
-            if before.get(file) == state:  # of another adapter, which lies in the folder besides
+            if before.get(file) == state:  # another adapter in the folder, not saved now
                 continue
             if base_model_name is not None:
                 _rename_base(file, temporary / MODEL_CARD, base_model_name)
@@ -73,7 +75,7 @@ def save_adapter(
 
 
 def _configs(folder: Path) -> dict[Path, tuple[int, int]]:
-    """The configs of the adapters in a folder, and what changes when one is written."""
+    """The configs in a folder, each with values that change when it is written."""
     return {file: (file.stat().st_ino, file.stat().st_mtime_ns) for file in folder.rglob(CONFIG_NAME)}
 
 
@@ -90,6 +92,6 @@ def _rename_base(file: Path, card: Path, name: str) -> None:
 
 def _write_card(folder: Path, title: str, metrics: Mapping[str, float]) -> None:
     config = SmoaConfig.from_pretrained(folder)
-    # as the file has it: reading puts the home folder in, which tells who the user is
+    # as in the file: reading replaces `~` by the home folder, which would reveal the user's name
     config.base_model_name_or_path = json.loads((folder / CONFIG_NAME).read_text("utf-8"))["base_model_name_or_path"]
     (folder / MODEL_CARD).write_text(adapter_card(title, config, metrics), encoding="utf-8")

@@ -1,7 +1,7 @@
-"""`add_weighted_adapter`: one new adapter that is a weighted sum of adapters of one partition.
+"""`add_weighted_adapter`: a new adapter that is the weighted sum of adapters with one partition.
 
-`cat` is exact: within each block the ranks stand side by side, so `ΔW = Σ w_i ΔW_i` and the new r is Σ r_i. `linear`
-adds the factors themselves, √|w_i·s_ik| on either side, as PEFT's LoRA does: r stays, the cross terms are an error.
+`cat` is exact: it concatenates the ranks of each block, so `ΔW = Σ w_i ΔW_i`, and the new r is Σ r_i. `linear` adds the
+factors, each scaled by √|w_i·s_ik|, as PEFT's LoRA does: r does not change, and the cross terms are an error.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Combination = Literal["cat", "linear"]
 def check_combination(
     known: Mapping[str, object], adapters: list[str], weights: list[float], adapter_name: str, combination: str
 ) -> None:
-    """Raise MergeError unless these are existing adapters with one weight each, and the sum's name is free."""
+    """Raise MergeError unless the adapters exist, each has one weight, and the new name is free."""
     unknown = set(adapters) - set(known)
     if unknown or not adapters or len(adapters) != len(weights) or adapter_name in known:
         raise MergeError(
@@ -41,7 +41,7 @@ def combined_config(configs: list[SmoaConfig], combination: Combination) -> Smoa
     """Config of the sum.
 
     Raises:
-        MergeError: the adapters differ in what a sum can't mix.
+        MergeError: the configs can't be combined.
     """
     first = configs[0]
     for name in ("num_blocks", "modulation", "target_modules"):
@@ -53,7 +53,7 @@ def combined_config(configs: list[SmoaConfig], combination: Combination) -> Smoa
             raise MergeError(f"can't combine adapters with {name}; give every layer the same r and num_blocks")
     for name in ("modules_to_save", "trainable_token_indices", "bias"):
         if any(getattr(config, name) not in (None, "none", [], {}) for config in configs):
-            raise MergeError(f"can't combine adapters with {name}: only the updates of adapted layers have a sum")
+            raise MergeError(f"can't combine adapters with {name}: only updates of adapted layers can be summed")
     ranks = [config.ranks_of() for config in configs]
     if combination == "linear" and len(set(ranks)) > 1:
         raise MergeError(f"combination_type='linear' needs equal block ranks, found {ranks}; use 'cat'")
@@ -70,14 +70,14 @@ def combined_config(configs: list[SmoaConfig], combination: Combination) -> Smoa
 
 
 def check_same_labels(name: str, layer: SmoaLayer, adapters: list[str]) -> None:
-    """Raise MergeError unless the layer has all these adapters, and they have one partition."""
+    """Raise MergeError unless the layer has all these adapters, with the same partition."""
     absent = [adapter for adapter in adapters if adapter not in layer.smoa_A]
     if absent:
         raise MergeError(f"{name}: {', '.join(absent)} doesn't adapt this layer; combine adapters of the same layers")
     first = layer.blocks(adapters[0])
     if not all(first.same_as(layer.blocks(other)) for other in adapters[1:]):
         raise MergeError(
-            f"{name}: adapters {', '.join(adapters)} have different partitions, so their sum is no SMoA adapter; "
+            f"{name}: adapters {', '.join(adapters)} have different partitions, so their sum is not a SMoA adapter; "
             "merge them one after another, or convert them to LoRA and combine those"
         )
 
@@ -86,10 +86,10 @@ def check_same_labels(name: str, layer: SmoaLayer, adapters: list[str]) -> None:
 def fill_combined(
     layer: SmoaLayer, adapters: list[str], weights: list[float], adapter_name: str, combination: Combination
 ) -> None:
-    """Write labels and factors of the sum into the fresh adapter `adapter_name` of one layer; its scales are 1."""
+    """Write labels and factors of the sum into the new adapter of one layer. Its block scales are 1."""
     layer.share_partition(adapters[0], adapter_name, with_scale=False)
     parts = [layer.update(name).factors for name in adapters]
-    # PEFT has made the factors in the base's dtype, which may be narrower than those of the parts
+    # PEFT made the factors in the base's dtype, which may be narrower than the parts' dtypes
     dtype = reduce(torch.promote_types, (factor.dtype for part in parts for factor in (part.A, part.B)))
     layer.smoa_A[adapter_name].to(dtype)
     layer.smoa_B[adapter_name].to(dtype)

@@ -1,8 +1,8 @@
-"""Replace what a loaded adapter holds, in place: no module and no shape changes, so compiled code stays valid.
+"""Replaces a loaded adapter by a saved one in place, so that compiled code stays valid.
 
-PEFT's own hot-swapping knows LoRA only. Here the new adapter's tensors are brought into the shape of the slot that they
-go into and loaded by PEFT as ever: blocks of smaller rank are filled up with zeros, and where alpha / r differs the
-ratio goes into B. The slot keeps its name, config, rank and scale, and what is saved from it afterwards fits them.
+No module and no shape changes. PEFT's own hot-swapping supports only LoRA. Here the new tensors are brought into the
+shape of the loaded adapter, the slot, and loaded by PEFT. Blocks of smaller rank are padded with zeros. If alpha / r
+differs, B is multiplied by the ratio. The slot keeps its name, config, rank and scale, and can be saved with them.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from smoa.maths.factors import factor_shapes
 
 @torch.no_grad()
 def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "default") -> None:
-    """Put the adapter saved in `path` into the place of the loaded adapter `adapter_name`.
+    """Replace the loaded adapter `adapter_name` by the one saved in `path`.
 
-    The new one must have the same num_blocks, modulation and bias, no block of larger rank, and no layer that the
-    loaded one lacks. A layer that it lacks itself does nothing until the next swap. Dropout stays the slot's. An
-    error leaves everything as it was.
+    The new adapter must have the same num_blocks, modulation and bias, no block of larger rank, and no layer that the
+    loaded one lacks. Layers that only the loaded one has do nothing until the next swap. The loaded adapter's dropout
+    stays. An error changes nothing.
 
     Args:
         model: A PeftModel, compiled by `torch.compile` or not.
         path: Folder or hub id.
 
     Raises:
-        ConfigError: one of the two is no SMoA adapter, or they can't share a slot.
+        ConfigError: one of the two is not a SMoA adapter, or their settings don't match.
         AdapterFileError: the tensors don't fit the model.
         MergeError: the loaded adapter is merged.
     """
     slot: Any = getattr(model, "_orig_mod", model)
     old = getattr(slot, "peft_config", {}).get(adapter_name)
     if not isinstance(slot, PeftModel) or not isinstance(old, SmoaConfig):
-        raise ConfigError(f"hotswap_adapter: the model has no SMoA adapter named {adapter_name!r} to be replaced")
+        raise ConfigError(f"hotswap_adapter: the model has no SMoA adapter named {adapter_name!r}")
     layers = _layers(slot, adapter_name)
     with door(path):
         config = _checked_config(old, str(path))
@@ -63,14 +63,14 @@ def _layers(slot: PeftModel, adapter_name: str) -> dict[str, SmoaLayer]:
     layers = adapter_layers(tuner.model, adapter_name)
     merged = [name for name, layer in layers.items() if adapter_name in layer.merged_adapters]
     if merged:
-        raise MergeError(f"{merged[0]}: {adapter_name!r} is merged; call unmerge_adapter before it is swapped")
+        raise MergeError(f"{merged[0]}: {adapter_name!r} is merged; call unmerge_adapter first")
     return layers
 
 
 def _checked_config(old: SmoaConfig, path: str) -> SmoaConfig:
     new = PeftConfig.from_pretrained(path)
     if not isinstance(new, SmoaConfig):
-        raise ConfigError(f"{path}: holds a {new.peft_type} adapter, which can't take the place of a SMoA adapter")
+        raise ConfigError(f"{path}: is a {new.peft_type} adapter and can't replace a SMoA adapter")
     fixed = ("num_blocks", "num_blocks_pattern", "modulation", "bias")
     different = [name for name in fixed if getattr(new, name) != getattr(old, name)]
     if different:
@@ -82,7 +82,7 @@ def _checked_config(old: SmoaConfig, path: str) -> SmoaConfig:
 def _fitted(
     state: dict[str, Tensor], layers: dict[str, SmoaLayer], config: SmoaConfig, adapter_name: str, path: str
 ) -> dict[str, Tensor]:
-    """The adapter's tensors as the slot would have saved them."""
+    """The adapter's tensors in the shapes and scale of the slot."""
     own = {key for key in state if ".smoa_" in key}
     fitted = {key: tensor for key, tensor in state.items() if key not in own}
     for name, layer in layers.items():
@@ -99,8 +99,8 @@ def _fitted(
         own -= set(keys)
     if own:
         raise AdapterFileError(
-            f"{path}: adapts {sorted(own)[0]} and {len(own) - 1} more tensor(s) that the loaded adapter has no place "
-            "for; load it under another name with load_adapter"
+            f"{path}: has {sorted(own)[0]} and {len(own) - 1} more tensor(s) for layers that the loaded adapter "
+            "does not adapt; load it under another name with load_adapter"
         )
     return fitted
 
@@ -120,7 +120,7 @@ def _without_effect(layer: SmoaLayer, adapter_name: str) -> list[Tensor]:
 def _padded(
     name: str, layer: SmoaLayer, parts: list[Tensor], config: SmoaConfig, adapter_name: str, path: str
 ) -> list[Tensor]:
-    """Each block's ranks at the head of the slot's, zeros behind them; B takes the ratio of the scales."""
+    """Pad the ranks of each block with zeros to those of the slot, and multiply B by the ratio of the scales."""
     A, B, rows, cols = parts
     slot, ranks = layer.ranks[adapter_name], config.ranks_of(name, len(A))
     shapes = factor_shapes(layer.out_features, layer.in_features, ranks)
@@ -144,7 +144,7 @@ def _padded(
 
 
 def _check_others(slot: PeftModel, state: dict[str, Tensor], adapter_name: str, path: str) -> None:
-    """Biases and modules_to_save must be those that the slot has: what is left out would stay the old adapter's."""
+    """Refuse other biases and modules_to_save than the slot's, because missing ones would stay the old adapter's."""
     saved = get_peft_model_state_dict(slot, adapter_name=adapter_name)
     expected, found = (
         {f"{key} {tuple(tensor.shape)}" for key, tensor in tensors.items() if ".smoa_" not in key}
@@ -152,6 +152,6 @@ def _check_others(slot: PeftModel, state: dict[str, Tensor], adapter_name: str, 
     )
     if expected != found:
         raise AdapterFileError(
-            f"{path}: besides its factors it holds {sorted(found - expected) or 'nothing'} more and lacks "
-            f"{sorted(expected - found) or 'nothing'} of what {adapter_name!r} trains; load it under another name"
+            f"{path}: in addition to factors it has {sorted(found - expected) or 'nothing'} and lacks "
+            f"{sorted(expected - found) or 'nothing'} compared with {adapter_name!r}; load it under another name"
         )

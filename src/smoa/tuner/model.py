@@ -1,4 +1,4 @@
-"""SmoaModel: PEFT's tuner for SMoA, injecting layers and guarding what PEFT does with them."""
+"""SmoaModel: PEFT's tuner for SMoA."""
 
 from __future__ import annotations
 
@@ -47,16 +47,16 @@ class SmoaModel(BaseTuner):
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     _loads_labels = False
     _given: Mapping[str, object] = {}
-    """The configs that were passed, by adapter."""
+    """The config passed for each adapter."""
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """PEFT's `inject_adapter`; no weight is decomposed where a saved adapter is being loaded.
+        """PEFT's `inject_adapter`, which decomposes no weight while a saved adapter is being loaded.
 
-        What is decided for this model goes into a copy of the config, `peft_config[adapter_name]`: the one that was
-        passed stays as it is, and can serve other models.
+        Choices for this model are stored in a copy of the config, `peft_config[adapter_name]`. The config that was
+        passed is not changed, and can be used for other models.
 
-        An adapter added with the very config of another is its twin and gets its partition: TRL makes a reference
-        adapter so, and copies the factors but no buffers.
+        An adapter added with the same config object as another is its twin and gets its partition, because TRL makes
+        reference adapters this way and then copies factors but no buffers.
         """
         found = incoming()
         twin = self._take_config(adapter_name, None if found is None else found.file.save_id)
@@ -72,7 +72,7 @@ class SmoaModel(BaseTuner):
             set_peft_model_state_dict(self.model, tensors, adapter_name)
 
     def _take_config(self, adapter_name: str, save_id: str | None = None) -> str | None:
-        """Put a copy of the adapter's config, with its id, in its place; the name of its twin, if any."""
+        """Replace the adapter's config by a copy with its id. Return the name of its twin, if any."""
         configs: dict[str, Any] = self.peft_config
         given = configs[adapter_name]
         others = (name for name in configs if name != adapter_name)
@@ -92,7 +92,7 @@ class SmoaModel(BaseTuner):
                 self._progress.close()
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        """Refuse every unsuitable target at once, before anything is replaced."""
+        """Report all unsuitable targets at once, before any module is replaced."""
         config: Any = _maybe_include_all_linear_layers(peft_config, model)
         found = incoming()
         inside = tuple(name + "." for name, module in model.named_modules() if isinstance(module, SmoaLayer))
@@ -114,7 +114,11 @@ class SmoaModel(BaseTuner):
         self._progress = tqdm(total=len(weights), desc="SMoA partitions", unit="layer", delay=1, disable=hidden)
 
     def _choose_blocks(self, config: SmoaConfig, weights: dict[str, Callable[[], Tensor]]) -> None:
-        """Choose the K that `num_blocks_pattern` doesn't give, if asked to; a saved adapter brings all of them."""
+        """With `blocks_from_spectrum`, choose the K of layers that `num_blocks_pattern` does not name.
+
+        Raises:
+            PartitionError: the adapter is being loaded, and its config does not name all layers.
+        """
         missing = sorted(name for name in weights if config.chosen_blocks_of(name) is None)
         if not config.blocks_from_spectrum or not missing:
             return
@@ -123,10 +127,10 @@ class SmoaModel(BaseTuner):
             place = "" if found is None else f"{found.file.path.with_name(CONFIG_NAME)}: "
             raise PartitionError(
                 f"{place}{missing[0]}: num_blocks_pattern names neither it nor {len(missing) - 1} more, although "
-                "blocks_from_spectrum chose K; the adapter is for another model, or its adapter_config.json is broken"
+                "blocks_from_spectrum is set; the adapter is for another model, or adapter_config.json is damaged"
             )
         choose = partial(choose_blocks, {name: weights[name] for name in missing}, config.num_blocks)
-        chosen = from_rank_zero(choose, everywhere=True)  # every rank gathers what is sharded
+        chosen = from_rank_zero(choose, everywhere=True)  # every rank must gather sharded weights
         config.num_blocks_pattern = {**config.num_blocks_pattern, **chosen}
 
     def _create_and_replace(
@@ -157,7 +161,7 @@ class SmoaModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, AuxiliaryTrainingWrapper):  # PEFT would assign its weight, which may be no parameter
+        if isinstance(child, AuxiliaryTrainingWrapper):  # PEFT would assign its weight, which may not be a parameter
             setattr(parent, child_name, new_module)
             return
         super()._replace_module(parent, child_name, new_module, child)
@@ -196,7 +200,7 @@ class SmoaModel(BaseTuner):
         return dict(remapped)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """PEFT's `merge_adapter`; with `safe_merge` every layer is checked before the first one is changed."""
+        """PEFT's `merge_adapter`. With `safe_merge`, all layers are checked before the first one is changed."""
         if safe_merge:
             self._check_all_finite(adapter_names)
         with requantization_reported(self.model):
@@ -220,7 +224,7 @@ class SmoaModel(BaseTuner):
         """Add the adapter `adapter_name` = Σ weights·adapters, negative weights included.
 
         Args:
-            combination_type: "cat" is exact, r is the sum of the ranks; "linear" keeps the rank and is approximate.
+            combination_type: "cat" is exact and sums the ranks; "linear" keeps the rank and is approximate.
 
         Raises:
             MergeError: an adapter is unknown or trains more than layers, or the adapters don't share partition,
@@ -233,7 +237,7 @@ class SmoaModel(BaseTuner):
             check_same_labels(name, layer, adapters)
         self.peft_config[adapter_name] = config
         self._take_config(adapter_name)
-        self._loads_labels = True  # of the parts
+        self._loads_labels = True  # they come from the parts
         self._inject(self.model, adapter_name)
         for layer in layers.values():
             fill_combined(layer, adapters, weights, adapter_name, combination_type)
@@ -243,7 +247,7 @@ class SmoaModel(BaseTuner):
         for name, module in self.model.named_modules():
             if isinstance(module, Linear):
                 try:
-                    with onload_layer(module):  # where accelerate keeps its weights elsewhere
+                    with onload_layer(module):  # accelerate may have offloaded its weights
                         module.check_merge(adapter_names)
                 except MergeError as error:
                     raise MergeError(f"{name}: {error}") from None

@@ -1,4 +1,4 @@
-"""Which modules can be adapted, and the weight that each of them holds."""
+"""Checks which modules can be adapted, and returns their weights."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from smoa.layers.quantized import dequantized, find_backend
 from smoa.maths.blocks import check_num_blocks
 
 SUPPORTED = (
-    "torch.nn.Linear, transformers.pytorch_utils.Conv1D, quantised linear layers of bitsandbytes, torchao and HQQ"
+    "torch.nn.Linear, transformers.pytorch_utils.Conv1D, quantized linear layers of bitsandbytes, torchao and HQQ"
 )
 
 
 def base_of(module: nn.Module) -> nn.Module:
-    """The module itself, or the layer that an adapted one wraps."""
+    """The layer inside an adapted module, or the module itself."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def weight_of(module: nn.Module, backend: QuantizationBackend | None) -> Tensor:
-    """A target's whole weight as floating-point numbers; what is already adapted gives the one before any merge."""
+    """A target's whole weight as floating-point numbers, before any merge."""
     if isinstance(module, SmoaLayer):
         return whole(module.pristine_weight())
     base: Any = base_of(module)
@@ -35,7 +35,12 @@ def weight_of(module: nn.Module, backend: QuantizationBackend | None) -> Tensor:
 
 
 def check_target(name: str, module: nn.Module, config: SmoaConfig, model: nn.Module) -> QuantizationBackend | None:
-    """Raise unless the module can be adapted; the backend of a quantised one."""
+    """Return the backend of a quantized module, None for a plain one.
+
+    Raises:
+        UnsupportedModuleError: SMoA can't adapt this kind of module.
+        PartitionError: K is larger than a side of its weight.
+    """
     base = base_of(module)
     try:
         backend = find_backend(base, model)
@@ -44,7 +49,7 @@ def check_target(name: str, module: nn.Module, config: SmoaConfig, model: nn.Mod
     if backend is None and not isinstance(base, (nn.Linear, Conv1D)):
         raise UnsupportedModuleError(
             f"{name}: SMoA can't adapt a {type(base).__module__}.{type(base).__qualname__}; supported are {SUPPORTED}; "
-            "leave it out of target_modules or name it in exclude_modules"
+            "remove it from target_modules or add it to exclude_modules"
         )
     try:
         check_num_blocks(config.num_blocks_of(name), *linear_shape(base))

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM, LlamaModel
 
 from smoa import ConfigError, MergeError, SmoaConfig
 from smoa.export import base_checkpoint
-from smoa.export.base_checkpoint import BaseCheckpoint, adapter_config, base_folder
+from smoa.export.base_checkpoint import BaseCheckpoint, adapter_config, auto_class, base_folder
 from smoa.files.checkpoint import embeddings_of
 from tests.support import tiny_models
 
@@ -56,7 +56,9 @@ def test_what_is_neither_a_folder_nor_on_the_hub_is_named(error: Exception, monk
         raise error
 
     monkeypatch.setattr(base_checkpoint, "snapshot_download", fail)
-    with pytest.raises(MergeError, match="base model 'owner/model': neither a folder nor to be had from the hub"):
+    with pytest.raises(
+        MergeError, match="base model 'owner/model': is not a local folder and could not be downloaded from the Hub"
+    ):
         base_folder("owner/model")
 
 
@@ -81,7 +83,7 @@ def test_an_adapter_without_a_task_is_of_the_class_that_peft_noted(tmp_path: Pat
 def test_an_adapter_that_notes_nothing_is_of_the_bare_model(tmp_path: Path) -> None:
     base = checkpoint(tmp_path)
     base.peft_config.auto_mapping = None
-    assert base.auto_class == "AutoModel"
+    assert auto_class(base.peft_config) == "AutoModel"
     assert type(base.on_meta()) is LlamaModel
 
 

@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig
 
 from smoa import SmoaConfig
-from smoa.export.model_card import model_card, what_was_lost
+from smoa.export.model_card import loss_in_words, model_card
 from smoa.export.streaming import RoundingLoss
 
 LOSS = RoundingLoss(torch.bfloat16, {"first": 0.004, "second": 0.02}, update=1.0, error=0.0123**2)
@@ -46,13 +46,13 @@ def test_notes_come_along() -> None:
 
 
 def test_what_rounding_took_is_told_in_all_and_of_the_worst_layer() -> None:
-    found = what_was_lost(LOSS)
+    found = loss_in_words(LOSS)
     assert "1.2 %" in found
     assert "second: 2 %" in found
     assert f"saved in bfloat16: {found}" in card().text
 
 
 def test_where_rounding_took_nothing_no_layer_is_blamed() -> None:
-    found = what_was_lost(RoundingLoss(torch.float32, {"first": 0.0}, update=1.0))
+    found = loss_in_words(RoundingLoss(torch.float32, {"first": 0.0}, update=1.0))
     assert "nothing" in found
     assert "first" not in found

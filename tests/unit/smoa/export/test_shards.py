@@ -13,7 +13,7 @@ from torch import Tensor
 
 from smoa import MergeError
 from smoa.export import shards
-from smoa.export.shards import INDEX, Checkpoint, Entry, has_safetensors, write_checkpoint
+from smoa.export.shards import INDEX, Checkpoint, HeaderEntry, has_safetensors, write_checkpoint
 
 TENSORS = {
     "wide": torch.arange(6, dtype=torch.float64).reshape(2, 3),
@@ -112,4 +112,4 @@ def test_a_folder_without_weights_is_recognized(source: Path, target: Path) -> N
 
 def test_an_entry_of_a_tensor_is_that_of_its_file(source: Path) -> None:
     entries = Checkpoint(source).entries
-    assert all(Entry.of(tensor) == entries[key] for key, tensor in TENSORS.items() if tensor.is_floating_point())
+    assert all(HeaderEntry.of(tensor) == entries[key] for key, tensor in TENSORS.items() if tensor.is_floating_point())

@@ -35,7 +35,7 @@ def test_the_card_does_not_hide_that_blocks_differ_by_layer(tiny_llama: PreTrain
     config = SmoaConfig(r=8, num_blocks_pattern={"v_proj": 4}, target_modules=["q_proj", "v_proj"])
     save_adapter(get_peft_model(tiny_llama, config), tmp_path / "mine", base_model_name="org/base", metrics={})
     text = (tmp_path / "mine" / "README.md").read_text()
-    assert "r = 8, 2 blocks where its config says no other number for a layer." in text
+    assert "r = 8, 2 blocks in layers for which its config gives no other number." in text
 
 
 def test_the_home_folder_stays_out_of_the_card(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +67,7 @@ def test_a_card_for_another_method_is_refused_before_anything_is_written(
     tiny_llama: PreTrainedModel, tmp_path: Path
 ) -> None:
     model = get_peft_model(tiny_llama, LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(ConfigError, match="metrics: default is no SMoA adapter"):
+    with pytest.raises(ConfigError, match="metrics: default is not a SMoA adapter"):
         save_adapter(model, tmp_path / "mine", metrics={})
     save_adapter(model, tmp_path / "mine")
     assert (tmp_path / "mine" / "adapter_config.json").is_file()

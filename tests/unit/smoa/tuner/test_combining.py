@@ -110,7 +110,7 @@ def test_adapters_that_train_more_than_layers_are_refused(settings: dict[str, ob
     model = model_with({"r": 4}, {"r": 4})
     for name, value in settings.items():
         setattr(model.peft_config["two"], name, value)
-    with pytest.raises(MergeError, match=f"with {next(iter(settings))}: only the updates"):
+    with pytest.raises(MergeError, match=f"with {next(iter(settings))}: only updates of adapted layers"):
         model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum")
     assert "sum" not in model.peft_config
 

@@ -155,7 +155,7 @@ def test_a_model_made_in_inference_mode_is_swapped(tmp_path: Path) -> None:
         ({"num_blocks": 2}, "num_blocks=2, not 3"),
         ({"modulation": "none"}, "modulation='none'"),
         ({"bias": "all"}, "bias='all'"),
-        ({"target_modules": ["q_proj", "k_proj"]}, "no place"),
+        ({"target_modules": ["q_proj", "k_proj"]}, "layers that the loaded adapter does not adapt"),
         ({"modules_to_save": ["norm"]}, "norm"),
     ],
 )
