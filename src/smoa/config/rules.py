@@ -8,6 +8,7 @@ from smoa.errors import ConfigError
 from smoa.maths.blocks import MAX_BLOCKS
 from smoa.maths.factors import check_block_ranks
 from smoa.maths.modulations import ModulationKind
+from smoa.maths.scale import ScaleKind
 from smoa.maths.spectrum import PartitionKind
 
 Bias = Literal["none", "all", "smoa_only"]
@@ -37,7 +38,7 @@ def _size_problems(config: Any) -> list[str | None]:
 
 
 def _choice_problems(config: Any) -> list[str | None]:
-    choices = {"bias": Bias, "partition": PartitionKind, "modulation": ModulationKind}
+    choices = {"bias": Bias, "partition": PartitionKind, "modulation": ModulationKind, "scale": ScaleKind}
     problems = [_choice_problem(name, getattr(config, name), get_args(kind)) for name, kind in choices.items()]
     return [*problems, _choice_problem("init_weights", config.init_weights, (True, False, "zero_A"))]
 
