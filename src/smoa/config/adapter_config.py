@@ -48,8 +48,7 @@ class SmoaConfig(PeftConfig):
         scale: The part of ΔW's scale that comes from the weight: "paper" leaves ΔW relative to the weight; "layer" and
             "block" divide by the rms of each layer's weight, or of each of its blocks, so that alpha means what it does
             in LoRA.
-        normalize_anchor: The name that 0.1 gave to `scale="layer"`. Divide alpha by the rms of each layer's weight, so that its blocks are modulated with anchors
-            of unit rms and alpha means what it means in LoRA.
+        normalize_anchor: The name that 0.1 gave to `scale="layer"`.
         partition: How coordinates are assigned to blocks: by "spectral" score, "contiguous" or at "random".
         modulation: "hadamard" multiplies each block with the frozen weight, "none" does not, "noise" takes random
             numbers of the weight's norm in its place: to measure what the weight's own entries are worth.
