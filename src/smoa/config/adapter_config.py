@@ -19,6 +19,7 @@ from smoa.config.rules import Bias, config_problems, value_problems
 from smoa.errors import ConfigError
 from smoa.maths.factors import Initialization, split_rank
 from smoa.maths.modulations import ModulationKind
+from smoa.maths.scale import ScaleKind
 from smoa.maths.spectrum import PartitionKind
 
 
@@ -41,8 +42,10 @@ class SmoaConfig(PeftConfig):
             alpha = r wants a learning rate 10 to 50 times LoRA's, alpha = 32·r one of about 1e-2.
         smoa_dropout: Dropout probability of the adapter's input.
         bias: Which biases train: "none", "all" or "smoa_only" (those of adapted layers).
-        normalize_anchor: Divide alpha by the rms of each layer's weight, so that its blocks are modulated with anchors
-            of unit rms and alpha means what it means in LoRA.
+        scale: The part of ΔW's scale that comes from the weight: "paper" leaves ΔW relative to the weight; "layer" and
+            "block" divide by the rms of each layer's weight, or of each of its blocks, so that alpha means what it does
+            in LoRA.
+        normalize_anchor: The name that 0.1 gave to `scale="layer"`.
         partition: How coordinates are assigned to blocks: by "spectral" score, "contiguous" or at "random".
         modulation: "hadamard" multiplies each block with the frozen weight, "none" does not, "noise" takes random
             numbers of the weight's norm in its place: to measure what the weight's own entries are worth.
@@ -74,6 +77,7 @@ class SmoaConfig(PeftConfig):
     block_ranks: list[int] | None = field(default=None, metadata={"help": "Rank of each block; sums to r."})
     alpha: float | None = field(default=None, metadata={"help": "ΔW is scaled by alpha / r; None means alpha = r."})
     normalize_anchor: bool = field(default=False, metadata={"help": "Divide alpha by the rms of each weight."})
+    scale: ScaleKind = field(default="paper", metadata={"help": "paper, layer or block: what ΔW is relative to."})
     smoa_dropout: float = field(default=0.0, metadata={"help": "Dropout probability of the adapter's input."})
     bias: Bias = field(default="none", metadata={"help": "Which biases train: none, all or smoa_only."})
     partition: PartitionKind = field(default="spectral", metadata={"help": "spectral, contiguous or random."})

@@ -15,6 +15,7 @@ from smoa.layers.weight_cache import WeightCache
 from smoa.maths.blocks import check_num_blocks
 from smoa.maths.factors import Factors, Initialization, factor_shapes, init_factors
 from smoa.maths.modulations import MODULATIONS, ModulationKind
+from smoa.maths.scale import ScaleKind
 from smoa.maths.update import Update
 
 RANDOM_SIZE = 0.1
@@ -91,7 +92,8 @@ class SmoaLayer(PartitionState):
         self.ranks[adapter_name], self.modulation[adapter_name] = ranks, config.modulation
         self.smoa_dropout[adapter_name] = nn.Dropout(config.smoa_dropout) if config.smoa_dropout else nn.Identity()
         self._add_factors(adapter_name, config.init_weights)
-        self._add_partition(adapter_name, Pending(config.partition, config.normalize_anchor), defer_partition)
+        scale: ScaleKind = "layer" if config.normalize_anchor else config.scale
+        self._add_partition(adapter_name, Pending(config.partition, scale), defer_partition)
         if config.init_weights is False:  # give ΔW the same size for every scale
             with torch.no_grad():
                 self.smoa_B[adapter_name].weight.div_(self.rank_scale(adapter_name))  # type: ignore[operator]

@@ -33,6 +33,7 @@ WRONG: dict[str, list[Any]] = {
     "bias": [None, 1, ["none"], "lora_only"],
     "partition": [None, 1, ["spectral"]],
     "modulation": [None, 1],
+    "scale": [None, 1, "rms"],
     "init_weights": [None, "gaussian", 2],
     "normalize_anchor": [None, "yes", 1],
     "normalized_alpha": [None, 1, [1], {"a": None}, {"a": 0}],
@@ -130,3 +131,8 @@ def test_every_setting_has_wrong_values_in_this_test() -> None:
 def test_a_pattern_of_layers_without_their_indices_is_refused() -> None:
     with pytest.raises(ConfigError, match="layers_pattern='h' has no effect"):
         SmoaConfig(layers_pattern="h")
+
+
+def test_a_normalized_anchor_with_a_scale_by_block_is_refused() -> None:
+    with pytest.raises(ConfigError, match="drop normalize_anchor"):
+        SmoaConfig(normalize_anchor=True, scale="block")
