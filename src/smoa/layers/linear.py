@@ -226,8 +226,8 @@ def _check_finite(merged: Tensor, names: list[str]) -> None:
     if not torch.isfinite(merged).all():
         # The first sentences are PEFT's, whose users may match them.
         raise MergeError(
-            f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken (NaN or infinite "
-            f"in {merged.dtype}); nothing was merged. Train it again, or load the base model in float32"
+            f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken, or overflows "
+            f"{merged.dtype}; nothing was merged. Train it again, or load the base model in float32"
         )
 
 
