@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from smoa_lab.cli.console import print_json, print_table, reporting, size
+from smoa_lab.cli.console import print_json, print_table, reporting
 from smoa_lab.cli.options import AsJson, TrustRemoteCode
 
 
@@ -21,6 +21,8 @@ def budget(
 ) -> None:
     """List the r and num_blocks that fit a parameter budget, with their rank bound and size on disk."""
     with reporting():
+        from rich.filesize import decimal
+
         from smoa_lab.runs.budget_choices import budget_choices
 
         choices = budget_choices(model, amount, tuple(name.strip() for name in targets.split(",")), trust_remote_code)
@@ -33,7 +35,7 @@ def budget(
                 str(choice.r),
                 f"{choice.parameters:,}",
                 f"{choice.percent} %",
-                size(choice.bytes_on_disk),
+                decimal(choice.bytes_on_disk),
                 str(choice.rank_bound),
                 str(choice.lora_r),
             ]
