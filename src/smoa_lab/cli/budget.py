@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -27,7 +28,7 @@ def budget(
 
         choices = budget_choices(model, amount, tuple(name.strip() for name in targets.split(",")), trust_remote_code)
         if json:
-            print_json([choice.to_dict() for choice in choices])
+            print_json([asdict(choice) for choice in choices])
             return
         rows = [
             [

@@ -33,7 +33,8 @@ def reporting(*modules: str) -> Iterator[None]:
     lacking = missing(*modules)
     if lacking is not None:
         raise failed(f"this command {lacking}")
-    _drop_import_notes()
+    for name in IMPORT_NOTES:
+        logging.getLogger(name).addFilter(_is_news)
     import transformers
     from rich.console import Console
     from rich.logging import RichHandler
@@ -67,9 +68,8 @@ def reporting(*modules: str) -> Iterator[None]:
         logger.removeHandler(shown)
 
 
-def _drop_import_notes() -> None:
-    for name, note in IMPORT_NOTES.items():
-        logging.getLogger(name).addFilter(lambda record, note=note: not record.getMessage().startswith(note))
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(IMPORT_NOTES[record.name])
 
 
 def failed(message: str) -> typer.Exit:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +14,6 @@ from smoa.errors import ConfigError, DataError
 from smoa.maths.budget import adapter_bytes, rank_bound, trainable_parameters
 from smoa_lab.training.base_models import PACKAGED_MODEL, prepare_packaged_model
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 BLOCKS = (1, 2, 4, 8, 16, 32)
 
 # (out_features, in_features) of each adapted layer, counted.
@@ -36,14 +34,8 @@ class Choice:
     rank_bound: int
     lora_r: int
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
 
-
-def budget_choices(
-    model: str, amount: str, targets: tuple[str, ...] = TARGETS, trust_remote_code: bool = False
-) -> list[Choice]:
+def budget_choices(model: str, amount: str, targets: tuple[str, ...], trust_remote_code: bool = False) -> list[Choice]:
     """For each number of blocks the largest r within ``amount``: ``"0.1%"`` of the model, or a parameter count.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -102,7 +102,7 @@ class Bench(ABC):
         found: dict[str, Any] = {
             "part": part,
             "sha256": self.records.account["used"][part]["sha256"],
-            "scores": {name: score.to_dict() for name, score in score_outcomes(outcomes).items()},
+            "scores": {name: asdict(score) for name, score in score_outcomes(outcomes).items()},
             "questions": _questions(outcomes),
         }
         if self._elsewhere_records and part == "test":
