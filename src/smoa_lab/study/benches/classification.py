@@ -44,7 +44,9 @@ class ClassificationBench(Bench):
         peft_config = METHODS[config.method].peft_config({**config.adapter, "task_type": "SEQ_CLS"})
         model: Any = base if peft_config is None else get_peft_model(base, peft_config)
         rows = [_row(tokenizer, record, config.task.max_length) for record in self.records.train]
-        trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=_collator(tokenizer))
+        trainer = Trainer(
+            model=model, args=arguments, train_dataset=rows, data_collator=DataCollatorWithPadding(tokenizer)
+        )
         for callback in REPLACED:
             trainer.remove_callback(callback)
         started = time.perf_counter()
@@ -99,14 +101,10 @@ def _row(tokenizer: PreTrainedTokenizerBase, record: Record, max_length: int) ->
     return {**row, "labels": record.label}
 
 
-def _collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorWithPadding:
-    return DataCollatorWithPadding(tokenizer)
-
-
 def _batches(
     tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], max_length: int
 ) -> Iterator[tuple[Sequence[Record], dict[str, Tensor]]]:
-    collate = _collator(tokenizer)
+    collate = DataCollatorWithPadding(tokenizer)
     for start in range(0, len(records), BATCH):
         some = records[start : start + BATCH]
         yield some, dict(collate([_row(tokenizer, record, max_length) for record in some]))
