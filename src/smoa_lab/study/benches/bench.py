@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from smoa.errors import ConfigError
 from smoa_lab.config.run_config import DataSection, RunConfig, check_config
@@ -119,7 +119,7 @@ class Bench(ABC):
         """What the model, or without one the untouched base, makes of each record."""
 
 
-def fit_arguments(config: RunConfig) -> Any:
+def fit_arguments(config: RunConfig) -> TrainingArguments:
     """The Trainer's arguments, without a progress bar: a study logs one line a run."""
     arguments = training_arguments(config)
     arguments.disable_tqdm = True

@@ -1,4 +1,4 @@
-"""What a study found, from its stored trials alone: a table in words, JSON, and two pictures."""
+"""Writes a study's README.md, index.html, summary.json and pictures, from its stored trials alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from smoa_lab.study.report.rows import (
     as_json,
     commonest_machine,
     entry_row,
-    known_before,
+    untouched_sentence,
 )
 from smoa_lab.study.report.statistics import Difference
 from smoa_lab.study.report.study_page import study_page
@@ -40,7 +40,7 @@ def report(study: Study) -> list[Row]:
     write_whole(study.folder / "summary.json", json.dumps(as_json(rows), indent=1, allow_nan=False) + "\n")
     pictures = _draw(study, rows)
     write_whole(study.folder / "README.md", _page(study, rows, untouched, pictures))
-    write_whole(study.folder / "index.html", study_page(study, rows, untouched, [known_before(untouched)]))
+    write_whole(study.folder / "index.html", study_page(study, rows, untouched, [untouched_sentence(untouched)]))
     return rows
 
 
@@ -74,7 +74,7 @@ def _page(study: Study, rows: list[Row], untouched: dict[str, Any] | None, pictu
     budgets = dict.fromkeys(row.budget for row in rows)
     parts += [_table([row for row in rows if row.budget == budget], budget) for budget in budgets]
     parts += [_tasks([row for row in rows if row.budget == budget], budget, untouched) for budget in budgets]
-    parts.append(known_before(untouched))
+    parts.append(untouched_sentence(untouched))
     parts += [f"![{title}]({file})" for file, title in pictures.items()]
     parts.append(
         "[The same as a page](index.html) lists every run. The whole JSON of a run is "
