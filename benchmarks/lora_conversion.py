@@ -60,17 +60,8 @@ def main() -> None:
             f"loss {loss['lora']:.4f} ({loss['lora_change']:+.4f} ± {loss['lora_change_stderr']:.4f})"
         )
     run = {"config": metrics["config"], "provenance": metrics["provenance"], "training": metrics["training"]}
-    print(
-        write_results(
-            "lora_conversion",
-            {
-                "provenance": provenance(torch.device("cpu")),
-                "run": run,
-                "points": points,
-                "ranks_needed": ranks_needed(converter),
-            },
-        )
-    )
+    result = {"run": run, "points": points, "ranks_needed": ranks_needed(converter)}
+    print(write_results("lora_conversion", {"provenance": provenance(torch.device("cpu")), **result}))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def compare(
         from smoa_lab.study.comparison import Comparison
         from smoa_lab.study.packing import pack as pack_runs
         from smoa_lab.study.report.rows import as_json
-        from smoa_lab.study.report.table import report
+        from smoa_lab.study.report.study_report import report
         from smoa_lab.study.study_file import load_study
 
         if only and report_only:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,9 +99,5 @@ def _limit(amount: str, total: int) -> float:
 
 
 def _largest_r(shapes: Shapes, num_blocks: int, limit: float) -> int:
-    """By bisection: the count grows with r."""
-    low, high = 0, max(max(shape) for shape in shapes) * num_blocks
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if parameters(shapes, middle, num_blocks) <= limit else (low, middle - 1)
-    return low
+    ranks = range(1, max(max(shape) for shape in shapes) * num_blocks + 1)
+    return bisect_right(ranks, limit, key=lambda r: parameters(shapes, r, num_blocks))

@@ -41,8 +41,10 @@ class ProgressReport(TrainerCallback):
         if self.bar.live.is_started:
             self.bar.update(self.task, completed=state.global_step)
 
-    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, float], **_: Any) -> None:
-        shown = [f"{name} {float(logs[name]):.4g}" for name in SHOWN if name in logs]
+    def on_log(
+        self, args: Any, state: TrainerState, control: Any, logs: dict[str, float] | None = None, **_: Any
+    ) -> None:
+        shown = [f"{name} {float(logs[name]):.4g}" for name in SHOWN if logs and name in logs]
         if not shown or not state.is_world_process_zero:
             return
         if self.bar.live.is_started:
