@@ -33,8 +33,7 @@ def reporting(*modules: str) -> Iterator[None]:
     lacking = missing(*modules)
     if lacking is not None:
         raise failed(f"this command {lacking}")
-    for name in IMPORT_NOTES:
-        logging.getLogger(name).addFilter(_is_news)
+    quiet_imports()
     import transformers
     from rich.console import Console
     from rich.logging import RichHandler
@@ -66,6 +65,12 @@ def reporting(*modules: str) -> Iterator[None]:
         raise typer.Exit(130) from None
     finally:
         logger.removeHandler(shown)
+
+
+def quiet_imports() -> None:
+    """Drop IMPORT_NOTES, and nothing else, from the log."""
+    for name in IMPORT_NOTES:
+        logging.getLogger(name).addFilter(_is_news)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
