@@ -87,6 +87,13 @@ def entry_row(study: Study, name: str, machine: Machine) -> Row | None:
     )
 
 
+def difference_cells(row: Row, found: Difference | None, scale: float, digits: int) -> tuple[str, str, str]:
+    """Mean, interval and verdict as text; empty for the reference, and before a seed of it is finished."""
+    if found is None:
+        return "", "", "reference" if row.entry == row.reference else ""
+    return (*found.signed(scale, digits), found.verdict)
+
+
 def accuracy_by_task(rows: Sequence[Row], untouched: dict[str, Any] | None) -> list[list[str]]:
     """A table in percent, its header first, with the untouched model last; nothing where there is one task only."""
     names = list(rows[0].task_accuracy)

@@ -10,7 +10,7 @@ from smoa_lab.drawing.pages import anchor, figure, link, page, paragraph, sectio
 from smoa_lab.drawing.plots import new_figure
 from smoa_lab.study.packing import PACK, shell_command
 from smoa_lab.study.report.pictures import MARKERS, STYLES
-from smoa_lab.study.report.rows import BY_TASK, Row, accuracy_by_task
+from smoa_lab.study.report.rows import BY_TASK, Row, accuracy_by_task, difference_cells
 from smoa_lab.study.report.statistics import Difference
 from smoa_lab.study.study_file import Study
 from smoa_lab.study.trials import Trial, TrialStore
@@ -69,9 +69,9 @@ def _cells(study: Study, rows: Sequence[Row]) -> list[tuple[Any, ...]]:
             "" if row.search is None else f"{row.search.learning_rate:g}",
             len(row.search.losses) if row.search else 0,
             f"{row.loss:.4f}",
-            *_difference(row.loss_difference, 1, 4),
+            *_difference(row, row.loss_difference, 1, 4),
             f"{100 * row.accuracy:.1f}",
-            *_difference(row.accuracy_difference, 100, 1),
+            *_difference(row, row.accuracy_difference, 100, 1),
             "–" if row.elsewhere is None else f"{row.elsewhere:.3f}",
             "–" if row.seconds is None else f"{row.seconds:.0f}",
             "<span>" + " ".join(link(_final(study, row, seed), str(seed)) for seed in row.seeds) + "</span>",
@@ -80,10 +80,10 @@ def _cells(study: Study, rows: Sequence[Row]) -> list[tuple[Any, ...]]:
     ]
 
 
-def _difference(found: Difference | None, scale: float, digits: int) -> tuple[Any, str]:
-    if found is None:
-        return "", "reference"
-    return (found.signed(scale, digits)[1], found.mean), found.verdict
+def _difference(row: Row, found: Difference | None, scale: float, digits: int) -> tuple[Any, str]:
+    """The interval, sorted by its mean, and the verdict."""
+    _, interval, verdict = difference_cells(row, found, scale, digits)
+    return interval if found is None else (interval, found.mean), verdict
 
 
 def _final(study: Study, row: Row, seed: int) -> str:

@@ -16,6 +16,7 @@ from smoa_lab.study.report.rows import (
     accuracy_by_task,
     as_json,
     commonest_machine,
+    difference_cells,
     entry_row,
     untouched_sentence,
 )
@@ -114,15 +115,14 @@ def _line(row: Row) -> str:
         str(len(row.seeds)),
         f"{row.loss:.4f} ± {row.loss_spread:.4f}",
         f"{100 * row.accuracy:.1f} ± {100 * row.accuracy_spread:.1f}",
-        *_difference_cells(row.loss_difference, 1, 4),
-        *_difference_cells(row.accuracy_difference, 100, 1),
+        *_difference(row, row.loss_difference, 1, 4),
+        *_difference(row, row.accuracy_difference, 100, 1),
         "–" if row.elsewhere is None else f"{row.elsewhere:.3f}",
         "–" if row.seconds is None else f"{row.seconds:.0f}",
     ]
     return f"| {' | '.join(cells)} |"
 
 
-def _difference_cells(found: Difference | None, scale: float, digits: int) -> tuple[str, str]:
-    if found is None:
-        return "", "reference"
-    return " ".join(found.signed(scale, digits)), found.verdict
+def _difference(row: Row, found: Difference | None, scale: float, digits: int) -> tuple[str, str]:
+    mean, interval, verdict = difference_cells(row, found, scale, digits)
+    return f"{mean} {interval}".strip(), verdict
