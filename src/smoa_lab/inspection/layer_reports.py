@@ -63,8 +63,7 @@ def inspect_layers(adapter: str | Path, base: str | None = None, trust_remote_co
     source = adapter_of_run(adapter)
     model, _ = load_base_model(ModelSection(name=base_name(source, base), trust_remote_code=trust_remote_code))
     adapted: Any = PeftModel.from_pretrained(model, str(source))
-    kind = adapted.active_peft_config.peft_type
-    method = str(getattr(kind, "value", kind)).lower()
+    method = adapted.active_peft_config.peft_type.value.lower()
     layers = list(_adapter_layers_updates(adapted.base_model.model))
     shown = tqdm(layers, desc="Decomposing", disable=None, leave=False)
     with torch.no_grad():

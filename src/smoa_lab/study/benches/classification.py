@@ -27,6 +27,7 @@ from smoa_lab.config.run_config import RunConfig
 from smoa_lab.data.records import Record
 from smoa_lab.data.sources.wheels import installed_file
 from smoa_lab.scoring.held_out import Outcome
+from smoa_lab.scoring.mode import scoring
 from smoa_lab.study.benches.bench import Bench, Fitted, fit_arguments
 from smoa_lab.training.progress import REPLACED
 
@@ -57,8 +58,7 @@ class ClassificationBench(Bench):
         base, tokenizer = self._base(config)
         scored = base if model is None else model
         outcomes: list[Outcome] = []
-        scored.eval()
-        with torch.inference_mode():
+        with scoring(scored):
             for some, batch in _batches(tokenizer, records, config.task.max_length):
                 losses, hits = _scored(scored, batch)
                 outcomes += [Outcome(one, loss, 1, hit, hit) for one, loss, hit in zip(some, losses, hits, strict=True)]
