@@ -11,7 +11,8 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 
 from smoa import SmoaConfig
-from smoa_lab.training.base_models import ModelSource, load_base_model
+from smoa_lab.config.run_config import ModelSection
+from smoa_lab.training.base_models import load_base_model
 
 QUANTIZATIONS: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
@@ -32,7 +33,7 @@ def gemma(method: str, r: int, num_blocks: int, device: torch.device, base: str 
         base: "float32", or one of QUANTIZATIONS.
     """
     options = {"quantization_config": QUANTIZATIONS[base]} if base in QUANTIZATIONS else {}
-    model, _ = load_base_model(ModelSource("gemma3-270m", options=options))
+    model, _ = load_base_model(ModelSection(name="gemma3-270m", options=options))
     model.to(device)
     if method == "base":
         return model.requires_grad_(False)

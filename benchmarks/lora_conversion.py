@@ -13,13 +13,35 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from _common import provenance, write_results
 
-from smoa_lab.runs.convert_run import trade_off
+from smoa.export.lora import RankRule
+from smoa_lab.runs.convert_run import Converter, conversion_report
 
 RANKS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 640]
+ERRORS = [0.5, 0.3, 0.1, 0.05]
+
+
+def cut(converter: Converter, rank: int) -> dict[str, Any]:
+    """What a LoRA of this rank keeps."""
+    with tempfile.TemporaryDirectory() as scratch:
+        conversion, loss = converter.cut(RankRule(rank=rank), Path(scratch) / "lora")
+    return {**conversion_report(converter, conversion, loss), "rank": rank}
+
+
+def ranks_needed(converter: Converter) -> dict[str, Any]:
+    """The rank that each layer needs for given errors."""
+    return {
+        name: {
+            "shape": list(spectrum.shape),
+            "blocks": len(spectrum.rows),
+            **{f"error {error}": RankRule(error=error).choose(spectrum.values) for error in ERRORS},
+        }
+        for name, spectrum in converter.spectra.layers.items()
+    }
 
 
 def main() -> None:
@@ -29,16 +51,17 @@ def main() -> None:
     arguments = parser.parse_args()
     metrics = json.loads((arguments.run / "metrics.json").read_text())
     metrics["config"]["training"].pop("output_dir")
-    with tempfile.TemporaryDirectory() as scratch:
-        result = trade_off(arguments.run, arguments.ranks, Path(scratch))
-    for point in result["points"]:
+    converter = Converter(arguments.run)
+    points = [cut(converter, rank) for rank in arguments.ranks]
+    for point in points:
         loss = point["loss"]
         print(
             f"rank {point['rank']:4d}  error {point['error']:.3f}  "
             f"loss {loss['lora']:.4f} ({loss['lora_change']:+.4f} ± {loss['lora_change_stderr']:.4f})"
         )
     run = {"config": metrics["config"], "provenance": metrics["provenance"], "training": metrics["training"]}
-    print(write_results("lora_conversion", {"provenance": provenance(torch.device("cpu")), "run": run, **result}))
+    result = {"run": run, "points": points, "ranks_needed": ranks_needed(converter)}
+    print(write_results("lora_conversion", {"provenance": provenance(torch.device("cpu")), **result}))
 
 
 if __name__ == "__main__":

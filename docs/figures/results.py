@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from smoa_lab.study.packing import PACK
-from smoa_lab.study.report.rows import known_before
+from smoa_lab.study.report.rows import untouched_sentence
 from smoa_lab.study.report.statistics import Difference
 from smoa_lab.study.trials import TrialStore
 
@@ -82,7 +82,7 @@ def study(summary: Path) -> str:
         forgets = any(row["elsewhere"] is not None for row in of_budget)
         header = [*HEADER, ELSEWHERE] if forgets else HEADER
         parts.append(table(header, [cells(row)[: len(header)] for row in of_budget]))
-    note = known_before(TrialStore(folder).find("untouched"))
+    note = untouched_sentence(TrialStore(folder).find("untouched"))
     if note:
         parts.append(textwrap.fill(note, WIDTH))
     pictures = {path.name: path.stem.replace("_", " ").capitalize() for path in sorted(folder.glob("*.png"))}

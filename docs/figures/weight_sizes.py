@@ -15,15 +15,16 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from torch import nn
 
-from smoa_lab.runs.budget_choices import TARGETS
-from smoa_lab.training.base_models import ModelSource, load_base_model
+from smoa_lab.config.run_config import ModelSection
+from smoa_lab.training.base_models import load_base_model
 
 IMAGES = Path(__file__).parents[1] / "images"
+TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 
 
 def weight_sizes(name: str) -> dict[str, list[float]]:
     """rms of the weight in each layer, by name of the projection."""
-    model, _ = load_base_model(ModelSource(name))
+    model, _ = load_base_model(ModelSection(name=name))
     sizes: dict[str, list[float]] = {target: [] for target in TARGETS}
     for path, module in model.named_modules():
         target = path.rpartition(".")[2]

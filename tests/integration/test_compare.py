@@ -16,7 +16,7 @@ from smoa_lab.cli.main import app
 from smoa_lab.study.benches.bench import Bench
 from smoa_lab.study.comparison import Comparison
 from smoa_lab.study.packing import own_files
-from smoa_lab.study.report.table import report
+from smoa_lab.study.report.study_report import report
 from smoa_lab.study.study_file import load_study
 from smoa_lab.study.trials import TrialStore
 from tests.support import lab

@@ -11,10 +11,10 @@ import torch
 from peft import PeftModel
 
 from smoa.layers.quantized import QuantizedLinear
-from smoa_lab.config.run_config import check_config, load_config
+from smoa_lab.config.run_config import ModelSection, check_config, load_config
 from smoa_lab.runs.evaluate_run import evaluate_run
 from smoa_lab.training import train_run
-from smoa_lab.training.base_models import ModelSource, load_base_model
+from smoa_lab.training.base_models import load_base_model
 from smoa_lab.training.run_folder import RunFolder
 from tests.support import lab
 
@@ -62,15 +62,15 @@ def test_a_run_trains_on_the_quantized_model_and_is_scored_again_from_its_folder
 
 
 def test_packed_weights_count_whole(config: dict[str, Any]) -> None:
-    packed, _ = train_run.load_model(check_config(config))
-    plain, _ = load_base_model(ModelSource(config["model"]["name"]))
+    packed, _ = load_base_model(check_config(config).model)
+    plain, _ = load_base_model(ModelSection(name=config["model"]["name"]))
     assert train_run._parameters(packed)["total"] == train_run._parameters(plain)["total"]
 
 
 def test_the_adapter_of_a_quantized_run_fits_the_full_model(config: dict[str, Any]) -> None:
     run = check_config(config)
     train_run.train(run)
-    base, _ = load_base_model(ModelSource(config["model"]["name"]))
+    base, _ = load_base_model(ModelSection(name=config["model"]["name"]))
     model = PeftModel.from_pretrained(base, str(RunFolder(run.folder).adapter))
     merged = model.merge_and_unload(safe_merge=True)  # warnings are errors here: nothing is rounded
     assert torch.isfinite(merged.lm_head.weight).all()

@@ -135,3 +135,10 @@ def test_every_test_file_is_named_after_its_module_or_is_a_theme() -> None:
 @pytest.mark.parametrize("theme", sorted(THEMES))
 def test_the_first_line_of_a_theme_says_what_it_is_about(theme: str) -> None:
     assert ast.get_docstring(ast.parse((TESTS / theme).read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("order", [LIBRARY, LAB], ids=["smoa", "smoa_lab"])
+def test_the_design_page_gives_the_same_order(order: list[str]) -> None:
+    page = (SOURCE.parent / "docs" / "design.md").read_text(encoding="utf-8")
+    lines = [re.findall(r"`(\w+)`", line) for line in page.splitlines() if "→" in line]
+    assert order in lines

@@ -19,6 +19,7 @@ from smoa.config.rules import Bias, config_problems, value_problems
 from smoa.errors import ConfigError
 from smoa.maths.factors import Initialization, split_rank
 from smoa.maths.modulations import ModulationKind
+from smoa.maths.scale import ScaleKind
 from smoa.maths.spectrum import PartitionKind
 
 
@@ -42,8 +43,10 @@ class SmoaConfig(PeftConfig):
             alpha = r needs a learning rate 10 to 50 times LoRA's, and alpha = 32·r one of about 1e-2.
         smoa_dropout: Dropout probability of the adapter's input.
         bias: Biases to train: "none", "all" or "smoa_only" (those of adapted layers).
-        normalize_anchor: Divide alpha by the rms of each layer's weight. Its anchors then have unit rms, and alpha
-            means what it means in LoRA.
+        scale: The part of ΔW's scale that comes from the weight. "paper": none, ΔW is relative to the weight. "layer"
+            and "block" divide by the rms of each layer's weight, or of each of its blocks, so that alpha means what it
+            means in LoRA.
+        normalize_anchor: True is the same as `scale="layer"`, as in smoa 0.1.
         partition: How to assign coordinates to blocks: by "spectral" score, "contiguous" or at "random".
         modulation: "hadamard" multiplies each block by the frozen weight. Ablations: "none" does not, and "noise"
             multiplies by random numbers with the weight's norm.
@@ -75,6 +78,7 @@ class SmoaConfig(PeftConfig):
     blocks_from_spectrum: bool = False
     block_ranks: list[int] | None = None
     alpha: float | None = None
+    scale: ScaleKind = "paper"
     normalize_anchor: bool = False
     smoa_dropout: float = 0.0
     bias: Bias = "none"
@@ -189,9 +193,11 @@ class SmoaConfig(PeftConfig):
         num_blocks = self.num_blocks_of(module) if self.blocks_from_spectrum else self.num_blocks
         return alpha * num_blocks / self.num_blocks
 
-    def normalizes(self, module: str) -> bool:
-        """Whether the block scales of a module hold 1/rms of its weight. In adapters of 0.1 its alpha does."""
-        return self.normalize_anchor and module not in self.normalized_alpha
+    def scale_of(self, module: str) -> ScaleKind:
+        """`scale` of a module. It is "paper" if its alpha is normalized already, as in adapters of 0.1."""
+        if module in self.normalized_alpha:
+            return "paper"
+        return "layer" if self.normalize_anchor else self.scale
 
 
 def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:

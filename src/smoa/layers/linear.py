@@ -223,9 +223,10 @@ class Linear(nn.Module, SmoaLayer):
 
 def _check_finite(merged: Tensor, names: list[str]) -> None:
     if not torch.isfinite(merged).all():
+        # The first sentences are PEFT's, whose users may match them.
         raise MergeError(
-            f"merging {', '.join(names)} gives NaN or infinite weights, so nothing was merged; the adapter is broken, "
-            f"or overflows {merged.dtype}: train it again, or load the base model in float32"
+            f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken, or overflows "
+            f"{merged.dtype}; nothing was merged. Train it again, or load the base model in float32"
         )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from smoa.errors import PartitionError
 from smoa.layers.distributed import awaits_process_group, from_rank_zero, whole
 from smoa.maths.blocks import UNDECIDED, Blocks, Orders
-from smoa.maths.modulations import rms_of
+from smoa.maths.scale import ScaleKind, block_scale
 from smoa.maths.spectrum import PartitionKind, make_partition
 from smoa.maths.spectrum_cache import cached_spectral_scores
 
@@ -29,13 +29,12 @@ class Pending:
     """How to make an adapter's blocks and block scales from the weight."""
 
     partition: PartitionKind
-    normalize_anchor: bool
+    scale: ScaleKind
 
     def decide(self, num_blocks: int, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Row labels, column labels and block scales (num_blocks,), on the CPU."""
         blocks = make_partition(weight, num_blocks, self.partition, cached_spectral_scores)
-        rms = rms_of(weight) if self.normalize_anchor else 1.0
-        return blocks.row_labels.cpu(), blocks.col_labels.cpu(), torch.full((num_blocks,), 1 / rms if rms else 1.0)
+        return blocks.row_labels.cpu(), blocks.col_labels.cpu(), block_scale(self.scale, weight, blocks)
 
 
 class PartitionState(BaseTunerLayer):

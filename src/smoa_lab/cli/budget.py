@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
-from smoa_lab.cli.console import print_json, print_table, reporting, size
+from smoa_lab.cli.console import print_json, print_table, reporting
 from smoa_lab.cli.options import AsJson, TrustRemoteCode
 
 
@@ -21,11 +22,13 @@ def budget(
 ) -> None:
     """List the r and num_blocks that fit a parameter budget, with their rank bound and size on disk."""
     with reporting():
+        from rich.filesize import decimal
+
         from smoa_lab.runs.budget_choices import budget_choices
 
         choices = budget_choices(model, amount, tuple(name.strip() for name in targets.split(",")), trust_remote_code)
         if json:
-            print_json([choice.to_dict() for choice in choices])
+            print_json([asdict(choice) for choice in choices])
             return
         rows = [
             [
@@ -33,7 +36,7 @@ def budget(
                 str(choice.r),
                 f"{choice.parameters:,}",
                 f"{choice.percent} %",
-                size(choice.bytes_on_disk),
+                decimal(choice.bytes_on_disk),
                 str(choice.rank_bound),
                 str(choice.lora_r),
             ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -30,8 +30,8 @@ def compare(
         from smoa.errors import ConfigError
         from smoa_lab.study.comparison import Comparison
         from smoa_lab.study.packing import pack as pack_runs
-        from smoa_lab.study.report.rows import as_json
-        from smoa_lab.study.report.table import report
+        from smoa_lab.study.report.rows import as_json, difference_cells
+        from smoa_lab.study.report.study_report import report
         from smoa_lab.study.study_file import load_study
 
         if only and report_only:
@@ -48,24 +48,17 @@ def compare(
             return
         print_table(
             ["entry", "trained", "seeds", "loss", "accuracy %", "loss difference", "", "accuracy difference %", ""],
-            [_cells(row) for row in rows],
+            [
+                [
+                    row.entry,
+                    f"{row.parameters:,}",
+                    str(len(row.seeds)),
+                    f"{row.loss:.4f}",
+                    f"{100 * row.accuracy:.1f}",
+                    *difference_cells(row, row.loss_difference, 1, 4)[1:],
+                    *difference_cells(row, row.accuracy_difference, 100, 1)[1:],
+                ]
+                for row in rows
+            ],
         )
         typer.echo(f"\nTable, figures and runs: {checked.folder}")
-
-
-def _cells(row: Any) -> list[str]:
-    return [
-        row.entry,
-        f"{row.parameters:,}",
-        str(len(row.seeds)),
-        f"{row.loss:.4f}",
-        f"{100 * row.accuracy:.1f}",
-        *_difference(row.loss_difference, 1, 4),
-        *_difference(row.accuracy_difference, 100, 1),
-    ]
-
-
-def _difference(found: Any, scale: float, digits: int) -> tuple[str, str]:
-    if found is None:
-        return "", "reference"
-    return found.signed(scale, digits)[1], found.verdict

@@ -1,4 +1,4 @@
-"""What all subcommands share: the log on stderr, errors in one line, tables, and numbers as text."""
+"""What all subcommands share: the log on stderr, errors in one line, JSON, tables, and scores as text."""
 
 from __future__ import annotations
 
@@ -16,6 +16,12 @@ from smoa_lab.basics.extras import advice, missing
 
 WIDEST = 100_000
 """Characters of a table's line in a pipe."""
+IMPORT_NOTES = {
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+    "DeepSpeed": "Setting accelerator to CPU",
+}
+"""What libraries that PEFT and accelerate import log at once, by logger. It does not concern what the user asked for;
+DeepSpeed's goes to stdout, into the middle of JSON."""
 
 
 @contextmanager
@@ -26,7 +32,8 @@ def reporting(*modules: str) -> Iterator[None]:
     """
     lacking = missing(*modules)
     if lacking is not None:
-        raise _failed(f"this command {lacking}")
+        raise failed(f"this command {lacking}")
+    quiet_imports()
     import transformers
     from rich.console import Console
     from rich.logging import RichHandler
@@ -47,12 +54,12 @@ def reporting(*modules: str) -> Iterator[None]:
     try:
         yield
     except SmoaError as error:
-        raise _failed(str(error)) from error
+        raise failed(str(error)) from error
     except ImportError as error:
         lacking = advice(error.name)
         if lacking is None:
             raise
-        raise _failed(f"this command {lacking}") from error
+        raise failed(f"this command {lacking}") from error
     except KeyboardInterrupt:
         typer.echo("interrupted; run the same command again to resume from the last checkpoint", err=True)
         raise typer.Exit(130) from None
@@ -60,7 +67,18 @@ def reporting(*modules: str) -> Iterator[None]:
         logger.removeHandler(shown)
 
 
-def _failed(message: str) -> typer.Exit:
+def quiet_imports() -> None:
+    """Drop IMPORT_NOTES, and nothing else, from the log."""
+    for name in IMPORT_NOTES:
+        logging.getLogger(name).addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(IMPORT_NOTES[record.name])
+
+
+def failed(message: str) -> typer.Exit:
+    """The exit to raise, after printing the error on stderr."""
     typer.echo(f"error: {message}", err=True)
     return typer.Exit(1)
 
@@ -95,12 +113,3 @@ def score(value: float | None, stderr: float | None = None, digits: int = 3) -> 
     if value is None:
         return "–"
     return f"{value:.{digits}f}" if stderr is None else f"{value:.{digits}f} ± {stderr:.{digits}f}"
-
-
-def size(count: float) -> str:
-    """Bytes for people."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"

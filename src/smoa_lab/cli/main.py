@@ -23,6 +23,3 @@ app.command("budget")(budget.budget)
 app.command("demo")(demo.demo)
 app.command("run", context_settings=run.SETTINGS)(run.run)
 app.add_typer(data.app, name="data")
-
-if __name__ == "__main__":
-    app()

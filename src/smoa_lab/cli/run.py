@@ -11,6 +11,8 @@ from typing import Annotated
 
 import typer
 
+from smoa_lab.cli.console import failed, quiet_imports
+
 # All words after the tool's name are passed to the tool, `--help` too.
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
 
@@ -25,14 +27,10 @@ def run(
     commands = list(entry_points(group="console_scripts", name=tool))
     is_script = tool.endswith(".py")
     if is_script and not Path(tool).is_file():
-        typer.echo(f"error: {tool}: no such file", err=True)
-        raise typer.Exit(1)
+        raise failed(f"{tool}: no such file")
     if not is_script and not commands:
-        typer.echo(
-            f"error: {tool!r} is not a command of the packages in {sys.prefix}; install it there, or name a .py file",
-            err=True,
-        )
-        raise typer.Exit(1)
+        raise failed(f"{tool!r} is not a command of the packages in {sys.prefix}; install it there, or name a .py file")
+    quiet_imports()
     importlib.import_module("smoa")  # registers the method with PEFT
     sys.argv = [tool, *context.args]
     if is_script:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from smoa_lab.cli.console import print_json, print_table, reporting, score, size
+from smoa_lab.cli.console import print_json, print_table, reporting, score
 from smoa_lab.cli.options import AsJson, Overrides
 
 
@@ -35,6 +35,8 @@ def train(
 
 def print_scores(metrics: dict[str, Any]) -> None:
     """Held-out scores before and after training, and the adapter's size."""
+    from rich.filesize import decimal
+
     evaluation = metrics["evaluation"]
     stages = [stage for stage in ("before", "after") if stage in evaluation]
     names = list(evaluation[stages[-1]]) if stages else []
@@ -46,7 +48,7 @@ def print_scores(metrics: dict[str, Any]) -> None:
     parameters, training = metrics["parameters"], metrics["training"]
     typer.echo(
         f"\n{parameters['trainable']:,} trainable parameters, {parameters['percent']} % of {parameters['total']:,}; "
-        f"{size(parameters['adapter_bytes'])} on disk; {training['steps']} steps in {training['seconds']:.0f} s"
+        f"{decimal(parameters['adapter_bytes'])} on disk; {training['steps']} steps in {training['seconds']:.0f} s"
     )
 
 

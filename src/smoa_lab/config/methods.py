@@ -2,47 +2,41 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft import PeftConfig
+from peft import AdaLoraConfig, GraloraConfig, HiraConfig, LoHaConfig, LoraConfig, PeftConfig
+
+from smoa import SmoaConfig
 
 
 @dataclass(frozen=True)
 class Method:
-    """``config`` is ``module:class`` of a PEFT config, ``preset`` the settings that the method's name decides.
+    """``config_class`` is the PEFT config, ``preset`` the settings that the method's name decides.
 
     ``full`` has no config: all weights are trained.
     """
 
-    config: str | None
+    config_class: type[PeftConfig] | None
     preset: dict[str, Any] = field(default_factory=dict)
-
-    def config_class(self) -> type[PeftConfig] | None:
-        """The PEFT config class, imported only now."""
-        if self.config is None:
-            return None
-        module, name = self.config.split(":")
-        found: type[PeftConfig] = getattr(importlib.import_module(module), name)
-        return found
 
     def peft_config(self, adapter: dict[str, Any]) -> PeftConfig | None:
         """The PEFT config of a run: the ``adapter:`` block on top of the preset, for a causal language model."""
-        chosen = self.config_class()
-        return None if chosen is None else chosen(**{"task_type": "CAUSAL_LM", **adapter, **self.preset})
+        if self.config_class is None:
+            return None
+        return self.config_class(**{"task_type": "CAUSAL_LM", **adapter, **self.preset})
 
 
 METHODS: dict[str, Method] = {
-    "smoa": Method("smoa:SmoaConfig"),
-    "melora": Method("smoa:SmoaConfig", {"partition": "contiguous", "modulation": "none"}),
-    "lora": Method("peft:LoraConfig"),
-    "rslora": Method("peft:LoraConfig", {"use_rslora": True}),
-    "dora": Method("peft:LoraConfig", {"use_dora": True}),
-    "pissa": Method("peft:LoraConfig", {"init_lora_weights": "pissa"}),
-    "hira": Method("peft:HiraConfig"),
-    "gralora": Method("peft:GraloraConfig"),
-    "loha": Method("peft:LoHaConfig"),
-    "adalora": Method("peft:AdaLoraConfig"),
+    "smoa": Method(SmoaConfig),
+    "melora": Method(SmoaConfig, {"partition": "contiguous", "modulation": "none"}),
+    "lora": Method(LoraConfig),
+    "rslora": Method(LoraConfig, {"use_rslora": True}),
+    "dora": Method(LoraConfig, {"use_dora": True}),
+    "pissa": Method(LoraConfig, {"init_lora_weights": "pissa"}),
+    "hira": Method(HiraConfig),
+    "gralora": Method(GraloraConfig),
+    "loha": Method(LoHaConfig),
+    "adalora": Method(AdaLoraConfig),
     "full": Method(None),
 }

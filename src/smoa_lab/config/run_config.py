@@ -25,7 +25,11 @@ TRAINING_DEFAULTS: dict[str, Any] = {"report_to": "none", "logging_steps": 10, "
 
 
 class ModelSection(Section):
-    """``name``: hub id, folder, ``.gguf`` file or ``gemma3-270m``; ``options`` pass through to ``from_pretrained``."""
+    """Which base model to load. ``name``: Hub id, folder, ``.gguf`` file or ``gemma3-270m``.
+
+    ``options`` pass through to ``AutoModelForCausalLM.from_pretrained`` (``device_map``, ``quantization_config``, …).
+    The latter may be a plain dictionary: ``{"load_in_4bit": True}``.
+    """
 
     name: str
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

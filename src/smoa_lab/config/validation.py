@@ -27,12 +27,13 @@ from smoa_lab.data.tasks import find_task
 
 def all_problems(model: type[BaseModel], values: dict[str, Any]) -> list[Problem]:
     """Problems of our own blocks, of the method, the tasks, ``adapter`` and ``training``."""
-    own = list(_own_problems(model, values))
-    tasks = list(_task_problems(values))
-    quantization = list(quantization_problems(values))
-    return (
-        own + quantization + tasks + list(_method_problems(values)) + list(_training_problems(values.get("training")))
-    )
+    return [
+        *_own_problems(model, values),
+        *quantization_problems(values),
+        *_task_problems(values),
+        *_method_problems(values),
+        *_training_problems(values.get("training")),
+    ]
 
 
 def _own_problems(model: type[BaseModel], values: dict[str, Any]) -> Iterable[Problem]:
@@ -90,12 +91,11 @@ def _method_problems(values: dict[str, Any]) -> Iterable[Problem]:
 
 
 def _adapter_problems(name: str, method: Method, adapter: dict[str, Any]) -> Iterable[Problem]:
-    config_class = method.config_class()
-    if config_class is None:
+    if method.config_class is None:
         if adapter:
             yield Problem(("adapter",), f"adapter: method {name} trains all weights and takes no adapter keys")
         return
-    problems = list(_dataclass_problems("adapter", config_class, adapter))
+    problems = list(_dataclass_problems("adapter", method.config_class, adapter))
     problems += [
         Problem(("adapter", key), f"adapter.{key}: is decided by method {name}; leave it out")
         for key in method.preset.keys() & adapter.keys()
@@ -115,12 +115,13 @@ def _training_problems(training: Any) -> Iterable[Problem]:
     if not isinstance(training, dict):
         return
     problems = list(_dataclass_problems("training", TrainingArguments, training))
-    if not problems:
-        try:
-            TrainingArguments(**training)
-        except (ValueError, TypeError, ImportError) as error:
-            problems = [Problem(("training",), f"training: {error}")]
-    yield from problems
+    if problems:
+        yield from problems
+        return
+    try:
+        TrainingArguments(**training)
+    except (ValueError, TypeError, ImportError) as error:
+        yield Problem(("training",), f"training: {error}")
 
 
 def _dataclass_problems(block: str, target: type[Any], values: dict[str, Any]) -> Iterable[Problem]:

@@ -30,7 +30,7 @@ def parse_yaml(text: str, file: Path) -> dict[str, Any]:
         line = f", line {mark.line + 1}" if mark else ""
         raise ConfigError(f"{file}{line}: {getattr(error, 'problem', error)}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{file}: must contain the blocks model, method, adapter, data, task and training")
+        raise ConfigError(f"{file}: must contain blocks of keys; configs/ has examples")
     return values
 
 

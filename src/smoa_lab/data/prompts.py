@@ -8,7 +8,6 @@ indentation that its code carries by accident; or the model's own chat template.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -86,12 +85,11 @@ def gold_response(record: Record, style: AnswerStyle) -> str:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of prompt and answer; ``ends``: whether the answer ends with an end token; ``cut`` counts the
-    tokens lost from the prompt's head and ``answer_cut`` those from the answer's end."""
+    """Token ids of prompt and answer; ``cut`` counts the tokens lost from the prompt's head and ``answer_cut`` those
+    from the answer's end."""
 
     prompt: list[int]
     answer: list[int]
-    ends: bool
     cut: int = 0
     answer_cut: int = 0
 
@@ -143,7 +141,7 @@ class PromptEncoder:
         prompt, answer = self._tokens(prompt_text, response)
         if end:
             answer = [*answer, self._end_token()]
-        return self._fit(prompt, answer, end)
+        return self._fit(prompt, answer)
 
     def prompt_text(self, record: Record) -> str:
         """Everything before the answer, as text, without BOS."""
@@ -170,14 +168,13 @@ class PromptEncoder:
             raise DataError("the tokenizer has no end-of-sequence token; answers could never end")
         return int(self.tokenizer.eos_token_id)
 
-    def _fit(self, prompt: Sequence[int], answer: list[int], ends: bool) -> Encoded:
+    def _fit(self, prompt: list[int], answer: list[int]) -> Encoded:
         kept_answer = answer[: self.max_length - len(self.head)]
         room = self.max_length - len(self.head) - len(kept_answer)
-        kept_prompt = list(prompt[len(prompt) - room :]) if room < len(prompt) else list(prompt)
+        kept_prompt = prompt[max(0, len(prompt) - room) :]
         return Encoded(
             prompt=self.head + kept_prompt,
             answer=kept_answer,
-            ends=ends and len(kept_answer) == len(answer),
             cut=len(prompt) - len(kept_prompt),
             answer_cut=len(answer) - len(kept_answer),
         )

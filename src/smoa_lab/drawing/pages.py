@@ -79,9 +79,11 @@ def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) ->
 
 def figure(drawn: Any, caption: str) -> str:
     """A matplotlib figure as inline SVG in the page's color; ``caption`` is its text for screen readers too."""
+    import matplotlib
+
     buffer = io.StringIO()
     # Without a date and with a fixed salt the same figure gives the same bytes.
-    with _deterministic(caption):
+    with matplotlib.rc_context({"svg.hashsalt": caption, "svg.fonttype": "none"}):
         drawn.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     drawing = buffer.getvalue()
     drawing = drawing[drawing.index("<svg") :].replace("#000000", "currentColor")
@@ -109,9 +111,3 @@ def _cell(content: Any) -> str:
 def _text(content: Any) -> str:
     text = str(content)
     return text if text.startswith("<") else html.escape(text)
-
-
-def _deterministic(salt: str) -> Any:
-    import matplotlib
-
-    return matplotlib.rc_context({"svg.hashsalt": salt, "svg.fonttype": "none"})

@@ -18,8 +18,9 @@ from smoa.layers.layer import SmoaLayer
 from smoa.maths.analysis import UpdateSpectrum, update_spectrum
 from smoa.maths.budget import rank_bound
 from smoa.maths.spectrum import spectral_scores
+from smoa_lab.config.run_config import ModelSection
 from smoa_lab.runs.open_run import adapter_of_run, base_name
-from smoa_lab.training.base_models import ModelSource, load_base_model
+from smoa_lab.training.base_models import load_base_model
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,9 @@ def inspect_layers(adapter: str | Path, base: str | None = None, trust_remote_co
         DataError: the base model cannot be loaded.
     """
     source = adapter_of_run(adapter)
-    model, _ = load_base_model(ModelSource(base_name(source, base), "float32", trust_remote_code))
+    model, _ = load_base_model(ModelSection(name=base_name(source, base), trust_remote_code=trust_remote_code))
     adapted: Any = PeftModel.from_pretrained(model, str(source))
-    kind = adapted.active_peft_config.peft_type
-    method = str(getattr(kind, "value", kind)).lower()
+    method = adapted.active_peft_config.peft_type.value.lower()
     layers = list(_adapter_layers_updates(adapted.base_model.model))
     shown = tqdm(layers, desc="Decomposing", disable=None, leave=False)
     with torch.no_grad():

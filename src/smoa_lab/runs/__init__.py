@@ -1,1 +1,1 @@
-"""What is done with a finished run: scored, merged, converted, verified."""
+"""What the commands do with runs and adapters: score, merge, convert and verify them, and size new ones."""

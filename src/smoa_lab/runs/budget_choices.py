@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +15,6 @@ from smoa.errors import ConfigError, DataError
 from smoa.maths.budget import adapter_bytes, rank_bound, trainable_parameters
 from smoa_lab.training.base_models import PACKAGED_MODEL, prepare_packaged_model
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 BLOCKS = (1, 2, 4, 8, 16, 32)
 
 # (out_features, in_features) of each adapted layer, counted.
@@ -36,14 +35,8 @@ class Choice:
     rank_bound: int
     lora_r: int
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
 
-
-def budget_choices(
-    model: str, amount: str, targets: tuple[str, ...] = TARGETS, trust_remote_code: bool = False
-) -> list[Choice]:
+def budget_choices(model: str, amount: str, targets: tuple[str, ...], trust_remote_code: bool = False) -> list[Choice]:
     """For each number of blocks the largest r within ``amount``: ``"0.1%"`` of the model, or a parameter count.
 
     Raises:
@@ -106,9 +99,5 @@ def _limit(amount: str, total: int) -> float:
 
 
 def _largest_r(shapes: Shapes, num_blocks: int, limit: float) -> int:
-    """By bisection: the count grows with r."""
-    low, high = 0, max(max(shape) for shape in shapes) * num_blocks
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if parameters(shapes, middle, num_blocks) <= limit else (low, middle - 1)
-    return low
+    ranks = range(1, max(max(shape) for shape in shapes) * num_blocks + 1)
+    return bisect_right(ranks, limit, key=lambda r: parameters(shapes, r, num_blocks))

@@ -15,10 +15,10 @@ from torch import nn
 
 from smoa.atomic import new_folder
 from smoa.export.lora import LoraConversion, RankRule, UpdateSpectra
-from smoa_lab.config.run_config import RunConfig, load_config
+from smoa_lab.config.run_config import ModelSection, RunConfig, load_config
 from smoa_lab.runs.open_run import adapter_of_run, base_name
 from smoa_lab.scoring.likelihood import score_answers
-from smoa_lab.training.base_models import ModelSource, load_base_model
+from smoa_lab.training.base_models import load_base_model
 from smoa_lab.training.run_folder import RunFolder
 from smoa_lab.training.train_run import Prepared, prepare
 
@@ -60,7 +60,7 @@ class Converter:
         if self.ready is not None and not self.ready.records.test:
             self.ready = None
         self.base: Any = (
-            self.ready.base if self.ready else load_base_model(ModelSource(base_name(self.source, base)))[0]
+            self.ready.base if self.ready else load_base_model(ModelSection(name=base_name(self.source, base)))[0]
         )
         self.base_nll = self._nll(self.base)
         with self._adapted(self.source) as model:
@@ -135,25 +135,4 @@ def conversion_report(converter: Converter, conversion: LoraConversion, loss: Ta
         "blockwise_parameters": sum(layer.blockwise_parameters for layer in conversion.layers),
         "adapter_parameters": converter.adapter_parameters,
         "loss": None if loss is None else {**asdict(loss), "gain_kept": loss.gain_kept},
-    }
-
-
-def trade_off(place: str | Path, ranks: list[int], scratch: Path) -> dict[str, Any]:
-    """:func:`conversion_report` for LoRAs of several ranks, and the rank that each layer needs for given errors."""
-    converter = Converter(place)
-    points = []
-    for rank in ranks:
-        conversion, loss = converter.cut(RankRule(rank=rank), scratch / f"rank-{rank}")
-        points.append({**conversion_report(converter, conversion, loss), "rank": rank})
-    return {"points": points, "ranks_needed": _ranks_needed(converter.spectra)}
-
-
-def _ranks_needed(spectra: UpdateSpectra, errors: tuple[float, ...] = (0.5, 0.3, 0.1, 0.05)) -> dict[str, Any]:
-    return {
-        name: {
-            "shape": list(spectrum.shape),
-            "blocks": len(spectrum.rows),
-            **{f"error {error}": RankRule(error=error).choose(spectrum.values) for error in errors},
-        }
-        for name, spectrum in spectra.layers.items()
     }

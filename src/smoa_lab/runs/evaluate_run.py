@@ -69,12 +69,12 @@ def _scores(
     if protocol == "generation":
         scores, texts = evaluate_by_generation(model, ready.encoder, records, families, batch_size, num_beams)
         written = [{**asdict(one.record), "text": one.text, "found": one.found, "wanted": one.wanted} for one in texts]
-        return {"scores": {name: score.to_dict() for name, score in scores.items()}, "texts": written}
+        return {"scores": {name: asdict(score) for name, score in scores.items()}, "texts": written}
     tokens = config.task.eval_batch_tokens
     if protocol == "lm-eval":
         import_package("lm_eval", "protocol lm-eval")
         from smoa_lab.scoring.harness import evaluate_with_harness
 
         return {"scores": evaluate_with_harness(model, ready.encoder, records, tokens)}
-    own = {name: score.to_dict() for name, score in evaluate_records(model, ready.encoder, records, tokens).items()}
-    return {"scores": own}
+    own = evaluate_records(model, ready.encoder, records, tokens)
+    return {"scores": {name: asdict(score) for name, score in own.items()}}

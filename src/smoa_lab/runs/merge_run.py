@@ -8,9 +8,9 @@ from typing import Any
 from smoa.errors import ConfigError
 from smoa.export.merge import Dtype, Export, merge_and_save
 from smoa_lab.basics.cache import cache_folder
-from smoa_lab.config.run_config import load_config
+from smoa_lab.config.run_config import ModelSection, load_config
 from smoa_lab.runs.open_run import adapter_of_run, base_name
-from smoa_lab.training.base_models import PACKAGED_MODEL, ModelSource, load_base_model, prepare_packaged_model
+from smoa_lab.training.base_models import PACKAGED_MODEL, load_base_model, prepare_packaged_model
 from smoa_lab.training.run_folder import RunFolder
 
 GGUF_NOTE = "The base is a GGUF file: the adapter is merged into its dequantized weights, on which it was trained."
@@ -40,7 +40,7 @@ def merge_run(
     options: dict[str, Any] = {"max_shard_size": max_shard_size, "trust_remote_code": trust_remote_code}
     quantized = None if base else _quantized_while_loading(Path(adapter))
     if name.endswith(".gguf") or quantized is not None:
-        wanted = quantized or ModelSource(name, "float32", trust_remote_code)
+        wanted = quantized or ModelSection(name=name, trust_remote_code=trust_remote_code)
         model, tokenizer = load_base_model(wanted)
         notes = () if quantized else (GGUF_NOTE,)
         return merge_and_save(source, output, base=model, dtype=dtype, tokenizer=tokenizer, notes=notes, **options)
@@ -50,10 +50,10 @@ def merge_run(
     return merge_and_save(source, output, base=folder, dtype=dtype, notes=notes, **options)
 
 
-def _quantized_while_loading(run: Path) -> ModelSource | None:
+def _quantized_while_loading(run: Path) -> ModelSection | None:
     """What to load if the run's config quantizes a plain checkpoint while loading it."""
     file = RunFolder(run).config
     if not file.is_file():
         return None
     model = load_config(file).model
-    return ModelSource(**model.model_dump()) if "quantization_config" in model.options else None
+    return model if "quantization_config" in model.options else None

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from smoa.errors import MergeError
 from smoa_lab.config.run_config import RunConfig
-from smoa_lab.scoring.answer_loss import collate
 from smoa_lab.scoring.likelihood import score_answers
+from smoa_lab.training.base_models import load_base_model
 from smoa_lab.training.run_folder import RunFolder
-from smoa_lab.training.train_run import Prepared, load_model
+from smoa_lab.training.train_run import Prepared
 
 # Relative differences of mean losses and of logits that float32 sums in another order explain.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3}
@@ -37,7 +37,7 @@ def verify_saved(config: RunConfig, ready: Prepared, metrics: dict[str, Any]) ->
     Raises:
         MergeError: reloaded or merged, the adapter is not the one that was trained.
     """
-    base, _ = load_model(config)
+    base, _ = load_base_model(config.model)
     reloaded: Any = PeftModel.from_pretrained(base, str(RunFolder(config.folder).adapter))
     reloaded.eval()
     reloaded_loss, reloaded_logits = _gold_loss(config, ready, reloaded), _logits(ready, reloaded)
@@ -46,7 +46,7 @@ def verify_saved(config: RunConfig, ready: Prepared, metrics: dict[str, Any]) ->
         trained=float(metrics["evaluation"]["after"]["all"]["gold_loss"]),
         reloaded=reloaded_loss,
         merged=_gold_loss(config, ready, merged),
-        logit_difference=_relative_difference(_logits(ready, merged), reloaded_logits),
+        logit_difference=float((_logits(ready, merged) - reloaded_logits).abs().max() / reloaded_logits.abs().max()),
     )
     _check(agreement, TOLERANCE[config.model.dtype])
     return agreement
@@ -71,10 +71,6 @@ def _logits(ready: Prepared, model: nn.Module, questions: int = 8) -> Tensor:
     rows = []
     with torch.inference_mode():
         for prompt in prompts:
-            inputs = collate([prompt.row], ready.encoder.pad)["input_ids"][:, : len(prompt.prompt)].to(device)
+            inputs = torch.tensor([prompt.prompt], device=device)
             rows.append(model(input_ids=inputs).logits[0, -1].float())
     return torch.stack(rows)
-
-
-def _relative_difference(ours: Tensor, reference: Tensor) -> float:
-    return float((ours - reference).abs().max() / reference.abs().max())

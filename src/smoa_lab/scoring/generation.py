@@ -10,11 +10,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from smoa_lab.basics.extras import import_package
 from smoa_lab.data.files import Family
@@ -51,10 +50,6 @@ class GenerationScores:
     bleu: float | None = None
     rouge_l: float | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
-
 
 def evaluate_by_generation(
     model: Any,
@@ -65,17 +60,21 @@ def evaluate_by_generation(
     num_beams: int = 1,
 ) -> tuple[dict[str, GenerationScores], list[Generated]]:
     """Scores per task, and every text for inspection. Greedy, or beam search with ``num_beams``."""
-    generated = []
+    scores: dict[str, GenerationScores] = {}
+    generated: list[Generated] = []
     for name in dict.fromkeys(record.task for record in records):
         family, chosen = families[name], [record for record in records if record.task == name]
         texts = generate(model, encoder, chosen, NEW_TOKENS[family], batch_size, num_beams)
-        extract = EXTRACTORS[family]
-        for record, text in zip(chosen, texts, strict=True):
-            wanted = extract(record, gold_response(record, encoder.style), encoder.style)
-            found = extract(record, text, encoder.style)
-            generated.append(Generated(record, text, found, wanted if wanted is not None else record.answer))
-    tasks = dict.fromkeys(one.record.task for one in generated)
-    return {name: _scores([o for o in generated if o.record.task == name], families[name]) for name in tasks}, generated
+        found = [_extracted(*pair, family, encoder.style) for pair in zip(chosen, texts, strict=True)]
+        scores[name] = _scores(found, family)
+        generated += found
+    return scores, generated
+
+
+def _extracted(record: Record, text: str, family: Family, style: AnswerStyle) -> Generated:
+    extract = EXTRACTORS[family]
+    wanted = extract(record, gold_response(record, style), style)
+    return Generated(record, text, extract(record, text, style), record.answer if wanted is None else wanted)
 
 
 def generate(
@@ -98,14 +97,13 @@ def _batches(prompts: list[list[int]], size: int) -> Iterator[list[int]]:
 
 
 def _continue(
-    model: nn.Module, encoder: PromptEncoder, prompts: list[list[int]], new_tokens: int, num_beams: int
+    model: Any, encoder: PromptEncoder, prompts: list[list[int]], new_tokens: int, num_beams: int
 ) -> list[str]:
     width = max(map(len, prompts))
     device = next(model.parameters()).device
     padded = torch.tensor([[encoder.pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    generator: Any = model
-    output = generator.generate(
+    output = model.generate(
         input_ids=padded,
         attention_mask=mask,
         max_new_tokens=new_tokens,

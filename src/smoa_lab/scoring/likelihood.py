@@ -76,7 +76,7 @@ def _score_batch(model: nn.Module, groups: list[list[Encoded]], pad: int) -> lis
     repeats = torch.tensor([len(group) for group in groups])
     shared = _prompt_pass(model, prompts, repeats, pad) if int(repeats.max()) > 1 and all(prompts) else None
     # What is left of a sequence whose prompt is in the cache begins with the prompt's last token.
-    rest = sequences if shared is None else [Encoded(s.prompt[-1:], s.answer, ends=s.ends) for s in sequences]
+    rest = sequences if shared is None else [Encoded(s.prompt[-1:], s.answer) for s in sequences]
     batch = {name: tensor.to(_device(model)) for name, tensor in collate([one.row for one in rest], pad).items()}
     labels = batch.pop("labels")
     inputs: dict[str, Any] = {**batch, "use_cache": False} if shared is None else shared.continued_by(batch)

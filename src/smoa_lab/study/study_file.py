@@ -12,9 +12,12 @@ from smoa.errors import ConfigError
 from smoa_lab.basics.section import Section
 from smoa_lab.config.problems import listed
 from smoa_lab.config.yaml_text import apply_overrides, parse_yaml
+from smoa_lab.study.benches.answers import AnswerBench
 from smoa_lab.study.benches.bench import Bench
-from smoa_lab.study.benches.kinds import BENCHES
+from smoa_lab.study.benches.classification import ClassificationBench
 from smoa_lab.study.entry import Entry
+
+BENCHES: dict[str, type[Bench]] = {"answers": AnswerBench, "classification": ClassificationBench}
 
 
 class Tuning(Section):

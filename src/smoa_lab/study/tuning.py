@@ -1,5 +1,8 @@
-"""The search for a learning rate: half decades, downhill until the best has neighbors on both sides, then, if asked
-for, the quarter decades beside it. An index counts quarter decades; the even ones are half decades."""
+"""The search for a learning rate on a grid of half decades, and of quarter decades beside the best.
+
+It goes downhill until the best half decade has neighbors on both sides. An index counts quarter decades; the even ones
+are half decades.
+"""
 
 from __future__ import annotations
 

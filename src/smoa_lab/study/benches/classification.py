@@ -27,6 +27,7 @@ from smoa_lab.config.run_config import RunConfig
 from smoa_lab.data.records import Record
 from smoa_lab.data.sources.wheels import installed_file
 from smoa_lab.scoring.held_out import Outcome
+from smoa_lab.scoring.mode import scoring
 from smoa_lab.study.benches.bench import Bench, Fitted, fit_arguments
 from smoa_lab.training.progress import REPLACED
 
@@ -44,7 +45,9 @@ class ClassificationBench(Bench):
         peft_config = METHODS[config.method].peft_config({**config.adapter, "task_type": "SEQ_CLS"})
         model: Any = base if peft_config is None else get_peft_model(base, peft_config)
         rows = [_row(tokenizer, record, config.task.max_length) for record in self.records.train]
-        trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=_collator(tokenizer))
+        trainer = Trainer(
+            model=model, args=arguments, train_dataset=rows, data_collator=DataCollatorWithPadding(tokenizer)
+        )
         for callback in REPLACED:
             trainer.remove_callback(callback)
         started = time.perf_counter()
@@ -55,8 +58,7 @@ class ClassificationBench(Bench):
         base, tokenizer = self._base(config)
         scored = base if model is None else model
         outcomes: list[Outcome] = []
-        scored.eval()
-        with torch.inference_mode():
+        with scoring(scored):
             for some, batch in _batches(tokenizer, records, config.task.max_length):
                 losses, hits = _scored(scored, batch)
                 outcomes += [Outcome(one, loss, 1, hit, hit) for one, loss, hit in zip(some, losses, hits, strict=True)]
@@ -99,14 +101,10 @@ def _row(tokenizer: PreTrainedTokenizerBase, record: Record, max_length: int) ->
     return {**row, "labels": record.label}
 
 
-def _collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorWithPadding:
-    return DataCollatorWithPadding(tokenizer)
-
-
 def _batches(
     tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], max_length: int
 ) -> Iterator[tuple[Sequence[Record], dict[str, Tensor]]]:
-    collate = _collator(tokenizer)
+    collate = DataCollatorWithPadding(tokenizer)
     for start in range(0, len(records), BATCH):
         some = records[start : start + BATCH]
         yield some, dict(collate([_row(tokenizer, record, max_length) for record in some]))

@@ -1,1 +1,1 @@
-"""A study's results as rows, table, pictures and page."""
+"""A study's results as rows, tables, pictures and page."""

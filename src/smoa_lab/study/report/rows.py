@@ -1,4 +1,4 @@
-"""One entry's result, from its stored trials alone."""
+"""The rows of a study's tables: one entry's result each, from its stored trials alone."""
 
 from __future__ import annotations
 
@@ -87,6 +87,13 @@ def entry_row(study: Study, name: str, machine: Machine) -> Row | None:
     )
 
 
+def difference_cells(row: Row, found: Difference | None, scale: float, digits: int) -> tuple[str, str, str]:
+    """Mean, interval and verdict as text; empty for the reference, and before a seed of it is finished."""
+    if found is None:
+        return "", "", "reference" if row.entry == row.reference else ""
+    return (*found.signed(scale, digits), found.verdict)
+
+
 def accuracy_by_task(rows: Sequence[Row], untouched: dict[str, Any] | None) -> list[list[str]]:
     """A table in percent, its header first, with the untouched model last; nothing where there is one task only."""
     names = list(rows[0].task_accuracy)
@@ -100,7 +107,7 @@ def accuracy_by_task(rows: Sequence[Row], untouched: dict[str, Any] | None) -> l
     return [["entry", *names, "mean"], *lines]
 
 
-def known_before(untouched: dict[str, Any] | None) -> str:
+def untouched_sentence(untouched: dict[str, Any] | None) -> str:
     """The untouched model's scores in a sentence; nothing where it was not scored."""
     if untouched is None:
         return ""
@@ -133,8 +140,11 @@ def _finals(study: Study, name: str) -> dict[int, dict[str, Any]]:
     """The final runs by seed, at the learning rate that the search chose."""
     search = stored_search(study, name)
     wanted = search.learning_rate if search else study.entries[name].learning_rate
-    results = [one["config"]["training"] | {"result": one} for one in stored(study, "final", name)]
-    return {one["seed"]: one["result"] for one in results if one["learning_rate"] == wanted}
+    return {
+        result["config"]["training"]["seed"]: result
+        for result in stored(study, "final", name)
+        if result["config"]["training"]["learning_rate"] == wanted
+    }
 
 
 def _differences(

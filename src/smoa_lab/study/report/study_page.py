@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
@@ -10,7 +10,7 @@ from smoa_lab.drawing.pages import anchor, figure, link, page, paragraph, sectio
 from smoa_lab.drawing.plots import new_figure
 from smoa_lab.study.packing import PACK, shell_command
 from smoa_lab.study.report.pictures import MARKERS, STYLES
-from smoa_lab.study.report.rows import BY_TASK, Row, accuracy_by_task
+from smoa_lab.study.report.rows import BY_TASK, Row, accuracy_by_task, difference_cells
 from smoa_lab.study.report.statistics import Difference
 from smoa_lab.study.study_file import Study
 from smoa_lab.study.trials import Trial, TrialStore
@@ -20,12 +20,22 @@ HEADER = [
     *("accuracy difference %", "", "elsewhere", "s a run", "final runs, by seed"),
 ]
 RUNS_HEADER = ["run", "loss", "accuracy %", "steps", "s", "machine", "commit"]
+ACCURACY = (
+    "Mean over tasks, with 95 % intervals over seeds and questions. Entries of equal parameters are drawn side "
+    "by side. Every point links to a run."
+)
+SEARCHES = "Validation loss of the search by learning rate. Every point links to its run."
+COST = "Seconds of a final run's training, mean over seeds, on the machine that ran most of the runs."
+WHERE = (
+    "The whole JSON of a run, with its config and the result of every question, is the file of that name in this "
+    f"folder or, once the study is packed, a line of {PACK}: "
+)
 
 
 def study_page(study: Study, rows: Sequence[Row], untouched: dict[str, Any] | None, remarks: Sequence[str]) -> str:
     """The HTML; ``remarks`` are put under the introduction."""
     by_task = accuracy_by_task(rows, untouched)
-    searched = [row for row in rows if row.search is not None]
+    searches = {row.entry: row.search.losses for row in rows if row.search is not None}
     parts = [
         paragraph(
             "Every entry's learning rate is chosen on validation data by the same search. The figures are from fresh "
@@ -38,15 +48,9 @@ def study_page(study: Study, rows: Sequence[Row], untouched: dict[str, Any] | No
             "Results", table("Test results, best loss first. Click a heading to sort.", HEADER, _cells(study, rows))
         ),
         *([section(BY_TASK, table("The mean over seeds.", by_task[0], by_task[1:]))] if by_task else []),
-        section("Accuracy against trained parameters", figure(_accuracy(study, rows), _ACCURACY)),
-        *([section("Learning rates", figure(_searches(study, searched), _SEARCHES))] if searched else []),
-        section(
-            "Cost",
-            figure(
-                _cost(rows),
-                "Seconds of a final run's training, mean over seeds, on the machine that ran most of the runs.",
-            ),
-        ),
+        section("Accuracy against trained parameters", figure(_accuracy(study, rows), ACCURACY)),
+        *([section("Learning rates", figure(_searches(study, searches), SEARCHES))] if searches else []),
+        section("Cost", figure(_cost(rows), COST)),
         section(
             "Runs",
             paragraph(WHERE + shell_command(f"final/{rows[0].entry}/")),
@@ -54,17 +58,6 @@ def study_page(study: Study, rows: Sequence[Row], untouched: dict[str, Any] | No
         ),
     ]
     return page(f"{study.folder.name}: {study.kind} of {study.shared['model']['name']}", *parts)
-
-
-_ACCURACY = (
-    "Mean over tasks, with 95 % intervals over seeds and questions. Entries of equal parameters are drawn side "
-    "by side. Every point links to a run."
-)
-_SEARCHES = "Validation loss of the search by learning rate. Every point links to its run."
-WHERE = (
-    "The whole JSON of a run, with its config and the result of every question, is the file of that name in this "
-    f"folder or, once the study is packed, a line of {PACK}: "
-)
 
 
 def _cells(study: Study, rows: Sequence[Row]) -> list[tuple[Any, ...]]:
@@ -76,9 +69,9 @@ def _cells(study: Study, rows: Sequence[Row]) -> list[tuple[Any, ...]]:
             "" if row.search is None else f"{row.search.learning_rate:g}",
             len(row.search.losses) if row.search else 0,
             f"{row.loss:.4f}",
-            *_difference(row.loss_difference, 1, 4),
+            *_difference(row, row.loss_difference, 1, 4),
             f"{100 * row.accuracy:.1f}",
-            *_difference(row.accuracy_difference, 100, 1),
+            *_difference(row, row.accuracy_difference, 100, 1),
             "–" if row.elsewhere is None else f"{row.elsewhere:.3f}",
             "–" if row.seconds is None else f"{row.seconds:.0f}",
             "<span>" + " ".join(link(_final(study, row, seed), str(seed)) for seed in row.seeds) + "</span>",
@@ -87,10 +80,10 @@ def _cells(study: Study, rows: Sequence[Row]) -> list[tuple[Any, ...]]:
     ]
 
 
-def _difference(found: Difference | None, scale: float, digits: int) -> tuple[Any, str]:
-    if found is None:
-        return "", "reference"
-    return (found.signed(scale, digits)[1], found.mean), found.verdict
+def _difference(row: Row, found: Difference | None, scale: float, digits: int) -> tuple[Any, str]:
+    """The interval, sorted by its mean, and the verdict."""
+    _, interval, verdict = difference_cells(row, found, scale, digits)
+    return interval if found is None else (interval, found.mean), verdict
 
 
 def _final(study: Study, row: Row, seed: int) -> str:
@@ -140,15 +133,13 @@ def _side_by_side(rows: Sequence[Row]) -> list[float]:
     return [row.parameters * 1.03**step for row, step in zip(rows, steps, strict=True)]
 
 
-def _searches(study: Study, rows: Sequence[Row]) -> Any:
+def _searches(study: Study, searches: Mapping[str, Mapping[float, float | None]]) -> Any:
     drawn, axes = new_figure(5.0)
-    for row, marker, style in zip(rows, cycle(MARKERS), cycle(STYLES), strict=False):
-        losses = (
-            {} if row.search is None else {rate: loss for rate, loss in row.search.losses.items() if loss is not None}
-        )
+    for (entry, found), marker, style in zip(searches.items(), cycle(MARKERS), cycle(STYLES), strict=False):
+        losses = {rate: loss for rate, loss in found.items() if loss is not None}
         axes.plot(list(losses), list(losses.values()), style, color="#000000", linewidth=0.8)
-        points = axes.scatter(list(losses), list(losses.values()), color="#000000", marker=marker, label=row.entry)
-        points.set_urls([f"#{Trial('tuning', row.entry, rate, study.tuning.seed).name}" for rate in losses])
+        points = axes.scatter(list(losses), list(losses.values()), color="#000000", marker=marker, label=entry)
+        points.set_urls([f"#{Trial('tuning', entry, rate, study.tuning.seed).name}" for rate in losses])
     axes.set_xscale("log")
     axes.set_xlabel("learning rate")
     axes.set_ylabel("validation loss of gold answers (nats per token)")

@@ -33,6 +33,7 @@ WRONG: dict[str, list[Any]] = {
     "bias": [None, 1, ["none"], "lora_only"],
     "partition": [None, 1, ["spectral"]],
     "modulation": [None, 1],
+    "scale": [None, 1, "rms"],
     "init_weights": [None, "gaussian", 2],
     "normalize_anchor": [None, "yes", 1],
     "normalized_alpha": [None, 1, [1], {"a": None}, {"a": 0}],
@@ -138,3 +139,8 @@ def test_a_pattern_of_layers_without_their_indices_is_refused() -> None:
 
 def test_block_ranks_may_be_unequal_and_zero() -> None:
     assert SmoaConfig(r=7, num_blocks=3, block_ranks=[7, 0, 0]).ranks_of() == (7, 0, 0)
+
+
+def test_a_normalized_anchor_with_a_scale_by_block_is_refused() -> None:
+    with pytest.raises(ConfigError, match="drop normalize_anchor"):
+        SmoaConfig(normalize_anchor=True, scale="block")

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+
 import pytest
 import typer
 
 from smoa.errors import DataError
-from smoa_lab.cli.console import print_table, reporting, score, size
+from smoa_lab.cli.console import print_table, reporting, score
 
 
 def test_an_error_of_ours_is_one_line_on_stderr_and_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,5 +66,42 @@ def test_scores_carry_their_error_and_missing_ones_a_dash() -> None:
     assert score(None) == "–"
 
 
-def test_bytes_are_written_for_people() -> None:
-    assert [size(n) for n in (12, 1234, 5_600_000)] == ["12 B", "1.2 kB", "5.6 MB"]
+def in_a_process(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
+
+
+def test_a_command_that_succeeds_prints_nothing_on_stderr() -> None:
+    done = in_a_process("-m", "smoa_lab", "data", "list")
+    assert "arc_easy" in done.stdout
+    assert done.stderr == ""
+
+
+def test_a_command_that_fails_prints_one_line_on_stderr() -> None:
+    done = in_a_process("-m", "smoa_lab", "merge", "nothing", "out")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert re.fullmatch(r"error: nothing: contains no adapter.*\n", done.stderr)
+
+
+AFTER_THE_IMPORTS = """
+import logging
+from smoa_lab.cli.console import IMPORT_NOTES, reporting
+with reporting():
+    {imported}
+    for name, note in IMPORT_NOTES.items():
+        logging.getLogger(name).warning(note + ": an end that changes")
+        logging.getLogger(name).warning(name + " has news")
+"""
+
+
+def test_only_the_known_notes_of_imported_libraries_are_dropped() -> None:
+    done = in_a_process("-c", AFTER_THE_IMPORTS.format(imported="pass"))
+    assert done.stdout + done.stderr == "bitsandbytes.backends.cpu.ops has news\nDeepSpeed has news\n"
+
+
+def test_deepspeed_does_not_say_that_there_is_no_gpu() -> None:
+    pytest.importorskip("deepspeed")
+    imported = "from deepspeed.accelerator import get_accelerator; get_accelerator()"
+    done = in_a_process("-c", AFTER_THE_IMPORTS.format(imported=imported))
+    assert "Setting accelerator" not in done.stdout + done.stderr
+    assert "DeepSpeed has news" in done.stdout

@@ -31,9 +31,7 @@ def test_help_waits_for_no_heavy_import(arguments: list[str]) -> None:
 
 
 def test_an_unknown_command_is_a_usage_error() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "smoa_lab.cli.main", "trian"], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-m", "smoa_lab", "trian"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "trian" in done.stderr
 

@@ -28,6 +28,13 @@ def test_a_script_runs_as_python_runs_it_with_smoa_known_to_peft(tmp_path: Path)
     assert done.returncode == 3
 
 
+def test_only_the_tool_prints(tmp_path: Path) -> None:
+    (tmp_path / "silent.py").touch()
+    command = [sys.executable, "-m", "smoa_lab", "run", str(tmp_path / "silent.py")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
+
+
 def test_a_command_gets_its_own_options() -> None:
     done = smoa_run("accelerate", "env", "--help")
     assert done.returncode == 0, done.stderr

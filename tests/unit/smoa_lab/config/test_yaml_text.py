@@ -14,8 +14,8 @@ from smoa_lab.config.yaml_text import apply_overrides, key_lines, parse_yaml, to
     ("text", "message"),
     [
         ("a: [1", r"run\.yaml, line 1: "),
-        ("- a\n- b\n", r"run\.yaml: must contain the blocks"),
-        ("", "must contain the blocks"),
+        ("- a\n- b\n", r"run\.yaml: must contain blocks"),
+        ("", "must contain blocks"),
     ],
 )
 def test_text_that_is_no_config_is_refused_with_its_file(text: str, message: str) -> None:
@@ -45,7 +45,7 @@ def test_no_is_a_word_and_false_is_not(file: Path) -> None:
     ("text", "message"),
     [
         ("a: [1", "line 1"),
-        ("- 1", "must contain the blocks"),
+        ("- 1", "must contain blocks"),
         ("model: 1\nmodel: 2", 'line 2: found duplicate key "model"'),
     ],
 )

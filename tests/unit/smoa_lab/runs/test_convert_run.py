@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 from smoa import SmoaConfig
 from smoa.export.lora import RankRule
 from smoa_lab.config.run_config import check_config
-from smoa_lab.runs.convert_run import Converter, convert_run, trade_off
+from smoa_lab.runs.convert_run import Converter, conversion_report, convert_run
 from smoa_lab.training.run_folder import RunFolder
 from tests.support import lab
 
@@ -38,18 +38,19 @@ def finished_run(values: dict[str, Any]) -> Path:
 
 
 def test_a_higher_rank_keeps_more_of_update_and_task(values: dict[str, Any], tmp_path: Path) -> None:
-    found = trade_off(finished_run(values), [1, 4, 32], tmp_path / "scratch")
-    points = found["points"]
-    assert [point["rank"] for point in points] == [1, 4, 32]
+    converter = Converter(finished_run(values))
+    cuts = [converter.cut(RankRule(rank=rank), tmp_path / f"rank-{rank}") for rank in (1, 4, 32)]
+    points = [conversion_report(converter, *cut) for cut in cuts]
+    assert [point["rank"] for point in points][:2] == [1, 4]
     assert points[0]["error"] > points[1]["error"] > points[2]["error"]
     assert points[2]["error"] < 1e-6
     changes = [abs(point["loss"]["lora_change"]) for point in points]
     assert changes[2] < 1e-5 < changes[0]
     assert points[2]["loss"]["gain_kept"] == pytest.approx(1.0, abs=1e-3)
-    for layer in found["ranks_needed"].values():
-        needed = [layer[f"error {error}"] for error in (0.5, 0.3, 0.1, 0.05)]
+    for spectrum in converter.spectra.layers.values():
+        needed = [RankRule(error=error).choose(spectrum.values) for error in (0.5, 0.3, 0.1, 0.05)]
         assert needed == sorted(needed)
-        assert layer["blocks"] == 2
+        assert len(spectrum.rows) == 2
 
 
 def test_without_held_out_questions_the_task_is_not_scored(values: dict[str, Any], tmp_path: Path) -> None:

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from smoa import SmoaConfig, save_adapter
-from smoa_lab.config.run_config import check_config
+from smoa_lab.config.run_config import ModelSection, check_config
 from smoa_lab.inspection.layer_reports import inspect_layers
 from smoa_lab.runs import merge_run as merging
 from smoa_lab.runs.evaluate_run import evaluate_run
 from smoa_lab.runs.merge_run import GGUF_NOTE, merge_run
-from smoa_lab.training.base_models import PACKAGED_MODEL, ModelSource, prepare_packaged_model
+from smoa_lab.training.base_models import PACKAGED_MODEL, prepare_packaged_model
 from smoa_lab.training.run_folder import RunFolder
 from smoa_lab.training.train_run import train
 from tests.support import gguf_base, lab
@@ -93,15 +93,15 @@ def test_what_a_run_quantized_while_loading_is_loaded_as_the_run_did(
         "training": {"output_dir": str(run.path), "use_cpu": True},
     }
     run.config.write_text(check_config(values).to_yaml())
-    loaded: list[ModelSource] = []
+    loaded: list[ModelSection] = []
 
-    def load(wanted: ModelSource) -> tuple[Any, Any]:
+    def load(wanted: ModelSection) -> tuple[Any, Any]:
         loaded.append(wanted)
         return LlamaForCausalLM.from_pretrained(base), lab.byte_tokenizer()
 
     monkeypatch.setattr(merging, "load_base_model", load)
     export = merge_run(run.path, tmp_path / "merged")
-    assert loaded == [ModelSource(base, options=options)]
+    assert loaded == [ModelSection(name=base, options=options)]
     assert export.notes == ()
     assert_close(merged_logits(tmp_path / "merged"), logits(adapted))
     merge_run(run.path, tmp_path / "plain", base=base)

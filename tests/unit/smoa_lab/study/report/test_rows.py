@@ -5,7 +5,7 @@ import json
 import pytest
 
 from smoa.errors import DataError
-from smoa_lab.study.report.table import report
+from smoa_lab.study.report.study_report import report
 from smoa_lab.study.study_file import Study
 from smoa_lab.study.trials import Trial
 from tests.support.studies import finish, page

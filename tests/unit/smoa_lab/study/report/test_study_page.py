@@ -5,7 +5,7 @@ import re
 import pytest
 
 from smoa_lab.study.packing import pack
-from smoa_lab.study.report.table import report
+from smoa_lab.study.report.study_report import report
 from smoa_lab.study.study_file import Study
 from smoa_lab.study.trials import TrialStore
 from tests.support.studies import finish_a_study, page

@@ -1,4 +1,4 @@
-"""What a study found, from its stored trials alone: a table in words, JSON, and two pictures."""
+"""Writes a study's README.md, index.html, summary.json and pictures, from its stored trials alone."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from smoa_lab.study.report.rows import (
     accuracy_by_task,
     as_json,
     commonest_machine,
+    difference_cells,
     entry_row,
-    known_before,
+    untouched_sentence,
 )
 from smoa_lab.study.report.statistics import Difference
 from smoa_lab.study.report.study_page import study_page
@@ -40,7 +41,7 @@ def report(study: Study) -> list[Row]:
     write_whole(study.folder / "summary.json", json.dumps(as_json(rows), indent=1, allow_nan=False) + "\n")
     pictures = _draw(study, rows)
     write_whole(study.folder / "README.md", _page(study, rows, untouched, pictures))
-    write_whole(study.folder / "index.html", study_page(study, rows, untouched, [known_before(untouched)]))
+    write_whole(study.folder / "index.html", study_page(study, rows, untouched, [untouched_sentence(untouched)]))
     return rows
 
 
@@ -74,7 +75,7 @@ def _page(study: Study, rows: list[Row], untouched: dict[str, Any] | None, pictu
     budgets = dict.fromkeys(row.budget for row in rows)
     parts += [_table([row for row in rows if row.budget == budget], budget) for budget in budgets]
     parts += [_tasks([row for row in rows if row.budget == budget], budget, untouched) for budget in budgets]
-    parts.append(known_before(untouched))
+    parts.append(untouched_sentence(untouched))
     parts += [f"![{title}]({file})" for file, title in pictures.items()]
     parts.append(
         "[The same as a page](index.html) lists every run. The whole JSON of a run is "
@@ -114,15 +115,14 @@ def _line(row: Row) -> str:
         str(len(row.seeds)),
         f"{row.loss:.4f} ± {row.loss_spread:.4f}",
         f"{100 * row.accuracy:.1f} ± {100 * row.accuracy_spread:.1f}",
-        *_difference_cells(row.loss_difference, 1, 4),
-        *_difference_cells(row.accuracy_difference, 100, 1),
+        *_difference(row, row.loss_difference, 1, 4),
+        *_difference(row, row.accuracy_difference, 100, 1),
         "–" if row.elsewhere is None else f"{row.elsewhere:.3f}",
         "–" if row.seconds is None else f"{row.seconds:.0f}",
     ]
     return f"| {' | '.join(cells)} |"
 
 
-def _difference_cells(found: Difference | None, scale: float, digits: int) -> tuple[str, str]:
-    if found is None:
-        return "", "reference"
-    return " ".join(found.signed(scale, digits)), found.verdict
+def _difference(row: Row, found: Difference | None, scale: float, digits: int) -> tuple[str, str]:
+    mean, interval, verdict = difference_cells(row, found, scale, digits)
+    return f"{mean} {interval}".strip(), verdict

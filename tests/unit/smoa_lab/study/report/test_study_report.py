@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
 from smoa_lab.study.packing import PACK, pack
-from smoa_lab.study.report.table import report
+from smoa_lab.study.report.study_report import report
 from smoa_lab.study.study_file import Study
 from smoa_lab.study.trials import Trial
 from tests.support.studies import QUESTIONS, finish, finish_a_study, page
@@ -34,6 +35,14 @@ def test_one_seed_gets_no_verdict_and_two_do(study: Study) -> None:
         assert rows["lora"].loss_difference is not None
         assert rows["lora"].loss_difference.verdict == ("one seed", "worse")[seed]
     assert "+0.5000 [+0.5000, +0.5000] | worse" in page(study)
+
+
+def test_an_entry_is_not_called_the_reference_while_that_is_not_run(study: Study) -> None:
+    finish(study, Trial("final", "lora", 0.01, 0), 1.0)
+    (row,) = report(study)
+    assert (row.reference, row.loss_difference) == ("ours", None)
+    for file in ("README.md", "index.html"):
+        assert not re.search(r"(\| |<td>)reference( \||</td>)", (study.folder / file).read_text())
 
 
 def test_every_budget_has_its_own_table_and_reference(study: Study) -> None:

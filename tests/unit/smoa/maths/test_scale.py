@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from smoa.maths.scale import block_scale
+from smoa.maths.spectrum import make_partition
+from tests.support.layers import adapted_layer, base_layer, oracle_output
+from tests.support.tolerance import assert_close
+
+
+def test_the_papers_scale_is_one() -> None:
+    weight = torch.randn(11, 13)
+    assert block_scale("paper", weight, make_partition(weight, 3)).tolist() == [1, 1, 1]
+
+
+def test_the_scale_by_layer_gives_the_anchor_unit_rms() -> None:
+    weight = 0.02 * torch.randn(11, 13)
+    scale = block_scale("layer", weight, make_partition(weight, 3))
+    assert scale.tolist() == pytest.approx([1 / weight.square().mean().sqrt().item()] * 3)
+
+
+def test_the_scale_by_block_gives_every_anchor_unit_rms() -> None:
+    weight = 0.02 * torch.randn(11, 13)
+    blocks = make_partition(weight, 3)
+    scale = block_scale("block", weight, blocks)
+    assert len(set(scale.tolist())) == 3
+    for entries, c in zip(blocks.of(weight), scale, strict=True):
+        assert (c * entries).square().mean().sqrt().item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("kind", ["layer", "block"])
+def test_a_weight_of_zeros_has_a_scale_of_one(kind: str) -> None:
+    weight = torch.zeros(6, 6)
+    assert block_scale(kind, weight, make_partition(weight, 2)).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("kind", ["layer", "block"])
+@pytest.mark.parametrize("route", ["fused", "apart"])
+def test_a_layer_with_such_a_scale_is_the_oracles(kind: str, route: str) -> None:
+    layer = adapted_layer(base_layer(11, 13), r=6, num_blocks=3, alpha=2.0, scale=kind)
+    layer.route = route
+    x = torch.randn(5, 13, dtype=torch.float64)
+    assert_close(layer(x), oracle_output(layer, x))
