@@ -131,7 +131,7 @@ class Linear(nn.Module, SmoaLayer):
         if active and self.smoa_weight_cache is not None and not torch.is_grad_enabled():
             return self._cached_forward(self.smoa_weight_cache, x, active, *args, **kwargs)
         if len(active) == 1 and self._can_fuse(x, active[0]):
-            return self._fused_forward(x, active[0])
+            return self.update(active[0]).apply_with_base(x, self.base_weight(), self.bias)
         result = self.base_layer(x, *args, **kwargs)
         for name in active:
             result = result + self.branch_output(x, name).to(result.dtype)
@@ -213,9 +213,6 @@ class Linear(nn.Module, SmoaLayer):
         if self.route == "fused" or torch.is_grad_enabled():
             return True
         return len(self.ranks[adapter_name]) < APART_MIN_BLOCKS or x.shape[:-1].numel() >= FUSED_MIN_TOKENS
-
-    def _fused_forward(self, x: Tensor, adapter_name: str) -> Tensor:
-        return self.update(adapter_name).apply_with_base(x, self.base_weight(), self.bias)
 
     def __repr__(self) -> str:
         return f"smoa.{super().__repr__()}"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import TypeVar
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -20,8 +18,6 @@ from smoa.maths.blocks import UNDECIDED, Blocks, Orders
 from smoa.maths.scale import ScaleKind, block_scale
 from smoa.maths.spectrum import PartitionKind, make_partition
 from smoa.maths.spectrum_cache import cached_spectral_scores
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -183,21 +179,15 @@ class PartitionState(BaseTunerLayer):
     def _compute(self, adapter_name: str) -> bool:
         """Compute labels and scales from rank 0's weight. Return False if that is on the meta device."""
         pending, num_blocks = self.pending_partition[adapter_name], len(self.ranks[adapter_name])
-        found = self._from_weight(
-            partial(pending.decide, num_blocks),
-            everywhere=pending.partition != "spectral",  # cheap, and keeps the random generators of all ranks in step
-        )
+        everywhere = pending.partition != "spectral"  # cheap, and keeps the random generators of all ranks in step
+        with gather_params_ctx(self.stored_weight()):  # for DeepSpeed ZeRO-3
+            is_meta = self.stored_weight().device.type == "meta"
+            weight = None if is_meta else whole(self.pristine_weight())  # for FSDP2
+            found = from_rank_zero(lambda: None if weight is None else pending.decide(num_blocks, weight), everywhere)
         if found is None:
             return False
         self._set(adapter_name, found)
         return True
-
-    def _from_weight(self, compute: Callable[[Tensor], T], everywhere: bool = False) -> T | None:
-        """`compute` of rank 0's whole pristine weight, on every rank; None if it is on the meta device."""
-        with gather_params_ctx(self.stored_weight()):  # for DeepSpeed ZeRO-3
-            is_meta = self.stored_weight().device.type == "meta"
-            weight = None if is_meta else whole(self.pristine_weight())  # for FSDP2
-            return from_rank_zero(lambda: None if weight is None else compute(weight), everywhere)
 
     def _has_valid_labels(self, adapter_name: str) -> bool:
         rows, cols, _ = self._saved(adapter_name)

@@ -41,15 +41,15 @@ def rank_bound(
     return sum(min(m, n) if rank else 0 for m, n, rank in shapes)
 
 
-def adapter_bytes(out_features: int, in_features: int, r: int, num_blocks: int, bytes_per_value: int = 4) -> int:
-    """Bytes of one layer in a saved adapter: padded factors, a label byte per coordinate, a scale per block.
+def adapter_bytes(out_features: int, in_features: int, r: int, num_blocks: int) -> int:
+    """Bytes of one layer in a saved adapter: padded float32 factors, a label byte per coordinate, a scale per block.
 
     Raises:
         PartitionError: K is not between 1 and min(out_features, in_features, 255).
     """
     check_num_blocks(num_blocks, out_features, in_features)
     values = r * (-(-out_features // num_blocks) + -(-in_features // num_blocks))
-    return values * bytes_per_value + out_features + in_features + 4 * num_blocks
+    return 4 * values + out_features + in_features + 4 * num_blocks
 
 
 @dataclass(frozen=True)
