@@ -16,7 +16,7 @@ from smoa.layers.layer import SmoaLayer
 from tests import reference
 from tests.support import tiny_models
 from tests.support.decompositions import NoDecomposition
-from tests.support.layers import base_weight, factors, labels, oracle_delta
+from tests.support.layers import base_weight, factors, labels, layers_of, oracle_delta
 from tests.support.tolerance import assert_close
 
 VARIANTS = {
@@ -26,10 +26,6 @@ VARIANTS = {
     "contiguous": {"partition": "contiguous"},
     "random": {"partition": "random"},
 }
-
-
-def smoa_layers(model: torch.nn.Module) -> list[SmoaLayer]:
-    return [module for module in model.modules() if isinstance(module, SmoaLayer)]
 
 
 def adapted(base: PreTrainedModel, **config: Any) -> PeftModel:
@@ -75,7 +71,7 @@ def test_a_model_is_a_no_op_then_learns_then_is_saved_loaded_and_merged(
         assert torch.equal(outputs(loaded, tiny_batch), trained)
 
     merged = loaded.merge_and_unload()
-    assert not smoa_layers(merged)
+    assert not layers_of(merged)
     assert_close(outputs(merged, tiny_batch), trained, dtype=torch.float32)
 
 
@@ -155,7 +151,7 @@ def test_a_trained_updates_rank_exceeds_the_budget_within_its_bound(
 ) -> None:
     model = adapted(tiny_llama, r=4, num_blocks=2)
     train(model, causal_batch)
-    for layer in smoa_layers(model):
+    for layer in layers_of(model):
         rank = int(torch.linalg.matrix_rank(layer.get_delta_weight("default").detach().double()))
         assert 4 < rank <= reference.rank_bound(base_weight(layer), *labels(layer), [2, 2])
 
@@ -164,9 +160,9 @@ def test_a_compiled_model_trains_as_the_plain_one(tiny_llama: PreTrainedModel, c
     torch.compiler.reset()
     model = adapted(tiny_llama, init_weights=False)
     model(**causal_batch).loss.backward()
-    expected = [factor.grad.clone() for layer in smoa_layers(model) for factor in factors(layer)]
+    expected = [factor.grad.clone() for layer in layers_of(model) for factor in factors(layer)]
     model.zero_grad()
     torch.compile(model, backend="aot_eager")(**causal_batch).loss.backward()
-    actual = [factor.grad for layer in smoa_layers(model) for factor in factors(layer)]
+    actual = [factor.grad for layer in layers_of(model) for factor in factors(layer)]
     for own, plain in zip(actual, expected, strict=True):
         assert_close(own, plain)

@@ -13,10 +13,10 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from smoa import SmoaConfig
-from smoa.layers.layer import SmoaLayer
 from tests.support import tiny_models
 from tests.support.decompositions import NoDecomposition
-from tests.support.layers import labels
+from tests.support.layers import labels, layers_of
+from tests.support.tiny_models import logits
 from tests.support.tolerance import assert_close
 
 
@@ -33,17 +33,8 @@ class Repeated(Dataset[dict[str, Tensor]]):
         return {name: tensor[i % len(tensor)] for name, tensor in self.batch.items()}
 
 
-def smoa_layers(model: torch.nn.Module) -> list[SmoaLayer]:
-    return [module for module in model.modules() if isinstance(module, SmoaLayer)]
-
-
 def factor_state(model: torch.nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items() if "smoa_" in name}
-
-
-@torch.no_grad()
-def logits(model: torch.nn.Module) -> Tensor:
-    return model(**tiny_models.batch("llama")).logits
 
 
 def adapted(**config: Any) -> PeftModel:
@@ -104,7 +95,7 @@ def test_an_adapter_lives_through_training_loading_merging_and_training_again(tm
         train(again)
         train(model)
     assert torch.equal(logits(again), logits(model))
-    for own, original in zip(smoa_layers(again), smoa_layers(model), strict=True):
+    for own, original in zip(layers_of(again), layers_of(model), strict=True):
         assert labels(own) == labels(original)
 
 

@@ -137,7 +137,3 @@ def delta_of(layer: SmoaLayer, adapter: str = "default") -> Tensor:
 def same_layout_on_every_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """On CPUs with AVX512-BF16 bitsandbytes repacks the weights that it evaluates: not for this test."""
     monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: False, raising=False)
-
-
-quantized_layer = quantized_layer
-"""The old spelling, which tests/unit/smoa/tuner/test_block_choice.py still imports."""

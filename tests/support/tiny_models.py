@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -146,8 +147,8 @@ def batch(family: str, size: int = 3, length: int = 11) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def logits(model: nn.Module, family: str = "llama") -> Tensor:
+def logits(model: nn.Module, family: str = "llama", **kwargs: Any) -> Tensor:
     """What a model of the family, adapted or not, says to `batch`, in float32."""
     inputs = {name: tensor for name, tensor in batch(family).items() if family == "t5" or name != "labels"}
-    found: Tensor = model(**inputs).logits
+    found: Tensor = model(**inputs, **kwargs).logits
     return found.float()

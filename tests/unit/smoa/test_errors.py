@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+import smoa
 from smoa import errors
 from smoa.errors import SmoaError
 
@@ -19,3 +20,16 @@ def test_the_tree_shows_every_error() -> None:
 def test_an_error_is_also_the_builtin_that_the_tree_shows(name: str) -> None:
     error = getattr(errors, name)
     assert [base.__name__ for base in error.__bases__] == ["SmoaError", TREE[name]]
+
+
+def test_every_error_is_a_smoa_error_and_the_builtin_that_fits() -> None:
+    assert {name: getattr(smoa, name).__mro__[2] for name in smoa.__all__ if name.endswith("Error")} == {
+        "AdapterFileError": ValueError,
+        "ConfigError": ValueError,
+        "DataError": ValueError,
+        "MergeError": ValueError,
+        "PartitionError": ValueError,
+        "SmoaError": BaseException,
+        "UnsupportedModuleError": TypeError,
+        "UnsupportedVersionError": ImportError,
+    }

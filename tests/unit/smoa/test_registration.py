@@ -17,7 +17,7 @@ from peft.utils import PeftType
 
 import smoa
 from smoa import SmoaConfig, SmoaModel, UnsupportedVersionError, registration
-from smoa.registration import ensure_peft_type, register
+from smoa.registration import check_peft_version, ensure_peft_type, register
 from tests.support import tiny_models
 
 CONFIG = SmoaConfig(
@@ -156,3 +156,14 @@ def test_an_enum_that_takes_no_member_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(registration, "PeftType", Changed)
     with pytest.raises(UnsupportedVersionError, match="PEFT has changed its enum"):
         registration._verify_member()
+
+
+@pytest.mark.parametrize("version", ["0.20.0", "0.22.0", "1.0.0", "0.9.1"])
+def test_an_unsupported_version_of_peft_is_refused_with_the_supported_ones(version: str) -> None:
+    with pytest.raises(UnsupportedVersionError, match=rf"(?s)0\.21.*{version}"):
+        check_peft_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.21.0", "0.21.2", "0.21.99", "0.21.1.dev0"])
+def test_a_supported_version_of_peft_is_accepted(version: str) -> None:
+    check_peft_version(version)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from smoa import AdapterFileError, SmoaConfig, SmoaError
 from tests.fuzz_adapters import CORPUS, base, fuzz, outcome, write_corpus
+from tests.support import tiny_models
 from tests.support.adapter_files import rewritten, with_settings
 from tests.support.adapter_mutations import CONFIG, MUTATIONS, PICKLE, WEIGHTS, Payload
 
@@ -228,3 +229,45 @@ def test_weights_without_any_factor_of_ours_are_refused_by_name(folder: Path, co
     shutil.copy(corpus["lora"] / WEIGHTS, folder)
     with pytest.raises(AdapterFileError, match=r"adapter_model\.safetensors: has no smoa_A factor"):
         load(folder)
+
+
+@pytest.fixture
+def llama_folder(tmp_path: Path) -> Path:
+    config = SmoaConfig(r=4, num_blocks=2, target_modules=["q_proj"], init_weights=False)
+    get_peft_model(tiny_models.build("llama"), config).save_pretrained(tmp_path)
+    return tmp_path
+
+
+A = "base_model.model.model.layers.0.self_attn.q_proj.smoa_A.weight"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda t: t.pop(A), id="missing"),
+        pytest.param(lambda t: t.update({A: t[A][:2]}), id="of fewer rows"),
+        pytest.param(lambda t: t.update({A: t[A].T}), id="transposed"),
+        pytest.param(lambda t: t.update({A: t[A].long()}), id="of integers"),
+        pytest.param(lambda t: t[A].fill_(float("nan")), id="NaN"),
+        pytest.param(lambda t: t[A].fill_(float("inf")), id="infinite"),
+        pytest.param(lambda t: t.update({A.replace("layers.0", "layers.9"): t[A].clone()}), id="of one layer more"),
+    ],
+)
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True], ids=["", "low_cpu_mem_usage"])
+def test_a_factor_that_does_not_fit_is_refused_by_name(
+    llama_folder: Path, change: Callable[[dict[str, Tensor]], object], low_cpu_mem_usage: bool
+) -> None:
+    with pytest.raises(AdapterFileError, match=r"layers\.[09]\.self_attn\.q_proj\.smoa_A"):
+        PeftModel.from_pretrained(
+            tiny_models.build("llama"), rewritten(llama_folder, change), low_cpu_mem_usage=low_cpu_mem_usage
+        )
+
+
+def test_an_adapter_for_a_model_of_other_shapes_is_refused(llama_folder: Path) -> None:
+    with pytest.raises(AdapterFileError, match=r"layers\.0\.self_attn\.q_proj"):
+        PeftModel.from_pretrained(tiny_models.build("gemma3"), llama_folder)
+
+
+def test_an_adapter_for_a_model_without_its_modules_is_refused(llama_folder: Path) -> None:
+    with pytest.raises(ValueError, match="q_proj"):
+        PeftModel.from_pretrained(tiny_models.build("gpt2"), llama_folder)

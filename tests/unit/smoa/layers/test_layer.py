@@ -5,11 +5,14 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from smoa import SmoaConfig
 from tests import reference
+from tests.support.adapted_models import adapted
 from tests.support.layers import (
     SHAPES,
+    Wrapper,
     adapted_layer,
     base_layer,
     base_weight,
@@ -19,6 +22,7 @@ from tests.support.layers import (
     oracle_output,
     randomise,
     ranks,
+    smoa_layers,
 )
 from tests.support.tolerance import assert_close
 
@@ -261,8 +265,6 @@ def test_the_repr_names_the_method() -> None:
 def test_a_shared_config_is_not_changed_by_the_layers_it_makes(conv1d: bool) -> None:
     from peft import inject_adapter_in_model
 
-    from tests.support.layers import Wrapper
-
     config = SmoaConfig(target_modules=["layer"], r=4, num_blocks=2)
     before = config.to_dict()
     inject_adapter_in_model(config, Wrapper(base_layer(8, 6, conv1d=conv1d)))
@@ -303,3 +305,15 @@ def test_an_adapter_with_A_zero_is_a_no_op_that_learns_by_A() -> None:
     assert A.grad is not None
     assert (A.grad != 0).any()
     assert (B.grad == 0).all()
+
+
+def test_a_layers_scale_can_be_set_and_put_back(tiny_llama: PreTrainedModel) -> None:
+    layer = next(iter(smoa_layers(adapted(tiny_llama, alpha=8.0)).values()))
+    before = layer.get_delta_weight("default")
+    layer.set_scale("default", 3.0)
+    assert_close(layer.get_delta_weight("default"), 3 * before)
+    layer.set_scale("default", 1.0)
+    layer.scale_layer(0.5)
+    assert_close(layer.get_delta_weight("default"), 0.5 * before)
+    layer.unscale_layer()
+    assert torch.equal(layer.get_delta_weight("default"), before)

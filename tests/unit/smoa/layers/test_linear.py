@@ -6,14 +6,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tests import reference
+from tests.support.adapted_models import adapted
 from tests.support.gradients import assert_path, inputs, layer_13_to_11, oracle_gradients, own_gradients
 from tests.support.layers import (
     ROUTES,
     Route,
+    Wrapper,
     adapted_layer,
     add_adapter,
     base_layer,
@@ -22,6 +25,7 @@ from tests.support.layers import (
     factors,
     oracle_delta,
     oracle_output,
+    smoa_layers,
 )
 from tests.support.tolerance import TOLERANCE, assert_close
 
@@ -366,3 +370,31 @@ def test_two_adapters_get_their_own_gradients(modulation: str) -> None:
         (x @ oracle_delta(layer, name, A=A, B=B).T).backward(gradient)
         torch.testing.assert_close(factors(layer, name)[0].grad, A.grad)
         torch.testing.assert_close(factors(layer, name)[1].grad, B.grad)
+
+
+def test_an_adapter_on_an_already_wrapped_layer_is_anchored_on_the_innermost_weight() -> None:
+    base = base_layer(8, 6)
+    lora = inject_adapter_in_model(LoraConfig(r=2, target_modules=["layer"]), Wrapper(base)).layer
+    layer = adapted_layer(lora, r=4, num_blocks=2)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    assert layer.get_base_layer() is base
+    # LoRA's B is zero, so that its layer gives the base layer's output
+    assert_close(layer(x), oracle_output(layer, x))
+
+
+def test_a_subclass_of_linear_keeps_its_own_forward() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    base = Doubled(6, 8, dtype=torch.float64)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    expected = base(x)
+    layer = smoa_layers(adapted(Wrapper(base), target_modules=["layer"]))["layer"]
+    assert_close(layer(x), expected + layer.branch_output(x, "default"))
+
+
+def test_an_exported_layer_gives_the_same_output() -> None:
+    layer = smoa_layers(adapted(Wrapper(base_layer(8, 6)), target_modules=["layer"]))["layer"]
+    x = torch.randn(3, 6, dtype=torch.float64)
+    assert_close(torch.export.export(layer, (x,)).module()(x), layer(x))

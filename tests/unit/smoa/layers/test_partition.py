@@ -16,22 +16,28 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from smoa import AdapterFileError, SmoaConfig, make_partition
-from smoa.layers.layer import SmoaLayer
+from smoa import AdapterFileError, PartitionError, SmoaConfig, make_partition
 from smoa.maths.spectrum_cache import clear_spectrum_cache
 from tests import reference
 from tests.support import tiny_models
 from tests.support.adapter_files import rewritten, with_settings
 from tests.support.decompositions import NoDecomposition
-from tests.support.layers import adapted_layer, base_layer, base_weight, factors, labels, oracle_delta, randomise, ranks
+from tests.support.layers import (
+    Wrapper,
+    adapted_layer,
+    base_layer,
+    base_weight,
+    factors,
+    labels,
+    oracle_delta,
+    randomise,
+    ranks,
+    smoa_layers,
+)
 from tests.support.tolerance import assert_close
 
 PARTITIONS = ["spectral", "contiguous", "random"]
 CONFIG = {"r": 5, "num_blocks": 3, "alpha": 8.0, "target_modules": ["q_proj", "v_proj", "down_proj"]}
-
-
-def smoa_layers(model: torch.nn.Module) -> dict[str, SmoaLayer]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, SmoaLayer)}
 
 
 def trained_llama(family: str = "llama", **config: object) -> PeftModel:
@@ -337,3 +343,10 @@ def test_editing_alpha_acts_on_a_saved_adapter_with_a_normalized_anchor(tmp_path
     theirs = smoa_layers(loaded)
     for name, layer in smoa_layers(model).items():
         assert_close(theirs[name].delta("default"), 2 * layer.delta("default"))
+
+
+def test_using_an_adapter_on_the_meta_device_is_refused_clearly() -> None:
+    with torch.device("meta"):
+        model = get_peft_model(Wrapper(nn.Linear(8, 8)), SmoaConfig(r=4, target_modules=["layer"]))
+        with pytest.raises(PartitionError, match="meta"):
+            model(torch.randn(2, 8))

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from smoa import AdapterFileError, ConfigError, MergeError, PartitionError, SmoaConfig
 from smoa.export.merge import merge_and_save
-from smoa.layers.layer import SmoaLayer
 from smoa.tuner.block_choice import choose_blocks
 from smoa.tuner.hotswap import hotswap_adapter
 from tests.support import tiny_models
 from tests.support.adapter_files import with_settings
 from tests.support.decompositions import NoDecomposition
-from tests.support.layers import adapted_layer, base_layer, base_weight, oracle_delta
+from tests.support.layers import adapted_layer, base_layer, base_weight, oracle_delta, smoa_layers
 from tests.support.quantized import quantized_layer
+from tests.support.tiny_models import logits
 from tests.support.tolerance import assert_close
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -52,16 +52,6 @@ def flatten(model: nn.Module, name: str, power: float) -> None:
             module.weight.copy_(U * sigma**power @ Vh)
 
 
-def layers(model: nn.Module) -> dict[str, SmoaLayer]:
-    plain = {name.removeprefix("base_model.model."): module for name, module in model.named_modules()}
-    return {name: module for name, module in plain.items() if isinstance(module, SmoaLayer)}
-
-
-@torch.no_grad()
-def logits(model: nn.Module) -> Tensor:
-    return model(**tiny_models.batch("llama")).logits
-
-
 def used_share(weight: Tensor) -> float:
     """exp of the entropy of the normalized singular values, over their number."""
     sigma = torch.linalg.svdvals(weight.double()).tolist()
@@ -71,7 +61,7 @@ def used_share(weight: Tensor) -> float:
 
 def test_a_pattern_sets_the_blocks_of_the_layers_it_names() -> None:
     model = adapted(num_blocks_pattern={"v_proj": 2, "layers.1.mlp.down_proj": 6})
-    for name, layer in layers(model).items():
+    for name, layer in smoa_layers(model).items():
         expected = 2 if name.endswith("v_proj") else 6 if name.endswith("1.mlp.down_proj") else 4
         assert len(layer.ranks["default"]) == expected
         assert layer.r["default"] == 8
@@ -80,7 +70,7 @@ def test_a_pattern_sets_the_blocks_of_the_layers_it_names() -> None:
 
 def test_blocks_follow_the_effective_rank_of_the_weights_and_keep_what_they_cost() -> None:
     model = adapted(blocks_from_spectrum=True)
-    found = layers(model)
+    found = smoa_layers(model)
     shares = {name: used_share(base_weight(layer)) for name, layer in found.items()}
     mean = sum(shares.values()) / len(shares)
     assert len(set(model.peft_config["default"].num_blocks_pattern.values())) > 2
@@ -98,7 +88,7 @@ def test_blocks_follow_the_effective_rank_of_the_weights_and_keep_what_they_cost
 
 def test_alpha_left_out_stays_the_rank_of_each_layer() -> None:
     model = adapted(blocks_from_spectrum=True, alpha=None)
-    assert {layer.scaling["default"] for layer in layers(model).values()} == {1.0}
+    assert {layer.scaling["default"] for layer in smoa_layers(model).values()} == {1.0}
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -128,7 +118,7 @@ def test_a_config_that_is_used_again_is_fitted_to_the_new_weights() -> None:
     models = [get_peft_model(model, config) for model in (tiny_models.build("llama"), adapted().unload())]
     for model in models:
         own = model.peft_config["default"].num_blocks_pattern
-        assert own == {name: len(layer.ranks["default"]) for name, layer in layers(model).items()}
+        assert own == {name: len(layer.ranks["default"]) for name, layer in smoa_layers(model).items()}
     even, flat = (model.peft_config["default"].num_blocks_pattern for model in models)
     assert even != flat
     assert {**config.to_dict(), "base_model_name_or_path": None} == {
@@ -139,7 +129,7 @@ def test_a_config_that_is_used_again_is_fitted_to_the_new_weights() -> None:
 
 def test_a_pattern_goes_before_the_spectrum() -> None:
     model = adapted(blocks_from_spectrum=True, num_blocks_pattern={"v_proj": 2})
-    for name, layer in layers(model).items():
+    for name, layer in smoa_layers(model).items():
         assert set(layer.ranks["default"]) == {2}  # r / num_blocks
         assert (len(layer.ranks["default"]) == 2) == name.endswith("v_proj")
 

@@ -7,13 +7,15 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
+from peft.utils.hotswap import hotswap_adapter as pefts_hotswap_adapter
+from torch import nn
 
 from smoa import AdapterFileError, ConfigError, MergeError, SmoaConfig, cached_weights
 from smoa.layers.layer import SmoaLayer
 from smoa.tuner.hotswap import hotswap_adapter
 from tests.support import tiny_models
 from tests.support.adapter_files import rewritten, with_settings
+from tests.support.tiny_models import logits
 from tests.support.tolerance import assert_close
 
 # The spectral partition depends on the weights alone; another one shows that the labels are swapped too.
@@ -33,11 +35,6 @@ def saved(folder: Path, seed: int = 2, family: str = "llama", **config: Any) -> 
             nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(folder)
     return model
-
-
-@torch.no_grad()
-def logits(model: nn.Module, family: str = "llama") -> Tensor:
-    return model(**tiny_models.batch(family)).logits
 
 
 @pytest.mark.parametrize(
@@ -226,3 +223,9 @@ def test_a_layer_that_lacks_a_part_is_refused_and_nothing_is_changed(tmp_path: P
     with pytest.raises(AdapterFileError, match=r"layers\.1\.self_attn\.q_proj lacks .*smoa_B.*the adapter is broken"):
         hotswap_adapter(model, tmp_path)
     assert torch.equal(logits(model), before)
+
+
+def test_pefts_own_hot_swapping_is_refused_by_name(tmp_path: Path) -> None:
+    model = saved(tmp_path)
+    with pytest.raises(ValueError, match="SMOA"):
+        pefts_hotswap_adapter(model, str(tmp_path), "default")

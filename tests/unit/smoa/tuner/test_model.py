@@ -22,43 +22,23 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
-from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from smoa import SmoaConfig
-from smoa.layers.layer import SmoaLayer
 from tests.support import tiny_models
-from tests.support.layers import Wrapper, adapted_layer, base_layer, factors, labels, oracle_output, randomise, ranks
+from tests.support.adapted_models import QV, adapted, add_adapter
+from tests.support.layers import (
+    Wrapper,
+    factors,
+    labels,
+    oracle_output,
+    randomise,
+    ranks,
+    smoa_layers,
+)
+from tests.support.tiny_models import logits
 from tests.support.tolerance import assert_close
-
-QV = ["q_proj", "v_proj"]
-
-
-def smoa_layers(model: nn.Module) -> dict[str, SmoaLayer]:
-    """Adapted layers by their name in the base model."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, SmoaLayer)}
-    return {name.removeprefix("base_model.model."): layer for name, layer in found.items()}
-
-
-def adapted(base: nn.Module, adapter: str = "default", **config: Any) -> PeftModel:
-    """A model with random factors in every adapted layer."""
-    settings = {"r": 4, "num_blocks": 2, "target_modules": QV} | config
-    model = get_peft_model(base, SmoaConfig(**settings), adapter)
-    for layer in smoa_layers(model).values():
-        randomise(layer, adapter)
-    return model.eval()
-
-
-def add_adapter(model: PeftModel, adapter: str, **config: Any) -> None:
-    model.add_adapter(adapter, SmoaConfig(**{"r": 4, "num_blocks": 2, "target_modules": QV} | config))
-    for layer in smoa_layers(model).values():
-        if adapter in layer.smoa_A:
-            randomise(layer, adapter)
-
-
-def logits(model: nn.Module, **kwargs: Any) -> Tensor:
-    return model(**tiny_models.batch("llama"), **kwargs).logits.detach()
 
 
 def trainable(model: nn.Module) -> set[str]:
@@ -200,7 +180,7 @@ def test_factors_are_in_float32_unless_asked_otherwise(dtype: torch.dtype, autoc
             torch.uint8
         }
         assert layer.smoa_block_scale["default"].dtype == torch.float32
-    assert logits(model).dtype == dtype
+    assert model(**tiny_models.batch("llama")).logits.dtype == dtype
     model(**tiny_models.batch("llama")).loss.backward()
 
 
@@ -209,7 +189,7 @@ def test_casting_a_model_leaves_the_labels_alone(tiny_llama: PreTrainedModel) ->
     before = {name: labels(layer) for name, layer in smoa_layers(model).items()}
     model.half().bfloat16().double()
     assert {name: labels(layer) for name, layer in smoa_layers(model).items()} == before
-    assert logits(model).dtype == torch.float64
+    assert model(**tiny_models.batch("llama")).logits.dtype == torch.float64
 
 
 def test_the_state_dict_goes_through_pefts_own_functions(tiny_llama: PreTrainedModel) -> None:
@@ -290,62 +270,6 @@ def test_a_disabled_adapter_gives_the_base_models_output(tiny_llama: PreTrainedM
         assert torch.equal(logits(model), expected)
     assert torch.equal(logits(model), active)
     assert not torch.allclose(active, expected)
-
-
-def test_a_mixed_batch_gives_what_each_adapter_gives_alone(tiny_llama: PreTrainedModel) -> None:
-    model = adapted(tiny_llama)
-    add_adapter(model, "other", modulation="none", num_blocks=3)
-    alone = {"__base__": None, "default": None, "other": None}
-    for name in ("default", "other"):
-        model.set_adapter(name)
-        alone[name] = logits(model)
-    with model.disable_adapter():
-        alone["__base__"] = logits(model)
-    names = ["other", "__base__", "default"]
-    mixed = logits(model, adapter_names=names)
-    for i, name in enumerate(names):
-        assert_close(mixed[i], alone[name][i])
-
-
-@pytest.mark.parametrize("names", [["default"], ["default"] * 4])
-def test_a_mixed_batch_of_another_length_is_refused(tiny_llama: PreTrainedModel, names: list[str]) -> None:
-    with pytest.raises(ValueError, match="adapter_names"):
-        logits(adapted(tiny_llama), adapter_names=names)
-
-
-def test_a_mixed_batch_with_an_unknown_adapter_is_refused(tiny_llama: PreTrainedModel) -> None:
-    with pytest.raises(ValueError, match="nobody"):
-        logits(adapted(tiny_llama), adapter_names=["default", "nobody", "default"])
-
-
-def test_a_mixed_batch_in_training_is_refused(tiny_llama: PreTrainedModel) -> None:
-    with pytest.raises(ValueError, match=r"(?i)training|eval"):
-        logits(adapted(tiny_llama).train(), adapter_names=["default"] * 3)
-
-
-def test_a_mixed_batch_of_a_merged_model_is_refused(tiny_llama: PreTrainedModel) -> None:
-    model = adapted(tiny_llama)
-    model.merge_adapter()
-    with pytest.raises(ValueError, match="merged"):
-        logits(model, adapter_names=["default"] * 3)
-
-
-@pytest.mark.parametrize("num_beams", [1, 2])
-@pytest.mark.parametrize("family", ["llama", "t5"])
-def test_a_mixed_batch_generates_what_each_adapter_generates_alone(family: str, num_beams: int) -> None:
-    targets = ["q", "v"] if family == "t5" else QV
-    task = TaskType.SEQ_2_SEQ_LM if family == "t5" else TaskType.CAUSAL_LM
-    model = adapted(tiny_models.build(family), target_modules=targets, task_type=task)
-    add_adapter(model, "other", target_modules=targets, task_type=task)
-    inputs = tiny_models.batch(family)
-    inputs = {name: inputs[name][:2] for name in ("input_ids", "attention_mask")}
-    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "num_beams": num_beams}
-    alone = []
-    for i, name in enumerate(["other", "default"]):
-        model.set_adapter(name)
-        alone.append(model.generate(**inputs, **settings)[i])
-    mixed = model.generate(**inputs, **settings, adapter_names=["other", "default"])
-    assert torch.equal(mixed, torch.stack(alone))
 
 
 # --- the ways in -----------------------------------------------------------------------------------------------------
@@ -498,28 +422,6 @@ def test_adapting_a_tied_head_warns(tiny_gemma3: PreTrainedModel) -> None:
     assert "lm_head" in smoa_layers(model)
 
 
-def test_an_adapter_on_an_already_wrapped_layer_is_anchored_on_the_innermost_weight() -> None:
-    base = base_layer(8, 6)
-    lora = inject_adapter_in_model(LoraConfig(r=2, target_modules=["layer"]), Wrapper(base)).layer
-    layer = adapted_layer(lora, r=4, num_blocks=2)
-    x = torch.randn(4, 6, dtype=torch.float64)
-    assert layer.get_base_layer() is base
-    # LoRA's B is zero, so that its layer gives the base layer's output
-    assert_close(layer(x), oracle_output(layer, x))
-
-
-def test_a_subclass_of_linear_keeps_its_own_forward() -> None:
-    class Doubled(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return 2 * super().forward(x)
-
-    base = Doubled(6, 8, dtype=torch.float64)
-    x = torch.randn(4, 6, dtype=torch.float64)
-    expected = base(x)
-    layer = smoa_layers(adapted(Wrapper(base), target_modules=["layer"]))["layer"]
-    assert_close(layer(x), expected + layer.branch_output(x, "default"))
-
-
 # transformers 5.23 has a new name for it, which the oldest supported ones lack
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 def test_gradient_checkpointing_of_a_model_trains_the_same(tiny_llama: PreTrainedModel) -> None:
@@ -534,18 +436,6 @@ def test_gradient_checkpointing_of_a_model_trains_the_same(tiny_llama: PreTraine
             assert_close(parameter.grad, expected[name])
 
 
-def test_a_layers_scale_can_be_set_and_put_back(tiny_llama: PreTrainedModel) -> None:
-    layer = next(iter(smoa_layers(adapted(tiny_llama, alpha=8.0)).values()))
-    before = layer.get_delta_weight("default")
-    layer.set_scale("default", 3.0)
-    assert_close(layer.get_delta_weight("default"), 3 * before)
-    layer.set_scale("default", 1.0)
-    layer.scale_layer(0.5)
-    assert_close(layer.get_delta_weight("default"), 0.5 * before)
-    layer.unscale_layer()
-    assert torch.equal(layer.get_delta_weight("default"), before)
-
-
 def test_an_adapter_of_full_rank_converts_to_lora_without_loss(tiny_llama: PreTrainedModel) -> None:
     model = adapted(tiny_llama, target_modules=["v_proj"])
     config, state = convert_to_lora(model, rank=16)
@@ -554,35 +444,62 @@ def test_an_adapter_of_full_rank_converts_to_lora_without_loss(tiny_llama: PreTr
     assert_close(logits(lora), logits(model))
 
 
-def test_hot_swapping_is_refused_by_name(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
-    model = adapted(tiny_llama)
-    model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="SMOA"):
-        hotswap_adapter(model, str(tmp_path), "default")
-
-
-def test_an_exported_layer_gives_the_same_output() -> None:
-    layer = smoa_layers(adapted(Wrapper(base_layer(8, 6)), target_modules=["layer"]))["layer"]
-    x = torch.randn(3, 6, dtype=torch.float64)
-    assert_close(torch.export.export(layer, (x,)).module()(x), layer(x))
-
-
 def test_a_pickled_model_gives_the_same_output(tiny_llama: PreTrainedModel) -> None:
     model = adapted(tiny_llama)
     assert torch.equal(logits(pickle.loads(pickle.dumps(model))), logits(model))
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"target_modules": frozenset(QV), "exclude_modules": {"lm_head"}},
-        {"target_modules": QV, "layers_to_transform": range(1), "layers_pattern": {"layers"}},
-        {"target_modules": QV, "modules_to_save": {"lm_head"}, "trainable_token_indices": {"embed_tokens": {3, 1}}},
-    ],
-    ids=lambda settings: "-".join(settings),
-)
-def test_every_collection_that_is_taken_can_be_saved(settings: dict[str, Any], tmp_path: Path) -> None:
-    config = SmoaConfig(r=4, **settings)
-    config.save_pretrained(tmp_path)
-    again = SmoaConfig.from_pretrained(tmp_path)
-    assert {name: getattr(again, name) for name in settings} == {name: getattr(config, name) for name in settings}
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_a_target_that_is_not_there_is_refused(tiny_llama: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match="nowhere"):
+        get_peft_model(tiny_llama, SmoaConfig(target_modules=["nowhere"]))
+
+
+def test_an_architecture_without_defaults_asks_for_target_modules() -> None:
+    with pytest.raises(ValueError, match="target_modules"):
+        get_peft_model(Wrapper(nn.Linear(8, 8)), SmoaConfig())
+
+
+def test_an_adapter_of_a_mixture_of_methods_is_refused(tiny_llama: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match=r"(?i)smoa"):
+        get_peft_model(tiny_llama, SmoaConfig(r=4, target_modules=["q_proj"]), mixed=True)
+
+
+def test_a_second_adapter_of_the_same_name_is_refused(tiny_llama: PreTrainedModel) -> None:
+    config = SmoaConfig(r=4, target_modules=["q_proj"])
+    model = get_peft_model(tiny_llama, config)
+    with pytest.raises(ValueError, match="already exists"):
+        model.add_adapter("default", config)
+
+
+def test_a_second_adapter_that_trains_biases_is_refused(tiny_llama: PreTrainedModel) -> None:
+    config = SmoaConfig(r=4, target_modules=["q_proj"], bias="all")
+    model = get_peft_model(tiny_llama, config)
+    with pytest.raises(ValueError, match="bias"):
+        model.add_adapter("other", config)
+
+
+# --- the config of an adapter ----------------------------------------------------------------------------------------
+
+
+def test_one_config_serves_two_models_and_stays_as_it_is(tiny_llama: PreTrainedModel) -> None:
+    config = SmoaConfig(
+        r=4, num_blocks=2, target_modules="all-linear", blocks_from_spectrum=True, normalize_anchor=True
+    )
+    first = get_peft_model(tiny_llama, config)
+    before = copy.deepcopy(first.peft_config["default"])
+    second = get_peft_model(tiny_models.build("gpt2"), config)
+    assert first.peft_config["default"] == before
+    assert first.peft_config["default"].target_modules != second.peft_config["default"].target_modules
+    assert (config.target_modules, config.num_blocks_pattern, config.normalized_alpha) == ("all-linear", {}, {})
+    assert config.save_id is None
+
+
+def test_an_adapter_of_the_config_that_was_passed_before_is_a_twin(tiny_llama: PreTrainedModel) -> None:
+    config = SmoaConfig(r=4, partition="random", target_modules=["q_proj"])
+    model = get_peft_model(tiny_llama, config)
+    model.add_adapter("twin", config)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    assert torch.equal(layer.smoa_row_labels["twin"], layer.smoa_row_labels["default"])
