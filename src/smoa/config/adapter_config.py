@@ -1,4 +1,4 @@
-"""SmoaConfig: the settings of an adapter. It checks all that needs no model; layers check shapes."""
+"""SmoaConfig: the settings of an adapter, checked without a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules for the values of SmoaConfig, alone and together. Each describes its problem in words."""
+"""Rules for the values of SmoaConfig, alone and together."""
 
 from __future__ import annotations
 

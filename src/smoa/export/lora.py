@@ -134,15 +134,8 @@ class BlockSpectra:
 class ConvertedLayer:
     """What the conversion of one layer kept and lost.
 
-    Args:
-        module: Name of the layer.
-        rows: out_features.
-        columns: in_features.
-        rank: Number of singular values kept.
-        error: ‖ΔW − BA‖ / ‖ΔW‖.
-        norm: ‖ΔW‖.
-        parameters: Numbers in the LoRA's factors.
-        blockwise_parameters: Numbers if each vector is stored on its block only.
+    `error` is ‖ΔW − BA‖ / ‖ΔW‖, and `norm` is ‖ΔW‖. `parameters` counts the numbers in the LoRA's factors, and
+    `blockwise_parameters` those that remain if each vector is stored on its block only.
     """
 
     module: str

@@ -1,4 +1,4 @@
-"""Names in a saved adapter: their prefix, the kinds of tensors, and the layers they belong to."""
+"""Names in a saved adapter: prefix, kinds of tensors, and layers."""
 
 from __future__ import annotations
 
