@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from smoa import AdapterFileError, PartitionError, SmoaConfig, make_partition
+from smoa.files.names import PREFIX
 from smoa.maths.spectrum_cache import clear_spectrum_cache
 from tests import reference
 from tests.support import tiny_models
@@ -152,11 +153,11 @@ def test_the_file_holds_factors_labels_scales_and_an_id_and_nothing_else(tmp_pat
     expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"base_model.model.smoa_save_id": ((16,), torch.uint8)}
     for name, layer in smoa_layers(model).items():
         A_shape, B_shape = reference.factor_shapes(layer.out_features, layer.in_features, 3, 5)
-        expected[f"{name}.smoa_A.weight"] = (A_shape, torch.float32)
-        expected[f"{name}.smoa_B.weight"] = (B_shape, torch.float32)
-        expected[f"{name}.smoa_row_labels"] = ((layer.out_features,), torch.uint8)
-        expected[f"{name}.smoa_col_labels"] = ((layer.in_features,), torch.uint8)
-        expected[f"{name}.smoa_block_scale"] = ((3,), torch.float32)
+        expected[f"{PREFIX}{name}.smoa_A.weight"] = (A_shape, torch.float32)
+        expected[f"{PREFIX}{name}.smoa_B.weight"] = (B_shape, torch.float32)
+        expected[f"{PREFIX}{name}.smoa_row_labels"] = ((layer.out_features,), torch.uint8)
+        expected[f"{PREFIX}{name}.smoa_col_labels"] = ((layer.in_features,), torch.uint8)
+        expected[f"{PREFIX}{name}.smoa_block_scale"] = ((3,), torch.float32)
     assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()} == expected
     assert all(name.startswith("base_model.model.model.layers.") for name in tensors if "smoa_save_id" not in name)
 
@@ -178,7 +179,7 @@ def test_an_adapter_made_from_a_saved_config_alone_decides_its_labels_before_it_
     model = get_peft_model(tiny_models.build("llama"), config)
     tensors = load_file(saved(model, tmp_path / "second") / "adapter_model.safetensors")
     for name, layer in smoa_layers(model).items():
-        own = tensors[f"{name}.smoa_row_labels"].tolist(), tensors[f"{name}.smoa_col_labels"].tolist()
+        own = tensors[f"{PREFIX}{name}.smoa_row_labels"].tolist(), tensors[f"{PREFIX}{name}.smoa_col_labels"].tolist()
         assert own == reference.spectral_labels(base_weight(layer), 3)
 
 
