@@ -32,11 +32,11 @@ from smoa import AdapterFileError, ConfigError, SmoaConfig
 from smoa.export.streaming import SavedAdapter
 from smoa.files.adapter_folder import find_adapter
 from smoa.files.loading import door, guard_loading, incoming
-from smoa.layers.layer import SmoaLayer
 from smoa.tuner.hotswap import hotswap_adapter
 from tests.support import tiny_models
 from tests.support.adapter_files import rewritten, with_settings
 from tests.support.decompositions import NoDecomposition
+from tests.support.layers import layers_of
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 SETTINGS: dict[str, Any] = {"r": 6, "num_blocks": 3, "target_modules": ["q_proj", "v_proj"], "init_weights": False}
@@ -94,8 +94,7 @@ def saved(tmp_path: Path) -> PeftModel:
 
 
 def updates(model: nn.Module) -> list[Tensor]:
-    layers = (module for module in model.modules() if isinstance(module, SmoaLayer))
-    return [layer.delta("default").detach() for layer in layers]
+    return [layer.delta("default").detach() for layer in layers_of(model)]
 
 
 @every_loader

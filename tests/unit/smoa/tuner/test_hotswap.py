@@ -11,10 +11,10 @@ from peft.utils.hotswap import hotswap_adapter as pefts_hotswap_adapter
 from torch import nn
 
 from smoa import AdapterFileError, ConfigError, MergeError, SmoaConfig, cached_weights
-from smoa.layers.layer import SmoaLayer
 from smoa.tuner.hotswap import hotswap_adapter
 from tests.support import tiny_models
 from tests.support.adapter_files import rewritten, with_settings
+from tests.support.layers import layers_of
 from tests.support.tiny_models import logits
 from tests.support.tolerance import assert_close
 
@@ -98,9 +98,8 @@ def test_other_adapters_stay_as_they_are(tmp_path: Path) -> None:
 def test_a_scale_that_was_set_goes_on_acting(tmp_path: Path) -> None:
     model, new = adapted(1), saved(tmp_path, r=3, alpha=2.0)
     for one in (model, new):
-        for layer in one.modules():
-            if isinstance(layer, SmoaLayer):
-                layer.set_scale("default", 0.5)
+        for layer in layers_of(one):
+            layer.set_scale("default", 0.5)
     hotswap_adapter(model, tmp_path)
     assert_close(logits(model), logits(new))
 
