@@ -6,7 +6,10 @@ import importlib
 from dataclasses import dataclass, field
 from typing import Any
 
+import peft
 from peft import PeftConfig
+
+from smoa.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -20,11 +23,17 @@ class Method:
     preset: dict[str, Any] = field(default_factory=dict)
 
     def config_class(self) -> type[PeftConfig] | None:
-        """The PEFT config class, imported only now."""
+        """The PEFT config class, imported only now.
+
+        Raises:
+            ConfigError: the installed PEFT is too old to have it.
+        """
         if self.config is None:
             return None
         module, name = self.config.split(":")
-        found: type[PeftConfig] = getattr(importlib.import_module(module), name)
+        found: type[PeftConfig] | None = getattr(importlib.import_module(module), name, None)
+        if found is None:
+            raise ConfigError(f"{name} is not in PEFT {peft.__version__}; run: pip install -U peft")
         return found
 
     def peft_config(self, adapter: dict[str, Any]) -> PeftConfig | None:
