@@ -9,7 +9,7 @@ USABLE := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 PYTHON = $(shell for p in $(CANDIDATES); do "$$p" -c '$(USABLE)' >/dev/null 2>&1 && echo "$$p" && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint types unit coverage docs fuzz soak format figures clean
+.PHONY: help demo test test-slow lint types unit coverage docs fuzz soak matrix format figures clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,6 +46,9 @@ fuzz: $(VENV)/.dev-installed  ## load 10,000 mutated adapter folders, for 20 min
 
 soak: $(VENV)/.dev-installed  ## 2,000 life cycles of an adapter: memory does not grow, weights stay the same
 	$(BIN)/python -m tests.soak
+
+matrix: $(VENV)/.dev-installed  ## run a short part of the tests against each supported PEFT, in temporary environments
+	$(BIN)/python -m tests.matrix
 
 format: $(VENV)/.dev-installed  ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .

@@ -23,8 +23,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
-from peft import HiraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -64,8 +65,9 @@ CORPUS: dict[str, tuple[PeftConfig, int]] = {
     "spectrum": (SmoaConfig(r=6, num_blocks=3, blocks_from_spectrum=True, target_modules=TARGETS), 12),
     "other shapes": (SmoaConfig(r=4, num_blocks=2, target_modules=TARGETS), 14),
     "lora": (LoraConfig(r=4, target_modules=TARGETS), 12),
-    "hira": (HiraConfig(r=4, target_modules=TARGETS), 12),
 }
+if hasattr(peft, "HiraConfig"):  # from PEFT 0.20 on
+    CORPUS["hira"] = (peft.HiraConfig(r=4, target_modules=TARGETS), 12)
 
 
 def write_corpus(room: Path) -> dict[str, Path]:

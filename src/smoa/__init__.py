@@ -13,6 +13,7 @@ check_peft_version()
 _aliases.install()
 ensure_peft_type()
 
+from smoa.compat import install_state_dict_hooks  # noqa: E402
 from smoa.config.adapter_config import SmoaConfig  # noqa: E402  (PeftType.SMOA must exist before the config is defined)
 from smoa.errors import (  # noqa: E402
     AdapterFileError,
@@ -33,6 +34,7 @@ from smoa.maths.spectrum_cache import clear_spectrum_cache  # noqa: E402
 from smoa.tuner.model import SmoaModel  # noqa: E402
 
 register(SmoaConfig, SmoaModel)
+install_state_dict_hooks()
 guard_loading()
 
 __version__ = "0.1.0"

@@ -7,6 +7,7 @@ So a real member is added to the enum, once.
 from __future__ import annotations
 
 import importlib.metadata
+import warnings
 from enum import Enum
 from typing import Any
 
@@ -19,13 +20,23 @@ from peft.utils import PeftType, register_peft_method
 from smoa.errors import UnsupportedVersionError
 
 NAME = "SMOA"
-SUPPORTED_PEFT = SpecifierSet(">=0.21,<0.22")
+NEXT_PEFT = "0.22"
+SUPPORTED_PEFT = SpecifierSet(f">=0.18.1,<{NEXT_PEFT}")
 
 
 def check_peft_version(version: str | None = None) -> None:
-    """Raise UnsupportedVersionError unless this release is tested with the installed PEFT."""
+    """Refuse a PEFT older than the supported ones, and warn of a newer one.
+
+    Raises:
+        UnsupportedVersionError: it is older.
+    """
     found = version or importlib.metadata.version("peft")
-    if Version(found).base_version not in SUPPORTED_PEFT:
+    base = Version(Version(found).base_version)
+    if base in SUPPORTED_PEFT:
+        return
+    if base >= Version(NEXT_PEFT):
+        warnings.warn(f"smoa is tested with peft {SUPPORTED_PEFT}, found {found}: some calls may fail", stacklevel=3)
+    else:
         raise UnsupportedVersionError(
             f"smoa supports peft {SUPPORTED_PEFT}, found {found} in {peft.__path__[0]}; "
             f"run: pip install 'peft{SUPPORTED_PEFT}'"

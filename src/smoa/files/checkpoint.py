@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import CONFIG_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from smoa.compat import trained_biases
 from smoa.config.adapter_config import SmoaConfig
 from smoa.errors import AdapterFileError, PartitionError
 from smoa.files.loading import incoming
@@ -94,7 +94,7 @@ def _compare_others(model: nn.Module, config: SmoaConfig, keys: Set[str]) -> tup
     """
     state = model.state_dict()
     own = {key.removeprefix(PREFIX) for key in state}
-    trained = BaseTuner._get_learnable_bias_state_dict(model, state, config)
+    trained = trained_biases(model, state, config)
     biases = {key.removeprefix(PREFIX) for key in trained if ".modules_to_save." not in key}
     embeddings = embeddings_of(model)
     others = tuple(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from smoa.compat import integers_kept
 from smoa.config.adapter_config import SmoaConfig
 from smoa.layers.distributed import refuse_partitioned
 from smoa.layers.partition import PartitionState, Pending
@@ -16,6 +18,9 @@ from smoa.maths.blocks import check_num_blocks
 from smoa.maths.factors import Factors, Initialization, factor_shapes, init_factors
 from smoa.maths.modulations import MODULATIONS, ModulationKind
 from smoa.maths.update import Update
+
+if TYPE_CHECKING:
+    from peft.utils.quantization_utils import QuantizationBackend
 
 RANDOM_SIZE = 0.1
 """rms of ΔW relative to W for an adapter made with `init_weights=False`: visible, not huge."""
@@ -107,7 +112,7 @@ class SmoaLayer(PartitionState):
         self.smoa_A[adapter_name], self.smoa_B[adapter_name] = A, B
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        with self.exact_scales():  # PEFT casts them to the base layer's dtype
+        with self.exact_scales(), integers_kept(self, adapter_name):  # PEFT casts to the base layer's dtype
             super()._move_adapter_to_device_of_base_layer(adapter_name, device)
 
     def stored_weight(self) -> Tensor:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
-from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -21,6 +20,9 @@ from smoa.layers.weight_cache import KeptUpdate, WeightCache, tensor_state
 from smoa.maths.kernels.operators import is_transformed, multiplies_exactly
 from smoa.maths.modulations import MODULATIONS
 from smoa.maths.update import Update
+
+if TYPE_CHECKING:
+    from peft.utils.quantization_utils import QuantizationBackend
 
 FUSED_MIN_TOKENS = 64
 APART_MIN_BLOCKS = 8

@@ -12,19 +12,21 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.utils import get_quantization_kwargs, resolve_quantization_backend
-from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
+from smoa.compat import find_quantization_backend
 from smoa.errors import UnsupportedModuleError
 from smoa.layers.linear import Linear
 from smoa.maths.update import Update
+
+if TYPE_CHECKING:
+    from peft.utils.quantization_utils import QuantizationBackend
 
 PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -39,7 +41,7 @@ def find_backend(base: nn.Module, model: nn.Module) -> QuantizationBackend | Non
         return None  # don't ask PEFT, which imports every quantization library that is installed
     kind = f"{type(base).__module__}.{type(base).__qualname__}"
     try:
-        backend = resolve_quantization_backend(base, **get_quantization_kwargs(model))
+        backend = find_quantization_backend(base, model)
     except (ImportError, ValueError) as error:
         raise UnsupportedModuleError(f"SMoA can't adapt the quantized weight of a {kind}: {error}") from error
     weight: Any = getattr(base, "weight", None)
@@ -133,7 +135,7 @@ class QuantizedLinear(Linear):
         if not self._pristine_layers:
             self._pristine_layers = (self.base_layer,)
             self.base_layer = _copied(self.base_layer)
-        self.set_base_weight(merged)
+        self.quantization_backend.set_base_weight(self, merged)
         base: Any = self.get_base_layer()
         base.bias = self._pristine_layers[0].bias  # the same parameter; PEFT drops it with HQQ
         if self.requantizations is not None:

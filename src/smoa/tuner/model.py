@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
+from smoa.compat import StateDictHooks
 from smoa.config.adapter_config import SmoaConfig
 from smoa.errors import MergeError, PartitionError, SmoaError
 from smoa.files.checkpoint import add_missing_scales, check_adapter_state, check_gathered
@@ -34,7 +35,7 @@ from smoa.tuner.mixed_batch import adapter_names_hooks
 from smoa.tuner.targets import base_of, check_target, weight_of
 
 
-class SmoaModel(BaseTuner):
+class SmoaModel(BaseTuner, StateDictHooks):
     """A model with SMoA adapters; made by `get_peft_model(model, SmoaConfig(...))`.
 
     Raises:

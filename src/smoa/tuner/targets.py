@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -15,6 +14,9 @@ from smoa.layers.distributed import refuse_partitioned, whole
 from smoa.layers.layer import SmoaLayer, linear_shape
 from smoa.layers.quantized import dequantized, find_backend
 from smoa.maths.blocks import check_num_blocks
+
+if TYPE_CHECKING:
+    from peft.utils.quantization_utils import QuantizationBackend
 
 SUPPORTED = (
     "torch.nn.Linear, transformers.pytorch_utils.Conv1D, quantized linear layers of bitsandbytes, torchao and HQQ"

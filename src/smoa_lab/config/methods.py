@@ -2,41 +2,57 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft import AdaLoraConfig, GraloraConfig, HiraConfig, LoHaConfig, LoraConfig, PeftConfig
+import peft
+from peft import PeftConfig
 
-from smoa import SmoaConfig
+from smoa.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class Method:
-    """``config_class`` is the PEFT config, ``preset`` the settings that the method's name decides.
+    """``config`` is ``module:class`` of a PEFT config, ``preset`` the settings that the method's name decides.
 
     ``full`` has no config: all weights are trained.
     """
 
-    config_class: type[PeftConfig] | None
+    config: str | None
     preset: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def config_class(self) -> type[PeftConfig] | None:
+        """The PEFT config class.
+
+        Raises:
+            ConfigError: the installed PEFT is too old to have it.
+        """
+        if self.config is None:
+            return None
+        module, name = self.config.split(":")
+        found: type[PeftConfig] | None = getattr(importlib.import_module(module), name, None)
+        if found is None:
+            raise ConfigError(f"{name} is not in PEFT {peft.__version__}; run: pip install -U peft")
+        return found
 
     def peft_config(self, adapter: dict[str, Any]) -> PeftConfig | None:
         """The PEFT config of a run: the ``adapter:`` block on top of the preset, for a causal language model."""
-        if self.config_class is None:
-            return None
-        return self.config_class(**{"task_type": "CAUSAL_LM", **adapter, **self.preset})
+        chosen = self.config_class
+        return None if chosen is None else chosen(**{"task_type": "CAUSAL_LM", **adapter, **self.preset})
 
 
 METHODS: dict[str, Method] = {
-    "smoa": Method(SmoaConfig),
-    "melora": Method(SmoaConfig, {"partition": "contiguous", "modulation": "none"}),
-    "lora": Method(LoraConfig),
-    "rslora": Method(LoraConfig, {"use_rslora": True}),
-    "dora": Method(LoraConfig, {"use_dora": True}),
-    "pissa": Method(LoraConfig, {"init_lora_weights": "pissa"}),
-    "hira": Method(HiraConfig),
-    "gralora": Method(GraloraConfig),
-    "loha": Method(LoHaConfig),
-    "adalora": Method(AdaLoraConfig),
+    "smoa": Method("smoa:SmoaConfig"),
+    "melora": Method("smoa:SmoaConfig", {"partition": "contiguous", "modulation": "none"}),
+    "lora": Method("peft:LoraConfig"),
+    "rslora": Method("peft:LoraConfig", {"use_rslora": True}),
+    "dora": Method("peft:LoraConfig", {"use_dora": True}),
+    "pissa": Method("peft:LoraConfig", {"init_lora_weights": "pissa"}),
+    "hira": Method("peft:HiraConfig"),
+    "gralora": Method("peft:GraloraConfig"),
+    "loha": Method("peft:LoHaConfig"),
+    "adalora": Method("peft:AdaLoraConfig"),
     "full": Method(None),
 }

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import peft
 import pytest
 import torch
-from peft import HiraConfig, LoraConfig, PeftConfig, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, PeftConfig, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -31,7 +32,7 @@ def lora_twin(layer: SmoaLayer, alpha: float, conv1d: bool) -> tuple[nn.Module, 
 
 
 def hira_twin(layer: SmoaLayer, conv1d: bool) -> tuple[nn.Module, list[nn.Parameter]]:
-    config = HiraConfig(r=layer.r["default"], target_modules=["layer"], fan_in_fan_out=conv1d)
+    config = peft.HiraConfig(r=layer.r["default"], target_modules=["layer"], fan_in_fan_out=conv1d)
     twin = peft_layer(config, layer.get_base_layer())
     return twin, copy_factors(layer, [twin.hira_A["default"], twin.hira_B["default"]])
 

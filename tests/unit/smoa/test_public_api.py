@@ -27,7 +27,14 @@ def test_all_is_sorted_and_holds_each_name_once() -> None:
 def test_all_is_what_is_exported() -> None:
     submodules = {path.stem for path in SOURCE.iterdir()} | MOVED.keys()
     exported = {name for name in vars(smoa) if not name.startswith("_")} - submodules
-    plumbing = {"annotations", "check_peft_version", "ensure_peft_type", "guard_loading", "register"}
+    plumbing = {
+        "annotations",
+        "check_peft_version",
+        "ensure_peft_type",
+        "guard_loading",
+        "install_state_dict_hooks",
+        "register",
+    }
     assert exported - plumbing == set(smoa.__all__)
 
 

@@ -158,12 +158,18 @@ def test_an_enum_that_takes_no_member_is_refused(monkeypatch: pytest.MonkeyPatch
         registration._verify_member()
 
 
-@pytest.mark.parametrize("version", ["0.20.0", "0.22.0", "1.0.0", "0.9.1"])
+@pytest.mark.parametrize("version", ["0.18.0", "0.17.1", "0.9.1"])
 def test_an_unsupported_version_of_peft_is_refused_with_the_supported_ones(version: str) -> None:
-    with pytest.raises(UnsupportedVersionError, match=rf"(?s)0\.21.*{version}"):
+    with pytest.raises(UnsupportedVersionError, match=rf"(?s)>=0\.18\.1.*{version}"):
         check_peft_version(version)
 
 
-@pytest.mark.parametrize("version", ["0.21.0", "0.21.2", "0.21.99", "0.21.1.dev0"])
+@pytest.mark.parametrize("version", ["0.18.1", "0.19.1", "0.20.0", "0.21.0", "0.21.2", "0.21.99", "0.21.1.dev0"])
 def test_a_supported_version_of_peft_is_accepted(version: str) -> None:
     check_peft_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.22.0", "0.22.0.dev0", "1.0.0"])
+def test_a_newer_version_of_peft_is_tried_with_a_warning(version: str) -> None:
+    with pytest.warns(UserWarning, match=rf"tested with peft .*, found {version}"):
+        check_peft_version(version)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import copy
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import bitsandbytes as bnb
 import pytest
 import torch
 from peft import get_peft_model
-from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -319,8 +319,8 @@ def test_a_format_that_peft_can_not_dequantize_is_refused_by_name(monkeypatch: p
 
         in_features = out_features = 8
 
-    backend = ForwardOnlyQuantizationBackend("gptq")
-    monkeypatch.setattr(quantized, "resolve_quantization_backend", lambda *_, **__: backend)
+    backend = SimpleNamespace(backend_name="gptq", supports_merge=False)
+    monkeypatch.setattr(quantized, "find_quantization_backend", lambda *_, **__: backend)
     refused(PackedLinear(), r"layer: .*PackedLinear: PEFT can't dequantize gptq, and ΔW is relative to the weight")
 
 
@@ -328,5 +328,5 @@ def test_what_peft_refuses_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -
     def resolve(*_: Any, **__: Any) -> None:
         raise ValueError("torchao quantized layer detected but 'get_apply_tensor_subclass' was not provided")
 
-    monkeypatch.setattr(quantized, "resolve_quantization_backend", resolve)
+    monkeypatch.setattr(quantized, "find_quantization_backend", resolve)
     refused(Float8Linear(), r"layer: SMoA can't adapt the quantized weight of a .*Float8Linear: torchao quantized")

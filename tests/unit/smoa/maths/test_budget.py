@@ -2,11 +2,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import peft
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import HiraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from smoa import PartitionError, SmoaConfig
@@ -34,7 +35,7 @@ LLAMA_3_8B = LlamaConfig(
     tie_word_embeddings=False,
 )
 LORA = LoraConfig(r=32, target_modules=TARGETS)
-HIRA = HiraConfig(r=32, target_modules=TARGETS)
+HIRA = peft.HiraConfig(r=32, target_modules=TARGETS) if hasattr(peft, "HiraConfig") else None  # PEFT ≥ 0.20
 SMOA_1 = SmoaConfig(r=32, num_blocks=1, target_modules=TARGETS)
 SMOA_2 = SmoaConfig(r=32, num_blocks=2, target_modules=TARGETS)
 

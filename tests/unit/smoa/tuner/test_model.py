@@ -7,6 +7,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from peft import (
@@ -15,7 +16,6 @@ from peft import (
     PeftConfig,
     PeftModel,
     TaskType,
-    convert_to_lora,
     get_model_status,
     get_peft_model,
     get_peft_model_state_dict,
@@ -438,7 +438,7 @@ def test_gradient_checkpointing_of_a_model_trains_the_same(tiny_llama: PreTraine
 
 def test_an_adapter_of_full_rank_converts_to_lora_without_loss(tiny_llama: PreTrainedModel) -> None:
     model = adapted(tiny_llama, target_modules=["v_proj"])
-    config, state = convert_to_lora(model, rank=16)
+    config, state = peft.convert_to_lora(model, rank=16)
     lora = get_peft_model(tiny_models.build("llama"), config).eval()
     set_peft_model_state_dict(lora, state)
     assert_close(logits(lora), logits(model))

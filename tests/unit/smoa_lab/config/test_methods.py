@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 from peft import PeftConfig
 
-from smoa import SmoaConfig
-from smoa_lab.config.methods import METHODS
+from smoa import ConfigError, SmoaConfig
+from smoa_lab.config.methods import METHODS, Method
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -17,6 +17,11 @@ def test_every_method_makes_a_config_for_causal_language_models(name: str) -> No
     else:
         assert isinstance(config, PeftConfig)
         assert config.task_type == "CAUSAL_LM"
+
+
+def test_a_method_that_the_installed_peft_lacks_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"NoSuchConfig is not in PEFT \d"):
+        _ = Method("peft:NoSuchConfig").config_class
 
 
 def test_a_preset_wins_over_the_block_and_the_block_over_the_task_type() -> None:

@@ -1,0 +1,253 @@
+"""What differs between PEFT 0.18.1 and 0.21: no other file of the library depends on PEFT's version.
+
+PEFT 0.21 asks an adapter's model class which tensors to save, and how to name the tensors that are loaded. Older
+versions go by the names alone. `install_state_dict_hooks` makes them ask too, and `StateDictHooks` has 0.21's answers.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+import peft
+from packaging.version import Version
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import save_and_load
+from peft.utils.integrations import dequantize_bnb_weight
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from peft.utils.quantization_utils import QuantizationBackend
+
+BASE_PREFIX = "base_model.model."
+FSDP_PREFIX = "_fsdp_wrapped_module."
+VERSION = Version(peft.__version__)
+HAS_STATE_DICT_HOOKS = hasattr(BaseTuner, "_get_adapter_state_dict")  # from 0.21 on
+HAS_QUANTIZATION_BACKENDS = hasattr(BaseTunerLayer, "set_base_weight")  # from 0.20 on
+
+_LOADING: ContextVar[Any] = ContextVar("smoa_loading", default=None)
+"""(model class, model, config) while `set_peft_model_state_dict` loads an adapter."""
+
+
+class StateDictHooks:
+    """The classmethods by which `BaseTuner` saves and loads in PEFT 0.21. Inherit it after `BaseTuner`."""
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: Any,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        own = {key: tensor for key, tensor in state_dict.items() if key.startswith(_adapter_prefixes(model))}
+        return own | trained_biases(model, state_dict, config)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        if key.endswith(f".{adapter_name}"):
+            return key.removesuffix(f".{adapter_name}")
+        head, dot, last = key.rpartition(".")
+        return head.removesuffix(f".{adapter_name}") + dot + last
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        names: dict[str, str] = {}
+        prefixes = tuple(prefix + adapter_name for prefix in _adapter_prefixes(model))
+        for key in model.state_dict():
+            if f"{key}.".startswith(tuple(f"{prefix}." for prefix in prefixes)):
+                saved = cls._remove_adapter_name_from_key(key, adapter_name)
+                names |= {saved: key, BASE_PREFIX + saved.removeprefix(BASE_PREFIX): key}
+        return {names.get(key, key): tensor for key, tensor in state_dict.items()}
+
+
+def _adapter_prefixes(model: Any) -> tuple[str, ...]:
+    """What the keys of all adapters' tensors start with; modules_to_save and trainable tokens have their own code."""
+    prefixes: list[str] = []
+    auxiliary: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        plain = name.removeprefix(FSDP_PREFIX)
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            auxiliary += (f"{plain}.",)
+        elif isinstance(module, BaseTunerLayer) and not plain.startswith(auxiliary):
+            children = [child for child in _children(module) if child != "base_layer"]
+            prefixes += [f"{plain}.{child}.".removeprefix(".") for child in children]
+    return tuple(prefixes)
+
+
+def _children(layer: Any) -> dict[str, nn.Module]:
+    return dict(layer.named_children())
+
+
+def trained_biases(model: Any, state_dict: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    """The biases that an adapter of this config trains."""
+    if HAS_STATE_DICT_HOOKS:
+        return dict(BaseTuner._get_learnable_bias_state_dict(model, state_dict, config))
+    if config.bias == "none":
+        return {}
+    if config.bias == "all":
+        return {key: tensor for key, tensor in state_dict.items() if key.split(".")[-1] == "bias"}
+    layers = [name.removeprefix(FSDP_PREFIX) for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+    keys = [f"{name}.base_layer.bias".removeprefix(".") for name in layers]
+    return {key: state_dict[key] for key in keys if key in state_dict}
+
+
+def install_state_dict_hooks() -> None:
+    """Make PEFT ≤ 0.20 call the state dict hooks of `StateDictHooks`. A second call replaces the wrappers."""
+    if HAS_STATE_DICT_HOOKS:
+        return
+    for name, wrapped in _WRAPPERS.items():
+        found = getattr(save_and_load, name)
+        original = getattr(found, "__smoa_original__", found)
+        wrapper = wrapped(original)
+        wrapper.__smoa_original__ = original
+        for module in list(sys.modules.values()):  # wherever it was imported before smoa
+            if getattr(module, "__dict__", {}).get(name) is found:
+                setattr(module, name, wrapper)
+
+
+def _hooked(config: Any) -> Any:
+    """The model class of an adapter if it has state dict hooks."""
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
+    return tuner if tuner is not None and issubclass(tuner, StateDictHooks) else None
+
+
+def _saving(original: Callable[..., dict[str, Tensor]]) -> Any:
+    @wraps(original)
+    def get_peft_model_state_dict(
+        model: Any,
+        state_dict: dict[str, Tensor] | None = None,
+        adapter_name: str = "default",
+        unwrap_compiled: bool = False,
+        save_embedding_layers: Any = "auto",
+    ) -> dict[str, Tensor]:
+        model = getattr(model, "_orig_mod", model) if unwrap_compiled else model
+        config = model.peft_config[adapter_name]
+        tuner = _hooked(config)
+        if tuner is None:
+            return original(model, state_dict, adapter_name, save_embedding_layers=save_embedding_layers)
+        state_dict = model.state_dict() if state_dict is None else state_dict
+        unwanted = [name for name in model.peft_config if name != adapter_name]
+        wanted = {k: v for k, v in state_dict.items() if not any(f".{name}." in f"{k}." for name in unwanted)}
+        own = tuner._get_adapter_state_dict(model, config, adapter_name, wanted, unwanted)
+        prefix = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
+        PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type] = "\0"  # in no name, so that only the rest is selected
+        try:
+            others = original(model, state_dict, adapter_name, save_embedding_layers=save_embedding_layers)
+        finally:
+            PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type] = prefix
+        return {tuner._remove_adapter_name_from_key(k, adapter_name): v for k, v in own.items()} | others
+
+    return get_peft_model_state_dict
+
+
+def _loading(original: Callable[..., Any]) -> Any:
+    @wraps(original)
+    def set_peft_model_state_dict(
+        model: Any, peft_model_state_dict: dict[str, Tensor], adapter_name: str = "default", *args: Any, **kwargs: Any
+    ) -> Any:
+        config = model.peft_config[adapter_name]
+        tuner = _hooked(config)
+        if tuner is None:
+            return original(model, peft_model_state_dict, adapter_name, *args, **kwargs)
+        token = _LOADING.set((tuner, model, config))
+        try:
+            return original(model, dict(peft_model_state_dict), adapter_name, *args, **kwargs)  # it changes the dict
+        finally:
+            _LOADING.reset(token)
+
+    return set_peft_model_state_dict
+
+
+def _naming(original: Callable[..., dict[str, Tensor]]) -> Any:
+    @wraps(original)
+    def _insert_adapter_name_into_state_dict(
+        state_dict: dict[str, Tensor], adapter_name: str, parameter_prefix: str
+    ) -> dict[str, Tensor]:
+        if _LOADING.get() is None:
+            return original(state_dict, adapter_name=adapter_name, parameter_prefix=parameter_prefix)
+        tuner, model, config = _LOADING.get()
+        named: dict[str, Tensor] = tuner._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        if any(name.startswith(BASE_PREFIX) for name, _ in model.named_parameters()):
+            return named
+        return {key.removeprefix(BASE_PREFIX): tensor for key, tensor in named.items()}  # as PEFT does from 0.20 on
+
+    return _insert_adapter_name_into_state_dict
+
+
+_WRAPPERS: dict[str, Callable[..., Any]] = {
+    "get_peft_model_state_dict": _saving,
+    "set_peft_model_state_dict": _loading,
+    "_insert_adapter_name_into_state_dict": _naming,
+}
+
+
+@contextmanager
+def integers_kept(layer: BaseTunerLayer, adapter_name: str) -> Iterator[None]:
+    """Keep an adapter's integer buffers while PEFT ≤ 0.20 moves them, which casts them to the base layer's dtype."""
+    buffers = [child for child in _children(layer).values() if isinstance(child, BufferDict) and adapter_name in child]
+    before = [child[adapter_name] for child in buffers]
+    yield
+    for child, tensor in zip(buffers, before, strict=True):
+        if child[adapter_name].dtype != tensor.dtype and not tensor.is_floating_point():
+            child[adapter_name] = tensor.to(child[adapter_name].device)
+
+
+class BitsAndBytesBackend:
+    """What PEFT's backends for bitsandbytes do from 0.20 on."""
+
+    supports_merge = True
+
+    def __init__(self, bits: int) -> None:
+        self.bits = bits
+        self.backend_name = f"bnb {bits}bit"
+
+    def get_base_weight(self, base: Any) -> Tensor:
+        """The dequantized weight."""
+        state = base.weight.quant_state if self.bits == 4 else base.state
+        weight: Tensor = dequantize_bnb_weight(base.weight, state=state)
+        return weight
+
+    def set_base_weight(self, layer: BaseTunerLayer, weight: Tensor) -> None:
+        """Quantize a weight again."""
+        import bitsandbytes
+
+        bnb: Any = bitsandbytes.nn
+        base: Any = layer.get_base_layer()
+        old = base.weight
+        if self.bits == 8:
+            new = bnb.Int8Params(weight.to("cpu"), requires_grad=False, has_fp16_weights=old.has_fp16_weights)
+            base.weight = new.to(old.device)
+            base.state.reset_grads()
+            return
+        options = {name: value for name, value in vars(old).items() if not name.startswith("_") and name != "data"}
+        options |= {"requires_grad": False} | ({"bnb_quantized": False} if "bnb_quantized" in options else {})
+        base.weight = bnb.Params4bit(weight.to("cpu"), **options).to(old.device)
+
+
+def find_quantization_backend(base: nn.Module, model: nn.Module) -> QuantizationBackend | None:
+    """PEFT's backend for a quantized layer of `model`, or one that does the same.
+
+    Raises:
+        ValueError: this version of PEFT can't quantize such a layer again.
+    """
+    if HAS_QUANTIZATION_BACKENDS:
+        from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+
+        return resolve_quantization_backend(base, **get_quantization_kwargs(model))
+    kinds = {f"{kind.__module__.split('.')[0]}.{kind.__name__}" for kind in type(base).__mro__}
+    library = {type(base).__module__.split(".")[0], type(getattr(base, "weight", None)).__module__.split(".")[0]}
+    if library & {"hqq", "torchao"}:
+        raise ValueError(f"HQQ and torchao need PEFT 0.20 or newer, found {VERSION}; run: pip install -U peft")
+    bits = 4 if "bitsandbytes.Linear4bit" in kinds else 8 if "bitsandbytes.Linear8bitLt" in kinds else None
+    return None if bits is None else BitsAndBytesBackend(bits)  # type: ignore[return-value]  # it has what we call

@@ -1,0 +1,35 @@
+"""What tests can't expect of an old PEFT, through no fault of smoa's: docs/ecosystem.md has the list."""
+
+from __future__ import annotations
+
+import re
+
+import peft
+import pytest
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+SKIPPED = [
+    ("<0.19", "converts_to_lora_without_loss", "has no convert_to_lora"),
+    ("<0.19", r"output_layer_that_was_tied_gets_a_weight_of_its_own\[config1", "says tied after a merge that unties"),
+    ("<0.20", "peft_hira|Llama-2-7B HiRA", "has no HiRA"),
+    ("<0.21", "test_a_second_adapter_of_the_same_name_is_refused", "replaces an adapter of the same name"),
+]
+"""(versions of PEFT, regular expression of test names, reason)."""
+IGNORED = [
+    ("<0.19", "ignore:Already found a `peft_config` attribute:UserWarning"),  # `unload` leaves it on the model
+    ("<0.20", "ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning"),  # not from 0.20 on
+]
+"""(versions of PEFT, warning)."""
+
+
+def adapt_to_peft(items: list[pytest.Item]) -> None:
+    """Skip what the installed PEFT can't do, and ignore warnings of its own."""
+    version = Version(Version(peft.__version__).base_version)
+    for versions, names, reason in SKIPPED:
+        for item in items if version in SpecifierSet(versions) else []:
+            if re.search(names, item.name):
+                item.add_marker(pytest.mark.skip(reason=f"PEFT {versions} {reason}"))
+    for versions, warning in IGNORED:
+        for item in items if version in SpecifierSet(versions) else []:
+            item.add_marker(pytest.mark.filterwarnings(warning))
