@@ -1,4 +1,4 @@
-"""Registers SMoA with PEFT. No other file changes PEFT's tables.
+"""Registers SMoA with PEFT. No other file adds to PEFT's tables.
 
 PEFT has no plugin entry point, and `register_peft_method` refuses a name that is not a member of the `PeftType` enum.
 So a real member is added to the enum, once.

@@ -18,6 +18,7 @@ from smoa.layers.distributed import SCALE
 from smoa.maths.blocks import Blocks
 from smoa.maths.factors import Factors
 from smoa.maths.modulations import MODULATIONS
+from smoa.maths.scale import rank_scale
 from smoa.maths.update import Update
 
 
@@ -102,8 +103,7 @@ class SavedAdapter:
         ranks = self.config.ranks_of(module, len(A))
         scaling = self.config.alpha_of(module, len(A)) / len(A)
         block_scale = tensors[SCALE].float() if SCALE in tensors else torch.ones(len(ranks))
-        rank_scale = torch.repeat_interleave(block_scale, torch.tensor(ranks))
-        factors = Factors(A, B, ranks, scaling, rank_scale, Blocks(rows, cols, len(ranks)))
+        factors = Factors(A, B, ranks, scaling, rank_scale(block_scale, ranks), Blocks(rows, cols, len(ranks)))
         return Update(factors, MODULATIONS[self.config.modulation])
 
 

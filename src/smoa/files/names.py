@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
+from smoa.compat import BASE_PREFIX
 from smoa.layers.distributed import LABELS, plain_name
 from smoa.layers.layer import SmoaLayer
 
-PREFIX = "base_model.model."
+PREFIX = BASE_PREFIX
 """Prefix of every name in a saved adapter, and of the base model's names inside a PeftModel."""
 FACTORS = ("smoa_A", "smoa_B")
 PARTS = (*(f"{factor}.weight" for factor in FACTORS), *LABELS)

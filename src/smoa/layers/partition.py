@@ -15,7 +15,7 @@ from torch import Tensor
 from smoa.errors import PartitionError
 from smoa.layers.distributed import awaits_process_group, from_rank_zero, whole
 from smoa.maths.blocks import UNDECIDED, Blocks, Orders
-from smoa.maths.scale import ScaleKind, block_scale
+from smoa.maths.scale import ScaleKind, block_scale, rank_scale
 from smoa.maths.spectrum import PartitionKind, make_partition
 from smoa.maths.spectrum_cache import cached_spectral_scores
 
@@ -170,10 +170,9 @@ class PartitionState(BaseTunerLayer):
             for tensor, version, (old, old_version) in zip(saved, versions, known, strict=True)
         ):
             return
-        ranks = torch.tensor(self.ranks[adapter_name], device=scale.device)
-        rank_scale = torch.repeat_interleave(scale, ranks, output_size=sum(self.ranks[adapter_name]))
         self.smoa_orders[adapter_name] = torch.cat(Orders.of(rows, cols))
-        self.smoa_scale_bits[adapter_name] = torch.cat([scale, rank_scale]).view(torch.int32)
+        scales = torch.cat([scale, rank_scale(scale, self.ranks[adapter_name])])
+        self.smoa_scale_bits[adapter_name] = scales.view(torch.int32)
         self._derived_from[adapter_name] = list(zip(saved, versions, strict=True))
 
     def _compute(self, adapter_name: str) -> bool:

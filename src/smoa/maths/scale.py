@@ -9,7 +9,7 @@ r"""The part of each block's scale that comes from the weight: `s_k = (α/r)·c_
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -30,3 +30,9 @@ _SIZES: dict[ScaleKind, Callable[[Tensor, Blocks], list[float]]] = {
 def block_scale(kind: ScaleKind, weight: Tensor, blocks: Blocks) -> Tensor:
     """c_k of every block, float32 (num_blocks,) on the CPU; 1 where the weight is all zero."""
     return torch.tensor([1 / size if size else 1.0 for size in _SIZES[kind](weight, blocks)])
+
+
+def rank_scale(block_scale: Tensor, ranks: Sequence[int]) -> Tensor:
+    """c_k of the block that each rank belongs to, (r,): each entry of `block_scale` r_k times."""
+    repeats = torch.tensor(ranks, device=block_scale.device)
+    return torch.repeat_interleave(block_scale, repeats, output_size=sum(ranks))
