@@ -12,7 +12,9 @@ from smoa_lab.cli.options import AsJson, TrustRemoteCode
 
 
 def budget(
-    model: Annotated[str, typer.Argument(help="Hub id, local folder, or gemma3-270m; its weights are not loaded.")],
+    model: Annotated[
+        str, typer.Argument(help="Hub id, local folder, or gemma3-270m, smollm2-135m; its weights are not loaded.")
+    ],
     amount: Annotated[str, typer.Argument(help="Share of the model, such as 0.1%, or a number of parameters.")],
     targets: Annotated[
         str, typer.Option(help="Names of the layers to adapt, separated by commas.")

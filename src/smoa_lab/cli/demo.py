@@ -20,13 +20,13 @@ def demo(
     with reporting("accelerate", "matplotlib"):
         from smoa_lab.config.run_config import load_config
         from smoa_lab.runs.verify_run import verify_saved
-        from smoa_lab.training.base_models import GEMMA_NOTICE, PACKAGED_MODEL
+        from smoa_lab.training.packaged_models import PACKAGED_MODELS
         from smoa_lab.training.run_folder import RunFolder, in_free_folder
         from smoa_lab.training.train_run import prepare, train
 
         checked = in_free_folder(load_config(config, overrides))
-        if checked.model.name == PACKAGED_MODEL:
-            typer.echo(GEMMA_NOTICE)
+        if checked.model.name in PACKAGED_MODELS:
+            typer.echo(PACKAGED_MODELS[checked.model.name].notice)
         ready = prepare(checked)
         metrics = train(checked, ready)
         print_scores(metrics)

@@ -25,7 +25,7 @@ TRAINING_DEFAULTS: dict[str, Any] = {"report_to": "none", "logging_steps": 10, "
 
 
 class ModelSection(Section):
-    """Which base model to load. ``name``: Hub id, folder, ``.gguf`` file or ``gemma3-270m``.
+    """Which base model to load. ``name``: Hub id, folder, ``.gguf`` file, ``gemma3-270m`` or ``smollm2-135m``.
 
     ``options`` pass through to ``AutoModelForCausalLM.from_pretrained`` (``device_map``, ``quantization_config``, …).
     The latter may be a plain dictionary: ``{"load_in_4bit": True}``.

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from smoa.errors import ConfigError, DataError
 from smoa.maths.budget import adapter_bytes, rank_bound, trainable_parameters
-from smoa_lab.training.base_models import PACKAGED_MODEL, prepare_packaged_model
+from smoa_lab.training.base_models import prepare_packaged_model
+from smoa_lab.training.packaged_models import PACKAGED_MODELS
 
 BLOCKS = (1, 2, 4, 8, 16, 32)
 
@@ -63,7 +64,8 @@ def budget_choices(model: str, amount: str, targets: tuple[str, ...], trust_remo
 
 def model_shapes(model: str, targets: tuple[str, ...], trust_remote_code: bool = False) -> tuple[Shapes, int]:
     """Shapes of the layers whose name ends in one of ``targets``, and the model's number of parameters."""
-    name = str(prepare_packaged_model()) if model == PACKAGED_MODEL else str(Path(model).expanduser())
+    packaged = model in PACKAGED_MODELS
+    name = str(prepare_packaged_model(model) if packaged else Path(model).expanduser())
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         with torch.device("meta"):

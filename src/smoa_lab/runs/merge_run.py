@@ -7,10 +7,10 @@ from typing import Any
 
 from smoa.errors import ConfigError
 from smoa.export.merge import Dtype, Export, merge_and_save
-from smoa_lab.basics.cache import cache_folder
 from smoa_lab.config.run_config import ModelSection, load_config
 from smoa_lab.runs.open_run import adapter_of_run, base_name
-from smoa_lab.training.base_models import PACKAGED_MODEL, load_base_model, prepare_packaged_model
+from smoa_lab.training.base_models import load_base_model, prepare_packaged_model
+from smoa_lab.training.packaged_models import packaged_name
 from smoa_lab.training.run_folder import RunFolder
 
 GGUF_NOTE = "The base is a GGUF file: the adapter is merged into its dequantized weights, on which it was trained."
@@ -26,7 +26,7 @@ def merge_run(
 ) -> Export:
     """Merge an adapter (its folder, or a run's) in float32 and save the whole model with its tokenizer.
 
-    The base is the one that the run loaded, which may be a GGUF file, ``gemma3-270m``, or quantized while loading.
+    The base is the one that the run loaded, which may be a GGUF file, a packaged model, or quantized while loading.
 
     Raises:
         ConfigError: ``output`` exists, or ``adapter`` contains no adapter.
@@ -44,8 +44,8 @@ def merge_run(
         model, tokenizer = load_base_model(wanted)
         notes = () if quantized else (GGUF_NOTE,)
         return merge_and_save(source, output, base=model, dtype=dtype, tokenizer=tokenizer, notes=notes, **options)
-    packaged = name in (PACKAGED_MODEL, str(cache_folder() / "models" / PACKAGED_MODEL))
-    folder = str(prepare_packaged_model()) if packaged else name
+    packaged = packaged_name(name)
+    folder = str(prepare_packaged_model(packaged)) if packaged else name
     notes = (GGUF_NOTE,) if packaged else ()
     return merge_and_save(source, output, base=folder, dtype=dtype, notes=notes, **options)
 

