@@ -11,7 +11,7 @@ from typing import Any
 from smoa_lab.study.benches.bench import Bench, Part
 from smoa_lab.study.study_file import Study
 from smoa_lab.study.trials import Stage, Trial, TrialStore
-from smoa_lab.study.tuning import best_index, first_index, is_interior, nearest_index, next_index, rate
+from smoa_lab.study.tuning import best_index, first_index, is_interior, nearest_index, next_index, rate, sweep_indices
 
 logger = logging.getLogger(__name__)
 
@@ -55,11 +55,17 @@ class Comparison:
             return Tuned({}, entry.learning_rate, interior=False)
         start = first_index(entry.learning_rate)
         losses: dict[int, float | None] = {}
-        while (index := next_index(start, losses, tuning.max_runs, tuning.refine)) is not None:
+        while (index := self._next(start, losses)) is not None:
             result = self._trial(Trial("tuning", name, rate(index), tuning.seed))
             losses[index] = validation_loss(result)
             logger.info("%s at %g: %s", name, rate(index), _summary(result))
         return _tuned(losses)
+
+    def _next(self, start: int, losses: dict[int, float | None]) -> int | None:
+        tuning = self.study.tuning
+        if tuning.sweep is None:
+            return next_index(start, losses, tuning.max_runs, tuning.refine)
+        return next((index for index in sweep_indices(*tuning.sweep) if index not in losses), None)
 
     def untouched(self) -> dict[str, Any]:
         """The model as it is, on the test part."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, PositiveFloat, ValidationError
 
 from smoa.errors import ConfigError
 from smoa_lab.basics.section import Section
@@ -24,11 +24,13 @@ class Tuning(Section):
     """The search for a learning rate, the same for each entry: half decades around the start, and on in the better
     direction until the best of them has neighbors on both sides or ``max_runs`` are spent; with ``refine`` the quarter
     decades beside the best as well. Judged by the gold answers' loss on the validation part after a run with ``seed``.
-    ``max_runs: 0`` takes the start as it is."""
+    ``max_runs: 0`` takes the start as it is. ``sweep: [lowest, highest]`` runs every quarter decade of a range
+    instead, the same for all entries, to draw the whole curve."""
 
     seed: int = 100
     max_runs: Literal[0] | Annotated[int, Field(ge=3)] = 6
     refine: bool = False
+    sweep: tuple[PositiveFloat, PositiveFloat] | None = None
 
 
 class Study(Section):

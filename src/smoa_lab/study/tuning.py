@@ -25,6 +25,11 @@ def first_index(learning_rate: float) -> int:
     return 2 * round(2 * math.log10(learning_rate))
 
 
+def sweep_indices(lowest: float, highest: float) -> range:
+    """Every quarter decade from ``lowest`` to ``highest``."""
+    return range(nearest_index(lowest), nearest_index(highest) + 1)
+
+
 def next_index(start: int, losses: Mapping[int, float | None], max_runs: int, refine: bool = False) -> int | None:
     """The grid index to try next; None when the search is over.
 

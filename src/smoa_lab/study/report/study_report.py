@@ -22,7 +22,7 @@ from smoa_lab.study.report.rows import (
 )
 from smoa_lab.study.report.statistics import Difference
 from smoa_lab.study.report.study_page import study_page
-from smoa_lab.study.study_file import Study
+from smoa_lab.study.study_file import Study, Tuning
 from smoa_lab.study.trials import TrialStore
 
 
@@ -60,13 +60,21 @@ def _draw(study: Study, rows: list[Row]) -> dict[str, str]:
     return pictures
 
 
+def _search_in_words(tuning: Tuning) -> str:
+    if tuning.sweep is not None:
+        return "every quarter decade from {:g} to {:g}".format(*tuning.sweep)
+    beside = ", then the two quarter decades next to it" if tuning.refine else ""
+    return (
+        "half decades around a start, then on in the better direction until the best has neighbors on both sides, at "
+        f"most {tuning.max_runs} runs{beside}"
+    )
+
+
 def _page(study: Study, rows: list[Row], untouched: dict[str, Any] | None, pictures: dict[str, str]) -> str:
-    beside = ", then the two quarter decades next to it" if study.tuning.refine else ""
     parts = [
         f"# {study.folder.name}: {study.kind} of {study.shared['model']['name']}",
         "Written by `smoa compare` from the stored runs; do not edit. Each entry's learning rate is chosen "
-        "on validation data by the same search: half decades around a start, then on in the better direction until the "
-        f"best has neighbors on both sides, at most {study.tuning.max_runs} runs{beside}. The figures are from fresh "
+        f"on validation data by the same search: {_search_in_words(study.tuning)}. The figures are from fresh "
         "seeds on the test part. Differences are paired by seed and question, with 95 % intervals (questions "
         "resampled, Student's t over seeds). *Same* means that the interval includes 0. One seed gets no verdict. ± is "
         "the standard deviation over seeds. *s* is the seconds of training on the machine that ran most of the runs. "

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from smoa_lab.study.tuning import best_index, first_index, is_interior, nearest_index, next_index, rate
+from smoa_lab.study.tuning import best_index, first_index, is_interior, nearest_index, next_index, rate, sweep_indices
 
 
 def search(
@@ -19,6 +19,10 @@ def test_the_grid_is_quarter_decades_and_a_search_starts_on_half_ones() -> None:
     assert [rate(index) for index in range(-12, -6)] == [1e-3, 2e-3, 3e-3, 6e-3, 1e-2, 2e-2]
     assert [nearest_index(rate(index)) for index in range(-12, 12)] == list(range(-12, 12))
     assert [first_index(rate) for rate in (1e-3, 3e-3, 0.012, 0.03)] == [-12, -10, -8, -6]
+
+
+def test_a_sweep_has_every_quarter_decade_with_both_ends() -> None:
+    assert [rate(index) for index in sweep_indices(1e-3, 1e-2)] == [1e-3, 2e-3, 3e-3, 6e-3, 1e-2]
 
 
 def test_a_best_at_the_start_ends_the_search_with_its_neighbours() -> None:
