@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from smoa.config.rules import Bias, config_problems, value_problems
 from smoa.errors import ConfigError
 from smoa.maths.factors import Initialization, split_rank
 from smoa.maths.modulations import ModulationKind
-from smoa.maths.scale import ScaleKind
+from smoa.maths.scale import DEFAULT_SCALE, SCALE_OF_0_1, ScaleKind
 from smoa.maths.spectrum import PartitionKind
 
 
@@ -39,13 +40,15 @@ class SmoaConfig(PeftConfig):
             rank of a block, the scale of ΔW and the layer's parameters stay the same. The adapter's own config stores
             the choices in `num_blocks_pattern`.
         block_ranks: r_k of each block, summing to r. None splits r evenly; the first blocks get the remainder.
-        alpha: ΔW is scaled by alpha / r; None means alpha = r. ΔW is also scaled by |W|, which is about 0.02, so
-            alpha = r needs a learning rate 10 to 50 times LoRA's, and alpha = 32·r one of about 1e-2.
+        alpha: ΔW is scaled by alpha / r; None means alpha = r.
+        use_rslora: Scale by alpha / √(r/K) instead, rsLoRA's at equal parameters. alpha = None then means r / K.
         smoa_dropout: Dropout probability of the adapter's input.
         bias: Biases to train: "none", "all" or "smoa_only" (those of adapted layers).
-        scale: The part of ΔW's scale that comes from the weight. "paper": none, ΔW is relative to the weight. "layer"
-            and "block" divide by the rms of each layer's weight, or of each of its blocks, so that alpha means what it
-            means in LoRA.
+        scale: The part of ΔW's scale that comes from the weight. "layer" and "block" divide by the rms of each layer's
+            weight, or of each of its blocks, so that alpha and the learning rate mean what they mean in LoRA. "paper"
+            leaves ΔW relative to the weight, whose entries are about 0.02: alpha = r then needs 10 to 50 times LoRA's
+            learning rate, and alpha = 32·r one of about 1e-2. None means "block", and "paper" in a file saved by smoa
+            0.1.
         normalize_anchor: True is the same as `scale="layer"`, as in smoa 0.1.
         partition: How to assign coordinates to blocks: by "spectral" score, "contiguous" or at "random".
         modulation: "hadamard" multiplies each block by the frozen weight. Ablations: "none" does not, and "noise"
@@ -61,6 +64,8 @@ class SmoaConfig(PeftConfig):
         alpha_pattern: alpha by module name or regular expression.
         fan_in_fan_out: Weights are stored as (in_features, out_features), as in GPT-2's Conv1D. Set automatically.
         trainable_token_indices: Token embeddings to train, as in LoRA.
+        lora_alpha: LoRA's name for alpha.
+        lora_dropout: LoRA's name for smoa_dropout.
         normalized_alpha: alpha by module name, already divided by the rms, in adapters that smoa 0.1 saved with
             `normalize_anchor`.
         save_id: Made for each adapter and saved in both of its files, to refuse two files of different adapters.
@@ -78,7 +83,8 @@ class SmoaConfig(PeftConfig):
     blocks_from_spectrum: bool = False
     block_ranks: list[int] | None = None
     alpha: float | None = None
-    scale: ScaleKind = "paper"
+    use_rslora: bool = False
+    scale: ScaleKind | None = None
     normalize_anchor: bool = False
     smoa_dropout: float = 0.0
     bias: Bias = "none"
@@ -98,17 +104,29 @@ class SmoaConfig(PeftConfig):
     normalized_alpha: dict[str, float] = field(default_factory=dict)
     save_id: str | None = None
 
+    lora_alpha: InitVar[float | None] = None
+    lora_dropout: InitVar[float | None] = None
     spectrum_blocks: InitVar[dict[str, int] | None] = None
     settings_digest: InitVar[object] = None
     weights_digest: InitVar[object] = None
 
     def __post_init__(
-        self, spectrum_blocks: dict[str, int] | None, settings_digest: object, weights_digest: object
+        self,
+        lora_alpha: float | None,
+        lora_dropout: float | None,
+        spectrum_blocks: dict[str, int] | None,
+        settings_digest: object,
+        weights_digest: object,
     ) -> None:
+        from_file = self.peft_version is not None  # PEFT writes it; nobody gives it by hand
         super().__post_init__()  # type: ignore[no-untyped-call]  # PEFT leaves it without types
         self.peft_type = PeftType("SMOA")
+        if self.scale is None:
+            self.scale = "layer" if self.normalize_anchor else SCALE_OF_0_1 if from_file else DEFAULT_SCALE
         self._make_savable()
-        problems = [*self._absorb(spectrum_blocks), *config_problems(self)]
+        problems = self._rename("alpha", "lora_alpha", lora_alpha)
+        problems += self._rename("smoa_dropout", "lora_dropout", lora_dropout)
+        problems += [*self._absorb(spectrum_blocks), *config_problems(self)]
         if problems:
             raise ConfigError("SmoaConfig: " + "; ".join(problems))
         for name in ("target_modules", "exclude_modules"):
@@ -124,6 +142,17 @@ class SmoaConfig(PeftConfig):
                 setattr(self, name, {key: _as_json(inner, ordered) for key, inner in value.items()})
             else:
                 setattr(self, name, _as_json(value, ordered))
+
+    def _rename(self, ours: str, theirs: str, value: float | None) -> list[str]:
+        """Take a value given under LoRA's name. Return its problems."""
+        problems = list(value_problems(theirs, value, float | None))
+        if value is None or problems:
+            return problems
+        given = getattr(self, ours)
+        if given and given != value:
+            return [f"{ours}={given!r} and {theirs}={value!r} name the same setting; drop {theirs}"]
+        setattr(self, ours, value)
+        return []
 
     def _absorb(self, spectrum_blocks: dict[str, int] | None) -> list[str]:
         """Move the choices of smoa 0.1 to `num_blocks_pattern`. Return their problems."""
@@ -184,10 +213,13 @@ class SmoaConfig(PeftConfig):
         return split_rank(self.rank_of(module) if r is None else r, self.num_blocks_of(module))
 
     def alpha_of(self, module: str, r: int) -> float:
-        """Alpha of a module whose total rank is r."""
+        """The alpha by which ΔW of a module is scaled as alpha / r. For use_rslora it is alpha·√(r·K)."""
         if module in self.normalized_alpha:
             return self.normalized_alpha[module]
         alpha: float | None = _by_pattern(self.alpha_pattern, module, self.alpha)
+        if self.use_rslora:
+            K = self.num_blocks_of(module)
+            return (r / K if alpha is None else alpha) * math.sqrt(r * K)
         if alpha is None:
             return float(r)
         num_blocks = self.num_blocks_of(module) if self.blocks_from_spectrum else self.num_blocks
@@ -197,7 +229,7 @@ class SmoaConfig(PeftConfig):
         """`scale` of a module. It is "paper" if its alpha is normalized already, as in adapters of 0.1."""
         if module in self.normalized_alpha:
             return "paper"
-        return "layer" if self.normalize_anchor else self.scale
+        return "layer" if self.normalize_anchor else self.scale or DEFAULT_SCALE
 
 
 def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:

@@ -18,6 +18,7 @@ Rule = tuple[Callable[[Any], bool], str]
 COUNT: Rule = (lambda n: n >= 1, "a positive integer")
 BLOCKS: Rule = (lambda n: 1 <= n <= MAX_BLOCKS, f"a positive integer, at most {MAX_BLOCKS}")
 POSITIVE: Rule = (lambda x: 0 < x <= sys.float_info.max, "a positive number")
+SHARE: Rule = (lambda p: 0 <= p < 1, "a number in [0, 1)")
 INDEX: Rule = (lambda n: n >= 0, "an index from 0 on")
 RULES: dict[str, Rule] = {
     "r": COUNT,
@@ -29,7 +30,9 @@ RULES: dict[str, Rule] = {
     "alpha": POSITIVE,
     "alpha_pattern": POSITIVE,
     "normalized_alpha": POSITIVE,
-    "smoa_dropout": (lambda p: 0 <= p < 1, "a number in [0, 1)"),
+    "lora_alpha": POSITIVE,
+    "smoa_dropout": SHARE,
+    "lora_dropout": SHARE,
     "layers_to_transform": INDEX,
     "trainable_token_indices": INDEX,
 }

@@ -96,7 +96,8 @@ class SmoaLayer(PartitionState):
         self.ranks[adapter_name], self.modulation[adapter_name] = ranks, config.modulation
         self.smoa_dropout[adapter_name] = nn.Dropout(config.smoa_dropout) if config.smoa_dropout else nn.Identity()
         self._add_factors(adapter_name, config.init_weights)
-        self._add_partition(adapter_name, Pending(config.partition, config.scale_of(module)), defer_partition)
+        pending = Pending(config.partition, config.modulation, config.scale_of(module))
+        self._add_partition(adapter_name, pending, defer_partition)
         if config.init_weights is False:  # give ΔW the same size for every scale
             with torch.no_grad():
                 self.smoa_B[adapter_name].weight.div_(self.rank_scale(adapter_name))  # type: ignore[operator]

@@ -15,6 +15,7 @@ from torch import Tensor
 from smoa.errors import PartitionError
 from smoa.layers.distributed import awaits_process_group, from_rank_zero, whole
 from smoa.maths.blocks import UNDECIDED, Blocks, Orders
+from smoa.maths.modulations import MODULATIONS, ModulationKind
 from smoa.maths.scale import ScaleKind, block_scale, rank_scale
 from smoa.maths.spectrum import PartitionKind, make_partition
 from smoa.maths.spectrum_cache import cached_spectral_scores
@@ -25,12 +26,14 @@ class Pending:
     """How to make an adapter's blocks and block scales from the weight."""
 
     partition: PartitionKind
+    modulation: ModulationKind
     scale: ScaleKind
 
     def decide(self, num_blocks: int, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Row labels, column labels and block scales (num_blocks,), on the CPU."""
         blocks = make_partition(weight, num_blocks, self.partition, cached_spectral_scores)
-        return blocks.row_labels.cpu(), blocks.col_labels.cpu(), block_scale(self.scale, weight, blocks)
+        anchor = MODULATIONS[self.modulation].anchor(weight, blocks) if self.scale != "paper" else None
+        return blocks.row_labels.cpu(), blocks.col_labels.cpu(), block_scale(self.scale, anchor, blocks)
 
 
 class PartitionState(BaseTunerLayer):

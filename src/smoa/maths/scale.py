@@ -3,8 +3,10 @@ r"""The part of each block's scale that comes from the weight: `s_k = (α/r)·c_
 | kind  | c_k          | meaning                                                        |
 |-------|--------------|----------------------------------------------------------------|
 | paper | 1            | ΔW is relative to W, as in arXiv:2605.21147                    |
-| layer | 1 / rms(W)   | the anchor of a layer has unit rms, so α means what it does in LoRA |
-| block | 1 / rms(W_k) | the same for each diagonal block `W_k = W[I_k, J_k]`           |
+| layer | 1 / rms(M)   | the anchor of a layer has unit rms, so α means what it does in LoRA |
+| block | 1 / rms(M_k) | the same for each diagonal block `M_k = M[I_k, J_k]`           |
+
+M is the anchor: W itself, noise, or nothing, whose entries count as 1.
 """
 
 from __future__ import annotations
@@ -19,17 +21,21 @@ from smoa.maths.blocks import Blocks
 from smoa.maths.modulations import rms_of
 
 ScaleKind = Literal["paper", "layer", "block"]
+DEFAULT_SCALE: ScaleKind = "block"
+SCALE_OF_0_1: ScaleKind = "paper"
 
 _SIZES: dict[ScaleKind, Callable[[Tensor, Blocks], list[float]]] = {
-    "paper": lambda weight, blocks: [1.0] * blocks.num_blocks,
-    "layer": lambda weight, blocks: [rms_of(weight)] * blocks.num_blocks,
-    "block": lambda weight, blocks: [rms_of(entries) for entries in blocks.of(weight)],
+    "paper": lambda anchor, blocks: [1.0] * blocks.num_blocks,
+    "layer": lambda anchor, blocks: [rms_of(anchor)] * blocks.num_blocks,
+    "block": lambda anchor, blocks: [rms_of(entries) for entries in blocks.of(anchor)],
 }
 
 
-def block_scale(kind: ScaleKind, weight: Tensor, blocks: Blocks) -> Tensor:
-    """c_k of every block, float32 (num_blocks,) on the CPU; 1 where the weight is all zero."""
-    return torch.tensor([1 / size if size else 1.0 for size in _SIZES[kind](weight, blocks)])
+def block_scale(kind: ScaleKind, anchor: Tensor | None, blocks: Blocks) -> Tensor:
+    """c_k of every block, float32 (num_blocks,) on the CPU; 1 without an anchor, and where it is all zero."""
+    if anchor is None:
+        return torch.ones(blocks.num_blocks)
+    return torch.tensor([1 / size if size else 1.0 for size in _SIZES[kind](anchor, blocks)])
 
 
 def rank_scale(block_scale: Tensor, ranks: Sequence[int]) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import PeftConfig
 
 from smoa import (
     ConfigError,
@@ -87,3 +89,43 @@ def test_every_collection_that_is_taken_can_be_saved(settings: dict[str, Any], t
     config.save_pretrained(tmp_path)
     again = SmoaConfig.from_pretrained(tmp_path)
     assert {name: getattr(again, name) for name in settings} == {name: getattr(config, name) for name in settings}
+
+
+def test_loras_names_of_settings_are_taken() -> None:
+    config = SmoaConfig(r=8, lora_alpha=16, lora_dropout=0.05)
+    assert (config.alpha, config.smoa_dropout) == (16, 0.05)
+    assert SmoaConfig(r=8, alpha=16, lora_alpha=16).alpha == 16
+    assert "lora_alpha" not in config.to_dict()
+
+
+def test_two_values_for_one_setting_are_refused() -> None:
+    with pytest.raises(ConfigError, match="alpha=8 and lora_alpha=16 name the same setting; drop lora_alpha"):
+        SmoaConfig(alpha=8, lora_alpha=16)
+
+
+@pytest.mark.parametrize(("r", "num_blocks"), [(8, 2), (64, 8)])
+def test_rank_stabilized_scaling_is_loras_at_equal_parameters(r: int, num_blocks: int) -> None:
+    rank_of_lora = r / num_blocks
+    config = SmoaConfig(r=r, num_blocks=num_blocks, alpha=16, use_rslora=True)
+    assert config.alpha_of("layer", r) / r == pytest.approx(16 / rank_of_lora**0.5)
+    left_out = SmoaConfig(r=r, num_blocks=num_blocks, use_rslora=True)
+    assert left_out.alpha_of("layer", r) / r == pytest.approx(rank_of_lora / rank_of_lora**0.5)
+
+
+def test_rank_stabilized_scaling_stays_when_the_spectrum_chooses_the_blocks() -> None:
+    config = SmoaConfig(r=8, num_blocks=4, alpha=16, use_rslora=True, blocks_from_spectrum=True)
+    config.num_blocks_pattern = {"wide": 8}
+    assert config.rank_of("wide") == 16
+    assert config.alpha_of("wide", 16) / 16 == pytest.approx(16 / 2**0.5)
+
+
+def test_the_scale_is_by_block_unless_a_file_of_an_older_version_leaves_it_out(tmp_path: Path) -> None:
+    assert SmoaConfig().scale == "block"
+    assert SmoaConfig(normalize_anchor=True).scale == "layer"
+    SmoaConfig().save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    values = json.loads(file.read_text())
+    assert PeftConfig.from_pretrained(tmp_path).scale == "block"
+    del values["scale"]
+    file.write_text(json.dumps(values))
+    assert PeftConfig.from_pretrained(tmp_path).scale == "paper"

@@ -105,7 +105,7 @@ def test_a_loaded_adapter_applies_the_same_formula_to_the_base_it_is_on(
             *(factor.detach().double() for factor in factors(original)),
             *labels(original),
             ranks(original),
-            8.0 / 5,
+            [8.0 / 5 * c for c in original.block_scale("default").tolist()],
             modulation,
         )
         assert_close(layer.get_delta_weight("default"), expected, dtype=torch.float32)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from smoa.maths.modulations import MODULATIONS
 from smoa.maths.scale import block_scale
 from smoa.maths.spectrum import make_partition
 from tests.support.layers import adapted_layer, base_layer, oracle_output
@@ -33,6 +34,20 @@ def test_the_scale_by_block_gives_every_anchor_unit_rms() -> None:
 def test_a_weight_of_zeros_has_a_scale_of_one(kind: str) -> None:
     weight = torch.zeros(6, 6)
     assert block_scale(kind, weight, make_partition(weight, 2)).tolist() == [1, 1]
+
+
+def test_without_an_anchor_the_scale_is_one() -> None:
+    layer = adapted_layer(base_layer(11, 13), r=6, num_blocks=3, modulation="none", scale="block")
+    assert layer.block_scale("default").tolist() == [1, 1, 1]
+
+
+def test_an_anchor_of_noise_has_unit_rms_too() -> None:
+    layer = adapted_layer(base_layer(11, 13), r=6, num_blocks=3, modulation="noise", scale="block")
+    blocks = layer.blocks("default")
+    noise = MODULATIONS["noise"].anchor(layer.pristine_weight(), blocks)
+    assert noise is not None
+    for entries, c in zip(blocks.of(noise), layer.block_scale("default"), strict=True):
+        assert (c * entries).square().mean().sqrt().item() == pytest.approx(1, rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["layer", "block"])
