@@ -13,7 +13,7 @@ from smoa.config.adapter_config import SmoaConfig
 from smoa.errors import AdapterFileError, MergeError
 from smoa.export.shards import FLOATS, Checkpoint, HeaderEntry, write_checkpoint
 from smoa.files.adapter_folder import smoa_adapter
-from smoa.files.names import PARTS, PREFIX
+from smoa.files.names import PARTS, PREFIX, required_parts
 from smoa.layers.distributed import SCALE
 from smoa.maths.blocks import Blocks
 from smoa.maths.factors import Factors
@@ -83,8 +83,9 @@ class SavedAdapter:
             elif ".original_module." not in name and ".modules_to_save." not in name:  # also saved under the plain name
                 self.others[name.replace(".base_layer.", ".")] = tensor
         for module, parts in self.layers.items():
-            if sorted(parts.keys() - {SCALE}) != sorted(PARTS):
-                raise AdapterFileError(f"{folder}: {module} has {sorted(parts)}, expected {sorted(PARTS)}")
+            required = required_parts(config, module)
+            if not set(required) <= parts.keys() <= {*PARTS, SCALE}:
+                raise AdapterFileError(f"{folder}: {module} has {sorted(parts)}, expected {sorted(required)}")
 
     def merged(self, module: str, weight: Tensor, transposed: bool) -> Tensor:
         """`W + ΔW` in float32 or wider, in the orientation of W: (in_features, out_features) if `transposed`."""
@@ -102,7 +103,7 @@ class SavedAdapter:
         A, B, rows, cols = (tensors[part] for part in PARTS)
         ranks = self.config.ranks_of(module, len(A))
         scaling = self.config.alpha_of(module, len(A)) / len(A)
-        block_scale = tensors[SCALE].float() if SCALE in tensors else torch.ones(len(ranks))
+        block_scale = tensors.get(SCALE, torch.ones(len(ranks))).float()
         factors = Factors(A, B, ranks, scaling, rank_scale(block_scale, ranks), Blocks(rows, cols, len(ranks)))
         return Update(factors, MODULATIONS[self.config.modulation])
 

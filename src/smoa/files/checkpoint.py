@@ -16,7 +16,7 @@ from smoa.compat import trained_biases
 from smoa.config.adapter_config import SmoaConfig
 from smoa.errors import AdapterFileError, PartitionError
 from smoa.files.loading import incoming
-from smoa.files.names import FACTORS, PREFIX, adapter_layers
+from smoa.files.names import FACTORS, PREFIX, adapter_layers, required_parts
 from smoa.layers.distributed import LABELS, PARTITION, SCALE, is_distributed, plain_name, whole
 from smoa.layers.layer import SmoaLayer
 from smoa.maths.blocks import check_labels
@@ -41,10 +41,11 @@ def check_adapter_state(model: nn.Module, config: SmoaConfig, adapter_name: str,
         raise AdapterFileError(f"{found.file.path}: {error}; does {CONFIG_NAME} come from another save?") from None
 
 
-def add_missing_scales(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
+def add_unsaved_scales(model: nn.Module, config: SmoaConfig, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
     """Add block scales of 1 for the layers of an adapter saved by 0.1, which had none."""
     for name, layer in adapter_layers(model, adapter_name).items():
-        if f"{name}.{LABELS[0]}.{adapter_name}" in state_dict:
+        optional = SCALE not in required_parts(config, name.removeprefix(PREFIX))
+        if optional and f"{name}.{LABELS[0]}.{adapter_name}" in state_dict:
             state_dict.setdefault(f"{name}.{SCALE}.{adapter_name}", torch.ones(len(layer.ranks[adapter_name])))
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from smoa.compat import BASE_PREFIX
-from smoa.layers.distributed import LABELS, plain_name
+from smoa.config.adapter_config import SmoaConfig
+from smoa.layers.distributed import LABELS, SCALE, plain_name
 from smoa.layers.layer import SmoaLayer
 
 PREFIX = BASE_PREFIX
@@ -19,3 +20,8 @@ def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, SmoaLayer]:
     """The layers with the adapter, by their names in state dicts."""
     layers = ((name, module) for name, module in model.named_modules() if isinstance(module, SmoaLayer))
     return {plain_name(name): layer for name, layer in layers if adapter_name in layer.smoa_A}
+
+
+def required_parts(config: SmoaConfig, module: str) -> tuple[str, ...]:
+    """The tensors that a layer's file must have. smoa 0.1 saved no block scales, which are 1 with the paper's scale."""
+    return PARTS if config.scale_of(module) == "paper" else (*PARTS, SCALE)

@@ -64,6 +64,7 @@ def combined_config(configs: list[SmoaConfig], combination: Combination) -> Smoa
         block_ranks=total,
         alpha=None,
         alpha_pattern={},
+        use_rslora=False,
         scale="paper",
         normalize_anchor=False,
         normalized_alpha={},

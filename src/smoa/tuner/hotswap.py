@@ -19,7 +19,7 @@ from smoa.config.adapter_config import SmoaConfig
 from smoa.errors import AdapterFileError, ConfigError, MergeError
 from smoa.files.adapter_folder import smoa_adapter
 from smoa.files.loading import door
-from smoa.files.names import PARTS, PREFIX, adapter_layers
+from smoa.files.names import PARTS, PREFIX, adapter_layers, required_parts
 from smoa.layers.distributed import SCALE
 from smoa.layers.layer import SmoaLayer
 from smoa.maths.blocks import slices
@@ -86,17 +86,17 @@ def _fitted(
     own = {key for key in state if ".smoa_" in key}
     fitted = {key: tensor for key, tensor in state.items() if key not in own}
     for name, layer in layers.items():
-        keys = [f"{PREFIX}{name}.{part}" for part in PARTS]
+        *keys, scale_key = (f"{PREFIX}{name}.{part}" for part in (*PARTS, SCALE))
+        required = {f"{PREFIX}{name}.{part}" for part in required_parts(config, name)}
         if own.isdisjoint(keys):
             parts = _without_effect(layer, adapter_name)
-        elif own.issuperset(keys):
-            scale = state.get(f"{PREFIX}{name}.{SCALE}", torch.ones(len(layer.ranks[adapter_name])))
-            own.discard(f"{PREFIX}{name}.{SCALE}")
+        elif required <= own:
+            scale = state.get(scale_key, torch.ones(len(layer.ranks[adapter_name])))
             parts = [*_padded(name, layer, [state[key] for key in keys], config, adapter_name, path), scale]
         else:
-            raise AdapterFileError(f"{path}: {name} lacks {sorted(set(keys) - own)}; the adapter is broken")
-        fitted |= dict(zip([*keys, f"{PREFIX}{name}.{SCALE}"], parts, strict=True))
-        own -= set(keys)
+            raise AdapterFileError(f"{path}: {name} lacks {sorted(required - own)}; the adapter is broken")
+        fitted |= dict(zip([*keys, scale_key], parts, strict=True))
+        own -= {*keys, scale_key}
     if own:
         raise AdapterFileError(
             f"{path}: has {sorted(own)[0]} and {len(own) - 1} more tensor(s) for layers that the loaded adapter "

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from smoa.compat import StateDictHooks
 from smoa.config.adapter_config import SmoaConfig
 from smoa.errors import MergeError, PartitionError, SmoaError
-from smoa.files.checkpoint import add_missing_scales, check_adapter_state, check_gathered
+from smoa.files.checkpoint import add_unsaved_scales, check_adapter_state, check_gathered
 from smoa.files.loading import incoming
 from smoa.files.names import PREFIX, adapter_layers
 from smoa.files.save_id import new_id, with_id, without_id
@@ -192,7 +192,7 @@ class SmoaModel(BaseTuner, StateDictHooks):
         named = with_plain_names(model)
         saved = without_id(state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(named, config, adapter_name, saved)
-        add_missing_scales(model, adapter_name, remapped)
+        add_unsaved_scales(model, config, adapter_name, remapped)
         check_adapter_state(model, config, adapter_name, remapped)
         for layer in adapter_layers(model, adapter_name).values():
             for parameter in (*layer.smoa_A[adapter_name].parameters(), *layer.smoa_B[adapter_name].parameters()):

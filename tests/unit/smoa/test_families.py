@@ -66,7 +66,7 @@ def test_one_block_without_modulation_equals_peft_lora(out_features: int, in_fea
 @pytest.mark.parametrize(("out_features", "in_features"), SHAPES)
 def test_one_block_with_modulation_equals_peft_hira(out_features: int, in_features: int, conv1d: bool) -> None:
     base = base_layer(out_features, in_features, conv1d=conv1d)
-    layer = adapted_layer(base, r=4, num_blocks=1)
+    layer = adapted_layer(base, r=4, num_blocks=1, scale="paper")
     twin, twin_factors = hira_twin(layer, conv1d)
     x = torch.randn(5, in_features, dtype=torch.float64, requires_grad=True)
     expected = values_and_gradients(twin, twin_factors, x)
@@ -76,7 +76,7 @@ def test_one_block_with_modulation_equals_peft_hira(out_features: int, in_featur
 
 def test_one_block_with_modulation_merges_as_peft_hira() -> None:
     base = base_layer(9, 16)
-    layer = adapted_layer(base, r=4, num_blocks=1)
+    layer = adapted_layer(base, r=4, num_blocks=1, scale="paper")
     twin, _ = hira_twin(layer, conv1d=False)
     layer.merge()
     merged = base.weight.detach().clone()

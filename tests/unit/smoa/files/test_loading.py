@@ -22,7 +22,7 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations.peft import PeftAdapterMixin
@@ -436,16 +436,34 @@ def test_every_adapter_gets_an_id_of_its_own_and_the_same_seed_the_same(tmp_path
     assert len({*ids[0], *ids[2]}) == 4
 
 
-def test_files_without_an_id_are_loaded(saved: PeftModel, tmp_path: Path) -> None:
-    folder = tmp_path / "adapter"
-    file = json.loads((folder / CONFIG).read_text())
-    file.pop("save_id")
-    (folder / CONFIG).write_text(json.dumps(file))
-    by_peft_model(tmp_path)
-    tensors = load_file(folder / WEIGHTS)
-    save_file({key: t for key, t in tensors.items() if not key.endswith(("save_id", "block_scale"))}, folder / WEIGHTS)
-    for load in (by_peft_model, by_transformers):  # as smoa 0.1 saved them
-        assert all(torch.equal(*pair) for pair in zip(updates(load(tmp_path)), updates(saved), strict=True))
+@pytest.fixture
+def saved_as_in_0_1(tmp_path: Path) -> PeftModel:
+    """An adapter with the paper's scale, whose files lack what 0.1 did not save."""
+    tiny_models.build("llama").save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, SmoaConfig(task_type="CAUSAL_LM", scale="paper", **SETTINGS)).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    file = json.loads((tmp_path / "adapter" / CONFIG).read_text())
+    del file["save_id"], file["scale"]
+    (tmp_path / "adapter" / CONFIG).write_text(json.dumps(file))
+    return model
+
+
+@pytest.mark.parametrize("left", [("save_id",), ("save_id", "block_scale")], ids=["with an id", "without"])
+def test_files_of_0_1_are_loaded(saved_as_in_0_1: PeftModel, left: tuple[str, ...], tmp_path: Path) -> None:
+    rewritten(tmp_path / "adapter", lambda tensors: [tensors.pop(key) for key in [*tensors] if key.endswith(left)])
+    for load in (by_peft_model, by_transformers):
+        pairs = zip(updates(load(tmp_path)), updates(saved_as_in_0_1), strict=True)
+        assert all(torch.equal(*pair) for pair in pairs)
+
+
+@every_loader
+def test_a_file_that_lacks_its_scales_is_refused(
+    load: Callable[[Path], nn.Module], saved: PeftModel, tmp_path: Path
+) -> None:
+    rewritten(tmp_path / "adapter", lambda tensors: tensors.pop(next(key for key in tensors if "block_scale" in key)))
+    with pytest.raises(AdapterFileError, match=r"lacks 1 tensor\(s\): .*smoa_block_scale"):
+        load(tmp_path)
 
 
 def test_a_config_with_an_id_wants_weights_with_it(saved: PeftModel, tmp_path: Path) -> None:

@@ -62,7 +62,9 @@ def test_the_rms_is_that_of_the_formula_and_overflows_in_no_half(dtype: torch.dt
 
 @pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
 def test_a_noise_anchor_gives_the_oracles_output_and_gradients_with_noise_for_the_weight(conv1d: bool) -> None:
-    layer = adapted_layer(base_layer(17, 10, conv1d=conv1d), r=5, alpha=3.0, num_blocks=3, modulation="noise")
+    layer = adapted_layer(
+        base_layer(17, 10, conv1d=conv1d), r=5, alpha=3.0, num_blocks=3, modulation="noise", scale="paper"
+    )
     x = torch.randn(4, 10, dtype=torch.float64, requires_grad=True)
     A, B = factors(layer)
     twins = [tensor.detach().clone().requires_grad_() for tensor in (x, A, B)]
