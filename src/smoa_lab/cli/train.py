@@ -45,6 +45,11 @@ def print_scores(metrics: dict[str, Any]) -> None:
         print_table(
             ["held-out questions", "", "number", "gold-answer loss", "accuracy", "per character", "majority"], rows
         )
+    for sample in metrics["samples"]:
+        typer.echo(f"\n{sample['question']}")
+        for name in ("before", "after", "reference"):
+            if name in sample:
+                typer.echo(f"  {name + ':':10} {sample[name] or '(nothing)'}")
     parameters, training = metrics["parameters"], metrics["training"]
     typer.echo(
         f"\n{parameters['trainable']:,} trainable parameters, {parameters['percent']} % of {parameters['total']:,}; "

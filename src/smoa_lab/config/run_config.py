@@ -61,13 +61,15 @@ class DataSection(Section):
 
 
 class TaskSection(Section):
-    """How questions are put and answers scored; ``baseline`` scores the untouched model too."""
+    """How questions are put and answers scored; ``baseline`` scores the untouched model too. ``samples`` counts the
+    held-out questions for which the model writes an answer, before and after."""
 
     template: Template = "alpaca"
     answer: AnswerStyle = "text"
     max_length: int = Field(default=256, ge=8)
     eval_batch_tokens: int = Field(default=4096, ge=8)
     baseline: bool = True
+    samples: int = Field(default=3, ge=0)
 
 
 class RunConfig(Section):

@@ -20,12 +20,13 @@ from smoa_lab.config.methods import METHODS
 from smoa_lab.config.run_config import RunConfig
 from smoa_lab.data.prompts import Encoded, PromptEncoder
 from smoa_lab.data.selection import Selection
-from smoa_lab.drawing.plots import draw_loss_curve
+from smoa_lab.drawing.plots import draw_run
 from smoa_lab.scoring.answer_loss import AnswerTrainer, collate
 from smoa_lab.scoring.held_out import evaluate_records
 from smoa_lab.training.base_models import load_base_model
 from smoa_lab.training.progress import REPLACED, ProgressReport
 from smoa_lab.training.run_folder import RunFolder, provenance
+from smoa_lab.training.samples import samples, written_answers
 
 logger = logging.getLogger(__name__)
 
@@ -68,12 +69,16 @@ def _run(config: RunConfig, folder: RunFolder, ready: Prepared, checkpoint: str 
     if arguments.process_index > 0:
         logging.getLogger("smoa_lab").setLevel(logging.WARNING)  # rank 0 logs the rest
     evaluation: dict[str, Any] = {}
+    written: dict[str, list[str]] = {"before": [], "after": []}
+    shown = ready.records.test[: config.task.samples] if arguments.world_size == 1 else []
     if config.task.baseline and ready.records.test:
         evaluation["before"] = _evaluate(config, ready, ready.base, "before training")
+        written["before"] = written_answers(ready.base, ready.encoder, shown)
     examples = [ready.encoder.example(record) for record in ready.records.train]
     model, trainer, seconds = fit(config, arguments, ready, examples, checkpoint)
     if ready.records.test:
         evaluation["after"] = _evaluate(config, ready, model, "after training")
+        written["after"] = written_answers(model, ready.encoder, shown)
     metrics = {
         "format": 1,
         "config": config.model_dump(mode="json"),
@@ -87,6 +92,7 @@ def _run(config: RunConfig, folder: RunFolder, ready: Prepared, checkpoint: str 
             "resumed": bool(checkpoint),
         },
         "evaluation": evaluation,
+        "samples": samples(ready.encoder, shown, **written),
         "history": trainer.state.log_history,
     }
     is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
@@ -167,7 +173,8 @@ def _save(
         model.save_pretrained(temporary, state_dict=state)
         ready.tokenizer.save_pretrained(temporary)
     metrics["parameters"]["adapter_bytes"] = sum(file.stat().st_size for file in folder.adapter.glob("*.safetensors"))
-    draw_loss_curve(metrics["history"], folder.picture, f"{config.method} on {', '.join(config.data.tasks)}")
+    title = f"{config.method} on {', '.join(config.data.tasks)}"
+    draw_run(metrics["history"], metrics["evaluation"], folder.picture, title)
     folder.finish(metrics)
     logger.info("Finished: %s", folder.path)
     return metrics
