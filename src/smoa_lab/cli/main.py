@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from smoa_lab.cli import budget, compare, convert, data, demo, eval, inspect, merge, run, train
+from smoa_lab.cli import budget, compare, convert, data, demo, eval, inspect, merge, run, train, tune
 
 app = typer.Typer(
     name="smoa",
@@ -14,6 +14,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("train")(train.train)
+app.command("tune")(tune.tune)
 app.command("eval")(eval.evaluate)
 app.command("merge")(merge.merge)
 app.command("convert")(convert.convert)

@@ -36,7 +36,7 @@ def _draw_losses(axes: Any, history: list[dict[str, Any]]) -> None:
 
 def _draw_accuracies(axes: Any, before: dict[str, Any], after: dict[str, Any]) -> None:
     """Bars with their standard errors; a dashed line at the commonest label."""
-    for place, (name, scores, shade) in enumerate((("after", after, "0.35"), ("before", before, "0.75"))):
+    for place, (scores, shade) in enumerate(((after, "0.35"), (before, "0.75"))):
         percent, stderr = 100 * scores["accuracy"], 100 * scores["accuracy_stderr"]
         axes.barh(place, percent, xerr=stderr, color=shade, ecolor="black", capsize=3)
         axes.text(percent + stderr + 1, place, f"{percent:.1f} %", va="center")

@@ -71,7 +71,7 @@ class TrialStore:
         """
         found = self.find(name)
         if found is not None:
-            _check_same(self._place(name), found["config"], config)
+            _check_same(self._place(name), _with_scale(found), config)
             return found
         work = self.folder / "work" / name
         logger.info("%s", name)
@@ -102,6 +102,17 @@ def finite(value: Any) -> Any:
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:
     """A config without where it was run."""
     return {**config, "training": {key: value for key, value in config["training"].items() if key != "output_dir"}}
+
+
+def _with_scale(found: dict[str, Any]) -> dict[str, Any]:
+    """The config of a trial. smoa 0.1 knew only the paper's scale, and its trials do not name it."""
+    config: dict[str, Any] = found["config"]
+    adapter = config.get("adapter", {})
+    version = found.get("provenance", {}).get("versions", {}).get("smoa") or ""
+    by_weight = config.get("method") == "smoa" and adapter.get("modulation") != "none"
+    if version.startswith("0.1.") and by_weight and not {"scale", "normalize_anchor"} & adapter.keys():
+        return {**config, "adapter": {**adapter, "scale": "paper"}}
+    return config
 
 
 def _check_same(place: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:

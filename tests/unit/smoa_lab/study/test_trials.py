@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from smoa.errors import ConfigError
 from smoa_lab.study.trials import TrialStore
 
 
@@ -15,3 +16,17 @@ def test_a_trial_that_diverged_is_stored_as_json_that_others_can_read(tmp_path: 
     first = store.get("final/lora/x", {}, lambda work: result)
     assert json.loads(store.file("final/lora/x").read_text(), parse_constant=pytest.fail) == first
     assert (first["scores"]["all"]["gold_loss"], first["questions"]["nll"]) == (None, [None])
+
+
+@pytest.mark.parametrize(("version", "accepted"), [("0.1.0", True), ("0.2.0", False)])
+def test_a_trial_of_0_1_ran_with_the_papers_scale(version: str, accepted: bool, tmp_path: Path) -> None:
+    store, name = TrialStore(tmp_path), "final/ours/x"
+    config = {"method": "smoa", "adapter": {"r": 8}, "training": {}}
+    store.file(name).parent.mkdir(parents=True)
+    store.file(name).write_text(json.dumps({"config": config, "provenance": {"versions": {"smoa": version}}}))
+    wanted = {**config, "adapter": {"r": 8, "scale": "paper"}}
+    if accepted:
+        assert store.get(name, wanted, pytest.fail)["config"] == config
+    else:
+        with pytest.raises(ConfigError, match="other values of adapter"):
+            store.get(name, wanted, pytest.fail)

@@ -1,0 +1,34 @@
+"""``smoa tune``: finds the learning rate for a run's config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from smoa_lab.cli.console import print_json, print_table, reporting
+from smoa_lab.cli.options import AsJson, Overrides
+
+
+def tune(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run, as for `smoa train`.")],
+    overrides: Overrides = None,
+    max_runs: Annotated[int, typer.Option("--max-runs", min=3, help="Half decades to try at most.")] = 6,
+    json: AsJson = False,
+) -> None:
+    """Find the learning rate with the lowest loss on validation questions, and print the line for the config."""
+    with reporting("accelerate"):
+        from smoa_lab.config.run_config import load_config
+        from smoa_lab.study.tune_run import tune_run
+
+        found = tune_run(load_config(config, overrides), max_runs)
+        if json:
+            losses = {f"{rate:g}": loss for rate, loss in found.losses.items()}
+            print_json({"learning_rate": found.learning_rate, "interior": found.interior, "losses": losses})
+            return
+        rows = [[f"{rate:g}", "diverged" if loss is None else f"{loss:.4f}"] for rate, loss in found.losses.items()]
+        print_table(["learning rate", "validation loss"], rows)
+        if not found.interior:
+            typer.echo("\nThe best lies at the edge of what was tried: start there and search again.")
+        typer.echo(f"\nPut this under training:\n\n  learning_rate: {found.learning_rate:g}")

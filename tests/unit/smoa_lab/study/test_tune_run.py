@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from smoa.errors import ConfigError
+from smoa_lab.cli.main import app
+from smoa_lab.config.run_config import RunConfig, check_config
+from smoa_lab.study.comparison import Comparison
+from smoa_lab.study.trials import Trial
+from smoa_lab.study.tune_run import tune_run
+from tests.support import lab
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+
+
+@pytest.fixture
+def values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
+    lab.fill_cache(tmp_path / "cache", lab.questions(40, "train"), lab.questions(6, "test"))
+    training = {"max_steps": 1, "per_device_train_batch_size": 2, "save_strategy": "no", "use_cpu": True}
+    return {
+        "model": {"name": str(lab.tiny_base(tmp_path / "base"))},
+        "adapter": {"r": 4, "num_blocks": 2, "target_modules": ["q_proj"]},
+        "data": {"tasks": ["arc_easy"], "train_examples": 4, "validation_examples": 2},
+        "training": {**training, "learning_rate": 0.01, "output_dir": str(tmp_path / "run")},
+    }
+
+
+@pytest.fixture
+def config(values: dict[str, Any]) -> RunConfig:
+    return check_config(values)
+
+
+def test_the_search_finds_the_lowest_loss_and_keeps_its_runs(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[float] = []
+
+    def trial(self: Comparison, one: Trial) -> dict[str, Any]:
+        tried.append(one.learning_rate)
+        loss = abs(one.learning_rate - 0.02)
+        scores = {"all": {"gold_loss": loss, "accuracy": 0.0}}
+        return {"questions": {"nll": [loss]}, "scores": scores, "seconds": 1.0}
+
+    monkeypatch.setattr(Comparison, "_trial", trial)
+    found = tune_run(config)
+    assert tried == [0.01, 0.003, 0.03, 0.006, 0.02]
+    assert found.learning_rate == 0.02
+    assert found.interior
+
+
+def test_a_run_without_validation_questions_is_refused(values: dict[str, Any]) -> None:
+    values["data"]["validation_examples"] = 0
+    with pytest.raises(ConfigError, match="validation"):
+        tune_run(check_config(values))
+
+
+def test_the_command_prints_the_line_for_the_config(values: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text(yaml.safe_dump(values))
+    result = CliRunner().invoke(app, ["tune", str(file), "--max-runs", "3"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert "validation loss" in result.output
+    assert "learning_rate: 0.0" in result.output.splitlines()[-1]
+    assert len(list((tmp_path / "run-tuning").rglob("lr-*.json"))) >= 4
+    again = CliRunner().invoke(app, ["tune", str(file), "--max-runs", "3", "--json"], catch_exceptions=False)
+    assert '"interior"' in again.output
