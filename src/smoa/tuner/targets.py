@@ -92,7 +92,7 @@ def report_narrow(shapes: Mapping[str, Shape], config: SmoaConfig, silent: bool 
     if narrow and min(shapes[widest]) < config.num_blocks:
         raise PartitionError(
             f"num_blocks={config.num_blocks} is larger than every target: the widest, {widest}, has a weight of shape "
-            f"{shapes[widest]}; lower num_blocks to {min(shapes[widest])} or less"
+            f"{shapes[widest]}; lower num_blocks to at most {min(shapes[widest])}"
         )
     if narrow and not silent:
         named = ", ".join(f"{name} takes {min(shapes[name])}" for name in narrow[:3])
