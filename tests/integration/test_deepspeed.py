@@ -78,6 +78,18 @@ def test_a_conv1d_under_zero3_follows_the_curve_of_one_process(ranks: list[dict[
     assert first["labels"] == second["labels"] == labels(model)
 
 
+def test_narrow_layers_under_zero3_have_the_blocks_of_one_process_and_load_back(
+    ranks: list[dict[str, Any]], folder: Path
+) -> None:
+    first, second = of_strategy(ranks, "zero3_narrow")
+    with pytest.warns(UserWarning, match="num_blocks=20 is larger than a side of 2 of 6 targets"):
+        model, losses = train_alone(adapted(r=30, num_blocks=20))
+    assert first["losses"] == second["losses"] == pytest.approx(losses, rel=CURVE_TOLERANCE)
+    assert first["labels"] == second["labels"] == labels(model)
+    reloaded = PeftModel.from_pretrained(tiny_models.build("llama"), folder / "zero3_narrow" / "adapter")
+    assert_same_logits(reloaded, model)
+
+
 def test_bfloat16_under_zero3_follows_the_same_curve(
     ranks: list[dict[str, Any]], one_process: tuple[PeftModel, list[float]]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 
 from smoa_lab.config.run_config import check_config
 from smoa_lab.training import train_run
-from tests.integration.workers.strategies import adapted, labels, layers, micro_batches
+from tests.integration.workers.strategies import adapted, labels, layers, micro_batches, train_alone, with_biases
 from tests.support import lab, tiny_models
 from tests.support.processes import ROOT, environment, free_port, run_two
 
@@ -126,6 +127,25 @@ def test_the_adapter_saved_from_rank_zero_is_that_of_one_process(
 def test_checkpoints_of_fsdp2_restore_factors_and_labels(ranks: list[dict[str, Any]], strategy: str) -> None:
     for result in of_strategy(ranks, strategy):
         assert result["restored"] == [True, True, True]
+
+
+@pytest.mark.parametrize("bias", ["smoa_only", "all"])
+def test_biases_trained_under_fsdp2_load_back_on_one_process(
+    ranks: list[dict[str, Any]], folder: Path, tmp_path: Path, bias: str
+) -> None:
+    first, second = of_strategy(ranks, "fsdp2_biases")
+    model, losses = train_alone(with_biases(bias))
+    assert first["losses"][bias] == second["losses"][bias] == pytest.approx(losses, rel=CURVE_TOLERANCE)
+    model.save_pretrained(tmp_path)
+    expected = load_file(tmp_path / "adapter_model.safetensors")
+    assert_same_adapter(load_file(folder / "fsdp2_biases" / bias / "adapter_model.safetensors"), expected)
+    base = tiny_models.build("gpt2")
+    reloaded = PeftModel.from_pretrained(copy.deepcopy(base), folder / "fsdp2_biases" / bias)
+    assert_same_logits(reloaded, model)
+    before, trained = dict(base.named_parameters()), reloaded.base_model.model.named_parameters()
+    changed = {n for n, p in trained if n.endswith("bias") and not torch.equal(p, before[n.replace(".base_layer", "")])}
+    assert any(".base_layer." in name for name in changed)
+    assert any(".base_layer." not in name for name in changed) == (bias == "all")
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "adapter_only"])

@@ -113,6 +113,7 @@ THEMES = {
     "smoa/test_extreme_numbers.py",
     "smoa/test_families.py",
     "smoa/test_merging_in_place.py",
+    "smoa/test_narrow_layers.py",
     "smoa/test_precision.py",
     "smoa/test_public_api.py",
     "smoa/test_quantized_models.py",

@@ -23,6 +23,9 @@ from smoa.maths.modulations import ModulationKind
 from smoa.maths.scale import DEFAULT_SCALE, SCALE_OF_0_1, ScaleKind
 from smoa.maths.spectrum import PartitionKind
 
+Shape = tuple[int, int]
+"""(out_features, in_features) of a weight."""
+
 
 @dataclass
 class SmoaConfig(PeftConfig):
@@ -33,8 +36,10 @@ class SmoaConfig(PeftConfig):
 
     Args:
         r: Total rank, Σ r_k over the blocks.
-        num_blocks: K, at most 255 and at most the smaller side of every adapted weight.
-        num_blocks_pattern: K by module name or regular expression.
+        num_blocks: K, at most 255. A layer whose weight has a side shorter than K takes as many blocks as that side is
+            long, and the ranks of the first of the K blocks. alpha / r stays the same. One warning names these layers.
+            It is an error if every target is narrower than K, or with `block_ranks`.
+        num_blocks_pattern: K by module name or regular expression, at most the smaller side of the weights it names.
         blocks_from_spectrum: Choose the K of each layer that `num_blocks_pattern` does not name, in proportion to the
             effective rank of its weight; a layer of average share gets `num_blocks`. r and alpha follow K, so that the
             rank of a block, the scale of ΔW and the layer's parameters stay the same. The adapter's own config stores
@@ -188,9 +193,18 @@ class SmoaConfig(PeftConfig):
             super(SmoaConfig, saved).save_pretrained(room, **kwargs)
             write_whole(Path(save_directory, CONFIG_NAME), Path(room, CONFIG_NAME).read_bytes())
 
-    def num_blocks_of(self, module: str) -> int:
-        """K of a module."""
-        return self.chosen_blocks_of(module) or self.num_blocks
+    def num_blocks_of(self, module: str, shape: Shape | None = None) -> int:
+        """K of a module.
+
+        Args:
+            module: Name of the module.
+            shape: (out_features, in_features). K is limited by its smaller side, unless `num_blocks_pattern` names the
+                module or `block_ranks` is set.
+        """
+        chosen = self.chosen_blocks_of(module)
+        if chosen is not None:
+            return chosen
+        return self.num_blocks if shape is None or self.block_ranks is not None else min(self.num_blocks, *shape)
 
     def chosen_blocks_of(self, module: str) -> int | None:
         """K of a module if `num_blocks_pattern` names it, else None."""
@@ -201,29 +215,41 @@ class SmoaConfig(PeftConfig):
         found: int | None = _by_pattern(self.num_blocks_pattern, module, None)
         return found
 
-    def rank_of(self, module: str) -> int:
-        """Total rank of a module."""
-        r: int = _by_pattern(self.rank_pattern, module, self.r)
-        return r // self.num_blocks * self.num_blocks_of(module) if self.blocks_from_spectrum else r
+    def rank_of(self, module: str, shape: Shape | None = None) -> int:
+        """Total rank of a module: that of as many blocks as it has, each of the rank that it would have among all."""
+        r, (own, whole) = self._whole_rank_of(module), self._share_of(module, shape)
+        return r // whole * own + min(r % whole, own)
 
-    def ranks_of(self, module: str = "", r: int | None = None) -> tuple[int, ...]:
+    def ranks_of(self, module: str = "", r: int | None = None, shape: Shape | None = None) -> tuple[int, ...]:
         """Rank of each block of a module. The default name matches no pattern; r replaces the configured total."""
         if self.block_ranks is not None:
             return tuple(self.block_ranks)
-        return split_rank(self.rank_of(module) if r is None else r, self.num_blocks_of(module))
+        return split_rank(self.rank_of(module, shape) if r is None else r, self.num_blocks_of(module, shape))
 
-    def alpha_of(self, module: str, r: int) -> float:
+    def alpha_of(self, module: str, r: int, shape: Shape | None = None) -> float:
         """The alpha by which ΔW of a module is scaled as alpha / r. For use_rslora it is alpha·√(r·K)."""
         if module in self.normalized_alpha:
             return self.normalized_alpha[module]
         alpha: float | None = _by_pattern(self.alpha_pattern, module, self.alpha)
         if self.use_rslora:
-            K = self.num_blocks_of(module)
+            K = self.num_blocks_of(module, shape)
             return (r / K if alpha is None else alpha) * math.sqrt(r * K)
         if alpha is None:
             return float(r)
-        num_blocks = self.num_blocks_of(module) if self.blocks_from_spectrum else self.num_blocks
-        return alpha * num_blocks / self.num_blocks
+        rank, whole_rank = self.rank_of(module, shape), self._whole_rank_of(module)
+        own, whole = self._share_of(module, shape)
+        exact = rank * whole == whole_rank * own  # smoa 0.1 multiplied by blocks, which may round otherwise
+        return alpha * own / whole if exact else alpha * rank / whole_rank
+
+    def _whole_rank_of(self, module: str) -> int:
+        """Total rank of a module that has as many blocks as its r is divided among."""
+        r: int = _by_pattern(self.rank_pattern, module, self.r)
+        return r
+
+    def _share_of(self, module: str, shape: Shape | None) -> tuple[int, int]:
+        """A module's number of blocks, and the number that its r and alpha are divided among."""
+        own = self.num_blocks_of(module, shape)
+        return own, self.num_blocks if self.blocks_from_spectrum else self.num_blocks_of(module)
 
     def scale_of(self, module: str) -> ScaleKind:
         """`scale` of a module. It is "paper" if its alpha is normalized already, as in adapters of 0.1."""

@@ -101,8 +101,9 @@ class SavedAdapter:
         """
         tensors = self.layers[module]
         A, B, rows, cols = (tensors[part] for part in PARTS)
-        ranks = self.config.ranks_of(module, len(A))
-        scaling = self.config.alpha_of(module, len(A)) / len(A)
+        shape = (len(rows), len(cols))
+        ranks = self.config.ranks_of(module, len(A), shape)
+        scaling = self.config.alpha_of(module, len(A), shape) / len(A)
         block_scale = tensors.get(SCALE, torch.ones(len(ranks))).float()
         factors = Factors(A, B, ranks, scaling, rank_scale(block_scale, ranks), Blocks(rows, cols, len(ranks)))
         return Update(factors, MODULATIONS[self.config.modulation])

@@ -17,7 +17,7 @@ from smoa.config.adapter_config import SmoaConfig
 from smoa.errors import AdapterFileError, PartitionError
 from smoa.files.loading import incoming
 from smoa.files.names import FACTORS, PREFIX, adapter_layers, required_parts
-from smoa.layers.distributed import LABELS, PARTITION, SCALE, is_distributed, plain_name, whole
+from smoa.layers.distributed import LABELS, PARTITION, SCALE, is_distributed, plain_name, whole, with_plain_names
 from smoa.layers.layer import SmoaLayer
 from smoa.maths.blocks import check_labels
 from smoa.maths.factors import factor_shapes
@@ -30,8 +30,9 @@ def check_adapter_state(model: nn.Module, config: SmoaConfig, adapter_name: str,
 
     Raises:
         AdapterFileError: a tensor is missing, unknown, not finite or has a wrong shape or dtype, labels are not a
-            partition of their layer, or a tensor would replace one that is not the adapter's.
+            partition of their layer, a tensor would replace one that is not the adapter's, or FSDP wraps the model.
     """
+    _refuse_wrapped(model)
     try:
         _check_state(model, config, adapter_name, state_dict)
     except AdapterFileError as error:
@@ -72,13 +73,26 @@ def check_gathered(state_dict: dict[str, Tensor]) -> None:
         )
 
 
+def _refuse_wrapped(model: nn.Module) -> None:
+    """Refuse a model whose parameters lack the prefix that its state dict has: PEFT then loads nothing, silently."""
+    names = [name for name, _ in model.named_parameters()]
+    if any(plain_name(name).startswith(PREFIX) for name in names) and not any(n.startswith(PREFIX) for n in names):
+        raise AdapterFileError(
+            f"{names[0]}: the model is wrapped, as by FSDP, and PEFT would load nothing into it; "
+            "load the adapter before the model is wrapped, or into the wrapper's .module"
+        )
+
+
 def _check_state(model: nn.Module, config: SmoaConfig, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
     expected = dict(_expected_tensors(model, adapter_name))
     found = {key for key in state_dict if ".smoa_" in key}
     missing, extra = sorted(expected.keys() - found), sorted(found - expected.keys())
     lost, foreign = _compare_others(model, config, state_dict.keys() - found)
     if missing or extra or lost or foreign:
-        raise AdapterFileError(_difference("lacks", missing + lost) + _difference("has unknown", extra + foreign))
+        found_biases = foreign and all(key.endswith(".bias") for key in foreign)
+        remedy = f"bias={config.bias!r} doesn't train them; load them with the bias they were trained with"
+        differences = [_difference("lacks", missing + lost), _difference("has unknown", extra + foreign)]
+        raise AdapterFileError("; ".join(filter(None, [*differences, remedy if found_biases else ""])))
     for key, tensor in state_dict.items():
         tensor = whole(tensor)  # FSDP2's checkpoints come in shards
         if key in expected:
@@ -95,7 +109,7 @@ def _compare_others(model: nn.Module, config: SmoaConfig, keys: Set[str]) -> tup
     """
     state = model.state_dict()
     own = {key.removeprefix(PREFIX) for key in state}
-    trained = trained_biases(model, state, config)
+    trained = trained_biases(with_plain_names(model), state, config)
     biases = {key.removeprefix(PREFIX) for key in trained if ".modules_to_save." not in key}
     embeddings = embeddings_of(model)
     others = tuple(
@@ -122,7 +136,7 @@ def _difference(verb: str, keys: list[str]) -> str:
     if not keys:
         return ""
     more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-    return f"the adapter file {verb} {len(keys)} tensor(s): {', '.join(keys[:3])}{more}; "
+    return f"the adapter file {verb} {len(keys)} tensor(s): {', '.join(keys[:3])}{more}"
 
 
 def _check_tensor(key: str, tensor: Tensor, layer: SmoaLayer, name: str, adapter_name: str) -> None:

@@ -29,7 +29,7 @@ SCALE = "smoa_block_scale"
 PARTITION = (*LABELS, SCALE)
 GATHERED = "_ds_z3_gathered_param_context_depth"
 """Attribute in which DeepSpeed 0.19 counts the open GatheredParameters contexts of a parameter."""
-WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Parts of module names inside FSDP1 and activation checkpointing, which the keys of state dicts do not have."""
 
 
@@ -143,9 +143,7 @@ def partition_from_state_dict(layer: nn.Module, state_dict: dict[str, Any], pref
 
 def plain_name(name: str) -> str:
     """The module's name as in the keys of state dicts."""
-    for wrapper in WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def with_plain_names(model: nn.Module) -> Any:

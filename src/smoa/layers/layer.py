@@ -86,12 +86,13 @@ class SmoaLayer(PartitionState):
             defer_partition: Don't decide the labels yet, because they are about to be loaded.
 
         Raises:
-            PartitionError: K is larger than a side of the layer, or the weight has NaN or infinite entries.
+            PartitionError: K does not fit the layer, or the weight has NaN or infinite entries.
         """
-        ranks = config.ranks_of(module)
-        check_num_blocks(len(ranks), self.out_features, self.in_features)
+        shape = (self.out_features, self.in_features)
+        ranks = config.ranks_of(module, shape=shape)
+        check_num_blocks(len(ranks), *shape)
         r = sum(ranks)
-        alpha = config.alpha_of(module, r)
+        alpha = config.alpha_of(module, r, shape)
         self.r[adapter_name], self.alpha[adapter_name], self.scaling[adapter_name] = r, alpha, alpha / r
         self.ranks[adapter_name], self.modulation[adapter_name] = ranks, config.modulation
         self.smoa_dropout[adapter_name] = nn.Dropout(config.smoa_dropout) if config.smoa_dropout else nn.Identity()

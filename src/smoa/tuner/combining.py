@@ -18,7 +18,7 @@ from smoa.config.adapter_config import SmoaConfig
 from smoa.errors import MergeError
 from smoa.layers.layer import SmoaLayer
 from smoa.maths.blocks import slices
-from smoa.maths.factors import Factors
+from smoa.maths.factors import Factors, split_rank
 
 Combination = Literal["cat", "linear"]
 
@@ -58,10 +58,11 @@ def combined_config(configs: list[SmoaConfig], combination: Combination) -> Smoa
     if combination == "linear" and len(set(ranks)) > 1:
         raise MergeError(f"combination_type='linear' needs equal block ranks, found {ranks}; use 'cat'")
     total = [sum(column) for column in zip(*ranks, strict=True)] if combination == "cat" else list(ranks[0])
+    r = sum(total)
     return replace(
         first,
-        r=sum(total),
-        block_ranks=total,
+        r=r,
+        block_ranks=None if total == [*split_rank(r, first.num_blocks)] else total,
         alpha=None,
         alpha_pattern={},
         use_rslora=False,
@@ -71,8 +72,8 @@ def combined_config(configs: list[SmoaConfig], combination: Combination) -> Smoa
     )
 
 
-def check_same_labels(name: str, layer: SmoaLayer, adapters: list[str]) -> None:
-    """Raise MergeError unless the layer has all these adapters, with the same partition."""
+def check_layer(name: str, layer: SmoaLayer, adapters: list[str], config: SmoaConfig) -> None:
+    """Raise MergeError unless the layer has all these adapters, with the same partition, and `config` fits it."""
     absent = [adapter for adapter in adapters if adapter not in layer.smoa_A]
     if absent:
         raise MergeError(f"{name}: {', '.join(absent)} doesn't adapt this layer; combine adapters of the same layers")
@@ -81,6 +82,11 @@ def check_same_labels(name: str, layer: SmoaLayer, adapters: list[str]) -> None:
         raise MergeError(
             f"{name}: adapters {', '.join(adapters)} have different partitions, so their sum is not a SMoA adapter; "
             "merge them one after another, or convert them to LoRA and combine those"
+        )
+    if config.block_ranks is not None and config.num_blocks > min(layer.out_features, layer.in_features):
+        raise MergeError(
+            f"{name}: has room for fewer blocks than num_blocks={config.num_blocks}, so the sum can't have block ranks "
+            f"{config.block_ranks}; combine adapters whose r is a multiple of num_blocks"
         )
 
 

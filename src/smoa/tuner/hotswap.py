@@ -122,8 +122,9 @@ def _padded(
 ) -> list[Tensor]:
     """Pad the ranks of each block with zeros to those of the slot, and multiply B by the ratio of the scales."""
     A, B, rows, cols = parts
-    slot, ranks = layer.ranks[adapter_name], config.ranks_of(name, len(A))
-    shapes = factor_shapes(layer.out_features, layer.in_features, ranks)
+    shape = (layer.out_features, layer.in_features)
+    slot, ranks = layer.ranks[adapter_name], config.ranks_of(name, len(A), shape)
+    shapes = factor_shapes(*shape, ranks)
     if (tuple(A.shape), tuple(B.shape)) != shapes:
         raise AdapterFileError(
             f"{path}: {name} has factors {tuple(A.shape)}, {tuple(B.shape)} that don't fit the layer"
@@ -133,8 +134,8 @@ def _padded(
             f"{path}: {name} has block ranks {list(ranks)}, more than the {list(slot)} of the loaded "
             "adapter; load the adapter of the largest rank first"
         )
-    ratio = config.alpha_of(name, len(A)) / len(A) * layer.r[adapter_name] / layer.alpha[adapter_name]
-    shape_A, shape_B = factor_shapes(layer.out_features, layer.in_features, slot)
+    ratio = config.alpha_of(name, len(A), shape) / len(A) * layer.r[adapter_name] / layer.alpha[adapter_name]
+    shape_A, shape_B = factor_shapes(*shape, slot)
     wide_A, wide_B = A.new_zeros(shape_A), B.new_zeros(shape_B)
     for source, target in zip(slices(ranks), slices(slot), strict=True):
         width = source.stop - source.start

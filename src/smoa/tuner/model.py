@@ -18,21 +18,21 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from smoa.compat import StateDictHooks
-from smoa.config.adapter_config import SmoaConfig
+from smoa.config.adapter_config import Shape, SmoaConfig
 from smoa.errors import MergeError, PartitionError, SmoaError
 from smoa.files.checkpoint import add_unsaved_scales, check_adapter_state, check_gathered
 from smoa.files.loading import incoming
 from smoa.files.names import PREFIX, adapter_layers
 from smoa.files.save_id import new_id, with_id, without_id
 from smoa.layers.distributed import from_rank_zero, refuse_writing, with_plain_names
-from smoa.layers.layer import SmoaLayer
+from smoa.layers.layer import SmoaLayer, linear_shape
 from smoa.layers.linear import Linear
 from smoa.layers.quantized import QuantizedLinear, requantization_reported
 from smoa.layers.undo import refuse_shared
 from smoa.tuner.block_choice import choose_blocks
-from smoa.tuner.combining import Combination, check_combination, check_same_labels, combined_config, fill_combined
+from smoa.tuner.combining import Combination, check_combination, check_layer, combined_config, fill_combined
 from smoa.tuner.mixed_batch import adapter_names_hooks
-from smoa.tuner.targets import base_of, check_target, weight_of
+from smoa.tuner.targets import base_of, check_target, report_narrow, weight_of
 
 
 class SmoaModel(BaseTuner, StateDictHooks):
@@ -40,7 +40,7 @@ class SmoaModel(BaseTuner, StateDictHooks):
 
     Raises:
         UnsupportedModuleError: a target is neither a Linear nor a Conv1D.
-        PartitionError: `num_blocks` is larger than a side of a target's weight.
+        PartitionError: `num_blocks` is larger than every target, or larger than one that can't take fewer blocks.
     """
 
     prefix: str = "smoa_"
@@ -95,20 +95,21 @@ class SmoaModel(BaseTuner, StateDictHooks):
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Report all unsuitable targets at once, before any module is replaced."""
         config: Any = _maybe_include_all_linear_layers(peft_config, model)
-        found = incoming()
+        file = None if (found := incoming()) is None else found.file
         inside = tuple(name + "." for name, module in model.named_modules() if isinstance(module, SmoaLayer))
         problems: list[SmoaError] = []
         weights: dict[str, Callable[[], Tensor]] = {}
+        shapes: dict[str, Shape] = {}
         for name, module in model.named_modules():
             if name and not name.startswith(inside) and self._check_target_module_exists(config, name):
                 try:
-                    if found is not None:
-                        found.file.check_rank(name, config.rank_of(name))
-                    weights[name] = partial(weight_of, module, check_target(name, module, config, model))
+                    weights[name] = partial(weight_of, module, check_target(name, module, config, model, file))
+                    shapes[name] = linear_shape(base_of(module))
                 except SmoaError as error:
                     problems.append(error)
         if problems:
             raise type(problems[0])("; ".join(map(str, problems)))
+        report_narrow(shapes, config, silent=self._loads_labels or config.blocks_from_spectrum)
         self._choose_blocks(config, weights)
         decomposes = config.partition == "spectral" and not self._loads_labels
         hidden = None if decomposes else True  # None: shown on a terminal only
@@ -235,7 +236,7 @@ class SmoaModel(BaseTuner, StateDictHooks):
         config = combined_config([self.peft_config[name] for name in adapters], combination_type)  # type: ignore[misc]
         layers = {n: m for n, m in self.model.named_modules() if isinstance(m, SmoaLayer) and {*adapters} & {*m.smoa_A}}
         for name, layer in layers.items():
-            check_same_labels(name, layer, adapters)
+            check_layer(name, layer, adapters, config)
         self.peft_config[adapter_name] = config
         self._take_config(adapter_name)
         self._loads_labels = True  # they come from the parts

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from smoa.config.adapter_config import SmoaConfig
+from smoa.config.adapter_config import Shape, SmoaConfig
 from smoa.errors import PartitionError, UnsupportedModuleError
+from smoa.files.adapter_folder import AdapterFile
 from smoa.layers.distributed import refuse_partitioned, whole
 from smoa.layers.layer import SmoaLayer, linear_shape
 from smoa.layers.quantized import dequantized, find_backend
@@ -36,12 +39,22 @@ def weight_of(module: nn.Module, backend: QuantizationBackend | None) -> Tensor:
     return whole(refuse_partitioned(base.weight)) if backend is None else dequantized(backend, base)
 
 
-def check_target(name: str, module: nn.Module, config: SmoaConfig, model: nn.Module) -> QuantizationBackend | None:
+def check_target(
+    name: str, module: nn.Module, config: SmoaConfig, model: nn.Module, file: AdapterFile | None = None
+) -> QuantizationBackend | None:
     """Return the backend of a quantized module, None for a plain one.
+
+    Args:
+        name: Name of the module in the model.
+        module: The target.
+        config: The adapter's settings.
+        model: The base model.
+        file: The weights of the adapter, if it is being loaded.
 
     Raises:
         UnsupportedModuleError: SMoA can't adapt this kind of module.
-        PartitionError: K is larger than a side of its weight.
+        AdapterFileError: the config gives it a larger rank than any factor in the file has.
+        PartitionError: K is larger than a side of its weight, and `num_blocks_pattern` or `block_ranks` sets it.
     """
     base = base_of(module)
     try:
@@ -53,8 +66,39 @@ def check_target(name: str, module: nn.Module, config: SmoaConfig, model: nn.Mod
             f"{name}: SMoA can't adapt a {type(base).__module__}.{type(base).__qualname__}; supported are {SUPPORTED}; "
             "remove it from target_modules or add it to exclude_modules"
         )
+    shape = linear_shape(base)
+    if file is not None:
+        file.check_rank(name, config.rank_of(name, shape))
     try:
-        check_num_blocks(config.num_blocks_of(name), *linear_shape(base))
+        check_num_blocks(config.num_blocks_of(name, shape), *shape)
     except PartitionError as error:
         raise PartitionError(f"{name}: {error}") from None
     return backend
+
+
+def report_narrow(shapes: Mapping[str, Shape], config: SmoaConfig, silent: bool = False) -> None:
+    """Name the targets that take fewer blocks than `num_blocks`, in one warning.
+
+    Args:
+        shapes: Shape of the weight of each target, by name.
+        config: The adapter's settings.
+        silent: Don't warn.
+
+    Raises:
+        PartitionError: `num_blocks` is larger than every target.
+    """
+    narrow = [name for name, shape in shapes.items() if config.num_blocks_of(name, shape) < config.num_blocks_of(name)]
+    widest = max(shapes, key=lambda name: min(shapes[name]), default="")
+    if narrow and min(shapes[widest]) < config.num_blocks:
+        raise PartitionError(
+            f"num_blocks={config.num_blocks} is larger than every target: the widest, {widest}, has a weight of shape "
+            f"{shapes[widest]}; lower num_blocks to at most {min(shapes[widest])}"
+        )
+    if narrow and not silent:
+        named = ", ".join(f"{name} takes {min(shapes[name])}" for name in narrow[:3])
+        more = f", and {len(narrow) - 3} more take fewer too" if len(narrow) > 3 else ""
+        warnings.warn(
+            f"num_blocks={config.num_blocks} is larger than a side of {len(narrow)} of {len(shapes)} targets: {named}"
+            f"{more}; the rank of a block and alpha / r stay the same",
+            stacklevel=2,
+        )

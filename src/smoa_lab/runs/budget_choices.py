@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from smoa.config.adapter_config import SmoaConfig
 from smoa.errors import ConfigError, DataError
 from smoa.maths.budget import adapter_bytes, rank_bound, trainable_parameters
 from smoa_lab.training.base_models import prepare_packaged_model
@@ -48,12 +50,12 @@ def budget_choices(model: str, amount: str, targets: tuple[str, ...], trust_remo
     limit = _limit(amount, total)
     lora_cost = sum(count * sum(shape) for shape, count in shapes.items())
     choices = []
-    for num_blocks in (k for k in BLOCKS if k <= min(min(shape) for shape in shapes)):
+    for num_blocks in (k for k in BLOCKS if k <= max(min(shape) for shape in shapes)):
         r = _largest_r(shapes, num_blocks, limit)
         if r >= num_blocks:
             spent = parameters(shapes, r, num_blocks)
-            size = sum(count * adapter_bytes(*shape, r, num_blocks) for shape, count in shapes.items())
-            bound = min(rank_bound(*shape, r, num_blocks) for shape in shapes)
+            size = sum(count * adapter_bytes(*shape, *own) for shape, own, count in _fitted(shapes, r, num_blocks))
+            bound = min(rank_bound(*shape, *own) for shape, own, _ in _fitted(shapes, r, num_blocks))
             choices.append(Choice(num_blocks, r, spent, round(100 * spent / total, 4), size, bound, spent // lora_cost))
     if not choices:
         raise ConfigError(
@@ -86,7 +88,14 @@ def model_shapes(model: str, targets: tuple[str, ...], trust_remote_code: bool =
 
 def parameters(shapes: Shapes, r: int, num_blocks: int) -> int:
     """Trainable parameters over all layers."""
-    return sum(count * trainable_parameters(*shape, r, num_blocks) for shape, count in shapes.items())
+    return sum(count * trainable_parameters(*shape, *own) for shape, own, count in _fitted(shapes, r, num_blocks))
+
+
+def _fitted(shapes: Shapes, r: int, num_blocks: int) -> Iterator[tuple[tuple[int, int], tuple[int, int], int]]:
+    """Each shape, its own r and number of blocks, which are smaller in a narrow layer, and how many layers have it."""
+    config = SmoaConfig(r=r, num_blocks=num_blocks)
+    for shape, count in shapes.items():
+        yield shape, (config.rank_of("", shape), config.num_blocks_of("", shape)), count
 
 
 def _limit(amount: str, total: int) -> float:

@@ -45,7 +45,13 @@ def adapted(base: nn.Module | None = None, targets: list[str] = TARGETS, **optio
     """The model that all strategies start from."""
     base = tiny_models.build("llama") if base is None else base
     torch.manual_seed(0)
-    return get_peft_model(base, SmoaConfig(r=4, num_blocks=2, alpha=64, target_modules=targets, **options))
+    settings = {"r": 4, "num_blocks": 2, "alpha": 64, "target_modules": targets} | options
+    return get_peft_model(base, SmoaConfig(**settings))
+
+
+def with_biases(bias: str) -> PeftModel:
+    """A model of another family, whose layers have biases, some of which are trained."""
+    return adapted(tiny_models.build("gpt2"), targets=["c_attn", "c_proj"], bias=bias)
 
 
 def optimizer(model: nn.Module) -> torch.optim.Optimizer:
@@ -111,13 +117,9 @@ def fresh_accelerator(**options: Any) -> Accelerator:
 
 
 def plugin(version: int, **options: Any) -> FullyShardedDataParallelPlugin:
-    options = {"cpu_ram_efficient_loading": False, "state_dict_type": "FULL_STATE_DICT"} | options
-    return FullyShardedDataParallelPlugin(
-        fsdp_version=version,
-        auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
-        **options,
-    )
+    units = {"transformer_cls_names_to_wrap": ["LlamaDecoderLayer"]}
+    options = {"cpu_ram_efficient_loading": False, "state_dict_type": "FULL_STATE_DICT"} | units | options
+    return FullyShardedDataParallelPlugin(fsdp_version=version, auto_wrap_policy="transformer_based_wrap", **options)
 
 
 def save_adapter(accelerator: Accelerator, model: nn.Module, folder: Path) -> None:
@@ -256,6 +258,16 @@ def fsdp2_bfloat16(folder: Path) -> Result:
     return {"losses": train(accelerator, adapted())[2]}
 
 
+def fsdp2_biases(folder: Path) -> Result:
+    """Losses by the biases that are trained."""
+    losses = {}
+    for bias in ("smoa_only", "all"):
+        accelerator = fresh_accelerator(fsdp_plugin=plugin(2, transformer_cls_names_to_wrap=["GPT2Block"]))
+        model, _, losses[bias] = train(accelerator, with_biases(bias))
+        save_adapter(accelerator, model, folder / bias)
+    return {"losses": losses}
+
+
 def fsdp1(folder: Path, **options: Any) -> Result:
     """Its state dict is not asked for: on a CPU it fails inside PyTorch, with flat parameters for LoRA too."""
     accelerator = fresh_accelerator(fsdp_plugin=plugin(1, sync_module_states=False, **options))
@@ -285,6 +297,7 @@ SCENARIOS: list[Callable[[Path], Result]] = [
     fsdp2_sharded,
     fsdp2_documented,
     fsdp2_bfloat16,
+    fsdp2_biases,
     fsdp1_flat,
     fsdp1_original,
 ]

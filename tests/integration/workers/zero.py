@@ -130,6 +130,12 @@ def zero3_conv1d(folder: Path) -> Result:
     return trained(chosen, adapted(loaded(folder, "gpt2"), targets=["c_attn", "c_proj"]), folder)
 
 
+def zero3_narrow(folder: Path) -> Result:
+    """More blocks than v_proj has rows."""
+    chosen = accelerator(3)
+    return trained(chosen, adapted(loaded(folder), r=30, num_blocks=20), folder)
+
+
 def zero3_bfloat16(folder: Path) -> Result:
     chosen = accelerator(3, bf16={"enabled": True})
     return {"losses": train(chosen, adapted(loaded(folder)))[2]}
@@ -199,6 +205,7 @@ SCENARIOS: list[Callable[[Path], Result]] = [
     zero3_defaults,
     zero3_checkpointing,
     zero3_conv1d,
+    zero3_narrow,
     zero3_bfloat16,
     zero3_generation,
     zero3_refusals,

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import PeftConfig
 
 from smoa import (
     ConfigError,
     SmoaConfig,
 )
+from tests import reference
 from tests.support.adapted_models import QV
 
 
@@ -129,3 +132,30 @@ def test_the_scale_is_by_block_unless_a_file_of_an_older_version_leaves_it_out(t
     del values["scale"]
     file.write_text(json.dumps(values))
     assert PeftConfig.from_pretrained(tmp_path).scale == "paper"
+
+
+@given(
+    r=st.integers(1, 100),
+    num_blocks=st.integers(1, 40),
+    shape=st.tuples(st.integers(1, 50), st.integers(1, 50)),
+    alpha=st.floats(0.01, 1e4),
+)
+def test_a_narrow_layer_keeps_the_ranks_of_its_blocks_and_alpha_over_r(
+    r: int, num_blocks: int, shape: tuple[int, int], alpha: float
+) -> None:
+    config = SmoaConfig(r=r, num_blocks=num_blocks, alpha=alpha)
+    expected = tuple(reference.block_ranks(r, num_blocks)[: min(shape)])
+    own = config.rank_of("layer", shape)
+    assert config.ranks_of("layer", shape=shape) == config.ranks_of("layer", own, shape) == expected
+    assert own == sum(expected)
+    assert config.num_blocks_of("layer", shape) == len(expected)
+    assert config.alpha_of("layer", own, shape) / own == pytest.approx(alpha / r, rel=1e-14)
+    assert SmoaConfig(r=r, num_blocks=num_blocks).alpha_of("layer", own, shape) == own
+
+
+def test_block_ranks_and_a_named_module_keep_their_number_of_blocks_in_a_narrow_layer() -> None:
+    fixed = SmoaConfig(r=8, num_blocks=2, block_ranks=[5, 3])
+    named = SmoaConfig(r=8, num_blocks=2, num_blocks_pattern={"head": 4})
+    for config, num_blocks in ((fixed, 2), (named, 4)):
+        assert config.num_blocks_of("head", (1, 9)) == len(config.ranks_of("head", shape=(1, 9))) == num_blocks
+        assert config.rank_of("head", (1, 9)) == 8

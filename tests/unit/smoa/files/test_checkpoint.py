@@ -7,12 +7,13 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -142,6 +143,14 @@ def test_a_missing_bias_is_refused(tmp_path: Path, corpus: dict[str, Path]) -> N
     rewritten(folder, lambda tensors: tensors.pop("base_model.model.up.base_layer.bias"))
     with pytest.raises(AdapterFileError, match=r"lacks 1 tensor\(s\): up\.base_layer\.bias"):
         load(folder)
+
+
+def test_trained_biases_are_refused_with_what_to_do_by_a_config_that_trains_none(corpus: dict[str, Path]) -> None:
+    saved = load(corpus["head"])
+    model = get_peft_model(base(), replace(saved.peft_config["default"], bias="none"))
+    message = r"^the adapter file has unknown \d+ tensor\(s\): .*up\.base_layer\.bias.*; bias='none' doesn't train them"
+    with pytest.raises(AdapterFileError, match=message):
+        set_peft_model_state_dict(model, get_peft_model_state_dict(saved))
 
 
 @pytest.mark.parametrize("value", [1e300, float("nan"), float("-inf")])

@@ -2,13 +2,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from peft import get_peft_model
-from torch import nn
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from smoa import (
@@ -21,8 +24,54 @@ from smoa import (
     make_partition,
 )
 from smoa.layers import distributed
+from smoa.layers.layer import SmoaLayer
 from tests.support import tiny_models
 from tests.support.layers import adapted_layer
+from tests.support.tolerance import assert_close
+
+
+class Branch(nn.Module):
+    """A part of a model that FSDP can shard as a unit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(10, 12), nn.Linear(12, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.up(x).relu())
+
+
+UNITS = {"the model": None, "each branch": ModuleWrapPolicy({Branch}), "each layer": ModuleWrapPolicy({SmoaLayer})}
+
+
+def with_biases(seed: int, bias: str) -> PeftModel:
+    """An adapted model whose trained biases hold random numbers."""
+    base = branches()
+    torch.manual_seed(seed)
+    config = SmoaConfig(r=4, num_blocks=2, target_modules=["up"], bias=bias, init_weights=False)  # type: ignore[arg-type]
+    model = get_peft_model(base, config).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and name.endswith("bias"):
+            nn.init.normal_(parameter)
+    return model
+
+
+def branches() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return nn.Sequential(Branch(), Branch()).eval()
+
+
+one_rank_shards_nothing = pytest.mark.filterwarnings(
+    "ignore:FSDP is switching to use `NO_SHARD`",
+    "ignore:When using ``NO_SHARD``",
+    "ignore:.* has both parameters with requires_grad=True and False",
+)
+
+
+def under_fsdp(model: nn.Module, units: str) -> FullyShardedDataParallel:
+    options: dict[str, Any] = {"auto_wrap_policy": UNITS[units], "device_id": torch.device("cpu")}
+    return FullyShardedDataParallel(model, use_orig_params=True, **options)
 
 
 @pytest.fixture
@@ -41,6 +90,37 @@ def test_a_sharded_weight_is_gathered_before_it_is_decomposed() -> None:
     layer = adapted_layer(base, num_blocks=3)
     assert torch.equal(layer.smoa_row_labels["default"], expected.row_labels)
     assert torch.equal(layer.smoa_col_labels["default"], expected.col_labels)
+
+
+@one_rank_shards_nothing
+@pytest.mark.usefixtures("_one_rank")
+@pytest.mark.parametrize("units", UNITS)
+@pytest.mark.parametrize("bias", ["none", "smoa_only", "all"])
+def test_biases_that_were_trained_under_fsdp_are_saved_and_loaded(bias: str, units: str, tmp_path: Path) -> None:
+    sharded = under_fsdp(with_biases(2, bias), units)
+    x = torch.randn(7, 10)
+    with torch.no_grad():
+        expected = sharded(x)
+    sharded.module.save_pretrained(tmp_path, state_dict=sharded.state_dict())
+    assert_close(PeftModel.from_pretrained(branches(), tmp_path)(x), expected)
+    other = with_biases(3, bias)
+    set_peft_model_state_dict(other, get_peft_model_state_dict(sharded))
+    assert_close(other(x), expected)
+
+
+@one_rank_shards_nothing
+@pytest.mark.usefixtures("_one_rank")
+@pytest.mark.parametrize("units", UNITS)
+@pytest.mark.parametrize("bias", ["none", "smoa_only", "all"])
+def test_an_adapter_with_biases_is_loaded_into_a_model_under_fsdp(bias: str, units: str) -> None:
+    model, sharded = with_biases(2, bias), under_fsdp(with_biases(3, bias), units)
+    saved = get_peft_model_state_dict(model)
+    with pytest.raises(AdapterFileError, match=r"_fsdp_wrapped_module\..*: the model is wrapped.*\.module"):
+        set_peft_model_state_dict(sharded, saved)
+    set_peft_model_state_dict(sharded.module, saved)
+    x = torch.randn(7, 10)
+    with torch.no_grad():
+        assert_close(sharded(x), model(x))
 
 
 @pytest.mark.usefixtures("_one_rank")

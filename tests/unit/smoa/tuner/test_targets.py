@@ -7,20 +7,52 @@ import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from smoa import PartitionError, SmoaConfig, SmoaError, UnsupportedModuleError
-from tests.support.layers import Wrapper
+from smoa.tuner.targets import check_target, report_narrow
+from tests.support.layers import Wrapper, smoa_layers
 
 
 @pytest.mark.parametrize("partition", ["spectral", "contiguous", "random"])
-def test_more_blocks_than_a_layer_has_coordinates_are_refused_by_name(
+def test_more_blocks_than_every_target_has_coordinates_are_refused_by_name(
     tiny_llama: PreTrainedModel, partition: str
 ) -> None:
     before = {name: type(module) for name, module in tiny_llama.named_modules()}
-    config = SmoaConfig(r=32, num_blocks=20, partition=partition, target_modules=["q_proj", "v_proj"])
-    with pytest.raises(PartitionError, match=r"layers\.0\.self_attn\.v_proj.*num_blocks=20.*16"):
+    config = SmoaConfig(r=33, num_blocks=33, partition=partition, target_modules=["q_proj", "v_proj"])
+    with pytest.raises(
+        PartitionError, match=r"num_blocks=33 .*layers\.0\.self_attn\.q_proj.*\(32, 32\).* to at most 32"
+    ):
         get_peft_model(tiny_llama, config)
     assert {name: type(module) for name, module in tiny_llama.named_modules()} == before
+
+
+@pytest.mark.parametrize("partition", ["spectral", "contiguous", "random"])
+def test_targets_without_room_for_all_blocks_are_named_in_one_warning(
+    tiny_llama: PreTrainedModel, partition: str
+) -> None:
+    config = SmoaConfig(r=40, num_blocks=20, partition=partition, target_modules=["q_proj", "v_proj"])
+    with pytest.warns(UserWarning, match=r"side of 2 of 4 targets: .*layers\.0\.self_attn\.v_proj takes 16") as found:
+        model = get_peft_model(tiny_llama, config)
+    assert sum("num_blocks" in str(warning.message) for warning in found) == 1
+    assert {len(layer.ranks["default"]) for layer in smoa_layers(model).values()} == {20, 16}
+
+
+def test_the_blocks_of_a_weight_that_zero3_has_left_empty_are_those_of_its_whole_shape() -> None:
+    module = Conv1D(2, 10)
+    module.weight.ds_shape = module.weight.shape
+    module.weight.data = torch.empty(0)
+    assert check_target("head", module, SmoaConfig(num_blocks=4), nn.Module()) is None
+    with pytest.raises(PartitionError, match=r"head: num_blocks=3 must be between 1 and 2 .*\(2, 10\)"):
+        check_target("head", module, SmoaConfig(num_blocks_pattern={"head": 3}), nn.Module())
+
+
+def test_a_narrow_target_is_neither_named_nor_refused_if_it_has_its_own_number_of_blocks() -> None:
+    shapes = {"wide": (8, 9), "head": (1, 8)}
+    report_narrow(shapes, SmoaConfig(num_blocks=4, num_blocks_pattern={"head": 1}))
+    report_narrow({"head": (1, 8)}, SmoaConfig(num_blocks=4, num_blocks_pattern={"head": 1}))
+    report_narrow(shapes, SmoaConfig(num_blocks=4), silent=True)
+    report_narrow({}, SmoaConfig(num_blocks=4))
 
 
 SUPPORTED = r"torch\.nn\.Linear.*Conv1D"

@@ -1,14 +1,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from transformers import LlamaConfig
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig
 
+from smoa import SmoaConfig
 from smoa.errors import ConfigError, DataError
+from smoa.maths.budget import adapter_bytes, rank_bound
 from smoa_lab.runs.budget_choices import _limit, budget_choices, model_shapes
+from tests import reference
 from tests.support import lab
+from tests.support.layers import smoa_layers
 
 
 @pytest.mark.parametrize(
@@ -36,3 +42,31 @@ def test_a_budget_that_buys_nothing_is_told_what_the_least_is(tmp_path: Path) ->
         budget_choices(base, "1", ("q_proj", "o_proj"))
     least = budget_choices(base, "256", ("q_proj", "o_proj"))
     assert {(choice.r - choice.num_blocks, choice.parameters) for choice in least} == {(0, 256)}
+
+
+def test_a_narrow_layer_is_counted_with_the_blocks_and_rank_that_it_gets(tmp_path: Path) -> None:
+    base = LlamaConfig(
+        hidden_size=12,
+        head_dim=2,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        vocab_size=8,
+    )
+    base.save_pretrained(tmp_path)
+    choices = budget_choices(str(tmp_path), "250", ("q_proj", "v_proj"))
+    assert [choice.num_blocks for choice in choices] == [1, 2, 4, 8]
+    for choice in choices:
+        config = SmoaConfig(r=choice.r, num_blocks=choice.num_blocks, target_modules=["q_proj", "v_proj"])
+        with pytest.warns(UserWarning, match="side of 1 of 2") if choice.num_blocks > 2 else nullcontext():
+            model = get_peft_model(AutoModelForCausalLM.from_config(base), config)
+        ranks = [reference.block_ranks(choice.r, choice.num_blocks)[:side] for side in (8, 2)]
+        shapes = [(8, 12), (2, 12)]
+        counted = [reference.parameter_count(*shape, own) for shape, own in zip(shapes, ranks, strict=True)]
+        assert choice.parameters == sum(counted) <= 250
+        assert [list(layer.ranks["default"]) for layer in smoa_layers(model).values()] == ranks
+        bounds = [rank_bound(*shape, sum(own), len(own)) for shape, own in zip(shapes, ranks, strict=True)]
+        assert choice.rank_bound == min(bounds)
+        saved = [adapter_bytes(*shape, sum(own), len(own)) for shape, own in zip(shapes, ranks, strict=True)]
+        assert choice.bytes_on_disk == sum(saved)

@@ -1,0 +1,264 @@
+"""Layers narrower than num_blocks: they take fewer blocks, and live like any other through save, merge and swap."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from smoa import MergeError, PartitionError, SmoaConfig
+from smoa.export.merge import merge_and_save
+from smoa.tuner.hotswap import hotswap_adapter
+from tests import reference
+from tests.support import tiny_models
+from tests.support.adapter_files import with_settings
+from tests.support.decompositions import NoDecomposition
+from tests.support.layers import base_weight, factors, randomise, smoa_layers
+from tests.support.tiny_models import logits
+from tests.support.tolerance import assert_close
+
+NARROW = "num_blocks=.* is larger than a side of"
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+RANKS = [(8, 4), (7, 3), (5, 4), (2, 4), (12, 6)]
+"""(r, num_blocks): even, a remainder that some blocks get, less than a rank for each block."""
+
+
+class Heads(nn.Module):
+    """A wide layer before heads of one, two and three outputs, and one of one input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Linear(12, 10)
+        self.one = nn.Linear(10, 1)
+        self.two = Conv1D(2, 10)
+        self.three = nn.Linear(10, 3, bias=False)
+        self.back = nn.Linear(1, 10)
+        nn.init.normal_(self.two.weight)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.wide(x)
+        hidden = hidden + self.back(self.one(hidden))
+        return torch.cat([self.two(hidden), self.three(hidden)], dim=-1)
+
+
+SIDES = {"wide": 10, "one": 1, "two": 2, "three": 3, "back": 1}
+
+
+def heads(**config: Any) -> PeftModel:
+    torch.manual_seed(3)
+    base = Heads()
+    with pytest.warns(UserWarning, match=NARROW) as found:
+        model = get_peft_model(base, SmoaConfig(target_modules=list(SIDES), **config))
+    assert len(found) == 1
+    for layer in smoa_layers(model).values():
+        randomise(layer)
+    return model.eval()
+
+
+def llama(seed: int = 1, **config: Any) -> PeftModel:
+    """A tiny Llama whose v_proj has 16 outputs, less than its 20 blocks."""
+    torch.manual_seed(seed)
+    options = {"r": 30, "num_blocks": 20, "alpha": 45.0, "target_modules": TARGETS, "init_weights": False}
+    with pytest.warns(UserWarning, match=NARROW):
+        return get_peft_model(tiny_models.build("llama"), SmoaConfig(**options | config)).eval()
+
+
+@pytest.mark.parametrize("alpha", [None, 9.5])
+@pytest.mark.parametrize(("r", "num_blocks"), RANKS)
+def test_a_narrow_layer_has_the_first_of_the_blocks_and_the_oracles_update(
+    r: int, num_blocks: int, alpha: float | None
+) -> None:
+    model = heads(r=r, num_blocks=num_blocks, alpha=alpha)
+    scaling = 1.0 if alpha is None else alpha / r
+    for name, layer in smoa_layers(model).items():
+        K = min(num_blocks, SIDES[name])
+        ranks = reference.block_ranks(r, num_blocks)[:K]
+        assert list(layer.ranks["default"]) == ranks
+        assert layer.scaling["default"] == pytest.approx(scaling, rel=1e-15)
+        weight = base_weight(layer)
+        A, B = (factor.detach() for factor in factors(layer))
+        expected = reference.delta_weight(weight, A, B, *reference.spectral_labels(weight, K), ranks, [scaling] * K)
+        assert_close(layer.delta("default"), expected)
+
+
+def test_a_pattern_of_ranks_shrinks_with_the_blocks_and_a_pattern_of_alphas_with_it() -> None:
+    patterns = {"rank_pattern": {"one": 12, "two": 6}, "alpha_pattern": {"one": 3.0}}
+    found = smoa_layers(heads(r=8, num_blocks=4, alpha=16.0, **patterns))
+    assert {name: layer.ranks["default"] for name, layer in found.items() if name in ("one", "two", "three")} == {
+        "one": (3,),
+        "two": (2, 2),
+        "three": (2, 2, 2),
+    }
+    scalings = {name: layer.scaling["default"] for name, layer in found.items()}
+    assert scalings == pytest.approx({"wide": 2.0, "one": 3 / 12, "two": 16 / 6, "three": 2.0, "back": 2.0})
+
+
+def test_one_warning_names_the_narrow_layers() -> None:
+    expected = (
+        r"^num_blocks=4 is larger than a side of 4 of 5 targets: one takes 1, two takes 2, three takes 3, and 1 more "
+        r"take fewer too; the rank of a block and alpha / r stay the same$"
+    )
+    with pytest.warns(UserWarning, match=expected) as found:
+        get_peft_model(Heads(), SmoaConfig(num_blocks=4, target_modules=list(SIDES)))
+    assert len(found) == 1
+
+
+def test_layers_of_which_each_has_room_or_a_number_of_its_own_cause_no_warning() -> None:
+    pattern = {"one|back": 1, "two": 2, "three": 3}
+    model = get_peft_model(
+        Heads(), SmoaConfig(r=8, num_blocks=4, num_blocks_pattern=pattern, target_modules=list(SIDES))
+    )
+    assert {name: layer.r["default"] for name, layer in smoa_layers(model).items()} == dict.fromkeys(SIDES, 8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"num_blocks": 11}, r"num_blocks=11 is larger than every target: the widest, wide, has .* \(10, 12\)"),
+        ({"r": 8, "num_blocks": 2, "block_ranks": [4, 4]}, r"one: num_blocks=2 must be between 1 and 1 .*back: "),
+        ({"num_blocks": 4, "num_blocks_pattern": {"two": 3}}, r"two: num_blocks=3 must be between 1 and 2"),
+        ({"num_blocks": 4, "num_blocks_pattern": {"one|two": 2}}, r"one: num_blocks=2 must be between 1 and 1"),
+        ({"num_blocks": 11, "r": 11, "blocks_from_spectrum": True}, "larger than every target"),
+    ],
+)
+def test_blocks_that_can_not_be_taken_fewer_of_are_refused_and_nothing_is_replaced(
+    settings: dict[str, Any], words: str
+) -> None:
+    model = Heads()
+    with pytest.raises(PartitionError, match=words):
+        get_peft_model(model, SmoaConfig(target_modules=list(SIDES), **settings))
+    assert [type(module) for module in model.children()] == [nn.Linear, nn.Linear, Conv1D, nn.Linear, nn.Linear]
+
+
+def test_the_spectrum_chooses_no_more_blocks_than_a_narrow_layer_has_room_for() -> None:
+    model = get_peft_model(
+        Heads(), SmoaConfig(r=8, num_blocks=4, blocks_from_spectrum=True, target_modules=list(SIDES))
+    )
+    for name, layer in smoa_layers(model).items():
+        assert set(layer.ranks["default"]) == {2}
+        assert len(layer.ranks["default"]) <= SIDES[name]
+
+
+@pytest.mark.parametrize("low_memory", [False, True], ids=["", "low memory"])
+@pytest.mark.parametrize("config", [{}, {"r": 40}, {"rank_pattern": {"v_proj": 50}}, {"scale": "block"}], ids=str)
+def test_a_saved_adapter_loads_to_the_same_bits_without_a_warning(
+    config: dict[str, Any], low_memory: bool, tmp_path: Path
+) -> None:
+    model = llama(**config)
+    model.save_pretrained(tmp_path)
+    with NoDecomposition():
+        again = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path, low_cpu_mem_usage=low_memory).eval()
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_a_saved_adapter_of_a_head_of_one_output_loads_to_the_same_bits(tmp_path: Path) -> None:
+    model = heads(r=7, num_blocks=3)
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(3)
+    again = PeftModel.from_pretrained(Heads(), tmp_path).eval()
+    x = torch.randn(5, 12, dtype=torch.float64)
+    assert torch.equal(again(x), model(x))
+    with again.disable_adapter():
+        assert not torch.allclose(again(x), model(x))
+
+
+def test_transformers_loads_it_too(tmp_path: Path) -> None:
+    model = llama()
+    model.save_pretrained(tmp_path)
+    base = tiny_models.build("llama")
+    base.load_adapter(str(tmp_path))
+    assert torch.equal(logits(base.eval()), logits(model))
+
+
+def test_a_config_that_gives_a_narrow_layer_more_rank_than_the_file_is_refused(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path)
+    with_settings(tmp_path, rank_pattern={"v_proj": 60})
+    with pytest.raises(ValueError, match=r"asks for rank 48 in model\.layers\.0\.self_attn\.v_proj"):
+        PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path)
+
+
+def test_it_merges_and_unmerges_in_place() -> None:
+    model = heads(r=7, num_blocks=3)
+    x = torch.randn(5, 12, dtype=torch.float64)
+    before = model(x)
+    weights = copy.deepcopy(model.state_dict())
+    model.merge_adapter()
+    assert_close(model(x), before)
+    model.unmerge_adapter()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    assert_close(model.merge_and_unload()(x), before)
+
+
+def test_a_merge_on_disk_gives_it_the_same_blocks(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
+    model = llama()
+    model.save_pretrained(tmp_path / "adapter")
+    tiny_llama.save_pretrained(tmp_path / "base")
+    merge_and_save(tmp_path / "adapter", tmp_path / "merged", base=tmp_path / "base")
+    merged = type(tiny_llama).from_pretrained(tmp_path / "merged")
+    assert_close(logits(merged), logits(model))
+
+
+def test_a_mixed_batch_gives_what_each_adapter_gives_alone() -> None:
+    model = llama()
+    model.add_adapter("even", SmoaConfig(r=4, num_blocks=2, target_modules=TARGETS, init_weights=False))
+    alone = []
+    for name in ("default", "even"):
+        model.set_adapter(name)
+        alone.append(logits(model))
+    mixed = logits(model, adapter_names=["even", "default", "even"])
+    for i, own in enumerate((1, 0, 1)):
+        assert_close(mixed[i], alone[own][i])
+
+
+@pytest.mark.parametrize("other", [{}, {"r": 20, "alpha": None}, {"r": 25, "alpha": 7.5}], ids=str)
+def test_after_a_swap_the_model_does_what_the_new_adapter_does(other: dict[str, Any], tmp_path: Path) -> None:
+    slot, new = llama(), llama(seed=2, **other)
+    new.save_pretrained(tmp_path)
+    hotswap_adapter(slot, tmp_path)
+    assert_close(logits(slot), logits(new))
+
+
+def two_adapters(r: int, other: int) -> PeftModel:
+    model = heads(r=r, num_blocks=3, alpha=5.0)
+    with pytest.warns(UserWarning, match=NARROW):
+        model.add_adapter("other", SmoaConfig(r=other, num_blocks=3, alpha=4.0, target_modules=list(SIDES)))
+    for layer in smoa_layers(model).values():
+        randomise(layer, "other")
+    return model
+
+
+@pytest.mark.parametrize(("r", "other"), [(6, 3), (6, 7), (8, 3)])
+def test_a_sum_of_adapters_is_exact_and_loads_to_the_same_bits(r: int, other: int, tmp_path: Path) -> None:
+    model = two_adapters(r, other)
+    model.add_weighted_adapter(["default", "other"], [0.7, -1.3], "sum")
+    for layer in smoa_layers(model).values():
+        assert_close(layer.delta("sum"), 0.7 * layer.delta("default") - 1.3 * layer.delta("other"))
+    model.set_adapter("sum")
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    torch.manual_seed(3)
+    again = PeftModel.from_pretrained(Heads(), tmp_path / "sum").eval()
+    x = torch.randn(5, 12, dtype=torch.float64)
+    assert torch.equal(again(x), model.eval()(x))
+
+
+def test_adapters_are_added_factor_by_factor_in_a_narrow_layer_too() -> None:
+    model = two_adapters(7, 7)
+    model.add_weighted_adapter(["other"], [-2.0], "scaled", combination_type="linear")
+    for layer in smoa_layers(model).values():
+        assert_close(layer.delta("scaled"), -2 * layer.delta("other"))
+        assert layer.r["scaled"] == layer.r["other"]
+
+
+def test_a_sum_whose_block_ranks_a_narrow_layer_can_not_have_is_refused_and_not_added() -> None:
+    model = two_adapters(7, 7)
+    with pytest.raises(MergeError, match=r"one: has room for fewer blocks than num_blocks=3, .*\[6, 4, 4\]; combine"):
+        model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
+    assert "sum" not in model.peft_config
