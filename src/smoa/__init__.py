@@ -38,7 +38,7 @@ install_state_dict_hooks()
 explain_version_errors()
 guard_loading()
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AdapterFileError",
