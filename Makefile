@@ -9,7 +9,7 @@ USABLE := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 PYTHON = $(shell for p in $(CANDIDATES); do "$$p" -c '$(USABLE)' >/dev/null 2>&1 && echo "$$p" && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint types unit coverage docs fuzz soak matrix format figures clean
+.PHONY: help demo test test-slow lint types unit versions coverage docs fuzz soak matrix dist format figures clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -17,7 +17,7 @@ help:  ## list the targets
 demo: $(VENV)/.demo-installed  ## fine-tune Gemma 3 270M with SMoA and show what changed
 	$(BIN)/smoa demo
 
-test: lint types unit docs  ## lint, types, tests and the documentation site: what CI runs
+test: lint types unit docs versions  ## lint, types, tests, documentation and versions of PEFT: what CI runs
 
 lint: $(VENV)/.dev-installed  ## check format and style
 	$(BIN)/ruff format --check .
@@ -47,8 +47,14 @@ fuzz: $(VENV)/.dev-installed  ## load 10,000 mutated adapter folders, for 20 min
 soak: $(VENV)/.dev-installed  ## 2,000 life cycles of an adapter: memory does not grow, weights stay the same
 	$(BIN)/python -m tests.soak
 
-matrix: $(VENV)/.dev-installed  ## run a short part of the tests against each supported PEFT, in temporary environments
+versions: $(VENV)/.dev-installed  ## run a few tests against the oldest and the newest PEFT, in temporary environments
+	$(BIN)/python -m tests.matrix --short
+
+matrix: $(VENV)/.dev-installed  ## run a part of the tests against each supported PEFT and what frameworks demand
 	$(BIN)/python -m tests.matrix
+
+dist: $(VENV)/.dev-installed  ## build the source distribution and the wheel into dist/
+	$(BIN)/python -m build --no-isolation
 
 format: $(VENV)/.dev-installed  ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .

@@ -1,7 +1,6 @@
 """Saves adapters with one version of PEFT, and checks that another version loads them bit for bit.
 
-python -m tests.exchange save FOLDER     # with one version
-python -m tests.exchange check FOLDER    # with another one
+python -m tests.exchange FOLDER NAME     # saves in FOLDER/NAME, then loads what every version has saved in FOLDER
 """
 
 from __future__ import annotations
@@ -65,7 +64,9 @@ def check(folder: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["save", "check"])
     parser.add_argument("folder", type=Path)
+    parser.add_argument("name")
     arguments = parser.parse_args()
-    {"save": save, "check": check}[arguments.what](arguments.folder)
+    save(arguments.folder / arguments.name)
+    for saved in sorted(arguments.folder.iterdir()):
+        check(saved)

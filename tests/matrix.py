@@ -1,45 +1,68 @@
-"""Runs a short part of the tests against several versions of PEFT, one virtual environment at a time.
+"""Runs a part of the tests against several versions of PEFT and transformers, one virtual environment at a time.
 
-    python -m tests.matrix [0.18.1 0.20.0 …]
+    python -m tests.matrix                       # every row
+    python -m tests.matrix --short               # few tests with the oldest and the newest versions, as `make test`
+    python -m tests.matrix "axolotl 0.19.0" …    # the rows of these names
 
-Each environment borrows the packages of the one that runs this, except PEFT, transformers and what these need in
-another version. It is deleted afterwards. Every version also loads the adapters that the versions before it have saved,
-bit for bit (exchange.py); the first to save is the installed one.
+Each environment borrows the packages of the one that runs this, except those of its row and what these need in another
+version. It is deleted afterwards. Every row also loads the adapters that the rows before it have saved, bit for bit
+(exchange.py); the first to save is the installed version.
 """
 
 from __future__ import annotations
 
-import os
+import argparse
 import re
-import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
-import venv
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-VERSIONS = {"0.18.1": "5.3.*", "0.19.1": "5.6.*", "0.20.0": "5.16.1", "0.21.2": "5.23.*", "newest": "newest"}
-"""PEFT, and a transformers that takes it. "newest" is what pip finds within pyproject.toml's limits for tests."""
-TESTS = [
+from tests.support.environments import build, run
+
+ROWS = {
+    "oldest": ["peft==0.18.1", "transformers==5.0.*"],
+    "LLaMA-Factory 0.9.5": ["peft>=0.18,<=0.18.1", "transformers<=5.6"],
+    "PEFT 0.19": ["peft==0.19.*", "transformers==5.12.*"],
+    "axolotl 0.19.0": ["peft==0.20.0", "transformers==5.16.1", "trl==1.9.0"],
+    "ms-swift 4.6.0": ["peft<0.21", "transformers<5.20"],
+    "unsloth 2026.10": ["peft<0.22", "transformers<=5.17"],
+    "axolotl 0.21.0": ["peft==0.21.2", "transformers==5.20.1", "trl==1.14.1"],
+    "before 5.24": ["peft==0.21.*", "transformers<5.24"],
+    "newest": ["peft<0.22", "transformers"],
+    "newest with TRL": ["peft<0.22", "transformers", "trl"],
+}
+"""What pip is asked for, with `--upgrade`: the oldest, the newest, and what frameworks demand."""
+SHORT = ["oldest", "newest"]
+PART = [
     "tests/unit/smoa/test_compat.py",
     "tests/unit/smoa/test_registration.py",
     "tests/unit/smoa/test_training.py",
     "tests/unit/smoa/test_merging_in_place.py",
+    "tests/unit/smoa/tuner/test_mixed_batch.py",
     "tests/unit/smoa/tuner/test_model.py",
     "tests/unit/smoa/files/test_loading.py",
+    "tests/integration/test_peft_lifecycle.py",
 ]
 """Inject, train, save, load, merge, mixed batches."""
+LIVES = "tests/integration/test_peft_lifecycle.py::"
+SHORT_PART = [
+    "tests/unit/smoa/test_compat.py",
+    "tests/unit/smoa/tuner/test_mixed_batch.py",
+    "tests/unit/smoa/tuner/test_model.py::test_transformers_own_adapter_interface_takes_smoa",
+    LIVES + "test_the_readmes_snippet_does_what_it_says",
+    LIVES + "test_an_adapter_lives_through_training_loading_merging_and_training_again",
+]
+TRL_PART = ["tests/integration/test_examples.py::test_an_example_runs[trl_sft.py]"]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One row of the table."""
+    """One line of the table."""
 
-    peft: str
-    transformers: str
+    row: str
+    versions: list[str]
     tests: str
     exchanged: str
     seconds: float
@@ -48,68 +71,52 @@ class Outcome:
     def is_good(self) -> bool:
         return "passed" in self.tests and "failed" not in self.tests and self.exchanged == "bit-equal"
 
-
-def run(python: Path | str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A Python process that imports smoa from this checkout."""
-    paths = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
-    environment = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [str(python), *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    def __str__(self) -> str:
+        return f"| {' | '.join([self.row, *self.versions, self.tests, self.exchanged, f'{self.seconds:.0f}'])} |"
 
 
-def build(folder: Path, peft: str, transformers: str) -> Path:
-    """The Python of a new environment with these versions on top of the packages that this one has."""
-    venv.create(folder, with_pip=True)
-    own = next(folder.glob("lib/python*/site-packages"), folder / "Lib" / "site-packages")
-    (own / "zz_borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
-    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    if peft == "newest":
-        wanted = ["--upgrade", "peft", "transformers<5.24"]
-    else:
-        wanted = [f"peft=={peft}", f"transformers=={transformers}"]
-    pip = subprocess.run([str(python), "-m", "pip", "install", "--quiet", *wanted], capture_output=True, text=True)
-    if pip.returncode:
-        raise RuntimeError(f"pip install {' '.join(wanted)}:\n{pip.stderr}")
-    return python
+def versions(python: Path, packages: list[str]) -> list[str]:
+    """What an environment has of these packages."""
+    ask = "import sys, importlib.metadata as m; print(*map(m.version, sys.argv[1:]), sep='\\n')"
+    return run(python, "-c", ask, *packages).stdout.split()
 
 
 def exchange(python: Path | str, name: str, adapters: Path) -> str:
-    """Save adapters, then load all that have been saved."""
-    results = [run(python, "-m", "tests.exchange", "save", str(adapters / name))]
-    results += [run(python, "-m", "tests.exchange", "check", str(folder)) for folder in sorted(adapters.iterdir())]
-    bad = [result.stderr.strip().splitlines()[-1] for result in results if result.returncode]
-    return "; ".join(bad) or "bit-equal"
+    """Save adapters under this name, then load all that have been saved."""
+    result = run(python, "-m", "tests.exchange", str(adapters), name)
+    return result.stderr.strip().splitlines()[-1] if result.returncode else "bit-equal"
 
 
-def outcome(peft: str, transformers: str, room: Path) -> Outcome:
+def outcome(row: str, tests: list[str], room: Path) -> Outcome:
     """Build an environment, run the tests in it and delete it."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory(dir=room) as folder:
-        python = build(Path(folder), peft, transformers)
-        found = run(
-            python, "-c", "import peft, transformers as t; print(peft.__version__, t.__version__)"
-        ).stdout.split()
-        result = run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS)
+        python = build(Path(folder), "--upgrade", *ROWS[row])
+        result = run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "", *tests)
         if result.returncode:
             print(result.stdout)  # noqa: T201
         summary = re.sub(r" in [\d.:() s]+$", "", (result.stdout.strip() or "nothing ran").splitlines()[-1])
-        return Outcome(*found, summary, exchange(python, peft, room / "adapters"), time.monotonic() - start)
+        exchanged = exchange(python, row, room / "adapters")
+        return Outcome(row, versions(python, ["peft", "transformers"]), summary, exchanged, time.monotonic() - start)
 
 
-def main(chosen: list[str]) -> int:
+def main() -> int:
     """Print the table; 1 if anything failed."""
-    rows = []
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rows", nargs="*", choices=[*ROWS, []], metavar="ROW")  # []: none given
+    parser.add_argument("--short", action="store_true")
+    arguments = parser.parse_args()
+    done = []
     with tempfile.TemporaryDirectory() as room:
-        (Path(room) / "adapters").mkdir()
         exchange(sys.executable, "installed", Path(room) / "adapters")
-        for peft in chosen or VERSIONS:
-            rows.append(outcome(peft, VERSIONS.get(peft, "newest"), Path(room)))
-            print(f"{peft}: {rows[-1].tests}", flush=True)  # noqa: T201
-    print("\n| PEFT | transformers | tests | adapters of the others | seconds |\n|---|---|---|---|---|")  # noqa: T201
-    for row in rows:
-        print(f"| {row.peft} | {row.transformers} | {row.tests} | {row.exchanged} | {row.seconds:.0f} |")  # noqa: T201
-    return 0 if all(row.is_good for row in rows) else 1
+        for row in arguments.rows or (SHORT if arguments.short else ROWS):
+            trl = TRL_PART if any(wanted.startswith("trl") for wanted in ROWS[row]) else []
+            done.append(outcome(row, SHORT_PART if arguments.short else PART + trl, Path(room)))
+            print(done[-1], flush=True)  # noqa: T201
+    print("\n| | PEFT | transformers | tests | adapters of the others | seconds |\n|---|---|---|---|---|---|")  # noqa: T201
+    print(*done, sep="\n")  # noqa: T201
+    return 0 if all(one.is_good for one in done) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

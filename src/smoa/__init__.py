@@ -7,7 +7,7 @@ then work as for any method.
 from __future__ import annotations
 
 from smoa import _aliases
-from smoa.registration import check_peft_version, ensure_peft_type, register
+from smoa.registration import check_peft_version, ensure_peft_type, explain_version_errors, register
 
 check_peft_version()
 _aliases.install()
@@ -35,9 +35,10 @@ from smoa.tuner.model import SmoaModel  # noqa: E402
 
 register(SmoaConfig, SmoaModel)
 install_state_dict_hooks()
+explain_version_errors()
 guard_loading()
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AdapterFileError",

@@ -1,4 +1,4 @@
-"""What tests can't expect of an old PEFT, through no fault of smoa's: docs/ecosystem.md has the list."""
+"""What tests can't expect of some versions of PEFT and transformers: docs/ecosystem.md has the list."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import peft
 import pytest
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 SKIPPED = [
     ("<0.19", "converts_to_lora_without_loss", "has no convert_to_lora"),
@@ -16,6 +17,11 @@ SKIPPED = [
     ("<0.21", "test_a_second_adapter_of_the_same_name_is_refused", "replaces an adapter of the same name"),
 ]
 """(versions of PEFT, regular expression of test names, reason)."""
+NEEDS_TRANSFORMERS_OWN_METHODS = (
+    r"test_transformers_own_adapter_interface_takes_smoa|test_transformers_saves_the_id_too"
+    r"|test_an_example_runs\[transformers_add_adapter"
+)
+"""Tests of `model.add_adapter`, for which transformers demands a newer PEFT from release to release."""
 IGNORED = [
     ("<0.19", "ignore:Already found a `peft_config` attribute:UserWarning"),  # `unload` leaves it on the model
     ("<0.20", "ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning"),  # not from 0.20 on
@@ -26,7 +32,8 @@ IGNORED = [
 def adapt_to_peft(items: list[pytest.Item]) -> None:
     """Skip what the installed PEFT can't do, and ignore warnings of its own."""
     version = Version(Version(peft.__version__).base_version)
-    for versions, names, reason in SKIPPED:
+    demand = (f"<{MIN_PEFT_VERSION}", NEEDS_TRANSFORMERS_OWN_METHODS, "is too old for this transformers' add_adapter")
+    for versions, names, reason in [*SKIPPED, demand]:
         for item in items if version in SpecifierSet(versions) else []:
             if re.search(names, item.name):
                 item.add_marker(pytest.mark.skip(reason=f"PEFT {versions} {reason}"))

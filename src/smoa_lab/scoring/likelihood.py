@@ -90,8 +90,12 @@ def _score_batch(model: nn.Module, groups: list[list[Encoded]], pad: int) -> lis
 
 @dataclass(frozen=True)
 class _PromptCache:
-    """Keys and values of left-padded prompts, each repeated for its sequences, with ``mask`` (sequences, width)."""
+    """Keys and values of left-padded prompts, each repeated for its sequences, with ``mask`` (sequences, width).
 
+    ``name`` is the model's own for them.
+    """
+
+    name: str
     keys_and_values: Any
     mask: Tensor
 
@@ -102,7 +106,7 @@ class _PromptCache:
             "input_ids": batch["input_ids"],
             "attention_mask": torch.cat([self.mask, batch["attention_mask"]], dim=1),
             "position_ids": lengths + torch.arange(batch["input_ids"].shape[1], device=lengths.device),
-            "past_key_values": self.keys_and_values,
+            self.name: self.keys_and_values,
         }
 
 
@@ -114,12 +118,13 @@ def _prompt_pass(model: nn.Module, prompts: list[list[int]], repeats: Tensor, pa
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     with logits_at(model, torch.zeros_like(mask, dtype=torch.bool)):
         output = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
-    cache: Any = getattr(output, "past_key_values", None)
+    name = "cache" if hasattr(output, "cache") else "past_key_values"  # before transformers 5.24
+    cache: Any = getattr(output, name, None)
     if not hasattr(cache, "batch_select_indices"):
         return None
     rows = torch.repeat_interleave(repeats).to(device)
     cache.batch_select_indices(rows)
-    return _PromptCache(cache, mask[rows])
+    return _PromptCache(name, cache, mask[rows])
 
 
 def _device(model: nn.Module) -> torch.device:

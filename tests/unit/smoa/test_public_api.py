@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import smoa
 from smoa._aliases import MOVED
@@ -31,6 +32,7 @@ def test_all_is_what_is_exported() -> None:
         "annotations",
         "check_peft_version",
         "ensure_peft_type",
+        "explain_version_errors",
         "guard_loading",
         "install_state_dict_hooks",
         "register",
@@ -51,6 +53,11 @@ def test_every_error_is_a_smoa_error() -> None:
 
 def test_the_version_is_that_of_the_package() -> None:
     assert smoa.__version__ == importlib.metadata.version("smoa")
+
+
+def test_the_citation_names_the_same_version() -> None:
+    citation = yaml.safe_load((SOURCE.parents[1] / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == smoa.__version__
 
 
 def test_the_package_says_that_it_is_typed() -> None:

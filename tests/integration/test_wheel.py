@@ -1,0 +1,72 @@
+"""The wheel, built from the source distribution, works where nothing of this checkout is: Python and command."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedModel
+
+from tests.support.environments import SCRIPTS, build
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON = "\n".join(re.findall(r"^```python\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL))
+ELSEWHERE = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+ELSEWHERE |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the source distribution and the wheel that was built from it."""
+    for tool in ("build", "hatchling", "hatch_fancy_pypi_readme"):
+        pytest.importorskip(tool, reason="the extra `dev` is not up to date")
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    done = subprocess.run(command, env=ELSEWHERE, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def python(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of an environment with the wheel."""
+    (wheel,) = dist.glob("*.whl")
+    return build(tmp_path_factory.mktemp("environment"), "--no-index", "--no-deps", "--force-reinstall", str(wheel))
+
+
+def test_the_readmes_python_runs_with_the_wheel(python: Path, tiny_gemma3: PreTrainedModel, tmp_path: Path) -> None:
+    tiny_gemma3.save_pretrained(tmp_path / "google" / "gemma-3-270m")
+    (tmp_path / "readme.py").write_text(f"{PYTHON}\nimport smoa; print(smoa.__file__)\n", encoding="utf-8")
+    done = subprocess.run(
+        [str(python), "readme.py"], cwd=tmp_path, env=ELSEWHERE, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert str(python.parents[1]) in done.stdout.splitlines()[-1]
+
+
+def test_the_wheel_brings_the_command(python: Path, tmp_path: Path) -> None:
+    command = [str(python.parents[1] / SCRIPTS / "smoa"), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, env=ELSEWHERE, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {"train", "eval", "merge", "convert"} <= set(re.findall(r"\w+", done.stdout))
+
+
+def test_the_page_of_a_package_index_has_no_link_that_leads_nowhere(dist: Path) -> None:
+    (wheel,) = dist.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith("METADATA")]
+        page = archive.read(name).decode().partition("\n\n")[2]
+    assert "# smoa" in page
+    assert re.findall(r"\]\((?!https?://)[^)]*\)", page) == []
+    (source,) = dist.glob("*.tar.gz")
+    with tarfile.open(source) as archive:
+        files = {file.partition("/")[2] for file in archive.getnames()}
+    named = set(re.findall(r": `([\w./-]+\.(?:md|cff)|LICENSE)`", page))
+    assert {"docs/quickstart.md", "CHANGELOG.md", "LICENSE"} <= named <= files

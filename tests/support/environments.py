@@ -1,0 +1,39 @@
+"""Virtual environments with some packages of their own, on top of those of the environment that runs this."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = "Scripts" if os.name == "nt" else "bin"
+
+
+def build(folder: Path, *wanted: str) -> Path:
+    """The Python of a new environment in which pip has installed `wanted`; everything else, such as torch, is borrowed.
+
+    Raises:
+        RuntimeError: pip failed, with what it said.
+    """
+    venv.create(folder)
+    own = next(folder.glob("lib/python*/site-packages"), folder / "Lib" / "site-packages")
+    borrowed = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    (own / "zz_borrowed.pth").write_text("\n".join([*borrowed, ""]), encoding="utf-8")  # comes after `own`
+    python = folder / SCRIPTS / "python"
+    # Compiled when imported: of transformers that is a small part.
+    command = [str(python), "-m", "pip", "install", "--quiet", "--no-compile", *wanted]
+    pip = subprocess.run(command, capture_output=True, text=True, check=False)
+    if pip.returncode:
+        raise RuntimeError(f"pip install {' '.join(wanted)}:\n{pip.stderr}")
+    return python
+
+
+def run(python: Path | str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A process of that Python which imports smoa from this checkout."""
+    paths = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+    environment = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [str(python), *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

@@ -1,0 +1,50 @@
+"""The workflows are valid YAML, call make targets that exist, and test each Python that the package names."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+
+
+def jobs(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))["jobs"]
+    return found
+
+
+def called(file: Path) -> list[str]:
+    """The make targets of a workflow."""
+    steps = [step for job in jobs(file).values() for step in job.get("steps", [])]
+    commands = [word for step in steps for word in re.findall(r"^make (.+)$", step.get("run", ""), re.MULTILINE)]
+    return [word for command in commands for word in command.split() if "=" not in word]
+
+
+def test_the_workflows_call_what_they_are_there_for() -> None:
+    assert {file.stem: called(file) for file in FILES} == {"matrix": ["matrix"], "release": ["dist"], "tests": ["test"]}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_workflow_calls_targets_files_and_jobs_that_exist(file: Path) -> None:
+    assert set(called(file)) <= TARGETS
+    for job in jobs(file).values():
+        assert "uses" not in job or (ROOT / job["uses"]).is_file()
+        assert set(job.get("needs", [])) <= jobs(file).keys()
+
+
+def test_every_python_that_the_package_names_is_tested() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = [line.rpartition(" ")[2] for line in project["classifiers"] if re.search(r":: 3\.\d+$", line)]
+    assert jobs(ROOT / ".github/workflows/tests.yml")["test"]["strategy"]["matrix"]["python"] == named
+
+
+def test_only_the_job_that_publishes_may_ask_for_an_identity() -> None:
+    allowed = [(file.stem, name) for file in FILES for name, job in jobs(file).items() if "id-token" in str(job)]
+    assert allowed == [("release", "publish")]
