@@ -13,14 +13,13 @@ import os
 import re
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
-import venv
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from tests.support.venvs import ROOT, borrowing_venv
+
 VERSIONS = {"0.18.1": "5.3.*", "0.19.1": "5.6.*", "0.20.0": "5.16.1", "0.21.2": "5.23.*", "newest": "newest"}
 """PEFT, and a transformers that takes it. "newest" is what pip finds within pyproject.toml's limits for tests."""
 TESTS = [
@@ -59,18 +58,9 @@ def run(python: Path | str, *arguments: str) -> subprocess.CompletedProcess[str]
 
 def build(folder: Path, peft: str, transformers: str) -> Path:
     """The Python of a new environment with these versions on top of the packages that this one has."""
-    venv.create(folder, with_pip=True)
-    own = next(folder.glob("lib/python*/site-packages"), folder / "Lib" / "site-packages")
-    (own / "zz_borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
-    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if peft == "newest":
-        wanted = ["--upgrade", "peft", "transformers<5.24"]
-    else:
-        wanted = [f"peft=={peft}", f"transformers=={transformers}"]
-    pip = subprocess.run([str(python), "-m", "pip", "install", "--quiet", *wanted], capture_output=True, text=True)
-    if pip.returncode:
-        raise RuntimeError(f"pip install {' '.join(wanted)}:\n{pip.stderr}")
-    return python
+        return borrowing_venv(folder, "--upgrade", "peft", "transformers<5.24")
+    return borrowing_venv(folder, f"peft=={peft}", f"transformers=={transformers}")
 
 
 def exchange(python: Path | str, name: str, adapters: Path) -> str:
