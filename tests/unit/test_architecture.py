@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[2] / "src"
-LIBRARY = ["errors", "compat", "atomic", "maths", "config", "layers", "files", "tuner", "export"]
+LIBRARY = ["errors", "compat", "atomic", "maths", "config", "layers", "files", "tuner", "export", "integrations"]
 """Each may import what stands before it, and `export` and `tuner` not each other."""
 LAB = ["basics", "data", "config", "drawing", "scoring", "training", "runs", "inspection", "study", "cli"]
 APART = {("tuner", "export"), ("export", "tuner"), ("study", "inspection"), ("inspection", "study")}

@@ -1,0 +1,65 @@
+"""Turns a framework's own LoRA settings, and a block of SMoA's, into a SmoaConfig."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any
+
+from peft import LoraConfig
+
+from smoa import ConfigError, SmoaConfig
+
+RENAMED = {"lora_alpha": "alpha", "lora_dropout": "smoa_dropout"}
+BIASES = {"lora_only": "smoa_only"}
+SETTABLE = {field.name for field in fields(SmoaConfig)}
+SHARED = SETTABLE & {field.name for field in fields(LoraConfig)} - {"peft_type", "peft_version", "auto_mapping"}
+"""What means the same in both methods."""
+NO_SETTINGS = {"peft_type", "peft_version", "auto_mapping", "runtime_config", "megatron_core"}
+
+
+def smoa_config(lora: LoraConfig, settings: Mapping[str, Any], place: str) -> SmoaConfig:
+    """The SmoaConfig of a framework's LoraConfig; `settings`, from the block at `place`, win and add what LoRA lacks.
+
+    Raises:
+        ConfigError: LoRA's settings contain what SMoA has no counterpart for, or a setting is wrong.
+    """
+    check_settings(settings, place)
+    chosen = {name: getattr(lora, name) for name in [*SHARED, *RENAMED] if getattr(lora, name) is not None}
+    known = {RENAMED.get(name, name): value for name, value in chosen.items()}
+    known["bias"] = BIASES.get(lora.bias, lora.bias)
+    refuse(_only_lora(lora), place)
+    return SmoaConfig(**{**known, **settings})
+
+
+def check_settings(settings: Mapping[str, Any], place: str) -> None:
+    """Find what is wrong with a block of SMoA settings by itself, before a model is loaded.
+
+    Raises:
+        ConfigError: a name that SmoaConfig does not have, or a value that breaks a rule.
+    """
+    unknown = sorted(settings.keys() - SETTABLE)
+    if unknown:
+        raise ConfigError(f"{place}: {', '.join(unknown)}: SmoaConfig has no such setting; remove or rename it")
+    try:
+        SmoaConfig(**settings)
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from None
+
+
+def refuse(names: Iterable[str], place: str) -> None:
+    """Refuse settings of LoRA that would have no effect.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    found = sorted(names)
+    if found:
+        raise ConfigError(f"{place}: {', '.join(found)}: a setting of LoRA that SMoA does not have; remove it")
+
+
+def _only_lora(lora: LoraConfig) -> Iterable[str]:
+    """Settings that were changed and that SMoA has no counterpart for; an empty list or mapping counts as unset."""
+    plain = LoraConfig()
+    names = {field.name for field in fields(LoraConfig)} - SHARED - RENAMED.keys() - NO_SETTINGS
+    return (name for name in names if (getattr(lora, name) or None) != (getattr(plain, name) or None))
