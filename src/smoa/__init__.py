@@ -6,8 +6,12 @@ then work as for any method.
 
 from __future__ import annotations
 
-from smoa import _aliases
-from smoa.registration import check_peft_version, ensure_peft_type, register
+from smoa._quiet import quiet_imports
+
+quiet_imports()
+
+from smoa import _aliases  # noqa: E402  (imports PEFT, as all below do)
+from smoa.registration import check_peft_version, ensure_peft_type, register  # noqa: E402
 
 check_peft_version()
 _aliases.install()

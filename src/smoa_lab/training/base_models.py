@@ -8,11 +8,21 @@ from __future__ import annotations
 
 import logging
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from tqdm.auto import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    modeling_gguf_pytorch_utils,
+)
 from transformers.utils import quantization_config
 
 from smoa.atomic import new_folder
@@ -39,7 +49,8 @@ def load_base_model(wanted: ModelSection) -> tuple[PreTrainedModel, PreTrainedTo
         shared["gguf_file"] = gguf_file
         options |= _dequantize(gguf_file)
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, **shared, **options)
+        with _bars_on_terminals_only():
+            model = AutoModelForCausalLM.from_pretrained(source, **shared, **options)
         places = {key: wanted.options[key] for key in PLACES if key in wanted.options}
         tokenizer = AutoTokenizer.from_pretrained(source, **shared, **places)
     except TypeError as error:  # transformers passes on unknown options
@@ -90,6 +101,17 @@ def _dequantize(gguf_file: str) -> dict[str, Any]:
     if not hasattr(quantization_config, "GgufConfig"):
         return {}
     return {"quantization_config": quantization_config.GgufConfig(gguf_file=gguf_file, dequantize=True)}
+
+
+@contextmanager
+def _bars_on_terminals_only() -> Iterator[None]:
+    """transformers' bar for GGUF files does not obey its ``disable_progress_bar``, and fills logs with half lines."""
+    reader: Any = modeling_gguf_pytorch_utils
+    shown, reader.tqdm = reader.tqdm, partial(tqdm, disable=None)
+    try:
+        yield
+    finally:
+        reader.tqdm = shown
 
 
 def _unmark_gguf(model: PreTrainedModel) -> None:
