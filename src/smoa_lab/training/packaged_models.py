@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from smoa.files.named_base import NamedBase, named_base
 from smoa_lab.basics.cache import cache_folder
 from smoa_lab.basics.extras import import_package
 from smoa_lab.data.sources.wheels import Wheel
@@ -70,3 +71,11 @@ def unpacked_folder(name: str) -> Path:
 def packaged_name(source: str) -> str | None:
     """The packaged model that ``source``, its name or its folder, is; None for any other model."""
     return next((name for name in PACKAGED_MODELS if source in (name, str(unpacked_folder(name)))), None)
+
+
+def described_base(source: str) -> NamedBase:
+    """How cards name a base that was loaded from ``source``; a packaged one by what it was made from."""
+    name = packaged_name(source)
+    if name is None:
+        return named_base(source)
+    return NamedBase(PACKAGED_MODELS[name].description, PACKAGED_MODELS[name].hub_id)

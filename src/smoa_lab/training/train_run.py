@@ -9,13 +9,14 @@ from functools import partial
 from typing import Any
 
 import torch.distributed as dist
-from peft import get_peft_model
+from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from smoa.atomic import replaced_folder
 from smoa.errors import ConfigError
 from smoa.layers.distributed import from_rank_zero, is_distributed
+from smoa_lab.basics.portable import portable
 from smoa_lab.config.methods import METHODS
 from smoa_lab.config.run_config import RunConfig
 from smoa_lab.data.prompts import Encoded, PromptEncoder
@@ -24,7 +25,9 @@ from smoa_lab.drawing.plots import draw_loss_curve
 from smoa_lab.scoring.answer_loss import AnswerTrainer, collate
 from smoa_lab.scoring.held_out import evaluate_records
 from smoa_lab.training.base_models import load_base_model
+from smoa_lab.training.packaged_models import described_base
 from smoa_lab.training.progress import REPLACED, ProgressReport
+from smoa_lab.training.run_card import run_card
 from smoa_lab.training.run_folder import RunFolder, provenance
 
 logger = logging.getLogger(__name__)
@@ -76,10 +79,10 @@ def _run(config: RunConfig, folder: RunFolder, ready: Prepared, checkpoint: str 
         evaluation["after"] = _evaluate(config, ready, model, "after training")
     metrics = {
         "format": 1,
-        "config": config.model_dump(mode="json"),
+        "config": portable(config.model_dump(mode="json")),
         "provenance": provenance(arguments.seed, arguments.device),
         "parameters": _parameters(model),
-        "data": ready.records.account | {"truncation": _truncation(examples)},
+        "data": portable(ready.records.account) | {"truncation": _truncation(examples)},
         "training": {
             "seconds": round(seconds, 1),
             "steps": trainer.state.global_step,
@@ -166,6 +169,10 @@ def _save(
     with replaced_folder(folder.adapter) as temporary:
         model.save_pretrained(temporary, state_dict=state)
         ready.tokenizer.save_pretrained(temporary)
+        if METHODS[config.method].config is not None:  # else it is a whole model
+            saved, base = PeftConfig.from_pretrained(str(temporary)), described_base(config.model.name)
+            card = run_card(folder.path.resolve().name, saved, base, metrics)
+            (temporary / "README.md").write_text(card, encoding="utf-8")
     metrics["parameters"]["adapter_bytes"] = sum(file.stat().st_size for file in folder.adapter.glob("*.safetensors"))
     draw_loss_curve(metrics["history"], folder.picture, f"{config.method} on {', '.join(config.data.tasks)}")
     folder.finish(metrics)
