@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import nn
 
 from smoa.atomic import new_folder
+from smoa.errors import ConfigError
 from smoa.export.lora import LoraConversion, RankRule, UpdateSpectra
 from smoa_lab.config.run_config import ModelSection, RunConfig, load_config
 from smoa_lab.runs.open_run import adapter_of_run, base_name
@@ -120,8 +121,10 @@ def convert_run(
         ConfigError: ``output`` exists, or ``place`` contains no SMoA adapter.
         DataError: base model or data cannot be loaded.
     """
+    if Path(output).exists():
+        raise ConfigError(f"{output}: exists; choose another folder")
+    converter = Converter(place, base, score)
     with new_folder(Path(output)) as temporary:
-        converter = Converter(place, base, score)
         conversion, loss = converter.cut(rule, temporary, uniform_rank)
     return {
         "folder": str(output),

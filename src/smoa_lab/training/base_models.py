@@ -27,7 +27,9 @@ from transformers.utils import quantization_config
 
 from smoa.atomic import new_folder
 from smoa.errors import DataError
+from smoa_lab.basics.extras import require
 from smoa_lab.config.run_config import ModelSection
+from smoa_lab.training.needs import model_needs
 from smoa_lab.training.packaged_models import PACKAGED_MODELS, unpacked_folder
 
 logger = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ def load_base_model(wanted: ModelSection) -> tuple[PreTrainedModel, PreTrainedTo
     Raises:
         DataError: the model cannot be loaded, or an option is unknown.
     """
+    require(model_needs(wanted))
     source, gguf_file = _locate(wanted.name)
     shared: dict[str, Any] = {"trust_remote_code": wanted.trust_remote_code}
     options: dict[str, Any] = {"dtype": getattr(torch, wanted.dtype), **wanted.options}
@@ -85,6 +88,7 @@ def prepare_packaged_model(name: str) -> Path:
     folder = unpacked_folder(name)
     if folder.is_dir():
         return folder
+    require(model_needs(ModelSection(name=name)))
     packaged = PACKAGED_MODELS[name]
     logger.info("Dequantizing %s into %s (once, about a minute)", packaged.hub_id, folder)
     with new_folder(folder, keep_existing=True) as temporary:

