@@ -6,8 +6,17 @@ then work as for any method.
 
 from __future__ import annotations
 
-from smoa import _aliases
-from smoa.registration import check_peft_version, ensure_peft_type, explain_version_errors, register
+from smoa._quiet import quiet_imports
+
+quiet_imports()
+
+from smoa import _aliases  # noqa: E402  (imports PEFT, as all below do)
+from smoa.registration import (  # noqa: E402
+    check_peft_version,
+    ensure_peft_type,
+    explain_version_errors,
+    register,
+)
 
 check_peft_version()
 _aliases.install()

@@ -120,3 +120,9 @@ def fill_cache(cache: Path, train: list[Record], test: list[Record], task: str =
     for part, records in (("train", train), ("test", test)):
         rows = [json.dumps(asdict(record)) for record in records]
         (cache / "data" / f"{task}-{part}-{FORMAT}.jsonl").write_text("\n".join(rows) + "\n")
+
+
+def files_with(text: object, folder: Path) -> set[str]:
+    """The files under `folder` in which `text` occurs, by their paths in it."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return {file.relative_to(folder).as_posix() for file in files if str(text).encode() in file.read_bytes()}

@@ -33,6 +33,7 @@ from smoa.export.in_memory import merge_in_memory, with_plain_weights
 from smoa.export.model_card import loss_in_words, model_card
 from smoa.export.shards import Checkpoint, has_safetensors
 from smoa.export.streaming import RoundingLoss, SavedAdapter, plan_stream, stream_merge
+from smoa.files.named_base import NamedBase, named_base
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -92,6 +93,7 @@ def merge_and_save(
     tokenizer: PreTrainedTokenizerBase | None = None,
     trust_remote_code: bool = False,
     notes: tuple[str, ...] = (),
+    base_name: NamedBase | None = None,
 ) -> Export:
     """Merge a saved adapter into its base model, and save weights, config, tokenizer and a model card in `output`.
 
@@ -105,6 +107,7 @@ def merge_and_save(
         tokenizer: Tokenizer to save instead of the adapter's or the base's.
         trust_remote_code: Allow the base's repository to run its own code.
         notes: Sentences for the model card.
+        base_name: How the model card names the base, if it was loaded from another place than it comes from.
 
     Raises:
         ConfigError: `output` exists, or `adapter` is not an adapter.
@@ -130,7 +133,8 @@ def merge_and_save(
             wanted = wanted or (torch.float32 if quantized else model.dtype)
             loss = merge_in_memory(with_plain_weights(model), source, folder, wanted, max_shard_size)
         _copy_other_files(source, origin, folder, tokenizer)
-        card = model_card(target.name, name, auto_class(config), config, loss, notes)
+        named = base_name or named_base(name)
+        card = model_card(target.name, named, auto_class(config), config, loss, notes)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return Export(target, name, loss, streamed, notes)
 
@@ -151,6 +155,8 @@ def _stream(
     loss = stream_merge(adapter, plan, checkpoint, folder, dtype, max_shard_size)
     # Edit the base's file, because the transformers release that the base is for may not read a config written by ours.
     raw["architectures"] = [type(model).__name__]
+    if named_base(raw.get("_name_or_path")).hub_id is None:  # releases before 5 note there where a model came from
+        raw.pop("_name_or_path", None)
     raw["torch_dtype" if "torch_dtype" in raw else "dtype"] = _name(loss.dtype)
     if model.config.num_labels != base.own_num_labels():
         raw.pop("num_labels", None)

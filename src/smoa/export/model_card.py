@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
@@ -10,6 +9,7 @@ from peft import PeftConfig
 
 from smoa.export.streaming import RoundingLoss
 from smoa.files.adapter_card import settings_as_json
+from smoa.files.named_base import NamedBase
 
 TEXT = """---
 {front_matter}
@@ -42,13 +42,13 @@ The base model's license and terms of use apply.
 
 
 def model_card(
-    title: str, base: str, auto_class: str, config: PeftConfig, loss: RoundingLoss, notes: tuple[str, ...]
+    title: str, base: NamedBase, auto_class: str, config: PeftConfig, loss: RoundingLoss, notes: tuple[str, ...]
 ) -> str:
     """The card as Markdown, with the front matter that model hubs read."""
     return TEXT.format(
-        front_matter=_front_matter(base),
+        front_matter=_front_matter(base.hub_id),
         title=title,
-        base=base,
+        base=base.text,
         method=_name(config),
         layers=len(loss.by_layer),
         auto_class=auto_class,
@@ -78,7 +78,7 @@ def _name(config: PeftConfig) -> str:
     return str(getattr(config.peft_type, "value", config.peft_type))
 
 
-def _front_matter(base: str) -> str:
-    """YAML for the hub. A base model in a local folder is left out, because a hub can't link to it."""
-    known: dict[str, Any] = {} if Path(base).exists() else {"base_model": base}
+def _front_matter(base: str | None) -> str:
+    """YAML for the hub; `base` is an id on it, or None."""
+    known: dict[str, Any] = {"base_model": base} if base else {}
     return ModelCardData(**known, library_name="transformers", tags=["smoa", "merged"]).to_yaml()

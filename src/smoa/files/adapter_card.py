@@ -9,6 +9,9 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from peft import PeftConfig
 
+from smoa.config.adapter_config import SmoaConfig
+from smoa.files.named_base import NamedBase, named_base
+
 LOADERS = {
     "CAUSAL_LM": ("AutoPeftModelForCausalLM", "text-generation"),
     "SEQ_2_SEQ_LM": ("AutoPeftModelForSeq2SeqLM", None),
@@ -27,16 +30,13 @@ TEXT = """---
 
 # {title}
 
-A SMoA adapter ([arXiv:2605.21147](https://arxiv.org/abs/2605.21147)) of `{base}`: r = {r}, {blocks} blocks{by_layer}.
+{intro}
 
 ```python
-import smoa  # registers SMoA with PEFT
-from peft import {loader}
-
-model = {loader}.from_pretrained("PATH")
+{loading}
 ```
 
-{metrics}## Adapter
+{sections}## Adapter
 
 ```json
 {config}
@@ -44,23 +44,65 @@ model = {loader}.from_pretrained("PATH")
 
 The base model's license and terms of use apply.
 """
+BY_NAME = """from peft import {auto_peft}
+
+model = {auto_peft}.from_pretrained("PATH")"""
+ON_A_BASE = """from peft import PeftModel
+from transformers import {auto}
+
+model = PeftModel.from_pretrained({auto}.from_pretrained("{base}"), "PATH")"""
+LOCAL = """The base was loaded from a local place. If `adapter_config.json` does not lead to it, load it yourself and
+call `PeftModel.from_pretrained(base, "PATH")`.
+
+"""
 
 
-def adapter_card(title: str, config: Any, metrics: Mapping[str, float]) -> str:
-    """Markdown with the front matter that model hubs read; `config` is the SmoaConfig as saved."""
-    loader, pipeline = LOADERS.get(str(getattr(config.task_type, "value", config.task_type)), ("AutoPeftModel", None))
-    base = config.base_model_name_or_path or "a model without a name"
+def adapter_card(
+    title: str, config: PeftConfig, metrics: Mapping[str, float], base: NamedBase | None = None, sections: str = ""
+) -> str:
+    """Markdown with the front matter that model hubs read.
+
+    Args:
+        title: The heading.
+        config: The adapter's config as saved, of any PEFT method.
+        metrics: A table of results; none if empty.
+        base: Name of the base model, if it is not the place that the config records.
+        sections: More Markdown, put before the settings.
+    """
+    base = base or named_base(config.base_model_name_or_path)
+    auto_peft, pipeline = LOADERS.get(
+        str(getattr(config.task_type, "value", config.task_type)), ("AutoPeftModel", None)
+    )
     return TEXT.format(
-        front_matter=_front_matter(config.base_model_name_or_path, pipeline),
+        front_matter=_front_matter(base.hub_id, config, pipeline),
         title=title,
-        base=base,
-        r=config.r,
-        blocks=config.num_blocks,
-        by_layer=" in layers for which its config gives no other number" if config.num_blocks_pattern else "",
-        loader=loader,
-        metrics=_table(metrics),
+        intro=_intro(base.text, config),
+        loading=_loading(base, config, auto_peft),
+        sections=("" if base.hub_id else LOCAL) + _table(metrics) + sections,
         config=settings_as_json(config),
     )
+
+
+def _intro(base: str, config: Any) -> str:
+    if not isinstance(config, SmoaConfig):
+        return f"A {_method(config)} adapter of `{base}`, for PEFT."
+    by_layer = " in layers for which its config gives no other number" if config.num_blocks_pattern else ""
+    return (
+        f"A SMoA adapter ([arXiv:2605.21147](https://arxiv.org/abs/2605.21147)) of `{base}`: "
+        f"r = {config.r}, {config.num_blocks} blocks{by_layer}."
+    )
+
+
+def _loading(base: NamedBase, config: PeftConfig, auto_peft: str) -> str:
+    """PEFT finds the base in the config, unless that names another place than the Hub's."""
+    registers = "import smoa  # registers SMoA with PEFT\n" if isinstance(config, SmoaConfig) else ""
+    if base.hub_id in (None, config.base_model_name_or_path):
+        return registers + BY_NAME.format(auto_peft=auto_peft)
+    return registers + ON_A_BASE.format(auto=auto_peft.replace("Peft", ""), base=base.hub_id)
+
+
+def _method(config: PeftConfig) -> str:
+    return str(getattr(config.peft_type, "value", config.peft_type))
 
 
 def settings_as_json(config: PeftConfig) -> str:
@@ -74,11 +116,10 @@ def settings_as_json(config: PeftConfig) -> str:
     return json.dumps(shown, indent=2, sort_keys=True)
 
 
-def _front_matter(base: str | None, pipeline: str | None) -> str:
-    """YAML for the Hub. A base model in a local folder is left out, because the Hub can't link to it."""
-    named = base is not None and not base.startswith((".", "/", "~")) and ":" not in base and "\\" not in base
-    known: dict[str, Any] = {"base_model": base} if named else {}
-    tags = ["smoa", *([f"base_model:adapter:{base}"] if named else [])]
+def _front_matter(base: str | None, config: PeftConfig, pipeline: str | None) -> str:
+    """YAML for the Hub; `base` is an id on it, or None."""
+    known: dict[str, Any] = {"base_model": base} if base else {}
+    tags = [_method(config).lower(), *([f"base_model:adapter:{base}"] if base else [])]
     return ModelCardData(**known, library_name="peft", pipeline_tag=pipeline, tags=tags).to_yaml()
 
 

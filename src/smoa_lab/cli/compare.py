@@ -24,7 +24,7 @@ def compare(
     json: AsJson = False,
 ) -> None:
     """Tune all methods in the same way, run each with fresh seeds, and report which is better, same or worse."""
-    with reporting("accelerate", "matplotlib"):
+    with reporting("accelerate", "matplotlib", "PIL", "filelock"):
         import transformers
 
         from smoa.errors import ConfigError

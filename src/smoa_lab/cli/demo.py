@@ -17,7 +17,7 @@ def demo(
     overrides: Overrides = None,
 ) -> None:
     """Fine-tune a small real model in minutes, show what changed, reload the adapter and merge it."""
-    with reporting("accelerate", "matplotlib"):
+    with reporting("accelerate", "matplotlib", "PIL"):
         from smoa_lab.config.run_config import load_config
         from smoa_lab.runs.verify_run import verify_saved
         from smoa_lab.training.packaged_models import PACKAGED_MODELS

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from smoa_lab.cli.console import failed, quiet_imports
+from smoa_lab.cli.console import failed
 
 # All words after the tool's name are passed to the tool, `--help` too.
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
@@ -30,7 +30,6 @@ def run(
         raise failed(f"{tool}: no such file")
     if not is_script and not commands:
         raise failed(f"{tool!r} is not a command of the packages in {sys.prefix}; install it there, or name a .py file")
-    quiet_imports()
     importlib.import_module("smoa")  # registers the method with PEFT
     sys.argv = [tool, *context.args]
     if is_script:

@@ -18,7 +18,7 @@ def train(
     json: AsJson = False,
 ) -> None:
     """Train an adapter and score it on held-out questions."""
-    with reporting("accelerate", "matplotlib"):
+    with reporting("accelerate", "matplotlib", "PIL"):
         from smoa_lab.config.run_config import load_config
         from smoa_lab.training.train_run import train as train_run
 

@@ -19,7 +19,7 @@ from smoa_lab.config.yaml_text import apply_overrides, key_lines, parse_yaml, to
 from smoa_lab.data.files import FileTask
 from smoa_lab.data.prompts import AnswerStyle, Template
 from smoa_lab.data.selection import Selection, Sizes, select
-from smoa_lab.data.tasks import Source, find_task
+from smoa_lab.data.tasks import Source, Task, find_task
 
 TRAINING_DEFAULTS: dict[str, Any] = {"report_to": "none", "logging_steps": 10, "save_total_limit": 1}
 
@@ -53,11 +53,14 @@ class DataSection(Section):
     validation_part: float = Field(default=0.05, ge=0.0, lt=1.0)
     seed: int = 0
 
+    def chosen(self) -> dict[str, Task]:
+        """The tasks by name."""
+        return {name: find_task(name, self.source, self.files) for name in self.tasks}
+
     def select(self) -> Selection:
         """The records of the run; raises DataError if they cannot be loaded."""
-        tasks = {name: find_task(name, self.source, self.files) for name in self.tasks}
         sizes = Sizes(self.train_examples, self.validation_examples, self.test_examples)
-        return select(tasks, sizes, self.validation_part, self.seed)
+        return select(self.chosen(), sizes, self.validation_part, self.seed)
 
 
 class TaskSection(Section):

@@ -43,6 +43,11 @@ class FileTask(Section):
     family: Family = "text"
     columns: Columns = Columns()
 
+    @property
+    def is_parquet(self) -> bool:
+        """Whether a package is needed to read it."""
+        return any(str(path).endswith(".parquet") for path in (self.train, self.test))
+
 
 def read_file_split(name: str, task: FileTask, split: str) -> list[Record]:
     """The records of one file, in order.

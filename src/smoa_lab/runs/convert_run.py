@@ -14,11 +14,13 @@ from peft import PeftModel
 from torch import nn
 
 from smoa.atomic import new_folder
+from smoa.errors import ConfigError
 from smoa.export.lora import LoraConversion, RankRule, UpdateSpectra
 from smoa_lab.config.run_config import ModelSection, RunConfig, load_config
 from smoa_lab.runs.open_run import adapter_of_run, base_name
 from smoa_lab.scoring.likelihood import score_answers
 from smoa_lab.training.base_models import load_base_model
+from smoa_lab.training.packaged_models import described_base
 from smoa_lab.training.run_folder import RunFolder
 from smoa_lab.training.train_run import Prepared, prepare
 
@@ -71,6 +73,9 @@ class Converter:
     def cut(self, rule: RankRule, output: Path, uniform_rank: bool = False) -> tuple[LoraConversion, TaskLoss | None]:
         """Save a LoRA in the new folder ``output``, load it from there by PEFT, score it."""
         conversion = self.spectra.to_lora(rule, uniform_rank)
+        base = str(conversion.config.base_model_name_or_path)
+        # A packaged base is in the cache folder, which no other machine has.
+        conversion.config.base_model_name_or_path = described_base(base).hub_id or base
         conversion.save(output)
         if self.ready is None:
             return conversion, None
@@ -116,8 +121,10 @@ def convert_run(
         ConfigError: ``output`` exists, or ``place`` contains no SMoA adapter.
         DataError: base model or data cannot be loaded.
     """
+    if Path(output).exists():
+        raise ConfigError(f"{output}: exists; choose another folder")
+    converter = Converter(place, base, score)
     with new_folder(Path(output)) as temporary:
-        converter = Converter(place, base, score)
         conversion, loss = converter.cut(rule, temporary, uniform_rank)
     return {
         "folder": str(output),

@@ -12,11 +12,12 @@ from peft import PeftModel
 
 from smoa.atomic import write_whole
 from smoa.errors import ConfigError, DataError
-from smoa_lab.basics.extras import import_package
+from smoa_lab.basics.extras import require
 from smoa_lab.config.run_config import RunConfig
 from smoa_lab.scoring.generation import evaluate_by_generation
 from smoa_lab.scoring.held_out import evaluate_records
 from smoa_lab.scoring.protocol import Protocol
+from smoa_lab.training.needs import evaluation_needs
 from smoa_lab.training.run_folder import provenance
 from smoa_lab.training.train_run import Prepared, prepare
 
@@ -39,10 +40,11 @@ def evaluate_run(
 
     Raises:
         ConfigError: ``output`` exists.
-        DataError: nothing is held out, or model or data cannot be loaded.
+        DataError: nothing is held out, model or data cannot be loaded, or a package is missing.
     """
     if output is not None and output.exists():
         raise ConfigError(f"{output}: exists, and results are never overwritten; choose another --output")
+    require(evaluation_needs(config, protocol))
     ready = prepare(config)
     if not ready.records.test:
         raise DataError("data.test_examples: no held-out questions to score")
@@ -72,7 +74,6 @@ def _scores(
         return {"scores": {name: asdict(score) for name, score in scores.items()}, "texts": written}
     tokens = config.task.eval_batch_tokens
     if protocol == "lm-eval":
-        import_package("lm_eval", "protocol lm-eval")
         from smoa_lab.scoring.harness import evaluate_with_harness
 
         return {"scores": evaluate_with_harness(model, ready.encoder, records, tokens)}

@@ -10,7 +10,7 @@ from smoa.export.merge import Dtype, Export, merge_and_save
 from smoa_lab.config.run_config import ModelSection, load_config
 from smoa_lab.runs.open_run import adapter_of_run, base_name
 from smoa_lab.training.base_models import load_base_model, prepare_packaged_model
-from smoa_lab.training.packaged_models import packaged_name
+from smoa_lab.training.packaged_models import described_base, packaged_name
 from smoa_lab.training.run_folder import RunFolder
 
 GGUF_NOTE = "The base is a GGUF file: the adapter is merged into its dequantized weights, on which it was trained."
@@ -38,6 +38,7 @@ def merge_run(
         raise ConfigError(f"{output}: exists; choose another folder")
     name = base_name(source, base)
     options: dict[str, Any] = {"max_shard_size": max_shard_size, "trust_remote_code": trust_remote_code}
+    options["base_name"] = described_base(name)
     quantized = None if base else _quantized_while_loading(Path(adapter))
     if name.endswith(".gguf") or quantized is not None:
         wanted = quantized or ModelSection(name=name, trust_remote_code=trust_remote_code)

@@ -39,8 +39,11 @@ class Comparison:
 
         Raises:
             ConfigError: ``only`` names nothing of the study.
+            DataError: a package is missing.
         """
         chosen = self.study.chosen(only)
+        for name in chosen:
+            self.bench.check_needs(self.study.entries[name])
         self.untouched()
         tuned = {name: self.tune(name) for name in chosen}
         for seed in self.study.seeds:

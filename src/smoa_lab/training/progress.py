@@ -52,4 +52,5 @@ class ProgressReport(TrainerCallback):
         logger.info("step %d/%d: %s", state.global_step, state.max_steps, ", ".join(shown))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar.stop()
+        if self.bar.live.is_started:  # else it would print an empty line
+            self.bar.stop()

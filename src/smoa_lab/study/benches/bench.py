@@ -13,11 +13,14 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from smoa.errors import ConfigError
+from smoa_lab.basics.extras import require
 from smoa_lab.config.run_config import DataSection, RunConfig, check_config
 from smoa_lab.data.records import Record
 from smoa_lab.data.selection import Selection
+from smoa_lab.data.tasks import task_needs
 from smoa_lab.scoring.held_out import Outcome, score_outcomes
 from smoa_lab.study.entry import Entry
+from smoa_lab.training.needs import training_needs
 from smoa_lab.training.run_folder import RunFolder
 from smoa_lab.training.train_run import training_arguments
 
@@ -53,6 +56,11 @@ class Bench(ABC):
         model = {**(self.shared.get("model") or {}), **entry.model}
         own = {"method": entry.method, "adapter": entry.adapter, "model": model, "training": training}
         return check_config({**self.shared, **own}, place)
+
+    def check_needs(self, entry: Entry) -> None:
+        """Raise DataError if a package is missing that the runs of an entry will need."""
+        elsewhere = {} if self.elsewhere is None else task_needs(self.elsewhere.chosen())
+        require({**training_needs(self.config(entry, entry.learning_rate, seed=0)), **elsewhere})
 
     def run(self, entry: Entry, learning_rate: float, seed: int, part: Part, work: Path) -> dict[str, Any]:
         """Train, then score ``part``: plain values for a trial's JSON. An interrupted run goes on in ``work``."""

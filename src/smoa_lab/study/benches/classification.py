@@ -29,6 +29,7 @@ from smoa_lab.data.sources.wheels import installed_file
 from smoa_lab.scoring.held_out import Outcome
 from smoa_lab.scoring.mode import scoring
 from smoa_lab.study.benches.bench import Bench, Fitted, fit_arguments
+from smoa_lab.study.entry import Entry
 from smoa_lab.training.progress import REPLACED
 
 PACKAGED_ENCODER = "all-minilm-l6-v2"
@@ -37,6 +38,12 @@ BATCH = 64
 
 class ClassificationBench(Bench):
     """Trains adapter and head; scores the loss and the accuracy of the likeliest class."""
+
+    def check_needs(self, entry: Entry) -> None:
+        """Also for the packaged encoder."""
+        super().check_needs(entry)
+        if self.config(entry, entry.learning_rate, seed=0).model.name == PACKAGED_ENCODER:
+            encoder_folder()
 
     def _fit(self, config: RunConfig, checkpoint: str | None) -> Fitted:
         arguments = fit_arguments(config)

@@ -23,6 +23,7 @@ from transformers import (
 from smoa import AdapterFileError, ConfigError, MergeError, SmoaConfig
 from smoa.export import merge as export_module
 from smoa.export.merge import Export, merge_and_save
+from smoa.files.named_base import NamedBase
 from tests.support import lab, tiny_models
 from tests.support.tiny_models import logits
 from tests.support.tolerance import assert_close
@@ -259,7 +260,7 @@ def test_tokenizer_generation_config_and_card_come_along(base: Path, adapter: Pa
     merge_and_save(adapter, output)
     assert {"tokenizer.json", "generation_config.json", "LICENSE", "README.md"} <= {f.name for f in output.iterdir()}
     card = (output / "README.md").read_text()
-    assert str(base) in card
+    assert "`base` with the SMOA adapter" in card
     assert '"num_blocks": 2' in card
     assert "AutoModelForCausalLM.from_pretrained" in card
 
@@ -314,6 +315,26 @@ def test_a_base_that_is_nowhere_is_named(base: Path, adapter: Path, output: Path
 def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="adapter_config"):
         merge_and_save(tmp_path, tmp_path / "merged", base="x")
+
+
+@pytest.mark.parametrize(("noted", "kept"), [("/home/somebody/base", None), ("org/base", "org/base")])
+def test_where_a_base_was_loaded_from_stays_out_of_the_merged_model(
+    noted: str, kept: str | None, base: Path, adapter: Path, output: Path
+) -> None:
+    saved(base, adapter)
+    raw = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(raw | {"_name_or_path": noted}))  # as transformers 4 wrote it
+    assert merge_and_save(adapter, output).streamed
+    assert json.loads((output / "config.json").read_text()).get("_name_or_path") == kept
+    assert lab.files_with(base.parent, output) == lab.files_with("/home/somebody", output) == set()
+
+
+def test_the_card_names_the_base_as_it_is_told_to(base: Path, adapter: Path, output: Path) -> None:
+    saved(base, adapter)
+    merge_and_save(adapter, output, base_name=NamedBase("org/base (from GGUF)", "org/base"))
+    text = (output / "README.md").read_text()
+    assert "base_model: org/base\n" in text
+    assert "`org/base (from GGUF)` with the SMOA adapter" in text
 
 
 def test_the_report_is_plain_json(base: Path, adapter: Path, output: Path) -> None:

@@ -10,13 +10,14 @@ from peft import LoraConfig
 from smoa import SmoaConfig
 from smoa.export.model_card import loss_in_words, model_card
 from smoa.export.streaming import RoundingLoss
+from smoa.files.named_base import named_base
 
 LOSS = RoundingLoss(torch.bfloat16, {"first": 0.004, "second": 0.02}, update=1.0, error=0.0123**2)
 
 
 def card(base: str = "org/base", notes: tuple[str, ...] = ()) -> ModelCard:
     config = SmoaConfig(r=6, num_blocks=3, target_modules=["q_proj"])
-    return ModelCard(model_card("mine", base, "AutoModelForCausalLM", config, LOSS, notes))
+    return ModelCard(model_card("mine", named_base(base), "AutoModelForCausalLM", config, LOSS, notes))
 
 
 def test_the_card_names_base_method_layers_and_how_to_load() -> None:
@@ -32,11 +33,14 @@ def test_the_card_names_base_method_layers_and_how_to_load() -> None:
 
 def test_the_card_names_other_methods_too() -> None:
     config = LoraConfig(target_modules=["q_proj"])
-    assert "with the LORA adapter" in model_card("mine", "org/base", "AutoModel", config, LOSS, ())
+    assert "with the LORA adapter" in model_card("mine", named_base("org/base"), "AutoModel", config, LOSS, ())
 
 
 def test_a_base_in_a_local_folder_is_no_base_for_a_hub(tmp_path: Path) -> None:
-    assert card(str(tmp_path)).data.base_model is None
+    found = card(str(tmp_path / "base"))
+    assert found.data.base_model is None
+    assert "`base` with the SMOA adapter" in found.text
+    assert str(tmp_path) not in found.text
 
 
 def test_notes_come_along() -> None:

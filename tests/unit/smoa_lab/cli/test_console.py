@@ -81,27 +81,3 @@ def test_a_command_that_fails_prints_one_line_on_stderr() -> None:
     assert done.returncode == 1
     assert done.stdout == ""
     assert re.fullmatch(r"error: nothing: contains no adapter.*\n", done.stderr)
-
-
-AFTER_THE_IMPORTS = """
-import logging
-from smoa_lab.cli.console import IMPORT_NOTES, reporting
-with reporting():
-    {imported}
-    for name, note in IMPORT_NOTES.items():
-        logging.getLogger(name).warning(note + ": an end that changes")
-        logging.getLogger(name).warning(name + " has news")
-"""
-
-
-def test_only_the_known_notes_of_imported_libraries_are_dropped() -> None:
-    done = in_a_process("-c", AFTER_THE_IMPORTS.format(imported="pass"))
-    assert done.stdout + done.stderr == "bitsandbytes.backends.cpu.ops has news\nDeepSpeed has news\n"
-
-
-def test_deepspeed_does_not_say_that_there_is_no_gpu() -> None:
-    pytest.importorskip("deepspeed")
-    imported = "from deepspeed.accelerator import get_accelerator; get_accelerator()"
-    done = in_a_process("-c", AFTER_THE_IMPORTS.format(imported=imported))
-    assert "Setting accelerator" not in done.stdout + done.stderr
-    assert "DeepSpeed has news" in done.stdout

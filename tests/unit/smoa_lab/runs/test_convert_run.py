@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 from smoa import SmoaConfig
@@ -72,6 +73,25 @@ def test_scoring_can_be_left_out(values: dict[str, Any], tmp_path: Path) -> None
     report = convert_run(finished_run(values), tmp_path / "lora", RankRule(error=0.1), score=False)
     assert report["loss"] is None
     assert report["error"] <= 0.1
+
+
+def test_a_local_base_is_named_in_the_loras_config_only(values: dict[str, Any], tmp_path: Path) -> None:
+    convert_run(finished_run(values), tmp_path / "lora", RankRule(rank=2), score=False)
+    assert lab.files_with(tmp_path, tmp_path / "lora") == {"adapter_config.json"}
+
+
+def test_a_packaged_base_is_named_by_what_it_was_made_from(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = finished_run(values)
+    file = RunFolder(run).adapter / "adapter_config.json"
+    cached = tmp_path / "cache" / "models" / "gemma3-270m"
+    cached.parent.mkdir(parents=True)
+    Path(values["model"]["name"]).rename(cached)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(cached)}))
+    convert_run(run, tmp_path / "lora", RankRule(rank=2), score=False)
+    assert lab.files_with(tmp_path, tmp_path / "lora") == set()
+    assert LoraConfig.from_pretrained(tmp_path / "lora").base_model_name_or_path == "google/gemma-3-270m"
 
 
 @pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning")  # PEFT looks where the base was

@@ -55,7 +55,8 @@ def test_the_base_is_a_gguf_file(tmp_path: Path) -> None:
     assert not export.streamed
     assert_close(merged_logits(tmp_path / "merged"), logits(adapted))
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").eos_token_id == 2
-    assert "GGUF" in (tmp_path / "merged" / "README.md").read_text()
+    assert "`tiny.gguf` with" in (tmp_path / "merged" / "README.md").read_text()
+    assert lab.files_with(tmp_path, tmp_path / "merged") == set()
 
 
 @pytest.mark.parametrize("by_name", [True, False])
@@ -69,6 +70,10 @@ def test_the_base_is_the_packaged_model(by_name: bool, tmp_path: Path, monkeypat
     export = merge_run(tmp_path / "adapter", tmp_path / "merged")
     assert export.notes == (GGUF_NOTE,)
     assert export.streamed
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "base_model: google/gemma-3-270m\n" in card
+    assert "`google/gemma-3-270m (from GGUF Q4_K_M)` with" in card
+    assert lab.files_with(tmp_path, tmp_path / "merged") == set()
     assert_close(merged_logits(tmp_path / "merged"), logits(adapted))
 
 
@@ -77,6 +82,7 @@ def test_a_plain_base_gets_no_note(tmp_path: Path) -> None:
     adapted = adapter_of(LlamaForCausalLM.from_pretrained(base), base, tmp_path / "adapter")
     export = merge_run(tmp_path / "adapter", tmp_path / "merged")
     assert export.notes == ()
+    assert lab.files_with(tmp_path, tmp_path / "merged") == set()
     assert_close(merged_logits(tmp_path / "merged"), logits(adapted))
 
 

@@ -59,6 +59,15 @@ def test_a_gguf_file_is_unpacked_into_the_weights_that_it_was_made_of(tmp_path: 
     assert tokenizer("One plus one")["input_ids"][-12:] == lab.byte_tokenizer()("One plus one")["input_ids"][-12:]
 
 
+def test_the_bar_of_a_gguf_file_stays_out_of_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gguf_base.tiny_gguf(tmp_path / "tiny.gguf")
+    capsys.readouterr()
+    shown = base_models.modeling_gguf_pytorch_utils.tqdm
+    load_base_model(ModelSection(name=str(tmp_path / "tiny.gguf")))
+    assert "GGUF" not in capsys.readouterr().err
+    assert base_models.modeling_gguf_pytorch_utils.tqdm is shown
+
+
 def test_a_tokenizer_without_padding_pads_with_its_end_token(tmp_path: Path) -> None:
     gguf_base.tiny_gguf(tmp_path / "tiny.gguf")
     _, tokenizer = load_base_model(ModelSection(name=str(tmp_path / "tiny.gguf")))

@@ -5,9 +5,17 @@ from pathlib import Path
 
 import pytest
 
+from smoa.files.named_base import NamedBase
 from smoa_lab.config.run_config import ModelSection
 from smoa_lab.training.base_models import load_base_model
-from smoa_lab.training.packaged_models import PACKAGED_MODELS, SMOLLM2, SMOLLM2_FILE, packaged_name, unpacked_folder
+from smoa_lab.training.packaged_models import (
+    PACKAGED_MODELS,
+    SMOLLM2,
+    SMOLLM2_FILE,
+    described_base,
+    packaged_name,
+    unpacked_folder,
+)
 from tests.support import gguf_base
 
 
@@ -22,6 +30,15 @@ def test_a_packaged_model_is_known_by_its_name_and_by_its_folder(
 
 def test_its_description_says_what_it_was_made_from() -> None:
     assert PACKAGED_MODELS["gemma3-270m"].description == "google/gemma-3-270m (from GGUF Q4_K_M)"
+
+
+def test_cards_name_it_by_what_it_was_made_from_and_others_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path))
+    packaged = NamedBase("google/gemma-3-270m (from GGUF Q4_K_M)", "google/gemma-3-270m")
+    assert described_base("gemma3-270m") == described_base(str(unpacked_folder("gemma3-270m"))) == packaged
+    assert described_base(str(tmp_path / "another")) == NamedBase("another", None)
 
 
 def test_a_model_is_read_from_a_wheel_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

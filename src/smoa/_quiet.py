@@ -1,0 +1,31 @@
+"""Keeps notes of imported libraries out of what the ``smoa`` command prints. Imports nothing of smoa."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+IMPORT_NOTES = {
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+    "DeepSpeed": "Setting accelerator to CPU",
+}
+"""What libraries that PEFT and accelerate import log at once, by logger. It does not concern what the user asked for;
+DeepSpeed's goes to stdout, into the middle of JSON."""
+
+
+def quiet_imports() -> None:
+    """Drop IMPORT_NOTES, and nothing else, from the log of the ``smoa`` command and of the lab."""
+    for name in IMPORT_NOTES:
+        logging.getLogger(name).addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not (_in_the_lab() and record.getMessage().startswith(IMPORT_NOTES[record.name]))
+
+
+def _in_the_lab() -> bool:
+    """Not for a program that only uses the library.
+
+    While Python imports this package to find the ``__main__`` of ``python -m smoa``, ``sys.argv`` begins with ``-m``.
+    """
+    return "smoa_lab" in sys.modules or sys.argv[:1] == ["-m"]
