@@ -19,7 +19,7 @@ from smoa.atomic import new_folder
 
 torch.set_num_threads(1)  # for a model this small, threads cost more than they save
 
-ADAPTER = {"r": 16, "num_blocks": 2, "alpha": 512, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+ADAPTER = {"r": 16, "num_blocks": 2, "alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 CAPITALS = [("France", "Paris"), ("Italy", "Rome"), ("Spain", "Madrid"), ("Japan", "Tokyo"), ("Kenya", "Nairobi")]
 SOUNDS = [("cat", "meow"), ("dog", "woof"), ("cow", "moo"), ("duck", "quack"), ("sheep", "baa")]
 

