@@ -6,9 +6,9 @@ then work as for any method.
 
 from __future__ import annotations
 
-from smoa._quiet import quiet_imports
+from smoa import _quiet
 
-quiet_imports()
+_quiet.quiet_imports()
 
 from smoa import _aliases  # noqa: E402  (imports PEFT, as all below do)
 from smoa.registration import check_peft_version, ensure_peft_type, register  # noqa: E402
