@@ -6,9 +6,9 @@ then work as for any method.
 
 from __future__ import annotations
 
-from smoa._quiet import quiet_imports
+from smoa import _quiet
 
-quiet_imports()
+_quiet.quiet_imports()
 
 from smoa import _aliases  # noqa: E402  (imports PEFT, as all below do)
 from smoa.registration import (  # noqa: E402
