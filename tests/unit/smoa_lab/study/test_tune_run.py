@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def test_the_search_finds_the_lowest_loss_and_keeps_its_runs(
 
     def trial(self: Comparison, one: Trial) -> dict[str, Any]:
         tried.append(one.learning_rate)
-        loss = abs(one.learning_rate - 0.02)
+        loss = abs(math.log(one.learning_rate / 0.016))
         scores = {"all": {"gold_loss": loss, "accuracy": 0.0}}
         return {"questions": {"nll": [loss]}, "scores": scores, "seconds": 1.0}
 
