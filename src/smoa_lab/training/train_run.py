@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,14 +24,13 @@ from smoa_lab.data.prompts import Encoded, PromptEncoder
 from smoa_lab.data.selection import Selection
 from smoa_lab.drawing.plots import draw_run
 from smoa_lab.scoring.answer_loss import AnswerTrainer, collate
-from smoa_lab.scoring.held_out import evaluate_records
 from smoa_lab.training.base_models import load_base_model
 from smoa_lab.training.needs import input_needs, training_needs
 from smoa_lab.training.packaged_models import described_base
 from smoa_lab.training.progress import REPLACED, ProgressReport
 from smoa_lab.training.run_card import run_card
 from smoa_lab.training.run_folder import RunFolder, provenance
-from smoa_lab.training.samples import samples, written_answers
+from smoa_lab.training.stages import Stages
 
 logger = logging.getLogger(__name__)
 
@@ -75,17 +74,12 @@ def _run(config: RunConfig, folder: RunFolder, ready: Prepared, checkpoint: str 
     arguments = training_arguments(config)
     if arguments.process_index > 0:
         logging.getLogger("smoa_lab").setLevel(logging.WARNING)  # rank 0 logs the rest
-    evaluation: dict[str, Any] = {}
-    written: dict[str, list[str]] = {"before": [], "after": []}
-    shown = ready.records.test[: config.task.samples] if arguments.world_size == 1 else []
-    if config.task.baseline and ready.records.test:
-        evaluation["before"] = _evaluate(config, ready, ready.base, "before training")
-        written["before"] = written_answers(ready.base, ready.encoder, shown)
+    stages = Stages(ready.encoder, ready.records.test, config.task, alone=arguments.world_size == 1)
+    if config.task.baseline:
+        stages.look(ready.base, "before")
     examples = [ready.encoder.example(record) for record in ready.records.train]
     model, trainer, seconds = fit(config, arguments, ready, examples, checkpoint)
-    if ready.records.test:
-        evaluation["after"] = _evaluate(config, ready, model, "after training")
-        written["after"] = written_answers(model, ready.encoder, shown)
+    stages.look(model, "after")
     metrics = {
         "format": 1,
         "config": portable(config.model_dump(mode="json")),
@@ -98,8 +92,8 @@ def _run(config: RunConfig, folder: RunFolder, ready: Prepared, checkpoint: str 
             "processes": arguments.world_size,
             "resumed": bool(checkpoint),
         },
-        "evaluation": evaluation,
-        "samples": samples(ready.encoder, shown, **written),
+        "evaluation": stages.evaluation,
+        "samples": stages.samples,
         "history": trainer.state.log_history,
     }
     is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
@@ -145,12 +139,6 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
     # Pinned memory speeds up copies to a GPU; without one torch only warns.
     arguments.dataloader_pin_memory &= arguments.device.type == "cuda"
     return arguments
-
-
-def _evaluate(config: RunConfig, ready: Prepared, model: nn.Module, when: str) -> dict[str, Any]:
-    logger.info("Scoring %d held-out questions %s", len(ready.records.test), when)
-    scores = evaluate_records(model, ready.encoder, ready.records.test, config.task.eval_batch_tokens)
-    return {name: asdict(score) for name, score in scores.items()}
 
 
 def _parameters(model: nn.Module) -> dict[str, Any]:

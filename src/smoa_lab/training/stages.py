@@ -1,0 +1,57 @@
+"""What held-out questions show before and after training: scores, and what the model writes for some of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, Literal
+
+from smoa_lab.config.run_config import TaskSection
+from smoa_lab.data.prompts import PromptEncoder, gold_response, instruction
+from smoa_lab.data.records import Record
+from smoa_lab.scoring.generation import generate
+from smoa_lab.scoring.held_out import evaluate_records
+
+logger = logging.getLogger(__name__)
+
+Stage = Literal["before", "after"]
+NEW_TOKENS = 24
+
+
+class Stages:
+    """Looks at a model before and after training. The model writes answers to the first ``task.samples`` records,
+    unless it is spread over several processes (``alone`` is false)."""
+
+    def __init__(self, encoder: PromptEncoder, records: Sequence[Record], task: TaskSection, alone: bool) -> None:
+        self.encoder, self.records, self.task = encoder, records, task
+        self.evaluation: dict[str, dict[str, Any]] = {}
+        self.shown = records[: task.samples] if alone else []
+        self.written: dict[str, list[str]] = {}
+
+    def look(self, model: Any, stage: Stage) -> None:
+        """Score the records, if there are any, and let the model write."""
+        if not self.records:
+            return
+        logger.info("Scoring %d held-out questions %s training", len(self.records), stage)
+        scores = evaluate_records(model, self.encoder, self.records, self.task.eval_batch_tokens)
+        self.evaluation[stage] = {name: asdict(score) for name, score in scores.items()}
+        self.written[stage] = written_answers(model, self.encoder, self.shown)
+
+    @property
+    def samples(self) -> list[dict[str, str]]:
+        """Question, reference answer, and what was written at each stage: as ``metrics.json`` has them."""
+        return [
+            {
+                "question": instruction(record, self.encoder.style),
+                "reference": gold_response(record, self.encoder.style),
+                **{stage: texts[number] for stage, texts in self.written.items()},
+            }
+            for number, record in enumerate(self.shown)
+        ]
+
+
+def written_answers(model: Any, encoder: PromptEncoder, records: Sequence[Record]) -> list[str]:
+    """What the model writes for each record, greedily, on one line."""
+    texts = generate(model, encoder, records, NEW_TOKENS, batch_size=8)
+    return [" ".join(text.split()) for text in texts]

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedModel
+
+from smoa_lab.config.run_config import ModelSection, TaskSection
+from smoa_lab.data.prompts import PromptEncoder
+from smoa_lab.training.base_models import load_base_model
+from smoa_lab.training.stages import Stages, written_answers
+from tests.support import lab
+
+RECORDS = lab.questions(3, "test")
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> tuple[PreTrainedModel, PromptEncoder]:
+    model, tokenizer = load_base_model(ModelSection(name=str(lab.tiny_base(tmp_path))))
+    return model, PromptEncoder(tokenizer)
+
+
+def test_an_answer_is_one_line_of_what_the_model_writes(base: tuple[PreTrainedModel, PromptEncoder]) -> None:
+    texts = written_answers(*base, RECORDS)
+    assert len(texts) == 3
+    assert all("\n" not in text for text in texts)
+
+
+def test_a_sample_has_question_reference_and_what_was_written_at_each_stage(
+    base: tuple[PreTrainedModel, PromptEncoder],
+) -> None:
+    model, encoder = base
+    stages = Stages(encoder, RECORDS, TaskSection(samples=2), alone=True)
+    stages.look(model, "after")
+    assert len(stages.samples) == 2
+    assert stages.samples[0].keys() == {"question", "reference", "after"}
+    assert stages.samples[0]["reference"] == RECORDS[0].answer
+    stages.look(model, "before")
+    assert stages.samples[1]["before"] == stages.samples[1]["after"]
+    assert stages.evaluation["before"] == stages.evaluation["after"]
+
+
+def test_without_records_or_among_several_processes_nothing_is_written(
+    base: tuple[PreTrainedModel, PromptEncoder],
+) -> None:
+    model, encoder = base
+    without = Stages(encoder, [], TaskSection(), alone=True)
+    without.look(model, "before")
+    assert (without.evaluation, without.samples) == ({}, [])
+    spread = Stages(encoder, RECORDS, TaskSection(), alone=False)
+    spread.look(model, "before")
+    assert spread.samples == []
+    assert spread.evaluation["before"]["all"]["questions"] == 3
