@@ -6,12 +6,12 @@ Printed when last run:
 
     loss on         capitals    sounds
     base               5.750     5.808
-    capitals           0.003     5.718
-    sounds             5.854     0.003
-    both               2.177     2.531
-    half of both       0.342     0.808
-    both - sounds      0.003     5.718
-    - sounds           6.607     7.361
+    capitals           0.004     5.789
+    sounds             5.809     0.004
+    both               2.391     2.109
+    half of both       0.308     0.656
+    both - sounds      0.004     5.789
+    - sounds           6.588     8.396
     'both - sounds' differs from 'capitals' by 6e-07 of the largest logit
 """
 
