@@ -35,24 +35,21 @@ ROWS = {
 }
 """What pip is asked for, with `--upgrade`: the oldest, the newest, and what frameworks demand."""
 SHORT = ["oldest", "newest"]
-PART = [
+LIVES = [
     "tests/unit/smoa/test_compat.py",
+    "tests/unit/smoa/tuner/test_mixed_batch.py",
+    "tests/integration/test_peft_lifecycle.py::test_the_readmes_snippet_does_what_it_says",
+    "tests/integration/test_peft_lifecycle.py::test_an_adapter_lives_through_training_loading_merging_and_training_again",
+]
+"""Inject, train, save, load, merge, mixed batches."""
+SHORT_PART = [*LIVES, "tests/unit/smoa/tuner/test_model.py::test_transformers_own_adapter_interface_takes_smoa"]
+PART = [
+    *LIVES,
     "tests/unit/smoa/test_registration.py",
     "tests/unit/smoa/test_training.py",
     "tests/unit/smoa/test_merging_in_place.py",
-    "tests/unit/smoa/tuner/test_mixed_batch.py",
     "tests/unit/smoa/tuner/test_model.py",
     "tests/unit/smoa/files/test_loading.py",
-    "tests/integration/test_peft_lifecycle.py",
-]
-"""Inject, train, save, load, merge, mixed batches."""
-LIVES = "tests/integration/test_peft_lifecycle.py::"
-SHORT_PART = [
-    "tests/unit/smoa/test_compat.py",
-    "tests/unit/smoa/tuner/test_mixed_batch.py",
-    "tests/unit/smoa/tuner/test_model.py::test_transformers_own_adapter_interface_takes_smoa",
-    LIVES + "test_the_readmes_snippet_does_what_it_says",
-    LIVES + "test_an_adapter_lives_through_training_loading_merging_and_training_again",
 ]
 TRL_PART = ["tests/integration/test_examples.py::test_an_example_runs[trl_sft.py]"]
 
