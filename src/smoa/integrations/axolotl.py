@@ -15,7 +15,7 @@ from smoa.integrations.lora_settings import check_settings, refuse, smoa_config
 
 NAME = "smoa"
 CAST = "autocast_adapter_dtype"
-ONLY_LORA = ("loraplus_lr_ratio", "relora", "lora_fp32_gradients", "peft_use_dora", "peft_use_rslora")
+ONLY_LORA = ("loraplus_lr_ratio", "relora", "lora_fp32_gradients", "peft_use_dora")
 KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
 
 

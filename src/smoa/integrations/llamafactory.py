@@ -19,7 +19,7 @@ from smoa import ConfigError
 from smoa.integrations.lora_settings import check_settings, refuse, smoa_config
 
 PLACE = "smoa"
-ONLY_LORA = ("use_unsloth", "use_kt", "loraplus_lr_ratio", "pissa_init", "use_dora", "use_rslora")
+ONLY_LORA = ("use_unsloth", "use_kt", "loraplus_lr_ratio", "pissa_init", "use_dora")
 
 
 def train(args: Mapping[str, Any]) -> None:

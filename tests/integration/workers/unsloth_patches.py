@@ -17,7 +17,7 @@ from smoa import SmoaConfig
 base, folder = sys.argv[1:]
 inputs = torch.arange(3, 40)[None]
 torch.manual_seed(0)
-config = SmoaConfig(r=4, num_blocks=2, alpha=128, target_modules="all-linear", task_type="CAUSAL_LM")
+config = SmoaConfig(r=4, num_blocks=2, alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
 model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
 optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-2)
 losses = []

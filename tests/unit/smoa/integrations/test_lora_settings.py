@@ -46,7 +46,7 @@ def test_settings_that_the_framework_leaves_unset_have_smoas_defaults() -> None:
     [
         ({"use_dora": True}, "use_dora"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
-        ({"use_rslora": True, "use_dora": True}, "use_dora, use_rslora"),
+        ({"layer_replication": [(0, 1)], "use_dora": True}, "layer_replication, use_dora"),
         ({"layer_replication": [(0, 1)]}, "layer_replication"),
     ],
 )
@@ -71,3 +71,7 @@ def test_a_wrong_value_is_refused_with_its_place() -> None:
 
 def test_nothing_to_refuse_is_no_error() -> None:
     refuse([], "here")
+
+
+def test_rank_stabilized_scaling_is_taken_over() -> None:
+    assert smoa_config(LoraConfig(r=8, lora_alpha=16, use_rslora=True), {}, "here").use_rslora
