@@ -26,13 +26,8 @@ from tests.support.lab import byte_tokenizer, tiny_base
 
 pytestmark = pytest.mark.slow
 EXAMPLES = ROOT / "examples" / "frameworks"
-QUIET = {
-    "PYTHONPATH": str(ROOT / "src"),
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-    "AXOLOTL_DO_NOT_TRACK": "1",
-    "USE_HF": "1",
-}
+OURS = {"PYTHONPATH": str(ROOT / "src")}
+QUIET = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "AXOLOTL_DO_NOT_TRACK": "1", "USE_HF": "1"}
 MINUTES = 20  # for one command; each takes less than one on an idle machine
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}"
 QUESTIONS = [(f"What is {i} plus one?", str(i + 1)) for i in range(10)]
