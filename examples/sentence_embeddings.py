@@ -6,8 +6,8 @@ Printed when last run:
 
     answer found first, mean reciprocal rank:
     before  0.203 0.331
-    after   0.247 0.399
-    loaded  0.247 0.399
+    after   0.243 0.394
+    loaded  0.243 0.394
 """
 
 from __future__ import annotations
