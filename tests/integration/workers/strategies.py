@@ -45,7 +45,7 @@ def adapted(base: nn.Module | None = None, targets: list[str] = TARGETS, **optio
     """The model that all strategies start from."""
     base = tiny_models.build("llama") if base is None else base
     torch.manual_seed(0)
-    settings = {"r": 4, "num_blocks": 2, "alpha": 64, "target_modules": targets} | options
+    settings = {"r": 4, "num_blocks": 2, "alpha": 8, "target_modules": targets} | options
     return get_peft_model(base, SmoaConfig(**settings))
 
 

@@ -85,7 +85,8 @@ def test_a_narrow_layer_has_the_first_of_the_blocks_and_the_oracles_update(
         assert layer.scaling["default"] == pytest.approx(scaling, rel=1e-15)
         weight = base_weight(layer)
         A, B = (factor.detach() for factor in factors(layer))
-        expected = reference.delta_weight(weight, A, B, *reference.spectral_labels(weight, K), ranks, [scaling] * K)
+        scales = [scaling * c for c in layer.block_scale("default").tolist()]
+        expected = reference.delta_weight(weight, A, B, *reference.spectral_labels(weight, K), ranks, scales)
         assert_close(layer.delta("default"), expected)
 
 
