@@ -45,6 +45,9 @@ def print_scores(metrics: dict[str, Any]) -> None:
         print_table(
             ["held-out questions", "", "number", "gold-answer loss", "accuracy", "per character", "majority"], rows
         )
+    if metrics["gain"]:
+        points, stderr = (100 * metrics["gain"][key] for key in ("accuracy", "accuracy_stderr"))
+        typer.echo(f"\nAccuracy rose by {points:.1f} ± {stderr:.1f} points (standard error, paired by question).")
     for sample in metrics["samples"]:
         typer.echo(f"\n{sample['question']}")
         for name in ("before", "after", "reference"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from smoa_lab.config.run_config import TaskSection
 from smoa_lab.data.prompts import PromptEncoder, gold_response, instruction
 from smoa_lab.data.records import Record
 from smoa_lab.scoring.generation import generate
-from smoa_lab.scoring.held_out import evaluate_records
+from smoa_lab.scoring.held_out import Outcome, answer_outcomes, score_outcomes
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ class Stages:
     def __init__(self, encoder: PromptEncoder, records: Sequence[Record], task: TaskSection, alone: bool) -> None:
         self.encoder, self.records, self.task = encoder, records, task
         self.evaluation: dict[str, dict[str, Any]] = {}
+        self.outcomes: dict[str, list[Outcome]] = {}
         self.shown = records[: task.samples] if alone else []
         self.written: dict[str, list[str]] = {}
 
@@ -34,9 +36,21 @@ class Stages:
         if not self.records:
             return
         logger.info("Scoring %d held-out questions %s training", len(self.records), stage)
-        scores = evaluate_records(model, self.encoder, self.records, self.task.eval_batch_tokens)
-        self.evaluation[stage] = {name: asdict(score) for name, score in scores.items()}
+        outcomes = answer_outcomes(model, self.encoder, self.records, self.task.eval_batch_tokens)
+        self.outcomes[stage] = outcomes
+        self.evaluation[stage] = {name: asdict(score) for name, score in score_outcomes(outcomes).items()}
         self.written[stage] = written_answers(model, self.encoder, self.shown)
+
+    @property
+    def gain(self) -> dict[str, float] | None:
+        """The rise in accuracy with its standard error, paired by question; None unless both stages were scored."""
+        if len(self.outcomes) < 2:
+            return None
+        pairs = zip(self.outcomes["before"], self.outcomes["after"], strict=True)
+        rises = [after.right - before.right for before, after in pairs]
+        mean = sum(rises) / len(rises)
+        squares = sum((rise - mean) ** 2 for rise in rises)
+        return {"accuracy": mean, "accuracy_stderr": math.sqrt(squares / max(1, len(rises) - 1) / len(rises))}
 
     @property
     def samples(self) -> list[dict[str, str]]:

@@ -93,6 +93,7 @@ def _run(config: RunConfig, folder: RunFolder, ready: Prepared, checkpoint: str 
             "resumed": bool(checkpoint),
         },
         "evaluation": stages.evaluation,
+        "gain": stages.gain,
         "samples": stages.samples,
         "history": trainer.state.log_history,
     }
