@@ -104,8 +104,8 @@ def _combination_problems(config: Any) -> Iterator[str]:
             f"layers_to_transform={config.layers_to_transform!r} needs target_modules to be a list of names, "
             f"not the regular expression {config.target_modules!r}"
         )
-    if config.normalize_anchor and config.scale == "block":
-        yield 'normalize_anchor=True means scale="layer", not scale="block"; drop normalize_anchor'
+    if config.normalize_anchor and config.scale in ("block", "lora"):
+        yield f'normalize_anchor=True means scale="layer", not scale={config.scale!r}; drop normalize_anchor'
     if config.block_ranks is not None:
         yield from _block_rank_problems(config)
     if config.blocks_from_spectrum:

@@ -122,13 +122,13 @@ def test_rank_stabilized_scaling_stays_when_the_spectrum_chooses_the_blocks() ->
     assert config.alpha_of("wide", 16) / 16 == pytest.approx(16 / 2**0.5)
 
 
-def test_the_scale_is_by_block_unless_a_file_of_an_older_version_leaves_it_out(tmp_path: Path) -> None:
-    assert SmoaConfig().scale == "block"
+def test_the_scale_is_loras_unless_a_file_of_an_older_version_leaves_it_out(tmp_path: Path) -> None:
+    assert SmoaConfig().scale == "lora"
     assert SmoaConfig(normalize_anchor=True).scale == "layer"
     SmoaConfig().save_pretrained(tmp_path)
     file = tmp_path / "adapter_config.json"
     values = json.loads(file.read_text())
-    assert PeftConfig.from_pretrained(tmp_path).scale == "block"
+    assert PeftConfig.from_pretrained(tmp_path).scale == "lora"
     del values["scale"]
     file.write_text(json.dumps(values))
     assert PeftConfig.from_pretrained(tmp_path).scale == "paper"

@@ -30,10 +30,16 @@ def test_the_scale_by_block_gives_every_anchor_unit_rms() -> None:
         assert (c * entries).square().mean().sqrt().item() == pytest.approx(1)
 
 
-@pytest.mark.parametrize("kind", ["layer", "block"])
+@pytest.mark.parametrize("kind", ["layer", "block", "lora"])
 def test_a_weight_of_zeros_has_a_scale_of_one(kind: str) -> None:
     weight = torch.zeros(6, 6)
     assert block_scale(kind, weight, make_partition(weight, 2)).tolist() == [1, 1]
+
+
+def test_loras_scale_is_three_times_that_by_block() -> None:
+    weight = 0.02 * torch.randn(11, 13)
+    blocks = make_partition(weight, 3)
+    assert_close(block_scale("lora", weight, blocks), 3 * block_scale("block", weight, blocks))
 
 
 def test_without_an_anchor_the_scale_is_one() -> None:
@@ -50,7 +56,7 @@ def test_an_anchor_of_noise_has_unit_rms_too() -> None:
         assert (c * entries).square().mean().sqrt().item() == pytest.approx(1, rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["layer", "block"])
+@pytest.mark.parametrize("kind", ["layer", "block", "lora"])
 @pytest.mark.parametrize("route", ["fused", "apart"])
 def test_a_layer_with_such_a_scale_is_the_oracles(kind: str, route: str) -> None:
     layer = adapted_layer(base_layer(11, 13), r=6, num_blocks=3, alpha=2.0, scale=kind)
