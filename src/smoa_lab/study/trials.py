@@ -100,8 +100,13 @@ def finite(value: Any) -> Any:
 
 
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:
-    """A config without where it was run."""
-    return {**config, "training": {key: value for key, value in config["training"].items() if key != "output_dir"}}
+    """A config without where it was run, and without what a study does not show."""
+    kept = {**config, "training": _without(config["training"], "output_dir")}
+    return {**kept, "task": _without(config["task"], "samples")} if "task" in config else kept
+
+
+def _without(section: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in section.items() if name != key}
 
 
 def _with_scale(found: dict[str, Any]) -> dict[str, Any]:
@@ -116,7 +121,7 @@ def _with_scale(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_same(place: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    wanted = _comparable(wanted)
+    found, wanted = _comparable(found), _comparable(wanted)
     if found == wanted:
         return
     keys = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))

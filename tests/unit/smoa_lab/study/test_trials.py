@@ -30,3 +30,11 @@ def test_a_trial_of_0_1_ran_with_the_papers_scale(version: str, accepted: bool, 
     else:
         with pytest.raises(ConfigError, match="other values of adapter"):
             store.get(name, wanted, pytest.fail)
+
+
+def test_a_trial_from_before_samples_were_written_is_the_same(tmp_path: Path) -> None:
+    store, name = TrialStore(tmp_path), "final/ours/x"
+    config = {"task": {"max_length": 96}, "training": {}}
+    store.file(name).parent.mkdir(parents=True)
+    store.file(name).write_text(json.dumps({"config": config}))
+    assert store.get(name, {**config, "task": {"max_length": 96, "samples": 3}}, pytest.fail)["config"] == config
