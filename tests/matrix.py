@@ -67,7 +67,7 @@ class Outcome:
 
     @property
     def is_good(self) -> bool:
-        return "passed" in self.tests and "failed" not in self.tests and self.exchanged == "bit-equal"
+        return "passed" in self.tests and not re.search("failed|error", self.tests) and self.exchanged == "bit-equal"
 
     def __str__(self) -> str:
         return f"| {' | '.join([self.row, *self.versions, self.tests, self.exchanged, f'{self.seconds:.0f}'])} |"
