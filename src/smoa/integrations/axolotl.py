@@ -41,7 +41,7 @@ class SmoaPlugin(BasePlugin):  # type: ignore[misc]  # axolotl has no type infor
         Raises:
             ConfigError: a key has no counterpart in SMoA, or a wrong value.
         """
-        if cfg.get("adapter") != NAME:
+        if cfg.get("adapter") != NAME and cfg.get(NAME) is None:
             return
         cfg[NAME] = cfg.get(NAME) or {}
         check_settings(cfg[NAME], NAME)
@@ -49,9 +49,9 @@ class SmoaPlugin(BasePlugin):  # type: ignore[misc]  # axolotl has no type infor
         if cfg.get("merge_method") == "memory_efficient":
             raise ConfigError("merge_method: memory_efficient merges LoRA only; write legacy, or remove the line")
         cfg["merge_method"] = "legacy"
+        cfg.update(dict.fromkeys(KERNELS, False))
         if cfg.get("load_in_4bit") or cfg.get("load_in_8bit"):
             cfg["adapter"] = "qlora" if cfg.get("load_in_4bit") else "lora"
-            cfg.update(dict.fromkeys(KERNELS, False))
 
     def pre_lora_load(self, cfg: Any, model: PreTrainedModel) -> None:
         """The weights are quantized: from here on the adapter has its own name."""

@@ -112,6 +112,19 @@ def test_a_quantized_base_is_loaded_under_the_name_that_axolotl_quantizes_for(
     assert cfg.adapter == "smoa"
 
 
+def test_registering_twice_changes_nothing(axolotl: ModuleType) -> None:
+    cfg = registered(axolotl, load_in_4bit=True, smoa={"num_blocks": 4})
+    once = dict(cfg)
+    axolotl.SmoaPlugin().register(cfg)
+    assert cfg == once
+
+
+def test_the_block_alone_chooses_smoa(axolotl: ModuleType) -> None:
+    cfg = registered(axolotl, adapter="lora", smoa={"num_blocks": 4})
+    axolotl.SmoaPlugin().pre_lora_load(cfg, None)
+    assert cfg.adapter == "smoa"
+
+
 def test_merging_is_by_the_model_in_memory(axolotl: ModuleType) -> None:
     assert registered(axolotl).merge_method == "legacy"
     with pytest.raises(ConfigError, match=r"^merge_method: memory_efficient merges LoRA only; write legacy"):
