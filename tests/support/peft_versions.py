@@ -8,6 +8,7 @@ import peft
 import pytest
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
+from peft.utils import save_and_load
 from transformers import T5ForConditionalGeneration
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
@@ -25,6 +26,11 @@ NEEDS_TRANSFORMERS_OWN_METHODS = (
 """Tests of `model.add_adapter`, for which transformers demands a newer PEFT from release to release."""
 OF_T5 = r"test_a_mixed_batch_generates_what_each_adapter_generates_alone\[t5|test_an_encoder_decoder_is_merged"
 """Tests of T5 with a task type, of which PEFT up to 0.21.0 calls a method that transformers dropped in 5.18."""
+NEEDS_TRANSFORMERS_LOADER = (
+    r"by_transformers|test_transformers_(loads|keeps_its_base|takes_an_adapter)|test_files_of_0_1_are_loaded"
+    r"|test_arguments_that_a_loader_does_not_take"
+)
+"""Tests of `model.load_adapter`, which from transformers 5.6 on imports what PEFT 0.18 does not have."""
 IGNORED = [
     ("<0.19", "ignore:Already found a `peft_config` attribute:UserWarning"),  # `unload` leaves it on the model
     ("<0.20", "ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning"),  # not from 0.20 on
@@ -38,7 +44,9 @@ def adapt_to_peft(items: list[pytest.Item]) -> None:
     demand = (f"<{MIN_PEFT_VERSION}", NEEDS_TRANSFORMERS_OWN_METHODS, "is too old for this transformers' add_adapter")
     dropped = not hasattr(T5ForConditionalGeneration, "_prepare_encoder_decoder_kwargs_for_generation")
     t5 = [("<=0.21.0", OF_T5, "calls a method of T5 that this transformers dropped")] if dropped else []
-    for versions, names, reason in [*SKIPPED, demand, *t5]:
+    lacking = not hasattr(save_and_load, "_maybe_shard_state_dict_for_tp") and version in SpecifierSet(demand[0])
+    loader = [("<0.19", NEEDS_TRANSFORMERS_LOADER, "lacks what this load_adapter imports")] if lacking else []
+    for versions, names, reason in [*SKIPPED, demand, *t5, *loader]:
         for item in items if version in SpecifierSet(versions) else []:
             if re.search(names, item.name):
                 item.add_marker(pytest.mark.skip(reason=f"PEFT {versions} {reason}"))
