@@ -6,10 +6,12 @@ Only ``model``, ``method``, ``data`` and ``task`` are ours: ``training`` goes to
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field
+from transformers import TrainingArguments
 
 from smoa.errors import ConfigError
 from smoa_lab.basics.section import Section
@@ -75,14 +77,12 @@ class TaskSection(Section):
     samples: int = Field(default=3, ge=0)
 
 
-class RunConfig(Section):
-    """A whole run."""
+class Run(Section):
+    """What every run has, whatever it learns from."""
 
     model: ModelSection
     method: str = "smoa"
     adapter: dict[str, Any] = Field(default={})
-    data: DataSection
-    task: TaskSection = TaskSection()
     training: dict[str, Any]
 
     @property
@@ -95,34 +95,61 @@ class RunConfig(Section):
         return to_yaml(self.model_dump(mode="json"))
 
 
+AnyRun = TypeVar("AnyRun", bound=Run)
+
+
+class RunConfig(Run):
+    """A run on questions with answers."""
+
+    data: DataSection
+    task: TaskSection = TaskSection()
+
+
+@dataclass(frozen=True)
+class ConfigText:
+    """A config's plain values, where they are from, and the line of each key path."""
+
+    values: dict[str, Any]
+    place: str = "config"
+    lines: dict[tuple[str, ...], int] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: str | Path, overrides: list[str] | None = None) -> ConfigText:
+        """Of a YAML file, with ``key.key=value`` overrides; raises ConfigError if it cannot be read."""
+        file = Path(path)
+        if not file.is_file():
+            raise ConfigError(f"{path}: no such file")
+        text = file.read_text(encoding="utf-8")
+        values = parse_yaml(text, file)
+        apply_overrides(values, overrides or [])
+        return cls(values, str(file), key_lines(text))
+
+    def checked(self, target: type[AnyRun], training_class: type[Any], defaults: dict[str, Any]) -> AnyRun:
+        """The run, its training block laid over ``defaults``; raises ConfigError with all problems."""
+        values, training = self.values, self.values.get("training")
+        if training is None or isinstance(training, dict):
+            folder = {"output_dir": f"runs/{Path(self.place).stem}"}
+            values = {**values, "training": {**TRAINING_DEFAULTS, **folder, **defaults, **(training or {})}}
+        problems = all_problems(target, values, training_class)
+        if not problems:
+            return target.model_validate(values)
+        placed = sorted((_line(problem.path, self.lines), problem.text) for problem in problems)
+        texts = [f"line {line}: {text}" if line else text for line, text in placed]
+        raise ConfigError(f"{self.place}: {listed(texts)}")
+
+
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """Read ``path``, apply ``key.key=value`` overrides and check everything.
 
     Raises:
         ConfigError: lists *all* problems, each with its line and the nearest valid key or value.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise ConfigError(f"{path}: no such file")
-    text = file.read_text(encoding="utf-8")
-    values = parse_yaml(text, file)
-    apply_overrides(values, overrides or [])
-    return check_config(values, place=str(file), lines=key_lines(text))
+    return ConfigText.read(path, overrides).checked(RunConfig, TrainingArguments, {})
 
 
-def check_config(
-    values: dict[str, Any], place: str = "config", lines: dict[tuple[str, ...], int] | None = None
-) -> RunConfig:
-    """The checked RunConfig of plain values, as :func:`load_config` makes it; ``lines`` maps key paths to lines."""
-    training = values.get("training")
-    if training is None or isinstance(training, dict):
-        default_folder = {"output_dir": f"runs/{Path(place).stem}"}
-        values = {**values, "training": {**TRAINING_DEFAULTS, **default_folder, **(training or {})}}
-    problems = all_problems(RunConfig, values)
-    if not problems:
-        return RunConfig.model_validate(values)
-    placed = sorted((_line(problem.path, lines or {}), problem.text) for problem in problems)
-    raise ConfigError(f"{place}: {listed([f'line {line}: {text}' if line else text for line, text in placed])}")
+def check_config(values: dict[str, Any], place: str = "config") -> RunConfig:
+    """The checked RunConfig of plain values, as :func:`load_config` makes it."""
+    return ConfigText(values, place).checked(RunConfig, TrainingArguments, {})
 
 
 def _line(path: tuple[str, ...], lines: dict[tuple[str, ...], int]) -> int:

@@ -25,14 +25,17 @@ from smoa_lab.config.quantization import quantization_problems
 from smoa_lab.data.tasks import find_task
 
 
-def all_problems(model: type[BaseModel], values: dict[str, Any]) -> list[Problem]:
-    """Problems of our own blocks, of the method, the tasks, ``adapter`` and ``training``."""
+def all_problems(
+    model: type[BaseModel], values: dict[str, Any], training_class: type[TrainingArguments]
+) -> list[Problem]:
+    """Problems of our own blocks, of the method, the tasks, ``adapter`` and ``training``, which is for
+    ``training_class``."""
     return [
         *_own_problems(model, values),
         *quantization_problems(values),
         *_task_problems(values),
         *_method_problems(values),
-        *_training_problems(values.get("training")),
+        *_training_problems(values.get("training"), training_class),
     ]
 
 
@@ -111,15 +114,15 @@ def _construction_problems(method: Method, adapter: dict[str, Any]) -> Iterable[
         yield Problem(("adapter",), f"adapter: {error}")
 
 
-def _training_problems(training: Any) -> Iterable[Problem]:
+def _training_problems(training: Any, training_class: type[TrainingArguments]) -> Iterable[Problem]:
     if not isinstance(training, dict):
         return
-    problems = list(_dataclass_problems("training", TrainingArguments, training))
+    problems = list(_dataclass_problems("training", training_class, training))
     if problems:
         yield from problems
         return
     try:
-        TrainingArguments(**training)
+        training_class(**training)
     except (ValueError, TypeError, ImportError) as error:
         yield Problem(("training",), f"training: {error}")
 

@@ -22,7 +22,7 @@ from smoa_lab.scoring.likelihood import score_answers
 from smoa_lab.training.base_models import load_base_model
 from smoa_lab.training.packaged_models import described_base
 from smoa_lab.training.run_folder import RunFolder
-from smoa_lab.training.train_run import Prepared, prepare
+from smoa_lab.training.questions import Questions, prepare
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Converter:
         config = RunFolder(Path(place)).config
         elsewhere = [] if base is None else [f"model.name={json.dumps(base)}"]
         self.run: RunConfig | None = load_config(config, elsewhere) if score and config.is_file() else None
-        self.ready: Prepared | None = None if self.run is None else prepare(self.run)
+        self.ready: Questions | None = None if self.run is None else prepare(self.run)
         if self.ready is not None and not self.ready.records.test:
             self.ready = None
         self.base: Any = (

@@ -19,7 +19,7 @@ from smoa_lab.scoring.held_out import evaluate_records
 from smoa_lab.scoring.protocol import Protocol
 from smoa_lab.training.needs import evaluation_needs
 from smoa_lab.training.run_folder import provenance
-from smoa_lab.training.train_run import Prepared, prepare
+from smoa_lab.training.questions import Questions, prepare
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def evaluate_run(
 
 
 def _scores(
-    model: Any, config: RunConfig, ready: Prepared, protocol: Protocol, batch_size: int, num_beams: int
+    model: Any, config: RunConfig, ready: Questions, protocol: Protocol, batch_size: int, num_beams: int
 ) -> dict[str, Any]:
     records, families = ready.records.test, ready.records.families
     if protocol == "generation":

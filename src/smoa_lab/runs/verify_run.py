@@ -14,7 +14,7 @@ from smoa_lab.config.run_config import RunConfig
 from smoa_lab.scoring.likelihood import score_answers
 from smoa_lab.training.base_models import load_base_model
 from smoa_lab.training.run_folder import RunFolder
-from smoa_lab.training.train_run import Prepared
+from smoa_lab.training.questions import Questions
 
 # Relative differences of mean losses and of logits that float32 sums in another order explain.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3}
@@ -31,7 +31,7 @@ class Agreement:
     logit_difference: float
 
 
-def verify_saved(config: RunConfig, ready: Prepared, metrics: dict[str, Any]) -> Agreement:
+def verify_saved(config: RunConfig, ready: Questions, metrics: dict[str, Any]) -> Agreement:
     """Compare the finished run in ``config.folder`` with its own metrics.
 
     Raises:
@@ -58,13 +58,13 @@ def _check(agreement: Agreement, tolerance: float) -> None:
         raise MergeError(f"the saved adapter disagrees with the trained one beyond {tolerance:g}: {agreement}")
 
 
-def _gold_loss(config: RunConfig, ready: Prepared, model: nn.Module) -> float:
+def _gold_loss(config: RunConfig, ready: Questions, model: nn.Module) -> float:
     sequences = [ready.encoder.gold(record) for record in ready.records.test]
     scores = score_answers(model, sequences, ready.encoder.pad, config.task.eval_batch_tokens)
     return sum(score.loss for score in scores) / sum(len(score.nll) for score in scores)
 
 
-def _logits(ready: Prepared, model: nn.Module, questions: int = 8) -> Tensor:
+def _logits(ready: Questions, model: nn.Module, questions: int = 8) -> Tensor:
     """(questions, vocabulary): what the model would say first."""
     prompts = [ready.encoder.gold(record) for record in ready.records.test[:questions]]
     device = next(model.parameters()).device

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from smoa_lab.basics.extras import import_package
 from smoa_lab.data.files import Family
@@ -82,37 +83,47 @@ def generate(
 ) -> list[str]:
     """The text that the model writes for each record, in order, up to its end token."""
     prompts = [encoder.encode(record, "", end=False).prompt for record in records]
+    options = {"num_beams": num_beams, "eos_token_id": encoder.tokenizer.eos_token_id}
+    return continue_prompts(model, encoder.tokenizer, prompts, new_tokens, batch_size, **options)
+
+
+def continue_prompts(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    new_tokens: int,
+    batch_size: int = 8,
+    **options: Any,
+) -> list[str]:
+    """What the model writes after each prompt's token ids, in order; greedy where ``options`` say nothing else."""
     texts: dict[int, str] = {}
     with scoring(model):
         for numbers in _batches(prompts, batch_size):
-            written = _continue(model, encoder, [prompts[number] for number in numbers], new_tokens, num_beams)
-            texts.update(zip(numbers, written, strict=True))
-    return [texts[number] for number in range(len(records))]
+            batch = [prompts[number] for number in numbers]
+            written = model.generate(
+                **_left_padded(batch, int(tokenizer.pad_token_id or 0), next(model.parameters()).device),
+                **{"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": int(tokenizer.pad_token_id or 0)},
+                **options,
+            )
+            texts.update(zip(numbers, _decoded(tokenizer, written[:, max(map(len, batch)) :]), strict=True))
+    return [texts[number] for number in range(len(prompts))]
 
 
-def _batches(prompts: list[list[int]], size: int) -> Iterator[list[int]]:
+def _batches(prompts: Sequence[list[int]], size: int) -> Iterator[list[int]]:
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
     for start in range(0, len(order), size):
         yield order[start : start + size]
 
 
-def _continue(
-    model: Any, encoder: PromptEncoder, prompts: list[list[int]], new_tokens: int, num_beams: int
-) -> list[str]:
+def _left_padded(prompts: list[list[int]], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
     width = max(map(len, prompts))
-    device = next(model.parameters()).device
-    padded = torch.tensor([[encoder.pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    output = model.generate(
-        input_ids=padded,
-        attention_mask=mask,
-        max_new_tokens=new_tokens,
-        num_beams=num_beams,
-        do_sample=False,
-        pad_token_id=encoder.pad,
-        eos_token_id=encoder.tokenizer.eos_token_id,
-    )
-    return [text.strip() for text in encoder.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)]
+    ids = [[pad] * (width - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> list[str]:
+    return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
 def extract_choice(record: Record, text: str, style: AnswerStyle) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from smoa_lab.basics.extras import Needs
+from smoa_lab.config.rows_config import RowsConfig
 from smoa_lab.config.run_config import ModelSection, RunConfig
 from smoa_lab.data.tasks import task_needs
 from smoa_lab.scoring.protocol import Protocol
@@ -13,15 +14,20 @@ OF_BITSANDBYTES = ("8bit", "paged", "bnb")
 """Parts of the names of optimizers that bitsandbytes has."""
 
 
-def training_needs(config: RunConfig) -> Needs:
+def training_needs(config: RunConfig | RowsConfig) -> Needs:
     """Of `smoa train`."""
     optimizer = str(config.training.get("optim", ""))
     named = any(part in optimizer for part in OF_BITSANDBYTES)
     return {
         "training": ("accelerate", *LOSS_CURVE),
         f"training.optim: {optimizer}": ("bitsandbytes",) if named else (),
-        **input_needs(config),
+        **(input_needs(config) if isinstance(config, RunConfig) else rows_needs(config)),
     }
+
+
+def rows_needs(config: RowsConfig) -> Needs:
+    """Of a run on a user's own rows."""
+    return {"data.train": ("trl", "datasets", "filelock"), **model_needs(config.model)}
 
 
 def evaluation_needs(config: RunConfig, protocol: Protocol) -> Needs:

@@ -9,8 +9,10 @@ import importlib.metadata
 import json
 import logging
 import platform
+import resource
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +27,7 @@ from smoa.errors import ConfigError
 from smoa_lab.config.run_config import RunConfig
 from smoa_lab.config.yaml_text import parse_yaml
 
-PACKAGES = ("smoa", "torch", "transformers", "peft", "accelerate")
+PACKAGES = ("smoa", "torch", "transformers", "peft", "accelerate", "trl")
 
 
 class RunFolder:
@@ -43,19 +45,25 @@ class RunFolder:
     def finished(self) -> bool:
         return self.metrics.is_file()
 
-    def start(self, config_yaml: str) -> str | None:
-        """Claim the folder for this config; the checkpoint to resume from, if an interrupted run left one.
-
-        Raises:
-            ConfigError: the folder contains a finished run, or an unfinished one of another config.
-        """
+    def check(self, config_yaml: str) -> None:
+        """Raise ConfigError if the folder contains a finished run, or checkpoints of another config. Nothing is
+        written."""
         if self.finished:
             raise ConfigError(f"{self.path}: contains a finished run; choose another training.output_dir or move it")
-        if self.config.is_file() and not self._was_started_by(config_yaml):
+        began = self.config.is_file() and get_last_checkpoint(str(self.path)) is not None
+        if began and not self._was_started_by(config_yaml):
             raise ConfigError(
                 f"{self.path}: contains an unfinished run of another config ({self.config}); "
                 "choose another training.output_dir or remove it"
             )
+
+    def start(self, config_yaml: str) -> str | None:
+        """Claim the folder for this config; the checkpoint to resume from, if an interrupted run left one.
+
+        Raises:
+            ConfigError: as :meth:`check`.
+        """
+        self.check(config_yaml)
         write_whole(self.config, config_yaml)
         return self._last_whole_checkpoint()
 
@@ -121,6 +129,13 @@ def provenance(seed: int, device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "seed": seed,
     }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU's memory that tensors took at most, or of this process in the machine's."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _git_state() -> dict[str, Any]:

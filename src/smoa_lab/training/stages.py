@@ -6,34 +6,32 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any
 
 from smoa_lab.config.run_config import TaskSection
 from smoa_lab.data.prompts import PromptEncoder, gold_response, instruction
 from smoa_lab.data.records import Record
 from smoa_lab.scoring.generation import generate
 from smoa_lab.scoring.held_out import Outcome, answer_outcomes, score_outcomes
+from smoa_lab.training.lesson import Looks, Stage
 
 logger = logging.getLogger(__name__)
 
-Stage = Literal["before", "after"]
 NEW_TOKENS = 24
 
 
-class Stages:
+class Stages(Looks):
     """Looks at a model before and after training. The model writes answers to the first ``task.samples`` records,
     unless it is spread over several processes (``alone`` is false)."""
 
     def __init__(self, encoder: PromptEncoder, records: Sequence[Record], task: TaskSection, alone: bool) -> None:
+        super().__init__()
         self.encoder, self.records, self.task = encoder, records, task
-        self.evaluation: dict[str, dict[str, Any]] = {}
         self.outcomes: dict[str, list[Outcome]] = {}
         self.shown = records[: task.samples] if alone else []
-        self.written: dict[str, list[str]] = {}
 
     def look(self, model: Any, stage: Stage) -> None:
-        """Score the records, if there are any, and let the model write."""
-        if not self.records:
+        if not self.records or (stage == "before" and not self.task.baseline):
             return
         logger.info("Scoring %d held-out questions %s training", len(self.records), stage)
         outcomes = answer_outcomes(model, self.encoder, self.records, self.task.eval_batch_tokens)
@@ -43,7 +41,7 @@ class Stages:
 
     @property
     def gain(self) -> dict[str, float] | None:
-        """The rise in accuracy with its standard error, paired by question; None unless both stages were scored."""
+        """The rise in accuracy with its standard error, paired by question."""
         if len(self.outcomes) < 2:
             return None
         pairs = zip(self.outcomes["before"], self.outcomes["after"], strict=True)
@@ -53,16 +51,9 @@ class Stages:
         return {"accuracy": mean, "accuracy_stderr": math.sqrt(squares / max(1, len(rises) - 1) / len(rises))}
 
     @property
-    def samples(self) -> list[dict[str, str]]:
-        """Question, reference answer, and what was written at each stage: as ``metrics.json`` has them."""
-        return [
-            {
-                "question": instruction(record, self.encoder.style),
-                "reference": gold_response(record, self.encoder.style),
-                **{stage: texts[number] for stage, texts in self.written.items()},
-            }
-            for number, record in enumerate(self.shown)
-        ]
+    def asked(self) -> list[tuple[str, str]]:
+        style = self.encoder.style
+        return [(instruction(record, style), gold_response(record, style)) for record in self.shown]
 
 
 def written_answers(model: Any, encoder: PromptEncoder, records: Sequence[Record]) -> list[str]:

@@ -10,21 +10,20 @@ from smoa_lab.config.run_config import RunConfig
 from smoa_lab.data.records import Record
 from smoa_lab.scoring.held_out import Outcome, answer_outcomes
 from smoa_lab.study.benches.bench import Bench, Fitted, fit_arguments
-from smoa_lab.training.train_run import Prepared, fit, prepare
+from smoa_lab.training.questions import Questions, prepare
 
 
 class AnswerBench(Bench):
     """Trains with the loss on the answers only; scores the gold answers' likelihood."""
 
-    def _prepare(self, config: RunConfig) -> Prepared:
+    def _prepare(self, config: RunConfig) -> Questions:
         ready = prepare(config, self.records)
         self.encoder = ready.encoder
         return ready
 
     def _fit(self, config: RunConfig, checkpoint: str | None) -> Fitted:
         ready = self._prepare(config)
-        examples = [ready.encoder.example(record) for record in ready.records.train]
-        model, trainer, seconds = fit(config, fit_arguments(config), ready, examples, checkpoint)
+        model, trainer, seconds = ready.fit(fit_arguments(config), checkpoint)
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         return Fitted(model, trainer, trained, seconds)
 

@@ -22,7 +22,7 @@ from smoa_lab.scoring.held_out import Outcome, score_outcomes
 from smoa_lab.study.entry import Entry
 from smoa_lab.training.needs import training_needs
 from smoa_lab.training.run_folder import RunFolder
-from smoa_lab.training.train_run import training_arguments
+from smoa_lab.training.lesson import checked_arguments
 
 Part = Literal["validation", "test"]
 
@@ -129,7 +129,7 @@ class Bench(ABC):
 
 def fit_arguments(config: RunConfig) -> TrainingArguments:
     """The Trainer's arguments, without a progress bar: a study logs one line a run."""
-    arguments = training_arguments(config)
+    arguments = checked_arguments(TrainingArguments(**config.training))
     arguments.disable_tqdm = True
     return arguments
 

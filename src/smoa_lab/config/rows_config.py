@@ -1,0 +1,119 @@
+"""The config of a run on a user's own rows: conversations, prompts with completions, plain text, or preferences.
+
+Its ``training`` block goes to TRL's SFTConfig, or to its DPOConfig for preferences.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+from transformers import TrainingArguments
+
+from smoa.errors import ConfigError
+from smoa_lab.basics.extras import import_package
+from smoa_lab.basics.section import Section
+from smoa_lab.config.run_config import ConfigText, Run, RunConfig, load_config
+from smoa_lab.rows.formats import Format
+from smoa_lab.rows.sources import HubRows
+
+ROWS_DEFAULTS: dict[str, Any] = {"bf16": False, "assistant_only_loss": True}
+"""For training on conversations. Precision is what ``model.dtype`` says; the loss is on the assistant's turns."""
+ADAPTER_RATE = 2.0e-4
+"""LoRA's usual learning rate; TRL's own default, 2e-5, is meant for whole models."""
+
+
+class RowsSection(Section):
+    """A user's own rows: ``train``, a file or a folder of files, or ``hub``, a data set of the Hub.
+
+    ``format`` is recognised by the columns if left out. ``test`` is a second file or folder; without it ``test_part``
+    of the rows is held out, and ``validation_part`` where ``training.eval_strategy`` asks for it. ``chat_template``
+    replaces the model's: ``alpaca``, a name that TRL has, or a ``.jinja`` file. ``samples`` counts the held-out prompts
+    that the model answers before and after.
+    """
+
+    train: str | None = None
+    test: str | None = None
+    hub: HubRows | None = None
+    format: Format | None = None
+    chat_template: str | None = None
+    skip_bad_rows: bool = False
+    test_part: float = Field(default=0.05, ge=0.0, lt=1.0)
+    validation_part: float = Field(default=0.05, ge=0.0, lt=1.0)
+    train_examples: int | None = Field(default=None, gt=0)
+    validation_examples: int = Field(default=200, ge=1)
+    test_examples: int = Field(default=200, ge=0)
+    samples: int = Field(default=10, ge=0)
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _one_source(self) -> RowsSection:
+        if (self.train is None) == (self.hub is None):
+            raise ValueError("give either train, a file or a folder, or hub, a data set of the Hub")
+        return self
+
+
+class RowsConfig(Run):
+    """A run on rows."""
+
+    data: RowsSection
+
+    @property
+    def validates(self) -> bool:
+        """Whether a validation part is needed while training."""
+        return str(self.training.get("eval_strategy", "no")) != "no"
+
+
+def load_any_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig | RowsConfig:
+    """The config of a run on questions or on rows: ``data.train`` or ``data.hub`` decides.
+
+    Raises:
+        ConfigError: lists *all* problems, each with its line and the nearest valid key or value.
+    """
+    text = ConfigText.read(path, overrides)
+    return _checked(text) if _has_rows(text.values) else load_config(path, overrides)
+
+
+def check_rows_config(values: dict[str, Any], place: str = "config") -> RowsConfig:
+    """The checked config of plain values, as :func:`load_any_config` makes it."""
+    return _checked(ConfigText(values, place))
+
+
+def _has_rows(values: dict[str, Any]) -> bool:
+    data = values.get("data")
+    return isinstance(data, dict) and "tasks" not in data and bool(data.keys() & {"train", "hub"})
+
+
+def _checked(text: ConfigText) -> RowsConfig:
+    import_package("trl", f"{text.place}: data.train")
+    training, data = text.values.get("training"), text.values.get("data")
+    prefers = isinstance(data, dict) and data.get("format") == "preference"
+    target = training_class(training if isinstance(training, dict) else {}, prefers)
+    rate = {} if text.values.get("method") == "full" else {"learning_rate": ADAPTER_RATE}
+    chosen = {key: value for key, value in ROWS_DEFAULTS.items() if key in _keys(target)}
+    return text.checked(RowsConfig, target, {**chosen, **rate})
+
+
+def training_class(training: dict[str, Any], prefers: bool) -> type[TrainingArguments]:
+    """TRL's DPOConfig for preferences, or where a key is only its; else SFTConfig."""
+    from trl import DPOConfig, SFTConfig
+
+    only_dpo = _keys(DPOConfig) - _keys(SFTConfig)
+    return DPOConfig if prefers or training.keys() & only_dpo else SFTConfig
+
+
+def check_training_keys(training: dict[str, Any], target: type[TrainingArguments], found: str) -> dict[str, Any]:
+    """The keys for ``target``, ours aside; raises ConfigError if one belongs to another trainer."""
+    foreign = sorted(training.keys() - _keys(target) - ROWS_DEFAULTS.keys())
+    if foreign:
+        raise ConfigError(
+            f"training: {', '.join(foreign)} is not for {target.__name__}, which trains rows of the format {found}; "
+            "leave it out"
+        )
+    return {key: value for key, value in training.items() if key in _keys(target)}
+
+
+def _keys(target: type[Any]) -> set[str]:
+    return {one.name for one in dataclasses.fields(target)}

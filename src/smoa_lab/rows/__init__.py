@@ -1,0 +1,1 @@
+"""A user's own rows: read, recognised, turned into tokens, and kept on disk for training."""

@@ -1,0 +1,1 @@
+"""A user's own rows as tokens: chat templates, what is trained, and the rows on disk."""

@@ -1,0 +1,226 @@
+"""Reads rows once, splits them, and keeps their tokens on disk, from where training maps them into memory.
+
+A row's content decides its part, so a repeated row never lies in two parts, and the split is the same in every run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+from tqdm.auto import tqdm
+
+from smoa.atomic import new_folder, write_whole
+from smoa.errors import DataError
+from smoa_lab.basics.cache import cache_folder
+from smoa_lab.basics.extras import import_package
+from smoa_lab.tokens.account import RowsAccount
+from smoa_lab.tokens.encoding import RowEncoder
+from smoa_lab.rows.faults import BadRow, Fault
+from smoa_lab.rows.formats import Conversation, Example, Format, Passage, Preference, recognise, shape, unrecognised
+from smoa_lab.rows.sources import Source
+from smoa_lab.rows.turns import Message
+
+Part = Literal["train", "validation", "test"]
+PARTS: tuple[Part, ...] = ("train", "validation", "test")
+
+# Raised whenever the tokens of a row would change, so that no stale ones are used.
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Which share of the rows is held out for validation and, without a test source, for the test."""
+
+    validation: float = 0.0
+    test: float = 0.05
+
+    def part(self, digest: str) -> Part:
+        """By the beginning of a row's digest, which is as good as drawn at random."""
+        place = int(digest[:12], 16) / 16**12
+        if place < self.test:
+            return "test"
+        return "validation" if place < self.test + self.validation else "train"
+
+
+@dataclass(frozen=True)
+class RowsWanted:
+    """What is to be read, and how."""
+
+    train: Source
+    test: Source | None
+    format: Format | None
+    shares: Shares
+    max_length: int | None
+
+    def folder(self, encoder: RowEncoder) -> Path:
+        """Where the tokens are kept: named after everything that decides them."""
+        tokenizer: Any = encoder.tokenizer
+        decided = {
+            "version": VERSION,
+            "sources": [source.state() for source in (self.train, self.test) if source is not None],
+            "format": self.format,
+            "shares": asdict(self.shares),
+            "max_length": self.max_length,
+            "tokenizer": tokenizer.backend_tokenizer.to_str(),
+            "template": [tokenizer.chat_template, encoder.template, encoder.assistant_only, encoder.completion_only],
+            "special": tokenizer.special_tokens_map,
+        }
+        name = sha256(json.dumps(decided, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        return cache_folder() / "rows" / name
+
+
+@dataclass(frozen=True)
+class PreparedRows:
+    """Rows on disk: one data set for each part, with ``input_ids``, ``labels`` and ``example``, a row as JSON."""
+
+    folder: Path
+    account: dict[str, Any]
+
+    def part(self, part: Part, at_most: int | None = None, seed: int = 0) -> Any:
+        """A ``datasets.Dataset``, of ``at_most`` rows drawn at random."""
+        dataset = import_package("datasets", "data.train").Dataset.from_file(str(self.folder / f"{part}.arrow"))
+        if at_most is None or len(dataset) <= at_most:
+            return dataset
+        return dataset.shuffle(seed=seed, keep_in_memory=True).select(range(at_most), keep_in_memory=True)
+
+    def examples(self, part: Part, at_most: int, seed: int = 0) -> list[Example]:
+        """The first rows of the part as they were read."""
+        return [example_of(json.loads(text)) for text in self.part(part, at_most, seed)["example"]]
+
+
+def prepare_rows(wanted: RowsWanted, encoder: RowEncoder) -> PreparedRows:
+    """Read, check and tokenize all rows, unless the cache folder has them; bad ones are counted and left out.
+
+    Raises:
+        DataError: a source cannot be read, its format is not recognised, or it has no good rows.
+    """
+    folder = wanted.folder(encoder)
+    locks = import_package("filelock", "data.train")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locks.FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            with new_folder(folder) as temporary:
+                account = _Reading(wanted, encoder, temporary).read()
+                write_whole(temporary / "account.json", json.dumps(account.plain(), ensure_ascii=False))
+    return PreparedRows(folder, json.loads((folder / "account.json").read_text(encoding="utf-8")))
+
+
+class _Reading:
+    """One pass over the rows, which writes them out part by part."""
+
+    def __init__(self, wanted: RowsWanted, encoder: RowEncoder, folder: Path) -> None:
+        self.wanted, self.encoder, self.folder = wanted, encoder, folder
+        self.format = wanted.format
+        self.account = RowsAccount(wanted.max_length)
+        self.held_out: set[int] = set()
+        self.seen: set[int] = set()
+
+    def read(self) -> RowsAccount:
+        writers = import_package("datasets.arrow_writer", "data.train")
+        features = row_features()
+        with ExitStack() as stack:
+            self.writers = {
+                part: stack.enter_context(
+                    writers.ArrowWriter(path=str(self.folder / f"{part}.arrow"), features=features)
+                )
+                for part in PARTS
+            }
+            if self.wanted.test is not None:
+                self._read(self.wanted.test, "test")
+            self._read(self.wanted.train, None)
+            for writer in self.writers.values():
+                writer.finalize()
+        if not self.account.parts["train"] and not self.account.bad:
+            raise DataError(f"{self.wanted.train.name}: leaves no rows to train on")
+        return self.account
+
+    def _read(self, source: Source, fixed: Part | None) -> None:
+        for where, example in self._examples(source):
+            digest = content_digest(example)
+            self._count_again(int(digest[:16], 16), fixed)
+            part = fixed or (self.wanted.shares.part(digest) if self.wanted.test is None else self._apart(digest))
+            if part is not None:
+                self._write(where, example, part)
+
+    def _count_again(self, key: int, fixed: Part | None) -> None:
+        self.account.repeated += key in self.seen and key not in self.held_out
+        self.seen.add(key)
+        if fixed == "test":
+            self.held_out.add(key)
+
+    def _apart(self, digest: str) -> Part | None:
+        """The part of a training row beside a test file; none if the test file has it too."""
+        if int(digest[:16], 16) in self.held_out:
+            self.account.also_in_test += 1
+            return None
+        return Shares(self.wanted.shares.validation, 0.0).part(digest)
+
+    def _write(self, where: str, example: Example, part: Part) -> None:
+        try:
+            tokens = self.encoder.encode(example)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
+        within = tokens.cut(self.wanted.max_length)
+        if self.account.add(len(tokens.input_ids), tokens.trained, within.trained):
+            self.account.parts[part] += 1
+            row = {"input_ids": within.input_ids, "labels": within.labels}
+            self.writers[part].write({**row, "example": json.dumps(plain_example(example))})
+
+    def _examples(self, source: Source) -> Iterator[tuple[str, Example]]:
+        for where, row in tqdm(source.rows(), desc=f"reading {source.name}", unit=" rows", disable=None):
+            try:
+                example = self._example(row)
+            except BadRow as error:
+                self.account.add_bad(f"{where}: {error}")
+            else:
+                self.account.formats[str(self.format)] += 1
+                yield where, example
+
+    def _example(self, row: dict[str, Any] | Fault) -> Example:
+        """The first row that has a format decides it for all; raises BadRow."""
+        if isinstance(row, Fault):
+            raise BadRow(row)
+        self.format = self.format or recognise(row)
+        if self.format is None:
+            raise BadRow(unrecognised(row))
+        return shape(row, self.format)
+
+
+def row_features() -> Any:
+    """The columns on disk."""
+    datasets = import_package("datasets", "data.train")
+    integers = datasets.List(datasets.Value("int32"))
+    return datasets.Features({"input_ids": integers, "labels": integers, "example": datasets.Value("string")})
+
+
+def content_digest(example: Example) -> str:
+    """Equal for rows that say the same, whatever their white space and case."""
+    texts = json.dumps(plain_example(example), ensure_ascii=False)
+    return sha256(" ".join(texts.split()).casefold().encode()).hexdigest()
+
+
+KINDS: dict[str, type[Example]] = {"conversation": Conversation, "passage": Passage, "preference": Preference}
+
+
+def plain_example(example: Example) -> dict[str, Any]:
+    """For JSON; the inverse of :func:`example_of`."""
+    name = next(name for name, kind in KINDS.items() if isinstance(example, kind))
+    return {"kind": name, **asdict(example)}
+
+
+def example_of(values: dict[str, Any]) -> Example:
+    """The example of plain values."""
+    fields = {key: _messages(value) if isinstance(value, list) else value for key, value in values.items()}
+    kind: Any = KINDS[fields.pop("kind")]
+    made: Example = kind(**fields)
+    return made
+
+
+def _messages(turns: list[dict[str, str]]) -> tuple[Message, ...]:
+    return tuple(Message(**turn) for turn in turns)

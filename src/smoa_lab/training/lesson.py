@@ -1,0 +1,115 @@
+"""What a run learns from and is judged by: what questions and a user's own rows have in common."""
+
+from __future__ import annotations
+
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch.distributed as dist
+from peft import get_peft_model
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+
+from smoa.errors import ConfigError
+from smoa.layers.distributed import is_distributed
+from smoa_lab.config.methods import METHODS
+from smoa_lab.config.run_config import Run
+from smoa_lab.training.progress import REPLACED, ProgressReport
+
+logger = logging.getLogger(__name__)
+
+Stage = Literal["before", "after"]
+
+
+class Looks(ABC):
+    """What held-out data show before and after training. ``evaluation`` has the scores of each stage."""
+
+    def __init__(self) -> None:
+        self.evaluation: dict[str, dict[str, Any]] = {}
+        self.written: dict[str, list[str]] = {}
+
+    @abstractmethod
+    def look(self, model: Any, stage: Stage) -> None:
+        """Score the held-out data, if there are any, and let the model write."""
+
+    @property
+    @abstractmethod
+    def gain(self) -> dict[str, float] | None:
+        """What changed, with standard errors; None unless both stages were scored."""
+
+    @property
+    @abstractmethod
+    def asked(self) -> Sequence[tuple[str, str]]:
+        """The prompts that the model answered, as text, each with its reference answer."""
+
+    @property
+    def samples(self) -> list[dict[str, str]]:
+        """Question, reference answer, and what was written at each stage: as ``metrics.json`` has them."""
+        return [
+            {
+                "question": question,
+                "reference": reference,
+                **{stage: texts[number] for stage, texts in self.written.items()},
+            }
+            for number, (question, reference) in enumerate(self.asked)
+        ]
+
+
+class Lesson(ABC):
+    """A run's data and base model, loaded: all that it needs before its first step."""
+
+    config: Run
+    base: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """What is learned, in a few words."""
+
+    @abstractmethod
+    def arguments(self) -> TrainingArguments:
+        """The trainer's arguments."""
+
+    @abstractmethod
+    def looks(self, alone: bool) -> Looks:
+        """What will be measured; ``alone`` is false if the model is spread over several processes."""
+
+    @abstractmethod
+    def trainer(self, model: Any, arguments: Any, **options: Any) -> Trainer:
+        """The trainer of the model, with its data."""
+
+    @abstractmethod
+    def account(self) -> dict[str, Any]:
+        """What was trained on: for ``metrics.json``."""
+
+    def fit(self, arguments: TrainingArguments, checkpoint: str | None) -> tuple[Any, Trainer, float]:
+        """The trained model, its trainer, and the seconds that training took."""
+        set_seed(arguments.seed)  # the adapter's factors are drawn here
+        peft_config = METHODS[self.config.method].peft_config(self.config.adapter)
+        model: Any = self.base if peft_config is None else get_peft_model(self.base, peft_config)
+        trainer = self.trainer(model, arguments, callbacks=[ProgressReport()], processing_class=self.tokenizer)
+        for callback in REPLACED:
+            trainer.remove_callback(callback)
+        logger.info("Training on %s by %s", self.title, type(trainer).__name__)
+        started = time.perf_counter()
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return model, trainer, time.perf_counter() - started
+
+
+def checked_arguments(arguments: TrainingArguments) -> TrainingArguments:
+    """The same, pinning memory only for a GPU.
+
+    Raises:
+        ConfigError: accelerate counts fewer processes than there are.
+    """
+    if is_distributed() and arguments.world_size < dist.get_world_size():
+        raise ConfigError(
+            f"training.deepspeed: accelerate counts {arguments.world_size} of {dist.get_world_size()} processes, as it "
+            "does for DeepSpeed without a GPU, and all would train on the same data; leave deepspeed out, or use GPUs"
+        )
+    # Pinned memory speeds up copies to a GPU; without one torch only warns.
+    arguments.dataloader_pin_memory &= arguments.device.type == "cuda"
+    return arguments

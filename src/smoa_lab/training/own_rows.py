@@ -1,0 +1,184 @@
+"""A run on a user's own rows: TRL trains, and held-out rows give loss, perplexity and sample answers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+from smoa.errors import ConfigError, DataError
+from smoa_lab.basics.extras import require
+from smoa_lab.config.rows_config import RowsConfig, RowsSection, check_training_keys, training_class
+from smoa_lab.rows.sources import FileSource, HubSource, Source
+from smoa_lab.scoring.generation import continue_prompts
+from smoa_lab.scoring.row_losses import Losses, row_losses
+from smoa_lab.tokens.account import require_good_rows
+from smoa_lab.tokens.chat_templates import set_chat_template, stop_at_turns_end
+from smoa_lab.tokens.encoding import RowEncoder
+from smoa_lab.tokens.prepared import Part, PreparedRows, RowsWanted, Shares, example_of, prepare_rows
+from smoa_lab.training.base_models import load_base_model
+from smoa_lab.training.lesson import Lesson, Looks, Stage, checked_arguments
+from smoa_lab.training.needs import rows_needs
+
+logger = logging.getLogger(__name__)
+
+NEW_TOKENS = 128
+"""Of a sample answer."""
+
+
+@dataclass(frozen=True)
+class OwnRows(Lesson):
+    """Rows on disk and the encoder that made their tokens."""
+
+    config: RowsConfig
+    base: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    encoder: RowEncoder
+    rows: PreparedRows
+
+    @property
+    def title(self) -> str:
+        return self.source.name
+
+    @property
+    def source(self) -> Source:
+        """Where the training rows are from."""
+        return sources(self.config.data)[0]
+
+    def arguments(self) -> TrainingArguments:
+        prefers = self.rows.account["format"] == "preference"
+        target = training_class({}, prefers)
+        training = check_training_keys(self.config.training, target, self.rows.account["format"])
+        # The tokens say what is trained already.
+        training |= {} if prefers else {"assistant_only_loss": False, "completion_only_loss": None}
+        try:
+            return checked_arguments(target(**training))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"training: {error}") from error
+
+    def looks(self, alone: bool) -> RowLooks:
+        return RowLooks(self, alone)
+
+    def trainer(self, model: Any, arguments: Any, **options: Any) -> Trainer:
+        import trl
+
+        prefers = isinstance(arguments, trl.DPOConfig)
+        try:
+            trainer: Trainer = (trl.DPOTrainer if prefers else trl.SFTTrainer)(
+                model=model,
+                args=arguments,
+                train_dataset=self._part("train", self.config.data.train_examples, prefers),
+                eval_dataset=self._part("validation", self.config.data.validation_examples, prefers),
+                **options,
+            )
+        except ValueError as error:  # such as an adapter on lm_head
+            raise ConfigError(f"training: TRL refuses: {error}") from error
+        return trainer
+
+    def account(self) -> dict[str, Any]:
+        return {"source": self.source.name, **self.rows.account}
+
+    def _part(self, part: Part, at_most: int | None, prefers: bool) -> Any:
+        """The tokens, or for preferences, which DPOTrainer tokenizes itself, the texts."""
+        data = self.rows.part(part, at_most, self.config.data.seed)
+        if part != "train" and not len(data):
+            return None
+        return data.map(_pair, remove_columns=data.column_names) if prefers else data.remove_columns("example")
+
+
+class RowLooks(Looks):
+    """Loss and perplexity on held-out rows, and the model's answers to the first of them."""
+
+    def __init__(self, lesson: OwnRows, alone: bool) -> None:
+        super().__init__()
+        wanted, self.lesson = lesson.config.data, lesson
+        self.rows = lesson.rows.part("test", wanted.test_examples, wanted.seed)
+        examples = [example_of(json.loads(text)) for text in self.rows["example"][: wanted.samples * alone]]
+        self.prompts = [lesson.encoder.prompt(example) for example in examples]
+        self.losses: dict[str, Losses] = {}
+
+    def look(self, model: Any, stage: Stage) -> None:
+        if not len(self.rows):
+            return
+        logger.info("Scoring %d held-out rows %s training", len(self.rows), stage)
+        tokenizer = self.lesson.tokenizer
+        losses = row_losses(model, self.rows.remove_columns("example").to_list(), int(tokenizer.pad_token_id or 0))
+        self.losses[stage] = losses
+        self.evaluation[stage] = {"all": _scores(losses)}
+        self.written[stage] = continue_prompts(model, tokenizer, [ids for ids, _ in self.prompts], NEW_TOKENS)
+
+    @property
+    def gain(self) -> dict[str, float] | None:
+        if len(self.losses) < 2:
+            return None
+        change, stderr = self.losses["after"].change_from(self.losses["before"])
+        return {"loss": change, "loss_stderr": stderr}
+
+    @property
+    def asked(self) -> list[tuple[str, str]]:
+        decode = self.lesson.tokenizer.decode
+        return [(str(decode(ids)), reference) for ids, reference in self.prompts]
+
+
+def _scores(losses: Losses) -> dict[str, Any]:
+    return {
+        "rows": len(losses.nll),
+        "tokens": sum(losses.tokens),
+        "loss": losses.mean,
+        "loss_stderr": losses.stderr,
+        "perplexity": math.exp(losses.mean),
+    }
+
+
+def open_rows(config: RowsConfig, base: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None) -> OwnRows:
+    """Load model and rows; what cannot be loaded or trained fails here, before any work.
+
+    Raises:
+        ConfigError: the model has no chat template, or TRL refuses the settings.
+        DataError: rows cannot be read, or bad ones are not to be skipped.
+    """
+    require(rows_needs(config))
+    for source in sources(config.data):
+        source.check()
+    model, tokenizer = base or load_base_model(config.model)
+    encoder = row_encoder(config, tokenizer)
+    rows = prepare_rows(rows_wanted(config), encoder)
+    require_good_rows(rows.account, config.data.skip_bad_rows)
+    if not rows.account["parts"].get("train"):
+        raise DataError(f"data: {sources(config.data)[0].name} leaves no rows to train on: {rows.account['parts']}")
+    if rows.account["format"] != "text" and tokenizer.chat_template:
+        stop_at_turns_end(model, tokenizer)
+    return OwnRows(config, model, tokenizer, encoder, rows)
+
+
+def row_encoder(config: RowsConfig, tokenizer: PreTrainedTokenizerBase) -> RowEncoder:
+    """The encoder of a run, its tokenizer given the chat template that the config names."""
+    set_chat_template(tokenizer, config.data.chat_template)
+    assistant, completion = (config.training.get(key) for key in ("assistant_only_loss", "completion_only_loss"))
+    return RowEncoder(tokenizer, assistant_only=assistant is not False, completion_only=completion is not False)
+
+
+def sources(data: RowsSection) -> tuple[Source, ...]:
+    """Where the rows are from: those to train on, and those of a test file or split."""
+    if data.hub is not None:
+        splits = (data.hub.split, data.hub.test_split)
+        return tuple(HubSource(data.hub, split) for split in splits if split is not None)
+    return tuple(FileSource(Path(place)) for place in (data.train, data.test) if place is not None)
+
+
+def rows_wanted(config: RowsConfig) -> RowsWanted:
+    """What a run's config says about reading its rows."""
+    train, *test = sources(config.data)
+    shares = Shares(config.data.validation_part if config.validates else 0.0, config.data.test_part)
+    max_length = config.training.get("max_length", 1024)  # TRL's default
+    return RowsWanted(train, test[0] if test else None, config.data.format, shares, max_length)
+
+
+def _pair(row: dict[str, Any]) -> dict[str, Any]:
+    values = json.loads(row["example"])
+    return {name: values[name] for name in ("prompt", "chosen", "rejected")}

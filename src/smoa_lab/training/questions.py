@@ -1,0 +1,75 @@
+"""A run on questions with answers: the loss is on the answers, and held-out questions are scored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+from smoa_lab.basics.extras import require
+from smoa_lab.config.run_config import RunConfig
+from smoa_lab.data.prompts import Encoded, PromptEncoder
+from smoa_lab.data.selection import Selection
+from smoa_lab.scoring.answer_loss import AnswerTrainer, collate
+from smoa_lab.training.base_models import load_base_model
+from smoa_lab.training.lesson import Lesson, checked_arguments
+from smoa_lab.training.needs import input_needs
+from smoa_lab.training.stages import Stages
+
+
+@dataclass(frozen=True)
+class Questions(Lesson):
+    """Records and the encoder that puts them into the model's tokens."""
+
+    config: RunConfig
+    base: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    encoder: PromptEncoder
+    records: Selection
+
+    @property
+    def title(self) -> str:
+        return ", ".join(self.config.data.tasks)
+
+    def arguments(self) -> TrainingArguments:
+        return checked_arguments(TrainingArguments(**self.config.training))
+
+    def looks(self, alone: bool) -> Stages:
+        return Stages(self.encoder, self.records.test, self.config.task, alone)
+
+    def trainer(self, model: Any, arguments: Any, **options: Any) -> Trainer:
+        return AnswerTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=[example.row for example in self.examples],
+            eval_dataset=[self.encoder.example(record).row for record in self.records.validation] or None,
+            data_collator=partial(collate, pad=self.encoder.pad),
+            **options,
+        )
+
+    def account(self) -> dict[str, Any]:
+        return self.records.account | {"truncation": _truncation(self.examples)}
+
+    @cached_property
+    def examples(self) -> list[Encoded]:
+        """Prompt and gold answer of each training record."""
+        return [self.encoder.example(record) for record in self.records.train]
+
+
+def prepare(config: RunConfig, records: Selection | None = None) -> Questions:
+    """Load data, unless given, and model; what cannot be loaded fails here, before any work."""
+    require(input_needs(config))
+    records = config.data.select() if records is None else records
+    base, tokenizer = load_base_model(config.model)
+    encoder = PromptEncoder(tokenizer, config.task.template, config.task.answer, config.task.max_length)
+    return Questions(config, base, tokenizer, encoder, records)
+
+
+def _truncation(examples: list[Encoded]) -> dict[str, int]:
+    return {
+        "prompts_cut": sum(example.cut > 0 for example in examples),
+        "prompt_tokens_cut": sum(example.cut for example in examples),
+        "answers_cut": sum(example.answer_cut > 0 for example in examples),
+    }
