@@ -1,19 +1,16 @@
-"""Reads a user's own questions from JSON lines, CSV or Parquet, by a map from our names to the file's columns."""
+"""Reads a user's own questions from JSON lines, JSON, CSV or Parquet, by a map from our names to the file's columns."""
 
 from __future__ import annotations
 
-import csv
-import gzip
-import importlib
 import json
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 from smoa.errors import DataError
 from smoa_lab.basics.section import Section
 from smoa_lab.data.records import Record, choice_record
+from smoa_lab.rows.row_files import Fault, read_rows
 
 Family = Literal["commonsense", "maths", "dialogue", "text"]
 
@@ -59,66 +56,17 @@ def read_file_split(name: str, task: FileTask, split: str) -> list[Record]:
     path = task.train if split == "train" else task.test
     if path is None:
         return []
-    file = Path(path).expanduser()
-    rows = _rows(file)
-    if not rows:
-        raise DataError(f"{file}: has no rows")
-    return [_record(name, file, number, row, task.columns) for number, row in enumerate(rows, start=1)]
+    rows = [_sound(where, row) for where, row in read_rows(Path(path).expanduser())]
+    return [_record(name, where, str(number), row, task.columns) for number, (where, row) in enumerate(rows, start=1)]
 
 
-def _rows(file: Path) -> list[dict[str, Any]]:
-    if not file.is_file():
-        raise DataError(f"{file}: no such file")
-    kind = file.name.removesuffix(".gz").rpartition(".")[2]
-    if kind not in READERS:
-        raise DataError(f"{file}: cannot read this kind of file; use one of {', '.join(READERS)}")
-    try:
-        return READERS[kind](file)
-    except (ValueError, OSError, EOFError, csv.Error) as error:
-        raise DataError(f"{file}: cannot be read: {error}") from error
+def _sound(where: str, row: dict[str, Any] | Fault) -> tuple[str, dict[str, Any]]:
+    if isinstance(row, Fault):
+        raise DataError(f"{where}: {row}")
+    return where, row
 
 
-def _json_lines(file: Path) -> list[dict[str, Any]]:
-    with _open(file) as lines:
-        return [_json_row(number, line) for number, line in enumerate(lines, start=1)]
-
-
-def _json_row(number: int, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"line {number} is not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"line {number} is not a JSON object: {line[:40]!r}")
-    return row
-
-
-def _csv_rows(file: Path) -> list[dict[str, Any]]:
-    with _open(file) as lines:
-        return list(csv.DictReader(lines))
-
-
-def _parquet_rows(file: Path) -> list[dict[str, Any]]:
-    table = importlib.import_module("pyarrow.parquet").read_table(file)
-    rows: list[dict[str, Any]] = table.to_pylist()
-    return rows
-
-
-def _open(file: Path) -> TextIO:
-    if file.suffix == ".gz":
-        return gzip.open(file, "rt", encoding="utf-8", newline="")
-    return file.open(encoding="utf-8", newline="")
-
-
-READERS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
-    "jsonl": _json_lines,
-    "csv": _csv_rows,
-    "parquet": _parquet_rows,
-}
-
-
-def _record(name: str, file: Path, number: int, row: dict[str, Any], columns: Columns) -> Record:
-    where = f"{file}, row {number}"
+def _record(name: str, where: str, number: str, row: dict[str, Any], columns: Columns) -> Record:
     missing = [column for column in columns.names() if column not in row]
     if missing:
         raise DataError(
@@ -133,10 +81,10 @@ def _record(name: str, file: Path, number: int, row: dict[str, Any], columns: Co
     if columns.choices is None:
         if columns.answer is None:
             raise DataError(f"data.files.{name}.columns: give answer, or choices and label")
-        return Record(name, str(number), prompt, str(row[columns.answer]), context=context)
+        return Record(name, number, prompt, str(row[columns.answer]), context=context)
     try:
         choices = _choices(row, columns.choices)
-        return choice_record(name, str(number), prompt, choices, _label(row, columns, choices), context)
+        return choice_record(name, number, prompt, choices, _label(row, columns, choices), context)
     except (DataError, ValueError) as error:
         raise DataError(f"{where}: {error}") from error
 

@@ -1,1 +1,1 @@
-"""A user's own rows: read, recognised, turned into tokens, and kept on disk for training."""
+"""Rows of users' own data: files, formats, and what is wrong with a row."""

@@ -17,8 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from smoa.errors import DataError
 from smoa_lab.data.prompts import IGNORED
 from smoa_lab.tokens.chat_templates import require_chat_template, training_template
-from smoa_lab.rows.formats import Conversation, Example, Passage, Preference
-from smoa_lab.rows.turns import Message
+from smoa_lab.rows.formats import Conversation, Example, Message, Passage, Preference
 
 SHOWN = 64
 """Tokens of a plain text that are given when the model is asked to go on."""

@@ -21,10 +21,20 @@ from smoa_lab.basics.cache import cache_folder
 from smoa_lab.basics.extras import import_package
 from smoa_lab.tokens.account import RowsAccount
 from smoa_lab.tokens.encoding import RowEncoder
-from smoa_lab.rows.faults import BadRow, Fault
-from smoa_lab.rows.formats import Conversation, Example, Format, Passage, Preference, recognise, shape, unrecognised
+from smoa_lab.rows.formats import (
+    BadRow,
+    Conversation,
+    Example,
+    Fault,
+    Format,
+    Message,
+    Passage,
+    Preference,
+    recognise,
+    shape,
+    unrecognised,
+)
 from smoa_lab.rows.sources import Source
-from smoa_lab.rows.turns import Message
 
 Part = Literal["train", "validation", "test"]
 PARTS: tuple[Part, ...] = ("train", "validation", "test")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from smoa.errors import DataError
-from smoa_lab.data.files import Columns, FileTask, _json_row, read_file_split
+from smoa_lab.data.files import Columns, FileTask, read_file_split
 
 ROWS: list[dict[str, Any]] = [
     {"q": "What warms the Earth?", "a": "the Moon", "b": "the Sun", "gold": 1},
@@ -125,6 +125,7 @@ def test_choices_in_one_column_of_a_csv_file_are_json(tmp_path: Path) -> None:
         read_file_split("own", task, "train")
 
 
-def test_a_line_that_is_no_object_is_refused() -> None:
-    with pytest.raises(ValueError, match="line 3 is not a JSON object"):
-        _json_row(3, "[1]")
+def test_a_line_that_is_no_object_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "own.jsonl").write_text('{"prompt": "a", "reply": "b"}\n\n[1]')
+    with pytest.raises(DataError, match=r"own\.jsonl, row 3: line 3 is not a JSON object"):
+        read_file_split("own", FileTask(train=str(tmp_path / "own.jsonl"), columns=Columns(answer="reply")), "train")

@@ -1,0 +1,184 @@
+"""Reads rows one by one from JSON lines, JSON, CSV or Parquet files, or a folder of them."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from smoa.errors import DataError
+from smoa_lab.basics.extras import import_package
+from smoa_lab.rows.faults import Fault, names
+from smoa_lab.rows.json_rows import RowDecoder
+
+__all__ = ["Fault", "Row", "read_rows"]
+
+Row = tuple[str, dict[str, Any] | Fault]
+"""Where a row is, such as "chats.jsonl, row 12", and the row, or what keeps it from being one."""
+Numbered = Iterator[tuple[int, dict[str, Any] | Fault]]
+
+PIECE = 1 << 16
+"""Bytes of a JSON list that are read at once."""
+BATCH = 16
+"""Rows of a Parquet file that are decoded at once."""
+
+
+def read_rows(place: Path) -> Iterator[Row]:
+    """The rows of a file, or of all files in a folder by name. Only one row is held in memory.
+
+    A row of JSON lines has the number of its line, a row of CSV is counted from the line after the header.
+
+    Raises:
+        DataError: a file is missing, of an unknown kind, or can't be opened (at once); or it is empty, or the rest of
+            it can't be read (when that place is reached).
+    """
+    return chain.from_iterable(map(_rows, files_of(place)))
+
+
+def files_of(place: Path) -> list[Path]:
+    """The file itself, or the files of a folder by name.
+
+    Raises:
+        DataError: as :func:`read_rows` at once.
+    """
+    try:
+        if not place.expanduser().is_dir():
+            return [_checked(place)]
+        files = [place / entry.name for entry in sorted(place.expanduser().iterdir()) if _is_data(entry)]
+        if not files:
+            raise DataError(f"{place}: no file in this folder is one of {', '.join(READERS)}; name a file, or add one")
+        return list(map(_checked, files))
+    except (OSError, RuntimeError) as error:  # RuntimeError: the home of an unknown user
+        raise DataError(f"{place}: cannot be read: {_reason(error)}; check the path and its permissions") from error
+
+
+def _is_data(entry: Path) -> bool:
+    return entry.is_file() and not entry.name.startswith(".") and _kind(entry) in READERS
+
+
+def _checked(file: Path) -> Path:
+    """The file, if it is one of a known kind that can be opened."""
+    found = file.expanduser()
+    if not found.is_file():
+        raise DataError(f"{file}: no such file; give the path of a file or folder that exists")
+    if _kind(file) not in READERS or (file.suffix.lower() == ".gz" and _kind(file) == "parquet"):
+        raise DataError(
+            f"{file}: cannot read this kind of file; use one of {', '.join(READERS)} (.gz as well, except parquet)"
+        )
+    found.open("rb").close()
+    return file
+
+
+def _kind(file: Path) -> str:
+    return file.name.lower().removesuffix(".gz").rpartition(".")[2]
+
+
+def _rows(file: Path) -> Iterator[Row]:
+    number = 0
+    try:
+        for number, row in READERS[_kind(file)](file.expanduser()):
+            yield f"{file}, row {number}", row
+    except (ValueError, OSError, EOFError, zlib.error) as error:
+        after = f" after row {number}" if number else ""
+        raise DataError(f"{file}: cannot be read{after}: {_reason(error)}") from error
+    if not number:
+        raise DataError(f"{file}: has no rows; expected at least one")
+
+
+def _reason(error: Exception) -> str:
+    """What an exception says, with a remedy where it comes from a package that gives none."""
+    if isinstance(error, EOFError | zlib.error | gzip.BadGzipFile):
+        return f"{error}; the file is damaged, compress it again"
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def _json_lines(file: Path) -> Numbered:
+    decoder = RowDecoder()
+    with _open(file) as stream:
+        for number, line in enumerate(_texts(stream), start=1):
+            if not line.isspace():
+                yield number, decoder.line(line, f"line {number}")
+
+
+def _json_list(file: Path) -> Numbered:
+    with _open(file) as stream:
+        pieces = iter(lambda: stream.read(PIECE), b"")
+        yield from enumerate(RowDecoder().items(_texts(pieces)), start=1)
+
+
+def _csv_rows(file: Path) -> Numbered:
+    csv.field_size_limit(2**31 - 1)  # from 128 KiB: the text of a cell may be long
+    with _open(file) as stream:
+        lines = csv.reader(_texts(stream), strict=True)  # a quote that is never closed swallows rows otherwise
+        try:
+            header = _header(next(lines, []))
+            for number, cells in enumerate(filter(None, lines), start=1):
+                yield number, _csv_row(header, cells)
+        except csv.Error as error:
+            raise ValueError(f"line {lines.line_num}: {error}; check the quotes around its cells") from error
+
+
+def _header(columns: list[str]) -> list[str]:
+    twice = sorted({column for column in columns if columns.count(column) > 1})
+    if twice:
+        raise ValueError(f"the header names a column twice: {names(twice)}; rename or delete one")
+    return columns
+
+
+def _csv_row(header: list[str], cells: list[str]) -> dict[str, Any] | Fault:
+    if len(cells) == len(header):
+        return dict(zip(header, cells, strict=True))
+    return Fault(
+        None,
+        f"has {len(cells)} cells, expected {len(header)}, one for each column of the header ({names(header)}); "
+        "put quotes around a cell that holds commas, quotes or line breaks",
+    )
+
+
+def _parquet_rows(file: Path) -> Numbered:
+    parquet = import_package("pyarrow.parquet", str(file))
+    try:
+        with parquet.ParquetFile(file) as table:
+            _header(table.schema_arrow.names)
+            batches = table.iter_batches(batch_size=BATCH)
+            yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
+    except Exception as error:  # pyarrow has a dozen kinds, and not one above them all
+        raise ValueError(f"{str(error).strip().splitlines()[0]}; the file is damaged, write it again") from error
+
+
+READERS: dict[str, Callable[[Path], Numbered]] = {
+    "jsonl": _json_lines,
+    "csv": _csv_rows,
+    "parquet": _parquet_rows,
+    "json": _json_list,
+}
+
+
+def _open(file: Path) -> BinaryIO | gzip.GzipFile:
+    return gzip.open(file, "rb") if file.suffix.lower() == ".gz" else file.open("rb")
+
+
+def _texts(pieces: Iterable[bytes]) -> Iterator[str]:
+    """The pieces of a file in UTF-8 as text, without the mark that some programs begin it with.
+
+    Raises:
+        ValueError: it is in another encoding; the message has the byte and its position.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    position = 0
+    for piece in chain(pieces, [b""]):
+        if not position and (piece[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or 0 in piece[:4]):
+            raise ValueError("is in UTF-16 or UTF-32, expected UTF-8; save it as UTF-8")
+        start = position - len(decoder.getstate()[0])
+        try:
+            text = decoder.decode(piece, final=not piece)
+        except UnicodeDecodeError as error:
+            byte, at = error.object[error.start], start + error.start
+            raise ValueError(f"byte 0x{byte:02x} at position {at} is not UTF-8; save it as UTF-8") from error
+        yield from filter(None, [text if position else text.removeprefix("\ufeff")])
+        position += len(piece)
