@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -42,8 +43,10 @@ def reporting(*modules: str) -> Iterator[None]:
     logger.setLevel(logging.INFO)
     # Between transformers and peft: users can do nothing about it.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+    warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated")  # TRL sets it
     if not terminal:
         transformers.utils.logging.disable_progress_bar()
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     try:
         yield
     except SmoaError as error:

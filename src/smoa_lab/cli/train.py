@@ -17,12 +17,12 @@ def train(
     overrides: Overrides = None,
     json: AsJson = False,
 ) -> None:
-    """Train an adapter and score it on held-out questions."""
+    """Train an adapter on questions or on your own rows, and score it on held-out ones."""
     with reporting("accelerate", "matplotlib", "PIL"):
-        from smoa_lab.config.run_config import load_config
+        from smoa_lab.config.rows_config import load_any_config
         from smoa_lab.training.train_run import train as train_run
 
-        checked = load_config(config, overrides)
+        checked = load_any_config(config, overrides)
         metrics = train_run(checked)
         if os.environ.get("RANK", "0") != "0":
             return  # one of several processes: rank 0 prints
@@ -39,6 +39,21 @@ def print_scores(metrics: dict[str, Any]) -> None:
 
     evaluation = metrics["evaluation"]
     stages = [stage for stage in ("before", "after") if stage in evaluation]
+    if stages and "perplexity" in evaluation[stages[-1]]["all"]:
+        _print_rows(metrics, stages)
+    else:
+        _print_questions(metrics, stages)
+    parameters, training = metrics["parameters"], metrics["training"]
+    speed = f", {training['tokens_per_second']:,.0f} tokens a second" if "tokens_per_second" in training else ""
+    typer.echo(
+        f"\n{parameters['trainable']:,} trainable parameters, {parameters['percent']} % of {parameters['total']:,}; "
+        f"{decimal(parameters['adapter_bytes'])} on disk; {training['steps']} steps of {training['trainer']} in "
+        f"{training['seconds']:.0f} s{speed}; at most {decimal(training['peak_memory_bytes'])} of memory"
+    )
+
+
+def _print_questions(metrics: dict[str, Any], stages: list[str]) -> None:
+    evaluation = metrics["evaluation"]
     names = list(evaluation[stages[-1]]) if stages else []
     rows = [_row(name, stage, evaluation[stage][name]) for name in names for stage in stages]
     if rows:
@@ -53,11 +68,30 @@ def print_scores(metrics: dict[str, Any]) -> None:
         for name in ("before", "after", "reference"):
             if name in sample:
                 typer.echo(f"  {name + ':':10} {sample[name] or '(nothing)'}")
-    parameters, training = metrics["parameters"], metrics["training"]
+
+
+def _print_rows(metrics: dict[str, Any], stages: list[str]) -> None:
+    scores = [metrics["evaluation"][stage]["all"] for stage in stages]
+    rows = [
+        [
+            stage,
+            str(one["rows"]),
+            str(one["tokens"]),
+            score(one["loss"], one["loss_stderr"]),
+            f"{one['perplexity']:.2f}",
+        ]
+        for stage, one in zip(stages, scores, strict=True)
+    ]
+    print_table(["held-out rows", "number", "trained tokens", "loss", "perplexity"], rows)
+    gain = metrics["gain"]
     typer.echo(
-        f"\n{parameters['trainable']:,} trainable parameters, {parameters['percent']} % of {parameters['total']:,}; "
-        f"{decimal(parameters['adapter_bytes'])} on disk; {training['steps']} steps in {training['seconds']:.0f} s"
+        f"\nThe loss changed by {gain['loss']:+.3f} ± {gain['loss_stderr']:.3f} (standard error, paired by row)."
     )
+    if "preferred" in gain:
+        typer.echo(
+            f"The chosen answer gained on the rejected one in {100 * gain['preferred']:.0f} % of the held-out rows."
+        )
+    typer.echo(f"Answers before and after: samples.md, {len(metrics['samples'])} held-out prompts.")
 
 
 def _row(name: str, stage: str, scores: dict[str, Any]) -> list[str]:

@@ -98,10 +98,11 @@ def _checked(text: ConfigText) -> RowsConfig:
 
 def training_class(training: dict[str, Any], prefers: bool) -> type[TrainingArguments]:
     """TRL's DPOConfig for preferences, or where a key is only its; else SFTConfig."""
-    from trl import DPOConfig, SFTConfig
-
+    trl = import_package("trl", "data.train")
+    DPOConfig, SFTConfig = trl.DPOConfig, trl.SFTConfig
     only_dpo = _keys(DPOConfig) - _keys(SFTConfig)
-    return DPOConfig if prefers or training.keys() & only_dpo else SFTConfig
+    chosen: type[TrainingArguments] = DPOConfig if prefers or training.keys() & only_dpo else SFTConfig
+    return chosen
 
 
 def check_training_keys(training: dict[str, Any], target: type[TrainingArguments], found: str) -> dict[str, Any]:

@@ -10,12 +10,17 @@ from smoa.atomic import write_whole
 
 
 def draw_run(history: list[dict[str, Any]], evaluation: dict[str, Any], file: Path, title: str) -> None:
-    """A run: the loss over the optimizer's steps and, where it was measured, the accuracy before and after."""
-    if not {"before", "after"} <= evaluation.keys():
+    """A run: the loss over the optimizer's steps and, where it was measured, what changed on held-out data: the
+    accuracy in bars below, or the loss of rows as a point at the first and the last step."""
+    scores = [evaluation[stage]["all"] for stage in ("before", "after") if stage in evaluation]
+    if len(scores) < 2 or "accuracy" not in scores[0]:
         figure, losses = new_figure(height=4.0)
     else:
         figure, (losses, accuracies) = new_figure(height=5.6, plots=2, ratios=(3, 1))
-        _draw_accuracies(accuracies, evaluation["before"]["all"], evaluation["after"]["all"])
+        _draw_accuracies(accuracies, *scores)
+    if len(scores) == 2 and "perplexity" in scores[0] and history:
+        ends, held_out = [0, history[-1]["step"]], [one["loss"] for one in scores]
+        losses.plot(ends, held_out, "D", label="held-out rows, before and after", color="0.2", clip_on=False)
     _draw_losses(losses, history)
     losses.set_title(title)
     save_figure(figure, file)
@@ -28,7 +33,7 @@ def _draw_losses(axes: Any, history: list[dict[str, Any]]) -> None:
             steps, losses = zip(*points, strict=True)
             axes.plot(steps, losses, style, label=label, color="0.2")
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss on answer tokens\n(nats per token)")
+    axes.set_ylabel("loss on trained tokens\n(nats per token)")
     axes.grid(True, color="0.9")
     if axes.lines:  # a run shorter than its logging steps has none
         axes.legend()

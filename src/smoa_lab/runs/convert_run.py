@@ -21,8 +21,8 @@ from smoa_lab.runs.open_run import adapter_of_run, base_name
 from smoa_lab.scoring.likelihood import score_answers
 from smoa_lab.training.base_models import load_base_model
 from smoa_lab.training.packaged_models import described_base
-from smoa_lab.training.run_folder import RunFolder
 from smoa_lab.training.questions import Questions, prepare
+from smoa_lab.training.run_folder import RunFolder
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from smoa_lab.scoring.generation import evaluate_by_generation
 from smoa_lab.scoring.held_out import evaluate_records
 from smoa_lab.scoring.protocol import Protocol
 from smoa_lab.training.needs import evaluation_needs
-from smoa_lab.training.run_folder import provenance
 from smoa_lab.training.questions import Questions, prepare
+from smoa_lab.training.run_folder import provenance
 
 logger = logging.getLogger(__name__)
 

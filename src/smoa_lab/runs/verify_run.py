@@ -13,8 +13,8 @@ from smoa.errors import MergeError
 from smoa_lab.config.run_config import RunConfig
 from smoa_lab.scoring.likelihood import score_answers
 from smoa_lab.training.base_models import load_base_model
-from smoa_lab.training.run_folder import RunFolder
 from smoa_lab.training.questions import Questions
+from smoa_lab.training.run_folder import RunFolder
 
 # Relative differences of mean losses and of logits that float32 sums in another order explain.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3}

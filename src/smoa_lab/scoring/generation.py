@@ -102,7 +102,9 @@ def continue_prompts(
             batch = [prompts[number] for number in numbers]
             written = model.generate(
                 **_left_padded(batch, int(tokenizer.pad_token_id or 0), next(model.parameters()).device),
-                **{"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": int(tokenizer.pad_token_id or 0)},
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                pad_token_id=int(tokenizer.pad_token_id or 0),
                 **options,
             )
             texts.update(zip(numbers, _decoded(tokenizer, written[:, max(map(len, batch)) :]), strict=True))

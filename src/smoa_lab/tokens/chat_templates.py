@@ -97,8 +97,8 @@ def _template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     known = {one for one in known if not one.endswith("_training")}
     if name not in known:
         raise ConfigError(
-            f"data.chat_template: there is no template {name!r}{nearest(name, ['alpaca', *sorted(known)])}; name alpaca, "
-            "one that TRL has, or a .jinja file"
+            f"data.chat_template: there is no template {name!r}{nearest(name, ['alpaca', *sorted(known)])}; "
+            "name alpaca, one that TRL has, or a .jinja file"
         )
     trained = folder / f"{name}_training.jinja"
     return (trained if trained.is_file() else folder / f"{name}.jinja").read_text(encoding="utf-8")

@@ -1,24 +1,26 @@
 """Turns rows into token ids, and marks which of them are trained: the assistant's turns, or the completion.
 
 TRL's own preparation gives the same tokens wherever it can mark the assistant's turns: where the chat template has
-``{% generation %}`` marks, or is one that TRL knows. For other templates the turns are found by what each adds to the
-conversation before it.
+``{% generation %}`` marks, or is one that TRL knows. For other templates the turns are found in the text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from os.path import commonprefix
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from smoa.errors import DataError
 from smoa_lab.data.prompts import IGNORED
-from smoa_lab.tokens.chat_templates import require_chat_template, training_template
 from smoa_lab.rows.formats import Conversation, Example, Message, Passage, Preference
+from smoa_lab.tokens.chat_templates import require_chat_template, training_template
 
+MARK = "\ue000"
+"""Stands for what is said; a character of the private use area, which no text has."""
 SHOWN = 64
 """Tokens of a plain text that are given when the model is asked to go on."""
 
@@ -81,13 +83,13 @@ class RowEncoder:
     def _passage(self, passage: Passage) -> Tokens:
         text = passage.prompt + passage.text
         ids = self._ids(text if text.endswith(self.eos) else text + self.eos)
-        start = len(commonprefix([self._ids(passage.prompt), ids])) if passage.prompt and self.completion_only else 0
-        return _trained_from(ids, start)
+        prompt = self._ids(passage.prompt) if passage.prompt and self.completion_only else []
+        return _trained_after(prompt, ids)
 
     def _completion(self, talk: Conversation) -> Tokens:
         ids = self._chat(talk.messages)
-        prompt = self._chat(talk.messages[: talk.prompt_turns], add_generation_prompt=True)
-        return _trained_from(ids, len(commonprefix([prompt, ids])) if self.completion_only else 0)
+        asked = talk.messages[: talk.prompt_turns]
+        return _trained_after(self._chat(asked, add_generation_prompt=True) if self.completion_only else [], ids)
 
     def _conversation(self, messages: Sequence[Message]) -> Tokens:
         if not self.assistant_only:
@@ -101,28 +103,45 @@ class RowEncoder:
         return Tokens(ids, [token if trained else IGNORED for token, trained in marks])
 
     def _by_turns(self, messages: Sequence[Message]) -> Tokens:
-        """For a template without marks: an assistant's turn is what it adds to the conversation before it."""
-        ids = self._chat(messages)
+        """For a template without marks: each assistant's content, and what closes a turn, by their places in the
+        text."""
+        text = self._text(messages)
+        spans = [
+            span for span, one in zip(self._spans(text, messages), messages, strict=True) if one.role == "assistant"
+        ]
+        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, starts = list(found["input_ids"]), [start for start, _ in found["offset_mapping"]]
         labels = [IGNORED] * len(ids)
-        for place, message in enumerate(messages):
-            if message.role == "assistant":
-                before = self._chat(messages[:place], add_generation_prompt=True)
-                through = self._chat(messages[: place + 1])
-                if ids[: len(through)] != through or through[: len(before)] != before:
-                    raise DataError(
-                        "data.chat_template: this model's template renders a turn differently once others follow, so "
-                        "the assistant's turns cannot be told apart; name another template, or set "
-                        "training.assistant_only_loss: false to train on whole conversations"
-                    )
-                end = self._without_blank_end(ids, len(before), len(through))
-                labels[len(before) : end] = ids[len(before) : end]
+        for start, end in spans:
+            inside = slice(bisect_left(starts, start), bisect_left(starts, end))
+            labels[inside] = ids[inside]
         return Tokens(ids, labels)
 
-    def _without_blank_end(self, ids: list[int], start: int, end: int) -> int:
-        """The end of a turn, less the line break that templates put after the token that ends it."""
-        while end - start > 1 and not self.tokenizer.decode(ids[end - 1]).strip():
-            end -= 1
-        return end
+    def _spans(self, text: str, messages: Sequence[Message]) -> Iterator[tuple[int, int]]:
+        """Where each message's content begins and its turn ends: what lies between is the template's own text."""
+        between = self._text([Message(one.role, MARK) for one in messages]).split(MARK)
+        place = 0
+        for number, message in enumerate(messages):
+            start = place + len(between[number])
+            content = next(
+                (one for one in (message.content, message.content.strip()) if text.startswith(one, start)), None
+            )
+            if content is None or not text.startswith(between[number], place):
+                raise DataError(
+                    "data.chat_template: this model's template changes what is said, so the assistant's turns cannot "
+                    "be told apart; name another template, or set training.assistant_only_loss: false to train on "
+                    "whole conversations"
+                )
+            place = start + len(content)
+            yield start, place + len(self.closing) * text.startswith(self.closing, place)
+
+    @cached_property
+    def closing(self) -> str:
+        """What the template puts after an answer, line breaks aside: mostly a token that ends the turn."""
+        return self._text([Message("user", MARK), Message("assistant", MARK)]).rpartition(MARK)[2].rstrip()
+
+    def _text(self, messages: Sequence[Message]) -> str:
+        return str(self.tokenizer.apply_chat_template([asdict(one) for one in messages], tokenize=False))
 
     def _chat(self, messages: Sequence[Message], **options: Any) -> list[int]:
         return list(self._apply(messages, **options)["input_ids"])
@@ -143,5 +162,8 @@ def chosen_example(pair: Preference) -> Conversation | Passage:
     return Conversation((*pair.prompt, *pair.chosen), prompt_turns=len(pair.prompt))
 
 
-def _trained_from(ids: list[int], start: int) -> Tokens:
+def _trained_after(prompt: list[int], ids: list[int]) -> Tokens:
+    """Trained from where ``ids`` leave the prompt: before its end where tokens merge across it."""
+    start = next((place for place, pair in enumerate(zip(prompt, ids, strict=False)) if pair[0] != pair[1]), None)
+    start = min(len(prompt), len(ids)) if start is None else start
     return Tokens(ids, [IGNORED] * start + ids[start:])

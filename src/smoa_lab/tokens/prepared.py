@@ -19,8 +19,6 @@ from smoa.atomic import new_folder, write_whole
 from smoa.errors import DataError
 from smoa_lab.basics.cache import cache_folder
 from smoa_lab.basics.extras import import_package
-from smoa_lab.tokens.account import RowsAccount
-from smoa_lab.tokens.encoding import RowEncoder
 from smoa_lab.rows.formats import (
     BadRow,
     Conversation,
@@ -35,6 +33,8 @@ from smoa_lab.rows.formats import (
     unrecognised,
 )
 from smoa_lab.rows.sources import Source
+from smoa_lab.tokens.account import RowsAccount
+from smoa_lab.tokens.encoding import RowEncoder
 
 Part = Literal["train", "validation", "test"]
 PARTS: tuple[Part, ...] = ("train", "validation", "test")
@@ -226,9 +226,9 @@ def plain_example(example: Example) -> dict[str, Any]:
 
 def example_of(values: dict[str, Any]) -> Example:
     """The example of plain values."""
-    fields = {key: _messages(value) if isinstance(value, list) else value for key, value in values.items()}
-    kind: Any = KINDS[fields.pop("kind")]
-    made: Example = kind(**fields)
+    kind: Any = KINDS[values["kind"]]
+    fields = {key: value for key, value in values.items() if key != "kind"}
+    made: Example = kind(**{key: _messages(one) if isinstance(one, list) else one for key, one in fields.items()})
     return made
 
 

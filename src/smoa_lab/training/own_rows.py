@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from smoa.errors import ConfigError, DataError
-from smoa_lab.basics.extras import require
+from smoa_lab.basics.extras import import_package, require
 from smoa_lab.config.rows_config import RowsConfig, RowsSection, check_training_keys, training_class
 from smoa_lab.rows.sources import FileSource, HubSource, Source
 from smoa_lab.scoring.generation import continue_prompts
@@ -54,8 +54,9 @@ class OwnRows(Lesson):
         prefers = self.rows.account["format"] == "preference"
         target = training_class({}, prefers)
         training = check_training_keys(self.config.training, target, self.rows.account["format"])
-        # The tokens say what is trained already.
-        training |= {} if prefers else {"assistant_only_loss": False, "completion_only_loss": None}
+        if not prefers:  # the tokens are cut already, and their labels say what is trained
+            training |= {"assistant_only_loss": False, "completion_only_loss": None}
+            training |= {} if training.get("packing") else {"max_length": None}
         try:
             return checked_arguments(target(**training))
         except (ValueError, TypeError) as error:
@@ -65,8 +66,7 @@ class OwnRows(Lesson):
         return RowLooks(self, alone)
 
     def trainer(self, model: Any, arguments: Any, **options: Any) -> Trainer:
-        import trl
-
+        trl = import_package("trl", "data.train")
         prefers = isinstance(arguments, trl.DPOConfig)
         try:
             trainer: Trainer = (trl.DPOTrainer if prefers else trl.SFTTrainer)(

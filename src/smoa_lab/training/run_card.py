@@ -10,12 +10,9 @@ from peft import PeftConfig
 from smoa.files.adapter_card import adapter_card
 from smoa.files.named_base import NamedBase
 from smoa_lab.config.yaml_text import to_yaml
+from smoa_lab.training.samples import samples_text
 
-SECTIONS = """{results}## Data
-
-{used}
-
-{tasks}
+SECTIONS = """{results}{data}
 
 ## Run
 
@@ -33,12 +30,10 @@ def run_card(title: str, config: PeftConfig, base: NamedBase, metrics: dict[str,
 
 
 def _sections(metrics: dict[str, Any]) -> str:
-    origin, training, used = metrics["provenance"], metrics["training"], metrics["data"]["used"]
+    origin, training = metrics["provenance"], metrics["training"]
     return SECTIONS.format(
-        results=_results(metrics["evaluation"]),
-        used=", ".join(f"{used[part]['examples']:,} {part}" for part in used if used[part]["examples"])
-        + f" questions, drawn with seed {metrics['config']['data']['seed']} from:",
-        tasks=_tasks(metrics["data"]["tasks"]),
+        results=_results(metrics["evaluation"]) + _samples(metrics["samples"]),
+        data=_questions(metrics) if "tasks" in metrics["data"] else _rows(metrics["data"]),
         commit=f" (commit {origin['commit'][:12]}{', changed' * origin['dirty']})" if origin["commit"] else "",
         steps=training["steps"],
         seconds=training["seconds"],
@@ -49,17 +44,41 @@ def _sections(metrics: dict[str, Any]) -> str:
 
 
 def _results(evaluation: dict[str, Any]) -> str:
-    """Gold-answer loss and accuracy per task; nothing if nothing was held out."""
+    """Loss and accuracy per task, or loss and perplexity of rows; nothing if nothing was held out."""
     stages = [evaluation[stage] for stage in ("before", "after") if stage in evaluation]
     if not stages:
         return ""
+    of_rows = "perplexity" in stages[-1]["all"]
+    what, columns = ("rows", ("loss", "perplexity")) if of_rows else ("questions", ("gold_loss", "accuracy"))
     rows = [
-        (name, scores["questions"], *(_change(stages, name, score) for score in ("gold_loss", "accuracy")))
+        (name, scores[what], *(_change(stages, name, score) for score in columns))
         for name, scores in stages[-1].items()
     ]
     before = "before → after training" if len(stages) == 2 else "after training"
-    return f"## Results\n\nOn held-out questions, {before}; the loss is in nats per token of the gold answers.\n\n" + (
-        _table(("task", "questions", "loss", "accuracy"), rows) + "\n\n"
+    tokens = "trained token" if of_rows else "token of the gold answers"
+    table = _table(("task", what, "loss", columns[1]), rows)
+    return f"## Results\n\nOn held-out {what}, {before}; the loss is in nats per {tokens}.\n\n{table}\n\n"
+
+
+def _samples(samples: list[dict[str, str]]) -> str:
+    """The first two answers before and after."""
+    return samples_text(samples[:2], level=3)
+
+
+def _questions(metrics: dict[str, Any]) -> str:
+    used = metrics["data"]["used"]
+    counts = ", ".join(f"{used[part]['examples']:,} {part}" for part in used if used[part]["examples"])
+    drawn = f"{counts} questions, drawn with seed {metrics['config']['data']['seed']} from:"
+    return f"## Data\n\n{drawn}\n\n{_tasks(metrics['data']['tasks'])}"
+
+
+def _rows(account: dict[str, Any]) -> str:
+    parts = ", ".join(f"{number:,} {part}" for part, number in account["parts"].items())
+    tokens = account["tokens"]
+    return (
+        f"## Data\n\n`{account['source']}`, in the format {account['format']}: {parts} rows; "
+        f"{tokens['total']:,} tokens, {account['trained_tokens']:,} of them trained; "
+        f"{account['cut']:,} rows cut at {account['max_length']} tokens"
     )
 
 

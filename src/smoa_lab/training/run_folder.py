@@ -1,6 +1,7 @@
-"""A run's folder: config, log, checkpoints, adapter, loss curve, and last ``metrics.json``, which marks it finished.
+"""A run's folder: config, log, checkpoints, adapter, loss curve, samples, and last ``metrics.json``.
 
-A finished run is never overwritten. An interrupted one is resumed by the same config and by no other.
+That file marks it finished. A finished run is never overwritten. An interrupted one is resumed by the same config and
+by no other.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class RunFolder:
         self.metrics = path / "metrics.json"
         self.picture = path / "loss_curve.png"
         self.log = path / "train.log"
+        self.samples = path / "samples.md"
 
     @property
     def finished(self) -> bool:

@@ -10,7 +10,7 @@ from peft import PeftConfig
 from torch import nn
 from transformers import TrainingArguments
 
-from smoa.atomic import replaced_folder
+from smoa.atomic import replaced_folder, write_whole
 from smoa.layers.distributed import from_rank_zero
 from smoa_lab.basics.extras import require
 from smoa_lab.basics.portable import portable
@@ -25,6 +25,7 @@ from smoa_lab.training.packaged_models import described_base
 from smoa_lab.training.questions import prepare
 from smoa_lab.training.run_card import run_card
 from smoa_lab.training.run_folder import RunFolder, peak_memory, provenance
+from smoa_lab.training.samples import samples_text
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +117,8 @@ def _save(lesson: Lesson, folder: RunFolder, model: Any, state: Any, metrics: di
             (temporary / "README.md").write_text(card, encoding="utf-8")
     metrics["parameters"]["adapter_bytes"] = sum(file.stat().st_size for file in folder.adapter.glob("*.safetensors"))
     draw_run(metrics["history"], metrics["evaluation"], folder.picture, f"{method} on {portable(lesson.title)}")
+    if metrics["samples"]:
+        write_whole(folder.samples, f"# {folder.path.resolve().name}\n\n{samples_text(metrics['samples'])}")
     folder.finish(metrics)
     logger.info("Finished: %s", folder.path)
     return metrics

@@ -20,9 +20,9 @@ from smoa_lab.data.selection import Selection
 from smoa_lab.data.tasks import task_needs
 from smoa_lab.scoring.held_out import Outcome, score_outcomes
 from smoa_lab.study.entry import Entry
+from smoa_lab.training.lesson import checked_arguments
 from smoa_lab.training.needs import training_needs
 from smoa_lab.training.run_folder import RunFolder
-from smoa_lab.training.lesson import checked_arguments
 
 Part = Literal["validation", "test"]
 
