@@ -103,11 +103,11 @@ def shape(row: dict[str, Any], format: Format) -> Example:
     Raises:
         BadRow: a column is missing, or what it holds can't be trained on; ``fault`` has the field and what is expected.
     """
-    if format == "messages" and "messages" not in row and "conversations" in row:
-        row = {**row, "messages": row["conversations"]}
     for column in COLUMNS[format]:
-        if column not in row:
-            raise bad(column, f"is missing, expected in each row of the format {format}; found {names(row)}")
+        if column not in row and (format, "conversations" in row) != ("messages", True):
+            raise bad(
+                column, f"is missing, expected in each row of the format {format}; found {names(row) or 'nothing'}"
+            )
     for column, remedy in REFUSED.items() if format != "text" else ():
         if row.get(column):
             raise bad(column, f"found {found(row[column])}, expected none: {remedy}")
@@ -115,7 +115,8 @@ def shape(row: dict[str, Any], format: Format) -> Example:
 
 
 def _messages(row: dict[str, Any]) -> Conversation:
-    return _conversation(read_turns(row["messages"], "messages"), "messages")
+    field = "messages" if "messages" in row else "conversations"
+    return _conversation(read_turns(row[field], field), field)
 
 
 def _sharegpt(row: dict[str, Any]) -> Conversation:

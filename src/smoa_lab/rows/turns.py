@@ -59,10 +59,10 @@ def check_order(turns: Sequence[Turn]) -> None:
     for path, message in turns:
         role = message.role
         if role == "system" and before is not None:
-            raise bad(f"{path}.role", f"system follows {before}; expected system only as the first turn")
+            raise bad(path, f"system follows {before}; expected system only as the first turn")
         if role == before or (role == "assistant" and before in (None, "system")):
             follows = f"{role} follows {before}" if before else f"{role} comes first"
-            raise bad(f"{path}.role", f"{follows}; expected user and assistant in alternation, user first")
+            raise bad(path, f"{follows}; expected user and assistant in alternation, user first")
         before = role
 
 
@@ -126,7 +126,7 @@ def _role(value: object, field: str, roles: Mapping[str, str]) -> str:
     if isinstance(value, str) and value in roles:
         return roles[value]
     expected = f"expected {', '.join(list(roles)[:-1])} or {list(roles)[-1]}"
-    if value in TOOL_ROLES:
+    if isinstance(value, str) and value in TOOL_ROLES:
         raise bad(field, f"found {found(value)}, {expected}: only text turns are trained here; {INSTEAD}")
     raise bad(field, f"found {found(value)}, {expected}")
 

@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from smoa.errors import DataError
+from smoa_lab.rows.formats import BadRow, Format, recognise, shape, unrecognised
+from smoa_lab.rows.row_files import Fault, read_rows
+from tests.support.damaged_bytes import Damaged, json_row, parquet_table
+from tests.support.damaged_rows import damaged_files
+
+ROWS = [{"text": "Café, or “tea”?", "id": "1"}, {"text": 'Two\nlines, "quoted"', "id": "2"}]
+CSV = 'text,id\n"Café, or “tea”?",1\n"Two\nlines, ""quoted""",2\n'
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+
+
+def written(file: Path) -> Path:
+    """A file with ROWS, of the kind that its name says."""
+    kinds = {"jsonl": LINES.encode(), "json": json.dumps(ROWS).encode(), "csv": CSV.encode()}
+    kinds["parquet"] = parquet_table(ROWS)
+    content = kinds[file.name.lower().removesuffix(".gz").rpartition(".")[2]]
+    file.write_bytes(gzip.compress(content) if file.suffix.lower() == ".gz" else content)
+    return file
+
+
+KINDS = ["a.jsonl", "a.json", "a.csv", "a.parquet", "a.jsonl.gz", "a.json.gz", "a.csv.gz", "A.JSONL", "b.CSV.GZ"]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_file_gives_the_same_rows_and_says_where_they_are(tmp_path: Path, name: str) -> None:
+    file = written(tmp_path / name)
+    assert list(read_rows(file)) == [(f"{file}, row 1", ROWS[0]), (f"{file}, row 2", ROWS[1])]
+
+
+def test_a_folder_is_read_by_name_whatever_the_kinds(tmp_path: Path) -> None:
+    for name in ("c.csv", "a.jsonl", "b.parquet", ".hidden.jsonl"):
+        written(tmp_path / name)
+    (tmp_path / "README.md").write_text("About these files.")
+    (tmp_path / "d.jsonl").mkdir()
+    places = [where.removeprefix(f"{tmp_path}/") for where, _ in read_rows(tmp_path)]
+    assert places == [f"{name}, row {n}" for name in ("a.jsonl", "b.parquet", "c.csv") for n in (1, 2)]
+
+
+def test_a_place_is_named_as_the_user_gave_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path / "a.jsonl")
+    assert next(read_rows(Path("~/a.jsonl")))[0] == "~/a.jsonl, row 1"
+    assert next(read_rows(Path("a.jsonl")))[0] == "a.jsonl, row 1"
+
+
+def test_blank_lines_are_passed_over_and_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('\n{"text": "a"}\r\n\r\n{"text": "b"}\n\n')
+    assert [where[-5:] for where, _ in read_rows(tmp_path / "a.jsonl")] == ["row 2", "row 4"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+def test_a_mark_before_utf_8_is_no_part_of_the_first_column(tmp_path: Path, name: str) -> None:
+    file = written(tmp_path / name)
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert [row for _, row in read_rows(file)] == ROWS
+
+
+def test_reading_goes_on_after_a_row_with_a_fault(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": \n{"text": "c"}\n')
+    (tmp_path / "a.csv").write_text("text,id\na,1\nb\nc,3\n")
+    for name in ("a.jsonl", "a.csv"):
+        kinds = [isinstance(row, Fault) for _, row in read_rows(tmp_path / name)]
+        assert kinds == [False, True, False]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.jsonl.gz"])
+def test_the_first_row_is_given_before_a_later_fault_is_met(tmp_path: Path, name: str) -> None:
+    rows = [{"text": "word " * 100}] * 5000
+    lines = {"jsonl": b"".join(json_row(**row) for row in rows), "json": json.dumps(rows)[:-1].encode()}
+    lines["csv"] = b"text\n" + b"".join(row["text"].encode() + b"\n" for row in rows)
+    content = lines[name.removesuffix(".gz")[2:]] + b"\xe9"
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    found = read_rows(tmp_path / name)
+    assert next(found)[1] == rows[0]
+    with pytest.raises(
+        DataError, match=r"after row (4999|5000): byte 0xe9 at position \d+ is not UTF-8; save it as UTF-8"
+    ):
+        list(found)
+
+
+@pytest.mark.parametrize("size", [1, 10, 65_530, 65_536, 70_000, 300_000])
+def test_a_list_is_decoded_whole_wherever_its_pieces_end(tmp_path: Path, size: int) -> None:
+    rows: list[dict[str, Any]] = [
+        {"text": 'é\\"\n😀' * (size // 4), "n": -1.5e-7, "none": None, "right": True, "rest": [[], {}]}
+        for _ in range(3)
+    ]
+    for ascii_only in (True, False):
+        (tmp_path / "a.json").write_text(json.dumps(rows, ensure_ascii=ascii_only, indent=1), encoding="utf-8")
+        assert [row for _, row in read_rows(tmp_path / "a.json")] == rows
+
+
+def test_a_fault_within_a_list_is_noticed_where_it_is_and_not_at_the_end_of_the_file(tmp_path: Path) -> None:
+    """Otherwise the rest of the file would be held in memory."""
+    (tmp_path / "a.json").write_text('[{"text": a}' + ', {"text": "b"}' * 20_000 + "\xe9", encoding="latin-1")
+    with pytest.raises(DataError, match=r"row 1 is not JSON \(Expecting value\): 'a}, "):
+        list(read_rows(tmp_path / "a.json"))
+
+
+def complaints(file: Path) -> Iterator[str]:
+    """What is said of a file: the faults of its rows, and the error that ends it."""
+    format: Format | None = None
+    try:
+        for where, row in read_rows(file):
+            format = format or (None if isinstance(row, Fault) else recognise(row))
+            if (fault := row if isinstance(row, Fault) else fault_of(row, format)) is not None:
+                yield f"{where}: {fault}"
+    except DataError as error:
+        yield str(error)
+
+
+def fault_of(row: dict[str, Any], format: Format | None) -> Fault | None:
+    try:
+        return None if format and shape(row, format) else unrecognised(row)
+    except BadRow as error:
+        return error.fault
+
+
+@pytest.mark.parametrize("damaged", list(damaged_files()), ids=lambda damaged: damaged[0])
+def test_a_damaged_file_is_named_with_the_place_the_field_and_what_is_expected(
+    tmp_path: Path, damaged: Damaged
+) -> None:
+    name, content, expected = damaged
+    (tmp_path / name).write_bytes(content)
+    said = list(complaints(tmp_path / name))
+    assert len(said) == 1, said
+    assert said[0].startswith(str(tmp_path / name))
+    assert expected in said[0]
+    assert len(said[0]) < len(str(tmp_path)) + 600
+    assert said[0].isprintable()
+
+
+def test_a_missing_file_is_named_before_anything_is_read() -> None:
+    with pytest.raises(DataError, match=r"nowhere\.jsonl: no such file; give the path of a file or folder that exists"):
+        read_rows(Path("nowhere.jsonl"))
+
+
+def test_a_folder_without_data_is_named(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(DataError, match="no file in this folder is one of jsonl, csv, parquet, json; name a file"):
+        read_rows(tmp_path)
+
+
+def test_a_name_that_the_system_refuses_is_named() -> None:
+    with pytest.raises(DataError, match="cannot be read: File name too long; check the path and its permissions"):
+        read_rows(Path("a" * 300 + ".jsonl"))
+    with pytest.raises(DataError, match="cannot be read: Could not determine home directory"):
+        read_rows(Path("~nobody-of-this-name/a.jsonl"))
+
+
+@pytest.mark.parametrize("place", ["", "a.jsonl"])
+def test_a_file_that_may_not_be_read_is_named_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    written(tmp_path / "a.jsonl")
+    monkeypatch.setattr(Path, "open", refuse)  # a test may run as root, who may read everything
+    with pytest.raises(DataError, match="cannot be read: Permission denied; check the path and its permissions"):
+        read_rows(tmp_path / place)
+
+
+def test_without_pyarrow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(tmp_path / "a.parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(DataError, match=r"a\.parquet: needs datasets; run: pip install 'smoa\[lab\]'"):
+        list(read_rows(tmp_path / "a.parquet"))
+
+
+def test_long_tables_are_read_in_batches(tmp_path: Path) -> None:
+    rows = [{"text": str(number)} for number in range(100)]
+    (tmp_path / "a.parquet").write_bytes(parquet_table(rows))
+    found = list(islice(read_rows(tmp_path / "a.parquet"), 40, 42))
+    assert found == [(f"{tmp_path}/a.parquet, row {n + 1}", rows[n]) for n in (40, 41)]
