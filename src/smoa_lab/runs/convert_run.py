@@ -16,18 +16,19 @@ from torch import nn
 from smoa.atomic import new_folder
 from smoa.errors import ConfigError
 from smoa.export.lora import LoraConversion, RankRule, UpdateSpectra
-from smoa_lab.config.run_config import ModelSection, RunConfig, load_config
+from smoa_lab.config.rows_config import load_any_config
+from smoa_lab.config.run_config import ModelSection
 from smoa_lab.runs.open_run import adapter_of_run, base_name
-from smoa_lab.scoring.likelihood import score_answers
 from smoa_lab.training.base_models import load_base_model
+from smoa_lab.training.lesson import Lesson
 from smoa_lab.training.packaged_models import described_base
-from smoa_lab.training.questions import Questions, prepare
 from smoa_lab.training.run_folder import RunFolder
+from smoa_lab.training.train_run import open_lesson
 
 
 @dataclass(frozen=True)
 class TaskLoss:
-    """Mean negative log-likelihood of a gold answer's token over the run's held-out questions, in nats.
+    """Mean negative log-likelihood of a token over the run's held-out questions' gold answers, or rows, in nats.
 
     ``lora_change`` is what the conversion adds, question by question, with its standard error.
     """
@@ -57,10 +58,8 @@ class Converter:
         self.source = adapter_of_run(place)
         config = RunFolder(Path(place)).config
         elsewhere = [] if base is None else [f"model.name={json.dumps(base)}"]
-        self.run: RunConfig | None = load_config(config, elsewhere) if score and config.is_file() else None
-        self.ready: Questions | None = None if self.run is None else prepare(self.run)
-        if self.ready is not None and not self.ready.records.test:
-            self.ready = None
+        run = load_any_config(config, elsewhere) if score and config.is_file() else None
+        self.ready: Lesson | None = None if run is None else open_lesson(run)
         self.base: Any = (
             self.ready.base if self.ready else load_base_model(ModelSection(name=base_name(self.source, base)))[0]
         )
@@ -77,7 +76,7 @@ class Converter:
         # A packaged base is in the cache folder, which no other machine has.
         conversion.config.base_model_name_or_path = described_base(base).hub_id or base
         conversion.save(output)
-        if self.ready is None:
+        if not self.base_nll:
             return conversion, None
         with self._adapted(output) as model:
             return conversion, self._compare(self._nll(model))
@@ -90,12 +89,8 @@ class Converter:
         self.base = model.unload()
 
     def _nll(self, model: nn.Module) -> list[tuple[float, int]]:
-        """(negative log-likelihood, tokens) of every gold answer."""
-        if self.ready is None or self.run is None:
-            return []
-        sequences = [self.ready.encoder.gold(record) for record in self.ready.records.test]
-        scores = score_answers(model, sequences, self.ready.encoder.pad, self.run.task.eval_batch_tokens)
-        return [(score.loss, len(score.nll)) for score in scores]
+        """(negative log-likelihood, tokens) of every gold answer or held-out row."""
+        return [] if self.ready is None else self.ready.held_out_nll(model)
 
     def _compare(self, lora_nll: list[tuple[float, int]]) -> TaskLoss:
         tokens = sum(count for _, count in lora_nll)

@@ -13,19 +13,21 @@ from peft import PeftModel
 from smoa.atomic import write_whole
 from smoa.errors import ConfigError, DataError
 from smoa_lab.basics.extras import require
+from smoa_lab.config.rows_config import RowsConfig
 from smoa_lab.config.run_config import RunConfig
 from smoa_lab.scoring.generation import evaluate_by_generation
-from smoa_lab.scoring.held_out import evaluate_records
 from smoa_lab.scoring.protocol import Protocol
+from smoa_lab.training.lesson import Lesson
 from smoa_lab.training.needs import evaluation_needs
-from smoa_lab.training.questions import Questions, prepare
+from smoa_lab.training.questions import Questions
 from smoa_lab.training.run_folder import provenance
+from smoa_lab.training.train_run import open_lesson
 
 logger = logging.getLogger(__name__)
 
 
 def evaluate_run(
-    config: RunConfig,
+    config: RunConfig | RowsConfig,
     adapter: Path | None = None,
     protocol: Protocol = "likelihood",
     batch_size: int = 16,
@@ -44,38 +46,48 @@ def evaluate_run(
     """
     if output is not None and output.exists():
         raise ConfigError(f"{output}: exists, and results are never overwritten; choose another --output")
-    require(evaluation_needs(config, protocol))
-    ready = prepare(config)
-    if not ready.records.test:
-        raise DataError("data.test_examples: no held-out questions to score")
-    model: Any = ready.base if adapter is None else PeftModel.from_pretrained(ready.base, str(adapter))
-    logger.info("Scoring %d questions by %s", len(ready.records.test), protocol)
+    if isinstance(config, RowsConfig) and protocol != "likelihood":
+        raise ConfigError(f"--protocol {protocol}: is for questions; held-out rows are scored by likelihood")
+    if isinstance(config, RunConfig):
+        require(evaluation_needs(config, protocol))
+    lesson = open_lesson(config)
+    model: Any = lesson.base if adapter is None else PeftModel.from_pretrained(lesson.base, str(adapter))
+    logger.info("Scoring held-out data by %s", protocol)
     result = {
         "format": 1,
         "protocol": protocol,
         "adapter": str(adapter) if adapter else None,
         "config": config.model_dump(mode="json"),
         "provenance": provenance(config.data.seed, next(model.parameters()).device),
-        "data": ready.records.account,
-        **_scores(model, config, ready, protocol, batch_size, num_beams),
+        "data": lesson.account(),
+        **_scores(model, lesson, protocol, batch_size, num_beams),
     }
     if output is not None:
         write_whole(output, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     return result
 
 
-def _scores(
-    model: Any, config: RunConfig, ready: Questions, protocol: Protocol, batch_size: int, num_beams: int
-) -> dict[str, Any]:
-    records, families = ready.records.test, ready.records.families
+def _scores(model: Any, lesson: Lesson, protocol: Protocol, batch_size: int, num_beams: int) -> dict[str, Any]:
+    if not isinstance(lesson, Questions):
+        return {"scores": _likelihood(model, lesson)}
+    records, families = lesson.records.test, lesson.records.families
+    if not records:
+        raise DataError("data.test_examples: no held-out questions to score")
     if protocol == "generation":
-        scores, texts = evaluate_by_generation(model, ready.encoder, records, families, batch_size, num_beams)
+        scores, texts = evaluate_by_generation(model, lesson.encoder, records, families, batch_size, num_beams)
         written = [{**asdict(one.record), "text": one.text, "found": one.found, "wanted": one.wanted} for one in texts]
         return {"scores": {name: asdict(score) for name, score in scores.items()}, "texts": written}
-    tokens = config.task.eval_batch_tokens
     if protocol == "lm-eval":
         from smoa_lab.scoring.harness import evaluate_with_harness
 
-        return {"scores": evaluate_with_harness(model, ready.encoder, records, tokens)}
-    own = evaluate_records(model, ready.encoder, records, tokens)
-    return {"scores": {name: asdict(score) for name, score in own.items()}}
+        tokens = lesson.config.task.eval_batch_tokens
+        return {"scores": evaluate_with_harness(model, lesson.encoder, records, tokens)}
+    return {"scores": _likelihood(model, lesson)}
+
+
+def _likelihood(model: Any, lesson: Lesson) -> dict[str, Any]:
+    looks = lesson.looks(alone=False)
+    looks.look(model, "after")
+    if not looks.evaluation:
+        raise DataError("data: nothing is held out that could be scored; give test, or a larger test_part")
+    return looks.evaluation["after"]

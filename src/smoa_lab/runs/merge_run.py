@@ -7,7 +7,8 @@ from typing import Any
 
 from smoa.errors import ConfigError
 from smoa.export.merge import Dtype, Export, merge_and_save
-from smoa_lab.config.run_config import ModelSection, load_config
+from smoa_lab.config.rows_config import load_any_config
+from smoa_lab.config.run_config import ModelSection
 from smoa_lab.runs.open_run import adapter_of_run, base_name
 from smoa_lab.training.base_models import load_base_model, prepare_packaged_model
 from smoa_lab.training.packaged_models import described_base, packaged_name
@@ -56,5 +57,5 @@ def _quantized_while_loading(run: Path) -> ModelSection | None:
     file = RunFolder(run).config
     if not file.is_file():
         return None
-    model = load_config(file).model
+    model = load_any_config(file).model
     return model if "quantization_config" in model.options else None

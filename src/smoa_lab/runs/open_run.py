@@ -10,11 +10,12 @@ from peft.utils import CONFIG_NAME
 import smoa  # noqa: F401  (registers SMoA with PEFT)
 from smoa.atomic import recover
 from smoa.errors import ConfigError
-from smoa_lab.config.run_config import RunConfig, load_config
+from smoa_lab.config.rows_config import RowsConfig, load_any_config
+from smoa_lab.config.run_config import RunConfig
 from smoa_lab.training.run_folder import RunFolder
 
 
-def open_run(place: str | Path, overrides: list[str] | None = None) -> tuple[RunConfig, Path | None]:
+def open_run(place: str | Path, overrides: list[str] | None = None) -> tuple[RunConfig | RowsConfig, Path | None]:
     """The config and the adapter of a finished run's folder; of a config file the config alone.
 
     A run that trained the whole model has no adapter; its config then names the trained model.
@@ -24,11 +25,11 @@ def open_run(place: str | Path, overrides: list[str] | None = None) -> tuple[Run
     """
     path = Path(place)
     if path.is_file():
-        return load_config(path, overrides), None
+        return load_any_config(path, overrides), None
     folder = RunFolder(path)
     if not folder.finished:
         raise ConfigError(f"{path}: is neither a config file nor the folder of a finished run (with metrics.json)")
-    config = load_config(folder.config, overrides)
+    config = load_any_config(folder.config, overrides)
     if config.method == "full":
         model = config.model.model_copy(update={"name": str(folder.adapter)})
         return config.model_copy(update={"model": model}), None

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from smoa.errors import MergeError
 from smoa_lab.config.run_config import RunConfig
-from smoa_lab.scoring.likelihood import score_answers
 from smoa_lab.training.base_models import load_base_model
 from smoa_lab.training.questions import Questions
 from smoa_lab.training.run_folder import RunFolder
@@ -40,12 +39,12 @@ def verify_saved(config: RunConfig, ready: Questions, metrics: dict[str, Any]) -
     base, _ = load_base_model(config.model)
     reloaded: Any = PeftModel.from_pretrained(base, str(RunFolder(config.folder).adapter))
     reloaded.eval()
-    reloaded_loss, reloaded_logits = _gold_loss(config, ready, reloaded), _logits(ready, reloaded)
+    reloaded_loss, reloaded_logits = _gold_loss(ready, reloaded), _logits(ready, reloaded)
     merged = reloaded.merge_and_unload(safe_merge=True)
     agreement = Agreement(
         trained=float(metrics["evaluation"]["after"]["all"]["gold_loss"]),
         reloaded=reloaded_loss,
-        merged=_gold_loss(config, ready, merged),
+        merged=_gold_loss(ready, merged),
         logit_difference=float((_logits(ready, merged) - reloaded_logits).abs().max() / reloaded_logits.abs().max()),
     )
     _check(agreement, TOLERANCE[config.model.dtype])
@@ -58,10 +57,9 @@ def _check(agreement: Agreement, tolerance: float) -> None:
         raise MergeError(f"the saved adapter disagrees with the trained one beyond {tolerance:g}: {agreement}")
 
 
-def _gold_loss(config: RunConfig, ready: Questions, model: nn.Module) -> float:
-    sequences = [ready.encoder.gold(record) for record in ready.records.test]
-    scores = score_answers(model, sequences, ready.encoder.pad, config.task.eval_batch_tokens)
-    return sum(score.loss for score in scores) / sum(len(score.nll) for score in scores)
+def _gold_loss(ready: Questions, model: nn.Module) -> float:
+    scored = ready.held_out_nll(model)
+    return sum(nll for nll, _ in scored) / sum(tokens for _, tokens in scored)
 
 
 def _logits(ready: Questions, model: nn.Module, questions: int = 8) -> Tensor:

@@ -33,13 +33,6 @@ class Scores:
     majority: float | None = None
 
 
-def evaluate_records(
-    model: nn.Module, encoder: PromptEncoder, records: Sequence[Record], batch_tokens: int = 4096
-) -> dict[str, Scores]:
-    """Scores per task, and over all under ``all``. Dropout is off and no gradient is kept; the mode is restored."""
-    return score_outcomes(answer_outcomes(model, encoder, records, batch_tokens))
-
-
 def answer_outcomes(
     model: nn.Module, encoder: PromptEncoder, records: Sequence[Record], batch_tokens: int = 4096
 ) -> list[Outcome]:

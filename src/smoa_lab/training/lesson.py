@@ -82,8 +82,16 @@ class Lesson(ABC):
         """The trainer of the model, with its data."""
 
     @abstractmethod
+    def held_out_nll(self, model: Any) -> list[tuple[float, int]]:
+        """Of each held-out question's gold answer, or row: its negative log-likelihood in nats, and its tokens."""
+
+    @abstractmethod
     def account(self) -> dict[str, Any]:
-        """What was trained on: for ``metrics.json``."""
+        """Which data there are, and what was left out of them."""
+
+    def truncation(self) -> dict[str, Any]:
+        """What training loses by cutting, where :meth:`account` does not have it."""
+        return {}
 
     def fit(self, arguments: TrainingArguments, checkpoint: str | None) -> tuple[Any, Trainer, float]:
         """The trained model, its trainer, and the seconds that training took."""

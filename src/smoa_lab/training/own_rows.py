@@ -80,6 +80,14 @@ class OwnRows(Lesson):
             raise ConfigError(f"training: TRL refuses: {error}") from error
         return trainer
 
+    def held_out_nll(self, model: Any) -> list[tuple[float, int]]:
+        losses = self.losses(model, self.rows.part("test", self.config.data.test_examples, self.config.data.seed))
+        return list(zip(losses.nll, losses.tokens, strict=True))
+
+    def losses(self, model: Any, rows: Any) -> Losses:
+        """Of a data set's rows."""
+        return row_losses(model, rows.remove_columns("example").to_list(), int(self.tokenizer.pad_token_id or 0))
+
     def account(self) -> dict[str, Any]:
         return {"source": self.source.name, **self.rows.account}
 
@@ -106,11 +114,10 @@ class RowLooks(Looks):
         if not len(self.rows):
             return
         logger.info("Scoring %d held-out rows %s training", len(self.rows), stage)
-        tokenizer = self.lesson.tokenizer
-        losses = row_losses(model, self.rows.remove_columns("example").to_list(), int(tokenizer.pad_token_id or 0))
-        self.losses[stage] = losses
-        self.evaluation[stage] = {"all": _scores(losses)}
-        self.written[stage] = continue_prompts(model, tokenizer, [ids for ids, _ in self.prompts], NEW_TOKENS)
+        self.losses[stage] = self.lesson.losses(model, self.rows)
+        self.evaluation[stage] = {"all": _scores(self.losses[stage])}
+        prompts = [ids for ids, _ in self.prompts]
+        self.written[stage] = continue_prompts(model, self.lesson.tokenizer, prompts, NEW_TOKENS)
 
     @property
     def gain(self) -> dict[str, float] | None:

@@ -13,6 +13,7 @@ from smoa_lab.config.run_config import RunConfig
 from smoa_lab.data.prompts import Encoded, PromptEncoder
 from smoa_lab.data.selection import Selection
 from smoa_lab.scoring.answer_loss import AnswerTrainer, collate
+from smoa_lab.scoring.likelihood import score_answers
 from smoa_lab.training.base_models import load_base_model
 from smoa_lab.training.lesson import Lesson, checked_arguments
 from smoa_lab.training.needs import input_needs
@@ -49,8 +50,16 @@ class Questions(Lesson):
             **options,
         )
 
+    def held_out_nll(self, model: Any) -> list[tuple[float, int]]:
+        sequences = [self.encoder.gold(record) for record in self.records.test]
+        scores = score_answers(model, sequences, self.encoder.pad, self.config.task.eval_batch_tokens)
+        return [(score.loss, len(score.nll)) for score in scores]
+
     def account(self) -> dict[str, Any]:
-        return self.records.account | {"truncation": _truncation(self.examples)}
+        return self.records.account
+
+    def truncation(self) -> dict[str, Any]:
+        return {"truncation": _truncation(self.examples)}
 
     @cached_property
     def examples(self) -> list[Encoded]:

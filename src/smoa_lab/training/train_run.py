@@ -68,7 +68,7 @@ def _run(lesson: Lesson, arguments: TrainingArguments, folder: RunFolder, checkp
         "config": portable(lesson.config.model_dump(mode="json")),
         "provenance": provenance(arguments.seed, arguments.device),
         "parameters": _parameters(model),
-        "data": portable(lesson.account()),
+        "data": portable(lesson.account() | lesson.truncation()),
         "training": {
             "trainer": type(trainer).__name__,
             "seconds": round(seconds, 1),

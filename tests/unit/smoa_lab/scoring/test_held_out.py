@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from smoa_lab.data.prompts import PromptEncoder
 from smoa_lab.data.records import Record, choice_record
-from smoa_lab.scoring.held_out import Outcome, _outcome, evaluate_records, proportion, score_outcomes
+from smoa_lab.scoring.held_out import Outcome, _outcome, answer_outcomes, proportion, score_outcomes
 from smoa_lab.scoring.likelihood import AnswerScore, score_answers
 from tests.support import lab
 
@@ -25,7 +25,7 @@ def encoder() -> PromptEncoder:
 
 
 def test_a_free_answer_is_scored_without_its_end_token(model: PreTrainedModel, encoder: PromptEncoder) -> None:
-    scores = evaluate_records(model, encoder, [FREE])["own"]
+    scores = score_outcomes(answer_outcomes(model, encoder, [FREE]))["own"]
     (whole,) = score_answers(model, [encoder.gold(FREE)], encoder.pad, 100)
     assert scores.gold_loss == pytest.approx(whole.loss / len("four"))
     assert scores.accuracy_norm is scores.majority is None

@@ -13,7 +13,7 @@ from smoa.errors import DataError
 from smoa_lab.config.run_config import ModelSection, check_config
 from smoa_lab.runs.budget_choices import budget_choices
 from smoa_lab.runs.evaluate_run import evaluate_run
-from smoa_lab.training import base_models, train_run
+from smoa_lab.training import base_models, questions, train_run
 from smoa_lab.training.needs import evaluation_needs, model_needs, training_needs
 from smoa_lab.training.packaged_models import unpacked_folder
 from tests.support import lab
@@ -71,7 +71,7 @@ def test_only_overlap_scores_of_dialogue_need_their_packages(values: dict[str, A
 
 STARTS: dict[str, Callable[[Any], Any]] = {
     "train": train_run.train,
-    "prepare": train_run.prepare,
+    "prepare": questions.prepare,
     "eval": evaluate_run,
     "budget": lambda config: budget_choices(config.model.name, "1%", ("q_proj",)),
 }
