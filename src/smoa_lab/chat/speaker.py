@@ -43,7 +43,7 @@ class Speaker:
         self.model: Any = model  # with its adapters, once there are any
         self.tokenizer: Any = tokenizer
         self.writing = writing
-        self.bases = {packaged_name(name) or name for name in bases}
+        self.bases = {_canonical(name) for name in bases}
         self.adapters: dict[str, str] = {}  # PEFT's name of each: ours can be words that PEFT refuses
         self.chosen: str | None = None
         self.uses_adapter = False
@@ -78,7 +78,7 @@ class Speaker:
         """
         folder = adapter_of_run(Path(place).expanduser())
         own = base_name(folder, base)
-        if (packaged_name(own) or own) not in self.bases:
+        if _canonical(own) not in self.bases:
             raise DataError(
                 f"{place}: is an adapter of {own}, this model is {', '.join(sorted(self.bases))}; "
                 "if they are the same, start again with --base"
@@ -161,6 +161,12 @@ class Speaker:
         if self.writing.temperature:
             return {**options, "do_sample": True, "temperature": self.writing.temperature}
         return {**options, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
+
+def _canonical(base: str) -> str:
+    """The same for a packaged model and its folder, and for a folder with ``~`` and without."""
+    place = str(Path(base).expanduser())
+    return packaged_name(place) or place
 
 
 class _Pieces(TextStreamer):

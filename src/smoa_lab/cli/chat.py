@@ -103,9 +103,17 @@ def _talk(conversation: Conversation) -> None:
     with suppress(EOFError):
         while True:
             try:
-                _respond(conversation, input(f"{conversation.speaker.name}> "))
+                _respond(conversation, _typed(f"{conversation.speaker.name}> "))
             except KeyboardInterrupt:
                 conversation.screen.say("Interrupted. /quit or Ctrl-D ends the chat.")
+
+
+def _typed(prompt: str) -> str:
+    try:
+        return input(prompt)
+    except (EOFError, KeyboardInterrupt):
+        typer.echo()  # their keys leave the line open
+        raise
 
 
 def _answer_lines(conversation: Conversation) -> None:
