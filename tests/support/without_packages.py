@@ -26,10 +26,10 @@ class Without(PathFinder):
         return super().find_spec(fullname, path, target)  # type: ignore[arg-type]
 
 
-def smoa_without(packages: set[str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    """What `smoa` with these arguments does without the packages (names of modules)."""
+def smoa_without(packages: set[str], *arguments: str, lines: str = "") -> subprocess.CompletedProcess[str]:
+    """What `smoa` with these arguments, and lines in its pipe, does without the packages (names of modules)."""
     command = [sys.executable, "-m", "tests.support.without_packages", ",".join(sorted(packages)), *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=ROOT, input=lines, capture_output=True, text=True, check=False)
 
 
 if __name__ == "__main__":

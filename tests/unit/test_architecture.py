@@ -23,6 +23,7 @@ LAB = [
     "scoring",
     "training",
     "runs",
+    "chat",
     "inspection",
     "study",
     "cli",
@@ -154,5 +155,5 @@ def test_the_first_line_of_a_theme_says_what_it_is_about(theme: str) -> None:
 @pytest.mark.parametrize("order", [LIBRARY, LAB], ids=["smoa", "smoa_lab"])
 def test_the_design_page_gives_the_same_order(order: list[str]) -> None:
     page = (SOURCE.parent / "docs" / "design.md").read_text(encoding="utf-8")
-    lines = [re.findall(r"`(\w+)`", line) for line in page.splitlines() if "→" in line]
+    lines = [re.findall(r"`(\w+)`", line) for line in page.split("\n\n") if "→" in line]
     assert order in lines

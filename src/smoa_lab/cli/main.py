@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from smoa_lab.cli import budget, compare, convert, data, demo, eval, inspect, merge, run, train, tune
+from smoa_lab.cli import budget, chat, compare, convert, data, demo, eval, inspect, merge, run, train, tune
 
 app = typer.Typer(
     name="smoa",
@@ -16,6 +16,7 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("tune")(tune.tune)
 app.command("eval")(eval.evaluate)
+app.command("chat")(chat.chat)
 app.command("merge")(merge.merge)
 app.command("convert")(convert.convert)
 app.command("compare")(compare.compare)

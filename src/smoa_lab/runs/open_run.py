@@ -50,5 +50,18 @@ def adapter_of_run(place: str | Path) -> Path:
 
 
 def base_name(adapter: Path, base: str | None = None) -> str:
-    """``base`` if given, or else the base model that the adapter's config records."""
-    return base or str(PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path)
+    """``base`` if given, or else the base model that the adapter's config records.
+
+    Raises:
+        ConfigError: it records none.
+    """
+    name = base or recorded_base(adapter)
+    if name is None:
+        raise ConfigError(f"{adapter / CONFIG_NAME}: records no base model; name it with --base")
+    return name
+
+
+def recorded_base(adapter: Path) -> str | None:
+    """The base model that the adapter's config records, if any."""
+    name: str | None = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+    return name

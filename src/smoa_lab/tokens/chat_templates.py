@@ -7,26 +7,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from smoa.errors import ConfigError
 from smoa_lab.basics.extras import import_package
 from smoa_lab.basics.nearest import nearest
-
-# "### Response" as the lab's questions have it; every turn of the assistant ends with the end token.
-ALPACA = """{%- for message in messages -%}
-{%- if message.role == 'system' -%}{{ message.content }}
-
-{% elif message.role == 'user' -%}
-### Instruction:
-{{ message.content }}
-
-### Response:
-{% else -%}
-{% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}
-
-{% endif -%}
-{%- endfor -%}"""
+from smoa_lab.data.prompts import ALPACA
 
 SPECIAL = re.compile(r"<\|[a-z_]+\|>|<(?:start|end)_of_turn>|\[/?INST\]")
 """What looks like a special token in a template."""
@@ -83,10 +69,37 @@ def stop_at_turns_end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         config.eos_token_id = [*(one for one in known if one is not None), last]
 
 
+def saved_chat_template(folder: Path) -> str | None:
+    """The chat template that lies beside an adapter, which was trained with it; None if there is none."""
+    try:
+        template = AutoTokenizer.from_pretrained(folder).chat_template
+    except (OSError, ValueError):
+        return None
+    return template if isinstance(template, str) else None
+
+
+def alpaca(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A template whose first turn is the prompt of questions with ``task.template: alpaca``.
+
+    Later turns follow without its first line, whose place a system prompt takes. Answers close with the end token.
+    """
+    first_line, turn = ALPACA.split("\n\n", 1)
+    before, after = f"\n\n{turn}".split("{instruction}")
+    # GPT-2 has a BOS token and does not use it: what the tokenizer does to an empty text decides.
+    start = "{{ bos_token }}" * (tokenizer.bos_token_id in tokenizer("")["input_ids"])
+    default = f"{{% if messages[0].role != 'system' %}}{{{{ {first_line!r} }}}}{{% endif %}}"
+    question = f"{{{{ {before!r} + message.content + {after!r} }}}}"
+    answer = "{% generation %}{{ message.content + eos_token }}{% endgeneration %}"
+    turns = (
+        "{% if message.role == 'system' %}{{ message.content }}"
+        f"{{% elif message.role == 'user' %}}{question}{{% else %}}{answer}{{% endif %}}"
+    )
+    return f"{start}{default}{{% for message in messages %}}{turns}{{% endfor %}}"
+
+
 def _template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     if name == "alpaca":
-        # GPT-2 has a BOS token and does not use it: what the tokenizer does to an empty text decides.
-        return "{{- bos_token -}}" * (tokenizer.bos_token_id in tokenizer("")["input_ids"]) + ALPACA
+        return alpaca(tokenizer)
     if name.endswith((".jinja", ".j2")):
         file = Path(name).expanduser()
         if not file.is_file():

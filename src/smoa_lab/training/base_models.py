@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tqdm.auto import tqdm
@@ -46,16 +46,43 @@ def load_base_model(wanted: ModelSection) -> tuple[PreTrainedModel, PreTrainedTo
     """
     require(model_needs(wanted))
     source, gguf_file = _locate(wanted.name)
-    shared: dict[str, Any] = {"trust_remote_code": wanted.trust_remote_code}
     options: dict[str, Any] = {"dtype": getattr(torch, wanted.dtype), **wanted.options}
     if gguf_file:
-        shared["gguf_file"] = gguf_file
         options |= _dequantize(gguf_file)
+    with _explained(wanted), _bars_on_terminals_only():
+        model = AutoModelForCausalLM.from_pretrained(source, **_shared(wanted, gguf_file), **options)
+    tokenizer = load_tokenizer(wanted)
+    if gguf_file:
+        _unmark_gguf(model)
+        model.name_or_path = wanted.name  # from_pretrained records the folder, not the file
+    return model, tokenizer
+
+
+def load_tokenizer(wanted: ModelSection) -> PreTrainedTokenizerBase:
+    """The tokenizer alone, as :func:`load_base_model` returns it.
+
+    Raises:
+        DataError: it cannot be loaded.
+    """
+    require(model_needs(wanted))
+    source, gguf_file = _locate(wanted.name)
+    places = {key: wanted.options[key] for key in PLACES if key in wanted.options}
+    with _explained(wanted):
+        tokenizer: Any = AutoTokenizer.from_pretrained(source, **_shared(wanted, gguf_file), **places)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def _shared(wanted: ModelSection, gguf_file: str | None) -> dict[str, Any]:
+    """Arguments for the model and its tokenizer."""
+    return {"trust_remote_code": wanted.trust_remote_code} | ({"gguf_file": gguf_file} if gguf_file else {})
+
+
+@contextmanager
+def _explained(wanted: ModelSection) -> Iterator[None]:
     try:
-        with _bars_on_terminals_only():
-            model = AutoModelForCausalLM.from_pretrained(source, **shared, **options)
-        places = {key: wanted.options[key] for key in PLACES if key in wanted.options}
-        tokenizer = AutoTokenizer.from_pretrained(source, **shared, **places)
+        yield
     except TypeError as error:  # transformers passes on unknown options
         raise DataError(f"model.options: cannot load {wanted.name!r} with {wanted.options}: {error}") from error
     except (OSError, ValueError, KeyError, struct.error) as error:  # the last for a GGUF file that ends too early
@@ -63,12 +90,6 @@ def load_base_model(wanted: ModelSection) -> tuple[PreTrainedModel, PreTrainedTo
             f"model.name: cannot load {wanted.name!r}: {error}. "
             f"Give a Hub id, a folder with config.json and weights, a .gguf file, or one of {sorted(PACKAGED_MODELS)}"
         ) from error
-    if gguf_file:
-        _unmark_gguf(model)
-        model.name_or_path = wanted.name  # from_pretrained records the folder, not the file
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return model, tokenizer
 
 
 def _locate(name: str) -> tuple[str, str | None]:

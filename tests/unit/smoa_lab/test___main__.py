@@ -37,15 +37,16 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return room / "saved"
 
 
-@pytest.mark.parametrize("command", ["budget", "merge", "convert", "inspect"])
+@pytest.mark.parametrize("command", ["chat", "budget", "merge", "convert", "inspect"])
 def test_saved_adapters_need_no_package_of_the_lab(command: str, adapter: Path, tmp_path: Path) -> None:
     arguments = {
+        "chat": [str(adapter), "--template", "alpaca", "--max-new-tokens", "2"],
         "budget": [str(adapter.with_name("base")), "20%"],
         "merge": [str(adapter), str(tmp_path / "merged")],
         "convert": [str(adapter), str(tmp_path / "lora"), "--rank", "2"],
         "inspect": [str(adapter)],
     }
-    done = smoa_without(LAB - BESIDES, command, *arguments[command])
+    done = smoa_without(LAB - BESIDES, command, *arguments[command], lines="hello\n")
     assert done.returncode == 0, done.stderr
     assert done.stdout
 

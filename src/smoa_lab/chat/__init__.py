@@ -1,0 +1,1 @@
+"""Talks to an adapted model: what ``smoa chat`` does apart from the terminal."""

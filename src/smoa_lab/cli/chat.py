@@ -1,0 +1,135 @@
+"""``smoa chat``: talks to an adapted model in the terminal, or answers the lines of a pipe."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from smoa_lab.cli.console import reporting
+from smoa_lab.cli.options import Base, TrustRemoteCode
+
+if TYPE_CHECKING:
+    from smoa_lab.chat.conversation import Conversation
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+"""The choices of ``model.dtype``, whose import would make ``--help`` wait for torch."""
+Template = Literal["chat", "alpaca"]
+
+
+def chat(
+    place: Annotated[
+        str,
+        typer.Argument(metavar="RUN_OR_FOLDER", help="Folder of a run, of an adapter or of a model, or a Hub id."),
+    ],
+    base: Base = None,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(help="Dtype of the base model; by default the run's, or float32.", show_default=False),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.0,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")] = None,
+    template: Annotated[
+        Template | None,
+        typer.Option(
+            help="The model's own chat template, or Alpaca's; by default the run's, or chat.", show_default=False
+        ),
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Talk to an adapted model, and compare it with its base; /help lists what else it does."""
+    changes: dict[str, Any] = {"name": base, "dtype": dtype, "trust_remote_code": trust_remote_code or None}
+    with reporting(), _ended_by_ctrl_c():
+        from smoa_lab.chat.conversation import Conversation
+        from smoa_lab.chat.opening import find, load
+        from smoa_lab.chat.speaker import Writing
+
+        found = find(place, {key: value for key, value in changes.items() if value is not None}, template)
+        speaker = load(found, Writing(max_new_tokens, temperature))
+        if _is_terminal():
+            _talk(Conversation(speaker, Terminal(), system))
+        else:
+            _answer_lines(Conversation(speaker, Pipe(), system))
+
+
+class Terminal:
+    """Shows answers as they are written, and notes between them."""
+
+    def write(self, piece: str) -> None:
+        typer.echo(piece, nl=False)
+
+    def end(self) -> None:
+        typer.echo()
+
+    def say(self, note: str) -> None:
+        typer.secho(note, dim=True)
+
+
+class Pipe:
+    """Only answers go to stdout, each with an empty line after it; notes go to stderr."""
+
+    def write(self, piece: str) -> None:
+        typer.echo(piece, nl=False)
+
+    def end(self) -> None:
+        typer.echo("\n")
+
+    def say(self, note: str) -> None:
+        typer.echo(note, err=True)
+
+
+@contextmanager
+def _ended_by_ctrl_c() -> Iterator[None]:
+    """While the model is loaded, and in a pipe. There is nothing to resume."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def _is_terminal() -> bool:
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def _talk(conversation: Conversation) -> None:
+    with suppress(ImportError):  # Windows has none
+        importlib.import_module("readline")  # input() then keeps a history
+    conversation.screen.say(f"{conversation.speaker.name} answers. /help lists the commands.")
+    with suppress(EOFError):
+        while True:
+            try:
+                _respond(conversation, _typed(f"{conversation.speaker.name}> "))
+            except KeyboardInterrupt:
+                conversation.screen.say("Interrupted. /quit or Ctrl-D ends the chat.")
+
+
+def _typed(prompt: str) -> str:
+    try:
+        return input(prompt)
+    except (EOFError, KeyboardInterrupt):
+        typer.echo()  # their keys leave the line open
+        raise
+
+
+def _answer_lines(conversation: Conversation) -> None:
+    with suppress(EOFError):
+        for line in sys.stdin:
+            _respond(conversation, line.rstrip("\r\n"))
+
+
+def _respond(conversation: Conversation, line: str) -> None:
+    from smoa.errors import SmoaError
+    from smoa_lab.chat.commands import run_command
+
+    try:
+        if line.startswith("/"):
+            run_command(conversation, line)
+        elif line.strip():
+            conversation.ask(line.strip())
+    except SmoaError as error:
+        conversation.screen.say(f"error: {error}")

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import io
+import signal
+import threading
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import typer
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner, Result
+
+from smoa_lab.cli import chat
+from smoa_lab.cli.main import app
+from smoa_lab.config.run_config import ModelSection
+from smoa_lab.data import prompts
+from tests.support.chats import chat_base, saved_adapter, written
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return chat_base(tmp_path / "base")
+
+
+@pytest.fixture
+def mine(tmp_path: Path, base: Path) -> Path:
+    return saved_adapter(tmp_path / "mine", base)
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat, "_is_terminal", lambda: True)
+
+
+def talk(place: Path | str, *lines: str, options: tuple[str, ...] = ()) -> Result:
+    text = "".join(f"{line}\n" for line in lines)
+    return CliRunner().invoke(app, ["chat", str(place), "--max-new-tokens", "12", *options], input=text)
+
+
+def answer(base: Path, *messages: str) -> str:
+    """The base model's answer to the last of messages, which alternate."""
+    roles = ("user", "assistant") * len(messages)
+    turns = [{"role": role, "content": content} for role, content in zip(roles, messages, strict=False)]
+    return written(AutoModelForCausalLM.from_pretrained(base), base, turns)
+
+
+def test_a_pipe_gets_an_answer_for_each_line_and_nothing_else(base: Path) -> None:
+    first = answer(base, "one")
+    second = answer(base, "one", first.strip(), "two")
+    done = talk(base, "one", "", "two")
+    assert done.exit_code == 0
+    assert done.stdout == f"{first}\n\n{second}\n\n"
+
+
+def test_commands_of_a_pipe_say_what_they_do_on_stderr(base: Path, mine: Path) -> None:
+    done = talk(mine, "/base", "one", "/rest", "/load nowhere", "/quit", "two")
+    assert done.exit_code == 0
+    assert done.stdout == f"{answer(base, 'one')}\n\n"
+    notes = [line for line in done.stderr.splitlines() if "Loading weights" not in line]
+    assert [note.partition(";")[0] for note in notes] == [
+        "From now on base answers.",
+        "error: there is no command /rest",
+        "error: nowhere: contains no adapter (adapter_config.json), nor does nowhere/adapter",
+    ]
+
+
+@pytest.mark.usefixtures("terminal")
+def test_a_terminal_shows_who_answers_and_what_can_be_typed(base: Path, mine: Path) -> None:
+    done = talk(mine, "/help", "/base", "one", " /etc?")
+    assert done.exit_code == 0
+    first = answer(base, "one")
+    assert "mine answers. /help lists the commands." in done.stdout
+    assert "/both" in done.stdout
+    assert f"base> {first}\n" in done.stdout
+    assert f"base> {answer(base, 'one', first.strip(), '/etc?')}\n" in done.stdout
+
+
+def interrupting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C as the first piece of the first answer appears."""
+    pressed = threading.Event()
+
+    def write(self: Any, piece: str) -> None:
+        if not pressed.is_set():
+            pressed.set()
+            signal.raise_signal(signal.SIGINT)
+        typer.echo(piece, nl=False)
+
+    for screen in (chat.Terminal, chat.Pipe):
+        monkeypatch.setattr(screen, "write", write)
+
+
+@pytest.mark.usefixtures("terminal")
+def test_ctrl_c_stops_the_answer_and_not_the_chat(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupting(monkeypatch)
+    done = talk(base, "one", "/reset", "one")
+    assert done.exit_code == 0
+    assert done.stdout.count("Interrupted. /quit or Ctrl-D ends the chat.") == 1
+    assert f"base> {answer(base, 'one')}\n" in done.stdout
+
+
+def test_ctrl_c_ends_a_pipe(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupting(monkeypatch)
+    done = talk(base, "one", "two")
+    assert done.exit_code == 130
+    assert "resume" not in done.output
+
+
+def test_what_is_wrong_with_the_place_is_one_line(tmp_path: Path) -> None:
+    done = talk(tmp_path / "nowhere")
+    assert done.exit_code == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"error: {tmp_path / 'nowhere'}: no such folder")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_dtype_that_does_not_exist_is_a_usage_error(base: Path) -> None:
+    assert talk(base, options=("--dtype", "float8")).exit_code == 2
+
+
+def test_a_system_prompt_is_checked_before_the_first_line_is_read(base: Path) -> None:
+    done = talk(base, "one", options=("--system", "forbidden"))
+    assert done.exit_code == 1
+    assert done.stdout == ""
+    assert "chat template refuses" in done.stderr
+
+
+def test_only_two_terminals_make_a_chat(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tty(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr("sys.stdin", Tty())
+    assert not chat._is_terminal()
+    monkeypatch.setattr("sys.stdout", Tty())
+    assert chat._is_terminal()
+
+
+def test_the_choices_are_those_of_a_run() -> None:
+    assert get_args(chat.Dtype) == get_args(ModelSection.model_fields["dtype"].annotation)
+    assert set(get_args(chat.Template)) == set(get_args(prompts.Template))
