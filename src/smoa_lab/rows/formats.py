@@ -103,11 +103,10 @@ def shape(row: dict[str, Any], format: Format) -> Example:
     Raises:
         BadRow: a column is missing, or what it holds can't be trained on; ``fault`` has the field and what is expected.
     """
-    for column in COLUMNS[format]:
-        if column not in row and (format, "conversations" in row) != ("messages", True):
-            raise bad(
-                column, f"is missing, expected in each row of the format {format}; found {names(row) or 'nothing'}"
-            )
+    missing = [column for column in COLUMNS[format] if column not in row]
+    if missing and not (format == "messages" and "conversations" in row):
+        problem = f"is missing, expected in each row of the format {format}; found {names(row) or 'nothing'}"
+        raise bad(missing[0], problem)
     for column, remedy in REFUSED.items() if format != "text" else ():
         if row.get(column):
             raise bad(column, f"found {found(row[column])}, expected none: {remedy}")

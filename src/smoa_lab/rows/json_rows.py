@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from itertools import count
 from typing import Any
 
-from smoa_lab.rows.faults import Fault, excerpt, found
+from smoa_lab.rows.faults import SHOWN, Fault, excerpt, found
 
 EDGE = 16
 """An error this close to the end of the text that was read, in characters, may come from the cut: only strings are
@@ -81,7 +81,8 @@ class RowDecoder:
 
     def _row(self, value: object, place: str) -> dict[str, Any] | Fault:
         if self._repeated:
-            return Fault(self._repeated[0], f"{place} has this key twice in one object; keep one")
+            key = repr(self._repeated[0][:SHOWN])[1:-1]
+            return Fault(key, f"{place} has this key twice in one object; keep one")
         if isinstance(value, dict):
             return value
         hint = "; a list of rows goes into a .json file" if isinstance(value, list) else ""

@@ -91,10 +91,11 @@ def _rows(file: Path) -> Iterator[Row]:
 
 
 def _reason(error: Exception) -> str:
-    """What an exception says, with a remedy where it comes from a package that gives none."""
+    """What an exception says in one line, with a remedy where it comes from a package that gives none."""
     if isinstance(error, EOFError | zlib.error | gzip.BadGzipFile):
         return f"{error}; the file is damaged, compress it again"
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return "".join(sign if sign.isprintable() else " " for sign in reason)
 
 
 def _json_lines(file: Path) -> Numbered:
@@ -116,8 +117,9 @@ def _csv_rows(file: Path) -> Numbered:
     with _open(file) as stream:
         lines = csv.reader(_texts(stream), strict=True)  # a quote that is never closed swallows rows otherwise
         try:
-            header = _header(next(lines, []))
-            for number, cells in enumerate(filter(None, lines), start=1):
+            rows = filter(None, lines)  # blank lines are empty
+            header = _header(next(rows, []))
+            for number, cells in enumerate(rows, start=1):
                 yield number, _csv_row(header, cells)
         except csv.Error as error:
             raise ValueError(f"line {lines.line_num}: {error}; check the quotes around its cells") from error
@@ -141,14 +143,14 @@ def _csv_row(header: list[str], cells: list[str]) -> dict[str, Any] | Fault:
 
 
 def _parquet_rows(file: Path) -> Numbered:
-    parquet = import_package("pyarrow.parquet", str(file))
+    parquet = import_package("pyarrow.parquet", "Parquet")
     try:
         with parquet.ParquetFile(file) as table:
             _header(table.schema_arrow.names)
             batches = table.iter_batches(batch_size=BATCH)
             yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
     except Exception as error:  # pyarrow has a dozen kinds, and not one above them all
-        raise ValueError(f"{str(error).strip().splitlines()[0]}; the file is damaged, write it again") from error
+        raise ValueError(f"{error}; the file is damaged, write it again") from error
 
 
 READERS: dict[str, Callable[[Path], Numbered]] = {

@@ -86,3 +86,9 @@ def test_a_key_that_an_object_has_twice_is_a_fault_however_deep_and_only_of_its_
     assert decoder.line('{"a": {"b": 1}, "b": 2}', "line 2") == {"a": {"b": 1}, "b": 2}
     assert isinstance(decoder.line('{"a": {"b": 1, "b": 1}', "line 3"), Fault)
     assert decoder.line("{}", "line 4") == {}
+
+
+def test_a_repeated_key_is_named_in_characters_that_can_be_printed() -> None:
+    found = RowDecoder().line('{"\\ud83d": 1, "\\ud83d": 2}', "line 1")
+    assert isinstance(found, Fault)
+    assert found.field == "\\ud83d"

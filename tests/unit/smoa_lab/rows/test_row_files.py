@@ -61,6 +61,11 @@ def test_blank_lines_are_passed_over_and_counted(tmp_path: Path) -> None:
     assert [where[-5:] for where, _ in read_rows(tmp_path / "a.jsonl")] == ["row 2", "row 4"]
 
 
+def test_blank_lines_of_a_table_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"\r\ntext,id\r\n\r\na,1\r\n\r\n")
+    assert list(read_rows(tmp_path / "a.csv")) == [(f"{tmp_path}/a.csv, row 1", {"text": "a", "id": "1"})]
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
 def test_a_mark_before_utf_8_is_no_part_of_the_first_column(tmp_path: Path, name: str) -> None:
     file = written(tmp_path / name)
@@ -176,7 +181,9 @@ def test_a_file_that_may_not_be_read_is_named_before_anything_is_read(
 def test_without_pyarrow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written(tmp_path / "a.parquet")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(DataError, match=r"a\.parquet: needs datasets; run: pip install 'smoa\[lab\]'"):
+    with pytest.raises(
+        DataError, match=r"a\.parquet: cannot be read: Parquet: needs datasets; run: pip install 'smoa\[lab\]'"
+    ):
         list(read_rows(tmp_path / "a.parquet"))
 
 
