@@ -123,5 +123,5 @@ def test_later_turns_and_a_system_prompt_have_their_place_in_alpacas_template() 
     turns = [("system", "Be brief."), ("user", "Why?"), ("assistant", "So."), ("user", "How?")]
     messages = [{"role": role, "content": content} for role, content in turns]
     assert tokenizer.apply_chat_template(messages, tokenize=False) == (
-        "Be brief.\n\n### Instruction:\nWhy?\n\n### Response:\nSo.\n\n### Instruction:\nHow?\n\n### Response:\n"
+        "Be brief.\n\n### Instruction:\nWhy?\n\n### Response:\nSo.<eos>\n\n### Instruction:\nHow?\n\n### Response:\n"
     )

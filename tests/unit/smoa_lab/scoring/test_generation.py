@@ -3,10 +3,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from smoa_lab.data.prompts import PromptEncoder
 from smoa_lab.data.records import Record, choice_record
-from smoa_lab.scoring import generation
 from smoa_lab.scoring.generation import (
     Generated,
     _scores,
@@ -86,11 +87,12 @@ def test_the_whole_text_is_the_answer_where_nothing_is_extracted() -> None:
 
 
 def test_texts_come_back_in_order_whatever_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    def echo(model: Any, encoder: PromptEncoder, prompts: list[list[int]], *options: int) -> list[str]:
-        return [encoder.tokenizer.decode(prompt) for prompt in prompts]
-
-    monkeypatch.setattr(generation, "_continue", echo)
     model, encoder = tiny_models.build("llama").train(), PromptEncoder(lab.byte_tokenizer())
+
+    def echo(input_ids: Tensor, **options: Any) -> Tensor:
+        return torch.cat([input_ids, input_ids], dim=1)
+
+    monkeypatch.setattr(model, "generate", echo)
     records = [Record("own", str(i), "word " * (i * 3 % 5) + "?", "x") for i in range(7)]
     for size in (1, 3, 7):
         texts = generate(model, encoder, records, new_tokens=5, batch_size=size)

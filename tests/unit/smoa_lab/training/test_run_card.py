@@ -13,7 +13,8 @@ CONFIG = SmoaConfig(r=8, num_blocks=4, target_modules=["q_proj"], task_type="CAU
 
 
 def scores(loss: float, accuracy: float) -> dict[str, Any]:
-    return {"piqa": {"questions": 40, "gold_loss": loss, "accuracy": accuracy}}
+    found = {"questions": 40, "gold_loss": loss, "accuracy": accuracy}
+    return {"piqa": found, "all": found}
 
 
 @pytest.fixture
@@ -34,6 +35,7 @@ def metrics() -> dict[str, Any]:
         },
         "training": {"steps": 50, "seconds": 61.2},
         "evaluation": {"before": scores(3.25, 0.5), "after": scores(2.125, 0.625)},
+        "samples": [],
     }
 
 

@@ -45,5 +45,13 @@ def test_an_unfinished_run_is_resumed_by_the_same_config_in_other_words(tmp_path
     run = RunFolder(tmp_path)
     run.config.write_text("method: smoa\ntraining: {eval_strategy: 'no', learning_rate: 1.0e-05}\n")
     assert run.start("method: smoa\ntraining:\n  eval_strategy: no\n  learning_rate: 1e-05\n") is None
+    (tmp_path / "checkpoint-2").mkdir()
     with pytest.raises(ConfigError, match="unfinished run of another config"):
         run.start("method: smoa\ntraining:\n  eval_strategy: no\n  learning_rate: 1e-04\n")
+
+
+def test_a_run_that_has_no_checkpoint_yet_gives_way_to_another_config(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.start("method: smoa\n")
+    assert run.start("method: lora\n") is None
+    assert run.config.read_text() == "method: lora\n"

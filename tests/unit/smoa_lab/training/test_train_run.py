@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
 
-from smoa.errors import ConfigError
 from smoa_lab.config.run_config import RunConfig, check_config
 from smoa_lab.runs.evaluate_run import evaluate_run
 from smoa_lab.runs.open_run import open_run
 from smoa_lab.training import train_run
+from smoa_lab.training.questions import Questions
 from smoa_lab.training.run_folder import RunFolder
 from tests.support import lab
 
@@ -97,23 +96,15 @@ def test_only_the_first_process_tells(
     untested: RunConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     level = logging.getLogger("smoa_lab").level
-    made = train_run.training_arguments
+    made = Questions.arguments
 
-    def of_rank_one(config: RunConfig) -> Any:
-        arguments = made(config)
+    def of_rank_one(lesson: Questions) -> Any:
+        arguments = made(lesson)
         monkeypatch.setattr(type(arguments), "process_index", property(lambda self: 1))
         return arguments
 
-    monkeypatch.setattr(train_run, "training_arguments", of_rank_one)
+    monkeypatch.setattr(Questions, "arguments", of_rank_one)
     train_run.train(untested)
     assert "step 1/2" not in RunFolder(untested.folder).log.read_text()
     assert logging.getLogger("smoa_lab").level == level
     assert json.loads((untested.folder / "metrics.json").read_text())["training"]["steps"] == 2
-
-
-def test_processes_that_accelerate_does_not_count_don_t_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_run, "is_distributed", lambda: True)
-    monkeypatch.setattr(train_run.dist, "get_world_size", lambda: 2)
-    arguments = {"output_dir": str(tmp_path), "use_cpu": True}
-    with pytest.raises(ConfigError, match=r"accelerate counts 1 of 2 processes, .*; leave deepspeed out"):
-        train_run.training_arguments(SimpleNamespace(training=arguments))
