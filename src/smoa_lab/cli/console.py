@@ -43,7 +43,7 @@ def reporting(*modules: str) -> Iterator[None]:
     logger.setLevel(logging.INFO)
     # Between transformers and peft: users can do nothing about it.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-    warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated")  # TRL sets it
+    warnings.filterwarnings("ignore", message=r"`gradient_checkpointing\w*` is deprecated")  # TRL uses it
     if not terminal:
         transformers.utils.logging.disable_progress_bar()
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

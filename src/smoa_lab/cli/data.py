@@ -1,16 +1,17 @@
-"""``smoa data``: lists the tasks, and prepares their data before a run."""
+"""``smoa data``: lists the tasks, prepares their data before a run, and shows what a user's own rows would train."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from smoa_lab.basics.extras import require
-from smoa_lab.cli.console import print_json, print_table, reporting
+from smoa_lab.cli.console import failed, print_json, print_table, reporting
 from smoa_lab.cli.options import AsJson
 
-app = typer.Typer(help="List the tasks, or prepare their data before a run.", no_args_is_help=True)
+app = typer.Typer(help="List the tasks, prepare their data before a run, or check your own rows.", no_args_is_help=True)
 
 
 @app.command("list")
@@ -63,3 +64,85 @@ def prepare(
             print_json(rows)
         else:
             print_table(list(rows[0]), [[str(value)[:16] for value in row.values()] for row in rows])
+
+
+@app.command()
+def check(
+    place: Annotated[str, typer.Argument(help="File or folder of rows, a data set of the Hub, or a run's YAML file.")],
+    model: Annotated[str, typer.Option(help="Whose tokens and chat template to use, unless a YAML file says it.")] = (
+        "smollm2-135m"
+    ),
+    format: Annotated[str | None, typer.Option(help="Of the rows, where their columns don't say it.")] = None,
+    max_length: Annotated[int, typer.Option(min=8, help="Tokens at which a row is cut.")] = 1024,
+    chat_template: Annotated[str | None, typer.Option(help="Instead of the model's own, e.g. alpaca.")] = None,
+    examples: Annotated[int, typer.Option(min=0, help="Rows to show.")] = 3,
+    json: AsJson = False,
+) -> None:
+    """Show what would be trained on: formats, lengths, what is cut or dropped, bad rows, and examples."""
+    with reporting("trl", "datasets"):
+        from smoa_lab.config.rows_config import RowsConfig, check_rows_config, load_any_config
+        from smoa_lab.training.base_models import load_tokenizer
+        from smoa_lab.training.own_rows import read_rows_of
+
+        if place.endswith((".yaml", ".yml")):
+            config = load_any_config(place)
+            if not isinstance(config, RowsConfig):
+                raise failed(
+                    f"{place}: trains on questions; `smoa data prepare {' '.join(config.data.tasks)}` shows them"
+                )
+        else:
+            source = {"train": place} if _is_local(place) else {"hub": {"name": place}}
+            data = {**source, "format": format, "chat_template": chat_template}
+            config = check_rows_config(
+                {"model": {"name": model}, "data": data, "training": {"max_length": max_length}}, place
+            )
+        tokenizer = load_tokenizer(config.model)
+        _, rows = read_rows_of(config, tokenizer)
+        if json:
+            print_json(rows.account)
+            return
+        _print_account(place, config.model.name, rows.account)
+        if rows.account["parts"].get("train"):
+            for number, row in enumerate(rows.part("train", examples, config.data.seed), start=1):
+                _print_example(f"example {number} of {min(examples, rows.account['parts']['train'])}", row, tokenizer)
+
+
+def _is_local(place: str) -> bool:
+    """A path, or what looks like one; a data set's id has one slash and no ending of a file."""
+    path = Path(place)
+    return path.expanduser().exists() or bool(path.suffix) or place.count("/") != 1 or place[0] in "./~"
+
+
+def _print_account(place: str, model: str, account: dict[str, Any]) -> None:
+    from smoa_lab.tokens.account import histogram_lines
+
+    tokens, parts = account["tokens"], account["parts"]
+    counts = ", ".join(f"{number:,} {part}" for part, number in parts.items()) or "none that can be trained on"
+    typer.echo(f"{place}: {account['format'] or 'no format recognised'}; rows: {counts}")
+    if tokens["total"]:
+        typer.echo(
+            f"{tokens['total']:,} tokens of {model}, {account['trained_tokens']:,} of them trained; a row has "
+            f"{tokens['shortest']:,} to {tokens['longest']:,}, half of them at most {tokens['median']:,}\n"
+        )
+        typer.echo("\n".join([f"{'tokens':>13}", *histogram_lines(tokens["histogram"])]) + "\n")
+    typer.echo(f"{account['cut']:,} rows are cut at {account['max_length']} tokens")
+    typer.echo(f"{account['dropped']:,} of them are dropped: nothing that is trained is left")
+    typer.echo(f"{account['repeated']:,} rows repeat an earlier one")
+    typer.echo(f"{account['also_in_test']:,} training rows are dropped, since the test rows have them")
+    typer.echo(f"{account['bad']:,} bad rows" + "".join(f"\n  {fault}" for fault in account["faults"]))
+
+
+def _print_example(title: str, row: dict[str, Any], tokenizer: Any) -> None:
+    """What is trained in color, or, in a pipe, between brackets."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from smoa_lab.tokens.encoding import Tokens, trained_pieces
+
+    console = Console(highlight=False, soft_wrap=True)
+    console.rule(title) if console.is_terminal else console.print(f"\n--- {title}")
+    plain = not console.is_terminal
+    for text, trained in trained_pieces(tokenizer, Tokens(row["input_ids"], row["labels"])):
+        shown = f"⟦{text}⟧" if trained and plain else text
+        console.print(Text(shown, style="bold green" if trained else "dim"), end="")
+    console.print()

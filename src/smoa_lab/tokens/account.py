@@ -10,6 +10,8 @@ from typing import Any
 
 from smoa.errors import DataError
 
+FIRST = 16
+"""Tokens: the bound of the shortest rows in a histogram."""
 SHOWN = 10
 """Bad rows that are listed; the rest are counted."""
 
@@ -65,7 +67,7 @@ def length_summary(lengths: array[int]) -> dict[str, Any]:
     if not lengths:
         return {"total": 0, "histogram": []}
     order = sorted(lengths)
-    bounds = [16]
+    bounds = [FIRST]
     while bounds[-1] < order[-1]:
         bounds.append(2 * bounds[-1])
     places = Counter(bisect_left(bounds, length) for length in order)
@@ -75,8 +77,18 @@ def length_summary(lengths: array[int]) -> dict[str, Any]:
         "shortest": order[0],
         **quantile,
         "longest": order[-1],
-        "histogram": [[bound, places[number]] for number, bound in enumerate(bounds)],
+        "histogram": [[bound, places[number]] for number, bound in enumerate(bounds)][min(places) :],
     }
+
+
+def histogram_lines(histogram: list[list[int]], width: int = 40) -> list[str]:
+    """A bar for each range of lengths: ``  17–32  ████  12``."""
+    most = max(count for _, count in histogram)
+    lows = [bound // 2 + 1 if bound > FIRST else 1 for bound, _ in histogram]
+    return [
+        f"{f'{low}–{bound}':>13}  {'█' * round(width * count / most):{width}}  {count:,}"
+        for low, (bound, count) in zip(lows, histogram, strict=True)
+    ]
 
 
 def require_good_rows(account: dict[str, Any], skip: bool) -> None:

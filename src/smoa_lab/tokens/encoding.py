@@ -10,7 +10,8 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from itertools import groupby
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -58,7 +59,7 @@ class RowEncoder:
     def encode(self, example: Example) -> Tokens:
         """Token ids and labels; of a preference those of the chosen answer."""
         if isinstance(example, Preference):
-            example = chosen_example(example)
+            example = side(example, "chosen")
         if isinstance(example, Passage):
             return self._passage(example)
         require_chat_template(self.tokenizer)
@@ -70,7 +71,7 @@ class RowEncoder:
         """What the model is given when it is asked to answer, and the reference answer: the last turn, the completion,
         or what follows the beginning of a plain text."""
         if isinstance(example, Preference):
-            example = chosen_example(example)
+            example = side(example, "chosen")
         if isinstance(example, Conversation):
             last = max(place for place, one in enumerate(example.messages) if one.role == "assistant")
             return self._chat(example.messages[:last], add_generation_prompt=True), example.messages[last].content
@@ -155,11 +156,19 @@ class RowEncoder:
         return list(self.tokenizer(text)["input_ids"])
 
 
-def chosen_example(pair: Preference) -> Conversation | Passage:
-    """The prompt of a preference with its chosen answer."""
+def trained_pieces(tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> list[tuple[str, bool]]:
+    """The text as the model sees it, in pieces, each with whether it is trained."""
+    pairs = zip(tokens.input_ids, tokens.labels, strict=True)
+    runs = groupby(pairs, key=lambda pair: pair[1] != IGNORED)
+    return [(str(tokenizer.decode([token for token, _ in run])), trained) for trained, run in runs]
+
+
+def side(pair: Preference, name: Literal["chosen", "rejected"]) -> Conversation | Passage:
+    """The prompt of a preference with one of its answers."""
+    answer = getattr(pair, name)
     if isinstance(pair.prompt, str):
-        return Passage(str(pair.chosen), pair.prompt)
-    return Conversation((*pair.prompt, *pair.chosen), prompt_turns=len(pair.prompt))
+        return Passage(answer, pair.prompt)
+    return Conversation((*pair.prompt, *answer), prompt_turns=len(pair.prompt))
 
 
 def _trained_after(prompt: list[int], ids: list[int]) -> Tokens:

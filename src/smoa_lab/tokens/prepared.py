@@ -147,7 +147,11 @@ class _Reading:
             for writer in self.writers.values():
                 writer.finalize()
         if not self.account.parts["train"] and not self.account.bad:
-            raise DataError(f"{self.wanted.train.name}: leaves no rows to train on")
+            found = self.account
+            raise DataError(
+                f"{self.wanted.train.name}: leaves no rows to train on: {found.also_in_test} are in the test data too, "
+                f"{found.dropped} have nothing trained within {found.max_length} tokens, {found.parts['test']} are held out"
+            )
         return self.account
 
     def _read(self, source: Source, fixed: Part | None) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from smoa.errors import ConfigError, DataError
 from smoa_lab.basics.extras import import_package, require
 from smoa_lab.config.rows_config import RowsConfig, RowsSection, check_training_keys, training_class
+from smoa_lab.rows.formats import Preference
 from smoa_lab.rows.sources import FileSource, HubSource, Source
 from smoa_lab.scoring.generation import continue_prompts
 from smoa_lab.scoring.row_losses import Losses, row_losses
 from smoa_lab.tokens.account import require_good_rows
 from smoa_lab.tokens.chat_templates import set_chat_template, stop_at_turns_end
-from smoa_lab.tokens.encoding import RowEncoder
+from smoa_lab.tokens.encoding import RowEncoder, side
 from smoa_lab.tokens.prepared import Part, PreparedRows, RowsWanted, Shares, example_of, prepare_rows
 from smoa_lab.training.base_models import load_base_model
 from smoa_lab.training.lesson import Lesson, Looks, Stage, checked_arguments
@@ -50,8 +52,17 @@ class OwnRows(Lesson):
         """Where the training rows are from."""
         return sources(self.config.data)[0]
 
+    @property
+    def prefers(self) -> bool:
+        """Whether the rows are preferences."""
+        return bool(self.rows.account["format"] == "preference")
+
+    @property
+    def pad(self) -> int:
+        return int(self.tokenizer.pad_token_id or 0)
+
     def arguments(self) -> TrainingArguments:
-        prefers = self.rows.account["format"] == "preference"
+        prefers = self.prefers
         target = training_class({}, prefers)
         training = check_training_keys(self.config.training, target, self.rows.account["format"])
         if not prefers:  # the tokens are cut already, and their labels say what is trained
@@ -67,13 +78,12 @@ class OwnRows(Lesson):
 
     def trainer(self, model: Any, arguments: Any, **options: Any) -> Trainer:
         trl = import_package("trl", "data.train")
-        prefers = isinstance(arguments, trl.DPOConfig)
         try:
-            trainer: Trainer = (trl.DPOTrainer if prefers else trl.SFTTrainer)(
+            trainer: Trainer = (trl.DPOTrainer if self.prefers else trl.SFTTrainer)(
                 model=model,
                 args=arguments,
-                train_dataset=self._part("train", self.config.data.train_examples, prefers),
-                eval_dataset=self._part("validation", self.config.data.validation_examples, prefers),
+                train_dataset=self._part("train", self.config.data.train_examples),
+                eval_dataset=self._part("validation", self.config.data.validation_examples),
                 **options,
             )
         except ValueError as error:  # such as an adapter on lm_head
@@ -86,17 +96,17 @@ class OwnRows(Lesson):
 
     def losses(self, model: Any, rows: Any) -> Losses:
         """Of a data set's rows."""
-        return row_losses(model, rows.remove_columns("example").to_list(), int(self.tokenizer.pad_token_id or 0))
+        return row_losses(model, rows.remove_columns("example").to_list(), self.pad)
 
     def account(self) -> dict[str, Any]:
         return {"source": self.source.name, **self.rows.account}
 
-    def _part(self, part: Part, at_most: int | None, prefers: bool) -> Any:
+    def _part(self, part: Part, at_most: int | None) -> Any:
         """The tokens, or for preferences, which DPOTrainer tokenizes itself, the texts."""
         data = self.rows.part(part, at_most, self.config.data.seed)
         if part != "train" and not len(data):
             return None
-        return data.map(_pair, remove_columns=data.column_names) if prefers else data.remove_columns("example")
+        return data.map(_pair, remove_columns=data.column_names) if self.prefers else data.remove_columns("example")
 
 
 class RowLooks(Looks):
@@ -109,12 +119,15 @@ class RowLooks(Looks):
         examples = [example_of(json.loads(text)) for text in self.rows["example"][: wanted.samples * alone]]
         self.prompts = [lesson.encoder.prompt(example) for example in examples]
         self.losses: dict[str, Losses] = {}
+        self.worse: dict[str, Losses] = {}
 
     def look(self, model: Any, stage: Stage) -> None:
         if not len(self.rows):
             return
         logger.info("Scoring %d held-out rows %s training", len(self.rows), stage)
         self.losses[stage] = self.lesson.losses(model, self.rows)
+        if self.lesson.prefers:
+            self.worse[stage] = row_losses(model, self.rejected, self.lesson.pad)
         self.evaluation[stage] = {"all": _scores(self.losses[stage])}
         prompts = [ids for ids, _ in self.prompts]
         self.written[stage] = continue_prompts(model, self.lesson.tokenizer, prompts, NEW_TOKENS)
@@ -124,7 +137,21 @@ class RowLooks(Looks):
         if len(self.losses) < 2:
             return None
         change, stderr = self.losses["after"].change_from(self.losses["before"])
-        return {"loss": change, "loss_stderr": stderr}
+        preferred = {"preferred": self._preferred()} if self.worse else {}
+        return {"loss": change, "loss_stderr": stderr, **preferred}
+
+    def _preferred(self) -> float:
+        """The share of preferences whose chosen answer gained on the rejected one: DPO's accuracy."""
+        stages = [(self.losses[stage].nll, self.worse[stage].nll) for stage in ("before", "after")]
+        before, after = ([low - high for high, low in zip(*pair, strict=True)] for pair in stages)
+        return sum(late > early for early, late in zip(before, after, strict=True)) / len(before)
+
+    @cached_property
+    def rejected(self) -> list[dict[str, list[int]]]:
+        """The rejected answers of the held-out preferences."""
+        pairs = [example_of(json.loads(text)) for text in self.rows["example"]]
+        encoded = [self.lesson.encoder.encode(side(pair, "rejected")) for pair in pairs if isinstance(pair, Preference)]
+        return [asdict(tokens.cut(self.lesson.rows.account["max_length"])) for tokens in encoded]
 
     @property
     def asked(self) -> list[tuple[str, str]]:
@@ -142,6 +169,14 @@ def _scores(losses: Losses) -> dict[str, Any]:
     }
 
 
+def read_rows_of(config: RowsConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[RowEncoder, PreparedRows]:
+    """The rows of a run as tokens; bad ones are counted. The tokenizer gets the chat template that the config names."""
+    set_chat_template(tokenizer, config.data.chat_template)
+    assistant, completion = (config.training.get(key) for key in ("assistant_only_loss", "completion_only_loss"))
+    encoder = RowEncoder(tokenizer, assistant_only=assistant is not False, completion_only=completion is not False)
+    return encoder, prepare_rows(rows_wanted(config), encoder)
+
+
 def open_rows(config: RowsConfig, base: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None) -> OwnRows:
     """Load model and rows; what cannot be loaded or trained fails here, before any work.
 
@@ -153,21 +188,13 @@ def open_rows(config: RowsConfig, base: tuple[PreTrainedModel, PreTrainedTokeniz
     for source in sources(config.data):
         source.check()
     model, tokenizer = base or load_base_model(config.model)
-    encoder = row_encoder(config, tokenizer)
-    rows = prepare_rows(rows_wanted(config), encoder)
+    encoder, rows = read_rows_of(config, tokenizer)
     require_good_rows(rows.account, config.data.skip_bad_rows)
     if not rows.account["parts"].get("train"):
         raise DataError(f"data: {sources(config.data)[0].name} leaves no rows to train on: {rows.account['parts']}")
     if rows.account["format"] != "text" and tokenizer.chat_template:
         stop_at_turns_end(model, tokenizer)
     return OwnRows(config, model, tokenizer, encoder, rows)
-
-
-def row_encoder(config: RowsConfig, tokenizer: PreTrainedTokenizerBase) -> RowEncoder:
-    """The encoder of a run, its tokenizer given the chat template that the config names."""
-    set_chat_template(tokenizer, config.data.chat_template)
-    assistant, completion = (config.training.get(key) for key in ("assistant_only_loss", "completion_only_loss"))
-    return RowEncoder(tokenizer, assistant_only=assistant is not False, completion_only=completion is not False)
 
 
 def sources(data: RowsSection) -> tuple[Source, ...]:
