@@ -150,7 +150,8 @@ class _Reading:
             found = self.account
             raise DataError(
                 f"{self.wanted.train.name}: leaves no rows to train on: {found.also_in_test} are in the test data too, "
-                f"{found.dropped} have nothing trained within {found.max_length} tokens, {found.parts['test']} are held out"
+                f"{found.dropped} have nothing trained within {found.max_length} tokens, "
+                f"{found.parts['test']} are held out"
             )
         return self.account
 
