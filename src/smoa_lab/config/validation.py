@@ -18,6 +18,7 @@ from pydantic import (
 from transformers import TrainingArguments
 
 from smoa.errors import ConfigError, DataError
+from smoa_lab.basics.foreign import foreign_warnings_ignored
 from smoa_lab.basics.nearest import nearest
 from smoa_lab.config.methods import METHODS, Method
 from smoa_lab.config.problems import Problem
@@ -122,7 +123,8 @@ def _training_problems(training: Any, training_class: type[TrainingArguments]) -
         yield from problems
         return
     try:
-        training_class(**training)
+        with foreign_warnings_ignored():
+            training_class(**training)
     except (ValueError, TypeError, ImportError) as error:
         yield Problem(("training",), f"training: {error}")
 

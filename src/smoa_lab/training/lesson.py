@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from smoa.errors import ConfigError
 from smoa.layers.distributed import is_distributed
+from smoa_lab.basics.foreign import foreign_warnings_ignored
 from smoa_lab.config.methods import METHODS
 from smoa_lab.config.run_config import Run
 from smoa_lab.training.progress import REPLACED, ProgressReport
@@ -95,6 +96,10 @@ class Lesson(ABC):
 
     def fit(self, arguments: TrainingArguments, checkpoint: str | None) -> tuple[Any, Trainer, float]:
         """The trained model, its trainer, and the seconds that training took."""
+        with foreign_warnings_ignored():
+            return self._fit(arguments, checkpoint)
+
+    def _fit(self, arguments: TrainingArguments, checkpoint: str | None) -> tuple[Any, Trainer, float]:
         set_seed(arguments.seed)  # the adapter's factors are drawn here
         peft_config = METHODS[self.config.method].peft_config(self.config.adapter)
         model: Any = self.base if peft_config is None else get_peft_model(self.base, peft_config)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from smoa.errors import ConfigError, DataError
 from smoa_lab.basics.extras import import_package, require
+from smoa_lab.basics.foreign import foreign_warnings_ignored
 from smoa_lab.config.rows_config import RowsConfig, RowsSection, check_training_keys, training_class
 from smoa_lab.rows.formats import Preference
 from smoa_lab.rows.sources import FileSource, HubSource, Source
@@ -69,7 +70,8 @@ class OwnRows(Lesson):
             training |= {"assistant_only_loss": False, "completion_only_loss": None}
             training |= {} if training.get("packing") else {"max_length": None}
         try:
-            return checked_arguments(target(**training))
+            with foreign_warnings_ignored():
+                return checked_arguments(target(**training))
         except (ValueError, TypeError) as error:
             raise ConfigError(f"training: {error}") from error
 
