@@ -52,8 +52,15 @@ def score_answers(model: nn.Module, sequences: Sequence[Encoded], pad: int, batc
 
 
 def _batches(sequences: Sequence[Encoded], batch_tokens: int) -> Iterator[list[Group]]:
-    """Neighbors with the same prompt are a group; groups of like length are a batch, longest first."""
-    groups = [list(group) for _, group in groupby(range(len(sequences)), key=lambda number: sequences[number].prompt)]
+    """Neighbors with the same prompt are a group; groups of like length are a batch, longest first.
+
+    A prompt of one token, as plain text has it, leaves nothing to share.
+    """
+
+    def shared(number: int) -> list[int] | int:
+        return sequences[number].prompt if len(sequences[number].prompt) > 1 else number
+
+    groups = [list(group) for _, group in groupby(range(len(sequences)), key=shared)]
 
     def cost(group: Group) -> int:
         longest = max(len(sequences[number].answer) for number in group)

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from smoa_lab.data.prompts import Encoded
 from smoa_lab.scoring.answer_loss import answer_nll, collate
-from smoa_lab.scoring.likelihood import score_answers
+from smoa_lab.scoring.likelihood import _batches, score_answers
 from tests.support import tiny_models
 
 # Prompts of equal and unequal lengths, shared and not, past the tiny Gemma's sliding window of 8; answers of 1 to 4.
@@ -72,3 +72,9 @@ def test_a_model_that_keeps_no_keys_and_values_is_scored_all_the_same() -> None:
 
 def test_of_no_answers_there_are_no_scores() -> None:
     assert score_answers(tiny_models.build("llama"), [], pad=0, batch_tokens=100) == []
+
+
+def test_texts_whose_prompt_is_one_token_are_batched_by_their_length() -> None:
+    """They share nothing, so that no batch must hold all of them."""
+    texts = [Encoded([1], [5] * length) for length in (3, 9, 4, 8)]
+    assert [sorted(number for group in batch for number in group) for batch in _batches(texts, 20)] == [[1, 3], [0, 2]]
