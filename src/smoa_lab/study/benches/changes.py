@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -17,36 +17,35 @@ LAYERS = 18
 """So many layers are decomposed, spread evenly over the model: three SVDs each."""
 
 
-def weight_changes(model: nn.Module, load_base: Callable[[], nn.Module]) -> dict[str, Any] | None:
+def weight_changes(model: nn.Module, base: nn.Module) -> dict[str, Any] | None:
     """Of each figure of :class:`UpdateSize` the mean and the maximum over layers; None where the run diverged.
 
-    The layers are the adapted ones or, where all weights were trained, all linear ones but the output layer; there ΔW
-    is the difference to the base that ``load_base`` gives.
+    ΔW is the difference to ``base``, also for methods that take a part of W out when they start. The layers are the
+    adapted ones or, where all weights were trained, all linear ones but the output layer.
     """
-    pairs = _adapter_updates(model) if isinstance(model, PeftModel) else _differences(model, load_base())
+    layers = dict(base.named_modules())
     sizes = []
-    for weight, update in pairs:
-        if not update.isfinite().all():
+    for path, weight, update in _adapted(model) if isinstance(model, PeftModel) else _linear(model):
+        layer: Any = layers[path]
+        before = layer.weight.detach().to(weight.device).float()
+        delta = (weight - before) + update
+        if not delta.isfinite().all():
             return None
-        sizes.append(asdict(update_size(weight, update)))
+        sizes.append(asdict(update_size(before, delta)))
     return {"layers": len(sizes), **{name: _summary([size[name] for size in sizes]) for name in sizes[0]}}
 
 
-def _adapter_updates(model: PeftModel) -> Iterator[tuple[Tensor, Tensor]]:
-    for _, layer in _spread(list(adapted_layers(model.base_model))):
-        yield weight_and_update(layer, model.active_adapter)
+def _adapted(model: PeftModel) -> Iterator[tuple[str, Tensor, Tensor]]:
+    for path, layer in _spread(list(adapted_layers(model.get_base_model()))):
+        yield path, *weight_and_update(layer, model.active_adapter)
 
 
-@torch.no_grad()
-def _differences(model: nn.Module, base: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-    before = dict(base.named_modules())
+def _linear(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
     getter: Any = getattr(model, "get_output_embeddings", None)
     head = None if getter is None else getter()
     linear = [(path, one) for path, one in model.named_modules() if isinstance(one, nn.Linear) and one is not head]
     for path, layer in _spread(linear):
-        old: Any = before[path]
-        weight = old.weight.to(layer.weight.device).float()
-        yield weight, layer.weight.float() - weight
+        yield path, layer.weight.detach().float(), torch.zeros((), device=layer.weight.device)
 
 
 def _spread(layers: list[tuple[str, Any]]) -> list[tuple[str, Any]]:

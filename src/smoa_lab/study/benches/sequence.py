@@ -83,7 +83,7 @@ class SequenceBench(AnswerBench):
         if model is None:
             return before
         after = self._measured(model, config)
-        change = weight_changes(model, lambda: self._prepare(config).base)
+        change = weight_changes(model, self._prepare(config).base)
         return {**after, "forgot": _forgot(before, after), "change": change}
 
     def _measured(self, model: nn.Module, config: RunConfig) -> dict[str, Any]:
