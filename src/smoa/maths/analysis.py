@@ -14,6 +14,11 @@ from torch import Tensor
 
 from smoa.errors import PartitionError
 
+INTRUDERS_AMONG = 10
+"""So many leading left singular vectors of W + ΔW are looked at."""
+INTRUDER_COSINE = 0.5
+"""One of them is an intruder if its cosine with each left singular vector of W is below this."""
+
 
 @dataclass(frozen=True)
 class UpdateSpectrum:
@@ -60,14 +65,7 @@ def update_spectrum(weight: Tensor, delta_weight: Tensor) -> UpdateSpectrum:
     Raises:
         PartitionError: the shapes differ.
     """
-    if weight.shape != delta_weight.shape:
-        raise PartitionError(
-            f"delta_weight has shape {tuple(delta_weight.shape)}, but the weight has shape {tuple(weight.shape)}; "
-            "give the ΔW of this weight, as (out_features, in_features)"
-        )
-    W, delta = (
-        matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32)) for matrix in (weight, delta_weight)
-    )
+    W, delta = _wide(weight, delta_weight)
     U, sigma, Vh = torch.linalg.svd(W, full_matrices=False)
     sides = (delta @ Vh.T).square().sum(0), (U.T @ delta).square().sum(1)
     return UpdateSpectrum(
@@ -76,6 +74,60 @@ def update_spectrum(weight: Tensor, delta_weight: Tensor) -> UpdateSpectrum:
         input_energy=_shares(sides[0]),
         output_energy=_shares(sides[1]),
     )
+
+
+@dataclass(frozen=True)
+class UpdateSize:
+    """How large ΔW is beside W, and how it changes W's leading directions.
+
+    Args:
+        relative_norm: ‖ΔW‖_F / ‖W‖_F.
+        relative_spectral_norm: ‖ΔW‖₂ / ‖W‖₂.
+        stable_rank: ‖ΔW‖_F² / ‖ΔW‖₂²; 0 if ΔW is zero.
+        intruders: Intruder dimensions (arXiv:2410.21228): those of the leading left singular vectors of W + ΔW that
+            are like none of W's.
+    """
+
+    relative_norm: float
+    relative_spectral_norm: float
+    stable_rank: float
+    intruders: int
+
+
+def update_size(weight: Tensor, delta_weight: Tensor) -> UpdateSize:
+    """Measure ΔW with three SVDs, in float32 or wider.
+
+    Args:
+        weight: W, (out_features, in_features).
+        delta_weight: ΔW, (out_features, in_features).
+
+    Raises:
+        PartitionError: the shapes differ.
+    """
+    W, delta = _wide(weight, delta_weight)
+    U, sigma, _ = torch.linalg.svd(W, full_matrices=False)
+    norm, spectral_norm = float(delta.norm()), float(torch.linalg.svdvals(delta)[0])
+    after = torch.linalg.svd(W + delta, full_matrices=False)[0][:, :INTRUDERS_AMONG]
+    likeness = (after.T @ U).abs().amax(dim=1)
+    return UpdateSize(
+        relative_norm=norm / float(W.norm()),
+        relative_spectral_norm=spectral_norm / float(sigma[0]),
+        stable_rank=(norm / spectral_norm) ** 2 if spectral_norm else 0.0,
+        intruders=int((likeness < INTRUDER_COSINE).sum()),
+    )
+
+
+def _wide(weight: Tensor, delta_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in float32 or wider; raises PartitionError if the shapes differ."""
+    if weight.shape != delta_weight.shape:
+        raise PartitionError(
+            f"delta_weight has shape {tuple(delta_weight.shape)}, but the weight has shape {tuple(weight.shape)}; "
+            "give the ΔW of this weight, as (out_features, in_features)"
+        )
+    W, delta = (
+        matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32)) for matrix in (weight, delta_weight)
+    )
+    return W, delta
 
 
 def numerical_rank(singular_values: Tensor) -> int:

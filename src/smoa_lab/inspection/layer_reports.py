@@ -3,14 +3,12 @@ return their ΔW."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -19,6 +17,7 @@ from smoa.maths.analysis import UpdateSpectrum, update_spectrum
 from smoa.maths.budget import rank_bound
 from smoa.maths.spectrum import spectral_scores
 from smoa_lab.config.run_config import ModelSection
+from smoa_lab.runs.layer_updates import adapted_layers, weight_and_update
 from smoa_lab.runs.open_run import adapter_of_run, base_name
 from smoa_lab.training.base_models import load_base_model
 
@@ -64,20 +63,14 @@ def inspect_layers(adapter: str | Path, base: str | None = None, trust_remote_co
     model, _ = load_base_model(ModelSection(name=base_name(source, base), trust_remote_code=trust_remote_code))
     adapted: Any = PeftModel.from_pretrained(model, str(source))
     method = adapted.active_peft_config.peft_type.value.lower()
-    layers = list(_adapter_layers_updates(adapted.base_model.model))
+    layers = list(adapted_layers(adapted.base_model.model))
     shown = tqdm(layers, desc="Decomposing", disable=None, leave=False)
     with torch.no_grad():
         return [_report(path, module, adapted.active_adapter, method) for path, module in shown]
 
 
-def _adapter_layers_updates(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
-    for path, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer) and hasattr(module, "get_delta_weight"):
-            yield path, module
-
-
 def _report(path: str, module: Any, adapter: str, method: str) -> LayerReport:
-    weight, update = _weight_and_update(module, adapter)
+    weight, update = weight_and_update(module, adapter)
     spectrum = update_spectrum(weight, update)
     own = [p for name, p in module.named_parameters() if f".{adapter}." in f".{name}." and "base_layer" not in name]
     return LayerReport(
@@ -94,13 +87,6 @@ def _report(path: str, module: Any, adapter: str, method: str) -> LayerReport:
         spectrum=spectrum,
         **_blocks(module, adapter),
     )
-
-
-def _weight_and_update(module: Any, adapter: str) -> tuple[Tensor, Tensor]:
-    """W, dequantized if it is quantized, and ΔW, in float32."""
-    if isinstance(module, SmoaLayer):
-        return module.pristine_weight().float(), module.delta(adapter).float()
-    return module.get_base_layer().weight.float(), module.get_delta_weight(adapter).float()
 
 
 def _rank_bound(module: Any, adapter: str) -> int | None:

@@ -138,9 +138,9 @@ class RowLooks(Looks):
     def gain(self) -> dict[str, float] | None:
         if len(self.losses) < 2:
             return None
-        change, stderr = self.losses["after"].change_from(self.losses["before"])
+        change = self.losses["after"].change_from(self.losses["before"])
         preferred = {"preferred": self._preferred()} if self.worse else {}
-        return {"loss": change, "loss_stderr": stderr, **preferred}
+        return {"loss": change.mean, "loss_stderr": change.stderr, **preferred}
 
     def _preferred(self) -> float:
         """The share of preferences whose chosen answer gained on the rejected one: DPO's accuracy."""
