@@ -19,7 +19,14 @@ from transformers import PreTrainedModel
 
 from smoa_lab.cli.main import app
 from smoa_lab.config.rows_config import RowsSection, check_rows_config, load_any_config
-from smoa_lab.config.run_config import DataSection, ModelSection, RunConfig, TaskSection, check_config
+from smoa_lab.config.run_config import (
+    DataSection,
+    ForgettingSection,
+    ModelSection,
+    RunConfig,
+    TaskSection,
+    check_config,
+)
 from smoa_lab.study.entry import Entry
 from smoa_lab.study.study_file import Study, Tuning
 from tests.support.lab import byte_tokenizer
@@ -148,6 +155,7 @@ def test_the_navigation_lists_every_page_once() -> None:
         ("data.", DataSection),
         ("data.", RowsSection),
         ("task.", TaskSection),
+        ("forgetting.", ForgettingSection),
         ("", Study),
         ("tuning.", Tuning),
         ("entries.NAME.", Entry),

@@ -21,6 +21,7 @@ from smoa_lab.config.yaml_text import apply_overrides, key_lines, parse_yaml, to
 from smoa_lab.data.files import FileTask
 from smoa_lab.data.prompts import AnswerStyle, Template
 from smoa_lab.data.selection import Selection, Sizes, select
+from smoa_lab.data.sources.general_text import STORY
 from smoa_lab.data.tasks import Source, Task, find_task
 
 TRAINING_DEFAULTS: dict[str, Any] = {"report_to": "none", "logging_steps": 10, "save_total_limit": 1}
@@ -77,12 +78,21 @@ class TaskSection(Section):
     samples: int = Field(default=3, ge=0)
 
 
+class ForgettingSection(Section):
+    """On which text to measure what is forgotten: ``packaged``, ``finewiki`` from the Hub, or a text file; and on how
+    many tokens, 0 for none."""
+
+    text: str = STORY
+    tokens: int = Field(default=2048, ge=0)
+
+
 class Run(Section):
     """What every run has, whatever it learns from."""
 
     model: ModelSection
     method: str = "smoa"
     adapter: dict[str, Any] = Field(default={})
+    forgetting: ForgettingSection = ForgettingSection()
     training: dict[str, Any]
 
     @property

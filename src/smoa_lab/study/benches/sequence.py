@@ -102,7 +102,7 @@ class SequenceBench(AnswerBench):
     def _away(self, model: nn.Module | None, config: RunConfig) -> dict[str, Any]:
         """The loss on the records' whole texts, and that of each."""
         assert model is not None  # the untouched model is scored as the first task's
-        found = text_losses(model, self.encoder, [whole_text(record) for record in self._elsewhere_records])
+        found = text_losses(model, self.encoder.tokenizer, [whole_text(record) for record in self._elsewhere_records])
         return {"elsewhere": found.mean, "texts": asdict(found)}
 
 
