@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import copy
 
+import peft
 import pytest
 import torch
-from peft import HiraConfig, LoraConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 
 from smoa import SmoaConfig
 from smoa_lab.runs.layer_updates import adapted_layers, weight_and_update
@@ -13,16 +14,16 @@ from tests.support import tiny_models
 OPTIONS = {"r": 3, "target_modules": ["q_proj"]}
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        LoraConfig(**OPTIONS, lora_alpha=7),
-        LoraConfig(**OPTIONS, use_dora=True),
-        HiraConfig(**OPTIONS),
-        SmoaConfig(r=4, num_blocks=2, target_modules=["q_proj"]),
-    ],
-    ids=["lora", "dora", "hira", "smoa"],
-)
+CONFIGS = {
+    "lora": LoraConfig(**OPTIONS, lora_alpha=7),
+    "dora": LoraConfig(**OPTIONS, use_dora=True),
+    "smoa": SmoaConfig(r=4, num_blocks=2, target_modules=["q_proj"]),
+}
+if hasattr(peft, "HiraConfig"):  # from PEFT 0.20 on
+    CONFIGS["hira"] = peft.HiraConfig(**OPTIONS)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_weight_and_update_add_up_to_the_merged_weight(config: PeftConfig) -> None:
     model = get_peft_model(tiny_models.build("llama"), config)
     torch.manual_seed(0)
