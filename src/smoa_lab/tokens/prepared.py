@@ -150,7 +150,8 @@ class _Reading:
             found = self.account
             raise DataError(
                 f"{self.wanted.train.name}: leaves no rows to train on: {found.also_in_test} are in the test data too, "
-                f"{found.dropped} have nothing trained within {found.max_length} tokens, {found.parts['test']} are held out"
+                f"{found.dropped} have nothing trained within {found.max_length} tokens, "
+                f"{found.parts['test']} are held out"
             )
         return self.account
 
@@ -179,9 +180,10 @@ class _Reading:
         try:
             tokens = self.encoder.encode(example)
         except DataError as error:
-            raise DataError(f"{where}: {error}") from error
+            self.account.add_bad(f"{where}: {error}")
+            return
         within = tokens.cut(self.wanted.max_length)
-        if self.account.add(len(tokens.input_ids), tokens.trained, within.trained):
+        if self.account.add(len(tokens.input_ids), within.trained):
             self.account.parts[part] += 1
             row = {"input_ids": within.input_ids, "labels": within.labels}
             self.writers[part].write({**row, "example": json.dumps(plain_example(example))})
