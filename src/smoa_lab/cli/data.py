@@ -126,7 +126,7 @@ def _print_account(place: str, model: str, account: dict[str, Any]) -> None:
         )
         typer.echo("\n".join([f"{'tokens':>13}", *histogram_lines(tokens["histogram"])]) + "\n")
     typer.echo(f"{account['cut']:,} rows are cut at {account['max_length']} tokens")
-    typer.echo(f"{account['dropped']:,} of them are dropped: nothing that is trained is left")
+    typer.echo(f"{account['dropped']:,} rows are dropped: nothing that is trained is left in them")
     typer.echo(f"{account['repeated']:,} rows repeat an earlier one")
     typer.echo(f"{account['also_in_test']:,} training rows are dropped, since the test rows have them")
     typer.echo(f"{account['bad']:,} bad rows" + "".join(f"\n  {fault}" for fault in account["faults"]))

@@ -23,6 +23,14 @@ ROWS_DEFAULTS: dict[str, Any] = {"bf16": False, "assistant_only_loss": True}
 """For training on conversations. Precision is what ``model.dtype`` says; the loss is on the assistant's turns."""
 ADAPTER_RATE = 2.0e-4
 """LoRA's usual learning rate; TRL's own default, 2e-5, is meant for whole models."""
+DECIDED = {
+    "chat_template_path": "name the template as data.chat_template",
+    "dataset_kwargs": "rows are prepared here",
+    "dataset_text_field": "name the column text",
+    "eos_token": "set it in the model's tokenizer",
+    "truncation_mode": "rows keep their beginning",
+}
+"""Keys of the trainers that would contradict the tokens that are made here, and what to do instead."""
 
 
 class RowsSection(Section):
@@ -56,9 +64,11 @@ class RowsSection(Section):
 
 
 class RowsConfig(Run):
-    """A run on rows."""
+    """A run on rows. ``early_stopping`` ends it when the validation loss has not fallen for so many evaluations, and
+    keeps the best adapter."""
 
     data: RowsSection
+    early_stopping: int | None = Field(default=None, gt=0)
 
     @property
     def validates(self) -> bool:
@@ -90,10 +100,23 @@ def _checked(text: ConfigText) -> RowsConfig:
     import_package("trl", f"{text.place}: data.train")
     training, data = text.values.get("training"), text.values.get("data")
     prefers = isinstance(data, dict) and data.get("format") == "preference"
-    target = training_class(training if isinstance(training, dict) else {}, prefers)
+    training = training if isinstance(training, dict) else {}
+    target = training_class(training, prefers)
     rate = {} if text.values.get("method") == "full" else {"learning_rate": ADAPTER_RATE}
     chosen = {key: value for key, value in ROWS_DEFAULTS.items() if key in _keys(target)}
-    return text.checked(RowsConfig, target, {**chosen, **rate})
+    stopping = _stopping(text, training) if text.values.get("early_stopping") is not None else {}
+    return text.checked(RowsConfig, target, {**chosen, **rate, **stopping})
+
+
+def _stopping(text: ConfigText, training: dict[str, Any]) -> dict[str, Any]:
+    """Defaults with early stopping: a checkpoint after each evaluation, of which the best is loaded at the end."""
+    if str(training.get("eval_strategy", "no")) == "no":
+        raise ConfigError(
+            f"{text.place}: early_stopping: needs the loss on validation rows; set training.eval_strategy to epoch or "
+            "steps, or leave early_stopping out"
+        )
+    alike = {"save_strategy": "eval_strategy", "save_steps": "eval_steps"}
+    return {"load_best_model_at_end": True} | {k: training[v] for k, v in alike.items() if v in training}
 
 
 def training_class(training: dict[str, Any], prefers: bool) -> type[TrainingArguments]:
@@ -106,7 +129,10 @@ def training_class(training: dict[str, Any], prefers: bool) -> type[TrainingArgu
 
 
 def check_training_keys(training: dict[str, Any], target: type[TrainingArguments], found: str) -> dict[str, Any]:
-    """The keys for ``target``, ours aside; raises ConfigError if one belongs to another trainer."""
+    """The keys for ``target``, ours aside; raises ConfigError if one belongs to another trainer, or to none here."""
+    for key, remedy in DECIDED.items():
+        if key in training:
+            raise ConfigError(f"training.{key}: is not for rows: {remedy}; leave it out")
     foreign = sorted(training.keys() - _keys(target) - ROWS_DEFAULTS.keys())
     if foreign:
         raise ConfigError(

@@ -62,8 +62,10 @@ def _wording(model: type[BaseModel], path: tuple[str, ...], found: dict[str, Any
 def _keys_beside(model: type[BaseModel], path: tuple[str, ...]) -> list[str]:
     """The valid keys of the block in which ``path`` ends."""
     for key in path[:-1]:
-        block = model.model_fields[key].annotation
-        if not (isinstance(block, type) and issubclass(block, BaseModel)):
+        annotation: Any = model.model_fields[key].annotation
+        blocks = [one for one in (annotation, *typing.get_args(annotation)) if isinstance(one, type)]
+        block = next((one for one in blocks if issubclass(one, BaseModel)), None)
+        if block is None:
             return []
         model = block
     return list(model.model_fields)

@@ -18,8 +18,8 @@ SHOWN = 10
 
 @dataclass
 class RowsAccount:
-    """What one reading found. ``cut`` rows are longer than ``max_length``; of ``dropped`` ones nothing that is trained
-    is left then. ``repeated`` rows are kept; ``also_in_test`` ones are left out of training."""
+    """What one reading found. ``cut`` rows are longer than ``max_length``; ``dropped`` ones have nothing within it that
+    is trained. ``repeated`` rows are kept; ``also_in_test`` ones are left out of training."""
 
     max_length: int | None
     formats: Counter[str] = field(default_factory=Counter)
@@ -39,16 +39,13 @@ class RowsAccount:
         if len(self.faults) < SHOWN:
             self.faults.append(text)
 
-    def add(self, length: int, trained: int, trained_within: int) -> bool:
-        """Count a row of ``length`` tokens; false if nothing trained is within ``max_length``."""
+    def add(self, length: int, trained: int) -> bool:
+        """Count a row of ``length`` tokens, of which so many are trained within ``max_length``; false if none are."""
         self.lengths.append(length)
-        if self.max_length is not None and length > self.max_length:
-            self.cut += 1
-            if not trained_within:
-                self.dropped += 1
-                return False
-        self.trained += trained_within
-        return True
+        self.cut += self.max_length is not None and length > self.max_length
+        self.dropped += not trained
+        self.trained += trained
+        return trained > 0
 
     def plain(self) -> dict[str, Any]:
         """For JSON."""

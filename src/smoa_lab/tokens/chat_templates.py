@@ -7,6 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from smoa.errors import ConfigError
@@ -35,6 +36,10 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> N
             "use alpaca, which needs none"
         )
     tokenizer.chat_template = template
+    try:
+        tokenizer.apply_chat_template(GREETING, tokenize=False)
+    except (TemplateError, TypeError) as error:
+        raise ConfigError(f"data.chat_template: {name} cannot be used: {error}; correct it, or name another") from error
 
 
 def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -54,14 +59,17 @@ def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
         return str(tokenizer.get_chat_template())
     try:
         found: str | None = utilities.get_training_chat_template(tokenizer)
-    except ValueError:  # not one that TRL knows
+    except (ValueError, TypeError, TemplateError):  # not one that TRL knows
         return None
     return found
 
 
 def stop_at_turns_end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Let ``generate`` stop at the token that ends a turn in the template, where that is a token of its own."""
-    text = str(tokenizer.apply_chat_template(GREETING, tokenize=False)).rstrip()
+    try:
+        text = str(tokenizer.apply_chat_template(GREETING, tokenize=False)).rstrip()
+    except (TemplateError, TypeError):  # it wants other turns, and no row may have them
+        return
     last = tokenizer(text, add_special_tokens=False)["input_ids"][-1]
     config: Any = model.generation_config
     known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
@@ -102,9 +110,11 @@ def _template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
         return alpaca(tokenizer)
     if name.endswith((".jinja", ".j2")):
         file = Path(name).expanduser()
-        if not file.is_file():
-            raise ConfigError(f"data.chat_template: {name}: no such file")
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ConfigError(f"data.chat_template: {name}: {reason}; name a template in UTF-8") from error
     folder = resources.files("trl") / "chat_templates"
     known = {file.name.removesuffix(".jinja") for file in folder.iterdir() if file.name.endswith(".jinja")}
     known = {one for one in known if not one.endswith("_training")}

@@ -6,13 +6,15 @@ TRL's own preparation gives the same tokens wherever it can mark the assistant's
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import groupby
 from typing import Any, Literal
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from smoa.errors import DataError
@@ -35,8 +37,8 @@ class Tokens:
 
     @property
     def trained(self) -> int:
-        """How many tokens the loss is taken at."""
-        return sum(label != IGNORED for label in self.labels)
+        """How many tokens the loss is taken at: the first one is never predicted."""
+        return sum(label != IGNORED for label in self.labels[1:])
 
     def cut(self, length: int | None) -> Tokens:
         """The first ``length`` tokens."""
@@ -57,7 +59,12 @@ class RowEncoder:
         self.eos = str(tokenizer.eos_token or "")
 
     def encode(self, example: Example) -> Tokens:
-        """Token ids and labels; of a preference those of the chosen answer."""
+        """Token ids and labels; of a preference those of the chosen answer.
+
+        Raises:
+            ConfigError: the model has no chat template.
+            DataError: the template refuses this row, or hides where its turns are.
+        """
         if isinstance(example, Preference):
             example = side(example, "chosen")
         if isinstance(example, Passage):
@@ -88,9 +95,13 @@ class RowEncoder:
         return _trained_after(prompt, ids)
 
     def _completion(self, talk: Conversation) -> Tokens:
-        ids = self._chat(talk.messages)
-        asked = talk.messages[: talk.prompt_turns]
-        return _trained_after(self._chat(asked, add_generation_prompt=True) if self.completion_only else [], ids)
+        asked, said = talk.messages[: talk.prompt_turns], talk.messages[talk.prompt_turns :]
+        prompt = self._chat(asked, add_generation_prompt=True) if self.completion_only else []
+        if not (prompt and self.assistant_only and any(one.role == "user" for one in said)):
+            return _trained_after(prompt, self._chat(talk.messages))
+        whole = self._conversation(talk.messages)
+        later = _trained_after(prompt, whole.input_ids).labels
+        return Tokens(whole.input_ids, [min(pair) for pair in zip(whole.labels, later, strict=True)])
 
     def _conversation(self, messages: Sequence[Message]) -> Tokens:
         if not self.assistant_only:
@@ -111,30 +122,30 @@ class RowEncoder:
             span for span, one in zip(self._spans(text, messages), messages, strict=True) if one.role == "assistant"
         ]
         found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, starts = list(found["input_ids"]), [start for start, _ in found["offset_mapping"]]
+        ids, (starts, ends) = list(found["input_ids"]), zip(*found["offset_mapping"], strict=True)
         labels = [IGNORED] * len(ids)
         for start, end in spans:
-            inside = slice(bisect_left(starts, start), bisect_left(starts, end))
+            inside = slice(bisect_right(ends, start), bisect_left(starts, end))  # also a token across the start
             labels[inside] = ids[inside]
         return Tokens(ids, labels)
 
     def _spans(self, text: str, messages: Sequence[Message]) -> Iterator[tuple[int, int]]:
         """Where each message's content begins and its turn ends: what lies between is the template's own text."""
         between = self._text([Message(one.role, MARK) for one in messages]).split(MARK)
-        place = 0
-        for number, message in enumerate(messages):
-            start = place + len(between[number])
-            content = next(
-                (one for one in (message.content, message.content.strip()) if text.startswith(one, start)), None
-            )
-            if content is None or not text.startswith(between[number], place):
+        place = len(between[0]) if len(between) == len(messages) + 1 and text.startswith(between[0]) else None
+        for message, after in zip(messages, between[1:], strict=False):
+            said = message.content
+            trimmed = (said, said.strip(), said.lstrip(), said.rstrip())
+            content = next((one for one in trimmed if place is not None and text.startswith(one + after, place)), None)
+            if place is None or content is None:
                 raise DataError(
                     "data.chat_template: this model's template changes what is said, so the assistant's turns cannot "
                     "be told apart; name another template, or set training.assistant_only_loss: false to train on "
                     "whole conversations"
                 )
-            place = start + len(content)
-            yield start, place + len(self.closing) * text.startswith(self.closing, place)
+            end = place + len(content)
+            yield place, end + len(self.closing) * text.startswith(self.closing, end)
+            place = end + len(after)
 
     @cached_property
     def closing(self) -> str:
@@ -142,18 +153,30 @@ class RowEncoder:
         return self._text([Message("user", MARK), Message("assistant", MARK)]).rpartition(MARK)[2].rstrip()
 
     def _text(self, messages: Sequence[Message]) -> str:
-        return str(self.tokenizer.apply_chat_template([asdict(one) for one in messages], tokenize=False))
+        with _refusals():
+            return str(self.tokenizer.apply_chat_template([asdict(one) for one in messages], tokenize=False))
 
     def _chat(self, messages: Sequence[Message], **options: Any) -> list[int]:
         return list(self._apply(messages, **options)["input_ids"])
 
     def _apply(self, messages: Sequence[Message], **options: Any) -> Any:
-        return self.tokenizer.apply_chat_template(
-            [asdict(one) for one in messages], tokenize=True, return_dict=True, **options
-        )
+        with _refusals():
+            return self.tokenizer.apply_chat_template(
+                [asdict(one) for one in messages], tokenize=True, return_dict=True, **options
+            )
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text)["input_ids"])
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    try:
+        yield
+    except (TemplateError, TypeError) as error:
+        raise DataError(
+            f"the chat template refuses this row: {error}; change the row, or name another data.chat_template"
+        ) from error
 
 
 def trained_pieces(tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> list[tuple[str, bool]]:

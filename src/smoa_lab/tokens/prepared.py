@@ -40,7 +40,7 @@ Part = Literal["train", "validation", "test"]
 PARTS: tuple[Part, ...] = ("train", "validation", "test")
 
 # Raised whenever the tokens of a row would change, so that no stale ones are used.
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -180,9 +180,10 @@ class _Reading:
         try:
             tokens = self.encoder.encode(example)
         except DataError as error:
-            raise DataError(f"{where}: {error}") from error
+            self.account.add_bad(f"{where}: {error}")
+            return
         within = tokens.cut(self.wanted.max_length)
-        if self.account.add(len(tokens.input_ids), tokens.trained, within.trained):
+        if self.account.add(len(tokens.input_ids), within.trained):
             self.account.parts[part] += 1
             row = {"input_ids": within.input_ids, "labels": within.labels}
             self.writers[part].write({**row, "example": json.dumps(plain_example(example))})
@@ -216,8 +217,19 @@ def row_features() -> Any:
 
 def content_digest(example: Example) -> str:
     """Equal for rows that say the same, whatever their white space and case."""
-    texts = json.dumps(plain_example(example), ensure_ascii=False)
-    return sha256(" ".join(texts.split()).casefold().encode()).hexdigest()
+    return sha256(json.dumps(_evened(plain_example(example))).encode()).hexdigest()
+
+
+def _evened(value: Any) -> Any:
+    """The same without white space and case, also within dictionaries and lists."""
+    match value:
+        case str():
+            return " ".join(value.split()).casefold()
+        case dict():
+            return {key: _evened(one) for key, one in value.items()}
+        case list() | tuple():
+            return [_evened(one) for one in value]
+    return value
 
 
 KINDS: dict[str, type[Example]] = {"conversation": Conversation, "passage": Passage, "preference": Preference}

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch.distributed as dist
 from peft import get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from smoa.errors import ConfigError
 from smoa.layers.distributed import is_distributed
@@ -116,13 +117,18 @@ def checked_arguments(arguments: TrainingArguments) -> TrainingArguments:
     """The same, pinning memory only for a GPU.
 
     Raises:
-        ConfigError: accelerate counts fewer processes than there are.
+        ConfigError: accelerate counts fewer processes than there are, or a package of ``report_to`` is not installed.
     """
     if is_distributed() and arguments.world_size < dist.get_world_size():
         raise ConfigError(
             f"training.deepspeed: accelerate counts {arguments.world_size} of {dist.get_world_size()} processes, as it "
             "does for DeepSpeed without a GPU, and all would train on the same data; leave deepspeed out, or use GPUs"
         )
+    try:
+        for reporter in get_reporting_integration_callbacks(arguments.report_to):
+            reporter()
+    except (RuntimeError, ImportError, ValueError) as error:
+        raise ConfigError(f"training.report_to: {error}") from error
     # Pinned memory speeds up copies to a GPU; without one torch only warns.
     arguments.dataloader_pin_memory &= arguments.device.type == "cuda"
     return arguments

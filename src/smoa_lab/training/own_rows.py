@@ -10,11 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from peft.tuners.tuners_utils import check_target_module_exists
+from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from smoa.errors import ConfigError, DataError
 from smoa_lab.basics.extras import import_package, require
 from smoa_lab.basics.foreign import foreign_warnings_ignored
+from smoa_lab.config.methods import METHODS
 from smoa_lab.config.rows_config import RowsConfig, RowsSection, check_training_keys, training_class
 from smoa_lab.rows.formats import Preference
 from smoa_lab.rows.sources import FileSource, HubSource, Source
@@ -32,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 NEW_TOKENS = 128
 """Of a sample answer."""
+REFERENCE = "ref"
+"""DPOTrainer's name of its copy of the untrained adapter, which it compares with."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,8 @@ class OwnRows(Lesson):
         return int(self.tokenizer.pad_token_id or 0)
 
     def arguments(self) -> TrainingArguments:
+        self._check_evaluation()
+        self._check_head()
         prefers = self.prefers
         target = training_class({}, prefers)
         training = check_training_keys(self.config.training, target, self.rows.account["format"])
@@ -74,6 +80,23 @@ class OwnRows(Lesson):
                 return checked_arguments(target(**training))
         except (ValueError, TypeError) as error:
             raise ConfigError(f"training: {error}") from error
+
+    def _check_evaluation(self) -> None:
+        if self.config.validates and not self.rows.account["parts"].get("validation"):
+            raise ConfigError(
+                f"data.validation_part: {self.config.data.validation_part} of the rows are none, and "
+                "training.eval_strategy needs some; raise it, give more rows, or leave eval_strategy out"
+            )
+
+    def _check_head(self) -> None:
+        """TRL computes the loss from the output layer's own weight."""
+        wanted = METHODS[self.config.method].peft_config(self.config.adapter)
+        head = self.base.get_output_embeddings()
+        name = next((name for name, module in self.base.named_modules() if module is head), None)
+        if wanted is not None and name is not None and check_target_module_exists(wanted, name):
+            raise ConfigError(
+                f"adapter.target_modules: names {name}, which TRL would not train; leave it out, or train on questions"
+            )
 
     def looks(self, alone: bool) -> RowLooks:
         return RowLooks(self, alone)
@@ -88,9 +111,18 @@ class OwnRows(Lesson):
                 eval_dataset=self._part("validation", self.config.data.validation_examples),
                 **options,
             )
-        except ValueError as error:  # such as an adapter on lm_head
+        except ValueError as error:
             raise ConfigError(f"training: TRL refuses: {error}") from error
+        vars(trainer)["create_model_card"] = lambda **_: None  # the adapter gets a card of ours
+        if self.config.early_stopping is not None:
+            trainer.add_callback(EarlyStoppingCallback(self.config.early_stopping))
         return trainer
+
+    def fit(self, arguments: TrainingArguments, checkpoint: str | None) -> tuple[Any, Trainer, float]:
+        model, trainer, seconds = super().fit(arguments, checkpoint)
+        if REFERENCE in getattr(model, "peft_config", {}):
+            model.delete_adapter(REFERENCE)  # else it would be saved too
+        return model, trainer, seconds
 
     def held_out_nll(self, model: Any) -> list[tuple[float, int]]:
         losses = self.losses(model, self.rows.part("test", self.config.data.test_examples, self.config.data.seed))

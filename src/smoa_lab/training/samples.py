@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import re
+
 NAMES = {"reference": "Reference", "before": "Before", "after": "After"}
-FENCE = "`" * 5
-"""Longer than any that an answer is likely to have."""
 
 
 def samples_text(samples: list[dict[str, str]], level: int = 2) -> str:
@@ -18,4 +18,5 @@ def _sample(number: int, sample: dict[str, str], level: int) -> str:
 
 
 def _block(text: str) -> str:
-    return f"{FENCE}text\n{text.strip() or '(nothing)'}\n{FENCE}\n\n"
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))  # longer than any in the text
+    return f"{fence}text\n{text.strip() or '(nothing)'}\n{fence}\n\n"

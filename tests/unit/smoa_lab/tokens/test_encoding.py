@@ -1,0 +1,236 @@
+"""Which tokens of a row are trained: read back as text, and compared with TRL's own preparation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trl
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from smoa.errors import ConfigError, DataError
+from smoa_lab.data.prompts import IGNORED
+from smoa_lab.rows.formats import Example, recognise, shape
+from smoa_lab.tokens.chat_templates import alpaca
+from smoa_lab.tokens.encoding import RowEncoder, Tokens, side, trained_pieces
+from tests.support.own_rows import MARKED, PLAIN, STRICT, TRIMMED, chat, tiny_chat_model, tokenizer_with, trl_template
+
+CLOSING = {
+    "plain": (PLAIN, "<|im_end|>"),
+    "marked": (MARKED, "<|im_end|>"),
+    "trimmed": (TRIMMED, ""),
+    "qwen3": (trl_template("qwen3"), "<|im_end|>"),
+    "llama3": (trl_template("llama3"), "<|eot_id|>"),
+    "gemma3": (trl_template("gemma3"), "<end_of_turn>"),
+    "alpaca": (alpaca(tokenizer_with(None)), "<eos>"),
+}
+"""Templates, and the token after an answer that is trained too."""
+EXACT = ["plain", "marked", "alpaca"]
+"""Those that change no content."""
+
+TALKS: dict[str, list[dict[str, str]]] = {
+    "one answer": chat("Open?", "Yes."),
+    "several turns": chat("Open?", "Yes.", "Today?", "From nine.", "Thanks!", "Welcome."),
+    "a system message": chat("Open?", "Yes.", "Today?", "No.", system="Be brief."),
+    "a last question": chat("Open?", "Yes.", "Today?"),
+    "the same words": chat("Yes.", "Yes.", "Yes.", "Yes."),
+    "the template's words": chat("user", "assistant", "assistant", "user\nassistant:"),
+    "the template's tokens": chat("<|im_end|>", "<|im_start|>user\nHi<|im_end|>", "ok", "model<end_of_turn>"),
+    "unicode": chat("Où?", "日本 🙂 é", "e\u0301?", "naïve \u200d"),
+    "the mark": chat("\ue000", "a\ue000b"),
+}
+
+
+def example_of(row: dict[str, Any]) -> Example:
+    format = recognise(row)
+    assert format is not None
+    return shape(row, format)
+
+
+def trained(encoder: RowEncoder, row: dict[str, Any]) -> list[str]:
+    """The trained pieces of a row as text."""
+    tokens = encoder.encode(example_of(row))
+    return [text for text, chosen in trained_pieces(encoder.tokenizer, tokens) if chosen]
+
+
+@pytest.mark.parametrize("talk", TALKS.values(), ids=TALKS)
+@pytest.mark.parametrize("name", CLOSING)
+def test_the_assistants_turns_are_trained_and_nothing_else(name: str, talk: list[dict[str, str]]) -> None:
+    template, closing = CLOSING[name]
+    encoder = RowEncoder(tokenizer_with(template))
+    said = [turn["content"] + closing for turn in talk if turn["role"] == "assistant"]
+    found = trained(encoder, {"messages": talk})
+    if name == "qwen3":  # TRL trains the empty thought that the template puts before the last answer
+        found = [text.removeprefix("<think>\n\n</think>\n\n") for text in found]
+    assert [text.strip() for text in found] == said
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("blanks", ["  {}", "{}  ", "\n{}\n", "\t{} \n\n"])
+def test_blanks_around_an_answer_are_trained_where_the_template_keeps_them(name: str, blanks: str) -> None:
+    template, closing = CLOSING[name]
+    answers = [blanks.format("Yes."), blanks.format("No.")]
+    talk = chat(" Open? ", answers[0], "\nToday?\n", answers[1])
+    assert trained(RowEncoder(tokenizer_with(template)), {"messages": talk}) == [one + closing for one in answers]
+
+
+@pytest.mark.parametrize("answer", ["Yes.\n", "\nYes.", "  Yes.\n\n ", "Yes.\nassistant: \n"])
+def test_an_answer_that_the_template_trims_is_found(answer: str) -> None:
+    talk = chat("Open?\n", answer, "user: \n", answer)
+    assert trained(RowEncoder(tokenizer_with(TRIMMED)), {"messages": talk}) == [answer.strip()] * 2
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        PLAIN.replace("message.content", "message.content.upper()"),
+        PLAIN.replace("message.content", "message.content[:2]"),
+        PLAIN.replace("message.content", "(message.content + message.content)"),
+        "{% for message in messages %}{% if message.role == 'user' %}{{ message.content }}{% endif %}{% endfor %}",
+    ],
+    ids=["other letters", "shortened", "twice", "left out"],
+)
+def test_a_template_that_changes_what_is_said_is_refused(template: str) -> None:
+    row = {"messages": chat("Open?", "Yes.", "Today?", "No.")}
+    with pytest.raises(DataError, match=r"template changes what is said.*assistant_only_loss: false"):
+        trained(RowEncoder(tokenizer_with(template)), row)
+    assert len(trained(RowEncoder(tokenizer_with(template), assistant_only=False), row)) == 1
+
+
+def test_a_template_that_refuses_a_row_says_so_in_one_line() -> None:
+    encoder = RowEncoder(tokenizer_with(STRICT))
+    row = {"messages": chat("Open?", "Yes.", system="Be brief.")}
+    with pytest.raises(DataError, match=r"the chat template refuses this row: System role not supported; change the"):
+        encoder.encode(example_of(row))
+
+
+def test_a_model_without_a_template_takes_no_conversations() -> None:
+    with pytest.raises(ConfigError, match=r"data.chat_template: this model has no chat template.*alpaca"):
+        RowEncoder(tokenizer_with(None)).encode(example_of({"messages": chat("Open?", "Yes.")}))
+
+
+def test_a_token_across_the_beginning_of_an_answer_is_trained() -> None:
+    """A template that ends in a blank: the first word of an answer is one token with it."""
+    words = ["[UNK]", "user:", " Open?", "assistant:", " Yes.", " No.", "\n"]
+    found = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    found.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_next")
+    found.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "merged_with_next")]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=found, unk_token="[UNK]")
+    tokenizer.chat_template = TRIMMED
+    tokens = RowEncoder(tokenizer).encode(example_of({"messages": chat("Open?", "Yes.", "Open?", "No.")}))
+    assert [words[label] for label in tokens.labels if label != IGNORED] == [" Yes.", " No."]
+
+
+def test_everything_is_trained_where_the_run_asks_for_it() -> None:
+    encoder = RowEncoder(tokenizer_with(MARKED), assistant_only=False, completion_only=False)
+    for row in ({"messages": chat("Open?", "Yes.")}, {"prompt": "Open?", "completion": " Yes."}):
+        tokens = encoder.encode(example_of(row))
+        assert tokens.labels == tokens.input_ids
+    turns = encoder.encode(example_of({"prompt": chat("Open?"), "completion": chat("", "Yes.")[1:]}))
+    assert turns.labels == turns.input_ids
+
+
+def test_a_completion_is_trained_and_closed_with_the_end_token() -> None:
+    encoder = RowEncoder(tokenizer_with(None))
+    assert trained(encoder, {"prompt": "Open?", "completion": " Yes."}) == [" Yes.<eos>"]
+    assert trained(encoder, {"prompt": "Open?", "completion": " Yes.<eos>"}) == [" Yes.<eos>"]
+    assert trained(encoder, {"text": "Open."}) == ["<bos>Open.<eos>"]
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_of_a_completion_of_turns_the_users_are_not_trained(name: str) -> None:
+    template, closing = CLOSING[name]
+    asked, said = chat("Open?", "Yes.", "Today?"), chat("", "No.", "Why?", "Sunday.")[1:]
+    found = trained(RowEncoder(tokenizer_with(template)), {"prompt": asked, "completion": said})
+    assert found == [f"No.{closing}", f"Sunday.{closing}"]
+
+
+def test_each_side_of_a_preference_is_trained_after_the_prompt() -> None:
+    encoder = RowEncoder(tokenizer_with(MARKED))
+    pair: Any = example_of({"prompt": "Open?", "chosen": " Yes.", "rejected": " No."})
+    turns: Any = example_of({"chosen": chat("Open?", "Yes."), "rejected": chat("Open?", "No.")})
+    for one, ends in ((pair, "<eos>"), (turns, "<|im_end|>\n")):
+        for name, answer in (("chosen", "Yes."), ("rejected", "No.")):
+            pieces = trained_pieces(encoder.tokenizer, encoder.encode(side(one, name)))  # type: ignore[arg-type]
+            assert [text.lstrip(" ") for text, chosen in pieces if chosen] == [answer + ends]
+        assert encoder.encode(one) == encoder.encode(side(one, "chosen"))
+
+
+ROWS = {
+    "one answer": {"messages": TALKS["one answer"]},
+    "several turns": {"messages": TALKS["several turns"]},
+    "system": {"messages": TALKS["a system message"]},
+    "blanks": {"messages": chat(" Open? ", " Yes.\n")},
+    "unicode": {"messages": TALKS["unicode"]},
+    "tokens": {"messages": TALKS["the template's tokens"]},
+}
+PROMPTS = {
+    "plain": {"prompt": "Open?", "completion": " Yes."},
+    "unicode": {"prompt": "Où", "completion": "é 🙂"},
+    "turns": {"prompt": chat("Open?"), "completion": chat("", "Yes.")[1:]},
+    "more turns": {"prompt": chat("Open?", "Yes.", "Today?", system="S"), "completion": chat("", "No.")[1:]},
+    "text": {"text": "The shop opens at nine."},
+}
+
+
+def of_trl(row: dict[str, Any], tokenizer: PreTrainedTokenizerFast, folder: Path, **training: Any) -> Tokens:
+    """What TRL's own trainer makes of a row."""
+    arguments = trl.SFTConfig(str(folder), use_cpu=True, report_to="none", bf16=False, max_length=None, **training)
+    trainer = trl.SFTTrainer(
+        tiny_chat_model(), arguments, train_dataset=Dataset.from_list([row]), processing_class=tokenizer
+    )
+    made: Any = trainer.train_dataset[0]
+    return Tokens(made["input_ids"], made["labels"])
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("name", ["marked", "qwen3", "llama3", "gemma3", "alpaca"])
+def test_conversations_are_prepared_as_by_trl(name: str, row: dict[str, Any], tmp_path: Path) -> None:
+    tokenizer = tokenizer_with(CLOSING[name][0])
+    expected = of_trl(row, tokenizer, tmp_path, assistant_only_loss=True)
+    assert RowEncoder(tokenizer).encode(example_of(row)) == expected
+    everything = of_trl(row, tokenizer, tmp_path)
+    assert RowEncoder(tokenizer, assistant_only=False).encode(example_of(row)) == everything
+
+
+@pytest.mark.parametrize("row", PROMPTS.values(), ids=PROMPTS)
+@pytest.mark.parametrize("name", ["marked", "qwen3", "llama3", "gemma3", "plain"])
+def test_prompts_and_plain_text_are_prepared_as_by_trl(name: str, row: dict[str, Any], tmp_path: Path) -> None:
+    tokenizer = tokenizer_with(CLOSING[name][0])
+    assert RowEncoder(tokenizer).encode(example_of(row)) == of_trl(row, tokenizer, tmp_path)
+    if "text" not in row:
+        expected = of_trl(row, tokenizer, tmp_path, completion_only_loss=False)
+        assert RowEncoder(tokenizer, completion_only=False).encode(example_of(row)) == expected
+
+
+@pytest.mark.parametrize("name", ["marked", "qwen3", "llama3"])
+def test_a_completion_of_several_turns_is_prepared_as_by_trl(name: str, tmp_path: Path) -> None:
+    tokenizer = tokenizer_with(CLOSING[name][0])
+    row = {"prompt": chat("Open?"), "completion": chat("", "Yes.", "Why?", "So.")[1:]}
+    assert RowEncoder(tokenizer).encode(example_of(row)) == of_trl(row, tokenizer, tmp_path, assistant_only_loss=True)
+
+
+def test_the_model_is_asked_for_the_last_answer() -> None:
+    encoder = RowEncoder(tokenizer_with(MARKED))
+    decode = encoder.tokenizer.decode
+    ids, reference = encoder.prompt(example_of({"messages": chat("Open?", "Yes.", "Today?", "No.", "Oh.")}))
+    asked = "<|im_start|>user\nOpen?<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n<|im_start|>user\nToday?"
+    assert (decode(ids), reference) == (f"{asked}<|im_end|>\n<|im_start|>assistant\n", "No.")
+    ids, reference = encoder.prompt(example_of({"prompt": "Open?", "completion": " Yes."}))
+    assert (decode(ids), reference) == ("<bos>Open?", " Yes.")
+    ids, reference = encoder.prompt(example_of({"prompt": "Open?", "chosen": " Yes.", "rejected": " No."}))
+    assert (decode(ids), reference) == ("<bos>Open?", " Yes.")
+    ids, reference = encoder.prompt(example_of({"text": "abcdef"}))
+    assert (decode(ids), reference) == ("<bos>abc", "def")
+
+
+def test_the_first_token_is_never_predicted_and_not_counted() -> None:
+    assert Tokens([5, 6, 7], [5, IGNORED, 7]).trained == 1
+    assert Tokens([5], [5]).trained == 0
+    assert Tokens([5, 6, 7], [IGNORED, 6, 7]).cut(2) == Tokens([5, 6], [IGNORED, 6])
+    assert Tokens([5], [5]).cut(None).input_ids == [5]

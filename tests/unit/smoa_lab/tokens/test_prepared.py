@@ -1,0 +1,257 @@
+"""Rows on disk: which part a row is in, what is counted, and what a second reading costs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from smoa.errors import ConfigError, DataError
+from smoa_lab.rows.formats import Conversation, Message, Passage, Preference
+from smoa_lab.rows.sources import FileSource
+from smoa_lab.tokens import prepared
+from smoa_lab.tokens.encoding import RowEncoder
+from smoa_lab.tokens.prepared import (
+    PreparedRows,
+    RowsWanted,
+    Shares,
+    content_digest,
+    example_of,
+    plain_example,
+    prepare_rows,
+)
+from tests.support.own_rows import MARKED, STRICT, chat, chats, tokenizer_with, write_rows
+from tests.support.processes import ROOT, environment
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache folder of a test."""
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "rows"
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Rows in a list, and how often they were read."""
+
+    values: list[dict[str, Any]]
+    version: int = 0
+    reads: list[int] = field(default_factory=list)
+    name: str = "listed"
+
+    def check(self) -> None: ...
+
+    def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        self.reads.append(1)
+        yield from ((f"row {number}", row) for number, row in enumerate(self.values, start=1))
+
+    def state(self) -> Any:
+        return [self.version, len(self.values)]
+
+
+def texts(number: int, start: int = 0) -> list[dict[str, Any]]:
+    return [{"text": f"Text number {i}."} for i in range(start, start + number)]
+
+
+def prepare(train: Any, test: Any = None, template: str | None = MARKED, **wanted: Any) -> PreparedRows:
+    options = {"format": None, "shares": Shares(), "max_length": 1024, **wanted}
+    return prepare_rows(RowsWanted(train, test, **options), RowEncoder(tokenizer_with(template)))
+
+
+def test_every_row_lies_in_one_part() -> None:
+    rows = prepare(Listed(texts(1000)), shares=Shares(validation=0.1, test=0.2))
+    parts = rows.account["parts"]
+    assert sum(parts.values()) == 1000
+    assert parts["validation"] == pytest.approx(100, abs=30)
+    assert parts["test"] == pytest.approx(200, abs=40)
+    found = [example.text for part in ("train", "validation", "test") for example in rows.examples(part, 1000)]
+    assert sorted(found) == sorted(row["text"] for row in texts(1000))
+
+
+def test_a_row_stays_in_its_part_when_rows_are_added_or_validation_is_asked_for() -> None:
+    def held_out(number: int, validation: float) -> set[str]:
+        rows = prepare(Listed(texts(number)), shares=Shares(validation, test=0.2))
+        return {example.text for example in rows.examples("test", 1000)}
+
+    first = held_out(100, 0.0)
+    assert first == held_out(100, 0.3)
+    assert first <= held_out(200, 0.0)
+
+
+def test_a_repeated_row_never_lies_in_two_parts() -> None:
+    again = [{"text": f"  TEXT number\t{i}."} for i in range(100)]
+    rows = prepare(Listed(texts(100) + again), shares=Shares(validation=0.3, test=0.3))
+    digests = [{content_digest(one) for one in rows.examples(part, 200)} for part in ("train", "validation", "test")]
+    assert rows.account["repeated"] == 100
+    assert sum(map(len, digests)) == len(set.union(*digests)) == 100
+
+
+def test_training_rows_that_the_test_data_have_are_left_out() -> None:
+    rows = prepare(Listed(texts(10)), Listed(texts(5, start=8), name="test"), shares=Shares())
+    assert rows.account["parts"] == {"test": 5, "train": 8}
+    assert (rows.account["also_in_test"], rows.account["repeated"]) == (2, 0)
+
+
+def test_labels_and_ids_are_those_of_the_encoder_and_are_cut() -> None:
+    encoder = RowEncoder(tokenizer_with(MARKED))
+    rows = prepare(Listed(chats(5)), shares=Shares(test=0), max_length=40)
+    expected = [encoder.encode(example).cut(40) for example in rows.examples("train", 5)]
+    data = rows.part("train")
+    assert data["input_ids"][:] == [tokens.input_ids for tokens in expected]
+    assert data["labels"][:] == [tokens.labels for tokens in expected]
+    assert rows.account["cut"] == 5
+
+
+def test_rows_of_which_nothing_trained_is_left_are_dropped() -> None:
+    long = {"messages": chat("a" * 500, "Yes.")}
+    exactly = {"messages": chat("b" * (100 - 52), "Yes.")}
+    rows = prepare(Listed([*chats(3), long, exactly]), shares=Shares(test=0), max_length=100)
+    assert rows.account["dropped"] == 1
+    assert rows.account["parts"] == {"train": 4}
+    assert all(any(label >= 0 for label in labels[1:]) for labels in rows.part("train")["labels"])
+
+
+def test_a_row_without_anything_trained_is_dropped_however_short_it_is() -> None:
+    """The only token of a text is never predicted."""
+    tokenizer = tokenizer_with(None)
+    tokenizer.eos_token = None
+    encoder = RowEncoder(tokenizer)
+    encoder.tokenizer.backend_tokenizer.post_processor = None
+    source = Listed([{"text": "a"}, {"text": "ab"}])
+    rows = prepare_rows(RowsWanted(source, None, None, Shares(test=0), None), encoder)
+    assert rows.account["parts"] == {"train": 1}
+    assert rows.account["dropped"] == 1
+
+
+def test_where_no_row_is_left_the_reasons_are_counted_and_nothing_is_kept(cache: Path) -> None:
+    with pytest.raises(DataError, match=r"listed: leaves no rows .* 3 have nothing trained within 20 tokens"):
+        prepare(Listed(chats(3)), max_length=20)
+    with pytest.raises(DataError, match=r"leaves no rows .* 3 are in the test data too"):
+        prepare(Listed(texts(3)), Listed(texts(3), name="test"))
+    with pytest.raises(DataError, match=r"leaves no rows .* 3 are held out"):
+        prepare(Listed(texts(3)), shares=Shares(test=0.999999))
+    assert not [entry for entry in cache.iterdir() if entry.is_dir()]
+
+
+def test_the_first_row_decides_the_format_and_others_are_bad() -> None:
+    rows = prepare(Listed([*texts(2), *chats(1), {"text": ""}]))
+    assert rows.account["format"] == "text"
+    assert rows.account["bad"] == 2
+    assert rows.account["faults"][0].startswith("row 3: text: is missing, expected in each row of the format text")
+
+
+def test_rows_that_the_template_refuses_are_bad_rows() -> None:
+    refused = {"messages": chat("Open?", "Yes.", system="Be brief.")}
+    rows = prepare(Listed([*chats(2), refused, refused]), template=STRICT, shares=Shares(test=0))
+    assert rows.account["parts"] == {"train": 2}
+    assert rows.account["bad"] == 2
+    assert rows.account["faults"][0].startswith("row 3: the chat template refuses this row: System role not supported")
+
+
+def test_a_model_without_a_template_leaves_nothing_behind(cache: Path) -> None:
+    with pytest.raises(ConfigError, match="has no chat template"):
+        prepare(Listed(chats(2)), template=None)
+    assert not [entry for entry in cache.iterdir() if entry.is_dir()]
+
+
+def test_rows_are_read_once_and_again_when_anything_changed() -> None:
+    source = Listed(texts(4))
+    for _ in range(2):
+        prepare(source)
+    assert len(source.reads) == 1
+    changes: list[dict[str, Any]] = [
+        {"max_length": 9},
+        {"shares": Shares(0.5)},
+        {"format": "text"},
+        {"template": STRICT},
+    ]
+    for change in changes:
+        prepare(source, **change)
+    assert len(source.reads) == 5
+    changed = Listed(texts(4), version=1)
+    prepare(changed)
+    assert len(changed.reads) == 1
+
+
+def test_a_file_that_changed_is_read_again(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "rows.jsonl", texts(3))
+    assert prepare(FileSource(file), shares=Shares(test=0)).account["parts"] == {"train": 3}
+    os.utime(file, ns=(1, 1))
+    write_rows(file, texts(4))
+    assert prepare(FileSource(file), shares=Shares(test=0)).account["parts"] == {"train": 4}
+
+
+def test_so_many_rows_are_drawn_the_same_ones_each_time() -> None:
+    rows = prepare(Listed(texts(50)), shares=Shares(test=0))
+    drawn = rows.part("train", 7, seed=3)
+    assert len(drawn) == 7
+    assert drawn["example"][:] == rows.part("train", 7, seed=3)["example"][:]
+    assert drawn["example"][:] != rows.part("train", 7, seed=4)["example"][:]
+    assert len(rows.part("train", 51)) == 50
+    assert len(rows.part("test")) == len(rows.part("train", 0)) == 0
+
+
+def test_a_reading_that_fails_leaves_nothing_behind(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepared, "content_digest", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(Listed(texts(3)))
+    assert not [entry for entry in cache.iterdir() if entry.is_dir()]
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        Conversation((Message("user", "é\n"), Message("assistant", "b")), prompt_turns=1),
+        Passage("text", "prompt"),
+        Preference("a", "b", "c"),
+        Preference((Message("user", "a"),), (Message("assistant", "b"),), (Message("assistant", "c"),)),
+    ],
+)
+def test_an_example_survives_json(example: Any) -> None:
+    assert example_of(json.loads(json.dumps(plain_example(example)))) == example
+
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+from smoa_lab.rows.sources import FileSource
+from smoa_lab.tokens.encoding import RowEncoder
+from smoa_lab.tokens.prepared import RowsWanted, Shares, prepare_rows
+from tests.support.own_rows import tokenizer_with
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+def prepare(file):
+    prepare_rows(RowsWanted(FileSource(Path(file)), None, None, Shares(), None), RowEncoder(tokenizer_with(None)))
+    return peak()
+
+print(prepare(sys.argv[1]), prepare(sys.argv[2]))
+"""
+
+
+@pytest.mark.slow  # a process that imports everything, and 7,200 long rows
+def test_the_memory_does_not_grow_with_the_file(tmp_path: Path, cache: Path) -> None:
+    """The tokens of the second file would take 100 MiB."""
+    numbers = {"few.jsonl": 1200, "many.jsonl": 6000}
+    files = [
+        write_rows(tmp_path / name, [{"text": f"{i} " + "word " * 200} for i in range(numbers[name])])
+        for name in numbers
+    ]
+    command = [sys.executable, "-c", MEMORY, *map(str, files)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    few, many = map(int, done.stdout.split())
+    assert many - few < 40, f"{few} MiB before, {many} MiB after"
