@@ -47,6 +47,16 @@ class UpdateSpectrum:
         return effective_rank(self.update_values)
 
     @property
+    def relative_spectral_norm(self) -> float:
+        """‖ΔW‖₂ / ‖W‖₂: how far the update can move an output, beside the farthest that W does."""
+        return float(self.update_values[0] / self.weight_values[0])
+
+    @property
+    def stable_rank(self) -> float:
+        """‖ΔW‖_F² / ‖ΔW‖₂²; 0 if ΔW is zero."""
+        return stable_rank(self.update_values)
+
+    @property
     def coverage(self) -> float:
         """Mean of `j / q` under the energy on both sides; 0 if ΔW is zero."""
         energy = self.input_energy + self.output_energy
@@ -106,13 +116,13 @@ def update_size(weight: Tensor, delta_weight: Tensor) -> UpdateSize:
     """
     W, delta = _wide(weight, delta_weight)
     U, sigma, _ = torch.linalg.svd(W, full_matrices=False)
-    norm, spectral_norm = float(delta.norm()), float(torch.linalg.svdvals(delta)[0])
+    values = torch.linalg.svdvals(delta)
     after = torch.linalg.svd(W + delta, full_matrices=False)[0][:, :INTRUDERS_AMONG]
     likeness = (after.T @ U).abs().amax(dim=1)
     return UpdateSize(
-        relative_norm=norm / float(W.norm()),
-        relative_spectral_norm=spectral_norm / float(sigma[0]),
-        stable_rank=(norm / spectral_norm) ** 2 if spectral_norm else 0.0,
+        relative_norm=float(delta.norm() / W.norm()),
+        relative_spectral_norm=float(values[0] / sigma[0]),
+        stable_rank=stable_rank(values),
         intruders=int((likeness < INTRUDER_COSINE).sum()),
     )
 
@@ -128,6 +138,12 @@ def _wide(weight: Tensor, delta_weight: Tensor) -> tuple[Tensor, Tensor]:
         matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32)) for matrix in (weight, delta_weight)
     )
     return W, delta
+
+
+def stable_rank(singular_values: Tensor) -> float:
+    """The squared Frobenius norm over the squared spectral norm; 0 for a zero matrix."""
+    largest = float(singular_values[0])
+    return float((singular_values / largest).square().sum()) if largest else 0.0
 
 
 def numerical_rank(singular_values: Tensor) -> int:

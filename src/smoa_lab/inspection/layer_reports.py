@@ -21,11 +21,14 @@ from smoa_lab.runs.layer_updates import adapted_layers, weight_and_update
 from smoa_lab.runs.open_run import adapter_of_run, base_name
 from smoa_lab.training.base_models import load_base_model
 
+TOO_FAR = 0.2
+"""‖ΔW‖₂ / ‖W‖₂ from which a layer is marked: docs/how-to/forgets.md has what was measured."""
+
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One adapted layer: shape of W, trainable parameters, ‖ΔW‖/‖W‖ (Frobenius), ΔW's ranks with the bound that the
-    method sets (None where it isn't known), its coverage of W's spectrum, and the spectrum itself.
+    """One adapted layer: shape of W, trainable parameters, ‖ΔW‖/‖W‖ (Frobenius), ‖ΔW‖₂/‖W‖₂, ΔW's ranks with the bound
+    that the method sets (None where it isn't known), its coverage of W's spectrum, and the spectrum itself.
 
     SMoA only: ``row_blocks`` and ``col_blocks``, the block of every output and input coordinate, and ``bands``, the
     lowest and highest spectral score of each block's coordinates.
@@ -37,19 +40,27 @@ class LayerReport:
     columns: int
     parameters: int
     relative_update: float
+    relative_spectral_norm: float
     rank: int
     rank_bound: int | None
     effective_rank: float
+    stable_rank: float
     coverage: float
     spectrum: UpdateSpectrum
     row_blocks: Tensor | None = None
     col_blocks: Tensor | None = None
     bands: tuple[tuple[float, float], ...] = ()
 
+    @property
+    def moved_too_far(self) -> bool:
+        """Whether much of what W did is likely to be lost."""
+        return self.relative_spectral_norm > TOO_FAR
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, the curves left out."""
-        names = ("module", "method", "rows", "columns", "parameters", "relative_update", "rank", "rank_bound")
-        return {name: getattr(self, name) for name in (*names, "effective_rank", "coverage")}
+        names = ("module", "method", "rows", "columns", "parameters", "relative_update", "relative_spectral_norm")
+        ranks = ("rank", "rank_bound", "effective_rank", "stable_rank", "coverage", "moved_too_far")
+        return {name: getattr(self, name) for name in (*names, *ranks)}
 
 
 def inspect_layers(adapter: str | Path, base: str | None = None, trust_remote_code: bool = False) -> list[LayerReport]:
@@ -80,9 +91,11 @@ def _report(path: str, module: Any, adapter: str, method: str) -> LayerReport:
         columns=update.shape[1],
         parameters=sum(parameter.numel() for parameter in own),
         relative_update=float(update.norm() / weight.norm()),
+        relative_spectral_norm=spectrum.relative_spectral_norm,
         rank=spectrum.rank,
         rank_bound=_rank_bound(module, adapter),
         effective_rank=spectrum.effective_rank,
+        stable_rank=spectrum.stable_rank,
         coverage=spectrum.coverage,
         spectrum=spectrum,
         **_blocks(module, adapter),
