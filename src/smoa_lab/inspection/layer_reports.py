@@ -22,7 +22,7 @@ from smoa_lab.runs.open_run import adapter_of_run, base_name
 from smoa_lab.training.base_models import load_base_model
 
 TOO_FAR = 0.2
-"""‖ΔW‖₂ / ‖W‖₂ from which a layer is marked: docs/how-to/forgets.md has what was measured."""
+"""‖ΔW‖₂ / ‖W‖₂ from which a layer is marked."""
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ def test_a_file_is_cut_into_passages_of_enough_words(tmp_path: Path, monkeypatch
 
 
 def test_articles_of_the_hub_are_read_as_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_dataset(name: str, config: str, **options: Any) -> list[dict[str, str]]:
-        assert (name, config, options) == ("HuggingFaceFW/finewiki", "en", {"split": "train", "streaming": True})
+    def load_dataset(name: str, **options: Any) -> list[dict[str, str]]:
+        assert (name, options) == ("HuggingFaceFW/finewiki", {"split": "train", "streaming": True})
         return [{"text": "word " * 200}] * 3
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
