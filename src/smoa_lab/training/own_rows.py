@@ -77,9 +77,10 @@ class OwnRows(Lesson):
             training |= {} if training.get("packing") else {"max_length": None}
         try:
             with foreign_warnings_ignored():
-                return checked_arguments(target(**training))
+                arguments = target(**training)
         except (ValueError, TypeError) as error:
             raise ConfigError(f"training: {error}") from error
+        return checked_arguments(arguments)
 
     def _check_evaluation(self) -> None:
         if self.config.validates and not self.rows.account["parts"].get("validation"):
