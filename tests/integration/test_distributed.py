@@ -16,10 +16,11 @@ import yaml
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
+from smoa_lab.config.rows_config import check_rows_config
 from smoa_lab.config.run_config import check_config
 from smoa_lab.training import train_run
 from tests.integration.workers.strategies import adapted, labels, layers, micro_batches, train_alone, with_biases
-from tests.support import lab, tiny_models
+from tests.support import lab, own_rows, tiny_models
 from tests.support.processes import ROOT, environment, free_port, run_two
 
 CURVE_TOLERANCE = 1e-5
@@ -206,12 +207,7 @@ def test_accelerate_launch_gives_the_curve_of_one_process_with_twice_the_accumul
         },
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
-    options = [f"--main_process_port={free_port()}", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-    command = [*accelerate, *options, "-m", "smoa", "train", str(tmp_path / "config.yaml")]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=150)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("trainable parameters") == 1
+    launch_two(tmp_path / "config.yaml")
 
     config["training"] |= {"output_dir": str(tmp_path / "one"), "gradient_accumulation_steps": 2}
     one = train_run.train(check_config(config))
@@ -222,6 +218,38 @@ def test_accelerate_launch_gives_the_curve_of_one_process_with_twice_the_accumul
     assert curves[0] == pytest.approx(curves[1], rel=CURVE_TOLERANCE)
     saved, expected = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("two", "one"))
     assert_same_adapter(saved, expected)
+
+
+@pytest.mark.slow  # three Python processes that import everything
+@pytest.mark.parametrize("kind", ["messages", "preference"])
+def test_so_does_it_on_rows(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
+    rows = own_rows.write_rows(tmp_path / "rows.jsonl", (own_rows.chats if kind == "messages" else own_rows.pairs)(24))
+    base = own_rows.rows_base(tmp_path / "base")
+    training = {"output_dir": str(tmp_path / "two"), "max_steps": 4, "learning_rate": 0.01}
+    config = own_rows.rows_values(tmp_path, rows, base, data={"test_part": 0.2}, training=training)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    launch_two(tmp_path / "config.yaml")
+
+    config["training"] |= {"output_dir": str(tmp_path / "one"), "gradient_accumulation_steps": 2}
+    one = train_run.train(check_rows_config(config))
+    two = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert (one["training"]["processes"], two["training"]["processes"]) == (1, 2)
+    assert own_rows.losses(two) == pytest.approx(own_rows.losses(one), rel=CURVE_TOLERANCE)
+    assert two["data"] == one["data"]
+    assert two["evaluation"]["before"] == one["evaluation"]["before"]
+    saved, expected = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("two", "one"))
+    assert_same_adapter(saved, expected)
+
+
+def launch_two(config: Path) -> None:
+    """`smoa train` in two processes that accelerate starts."""
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    options = [f"--main_process_port={free_port()}", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    command = [*accelerate, *options, "-m", "smoa", "train", str(config)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("trainable parameters") == 1
 
 
 def untrained() -> PeftModel:

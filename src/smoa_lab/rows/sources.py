@@ -84,7 +84,7 @@ class HubSource:
                 wanted.name, wanted.config, split=self.split, revision=wanted.revision, streaming=True
             )
             yield from ((f"{self.name}, row {number}", row) for number, row in enumerate(stream, start=1))
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             raise DataError(f"data.hub: cannot read {wanted.name!r}, split {self.split!r}: {error}") from error
 
     def state(self) -> Any:

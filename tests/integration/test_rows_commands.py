@@ -1,0 +1,99 @@
+"""Every file of examples/data: trained, and its adapter scored, merged and converted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from smoa_lab.cli.main import app
+from smoa_lab.rows.formats import recognise, shape
+from smoa_lab.rows.row_files import Fault, read_rows
+from smoa_lab.tokens.prepared import content_digest
+from tests.support.own_rows import rows_base, rows_values
+from tests.support.processes import ROOT
+
+FILES = sorted(file for file in (ROOT / "examples" / "data").iterdir() if file.name != "README.md")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return rows_base(tmp_path_factory.mktemp("base"))
+
+
+def invoke(*arguments: object) -> Any:
+    """The JSON of a command that must succeed."""
+    result = CliRunner().invoke(app, [*map(str, arguments), "--json"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def part_of_one_row(file: Path) -> float:
+    """The share that holds out one row of three: between the places of the first and the second."""
+    places = []
+    for _, row in read_rows(file):
+        assert not isinstance(row, Fault)
+        format = recognise(row)
+        assert format is not None
+        places.append(int(content_digest(shape(row, format))[:12], 16) / 16**12)
+    return sum(sorted(places)[:2]) / 2
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_an_example_is_trained_scored_merged_and_converted(
+    file: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
+    run, config = tmp_path / "run", tmp_path / "run.yaml"
+    training = {"learning_rate": 0.02}
+    values = rows_values(tmp_path, file, base, data={"test_part": part_of_one_row(file)}, training=training)
+    config.write_text(yaml.safe_dump(values))
+
+    metrics = invoke("train", config)
+    before, after = (metrics["evaluation"][stage]["all"]["loss"] for stage in ("before", "after"))
+    assert metrics["data"]["parts"] == {"train": 2, "test": 1}
+    assert after < before
+    assert (run / "samples.md").is_file()
+
+    assert invoke("eval", run)["scores"]["all"]["loss"] == pytest.approx(after, abs=1e-6)
+    assert invoke("eval", config)["scores"]["all"]["loss"] == pytest.approx(before, abs=1e-6)
+
+    invoke("merge", run, tmp_path / "merged")
+    merged = invoke("eval", config, f"model.name={tmp_path / 'merged'}")
+    assert merged["scores"]["all"]["loss"] == pytest.approx(after, abs=1e-4)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    prompt = AutoTokenizer.from_pretrained(tmp_path / "merged")("Open?", return_tensors="pt")
+    assert model.generate(**prompt, max_new_tokens=3).shape[1] > prompt["input_ids"].shape[1]
+
+    loss = invoke("convert", run, tmp_path / "lora", "--rank", "32")["loss"]
+    assert loss["questions"] == 1
+    assert (loss["base"], loss["adapter"]) == (pytest.approx(before, abs=1e-6), pytest.approx(after, abs=1e-6))
+    assert loss["lora"] == pytest.approx(after, abs=1e-3)
+
+
+@pytest.mark.parametrize("protocol", ["generation", "lm-eval"])
+def test_rows_are_scored_by_likelihood_only(
+    protocol: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(rows_values(tmp_path, FILES[0], base)))
+    done = CliRunner().invoke(app, ["eval", str(config), "--protocol", protocol])
+    assert done.exit_code == 1
+    assert f"--protocol {protocol}: is for questions; held-out rows are scored by likelihood" in done.stderr
+
+
+def test_without_held_out_rows_there_is_nothing_to_score(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(rows_values(tmp_path, FILES[0], base, data={"test_part": 0})))
+    done = CliRunner().invoke(app, ["eval", str(config)])
+    assert done.exit_code == 1
+    assert "nothing is held out that could be scored; give test, or a larger test_part" in done.stderr

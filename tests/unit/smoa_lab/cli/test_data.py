@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+from smoa_lab.cli.data import _is_local
+from smoa_lab.cli.main import app
+from tests.support.lab import fill_cache, questions, tiny_base
+from tests.support.own_rows import chat, chats, pairs, rows_base, rows_values, write_rows
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return rows_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
+
+
+def check(place: Path | str, base: Path, *options: str) -> Result:
+    return CliRunner().invoke(app, ["data", "check", str(place), "--model", str(base), *options])
+
+
+def test_what_would_be_trained_stands_between_brackets_in_a_pipe(base: Path, tmp_path: Path) -> None:
+    done = check(write_rows(tmp_path / "rows.jsonl", [{"messages": chat("Open?", "Yes.")}]), base)
+    assert done.exit_code == 0, done.stderr
+    assert "rows.jsonl: messages; rows: 1 train\n" in done.stdout
+    assert "--- example 1 of 1" in done.stdout
+    assert "<|im_start|>user\nOpen?<|im_end|>\n<|im_start|>assistant\n⟦Yes.<|im_end|>⟧\n" in done.stdout
+
+
+def test_rows_are_counted_and_bad_ones_are_listed(base: Path, tmp_path: Path) -> None:
+    long = {"messages": chat("a" * 300, "Yes.")}
+    file = write_rows(tmp_path / "rows.jsonl", [*chats(6), chats(1)[0], long, {"messages": []}, {"messages": None}])
+    done = check(file, base, "--max-length", "100", "--examples", "0")
+    assert done.exit_code == 0, done.stderr
+    for line in (
+        "1 rows are cut at 100 tokens",
+        "1 rows are dropped: nothing that is trained is left in them",
+        "1 rows repeat an earlier one",
+        "0 training rows are dropped, since the test rows have them",
+        "2 bad rows",
+        f"  {file}, row 9: messages: found a list of 0, expected a list of at least one message",
+    ):
+        assert f"\n{line}\n" in done.stdout
+    assert "example" not in done.stdout
+
+
+def test_rows_that_are_all_bad_are_listed_too(base: Path, tmp_path: Path) -> None:
+    done = check(write_rows(tmp_path / "rows.jsonl", [{"a": 1}]), base)
+    assert done.exit_code == 0
+    assert "no format recognised; rows: none that can be trained on" in done.stdout
+    assert "1 bad rows" in done.stdout
+
+
+def test_json_has_the_account_and_nothing_else(base: Path, tmp_path: Path) -> None:
+    done = check(write_rows(tmp_path / "rows.jsonl", chats(5)), base, "--json")
+    account = json.loads(done.stdout)
+    assert sum(account["parts"].values()) == 5
+    assert account["format"] == "messages"
+
+
+def test_preferences_and_other_templates_are_shown(base: Path, tmp_path: Path) -> None:
+    done = check(write_rows(tmp_path / "pairs.jsonl", pairs(3)), base, "--examples", "1")
+    assert "preference" in done.stdout
+    assert ", I think.<eos>⟧" in done.stdout
+    done = check(write_rows(tmp_path / "rows.jsonl", chats(3)), base, "--chat-template", "alpaca", "--examples", "1")
+    assert "### Response:" in done.stdout
+
+
+def test_a_runs_file_says_model_and_rows(base: Path, tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "rows.jsonl", chats(5))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(rows_values(tmp_path, file, base, training={"max_length": 40})))
+    done = check(tmp_path / "run.yaml", Path("nowhere"))
+    assert done.exit_code == 0, done.stderr
+    assert "5 rows are cut at 40 tokens" in done.stdout
+
+
+def test_a_run_on_questions_is_sent_to_the_other_command(tmp_path: Path) -> None:
+    fill_cache(tmp_path / "cache", questions(3, "train"), questions(3, "test"))
+    values = {"model": {"name": str(tiny_base(tmp_path / "base"))}, "data": {"tasks": ["arc_easy"]}, "training": {}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    done = check(tmp_path / "run.yaml", tmp_path)
+    assert done.exit_code == 1
+    assert "trains on questions; `smoa data prepare arc_easy` shows them" in done.stderr
+
+
+@pytest.mark.parametrize("options", [("--format", "chat"), ("--chat-template", "alpacca"), ("--model", "nowhere")])
+def test_what_cannot_be_used_is_one_clear_error(options: tuple[str, str], base: Path, tmp_path: Path) -> None:
+    done = check(write_rows(tmp_path / "rows.jsonl", chats(5)), base, *options)
+    assert done.exit_code == 1
+    assert done.stderr.count("error: ") == 1
+    assert isinstance(done.exception, SystemExit)
+
+
+def test_places_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert all(map(_is_local, ("rows.jsonl", "a/rows.jsonl", "./a", "~/a", "/a/b", "folder", "a/b/c")))
+    assert not any(map(_is_local, ("trl-lib/Capybara", "HuggingFaceH4/no_robots")))
+    (tmp_path / "trl-lib" / "Capybara").mkdir(parents=True)
+    assert _is_local("trl-lib/Capybara")

@@ -1,0 +1,140 @@
+"""`smoa train` on rows: what it prints, and that a damaged file is one clear error."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import gzip
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import PreTrainedModel
+from typer.testing import CliRunner, Result
+
+from smoa_lab.cli.main import app
+from smoa_lab.training import own_rows
+from tests.support.damaged_bytes import Damaged, parquet_table
+from tests.support.damaged_rows import damaged_files
+from tests.support.own_rows import MARKED, chats, rows_values, tiny_chat_model, tokenizer_with, write_rows
+
+GOOD = [{"text": f"The shop opens at {i}."} for i in range(6)]
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    """Made once."""
+    return tiny_chat_model()
+
+
+@pytest.fixture(autouse=True)
+def room(tmp_path: Path, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a test, whose runs load a tiny model."""
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(own_rows, "load_base_model", lambda wanted: (copy.deepcopy(model), tokenizer_with(MARKED)))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def command(room: Path, rows: Path, *options: str, **changes: Any) -> Result:
+    """`smoa train` with a config file for the rows."""
+    (room / "run.yaml").write_text(yaml.safe_dump(rows_values(room, rows, Path("base"), **changes)))
+    return CliRunner().invoke(app, ["train", "run.yaml", *options])
+
+
+def assert_refused(done: Result, room: Path, expected: str) -> None:
+    assert done.exit_code == 1
+    assert isinstance(done.exception, SystemExit)
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("error: ") == 1
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr) < 1000
+    assert not (room / "run").exists()
+
+
+DAMAGED = {name: (name, content, expected) for name, content, expected in damaged_files()}
+
+
+@pytest.mark.parametrize("file", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_file_is_one_clear_error_and_leaves_no_run(file: Damaged, room: Path) -> None:
+    name, content, expected = file
+    rows = room / name
+    rows.write_bytes(content)
+    assert_refused(command(room, rows), room, expected)
+
+
+def good_files() -> dict[str, bytes]:
+    lines = "".join(json.dumps(row) + "\n" for row in GOOD).encode()
+    cells = io.StringIO()
+    writer = csv.DictWriter(cells, ["text"])
+    writer.writeheader()
+    writer.writerows(GOOD)
+    return {
+        "rows.jsonl": lines,
+        "rows.json": json.dumps(GOOD).encode(),
+        "rows.csv": cells.getvalue().encode(),
+        "rows.parquet": parquet_table(GOOD),
+        "rows.jsonl.gz": gzip.compress(lines),
+    }
+
+
+@pytest.mark.parametrize(("name", "content"), good_files().items(), ids=good_files())
+def test_the_same_command_runs_once_the_file_is_mended(name: str, content: bytes, room: Path) -> None:
+    rows = room / name
+    for damage in (b"", content + b'"' if name.endswith("csv") else content[:-4]):
+        rows.write_bytes(damage)
+        done = command(room, rows)
+        assert done.exit_code == 1
+        assert not (room / "run").exists()
+    rows.write_bytes(content)
+    done = command(room, rows)
+    assert done.exit_code == 0, done.stderr
+    assert "2 steps of SFTTrainer" in done.stdout
+
+
+def test_the_result_of_rows_is_printed(room: Path) -> None:
+    done = command(room, write_rows(room / "rows.jsonl", chats(20)), data={"test_part": 0.2})
+    assert done.exit_code == 0, done.stderr
+    for said in ("held-out rows", "perplexity", "The loss changed by ", "paired by row", "tokens a second"):
+        assert said in done.stdout
+    again = command(room, room / "rows.jsonl", data={"test_part": 0.2})
+    assert again.exit_code == 1
+    assert "contains a finished run; choose another training.output_dir" in again.stderr
+
+
+def test_the_result_of_preferences_is_printed(room: Path) -> None:
+    rows = [{"prompt": f"{i}?", "chosen": " Yes.", "rejected": " No."} for i in range(20)]
+    done = command(room, write_rows(room / "rows.jsonl", rows), data={"test_part": 0.2})
+    assert done.exit_code == 0, done.stderr
+    assert "The chosen answer gained on the rejected one in " in done.stdout
+
+
+def test_without_held_out_rows_only_the_training_is_printed(room: Path) -> None:
+    done = command(room, write_rows(room / "rows.jsonl", chats(6)), data={"test_part": 0})
+    assert done.exit_code == 0, done.stderr
+    assert "held-out" not in done.stdout
+    assert "2 steps of SFTTrainer" in done.stdout
+
+
+def test_the_metrics_are_printed_as_json(room: Path) -> None:
+    done = command(room, write_rows(room / "rows.jsonl", chats(6)), "--json")
+    assert json.loads(done.stdout)["training"]["steps"] == 2
+
+
+def test_keys_can_be_changed_on_the_command_line(room: Path) -> None:
+    done = command(
+        room, write_rows(room / "rows.jsonl", chats(6)), "training.max_steps=1", "data.test_part=0", "--json"
+    )
+    assert json.loads(done.stdout)["training"]["steps"] == 1
+
+
+def test_the_other_processes_print_nothing(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("smoa_lab.training.train_run.train", lambda config: {})
+    monkeypatch.setenv("RANK", "1")
+    done = command(room, write_rows(room / "rows.jsonl", chats(6)))
+    assert (done.exit_code, done.stdout) == (0, "")
