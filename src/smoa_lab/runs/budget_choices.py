@@ -62,17 +62,17 @@ def budget_choices(model: str, amount: str, targets: tuple[str, ...], trust_remo
 
 
 def budget_choice(shapes: Shapes, total: int, amount: str) -> Choice:
-    """The default number of blocks and the largest multiple of it as r within ``amount``; one block if that is dear.
+    """The default number of blocks, and as r the largest multiple of it within ``amount``.
 
     Raises:
         ConfigError: as :func:`budget_choices`.
     """
     limit = _limit(amount, total, lora_parameters(shapes, 1))
-    for num_blocks in (SmoaConfig().num_blocks, 1):
-        r = _largest_r(shapes, num_blocks, limit) // num_blocks * num_blocks
-        if r:
-            return choice_of(shapes, total, r, num_blocks)
-    raise _too_small(amount, shapes)
+    num_blocks = SmoaConfig().num_blocks
+    r = _largest_r(shapes, num_blocks, limit) // num_blocks * num_blocks
+    if not r:  # r = num_blocks costs what r = 1 costs with one block
+        raise _too_small(amount, shapes)
+    return choice_of(shapes, total, r, num_blocks)
 
 
 def choice_of(shapes: Shapes, total: int, r: int, num_blocks: int) -> Choice:
