@@ -39,8 +39,8 @@ from smoa_lab.tokens.encoding import RowEncoder
 Part = Literal["train", "validation", "test"]
 PARTS: tuple[Part, ...] = ("train", "validation", "test")
 
-# Raised whenever the tokens of a row would change, so that no stale ones are used.
-VERSION = 2
+# Raised whenever the tokens of a row or the account of all would change, so that no stale ones are used.
+VERSION = 3
 
 
 @dataclass(frozen=True)
