@@ -134,6 +134,12 @@ class ConfigText:
         apply_overrides(values, overrides or [])
         return cls(values, str(file), key_lines(text))
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether it is of a run on a user's own rows."""
+        data = self.values.get("data")
+        return isinstance(data, dict) and "tasks" not in data and bool(data.keys() & {"train", "hub"})
+
     def checked(self, target: type[AnyRun], training_class: type[Any], defaults: dict[str, Any]) -> AnyRun:
         """The run, its training block laid over ``defaults``; raises ConfigError with all problems."""
         values, training = self.values, self.values.get("training")
@@ -152,9 +158,12 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     """Read ``path``, apply ``key.key=value`` overrides and check everything.
 
     Raises:
-        ConfigError: lists *all* problems, each with its line and the nearest valid key or value.
+        ConfigError: lists *all* problems, each with its line and the nearest valid key or value; or the run is on rows.
     """
-    return ConfigText.read(path, overrides).checked(RunConfig, TrainingArguments, {})
+    text = ConfigText.read(path, overrides)
+    if text.has_rows:
+        raise ConfigError(f"{path}: trains on rows (data.train or data.hub); this command takes questions (data.tasks)")
+    return text.checked(RunConfig, TrainingArguments, {})
 
 
 def check_config(values: dict[str, Any], place: str = "config") -> RunConfig:

@@ -26,3 +26,9 @@ def test_an_override_changes_one_value(file: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such file"):
         load_config(tmp_path / "nowhere.yaml")
+
+
+def test_a_command_for_questions_says_what_a_config_for_rows_is(file: Path) -> None:
+    file.write_text("model: {name: x}\ndata: {train: chats.jsonl}\n")
+    with pytest.raises(ConfigError, match=r"trains on rows \(data\.train or data\.hub\); this command takes questions"):
+        load_config(file)
