@@ -42,9 +42,10 @@ def expected(proposal: Proposal, machine: Machine, measured: Measured | None) ->
     if measured is None:
         return []
     seconds, digits = proposal.all_steps * measured.seconds, 1 if measured.seconds < 10 else 0
+    steps = f"{proposal.all_steps:,} step{'s' * (proposal.all_steps > 1)}"
     each = f"{measured.seconds:.{digits}f}"
     return [
-        f"Expected: {proposal.all_steps:,} steps of {each} s each on {machine.name}, "
+        f"Expected: {steps} of {each} s each on {machine.name}, "
         f"{duration(seconds)} in all, and {decimal(measured.memory)} of memory.",
         "Measured on three steps. Scoring held-out data before and after takes time of its own.",
     ]
