@@ -24,7 +24,7 @@ from smoa_lab.scoring.row_losses import Losses, row_losses
 from smoa_lab.tokens.account import require_good_rows
 from smoa_lab.tokens.chat_templates import set_chat_template, stop_at_turns_end
 from smoa_lab.tokens.encoding import RowEncoder, side
-from smoa_lab.tokens.prepared import Part, PreparedRows, RowsWanted, Shares, example_of, prepare_rows
+from smoa_lab.tokens.prepared import Part, PreparedRows, RowsWanted, Shares, prepare_rows, read_examples
 from smoa_lab.training.base_models import load_base_model
 from smoa_lab.training.lesson import Lesson, Looks, Stage, checked_arguments
 from smoa_lab.training.needs import rows_needs
@@ -68,6 +68,7 @@ class OwnRows(Lesson):
     def arguments(self) -> TrainingArguments:
         self._check_evaluation()
         self._check_head()
+        self._check_length()
         prefers = self.prefers
         target = training_class({}, prefers)
         training = check_training_keys(self.config.training, target, self.rows.account["format"])
@@ -95,6 +96,17 @@ class OwnRows(Lesson):
         if wanted is not None and name is not None and check_target_module_exists(wanted, name):
             raise ConfigError(
                 f"adapter.target_modules: names {name}, which TRL would not train; leave it out, or train on questions"
+            )
+
+    def _check_length(self) -> None:
+        """Beyond its positions a model fails, or writes nonsense."""
+        positions = getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
+        wanted = self.rows.account["max_length"] or math.inf
+        longest = min(wanted, self.rows.account["tokens"]["longest"])
+        if positions is not None and longest > positions:
+            raise ConfigError(
+                f"training.max_length: rows of {longest:,} tokens would be trained, and this model has {positions:,} "
+                f"positions; set it to {positions}"
             )
 
     def looks(self, alone: bool) -> RowLooks:
@@ -149,8 +161,10 @@ class RowLooks(Looks):
         super().__init__()
         wanted, self.lesson = lesson.config.data, lesson
         self.rows = lesson.rows.part("test", wanted.test_examples, wanted.seed)
-        examples = [example_of(json.loads(text)) for text in self.rows["example"][: wanted.samples * alone]]
-        self.prompts = [lesson.encoder.prompt(example) for example in examples]
+        examples = read_examples(self.rows["example"][: wanted.samples * alone])
+        prompts = [lesson.encoder.prompt(example) for example in examples]
+        longest = lesson.rows.account["max_length"] or math.inf
+        self.prompts = [(ids, reference) for ids, reference in prompts if len(ids) <= longest]
         self.losses: dict[str, Losses] = {}
         self.worse: dict[str, Losses] = {}
 
@@ -182,7 +196,7 @@ class RowLooks(Looks):
     @cached_property
     def rejected(self) -> list[dict[str, list[int]]]:
         """The rejected answers of the held-out preferences."""
-        pairs = [example_of(json.loads(text)) for text in self.rows["example"]]
+        pairs = read_examples(self.rows["example"])
         encoded = [self.lesson.encoder.encode(side(pair, "rejected")) for pair in pairs if isinstance(pair, Preference)]
         return [asdict(tokens.cut(self.lesson.rows.account["max_length"])) for tokens in encoded]
 
