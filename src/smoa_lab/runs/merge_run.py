@@ -10,6 +10,7 @@ from smoa.export.merge import Dtype, Export, merge_and_save
 from smoa_lab.config.rows_config import load_any_config
 from smoa_lab.config.run_config import ModelSection
 from smoa_lab.runs.open_run import adapter_of_run, base_name
+from smoa_lab.tokens.chat_templates import saved_chat_template
 from smoa_lab.training.base_models import load_base_model, prepare_packaged_model
 from smoa_lab.training.packaged_models import described_base, packaged_name
 from smoa_lab.training.run_folder import RunFolder
@@ -44,6 +45,7 @@ def merge_run(
     if name.endswith(".gguf") or quantized is not None:
         wanted = quantized or ModelSection(name=name, trust_remote_code=trust_remote_code)
         model, tokenizer = load_base_model(wanted)
+        tokenizer.chat_template = saved_chat_template(source) or tokenizer.chat_template
         notes = () if quantized else (GGUF_NOTE,)
         return merge_and_save(source, output, base=model, dtype=dtype, tokenizer=tokenizer, notes=notes, **options)
     packaged = packaged_name(name)

@@ -74,17 +74,26 @@ class RowEncoder:
             return self._completion(example)
         return self._conversation(example.messages)
 
-    def prompt(self, example: Example) -> tuple[list[int], str]:
-        """What the model is given when it is asked to answer, and the reference answer: the last turn, the completion,
-        or what follows the beginning of a plain text."""
+    def prompt(self, example: Example, longest: int | None = None) -> tuple[list[int], str] | None:
+        """What the model is given when it is asked to answer, and the reference answer: the last turn whose prompt has
+        at most ``longest`` tokens, the completion, or what follows the beginning of a plain text. None if nothing
+        fits."""
         if isinstance(example, Preference):
             example = side(example, "chosen")
-        if isinstance(example, Conversation):
-            last = max(place for place, one in enumerate(example.messages) if one.role == "assistant")
-            return self._chat(example.messages[:last], add_generation_prompt=True), example.messages[last].content
-        if example.prompt:
-            return self._ids(example.prompt), example.text
-        ids = self._ids(example.text)
+        prompts = self._turns(example) if isinstance(example, Conversation) else iter([self._beginning(example)])
+        return next((found for found in prompts if longest is None or len(found[0]) <= longest), None)
+
+    def _turns(self, talk: Conversation) -> Iterator[tuple[list[int], str]]:
+        """Each answer with all that is before it, the last first."""
+        for place in range(len(talk.messages) - 1, 0, -1):
+            if talk.messages[place].role == "assistant":
+                before = self._chat(talk.messages[:place], add_generation_prompt=True)
+                yield before, talk.messages[place].content
+
+    def _beginning(self, passage: Passage) -> tuple[list[int], str]:
+        if passage.prompt:
+            return self._ids(passage.prompt), passage.text
+        ids = self._ids(passage.text)
         shown = min(SHOWN, len(ids) // 2 + 1)
         return ids[:shown], str(self.tokenizer.decode(ids[shown:]))
 

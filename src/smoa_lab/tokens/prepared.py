@@ -6,7 +6,7 @@ A row's content decides its part, so a repeated row never lies in two parts, and
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -98,10 +98,6 @@ class PreparedRows:
         if at_most is None or len(dataset) <= at_most:
             return dataset
         return dataset.shuffle(seed=seed, keep_in_memory=True).select(range(at_most), keep_in_memory=True)
-
-    def examples(self, part: Part, at_most: int, seed: int = 0) -> list[Example]:
-        """The first rows of the part as they were read."""
-        return [example_of(json.loads(text)) for text in self.part(part, at_most, seed)["example"]]
 
 
 def prepare_rows(wanted: RowsWanted, encoder: RowEncoder) -> PreparedRows:
@@ -247,6 +243,11 @@ def example_of(values: dict[str, Any]) -> Example:
     fields = {key: value for key, value in values.items() if key != "kind"}
     made: Example = kind(**{key: _messages(one) if isinstance(one, list) else one for key, one in fields.items()})
     return made
+
+
+def read_examples(texts: Iterable[str]) -> list[Example]:
+    """The examples of the column ``example``."""
+    return [example_of(json.loads(text)) for text in texts]
 
 
 def _messages(turns: list[dict[str, str]]) -> tuple[Message, ...]:

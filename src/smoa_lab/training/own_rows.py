@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ class OwnRows(Lesson):
     def arguments(self) -> TrainingArguments:
         self._check_evaluation()
         self._check_head()
+        self._check_length()
         prefers = self.prefers
         target = training_class({}, prefers)
         training = check_training_keys(self.config.training, target, self.rows.account["format"])
@@ -91,6 +93,17 @@ class OwnRows(Lesson):
         if wanted is not None and name is not None and check_target_module_exists(wanted, name):
             raise ConfigError(
                 f"adapter.target_modules: names {name}, which TRL would not train; leave it out, or train on questions"
+            )
+
+    def _check_length(self) -> None:
+        """Beyond its positions a model fails, or writes nonsense."""
+        positions = getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
+        wanted = self.rows.account["max_length"] or math.inf
+        longest = min(wanted, self.rows.account["tokens"]["longest"])
+        if positions is not None and longest > positions:
+            raise ConfigError(
+                f"training.max_length: rows of {longest:,} tokens would be trained, and this model has {positions:,} "
+                f"positions; set it to {positions}"
             )
 
     def looks(self, alone: bool) -> RowLooks:

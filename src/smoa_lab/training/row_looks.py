@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from dataclasses import asdict
@@ -13,7 +12,7 @@ from smoa_lab.rows.formats import Preference
 from smoa_lab.scoring.generation import continue_prompts
 from smoa_lab.scoring.row_losses import Losses, row_losses
 from smoa_lab.tokens.encoding import RowEncoder, side
-from smoa_lab.tokens.prepared import example_of
+from smoa_lab.tokens.prepared import read_examples
 from smoa_lab.training.lesson import Looks, Stage
 
 logger = logging.getLogger(__name__)
@@ -30,8 +29,8 @@ class RowLooks(Looks):
         super().__init__()
         self.rows, self.encoder, self.max_length = rows, encoder, max_length
         self.pad = int(encoder.tokenizer.pad_token_id or 0)
-        examples = [example_of(json.loads(text)) for text in rows["example"][:samples]]
-        self.prompts = [encoder.prompt(example) for example in examples]
+        found = (encoder.prompt(example, max_length) for example in read_examples(rows["example"][:samples]))
+        self.prompts = [prompt for prompt in found if prompt is not None]
         self.losses: dict[str, Losses] = {}
         self.worse: dict[str, Losses] = {}
 
@@ -67,7 +66,7 @@ class RowLooks(Looks):
     @cached_property
     def rejected(self) -> list[dict[str, list[int]]]:
         """The rejected answers, where the rows are preferences."""
-        pairs = [example_of(json.loads(text)) for text in self.rows["example"]]
+        pairs = read_examples(self.rows["example"])
         encoded = [self.encoder.encode(side(pair, "rejected")) for pair in pairs if isinstance(pair, Preference)]
         return [asdict(tokens.cut(self.max_length)) for tokens in encoded]
 

@@ -59,6 +59,16 @@ def test_the_base_is_a_gguf_file(tmp_path: Path) -> None:
     assert lab.files_with(tmp_path, tmp_path / "merged") == set()
 
 
+def test_the_template_beside_an_adapter_goes_into_a_merged_gguf_file(tmp_path: Path) -> None:
+    file = tmp_path / "tiny.gguf"
+    adapter_of(gguf_base.tiny_gguf(file), "elsewhere", tmp_path / "adapter")
+    trained = lab.byte_tokenizer()
+    trained.chat_template = "{{ messages[0].content }}"
+    trained.save_pretrained(tmp_path / "adapter")
+    merge_run(tmp_path / "adapter", tmp_path / "merged", base=str(file))
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == trained.chat_template
+
+
 @pytest.mark.parametrize("by_name", [True, False])
 def test_the_base_is_the_packaged_model(by_name: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = gguf_base.Package(tmp_path / "package")

@@ -215,18 +215,38 @@ def test_a_completion_of_several_turns_is_prepared_as_by_trl(name: str, tmp_path
     assert RowEncoder(tokenizer).encode(example_of(row)) == of_trl(row, tokenizer, tmp_path, assistant_only_loss=True)
 
 
-def test_the_model_is_asked_for_the_last_answer() -> None:
+TALK = {"messages": chat("Open?", "Yes.", "Today?", "No.", "Oh.")}
+
+
+@pytest.mark.parametrize(
+    ("row", "asked", "reference"),
+    [
+        (
+            TALK,
+            "<|im_start|>user\nOpen?<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n<|im_start|>user\nToday?"
+            "<|im_end|>\n<|im_start|>assistant\n",
+            "No.",
+        ),
+        ({"prompt": "Open?", "completion": " Yes."}, "<bos>Open?", " Yes."),
+        ({"prompt": "Open?", "chosen": " Yes.", "rejected": " No."}, "<bos>Open?", " Yes."),
+        ({"text": "abcdef"}, "<bos>abc", "def"),
+    ],
+)
+def test_the_model_is_asked_for_the_last_answer(row: dict[str, Any], asked: str, reference: str) -> None:
     encoder = RowEncoder(tokenizer_with(MARKED))
-    decode = encoder.tokenizer.decode
-    ids, reference = encoder.prompt(example_of({"messages": chat("Open?", "Yes.", "Today?", "No.", "Oh.")}))
-    asked = "<|im_start|>user\nOpen?<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n<|im_start|>user\nToday?"
-    assert (decode(ids), reference) == (f"{asked}<|im_end|>\n<|im_start|>assistant\n", "No.")
-    ids, reference = encoder.prompt(example_of({"prompt": "Open?", "completion": " Yes."}))
-    assert (decode(ids), reference) == ("<bos>Open?", " Yes.")
-    ids, reference = encoder.prompt(example_of({"prompt": "Open?", "chosen": " Yes.", "rejected": " No."}))
-    assert (decode(ids), reference) == ("<bos>Open?", " Yes.")
-    ids, reference = encoder.prompt(example_of({"text": "abcdef"}))
-    assert (decode(ids), reference) == ("<bos>abc", "def")
+    found = encoder.prompt(example_of(row))
+    assert found is not None
+    assert (encoder.tokenizer.decode(found[0]), found[1]) == (asked, reference)
+
+
+def test_an_earlier_answer_is_asked_for_where_the_last_is_too_far_in() -> None:
+    encoder = RowEncoder(tokenizer_with(MARKED))
+    whole = encoder.prompt(example_of(TALK))
+    assert whole is not None
+    found = encoder.prompt(example_of(TALK), len(whole[0]) - 1)
+    assert found is not None
+    assert found[1] == "Yes."
+    assert encoder.prompt(example_of(TALK), 3) is None
 
 
 def test_the_first_token_is_never_predicted_and_not_counted() -> None:

@@ -26,6 +26,7 @@ from smoa_lab.tokens.prepared import (
     example_of,
     plain_example,
     prepare_rows,
+    read_examples,
 )
 from tests.support.own_rows import MARKED, STRICT, chat, chats, tokenizer_with, write_rows
 from tests.support.processes import ROOT, environment
@@ -66,20 +67,24 @@ def prepare(train: Any, test: Any = None, template: str | None = MARKED, **wante
     return prepare_rows(RowsWanted(train, test, **options), RowEncoder(tokenizer_with(template)))
 
 
+def examples(rows: PreparedRows, part: Any) -> list[Any]:
+    return read_examples(rows.part(part)["example"])
+
+
 def test_every_row_lies_in_one_part() -> None:
     rows = prepare(Listed(texts(1000)), shares=Shares(validation=0.1, test=0.2))
     parts = rows.account["parts"]
     assert sum(parts.values()) == 1000
     assert parts["validation"] == pytest.approx(100, abs=30)
     assert parts["test"] == pytest.approx(200, abs=40)
-    found = [example.text for part in ("train", "validation", "test") for example in rows.examples(part, 1000)]
+    found = [example.text for part in ("train", "validation", "test") for example in examples(rows, part)]
     assert sorted(found) == sorted(row["text"] for row in texts(1000))
 
 
 def test_a_row_stays_in_its_part_when_rows_are_added_or_validation_is_asked_for() -> None:
     def held_out(number: int, validation: float) -> set[str]:
         rows = prepare(Listed(texts(number)), shares=Shares(validation, test=0.2))
-        return {example.text for example in rows.examples("test", 1000)}
+        return {example.text for example in examples(rows, "test")}
 
     first = held_out(100, 0.0)
     assert first == held_out(100, 0.3)
@@ -89,7 +94,7 @@ def test_a_row_stays_in_its_part_when_rows_are_added_or_validation_is_asked_for(
 def test_a_repeated_row_never_lies_in_two_parts() -> None:
     again = [{"text": f"  TEXT number\t{i}."} for i in range(100)]
     rows = prepare(Listed(texts(100) + again), shares=Shares(validation=0.3, test=0.3))
-    digests = [{content_digest(one) for one in rows.examples(part, 200)} for part in ("train", "validation", "test")]
+    digests = [{content_digest(one) for one in examples(rows, part)} for part in ("train", "validation", "test")]
     assert rows.account["repeated"] == 100
     assert sum(map(len, digests)) == len(set.union(*digests)) == 100
 
@@ -103,7 +108,7 @@ def test_training_rows_that_the_test_data_have_are_left_out() -> None:
 def test_labels_and_ids_are_those_of_the_encoder_and_are_cut() -> None:
     encoder = RowEncoder(tokenizer_with(MARKED))
     rows = prepare(Listed(chats(5)), shares=Shares(test=0), max_length=40)
-    expected = [encoder.encode(example).cut(40) for example in rows.examples("train", 5)]
+    expected = [encoder.encode(example).cut(40) for example in examples(rows, "train")]
     data = rows.part("train")
     assert data["input_ids"][:] == [tokens.input_ids for tokens in expected]
     assert data["labels"][:] == [tokens.labels for tokens in expected]

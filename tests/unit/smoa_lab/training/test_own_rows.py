@@ -260,6 +260,26 @@ def test_an_adapter_on_the_output_layer_is_refused(talks: Path, base: Path, tmp_
     assert message.startswith("adapter.target_modules: names lm_head, which TRL would not train")
 
 
+def test_rows_beyond_the_models_positions_are_refused_unless_they_are_cut(base: Path, tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "long.jsonl", [{"text": "word " * 300}] * 2)
+    message = refused(rows_config(tmp_path, file, base, data=ALL, training={"max_length": None}))
+    assert message.startswith(
+        "training.max_length: rows of 1,502 tokens would be trained, and this model has 1,024 pos"
+    )
+    assert losses(train(rows_config(tmp_path, file, base, data=ALL)))
+
+
+def test_only_prompts_that_fit_are_answered(base: Path, tmp_path: Path) -> None:
+    rows = [{"messages": chat("Open?", "Yes.", "a" * 100, f"No. {i}")} for i in range(3)]
+    other = write_rows(tmp_path / "test.jsonl", [*rows, *chats(1)])
+    data = {"test": str(other), "samples": 4}
+    metrics = train(
+        rows_config(tmp_path, write_rows(tmp_path / "a.jsonl", chats(6)), base, data=data, training={"max_length": 90})
+    )
+    assert metrics["evaluation"]["after"]["all"]["rows"] == 4
+    assert len(metrics["samples"]) == 1
+
+
 def test_validation_without_validation_rows_is_refused(talks: Path, base: Path, tmp_path: Path) -> None:
     config = rows_config(tmp_path, talks, base, data={"validation_part": 0.0}, training={"eval_strategy": "epoch"})
     assert refused(config).startswith("data.validation_part: 0.0 of the rows are none")
