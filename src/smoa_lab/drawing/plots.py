@@ -33,6 +33,7 @@ def _draw_losses(axes: Any, history: list[dict[str, Any]]) -> None:
             steps, losses = zip(*points, strict=True)
             axes.plot(steps, losses, style, label=label, color="0.2")
     axes.set_xlabel("optimizer step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("loss on trained tokens\n(nats per token)")
     axes.grid(True, color="0.9")
     if axes.lines:  # a run shorter than its logging steps has none

@@ -51,12 +51,12 @@ def _results(evaluation: dict[str, Any]) -> str:
     of_rows = "perplexity" in stages[-1]["all"]
     what, columns = ("rows", ("loss", "perplexity")) if of_rows else ("questions", ("gold_loss", "accuracy"))
     rows = [
-        (name, scores[what], *(_change(stages, name, score) for score in columns))
+        (*([] if of_rows else [name]), scores[what], *(_change(stages, name, score) for score in columns))
         for name, scores in stages[-1].items()
     ]
     before = "before → after training" if len(stages) == 2 else "after training"
     tokens = "trained token" if of_rows else "token of the gold answers"
-    table = _table(("task", what, "loss", columns[1]), rows)
+    table = _table((*([] if of_rows else ["task"]), what, "loss", columns[1]), rows)
     return f"## Results\n\nOn held-out {what}, {before}; the loss is in nats per {tokens}.\n\n{table}\n\n"
 
 
@@ -71,7 +71,7 @@ def _forgotten(found: dict[str, Any] | None) -> str:
 
 def _samples(samples: list[dict[str, str]]) -> str:
     """The first two answers before and after."""
-    return samples_text(samples[:2], level=3)
+    return f"## Samples\n\n{samples_text(samples[:2], level=3)}" if samples else ""
 
 
 def _questions(metrics: dict[str, Any]) -> str:
