@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 import typing
 from collections.abc import Iterable
 from typing import Any
@@ -62,8 +63,8 @@ def _keys_beside(model: type[BaseModel], path: tuple[str, ...]) -> list[str]:
     """The valid keys of the block in which ``path`` ends."""
     for key in path[:-1]:
         annotation: Any = model.model_fields[key].annotation
-        blocks = [one for one in (annotation, *typing.get_args(annotation)) if isinstance(one, type)]
-        block = next((one for one in blocks if issubclass(one, BaseModel)), None)
+        choices = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+        block = next((one for one in choices if isinstance(one, type) and issubclass(one, BaseModel)), None)
         if block is None:
             return []
         model = block
