@@ -20,6 +20,7 @@ from smoa_lab.study.report.study_report import report
 from smoa_lab.study.study_file import load_study
 from smoa_lab.study.trials import TrialStore
 from tests.support import lab
+from tests.support.studies import tiny_sequence
 
 # Not ours: a deprecation between transformers and peft.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -84,6 +85,24 @@ def test_a_study_is_run_reported_and_never_run_twice(
 
     monkeypatch.setattr(Bench, "run", lambda *args: pytest.fail("a finished trial is run again"))
     Comparison(load_study(file)).run()
+
+
+def test_a_study_of_two_tasks_in_turn_is_run_packed_and_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
+    file = study_file(tiny_sequence(tmp_path), tmp_path)
+    ran = CliRunner().invoke(app, ["compare", str(file), "--json", "--pack"], catch_exceptions=False)
+    assert ran.exit_code == 0, ran.output
+    summary = json.loads(ran.stdout)
+    assert [(run["entry"], run["learning_rate"]) for run in summary["runs"]] == [
+        *(("ours", 0.003), ("ours", 0.01), ("full", 0.001))
+    ]
+    monkeypatch.setattr(Bench, "run", lambda *args: pytest.fail("a finished trial is run again"))
+    told = CliRunner().invoke(app, ["compare", str(file)], catch_exceptions=False)
+    assert told.exit_code == 0, told.output
+    assert "first-task loss" in told.stdout
+    assert str(tmp_path / "study") in told.stdout
 
 
 def test_a_packed_study_goes_on_where_it_stopped(

@@ -73,7 +73,7 @@ def test_a_killed_run_resumes_to_the_same_bits(
 
 
 def test_an_unfinished_run_is_not_resumed_by_another_config(config: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint-2").mkdir(parents=True)
     (tmp_path / "run" / "config.yaml").write_text("method: lora\n")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     result = CliRunner().invoke(app, ["train", str(tmp_path / "config.yaml")])
@@ -160,7 +160,7 @@ def test_inspect_tells_a_rank_above_r(run: Path) -> None:
     assert all(layer["rank"] > 4 for layer in layers)
     assert all(layer["parameters"] == 4 * (layer["rows"] + layer["columns"]) // 2 for layer in layers)
     assert all(layer["rank"] <= layer["rank_bound"] for layer in layers)
-    assert "effective rank" in invoke("inspect", run)
+    assert "stable rank" in invoke("inspect", run)
 
 
 def test_inspect_writes_a_page_that_needs_no_network(run: Path, tmp_path: Path) -> None:

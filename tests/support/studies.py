@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from smoa_lab.data.records import Record
 from smoa_lab.study.entry import Entry
 from smoa_lab.study.study_file import Study
 from smoa_lab.study.trials import Trial, TrialStore
+from tests.support import lab
 
 ENCODER_ADAPTER = {"r": 4, "num_blocks": 2, "target_modules": ["query", "value"]}
 
@@ -68,3 +70,52 @@ def finish_a_study(study: Study) -> None:
         finish(study, Trial("final", "lora", 0.01, seed), 2.5)
     scores = {"all": {"gold_loss": 4.0, "accuracy": 0.25, "majority": 0.6}}
     (study.folder / "untouched.json").write_text(json.dumps({"scores": scores}))
+
+
+def tiny_sequence(room: Path) -> dict[str, Any]:
+    """The values of a study that learns questions of one task after those of another, on a tiny model in ``room``."""
+    for task in ("arc_easy", "piqa"):
+        parts = (lab.questions(number, f"{task} {part}", task) for part, number in (("train", 12), ("test", 3)))
+        lab.fill_cache(room / "cache", *parts, task)
+    prose = [Record("prose", str(i), f"Title {i}", "Some words of a text. " * (i + 1)) for i in range(3)]
+    lab.fill_cache(room / "cache", prose, prose[:2], "prose")
+    training = {"max_steps": 2, "per_device_train_batch_size": 4, "save_strategy": "no", "use_cpu": True}
+    adapter = {"r": 4, "num_blocks": 2, "target_modules": ["q_proj", "v_proj"]}
+    return {
+        "kind": "sequence",
+        "folder": str(room / "study"),
+        "first": {"data": {"tasks": ["arc_easy"], "validation_examples": 0}, "learning_rate": 1e-3},
+        "shared": {
+            "model": {"name": str(lab.tiny_base(room / "base"))},
+            "data": {"tasks": ["piqa"], "validation_examples": 0},
+            "training": training,
+        },
+        "elsewhere": {"tasks": ["prose"]},
+        "tuning": {"sweep": [0.003, 0.01], "per_decade": 2},
+        "seeds": [0],
+        "entries": {
+            "ours": {"method": "smoa", "adapter": adapter, "learning_rate": 0.01},
+            "full": {"method": "full", "learning_rate": 0.001, "sweep": [0.001, 0.001]},
+        },
+    }
+
+
+def finish_in_turn(study: Study, trial: Trial, second: float | None, first: float, **values: Any) -> None:
+    """Store the result of a sequence's trial, with these losses on every question; None is a run that diverged."""
+    nll = [first + i / QUESTIONS for i in range(QUESTIONS)]
+    scores = {"all": {"gold_loss": sum(nll) / QUESTIONS, "accuracy": 0.5}}
+    figures = ("relative_norm", "relative_spectral_norm", "stable_rank", "intruders")
+    of_first = {
+        "first": {
+            "scores": scores,
+            "questions": {
+                "task": ["csqa"] * QUESTIONS,
+                "nll": nll,
+                "tokens": [1] * QUESTIONS,
+                "right": [1] * QUESTIONS,
+            },
+        },
+        "forgot": {"first": {"mean": first, "stderr": 0.1}, "elsewhere": {"mean": 0.1 * first, "stderr": 0.01}},
+        "change": {figure: {"mean": first, "max": 2 * first} for figure in figures},
+    }
+    finish(study, trial, second, **of_first | values)

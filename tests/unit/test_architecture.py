@@ -14,7 +14,7 @@ SOURCE = Path(__file__).parents[2] / "src"
 LIBRARY = ["errors", "compat", "atomic", "maths", "config", "layers", "files", "tuner", "export", "integrations"]
 """Each may import what stands before it, and `export` and `tuner` not each other."""
 LAB = ["basics", "rows", "data", "tokens", "config", "drawing", "scoring", "training", "runs", "chat"]
-LAB += ["inspection", "study", "cli"]
+LAB += ["starting", "inspection", "study", "cli"]
 APART = {("tuner", "export"), ("export", "tuner"), ("study", "inspection"), ("inspection", "study")}
 
 

@@ -18,7 +18,15 @@ from pydantic import BaseModel
 from transformers import PreTrainedModel
 
 from smoa_lab.cli.main import app
-from smoa_lab.config.run_config import DataSection, ModelSection, RunConfig, TaskSection, check_config, load_config
+from smoa_lab.config.rows_config import RowsSection, check_rows_config, load_any_config
+from smoa_lab.config.run_config import (
+    DataSection,
+    ForgettingSection,
+    ModelSection,
+    RunConfig,
+    TaskSection,
+    check_config,
+)
 from smoa_lab.study.entry import Entry
 from smoa_lab.study.study_file import Study, Tuning
 from tests.support.lab import byte_tokenizer
@@ -96,7 +104,7 @@ def test_a_command_of_the_documents_is_one(words: list[str]) -> None:
     if isinstance(given, Path) and given.parts[0] == "configs":
         assert (ROOT / given).is_file()
         if name in ("train", "eval", "demo"):
-            load_config(ROOT / given, context.params["overrides"])
+            load_any_config(ROOT / given, context.params["overrides"])
 
 
 def test_other_commands_of_the_documents_name_files_and_targets_that_exist() -> None:
@@ -117,7 +125,7 @@ def test_a_run_shown_as_yaml_is_valid(page: Path) -> None:
     for block in YAML.findall(page.read_text(encoding="utf-8")):
         values = yaml.safe_load(block)
         if {"model", "data", "training"} <= set(values):
-            check_config(values)
+            (check_config if "tasks" in values["data"] else check_rows_config)(values)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
@@ -145,7 +153,9 @@ def test_the_navigation_lists_every_page_once() -> None:
         ("", RunConfig),
         ("model.", ModelSection),
         ("data.", DataSection),
+        ("data.", RowsSection),
         ("task.", TaskSection),
+        ("forgetting.", ForgettingSection),
         ("", Study),
         ("tuning.", Tuning),
         ("entries.NAME.", Entry),
@@ -153,7 +163,9 @@ def test_the_navigation_lists_every_page_once() -> None:
 )
 def test_the_lab_page_tells_every_key(prefix: str, section: type[BaseModel]) -> None:
     text = (DOCS / "lab.md").read_text(encoding="utf-8")
-    told = set(re.findall(r"^\| `([^`]+)` \|", text, flags=re.MULTILINE))
+    told = {
+        key for cell in re.findall(r"^\| (`[^|]+`) \|", text, flags=re.MULTILINE) for key in re.findall("`(.+?)`", cell)
+    }
     groups = {key.partition(".")[0] for key in told}
     assert [key for key in section.model_fields if f"{prefix}{key}" not in told | groups] == []
 

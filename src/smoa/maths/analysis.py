@@ -14,6 +14,11 @@ from torch import Tensor
 
 from smoa.errors import PartitionError
 
+INTRUDERS_AMONG = 10
+"""So many leading left singular vectors of W + ΔW are looked at."""
+INTRUDER_COSINE = 0.5
+"""One of them is an intruder if its cosine with each left singular vector of W is below this."""
+
 
 @dataclass(frozen=True)
 class UpdateSpectrum:
@@ -42,6 +47,16 @@ class UpdateSpectrum:
         return effective_rank(self.update_values)
 
     @property
+    def relative_spectral_norm(self) -> float:
+        """‖ΔW‖₂ / ‖W‖₂: how far the update can move an output, beside the farthest that W does."""
+        return float(self.update_values[0] / self.weight_values[0])
+
+    @property
+    def stable_rank(self) -> float:
+        """‖ΔW‖_F² / ‖ΔW‖₂²; 0 if ΔW is zero."""
+        return stable_rank(self.update_values)
+
+    @property
     def coverage(self) -> float:
         """Mean of `j / q` under the energy on both sides; 0 if ΔW is zero."""
         energy = self.input_energy + self.output_energy
@@ -60,14 +75,7 @@ def update_spectrum(weight: Tensor, delta_weight: Tensor) -> UpdateSpectrum:
     Raises:
         PartitionError: the shapes differ.
     """
-    if weight.shape != delta_weight.shape:
-        raise PartitionError(
-            f"delta_weight has shape {tuple(delta_weight.shape)}, but the weight has shape {tuple(weight.shape)}; "
-            "give the ΔW of this weight, as (out_features, in_features)"
-        )
-    W, delta = (
-        matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32)) for matrix in (weight, delta_weight)
-    )
+    W, delta = _wide(weight, delta_weight)
     U, sigma, Vh = torch.linalg.svd(W, full_matrices=False)
     sides = (delta @ Vh.T).square().sum(0), (U.T @ delta).square().sum(1)
     return UpdateSpectrum(
@@ -76,6 +84,66 @@ def update_spectrum(weight: Tensor, delta_weight: Tensor) -> UpdateSpectrum:
         input_energy=_shares(sides[0]),
         output_energy=_shares(sides[1]),
     )
+
+
+@dataclass(frozen=True)
+class UpdateSize:
+    """How large ΔW is beside W, and how it changes W's leading directions.
+
+    Args:
+        relative_norm: ‖ΔW‖_F / ‖W‖_F.
+        relative_spectral_norm: ‖ΔW‖₂ / ‖W‖₂.
+        stable_rank: ‖ΔW‖_F² / ‖ΔW‖₂²; 0 if ΔW is zero.
+        intruders: Intruder dimensions (arXiv:2410.21228): those of the leading left singular vectors of W + ΔW that
+            are like none of W's.
+    """
+
+    relative_norm: float
+    relative_spectral_norm: float
+    stable_rank: float
+    intruders: int
+
+
+def update_size(weight: Tensor, delta_weight: Tensor) -> UpdateSize:
+    """Measure ΔW with three SVDs, in float32 or wider.
+
+    Args:
+        weight: W, (out_features, in_features).
+        delta_weight: ΔW, (out_features, in_features).
+
+    Raises:
+        PartitionError: the shapes differ.
+    """
+    W, delta = _wide(weight, delta_weight)
+    U, sigma, _ = torch.linalg.svd(W, full_matrices=False)
+    values = torch.linalg.svdvals(delta)
+    after = torch.linalg.svd(W + delta, full_matrices=False)[0][:, :INTRUDERS_AMONG]
+    likeness = (after.T @ U).abs().amax(dim=1)
+    return UpdateSize(
+        relative_norm=float(delta.norm() / W.norm()),
+        relative_spectral_norm=float(values[0] / sigma[0]),
+        stable_rank=stable_rank(values),
+        intruders=int((likeness < INTRUDER_COSINE).sum()),
+    )
+
+
+def _wide(weight: Tensor, delta_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in float32 or wider; raises PartitionError if the shapes differ."""
+    if weight.shape != delta_weight.shape:
+        raise PartitionError(
+            f"delta_weight has shape {tuple(delta_weight.shape)}, but the weight has shape {tuple(weight.shape)}; "
+            "give the ΔW of this weight, as (out_features, in_features)"
+        )
+    W, delta = (
+        matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32)) for matrix in (weight, delta_weight)
+    )
+    return W, delta
+
+
+def stable_rank(singular_values: Tensor) -> float:
+    """The squared Frobenius norm over the squared spectral norm; 0 for a zero matrix."""
+    largest = float(singular_values[0])
+    return float((singular_values / largest).square().sum()) if largest else 0.0
 
 
 def numerical_rank(singular_values: Tensor) -> int:

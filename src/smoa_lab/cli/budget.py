@@ -15,9 +15,12 @@ def budget(
     model: Annotated[
         str, typer.Argument(help="Hub id, local folder, or gemma3-270m, smollm2-135m; its weights are not loaded.")
     ],
-    amount: Annotated[str, typer.Argument(help="Share of the model, such as 0.1%, or a number of parameters.")],
+    amount: Annotated[
+        str,
+        typer.Argument(help="Share of the model, such as 0.1%, a number of parameters, or lora:8, LoRA's of rank 8."),
+    ],
     targets: Annotated[
-        str, typer.Option(help="Names of the layers to adapt, separated by commas.")
+        str, typer.Option(help="Names of the layers to adapt, separated by commas, or all-linear.")
     ] = "q_proj,k_proj,v_proj,up_proj,down_proj",
     trust_remote_code: TrustRemoteCode = False,
     json: AsJson = False,

@@ -31,6 +31,8 @@ def compare(
         from smoa_lab.study.comparison import Comparison
         from smoa_lab.study.packing import pack as pack_runs
         from smoa_lab.study.report.rows import as_json, difference_cells
+        from smoa_lab.study.report.sequence_report import sequence_report
+        from smoa_lab.study.report.sequence_tables import EQUAL_HEADER, equal_lines
         from smoa_lab.study.report.study_report import report
         from smoa_lab.study.study_file import load_study
 
@@ -42,6 +44,14 @@ def compare(
             Comparison(checked).run(only or [])
         if pack:
             pack_runs(checked.folder)
+        if checked.kind == "sequence":
+            summary = sequence_report(checked)
+            if json:
+                print_json(summary)
+                return
+            print_table(EQUAL_HEADER, equal_lines(summary))
+            typer.echo(f"\nTable, figure and runs: {checked.folder}")
+            return
         rows = report(checked)
         if json:
             print_json(as_json(rows))

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import typer
 
 from smoa_lab.basics.extras import advice, missing
+from smoa_lab.basics.foreign import ignore_foreign_warnings
 
 WIDEST = 100_000
 """Characters of a table's line in a pipe."""
@@ -41,9 +41,7 @@ def reporting(*modules: str) -> Iterator[None]:
     logger = logging.getLogger("smoa_lab")
     logger.addHandler(shown)
     logger.setLevel(logging.INFO)
-    # Between transformers and peft: users can do nothing about it.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-    warnings.filterwarnings("ignore", message=r"`gradient_checkpointing\w*` is deprecated")  # TRL uses it
+    ignore_foreign_warnings()
     if not terminal:
         transformers.utils.logging.disable_progress_bar()
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -81,6 +80,7 @@ def check(
     """Show what would be trained on: formats, lengths, what is cut or dropped, bad rows, and examples."""
     with reporting("trl", "datasets"):
         from smoa_lab.config.rows_config import RowsConfig, check_rows_config, load_any_config
+        from smoa_lab.rows.sources import source_values
         from smoa_lab.training.base_models import load_tokenizer
         from smoa_lab.training.own_rows import read_rows_of
 
@@ -91,8 +91,7 @@ def check(
                     f"{place}: trains on questions; `smoa data prepare {' '.join(config.data.tasks)}` shows them"
                 )
         else:
-            source = {"train": place} if _is_local(place) else {"hub": {"name": place}}
-            data = {**source, "format": format, "chat_template": chat_template}
+            data = {**source_values(place), "format": format, "chat_template": chat_template}
             config = check_rows_config(
                 {"model": {"name": model}, "data": data, "training": {"max_length": max_length}}, place
             )
@@ -105,12 +104,6 @@ def check(
         if rows.account["parts"].get("train"):
             for number, row in enumerate(rows.part("train", examples, config.data.seed), start=1):
                 _print_example(f"example {number} of {min(examples, rows.account['parts']['train'])}", row, tokenizer)
-
-
-def _is_local(place: str) -> bool:
-    """A path, or what looks like one; a data set's id has one slash and no ending of a file."""
-    path = Path(place)
-    return path.expanduser().exists() or bool(path.suffix) or place.count("/") != 1 or place[0] in "./~"
 
 
 def _print_account(place: str, model: str, account: dict[str, Any]) -> None:

@@ -41,9 +41,12 @@ def inspect(
             if len(found) > 1:
                 typer.echo(f"\n{place}")
             print_table(
-                ["layer", "shape", "parameters", "‖ΔW‖/‖W‖", "rank", "bound", "effective rank", "coverage"],
+                ["layer", "shape", "parameters", "‖ΔW‖/‖W‖", "‖ΔW‖₂/‖W‖₂", "rank", "bound", "stable rank", "coverage"],
                 [_cells(one) for one in layers],
             )
+            far = sum(one.moved_too_far for one in layers)
+            if far:
+                typer.echo(f"\n! {far} of {len(layers)} layers were moved far: the model may have forgotten much.")
 
 
 def _name(place: Path) -> str:
@@ -63,8 +66,9 @@ def _cells(report: Any) -> list[str]:
         f"{report.rows}×{report.columns}",
         f"{report.parameters:,}",
         f"{report.relative_update:.4f}",
+        f"{'! ' * report.moved_too_far}{report.relative_spectral_norm:.4f}",
         str(report.rank),
         "–" if report.rank_bound is None else str(report.rank_bound),
-        f"{report.effective_rank:.1f}",
+        f"{report.stable_rank:.1f}",
         f"{report.coverage:.3f}",
     ]

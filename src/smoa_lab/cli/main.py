@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from smoa_lab.cli import budget, chat, compare, convert, data, demo, eval, inspect, merge, run, train, tune
+from smoa_lab.cli import budget, chat, compare, convert, data, demo, eval, init, inspect, merge, run, train, tune
 
 app = typer.Typer(
     name="smoa",
@@ -13,6 +13,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command("init")(init.init)
 app.command("train")(train.train)
 app.command("tune")(tune.tune)
 app.command("eval")(eval.evaluate)

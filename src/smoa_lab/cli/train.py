@@ -43,6 +43,7 @@ def print_scores(metrics: dict[str, Any]) -> None:
         _print_rows(metrics, stages)
     else:
         _print_questions(metrics, stages)
+    _print_balance(metrics, stages)
     parameters, training = metrics["parameters"], metrics["training"]
     speed = f", {training['tokens_per_second']:,.0f} tokens a second" if "tokens_per_second" in training else ""
     typer.echo(
@@ -50,6 +51,22 @@ def print_scores(metrics: dict[str, Any]) -> None:
         f"{decimal(parameters['adapter_bytes'])} on disk; {training['steps']} steps of {training['trainer']} in "
         f"{training['seconds']:.0f} s{speed}; at most {decimal(training['peak_memory_bytes'])} of memory"
     )
+
+
+def _print_balance(metrics: dict[str, Any], stages: list[str]) -> None:
+    """What was learned and what was forgotten, in one line."""
+    learned, forgot = [], metrics["forgetting"]
+    for name in metrics["evaluation"][stages[-1]] if len(stages) == 2 else ():
+        before, after = (metrics["evaluation"][stage][name] for stage in stages)
+        if "perplexity" in after:
+            learned = [f"perplexity {before['perplexity']:.2f} → {after['perplexity']:.2f}"]
+        elif name != "all":
+            learned.append(f"{name} {100 * before['accuracy']:.1f} → {100 * after['accuracy']:.1f} %")
+    parts = [f"learned: {', '.join(learned)}"] if learned else []
+    if forgot:
+        parts.append(f"forgot: {forgot['change']:+.3f} ± {forgot['stderr']:.3f} nats per token of general text")
+    if parts:
+        typer.echo("\n" + "   ".join(parts))
 
 
 def _print_questions(metrics: dict[str, Any], stages: list[str]) -> None:

@@ -54,5 +54,6 @@ METHODS: dict[str, Method] = {
     "gralora": Method("peft:GraloraConfig"),
     "loha": Method("peft:LoHaConfig"),
     "adalora": Method("peft:AdaLoraConfig"),
+    "osf": Method("peft:OSFConfig"),
     "full": Method(None),
 }

@@ -84,17 +84,12 @@ def load_any_config(path: str | Path, overrides: list[str] | None = None) -> Run
         ConfigError: lists *all* problems, each with its line and the nearest valid key or value.
     """
     text = ConfigText.read(path, overrides)
-    return _checked(text) if _has_rows(text.values) else load_config(path, overrides)
+    return _checked(text) if text.has_rows else load_config(path, overrides)
 
 
 def check_rows_config(values: dict[str, Any], place: str = "config") -> RowsConfig:
     """The checked config of plain values, as :func:`load_any_config` makes it."""
     return _checked(ConfigText(values, place))
-
-
-def _has_rows(values: dict[str, Any]) -> bool:
-    data = values.get("data")
-    return isinstance(data, dict) and "tasks" not in data and bool(data.keys() & {"train", "hub"})
 
 
 def _checked(text: ConfigText) -> RowsConfig:

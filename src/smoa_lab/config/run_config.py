@@ -21,6 +21,7 @@ from smoa_lab.config.yaml_text import apply_overrides, key_lines, parse_yaml, to
 from smoa_lab.data.files import FileTask
 from smoa_lab.data.prompts import AnswerStyle, Template
 from smoa_lab.data.selection import Selection, Sizes, select
+from smoa_lab.data.sources.general_text import STORY
 from smoa_lab.data.tasks import Source, Task, find_task
 
 TRAINING_DEFAULTS: dict[str, Any] = {"report_to": "none", "logging_steps": 10, "save_total_limit": 1}
@@ -77,12 +78,21 @@ class TaskSection(Section):
     samples: int = Field(default=3, ge=0)
 
 
+class ForgettingSection(Section):
+    """On which text to measure what is forgotten: ``packaged``, ``finewiki`` from the Hub, or a text file; and on how
+    many tokens, 0 for none."""
+
+    text: str = STORY
+    tokens: int = Field(default=2048, ge=0)
+
+
 class Run(Section):
     """What every run has, whatever it learns from."""
 
     model: ModelSection
     method: str = "smoa"
     adapter: dict[str, Any] = Field(default={})
+    forgetting: ForgettingSection = ForgettingSection()
     training: dict[str, Any]
 
     @property
@@ -124,6 +134,12 @@ class ConfigText:
         apply_overrides(values, overrides or [])
         return cls(values, str(file), key_lines(text))
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether it is of a run on a user's own rows."""
+        data = self.values.get("data")
+        return isinstance(data, dict) and "tasks" not in data and bool(data.keys() & {"train", "hub"})
+
     def checked(self, target: type[AnyRun], training_class: type[Any], defaults: dict[str, Any]) -> AnyRun:
         """The run, its training block laid over ``defaults``; raises ConfigError with all problems."""
         values, training = self.values, self.values.get("training")
@@ -142,9 +158,12 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     """Read ``path``, apply ``key.key=value`` overrides and check everything.
 
     Raises:
-        ConfigError: lists *all* problems, each with its line and the nearest valid key or value.
+        ConfigError: lists *all* problems, each with its line and the nearest valid key or value; or the run is on rows.
     """
-    return ConfigText.read(path, overrides).checked(RunConfig, TrainingArguments, {})
+    text = ConfigText.read(path, overrides)
+    if text.has_rows:
+        raise ConfigError(f"{path}: trains on rows (data.train or data.hub); this command takes questions (data.tasks)")
+    return text.checked(RunConfig, TrainingArguments, {})
 
 
 def check_config(values: dict[str, Any], place: str = "config") -> RunConfig:

@@ -19,6 +19,7 @@ from pydantic import (
 from transformers import TrainingArguments
 
 from smoa.errors import ConfigError, DataError
+from smoa_lab.basics.foreign import foreign_warnings_ignored
 from smoa_lab.basics.nearest import nearest
 from smoa_lab.config.methods import METHODS, Method
 from smoa_lab.config.problems import Problem
@@ -63,8 +64,8 @@ def _keys_beside(model: type[BaseModel], path: tuple[str, ...]) -> list[str]:
     """The valid keys of the block in which ``path`` ends."""
     for key in path[:-1]:
         annotation: Any = model.model_fields[key].annotation
-        choices = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-        block = next((one for one in choices if isinstance(one, type) and issubclass(one, BaseModel)), None)
+        or_none = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+        block = next((one for one in or_none if isinstance(one, type) and issubclass(one, BaseModel)), None)
         if block is None:
             return []
         model = block
@@ -125,7 +126,8 @@ def _training_problems(training: Any, training_class: type[TrainingArguments]) -
         yield from problems
         return
     try:
-        training_class(**training)
+        with foreign_warnings_ignored():
+            training_class(**training)
     except (ValueError, TypeError, ImportError) as error:
         yield Problem(("training",), f"training: {error}")
 

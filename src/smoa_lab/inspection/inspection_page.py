@@ -18,7 +18,18 @@ Reports = Mapping[str, Sequence[LayerReport]]
 
 STYLES = ("-", "--", ":", "-.")
 BINS = 100
-HEADER = ("layer", "shape", "trained", "‖ΔW‖/‖W‖", "rank", "bound", "effective rank", "coverage")
+HEADER = (
+    "layer",
+    "shape",
+    "trained",
+    "‖ΔW‖/‖W‖",
+    "‖ΔW‖₂/‖W‖₂",
+    "rank",
+    "bound",
+    "effective rank",
+    "stable rank",
+    "coverage",
+)
 
 
 def inspection_page(title: str, adapters: Reports, layers: Sequence[str] = ()) -> str:
@@ -166,9 +177,11 @@ def _layer_table(name: str, reports: Sequence[LayerReport]) -> str:
             (f"{report.rows}×{report.columns}", report.rows * report.columns),
             (f"{report.parameters:,}", report.parameters),
             f"{report.relative_update:.4f}",
+            (f"{'! ' * report.moved_too_far}{report.relative_spectral_norm:.4f}", report.relative_spectral_norm),
             report.rank,
             "–" if report.rank_bound is None else report.rank_bound,
             f"{report.effective_rank:.1f}",
+            f"{report.stable_rank:.1f}",
             f"{report.coverage:.3f}",
         )
         for report in reports

@@ -3,14 +3,12 @@ return their ΔW."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -19,14 +17,18 @@ from smoa.maths.analysis import UpdateSpectrum, update_spectrum
 from smoa.maths.budget import rank_bound
 from smoa.maths.spectrum import spectral_scores
 from smoa_lab.config.run_config import ModelSection
+from smoa_lab.runs.layer_updates import adapted_layers, weight_and_update
 from smoa_lab.runs.open_run import adapter_of_run, base_name
 from smoa_lab.training.base_models import load_base_model
+
+TOO_FAR = 0.2
+"""‖ΔW‖₂ / ‖W‖₂ from which a layer is marked."""
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One adapted layer: shape of W, trainable parameters, ‖ΔW‖/‖W‖ (Frobenius), ΔW's ranks with the bound that the
-    method sets (None where it isn't known), its coverage of W's spectrum, and the spectrum itself.
+    """One adapted layer: shape of W, trainable parameters, ‖ΔW‖/‖W‖ (Frobenius), ‖ΔW‖₂/‖W‖₂, ΔW's ranks with the bound
+    that the method sets (None where it isn't known), its coverage of W's spectrum, and the spectrum itself.
 
     SMoA only: ``row_blocks`` and ``col_blocks``, the block of every output and input coordinate, and ``bands``, the
     lowest and highest spectral score of each block's coordinates.
@@ -38,19 +40,27 @@ class LayerReport:
     columns: int
     parameters: int
     relative_update: float
+    relative_spectral_norm: float
     rank: int
     rank_bound: int | None
     effective_rank: float
+    stable_rank: float
     coverage: float
     spectrum: UpdateSpectrum
     row_blocks: Tensor | None = None
     col_blocks: Tensor | None = None
     bands: tuple[tuple[float, float], ...] = ()
 
+    @property
+    def moved_too_far(self) -> bool:
+        """Whether much of what W did is likely to be lost."""
+        return self.relative_spectral_norm > TOO_FAR
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, the curves left out."""
-        names = ("module", "method", "rows", "columns", "parameters", "relative_update", "rank", "rank_bound")
-        return {name: getattr(self, name) for name in (*names, "effective_rank", "coverage")}
+        names = ("module", "method", "rows", "columns", "parameters", "relative_update", "relative_spectral_norm")
+        ranks = ("rank", "rank_bound", "effective_rank", "stable_rank", "coverage", "moved_too_far")
+        return {name: getattr(self, name) for name in (*names, *ranks)}
 
 
 def inspect_layers(adapter: str | Path, base: str | None = None, trust_remote_code: bool = False) -> list[LayerReport]:
@@ -64,20 +74,14 @@ def inspect_layers(adapter: str | Path, base: str | None = None, trust_remote_co
     model, _ = load_base_model(ModelSection(name=base_name(source, base), trust_remote_code=trust_remote_code))
     adapted: Any = PeftModel.from_pretrained(model, str(source))
     method = adapted.active_peft_config.peft_type.value.lower()
-    layers = list(_adapter_layers_updates(adapted.base_model.model))
+    layers = list(adapted_layers(adapted.base_model.model))
     shown = tqdm(layers, desc="Decomposing", disable=None, leave=False)
     with torch.no_grad():
         return [_report(path, module, adapted.active_adapter, method) for path, module in shown]
 
 
-def _adapter_layers_updates(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
-    for path, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer) and hasattr(module, "get_delta_weight"):
-            yield path, module
-
-
 def _report(path: str, module: Any, adapter: str, method: str) -> LayerReport:
-    weight, update = _weight_and_update(module, adapter)
+    weight, update = weight_and_update(module, adapter)
     spectrum = update_spectrum(weight, update)
     own = [p for name, p in module.named_parameters() if f".{adapter}." in f".{name}." and "base_layer" not in name]
     return LayerReport(
@@ -87,20 +91,15 @@ def _report(path: str, module: Any, adapter: str, method: str) -> LayerReport:
         columns=update.shape[1],
         parameters=sum(parameter.numel() for parameter in own),
         relative_update=float(update.norm() / weight.norm()),
+        relative_spectral_norm=spectrum.relative_spectral_norm,
         rank=spectrum.rank,
         rank_bound=_rank_bound(module, adapter),
         effective_rank=spectrum.effective_rank,
+        stable_rank=spectrum.stable_rank,
         coverage=spectrum.coverage,
         spectrum=spectrum,
         **_blocks(module, adapter),
     )
-
-
-def _weight_and_update(module: Any, adapter: str) -> tuple[Tensor, Tensor]:
-    """W, dequantized if it is quantized, and ΔW, in float32."""
-    if isinstance(module, SmoaLayer):
-        return module.pristine_weight().float(), module.delta(adapter).float()
-    return module.get_base_layer().weight.float(), module.get_delta_weight(adapter).float()
 
 
 def _rank_bound(module: Any, adapter: str) -> int | None:

@@ -24,6 +24,17 @@ class HubRows(Section):
     revision: str | None = None
 
 
+def source_values(place: str) -> dict[str, Any]:
+    """The keys of a config's ``data`` block for a file, a folder, or the id of a data set of the Hub."""
+    return {"train": place} if _is_local(place) else {"hub": {"name": place}}
+
+
+def _is_local(place: str) -> bool:
+    """A path, or what looks like one; a data set's id has one slash and no ending of a file."""
+    path = Path(place)
+    return path.expanduser().exists() or bool(path.suffix) or place.count("/") != 1 or place[0] in "./~"
+
+
 class Source(Protocol):
     """Rows that can be read again and again."""
 

@@ -6,19 +6,23 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from smoa.config.adapter_config import SmoaConfig
 from smoa.errors import ConfigError, DataError
 from smoa.maths.budget import adapter_bytes, rank_bound, trainable_parameters
-from smoa_lab.training.base_models import prepare_packaged_model
-from smoa_lab.training.packaged_models import PACKAGED_MODELS
+from smoa_lab.training.base_models import locate
 
 BLOCKS = (1, 2, 4, 8, 16, 32)
+ALL_LINEAR = "all-linear"
+"""Every linear layer but the output, as PEFT understands it."""
+LORA = "lora:"
+"""Before a rank: as many parameters as LoRA of that rank trains on the same layers."""
 
 # (out_features, in_features) of each adapted layer, counted.
 Shapes = Counter[tuple[int, int]]
@@ -40,50 +44,90 @@ class Choice:
 
 
 def budget_choices(model: str, amount: str, targets: tuple[str, ...], trust_remote_code: bool = False) -> list[Choice]:
-    """For each number of blocks the largest r within ``amount``: ``"0.1%"`` of the model, or a parameter count.
+    """For each number of blocks the largest r within ``amount``: ``"0.1%"`` of the model, a parameter count, or
+    ``"lora:8"``, what LoRA of that rank trains.
 
     Raises:
         ConfigError: ``amount`` cannot be read, or is too small for r = num_blocks = 1.
         DataError: no such model, or none of ``targets`` in it.
     """
     shapes, total = model_shapes(model, targets, trust_remote_code)
-    limit = _limit(amount, total)
-    lora_cost = sum(count * sum(shape) for shape, count in shapes.items())
-    choices = []
-    for num_blocks in (k for k in BLOCKS if k <= max(min(shape) for shape in shapes)):
-        r = _largest_r(shapes, num_blocks, limit)
-        if r >= num_blocks:
-            spent = parameters(shapes, r, num_blocks)
-            size = sum(count * adapter_bytes(*shape, *own) for shape, own, count in _fitted(shapes, r, num_blocks))
-            bound = min(rank_bound(*shape, *own) for shape, own, _ in _fitted(shapes, r, num_blocks))
-            choices.append(Choice(num_blocks, r, spent, round(100 * spent / total, 4), size, bound, spent // lora_cost))
+    limit = _limit(amount, total, lora_parameters(shapes, 1))
+    widest = max(min(shape) for shape in shapes)
+    largest = {k: _largest_r(shapes, k, limit) for k in BLOCKS if k <= widest}
+    choices = [choice_of(shapes, total, r, k) for k, r in largest.items() if r >= k]
     if not choices:
-        raise ConfigError(
-            f"budget: {amount!r} is too small; the smallest adapter has {parameters(shapes, 1, 1):,} parameters"
-        )
+        raise _too_small(amount, shapes)
     return choices
+
+
+def budget_choice(shapes: Shapes, total: int, amount: str) -> Choice:
+    """The default number of blocks, and as r the largest multiple of it within ``amount``.
+
+    Raises:
+        ConfigError: as :func:`budget_choices`.
+    """
+    limit = _limit(amount, total, lora_parameters(shapes, 1))
+    num_blocks = SmoaConfig().num_blocks
+    r = _largest_r(shapes, num_blocks, limit) // num_blocks * num_blocks
+    if not r:  # r = num_blocks costs what r = 1 costs with one block
+        raise _too_small(amount, shapes)
+    return choice_of(shapes, total, r, num_blocks)
+
+
+def choice_of(shapes: Shapes, total: int, r: int, num_blocks: int) -> Choice:
+    """What r and num_blocks cost."""
+    spent = parameters(shapes, r, num_blocks)
+    size = sum(count * adapter_bytes(*shape, *own) for shape, own, count in _fitted(shapes, r, num_blocks))
+    bound = min(rank_bound(*shape, *own) for shape, own, _ in _fitted(shapes, r, num_blocks))
+    percent = round(100 * spent / total, 4)
+    return Choice(num_blocks, r, spent, percent, size, bound, spent // lora_parameters(shapes, 1))
 
 
 def model_shapes(model: str, targets: tuple[str, ...], trust_remote_code: bool = False) -> tuple[Shapes, int]:
     """Shapes of the layers whose name ends in one of ``targets``, and the model's number of parameters."""
-    packaged = model in PACKAGED_MODELS
-    name = str(prepare_packaged_model(model) if packaged else Path(model).expanduser())
+    empty = empty_model(model, trust_remote_code)
+    return shapes_of(empty, targets, model), sum(parameter.numel() for parameter in empty.parameters())
+
+
+def empty_model(model: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model with its config and layers, and without weights; raises DataError if there is no such model."""
+    name, gguf_file = locate(model)
+    options = {"gguf_file": gguf_file} if gguf_file else {}
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise DataError(f"budget: cannot read the config of {model!r}: {error}") from error
+        raise DataError(f"model: cannot read the config of {model!r}: {error}") from error
+    return cast(PreTrainedModel, empty)
+
+
+def shapes_of(empty: PreTrainedModel, targets: tuple[str, ...], model: str) -> Shapes:
+    """Of the layers whose name ends in one of ``targets``, or of all linear ones."""
+    output = empty.get_output_embeddings()
     layers = [
-        (layer.out_features, layer.in_features)
+        _shape(layer)
         for path, layer in empty.named_modules()
-        if isinstance(layer, nn.Linear) and path.rpartition(".")[2] in targets
+        if isinstance(layer, nn.Linear | Conv1D)
+        and (path.rpartition(".")[2] in targets or (ALL_LINEAR in targets and layer is not output))
     ]
     if not layers:
         raise DataError(
-            f"budget: {model!r} has no linear layers named {', '.join(targets)}; name its own with --targets"
+            f"model: {model!r} has no linear layers named {', '.join(targets)}; name its own with --targets"
         )
-    return Counter(layers), sum(parameter.numel() for parameter in empty.parameters())
+    return Counter(layers)
+
+
+def _shape(layer: nn.Linear | Conv1D) -> tuple[int, int]:
+    """(out_features, in_features)."""
+    outputs, inputs = layer.weight.shape if isinstance(layer, nn.Linear) else reversed(layer.weight.shape)
+    return outputs, inputs
+
+
+def lora_parameters(shapes: Shapes, r: int) -> int:
+    """What LoRA of rank r trains on the same layers."""
+    return r * sum(count * sum(shape) for shape, count in shapes.items())
 
 
 def parameters(shapes: Shapes, r: int, num_blocks: int) -> int:
@@ -98,12 +142,22 @@ def _fitted(shapes: Shapes, r: int, num_blocks: int) -> Iterator[tuple[tuple[int
         yield shape, (config.rank_of("", shape), config.num_blocks_of("", shape)), count
 
 
-def _limit(amount: str, total: int) -> float:
-    text = amount.replace(",", "").replace("_", "").strip()
+def _too_small(amount: str, shapes: Shapes) -> ConfigError:
+    least = parameters(shapes, 1, 1)
+    return ConfigError(f"budget: {amount!r} is too small; the smallest adapter has {least:,} parameters")
+
+
+def _limit(amount: str, total: int, of_lora: int) -> float:
+    """Parameters; ``of_lora`` is what one rank of LoRA has."""
+    text = amount.replace(",", "").replace("_", "").strip().lower()
+    unit = of_lora if text.startswith(LORA) else total / 100 if text.endswith("%") else 1
     try:
-        limit = float(text.removesuffix("%")) * (total / 100 if text.endswith("%") else 1)
+        limit = float(text.removeprefix(LORA).removesuffix("%")) * unit
     except ValueError as error:
-        raise ConfigError(f"budget: {amount!r} is neither a percentage such as 0.1% nor a parameter count") from error
+        raise ConfigError(
+            f"budget: {amount!r} is neither a percentage such as 0.1%, nor a parameter count, nor LoRA's of a rank, "
+            "such as lora:8"
+        ) from error
     if not 0 < limit < total:
         raise ConfigError(f"budget: {amount!r} must be more than 0 and less than the model's {total:,} parameters")
     return limit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -13,8 +13,8 @@ from torch import nn
 from smoa_lab.scoring.answer_loss import answer_nll, answer_positions, collate, logits_at
 from smoa_lab.scoring.mode import scoring
 
-BATCH_TOKENS = 4096
-"""Padded tokens in a batch."""
+BATCH_LOGITS = 2**28
+"""Logits of a batch if every padded token has them: 1 GiB in float32, 1,024 tokens with Gemma's vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -34,18 +34,26 @@ class Losses:
         """Of :attr:`mean`, rows drawn at random."""
         return _ratio_error(self.nll, self.tokens)
 
-    def change_from(self, before: Losses) -> tuple[float, float]:
+    def change_from(self, before: Losses) -> Change:
         """How much :attr:`mean` rose from ``before``, of the same rows, with its standard error."""
         rises = [late - early for early, late in zip(before.nll, self.nll, strict=True)]
-        return sum(rises) / sum(self.tokens), _ratio_error(rises, self.tokens)
+        return Change(sum(rises) / sum(self.tokens), _ratio_error(rises, self.tokens))
+
+
+@dataclass(frozen=True)
+class Change:
+    """The rise of a loss in nats per token with its standard error."""
+
+    mean: float
+    stderr: float
 
 
 def row_losses(model: nn.Module, rows: Sequence[dict[str, list[int]]], pad: int) -> Losses:
     """Of rows with ``input_ids`` and ``labels``. Dropout is off, no gradient is kept, the model's mode is restored."""
     found: dict[int, tuple[float, int]] = {}
-    device = next(model.parameters()).device
+    device, vocabulary = next(model.parameters()).device, cast(Any, model).config.get_text_config().vocab_size
     with scoring(model):
-        for numbers in _batches([len(row["input_ids"]) for row in rows]):
+        for numbers in _batches([len(row["input_ids"]) for row in rows], BATCH_LOGITS // vocabulary):
             batch = {name: tensor.to(device) for name, tensor in collate([rows[one] for one in numbers], pad).items()}
             found.update(zip(numbers, _losses(model, **batch), strict=True))
     return Losses([found[one][0] for one in range(len(rows))], [found[one][1] for one in range(len(rows))])
@@ -59,11 +67,11 @@ def _losses(model: Any, labels: torch.Tensor, **inputs: torch.Tensor) -> list[tu
     return [(float(part.sum()), count) for part, count in zip(nll.split(counts), counts, strict=True)]
 
 
-def _batches(lengths: list[int]) -> Iterator[list[int]]:
-    """Rows of like length together, the longest first."""
+def _batches(lengths: list[int], most: int) -> Iterator[list[int]]:
+    """Rows of like length together, the longest first, of at most ``most`` padded tokens."""
     batch: list[int] = []
     for number in sorted(range(len(lengths)), key=lambda one: -lengths[one]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > BATCH_TOKENS:
+        if batch and (len(batch) + 1) * lengths[batch[0]] > most:
             yield batch
             batch = []
         batch.append(number)

@@ -11,7 +11,7 @@ from typing import Any
 from smoa_lab.study.benches.bench import Bench, Part
 from smoa_lab.study.study_file import Study
 from smoa_lab.study.trials import Stage, Trial, TrialStore
-from smoa_lab.study.tuning import best_index, first_index, is_interior, nearest_index, next_index, rate, sweep_indices
+from smoa_lab.study.tuning import best_index, first_index, is_interior, nearest_index, next_index, rate
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +45,22 @@ class Comparison:
         for name in chosen:
             self.bench.check_needs(self.study.entries[name])
         self.untouched()
+        if self.study.kind == "sequence":
+            self._run_sweeps(chosen)
+            return
         tuned = {name: self.tune(name) for name in chosen}
         for seed in self.study.seeds:
             for name, search in tuned.items():
                 result = self._trial(Trial("final", name, search.learning_rate, seed))
                 logger.info("%s seed %d: %s", name, seed, _summary(result))
+
+    def _run_sweeps(self, chosen: Sequence[str]) -> None:
+        """Every rate with every seed, scored on the test part: nothing is chosen, so nothing needs validation."""
+        for seed in self.study.seeds:
+            for name in chosen:
+                for index in self.study.rates(name):
+                    result = self._trial(Trial("final", name, rate(index), seed))
+                    logger.info("%s at %g seed %d: %s", name, rate(index), seed, _summary(result))
 
     def tune(self, name: str) -> Tuned:
         """Search the learning rate of one entry on the validation part."""
@@ -58,24 +69,24 @@ class Comparison:
             return Tuned({}, entry.learning_rate, interior=False)
         start = first_index(entry.learning_rate)
         losses: dict[int, float | None] = {}
-        while (index := self._next(start, losses)) is not None:
+        while (index := self._next(name, start, losses)) is not None:
             result = self._trial(Trial("tuning", name, rate(index), tuning.seed))
             losses[index] = validation_loss(result)
             logger.info("%s at %g: %s", name, rate(index), _summary(result))
         return _tuned(losses)
 
-    def _next(self, start: int, losses: dict[int, float | None]) -> int | None:
+    def _next(self, name: str, start: int, losses: dict[int, float | None]) -> int | None:
         tuning = self.study.tuning
         if tuning.sweep is None:
             return next_index(start, losses, tuning.max_runs, tuning.refine)
-        return next((index for index in sweep_indices(*tuning.sweep) if index not in losses), None)
+        return next((index for index in self.study.rates(name) if index not in losses), None)
 
     def untouched(self) -> dict[str, Any]:
         """The model as it is, on the test part."""
         entries = list(self.study.entries.values())
         lender = next((entry for entry in entries if entry.method != "full"), entries[0])
         config = self.bench.untouched_config(lender)
-        wanted = config.model_dump(mode="json")
+        wanted = self.bench.stored_config(config)
         found = self.store.find("untouched")
         if found is not None:
             wanted["training"] = found["config"]["training"]  # none took place
@@ -85,8 +96,8 @@ class Comparison:
         entry = self.study.entries[trial.entry]
         part: Part = "validation" if trial.stage == "tuning" else "test"
         run = partial(self.bench.run, entry, trial.learning_rate, trial.seed, part)
-        config = self.bench.config(entry, trial.learning_rate, trial.seed).model_dump(mode="json")
-        return self.store.get(trial.name, config, run)
+        config = self.bench.config(entry, trial.learning_rate, trial.seed)
+        return self.store.get(trial.name, self.bench.stored_config(config), run)
 
 
 def stored_search(study: Study, name: str) -> Tuned | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 
 from smoa_lab.basics.section import Section
 
@@ -13,7 +13,7 @@ class Entry(Section):
     """One method at one setting. ``learning_rate`` is where its search starts, ``budget`` the table it belongs to.
 
     ``parameters``, if given, is the number it must train, a task head aside, to within 2 %. ``training``
-    and ``model`` are laid over the shared blocks.
+    and ``model`` are laid over the shared blocks. ``sweep`` replaces the study's, for methods that need other rates.
     """
 
     method: str
@@ -23,3 +23,4 @@ class Entry(Section):
     parameters: int | None = Field(default=None, gt=0)
     training: dict[str, Any] = Field(default={})
     model: dict[str, Any] = Field(default={})
+    sweep: tuple[PositiveFloat, PositiveFloat] | None = None

@@ -15,7 +15,10 @@ from smoa_lab.config.yaml_text import apply_overrides, parse_yaml
 from smoa_lab.study.benches.answers import AnswerBench
 from smoa_lab.study.benches.bench import Bench
 from smoa_lab.study.benches.classification import ClassificationBench
+from smoa_lab.study.benches.first_stage import First
+from smoa_lab.study.benches.sequence import SequenceBench
 from smoa_lab.study.entry import Entry
+from smoa_lab.study.tuning import sweep_indices
 
 BENCHES: dict[str, type[Bench]] = {"answers": AnswerBench, "classification": ClassificationBench}
 
@@ -25,12 +28,13 @@ class Tuning(Section):
     direction until the best of them has neighbors on both sides or ``max_runs`` are spent; with ``refine`` the quarter
     decades beside the best as well. Judged by the gold answers' loss on the validation part after a run with ``seed``.
     ``max_runs: 0`` takes the start as it is. ``sweep: [lowest, highest]`` runs every quarter decade of a range
-    instead, the same for all entries, to draw the whole curve."""
+    instead, the same for all entries, to draw the whole curve; with ``per_decade: 2`` every half decade."""
 
     seed: int = 100
     max_runs: Literal[0] | Annotated[int, Field(ge=3)] = 6
     refine: bool = False
     sweep: tuple[PositiveFloat, PositiveFloat] | None = None
+    per_decade: Literal[2, 4] = 4
 
 
 class Study(Section):
@@ -38,10 +42,14 @@ class Study(Section):
 
     ``references`` are the entries to which the others of their budget are compared, by default the first one of each
     budget. ``elsewhere`` is a data block of another domain: the loss on its test part shows what was forgotten.
+
+    In a study of kind ``sequence`` every entry starts from the model that ``first`` trained, and is run with every seed
+    at every rate of ``tuning.sweep``.
     """
 
-    kind: Literal["answers", "classification"] = "answers"
+    kind: Literal["answers", "classification", "sequence"] = "answers"
     folder: Path
+    first: First | None = None
     shared: dict[str, Any]
     elsewhere: dict[str, Any] | None = None
     entries: dict[str, Entry] = Field(min_length=1)
@@ -51,6 +59,8 @@ class Study(Section):
 
     def bench(self) -> Bench:
         """What trains and scores one entry."""
+        if self.first is not None:
+            return SequenceBench(self.shared, self.elsewhere, self.first, self.folder)
         return BENCHES[self.kind](self.shared, self.elsewhere)
 
     def chosen(self, only: Sequence[str]) -> list[str]:
@@ -63,6 +73,11 @@ class Study(Section):
                 f"({', '.join(sorted(budgets))}) of this study"
             )
         return [name for name, entry in self.entries.items() if not only or name in only or entry.budget in only]
+
+    def rates(self, name: str) -> range:
+        """The grid indices of an entry's sweep; none without one."""
+        sweep = self.entries[name].sweep or self.tuning.sweep
+        return range(0) if sweep is None else sweep_indices(*sweep, self.tuning.per_decade)
 
     def reference(self, budget: str) -> str:
         """The entry to which those of ``budget`` are compared."""
@@ -96,7 +111,23 @@ def load_study(path: str | Path, overrides: list[str] | None = None) -> Study:
         raise ConfigError(
             f"{file}: entries: {both[0]} is both an entry and a budget, so --only is ambiguous; rename one"
         )
+    _check_kind(study, file)
     bench = study.bench()
     for name, entry in study.entries.items():
         bench.config(entry, entry.learning_rate, seed=0, place=f"{file}: entries.{name}")
+    if isinstance(bench, SequenceBench):
+        bench.first_config(place=f"{file}: first")
     return study
+
+
+def _check_kind(study: Study, file: Path) -> None:
+    """Raise ConfigError unless exactly the studies of kind ``sequence`` have a first task, and they a sweep."""
+    is_sequence = study.kind == "sequence"
+    if is_sequence and study.first is None:
+        raise ConfigError(f"{file}: first: is missing; a study of kind sequence trains its first task by it")
+    if study.first is not None and not is_sequence:
+        raise ConfigError(f"{file}: first: only studies of kind sequence have it, got kind {study.kind}; leave it out")
+    sweeping = [name for name, entry in study.entries.items() if entry.sweep is not None]
+    if study.tuning.sweep is None and (is_sequence or sweeping):
+        reason = "a study of kind sequence runs every rate of it" if is_sequence else f"entries.{sweeping[0]} has one"
+        raise ConfigError(f"{file}: tuning.sweep: is missing; {reason}; give [lowest, highest]")

@@ -101,7 +101,7 @@ def finite(value: Any) -> Any:
 
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:
     """A config without where it was run, and without what a study does not show."""
-    kept = {**config, "training": _without(config["training"], "output_dir")}
+    kept = {**_without(config, "forgetting"), "training": _without(config["training"], "output_dir")}
     return {**kept, "task": _without(config["task"], "samples")} if "task" in config else kept
 
 

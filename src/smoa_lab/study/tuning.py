@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Literal
 
 
 def rate(index: int) -> float:
@@ -25,8 +26,10 @@ def first_index(learning_rate: float) -> int:
     return 2 * round(2 * math.log10(learning_rate))
 
 
-def sweep_indices(lowest: float, highest: float) -> range:
-    """Every quarter decade from ``lowest`` to ``highest``."""
+def sweep_indices(lowest: float, highest: float, per_decade: Literal[2, 4] = 4) -> range:
+    """Every quarter or half decade from ``lowest`` to ``highest``."""
+    if per_decade == 2:
+        return range(first_index(lowest), first_index(highest) + 1, 2)
     return range(nearest_index(lowest), nearest_index(highest) + 1)
 
 

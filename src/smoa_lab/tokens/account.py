@@ -12,6 +12,8 @@ from smoa.errors import DataError
 
 FIRST = 16
 """Tokens: the bound of the shortest rows in a histogram."""
+QUANTILES = {"median": 0.5, "p95": 0.95, "p99": 0.99}
+"""Of the lengths of rows."""
 SHOWN = 10
 """Bad rows that are listed; the rest are counted."""
 
@@ -68,7 +70,7 @@ def length_summary(lengths: array[int]) -> dict[str, Any]:
     while bounds[-1] < order[-1]:
         bounds.append(2 * bounds[-1])
     places = Counter(bisect_left(bounds, length) for length in order)
-    quantile = {name: order[int(share * (len(order) - 1))] for name, share in (("median", 0.5), ("p95", 0.95))}
+    quantile = {name: order[int(share * (len(order) - 1))] for name, share in QUANTILES.items()}
     return {
         "total": sum(order),
         "shortest": order[0],

@@ -39,8 +39,8 @@ from smoa_lab.tokens.encoding import RowEncoder
 Part = Literal["train", "validation", "test"]
 PARTS: tuple[Part, ...] = ("train", "validation", "test")
 
-# Raised whenever the tokens of a row would change, so that no stale ones are used.
-VERSION = 2
+# Raised whenever the tokens of a row or the account of all would change, so that no stale ones are used.
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,10 @@ class PreparedRows:
         if at_most is None or len(dataset) <= at_most:
             return dataset
         return dataset.shuffle(seed=seed, keep_in_memory=True).select(range(at_most), keep_in_memory=True)
+
+    def examples(self, part: Part, at_most: int, seed: int = 0) -> list[Example]:
+        """Rows of the part as they were read."""
+        return read_examples(self.part(part, at_most, seed)["example"])
 
 
 def prepare_rows(wanted: RowsWanted, encoder: RowEncoder) -> PreparedRows:

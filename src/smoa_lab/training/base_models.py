@@ -45,7 +45,7 @@ def load_base_model(wanted: ModelSection) -> tuple[PreTrainedModel, PreTrainedTo
         DataError: the model cannot be loaded, or an option is unknown.
     """
     require(model_needs(wanted))
-    source, gguf_file = _locate(wanted.name)
+    source, gguf_file = locate(wanted.name)
     options: dict[str, Any] = {"dtype": getattr(torch, wanted.dtype), **wanted.options}
     if gguf_file:
         options |= _dequantize(gguf_file)
@@ -65,7 +65,7 @@ def load_tokenizer(wanted: ModelSection) -> PreTrainedTokenizerBase:
         DataError: it cannot be loaded.
     """
     require(model_needs(wanted))
-    source, gguf_file = _locate(wanted.name)
+    source, gguf_file = locate(wanted.name)
     places = {key: wanted.options[key] for key in PLACES if key in wanted.options}
     with _explained(wanted):
         tokenizer: Any = AutoTokenizer.from_pretrained(source, **_shared(wanted, gguf_file), **places)
@@ -92,8 +92,12 @@ def _explained(wanted: ModelSection) -> Iterator[None]:
         ) from error
 
 
-def _locate(name: str) -> tuple[str, str | None]:
-    """The ``from_pretrained`` source, and the GGUF file in it if that is what was named."""
+def locate(name: str) -> tuple[str, str | None]:
+    """The ``from_pretrained`` source, and the GGUF file in it if that is what was named.
+
+    Raises:
+        DataError: there is no such GGUF file.
+    """
     if name in PACKAGED_MODELS:
         return str(prepare_packaged_model(name)), None
     path = Path(name).expanduser()

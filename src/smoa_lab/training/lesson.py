@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 from peft import get_peft_model
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from smoa.errors import ConfigError
 from smoa.layers.distributed import is_distributed
+from smoa_lab.basics.foreign import foreign_warnings_ignored
 from smoa_lab.config.methods import METHODS
 from smoa_lab.config.run_config import Run
 from smoa_lab.training.progress import REPLACED, ProgressReport
@@ -94,12 +95,22 @@ class Lesson(ABC):
         """What training loses by cutting, where :meth:`account` does not have it."""
         return {}
 
-    def fit(self, arguments: TrainingArguments, checkpoint: str | None) -> tuple[Any, Trainer, float]:
+    def fit(
+        self, arguments: TrainingArguments, checkpoint: str | None, *watching: TrainerCallback
+    ) -> tuple[Any, Trainer, float]:
         """The trained model, its trainer, and the seconds that training took."""
+        with foreign_warnings_ignored():
+            return self._fit(arguments, checkpoint, watching)
+
+    def _fit(
+        self, arguments: TrainingArguments, checkpoint: str | None, watching: Sequence[TrainerCallback]
+    ) -> tuple[Any, Trainer, float]:
         set_seed(arguments.seed)  # the adapter's factors are drawn here
         peft_config = METHODS[self.config.method].peft_config(self.config.adapter)
         model: Any = self.base if peft_config is None else get_peft_model(self.base, peft_config)
-        trainer = self.trainer(model, arguments, callbacks=[ProgressReport()], processing_class=self.tokenizer)
+        trainer = self.trainer(
+            model, arguments, callbacks=[ProgressReport(), *watching], processing_class=self.tokenizer
+        )
         for callback in REPLACED:
             trainer.remove_callback(callback)
         logger.info("Training on %s by %s", self.title, type(trainer).__name__)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from smoa_lab.basics.extras import Needs
 from smoa_lab.config.rows_config import RowsConfig
-from smoa_lab.config.run_config import ModelSection, RunConfig
+from smoa_lab.config.run_config import ForgettingSection, ModelSection, RunConfig
+from smoa_lab.data.sources.general_text import STORY
 from smoa_lab.data.tasks import task_needs
 from smoa_lab.scoring.protocol import Protocol
 from smoa_lab.training.packaged_models import PACKAGED_MODELS, packaged_name, unpacked_folder
@@ -23,6 +24,11 @@ def training_needs(config: RunConfig | RowsConfig) -> Needs:
         f"training.optim: {optimizer}": ("bitsandbytes",) if named else (),
         **(input_needs(config) if isinstance(config, RunConfig) else rows_needs(config)),
     }
+
+
+def text_needs(wanted: ForgettingSection) -> Needs:
+    """Of measuring what a run forgets."""
+    return {f"forgetting.text: {STORY}": ("reasoning_gym",) if wanted.tokens and wanted.text == STORY else ()}
 
 
 def rows_needs(config: RowsConfig) -> Needs:

@@ -3,36 +3,36 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peft.tuners.tuners_utils import check_target_module_exists
-from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from smoa.errors import ConfigError, DataError
 from smoa_lab.basics.extras import import_package, require
+from smoa_lab.basics.foreign import foreign_warnings_ignored
 from smoa_lab.config.methods import METHODS
 from smoa_lab.config.rows_config import RowsConfig, RowsSection, check_training_keys, training_class
-from smoa_lab.rows.formats import Preference
 from smoa_lab.rows.sources import FileSource, HubSource, Source
-from smoa_lab.scoring.generation import continue_prompts
-from smoa_lab.scoring.row_losses import Losses, row_losses
 from smoa_lab.tokens.account import require_good_rows
 from smoa_lab.tokens.chat_templates import set_chat_template, stop_at_turns_end
-from smoa_lab.tokens.encoding import RowEncoder, side
-from smoa_lab.tokens.prepared import Part, PreparedRows, RowsWanted, Shares, prepare_rows, read_examples
+from smoa_lab.tokens.encoding import RowEncoder
+from smoa_lab.tokens.prepared import Part, PreparedRows, RowsWanted, Shares, prepare_rows
 from smoa_lab.training.base_models import load_base_model
-from smoa_lab.training.lesson import Lesson, Looks, Stage, checked_arguments
+from smoa_lab.training.lesson import Lesson, checked_arguments
 from smoa_lab.training.needs import rows_needs
+from smoa_lab.training.row_looks import RowLooks
 
-logger = logging.getLogger(__name__)
-
-NEW_TOKENS = 128
-"""Of a sample answer."""
 REFERENCE = "ref"
 """DPOTrainer's name of its copy of the untrained adapter, which it compares with."""
 
@@ -61,10 +61,6 @@ class OwnRows(Lesson):
         """Whether the rows are preferences."""
         return bool(self.rows.account["format"] == "preference")
 
-    @property
-    def pad(self) -> int:
-        return int(self.tokenizer.pad_token_id or 0)
-
     def arguments(self) -> TrainingArguments:
         self._check_evaluation()
         self._check_head()
@@ -76,7 +72,8 @@ class OwnRows(Lesson):
             training |= {"assistant_only_loss": False, "completion_only_loss": None}
             training |= {} if training.get("packing") else {"max_length": None}
         try:
-            arguments = target(**training)
+            with foreign_warnings_ignored():
+                arguments = target(**training)
         except (ValueError, TypeError) as error:
             raise ConfigError(f"training: {error}") from error
         return checked_arguments(arguments)
@@ -110,7 +107,9 @@ class OwnRows(Lesson):
             )
 
     def looks(self, alone: bool) -> RowLooks:
-        return RowLooks(self, alone)
+        wanted = self.config.data
+        held_out = self.rows.part("test", wanted.test_examples, wanted.seed)
+        return RowLooks(held_out, self.encoder, self.rows.account["max_length"], wanted.samples * alone)
 
     def trainer(self, model: Any, arguments: Any, **options: Any) -> Trainer:
         trl = import_package("trl", "data.train")
@@ -129,19 +128,17 @@ class OwnRows(Lesson):
             trainer.add_callback(EarlyStoppingCallback(self.config.early_stopping))
         return trainer
 
-    def fit(self, arguments: TrainingArguments, checkpoint: str | None) -> tuple[Any, Trainer, float]:
-        model, trainer, seconds = super().fit(arguments, checkpoint)
+    def fit(
+        self, arguments: TrainingArguments, checkpoint: str | None, *watching: TrainerCallback
+    ) -> tuple[Any, Trainer, float]:
+        model, trainer, seconds = super().fit(arguments, checkpoint, *watching)
         if REFERENCE in getattr(model, "peft_config", {}):
             model.delete_adapter(REFERENCE)  # else it would be saved too
         return model, trainer, seconds
 
     def held_out_nll(self, model: Any) -> list[tuple[float, int]]:
-        losses = self.losses(model, self.rows.part("test", self.config.data.test_examples, self.config.data.seed))
+        losses = self.looks(alone=False).measured(model)
         return list(zip(losses.nll, losses.tokens, strict=True))
-
-    def losses(self, model: Any, rows: Any) -> Losses:
-        """Of a data set's rows."""
-        return row_losses(model, rows.remove_columns("example").to_list(), self.pad)
 
     def account(self) -> dict[str, Any]:
         return {"source": self.source.name, **self.rows.account}
@@ -152,68 +149,6 @@ class OwnRows(Lesson):
         if part != "train" and not len(data):
             return None
         return data.map(_pair, remove_columns=data.column_names) if self.prefers else data.remove_columns("example")
-
-
-class RowLooks(Looks):
-    """Loss and perplexity on held-out rows, and the model's answers to the first of them."""
-
-    def __init__(self, lesson: OwnRows, alone: bool) -> None:
-        super().__init__()
-        wanted, self.lesson = lesson.config.data, lesson
-        self.rows = lesson.rows.part("test", wanted.test_examples, wanted.seed)
-        examples = read_examples(self.rows["example"][: wanted.samples * alone])
-        prompts = [lesson.encoder.prompt(example) for example in examples]
-        longest = lesson.rows.account["max_length"] or math.inf
-        self.prompts = [(ids, reference) for ids, reference in prompts if len(ids) <= longest]
-        self.losses: dict[str, Losses] = {}
-        self.worse: dict[str, Losses] = {}
-
-    def look(self, model: Any, stage: Stage) -> None:
-        if not len(self.rows):
-            return
-        logger.info("Scoring %d held-out rows %s training", len(self.rows), stage)
-        self.losses[stage] = self.lesson.losses(model, self.rows)
-        if self.lesson.prefers:
-            self.worse[stage] = row_losses(model, self.rejected, self.lesson.pad)
-        self.evaluation[stage] = {"all": _scores(self.losses[stage])}
-        prompts = [ids for ids, _ in self.prompts]
-        self.written[stage] = continue_prompts(model, self.lesson.tokenizer, prompts, NEW_TOKENS)
-
-    @property
-    def gain(self) -> dict[str, float] | None:
-        if len(self.losses) < 2:
-            return None
-        change, stderr = self.losses["after"].change_from(self.losses["before"])
-        preferred = {"preferred": self._preferred()} if self.worse else {}
-        return {"loss": change, "loss_stderr": stderr, **preferred}
-
-    def _preferred(self) -> float:
-        """The share of preferences whose chosen answer gained on the rejected one: DPO's accuracy."""
-        stages = [(self.losses[stage].nll, self.worse[stage].nll) for stage in ("before", "after")]
-        before, after = ([low - high for high, low in zip(*pair, strict=True)] for pair in stages)
-        return sum(late > early for early, late in zip(before, after, strict=True)) / len(before)
-
-    @cached_property
-    def rejected(self) -> list[dict[str, list[int]]]:
-        """The rejected answers of the held-out preferences."""
-        pairs = read_examples(self.rows["example"])
-        encoded = [self.lesson.encoder.encode(side(pair, "rejected")) for pair in pairs if isinstance(pair, Preference)]
-        return [asdict(tokens.cut(self.lesson.rows.account["max_length"])) for tokens in encoded]
-
-    @property
-    def asked(self) -> list[tuple[str, str]]:
-        decode = self.lesson.tokenizer.decode
-        return [(str(decode(ids)), reference) for ids, reference in self.prompts]
-
-
-def _scores(losses: Losses) -> dict[str, Any]:
-    return {
-        "rows": len(losses.nll),
-        "tokens": sum(losses.tokens),
-        "loss": losses.mean,
-        "loss_stderr": losses.stderr,
-        "perplexity": math.exp(losses.mean),
-    }
 
 
 def read_rows_of(config: RowsConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[RowEncoder, PreparedRows]:

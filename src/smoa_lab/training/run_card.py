@@ -32,7 +32,7 @@ def run_card(title: str, config: PeftConfig, base: NamedBase, metrics: dict[str,
 def _sections(metrics: dict[str, Any]) -> str:
     origin, training = metrics["provenance"], metrics["training"]
     return SECTIONS.format(
-        results=_results(metrics["evaluation"]) + _samples(metrics["samples"]),
+        results=_results(metrics["evaluation"]) + _forgotten(metrics["forgetting"]) + _samples(metrics["samples"]),
         data=_questions(metrics) if "tasks" in metrics["data"] else _rows(metrics["data"]),
         commit=f" (commit {origin['commit'][:12]}{', changed' * origin['dirty']})" if origin["commit"] else "",
         steps=training["steps"],
@@ -58,6 +58,15 @@ def _results(evaluation: dict[str, Any]) -> str:
     tokens = "trained token" if of_rows else "token of the gold answers"
     table = _table(("task", what, "loss", columns[1]), rows)
     return f"## Results\n\nOn held-out {what}, {before}; the loss is in nats per {tokens}.\n\n{table}\n\n"
+
+
+def _forgotten(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    return (
+        f"Forgotten: {found['change']:+.3f} ± {found['stderr']:.3f} nats per token of general text "
+        f"({found['before']:.3f} → {found['after']:.3f}, {found['tokens']:,} tokens of {found['text']}).\n\n"
+    )
 
 
 def _samples(samples: list[dict[str, str]]) -> str:

@@ -19,7 +19,8 @@ from smoa_lab.config.rows_config import RowsConfig
 from smoa_lab.config.run_config import RunConfig
 from smoa_lab.drawing.plots import draw_run
 from smoa_lab.training.lesson import Lesson
-from smoa_lab.training.needs import training_needs
+from smoa_lab.training.memory_of_text import MemoryOfText
+from smoa_lab.training.needs import text_needs, training_needs
 from smoa_lab.training.own_rows import open_rows
 from smoa_lab.training.packaged_models import described_base
 from smoa_lab.training.questions import prepare
@@ -44,25 +45,30 @@ def train(config: RunConfig | RowsConfig, lesson: Lesson | None = None) -> dict[
         ConfigError: the run's folder contains a finished run or one of another config.
         DataError: model or data cannot be loaded, or a package is missing.
     """
-    require(training_needs(config))
+    require({**training_needs(config), **text_needs(config.forgetting)})
     folder, text = RunFolder(config.folder), config.to_yaml()
     folder.check(text)
     lesson = lesson or open_lesson(config)
     arguments = lesson.arguments()
+    memory = MemoryOfText(config.forgetting, lesson.tokenizer)
     checkpoint = folder.start(text)
     with folder.logging():
         if checkpoint:
             logger.info("Resuming from %s", checkpoint)
-        return _run(lesson, arguments, folder, checkpoint)
+        return _run(lesson, arguments, memory, folder, checkpoint)
 
 
-def _run(lesson: Lesson, arguments: TrainingArguments, folder: RunFolder, checkpoint: str | None) -> dict[str, Any]:
+def _run(
+    lesson: Lesson, arguments: TrainingArguments, memory: MemoryOfText, folder: RunFolder, checkpoint: str | None
+) -> dict[str, Any]:
     if arguments.process_index > 0:
         logging.getLogger("smoa_lab").setLevel(logging.WARNING)  # rank 0 logs the rest
     looks = lesson.looks(alone=arguments.world_size == 1)
     looks.look(lesson.base, "before")
+    memory.look(lesson.base, "before")
     model, trainer, seconds = lesson.fit(arguments, checkpoint)
     looks.look(model, "after")
+    memory.look(model, "after")
     metrics = {
         "format": 1,
         "config": portable(lesson.config.model_dump(mode="json")),
@@ -80,6 +86,7 @@ def _run(lesson: Lesson, arguments: TrainingArguments, folder: RunFolder, checkp
         },
         "evaluation": looks.evaluation,
         "gain": looks.gain,
+        "forgetting": memory.forgotten,
         "samples": looks.samples,
         "history": trainer.state.log_history,
     }

@@ -57,6 +57,10 @@ class Bench(ABC):
         own = {"method": entry.method, "adapter": entry.adapter, "model": model, "training": training}
         return check_config({**self.shared, **own}, place)
 
+    def stored_config(self, config: RunConfig) -> dict[str, Any]:
+        """All that decides a run's result, as its JSON has it: a finished run counts only for the same."""
+        return config.model_dump(mode="json")
+
     def check_needs(self, entry: Entry) -> None:
         """Raise DataError if a package is missing that the runs of an entry will need."""
         elsewhere = {} if self.elsewhere is None else task_needs(self.elsewhere.chosen())
@@ -70,7 +74,7 @@ class Bench(ABC):
         fitted = self._fit(config, checkpoint)
         _check_parameters(entry, fitted.parameters)
         return {
-            "config": config.model_dump(mode="json"),
+            "config": self.stored_config(config),
             "parameters": fitted.parameters,
             "seconds": None if checkpoint else round(fitted.seconds, 1),  # of a resumed run it would be a part only
             "steps": fitted.trainer.state.global_step,
@@ -88,7 +92,7 @@ class Bench(ABC):
 
     def untouched(self, config: RunConfig, part: Part) -> dict[str, Any]:
         """Scores without any training, for comparison: majority class, and loss elsewhere."""
-        return {"config": config.model_dump(mode="json"), "parameters": 0, **self._scores(None, config, part)}
+        return {"config": self.stored_config(config), "parameters": 0, **self._scores(None, config, part)}
 
     @cached_property
     def records(self) -> Selection:
@@ -111,12 +115,16 @@ class Bench(ABC):
             "part": part,
             "sha256": self.records.account["used"][part]["sha256"],
             "scores": {name: asdict(score) for name, score in score_outcomes(outcomes).items()},
-            "questions": _questions(outcomes),
+            "questions": answered(outcomes),
         }
         if self._elsewhere_records and part == "test":
-            away = score_outcomes(self._outcomes(model, config, self._elsewhere_records))
-            found["elsewhere"] = away["all"].gold_loss
+            found |= self._away(model, config)
         return found
+
+    def _away(self, model: nn.Module | None, config: RunConfig) -> dict[str, Any]:
+        """The loss elsewhere."""
+        outcomes = self._outcomes(model, config, self._elsewhere_records)
+        return {"elsewhere": score_outcomes(outcomes)["all"].gold_loss}
 
     @abstractmethod
     def _fit(self, config: RunConfig, checkpoint: str | None) -> Fitted:
@@ -143,7 +151,7 @@ def _check_parameters(entry: Entry, found: int) -> None:
         )
 
 
-def _questions(outcomes: Sequence[Outcome]) -> dict[str, list[Any]]:
+def answered(outcomes: Sequence[Outcome]) -> dict[str, list[Any]]:
     """Per question, in order, so that entries can be paired: task, loss and tokens of the gold answer, right or not."""
     return {
         "task": [outcome.record.task for outcome in outcomes],

@@ -155,12 +155,12 @@ def _differences(
     if not shared:
         return None, None
     for seed in shared:
-        _check_paired(finals[seed], theirs[seed])
+        check_paired(finals[seed], theirs[seed])
     pair = outcomes([finals[seed] for seed in shared]), outcomes([theirs[seed] for seed in shared])
     return loss_difference(*pair), accuracy_difference(*pair)
 
 
-def _check_paired(one: dict[str, Any], other: dict[str, Any]) -> None:
+def check_paired(one: dict[str, Any], other: dict[str, Any]) -> None:
     """Raise DataError unless both were asked the same questions, in the same tokens."""
     if one.get("sha256") != other.get("sha256") or one["questions"]["tokens"] != other["questions"]["tokens"]:
         raise DataError(

@@ -93,7 +93,7 @@ def accuracy_difference(entry: Outcomes, reference: Outcomes) -> Difference:
 
 def _difference(gaps: NDArray[np.float64], weights: NDArray[np.float64], sign: int) -> Difference:
     found = _interval(gaps, weights)
-    verdict = _verdict(found.low, found.high, sign) if len(gaps) > 1 else "one seed"
+    verdict = verdict_of(found.low, found.high, sign) if len(gaps) > 1 else "one seed"
     return Difference(found.mean, found.low, found.high, verdict)
 
 
@@ -104,13 +104,13 @@ def _interval(values: NDArray[np.float64], weights: NDArray[np.float64]) -> Inte
     random = np.random.default_rng(0)
     columns = (random.integers(0, questions, questions) for _ in range(RESAMPLES))
     means = np.array([of_question[one].sum() / weights[one].sum() for one in columns])
-    found = means + _seed_errors(values.sum(axis=1) / weights.sum(), random)
+    found = means + seed_errors(values.sum(axis=1) / weights.sum(), random)
     tail = (100 - INTERVAL) / 2
     low, high = np.percentile(found, [tail, 100 - tail])
     return Interval(float(of_question.sum() / weights.sum()), float(low), float(high))
 
 
-def _seed_errors(of_seed: NDArray[np.float64], random: np.random.Generator) -> NDArray[np.float64]:
+def seed_errors(of_seed: NDArray[np.float64], random: np.random.Generator) -> NDArray[np.float64]:
     """Errors of the mean over seeds, (RESAMPLES,), in random order; 0 for one seed, which tells nothing of it."""
     seeds = len(of_seed)
     if seeds < 2:
@@ -119,7 +119,35 @@ def _seed_errors(of_seed: NDArray[np.float64], random: np.random.Generator) -> N
     return np.asarray(random.permutation(many[50::101]) * of_seed.std(ddof=1) / seeds**0.5)
 
 
-def _verdict(low: float, high: float, sign: int) -> Verdict:
+def verdict_of(low: float, high: float, sign: int) -> Verdict:
+    """Of a difference by its interval; ``sign`` is 1 where higher is better, else -1."""
     if low <= 0 <= high:
         return "same"
     return "better" if sign * low > 0 else "worse"
+
+
+def p_value(samples: NDArray[np.float64]) -> float:
+    """Two-sided, that a difference with these resamples is 0; never below 2 / (resamples + 1)."""
+    beyond = min(int((samples <= 0).sum()), int((samples >= 0).sum()))
+    return min(1.0, 2 * (beyond + 1) / (len(samples) + 1))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's p-values: those below 5 % are false in at most 5 % of studies with so many comparisons."""
+    order = np.argsort(p_values)
+    times = len(p_values) - np.arange(len(p_values))
+    adjusted = np.minimum(1.0, np.maximum.accumulate(np.asarray(p_values)[order] * times))
+    return [float(adjusted[place]) for place in np.argsort(order)]
+
+
+def spearman(one: Sequence[float], other: Sequence[float]) -> float | None:
+    """The correlation of ranks, ties given their mean rank; None where one of both is constant."""
+    ranks = _ranks(one), _ranks(other)
+    if any(np.ptp(rank) == 0 for rank in ranks):
+        return None
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def _ranks(values: Sequence[float]) -> NDArray[np.float64]:
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return np.asarray((np.cumsum(counts) - (counts - 1) / 2)[place])

@@ -22,7 +22,7 @@ from smoa_lab.study.report.rows import (
 )
 from smoa_lab.study.report.statistics import Difference
 from smoa_lab.study.report.study_page import study_page
-from smoa_lab.study.study_file import Study, Tuning
+from smoa_lab.study.study_file import Study
 from smoa_lab.study.trials import TrialStore
 
 
@@ -60,9 +60,13 @@ def _draw(study: Study, rows: list[Row]) -> dict[str, str]:
     return pictures
 
 
-def _search_in_words(tuning: Tuning) -> str:
+def _search_in_words(study: Study) -> str:
+    tuning = study.tuning
     if tuning.sweep is not None:
-        return "every quarter decade from {:g} to {:g}".format(*tuning.sweep)
+        step = "half" if tuning.per_decade == 2 else "quarter"
+        own = any(entry.sweep is not None for entry in study.entries.values())
+        lowest, highest = tuning.sweep
+        return f"every {step} decade from {lowest:g} to {highest:g}{', or of its own range' if own else ''}"
     beside = ", then the two quarter decades next to it" if tuning.refine else ""
     return (
         "half decades around a start, then on in the better direction until the best has neighbors on both sides, at "
@@ -74,7 +78,7 @@ def _page(study: Study, rows: list[Row], untouched: dict[str, Any] | None, pictu
     parts = [
         f"# {study.folder.name}: {study.kind} of {study.shared['model']['name']}",
         "Written by `smoa compare` from the stored runs; do not edit. Each entry's learning rate is chosen "
-        f"on validation data by the same search: {_search_in_words(study.tuning)}. The figures are from fresh "
+        f"on validation data by the same search: {_search_in_words(study)}. The figures are from fresh "
         "seeds on the test part. Differences are paired by seed and question, with 95 % intervals (questions "
         "resampled, Student's t over seeds). *Same* means that the interval includes 0. One seed gets no verdict. ± is "
         "the standard deviation over seeds. *s* is the seconds of training on the machine that ran most of the runs. "

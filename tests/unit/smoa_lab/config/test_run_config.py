@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from smoa.errors import ConfigError
+from smoa_lab.config.rows_config import load_any_config
 from smoa_lab.config.run_config import load_config
 
 CONFIGS = Path(__file__).parents[4] / "configs"
@@ -13,7 +14,7 @@ CONFIGS = Path(__file__).parents[4] / "configs"
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
 def test_every_ready_config_is_valid(path: Path) -> None:
     # Without use_cpu a config for a GPU is refused where there is none, as it should be.
-    assert load_config(path, ["training.use_cpu=true"]).data.tasks
+    assert load_any_config(path, ["training.use_cpu=true"]).data
 
 
 def test_an_override_changes_one_value(file: Path) -> None:
@@ -25,3 +26,9 @@ def test_an_override_changes_one_value(file: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such file"):
         load_config(tmp_path / "nowhere.yaml")
+
+
+def test_a_command_for_questions_says_what_a_config_for_rows_is(file: Path) -> None:
+    file.write_text("model: {name: x}\ndata: {train: chats.jsonl}\n")
+    with pytest.raises(ConfigError, match=r"trains on rows \(data\.train or data\.hub\); this command takes questions"):
+        load_config(file)

@@ -76,3 +76,7 @@ def test_what_is_written_is_read_again_as_it_was() -> None:
 def test_keys_know_their_lines() -> None:
     assert key_lines("a:\n  b: 1\n  c: {d: 2}\n") == {("a",): 1, ("a", "b"): 2, ("a", "c"): 3, ("a", "c", "d"): 3}
     assert key_lines("") == {}
+
+
+def test_a_long_value_stays_on_its_line() -> None:
+    assert to_yaml({"train": "a long path " * 50}).count("\n") == 1

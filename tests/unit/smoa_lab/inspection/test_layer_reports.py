@@ -3,11 +3,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from peft import LoraConfig, PeftConfig, get_peft_model
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM
 
 from smoa import SmoaConfig
-from smoa_lab.inspection.layer_reports import LayerReport, _blocks, _rank_bound, _weight_and_update, inspect_layers
+from smoa_lab.inspection import layer_reports
+from smoa_lab.inspection.layer_reports import LayerReport, _blocks, _rank_bound, inspect_layers
 from tests.support import lab, tiny_models
 
 TARGETS = ["q_proj", "v_proj"]
@@ -38,7 +40,22 @@ def test_without_modulation_the_rank_is_bound_by_r(base: Path) -> None:
 def test_another_methods_layer_is_inspected_without_blocks() -> None:
     model = get_peft_model(tiny_models.build("llama"), LoraConfig(r=3, target_modules=["q_proj"]))
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
-    weight, update = _weight_and_update(layer, "default")
-    assert weight.shape == update.shape
     assert _rank_bound(layer, "default") == 3
     assert _blocks(layer, "default") == {}
+
+
+def test_spectral_norms_and_stable_ranks_are_the_updates_own_and_far_layers_are_marked(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layer_reports, "TOO_FAR", 0.08)
+    config = SmoaConfig(r=4, num_blocks=2, target_modules=TARGETS, init_weights=False)
+    layers = reports(base, config)
+    model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), base.with_name("SMOA"))
+    for layer in layers:
+        module = model.base_model.model.get_submodule(layer.module)
+        values = torch.linalg.svdvals(module.get_delta_weight("default").double())
+        largest = torch.linalg.matrix_norm(module.base_layer.weight.double(), 2)
+        assert layer.relative_spectral_norm == pytest.approx(float(values[0] / largest), rel=1e-4)
+        assert layer.stable_rank == pytest.approx(float((values**2).sum() / values[0] ** 2), rel=1e-4)
+        assert layer.to_dict()["moved_too_far"] is (layer.relative_spectral_norm > 0.08)
+    assert {layer.moved_too_far for layer in layers} == {True, False}

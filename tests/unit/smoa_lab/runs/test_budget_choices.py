@@ -5,16 +5,25 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from smoa import SmoaConfig
 from smoa.errors import ConfigError, DataError
 from smoa.maths.budget import adapter_bytes, rank_bound
-from smoa_lab.runs.budget_choices import _limit, budget_choices, model_shapes
+from smoa_lab.runs.budget_choices import (
+    _limit,
+    budget_choice,
+    budget_choices,
+    empty_model,
+    lora_parameters,
+    model_shapes,
+    shapes_of,
+)
 from tests import reference
 from tests.support import lab
 from tests.support.layers import smoa_layers
+from tests.support.tiny_models import build
 
 
 @pytest.mark.parametrize(
@@ -22,7 +31,7 @@ from tests.support.layers import smoa_layers
 )
 def test_a_budget_that_is_none_is_refused(amount: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        _limit(amount, 1000)
+        _limit(amount, 1000, 10)
 
 
 def test_a_model_whose_shapes_cannot_be_had_is_refused(tmp_path: Path) -> None:
@@ -70,3 +79,32 @@ def test_a_narrow_layer_is_counted_with_the_blocks_and_rank_that_it_gets(tmp_pat
         assert choice.rank_bound == min(bounds)
         saved = [adapter_bytes(*shape, sum(own), len(own)) for shape, own in zip(shapes, ranks, strict=True)]
         assert choice.bytes_on_disk == sum(saved)
+
+
+def test_loras_budget_is_what_lora_trains_on_the_same_layers(tmp_path: Path) -> None:
+    base = str(lab.tiny_base(tmp_path))
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=3, target_modules="all-linear"))
+    of_lora = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    shapes, total = model_shapes(base, ("all-linear",))
+    assert lora_parameters(shapes, 3) == of_lora
+    assert {choice.lora_r for choice in budget_choices(base, "lora:3", ("all-linear",))} == {3}
+    choice = budget_choice(shapes, total, "LoRA:3")
+    assert (choice.num_blocks, choice.r, choice.parameters) == (2, 6, of_lora)
+
+
+def test_r_is_a_multiple_of_the_number_of_blocks() -> None:
+    shapes = Counter({(8, 8): 1})
+    assert [budget_choice(shapes, 1000, str(amount)).r for amount in (16, 31, 32, 63)] == [2, 2, 4, 6]
+    odd = Counter({(7, 7): 1})
+    assert budget_choice(odd, 1000, "14").parameters == 14
+    with pytest.raises(ConfigError, match="too small; the smallest adapter has 14"):
+        budget_choice(odd, 1000, "13")
+
+
+def test_all_linear_means_the_layers_of_gpt2_too() -> None:
+    empty = build("gpt2").to("meta")
+    assert shapes_of(empty, ("all-linear",), "gpt2") == Counter({(72, 24): 2, (24, 24): 2, (96, 24): 2, (24, 96): 2})
+
+
+def test_a_model_without_weights_has_only_its_layers(tmp_path: Path) -> None:
+    assert all(parameter.is_meta for parameter in empty_model(str(lab.tiny_base(tmp_path))).parameters())

@@ -27,3 +27,10 @@ def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "task": {"max_length": 64},
         "training": {"max_steps": 2, "per_device_train_batch_size": 4, "save_strategy": "no", "use_cpu": True},
     }
+
+
+@pytest.fixture
+def sequence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A study of two tasks in turn, as values; nothing is run yet."""
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
+    return studies.tiny_sequence(tmp_path)

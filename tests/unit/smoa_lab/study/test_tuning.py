@@ -59,3 +59,8 @@ def test_a_finer_search_tries_both_sides_of_the_best_half_decade(best: int) -> N
 
 def test_a_finer_search_spends_two_runs_beyond_the_limit() -> None:
     assert len(search({index: -float(index) for index in range(-18, 18)}, start=-8, max_runs=4, refine=True)) == 6
+
+
+def test_a_sweep_takes_quarter_or_half_decades() -> None:
+    assert [rate(index) for index in sweep_indices(1e-3, 1e-2)] == [1e-3, 2e-3, 3e-3, 6e-3, 1e-2]
+    assert [rate(index) for index in sweep_indices(1e-3, 3e-2, 2)] == [1e-3, 3e-3, 1e-2, 3e-2]

@@ -36,6 +36,7 @@ def metrics() -> dict[str, Any]:
         "training": {"steps": 50, "seconds": 61.2},
         "evaluation": {"before": scores(3.25, 0.5), "after": scores(2.125, 0.625)},
         "samples": [],
+        "forgetting": None,
     }
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from smoa_lab.study.report.statistics import accuracy_difference, loss_difference, outcomes
+from smoa_lab.study.report.statistics import accuracy_difference, holm, loss_difference, outcomes, p_value, spearman
 
 
 def results(shift: float, seeds: int = 3, questions: int = 200, noise: float = 0.05) -> list[dict[str, Any]]:
@@ -103,3 +103,23 @@ def test_one_seed_gets_no_verdict() -> None:
     found = loss_difference(outcomes(results(-0.5, seeds=1)), outcomes(results(0.0, seeds=1)))
     assert found.verdict == "one seed"
     assert found.high < 0
+
+
+def test_holm_multiplies_the_smallest_by_the_number_of_comparisons() -> None:
+    assert holm([0.04, 0.01, 0.03, 0.9]) == pytest.approx([0.09, 0.04, 0.09, 0.9])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_the_p_value_is_twice_the_share_beyond_zero() -> None:
+    samples = np.linspace(-1, 3, 4001)
+    assert p_value(samples) == pytest.approx(0.5, abs=1e-3)
+    assert p_value(samples + 10) == 2 / 4002
+    assert p_value(np.array([-1.0, 1.0])) == 1.0
+
+
+def test_the_correlation_is_of_ranks_with_ties_at_their_mean() -> None:
+    assert spearman([1, 2, 3], [1, 10, 1000]) == pytest.approx(1.0)
+    assert spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1.0)
+    assert spearman([1, 2, 2, 3], [4, 5, 6, 7]) == pytest.approx(np.corrcoef([1, 2.5, 2.5, 4], [1, 2, 3, 4])[0, 1])
+    assert spearman([0, 0, 0], [1, 2, 3]) is None

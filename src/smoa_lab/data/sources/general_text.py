@@ -1,0 +1,75 @@
+"""General English text, on which every run measures what it forgets: a story, articles of the Hub, or a user's file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from importlib import resources
+from itertools import islice
+from pathlib import Path
+
+from smoa.errors import DataError
+from smoa_lab.basics.extras import import_package
+
+STORY = "packaged"
+FINEWIKI = "finewiki"
+WORDS = 120
+"""Of a passage, at least."""
+ARTICLES = 100
+"""Of the Hub's data set: those that PEFT's own comparison takes."""
+
+
+def describe(source: str) -> str:
+    """What is read, in a few words."""
+    if source == STORY:
+        return "Jules and Michel Verne, In the Year 2889"
+    return "HuggingFaceFW/finewiki" if source == FINEWIKI else Path(source).name
+
+
+def passages(source: str) -> list[str]:
+    """Passages of at least 120 words.
+
+    ``packaged`` is a story of 1889 that the package reasoning-gym carries (Project Gutenberg, in the public domain);
+    ``finewiki`` are the first 100 articles of HuggingFaceFW/finewiki; anything else is a text file in UTF-8.
+
+    Raises:
+        DataError: the source cannot be read, or has no passage.
+    """
+    found = list(_joined(_paragraphs(source)))
+    if not found:
+        raise DataError(f"forgetting.text: {source}: has no passage of {WORDS} words; give more text")
+    return found
+
+
+def _paragraphs(source: str) -> Iterable[str]:
+    if source == STORY:
+        import_package("reasoning_gym", "forgetting.text: packaged")
+        text = (resources.files("reasoning_gym") / "data" / "in_the_year_2889.txt").read_text(encoding="utf-8")
+        text = text.partition("*** START OF")[2].partition("*** END OF")[0].partition("]\n")[2]
+        return text.split("\n\n")
+    if source == FINEWIKI:
+        return _articles()
+    try:
+        return Path(source).expanduser().read_text(encoding="utf-8").split("\n\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"forgetting.text: {source}: cannot be read: {error}; give packaged, finewiki, or a text file in UTF-8"
+        ) from error
+
+
+def _articles() -> list[str]:
+    datasets = import_package("datasets", "forgetting.text: finewiki")
+    try:
+        stream = datasets.load_dataset("HuggingFaceFW/finewiki", split="train", streaming=True)
+        return [row["text"][:2000] for row in islice(stream, ARTICLES)]
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError(f"forgetting.text: finewiki: cannot be read from the Hub: {error}; use packaged") from error
+
+
+def _joined(paragraphs: Iterable[str]) -> Iterator[str]:
+    """Paragraphs on one line each, joined until they have enough words."""
+    passage = ""
+    for paragraph in paragraphs:
+        passage = f"{passage}\n{' '.join(paragraph.split())}".strip()
+        if len(passage.split()) >= WORDS:
+            yield passage
+            passage = ""

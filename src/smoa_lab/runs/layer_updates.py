@@ -1,0 +1,35 @@
+"""The weight W and the update ΔW of every adapted layer of a model, whatever the PEFT method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import deepcopy
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from smoa.layers.layer import SmoaLayer
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The layers whose ΔW can be had, by their paths, in the model's order."""
+    for path, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and hasattr(module, "get_delta_weight"):
+            yield path, module
+
+
+@torch.no_grad()
+def weight_and_update(module: Any, adapter: str) -> tuple[Tensor, Tensor]:
+    """W, dequantized if it is quantized, and ΔW, in float32.
+
+    Of other methods ΔW is what a merge adds to W, computed in float64: HiRA's ``get_delta_weight`` is the factor that W
+    is multiplied with, and DoRA's leaves its magnitudes out.
+    """
+    if isinstance(module, SmoaLayer):
+        return module.pristine_weight().float(), module.delta(adapter).float()
+    merged = deepcopy(module).double()
+    before = merged.get_base_layer().weight.clone()
+    merged.merge(adapter_names=[adapter])
+    return before.float(), (merged.get_base_layer().weight - before).float()

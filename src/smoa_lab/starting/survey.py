@@ -1,0 +1,130 @@
+"""Looks at a model and at data before a config is written for them: sizes, lengths, format, and what is wrong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from smoa.errors import ConfigError
+from smoa_lab.basics.extras import require
+from smoa_lab.config.rows_config import check_rows_config
+from smoa_lab.config.run_config import DataSection, ModelSection, TaskSection
+from smoa_lab.data.tasks import TASKS, find_task, task_needs
+from smoa_lab.rows.formats import Conversation, Example, Preference
+from smoa_lab.rows.sources import source_values
+from smoa_lab.runs.budget_choices import ALL_LINEAR, Shapes, empty_model, shapes_of
+from smoa_lab.tokens.account import require_good_rows
+from smoa_lab.training.base_models import load_tokenizer
+from smoa_lab.training.own_rows import read_rows_of, sources
+
+STEP = 64
+"""Tokens: a row is cut at a multiple of it."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """``parameters`` of the whole model; ``shapes`` of its linear layers but the output; ``context``: how many tokens
+    it takes, if that is limited."""
+
+    name: str
+    parameters: int
+    shapes: Shapes
+    context: int | None
+    layers: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """``values``: the config's ``data`` block; ``train``: how many rows or questions there are to train on;
+    ``max_length``: the tokens at which a row is to be cut; ``format``: of rows, None for questions."""
+
+    values: dict[str, Any]
+    train: int
+    max_length: int
+    format: str | None = None
+    tokens: int = 0
+
+    @property
+    def kind(self) -> str:
+        """What one of them is called."""
+        return "rows" if self.format else "questions"
+
+
+def look_at_model(name: str) -> ModelFacts:
+    """From its config alone: no weights are read.
+
+    Raises:
+        DataError: there is no such model.
+    """
+    empty = empty_model(name)
+    config: Any = empty.config.get_text_config()
+    return ModelFacts(
+        name,
+        sum(parameter.numel() for parameter in empty.parameters()),
+        shapes_of(empty, (ALL_LINEAR,), name),
+        getattr(config, "max_position_embeddings", None),
+        config.num_hidden_layers,
+        config.hidden_size,
+        getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        config.vocab_size,
+    )
+
+
+def check_place(place: str) -> str:
+    """The same; raises DataError if it can be known without reading that nothing is there."""
+    if place not in TASKS:
+        for source in sources(check_rows_config({"model": {"name": ""}, "data": source_values(place)}, place).data):
+            source.check()
+    return place
+
+
+def look_at_data(place: str, model: ModelFacts) -> DataFacts:
+    """Of a task's name, a file, a folder, or a data set of the Hub, whose rows are read to the last.
+
+    Raises:
+        DataError: rows cannot be read, or some are bad, as `smoa train` would say.
+    """
+    return _questions(place) if place in TASKS else _rows(place, model)
+
+
+def _questions(name: str) -> DataFacts:
+    require(task_needs({name: find_task(name)}))
+    data = DataSection(tasks=[name])
+    return DataFacts({"tasks": [name]}, len(data.select().train), TaskSection().max_length)
+
+
+def _rows(place: str, model: ModelFacts) -> DataFacts:
+    tokenizer = load_tokenizer(ModelSection(name=model.name))
+    lent = None if tokenizer.chat_template else "alpaca"
+    data = {**source_values(place), "chat_template": lent}
+    training = {"max_length": model.context}
+    config = check_rows_config({"model": {"name": model.name}, "data": data, "training": training}, place)
+    _, rows = read_rows_of(config, tokenizer)
+    require_good_rows(rows.account, skip=False)
+    account = rows.account
+    if not account["parts"].get("train"):
+        raise ConfigError(f"data: {place} leaves no rows to train on: {account['parts']}")
+    template = {"chat_template": lent} if lent and _has_turns(rows.examples("train", 1)[0]) else {}
+    return DataFacts(
+        {**source_values(place), "format": account["format"], **template, "test_part": config.data.test_part},
+        account["parts"]["train"],
+        rounded_length(account["tokens"]["p99"], model.context),
+        account["format"],
+        account["tokens"]["total"],
+    )
+
+
+def rounded_length(longest: int, context: int | None) -> int:
+    """The next multiple of 64, or what the model takes if that is less."""
+    length = -(-longest // STEP) * STEP
+    return length if context is None else min(length, context)
+
+
+def _has_turns(example: Example) -> bool:
+    """Whether a chat template is needed to put it into words."""
+    return isinstance(example, Conversation) or (
+        isinstance(example, Preference) and not isinstance(example.prompt, str)
+    )

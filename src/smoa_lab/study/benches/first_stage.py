@@ -1,0 +1,104 @@
+"""The first task of a sequence: trained and merged once, stored, and the model from which every entry starts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from filelock import FileLock
+from peft import PeftModel
+from pydantic import Field
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from smoa.atomic import new_folder, write_whole
+from smoa.errors import ConfigError
+from smoa_lab.basics.section import Section
+from smoa_lab.config.run_config import ModelSection, RunConfig
+from smoa_lab.data.selection import Selection
+from smoa_lab.study.benches.bench import fit_arguments
+from smoa_lab.training.base_models import load_base_model
+from smoa_lab.training.questions import prepare
+from smoa_lab.training.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+Measure = Callable[[PreTrainedModel, PreTrainedTokenizerBase], dict[str, Any]]
+
+
+class First(Section):
+    """How the first task is trained. ``model``, ``task`` and ``training`` are laid over the shared blocks."""
+
+    data: dict[str, Any]
+    method: str = "full"
+    adapter: dict[str, Any] = Field(default={})
+    learning_rate: float = Field(gt=0)
+    seed: int = 0
+    model: dict[str, Any] = Field(default={})
+    task: dict[str, Any] = Field(default={})
+    training: dict[str, Any] = Field(default={})
+
+
+class FirstStage:
+    """The trained first task in ``room / KEY``, where KEY is a hash of ``config``: a changed one is trained anew.
+
+    ``dtype`` is what the merged model is stored in.
+    """
+
+    def __init__(
+        self, config: RunConfig, room: Path, dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    ) -> None:
+        self.described = config.model_dump(mode="json")
+        self.described["training"].pop("output_dir")
+        self.described["stored_as"] = dtype
+        self.folder = room / hashlib.sha256(json.dumps(self.described, sort_keys=True).encode()).hexdigest()[:12]
+        self.config = config.model_copy(
+            update={"training": {**config.training, "output_dir": str(self.folder / "run")}}
+        )
+        self.model = ModelSection(name=str(self.folder / "model"), dtype=dtype)
+
+    def scores(self, records: Selection, measure: Measure) -> dict[str, Any]:
+        """What ``measure`` found of the stored model and, under ``start``, of the base model.
+
+        Whatever is missing is made first: the model, then the scores. A second process waits meanwhile.
+
+        Raises:
+            ConfigError: the training diverged.
+        """
+        file = self.folder / "scores.json"
+        if not file.is_file():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.folder / "lock"):
+                self._store_model(records)
+                if not file.is_file():
+                    write_whole(file, json.dumps(self._measured(measure)) + "\n")
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return found
+
+    def _store_model(self, records: Selection) -> None:
+        """Train, merge and save, unless that was done. An interrupted training goes on from its last checkpoint."""
+        target = Path(self.model.name)
+        if target.is_dir():
+            return
+        logger.info("Training the first task into %s", target)
+        run = RunFolder(self.config.folder)
+        checkpoint = run.start(self.config.to_yaml())
+        ready = prepare(self.config, records)
+        model, _, _ = ready.fit(fit_arguments(self.config), checkpoint)
+        merged = model.merge_and_unload() if isinstance(model, PeftModel) else model
+        if not all(bool(parameter.isfinite().all()) for parameter in merged.parameters()):
+            raise ConfigError("first.learning_rate: the first task's training diverged; lower the rate")
+        with new_folder(target) as temporary:
+            merged.to(getattr(torch, self.model.dtype)).save_pretrained(temporary)
+            ready.tokenizer.save_pretrained(temporary)
+        shutil.rmtree(run.path)
+
+    def _measured(self, measure: Measure) -> dict[str, Any]:
+        base = self.config.model.model_copy(update={"dtype": self.model.dtype})
+        start = measure(*load_base_model(base))
+        return {**measure(*load_base_model(self.model)), "start": start}

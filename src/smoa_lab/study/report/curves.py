@@ -1,0 +1,110 @@
+"""What the runs of a sequence kept and learned along the learning rate, from their stored trials alone."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smoa_lab.study.comparison import stored
+from smoa_lab.study.report.rows import check_paired
+from smoa_lab.study.study_file import Study
+
+EXPLANATIONS = {
+    "relative_norm": "‖ΔW‖_F / ‖W‖_F",
+    "relative_spectral_norm": "‖ΔW‖₂ / ‖W‖₂",
+    "stable_rank": "stable rank",
+    "intruders": "intruder dimensions",
+}
+"""The figures of ΔW by which forgetting may be explained, as pages name them; each is the mean over layers."""
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Of one task, for each rate, seed and question (rates, seeds, questions), with the tokens of each question."""
+
+    nll: NDArray[np.float64]
+    tokens: NDArray[np.float64]
+
+    def mean(self) -> NDArray[np.float64]:
+        """Nats per token at each rate, (rates,)."""
+        return np.asarray(self.nll.mean(axis=1).sum(axis=-1) / self.tokens.sum())
+
+    def resampled(self, counts: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The same, (resamples, rates), with each question counted as often as ``counts`` (resamples, questions)."""
+        return np.asarray((counts @ self.nll.mean(axis=1).T) / (counts @ self.tokens)[:, None])
+
+
+@dataclass(frozen=True)
+class Curve:
+    """An entry along its rates, ascending, at those of them where every seed has a run that did not diverge."""
+
+    entry: str
+    rates: list[float]
+    seeds: list[int]
+    first: Losses
+    second: Losses
+
+    def only(self, seeds: list[int]) -> Curve:
+        """The same of these seeds."""
+        chosen = [self.seeds.index(seed) for seed in seeds]
+        first, second = (Losses(task.nll[:, chosen], task.tokens) for task in (self.first, self.second))
+        return Curve(self.entry, self.rates, seeds, first, second)
+
+
+def curve(study: Study, name: str) -> Curve | None:
+    """The curve of an entry by the seeds that all its rates have; None without one run that did not diverge."""
+    by_rate: dict[float, dict[int, dict[str, Any]]] = defaultdict(dict)
+    for result in stored(study, "final", name):
+        training = result["config"]["training"]
+        by_rate[training["learning_rate"]][training["seed"]] = result
+    seeds = sorted(set.intersection(*(set(runs) for runs in by_rate.values()))) if by_rate else []
+    rates = sorted(rate for rate, runs in by_rate.items() if all(_is_finite(runs[seed]) for seed in seeds))
+    if not rates or not seeds:
+        return None
+    runs = [[by_rate[rate][seed] for seed in seeds] for rate in rates]
+    for some in runs:
+        for run in some:
+            check_paired(run, runs[0][0])
+    first = _losses([[run["first"]["questions"] for run in some] for some in runs])
+    return Curve(name, rates, seeds, first, _losses([[run["questions"] for run in some] for some in runs]))
+
+
+def run_rows(study: Study) -> list[dict[str, Any]]:
+    """Every finished run in plain values, by entry, rate and seed; None for what a diverged run lacks."""
+    rows = [_row(name, result) for name in study.entries for result in stored(study, "final", name)]
+    order = list(study.entries)
+    return sorted(rows, key=lambda row: (order.index(row["entry"]), row["learning_rate"], row["seed"]))
+
+
+def _row(name: str, result: dict[str, Any]) -> dict[str, Any]:
+    training, second, first = result["config"]["training"], result["scores"]["all"], result["first"]["scores"]["all"]
+    nothing = {"mean": None, "stderr": None}
+    return {
+        "entry": name,
+        "learning_rate": training["learning_rate"],
+        "seed": training["seed"],
+        "parameters": result["parameters"],
+        "second_loss": second["gold_loss"],
+        "second_accuracy": second["accuracy"],
+        "first_loss": first["gold_loss"],
+        "first_accuracy": first["accuracy"],
+        "forgot": result["forgot"]["first"],
+        "forgot_elsewhere": result["forgot"].get("elsewhere", nothing),
+        **{figure: None if result["change"] is None else result["change"][figure]["mean"] for figure in EXPLANATIONS},
+        "seconds": result["seconds"],
+    }
+
+
+def _is_finite(run: dict[str, Any]) -> bool:
+    return all(
+        nll is not None for questions in (run["questions"], run["first"]["questions"]) for nll in questions["nll"]
+    )
+
+
+def _losses(questions: list[list[dict[str, Any]]]) -> Losses:
+    nll = [[one["nll"] for one in seeds] for seeds in questions]
+    return Losses(np.array(nll, dtype=np.float64), np.array(questions[0][0]["tokens"], dtype=np.float64))

@@ -1,0 +1,165 @@
+"""What each entry kept of the first task at equal learning of the second one.
+
+Both losses of an entry are interpolated linearly along the logarithm of its learning rate. The level is the second
+task's loss that the reference reaches at its own best rate. An entry is read at the lowest rate at which its second
+loss comes down to the level. Questions of both tasks are resampled, the same for both entries, and level and rate found
+anew each time; over seeds the error is Student's t, at the rate of the whole sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smoa_lab.study.report.curves import Curve
+from smoa_lab.study.report.statistics import (
+    INTERVAL,
+    RESAMPLES,
+    Difference,
+    Verdict,
+    holm,
+    p_value,
+    seed_errors,
+    verdict_of,
+)
+
+SIGNIFICANT = 0.05
+
+
+@dataclass(frozen=True)
+class EqualLearning:
+    """An entry at the ``level`` of its reference. ``rate`` and ``first_loss`` are None if it never reaches it.
+
+    ``is_lowest``: its lowest rate learns more than the level already, and is taken. ``reached`` is the share of
+    resamples in which the level is reached; the others are left out. ``p`` is of the difference to the reference, and
+    ``holm_p`` corrected for all comparisons of the study.
+    """
+
+    entry: str
+    reference: str
+    level: float
+    rate: float | None = None
+    first_loss: float | None = None
+    is_lowest: bool = False
+    reached: float = 0.0
+    difference: Difference | None = None
+    p: float | None = None
+    holm_p: float | None = None
+    holm_verdict: Verdict | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """On a curve, ``share`` of the way from the rate at ``index`` to the next one."""
+
+    index: int
+    share: float
+
+    def of(self, values: Sequence[float] | NDArray[np.float64]) -> float:
+        """The value there of one that is known at the rates."""
+        here = float(values[self.index])
+        return here if not self.share else here + self.share * (float(values[self.index + 1]) - here)
+
+
+def crossing(losses: Sequence[float] | NDArray[np.float64], level: float) -> Place | None:
+    """Where losses along ascending rates first come down to the level; None where they never do."""
+    if losses[0] <= level:
+        return Place(0, 0.0)
+    for index in range(len(losses) - 1):
+        before, after = float(losses[index]), float(losses[index + 1])
+        if before > level >= after:
+            return Place(index, (before - level) / (before - after))
+    return None
+
+
+def at_equal_learning(own: Curve, reference: Curve) -> EqualLearning:
+    """Of an entry, or of the reference itself."""
+    best = int(np.argmin(reference.second.mean()))
+    level = float(reference.second.mean()[best])
+    losses = own.second.mean()
+    place = Place(best, 0.0) if own is reference else crossing(losses, level)
+    nothing = EqualLearning(own.entry, reference.entry, level)
+    if place is None:
+        return nothing
+    found = replace(
+        nothing,
+        rate=math.exp(place.of(np.log(own.rates))),
+        first_loss=place.of(own.first.mean()),
+        is_lowest=own is not reference and bool(losses[0] < level),
+        reached=1.0,
+    )
+    return found if own is reference else _compared(found, own, reference, place, best)
+
+
+def least_gaps(curves: Sequence[Curve]) -> dict[str, float]:
+    """By entry, how far its first-task loss is above the lowest one, at the level where that is least.
+
+    Levels are the second losses of all rates of all entries that at least half of the entries reach.
+    """
+    gaps: dict[str, float] = {}
+    for level in sorted({float(loss) for own in curves for loss in own.second.mean()}):
+        places = {own.entry: (own, crossing(own.second.mean(), level)) for own in curves}
+        kept = {name: place.of(own.first.mean()) for name, (own, place) in places.items() if place is not None}
+        if 2 * len(kept) >= len(curves):
+            lowest = min(kept.values())
+            gaps |= {name: min(loss - lowest, gaps.get(name, math.inf)) for name, loss in kept.items()}
+    return gaps
+
+
+def corrected(found: Sequence[EqualLearning]) -> list[EqualLearning]:
+    """With Holm's p-values and the verdicts by them; one seed gets no verdict."""
+    adjusted = iter(holm([one.p for one in found if one.p is not None]))
+    return [one if one.p is None else _with_holm(one, next(adjusted)) for one in found]
+
+
+def _compared(found: EqualLearning, own: Curve, reference: Curve, place: Place, best: int) -> EqualLearning:
+    seeds = [seed for seed in own.seeds if seed in reference.seeds]
+    if not seeds:
+        return found
+    own, reference = own.only(seeds), reference.only(seeds)
+    random = np.random.default_rng(0)
+    gaps = _resampled_gaps(own, reference, best, random)
+    reached = gaps[np.isfinite(gaps)]
+    if not len(reached):
+        return replace(found, reached=0.0)
+    by_seed = _at(own, place) - _at(reference, Place(best, 0.0))
+    samples = reached + random.choice(seed_errors(by_seed, random), len(reached), replace=False)
+    tail = (100 - INTERVAL) / 2
+    low, high = map(float, np.percentile(samples, [tail, 100 - tail]))
+    verdict = verdict_of(low, high, sign=-1) if len(seeds) > 1 else "one seed"
+    difference = Difference(float(by_seed.mean()), low, high, verdict)
+    return replace(found, reached=len(reached) / RESAMPLES, difference=difference, p=p_value(samples))
+
+
+def _resampled_gaps(own: Curve, reference: Curve, best: int, random: np.random.Generator) -> NDArray[np.float64]:
+    """First-task loss minus the reference's, (RESAMPLES,); NaN where the level is not reached."""
+    counts = [_counts(task.tokens, random) for task in (own.first, own.second)]
+    first, second = own.first.resampled(counts[0]), own.second.resampled(counts[1])
+    level = reference.second.resampled(counts[1])[:, best]
+    places = (crossing(losses, wanted) for losses, wanted in zip(second, level, strict=True))
+    kept = [math.nan if place is None else place.of(losses) for place, losses in zip(places, first, strict=True)]
+    return np.array(kept) - reference.first.resampled(counts[0])[:, best]
+
+
+def _counts(tokens: NDArray[np.float64], random: np.random.Generator) -> NDArray[np.int64]:
+    """How often each question is drawn, (RESAMPLES, questions)."""
+    questions = len(tokens)
+    return random.multinomial(questions, np.full(questions, 1 / questions), RESAMPLES)
+
+
+def _at(own: Curve, place: Place) -> NDArray[np.float64]:
+    """First-task loss at a place, (seeds,)."""
+    by_seed = own.first.nll.sum(axis=-1) / own.first.tokens.sum()
+    return np.array([place.of(losses) for losses in by_seed.T])
+
+
+def _with_holm(one: EqualLearning, adjusted: float) -> EqualLearning:
+    assert one.difference is not None
+    verdict = one.difference.verdict
+    if verdict in ("better", "worse") and adjusted >= SIGNIFICANT:
+        verdict = "same"
+    return replace(one, holm_p=adjusted, holm_verdict=verdict)

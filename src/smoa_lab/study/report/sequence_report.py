@@ -1,0 +1,142 @@
+"""Writes the README.md, index.html, summary.json and picture of a sequence, from its stored trials alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from smoa.atomic import write_whole
+from smoa.errors import DataError
+from smoa_lab.drawing.pages import anchor, figure, page, paragraph, section, table
+from smoa_lab.drawing.plots import save_figure
+from smoa_lab.study.packing import PACK, shell_command
+from smoa_lab.study.report.curves import EXPLANATIONS, Curve, curve, run_rows
+from smoa_lab.study.report.equal_learning import EqualLearning, at_equal_learning, corrected, least_gaps
+from smoa_lab.study.report.frontier import CAPTION, frontier
+from smoa_lab.study.report.sequence_tables import (
+    EQUAL,
+    EQUAL_HEADER,
+    EXPLAINED,
+    EXPLAINED_HEADER,
+    FORGOT,
+    INTRODUCTION,
+    RUNS_HEADER,
+    before_sentence,
+    equal_lines,
+    explained_lines,
+    run_line,
+)
+from smoa_lab.study.report.statistics import spearman
+from smoa_lab.study.study_file import Study
+from smoa_lab.study.trials import TrialStore, finite
+
+
+def sequence_report(study: Study) -> dict[str, Any]:
+    """Write the study's files; what ``summary.json`` has.
+
+    Raises:
+        DataError: no run is finished yet, or runs were asked different questions.
+    """
+    runs = run_rows(study)
+    if not runs:
+        raise DataError(f"{study.folder}: no final run is finished yet; run smoa compare on this study first")
+    curves = [found for name in study.entries if (found := curve(study, name)) is not None]
+    untouched = TrialStore(study.folder).find("untouched")
+    summary: dict[str, Any] = finite(
+        {
+            "before": None if untouched is None else _before(untouched),
+            "equal": [asdict(one) for one in _equal(study, curves)],
+            "least_gaps": least_gaps(curves),
+            "correlations": _correlations(runs),
+            "runs": runs,
+        }
+    )
+    write_whole(study.folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
+    drawn = frontier(curves, summary["before"]["first"]["gold_loss"] if summary["before"] else None)
+    save_figure(drawn, study.folder / "frontier.png")
+    write_whole(study.folder / "README.md", _readme(study, summary))
+    write_whole(study.folder / "index.html", _html(study, summary, drawn))
+    return summary
+
+
+def _equal(study: Study, curves: Sequence[Curve]) -> list[EqualLearning]:
+    by_entry = {own.entry: own for own in curves}
+    pairs = ((own, by_entry.get(study.reference(study.entries[own.entry].budget))) for own in curves)
+    return corrected([at_equal_learning(own, reference) for own, reference in pairs if reference is not None])
+
+
+def _before(untouched: dict[str, Any]) -> dict[str, Any]:
+    """Scores before the second task and, under ``start``, before the first one."""
+    stages = {"": untouched, "start": untouched["start"]}
+    found = {
+        name: {
+            "first": stage["first"]["scores"]["all"],
+            "second": stage["scores"]["all"],
+            "elsewhere": stage.get("elsewhere"),
+        }
+        for name, stage in stages.items()
+    }
+    return {**found[""], "start": found["start"]}
+
+
+def _correlations(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """By explanation, of the runs that did not diverge."""
+    found: dict[str, dict[str, float | None]] = {}
+    for figure_name in EXPLANATIONS:
+        found[figure_name] = {}
+        for forgot in FORGOT:
+            pairs = [(run[figure_name], run[forgot]["mean"]) for run in runs]
+            known = [pair for pair in pairs if None not in pair]
+            found[figure_name][forgot] = spearman(*zip(*known, strict=True)) if len(known) > 2 else None
+    return found
+
+
+def _title(study: Study) -> str:
+    tasks = (", ".join(data["tasks"]) for data in (study.first.data if study.first else {}, study.shared["data"]))
+    return f"{study.folder.name}: {', then '.join(tasks)}, with {study.shared['model']['name']}"
+
+
+def _missing(study: Study, summary: dict[str, Any]) -> str:
+    missing = [name for name in study.entries if name not in {run["entry"] for run in summary["runs"]}]
+    return f"Not run yet: {', '.join(missing)}." if missing else ""
+
+
+def _readme(study: Study, summary: dict[str, Any]) -> str:
+    parts = [
+        f"# {_title(study)}",
+        f"Written by `smoa compare` from the stored runs; do not edit. {INTRODUCTION}",
+        before_sentence(summary["before"]),
+        f"![What was kept against what was learned](frontier.png)\n\n{CAPTION}",
+        f"## First task at equal learning of the second\n\n{EQUAL}",
+        _markdown(EQUAL_HEADER, equal_lines(summary)),
+        f"## Explanations\n\n{EXPLAINED}",
+        _markdown(EXPLAINED_HEADER, explained_lines(summary)),
+        "## Runs",
+        _markdown(RUNS_HEADER, [run_line(run) for run in summary["runs"]]),
+        _missing(study, summary),
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [f"| {' | '.join(cells)} |" for cells in (header, *lines)]
+    return "\n".join([rows[0], f"|---|{'--:|' * (len(header) - 1)}", *rows[1:]])
+
+
+def _html(study: Study, summary: dict[str, Any], drawn: Any) -> str:
+    runs = [[anchor(f"final/{name}"), *cells] for name, *cells in map(run_line, summary["runs"])]
+    where = f"The whole JSON of a run is the file of that name under final/ or, once packed, a line of {PACK}: "
+    parts = [
+        *(paragraph(text) for text in (INTRODUCTION, before_sentence(summary["before"])) if text),
+        section("Kept against learned", figure(drawn, CAPTION)),
+        section("First task at equal learning of the second", table(EQUAL, EQUAL_HEADER, equal_lines(summary))),
+        section("Explanations", table(EXPLAINED, EXPLAINED_HEADER, explained_lines(summary))),
+        section(
+            "Runs",
+            paragraph(where + shell_command(f"final/{summary['runs'][0]['entry']}/")),
+            table("Every finished run. Click a heading to sort.", RUNS_HEADER, runs),
+        ),
+    ]
+    return page(_title(study), *parts)

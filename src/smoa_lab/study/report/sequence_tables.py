@@ -1,0 +1,107 @@
+"""The tables of a sequence and what is said about them, from the values of its summary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from smoa_lab.study.report.curves import EXPLANATIONS
+from smoa_lab.study.trials import Trial
+
+EQUAL_HEADER = [
+    *("entry", "level", "at rate", "first-task loss", "minus the reference's", "", "p", "Holm's p", "by Holm"),
+    "least gap",
+]
+RUNS_HEADER = [
+    *("run", "second loss", "accuracy %", "first loss", "accuracy %", "forgot", "forgot elsewhere"),
+    *EXPLANATIONS.values(),
+    "s",
+]
+TASKS = ("first", "second")
+FORGOT = {"forgot": "first task", "forgot_elsewhere": "text elsewhere"}
+EXPLAINED_HEADER = ["Spearman's correlation over all runs with what was forgotten of the", *FORGOT.values()]
+INTRODUCTION = (
+    "Every entry starts from the same model, trained on the first task, and trains the second one. Every rate is a "
+    "run; nothing was tuned. Losses are of gold answers on the test parts, in nats per token. Forgot is the rise of a "
+    "loss with its standard error, paired by question or text."
+)
+EQUAL = (
+    "The level is the second-task loss that the reference reaches at its own best rate. Both losses of an entry are "
+    "interpolated linearly along the logarithm of its learning rate, from the lowest rate up, to where the second one "
+    "comes down to the level. ≤: its lowest rate already learns more, and is taken. Intervals are of 95 %: questions "
+    "of both tasks are resampled, and the level and the rate found anew each time; over seeds Student's t. One seed "
+    "gets no verdict. Holm's p-values are corrected for all comparisons of the table. Least gap: how far the "
+    "first-task loss is above the lowest of all entries, at the level where that is least, of all levels that half of "
+    "the entries reach."
+)
+EXPLAINED = "Figures of ΔW are means over at most 18 layers. – : one of the two is the same in all runs."
+
+
+def equal_lines(summary: dict[str, Any]) -> list[list[str]]:
+    """The rows under ``EQUAL_HEADER``."""
+    return [_equal_line(one, summary["least_gaps"].get(one["entry"])) for one in summary["equal"]]
+
+
+def _equal_line(one: dict[str, Any], gap: float | None) -> list[str]:
+    reached = one["rate"] is not None
+    difference = one["difference"]
+    is_reference = one["entry"] == one["reference"]
+    interval = "" if difference is None else "{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**difference)
+    return [
+        one["entry"],
+        f"{one['level']:.3f}",
+        f"{'≤ ' if one['is_lowest'] else ''}{one['rate']:.2g}" if reached else "never reached",
+        f"{one['first_loss']:.3f}" if reached else "–",
+        interval,
+        "reference" if is_reference else "" if difference is None else difference["verdict"],
+        *("" if one[key] is None else f"{one[key]:.2g}" for key in ("p", "holm_p")),
+        one["holm_verdict"] or "",
+        "–" if gap is None else f"{gap:.3f}",
+    ]
+
+
+def run_line(run: dict[str, Any]) -> list[str]:
+    """The row of a run under ``RUNS_HEADER``."""
+    name = Trial("final", run["entry"], run["learning_rate"], run["seed"]).name
+    return [
+        name.removeprefix("final/"),
+        *(
+            _number(run[key], digits, scale)
+            for key, digits, scale in (("second_loss", 3, 1), ("second_accuracy", 1, 100))
+        ),
+        *(
+            _number(run[key], digits, scale)
+            for key, digits, scale in (("first_loss", 3, 1), ("first_accuracy", 1, 100))
+        ),
+        *(_with_error(run[key]) for key in FORGOT),
+        *("–" if run[key] is None else f"{run[key]:.3g}" for key in EXPLANATIONS),
+        _number(run["seconds"], 0),
+    ]
+
+
+def _number(value: float | None, digits: int, scale: float = 1) -> str:
+    return "–" if value is None else f"{scale * value:.{digits}f}"
+
+
+def _with_error(found: dict[str, float | None]) -> str:
+    if found["mean"] is None or found["stderr"] is None:
+        return "–"
+    return f"{found['mean']:+.3f} ± {found['stderr']:.3f}"
+
+
+def explained_lines(summary: dict[str, Any]) -> list[list[str]]:
+    """The rows under ``EXPLAINED_HEADER``."""
+    named = ((title, summary["correlations"][key]) for key, title in EXPLANATIONS.items())
+    return [[title, *(_number(found[forgot], 2) for forgot in FORGOT)] for title, found in named]
+
+
+def before_sentence(before: dict[str, Any] | None) -> str:
+    """The scores before each of the tasks; nothing where they are unknown."""
+    if before is None:
+        return ""
+
+    def losses(scores: dict[str, Any]) -> str:
+        away = "" if scores["elsewhere"] is None else f", elsewhere {scores['elsewhere']:.3f}"
+        told = (f"{name} {scores[name]['gold_loss']:.3f} ({100 * scores[name]['accuracy']:.1f} %)" for name in TASKS)
+        return ", ".join(told) + away
+
+    return f"Loss (accuracy) before the first task: {losses(before['start'])}; after it: {losses(before)}."

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from smoa_lab.cli import init
+from smoa_lab.cli.main import app
+from smoa_lab.config.rows_config import RowsConfig, load_any_config
+from smoa_lab.config.run_config import RunConfig
+from tests.support import lab
+from tests.support.proposals import rows_file, talks
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated"),  # TRL sets it
+]
+
+
+@pytest.fixture(autouse=True)
+def _room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    lab.tiny_base(tmp_path / "base")
+    rows_file(tmp_path / "talks.jsonl", talks(40))
+
+
+def invoke(*arguments: str, answers: str | None = None) -> Any:
+    return CliRunner().invoke(app, ["init", *arguments], input=answers)
+
+
+GIVEN = ("--model", "base", "--data", "talks.jsonl", "--dtype", "float32")
+
+
+def test_a_config_for_rows_is_written_and_trains(tmp_path: Path) -> None:
+    made = invoke("new/mine.yaml", *GIVEN, "--minutes", "30", "--parameters", "lora:2", "--json", "--yes")
+    assert made.exit_code == 0, made.output
+    report = json.loads(made.stdout)
+    assert report["measured"]["seconds_per_step"] > 0
+    config = load_any_config(tmp_path / "new" / "mine.yaml")
+    assert isinstance(config, RowsConfig)
+    assert (config.data.chat_template, config.data.format) == ("alpaca", "messages")
+    assert config.adapter["r"] == 4
+    assert config.model_dump()["adapter"] == report["config"]["adapter"]
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["mine.yaml"]
+    changes = ["training.max_steps=2", "training.use_cpu=true", "data.samples=1"]
+    trained = CliRunner().invoke(app, ["train", "new/mine.yaml", *changes], catch_exceptions=False)
+    assert trained.exit_code == 0, trained.output
+    assert (tmp_path / "runs" / "mine" / "adapter" / "adapter_config.json").is_file()
+
+
+def test_a_task_gives_a_config_of_questions(tmp_path: Path) -> None:
+    lab.fill_cache(tmp_path / "cache", lab.questions(20, "train"), lab.questions(5, "test"))
+    made = invoke("--model", "base", "--data", "arc_easy", "--no-measure", "--yes")
+    assert made.exit_code == 0, made.output
+    assert "arc_easy.yaml: written" in made.output
+    assert isinstance(load_any_config(tmp_path / "arc_easy.yaml"), RunConfig)
+
+
+def test_without_a_terminal_a_missing_option_is_named(tmp_path: Path) -> None:
+    for given, missing in ((("--data", "talks.jsonl"), "--model"), (("--model", "base"), "--data")):
+        refused = invoke(*given)
+        assert refused.exit_code == 1
+        assert f"{missing} is missing" in refused.output
+
+
+def test_on_a_terminal_a_wrong_answer_is_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(init, "_on_terminal", lambda: True)
+    answers = ["nowhere/at/all", "base", "none.jsonl", "talks.jsonl", "much", "", "x", "0", "old.txt", ""]
+    made = invoke("--dtype", "float32", answers="\n".join(answers) + "\n")
+    assert made.exit_code == 0, made.output
+    for error in ("model: cannot read", "none.jsonl", "'much' is neither", "'x' is not a number", "ends in .yaml"):
+        assert error in made.output
+    assert "num_train_epochs: 3" in (tmp_path / "talks.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("mine.txt", *GIVEN), "mine.txt: the name of a config ends in .yaml"),
+        (("talks.jsonl/mine.yaml", *GIVEN), "is not a folder that you may write to"),
+        ((*GIVEN, "--parameters", "1"), "is too small; the smallest adapter has"),
+        ((*GIVEN, "--parameters", "much"), "neither a percentage"),
+        ((*GIVEN, "--dtype", "float8"), "dtype: there is no 'float8'"),
+        ((*GIVEN, "--minutes", "5", "--no-measure"), "leave out --no-measure, or --minutes"),
+        (("--model", "nowhere/at/all", "--data", "talks.jsonl"), "cannot read the config of 'nowhere/at/all'"),
+        (("--model", "base", "--data", "none.jsonl"), "none.jsonl"),
+        (("--model", "base", "--data", "bad.jsonl"), "1 bad row; nothing is trained"),
+    ],
+)
+def test_what_cannot_be_done_is_told_and_nothing_is_written(
+    tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    rows_file(tmp_path / "bad.jsonl", [*talks(3), {"messages": "none"}])
+    refused = invoke(*arguments, "--yes")
+    assert refused.exit_code == 1
+    assert message in refused.output
+    assert list(tmp_path.glob("*.y*ml")) == []
+
+
+def test_a_file_that_exists_is_never_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "talks.yaml").write_text("mine")
+    for name in (("talks.yaml",), ()):
+        refused = invoke(*name, *GIVEN, "--yes")
+        assert refused.exit_code == 1
+        assert "talks.yaml: exists and is not overwritten; choose another name" in refused.output
+    assert (tmp_path / "talks.yaml").read_text() == "mine"

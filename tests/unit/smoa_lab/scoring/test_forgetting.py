@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import LlamaForCausalLM
+
+from smoa_lab.data.records import Record
+from smoa_lab.scoring import forgetting
+from smoa_lab.scoring.forgetting import at_least, text_losses, whole_text
+from tests.support import lab
+
+TEXTS = ["A short text.", "A text that is rather longer than the others are.", "Another text."]
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_every_token_of_a_text_is_scored(adds_bos: bool, tmp_path: Path) -> None:
+    tokenizer = lab.byte_tokenizer(adds_bos)
+    model = LlamaForCausalLM.from_pretrained(lab.tiny_base(tmp_path)).eval()
+    found = text_losses(model, tokenizer, TEXTS)
+    assert found.tokens == [len(text) - (not adds_bos) for text in TEXTS]  # a byte is a token
+    for text, nll in zip(TEXTS, found.nll, strict=True):
+        ids = torch.tensor(tokenizer(text)["input_ids"])
+        with torch.no_grad():
+            logits = model(ids[None]).logits[0]
+        assert nll == pytest.approx(float(cross_entropy(logits[:-1], ids[1:], reduction="sum")), rel=1e-4)
+
+
+def test_a_long_text_is_cut_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forgetting, "TEXT_TOKENS", 11)
+    model = LlamaForCausalLM.from_pretrained(lab.tiny_base(tmp_path))
+    tokenizer = lab.byte_tokenizer()
+    found = text_losses(model, tokenizer, [TEXTS[1]])
+    assert found.tokens == [10]  # beside the BOS token
+    assert found.nll == pytest.approx(text_losses(model, tokenizer, [TEXTS[1][:10]]).nll)
+
+
+def test_the_whole_text_of_a_record_is_all_of_it() -> None:
+    assert whole_text(Record("prose", "0", "Rain", "It falls.")) == "Rain\nIt falls."
+    assert whole_text(Record("mine", "0", "Why?", "So.", context="A text.")) == "A text.\nWhy?\nSo."
+
+
+def test_texts_are_taken_until_there_are_enough_tokens() -> None:
+    tokenizer = lab.byte_tokenizer(adds_bos=False)
+    assert at_least(tokenizer, TEXTS, 14) == TEXTS[:2]  # the first has 13
+    assert at_least(tokenizer, TEXTS, 13) == TEXTS[:1]
+    assert at_least(tokenizer, TEXTS, 1000) == TEXTS
+    assert at_least(tokenizer, TEXTS, 0) == []

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from smoa.errors import DataError
+from smoa_lab.study.report.curves import Losses, curve, run_rows
+from smoa_lab.study.study_file import Study
+from smoa_lab.study.trials import Trial
+from tests.support.studies import QUESTIONS, finish_in_turn
+
+OF_QUESTION = (QUESTIONS - 1) / QUESTIONS / 2
+"""What the questions add to a loss, in the mean."""
+
+
+def test_a_curve_has_both_losses_at_each_rate(study: Study) -> None:
+    for rate, second, first in ((0.01, 1.0, 4.0), (0.003, 2.0, 3.0)):
+        for seed in (0, 1):
+            finish_in_turn(study, Trial("final", "ours", rate, seed), second + 0.2 * seed, first)
+    found = curve(study, "ours")
+    assert found is not None
+    assert (found.rates, found.seeds) == ([0.003, 0.01], [0, 1])
+    assert found.second.mean() == pytest.approx([2.1 + OF_QUESTION, 1.1 + OF_QUESTION])
+    assert found.first.mean() == pytest.approx([3 + OF_QUESTION, 4 + OF_QUESTION])
+    assert found.only([1]).second.mean() == pytest.approx([2.2 + OF_QUESTION, 1.2 + OF_QUESTION])
+
+
+def test_a_rate_that_diverged_and_a_seed_that_is_not_finished_are_left_out(study: Study) -> None:
+    for rate, second in ((0.003, 2.0), (0.01, 1.0), (0.03, None)):
+        finish_in_turn(study, Trial("final", "ours", rate, 0), second, 3.0)
+    finish_in_turn(study, Trial("final", "ours", 0.003, 1), 2.0, 3.0)
+    found = curve(study, "ours")
+    assert found is not None
+    assert (found.rates, found.seeds) == ([0.003, 0.01], [0])
+    rows = run_rows(study)
+    assert [(row["learning_rate"], row["seed"]) for row in rows] == [(0.003, 0), (0.003, 1), (0.01, 0), (0.03, 0)]
+    assert rows[-1]["second_loss"] is None
+
+
+def test_an_entry_without_a_run_has_no_curve(study: Study) -> None:
+    assert curve(study, "ours") is None
+    finish_in_turn(study, Trial("final", "ours", 0.01, 0), None, 3.0)
+    assert curve(study, "ours") is None
+
+
+def test_runs_on_other_questions_are_not_compared(study: Study) -> None:
+    finish_in_turn(study, Trial("final", "ours", 0.01, 0), 1.0, 3.0)
+    finish_in_turn(study, Trial("final", "ours", 0.03, 0), 1.0, 3.0, sha256="another")
+    with pytest.raises(DataError, match="different questions"):
+        curve(study, "ours")
+
+
+def test_resampling_counts_questions_with_their_tokens() -> None:
+    losses = Losses(np.array([[[1.0, 6.0]], [[2.0, 9.0]]]), np.array([1.0, 3.0]))
+    assert losses.mean() == pytest.approx([7 / 4, 11 / 4])
+    assert losses.resampled(np.array([[1, 1], [2, 0], [0, 2]])) == pytest.approx(
+        np.array([[7 / 4, 11 / 4], [1, 2], [2, 3]])
+    )

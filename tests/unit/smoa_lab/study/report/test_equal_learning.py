@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from smoa_lab.study.report.curves import Curve, Losses
+from smoa_lab.study.report.equal_learning import EqualLearning, at_equal_learning, corrected, crossing, least_gaps
+from smoa_lab.study.report.statistics import Difference
+
+QUESTIONS = 150
+RATES = [1e-3, 1e-2, 1e-1]
+
+
+def made(entry: str, second: list[float], first: list[float], seeds: int = 3, noise: float = 0.01) -> Curve:
+    """A curve of these mean losses, on questions that are hard and easy, with a little noise of each run."""
+    random = np.random.default_rng(len(entry))
+
+    def losses(means: list[float], task: int) -> Losses:
+        hard = np.random.default_rng(task).gamma(2.0, 1.0, QUESTIONS)
+        own = random.normal(0, noise, (len(means), seeds, QUESTIONS))
+        return Losses(np.array(means)[:, None, None] + hard - hard.mean() + own, np.ones(QUESTIONS))
+
+    return Curve(entry, RATES[: len(second)], list(range(seeds)), losses(first, 0), losses(second, 1))
+
+
+REFERENCE = made("lora", [2.0, 1.5, 1.8], [3.1, 4.0, 9.0])
+
+
+@pytest.mark.parametrize(
+    ("level", "index", "share"), [(2.5, 0, 0.0), (2.0, 0, 0.0), (1.75, 0, 0.5), (1.5, 0, 1.0), (1.2, 1, 0.6)]
+)
+def test_the_lowest_rate_that_comes_down_to_a_level_is_taken(level: float, index: int, share: float) -> None:
+    place = crossing([2.0, 1.5, 1.0, 3.0, 1.0], level)
+    assert place is not None
+    assert (place.index, place.share) == (index, pytest.approx(share))
+    assert place.of([2.0, 1.5, 1.0, 3.0, 1.0]) == pytest.approx(min(level, 2.0))
+
+
+def test_a_level_below_all_losses_is_never_reached() -> None:
+    assert crossing([2.0, 1.5, 1.8], 1.4) is None
+    found = at_equal_learning(made("ours", [2.0, 1.7, 1.8], [3.0, 3.5, 4.0]), REFERENCE)
+    assert (found.rate, found.first_loss, found.difference, found.reached) == (None, None, None, 0.0)
+    assert corrected([found]) == [found]
+
+
+def test_both_losses_are_interpolated_along_the_logarithm_of_the_rate() -> None:
+    found = at_equal_learning(made("ours", [2.0, 1.6, 1.4], [3.0, 3.5, 4.5], noise=0.0), REFERENCE)
+    assert found.level == pytest.approx(1.5, abs=0.01)
+    assert found.rate == pytest.approx(10**-1.5, rel=0.05)
+    assert found.first_loss == pytest.approx(4.0, abs=0.03)
+
+
+def test_the_reference_is_read_at_its_own_best_rate() -> None:
+    found = at_equal_learning(REFERENCE, REFERENCE)
+    assert found.rate == pytest.approx(1e-2)
+    assert found.first_loss == pytest.approx(4.0, abs=0.01)
+    assert (found.difference, found.p) == (None, None)
+
+
+def test_an_entry_that_keeps_more_is_better_with_its_interval() -> None:
+    found = at_equal_learning(made("ours", [2.0, 1.6, 1.4], [3.0, 3.1, 3.3]), REFERENCE)
+    assert found.difference is not None
+    assert found.difference.low < -0.8 < found.difference.high
+    assert found.difference.verdict == "better"
+    assert found.reached == 1.0
+    assert found.p is not None
+    assert found.p < 0.01
+
+
+def test_an_entry_like_the_reference_is_the_same() -> None:
+    found = at_equal_learning(made("alike", [2.0, 1.5, 1.8], [3.1, 4.0, 9.0]), REFERENCE)
+    assert found.difference is None or found.difference.verdict == "same"
+
+
+def test_an_entry_whose_lowest_rate_learns_more_is_marked() -> None:
+    found = at_equal_learning(made("ours", [1.3, 1.2], [3.0, 3.5]), REFERENCE)
+    assert found.is_lowest
+    assert found.first_loss == pytest.approx(3.0, abs=0.01)
+
+
+def test_one_seed_gets_no_verdict_and_no_shared_seed_no_difference() -> None:
+    one = at_equal_learning(made("ours", [2.0, 1.4], [3.0, 3.1], seeds=1), REFERENCE)
+    assert one.difference is not None
+    assert one.difference.verdict == "one seed"
+    other = made("ours", [2.0, 1.4], [3.0, 3.1], seeds=1)
+    alone = at_equal_learning(Curve("ours", other.rates, [7], other.first, other.second), REFERENCE)
+    assert alone.first_loss is not None
+    assert alone.difference is None
+
+
+def test_holm_takes_back_what_many_comparisons_find_by_chance() -> None:
+    clear = Difference(-0.5, -0.9, -0.1, "better")
+    found = corrected(
+        [
+            EqualLearning("ours", "lora", 1.5, difference=clear, p=0.03),
+            EqualLearning("lora", "lora", 1.5),
+            EqualLearning("other", "lora", 1.5, difference=clear, p=0.001),
+        ]
+    )
+    assert [one.holm_p for one in found] == [0.03, None, 0.002]
+    many = corrected([EqualLearning(str(i), "lora", 1.5, difference=clear, p=0.03) for i in range(2)])
+    assert [one.holm_verdict for one in many] == ["same", "same"]
+    assert [one.holm_verdict for one in found] == ["better", None, "better"]
+
+
+def test_the_least_gap_is_at_a_level_that_half_of_the_entries_reach() -> None:
+    curves = [
+        made("best", [2.0, 1.5], [3.0, 3.2], noise=0.0),
+        made("near", [2.0, 1.5], [3.05, 4.0], noise=0.0),
+        made("poor", [2.0, 1.8], [3.4, 4.0], noise=0.0),
+        made("deep", [2.1, 1.0], [6.0, 6.0], noise=0.0),
+    ]
+    found = least_gaps(curves)
+    assert found["best"] == pytest.approx(0.0)
+    assert found["near"] == pytest.approx(0.05)
+    assert found["poor"] == pytest.approx(0.4)
+    assert found["deep"] > 1  # alone at its own low level, which counts for nothing

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from smoa_lab.study.report.sequence_tables import (
+    EQUAL_HEADER,
+    RUNS_HEADER,
+    before_sentence,
+    equal_lines,
+    explained_lines,
+    run_line,
+)
+
+NEVER = {
+    "entry": "ours",
+    "reference": "lora",
+    "level": 1.5,
+    "rate": None,
+    "first_loss": None,
+    "is_lowest": False,
+    "reached": 0.0,
+    "difference": None,
+    "p": None,
+    "holm_p": None,
+    "holm_verdict": None,
+}
+COMPARED = {"difference": {"mean": -0.2, "low": -0.3, "high": -0.1, "verdict": "better"}} | {
+    "p": 0.01,
+    "holm_p": 0.07,
+    "holm_verdict": "same",
+    "rate": 0.0123,
+    "first_loss": 3.0,
+    "is_lowest": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, ["ours", "1.500", "never reached", "–", "", "", "", "", "", "–"]),
+        (
+            COMPARED,
+            ["ours", "1.500", "≤ 0.012", "3.000", "-0.200 [-0.300, -0.100]", "better", "0.01", "0.07", "same", "–"],
+        ),
+    ],
+)
+def test_an_entry_is_told_with_both_verdicts(values: dict[str, Any], expected: list[str]) -> None:
+    found = equal_lines({"equal": [NEVER | values], "least_gaps": {}})
+    assert found == [expected]
+    assert len(found[0]) == len(EQUAL_HEADER)
+
+
+def test_the_reference_is_named() -> None:
+    line = equal_lines({"equal": [NEVER | {"entry": "lora"}], "least_gaps": {"lora": 0.25}})[0]
+    assert (line[5], line[-1]) == ("reference", "0.250")
+
+
+def test_a_run_that_diverged_has_dashes() -> None:
+    nothing = {"mean": None, "stderr": None}
+    losses = dict.fromkeys(("second_loss", "first_loss", "seconds", "relative_norm", "relative_spectral_norm"))
+    rest = {"stable_rank": 3.0, "intruders": 0, "forgot": nothing, "forgot_elsewhere": {"mean": 0.1, "stderr": 0.02}}
+    run = {"entry": "ours", "learning_rate": 0.1, "seed": 0, "second_accuracy": 0.5, "first_accuracy": 0.25}
+    line = run_line(run | losses | rest)
+    assert line == ["ours/lr-0.1-seed-0", "–", "50.0", "–", "25.0", "–", "+0.100 ± 0.020", "–", "–", "3", "0", "–"]
+    assert len(line) == len(RUNS_HEADER)
+
+
+def test_an_explanation_that_never_varies_explains_nothing() -> None:
+    names = ("relative_norm", "relative_spectral_norm", "stable_rank", "intruders")
+    found = explained_lines({"correlations": {name: {"forgot": None, "forgot_elsewhere": -0.5} for name in names}})
+    assert found[-1] == ["intruder dimensions", "–", "-0.50"]
+
+
+def test_without_the_untouched_model_nothing_is_told_of_it() -> None:
+    assert before_sentence(None) == ""
