@@ -27,6 +27,7 @@ DECIDED = {
     "chat_template_path": "name the template as data.chat_template",
     "dataset_kwargs": "rows are prepared here",
     "dataset_text_field": "name the column text",
+    "model_init_kwargs": "give them as model.options",
     "eos_token": "set it in the model's tokenizer",
     "truncation_mode": "rows keep their beginning",
 }

@@ -99,6 +99,10 @@ class PreparedRows:
             return dataset
         return dataset.shuffle(seed=seed, keep_in_memory=True).select(range(at_most), keep_in_memory=True)
 
+    def examples(self, part: Part, at_most: int, seed: int = 0) -> list[Example]:
+        """Rows of the part as they were read."""
+        return read_examples(self.part(part, at_most, seed)["example"])
+
 
 def prepare_rows(wanted: RowsWanted, encoder: RowEncoder) -> PreparedRows:
     """Read, check and tokenize all rows, unless the cache folder has them; bad ones are counted and left out.

@@ -22,8 +22,9 @@ NEW_TOKENS = 128
 
 
 class RowLooks(Looks):
-    """Loss and perplexity on ``rows``, a data set, and the model's answers to the first ``samples`` of them. Of
-    preferences it is the loss of the chosen answers, and how many of them gained on the rejected ones."""
+    """Loss and perplexity on ``rows``, a data set, and the model's answers to the first ``samples`` of them, but for
+    prompts beyond ``max_length``. Of preferences it is the loss of the chosen answers, and how many of them gained on
+    the rejected ones."""
 
     def __init__(self, rows: Any, encoder: RowEncoder, max_length: int | None, samples: int) -> None:
         super().__init__()

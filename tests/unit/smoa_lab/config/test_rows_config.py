@@ -115,6 +115,8 @@ def test_the_keys_of_a_trainer_are_picked_and_others_are_refused() -> None:
         check_training_keys({"beta": 1, "loss_weights": [1]}, SFTConfig, "messages")
     with pytest.raises(ConfigError, match=r"training\.chat_template_path: .* data\.chat_template; leave it out"):
         check_training_keys({"chat_template_path": "x"}, SFTConfig, "messages")
+    with pytest.raises(ConfigError, match=r"training\.model_init_kwargs: .* model\.options; leave it out"):
+        check_training_keys({"model_init_kwargs": {}}, DPOConfig, "preference")
 
 
 def stopping(**training: Any) -> dict[str, Any]:
