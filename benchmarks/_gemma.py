@@ -12,7 +12,7 @@ from torch import nn
 
 from smoa import SmoaConfig
 from smoa_lab.config.run_config import ModelSection
-from smoa_lab.training.base_models import load_base_model
+from smoa_lab.models.base_models import load_base_model
 
 QUANTIZATIONS: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},

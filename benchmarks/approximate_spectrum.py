@@ -26,7 +26,7 @@ from injection import NUM_BLOCKS, membership, svd_scores
 from torch import Tensor
 
 from smoa.maths.spectrum import spectral_scores
-from smoa_lab.training.base_models import prepare_packaged_model
+from smoa_lab.models.base_models import prepare_packaged_model
 
 Scores = tuple[Tensor, Tensor]
 RANGE_SIZES = (64, 128, 256, 512)

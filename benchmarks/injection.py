@@ -18,7 +18,7 @@ from _common import busy_elsewhere, gemma_weights, interleaved, median_ratio, pi
 from torch import Tensor
 
 from smoa.maths.spectrum import labels_from_scores, make_partition, spectral_scores
-from smoa_lab.training.base_models import prepare_packaged_model
+from smoa_lab.models.base_models import prepare_packaged_model
 
 SHAPES = {"4096x4096": (4096, 4096), "4096x11008": (4096, 11008)}
 BARS = {"4096x4096": 0.5, "4096x11008": 0.35, "gemma": 0.35}

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from smoa_lab.config.run_config import ModelSection
-from smoa_lab.training.base_models import load_base_model
+from smoa_lab.models.base_models import load_base_model
 
 IMAGES = Path(__file__).parents[1] / "images"
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")

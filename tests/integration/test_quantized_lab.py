@@ -12,9 +12,10 @@ from peft import PeftModel
 
 from smoa.layers.quantized import QuantizedLinear
 from smoa_lab.config.run_config import ModelSection, check_config, load_config
+from smoa_lab.lessons import questions
+from smoa_lab.models.base_models import load_base_model
 from smoa_lab.runs.evaluate_run import evaluate_run
-from smoa_lab.training import questions, train_run
-from smoa_lab.training.base_models import load_base_model
+from smoa_lab.training import train_run
 from smoa_lab.training.run_folder import RunFolder
 from tests.support import lab
 

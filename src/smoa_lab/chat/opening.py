@@ -18,10 +18,10 @@ from smoa.errors import ConfigError, DataError
 from smoa_lab.chat.speaker import Speaker, Writing
 from smoa_lab.config.run_config import ModelSection, RunConfig
 from smoa_lab.data.prompts import Template
+from smoa_lab.models.base_models import load_base_model, load_tokenizer
+from smoa_lab.models.packaged_models import PACKAGED_MODELS
 from smoa_lab.runs.open_run import adapter_of_run, base_name, open_run, recorded_base
 from smoa_lab.tokens.chat_templates import saved_chat_template, set_chat_template, stop_at_turns_end
-from smoa_lab.training.base_models import load_base_model, load_tokenizer
-from smoa_lab.training.packaged_models import PACKAGED_MODELS
 from smoa_lab.training.run_folder import RunFolder
 
 

@@ -17,9 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from smoa import cached_weights
 from smoa.errors import DataError, SmoaError
 from smoa_lab.basics.nearest import nearest
+from smoa_lab.models.packaged_models import packaged_name
 from smoa_lab.runs.open_run import adapter_of_run, base_name
 from smoa_lab.scoring.mode import scoring
-from smoa_lab.training.packaged_models import packaged_name
 
 Message = dict[str, str]
 """``role`` and ``content``."""

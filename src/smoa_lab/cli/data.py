@@ -80,9 +80,9 @@ def check(
     """Show what would be trained on: formats, lengths, what is cut or dropped, bad rows, and examples."""
     with reporting("trl", "datasets"):
         from smoa_lab.config.rows_config import RowsConfig, check_rows_config, load_any_config
+        from smoa_lab.lessons.own_rows import read_rows_of
+        from smoa_lab.models.base_models import load_tokenizer
         from smoa_lab.rows.sources import source_values
-        from smoa_lab.training.base_models import load_tokenizer
-        from smoa_lab.training.own_rows import read_rows_of
 
         if place.endswith((".yaml", ".yml")):
             config = load_any_config(place)

@@ -19,9 +19,9 @@ def demo(
     """Fine-tune a small real model in minutes, show what changed, reload the adapter and merge it."""
     with reporting("accelerate", "matplotlib", "PIL"):
         from smoa_lab.config.run_config import load_config
+        from smoa_lab.lessons.questions import prepare
+        from smoa_lab.models.packaged_models import PACKAGED_MODELS
         from smoa_lab.runs.verify_run import verify_saved
-        from smoa_lab.training.packaged_models import PACKAGED_MODELS
-        from smoa_lab.training.questions import prepare
         from smoa_lab.training.run_folder import RunFolder, in_free_folder
         from smoa_lab.training.train_run import train
 

@@ -17,9 +17,9 @@ from smoa.maths.analysis import UpdateSpectrum, update_spectrum
 from smoa.maths.budget import rank_bound
 from smoa.maths.spectrum import spectral_scores
 from smoa_lab.config.run_config import ModelSection
+from smoa_lab.models.base_models import load_base_model
 from smoa_lab.runs.layer_updates import adapted_layers, weight_and_update
 from smoa_lab.runs.open_run import adapter_of_run, base_name
-from smoa_lab.training.base_models import load_base_model
 
 TOO_FAR = 0.2
 """‖ΔW‖₂ / ‖W‖₂ from which a layer is marked."""

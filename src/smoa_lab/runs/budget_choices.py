@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from smoa.config.adapter_config import SmoaConfig
 from smoa.errors import ConfigError, DataError
 from smoa.maths.budget import adapter_bytes, rank_bound, trainable_parameters
-from smoa_lab.training.base_models import locate
+from smoa_lab.models.base_models import locate
 
 BLOCKS = (1, 2, 4, 8, 16, 32)
 ALL_LINEAR = "all-linear"

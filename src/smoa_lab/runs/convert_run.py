@@ -18,10 +18,10 @@ from smoa.errors import ConfigError
 from smoa.export.lora import LoraConversion, RankRule, UpdateSpectra
 from smoa_lab.config.rows_config import load_any_config
 from smoa_lab.config.run_config import ModelSection
+from smoa_lab.lessons.lesson import Lesson
+from smoa_lab.models.base_models import load_base_model
+from smoa_lab.models.packaged_models import described_base
 from smoa_lab.runs.open_run import adapter_of_run, base_name
-from smoa_lab.training.base_models import load_base_model
-from smoa_lab.training.lesson import Lesson
-from smoa_lab.training.packaged_models import described_base
 from smoa_lab.training.run_folder import RunFolder
 from smoa_lab.training.train_run import open_lesson
 

@@ -15,11 +15,11 @@ from smoa.errors import ConfigError, DataError
 from smoa_lab.basics.extras import require
 from smoa_lab.config.rows_config import RowsConfig
 from smoa_lab.config.run_config import RunConfig
+from smoa_lab.lessons.lesson import Lesson
+from smoa_lab.lessons.questions import Questions
+from smoa_lab.models.needs import evaluation_needs
 from smoa_lab.scoring.generation import evaluate_by_generation
 from smoa_lab.scoring.protocol import Protocol
-from smoa_lab.training.lesson import Lesson
-from smoa_lab.training.needs import evaluation_needs
-from smoa_lab.training.questions import Questions
 from smoa_lab.training.run_folder import provenance
 from smoa_lab.training.train_run import open_lesson
 

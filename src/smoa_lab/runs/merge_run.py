@@ -9,10 +9,10 @@ from smoa.errors import ConfigError
 from smoa.export.merge import Dtype, Export, merge_and_save
 from smoa_lab.config.rows_config import load_any_config
 from smoa_lab.config.run_config import ModelSection
+from smoa_lab.models.base_models import load_base_model, prepare_packaged_model
+from smoa_lab.models.packaged_models import described_base, packaged_name
 from smoa_lab.runs.open_run import adapter_of_run, base_name
 from smoa_lab.tokens.chat_templates import saved_chat_template
-from smoa_lab.training.base_models import load_base_model, prepare_packaged_model
-from smoa_lab.training.packaged_models import described_base, packaged_name
 from smoa_lab.training.run_folder import RunFolder
 
 GGUF_NOTE = "The base is a GGUF file: the adapter is merged into its dequantized weights, on which it was trained."

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from smoa.errors import MergeError
 from smoa_lab.config.run_config import RunConfig
-from smoa_lab.training.base_models import load_base_model
-from smoa_lab.training.questions import Questions
+from smoa_lab.lessons.questions import Questions
+from smoa_lab.models.base_models import load_base_model
 from smoa_lab.training.run_folder import RunFolder
 
 # Relative differences of mean losses and of logits that float32 sums in another order explain.

@@ -10,13 +10,13 @@ from smoa_lab.basics.extras import require
 from smoa_lab.config.rows_config import check_rows_config
 from smoa_lab.config.run_config import DataSection, ModelSection, TaskSection
 from smoa_lab.data.tasks import TASKS, find_task, task_needs
+from smoa_lab.lessons.own_rows import read_rows_of, sources
+from smoa_lab.models.base_models import load_tokenizer
 from smoa_lab.rows.formats import Conversation, Example, Preference
 from smoa_lab.rows.sources import source_values
 from smoa_lab.runs.budget_choices import ALL_LINEAR, Shapes, empty_model, shapes_of
 from smoa_lab.tokens.account import require_good_rows
 from smoa_lab.tokens.prepared import read_examples
-from smoa_lab.training.base_models import load_tokenizer
-from smoa_lab.training.own_rows import read_rows_of, sources
 
 STEP = 64
 """Tokens: a row is cut at a multiple of it."""

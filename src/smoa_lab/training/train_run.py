@@ -18,12 +18,12 @@ from smoa_lab.config.methods import METHODS
 from smoa_lab.config.rows_config import RowsConfig
 from smoa_lab.config.run_config import RunConfig
 from smoa_lab.drawing.plots import draw_run
-from smoa_lab.training.lesson import Lesson
-from smoa_lab.training.memory_of_text import MemoryOfText
-from smoa_lab.training.needs import text_needs, training_needs
-from smoa_lab.training.own_rows import open_rows
-from smoa_lab.training.packaged_models import described_base
-from smoa_lab.training.questions import prepare
+from smoa_lab.lessons.lesson import Lesson
+from smoa_lab.lessons.memory_of_text import MemoryOfText
+from smoa_lab.lessons.own_rows import open_rows
+from smoa_lab.lessons.questions import prepare
+from smoa_lab.models.needs import text_needs, training_needs
+from smoa_lab.models.packaged_models import described_base
 from smoa_lab.training.run_card import run_card
 from smoa_lab.training.run_folder import RunFolder, peak_memory, provenance
 from smoa_lab.training.samples import samples_text

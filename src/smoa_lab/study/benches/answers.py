@@ -8,9 +8,9 @@ from torch import nn
 
 from smoa_lab.config.run_config import RunConfig
 from smoa_lab.data.records import Record
+from smoa_lab.lessons.questions import Questions, prepare
 from smoa_lab.scoring.held_out import Outcome, answer_outcomes
 from smoa_lab.study.benches.bench import Bench, Fitted, fit_arguments
-from smoa_lab.training.questions import Questions, prepare
 
 
 class AnswerBench(Bench):

@@ -18,10 +18,10 @@ from smoa_lab.config.run_config import DataSection, RunConfig, check_config
 from smoa_lab.data.records import Record
 from smoa_lab.data.selection import Selection
 from smoa_lab.data.tasks import task_needs
+from smoa_lab.lessons.lesson import checked_arguments
+from smoa_lab.models.needs import training_needs
 from smoa_lab.scoring.held_out import Outcome, score_outcomes
 from smoa_lab.study.entry import Entry
-from smoa_lab.training.lesson import checked_arguments
-from smoa_lab.training.needs import training_needs
 from smoa_lab.training.run_folder import RunFolder
 
 Part = Literal["validation", "test"]

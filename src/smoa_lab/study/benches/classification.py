@@ -26,11 +26,11 @@ from smoa_lab.config.methods import METHODS
 from smoa_lab.config.run_config import RunConfig
 from smoa_lab.data.records import Record
 from smoa_lab.data.sources.wheels import installed_file
+from smoa_lab.lessons.progress import REPLACED
 from smoa_lab.scoring.held_out import Outcome
 from smoa_lab.scoring.mode import scoring
 from smoa_lab.study.benches.bench import Bench, Fitted, fit_arguments
 from smoa_lab.study.entry import Entry
-from smoa_lab.training.progress import REPLACED
 
 PACKAGED_ENCODER = "all-minilm-l6-v2"
 BATCH = 64

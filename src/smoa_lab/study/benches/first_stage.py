@@ -21,9 +21,9 @@ from smoa.errors import ConfigError
 from smoa_lab.basics.section import Section
 from smoa_lab.config.run_config import ModelSection, RunConfig
 from smoa_lab.data.selection import Selection
+from smoa_lab.lessons.questions import prepare
+from smoa_lab.models.base_models import load_base_model
 from smoa_lab.study.benches.bench import fit_arguments
-from smoa_lab.training.base_models import load_base_model
-from smoa_lab.training.questions import prepare
 from smoa_lab.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)

@@ -15,6 +15,8 @@ from smoa_lab.basics.extras import require
 from smoa_lab.config.run_config import RunConfig, TaskSection, check_config
 from smoa_lab.data.prompts import PromptEncoder
 from smoa_lab.data.selection import Selection
+from smoa_lab.lessons.questions import Questions
+from smoa_lab.models.needs import training_needs
 from smoa_lab.scoring.forgetting import text_losses, whole_text
 from smoa_lab.scoring.held_out import answer_outcomes, score_outcomes
 from smoa_lab.scoring.row_losses import Losses
@@ -23,8 +25,6 @@ from smoa_lab.study.benches.bench import Part, answered
 from smoa_lab.study.benches.changes import weight_changes
 from smoa_lab.study.benches.first_stage import First, FirstStage
 from smoa_lab.study.entry import Entry
-from smoa_lab.training.needs import training_needs
-from smoa_lab.training.questions import Questions
 
 
 class SequenceBench(AnswerBench):

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from typer.testing import CliRunner, Result
 
 from smoa_lab.cli.main import app
-from smoa_lab.training import own_rows
+from smoa_lab.lessons import own_rows
 from tests.support.damaged_bytes import Damaged, parquet_table
 from tests.support.damaged_rows import damaged_files
 from tests.support.own_rows import MARKED, chats, rows_values, tiny_chat_model, tokenizer_with, write_rows

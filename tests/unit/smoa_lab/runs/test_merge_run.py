@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from smoa import SmoaConfig, save_adapter
 from smoa_lab.config.run_config import ModelSection, check_config
 from smoa_lab.inspection.layer_reports import inspect_layers
+from smoa_lab.models.base_models import prepare_packaged_model
 from smoa_lab.runs import merge_run as merging
 from smoa_lab.runs.evaluate_run import evaluate_run
 from smoa_lab.runs.merge_run import GGUF_NOTE, merge_run
-from smoa_lab.training.base_models import prepare_packaged_model
 from smoa_lab.training.run_folder import RunFolder
 from smoa_lab.training.train_run import train
 from tests.support import gguf_base, lab

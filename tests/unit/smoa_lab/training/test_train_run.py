@@ -11,10 +11,10 @@ import pytest
 from huggingface_hub import ModelCard
 
 from smoa_lab.config.run_config import RunConfig, check_config
+from smoa_lab.lessons.questions import Questions
 from smoa_lab.runs.evaluate_run import evaluate_run
 from smoa_lab.runs.open_run import open_run
 from smoa_lab.training import train_run
-from smoa_lab.training.questions import Questions
 from smoa_lab.training.run_folder import RunFolder
 from tests.support import lab
 

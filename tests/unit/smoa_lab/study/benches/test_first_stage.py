@@ -8,11 +8,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from smoa.errors import ConfigError
+from smoa_lab.lessons.questions import Questions
 from smoa_lab.study.benches import first_stage
 from smoa_lab.study.benches.first_stage import FirstStage
 from smoa_lab.study.benches.sequence import SequenceBench
 from smoa_lab.study.study_file import Study
-from smoa_lab.training.questions import Questions
 
 # Not ours: a deprecation between transformers and peft.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")

@@ -7,8 +7,8 @@ import pytest
 
 from smoa.files.named_base import NamedBase
 from smoa_lab.config.run_config import ModelSection
-from smoa_lab.training.base_models import load_base_model
-from smoa_lab.training.packaged_models import (
+from smoa_lab.models.base_models import load_base_model
+from smoa_lab.models.packaged_models import (
     PACKAGED_MODELS,
     SMOLLM2,
     SMOLLM2_FILE,

@@ -8,12 +8,12 @@ from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
+from smoa_lab.lessons.lesson import Looks, Stage
 from smoa_lab.rows.formats import Preference
 from smoa_lab.scoring.generation import continue_prompts
 from smoa_lab.scoring.row_losses import Losses, row_losses
 from smoa_lab.tokens.encoding import RowEncoder, side
 from smoa_lab.tokens.prepared import read_examples
-from smoa_lab.training.lesson import Looks, Stage
 
 logger = logging.getLogger(__name__)
 

@@ -12,12 +12,12 @@ from smoa_lab.basics.extras import require
 from smoa_lab.config.run_config import RunConfig
 from smoa_lab.data.prompts import Encoded, PromptEncoder
 from smoa_lab.data.selection import Selection
+from smoa_lab.lessons.lesson import Lesson, checked_arguments
+from smoa_lab.lessons.stages import Stages
+from smoa_lab.models.base_models import load_base_model
+from smoa_lab.models.needs import input_needs
 from smoa_lab.scoring.answer_loss import AnswerTrainer, collate
 from smoa_lab.scoring.likelihood import score_answers
-from smoa_lab.training.base_models import load_base_model
-from smoa_lab.training.lesson import Lesson, checked_arguments
-from smoa_lab.training.needs import input_needs
-from smoa_lab.training.stages import Stages
 
 
 @dataclass(frozen=True)

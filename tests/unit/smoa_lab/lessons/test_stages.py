@@ -7,9 +7,9 @@ from transformers import PreTrainedModel
 
 from smoa_lab.config.run_config import ModelSection, TaskSection
 from smoa_lab.data.prompts import PromptEncoder
+from smoa_lab.lessons.stages import Stages, written_answers
+from smoa_lab.models.base_models import load_base_model
 from smoa_lab.scoring.held_out import Outcome
-from smoa_lab.training.base_models import load_base_model
-from smoa_lab.training.stages import Stages, written_answers
 from tests.support import lab
 
 RECORDS = lab.questions(3, "test")

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from smoa_lab.config.run_config import ForgettingSection
-from smoa_lab.training.memory_of_text import MemoryOfText
+from smoa_lab.lessons.memory_of_text import MemoryOfText
 from tests.support import lab
 
 

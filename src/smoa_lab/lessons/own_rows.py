@@ -23,15 +23,15 @@ from smoa_lab.basics.extras import import_package, require
 from smoa_lab.basics.foreign import foreign_warnings_ignored
 from smoa_lab.config.methods import METHODS
 from smoa_lab.config.rows_config import RowsConfig, RowsSection, check_training_keys, training_class
+from smoa_lab.lessons.lesson import Lesson, checked_arguments
+from smoa_lab.lessons.row_looks import RowLooks
+from smoa_lab.models.base_models import load_base_model
+from smoa_lab.models.needs import rows_needs
 from smoa_lab.rows.sources import FileSource, HubSource, Source
 from smoa_lab.tokens.account import require_good_rows
 from smoa_lab.tokens.chat_templates import set_chat_template, stop_at_turns_end
 from smoa_lab.tokens.encoding import RowEncoder
 from smoa_lab.tokens.prepared import Part, PreparedRows, RowsWanted, Shares, prepare_rows
-from smoa_lab.training.base_models import load_base_model
-from smoa_lab.training.lesson import Lesson, checked_arguments
-from smoa_lab.training.needs import rows_needs
-from smoa_lab.training.row_looks import RowLooks
 
 REFERENCE = "ref"
 """DPOTrainer's name of its copy of the untrained adapter, which it compares with."""

@@ -18,7 +18,7 @@ from smoa.layers.distributed import is_distributed
 from smoa_lab.basics.foreign import foreign_warnings_ignored
 from smoa_lab.config.methods import METHODS
 from smoa_lab.config.run_config import Run
-from smoa_lab.training.progress import REPLACED, ProgressReport
+from smoa_lab.lessons.progress import REPLACED, ProgressReport
 
 logger = logging.getLogger(__name__)
 

@@ -29,8 +29,8 @@ from smoa.atomic import new_folder
 from smoa.errors import DataError
 from smoa_lab.basics.extras import require
 from smoa_lab.config.run_config import ModelSection
-from smoa_lab.training.needs import model_needs
-from smoa_lab.training.packaged_models import PACKAGED_MODELS, unpacked_folder
+from smoa_lab.models.needs import model_needs
+from smoa_lab.models.packaged_models import PACKAGED_MODELS, unpacked_folder
 
 logger = logging.getLogger(__name__)
 

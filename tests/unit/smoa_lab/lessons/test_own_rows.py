@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 import smoa
 from smoa.errors import ConfigError, DataError, SmoaError
 from smoa_lab.config.rows_config import RowsConfig
+from smoa_lab.lessons.own_rows import open_rows, read_rows_of, sources
+from smoa_lab.lessons.progress import ProgressReport
 from smoa_lab.scoring.row_losses import row_losses
 from smoa_lab.training import train_run
-from smoa_lab.training.own_rows import open_rows, read_rows_of, sources
-from smoa_lab.training.progress import ProgressReport
 from tests.support.lab import files_with, tiny_base
 from tests.support.own_rows import PLAIN, chat, chats, losses, pairs, rows_base, rows_config, rows_values, write_rows
 

@@ -11,9 +11,9 @@ from typing import Any
 from smoa_lab.config.run_config import TaskSection
 from smoa_lab.data.prompts import PromptEncoder, gold_response, instruction
 from smoa_lab.data.records import Record
+from smoa_lab.lessons.lesson import Looks, Stage
 from smoa_lab.scoring.generation import generate
 from smoa_lab.scoring.held_out import Outcome, answer_outcomes, score_outcomes
-from smoa_lab.training.lesson import Looks, Stage
 
 logger = logging.getLogger(__name__)
 

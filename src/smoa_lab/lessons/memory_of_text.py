@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerBase
 
 from smoa_lab.config.run_config import ForgettingSection
 from smoa_lab.data.sources.general_text import describe, passages
+from smoa_lab.lessons.lesson import Stage
 from smoa_lab.scoring.forgetting import at_least, text_losses
 from smoa_lab.scoring.row_losses import Losses
-from smoa_lab.training.lesson import Stage
 
 logger = logging.getLogger(__name__)
 

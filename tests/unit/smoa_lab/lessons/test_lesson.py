@@ -6,7 +6,7 @@ import pytest
 from transformers import TrainingArguments
 
 from smoa.errors import ConfigError
-from smoa_lab.training import lesson
+from smoa_lab.lessons import lesson
 
 
 def test_processes_that_accelerate_does_not_count_don_t_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

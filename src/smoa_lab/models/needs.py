@@ -7,8 +7,8 @@ from smoa_lab.config.rows_config import RowsConfig
 from smoa_lab.config.run_config import ForgettingSection, ModelSection, RunConfig
 from smoa_lab.data.sources.general_text import STORY
 from smoa_lab.data.tasks import task_needs
+from smoa_lab.models.packaged_models import PACKAGED_MODELS, packaged_name, unpacked_folder
 from smoa_lab.scoring.protocol import Protocol
-from smoa_lab.training.packaged_models import PACKAGED_MODELS, packaged_name, unpacked_folder
 
 LOSS_CURVE = ("matplotlib", "PIL")
 OF_BITSANDBYTES = ("8bit", "paged", "bnb")

@@ -9,8 +9,8 @@ import torch
 
 from smoa.errors import DataError
 from smoa_lab.config.run_config import ModelSection
-from smoa_lab.training import base_models
-from smoa_lab.training.base_models import load_base_model, prepare_packaged_model
+from smoa_lab.models import base_models
+from smoa_lab.models.base_models import load_base_model, prepare_packaged_model
 from tests.support import gguf_base, lab
 
 PACKAGED = "gemma3-270m"

@@ -1,0 +1,1 @@
+"""Base models, and the packages that a run needs."""
