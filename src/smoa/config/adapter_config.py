@@ -35,7 +35,7 @@ class SmoaConfig(PeftConfig):
     adapter has its own copy, `model.peft_config[adapter_name]`.
 
     Args:
-        r: Total rank, Σ r_k over the blocks.
+        r: Total rank, Σ r_k over the blocks. The default of 16, with K = 2, trains as many parameters as LoRA's of 8.
         num_blocks: K, at most 255. A layer whose weight has a side shorter than K takes as many blocks as that side is
             long, and the ranks of the first of the K blocks. alpha / r stays the same. One warning names these layers.
             It is an error if every target is narrower than K, or with `block_ranks`.
@@ -82,7 +82,7 @@ class SmoaConfig(PeftConfig):
         ConfigError: at least one rule is broken; the message lists all of them.
     """
 
-    r: int = 32
+    r: int = 16
     num_blocks: int = 2
     num_blocks_pattern: dict[str, int] = field(default_factory=dict)
     blocks_from_spectrum: bool = False

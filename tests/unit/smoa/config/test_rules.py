@@ -76,7 +76,7 @@ def test_a_value_of_a_wrong_type_is_refused_by_its_name_and_file(setting: str, v
         ("block_ranks", [9, -1], "block_ranks[1]=-1 must be a non-negative integer"),
         ("block_ranks", [True, 3], "block_ranks=[True, 3] must be a list of integers or null"),
         ("block_ranks", [32], "block_ranks=[32] has 1 entries; give one for each of num_blocks=2"),
-        ("block_ranks", [3, 4], "block_ranks=[3, 4] sums to 7; the ranks of all blocks must sum to r=32"),
+        ("block_ranks", [3, 4], "block_ranks=[3, 4] sums to 7; the ranks of all blocks must sum to r=16"),
         ("target_modules", "(", "target_modules: '(' is not a regular expression"),
     ],
 )
@@ -94,8 +94,8 @@ def test_problems_of_types_and_of_values_are_told_together() -> None:
 
 
 def test_what_json_lacks_is_accepted() -> None:
-    config = SmoaConfig(target_modules={"a"}, block_ranks=(4, 28), layers_to_transform=range(2))  # type: ignore[arg-type]
-    assert (config.target_modules, config.block_ranks, config.layers_to_transform) == ({"a"}, [4, 28], [0, 1])
+    config = SmoaConfig(target_modules={"a"}, block_ranks=(4, 12), layers_to_transform=range(2))  # type: ignore[arg-type]
+    assert (config.target_modules, config.block_ranks, config.layers_to_transform) == ({"a"}, [4, 12], [0, 1])
     with pytest.raises(ConfigError, match="block_ranks"):
         SmoaConfig(block_ranks={4, 28})  # type: ignore[arg-type]  # in no order
 

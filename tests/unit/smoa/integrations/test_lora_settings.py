@@ -38,7 +38,7 @@ def test_settings_that_the_framework_leaves_unset_have_smoas_defaults() -> None:
     lora = LoraConfig()
     lora.r = lora.lora_alpha = None  # type: ignore[assignment]  # as axolotl passes them
     config = smoa_config(lora, {}, "here")
-    assert (config.r, config.alpha) == (32, None)
+    assert (config.r, config.alpha) == (16, None)
 
 
 @pytest.mark.parametrize(
