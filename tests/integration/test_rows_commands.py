@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from smoa_lab.cli.main import app
 from smoa_lab.rows.formats import recognise, shape
+from smoa_lab.rows.plain_examples import content_digest
 from smoa_lab.rows.row_files import Fault, read_rows
-from smoa_lab.tokens.prepared import content_digest
 from tests.support.own_rows import rows_base, rows_values
 from tests.support.processes import ROOT
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from smoa_lab.lessons.lesson import Looks, Stage
 from smoa_lab.rows.formats import Preference
+from smoa_lab.rows.plain_examples import read_examples
 from smoa_lab.scoring.generation import continue_prompts
 from smoa_lab.scoring.row_losses import Losses, row_losses
 from smoa_lab.tokens.encoding import RowEncoder, side
-from smoa_lab.tokens.prepared import read_examples
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,6 @@ from smoa_lab.rows.formats import Conversation, Example, Preference
 from smoa_lab.rows.sources import source_values
 from smoa_lab.runs.budget_choices import ALL_LINEAR, Shapes, empty_model, shapes_of
 from smoa_lab.tokens.account import require_good_rows
-from smoa_lab.tokens.prepared import read_examples
 
 STEP = 64
 """Tokens: a row is cut at a multiple of it."""
@@ -108,9 +107,7 @@ def _rows(place: str, model: ModelFacts) -> DataFacts:
     account = rows.account
     if not account["parts"].get("train"):
         raise ConfigError(f"data: {place} leaves no rows to train on: {account['parts']}")
-    template = (
-        {"chat_template": lent} if lent and _has_turns(read_examples(rows.part("train", 1)["example"])[0]) else {}
-    )
+    template = {"chat_template": lent} if lent and _has_turns(rows.examples("train", 1)[0]) else {}
     return DataFacts(
         {**source_values(place), "format": account["format"], **template, "test_part": config.data.test_part},
         account["parts"]["train"],

@@ -6,7 +6,7 @@ A row's content decides its part, so a repeated row never lies in two parts, and
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -19,19 +19,8 @@ from smoa.atomic import new_folder, write_whole
 from smoa.errors import DataError
 from smoa_lab.basics.cache import cache_folder
 from smoa_lab.basics.extras import import_package
-from smoa_lab.rows.formats import (
-    BadRow,
-    Conversation,
-    Example,
-    Fault,
-    Format,
-    Message,
-    Passage,
-    Preference,
-    recognise,
-    shape,
-    unrecognised,
-)
+from smoa_lab.rows.formats import BadRow, Example, Fault, Format, recognise, shape, unrecognised
+from smoa_lab.rows.plain_examples import content_digest, plain_example, read_examples
 from smoa_lab.rows.sources import Source
 from smoa_lab.tokens.account import RowsAccount
 from smoa_lab.tokens.encoding import RowEncoder
@@ -213,46 +202,3 @@ def row_features() -> Any:
     datasets = import_package("datasets", "data.train")
     integers = datasets.List(datasets.Value("int32"))
     return datasets.Features({"input_ids": integers, "labels": integers, "example": datasets.Value("string")})
-
-
-def content_digest(example: Example) -> str:
-    """Equal for rows that say the same, whatever their white space and case."""
-    return sha256(json.dumps(_evened(plain_example(example))).encode()).hexdigest()
-
-
-def _evened(value: Any) -> Any:
-    """The same without white space and case, also within dictionaries and lists."""
-    match value:
-        case str():
-            return " ".join(value.split()).casefold()
-        case dict():
-            return {key: _evened(one) for key, one in value.items()}
-        case list() | tuple():
-            return [_evened(one) for one in value]
-    return value
-
-
-KINDS: dict[str, type[Example]] = {"conversation": Conversation, "passage": Passage, "preference": Preference}
-
-
-def plain_example(example: Example) -> dict[str, Any]:
-    """For JSON; the inverse of :func:`example_of`."""
-    name = next(name for name, kind in KINDS.items() if isinstance(example, kind))
-    return {"kind": name, **asdict(example)}
-
-
-def example_of(values: dict[str, Any]) -> Example:
-    """The example of plain values."""
-    kind: Any = KINDS[values["kind"]]
-    fields = {key: value for key, value in values.items() if key != "kind"}
-    made: Example = kind(**{key: _messages(one) if isinstance(one, list) else one for key, one in fields.items()})
-    return made
-
-
-def read_examples(texts: Iterable[str]) -> list[Example]:
-    """The examples of the column ``example``."""
-    return [example_of(json.loads(text)) for text in texts]
-
-
-def _messages(turns: list[dict[str, str]]) -> tuple[Message, ...]:
-    return tuple(Message(**turn) for turn in turns)

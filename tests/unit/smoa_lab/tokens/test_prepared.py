@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 
 from smoa.errors import ConfigError, DataError
-from smoa_lab.rows.formats import Conversation, Message, Passage, Preference
+from smoa_lab.rows.plain_examples import content_digest, read_examples
 from smoa_lab.rows.sources import FileSource
 from smoa_lab.tokens import prepared
 from smoa_lab.tokens.encoding import RowEncoder
@@ -22,11 +21,7 @@ from smoa_lab.tokens.prepared import (
     PreparedRows,
     RowsWanted,
     Shares,
-    content_digest,
-    example_of,
-    plain_example,
     prepare_rows,
-    read_examples,
 )
 from tests.support.own_rows import MARKED, STRICT, chat, chats, tokenizer_with, write_rows
 from tests.support.processes import ROOT, environment
@@ -213,19 +208,6 @@ def test_a_reading_that_fails_leaves_nothing_behind(cache: Path, monkeypatch: py
         prepare(Listed(texts(3)))
     assert not [entry for entry in cache.iterdir() if entry.is_dir()]
     monkeypatch.undo()
-
-
-@pytest.mark.parametrize(
-    "example",
-    [
-        Conversation((Message("user", "é\n"), Message("assistant", "b")), prompt_turns=1),
-        Passage("text", "prompt"),
-        Preference("a", "b", "c"),
-        Preference((Message("user", "a"),), (Message("assistant", "b"),), (Message("assistant", "c"),)),
-    ],
-)
-def test_an_example_survives_json(example: Any) -> None:
-    assert example_of(json.loads(json.dumps(plain_example(example)))) == example
 
 
 MEMORY = """
