@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from transformers import PreTrainedModel
 
 from smoa_lab.cli.main import app
-from smoa_lab.config.rows_config import RowsSection, check_rows_config, load_any_config
+from smoa_lab.config.rows_config import RowsConfig, RowsSection, check_rows_config, load_any_config
 from smoa_lab.config.run_config import (
     DataSection,
     ForgettingSection,
@@ -153,6 +153,7 @@ def test_the_navigation_lists_every_page_once() -> None:
         ("", RunConfig),
         ("model.", ModelSection),
         ("data.", DataSection),
+        ("", RowsConfig),
         ("data.", RowsSection),
         ("task.", TaskSection),
         ("forgetting.", ForgettingSection),
