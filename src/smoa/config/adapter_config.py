@@ -49,7 +49,7 @@ class SmoaConfig(PeftConfig):
         use_rslora: Scale by alpha / √(r/K) instead, rsLoRA's at equal parameters. alpha = None then means r / K.
         smoa_dropout: Dropout probability of the adapter's input.
         bias: Biases to train: "none", "all" or "smoa_only" (those of adapted layers).
-        scale: The part of ΔW's scale that comes from the weight. "lora" multiplies each block by 3 / rms(block), so
+        scale: The part of ΔW's scale that comes from the weight. "lora" multiplies each block by 4 / rms(block), so
             that LoRA's alpha / r and learning rate serve. "block" and "layer" are 1 / rms of the block or of the
             layer's weight. "paper" leaves ΔW relative to the weight, whose entries are about 0.02: alpha = r then needs
             10 to 50 times LoRA's learning rate, and alpha = 32·r one of about 1e-2. None means "lora", and "paper" in a

