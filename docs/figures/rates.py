@@ -17,6 +17,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from smoa_lab.drawing.plots import save_figure
 from smoa_lab.study.trials import TrialStore
 
 DOCS = Path(__file__).parents[1]
@@ -29,7 +30,8 @@ STYLES = {
     "SMoA, 4 / rms": ("D--", "0.35"),
     "SMoA at LoRA's r": ("^-.", "0.6"),
 }
-HIGHEST = 0.6
+TICKS = (1e-3, 2e-3, 3e-3, 6e-3, 1e-2, 2e-2)
+HIGHEST = 0.3
 """Losses so far above the lowest of a panel are left out of the picture."""
 
 
@@ -61,7 +63,7 @@ def collect(pair: str, entry: str, factor: str, folder: str, study_entry: str) -
                 "adapter": config["adapter"],
                 "seed": config["training"]["seed"],
                 "commit": run["provenance"]["commit"],
-                "versions": run["provenance"]["versions"],
+                "versions": {name: run["provenance"]["versions"][name] for name in ("smoa", "torch", "peft")},
             }
         )
     rows.sort(key=lambda row: (row["pair"], row["entry"], row["learning_rate"]))
@@ -84,7 +86,9 @@ def draw_pair(axes: Axes, title: str, entries: dict[str, dict[float, float]]) ->
         style, shade = STYLES[entry]
         axes.plot(list(shown), list(shown.values()), style, color=shade, label=entry, markersize=4)
     axes.set_xscale("log")
-    axes.set_title(title, fontsize=9)
+    axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
+    axes.set_xticks([], minor=True)
+    axes.set_title(title, fontsize=8)
     axes.set_xlabel("learning rate")
     axes.set_ylabel("validation loss\n(nats per token)")
     axes.grid(True, color="0.92")
@@ -115,7 +119,7 @@ def main() -> None:
         return
     rows = read()
     pairs = list(dict.fromkeys(row["pair"] for row in rows))
-    figure = Figure(figsize=(8, 2.9 * -(-len(pairs) // 2)), dpi=150, layout="constrained")
+    figure = Figure(figsize=(8, 2.6 * -(-len(pairs) // 2)), dpi=130, layout="constrained")
     panels = figure.subplots(-(-len(pairs) // 2), 2, squeeze=False).flat
     for axes, pair in zip(panels, pairs, strict=False):
         draw_pair(axes, pair, losses(rows, pair))
@@ -125,7 +129,7 @@ def main() -> None:
         label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize=8)
-    figure.savefig(DOCS / "images" / "rates.png")
+    save_figure(figure, DOCS / "images" / "rates.png")
     page = PAGE.read_text(encoding="utf-8")
     before, _, rest = page.partition(START)
     PAGE.write_text(before + START + table(rows) + END + rest.partition(END)[2], encoding="utf-8")
