@@ -51,13 +51,7 @@ class Orders(NamedTuple):
     def of(cls, row_labels: Tensor, col_labels: Tensor) -> Orders:
         """Sort both sides, stable. Called when labels change, never in a training step."""
         rows, cols = (torch.argsort(labels, stable=True) for labels in (row_labels, col_labels))
-        return cls(rows, _inverse(rows), cols, _inverse(cols))
-
-
-def _inverse(order: Tensor) -> Tensor:
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(len(order), device=order.device)
-    return inverse
+        return cls(rows, torch.argsort(rows), cols, torch.argsort(cols))
 
 
 @dataclass(frozen=True, eq=False)
