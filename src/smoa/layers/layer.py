@@ -41,6 +41,7 @@ class SmoaLayer(PartitionState):
         "ranks",
         "modulation",
         "pending_partition",
+        "contiguous",
         "smoa_dropout",
         "smoa_row_labels",
         "smoa_col_labels",

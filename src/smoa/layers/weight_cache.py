@@ -48,10 +48,10 @@ class KeptUpdate:
 
     def apply(self, x: Tensor) -> Tensor:
         """`x ΔWᵀ`: (…, out_features)."""
-        x = x.index_select(-1, self.blocks.orders.cols)
+        x = self.blocks.sort_inputs(x)
         pairs = zip(self.blocks.col_slices, self.entries, strict=True)
         outputs = [x[..., cols] @ entries.T for cols, entries in pairs]
-        return torch.cat(outputs, -1).index_select(-1, self.blocks.orders.rows_inverse)
+        return self.blocks.unsort_outputs(torch.cat(outputs, -1))
 
 
 def tensor_state(tensor: Tensor) -> Hashable:

@@ -121,7 +121,9 @@ def test_both_routes_are_the_oracles_whatever_the_sizes(data: st.DataObject) -> 
     num_blocks = data.draw(st.integers(1, min(out_features, in_features)))
     ranks = data.draw(st.lists(st.integers(0, 4), min_size=num_blocks, max_size=num_blocks).filter(any))
     tokens = data.draw(st.integers(0, 5))
-    case = problem(out_features, in_features, tuple(ranks), data.draw(st.sampled_from(["spectral", "random"])))
+    case = problem(
+        out_features, in_features, tuple(ranks), data.draw(st.sampled_from(["spectral", "random", "contiguous"]))
+    )
     scale = [3.0 + k for k in range(num_blocks)]
     x = torch.randn(tokens, in_features, dtype=torch.float64, requires_grad=True)
     leaves = [x, case.A, case.B]
