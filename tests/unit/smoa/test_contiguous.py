@@ -129,6 +129,7 @@ def test_transforms_gather_nothing_either(monkeypatch: pytest.MonkeyPatch, modul
 
 @pytest.mark.parametrize(("route", "dtype"), [("fused", torch.float32), ("apart", torch.bfloat16)])
 def test_a_compiled_layer_computes_the_same(route: Route, dtype: torch.dtype) -> None:
+    torch.compiler.reset()
     layer, x = contiguous(dtype, route=route)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     assert_close(compiled(x), layer(x))

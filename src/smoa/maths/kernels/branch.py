@@ -26,12 +26,25 @@ from smoa.maths.kernels.scratch import SCRATCH, chunks
 def branch_forward(factors: Factors, x: Tensor, anchor: Tensor) -> Tensor:
     """`x ΔWᵀ`: (tokens, out_features) in the dtype of x. ΔW is formed in float32 or wider."""
     blocks, wide = factors.blocks, factors.wide()
-    sorted_x = _columns(blocks, x, blocks.orders.cols).to(_product_dtype(x))
+    sorted_x = _columns(blocks, x, blocks.orders.cols).to(product_dtype(x.dtype, x.device.type))
     y = sorted_x.new_empty(x.shape[0], anchor.shape[0])
     for chunk, local, cols, ranks, entries in _anchor_chunks(wide, anchor):
         delta = torch.mm(wide.B[local, ranks], wide.A[ranks, : cols.stop - cols.start]).mul_(entries)
         torch.mm(sorted_x[:, cols], delta.to(y.dtype).T, out=y[:, chunk])
     return _columns(blocks, y, blocks.orders.rows_inverse).to(x.dtype)
+
+
+def delta_blocks(factors: Factors, anchor: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """The K diagonal blocks of ΔW as `branch_forward` forms them, rounded to `dtype`."""
+    wide, blocks = factors.wide(), factors.blocks
+    sizes = zip(blocks.row_slices, blocks.col_slices, strict=True)
+    found = [anchor.new_empty(rows.stop - rows.start, cols.stop - cols.start, dtype=dtype) for rows, cols in sizes]
+    of_cols = dict(zip((cols.start for cols in blocks.col_slices), found, strict=True))
+    for _, local, cols, ranks, entries in _anchor_chunks(wide, anchor):
+        of_cols[cols.start][local] = torch.mm(wide.B[local, ranks], wide.A[ranks, : cols.stop - cols.start]).mul_(
+            entries
+        )
+    return found
 
 
 def branch_backward(
@@ -40,13 +53,13 @@ def branch_backward(
     """Gradients of `x ΔWᵀ` for x (empty unless `needs_x`), A and B, from the diagonal blocks of gᵀx."""
     blocks, wide, scale = factors.blocks, factors.wide(), factors.scale(factors.dtype)
     grad_A, grad_B = torch.zeros_like(wide.A), torch.zeros_like(wide.B)
-    dtype, product_dtype = x.dtype, _product_dtype(x)
-    x = _columns(blocks, x, blocks.orders.cols).to(product_dtype)
+    dtype, wider = x.dtype, product_dtype(x.dtype, x.device.type)
+    x = _columns(blocks, x, blocks.orders.cols).to(wider)
     grad_x = torch.zeros_like(x) if needs_x else x.new_empty(0)
     for chunk, local, cols, ranks, entries in _anchor_chunks(wide, anchor):
         width = cols.stop - cols.start
         block_A, block_B = wide.A[ranks, :width], wide.B[local, ranks]
-        chunk_g = _chunk_columns(blocks, g, chunk).to(product_dtype)
+        chunk_g = _chunk_columns(blocks, g, chunk).to(wider)
         if needs_x:
             delta = torch.mm(block_B, block_A).mul_(entries)
             grad_x[:, cols].addmm_(chunk_g, delta.to(x.dtype))
@@ -88,10 +101,10 @@ def _chunk_columns(blocks: Blocks, g: Tensor, chunk: slice) -> Tensor:
     return take_columns(g, blocks.orders.rows[chunk], out=SCRATCH.take("g", len(g), chunk.stop - chunk.start, g))
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
-    """Dtype of the block products: that of x, but float32 on a CPU that has no instructions for x's dtype."""
-    if x.device.type != "cpu" or x.dtype not in _HALF_SUPPORT or _HALF_SUPPORT[x.dtype]():
-        return x.dtype
+def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
+    """Dtype of the block products for x of `dtype`: the same, but float32 on a CPU that has no instructions for it."""
+    if device_type != "cpu" or dtype not in _HALF_SUPPORT or _HALF_SUPPORT[dtype]():
+        return dtype
     return torch.float32
 
 
