@@ -14,7 +14,8 @@ caches and calls the class's method; `unload` takes it away. The other ways were
 - Replacing a method of transformers' classes changes models that have no adapter.
 
 The attribute holds its model weakly, so that deleting a model frees it at once, and follows it when the model is copied
-or pickled. A model that has a `generate` of its own on the object keeps it.
+or pickled; a shallow copy (`copy.copy`) generates with the original. A model that has a `generate` of its own on the
+object keeps it.
 
 These layers keep nothing and compute as ever: quantized ones, whose dequantized blocks might be larger than the model;
 sharded ones (FSDP, ZeRO-3), whose refilled storage a cache can't notice; those that accelerate offloads; adapters in

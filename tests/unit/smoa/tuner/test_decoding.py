@@ -168,7 +168,11 @@ def test_every_door_to_generate_computes_each_layers_blocks_once(door: Callable[
     assert spy.plain == 0
 
 
-@pytest.mark.parametrize("options", [{"num_beams": 2}, {"use_cache": False}, {"do_sample": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"num_beams": 2}, {"use_cache": False}, {"do_sample": True}, {"cache_implementation": "static"}],
+    ids=str,
+)
 def test_every_way_of_decoding_does(options: dict[str, Any], spy: Spy) -> None:
     model = model_of()
     model.generate(input_ids=prompts(), max_new_tokens=6, pad_token_id=0, **options)
