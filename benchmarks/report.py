@@ -116,27 +116,32 @@ def decoding() -> str:
     names = {
         "base": "base model",
         "merged": "SMoA, merged",
+        "default": "SMoA, unmerged, as `generate` does",
         "cached": "SMoA, unmerged, `cached_weights`",
-        "unmerged": "SMoA, unmerged",
+        "unmerged": "SMoA, unmerged, nothing kept",
         "lora": "LoRA, unmerged",
     }
-    bars = content["bars"]
+    bars, phases = content["bars"], content.get("phase_ratio", {})
     rows = [
         [
             name,
             f"{content['tokens_per_second'][key]:.1f}",
             f"{content['ratio'][key]:.2f}",
             f"{content['ratio_of_fastest'][key]:.2f}",
+            *(f"{ratio[key]:.2f}" for ratio in phases.values()),
             f"{bars[key]:.2f}" if key in bars else "–",
         ]
         for key, name in names.items()
+        if key in content["ratio"]
     ]
     note = (
         f"The cache takes {content['cache_bytes'] / 1e6:.0f} MB for a model of {content['model_bytes'] / 1e6:.0f} MB, "
         f"and {content['seconds_to_fill_cache']:.2f} s to fill."
     )
+    if "default_cache_bytes" in content:
+        note += f" What `generate` keeps by default takes {content['default_cache_bytes'] / 1e6:.0f} MB."
     return (
-        table(["route", "tokens/s", "time ÷ base", "of the fastest", "target"], rows)
+        table(["route", "tokens/s", "time ÷ base", "of the fastest", *phases, "target"], rows)
         + f"\n\n{note}"
         + measured(content)
     )

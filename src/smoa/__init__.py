@@ -40,6 +40,7 @@ from smoa.layers.weight_cache import cached_weights  # noqa: E402
 from smoa.maths.blocks import Blocks as SpectralPartition  # noqa: E402  (its name in 0.1)
 from smoa.maths.spectrum import make_partition, spectral_scores  # noqa: E402
 from smoa.maths.spectrum_cache import clear_spectrum_cache  # noqa: E402
+from smoa.tuner.decoding import keep_in_generate  # noqa: E402
 from smoa.tuner.model import SmoaModel  # noqa: E402
 
 register(SmoaConfig, SmoaModel)
@@ -63,6 +64,7 @@ __all__ = [
     "UnsupportedVersionError",
     "cached_weights",
     "clear_spectrum_cache",
+    "keep_in_generate",
     "make_partition",
     "save_adapter",
     "spectral_scores",

@@ -25,6 +25,7 @@ from torch import Tensor
 from smoa.errors import ConfigError
 from smoa.files.names import PREFIX, adapter_layers
 from smoa.layers.layer import SmoaLayer
+from smoa.maths.devices import decomposition_device
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,9 @@ class BlockSpectra:
     def of(cls, layer: SmoaLayer, adapter_name: str) -> BlockSpectra:
         """Decompose the blocks `ΔW[I_k, J_k]` in float32 or wider."""
         delta, blocks = layer.delta(adapter_name).detach(), layer.blocks(adapter_name)
-        rows, cols = ([side(k) for k in range(blocks.num_blocks)] for side in (blocks.rows, blocks.cols))
-        parts = [torch.linalg.svd(block, full_matrices=False) for block in blocks.of(delta)]
+        device = decomposition_device(delta)
+        rows, cols = ([side(k).to(device) for k in range(blocks.num_blocks)] for side in (blocks.rows, blocks.cols))
+        parts = [torch.linalg.svd(block.to(device), full_matrices=False) for block in blocks.of(delta)]
         U, singular, Vh = zip(*parts, strict=True)
         return cls((delta.shape[0], delta.shape[1]), rows, cols, list(U), list(singular), list(Vh))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from smoa.config.adapter_config import SmoaConfig
 from smoa.layers.distributed import refuse_partitioned
 from smoa.layers.partition import PartitionState, Pending
 from smoa.layers.undo import DiagonalBlocks
-from smoa.layers.weight_cache import WeightCache
+from smoa.layers.weight_cache import WeightCache, tensor_state
 from smoa.maths.blocks import check_num_blocks
 from smoa.maths.factors import Factors, Initialization, factor_shapes, init_factors
 from smoa.maths.modulations import MODULATIONS, ModulationKind
@@ -33,6 +34,9 @@ class SmoaLayer(PartitionState):
     labels and the block scales are saved.
     """
 
+    generation_cache: Literal["blocks", "weights", "off"] = "blocks"
+    """What `generate` keeps: see `smoa.keep_in_generate`."""
+    training: bool
     adapter_layer_names: tuple[str, ...] = ("smoa_A", "smoa_B")
     other_param_names: tuple[str, ...] = (
         "r",
@@ -41,6 +45,7 @@ class SmoaLayer(PartitionState):
         "ranks",
         "modulation",
         "pending_partition",
+        "contiguous",
         "smoa_dropout",
         "smoa_row_labels",
         "smoa_col_labels",
@@ -159,6 +164,18 @@ class SmoaLayer(PartitionState):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """True: ΔW is additive."""
         return True
+
+    def open_cache(self, names: list[str]) -> WeightCache | None:
+        """The cache for a call with these adapters, if one is open. Active dropout and compiled models use none."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or (cache := self.smoa_weight_cache) is None:
+            return None
+        dropped = self.training and any(isinstance(self.smoa_dropout[name], nn.Dropout) for name in names)
+        return None if dropped or cache.gave_up else cache
+
+    def state_of_update(self, names: list[str]) -> tuple[Hashable, ...]:
+        """Changes when ΔW of one of these adapters does."""
+        tensors = [tensor for name in names for tensor in (*self.factors(name), *self._saved(name))]
+        return *(self.scaling[name] for name in names), *map(tensor_state, [self.stored_weight(), *tensors])
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set s to `scale` times its configured value α/r."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import torch
@@ -16,7 +17,7 @@ from smoa.errors import MergeError
 from smoa.layers.distributed import gather_for, partition_from_state_dict, partition_to_state_dict, refuse_writing
 from smoa.layers.layer import SmoaLayer
 from smoa.layers.undo import DiagonalBlocks
-from smoa.layers.weight_cache import KeptUpdate, WeightCache, tensor_state
+from smoa.layers.weight_cache import BLOCKS, WHOLE, KeptUpdate, WeightCache
 from smoa.maths.kernels.operators import is_transformed, multiplies_exactly
 from smoa.maths.modulations import MODULATIONS
 from smoa.maths.update import Update
@@ -130,8 +131,8 @@ class Linear(nn.Module, SmoaLayer):
         active = [] if self.merged else self._present(self.active_adapters)
         for name in active:
             self.decide_partition(name)
-        if active and self.smoa_weight_cache is not None and not torch.is_grad_enabled():
-            return self._cached_forward(self.smoa_weight_cache, x, active, *args, **kwargs)
+        if active and (cache := self.open_cache(active)) is not None:
+            return self._cached_forward(cache, x, active, *args, **kwargs)
         if len(active) == 1 and self._can_fuse(x, active[0]):
             return self.update(active[0]).apply_with_base(x, self.base_weight(), self.bias)
         result = self.base_layer(x, *args, **kwargs)
@@ -144,8 +145,11 @@ class Linear(nn.Module, SmoaLayer):
             raise ValueError(f"adapter_names has {len(adapter_names)} names for {len(x)} samples; give one for each")
         if self.merged:
             raise ValueError("adapter_names can't be used while adapters are merged; call unmerge_adapter first")
+        names = self._present(sorted(set(adapter_names)))
+        if (cache := self.open_cache(names)) is not None:
+            cache.retain(BLOCKS, names)
         result: Tensor = self.base_layer(x, *args, **kwargs)
-        for name in self._present(sorted(set(adapter_names))):
+        for name in names:
             chosen = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
             result = result.index_add(0, chosen, self.branch_output(x[chosen], name).to(result.dtype))
         return result
@@ -156,40 +160,42 @@ class Linear(nn.Module, SmoaLayer):
         if hasattr(self, "ds_id"):  # ZeRO-3 knows this layer
             factors = (self.smoa_A[adapter_name], self.smoa_B[adapter_name])
             gather_for(self, [self.stored_weight(), *(p for factor in factors for p in factor.parameters())])
-        x, update = self.smoa_dropout[adapter_name](x), self.update(adapter_name)
-        if not update.modulation.anchors:
-            x = self._cast_input_dtype(x, update.factors.A.dtype)
+        x, anchors = self.smoa_dropout[adapter_name](x), MODULATIONS[self.modulation[adapter_name]].anchors
+        if not anchors:
+            x = self._cast_input_dtype(x, self.factors(adapter_name)[0].dtype)
         elif torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        kept = self._kept_update(adapter_name, x.dtype) if anchors else None  # without M, the factors are as quick
+        if kept is not None:
+            return kept.apply(x)
+        update = self.update(adapter_name)
         return self._apply_update(update, x)
+
+    def _kept_update(self, adapter_name: str, dtype: torch.dtype) -> KeptUpdate | None:
+        cache = self.open_cache([adapter_name])
+        if cache is None:
+            return None
+        key = (dtype, *self.state_of_update([adapter_name]))
+        make = partial(self._keep_update, adapter_name, dtype)
+        return cache.get((BLOCKS, adapter_name), key, make)
+
+    def _keep_update(self, adapter_name: str, dtype: torch.dtype) -> KeptUpdate:
+        return KeptUpdate.of(self.update(adapter_name), self.pristine_weight(), dtype)
 
     def _apply_update(self, update: Update, x: Tensor) -> Tensor:
         return update.apply(x, self.pristine_weight())
 
     def _cached_forward(self, cache: WeightCache, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        tensors = [tensor for name in active for tensor in (*self.factors(name), *self._saved(name))]
-        scalings = [self.scaling[name] for name in active]
-        whole = self._may_add_to_weight(x.device.type)
-        key = (whole, *active, *scalings, *map(tensor_state, [self.stored_weight(), *tensors]))
-        if cache.key != key:
-            self._fill_cache(cache, active, whole)
-            cache.key = key
-        if cache.effective is not None:
-            return nn.functional.linear(x, cache.effective, self.bias)
-        result: Tensor = self.base_layer(x, *args, **kwargs)
-        for kept in cache.updates:
-            result = result + kept.apply(x.to(kept.entries[0].dtype)).to(result.dtype)
-        return result
-
-    def _fill_cache(self, cache: WeightCache, active: list[str], whole: bool) -> None:
-        cache.clear()
+        whole = cache.whole and self._may_add_to_weight(x.device.type) and not _is_instrumented(self.base_layer)
+        cache.retain(WHOLE if whole else BLOCKS, active)
         if whole:
-            cache.effective = self.merged_weight(active)
-            return
-        dtype = self.base_weight().dtype
+            weight = cache.get((WHOLE, *active), self.state_of_update(active), lambda: self.merged_weight(active))
+            if weight is not None:
+                return nn.functional.linear(x, weight, self.bias)
+        result: Tensor = self.base_layer(x, *args, **kwargs)
         for name in active:
-            blocks = self.blocks(name)
-            cache.updates.append(KeptUpdate(blocks, blocks.of(self.delta(name).to(dtype))))
+            result = result + self.branch_output(x, name).to(result.dtype)
+        return result
 
     def _has_plain_base(self) -> bool:
         """Whether the base layer computes `x Wᵀ + b` of a plain weight and nothing else."""

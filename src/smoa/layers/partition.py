@@ -14,7 +14,7 @@ from torch import Tensor
 
 from smoa.errors import PartitionError
 from smoa.layers.distributed import awaits_process_group, from_rank_zero, whole
-from smoa.maths.blocks import UNDECIDED, Blocks, Orders
+from smoa.maths.blocks import UNDECIDED, Blocks, Orders, ascend
 from smoa.maths.modulations import MODULATIONS, ModulationKind
 from smoa.maths.scale import ScaleKind, block_scale, rank_scale
 from smoa.maths.spectrum import PartitionKind, make_partition
@@ -41,8 +41,8 @@ class PartitionState(BaseTunerLayer):
 
     Saved are the labels, uint8 (out_features,) and (in_features,), and the block scales, float32 (num_blocks,), which
     are the part of s_k that comes from the weight. Derived from them when they change, and never saved, are the orders
-    of the coordinates and the scale bits: the scales of all blocks and of all ranks as int32, so that a cast of the
-    model's floats can't round them.
+    of the coordinates, whether the blocks are contiguous, and the scale bits: the scales of all blocks and of all ranks
+    as int32, so that a cast of the model's floats can't round them.
     """
 
     in_features: int
@@ -56,6 +56,7 @@ class PartitionState(BaseTunerLayer):
         self.smoa_block_scale = BufferDict(persistent=True)
         self.smoa_orders = BufferDict(persistent=False)
         self.smoa_scale_bits = BufferDict(persistent=False)
+        self.contiguous: dict[str, bool] = {}
         self._derived_from: dict[str, list[tuple[Tensor, int]]] = {}
 
     def stored_weight(self) -> Tensor:
@@ -73,7 +74,7 @@ class PartitionState(BaseTunerLayer):
         rows, cols = self.smoa_row_labels[adapter_name], self.smoa_col_labels[adapter_name]
         m, n = self.out_features, self.in_features
         orders = Orders(*self.smoa_orders[adapter_name].split([m, m, n, n]))
-        return Blocks(rows, cols, len(self.ranks[adapter_name]), orders)
+        return Blocks(rows, cols, len(self.ranks[adapter_name]), orders, self.contiguous[adapter_name])
 
     def block_scale(self, adapter_name: str) -> Tensor:
         """Factor of each block's update in addition to α/r: (num_blocks,) float32."""
@@ -174,6 +175,7 @@ class PartitionState(BaseTunerLayer):
         ):
             return
         self.smoa_orders[adapter_name] = torch.cat(Orders.of(rows, cols))
+        self.contiguous[adapter_name] = ascend(rows, cols)
         scales = torch.cat([scale, rank_scale(scale, self.ranks[adapter_name])])
         self.smoa_scale_bits[adapter_name] = scales.view(torch.int32)
         self._derived_from[adapter_name] = list(zip(saved, versions, strict=True))

@@ -1,42 +1,108 @@
-"""An opt-in cache of effective weights, for decoding token by token without merging.
+"""What adapted layers keep for calls without gradients, so that decoding token by token need not form ΔW again.
 
-Forming W + ΔW takes a pass over the weight: cheap for a training batch, expensive for one token. While
-`cached_weights(model)` is open, each adapted layer keeps after its first call without gradients
+Forming ΔW takes a pass over the weight: cheap for a training batch, expensive for one token. While caches are open, an
+adapted layer keeps after its first call without gradients
 
-- W + ΔW for float32 and float64 weights: as much memory as the adapted weights take;
-- the diagonal blocks of ΔW for bfloat16 and float16 weights, and under autocast or TF32, where W + ΔW would round small
-  updates away: 1/K of that memory.
+- the diagonal blocks of ΔW, in the dtype of its input: 1/K of the memory that the adapted weights take;
+- or, if asked for the whole weight, W + ΔW of a float32 or float64 weight: as much memory as W takes. In 16 bits, and
+  under autocast or TF32, W + ΔW would round small updates away, so there it keeps the blocks.
 
-A layer drops its cache when its factors, labels, base weight, scaling, active adapters, dtype or device change. It does
-not notice writes through `tensor.data`, which PyTorch's version counters leave out.
+`generate` opens caches of blocks by itself (`smoa.tuner.decoding`), `cached_weights` caches of whole weights.
+
+What a layer keeps has a key: the versions of factors, labels, scales and base weight, and the dtype. If one changes,
+the next call computes it again. Writes through `tensor.data` are not noticed, which PyTorch's version counters leave
+out. What a call doesn't use is dropped.
+
+Caches that are open already are shared, and the last user closes them, so that calls may be nested, or run in several
+threads: two threads may compute a value twice, and both are right. If memory runs out while a layer fills its cache,
+all layers drop theirs, and compute as without one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+import threading
+import warnings
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from smoa.errors import UnsupportedModuleError
 from smoa.maths.blocks import Blocks
+from smoa.maths.update import Update
+
+T = TypeVar("T")
+WHOLE, BLOCKS = "W + ΔW", "blocks of ΔW"
+_LOCK = threading.Lock()
 
 
-@dataclass
+@dataclass(eq=False)
 class WeightCache:
-    """What one layer keeps, and the state that it was computed from."""
+    """What one layer keeps: values by kind and the adapters that they are made of, with the state that they came from.
 
-    key: Hashable = None
-    effective: Tensor | None = None
-    updates: list[KeptUpdate] = field(default_factory=list)
+    Args:
+        whole: Keep W + ΔW where that is exact enough, not only the blocks of ΔW.
+        siblings: The caches that were opened together.
+    """
+
+    whole: bool
+    siblings: list[WeightCache]
+    users: int = 0
+    gave_up: bool = False
+    kept: dict[tuple[str, ...], tuple[Hashable, Any]] = field(default_factory=dict)
+
+    def get(self, slot: tuple[str, ...], key: Hashable, make: Callable[[], T]) -> T | None:
+        """The value for `slot` (kind, then adapters) in the state `key`; None if there is no memory for it."""
+        found = self.kept.get(slot)
+        if found is not None and found[0] == key:
+            return found[1]  # type: ignore[no-any-return]
+        self.kept.pop(slot, None)
+        try:
+            value = make()
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not should_reduce_batch_size(error):
+                raise
+            self._give_up(error)
+            return None
+        self.kept[slot] = key, value
+        return value
+
+    def _give_up(self, error: Exception) -> None:
+        for cache in self.siblings:
+            cache.gave_up = True
+            cache.clear()
+        message = f"no memory to keep ΔW for decoding, so it is formed again for every token ({error})"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+    def retain(self, kind: str, names: Collection[str]) -> None:
+        """Drop all but values of this kind that are made of these adapters."""
+        for slot in list(self.kept):
+            if slot[0] != kind or not set(names).issuperset(slot[1:]):
+                self.kept.pop(slot, None)
+
+    @property
+    def effective(self) -> Tensor | None:
+        """W + ΔW, if it is kept."""
+        return next((value for slot, (_, value) in self.kept.items() if slot[0] == WHOLE), None)
+
+    @property
+    def updates(self) -> list[KeptUpdate]:
+        """The blocks of each ΔW that are kept."""
+        return [value for slot, (_, value) in self.kept.items() if slot[0] == BLOCKS]
+
+    def nbytes(self) -> int:
+        """Bytes that are kept."""
+        whole = 0 if self.effective is None else self.effective.nbytes
+        return whole + sum(entries.nbytes for update in self.updates for entries in update.entries)
 
     def clear(self) -> None:
-        """Drop everything kept."""
-        self.key, self.effective, self.updates = None, None, []
+        """Drop everything."""
+        self.kept = {}
 
 
 @dataclass(frozen=True)
@@ -44,14 +110,23 @@ class KeptUpdate:
     """The diagonal blocks of one ΔW, sorted by block."""
 
     blocks: Blocks
+    slices: list[tuple[slice, slice]]
     entries: list[Tensor]
 
+    @classmethod
+    def of(cls, update: Update, weight: Tensor, dtype: torch.dtype) -> KeptUpdate:
+        """Of the update of the pristine `weight`, for x of `dtype`."""
+        blocks = update.factors.blocks
+        slices = list(zip(blocks.row_slices, blocks.col_slices, strict=True))
+        return cls(blocks, slices, update.kept_blocks(weight, dtype))
+
     def apply(self, x: Tensor) -> Tensor:
-        """`x ΔWᵀ`: (…, out_features)."""
-        x = x.index_select(-1, self.blocks.orders.cols)
-        pairs = zip(self.blocks.col_slices, self.entries, strict=True)
-        outputs = [x[..., cols] @ entries.T for cols, entries in pairs]
-        return torch.cat(outputs, -1).index_select(-1, self.blocks.orders.rows_inverse)
+        """`x ΔWᵀ`: (…, out_features) in the dtype of x, not differentiable."""
+        flat = self.blocks.sort_inputs(x.reshape(-1, x.shape[-1])).to(self.entries[0].dtype)
+        y = flat.new_empty(len(flat), self.blocks.out_features)
+        for (rows, cols), entries in zip(self.slices, self.entries, strict=True):
+            torch.mm(flat[:, cols], entries.T, out=y[:, rows])
+        return self.blocks.unsort_outputs(y).to(x.dtype).view(*x.shape[:-1], y.shape[1])
 
 
 def tensor_state(tensor: Tensor) -> Hashable:
@@ -61,35 +136,57 @@ def tensor_state(tensor: Tensor) -> Hashable:
 
 
 @contextmanager
-def cached_weights(model: nn.Module) -> Iterator[None]:
-    """Keep effective weights of `model`'s adapted layers while the context is open, for calls without gradients.
+def open_caches(layers: Iterable[tuple[Any, bool]]) -> Iterator[None]:
+    """Open the caches of adapted layers, each with whether to keep whole weights; the last user closes them."""
+    opened: list[tuple[Any, WeightCache]] = []
+    siblings: list[WeightCache] = []
+    with _LOCK:
+        for layer, whole in layers:
+            if layer.smoa_weight_cache is None:
+                layer.smoa_weight_cache = WeightCache(whole, siblings)
+                siblings.append(layer.smoa_weight_cache)
+            cache: WeightCache = layer.smoa_weight_cache
+            cache.users += 1
+            cache.whole = cache.whole or whole
+            opened.append((layer, cache))
+    try:
+        yield
+    finally:
+        with _LOCK:
+            for layer, cache in opened:
+                cache.users -= 1
+                if not cache.users:
+                    layer.smoa_weight_cache = None
+                    cache.clear()  # frees it now: siblings hold each other until the garbage collector comes
 
-    Only one thread at a time may use the model meanwhile.
+
+@contextmanager
+def cached_weights(model: nn.Module) -> Iterator[None]:
+    """Keep W + ΔW of `model`'s adapted layers while the context is open, for calls without gradients.
+
+    16-bit layers keep the blocks of ΔW. `model.generate` keeps the blocks by itself: use this for loops of your own, to
+    decode float32 models faster, and to keep everything from one `generate` to the next.
 
     Raises:
         UnsupportedModuleError: a layer's parameters are sharded (FSDP, ZeRO-3). They are refilled between steps
             unnoticed, so the cache could be stale.
     """
-    layers: list[Any] = []
-    for name, module in model.named_modules():
-        if hasattr(module, "smoa_weight_cache"):
-            _refuse_sharded(name, module)
-            layers.append(module)
-    for layer in layers:
-        layer.smoa_weight_cache = WeightCache()
-    try:
+    layers = {name: module for name, module in model.named_modules() if hasattr(module, "smoa_weight_cache")}
+    for name, layer in layers.items():
+        if is_sharded(layer):
+            raise UnsupportedModuleError(
+                f"{name}: the parameters are sharded over processes, so a cache of them could be stale; "
+                "use cached_weights on a model that is whole on one process, or merge the adapter"
+            )
+    with open_caches((layer, True) for layer in layers.values()):
         yield
-    finally:
-        for layer in layers:
-            layer.smoa_weight_cache = None
 
 
-def _refuse_sharded(name: str, layer: nn.Module) -> None:
+def is_sharded(layer: nn.Module) -> bool:
+    """Whether FSDP or ZeRO-3 shards parameters of an adapted layer."""
     parameters = list(layer.parameters())
     # ZeRO-3 may have left a parameter whole (`ds_id`), but replaces it in every step
     whole = [p for p in parameters if p.numel() and not isinstance(p, DTensor) and not hasattr(p, "ds_id")]
-    if not parameters or len(whole) < len(parameters):
-        raise UnsupportedModuleError(
-            f"{name}: the parameters are sharded over processes, so a cache of them could be stale; "
-            "use cached_weights on a model that is whole on one process, or merge the adapter"
-        )
+    factors: list[nn.Module] = [layer.smoa_A, layer.smoa_B]  # type: ignore[list-item]  # torch types attributes so
+    flat = any(p.ndim != 2 for factor in factors for p in factor.parameters())  # FSDP1's shards
+    return not parameters or len(whole) < len(parameters) or flat

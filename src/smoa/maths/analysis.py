@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from smoa.errors import PartitionError
+from smoa.maths.devices import decomposable
 
 INTRUDERS_AMONG = 10
 """So many leading left singular vectors of W + ΔW are looked at."""
@@ -135,7 +136,8 @@ def _wide(weight: Tensor, delta_weight: Tensor) -> tuple[Tensor, Tensor]:
             "give the ΔW of this weight, as (out_features, in_features)"
         )
     W, delta = (
-        matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32)) for matrix in (weight, delta_weight)
+        decomposable(matrix.detach()).to(torch.promote_types(matrix.dtype, torch.float32))
+        for matrix in (weight, delta_weight)
     )
     return W, delta
 

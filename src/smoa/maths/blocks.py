@@ -7,7 +7,8 @@
 | I_k    | output coordinates of block k | Blocks.rows(k)            |
 | J_k    | input coordinates of block k  | Blocks.cols(k)            |
 
-Within a block, coordinates keep their natural order. Block sizes are those of `torch.tensor_split`.
+Within a block, coordinates keep their natural order. Block sizes are those of `torch.tensor_split`. Labels that ascend
+make every block a run of neighbors: then the diagonal blocks are slices, and nothing is gathered or scattered.
 """
 
 from __future__ import annotations
@@ -51,13 +52,12 @@ class Orders(NamedTuple):
     def of(cls, row_labels: Tensor, col_labels: Tensor) -> Orders:
         """Sort both sides, stable. Called when labels change, never in a training step."""
         rows, cols = (torch.argsort(labels, stable=True) for labels in (row_labels, col_labels))
-        return cls(rows, _inverse(rows), cols, _inverse(cols))
+        return cls(rows, torch.argsort(rows), cols, torch.argsort(cols))
 
 
-def _inverse(order: Tensor) -> Tensor:
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(len(order), device=order.device)
-    return inverse
+def ascend(*labels: Tensor) -> bool:
+    """Whether all these labels are in natural order; False on the meta device. Waits for the labels' device."""
+    return all(side.device.type != "meta" and bool((side[1:] >= side[:-1]).all()) for side in labels)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +69,7 @@ class Blocks:
         col_labels: uint8 (in_features,), the block of each input coordinate.
         num_blocks: K, between 1 and 255.
         orders: The sorted coordinates, by default computed from the labels. If given, the labels are not checked again.
+        is_contiguous: Whether the labels of both sides ascend. Computed with `orders`.
 
     Raises:
         PartitionError: K is out of range, the labels have another dtype or shape, or the block sizes are not those of
@@ -79,6 +80,7 @@ class Blocks:
     col_labels: Tensor
     num_blocks: int
     orders: Orders = None  # type: ignore[assignment]  # `__post_init__` sets it
+    is_contiguous: bool = False
 
     def __post_init__(self) -> None:
         if self.orders is None:
@@ -86,6 +88,7 @@ class Blocks:
             check_labels(self.row_labels, self.num_blocks, "row_labels")
             check_labels(self.col_labels, self.num_blocks, "col_labels")
             object.__setattr__(self, "orders", Orders.of(self.row_labels, self.col_labels))
+            object.__setattr__(self, "is_contiguous", ascend(self.row_labels, self.col_labels))
 
     @property
     def out_features(self) -> int:
@@ -115,27 +118,41 @@ class Blocks:
 
     def of(self, matrix: Tensor) -> list[Tensor]:
         """Copies of the K diagonal blocks `matrix[I_k, J_k]`, differentiable."""
-        return [self.part(matrix, rows, cols) for rows, cols in zip(self.row_slices, self.col_slices, strict=True)]
+        parts = [self.part(matrix, rows, cols) for rows, cols in zip(self.row_slices, self.col_slices, strict=True)]
+        return [part.clone(memory_format=torch.contiguous_format) for part in parts] if self.is_contiguous else parts
 
     def part(
         self, matrix: Tensor, rows: slice, cols: slice, rows_out: Tensor | None = None, out: Tensor | None = None
     ) -> Tensor:
-        """Copy of a diagonal block of `matrix`, or of some of its rows.
+        """A diagonal block of `matrix`, or some of its rows: a view if the blocks are contiguous, else a copy.
 
         Args:
             rows: Slice of `orders.rows`.
             cols: Slice of `orders.cols`.
-            rows_out: Buffer for the whole rows, (len(rows), in_features).
-            out: Buffer for the result, which is then not differentiable.
+            rows_out: Buffer for a copy of the whole rows, (len(rows), in_features).
+            out: Buffer for the copy, which is then not differentiable.
         """
+        if self.is_contiguous:
+            return matrix[rows, cols]
         picked = torch.index_select(matrix, 0, self.orders.rows[rows], out=rows_out)
         return take_columns(picked, self.orders.cols[cols], out)
 
     def write(self, matrix: Tensor, blocks: Sequence[Tensor]) -> None:
         """Overwrite the diagonal blocks of `matrix` in place, in its dtype and on its device."""
         for k, entries in enumerate(blocks):
+            if self.is_contiguous:
+                matrix[self.row_slices[k], self.col_slices[k]] = entries.to(matrix)
+                continue
             rows, cols = self.rows(k).to(matrix.device), self.cols(k).to(matrix.device)
             matrix[rows[:, None], cols] = entries.to(matrix)
+
+    def sort_inputs(self, x: Tensor) -> Tensor:
+        """`x[..., orders.cols]`, differentiable; x itself if the blocks are contiguous."""
+        return x if self.is_contiguous else x.index_select(-1, self.orders.cols)
+
+    def unsort_outputs(self, y: Tensor) -> Tensor:
+        """`y[..., orders.rows_inverse]`, differentiable; y itself if the blocks are contiguous."""
+        return y if self.is_contiguous else y.index_select(-1, self.orders.rows_inverse)
 
     def same_as(self, other: Blocks) -> bool:
         """Whether every coordinate belongs to the same block in both."""

@@ -80,14 +80,14 @@ class Factors:
         spread = self.A.new_zeros(self._height(stacked), self.blocks.in_features)
         for _, cols, ranks in self.slots():
             spread[_rows(ranks, stacked), cols] = self.A[ranks, : cols.stop - cols.start]
-        return spread.index_select(1, self.blocks.orders.cols_inverse)
+        return spread if self.blocks.is_contiguous else spread.index_select(1, self.blocks.orders.cols_inverse)
 
     def spread_B(self, stacked: bool = False) -> Tensor:
         """B̃: (out_features, r) in natural row order, without the scale; `stacked` as in `spread_A`."""
         spread = self.B.new_zeros(self.blocks.out_features, self._height(stacked))
         for rows, _, ranks in self.slots():
             spread[rows, _rows(ranks, stacked)] = self.B[: rows.stop - rows.start, ranks]
-        return spread.index_select(0, self.blocks.orders.rows_inverse)
+        return spread if self.blocks.is_contiguous else spread.index_select(0, self.blocks.orders.rows_inverse)
 
     def _height(self, stacked: bool) -> int:
         return max(self.ranks) if stacked else sum(self.ranks)

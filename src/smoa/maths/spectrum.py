@@ -19,6 +19,7 @@ from torch import Tensor
 
 from smoa.errors import PartitionError
 from smoa.maths.blocks import Blocks, block_sizes, check_num_blocks
+from smoa.maths.devices import decomposable
 
 PartitionKind = Literal["spectral", "contiguous", "random"]
 
@@ -40,12 +41,13 @@ def spectral_scores(weight: Tensor, precise: bool = False) -> tuple[Tensor, Tens
         precise: Compute eigenvectors and sums in float64 for all dtypes, which takes about 1.7 times as long.
 
     Returns:
-        Row scores (out_features,) and column scores (in_features,), float32 or float64.
+        Row scores (out_features,) and column scores (in_features,), float32 or float64, on the weight's device or, if
+        that can't decompose, on the CPU.
 
     Raises:
         PartitionError: the weight has NaN or infinite entries.
     """
-    weight = squarable(weight)
+    weight = squarable(decomposable(weight))
     if weight.shape[0] >= weight.shape[1]:
         return _tall_scores(weight, precise)
     col_scores, row_scores = _tall_scores(weight.T, precise)
@@ -173,7 +175,7 @@ def make_partition(
     out_features, in_features = weight.shape
     check_num_blocks(num_blocks, out_features, in_features)
     if kind == "contiguous":
-        scores = weight.new_zeros(out_features), weight.new_zeros(in_features)
+        scores = torch.zeros(out_features), torch.zeros(in_features)
     elif kind == "random":
         scores = torch.rand(out_features), torch.rand(in_features)
     else:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from smoa.atomic import new_file
+from smoa.maths.devices import decomposition_device
 from smoa.maths.spectrum import spectral_scores
 
 CACHE_VARIABLE = "SMOA_SPECTRUM_CACHE"
@@ -38,7 +39,8 @@ def cached_spectral_scores(weight: Tensor, precise: bool = False) -> tuple[Tenso
         scores = row_scores.cpu(), col_scores.cpu()
         _write(key, scores)
     _remember(key, scores)
-    return scores[0].to(weight.device), scores[1].to(weight.device)
+    device = decomposition_device(weight)  # another may have no float64
+    return scores[0].to(device), scores[1].to(device)
 
 
 def clear_spectrum_cache() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from smoa.maths.factors import Factors
 from smoa.maths.kernels import operators
+from smoa.maths.kernels.branch import delta_blocks, product_dtype
 from smoa.maths.kernels.plain import plain_branch
 from smoa.maths.modulations import MODULATIONS, Modulation
 
@@ -57,6 +58,18 @@ class Update:
         For float32 and float64 only: in 16 bits `W(1 + δ)` rounds a small δ away.
         """
         return operators.fused(self.factors, x, weight, bias)
+
+    def kept_blocks(self, weight: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        """The K diagonal blocks of ΔW in the dtype in which `apply` multiplies x of `dtype`, to multiply it as often.
+
+        Args:
+            weight: Pristine W (out_features, in_features).
+            dtype: Dtype of x.
+        """
+        anchor = self.anchor(weight)
+        assert anchor is not None, "without an anchor, ΔW is applied as quickly from its factors"
+        with torch.autocast(weight.device.type, enabled=False):  # it would round the factors
+            return delta_blocks(self.factors, anchor, product_dtype(dtype, weight.device.type))
 
     def gradients(self, g: Tensor, x: Tensor, weight: Tensor, needs_x: bool) -> tuple[Tensor | None, Tensor, Tensor]:
         """Gradients of `apply` for x (None unless `needs_x`), A and B, given the gradient g of its output.

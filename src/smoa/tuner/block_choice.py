@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from smoa.errors import PartitionError
 from smoa.maths.analysis import effective_rank
 from smoa.maths.blocks import MAX_BLOCKS
+from smoa.maths.devices import decomposable
 from smoa.maths.spectrum import squarable
 
 
@@ -48,6 +49,6 @@ def _used_share(weight: Tensor) -> float:
     """Effective rank of a weight, divided by its smaller side."""
     if weight.device.type == "meta":
         raise PartitionError("blocks_from_spectrum needs the base weights; load them before the adapter is added")
-    W = squarable(weight)
+    W = squarable(decomposable(weight))
     gram = W.T @ W if W.shape[0] >= W.shape[1] else W @ W.T
     return effective_rank(torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()) / len(gram)

@@ -31,6 +31,7 @@ from smoa.layers.quantized import QuantizedLinear, requantization_reported
 from smoa.layers.undo import refuse_shared
 from smoa.tuner.block_choice import choose_blocks
 from smoa.tuner.combining import Combination, check_combination, check_layer, combined_config, fill_combined
+from smoa.tuner.decoding import forget_generate, watch_generate
 from smoa.tuner.mixed_batch import adapter_names_hooks
 from smoa.tuner.targets import base_of, check_target, report_narrow, weight_of
 
@@ -71,6 +72,7 @@ class SmoaModel(BaseTuner, StateDictHooks):
             self.model.peft_config = self.peft_config
             tensors = {key.removeprefix(PREFIX): tensor for key, tensor in found.tensors.items()}
             set_peft_model_state_dict(self.model, tensors, adapter_name)
+        watch_generate(self.model)
 
     def _take_config(self, adapter_name: str, save_id: str | None = None) -> str | None:
         """Replace the adapter's config by a copy with its id. Return the name of its twin, if any."""
@@ -218,7 +220,9 @@ class SmoaModel(BaseTuner, StateDictHooks):
         if merge and safe_merge:
             self._check_all_finite(adapter_names)
         with requantization_reported(self.model):
-            return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+            model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        forget_generate(model)
+        return model
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: Combination = "cat"

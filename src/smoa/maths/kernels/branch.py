@@ -7,6 +7,8 @@ the factors and the anchor (frozen, shared with the base layer). It computes for
     G_k = s·(g[:, I_k]ᵀ x[:, J_k]) ⊙ M_k,   dB_k = G_k A_kᵀ,   dA_k = B_kᵀ G_k,   gx[:, J_k] = g[:, I_k] ΔW_k.
 
 Only the diagonal blocks of gᵀx are formed. x and g are (tokens, features); M is (out_features, in_features).
+
+x, g and M are gathered by block, and the results scattered back, unless the blocks are contiguous: then all are slices.
 """
 
 from __future__ import annotations
@@ -16,36 +18,48 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from smoa.maths.blocks import take_columns
+from smoa.maths.blocks import Blocks, take_columns
 from smoa.maths.factors import Factors
 from smoa.maths.kernels.scratch import SCRATCH, chunks
 
 
 def branch_forward(factors: Factors, x: Tensor, anchor: Tensor) -> Tensor:
     """`x ΔWᵀ`: (tokens, out_features) in the dtype of x. ΔW is formed in float32 or wider."""
-    orders, wide = factors.blocks.orders, factors.wide()
-    sorted_x = _columns(x, orders.cols).to(_product_dtype(x))
+    blocks, wide = factors.blocks, factors.wide()
+    sorted_x = _columns(blocks, x, blocks.orders.cols).to(product_dtype(x.dtype, x.device.type))
     y = sorted_x.new_empty(x.shape[0], anchor.shape[0])
     for chunk, local, cols, ranks, entries in _anchor_chunks(wide, anchor):
         delta = torch.mm(wide.B[local, ranks], wide.A[ranks, : cols.stop - cols.start]).mul_(entries)
         torch.mm(sorted_x[:, cols], delta.to(y.dtype).T, out=y[:, chunk])
-    return _columns(y, orders.rows_inverse).to(x.dtype)
+    return _columns(blocks, y, blocks.orders.rows_inverse).to(x.dtype)
+
+
+def delta_blocks(factors: Factors, anchor: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """The K diagonal blocks of ΔW as `branch_forward` forms them, rounded to `dtype`."""
+    wide, blocks = factors.wide(), factors.blocks
+    sizes = zip(blocks.row_slices, blocks.col_slices, strict=True)
+    found = [anchor.new_empty(rows.stop - rows.start, cols.stop - cols.start, dtype=dtype) for rows, cols in sizes]
+    of_cols = dict(zip((cols.start for cols in blocks.col_slices), found, strict=True))
+    for _, local, cols, ranks, entries in _anchor_chunks(wide, anchor):
+        of_cols[cols.start][local] = torch.mm(wide.B[local, ranks], wide.A[ranks, : cols.stop - cols.start]).mul_(
+            entries
+        )
+    return found
 
 
 def branch_backward(
     factors: Factors, g: Tensor, x: Tensor, anchor: Tensor, needs_x: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `x ΔWᵀ` for x (empty unless `needs_x`), A and B, from the diagonal blocks of gᵀx."""
-    orders, wide, scale = factors.blocks.orders, factors.wide(), factors.scale(factors.dtype)
+    blocks, wide, scale = factors.blocks, factors.wide(), factors.scale(factors.dtype)
     grad_A, grad_B = torch.zeros_like(wide.A), torch.zeros_like(wide.B)
-    dtype, product_dtype = x.dtype, _product_dtype(x)
-    x = _columns(x, orders.cols).to(product_dtype)
+    dtype, wider = x.dtype, product_dtype(x.dtype, x.device.type)
+    x = _columns(blocks, x, blocks.orders.cols).to(wider)
     grad_x = torch.zeros_like(x) if needs_x else x.new_empty(0)
     for chunk, local, cols, ranks, entries in _anchor_chunks(wide, anchor):
         width = cols.stop - cols.start
         block_A, block_B = wide.A[ranks, :width], wide.B[local, ranks]
-        chunk_g = SCRATCH.take("g", g.shape[0], chunk.stop - chunk.start, g)
-        chunk_g = take_columns(g, orders.rows[chunk], out=chunk_g).to(product_dtype)
+        chunk_g = _chunk_columns(blocks, g, chunk).to(wider)
         if needs_x:
             delta = torch.mm(block_B, block_A).mul_(entries)
             grad_x[:, cols].addmm_(chunk_g, delta.to(x.dtype))
@@ -53,7 +67,7 @@ def branch_backward(
         grad_delta = torch.mm(chunk_g.T, x[:, cols], out=grad_delta).to(factors.dtype).mul_(entries)
         grad_B[local, ranks] = torch.mm(grad_delta, block_A.T).mul_(scale[ranks])
         grad_A[ranks, :width].addmm_(block_B.T, grad_delta)
-    grad_x = _columns(grad_x, orders.cols_inverse) if needs_x else grad_x
+    grad_x = _columns(blocks, grad_x, blocks.orders.cols_inverse) if needs_x else grad_x
     return grad_x.to(dtype), grad_A.to(factors.A.dtype), grad_B.to(factors.B.dtype)
 
 
@@ -65,21 +79,32 @@ def _anchor_chunks(factors: Factors, anchor: Tensor) -> Iterator[tuple[slice, sl
     """
     for rows, cols, ranks in factors.slots():
         for chunk in chunks(rows.start, rows.stop, anchor.shape[1], anchor.device):
-            size, width = chunk.stop - chunk.start, cols.stop - cols.start
-            whole_rows = SCRATCH.take("rows", size, anchor.shape[1], anchor)
-            entries = SCRATCH.take("anchor", size, width, anchor)
-            factors.blocks.part(anchor, chunk, cols, whole_rows, entries)
+            entries = _anchor_part(factors.blocks, anchor, chunk, cols)
             yield chunk, slice(chunk.start - rows.start, chunk.stop - rows.start), cols, ranks, entries
 
 
-def _columns(x: Tensor, order: Tensor) -> Tensor:
-    return take_columns(x, order, out=x.new_empty(len(x), len(order)))
+def _anchor_part(blocks: Blocks, anchor: Tensor, chunk: slice, cols: slice) -> Tensor:
+    if blocks.is_contiguous:
+        return blocks.part(anchor, chunk, cols)
+    size = chunk.stop - chunk.start
+    whole_rows = SCRATCH.take("rows", size, anchor.shape[1], anchor)
+    return blocks.part(anchor, chunk, cols, whole_rows, SCRATCH.take("anchor", size, cols.stop - cols.start, anchor))
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
-    """Dtype of the block products: that of x, but float32 on a CPU that has no instructions for x's dtype."""
-    if x.device.type != "cpu" or x.dtype not in _HALF_SUPPORT or _HALF_SUPPORT[x.dtype]():
-        return x.dtype
+def _columns(blocks: Blocks, x: Tensor, order: Tensor) -> Tensor:
+    return x if blocks.is_contiguous else take_columns(x, order, out=x.new_empty(len(x), len(order)))
+
+
+def _chunk_columns(blocks: Blocks, g: Tensor, chunk: slice) -> Tensor:
+    if blocks.is_contiguous:
+        return g[:, chunk]
+    return take_columns(g, blocks.orders.rows[chunk], out=SCRATCH.take("g", len(g), chunk.stop - chunk.start, g))
+
+
+def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
+    """Dtype of the block products for x of `dtype`: the same, but float32 on a CPU that has no instructions for it."""
+    if device_type != "cpu" or dtype not in _HALF_SUPPORT or _HALF_SUPPORT[dtype]():
+        return dtype
     return torch.float32
 
 

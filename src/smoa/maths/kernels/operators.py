@@ -22,7 +22,7 @@ from smoa.maths.kernels.fused import fused_backward, fused_forward
 
 FIELDS = (
     "Tensor A, Tensor B, Tensor rank_scale, Tensor row_labels, Tensor col_labels, "
-    "Tensor rows, Tensor rows_inverse, Tensor cols, Tensor cols_inverse, int[] ranks, float scaling"
+    "Tensor rows, Tensor rows_inverse, Tensor cols, Tensor cols_inverse, bool is_contiguous, int[] ranks, float scaling"
 )
 NUM_FIELDS = FIELDS.count(",") + 1
 
@@ -30,12 +30,12 @@ NUM_FIELDS = FIELDS.count(",") + 1
 def _fields(factors: Factors) -> tuple[Any, ...]:
     blocks = factors.blocks
     tensors = factors.A, factors.B, factors.rank_scale, blocks.row_labels, blocks.col_labels, *blocks.orders
-    return *tensors, factors.ranks, factors.scaling
+    return *tensors, blocks.is_contiguous, factors.ranks, factors.scaling
 
 
 def _factors(fields: tuple[Any, ...]) -> Factors:
-    A, B, rank_scale, row_labels, col_labels, *orders, ranks, scaling = fields
-    blocks = Blocks(row_labels, col_labels, len(ranks), Orders(*orders))
+    A, B, rank_scale, row_labels, col_labels, *orders, is_contiguous, ranks, scaling = fields
+    blocks = Blocks(row_labels, col_labels, len(ranks), Orders(*orders), is_contiguous)
     return Factors(A, B, tuple(ranks), scaling, rank_scale, blocks)
 
 
@@ -78,13 +78,13 @@ def _backward_shape(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.ranks, ctx.scaling = inputs[:NUM_FIELDS]
+    *tensors, ctx.is_contiguous, ctx.ranks, ctx.scaling = inputs[:NUM_FIELDS]
     ctx.save_for_backward(*tensors, *inputs[NUM_FIELDS : NUM_FIELDS + 2])
 
 
 def _saved(ctx: Any) -> tuple[tuple[Any, ...], Tensor, Tensor]:
     *tensors, x, weight = ctx.saved_tensors
-    return (*tensors, ctx.ranks, ctx.scaling), x, weight
+    return (*tensors, ctx.is_contiguous, ctx.ranks, ctx.scaling), x, weight
 
 
 def _fused_gradients(ctx: Any, g: Tensor) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ def plain_branch(factors: Factors, x: Tensor, anchor: Tensor | None) -> Tensor:
     With an anchor, autograd keeps the K modulated blocks, 1/K of W, and also differentiates the anchor.
     """
     blocks = factors.blocks
-    x = x.index_select(-1, blocks.orders.cols)
+    x = blocks.sort_inputs(x)
     anchors = [None] * blocks.num_blocks if anchor is None else blocks.of(anchor)
     scale = factors.scale(factors.B.dtype)
     outputs = []
@@ -25,4 +25,4 @@ def plain_branch(factors: Factors, x: Tensor, anchor: Tensor | None) -> Tensor:
             outputs.append(x[..., cols] @ block_A.T @ block_B.T)
         else:
             outputs.append(x[..., cols] @ (block_B @ block_A * entries).to(x.dtype).T)
-    return torch.cat(outputs, dim=-1).index_select(-1, blocks.orders.rows_inverse)
+    return blocks.unsort_outputs(torch.cat(outputs, dim=-1))

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from smoa import cached_weights
 from smoa.layers.linear import Linear
-from tests.support.layers import adapted_layer, base_layer
+from smoa.layers.weight_cache import open_caches
+from tests.support.layers import adapted_layer, add_adapter, base_layer, oracle_output
 from tests.support.tolerance import assert_close
 
 
@@ -119,3 +120,87 @@ def test_training_ignores_the_cache() -> None:
         output(layer, x)
         layer(x).sum().backward()
     assert layer.smoa_B["default"].weight.grad is not None
+
+
+def test_dropout_acts_although_a_cache_is_open() -> None:
+    layer = adapted_layer(base_layer(12, 10), smoa_dropout=0.9).train()
+    with cached_weights(layer):
+        output(layer, torch.randn(2, 10, dtype=torch.float64))
+        assert layer.smoa_weight_cache.nbytes() == 0
+        output(layer.eval(), torch.randn(2, 10, dtype=torch.float64))
+        assert layer.smoa_weight_cache.nbytes() == layer.base_layer.weight.nbytes
+
+
+def test_hooks_of_the_base_layer_are_called() -> None:
+    layer = adapted_layer(base_layer(12, 10))
+    calls: list[int] = []
+    layer.base_layer.register_forward_hook(lambda *args: calls.append(1))
+    x = torch.randn(2, 10, dtype=torch.float64)
+    with cached_weights(layer):
+        found = output(layer, x)
+    assert calls == [1]
+    assert_close(found, oracle_output(layer, x))
+
+
+def test_only_what_a_call_uses_is_kept() -> None:
+    layer = adapted_layer(base_layer(12, 12), num_blocks=3)
+    add_adapter(layer, "other", num_blocks=2)
+    layer.set_adapter("default")
+    x = torch.randn(2, 12, dtype=torch.float64)
+    blocks = {"default": 3 * 4 * 4 * 8, "other": 2 * 6 * 6 * 8}
+    with cached_weights(layer), torch.no_grad():
+        layer(x)
+        assert layer.smoa_weight_cache.nbytes() == 12 * 12 * 8
+        layer(x, adapter_names=["default", "other"])
+        assert layer.smoa_weight_cache.nbytes() == sum(blocks.values())
+        layer(x, adapter_names=["other", "__base__"])
+        assert layer.smoa_weight_cache.nbytes() == blocks["other"]
+        layer(x)
+        assert layer.smoa_weight_cache.nbytes() == 12 * 12 * 8
+
+
+def test_the_last_user_closes_a_cache() -> None:
+    layer = adapted_layer(base_layer(12, 12))
+    with cached_weights(layer):
+        output(layer, torch.randn(2, 12, dtype=torch.float64))
+        with cached_weights(layer):
+            pass
+        assert layer.smoa_weight_cache.nbytes()
+    assert layer.smoa_weight_cache is None
+
+
+def test_a_cache_of_blocks_is_widened_to_whole_weights() -> None:
+    layer = adapted_layer(base_layer(12, 12))
+    x = torch.randn(2, 12, dtype=torch.float64)
+    with open_caches([(layer, False)]):
+        output(layer, x)
+        assert layer.smoa_weight_cache.effective is None
+        with cached_weights(layer):
+            output(layer, x)
+            assert layer.smoa_weight_cache.effective is not None
+
+
+def test_if_memory_runs_out_the_output_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = adapted_layer(base_layer(12, 12))
+    x = torch.randn(2, 12, dtype=torch.float64)
+    expected = output(layer, x)
+
+    def full(names: list[str]) -> Tensor:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes")
+
+    monkeypatch.setattr(layer, "merged_weight", full)
+    with cached_weights(layer):
+        with pytest.warns(RuntimeWarning, match="no memory to keep ΔW for decoding.*64 bytes"):
+            assert_close(output(layer, x), expected)
+        assert_close(output(layer, x), expected)
+        assert layer.smoa_weight_cache.nbytes() == 0
+
+
+def test_a_compiled_model_keeps_nothing() -> None:
+    torch.compiler.reset()
+    layer = adapted_layer(base_layer(12, 12), route="apart")
+    x = torch.randn(2, 12, dtype=torch.float64)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    with cached_weights(layer), torch.no_grad():
+        assert_close(compiled(x), oracle_output(layer, x))
+        assert layer.smoa_weight_cache.nbytes() == 0

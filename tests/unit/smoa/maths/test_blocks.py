@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from smoa.errors import PartitionError
-from smoa.maths.blocks import Blocks, Orders, block_sizes, check_labels, check_num_blocks, slices, take_columns
+from smoa.maths.blocks import Blocks, Orders, ascend, block_sizes, check_labels, check_num_blocks, slices, take_columns
 from tests import reference
 
 # (out_features, in_features, num_blocks): even, tall and ragged, wide and ragged, one block, as many as there are rows.
@@ -134,6 +134,43 @@ def test_blocks_are_the_same_where_all_labels_are() -> None:
     assert not blocks.same_as(Blocks(blocks.row_labels.flip(0), blocks.col_labels, 3))
     assert not blocks.same_as(Blocks(blocks.row_labels, blocks.col_labels.flip(0), 3))
     assert not blocks.same_as(shuffled(9, 8, 3))
+
+
+def test_blocks_are_contiguous_where_the_labels_of_both_sides_ascend() -> None:
+    ascending = torch.tensor(reference.contiguous_labels(9, 4), dtype=torch.uint8)
+    other = torch.tensor(reference.contiguous_labels(6, 4), dtype=torch.uint8)
+    assert Blocks(ascending, other, 4).is_contiguous
+    assert not Blocks(ascending.roll(1), other, 4).is_contiguous
+    assert not Blocks(ascending, other.roll(1), 4).is_contiguous
+    assert shuffled(9, 7, 1).is_contiguous
+    assert not ascend(ascending.to("meta"))
+
+
+def test_contiguous_blocks_leave_inputs_and_outputs_as_they_are() -> None:
+    labels = torch.tensor(reference.contiguous_labels(9, 4), dtype=torch.uint8)
+    x = torch.randn(2, 3, 9)
+    assert Blocks(labels, labels, 4).sort_inputs(x) is x
+    assert Blocks(labels, labels, 4).unsort_outputs(x) is x
+    blocks = shuffled(9, 9, 4)
+    assert torch.equal(blocks.sort_inputs(x), x[..., blocks.orders.cols])
+    assert torch.equal(blocks.unsort_outputs(x)[..., blocks.orders.rows], x)
+
+
+@sizes
+def test_the_blocks_of_contiguous_labels_are_slices(out_features: int, in_features: int, num_blocks: int) -> None:
+    rows, cols = (
+        torch.tensor(reference.contiguous_labels(n, num_blocks), dtype=torch.uint8) for n in (out_features, in_features)
+    )
+    blocks, matrix = Blocks(rows, cols, num_blocks), torch.randn(out_features, in_features)
+    for k, (block, row, col) in enumerate(zip(blocks.of(matrix), blocks.row_slices, blocks.col_slices, strict=True)):
+        assert torch.equal(block, matrix[blocks.rows(k)][:, blocks.cols(k)])
+        assert block.is_contiguous()
+        assert block.data_ptr() != matrix[row, col].data_ptr()
+        assert blocks.part(matrix, row, col).data_ptr() == matrix[row, col].data_ptr()
+    before = matrix.clone()
+    blocks.write(matrix, [block.double() + 1 for block in blocks.of(matrix)])
+    same_block = rows[:, None] == cols
+    assert torch.equal(matrix, torch.where(same_block, (before.double() + 1).float(), before))
 
 
 # a matrix's blocks

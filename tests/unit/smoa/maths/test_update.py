@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from smoa.maths.kernels.branch import product_dtype
 from smoa.maths.modulations import MODULATIONS as KINDS
 from smoa.maths.update import Update
 from tests import reference
@@ -121,7 +122,9 @@ def test_both_routes_are_the_oracles_whatever_the_sizes(data: st.DataObject) -> 
     num_blocks = data.draw(st.integers(1, min(out_features, in_features)))
     ranks = data.draw(st.lists(st.integers(0, 4), min_size=num_blocks, max_size=num_blocks).filter(any))
     tokens = data.draw(st.integers(0, 5))
-    case = problem(out_features, in_features, tuple(ranks), data.draw(st.sampled_from(["spectral", "random"])))
+    case = problem(
+        out_features, in_features, tuple(ranks), data.draw(st.sampled_from(["spectral", "random", "contiguous"]))
+    )
     scale = [3.0 + k for k in range(num_blocks)]
     x = torch.randn(tokens, in_features, dtype=torch.float64, requires_grad=True)
     leaves = [x, case.A, case.B]
@@ -143,6 +146,29 @@ def test_dense_and_applied_the_update_is_the_same(modulation: str) -> None:
     case = problem(11, 13, (1, 4, 2))
     update, x = case.update(modulation, 0.5), torch.randn(2, 5, 13, dtype=torch.float64)
     assert_close(update.apply(x, case.weight), x @ update.delta(case.weight).T)
+
+
+@pytest.mark.parametrize("kind", ["spectral", "contiguous"])
+@pytest.mark.parametrize(("out_features", "in_features", "ranks"), CASES)
+def test_kept_blocks_are_those_of_the_oracle(
+    out_features: int, in_features: int, ranks: tuple[int, ...], kind: str
+) -> None:
+    case = problem(out_features, in_features, ranks, kind)
+    with torch.no_grad():
+        found = case.update("hadamard", 0.5).kept_blocks(case.weight, torch.float64)
+        for own, theirs in zip(found, case.partition.of(case.oracle("hadamard", 0.5)), strict=True):
+            assert_close(own, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_blocks_are_rounded_to_the_dtype_of_products(dtype: torch.dtype) -> None:
+    case = problem(11, 13, (1, 4, 2))
+    update, weight = case.update("hadamard"), case.weight.to(dtype)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # which does not reach the factors
+        found = update.kept_blocks(weight, dtype)
+        for own, theirs in zip(found, case.partition.of(update.delta(weight.double())), strict=True):
+            assert own.dtype == product_dtype(dtype, "cpu")
+            assert_close(own, theirs, dtype)
 
 
 @pytest.mark.parametrize("needs_x", [False, True], ids=["", "x"])

@@ -1,0 +1,530 @@
+from __future__ import annotations
+
+import copy
+import gc
+import inspect
+import pickle
+import threading
+import weakref
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import inject_adapter_in_model
+from torch import Tensor, nn
+
+from smoa import ConfigError, SmoaConfig, cached_weights, keep_in_generate
+from smoa.layers.weight_cache import KeptUpdate
+from smoa.maths.update import Update
+from smoa.tuner.decoding import Generate, _keeping
+from tests.support import tiny_models
+from tests.support.adapted_models import SETTINGS, adapted, add_adapter
+from tests.support.layers import Wrapper, layers_of, randomise
+from tests.support.tolerance import assert_close
+
+TASKS = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "gemma3": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}
+TARGETS = {"gpt2": ["c_attn"], "t5": ["q", "v"]}
+
+
+def model_of(family: str = "llama", dtype: torch.dtype = torch.float32, **config: Any) -> Any:
+    settings = {"task_type": TASKS[family], "r": 5, "alpha": 3.0, "num_blocks": 3} | config
+    settings["target_modules"] = TARGETS.get(family, ["q_proj", "v_proj", "up_proj"])
+    return adapted(tiny_models.build(family, dtype), **settings)
+
+
+def prompts() -> Tensor:
+    return tiny_models.batch("llama", size=2, length=5)["input_ids"].clamp_min(3)
+
+
+def answer(model: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """Tokens and logits of six greedy steps."""
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0} | options
+    found = model.generate(input_ids=prompts(), output_logits=True, return_dict_in_generate=True, **settings)
+    return found.sequences, torch.stack(found.logits)
+
+
+def plain_answer(model: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    keep_in_generate(model, "off")
+    found = answer(model, **options)
+    keep_in_generate(model, "blocks")
+    return found
+
+
+class Spy:
+    """What was computed: the blocks that layers keep, and the updates applied without."""
+
+    def __init__(self) -> None:
+        self.kept: list[weakref.ref[Tensor]] = []
+        self.fills = 0
+        self.plain = 0
+
+
+@pytest.fixture
+def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
+    seen = Spy()
+    fill, apply, fused = KeptUpdate.of, Update.apply, Update.apply_with_base
+
+    def of(*args: Any) -> KeptUpdate:
+        found = fill(*args)
+        seen.fills += 1
+        seen.kept += [weakref.ref(entries) for entries in found.entries]
+        return found
+
+    def counted(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Any) -> Tensor:
+            seen.plain += 1
+            return original(*args)
+
+        return call
+
+    monkeypatch.setattr(KeptUpdate, "of", of)
+    monkeypatch.setattr(Update, "apply", counted(apply))
+    monkeypatch.setattr(Update, "apply_with_base", counted(fused))
+    return seen
+
+
+def assert_nothing_kept(model: nn.Module, spy: Spy) -> None:
+    assert all(layer.smoa_weight_cache is None for layer in layers_of(model))
+    assert not [entries for entries in spy.kept if entries() is not None]
+
+
+class During:
+    """A logits processor that calls a function before one of the tokens."""
+
+    def __init__(self, call: Callable[[], Any], token: int = 2) -> None:
+        self.call, self.token, self.seen = call, token, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.seen += 1
+        if self.seen == self.token + 1:
+            self.call()
+        return scores
+
+
+# the same text
+
+
+@pytest.mark.parametrize("partition", ["spectral", "contiguous"])
+@pytest.mark.parametrize("family", sorted(TASKS))
+def test_in_float32_logits_are_those_of_the_plain_route_to_the_last_bit(family: str, partition: str) -> None:
+    model = model_of(family, partition=partition)
+    for layer in layers_of(model):
+        layer.route = "apart"  # the same products
+    (tokens, logits), (plain_tokens, plain_logits) = answer(model), plain_answer(model)
+    assert torch.equal(tokens, plain_tokens)
+    assert torch.equal(logits, plain_logits)
+
+
+@pytest.mark.parametrize("kept", ["blocks", "weights"])
+@pytest.mark.parametrize("modulation", ["hadamard", "none", "noise"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_text_is_that_of_the_plain_route(dtype: torch.dtype, modulation: str, kept: Any) -> None:
+    model = model_of(dtype=dtype, modulation=modulation)
+    plain_tokens, plain_logits = plain_answer(model)
+    keep_in_generate(model, kept)
+    tokens, logits = answer(model)
+    if dtype != torch.bfloat16:
+        assert torch.equal(tokens, plain_tokens)
+    assert_close(logits[0], plain_logits[0], dtype)
+
+
+def test_autocast_is_followed(spy: Spy) -> None:
+    model = model_of()
+    with torch.autocast("cpu", torch.bfloat16):
+        (tokens, logits), (plain_tokens, plain_logits) = answer(model), plain_answer(model)
+    assert torch.equal(tokens, plain_tokens)
+    assert torch.equal(logits, plain_logits)
+    assert spy.fills == len(layers_of(model))
+
+
+def of_task(model: Any) -> Any:
+    return model
+
+
+def of_no_task(model: Any) -> Any:
+    return adapted(tiny_models.build("llama"), r=5, num_blocks=3)
+
+
+def the_base_model(model: Any) -> Any:
+    return model.get_base_model()
+
+
+def injected(model: Any) -> Any:
+    base = inject_adapter_in_model(SmoaConfig(**SETTINGS), tiny_models.build("llama"))
+    for layer in layers_of(base):
+        randomise(layer)
+    return base
+
+
+@pytest.mark.parametrize("door", [of_task, of_no_task, the_base_model, injected])
+def test_every_door_to_generate_computes_each_layers_blocks_once(door: Callable[[Any], Any], spy: Spy) -> None:
+    model = door(model_of())
+    for calls in (1, 2):
+        answer(model)
+        assert spy.fills == calls * len(layers_of(model))
+        assert_nothing_kept(model, spy)
+    assert spy.plain == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"num_beams": 2}, {"use_cache": False}, {"do_sample": True}, {"cache_implementation": "static"}],
+    ids=str,
+)
+def test_every_way_of_decoding_does(options: dict[str, Any], spy: Spy) -> None:
+    model = model_of()
+    model.generate(input_ids=prompts(), max_new_tokens=6, pad_token_id=0, **options)
+    assert (spy.fills, spy.plain) == (len(layers_of(model)), 0)
+    assert_nothing_kept(model, spy)
+
+
+def test_the_blocks_have_the_size_of_the_blocks_and_the_dtype_of_the_weights() -> None:
+    model = model_of(dtype=torch.bfloat16)
+    found: list[int] = []
+    answer(
+        model,
+        logits_processor=[During(lambda: found.extend(layer.smoa_weight_cache.nbytes() for layer in layers_of(model)))],
+    )
+    sizes = [
+        sum(len(layer.blocks("default").rows(k)) * len(layer.blocks("default").cols(k)) for k in range(3))
+        for layer in layers_of(model)
+    ]
+    itemsize = 2 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else 4  # a CPU that can't multiply bfloat16
+    assert found == [itemsize * size for size in sizes]
+
+
+def test_whole_weights_are_kept_if_asked_for(spy: Spy) -> None:
+    model = model_of()
+    keep_in_generate(model, "weights")
+    found: list[Tensor | None] = []
+    answer(
+        model,
+        logits_processor=[
+            During(lambda: found.extend(layer.smoa_weight_cache.effective for layer in layers_of(model)))
+        ],
+    )
+    assert [w.shape for w in found if w is not None] == [layer.base_weight().shape for layer in layers_of(model)]
+    assert (spy.fills, spy.plain) == (0, 0)
+
+
+# several adapters
+
+
+def two_adapters(**config: Any) -> Any:
+    model = model_of(**config)
+    add_adapter(model, "other", r=4, num_blocks=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    return model
+
+
+def test_a_mixed_batch_keeps_the_blocks_of_every_adapter(spy: Spy) -> None:
+    model = two_adapters()
+    for options in ({}, {"num_beams": 2}):
+        names = {"adapter_names": ["default", "other"]}
+        kept_before, plain = (
+            spy.fills,
+            model.generate(input_ids=prompts(), max_new_tokens=5, pad_token_id=0, **names, **options),
+        )
+        assert spy.fills - kept_before == 6 + 4
+        keep_in_generate(model, "off")
+        expected = model.generate(input_ids=prompts(), max_new_tokens=5, pad_token_id=0, **names, **options)
+        keep_in_generate(model, "blocks")
+        assert torch.equal(plain, expected)
+        assert_nothing_kept(model, spy)
+
+
+def test_two_active_adapters_are_both_kept(spy: Spy) -> None:
+    model = two_adapters()
+    model.base_model.set_adapter(["default", "other"])
+    tokens, logits = answer(model)
+    assert (spy.fills, spy.plain) == (6 + 4, 0)
+    plain_tokens, plain_logits = plain_answer(model)
+    assert torch.equal(tokens, plain_tokens)
+    assert_close(logits, plain_logits)
+
+
+# what changes
+
+
+def train_a_little(model: Any) -> None:
+    with torch.no_grad():
+        for layer in layers_of(model):
+            layer.smoa_B["default"].weight.mul_(-1)
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "factors": train_a_little,
+    "set_adapter": lambda model: model.set_adapter("other"),
+    "disable": lambda model: model.base_model.disable_adapter_layers(),
+    "merge": lambda model: model.merge_adapter(),
+    "scale": lambda model: [layer.set_scale("default", 3.0) for layer in layers_of(model)],
+    "delete": lambda model: model.delete_adapter("other"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_between_two_calls_is_seen(change: str) -> None:
+    model = two_adapters()
+    answer(model)
+    CHANGES[change](model)
+    found = answer(model)
+    for own, plain in zip(found, plain_answer(model), strict=True):
+        assert_close(own, plain, torch.float32)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_while_it_generates_is_seen(change: str, spy: Spy) -> None:
+    found, original = [], two_adapters()
+    for kept in ("blocks", "weights", "off"):
+        model = copy.deepcopy(original)
+        keep_in_generate(model, kept)  # type: ignore[arg-type]
+        found.append(answer(model, logits_processor=[During(lambda model=model: CHANGES[change](model))]))
+        assert_nothing_kept(model, spy)
+    for tokens, logits in found[:2]:
+        assert torch.equal(tokens, found[2][0])
+        assert_close(logits, found[2][1])
+
+
+def test_a_disabled_or_merged_adapter_keeps_nothing(spy: Spy) -> None:
+    model = model_of()
+    with model.disable_adapter():
+        answer(model)
+    model.merge_adapter()
+    answer(model)
+    assert (spy.fills, spy.plain) == (0, 0)
+
+
+@pytest.mark.parametrize("unload", ["unload", "merge_and_unload"])
+def test_unloading_gives_the_model_its_own_generate_back(unload: str) -> None:
+    model = model_of()
+    base = model.get_base_model()
+    assert isinstance(base.__dict__["generate"], Generate)
+    getattr(model, unload)()
+    assert "generate" not in base.__dict__
+    answer(base)
+
+
+def test_gradients_after_generating_are_those_before() -> None:
+    model = model_of()
+    batch = tiny_models.batch("llama")
+
+    def gradients() -> list[Tensor]:
+        loss = model(**batch).loss
+        return list(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]))
+
+    before = gradients()
+    answer(model)
+    for own, theirs in zip(gradients(), before, strict=True):
+        assert torch.equal(own, theirs)
+
+
+# how it ends
+
+
+def test_an_exception_frees_everything(spy: Spy) -> None:
+    model = model_of()
+    with pytest.raises(ZeroDivisionError):
+        answer(model, logits_processor=[During(lambda: 1 / 0)])
+    assert spy.fills
+    assert_nothing_kept(model, spy)
+    answer(model)
+
+
+def test_a_nested_call_shares_what_is_kept(spy: Spy) -> None:
+    model = model_of()
+    inner: list[tuple[Tensor, Tensor]] = []
+    outer = answer(model, logits_processor=[During(lambda: inner.append(answer(model)))])
+    assert spy.fills == len(layers_of(model))
+    assert torch.equal(inner[0][0], outer[0])
+    assert_nothing_kept(model, spy)
+
+
+def test_caches_that_are_open_already_stay_open(spy: Spy) -> None:
+    model = model_of(dtype=torch.bfloat16)
+    with cached_weights(model):
+        answer(model)
+        answer(model)
+        assert spy.fills == len(layers_of(model))
+    assert_nothing_kept(model, spy)
+
+
+def test_threads_may_generate_at_once(spy: Spy) -> None:
+    model = model_of()
+    expected, _ = plain_answer(model)
+    found: list[Tensor] = []
+    threads = [threading.Thread(target=lambda: found.append(answer(model)[0])) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    assert all(torch.equal(tokens, expected) for tokens in found)
+    assert_nothing_kept(model, spy)
+
+
+def test_if_memory_runs_out_it_warns_once_and_goes_on_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of()
+    expected, _ = plain_answer(model)
+    fill, calls = KeptUpdate.of, []
+
+    def of(*args: Any) -> KeptUpdate:
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return fill(*args)
+
+    monkeypatch.setattr(KeptUpdate, "of", of)
+    kept: list[int] = []
+    watch = During(lambda: kept.extend(layer.smoa_weight_cache.nbytes() for layer in layers_of(model)), token=0)
+    with pytest.warns(RuntimeWarning, match=r"no memory to keep ΔW.*2\.00 GiB") as warned:
+        tokens, _ = answer(model, logits_processor=[watch])
+    assert len(warned) == 1
+    assert len(calls) == 3
+    assert set(kept) == {0}
+    assert torch.equal(tokens, expected)
+    answer(model)  # the next call tries again
+    assert len(calls) == 3 + len(layers_of(model))
+
+
+def test_other_errors_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of()
+    monkeypatch.setattr(KeptUpdate, "of", lambda *args: torch.ones(2, 3) @ torch.ones(2, 3))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        answer(model)
+    assert all(layer.smoa_weight_cache is None for layer in layers_of(model))
+
+
+# who keeps nothing
+
+
+def off(model: Any) -> None:
+    keep_in_generate(model, "off")
+
+
+def quantized(model: Any) -> None:
+    for layer in layers_of(model):
+        layer.quantization_backend = SimpleNamespace()  # type: ignore[assignment]
+
+
+def under_zero_3(model: Any) -> None:
+    for layer in layers_of(model):
+        layer.smoa_A["default"].weight.ds_id = 1
+
+
+def flat_shards(model: Any) -> None:
+    for layer in layers_of(model):
+        layer.parameters = lambda: iter([nn.Parameter(torch.zeros(4))])
+        layer.smoa_A.parameters = layer.parameters
+
+
+@pytest.mark.parametrize("state", [off, quantized, under_zero_3, flat_shards])
+def test_it_goes_the_plain_route_in_silence(state: Callable[[Any], None], spy: Spy) -> None:
+    model = model_of()
+    state(model)
+    opened: list[Any] = []
+    answer(
+        model, logits_processor=[During(lambda: opened.extend(layer.smoa_weight_cache for layer in layers_of(model)))]
+    )
+    assert opened == [None] * len(layers_of(model))
+    assert spy.fills == 0
+    assert spy.plain == 6 * len(layers_of(model))
+
+
+def test_offloaded_layers_keep_nothing() -> None:
+    model = model_of()
+    layers = layers_of(model)
+    layers[0].base_layer.to("meta")
+    assert _keeping(model) == layers[1:]
+
+
+@pytest.mark.parametrize("kept", ["blocks", "weights"])
+def test_dropout_acts_in_training_mode(kept: Any, spy: Spy) -> None:
+    model = model_of(smoa_dropout=0.5)
+    keep_in_generate(model, kept)
+    answer(model.train())
+    assert spy.fills == 0
+    assert spy.plain == 6 * len(layers_of(model))
+    answer(model.eval())
+    assert spy.plain == 6 * len(layers_of(model))
+
+
+def test_in_training_mode_without_dropout_blocks_are_kept(spy: Spy) -> None:
+    model = model_of()
+    answer(model.train())
+    assert (spy.fills, spy.plain) == (len(layers_of(model)), 0)
+
+
+def test_a_setting_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"'all' must be one of 'blocks', 'weights', 'off'"):
+        keep_in_generate(model_of(), "all")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="no SMoA adapter"):
+        keep_in_generate(tiny_models.build("llama"), "off")
+
+
+# the attribute
+
+
+def test_a_model_that_cannot_generate_gets_no_attribute() -> None:
+    model = inject_adapter_in_model(SmoaConfig(target_modules=["layer"]), Wrapper(nn.Linear(8, 8)))
+    assert "generate" not in model.__dict__
+
+
+def test_a_generate_of_the_models_own_stays() -> None:
+    base = tiny_models.build("llama")
+    base.generate = lambda *args, **kwargs: "its own"
+    model = adapted(base, task_type="CAUSAL_LM")
+    assert model.generate() == "its own"
+    model.unload()
+    assert base.generate() == "its own"
+
+
+def test_what_others_look_up_on_the_method_is_there() -> None:
+    base = model_of().get_base_model()
+    assert base.generate.__wrapped__ is type(base).generate.__wrapped__
+    assert "max_new_tokens" in inspect.getsource(inspect.unwrap(base.generate)) or "generation_config" in str(
+        inspect.signature(base.generate)
+    )
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deep", "pickle"]
+)
+def test_a_copy_generates_by_itself(copied: Callable[[Any], Any], spy: Spy) -> None:
+    model = model_of()
+    expected, _ = answer(model)
+    other = copied(model)
+    del model
+    gc.collect()
+    spy.fills = 0
+    assert torch.equal(answer(other)[0], expected)
+    assert (spy.fills, spy.plain) == (len(layers_of(other)), 0)
+
+
+def test_a_deleted_model_is_freed_at_once() -> None:
+    model = model_of()
+    answer(model)
+    gc.collect()
+    base = weakref.ref(model.get_base_model())
+    gc.disable()
+    try:
+        del model
+        assert base() is None
+    finally:
+        gc.enable()
+
+
+# TRL
+
+
+def test_the_roll_outs_of_trl_keep_blocks(spy: Spy) -> None:
+    from accelerate import Accelerator
+    from trl.models import unwrap_model_for_generation
+
+    model = model_of()
+    accelerator = Accelerator(cpu=True)
+    prepared = accelerator.prepare_model(model)
+    with torch.no_grad(), unwrap_model_for_generation(prepared, accelerator) as unwrapped:
+        answer(unwrapped)
+    assert (spy.fills, spy.plain) == (len(layers_of(model)), 0)
+    assert_nothing_kept(model, spy)
