@@ -74,6 +74,11 @@ def _checked(file: Path) -> Path:
     return file
 
 
+def is_of_known_kind(file: Path) -> bool:
+    """Whether its ending is one that can be read."""
+    return _kind(file) in READERS
+
+
 def _kind(file: Path) -> str:
     return file.name.lower().removesuffix(".gz").rpartition(".")[2]
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from smoa.errors import DataError
 from smoa_lab.basics.extras import import_package
 from smoa_lab.basics.section import Section
-from smoa_lab.rows.row_files import Row, files_of, read_rows
+from smoa_lab.rows.row_files import Row, files_of, is_of_known_kind, read_rows
 
 
 class HubRows(Section):
@@ -30,9 +30,9 @@ def source_values(place: str) -> dict[str, Any]:
 
 
 def _is_local(place: str) -> bool:
-    """A path, or what looks like one; a data set's id has one slash and no ending of a file."""
+    """A path, or what looks like one; a data set's id has one slash and no ending of a file with rows."""
     path = Path(place)
-    return path.expanduser().exists() or bool(path.suffix) or place.count("/") != 1 or place[0] in "./~"
+    return path.expanduser().exists() or is_of_known_kind(path) or place.count("/") != 1 or place[0] in "./~"
 
 
 class Source(Protocol):

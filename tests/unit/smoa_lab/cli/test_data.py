@@ -7,7 +7,6 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-from smoa_lab.cli.data import _is_local
 from smoa_lab.cli.main import app
 from tests.support.lab import fill_cache, questions, tiny_base
 from tests.support.own_rows import chat, chats, pairs, rows_base, rows_values, write_rows
@@ -97,11 +96,3 @@ def test_what_cannot_be_used_is_one_clear_error(options: tuple[str, str], base: 
     assert done.exit_code == 1
     assert done.stderr.count("error: ") == 1
     assert isinstance(done.exception, SystemExit)
-
-
-def test_places_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert all(map(_is_local, ("rows.jsonl", "a/rows.jsonl", "./a", "~/a", "/a/b", "folder", "a/b/c")))
-    assert not any(map(_is_local, ("trl-lib/Capybara", "HuggingFaceH4/no_robots")))
-    (tmp_path / "trl-lib" / "Capybara").mkdir(parents=True)
-    assert _is_local("trl-lib/Capybara")

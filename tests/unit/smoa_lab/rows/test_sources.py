@@ -14,7 +14,7 @@ import pytest
 from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 
 from smoa.errors import DataError
-from smoa_lab.rows.sources import FileSource, HubRows, HubSource
+from smoa_lab.rows.sources import FileSource, HubRows, HubSource, _is_local
 from tests.support.own_rows import write_rows
 
 ROWS = [{"text": "a"}, {"text": "b"}]
@@ -120,3 +120,11 @@ def test_a_data_set_that_cannot_be_found_is_one_clear_error(monkeypatch: pytest.
         monkeypatch.setattr(huggingface_hub, "HfApi", Api)
         with pytest.raises(DataError, match=r"data.hub.name: cannot find 'owner/rows' on the Hub: "):
             HubSource(WANTED, "train").state()
+
+
+def test_places_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert all(map(_is_local, ("rows.jsonl", "a/rows.jsonl", "./a", "~/a", "/a/b", "folder", "a/b/c")))
+    assert not any(map(_is_local, ("trl-lib/Capybara", "HuggingFaceH4/no_robots", "org/rows-v1.0")))
+    (tmp_path / "trl-lib" / "Capybara").mkdir(parents=True)
+    assert _is_local("trl-lib/Capybara")
