@@ -28,6 +28,9 @@ FACTOR = 4.0
 """Measured (docs/migration.md). With blocks of unit rms and LoRA's α/r the best learning rate was 2 to 5 times LoRA's:
 the first step's ΔW has the norm of LoRA's, but spreads it over many directions, where LoRA's has few."""
 
+SMALLEST = 1e-30
+"""An anchor of a smaller rms counts as zero: the scale of one near the smallest float32 would be infinite."""
+
 _SIZES: dict[ScaleKind, Callable[[Tensor, Blocks], list[float]]] = {
     "paper": lambda anchor, blocks: [1.0] * blocks.num_blocks,
     "layer": lambda anchor, blocks: [rms_of(anchor)] * blocks.num_blocks,
@@ -37,10 +40,10 @@ _SIZES: dict[ScaleKind, Callable[[Tensor, Blocks], list[float]]] = {
 
 
 def block_scale(kind: ScaleKind, anchor: Tensor | None, blocks: Blocks) -> Tensor:
-    """c_k of every block, float32 (num_blocks,) on the CPU; 1 without an anchor, and where it is all zero."""
+    """c_k of every block, float32 (num_blocks,) on the CPU; 1 without an anchor, and where it is zero or nearly so."""
     if anchor is None:
         return torch.ones(blocks.num_blocks)
-    return torch.tensor([1 / size if size else 1.0 for size in _SIZES[kind](anchor, blocks)])
+    return torch.tensor([1 / size if size > SMALLEST else 1.0 for size in _SIZES[kind](anchor, blocks)])
 
 
 def rank_scale(block_scale: Tensor, ranks: Sequence[int]) -> Tensor:

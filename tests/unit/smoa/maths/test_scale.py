@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from smoa.maths.modulations import MODULATIONS
-from smoa.maths.scale import block_scale
+from smoa.maths.scale import ScaleKind, block_scale
 from smoa.maths.spectrum import make_partition
 from tests.support.layers import adapted_layer, base_layer, oracle_output
 from tests.support.tolerance import assert_close
@@ -63,3 +63,10 @@ def test_a_layer_with_such_a_scale_is_the_oracles(kind: str, route: str) -> None
     layer.route = route
     x = torch.randn(5, 13, dtype=torch.float64)
     assert_close(layer(x), oracle_output(layer, x))
+
+
+@pytest.mark.parametrize("kind", ["layer", "block", "lora"])
+def test_an_anchor_near_the_smallest_number_counts_as_zero(kind: ScaleKind) -> None:
+    blocks = make_partition(torch.ones(2, 2), 2, "contiguous")
+    scale = block_scale(kind, torch.full((2, 2), 1.1754943508222875e-38), blocks)
+    assert scale.tolist() == [1.0, 1.0]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -74,6 +75,14 @@ def test_a_terminal_shows_who_answers_and_what_can_be_typed(base: Path, mine: Pa
     assert "/both" in done.stdout
     assert f"base> {first}\n" in done.stdout
     assert f"base> {answer(base, 'one', first.strip(), '/etc?')}\n" in done.stdout
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C is heard, as in a terminal; a process that a script put into the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def interrupting(monkeypatch: pytest.MonkeyPatch) -> None:
