@@ -3,7 +3,7 @@
     python docs/figures/rates.py
     python docs/figures/rates.py --collect PAIR ENTRY FACTOR STUDY_FOLDER STUDY_ENTRY
 
-The numbers are in docs/lab-results/rates.json: validation losses of studies in quarter decades, one seed each. The
+The numbers are in docs/images/rates.json: validation losses of studies in quarter decades, one seed each. The
 second form adds an entry of a study's folder to it; FACTOR is that of the scale, in units of 1 / rms of each block.
 """
 
@@ -21,7 +21,7 @@ from smoa_lab.drawing.plots import save_figure
 from smoa_lab.study.trials import TrialStore
 
 DOCS = Path(__file__).parents[1]
-NUMBERS = DOCS / "lab-results" / "rates.json"
+NUMBERS = DOCS / "images" / "rates.json"
 PAGE = DOCS / "migration.md"
 START, END = "<!-- rates: written by docs/figures/rates.py -->\n", "<!-- end of rates -->"
 STYLES = {
