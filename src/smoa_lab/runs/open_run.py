@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from peft import PeftConfig
@@ -62,6 +63,13 @@ def base_name(adapter: Path, base: str | None = None) -> str:
 
 
 def recorded_base(adapter: Path) -> str | None:
-    """The base model that the adapter's config records, if any."""
-    name: str | None = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+    """The base model that the adapter's config records, if any.
+
+    Raises:
+        ConfigError: the config is damaged.
+    """
+    try:
+        name: str | None = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{adapter / CONFIG_NAME}: is not whole JSON ({error}); save or fetch it again") from error
     return name

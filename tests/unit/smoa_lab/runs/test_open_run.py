@@ -6,7 +6,7 @@ import pytest
 from peft import LoraConfig
 
 from smoa.errors import ConfigError
-from smoa_lab.runs.open_run import adapter_of_run, base_name, open_run
+from smoa_lab.runs.open_run import adapter_of_run, base_name, open_run, recorded_base
 from smoa_lab.training.run_folder import RunFolder
 
 
@@ -40,3 +40,9 @@ def test_an_adapter_whose_save_was_killed_between_its_renames_is_put_back(adapte
 def test_the_base_is_the_one_given_or_the_one_recorded(adapter: Path) -> None:
     assert base_name(adapter) == "its/base"
     assert base_name(adapter, "another/base") == "another/base"
+
+
+def test_a_half_written_config_of_an_adapter_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "SMOA", "base_model_name_or_path": "ba')
+    with pytest.raises(ConfigError, match=r"adapter_config\.json: is not whole JSON .*; save or fetch it again"):
+        recorded_base(tmp_path)
