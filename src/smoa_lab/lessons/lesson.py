@@ -19,6 +19,7 @@ from smoa_lab.basics.foreign import foreign_warnings_ignored
 from smoa_lab.config.methods import METHODS
 from smoa_lab.config.run_config import Run
 from smoa_lab.lessons.progress import REPLACED, ProgressReport
+from smoa_lab.scoring.row_losses import Losses
 
 logger = logging.getLogger(__name__)
 
@@ -84,8 +85,8 @@ class Lesson(ABC):
         """The trainer of the model, with its data."""
 
     @abstractmethod
-    def held_out_nll(self, model: Any) -> list[tuple[float, int]]:
-        """Of each held-out question's gold answer, or row: its negative log-likelihood in nats, and its tokens."""
+    def held_out_losses(self, model: Any) -> Losses:
+        """Of each held-out question's gold answer, or row."""
 
     @abstractmethod
     def account(self) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from smoa_lab.lessons.row_looks import RowLooks
 from smoa_lab.models.base_models import load_base_model
 from smoa_lab.models.needs import rows_needs
 from smoa_lab.rows.sources import FileSource, HubSource, Source
+from smoa_lab.scoring.row_losses import Losses
 from smoa_lab.tokens.account import require_good_rows
 from smoa_lab.tokens.chat_templates import set_chat_template, stop_at_turns_end
 from smoa_lab.tokens.encoding import RowEncoder
@@ -136,9 +137,8 @@ class OwnRows(Lesson):
             model.delete_adapter(REFERENCE)  # else it would be saved too
         return model, trainer, seconds
 
-    def held_out_nll(self, model: Any) -> list[tuple[float, int]]:
-        losses = self.looks(alone=False).measured(model)
-        return list(zip(losses.nll, losses.tokens, strict=True))
+    def held_out_losses(self, model: Any) -> Losses:
+        return self.looks(alone=False).measured(model)
 
     def account(self) -> dict[str, Any]:
         return {"source": self.source.name, **self.rows.account}

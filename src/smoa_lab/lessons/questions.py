@@ -18,6 +18,7 @@ from smoa_lab.models.base_models import load_base_model
 from smoa_lab.models.needs import input_needs
 from smoa_lab.scoring.answer_loss import AnswerTrainer, collate
 from smoa_lab.scoring.likelihood import score_answers
+from smoa_lab.scoring.row_losses import Losses
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,10 @@ class Questions(Lesson):
             **options,
         )
 
-    def held_out_nll(self, model: Any) -> list[tuple[float, int]]:
+    def held_out_losses(self, model: Any) -> Losses:
         sequences = [self.encoder.gold(record) for record in self.records.test]
         scores = score_answers(model, sequences, self.encoder.pad, self.config.task.eval_batch_tokens)
-        return [(score.loss, len(score.nll)) for score in scores]
+        return Losses([score.loss for score in scores], [len(score.nll) for score in scores])
 
     def account(self) -> dict[str, Any]:
         return self.records.account

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from smoa_lab.lessons.lesson import Lesson
 from smoa_lab.models.base_models import load_base_model
 from smoa_lab.models.packaged_models import described_base
 from smoa_lab.runs.open_run import adapter_of_run, base_name
+from smoa_lab.scoring.row_losses import Losses
 from smoa_lab.training.run_folder import RunFolder
 from smoa_lab.training.train_run import open_lesson
 
@@ -63,11 +63,11 @@ class Converter:
         self.base: Any = (
             self.ready.base if self.ready else load_base_model(ModelSection(name=base_name(self.source, base)))[0]
         )
-        self.base_nll = self._nll(self.base)
+        self.base_losses = self._losses(self.base)
         with self._adapted(self.source) as model:
             self.spectra = UpdateSpectra(model)
             self.adapter_parameters = sum(p.numel() for name, p in model.named_parameters() if ".smoa_" in name)
-            self.adapter_nll = self._nll(model)
+            self.adapter_losses = self._losses(model)
 
     def cut(self, rule: RankRule, output: Path, uniform_rank: bool = False) -> tuple[LoraConversion, TaskLoss | None]:
         """Save a LoRA in the new folder ``output``, load it from there by PEFT, score it."""
@@ -76,10 +76,10 @@ class Converter:
         # A packaged base is in the cache folder, which no other machine has.
         conversion.config.base_model_name_or_path = described_base(base).hub_id or base
         conversion.save(output)
-        if not self.base_nll:
+        if not self.base_losses.nll:
             return conversion, None
         with self._adapted(output) as model:
-            return conversion, self._compare(self._nll(model))
+            return conversion, self._compare(self._losses(model))
 
     @contextmanager
     def _adapted(self, adapter: Path) -> Iterator[PeftModel]:
@@ -88,18 +88,14 @@ class Converter:
         yield model
         self.base = model.unload()
 
-    def _nll(self, model: nn.Module) -> list[tuple[float, int]]:
-        """(negative log-likelihood, tokens) of every gold answer or held-out row."""
-        return [] if self.ready is None else self.ready.held_out_nll(model)
+    def _losses(self, model: nn.Module) -> Losses:
+        """Of every gold answer or held-out row; of none if the run's data are not known."""
+        return Losses([], []) if self.ready is None else self.ready.held_out_losses(model)
 
-    def _compare(self, lora_nll: list[tuple[float, int]]) -> TaskLoss:
-        tokens = sum(count for _, count in lora_nll)
-        base, adapter, lora = (sum(n for n, _ in nll) / tokens for nll in (self.base_nll, self.adapter_nll, lora_nll))
-        pairs = zip(self.adapter_nll, lora_nll, strict=True)
-        changes = [(after - before, count) for (before, count), (after, _) in pairs]
-        # The standard error of a ratio of sums, questions drawn at random.
-        deviation = math.sqrt(sum((change - (lora - adapter) * count) ** 2 for change, count in changes))
-        return TaskLoss(len(lora_nll), base, adapter, lora, lora - adapter, deviation / tokens)
+    def _compare(self, lora: Losses) -> TaskLoss:
+        change = lora.change_from(self.adapter_losses)
+        means = self.base_losses.mean, self.adapter_losses.mean, lora.mean
+        return TaskLoss(len(lora.nll), *means, change.mean, change.stderr)
 
 
 def convert_run(

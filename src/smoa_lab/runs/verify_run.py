@@ -39,12 +39,12 @@ def verify_saved(config: RunConfig, ready: Questions, metrics: dict[str, Any]) -
     base, _ = load_base_model(config.model)
     reloaded: Any = PeftModel.from_pretrained(base, str(RunFolder(config.folder).adapter))
     reloaded.eval()
-    reloaded_loss, reloaded_logits = _gold_loss(ready, reloaded), _logits(ready, reloaded)
+    reloaded_loss, reloaded_logits = ready.held_out_losses(reloaded).mean, _logits(ready, reloaded)
     merged = reloaded.merge_and_unload(safe_merge=True)
     agreement = Agreement(
         trained=float(metrics["evaluation"]["after"]["all"]["gold_loss"]),
         reloaded=reloaded_loss,
-        merged=_gold_loss(ready, merged),
+        merged=ready.held_out_losses(merged).mean,
         logit_difference=float((_logits(ready, merged) - reloaded_logits).abs().max() / reloaded_logits.abs().max()),
     )
     _check(agreement, TOLERANCE[config.model.dtype])
@@ -55,11 +55,6 @@ def _check(agreement: Agreement, tolerance: float) -> None:
     losses = (agreement.trained, agreement.reloaded, agreement.merged)
     if max(losses) - min(losses) > tolerance * agreement.trained or agreement.logit_difference > tolerance:
         raise MergeError(f"the saved adapter disagrees with the trained one beyond {tolerance:g}: {agreement}")
-
-
-def _gold_loss(ready: Questions, model: nn.Module) -> float:
-    scored = ready.held_out_nll(model)
-    return sum(nll for nll, _ in scored) / sum(tokens for _, tokens in scored)
 
 
 def _logits(ready: Questions, model: nn.Module, questions: int = 8) -> Tensor:

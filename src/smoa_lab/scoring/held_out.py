@@ -12,6 +12,7 @@ from torch import nn
 from smoa_lab.data.prompts import PromptEncoder, candidates
 from smoa_lab.data.records import Record
 from smoa_lab.scoring.likelihood import AnswerScore, score_answers
+from smoa_lab.scoring.row_losses import Losses
 
 
 @dataclass(frozen=True)
@@ -80,17 +81,13 @@ def _outcome(record: Record, scores: list[AnswerScore], lengths: list[int]) -> O
 
 
 def _scores(outcomes: Sequence[Outcome]) -> Scores:
-    tokens = sum(outcome.gold_tokens for outcome in outcomes)
-    gold_loss = sum(outcome.gold_nll for outcome in outcomes) / tokens
-    # The standard error of a ratio of sums, questions drawn at random.
-    deviations = [outcome.gold_nll - gold_loss * outcome.gold_tokens for outcome in outcomes]
-    stderr = math.sqrt(sum(deviation**2 for deviation in deviations)) / tokens
+    gold = Losses([outcome.gold_nll for outcome in outcomes], [outcome.gold_tokens for outcome in outcomes])
     share = proportion([outcome.right for outcome in outcomes])
     if not all(outcome.record.choices for outcome in outcomes):
-        return Scores(len(outcomes), gold_loss, stderr, *share)
+        return Scores(len(outcomes), gold.mean, gold.stderr, *share)
     norm = proportion([outcome.right_norm for outcome in outcomes])
     majority = _majority([outcome.record for outcome in outcomes])
-    return Scores(len(outcomes), gold_loss, stderr, *share, *norm, majority)
+    return Scores(len(outcomes), gold.mean, gold.stderr, *share, *norm, majority)
 
 
 def _majority(records: list[Record]) -> float:

@@ -64,9 +64,9 @@ def test_without_held_out_questions_the_task_is_not_scored(values: dict[str, Any
 
 def test_the_base_of_the_adapter_is_as_before_when_all_is_cut(values: dict[str, Any], tmp_path: Path) -> None:
     converter = Converter(finished_run(values))
-    before = converter.base_nll
+    before = converter.base_losses
     converter.cut(RankRule(rank=1), tmp_path / "lora")
-    assert converter._nll(converter.base) == before
+    assert converter._losses(converter.base) == before
 
 
 def test_scoring_can_be_left_out(values: dict[str, Any], tmp_path: Path) -> None:
