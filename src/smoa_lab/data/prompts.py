@@ -99,6 +99,17 @@ class Encoded:
         return {"input_ids": self.prompt + self.answer, "labels": [IGNORED] * len(self.prompt) + self.answer}
 
 
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a text begins with the BOS token. GPT-2 has one and does not use it: what becomes of an empty text
+    decides."""
+    return tokenizer.bos_token_id in tokenizer("")["input_ids"]
+
+
+def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills a batch. Nothing reads what it fills, so that 0 serves a tokenizer without one."""
+    return int(tokenizer.pad_token_id or 0)
+
+
 class PromptEncoder:
     """Turns records into token ids of at most ``max_length``; too long prompts lose their head, never their tail."""
 
@@ -115,10 +126,8 @@ class PromptEncoder:
         self.template = template
         self.style = style
         self.max_length = max_length
-        self.pad = int(tokenizer.pad_token_id or 0)
-        empty = tokenizer("")["input_ids"]
-        # GPT-2 has a BOS token and does not use it: what the tokenizer does to an empty text decides.
-        self.head = [tokenizer.bos_token_id] if tokenizer.bos_token_id in empty else []
+        self.pad = pad_token(tokenizer)
+        self.head = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
 
     def example(self, record: Record) -> Encoded:
         """Prompt and gold answer, closed by the end token: what is trained on."""

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
+from smoa_lab.data.prompts import pad_token
 from smoa_lab.lessons.lesson import Looks, Stage
 from smoa_lab.rows.formats import Preference
 from smoa_lab.rows.plain_examples import read_examples
@@ -29,7 +30,7 @@ class RowLooks(Looks):
     def __init__(self, rows: Any, encoder: RowEncoder, max_length: int | None, samples: int) -> None:
         super().__init__()
         self.rows, self.encoder, self.max_length = rows, encoder, max_length
-        self.pad = int(encoder.tokenizer.pad_token_id or 0)
+        self.pad = pad_token(encoder.tokenizer)
         found = (encoder.prompt(example, max_length) for example in read_examples(rows["example"][:samples]))
         self.prompts = [prompt for prompt in found if prompt is not None]
         self.losses: dict[str, Losses] = {}

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from smoa_lab.data.prompts import pad_token
 from smoa_lab.data.records import Record
 from smoa_lab.scoring.row_losses import Losses, row_losses
 
@@ -25,7 +26,7 @@ def text_losses(model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Ite
     Dropout is off and no gradient is kept; the model's mode is restored.
     """
     rows = [{"input_ids": ids, "labels": ids} for ids in (_ids(tokenizer, text) for text in texts)]
-    return row_losses(model, rows, int(tokenizer.pad_token_id or 0))
+    return row_losses(model, rows, pad_token(tokenizer))
 
 
 def at_least(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], tokens: int) -> list[str]:

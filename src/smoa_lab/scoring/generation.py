@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from smoa_lab.basics.extras import import_package
 from smoa_lab.data.files import Family
-from smoa_lab.data.prompts import AnswerStyle, PromptEncoder, gold_response, label_names
+from smoa_lab.data.prompts import AnswerStyle, PromptEncoder, gold_response, label_names, pad_token
 from smoa_lab.data.records import Record
 from smoa_lab.scoring.held_out import proportion
 from smoa_lab.scoring.mode import scoring
@@ -97,14 +97,15 @@ def continue_prompts(
 ) -> list[str]:
     """What the model writes after each prompt's token ids, in order; greedy where ``options`` say nothing else."""
     texts: dict[int, str] = {}
+    pad = pad_token(tokenizer)
     with scoring(model):
         for numbers in _batches(prompts, batch_size):
             batch = [prompts[number] for number in numbers]
             written = model.generate(
-                **_left_padded(batch, int(tokenizer.pad_token_id or 0), next(model.parameters()).device),
+                **_left_padded(batch, pad, next(model.parameters()).device),
                 max_new_tokens=new_tokens,
                 do_sample=False,
-                pad_token_id=int(tokenizer.pad_token_id or 0),
+                pad_token_id=pad,
                 **options,
             )
             texts.update(zip(numbers, _decoded(tokenizer, written[:, max(map(len, batch)) :]), strict=True))

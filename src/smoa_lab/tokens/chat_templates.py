@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from smoa.errors import ConfigError
 from smoa_lab.basics.extras import import_package
 from smoa_lab.basics.nearest import nearest
-from smoa_lab.data.prompts import ALPACA
+from smoa_lab.data.prompts import ALPACA, adds_bos
 
 SPECIAL = re.compile(r"<\|[a-z_]+\|>|<(?:start|end)_of_turn>|\[/?INST\]")
 """What looks like a special token in a template."""
@@ -93,8 +93,7 @@ def alpaca(tokenizer: PreTrainedTokenizerBase) -> str:
     """
     first_line, turn = ALPACA.split("\n\n", 1)
     before, after = f"\n\n{turn}".split("{instruction}")
-    # GPT-2 has a BOS token and does not use it: what the tokenizer does to an empty text decides.
-    start = "{{ bos_token }}" * (tokenizer.bos_token_id in tokenizer("")["input_ids"])
+    start = "{{ bos_token }}" * adds_bos(tokenizer)
     default = f"{{% if messages[0].role != 'system' %}}{{{{ {first_line!r} }}}}{{% endif %}}"
     question = f"{{{{ {before!r} + message.content + {after!r} }}}}"
     answer = "{% generation %}{{ message.content + eos_token }}{% endgeneration %}"
