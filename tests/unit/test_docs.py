@@ -18,14 +18,13 @@ from pydantic import BaseModel
 from transformers import PreTrainedModel
 
 from smoa_lab.cli.main import app
-from smoa_lab.config.rows_config import RowsConfig, RowsSection, check_rows_config, load_any_config
+from smoa_lab.config.rows_config import RowsConfig, RowsSection, check_any_config, load_any_config
 from smoa_lab.config.run_config import (
     DataSection,
     ForgettingSection,
     ModelSection,
     RunConfig,
     TaskSection,
-    check_config,
 )
 from smoa_lab.study.entry import Entry
 from smoa_lab.study.study_file import Study, Tuning
@@ -125,7 +124,7 @@ def test_a_run_shown_as_yaml_is_valid(page: Path) -> None:
     for block in YAML.findall(page.read_text(encoding="utf-8")):
         values = yaml.safe_load(block)
         if {"model", "data", "training"} <= set(values):
-            (check_config if "tasks" in values["data"] else check_rows_config)(values)
+            check_any_config(values)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)

@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from smoa.errors import ConfigError
 from smoa_lab.basics.extras import import_package
 from smoa_lab.basics.section import Section
-from smoa_lab.config.run_config import ConfigText, Run, RunConfig, load_config
+from smoa_lab.config.run_config import ConfigText, Run, RunConfig
 from smoa_lab.rows.formats import Format
 from smoa_lab.rows.sources import HubRows
 
@@ -83,13 +83,21 @@ def load_any_config(path: str | Path, overrides: list[str] | None = None) -> Run
     Raises:
         ConfigError: lists *all* problems, each with its line and the nearest valid key or value.
     """
-    text = ConfigText.read(path, overrides)
-    return _checked(text) if text.has_rows else load_config(path, overrides)
+    return _checked_any(ConfigText.read(path, overrides))
+
+
+def check_any_config(values: dict[str, Any], place: str = "config") -> RunConfig | RowsConfig:
+    """The checked config of plain values, as :func:`load_any_config` makes it."""
+    return _checked_any(ConfigText(values, place))
 
 
 def check_rows_config(values: dict[str, Any], place: str = "config") -> RowsConfig:
-    """The checked config of plain values, as :func:`load_any_config` makes it."""
+    """The same, which must be of a run on rows."""
     return _checked(ConfigText(values, place))
+
+
+def _checked_any(text: ConfigText) -> RunConfig | RowsConfig:
+    return _checked(text) if text.has_rows else text.questions()
 
 
 def _checked(text: ConfigText) -> RowsConfig:

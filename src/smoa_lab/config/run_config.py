@@ -140,6 +140,10 @@ class ConfigText:
         data = self.values.get("data")
         return isinstance(data, dict) and "tasks" not in data and bool(data.keys() & {"train", "hub"})
 
+    def questions(self) -> RunConfig:
+        """The checked run on questions."""
+        return self.checked(RunConfig, TrainingArguments, {})
+
     def checked(self, target: type[AnyRun], training_class: type[Any], defaults: dict[str, Any]) -> AnyRun:
         """The run, its training block laid over ``defaults``; raises ConfigError with all problems."""
         values, training = self.values, self.values.get("training")
@@ -163,12 +167,12 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     text = ConfigText.read(path, overrides)
     if text.has_rows:
         raise ConfigError(f"{path}: trains on rows (data.train or data.hub); this command takes questions (data.tasks)")
-    return text.checked(RunConfig, TrainingArguments, {})
+    return text.questions()
 
 
 def check_config(values: dict[str, Any], place: str = "config") -> RunConfig:
     """The checked RunConfig of plain values, as :func:`load_config` makes it."""
-    return ConfigText(values, place).checked(RunConfig, TrainingArguments, {})
+    return ConfigText(values, place).questions()
 
 
 def _line(path: tuple[str, ...], lines: dict[tuple[str, ...], int]) -> int:

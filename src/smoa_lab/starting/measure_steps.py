@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from smoa_lab.config.rows_config import RowsConfig, check_rows_config
-from smoa_lab.config.run_config import RunConfig, check_config
+from smoa_lab.config.rows_config import check_any_config
 from smoa_lab.starting.proposal import Proposal
 from smoa_lab.training.run_folder import peak_memory
 from smoa_lab.training.train_run import open_lesson
@@ -66,11 +65,6 @@ def measure(proposal: Proposal) -> tuple[Proposal, Measured]:
         logger.info("Out of memory; trying again with batches of %d", proposal.rows)
 
 
-def checked(values: dict[str, Any]) -> RowsConfig | RunConfig:
-    """The config of plain values, on rows or on questions."""
-    return check_config(values) if "tasks" in values["data"] else check_rows_config(values)
-
-
 def ran_out_of_memory(error: RuntimeError | MemoryError) -> bool:
     """A CPU's allocator raises a plain RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
@@ -81,7 +75,7 @@ def _three_steps(proposal: Proposal) -> Measured:
         values = proposal.values(folder)
         training = {key: value for key, value in values["training"].items() if key != "num_train_epochs"}
         short = {"max_steps": STEPS, "save_strategy": "no", "logging_steps": STEPS}
-        lesson = open_lesson(checked({**values, "training": {**training, **short}}))
+        lesson = open_lesson(check_any_config({**values, "training": {**training, **short}}))
         clock = StepClock()
         arguments = lesson.arguments()
         logger.info("Measuring %d steps", STEPS)

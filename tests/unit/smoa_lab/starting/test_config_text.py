@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from smoa_lab.config.rows_config import load_any_config
+from smoa_lab.config.rows_config import check_any_config, load_any_config
 from smoa_lab.config.yaml_text import parse_yaml
 from smoa_lab.starting.config_text import config_text, duration, expected, plain_report
-from smoa_lab.starting.measure_steps import Measured, checked
+from smoa_lab.starting.measure_steps import Measured
 from smoa_lab.starting.proposal import Proposal
 from tests.support.proposals import MACHINE, QUESTIONS, ROWS, proposal
 
@@ -36,7 +36,7 @@ def test_the_file_says_exactly_what_was_chosen(tmp_path: Path, case: str) -> Non
     file.write_text(config_text(file, chosen, MACHINE, MEASURED))
     values = chosen.values("runs/mine")
     assert parse_yaml(file.read_text(), file) == values
-    assert load_any_config(file) == checked(values)
+    assert load_any_config(file) == check_any_config(values)
 
 
 @pytest.mark.parametrize("case", PROPOSALS)
