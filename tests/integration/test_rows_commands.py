@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from smoa_lab.cli.main import app
+from smoa_lab.rows.faults import Fault
 from smoa_lab.rows.formats import recognise, shape
 from smoa_lab.rows.plain_examples import content_digest
-from smoa_lab.rows.row_files import Fault, read_rows
+from smoa_lab.rows.row_files import read_rows
 from tests.support.own_rows import rows_base, rows_values
 from tests.support.processes import ROOT
 

@@ -10,7 +10,8 @@ from typing import Any, Literal
 from smoa.errors import DataError
 from smoa_lab.basics.section import Section
 from smoa_lab.data.records import Record, choice_record
-from smoa_lab.rows.row_files import Fault, read_rows
+from smoa_lab.rows.faults import Fault
+from smoa_lab.rows.row_files import read_rows
 
 Family = Literal["commonsense", "maths", "dialogue", "text"]
 

@@ -96,16 +96,11 @@ class Lesson(ABC):
         """What training loses by cutting, where :meth:`account` does not have it."""
         return {}
 
+    @foreign_warnings_ignored()
     def fit(
         self, arguments: TrainingArguments, checkpoint: str | None, *watching: TrainerCallback
     ) -> tuple[Any, Trainer, float]:
         """The trained model, its trainer, and the seconds that training took."""
-        with foreign_warnings_ignored():
-            return self._fit(arguments, checkpoint, watching)
-
-    def _fit(
-        self, arguments: TrainingArguments, checkpoint: str | None, watching: Sequence[TrainerCallback]
-    ) -> tuple[Any, Trainer, float]:
         set_seed(arguments.seed)  # the adapter's factors are drawn here
         peft_config = METHODS[self.config.method].peft_config(self.config.adapter)
         model: Any = self.base if peft_config is None else get_peft_model(self.base, peft_config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -12,8 +11,6 @@ from smoa_lab.data.sources.general_text import describe, passages
 from smoa_lab.lessons.lesson import Stage
 from smoa_lab.scoring.forgetting import at_least, text_losses
 from smoa_lab.scoring.row_losses import Losses
-
-logger = logging.getLogger(__name__)
 
 
 class MemoryOfText:

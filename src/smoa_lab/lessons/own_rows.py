@@ -159,7 +159,7 @@ def read_rows_of(config: RowsConfig, tokenizer: PreTrainedTokenizerBase) -> tupl
     return encoder, prepare_rows(rows_wanted(config), encoder)
 
 
-def open_rows(config: RowsConfig, base: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None) -> OwnRows:
+def open_rows(config: RowsConfig) -> OwnRows:
     """Load model and rows; what cannot be loaded or trained fails here, before any work.
 
     Raises:
@@ -169,7 +169,7 @@ def open_rows(config: RowsConfig, base: tuple[PreTrainedModel, PreTrainedTokeniz
     require(rows_needs(config))
     for source in sources(config.data):
         source.check()
-    model, tokenizer = base or load_base_model(config.model)
+    model, tokenizer = load_base_model(config.model)
     encoder, rows = read_rows_of(config, tokenizer)
     require_good_rows(rows.account, config.data.skip_bad_rows)
     if not rows.account["parts"].get("train"):

@@ -16,8 +16,6 @@ from smoa_lab.basics.extras import import_package
 from smoa_lab.rows.faults import Fault, names
 from smoa_lab.rows.json_rows import RowDecoder
 
-__all__ = ["Fault", "Row", "read_rows"]
-
 Row = tuple[str, dict[str, Any] | Fault]
 """Where a row is, such as "chats.jsonl, row 12", and the row, or what keeps it from being one."""
 Numbered = Iterator[tuple[int, dict[str, Any] | Fault]]
@@ -58,7 +56,7 @@ def files_of(place: Path) -> list[Path]:
 
 
 def _is_data(entry: Path) -> bool:
-    return entry.is_file() and not entry.name.startswith(".") and _kind(entry) in READERS
+    return entry.is_file() and not entry.name.startswith(".") and is_of_known_kind(entry)
 
 
 def _checked(file: Path) -> Path:
@@ -66,7 +64,7 @@ def _checked(file: Path) -> Path:
     found = file.expanduser()
     if not found.is_file():
         raise DataError(f"{file}: no such file; give the path of a file or folder that exists")
-    if _kind(file) not in READERS or (file.suffix.lower() == ".gz" and _kind(file) == "parquet"):
+    if not is_of_known_kind(file) or (file.suffix.lower() == ".gz" and _kind(file) == "parquet"):
         raise DataError(
             f"{file}: cannot read this kind of file; use one of {', '.join(READERS)} (.gz as well, except parquet)"
         )

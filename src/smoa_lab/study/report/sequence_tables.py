@@ -65,12 +65,9 @@ def run_line(run: dict[str, Any]) -> list[str]:
     return [
         name.removeprefix("final/"),
         *(
-            _number(run[key], digits, scale)
-            for key, digits, scale in (("second_loss", 3, 1), ("second_accuracy", 1, 100))
-        ),
-        *(
-            _number(run[key], digits, scale)
-            for key, digits, scale in (("first_loss", 3, 1), ("first_accuracy", 1, 100))
+            _number(run[f"{task}_{score}"], digits, scale)
+            for task in ("second", "first")
+            for score, digits, scale in (("loss", 3, 1), ("accuracy", 1, 100))
         ),
         *(_with_error(run[key]) for key in FORGOT),
         *("–" if run[key] is None else f"{run[key]:.3g}" for key in EXPLANATIONS),
