@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from smoa_lab.rows.faults import BadRow, Fault, bad, found, names
+from smoa_lab.rows.faults import Fault, bad, found, names
 from smoa_lab.rows.turns import (
     INSTEAD,
     Message,
@@ -17,21 +17,6 @@ from smoa_lab.rows.turns import (
     parsed,
     read_turns,
 )
-
-__all__ = [
-    "COLUMNS",
-    "BadRow",
-    "Conversation",
-    "Example",
-    "Fault",
-    "Format",
-    "Message",
-    "Passage",
-    "Preference",
-    "recognise",
-    "shape",
-    "unrecognised",
-]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from dataclasses import asdict
 from hashlib import sha256
 from typing import Any
 
-from smoa_lab.rows.formats import Conversation, Example, Message, Passage, Preference
+from smoa_lab.rows.formats import Conversation, Example, Passage, Preference
+from smoa_lab.rows.turns import Message
 
 KINDS: dict[str, type[Example]] = {"conversation": Conversation, "passage": Passage, "preference": Preference}
 

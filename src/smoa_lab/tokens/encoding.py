@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from smoa.errors import DataError
 from smoa_lab.data.prompts import IGNORED
-from smoa_lab.rows.formats import Conversation, Example, Message, Passage, Preference
+from smoa_lab.rows.formats import Conversation, Example, Passage, Preference
+from smoa_lab.rows.turns import Message
 from smoa_lab.tokens.chat_templates import require_chat_template, training_template
 
 MARK = "\ue000"

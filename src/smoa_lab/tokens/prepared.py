@@ -19,7 +19,8 @@ from smoa.atomic import new_folder, write_whole
 from smoa.errors import DataError
 from smoa_lab.basics.cache import cache_folder
 from smoa_lab.basics.extras import import_package
-from smoa_lab.rows.formats import BadRow, Example, Fault, Format, recognise, shape, unrecognised
+from smoa_lab.rows.faults import BadRow, Fault
+from smoa_lab.rows.formats import Example, Format, recognise, shape, unrecognised
 from smoa_lab.rows.plain_examples import content_digest, plain_example, read_examples
 from smoa_lab.rows.sources import Source
 from smoa_lab.tokens.account import RowsAccount

@@ -9,8 +9,9 @@ import torch
 from datasets import Dataset
 
 from smoa_lab.lessons.row_looks import RowLooks
-from smoa_lab.rows.formats import Example, Message, Passage, Preference
+from smoa_lab.rows.formats import Example, Passage, Preference
 from smoa_lab.rows.plain_examples import plain_example
+from smoa_lab.rows.turns import Message
 from smoa_lab.tokens.encoding import RowEncoder
 from tests.support.own_rows import MARKED, tiny_chat_model, tokenizer_with
 

@@ -6,20 +6,10 @@ from typing import Any
 
 import pytest
 
-from smoa_lab.rows.formats import (
-    BadRow,
-    Conversation,
-    Example,
-    Fault,
-    Format,
-    Message,
-    Passage,
-    Preference,
-    recognise,
-    shape,
-    unrecognised,
-)
+from smoa_lab.rows.faults import BadRow, Fault
+from smoa_lab.rows.formats import Conversation, Example, Format, Passage, Preference, recognise, shape, unrecognised
 from smoa_lab.rows.row_files import read_rows
+from smoa_lab.rows.turns import Message
 
 EXAMPLES = Path(__file__).parents[4] / "examples" / "data"
 SYSTEM = {"role": "system", "content": "Be kind."}

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from smoa_lab.rows.formats import Conversation, Message, Passage, Preference
+from smoa_lab.rows.formats import Conversation, Passage, Preference
 from smoa_lab.rows.plain_examples import content_digest, example_of, plain_example, read_examples
+from smoa_lab.rows.turns import Message
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from smoa.errors import DataError
-from smoa_lab.rows.faults import Fault
-from smoa_lab.rows.formats import BadRow, Format, recognise, shape, unrecognised
+from smoa_lab.rows.faults import BadRow, Fault
+from smoa_lab.rows.formats import Format, recognise, shape, unrecognised
 from smoa_lab.rows.row_files import read_rows
 from tests.support.damaged_bytes import Damaged, json_row, parquet_table
 from tests.support.damaged_rows import damaged_files
