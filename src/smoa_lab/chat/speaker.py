@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from smoa import cached_weights
 from smoa.errors import DataError, SmoaError
 from smoa_lab.basics.nearest import nearest
+from smoa_lab.models.base_models import positions_of
 from smoa_lab.models.packaged_models import packaged_name
 from smoa_lab.runs.open_run import adapter_of_run, base_name
 from smoa_lab.scoring.mode import scoring
@@ -135,7 +136,7 @@ class Speaker:
 
     def excess(self, messages: Sequence[Message]) -> int:
         """By how many tokens the messages and the longest answer exceed the model's positions."""
-        positions = getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
+        positions = positions_of(self.base.config)
         wanted = self.tokens(messages)["input_ids"].shape[1] + self.writing.max_new_tokens
         return 0 if positions is None else max(0, wanted - positions)
 

@@ -25,7 +25,7 @@ from smoa_lab.config.methods import METHODS
 from smoa_lab.config.rows_config import RowsConfig, RowsSection, check_training_keys, training_class
 from smoa_lab.lessons.lesson import Lesson, checked_arguments
 from smoa_lab.lessons.row_looks import RowLooks
-from smoa_lab.models.base_models import load_base_model
+from smoa_lab.models.base_models import load_base_model, positions_of
 from smoa_lab.models.needs import rows_needs
 from smoa_lab.rows.sources import FileSource, HubSource, Source
 from smoa_lab.scoring.row_losses import Losses
@@ -98,7 +98,7 @@ class OwnRows(Lesson):
 
     def _check_length(self) -> None:
         """Beyond its positions a model fails, or writes nonsense."""
-        positions = getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
+        positions = positions_of(self.base.config)
         wanted = self.rows.account["max_length"] or math.inf
         longest = min(wanted, self.rows.account["tokens"]["longest"])
         if positions is not None and longest > positions:
@@ -159,6 +159,15 @@ def read_rows_of(config: RowsConfig, tokenizer: PreTrainedTokenizerBase) -> tupl
     return encoder, prepare_rows(rows_wanted(config), encoder)
 
 
+def trainable_rows_of(config: RowsConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[RowEncoder, PreparedRows]:
+    """The same; raises DataError if bad ones are not to be skipped, or none is left to train on."""
+    encoder, rows = read_rows_of(config, tokenizer)
+    require_good_rows(rows.account, config.data.skip_bad_rows)
+    if not rows.account["parts"].get("train"):
+        raise DataError(f"data: {sources(config.data)[0].name} leaves no rows to train on: {rows.account['parts']}")
+    return encoder, rows
+
+
 def open_rows(config: RowsConfig) -> OwnRows:
     """Load model and rows; what cannot be loaded or trained fails here, before any work.
 
@@ -170,10 +179,7 @@ def open_rows(config: RowsConfig) -> OwnRows:
     for source in sources(config.data):
         source.check()
     model, tokenizer = load_base_model(config.model)
-    encoder, rows = read_rows_of(config, tokenizer)
-    require_good_rows(rows.account, config.data.skip_bad_rows)
-    if not rows.account["parts"].get("train"):
-        raise DataError(f"data: {sources(config.data)[0].name} leaves no rows to train on: {rows.account['parts']}")
+    encoder, rows = trainable_rows_of(config, tokenizer)
     if rows.account["format"] != "text" and tokenizer.chat_template:
         stop_at_turns_end(model, tokenizer)
     return OwnRows(config, model, tokenizer, encoder, rows)

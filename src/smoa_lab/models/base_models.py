@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     modeling_gguf_pytorch_utils,
@@ -90,6 +91,12 @@ def _explained(wanted: ModelSection) -> Iterator[None]:
             f"model.name: cannot load {wanted.name!r}: {error}. "
             f"Give a Hub id, a folder with config.json and weights, a .gguf file, or one of {sorted(PACKAGED_MODELS)}"
         ) from error
+
+
+def positions_of(config: PretrainedConfig) -> int | None:
+    """How many tokens a model takes; None where its positions are not limited."""
+    positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions
 
 
 def locate(name: str) -> tuple[str, str | None]:

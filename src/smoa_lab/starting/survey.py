@@ -5,17 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from smoa.errors import ConfigError
 from smoa_lab.basics.extras import require
 from smoa_lab.config.rows_config import check_rows_config
 from smoa_lab.config.run_config import DataSection, ModelSection, TaskSection
 from smoa_lab.data.tasks import TASKS, find_task, task_needs
-from smoa_lab.lessons.own_rows import read_rows_of, sources
-from smoa_lab.models.base_models import load_tokenizer
+from smoa_lab.lessons.own_rows import sources, trainable_rows_of
+from smoa_lab.models.base_models import load_tokenizer, positions_of
 from smoa_lab.rows.formats import Conversation, Example, Preference
 from smoa_lab.rows.sources import source_values
 from smoa_lab.runs.budget_choices import ALL_LINEAR, Shapes, empty_model, shapes_of
-from smoa_lab.tokens.account import require_good_rows
 
 STEP = 64
 """Tokens: a row is cut at a multiple of it."""
@@ -65,7 +63,7 @@ def look_at_model(name: str) -> ModelFacts:
         name,
         sum(parameter.numel() for parameter in empty.parameters()),
         shapes_of(empty, (ALL_LINEAR,), name),
-        getattr(config, "max_position_embeddings", None),
+        positions_of(empty.config),
         config.num_hidden_layers,
         config.hidden_size,
         getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
@@ -102,11 +100,8 @@ def _rows(place: str, model: ModelFacts) -> DataFacts:
     data = {**source_values(place), "chat_template": lent}
     training = {"max_length": model.context}
     config = check_rows_config({"model": {"name": model.name}, "data": data, "training": training}, place)
-    _, rows = read_rows_of(config, tokenizer)
-    require_good_rows(rows.account, skip=False)
+    _, rows = trainable_rows_of(config, tokenizer)
     account = rows.account
-    if not account["parts"].get("train"):
-        raise ConfigError(f"data: {place} leaves no rows to train on: {account['parts']}")
     template = {"chat_template": lent} if lent and _has_turns(rows.examples("train", 1)[0]) else {}
     return DataFacts(
         {**source_values(place), "format": account["format"], **template, "test_part": config.data.test_part},
