@@ -13,7 +13,7 @@ from smoa_lab.config.run_config import RunConfig
 from smoa_lab.data.prompts import Encoded, PromptEncoder
 from smoa_lab.data.selection import Selection
 from smoa_lab.lessons.lesson import Lesson, checked_arguments
-from smoa_lab.lessons.stages import Stages
+from smoa_lab.lessons.question_looks import QuestionLooks
 from smoa_lab.models.base_models import load_base_model
 from smoa_lab.models.needs import input_needs
 from smoa_lab.scoring.answer_loss import AnswerTrainer, collate
@@ -38,8 +38,8 @@ class Questions(Lesson):
     def arguments(self) -> TrainingArguments:
         return checked_arguments(TrainingArguments(**self.config.training))
 
-    def looks(self, alone: bool) -> Stages:
-        return Stages(self.encoder, self.records.test, self.config.task, alone)
+    def looks(self, alone: bool) -> QuestionLooks:
+        return QuestionLooks(self.encoder, self.records.test, self.config.task, alone)
 
     def trainer(self, model: Any, arguments: Any, **options: Any) -> Trainer:
         return AnswerTrainer(

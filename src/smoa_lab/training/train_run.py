@@ -18,8 +18,8 @@ from smoa_lab.config.methods import METHODS
 from smoa_lab.config.rows_config import RowsConfig
 from smoa_lab.config.run_config import RunConfig
 from smoa_lab.drawing.plots import draw_run
+from smoa_lab.lessons.forgotten_text import ForgottenText
 from smoa_lab.lessons.lesson import Lesson
-from smoa_lab.lessons.memory_of_text import MemoryOfText
 from smoa_lab.lessons.own_rows import open_rows
 from smoa_lab.lessons.questions import prepare
 from smoa_lab.models.needs import text_needs, training_needs
@@ -50,25 +50,25 @@ def train(config: RunConfig | RowsConfig, lesson: Lesson | None = None) -> dict[
     folder.check(text)
     lesson = lesson or open_lesson(config)
     arguments = lesson.arguments()
-    memory = MemoryOfText(config.forgetting, lesson.tokenizer)
+    forgotten = ForgottenText(config.forgetting, lesson.tokenizer)
     checkpoint = folder.start(text)
     with folder.logging():
         if checkpoint:
             logger.info("Resuming from %s", checkpoint)
-        return _run(lesson, arguments, memory, folder, checkpoint)
+        return _run(lesson, arguments, forgotten, folder, checkpoint)
 
 
 def _run(
-    lesson: Lesson, arguments: TrainingArguments, memory: MemoryOfText, folder: RunFolder, checkpoint: str | None
+    lesson: Lesson, arguments: TrainingArguments, forgotten: ForgottenText, folder: RunFolder, checkpoint: str | None
 ) -> dict[str, Any]:
     if arguments.process_index > 0:
         logging.getLogger("smoa_lab").setLevel(logging.WARNING)  # rank 0 logs the rest
     looks = lesson.looks(alone=arguments.world_size == 1)
     looks.look(lesson.base, "before")
-    memory.look(lesson.base, "before")
+    forgotten.look(lesson.base, "before")
     model, trainer, seconds = lesson.fit(arguments, checkpoint)
     looks.look(model, "after")
-    memory.look(model, "after")
+    forgotten.look(model, "after")
     metrics = {
         "format": 1,
         "config": portable(lesson.config.model_dump(mode="json")),
@@ -86,7 +86,7 @@ def _run(
         },
         "evaluation": looks.evaluation,
         "gain": looks.gain,
-        "forgetting": memory.forgotten,
+        "forgetting": forgotten.metrics,
         "samples": looks.samples,
         "history": trainer.state.log_history,
     }

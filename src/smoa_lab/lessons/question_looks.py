@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 NEW_TOKENS = 24
 
 
-class Stages(Looks):
+class QuestionLooks(Looks):
     """Looks at a model before and after training. The model writes answers to the first ``task.samples`` records,
     unless it is spread over several processes (``alone`` is false)."""
 

@@ -7,19 +7,19 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from smoa_lab.config.run_config import ForgettingSection
-from smoa_lab.lessons.memory_of_text import MemoryOfText
+from smoa_lab.lessons.forgotten_text import ForgottenText
 from tests.support import lab
 
 
 def test_what_is_forgotten_is_the_change_of_the_loss_on_the_same_text(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(lab.tiny_base(tmp_path))
-    memory = MemoryOfText(ForgettingSection(tokens=600), lab.byte_tokenizer())
-    memory.look(model, "before")
-    assert memory.forgotten is None
+    forgotten = ForgottenText(ForgettingSection(tokens=600), lab.byte_tokenizer())
+    forgotten.look(model, "before")
+    assert forgotten.metrics is None
     with torch.no_grad():
         model.lm_head.weight.zero_()  # every byte is as likely as any other
-    memory.look(model, "after")
-    found = memory.forgotten
+    forgotten.look(model, "after")
+    found = forgotten.metrics
     assert found is not None
     assert found["after"] == pytest.approx(torch.tensor(float(model.config.vocab_size)).log().item(), rel=1e-5)
     assert found["change"] == pytest.approx(found["after"] - found["before"])
@@ -29,7 +29,7 @@ def test_what_is_forgotten_is_the_change_of_the_loss_on_the_same_text(tmp_path: 
 
 
 def test_nothing_is_measured_where_no_tokens_are_asked_for(tmp_path: Path) -> None:
-    memory = MemoryOfText(ForgettingSection(text="no/such/file", tokens=0), lab.byte_tokenizer())
-    memory.look(None, "before")
-    memory.look(None, "after")
-    assert memory.forgotten is None
+    forgotten = ForgottenText(ForgettingSection(text="no/such/file", tokens=0), lab.byte_tokenizer())
+    forgotten.look(None, "before")
+    forgotten.look(None, "after")
+    assert forgotten.metrics is None

@@ -13,7 +13,7 @@ from smoa_lab.scoring.forgetting import at_least, text_losses
 from smoa_lab.scoring.row_losses import Losses
 
 
-class MemoryOfText:
+class ForgottenText:
     """Looks at a model before and after training. The text is read at once: a mistake in the config shows before any
     work."""
 
@@ -28,7 +28,7 @@ class MemoryOfText:
             self.losses[stage] = text_losses(model, self.tokenizer, self.texts)
 
     @property
-    def forgotten(self) -> dict[str, Any] | None:
+    def metrics(self) -> dict[str, Any] | None:
         """For ``metrics.json``: the losses in nats per token, and their change with its standard error, paired by
         passage; None if it was not measured."""
         if len(self.losses) < 2:
