@@ -16,8 +16,7 @@ import yaml
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from smoa_lab.config.rows_config import check_rows_config
-from smoa_lab.config.run_config import check_config
+from smoa_lab.config.rows_config import check_any_config
 from smoa_lab.training import train_run
 from tests.integration.workers.strategies import adapted, labels, layers, micro_batches, train_alone, with_biases
 from tests.support import lab, own_rows, tiny_models
@@ -198,7 +197,6 @@ def test_accelerate_launch_gives_the_curve_of_one_process_with_twice_the_accumul
         "adapter": {"r": 4, "num_blocks": 2, "target_modules": ["q_proj", "v_proj"]},  # dropout would differ
         "data": {"tasks": ["arc_easy"], "train_examples": 24, "validation_examples": 2},
         "training": {
-            "output_dir": str(tmp_path / "two"),
             "max_steps": 6,
             "per_device_train_batch_size": 2,
             "learning_rate": 0.01,
@@ -206,18 +204,10 @@ def test_accelerate_launch_gives_the_curve_of_one_process_with_twice_the_accumul
             "use_cpu": True,
         },
     }
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    launch_two(tmp_path / "config.yaml")
-
-    config["training"] |= {"output_dir": str(tmp_path / "one"), "gradient_accumulation_steps": 2}
-    one = train_run.train(check_config(config))
-    two = json.loads((tmp_path / "two" / "metrics.json").read_text())
-    assert (one["training"]["processes"], two["training"]["processes"]) == (1, 2)
+    one, two = trained_by_one_and_by_two(config, tmp_path)
     curves = [[entry["loss"] for entry in run["history"] if "loss" in entry] for run in (two, one)]
     assert len(curves[0]) == 6
     assert curves[0] == pytest.approx(curves[1], rel=CURVE_TOLERANCE)
-    saved, expected = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("two", "one"))
-    assert_same_adapter(saved, expected)
 
 
 @pytest.mark.slow  # three Python processes that import everything
@@ -226,20 +216,28 @@ def test_so_does_it_on_rows(kind: str, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
     rows = own_rows.write_rows(tmp_path / "rows.jsonl", (own_rows.chats if kind == "messages" else own_rows.pairs)(24))
     base = own_rows.rows_base(tmp_path / "base")
-    training = {"output_dir": str(tmp_path / "two"), "max_steps": 4, "learning_rate": 0.01}
+    training = {"max_steps": 4, "learning_rate": 0.01}
     config = own_rows.rows_values(tmp_path, rows, base, data={"test_part": 0.2}, training=training)
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    launch_two(tmp_path / "config.yaml")
-
-    config["training"] |= {"output_dir": str(tmp_path / "one"), "gradient_accumulation_steps": 2}
-    one = train_run.train(check_rows_config(config))
-    two = json.loads((tmp_path / "two" / "metrics.json").read_text())
-    assert (one["training"]["processes"], two["training"]["processes"]) == (1, 2)
+    one, two = trained_by_one_and_by_two(config, tmp_path)
     assert own_rows.losses(two) == pytest.approx(own_rows.losses(one), rel=CURVE_TOLERANCE)
     assert two["data"] == one["data"]
     assert two["evaluation"]["before"] == one["evaluation"]["before"]
-    saved, expected = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("two", "one"))
+
+
+def trained_by_one_and_by_two(config: dict[str, Any], folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The metrics of one process with twice the accumulation, and of two, whose adapters are the same; in folders of
+    these names."""
+    config["training"]["output_dir"] = str(folder / "two")
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    launch_two(folder / "config.yaml")
+
+    config["training"] |= {"output_dir": str(folder / "one"), "gradient_accumulation_steps": 2}
+    one = train_run.train(check_any_config(config))
+    two = json.loads((folder / "two" / "metrics.json").read_text())
+    assert (one["training"]["processes"], two["training"]["processes"]) == (1, 2)
+    saved, expected = (load_file(folder / name / "adapter" / "adapter_model.safetensors") for name in ("two", "one"))
     assert_same_adapter(saved, expected)
+    return one, two
 
 
 def launch_two(config: Path) -> None:

@@ -39,8 +39,13 @@ def long_rows() -> Iterator[Damaged]:
         "quote.csv": (f'text\n"{LONG}'.encode(), "line 2: unexpected end of data; check the quotes"),
         "deep.jsonl": (b'{"messages": ' + b"[" * 10**6, "row 1: line 1 is not JSON (nested too deeply)"),
     }
+    for name, content, expected in _files(cases, "gz"):
+        yield name, gzip.compress(content, compresslevel=1), expected
+
+
+def _files(cases: dict[str, tuple[bytes, str]], ending: str) -> Iterator[Damaged]:
     for name, (content, expected) in cases.items():
-        yield f"{name}.gz", gzip.compress(content, compresslevel=1), expected
+        yield f"{name}.{ending}", content, expected
 
 
 def bad_lines() -> Iterator[Damaged]:
@@ -59,8 +64,8 @@ def bad_lines() -> Iterator[Damaged]:
         "twice": (b'{"text": "a", "text": "b"}', "row 2: text: line 2 has this key twice in one object; keep one"),
         "digits": (b'{"text": ' + b"1" * 5000 + b"}", "row 2: line 2 is not JSON (a number has thousands of digits)"),
     }
-    for name, (line, expected) in cases.items():
-        yield f"{name}.jsonl", good + line, expected
+    for name, line, expected in _files(cases, "jsonl"):
+        yield name, good + line, expected
 
 
 def bad_lists() -> Iterator[Damaged]:
@@ -78,8 +83,7 @@ def bad_lists() -> Iterator[Damaged]:
         "numbers": (b"[1]", "row 1: item 1 is not a JSON object but the number 1; expected an object"),
         "twice": (b'[{"text": "a", "text": "b"}]', "row 1: text: item 1 has this key twice in one object"),
     }
-    for name, (content, expected) in cases.items():
-        yield f"{name}.json", content, expected
+    yield from _files(cases, "json")
 
 
 def bad_csv() -> Iterator[Damaged]:
@@ -97,8 +101,7 @@ def bad_csv() -> Iterator[Damaged]:
         "python": (b"messages\n\"[{'role': 'user'}]\"\n", "row 1: messages: found \"[{'role': 'user'}]\", expected a"),
         "old-mac": (b"text\ra\rb\r", "line 1: new-line character seen in unquoted field"),
     }
-    for name, (content, expected) in cases.items():
-        yield f"{name}.csv", content, expected
+    yield from _files(cases, "csv")
 
 
 def bad_parquet() -> Iterator[Damaged]:
