@@ -64,6 +64,7 @@ figures: $(VENV)/.demo-installed  ## redraw the figures in docs/images
 	$(BIN)/python docs/figures/idea.py
 	$(BIN)/python docs/figures/conversion.py
 	$(BIN)/python docs/figures/precision.py
+	$(BIN)/python docs/figures/rates.py
 	$(BIN)/python docs/figures/weight_sizes.py
 
 clean:  ## remove .venv and the files of tools
