@@ -1,1 +1,1 @@
-"""Plots and HTML pages."""
+"""Plots, HTML pages, and tables in Markdown."""

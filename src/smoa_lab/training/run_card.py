@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 from peft import PeftConfig
@@ -10,6 +9,7 @@ from peft import PeftConfig
 from smoa.files.adapter_card import adapter_card
 from smoa.files.named_base import NamedBase
 from smoa_lab.config.yaml_text import to_yaml
+from smoa_lab.drawing.markdown_tables import markdown_table
 from smoa_lab.training.samples import samples_text
 
 SECTIONS = """{results}{data}
@@ -56,7 +56,8 @@ def _results(evaluation: dict[str, Any]) -> str:
     ]
     before = "before → after training" if len(stages) == 2 else "after training"
     tokens = "trained token" if of_rows else "token of the gold answers"
-    table = _table((*([] if of_rows else ["task"]), what, "loss", columns[1]), rows)
+    header = (*([] if of_rows else ["task"]), what, "loss", columns[1])
+    table = markdown_table(header, rows, ["---"] * len(header))
     return f"## Results\n\nOn held-out {what}, {before}; the loss is in nats per {tokens}.\n\n{table}\n\n"
 
 
@@ -100,9 +101,4 @@ def _tasks(account: dict[str, Any]) -> str:
         (name, task["source"], *(f"{task[part]:,}" for part in ("train", "validation", "test")))
         for name, task in account.items()
     ]
-    return _table(("task", "source", "train", "validation", "test"), rows)
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    return markdown_table(("task", "source", "train", "validation", "test"), rows, ["---"] * 5)

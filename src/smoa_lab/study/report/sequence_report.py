@@ -9,6 +9,7 @@ from typing import Any
 
 from smoa.atomic import write_whole
 from smoa.errors import DataError
+from smoa_lab.drawing.markdown_tables import markdown_table
 from smoa_lab.drawing.pages import anchor, figure, page, paragraph, section, table
 from smoa_lab.drawing.plots import save_figure
 from smoa_lab.study.packing import PACK, shell_command
@@ -110,19 +111,14 @@ def _readme(study: Study, summary: dict[str, Any]) -> str:
         before_sentence(summary["before"]),
         f"![What was kept against what was learned](frontier.png)\n\n{CAPTION}",
         f"## First task at equal learning of the second\n\n{EQUAL}",
-        _markdown(EQUAL_HEADER, equal_lines(summary)),
+        markdown_table(EQUAL_HEADER, equal_lines(summary)),
         f"## Explanations\n\n{EXPLAINED}",
-        _markdown(EXPLAINED_HEADER, explained_lines(summary)),
+        markdown_table(EXPLAINED_HEADER, explained_lines(summary)),
         "## Runs",
-        _markdown(RUNS_HEADER, [run_line(run) for run in summary["runs"]]),
+        markdown_table(RUNS_HEADER, [run_line(run) for run in summary["runs"]]),
         _missing(study, summary),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
-
-
-def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rows = [f"| {' | '.join(cells)} |" for cells in (header, *lines)]
-    return "\n".join([rows[0], f"|---|{'--:|' * (len(header) - 1)}", *rows[1:]])
 
 
 def _html(study: Study, summary: dict[str, Any], drawn: Any) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from smoa.atomic import write_whole
 from smoa.errors import DataError
+from smoa_lab.drawing.markdown_tables import markdown_table
 from smoa_lab.study.comparison import stored_search
 from smoa_lab.study.packing import PACK, shell_command
 from smoa_lab.study.report.pictures import draw_differences, draw_searches
@@ -104,22 +105,22 @@ def _table(rows: list[Row], budget: str) -> str:
     reference = rows[0].reference
     names = ["entry", "trained", "lr", "runs", "seeds", "loss", "accuracy %"]
     names += [f"loss − {reference}", "", f"accuracy % − {reference}", "", "elsewhere", "s"]
-    header = f"| {' | '.join(names)} |\n|---|{'--:|' * 7}---|--:|---|--:|--:|"
-    return "\n".join([f"## Budget: {budget}\n", header, *(_line(row) for row in rows)])
+    marks = ["---", *["--:"] * 7, "---", "--:", "---", "--:", "--:"]
+    return f"## Budget: {budget}\n\n" + markdown_table(names, map(_cells, rows), marks)
 
 
 def _tasks(rows: list[Row], budget: str, untouched: dict[str, Any] | None) -> str:
     cells = accuracy_by_task(rows, untouched)
     if not cells:
         return ""
-    header, *lines = [f"| {' | '.join(line)} |" for line in cells]
-    return "\n".join([f"### {BY_TASK}: {budget}\n", header, f"|---|{'--:|' * (len(cells[0]) - 1)}", *lines])
+    header, *lines = cells
+    return f"### {BY_TASK}: {budget}\n\n" + markdown_table(header, lines)
 
 
-def _line(row: Row) -> str:
+def _cells(row: Row) -> list[str]:
     search = row.search
     rate = "" if search is None else f"{search.learning_rate:g}{'' if search.interior else ' !'}"
-    cells = [
+    return [
         row.entry,
         f"{row.parameters:,}",
         rate,
@@ -132,7 +133,6 @@ def _line(row: Row) -> str:
         "–" if row.elsewhere is None else f"{row.elsewhere:.3f}",
         "–" if row.seconds is None else f"{row.seconds:.0f}",
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def _difference(row: Row, found: Difference | None, scale: float, digits: int) -> tuple[str, str]:
