@@ -18,16 +18,13 @@ from smoa.layers.distributed import gather_for, partition_from_state_dict, parti
 from smoa.layers.layer import SmoaLayer
 from smoa.layers.undo import DiagonalBlocks
 from smoa.layers.weight_cache import BLOCKS, WHOLE, KeptUpdate, WeightCache
+from smoa.maths.kernels.choice import prefers_apart
 from smoa.maths.kernels.operators import is_transformed, multiplies_exactly
 from smoa.maths.modulations import MODULATIONS
 from smoa.maths.update import Update
 
 if TYPE_CHECKING:
     from peft.utils.quantization_utils import QuantizationBackend
-
-FUSED_MIN_TOKENS = 64
-APART_MIN_BLOCKS = 8
-"""Without gradients, fewer tokens on at least so many blocks are faster apart (measured: docs/experiment-log.md)."""
 
 
 class Linear(nn.Module, SmoaLayer):
@@ -218,9 +215,7 @@ class Linear(nn.Module, SmoaLayer):
         weight = self.stored_weight()
         if weight.dtype != x.dtype or weight.requires_grad or is_transformed(x, *self.factors(adapter_name)):
             return False
-        if self.route == "fused" or torch.is_grad_enabled():
-            return True
-        return len(self.ranks[adapter_name]) < APART_MIN_BLOCKS or x.shape[:-1].numel() >= FUSED_MIN_TOKENS
+        return self.route == "fused" or not prefers_apart(self.blocks(adapter_name), x.shape[:-1].numel())
 
     def __repr__(self) -> str:
         return f"smoa.{super().__repr__()}"
