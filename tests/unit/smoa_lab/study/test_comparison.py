@@ -6,7 +6,7 @@ import pytest
 
 from smoa.errors import ConfigError
 from smoa_lab.config.run_config import RunConfig
-from smoa_lab.study.comparison import Comparison, stored_search, validation_loss
+from smoa_lab.study.comparison import Comparison, stored_search
 from smoa_lab.study.study_file import Study
 from smoa_lab.study.trials import Trial
 from tests.support import lab
@@ -47,9 +47,3 @@ def test_before_the_first_run_there_is_no_search(study: Study) -> None:
     assert found is not None
     assert found.losses == {0.01: None}
     assert not found.interior
-
-
-def test_a_run_with_one_question_without_a_loss_has_diverged() -> None:
-    scores = {"all": {"gold_loss": 1.5}}
-    assert validation_loss({"questions": {"nll": [1.0, 2.0]}, "scores": scores}) == 1.5
-    assert validation_loss({"questions": {"nll": [1.0, None]}, "scores": scores}) is None
