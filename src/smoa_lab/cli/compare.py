@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +19,12 @@ def compare(
     only: Annotated[
         list[str] | None, typer.Option("--only", help="Run only this entry or budget; may be repeated.")
     ] = None,
+    workers: Annotated[
+        int, typer.Option("--workers", min=1, help="Runs at a time, on this machine unless --ray-address is given.")
+    ] = 1,
+    ray_address: Annotated[
+        str | None, typer.Option("--ray-address", help="Run on the Ray cluster at this HOST:PORT, or auto.")
+    ] = None,
     report_only: Annotated[bool, typer.Option("--report-only", help="Run nothing; report the finished runs.")] = False,
     pack: Annotated[
         bool, typer.Option("--pack", help="Afterwards move all finished runs into one compressed file, runs.jsonl.gz.")
@@ -24,11 +32,13 @@ def compare(
     json: AsJson = False,
 ) -> None:
     """Tune all methods in the same way, run each with fresh seeds, and report which is better, same or worse."""
-    with reporting("accelerate", "matplotlib", "PIL", "filelock"):
+    on_ray = workers > 1 or ray_address is not None
+    with reporting("accelerate", "matplotlib", "PIL", "filelock", *(["ray"] if on_ray else [])):
         import transformers
 
         from smoa.errors import ConfigError
         from smoa_lab.study.comparison import Comparison
+        from smoa_lab.study.crews.ray_crew import RayCrew
         from smoa_lab.study.packing import pack as pack_runs
         from smoa_lab.study.report.rows import as_json, difference_cells
         from smoa_lab.study.report.sequence_report import sequence_report
@@ -36,11 +46,19 @@ def compare(
         from smoa_lab.study.report.study_report import report
         from smoa_lab.study.study_file import load_study
 
-        if only and report_only:
-            raise ConfigError("--only selects runs, and --report-only runs nothing; give only one of them")
+        if report_only and (only or on_ray):
+            raise ConfigError(
+                "--only, --workers and --ray-address are about runs, and --report-only runs nothing; leave one out"
+            )
         checked = load_study(study, overrides)
         transformers.utils.logging.set_verbosity_error()  # a line for every new classification head
-        if not report_only:
+        if on_ray:
+            with (
+                redirect_stdout(sys.stderr),
+                RayCrew(checked, workers, ray_address) as crew,
+            ):  # Ray tells of dead workers
+                Comparison(checked).run(only or [], crew)
+        elif not report_only:
             Comparison(checked).run(only or [])
         if pack:
             pack_runs(checked.folder)
