@@ -186,7 +186,7 @@ def test_what_is_to_be_run_is_not_named_where_nothing_is_run(values: dict[str, A
     arguments = ["compare", str(study_file(values, tmp_path)), "--report-only", "--only", "ours"]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 1
-    assert "--only selects runs" in done.stderr
+    assert "--report-only runs nothing" in done.stderr
 
 
 @pytest.mark.parametrize(

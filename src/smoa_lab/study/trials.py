@@ -72,10 +72,11 @@ class TrialStore:
         """
         found = self._finished(name, config)
         if found is None:
-            self._work(name).mkdir(parents=True, exist_ok=True)
-            with FileLock(self._lock(name)):
+            lock = self._lock(name)
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(lock):
                 found = self._finished(name, config) or self._run(name, run)
-            shutil.rmtree(self._work(name), ignore_errors=True)
+            lock.unlink(missing_ok=True)  # whoever waits for it, or makes a new one, finds the stored run
         return found
 
     def is_running(self, name: str) -> bool:
@@ -95,21 +96,20 @@ class TrialStore:
         return found
 
     def _run(self, name: str, run: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+        work = self.folder / "work" / name
         logger.info("%s", name)
-        result = finite(run(self._work(name)))
+        result = finite(run(work))
         seed = int(result["config"]["training"].get("seed", 0))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         result = {"format": 1, "name": name, "provenance": provenance(seed, device), **result}
         result["config"] = _comparable(result["config"])
         write_whole(self.file(name), as_line(result))
+        shutil.rmtree(work, ignore_errors=True)
         return result
-
-    def _work(self, name: str) -> Path:
-        return self.folder / "work" / name
 
     def _lock(self, name: str) -> Path:
         """Held by the process that runs the trial; the system releases it when that process dies."""
-        return self._work(name) / "running.lock"
+        return self.folder / "work" / "locks" / f"{name.replace('/', '_')}.lock"
 
     def _place(self, name: str) -> str:
         """Where a finished trial is kept, for messages."""
