@@ -32,13 +32,8 @@ OF_A_RUN = ("seconds", "provenance")
 
 def compare(folder: Path, workers: int, steps: int) -> float:
     """Seconds of the whole command."""
-    values = [
-        f"folder={folder}",
-        "shared.training.warmup_steps=2",
-        "tuning.max_runs=0",
-        f"seeds={SEEDS}",
-        f"shared.training.max_steps={steps}",
-    ]
+    training = [f"shared.training.max_steps={steps}", f"shared.training.warmup_steps={steps // 10}"]
+    values = [f"folder={folder}", "tuning.max_runs=0", f"seeds={SEEDS}", *training]
     only = [option for entry in ENTRIES for option in ("--only", entry)]
     command = [sys.executable, "-m", "smoa_lab", "compare", str(STUDY), *values, *only, "--workers", str(workers)]
     started = time.perf_counter()

@@ -76,11 +76,11 @@ class RayCrew:
 
     def _begin(self) -> None:
         self._ray = connect(self.address)
+        offers = machines(self._ray)
+        on_gpus = any(one.gpus for one in offers) and not (self.study.shared.get("training") or {}).get("use_cpu")
+        self.share = equal_share(offers, self.workers, on_gpus)
         self.place.mark.parent.mkdir(parents=True, exist_ok=True)
         self.place.mark.touch()
-        offers = machines(self._ray)
-        on_gpus = any(one.gpus for one in offers) and not self.study.shared.get("training", {}).get("use_cpu")
-        self.share = equal_share(offers, self.workers, on_gpus)
         if self.address is not None:
             self._check_machines()
         gpu = " and a GPU" if self.share.gpus else ""

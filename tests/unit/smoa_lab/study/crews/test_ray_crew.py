@@ -12,12 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 import yaml
 
+from smoa.errors import ConfigError, DataError
 from smoa_lab.study.comparison import Comparison
 from smoa_lab.study.crews.ray_crew import RayCrew
 from smoa_lab.study.study_file import Study, load_study
@@ -160,3 +162,33 @@ def test_a_study_that_is_finished_starts_no_cluster(room: Path, wanted: dict[str
     study = load_study(study_file(room, "alone"))
     with RayCrew(study, workers=2, address="nowhere:1") as crew:
         Comparison(study).run(crew=crew)
+
+
+class FailedError(Exception):
+    """What Ray raises for a task that raised ``cause``."""
+
+    cause = ConfigError("r: too large")
+
+
+@pytest.mark.parametrize(
+    ("raised", "error", "message"),
+    [
+        (FailedError(), ConfigError, "^r: too large$"),
+        (
+            OSError("The worker died.\nAll about it"),
+            DataError,
+            r"^x: its worker died 4 times \(The worker died\.\); wh",
+        ),
+    ],
+)
+def test_a_job_that_fails_ends_the_study_in_its_own_words(
+    room: Path, raised: Exception, error: type[Exception], message: str
+) -> None:
+    crew = RayCrew(load_study(study_file(room, "failed")), workers=2)
+
+    def get(task: object) -> None:
+        raise raised
+
+    crew._ray = SimpleNamespace(get=get, exceptions=SimpleNamespace(RayTaskError=FailedError, RayError=OSError))
+    with pytest.raises(error, match=message):
+        crew._result(None, "x")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import re
 import socket
 import sys
@@ -38,8 +39,8 @@ def test_an_address_that_does_not_answer_is_named_at_once(ray: SimpleNamespace, 
 
 
 def test_a_port_that_does_not_exist_is_named(ray: SimpleNamespace) -> None:
-    with pytest.raises(ConfigError, match="--ray-address head:99999: does not answer"):
-        connect("127.0.0.1:99999".replace("127.0.0.1", "head"))
+    with pytest.raises(ConfigError, match=r"--ray-address 127\.0\.0\.1:99999: does not answer"):
+        connect("127.0.0.1:99999")
 
 
 def test_where_no_cluster_is_found_the_error_says_what_to_start(ray: SimpleNamespace) -> None:
@@ -53,6 +54,19 @@ def test_without_ray_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(DataError, match=r"--workers: needs ray; run: pip install 'smoa\[cluster\]'"):
         connect(None)
+
+
+@pytest.mark.parametrize(("wanted", "set_to"), [(None, "0"), ("1", "1")])
+def test_what_is_started_here_sends_no_telemetry_unless_asked(
+    ray: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, wanted: str | None, set_to: str
+) -> None:
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", wanted or "")
+    if wanted is None:
+        monkeypatch.delenv("RAY_USAGE_STATS_ENABLED")
+    began: list[str] = []
+    ray.init = lambda address, **options: began.append(f"{address} {os.environ['RAY_USAGE_STATS_ENABLED']}")
+    assert connect(None) is ray
+    assert began == [f"local {set_to}"]
 
 
 def test_only_machines_that_are_alive_count(ray: SimpleNamespace) -> None:
