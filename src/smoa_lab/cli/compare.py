@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from smoa_lab.cli.console import print_json, print_table, reporting
 from smoa_lab.cli.options import AsJson
+
+if TYPE_CHECKING:
+    from smoa_lab.study.crews.ray_crew import RayCrew
+    from smoa_lab.study.study_file import Study
 
 
 def compare(
@@ -37,7 +42,6 @@ def compare(
         import transformers
 
         from smoa.errors import ConfigError
-        from smoa_lab.study.comparison import Comparison
         from smoa_lab.study.crews.ray_crew import RayCrew
         from smoa_lab.study.packing import pack as pack_runs
         from smoa_lab.study.report.rows import as_json, difference_cells
@@ -52,14 +56,8 @@ def compare(
             )
         checked = load_study(study, overrides)
         transformers.utils.logging.set_verbosity_error()  # a line for every new classification head
-        if on_ray:
-            with (
-                redirect_stdout(sys.stderr),
-                RayCrew(checked, workers, ray_address) as crew,
-            ):  # Ray tells of dead workers
-                Comparison(checked).run(only or [], crew)
-        elif not report_only:
-            Comparison(checked).run(only or [])
+        if not report_only:
+            _run(checked, only or [], RayCrew(checked, workers, ray_address) if on_ray else None)
         if pack:
             pack_runs(checked.folder)
         if checked.kind == "sequence":
@@ -90,3 +88,14 @@ def compare(
             ],
         )
         typer.echo(f"\nTable, figures and runs: {checked.folder}")
+
+
+def _run(study: Study, only: Sequence[str], workers: RayCrew | None) -> None:
+    """Run what is missing. Ray tells of dead workers on stdout, which is kept free for results."""
+    from smoa_lab.study.comparison import Comparison
+
+    if workers is None:
+        Comparison(study).run(only)
+        return
+    with redirect_stdout(sys.stderr), workers as crew:
+        Comparison(study).run(only, crew)
