@@ -120,6 +120,7 @@ THEMES = {
     "smoa/test_public_api.py",
     "smoa/test_quantized_models.py",
     "smoa/test_reference_adapter.py",
+    "smoa/test_towers.py",
     "smoa/test_training.py",
     "smoa/files/test_adapters_of_0_1.py",
 }
