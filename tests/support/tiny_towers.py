@@ -12,7 +12,11 @@ from transformers import (
     CLIPModel,
     ConvNextConfig,
     ConvNextForImageClassification,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
     WhisperConfig,
@@ -96,6 +100,53 @@ TOWERS = {
         ["patch_embeddings", "dwconv", "pwconv1", "pwconv2", "downsampling_layer.1"],
     ),
 }
+
+
+_TEXT = {**ATTENTION, "num_key_value_heads": 1, "vocab_size": 60, "max_position_embeddings": 64}
+
+
+def _gemma3_config() -> Gemma3Config:
+    layers = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+    text = {**_TEXT, **layers, "head_dim": 8, "query_pre_attn_scalar": 8}
+    vision = {**ATTENTION, "num_hidden_layers": 1, "image_size": 16, "patch_size": 4}
+    tokens = {"image_token_index": 59, "boi_token_index": 57, "eoi_token_index": 58}
+    return Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **tokens)
+
+
+def _qwen_config() -> Qwen2_5_VLConfig:
+    rotary = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    patches = {"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 16}
+    sizes = {"depth": 2, "hidden_size": 16, "out_hidden_size": 16, "num_heads": 2, "intermediate_size": 24}
+    tokens = {"image_token_id": 59, "video_token_id": 58, "vision_start_token_id": 57, "vision_end_token_id": 56}
+    text = {**_TEXT, "rope_parameters": rotary}
+    return Qwen2_5_VLConfig(
+        text_config=text, vision_config={**sizes, **patches, "fullatt_block_indexes": [1]}, **tokens
+    )
+
+
+def _image_and_text(pixels: Tensor, types: str, **others: Tensor) -> dict[str, Tensor]:
+    """A sentence with an image of four tokens."""
+    tokens = torch.randint(3, 50, (1, 12))
+    tokens[:, 1], tokens[:, 2:6] = 57, 59
+    return {"input_ids": tokens, "pixel_values": pixels, types: (tokens == 59).long(), "labels": tokens, **others}
+
+
+VLMS = {
+    "gemma3": Tower(
+        lambda: Gemma3ForConditionalGeneration(_gemma3_config()),
+        lambda: _image_and_text(_images()[:1], "token_type_ids"),
+        ["patch_embedding", "embed_tokens", "q_proj", "fc1"],
+    ),
+    "qwen2_5_vl": Tower(
+        lambda: Qwen2_5_VLForConditionalGeneration(_qwen_config()),
+        lambda: _image_and_text(
+            torch.randn(16, 3 * 2 * 4 * 4), "mm_token_type_ids", image_grid_thw=torch.tensor([[1, 4, 4]])
+        ),
+        ["patch_embed.proj", "embed_tokens", "q_proj", "qkv"],
+    ),
+}
+"""Language models that see. The head of both is another layer than the table."""
+TOWERS |= VLMS
 
 
 def build_tower(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peft import set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers, onload_layer
-from peft.utils import CONFIG_NAME, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils import CONFIG_NAME, INCLUDE_LINEAR_LAYERS_SHORTHAND, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -32,7 +32,7 @@ from smoa.tuner.block_choice import choose_blocks
 from smoa.tuner.combining import Combination, check_combination, check_layer, combined_config, fill_combined
 from smoa.tuner.decoding import forget_generate, watch_generate
 from smoa.tuner.mixed_batch import adapter_names_hooks
-from smoa.tuner.targets import check_target, report_narrow, weight_of
+from smoa.tuner.targets import check_target, leave_out_uncalled, report_narrow, report_towers, weight_of
 
 
 class SmoaModel(BaseTuner, StateDictHooks):
@@ -95,7 +95,10 @@ class SmoaModel(BaseTuner, StateDictHooks):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Report all unsuitable targets at once, before any module is replaced."""
+        every_linear = str(peft_config.target_modules).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
         config: Any = _maybe_include_all_linear_layers(peft_config, model)
+        if every_linear:
+            leave_out_uncalled(config, model)
         file = None if (found := incoming()) is None else found.file
         inside = tuple(name + "." for name, module in model.named_modules() if isinstance(module, SmoaLayer))
         problems: list[SmoaError] = []
@@ -110,6 +113,8 @@ class SmoaModel(BaseTuner, StateDictHooks):
                     problems.append(error)
         if problems:
             raise type(problems[0])("; ".join(map(str, problems)))
+        if every_linear and not self._loads_labels:
+            report_towers(shapes, model)
         report_narrow(shapes, config, silent=self._loads_labels or config.blocks_from_spectrum)
         self._choose_blocks(config, weights)
         decomposes = config.partition == "spectral" and not self._loads_labels

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -15,6 +16,7 @@ from smoa.files.adapter_folder import AdapterFile
 from smoa.layers.distributed import refuse_partitioned, whole
 from smoa.layers.kinds import KINDS, QUANTIZED, Kind, kind_of
 from smoa.layers.layer import SmoaLayer, as_matrix
+from smoa.layers.linear import Linear
 from smoa.layers.quantized import dequantized, find_backend
 from smoa.maths.blocks import check_num_blocks
 
@@ -84,6 +86,30 @@ def check_target(
     except PartitionError as error:
         raise PartitionError(f"{name}: {error}") from None
     return Target(kind, shape, backend)
+
+
+def leave_out_uncalled(config: SmoaConfig, model: nn.Module) -> None:
+    """Take layers that their parents never call out of the targets that "all-linear" has become."""
+    layers = (
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and Linear.refusal(module)
+    )
+    config.target_modules = set(config.target_modules or []).difference(layers)  # type: ignore[assignment]
+
+
+def report_towers(targets: Iterable[str], model: nn.Module) -> None:
+    """Name the vision and audio towers of a language model that "all-linear" adapts too, in one warning."""
+    model_config = getattr(model, "config", None)
+    owned = {type(getattr(model_config, key, None)) for key in ("vision_config", "audio_config")} - {type(None)}
+    towers = [name for name, module in model.named_modules() if type(getattr(module, "config", None)) in owned]
+    outermost = [name for name in towers if not name.startswith(tuple(f"{other}." for other in towers))]
+    counts = {name: sum(target.startswith(f"{name}.") for target in targets) for name in outermost}
+    if found := {name: count for name, count in counts.items() if count}:
+        named = ", ".join(f"{name} ({count} layers)" for name, count in found.items())
+        warnings.warn(
+            f'target_modules="all-linear" adapts {named} too, which is not part of the language model; '
+            f'to leave it out, set exclude_modules=r"({"|".join(map(re.escape, found))})\\..*"',
+            stacklevel=2,
+        )
 
 
 def report_narrow(shapes: Mapping[str, Shape], config: SmoaConfig, silent: bool = False) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from smoa.layers.conv import Convolution
 from smoa.layers.embedding import Embedding
 from smoa.layers.linear import Linear
 from tests.support.decompositions import NoDecomposition
-from tests.support.layers import layers_of, oracle_delta
+from tests.support.layers import layers_of, oracle_delta, smoa_layers
 from tests.support.tiny_towers import TOWERS, build_tower, tower_batch
 from tests.support.tolerance import assert_close
 
@@ -35,6 +36,8 @@ KINDS = {
     "clip": {Convolution, Embedding, Linear},
     "whisper": {Convolution, Embedding, Linear},
     "convnext": {Convolution, Linear},
+    "gemma3": {Convolution, Embedding, Linear},
+    "qwen2_5_vl": {Convolution, Embedding, Linear},
 }
 
 
@@ -98,7 +101,7 @@ def test_a_saved_adapter_is_merged_into_the_files_of_its_base(tower: str, tmp_pa
     expected = output(model, tower)
     model.save_pretrained(tmp_path / "adapter")
     export = merge_and_save(tmp_path / "adapter", tmp_path / "merged")
-    # Whisper's head shares its table, and transformers renames the keys of a ViT while it loads them
+    # The head of Whisper shares its table, and transformers renames keys of the others while it loads them.
     assert export.streamed == (tower in ("clip", "convnext"))
     assert len(export.loss.by_layer) == len(layers_of(model))
     merged = type(base).from_pretrained(tmp_path / "merged")
@@ -118,3 +121,19 @@ def test_a_lora_of_full_rank_says_the_same(tower: str, tmp_path: Path) -> None:
 def test_grouped_convolutions_are_not_converted_to_lora() -> None:
     with pytest.raises(TypeError, match=r"layers\.0\.dwconv.* groups"):
         convert_to_lora(adapted("convnext"), rank=2)
+
+
+@pytest.mark.parametrize(("model", "tower"), [("gemma3", "model.vision_tower"), ("qwen2_5_vl", "model.visual")])
+def test_every_linear_layer_of_a_language_model_that_sees_takes_its_eyes_too(model: str, tower: str) -> None:
+    with pytest.warns(UserWarning, match=rf'"all-linear" adapts {tower} .*exclude_modules') as found:
+        whole = get_peft_model(build_tower(model), SmoaConfig(target_modules="all-linear"))
+    pattern = re.search(r'exclude_modules=r"(.*)"$', str(found[0].message))
+    assert pattern
+    text = get_peft_model(build_tower(model), SmoaConfig(target_modules="all-linear", exclude_modules=pattern[1]))
+    names, left = smoa_layers(whole).keys(), smoa_layers(text).keys()
+    assert names - left == {name for name in names if name.startswith(tower)} != set()
+    assert not any(name.endswith("attention.out_proj") for name in names)  # of a MultiheadAttention, never called
+
+
+def test_every_linear_layer_of_an_image_classifier_warns_of_nothing() -> None:
+    get_peft_model(build_tower("vit"), SmoaConfig(target_modules="all-linear"))
