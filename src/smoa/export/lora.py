@@ -196,7 +196,7 @@ class UpdateSpectra:
         self.config: Any = model.peft_config[adapter_name]
         self.conv1d = any(layer.fan_in_fan_out for layer in layers.values())
         self.other_tensors = _other_tensors(model, adapter_name)
-        _refuse_grouped(layers, adapter_name)
+        _refuse_grouped(layers)
         self.layers = {name: BlockSpectra.of(layer, adapter_name) for name, layer in layers.items()}
         self.named = {name: partial(_named_factors, layer.get_base_layer()) for name, layer in layers.items()}
 
@@ -262,8 +262,8 @@ def convert_to_lora(
     return UpdateSpectra(model, adapter_name).to_lora(RankRule(rank, energy, error), uniform_rank)
 
 
-def _refuse_grouped(layers: Mapping[str, SmoaLayer], adapter_name: str) -> None:
-    grouped = [name for name, layer in layers.items() if not layer.supports_lora_conversion(adapter_name)]
+def _refuse_grouped(layers: Mapping[str, SmoaLayer]) -> None:
+    grouped = [name for name, layer in layers.items() if getattr(layer.get_base_layer(), "groups", 1) != 1]
     if grouped:
         raise UnsupportedModuleError(
             f"{grouped[0]} and {len(grouped) - 1} more: LoRA can't hold the update of a convolution with groups, since "

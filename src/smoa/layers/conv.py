@@ -55,8 +55,8 @@ class Convolution(AdaptedLayer):
         return y if batched.dim() == x.dim() else y[0]
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether a LoRA can be the same: with groups, LoRA mixes the channels of all of them."""
-        return bool(self.get_base_layer().groups == 1)
+        """False: PEFT's own converter knows linear layers only. `smoa.export.lora.convert_to_lora` knows this one."""
+        return False
 
 
 def _padding(base: Any) -> list[tuple[int, int]]:

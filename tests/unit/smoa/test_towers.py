@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -116,6 +117,11 @@ def test_a_lora_of_full_rank_says_the_same(tower: str, tmp_path: Path) -> None:
     convert_to_lora(model, error=0.0).save(tmp_path)
     lora = PeftModel.from_pretrained(build_tower(tower), tmp_path).eval()
     assert_close(output(lora, tower), output(model, tower))
+
+
+def test_pefts_own_converter_refuses_what_is_not_linear() -> None:
+    with pytest.raises(TypeError, match="do not support LoRA conversion"):
+        peft.convert_to_lora(adapted("vit"), rank=2)
 
 
 def test_grouped_convolutions_are_not_converted_to_lora() -> None:
