@@ -118,6 +118,7 @@ THEMES = {
     "smoa/test_narrow_layers.py",
     "smoa/test_precision.py",
     "smoa/test_public_api.py",
+    "smoa/test_published_weights.py",
     "smoa/test_quantized_models.py",
     "smoa/test_reference_adapter.py",
     "smoa/test_towers.py",

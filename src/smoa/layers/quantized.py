@@ -49,8 +49,9 @@ def find_backend(base: nn.Module, model: nn.Module) -> QuantizationBackend | Non
     weight: Any = getattr(base, "weight", None)
     if backend is None and isinstance(base, BASES) and not _is_plain(weight):
         raise UnsupportedModuleError(
-            f"SMoA can't adapt the quantized weight of a {kind}, for which PEFT has no quantization backend; quantize "
-            "it with bitsandbytes, torchao or HQQ, or load the model in float32, bfloat16 or float16"
+            f"SMoA can't adapt the quantized weight of a {kind}, for which PEFT has no quantization backend; load the "
+            "model with dequantize=True in its quantization config (FP8, MXFP4, compressed-tensors), or in float32, "
+            "bfloat16 or float16, or quantize it with bitsandbytes, torchao or HQQ"
         )
     if backend is not None and not backend.supports_merge:
         raise UnsupportedModuleError(
