@@ -1,7 +1,7 @@
 """Writes the table of what can be adapted into docs/ecosystem.md: every cell is tried, with SMoA, LoRA and HiRA.
 
-Run it with PEFT 0.21, which has all three. The rows are the kinds of `smoa.layers.kinds`, some quantized or grouped, and
-one that SMoA refuses.
+Run it with PEFT 0.21, which has all three. The rows are the kinds of `smoa.layers.kinds`, some quantized or grouped,
+and one that SMoA refuses.
 """
 
 from __future__ import annotations

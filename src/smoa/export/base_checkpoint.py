@@ -102,9 +102,12 @@ class BaseCheckpoint:
         """The model without weights, for its modules and the shapes of its parameters."""
         chosen, config = self._model_class(), self.model_config()
         with torch.device("meta"):
-            if not hasattr(chosen, "from_config"):
-                return chosen(config)  # type: ignore[no-any-return]
-            return chosen.from_config(config, trust_remote_code=self.trust_remote_code)  # type: ignore[no-any-return]
+            if hasattr(chosen, "from_config"):
+                model: PreTrainedModel = chosen.from_config(config, trust_remote_code=self.trust_remote_code)
+            else:
+                model = chosen(config)
+        model.tie_weights()  # transformers 5.0 leaves it to the load of weights
+        return model
 
     def load(self) -> PreTrainedModel:
         """The model in memory, in its own dtype, with as many tokens as the adapter's embeddings have, if any."""

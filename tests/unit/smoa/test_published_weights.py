@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -17,7 +19,10 @@ from tests.support.layers import layers_of
 from tests.support.published import DEQUANTIZED, dequantized, published
 from tests.support.tolerance import assert_close, relative_error
 
-pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")  # transformers' own
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning"),  # transformers' own
+    pytest.mark.skipif(Version(transformers.__version__) < Version("5.24"), reason="tried with transformers 5.24"),
+]
 needs_package = pytest.mark.skipif(find_spec("compressed_tensors") is None, reason="compressed-tensors is missing")
 METHODS = ["fp8", "mxfp4", pytest.param("compressed-tensors", marks=needs_package)]
 QV = ["q_proj", "v_proj"]

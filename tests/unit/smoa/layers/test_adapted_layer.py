@@ -23,10 +23,8 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def two_adapters(kind: str, dtype: torch.dtype = torch.float64) -> tuple[PeftModel, SmoaLayer]:
-    model = get_peft_model(
-        Wrapper(kind_of_layer(kind, dtype)), SmoaConfig(**SETTINGS), "one", autocast_adapter_dtype=False
-    )
-    model.add_adapter("two", SmoaConfig(**SETTINGS | {"r": 5, "num_blocks": 2}), autocast_adapter_dtype=False)
+    model = get_peft_model(Wrapper(kind_of_layer(kind, dtype)), SmoaConfig(**SETTINGS), "one")
+    model.add_adapter("two", SmoaConfig(**SETTINGS | {"r": 5, "num_blocks": 2}))
     layer = model.base_model.model.layer
     for name in ("one", "two"):
         randomise(layer, name)
