@@ -179,6 +179,12 @@ class AdaptedLayer(nn.Module, SmoaLayer):
         return f"smoa.{super().__repr__()}"
 
 
+def is_instrumented(module: nn.Module) -> bool:
+    """Whether a forward hook or a replaced forward (as in accelerate's offloading) must see the base layer's call."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in module.__dict__
+
+
 def _check_finite(merged: Tensor, names: list[str]) -> None:
     if not torch.isfinite(merged).all():
         # The first sentences are PEFT's, whose users may match them.

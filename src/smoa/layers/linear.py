@@ -11,7 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from smoa.config.adapter_config import Shape
-from smoa.layers.adapted_layer import AdaptedLayer
+from smoa.layers.adapted_layer import AdaptedLayer, is_instrumented
 from smoa.layers.weight_cache import BLOCKS, WHOLE, KeptUpdate, WeightCache
 from smoa.maths.kernels.operators import is_transformed, multiplies_exactly
 from smoa.maths.modulations import MODULATIONS
@@ -83,7 +83,7 @@ class Linear(AdaptedLayer):
         return update.apply(x, self.pristine_weight())
 
     def _cached_forward(self, cache: WeightCache, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        whole = cache.whole and self._may_add_to_weight(x.device.type) and not _is_instrumented(self.base_layer)
+        whole = cache.whole and self._may_add_to_weight(x.device.type) and not is_instrumented(self.base_layer)
         cache.retain(WHOLE if whole else BLOCKS, active)
         if whole:
             weight = cache.get((WHOLE, *active), self.state_of_update(active), lambda: self.merged_weight(active))
@@ -104,7 +104,7 @@ class Linear(AdaptedLayer):
         return dtype == torch.float64 or (dtype == torch.float32 and multiplies_exactly(device_type))
 
     def _can_fuse(self, x: Tensor, adapter_name: str) -> bool:
-        if self.route == "apart" or not self._may_add_to_weight(x.device.type) or _is_instrumented(self.base_layer):
+        if self.route == "apart" or not self._may_add_to_weight(x.device.type) or is_instrumented(self.base_layer):
             return False
         dropout = self.smoa_dropout[adapter_name]
         by_weight = MODULATIONS[self.modulation[adapter_name]].by_weight
@@ -116,9 +116,3 @@ class Linear(AdaptedLayer):
         if self.route == "fused" or torch.is_grad_enabled():
             return True
         return len(self.ranks[adapter_name]) < APART_MIN_BLOCKS or x.shape[:-1].numel() >= FUSED_MIN_TOKENS
-
-
-def _is_instrumented(module: nn.Module) -> bool:
-    """Whether a forward hook or a replaced forward (as in accelerate's offloading) must see the base layer's call."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in module.__dict__

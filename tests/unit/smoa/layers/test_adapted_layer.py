@@ -12,6 +12,7 @@ from torch import nn
 from smoa import MergeError, SmoaConfig
 from smoa.files.names import required_parts
 from smoa.layers.layer import SmoaLayer
+from smoa.tuner.hotswap import hotswap_adapter
 from tests import reference
 from tests.support.decompositions import NoDecomposition
 from tests.support.kinds import KINDS, input_of, kind_of_layer, oracle_of
@@ -141,6 +142,35 @@ def test_autocast_stays_close_to_the_oracle(kind: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
     assert_close(y, oracle_of(layer, x), dtype=torch.bfloat16)
+
+
+@every_kind
+def test_a_weighted_sum_of_adapters_is_the_sum_of_their_updates(kind: str) -> None:
+    model = get_peft_model(Wrapper(kind_of_layer(kind)), SmoaConfig(**SETTINGS | {"r": 6}), "one")
+    model.add_adapter("two", SmoaConfig(**SETTINGS | {"r": 6}))
+    layer = model.base_model.model.layer
+    for name in ("one", "two"):
+        randomise(layer, name)
+    model.base_model.add_weighted_adapter(["one", "two"], [0.5, -2.0], "sum")
+    assert_close(layer.delta("sum"), 0.5 * layer.delta("one") - 2 * layer.delta("two"), dtype=torch.float32)
+
+
+@every_kind
+def test_a_saved_adapter_is_swapped_in(kind: str, tmp_path: Path) -> None:
+    model, other = (get_peft_model(Wrapper(kind_of_layer(kind)), SmoaConfig(**SETTINGS)) for _ in range(2))
+    other.base_model.model.layer.base_layer.load_state_dict(model.base_model.model.layer.base_layer.state_dict())
+    randomise(other.base_model.model.layer)
+    other.save_pretrained(tmp_path)
+    hotswap_adapter(model, tmp_path)
+    x = input_of(kind)
+    assert torch.equal(model(x), other(x))
+
+
+@every_kind
+def test_the_number_of_blocks_is_chosen_from_the_spectrum(kind: str) -> None:
+    config = SmoaConfig(**SETTINGS | {"r": 6, "blocks_from_spectrum": True})
+    model = get_peft_model(Wrapper(kind_of_layer(kind)), config)
+    assert model.peft_config["default"].num_blocks_pattern == {"layer": 3}  # alone, so of average share
 
 
 class Tied(nn.Module):

@@ -10,15 +10,16 @@ from torch import nn
 from smoa import SmoaConfig, UnsupportedModuleError
 from smoa.layers.conv import Convolution
 from tests.support.kinds import CONVS, input_of, kind_of_layer, oracle_of
-from tests.support.layers import Wrapper, adapted_layer, base_weight, clone_leaf, factors
+from tests.support.layers import ROUTES, Route, Wrapper, adapted_layer, base_weight, clone_leaf, factors
 from tests.support.tolerance import assert_close
 
 SETTINGS = {"r": 7, "num_blocks": 3, "alpha": 4.0}
 
 
 @pytest.mark.parametrize(("kind", "modulation"), [*((kind, "hadamard") for kind in CONVS), ("conv2d", "none")])
-def test_values_and_gradients_are_the_oracles(kind: str, modulation: str) -> None:
-    layer = adapted_layer(kind_of_layer(kind), modulation=modulation, **SETTINGS)
+@pytest.mark.parametrize("route", ROUTES)
+def test_values_and_gradients_are_the_oracles(kind: str, modulation: str, route: Route) -> None:
+    layer = adapted_layer(kind_of_layer(kind), modulation=modulation, route=route, **SETTINGS)
     assert isinstance(layer, Convolution)
     x = input_of(kind).requires_grad_()
     A, B = (clone_leaf(factor) for factor in factors(layer))
@@ -60,6 +61,24 @@ def test_nothing_of_the_weights_size_is_kept_for_the_backward() -> None:
     assert y.requires_grad
     large = [pointer for pointer in kept if pointer not in pointers]
     assert len(large) == len(set(large)) == 3  # x, A and B
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_trained_bias_gets_its_gradient(route: Route) -> None:
+    layer = adapted_layer(kind_of_layer("conv2d"), route=route, **SETTINGS)
+    bias = layer.get_base_layer().bias.requires_grad_()
+    y = layer(input_of("conv2d"))
+    gradient = torch.randn_like(y)
+    assert_close(torch.autograd.grad(y, bias, gradient)[0], gradient.sum((0, 2, 3)))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_the_base_layers_hooks_still_run(route: Route) -> None:
+    layer = adapted_layer(kind_of_layer("conv1d"), route=route, **SETTINGS)
+    called: list[int] = []
+    layer.get_base_layer().register_forward_hook(lambda *_: called.append(1))
+    layer(input_of("conv1d"))
+    assert called == [1]
 
 
 def test_a_trained_base_weight_gets_the_gradient_of_the_anchor_too() -> None:
