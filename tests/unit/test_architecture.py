@@ -118,8 +118,10 @@ THEMES = {
     "smoa/test_narrow_layers.py",
     "smoa/test_precision.py",
     "smoa/test_public_api.py",
+    "smoa/test_published_weights.py",
     "smoa/test_quantized_models.py",
     "smoa/test_reference_adapter.py",
+    "smoa/test_towers.py",
     "smoa/test_training.py",
     "smoa/files/test_adapters_of_0_1.py",
 }

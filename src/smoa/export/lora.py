@@ -11,8 +11,9 @@ block by block, the same k vectors are k(m+n)/K numbers; a LoRA must store k(m+n
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from smoa.errors import ConfigError
+from smoa.errors import ConfigError, UnsupportedModuleError
 from smoa.files.names import PREFIX, adapter_layers
 from smoa.layers.layer import SmoaLayer
 from smoa.maths.devices import decomposition_device
@@ -183,6 +184,7 @@ class UpdateSpectra:
 
     Raises:
         ConfigError: the model has no SMoA adapter of that name.
+        UnsupportedModuleError: the adapter has a convolution with groups.
     """
 
     @torch.no_grad()
@@ -194,7 +196,9 @@ class UpdateSpectra:
         self.config: Any = model.peft_config[adapter_name]
         self.conv1d = any(layer.fan_in_fan_out for layer in layers.values())
         self.other_tensors = _other_tensors(model, adapter_name)
+        _refuse_grouped(layers)
         self.layers = {name: BlockSpectra.of(layer, adapter_name) for name, layer in layers.items()}
+        self.named = {name: partial(_named_factors, layer.get_base_layer()) for name, layer in layers.items()}
 
     def to_lora(self, rule: RankRule, uniform_rank: bool = False) -> LoraConversion:
         """Build the LoRA that keeps as much of every layer as `rule` says.
@@ -208,8 +212,8 @@ class UpdateSpectra:
         widths = dict.fromkeys(ranks, largest) if uniform_rank else ranks
         state = dict(self.other_tensors)
         for name, spectrum in self.layers.items():
-            A, B = spectrum.factors(ranks[name], widths[name])
-            state |= {f"{PREFIX}{name}.lora_A.weight": A, f"{PREFIX}{name}.lora_B.weight": B}
+            factors = self.named[name](*spectrum.factors(ranks[name], widths[name]))
+            state |= {f"{PREFIX}{name}.{part}": factor for part, factor in factors.items()}
         layers = [_converted(name, self.layers[name], ranks[name], widths[name]) for name in ranks]
         return LoraConversion(self._lora_config(widths, largest), state, layers)
 
@@ -253,8 +257,28 @@ def convert_to_lora(
 
     Raises:
         ConfigError: none or several of the three are given, one is out of range, or there is no such adapter.
+        UnsupportedModuleError: the adapter has a convolution with groups.
     """
     return UpdateSpectra(model, adapter_name).to_lora(RankRule(rank, energy, error), uniform_rank)
+
+
+def _refuse_grouped(layers: Mapping[str, SmoaLayer]) -> None:
+    grouped = [name for name, layer in layers.items() if getattr(layer.get_base_layer(), "groups", 1) != 1]
+    if grouped:
+        raise UnsupportedModuleError(
+            f"{grouped[0]} and {len(grouped) - 1} more: LoRA can't hold the update of a convolution with groups, since "
+            "its factors mix the channels of all groups; merge the adapter instead"
+        )
+
+
+def _named_factors(base: nn.Module, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+    """The factors in the names and shapes of PEFT's LoRA for this kind of base layer, given A (r, n) and B (m, r)."""
+    if isinstance(base, nn.Embedding):  # PEFT's ΔW is the table transposed
+        return {"lora_embedding_A": B.T, "lora_embedding_B": A.T}
+    if isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        kernel = base.kernel_size
+        A, B = A.view(len(A), base.in_channels, *kernel), B.view(*B.shape, *(1 for _ in kernel))
+    return {"lora_A.weight": A, "lora_B.weight": B}
 
 
 def _other_tensors(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from smoa.config.adapter_config import SmoaConfig
 from smoa.errors import AdapterFileError, MergeError
@@ -15,6 +14,8 @@ from smoa.export.shards import FLOATS, Checkpoint, HeaderEntry, write_checkpoint
 from smoa.files.adapter_folder import smoa_adapter
 from smoa.files.names import PARTS, PREFIX, required_parts
 from smoa.layers.distributed import SCALE
+from smoa.layers.kinds import kind_of
+from smoa.layers.layer import as_matrix, as_stored
 from smoa.maths.blocks import Blocks
 from smoa.maths.factors import Factors
 from smoa.maths.modulations import MODULATIONS
@@ -88,10 +89,10 @@ class SavedAdapter:
                 raise AdapterFileError(f"{folder}: {module} has {sorted(parts)}, expected {sorted(required)}")
 
     def merged(self, module: str, weight: Tensor, transposed: bool) -> Tensor:
-        """`W + ΔW` in float32 or wider, in the orientation of W: (in_features, out_features) if `transposed`."""
-        pristine = weight.T if transposed else weight
+        """`W + ΔW` in float32 or wider, in the shape in which W is stored: (in_features, …) if `transposed`."""
+        pristine = as_matrix(weight, transposed)
         merged = self._update(module).delta(pristine).add_(pristine)
-        return merged.T if transposed else merged
+        return as_stored(merged, weight.shape, transposed)
 
     def _update(self, module: str) -> Update:
         """ΔW of one layer.
@@ -156,7 +157,7 @@ def plan_stream(adapter: SavedAdapter, model: nn.Module, checkpoint: Checkpoint)
     return StreamPlan(
         {keys[name]: module for name, module in weights.items()},
         {keys[name]: tensor for name, tensor in adapter.others.items()},
-        frozenset(name for name in adapter.layers if isinstance(modules[name], Conv1D)),
+        frozenset(name for name in adapter.layers if (kind := kind_of(modules[name])) and kind.fan_in_fan_out),
     )
 
 
@@ -196,9 +197,7 @@ def stream_merge(
     loss = RoundingLoss()
 
     def read(key: str) -> Tensor:
-        if key in plan.replaced:
-            return plan.replaced[key]
-        tensor = checkpoint.read(key)
+        tensor = plan.replaced[key] if key in plan.replaced else checkpoint.read(key)
         if key not in plan.weights:
             return tensor
         module = plan.weights[key]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from smoa.compat import integers_kept
-from smoa.config.adapter_config import SmoaConfig
+from smoa.config.adapter_config import Shape, SmoaConfig
 from smoa.layers.distributed import refuse_partitioned
 from smoa.layers.partition import PartitionState, Pending
 from smoa.layers.undo import DiagonalBlocks
@@ -72,7 +71,12 @@ class SmoaLayer(PartitionState):
         self.merged_adapters: list[str] = []
         self._pristine_blocks: list[DiagonalBlocks] = []
         self.smoa_weight_cache: WeightCache | None = None
-        self.out_features, self.in_features = linear_shape(self.get_base_layer())
+        self.out_features, self.in_features = self.shape_of(self.get_base_layer())
+
+    @staticmethod
+    def shape_of(base: nn.Module) -> Shape:
+        """(out_features, in_features) of the matrix W in such a base layer, also while its weight is sharded."""
+        raise NotImplementedError
 
     def update_layer(
         self,
@@ -111,12 +115,15 @@ class SmoaLayer(PartitionState):
         self.set_adapter(self.active_adapters)
 
     def _add_factors(self, adapter_name: str, init: Initialization) -> None:
-        ranks, sizes = self.ranks[adapter_name], (self.out_features, self.in_features)
-        shape_A, shape_B = factor_shapes(*sizes, ranks)
+        shape_A, shape_B = factor_shapes(self.out_features, self.in_features, self.ranks[adapter_name])
         A, B = nn.Linear(shape_A[1], shape_A[0], bias=False), nn.Linear(shape_B[1], shape_B[0], bias=False)
         with torch.no_grad():
-            init_factors(A.weight, B.weight, sizes, ranks, init, relative_size=RANDOM_SIZE / self.scaling[adapter_name])
+            self._fill_factors(A.weight, B.weight, adapter_name, init)
         self.smoa_A[adapter_name], self.smoa_B[adapter_name] = A, B
+
+    def _fill_factors(self, A: Tensor, B: Tensor, adapter_name: str, init: Initialization) -> None:
+        sizes, relative_size = (self.out_features, self.in_features), RANDOM_SIZE / self.scaling[adapter_name]
+        init_factors(A, B, sizes, self.ranks[adapter_name], init, relative_size)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         with self.exact_scales(), integers_kept(self, adapter_name):  # PEFT casts to the base layer's dtype
@@ -128,8 +135,13 @@ class SmoaLayer(PartitionState):
 
     def base_weight(self) -> Tensor:
         """The base layer's current weight, (out_features, in_features) for every kind of storage."""
-        weight = refuse_partitioned(self.stored_weight())
-        return weight.T if self.fan_in_fan_out else weight
+        return as_matrix(refuse_partitioned(self.stored_weight()), self.fan_in_fan_out)
+
+    def write_weight(self, matrix: Tensor) -> None:
+        """Overwrite the base layer's weight by `matrix` (out_features, in_features), unless that is a view of it."""
+        stored = self.stored_weight()
+        if matrix.data_ptr() != stored.data_ptr():
+            stored.copy_(as_stored(matrix, stored.shape, self.fan_in_fan_out))
 
     def pristine_weight(self) -> Tensor:
         """The base weight before any merge, (out_features, in_features); a copy only while adapters are merged."""
@@ -158,8 +170,8 @@ class SmoaLayer(PartitionState):
         return self.update(adapter_name).delta(self.pristine_weight())
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """ΔW in the orientation in which the base layer stores its weight (PEFT's contract)."""
-        return self.delta(adapter).T if self.fan_in_fan_out else self.delta(adapter)
+        """ΔW in the shape in which the base layer stores its weight (PEFT's contract)."""
+        return as_stored(self.delta(adapter), self.stored_weight().shape, self.fan_in_fan_out)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """True: ΔW is additive."""
@@ -196,12 +208,14 @@ class SmoaLayer(PartitionState):
         return [name for name in names if name in self.smoa_A]
 
 
-def linear_shape(base: nn.Module) -> tuple[int, int]:
-    """(out_features, in_features) of a Linear or Conv1D, also while its weight is sharded."""
-    if isinstance(base, Conv1D):
-        shape = getattr(base.weight, "ds_shape", base.weight.shape)
-        return shape[1], shape[0]
-    return int(base.out_features), int(base.in_features)  # type: ignore[arg-type]
+def as_matrix(stored: Tensor, fan_in_fan_out: bool) -> Tensor:
+    """W (out_features, in_features) of a weight as stored: transposed in a Conv1D, with a kernel in a convolution."""
+    return stored.T if fan_in_fan_out else stored.flatten(1)
+
+
+def as_stored(matrix: Tensor, shape: Sequence[int], fan_in_fan_out: bool) -> Tensor:
+    """The inverse of `as_matrix`, for a weight that is stored in `shape`."""
+    return matrix.T if fan_in_fan_out else matrix.reshape(shape)
 
 
 def _linear_weight(linear: nn.Module) -> Tensor:

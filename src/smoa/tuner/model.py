@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from peft import set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers, onload_layer
-from peft.utils import CONFIG_NAME, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils import CONFIG_NAME, INCLUDE_LINEAR_LAYERS_SHORTHAND, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers.pytorch_utils import Conv1D
 
 from smoa.compat import StateDictHooks
 from smoa.config.adapter_config import Shape, SmoaConfig
@@ -24,23 +23,23 @@ from smoa.files.checkpoint import add_unsaved_scales, check_adapter_state, check
 from smoa.files.loading import incoming
 from smoa.files.names import PREFIX, adapter_layers
 from smoa.files.save_id import new_id, with_id, without_id
+from smoa.layers.adapted_layer import AdaptedLayer
 from smoa.layers.distributed import from_rank_zero, refuse_writing, with_plain_names
-from smoa.layers.layer import SmoaLayer, linear_shape
-from smoa.layers.linear import Linear
-from smoa.layers.quantized import QuantizedLinear, requantization_reported
-from smoa.layers.undo import refuse_shared
+from smoa.layers.layer import SmoaLayer
+from smoa.layers.quantized import requantization_reported
+from smoa.layers.undo import refuse_shared, shared_parameters
 from smoa.tuner.block_choice import choose_blocks
 from smoa.tuner.combining import Combination, check_combination, check_layer, combined_config, fill_combined
 from smoa.tuner.decoding import forget_generate, watch_generate
 from smoa.tuner.mixed_batch import adapter_names_hooks
-from smoa.tuner.targets import base_of, check_target, report_narrow, weight_of
+from smoa.tuner.targets import check_target, leave_out_uncalled, report_narrow, report_towers, weight_of
 
 
 class SmoaModel(BaseTuner, StateDictHooks):
     """A model with SMoA adapters; made by `get_peft_model(model, SmoaConfig(...))`.
 
     Raises:
-        UnsupportedModuleError: a target is neither a Linear nor a Conv1D.
+        UnsupportedModuleError: a target is of a kind that SMoA can't adapt (`smoa.layers.kinds`).
         PartitionError: `num_blocks` is larger than every target, or larger than one that can't take fewer blocks.
     """
 
@@ -96,7 +95,10 @@ class SmoaModel(BaseTuner, StateDictHooks):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Report all unsuitable targets at once, before any module is replaced."""
+        every_linear = str(peft_config.target_modules).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
         config: Any = _maybe_include_all_linear_layers(peft_config, model)
+        if every_linear:
+            leave_out_uncalled(config, model)
         file = None if (found := incoming()) is None else found.file
         inside = tuple(name + "." for name, module in model.named_modules() if isinstance(module, SmoaLayer))
         problems: list[SmoaError] = []
@@ -105,12 +107,14 @@ class SmoaModel(BaseTuner, StateDictHooks):
         for name, module in model.named_modules():
             if name and not name.startswith(inside) and self._check_target_module_exists(config, name):
                 try:
-                    weights[name] = partial(weight_of, module, check_target(name, module, config, model, file))
-                    shapes[name] = linear_shape(base_of(module))
+                    target = check_target(name, module, config, model, file)
+                    weights[name], shapes[name] = partial(weight_of, module, target), target.shape
                 except SmoaError as error:
                     problems.append(error)
         if problems:
             raise type(problems[0])("; ".join(map(str, problems)))
+        if every_linear and not self._loads_labels:
+            report_towers(shapes, model)
         report_narrow(shapes, config, silent=self._loads_labels or config.blocks_from_spectrum)
         self._choose_blocks(config, weights)
         decomposes = config.partition == "spectral" and not self._loads_labels
@@ -147,7 +151,7 @@ class SmoaModel(BaseTuner, StateDictHooks):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        backend = check_target(current_key, target, peft_config, self.model)
+        kind, _, backend = check_target(current_key, target, peft_config, self.model)
         if self._progress is not None:
             self._progress.update()
         loads = self._loads_labels
@@ -155,9 +159,8 @@ class SmoaModel(BaseTuner, StateDictHooks):
             if isinstance(target, SmoaLayer):
                 target.update_layer(adapter_name, peft_config, current_key, defer_partition=loads)
                 return
-            is_conv1d = isinstance(base_of(target), Conv1D)
-            layer_class = Linear if backend is None else QuantizedLinear
-            layer = layer_class(target, adapter_name, peft_config, current_key, is_conv1d, loads, backend)
+            transposed = kind.fan_in_fan_out
+            layer = kind.layer_class(target, adapter_name, peft_config, current_key, transposed, loads, backend)
         except PartitionError as error:
             raise PartitionError(f"{current_key}: {error}") from None
         if adapter_name not in self.active_adapters:
@@ -251,7 +254,7 @@ class SmoaModel(BaseTuner, StateDictHooks):
     @torch.no_grad()
     def _check_all_finite(self, adapter_names: list[str] | None) -> None:
         for name, module in self.model.named_modules():
-            if isinstance(module, Linear):
+            if isinstance(module, AdaptedLayer):
                 try:
                     with onload_layer(module):  # accelerate may have offloaded its weights
                         module.check_merge(adapter_names)
@@ -260,8 +263,11 @@ class SmoaModel(BaseTuner, StateDictHooks):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()  # type: ignore[no-untyped-call]  # PEFT leaves it without types
-        layers = ((name, module) for name, module in self.model.named_modules() if isinstance(module, SmoaLayer))
-        refuse_shared((name, layer.stored_weight()) for name, layer in layers)
+        layers = {name: module for name, module in self.model.named_modules() if isinstance(module, AdaptedLayer)}
+        refuse_shared((name, layer.stored_weight()) for name, layer in layers.items())
+        shared = shared_parameters(self.model)
+        for layer in layers.values():
+            layer.shares_weight = id(layer.stored_weight()) in shared
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         return adapter_names_hooks(self, kwargs)

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from smoa.config.adapter_config import SmoaConfig
 from smoa.errors import ConfigError, DataError
+from smoa.layers.kinds import kind_of
 from smoa.maths.budget import adapter_bytes, rank_bound, trainable_parameters
 from smoa_lab.models.base_models import locate
 
@@ -104,25 +105,23 @@ def empty_model(model: str, trust_remote_code: bool = False) -> PreTrainedModel:
 
 
 def shapes_of(empty: PreTrainedModel, targets: tuple[str, ...], model: str) -> Shapes:
-    """Of the layers whose name ends in one of ``targets``, or of all linear ones."""
+    """Of the layers whose name ends in one of ``targets``, of any kind, or of all linear ones."""
     output = empty.get_output_embeddings()
     layers = [
-        _shape(layer)
+        kind.shape_of(layer)
         for path, layer in empty.named_modules()
-        if isinstance(layer, nn.Linear | Conv1D)
-        and (path.rpartition(".")[2] in targets or (ALL_LINEAR in targets and layer is not output))
+        if (kind := kind_of(layer)) is not None
+        and (path.rpartition(".")[2] in targets or (ALL_LINEAR in targets and _is_linear(layer, output)))
     ]
     if not layers:
         raise DataError(
-            f"model: {model!r} has no linear layers named {', '.join(targets)}; name its own with --targets"
+            f"model: {model!r} has no layers named {', '.join(targets)} that SMoA adapts; name its own with --targets"
         )
     return Counter(layers)
 
 
-def _shape(layer: nn.Linear | Conv1D) -> tuple[int, int]:
-    """(out_features, in_features)."""
-    outputs, inputs = layer.weight.shape if isinstance(layer, nn.Linear) else reversed(layer.weight.shape)
-    return outputs, inputs
+def _is_linear(layer: nn.Module, output: nn.Module | None) -> bool:
+    return isinstance(layer, nn.Linear | Conv1D) and layer is not output
 
 
 def lora_parameters(shapes: Shapes, r: int) -> int:

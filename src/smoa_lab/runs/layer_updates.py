@@ -22,7 +22,7 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 @torch.no_grad()
 def weight_and_update(module: Any, adapter: str) -> tuple[Tensor, Tensor]:
-    """W, dequantized if it is quantized, and ΔW, in float32.
+    """W, dequantized if it is quantized, and ΔW, in float32: matrices, of a convolution (out, in · kernel).
 
     Of other methods ΔW is what a merge adds to W, computed in float64: HiRA's ``get_delta_weight`` is the factor that W
     is multiplied with, and DoRA's leaves its magnitudes out.
@@ -32,4 +32,4 @@ def weight_and_update(module: Any, adapter: str) -> tuple[Tensor, Tensor]:
     merged = deepcopy(module).double()
     before = merged.get_base_layer().weight.clone()
     merged.merge(adapter_names=[adapter])
-    return before.float(), (merged.get_base_layer().weight - before).float()
+    return before.flatten(1).float(), (merged.get_base_layer().weight - before).flatten(1).float()

@@ -5,12 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import nn
 from transformers import LlamaForCausalLM
 
 from smoa import SmoaConfig
 from smoa_lab.inspection import layer_reports
 from smoa_lab.inspection.layer_reports import LayerReport, _blocks, _rank_bound, inspect_layers
+from smoa_lab.runs.layer_updates import weight_and_update
 from tests.support import lab, tiny_models
+from tests.support.layers import Wrapper
 
 TARGETS = ["q_proj", "v_proj"]
 
@@ -42,6 +45,22 @@ def test_another_methods_layer_is_inspected_without_blocks() -> None:
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     assert _rank_bound(layer, "default") == 3
     assert _blocks(layer, "default") == {}
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
+def test_an_embedding_is_inspected_as_a_matrix(base: Path) -> None:
+    layers = reports(base, SmoaConfig(r=4, target_modules=["embed_tokens"], init_weights=False))
+    assert [(layer.module, layer.columns) for layer in layers] == [("model.embed_tokens", 32)]
+
+
+@pytest.mark.parametrize("config", [SmoaConfig, LoraConfig])
+def test_the_update_of_a_convolution_is_a_matrix(config: type) -> None:
+    options = {"init_weights": False} if config is SmoaConfig else {"init_lora_weights": False}
+    model = get_peft_model(Wrapper(nn.Conv2d(4, 6, 3)), config(r=4, target_modules=["layer"], **options))
+    weight, update = weight_and_update(model.base_model.model.layer, "default")
+    assert weight.shape == update.shape == (6, 4 * 9)
+    expected = model.base_model.model.layer.get_delta_weight("default").flatten(1)
+    assert torch.allclose(update, expected, atol=1e-5)
 
 
 def test_spectral_norms_and_stable_ranks_are_the_updates_own_and_far_layers_are_marked(

@@ -40,7 +40,7 @@ def test_a_model_whose_shapes_cannot_be_had_is_refused(tmp_path: Path) -> None:
     LlamaConfig(
         hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=8
     ).save_pretrained(tmp_path)
-    with pytest.raises(DataError, match="no linear layers named nowhere"):
+    with pytest.raises(DataError, match="no layers named nowhere"):
         model_shapes(str(tmp_path), ("nowhere",))
     assert model_shapes(str(tmp_path), ("q_proj",))[0] == Counter({(8, 8): 1})
 
@@ -99,6 +99,14 @@ def test_r_is_a_multiple_of_the_number_of_blocks() -> None:
     assert budget_choice(odd, 1000, "14").parameters == 14
     with pytest.raises(ConfigError, match="too small; the smallest adapter has 14"):
         budget_choice(odd, 1000, "13")
+
+
+def test_an_embedding_is_counted_if_it_is_named() -> None:
+    empty = build("llama")
+    counted = shapes_of(empty, ("embed_tokens", "q_proj"), "llama")
+    config = SmoaConfig(r=6, num_blocks=3, target_modules=["embed_tokens", "q_proj"])
+    adapted = get_peft_model(build("llama"), config)
+    assert counted == Counter((layer.out_features, layer.in_features) for layer in smoa_layers(adapted).values())
 
 
 def test_all_linear_means_the_layers_of_gpt2_too() -> None:
