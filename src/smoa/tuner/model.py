@@ -25,6 +25,7 @@ from smoa.files.loading import incoming
 from smoa.files.names import PREFIX, adapter_layers
 from smoa.files.save_id import new_id, with_id, without_id
 from smoa.layers.distributed import from_rank_zero, refuse_writing, with_plain_names
+from smoa.layers.experts.param_wrapper import ParamWrapper
 from smoa.layers.layer import SmoaLayer, linear_shape
 from smoa.layers.linear import Linear
 from smoa.layers.quantized import QuantizedLinear, requantization_reported
@@ -33,6 +34,7 @@ from smoa.tuner.block_choice import choose_blocks
 from smoa.tuner.combining import Combination, check_combination, check_layer, combined_config, fill_combined
 from smoa.tuner.decoding import forget_generate, watch_generate
 from smoa.tuner.mixed_batch import adapter_names_hooks
+from smoa.tuner.parameters import check_parameters, existing_wrapper, report_experts
 from smoa.tuner.targets import base_of, check_target, report_narrow, weight_of
 
 
@@ -86,6 +88,13 @@ class SmoaModel(BaseTuner, StateDictHooks):
         configs[adapter_name] = own
         return twin
 
+    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
+        """As PEFT's, which wants targets, unless `target_parameters` names some (as in LoRA)."""
+        known = model_config.get("model_type") in self.target_module_mapping
+        if peft_config.target_modules is None and peft_config.target_parameters and not known:
+            return peft_config
+        return super()._prepare_adapter_config(peft_config, model_config)  # type: ignore[no-untyped-call]
+
     def _inject(self, *args: Any, **kwargs: Any) -> None:
         self._progress: tqdm[Any] | None = None
         try:
@@ -96,6 +105,7 @@ class SmoaModel(BaseTuner, StateDictHooks):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Report all unsuitable targets at once, before any module is replaced."""
+        report_experts(model, peft_config)
         config: Any = _maybe_include_all_linear_layers(peft_config, model)
         file = None if (found := incoming()) is None else found.file
         inside = tuple(name + "." for name, module in model.named_modules() if isinstance(module, SmoaLayer))
@@ -109,9 +119,13 @@ class SmoaModel(BaseTuner, StateDictHooks):
                     shapes[name] = linear_shape(base_of(module))
                 except SmoaError as error:
                     problems.append(error)
+        try:
+            of_parameters = check_parameters(model, config, set(weights), file)
+        except SmoaError as error:
+            problems.append(error)
         if problems:
             raise type(problems[0])("; ".join(map(str, problems)))
-        report_narrow(shapes, config, silent=self._loads_labels or config.blocks_from_spectrum)
+        report_narrow(shapes | of_parameters, config, silent=self._loads_labels or config.blocks_from_spectrum)
         self._choose_blocks(config, weights)
         decomposes = config.partition == "spectral" and not self._loads_labels
         hidden = None if decomposes else True  # None: shown on a terminal only
@@ -147,6 +161,9 @@ class SmoaModel(BaseTuner, StateDictHooks):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        if parameter_name is not None:
+            self._wrap_parameter(peft_config, adapter_name, target, target_name, parent, current_key)
+            return
         backend = check_target(current_key, target, peft_config, self.model)
         if self._progress is not None:
             self._progress.update()
@@ -164,8 +181,22 @@ class SmoaModel(BaseTuner, StateDictHooks):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
+    def _wrap_parameter(
+        self, config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, key: str
+    ) -> None:
+        module_name, _, name = key.rpartition(".")
+        known = existing_wrapper(self.model, module_name, name)
+        if known is not None:
+            known.update_layer(adapter_name, config, key, defer_partition=self._loads_labels)
+            return
+        wrapper = ParamWrapper(target, adapter_name, name, config, key, self._loads_labels)
+        if adapter_name not in self.active_adapters:
+            wrapper.requires_grad_(False)
+        self._replace_module(parent, target_name, wrapper, wrapper)
+
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, AuxiliaryTrainingWrapper):  # PEFT would assign its weight, which may not be a parameter
+        if isinstance(child, (AuxiliaryTrainingWrapper, ParamWrapper)):
+            # PEFT would assign the child's weight, which may not be a parameter, or not be there
             setattr(parent, child_name, new_module)
             return
         super()._replace_module(parent, child_name, new_module, child)
@@ -251,7 +282,7 @@ class SmoaModel(BaseTuner, StateDictHooks):
     @torch.no_grad()
     def _check_all_finite(self, adapter_names: list[str] | None) -> None:
         for name, module in self.model.named_modules():
-            if isinstance(module, Linear):
+            if isinstance(module, (Linear, ParamWrapper)):
                 try:
                     with onload_layer(module):  # accelerate may have offloaded its weights
                         module.check_merge(adapter_names)
