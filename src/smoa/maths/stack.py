@@ -18,6 +18,7 @@ from torch import Tensor
 
 from smoa.maths.blocks import Blocks, Orders
 from smoa.maths.factors import Factors
+from smoa.maths.kernels.stacked import stacked_backward, stacked_forward
 from smoa.maths.modulations import MODULATIONS, Modulation
 from smoa.maths.update import Update
 
@@ -113,10 +114,11 @@ class _StackBranch(torch.autograd.Function):
         ctx.save_for_backward(x, matrices, *factors)
         ctx.updates, ctx.runs = [_without_factors(update) for update in updates], runs
         halves = matrices.shape[1]
-        output = x.new_zeros(len(x), halves, matrices.shape[2])
+        output = _empty_or_zero(x, runs, halves, matrices.shape[2])
         for i, (expert, rows) in enumerate(runs):
             for half in range(halves):
-                output[rows, half] = updates[i * halves + half].apply(x[rows], matrices[expert, half])
+                factors_of, anchor = _parts(updates[i * halves + half], matrices[expert, half])
+                output[rows, half] = stacked_forward(factors_of, x[rows], anchor)
         return output
 
     @staticmethod
@@ -124,17 +126,30 @@ class _StackBranch(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, matrices, *factors = ctx.saved_tensors
         needs_x, halves = ctx.needs_input_grad[0], matrices.shape[1]
-        grad_x = torch.zeros_like(x) if needs_x else None
+        grad_x = _empty_or_zero(x, ctx.runs, x.shape[1]) if needs_x else None
         of_factors: list[Tensor] = []
         for i, (expert, rows) in enumerate(ctx.runs):
             for half in range(halves):
                 number = i * halves + half
                 update = _with_factors(ctx.updates[number], *factors[2 * number : 2 * number + 2])
-                part, *grads = update.gradients(g[rows, half], x[rows], matrices[expert, half], needs_x)
+                factors_of, anchor = _parts(update, matrices[expert, half])
+                part, *grads = stacked_backward(factors_of, g[rows, half], x[rows], anchor, needs_x)
                 of_factors += grads
                 if grad_x is not None:
-                    grad_x[rows] += part
+                    grad_x[rows] = part if half == 0 else part.add_(grad_x[rows])
         return grad_x, None, None, None, *of_factors
+
+
+def _empty_or_zero(x: Tensor, runs: Sequence[Run], *shape: int) -> Tensor:
+    """Room for the rows of x: zero, unless the runs fill all of it."""
+    filled = sum(rows.stop - rows.start for _, rows in runs) == len(x)
+    return x.new_empty(len(x), *shape) if filled else x.new_zeros(len(x), *shape)
+
+
+def _parts(update: Update, matrix: Tensor) -> tuple[Factors, Tensor]:
+    anchor = update.anchor(matrix)
+    assert anchor is not None, "without an anchor, autograd computes the gradients"
+    return update.factors, anchor
 
 
 def _without_factors(update: Update) -> Update:

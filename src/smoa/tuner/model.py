@@ -93,7 +93,7 @@ class SmoaModel(BaseTuner, StateDictHooks):
         known = model_config.get("model_type") in self.target_module_mapping
         if peft_config.target_modules is None and peft_config.target_parameters and not known:
             return peft_config
-        return super()._prepare_adapter_config(peft_config, model_config)  # type: ignore[no-untyped-call]
+        return super()._prepare_adapter_config(peft_config, model_config)
 
     def _inject(self, *args: Any, **kwargs: Any) -> None:
         self._progress: tqdm[Any] | None = None

@@ -73,9 +73,9 @@ class Layout:
         """All matrices as a view: (experts, halves, out_features, in_features)."""
         stack = parameter if self.is_stack else parameter[None]
         stack = stack.mT if self.transposed else stack
-        if self.interleaved:
-            return stack.unflatten(1, (self.out_features, self.halves)).transpose(1, 2)
-        return stack.unflatten(1, (self.halves, self.out_features))
+        sizes = (self.out_features, self.halves) if self.interleaved else (self.halves, self.out_features)
+        split: Tensor = stack.unflatten(1, sizes)
+        return split.transpose(1, 2) if self.interleaved else split
 
     def join(self, outputs: Tensor) -> Tensor:
         """Outputs of the halves (rows, halves, out_features) as the parameter's own: (rows, halves·out_features)."""

@@ -43,13 +43,13 @@ class MergingStack(StackState):
         if not self._pristine:
             return self.matrices()
         parts = [self.pristine_matrix(number) for number in range(self.layout.count)]
-        return torch.stack(parts).unflatten(0, (-1, self.layout.halves))
+        return torch.stack(parts).view(self.layout.experts, self.layout.halves, *self.layout.shape)
 
     def delta(self, adapter_name: str) -> Tensor:
         """Dense ΔW of all matrices, (experts, halves, out_features, in_features), float32 or wider."""
         stack = self.stack(adapter_name)
         parts = [stack.update(number).delta(self.pristine_matrix(number)) for number in range(self.layout.count)]
-        return torch.stack(parts).unflatten(0, (-1, self.layout.halves))
+        return torch.stack(parts).view(self.layout.experts, self.layout.halves, *self.layout.shape)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW in the parameter's shape (PEFT's contract)."""

@@ -1,11 +1,11 @@
 """Stands for a parameter while its module computes: each product with the parameter also adds the adapters' part.
 
-An experts module reads its parameter, picks matrices and multiplies: expert by expert with `linear` or `@` (transformers'
-"eager"), one matrix for each row with `bmm` ("batched_mm"), or all at once with `grouped_mm`. A `StandIn` is in the
-parameter's place during the call. PyTorch hands it every function that it is passed to (`__torch_function__`). It lets
-the function compute with the real weights, and adds `x ΔWᵀ`. So each of transformers' experts implementations keeps
-working, and classes that have only a forward of their own, such as Llama 4's, work as well. A function that it doesn't
-know raises an error: an adapter is never left out in silence.
+An experts module reads its parameter, picks matrices and multiplies. transformers' "eager" does so expert by expert,
+with `linear` or `@`; "batched_mm" takes one matrix for each row, with `bmm`; "grouped_mm" multiplies all at once. A
+`StandIn` takes the parameter's place during the call. PyTorch passes it every function that gets it as an argument
+(`__torch_function__`). It lets the function compute with the real weights, and adds `x ΔWᵀ`. So every experts
+implementation of transformers keeps working, and so do classes with only a forward of their own, such as Llama 4's. A
+function that a `StandIn` doesn't know raises an error: an adapter is never left out in silence.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class StandIn:
         added = None if product is None else product(own, *args, **kwargs)
         if added is None:
             raise own._unknown(getattr(function, "__name__", str(function)))
-        return result + added.to(result.dtype).reshape(result.shape)
+        return result.add_(added.reshape(result.shape))  # nothing else uses the result of a product yet
 
     def rows(self, x: Tensor, experts: Tensor) -> Tensor:
         """What the adapters add for x (rows, in_features) and the expert of each row."""
@@ -131,7 +131,7 @@ def _bmm(own: StandIn, input: Any, mat2: Any) -> Tensor | None:
     """One matrix for each row or, if none are picked, a batch of rows for each expert."""
     if own.outputs_last != (mat2 is own):
         return None
-    x = input if mat2 is own else mat2.mT
+    x: Tensor = input if mat2 is own else mat2.mT
     if own.picked is None:
         rows = x.shape[1]
         runs = [Run(expert, slice(expert * rows, (expert + 1) * rows)) for expert in range(len(x))]
@@ -140,15 +140,16 @@ def _bmm(own: StandIn, input: Any, mat2: Any) -> Tensor | None:
         added = own.rows(x[:, 0], own.picked)
     else:
         return None
-    added = added.unflatten(0, x.shape[:2])
+    added = added.view(len(x), x.shape[1], -1)
     return added if mat2 is own else added.mT
 
 
 def _grouped(own: StandIn, input: Any, weight: Any, offs: Tensor | None = None, **options: Any) -> Tensor | None:
-    unusual = offs is None or any(value is not None for value in options.values())
-    if unusual or weight is not own or not own.outputs_last or own.picked is not None:
+    unusual = any(value is not None for value in options.values())
+    if offs is None or unusual or weight is not own or not own.outputs_last or own.picked is not None:
         return None
-    return own.branch(input, _runs(offs))
+    added: Tensor = own.branch(input, _runs(offs))
+    return added
 
 
 _PRODUCTS: dict[str, Callable[..., Tensor | None]] = {
@@ -159,5 +160,5 @@ _PRODUCTS: dict[str, Callable[..., Tensor | None]] = {
     "bmm": _bmm,
     "grouped_mm": _grouped,
     "_grouped_mm": _grouped,
-    "transformers::grouped_mm_fallback": _grouped,
+    "grouped_mm_fallback": _grouped,
 }
