@@ -22,7 +22,7 @@ from smoa.config.adapter_config import Shape, SmoaConfig
 from smoa.errors import MergeError, PartitionError, SmoaError
 from smoa.files.checkpoint import add_unsaved_scales, check_adapter_state, check_gathered
 from smoa.files.loading import incoming
-from smoa.files.names import PREFIX, adapter_layers
+from smoa.files.names import PREFIX, adapter_layers, parameter_names, renamed
 from smoa.files.save_id import new_id, with_id, without_id
 from smoa.layers.distributed import from_rank_zero, refuse_writing, with_plain_names
 from smoa.layers.experts.param_wrapper import ParamWrapper
@@ -217,14 +217,14 @@ class SmoaModel(BaseTuner, StateDictHooks):
             super()._get_adapter_state_dict(named, config, adapter_name, state_dict, unwanted_adapter_names)
         )
         check_gathered(selected)
-        return with_id(selected, config.save_id)
+        return with_id(renamed(selected, parameter_names(named)), config.save_id)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         named = with_plain_names(model)
-        saved = without_id(state_dict)
+        saved = renamed(without_id(state_dict), _wrapper_names(named))
         remapped = super()._remap_adapter_state_dict_for_load(named, config, adapter_name, saved)
         add_unsaved_scales(model, config, adapter_name, remapped)
         check_adapter_state(model, config, adapter_name, remapped)
@@ -296,3 +296,9 @@ class SmoaModel(BaseTuner, StateDictHooks):
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         return adapter_names_hooks(self, kwargs)
+
+
+def _wrapper_names(model: Any) -> dict[str, str]:
+    """Names of the wrappers of parameters by those in a file, which may lack or have PEFT's prefix."""
+    names = {parameter: wrapper for wrapper, parameter in parameter_names(model).items()}
+    return names | {PREFIX + name.removeprefix(PREFIX): wrapper for name, wrapper in names.items()}

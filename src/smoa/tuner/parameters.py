@@ -144,9 +144,10 @@ def check_parameter(target: TargetParameter, config: SmoaConfig, file: AdapterFi
         PartitionError: K is larger than a side of its matrices, and `num_blocks_pattern` or `block_ranks` sets it.
     """
     _check_kind(target)
-    shape = Layout.of(target.module, target.name).shape
+    layout = Layout.of(target.module, target.name)
+    shape = layout.shape
     if file is not None:
-        file.check_rank(target.key, config.rank_of(target.key, shape))
+        file.check_rank(target.key, layout.count * config.rank_of(target.key, shape))
     try:
         check_num_blocks(config.num_blocks_of(target.key, shape), *shape)
     except PartitionError as error:

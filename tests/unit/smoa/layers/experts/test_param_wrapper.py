@@ -159,6 +159,13 @@ def test_threads_that_share_a_model_get_the_same_output() -> None:
     assert all(torch.equal(output, expected) for output in found)
 
 
+def test_compiled_experts_give_the_same_output() -> None:
+    wrapped = experts_of("qwen3_moe")
+    arguments = inputs(wrapped)
+    compiled = torch.compile(wrapped["experts"], backend="eager")
+    assert_close(compiled(*arguments), wrapped["experts"](*arguments))
+
+
 def test_an_adapter_for_each_sample_is_refused() -> None:
     model = get_peft_model(build_mixture("qwen3_moe"), SmoaConfig(target_modules=[], target_parameters=EXPERTS))
     with pytest.raises(ValueError, match=r"_proj: adapter_names can't be used with adapted experts.*one adapter"):
