@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -162,6 +162,10 @@ class SmoaLayer(PartitionState):
         ranks, scaling = self.ranks[adapter_name], self.scaling[adapter_name]
         factors = Factors(A, B, ranks, scaling, self.rank_scale(adapter_name), blocks)
         return Update(factors, MODULATIONS[self.modulation[adapter_name]])
+
+    def parts(self, adapter_name: str) -> Iterator[tuple[str, Tensor, Update]]:
+        """Every matrix that the adapter changes: its name within the layer, its pristine weight and its update."""
+        yield "", self.pristine_weight(), self.update(adapter_name)
 
     def delta(self, adapter_name: str) -> Tensor:
         """Dense ΔW (out_features, in_features), float32 or wider, anchored on the pristine weight."""

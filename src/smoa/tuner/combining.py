@@ -51,6 +51,8 @@ def combined_config(configs: list[SmoaConfig], combination: Combination) -> Smoa
     for name in ("rank_pattern", "num_blocks_pattern"):
         if any(getattr(config, name) for config in configs):
             raise MergeError(f"can't combine adapters with {name}; give every layer the same r and num_blocks")
+    if any(config.target_parameters for config in configs):
+        raise MergeError("can't combine adapters with target_parameters; merge them one after another")
     for name in ("modules_to_save", "trainable_token_indices", "bias"):
         if any(getattr(config, name) not in (None, "none", [], {}) for config in configs):
             raise MergeError(f"can't combine adapters with {name}: only updates of adapted layers can be summed")

@@ -12,7 +12,8 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 
-from smoa import SmoaConfig
+from smoa import ConfigError, MergeError, SmoaConfig
+from smoa.tuner.hotswap import hotswap_adapter
 from tests.support.decompositions import NoDecomposition
 from tests.support.tiny_mixtures import EXPERTS, MIXTURES, build_mixture, tokens, wrappers
 from tests.support.tolerance import assert_close
@@ -161,3 +162,13 @@ def test_an_adapter_loads_with_low_cpu_mem_usage(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(build_mixture("gpt_oss"), str(tmp_path), low_cpu_mem_usage=True).eval()
     assert torch.equal(logits(loaded), logits(model))
+
+
+def test_what_adapters_of_experts_can_not_do_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    model = adapted("mixtral")
+    model.save_pretrained(tmp_path)
+    model.add_adapter("second", SmoaConfig(target_modules=[], target_parameters=EXPERTS))
+    with pytest.raises(MergeError, match=r"can't combine adapters with target_parameters; merge them one after"):
+        model.base_model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum")
+    with pytest.raises(ConfigError, match=r"adapters with target_parameters can't be swapped; use load_adapter"):
+        hotswap_adapter(model, tmp_path)

@@ -13,6 +13,7 @@ from smoa.layers.distributed import refuse_writing
 from smoa.layers.experts.stack_state import StackState
 from smoa.layers.linear import _check_finite
 from smoa.layers.undo import DiagonalBlocks
+from smoa.maths.update import Update
 
 
 class MergingStack(StackState):
@@ -44,6 +45,14 @@ class MergingStack(StackState):
             return self.matrices()
         parts = [self.pristine_matrix(number) for number in range(self.layout.count)]
         return torch.stack(parts).view(self.layout.experts, self.layout.halves, *self.layout.shape)
+
+    def parts(self, adapter_name: str) -> Iterator[tuple[str, Tensor, Update]]:
+        """Every matrix that the adapter changes: its name ("gate_up_proj[3].0"), pristine weight and update."""
+        stack, halves = self.stack(adapter_name), self.layout.halves
+        for number in range(self.layout.count):
+            name = f"[{number // halves}]" if self.layout.is_stack else ""
+            half = f".{number % halves}" if halves > 1 else ""
+            yield f"{self.parameter_name}{name}{half}", self.pristine_matrix(number), stack.update(number)
 
     def delta(self, adapter_name: str) -> Tensor:
         """Dense ΔW of all matrices, (experts, halves, out_features, in_features), float32 or wider."""

@@ -88,7 +88,7 @@ def _joined(parts: Tensor, side: _Padded) -> Tensor:
 def stacked_forward(factors: Factors, x: Tensor, anchor: Tensor) -> Tensor:
     """`x ΔWᵀ`: (rows, out_features) in the dtype of x. ΔW is formed in float32 or wider."""
     wide, (rows, cols) = factors.wide(), _sides(factors.blocks)
-    A, B = _of_blocks(wide.A, wide.ranks), _of_blocks(wide.B.T.contiguous(), wide.ranks)
+    A, B = _of_blocks(wide.A, wide.ranks), _of_blocks(wide.B.T, wide.ranks)
     delta = torch.bmm(B.mT, A).mul_(_anchors(anchor, rows, cols, wide.dtype))
     dtype = product_dtype(x.dtype, x.device.type)
     y = torch.bmm(_by_block(x, cols, dtype), delta.to(dtype).mT)
@@ -100,7 +100,7 @@ def stacked_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `x ΔWᵀ` for x (empty unless `needs_x`), A and B."""
     wide, (rows, cols) = factors.wide(), _sides(factors.blocks)
-    A, B = _of_blocks(wide.A, wide.ranks), _of_blocks(wide.B.T.contiguous(), wide.ranks)
+    A, B = _of_blocks(wide.A, wide.ranks), _of_blocks(wide.B.T, wide.ranks)
     anchors, dtype = _anchors(anchor, rows, cols, wide.dtype), product_dtype(x.dtype, x.device.type)
     g_parts, x_parts = _by_block(g, rows, dtype), _by_block(x, cols, dtype)
     grad_x = x.new_empty(0)

@@ -41,7 +41,7 @@ def test_another_methods_layer_is_inspected_without_blocks() -> None:
     model = get_peft_model(tiny_models.build("llama"), LoraConfig(r=3, target_modules=["q_proj"]))
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     assert _rank_bound(layer, "default") == 3
-    assert _blocks(layer, "default") == {}
+    assert _blocks(layer, "default") == []
 
 
 def test_spectral_norms_and_stable_ranks_are_the_updates_own_and_far_layers_are_marked(
