@@ -33,6 +33,8 @@ def check_combination(
             f"can't combine {adapters} with weights {weights} into {adapter_name!r}: give existing adapters "
             f"({', '.join(known)}), one weight each, and a new name"
         )
+    if any(getattr(known[name], "target_parameters", None) for name in adapters):
+        raise MergeError("can't combine adapters with target_parameters; merge them one after another")
     if combination not in get_args(Combination):
         raise MergeError(f"combination_type={combination!r} must be one of {get_args(Combination)}")
 
@@ -51,8 +53,6 @@ def combined_config(configs: list[SmoaConfig], combination: Combination) -> Smoa
     for name in ("rank_pattern", "num_blocks_pattern"):
         if any(getattr(config, name) for config in configs):
             raise MergeError(f"can't combine adapters with {name}; give every layer the same r and num_blocks")
-    if any(config.target_parameters for config in configs):
-        raise MergeError("can't combine adapters with target_parameters; merge them one after another")
     for name in ("modules_to_save", "trainable_token_indices", "bias"):
         if any(getattr(config, name) not in (None, "none", [], {}) for config in configs):
             raise MergeError(f"can't combine adapters with {name}: only updates of adapted layers can be summed")

@@ -168,10 +168,10 @@ def _check_kind(target: TargetParameter) -> None:
         raise ConfigError(f"{place} and chooses the experts, which SMoA doesn't adapt; leave the router out")
     if hasattr(target.module, "parametrizations"):
         raise UnsupportedModuleError(f"{place} and is parametrized; remove the parametrization first")
-    if not target.tensor.is_floating_point():
+    if not target.tensor.is_floating_point() or target.tensor.itemsize == 1:
         raise UnsupportedModuleError(
-            f"{place} and is quantized to {target.tensor.dtype}, and there are no dequantized weights of experts; load "
-            "the model with dequantize=True, or without quantization"
+            f"{place} and is quantized to {target.tensor.dtype}, and nothing dequantizes experts; load the model with "
+            "dequantize=True, or without quantization"
         )
 
 

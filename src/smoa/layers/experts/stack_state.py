@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from smoa.compat import integers_kept
 from smoa.config.adapter_config import SmoaConfig
 from smoa.errors import PartitionError, UnsupportedModuleError
+from smoa.layers.distributed import refuse_partitioned
 from smoa.layers.experts.layout import Layout
 from smoa.layers.layer import RANDOM_SIZE, SmoaLayer
 from smoa.layers.partition import Pending
@@ -135,7 +136,7 @@ class StackState(SmoaLayer):
 
     def matrices(self) -> Tensor:
         """The current weights as a view, (experts, halves, out_features, in_features)."""
-        return self.layout.matrices(self.stored_weight())
+        return self.layout.matrices(refuse_partitioned(self.stored_weight()))
 
     def _derive_orders(self, adapter_name: str, rows: Tensor, cols: Tensor) -> None:
         self._stack_blocks[adapter_name] = stacked_blocks(rows, cols, len(self.ranks[adapter_name]))

@@ -62,6 +62,7 @@ class Odd(nn.Module):
         self.norm = nn.Parameter(torch.ones(8))
         self.kernel = nn.Parameter(torch.ones(2, 3, 4, 5))
         self.packed = nn.Parameter(torch.ones(2, 8, 8, dtype=torch.uint8), requires_grad=False)
+        self.eight = nn.Parameter(torch.ones(2, 8, 8).to(torch.float8_e4m3fn), requires_grad=False)
         self.plain = nn.Linear(8, 8)
         self.parametrized = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
 
@@ -86,6 +87,11 @@ BAD: dict[str, tuple[dict[str, Any], type[SmoaError], str]] = {
         {"target_parameters": ["packed"]},
         UnsupportedModuleError,
         r"inner.packed has shape \(2, 8, 8\) and is quantized to torch.uint8.*dequantize=True",
+    ),
+    "in 8-bit floats": (
+        {"target_parameters": ["eight"]},
+        UnsupportedModuleError,
+        r"inner.eight has shape \(2, 8, 8\) and is quantized to torch.float8_e4m3fn",
     ),
     "its module too": (
         {"target_parameters": ["plain.weight"], "target_modules": ["plain"]},

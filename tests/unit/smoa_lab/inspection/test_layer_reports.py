@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from smoa import SmoaConfig
 from smoa_lab.inspection import layer_reports
 from smoa_lab.inspection.layer_reports import LayerReport, _blocks, _rank_bound, inspect_layers
 from tests.support import lab, tiny_models
+from tests.support.tiny_mixtures import EXPERTS, build_mixture, matrix_of, wrappers
 
 TARGETS = ["q_proj", "v_proj"]
 
@@ -59,3 +60,20 @@ def test_spectral_norms_and_stable_ranks_are_the_updates_own_and_far_layers_are_
         assert layer.stable_rank == pytest.approx(float((values**2).sum() / values[0] ** 2), rel=1e-4)
         assert layer.to_dict()["moved_too_far"] is (layer.relative_spectral_norm > 0.08)
     assert {layer.moved_too_far for layer in layers} == {True, False}
+
+
+def test_every_expert_is_reported_by_itself(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    build_mixture("qwen3_moe").save_pretrained(base)
+    config = SmoaConfig(r=4, num_blocks=2, target_modules=[], target_parameters=EXPERTS, init_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    model.save_pretrained(adapter)
+    lab.byte_tokenizer().save_pretrained(base)
+    layers = inspect_layers(adapter, str(base))
+    assert len(layers) == 15
+    found = next(layer for layer in layers if layer.module == "model.layers.0.mlp.experts.gate_up_proj[3].1")
+    wrapper = wrappers(model)["gate_up_proj"]
+    delta = wrapper.delta("default")[3, 1].double()
+    assert found.relative_update == pytest.approx(float(delta.norm() / matrix_of(wrapper, 3, 1).norm()), rel=1e-4)
+    assert found.row_blocks.tolist() == wrapper.smoa_row_labels["default"][7].tolist()
+    assert sum(layer.parameters for layer in layers) == sum(p.numel() for p in model.parameters() if p.requires_grad)
