@@ -102,7 +102,8 @@ class SavedAdapter:
         if target.number is not None:
             return stack.update(target.number).delta(weight).add_(weight)
         merged = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-        for number, matrix in enumerate(layout.matrices(merged).flatten(0, 1).unbind()):
+        matrices = (matrix for expert in layout.matrices(merged) for matrix in expert)  # views
+        for number, matrix in enumerate(matrices):
             matrix += stack.update(number).delta(matrix)
         return merged
 
@@ -114,9 +115,9 @@ class SavedAdapter:
         """
         tensors, count, shape = self.layers[name], layout.count, layout.shape
         A, B, rows, cols = (tensors[part] for part in PARTS)
-        r = len(A) // count
-        ranks = self.config.ranks_of(name, r, shape)
-        if (rows.shape[-1], cols.shape[-1]) != shape or len(A) != count * sum(ranks):
+        ranks = self.config.ranks_of(name, shape=shape)
+        r = sum(ranks)
+        if (rows.shape[-1], cols.shape[-1]) != shape or len(A) != count * r:
             raise AdapterFileError(f"{name}: the adapter is for a parameter of another shape than {layout}")
         scale = rank_scale(tensors.get(SCALE, torch.ones(count, len(ranks))).float(), ranks)
         parts = A.unflatten(0, (count, r)).unbind(), B.unflatten(1, (count, r)).unbind(1)

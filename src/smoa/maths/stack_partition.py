@@ -36,7 +36,8 @@ def stack_partition(
     Raises:
         PartitionError: K does not fit, or a weight has NaN or infinite entries.
     """
-    stacks = matrices.flatten(0, 1)[:, None] if expert_partition == "each" else matrices.transpose(0, 1)
+    each = [matrix[None] for expert in matrices for matrix in expert]  # views, which `flatten` may not give
+    stacks = each if expert_partition == "each" else matrices.transpose(0, 1)
     hidden = True if kind != "spectral" else None  # None: shown on a terminal only
     bar = tqdm(stacks, desc="SMoA partitions of experts", unit="matrix", delay=1, disable=hidden, leave=False)
     found = [_partition(stack, num_blocks, kind, scores_of) for stack in bar]

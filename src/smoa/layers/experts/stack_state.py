@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from smoa.compat import integers_kept
 from smoa.config.adapter_config import SmoaConfig
 from smoa.errors import PartitionError, UnsupportedModuleError
 from smoa.layers.distributed import refuse_partitioned
@@ -41,7 +40,7 @@ class StackPending(Pending):
         blocks = stacked_blocks(rows.to(weight.device), cols.to(weight.device), num_blocks)
         scales = [
             block_scale(self.scale, self._anchor(matrix, blocks[i % len(blocks)]), blocks[i % len(blocks)])
-            for i, matrix in enumerate(weight.flatten(0, 1))
+            for i, matrix in enumerate(matrix for expert in weight for matrix in expert)
         ]
         return rows, cols, torch.stack(scales)
 
@@ -97,7 +96,7 @@ class StackState(SmoaLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         weight = self.stored_weight()
         device = device or weight.device
-        with self.exact_scales(), integers_kept(self, adapter_name):
+        with self.exact_scales():
             for factor in (self.smoa_A[adapter_name], self.smoa_B[adapter_name]):
                 if not any(parameter.device.type == "meta" for parameter in factor.parameters()):
                     factor.to(device, weight.dtype if weight.is_floating_point() else None)

@@ -6,11 +6,11 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM
 
 from smoa import SmoaConfig
 from smoa.export.merge import merge_and_save
-from tests.support.tiny_mixtures import EXPERTS, build_mixture, tokens
+from tests.support.tiny_mixtures import COMMON, EXPERTS, build_mixture, tokens
 from tests.support.tolerance import assert_close
 
 
@@ -61,10 +61,11 @@ def test_a_mixture_in_memory_is_merged_with_what_rounding_took(tmp_path: Path) -
     assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), logits(expected))
 
 
-def test_an_adapter_of_other_experts_is_refused(tmp_path: Path) -> None:
-    build_mixture("gpt_oss").save_pretrained(tmp_path / "base")
+def test_an_adapter_of_more_experts_is_refused(tmp_path: Path) -> None:
+    smaller = GptOssConfig(**COMMON, num_local_experts=4, head_dim=6)
+    GptOssForCausalLM(smaller).save_pretrained(tmp_path / "base")
     config = SmoaConfig(r=4, target_modules=[], target_parameters=EXPERTS, task_type="CAUSAL_LM")
-    model: PeftModel = get_peft_model(build_mixture("qwen3_moe"), config)
+    model: PeftModel = get_peft_model(build_mixture("gpt_oss"), config)
     model.save_pretrained(tmp_path / "adapter")
     with pytest.raises(ValueError, match="another shape"):
         merge_and_save(tmp_path / "adapter", tmp_path / "merged", base=tmp_path / "base")

@@ -73,7 +73,7 @@ def test_every_expert_is_reported_by_itself(tmp_path: Path) -> None:
     assert len(layers) == 15
     found = next(layer for layer in layers if layer.module == "model.layers.0.mlp.experts.gate_up_proj[3].1")
     wrapper = wrappers(model)["gate_up_proj"]
-    delta = wrapper.delta("default")[3, 1].double()
+    delta = wrapper.delta("default")[3, 1].detach().double()
     assert found.relative_update == pytest.approx(float(delta.norm() / matrix_of(wrapper, 3, 1).norm()), rel=1e-4)
     assert found.row_blocks.tolist() == wrapper.smoa_row_labels["default"][7].tolist()
     assert sum(layer.parameters for layer in layers) == sum(p.numel() for p in model.parameters() if p.requires_grad)
