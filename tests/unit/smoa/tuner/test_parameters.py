@@ -71,7 +71,7 @@ BAD: dict[str, tuple[dict[str, Any], type[SmoaError], str]] = {
     "no such parameter": (
         {"target_parameters": ["inner.nrom"]},
         ConfigError,
-        r"target_parameters: 'inner.nrom' matches no parameter.*did you mean 'inner.packed'",
+        r"target_parameters: 'inner.nrom' matches no parameter.*did you mean 'inner\.",
     ),
     "one dimension": (
         {"target_parameters": ["inner.norm"]},
