@@ -91,6 +91,10 @@ def _matches(key: str, name: str) -> bool:
 
 
 def _proposal(model: nn.Module, name: str) -> str:
+    for module_name, module in model.named_modules():
+        for parameter in getattr(module, "parametrizations", ()):
+            if _matches(f"{module_name}.{parameter}", name):
+                return "one of that name is parametrized; remove the parametrization first"
     stacks = sorted({_short(target) for target in parameters_of(model) if len(target.shape) == 3})
     near = difflib.get_close_matches(name, stacks, n=1, cutoff=0)
     return f"did you mean {near[0]!r}?" if near else "it has no parameter of three dimensions; use target_modules"
@@ -160,7 +164,7 @@ def _check_kind(target: TargetParameter) -> None:
     if not target.module_name:  # these first words are PEFT's
         raise ConfigError(
             "Targeting an nn.Parameter on the top-level module is not supported "
-            f"(parameter '{target.name}' of shape {target.shape}); put the module into another one"
+            f"(parameter '{target.name}'). It has shape {target.shape}; put the module into another one"
         )
     if len(target.shape) not in (2, 3):
         raise ConfigError(f"{place}, and only those of 2 or 3 dimensions hold matrices; leave it out")

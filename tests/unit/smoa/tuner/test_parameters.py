@@ -140,7 +140,7 @@ def test_a_parameter_of_the_model_itself_is_refused_with_pefts_words() -> None:
 
 
 def test_a_parametrized_parameter_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"parametrized.weight' matches no parameter"):
+    with pytest.raises(ConfigError, match=r"weight' matches no parameter.*remove the parametrization first"):
         adapted(nn.ModuleDict({"inner": Odd()}), target_parameters=["inner.parametrized.weight"])
 
 
