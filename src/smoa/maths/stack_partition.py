@@ -15,7 +15,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from smoa.maths.blocks import Blocks
-from smoa.maths.spectrum import PartitionKind, make_partition, spectral_scores
+from smoa.maths.devices import decomposable
+from smoa.maths.spectrum import PartitionKind, gram_scores, make_partition, squarable
 
 ExpertPartition = Literal["each", "shared"]
 Scores = Callable[[Tensor, bool], tuple[Tensor, Tensor]]
@@ -31,7 +32,7 @@ def stack_partition(
         num_blocks: K.
         kind: How to assign coordinates to blocks.
         expert_partition: "each" gives every matrix its own, P = E·H. "shared" gives one to each of the H, P = H.
-        scores_of: `spectral_scores`, or a cache of it.
+        scores_of: `smoa.maths.spectrum.spectral_scores`, or a cache of it.
 
     Raises:
         PartitionError: K does not fit, or a weight has NaN or infinite entries.
@@ -53,6 +54,7 @@ def _partition(stack: Tensor, num_blocks: int, kind: PartitionKind, scores_of: S
 
 
 def _shared_scores(stack: Tensor, first: Tensor, precise: bool) -> tuple[Tensor, Tensor]:
-    """Scores of the rows of `[W_1 … W_E]`, and of the columns of `[W_1; …; W_E]`."""
-    side_by_side = stack.transpose(0, 1).flatten(1)
-    return spectral_scores(side_by_side, precise)[0], spectral_scores(stack.flatten(0, 1), precise)[1]
+    """Scores of the rows of `[W_1 … W_E]`, and of the columns of `[W_1; …; W_E]`, from `Σ W Wᵀ` and `Σ Wᵀ W`."""
+    weights = squarable(decomposable(stack))
+    rows, cols = (sum(W @ W.mT for W in side) for side in (weights, weights.mT))
+    return gram_scores(rows, precise), gram_scores(cols, precise)
