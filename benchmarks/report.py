@@ -202,6 +202,39 @@ def injection() -> str:
     return table(header, rows) + measured(*contents.values())
 
 
+def experts() -> str:
+    """Table of what LoRA and SMoA cost on top of frozen experts, one row per size."""
+    content = load("experts")
+    assert content is not None
+    config, rows = content["config"], []
+    for case in content["cases"]:
+        lora, smoa = (case["on_top"][method] for method in ("lora", "smoa"))
+        rows.append(
+            [f"{config['experts']} × {2 * case['intermediate']}×{config['hidden']}"]
+            + [f"{method['seconds'] * 1000:.0f}" for method in (lora, smoa)]
+            + [f"{case['ratio']['seconds']:.2f}"]
+            + [f"{method['bytes'] / 1e6:.0f}" for method in (lora, smoa)]
+            + [f"{case['ratio']['bytes']:.2f}"]
+        )
+    header = ["gate and up", "LoRA, ms", "SMoA, ms", "ratio", "LoRA, MB", "SMoA, MB", "ratio"]
+    return table(header, rows) + measured(content)
+
+
+def expert_partitions() -> str:
+    """Table of time, bytes and agreement of the two partitions, one row per stack and K."""
+    content = load("expert_partitions")
+    assert content is not None
+    rows = [
+        [f"{case['stack']}, {case['shape'][0]} × {case['shape'][2]}×{case['shape'][3]}", str(case["num_blocks"])]
+        + [f"{case['seconds'][kind]:.2f}" for kind in ("each", "shared")]
+        + [f"{case['label_bytes'][kind]:,}" for kind in ("each", "shared")]
+        + [f"{share:.2f}" for share in case["agreement"]]
+        for case in content["cases"]
+    ]
+    header = ["stack", "K", "each, s", "shared, s", "each, bytes", "shared, bytes", "same rows", "same columns"]
+    return table(header, rows) + measured(content)
+
+
 def draw_sweep(content: dict[str, Any]) -> None:
     """Draw time ÷ floor and kept bytes against tokens, width, K and r, in one picture each."""
     panels: dict[str, tuple[str, Callable[[Axes, list[dict[str, Any]], list[int]], None]]] = {
@@ -248,6 +281,8 @@ def main() -> None:
         "kernels": kernels(),
         "gpu": gpu(),
         "injection": injection(),
+        "experts": experts(),
+        "expert-partitions": expert_partitions(),
     }
     page = DOCS / "performance.md"
     text = page.read_text()

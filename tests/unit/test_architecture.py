@@ -115,6 +115,7 @@ THEMES = {
     "smoa/test_extreme_numbers.py",
     "smoa/test_families.py",
     "smoa/test_merging_in_place.py",
+    "smoa/test_mixtures.py",
     "smoa/test_narrow_layers.py",
     "smoa/test_precision.py",
     "smoa/test_public_api.py",

@@ -12,8 +12,7 @@ block by block, the same k vectors are k(m+n)/K numbers; a LoRA must store k(m+n
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,14 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from smoa.errors import ConfigError, UnsupportedModuleError
+from smoa.export.lora_places import Place
 from smoa.files.names import PREFIX, adapter_layers
 from smoa.layers.layer import SmoaLayer
 from smoa.maths.devices import decomposition_device
+from smoa.maths.update import Update
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,9 @@ class BlockSpectra:
     Vh: list[Tensor]
 
     @classmethod
-    def of(cls, layer: SmoaLayer, adapter_name: str) -> BlockSpectra:
-        """Decompose the blocks `ΔW[I_k, J_k]` in float32 or wider."""
-        delta, blocks = layer.delta(adapter_name).detach(), layer.blocks(adapter_name)
+    def of(cls, update: Update, weight: Tensor) -> BlockSpectra:
+        """Decompose the blocks `ΔW[I_k, J_k]` in float32 or wider; `weight` is the pristine W."""
+        delta, blocks = update.delta(weight).detach(), update.factors.blocks
         device = decomposition_device(delta)
         rows, cols = ([side(k).to(device) for k in range(blocks.num_blocks)] for side in (blocks.rows, blocks.cols))
         parts = [torch.linalg.svd(block.to(device), full_matrices=False) for block in blocks.of(delta)]
@@ -197,8 +198,14 @@ class UpdateSpectra:
         self.conv1d = any(layer.fan_in_fan_out for layer in layers.values())
         self.other_tensors = _other_tensors(model, adapter_name)
         _refuse_grouped(layers)
-        self.layers = {name: BlockSpectra.of(layer, adapter_name) for name, layer in layers.items()}
-        self.named = {name: partial(_named_factors, layer.get_base_layer()) for name, layer in layers.items()}
+        self.layers: dict[str, BlockSpectra] = {}
+        self.places: dict[str, Place] = {}
+        for name, layer in layers.items():
+            parts = {part: BlockSpectra.of(update, weight) for part, weight, update in layer.parts(adapter_name)}
+            place = Place.of(name, layer)
+            named = {place.name_of(part): spectrum for part, spectrum in parts.items()}
+            self.layers |= named
+            self.places[name] = replace(place, matrices=tuple(named))
 
     def to_lora(self, rule: RankRule, uniform_rank: bool = False) -> LoraConversion:
         """Build the LoRA that keeps as much of every layer as `rule` says.
@@ -208,24 +215,31 @@ class UpdateSpectra:
             uniform_rank: Pad all layers with zeros to the largest rank, for servers that support only one rank.
         """
         ranks = {name: rule.choose(spectrum.values) for name, spectrum in self.layers.items()}
-        largest = max(ranks.values())
-        widths = dict.fromkeys(ranks, largest) if uniform_rank else ranks
+        widths = {name: place.width(ranks) for name, place in self.places.items()}
+        largest = max(widths.values())
+        widths = dict.fromkeys(widths, largest) if uniform_rank else widths
         state = dict(self.other_tensors)
-        for name, spectrum in self.layers.items():
-            factors = self.named[name](*spectrum.factors(ranks[name], widths[name]))
+        for name, place in self.places.items():
+            factors = place.named_factors(self.layers, ranks, widths[name])
             state |= {f"{PREFIX}{name}.{part}": factor for part, factor in factors.items()}
-        layers = [_converted(name, self.layers[name], ranks[name], widths[name]) for name in ranks]
+        layers = [
+            _converted(matrix, self.layers[matrix], ranks[matrix], widths[name], place.halves)
+            for name, place in self.places.items()
+            for matrix in place.matrices
+        ]
         return LoraConversion(self._lora_config(widths, largest), state, layers)
 
     def _lora_config(self, widths: dict[str, int], largest: int) -> LoraConfig:
         """alpha = r in every layer. The factors include the scale, so a server that reads one r gets it right too."""
-        exceptions = {name: width for name, width in widths.items() if width != largest}
+        exceptions = {self.places[name].key: width for name, width in widths.items() if width != largest}
+        parameters = [place.key for place in self.places.values() if place.layout is not None]
         return LoraConfig(
             r=largest,
             lora_alpha=largest,
             rank_pattern=exceptions,
             alpha_pattern=dict(exceptions),
-            target_modules=list(widths),
+            target_modules=[place.key for place in self.places.values() if place.layout is None],
+            target_parameters=parameters or None,
             bias="lora_only" if self.config.bias == "smoa_only" else self.config.bias,
             modules_to_save=self.config.modules_to_save,
             trainable_token_indices=self.config.trainable_token_indices,
@@ -271,24 +285,15 @@ def _refuse_grouped(layers: Mapping[str, SmoaLayer]) -> None:
         )
 
 
-def _named_factors(base: nn.Module, A: Tensor, B: Tensor) -> dict[str, Tensor]:
-    """The factors in the names and shapes of PEFT's LoRA for this kind of base layer, given A (r, n) and B (m, r)."""
-    if isinstance(base, nn.Embedding):  # PEFT's ΔW is the table transposed
-        return {"lora_embedding_A": B.T, "lora_embedding_B": A.T}
-    if isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        kernel = base.kernel_size
-        A, B = A.view(len(A), base.in_channels, *kernel), B.view(*B.shape, *(1 for _ in kernel))
-    return {"lora_A.weight": A, "lora_B.weight": B}
-
-
 def _other_tensors(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
     """Trained tensors that are not factors: biases, modules_to_save, token embeddings."""
     state: Iterable[tuple[str, Tensor]] = get_peft_model_state_dict(model, adapter_name=adapter_name).items()
     return {name: tensor for name, tensor in state if ".smoa_" not in name}
 
 
-def _converted(name: str, spectrum: BlockSpectra, rank: int, width: int) -> ConvertedLayer:
+def _converted(name: str, spectrum: BlockSpectra, rank: int, width: int, halves: int) -> ConvertedLayer:
     rows, columns = spectrum.shape
     error, norm = spectrum.error(rank), spectrum.norm()
     blockwise = spectrum.blockwise_parameters(rank)
-    return ConvertedLayer(name, rows, columns, rank, error, norm, width * (rows + columns), blockwise)
+    parameters = width * rows + width * columns // halves  # gate and up have one A in common
+    return ConvertedLayer(name, rows, columns, rank, error, norm, parameters, blockwise)

@@ -46,7 +46,7 @@ class AdaptedLayer(nn.Module, SmoaLayer):
         SmoaLayer.__init__(self, base_layer, fan_in_fan_out, backend)
         self.register_state_dict_post_hook(partition_to_state_dict)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(partition_from_state_dict)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_post_hook(_refresh_orders)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(refresh_orders)  # type: ignore[no-untyped-call]
         self._active_adapter = adapter_name
         self._shared_weight: tuple[nn.Parameter, ...] = ()  # a parameter in a tuple is not saved with the layer
         self.update_layer(adapter_name, config, module, defer_partition=defer_partition)
@@ -120,7 +120,7 @@ class AdaptedLayer(nn.Module, SmoaLayer):
         """Raise MergeError if merging these adapters gives NaN or infinite weights; changes nothing."""
         chosen = self.active_adapters if adapter_names is None else adapter_names
         names = [name for name in self._present(chosen) if name not in self.merged_adapters]
-        _check_finite(self.merged_weight([*self.merged_adapters, *names]), names)
+        check_finite(self.merged_weight([*self.merged_adapters, *names]), names)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -143,7 +143,7 @@ class AdaptedLayer(nn.Module, SmoaLayer):
         refuse_writing(self.stored_weight())
         merged = self.merged_weight([*self.merged_adapters, *names])
         if safe_merge:
-            _check_finite(merged, names)
+            check_finite(merged, names)
         self._write_merged(merged, names)
         self.merged_adapters.extend(names)
 
@@ -185,7 +185,8 @@ def is_instrumented(module: nn.Module) -> bool:
     return any(hooks) or "forward" in module.__dict__
 
 
-def _check_finite(merged: Tensor, names: list[str]) -> None:
+def check_finite(merged: Tensor, names: list[str]) -> None:
+    """Raise MergeError if a merged weight has NaN or infinite entries."""
     if not torch.isfinite(merged).all():
         # The first sentences are PEFT's, whose users may match them.
         raise MergeError(
@@ -194,6 +195,6 @@ def _check_finite(merged: Tensor, names: list[str]) -> None:
         )
 
 
-def _refresh_orders(layer: nn.Module, incompatible_keys: object) -> None:
+def refresh_orders(layer: nn.Module, incompatible_keys: object) -> None:
     """Load state dict post-hook: give a compiled model the orders of the loaded labels."""
-    cast(AdaptedLayer, layer).refresh_orders()
+    cast(SmoaLayer, layer).refresh_orders()

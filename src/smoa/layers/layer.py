@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -71,7 +71,10 @@ class SmoaLayer(PartitionState):
         self.merged_adapters: list[str] = []
         self._pristine_blocks: list[DiagonalBlocks] = []
         self.smoa_weight_cache: WeightCache | None = None
-        self.out_features, self.in_features = self.shape_of(self.get_base_layer())
+        self.out_features, self.in_features = self._weight_shape()
+
+    def _weight_shape(self) -> Shape:
+        return self.shape_of(self.get_base_layer())
 
     @staticmethod
     def shape_of(base: nn.Module) -> Shape:
@@ -106,13 +109,15 @@ class SmoaLayer(PartitionState):
         self.ranks[adapter_name], self.modulation[adapter_name] = ranks, config.modulation
         self.smoa_dropout[adapter_name] = nn.Dropout(config.smoa_dropout) if config.smoa_dropout else nn.Identity()
         self._add_factors(adapter_name, config.init_weights)
-        pending = Pending(config.partition, config.modulation, config.scale_of(module))
-        self._add_partition(adapter_name, pending, defer_partition)
+        self._add_partition(adapter_name, self._pending(config, module), defer_partition)
         if config.init_weights is False:  # give ΔW the same size for every scale
             with torch.no_grad():
                 self.smoa_B[adapter_name].weight.div_(self.rank_scale(adapter_name))  # type: ignore[operator]
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
+
+    def _pending(self, config: SmoaConfig, module: str) -> Pending:
+        return Pending(config.partition, config.modulation, config.scale_of(module))
 
     def _add_factors(self, adapter_name: str, init: Initialization) -> None:
         shape_A, shape_B = factor_shapes(self.out_features, self.in_features, self.ranks[adapter_name])
@@ -157,6 +162,11 @@ class SmoaLayer(PartitionState):
         """A: (r, ⌈n/K⌉) and B: (⌈m/K⌉, r)."""
         return _linear_weight(self.smoa_A[adapter_name]), _linear_weight(self.smoa_B[adapter_name])
 
+    def saved_shapes(self, adapter_name: str) -> tuple[tuple[int, ...], ...]:
+        """Shapes of A, B, row labels, column labels and block scales in an adapter's file."""
+        of_factors = factor_shapes(self.out_features, self.in_features, self.ranks[adapter_name])
+        return *of_factors, *self.partition_shapes(adapter_name)
+
     def update(self, adapter_name: str) -> Update:
         """The adapter's `Update`, which forms ΔW or applies it to x, given the pristine weight."""
         blocks = self.blocks(adapter_name)
@@ -164,6 +174,10 @@ class SmoaLayer(PartitionState):
         ranks, scaling = self.ranks[adapter_name], self.scaling[adapter_name]
         factors = Factors(A, B, ranks, scaling, self.rank_scale(adapter_name), blocks)
         return Update(factors, MODULATIONS[self.modulation[adapter_name]])
+
+    def parts(self, adapter_name: str) -> Iterator[tuple[str, Tensor, Update]]:
+        """Every matrix that the adapter changes: its name within the layer, its pristine weight and its update."""
+        yield "", self.pristine_weight(), self.update(adapter_name)
 
     def delta(self, adapter_name: str) -> Tensor:
         """Dense ΔW (out_features, in_features), float32 or wider, anchored on the pristine weight."""

@@ -21,10 +21,11 @@ from smoa.config.adapter_config import Shape, SmoaConfig
 from smoa.errors import MergeError, PartitionError, SmoaError
 from smoa.files.checkpoint import add_unsaved_scales, check_adapter_state, check_gathered
 from smoa.files.loading import incoming
-from smoa.files.names import PREFIX, adapter_layers
+from smoa.files.names import PREFIX, adapter_layers, parameter_names, renamed
 from smoa.files.save_id import new_id, with_id, without_id
 from smoa.layers.adapted_layer import AdaptedLayer
 from smoa.layers.distributed import from_rank_zero, refuse_writing, with_plain_names
+from smoa.layers.experts.param_wrapper import ParamWrapper
 from smoa.layers.layer import SmoaLayer
 from smoa.layers.quantized import requantization_reported
 from smoa.layers.undo import refuse_shared, shared_parameters
@@ -32,6 +33,7 @@ from smoa.tuner.block_choice import choose_blocks
 from smoa.tuner.combining import Combination, check_combination, check_layer, combined_config, fill_combined
 from smoa.tuner.decoding import forget_generate, watch_generate
 from smoa.tuner.mixed_batch import adapter_names_hooks
+from smoa.tuner.parameters import check_parameters, existing_wrapper, report_experts
 from smoa.tuner.targets import check_target, leave_out_uncalled, report_narrow, report_towers, weight_of
 
 
@@ -85,6 +87,13 @@ class SmoaModel(BaseTuner, StateDictHooks):
         configs[adapter_name] = own
         return twin
 
+    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
+        """As PEFT's, which wants targets, unless `target_parameters` names some (as in LoRA)."""
+        known = model_config.get("model_type") in self.target_module_mapping
+        if peft_config.target_modules is None and peft_config.target_parameters and not known:
+            return peft_config
+        return super()._prepare_adapter_config(peft_config, model_config)
+
     def _inject(self, *args: Any, **kwargs: Any) -> None:
         self._progress: tqdm[Any] | None = None
         try:
@@ -96,6 +105,7 @@ class SmoaModel(BaseTuner, StateDictHooks):
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Report all unsuitable targets at once, before any module is replaced."""
         every_linear = str(peft_config.target_modules).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
+        report_experts(model, peft_config)
         config: Any = _maybe_include_all_linear_layers(peft_config, model)
         if every_linear:
             leave_out_uncalled(config, model)
@@ -111,11 +121,15 @@ class SmoaModel(BaseTuner, StateDictHooks):
                     weights[name], shapes[name] = partial(weight_of, module, target), target.shape
                 except SmoaError as error:
                     problems.append(error)
+        try:
+            of_parameters = check_parameters(model, config, set(weights), file)
+        except SmoaError as error:
+            problems.append(error)
         if problems:
             raise type(problems[0])("; ".join(map(str, problems)))
         if every_linear and not self._loads_labels:
             report_towers(shapes, model)
-        report_narrow(shapes, config, silent=self._loads_labels or config.blocks_from_spectrum)
+        report_narrow(shapes | of_parameters, config, silent=self._loads_labels or config.blocks_from_spectrum)
         self._choose_blocks(config, weights)
         decomposes = config.partition == "spectral" and not self._loads_labels
         hidden = None if decomposes else True  # None: shown on a terminal only
@@ -151,6 +165,9 @@ class SmoaModel(BaseTuner, StateDictHooks):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        if parameter_name is not None:
+            self._wrap_parameter(peft_config, adapter_name, target, target_name, parent, current_key)
+            return
         kind, _, backend = check_target(current_key, target, peft_config, self.model)
         if self._progress is not None:
             self._progress.update()
@@ -167,8 +184,22 @@ class SmoaModel(BaseTuner, StateDictHooks):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
+    def _wrap_parameter(
+        self, config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, key: str
+    ) -> None:
+        module_name, _, name = key.rpartition(".")
+        known = existing_wrapper(self.model, module_name, name)
+        if known is not None:
+            known.update_layer(adapter_name, config, key, defer_partition=self._loads_labels)
+            return
+        wrapper = ParamWrapper(target, adapter_name, name, config, key, self._loads_labels)
+        if adapter_name not in self.active_adapters:
+            wrapper.requires_grad_(False)
+        self._replace_module(parent, target_name, wrapper, wrapper)
+
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, AuxiliaryTrainingWrapper):  # PEFT would assign its weight, which may not be a parameter
+        if isinstance(child, (AuxiliaryTrainingWrapper, ParamWrapper)):
+            # PEFT would assign the child's weight, which may not be a parameter, or not be there
             setattr(parent, child_name, new_module)
             return
         super()._replace_module(parent, child_name, new_module, child)
@@ -189,14 +220,14 @@ class SmoaModel(BaseTuner, StateDictHooks):
             super()._get_adapter_state_dict(named, config, adapter_name, state_dict, unwanted_adapter_names)
         )
         check_gathered(selected)
-        return with_id(selected, config.save_id)
+        return with_id(renamed(selected, parameter_names(named)), config.save_id)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         named = with_plain_names(model)
-        saved = without_id(state_dict)
+        saved = renamed(without_id(state_dict), _wrapper_names(named))
         remapped = super()._remap_adapter_state_dict_for_load(named, config, adapter_name, saved)
         add_unsaved_scales(model, config, adapter_name, remapped)
         check_adapter_state(model, config, adapter_name, remapped)
@@ -254,7 +285,7 @@ class SmoaModel(BaseTuner, StateDictHooks):
     @torch.no_grad()
     def _check_all_finite(self, adapter_names: list[str] | None) -> None:
         for name, module in self.model.named_modules():
-            if isinstance(module, AdaptedLayer):
+            if isinstance(module, AdaptedLayer | ParamWrapper):
                 try:
                     with onload_layer(module):  # accelerate may have offloaded its weights
                         module.check_merge(adapter_names)
@@ -263,11 +294,18 @@ class SmoaModel(BaseTuner, StateDictHooks):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()  # type: ignore[no-untyped-call]  # PEFT leaves it without types
-        layers = {name: module for name, module in self.model.named_modules() if isinstance(module, AdaptedLayer)}
+        layers = {name: module for name, module in self.model.named_modules() if isinstance(module, SmoaLayer)}
         refuse_shared((name, layer.stored_weight()) for name, layer in layers.items())
         shared = shared_parameters(self.model)
         for layer in layers.values():
-            layer.shares_weight = id(layer.stored_weight()) in shared
+            if isinstance(layer, AdaptedLayer):
+                layer.shares_weight = id(layer.stored_weight()) in shared
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         return adapter_names_hooks(self, kwargs)
+
+
+def _wrapper_names(model: Any) -> dict[str, str]:
+    """Names of the wrappers of parameters by those in a file, which may lack or have PEFT's prefix."""
+    names = {parameter: wrapper for wrapper, parameter in parameter_names(model).items()}
+    return names | {PREFIX + name.removeprefix(PREFIX): wrapper for name, wrapper in names.items()}

@@ -14,11 +14,12 @@ from tqdm.auto import tqdm
 
 from smoa.layers.layer import SmoaLayer
 from smoa.maths.analysis import UpdateSpectrum, update_spectrum
+from smoa.maths.blocks import Blocks
 from smoa.maths.budget import rank_bound
 from smoa.maths.spectrum import spectral_scores
 from smoa_lab.config.run_config import ModelSection
 from smoa_lab.models.base_models import load_base_model
-from smoa_lab.runs.layer_updates import adapted_layers, weight_and_update
+from smoa_lab.runs.layer_updates import adapted_layers, weights_and_updates
 from smoa_lab.runs.open_run import adapter_of_run, base_name
 
 TOO_FAR = 0.2
@@ -77,19 +78,31 @@ def inspect_layers(adapter: str | Path, base: str | None = None, trust_remote_co
     layers = list(adapted_layers(adapted.base_model.model))
     shown = tqdm(layers, desc="Decomposing", disable=None, leave=False)
     with torch.no_grad():
-        return [_report(path, module, adapted.active_adapter, method) for path, module in shown]
+        return [report for path, module in shown for report in _reports(path, module, adapted.active_adapter, method)]
 
 
-def _report(path: str, module: Any, adapter: str, method: str) -> LayerReport:
-    weight, update = weight_and_update(module, adapter)
-    spectrum = update_spectrum(weight, update)
+def _reports(path: str, module: Any, adapter: str, method: str) -> list[LayerReport]:
+    """On each matrix of the layer, which share its trained numbers evenly."""
+    found = list(weights_and_updates(path, module, adapter))
     own = [p for name, p in module.named_parameters() if f".{adapter}." in f".{name}." and "base_layer" not in name]
+    parameters = sum(parameter.numel() for parameter in own) // len(found)
+    blocks = _blocks(module, adapter)
+    return [
+        _report(name, module, adapter, method, weight, update, parameters, **own_blocks)
+        for (name, weight, update), own_blocks in zip(found, blocks or [{}] * len(found), strict=True)
+    ]
+
+
+def _report(
+    name: str, module: Any, adapter: str, method: str, weight: Tensor, update: Tensor, parameters: int, **blocks: Any
+) -> LayerReport:
+    spectrum = update_spectrum(weight, update)
     return LayerReport(
-        module=path,
+        module=name,
         method=method,
         rows=update.shape[0],
         columns=update.shape[1],
-        parameters=sum(parameter.numel() for parameter in own),
+        parameters=parameters,
         relative_update=float(update.norm() / weight.norm()),
         relative_spectral_norm=spectrum.relative_spectral_norm,
         rank=spectrum.rank,
@@ -98,7 +111,7 @@ def _report(path: str, module: Any, adapter: str, method: str) -> LayerReport:
         stable_rank=spectrum.stable_rank,
         coverage=spectrum.coverage,
         spectrum=spectrum,
-        **_blocks(module, adapter),
+        **blocks,
     )
 
 
@@ -113,11 +126,15 @@ def _rank_bound(module: Any, adapter: str) -> int | None:
     return int(ranks[adapter]) if isinstance(ranks, dict) and hasattr(module, "lora_A") else None
 
 
-def _blocks(module: Any, adapter: str) -> dict[str, Any]:
+def _blocks(module: Any, adapter: str) -> list[dict[str, Any]]:
+    """Blocks and bands of each matrix of a SMoA layer."""
     if not isinstance(module, SmoaLayer):
-        return {}
-    own = module.blocks(adapter)
-    scores = torch.cat(spectral_scores(module.pristine_weight()))
+        return []
+    return [_blocks_of(weight, update.factors.blocks) for _, weight, update in module.parts(adapter)]
+
+
+def _blocks_of(weight: Tensor, own: Blocks) -> dict[str, Any]:
+    scores = torch.cat(spectral_scores(weight))
     labels = torch.cat([own.row_labels, own.col_labels])
     blocks = [scores[labels == block] for block in range(own.num_blocks)]
     return {

@@ -6,14 +6,15 @@ import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from smoa import SmoaConfig
 from smoa_lab.inspection import layer_reports
 from smoa_lab.inspection.layer_reports import LayerReport, _blocks, _rank_bound, inspect_layers
-from smoa_lab.runs.layer_updates import weight_and_update
+from smoa_lab.runs.layer_updates import weights_and_updates
 from tests.support import lab, tiny_models
 from tests.support.layers import Wrapper
+from tests.support.tiny_mixtures import EXPERTS, build_mixture, matrix_of, wrappers
 
 TARGETS = ["q_proj", "v_proj"]
 
@@ -44,7 +45,7 @@ def test_another_methods_layer_is_inspected_without_blocks() -> None:
     model = get_peft_model(tiny_models.build("llama"), LoraConfig(r=3, target_modules=["q_proj"]))
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     assert _rank_bound(layer, "default") == 3
-    assert _blocks(layer, "default") == {}
+    assert _blocks(layer, "default") == []
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
@@ -57,7 +58,8 @@ def test_an_embedding_is_inspected_as_a_matrix(base: Path) -> None:
 def test_the_update_of_a_convolution_is_a_matrix(config: type) -> None:
     options = {"init_weights": False} if config is SmoaConfig else {"init_lora_weights": False}
     model = get_peft_model(Wrapper(nn.Conv2d(4, 6, 3)), config(r=4, target_modules=["layer"], **options))
-    weight, update = weight_and_update(model.base_model.model.layer, "default")
+    [(name, weight, update)] = weights_and_updates("layer", model.base_model.model.layer, "default")
+    assert name == "layer"
     assert weight.shape == update.shape == (6, 4 * 9)
     expected = model.base_model.model.layer.get_delta_weight("default").flatten(1)
     assert torch.allclose(update, expected, atol=1e-5)
@@ -78,3 +80,20 @@ def test_spectral_norms_and_stable_ranks_are_the_updates_own_and_far_layers_are_
         assert layer.stable_rank == pytest.approx(float((values**2).sum() / values[0] ** 2), rel=1e-4)
         assert layer.to_dict()["moved_too_far"] is (layer.relative_spectral_norm > 0.08)
     assert {layer.moved_too_far for layer in layers} == {True, False}
+
+
+def test_every_expert_is_reported_by_itself(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    build_mixture("qwen3_moe").save_pretrained(base)
+    config = SmoaConfig(r=4, num_blocks=2, target_modules=[], target_parameters=EXPERTS, init_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    model.save_pretrained(adapter)
+    lab.byte_tokenizer().save_pretrained(base)
+    layers = inspect_layers(adapter, str(base))
+    assert len(layers) == 15
+    found = next(layer for layer in layers if layer.module == "model.layers.0.mlp.experts.gate_up_proj[3].1")
+    wrapper = wrappers(model)["gate_up_proj"]
+    delta = wrapper.delta("default")[3, 1].detach().double()
+    assert found.relative_update == pytest.approx(float(delta.norm() / matrix_of(wrapper, 3, 1).norm()), rel=1e-4)
+    assert found.row_blocks.tolist() == wrapper.smoa_row_labels["default"][7].tolist()
+    assert sum(layer.parameters for layer in layers) == sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -18,11 +18,13 @@ from smoa_lab.runs.budget_choices import (
     empty_model,
     lora_parameters,
     model_shapes,
+    parameters,
     shapes_of,
 )
 from tests import reference
 from tests.support import lab
 from tests.support.layers import smoa_layers
+from tests.support.tiny_mixtures import EXPERTS, build_mixture
 from tests.support.tiny_models import build
 
 
@@ -116,3 +118,12 @@ def test_all_linear_means_the_layers_of_gpt2_too() -> None:
 
 def test_a_model_without_weights_has_only_its_layers(tmp_path: Path) -> None:
     assert all(parameter.is_meta for parameter in empty_model(str(lab.tiny_base(tmp_path))).parameters())
+
+
+def test_experts_are_counted_matrix_by_matrix_if_their_parameters_are_named() -> None:
+    model = build_mixture("qwen3_moe")
+    shapes = shapes_of(model, ("q_proj", *EXPERTS), "tiny")
+    assert shapes == Counter({(16, 24): 10, (24, 16): 5, (24, 24): 1})
+    config = SmoaConfig(r=6, num_blocks=2, target_modules=["q_proj"], target_parameters=EXPERTS)
+    trained = sum(p.numel() for p in get_peft_model(model, config).parameters() if p.requires_grad)
+    assert parameters(shapes, 6, 2) == trained
