@@ -114,6 +114,7 @@ THEMES = {
     "smoa/test_contiguous.py",
     "smoa/test_extreme_numbers.py",
     "smoa/test_families.py",
+    "smoa/test_launches.py",
     "smoa/test_merging_in_place.py",
     "smoa/test_mixtures.py",
     "smoa/test_narrow_layers.py",

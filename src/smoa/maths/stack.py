@@ -18,7 +18,7 @@ from torch import Tensor
 
 from smoa.maths.blocks import Blocks, Orders
 from smoa.maths.factors import Factors
-from smoa.maths.kernels.stacked import stacked_backward, stacked_forward
+from smoa.maths.kernels.batched import batched_backward, batched_forward
 from smoa.maths.modulations import MODULATIONS, Modulation
 from smoa.maths.update import Update
 
@@ -118,7 +118,7 @@ class _StackBranch(torch.autograd.Function):
         for i, (expert, rows) in enumerate(runs):
             for half in range(halves):
                 factors_of, anchor = _parts(updates[i * halves + half], matrices[expert, half])
-                output[rows, half] = stacked_forward(factors_of, x[rows], anchor)
+                output[rows, half] = batched_forward(factors_of, x[rows], anchor)
         return output
 
     @staticmethod
@@ -133,7 +133,7 @@ class _StackBranch(torch.autograd.Function):
                 number = i * halves + half
                 update = _with_factors(ctx.updates[number], *factors[2 * number : 2 * number + 2])
                 factors_of, anchor = _parts(update, matrices[expert, half])
-                part, *grads = stacked_backward(factors_of, g[rows, half], x[rows], anchor, needs_x)
+                part, *grads = batched_backward(factors_of, g[rows, half], x[rows], anchor, needs_x)
                 of_factors += grads
                 if grad_x is not None:
                     grad_x[rows] = part if half == 0 else part.add_(grad_x[rows])

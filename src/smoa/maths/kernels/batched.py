@@ -18,7 +18,10 @@ from torch import Tensor
 from smoa.maths.blocks import Blocks
 from smoa.maths.factors import Factors
 from smoa.maths.kernels.block_runs import BlockRun, runs_of
-from smoa.maths.kernels.loops import product_dtype, sort_columns
+from smoa.maths.kernels.loops import anchor_part, product_dtype, sort_columns
+
+LARGE_BLOCK = 1 << 13
+"""Entries from which blocks are gathered rows first on a CPU (measured: docs/experiment-log.md)."""
 
 
 def batched_forward(factors: Factors, x: Tensor, anchor: Tensor) -> Tensor:
@@ -34,7 +37,11 @@ def batched_forward(factors: Factors, x: Tensor, anchor: Tensor) -> Tensor:
 def batched_delta(wide: Factors, anchor: Tensor, dtype: torch.dtype) -> Iterator[tuple[BlockRun, Tensor]]:
     """The diagonal blocks of ΔW, (blocks, height, width) for each run, rounded to `dtype`, from wide factors."""
     for run in runs_of(wide):
-        product, entries = torch.bmm(run.of_B(wide.B), run.of_A(wide.A)), block_entries(wide.blocks, run, anchor)
+        product = torch.bmm(run.of_B(wide.B), run.of_A(wide.A))
+        if _gathers_rows_first(wide.blocks, run, anchor):
+            yield run, _modulated(product, wide.blocks, run, anchor).to(dtype)
+            continue
+        entries = block_entries(wide.blocks, run, anchor)
         if entries.dtype == dtype and not wide.blocks.is_contiguous:
             yield run, entries.mul_(product)  # multiplied in float32, then rounded into the copy
         else:
@@ -65,7 +72,7 @@ def _gradients_of_factors(wide: Factors, sorted_g: Tensor, sorted_x: Tensor, anc
     grad_A, grad_B = make(wide.A), make(wide.B)
     for run in runs:
         grad_delta = torch.bmm(run.of_outputs(sorted_g).mT, run.of_inputs(sorted_x)).to(wide.dtype)
-        grad_delta.mul_(block_entries(wide.blocks, run, anchor))
+        grad_delta = _modulated(grad_delta, wide.blocks, run, anchor)
         torch.bmm(run.of_B(wide.B).mT, grad_delta, out=run.of_A(grad_A))
         torch.bmm(grad_delta, run.of_A(wide.A).mT, out=run.of_B(grad_B))
     return grad_A, grad_B
@@ -77,3 +84,19 @@ def block_entries(blocks: Blocks, run: BlockRun, anchor: Tensor) -> Tensor:
         return run.of_slices(anchor)
     rows, cols = run.indices(blocks.orders)
     return anchor[rows, cols]
+
+
+def _gathers_rows_first(blocks: Blocks, run: BlockRun, anchor: Tensor) -> bool:
+    """Whether it is faster to copy whole rows of M, then their columns, than to pick entries by two indices at once."""
+    return anchor.device.type == "cpu" and not blocks.is_contiguous and run.height * run.width > LARGE_BLOCK
+
+
+def _modulated(product: Tensor, blocks: Blocks, run: BlockRun, anchor: Tensor) -> Tensor:
+    """`product ⊙ M_k`, in place."""
+    if not _gathers_rows_first(blocks, run, anchor):
+        return product.mul_(block_entries(blocks, run, anchor))
+    for k, block in enumerate(product):
+        first_row, first_col = run.first_row + k * run.height, run.first_col + k * run.width
+        rows, cols = slice(first_row, first_row + run.height), slice(first_col, first_col + run.width)
+        block.mul_(anchor_part(blocks, anchor, rows, cols))
+    return product
