@@ -22,7 +22,7 @@ class Convolution(AdaptedLayer):
     """
 
     route: Literal["auto", "fused", "apart"] = "auto"
-
+    converted_by_peft = False
     read_by_models = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
 
     @staticmethod
@@ -70,10 +70,6 @@ class Convolution(AdaptedLayer):
         geometry = Geometry(base.kernel_size, base.stride, tuple(p for p, _ in padding), base.dilation, base.groups)
         y = convolved(self.update(adapter_name), batched, self.pristine_weight(), geometry, bias, with_base)
         return y if batched.dim() == x.dim() else y[0]
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """False: PEFT's own converter knows linear layers only. `smoa.export.lora.convert_to_lora` knows this one."""
-        return False
 
 
 def _padding(base: Any) -> list[tuple[int, int]]:

@@ -24,6 +24,7 @@ class Embedding(AdaptedLayer):
     gradients are dense.
     """
 
+    converted_by_peft = False
     read_by_models = ("num_embeddings", "embedding_dim", "padding_idx")
 
     @staticmethod
@@ -46,10 +47,6 @@ class Embedding(AdaptedLayer):
         super()._fill_factors(A, B, adapter_name, init)
         if init is True:  # variance K instead of K / 3n: LoRA's is 1 here, and a token uses n / K of the n columns
             A.mul_((3 * self.in_features) ** 0.5)
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """False: PEFT's own converter knows linear layers only. `smoa.export.lora.convert_to_lora` knows this one."""
-        return False
 
     def branch_output(self, x: Tensor, adapter_name: str) -> Tensor:
         """`ΔW[x]` (…, embedding_dim) for int x, times `embed_scale` if the base layer has one."""

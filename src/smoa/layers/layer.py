@@ -35,6 +35,7 @@ class SmoaLayer(PartitionState):
 
     generation_cache: Literal["blocks", "weights", "off"] = "blocks"
     """What `generate` keeps: see `smoa.keep_in_generate`."""
+    converted_by_peft = True
     training: bool
     adapter_layer_names: tuple[str, ...] = ("smoa_A", "smoa_B")
     other_param_names: tuple[str, ...] = (
@@ -188,8 +189,8 @@ class SmoaLayer(PartitionState):
         return as_stored(self.delta(adapter), self.stored_weight().shape, self.fan_in_fan_out)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """True: ΔW is additive."""
-        return True
+        """Whether PEFT's own converter knows this kind of layer. `smoa.export.lora` knows more."""
+        return self.converted_by_peft
 
     def open_cache(self, names: list[str]) -> WeightCache | None:
         """The cache for a call with these adapters, if one is open. Active dropout and compiled models use none."""
