@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def _cells(rows: Sequence[Row]) -> list[tuple[Any, ...]]:
             (f"{row.parameters:,}", row.parameters),
             "" if row.search is None else f"{row.learning_rate:g}",
             len(row.search.losses) if row.search else 0,
-            f"{row.loss:.4f}",
+            f"{row.loss:.4f}" if math.isfinite(row.loss) else "diverged",
             *_difference(row, row.loss_difference, 1, 4),
             f"{100 * row.accuracy:.1f}",
             *_difference(row, row.accuracy_difference, 100, 1),
