@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from smoa_lab.basics.extras import DRAWING
 from smoa_lab.cli.console import print_json, print_table, reporting
 from smoa_lab.cli.options import AsJson
 
@@ -38,7 +39,7 @@ def compare(
 ) -> None:
     """Tune all methods in the same way, run each with fresh seeds, and report which is better, same or worse."""
     on_ray = workers > 1 or ray_address is not None
-    with reporting("accelerate", "matplotlib", "PIL", "filelock", *(["ray"] if on_ray else [])):
+    with reporting("accelerate", *DRAWING, "filelock", *(["ray"] if on_ray else [])):
         import transformers
 
         from smoa.errors import ConfigError

@@ -31,8 +31,8 @@ class LayerReport:
     """One adapted layer: shape of W, trainable parameters, ‖ΔW‖/‖W‖ (Frobenius), ‖ΔW‖₂/‖W‖₂, ΔW's ranks with the bound
     that the method sets (None where it isn't known), its coverage of W's spectrum, and the spectrum itself.
 
-    SMoA only: ``row_blocks`` and ``col_blocks``, the block of every output and input coordinate, and ``bands``, the
-    lowest and highest spectral score of each block's coordinates.
+    SMoA only, by block: ``bands``, the lowest and highest spectral score of its coordinates, ``block_scales``, its
+    scale s_k, and the spectrum's ``block_coverages``.
     """
 
     module: str
@@ -48,9 +48,8 @@ class LayerReport:
     stable_rank: float
     coverage: float
     spectrum: UpdateSpectrum
-    row_blocks: Tensor | None = None
-    col_blocks: Tensor | None = None
     bands: tuple[tuple[float, float], ...] = ()
+    block_scales: tuple[float, ...] = ()
 
     @property
     def moved_too_far(self) -> bool:
@@ -61,7 +60,8 @@ class LayerReport:
         """Plain values for JSON, the curves left out."""
         names = ("module", "method", "rows", "columns", "parameters", "relative_update", "relative_spectral_norm")
         ranks = ("rank", "rank_bound", "effective_rank", "stable_rank", "coverage", "moved_too_far")
-        return {name: getattr(self, name) for name in (*names, *ranks)}
+        blocks = {"block_scales": list(self.block_scales), "block_coverages": list(self.spectrum.block_coverages)}
+        return {name: getattr(self, name) for name in (*names, *ranks)} | (blocks if self.block_scales else {})
 
 
 def inspect_layers(adapter: str | Path, base: str | None = None, trust_remote_code: bool = False) -> list[LayerReport]:
@@ -85,33 +85,37 @@ def _reports(path: str, module: Any, adapter: str, method: str) -> list[LayerRep
     """On each matrix of the layer, which share its trained numbers evenly."""
     found = list(weights_and_updates(path, module, adapter))
     own = [p for name, p in module.named_parameters() if f".{adapter}." in f".{name}." and "base_layer" not in name]
-    parameters = sum(parameter.numel() for parameter in own) // len(found)
-    blocks = _blocks(module, adapter)
+    shared = {
+        "method": method,
+        "parameters": sum(parameter.numel() for parameter in own) // len(found),
+        "rank_bound": _rank_bound(module, adapter),
+    }
+    blocks: list[Blocks | None] = [None] * len(found)
+    scales: list[list[float]] = [[]] * len(found)
+    if isinstance(module, SmoaLayer):
+        blocks = [update.factors.blocks for _, _, update in module.parts(adapter)]
+        scales = (module.scaling[adapter] * module.block_scale(adapter).reshape(len(found), -1)).tolist()
     return [
-        _report(name, module, adapter, method, weight, update, parameters, **own_blocks)
-        for (name, weight, update), own_blocks in zip(found, blocks or [{}] * len(found), strict=True)
+        _report(*matrix, own_blocks, block_scales=tuple(own_scales), **shared)
+        for matrix, own_blocks, own_scales in zip(found, blocks, scales, strict=True)
     ]
 
 
-def _report(
-    name: str, module: Any, adapter: str, method: str, weight: Tensor, update: Tensor, parameters: int, **blocks: Any
-) -> LayerReport:
-    spectrum = update_spectrum(weight, update)
+def _report(name: str, weight: Tensor, update: Tensor, blocks: Blocks | None, **shared: Any) -> LayerReport:
+    spectrum = update_spectrum(weight, update, blocks)
     return LayerReport(
         module=name,
-        method=method,
         rows=update.shape[0],
         columns=update.shape[1],
-        parameters=parameters,
         relative_update=float(update.norm() / weight.norm()),
         relative_spectral_norm=spectrum.relative_spectral_norm,
         rank=spectrum.rank,
-        rank_bound=_rank_bound(module, adapter),
         effective_rank=spectrum.effective_rank,
         stable_rank=spectrum.stable_rank,
         coverage=spectrum.coverage,
         spectrum=spectrum,
-        **blocks,
+        bands=() if blocks is None else _bands(weight, blocks),
+        **shared,
     )
 
 
@@ -126,19 +130,8 @@ def _rank_bound(module: Any, adapter: str) -> int | None:
     return int(ranks[adapter]) if isinstance(ranks, dict) and hasattr(module, "lora_A") else None
 
 
-def _blocks(module: Any, adapter: str) -> list[dict[str, Any]]:
-    """Blocks and bands of each matrix of a SMoA layer."""
-    if not isinstance(module, SmoaLayer):
-        return []
-    return [_blocks_of(weight, update.factors.blocks) for _, weight, update in module.parts(adapter)]
-
-
-def _blocks_of(weight: Tensor, own: Blocks) -> dict[str, Any]:
-    scores = torch.cat(spectral_scores(weight))
-    labels = torch.cat([own.row_labels, own.col_labels])
-    blocks = [scores[labels == block] for block in range(own.num_blocks)]
-    return {
-        "row_blocks": own.row_labels.cpu(),
-        "col_blocks": own.col_labels.cpu(),
-        "bands": tuple((float(block.min()), float(block.max())) for block in blocks),
-    }
+def _bands(weight: Tensor, blocks: Blocks) -> tuple[tuple[float, float], ...]:
+    """The least and the largest spectral score in each block."""
+    scores, labels = torch.cat(spectral_scores(weight)), torch.cat([blocks.row_labels, blocks.col_labels])
+    by_block = [scores[labels == block] for block in range(blocks.num_blocks)]
+    return tuple((float(block.min()), float(block.max())) for block in by_block)

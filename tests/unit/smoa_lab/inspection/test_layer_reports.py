@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from smoa import SmoaConfig
 from smoa_lab.inspection import layer_reports
-from smoa_lab.inspection.layer_reports import LayerReport, _blocks, _rank_bound, inspect_layers
+from smoa_lab.inspection.layer_reports import LayerReport, _rank_bound, inspect_layers
 from smoa_lab.runs.layer_updates import weights_and_updates
 from tests.support import lab, tiny_models
 from tests.support.layers import Wrapper
@@ -41,11 +41,10 @@ def test_without_modulation_the_rank_is_bound_by_r(base: Path) -> None:
     assert all(layer.rank <= 4 for layer in layers)
 
 
-def test_another_methods_layer_is_inspected_without_blocks() -> None:
+def test_the_rank_of_a_lora_is_its_bound() -> None:
     model = get_peft_model(tiny_models.build("llama"), LoraConfig(r=3, target_modules=["q_proj"]))
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     assert _rank_bound(layer, "default") == 3
-    assert _blocks(layer, "default") == []
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
@@ -95,5 +94,21 @@ def test_every_expert_is_reported_by_itself(tmp_path: Path) -> None:
     wrapper = wrappers(model)["gate_up_proj"]
     delta = wrapper.delta("default")[3, 1].detach().double()
     assert found.relative_update == pytest.approx(float(delta.norm() / matrix_of(wrapper, 3, 1).norm()), rel=1e-4)
-    assert found.row_blocks.tolist() == wrapper.smoa_row_labels["default"][7].tolist()
     assert sum(layer.parameters for layer in layers) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_every_block_is_told_with_its_scale_and_coverage(base: Path) -> None:
+    layers = smoa(base, scale="block")
+    model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), base.with_name("SMOA"))
+    for layer in layers:
+        module = model.base_model.model.get_submodule(layer.module)
+        blocks = module.blocks("default").of(module.base_layer.weight.detach())
+        expected = [module.scaling["default"] / float(block.square().mean().sqrt()) for block in blocks]
+        assert list(layer.block_scales) == pytest.approx(expected, rel=1e-5)
+        assert len(layer.bands) == len(layer.to_dict()["block_coverages"]) == 2
+
+
+def test_a_layer_of_another_method_has_no_blocks(base: Path) -> None:
+    (first, *_) = reports(base, LoraConfig(r=3, target_modules=TARGETS, init_lora_weights=False))
+    assert (first.bands, first.block_scales, first.spectrum.block_coverages) == ((), (), ())
+    assert "block_scales" not in first.to_dict()
