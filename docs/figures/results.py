@@ -129,7 +129,8 @@ def difference(found: dict[str, Any] | None, scale: float, digits: int) -> tuple
         return "", "–"
     if found["mean"] is None:
         return "diverged", found["verdict"]
-    return " ".join(Difference(**found).signed(scale, digits)), found["verdict"]
+    known = Difference(**found)
+    return " ".join(known.signed(scale, digits)), known.told
 
 
 def lab_results(files: list[Path]) -> list[str]:

@@ -14,7 +14,7 @@ from smoa_lab.drawing.pages import anchor, figure, page, paragraph, section, tab
 from smoa_lab.drawing.plots import save_figure
 from smoa_lab.study.packing import PACK, shell_command
 from smoa_lab.study.report.curves import EXPLANATIONS, Curve, curve, run_rows
-from smoa_lab.study.report.equal_learning import EqualLearning, at_equal_learning, corrected, least_gaps
+from smoa_lab.study.report.equal_learning import EqualLearning, at_equal_learning, least_gaps, with_holm
 from smoa_lab.study.report.frontier import CAPTION, frontier
 from smoa_lab.study.report.sequence_tables import (
     EQUAL,
@@ -65,7 +65,7 @@ def sequence_report(study: Study) -> dict[str, Any]:
 def _equal(study: Study, curves: Sequence[Curve]) -> list[EqualLearning]:
     by_entry = {own.entry: own for own in curves}
     pairs = ((own, by_entry.get(study.reference(study.entries[own.entry].budget))) for own in curves)
-    return corrected([at_equal_learning(own, reference) for own, reference in pairs if reference is not None])
+    return with_holm([at_equal_learning(own, reference) for own, reference in pairs if reference is not None])
 
 
 def _before(untouched: dict[str, Any]) -> dict[str, Any]:
