@@ -95,7 +95,9 @@ def _correlations(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, float |
 
 
 def _title(study: Study) -> str:
-    tasks = (", ".join(data["tasks"]) for data in (study.first.data if study.first else {}, study.shared["data"]))
+    first = [] if study.first is None else [study.first.data]
+    data = [*first, *(one.data for one in study.between), study.shared["data"]]
+    tasks = (", ".join(one["tasks"]) for one in data)
     return f"{study.folder.name}: {', then '.join(tasks)}, with {study.shared['model']['name']}"
 
 
