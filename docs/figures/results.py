@@ -52,8 +52,8 @@ SINGLE_RUNS = (
     "from 0 to 100."
 )
 HEADROOM = (
-    "Can a study of a task show a difference between methods? LoRA r = 1 and full fine-tuning get the same search for "
-    "a learning rate. A task has headroom if training moves accuracy and full fine-tuning beats LoRA r = 1, both by "
+    "Can a study of a task show a difference between methods? A small LoRA and full fine-tuning get the same search "
+    "for a learning rate. A task has headroom if training moves accuracy and full fine-tuning beats LoRA, both by "
     "three standard errors (of questions and of seeds)."
 )
 INSPECTION = (
@@ -67,7 +67,7 @@ WIDTH = 120
 
 def main(docs: Path = DOCS) -> None:
     studied = sorted(path for path in docs.glob("studies/*/summary.json") if not path.parent.match("headroom-*"))
-    parts = [study(path) for path in studied] + headroom(sorted(docs.glob("studies/headroom-*")))
+    parts = [study(path) for path in studied] + headroom(sorted(docs.glob("studies/*")))
     parts += lab_results(sorted(docs.glob("lab-results/*.json")))
     parts += [inspection(path) for path in sorted(docs.glob("inspections/*.json"))]
     text = "\n".join([INTRODUCTION, *(parts or [NOTHING])])
@@ -120,11 +120,14 @@ def budget_tables(folder: Path, rows: list[dict[str, Any]]) -> list[str]:
 
 
 def headroom(folders: list[Path]) -> list[str]:
-    """The table of all tasks that were tried for their headroom."""
-    if not folders:
+    """The table of all tasks on which LoRA and full fine-tuning were tuned alike."""
+    tried = [
+        one for one in folders if {"lora", "full"} <= {name.split("/")[1] for name in TrialStore(one).names("final/")}
+    ]
+    if not tried:
         return []
-    lines = markdown_table(HEADROOM_HEADER, map(headroom_line, folders))
-    runs = ", ".join(f"[{folder.name}](studies/{folder.name}/{PACK})" for folder in folders)
+    lines = markdown_table(HEADROOM_HEADER, map(headroom_line, tried))
+    runs = ", ".join(f"[{folder.name}](studies/{folder.name}/{PACK})" for folder in tried)
     return [f"## Headroom\n\n{textwrap.fill(HEADROOM, WIDTH)}\n\n{lines}\n\nEvery run as a line of JSON: {runs}.\n"]
 
 

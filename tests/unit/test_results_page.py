@@ -5,6 +5,7 @@ import re
 import runpy
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from smoa_lab.study.report.rows import Row, as_json
 from smoa_lab.study.report.statistics import Difference, Interval
 from smoa_lab.study.trials import TrialStore
 
-FINAL = {
+FINAL: dict[str, Any] = {
     "config": {
         "model": {"name": "all-minilm-l6-v2", "dtype": "float32"},
         "data": {"tasks": ["headlines"], "train_examples": 1920},
@@ -219,10 +220,11 @@ def test_headroom_is_one_table_of_all_tasks_that_were_tried(docs: Path) -> None:
     ):
         file = folder / f"{name}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({**FINAL, "questions": {**answers, "right": right}}))
+        config = {**FINAL["config"], "adapter": {"r": 1}}
+        file.write_text(json.dumps({**FINAL, "config": config, "questions": {**answers, "right": right}}))
     text = page(docs)
     assert "## headroom-headlines" not in text
     assert (
-        "| headlines | all-minilm-l6-v2 | 1 | 0.0 | 50.0 | 100.0 | +100.0 ± 0.0 | yes | +50.0 ± 28.9 | 1.7 | no |"
+        "| headlines | all-minilm-l6-v2 | 1 | 0.0 | 1 | 50.0 | 100.0 | +100.0 ± 0.0 | yes | +50.0 ± 28.9 | 1.7 | no |"
         in text
     )

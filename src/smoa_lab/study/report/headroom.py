@@ -1,4 +1,4 @@
-"""Whether a task can show a difference between methods: full fine-tuning against LoRA of rank 1, tuned alike.
+"""Whether a task can show a difference between methods: full fine-tuning against a small LoRA, tuned alike.
 
 A study of it has the entries ``lora`` and ``full``, and the untouched model. The standard error of a difference in
 accuracy is √(s_q² + s_s²): s_q over questions, of the mean over seeds; s_s over seeds, of the mean over questions.
@@ -17,7 +17,7 @@ from smoa_lab.study.report.statistics import Outcomes, outcomes
 from smoa_lab.study.trials import TrialStore
 
 HEADROOM_HEADER = [
-    *("task", "model", "seeds", "untouched %", "LoRA r = 1 %", "full %", "better of both − untouched", "moves"),
+    *("task", "model", "seeds", "untouched %", "LoRA's r", "LoRA %", "full %", "better of both − untouched", "moves"),
     *("full − LoRA", "standard errors", "headroom"),
 ]
 ENOUGH = 3.0
@@ -67,12 +67,15 @@ def headroom_line(folder: Path) -> list[str]:
     before, (lora, full) = outcomes([untouched]), (outcomes(found[:seeds]) for found in known.values())
     best = max(lora, full, key=lambda one: one.accuracy().mean())
     moved, gained = gain(best, before), gain(full, lora)
-    config = known["full"][0]["config"]
+    config, adapter = known["full"][0]["config"], known["lora"][0]["config"]["adapter"]
+    percent = [f"{100 * one.accuracy().mean():.1f}" for one in (before, lora, full)]
     return [
         ", ".join(config["data"]["tasks"]),
         config["model"]["name"],
         str(seeds),
-        *(f"{100 * one.accuracy().mean():.1f}" for one in (before, lora, full)),
+        percent[0],
+        str(adapter["r"]),
+        *percent[1:],
         _signed(moved),
         "yes" if moved.is_clear else "no",
         _signed(gained),

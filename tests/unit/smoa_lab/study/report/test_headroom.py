@@ -13,7 +13,7 @@ from smoa_lab.study.study_file import Study
 from smoa_lab.study.trials import Trial
 from tests.support import studies
 
-CONFIG = {"data": {"tasks": ["reuters"]}, "model": {"name": "encoder"}}
+CONFIG = {"data": {"tasks": ["reuters"]}, "model": {"name": "encoder"}, "adapter": {"r": 1}}
 
 
 def run(right: list[int]) -> dict[str, Any]:
@@ -60,7 +60,8 @@ def test_a_study_is_one_line(study: Study, tmp_path: Path) -> None:
         "model": "encoder",
         "seeds": "2",
         "untouched %": "0.0",
-        "LoRA r = 1 %": "50.0",
+        "LoRA's r": "1",
+        "LoRA %": "50.0",
         "full %": "90.0",
         "better of both − untouched": "+90.0 ± 4.8",
         "moves": "yes",
