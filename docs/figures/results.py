@@ -14,7 +14,10 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from smoa_lab.drawing.markdown_tables import markdown_table
 from smoa_lab.study.packing import PACK
+from smoa_lab.study.report import sequence_tables as sequences
+from smoa_lab.study.report.headroom import HEADROOM_HEADER, headroom_line
 from smoa_lab.study.report.rows import untouched_sentence
 from smoa_lab.study.report.statistics import Difference
 from smoa_lab.study.trials import TrialStore
@@ -29,7 +32,8 @@ then fresh seeds on the test part.
 
 - **Differences** are to the reference of the entry's budget, paired by seed and by question, with 95 % intervals
   (questions resampled, Student's t over seeds). *Better* and *worse* mean that the interval excludes 0, *same* that it
-  includes 0. Lower loss is better.
+  includes 0. *(Holm: same)* marks what Holm's correction for all comparisons of the table takes back. Lower loss is
+  better.
 - **Entries** are named after their method, number of blocks (`k8`), change, and budget: `r1` means the trainable
   parameters of a LoRA of rank 1.
 - **Studies**: `refined` also searched quarter decades; `float32` has its weights in that dtype.
@@ -47,6 +51,11 @@ SINGLE_RUNS = (
     "right if it equals the reference; an answer without choices is right if greedy decoding would give it. BLEU runs "
     "from 0 to 100."
 )
+HEADROOM = (
+    "Can a study of a task show a difference between methods? A small LoRA and full fine-tuning get the same search "
+    "for a learning rate. A task has headroom if training moves accuracy and full fine-tuning beats LoRA, both by "
+    "three standard errors (of questions and of seeds)."
+)
 INSPECTION = (
     "Means over the adapted layers of trained adapters. Coverage is how far down W's spectrum the energy of the update "
     "reaches: 0 for the leading direction alone, 0.5 for all directions alike."
@@ -57,7 +66,8 @@ WIDTH = 120
 
 
 def main(docs: Path = DOCS) -> None:
-    parts = [study(path) for path in sorted(docs.glob("studies/*/summary.json"))]
+    studied = sorted(path for path in docs.glob("studies/*/summary.json") if not path.parent.match("headroom-*"))
+    parts = [study(path) for path in studied] + headroom(sorted(docs.glob("studies/*")))
     parts += lab_results(sorted(docs.glob("lab-results/*.json")))
     parts += [inspection(path) for path in sorted(docs.glob("inspections/*.json"))]
     text = "\n".join([INTRODUCTION, *(parts or [NOTHING])])
@@ -65,8 +75,8 @@ def main(docs: Path = DOCS) -> None:
 
 
 def study(summary: Path) -> str:
-    """One study: a table for each budget, its pictures, and links to its report and runs."""
-    folder, rows = summary.parent, json.loads(summary.read_text(encoding="utf-8"))
+    """One study with links to its report and runs: its tables, and its pictures."""
+    folder, found = summary.parent, json.loads(summary.read_text(encoding="utf-8"))
     home = f"studies/{folder.name}"
     links = [f"[summary as JSON]({home}/summary.json)"]
     if (folder / "README.md").is_file():
@@ -74,6 +84,27 @@ def study(summary: Path) -> str:
     if (folder / PACK).is_file():
         links.append(f"[every run as a line of JSON]({home}/{PACK})")
     parts = [f"## {folder.name}\n\n{', '.join(links)}.{setting(folder)}"]
+    parts += sequence_tables(found) if isinstance(found, dict) else budget_tables(folder, found)
+    pictures = {path.name: path.stem.replace("_", " ").capitalize() for path in sorted(folder.glob("*.png"))}
+    parts += [f"![{title} of the study {folder.name}]({home}/{name})" for name, title in pictures.items()]
+    return "\n\n".join(parts) + "\n"
+
+
+def sequence_tables(found: dict[str, Any]) -> list[str]:
+    """Of a study of kind sequence: the first task at equal learning, and what goes with forgetting."""
+    told = filter(None, (sequences.INTRODUCTION, sequences.before_sentence(found["before"])))
+    return [
+        textwrap.fill(" ".join(told), WIDTH),
+        textwrap.fill(sequences.EQUAL, WIDTH),
+        markdown_table(sequences.EQUAL_HEADER, sequences.equal_lines(found)),
+        textwrap.fill(sequences.EXPLAINED, WIDTH),
+        markdown_table(sequences.EXPLAINED_HEADER, sequences.explained_lines(found)),
+    ]
+
+
+def budget_tables(folder: Path, rows: list[dict[str, Any]]) -> list[str]:
+    """Of any other study: a table for each budget, and the untouched model."""
+    parts = []
     for budget in dict.fromkeys(row["budget"] for row in rows):
         of_budget = sorted(
             (row for row in rows if row["budget"] == budget), key=lambda row: (row["loss"] is None, row["loss"])
@@ -85,9 +116,19 @@ def study(summary: Path) -> str:
     note = untouched_sentence(TrialStore(folder).find("untouched"))
     if note:
         parts.append(textwrap.fill(note, WIDTH))
-    pictures = {path.name: path.stem.replace("_", " ").capitalize() for path in sorted(folder.glob("*.png"))}
-    parts += [f"![{title} of the study {folder.name}]({home}/{name})" for name, title in pictures.items()]
-    return "\n\n".join(parts) + "\n"
+    return parts
+
+
+def headroom(folders: list[Path]) -> list[str]:
+    """The table of all tasks on which LoRA and full fine-tuning were tuned alike."""
+    tried = [
+        one for one in folders if {"lora", "full"} <= {name.split("/")[1] for name in TrialStore(one).names("final/")}
+    ]
+    if not tried:
+        return []
+    lines = markdown_table(HEADROOM_HEADER, map(headroom_line, tried))
+    runs = ", ".join(f"[{folder.name}](studies/{folder.name}/{PACK})" for folder in tried)
+    return [f"## Headroom\n\n{textwrap.fill(HEADROOM, WIDTH)}\n\n{lines}\n\nEvery run as a line of JSON: {runs}.\n"]
 
 
 def setting(folder: Path) -> str:
@@ -129,7 +170,8 @@ def difference(found: dict[str, Any] | None, scale: float, digits: int) -> tuple
         return "", "–"
     if found["mean"] is None:
         return "diverged", found["verdict"]
-    return " ".join(Difference(**found).signed(scale, digits)), found["verdict"]
+    known = Difference(**found)
+    return " ".join(known.signed(scale, digits)), known.told
 
 
 def lab_results(files: list[Path]) -> list[str]:

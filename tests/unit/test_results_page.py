@@ -5,16 +5,18 @@ import re
 import runpy
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from smoa_lab.study.packing import PACK, own_files, pack
+from smoa_lab.study.report.curves import EXPLANATIONS
 from smoa_lab.study.report.rows import Row, as_json
 from smoa_lab.study.report.statistics import Difference
 from smoa_lab.study.trials import TrialStore
 from tests.support.studies import row
 
-FINAL = {
+FINAL: dict[str, Any] = {
     "config": {
         "model": {"name": "all-minilm-l6-v2", "dtype": "float32"},
         "data": {"tasks": ["headlines"], "train_examples": 1920},
@@ -190,3 +192,39 @@ BUILT = {"work", "__pycache__", "index.html", "charts.js"}
 def test_the_documents_take_at_most_5_megabytes() -> None:
     files = [path for path in SCRIPT.parents[1].rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files if not BUILT & set(path.parts)) <= 5_000_000
+
+
+def test_a_sequence_is_told_by_what_was_kept_at_equal_learning(docs: Path) -> None:
+    equal = {"entry": "lora", "reference": "lora", "level": 1.5, "rate": 0.001, "first_loss": 3.0}
+    summary = {
+        "before": None,
+        "equal": [{**equal, "is_lowest": False, "difference": None}],
+        "least_gaps": {"lora": 0.0},
+        "correlations": {figure: {"forgot": 0.5, "forgot_elsewhere": None} for figure in EXPLANATIONS},
+        "runs": [],
+    }
+    (docs / "studies" / "headlines" / "summary.json").write_text(json.dumps(summary))
+    text = page(docs)
+    assert "| lora | 1.500 | 0.001 | 3.000 |  | reference |  |  |  | 0.000 |" in text
+    assert "| stable rank | 0.50 | – |" in text
+
+
+def test_headroom_is_one_table_of_all_tasks_that_were_tried(docs: Path) -> None:
+    (docs / "studies" / "headlines").rename(docs / "studies" / "headroom-headlines")
+    folder = docs / "studies" / "headroom-headlines"
+    answers = {"task": ["headlines"] * 4, "nll": [1.0] * 4, "tokens": [1] * 4}
+    for name, right in (
+        ("untouched", [0] * 4),
+        ("final/lora/lr-0.01-seed-0", [1, 0, 1, 0]),
+        ("final/full/one", [1] * 4),
+    ):
+        file = folder / f"{name}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        config = {**FINAL["config"], "adapter": {"r": 1}}
+        file.write_text(json.dumps({**FINAL, "config": config, "questions": {**answers, "right": right}}))
+    text = page(docs)
+    assert "## headroom-headlines" not in text
+    assert (
+        "| headlines | all-minilm-l6-v2 | 1 | 0.0 | 1 | 50.0 | 100.0 | +100.0 ± 0.0 | yes | +50.0 ± 28.9 | 1.7 | no |"
+        in text
+    )

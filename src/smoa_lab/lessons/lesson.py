@@ -9,15 +9,14 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch.distributed as dist
-from peft import get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from smoa.errors import ConfigError
 from smoa.layers.distributed import is_distributed
 from smoa_lab.basics.foreign import foreign_warnings_ignored
-from smoa_lab.config.methods import METHODS
 from smoa_lab.config.run_config import Run
+from smoa_lab.lessons.adapting import after_training, with_adapter
 from smoa_lab.lessons.progress import REPLACED, ProgressReport
 from smoa_lab.scoring.row_losses import Losses
 
@@ -102,8 +101,8 @@ class Lesson(ABC):
     ) -> tuple[Any, Trainer, float]:
         """The trained model, its trainer, and the seconds that training took."""
         set_seed(arguments.seed)  # the adapter's factors are drawn here
-        peft_config = METHODS[self.config.method].peft_config(self.config.adapter)
-        model: Any = self.base if peft_config is None else get_peft_model(self.base, peft_config)
+        method = self.config.method
+        model = with_adapter(self.base, self.tokenizer, method, self.config.adapter)
         trainer = self.trainer(
             model, arguments, callbacks=[ProgressReport(), *watching], processing_class=self.tokenizer
         )
@@ -112,6 +111,7 @@ class Lesson(ABC):
         logger.info("Training on %s by %s", self.title, type(trainer).__name__)
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=checkpoint)
+        after_training(model, method)
         return model, trainer, time.perf_counter() - started
 
 

@@ -15,7 +15,7 @@ from smoa_lab.config.yaml_text import apply_overrides, parse_yaml
 from smoa_lab.study.benches.answers import AnswerBench
 from smoa_lab.study.benches.bench import Bench
 from smoa_lab.study.benches.classification import ClassificationBench
-from smoa_lab.study.benches.first_stage import First
+from smoa_lab.study.benches.earlier_task import Between, First
 from smoa_lab.study.benches.sequence import SequenceBench
 from smoa_lab.study.entry import Entry
 from smoa_lab.study.tuning import sweep_indices
@@ -43,13 +43,14 @@ class Study(Section):
     ``references`` are the entries to which the others of their budget are compared, by default the first one of each
     budget. ``elsewhere`` is a data block of another domain: the loss on its test part shows what was forgotten.
 
-    In a study of kind ``sequence`` every entry starts from the model that ``first`` trained, and is run with every seed
-    at every rate of ``tuning.sweep``.
+    In a study of kind ``sequence`` every entry starts from the model that ``first`` trained, trains the tasks
+    ``between`` one after the other, and then that of ``shared``, with every seed at every rate of ``tuning.sweep``.
     """
 
     kind: Literal["answers", "classification", "sequence"] = "answers"
     folder: Path
     first: First | None = None
+    between: list[Between] = Field(default=[])
     shared: dict[str, Any]
     elsewhere: dict[str, Any] | None = None
     entries: dict[str, Entry] = Field(min_length=1)
@@ -60,7 +61,7 @@ class Study(Section):
     def bench(self) -> Bench:
         """What trains and scores one entry."""
         if self.first is not None:
-            return SequenceBench(self.shared, self.elsewhere, self.first, self.folder)
+            return SequenceBench(self.shared, self.elsewhere, self.first, self.folder, self.between)
         return BENCHES[self.kind](self.shared, self.elsewhere)
 
     def chosen(self, only: Sequence[str]) -> list[str]:
@@ -114,7 +115,10 @@ def load_study(path: str | Path, overrides: list[str] | None = None) -> Study:
     _check_kind(study, file)
     bench = study.bench()
     for name, entry in study.entries.items():
-        bench.config(entry, entry.learning_rate, seed=0, place=f"{file}: entries.{name}")
+        place = f"{file}: entries.{name}"
+        config = bench.config(entry, entry.learning_rate, seed=0, place=place)
+        if isinstance(bench, SequenceBench):
+            bench.between_configs(config, place)
     if isinstance(bench, SequenceBench):
         bench.first_config(place=f"{file}: first")
     return study
@@ -125,8 +129,11 @@ def _check_kind(study: Study, file: Path) -> None:
     is_sequence = study.kind == "sequence"
     if is_sequence and study.first is None:
         raise ConfigError(f"{file}: first: is missing; a study of kind sequence trains its first task by it")
-    if study.first is not None and not is_sequence:
-        raise ConfigError(f"{file}: first: only studies of kind sequence have it, got kind {study.kind}; leave it out")
+    given = [key for key in ("first", "between") if getattr(study, key)]
+    if given and not is_sequence:
+        raise ConfigError(
+            f"{file}: {given[0]}: only studies of kind sequence have it, got kind {study.kind}; leave it out"
+        )
     sweeping = [name for name, entry in study.entries.items() if entry.sweep is not None]
     if study.tuning.sweep is None and (is_sequence or sweeping):
         reason = "a study of kind sequence runs every rate of it" if is_sequence else f"entries.{sweeping[0]} has one"

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from smoa.atomic import replaced_folder, write_whole
+from smoa.errors import ConfigError
 from smoa.layers.distributed import from_rank_zero
 from smoa_lab.basics.extras import require
 from smoa_lab.basics.portable import portable
@@ -41,9 +42,15 @@ def train(config: RunConfig | RowsConfig, lesson: Lesson | None = None) -> dict[
     Nothing is written before config, data and model are known to be good.
 
     Raises:
-        ConfigError: the run's folder contains a finished run or one of another config.
+        ConfigError: the run's folder contains a finished run or one of another config, or the method saves nothing
+            that PEFT can load.
         DataError: model or data cannot be loaded, or a package is missing.
     """
+    if not METHODS[config.method].loads:
+        raise ConfigError(
+            f"method: {config.method} changes the base model, so PEFT could not load the saved adapter; it is for "
+            "`smoa compare` and `smoa tune`, which save none"
+        )
     require({**training_needs(config), **text_needs(config.forgetting)})
     folder, text = RunFolder(config.folder), config.to_yaml()
     folder.check(text)

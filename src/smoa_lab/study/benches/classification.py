@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -22,10 +21,10 @@ from transformers import (
 )
 
 from smoa.errors import DataError
-from smoa_lab.config.methods import METHODS
 from smoa_lab.config.run_config import RunConfig
 from smoa_lab.data.records import Record
 from smoa_lab.data.sources.wheels import installed_file
+from smoa_lab.lessons.adapting import after_training, with_adapter
 from smoa_lab.lessons.progress import REPLACED
 from smoa_lab.scoring.held_out import Outcome
 from smoa_lab.scoring.mode import scoring
@@ -49,8 +48,7 @@ class ClassificationBench(Bench):
         arguments = fit_arguments(config)
         set_seed(arguments.seed)  # head and factors are drawn here
         base, tokenizer = self._base(config)
-        peft_config = METHODS[config.method].peft_config({**config.adapter, "task_type": "SEQ_CLS"})
-        model: Any = base if peft_config is None else get_peft_model(base, peft_config)
+        model = with_adapter(base, tokenizer, config.method, {**config.adapter, "task_type": "SEQ_CLS"})
         rows = [_row(tokenizer, record, config.task.max_length) for record in self.records.train]
         trainer = Trainer(
             model=model, args=arguments, train_dataset=rows, data_collator=DataCollatorWithPadding(tokenizer)
@@ -59,6 +57,7 @@ class ClassificationBench(Bench):
             trainer.remove_callback(callback)
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=checkpoint)
+        after_training(model, config.method)
         return Fitted(model, trainer, _without_head(model), time.perf_counter() - started)
 
     def _outcomes(self, model: nn.Module | None, config: RunConfig, records: Sequence[Record]) -> list[Outcome]:

@@ -1,7 +1,8 @@
-"""Studies of learning without forgetting: a first task is trained once, then each entry trains a second one."""
+"""Studies of learning without forgetting: a first task is trained once, then each entry trains one or more others."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -12,28 +13,36 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from smoa.errors import ConfigError
 from smoa_lab.basics.extras import require
-from smoa_lab.config.run_config import RunConfig, TaskSection, check_config
+from smoa_lab.config.run_config import DataSection, RunConfig, TaskSection, check_config
 from smoa_lab.data.prompts import PromptEncoder
 from smoa_lab.data.selection import Selection
 from smoa_lab.lessons.questions import Questions
 from smoa_lab.models.needs import training_needs
 from smoa_lab.scoring.forgetting import text_losses, whole_text
-from smoa_lab.scoring.held_out import answer_outcomes, score_outcomes
+from smoa_lab.scoring.held_out import Outcome, answer_outcomes, score_outcomes
 from smoa_lab.scoring.row_losses import Losses
 from smoa_lab.study.benches.answers import AnswerBench
 from smoa_lab.study.benches.bench import Part, answered
 from smoa_lab.study.benches.changes import weight_changes
-from smoa_lab.study.benches.first_stage import First, FirstStage
+from smoa_lab.study.benches.earlier_task import Between, EarlierTask, First
 from smoa_lab.study.entry import Entry
 
 
 class SequenceBench(AnswerBench):
-    """Trains the second task on the model of the first; scores both on their test parts, and the text elsewhere."""
+    """Trains the last task on the model of the earlier ones; scores all on their test parts, and the text elsewhere."""
 
-    def __init__(self, shared: dict[str, Any], elsewhere: dict[str, Any] | None, first: First, folder: Path) -> None:
+    def __init__(
+        self,
+        shared: dict[str, Any],
+        elsewhere: dict[str, Any] | None,
+        first: First,
+        folder: Path,
+        between: Sequence[Between] = (),
+    ) -> None:
         super().__init__(shared, elsewhere)
         self.first = first
         self.folder = folder
+        self.between = between
 
     def first_config(self, place: str = "study") -> RunConfig:
         """The whole run of the first task; raises ConfigError with all problems of it."""
@@ -43,57 +52,96 @@ class SequenceBench(AnswerBench):
         training = {**(self.shared.get("training") or {}), **self.first.training, **rate}
         return check_config({**own, **laid, "training": training}, place)
 
+    def between_configs(self, config: RunConfig, place: str = "study") -> list[RunConfig]:
+        """The whole runs of the tasks between, by an entry's own config."""
+        values = config.model_dump(mode="json")
+        return [
+            check_config(
+                {
+                    **values,
+                    "data": one.data,
+                    "task": {**(self.shared.get("task") or {}), **one.task},
+                    "training": {**config.training, **one.training},
+                },
+                f"{place}.between[{number}]",
+            )
+            for number, one in enumerate(self.between)
+        ]
+
     def stored_config(self, config: RunConfig) -> dict[str, Any]:
-        """With that of the first task, which decides where an entry starts."""
-        return {**super().stored_config(config), "first": self._stage.described}
+        """With the earlier tasks, which decide where an entry starts."""
+        between = {"between": [one.model_dump(mode="json") for one in self.between]} if self.between else {}
+        return {**super().stored_config(config), "first": self._first_task.described, **between}
 
     def check_needs(self, entry: Entry) -> None:
-        """Also for the first task."""
+        """Also for the earlier tasks."""
         super().check_needs(entry)
-        require(training_needs(self.first_config()))
+        config = self.config(entry, entry.learning_rate, seed=0)
+        for earlier in (self.first_config(), *self.between_configs(config)):
+            require(training_needs(earlier))
 
     @cached_property
-    def first_records(self) -> Selection:
-        """The records of the first task; read once."""
-        records = self.first_config().data.select()
-        if not records.test:
-            raise ConfigError("first.data.test_examples: a study needs a test part; it has no questions")
-        return records
+    def earlier_records(self) -> list[Selection]:
+        """The records of the earlier tasks; read once."""
+        named = {"first": self.first.data, **{f"between[{i}]": one.data for i, one in enumerate(self.between)}}
+        found = {name: DataSection.model_validate(data).select() for name, data in named.items()}
+        for name, records in found.items():
+            if not records.test:
+                raise ConfigError(f"{name}.data.test_examples: a study needs a test part; it has no questions")
+        return list(found.values())
 
     @cached_property
-    def _stage(self) -> FirstStage:
-        dtype = self.shared["model"].get("dtype", "float32")
-        return FirstStage(self.first_config(), self.folder / "work" / "first", dtype)
+    def _first_task(self) -> EarlierTask:
+        return EarlierTask(self.first_config(), self.folder / "work" / "first", self._dtype)
 
-    def before(self, config: RunConfig) -> dict[str, Any]:
-        """Scores of the first task's model, from which every entry starts; it is trained if that was not done."""
+    @property
+    def _dtype(self) -> Any:
+        return self.shared["model"].get("dtype", "float32")
+
+    def _earlier_tasks(self, config: RunConfig) -> list[EarlierTask]:
+        """The first one, and in the run's own folder those between."""
+        found = [self._first_task]
+        for between in self.between_configs(config):
+            room = Path(config.training["output_dir"]) / "between"
+            found.append(EarlierTask(between, room, self._dtype, found[-1]))
+        return found
+
+    def before(self, config: RunConfig, tasks: Sequence[EarlierTask]) -> dict[str, Any]:
+        """Scores of the model of the last of these tasks; what was not trained is."""
 
         def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
             self.encoder = _encoder(tokenizer, config.task)
             return self._measured(model, config)
 
-        return self._stage.scores(self.first_records, measure)
+        pairs = list(zip(tasks, self.earlier_records, strict=False))
+        for task, records in pairs:
+            task.store(records)
+        task, records = pairs[-1]
+        return task.scores(records, measure)
 
     def _prepare(self, config: RunConfig) -> Questions:
-        self.before(config)
-        place = {"name": self._stage.model.name}
+        tasks = self._earlier_tasks(config)
+        self.before(config, tasks)
+        place = {"name": tasks[-1].model.name}
         return super()._prepare(config.model_copy(update={"model": config.model.model_copy(update=place)}))
 
     def _scores(self, model: nn.Module | None, config: RunConfig, part: Part) -> dict[str, Any]:
-        before = self.before(config)
         if model is None:
-            return before
+            return self.before(config, [self._first_task])
+        before = self.before(config, self._earlier_tasks(config))
         after = self._measured(model, config)
         change = weight_changes(model, self._prepare(config).base)
         return {**after, "forgot": _forgot(before, after), "change": change}
 
     def _measured(self, model: nn.Module, config: RunConfig) -> dict[str, Any]:
-        """Scores of the second task as in other studies, of the first task, and of the text elsewhere."""
-        task, records = self.first_config().task, self.first_records
-        encoder = _encoder(self.encoder.tokenizer, task)
-        outcomes = answer_outcomes(model, encoder, records.test, task.eval_batch_tokens)
+        """Scores of the last task as in other studies, of all earlier tasks, and of the text elsewhere."""
+        sections = [self.first_config().task, *(one.task for one in self.between_configs(config))]
+        outcomes: list[Outcome] = []
+        for task, records in zip(sections, self.earlier_records, strict=True):
+            encoder = _encoder(self.encoder.tokenizer, task)
+            outcomes += answer_outcomes(model, encoder, records.test, task.eval_batch_tokens)
         first = {
-            "sha256": records.account["used"]["test"]["sha256"],
+            "sha256": " ".join(records.account["used"]["test"]["sha256"] for records in self.earlier_records),
             "scores": {name: asdict(score) for name, score in score_outcomes(outcomes).items()},
             "questions": answered(outcomes),
         }

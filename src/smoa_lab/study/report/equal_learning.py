@@ -17,17 +17,12 @@ from numpy.typing import NDArray
 
 from smoa_lab.study.report.curves import Curve
 from smoa_lab.study.report.statistics import (
-    INTERVAL,
     RESAMPLES,
     Difference,
-    Verdict,
-    holm,
-    p_value,
+    corrected,
+    difference,
     seed_errors,
-    verdict_of,
 )
-
-SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True)
@@ -35,8 +30,7 @@ class EqualLearning:
     """An entry at the ``level`` of its reference. ``rate`` and ``first_loss`` are None if it never reaches it.
 
     ``is_lowest``: its lowest rate learns more than the level already, and is taken. ``reached`` is the share of
-    resamples in which the level is reached; the others are left out. ``p`` is of the difference to the reference, and
-    ``holm_p`` corrected for all comparisons of the study.
+    resamples in which the level is reached; the others are left out.
     """
 
     entry: str
@@ -47,9 +41,6 @@ class EqualLearning:
     is_lowest: bool = False
     reached: float = 0.0
     difference: Difference | None = None
-    p: float | None = None
-    holm_p: float | None = None
-    holm_verdict: Verdict | None = None
 
 
 @dataclass(frozen=True)
@@ -110,10 +101,10 @@ def least_gaps(curves: Sequence[Curve]) -> dict[str, float]:
     return gaps
 
 
-def corrected(found: Sequence[EqualLearning]) -> list[EqualLearning]:
-    """With Holm's p-values and the verdicts by them; one seed gets no verdict."""
-    adjusted = iter(holm([one.p for one in found if one.p is not None]))
-    return [one if one.p is None else _with_holm(one, next(adjusted)) for one in found]
+def with_holm(found: Sequence[EqualLearning]) -> list[EqualLearning]:
+    """The differences corrected for all comparisons of the study."""
+    differences = corrected([one.difference for one in found])
+    return [replace(one, difference=changed) for one, changed in zip(found, differences, strict=True)]
 
 
 def _compared(found: EqualLearning, own: Curve, reference: Curve, place: Place, best: int) -> EqualLearning:
@@ -128,11 +119,8 @@ def _compared(found: EqualLearning, own: Curve, reference: Curve, place: Place, 
         return replace(found, reached=0.0)
     by_seed = _at(own, place) - _at(reference, Place(best, 0.0))
     samples = reached + random.choice(seed_errors(by_seed, random), len(reached), replace=False)
-    tail = (100 - INTERVAL) / 2
-    low, high = map(float, np.percentile(samples, [tail, 100 - tail]))
-    verdict = verdict_of(low, high, sign=-1) if len(seeds) > 1 else "one seed"
-    difference = Difference(float(by_seed.mean()), low, high, verdict)
-    return replace(found, reached=len(reached) / RESAMPLES, difference=difference, p=p_value(samples))
+    compared = difference(float(by_seed.mean()), samples, -1, len(seeds))
+    return replace(found, reached=len(reached) / RESAMPLES, difference=compared)
 
 
 def _resampled_gaps(own: Curve, reference: Curve, best: int, random: np.random.Generator) -> NDArray[np.float64]:
@@ -155,11 +143,3 @@ def _at(own: Curve, place: Place) -> NDArray[np.float64]:
     """First-task loss at a place, (seeds,)."""
     by_seed = own.first.nll.sum(axis=-1) / own.first.tokens.sum()
     return np.array([place.of(losses) for losses in by_seed.T])
-
-
-def _with_holm(one: EqualLearning, adjusted: float) -> EqualLearning:
-    assert one.difference is not None
-    verdict = one.difference.verdict
-    if verdict in ("better", "worse") and adjusted >= SIGNIFICANT:
-        verdict = "same"
-    return replace(one, holm_p=adjusted, holm_verdict=verdict)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from operator import itemgetter
 from typing import Any
 
@@ -19,6 +19,7 @@ from smoa_lab.study.report.statistics import (
     Interval,
     accuracy_difference,
     accuracy_interval,
+    corrected,
     loss_difference,
     outcomes,
 )
@@ -97,7 +98,17 @@ def difference_cells(row: Row, found: Difference | None, scale: float, digits: i
     """Mean, interval and verdict as text; empty for the reference, and before a seed of it is finished."""
     if found is None:
         return "", "", "reference" if row.entry == row.reference else ""
-    return (*found.signed(scale, digits), found.verdict)
+    return (*found.signed(scale, digits), found.told)
+
+
+def with_holm(rows: Sequence[Row]) -> list[Row]:
+    """The differences of loss and accuracy corrected for all comparisons of a table."""
+    found = corrected([one for row in rows for one in (row.loss_difference, row.accuracy_difference)])
+    pairs = zip(found[::2], found[1::2], strict=True)
+    return [
+        replace(row, loss_difference=by_loss, accuracy_difference=by_accuracy)
+        for row, (by_loss, by_accuracy) in zip(rows, pairs, strict=True)
+    ]
 
 
 def accuracy_by_task(rows: Sequence[Row], untouched: dict[str, Any] | None) -> list[list[str]]:

@@ -13,7 +13,7 @@ from smoa_lab.drawing.markdown_tables import markdown_table
 from smoa_lab.drawing.pages import write_page
 from smoa_lab.drawing.picture_files import save_picture
 from smoa_lab.study.report.curves import EXPLANATIONS, Curve, curve, run_rows
-from smoa_lab.study.report.equal_learning import EqualLearning, at_equal_learning, corrected, least_gaps
+from smoa_lab.study.report.equal_learning import EqualLearning, at_equal_learning, least_gaps, with_holm
 from smoa_lab.study.report.frontier import CAPTION
 from smoa_lab.study.report.sequence_page import sequence_chart, sequence_page
 from smoa_lab.study.report.sequence_tables import (
@@ -66,7 +66,7 @@ def sequence_report(study: Study) -> dict[str, Any]:
 def _equal(study: Study, curves: Sequence[Curve]) -> list[EqualLearning]:
     by_entry = {own.entry: own for own in curves}
     pairs = ((own, by_entry.get(study.reference(study.entries[own.entry].budget))) for own in curves)
-    return corrected([at_equal_learning(own, reference) for own, reference in pairs if reference is not None])
+    return with_holm([at_equal_learning(own, reference) for own, reference in pairs if reference is not None])
 
 
 def _before(untouched: dict[str, Any]) -> dict[str, Any]:
@@ -96,7 +96,9 @@ def _correlations(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, float |
 
 
 def _title(study: Study) -> str:
-    tasks = (", ".join(data["tasks"]) for data in (study.first.data if study.first else {}, study.shared["data"]))
+    first = [] if study.first is None else [study.first.data]
+    data = [*first, *(one.data for one in study.between), study.shared["data"]]
+    tasks = (", ".join(one["tasks"]) for one in data)
     return f"{study.folder.name}: {', then '.join(tasks)}, with {study.shared['model']['name']}"
 
 

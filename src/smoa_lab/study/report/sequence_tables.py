@@ -53,8 +53,8 @@ def _equal_line(one: dict[str, Any], gap: float | None) -> list[str]:
         f"{one['first_loss']:.3f}" if reached else "–",
         interval,
         "reference" if is_reference else "" if difference is None else difference["verdict"],
-        *("" if one[key] is None else f"{one[key]:.2g}" for key in ("p", "holm_p")),
-        one["holm_verdict"] or "",
+        *("" if difference is None else f"{difference[key]:.2g}" for key in ("p", "holm_p")),
+        "" if difference is None else difference["holm_verdict"],
         "–" if gap is None else f"{gap:.3f}",
     ]
 

@@ -8,7 +8,7 @@ of Student's t with seeds - 1 degrees of freedom, in units of its standard error
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 Verdict = Literal["better", "same", "worse", "one seed"]
 RESAMPLES = 4000
 INTERVAL = 95.0
+SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,22 @@ class Interval:
 
 @dataclass(frozen=True)
 class Difference(Interval):
-    """An entry's value minus the reference's. One seed tells nothing of how seeds differ, so it gets no verdict."""
+    """An entry's value minus the reference's. One seed tells nothing of how seeds differ, so it gets no verdict.
+
+    ``p`` is two-sided, ``holm_p`` corrected for all comparisons of a table, and ``holm_verdict`` the verdict by it. A
+    run that diverged has neither, and its verdict stands.
+    """
 
     verdict: Verdict
+    p: float | None = None
+    holm_p: float | None = None
+    holm_verdict: Verdict | None = None
+
+    @property
+    def told(self) -> str:
+        """The verdict as text, with the corrected one where the two differ."""
+        changed = self.holm_verdict not in (None, self.verdict)
+        return f"{self.verdict} (Holm: {self.holm_verdict})" if changed else self.verdict
 
 
 def outcomes(results: Sequence[dict[str, Any]]) -> Outcomes:
@@ -92,22 +106,37 @@ def accuracy_difference(entry: Outcomes, reference: Outcomes) -> Difference:
 
 
 def _difference(gaps: NDArray[np.float64], weights: NDArray[np.float64], sign: int) -> Difference:
-    found = _interval(gaps, weights)
-    verdict = verdict_of(found.low, found.high, sign) if len(gaps) > 1 else "one seed"
-    return Difference(found.mean, found.low, found.high, verdict)
+    mean = float(gaps.mean(axis=0).sum() / weights.sum())
+    return difference(mean, _resampled(gaps, weights), sign, len(gaps))
+
+
+def difference(mean: float, samples: NDArray[np.float64], sign: int, seeds: int) -> Difference:
+    """By its resamples; ``sign`` is 1 where higher is better, else -1."""
+    low, high = _bounds(samples)
+    if seeds < 2:
+        return Difference(mean, low, high, "one seed", p_value(samples))
+    return Difference(mean, low, high, verdict_of(low, high, sign), p_value(samples))
 
 
 def _interval(values: NDArray[np.float64], weights: NDArray[np.float64]) -> Interval:
     """Σ values / Σ weights over seeds and questions, (seeds, questions) and (questions,)."""
+    return Interval(float(values.mean(axis=0).sum() / weights.sum()), *_bounds(_resampled(values, weights)))
+
+
+def _bounds(samples: NDArray[np.float64]) -> tuple[float, float]:
+    tail = (100 - INTERVAL) / 2
+    low, high = map(float, np.percentile(samples, [tail, 100 - tail]))
+    return low, high
+
+
+def _resampled(values: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Resamples of that mean, (RESAMPLES,)."""
     questions = values.shape[1]
     of_question = values.mean(axis=0)
     random = np.random.default_rng(0)
     columns = (random.integers(0, questions, questions) for _ in range(RESAMPLES))
     means = np.array([of_question[one].sum() / weights[one].sum() for one in columns])
-    found = means + seed_errors(values.sum(axis=1) / weights.sum(), random)
-    tail = (100 - INTERVAL) / 2
-    low, high = np.percentile(found, [tail, 100 - tail])
-    return Interval(float(of_question.sum() / weights.sum()), float(low), float(high))
+    return np.asarray(means + seed_errors(values.sum(axis=1) / weights.sum(), random))
 
 
 def seed_errors(of_seed: NDArray[np.float64], random: np.random.Generator) -> NDArray[np.float64]:
@@ -138,6 +167,17 @@ def holm(p_values: Sequence[float]) -> list[float]:
     times = len(p_values) - np.arange(len(p_values))
     adjusted = np.minimum(1.0, np.maximum.accumulate(np.asarray(p_values)[order] * times))
     return [float(adjusted[place]) for place in np.argsort(order)]
+
+
+def corrected(found: Sequence[Difference | None]) -> list[Difference | None]:
+    """The same with Holm's p-values for all of them together, and the verdicts by these."""
+    adjusted = iter(holm([one.p for one in found if one is not None and one.p is not None]))
+    return [one if one is None or one.p is None else _with_holm(one, next(adjusted)) for one in found]
+
+
+def _with_holm(one: Difference, adjusted: float) -> Difference:
+    lost = one.verdict in ("better", "worse") and adjusted >= SIGNIFICANT
+    return replace(one, holm_p=adjusted, holm_verdict="same" if lost else one.verdict)
 
 
 def spearman(one: Sequence[float], other: Sequence[float]) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import groupby
 from typing import Any
 
 from smoa.atomic import write_whole
@@ -20,6 +21,7 @@ from smoa_lab.study.report.rows import (
     difference_cells,
     entry_row,
     untouched_sentence,
+    with_holm,
 )
 from smoa_lab.study.report.statistics import Difference
 from smoa_lab.study.report.study_page import charts, study_page
@@ -43,7 +45,8 @@ def report(study: Study) -> list[Row]:
     """
     machine = commonest_machine(study)
     found = (entry_row(study, name, machine) for name in study.entries)
-    rows = sorted(filter(None, found), key=lambda row: (row.budget, row.loss))
+    by_budget = groupby(sorted(filter(None, found), key=lambda row: (row.budget, row.loss)), lambda row: row.budget)
+    rows = [row for _, of_budget in by_budget for row in with_holm(list(of_budget))]
     if not rows:
         raise DataError(f"{study.folder}: no final run is finished yet; run smoa compare on this study first")
     untouched = TrialStore(study.folder).find("untouched")
@@ -87,8 +90,9 @@ def _readme(study: Study, rows: list[Row], untouched: dict[str, Any] | None, pic
         "Written by `smoa compare` from the stored runs; do not edit. Each entry's learning rate is chosen "
         f"on validation data by the same search: {_search_in_words(study)}. The figures are from fresh "
         "seeds on the test part. Differences are paired by seed and question, with 95 % intervals (questions "
-        "resampled, Student's t over seeds). *Same* means that the interval includes 0. One seed gets no verdict. ± is "
-        "the standard deviation over seeds. *s* is the seconds of training on the machine that ran most of the runs. "
+        "resampled, Student's t over seeds). *Same* means that the interval includes 0; *(Holm: same)* that Holm's "
+        "correction for all comparisons of the table takes the verdict back. One seed gets no verdict. ± is the "
+        "standard deviation over seeds. *s* is the seconds of training on the machine that ran most of the runs. "
         "(!) marks a best learning rate at an edge of the search.",
     ]
     budgets = dict.fromkeys(row.budget for row in rows)

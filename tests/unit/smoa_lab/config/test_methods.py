@@ -24,6 +24,11 @@ def test_a_method_that_the_installed_peft_lacks_is_refused_by_name() -> None:
         _ = Method("peft:NoSuchConfig").config_class
 
 
+def test_what_the_installed_peft_cannot_do_after_training_is_refused_before() -> None:
+    with pytest.raises(ConfigError, match=r"reduce_all is not in PEFT \d"):
+        _ = Method("peft:LoraConfig", then="peft.tuners.lora.no_module:reduce_all").config_class
+
+
 def test_a_preset_wins_over_the_block_and_the_block_over_the_task_type() -> None:
     config = METHODS["melora"].peft_config({"partition": "spectral", "task_type": "SEQ_CLS"})
     assert isinstance(config, SmoaConfig)

@@ -55,3 +55,11 @@ def test_other_studies_have_no_first_task_and_no_sweep_of_one_entry(sequence: di
         load(sequence, tmp_path)
     with pytest.raises(ConfigError, match=r"tuning\.sweep: is missing; entries\.full has one"):
         load({**sequence, "first": None, "tuning": {}}, tmp_path)
+    with pytest.raises(ConfigError, match=r"between: only studies of kind sequence have it"):
+        load({**sequence, "first": None, "between": [{"data": {"tasks": ["piqa"]}}]}, tmp_path)
+
+
+def test_a_wrong_task_between_is_one_clear_error(sequence: dict[str, Any], tmp_path: Path) -> None:
+    sequence["between"] = [{"data": {"tasks": ["arc_ez"]}}]
+    with pytest.raises(ConfigError, match=r"entries\.ours\.between\[0\]: 1 problem\n  .*there is no task 'arc_ez'"):
+        load(sequence, tmp_path)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
+from smoa.errors import ConfigError
 from smoa_lab.config.run_config import RunConfig, check_config
 from smoa_lab.lessons.questions import Questions
 from smoa_lab.runs.evaluate_run import evaluate_run
@@ -45,6 +46,14 @@ def test_without_held_out_questions_a_run_is_trained_and_not_scored(untested: Ru
 def test_without_a_baseline_the_untouched_model_is_not_scored(values: dict[str, Any]) -> None:
     values["task"] = {"baseline": False}
     assert list(train_run.train(check_config(values))["evaluation"]) == ["after"]
+
+
+def test_a_method_whose_adapter_could_not_be_loaded_is_refused(values: dict[str, Any]) -> None:
+    values |= {"method": "corda", "adapter": {"r": 4, "target_modules": ["q_proj"]}}
+    config = check_config(values)
+    with pytest.raises(ConfigError, match="method: corda changes the base model, so PEFT could not load"):
+        train_run.train(config)
+    assert not config.folder.exists()
 
 
 @pytest.mark.parametrize("method", ["smoa", "lora", "full"])

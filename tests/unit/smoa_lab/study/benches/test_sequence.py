@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from smoa.errors import ConfigError, DataError
+from smoa_lab.lessons.questions import Questions
 from smoa_lab.study.comparison import Comparison
+from smoa_lab.study.report.sequence_report import sequence_report
 from smoa_lab.study.study_file import Study
 from smoa_lab.study.trials import TrialStore
+from tests.support import lab
 
 # Not ours: a deprecation between transformers and peft.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -87,7 +91,59 @@ def test_a_killed_study_goes_on_from_the_stored_first_task(
     study = Study.model_validate(sequence)
     Comparison(study).untouched()
     scores = json.loads((study.folder / "untouched.json").read_text())["scores"]
-    monkeypatch.setattr("smoa_lab.study.benches.first_stage.prepare", lambda *_: pytest.fail("it was trained already"))
+    monkeypatch.setattr("smoa_lab.study.benches.earlier_task.prepare", lambda *_: pytest.fail("it was trained already"))
     Comparison(study).run(["ours"])
     assert Comparison(study).untouched()["scores"] == scores
     assert TrialStore(study.folder).names("final/") == RUNS[1:]
+
+
+def chain(values: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """With a third task between the two, one rate, and our entry only."""
+    parts = (lab.questions(number, f"hellaswag {part}", "hellaswag") for part, number in (("train", 12), ("test", 3)))
+    lab.fill_cache(tmp_path / "cache", *parts, "hellaswag")
+    between = {"data": {"tasks": ["hellaswag"], "validation_examples": 0}, "training": {"max_steps": 3}}
+    entries = {"ours": values["entries"]["ours"]}
+    return {**values, "between": [between], "entries": entries, "tuning": {"sweep": [0.01, 0.01], "per_decade": 2}}
+
+
+def test_tasks_between_are_trained_by_the_entrys_own_method(
+    sequence: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = []
+    real_fit = Questions.fit
+
+    def fit(lesson: Questions, *arguments: Any) -> Any:
+        trained.append((lesson.title, lesson.config.method, lesson.config.training["max_steps"]))
+        return real_fit(lesson, *arguments)
+
+    monkeypatch.setattr(Questions, "fit", fit)
+    study = Study.model_validate(chain(sequence, tmp_path))
+    Comparison(study).run()
+    assert trained == [("arc_easy", "full", 2), ("hellaswag", "smoa", 3), ("piqa", "smoa", 2)]
+    store = TrialStore(study.folder)
+    before, found = store.find("untouched"), store.find("final/ours/lr-0.01-seed-0")
+    assert before is not None
+    assert found is not None
+    for run in (before, found):
+        assert run["first"]["questions"]["task"] == ["arc_easy"] * 3 + ["hellaswag"] * 3
+    assert found["forgot"]["first"]["mean"] != pytest.approx(
+        loss(found["first"]["questions"]) - loss(before["first"]["questions"])
+    )  # it is the rise by the last task alone
+    assert not list((study.folder / "work").rglob("between"))
+    assert sequence_report(study)["runs"][0]["first_loss"] == found["first"]["scores"]["all"]["gold_loss"]
+    assert "# study: arc_easy, then hellaswag, then piqa, with" in (study.folder / "README.md").read_text()
+
+
+def test_runs_of_another_task_between_are_not_mixed_in(sequence: dict[str, Any], tmp_path: Path) -> None:
+    values = chain(sequence, tmp_path)
+    Comparison(Study.model_validate(values)).untouched()
+    values["between"][0]["training"] = {"max_steps": 1}
+    with pytest.raises(ConfigError, match=r"untouched\.json: was run with other values of between"):
+        Comparison(Study.model_validate(values)).untouched()
+
+
+def test_a_task_between_without_test_questions_is_refused(sequence: dict[str, Any], tmp_path: Path) -> None:
+    values = chain(sequence, tmp_path)
+    values["between"][0]["data"]["test_examples"] = 0
+    with pytest.raises(ConfigError, match=r"between\[0\]\.data\.test_examples: a study needs a test part"):
+        Comparison(Study.model_validate(values)).run()

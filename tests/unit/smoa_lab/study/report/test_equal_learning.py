@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from smoa_lab.study.report.curves import Curve, Losses
-from smoa_lab.study.report.equal_learning import EqualLearning, at_equal_learning, corrected, crossing, least_gaps
+from smoa_lab.study.report.equal_learning import EqualLearning, at_equal_learning, crossing, least_gaps, with_holm
 from smoa_lab.study.report.statistics import Difference
 
 QUESTIONS = 150
@@ -40,7 +40,7 @@ def test_a_level_below_all_losses_is_never_reached() -> None:
     assert crossing([2.0, 1.5, 1.8], 1.4) is None
     found = at_equal_learning(made("ours", [2.0, 1.7, 1.8], [3.0, 3.5, 4.0]), REFERENCE)
     assert (found.rate, found.first_loss, found.difference, found.reached) == (None, None, None, 0.0)
-    assert corrected([found]) == [found]
+    assert with_holm([found]) == [found]
 
 
 def test_both_losses_are_interpolated_along_the_logarithm_of_the_rate() -> None:
@@ -54,7 +54,7 @@ def test_the_reference_is_read_at_its_own_best_rate() -> None:
     found = at_equal_learning(REFERENCE, REFERENCE)
     assert found.rate == pytest.approx(1e-2)
     assert found.first_loss == pytest.approx(4.0, abs=0.01)
-    assert (found.difference, found.p) == (None, None)
+    assert found.difference is None
 
 
 def test_an_entry_that_keeps_more_is_better_with_its_interval() -> None:
@@ -63,8 +63,8 @@ def test_an_entry_that_keeps_more_is_better_with_its_interval() -> None:
     assert found.difference.low < -0.8 < found.difference.high
     assert found.difference.verdict == "better"
     assert found.reached == 1.0
-    assert found.p is not None
-    assert found.p < 0.01
+    assert found.difference.p is not None
+    assert found.difference.p < 0.01
 
 
 def test_an_entry_like_the_reference_is_the_same() -> None:
@@ -88,19 +88,10 @@ def test_one_seed_gets_no_verdict_and_no_shared_seed_no_difference() -> None:
     assert alone.difference is None
 
 
-def test_holm_takes_back_what_many_comparisons_find_by_chance() -> None:
-    clear = Difference(-0.5, -0.9, -0.1, "better")
-    found = corrected(
-        [
-            EqualLearning("ours", "lora", 1.5, difference=clear, p=0.03),
-            EqualLearning("lora", "lora", 1.5),
-            EqualLearning("other", "lora", 1.5, difference=clear, p=0.001),
-        ]
-    )
-    assert [one.holm_p for one in found] == [0.03, None, 0.002]
-    many = corrected([EqualLearning(str(i), "lora", 1.5, difference=clear, p=0.03) for i in range(2)])
-    assert [one.holm_verdict for one in many] == ["same", "same"]
-    assert [one.holm_verdict for one in found] == ["better", None, "better"]
+def test_all_entries_of_a_study_are_corrected_together() -> None:
+    clear = Difference(-0.5, -0.9, -0.1, "better", p=0.03)
+    found = with_holm([EqualLearning(name, "lora", 1.5, difference=clear) for name in ("ours", "other")])
+    assert [one.difference.holm_verdict for one in found if one.difference] == ["same", "same"]
 
 
 def test_the_least_gap_is_at_a_level_that_half_of_the_entries_reach() -> None:

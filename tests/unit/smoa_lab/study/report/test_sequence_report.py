@@ -37,7 +37,7 @@ def test_the_summary_has_runs_comparisons_and_explanations(finished: Study) -> N
     assert len(summary["runs"]) == 10
     ours, lora = summary["equal"]
     assert (ours["entry"], lora["entry"], lora["difference"]) == ("ours", "lora", None)
-    assert ours["difference"]["verdict"] == ours["holm_verdict"] == "better"
+    assert ours["difference"]["verdict"] == ours["difference"]["holm_verdict"] == "better"
     assert summary["correlations"]["relative_norm"] == {"forgot": 1.0, "forgot_elsewhere": 1.0}
     assert summary["before"]["start"]["elsewhere"] == 1.5
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from smoa_lab.study.report.sequence_tables import (
     explained_lines,
     run_line,
 )
+from smoa_lab.study.report.statistics import Difference
 
 NEVER = {
     "entry": "ours",
@@ -22,14 +24,9 @@ NEVER = {
     "is_lowest": False,
     "reached": 0.0,
     "difference": None,
-    "p": None,
-    "holm_p": None,
-    "holm_verdict": None,
 }
-COMPARED = {"difference": {"mean": -0.2, "low": -0.3, "high": -0.1, "verdict": "better"}} | {
-    "p": 0.01,
-    "holm_p": 0.07,
-    "holm_verdict": "same",
+COMPARED = {
+    "difference": asdict(Difference(-0.2, -0.3, -0.1, "better", p=0.01, holm_p=0.07, holm_verdict="same")),
     "rate": 0.0123,
     "first_loss": 3.0,
     "is_lowest": True,

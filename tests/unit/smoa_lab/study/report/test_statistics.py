@@ -6,7 +6,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from smoa_lab.study.report.statistics import accuracy_difference, holm, loss_difference, outcomes, p_value, spearman
+from smoa_lab.study.report.statistics import (
+    Difference,
+    accuracy_difference,
+    corrected,
+    holm,
+    loss_difference,
+    outcomes,
+    p_value,
+    spearman,
+)
 
 
 def results(shift: float, seeds: int = 3, questions: int = 200, noise: float = 0.05) -> list[dict[str, Any]]:
@@ -123,3 +132,17 @@ def test_the_correlation_is_of_ranks_with_ties_at_their_mean() -> None:
     assert spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1.0)
     assert spearman([1, 2, 2, 3], [4, 5, 6, 7]) == pytest.approx(np.corrcoef([1, 2.5, 2.5, 4], [1, 2, 3, 4])[0, 1])
     assert spearman([0, 0, 0], [1, 2, 3]) is None
+
+
+def test_holm_takes_back_what_many_comparisons_find_by_chance() -> None:
+    clear, sure = (Difference(-0.5, -0.9, -0.1, "better", p=p) for p in (0.03, 0.001))
+    found = corrected([clear, None, sure])
+    assert [one and one.holm_p for one in found] == [0.03, None, 0.002]
+    assert [one and one.told for one in found] == ["better", None, "better"]
+    assert [one and one.told for one in corrected([clear, clear])] == ["better (Holm: same)"] * 2
+
+
+def test_what_diverged_keeps_its_verdict_and_does_not_count() -> None:
+    nan = float("nan")
+    diverged, clear = Difference(nan, nan, nan, "worse"), Difference(-0.5, -0.9, -0.1, "better", p=0.03)
+    assert [one and one.told for one in corrected([diverged, clear])] == ["worse", "better"]

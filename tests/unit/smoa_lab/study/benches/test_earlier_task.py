@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from smoa.errors import ConfigError
 from smoa_lab.lessons.questions import Questions
-from smoa_lab.study.benches import first_stage
-from smoa_lab.study.benches.first_stage import FirstStage
+from smoa_lab.study.benches import earlier_task
+from smoa_lab.study.benches.earlier_task import EarlierTask
 from smoa_lab.study.benches.sequence import SequenceBench
 from smoa_lab.study.study_file import Study
 
@@ -24,10 +24,10 @@ def bench(values: dict[str, Any]) -> SequenceBench:
     return found
 
 
-def made(values: dict[str, Any]) -> tuple[FirstStage, dict[str, Any]]:
+def made(values: dict[str, Any]) -> tuple[EarlierTask, dict[str, Any]]:
     """The first stage and its scores, which are only the sum of the model's weights."""
     own = bench(values)
-    return own._stage, own._stage.scores(own.first_records, lambda model, _: {"sum": total(model)})
+    return own._first_task, own._first_task.scores(own.earlier_records[0], lambda model, _: {"sum": total(model)})
 
 
 def total(model: torch.nn.Module) -> float:
@@ -64,11 +64,11 @@ def test_an_interrupted_training_goes_on_from_its_checkpoint(
     sequence: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sequence["first"]["training"] = {"save_strategy": "steps", "save_steps": 1}
-    real_folder = first_stage.new_folder
-    monkeypatch.setattr(first_stage, "new_folder", lambda _: pytest.fail("killed before the model is stored"))
+    real_folder = earlier_task.new_folder
+    monkeypatch.setattr(earlier_task, "new_folder", lambda _: pytest.fail("killed before the model is stored"))
     with pytest.raises(pytest.fail.Exception):
         made(sequence)
-    monkeypatch.setattr(first_stage, "new_folder", real_folder)
+    monkeypatch.setattr(earlier_task, "new_folder", real_folder)
     checkpoints = []
     real_fit = Questions.fit
 
@@ -99,13 +99,13 @@ def test_an_adapter_is_merged_and_stored_in_the_models_dtype(sequence: dict[str,
 
 
 def test_another_first_task_is_another_stage(sequence: dict[str, Any]) -> None:
-    stage = bench(sequence)._stage
+    stage = bench(sequence)._first_task
     sequence["first"]["learning_rate"] = 2e-3
-    assert bench(sequence)._stage.folder != stage.folder
+    assert bench(sequence)._first_task.folder != stage.folder
 
 
 def test_a_training_that_diverges_is_not_stored(sequence: dict[str, Any]) -> None:
     sequence["first"]["learning_rate"] = 1e38
     with pytest.raises(ConfigError, match=r"first\.learning_rate: the first task's training diverged"):
         made(sequence)
-    assert not Path(bench(sequence)._stage.model.name).exists()
+    assert not Path(bench(sequence)._first_task.model.name).exists()

@@ -1,4 +1,4 @@
-"""The first task of a sequence: trained and merged once, stored, and the model from which every entry starts."""
+"""An earlier task of a sequence: trained and merged, stored, and the model from which the next one starts."""
 
 from __future__ import annotations
 
@@ -44,26 +44,43 @@ class First(Section):
     training: dict[str, Any] = Field(default={})
 
 
-class FirstStage:
-    """The trained first task in ``room / KEY``, where KEY is a hash of ``config``: a changed one is trained anew.
+class Between(Section):
+    """A task that every entry trains by its own method, rate and seed, between the first and the last one."""
 
-    ``dtype`` is what the merged model is stored in.
+    data: dict[str, Any]
+    task: dict[str, Any] = Field(default={})
+    training: dict[str, Any] = Field(default={})
+
+
+class EarlierTask:
+    """The trained task in ``room / KEY``, where KEY is a hash of ``config``: a changed one is trained anew.
+
+    ``dtype`` is what the merged model is stored in. With ``previous`` it starts from that task's model, and is stored
+    even if it diverged.
     """
 
     def __init__(
-        self, config: RunConfig, room: Path, dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+        self,
+        config: RunConfig,
+        room: Path,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        previous: EarlierTask | None = None,
     ) -> None:
         self.described = config.model_dump(mode="json")
         self.described["training"].pop("output_dir")
         self.described["stored_as"] = dtype
-        self.folder = room / hashlib.sha256(json.dumps(self.described, sort_keys=True).encode()).hexdigest()[:12]
-        self.config = config.model_copy(
-            update={"training": {**config.training, "output_dir": str(self.folder / "run")}}
-        )
-        self.model = ModelSection(name=str(self.folder / "model"), dtype=dtype)
+        place = config.model
+        if previous is not None:
+            self.described["model"]["name"] = previous.folder.name
+            place = place.model_copy(update={"name": previous.model.name})
+        self.folder: Path = room / hashlib.sha256(json.dumps(self.described, sort_keys=True).encode()).hexdigest()[:12]
+        training = {**config.training, "output_dir": str(self.folder / "run")}
+        self.config = config.model_copy(update={"training": training, "model": place})
+        self.model: ModelSection = ModelSection(name=str(self.folder / "model"), dtype=dtype)
+        self.is_first = previous is None
 
     def scores(self, records: Selection, measure: Measure) -> dict[str, Any]:
-        """What ``measure`` found of the stored model and, under ``start``, of the base model.
+        """What ``measure`` found of the stored model and, under ``start`` of the first task's, of the base model.
 
         Whatever is missing is made first: the model, then the scores. A second process waits meanwhile.
 
@@ -72,26 +89,28 @@ class FirstStage:
         """
         file = self.folder / "scores.json"
         if not file.is_file():
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.store(records)
             with FileLock(self.folder / "lock"):
-                self._store_model(records)
                 if not file.is_file():
                     write_whole(file, json.dumps(self._measured(measure)) + "\n")
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return found
 
-    def _store_model(self, records: Selection) -> None:
+    def store(self, records: Selection) -> None:
         """Train, merge and save, unless that was done. An interrupted training goes on from its last checkpoint."""
-        target = Path(self.model.name)
-        if target.is_dir():
-            return
-        logger.info("Training the first task into %s", target)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder / "lock"):
+            if not Path(self.model.name).is_dir():
+                self._store_model(records, Path(self.model.name))
+
+    def _store_model(self, records: Selection, target: Path) -> None:
+        logger.info("Training an earlier task into %s", target)
         run = RunFolder(self.config.folder)
         checkpoint = run.start(self.config.to_yaml())
         ready = prepare(self.config, records)
         model, _, _ = ready.fit(fit_arguments(self.config), checkpoint)
         merged = model.merge_and_unload() if isinstance(model, PeftModel) else model
-        if not all(bool(parameter.isfinite().all()) for parameter in merged.parameters()):
+        if self.is_first and not all(bool(parameter.isfinite().all()) for parameter in merged.parameters()):
             raise ConfigError("first.learning_rate: the first task's training diverged; lower the rate")
         with new_folder(target) as temporary:
             merged.to(getattr(torch, self.model.dtype)).save_pretrained(temporary)
@@ -99,6 +118,7 @@ class FirstStage:
         shutil.rmtree(run.path)
 
     def _measured(self, measure: Measure) -> dict[str, Any]:
-        base = self.config.model.model_copy(update={"dtype": self.model.dtype})
-        start = measure(*load_base_model(base))
-        return {**measure(*load_base_model(self.model)), "start": start}
+        found = measure(*load_base_model(self.model))
+        if self.is_first:
+            found["start"] = measure(*load_base_model(self.config.model.model_copy(update={"dtype": self.model.dtype})))
+        return found

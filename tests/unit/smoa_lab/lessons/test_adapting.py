@@ -1,0 +1,88 @@
+"""What methods do to the model before and after training: CorDA, and LoRA without its intruder dimensions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from smoa.errors import ConfigError
+from smoa_lab.data.records import Record
+from smoa_lab.lessons.adapting import after_training, with_adapter
+from smoa_lab.runs.layer_updates import adapted_layers, weight_and_update
+from smoa_lab.study.benches.changes import weight_changes
+from tests.support import lab
+
+TARGETS = ["q_proj"]
+
+
+@pytest.fixture
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A tiny model; passages are at hand."""
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
+    passages = [Record("prose", str(i), f"Passage {i}", f"{i} " * 20) for i in range(40)]
+    lab.fill_cache(tmp_path / "cache", passages[:30], passages[30:], "prose")
+    return AutoModelForCausalLM.from_pretrained(lab.tiny_base(tmp_path / "base"))
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(torch.arange(3, 30)[None]).logits
+    return found
+
+
+def test_corda_splits_the_least_used_directions_off_and_changes_no_output(base: Any, tmp_path: Path) -> None:
+    before = logits(base)
+    weight = base.model.layers[0].self_attn.q_proj.weight.clone()
+    model = with_adapter(base, lab.byte_tokenizer(), "corda", {"r": 2, "lora_alpha": 2, "target_modules": TARGETS})
+    torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
+    residual = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight
+    assert torch.linalg.matrix_rank(weight - residual, rtol=1e-3) == 2
+    untrained = weight_changes(model, AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
+    assert untrained is not None
+    assert untrained["relative_norm"]["max"] < 1e-5
+
+
+def test_corda_without_named_layers_is_refused(base: Any) -> None:
+    with pytest.raises(ConfigError, match=r"adapter\.target_modules: is missing; corda measures"):
+        with_adapter(base, lab.byte_tokenizer(), "corda", {"r": 2})
+
+
+def intruding(base: Any) -> PeftModel:
+    """A LoRA whose update is far larger than W, in a direction of its own."""
+    model: Any = get_peft_model(base, LoraConfig(r=1, lora_alpha=2, target_modules=TARGETS, init_lora_weights=False))
+    for _, layer in adapted_layers(model):
+        layer.lora_B["default"].weight.data.mul_(30)
+    return model  # type: ignore[no-any-return]
+
+
+def test_intruders_are_scaled_down_in_the_adapter_that_was_trained(base: Any) -> None:
+    model = intruding(base)
+    before = [weight_and_update(layer, "default") for _, layer in adapted_layers(model)]
+    after_training(model, "lora-reduced")
+    after = [weight_and_update(layer, "default") for _, layer in adapted_layers(model)]
+    assert list(model.peft_config) == [model.active_adapter] == ["default"]
+    for (weight, old), (same, new) in zip(before, after, strict=True):
+        assert torch.equal(weight, same)
+        assert torch.linalg.matrix_norm(new - 0.75 * old) < 0.05 * torch.linalg.matrix_norm(old)
+
+
+def test_an_update_without_intruders_stays(base: Any) -> None:
+    model: Any = get_peft_model(base, LoraConfig(r=1, target_modules=TARGETS, init_lora_weights=False))
+    for _, layer in adapted_layers(model):
+        layer.lora_B["default"].weight.data.mul_(1e-3)
+    before = logits(model)
+    after_training(model, "lora-reduced")
+    torch.testing.assert_close(logits(model), before)
+
+
+def test_other_methods_leave_the_trained_model(base: Any) -> None:
+    model = intruding(base)
+    before = logits(model)
+    after_training(model, "lora")
+    assert torch.equal(logits(model), before)
