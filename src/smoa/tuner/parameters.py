@@ -95,7 +95,7 @@ def _proposal(model: nn.Module, name: str) -> str:
         for parameter in getattr(module, "parametrizations", ()):
             if _matches(f"{module_name}.{parameter}", name):
                 return "one of that name is parametrized; remove the parametrization first"
-    stacks = sorted({_short(target) for target in parameters_of(model) if len(target.shape) == 3})
+    stacks = sorted({_short(target) for target in parameters_of(model) if _holds_experts(target)})
     near = difflib.get_close_matches(name, stacks, n=1, cutoff=0)
     return f"did you mean {near[0]!r}?" if near else "it has no parameter of three dimensions; use target_modules"
 
@@ -183,10 +183,16 @@ def report_experts(model: nn.Module, config: SmoaConfig) -> None:
     """Warn, once, that "all-linear" leaves the experts out, and how to name them."""
     if config.target_modules != "all-linear" or config.target_parameters:
         return
-    stacks = sorted({_short(target) for target in parameters_of(model) if len(target.shape) == 3})
+    stacks = sorted({_short(target) for target in parameters_of(model) if _holds_experts(target)})
     if stacks:
         warnings.warn(
             "target_modules='all-linear' takes linear layers only; the experts of this mixture are parameters and not "
             f"adapted. To adapt them too, add target_parameters={stacks}",
             stacklevel=2,
         )
+
+
+def _holds_experts(target: TargetParameter) -> bool:
+    """Whether the parameter looks like a stack of matrices: not like a vector with room for a batch, nor a kernel."""
+    is_stack = len(target.shape) == 3 and min(target.shape) > 1
+    return is_stack and not isinstance(target.module, nn.Conv1d | nn.ConvTranspose1d)

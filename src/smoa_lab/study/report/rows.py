@@ -157,8 +157,8 @@ def from_json(value: dict[str, Any]) -> Row:
 def _difference(value: dict[str, Any] | None) -> Difference | None:
     if value is None:
         return None
-    known: dict[str, Any] = {key: math.nan if one is None else one for key, one in value.items()}
-    return Difference(**known)
+    known = {key: math.nan for key in ("mean", "low", "high") if value[key] is None}
+    return Difference(**value | known)
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:

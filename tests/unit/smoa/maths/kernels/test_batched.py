@@ -10,6 +10,7 @@ from smoa.maths.blocks import Blocks
 from smoa.maths.factors import Factors, factor_shapes
 from smoa.maths.kernels.batched import batched_backward, batched_delta, batched_forward
 from smoa.maths.kernels.loops import loop_backward, loop_delta, loop_forward
+from smoa.maths.kernels.scratch import SCRATCH
 from smoa.maths.spectrum import make_partition
 from tests import reference
 from tests.support.live_bytes import LiveBytes
@@ -86,7 +87,9 @@ def large(dtype: torch.dtype, kind: str, num_blocks: int) -> tuple[Factors, Tens
 def test_a_step_holds_at_most_three_times_the_diagonal_blocks(dtype: torch.dtype, num_blocks: int, kind: str) -> None:
     factors, weight = large(dtype, kind, num_blocks)
     x, g = torch.randn(2, 768).to(dtype), torch.randn(2, 512).to(dtype)
-    known = x, g, weight, factors.A, factors.B, factors.rank_scale, *factors.blocks.orders
+    batched_backward(factors, g, x, weight, True)  # makes the buffers that a CPU keeps
+    own = weight, factors.A, factors.B, factors.rank_scale, *factors.blocks.orders, *SCRATCH.buffers.values()
+    known = x, g, *own
     with LiveBytes(*known) as forward:
         batched_forward(factors, x, weight)
     with LiveBytes(*known) as backward:
