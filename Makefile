@@ -60,11 +60,12 @@ format: $(VENV)/.dev-installed  ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-figures: $(VENV)/.demo-installed  ## redraw the figures in docs/images
+figures: $(VENV)/.demo-installed  ## redraw the figures in docs/
 	$(BIN)/python docs/figures/idea.py
 	$(BIN)/python docs/figures/conversion.py
 	$(BIN)/python docs/figures/precision.py
 	$(BIN)/python docs/figures/rates.py
+	$(BIN)/python docs/figures/studies.py
 	$(BIN)/python docs/figures/weight_sizes.py
 
 clean:  ## remove .venv and the files of tools

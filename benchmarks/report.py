@@ -11,18 +11,42 @@ import json
 import re
 import statistics
 import textwrap
-from collections.abc import Callable
 from typing import Any
 
+import altair as alt
 from _common import FOLDER, RESULTS
 from _layers import lower_quartile
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+
+from smoa_lab.drawing.line_charts import OTHER, SMOA, lines
+from smoa_lab.drawing.look import DASHES, MUTED
+from smoa_lab.drawing.picture_files import save_picture
 
 DOCS = FOLDER.parent / "docs"
 INJECTIONS = sorted(RESULTS.glob("injection_*.json"))
 AXES = {"tokens": "tokens", "width": "width m = n", "num_blocks": "blocks K", "r": "rank budget r"}
 FLOOR_BARS = {"4096x4096_float32": 1.20, "4096x4096_bfloat16": 1.40, "2048x640_float32": 1.25}
+
+
+SWEEPS: dict[str, tuple[str, list[tuple[str, Any, Any]], alt.Scale]] = {
+    "time": (
+        "time of a training step, relative",
+        [
+            ("SMoA ÷ floor", lambda one: one["over_floor"], SMOA),
+            ("SMoA ÷ frozen layer", lambda one: one["ratio"], OTHER),
+        ],
+        alt.Scale(zero=True),
+    ),
+    "memory": (
+        "MB kept for the backward",
+        [
+            ("kept by SMoA", lambda one: one["kept_bytes"] / 1e6, SMOA),
+            ("the input x alone", lambda one: one["input_bytes"] / 1e6, OTHER),
+            ("size of W (not kept)", lambda one: one["weight_bytes"] / 1e6, (MUTED, DASHES[2])),
+        ],
+        alt.Scale(type="log"),
+    ),
+}
+"""The pictures of the sweep: the axis, the lines (name, value, look), and the axis' scale."""
 
 
 def load(name: str) -> dict[str, Any] | None:
@@ -181,39 +205,27 @@ def injection() -> str:
 
 def draw_sweep(content: dict[str, Any]) -> None:
     """Draw time ÷ floor and kept bytes against tokens, width, K and r, in one picture each."""
-    panels: dict[str, tuple[str, Callable[[Axes, list[dict[str, Any]], list[int]], None]]] = {
-        "time": ("time of a training step, relative", _draw_time),
-        "memory": ("MB kept for the backward", _draw_memory),
-    }
-    for name, (label, draw) in panels.items():
-        figure = Figure(figsize=(9, 6), dpi=120, layout="constrained")
-        for axes, (quantity, title) in zip(figure.subplots(2, 2).flat, AXES.items(), strict=True):
-            points = content["results"][quantity]
-            draw(axes, points, [point[quantity] for point in points])
-            axes.set(xlabel=title, ylabel=label)
-            axes.set_xscale("log", base=2)
-            axes.grid(True, color="0.9")
-            axes.legend(fontsize=8)
-        figure.suptitle(
-            f"One SMoA layer, {content['config']['dtype']}; where not varied: 1,024 tokens, 2048×2048, K=4, r=32\n"
-            + machine(content),
-            fontsize=9,
-        )
-        figure.savefig(DOCS / "images" / f"performance-{name}.png")
+    for name, (title, names, scale) in SWEEPS.items():
+        y = alt.Y("value:Q", title=title, scale=scale)
+        panels = [
+            lines(
+                _sweep_rows(content["results"][quantity], quantity, names),
+                {one: style for one, _, style in names},
+                x,
+                y,
+            )
+            for quantity, label in AXES.items()
+            for x in [
+                alt.X(f"{quantity}:Q", title=label, scale=alt.Scale(type="log", base=2), axis=alt.Axis(tickCount=6))
+            ]
+        ]
+        told = f"One SMoA layer, {content['config']['dtype']}; where not varied: 1,024 tokens, 2048×2048, K=4, r=32"
+        heading = alt.Title(told, subtitle=machine(content), offset=14)
+        save_picture(alt.concat(*panels, columns=2, title=heading), DOCS / "images" / f"performance-{name}.png")
 
 
-def _draw_time(axes: Axes, points: list[dict[str, Any]], x: list[int]) -> None:
-    axes.plot(x, [point["over_floor"] for point in points], "o-", color="0.1", label="SMoA ÷ floor")
-    axes.plot(x, [point["ratio"] for point in points], "s:", color="0.5", label="SMoA ÷ frozen layer")
-    axes.axhline(1, color="0.6", linewidth=1)
-    axes.set_ylim(bottom=0)
-
-
-def _draw_memory(axes: Axes, points: list[dict[str, Any]], x: list[int]) -> None:
-    axes.plot(x, [point["kept_bytes"] / 1e6 for point in points], "o-", color="0.1", label="kept by SMoA")
-    axes.plot(x, [point["input_bytes"] / 1e6 for point in points], "s:", color="0.5", label="the input x alone")
-    axes.plot(x, [point["weight_bytes"] / 1e6 for point in points], "^--", color="0.7", label="size of W (not kept)")
-    axes.set_yscale("log")
+def _sweep_rows(points: list[dict[str, Any]], quantity: str, names: list[tuple[str, Any, Any]]) -> list[dict[str, Any]]:
+    return [{"name": name, quantity: one[quantity], "value": read(one)} for name, read, _ in names for one in points]
 
 
 def main() -> None:

@@ -1,4 +1,5 @@
-"""What mkdocs does besides: formulas become MathML, and links to the repository's files lead to copies in the site.
+"""What mkdocs does besides: formulas become MathML, studies get interactive pages, and links to the repository's files
+lead to copies in the site.
 
 In the repository a page links to `../configs/demo.yaml`, as it must to work there. The site has no such file above it,
 so a copy goes to `repository/configs/demo.yaml.txt` (text that a browser shows, not saves) and the link with it.
@@ -7,6 +8,7 @@ so a copy goes to `repository/configs/demo.yaml.txt` (text that a browser shows,
 from __future__ import annotations
 
 import html
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -15,21 +17,25 @@ from typing import Any
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
+from smoa_lab.drawing.chart_script import SCRIPT, script
+from smoa_lab.study.report.rows import from_json
+from smoa_lab.study.report.sequence_page import sequence_page
+from smoa_lab.study.report.study_page import study_page
+
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"(?<=\]\()(\.\./[^)\s#]+)")
-STUDY_PAGE = re.compile(r"(?<=\]\()(studies/[^/)]+/)?index\.html(?=\))")
+STUDY = re.compile(r"studies/[^/]+/README\.md")
+STUDY_README = re.compile(r"\]\((studies/[^/)]+/)README\.md\)")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[\[(](.*?)\\[\])]</\1>', re.DOTALL)
 SHOWN_AS_THEY_ARE = (".json", ".png", ".svg", ".html")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add a copy of every file of the repository, outside docs/, that a page links to.
-
-    A study's index.html, which the site can't have beside its README.md, is there as page.html.
-    """
-    for report in ROOT.glob("docs/studies/*/index.html"):
-        uri = report.with_name("page.html").relative_to(ROOT / "docs").as_posix()
-        files.append(File.generated(config, uri, abs_src_path=str(report)))
+    """Add the interactive page of every study, and a copy of every file of the repository, outside docs/, that a page
+    links to."""
+    files.append(File.generated(config, f"studies/{SCRIPT}", content=script()))
+    for summary in sorted(ROOT.glob("docs/studies/*/summary.json")):
+        files.append(File.generated(config, f"studies/{summary.parent.name}/page.html", content=interactive(summary)))
     for page in files.documentation_pages():
         for target in LINK.findall(page.content_string):
             path = repository_path(page.src_uri, target)
@@ -43,14 +49,26 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
+def interactive(summary: Path) -> str:
+    """The page of a study, from what is stored of it; its title is that of its README.md."""
+    folder, found = summary.parent, json.loads(summary.read_text(encoding="utf-8"))
+    title = (folder / "README.md").read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+    if isinstance(found, dict):
+        return sequence_page(title, found, script=f"../{SCRIPT}")
+    return study_page(title, folder, [from_json(row) for row in found], script=f"../{SCRIPT}")
+
+
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Lead links out of docs/ to the copies."""
+    """Lead links out of docs/ to the copies, and show where a study's interactive page is."""
 
     def replaced(link: re.Match[str]) -> str:
         path = repository_path(page.file.src_uri, link[1])
         return link[1] if path is None else posixpath.relpath(copy_of(path), posixpath.dirname(page.file.src_uri))
 
-    return STUDY_PAGE.sub(r"\1page.html", LINK.sub(replaced, markdown))
+    markdown = LINK.sub(replaced, markdown)
+    if STUDY.fullmatch(page.file.src_uri):
+        return markdown.replace("\n\n", "\n\n[Interactive page](page.html)\n\n", 1)
+    return STUDY_README.sub(r"\g<0>, [interactive page](\1page.html)", markdown)
 
 
 def on_page_content(content: str, **_: Any) -> str:

@@ -9,54 +9,63 @@ import json
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+import altair as alt
+
+from smoa_lab.drawing.line_charts import LORA, OTHER, SMOA, lines
+from smoa_lab.drawing.look import DASHES, MUTED, PALETTE, values
+from smoa_lab.drawing.picture_files import save_picture
 
 ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "benchmarks" / "results" / "lora_conversion.json"
 PICTURE = ROOT / "docs" / "images" / "conversion.png"
-DARK, MUTED = "0.15", "0.5"
 
 
-def loss_by_rank(axes: Axes, points: list[dict[str, Any]]) -> None:
-    """Draw the LoRA's loss on the task, between the base model's and the adapter's."""
-    ranks, losses = [point["rank"] for point in points], [point["loss"]["lora"] for point in points]
-    bars = [point["loss"]["lora_change_stderr"] for point in points]
-    axes.errorbar(ranks, losses, yerr=bars, fmt="o-", color=DARK, capsize=3, label="LoRA of that rank")
-    axes.axhline(points[0]["loss"]["base"], color=MUTED, linestyle=":", label="base model")
-    axes.axhline(points[0]["loss"]["adapter"], color=MUTED, linestyle="--", label="SMoA adapter")
-    axes.set_xlabel("rank of the LoRA")
-    axes.set_ylabel("loss on held-out answers (nats per token)")
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ranks, [str(rank) for rank in ranks])
+def loss_by_rank(points: list[dict[str, Any]]) -> Any:
+    """The LoRA's loss on the task with its standard error, between the base model's and the adapter's."""
+    known = {
+        "LoRA of that rank": [point["loss"]["lora"] for point in points],
+        "base model": [points[0]["loss"]["base"]] * len(points),
+        "SMoA adapter": [points[0]["loss"]["adapter"]] * len(points),
+    }
+    ranks = [point["rank"] for point in points]
+    rows = [
+        {"name": name, "rank": rank, "loss": loss}
+        for name, losses in known.items()
+        for rank, loss in zip(ranks, losses, strict=True)
+    ]
+    axis = alt.Axis(values=ranks, grid=False)
+    x = alt.X("rank:Q", title="rank of the LoRA", scale=alt.Scale(type="log", base=2, nice=False), axis=axis)
+    y = alt.Y("loss:Q", title="loss on held-out answers (nats per token)", scale=alt.Scale(zero=False))
+    errors = [
+        {"rank": one["rank"], "low": one["loss"]["lora"] - error, "high": one["loss"]["lora"] + error}
+        for one in points
+        for error in [one["loss"]["lora_change_stderr"]]
+    ]
+    bars = alt.Chart(values(errors)).mark_rule(color=PALETTE["lora"]).encode(x="rank:Q", y="low:Q", y2="high:Q")
+    return lines(rows, {"LoRA of that rank": LORA, "base model": OTHER, "SMoA adapter": SMOA}, x, y) + bars
 
 
-def error_by_size(axes: Axes, points: list[dict[str, Any]]) -> None:
-    """Draw ‖ΔW − BA‖ / ‖ΔW‖ against the stored numbers, as a LoRA and block by block."""
-    errors = [point["error"] for point in points]
-    for key, style, label in (("parameters", "o-", "LoRA"), ("blockwise_parameters", "^--", "same, stored by blocks")):
-        axes.plot([point[key] for point in points], errors, style, color=DARK, label=label)
-    for point in points:
-        if point["rank"] in (1, 8, 64, 256):
-            place = (point["parameters"], point["error"])
-            axes.annotate(f"rank {point['rank']}", place, (6, 4), textcoords="offset points", fontsize=8)
-    axes.plot([points[0]["adapter_parameters"]], [0], "*", color=DARK, markersize=13, label="SMoA adapter")
-    axes.set_xlabel("stored numbers")
-    axes.set_ylabel("‖ΔW − BA‖ / ‖ΔW‖, all layers")
-    axes.set_xscale("log")
-    axes.set_xlim(right=4 * points[-1]["parameters"])
+def error_by_size(points: list[dict[str, Any]]) -> Any:
+    """‖ΔW − BA‖ / ‖ΔW‖ against the stored numbers, as a LoRA and block by block."""
+    keys = {"LoRA": "parameters", "same, stored by blocks": "blockwise_parameters"}
+    rows = [{"name": name, "numbers": one[key], "error": one["error"]} for name, key in keys.items() for one in points]
+    rows.append({"name": "SMoA adapter", "numbers": points[0]["adapter_parameters"], "error": 0})
+    x = alt.X("numbers:Q", title="stored numbers", scale=alt.Scale(type="log"), axis=alt.Axis(format="~s", tickCount=5))
+    y = alt.Y("error:Q", title="‖ΔW − BA‖ / ‖ΔW‖, all layers")
+    styles = {"LoRA": LORA, "same, stored by blocks": (PALETTE["lora"], DASHES[2]), "SMoA adapter": SMOA}
+    named = [
+        {"numbers": point["parameters"], "error": point["error"], "told": f"rank {point['rank']}"}
+        for point in points
+        if point["rank"] in (1, 8, 64, 256)
+    ]
+    labels = alt.Chart(values(named)).mark_text(align="left", dx=7, dy=-5, color=MUTED)
+    return lines(rows, styles, x, y) + labels.encode(x="numbers:Q", y="error:Q", text="told:N")
 
 
 def main() -> None:
     points = json.loads(RESULT.read_text())["points"]
-    figure = Figure(figsize=(9.5, 3.8), dpi=150, layout="constrained")
-    left, right = figure.subplots(1, 2)
-    loss_by_rank(left, points)
-    error_by_size(right, points)
-    for axes in (left, right):
-        axes.grid(True, color="0.92")
-        axes.legend(fontsize=8)
-    figure.savefig(PICTURE)
+    picture = alt.hconcat(loss_by_rank(points), error_by_size(points))
+    save_picture(picture.resolve_scale(color="independent", strokeDash="independent"), PICTURE)
     print(PICTURE)
 
 

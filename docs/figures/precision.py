@@ -11,8 +11,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import altair as alt
 import torch
-from matplotlib.figure import Figure
+
+from smoa_lab.drawing.line_charts import OTHER, SMOA, lines
+from smoa_lab.drawing.look import MUTED, values
+from smoa_lab.drawing.picture_files import save_picture
 
 IMAGES = Path(__file__).parents[1] / "images"
 SIZE, TOKENS, WEIGHT_RMS = 1024, 256, 0.02
@@ -33,20 +37,31 @@ def relative_errors(size: float) -> dict[str, float]:
     }
 
 
+def draw(points: list[dict[str, float]]) -> None:
+    names = {"together": "W + ΔW rounded to bfloat16", "apart": "ΔW rounded by itself"}
+    rows = [{"name": name, "size": one["size"], "error": one[key]} for key, name in names.items() for one in points]
+    x = alt.X(
+        "size:Q",
+        title="rms of the relative change of an entry of W",
+        scale=alt.Scale(type="log"),
+        axis=alt.Axis(format="~e", tickCount=4),
+    )
+    y = alt.Y(
+        "error:Q", title="relative error of x ΔWᵀ", scale=alt.Scale(type="log"), axis=alt.Axis(format="~g", tickCount=4)
+    )
+    drawn = lines(rows, dict(zip(names.values(), (OTHER, SMOA), strict=True)), x, y, width=460)
+    ulp = alt.Chart(values([{"size": 2**-9, "told": "half a unit in the last place: 1/512", "error": 1.5e-3}])).encode(
+        x="size:Q"
+    )
+    rule = ulp.mark_rule(color=MUTED, strokeDash=[2, 3])
+    label = ulp.mark_text(align="left", dx=6, dy=14).encode(y=alt.value(120), text="told:N")
+    save_picture(drawn + rule + label, IMAGES / "precision.png")
+
+
 def main() -> None:
     points = [relative_errors(size) for size in RELATIVE_SIZES]
     (IMAGES / "precision.json").write_text(json.dumps(points, indent=1) + "\n", encoding="utf-8")
-    figure = Figure(figsize=(6.4, 3.4), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    sizes = [point["size"] for point in points]
-    axes.loglog(sizes, [point["together"] for point in points], "o-", color="0.15", label="W + ΔW rounded to bfloat16")
-    axes.loglog(sizes, [point["apart"] for point in points], "^--", color="0.45", label="ΔW rounded by itself")
-    axes.axvline(2**-9, color="0.6", linestyle=":", label="half a unit in the last place, 2⁻⁹")
-    axes.set_xlabel("rms of δ, where ΔW = W ⊙ δ")
-    axes.set_ylabel("relative error of x ΔWᵀ")
-    axes.grid(True, color="0.92")
-    axes.legend(fontsize=8, loc="center left")
-    figure.savefig(IMAGES / "precision.png")
+    draw(points)
     for point in points:
         print(f"rms δ = {point['size']:g}: together {point['together']:.4f}, apart {point['apart']:.4f}")
 

@@ -14,10 +14,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+import altair as alt
 
-from smoa_lab.drawing.plots import save_figure
+from smoa_lab.drawing.line_charts import LORA, SMOA, lines
+from smoa_lab.drawing.look import DASHES, PALETTE
+from smoa_lab.drawing.picture_files import save_picture
 from smoa_lab.study.trials import TrialStore
 
 DOCS = Path(__file__).parents[1]
@@ -25,10 +26,10 @@ NUMBERS = DOCS / "images" / "rates.json"
 PAGE = DOCS / "migration.md"
 START, END = "<!-- rates: written by docs/figures/rates.py -->\n", "<!-- end of rates -->"
 STYLES = {
-    "LoRA": ("o-", "0.0"),
-    "SMoA, 3 / rms": ("s:", "0.6"),
-    "SMoA, 4 / rms": ("D--", "0.35"),
-    "SMoA at LoRA's r": ("^-.", "0.6"),
+    "LoRA": LORA,
+    "SMoA, 3 / rms": (PALETTE["smoa"], DASHES[1]),
+    "SMoA, 4 / rms": SMOA,
+    "SMoA at LoRA's r": (PALETTE["smoa"], DASHES[2]),
 }
 TICKS = (1e-3, 2e-3, 3e-3, 6e-3, 1e-2, 2e-2)
 HIGHEST = 0.3
@@ -79,19 +80,23 @@ def losses(rows: list[dict[str, Any]], pair: str) -> dict[str, dict[float, float
     return {entry: found[entry] for entry in STYLES if entry in found}
 
 
-def draw_pair(axes: Axes, title: str, entries: dict[str, dict[float, float]]) -> None:
+def panel(title: str, entries: dict[str, dict[float, float]]) -> Any:
     lowest = min(min(points.values()) for points in entries.values())
-    for entry, points in entries.items():
-        shown = {rate: loss for rate, loss in sorted(points.items()) if loss < lowest + HIGHEST}
-        style, shade = STYLES[entry]
-        axes.plot(list(shown), list(shown.values()), style, color=shade, label=entry, markersize=4)
-    axes.set_xscale("log")
-    axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
-    axes.set_xticks([], minor=True)
-    axes.set_title(title, fontsize=8)
-    axes.set_xlabel("learning rate")
-    axes.set_ylabel("validation loss\n(nats per token)")
-    axes.grid(True, color="0.92")
+    rows = [
+        {"name": entry, "learning_rate": rate, "loss": loss}
+        for entry, points in entries.items()
+        for rate, loss in sorted(points.items())
+        if loss < lowest + HIGHEST
+    ]
+    axis = alt.Axis(values=list(TICKS), format="~g", grid=False)
+    x = alt.X(
+        "learning_rate:Q",
+        title="learning rate",
+        axis=axis,
+        scale=alt.Scale(type="log", domain=TICKS[:: len(TICKS) - 1]),
+    )
+    y = alt.Y("loss:Q", title="validation loss (nats per token)", scale=alt.Scale(zero=False))
+    return lines(rows, STYLES, x, y).properties(title=title)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -119,17 +124,8 @@ def main() -> None:
         return
     rows = read()
     pairs = list(dict.fromkeys(row["pair"] for row in rows))
-    figure = Figure(figsize=(8, 2.6 * -(-len(pairs) // 2)), dpi=130, layout="constrained")
-    panels = figure.subplots(-(-len(pairs) // 2), 2, squeeze=False).flat
-    for axes, pair in zip(panels, pairs, strict=False):
-        draw_pair(axes, pair, losses(rows, pair))
-    for axes in list(panels):
-        axes.set_axis_off()
-    handles = {
-        label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize=8)
-    save_figure(figure, DOCS / "images" / "rates.png")
+    picture = alt.concat(*(panel(pair, losses(rows, pair)) for pair in pairs), columns=2)
+    save_picture(picture, DOCS / "images" / "rates.png")
     page = PAGE.read_text(encoding="utf-8")
     before, _, rest = page.partition(START)
     PAGE.write_text(before + START + table(rows) + END + rest.partition(END)[2], encoding="utf-8")

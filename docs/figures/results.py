@@ -3,7 +3,7 @@
     python docs/figures/results.py
 
 `smoa compare` writes docs/studies; `smoa eval --output` and `smoa train` (its metrics.json) write docs/lab-results;
-`smoa inspect` with `--json` and `--html` writes docs/inspections. Missing results are left out.
+`smoa inspect --json` writes docs/inspections. Missing results are left out.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def study(summary: Path) -> str:
     folder, found = summary.parent, json.loads(summary.read_text(encoding="utf-8"))
     home = f"studies/{folder.name}"
     links = [f"[summary as JSON]({home}/summary.json)"]
-    reports = {"README.md": "whole report", "index.html": "the same as a page with sortable tables"}
-    links = [f"[{title}]({home}/{name})" for name, title in reports.items() if (folder / name).is_file()] + links
+    if (folder / "README.md").is_file():
+        links.insert(0, f"[whole report]({home}/README.md)")
     if (folder / PACK).is_file():
         links.append(f"[every run as a line of JSON]({home}/{PACK})")
     parts = [f"## {folder.name}\n\n{', '.join(links)}.{setting(folder)}"]
@@ -208,8 +208,10 @@ def inspection(path: Path) -> str:
         trained = sum(layer["parameters"] for layer in layers)
         rows.append([Path(place).name, f"{trained:,}", *means])
     header = ["adapter", "trained", "‖ΔW‖/‖W‖", "rank of ΔW", "effective rank", "coverage"]
-    links = f"[JSON](inspections/{path.name}), [page with pictures](inspections/{path.stem}.html)"
-    return f"## {path.stem}: the spectrum\n\n{textwrap.fill(INSPECTION, WIDTH)}\n\n{table(header, rows)}\n\n{links}\n"
+    told = f"{textwrap.fill(INSPECTION, WIDTH)}\n\n{table(header, rows)}\n\n[JSON](inspections/{path.name})"
+    pictures = sorted(path.parent.glob(f"{path.stem}-*.png"))
+    shown = [f"![{one.stem.replace('-', ': ')}, by layer](inspections/{one.name})" for one in pictures]
+    return "\n\n".join([f"## {path.stem}: the spectrum", told, *shown]) + "\n"
 
 
 def stages(result: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -12,10 +12,13 @@ import json
 import sys
 from pathlib import Path
 
-from matplotlib.figure import Figure
+import altair as alt
 from torch import nn
 
 from smoa_lab.config.run_config import ModelSection
+from smoa_lab.drawing.line_charts import lines
+from smoa_lab.drawing.look import DASHES, PALETTE
+from smoa_lab.drawing.picture_files import save_picture
 from smoa_lab.models.base_models import load_base_model
 
 IMAGES = Path(__file__).parents[1] / "images"
@@ -33,20 +36,18 @@ def weight_sizes(name: str) -> dict[str, list[float]]:
     return sizes
 
 
+def draw(sizes: dict[str, list[float]]) -> None:
+    rows = [{"name": name, "layer": i, "rms": rms} for name, found in sizes.items() for i, rms in enumerate(found)]
+    shades = (PALETTE[method] for method in ("smoa", "lora", "hira", "pissa", "full"))
+    styles = {name: (shade, DASHES[0]) for name, shade in zip(sizes, shades, strict=True)}
+    x = alt.X("layer:Q", title="layer", axis=alt.Axis(tickMinStep=1, grid=False))
+    save_picture(lines(rows, styles, x, alt.Y("rms:Q", title="rms(W)"), width=460), IMAGES / "weight_sizes.png")
+
+
 def main(name: str = "gemma3-270m") -> None:
     sizes = weight_sizes(name)
     (IMAGES / "weight_sizes.json").write_text(json.dumps({"model": name, "rms": sizes}, indent=1) + "\n")
-    figure = Figure(figsize=(6.4, 3.2), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    for (target, values), marker in zip(sizes.items(), "os^v*", strict=True):
-        axes.plot(values, marker=marker, markersize=4, linewidth=1, label=target)
-    axes.set_ylim(0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel("layer")
-    axes.set_ylabel("rms(W)")
-    axes.grid(True, color="0.92")
-    axes.legend(fontsize=8, ncols=3)
-    figure.savefig(IMAGES / "weight_sizes.png")
+    draw(sizes)
     every = [value for values in sizes.values() for value in values]
     print(f"{name}: rms(W) from {min(every):.4f} to {max(every):.4f} over {len(every)} weights")
 

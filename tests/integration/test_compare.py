@@ -79,7 +79,7 @@ def test_a_study_is_run_reported_and_never_run_twice(
         assert (folder / name).stat().st_size > 100
     assert not list(folder.glob("work/*/*/*"))
     page = (folder / "index.html").read_text()
-    links = set(re.findall(r'href="#((?:tuning|final)/[^"]+)"', page))
+    links = set(re.findall(r'"#((?:tuning|final)/[^"]+)"', page))
     assert len(links) == 10
     assert all((folder / f"{name}.json").is_file() and f'id="{name}"' in page for name in links)
 

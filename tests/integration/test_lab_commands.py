@@ -165,12 +165,30 @@ def test_inspect_tells_a_rank_above_r(run: Path) -> None:
 
 def test_inspect_writes_a_page_that_needs_no_network(run: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
-    both = json.loads(invoke("inspect", run, "--against", run / "adapter", "--html", page, "--json"))
+    both = json.loads(invoke("inspect", run, run / "adapter", "--html", page, "--json"))
     assert [len(layers) for layers in both.values()] == [4, 4]
     text = page.read_text()
     assert "layers.1.self_attn.v_proj" in text
-    assert text.count("<figure>") == text.count('role="img"') == 4
-    assert not re.search(r'(src|href)="(?!#)|@import|url\((?!#)', text)
+    assert text.count("<figure data-chart>") == 5
+    assert set(re.findall(r'(?:src|href)="([^#"][^"]*)"', text)) == {"charts.js"}
+    assert (tmp_path / "charts.js").is_file()
+    assert not re.search(r"@import|url\((?!#)", text)
+
+
+def test_inspect_still_takes_against_and_says_what_replaces_it(run: Path) -> None:
+    result = CliRunner().invoke(app, ["inspect", str(run), "--against", str(run / "adapter"), "--json"])
+    assert result.exit_code == 0
+    assert "--against is deprecated" in result.stderr
+    assert len(json.loads(result.stdout)) == 2
+
+
+def test_report_writes_the_page_of_a_run(run: Path) -> None:
+    told = json.loads(invoke("report", run, "--json"))
+    assert told == {"page": str(run / "report.html"), "missing": []}
+    page = (run / "report.html").read_text()
+    for heading in ("Held-out scores", "Loss", "Answers before and after", "Config", "Load it"):
+        assert f"<h2>{heading}</h2>" in page
+    assert "import smoa" in page
 
 
 def test_inspect_shows_the_layers_in_detail_that_are_named(run: Path, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""The pages of `smoa inspect` and `smoa compare` as a browser sees them: headless Chromium, where it is installed."""
+"""The pages of `smoa inspect`, `smoa compare` and `smoa report` as a browser sees them: headless Chromium, where it is
+installed."""
 
 from __future__ import annotations
 
@@ -9,13 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from smoa import SmoaConfig
+from smoa_lab.drawing.pages import write_page
 from smoa_lab.inspection.inspection_page import inspection_page
 from smoa_lab.inspection.layer_reports import inspect_layers
+from smoa_lab.runs.run_page import report_run
+from smoa_lab.study.report.study_report import report
 from tests.support import lab
+from tests.support.runs import stored_run
+from tests.support.studies import finish_a_study, tiny_study
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
@@ -23,24 +29,43 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not instal
 OPTIONS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync", "--host-resolver-rules=MAP * ~NOTFOUND", "--dump-dom"),
+    "--virtual-time-budget=5000",
 )
+KINDS = ("inspect", "compare", "report")
+# Waits until all charts are drawn, then keeps what an expression gives for the test.
+PROBE = """<script>(async () => {
+  const drawn = () => [...document.querySelectorAll('.chart')].every(one => 'drawn' in one.dataset);
+  while (!drawn()) await new Promise(done => setTimeout(done, 20));
+  document.body.dataset.seen = JSON.stringify(await (%s));
+})()</script></body>"""
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """`smoa inspect`'s page of one adapter."""
-    folder = tmp_path_factory.mktemp("page")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A page of each kind."""
+    folder = tmp_path_factory.mktemp("pages")
     base = lab.tiny_base(folder / "base")
-    config = SmoaConfig(r=4, num_blocks=2, target_modules=["q_proj", "down_proj"], init_weights=False)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(folder / "adapter")
-    return inspection_page("An adapter", {"ours": inspect_layers(folder / "adapter", base=str(base))})
+    targets = ["q_proj", "k_proj", "v_proj"]
+    for config in (
+        SmoaConfig(r=4, num_blocks=2, target_modules=targets, init_weights=False),
+        LoraConfig(r=2, target_modules=targets, init_lora_weights=False),
+    ):
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+        model.save_pretrained(folder / config.peft_type.value)
+    adapters = {name: inspect_layers(folder / name, base=str(base)) for name in ("SMOA", "LORA")}
+    write_page(folder / "inspect.html", inspection_page("Adapters", adapters))
+    study = tiny_study(folder / "study")
+    finish_a_study(study)
+    report(study)
+    run, _ = report_run(stored_run(folder / "run"))
+    return {"inspect": folder / "inspect.html", "compare": study.folder / "index.html", "report": run}
 
 
-def seen(page: str, expression: str, tmp_path: Path, *options: str) -> Any:
-    """The value of a JavaScript expression in the loaded page."""
+def seen(page: Path, expression: str, tmp_path: Path, *options: str) -> Any:
+    """The value of a JavaScript expression in the page, once it is drawn."""
     file = tmp_path / "page.html"
-    probe = f"<script>document.body.dataset.seen = JSON.stringify({expression})</script></body>"
-    file.write_text(page.replace("</body>", probe), encoding="utf-8")
+    file.write_text(page.read_text(encoding="utf-8").replace("</body>", PROBE % expression), encoding="utf-8")
+    shutil.copy(page.with_name("charts.js"), tmp_path)
     command = [str(CHROMIUM), *OPTIONS, f"--user-data-dir={tmp_path / 'profile'}", *options, file.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     start = done.stdout.index('data-seen="') + len('data-seen="')
@@ -48,55 +73,84 @@ def seen(page: str, expression: str, tmp_path: Path, *options: str) -> Any:
     return json.loads(text)
 
 
-def test_a_heading_sorts_the_table_and_says_so_to_screen_readers(page: str, tmp_path: Path) -> None:
+def test_a_heading_sorts_the_table_and_says_so_to_screen_readers(pages: dict[str, Path], tmp_path: Path) -> None:
     script = """(() => { const table = document.querySelector('table'), heads = [...table.tHead.rows[0].cells];
       const states = [];
       for (let turn = 0; turn < 2; turn++) { heads[3].querySelector('button').click();
         states.push([heads[3].getAttribute('aria-sort'), heads[0].getAttribute('aria-sort'),
           [...table.tBodies[0].rows].map(row => Number(row.cells[3].textContent))]); }
       return states; })()"""
-    (up, other, ascending), (down, _, descending) = seen(page, script, tmp_path)
+    (up, other, ascending), (down, _, descending) = seen(pages["inspect"], script, tmp_path)
     assert (up, down, other) == ("ascending", "descending", "none")
     assert ascending == sorted(ascending)
     assert descending == sorted(descending, reverse=True)
-    assert len(ascending) == 4
+    assert len(ascending) == 6
 
 
-def test_every_heading_can_be_reached_by_the_keyboard(page: str, tmp_path: Path) -> None:
-    script = """[...document.querySelectorAll('th button, .wide')].map(one => { one.focus();
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_keyboard_reaches_headings_charts_and_tables(kind: str, pages: dict[str, Path], tmp_path: Path) -> None:
+    script = """[...document.querySelectorAll('th button, .wide, .chart [role=link]')].map(one => { one.focus();
       return document.activeElement === one && one.tabIndex === 0; })"""
-    reached = seen(page, script, tmp_path)
-    assert len(reached) > 8
+    reached = seen(pages[kind], script, tmp_path)
+    assert len(reached) > 5
     assert all(reached)
 
 
-def test_every_picture_has_a_text_for_screen_readers_and_the_page_a_language(page: str, tmp_path: Path) -> None:
-    script = """[document.documentElement.lang, ...[...document.querySelectorAll('svg')].map(
-      one => one.getAttribute('role') + ' ' + one.getAttribute('aria-label'))]"""
-    language, *pictures = seen(page, script, tmp_path)
+def test_a_point_shows_its_values_when_it_is_reached_and_leads_to_its_run(
+    pages: dict[str, Path], tmp_path: Path
+) -> None:
+    script = """(async () => { const point = document.querySelector('.chart [role=link]'); point.focus();
+      await new Promise(done => setTimeout(done, 100));
+      const told = document.getElementById('vg-tooltip-element')?.innerText ?? '';
+      point.dispatchEvent(new KeyboardEvent('keydown', { key: 'Enter', bubbles: true }));
+      await new Promise(done => setTimeout(done, 100));
+      return [told, location.hash, document.querySelector(':target')?.textContent]; })()"""
+    told, place, target = seen(pages["compare"], script, tmp_path)
+    assert "lora" in told
+    assert "worse" in told
+    assert (place, target) == ("#final/lora/lr-0.01-seed-0", "final/lora/lr-0.01-seed-0")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_chart_has_a_text_for_screen_readers_and_the_page_a_language(
+    kind: str, pages: dict[str, Path], tmp_path: Path
+) -> None:
+    script = """[document.documentElement.lang, ...[...document.querySelectorAll('.chart')].map(one => [
+      one.getAttribute('role') ?? one.querySelector('[role=graphics-document]')?.getAttribute('role'),
+      one.getAttribute('aria-label') ?? one.querySelector('[role=graphics-document]')?.getAttribute('aria-label')])]"""
+    language, *charts = seen(pages[kind], script, tmp_path)
     assert language == "en"
-    assert len(pictures) >= 4
-    assert all(text.startswith("img ") and len(text) > 20 for text in pictures)
+    assert len(charts) >= 3
+    assert all(role == "graphics-document" and len(text) > 10 for role, text in charts)
 
 
-def test_nothing_is_fetched(page: str, tmp_path: Path) -> None:
-    assert seen(page, "performance.getEntriesByType('resource').map(one => one.name)", tmp_path) == []
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_fetched_but_the_script_beside_the_page(kind: str, pages: dict[str, Path], tmp_path: Path) -> None:
+    fetched = seen(pages[kind], "performance.getEntriesByType('resource').map(one => one.name)", tmp_path)
+    assert [one for one in fetched if one != (tmp_path / "charts.js").as_uri()] == []
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("width", [1200, 500])
-def test_the_page_is_no_wider_than_the_window(page: str, width: int, tmp_path: Path) -> None:
+def test_the_page_is_no_wider_than_the_window(kind: str, width: int, pages: dict[str, Path], tmp_path: Path) -> None:
     script = "[document.documentElement.scrollWidth, window.innerWidth]"
-    content, window = seen(page, script, tmp_path, f"--window-size={width},800")
+    content, window = seen(pages[kind], script, tmp_path, f"--window-size={width},800")
     assert content <= window
 
 
-def test_paper_is_light_or_dark_as_the_reader_has_it(page: str, tmp_path: Path) -> None:
+def test_panels_stand_below_each_other_in_a_narrow_window(pages: dict[str, Path], tmp_path: Path) -> None:
+    script = "document.querySelector('.chart .marks').viewBox.baseVal.width"
+    widths = [seen(pages["inspect"], script, tmp_path, f"--window-size={width},800") for width in (1200, 500)]
+    assert widths[0] > widths[1]
+
+
+def test_paper_and_ink_are_light_or_dark_as_the_reader_has_it(pages: dict[str, Path], tmp_path: Path) -> None:
     script = """['light', 'dark'].map(scheme => [matchMedia(`(prefers-color-scheme: ${scheme})`).matches,
-      getComputedStyle(document.body).backgroundColor, getComputedStyle(document.querySelector('svg')).color])"""
+      getComputedStyle(document.body).backgroundColor, getComputedStyle(document.querySelector('.marks text')).fill])"""
     found = {}
     for scheme, setting in (("light", 1), ("dark", 0)):
         (light, paper, ink), (dark, _, _) = seen(
-            page, script, tmp_path, f"--blink-settings=preferredColorScheme={setting}"
+            pages["compare"], script, tmp_path, f"--blink-settings=preferredColorScheme={setting}"
         )
         assert (light, dark) == (scheme == "light", scheme == "dark")
         found[scheme] = (paper, ink)

@@ -8,6 +8,8 @@ from typing import Any
 
 from smoa_lab.data.records import Record
 from smoa_lab.study.entry import Entry
+from smoa_lab.study.report.rows import Row
+from smoa_lab.study.report.statistics import Difference, Interval
 from smoa_lab.study.study_file import Study
 from smoa_lab.study.trials import Trial, TrialStore
 from tests.support import lab
@@ -53,6 +55,31 @@ def finish(study: Study, trial: Trial, loss: float | None, **values: Any) -> Non
     file = TrialStore(study.folder).file(trial.name)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result | values))
+
+
+def row(entry: str = "lora", **values: Any) -> Row:
+    """A row of a study's table; its reference is not there."""
+    known: dict[str, Any] = {
+        "entry": entry,
+        "method": "lora",
+        "budget": "all",
+        "reference": "ours",
+        "parameters": 1000,
+        "learning_rate": 0.01,
+        "search": None,
+        "seeds": [3, 4],
+        "loss": 2.5,
+        "loss_spread": 0.1,
+        "accuracy": 0.5,
+        "accuracy_spread": 0.1,
+        "accuracy_interval": Interval(0.5, 0.4, 0.6),
+        "task_accuracy": {"csqa": 0.5},
+        "elsewhere": None,
+        "seconds": 7.0,
+        "accuracy_difference": None,
+        "loss_difference": Difference(0.5, 0.25, 0.75, "worse"),
+    }
+    return Row(**known | values)
 
 
 def page(study: Study) -> str:

@@ -70,14 +70,11 @@ def adapter_card(
         sections: More Markdown, put before the settings.
     """
     base = base or named_base(config.base_model_name_or_path)
-    auto_peft, pipeline = LOADERS.get(
-        str(getattr(config.task_type, "value", config.task_type)), ("AutoPeftModel", None)
-    )
     return TEXT.format(
-        front_matter=_front_matter(base.hub_id, config, pipeline),
+        front_matter=_front_matter(base.hub_id, config),
         title=title,
         intro=_intro(base.text, config),
-        loading=_loading(base, config, auto_peft),
+        loading=loading_code(config, base),
         sections=("" if base.hub_id else LOCAL) + _table(metrics) + sections,
         config=settings_as_json(config),
     )
@@ -93,12 +90,18 @@ def _intro(base: str, config: Any) -> str:
     )
 
 
-def _loading(base: NamedBase, config: PeftConfig, auto_peft: str) -> str:
-    """PEFT finds the base in the config, unless that names another place than the Hub's."""
+def loading_code(config: PeftConfig, base: NamedBase) -> str:
+    """Python that loads the adapter from "PATH". PEFT finds the base in the config, unless that names another place
+    than the Hub's."""
+    auto_peft, _ = _loader(config)
     registers = "import smoa  # registers SMoA with PEFT\n" if isinstance(config, SmoaConfig) else ""
     if base.hub_id in (None, config.base_model_name_or_path):
         return registers + BY_NAME.format(auto_peft=auto_peft)
     return registers + ON_A_BASE.format(auto=auto_peft.replace("Peft", ""), base=base.hub_id)
+
+
+def _loader(config: PeftConfig) -> tuple[str, str | None]:
+    return LOADERS.get(str(getattr(config.task_type, "value", config.task_type)), ("AutoPeftModel", None))
 
 
 def _method(config: PeftConfig) -> str:
@@ -116,8 +119,9 @@ def settings_as_json(config: PeftConfig) -> str:
     return json.dumps(shown, indent=2, sort_keys=True)
 
 
-def _front_matter(base: str | None, config: PeftConfig, pipeline: str | None) -> str:
+def _front_matter(base: str | None, config: PeftConfig) -> str:
     """YAML for the Hub; `base` is an id on it, or None."""
+    _, pipeline = _loader(config)
     known: dict[str, Any] = {"base_model": base} if base else {}
     tags = [_method(config).lower(), *([f"base_model:adapter:{base}"] if base else [])]
     return ModelCardData(**known, library_name="peft", pipeline_tag=pipeline, tags=tags).to_yaml()

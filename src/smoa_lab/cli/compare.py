@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from smoa_lab.basics.extras import DRAWING
 from smoa_lab.cli.console import print_json, print_table, reporting
 from smoa_lab.cli.options import AsJson
 
@@ -24,7 +25,7 @@ def compare(
     json: AsJson = False,
 ) -> None:
     """Tune all methods in the same way, run each with fresh seeds, and report which is better, same or worse."""
-    with reporting("accelerate", "matplotlib", "PIL", "filelock"):
+    with reporting("accelerate", *DRAWING, "filelock"):
         import transformers
 
         from smoa.errors import ConfigError

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from smoa_lab.basics.extras import DRAWING
 from smoa_lab.cli.console import reporting
 from smoa_lab.cli.options import Overrides
 from smoa_lab.cli.train import print_scores
@@ -17,7 +18,7 @@ def demo(
     overrides: Overrides = None,
 ) -> None:
     """Fine-tune a small real model in minutes, show what changed, reload the adapter and merge it."""
-    with reporting("accelerate", "matplotlib", "PIL"):
+    with reporting("accelerate", *DRAWING):
         from smoa_lab.config.run_config import load_config
         from smoa_lab.lessons.questions import prepare
         from smoa_lab.models.packaged_models import PACKAGED_MODELS

@@ -10,6 +10,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
+from smoa_lab.basics.extras import DRAWING
 from smoa_lab.cli.console import print_json, reporting
 from smoa_lab.cli.options import AsJson
 
@@ -32,7 +33,7 @@ def init(
     json: AsJson = False,
 ) -> None:
     """Write a commented config for a model and data: ask what is not given, look at both, measure three steps."""
-    with reporting("accelerate", "datasets", "matplotlib", "PIL", "psutil", "trl"):
+    with reporting("accelerate", "datasets", *DRAWING, "psutil", "trl"):
         from smoa.atomic import write_whole
         from smoa_lab.runs.budget_choices import budget_choice
         from smoa_lab.starting.config_text import config_text, expected, plain_report

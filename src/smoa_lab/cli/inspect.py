@@ -7,15 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
+from smoa_lab.basics.extras import DRAWING
 from smoa_lab.cli.console import print_json, print_table, reporting
 from smoa_lab.cli.options import AsJson, Base, TrustRemoteCode
 
 
 def inspect(
-    adapter: Annotated[Path, typer.Argument(help="Folder of a run, or of an adapter.")],
-    against: Annotated[list[Path] | None, typer.Option(help="Another adapter to show beside it.")] = None,
+    adapters: Annotated[list[Path], typer.Argument(help="Folder of a run, or of an adapter; several side by side.")],
+    against: Annotated[list[Path] | None, typer.Option(hidden=True)] = None,
     base: Base = None,
-    html: Annotated[Path | None, typer.Option(help="Write a page with figures to this file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with charts to this file.")] = None,
     layer: Annotated[
         list[str] | None,
         typer.Option(help="Show layers whose name contains this in detail on the page; may be repeated."),
@@ -24,15 +25,21 @@ def inspect(
     json: AsJson = False,
 ) -> None:
     """Show size, norm, ranks and spectral coverage of the update of every adapted layer."""
-    with reporting(*(["matplotlib"] if html else [])):
-        from smoa.atomic import write_whole
-        from smoa_lab.inspection.inspection_page import inspection_page
+    with reporting(*(DRAWING if html else ())):
         from smoa_lab.inspection.layer_reports import inspect_layers
 
-        found = {place: inspect_layers(place, base, trust_remote_code) for place in (adapter, *(against or []))}
+        if against:
+            typer.echo(
+                "--against is deprecated and will be removed in 0.4; name the adapters one after another", err=True
+            )
+        found = {place: inspect_layers(place, base, trust_remote_code) for place in (*adapters, *(against or []))}
         if html is not None:
-            reports = {_name(place): one for place, one in found.items()}
-            write_whole(html, inspection_page(f"Inside {adapter}", reports, layer or []))
+            from smoa_lab.drawing.pages import write_page
+            from smoa_lab.inspection.inspection_page import inspection_page
+
+            names = _names(list(found))
+            reports = {name: found[place] for place, name in names.items()}
+            write_page(html, inspection_page(f"Inside {', '.join(reports)}", reports, layer or []))
             typer.echo(f"Page: {html}", err=True)
         if json:
             print_json(_plain(found))
@@ -49,9 +56,10 @@ def inspect(
                 typer.echo(f"\n! {far} of {len(layers)} layers were moved far: the model may have forgotten much.")
 
 
-def _name(place: Path) -> str:
-    """The run's name instead of ``adapter``."""
-    return place.parent.name if place.name == "adapter" else place.name
+def _names(places: list[Path]) -> dict[Path, str]:
+    """The run's name instead of ``adapter``; of several with one name, the whole path."""
+    names = {place: place.parent.name if place.name == "adapter" else place.name for place in places}
+    return {place: str(place) if list(names.values()).count(name) > 1 else name for place, name in names.items()}
 
 
 def _plain(found: dict[Path, Any]) -> Any:

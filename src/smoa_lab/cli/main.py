@@ -4,7 +4,22 @@ from __future__ import annotations
 
 import typer
 
-from smoa_lab.cli import budget, chat, compare, convert, data, demo, eval, init, inspect, merge, run, train, tune
+from smoa_lab.cli import (
+    budget,
+    chat,
+    compare,
+    convert,
+    data,
+    demo,
+    eval,
+    init,
+    inspect,
+    merge,
+    report,
+    run,
+    train,
+    tune,
+)
 
 app = typer.Typer(
     name="smoa",
@@ -17,6 +32,7 @@ app.command("init")(init.init)
 app.command("train")(train.train)
 app.command("tune")(tune.tune)
 app.command("eval")(eval.evaluate)
+app.command("report")(report.report)
 app.command("chat")(chat.chat)
 app.command("merge")(merge.merge)
 app.command("convert")(convert.convert)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from smoa_lab.basics.extras import DRAWING
 from smoa_lab.cli.console import print_json, print_table, reporting, score
 from smoa_lab.cli.options import AsJson, Overrides
 
@@ -15,10 +16,13 @@ from smoa_lab.cli.options import AsJson, Overrides
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file of the run; configs/ has ready ones.")],
     overrides: Overrides = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Write the run's page, report.html, as smoa report does.")
+    ] = False,
     json: AsJson = False,
 ) -> None:
     """Train an adapter on questions or on your own rows, and score it on held-out ones."""
-    with reporting("accelerate", "matplotlib", "PIL"):
+    with reporting("accelerate", *DRAWING):
         from smoa_lab.config.rows_config import load_any_config
         from smoa_lab.training.train_run import train as train_run
 
@@ -26,6 +30,10 @@ def train(
         metrics = train_run(checked)
         if os.environ.get("RANK", "0") != "0":
             return  # one of several processes: rank 0 prints
+        if report:
+            from smoa_lab.runs.run_page import report_run
+
+            typer.echo(f"Page: {report_run(checked.folder)[0]}", err=True)
         if json:
             print_json(metrics)
             return

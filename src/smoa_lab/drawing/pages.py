@@ -1,16 +1,22 @@
-"""One self-contained HTML page: no network, light and dark, sortable tables that a keyboard reaches, fit for print."""
+"""HTML pages that work offline: light and dark, charts and sortable tables that a keyboard reaches, fit for print."""
 
 from __future__ import annotations
 
 import html
-import io
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from smoa.atomic import write_whole
+from smoa_lab.drawing.chart_script import SCRIPT, lay_script
+from smoa_lab.drawing.look import PAPER, specification
+
 STYLE = """
-:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --line: #bbb; --soft: #f2f2f2; --link: #0b57d0; }
+:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --line: #bbb; --soft: #f2f2f2; --link: #0b57d0;
+  --warn: #a33; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e8e8e8; --paper: #161616; --line: #555; --soft: #242424;
-  --link: #8ab4f8; } }
+  --link: #8ab4f8; --warn: #f99; } }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 72rem;
   margin: 2rem auto; padding: 0 1rem; }
 a { color: var(--link); }
@@ -22,12 +28,20 @@ tbody tr:hover, tr:has(:target) { background: var(--soft); }
 th button { font: inherit; color: inherit; background: none; border: 0; padding: 0; cursor: pointer; }
 th button:focus-visible, a:focus-visible, .wide:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
 th[aria-sort=ascending] button::after { content: " ▲"; } th[aria-sort=descending] button::after { content: " ▼"; }
-.wide { overflow-x: auto; } figure { margin: 1.5rem 0; } svg { max-width: 100%; height: auto; color: var(--ink); }
-@media print { body { max-width: none; margin: 0; color: #000; background: #fff; } svg { color: #000; }
+.wide { overflow-x: auto; } figure { margin: 1.5rem 0; } figcaption { max-width: 45rem; font-size: .9rem; }
+.chart.vega-embed { display: block; padding: 0; } .chart [role=link] { cursor: pointer; }
+.chart { max-width: 60rem; } .chart .marks { width: 100%; height: auto; }
+.chart [role=link]:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
+#vg-tooltip-element.vg-tooltip { color: var(--ink); background: var(--paper); border-color: var(--line); }
+#vg-tooltip-element.vg-tooltip table tr td.key { color: inherit; opacity: .7; }
+pre { background: var(--soft); padding: .6rem .8rem; font-size: .85rem; white-space: pre-wrap; }
+dt { font-weight: bold; font-size: .85rem; } dd { margin: 0 0 .5rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+.sample { border-left: 3px solid var(--line); padding-left: .8rem; margin: 1rem 0; } .missing { color: var(--warn); }
+@media print { body { max-width: none; margin: 0; color: #000; background: #fff; } summary { display: none; }
   .wide { overflow: visible; } table { font-size: .7rem; } figure, tr { break-inside: avoid; } }
 """
 # Sorts by data-value where a cell has one, else by its text; numbers as numbers.
-SCRIPT = """
+SORTING = """
 for (const button of document.querySelectorAll('th button')) button.addEventListener('click', () => {
   const head = button.closest('th'), table = head.closest('table'), column = head.cellIndex;
   const up = head.getAttribute('aria-sort') !== 'ascending';
@@ -42,21 +56,32 @@ for (const button of document.querySelectorAll('th button')) button.addEventList
 """
 
 
-def page(title: str, *parts: str) -> str:
-    """The whole document of parts that are HTML already."""
+def write_page(file: Path, text: str) -> None:
+    """Write a page and, beside it, the script that draws its charts."""
+    lay_script(file.parent)
+    write_whole(file, text)
+
+
+def page(title: str, *parts: str, script: str = SCRIPT) -> str:
+    """The whole document of parts that are HTML already. ``script`` leads to the script that draws charts."""
     heading = html.escape(title)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{heading}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{heading}</h1>\n"
         + "\n".join(parts)
-        + f"\n</main>\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
+        + f'\n</main>\n<script>{SORTING}</script>\n<script src="{script}"></script>\n</body>\n</html>\n'
     )
 
 
 def paragraph(text: str) -> str:
     """A paragraph of plain text."""
     return f"<p>{html.escape(text)}</p>"
+
+
+def code(text: str) -> str:
+    """Text as it was written, in a typewriter's letters."""
+    return f'<pre class="wide" tabindex="0">{html.escape(text)}</pre>'
 
 
 def section(title: str, *parts: str) -> str:
@@ -77,18 +102,15 @@ def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) ->
     )
 
 
-def figure(drawn: Any, caption: str) -> str:
-    """A matplotlib figure as inline SVG in the page's color; ``caption`` is its text for screen readers too."""
-    import matplotlib
-
-    buffer = io.StringIO()
-    # Without a date and with a fixed salt the same figure gives the same bytes.
-    with matplotlib.rc_context({"svg.hashsalt": caption, "svg.fonttype": "none"}):
-        drawn.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    drawing = buffer.getvalue()
-    drawing = drawing[drawing.index("<svg") :].replace("#000000", "currentColor")
-    drawing = drawing.replace("<svg ", f'<svg role="img" aria-label="{html.escape(caption)}" ', 1)
-    return f"<figure>\n{drawing}\n<figcaption>{html.escape(caption)}</figcaption>\n</figure>"
+def figure(chart: Any, caption: str) -> str:
+    """A chart, whose text takes the page's color; ``caption`` is its text for screen readers too."""
+    drawn = json.dumps({**specification(chart), "description": caption}, ensure_ascii=False, separators=(",", ":"))
+    drawn = drawn.replace(json.dumps(PAPER), '"var(--paper, white)"').replace("</", "<\\/")
+    return (
+        f'<figure data-chart>\n<div class="chart wide" tabindex="0">This chart is drawn by {SCRIPT}, which lies beside '
+        f"this page.</div>\n<figcaption>{html.escape(caption)}</figcaption>\n"
+        f'<script type="application/json">{drawn}</script>\n</figure>'
+    )
 
 
 def link(address: str, text: str) -> str:

@@ -1,34 +1,31 @@
-"""The HTML page about one or more adapters: coverage of W's spectrum, ranks and norms, some layers in detail."""
+"""The HTML page about one or more adapters: how far they moved each layer, which directions and blocks, and ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import cycle
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from smoa.errors import ConfigError
+from smoa_lab.drawing.look import color_of
 from smoa_lab.drawing.pages import figure, page, paragraph, section, table
-from smoa_lab.drawing.plots import new_figure
-from smoa_lab.inspection.layer_reports import LayerReport
+from smoa_lab.inspection.inspection_charts import by_block, by_layer, coverage, methods_of, spectrum
+from smoa_lab.inspection.layer_reports import TOO_FAR, LayerReport
 
 Reports = Mapping[str, Sequence[LayerReport]]
 
-STYLES = ("-", "--", ":", "-.")
-BINS = 100
 HEADER = (
-    "layer",
-    "shape",
-    "trained",
-    "‖ΔW‖/‖W‖",
-    "‖ΔW‖₂/‖W‖₂",
-    "rank",
-    "bound",
-    "effective rank",
-    "stable rank",
-    "coverage",
+    *("layer", "shape", "trained", "‖ΔW‖/‖W‖", "‖ΔW‖₂/‖W‖₂", "rank", "bound"),
+    *("effective rank", "stable rank", "coverage"),
+)
+INTRODUCTION = (
+    "W = U diag(σ) Vᵀ is a frozen weight, ΔW what the adapter adds. Coverage is how far down W's spectrum ΔW reaches: "
+    "the mean of j/q under the energy of ΔW on W's singular directions j = 0 … q−1, largest first. 0 is an update "
+    "along the leading directions alone, 0.5 one that treats all alike."
+)
+FAR = f"‖ΔW‖₂/‖W‖₂: from {TOO_FAR} on much is likely to be forgotten."
+BLOCKS = (
+    "A thin line for each layer, the mean of all layers in bold. The scale s is what B A ⊙ W of the block is "
+    "multiplied with."
 )
 
 
@@ -42,19 +39,29 @@ def inspection_page(title: str, adapters: Reports, layers: Sequence[str] = ()) -
     first = next(iter(adapters.values()))
     changed = max(first, key=lambda report: report.relative_update)
     chosen = [report for report in _matching(first, layers) if report is not changed]
+    blocks = by_block(adapters)
     parts = [
-        paragraph(
-            "W = U diag(σ) Vᵀ is a frozen weight, ΔW what the adapter adds. Coverage is how far down W's spectrum ΔW "
-            "reaches: the mean of j/q under the energy of ΔW on W's singular directions j = 0 … q−1, largest first. "
-            "0 is an update along the leading directions alone, 0.5 one that treats all alike."
+        paragraph(INTRODUCTION),
+        section(
+            "How far each layer was moved", figure(_lines(adapters, "relative_spectral_norm", "‖ΔW‖₂ / ‖W‖₂"), FAR)
         ),
-        section("Coverage of the spectrum", figure(_coverage(adapters), _coverage_caption(adapters))),
-        section("Layer by layer", figure(_layers(adapters), "Relative size and effective rank of ΔW, by layer.")),
-        section(f"What changed most: {changed.module}", *_detail(changed)),
-        *(section(report.module, *_detail(report)) for report in chosen),
+        section("Coverage of the spectrum", figure(coverage(adapters), _coverage_caption(adapters))),
+        *([] if blocks is None else [section("Block by block", figure(blocks, BLOCKS))]),
+        section("Rank", figure(_lines(adapters, "effective_rank", "effective rank of ΔW"), "Effective rank of ΔW.")),
+        section(f"What changed most: {changed.module}", _detail(changed)),
+        *(section(report.module, _detail(report)) for report in chosen),
         *(_layer_table(name, reports) for name, reports in adapters.items()),
     ]
     return page(title, *parts)
+
+
+def _lines(adapters: Reports, field: str, title: str) -> Any:
+    rows = [
+        {"adapter": name, "module": report.module, field: getattr(report, field)}
+        for name, reports in adapters.items()
+        for report in reports
+    ]
+    return by_layer(rows, methods_of(adapters), field, title)
 
 
 def _matching(reports: Sequence[LayerReport], layers: Sequence[str]) -> list[LayerReport]:
@@ -89,85 +96,14 @@ def _coverage_caption(adapters: Reports) -> str:
     )
 
 
-def _coverage(adapters: Reports) -> Any:
-    drawn, axes = _figure(1)
-    for (name, reports), style in zip(adapters.items(), cycle(STYLES), strict=False):
-        curves = torch.stack([_cumulative(report) for report in reports])
-        places = torch.linspace(0, 1, BINS + 1)
-        axes.plot(places, curves.mean(0), style, color="#000000", label=name)
-    axes.plot([0, 1], [0, 1], color="#808080", linewidth=0.8)
-    axes.set_xlabel("part of W's singular directions, largest first (j / q)")
-    axes.set_ylabel("share of ΔW's energy")
-    axes.legend(frameon=False)
-    return drawn
-
-
-def _cumulative(report: LayerReport) -> Tensor:
-    """(BINS + 1,) cumulative energy, input and output side together, on a grid of j / q."""
-    energy = (report.spectrum.input_energy + report.spectrum.output_energy) / 2
-    cumulative = torch.cat([energy.new_zeros(1), energy.cumsum(0)])
-    places = torch.linspace(0, len(energy), BINS + 1).round().long()
-    return cumulative[places]
-
-
-def _layers(adapters: Reports) -> Any:
-    drawn, (sizes, ranks) = _figure(2)
-    for (name, reports), style, marker in zip(adapters.items(), cycle(STYLES), cycle("os^v"), strict=False):
-        number = range(len(reports))
-        options = {"marker": marker, "markersize": 3, "linewidth": 0.8, "color": "#000000", "label": name}
-        sizes.plot(number, [report.relative_update for report in reports], style, **options)
-        ranks.plot(number, [report.effective_rank for report in reports], style, **options)
-    sizes.set_ylabel("‖ΔW‖ / ‖W‖")
-    ranks.set_ylabel("effective rank of ΔW")
-    ranks.set_xlabel("adapted layer, in the model's order")
-    sizes.legend(frameon=False)
-    return drawn
-
-
-def _detail(report: LayerReport) -> list[str]:
-    drawn, (values, energy) = _figure(2)
-    spectrum = report.spectrum
-    values.semilogy(spectrum.weight_values.clamp_min(1e-12), color="#000000", label="W")
-    floor = float(spectrum.update_values.max()) * 1e-8
-    values.semilogy(spectrum.update_values.clamp_min(floor), "--", color="#000000", label="ΔW")
-    values.set_ylabel("singular value")
-    _draw_bands(values, report)
-    values.legend(frameon=False)
-    energy.plot(spectrum.input_energy, linewidth=0.8, color="#000000", label="input side")
-    energy.plot(spectrum.output_energy, ":", linewidth=1.2, color="#808080", label="output side")
-    energy.set_ylabel("share of ΔW's energy")
-    energy.set_xlabel("singular direction j, largest first")
-    energy.legend(frameon=False)
+def _detail(report: LayerReport) -> str:
     caption = (
-        f"Singular values of W and ΔW, and ΔW's energy along W's directions ({report.rows}×{report.columns}; "
-        f"rank of ΔW {report.rank}, effective {report.effective_rank:.1f})."
+        f"Singular values of W and ΔW, and ΔW's energy along W's directions, mean of both sides ({report.rows}×"
+        f"{report.columns}; rank of ΔW {report.rank}, effective {report.effective_rank:.1f})."
     )
     if report.bands:
         caption += " Bars: the spectral scores (mean direction) of each block's coordinates, lowest to highest."
-    return [figure(drawn, caption), *_blocks(report)]
-
-
-def _draw_bands(axes: Any, report: LayerReport) -> None:
-    """One bar a block along the directions, inside the upper half of the plot."""
-    place = axes.get_xaxis_transform()
-    for block, (low, high) in enumerate(report.bands):
-        height = 0.95 - 0.5 * block / len(report.bands)
-        axes.plot([low, high], [height, height], transform=place, color="#808080", linewidth=3)
-        axes.text(high, height, f" {block}", transform=place, fontsize=7, va="center", color="#808080")
-
-
-def _blocks(report: LayerReport) -> list[str]:
-    """Which coordinates fall in which block; nothing for other methods."""
-    if report.row_blocks is None or report.col_blocks is None:
-        return []
-    drawn, axes = _figure(2)
-    for plot, blocks, side in zip(axes, (report.row_blocks, report.col_blocks), ("output", "input"), strict=True):
-        plot.plot(blocks, "|", color="#000000", markersize=5, alpha=0.5)
-        plot.set_ylabel(f"block of {side}")
-        plot.set_xlabel(f"{side} coordinate")
-        plot.set_yticks(range(int(blocks.max()) + 1))
-    caption = "Block of every output and every input coordinate; block 0 lives on the leading singular directions."
-    return [figure(drawn, caption)]
+    return figure(spectrum(report, color_of(report.method)), caption)
 
 
 def _layer_table(name: str, reports: Sequence[LayerReport]) -> str:
@@ -187,10 +123,3 @@ def _layer_table(name: str, reports: Sequence[LayerReport]) -> str:
         for report in reports
     ]
     return section(name, table(f"Every adapted layer of {name}; choose a heading to sort.", HEADER, rows))
-
-
-def _figure(rows: int) -> tuple[Any, Any]:
-    drawn, axes = new_figure(1.2 + 2.3 * rows, rows)
-    for one in [axes] if rows == 1 else axes:
-        one.grid(True, color="#808080", alpha=0.25)
-    return drawn, axes

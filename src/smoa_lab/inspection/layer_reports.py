@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from smoa.layers.layer import SmoaLayer
 from smoa.maths.analysis import UpdateSpectrum, update_spectrum
+from smoa.maths.blocks import Blocks
 from smoa.maths.budget import rank_bound
 from smoa.maths.spectrum import spectral_scores
 from smoa_lab.config.run_config import ModelSection
@@ -30,8 +30,8 @@ class LayerReport:
     """One adapted layer: shape of W, trainable parameters, ‖ΔW‖/‖W‖ (Frobenius), ‖ΔW‖₂/‖W‖₂, ΔW's ranks with the bound
     that the method sets (None where it isn't known), its coverage of W's spectrum, and the spectrum itself.
 
-    SMoA only: ``row_blocks`` and ``col_blocks``, the block of every output and input coordinate, and ``bands``, the
-    lowest and highest spectral score of each block's coordinates.
+    SMoA only, by block: ``bands``, the lowest and highest spectral score of its coordinates, ``block_scales``, its
+    scale s_k, and the spectrum's ``block_coverages``.
     """
 
     module: str
@@ -47,9 +47,8 @@ class LayerReport:
     stable_rank: float
     coverage: float
     spectrum: UpdateSpectrum
-    row_blocks: Tensor | None = None
-    col_blocks: Tensor | None = None
     bands: tuple[tuple[float, float], ...] = ()
+    block_scales: tuple[float, ...] = ()
 
     @property
     def moved_too_far(self) -> bool:
@@ -60,7 +59,8 @@ class LayerReport:
         """Plain values for JSON, the curves left out."""
         names = ("module", "method", "rows", "columns", "parameters", "relative_update", "relative_spectral_norm")
         ranks = ("rank", "rank_bound", "effective_rank", "stable_rank", "coverage", "moved_too_far")
-        return {name: getattr(self, name) for name in (*names, *ranks)}
+        blocks = {"block_scales": list(self.block_scales), "block_coverages": list(self.spectrum.block_coverages)}
+        return {name: getattr(self, name) for name in (*names, *ranks)} | (blocks if self.block_scales else {})
 
 
 def inspect_layers(adapter: str | Path, base: str | None = None, trust_remote_code: bool = False) -> list[LayerReport]:
@@ -82,7 +82,8 @@ def inspect_layers(adapter: str | Path, base: str | None = None, trust_remote_co
 
 def _report(path: str, module: Any, adapter: str, method: str) -> LayerReport:
     weight, update = weight_and_update(module, adapter)
-    spectrum = update_spectrum(weight, update)
+    blocks = module.blocks(adapter) if isinstance(module, SmoaLayer) else None
+    spectrum = update_spectrum(weight, update, blocks)
     own = [p for name, p in module.named_parameters() if f".{adapter}." in f".{name}." and "base_layer" not in name]
     return LayerReport(
         module=path,
@@ -98,7 +99,7 @@ def _report(path: str, module: Any, adapter: str, method: str) -> LayerReport:
         stable_rank=spectrum.stable_rank,
         coverage=spectrum.coverage,
         spectrum=spectrum,
-        **_blocks(module, adapter),
+        **({} if blocks is None else _by_block(module, adapter, blocks)),
     )
 
 
@@ -113,15 +114,12 @@ def _rank_bound(module: Any, adapter: str) -> int | None:
     return int(ranks[adapter]) if isinstance(ranks, dict) and hasattr(module, "lora_A") else None
 
 
-def _blocks(module: Any, adapter: str) -> dict[str, Any]:
-    if not isinstance(module, SmoaLayer):
-        return {}
-    own = module.blocks(adapter)
+def _by_block(module: SmoaLayer, adapter: str, blocks: Blocks) -> dict[str, Any]:
     scores = torch.cat(spectral_scores(module.pristine_weight()))
-    labels = torch.cat([own.row_labels, own.col_labels])
-    blocks = [scores[labels == block] for block in range(own.num_blocks)]
+    labels = torch.cat([blocks.row_labels, blocks.col_labels])
+    by_block = [scores[labels == block] for block in range(blocks.num_blocks)]
+    scales = module.scaling[adapter] * module.block_scale(adapter)
     return {
-        "row_blocks": own.row_labels.cpu(),
-        "col_blocks": own.col_labels.cpu(),
-        "bands": tuple((float(block.min()), float(block.max())) for block in blocks),
+        "bands": tuple((float(block.min()), float(block.max())) for block in by_block),
+        "block_scales": tuple(scales.tolist()),
     }

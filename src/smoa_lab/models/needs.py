@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from smoa_lab.basics.extras import Needs
+from smoa_lab.basics.extras import DRAWING, Needs
 from smoa_lab.config.rows_config import RowsConfig
 from smoa_lab.config.run_config import ForgettingSection, ModelSection, RunConfig
 from smoa_lab.data.sources.general_text import STORY
@@ -10,7 +10,6 @@ from smoa_lab.data.tasks import task_needs
 from smoa_lab.models.packaged_models import PACKAGED_MODELS, packaged_name, unpacked_folder
 from smoa_lab.scoring.protocol import Protocol
 
-LOSS_CURVE = ("matplotlib", "PIL")
 OF_BITSANDBYTES = ("8bit", "paged", "bnb")
 """Parts of the names of optimizers that bitsandbytes has."""
 
@@ -20,7 +19,7 @@ def training_needs(config: RunConfig | RowsConfig) -> Needs:
     optimizer = str(config.training.get("optim", ""))
     named = any(part in optimizer for part in OF_BITSANDBYTES)
     return {
-        "training": ("accelerate", *LOSS_CURVE),
+        "training": ("accelerate", *DRAWING),
         f"training.optim: {optimizer}": ("bitsandbytes",) if named else (),
         **(input_needs(config) if isinstance(config, RunConfig) else rows_needs(config)),
     }

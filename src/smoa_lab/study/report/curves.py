@@ -75,16 +75,19 @@ def curve(study: Study, name: str) -> Curve | None:
 
 def run_rows(study: Study) -> list[dict[str, Any]]:
     """Every finished run in plain values, by entry, rate and seed; None for what a diverged run lacks."""
-    rows = [_row(name, result) for name in study.entries for result in stored(study, "final", name)]
+    rows = [
+        {"entry": name, "method": entry.method, **_row(result)}
+        for name, entry in study.entries.items()
+        for result in stored(study, "final", name)
+    ]
     order = list(study.entries)
     return sorted(rows, key=lambda row: (order.index(row["entry"]), row["learning_rate"], row["seed"]))
 
 
-def _row(name: str, result: dict[str, Any]) -> dict[str, Any]:
+def _row(result: dict[str, Any]) -> dict[str, Any]:
     training, second, first = result["config"]["training"], result["scores"]["all"], result["first"]["scores"]["all"]
     nothing = {"mean": None, "stderr": None}
     return {
-        "entry": name,
         "learning_rate": training["learning_rate"],
         "seed": training["seed"],
         "parameters": result["parameters"],

@@ -1,73 +1,90 @@
-"""The picture of a sequence: what was kept of the first task against what was learned of the second."""
+"""The chart of what was kept against what was learned: a line for each entry along its learning rates."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import cycle
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
+from statistics import fmean
 from typing import Any
 
-import numpy as np
+import altair as alt
 
-from smoa_lab.drawing.plots import new_figure
-from smoa_lab.study.report.curves import Curve
-from smoa_lab.study.report.pictures import MARKERS, STYLES
+from smoa_lab.drawing.look import INK, MUTED, WIDTH, colors, dashes, tooltip, values
 
 CAPTION = (
-    "Every point is a run; a line joins the mean over seeds along an entry's learning rates. Right is learned more, "
-    "down is kept more. The dotted line is the first task's loss before the second task. Runs that lost more than the "
-    "frame shows are in the table."
+    "Right is learned more, down is kept more. Every point is a run, a ring the mean over seeds; a line joins the "
+    "rings along an entry's learning rates. The dotted line is the loss before. Runs that lost more than the frame "
+    "shows are in the table."
 )
 TALLEST = 2.0
-"""The frame ends so many nats above the loss before the second task."""
+"""The frame ends so many nats above the loss before."""
 MARGIN = 0.1
 """And begins so many below the lowest."""
 LABEL_HEIGHT = 0.055
 """Of a label, as a share of the frame's height."""
+ROOM = WIDTH - 130
 
 
-def frontier(curves: Sequence[Curve], before: float | None) -> Any:
-    """The figure, in black, each line named beside its best run."""
-    drawn, axes = new_figure(5.5)
-    for own, marker, style in zip(curves, cycle(MARKERS), cycle(STYLES), strict=False):
-        axes.plot(own.second.mean(), own.first.mean(), style, color="#000000", linewidth=0.8)
-        runs = (task.nll.sum(axis=-1) / task.tokens.sum() for task in (own.second, own.first))
-        axes.scatter(*(losses.ravel() for losses in runs), marker=marker, s=22, color="#000000")
+def frontier(runs: Sequence[Mapping[str, Any]], titles: tuple[str, str], before: float | None) -> Any | None:
+    """The chart of ``runs``: entry, method, learning_rate, seed, run (where the page lists it), and the losses
+    ``learned`` and ``kept``, None where they are unknown. ``titles`` are of those two, ``before`` is of what is kept.
+    None where nothing is known."""
+    known = [run for run in runs if None not in (run["learned"], run["kept"])]
+    if not known:
+        return None
+    methods = {run["entry"]: run["method"] for run in known}
+    means = _means(known)
+    frame = _frame([point["kept"] for point in means], before)
+    x = alt.X("learned:Q", title=f"{titles[0]}; right is learned more", scale=alt.Scale(reverse=True, zero=False))
+    y = alt.Y("kept:Q", title=f"{titles[1]}; down is kept more", scale=alt.Scale(domain=frame, nice=False))
+    told = tooltip(entry="", learning_rate="~g", seed="", learned=".4f", kept=".4f")
+    line = alt.Chart(values(means)).encode(x=x, y=y, color=colors(methods), strokeDash=dashes(methods))
+    point = alt.Chart(values(known)).encode(x=x, y=y, color=colors(methods), tooltip=told, href="run:N")
+    labels = alt.Chart(values(_labels(means, frame))).encode(x=x, y=y, color=colors(methods))
+    layers = [
+        line.mark_line(clip=True).encode(order="learning_rate:Q"),
+        line.mark_point(size=120, opacity=1, clip=True),
+        point.mark_circle(size=40, opacity=0.9, clip=True),
+        labels.mark_rule(strokeWidth=0.7).encode(x2=alt.value(ROOM + 8), y2="height:Q"),
+        labels.mark_text(align="left").encode(
+            x=alt.value(ROOM + 12), y="height:Q", text="entry:N", color=alt.value(INK)
+        ),
+    ]
     if before is not None:
-        axes.axhline(before, color="#000000", linestyle=":", linewidth=0.8)
-        lowest = min(before, *(float(own.first.mean().min()) for own in curves))
-        axes.set_ylim(lowest - MARGIN, min(axes.get_ylim()[1], before + TALLEST))
-    axes.invert_xaxis()
-    axes.set_xlabel("loss on the second task (nats per token); right is learned more")
-    axes.set_ylabel("loss on the first task\n(nats per token); down is kept more")
-    _label(axes, curves)
-    return drawn
+        layers.append(alt.Chart(values([{"kept": before}])).mark_rule(color=MUTED, strokeDash=[2, 3]).encode(y=y))
+    return alt.layer(*layers).properties(width=ROOM, height=360)
 
 
-def _label(axes: Any, curves: Sequence[Curve]) -> None:
-    """Names in a column at the right, each with a thin line to its entry's best run inside the frame."""
-    top = axes.get_ylim()[1]
-    ends = [(own, *_end(own, top)) for own in curves]
-    ends.sort(key=lambda end: end[2])
-    bottom = axes.get_ylim()[0]
-    heights = _apart([(end[2] - bottom) / (top - bottom) for end in ends])
-    for (own, second, first), height in zip(ends, heights, strict=True):
-        axes.annotate(
-            own.entry,
-            xy=(second, first),
-            xytext=(1.03, height),
-            textcoords="axes fraction",
-            va="center",
-            fontsize=8,
-            arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "#000000", "shrinkB": 4, "relpos": (0, 0.5)},
+def _frame(kept: Sequence[float], before: float | None) -> list[float]:
+    low, high = (min(kept), max(kept)) if before is None else (min(before, *kept), max(before, *kept))
+    return [low - MARGIN, high + MARGIN if before is None else min(high + MARGIN, before + TALLEST)]
+
+
+def _means(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of each entry at each of its rates, ascending."""
+    key = itemgetter("entry", "learning_rate")
+    found = []
+    for (entry, rate), group in groupby(sorted(runs, key=key), key=key):
+        seeds = list(group)
+        means = {loss: fmean(run[loss] for run in seeds) for loss in ("learned", "kept")}
+        found.append({"entry": entry, "learning_rate": rate, **means})
+    return found
+
+
+def _labels(means: Sequence[dict[str, Any]], frame: Sequence[float]) -> list[dict[str, Any]]:
+    """Of each entry the best point inside the frame, and the height of its name in a column at the right."""
+    bottom, top = frame
+    ends = []
+    for _, group in groupby(means, key=itemgetter("entry")):
+        own = list(group)
+        inside = [point for point in own if point["kept"] <= top]
+        ends.append(
+            min(inside, key=itemgetter("learned")) if inside else min(own, key=itemgetter("kept")) | {"kept": top}
         )
-
-
-def _end(own: Curve, top: float) -> tuple[float, float]:
-    """The mean losses at the rate that learned most, of those in the frame."""
-    second, first = own.second.mean(), own.first.mean()
-    inside = first <= top
-    best = int(np.argmin(np.where(inside, second, np.inf))) if inside.any() else int(np.argmin(first))
-    return float(second[best]), min(float(first[best]), top)
+    ends.sort(key=itemgetter("kept"))
+    heights = _apart([(end["kept"] - bottom) / (top - bottom) for end in ends])
+    return [end | {"height": bottom + height * (top - bottom)} for end, height in zip(ends, heights, strict=True)]
 
 
 def _apart(heights: Sequence[float]) -> list[float]:

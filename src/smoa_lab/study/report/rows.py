@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -33,9 +34,11 @@ class Row:
     """One entry: what it trained and reached over its seeds, and the differences to the reference of its budget."""
 
     entry: str
+    method: str
     budget: str
     reference: str
     parameters: int
+    learning_rate: float
     search: Tuned | None
     seeds: list[int]
     loss: float
@@ -70,9 +73,11 @@ def entry_row(study: Study, name: str, machine: Machine) -> Row | None:
     by_loss, by_accuracy = _differences(study, finals, reference) if name != reference else (None, None)
     return Row(
         entry=name,
+        method=study.entries[name].method,
         budget=study.entries[name].budget,
         reference=reference,
         parameters=next(iter(finals.values()))["parameters"],
+        learning_rate=search.learning_rate if search else study.entries[name].learning_rate,
         search=search,
         seeds=list(finals),
         loss=float(losses.mean()),
@@ -129,6 +134,30 @@ def untouched_sentence(untouched: dict[str, Any] | None) -> str:
     if untouched.get("elsewhere") is not None:
         told += f"; its loss elsewhere is {untouched['elsewhere']:.3f}"
     return f"{told}."
+
+
+def from_json(value: dict[str, Any]) -> Row:
+    """A row of a stored summary: what :func:`as_json` wrote."""
+    known = {key: math.nan if value[key] is None else value[key] for key in ("loss", "loss_spread")}
+    search = value["search"]
+    if search is not None:
+        search = Tuned(**search | {"losses": {float(rate): loss for rate, loss in search["losses"].items()}})
+    return Row(
+        **value
+        | known
+        | {
+            "search": search,
+            "accuracy_interval": Interval(**value["accuracy_interval"]),
+            **{key: _difference(value[key]) for key in ("loss_difference", "accuracy_difference")},
+        }
+    )
+
+
+def _difference(value: dict[str, Any] | None) -> Difference | None:
+    if value is None:
+        return None
+    ends = {key: math.nan if value[key] is None else value[key] for key in ("mean", "low", "high")}
+    return Difference(**value | ends)
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -10,12 +10,12 @@ from typing import Any
 from smoa.atomic import write_whole
 from smoa.errors import DataError
 from smoa_lab.drawing.markdown_tables import markdown_table
-from smoa_lab.drawing.pages import anchor, figure, page, paragraph, section, table
-from smoa_lab.drawing.plots import save_figure
-from smoa_lab.study.packing import PACK, shell_command
+from smoa_lab.drawing.pages import write_page
+from smoa_lab.drawing.picture_files import save_picture
 from smoa_lab.study.report.curves import EXPLANATIONS, Curve, curve, run_rows
 from smoa_lab.study.report.equal_learning import EqualLearning, at_equal_learning, least_gaps, with_holm
-from smoa_lab.study.report.frontier import CAPTION, frontier
+from smoa_lab.study.report.frontier import CAPTION
+from smoa_lab.study.report.sequence_page import sequence_chart, sequence_page
 from smoa_lab.study.report.sequence_tables import (
     EQUAL,
     EQUAL_HEADER,
@@ -55,10 +55,11 @@ def sequence_report(study: Study) -> dict[str, Any]:
         }
     )
     write_whole(study.folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
-    drawn = frontier(curves, summary["before"]["first"]["gold_loss"] if summary["before"] else None)
-    save_figure(drawn, study.folder / "frontier.png")
+    drawn = sequence_chart(summary)
+    if drawn is not None:
+        save_picture(drawn, study.folder / "frontier.png")
     write_whole(study.folder / "README.md", _readme(study, summary))
-    write_whole(study.folder / "index.html", _html(study, summary, drawn))
+    write_page(study.folder / "index.html", sequence_page(_title(study), summary))
     return summary
 
 
@@ -111,7 +112,9 @@ def _readme(study: Study, summary: dict[str, Any]) -> str:
         f"# {_title(study)}",
         f"Written by `smoa compare` from the stored runs; do not edit. {INTRODUCTION}",
         before_sentence(summary["before"]),
-        f"![What was kept against what was learned](frontier.png)\n\n{CAPTION}",
+        f"![What was kept against what was learned](frontier.png)\n\n{CAPTION}"
+        if sequence_chart(summary) is not None
+        else "",
         f"## First task at equal learning of the second\n\n{EQUAL}",
         markdown_table(EQUAL_HEADER, equal_lines(summary)),
         f"## Explanations\n\n{EXPLAINED}",
@@ -121,20 +124,3 @@ def _readme(study: Study, summary: dict[str, Any]) -> str:
         _missing(study, summary),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
-
-
-def _html(study: Study, summary: dict[str, Any], drawn: Any) -> str:
-    runs = [[anchor(f"final/{name}"), *cells] for name, *cells in map(run_line, summary["runs"])]
-    where = f"The whole JSON of a run is the file of that name under final/ or, once packed, a line of {PACK}: "
-    parts = [
-        *(paragraph(text) for text in (INTRODUCTION, before_sentence(summary["before"])) if text),
-        section("Kept against learned", figure(drawn, CAPTION)),
-        section("First task at equal learning of the second", table(EQUAL, EQUAL_HEADER, equal_lines(summary))),
-        section("Explanations", table(EXPLAINED, EXPLAINED_HEADER, explained_lines(summary))),
-        section(
-            "Runs",
-            paragraph(where + shell_command(f"final/{summary['runs'][0]['entry']}/")),
-            table("Every finished run. Click a heading to sort.", RUNS_HEADER, runs),
-        ),
-    ]
-    return page(_title(study), *parts)

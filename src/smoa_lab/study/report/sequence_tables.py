@@ -59,11 +59,15 @@ def _equal_line(one: dict[str, Any], gap: float | None) -> list[str]:
     ]
 
 
+def run_name(run: dict[str, Any]) -> str:
+    """The name of a run's trial."""
+    return Trial("final", run["entry"], run["learning_rate"], run["seed"]).name
+
+
 def run_line(run: dict[str, Any]) -> list[str]:
     """The row of a run under ``RUNS_HEADER``."""
-    name = Trial("final", run["entry"], run["learning_rate"], run["seed"]).name
     return [
-        name.removeprefix("final/"),
+        run_name(run).removeprefix("final/"),
         *(
             _number(run[f"{task}_{score}"], digits, scale)
             for task in ("second", "first")

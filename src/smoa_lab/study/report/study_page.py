@@ -1,80 +1,112 @@
-"""A study as one offline page: sortable table, accuracy, learning rates, cost, every run and the way to its JSON."""
+"""A study as an interactive page that works offline: differences, rates, accuracy, forgetting, cost, and every run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import cycle
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+from smoa_lab.drawing.chart_script import SCRIPT
 from smoa_lab.drawing.pages import anchor, figure, link, page, paragraph, section, table
-from smoa_lab.drawing.plots import new_figure
 from smoa_lab.study.packing import PACK, shell_command
-from smoa_lab.study.report.pictures import MARKERS, STYLES
-from smoa_lab.study.report.rows import BY_TASK, Row, accuracy_by_task, difference_cells
+from smoa_lab.study.report.frontier import frontier
+from smoa_lab.study.report.rate_charts import learning_rates
+from smoa_lab.study.report.rows import BY_TASK, Row, accuracy_by_task, difference_cells, untouched_sentence
 from smoa_lab.study.report.statistics import Difference
-from smoa_lab.study.study_file import Study
-from smoa_lab.study.trials import Trial, TrialStore
+from smoa_lab.study.report.study_charts import accuracy, cost, differences, final_run
+from smoa_lab.study.trials import TrialStore
 
 HEADER = [
     *("entry", "budget", "trained", "lr", "runs", "loss", "loss difference", "", "accuracy %"),
     *("accuracy difference %", "", "elsewhere", "s a run", "final runs, by seed"),
 ]
 RUNS_HEADER = ["run", "loss", "accuracy %", "steps", "s", "machine", "commit"]
-ACCURACY = (
-    "Mean over tasks, with 95 % intervals over seeds and questions. Entries of equal parameters are drawn side "
-    "by side. Every point links to a run."
+INTRODUCTION = (
+    "Every entry's learning rate is chosen on validation data by the same search. The figures are from fresh seeds on "
+    "the test part. Differences are to the reference of the same budget, paired by seed and question, with 95 % "
+    "intervals (questions resampled, Student's t over seeds). 'Same' means that the interval includes 0. Each method "
+    "has one color. Point at a mark for its values; it leads to its run."
 )
-SEARCHES = "Validation loss of the search by learning rate. Every point links to its run."
-COST = "Seconds of a final run's training, mean over seeds, on the machine that ran most of the runs."
+CAPTIONS = {
+    "Differences": "Test loss minus the reference's, with its interval. Filled points: the interval excludes 0.",
+    "Learning rates": "Each entry's search in color over all others in gray. Lines go on above the frame.",
+    "Accuracy against trained parameters": "Mean over tasks, with 95 % intervals over seeds and questions. Entries of "
+    "equal parameters stand side by side.",
+    "Learning against forgetting": "Every final run's test loss, and its loss on text of another domain. A ring is "
+    "the mean over seeds. Right is learned more, down is kept more. The dotted line is the untouched model.",
+    "Cost": "Seconds of a final run's training, mean over seeds, on the machine that ran most of the runs.",
+}
 WHERE = (
-    "The whole JSON of a run, with its config and the result of every question, is the file of that name in this "
-    f"folder or, once the study is packed, a line of {PACK}: "
+    "The whole JSON of a run, with its config and the result of every question, is the file of that name in the "
+    f"study's folder or, once the study is packed, a line of {PACK}: "
 )
 
 
-def study_page(study: Study, rows: Sequence[Row], untouched: dict[str, Any] | None, remarks: Sequence[str]) -> str:
-    """The HTML; ``remarks`` are put under the introduction."""
+def study_page(title: str, folder: Path, rows: Sequence[Row], script: str = SCRIPT) -> str:
+    """The HTML, from the rows of the summary and the runs stored in ``folder``."""
+    store = TrialStore(folder)
+    untouched = store.find("untouched")
     by_task = accuracy_by_task(rows, untouched)
-    searches = {row.entry: row.search.losses for row in rows if row.search is not None}
+    drawn = charts(rows, store)
+    shown = {name: section(name, figure(drawn[name], text)) for name, text in CAPTIONS.items() if name in drawn}
     parts = [
-        paragraph(
-            "Every entry's learning rate is chosen on validation data by the same search. The figures are from fresh "
-            "seeds on the test part. Differences are to the reference of the same budget, paired by seed and question, "
-            "with 95 % intervals (questions resampled, Student's t over seeds). 'Same' means that the interval "
-            "includes 0."
-        ),
-        *(paragraph(remark) for remark in remarks if remark),
-        section(
-            "Results", table("Test results, best loss first. Click a heading to sort.", HEADER, _cells(study, rows))
-        ),
+        *(paragraph(text) for text in (INTRODUCTION, untouched_sentence(untouched)) if text),
+        shown.pop("Differences", ""),
+        section("Results", table("Test results, best loss first. Click a heading to sort.", HEADER, _cells(rows))),
         *([section(BY_TASK, table("The mean over seeds.", by_task[0], by_task[1:]))] if by_task else []),
-        section("Accuracy against trained parameters", figure(_accuracy(study, rows), ACCURACY)),
-        *([section("Learning rates", figure(_searches(study, searches), SEARCHES))] if searches else []),
-        section("Cost", figure(_cost(rows), COST)),
+        *shown.values(),
         section(
             "Runs",
             paragraph(WHERE + shell_command(f"final/{rows[0].entry}/")),
-            table("Every finished run.", RUNS_HEADER, _runs(study)),
+            table("Every finished run.", RUNS_HEADER, [_run(name, found) for name, found in _runs(store)]),
         ),
     ]
-    return page(f"{study.folder.name}: {study.kind} of {study.shared['model']['name']}", *parts)
+    return page(title, *parts, script=script)
 
 
-def _cells(study: Study, rows: Sequence[Row]) -> list[tuple[Any, ...]]:
+def charts(rows: Sequence[Row], store: TrialStore) -> dict[str, Any]:
+    """The charts that the finished runs allow, by their headings."""
+    found = {
+        "Differences": differences(rows),
+        "Learning rates": learning_rates(rows, store.names("tuning/")),
+        "Accuracy against trained parameters": accuracy(rows),
+        "Learning against forgetting": _forgetting(rows, store),
+        "Cost": cost(rows),
+    }
+    return {name: chart for name, chart in found.items() if chart is not None}
+
+
+def _forgetting(rows: Sequence[Row], store: TrialStore) -> Any | None:
+    """Of the final runs; None for a study that does not measure it."""
+    runs = []
+    for row in rows:
+        for seed in row.seeds:
+            name = final_run(row, seed)
+            found = store.find(name.removeprefix("#")) or {}
+            losses = {"learned": found["scores"]["all"]["gold_loss"], "kept": found.get("elsewhere")}
+            shared = {"entry": row.entry, "method": row.method, "learning_rate": row.learning_rate, "seed": seed}
+            runs.append({**shared, **losses, "run": name})
+    untouched = store.find("untouched") or {}
+    titles = ("test loss (nats per token)", "loss elsewhere (nats per token)")
+    return frontier(runs, titles, untouched.get("elsewhere"))
+
+
+def _cells(rows: Sequence[Row]) -> list[tuple[Any, ...]]:
     return [
         (
             row.entry,
             row.budget,
             (f"{row.parameters:,}", row.parameters),
-            "" if row.search is None else f"{row.search.learning_rate:g}",
+            "" if row.search is None else f"{row.learning_rate:g}",
             len(row.search.losses) if row.search else 0,
-            f"{row.loss:.4f}",
+            f"{row.loss:.4f}" if math.isfinite(row.loss) else "diverged",
             *_difference(row, row.loss_difference, 1, 4),
             f"{100 * row.accuracy:.1f}",
             *_difference(row, row.accuracy_difference, 100, 1),
             "–" if row.elsewhere is None else f"{row.elsewhere:.3f}",
             "–" if row.seconds is None else f"{row.seconds:.0f}",
-            "<span>" + " ".join(link(_final(study, row, seed), str(seed)) for seed in row.seeds) + "</span>",
+            "<span>" + " ".join(link(final_run(row, seed), str(seed)) for seed in row.seeds) + "</span>",
         )
         for row in rows
     ]
@@ -86,15 +118,9 @@ def _difference(row: Row, found: Difference | None, scale: float, digits: int) -
     return interval if found is None else (interval, found.mean), verdict
 
 
-def _final(study: Study, row: Row, seed: int) -> str:
-    rate = row.search.learning_rate if row.search else study.entries[row.entry].learning_rate
-    return f"#{Trial('final', row.entry, rate, seed).name}"
-
-
-def _runs(study: Study) -> list[tuple[str, ...]]:
-    """One line for each finished run, which links lead to."""
-    store = TrialStore(study.folder)
-    return [_run(name, found) for name in store.names() if (found := store.find(name)) is not None]
+def _runs(store: TrialStore) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every finished run: the lines that links lead to."""
+    return ((name, found) for name in store.names() if (found := store.find(name)) is not None)
 
 
 def _run(name: str, found: dict[str, Any]) -> tuple[str, ...]:
@@ -107,49 +133,3 @@ def _run(name: str, found: dict[str, Any]) -> tuple[str, ...]:
         made.get("device", "–"),
         (made.get("commit") or "–")[:7],
     )
-
-
-def _accuracy(study: Study, rows: Sequence[Row]) -> Any:
-    drawn, axes = new_figure(5.0)
-    for row, place, marker in zip(rows, _side_by_side(rows), cycle(MARKERS), strict=False):
-        found = row.accuracy_interval
-        spread = [[100 * (found.mean - found.low)], [100 * (found.high - found.mean)]]
-        axes.errorbar(place, 100 * found.mean, yerr=spread, color="#000000", linewidth=0.8, capsize=2)
-        points = axes.scatter([place], [100 * found.mean], color="#000000", marker=marker, label=row.entry)
-        points.set_urls([_final(study, row, row.seeds[0])])
-    axes.set_xscale("log")
-    numbers = [row.parameters for row in rows]
-    axes.set_xlim(min(numbers) / 2, max(numbers) * 2)  # wide enough for labels that don't run into each other
-    axes.set_xlabel("trained parameters")
-    axes.set_ylabel("accuracy on the test part (%)")
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
-    return drawn
-
-
-def _side_by_side(rows: Sequence[Row]) -> list[float]:
-    """Where each row's point stands on the axis of parameters: those of equal ones 3 % apart, around their number."""
-    equal = [[other.entry for other in rows if other.parameters == row.parameters] for row in rows]
-    steps = [names.index(row.entry) - (len(names) - 1) / 2 for row, names in zip(rows, equal, strict=True)]
-    return [row.parameters * 1.03**step for row, step in zip(rows, steps, strict=True)]
-
-
-def _searches(study: Study, searches: Mapping[str, Mapping[float, float | None]]) -> Any:
-    drawn, axes = new_figure(5.0)
-    for (entry, found), marker, style in zip(searches.items(), cycle(MARKERS), cycle(STYLES), strict=False):
-        losses = {rate: loss for rate, loss in found.items() if loss is not None}
-        axes.plot(list(losses), list(losses.values()), style, color="#000000", linewidth=0.8)
-        points = axes.scatter(list(losses), list(losses.values()), color="#000000", marker=marker, label=entry)
-        points.set_urls([f"#{Trial('tuning', entry, rate, study.tuning.seed).name}" for rate in losses])
-    axes.set_xscale("log")
-    axes.set_xlabel("learning rate")
-    axes.set_ylabel("validation loss of gold answers (nats per token)")
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
-    return drawn
-
-
-def _cost(rows: Sequence[Row]) -> Any:
-    drawn, axes = new_figure(1.2 + 0.3 * len(rows))
-    axes.barh([row.entry for row in rows], [row.seconds or 0 for row in rows], color="#808080")
-    axes.invert_yaxis()
-    axes.set_xlabel("seconds")
-    return drawn

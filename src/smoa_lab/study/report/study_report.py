@@ -9,9 +9,9 @@ from typing import Any
 from smoa.atomic import write_whole
 from smoa.errors import DataError
 from smoa_lab.drawing.markdown_tables import markdown_table
-from smoa_lab.study.comparison import stored_search
+from smoa_lab.drawing.pages import write_page
+from smoa_lab.drawing.picture_files import save_picture
 from smoa_lab.study.packing import PACK, shell_command
-from smoa_lab.study.report.pictures import draw_differences, draw_searches
 from smoa_lab.study.report.rows import (
     BY_TASK,
     Row,
@@ -24,9 +24,17 @@ from smoa_lab.study.report.rows import (
     with_holm,
 )
 from smoa_lab.study.report.statistics import Difference
-from smoa_lab.study.report.study_page import study_page
+from smoa_lab.study.report.study_page import charts, study_page
 from smoa_lab.study.study_file import Study
 from smoa_lab.study.trials import TrialStore
+
+PICTURES = {
+    "Differences": "differences.png",
+    "Learning rates": "learning_rates.png",
+    "Accuracy against trained parameters": "accuracy.png",
+    "Learning against forgetting": "frontier.png",
+}
+"""The charts that are saved as files too, by their headings on the page."""
 
 
 def report(study: Study) -> list[Row]:
@@ -44,24 +52,22 @@ def report(study: Study) -> list[Row]:
     untouched = TrialStore(study.folder).find("untouched")
     write_whole(study.folder / "summary.json", json.dumps(as_json(rows), indent=1, allow_nan=False) + "\n")
     pictures = _draw(study, rows)
-    write_whole(study.folder / "README.md", _page(study, rows, untouched, pictures))
-    write_whole(study.folder / "index.html", study_page(study, rows, untouched, [untouched_sentence(untouched)]))
+    write_whole(study.folder / "README.md", _readme(study, rows, untouched, pictures))
+    write_page(study.folder / "index.html", study_page(_title(study), study.folder, rows))
     return rows
 
 
 def _draw(study: Study, rows: list[Row]) -> dict[str, str]:
     """The pictures that the finished trials allow: title by file name."""
-    searches = {name: search for name in study.entries if (search := stored_search(study, name)) is not None}
-    differences = {row.entry: row.loss_difference for row in rows if row.loss_difference is not None}
-    pictures = {}
-    if searches:
-        draw_searches({name: one.losses for name, one in searches.items()}, study.folder / "learning_rates.png")
-        pictures["learning_rates.png"] = "Validation loss by learning rate"
-    if differences:
-        references = " and ".join(dict.fromkeys(row.reference for row in rows))
-        draw_differences(differences, references, study.folder / "differences.png")
-        pictures["differences.png"] = f"Test loss minus that of {references}"
+    found = charts(rows, TrialStore(study.folder))
+    pictures = {file: title for title, file in PICTURES.items() if title in found}
+    for file, title in pictures.items():
+        save_picture(found[title], study.folder / file)
     return pictures
+
+
+def _title(study: Study) -> str:
+    return f"{study.folder.name}: {study.kind} of {study.shared['model']['name']}"
 
 
 def _search_in_words(study: Study) -> str:
@@ -78,9 +84,9 @@ def _search_in_words(study: Study) -> str:
     )
 
 
-def _page(study: Study, rows: list[Row], untouched: dict[str, Any] | None, pictures: dict[str, str]) -> str:
+def _readme(study: Study, rows: list[Row], untouched: dict[str, Any] | None, pictures: dict[str, str]) -> str:
     parts = [
-        f"# {study.folder.name}: {study.kind} of {study.shared['model']['name']}",
+        f"# {_title(study)}",
         "Written by `smoa compare` from the stored runs; do not edit. Each entry's learning rate is chosen "
         f"on validation data by the same search: {_search_in_words(study)}. The figures are from fresh "
         "seeds on the test part. Differences are paired by seed and question, with 95 % intervals (questions "
@@ -95,7 +101,8 @@ def _page(study: Study, rows: list[Row], untouched: dict[str, Any] | None, pictu
     parts.append(untouched_sentence(untouched))
     parts += [f"![{title}]({file})" for file, title in pictures.items()]
     parts.append(
-        "[The same as a page](index.html) lists every run. The whole JSON of a run is "
+        "`smoa compare … --report-only` writes the same as a page, index.html, on which every point leads to its run. "
+        "The whole JSON of a run is "
         f"`STAGE/ENTRY/lr-RATE-seed-SEED.json` in this folder or, once the study is packed, a line of `{PACK}`: "
         f"`{shell_command(f'final/{rows[0].entry}/')}`"
     )

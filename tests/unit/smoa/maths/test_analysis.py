@@ -6,6 +6,7 @@ import torch
 
 from smoa.errors import PartitionError
 from smoa.maths.analysis import effective_rank, numerical_rank, update_size, update_spectrum
+from smoa.maths.blocks import Blocks
 
 
 @pytest.fixture
@@ -73,3 +74,20 @@ def test_a_strong_direction_that_the_weight_lacks_is_an_intruder() -> None:
 def test_an_update_of_zero_has_no_size(weight: torch.Tensor) -> None:
     found = update_size(weight, torch.zeros_like(weight))
     assert (found.relative_norm, found.relative_spectral_norm, found.stable_rank, found.intruders) == (0, 0, 0, 0)
+
+
+def test_the_coverage_of_a_block_is_that_of_its_part_of_the_update(weight: torch.Tensor) -> None:
+    rows, cols = (torch.tensor(labels, dtype=torch.uint8) for labels in ([0, 1, 2] * 4, [2, 0, 1, 0, 1, 2, 0]))
+    blocks = Blocks(rows, cols, 3)
+    delta = torch.zeros_like(weight)
+    for k in range(3):
+        inside = torch.outer(blocks.row_labels == k, blocks.col_labels == k)
+        delta[inside] = torch.randn(int(inside.sum()), dtype=weight.dtype)
+    found = update_spectrum(weight, delta, blocks)
+    for k, coverage in enumerate(found.block_coverages):
+        alone = torch.where(torch.outer(blocks.row_labels == k, blocks.col_labels == k), delta, 0)
+        U, _, Vh = torch.linalg.svd(weight, full_matrices=False)
+        energy = (alone @ Vh.T).square().sum(0) + (U.T @ alone).square().sum(1)
+        place = torch.arange(7, dtype=weight.dtype) / 7
+        assert coverage == pytest.approx(float((energy * place).sum() / energy.sum()))
+    assert update_spectrum(weight, delta).block_coverages == ()

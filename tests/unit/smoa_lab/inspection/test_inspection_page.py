@@ -43,16 +43,16 @@ def test_a_lora_is_reported_by_its_rank_and_without_blocks(base: Path) -> None:
     assert [layer.rank for layer in layers] == [layer.rank_bound for layer in layers] == [3] * 4
     assert all(layer.parameters == 3 * (layer.rows + layer.columns) for layer in layers)
     page = inspection_page("A LoRA", {"lora": layers})
-    assert page.count("<figure>") == 3
-    assert "Block of every output" not in page
+    assert page.count("<figure data-chart>") == 4
+    assert "Block by block" not in page
     assert "spectral scores" not in page
 
 
 def test_two_adapters_stand_beside_each_other_and_the_first_is_shown_in_detail(base: Path) -> None:
     ours, theirs = smoa(base), lora(base)
     page = inspection_page("Two", {"ours": ours, "theirs": theirs})
-    assert page.count("<figure>") == 4
-    assert "Block of every output" in page
+    assert page.count("<figure data-chart>") == 5
+    assert "Block by block" in page
     for name in ("ours", "theirs"):
         assert f"Every adapted layer of {name}" in page
     changed = max(ours, key=lambda layer: layer.relative_update)

@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 
 from smoa import SmoaConfig
 from smoa_lab.inspection import layer_reports
-from smoa_lab.inspection.layer_reports import LayerReport, _blocks, _rank_bound, inspect_layers
+from smoa_lab.inspection.layer_reports import LayerReport, _rank_bound, inspect_layers
 from tests.support import lab, tiny_models
 
 TARGETS = ["q_proj", "v_proj"]
@@ -37,11 +37,10 @@ def test_without_modulation_the_rank_is_bound_by_r(base: Path) -> None:
     assert all(layer.rank <= 4 for layer in layers)
 
 
-def test_another_methods_layer_is_inspected_without_blocks() -> None:
+def test_the_rank_of_a_lora_is_its_bound() -> None:
     model = get_peft_model(tiny_models.build("llama"), LoraConfig(r=3, target_modules=["q_proj"]))
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     assert _rank_bound(layer, "default") == 3
-    assert _blocks(layer, "default") == {}
 
 
 def test_spectral_norms_and_stable_ranks_are_the_updates_own_and_far_layers_are_marked(
@@ -59,3 +58,20 @@ def test_spectral_norms_and_stable_ranks_are_the_updates_own_and_far_layers_are_
         assert layer.stable_rank == pytest.approx(float((values**2).sum() / values[0] ** 2), rel=1e-4)
         assert layer.to_dict()["moved_too_far"] is (layer.relative_spectral_norm > 0.08)
     assert {layer.moved_too_far for layer in layers} == {True, False}
+
+
+def test_every_block_is_told_with_its_scale_and_coverage(base: Path) -> None:
+    layers = smoa(base, scale="block")
+    model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), base.with_name("SMOA"))
+    for layer in layers:
+        module = model.base_model.model.get_submodule(layer.module)
+        blocks = module.blocks("default").of(module.base_layer.weight.detach())
+        expected = [module.scaling["default"] / float(block.square().mean().sqrt()) for block in blocks]
+        assert list(layer.block_scales) == pytest.approx(expected, rel=1e-5)
+        assert len(layer.bands) == len(layer.to_dict()["block_coverages"]) == 2
+
+
+def test_a_layer_of_another_method_has_no_blocks(base: Path) -> None:
+    (first, *_) = reports(base, LoraConfig(r=3, target_modules=TARGETS, init_lora_weights=False))
+    assert (first.bands, first.block_scales, first.spectrum.block_coverages) == ((), (), ())
+    assert "block_scales" not in first.to_dict()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from smoa.errors import DataError
+from smoa_lab.basics.extras import DRAWING
 from smoa_lab.config.run_config import ModelSection, check_config
 from smoa_lab.lessons import questions
 from smoa_lab.models import base_models
@@ -32,7 +33,7 @@ def needed(values: dict[str, Any]) -> set[str]:
 
 
 def test_training_needs_what_draws_its_loss_curve(values: dict[str, Any]) -> None:
-    assert needed(values) == {"accelerate", "matplotlib", "PIL"}
+    assert needed(values) == {"accelerate", *DRAWING}
 
 
 @pytest.mark.parametrize(
@@ -53,7 +54,7 @@ def test_training_needs_what_draws_its_loss_curve(values: dict[str, Any]) -> Non
     ids=str,
 )
 def test_a_run_needs_what_its_config_names(change: dict[str, Any], modules: set[str], values: dict[str, Any]) -> None:
-    assert needed(values | change) - {"accelerate", "matplotlib", "PIL"} == modules
+    assert needed(values | change) - {"accelerate", *DRAWING} == modules
 
 
 def test_what_is_in_the_cache_needs_nothing(values: dict[str, Any], tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ def test_every_link_of_a_report_leads_to_its_run(study: Study, packed: bool) -> 
     html = (study.folder / "index.html").read_text()
     lines = dict(re.findall(r'<tr><td><span id="([^"]+)">[^<]+</span></td>(.*?)</tr>', html))
     assert sorted(lines) == TrialStore(study.folder).names()
-    links = set(re.findall(r'href="#((?:final|tuning)/[^"]+)"', html))
+    links = set(re.findall(r'"(?:run":")?#((?:final|tuning)/[^"]+)"', html))
     assert links == {name for name in lines if name not in ("untouched", "tuning/ours/lr-0.03-seed-100")}
     values = re.findall(r"<td>([^<]*)</td>", lines["final/ours/lr-0.01-seed-0"])
     assert values == ["2.0000", "50.0", "60", "7", "a CPU", "ccccccc"]

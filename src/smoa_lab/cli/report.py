@@ -1,0 +1,30 @@
+"""``smoa report``: writes the page of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from smoa_lab.basics.extras import DRAWING
+from smoa_lab.cli.console import print_json, reporting
+from smoa_lab.cli.options import AsJson
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, finished or not.")],
+    output: Annotated[Path | None, typer.Option(help="The page's file; RUN/report.html by default.")] = None,
+    json: AsJson = False,
+) -> None:
+    """Write a run's page: scores, loss, answers before and after, what was forgotten, config, how to load it."""
+    with reporting(*DRAWING):
+        from smoa_lab.runs.run_page import report_run
+
+        page, missing = report_run(run, output)
+        if json:
+            print_json({"page": str(page), "missing": missing})
+            return
+        typer.echo(f"Page: {page}")
+        if missing:
+            typer.echo(" ".join(missing), err=True)

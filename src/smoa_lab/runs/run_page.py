@@ -1,0 +1,152 @@
+"""The page of one run: scores, loss, answers before and after, what was forgotten, the config, and how to load it."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig
+
+from smoa.files.adapter_card import loading_code
+from smoa_lab.config.methods import METHODS
+from smoa_lab.drawing.pages import code, figure, page, paragraph, section, table, write_page
+from smoa_lab.models.packaged_models import described_base
+from smoa_lab.runs.run_record import RunRecord, read_run
+from smoa_lab.training.run_charts import STAGES, accuracies, balance, learning_rate, losses
+from smoa_lab.training.samples import NAMES
+
+KEYS = ("parameters", "training", "provenance", "evaluation", "forgetting", "history", "samples")
+"""What the metrics of a finished run have, and those of older versions may not."""
+WHOLE_MODEL = 'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("PATH")'
+
+
+def report_run(place: str | Path, output: Path | None = None) -> tuple[Path, list[str]]:
+    """Write the page of the run in the folder ``place`` into it, or as ``output``; where it is, and what is missing.
+
+    Raises:
+        ConfigError: ``place`` is not the folder of a run.
+    """
+    record = read_run(place)
+    file = output or record.folder.report
+    text, missing = run_page(record)
+    write_page(file, text)
+    return file, missing
+
+
+def run_page(record: RunRecord) -> tuple[str, list[str]]:
+    """The HTML with everything that the record has, and a sentence for each thing that is missing."""
+    sections: dict[str, Callable[[RunRecord], list[str]]] = {
+        "": _facts,
+        "Learned and forgotten": _balance,
+        "Held-out scores": _scores,
+        "Loss": _losses,
+        "Answers before and after": _samples,
+        "Config": lambda record: [code(record.config)] if record.config else [],
+        "Load it": _loading,
+    }
+    parts: list[str] = []
+    absent: list[str] = []
+    damaged: list[str] = []
+    for title, build in sections.items():
+        try:
+            found = build(record)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            key = error.args[0] if isinstance(error, KeyError) else None
+            if key in KEYS and key not in record.metrics:
+                absent.append(str(key))
+            else:
+                damaged.append(title or "Run")
+            continue
+        parts += [section(title, *found) if title else found[0]] if found else []
+    missing = [*record.missing, *(_lacking(record, absent, damaged) if record.whole else [])]
+    told = [f'<p class="missing">{html.escape(" ".join(missing))}</p>'] if missing else []
+    return page(record.name, *told, *parts), missing
+
+
+def _lacking(record: RunRecord, absent: list[str], damaged: list[str]) -> list[str]:
+    lines = []
+    if absent:
+        version = record.metrics.get("provenance", {}).get("versions", {}).get("smoa", "another version")
+        lines.append(f"metrics.json has no {', '.join(dict.fromkeys(absent))}: it was written by smoa {version}.")
+    if damaged:
+        lines.append(f"metrics.json is damaged in what it has about: {', '.join(damaged)}.")
+    return lines
+
+
+def _facts(record: RunRecord) -> list[str]:
+    parameters, training, origin = (record.metrics[key] for key in ("parameters", "training", "provenance"))
+    versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items() if version)
+    return [
+        paragraph(
+            f"{record.method}, {parameters['trainable']:,} of {parameters['total']:,} parameters trained, "
+            f"{training['steps']} steps in {training['seconds']:.0f} s on {origin['device']}. {versions}."
+        )
+    ]
+
+
+def _balance(record: RunRecord) -> list[str]:
+    forgot = record.metrics["forgetting"]
+    drawn = balance(record.metrics["evaluation"], forgot, record.method)
+    if drawn is None:
+        return []
+    told = "What is forgotten was not measured."
+    if forgot:
+        told = (
+            f"Forgotten: {forgot['change']:+.3f} ± {forgot['stderr']:.3f} nats per token of general text "
+            f"({forgot['text']}, {forgot['tokens']:,} tokens)."
+        )
+    return [figure(drawn, told)]
+
+
+def _scores(record: RunRecord) -> list[str]:
+    evaluation = record.metrics["evaluation"]
+    drawn = accuracies(evaluation, record.method)
+    stages = [stage for stage in STAGES if stage in evaluation]
+    if not stages:
+        return []
+    names = [name for name in next(iter(evaluation[stages[0]].values())) if not name.endswith("_stderr")]
+    rows = [
+        (task, stage, *(_number(scores.get(name)) for name in names))
+        for task in evaluation[stages[0]]
+        for stage in stages
+        for scores in [evaluation[stage][task]]
+    ]
+    header = ["", "training", *(name.replace("_", " ") for name in names)]
+    shown = [] if drawn is None else [figure(drawn, "Accuracy before and after training.")]
+    return [*shown, table("Held-out data; losses are in nats per token.", header, rows)]
+
+
+def _number(value: Any) -> str:
+    return "–" if value is None else f"{value:.3f}" if isinstance(value, float) else f"{value:,}"
+
+
+def _losses(record: RunRecord) -> list[str]:
+    history, evaluation = record.metrics["history"], record.metrics.get("evaluation", {})
+    charts = {
+        "Loss on trained tokens, in nats per token.": losses(history, evaluation, record.method),
+        "Learning rate.": learning_rate(history, record.method),
+    }
+    return [figure(chart, caption) for caption, chart in charts.items() if chart is not None]
+
+
+def _samples(record: RunRecord) -> list[str]:
+    return [_sample(sample) for sample in record.metrics["samples"]]
+
+
+def _sample(sample: dict[str, str]) -> str:
+    told = {"Prompt": sample["question"], **{title: sample[name] for name, title in NAMES.items() if name in sample}}
+    lines = (f"<dt>{name}</dt><dd>{html.escape(text.strip() or '(nothing)')}</dd>" for name, text in told.items())
+    return f'<dl class="sample">{"".join(lines)}</dl>'
+
+
+def _loading(record: RunRecord) -> list[str]:
+    adapter = record.folder.adapter
+    if not adapter.is_dir():
+        return [] if not record.whole else [paragraph("adapter/ is not here: it was moved or deleted.")]
+    loaded = WHOLE_MODEL
+    if METHODS[record.method].config is not None:
+        config = PeftConfig.from_pretrained(str(adapter))
+        loaded = loading_code(config, described_base(str(config.base_model_name_or_path)))
+    return [code(loaded.replace("PATH", str(adapter))), code(f"smoa chat {record.folder.path}")]

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import altair as alt
+
+from smoa_lab.drawing.look import PAPER, values
+from smoa_lab.drawing.pages import code, figure, page, write_page
+
+
+def test_a_chart_is_on_the_page_as_data_with_its_caption_in_words() -> None:
+    chart = alt.Chart(values([{"x": "</script>"}])).mark_point(fill=PAPER).encode(x="x:N")
+    text = figure(chart, "What <it> shows")
+    assert "<figcaption>What &lt;it&gt; shows</figcaption>" in text
+    (data,) = re.findall(r'<script type="application/json">(.*?)</script>', text, re.DOTALL)
+    drawn = json.loads(data)
+    assert drawn["description"] == "What <it> shows"
+    assert drawn["mark"]["fill"] == "var(--paper, white)"
+    assert "</script>" in str(drawn["datasets"])
+
+
+def test_text_is_escaped() -> None:
+    assert "a &lt; b" in code("a < b")
+    assert "<title>a &lt; b</title>" in page("a < b")
+
+
+def test_the_script_is_laid_beside_the_page(tmp_path: Path) -> None:
+    write_page(tmp_path / "page.html", page("Empty"))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["charts.js", "page.html"]
+    assert '<script src="charts.js"></script>' in (tmp_path / "page.html").read_text()
+    assert '<script src="../charts.js"></script>' in page("Empty", script="../charts.js")
