@@ -9,7 +9,7 @@ USABLE := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 PYTHON = $(shell for p in $(CANDIDATES); do "$$p" -c '$(USABLE)' >/dev/null 2>&1 && echo "$$p" && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint types unit versions coverage docs fuzz soak matrix dist format figures clean
+.PHONY: help demo test test-slow lint types unit versions coverage docs fuzz soak matrix peft-suite dist format figures clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -52,6 +52,9 @@ versions: $(VENV)/.dev-installed  ## run a few tests against the oldest and the 
 
 matrix: $(VENV)/.dev-installed  ## run a part of the tests against each supported PEFT and what frameworks demand
 	$(BIN)/python -m tests.matrix
+
+peft-suite: $(VENV)/.dev-installed  ## run PEFT's own tests with SMoA in them; pip downloads them
+	$(BIN)/python -m tests.peft_suite
 
 dist: $(VENV)/.dev-installed  ## build the source distribution and the wheel into dist/
 	$(BIN)/python -m build --no-isolation

@@ -27,23 +27,24 @@ class OneLayer(nn.Module):
         return self.linear(x)
 
 
-def adapted(method: str, base: OneLayer, r: int, num_blocks: int) -> nn.Module:
+def adapted(method: str, base: OneLayer, r: int, num_blocks: int, partition: str = "random") -> nn.Module:
     """`base` with a method. All except "frozen" train as many parameters as SMoA of rank r with K blocks.
 
-    The partition is random, because decomposing the weight would not change the cost of a step.
+    The partition is random or contiguous, because decomposing the weight would not change the cost of a step.
     """
     layer = OneLayer(*base.linear.weight.shape, base.linear.weight.dtype, base.linear.weight.device)
     layer.linear.weight = base.linear.weight
     if method == "frozen":
         return layer
     if method == "released":
-        return ReleasedLinear(layer.linear, r, make_partition(layer.linear.weight, num_blocks, "random"))
+        return ReleasedLinear(layer.linear, r, make_partition(layer.linear.weight, num_blocks, partition))
     configs: dict[str, Callable[[], PeftConfig]] = {
         "smoa": lambda: SmoaConfig(
-            r=r, num_blocks=num_blocks, target_modules=["linear"], partition="random", init_weights=False
+            r=r, num_blocks=num_blocks, target_modules=["linear"], partition=partition, init_weights=False
         ),
         "hira": lambda: HiraConfig(r=max(1, r // num_blocks), target_modules=["linear"], init_weights=False),
         "lora": lambda: LoraConfig(r=max(1, r // num_blocks), target_modules=["linear"], init_lora_weights=False),
+        "dora": lambda: LoraConfig(r=max(1, r // num_blocks), target_modules=["linear"], use_dora=True),
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

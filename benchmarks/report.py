@@ -171,18 +171,41 @@ def decoding() -> str:
     )
 
 
-def thresholds() -> str:
-    content = load("thresholds_fused_min_tokens")
+def kernels() -> str:
+    """Time now ÷ with loops alone: of a step, and of a forward in brackets."""
+    content = load("layer_kernels")
     assert content is not None
-    cells = {(tuple(row["shape"]), row["num_blocks"], row["tokens"]): row for row in content["results"]}
-    cases = sorted({(shape, blocks) for shape, blocks, _ in cells})
-    tokens = sorted({count for _, _, count in cells})
+    cells = {
+        (row["shape"], row["dtype"], row["partition"], row["num_blocks"], row["tokens"], row["part"]): row["ratio"]
+        for row in content["results"]
+    }
+    cases, tokens = dict.fromkeys(key[:4] for key in cells), sorted({key[4] for key in cells})
     rows = [
-        [f"{shape[0]}×{shape[1]}, K={blocks}"]
-        + [f"{cells[shape, blocks, t]['fused'] / cells[shape, blocks, t]['apart']:.2f}" for t in tokens]
-        for shape, blocks in cases
+        [f"{case[0]}, {case[1]}", case[2], str(case[3])]
+        + [f"{cells[*case, count, 'step']:.2f} ({cells[*case, count, 'forward']:.2f})" for count in tokens]
+        for case in cases
     ]
-    return table(["fused ÷ apart, at tokens", *map(str, tokens)], rows) + measured(content)
+    ratios = cells.values()
+    note = f"Geometric mean {content['geometric_mean']:.2f}, highest {max(ratios):.2f}, lowest {min(ratios):.2f}."
+    header = ["layer, dtype", "blocks", "K", *(f"{count} tokens" for count in tokens)]
+    return table(header, rows) + f"\n\n{note}" + measured(content)
+
+
+def gpu() -> str:
+    """What benchmarks/gpu.py measured, part by part."""
+    parts = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("gpu_*.json"))}
+    if not parts:
+        return "Not run: no GPU was available."
+    tables = [
+        f"`{name}`:\n\n" + table(list(columns), [[_cell(row.get(key)) for key in columns] for row in content["rows"]])
+        for name, content in parts.items()
+        if (columns := dict.fromkeys(key for row in content["rows"] for key in row))
+    ]
+    return "\n\n".join(tables) + measured(*parts.values())
+
+
+def _cell(value: Any) -> str:
+    return "–" if value in (None, "") else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def injection() -> str:
@@ -201,6 +224,39 @@ def injection() -> str:
     ]
     header = ["weight", "SVD, s", "exact scores, s", "ratio", "target", "machine"]
     return table(header, rows) + measured(*contents.values())
+
+
+def experts() -> str:
+    """Table of what LoRA and SMoA cost on top of frozen experts, one row per size."""
+    content = load("experts")
+    assert content is not None
+    config, rows = content["config"], []
+    for case in content["cases"]:
+        lora, smoa = (case["on_top"][method] for method in ("lora", "smoa"))
+        rows.append(
+            [f"{config['experts']} × {2 * case['intermediate']}×{config['hidden']}"]
+            + [f"{method['seconds'] * 1000:.0f}" for method in (lora, smoa)]
+            + [f"{case['ratio']['seconds']:.2f}"]
+            + [f"{method['bytes'] / 1e6:.0f}" for method in (lora, smoa)]
+            + [f"{case['ratio']['bytes']:.2f}"]
+        )
+    header = ["gate and up", "LoRA, ms", "SMoA, ms", "ratio", "LoRA, MB", "SMoA, MB", "ratio"]
+    return table(header, rows) + measured(content)
+
+
+def expert_partitions() -> str:
+    """Table of time, bytes and agreement of the two partitions, one row per stack and K."""
+    content = load("expert_partitions")
+    assert content is not None
+    rows = [
+        [f"{case['stack']}, {case['shape'][0]} × {case['shape'][2]}×{case['shape'][3]}", str(case["num_blocks"])]
+        + [f"{case['seconds'][kind]:.2f}" for kind in ("each", "shared")]
+        + [f"{case['label_bytes'][kind]:,}" for kind in ("each", "shared")]
+        + [f"{share:.2f}" for share in case["agreement"]]
+        for case in content["cases"]
+    ]
+    header = ["stack", "K", "each, s", "shared, s", "each, bytes", "shared, bytes", "same rows", "same columns"]
+    return table(header, rows) + measured(content)
 
 
 def draw_sweep(content: dict[str, Any]) -> None:
@@ -234,8 +290,11 @@ def main() -> None:
         "compiled": layer_step(compiled=True),
         "model-step": model_step(),
         "decoding": decoding(),
-        "thresholds": thresholds(),
+        "kernels": kernels(),
+        "gpu": gpu(),
         "injection": injection(),
+        "experts": experts(),
+        "expert-partitions": expert_partitions(),
     }
     page = DOCS / "performance.md"
     text = page.read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 # Before transformers is imported: a test that would reach for a hub fails at once instead of waiting for it.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from smoa import use_kernels
 from tests.support import tiny_models
 from tests.support.peft_versions import adapt_to_peft
 
@@ -28,6 +30,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _seed() -> None:
     """Every test draws the same numbers, alone or among others."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["loop", "batched"])
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each way to compute the blocks' products in turn."""
+    use_kernels(request.param)
+    yield request.param
+    use_kernels("auto")
 
 
 @pytest.fixture(params=tiny_models.BUILDERS)

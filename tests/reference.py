@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -131,6 +132,52 @@ def forward(
     for a, delta in enumerate(deltas):
         result = result + (x if dropped is None else dropped[a]) @ delta.T
     return result if bias is None else result + bias
+
+
+def embedding(tokens: Sequence[int], table: Tensor) -> Tensor:
+    """The rows of the table (num_embeddings, embedding_dim), one for each token."""
+    return torch.stack([table[token] for token in tokens])
+
+
+def convolution(
+    x: Tensor,
+    kernel: Tensor,
+    *,
+    stride: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
+    groups: int,
+    mode: str = "zeros",
+) -> Tensor:
+    """y[b, o, p] = sum_{c, t} kernel[o, c, t] x[b, first + c, p stride + t dilation - padding], entry by entry.
+
+    `first` is the first channel of the group of o. `padding` has the entries before and after each dimension.
+    """
+    sizes, lengths = x.shape[2:], kernel.shape[2:]
+    counts = [
+        (sizes[d] + sum(padding[d]) - dilation[d] * (lengths[d] - 1) - 1) // stride[d] + 1 for d in range(len(sizes))
+    ]
+    in_group, out_group = kernel.shape[1], kernel.shape[0] // groups
+    entries = []
+    for o, *place in product(range(len(kernel)), *map(range, counts)):
+        total = torch.zeros(len(x), dtype=x.dtype)
+        for c, *tap in product(range(in_group), *map(range, lengths)):
+            found = [
+                _inside(p * stride[d] + t * dilation[d] - padding[d][0], sizes[d], mode)
+                for d, (p, t) in enumerate(zip(place, tap, strict=True))
+            ]
+            if None not in found:
+                total = total + kernel[(o, c, *tap)] * x[(slice(None), o // out_group * in_group + c, *found)]
+        entries.append(total)
+    return torch.stack(entries, dim=1).reshape(len(x), len(kernel), *counts)
+
+
+def _inside(position: int, size: int, mode: str) -> int | None:
+    """Index that a position before or after a dimension stands for; None for a zero."""
+    if 0 <= position < size or mode == "zeros":
+        return position if 0 <= position < size else None
+    mirrored = -position if position < 0 else 2 * (size - 1) - position
+    return {"circular": position % size, "replicate": min(max(position, 0), size - 1), "reflect": mirrored}[mode]
 
 
 def parameter_count(out_features: int, in_features: int, ranks: Sequence[int]) -> int:

@@ -38,6 +38,7 @@ from smoa.files.loading import guard_loading  # noqa: E402
 from smoa.files.saving import save_adapter  # noqa: E402
 from smoa.layers.weight_cache import cached_weights  # noqa: E402
 from smoa.maths.blocks import Blocks as SpectralPartition  # noqa: E402  (its name in 0.1)
+from smoa.maths.kernels.choice import use_kernels  # noqa: E402
 from smoa.maths.spectrum import make_partition, spectral_scores  # noqa: E402
 from smoa.maths.spectrum_cache import clear_spectrum_cache  # noqa: E402
 from smoa.tuner.decoding import keep_in_generate  # noqa: E402
@@ -68,4 +69,5 @@ __all__ = [
     "make_partition",
     "save_adapter",
     "spectral_scores",
+    "use_kernels",
 ]

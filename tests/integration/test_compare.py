@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +186,32 @@ def test_what_is_to_be_run_is_not_named_where_nothing_is_run(values: dict[str, A
     arguments = ["compare", str(study_file(values, tmp_path)), "--report-only", "--only", "ours"]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 1
-    assert "--only selects runs" in done.stderr
+    assert "--report-only runs nothing" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--ray-address", "x"], "--ray-address x: must be HOST:PORT"),
+        (["--workers", "2", "--report-only"], "--report-only runs nothing"),
+        (["--workers", "0"], "greater than or equal to 1"),
+    ],
+)
+def test_wrong_workers_are_refused_before_any_work(
+    values: dict[str, Any], tmp_path: Path, options: list[str], message: str
+) -> None:
+    refused = CliRunner().invoke(app, ["compare", str(study_file(values, tmp_path)), *options])
+    assert refused.exit_code != 0
+    assert message in refused.output
+    assert not (tmp_path / "study").exists()
+
+
+def test_workers_without_ray_name_the_extra(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    refused = CliRunner().invoke(app, ["compare", str(study_file(values, tmp_path)), "--workers", "2"])
+    assert refused.stderr == "error: this command needs ray; run: pip install 'smoa[cluster]'\n"
 
 
 def test_a_report_before_any_run_says_what_to_do(values: dict[str, Any], tmp_path: Path) -> None:

@@ -10,7 +10,13 @@ import pytest
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from tests.integration.test_distributed import CURVE_TOLERANCE, assert_same_adapter, assert_same_logits, of_strategy
+from tests.integration.test_distributed import (
+    CURVE_TOLERANCE,
+    assert_experts_follow_one_process,
+    assert_same_adapter,
+    assert_same_logits,
+    of_strategy,
+)
 from tests.integration.workers.strategies import adapted, generated, labels, train_alone
 from tests.support import tiny_models
 from tests.support.processes import run_two
@@ -76,6 +82,10 @@ def test_a_conv1d_under_zero3_follows_the_curve_of_one_process(ranks: list[dict[
     model, losses = train_alone(adapted(tiny_models.build("gpt2"), targets=["c_attn", "c_proj"]))
     assert first["losses"] == second["losses"] == pytest.approx(losses, rel=CURVE_TOLERANCE)
     assert first["labels"] == second["labels"] == labels(model)
+
+
+def test_experts_under_zero3_follow_one_process(ranks: list[dict[str, Any]], folder: Path, tmp_path: Path) -> None:
+    assert_experts_follow_one_process(ranks, folder, "zero3_experts", tmp_path)
 
 
 def test_narrow_layers_under_zero3_have_the_blocks_of_one_process_and_load_back(

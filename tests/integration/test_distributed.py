@@ -18,7 +18,15 @@ from safetensors.torch import load_file
 
 from smoa_lab.config.rows_config import check_any_config
 from smoa_lab.training import train_run
-from tests.integration.workers.strategies import adapted, labels, layers, micro_batches, train_alone, with_biases
+from tests.integration.workers.strategies import (
+    adapted,
+    labels,
+    layers,
+    micro_batches,
+    train_alone,
+    with_biases,
+    with_experts,
+)
 from tests.support import lab, own_rows, tiny_models
 from tests.support.processes import ROOT, environment, free_port, run_two
 
@@ -127,6 +135,22 @@ def test_the_adapter_saved_from_rank_zero_is_that_of_one_process(
 def test_checkpoints_of_fsdp2_restore_factors_and_labels(ranks: list[dict[str, Any]], strategy: str) -> None:
     for result in of_strategy(ranks, strategy):
         assert result["restored"] == [True, True, True]
+
+
+def assert_experts_follow_one_process(ranks: list[dict[str, Any]], folder: Path, strategy: str, room: Path) -> None:
+    """Curve, labels and saved adapter of a mixture whose experts are adapted."""
+    first, second = of_strategy(ranks, strategy)
+    model, losses = train_alone(with_experts())
+    assert first["losses"] == second["losses"] == pytest.approx(losses, rel=CURVE_TOLERANCE)
+    assert first["labels"] == second["labels"] == labels(model)
+    assert all(first["restored"] + second["restored"])
+    model.save_pretrained(room)
+    expected = load_file(room / "adapter_model.safetensors")
+    assert_same_adapter(load_file(folder / strategy / "adapter" / "adapter_model.safetensors"), expected)
+
+
+def test_experts_under_fsdp2_follow_one_process(ranks: list[dict[str, Any]], folder: Path, tmp_path: Path) -> None:
+    assert_experts_follow_one_process(ranks, folder, "fsdp2_experts", tmp_path)
 
 
 @pytest.mark.parametrize("bias", ["smoa_only", "all"])

@@ -83,7 +83,7 @@ def randomise(layer: SmoaLayer, adapter: str = "default", scale: float = 0.5) ->
 def base_weight(layer: nn.Module) -> Tensor:
     """W (out_features, in_features) of a base layer or of an adapted one that is not merged."""
     base = layer.get_base_layer() if isinstance(layer, SmoaLayer) else layer
-    return base.weight.detach().T if isinstance(base, Conv1D) else base.weight.detach()
+    return base.weight.detach().T if isinstance(base, Conv1D) else base.weight.detach().flatten(1)
 
 
 def labels(layer: SmoaLayer, adapter: str = "default") -> tuple[list[int], list[int]]:

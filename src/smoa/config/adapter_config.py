@@ -22,6 +22,7 @@ from smoa.maths.factors import Initialization, split_rank
 from smoa.maths.modulations import ModulationKind
 from smoa.maths.scale import DEFAULT_SCALE, SCALE_OF_0_1, ScaleKind
 from smoa.maths.spectrum import PartitionKind
+from smoa.maths.stack_partition import ExpertPartition
 
 Shape = tuple[int, int]
 """(out_features, in_features) of a weight."""
@@ -61,6 +62,11 @@ class SmoaConfig(PeftConfig):
         init_weights: True starts with B = 0 and "zero_A" with A = 0, so ΔW is zero. False makes a visible random
             update, for tests.
         target_modules: As in LoRA: names, a regular expression, or "all-linear". None uses the architecture's default.
+        target_parameters: As in LoRA: names of parameters with a matrix for each expert of a mixture, such as
+            "mlp.experts.gate_up_proj" and "mlp.experts.down_proj". Each expert's matrix, and gate and up each on its
+            own, gets the method.
+        expert_partition: Blocks of the matrices in `target_parameters`: "each" has its own, or all experts of a
+            parameter have "shared" ones, from one decomposition.
         exclude_modules: Names or a regular expression of modules not to adapt.
         modules_to_save: Modules to train and save whole, in addition to the adapter.
         layers_to_transform: Indices of the layers to adapt.
@@ -97,6 +103,8 @@ class SmoaConfig(PeftConfig):
     modulation: ModulationKind = "hadamard"
     init_weights: Initialization = True
     target_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = None
+    expert_partition: ExpertPartition = "each"
     exclude_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     layers_to_transform: list[int] | int | None = None

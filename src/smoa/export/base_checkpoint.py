@@ -32,6 +32,8 @@ HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model")
 COMPANIONS = ("chat_template*", "generation_config.json", "*processor_config.json", "*.py")
 LEGAL = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+DEQUANTIZED_BY_TRANSFORMERS = ("fp8", "mxfp4", "compressed-tensors")
+"""Formats of checkpoints that transformers dequantizes while it loads them, if their config has `dequantize`."""
 WEIGHTS = ("config.json", "*.safetensors", "*.safetensors.index.json")
 
 
@@ -90,15 +92,22 @@ class BaseCheckpoint:
         return int(self._config().num_labels)
 
     def _config(self, **options: Any) -> Any:
-        return AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code, **options)
+        config = AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code, **options)
+        quantization = getattr(config, "quantization_config", None)
+        if isinstance(quantization, dict) and quantization.get("quant_method") in DEQUANTIZED_BY_TRANSFORMERS:
+            quantization["dequantize"] = True
+        return config
 
     def on_meta(self) -> PreTrainedModel:
         """The model without weights, for its modules and the shapes of its parameters."""
         chosen, config = self._model_class(), self.model_config()
         with torch.device("meta"):
-            if not hasattr(chosen, "from_config"):
-                return chosen(config)  # type: ignore[no-any-return]
-            return chosen.from_config(config, trust_remote_code=self.trust_remote_code)  # type: ignore[no-any-return]
+            if hasattr(chosen, "from_config"):
+                model: PreTrainedModel = chosen.from_config(config, trust_remote_code=self.trust_remote_code)
+            else:
+                model = chosen(config)
+        model.tie_weights()  # transformers 5.0 leaves it to the load of weights
+        return model
 
     def load(self) -> PreTrainedModel:
         """The model in memory, in its own dtype, with as many tokens as the adapter's embeddings have, if any."""

@@ -74,23 +74,29 @@ def _layers(adapted: PeftModel) -> list[tuple[str, Any]]:
     return [
         (name, module)
         for name, module in tuner.model.named_modules()
-        if isinstance(module, tuner.tuner_layer_cls)
-        and isinstance(getattr(module.get_base_layer(), "weight", None), Tensor)
+        if isinstance(module, tuner.tuner_layer_cls) and isinstance(_weight(module), Tensor)
     ]
 
 
+def _weight(layer: Any) -> Any:
+    """A layer's weight, or the parameter that it wraps."""
+    return getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"), None)
+
+
 def _merge_layer(name: str, layer: Any, dtype: torch.dtype, loss: RoundingLoss) -> None:
-    before = layer.get_base_layer().weight.detach().clone()
+    before = _weight(layer).detach().clone()
     try:
         layer.merge(safe_merge=True)
     except (ValueError, NotImplementedError) as error:
         raise MergeError(f"{name}: {error}") from error
-    loss.add(name, before, layer.get_base_layer().weight.detach(), dtype)
+    loss.add(name, before, _weight(layer).detach(), dtype)
 
 
 def _untie(model: Any, layer: Any) -> None:
     """Give the layer a weight of its own if another module shares it, because the adapter changes only this layer."""
     base: nn.Module = layer.get_base_layer()
+    if _weight(layer) is not getattr(base, "weight", None):
+        return
     users = [module for module in model.modules() if getattr(module, "weight", None) is base.weight]
     if len({id(module) for module in users} - {id(layer)}) > 1:
         base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)  # type: ignore[operator]

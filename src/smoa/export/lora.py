@@ -11,8 +11,8 @@ block by block, the same k vectors are k(m+n)/K numbers; a LoRA must store k(m+n
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,12 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
-from smoa.errors import ConfigError
+from smoa.errors import ConfigError, UnsupportedModuleError
+from smoa.export.lora_places import Place
 from smoa.files.names import PREFIX, adapter_layers
 from smoa.layers.layer import SmoaLayer
 from smoa.maths.devices import decomposition_device
+from smoa.maths.update import Update
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,9 @@ class BlockSpectra:
     Vh: list[Tensor]
 
     @classmethod
-    def of(cls, layer: SmoaLayer, adapter_name: str) -> BlockSpectra:
-        """Decompose the blocks `ΔW[I_k, J_k]` in float32 or wider."""
-        delta, blocks = layer.delta(adapter_name).detach(), layer.blocks(adapter_name)
+    def of(cls, update: Update, weight: Tensor) -> BlockSpectra:
+        """Decompose the blocks `ΔW[I_k, J_k]` in float32 or wider; `weight` is the pristine W."""
+        delta, blocks = update.delta(weight).detach(), update.factors.blocks
         device = decomposition_device(delta)
         rows, cols = ([side(k).to(device) for k in range(blocks.num_blocks)] for side in (blocks.rows, blocks.cols))
         parts = [torch.linalg.svd(block.to(device), full_matrices=False) for block in blocks.of(delta)]
@@ -183,6 +185,7 @@ class UpdateSpectra:
 
     Raises:
         ConfigError: the model has no SMoA adapter of that name.
+        UnsupportedModuleError: the adapter has a convolution with groups.
     """
 
     @torch.no_grad()
@@ -194,7 +197,15 @@ class UpdateSpectra:
         self.config: Any = model.peft_config[adapter_name]
         self.conv1d = any(layer.fan_in_fan_out for layer in layers.values())
         self.other_tensors = _other_tensors(model, adapter_name)
-        self.layers = {name: BlockSpectra.of(layer, adapter_name) for name, layer in layers.items()}
+        _refuse_grouped(layers)
+        self.layers: dict[str, BlockSpectra] = {}
+        self.places: dict[str, Place] = {}
+        for name, layer in layers.items():
+            parts = {part: BlockSpectra.of(update, weight) for part, weight, update in layer.parts(adapter_name)}
+            place = Place.of(name, layer)
+            named = {place.name_of(part): spectrum for part, spectrum in parts.items()}
+            self.layers |= named
+            self.places[name] = replace(place, matrices=tuple(named))
 
     def to_lora(self, rule: RankRule, uniform_rank: bool = False) -> LoraConversion:
         """Build the LoRA that keeps as much of every layer as `rule` says.
@@ -204,24 +215,31 @@ class UpdateSpectra:
             uniform_rank: Pad all layers with zeros to the largest rank, for servers that support only one rank.
         """
         ranks = {name: rule.choose(spectrum.values) for name, spectrum in self.layers.items()}
-        largest = max(ranks.values())
-        widths = dict.fromkeys(ranks, largest) if uniform_rank else ranks
+        widths = {name: place.width(ranks) for name, place in self.places.items()}
+        largest = max(widths.values())
+        widths = dict.fromkeys(widths, largest) if uniform_rank else widths
         state = dict(self.other_tensors)
-        for name, spectrum in self.layers.items():
-            A, B = spectrum.factors(ranks[name], widths[name])
-            state |= {f"{PREFIX}{name}.lora_A.weight": A, f"{PREFIX}{name}.lora_B.weight": B}
-        layers = [_converted(name, self.layers[name], ranks[name], widths[name]) for name in ranks]
+        for name, place in self.places.items():
+            factors = place.named_factors(self.layers, ranks, widths[name])
+            state |= {f"{PREFIX}{name}.{part}": factor for part, factor in factors.items()}
+        layers = [
+            _converted(matrix, self.layers[matrix], ranks[matrix], widths[name], place.halves)
+            for name, place in self.places.items()
+            for matrix in place.matrices
+        ]
         return LoraConversion(self._lora_config(widths, largest), state, layers)
 
     def _lora_config(self, widths: dict[str, int], largest: int) -> LoraConfig:
         """alpha = r in every layer. The factors include the scale, so a server that reads one r gets it right too."""
-        exceptions = {name: width for name, width in widths.items() if width != largest}
+        exceptions = {self.places[name].key: width for name, width in widths.items() if width != largest}
+        parameters = [place.key for place in self.places.values() if place.layout is not None]
         return LoraConfig(
             r=largest,
             lora_alpha=largest,
             rank_pattern=exceptions,
             alpha_pattern=dict(exceptions),
-            target_modules=list(widths),
+            target_modules=[place.key for place in self.places.values() if place.layout is None],
+            target_parameters=parameters or None,
             bias="lora_only" if self.config.bias == "smoa_only" else self.config.bias,
             modules_to_save=self.config.modules_to_save,
             trainable_token_indices=self.config.trainable_token_indices,
@@ -253,8 +271,18 @@ def convert_to_lora(
 
     Raises:
         ConfigError: none or several of the three are given, one is out of range, or there is no such adapter.
+        UnsupportedModuleError: the adapter has a convolution with groups.
     """
     return UpdateSpectra(model, adapter_name).to_lora(RankRule(rank, energy, error), uniform_rank)
+
+
+def _refuse_grouped(layers: Mapping[str, SmoaLayer]) -> None:
+    grouped = [name for name, layer in layers.items() if getattr(layer.get_base_layer(), "groups", 1) != 1]
+    if grouped:
+        raise UnsupportedModuleError(
+            f"{grouped[0]} and {len(grouped) - 1} more: LoRA can't hold the update of a convolution with groups, since "
+            "its factors mix the channels of all groups; merge the adapter instead"
+        )
 
 
 def _other_tensors(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
@@ -263,8 +291,9 @@ def _other_tensors(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state if ".smoa_" not in name}
 
 
-def _converted(name: str, spectrum: BlockSpectra, rank: int, width: int) -> ConvertedLayer:
+def _converted(name: str, spectrum: BlockSpectra, rank: int, width: int, halves: int) -> ConvertedLayer:
     rows, columns = spectrum.shape
     error, norm = spectrum.error(rank), spectrum.norm()
     blockwise = spectrum.blockwise_parameters(rank)
-    return ConvertedLayer(name, rows, columns, rank, error, norm, width * (rows + columns), blockwise)
+    parameters = width * rows + width * columns // halves  # gate and up have one A in common
+    return ConvertedLayer(name, rows, columns, rank, error, norm, parameters, blockwise)

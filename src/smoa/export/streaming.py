@@ -7,18 +7,21 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from smoa.config.adapter_config import SmoaConfig
 from smoa.errors import AdapterFileError, MergeError
 from smoa.export.shards import FLOATS, Checkpoint, HeaderEntry, write_checkpoint
+from smoa.export.stream_targets import StreamTarget, separate_experts, target_of
 from smoa.files.adapter_folder import smoa_adapter
 from smoa.files.names import PARTS, PREFIX, required_parts
 from smoa.layers.distributed import SCALE
+from smoa.layers.experts.layout import Layout
+from smoa.layers.layer import as_matrix, as_stored
 from smoa.maths.blocks import Blocks
 from smoa.maths.factors import Factors
 from smoa.maths.modulations import MODULATIONS
 from smoa.maths.scale import rank_scale
+from smoa.maths.stack import Stack, stacked_blocks
 from smoa.maths.update import Update
 
 
@@ -87,11 +90,40 @@ class SavedAdapter:
             if not set(required) <= parts.keys() <= {*PARTS, SCALE}:
                 raise AdapterFileError(f"{folder}: {module} has {sorted(parts)}, expected {sorted(required)}")
 
-    def merged(self, module: str, weight: Tensor, transposed: bool) -> Tensor:
-        """`W + ΔW` in float32 or wider, in the orientation of W: (in_features, out_features) if `transposed`."""
-        pristine = weight.T if transposed else weight
-        merged = self._update(module).delta(pristine).add_(pristine)
-        return merged.T if transposed else merged
+    def merged(self, target: StreamTarget, weight: Tensor) -> Tensor:
+        """`W + ΔW` of what a tensor of the checkpoint holds, in its shape and in float32 or wider."""
+        if target.layout is not None:
+            return self._merged_experts(target, target.layout, weight)
+        pristine = as_matrix(weight, target.transposed)
+        merged = self._update(target.name).delta(pristine).add_(pristine)
+        return as_stored(merged, weight.shape, target.transposed)
+
+    def _merged_experts(self, target: StreamTarget, layout: Layout, weight: Tensor) -> Tensor:
+        stack = self._stack(target.name, layout)
+        if target.number is not None:
+            return stack.update(target.number).delta(weight).add_(weight)
+        merged = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+        matrices = (matrix for expert in layout.matrices(merged) for matrix in expert)  # views
+        for number, matrix in enumerate(matrices):
+            matrix += stack.update(number).delta(matrix)
+        return merged
+
+    def _stack(self, name: str, layout: Layout) -> Stack:
+        """ΔW of the matrices of experts.
+
+        Raises:
+            AdapterFileError: the tensors don't fit the parameter.
+        """
+        tensors, count, shape = self.layers[name], layout.count, layout.shape
+        A, B, rows, cols = (tensors[part] for part in PARTS)
+        ranks = self.config.ranks_of(name, shape=shape)
+        r = sum(ranks)
+        if (rows.shape[-1], cols.shape[-1]) != shape or len(A) != count * r:
+            raise AdapterFileError(f"{name}: the adapter is for a parameter of another shape than {layout}")
+        scale = rank_scale(tensors.get(SCALE, torch.ones(count, len(ranks))).float(), ranks)
+        parts = A.unflatten(0, (count, r)).unbind(), B.unflatten(1, (count, r)).unbind(1)
+        blocks, modulation = stacked_blocks(rows, cols, len(ranks)), MODULATIONS[self.config.modulation]
+        return Stack(*parts, ranks, self.config.alpha_of(name, r, shape) / r, scale, blocks, modulation)
 
     def _update(self, module: str) -> Update:
         """ΔW of one layer.
@@ -111,11 +143,10 @@ class SavedAdapter:
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """What changes in the checkpoint, by key: the module of each adapted weight, and the tensors to replace."""
+    """What changes in the checkpoint, by key: what each adapted tensor holds, and the tensors to replace."""
 
-    weights: dict[str, str]
+    weights: dict[str, StreamTarget]
     replaced: dict[str, Tensor]
-    transposed: frozenset[str]
 
 
 def plan_stream(adapter: SavedAdapter, model: nn.Module, checkpoint: Checkpoint) -> StreamPlan | None:
@@ -133,14 +164,21 @@ def plan_stream(adapter: SavedAdapter, model: nn.Module, checkpoint: Checkpoint)
     Raises:
         AdapterFileError: the model lacks a module that is adapted.
     """
-    modules = dict(model.named_modules())
-    missing = sorted(adapter.layers.keys() - modules.keys())
+    targets = {name: target_of(name, model) for name in adapter.layers}
+    missing = sorted(name for name, target in targets.items() if target is None)
     if missing:
         raise AdapterFileError(
             f"the adapter is for {missing[0]} and {len(missing) - 1} more that {type(model).__name__} does not have; "
             "give the base model it was trained on"
         )
-    weights = {f"{module}.weight": module for module in adapter.layers}
+    weights: dict[str, StreamTarget] = {}
+    apart: dict[str, StreamTarget] = {}
+    prefixes = ("", f"{getattr(model, 'base_model_prefix', '')}.")
+    for name, target in targets.items():
+        assert target is not None, "those that are missing were refused"
+        separate = separate_experts(target, prefixes, checkpoint)
+        apart |= separate
+        weights |= {} if separate else {name if target.layout else f"{name}.weight": target}
     if any(name in _tied_names(model) for name in (*weights, *adapter.others)):
         return None
     keys = {name: _key_of(name, model, checkpoint) for name in (*weights, *adapter.others)}
@@ -154,9 +192,8 @@ def plan_stream(adapter: SavedAdapter, model: nn.Module, checkpoint: Checkpoint)
     if any(shapes[name] != shape for name, shape in given.items()):
         return None
     return StreamPlan(
-        {keys[name]: module for name, module in weights.items()},
+        {keys[name]: target for name, target in weights.items()} | apart,
         {keys[name]: tensor for name, tensor in adapter.others.items()},
-        frozenset(name for name in adapter.layers if isinstance(modules[name], Conv1D)),
     )
 
 
@@ -196,14 +233,12 @@ def stream_merge(
     loss = RoundingLoss()
 
     def read(key: str) -> Tensor:
-        if key in plan.replaced:
-            return plan.replaced[key]
-        tensor = checkpoint.read(key)
+        tensor = plan.replaced[key] if key in plan.replaced else checkpoint.read(key)
         if key not in plan.weights:
             return tensor
-        module = plan.weights[key]
-        merged = adapter.merged(module, tensor, module in plan.transposed)
-        loss.add(module, tensor.to(merged.dtype), merged, FLOATS[entries[key].dtype])
+        target = plan.weights[key]
+        merged = adapter.merged(target, tensor)
+        loss.add(target.label, tensor.to(merged.dtype), merged, FLOATS[entries[key].dtype])
         return merged
 
     write_checkpoint(folder, entries, read, max_shard_size)

@@ -20,7 +20,6 @@ from smoa.files.names import FACTORS, PREFIX, adapter_layers, required_parts
 from smoa.layers.distributed import LABELS, PARTITION, SCALE, is_distributed, plain_name, whole, with_plain_names
 from smoa.layers.layer import SmoaLayer
 from smoa.maths.blocks import check_labels
-from smoa.maths.factors import factor_shapes
 
 FACTOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -141,19 +140,13 @@ def _difference(verb: str, keys: list[str]) -> str:
 
 def _check_tensor(key: str, tensor: Tensor, layer: SmoaLayer, name: str, adapter_name: str) -> None:
     ranks = layer.ranks[adapter_name]
-    shape_A, shape_B = factor_shapes(layer.out_features, layer.in_features, ranks)
-    shapes = {
-        "smoa_A": shape_A,
-        "smoa_B": shape_B,
-        "smoa_row_labels": (layer.out_features,),
-        "smoa_col_labels": (layer.in_features,),
-        "smoa_block_scale": (len(ranks),),
-    }
+    shapes = dict(zip((*FACTORS, *PARTITION), layer.saved_shapes(adapter_name), strict=True))
     if tensor.shape != shapes[name]:
         raise AdapterFileError(f"{key}: shape {tuple(tensor.shape)} doesn't fit the layer, expected {shapes[name]}")
     if name in LABELS:
         try:
-            check_labels(tensor, len(ranks), key)
+            for labels in tensor.reshape(-1, tensor.shape[-1]):  # of each matrix of a stack
+                check_labels(labels, len(ranks), key)
         except PartitionError as error:
             raise AdapterFileError(f"{error}; the adapter was made for another layer or num_blocks") from None
         return

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from smoa.compat import integers_kept
-from smoa.config.adapter_config import SmoaConfig
+from smoa.config.adapter_config import Shape, SmoaConfig
 from smoa.layers.distributed import refuse_partitioned
 from smoa.layers.partition import PartitionState, Pending
 from smoa.layers.undo import DiagonalBlocks
@@ -36,6 +35,7 @@ class SmoaLayer(PartitionState):
 
     generation_cache: Literal["blocks", "weights", "off"] = "blocks"
     """What `generate` keeps: see `smoa.keep_in_generate`."""
+    converted_by_peft = True
     training: bool
     adapter_layer_names: tuple[str, ...] = ("smoa_A", "smoa_B")
     other_param_names: tuple[str, ...] = (
@@ -72,7 +72,15 @@ class SmoaLayer(PartitionState):
         self.merged_adapters: list[str] = []
         self._pristine_blocks: list[DiagonalBlocks] = []
         self.smoa_weight_cache: WeightCache | None = None
-        self.out_features, self.in_features = linear_shape(self.get_base_layer())
+        self.out_features, self.in_features = self._weight_shape()
+
+    def _weight_shape(self) -> Shape:
+        return self.shape_of(self.get_base_layer())
+
+    @staticmethod
+    def shape_of(base: nn.Module) -> Shape:
+        """(out_features, in_features) of the matrix W in such a base layer, also while its weight is sharded."""
+        raise NotImplementedError
 
     def update_layer(
         self,
@@ -102,21 +110,26 @@ class SmoaLayer(PartitionState):
         self.ranks[adapter_name], self.modulation[adapter_name] = ranks, config.modulation
         self.smoa_dropout[adapter_name] = nn.Dropout(config.smoa_dropout) if config.smoa_dropout else nn.Identity()
         self._add_factors(adapter_name, config.init_weights)
-        pending = Pending(config.partition, config.modulation, config.scale_of(module))
-        self._add_partition(adapter_name, pending, defer_partition)
+        self._add_partition(adapter_name, self._pending(config, module), defer_partition)
         if config.init_weights is False:  # give ΔW the same size for every scale
             with torch.no_grad():
                 self.smoa_B[adapter_name].weight.div_(self.rank_scale(adapter_name))  # type: ignore[operator]
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
+    def _pending(self, config: SmoaConfig, module: str) -> Pending:
+        return Pending(config.partition, config.modulation, config.scale_of(module))
+
     def _add_factors(self, adapter_name: str, init: Initialization) -> None:
-        ranks, sizes = self.ranks[adapter_name], (self.out_features, self.in_features)
-        shape_A, shape_B = factor_shapes(*sizes, ranks)
+        shape_A, shape_B = factor_shapes(self.out_features, self.in_features, self.ranks[adapter_name])
         A, B = nn.Linear(shape_A[1], shape_A[0], bias=False), nn.Linear(shape_B[1], shape_B[0], bias=False)
         with torch.no_grad():
-            init_factors(A.weight, B.weight, sizes, ranks, init, relative_size=RANDOM_SIZE / self.scaling[adapter_name])
+            self._fill_factors(A.weight, B.weight, adapter_name, init)
         self.smoa_A[adapter_name], self.smoa_B[adapter_name] = A, B
+
+    def _fill_factors(self, A: Tensor, B: Tensor, adapter_name: str, init: Initialization) -> None:
+        sizes, relative_size = (self.out_features, self.in_features), RANDOM_SIZE / self.scaling[adapter_name]
+        init_factors(A, B, sizes, self.ranks[adapter_name], init, relative_size)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         with self.exact_scales(), integers_kept(self, adapter_name):  # PEFT casts to the base layer's dtype
@@ -128,8 +141,13 @@ class SmoaLayer(PartitionState):
 
     def base_weight(self) -> Tensor:
         """The base layer's current weight, (out_features, in_features) for every kind of storage."""
-        weight = refuse_partitioned(self.stored_weight())
-        return weight.T if self.fan_in_fan_out else weight
+        return as_matrix(refuse_partitioned(self.stored_weight()), self.fan_in_fan_out)
+
+    def write_weight(self, matrix: Tensor) -> None:
+        """Overwrite the base layer's weight by `matrix` (out_features, in_features), unless that is a view of it."""
+        stored = self.stored_weight()
+        if matrix.data_ptr() != stored.data_ptr():
+            stored.copy_(as_stored(matrix, stored.shape, self.fan_in_fan_out))
 
     def pristine_weight(self) -> Tensor:
         """The base weight before any merge, (out_features, in_features); a copy only while adapters are merged."""
@@ -145,6 +163,11 @@ class SmoaLayer(PartitionState):
         """A: (r, ⌈n/K⌉) and B: (⌈m/K⌉, r)."""
         return _linear_weight(self.smoa_A[adapter_name]), _linear_weight(self.smoa_B[adapter_name])
 
+    def saved_shapes(self, adapter_name: str) -> tuple[tuple[int, ...], ...]:
+        """Shapes of A, B, row labels, column labels and block scales in an adapter's file."""
+        of_factors = factor_shapes(self.out_features, self.in_features, self.ranks[adapter_name])
+        return *of_factors, *self.partition_shapes(adapter_name)
+
     def update(self, adapter_name: str) -> Update:
         """The adapter's `Update`, which forms ΔW or applies it to x, given the pristine weight."""
         blocks = self.blocks(adapter_name)
@@ -153,17 +176,21 @@ class SmoaLayer(PartitionState):
         factors = Factors(A, B, ranks, scaling, self.rank_scale(adapter_name), blocks)
         return Update(factors, MODULATIONS[self.modulation[adapter_name]])
 
+    def parts(self, adapter_name: str) -> Iterator[tuple[str, Tensor, Update]]:
+        """Every matrix that the adapter changes: its name within the layer, its pristine weight and its update."""
+        yield "", self.pristine_weight(), self.update(adapter_name)
+
     def delta(self, adapter_name: str) -> Tensor:
         """Dense ΔW (out_features, in_features), float32 or wider, anchored on the pristine weight."""
         return self.update(adapter_name).delta(self.pristine_weight())
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """ΔW in the orientation in which the base layer stores its weight (PEFT's contract)."""
-        return self.delta(adapter).T if self.fan_in_fan_out else self.delta(adapter)
+        """ΔW in the shape in which the base layer stores its weight (PEFT's contract)."""
+        return as_stored(self.delta(adapter), self.stored_weight().shape, self.fan_in_fan_out)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """True: ΔW is additive."""
-        return True
+        """Whether PEFT's own converter knows this kind of layer. `smoa.export.lora` knows more."""
+        return self.converted_by_peft
 
     def open_cache(self, names: list[str]) -> WeightCache | None:
         """The cache for a call with these adapters, if one is open. Active dropout and compiled models use none."""
@@ -196,12 +223,14 @@ class SmoaLayer(PartitionState):
         return [name for name in names if name in self.smoa_A]
 
 
-def linear_shape(base: nn.Module) -> tuple[int, int]:
-    """(out_features, in_features) of a Linear or Conv1D, also while its weight is sharded."""
-    if isinstance(base, Conv1D):
-        shape = getattr(base.weight, "ds_shape", base.weight.shape)
-        return shape[1], shape[0]
-    return int(base.out_features), int(base.in_features)  # type: ignore[arg-type]
+def as_matrix(stored: Tensor, fan_in_fan_out: bool) -> Tensor:
+    """W (out_features, in_features) of a weight as stored: transposed in a Conv1D, with a kernel in a convolution."""
+    return stored.T if fan_in_fan_out else stored.flatten(1)
+
+
+def as_stored(matrix: Tensor, shape: Sequence[int], fan_in_fan_out: bool) -> Tensor:
+    """The inverse of `as_matrix`, for a weight that is stored in `shape`."""
+    return matrix.T if fan_in_fan_out else matrix.reshape(shape)
 
 
 def _linear_weight(linear: nn.Module) -> Tensor:

@@ -1,36 +1,25 @@
-"""SMoA on a linear layer: forward, merge and unmerge."""
+"""SMoA on a linear layer: computes its output fused, apart, or from a cache."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Self, cast
+from typing import Any, Literal
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from smoa.config.adapter_config import SmoaConfig
-from smoa.errors import MergeError
-from smoa.layers.distributed import gather_for, partition_from_state_dict, partition_to_state_dict, refuse_writing
-from smoa.layers.layer import SmoaLayer
-from smoa.layers.undo import DiagonalBlocks
+from smoa.config.adapter_config import Shape
+from smoa.layers.adapted_layer import AdaptedLayer, is_instrumented
 from smoa.layers.weight_cache import BLOCKS, WHOLE, KeptUpdate, WeightCache
+from smoa.maths.kernels.choice import prefers_apart
 from smoa.maths.kernels.operators import is_transformed, multiplies_exactly
 from smoa.maths.modulations import MODULATIONS
 from smoa.maths.update import Update
 
-if TYPE_CHECKING:
-    from peft.utils.quantization_utils import QuantizationBackend
 
-FUSED_MIN_TOKENS = 64
-APART_MIN_BLOCKS = 8
-"""Without gradients, fewer tokens on at least so many blocks are faster apart (measured: docs/experiment-log.md)."""
-
-
-class Linear(nn.Module, SmoaLayer):
+class Linear(AdaptedLayer):
     """SMoA on a `torch.nn.Linear` or a transformers `Conv1D`.
 
     `route` selects how a single active adapter is computed: "apart" adds `x ΔWᵀ` to the base layer's output, "fused"
@@ -39,127 +28,32 @@ class Linear(nn.Module, SmoaLayer):
 
     route: Literal["auto", "fused", "apart"] = "auto"
 
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        config: SmoaConfig,
-        module: str,
-        fan_in_fan_out: bool = False,
-        defer_partition: bool = False,
-        backend: QuantizationBackend | None = None,
-    ) -> None:
-        super().__init__()
-        SmoaLayer.__init__(self, base_layer, fan_in_fan_out, backend)
-        self.register_state_dict_post_hook(partition_to_state_dict)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(partition_from_state_dict)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_post_hook(_refresh_orders)  # type: ignore[no-untyped-call]
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config, module, defer_partition=defer_partition)
+    @staticmethod
+    def shape_of(base: nn.Module) -> Shape:
+        """(out_features, in_features), also while the weight is sharded."""
+        if isinstance(base, Conv1D):
+            shape = getattr(base.weight, "ds_shape", base.weight.shape)
+            return shape[1], shape[0]
+        return int(base.out_features), int(base.in_features)  # type: ignore[arg-type]
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        with self.exact_scales():  # `.half()`, `.to(dtype)` and others call this
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
+    @classmethod
+    def refusal(cls, base: nn.Module) -> str | None:
+        """Refuse the output projection of `nn.MultiheadAttention`, whose forward is never run."""
+        if isinstance(base, NonDynamicallyQuantizableLinear):
+            return "MultiheadAttention uses its weight without calling it, so an adapter would do nothing"
+        return None
 
-    def merged_weight(self, adapter_names: list[str]) -> Tensor:
-        """`W + Σ ΔW` of the named adapters on the pristine W, rounded once: (out_features, in_features)."""
-        pristine = self.pristine_weight()
-        total = sum((self.delta(name) for name in adapter_names), torch.zeros((), device=pristine.device))
-        # Keep the exact bits where nothing is added: -0 + 0 is 0, and `unmerge` restores diagonal blocks only.
-        return torch.where(total == 0, pristine, (total + pristine).to(pristine.dtype))
-
-    def check_merge(self, adapter_names: list[str] | None = None) -> None:
-        """Raise MergeError if merging these adapters gives NaN or infinite weights; changes nothing."""
-        chosen = self.active_adapters if adapter_names is None else adapter_names
-        names = [name for name in self._present(chosen) if name not in self.merged_adapters]
-        _check_finite(self.merged_weight([*self.merged_adapters, *names]), names)
-
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Replace the base weight by `W + Σ ΔW`.
-
-        W's diagonal blocks, 1/K of it, are kept on the CPU for `unmerge`.
-
-        Args:
-            safe_merge: Raise MergeError instead of writing NaN or infinite weights.
-            adapter_names: Adapters to add to those that are merged already; None means the active ones.
-
-        Raises:
-            MergeError: `safe_merge` found NaN or infinite weights; nothing was merged.
-            UnsupportedModuleError: ZeRO-3 would drop the merged weight.
-        """
-        names = self._present(check_adapters_to_merge(self, adapter_names))
-        if not names:
-            return
-        refuse_writing(self.stored_weight())
-        merged = self.merged_weight([*self.merged_adapters, *names])
-        if safe_merge:
-            _check_finite(merged, names)
-        self._write_merged(merged, names)
-        self.merged_adapters.extend(names)
-
-    def _write_merged(self, merged: Tensor, names: list[str]) -> None:
-        pristine = self.pristine_weight()
-        self._pristine_blocks += [DiagonalBlocks.read_from(pristine, self.blocks(name)) for name in names]
-        self.base_weight().copy_(merged)
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Restore the pristine weight, bit for bit."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        refuse_writing(self.stored_weight())
-        self._restore_pristine()
-        self.merged_adapters.clear()
-
-    def _restore_pristine(self) -> None:
-        weight = self.base_weight()
-        for blocks in self._pristine_blocks:
-            blocks.write_to(weight)
-        self._pristine_blocks.clear()
-
-    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
-        """`base_layer(x) + Σ x ΔWᵀ` of the active adapters; `adapter_names` selects an adapter for each sample."""
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        if adapter_names is not None:
-            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
-        active = [] if self.merged else self._present(self.active_adapters)
-        for name in active:
-            self.decide_partition(name)
+    def _active_forward(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Any:
         if active and (cache := self.open_cache(active)) is not None:
             return self._cached_forward(cache, x, active, *args, **kwargs)
         if len(active) == 1 and self._can_fuse(x, active[0]):
             return self.update(active[0]).apply_with_base(x, self.base_weight(), self.bias)
-        result = self.base_layer(x, *args, **kwargs)
-        for name in active:
-            result = result + self.branch_output(x, name).to(result.dtype)
-        return result
-
-    def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
-        if len(x) != len(adapter_names):
-            raise ValueError(f"adapter_names has {len(adapter_names)} names for {len(x)} samples; give one for each")
-        if self.merged:
-            raise ValueError("adapter_names can't be used while adapters are merged; call unmerge_adapter first")
-        names = self._present(sorted(set(adapter_names)))
-        if (cache := self.open_cache(names)) is not None:
-            cache.retain(BLOCKS, names)
-        result: Tensor = self.base_layer(x, *args, **kwargs)
-        for name in names:
-            chosen = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
-            result = result.index_add(0, chosen, self.branch_output(x[chosen], name).to(result.dtype))
-        return result
+        return super()._active_forward(x, active, *args, **kwargs)
 
     def branch_output(self, x: Tensor, adapter_name: str) -> Tensor:
         """`x ΔWᵀ`, the adapter's contribution to the output; in training, dropout acts on x."""
         self.decide_partition(adapter_name)
-        if hasattr(self, "ds_id"):  # ZeRO-3 knows this layer
-            factors = (self.smoa_A[adapter_name], self.smoa_B[adapter_name])
-            gather_for(self, [self.stored_weight(), *(p for factor in factors for p in factor.parameters())])
+        self.gather(adapter_name)
         x, anchors = self.smoa_dropout[adapter_name](x), MODULATIONS[self.modulation[adapter_name]].anchors
         if not anchors:
             x = self._cast_input_dtype(x, self.factors(adapter_name)[0].dtype)
@@ -186,15 +80,13 @@ class Linear(nn.Module, SmoaLayer):
         return update.apply(x, self.pristine_weight())
 
     def _cached_forward(self, cache: WeightCache, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        whole = cache.whole and self._may_add_to_weight(x.device.type) and not _is_instrumented(self.base_layer)
+        whole = cache.whole and self._may_add_to_weight(x.device.type) and not is_instrumented(self.base_layer)
         cache.retain(WHOLE if whole else BLOCKS, active)
         if whole:
             weight = cache.get((WHOLE, *active), self.state_of_update(active), lambda: self.merged_weight(active))
             if weight is not None:
                 return nn.functional.linear(x, weight, self.bias)
-        result: Tensor = self.base_layer(x, *args, **kwargs)
-        for name in active:
-            result = result + self.branch_output(x, name).to(result.dtype)
+        result: Tensor = super()._active_forward(x, active, *args, **kwargs)
         return result
 
     def _has_plain_base(self) -> bool:
@@ -209,7 +101,7 @@ class Linear(nn.Module, SmoaLayer):
         return dtype == torch.float64 or (dtype == torch.float32 and multiplies_exactly(device_type))
 
     def _can_fuse(self, x: Tensor, adapter_name: str) -> bool:
-        if self.route == "apart" or not self._may_add_to_weight(x.device.type) or _is_instrumented(self.base_layer):
+        if self.route == "apart" or not self._may_add_to_weight(x.device.type) or is_instrumented(self.base_layer):
             return False
         dropout = self.smoa_dropout[adapter_name]
         by_weight = MODULATIONS[self.modulation[adapter_name]].by_weight
@@ -218,29 +110,4 @@ class Linear(nn.Module, SmoaLayer):
         weight = self.stored_weight()
         if weight.dtype != x.dtype or weight.requires_grad or is_transformed(x, *self.factors(adapter_name)):
             return False
-        if self.route == "fused" or torch.is_grad_enabled():
-            return True
-        return len(self.ranks[adapter_name]) < APART_MIN_BLOCKS or x.shape[:-1].numel() >= FUSED_MIN_TOKENS
-
-    def __repr__(self) -> str:
-        return f"smoa.{super().__repr__()}"
-
-
-def _check_finite(merged: Tensor, names: list[str]) -> None:
-    if not torch.isfinite(merged).all():
-        # The first sentences are PEFT's, whose users may match them.
-        raise MergeError(
-            f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken, or overflows "
-            f"{merged.dtype}; nothing was merged. Train it again, or load the base model in float32"
-        )
-
-
-def _is_instrumented(module: nn.Module) -> bool:
-    """Whether a forward hook or a replaced forward (as in accelerate's offloading) must see the base layer's call."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in module.__dict__
-
-
-def _refresh_orders(layer: nn.Module, incompatible_keys: object) -> None:
-    """Load state dict post-hook: give a compiled model the orders of the loaded labels."""
-    cast(Linear, layer).refresh_orders()
+        return self.route == "fused" or not prefers_apart(self.blocks(adapter_name), x.shape[:-1].numel())

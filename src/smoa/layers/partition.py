@@ -67,6 +67,10 @@ class PartitionState(BaseTunerLayer):
         """The base weight before any merge, (out_features, in_features)."""
         raise NotImplementedError
 
+    def partition_shapes(self, adapter_name: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Shapes of the saved row labels, column labels and block scales."""
+        return (self.out_features,), (self.in_features,), (len(self.ranks[adapter_name]),)
+
     def blocks(self, adapter_name: str) -> Blocks:
         """The adapter's blocks; decided now if they are still pending."""
         self.decide_partition(adapter_name)
@@ -79,11 +83,12 @@ class PartitionState(BaseTunerLayer):
     def block_scale(self, adapter_name: str) -> Tensor:
         """Factor of each block's update in addition to α/r: (num_blocks,) float32."""
         self.decide_partition(adapter_name)
-        return self._exact_scale(adapter_name)[: len(self.ranks[adapter_name])]
+        scale = self.smoa_block_scale[adapter_name]
+        return self._exact_scale(adapter_name)[: scale.numel()].view(scale.shape)
 
     def rank_scale(self, adapter_name: str) -> Tensor:
         """`block_scale` of the block that each rank belongs to: (r,) float32."""
-        return self._exact_scale(adapter_name)[len(self.ranks[adapter_name]) :]
+        return self._exact_scale(adapter_name)[self.smoa_block_scale[adapter_name].numel() :]
 
     def _exact_scale(self, adapter_name: str) -> Tensor:
         self._refresh(adapter_name)
@@ -103,7 +108,7 @@ class PartitionState(BaseTunerLayer):
         """Restore the adapter's saved block scales from the kept bits if they were cast."""
         scale = self.smoa_block_scale[adapter_name]
         if scale.dtype != torch.float32:
-            bits = self.smoa_scale_bits[adapter_name][: len(scale)]
+            bits = self.smoa_scale_bits[adapter_name][: scale.numel()].view(scale.shape)
             self.smoa_block_scale[adapter_name] = bits.view(torch.float32).to(scale.device, copy=True)
 
     def decide_partition(self, adapter_name: str) -> None:
@@ -134,12 +139,10 @@ class PartitionState(BaseTunerLayer):
             self._refresh(adapter_name)
 
     def _add_partition(self, adapter_name: str, pending: Pending, defer: bool) -> None:
-        device, num_blocks = self.stored_weight().device, len(self.ranks[adapter_name])
-        undecided = [
-            torch.full((size,), UNDECIDED, dtype=torch.uint8, device=device)
-            for size in (self.out_features, self.in_features)
-        ]
-        self._set(adapter_name, (undecided[0], undecided[1], torch.ones(num_blocks, device=device)))
+        device = self.stored_weight().device
+        rows, cols, scale = self.partition_shapes(adapter_name)
+        labels = [torch.full(shape, UNDECIDED, dtype=torch.uint8, device=device) for shape in (rows, cols)]
+        self._set(adapter_name, (labels[0], labels[1], torch.ones(scale, device=device)))
         self.pending_partition[adapter_name] = pending
         if not defer and not awaits_process_group() and self._compute(adapter_name):
             del self.pending_partition[adapter_name]
@@ -174,11 +177,14 @@ class PartitionState(BaseTunerLayer):
             for tensor, version, (old, old_version) in zip(saved, versions, known, strict=True)
         ):
             return
-        self.smoa_orders[adapter_name] = torch.cat(Orders.of(rows, cols))
-        self.contiguous[adapter_name] = ascend(rows, cols)
-        scales = torch.cat([scale, rank_scale(scale, self.ranks[adapter_name])])
+        self._derive_orders(adapter_name, rows, cols)
+        scales = torch.cat([scale.flatten(), rank_scale(scale, self.ranks[adapter_name]).flatten()])
         self.smoa_scale_bits[adapter_name] = scales.view(torch.int32)
         self._derived_from[adapter_name] = list(zip(saved, versions, strict=True))
+
+    def _derive_orders(self, adapter_name: str, rows: Tensor, cols: Tensor) -> None:
+        self.smoa_orders[adapter_name] = torch.cat(Orders.of(rows, cols))
+        self.contiguous[adapter_name] = ascend(rows, cols)
 
     def _compute(self, adapter_name: str) -> bool:
         """Compute labels and scales from rank 0's weight. Return False if that is on the meta device."""

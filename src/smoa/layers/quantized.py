@@ -28,6 +28,8 @@ from smoa.maths.update import Update
 if TYPE_CHECKING:
     from peft.utils.quantization_utils import QuantizationBackend
 
+BASES = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Classes whose weight may be plain, or quantized by a library that keeps the class."""
 PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -37,7 +39,7 @@ def find_backend(base: nn.Module, model: nn.Module) -> QuantizationBackend | Non
     Raises:
         UnsupportedModuleError: `base` is quantized, but its weight can't be dequantized, or not written back.
     """
-    if type(base) in (nn.Linear, Conv1D) and _is_plain(base.weight):
+    if type(base) in BASES and _is_plain(base.weight):
         return None  # don't ask PEFT, which imports every quantization library that is installed
     kind = f"{type(base).__module__}.{type(base).__qualname__}"
     try:
@@ -45,10 +47,11 @@ def find_backend(base: nn.Module, model: nn.Module) -> QuantizationBackend | Non
     except (ImportError, ValueError) as error:
         raise UnsupportedModuleError(f"SMoA can't adapt the quantized weight of a {kind}: {error}") from error
     weight: Any = getattr(base, "weight", None)
-    if backend is None and isinstance(base, (nn.Linear, Conv1D)) and not _is_plain(weight):
+    if backend is None and isinstance(base, BASES) and not _is_plain(weight):
         raise UnsupportedModuleError(
-            f"SMoA can't adapt the quantized weight of a {kind}, for which PEFT has no quantization backend; quantize "
-            "it with bitsandbytes, torchao or HQQ, or load the model in float32, bfloat16 or float16"
+            f"SMoA can't adapt the quantized weight of a {kind}, for which PEFT has no quantization backend; load the "
+            "model with dequantize=True in its quantization config (FP8, MXFP4, compressed-tensors), or in float32, "
+            "bfloat16 or float16, or quantize it with bitsandbytes, torchao or HQQ"
         )
     if backend is not None and not backend.supports_merge:
         raise UnsupportedModuleError(
@@ -110,6 +113,10 @@ class QuantizedLinear(Linear):
     def base_weight(self) -> Tensor:
         """The base layer's current weight, dequantized: (out_features, in_features)."""
         return dequantized(self.quantization_backend, self.get_base_layer())
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """ΔW (out_features, in_features), as PEFT's backends return and take weights."""
+        return self.delta(adapter)
 
     def pristine_weight(self) -> Tensor:
         """The weight before any merge, dequantized: (out_features, in_features)."""

@@ -1,11 +1,12 @@
-"""Keeps the diagonal blocks that a merge overwrites, and refuses to merge shared weights."""
+"""Keeps the diagonal blocks that a merge overwrites, and finds weights that several modules use."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from smoa.errors import MergeError
 from smoa.maths.blocks import Blocks
@@ -44,3 +45,9 @@ def refuse_shared(weights: Iterable[tuple[str, Tensor]]) -> None:
                 f"{name} and {other} share one weight but have an adapter each, so no merged weight is right for both; "
                 "untie them, or adapt one of them only"
             )
+
+
+def shared_parameters(model: nn.Module) -> set[int]:
+    """Ids of the parameters that several modules use, as tied embeddings do."""
+    users = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
+    return {parameter for parameter, number in users.items() if number > 1}

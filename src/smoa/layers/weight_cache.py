@@ -34,6 +34,7 @@ from torch.distributed.tensor import DTensor
 
 from smoa.errors import UnsupportedModuleError
 from smoa.maths.blocks import Blocks
+from smoa.maths.kernels.block_runs import BlockRun
 from smoa.maths.update import Update
 
 T = TypeVar("T")
@@ -98,7 +99,7 @@ class WeightCache:
     def nbytes(self) -> int:
         """Bytes that are kept."""
         whole = 0 if self.effective is None else self.effective.nbytes
-        return whole + sum(entries.nbytes for update in self.updates for entries in update.entries)
+        return whole + sum(update.nbytes() for update in self.updates)
 
     def clear(self) -> None:
         """Drop everything."""
@@ -107,26 +108,27 @@ class WeightCache:
 
 @dataclass(frozen=True)
 class KeptUpdate:
-    """The diagonal blocks of one ΔW, sorted by block."""
+    """The diagonal blocks of one ΔW: (blocks, height, width) for each run of blocks of one shape."""
 
     blocks: Blocks
-    slices: list[tuple[slice, slice]]
-    entries: list[Tensor]
+    runs: list[tuple[BlockRun, Tensor]]
 
     @classmethod
     def of(cls, update: Update, weight: Tensor, dtype: torch.dtype) -> KeptUpdate:
         """Of the update of the pristine `weight`, for x of `dtype`."""
-        blocks = update.factors.blocks
-        slices = list(zip(blocks.row_slices, blocks.col_slices, strict=True))
-        return cls(blocks, slices, update.kept_blocks(weight, dtype))
+        return cls(update.factors.blocks, update.kept_blocks(weight, dtype))
 
     def apply(self, x: Tensor) -> Tensor:
         """`x ΔWᵀ`: (…, out_features) in the dtype of x, not differentiable."""
-        flat = self.blocks.sort_inputs(x.reshape(-1, x.shape[-1])).to(self.entries[0].dtype)
+        flat = self.blocks.sort_inputs(x.reshape(-1, x.shape[-1])).to(self.runs[0][1].dtype)
         y = flat.new_empty(len(flat), self.blocks.out_features)
-        for (rows, cols), entries in zip(self.slices, self.entries, strict=True):
-            torch.mm(flat[:, cols], entries.T, out=y[:, rows])
+        for run, entries in self.runs:
+            torch.bmm(run.of_inputs(flat), entries.mT, out=run.of_outputs(y))
         return self.blocks.unsort_outputs(y).to(x.dtype).view(*x.shape[:-1], y.shape[1])
+
+    def nbytes(self) -> int:
+        """Bytes that are kept."""
+        return sum(entries.nbytes for _, entries in self.runs)
 
 
 def tensor_state(tensor: Tensor) -> Hashable:

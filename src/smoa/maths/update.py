@@ -15,8 +15,11 @@ from torch import Tensor
 
 from smoa.maths.factors import Factors
 from smoa.maths.kernels import operators
-from smoa.maths.kernels.branch import delta_blocks, product_dtype
-from smoa.maths.kernels.plain import plain_branch
+from smoa.maths.kernels.block_runs import BlockRun
+from smoa.maths.kernels.branch import delta_blocks
+from smoa.maths.kernels.choice import prefers_batched
+from smoa.maths.kernels.loops import product_dtype
+from smoa.maths.kernels.plain import plain_branch, recomputed_branch
 from smoa.maths.modulations import MODULATIONS, Modulation
 
 
@@ -50,6 +53,8 @@ class Update:
         anchor = self.anchor(weight)
         if anchor is None or anchor.requires_grad or operators.is_transformed(x, self.factors.A, self.factors.B):
             return plain_branch(self.factors, x, anchor)
+        if torch.compiler.is_compiling() and prefers_batched(self.factors.blocks, x.shape[:-1].numel()):
+            return recomputed_branch(self.factors, x, anchor)
         return operators.branch(self.factors, x, anchor)
 
     def apply_with_base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -59,8 +64,10 @@ class Update:
         """
         return operators.fused(self.factors, x, weight, bias)
 
-    def kept_blocks(self, weight: Tensor, dtype: torch.dtype) -> list[Tensor]:
-        """The K diagonal blocks of ΔW in the dtype in which `apply` multiplies x of `dtype`, to multiply it as often.
+    def kept_blocks(self, weight: Tensor, dtype: torch.dtype) -> list[tuple[BlockRun, Tensor]]:
+        """The diagonal blocks of ΔW, (blocks, height, width) for each run of blocks of one shape, to be kept.
+
+        They have the dtype in which `apply` multiplies x of `dtype`.
 
         Args:
             weight: Pristine W (out_features, in_features).

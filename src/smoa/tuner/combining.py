@@ -33,6 +33,8 @@ def check_combination(
             f"can't combine {adapters} with weights {weights} into {adapter_name!r}: give existing adapters "
             f"({', '.join(known)}), one weight each, and a new name"
         )
+    if any(getattr(known[name], "target_parameters", None) for name in adapters):
+        raise MergeError("can't combine adapters with target_parameters; merge them one after another")
     if combination not in get_args(Combination):
         raise MergeError(f"combination_type={combination!r} must be one of {get_args(Combination)}")
 

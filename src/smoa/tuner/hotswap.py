@@ -71,6 +71,8 @@ def _checked_config(old: SmoaConfig, path: str) -> SmoaConfig:
     new = PeftConfig.from_pretrained(path)
     if not isinstance(new, SmoaConfig):
         raise ConfigError(f"{path}: is a {new.peft_type} adapter and can't replace a SMoA adapter")
+    if new.target_parameters or old.target_parameters:
+        raise ConfigError(f"{path}: adapters with target_parameters can't be swapped; use load_adapter and set_adapter")
     fixed = ("num_blocks", "num_blocks_pattern", "modulation", "bias")
     different = [name for name in fixed if getattr(new, name) != getattr(old, name)]
     if different:

@@ -11,36 +11,37 @@ from typing import Any
 import torch
 from peft import set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers, onload_layer
-from peft.utils import CONFIG_NAME, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils import CONFIG_NAME, INCLUDE_LINEAR_LAYERS_SHORTHAND, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers.pytorch_utils import Conv1D
 
 from smoa.compat import StateDictHooks
 from smoa.config.adapter_config import Shape, SmoaConfig
 from smoa.errors import MergeError, PartitionError, SmoaError
 from smoa.files.checkpoint import add_unsaved_scales, check_adapter_state, check_gathered
 from smoa.files.loading import incoming
-from smoa.files.names import PREFIX, adapter_layers
+from smoa.files.names import PREFIX, adapter_layers, parameter_names, renamed
 from smoa.files.save_id import new_id, with_id, without_id
+from smoa.layers.adapted_layer import AdaptedLayer
 from smoa.layers.distributed import from_rank_zero, refuse_writing, with_plain_names
-from smoa.layers.layer import SmoaLayer, linear_shape
-from smoa.layers.linear import Linear
-from smoa.layers.quantized import QuantizedLinear, requantization_reported
-from smoa.layers.undo import refuse_shared
+from smoa.layers.experts.param_wrapper import ParamWrapper
+from smoa.layers.layer import SmoaLayer
+from smoa.layers.quantized import requantization_reported
+from smoa.layers.undo import refuse_shared, shared_parameters
 from smoa.tuner.block_choice import choose_blocks
 from smoa.tuner.combining import Combination, check_combination, check_layer, combined_config, fill_combined
 from smoa.tuner.decoding import forget_generate, watch_generate
 from smoa.tuner.mixed_batch import adapter_names_hooks
-from smoa.tuner.targets import base_of, check_target, report_narrow, weight_of
+from smoa.tuner.parameters import check_parameters, existing_wrapper, report_experts
+from smoa.tuner.targets import check_target, leave_out_uncalled, report_narrow, report_towers, weight_of
 
 
 class SmoaModel(BaseTuner, StateDictHooks):
     """A model with SMoA adapters; made by `get_peft_model(model, SmoaConfig(...))`.
 
     Raises:
-        UnsupportedModuleError: a target is neither a Linear nor a Conv1D.
+        UnsupportedModuleError: a target is of a kind that SMoA can't adapt (`smoa.layers.kinds`).
         PartitionError: `num_blocks` is larger than every target, or larger than one that can't take fewer blocks.
     """
 
@@ -86,6 +87,13 @@ class SmoaModel(BaseTuner, StateDictHooks):
         configs[adapter_name] = own
         return twin
 
+    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
+        """As PEFT's, which wants targets, unless `target_parameters` names some (as in LoRA)."""
+        known = model_config.get("model_type") in self.target_module_mapping
+        if peft_config.target_modules is None and peft_config.target_parameters and not known:
+            return peft_config
+        return super()._prepare_adapter_config(peft_config, model_config)
+
     def _inject(self, *args: Any, **kwargs: Any) -> None:
         self._progress: tqdm[Any] | None = None
         try:
@@ -96,7 +104,11 @@ class SmoaModel(BaseTuner, StateDictHooks):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Report all unsuitable targets at once, before any module is replaced."""
+        every_linear = str(peft_config.target_modules).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
+        report_experts(model, peft_config)
         config: Any = _maybe_include_all_linear_layers(peft_config, model)
+        if every_linear:
+            leave_out_uncalled(config, model)
         file = None if (found := incoming()) is None else found.file
         inside = tuple(name + "." for name, module in model.named_modules() if isinstance(module, SmoaLayer))
         problems: list[SmoaError] = []
@@ -105,13 +117,19 @@ class SmoaModel(BaseTuner, StateDictHooks):
         for name, module in model.named_modules():
             if name and not name.startswith(inside) and self._check_target_module_exists(config, name):
                 try:
-                    weights[name] = partial(weight_of, module, check_target(name, module, config, model, file))
-                    shapes[name] = linear_shape(base_of(module))
+                    target = check_target(name, module, config, model, file)
+                    weights[name], shapes[name] = partial(weight_of, module, target), target.shape
                 except SmoaError as error:
                     problems.append(error)
+        try:
+            of_parameters = check_parameters(model, config, set(weights), file)
+        except SmoaError as error:
+            problems.append(error)
         if problems:
             raise type(problems[0])("; ".join(map(str, problems)))
-        report_narrow(shapes, config, silent=self._loads_labels or config.blocks_from_spectrum)
+        if every_linear and not self._loads_labels:
+            report_towers(shapes, model)
+        report_narrow(shapes | of_parameters, config, silent=self._loads_labels or config.blocks_from_spectrum)
         self._choose_blocks(config, weights)
         decomposes = config.partition == "spectral" and not self._loads_labels
         hidden = None if decomposes else True  # None: shown on a terminal only
@@ -147,7 +165,10 @@ class SmoaModel(BaseTuner, StateDictHooks):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        backend = check_target(current_key, target, peft_config, self.model)
+        if parameter_name is not None:
+            self._wrap_parameter(peft_config, adapter_name, target, target_name, parent, current_key)
+            return
+        kind, _, backend = check_target(current_key, target, peft_config, self.model)
         if self._progress is not None:
             self._progress.update()
         loads = self._loads_labels
@@ -155,17 +176,30 @@ class SmoaModel(BaseTuner, StateDictHooks):
             if isinstance(target, SmoaLayer):
                 target.update_layer(adapter_name, peft_config, current_key, defer_partition=loads)
                 return
-            is_conv1d = isinstance(base_of(target), Conv1D)
-            layer_class = Linear if backend is None else QuantizedLinear
-            layer = layer_class(target, adapter_name, peft_config, current_key, is_conv1d, loads, backend)
+            transposed = kind.fan_in_fan_out
+            layer = kind.layer_class(target, adapter_name, peft_config, current_key, transposed, loads, backend)
         except PartitionError as error:
             raise PartitionError(f"{current_key}: {error}") from None
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
+    def _wrap_parameter(
+        self, config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, key: str
+    ) -> None:
+        module_name, _, name = key.rpartition(".")
+        known = existing_wrapper(self.model, module_name, name)
+        if known is not None:
+            known.update_layer(adapter_name, config, key, defer_partition=self._loads_labels)
+            return
+        wrapper = ParamWrapper(target, adapter_name, name, config, key, self._loads_labels)
+        if adapter_name not in self.active_adapters:
+            wrapper.requires_grad_(False)
+        self._replace_module(parent, target_name, wrapper, wrapper)
+
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, AuxiliaryTrainingWrapper):  # PEFT would assign its weight, which may not be a parameter
+        if isinstance(child, (AuxiliaryTrainingWrapper, ParamWrapper)):
+            # PEFT would assign the child's weight, which may not be a parameter, or not be there
             setattr(parent, child_name, new_module)
             return
         super()._replace_module(parent, child_name, new_module, child)
@@ -186,14 +220,14 @@ class SmoaModel(BaseTuner, StateDictHooks):
             super()._get_adapter_state_dict(named, config, adapter_name, state_dict, unwanted_adapter_names)
         )
         check_gathered(selected)
-        return with_id(selected, config.save_id)
+        return with_id(renamed(selected, parameter_names(named)), config.save_id)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         named = with_plain_names(model)
-        saved = without_id(state_dict)
+        saved = renamed(without_id(state_dict), _wrapper_names(named))
         remapped = super()._remap_adapter_state_dict_for_load(named, config, adapter_name, saved)
         add_unsaved_scales(model, config, adapter_name, remapped)
         check_adapter_state(model, config, adapter_name, remapped)
@@ -251,7 +285,7 @@ class SmoaModel(BaseTuner, StateDictHooks):
     @torch.no_grad()
     def _check_all_finite(self, adapter_names: list[str] | None) -> None:
         for name, module in self.model.named_modules():
-            if isinstance(module, Linear):
+            if isinstance(module, AdaptedLayer | ParamWrapper):
                 try:
                     with onload_layer(module):  # accelerate may have offloaded its weights
                         module.check_merge(adapter_names)
@@ -260,8 +294,18 @@ class SmoaModel(BaseTuner, StateDictHooks):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()  # type: ignore[no-untyped-call]  # PEFT leaves it without types
-        layers = ((name, module) for name, module in self.model.named_modules() if isinstance(module, SmoaLayer))
-        refuse_shared((name, layer.stored_weight()) for name, layer in layers)
+        layers = {name: module for name, module in self.model.named_modules() if isinstance(module, SmoaLayer)}
+        refuse_shared((name, layer.stored_weight()) for name, layer in layers.items())
+        shared = shared_parameters(self.model)
+        for layer in layers.values():
+            if isinstance(layer, AdaptedLayer):
+                layer.shares_weight = id(layer.stored_weight()) in shared
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         return adapter_names_hooks(self, kwargs)
+
+
+def _wrapper_names(model: Any) -> dict[str, str]:
+    """Names of the wrappers of parameters by those in a file, which may lack or have PEFT's prefix."""
+    names = {parameter: wrapper for wrapper, parameter in parameter_names(model).items()}
+    return names | {PREFIX + name.removeprefix(PREFIX): wrapper for name, wrapper in names.items()}

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from smoa.config.adapter_config import Shape, SmoaConfig
 from smoa.errors import PartitionError, UnsupportedModuleError
 from smoa.files.adapter_folder import AdapterFile
 from smoa.layers.distributed import refuse_partitioned, whole
-from smoa.layers.layer import SmoaLayer, linear_shape
+from smoa.layers.kinds import KINDS, QUANTIZED, Kind, kind_of
+from smoa.layers.layer import SmoaLayer, as_matrix
+from smoa.layers.linear import Linear
 from smoa.layers.quantized import dequantized, find_backend
 from smoa.maths.blocks import check_num_blocks
 
 if TYPE_CHECKING:
     from peft.utils.quantization_utils import QuantizationBackend
 
-SUPPORTED = (
-    "torch.nn.Linear, transformers.pytorch_utils.Conv1D, quantized linear layers of bitsandbytes, torchao and HQQ"
-)
+SUPPORTED = ", ".join(kind.name for kind in (*KINDS, QUANTIZED))
+
+
+class Target(NamedTuple):
+    """A module that can be adapted: its kind, the shape of W, and the backend that dequantizes W, if it must be."""
+
+    kind: Kind
+    shape: Shape
+    backend: QuantizationBackend | None
 
 
 def base_of(module: nn.Module) -> nn.Module:
@@ -31,18 +39,20 @@ def base_of(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
-def weight_of(module: nn.Module, backend: QuantizationBackend | None) -> Tensor:
-    """A target's whole weight as floating-point numbers, before any merge."""
+def weight_of(module: nn.Module, target: Target) -> Tensor:
+    """A target's whole W (out_features, in_features) as floating-point numbers, before any merge."""
     if isinstance(module, SmoaLayer):
         return whole(module.pristine_weight())
     base: Any = base_of(module)
-    return whole(refuse_partitioned(base.weight)) if backend is None else dequantized(backend, base)
+    if target.backend is not None:
+        return dequantized(target.backend, base)
+    return as_matrix(whole(refuse_partitioned(base.weight)), target.kind.fan_in_fan_out)
 
 
 def check_target(
     name: str, module: nn.Module, config: SmoaConfig, model: nn.Module, file: AdapterFile | None = None
-) -> QuantizationBackend | None:
-    """Return the backend of a quantized module, None for a plain one.
+) -> Target:
+    """Return what is known of a module that can be adapted.
 
     Args:
         name: Name of the module in the model.
@@ -61,19 +71,45 @@ def check_target(
         backend = find_backend(base, model)
     except UnsupportedModuleError as error:
         raise UnsupportedModuleError(f"{name}: {error}") from error
-    if backend is None and not isinstance(base, (nn.Linear, Conv1D)):
+    kind = kind_of(base) if backend is None else QUANTIZED
+    refusal = f"supported are {SUPPORTED}" if kind is None else kind.layer_class.refusal(base)
+    if kind is None or refusal is not None:
         raise UnsupportedModuleError(
-            f"{name}: SMoA can't adapt a {type(base).__module__}.{type(base).__qualname__}; supported are {SUPPORTED}; "
+            f"{name}: SMoA can't adapt a {type(base).__module__}.{type(base).__qualname__}; {refusal}; "
             "remove it from target_modules or add it to exclude_modules"
         )
-    shape = linear_shape(base)
+    shape = kind.shape_of(base)
     if file is not None:
         file.check_rank(name, config.rank_of(name, shape))
     try:
         check_num_blocks(config.num_blocks_of(name, shape), *shape)
     except PartitionError as error:
         raise PartitionError(f"{name}: {error}") from None
-    return backend
+    return Target(kind, shape, backend)
+
+
+def leave_out_uncalled(config: SmoaConfig, model: nn.Module) -> None:
+    """Take layers that their parents never call out of the targets that "all-linear" has become."""
+    layers = (
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and Linear.refusal(module)
+    )
+    config.target_modules = set(config.target_modules or []).difference(layers)  # type: ignore[assignment]
+
+
+def report_towers(targets: Iterable[str], model: nn.Module) -> None:
+    """Name the vision and audio towers of a language model that "all-linear" adapts too, in one warning."""
+    model_config = getattr(model, "config", None)
+    owned = {type(getattr(model_config, key, None)) for key in ("vision_config", "audio_config")} - {type(None)}
+    towers = [name for name, module in model.named_modules() if type(getattr(module, "config", None)) in owned]
+    outermost = [name for name in towers if not name.startswith(tuple(f"{other}." for other in towers))]
+    counts = {name: sum(target.startswith(f"{name}.") for target in targets) for name in outermost}
+    if found := {name: count for name, count in counts.items() if count}:
+        named = ", ".join(f"{name} ({count} layers)" for name, count in found.items())
+        warnings.warn(
+            f'target_modules="all-linear" adapts {named} too, which is not part of the language model; '
+            f'to leave it out, set exclude_modules=r"({"|".join(map(re.escape, found))})\\..*"',
+            stacklevel=2,
+        )
 
 
 def report_narrow(shapes: Mapping[str, Shape], config: SmoaConfig, silent: bool = False) -> None:

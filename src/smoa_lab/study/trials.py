@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from filelock import FileLock, Timeout
 
 from smoa.atomic import write_whole
 from smoa.errors import ConfigError
@@ -64,15 +65,37 @@ class TrialStore:
         return None if line is None else parse_run(line, self._place(name))
 
     def get(self, name: str, config: dict[str, Any], run: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-        """The finished trial, or else ``run(work folder)``, stored.
+        """The finished trial, or else ``run(work folder)``, stored. Where another process runs it, that is waited for.
 
         Raises:
             ConfigError: a trial of that name was run by another config.
         """
+        found = self._finished(name, config)
+        if found is None:
+            lock = self._lock(name)
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(lock):
+                found = self._finished(name, config) or self._run(name, run)
+            lock.unlink(missing_ok=True)  # whoever waits for it, or makes a new one, finds the stored run
+        return found
+
+    def is_running(self, name: str) -> bool:
+        """Whether a process runs the trial now, on this machine or on another one that shares the folder."""
+        if not self._lock(name).is_file():
+            return False
+        try:
+            with FileLock(self._lock(name), timeout=0):
+                return False
+        except Timeout:
+            return True
+
+    def _finished(self, name: str, config: dict[str, Any]) -> dict[str, Any] | None:
         found = self.find(name)
         if found is not None:
             _check_same(self._place(name), _with_scale(found), config)
-            return found
+        return found
+
+    def _run(self, name: str, run: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
         work = self.folder / "work" / name
         logger.info("%s", name)
         result = finite(run(work))
@@ -83,6 +106,10 @@ class TrialStore:
         write_whole(self.file(name), as_line(result))
         shutil.rmtree(work, ignore_errors=True)
         return result
+
+    def _lock(self, name: str) -> Path:
+        """Held by the process that runs the trial; the system releases it when that process dies."""
+        return self.folder / "work" / "locks" / f"{name.replace('/', '_')}.lock"
 
     def _place(self, name: str) -> str:
         """Where a finished trial is kept, for messages."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from smoa_lab.config.run_config import RunConfig
-from smoa_lab.study.comparison import Comparison, Tuned
+from smoa_lab.study.comparison import Comparison
 from smoa_lab.study.entry import Entry
+from smoa_lab.study.plan import Tuned
 from smoa_lab.study.study_file import Study, Tuning
 
 START = 3e-3

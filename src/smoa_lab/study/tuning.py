@@ -33,20 +33,21 @@ def sweep_indices(lowest: float, highest: float, per_decade: Literal[2, 4] = 4) 
     return range(nearest_index(lowest), nearest_index(highest) + 1)
 
 
-def next_index(start: int, losses: Mapping[int, float | None], max_runs: int, refine: bool = False) -> int | None:
-    """The grid index to try next; None when the search is over.
+def next_indices(start: int, losses: Mapping[int, float | None], max_runs: int, refine: bool = False) -> list[int]:
+    """The grid indices that the search needs next, whatever is found at any of them; none when it is over.
 
     ``losses`` by index; None is a run that diverged. First come the start and its neighbors, then whatever lies
     beyond the best, until that is interior or ``max_runs`` are spent; with ``refine`` two more, on both sides of it.
     """
     halves = {index: loss for index, loss in losses.items() if index % 2 == 0}
-    for index in (start, start - 2, start + 2):
-        if index not in halves:
-            return index
+    around = [index for index in (start, start - 2, start + 2) if index not in halves]
+    if around:
+        return around
     best = best_index(halves)
-    beyond = [best - 2, best + 2] if len(halves) < max_runs else []
-    beside = [best - 1, best + 1] if refine else []
-    return next((index for index in (*beyond, *beside) if index not in losses), None)
+    beyond = [index for index in (best - 2, best + 2) if index not in halves]
+    if beyond and len(halves) < max_runs:
+        return beyond
+    return [index for index in (best - 1, best + 1) if refine and index not in losses]
 
 
 def best_index(losses: Mapping[int, float | None]) -> int:

@@ -28,6 +28,7 @@ import smoa.layers.partition
 from smoa import PartitionError, SmoaConfig, make_partition
 from smoa.layers.layer import SmoaLayer
 from tests.support import tiny_models
+from tests.support.tiny_mixtures import EXPERTS, build_mixture
 
 RANK = int(os.environ.get("RANK", "0"))
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -52,6 +53,11 @@ def adapted(base: nn.Module | None = None, targets: list[str] = TARGETS, **optio
 def with_biases(bias: str) -> PeftModel:
     """A model of another family, whose layers have biases, some of which are trained."""
     return adapted(tiny_models.build("gpt2"), targets=["c_attn", "c_proj"], bias=bias)
+
+
+def with_experts() -> PeftModel:
+    """A mixture, whose experts and queries are adapted."""
+    return adapted(build_mixture("qwen3_moe"), targets=["q_proj"], target_parameters=EXPERTS)
 
 
 def optimizer(model: nn.Module) -> torch.optim.Optimizer:
@@ -268,6 +274,13 @@ def fsdp2_biases(folder: Path) -> Result:
     return {"losses": losses}
 
 
+def fsdp2_experts(folder: Path) -> Result:
+    accelerator = fresh_accelerator(fsdp_plugin=plugin(2, transformer_cls_names_to_wrap=["Qwen3MoeDecoderLayer"]))
+    model, _, losses = train(accelerator, with_experts())
+    save_adapter(accelerator, model, folder / "adapter")
+    return {"losses": losses, "labels": labels(model), "restored": _saves_and_restores(accelerator, model, folder)}
+
+
 def fsdp1(folder: Path, **options: Any) -> Result:
     """Its state dict is not asked for: on a CPU it fails inside PyTorch, with flat parameters for LoRA too."""
     accelerator = fresh_accelerator(fsdp_plugin=plugin(1, sync_module_states=False, **options))
@@ -298,6 +311,7 @@ SCENARIOS: list[Callable[[Path], Result]] = [
     fsdp2_documented,
     fsdp2_bfloat16,
     fsdp2_biases,
+    fsdp2_experts,
     fsdp1_flat,
     fsdp1_original,
 ]

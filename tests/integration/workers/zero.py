@@ -30,6 +30,7 @@ from tests.integration.workers.strategies import (
     save_adapter,
     spoil,
     train,
+    with_experts,
 )
 from tests.support import tiny_models
 
@@ -130,6 +131,11 @@ def zero3_conv1d(folder: Path) -> Result:
     return trained(chosen, adapted(loaded(folder, "gpt2"), targets=["c_attn", "c_proj"]), folder)
 
 
+def zero3_experts(folder: Path) -> Result:
+    chosen = accelerator(3)
+    return trained(chosen, with_experts(), folder)
+
+
 def zero3_narrow(folder: Path) -> Result:
     """More blocks than v_proj has rows."""
     chosen = accelerator(3)
@@ -205,6 +211,7 @@ SCENARIOS: list[Callable[[Path], Result]] = [
     zero3_defaults,
     zero3_checkpointing,
     zero3_conv1d,
+    zero3_experts,
     zero3_narrow,
     zero3_bfloat16,
     zero3_generation,

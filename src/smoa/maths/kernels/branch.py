@@ -1,114 +1,37 @@
-r"""Computes `x ΔWᵀ` apart from the base layer, block by block.
+"""Computes `x ΔWᵀ` apart from the base layer, by loops over the blocks or by batched products.
 
-Used for bfloat16 and float16 weights, where `W(1 + δ)` would round a small δ away, with dropout, and for base layers
-with a forward of their own. A training step takes 2 + 3/K products, the base layer's included. The backward needs x,
-the factors and the anchor (frozen, shared with the base layer). It computes for each block
-
-    G_k = s·(g[:, I_k]ᵀ x[:, J_k]) ⊙ M_k,   dB_k = G_k A_kᵀ,   dA_k = B_kᵀ G_k,   gx[:, J_k] = g[:, I_k] ΔW_k.
-
-Only the diagonal blocks of gᵀx are formed. x and g are (tokens, features); M is (out_features, in_features).
-
-x, g and M are gathered by block, and the results scattered back, unless the blocks are contiguous: then all are slices.
+Used for bfloat16 and float16 weights, where `W(1 + δ)` would round a small δ away, with dropout, for base layers with a
+forward of their own, and wherever it is faster. Both kernels give the same result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from smoa.maths.blocks import Blocks, take_columns
 from smoa.maths.factors import Factors
-from smoa.maths.kernels.scratch import SCRATCH, chunks
+from smoa.maths.kernels.batched import batched_backward, batched_delta, batched_forward
+from smoa.maths.kernels.block_runs import BlockRun
+from smoa.maths.kernels.choice import prefers_batched
+from smoa.maths.kernels.loops import loop_backward, loop_delta, loop_forward
 
 
 def branch_forward(factors: Factors, x: Tensor, anchor: Tensor) -> Tensor:
     """`x ΔWᵀ`: (tokens, out_features) in the dtype of x. ΔW is formed in float32 or wider."""
-    blocks, wide = factors.blocks, factors.wide()
-    sorted_x = _columns(blocks, x, blocks.orders.cols).to(product_dtype(x.dtype, x.device.type))
-    y = sorted_x.new_empty(x.shape[0], anchor.shape[0])
-    for chunk, local, cols, ranks, entries in _anchor_chunks(wide, anchor):
-        delta = torch.mm(wide.B[local, ranks], wide.A[ranks, : cols.stop - cols.start]).mul_(entries)
-        torch.mm(sorted_x[:, cols], delta.to(y.dtype).T, out=y[:, chunk])
-    return _columns(blocks, y, blocks.orders.rows_inverse).to(x.dtype)
-
-
-def delta_blocks(factors: Factors, anchor: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """The K diagonal blocks of ΔW as `branch_forward` forms them, rounded to `dtype`."""
-    wide, blocks = factors.wide(), factors.blocks
-    sizes = zip(blocks.row_slices, blocks.col_slices, strict=True)
-    found = [anchor.new_empty(rows.stop - rows.start, cols.stop - cols.start, dtype=dtype) for rows, cols in sizes]
-    of_cols = dict(zip((cols.start for cols in blocks.col_slices), found, strict=True))
-    for _, local, cols, ranks, entries in _anchor_chunks(wide, anchor):
-        of_cols[cols.start][local] = torch.mm(wide.B[local, ranks], wide.A[ranks, : cols.stop - cols.start]).mul_(
-            entries
-        )
-    return found
+    forward = batched_forward if prefers_batched(factors.blocks, len(x)) else loop_forward
+    return forward(factors, x, anchor)
 
 
 def branch_backward(
     factors: Factors, g: Tensor, x: Tensor, anchor: Tensor, needs_x: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `x ΔWᵀ` for x (empty unless `needs_x`), A and B, from the diagonal blocks of gᵀx."""
-    blocks, wide, scale = factors.blocks, factors.wide(), factors.scale(factors.dtype)
-    grad_A, grad_B = torch.zeros_like(wide.A), torch.zeros_like(wide.B)
-    dtype, wider = x.dtype, product_dtype(x.dtype, x.device.type)
-    x = _columns(blocks, x, blocks.orders.cols).to(wider)
-    grad_x = torch.zeros_like(x) if needs_x else x.new_empty(0)
-    for chunk, local, cols, ranks, entries in _anchor_chunks(wide, anchor):
-        width = cols.stop - cols.start
-        block_A, block_B = wide.A[ranks, :width], wide.B[local, ranks]
-        chunk_g = _chunk_columns(blocks, g, chunk).to(wider)
-        if needs_x:
-            delta = torch.mm(block_B, block_A).mul_(entries)
-            grad_x[:, cols].addmm_(chunk_g, delta.to(x.dtype))
-        grad_delta = SCRATCH.take("grad_delta", chunk_g.shape[1], width, x)
-        grad_delta = torch.mm(chunk_g.T, x[:, cols], out=grad_delta).to(factors.dtype).mul_(entries)
-        grad_B[local, ranks] = torch.mm(grad_delta, block_A.T).mul_(scale[ranks])
-        grad_A[ranks, :width].addmm_(block_B.T, grad_delta)
-    grad_x = _columns(blocks, grad_x, blocks.orders.cols_inverse) if needs_x else grad_x
-    return grad_x.to(dtype), grad_A.to(factors.A.dtype), grad_B.to(factors.B.dtype)
+    backward = batched_backward if prefers_batched(factors.blocks, len(x)) else loop_backward
+    return backward(factors, g, x, anchor, needs_x)
 
 
-def _anchor_chunks(factors: Factors, anchor: Tensor) -> Iterator[tuple[slice, slice, slice, slice, Tensor]]:
-    """Chunks of rows of the anchors `M_k = M[I_k, J_k]`.
-
-    Yields slices of the sorted rows, of the rows within the block, of the sorted columns and of the ranks, then the
-    chunk's entries of M_k.
-    """
-    for rows, cols, ranks in factors.slots():
-        for chunk in chunks(rows.start, rows.stop, anchor.shape[1], anchor.device):
-            entries = _anchor_part(factors.blocks, anchor, chunk, cols)
-            yield chunk, slice(chunk.start - rows.start, chunk.stop - rows.start), cols, ranks, entries
-
-
-def _anchor_part(blocks: Blocks, anchor: Tensor, chunk: slice, cols: slice) -> Tensor:
-    if blocks.is_contiguous:
-        return blocks.part(anchor, chunk, cols)
-    size = chunk.stop - chunk.start
-    whole_rows = SCRATCH.take("rows", size, anchor.shape[1], anchor)
-    return blocks.part(anchor, chunk, cols, whole_rows, SCRATCH.take("anchor", size, cols.stop - cols.start, anchor))
-
-
-def _columns(blocks: Blocks, x: Tensor, order: Tensor) -> Tensor:
-    return x if blocks.is_contiguous else take_columns(x, order, out=x.new_empty(len(x), len(order)))
-
-
-def _chunk_columns(blocks: Blocks, g: Tensor, chunk: slice) -> Tensor:
-    if blocks.is_contiguous:
-        return g[:, chunk]
-    return take_columns(g, blocks.orders.rows[chunk], out=SCRATCH.take("g", len(g), chunk.stop - chunk.start, g))
-
-
-def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
-    """Dtype of the block products for x of `dtype`: the same, but float32 on a CPU that has no instructions for it."""
-    if device_type != "cpu" or dtype not in _HALF_SUPPORT or _HALF_SUPPORT[dtype]():
-        return dtype
-    return torch.float32
-
-
-_HALF_SUPPORT = {
-    torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-    torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-}
+def delta_blocks(factors: Factors, anchor: Tensor, dtype: torch.dtype) -> list[tuple[BlockRun, Tensor]]:
+    """The diagonal blocks of ΔW as `branch_forward` forms them, rounded to `dtype`: (blocks, height, width) a run."""
+    if prefers_batched(factors.blocks, 1):
+        return list(batched_delta(factors.wide(), anchor, dtype))
+    return loop_delta(factors, anchor, dtype)

@@ -1,8 +1,9 @@
 """The kernels as differentiable operators.
 
-They are custom operators and not `torch.autograd.Function`s, because then `torch.compile` neither breaks the graph at
-them nor keeps an m×n intermediate for the backward. Differentiating twice raises PyTorch's error, which names the
-backward operator.
+In a compiled model they are custom operators and not `torch.autograd.Function`s, because then `torch.compile` neither
+breaks the graph at them nor keeps an m×n intermediate for the backward. Elsewhere they are Functions with the same
+formulas, because an operator written in Python takes longer to call than a small layer's products. Differentiating
+twice raises PyTorch's error, which names the backward operator.
 
 An operator's schema takes tensors and numbers. Only this file converts `Factors` to such fields and back.
 """
@@ -39,30 +40,32 @@ def _factors(fields: tuple[Any, ...]) -> Factors:
     return Factors(A, B, tuple(ranks), scaling, rank_scale, blocks)
 
 
-def _operator(name: str, rest: str, kernel: Callable[..., Any]) -> Any:
-    """`kernel(factors, …)` as an operator that takes the fields of `factors`, then `rest`."""
+class Kernel:
+    """A kernel that takes the fields of `Factors`, then `rest`, and the operator `smoa::name` that calls it.
 
-    def without_autocast(*inputs: Any) -> Any:
-        # autocast acts inside operators written in Python, but the kernels choose every dtype themselves
-        with torch.autocast(inputs[0].device.type, enabled=False):
-            return kernel(_factors(inputs[:NUM_FIELDS]), *inputs[NUM_FIELDS:])
+    Args:
+        function: The kernel, which takes `Factors`.
+        output: Makes tensors of the right shapes from the operator's arguments.
+    """
 
-    schema = f"({FIELDS}, {rest}"
-    return torch.library.custom_op(f"smoa::{name}", without_autocast, mutates_args=(), schema=schema)
+    def __init__(self, name: str, rest: str, function: Callable[..., Any], output: Callable[..., Any]) -> None:
+        self.function = function
+        schema = f"({FIELDS}, {rest}"
+        self.operator: Any = torch.library.custom_op(f"smoa::{name}", self.run, mutates_args=(), schema=schema)
+        self.operator.register_fake(output)
 
+    def run(self, *inputs: Any) -> Any:
+        """The result for the operator's arguments."""
+        return self.of(_factors(inputs[:NUM_FIELDS]), *inputs[NUM_FIELDS:])
 
-_fused = _operator("fused_linear", "Tensor x, Tensor weight, Tensor? bias) -> Tensor", fused_forward)
-_fused_backward = _operator(
-    "fused_linear_backward",
-    "Tensor g, Tensor x, Tensor weight, bool needs_x, bool needs_factors) -> (Tensor, Tensor, Tensor)",
-    fused_backward,
-)
-_branch = _operator("hadamard_branch", "Tensor x, Tensor anchor) -> Tensor", branch_forward)
-_branch_backward = _operator(
-    "hadamard_branch_backward",
-    "Tensor g, Tensor x, Tensor anchor, bool needs_x) -> (Tensor, Tensor, Tensor)",
-    branch_backward,
-)
+    def of(self, factors: Factors, *rest: Any) -> Any:
+        """The result for `Factors` and what else the operator takes."""
+        with torch.autocast(factors.A.device.type, enabled=False):  # the kernels choose every dtype themselves
+            return self.function(factors, *rest)
+
+    def __call__(self, *inputs: Any) -> Any:
+        needs_operator = torch.compiler.is_compiling() or torch.is_grad_enabled()  # to be differentiated, or refused
+        return self.operator(*inputs) if needs_operator else self.run(*inputs)
 
 
 def _output_shape(*inputs: Any) -> Tensor:
@@ -75,6 +78,22 @@ def _backward_shape(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     needs = all(needs_factors)  # the branch's backward has no such argument: it always computes them
     like_A, like_B = (torch.empty_like(A), torch.empty_like(B)) if needs else (A.new_empty(0), B.new_empty(0))
     return torch.empty_like(x) if needs_x else x.new_empty(0), like_A, like_B
+
+
+_fused = Kernel("fused_linear", "Tensor x, Tensor weight, Tensor? bias) -> Tensor", fused_forward, _output_shape)
+_fused_backward = Kernel(
+    "fused_linear_backward",
+    "Tensor g, Tensor x, Tensor weight, bool needs_x, bool needs_factors) -> (Tensor, Tensor, Tensor)",
+    fused_backward,
+    _backward_shape,
+)
+_branch = Kernel("hadamard_branch", "Tensor x, Tensor anchor) -> Tensor", branch_forward, _output_shape)
+_branch_backward = Kernel(
+    "hadamard_branch_backward",
+    "Tensor g, Tensor x, Tensor anchor, bool needs_x) -> (Tensor, Tensor, Tensor)",
+    branch_backward,
+    _backward_shape,
+)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -105,24 +124,31 @@ def _branch_gradients(ctx: Any, g: Tensor) -> tuple[Any, ...]:
 
 _NO_GRADIENTS = (None,) * (NUM_FIELDS - 2)
 
-for _forward, _backward, _gradients in (
-    (_fused, _fused_backward, _fused_gradients),
-    (_branch, _branch_backward, _branch_gradients),
-):
-    _forward.register_fake(_output_shape)
-    _backward.register_fake(_backward_shape)
-    _forward.register_autograd(_gradients, setup_context=_setup)
+_fused.operator.register_autograd(_fused_gradients, setup_context=_setup)
+_branch.operator.register_autograd(_branch_gradients, setup_context=_setup)
+
+
+class _FusedLinear(torch.autograd.Function):
+    forward = staticmethod(_fused)
+    setup_context = staticmethod(_setup)
+    backward = staticmethod(_fused_gradients)
+
+
+class _HadamardBranch(torch.autograd.Function):
+    forward = staticmethod(_branch)
+    setup_context = staticmethod(_setup)
+    backward = staticmethod(_branch_gradients)
 
 
 def fused(factors: Factors, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x(W + ΔW)ᵀ + b` for x (…, in_features); differentiable in x, A, B and bias, not in W."""
-    y: Tensor = _fused(*_fields(factors), x.reshape(-1, x.shape[-1]), weight, bias)
+    y = _differentiable(_fused, _FusedLinear, factors, x.reshape(-1, x.shape[-1]), weight, bias)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def branch(factors: Factors, x: Tensor, anchor: Tensor) -> Tensor:
     """`x ΔWᵀ` for x (…, in_features), computed in the dtype of x; differentiable in x, A and B, not in M."""
-    y: Tensor = _branch(*_fields(factors), x.reshape(-1, x.shape[-1]), anchor)
+    y = _differentiable(_branch, _HadamardBranch, factors, x.reshape(-1, x.shape[-1]), anchor)
     return y.view(*x.shape[:-1], anchor.shape[0])
 
 
@@ -133,6 +159,18 @@ def branch_gradients(
     flat_g, flat_x = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
     grad_x, grad_A, grad_B = _branch_backward(*_fields(factors), flat_g, flat_x, anchor, needs_x)
     return grad_x.view(x.shape) if needs_x else None, grad_A, grad_B
+
+
+def _differentiable(
+    kernel: Kernel, function: type[torch.autograd.Function], factors: Factors, *rest: Tensor | None
+) -> Tensor:
+    if torch.compiler.is_compiling():
+        y: Tensor = kernel.operator(*_fields(factors), *rest)
+    elif torch.is_grad_enabled():
+        y = function.apply(*_fields(factors), *rest)
+    else:
+        y = kernel.of(factors, *rest)
+    return y
 
 
 def is_transformed(*tensors: Tensor) -> bool:

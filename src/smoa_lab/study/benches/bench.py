@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, set_seed
 
 from smoa.errors import ConfigError
 from smoa_lab.basics.extras import require
@@ -92,6 +92,7 @@ class Bench(ABC):
 
     def untouched(self, config: RunConfig, part: Part) -> dict[str, Any]:
         """Scores without any training, for comparison: majority class, and loss elsewhere."""
+        set_seed(0)  # draws a head that is not trained
         return {"config": self.stored_config(config), "parameters": 0, **self._scores(None, config, part)}
 
     @cached_property

@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from smoa.maths.analysis import update_size
-from smoa_lab.runs.layer_updates import adapted_layers, weight_and_update
+from smoa_lab.runs.layer_updates import adapted_layers, weights_and_updates
 
 LAYERS = 18
 """So many layers are decomposed, spread evenly over the model: three SVDs each."""
@@ -36,8 +36,9 @@ def weight_changes(model: nn.Module, base: nn.Module) -> dict[str, Any] | None:
 
 
 def _adapted(model: PeftModel) -> Iterator[tuple[str, Tensor, Tensor]]:
-    for path, layer in _spread(list(adapted_layers(model.get_base_model()))):
-        yield path, *weight_and_update(layer, model.active_adapter)
+    layers = adapted_layers(model.get_base_model())
+    for path, layer in _spread([(path, one) for path, one in layers if hasattr(one.get_base_layer(), "weight")]):
+        yield from weights_and_updates(path, layer, model.active_adapter)
 
 
 def _linear(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:

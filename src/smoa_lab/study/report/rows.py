@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from smoa.errors import DataError
-from smoa_lab.study.comparison import Tuned, stored, stored_search
+from smoa_lab.study.comparison import stored, stored_search
+from smoa_lab.study.plan import Tuned
 from smoa_lab.study.report.statistics import (
     Difference,
     Interval,

@@ -12,6 +12,8 @@ from smoa import ConfigError, SmoaConfig
 
 WRONG: dict[str, list[Any]] = {
     "target_modules": [3, {"a": 1}, [1], "(", True],
+    "target_parameters": ["experts.down_proj", [1], {"a": 1}],
+    "expert_partition": ["own", None, True],
     "exclude_modules": [3, [None], "["],
     "modules_to_save": ["head", 1, [2]],
     "layers_to_transform": ["x", -1, [-1], 1.5, True],

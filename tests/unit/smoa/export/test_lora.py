@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from smoa import ConfigError, SmoaConfig
 from smoa.export.lora import BlockSpectra, RankRule, UpdateSpectra, convert_to_lora
+from smoa.layers.layer import SmoaLayer
 from tests.support import tiny_models
 from tests.support.layers import adapted_layer, base_layer, oracle_delta, smoa_layers
 from tests.support.tiny_models import logits
@@ -29,18 +30,23 @@ def deltas(model: PeftModel) -> dict[str, Tensor]:
     return {name: layer.delta("default").detach() for name, layer in smoa_layers(model).items()}
 
 
+def spectrum_of(layer: SmoaLayer) -> BlockSpectra:
+    [(_, weight, update)] = layer.parts("default")
+    return BlockSpectra.of(update, weight)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_singular_values_of_the_blocks_are_those_of_the_whole(shape: tuple[int, int, int]) -> None:
     out_features, in_features, num_blocks = shape
     layer = adapted_layer(base_layer(out_features, in_features), r=2 * num_blocks, num_blocks=num_blocks, alpha=3.0)
     expected = torch.linalg.svdvals(oracle_delta(layer))
-    assert_close(BlockSpectra.of(layer, "default").values, expected[: min(out_features, in_features)])
+    assert_close(spectrum_of(layer).values, expected[: min(out_features, in_features)])
 
 
 @pytest.mark.parametrize("rank", [1, 3, 6])
 def test_a_cut_is_the_best_approximation_of_its_rank(rank: int) -> None:
     layer = adapted_layer(base_layer(17, 10), r=8, num_blocks=4)
-    spectrum = BlockSpectra.of(layer, "default")
+    spectrum = spectrum_of(layer)
     A, B = spectrum.factors(rank, rank)
     U, S, Vh = torch.linalg.svd(oracle_delta(layer))
     assert_close(B @ A, U[:, :rank] * S[:rank] @ Vh[:rank])
@@ -51,7 +57,7 @@ def test_a_cut_is_the_best_approximation_of_its_rank(rank: int) -> None:
 
 def test_blockwise_the_same_cut_takes_a_share_of_the_numbers() -> None:
     layer = adapted_layer(base_layer(16, 12), r=8, num_blocks=4)
-    assert BlockSpectra.of(layer, "default").blockwise_parameters(5) == 5 * (16 + 12) // 4
+    assert spectrum_of(layer).blockwise_parameters(5) == 5 * (16 + 12) // 4
 
 
 def test_a_rank_is_chosen_by_number_energy_or_error() -> None:

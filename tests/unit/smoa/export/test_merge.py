@@ -89,6 +89,24 @@ def test_the_merged_model_gives_the_adapters_outputs(family: str, base: Path, ad
     assert model.state_dict().keys() == tiny_models.build(family).state_dict().keys()
 
 
+def test_an_embedding_is_merged_from_the_files_alone(base: Path, adapter: Path, output: Path) -> None:
+    adapted = saved(base, adapter, target_modules=["embed_tokens", "q_proj"])
+    export = merge_and_save(adapter, output)
+    assert export.streamed
+    assert export.loss.by_layer["model.embed_tokens"] < 1e-6
+    assert_close(logits(merged_model(output)), logits(adapted))
+
+
+def test_an_embedding_that_is_tied_to_the_head_gets_a_weight_of_its_own(
+    base: Path, adapter: Path, output: Path
+) -> None:
+    adapted = saved(base, adapter, "gemma3", target_modules=["embed_tokens", "q_proj"])
+    assert not merge_and_save(adapter, output).streamed
+    model = merged_model(output)
+    assert not model.config.tie_word_embeddings
+    assert_close(logits(model, "gemma3"), logits(adapted, "gemma3"))
+
+
 def test_a_classification_head_that_was_trained_besides_is_merged(base: Path, adapter: Path, output: Path) -> None:
     adapted = saved(base, adapter, "bert")
     # As from a hub: a checkpoint of the bare encoder, without prefix and without a head.

@@ -55,10 +55,10 @@ def test_every_adapted_weight_is_merged_from_the_files_alone(tmp_path: Path) -> 
     assert plan is not None
     assert plan.replaced == {}
     assert len(plan.weights) == 4
-    for key, module in plan.weights.items():
-        layer = adapted.base_model.model.get_submodule(module)
+    for key, target in plan.weights.items():
+        layer = adapted.base_model.model.get_submodule(target.name)
         expected = layer.get_base_layer().weight + layer.get_delta_weight("default")
-        assert torch.allclose(adapter.merged(module, checkpoint.read(key), transposed=False), expected, atol=1e-6)
+        assert torch.allclose(adapter.merged(target, checkpoint.read(key)), expected, atol=1e-6)
 
 
 def test_a_weight_that_the_checkpoint_lacks_takes_a_loaded_model(tmp_path: Path) -> None:

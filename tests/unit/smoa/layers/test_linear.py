@@ -29,6 +29,8 @@ from tests.support.layers import (
 )
 from tests.support.tolerance import TOLERANCE, assert_close
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 MODULATIONS = ["hadamard", "none"]
 
 

@@ -18,11 +18,13 @@ from smoa_lab.runs.budget_choices import (
     empty_model,
     lora_parameters,
     model_shapes,
+    parameters,
     shapes_of,
 )
 from tests import reference
 from tests.support import lab
 from tests.support.layers import smoa_layers
+from tests.support.tiny_mixtures import EXPERTS, build_mixture
 from tests.support.tiny_models import build
 
 
@@ -40,7 +42,7 @@ def test_a_model_whose_shapes_cannot_be_had_is_refused(tmp_path: Path) -> None:
     LlamaConfig(
         hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=8
     ).save_pretrained(tmp_path)
-    with pytest.raises(DataError, match="no linear layers named nowhere"):
+    with pytest.raises(DataError, match="no layers named nowhere"):
         model_shapes(str(tmp_path), ("nowhere",))
     assert model_shapes(str(tmp_path), ("q_proj",))[0] == Counter({(8, 8): 1})
 
@@ -101,6 +103,14 @@ def test_r_is_a_multiple_of_the_number_of_blocks() -> None:
         budget_choice(odd, 1000, "13")
 
 
+def test_an_embedding_is_counted_if_it_is_named() -> None:
+    empty = build("llama")
+    counted = shapes_of(empty, ("embed_tokens", "q_proj"), "llama")
+    config = SmoaConfig(r=6, num_blocks=3, target_modules=["embed_tokens", "q_proj"])
+    adapted = get_peft_model(build("llama"), config)
+    assert counted == Counter((layer.out_features, layer.in_features) for layer in smoa_layers(adapted).values())
+
+
 def test_all_linear_means_the_layers_of_gpt2_too() -> None:
     empty = build("gpt2").to("meta")
     assert shapes_of(empty, ("all-linear",), "gpt2") == Counter({(72, 24): 2, (24, 24): 2, (96, 24): 2, (24, 96): 2})
@@ -108,3 +118,12 @@ def test_all_linear_means_the_layers_of_gpt2_too() -> None:
 
 def test_a_model_without_weights_has_only_its_layers(tmp_path: Path) -> None:
     assert all(parameter.is_meta for parameter in empty_model(str(lab.tiny_base(tmp_path))).parameters())
+
+
+def test_experts_are_counted_matrix_by_matrix_if_their_parameters_are_named() -> None:
+    model = build_mixture("qwen3_moe")
+    shapes = shapes_of(model, ("q_proj", *EXPERTS), "tiny")
+    assert shapes == Counter({(16, 24): 10, (24, 16): 5, (24, 24): 1})
+    config = SmoaConfig(r=6, num_blocks=2, target_modules=["q_proj"], target_parameters=EXPERTS)
+    trained = sum(p.numel() for p in get_peft_model(model, config).parameters() if p.requires_grad)
+    assert parameters(shapes, 6, 2) == trained

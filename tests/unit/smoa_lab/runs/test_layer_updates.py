@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 
 from smoa import SmoaConfig
-from smoa_lab.runs.layer_updates import adapted_layers, weight_and_update
+from smoa_lab.runs.layer_updates import adapted_layers, weights_and_updates
 from tests.support import tiny_models
 
 OPTIONS = {"r": 3, "target_modules": ["q_proj"]}
@@ -34,7 +34,8 @@ def test_weight_and_update_add_up_to_the_merged_weight(config: PeftConfig) -> No
     layers = list(adapted_layers(model.base_model.model))
     assert layers
     for path, layer in layers:
-        weight, update = weight_and_update(layer, "default")
+        [(name, weight, update)] = weights_and_updates(path, layer, "default")
+        assert name == path
         assert torch.equal(weight, layer.get_base_layer().weight)
         assert update.norm() > 0
         torch.testing.assert_close(weight + update, merged[path].weight)

@@ -1,14 +1,20 @@
 from __future__ import annotations
 
+import math
+import time
+from pathlib import Path
+from threading import Thread, current_thread
 from typing import Any
 
 import pytest
 
 from smoa.errors import ConfigError
 from smoa_lab.config.run_config import RunConfig
-from smoa_lab.study.comparison import Comparison, stored_search, validation_loss
+from smoa_lab.study.benches.bench import Bench
+from smoa_lab.study.comparison import Comparison, stored_search
+from smoa_lab.study.entry import Entry
 from smoa_lab.study.study_file import Study
-from smoa_lab.study.trials import Trial
+from smoa_lab.study.trials import Trial, TrialStore
 from tests.support import lab
 from tests.support.studies import finish
 
@@ -49,7 +55,27 @@ def test_before_the_first_run_there_is_no_search(study: Study) -> None:
     assert not found.interior
 
 
-def test_a_run_with_one_question_without_a_loss_has_diverged() -> None:
-    scores = {"all": {"gold_loss": 1.5}}
-    assert validation_loss({"questions": {"nll": [1.0, 2.0]}, "scores": scores}) == 1.5
-    assert validation_loss({"questions": {"nll": [1.0, None]}, "scores": scores}) is None
+def test_two_drivers_share_a_study_and_run_no_job_twice(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[tuple[str, str]] = []
+
+    def result(name: str, config: RunConfig) -> dict[str, Any]:
+        ran.append((current_thread().name, name))
+        time.sleep(0.02)
+        loss = abs(math.log10(config.training.get("learning_rate", 1) / 0.1))
+        scores = {"all": {"gold_loss": loss, "accuracy": 0.5}}
+        return {"config": config.model_dump(mode="json"), "questions": {"nll": [loss]}, "scores": scores}
+
+    def run(self: Bench, entry: Entry, rate: float, seed: int, part: str, work: Path) -> dict[str, Any]:
+        return result(work.relative_to(study.folder / "work").as_posix(), self.config(entry, rate, seed))
+
+    monkeypatch.setattr(Bench, "check_needs", lambda self, entry: None)
+    monkeypatch.setattr(Bench, "untouched", lambda self, config, part: result("untouched", config))
+    monkeypatch.setattr(Bench, "run", run)
+    drivers = [Thread(target=Comparison(study).run, name=name) for name in "ab"]
+    for driver in drivers:
+        driver.start()
+    for driver in drivers:
+        driver.join()
+    assert sorted(name for _, name in ran) == TrialStore(study.folder).names()
+    assert {driver for driver, _ in ran} == {"a", "b"}
+    assert sum(name.startswith("final/") for _, name in ran) == len(study.entries) * len(study.seeds)

@@ -2,7 +2,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 from pathlib import Path
+from threading import Event, Thread
+from typing import Any
 
 import pytest
 
@@ -38,3 +42,37 @@ def test_a_trial_from_before_samples_were_written_is_the_same(tmp_path: Path) ->
     store.file(name).parent.mkdir(parents=True)
     store.file(name).write_text(json.dumps({"config": config}))
     assert store.get(name, {**config, "task": {"max_length": 96, "samples": 3}}, pytest.fail)["config"] == config
+
+
+def test_a_trial_that_another_process_runs_is_waited_for(tmp_path: Path) -> None:
+    store, name = TrialStore(tmp_path), "final/ours/x"
+    began, may_end = Event(), Event()
+
+    def slow(work: Path) -> dict[str, Any]:
+        began.set()
+        assert may_end.wait(60)
+        return {"config": {"training": {}}}
+
+    assert not store.is_running(name)
+    other = Thread(target=store.get, args=(name, {"training": {}}, slow))
+    other.start()
+    assert began.wait(60)
+    assert store.is_running(name)
+    may_end.set()
+    assert store.get(name, {"training": {}}, pytest.fail) == store.find(name)
+    other.join()
+    assert not store.is_running(name)
+    assert not list(tmp_path.glob("work/locks/*"))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_trial_whose_process_died_is_free(tmp_path: Path) -> None:
+    store, name = TrialStore(tmp_path), "final/ours/x"
+    process = os.fork()
+    if process == 0:
+        store.get(name, {"training": {}}, lambda work: os.kill(os.getpid(), signal.SIGKILL) or {})
+    os.waitpid(process, 0)
+    assert list(tmp_path.glob("work/locks/*"))
+    assert not store.is_running(name)
+    result = {"config": {"training": {}}}
+    assert store.get(name, {"training": {}}, lambda work: result)["name"] == name

@@ -1,16 +1,25 @@
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
+from operator import itemgetter
+
 import pytest
 
-from smoa_lab.study.tuning import best_index, first_index, is_interior, nearest_index, next_index, rate, sweep_indices
+from smoa_lab.study.tuning import best_index, first_index, is_interior, nearest_index, next_indices, rate, sweep_indices
 
 
 def search(
-    losses: dict[int, float | None], start: int, max_runs: int = 6, refine: bool = False
+    losses: dict[int, float | None],
+    start: int,
+    max_runs: int = 6,
+    refine: bool = False,
+    pick: Callable[[list[int]], int] = itemgetter(0),
 ) -> dict[int, float | None]:
-    """Every index that the walk visits, with the loss it finds there."""
+    """Every index that the walk visits, with the loss it finds there; ``pick`` says which of those needed is next."""
     found: dict[int, float | None] = {}
-    while (index := next_index(start, found, max_runs, refine)) is not None:
+    while indices := next_indices(start, found, max_runs, refine):
+        index = pick(indices)
         found[index] = losses.get(index, 9.0)
     return found
 
@@ -64,3 +73,12 @@ def test_a_finer_search_spends_two_runs_beyond_the_limit() -> None:
 def test_a_sweep_takes_quarter_or_half_decades() -> None:
     assert [rate(index) for index in sweep_indices(1e-3, 1e-2)] == [1e-3, 2e-3, 3e-3, 6e-3, 1e-2]
     assert [rate(index) for index in sweep_indices(1e-3, 3e-2, 2)] == [1e-3, 3e-3, 1e-2, 3e-2]
+
+
+@pytest.mark.parametrize("best", range(-16, 2))
+@pytest.mark.parametrize("max_runs", [3, 5, 8])
+def test_a_search_visits_the_same_rates_in_whatever_order_results_come(best: int, max_runs: int) -> None:
+    losses: dict[int, float | None] = {index: abs(index - best - 0.1) for index in range(-18, 6)}
+    wanted = search(losses, -8, max_runs, refine=True)
+    for seed in range(5):
+        assert search(losses, -8, max_runs, True, random.Random(seed).choice) == wanted

@@ -12,6 +12,8 @@ from tests import reference
 from tests.support.gradients import inputs, layer_13_to_11
 from tests.support.layers import ROUTES, Route, adapted_layer, base_layer, clone_leaf, factors, ranks
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 MODULATIONS = ["hadamard", "none"]
 
 
@@ -19,12 +21,13 @@ MODULATIONS = ["hadamard", "none"]
 def test_operators_obey_the_rules_of_pytorchs_checker(dtype: torch.dtype) -> None:
     weight = torch.randn(11, 13, dtype=dtype)
     partition = make_partition(weight, 3)
-    A, B = torch.randn(6, 5, requires_grad=True), torch.randn(4, 6, requires_grad=True)
-    x = torch.randn(5, 13, dtype=dtype, requires_grad=True)
+    A, B, x, g = torch.randn(6, 5), torch.randn(4, 6), torch.randn(5, 13, dtype=dtype), torch.randn(5, 11, dtype=dtype)
     fields = operators._fields(Factors(A, B, (2, 2, 2), 1.5, torch.ones(6), partition))
     torch.library.opcheck(torch.ops.smoa.hadamard_branch.default, (*fields, x, weight))
+    torch.library.opcheck(torch.ops.smoa.hadamard_branch_backward.default, (*fields, g, x, weight, True))
     if dtype == torch.float32:
         torch.library.opcheck(torch.ops.smoa.fused_linear.default, (*fields, x, weight, torch.randn(11)))
+        torch.library.opcheck(torch.ops.smoa.fused_linear_backward.default, (*fields, g, x, weight, True, False))
 
 
 @pytest.mark.parametrize("modulation", MODULATIONS)

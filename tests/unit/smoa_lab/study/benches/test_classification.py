@@ -79,6 +79,12 @@ def test_training_lowers_the_loss_of_what_was_trained_on(shared: dict[str, Any],
     assert all(one.right for one in after)
 
 
+def test_the_untouched_model_has_the_same_head_whatever_was_run_before(shared: dict[str, Any]) -> None:
+    first = untouched(shared)
+    torch.rand(7)
+    assert untouched(shared) == first
+
+
 def test_the_same_seed_gives_the_same_run(shared: dict[str, Any], tmp_path: Path) -> None:
     bench = ClassificationBench(shared)
     runs = [bench.run(entry(), 0.01, seed, "test", tmp_path / str(seed)) for seed in (3, 3, 4)]

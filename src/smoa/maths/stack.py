@@ -1,0 +1,161 @@
+r"""The updates of a stack of matrices of one shape, such as the experts of a mixture:
+
+    ΔW_g[I_gk, J_gk] = s_gk·(B_gk A_gk) ⊙ W_g[I_gk, J_gk],   g = 0 … G−1   (arXiv:2605.21147)
+
+Every matrix is one of its own: `Stack.update(g)` is its `Update`. The matrices share K, the ranks and α/r. A product
+concerns only the matrices that some row of x belongs to. Their diagonal blocks are formed one matrix after the other,
+and formed again for the backward, so that only x and the factors are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from smoa.maths.blocks import Blocks, Orders
+from smoa.maths.factors import Factors
+from smoa.maths.kernels.batched import batched_backward, batched_forward
+from smoa.maths.modulations import MODULATIONS, Modulation
+from smoa.maths.update import Update
+
+
+class Run(NamedTuple):
+    """Neighboring rows of x that belong to one expert."""
+
+    expert: int
+    rows: slice
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """The updates of G = E·H matrices: H of each of E experts, the matrix h of expert e being number e·H + h.
+
+    Args:
+        A: (r, ⌈n/K⌉) of each matrix.
+        B: (⌈m/K⌉, r) of each matrix.
+        ranks: r_k of every block, the same in each matrix.
+        scaling: α/r.
+        rank_scale: The part of the scale that comes from the weights, (G, r) float32.
+        blocks: Blocks of each matrix or, if fewer, of each h: the same for all experts.
+        modulation: How the anchors are made.
+    """
+
+    A: Sequence[Tensor]
+    B: Sequence[Tensor]
+    ranks: tuple[int, ...]
+    scaling: float
+    rank_scale: Tensor
+    blocks: Sequence[Blocks]
+    modulation: Modulation = MODULATIONS["hadamard"]
+
+    def update(self, number: int) -> Update:
+        """ΔW of one matrix."""
+        blocks = self.blocks[number % len(self.blocks)]
+        rank_scale = self.rank_scale[number]
+        factors = Factors(self.A[number], self.B[number], self.ranks, self.scaling, rank_scale, blocks)
+        return Update(factors, self.modulation)
+
+    def apply(self, x: Tensor, matrices: Tensor, runs: Sequence[Run]) -> Tensor:
+        """`x ΔWᵀ` with the matrices of each row's expert: (rows, H, out_features), zero for rows outside all runs.
+
+        Differentiable in x and the factors. For the backward it keeps them, and no block of W or ΔW.
+
+        Args:
+            x: (rows, in_features).
+            matrices: Pristine W of all experts, (E, H, out_features, in_features).
+            runs: The rows of each expert.
+        """
+        halves = matrices.shape[1]
+        if not self.modulation.anchors:  # autograd keeps no more than the products of x with A
+            return _apply(self, x, matrices, runs)
+        numbers = [run.expert * halves + half for run in runs for half in range(halves)]
+        factors = [part for number in numbers for part in (self.A[number], self.B[number])]
+        updates = [self.update(number) for number in numbers]
+        output: Tensor = _StackBranch.apply(x, matrices, updates, runs, *factors)  # type: ignore[no-untyped-call]
+        return output
+
+
+def stacked_blocks(row_labels: Tensor, col_labels: Tensor, num_blocks: int) -> list[Blocks]:
+    """Blocks of each of P matrices; their orders are int32, because there may be many matrices.
+
+    Args:
+        row_labels: uint8 (P, out_features).
+        col_labels: uint8 (P, in_features).
+        num_blocks: K.
+    """
+    orders = [order.int().unbind() for order in Orders.of(row_labels, col_labels)]
+    ascending = [(side[:, 1:] >= side[:, :-1]).all(dim=1) for side in (row_labels, col_labels)]
+    contiguous = (ascending[0] & ascending[1]).tolist()
+    rows = zip(row_labels.unbind(), col_labels.unbind(), zip(*orders, strict=True), contiguous, strict=True)
+    return [Blocks(row, col, num_blocks, Orders(*order), flag) for row, col, order, flag in rows]
+
+
+def _apply(stack: Stack, x: Tensor, matrices: Tensor, runs: Sequence[Run]) -> Tensor:
+    halves = matrices.shape[1]
+    output = x.new_zeros(len(x), halves, matrices.shape[2])
+    for expert, rows in runs:
+        for half in range(halves):
+            output[rows, half] = stack.update(expert * halves + half).apply(x[rows], matrices[expert, half])
+    return output
+
+
+class _StackBranch(torch.autograd.Function):
+    """`x ΔWᵀ` of the matrices in `runs`, whose factors follow as (A, B) of one matrix after the other.
+
+    A Function and not a custom operator, because an operator's schema has no list of updates.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, matrices: Tensor, updates: list[Update], runs: list[Run], *factors: Tensor) -> Any:
+        ctx.save_for_backward(x, matrices, *factors)
+        ctx.updates, ctx.runs = [_without_factors(update) for update in updates], runs
+        halves = matrices.shape[1]
+        output = _empty_or_zero(x, runs, halves, matrices.shape[2])
+        for i, (expert, rows) in enumerate(runs):
+            for half in range(halves):
+                factors_of, anchor = _parts(updates[i * halves + half], matrices[expert, half])
+                output[rows, half] = batched_forward(factors_of, x[rows], anchor)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        x, matrices, *factors = ctx.saved_tensors
+        needs_x, halves = ctx.needs_input_grad[0], matrices.shape[1]
+        grad_x = _empty_or_zero(x, ctx.runs, x.shape[1]) if needs_x else None
+        of_factors: list[Tensor] = []
+        for i, (expert, rows) in enumerate(ctx.runs):
+            for half in range(halves):
+                number = i * halves + half
+                update = _with_factors(ctx.updates[number], *factors[2 * number : 2 * number + 2])
+                factors_of, anchor = _parts(update, matrices[expert, half])
+                part, *grads = batched_backward(factors_of, g[rows, half], x[rows], anchor, needs_x)
+                of_factors += grads
+                if grad_x is not None:
+                    grad_x[rows] = part if half == 0 else part.add_(grad_x[rows])
+        return grad_x, None, None, None, *of_factors
+
+
+def _empty_or_zero(x: Tensor, runs: Sequence[Run], *shape: int) -> Tensor:
+    """Room for the rows of x: zero, unless the runs fill all of it."""
+    filled = sum(rows.stop - rows.start for _, rows in runs) == len(x)
+    return x.new_empty(len(x), *shape) if filled else x.new_zeros(len(x), *shape)
+
+
+def _parts(update: Update, matrix: Tensor) -> tuple[Factors, Tensor]:
+    anchor = update.anchor(matrix)
+    assert anchor is not None, "without an anchor, autograd computes the gradients"
+    return update.factors, anchor
+
+
+def _without_factors(update: Update) -> Update:
+    """The update without its factors, which autograd keeps."""
+    return _with_factors(update, None, None)  # type: ignore[arg-type]
+
+
+def _with_factors(update: Update, A: Tensor, B: Tensor) -> Update:
+    return replace(update, factors=replace(update.factors, A=A, B=B))

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers.integrations import moe
+
+from smoa.errors import UnsupportedModuleError
+from smoa.layers.experts.layout import Layout
+from smoa.layers.experts.stand_in import StandIn
+from smoa.maths.stack import Run
+from tests.support.tolerance import assert_close
+
+E, M, N = 3, 4, 8
+PICKED = torch.tensor([2, 0, 2, 2, 0])
+
+
+def stand_in(transposed: bool = False) -> tuple[Any, Tensor]:
+    """A parameter W's stand-in that adds what an update D of the same shape does, and W + D as it is stored."""
+    weight = nn.Parameter(torch.randn(E, N, M) if transposed else torch.randn(E, M, N))
+    update = torch.randn_like(weight)
+    layout = Layout(E, 1, M, N, transposed)
+
+    def branch(x: Tensor, runs: list[Run]) -> Tensor:
+        added = x.new_zeros(len(x), M)
+        for expert, rows in runs:
+            part = update[expert] if transposed else update[expert].T
+            added[rows] = x[rows] @ part
+        return added
+
+    return StandIn("down_proj", lambda: weight, layout, branch), (weight + update).detach()
+
+
+PRODUCTS: dict[str, tuple[bool, Callable[[Any], Tensor]]] = {
+    "linear of one expert": (False, lambda W: linear(torch.ones(2, 5, N), W[PICKED[0]])),
+    "linear with a bias": (False, lambda W: linear(torch.ones(5, N), W[1], torch.ones(M))),
+    "@ of one expert": (True, lambda W: torch.ones(5, N) @ W[torch.tensor(1)]),
+    "@ of one expert's transpose": (False, lambda W: torch.ones(5, N) @ W[1].T),
+    "matmul": (True, lambda W: torch.matmul(torch.ones(5, N), W[1])),
+    "one matrix for each row": (False, lambda W: torch.bmm(W[PICKED], torch.arange(5.0 * N).view(5, N, 1))),
+    "one transposed for each row": (True, lambda W: torch.bmm(torch.arange(5.0 * N).view(5, 1, N), W[PICKED])),
+    "a batch for each expert": (True, lambda W: torch.bmm(torch.arange(E * 2.0 * N).view(E, 2, N), W)),
+    "grouped": (
+        False,
+        lambda W: moe._grouped_linear(torch.arange(5.0 * N).view(5, N), W, torch.tensor([2, 2, 5]).int()),
+    ),
+    "grouped, transposed": (
+        True,
+        lambda W: moe._grouped_linear(
+            torch.arange(5.0 * N).view(5, N), W, torch.tensor([2, 2, 5]).int(), is_transposed=True
+        ),
+    ),
+    "grouped by transformers' fallback": (
+        True,
+        lambda W: torch.ops.transformers.grouped_mm_fallback(torch.ones(5, N), W, offs=torch.tensor([2, 2, 5])),
+    ),
+}
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_a_product_is_that_with_the_changed_weight(product: str) -> None:
+    transposed, function = PRODUCTS[product]
+    own, effective = stand_in(transposed)
+    assert_close(function(own), function(effective))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda W: torch.ones(5, M) @ W[1],  # it is (out, in)
+        lambda W: linear(W[1], torch.ones(3, N)),
+        lambda W: torch.einsum("si,eoi->seo", torch.ones(5, N), W),
+        lambda W: torch.bmm(torch.ones(E, 2, M), W),
+        lambda W: torch.bmm(W[PICKED[:2]], torch.ones(2, N, 3)),
+        lambda W: W.view(-1),
+        lambda W: W.transpose(0, 1),
+        lambda W: W[1][2],
+        lambda W: W + 1,
+    ],
+)
+def test_whatever_else_is_done_with_the_parameter_is_refused(function: Callable[[Any], Any]) -> None:
+    own, _ = stand_in()
+    with pytest.raises((UnsupportedModuleError, TypeError), match=r"down_proj: SMoA can't follow|unsupported operand"):
+        function(own)
+
+
+def test_it_looks_like_the_parameter() -> None:
+    own, effective = stand_in()
+    assert (own.shape, own.dtype, own.device, own.ndim) == (effective.shape, torch.float32, effective.device, 3)
+    assert own.transpose(-2, -1).shape == own.mT.shape == (E, N, M)
+    assert not hasattr(own, "__cuda_array_interface__")

@@ -1,0 +1,205 @@
+"""What layers of every kind have in common: merging, several adapters, mixed batches, dropout, saved files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from smoa import MergeError, SmoaConfig
+from smoa.files.names import required_parts
+from smoa.layers.layer import SmoaLayer
+from smoa.tuner.hotswap import hotswap_adapter
+from tests import reference
+from tests.support.decompositions import NoDecomposition
+from tests.support.kinds import KINDS, input_of, kind_of_layer, oracle_of
+from tests.support.layers import Wrapper, adapted_layer, base_weight, labels, randomise
+from tests.support.tolerance import assert_close
+
+SETTINGS = {"r": 7, "num_blocks": 3, "alpha": 4.0, "target_modules": ["layer"]}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def two_adapters(kind: str, dtype: torch.dtype = torch.float64) -> tuple[PeftModel, SmoaLayer]:
+    model = get_peft_model(Wrapper(kind_of_layer(kind, dtype)), SmoaConfig(**SETTINGS), "one")
+    model.add_adapter("two", SmoaConfig(**SETTINGS | {"r": 5, "num_blocks": 2}))
+    layer = model.base_model.model.layer
+    for name in ("one", "two"):
+        randomise(layer, name)
+    return model.eval(), layer
+
+
+@every_kind
+def test_labels_are_those_of_the_matrix(kind: str) -> None:
+    layer = adapted_layer(kind_of_layer(kind), r=6, num_blocks=3)
+    assert labels(layer) == reference.spectral_labels(base_weight(layer), 3)
+
+
+@every_kind
+def test_a_new_adapter_changes_nothing(kind: str) -> None:
+    base, x = kind_of_layer(kind), input_of(kind)
+    before = base(x)
+    assert_close(adapted_layer(base, trained=False)(x), before)
+
+
+@every_kind
+def test_the_merged_weight_is_the_oracles_and_unmerging_restores_every_bit(kind: str) -> None:
+    model, layer = two_adapters(kind)
+    weight, x = layer.get_base_layer().weight, input_of(kind)
+    before, expected = weight.clone(), oracle_of(layer, x, "one", "two")
+    model.merge_adapter(["one", "two"], safe_merge=True)
+    assert_close(layer.get_base_layer()(x), expected)
+    model.unmerge_adapter()
+    assert torch.equal(weight, before)
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_merged_rounded_once_and_restored(kind: str, dtype: torch.dtype) -> None:
+    model, layer = two_adapters(kind, dtype)
+    before, x = layer.get_base_layer().weight.clone(), input_of(kind, dtype)
+    assert_close(model(x), oracle_of(layer, x, "one"))
+    model.merge_adapter()
+    assert_close(layer.get_base_layer()(x), oracle_of_merged(layer, before, x))
+    model.unmerge_adapter()
+    assert torch.equal(layer.get_base_layer().weight, before)
+
+
+def oracle_of_merged(layer: SmoaLayer, before: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    merged = layer.get_base_layer().weight.clone()
+    layer.get_base_layer().weight.data.copy_(before)
+    expected = oracle_of(layer, x, "one")
+    layer.get_base_layer().weight.data.copy_(merged)
+    return expected
+
+
+@every_kind
+def test_a_broken_adapter_is_refused_under_safe_merge(kind: str) -> None:
+    model, layer = two_adapters(kind)
+    before = layer.get_base_layer().weight.clone()
+    layer.smoa_A["one"].weight.data.fill_(float("nan"))
+    with pytest.raises(MergeError, match="layer: NaNs detected"):
+        model.merge_adapter(safe_merge=True)
+    assert torch.equal(layer.get_base_layer().weight, before)
+
+
+@every_kind
+def test_each_sample_of_a_mixed_batch_gets_its_adapter(kind: str) -> None:
+    model, layer = two_adapters(kind)
+    x = input_of(kind)
+    mixed = model(torch.cat([x, x]), adapter_names=["one", "two", "__base__", "one"])
+    model.set_adapter("one")
+    assert_close(mixed[[0, 3]], layer(x))
+    assert_close(mixed[1], oracle_of(layer, x[1:], "two")[0])
+    assert_close(mixed[2], layer.get_base_layer()(x[:1])[0])
+
+
+@every_kind
+def test_active_adapters_add_up_and_disabled_ones_do_nothing(kind: str) -> None:
+    model, layer = two_adapters(kind)
+    x = input_of(kind)
+    model.base_model.set_adapter(["one", "two"])
+    assert_close(layer(x), oracle_of(layer, x, "one", "two"))
+    with model.disable_adapter():
+        assert torch.equal(layer(x), layer.get_base_layer()(x))
+
+
+@every_kind
+def test_dropout_acts_in_training_only(kind: str) -> None:
+    layer = adapted_layer(kind_of_layer(kind), smoa_dropout=0.5, r=7, num_blocks=3)
+    x = input_of(kind)
+    torch.manual_seed(1)
+    trained = layer.train()(x)
+    assert not torch.allclose(trained, layer.eval()(x))
+    assert_close(layer(x), oracle_of(layer, x))
+
+
+@every_kind
+def test_a_saved_adapter_loads_to_the_same_output_without_a_decomposition(kind: str, tmp_path: Path) -> None:
+    base = kind_of_layer(kind, torch.float32)
+    model = get_peft_model(Wrapper(base), SmoaConfig(**SETTINGS))
+    randomise(model.base_model.model.layer)
+    x = input_of(kind, torch.float32)
+    expected = model(x)
+    model.save_pretrained(tmp_path)
+    fresh = kind_of_layer(kind, torch.float32)
+    fresh.load_state_dict(base.state_dict())
+    with NoDecomposition():
+        loaded = PeftModel.from_pretrained(Wrapper(fresh), tmp_path)
+    assert torch.equal(loaded(x), expected)
+    assert len(loaded.base_model.model.layer.state_dict()) == len(required_parts(SmoaConfig(), "layer")) + len(
+        base.state_dict()
+    )
+
+
+@every_kind
+def test_autocast_stays_close_to_the_oracle(kind: str) -> None:
+    layer = adapted_layer(kind_of_layer(kind, torch.float32), r=7, num_blocks=3)
+    x = input_of(kind, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert_close(y, oracle_of(layer, x), dtype=torch.bfloat16)
+
+
+@every_kind
+def test_a_weighted_sum_of_adapters_is_the_sum_of_their_updates(kind: str) -> None:
+    model = get_peft_model(Wrapper(kind_of_layer(kind)), SmoaConfig(**SETTINGS | {"r": 6}), "one")
+    model.add_adapter("two", SmoaConfig(**SETTINGS | {"r": 6}))
+    layer = model.base_model.model.layer
+    for name in ("one", "two"):
+        randomise(layer, name)
+    model.base_model.add_weighted_adapter(["one", "two"], [0.5, -2.0], "sum")
+    assert_close(layer.delta("sum"), 0.5 * layer.delta("one") - 2 * layer.delta("two"), dtype=torch.float32)
+
+
+@every_kind
+def test_a_saved_adapter_is_swapped_in(kind: str, tmp_path: Path) -> None:
+    model, other = (get_peft_model(Wrapper(kind_of_layer(kind)), SmoaConfig(**SETTINGS)) for _ in range(2))
+    other.base_model.model.layer.base_layer.load_state_dict(model.base_model.model.layer.base_layer.state_dict())
+    randomise(other.base_model.model.layer)
+    other.save_pretrained(tmp_path)
+    hotswap_adapter(model, tmp_path)
+    x = input_of(kind)
+    assert torch.equal(model(x), other(x))
+
+
+@every_kind
+def test_the_number_of_blocks_is_chosen_from_the_spectrum(kind: str) -> None:
+    config = SmoaConfig(**SETTINGS | {"r": 6, "blocks_from_spectrum": True})
+    model = get_peft_model(Wrapper(kind_of_layer(kind)), config)
+    assert model.peft_config["default"].num_blocks_pattern == {"layer": 3}  # alone, so of average share
+
+
+class Tied(nn.Module):
+    """An embedding and a head of one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(12, 8)
+        self.head = nn.Linear(8, 12, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.embed(tokens))
+
+
+@pytest.mark.parametrize("target", ["embed", "head"])
+def test_merging_one_end_of_tied_embeddings_leaves_the_other_as_it_is(target: str) -> None:
+    base = Tied()
+    model = get_peft_model(base, SmoaConfig(**SETTINGS | {"target_modules": [target]}))
+    layer = getattr(base, target)
+    randomise(layer)
+    before, tokens = layer.get_base_layer().weight.clone(), torch.arange(6)
+    unmerged = model(tokens)
+    model.merge_adapter()
+    assert_close(model(tokens), unmerged)
+    model.unmerge_adapter()
+    assert torch.equal(layer.get_base_layer().weight, before)
+    ends = {name: module.weight for name, module in (("embed", base.embed), ("head", base.head))}
+    assert ends["embed"] is ends["head"]
+    merged = model.merge_and_unload()
+    assert_close(merged(tokens), unmerged)
+    assert merged.embed.weight is not merged.head.weight

@@ -1,0 +1,169 @@
+"""Lookups give the oracle's values and gradients, and touch the looked-up rows only."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from smoa import SmoaConfig, UnsupportedModuleError
+from smoa.layers.embedding import Embedding
+from smoa.layers.layer import SmoaLayer
+from tests.support.kinds import input_of, oracle_of
+from tests.support.layers import Wrapper, adapted_layer, clone_leaf, factors
+from tests.support.tolerance import assert_close
+
+SETTINGS = {"r": 7, "num_blocks": 3, "alpha": 4.0}
+TOKENS = torch.tensor([[3, 16, 0], [5, 3, 12]])
+
+
+def adapted_table(modulation: str = "hadamard", **options: object) -> SmoaLayer:
+    return adapted_layer(nn.Embedding(17, 10, dtype=torch.float64, **options), modulation=modulation, **SETTINGS)
+
+
+def both_gradients(layer: SmoaLayer) -> tuple[list[Tensor], list[Tensor]]:
+    """The layer's gradients of A and B for `TOKENS`, and the oracle's."""
+    A, B = (clone_leaf(factor) for factor in factors(layer))
+    expected, y = oracle_of(layer, TOKENS, A=A, B=B), layer(TOKENS)
+    assert_close(y, expected)
+    gradient = torch.randn_like(y)
+    own = torch.autograd.grad(y, factors(layer), gradient)
+    return list(own), list(torch.autograd.grad(expected, (A, B), gradient))
+
+
+@pytest.mark.parametrize("modulation", ["hadamard", "none"])
+def test_values_and_gradients_are_the_oracles(modulation: str) -> None:
+    layer = adapted_table(modulation)
+    assert isinstance(layer, Embedding)
+    for own, expected in zip(*both_gradients(layer), strict=True):
+        assert_close(own, expected)
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (2, 3, 2), (0,), (2, 0)])
+def test_tokens_of_any_shape(shape: tuple[int, ...]) -> None:
+    layer = adapted_table()
+    tokens = torch.randint(0, 17, shape)
+    merged = layer.merged_weight(["default"])
+    assert_close(layer(tokens), merged[tokens])
+
+
+class LargestResult(TorchDispatchMode):
+    """The most entries of any tensor that is made."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, function: object, types: object, args: tuple = (), kwargs: dict | None = None):
+        result = function(*args, **kwargs or {})
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            view = isinstance(tensor, Tensor) and tensor._is_view()
+            self.entries = max(self.entries, tensor.numel() if isinstance(tensor, Tensor) and not view else 0)
+        return result
+
+
+def test_a_step_makes_nothing_of_the_tables_size() -> None:
+    layer = adapted_layer(nn.Embedding(1000, 64), r=8, num_blocks=4)
+    with LargestResult() as largest:
+        layer(TOKENS).square().sum().backward()
+    assert largest.entries <= 8 * 250  # the gradient of B
+
+
+def test_the_padding_token_gets_no_gradient() -> None:
+    layer = adapted_table(padding_idx=3)
+    with torch.no_grad():
+        layer.get_base_layer().weight[3] = 1.0  # trained later, so not zero
+    (_, own), (_, full) = both_gradients(layer)
+    token = layer.blocks("default").orders.rows_inverse[3] - [0, 6, 12][layer.smoa_row_labels["default"][3]]
+    assert (own[token] == 0).sum() > (full[token] == 0).sum()
+    rest = torch.ones(6, dtype=torch.bool)
+    rest[token] = False
+    assert_close(own[rest], full[rest])
+
+
+def test_the_gradient_of_a_token_is_divided_by_its_frequency_as_in_loras() -> None:
+    plain, scaled = ({}, {"scale_grad_by_freq": True})
+    gradients = []
+    for options in (plain, scaled):
+        torch.manual_seed(0)
+        gradients.append(both_gradients(adapted_table(**options))[0])
+    (_, B), (_, scaled_B) = gradients
+    ratios = torch.unique((scaled_B / B)[B != 0].round(decimals=6))
+    assert ratios.tolist() == [0.5, 1.0]  # token 3 is there twice
+
+
+def test_a_sparse_table_is_adapted_with_dense_gradients() -> None:
+    for own, expected in zip(*both_gradients(adapted_table(sparse=True)), strict=True):
+        assert_close(own, expected)
+
+
+def test_dropout_drops_tokens() -> None:
+    layer = adapted_layer(nn.Embedding(17, 10, dtype=torch.float64), smoa_dropout=0.5, **SETTINGS).train()
+    tokens = torch.full((200,), 3)
+    added = layer(tokens) - layer.get_base_layer()(tokens)
+    whole = layer.eval()(tokens) - layer.get_base_layer()(tokens)
+    dropped = (added == 0).all(1)
+    assert 50 < dropped.sum() < 150
+    assert_close(added[~dropped], 2 * whole[~dropped])
+
+
+class Scaled(nn.Embedding):
+    """As Gemma's: the output is multiplied by a number."""
+
+    def __init__(self) -> None:
+        super().__init__(17, 10, dtype=torch.float64)
+        self.register_buffer("embed_scale", torch.tensor(3.0))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens) * self.embed_scale
+
+
+def test_a_scaled_embedding_scales_the_update_too() -> None:
+    layer = adapted_layer(Scaled(), **SETTINGS)
+    unmerged = layer(TOKENS)
+    layer.merge()
+    assert_close(layer(TOKENS), unmerged)
+
+
+class Positions(nn.Embedding):
+    """Looks up places and not its input, as positional embeddings of transformers do."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(torch.arange(tokens.shape[-1]))
+
+
+@pytest.mark.parametrize(
+    ("base", "why"),
+    [(Positions(17, 10), "something else than its input"), (nn.Embedding(17, 10, max_norm=1.0), r"max_norm=1\.0")],
+)
+def test_what_changes_its_table_or_looks_up_something_else_is_refused_by_name(base: nn.Module, why: str) -> None:
+    with pytest.raises(UnsupportedModuleError, match=rf"layer: .*{why}.*exclude_modules"):
+        get_peft_model(Wrapper(base), SmoaConfig(target_modules=["layer"]))
+
+
+def test_the_first_step_is_as_large_as_loras_at_equal_parameters() -> None:
+    moved = []
+    for config in (SmoaConfig(r=32, num_blocks=4, scale="block"), LoraConfig(r=8, lora_alpha=8)):
+        torch.manual_seed(0)
+        config.target_modules = {"layer"}
+        model = inject_adapter_in_model(config, Wrapper(nn.Embedding(400, 768)))
+        before, tokens = model(torch.arange(100)).detach(), torch.arange(100)
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        (model(tokens) * torch.randn(100, 768)).sum().backward()
+        optimizer.step()
+        moved.append(float((model(tokens) - before).detach().norm()))
+    assert 0.8 < moved[0] / moved[1] < 1.25
+
+
+def test_autocast_leaves_the_lookup_exact() -> None:
+    layer = adapted_layer(nn.Embedding(17, 10), **SETTINGS)
+    plain = layer(TOKENS)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(TOKENS), plain)
+
+
+def test_a_compiled_layer_gives_the_same() -> None:
+    torch.compiler.reset()
+    layer = adapted_table()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    assert_close(compiled(input_of("embedding")), layer(input_of("embedding")))

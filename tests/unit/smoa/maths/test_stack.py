@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from smoa.maths.blocks import Blocks, Orders
+from smoa.maths.modulations import MODULATIONS
+from smoa.maths.stack import Run, Stack, stacked_blocks
+from tests.support.tolerance import assert_close
+from tests.support.updates import Problem, problem
+
+EXPERTS, HALVES, RANKS = 3, 2, (3, 2, 2)
+RUNS = [Run(2, slice(0, 4)), Run(0, slice(4, 5))]
+"""Rows of x of the experts 2 and 0; the last row belongs to none."""
+
+
+def stack(modulation: str = "hadamard") -> tuple[Stack, list[Problem], Tensor]:
+    """Six ragged matrices, and their weights (experts, halves, 11, 13)."""
+    cases = [problem(11, 13, RANKS) for _ in range(EXPERTS * HALVES)]
+    blocks = [case.partition for case in cases]
+    A, B = [case.A for case in cases], [case.B for case in cases]
+    kind = MODULATIONS[modulation]  # type: ignore[index]
+    found = Stack(A, B, RANKS, 0.5, torch.ones(len(cases), sum(RANKS)), blocks, kind)
+    return found, cases, torch.stack([case.weight for case in cases]).unflatten(0, (EXPERTS, HALVES))
+
+
+@pytest.mark.parametrize("modulation", ["hadamard", "none"])
+def test_outputs_and_gradients_are_the_oracles_for_the_experts_that_are_used(modulation: str) -> None:
+    own, cases, matrices = stack(modulation)
+    x = torch.randn(6, 13, dtype=torch.float64, requires_grad=True)
+    used = [cases[run.expert * HALVES + half] for run in RUNS for half in range(HALVES)]
+    leaves = [x, *(factor for case in used for factor in (case.A, case.B))]
+    expected = torch.zeros(6, HALVES, 11, dtype=torch.float64)
+    for expert, rows in RUNS:
+        for half in range(HALVES):
+            expected[rows, half] = x[rows] @ cases[expert * HALVES + half].oracle(modulation, 0.5).T
+    y, g = own.apply(x, matrices, RUNS), torch.randn(6, HALVES, 11, dtype=torch.float64)
+    assert_close(y, expected)
+    pairs = zip(torch.autograd.grad(y, leaves, g), torch.autograd.grad(expected, leaves, g), strict=True)
+    for found, oracles in pairs:
+        assert_close(found, oracles)
+
+
+def test_blocks_are_shared_if_there_are_fewer_than_matrices() -> None:
+    own, cases, matrices = stack()
+    shared = Stack(own.A, own.B, RANKS, 0.5, own.rank_scale, own.blocks[:HALVES])
+    deltas = [shared.update(number).delta(matrices.flatten(0, 1)[number]) for number in range(len(cases))]
+    for number, delta in enumerate(deltas):
+        assert_close(delta, cases[number]._replace(partition=own.blocks[number % HALVES]).oracle("hadamard", 0.5))
+
+
+def test_only_x_and_the_factors_of_used_experts_are_kept_for_the_backward() -> None:
+    own, _, matrices = stack()
+    x = torch.randn(6, 13, dtype=torch.float64, requires_grad=True)
+    kept: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() != matrices.untyped_storage().data_ptr():
+            kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        own.apply(x, matrices, RUNS)
+    of_factors = sum(own.A[0].numel() + own.B[0].numel() for _ in range(len(RUNS) * HALVES))
+    assert sum(kept) == x.numel() + of_factors
+
+
+def test_stacked_blocks_are_the_blocks_of_each_matrix() -> None:
+    cases: list[Any] = [problem(11, 13, RANKS).partition, problem(11, 13, RANKS, "contiguous").partition]
+    rows, cols = (torch.stack([getattr(case, side) for case in cases]) for side in ("row_labels", "col_labels"))
+    for own, expected in zip(stacked_blocks(rows, cols, len(RANKS)), cases, strict=True):
+        assert isinstance(own, Blocks)
+        assert own.same_as(expected)
+        assert own.is_contiguous == expected.is_contiguous
+        assert all(torch.equal(a, b) for a, b in zip(own.orders, Orders(*expected.orders), strict=True))

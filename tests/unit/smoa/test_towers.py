@@ -1,0 +1,145 @@
+"""Models that see and hear: their convolutions and embeddings are adapted, trained, saved, merged and exported."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from smoa import SmoaConfig
+from smoa.export.lora import convert_to_lora
+from smoa.export.merge import merge_and_save
+from smoa.layers.conv import Convolution
+from smoa.layers.embedding import Embedding
+from smoa.layers.linear import Linear
+from tests.support.decompositions import NoDecomposition
+from tests.support.layers import layers_of, oracle_delta, smoa_layers
+from tests.support.tiny_towers import TOWERS, build_tower, tower_batch
+from tests.support.tolerance import assert_close
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Model has `tie_word_embeddings=True`",
+    "ignore:Model with `tie_word_embeddings=True` and:UserWarning",
+    "ignore:Input and output embeddings are no longer tied",
+    "ignore:num_blocks=3 is larger than a side",
+    "ignore:Setting `save_embedding_layers` to `True`",
+)
+every_tower = pytest.mark.parametrize("tower", TOWERS)
+KINDS = {
+    "vit": {Convolution, Linear},
+    "clip": {Convolution, Embedding, Linear},
+    "whisper": {Convolution, Embedding, Linear},
+    "convnext": {Convolution, Linear},
+    "gemma3": {Convolution, Embedding, Linear},
+    "qwen2_5_vl": {Convolution, Embedding, Linear},
+}
+
+
+def adapted(tower: str, base: nn.Module | None = None, **config: Any) -> PeftModel:
+    settings = {"r": 6, "num_blocks": 3, "init_weights": False, "target_modules": TOWERS[tower].targets}
+    return get_peft_model(base or build_tower(tower), SmoaConfig(**settings | config)).eval()
+
+
+@torch.no_grad()
+def output(model: nn.Module, tower: str) -> Tensor:
+    return model(**tower_batch(tower)).loss
+
+
+@every_tower
+def test_a_model_is_a_no_op_then_learns_then_is_saved_loaded_and_merged(tower: str, tmp_path: Path) -> None:
+    base = build_tower(tower)
+    before = output(base, tower)
+    model = adapted(tower, base, init_weights=True)
+    assert {type(layer) for layer in layers_of(model)} == KINDS[tower]
+    assert_close(output(model, tower), before)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    for _ in range(4):
+        model(**tower_batch(tower)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    trained = output(model, tower)
+    assert trained < before
+
+    model.save_pretrained(tmp_path)
+    with NoDecomposition():
+        loaded = PeftModel.from_pretrained(build_tower(tower), tmp_path).eval()
+        assert torch.equal(output(loaded, tower), trained)
+    merged = loaded.merge_and_unload(safe_merge=True)
+    assert not layers_of(merged)
+    assert_close(output(merged, tower), trained)
+
+
+@every_tower
+def test_every_update_is_the_oracles(tower: str) -> None:
+    for layer in layers_of(adapted(tower)):
+        assert_close(layer.delta("default"), oracle_delta(layer))
+
+
+@every_tower
+def test_half_precision_unmerges_bit_for_bit(tower: str) -> None:
+    base = build_tower(tower, torch.bfloat16)
+    before = copy.deepcopy(base.state_dict())
+    model = adapted(tower, base)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    after = model.unload().state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@every_tower
+def test_a_saved_adapter_is_merged_into_the_files_of_its_base(tower: str, tmp_path: Path) -> None:
+    base = build_tower(tower)
+    base.save_pretrained(tmp_path / "base")
+    base.name_or_path = str(tmp_path / "base")
+    model = adapted(tower, base)
+    expected = output(model, tower)
+    model.save_pretrained(tmp_path / "adapter")
+    export = merge_and_save(tmp_path / "adapter", tmp_path / "merged")
+    # The head of Whisper shares its table, and transformers renames keys of the others while it loads them.
+    assert export.streamed or tower not in ("clip", "convnext")
+    assert len(export.loss.by_layer) == len(layers_of(model))
+    merged = type(base).from_pretrained(tmp_path / "merged")
+    assert_close(output(merged, tower), expected)
+
+
+@every_tower
+def test_a_lora_of_full_rank_says_the_same(tower: str, tmp_path: Path) -> None:
+    unfit = ("dwconv", "conv1", "conv2")  # grouped, or read by Whisper, which fails with PEFT's LoRA
+    targets = [name for name in TOWERS[tower].targets if name not in unfit]
+    model = adapted(tower, target_modules=targets)
+    convert_to_lora(model, error=0.0).save(tmp_path)
+    lora = PeftModel.from_pretrained(build_tower(tower), tmp_path).eval()
+    assert_close(output(lora, tower), output(model, tower))
+
+
+def test_pefts_own_converter_refuses_what_is_not_linear() -> None:
+    with pytest.raises(TypeError, match="do not support LoRA conversion"):
+        peft.convert_to_lora(adapted("vit"), rank=2)
+
+
+def test_grouped_convolutions_are_not_converted_to_lora() -> None:
+    with pytest.raises(TypeError, match=r"layers\.0\.dwconv.* groups"):
+        convert_to_lora(adapted("convnext"), rank=2)
+
+
+@pytest.mark.parametrize(("model", "tower"), [("gemma3", "model.vision_tower"), ("qwen2_5_vl", "model.visual")])
+def test_every_linear_layer_of_a_language_model_that_sees_takes_its_eyes_too(model: str, tower: str) -> None:
+    with pytest.warns(UserWarning, match=rf'"all-linear" adapts {tower} .*exclude_modules') as found:
+        whole = get_peft_model(build_tower(model), SmoaConfig(target_modules="all-linear"))
+    pattern = re.search(r'exclude_modules=r"(.*)"$', str(found[0].message))
+    assert pattern
+    text = get_peft_model(build_tower(model), SmoaConfig(target_modules="all-linear", exclude_modules=pattern[1]))
+    names, left = smoa_layers(whole).keys(), smoa_layers(text).keys()
+    assert names - left == {name for name in names if name.startswith(tower)} != set()
+    assert not any(name.endswith("attention.out_proj") for name in names)  # of a MultiheadAttention, never called
+
+
+def test_every_linear_layer_of_an_image_classifier_warns_of_nothing() -> None:
+    get_peft_model(build_tower("vit"), SmoaConfig(target_modules="all-linear"))
