@@ -32,8 +32,8 @@ STYLES = {
     "SMoA at LoRA's r": (PALETTE["smoa"], DASHES[2]),
 }
 TICKS = (1e-3, 2e-3, 3e-3, 6e-3, 1e-2, 2e-2)
-HIGHEST = 0.3
-"""Losses so far above the lowest of a panel are left out of the picture."""
+HIGHEST, HIGHEST_SHARE = 0.45, 0.4
+"""Losses so far above the lowest of a panel, or by that share of it, are left out of the picture."""
 
 
 def read() -> list[dict[str, Any]]:
@@ -86,7 +86,7 @@ def panel(title: str, entries: dict[str, dict[float, float]]) -> Any:
         {"name": entry, "learning_rate": rate, "loss": loss}
         for entry, points in entries.items()
         for rate, loss in sorted(points.items())
-        if loss < lowest + HIGHEST
+        if loss < lowest + min(HIGHEST, HIGHEST_SHARE * lowest)
     ]
     axis = alt.Axis(values=list(TICKS), format="~g", grid=False)
     x = alt.X(
