@@ -17,10 +17,12 @@ import peft
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwen3MoeExperts
 from transformers.pytorch_utils import Conv1D
 
 from smoa import SmoaConfig
 from smoa.export.lora import convert_to_lora
+from smoa.export.stream_targets import target_of
 from smoa.export.streaming import SavedAdapter
 from smoa.layers.kinds import KINDS, Kind, kind_of
 
@@ -64,6 +66,13 @@ def _conv(dimensions: int, groups: int = 1) -> tuple[Layer, Tensor]:
     return lambda: kind(8, 8, 3, groups=groups), torch.randn(2, 8, *[4] * dimensions)
 
 
+def _experts() -> nn.Module:
+    experts = Qwen3MoeExperts(Qwen3MoeConfig(hidden_size=16, moe_intermediate_size=8, num_experts=3))
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return experts
+
+
 ROWS: dict[str, tuple[Layer, Tensor]] = {
     "`nn.Linear`": (lambda: nn.Linear(8, 8), torch.randn(2, 8)),
     "`nn.Linear` in 4 bits (bitsandbytes)": (lambda: _in_bits(4), torch.randn(2, 64)),
@@ -74,6 +83,7 @@ ROWS: dict[str, tuple[Layer, Tensor]] = {
     "`nn.Conv2d`": _conv(2),
     "`nn.Conv2d` with groups": _conv(2, groups=2),
     "`nn.Conv3d`": _conv(3),
+    "experts of Qwen3-MoE": (_experts, torch.randn(4, 16)),
     "`nn.MultiheadAttention`": (lambda: nn.MultiheadAttention(8, 2), torch.randn(2, 8)),
 }
 
@@ -92,7 +102,10 @@ class Trial:
 
     def __init__(self, layer: Layer, x: Tensor, config: Any) -> None:
         torch.manual_seed(0)
-        self.base, self.x, self.config = layer(), x, config
+        self.base, self.x, self.config = layer(), x, copy.deepcopy(config)
+        self.has_experts = isinstance(self.base, Qwen3MoeExperts)
+        if self.has_experts:
+            self.config.target_modules, self.config.target_parameters = [], ["layer.gate_up_proj"]
         self.model = self._adapted()
 
     def _adapted(self) -> PeftModel:
@@ -109,7 +122,14 @@ class Trial:
     def _run(self, model: nn.Module, **options: Any) -> Tensor:
         if isinstance(self.base, nn.MultiheadAttention):
             return model.base_model.model.layer(self.x, self.x, self.x)[0]
+        if self.has_experts:
+            chosen = torch.tensor([[0, 2]] * len(self.x))
+            return model.base_model.model.layer(self.x, chosen, torch.full(chosen.shape, 0.5), **options)
         return model(self.x, **options)
+
+    def _weight(self, model: PeftModel) -> Tensor:
+        base = model.base_model.model.layer.get_base_layer()
+        return base.gate_up_proj if self.has_experts else base.weight
 
     def merged(self) -> bool:
         before = self._run(self.model)
@@ -119,10 +139,10 @@ class Trial:
 
     def unmerged_bit_for_bit(self) -> bool:
         model = self._adapted()
-        weight = model.base_model.model.layer.get_base_layer().weight.detach().clone()
+        weight = self._weight(model).detach().clone()
         model.merge_adapter()
         model.unmerge_adapter()
-        return torch.equal(model.base_model.model.layer.get_base_layer().weight, weight)
+        return torch.equal(self._weight(model), weight)
 
     def mixed_batch(self) -> bool:
         model = self._adapted()
@@ -137,10 +157,11 @@ class Trial:
         return convert(self._adapted(), rank=4) is not None
 
     def merged_on_disk(self) -> bool:
-        kind, model = kind_of(self.base) if is_plain(self.base) else None, self._adapted()
+        model, name = self._adapted(), "layer.gate_up_proj" if self.has_experts else "layer"
+        target = target_of(name, Model(self.base)) if is_plain(self.base) else None
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
-            SavedAdapter(folder, self.config).merged("layer", self.base.weight, kind.fan_in_fan_out)
+            SavedAdapter(folder, self.config).merged(target, self._weight(model).detach())
         return True
 
 

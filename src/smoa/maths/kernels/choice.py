@@ -51,9 +51,8 @@ def prefers_apart(blocks: Blocks, tokens: int) -> bool:
     """
     if _kernels == "batched" or blocks.row_labels.device.type != "cpu":
         return _kernels != "loop"
-    if blocks.is_contiguous:
-        return tokens <= 16 * blocks.num_blocks
-    return blocks.num_blocks >= 4 and tokens < blocks.num_blocks**2
+    few = blocks.num_blocks**2 * (2 if blocks.is_contiguous else 1)
+    return blocks.num_blocks >= 4 and tokens < few
 
 
 _kernels: Kernels = "auto"

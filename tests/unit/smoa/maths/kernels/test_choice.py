@@ -30,8 +30,8 @@ def test_few_tokens_are_computed_apart_on_a_cpu() -> None:
     assert prefers_apart(blocks(64, 8), tokens=63)
     assert not prefers_apart(blocks(64, 8), tokens=64)
     assert not prefers_apart(blocks(64, 2), tokens=1)
-    assert prefers_apart(blocks(64, 2, "contiguous"), tokens=32)
-    assert not prefers_apart(blocks(64, 2, "contiguous"), tokens=33)
+    assert prefers_apart(blocks(64, 8, "contiguous"), tokens=127)
+    assert not prefers_apart(blocks(64, 8, "contiguous"), tokens=128)
 
 
 def test_elsewhere_everything_is_batched_and_apart() -> None:
