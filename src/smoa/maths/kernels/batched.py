@@ -15,13 +15,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from smoa.maths.blocks import Blocks
+from smoa.maths.blocks import Blocks, take_columns
 from smoa.maths.factors import Factors
 from smoa.maths.kernels.block_runs import BlockRun, runs_of
-from smoa.maths.kernels.loops import anchor_part, product_dtype, sort_columns
+from smoa.maths.kernels.loops import product_dtype, sort_columns
+from smoa.maths.kernels.scratch import SCRATCH
 
 LARGE_BLOCK = 1 << 13
-"""Entries from which blocks are gathered rows first on a CPU (measured: docs/experiment-log.md)."""
+"""On a CPU, larger blocks are gathered faster by copying rows, then columns (measured: docs/experiment-log.md)."""
 
 
 def batched_forward(factors: Factors, x: Tensor, anchor: Tensor) -> Tensor:
@@ -37,15 +38,7 @@ def batched_forward(factors: Factors, x: Tensor, anchor: Tensor) -> Tensor:
 def batched_delta(wide: Factors, anchor: Tensor, dtype: torch.dtype) -> Iterator[tuple[BlockRun, Tensor]]:
     """The diagonal blocks of ΔW, (blocks, height, width) for each run, rounded to `dtype`, from wide factors."""
     for run in runs_of(wide):
-        product = torch.bmm(run.of_B(wide.B), run.of_A(wide.A))
-        if _gathers_rows_first(wide.blocks, run, anchor):
-            yield run, _modulated(product, wide.blocks, run, anchor).to(dtype)
-            continue
-        entries = block_entries(wide.blocks, run, anchor)
-        if entries.dtype == dtype and not wide.blocks.is_contiguous:
-            yield run, entries.mul_(product)  # multiplied in float32, then rounded into the copy
-        else:
-            yield run, product.mul_(entries).to(dtype)
+        yield run, _delta(wide, run, _entries(wide.blocks, run, anchor), dtype)
 
 
 def batched_backward(
@@ -55,48 +48,40 @@ def batched_backward(
     blocks, wide, dtype = factors.blocks, factors.wide(), product_dtype(x.dtype, x.device.type)
     sorted_x = sort_columns(blocks, x, blocks.orders.cols).to(dtype)
     sorted_g = sort_columns(blocks, g, blocks.orders.rows).to(dtype)
-    grad_A, grad_B = _gradients_of_factors(wide, sorted_g, sorted_x, anchor)
-    grad_B = grad_B.mul_(factors.scale(factors.dtype))
-    grad_x = torch.empty_like(sorted_x) if needs_x else x.new_empty(0)
-    if needs_x:
-        for run, delta in batched_delta(wide, anchor, dtype):
-            torch.bmm(run.of_outputs(sorted_g), delta, out=run.of_inputs(grad_x))
-        grad_x = sort_columns(blocks, grad_x, blocks.orders.cols_inverse).to(x.dtype)
-    return grad_x, grad_A.to(factors.A.dtype), grad_B.to(factors.B.dtype)
-
-
-def _gradients_of_factors(wide: Factors, sorted_g: Tensor, sorted_x: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients for the wide A and B."""
     runs = runs_of(wide)
     make = torch.empty_like if len(runs) == 1 else torch.zeros_like  # smaller blocks leave a row or column unused
     grad_A, grad_B = make(wide.A), make(wide.B)
+    grad_x = torch.empty_like(sorted_x) if needs_x else x.new_empty(0)
     for run in runs:
-        grad_delta = torch.bmm(run.of_outputs(sorted_g).mT, run.of_inputs(sorted_x)).to(wide.dtype)
-        grad_delta = _modulated(grad_delta, wide.blocks, run, anchor)
+        run_g = run.of_outputs(sorted_g)
+        grad_delta = torch.bmm(run_g.mT, run.of_inputs(sorted_x)).to(wide.dtype)
+        entries = _entries(blocks, run, anchor)
+        grad_delta.mul_(entries)
         torch.bmm(run.of_B(wide.B).mT, grad_delta, out=run.of_A(grad_A))
         torch.bmm(grad_delta, run.of_A(wide.A).mT, out=run.of_B(grad_B))
-    return grad_A, grad_B
+        del grad_delta  # before ΔW takes as much
+        if needs_x:
+            torch.bmm(run_g, _delta(wide, run, entries, dtype), out=run.of_inputs(grad_x))
+    if needs_x:
+        grad_x = sort_columns(blocks, grad_x, blocks.orders.cols_inverse).to(x.dtype)
+    grad_B = grad_B.mul_(factors.scale(factors.dtype))
+    return grad_x, grad_A.to(factors.A.dtype), grad_B.to(factors.B.dtype)
 
 
-def block_entries(blocks: Blocks, run: BlockRun, anchor: Tensor) -> Tensor:
+def _delta(wide: Factors, run: BlockRun, entries: Tensor, dtype: torch.dtype) -> Tensor:
+    """The blocks of ΔW of a run, from those of M, which it may overwrite."""
+    product = torch.bmm(run.of_B(wide.B), run.of_A(wide.A))
+    if entries.dtype == dtype and not wide.blocks.is_contiguous:
+        return entries.mul_(product)  # multiplied in float32, then rounded into the copy
+    return product.mul_(entries).to(dtype)
+
+
+def _entries(blocks: Blocks, run: BlockRun, anchor: Tensor) -> Tensor:
     """The blocks `M[I_k, J_k]` of a run, (blocks, height, width): a view of M if they are contiguous, else a copy."""
-    if blocks.is_contiguous:
-        return run.of_slices(anchor)
-    rows, cols = run.indices(blocks.orders)
-    return anchor[rows, cols]
-
-
-def _gathers_rows_first(blocks: Blocks, run: BlockRun, anchor: Tensor) -> bool:
-    """Whether it is faster to copy whole rows of M, then their columns, than to pick entries by two indices at once."""
-    return anchor.device.type == "cpu" and not blocks.is_contiguous and run.height * run.width > LARGE_BLOCK
-
-
-def _modulated(product: Tensor, blocks: Blocks, run: BlockRun, anchor: Tensor) -> Tensor:
-    """`product ⊙ M_k`, in place."""
-    if not _gathers_rows_first(blocks, run, anchor):
-        return product.mul_(block_entries(blocks, run, anchor))
-    for k, block in enumerate(product):
-        first_row, first_col = run.first_row + k * run.height, run.first_col + k * run.width
-        rows, cols = slice(first_row, first_row + run.height), slice(first_col, first_col + run.width)
-        block.mul_(anchor_part(blocks, anchor, rows, cols))
-    return product
+    if blocks.is_contiguous or anchor.device.type != "cpu" or run.height * run.width <= LARGE_BLOCK:
+        return run.of_matrix(anchor, blocks)
+    entries = anchor.new_empty(run.count, run.height, run.width)
+    for block, rows, cols in zip(entries, *run.indices(blocks.orders), strict=True):
+        buffer = SCRATCH.take("rows", run.height, anchor.shape[1], anchor)
+        take_columns(torch.index_select(anchor, 0, rows.flatten(), out=buffer), cols.flatten(), out=block)
+    return entries

@@ -13,7 +13,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from smoa.maths.blocks import Orders, block_sizes
+from smoa.maths.blocks import Blocks, Orders, block_sizes
 from smoa.maths.factors import Factors
 
 
@@ -58,6 +58,10 @@ class BlockRun:
         square = rows.narrow(1, self.first_col, self.count * self.width)
         square = square.view(self.count, self.height, self.count, self.width)
         return square.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+    def of_matrix(self, matrix: Tensor, blocks: Blocks) -> Tensor:
+        """(blocks, height, width), differentiable: a view if the blocks are contiguous, else a copy."""
+        return self.of_slices(matrix) if blocks.is_contiguous else matrix[self.indices(blocks.orders)]
 
     def indices(self, orders: Orders) -> tuple[Tensor, Tensor]:
         """Of the blocks' entries in a matrix: rows (blocks, height, 1) and columns (blocks, 1, width)."""

@@ -78,12 +78,11 @@ def _anchor_chunks(factors: Factors, anchor: Tensor) -> Iterator[tuple[slice, sl
     """
     for rows, cols, ranks in factors.slots():
         for chunk in chunks(rows.start, rows.stop, anchor.shape[1], anchor.device):
-            entries = anchor_part(factors.blocks, anchor, chunk, cols)
+            entries = _anchor_part(factors.blocks, anchor, chunk, cols)
             yield chunk, slice(chunk.start - rows.start, chunk.stop - rows.start), cols, ranks, entries
 
 
-def anchor_part(blocks: Blocks, anchor: Tensor, chunk: slice, cols: slice) -> Tensor:
-    """Rows and columns of M, given as slices of the sorted ones: a view if the blocks are contiguous, else a buffer."""
+def _anchor_part(blocks: Blocks, anchor: Tensor, chunk: slice, cols: slice) -> Tensor:
     if blocks.is_contiguous:
         return blocks.part(anchor, chunk, cols)
     size = chunk.stop - chunk.start

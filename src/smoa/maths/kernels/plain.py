@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from smoa.maths.factors import Factors
-from smoa.maths.kernels.batched import block_entries
 from smoa.maths.kernels.block_runs import runs_of
 
 
@@ -21,10 +20,8 @@ def plain_branch(factors: Factors, x: Tensor, anchor: Tensor | None) -> Tensor:
     wide = factors.wide(factors.B.dtype if anchor is None else None)
     for run in runs_of(factors):
         inputs, A, B = run.of_inputs(sorted_x), run.of_A(wide.A), run.of_B(wide.B)
-        if anchor is None:
-            y = inputs @ A.mT @ B.mT
-        else:
-            y = inputs @ (B @ A * block_entries(blocks, run, anchor)).to(x.dtype).mT
+        delta = None if anchor is None else (B @ A * run.of_matrix(anchor, blocks)).to(x.dtype)
+        y = inputs @ A.mT @ B.mT if delta is None else inputs @ delta.mT
         outputs.append(y.transpose(0, 1).reshape(len(flat), run.count * run.height))
     return blocks.unsort_outputs(torch.cat(outputs, dim=-1)).view(*x.shape[:-1], blocks.out_features)
 
