@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,6 +63,18 @@ def cost_of(step: Callable[[], object], device: torch.device, repeats: int = 20)
     peak = torch.cuda.max_memory_allocated(device) - held if device.type == "cuda" else None
     times = [event_seconds(step, device) for _ in range(repeats)]
     return {"ms": 1e3 * lower_quartile(times), "peak_bytes": peak} | profiled(step, device)
+
+
+@contextmanager
+def waiting_refused(device: torch.device) -> Iterator[None]:
+    """Raise an error where the program waits for the GPU."""
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def reset_peak(device: torch.device) -> int:

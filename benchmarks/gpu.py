@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from _common import pick_device
-from _gpu import Rows, compiled, cost_of
+from _gpu import Rows, compiled, cost_of, waiting_refused
 from _gpu_model import LLAMA_3_8B, TINY_LLAMA, decode, model_step
 from _layers import OneLayer, adapted, training_step
 from torch import Tensor
@@ -58,7 +58,12 @@ def layer_cost(
     x, grad = (torch.randn(tokens, size, device=rows.device).bfloat16() for size in reversed(shape))
     smoa.use_kernels("loop" if route == "loop" else "batched")
     model = compiled(adapted(method, base, 64, num_blocks, partition or "random"), route == "compiled")
-    return cost_of(training_step(model, x, grad), rows.device, 2 if rows.tiny else 20)
+    step = training_step(model, x, grad)
+    found = cost_of(step, rows.device, 2 if rows.tiny else 20)
+    if route == "batched":
+        with waiting_refused(rows.device):
+            step()
+    return found
 
 
 def model(rows: Rows, tiny: bool, quantized: bool = False) -> None:
