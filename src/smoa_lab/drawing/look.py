@@ -17,6 +17,8 @@ PALETTE = {
     "hira": "#a51eff",
     "gralora": "#f00fd2",
     "loha": "#5a96ff",
+    "corda": "#60303c",
+    "lora-reduced": "#782400",
     "adalora": "#c3c387",
     "osf": "#a5c3ff",
     "full": "#87785a",
