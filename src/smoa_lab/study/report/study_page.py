@@ -29,7 +29,8 @@ INTRODUCTION = (
     "has one color. Point at a mark for its values; it leads to its run."
 )
 CAPTIONS = {
-    "Differences": "Test loss minus the reference's, with its interval. Filled points differ after Holm's correction too.",
+    "Differences": "Test loss minus the reference's, with its interval. Filled points differ after Holm's correction "
+    "too.",
     "Learning rates": "Each entry's search in color over all others in gray. Lines go on above the frame.",
     "Accuracy against trained parameters": "Mean over tasks, with 95 % intervals over seeds and questions. Entries of "
     "equal parameters stand side by side.",
