@@ -112,6 +112,7 @@ def cluster(room: Path) -> Iterator[str]:
         head.wait()
 
 
+@pytest.mark.slow  # half a minute on an idle machine, and too long for its waits on a busy one
 def test_the_job_of_a_killed_worker_is_run_again_and_all_results_are_those_of_one_process(
     room: Path, cluster: str, wanted: dict[str, Any]
 ) -> None:
