@@ -5,18 +5,16 @@ A kind of layer adds `shape_of`, which says what its matrix W is, and `branch_ou
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from smoa.config.adapter_config import SmoaConfig
-from smoa.errors import MergeError
-from smoa.layers.distributed import gather_for, partition_from_state_dict, partition_to_state_dict, refuse_writing
+from smoa.layers.distributed import gather_for, partition_from_state_dict, partition_to_state_dict
 from smoa.layers.layer import SmoaLayer
+from smoa.layers.merging import MergingLayer, check_finite
 from smoa.layers.undo import DiagonalBlocks
 from smoa.layers.weight_cache import BLOCKS
 
@@ -24,7 +22,7 @@ if TYPE_CHECKING:
     from peft.utils.quantization_utils import QuantizationBackend
 
 
-class AdaptedLayer(nn.Module, SmoaLayer):
+class AdaptedLayer(nn.Module, MergingLayer):
     """Adds `Σ x ΔWᵀ` of the active adapters to the base layer's output."""
 
     shares_weight = False
@@ -116,54 +114,23 @@ class AdaptedLayer(nn.Module, SmoaLayer):
         # Keep the exact bits where nothing is added: -0 + 0 is 0, and `unmerge` restores diagonal blocks only.
         return torch.where(total == 0, pristine, (total + pristine).to(pristine.dtype))
 
-    def check_merge(self, adapter_names: list[str] | None = None) -> None:
-        """Raise MergeError if merging these adapters gives NaN or infinite weights; changes nothing."""
-        chosen = self.active_adapters if adapter_names is None else adapter_names
-        names = [name for name in self._present(chosen) if name not in self.merged_adapters]
+    def _check_merged(self, names: list[str]) -> None:
         check_finite(self.merged_weight([*self.merged_adapters, *names]), names)
 
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Replace the base weight by `W + Σ ΔW`.
-
-        W's diagonal blocks, 1/K of it, are kept on the CPU for `unmerge`. A weight that other modules use is left as it
-        is: the base layer gets one of its own until `unmerge`.
-
-        Args:
-            safe_merge: Raise MergeError instead of writing NaN or infinite weights.
-            adapter_names: Adapters to add to those that are merged already; None means the active ones.
-
-        Raises:
-            MergeError: `safe_merge` found NaN or infinite weights; nothing was merged.
-            UnsupportedModuleError: ZeRO-3 would drop the merged weight.
-        """
-        names = self._present(check_adapters_to_merge(self, adapter_names))
-        if not names:
-            return
-        refuse_writing(self.stored_weight())
+    def _merge(self, names: list[str], safe_merge: bool) -> None:
         merged = self.merged_weight([*self.merged_adapters, *names])
         if safe_merge:
             check_finite(merged, names)
         self._write_merged(merged, names)
-        self.merged_adapters.extend(names)
 
     def _write_merged(self, merged: Tensor, names: list[str]) -> None:
+        """Write the weight. If other modules use it, the base layer gets one of its own until `unmerge`."""
         pristine, base = self.pristine_weight(), self.get_base_layer()
         self._pristine_blocks += [DiagonalBlocks.read_from(pristine, self.blocks(name)) for name in names]
         if self.shares_weight and not self._shared_weight:
             self._shared_weight = (cast(nn.Parameter, base.weight),)
             base.weight = nn.Parameter(self.stored_weight().clone(), requires_grad=False)
         self.write_weight(merged)
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Restore the pristine weight, bit for bit."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        refuse_writing(self.stored_weight())
-        self._restore_pristine()
-        self.merged_adapters.clear()
 
     def _restore_pristine(self) -> None:
         if self._shared_weight:
@@ -183,16 +150,6 @@ def is_instrumented(module: nn.Module) -> bool:
     """Whether a forward hook or a replaced forward (as in accelerate's offloading) must see the base layer's call."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or "forward" in module.__dict__
-
-
-def check_finite(merged: Tensor, names: list[str]) -> None:
-    """Raise MergeError if a merged weight has NaN or infinite entries."""
-    if not torch.isfinite(merged).all():
-        # The first sentences are PEFT's, whose users may match them.
-        raise MergeError(
-            f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken, or overflows "
-            f"{merged.dtype}; nothing was merged. Train it again, or load the base model in float32"
-        )
 
 
 def refresh_orders(layer: nn.Module, incompatible_keys: object) -> None:

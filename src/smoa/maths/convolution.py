@@ -32,17 +32,18 @@ class Geometry:
 
     def convolve(self, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
         """`conv(x, matrix) + bias` for x (batch, in_channels, …)."""
-        none = [0] * len(self.stride)
-        settings = self.stride, self.padding, self.dilation, False, none, self.groups
-        return torch.convolution(x, self.kernel(matrix), bias, *settings)
+        return torch.convolution(x, self.kernel(matrix), bias, *self._settings)
 
     def gradients(self, g: Tensor, x: Tensor, matrix: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor]:
         """Gradients of `convolve` for x and the matrix, each None unless needed, given the gradient g of its output."""
-        none = [0] * len(self.stride)
-        settings = self.stride, self.padding, self.dilation, False, none, self.groups
-        kernel = self.kernel(matrix)
-        grad_x, grad_kernel, _ = torch.ops.aten.convolution_backward(g, x, kernel, None, *settings, [*needs, False])
+        backward, kernel = torch.ops.aten.convolution_backward, self.kernel(matrix)
+        grad_x, grad_kernel, _ = backward(g, x, kernel, None, *self._settings, [*needs, False])
         return grad_x, grad_kernel.flatten(1)
+
+    @property
+    def _settings(self) -> tuple[Any, ...]:
+        """The settings that PyTorch's operators take; the last but one are of transposed convolutions."""
+        return self.stride, self.padding, self.dilation, False, [0] * len(self.stride), self.groups
 
 
 def convolves_exactly(device_type: str, dtype: torch.dtype) -> bool:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from smoa.layers.adapted_layer import check_finite
-from smoa.layers.distributed import refuse_writing
 from smoa.layers.experts.stack_state import StackState
+from smoa.layers.merging import MergingLayer, check_finite
 from smoa.layers.undo import DiagonalBlocks
 from smoa.maths.update import Update
 
 
-class MergingStack(StackState):
+class MergingStack(StackState, MergingLayer):
     """A `StackState` whose adapters can be merged. No second copy of the parameter is made."""
 
     def __init__(self, base_layer: nn.Module, parameter_name: str) -> None:
@@ -81,31 +78,13 @@ class MergingStack(StackState):
             yield number, pristine, torch.where(total == 0, pristine, (total + pristine).to(pristine.dtype))
 
     @torch.no_grad()
-    def check_merge(self, adapter_names: list[str] | None = None) -> None:
-        """Raise MergeError if merging these adapters gives NaN or infinite weights; changes nothing."""
-        chosen = self.active_adapters if adapter_names is None else adapter_names
-        names = [name for name in self._present(chosen) if name not in self.merged_adapters]
+    def _check_merged(self, names: list[str]) -> None:
         for _, _, merged in self.merged_matrices([*self.merged_adapters, *names]):
             check_finite(merged, names)
 
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Replace every W by `W + Σ ΔW`; the diagonal blocks of the Ws are kept on the CPU for `unmerge`.
-
-        Args:
-            safe_merge: Raise MergeError instead of writing NaN or infinite weights.
-            adapter_names: Adapters to add to those that are merged already; None means the active ones.
-
-        Raises:
-            MergeError: `safe_merge` found NaN or infinite weights; nothing was merged.
-            UnsupportedModuleError: ZeRO-3 would drop the merged weight.
-        """
-        names = self._present(check_adapters_to_merge(self, adapter_names))
-        if not names:
-            return
-        refuse_writing(self.stored_weight())
+    def _merge(self, names: list[str], safe_merge: bool) -> None:
         if safe_merge:
-            self.check_merge(names)
+            self._check_merged(names)
         stacks = [self.stack(name) for name in names]
         kept: list[list[DiagonalBlocks]] = [[] for _ in names]
         for number, pristine, merged in self.merged_matrices([*self.merged_adapters, *names]):
@@ -113,16 +92,8 @@ class MergingStack(StackState):
                 blocks.append(DiagonalBlocks.read_from(pristine, stack.update(number).factors.blocks))
             self.matrix(number).copy_(merged)
         self._pristine += kept
-        self.merged_adapters.extend(names)
 
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Restore the pristine weights, bit for bit."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        refuse_writing(self.stored_weight())
+    def _restore_pristine(self) -> None:
         for number in range(self.layout.count):
             self.matrix(number).copy_(self.pristine_matrix(number))
         self._pristine.clear()
-        self.merged_adapters.clear()

@@ -14,9 +14,9 @@ from smoa.maths.blocks import Blocks
 
 Kernels = Literal["auto", "loop", "batched"]
 SMALL_BLOCK = 1 << 13
-"""Batched products are faster for blocks of at most so many entries,"""
+"""Entries of the largest blocks for which batched products are faster."""
 SMALL_SLICE, FEW_TOKENS = 1 << 15, 128
-"""and for few tokens also for contiguous blocks of at most so many."""
+"""The same for contiguous blocks, with at most so many tokens."""
 
 
 def use_kernels(kernels: Kernels) -> None:
