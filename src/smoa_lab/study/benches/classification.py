@@ -47,8 +47,7 @@ class ClassificationBench(Bench):
     def _fit(self, config: RunConfig, checkpoint: str | None) -> Fitted:
         arguments = fit_arguments(config)
         set_seed(arguments.seed)  # head and factors are drawn here
-        base, tokenizer = self._base(config)
-        model = with_adapter(base, tokenizer, config.method, {**config.adapter, "task_type": "SEQ_CLS"})
+        model, tokenizer = self._adapted(config)
         rows = [_row(tokenizer, record, config.task.max_length) for record in self.records.train]
         trainer = Trainer(
             model=model, args=arguments, train_dataset=rows, data_collator=DataCollatorWithPadding(tokenizer)
@@ -59,6 +58,11 @@ class ClassificationBench(Bench):
         trainer.train(resume_from_checkpoint=checkpoint)
         after_training(model, config.method)
         return Fitted(model, trainer, _without_head(model), time.perf_counter() - started)
+
+    def _adapted(self, config: RunConfig) -> tuple[Any, PreTrainedTokenizerBase]:
+        """The model to train, and its tokenizer."""
+        base, tokenizer = self._base(config)
+        return with_adapter(base, tokenizer, config.method, {**config.adapter, "task_type": "SEQ_CLS"}), tokenizer
 
     def _outcomes(self, model: nn.Module | None, config: RunConfig, records: Sequence[Record]) -> list[Outcome]:
         base, tokenizer = self._base(config)
