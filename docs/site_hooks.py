@@ -18,8 +18,8 @@ from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
 from smoa_lab.drawing.chart_script import SCRIPT, script
-from smoa_lab.study.report.rows import from_json
-from smoa_lab.study.report.sequence_page import sequence_page
+from smoa_lab.study.report.results.rows import from_json
+from smoa_lab.study.report.sequence.sequence_page import sequence_page
 from smoa_lab.study.report.study_page import study_page
 
 ROOT = Path(__file__).parents[1]

@@ -8,8 +8,8 @@ from typing import Any
 
 from smoa_lab.data.records import Record
 from smoa_lab.study.entry import Entry
-from smoa_lab.study.report.rows import Row
-from smoa_lab.study.report.statistics import Difference, Interval
+from smoa_lab.study.report.results.rows import Row
+from smoa_lab.study.report.results.statistics import Difference, Interval
 from smoa_lab.study.study_file import Study
 from smoa_lab.study.trials import Trial, TrialStore
 from tests.support import lab

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from smoa_lab.study.packing import PACK, own_files, pack
-from smoa_lab.study.report.curves import EXPLANATIONS
-from smoa_lab.study.report.rows import Row, as_json
-from smoa_lab.study.report.statistics import Difference
+from smoa_lab.study.report.results.rows import Row, as_json
+from smoa_lab.study.report.results.statistics import Difference
+from smoa_lab.study.report.sequence.curves import EXPLANATIONS
 from smoa_lab.study.trials import TrialStore
 from tests.support.studies import row
 

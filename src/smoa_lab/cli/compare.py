@@ -45,9 +45,9 @@ def compare(
         from smoa.errors import ConfigError
         from smoa_lab.study.crews.ray_crew import RayCrew
         from smoa_lab.study.packing import pack as pack_runs
-        from smoa_lab.study.report.rows import as_json, difference_cells
-        from smoa_lab.study.report.sequence_report import sequence_report
-        from smoa_lab.study.report.sequence_tables import EQUAL_HEADER, equal_lines
+        from smoa_lab.study.report.results.rows import as_json, difference_cells
+        from smoa_lab.study.report.sequence.sequence_report import sequence_report
+        from smoa_lab.study.report.sequence.sequence_tables import EQUAL_HEADER, equal_lines
         from smoa_lab.study.report.study_report import report
         from smoa_lab.study.study_file import load_study
 

@@ -10,11 +10,11 @@ from typing import Any
 from smoa_lab.drawing.chart_script import SCRIPT
 from smoa_lab.drawing.pages import anchor, figure, link, page, paragraph, section, table
 from smoa_lab.study.packing import PACK, shell_command
-from smoa_lab.study.report.frontier import frontier
-from smoa_lab.study.report.rate_charts import learning_rates
-from smoa_lab.study.report.rows import BY_TASK, Row, accuracy_by_task, difference_cells, untouched_sentence
-from smoa_lab.study.report.statistics import Difference
-from smoa_lab.study.report.study_charts import accuracy, cost, differences, final_run
+from smoa_lab.study.report.charts.frontier import frontier
+from smoa_lab.study.report.charts.rate_charts import learning_rates
+from smoa_lab.study.report.charts.study_charts import accuracy, cost, differences, final_run
+from smoa_lab.study.report.results.rows import BY_TASK, Row, accuracy_by_task, difference_cells, untouched_sentence
+from smoa_lab.study.report.results.statistics import Difference
 from smoa_lab.study.trials import TrialStore
 
 HEADER = [

@@ -12,7 +12,7 @@ from smoa_lab.drawing.markdown_tables import markdown_table
 from smoa_lab.drawing.pages import write_page
 from smoa_lab.drawing.picture_files import save_picture
 from smoa_lab.study.packing import PACK, shell_command
-from smoa_lab.study.report.rows import (
+from smoa_lab.study.report.results.rows import (
     BY_TASK,
     Row,
     accuracy_by_task,
@@ -23,7 +23,7 @@ from smoa_lab.study.report.rows import (
     untouched_sentence,
     with_holm,
 )
-from smoa_lab.study.report.statistics import Difference
+from smoa_lab.study.report.results.statistics import Difference
 from smoa_lab.study.report.study_page import charts, study_page
 from smoa_lab.study.study_file import Study
 from smoa_lab.study.trials import TrialStore

@@ -12,7 +12,7 @@ import pytest
 from smoa.errors import ConfigError, DataError
 from smoa_lab.lessons.questions import Questions
 from smoa_lab.study.comparison import Comparison
-from smoa_lab.study.report.sequence_report import sequence_report
+from smoa_lab.study.report.sequence.sequence_report import sequence_report
 from smoa_lab.study.study_file import Study
 from smoa_lab.study.trials import TrialStore
 from tests.support import lab

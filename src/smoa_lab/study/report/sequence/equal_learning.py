@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from smoa_lab.study.report.curves import Curve
-from smoa_lab.study.report.statistics import (
+from smoa_lab.study.report.results.statistics import (
     RESAMPLES,
     Difference,
     corrected,
     difference,
     seed_errors,
 )
+from smoa_lab.study.report.sequence.curves import Curve
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from smoa_lab.drawing.look import PALETTE, specification
-from smoa_lab.study.report.rows import as_json, entry_row, from_json
-from smoa_lab.study.report.statistics import Difference
-from smoa_lab.study.report.study_charts import COLUMN, _spread, accuracy, cost, differences
+from smoa_lab.study.report.charts.study_charts import COLUMN, _spread, accuracy, cost, differences
+from smoa_lab.study.report.results.rows import as_json, entry_row, from_json
+from smoa_lab.study.report.results.statistics import Difference
 from smoa_lab.study.study_file import Study
 from tests.support.studies import finish_a_study, row
 

@@ -3,9 +3,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from smoa_lab.study.report.curves import Curve, Losses
-from smoa_lab.study.report.equal_learning import EqualLearning, at_equal_learning, crossing, least_gaps, with_holm
-from smoa_lab.study.report.statistics import Difference
+from smoa_lab.study.report.results.statistics import Difference
+from smoa_lab.study.report.sequence.curves import Curve, Losses
+from smoa_lab.study.report.sequence.equal_learning import (
+    EqualLearning,
+    at_equal_learning,
+    crossing,
+    least_gaps,
+    with_holm,
+)
 
 QUESTIONS = 150
 RATES = [1e-3, 1e-2, 1e-1]

@@ -12,11 +12,12 @@ from smoa.errors import DataError
 from smoa_lab.drawing.markdown_tables import markdown_table
 from smoa_lab.drawing.pages import write_page
 from smoa_lab.drawing.picture_files import save_picture
-from smoa_lab.study.report.curves import EXPLANATIONS, Curve, curve, run_rows
-from smoa_lab.study.report.equal_learning import EqualLearning, at_equal_learning, least_gaps, with_holm
-from smoa_lab.study.report.frontier import CAPTION
-from smoa_lab.study.report.sequence_page import sequence_chart, sequence_page
-from smoa_lab.study.report.sequence_tables import (
+from smoa_lab.study.report.charts.frontier import CAPTION
+from smoa_lab.study.report.results.statistics import spearman
+from smoa_lab.study.report.sequence.curves import EXPLANATIONS, Curve, curve, run_rows
+from smoa_lab.study.report.sequence.equal_learning import EqualLearning, at_equal_learning, least_gaps, with_holm
+from smoa_lab.study.report.sequence.sequence_page import sequence_chart, sequence_page
+from smoa_lab.study.report.sequence.sequence_tables import (
     EQUAL,
     EQUAL_HEADER,
     EXPLAINED,
@@ -29,7 +30,6 @@ from smoa_lab.study.report.sequence_tables import (
     explained_lines,
     run_line,
 )
-from smoa_lab.study.report.statistics import spearman
 from smoa_lab.study.study_file import Study
 from smoa_lab.study.trials import TrialStore, finite
 

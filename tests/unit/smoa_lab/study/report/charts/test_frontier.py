@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from smoa_lab.drawing.look import specification
-from smoa_lab.study.report.frontier import LABEL_HEIGHT, MARGIN, TALLEST, _apart, frontier
+from smoa_lab.study.report.charts.frontier import LABEL_HEIGHT, MARGIN, TALLEST, _apart, frontier
 
 TITLES = ("second", "first")
 

@@ -14,7 +14,7 @@ import numpy as np
 from smoa.errors import DataError
 from smoa_lab.study.comparison import stored, stored_search
 from smoa_lab.study.plan import Tuned
-from smoa_lab.study.report.statistics import (
+from smoa_lab.study.report.results.statistics import (
     Difference,
     Interval,
     accuracy_difference,

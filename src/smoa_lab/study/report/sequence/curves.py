@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smoa_lab.study.comparison import stored
-from smoa_lab.study.report.rows import check_paired
+from smoa_lab.study.report.results.rows import check_paired
 from smoa_lab.study.study_file import Study
 
 EXPLANATIONS = {

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from smoa.errors import DataError
-from smoa_lab.study.report.sequence_report import sequence_report
+from smoa_lab.study.report.sequence.sequence_report import sequence_report
 from smoa_lab.study.study_file import Study
 from smoa_lab.study.trials import Trial
 from tests.support.studies import finish_in_turn, page

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from smoa.errors import DataError
-from smoa_lab.study.report.curves import Losses, curve, run_rows
+from smoa_lab.study.report.sequence.curves import Losses, curve, run_rows
 from smoa_lab.study.study_file import Study
 from smoa_lab.study.trials import Trial
 from tests.support.studies import QUESTIONS, finish_in_turn

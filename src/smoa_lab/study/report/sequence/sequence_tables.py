@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from smoa_lab.study.report.curves import EXPLANATIONS
+from smoa_lab.study.report.sequence.curves import EXPLANATIONS
 from smoa_lab.study.trials import Trial
 
 EQUAL_HEADER = [

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from smoa.errors import DataError
-from smoa_lab.study.report.headroom import HEADROOM_HEADER, Gain, gain, headroom_line
-from smoa_lab.study.report.statistics import outcomes
+from smoa_lab.study.report.results.headroom import HEADROOM_HEADER, Gain, gain, headroom_line
+from smoa_lab.study.report.results.statistics import outcomes
 from smoa_lab.study.study_file import Study
 from smoa_lab.study.trials import Trial
 from tests.support import studies

@@ -4,7 +4,7 @@ import pytest
 
 from smoa_lab.drawing.look import MUTED, PALETTE, specification
 from smoa_lab.study.comparison import Tuned
-from smoa_lab.study.report.rate_charts import learning_rates
+from smoa_lab.study.report.charts.rate_charts import learning_rates
 from tests.support.studies import row
 
 SEARCH = Tuned({0.003: 2.5, 0.01: 2.25, 0.03: None}, 0.01, interior=True)

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from smoa_lab.study.report.sequence_tables import (
+from smoa_lab.study.report.results.statistics import Difference
+from smoa_lab.study.report.sequence.sequence_tables import (
     EQUAL_HEADER,
     RUNS_HEADER,
     before_sentence,
@@ -13,7 +14,6 @@ from smoa_lab.study.report.sequence_tables import (
     explained_lines,
     run_line,
 )
-from smoa_lab.study.report.statistics import Difference
 
 NEVER = {
     "entry": "ours",

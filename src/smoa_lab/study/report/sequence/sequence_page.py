@@ -7,8 +7,8 @@ from typing import Any
 from smoa_lab.drawing.chart_script import SCRIPT
 from smoa_lab.drawing.pages import anchor, figure, page, paragraph, section, table
 from smoa_lab.study.packing import PACK, shell_command
-from smoa_lab.study.report.frontier import CAPTION, frontier
-from smoa_lab.study.report.sequence_tables import (
+from smoa_lab.study.report.charts.frontier import CAPTION, frontier
+from smoa_lab.study.report.sequence.sequence_tables import (
     EQUAL,
     EQUAL_HEADER,
     EXPLAINED,

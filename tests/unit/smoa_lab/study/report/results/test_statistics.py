@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from smoa_lab.study.report.statistics import (
+from smoa_lab.study.report.results.statistics import (
     Difference,
     accuracy_difference,
     corrected,

@@ -9,7 +9,7 @@ from typing import Any
 import altair as alt
 
 from smoa_lab.drawing.look import MUTED, PANEL, color_of, tooltip, values
-from smoa_lab.study.report.rows import Row
+from smoa_lab.study.report.results.rows import Row
 
 COLUMNS = 5
 TITLE = "validation loss (nats per token) by learning rate; the figures are the best"

@@ -9,7 +9,7 @@ from typing import Any
 import altair as alt
 
 from smoa_lab.drawing.look import INK, MUTED, PAPER, WIDTH, colors, tooltip, values
-from smoa_lab.study.report.rows import Row, difference_cells
+from smoa_lab.study.report.results.rows import Row, difference_cells
 from smoa_lab.study.trials import Trial
 
 LINE = 22

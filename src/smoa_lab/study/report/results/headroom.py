@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from smoa.errors import DataError
-from smoa_lab.study.report.statistics import Outcomes, outcomes
+from smoa_lab.study.report.results.statistics import Outcomes, outcomes
 from smoa_lab.study.trials import TrialStore
 
 HEADROOM_HEADER = [
