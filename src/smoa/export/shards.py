@@ -42,7 +42,7 @@ class HeaderEntry:
         return int(torch.Size(self.shape).numel()) * SIZES.get(self.dtype, 1)
 
     def cast(self, dtype: torch.dtype | None) -> HeaderEntry:
-        """The same entry in another dtype. Without a dtype, or for a tensor that is not a float, the entry itself."""
+        """The entry in another dtype. Without a dtype, or for a tensor that is not a float, the entry itself."""
         return self if dtype is None or self.dtype not in FLOATS else HeaderEntry(NAMES[dtype], self.shape)
 
     @classmethod

@@ -115,7 +115,7 @@ class KeptUpdate:
 
     @classmethod
     def of(cls, update: Update, weight: Tensor, dtype: torch.dtype) -> KeptUpdate:
-        """Of the update of the pristine `weight`, for x of `dtype`."""
+        """What is kept of an `update` of the pristine `weight`, for x of `dtype`."""
         return cls(update.factors.blocks, update.kept_blocks(weight, dtype))
 
     def apply(self, x: Tensor) -> Tensor:

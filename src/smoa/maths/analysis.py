@@ -69,7 +69,7 @@ class UpdateSpectrum:
 
     @property
     def block_coverages(self) -> tuple[float, ...]:
-        """The same of each block's part of ΔW; empty where ΔW has no blocks."""
+        """The coverage of each block's part of ΔW; empty where ΔW has no blocks."""
         return () if self.block_energy is None else tuple(map(_coverage, self.block_energy))
 
 

@@ -62,7 +62,7 @@ class Factors:
         return self.rank_scale.to(dtype) * self.scaling
 
     def wide(self, dtype: torch.dtype | None = None) -> Factors:
-        """The same factors in `dtype` (default: float32 or wider), with the scale multiplied into B."""
+        """The factors in `dtype` (default: float32 or wider), with the scale multiplied into B."""
         dtype = dtype or self.dtype
         B = self.B.to(dtype) * self.scale(dtype)
         return Factors(self.A.to(dtype), B, self.ranks, 1.0, torch.ones_like(self.rank_scale), self.blocks)

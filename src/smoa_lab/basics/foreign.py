@@ -13,14 +13,14 @@ BETWEEN_OTHERS = (
 
 
 def ignore_foreign_warnings() -> None:
-    """From now on."""
+    """Ignore these warnings from now on."""
     for message in BETWEEN_OTHERS:
         warnings.filterwarnings("ignore", message=message)
 
 
 @contextmanager
 def foreign_warnings_ignored() -> Iterator[None]:
-    """Within the block."""
+    """Ignore these warnings within the block."""
     with warnings.catch_warnings():
         ignore_foreign_warnings()
         yield

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def portable(value: Any) -> Any:
-    """The same, with only the last name of every absolute path, also within dictionaries and lists."""
+    """``value`` with only the last name of every absolute path, also within dictionaries and lists."""
     if isinstance(value, dict):
         return {key: portable(one) for key, one in value.items()}
     if isinstance(value, list):

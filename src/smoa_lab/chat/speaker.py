@@ -135,7 +135,7 @@ class Speaker:
             raise DataError(f"the model's chat template refuses this: {error}") from error
 
     def excess(self, messages: Sequence[Message]) -> int:
-        """By how many tokens the messages and the longest answer exceed the model's positions."""
+        """The number of tokens by which the messages and the longest answer exceed the model's positions."""
         positions = positions_of(self.base.config)
         wanted = self.tokens(messages)["input_ids"].shape[1] + self.writing.max_new_tokens
         return 0 if positions is None else max(0, wanted - positions)
@@ -165,7 +165,7 @@ class Speaker:
 
 
 def _canonical(base: str) -> str:
-    """The same for a packaged model and its folder, and for a folder with ``~`` and without."""
+    """One name for a packaged model and its folder, and one for a folder with ``~`` and without."""
     place = str(Path(base).expanduser())
     return packaged_name(place) or place
 

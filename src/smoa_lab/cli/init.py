@@ -96,7 +96,7 @@ class _Questions:
     def or_default(
         self, option: str, given: str | None, question: str, default: str, take: Callable[[str], Taken]
     ) -> Taken:
-        """The same for what need not be asked."""
+        """What is given or, where it can be asked, answered; else the default."""
         return self(option, given or (None if self.asks else default), question, default, take)
 
 

@@ -20,7 +20,7 @@ from smoa_lab.rows.formats import Format
 from smoa_lab.rows.sources import HubRows
 
 ROWS_DEFAULTS: dict[str, Any] = {"bf16": False, "assistant_only_loss": True}
-"""For training on conversations. Precision is what ``model.dtype`` says; the loss is on the assistant's turns."""
+"""Training arguments of runs on rows. Precision is what ``model.dtype`` says; the loss is on the assistant's turns."""
 ADAPTER_RATE = 2.0e-4
 """LoRA's usual learning rate; TRL's own default, 2e-5, is meant for whole models."""
 DECIDED = {
@@ -92,7 +92,7 @@ def check_any_config(values: dict[str, Any], place: str = "config") -> RunConfig
 
 
 def check_rows_config(values: dict[str, Any], place: str = "config") -> RowsConfig:
-    """The same, which must be of a run on rows."""
+    """The checked config of plain values, which must be those of a run on rows."""
     return _checked(ConfigText(values, place))
 
 

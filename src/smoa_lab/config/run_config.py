@@ -79,8 +79,8 @@ class TaskSection(Section):
 
 
 class ForgettingSection(Section):
-    """On which text to measure what is forgotten: ``packaged``, ``finewiki`` from the Hub, or a text file; and on how
-    many tokens, 0 for none."""
+    """How forgetting is measured: on which ``text`` (``packaged``, ``finewiki`` from the Hub, or a text file), and on
+    how many ``tokens`` of it, 0 for none."""
 
     text: str = STORY
     tokens: int = Field(default=2048, ge=0)
@@ -125,7 +125,7 @@ class ConfigText:
 
     @classmethod
     def read(cls, path: str | Path, overrides: list[str] | None = None) -> ConfigText:
-        """Of a YAML file, with ``key.key=value`` overrides; raises ConfigError if it cannot be read."""
+        """Read a YAML file and lay ``key.key=value`` overrides over it; raises ConfigError if it cannot be read."""
         file = Path(path)
         if not file.is_file():
             raise ConfigError(f"{path}: no such file")

@@ -35,7 +35,7 @@ PAPER = "white"
 """The inside of hollow marks: the color of the page's paper, white in a file."""
 
 DASHES = ([1, 0], [6, 3], [2, 2], [8, 2, 2, 2])
-"""Of the entries of one method, one after the other."""
+"""The lines of the entries of one method, in their order."""
 
 WIDTH = 620
 PANEL = 144

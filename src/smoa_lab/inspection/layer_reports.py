@@ -82,7 +82,7 @@ def inspect_layers(adapter: str | Path, base: str | None = None, trust_remote_co
 
 
 def _reports(path: str, module: Any, adapter: str, method: str) -> list[LayerReport]:
-    """On each matrix of the layer, which share its trained numbers evenly."""
+    """A report on each matrix of the layer; the matrices share its trained parameters evenly."""
     found = list(weights_and_updates(path, module, adapter))
     own = [p for name, p in module.named_parameters() if f".{adapter}." in f".{name}." and "base_layer" not in name]
     shared = {

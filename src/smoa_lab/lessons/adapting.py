@@ -17,7 +17,7 @@ from smoa_lab.data.tasks import find_task, load_task
 from smoa_lab.scoring.forgetting import whole_text
 
 PASSAGES = 128
-"""Of general text, from which CorDA learns what to keep."""
+"""So many passages of general text show CorDA what to keep."""
 PASSAGE_TOKENS = 256
 REDUCED = "reduced"
 

@@ -29,8 +29,8 @@ class ForgottenText:
 
     @property
     def metrics(self) -> dict[str, Any] | None:
-        """For ``metrics.json``: the losses in nats per token, and their change with its standard error, paired by
-        passage; None if it was not measured."""
+        """What ``metrics.json`` has of it: the losses in nats per token, and their change with its standard error,
+        paired by passage; None if it was not measured."""
         if len(self.losses) < 2:
             return None
         before, after = self.losses["before"], self.losses["after"]

@@ -85,7 +85,7 @@ class Lesson(ABC):
 
     @abstractmethod
     def held_out_losses(self, model: Any) -> Losses:
-        """Of each held-out question's gold answer, or row."""
+        """The losses of the gold answers of all held-out questions, or of all held-out rows."""
 
     @abstractmethod
     def account(self) -> dict[str, Any]:
@@ -116,7 +116,7 @@ class Lesson(ABC):
 
 
 def checked_arguments(arguments: TrainingArguments) -> TrainingArguments:
-    """The same, pinning memory only for a GPU.
+    """``arguments``, changed to pin memory only for a GPU.
 
     Raises:
         ConfigError: accelerate counts fewer processes than there are, or a package of ``report_to`` is not installed.

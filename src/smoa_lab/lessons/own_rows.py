@@ -160,7 +160,11 @@ def read_rows_of(config: RowsConfig, tokenizer: PreTrainedTokenizerBase) -> tupl
 
 
 def trainable_rows_of(config: RowsConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[RowEncoder, PreparedRows]:
-    """The same; raises DataError if bad ones are not to be skipped, or none is left to train on."""
+    """What :func:`read_rows_of` gives.
+
+    Raises:
+        DataError: there are bad rows that are not to be skipped, or none is left to train on.
+    """
     encoder, rows = read_rows_of(config, tokenizer)
     require_good_rows(rows.account, config.data.skip_bad_rows)
     if not rows.account["parts"].get("train"):

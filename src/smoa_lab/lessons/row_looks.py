@@ -19,7 +19,7 @@ from smoa_lab.tokens.encoding import RowEncoder, side
 logger = logging.getLogger(__name__)
 
 NEW_TOKENS = 128
-"""Of a sample answer."""
+"""The most tokens of a sample answer."""
 
 
 class RowLooks(Looks):

@@ -15,7 +15,7 @@ OF_BITSANDBYTES = ("8bit", "paged", "bnb")
 
 
 def training_needs(config: RunConfig | RowsConfig) -> Needs:
-    """Of `smoa train`."""
+    """What `smoa train` needs."""
     optimizer = str(config.training.get("optim", ""))
     named = any(part in optimizer for part in OF_BITSANDBYTES)
     return {
@@ -26,17 +26,17 @@ def training_needs(config: RunConfig | RowsConfig) -> Needs:
 
 
 def text_needs(wanted: ForgettingSection) -> Needs:
-    """Of measuring what a run forgets."""
+    """What measuring forgetting needs."""
     return {f"forgetting.text: {STORY}": ("reasoning_gym",) if wanted.tokens and wanted.text == STORY else ()}
 
 
 def rows_needs(config: RowsConfig) -> Needs:
-    """Of a run on a user's own rows."""
+    """What a run on a user's own rows needs for its data and base model."""
     return {"data.train": ("trl", "datasets", "filelock"), **model_needs(config.model)}
 
 
 def evaluation_needs(config: RunConfig, protocol: Protocol) -> Needs:
-    """Of `smoa eval`."""
+    """What `smoa eval` needs."""
     families = {task.family for task in config.data.chosen().values()}
     packages: dict[Protocol, tuple[str, ...]] = {
         "lm-eval": ("lm_eval", "datasets"),
@@ -46,12 +46,12 @@ def evaluation_needs(config: RunConfig, protocol: Protocol) -> Needs:
 
 
 def input_needs(config: RunConfig) -> Needs:
-    """Of a run's data and base model."""
+    """What a run on tasks needs for its data and base model."""
     return {**task_needs(config.data.chosen()), **model_needs(config.model)}
 
 
 def model_needs(model: ModelSection) -> Needs:
-    """Of loading a base model; a packaged one is unpacked only once."""
+    """What loading a base model needs; a packaged one is unpacked only once."""
     packaged, quantization = packaged_name(model.name), model.options.get("quantization_config") or {}
     own: tuple[str, ...] = ("gguf",) if model.name.endswith(".gguf") else ()
     if packaged is not None and not unpacked_folder(packaged).is_dir():

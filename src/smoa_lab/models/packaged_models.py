@@ -31,7 +31,7 @@ class PackagedModel:
 
     @property
     def description(self) -> str:
-        """For cards and reports."""
+        """What cards and reports call it."""
         return f"{self.hub_id} (from GGUF {self.precision})"
 
 

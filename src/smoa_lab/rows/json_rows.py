@@ -115,7 +115,7 @@ class _Pieces:
                 return ""
 
     def take(self) -> str:
-        """The same, and go on behind it."""
+        """Return what :meth:`sign` does, and go on behind it."""
         sign = self.sign()
         self.at += len(sign)
         return sign

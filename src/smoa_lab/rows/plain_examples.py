@@ -15,12 +15,12 @@ KINDS: dict[str, type[Example]] = {"conversation": Conversation, "passage": Pass
 
 
 def content_digest(example: Example) -> str:
-    """Equal for rows that say the same, whatever their white space and case."""
+    """A digest that is equal for rows that say the same, whatever their white space and case."""
     return sha256(json.dumps(_evened(plain_example(example))).encode()).hexdigest()
 
 
 def _evened(value: Any) -> Any:
-    """The same without white space and case, also within dictionaries and lists."""
+    """``value`` without differences of white space and case, also within dictionaries and lists."""
     match value:
         case str():
             return " ".join(value.split()).casefold()
@@ -32,7 +32,7 @@ def _evened(value: Any) -> Any:
 
 
 def plain_example(example: Example) -> dict[str, Any]:
-    """For JSON; the inverse of :func:`example_of`."""
+    """The example as values that JSON has; the inverse of :func:`example_of`."""
     name = next(name for name, kind in KINDS.items() if isinstance(example, kind))
     return {"kind": name, **asdict(example)}
 

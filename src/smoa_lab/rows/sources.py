@@ -40,7 +40,7 @@ class Source(Protocol):
 
     @property
     def name(self) -> str:
-        """For messages and reports."""
+        """What messages and reports call it."""
 
     def check(self) -> None:
         """Raise DataError if it can be known without reading that there are no rows."""

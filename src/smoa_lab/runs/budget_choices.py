@@ -46,8 +46,8 @@ class Choice:
 
 
 def budget_choices(model: str, amount: str, targets: tuple[str, ...], trust_remote_code: bool = False) -> list[Choice]:
-    """For each number of blocks the largest r within ``amount``: ``"0.1%"`` of the model, a parameter count, or
-    ``"lora:8"``, what LoRA of that rank trains.
+    """The largest r within ``amount`` for each number of blocks. ``amount`` is ``"0.1%"`` of the model, a parameter
+    count, or ``"lora:8"``, what LoRA of that rank trains.
 
     Raises:
         ConfigError: ``amount`` cannot be read, or is too small for r = num_blocks = 1.
@@ -106,8 +106,12 @@ def empty_model(model: str, trust_remote_code: bool = False) -> PreTrainedModel:
 
 
 def shapes_of(empty: PreTrainedModel, targets: tuple[str, ...], model: str) -> Shapes:
-    """Of the layers whose name ends in one of ``targets``, of any kind, or of all linear ones, and of the experts in
-    parameters that are named with their module, such as ``experts.down_proj``."""
+    """How often each shape of W occurs among the layers whose name ends in one of ``targets``, of any kind, or among
+    all linear ones, and among experts in parameters that are named with their module, such as ``experts.down_proj``.
+
+    Raises:
+        DataError: there are none.
+    """
     output = empty.get_output_embeddings()
     layers = [
         kind.shape_of(layer)

@@ -89,7 +89,7 @@ class Converter:
         self.base = model.unload()
 
     def _losses(self, model: nn.Module) -> Losses:
-        """Of every gold answer or held-out row; of none if the run's data are not known."""
+        """The losses of all gold answers or held-out rows; none if the run's data are not known."""
         return Losses([], []) if self.ready is None else self.ready.held_out_losses(model)
 
     def _compare(self, lora: Losses) -> TaskLoss:

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def logits_at(model: nn.Module, positions: Tensor) -> Iterator[None]:
-    """Within the block, ``model(...).logits`` is (1, N, vocabulary): those at ``positions`` (batch, tokens; bool).
+    """Let ``model(...).logits`` be (1, N, vocabulary) within the block: those at ``positions`` (batch, tokens; bool).
 
     A model without an output layer of its own, or one that applies it to something else, gives all logits.
     """

@@ -21,7 +21,7 @@ def whole_text(record: Record) -> str:
 
 
 def text_losses(model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Losses:
-    """Of all tokens of plain texts, except that a model without a BOS token is given the first one.
+    """The losses of plain texts, over all their tokens; a model without a BOS token is given the first one.
 
     Dropout is off and no gradient is kept; the model's mode is restored.
     """

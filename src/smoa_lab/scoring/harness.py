@@ -30,7 +30,7 @@ class AnswerLM(LM):
         self.batch_tokens = batch_tokens
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """For each (context, continuation) the continuation's log-likelihood and whether greedy decoding gives it."""
+        """The log-likelihood of each request's continuation, and whether greedy decoding gives it."""
         sequences = [self.encoder.encode_texts(request.args[0], request.args[1], end=False) for request in requests]
         scores = score_answers(self.model, sequences, self.encoder.pad, self.batch_tokens)
         return [(-score.loss, score.greedy) for score in scores]

@@ -11,7 +11,7 @@ from torch import nn
 
 @contextmanager
 def scoring(model: nn.Module) -> Iterator[None]:
-    """Within the block dropout is off and no gradient is kept; afterwards the model's mode is restored."""
+    """Switch dropout off and keep no gradient within the block; afterwards the model's mode is restored."""
     was_training = model.training
     model.eval()
     try:

@@ -31,7 +31,7 @@ class Losses:
 
     @property
     def stderr(self) -> float:
-        """Of :attr:`mean`, rows drawn at random."""
+        """The standard error of :attr:`mean`, rows drawn at random."""
         return _ratio_error(self.nll, self.tokens)
 
     def change_from(self, before: Losses) -> Change:
@@ -49,7 +49,10 @@ class Change:
 
 
 def row_losses(model: nn.Module, rows: Sequence[dict[str, list[int]]], pad: int) -> Losses:
-    """Of rows with ``input_ids`` and ``labels``. Dropout is off, no gradient is kept, the model's mode is restored."""
+    """The losses of rows with ``input_ids`` and ``labels``. ``pad`` is the token that fills a batch.
+
+    Dropout is off, no gradient is kept, and the model's mode is restored.
+    """
     found: dict[int, tuple[float, int]] = {}
     device, vocabulary = next(model.parameters()).device, cast(Any, model).config.get_text_config().vocab_size
     with scoring(model):

@@ -33,7 +33,7 @@ def config_text(file: Path, proposal: Proposal, machine: Machine, measured: Meas
 
 
 def output_dir(file: Path) -> str:
-    """Of a run of this config."""
+    """Where a run of this config goes."""
     return f"runs/{file.stem}"
 
 
@@ -52,7 +52,7 @@ def expected(proposal: Proposal, machine: Machine, measured: Measured | None) ->
 
 
 def duration(seconds: float) -> str:
-    """In seconds, minutes or hours."""
+    """A time in seconds, minutes or hours, whichever reads best."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
@@ -72,7 +72,7 @@ def _header(file: Path, proposal: Proposal, machine: Machine, measured: Measured
 
 
 def _comments(proposal: Proposal, machine: Machine) -> dict[str, str]:
-    """By the path of the key."""
+    """The comment of each key that has one, by the key's path."""
     return {**_model_comments(proposal, machine), **_data_comments(proposal), **_training_comments(proposal)}
 
 
@@ -130,7 +130,7 @@ def _training_comments(proposal: Proposal) -> dict[str, str]:
 
 
 def plain_report(file: Path, proposal: Proposal, measured: Measured | None) -> dict[str, Any]:
-    """For JSON."""
+    """What ``smoa init --json`` prints: the file, its values, and what was measured."""
     report: dict[str, Any] = {"file": str(file), "config": proposal.values(output_dir(file))}
     took = {"seconds_per_step": measured.seconds, "peak_memory_bytes": measured.memory} if measured else None
     return {**report, "steps": proposal.all_steps, "measured": took}

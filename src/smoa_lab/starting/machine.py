@@ -20,7 +20,7 @@ class Machine:
 
     @property
     def name(self) -> str:
-        """In a few words."""
+        """The machine in a few words."""
         return self.gpu or "the CPU"
 
 

@@ -44,7 +44,7 @@ class StepClock(TrainerCallback):
 
     @property
     def seconds(self) -> float:
-        """Of a step; the first one, in which memory is claimed and code is compiled, is left out."""
+        """The mean time of a step, without the first one, in which memory is claimed and code is compiled."""
         return (self.times[-1] - self.times[1]) / (len(self.times) - 2)
 
 

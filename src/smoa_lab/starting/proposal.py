@@ -22,7 +22,7 @@ EPOCHS = 3
 LARGEST = {True: 16, False: 4}
 """Rows in a batch at most, with and without a GPU. On a CPU more are hardly quicker, and padded more."""
 SHARE = {True: 0.85, False: 0.5}
-"""Of the free memory that may be used, with and without a GPU: others use the CPU's memory too."""
+"""The share of free memory that a run may use, with and without a GPU: others use the CPU's memory too."""
 ADAPTER_BYTES = 16
 """A trained parameter in float32, with its gradient and AdamW's two averages."""
 
@@ -53,12 +53,12 @@ class Proposal:
         return self.steps or self.steps_of_epochs
 
     def within(self, minutes: float, seconds: float) -> Proposal:
-        """The same in at most so many minutes, at so many seconds a step, and in at least one step."""
+        """The proposal cut to at most so many minutes, at so many seconds a step, and to at least one step."""
         affordable = max(1, int(60 * minutes / seconds))
         return replace(self, steps=affordable if affordable < self.steps_of_epochs else None)
 
     def smaller(self) -> Proposal:
-        """The same in less memory: half the batch twice as often, and at last activations computed again.
+        """The proposal in less memory: half the batch twice as often, and at last activations computed again.
 
         Raises:
             ConfigError: nothing is left to save.
@@ -137,7 +137,7 @@ def needed_bytes(proposal: Proposal) -> int:
 
 
 def known_dtype(name: str) -> Dtype:
-    """The same; raises ConfigError if there is no such dtype."""
+    """The dtype of this name; raises ConfigError if there is none."""
     found: Dtype | None = next((one for one in get_args(Dtype) if one == name), None)
     if found is None:
         raise ConfigError(f"dtype: there is no {name!r}{nearest(name, get_args(Dtype))}; known are {get_args(Dtype)}")

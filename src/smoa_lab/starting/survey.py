@@ -52,7 +52,7 @@ class DataFacts:
 
 
 def look_at_model(name: str) -> ModelFacts:
-    """From its config alone: no weights are read.
+    """Read a model's sizes from its config alone; no weights are read.
 
     Raises:
         DataError: there is no such model.
@@ -72,7 +72,7 @@ def look_at_model(name: str) -> ModelFacts:
 
 
 def check_place(place: str) -> str:
-    """The same; raises DataError if it can be known without reading that nothing is there."""
+    """``place`` itself; raises DataError if it can be known without reading that nothing is there."""
     if place not in TASKS:
         for source in sources(check_rows_config({"model": {"name": ""}, "data": source_values(place)}, place).data):
             source.check()
@@ -80,7 +80,7 @@ def check_place(place: str) -> str:
 
 
 def look_at_data(place: str, model: ModelFacts) -> DataFacts:
-    """Of a task's name, a file, a folder, or a data set of the Hub, whose rows are read to the last.
+    """Count what ``place`` holds: a task's name, a file, a folder, or a data set of the Hub. Its rows are all read.
 
     Raises:
         DataError: rows cannot be read, or some are bad, as `smoa train` would say.

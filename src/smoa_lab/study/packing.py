@@ -111,7 +111,7 @@ def _read(file: Path, version: tuple[int, int, int]) -> Mapping[str, str]:
 
 
 def _write(file: Path, runs: Mapping[str, str]) -> None:
-    """The same runs give the same bytes: sorted, without a time or file name in gzip's header."""
+    """Equal runs give equal bytes: sorted, without a time or file name in gzip's header."""
     content = io.BytesIO()
     with gzip.GzipFile(filename="", mode="wb", compresslevel=9, fileobj=content, mtime=0) as compressed:
         compressed.writelines(runs[name].encode() for name in sorted(runs))

@@ -118,7 +118,7 @@ class TrialStore:
 
 
 def finite(value: Any) -> Any:
-    """The same, with None for NaN and infinities, which JSON has no words for: what a run left that diverged."""
+    """``value`` with None for NaN and infinities, which JSON has no words for: what a run left that diverged."""
     if isinstance(value, dict):
         return {key: finite(one) for key, one in value.items()}
     if isinstance(value, list):

@@ -13,7 +13,7 @@ from smoa.errors import DataError
 FIRST = 16
 """Tokens: the bound of the shortest rows in a histogram."""
 QUANTILES = {"median": 0.5, "p95": 0.95, "p99": 0.99}
-"""Of the lengths of rows."""
+"""The quantiles of the rows' lengths that are told."""
 SHOWN = 10
 """Bad rows that are listed; the rest are counted."""
 
@@ -50,7 +50,7 @@ class RowsAccount:
         return trained > 0
 
     def plain(self) -> dict[str, Any]:
-        """For JSON."""
+        """The account as values that JSON has."""
         return {
             "max_length": self.max_length,
             "format": ", ".join(self.formats),

@@ -125,8 +125,8 @@ class RowEncoder:
         return Tokens(ids, [token if trained else IGNORED for token, trained in marks])
 
     def _by_turns(self, messages: Sequence[Message]) -> Tokens:
-        """For a template without marks: each assistant's content, and what closes a turn, by their places in the
-        text."""
+        """The tokens under a template without marks: trained are each assistant's content and what closes its turn, by
+        their places in the text."""
         text = self._text(messages)
         spans = [
             span for span, one in zip(self._spans(text, messages), messages, strict=True) if one.role == "assistant"

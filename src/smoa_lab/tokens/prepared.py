@@ -41,7 +41,7 @@ class Shares:
     test: float = 0.05
 
     def part(self, digest: str) -> Part:
-        """By the beginning of a row's digest, which is as good as drawn at random."""
+        """The part of a row, by the beginning of its digest, which is as good as drawn at random."""
         place = int(digest[:12], 16) / 16**12
         if place < self.test:
             return "test"

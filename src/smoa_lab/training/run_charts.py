@@ -62,7 +62,7 @@ def _held_out(evaluation: Evaluation, last_step: int) -> Iterator[dict[str, Any]
 
 
 def learning_rate(history: History, method: str) -> Any | None:
-    """By step; None if it was not logged."""
+    """The learning rate by step; None if it was not logged."""
     points = [entry for entry in history if "learning_rate" in entry]
     if not points:
         return None

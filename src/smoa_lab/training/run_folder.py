@@ -71,7 +71,7 @@ class RunFolder:
         return self._last_whole_checkpoint()
 
     def _was_started_by(self, config_yaml: str) -> bool:
-        """By value: other releases write the same config in other words."""
+        """Whether the folder's config has the same values; other releases write the same config in other words."""
         found = parse_yaml(self.config.read_text(encoding="utf-8"), self.config)
         return found == parse_yaml(config_yaml, self.config)
 
@@ -114,7 +114,7 @@ class RunFolder:
 
 
 def in_free_folder(config: RunConfig) -> RunConfig:
-    """The same run in its folder, or in the first of ``…-2``, ``…-3`` and so on without a finished run."""
+    """``config`` in its own folder, or in the first of ``…-2``, ``…-3`` and so on without a finished run."""
     wanted = folder = config.folder
     number = 1
     while RunFolder(folder).finished:

@@ -64,7 +64,7 @@ class BlockRun:
         return self.of_slices(matrix) if blocks.is_contiguous else matrix[self.indices(blocks.orders)]
 
     def indices(self, orders: Orders) -> tuple[Tensor, Tensor]:
-        """Of the blocks' entries in a matrix: rows (blocks, height, 1) and columns (blocks, 1, width)."""
+        """The places of the blocks' entries in a matrix: rows (blocks, height, 1) and columns (blocks, 1, width)."""
         rows = orders.rows.narrow(0, self.first_row, self.count * self.height)
         cols = orders.cols.narrow(0, self.first_col, self.count * self.width)
         return rows.view(self.count, self.height, 1), cols.view(self.count, 1, self.width)

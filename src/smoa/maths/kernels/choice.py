@@ -16,7 +16,7 @@ Kernels = Literal["auto", "loop", "batched"]
 SMALL_BLOCK = 1 << 13
 """Entries of the largest blocks for which batched products are faster."""
 SMALL_SLICE, FEW_TOKENS = 1 << 15, 128
-"""The same for contiguous blocks, with at most so many tokens."""
+"""Entries of the largest contiguous blocks for which they are faster, and the most tokens with which they are."""
 
 
 def use_kernels(kernels: Kernels) -> None:

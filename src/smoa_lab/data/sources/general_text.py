@@ -13,9 +13,9 @@ from smoa_lab.basics.extras import import_package
 STORY = "packaged"
 FINEWIKI = "finewiki"
 WORDS = 120
-"""Of a passage, at least."""
+"""The least words of a passage."""
 ARTICLES = 100
-"""Of the Hub's data set: those that PEFT's own comparison takes."""
+"""How many articles of the Hub's data set are read: those that PEFT's own comparison takes."""
 
 
 def describe(source: str) -> str:

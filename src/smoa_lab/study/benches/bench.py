@@ -83,7 +83,7 @@ class Bench(ABC):
         }
 
     def untouched_config(self, entry: Entry) -> RunConfig:
-        """Of the shared model without training; ``entry`` only lends a method that is valid for it."""
+        """The config of the shared model without training; ``entry`` only lends a method that is valid for it."""
         lent = Entry(method=entry.method, adapter=entry.adapter, learning_rate=entry.learning_rate)
         config = self.config(lent, lent.learning_rate, seed=0)
         own = {"learning_rate", "seed", "output_dir"}

@@ -18,7 +18,7 @@ LAYERS = 18
 
 
 def weight_changes(model: nn.Module, base: nn.Module) -> dict[str, Any] | None:
-    """Of each figure of :class:`UpdateSize` the mean and the maximum over layers; None where the run diverged.
+    """The mean and the maximum over layers of each figure of :class:`UpdateSize`; None where the run diverged.
 
     ΔW is the difference to ``base``, also for methods that take a part of W out when they start. The layers are the
     adapted ones or, where all weights were trained, all linear ones but the output layer.
@@ -50,7 +50,7 @@ def _linear(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
 
 
 def _spread(layers: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
-    """At most ``LAYERS`` of them, the first and the last included."""
+    """Up to ``LAYERS`` of the layers, evenly spread, the first and the last included."""
     if len(layers) <= LAYERS:
         return layers
     return [layers[round(number * (len(layers) - 1) / (LAYERS - 1))] for number in range(LAYERS)]

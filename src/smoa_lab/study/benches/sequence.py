@@ -69,12 +69,12 @@ class SequenceBench(AnswerBench):
         ]
 
     def stored_config(self, config: RunConfig) -> dict[str, Any]:
-        """With the earlier tasks, which decide where an entry starts."""
+        """What a trial keeps of its config: also the earlier tasks, which decide where an entry starts."""
         between = {"between": [one.model_dump(mode="json") for one in self.between]} if self.between else {}
         return {**super().stored_config(config), "first": self._first_task.described, **between}
 
     def check_needs(self, entry: Entry) -> None:
-        """Also for the earlier tasks."""
+        """Check what the entry needs for the earlier tasks too."""
         super().check_needs(entry)
         config = self.config(entry, entry.learning_rate, seed=0)
         for earlier in (self.first_config(), *self.between_configs(config)):

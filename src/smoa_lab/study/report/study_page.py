@@ -79,7 +79,7 @@ def charts(rows: Sequence[Row], store: TrialStore) -> dict[str, Any]:
 
 
 def _forgetting(rows: Sequence[Row], store: TrialStore) -> Any | None:
-    """Of the final runs; None for a study that does not measure it."""
+    """The chart of what final runs learned and forgot; None for a study that does not measure it."""
     runs = []
     for row in rows:
         for seed in row.seeds:

@@ -20,9 +20,9 @@ CAPTION = (
 TALLEST = 2.0
 """The frame ends so many nats above the loss before."""
 MARGIN = 0.1
-"""And begins so many below the lowest."""
+"""The frame begins so many nats below the lowest loss."""
 LABEL_HEIGHT = 0.055
-"""Of a label, as a share of the frame's height."""
+"""The height of a label as a share of the frame's."""
 ROOM = WIDTH - 130
 
 
@@ -62,7 +62,7 @@ def _frame(kept: Sequence[float], before: float | None) -> list[float]:
 
 
 def _means(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Of each entry at each of its rates, ascending."""
+    """The mean losses of each entry at each of its rates, ascending."""
     key = itemgetter("entry", "learning_rate")
     found = []
     for (entry, rate), group in groupby(sorted(runs, key=key), key=key):
@@ -73,7 +73,7 @@ def _means(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _labels(means: Sequence[dict[str, Any]], frame: Sequence[float]) -> list[dict[str, Any]]:
-    """Of each entry the best point inside the frame, and the height of its name in a column at the right."""
+    """The best point of each entry inside the frame, and the height of its name in a column at the right."""
     bottom, top = frame
     ends = []
     for _, group in groupby(means, key=itemgetter("entry")):

@@ -41,7 +41,8 @@ def _points(row: Row, names: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 
 def _range(points: Sequence[Mapping[str, Any]]) -> list[float]:
-    """From just below the lowest loss to where most entries' worst rates are seen; lines leave it at the top."""
+    """The losses that a panel shows: from just below the lowest to where most entries' worst rates are seen. Lines
+    leave it at the top."""
     losses: dict[str, list[float]] = {}
     for point in points:
         losses.setdefault(point["entry"], []).append(point["loss"])

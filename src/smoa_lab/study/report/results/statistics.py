@@ -74,7 +74,8 @@ class Difference(Interval):
 
 
 def outcomes(results: Sequence[dict[str, Any]]) -> Outcomes:
-    """From the JSON of final runs of one entry, one per seed. A question that diverged counts as infinitely bad."""
+    """The outcomes in the JSON of an entry's final runs, one per seed. A question that diverged counts as infinitely
+    bad."""
     questions = [result["questions"] for result in results]
     tasks = questions[0]["task"]
     loss = [[np.inf if nll is None else nll for nll in one["nll"]] for one in questions]
@@ -87,12 +88,12 @@ def outcomes(results: Sequence[dict[str, Any]]) -> Outcomes:
 
 
 def accuracy_interval(entry: Outcomes) -> Interval:
-    """Of the accuracy itself."""
+    """The accuracy itself with its interval."""
     return _interval(entry.right * entry.share, entry.share)
 
 
 def loss_difference(entry: Outcomes, reference: Outcomes) -> Difference:
-    """Of the loss per answer token; lower is better. Where one of the two diverged the other is better."""
+    """The difference in loss per answer token; lower is better. Where one of the two diverged the other is better."""
     diverged = not np.isfinite(entry.loss).all(), not np.isfinite(reference.loss).all()
     if any(diverged):
         nan = float("nan")
@@ -101,7 +102,7 @@ def loss_difference(entry: Outcomes, reference: Outcomes) -> Difference:
 
 
 def accuracy_difference(entry: Outcomes, reference: Outcomes) -> Difference:
-    """Of the accuracy; higher is better."""
+    """The difference in accuracy; higher is better."""
     return _difference((entry.right - reference.right) * entry.share, entry.share, sign=1)
 
 
@@ -111,7 +112,7 @@ def _difference(gaps: NDArray[np.float64], weights: NDArray[np.float64], sign: i
 
 
 def difference(mean: float, samples: NDArray[np.float64], sign: int, seeds: int) -> Difference:
-    """By its resamples; ``sign`` is 1 where higher is better, else -1."""
+    """A difference with the interval and verdict of its resamples; ``sign`` is 1 where higher is better, else -1."""
     low, high = _bounds(samples)
     if seeds < 2:
         return Difference(mean, low, high, "one seed", p_value(samples))
@@ -149,7 +150,7 @@ def seed_errors(of_seed: NDArray[np.float64], random: np.random.Generator) -> ND
 
 
 def verdict_of(low: float, high: float, sign: int) -> Verdict:
-    """Of a difference by its interval; ``sign`` is 1 where higher is better, else -1."""
+    """The verdict on a difference by its interval; ``sign`` is 1 where higher is better, else -1."""
     if low <= 0 <= high:
         return "same"
     return "better" if sign * low > 0 else "worse"
@@ -170,7 +171,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def corrected(found: Sequence[Difference | None]) -> list[Difference | None]:
-    """The same with Holm's p-values for all of them together, and the verdicts by these."""
+    """The differences with Holm's p-values for all of them together, and the verdicts by these."""
     adjusted = iter(holm([one.p for one in found if one is not None and one.p is not None]))
     return [one if one is None or one.p is None else _with_holm(one, next(adjusted)) for one in found]
 

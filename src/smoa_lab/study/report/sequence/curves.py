@@ -24,7 +24,7 @@ EXPLANATIONS = {
 
 @dataclass(frozen=True)
 class Losses:
-    """Of one task, for each rate, seed and question (rates, seeds, questions), with the tokens of each question."""
+    """The losses on one task, (rates, seeds, questions), and the tokens of each question, (questions,)."""
 
     nll: NDArray[np.float64]
     tokens: NDArray[np.float64]
@@ -34,7 +34,7 @@ class Losses:
         return np.asarray(self.nll.mean(axis=1).sum(axis=-1) / self.tokens.sum())
 
     def resampled(self, counts: NDArray[np.int64]) -> NDArray[np.float64]:
-        """The same, (resamples, rates), with each question counted as often as ``counts`` (resamples, questions)."""
+        """The means, (resamples, rates), with each question counted as often as ``counts`` (resamples, questions)."""
         return np.asarray((counts @ self.nll.mean(axis=1).T) / (counts @ self.tokens)[:, None])
 
 
@@ -49,7 +49,7 @@ class Curve:
     second: Losses
 
     def only(self, seeds: list[int]) -> Curve:
-        """The same of these seeds."""
+        """The curve of these seeds alone."""
         chosen = [self.seeds.index(seed) for seed in seeds]
         first, second = (Losses(task.nll[:, chosen], task.tokens) for task in (self.first, self.second))
         return Curve(self.entry, self.rates, seeds, first, second)

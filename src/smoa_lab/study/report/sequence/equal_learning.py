@@ -45,7 +45,7 @@ class EqualLearning:
 
 @dataclass(frozen=True)
 class Place:
-    """On a curve, ``share`` of the way from the rate at ``index`` to the next one."""
+    """A place on a curve: ``share`` of the way from the rate at ``index`` to the next one."""
 
     index: int
     share: float
@@ -68,7 +68,7 @@ def crossing(losses: Sequence[float] | NDArray[np.float64], level: float) -> Pla
 
 
 def at_equal_learning(own: Curve, reference: Curve) -> EqualLearning:
-    """Of an entry, or of the reference itself."""
+    """What an entry, or the reference itself, kept where it learned as much as the reference at its best."""
     best = int(np.argmin(reference.second.mean()))
     level = float(reference.second.mean()[best])
     losses = own.second.mean()
@@ -87,7 +87,7 @@ def at_equal_learning(own: Curve, reference: Curve) -> EqualLearning:
 
 
 def least_gaps(curves: Sequence[Curve]) -> dict[str, float]:
-    """By entry, how far its first-task loss is above the lowest one, at the level where that is least.
+    """How far each entry's first-task loss is above the lowest one, at the level where that is least.
 
     Levels are the second losses of all rates of all entries that at least half of the entries reach.
     """

@@ -84,7 +84,7 @@ def _before(untouched: dict[str, Any]) -> dict[str, Any]:
 
 
 def _correlations(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """By explanation, of the runs that did not diverge."""
+    """Spearman's correlation of each explanation with each kind of forgetting, over the runs that did not diverge."""
     found: dict[str, dict[str, float | None]] = {}
     for figure_name in EXPLANATIONS:
         found[figure_name] = {}
