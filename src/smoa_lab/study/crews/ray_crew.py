@@ -9,18 +9,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from smoa.errors import DataError
 from smoa_lab.study.crews.crew import Result
-from smoa_lab.study.crews.ray_session import connect, machines
+from smoa_lab.study.crews.machine_check import check_machines
+from smoa_lab.study.crews.ray_session import RETRIES, connect, machines, result_of
 from smoa_lab.study.crews.ray_worker import Place, perform
 from smoa_lab.study.crews.shares import equal_share
 from smoa_lab.study.plan import Job
 from smoa_lab.study.study_file import Study
 
 logger = logging.getLogger(__name__)
-
-RETRIES = 3
-"""How often Ray runs a job again whose worker, or whose machine, died."""
 
 
 class RayCrew:
@@ -61,7 +58,7 @@ class RayCrew:
         done = self._ray.wait(list(self._jobs.values()))[0][0]
         job = next(job for job, task in self._jobs.items() if task == done)
         del self._jobs[job]
-        return job, self._result(done, job.name)
+        return job, result_of(self._ray, done, job.name)
 
     def __enter__(self) -> RayCrew:
         return self
@@ -82,7 +79,7 @@ class RayCrew:
         self.place.mark.parent.mkdir(parents=True, exist_ok=True)
         self.place.mark.touch()
         if self.address is not None:
-            self._check_machines()
+            check_machines(self._ray, self.place)
         gpu = " and a GPU" if self.share.gpus else ""
         logger.info("%d machines, %d workers; cores for each: %d%s", len(offers), self.workers, self.share.cores, gpu)
 
@@ -90,24 +87,3 @@ class RayCrew:
         """``perform`` as Ray's task for a job."""
         share = {"num_cpus": self.share.cores, "num_gpus": self.share.gpus}
         return self._ray.remote(perform).options(name=job.name, max_retries=RETRIES, **share)
-
-    def _check_machines(self) -> None:
-        """Raise DataError, before any work, where a machine does not share the study's folder."""
-        check = self._ray.remote(Place.enter)
-        on = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
-        nodes = [node["NodeID"] for node in self._ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-        for node in nodes:
-            task = check.options(num_cpus=0, scheduling_strategy=on(node, soft=False)).remote(self.place)
-            self._result(task, "checking the machines")
-
-    def _result(self, task: Any, what: str) -> Any:
-        raised = self._ray.exceptions
-        try:
-            return self._ray.get(task)
-        except raised.RayTaskError as error:
-            raise error.cause from error
-        except raised.RayError as error:
-            raise DataError(
-                f"{what}: its worker died {RETRIES + 1} times ({str(error).splitlines()[0]}); where memory ran out, "
-                "give fewer --workers. Ray's logs are in /tmp/ray/session_latest/logs"
-            ) from error

@@ -7,12 +7,14 @@ import os
 import socket
 from typing import Any
 
-from smoa.errors import ConfigError
+from smoa.errors import ConfigError, DataError
 from smoa_lab.basics.extras import import_package
 from smoa_lab.study.crews.shares import Machine
 
 STORE = 100 * 2**20
 """Bytes of Ray's object store; a study passes only the JSON of its runs."""
+RETRIES = 3
+"""How often Ray runs a task again whose worker, or whose machine, died."""
 PATIENCE = 5.0
 """Seconds within which an address must answer. Ray itself would try for two minutes."""
 
@@ -45,6 +47,25 @@ def machines(ray: Any) -> list[Machine]:
     """Those of the cluster that are alive."""
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return [Machine(int(offers.get("CPU", 0)), int(offers.get("GPU", 0))) for offers in alive]
+
+
+def result_of(ray: Any, task: Any, what: str) -> Any:
+    """What a task returns, once it is finished; ``what`` it is, for the error.
+
+    Raises:
+        DataError: its workers died again and again.
+        Exception: what the task itself raised.
+    """
+    raised = ray.exceptions
+    try:
+        return ray.get(task)
+    except raised.RayTaskError as error:
+        raise error.cause from error
+    except raised.RayError as error:
+        raise DataError(
+            f"{what}: its worker died {RETRIES + 1} times ({str(error).splitlines()[0]}); where memory ran out, "
+            "give fewer --workers. Ray's logs are in /tmp/ray/session_latest/logs"
+        ) from error
 
 
 def _check_answers(address: str) -> None:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from smoa.errors import ConfigError, DataError
-from smoa_lab.study.crews.ray_session import connect, machines
+from smoa_lab.study.crews.ray_session import connect, machines, result_of
 from smoa_lab.study.crews.shares import Machine
 from tests.support.processes import free_port
 
@@ -76,3 +76,31 @@ def test_only_machines_that_are_alive_count(ray: SimpleNamespace) -> None:
         {"Alive": True, "Resources": {"memory": 1e9}},
     ]
     assert machines(ray) == [Machine(8, gpus=2), Machine(0)]
+
+
+class FailedError(Exception):
+    """What Ray raises for a task that raised ``cause``."""
+
+    cause = ConfigError("r: too large")
+
+
+@pytest.mark.parametrize(
+    ("raised", "error", "message"),
+    [
+        (FailedError(), ConfigError, "^r: too large$"),
+        (
+            OSError("The worker died.\nAll about it"),
+            DataError,
+            r"^x: its worker died 4 times \(The worker died\.\); wh",
+        ),
+    ],
+)
+def test_a_task_that_fails_does_so_in_its_own_words(
+    ray: SimpleNamespace, raised: Exception, error: type[Exception], message: str
+) -> None:
+    def get(task: object) -> None:
+        raise raised
+
+    ray.get, ray.exceptions = get, SimpleNamespace(RayTaskError=FailedError, RayError=OSError)
+    with pytest.raises(error, match=message):
+        result_of(ray, None, "x")
