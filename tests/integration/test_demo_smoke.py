@@ -48,7 +48,9 @@ def test_the_demo_trains_scores_reloads_merges_and_says_where_things_lie(finishe
     assert "trainable parameters" in output
     assert "they agree" in output
     assert str(run / "adapter") in output
-    assert {"adapter", "config.yaml", "metrics.json", "loss_curve.png", "train.log"} <= {f.name for f in run.iterdir()}
+    assert {"adapter", "config.yaml", "metrics.json", "loss_curve.png", "loss_curve.svg", "train.log"} <= {
+        f.name for f in run.iterdir()
+    }
 
 
 def test_its_metrics_say_where_they_come_from(finished: tuple[str, Path]) -> None:

@@ -28,8 +28,8 @@ tbody tr:hover, tr:has(:target) { background: var(--soft); }
 th button { font: inherit; color: inherit; background: none; border: 0; padding: 0; cursor: pointer; }
 th button:focus-visible, a:focus-visible, .wide:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
 th[aria-sort=ascending] button::after { content: " ▲"; } th[aria-sort=descending] button::after { content: " ▼"; }
-.wide { overflow-x: auto; } figure { margin: 1.5rem 0; } figcaption { max-width: 45rem; font-size: .9rem; }
-.chart.vega-embed { display: block; padding: 0; } .chart [role=link] { cursor: pointer; }
+.wide { overflow-x: auto; } figure { margin: 0 0 1.5rem; } figcaption { max-width: 45rem; font-size: .9rem; }
+.chart.vega-embed { display: block; padding: 1.75rem 0 0; } .chart [role=link] { cursor: pointer; }
 .chart { max-width: 60rem; } .chart .marks { width: 100%; height: auto; }
 .chart [role=link]:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
 #vg-tooltip-element.vg-tooltip { color: var(--ink); background: var(--paper); border-color: var(--line); }

@@ -1,4 +1,4 @@
-"""Saves charts as PNG files, drawn here and not in a browser."""
+"""Saves charts as PNG and SVG files, drawn here and not in a browser."""
 
 from __future__ import annotations
 
@@ -14,16 +14,26 @@ SCALE = 2
 COLORS = 192
 
 
+def save_pictures(chart: Any, png: Path) -> None:
+    """Write the chart as ``png`` and, with the same name, as an SVG."""
+    import vl_convert
+
+    save_picture(chart, png)
+    write_whole(png.with_suffix(".svg"), vl_convert.vegalite_to_svg(_on_white(chart), vl_version=vega_lite_version()))
+
+
 def save_picture(chart: Any, file: Path) -> None:
-    """Write the chart on white, at twice its size, in few colors, which takes half the bytes."""
+    """Write the chart as a PNG, at twice its size, in few colors, which takes half the bytes."""
     import vl_convert
     from PIL import Image
 
-    drawn = vl_convert.vegalite_to_png(
-        {**specification(chart), "background": "white", "padding": 10}, vl_version=vega_lite_version(), scale=SCALE
-    )
+    drawn = vl_convert.vegalite_to_png(_on_white(chart), vl_version=vega_lite_version(), scale=SCALE)
     compact = BytesIO()
     Image.open(BytesIO(drawn)).convert("RGB").quantize(COLORS, dither=Image.Dither.NONE).save(
         compact, format="png", optimize=True
     )
     write_whole(file, compact.getvalue())
+
+
+def _on_white(chart: Any) -> dict[str, Any]:
+    return {**specification(chart), "background": "white", "padding": 10}

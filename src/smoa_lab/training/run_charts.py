@@ -9,7 +9,7 @@ from typing import Any
 import altair as alt
 
 from smoa_lab.drawing.look import INK, MUTED, WIDTH, color_of, tooltip, values
-from smoa_lab.drawing.picture_files import save_picture
+from smoa_lab.drawing.picture_files import save_pictures
 
 History = Sequence[Mapping[str, Any]]
 Evaluation = Mapping[str, Mapping[str, Any]]
@@ -21,11 +21,11 @@ LINE = 17
 
 
 def draw_run(history: History, evaluation: Evaluation, file: Path, method: str, title: str) -> None:
-    """Save losses and accuracies as a picture; nothing if nothing was logged."""
+    """Save losses and accuracies as ``file``, a PNG, and as an SVG beside it; nothing if nothing was logged."""
     found = [chart for chart in (losses(history, evaluation, method), accuracies(evaluation, method)) if chart]
     if found:
         drawn = alt.vconcat(*found, title=alt.Title(title)).resolve_scale(color="independent")
-        save_picture(drawn, file)
+        save_pictures(drawn, file)
 
 
 def losses(history: History, evaluation: Evaluation, method: str) -> Any | None:
@@ -81,21 +81,7 @@ def learning_rate(history: History, method: str) -> Any | None:
 def accuracies(evaluation: Evaluation, method: str) -> Any | None:
     """A bar for each task and stage with its standard error; a tick at the share of the commonest label. None where
     accuracy was not measured before and after."""
-    rows = [
-        {
-            "task": task if task != "all" else "all tasks",
-            "stage": stage,
-            "accuracy": 100 * scores["accuracy"],
-            "low": 100 * (scores["accuracy"] - scores["accuracy_stderr"]),
-            "high": 100 * (scores["accuracy"] + scores["accuracy_stderr"]),
-            "told": f"{100 * scores['accuracy']:.1f} %",
-            "majority": None if scores["majority"] is None else 100 * scores["majority"],
-            "questions": scores["questions"],
-        }
-        for stage in STAGES
-        for task, scores in evaluation.get(stage, {}).items()
-        if "accuracy" in scores and (task == "all" or len(evaluation[stage]) > 2)
-    ]
+    rows = _accuracy_rows(evaluation)
     if {row["stage"] for row in rows} != set(STAGES):
         return None
     tasks = len({row["task"] for row in rows})
@@ -114,8 +100,27 @@ def accuracies(evaluation: Evaluation, method: str) -> Any | None:
         ),
         chart.mark_rule().encode(x="low:Q", x2="high:Q"),
         chart.mark_text(align="left", dx=5).encode(x="high:Q", text="told:N"),
-        chart.mark_tick(thickness=2, color=MUTED).encode(x="majority:Q"),
+        chart.mark_tick(thickness=2, color=INK).encode(x="majority:Q"),
     ).properties(width=WIDTH - 80, height=2 * LINE * tasks + 8)
+
+
+def _accuracy_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """The accuracy in percent of each stage and task, and of all tasks where there are several."""
+    return [
+        {
+            "task": task if task != "all" else "all tasks",
+            "stage": stage,
+            "accuracy": 100 * scores["accuracy"],
+            "low": 100 * (scores["accuracy"] - scores["accuracy_stderr"]),
+            "high": 100 * (scores["accuracy"] + scores["accuracy_stderr"]),
+            "told": f"{100 * scores['accuracy']:.1f} %",
+            "majority": None if scores["majority"] is None else 100 * scores["majority"],
+            "questions": scores["questions"],
+        }
+        for stage in STAGES
+        for task, scores in evaluation.get(stage, {}).items()
+        if "accuracy" in scores and (task == "all" or len(evaluation[stage]) > 2)
+    ]
 
 
 def balance(evaluation: Evaluation, forgot: Mapping[str, Any] | None, method: str) -> Any | None:
@@ -134,7 +139,9 @@ def balance(evaluation: Evaluation, forgot: Mapping[str, Any] | None, method: st
         y=alt.Y("of:N", sort=None, title=None, axis=alt.Axis(ticks=False, domain=False, labelLimit=240)),
         tooltip=tooltip(of="", before=".4f", after=".4f"),
     )
-    x = alt.X("before:Q", title="loss before (gray) and after (nats per token)", scale=alt.Scale(zero=False))
+    x = alt.X(
+        "before:Q", title="loss before (gray) and after (nats per token)", scale=alt.Scale(zero=False, padding=28)
+    )
     return alt.layer(
         chart.mark_rule(strokeWidth=2, color=MUTED).encode(x=x, x2="after:Q"),
         chart.mark_circle(size=90, color=MUTED, opacity=1).encode(x=x),

@@ -10,7 +10,7 @@ from smoa.atomic import write_whole
 from smoa.errors import DataError
 from smoa_lab.drawing.markdown_tables import markdown_table
 from smoa_lab.drawing.pages import write_page
-from smoa_lab.drawing.picture_files import save_picture
+from smoa_lab.drawing.picture_files import save_pictures
 from smoa_lab.study.packing import PACK, shell_command
 from smoa_lab.study.report.results.rows import (
     BY_TASK,
@@ -62,7 +62,7 @@ def _draw(study: Study, rows: list[Row]) -> dict[str, str]:
     found = charts(rows, TrialStore(study.folder))
     pictures = {file: title for title, file in PICTURES.items() if title in found}
     for file, title in pictures.items():
-        save_picture(found[title], study.folder / file)
+        save_pictures(found[title], study.folder / file)
     return pictures
 
 

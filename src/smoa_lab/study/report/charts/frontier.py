@@ -36,7 +36,8 @@ def frontier(runs: Sequence[Mapping[str, Any]], titles: tuple[str, str], before:
     methods = {run["entry"]: run["method"] for run in known}
     means = _means(known)
     frame = _frame([point["kept"] for point in means], before)
-    x = alt.X("learned:Q", title=f"{titles[0]}; right is learned more", scale=alt.Scale(reverse=True, zero=False))
+    across = alt.Scale(reverse=True, zero=False, padding=8)
+    x = alt.X("learned:Q", title=f"{titles[0]}; right is learned more", scale=across)
     y = alt.Y("kept:Q", title=f"{titles[1]}; down is kept more", scale=alt.Scale(domain=frame, nice=False))
     told = tooltip(entry="", learning_rate="~g", seed="", learned=".4f", kept=".4f")
     line = alt.Chart(values(means)).encode(x=x, y=y, color=colors(methods), strokeDash=dashes(methods))

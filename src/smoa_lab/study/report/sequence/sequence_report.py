@@ -11,7 +11,7 @@ from smoa.atomic import write_whole
 from smoa.errors import DataError
 from smoa_lab.drawing.markdown_tables import markdown_table
 from smoa_lab.drawing.pages import write_page
-from smoa_lab.drawing.picture_files import save_picture
+from smoa_lab.drawing.picture_files import save_pictures
 from smoa_lab.study.report.charts.frontier import CAPTION
 from smoa_lab.study.report.results.statistics import spearman
 from smoa_lab.study.report.sequence.curves import EXPLANATIONS, Curve, curve, run_rows
@@ -57,7 +57,7 @@ def sequence_report(study: Study) -> dict[str, Any]:
     write_whole(study.folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
     drawn = sequence_chart(summary)
     if drawn is not None:
-        save_picture(drawn, study.folder / "frontier.png")
+        save_pictures(drawn, study.folder / "frontier.png")
     write_whole(study.folder / "README.md", _readme(study, summary))
     write_page(study.folder / "index.html", sequence_page(_title(study), summary))
     return summary

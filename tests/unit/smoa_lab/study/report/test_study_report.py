@@ -106,7 +106,8 @@ def test_a_packed_study_has_the_same_report_to_the_byte(study: Study) -> None:
     report(study)
     files = [file for file in study.folder.iterdir() if file.is_file() and file.name != "untouched.json"]
     before = {file.name: file.read_bytes() for file in files}
-    pictures = ["accuracy.png", "differences.png", "learning_rates.png"]
+    titles = ("accuracy", "differences", "learning_rates")
+    pictures = [f"{title}.{ending}" for title in titles for ending in ("png", "svg")]
     assert sorted(before) == sorted(["README.md", "charts.js", "index.html", "summary.json", *pictures])
     pack(study.folder)
     for name in before:
