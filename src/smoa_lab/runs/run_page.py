@@ -19,6 +19,7 @@ from smoa_lab.training.samples import NAMES
 
 KEYS = ("parameters", "training", "provenance", "evaluation", "forgetting", "history", "samples")
 """What the metrics of a finished run have, and those of older versions may not."""
+LOADING = "Load it"
 WHOLE_MODEL = 'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("PATH")'
 
 
@@ -44,35 +45,46 @@ def run_page(record: RunRecord) -> tuple[str, list[str]]:
         "Loss": _losses,
         "Answers before and after": _samples,
         "Config": lambda record: [code(record.config)] if record.config else [],
-        "Load it": _loading,
+        LOADING: _loading,
     }
     parts: list[str] = []
-    absent: list[str] = []
-    damaged: list[str] = []
+    faults: dict[str, Exception] = {}
     for title, build in sections.items():
         try:
             found = build(record)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            key = error.args[0] if isinstance(error, KeyError) else None
-            if key in KEYS and key not in record.metrics:
-                absent.append(str(key))
-            else:
-                damaged.append(title or "Run")
+        except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+            faults[title] = error
             continue
         parts += [section(title, *found) if title else found[0]] if found else []
-    missing = [*record.missing, *(_lacking(record, absent, damaged) if record.whole else [])]
+    missing = [*record.missing, *_lacking(record, faults)]
     told = [f'<p class="missing">{html.escape(" ".join(missing))}</p>'] if missing else []
     return page(record.name, *told, *parts), missing
 
 
-def _lacking(record: RunRecord, absent: list[str], damaged: list[str]) -> list[str]:
-    lines = []
+def _lacking(record: RunRecord, faults: dict[str, Exception]) -> list[str]:
+    """A sentence for each kind of fault; what is said of metrics.json already is not said again."""
+    lines, of_metrics = [], {title: fault for title, fault in faults.items() if title != LOADING and record.whole}
+    absent = [str(fault.args[0]) for fault in of_metrics.values() if _is_absent(fault, record)]
+    damaged = [title or "Run" for title, fault in of_metrics.items() if not _is_absent(fault, record)]
     if absent:
-        version = record.metrics.get("provenance", {}).get("versions", {}).get("smoa", "another version")
-        lines.append(f"metrics.json has no {', '.join(dict.fromkeys(absent))}: it was written by smoa {version}.")
+        lines.append(f"metrics.json has no {', '.join(dict.fromkeys(absent))}: it was written by {_writer(record)}.")
     if damaged:
         lines.append(f"metrics.json is damaged in what it has about: {', '.join(damaged)}.")
+    if LOADING in faults:
+        lines.append(f"adapter/ is damaged: {faults[LOADING]}.")
     return lines
+
+
+def _writer(record: RunRecord) -> str:
+    try:
+        return f"smoa {record.metrics['provenance']['versions']['smoa']}"
+    except (KeyError, TypeError):
+        return "another version of smoa"
+
+
+def _is_absent(fault: Exception, record: RunRecord) -> bool:
+    """Whether a whole part of the metrics is not there, as in those of an older version."""
+    return isinstance(fault, KeyError) and fault.args[0] in KEYS and fault.args[0] not in record.metrics
 
 
 def _facts(record: RunRecord) -> list[str]:
@@ -145,8 +157,8 @@ def _loading(record: RunRecord) -> list[str]:
     adapter = record.folder.adapter
     if not adapter.is_dir():
         return [] if not record.whole else [paragraph("adapter/ is not here: it was moved or deleted.")]
-    loaded = WHOLE_MODEL
-    if METHODS[record.method].config is not None:
+    loaded, method = WHOLE_MODEL, METHODS.get(record.method)
+    if method is None or method.config is not None:
         config = PeftConfig.from_pretrained(str(adapter))
         loaded = loading_code(config, described_base(str(config.base_model_name_or_path)))
     return [code(loaded.replace("PATH", str(adapter))), code(f"smoa chat {record.folder.path}")]

@@ -14,6 +14,8 @@ from smoa.errors import ConfigError, SmoaError
 from smoa_lab.config.yaml_text import parse_yaml, to_yaml
 from smoa_lab.training.run_folder import RunFolder
 
+AGAIN = "smoa eval scores the adapter again."
+
 
 @dataclass(frozen=True)
 class RunRecord:
@@ -49,12 +51,22 @@ def read_run(place: str | Path) -> RunRecord:
     if not folder.metrics.is_file() and not folder.config.is_file():
         raise ConfigError(f"{place}: is not the folder of a run: contains neither metrics.json nor config.yaml")
     metrics, problem = _metrics(folder)
-    missing = [] if problem is None else [problem]
-    config = folder.config.read_text(encoding="utf-8", errors="replace") if folder.config.is_file() else ""
-    if not config:
-        missing.append("config.yaml is missing.")
-        config = to_yaml(metrics["config"]) if isinstance(metrics.get("config"), dict) else ""
-    return RunRecord(folder, metrics, config, missing, whole=problem is None)
+    config, lack = _config(folder, metrics)
+    return RunRecord(folder, metrics, config, [one for one in (problem, lack) if one], whole=problem is None)
+
+
+def _config(folder: RunFolder, metrics: dict[str, Any]) -> tuple[str, str | None]:
+    """The config's text, or that of the metrics and what is wrong with the file."""
+    kept = to_yaml(metrics["config"]) if isinstance(metrics.get("config"), dict) else ""
+    instead = " What is shown of it is from metrics.json." if kept else ""
+    if not folder.config.is_file():
+        return kept, f"config.yaml is missing.{instead}"
+    try:
+        text = folder.config.read_text(encoding="utf-8")
+        parse_yaml(text, folder.config)
+    except ValueError as error:  # neither UTF-8 nor YAML
+        return kept, f"config.yaml is damaged: {error}.{instead}"
+    return text, None
 
 
 def _metrics(folder: RunFolder) -> tuple[dict[str, Any], str | None]:
@@ -66,9 +78,9 @@ def _metrics(folder: RunFolder) -> tuple[dict[str, Any], str | None]:
             folder
         ), "The run is not finished: metrics.json is missing. Run the same smoa train again to go on with it."
     except ValueError as error:
-        return _logged(folder), f"metrics.json is damaged: {error}."
+        return _logged(folder), f"metrics.json is damaged: {error}. {AGAIN}"
     if not isinstance(found, dict):
-        return _logged(folder), f"metrics.json is damaged: it is a {type(found).__name__}, not an object."
+        return _logged(folder), f"metrics.json is damaged: it is a {type(found).__name__}, not an object. {AGAIN}"
     return found, None
 
 

@@ -105,6 +105,15 @@ def test_metrics_of_an_older_version_are_shown_without_what_it_did_not_measure(t
     assert headings(page) == [one for one in ALL if one not in ("Learned and forgotten", "Answers before and after")]
 
 
+def test_metrics_that_do_not_say_who_wrote_them_are_of_another_version(tmp_path: Path) -> None:
+    run = stored_run(tmp_path / "run")
+    (run / "metrics.json").write_text('{"provenance": "?", "evaluation": {}}')
+    _, missing = reported(run)
+    assert missing == [
+        "metrics.json has no parameters, forgetting, history, samples: it was written by another version of smoa."
+    ]
+
+
 @pytest.mark.parametrize(
     ("key", "value", "title"),
     [
@@ -132,8 +141,47 @@ def test_a_missing_config_is_taken_from_the_metrics(tmp_path: Path) -> None:
     run = stored_run(tmp_path / "run")
     (run / "config.yaml").unlink()
     page, missing = reported(run)
-    assert missing == ["config.yaml is missing."]
+    assert missing == ["config.yaml is missing. What is shown of it is from metrics.json."]
     assert "method: smoa" in page
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (
+            b"method: [smoa",
+            "config.yaml is damaged: .*config.yaml, line 1: .* What is shown of it is from metrics",
+        ),
+        (b"smoa", "config.yaml is damaged: .* must contain blocks of keys"),
+        (b"\xff\xfe", "config.yaml is damaged: 'utf-8' codec can't decode"),
+    ],
+)
+def test_a_damaged_config_is_taken_from_the_metrics(content: bytes, told: str, tmp_path: Path) -> None:
+    run = stored_run(tmp_path / "run")
+    (run / "config.yaml").write_bytes(content)
+    page, (missing,) = reported(run)
+    assert re.match(told, missing)
+    assert headings(page) == ALL
+    assert "method: smoa" in page
+
+
+@pytest.mark.parametrize("content", ["{", "[]", None])
+def test_a_damaged_adapter_is_named_and_no_other_part(content: str | None, tmp_path: Path) -> None:
+    run = stored_run(tmp_path / "run")
+    (run / "adapter").mkdir()
+    if content is not None:
+        (run / "adapter" / "adapter_config.json").write_text(content)
+    page, (missing,) = reported(run)
+    assert missing.startswith("adapter/ is damaged: ")
+    assert headings(page) == ALL[:-1]
+
+
+def test_a_method_that_this_version_does_not_know_is_shown(tmp_path: Path) -> None:
+    run = stored_run(tmp_path / "run")
+    (run / "config.yaml").write_text("method: smoa-next\n")
+    page, missing = reported(run)
+    assert missing == []
+    assert headings(page) == ALL
 
 
 def test_the_page_goes_where_it_is_wanted(tmp_path: Path) -> None:
