@@ -6,6 +6,7 @@ Only ``model``, ``method``, ``data`` and ``task`` are ours: ``training`` goes to
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -15,7 +16,7 @@ from transformers import TrainingArguments
 
 from smoa.errors import ConfigError
 from smoa_lab.basics.section import Section
-from smoa_lab.config.problems import listed
+from smoa_lab.config.problems import Problem, listed
 from smoa_lab.config.validation import all_problems
 from smoa_lab.config.yaml_text import apply_overrides, key_lines, parse_yaml, to_yaml
 from smoa_lab.data.files import FileTask
@@ -150,12 +151,15 @@ class ConfigText:
         if training is None or isinstance(training, dict):
             folder = {"output_dir": f"runs/{Path(self.place).stem}"}
             values = {**values, "training": {**TRAINING_DEFAULTS, **folder, **defaults, **(training or {})}}
-        problems = all_problems(target, values, training_class)
-        if not problems:
-            return target.model_validate(values)
+        self.refuse(all_problems(target, values, training_class))
+        return target.model_validate(values)
+
+    def refuse(self, problems: Iterable[Problem]) -> None:
+        """Raise ConfigError with all problems, by their lines, if there are any."""
         placed = sorted((_line(problem.path, self.lines), problem.text) for problem in problems)
         texts = [f"line {line}: {text}" if line else text for line, text in placed]
-        raise ConfigError(f"{self.place}: {listed(texts)}")
+        if texts:
+            raise ConfigError(f"{self.place}: {listed(texts)}")
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:

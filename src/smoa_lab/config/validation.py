@@ -33,7 +33,7 @@ def all_problems(
     """Problems of our own blocks, of the method, the tasks, ``adapter`` and ``training``, which is for
     ``training_class``."""
     return [
-        *_own_problems(model, values),
+        *block_problems(model, values),
         *quantization_problems(values),
         *_task_problems(values),
         *_method_problems(values),
@@ -41,7 +41,8 @@ def all_problems(
     ]
 
 
-def _own_problems(model: type[BaseModel], values: dict[str, Any]) -> Iterable[Problem]:
+def block_problems(model: type[BaseModel], values: dict[str, Any]) -> Iterable[Problem]:
+    """Unknown and missing keys of our own blocks, and values of the wrong type."""
     try:
         model.model_validate(values)
     except ValidationError as error:
@@ -62,14 +63,23 @@ def _wording(model: type[BaseModel], path: tuple[str, ...], found: dict[str, Any
 
 def _keys_beside(model: type[BaseModel], path: tuple[str, ...]) -> list[str]:
     """The valid keys of the block in which ``path`` ends."""
+    block: Any = model
     for key in path[:-1]:
-        annotation: Any = model.model_fields[key].annotation
-        or_none = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-        block = next((one for one in or_none if isinstance(one, type) and issubclass(one, BaseModel)), None)
+        inside = typing.get_args(block)[-1] if _holds_blocks(block) else block.model_fields[key].annotation
+        options = typing.get_args(inside) if isinstance(inside, types.UnionType) else (inside,)
+        block = next((one for one in options if _is_block(one) or _holds_blocks(one)), None)
         if block is None:
             return []
-        model = block
-    return list(model.model_fields)
+    return list(block.model_fields) if _is_block(block) else []
+
+
+def _is_block(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _holds_blocks(annotation: Any) -> bool:
+    """Whether it is a dictionary or a list of blocks."""
+    return typing.get_origin(annotation) in (dict, list) and _is_block(typing.get_args(annotation)[-1])
 
 
 def _literals(found: dict[str, Any]) -> list[str]:

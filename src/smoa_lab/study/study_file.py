@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, ValidationError
+from pydantic import Field, PositiveFloat
 
 from smoa.errors import ConfigError
 from smoa_lab.basics.section import Section
-from smoa_lab.config.problems import listed
-from smoa_lab.config.yaml_text import apply_overrides, parse_yaml
+from smoa_lab.config.run_config import ConfigText
+from smoa_lab.config.validation import block_problems
 from smoa_lab.study.benches.answers import AnswerBench
 from smoa_lab.study.benches.bench import Bench
 from smoa_lab.study.benches.classification import ClassificationBench
@@ -92,16 +92,19 @@ def load_study(path: str | Path, overrides: list[str] | None = None) -> Study:
     Raises:
         ConfigError: lists the problems of the study, and of each entry's run, before any work starts.
     """
+    text = ConfigText.read(path, overrides)
     file = Path(path)
-    if not file.is_file():
-        raise ConfigError(f"{path}: no such file")
-    values = parse_yaml(file.read_text(encoding="utf-8"), file)
-    apply_overrides(values, overrides or [])
-    try:
-        study = Study.model_validate({"folder": f"studies/{file.stem}", **values})
-    except ValidationError as error:
-        problems = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}; got {one['input']!r}" for one in error.errors()]
-        raise ConfigError(f"{file}: {listed(problems)}") from error
+    values = {"folder": f"studies/{file.stem}", **text.values}
+    text.refuse(block_problems(Study, values))
+    study = Study.model_validate(values)
+    _check_names(study, file)
+    _check_kind(study, file)
+    _check_runs(study, file)
+    return study
+
+
+def _check_names(study: Study, file: Path) -> None:
+    """Raise ConfigError unless references are entries, and no entry has the name of a budget."""
     unknown = [name for name in study.references if name not in study.entries]
     if unknown:
         raise ConfigError(
@@ -112,7 +115,10 @@ def load_study(path: str | Path, overrides: list[str] | None = None) -> Study:
         raise ConfigError(
             f"{file}: entries: {both[0]} is both an entry and a budget, so --only is ambiguous; rename one"
         )
-    _check_kind(study, file)
+
+
+def _check_runs(study: Study, file: Path) -> None:
+    """Raise ConfigError unless the config of each entry's run, and those of a sequence's earlier tasks, are good."""
     bench = study.bench()
     for name, entry in study.entries.items():
         place = f"{file}: entries.{name}"
@@ -121,7 +127,6 @@ def load_study(path: str | Path, overrides: list[str] | None = None) -> Study:
             bench.between_configs(config, place)
     if isinstance(bench, SequenceBench):
         bench.first_config(place=f"{file}: first")
-    return study
 
 
 def _check_kind(study: Study, file: Path) -> None:

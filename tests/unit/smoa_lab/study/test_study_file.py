@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def test_a_sequence_is_read(sequence: dict[str, Any], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("first", "message"),
     [
-        ({"learnin_rate": 1e-3}, r"1 problem\n  first\.learnin_rate: Extra inputs are not permitted"),
+        ({"learnin_rate": 1e-3}, r"1 problem\n  line \d+: first\.learnin_rate: unknown key; .*learning_rate"),
         ({"method": "loar"}, r"two\.yaml: first: 1 problem\n  method: there is no method 'loar'.*'lora'"),
         ({"data": {"tasks": ["arc_ez"]}}, r"two\.yaml: first: 1 problem\n  .*there is no task 'arc_ez'"),
         ({"training": {"max_step": 3}}, r"two\.yaml: first: 1 problem\n  training\.max_step: .*did you mean"),
@@ -63,3 +64,23 @@ def test_a_wrong_task_between_is_one_clear_error(sequence: dict[str, Any], tmp_p
     sequence["between"] = [{"data": {"tasks": ["arc_ez"]}}]
     with pytest.raises(ConfigError, match=r"entries\.ours\.between\[0\]: 1 problem\n  .*there is no task 'arc_ez'"):
         load(sequence, tmp_path)
+
+
+def test_all_mistakes_of_keys_are_told_at_once_with_their_lines_and_the_nearest_key(tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(
+        "kind: anwsers\nshared: {}\ntuning:\n  refin: true\n"
+        "entries:\n  ours:\n    method: smoa\n    learnin_rate: 0.01\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_study(file)
+    first, *lines = str(caught.value).splitlines()
+    assert first == f"{file}: 4 problems"
+    told = [
+        r"line 1: kind: .*got 'anwsers'; did you mean 'answers'",
+        r"line 4: tuning\.refin: unknown key; did you mean 'refine'",
+        r"line 6: entries\.ours\.learning_rate: is missing",
+        r"line 8: entries\.ours\.learnin_rate: unknown key; did you mean 'learning_rate'",
+    ]
+    for line, wanted in zip(lines, told, strict=True):
+        assert re.match(wanted, line.strip())
