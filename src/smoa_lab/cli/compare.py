@@ -6,13 +6,16 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from smoa_lab.basics.extras import DRAWING
 from smoa_lab.cli.console import print_json, print_table, reporting
 from smoa_lab.cli.options import AsJson
+
+HEADER = ["entry", "trained", "seeds", "loss", "accuracy %", "loss difference", "", "accuracy difference %", ""]
+Reported = tuple[Any, Sequence[str], Sequence[Sequence[str]]]
 
 if TYPE_CHECKING:
     from smoa_lab.study.crews.ray_crew import RayCrew
@@ -42,53 +45,32 @@ def compare(
     with reporting("accelerate", *DRAWING, "filelock", *(["ray"] if on_ray else [])):
         import transformers
 
-        from smoa.errors import ConfigError
         from smoa_lab.study.crews.ray_crew import RayCrew
         from smoa_lab.study.packing import pack as pack_runs
-        from smoa_lab.study.report.results.rows import as_json, difference_cells
-        from smoa_lab.study.report.sequence.sequence_report import sequence_report
-        from smoa_lab.study.report.sequence.sequence_tables import EQUAL_HEADER, equal_lines
-        from smoa_lab.study.report.study_report import report
         from smoa_lab.study.study_file import load_study
 
-        if report_only and (only or on_ray):
-            raise ConfigError(
-                "--only, --workers and --ray-address are about runs, and --report-only runs nothing; leave one out"
-            )
+        _check_options(report_only, bool(only) or on_ray)
         checked = load_study(study, overrides)
         transformers.utils.logging.set_verbosity_error()  # a line for every new classification head
         if not report_only:
             _run(checked, only or [], RayCrew(checked, workers, ray_address) if on_ray else None)
         if pack:
             pack_runs(checked.folder)
-        if checked.kind == "sequence":
-            summary = sequence_report(checked)
-            if json:
-                print_json(summary)
-                return
-            print_table(EQUAL_HEADER, equal_lines(summary))
-            typer.echo(f"\nTable, figure and runs: {checked.folder}")
-            return
-        rows = report(checked)
+        summary, header, lines = _sequence(checked) if checked.kind == "sequence" else _entries(checked)
         if json:
-            print_json(as_json(rows))
+            print_json(summary)
             return
-        print_table(
-            ["entry", "trained", "seeds", "loss", "accuracy %", "loss difference", "", "accuracy difference %", ""],
-            [
-                [
-                    row.entry,
-                    f"{row.parameters:,}",
-                    str(len(row.seeds)),
-                    f"{row.loss:.4f}",
-                    f"{100 * row.accuracy:.1f}",
-                    *difference_cells(row, row.loss_difference, 1, 4)[1:],
-                    *difference_cells(row, row.accuracy_difference, 100, 1)[1:],
-                ]
-                for row in rows
-            ],
-        )
+        print_table(header, lines)
         typer.echo(f"\nTable, figures and runs: {checked.folder}")
+
+
+def _check_options(report_only: bool, about_runs: bool) -> None:
+    from smoa.errors import ConfigError
+
+    if report_only and about_runs:
+        raise ConfigError(
+            "--only, --workers and --ray-address are about runs, and --report-only runs nothing; leave one out"
+        )
 
 
 def _run(study: Study, only: Sequence[str], workers: RayCrew | None) -> None:
@@ -100,3 +82,33 @@ def _run(study: Study, only: Sequence[str], workers: RayCrew | None) -> None:
         return
     with redirect_stdout(sys.stderr), workers as crew:
         Comparison(study).run(only, crew)
+
+
+def _entries(study: Study) -> Reported:
+    """Report a study; its summary, and its table: header and lines."""
+    from smoa_lab.study.report.results.rows import as_json, difference_cells
+    from smoa_lab.study.report.study_report import report
+
+    rows = report(study)
+    lines = [
+        [
+            row.entry,
+            f"{row.parameters:,}",
+            str(len(row.seeds)),
+            f"{row.loss:.4f}",
+            f"{100 * row.accuracy:.1f}",
+            *difference_cells(row, row.loss_difference, 1, 4)[1:],
+            *difference_cells(row, row.accuracy_difference, 100, 1)[1:],
+        ]
+        for row in rows
+    ]
+    return as_json(rows), HEADER, lines
+
+
+def _sequence(study: Study) -> Reported:
+    """Report a study of kind ``sequence``; its summary, and its table: header and lines."""
+    from smoa_lab.study.report.sequence.sequence_report import sequence_report
+    from smoa_lab.study.report.sequence.sequence_tables import EQUAL_HEADER, equal_lines
+
+    summary = sequence_report(study)
+    return summary, EQUAL_HEADER, equal_lines(summary)

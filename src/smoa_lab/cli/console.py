@@ -28,25 +28,12 @@ def reporting(*modules: str) -> Iterator[None]:
     lacking = missing(*modules)
     if lacking is not None:
         raise failed(f"this command {lacking}")
-    import transformers
-    from rich.console import Console
-    from rich.logging import RichHandler
-
     from smoa.errors import SmoaError
 
-    plain = logging.StreamHandler()
-    plain.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    terminal = sys.stderr.isatty()
-    shown = RichHandler(console=Console(stderr=True), show_level=False, show_path=False) if terminal else plain
-    logger = logging.getLogger("smoa_lab")
-    logger.addHandler(shown)
-    logger.setLevel(logging.INFO)
     ignore_foreign_warnings()
-    if not terminal:
-        transformers.utils.logging.disable_progress_bar()
-        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     try:
-        yield
+        with _logging():
+            yield
     except SmoaError as error:
         raise failed(str(error)) from error
     except ImportError as error:
@@ -57,6 +44,28 @@ def reporting(*modules: str) -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo("interrupted; run the same command again to resume from the last checkpoint", err=True)
         raise typer.Exit(130) from None
+
+
+@contextmanager
+def _logging() -> Iterator[None]:
+    """Show the lab's log on stderr; on a terminal in color, elsewhere as plain lines and without progress bars."""
+    import transformers
+    from rich.console import Console
+    from rich.logging import RichHandler
+
+    shown: logging.Handler
+    if sys.stderr.isatty():
+        shown = RichHandler(console=Console(stderr=True), show_level=False, show_path=False)
+    else:
+        shown = logging.StreamHandler()
+        shown.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        transformers.utils.logging.disable_progress_bar()
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    logger = logging.getLogger("smoa_lab")
+    logger.addHandler(shown)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
     finally:
         logger.removeHandler(shown)
 

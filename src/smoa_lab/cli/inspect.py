@@ -34,13 +34,7 @@ def inspect(
             )
         found = {place: inspect_layers(place, base, trust_remote_code) for place in (*adapters, *(against or []))}
         if html is not None:
-            from smoa_lab.drawing.pages import write_page
-            from smoa_lab.inspection.inspection_page import inspection_page
-
-            names = _names(list(found))
-            reports = {name: found[place] for place, name in names.items()}
-            write_page(html, inspection_page(f"Inside {', '.join(reports)}", reports, layer or []))
-            typer.echo(f"Page: {html}", err=True)
+            _write_page(html, found, layer or [])
         if json:
             print_json(_plain(found))
             return
@@ -54,6 +48,15 @@ def inspect(
             far = sum(one.moved_too_far for one in layers)
             if far:
                 typer.echo(f"\n! {far} of {len(layers)} layers were moved far: the model may have forgotten much.")
+
+
+def _write_page(file: Path, found: dict[Path, Any], layers: list[str]) -> None:
+    from smoa_lab.drawing.pages import write_page
+    from smoa_lab.inspection.inspection_page import inspection_page
+
+    reports = {name: found[place] for place, name in _names(list(found)).items()}
+    write_page(file, inspection_page(f"Inside {', '.join(reports)}", reports, layers))
+    typer.echo(f"Page: {file}", err=True)
 
 
 def _names(places: list[Path]) -> dict[Path, str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from peft import PeftConfig
 from torch import nn
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from smoa.atomic import replaced_folder, write_whole
 from smoa.errors import ConfigError
@@ -81,15 +81,7 @@ def _run(
         "provenance": provenance(arguments.seed, arguments.device),
         "parameters": _parameters(model),
         "data": portable(lesson.account() | lesson.truncation()),
-        "training": {
-            "trainer": type(trainer).__name__,
-            "seconds": round(seconds, 1),
-            "steps": trainer.state.global_step,
-            "processes": arguments.world_size,
-            "resumed": bool(checkpoint),
-            **_speed(trainer.state.log_history, seconds),
-            "peak_memory_bytes": peak_memory(arguments.device),
-        },
+        "training": {**_training(trainer, arguments, seconds), "resumed": bool(checkpoint)},
         "evaluation": looks.evaluation,
         "gain": looks.gain,
         "forgetting": forgotten.metrics,
@@ -99,6 +91,18 @@ def _run(
     is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if is_sharded else None  # all ranks gather it
     return from_rank_zero(partial(_save, lesson, folder, model, state, metrics))
+
+
+def _training(trainer: Trainer, arguments: TrainingArguments, seconds: float) -> dict[str, Any]:
+    """How the training went."""
+    return {
+        "trainer": type(trainer).__name__,
+        "seconds": round(seconds, 1),
+        "steps": trainer.state.global_step,
+        "processes": arguments.world_size,
+        **_speed(trainer.state.log_history, seconds),
+        "peak_memory_bytes": peak_memory(arguments.device),
+    }
 
 
 def _speed(history: list[dict[str, Any]], seconds: float) -> dict[str, float]:

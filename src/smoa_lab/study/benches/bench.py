@@ -115,8 +115,7 @@ class Bench(ABC):
         found: dict[str, Any] = {
             "part": part,
             "sha256": self.records.account["used"][part]["sha256"],
-            "scores": {name: asdict(score) for name, score in score_outcomes(outcomes).items()},
-            "questions": answered(outcomes),
+            **scored(outcomes),
         }
         if self._elsewhere_records and part == "test":
             found |= self._away(model, config)
@@ -152,11 +151,13 @@ def _check_parameters(entry: Entry, found: int) -> None:
         )
 
 
-def answered(outcomes: Sequence[Outcome]) -> dict[str, list[Any]]:
-    """Per question, in order, so that entries can be paired: task, loss and tokens of the gold answer, right or not."""
-    return {
+def scored(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """What a trial keeps of outcomes: ``scores`` by task and, of each question in order, so that entries can be paired,
+    its task, the loss and tokens of the gold answer, and whether it was answered right."""
+    questions = {
         "task": [outcome.record.task for outcome in outcomes],
         "nll": [round(outcome.gold_nll, 4) for outcome in outcomes],
         "tokens": [outcome.gold_tokens for outcome in outcomes],
         "right": [int(outcome.right) for outcome in outcomes],
     }
+    return {"scores": {name: asdict(score) for name, score in score_outcomes(outcomes).items()}, "questions": questions}

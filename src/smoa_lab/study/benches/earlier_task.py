@@ -31,25 +31,22 @@ logger = logging.getLogger(__name__)
 Measure = Callable[[PreTrainedModel, PreTrainedTokenizerBase], dict[str, Any]]
 
 
-class First(Section):
-    """How the first task is trained. ``model``, ``task`` and ``training`` are laid over the shared blocks."""
-
-    data: dict[str, Any]
-    method: str = "full"
-    adapter: dict[str, Any] = Field(default={})
-    learning_rate: float = Field(gt=0)
-    seed: int = 0
-    model: dict[str, Any] = Field(default={})
-    task: dict[str, Any] = Field(default={})
-    training: dict[str, Any] = Field(default={})
-
-
 class Between(Section):
     """A task that every entry trains by its own method, rate and seed, between the first and the last one."""
 
     data: dict[str, Any]
     task: dict[str, Any] = Field(default={})
     training: dict[str, Any] = Field(default={})
+
+
+class First(Between):
+    """How the first task is trained. ``model``, ``task`` and ``training`` are laid over the shared blocks."""
+
+    method: str = "full"
+    adapter: dict[str, Any] = Field(default={})
+    learning_rate: float = Field(gt=0)
+    seed: int = 0
+    model: dict[str, Any] = Field(default={})
 
 
 class EarlierTask:

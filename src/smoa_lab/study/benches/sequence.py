@@ -19,10 +19,10 @@ from smoa_lab.data.selection import Selection
 from smoa_lab.lessons.questions import Questions
 from smoa_lab.models.needs import training_needs
 from smoa_lab.scoring.forgetting import text_losses, whole_text
-from smoa_lab.scoring.held_out import Outcome, answer_outcomes, score_outcomes
+from smoa_lab.scoring.held_out import Outcome, answer_outcomes
 from smoa_lab.scoring.row_losses import Losses
 from smoa_lab.study.benches.answers import AnswerBench
-from smoa_lab.study.benches.bench import Part, answered
+from smoa_lab.study.benches.bench import Part, scored
 from smoa_lab.study.benches.changes import weight_changes
 from smoa_lab.study.benches.earlier_task import Between, EarlierTask, First
 from smoa_lab.study.entry import Entry
@@ -142,8 +142,7 @@ class SequenceBench(AnswerBench):
             outcomes += answer_outcomes(model, encoder, records.test, task.eval_batch_tokens)
         first = {
             "sha256": " ".join(records.account["used"]["test"]["sha256"] for records in self.earlier_records),
-            "scores": {name: asdict(score) for name, score in score_outcomes(outcomes).items()},
-            "questions": answered(outcomes),
+            **scored(outcomes),
         }
         return {**super()._scores(model, config, "test"), "first": first}
 
