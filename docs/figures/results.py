@@ -16,10 +16,10 @@ from typing import Any
 
 from smoa_lab.drawing.markdown_tables import markdown_table
 from smoa_lab.study.packing import PACK
-from smoa_lab.study.report import sequence_tables as sequences
 from smoa_lab.study.report.results.headroom import HEADROOM_HEADER, headroom_line
 from smoa_lab.study.report.results.rows import untouched_sentence
 from smoa_lab.study.report.results.statistics import Difference
+from smoa_lab.study.report.sequence import sequence_tables as sequences
 from smoa_lab.study.trials import TrialStore
 
 DOCS = Path(__file__).parents[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ def save_pictures(chart: Any, png: Path) -> None:
     import vl_convert
 
     save_picture(chart, png)
-    write_whole(png.with_suffix(".svg"), vl_convert.vegalite_to_svg(_on_white(chart), vl_version=vega_lite_version()))
+    svg = vl_convert.vegalite_to_svg(_on_white(chart), vl_version=vega_lite_version())
+    write_whole(png.with_suffix(".svg"), _renumbered(svg))
 
 
 def save_picture(chart: Any, file: Path) -> None:
@@ -33,6 +35,12 @@ def save_picture(chart: Any, file: Path) -> None:
         compact, format="png", optimize=True
     )
     write_whole(file, compact.getvalue())
+
+
+def _renumbered(svg: str) -> str:
+    """``svg`` with its clip paths counted from 0: Vega counts them on over all charts of a process."""
+    names: dict[str, str] = {}
+    return re.sub(r'(?<=[#"])clip\d+(?=[")])', lambda found: names.setdefault(found[0], f"clip{len(names)}"), svg)
 
 
 def _on_white(chart: Any) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def test_an_unknown_method_names_the_nearest(file: Path) -> None:
         load_config(file, ["method=smao"])
 
 
-def test_an_unknown_key_inside_a_table_of_ones_own_is_named_without_a_guess(file: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data\.files\.own\.trian: unknown key$") as caught:
+def test_an_unknown_key_inside_a_table_of_ones_own_is_named_with_the_nearest(file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.files\.own\.trian: unknown key; did you mean 'train'\?$") as caught:
         load_config(file, ["data.files={own: {train: a.csv, trian: b.csv}}"])
     assert "1 problem" in str(caught.value)

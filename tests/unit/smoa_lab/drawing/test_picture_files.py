@@ -13,7 +13,9 @@ from smoa_lab.drawing.picture_files import SCALE, save_picture, save_pictures
 
 
 def chart() -> Any:
-    shown = alt.Chart(values([{"x": 0, "y": 1}, {"x": 1, "y": 2}])).mark_line(color=PALETTE["smoa"], strokeWidth=6)
+    shown = alt.Chart(values([{"x": 0, "y": 1}, {"x": 1, "y": 2}])).mark_line(
+        color=PALETTE["smoa"], strokeWidth=6, clip=True
+    )
     return shown.encode(x="x:Q", y="y:Q").properties(width=100, height=50)
 
 
