@@ -6,7 +6,7 @@ four turns; the one who begins is the user.
 
 Printed when last run:
 
-3234 conversations, 47.5 turns each, in chitchat.jsonl
+3234 conversations, 40.7 turns each, in chitchat.jsonl
 {'role': 'user', 'content': 'Hello How are you doing today?'}
 {'role': 'assistant', 'content': 'whats up MD im doing good how are you doing?'}
 """

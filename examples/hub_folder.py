@@ -3,10 +3,10 @@
 Shows: `save_adapter` with the base model's name on the hub and the metrics; the card's front matter as a hub reads it;
 no path of this machine in the folder; loading from the folder. To upload, add one line:
 `huggingface_hub.upload_folder(repo_id="your-name/capitals-smoa", folder_path=folder)`.
-Printed when last run: the card, with loss before 5.75 and after 0.00379, below
+Printed when last run: the card, with loss before 5.75 and after 0.002844, below
 
-    README.md                     1,393 bytes
-    adapter_config.json           1,368 bytes
+    README.md                     1,422 bytes
+    adapter_config.json           1,426 bytes
     adapter_model.safetensors   144,176 bytes
 """
 

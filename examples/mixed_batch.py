@@ -2,7 +2,7 @@
 
 `adapter_names` has the name of an adapter for each sample, or `__base__` for none.
 Shows: logits and generated tokens are those of each adapter alone. docs/ecosystem.md has the cost.
-Printed when last run: Spain: Madrid, cow: moo, Kenya: Nairobi; logits differ from alone by at most 7e-06
+Printed when last run: Spain: Madrid, cow: moo, Kenya: Nairobi; logits differ from alone by at most 8e-06
 """
 
 from __future__ import annotations

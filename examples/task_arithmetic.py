@@ -6,12 +6,12 @@ Printed when last run:
 
     loss on         capitals    sounds
     base               5.750     5.808
-    capitals           0.004     5.789
-    sounds             5.809     0.004
-    both               2.391     2.109
-    half of both       0.308     0.656
-    both - sounds      0.004     5.789
-    - sounds           6.588     8.396
+    capitals           0.003     5.763
+    sounds             6.500     0.003
+    both               4.360     4.066
+    half of both       1.135     1.062
+    both - sounds      0.003     5.763
+    - sounds           5.985     6.806
     'both - sounds' differs from 'capitals' by 6e-07 of the largest logit
 """
 
@@ -25,6 +25,7 @@ from smoa import SmoaConfig
 
 
 def main() -> None:
+    torch.manual_seed(0)
     base, tokenizer = load()
     model = get_peft_model(base, SmoaConfig(**ADAPTER), adapter_name="capitals")
     model.add_adapter("sounds", SmoaConfig(**ADAPTER))

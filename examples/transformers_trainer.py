@@ -1,7 +1,7 @@
 """Trains a SMoA adapter with transformers' Trainer.
 
 Shows: `get_peft_model`, `Trainer`, checkpoints that contain only the adapter, loading the adapter again.
-Printed when last run: loss 5.75 -> 0.006; reloaded 0.006; adapter 141 KiB
+Printed when last run: loss 5.75 -> 0.003; reloaded 0.003; adapter 141 KiB
 """
 
 from __future__ import annotations

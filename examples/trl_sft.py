@@ -1,7 +1,7 @@
 """Runs TRL's SFTTrainer with a SmoaConfig instead of a LoraConfig.
 
 Shows: supervised fine-tuning on prompts and completions, and an answer afterwards.
-Printed when last run: loss 5.75 -> 0.006; Japan: Tokyo
+Printed when last run: loss 5.75 -> 0.003; Japan: Tokyo
 """
 
 from __future__ import annotations

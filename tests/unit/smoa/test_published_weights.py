@@ -26,6 +26,7 @@ pytestmark = [
 needs_package = pytest.mark.skipif(find_spec("compressed_tensors") is None, reason="compressed-tensors is missing")
 METHODS = ["fp8", "mxfp4", pytest.param("compressed-tensors", marks=needs_package)]
 QV = ["q_proj", "v_proj"]
+EXPERTS = {"mxfp4": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -36,7 +37,8 @@ def test_a_dequantized_checkpoint_is_adapted_trained_saved_and_merged(method: st
     assert own.dtype == torch.bfloat16
     assert relative_error(own, plain.detach().double()) < 0.05
 
-    model = get_peft_model(base, SmoaConfig(r=4, target_modules=QV, task_type="CAUSAL_LM"))
+    targets = {"target_modules": QV, "target_parameters": EXPERTS.get(method)}
+    model = get_peft_model(base, SmoaConfig(r=4, **targets, task_type="CAUSAL_LM"))
     batch = tiny_models.batch("llama")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []

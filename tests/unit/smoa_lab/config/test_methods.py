@@ -1,17 +1,25 @@
 from __future__ import annotations
 
+import re
+
+import peft
 import pytest
+from packaging.version import Version
 from peft import PeftConfig
 
 from smoa import ConfigError, SmoaConfig
 from smoa_lab.config.methods import METHODS, Method
+from tests.support.peft_versions import METHODS_SINCE, installed
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_makes_a_config_for_causal_language_models(name: str) -> None:
-    config = METHODS[name].peft_config(
-        {"target_modules": ["q_proj"], **({"total_step": 10} if name == "adalora" else {})}
-    )
+def test_every_method_makes_a_config_for_causal_language_models_or_is_refused_by_name(name: str) -> None:
+    block = {"target_modules": ["q_proj"], **({"total_step": 10} if name == "adalora" else {})}
+    if installed() < Version(METHODS_SINCE.get(name, "0")):
+        with pytest.raises(ConfigError, match=rf" is not in PEFT {re.escape(peft.__version__)}; run: pip install -U"):
+            METHODS[name].peft_config(block)
+        return
+    config = METHODS[name].peft_config(block)
     if name == "full":
         assert config is METHODS[name].config_class is None
     else:
