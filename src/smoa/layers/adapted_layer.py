@@ -118,7 +118,9 @@ class AdaptedLayer(AdapterModule, MergingLayer):
     def _write_merged(self, merged: Tensor, names: list[str]) -> None:
         """Write the weight. If other modules use it, the base layer gets one of its own until `unmerge`."""
         pristine, base = self.pristine_weight(), self.get_base_layer()
-        self._pristine_blocks += [DiagonalBlocks.read_from(pristine, self.blocks(name)) for name in names]
+        for name in names:
+            if name not in self._pristine_blocks:  # where a layer of the same weight has kept them
+                self._pristine_blocks[name] = DiagonalBlocks.read_from(pristine, self.blocks(name))
         if self.shares_weight and not self._shared_weight:
             self._shared_weight = (cast(nn.Parameter, base.weight),)
             base.weight = nn.Parameter(self.stored_weight().clone(), requires_grad=False)
