@@ -27,8 +27,8 @@ from smoa.files.save_id import new_id, with_id, without_id
 from smoa.layers.adapted_layer import AdaptedLayer
 from smoa.layers.distributed import from_rank_zero, refuse_writing, with_plain_names
 from smoa.layers.experts.param_wrapper import ParamWrapper
+from smoa.layers.kinds.quantized import requantization_reported
 from smoa.layers.layer import SmoaLayer
-from smoa.layers.quantized import requantization_reported
 from smoa.layers.undo import refuse_shared, users_of
 from smoa.tuner.block_choice import choose_blocks
 from smoa.tuner.combining import Combination, check_combination, check_layer, combined_config, fill_combined
@@ -43,7 +43,7 @@ class SmoaModel(BaseTuner, StateDictHooks):
     """A model with SMoA adapters; made by `get_peft_model(model, SmoaConfig(...))`.
 
     Raises:
-        UnsupportedModuleError: a target is of a kind that SMoA can't adapt (`smoa.layers.kinds`).
+        UnsupportedModuleError: a target is of a kind that SMoA can't adapt (`smoa.layers.kinds.kind_table`).
         PartitionError: `num_blocks` is larger than every target, or larger than one that can't take fewer blocks.
     """
 

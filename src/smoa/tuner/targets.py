@@ -15,10 +15,10 @@ from smoa.config.adapter_config import Shape, SmoaConfig
 from smoa.errors import PartitionError, UnsupportedModuleError
 from smoa.files.adapter_folder import AdapterFile
 from smoa.layers.distributed import refuse_partitioned, whole
-from smoa.layers.kinds import KINDS, QUANTIZED, Kind, kind_of
+from smoa.layers.kinds.kind_table import KINDS, QUANTIZED, Kind, kind_of
+from smoa.layers.kinds.linear import Linear
+from smoa.layers.kinds.quantized import dequantized, find_backend
 from smoa.layers.layer import SmoaLayer, as_matrix
-from smoa.layers.linear import Linear
-from smoa.layers.quantized import dequantized, find_backend
 from smoa.maths.blocks import check_num_blocks
 
 if TYPE_CHECKING:
