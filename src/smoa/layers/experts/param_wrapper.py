@@ -81,9 +81,14 @@ class ParamWrapper(AdapterModule, MergingStack):
                 if not self._in_call:
                     del attributes[self.parameter_name]
 
-    def branch_output(self, x: Tensor, runs: list[Run]) -> Tensor:
-        """What the adapters of this call add to x (rows, in_features), in the order of the parameter's outputs."""
+    def branch_output(self, x: Tensor, runs: list[Run], backwards: bool = False) -> Tensor:
+        """What the adapters of this call add to x (rows, in_features), in the order of the parameter's outputs.
+
+        With `backwards` it is `x ΔW`, for x (rows, out_features).
+        """
         matrices, stacks = self.matrices(), self._in_call[threading.get_ident()]
+        if backwards:
+            matrices, stacks = matrices.mT, {name: stack.transposed() for name, stack in stacks.items()}
         parts = [stack.apply(self._input(name, x, stack), matrices, runs) for name, stack in stacks.items()]
         return self.layout.join(sum(parts[1:], parts[0]))
 
