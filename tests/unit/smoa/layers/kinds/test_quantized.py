@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from smoa import SmoaConfig, UnsupportedModuleError, cached_weights
-from smoa.layers import quantized
+from smoa.layers.kinds import quantized
 from smoa.layers.kinds.quantized import QuantizedLinear
 from smoa.layers.layer import SmoaLayer
 from tests import reference
