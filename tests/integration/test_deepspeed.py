@@ -12,12 +12,19 @@ from safetensors.torch import load_file
 
 from tests.integration.test_distributed import (
     CURVE_TOLERANCE,
-    assert_experts_follow_one_process,
+    assert_follows_one_process,
     assert_same_adapter,
     assert_same_logits,
     of_strategy,
 )
-from tests.integration.workers.strategies import adapted, generated, labels, train_alone
+from tests.integration.workers.strategies import (
+    adapted,
+    generated,
+    labels,
+    train_alone,
+    with_embedding_and_convolution,
+    with_experts,
+)
 from tests.support import tiny_models
 from tests.support.processes import run_two
 
@@ -85,7 +92,14 @@ def test_a_conv1d_under_zero3_follows_the_curve_of_one_process(ranks: list[dict[
 
 
 def test_experts_under_zero3_follow_one_process(ranks: list[dict[str, Any]], folder: Path, tmp_path: Path) -> None:
-    assert_experts_follow_one_process(ranks, folder, "zero3_experts", tmp_path)
+    assert_follows_one_process(ranks, folder, "zero3_experts", with_experts(), tmp_path)
+
+
+def test_an_embedding_and_a_convolution_under_zero3_follow_one_process(
+    ranks: list[dict[str, Any]], folder: Path, tmp_path: Path
+) -> None:
+    model = with_embedding_and_convolution()
+    assert_follows_one_process(ranks, folder, "zero3_embedding_and_convolution", model, tmp_path)
 
 
 def test_narrow_layers_under_zero3_have_the_blocks_of_one_process_and_load_back(

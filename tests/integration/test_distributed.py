@@ -25,6 +25,7 @@ from tests.integration.workers.strategies import (
     micro_batches,
     train_alone,
     with_biases,
+    with_embedding_and_convolution,
     with_experts,
 )
 from tests.support import lab, own_rows, tiny_models
@@ -137,10 +138,12 @@ def test_checkpoints_of_fsdp2_restore_factors_and_labels(ranks: list[dict[str, A
         assert result["restored"] == [True, True, True]
 
 
-def assert_experts_follow_one_process(ranks: list[dict[str, Any]], folder: Path, strategy: str, room: Path) -> None:
-    """Curve, labels and saved adapter of a mixture whose experts are adapted."""
+def assert_follows_one_process(
+    ranks: list[dict[str, Any]], folder: Path, strategy: str, untrained_model: PeftModel, room: Path
+) -> None:
+    """Curve, labels, checkpoint and saved adapter of a model of another kind."""
     first, second = of_strategy(ranks, strategy)
-    model, losses = train_alone(with_experts())
+    model, losses = train_alone(untrained_model)
     assert first["losses"] == second["losses"] == pytest.approx(losses, rel=CURVE_TOLERANCE)
     assert first["labels"] == second["labels"] == labels(model)
     assert all(first["restored"] + second["restored"])
@@ -150,7 +153,14 @@ def assert_experts_follow_one_process(ranks: list[dict[str, Any]], folder: Path,
 
 
 def test_experts_under_fsdp2_follow_one_process(ranks: list[dict[str, Any]], folder: Path, tmp_path: Path) -> None:
-    assert_experts_follow_one_process(ranks, folder, "fsdp2_experts", tmp_path)
+    assert_follows_one_process(ranks, folder, "fsdp2_experts", with_experts(), tmp_path)
+
+
+def test_an_embedding_and_a_convolution_under_fsdp2_follow_one_process(
+    ranks: list[dict[str, Any]], folder: Path, tmp_path: Path
+) -> None:
+    model = with_embedding_and_convolution()
+    assert_follows_one_process(ranks, folder, "fsdp2_embedding_and_convolution", model, tmp_path)
 
 
 @pytest.mark.parametrize("bias", ["smoa_only", "all"])

@@ -35,6 +35,7 @@ NEEDS_TRANSFORMERS_LOADER = (
 )
 """Tests of `model.load_adapter`, which from transformers 5.6 on imports what PEFT 0.18 does not have."""
 IGNORED = [
+    ("<0.19", "ignore:Unsupported layer type:UserWarning"),  # of LoRA, for experts
     ("<0.19", "ignore:Already found a `peft_config` attribute:UserWarning"),  # `unload` leaves it on the model
     ("<0.20", "ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning"),  # not from 0.20 on
 ]

@@ -64,15 +64,16 @@ def deepseek_v3() -> PreTrainedModel:
     return DeepseekV3ForCausalLM(config)
 
 
-def gpt_oss() -> PreTrainedModel:
+def gpt_oss(**changed: Any) -> PreTrainedModel:
     """Transposed, gate and up by turns, with biases."""
-    return GptOssForCausalLM(GptOssConfig(**COMMON, num_local_experts=5, head_dim=6))
+    return GptOssForCausalLM(GptOssConfig(**COMMON | changed, num_local_experts=5, head_dim=6))
 
 
-def llama4() -> PreTrainedModel:
+def llama4(**changed: Any) -> PreTrainedModel:
     """Transposed, and outside transformers' experts interface: every expert computes every token."""
     settings = COMMON | {"num_experts_per_tok": 1, "intermediate_size_mlp": 20, "interleave_moe_layer_step": 1}
-    return Llama4ForCausalLM(Llama4TextConfig(**settings, num_local_experts=5, head_dim=6, attention_chunk_size=32))
+    heads = {"head_dim": 6, "attention_chunk_size": 32}
+    return Llama4ForCausalLM(Llama4TextConfig(**settings | changed, **heads, num_local_experts=5))
 
 
 MIXTURES: dict[str, Callable[[], PreTrainedModel]] = {
@@ -125,7 +126,8 @@ def wrappers(model: nn.Module) -> dict[str, ParamWrapper]:
 
 def matrix_of(wrapper: ParamWrapper, expert: int, half: int) -> Tensor:
     """One expert's matrix (out_features, in_features), picked from the parameter by the names of the models."""
-    stored = wrapper.stored_weight().detach()[expert]
+    stored = wrapper.stored_weight().detach()
+    stored = stored[expert] if wrapper.layout.is_stack else stored
     stored = stored.T if wrapper.layout.transposed else stored
     if wrapper.layout.halves == 1:
         return stored

@@ -42,9 +42,9 @@ class SmoaConfig(PeftConfig):
             It is an error if every target is narrower than K, or with `block_ranks`.
         num_blocks_pattern: K by module name or regular expression, at most the smaller side of the weights it names.
         blocks_from_spectrum: Choose the K of each layer that `num_blocks_pattern` does not name, in proportion to the
-            effective rank of its weight; a layer of average share gets `num_blocks`. r and alpha follow K, so that the
-            rank of a block, the scale of ΔW and the layer's parameters stay the same. The adapter's own config stores
-            the choices in `num_blocks_pattern`.
+            effective rank of its weight, or to the mean of those of a parameter's matrices; a layer of average share
+            gets `num_blocks`. r and alpha follow K, so that the rank of a block, the scale of ΔW and the layer's
+            parameters stay the same. The adapter's own config stores the choices in `num_blocks_pattern`.
         block_ranks: r_k of each block, summing to r. None splits r evenly; the first blocks get the remainder.
         alpha: ΔW is scaled by alpha / r; None means alpha = r.
         use_rslora: Scale by alpha / √(r/K) instead, rsLoRA's at equal parameters. alpha = None then means r / K.
@@ -75,6 +75,8 @@ class SmoaConfig(PeftConfig):
         alpha_pattern: alpha by module name or regular expression.
         fan_in_fan_out: Weights are stored as (in_features, out_features), as in GPT-2's Conv1D. Set automatically.
         trainable_token_indices: Token embeddings to train, as in LoRA.
+        ensure_weight_tying: As in LoRA: if a target shares its weight with other layers, as a head with the embedding
+            it is tied to, all of them get one adapter, and a merge leaves them tied.
         lora_alpha: LoRA's name for alpha.
         lora_dropout: LoRA's name for smoa_dropout.
         normalized_alpha: alpha by module name, already divided by the rms, in adapters that smoa 0.1 saved with
@@ -113,6 +115,7 @@ class SmoaConfig(PeftConfig):
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     fan_in_fan_out: bool = False
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool = False
 
     normalized_alpha: dict[str, float] = field(default_factory=dict)
     save_id: str | None = None

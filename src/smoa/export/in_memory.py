@@ -70,12 +70,17 @@ def merge_in_memory(
 
 
 def _layers(adapted: PeftModel) -> list[tuple[str, Any]]:
+    """The layers to merge by name; of those that share weight and adapter, the first."""
     tuner: Any = adapted.base_model
-    return [
-        (name, module)
-        for name, module in tuner.model.named_modules()
-        if isinstance(module, tuner.tuner_layer_cls) and isinstance(_weight(module), Tensor)
-    ]
+    found: dict[int, tuple[str, Any]] = {}
+    for name, module in tuner.model.named_modules():
+        if isinstance(module, tuner.tuner_layer_cls) and isinstance(_weight(module), Tensor):
+            found.setdefault(id(_weight(module)) if _is_tied(module) else id(module), (name, module))
+    return list(found.values())
+
+
+def _is_tied(layer: Any) -> bool:
+    return getattr(layer, "tied", False)
 
 
 def _weight(layer: Any) -> Any:
@@ -95,6 +100,8 @@ def _merge_layer(name: str, layer: Any, dtype: torch.dtype, loss: RoundingLoss) 
 def _untie(model: Any, layer: Any) -> None:
     """Give the layer a weight of its own if another module shares it, because the adapter changes only this layer."""
     base: nn.Module = layer.get_base_layer()
+    if _is_tied(layer):
+        return
     if _weight(layer) is not getattr(base, "weight", None):
         return
     users = [module for module in model.modules() if getattr(module, "weight", None) is base.weight]

@@ -9,7 +9,7 @@ from torch import nn
 
 from smoa.export.shards import Checkpoint
 from smoa.layers.experts.layout import HALVED, Layout
-from smoa.layers.kinds import kind_of
+from smoa.layers.kinds.kind_table import kind_of
 
 SEPARATE = {
     HALVED: (("gate_proj.weight", "up_proj.weight"), ("w1.weight", "w3.weight")),

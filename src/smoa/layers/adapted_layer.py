@@ -5,14 +5,14 @@ A kind of layer adds `shape_of`, which says what its matrix W is, and `branch_ou
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from smoa.config.adapter_config import SmoaConfig
-from smoa.layers.distributed import gather_for, partition_from_state_dict, partition_to_state_dict
+from smoa.layers.adapter_module import AdapterModule
+from smoa.layers.distributed import gather_for
 from smoa.layers.layer import SmoaLayer
 from smoa.layers.merging import MergingLayer, check_finite
 from smoa.layers.undo import DiagonalBlocks
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from peft.utils.quantization_utils import QuantizationBackend
 
 
-class AdaptedLayer(nn.Module, MergingLayer):
+class AdaptedLayer(AdapterModule, MergingLayer):
     """Adds `Σ x ΔWᵀ` of the active adapters to the base layer's output."""
 
     shares_weight = False
@@ -42,9 +42,6 @@ class AdaptedLayer(nn.Module, MergingLayer):
     ) -> None:
         super().__init__()
         SmoaLayer.__init__(self, base_layer, fan_in_fan_out, backend)
-        self.register_state_dict_post_hook(partition_to_state_dict)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(partition_from_state_dict)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_post_hook(refresh_orders)  # type: ignore[no-untyped-call]
         self._active_adapter = adapter_name
         self._shared_weight: tuple[nn.Parameter, ...] = ()  # a parameter in a tuple is not saved with the layer
         self.update_layer(adapter_name, config, module, defer_partition=defer_partition)
@@ -53,11 +50,6 @@ class AdaptedLayer(nn.Module, MergingLayer):
         if name in type(self).read_by_models:
             return getattr(self.get_base_layer(), name)
         return super().__getattr__(name)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        with self.exact_scales():  # `.half()`, `.to(dtype)` and others call this
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
 
     @classmethod
     def refusal(cls, base: nn.Module) -> str | None:
@@ -126,7 +118,9 @@ class AdaptedLayer(nn.Module, MergingLayer):
     def _write_merged(self, merged: Tensor, names: list[str]) -> None:
         """Write the weight. If other modules use it, the base layer gets one of its own until `unmerge`."""
         pristine, base = self.pristine_weight(), self.get_base_layer()
-        self._pristine_blocks += [DiagonalBlocks.read_from(pristine, self.blocks(name)) for name in names]
+        for name in names:
+            if name not in self._pristine_blocks:  # where a layer of the same weight has kept them
+                self._pristine_blocks[name] = DiagonalBlocks.read_from(pristine, self.blocks(name))
         if self.shares_weight and not self._shared_weight:
             self._shared_weight = (cast(nn.Parameter, base.weight),)
             base.weight = nn.Parameter(self.stored_weight().clone(), requires_grad=False)
@@ -137,7 +131,7 @@ class AdaptedLayer(nn.Module, MergingLayer):
             self.get_base_layer().weight, self._shared_weight = self._shared_weight[0], ()
         else:
             weight = self.base_weight()
-            for blocks in self._pristine_blocks:
+            for blocks in self._pristine_blocks.values():
                 blocks.write_to(weight)
             self.write_weight(weight)
         self._pristine_blocks.clear()
@@ -150,8 +144,3 @@ def is_instrumented(module: nn.Module) -> bool:
     """Whether a forward hook or a replaced forward (as in accelerate's offloading) must see the base layer's call."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or "forward" in module.__dict__
-
-
-def refresh_orders(layer: nn.Module, incompatible_keys: object) -> None:
-    """Load state dict post-hook: give a compiled model the orders of the loaded labels."""
-    cast(SmoaLayer, layer).refresh_orders()

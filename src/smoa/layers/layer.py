@@ -36,6 +36,8 @@ class SmoaLayer(PartitionState):
     generation_cache: Literal["blocks", "weights", "off"] = "blocks"
     """What `generate` keeps: see `smoa.keep_in_generate`."""
     converted_by_peft = True
+    tied = False
+    """Whether another layer has the same weight and the same adapters (`ensure_weight_tying`)."""
     training: bool
     adapter_layer_names: tuple[str, ...] = ("smoa_A", "smoa_B")
     other_param_names: tuple[str, ...] = (
@@ -70,7 +72,7 @@ class SmoaLayer(PartitionState):
         self.smoa_B = nn.ModuleDict()
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self._pristine_blocks: list[DiagonalBlocks] = []
+        self._pristine_blocks: dict[str, DiagonalBlocks] = {}  # of the merged adapters, by their names
         self.smoa_weight_cache: WeightCache | None = None
         self.out_features, self.in_features = self._weight_shape()
 
@@ -131,6 +133,15 @@ class SmoaLayer(PartitionState):
         sizes, relative_size = (self.out_features, self.in_features), RANDOM_SIZE / self.scaling[adapter_name]
         init_factors(A, B, sizes, self.ranks[adapter_name], init, relative_size)
 
+    def follow(self, other: SmoaLayer, adapter_name: str) -> None:
+        """Use another layer's factors, blocks and scales for an adapter. Both layers have one weight."""
+        self.smoa_A[adapter_name], self.smoa_B[adapter_name] = other.smoa_A[adapter_name], other.smoa_B[adapter_name]
+        if adapter_name not in other.pending_partition:
+            self._set(adapter_name, other._saved(adapter_name))
+            self.pending_partition.pop(adapter_name, None)
+        self.tied = other.tied = True
+        self._pristine_blocks = other._pristine_blocks  # whichever is merged first overwrites the weight of both
+
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         with self.exact_scales(), integers_kept(self, adapter_name):  # PEFT casts to the base layer's dtype
             super()._move_adapter_to_device_of_base_layer(adapter_name, device)
@@ -155,7 +166,7 @@ class SmoaLayer(PartitionState):
         if not self._pristine_blocks:
             return weight
         weight = weight.clone()
-        for blocks in self._pristine_blocks:
+        for blocks in self._pristine_blocks.values():
             blocks.write_to(weight)
         return weight
 
@@ -167,6 +178,15 @@ class SmoaLayer(PartitionState):
         """Shapes of A, B, row labels, column labels and block scales in an adapter's file."""
         of_factors = factor_shapes(self.out_features, self.in_features, self.ranks[adapter_name])
         return *of_factors, *self.partition_shapes(adapter_name)
+
+    @property
+    def matrix_count(self) -> int:
+        """How many matrices W the layer has."""
+        return 1
+
+    def all_factors(self, adapter_name: str) -> list[Factors]:
+        """The adapter's factors for each of the layer's matrices, as views."""
+        return [self.update(adapter_name).factors]
 
     def update(self, adapter_name: str) -> Update:
         """The adapter's `Update`, which forms ΔW or applies it to x, given the pristine weight."""

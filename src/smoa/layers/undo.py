@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -30,24 +30,23 @@ class DiagonalBlocks:
         self.blocks.write(weight, self.entries)
 
 
-def refuse_shared(weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Raise MergeError if two adapted layers share one weight: a merged weight would be wrong for both.
+def refuse_shared(layers: Iterable[tuple[str, Tensor, Mapping[str, object]]]) -> None:
+    """Raise MergeError if layers share one weight but not their adapters: a merged weight would be wrong for both.
 
     Args:
-        weights: Names and stored weights of the layers.
+        layers: Name, stored weight and factors (by adapter) of each adapted layer.
     """
-    owners: dict[int, str] = {}
-    for name, weight in weights:
+    owners: dict[int, tuple[str, Mapping[str, object]]] = {}
+    for name, weight, factors in layers:
         pointer = weight.data_ptr()  # 0 on the meta device
-        other = owners.setdefault(pointer, name)
-        if pointer and other != name:
+        other, others_factors = owners.setdefault(pointer, (name, factors))
+        if pointer and others_factors != factors:
             raise MergeError(
                 f"{name} and {other} share one weight but have an adapter each, so no merged weight is right for both; "
-                "untie them, or adapt one of them only"
+                "untie them, adapt one of them only, or set ensure_weight_tying=True before training"
             )
 
 
-def shared_parameters(model: nn.Module) -> set[int]:
-    """Ids of the parameters that several modules use, as tied embeddings do."""
-    users = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
-    return {parameter for parameter, number in users.items() if number > 1}
+def users_of(model: nn.Module) -> Counter[int]:
+    """How many modules use each parameter, by its id. Several use that of tied embeddings."""
+    return Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())

@@ -154,6 +154,12 @@ class Blocks:
         """`y[..., orders.rows_inverse]`, differentiable; y itself if the blocks are contiguous."""
         return y if self.is_contiguous else y.index_select(-1, self.orders.rows_inverse)
 
+    def transposed(self) -> Blocks:
+        """The blocks of the transposed weight."""
+        rows, rows_inverse, cols, cols_inverse = self.orders
+        orders = Orders(cols, cols_inverse, rows, rows_inverse)
+        return Blocks(self.col_labels, self.row_labels, self.num_blocks, orders, self.is_contiguous)
+
     def same_as(self, other: Blocks) -> bool:
         """Whether every coordinate belongs to the same block in both."""
         same_rows = torch.equal(self.row_labels, other.row_labels)

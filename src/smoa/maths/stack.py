@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from smoa.errors import UnsupportedModuleError
 from smoa.maths.blocks import Blocks, Orders
 from smoa.maths.factors import Factors
 from smoa.maths.kernels.batched import batched_backward, batched_forward
@@ -58,6 +59,19 @@ class Stack:
         rank_scale = self.rank_scale[number]
         factors = Factors(self.A[number], self.B[number], self.ranks, self.scaling, rank_scale, blocks)
         return Update(factors, self.modulation)
+
+    def transposed(self) -> Stack:
+        """The updates of the transposed matrices, which are ΔWᵀ.
+
+        Raises:
+            UnsupportedModuleError: the anchors are noise, which the transposed matrices would have other draws of.
+        """
+        if self.modulation.anchors and not self.modulation.by_weight:
+            raise UnsupportedModuleError(
+                "modulation='noise' can't adapt a parameter W that its module multiplies as x W; use another modulation"
+            )
+        A, B = [part.T for part in self.B], [part.T for part in self.A]
+        return replace(self, A=A, B=B, blocks=[blocks.transposed() for blocks in self.blocks])
 
     def apply(self, x: Tensor, matrices: Tensor, runs: Sequence[Run]) -> Tensor:
         """`x ΔWᵀ` with the matrices of each row's expert: (rows, H, out_features), zero for rows outside all runs.

@@ -1,9 +1,9 @@
-"""`blocks_from_spectrum`: chooses the number of blocks of each layer.
+"""`blocks_from_spectrum`: chooses the number of blocks of each layer, and of each parameter of experts.
 
 A layer's K is proportional to the used share of its spectrum, `erank(W) / min(m, n)`. A layer of average share gets
 `num_blocks`. erank is the effective rank of Roy and Vetterli (2007): exp of the entropy of the normalized singular
 values. The rank of a block does not change, so a layer with more blocks gets more rank for the same number of
-parameters.
+parameters. The matrices of experts that one parameter holds have one K, that of their mean share.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def choose_blocks(weights: Mapping[str, Callable[[], Tensor]], num_blocks: int) 
     """Choose K of each layer, by name.
 
     Args:
-        weights: Functions that return the weight (out_features, in_features) of each layer, by name. Each is called
-            once, and its weight is not kept.
+        weights: Functions that return the weight of each layer, (out_features, in_features), or of all experts,
+            (…, out_features, in_features), by name. Each is called once, and its weight is not kept.
         num_blocks: K of a layer of average share.
 
     Raises:
@@ -36,9 +36,10 @@ def choose_blocks(weights: Mapping[str, Callable[[], Tensor]], num_blocks: int) 
     limits: dict[str, int] = {}
     for name, weight in tqdm(weights.items(), desc="SMoA blocks", unit="layer", delay=1, disable=None):
         found = weight()
-        limits[name] = min(*found.shape, MAX_BLOCKS)
+        limits[name] = min(*found.shape[-2:], MAX_BLOCKS)
         try:
-            shares[name] = _used_share(found)
+            used = [_used_share(matrix) for matrix in found.reshape(-1, *found.shape[-2:])]
+            shares[name] = sum(used) / len(used)
         except PartitionError as error:
             raise PartitionError(f"{name}: {error}") from None
     mean = sum(shares.values()) / max(1, len(shares))

@@ -21,6 +21,15 @@ from smoa.maths.blocks import slices
 from smoa.maths.factors import Factors, split_rank
 
 Combination = Literal["cat", "linear"]
+ALIKE = (
+    "num_blocks",
+    "modulation",
+    "target_modules",
+    "target_parameters",
+    "expert_partition",
+    "ensure_weight_tying",
+)
+"""Settings that adapters must share to be combined."""
 
 
 def check_combination(
@@ -33,8 +42,6 @@ def check_combination(
             f"can't combine {adapters} with weights {weights} into {adapter_name!r}: give existing adapters "
             f"({', '.join(known)}), one weight each, and a new name"
         )
-    if any(getattr(known[name], "target_parameters", None) for name in adapters):
-        raise MergeError("can't combine adapters with target_parameters; merge them one after another")
     if combination not in get_args(Combination):
         raise MergeError(f"combination_type={combination!r} must be one of {get_args(Combination)}")
 
@@ -46,7 +53,7 @@ def combined_config(configs: list[SmoaConfig], combination: Combination) -> Smoa
         MergeError: the configs can't be combined.
     """
     first = configs[0]
-    for name in ("num_blocks", "modulation", "target_modules"):
+    for name in ALIKE:
         values = [getattr(config, name) for config in configs]
         if any(value != values[0] for value in values):
             raise MergeError(f"can't combine adapters of different {name}: {values}")
@@ -79,8 +86,8 @@ def check_layer(name: str, layer: SmoaLayer, adapters: list[str], config: SmoaCo
     absent = [adapter for adapter in adapters if adapter not in layer.smoa_A]
     if absent:
         raise MergeError(f"{name}: {', '.join(absent)} doesn't adapt this layer; combine adapters of the same layers")
-    first = layer.blocks(adapters[0])
-    if not all(first.same_as(layer.blocks(other)) for other in adapters[1:]):
+    first, *others = (_labels(layer, adapter) for adapter in adapters)
+    if not all(torch.equal(rows, first[0]) and torch.equal(cols, first[1]) for rows, cols in others):
         raise MergeError(
             f"{name}: adapters {', '.join(adapters)} have different partitions, so their sum is not a SMoA adapter; "
             "merge them one after another, or convert them to LoRA and combine those"
@@ -92,23 +99,24 @@ def check_layer(name: str, layer: SmoaLayer, adapters: list[str], config: SmoaCo
         )
 
 
+def _labels(layer: SmoaLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
+    layer.decide_partition(adapter_name)
+    return layer.smoa_row_labels[adapter_name], layer.smoa_col_labels[adapter_name]
+
+
 @torch.no_grad()
 def fill_combined(
     layer: SmoaLayer, adapters: list[str], weights: list[float], adapter_name: str, combination: Combination
 ) -> None:
     """Write labels and factors of the sum into the new adapter of one layer. Its block scales are 1."""
     layer.share_partition(adapters[0], adapter_name, with_scale=False)
-    parts = [layer.update(name).factors for name in adapters]
     # PEFT made the factors in the base's dtype, which may be narrower than the parts' dtypes
-    dtype = reduce(torch.promote_types, (factor.dtype for part in parts for factor in (part.A, part.B)))
+    dtype = reduce(torch.promote_types, (factor.dtype for name in adapters for factor in layer.factors(name)))
     layer.smoa_A[adapter_name].to(dtype)
     layer.smoa_B[adapter_name].to(dtype)
-    total = layer.update(adapter_name).factors
-    scales = [weight * part.scale(dtype) for weight, part in zip(weights, parts, strict=True)]
-    if combination == "linear":
-        _add(total, parts, scales)
-    else:
-        _concatenate(total, parts, scales)
+    fill = _add if combination == "linear" else _concatenate
+    for total, *parts in zip(*map(layer.all_factors, (adapter_name, *adapters)), strict=True):
+        fill(total, parts, [weight * part.scale(dtype) for weight, part in zip(weights, parts, strict=True)])
 
 
 def _concatenate(total: Factors, parts: list[Factors], scales: list[Tensor]) -> None:

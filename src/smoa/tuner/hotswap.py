@@ -19,7 +19,7 @@ from smoa.config.adapter_config import SmoaConfig
 from smoa.errors import AdapterFileError, ConfigError, MergeError
 from smoa.files.adapter_folder import smoa_adapter
 from smoa.files.loading import door
-from smoa.files.names import PARTS, PREFIX, adapter_layers, required_parts
+from smoa.files.names import PARTS, PREFIX, adapter_layers, parameter_names, required_parts
 from smoa.layers.distributed import SCALE
 from smoa.layers.layer import SmoaLayer
 from smoa.maths.blocks import slices
@@ -30,9 +30,9 @@ from smoa.maths.factors import factor_shapes
 def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "default") -> None:
     """Replace the loaded adapter `adapter_name` by the one saved in `path`.
 
-    The new adapter must have the same num_blocks, modulation and bias, no block of larger rank, and no layer that the
-    loaded one lacks. Layers that only the loaded one has do nothing until the next swap. The loaded adapter's dropout
-    stays. An error changes nothing.
+    The new adapter must have the same num_blocks, modulation, bias, expert_partition and ensure_weight_tying, no block
+    of larger rank, and no layer that the loaded one lacks. Layers that only the loaded one has do nothing until the
+    next swap. The loaded adapter's dropout stays. An error changes nothing.
 
     Args:
         model: A PeftModel, compiled by `torch.compile` or not.
@@ -59,8 +59,10 @@ def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "def
 
 
 def _layers(slot: PeftModel, adapter_name: str) -> dict[str, SmoaLayer]:
+    """The layers with the adapter, by their names in its file."""
     tuner: Any = slot.base_model
-    layers = adapter_layers(tuner.model, adapter_name)
+    names = parameter_names(tuner.model)
+    layers = {names.get(name, name): layer for name, layer in adapter_layers(tuner.model, adapter_name).items()}
     merged = [name for name, layer in layers.items() if adapter_name in layer.merged_adapters]
     if merged:
         raise MergeError(f"{merged[0]}: {adapter_name!r} is merged; call unmerge_adapter first")
@@ -71,9 +73,7 @@ def _checked_config(old: SmoaConfig, path: str) -> SmoaConfig:
     new = PeftConfig.from_pretrained(path)
     if not isinstance(new, SmoaConfig):
         raise ConfigError(f"{path}: is a {new.peft_type} adapter and can't replace a SMoA adapter")
-    if new.target_parameters or old.target_parameters:
-        raise ConfigError(f"{path}: adapters with target_parameters can't be swapped; use load_adapter and set_adapter")
-    fixed = ("num_blocks", "num_blocks_pattern", "modulation", "bias")
+    fixed = ("num_blocks", "num_blocks_pattern", "modulation", "bias", "expert_partition", "ensure_weight_tying")
     different = [name for name in fixed if getattr(new, name) != getattr(old, name)]
     if different:
         found = "; ".join(f"{name}={getattr(new, name)!r}, not {getattr(old, name)!r}" for name in different)
@@ -93,7 +93,7 @@ def _fitted(
         if own.isdisjoint(keys):
             parts = _without_effect(layer, adapter_name)
         elif required <= own:
-            scale = state.get(scale_key, torch.ones(len(layer.ranks[adapter_name])))
+            scale = state.get(scale_key, torch.ones(layer.partition_shapes(adapter_name)[2]))
             parts = [*_padded(name, layer, [state[key] for key in keys], config, adapter_name, path), scale]
         else:
             raise AdapterFileError(f"{path}: {name} lacks {sorted(required - own)}; the adapter is broken")
@@ -108,15 +108,9 @@ def _fitted(
 
 
 def _without_effect(layer: SmoaLayer, adapter_name: str) -> list[Tensor]:
-    A, B = layer.factors(adapter_name)
-    blocks = layer.blocks(adapter_name)
-    return [
-        torch.zeros_like(A),
-        torch.zeros_like(B),
-        blocks.row_labels,
-        blocks.col_labels,
-        layer.block_scale(adapter_name),
-    ]
+    scale = layer.block_scale(adapter_name)
+    labels = [layer.smoa_row_labels[adapter_name], layer.smoa_col_labels[adapter_name]]
+    return [*map(torch.zeros_like, layer.factors(adapter_name)), *labels, scale]
 
 
 def _padded(
@@ -124,10 +118,11 @@ def _padded(
 ) -> list[Tensor]:
     """Pad the ranks of each block with zeros to those of the slot, and multiply B by the ratio of the scales."""
     A, B, rows, cols = parts
-    shape = (layer.out_features, layer.in_features)
-    slot, ranks = layer.ranks[adapter_name], config.ranks_of(name, len(A), shape)
-    shapes = factor_shapes(*shape, ranks)
-    if (tuple(A.shape), tuple(B.shape)) != shapes:
+    shape, count = (layer.out_features, layer.in_features), layer.matrix_count
+    r = len(A) // count
+    slot, ranks = layer.ranks[adapter_name], config.ranks_of(name, r, shape)
+    (_, width), (height, _) = factor_shapes(*shape, ranks)
+    if (tuple(A.shape), tuple(B.shape)) != ((count * r, width), (height, count * r)):
         raise AdapterFileError(
             f"{path}: {name} has factors {tuple(A.shape)}, {tuple(B.shape)} that don't fit the layer"
         )
@@ -136,14 +131,13 @@ def _padded(
             f"{path}: {name} has block ranks {list(ranks)}, more than the {list(slot)} of the loaded "
             "adapter; load the adapter of the largest rank first"
         )
-    ratio = config.alpha_of(name, len(A), shape) / len(A) * layer.r[adapter_name] / layer.alpha[adapter_name]
-    shape_A, shape_B = factor_shapes(*shape, slot)
-    wide_A, wide_B = A.new_zeros(shape_A), B.new_zeros(shape_B)
+    ratio = config.alpha_of(name, r, shape) / r * layer.r[adapter_name] / layer.alpha[adapter_name]
+    wide_A, wide_B = A.new_zeros(count, sum(slot), width), B.new_zeros(height, count, sum(slot))
     for source, target in zip(slices(ranks), slices(slot), strict=True):
-        width = source.stop - source.start
-        wide_A[target.start : target.start + width] = A[source]
-        wide_B[:, target.start : target.start + width] = B[:, source] * ratio
-    return [wide_A, wide_B, rows, cols]
+        own = slice(target.start, target.start + source.stop - source.start)
+        wide_A[:, own] = A.view(count, r, width)[:, source]
+        wide_B[:, :, own] = B.view(height, count, r)[:, :, source] * ratio
+    return [wide_A.flatten(0, 1), wide_B.flatten(1), rows, cols]
 
 
 def _check_others(slot: PeftModel, state: dict[str, Tensor], adapter_name: str, path: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
@@ -26,22 +27,23 @@ from smoa.files.save_id import new_id, with_id, without_id
 from smoa.layers.adapted_layer import AdaptedLayer
 from smoa.layers.distributed import from_rank_zero, refuse_writing, with_plain_names
 from smoa.layers.experts.param_wrapper import ParamWrapper
+from smoa.layers.kinds.quantized import requantization_reported
 from smoa.layers.layer import SmoaLayer
-from smoa.layers.quantized import requantization_reported
-from smoa.layers.undo import refuse_shared, shared_parameters
+from smoa.layers.undo import refuse_shared, users_of
 from smoa.tuner.block_choice import choose_blocks
 from smoa.tuner.combining import Combination, check_combination, check_layer, combined_config, fill_combined
 from smoa.tuner.decoding import forget_generate, watch_generate
 from smoa.tuner.mixed_batch import adapter_names_hooks
-from smoa.tuner.parameters import check_parameters, existing_wrapper, report_experts
+from smoa.tuner.parameters import check_parameters, existing_wrapper, report_experts, weights_of_parameters
 from smoa.tuner.targets import check_target, leave_out_uncalled, report_narrow, report_towers, weight_of
+from smoa.tuner.tying import check_alike, tie_layers, tie_targets
 
 
 class SmoaModel(BaseTuner, StateDictHooks):
     """A model with SMoA adapters; made by `get_peft_model(model, SmoaConfig(...))`.
 
     Raises:
-        UnsupportedModuleError: a target is of a kind that SMoA can't adapt (`smoa.layers.kinds`).
+        UnsupportedModuleError: a target is of a kind that SMoA can't adapt (`smoa.layers.kinds.kind_table`).
         PartitionError: `num_blocks` is larger than every target, or larger than one that can't take fewer blocks.
     """
 
@@ -82,6 +84,8 @@ class SmoaModel(BaseTuner, StateDictHooks):
         others = (name for name in configs if name != adapter_name)
         twin = next((n for n in others if given is configs[n] or given is self._given.get(n)), None)
         own = copy.deepcopy(given)
+        if twin is not None:
+            own.num_blocks_pattern = configs[twin].num_blocks_pattern  # which `blocks_from_spectrum` may have filled
         own.save_id = save_id or (new_id(own) if twin is None else configs[twin].save_id)
         self._given = {**self._given, adapter_name: given}
         configs[adapter_name] = own
@@ -94,13 +98,26 @@ class SmoaModel(BaseTuner, StateDictHooks):
             return peft_config
         return super()._prepare_adapter_config(peft_config, model_config)
 
-    def _inject(self, *args: Any, **kwargs: Any) -> None:
+    def _inject(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         self._progress: tqdm[Any] | None = None
         try:
-            super().inject_adapter(*args, **kwargs)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             if self._progress is not None:
                 self._progress.close()
+        config: Any = self.peft_config[adapter_name]
+        if config.ensure_weight_tying:
+            tie_layers(self.model, adapter_name)
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
+        """PEFT's warning of tied layers, unless they are tied by `ensure_weight_tying`."""
+        if not peft_config.ensure_weight_tying:
+            super()._check_tied_modules(model, peft_config)
+
+    def _get_tied_target_modules(self, model: nn.Module) -> list[str]:
+        """Those of which PEFT warns before a merge: none if they stay tied."""
+        configs: Any = self.peft_config.values()
+        return [] if any(config.ensure_weight_tying for config in configs) else super()._get_tied_target_modules(model)
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Report all unsuitable targets at once, before any module is replaced."""
@@ -109,6 +126,7 @@ class SmoaModel(BaseTuner, StateDictHooks):
         config: Any = _maybe_include_all_linear_layers(peft_config, model)
         if every_linear:
             leave_out_uncalled(config, model)
+        groups = tie_targets(model, config, self._check_target_module_exists)
         file = None if (found := incoming()) is None else found.file
         inside = tuple(name + "." for name, module in model.named_modules() if isinstance(module, SmoaLayer))
         problems: list[SmoaError] = []
@@ -127,16 +145,17 @@ class SmoaModel(BaseTuner, StateDictHooks):
             problems.append(error)
         if problems:
             raise type(problems[0])("; ".join(map(str, problems)))
+        check_alike(groups, shapes, config)
         if every_linear and not self._loads_labels:
             report_towers(shapes, model)
         report_narrow(shapes | of_parameters, config, silent=self._loads_labels or config.blocks_from_spectrum)
-        self._choose_blocks(config, weights)
+        self._choose_blocks(config, weights | weights_of_parameters(model, config))
         decomposes = config.partition == "spectral" and not self._loads_labels
         hidden = None if decomposes else True  # None: shown on a terminal only
         self._progress = tqdm(total=len(weights), desc="SMoA partitions", unit="layer", delay=1, disable=hidden)
 
     def _choose_blocks(self, config: SmoaConfig, weights: dict[str, Callable[[], Tensor]]) -> None:
-        """With `blocks_from_spectrum`, choose the K of layers that `num_blocks_pattern` does not name.
+        """With `blocks_from_spectrum`, choose the K of targets that `num_blocks_pattern` does not name.
 
         Raises:
             PartitionError: the adapter is being loaded, and its config does not name all layers.
@@ -295,11 +314,12 @@ class SmoaModel(BaseTuner, StateDictHooks):
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()  # type: ignore[no-untyped-call]  # PEFT leaves it without types
         layers = {name: module for name, module in self.model.named_modules() if isinstance(module, SmoaLayer)}
-        refuse_shared((name, layer.stored_weight()) for name, layer in layers.items())
-        shared = shared_parameters(self.model)
+        refuse_shared((name, layer.stored_weight(), dict(layer.smoa_A.items())) for name, layer in layers.items())
+        users, adapted = users_of(self.model), Counter(id(layer.stored_weight()) for layer in layers.values())
         for layer in layers.values():
             if isinstance(layer, AdaptedLayer):
-                layer.shares_weight = id(layer.stored_weight()) in shared
+                weight = id(layer.stored_weight())
+                layer.shares_weight = users[weight] > adapted[weight]
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         return adapter_names_hooks(self, kwargs)

@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from smoa.config.adapter_config import Shape, SmoaConfig
 from smoa.errors import PartitionError, UnsupportedModuleError
 from smoa.files.adapter_folder import AdapterFile
 from smoa.layers.distributed import refuse_partitioned, whole
-from smoa.layers.kinds import KINDS, QUANTIZED, Kind, kind_of
+from smoa.layers.kinds.kind_table import KINDS, QUANTIZED, Kind, kind_of
+from smoa.layers.kinds.linear import Linear
+from smoa.layers.kinds.quantized import dequantized, find_backend
 from smoa.layers.layer import SmoaLayer, as_matrix
-from smoa.layers.linear import Linear
-from smoa.layers.quantized import dequantized, find_backend
 from smoa.maths.blocks import check_num_blocks
 
 if TYPE_CHECKING:
@@ -70,13 +71,13 @@ def check_target(
     try:
         backend = find_backend(base, model)
     except UnsupportedModuleError as error:
-        raise UnsupportedModuleError(f"{name}: {error}") from error
+        raise UnsupportedModuleError(f"{name}: {error} (it has {_shapes(base)})") from error
     kind = kind_of(base) if backend is None else QUANTIZED
     refusal = f"supported are {SUPPORTED}" if kind is None else kind.layer_class.refusal(base)
     if kind is None or refusal is not None:
         raise UnsupportedModuleError(
             f"{name}: SMoA can't adapt a {type(base).__module__}.{type(base).__qualname__}; {refusal}; "
-            "remove it from target_modules or add it to exclude_modules"
+            f"remove it from target_modules or add it to exclude_modules (it has {_shapes(base)})"
         )
     shape = kind.shape_of(base)
     if file is not None:
@@ -86,6 +87,16 @@ def check_target(
     except PartitionError as error:
         raise PartitionError(f"{name}: {error}") from None
     return Target(kind, shape, backend)
+
+
+def _shapes(base: nn.Module) -> str:
+    """The shapes of a module's own parameters in words, also while ZeRO-3 has left them empty."""
+    shapes = [
+        f"{name} {tuple(getattr(parameter, 'ds_shape', parameter.shape))}"
+        for name, parameter in base.named_parameters(recurse=False)
+        if not isinstance(parameter, UninitializedParameter)
+    ]
+    return ", ".join(shapes) or "no parameters"
 
 
 def leave_out_uncalled(config: SmoaConfig, model: nn.Module) -> None:

@@ -27,8 +27,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 import smoa.layers.partition
 from smoa import PartitionError, SmoaConfig, make_partition
 from smoa.layers.layer import SmoaLayer
-from tests.support import tiny_models
+from tests.support import tiny_models, tiny_reader
 from tests.support.tiny_mixtures import EXPERTS, build_mixture
+from tests.support.tiny_reader import build_reader
 
 RANK = int(os.environ.get("RANK", "0"))
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -58,6 +59,11 @@ def with_biases(bias: str) -> PeftModel:
 def with_experts() -> PeftModel:
     """A mixture, whose experts and queries are adapted."""
     return adapted(build_mixture("qwen3_moe"), targets=["q_proj"], target_parameters=EXPERTS)
+
+
+def with_embedding_and_convolution() -> PeftModel:
+    """Tables and kernels, which adapted layers read without calling their modules."""
+    return adapted(build_reader(), targets=tiny_reader.TARGETS)
 
 
 def optimizer(model: nn.Module) -> torch.optim.Optimizer:
@@ -281,6 +287,13 @@ def fsdp2_experts(folder: Path) -> Result:
     return {"losses": losses, "labels": labels(model), "restored": _saves_and_restores(accelerator, model, folder)}
 
 
+def fsdp2_embedding_and_convolution(folder: Path) -> Result:
+    accelerator = fresh_accelerator(fsdp_plugin=plugin(2, transformer_cls_names_to_wrap=["ReaderBlock"]))
+    model, _, losses = train(accelerator, with_embedding_and_convolution())
+    save_adapter(accelerator, model, folder / "adapter")
+    return {"losses": losses, "labels": labels(model), "restored": _saves_and_restores(accelerator, model, folder)}
+
+
 def fsdp1(folder: Path, **options: Any) -> Result:
     """Its state dict is not asked for: on a CPU it fails inside PyTorch, with flat parameters for LoRA too."""
     accelerator = fresh_accelerator(fsdp_plugin=plugin(1, sync_module_states=False, **options))
@@ -312,6 +325,7 @@ SCENARIOS: list[Callable[[Path], Result]] = [
     fsdp2_bfloat16,
     fsdp2_biases,
     fsdp2_experts,
+    fsdp2_embedding_and_convolution,
     fsdp1_flat,
     fsdp1_original,
 ]

@@ -30,6 +30,7 @@ from tests.integration.workers.strategies import (
     save_adapter,
     spoil,
     train,
+    with_embedding_and_convolution,
     with_experts,
 )
 from tests.support import tiny_models
@@ -136,6 +137,11 @@ def zero3_experts(folder: Path) -> Result:
     return trained(chosen, with_experts(), folder)
 
 
+def zero3_embedding_and_convolution(folder: Path) -> Result:
+    chosen = accelerator(3)
+    return trained(chosen, with_embedding_and_convolution(), folder)
+
+
 def zero3_narrow(folder: Path) -> Result:
     """More blocks than v_proj has rows."""
     chosen = accelerator(3)
@@ -212,6 +218,7 @@ SCENARIOS: list[Callable[[Path], Result]] = [
     zero3_checkpointing,
     zero3_conv1d,
     zero3_experts,
+    zero3_embedding_and_convolution,
     zero3_narrow,
     zero3_bfloat16,
     zero3_generation,

@@ -1,4 +1,4 @@
-"""Merging and unmerging layers and models: layers/linear.py, layers/undo.py and tuner/model.py."""
+"""Merging and unmerging layers and models: layers/kinds/linear.py, layers/undo.py and tuner/model.py."""
 
 from __future__ import annotations
 

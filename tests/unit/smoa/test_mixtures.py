@@ -164,11 +164,66 @@ def test_an_adapter_loads_with_low_cpu_mem_usage(tmp_path: Path) -> None:
     assert torch.equal(logits(loaded), logits(model))
 
 
-def test_what_adapters_of_experts_can_not_do_is_refused_with_the_remedy(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "llama4"])
+@pytest.mark.parametrize("partition", ["each", "shared"])
+def test_a_weighted_sum_of_adapters_of_experts_is_exact(family: str, partition: str) -> None:
+    model = adapted(family, init_weights=False, expert_partition=partition)
+    settings = {"r": 4, "num_blocks": 3, "expert_partition": partition, "init_weights": False, "scale": "paper"}
+    model.add_adapter("second", SmoaConfig(target_modules=[], target_parameters=EXPERTS, **settings))
+    model.add_weighted_adapter(["default", "second"], [0.7, -1.3], "sum")
+    for wrapper in wrappers(model).values():
+        assert wrapper.r["sum"] == 11
+        assert_close(wrapper.delta("sum"), 0.7 * wrapper.delta("default") - 1.3 * wrapper.delta("second"))
+    model.add_weighted_adapter(["second"], [-2.0], "scaled", combination_type="linear")
+    for wrapper in wrappers(model).values():
+        assert_close(wrapper.delta("scaled"), -2.0 * wrapper.delta("second"))
+
+
+def test_adapters_of_experts_with_other_partitions_are_not_combined() -> None:
     model = adapted("mixtral")
-    model.save_pretrained(tmp_path)
-    model.add_adapter("second", SmoaConfig(target_modules=[], target_parameters=EXPERTS))
-    with pytest.raises(MergeError, match=r"can't combine adapters with target_parameters; merge them one after"):
-        model.base_model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum")
-    with pytest.raises(ConfigError, match=r"adapters with target_parameters can't be swapped; use load_adapter"):
+    random = {"num_blocks": 3, "partition": "random"}
+    model.add_adapter("second", SmoaConfig(target_modules=[], target_parameters=EXPERTS, **random))
+    with pytest.raises(MergeError, match=r"experts.*adapters default, second have different partitions"):
+        model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum")
+    model.add_adapter("third", SmoaConfig(target_modules=[], target_parameters=EXPERTS[1:], num_blocks=3))
+    with pytest.raises(MergeError, match="different target_parameters"):
+        model.add_weighted_adapter(["default", "third"], [1.0, 1.0], "sum")
+    assert "sum" not in model.peft_config
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "llama4"])
+@pytest.mark.parametrize(
+    "other", [{}, {"r": 4, "alpha": 5.0}, {"partition": "random"}, {"target_parameters": EXPERTS[1:]}], ids=str
+)
+def test_an_adapter_of_experts_is_swapped_in_place(family: str, other: dict[str, Any], tmp_path: Path) -> None:
+    new = adapted(family, init_weights=False, **other).eval()
+    for parameter in new.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    new.save_pretrained(tmp_path)
+    model = adapted(family, init_weights=False).eval()
+    before = logits(model)
+    assert not torch.allclose(logits(new), before)
+    model.save_pretrained(tmp_path / "first")
+    hotswap_adapter(model, tmp_path)
+    assert_close(logits(model), logits(new))
+    hotswap_adapter(model, tmp_path / "first")
+    assert_close(logits(model), before)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"expert_partition": "shared"}, "has expert_partition='shared', not 'each'"),
+        ({"r": 9}, r"experts\.\w+ has block ranks \[3, 3, 3\], more than the \[3, 2, 2\]"),
+    ],
+)
+def test_an_adapter_of_experts_that_does_not_fit_is_not_swapped(
+    settings: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    adapted("mixtral", **settings).save_pretrained(tmp_path)
+    model = adapted("mixtral", init_weights=False).eval()
+    before = logits(model)
+    with pytest.raises(ConfigError, match=words):
         hotswap_adapter(model, tmp_path)
+    assert torch.equal(logits(model), before)

@@ -1,4 +1,4 @@
-"""Quantized models, through layers/quantized.py and tuner/model.py: several adapters, merges, saves, training."""
+"""Quantized models, through layers/kinds/quantized.py and tuner/model.py: several adapters, merges, saves, training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
 
 from smoa import MergeError, SmoaConfig
-from smoa.layers.quantized import QuantizedLinear
+from smoa.layers.kinds.quantized import QuantizedLinear
 from smoa.maths import spectrum_cache
 from tests.support import tiny_models
 from tests.support.layers import factors, labels, layers_of, oracle_delta, randomise

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from smoa.config.adapter_config import SmoaConfig
-from smoa.layers.adapted_layer import refresh_orders
-from smoa.layers.distributed import gather_for, partition_from_state_dict, partition_to_state_dict
+from smoa.layers.adapter_module import AdapterModule
+from smoa.layers.distributed import gather_for
 from smoa.layers.experts.merging_stack import MergingStack
 from smoa.layers.experts.stand_in import StandIn
 from smoa.maths.stack import Run, Stack
@@ -20,7 +20,7 @@ from smoa.maths.stack import Run, Stack
 _LOCK = threading.Lock()
 
 
-class ParamWrapper(nn.Module, MergingStack):
+class ParamWrapper(AdapterModule, MergingStack):
     """SMoA on one parameter of a module, named as PEFT's own, which `_inject_parameters` looks for.
 
     Wrappers of several parameters of one module are nested, as in PEFT's LoRA.
@@ -37,17 +37,9 @@ class ParamWrapper(nn.Module, MergingStack):
     ) -> None:
         super().__init__()
         MergingStack.__init__(self, base_layer, parameter_name)
-        self.register_state_dict_post_hook(partition_to_state_dict)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(partition_from_state_dict)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_post_hook(refresh_orders)  # type: ignore[no-untyped-call]
         self._active_adapter = adapter_name
         self._in_call: dict[int, dict[str, Stack]] = {}
         self.update_layer(adapter_name, config, key, defer_partition=defer_partition)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        with self.exact_scales():  # `.half()`, `.to(dtype)` and others call this
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The experts' output, with `W + ΔW` of the active adapters in the place of each `W`."""
@@ -89,9 +81,14 @@ class ParamWrapper(nn.Module, MergingStack):
                 if not self._in_call:
                     del attributes[self.parameter_name]
 
-    def branch_output(self, x: Tensor, runs: list[Run]) -> Tensor:
-        """What the adapters of this call add to x (rows, in_features), in the order of the parameter's outputs."""
+    def branch_output(self, x: Tensor, runs: list[Run], backwards: bool = False) -> Tensor:
+        """What the adapters of this call add to x (rows, in_features), in the order of the parameter's outputs.
+
+        With `backwards` it is `x ΔW`, for x (rows, out_features).
+        """
         matrices, stacks = self.matrices(), self._in_call[threading.get_ident()]
+        if backwards:
+            matrices, stacks = matrices.mT, {name: stack.transposed() for name, stack in stacks.items()}
         parts = [stack.apply(self._input(name, x, stack), matrices, runs) for name, stack in stacks.items()]
         return self.layout.join(sum(parts[1:], parts[0]))
 

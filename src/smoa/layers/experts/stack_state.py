@@ -14,7 +14,7 @@ from smoa.layers.experts.layout import Layout
 from smoa.layers.layer import RANDOM_SIZE, SmoaLayer
 from smoa.layers.partition import Pending
 from smoa.maths.blocks import Blocks, check_labels
-from smoa.maths.factors import Initialization, factor_shapes, init_factors
+from smoa.maths.factors import Factors, Initialization, factor_shapes, init_factors
 from smoa.maths.modulations import MODULATIONS
 from smoa.maths.scale import block_scale
 from smoa.maths.spectrum_cache import cached_spectral_scores
@@ -113,6 +113,16 @@ class StackState(SmoaLayer):
         """Shapes of the saved row labels, column labels and block scales."""
         parts, K = self.partitions[adapter_name], len(self.ranks[adapter_name])
         return (parts, self.out_features), (parts, self.in_features), (self.layout.count, K)
+
+    @property
+    def matrix_count(self) -> int:
+        """G: number of matrices."""
+        return self.layout.count
+
+    def all_factors(self, adapter_name: str) -> list[Factors]:
+        """The adapter's factors for each of the matrices, as views."""
+        stack = self.stack(adapter_name)
+        return [stack.update(number).factors for number in range(self.layout.count)]
 
     def stack(self, adapter_name: str) -> Stack:
         """The adapter's `Stack`, which forms ΔW of each matrix or applies it to x, given the pristine weights."""

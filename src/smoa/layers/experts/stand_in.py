@@ -22,8 +22,11 @@ from smoa.errors import UnsupportedModuleError
 from smoa.layers.experts.layout import Layout
 from smoa.maths.stack import Run
 
-Branch = Callable[[Tensor, list[Run]], Tensor]
-"""Computes what the adapters add, (rows, out_features of the parameter), for x (rows, in_features)."""
+Branch = Callable[[Tensor, list[Run], bool], Tensor]
+"""Computes what the adapters add, (rows, out_features of the parameter), for x (rows, in_features).
+
+With True, it computes `x ΔW` instead of `x ΔWᵀ`, for x (rows, out_features).
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +78,9 @@ class StandIn:
             return getattr(self.tensor, name)
         raise AttributeError(name) if name.startswith("__") else self._unknown(f".{name}")
 
+    def __rmatmul__(self, x: Tensor) -> Tensor:
+        return torch.matmul(x, self)  # type: ignore[arg-type]  # `x @ W` comes here if it failed, and hides the error
+
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -93,16 +99,23 @@ class StandIn:
         """What the adapters add for x (rows, in_features) and the expert of each row."""
         order = experts.argsort(stable=True)
         sizes = torch.bincount(experts, minlength=self.layout.experts)
-        added = self.branch(x[order], _runs(sizes.cumsum(0)))
+        added = self.branch(x[order], _runs(sizes.cumsum(0)), False)
         return added[order.argsort()]
 
-    def one(self, x: Tensor) -> Tensor | None:
-        """What the adapters add for x (…, in_features) and the one picked expert."""
+    def one(self, x: Tensor, backwards: bool) -> Tensor | None:
+        """What the adapters add for x (…, in_features) and the one picked expert.
+
+        Args:
+            backwards: The product is `x W`, with x (…, out_features). A module may use a parameter of two dimensions
+                either way, for `Layout` takes its rows for outputs.
+        """
+        if backwards and self.layout.is_stack:
+            return None
         picked = self.picked if self.layout.is_stack else 0
         if picked is None or (isinstance(picked, Tensor) and picked.numel() != 1) or isinstance(picked, (slice, tuple)):
             return None
         flat = x.reshape(-1, x.shape[-1])
-        return self.branch(flat, [Run(int(picked), slice(0, len(flat)))])
+        return self.branch(flat, [Run(int(picked), slice(0, len(flat)))], backwards)
 
     def _unknown(self, what: str) -> UnsupportedModuleError:
         return UnsupportedModuleError(
@@ -120,11 +133,11 @@ def _runs(ends: Tensor) -> list[Run]:
 
 
 def _linear(own: StandIn, input: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor | None:
-    return None if own.outputs_last or weight is not own else own.one(input)
+    return own.one(input, backwards=own.outputs_last) if weight is own else None
 
 
 def _matmul(own: StandIn, input: Any, other: Any) -> Tensor | None:
-    return None if other is not own or not own.outputs_last else own.one(input)
+    return own.one(input, backwards=not own.outputs_last) if other is own else None
 
 
 def _bmm(own: StandIn, input: Any, mat2: Any) -> Tensor | None:
@@ -135,7 +148,7 @@ def _bmm(own: StandIn, input: Any, mat2: Any) -> Tensor | None:
     if own.picked is None:
         rows = x.shape[1]
         runs = [Run(expert, slice(expert * rows, (expert + 1) * rows)) for expert in range(len(x))]
-        added = own.branch(x.flatten(0, 1), runs)
+        added = own.branch(x.flatten(0, 1), runs, False)
     elif isinstance(own.picked, Tensor) and own.picked.ndim == 1 and x.shape[1] == 1:
         added = own.rows(x[:, 0], own.picked)
     else:
@@ -148,7 +161,7 @@ def _grouped(own: StandIn, input: Any, weight: Any, offs: Tensor | None = None, 
     unusual = any(value is not None for value in options.values())
     if offs is None or unusual or weight is not own or not own.outputs_last or own.picked is not None:
         return None
-    added: Tensor = own.branch(input, _runs(offs))
+    added: Tensor = own.branch(input, _runs(offs), False)
     return added
 
 

@@ -44,6 +44,7 @@ WRONG: dict[str, list[Any]] = {
     "normalized_alpha": [None, 1, [1], {"a": None}, {"a": 0}],
     "num_blocks_pattern": [None, 1, [1], {"(": 2}, {"a": "b"}, {"a": 256}],
     "blocks_from_spectrum": [None, "yes", 1],
+    "ensure_weight_tying": [None, "yes", 1],
     "spectrum_blocks": [1, [1], {"a": None}, {"a": 0}],
 }
 

@@ -44,13 +44,22 @@ def test_what_was_read_is_written_in_the_dtype_that_the_weight_has_by_then() -> 
 def test_two_layers_of_one_weight_are_refused_by_name() -> None:
     weight = torch.randn(4, 4)
     with pytest.raises(MergeError, match="third and first share one weight"):
-        refuse_shared([("first", weight), ("second", torch.randn(4, 4)), ("third", weight)])
+        refuse_shared(
+            [("first", weight, {"a": 1}), ("second", torch.randn(4, 4), {"a": 2}), ("third", weight, {"a": 3})]
+        )
+
+
+def test_two_layers_of_one_weight_with_one_adapter_are_not_refused() -> None:
+    weight, factors = torch.randn(4, 4), object()
+    refuse_shared([("first", weight, {"a": factors}), ("second", weight, {"a": factors})])
+    with pytest.raises(MergeError, match="set ensure_weight_tying=True"):
+        refuse_shared([("first", weight, {"a": factors}), ("second", weight, {"a": factors, "b": object()})])
 
 
 def test_weights_of_their_own_are_not_refused_and_neither_is_the_meta_device() -> None:
-    refuse_shared([("first", torch.randn(4, 4)), ("second", torch.randn(4, 4))])
+    refuse_shared([("first", torch.randn(4, 4), {"a": 1}), ("second", torch.randn(4, 4), {"a": 2})])
     meta = torch.empty(4, 4, device="meta")
-    refuse_shared([("first", meta), ("second", meta)])
+    refuse_shared([("first", meta, {"a": 1}), ("second", meta, {"a": 2})])
 
 
 def test_merging_changes_the_diagonal_blocks_only() -> None:
@@ -65,7 +74,7 @@ def test_merging_changes_the_diagonal_blocks_only() -> None:
 def test_a_merged_layer_keeps_one_kth_of_the_weight() -> None:
     layer = adapted_layer(base_layer(40, 40), r=4, num_blocks=4)
     layer.merge()
-    kept = sum(entries.numel() for blocks in layer._pristine_blocks for entries in blocks.entries)
+    kept = sum(entries.numel() for blocks in layer._pristine_blocks.values() for entries in blocks.entries)
     assert kept == 40 * 40 // 4
     layer.unmerge()
     assert not layer._pristine_blocks

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from smoa import cached_weights
-from smoa.layers.linear import Linear
+from smoa.layers.kinds.linear import Linear
 from smoa.layers.weight_cache import open_caches
 from tests.support.layers import adapted_layer, add_adapter, base_layer, oracle_output
 from tests.support.tolerance import assert_close

@@ -241,3 +241,12 @@ def test_columns_are_taken_in_any_order_and_dtype(dtype: torch.dtype) -> None:
     out = torch.empty(5, 6, dtype=dtype)
     for found in (take_columns(x, order), take_columns(x, order, out), out):
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@sizes
+def test_the_blocks_of_the_transposed_weight_are_the_transposed_blocks(
+    out_features: int, in_features: int, num_blocks: int
+) -> None:
+    blocks, matrix = shuffled(out_features, in_features, num_blocks), torch.randn(out_features, in_features)
+    for own, other in zip(blocks.transposed().of(matrix.T), blocks.of(matrix), strict=True):
+        assert torch.equal(own, other.T)

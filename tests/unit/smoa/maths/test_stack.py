@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from smoa.errors import UnsupportedModuleError
 from smoa.maths.blocks import Blocks, Orders
 from smoa.maths.modulations import MODULATIONS
 from smoa.maths.stack import Run, Stack, stacked_blocks
@@ -42,6 +43,26 @@ def test_outputs_and_gradients_are_the_oracles_for_the_experts_that_are_used(mod
     pairs = zip(torch.autograd.grad(y, leaves, g), torch.autograd.grad(expected, leaves, g), strict=True)
     for found, oracles in pairs:
         assert_close(found, oracles)
+
+
+@pytest.mark.parametrize("modulation", ["hadamard", "none"])
+def test_a_transposed_stack_multiplies_with_the_other_side(modulation: str) -> None:
+    own, cases, matrices = stack(modulation)
+    x = torch.randn(6, 11, dtype=torch.float64, requires_grad=True)
+    leaves = [x, cases[4].A, cases[4].B]
+    run = Run(2, slice(0, 6))
+    y = own.transposed().apply(x, matrices.mT, [run])[:, 0]
+    expected = x @ cases[4].oracle(modulation, 0.5)
+    assert_close(y, expected)
+    g = torch.randn_like(y)
+    for found, oracles in zip(*(torch.autograd.grad(out, leaves, g) for out in (y, expected)), strict=True):
+        assert_close(found, oracles)
+
+
+def test_noise_can_not_be_transposed() -> None:
+    own, _, _ = stack("noise")
+    with pytest.raises(UnsupportedModuleError, match=r"modulation='noise' .* use another modulation"):
+        own.transposed()
 
 
 def test_blocks_are_shared_if_there_are_fewer_than_matrices() -> None:

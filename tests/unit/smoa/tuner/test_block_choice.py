@@ -21,6 +21,7 @@ from tests.support.adapter_files import with_settings
 from tests.support.decompositions import NoDecomposition
 from tests.support.layers import adapted_layer, base_layer, base_weight, oracle_delta, smoa_layers
 from tests.support.quantized import quantized_layer
+from tests.support.tiny_mixtures import EXPERTS, build_mixture, wrappers
 from tests.support.tiny_models import logits
 from tests.support.tolerance import assert_close
 
@@ -237,3 +238,37 @@ def test_a_config_that_lacks_a_layer_or_asks_for_more_rank_than_saved_is_refused
 def test_what_contradicts_itself_is_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         SmoaConfig(**{"r": 8, "num_blocks": 4, "target_modules": TARGETS, **options})
+
+
+def test_the_matrices_of_experts_get_blocks_by_their_mean_share() -> None:
+    torch.manual_seed(1)
+    experts = torch.randn(4, 8, 8)
+    experts[2:] = torch.outer(torch.ones(8), torch.ones(8)) + 1e-4 * torch.eye(8)
+    shares = {"experts": sum(map(used_share, experts)) / 4, "layer": used_share(experts[0])}
+    chosen = choose_blocks({"experts": lambda: experts, "layer": lambda: experts[0]}, 4)
+    mean = sum(shares.values()) / 2
+    assert chosen == {name: round(4 * share / mean) for name, share in shares.items()}
+    assert chosen["experts"] < chosen["layer"]
+
+
+def test_blocks_of_experts_are_chosen_saved_and_loaded(tmp_path: Path) -> None:
+    base = build_mixture("qwen3_moe")
+    with torch.no_grad():
+        base.model.layers[0].mlp.experts.down_proj.copy_(torch.ones(()) + 1e-3 * torch.randn(5, 24, 16))
+    settings = {"r": 8, "num_blocks": 4, "blocks_from_spectrum": True, "init_weights": False}
+    config = SmoaConfig(target_modules=["q_proj"], target_parameters=EXPERTS, **settings)
+    model = get_peft_model(copy.deepcopy(base), config).eval()
+    chosen = model.peft_config["default"].num_blocks_pattern
+    place = "model.layers.0.mlp.experts"
+    assert chosen[f"{place}.down_proj"] == 1
+    assert chosen[f"{place}.gate_up_proj"] > 4
+    for name, wrapper in wrappers(model).items():
+        assert len(wrapper.ranks["default"]) == chosen[f"{place}.{name}"]
+        assert wrapper.r["default"] == 2 * chosen[f"{place}.{name}"]
+    model.save_pretrained(tmp_path)
+    with NoDecomposition():
+        loaded = PeftModel.from_pretrained(base, tmp_path).eval()
+    for name, wrapper in wrappers(loaded).items():
+        assert torch.equal(wrapper.delta("default"), wrappers(model)[name].delta("default"))
+    model.add_adapter("second", config)
+    assert model.peft_config["second"].num_blocks_pattern == chosen

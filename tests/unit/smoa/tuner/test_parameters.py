@@ -9,8 +9,10 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 
 from smoa import ConfigError, PartitionError, SmoaConfig, SmoaError, UnsupportedModuleError
+from smoa.layers.layer import SmoaLayer
 from tests.support.tiny_mixtures import EXPERTS, build_mixture
-from tests.support.tiny_models import build
+from tests.support.tiny_models import build, logits
+from tests.support.tolerance import assert_close
 
 
 def adapted(model: nn.Module, **settings: Any) -> nn.Module:
@@ -36,6 +38,28 @@ def test_the_parameters_are_those_that_lora_adapts(named: list[str]) -> None:
     assert found[0] == found[1]
 
 
+def test_a_weight_named_as_a_parameter_computes_what_its_module_does() -> None:
+    by_module = adapted(build("llama"), target_modules=["gate_proj"], init_weights=False)
+    by_parameter = adapted(build("llama"), target_parameters=["gate_proj.weight"], init_weights=False)
+    for layer, wrapper in zip(_layers(by_module), _layers(by_parameter), strict=True):
+        for name in ("smoa_A", "smoa_B"):
+            getattr(wrapper, name)["default"].load_state_dict(getattr(layer, name)["default"].state_dict())
+    assert not torch.allclose(logits(by_module), logits(build("llama")), atol=1e-3)
+    assert_close(logits(by_parameter), logits(by_module))
+
+
+def _layers(model: nn.Module) -> list[SmoaLayer]:
+    return [module for module in model.modules() if isinstance(module, SmoaLayer)]
+
+
+def test_a_second_adapter_uses_the_wrappers_of_the_first() -> None:
+    model = get_peft_model(build_mixture("llama4"), SmoaConfig(target_modules=[], target_parameters=EXPERTS))
+    before = _layers(model)
+    model.add_adapter("other", SmoaConfig(target_modules=[], target_parameters=EXPERTS))
+    assert _layers(model) == before
+    assert all(set(layer.smoa_A) == set(layer.smoa_B) == {"default", "other"} for layer in before)
+
+
 def test_modules_and_parameters_can_be_adapted_together() -> None:
     model = adapted(build_mixture("mixtral"), target_modules=["q_proj"], target_parameters=EXPERTS)
     trained = [name for name, parameter in model.named_parameters() if ".smoa_A" in name]
@@ -46,10 +70,11 @@ def test_modules_and_parameters_can_be_adapted_together() -> None:
     ]
 
 
+# PEFT looks at modules only, from 0.21 on
+@pytest.mark.filterwarnings("ignore:.*did not match any targeted module:RuntimeWarning")
 def test_patterns_go_by_the_parameters_name() -> None:
     patterns = {"experts.down_proj": 8}
-    with pytest.warns(RuntimeWarning, match="did not match any targeted module"):  # PEFT looks at modules only
-        model = adapted(build_mixture("qwen3_moe"), r=4, target_parameters=EXPERTS, rank_pattern=patterns)
+    model = adapted(build_mixture("qwen3_moe"), r=4, target_parameters=EXPERTS, rank_pattern=patterns)
     ranks = {m.parameter_name: m.r["default"] for m in model.modules() if type(m).__name__ == "ParamWrapper"}
     assert ranks == {"gate_up_proj": 4, "down_proj": 8}
 
@@ -158,3 +183,13 @@ def test_all_linear_says_nothing_if_there_are_none_or_they_are_named() -> None:
         warnings.simplefilter("error")
         adapted(build("llama"), target_modules="all-linear")
         adapted(build_mixture("mixtral"), target_modules="all-linear", target_parameters=EXPERTS)
+
+
+def test_a_second_adapter_on_a_model_says_it_no_more() -> None:
+    with pytest.warns(UserWarning, match="linear layers only"):
+        model = get_peft_model(build_mixture("mixtral"), SmoaConfig(target_modules="all-linear"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.add_adapter("second", SmoaConfig(target_modules="all-linear"))
+    with pytest.warns(UserWarning, match="linear layers only"):
+        adapted(build_mixture("mixtral"), target_modules="all-linear")

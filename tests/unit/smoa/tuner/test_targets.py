@@ -83,6 +83,22 @@ def test_an_unsupported_module_is_refused_by_name_with_what_is_supported(target:
     assert type(model.linear) is nn.Linear
 
 
+@pytest.mark.parametrize(
+    ("target", "shapes"),
+    [
+        ("bag", r"EmbeddingBag; supported are .*\(it has weight \(10, 8\)\)"),
+        ("transposed", r"ConvTranspose2d; .*\(it has weight \(8, 8, 3, 3\), bias \(8,\)\)"),
+        ("attention", r"MultiheadAttention; .*\(it has in_proj_weight \(24, 8\), in_proj_bias \(24,\)\)"),
+        ("empty", r"Identity; .*remove it from target_modules .*\(it has no parameters\)"),
+    ],
+)
+def test_an_unsupported_module_is_refused_with_its_shapes_and_the_remedy(target: str, shapes: str) -> None:
+    model = OddModel()
+    model.empty = nn.Identity()
+    with pytest.raises(UnsupportedModuleError, match=rf"{target}: .*{shapes}"):
+        get_peft_model(model, SmoaConfig(r=4, target_modules=[target]))
+
+
 def test_every_unsupported_module_is_told_at_once() -> None:
     with pytest.raises(UnsupportedModuleError, match=r"bag.*transposed"):
         get_peft_model(OddModel(), SmoaConfig(r=4, target_modules=["bag", "transposed"]))
@@ -110,3 +126,8 @@ class QuantizedLinear(nn.Linear):
 def test_a_quantized_layer_is_refused_by_name() -> None:
     with pytest.raises(UnsupportedModuleError, match=r"layer: .*quantized weight of a .*QuantizedLinear"):
         get_peft_model(Wrapper(QuantizedLinear(8, 8)), SmoaConfig(target_modules=["layer"]))
+
+
+def test_the_shape_of_a_quantized_layer_is_told() -> None:
+    with pytest.raises(UnsupportedModuleError, match=r"layer: .*quantized.*\(it has weight \(8, 6\), bias \(8,\)\)"):
+        get_peft_model(Wrapper(QuantizedLinear(6, 8)), SmoaConfig(target_modules=["layer"]))

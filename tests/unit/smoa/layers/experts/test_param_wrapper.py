@@ -174,3 +174,31 @@ def test_an_adapter_for_each_sample_is_refused() -> None:
 
 def test_its_representation_names_the_parameter() -> None:
     assert repr(experts_of("qwen3_moe")["experts"]).startswith("smoa.ParamWrapper(\n  parameter_name='")
+
+
+class InputsFirst(nn.Module):
+    """A linear layer that stores its weight as (in, out)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(11, 13, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+@pytest.mark.parametrize("modulation", ["hadamard", "none"])
+def test_a_matrix_that_is_stored_with_its_inputs_first_computes_what_the_merged_one_does(modulation: str) -> None:
+    config = SmoaConfig(target_modules=[], target_parameters=["layer.weight"], modulation=modulation, **SETTINGS)
+    model = inject_adapter_in_model(config, nn.ModuleDict({"layer": InputsFirst()}))
+    wrapper, x = wrappers(model)["weight"], torch.randn(2, 5, 11, dtype=torch.float64, requires_grad=True)
+    leaves = [x, *(clone_leaf(factor) for factor in wrapper.factors("default"))]
+    (delta,) = oracle_deltas(wrapper, *leaves[1:])
+    expected = x @ (wrapper.stored_weight().detach() + delta)
+    assert_close(wrapper(x), expected)
+    g = torch.randn_like(expected)
+    own = torch.autograd.grad(wrapper(x), [x, *wrapper.factors("default")], g)
+    for found, oracles in zip(own, torch.autograd.grad(expected, leaves, g), strict=True):
+        assert_close(found, oracles)
+    wrapper.merge()
+    assert_close(wrapper(x), expected)

@@ -25,7 +25,8 @@ def stand_in(transposed: bool = False) -> tuple[Any, Tensor]:
     update = torch.randn_like(weight)
     layout = Layout(E, 1, M, N, transposed)
 
-    def branch(x: Tensor, runs: list[Run]) -> Tensor:
+    def branch(x: Tensor, runs: list[Run], backwards: bool) -> Tensor:
+        assert not backwards
         added = x.new_zeros(len(x), M)
         for expert, rows in runs:
             part = update[expert] if transposed else update[expert].T
@@ -71,7 +72,6 @@ def test_a_product_is_that_with_the_changed_weight(product: str) -> None:
 @pytest.mark.parametrize(
     "function",
     [
-        lambda W: torch.ones(5, M) @ W[1],  # it is (out, in)
         lambda W: linear(W[1], torch.ones(3, N)),
         lambda W: torch.einsum("si,eoi->seo", torch.ones(5, N), W),
         lambda W: torch.bmm(torch.ones(E, 2, M), W),
@@ -86,6 +86,33 @@ def test_whatever_else_is_done_with_the_parameter_is_refused(function: Callable[
     own, _ = stand_in()
     with pytest.raises((UnsupportedModuleError, TypeError), match=r"down_proj: SMoA can't follow|unsupported operand"):
         function(own)
+
+
+def test_a_product_with_the_wrong_side_of_an_expert_is_refused_in_words() -> None:
+    own, _ = stand_in()
+    with pytest.raises(UnsupportedModuleError, match=r"down_proj: SMoA can't follow .*\(matmul\); choose another"):
+        torch.ones(5, M) @ own[1]  # it is (out, in)
+
+
+@pytest.mark.parametrize(
+    ("function", "backwards"),
+    [
+        (lambda x, W: linear(x, W), False),
+        (lambda x, W: x @ W.T, False),
+        (lambda x, W: linear(x, W.T), True),
+        (lambda x, W: x @ W, True),
+    ],
+)
+def test_a_parameter_of_two_dimensions_is_multiplied_from_either_side(function: Any, backwards: bool) -> None:
+    weight, update = torch.randn(M, N), torch.randn(M, N)
+
+    def branch(x: Tensor, runs: list[Run], backwards: bool) -> Tensor:
+        assert runs == [Run(0, slice(0, 5))]
+        return x @ (update if backwards else update.T)
+
+    own: Any = StandIn("weight", lambda: weight, Layout(1, 1, M, N, is_stack=False), branch)
+    x = torch.randn(5, M if backwards else N)
+    assert_close(function(x, own), function(x, weight + update))
 
 
 def test_it_looks_like_the_parameter() -> None:

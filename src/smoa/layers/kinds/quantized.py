@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from smoa.compat import find_quantization_backend
 from smoa.errors import UnsupportedModuleError
-from smoa.layers.linear import Linear
+from smoa.layers.kinds.linear import Linear
 from smoa.maths.update import Update
 
 if TYPE_CHECKING:

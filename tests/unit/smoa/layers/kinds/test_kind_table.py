@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from smoa.layers.kinds import KINDS, kind_of
+from smoa.layers.kinds.kind_table import KINDS, kind_of
 from tests.support.kinds import KINDS as EXAMPLES
 from tests.support.kinds import kind_of_layer
 

@@ -8,7 +8,7 @@ from peft import get_peft_model
 from torch import nn
 
 from smoa import SmoaConfig, UnsupportedModuleError
-from smoa.layers.conv import Convolution
+from smoa.layers.kinds.conv import Convolution
 from tests.support.kinds import CONVS, input_of, kind_of_layer, oracle_of
 from tests.support.layers import ROUTES, Route, Wrapper, adapted_layer, base_weight, clone_leaf, factors
 from tests.support.tolerance import assert_close

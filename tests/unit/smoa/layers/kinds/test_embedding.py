@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from smoa import SmoaConfig, UnsupportedModuleError
-from smoa.layers.embedding import Embedding
+from smoa.layers.kinds.embedding import Embedding
 from smoa.layers.layer import SmoaLayer
 from tests.support.kinds import input_of, oracle_of
 from tests.support.layers import Wrapper, adapted_layer, clone_leaf, factors

@@ -9,10 +9,10 @@ from transformers.pytorch_utils import Conv1D
 
 from smoa.config.adapter_config import Shape
 from smoa.layers.adapted_layer import AdaptedLayer
-from smoa.layers.conv import Convolution
-from smoa.layers.embedding import Embedding
-from smoa.layers.linear import Linear
-from smoa.layers.quantized import QuantizedLinear
+from smoa.layers.kinds.conv import Convolution
+from smoa.layers.kinds.embedding import Embedding
+from smoa.layers.kinds.linear import Linear
+from smoa.layers.kinds.quantized import QuantizedLinear
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,115 @@
+"""`ensure_weight_tying`: one adapter for all layers of one weight, such as an embedding and the head tied to it.
+
+The layers have the same matrix W, so they get the same factors, blocks and scales: the same W + ΔW. Which layers share
+a weight is seen from the model, not from its class or config.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Mapping
+
+from torch import nn
+
+from smoa.config.adapter_config import Shape, SmoaConfig
+from smoa.errors import ConfigError
+from smoa.layers.kinds.embedding import Embedding
+from smoa.layers.layer import SmoaLayer
+
+Group = list[str]
+"""Names of the modules that share one weight."""
+
+
+def tied_groups(model: nn.Module) -> list[Group]:
+    """The modules that share their weight with others, adapted already or not."""
+    users: dict[int, Group] = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and ".smoa_" not in name:
+            users.setdefault(id(weight), []).append(name.removesuffix(".base_layer"))
+    return [names for names in users.values() if len(names) > 1]
+
+
+def tie_targets(model: nn.Module, config: SmoaConfig, is_target: Callable[[SmoaConfig, str], object]) -> list[Group]:
+    """Add the other layers of a target's weight to the targets, if `ensure_weight_tying` is set. Return the groups.
+
+    Args:
+        model: The base model.
+        config: The adapter's own config, which is changed.
+        is_target: Whether a config makes a module a target.
+
+    Raises:
+        ConfigError: another setting leaves one of the layers out, or saves it whole.
+    """
+    if not config.ensure_weight_tying:
+        return []
+    groups = tied_groups(model)
+    _refuse_saved(groups, config)
+    found = [group for group in groups if any(is_target(config, name) for name in group)]
+    for group in found:
+        config.target_modules = _with(config.target_modules, group)
+        left_out = [name for name in group if not is_target(config, name)]
+        if left_out:
+            raise ConfigError(
+                f"ensure_weight_tying: {left_out[0]} shares its weight with {_other(group, left_out[0])}, and "
+                f"exclude_modules={config.exclude_modules!r} leaves it out; drop one of the two settings"
+            )
+    if not found and not config.trainable_token_indices:
+        warnings.warn(
+            "ensure_weight_tying has no effect: no target shares its weight with another layer; name the embedding or "
+            "the head in target_modules, or drop the setting",
+            stacklevel=2,
+        )
+    return found
+
+
+def check_alike(groups: list[Group], shapes: Mapping[str, Shape], config: SmoaConfig) -> None:
+    """Raise ConfigError unless the layers of each group have one shape, rank, alpha and number of blocks."""
+    for first, *others in groups:
+        settings = {name: _settings(name, shapes[name], config) for name in (first, *others)}
+        for name in others:
+            if settings[name] != settings[first]:
+                raise ConfigError(
+                    f"ensure_weight_tying: {first} and {name} share one weight and have different settings (shape, "
+                    f"block ranks, alpha): {settings[first]} and {settings[name]}; let rank_pattern, alpha_pattern and "
+                    "num_blocks_pattern name both or neither"
+                )
+
+
+def tie_layers(model: nn.Module, adapter_name: str) -> None:
+    """Give the layers of one weight the adapter of the first of them, or of the embedding among them."""
+    modules = dict(model.named_modules())
+    for group in tied_groups(model):
+        ends = [module for name in group if isinstance(module := modules[name], SmoaLayer)]
+        ends = sorted(
+            (end for end in ends if adapter_name in end.smoa_A), key=lambda end: not isinstance(end, Embedding)
+        )
+        for other in ends[1:]:
+            other.follow(ends[0], adapter_name)
+
+
+def _refuse_saved(groups: list[Group], config: SmoaConfig) -> None:
+    saved = [rf"(.*\.)?{re.escape(name)}" for name in config.modules_to_save or []]
+    for group in groups:
+        for name in group:
+            if any(re.fullmatch(pattern, name) for pattern in saved):
+                raise ConfigError(
+                    f"ensure_weight_tying: modules_to_save copies {name}, which shares its weight with "
+                    f"{_other(group, name)}, and SMoA ties adapters, not copies; name it in target_modules instead"
+                )
+
+
+def _with(targets: list[str] | set[str] | str | None, group: Group) -> list[str] | str | None:
+    if isinstance(targets, str):
+        return "|".join([f"(?:{targets})", *map(re.escape, group)])
+    return {*(targets or []), *group}  # type: ignore[return-value]  # PEFT makes a set of it, too
+
+
+def _other(group: Group, name: str) -> str:
+    return next(other for other in group if other != name)
+
+
+def _settings(name: str, shape: Shape, config: SmoaConfig) -> tuple[Shape, tuple[int, ...], float]:
+    ranks = config.ranks_of(name, shape=shape)
+    return shape, ranks, config.alpha_of(name, sum(ranks), shape)
