@@ -25,11 +25,10 @@ def smoa_config(lora: LoraConfig, settings: Mapping[str, Any], place: str) -> Sm
         ConfigError: LoRA's settings contain what SMoA has no counterpart for, or a setting is wrong.
     """
     check_settings(settings, place)
-    chosen = {name: getattr(lora, name) for name in [*SHARED, *RENAMED] if getattr(lora, name) is not None}
-    known = {RENAMED.get(name, name): value for name, value in chosen.items()}
-    known["bias"] = BIASES.get(lora.bias, lora.bias)
+    given = {name: getattr(lora, name) for name in [*SHARED, *RENAMED] if getattr(lora, name) is not None}
+    known = {**_in_our_names(given), "bias": BIASES.get(lora.bias, lora.bias), **_in_our_names(settings)}
     refuse(_only_lora(lora), place)
-    return SmoaConfig(**{**known, **settings})
+    return SmoaConfig(**known)
 
 
 def check_settings(settings: Mapping[str, Any], place: str) -> None:
@@ -38,13 +37,17 @@ def check_settings(settings: Mapping[str, Any], place: str) -> None:
     Raises:
         ConfigError: a name that SmoaConfig does not have, or a value that breaks a rule.
     """
-    unknown = sorted(settings.keys() - SETTABLE)
+    unknown = sorted(settings.keys() - SETTABLE - RENAMED.keys())
     if unknown:
         raise ConfigError(f"{place}: {', '.join(unknown)}: SmoaConfig has no such setting; remove or rename it")
     try:
         SmoaConfig(**settings)
     except ConfigError as error:
         raise ConfigError(f"{place}: {error}") from None
+
+
+def _in_our_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {RENAMED.get(name, name): value for name, value in settings.items()}
 
 
 def refuse(names: Iterable[str], place: str) -> None:

@@ -34,6 +34,17 @@ def test_the_block_adds_and_wins() -> None:
     assert (config.r, config.num_blocks, config.alpha, config.scale) == (8, 4, 512, "layer")
 
 
+def test_the_block_may_use_loras_names() -> None:
+    block = {"lora_alpha": 64, "lora_dropout": 0.5}
+    config = smoa_config(LoraConfig(r=8, lora_alpha=16, lora_dropout=0.1), block, "here")
+    assert (config.r, config.alpha, config.smoa_dropout) == (8, 64, 0.5)
+
+
+def test_a_value_under_both_names_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^here: .*lora_alpha"):
+        check_settings({"alpha": 8, "lora_alpha": 64}, "here")
+
+
 def test_settings_that_the_framework_leaves_unset_have_smoas_defaults() -> None:
     lora = LoraConfig()
     lora.r = lora.lora_alpha = None  # type: ignore[assignment]  # as axolotl passes them
