@@ -9,16 +9,42 @@ parameters. The matrices of experts that one parameter holds have one K, that of
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
+from peft.utils import CONFIG_NAME
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from smoa.config.adapter_config import SmoaConfig
 from smoa.errors import PartitionError
+from smoa.files.loading import incoming
+from smoa.layers.distributed import from_rank_zero
 from smoa.maths.analysis import effective_rank
 from smoa.maths.blocks import MAX_BLOCKS
 from smoa.maths.devices import decomposable
 from smoa.maths.spectrum import squarable
+
+
+def name_blocks(config: SmoaConfig, weights: Mapping[str, Callable[[], Tensor]], loads_labels: bool) -> None:
+    """With `blocks_from_spectrum`, give `num_blocks_pattern` the K of the targets that it does not name.
+
+    Raises:
+        PartitionError: the adapter is being loaded, and its config does not name all layers.
+    """
+    missing = sorted(name for name in weights if config.chosen_blocks_of(name) is None)
+    if not config.blocks_from_spectrum or not missing:
+        return
+    if loads_labels:
+        found = incoming()
+        place = "" if found is None else f"{found.file.path.with_name(CONFIG_NAME)}: "
+        raise PartitionError(
+            f"{place}{missing[0]}: num_blocks_pattern names neither it nor {len(missing) - 1} more, although "
+            "blocks_from_spectrum is set; the adapter is for another model, or adapter_config.json is damaged"
+        )
+    choose = partial(choose_blocks, {name: weights[name] for name in missing}, config.num_blocks)
+    chosen = from_rank_zero(choose, everywhere=True)  # every rank must gather sharded weights
+    config.num_blocks_pattern = {**config.num_blocks_pattern, **chosen}
 
 
 def choose_blocks(weights: Mapping[str, Callable[[], Tensor]], num_blocks: int) -> dict[str, int]:

@@ -4,39 +4,37 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any
 
 import torch
 from peft import set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers, onload_layer
-from peft.utils import CONFIG_NAME, INCLUDE_LINEAR_LAYERS_SHORTHAND, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, onload_layer
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from smoa.compat import StateDictHooks
-from smoa.config.adapter_config import Shape, SmoaConfig
-from smoa.errors import MergeError, PartitionError, SmoaError
+from smoa.errors import MergeError, PartitionError
 from smoa.files.checkpoint import add_unsaved_scales, check_adapter_state, check_gathered
 from smoa.files.loading import incoming
 from smoa.files.names import PREFIX, adapter_layers, parameter_names, renamed
 from smoa.files.save_id import new_id, with_id, without_id
 from smoa.layers.adapted_layer import AdaptedLayer
-from smoa.layers.distributed import from_rank_zero, refuse_writing, with_plain_names
+from smoa.layers.distributed import refuse_writing, with_plain_names
 from smoa.layers.experts.param_wrapper import ParamWrapper
 from smoa.layers.kinds.quantized import requantization_reported
 from smoa.layers.layer import SmoaLayer
 from smoa.layers.undo import refuse_shared, users_of
-from smoa.tuner.block_choice import choose_blocks
 from smoa.tuner.combining import Combination, check_combination, check_layer, combined_config, fill_combined
 from smoa.tuner.decoding import forget_generate, watch_generate
 from smoa.tuner.mixed_batch import adapter_names_hooks
-from smoa.tuner.parameters import check_parameters, existing_wrapper, report_experts, weights_of_parameters
-from smoa.tuner.targets import check_target, leave_out_uncalled, report_narrow, report_towers, weight_of
-from smoa.tuner.tying import check_alike, tie_layers, tie_targets
+from smoa.tuner.parameters import existing_wrapper
+from smoa.tuner.target_survey import survey_targets
+from smoa.tuner.targets import check_target
+from smoa.tuner.tying import tie_layers
 
 
 class SmoaModel(BaseTuner, StateDictHooks):
@@ -121,58 +119,10 @@ class SmoaModel(BaseTuner, StateDictHooks):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Report all unsuitable targets at once, before any module is replaced."""
-        every_linear = str(peft_config.target_modules).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
-        report_experts(model, peft_config)
-        config: Any = _maybe_include_all_linear_layers(peft_config, model)
-        if every_linear:
-            leave_out_uncalled(config, model)
-        groups = tie_targets(model, config, self._check_target_module_exists)
-        file = None if (found := incoming()) is None else found.file
-        inside = tuple(name + "." for name, module in model.named_modules() if isinstance(module, SmoaLayer))
-        problems: list[SmoaError] = []
-        weights: dict[str, Callable[[], Tensor]] = {}
-        shapes: dict[str, Shape] = {}
-        for name, module in model.named_modules():
-            if name and not name.startswith(inside) and self._check_target_module_exists(config, name):
-                try:
-                    target = check_target(name, module, config, model, file)
-                    weights[name], shapes[name] = partial(weight_of, module, target), target.shape
-                except SmoaError as error:
-                    problems.append(error)
-        try:
-            of_parameters = check_parameters(model, config, set(weights), file)
-        except SmoaError as error:
-            problems.append(error)
-        if problems:
-            raise type(problems[0])("; ".join(map(str, problems)))
-        check_alike(groups, shapes, config)
-        if every_linear and not self._loads_labels:
-            report_towers(shapes, model)
-        report_narrow(shapes | of_parameters, config, silent=self._loads_labels or config.blocks_from_spectrum)
-        self._choose_blocks(config, weights | weights_of_parameters(model, config))
-        decomposes = config.partition == "spectral" and not self._loads_labels
+        targets = survey_targets(model, peft_config, self._check_target_module_exists, self._loads_labels)
+        decomposes = peft_config.partition == "spectral" and not self._loads_labels
         hidden = None if decomposes else True  # None: shown on a terminal only
-        self._progress = tqdm(total=len(weights), desc="SMoA partitions", unit="layer", delay=1, disable=hidden)
-
-    def _choose_blocks(self, config: SmoaConfig, weights: dict[str, Callable[[], Tensor]]) -> None:
-        """With `blocks_from_spectrum`, choose the K of targets that `num_blocks_pattern` does not name.
-
-        Raises:
-            PartitionError: the adapter is being loaded, and its config does not name all layers.
-        """
-        missing = sorted(name for name in weights if config.chosen_blocks_of(name) is None)
-        if not config.blocks_from_spectrum or not missing:
-            return
-        if self._loads_labels:
-            found = incoming()
-            place = "" if found is None else f"{found.file.path.with_name(CONFIG_NAME)}: "
-            raise PartitionError(
-                f"{place}{missing[0]}: num_blocks_pattern names neither it nor {len(missing) - 1} more, although "
-                "blocks_from_spectrum is set; the adapter is for another model, or adapter_config.json is damaged"
-            )
-        choose = partial(choose_blocks, {name: weights[name] for name in missing}, config.num_blocks)
-        chosen = from_rank_zero(choose, everywhere=True)  # every rank must gather sharded weights
-        config.num_blocks_pattern = {**config.num_blocks_pattern, **chosen}
+        self._progress = tqdm(total=targets, desc="SMoA partitions", unit="layer", delay=1, disable=hidden)
 
     def _create_and_replace(
         self,

@@ -1,0 +1,82 @@
+"""Looks at all targets of an adapter before the first one is replaced, and settles what depends on the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from torch import Tensor, nn
+
+from smoa.config.adapter_config import Shape, SmoaConfig
+from smoa.errors import SmoaError
+from smoa.files.adapter_folder import AdapterFile
+from smoa.files.loading import incoming
+from smoa.layers.layer import SmoaLayer
+from smoa.tuner.block_choice import name_blocks
+from smoa.tuner.parameters import check_parameters, report_experts, weights_of_parameters
+from smoa.tuner.targets import check_target, leave_out_uncalled, report_narrow, report_towers, weight_of
+from smoa.tuner.tying import check_alike, tie_targets
+
+IsTarget = Callable[[Any, str], object]
+"""Whether a config makes the module of a name a target."""
+Weights = dict[str, Callable[[], Tensor]]
+"""Functions that return the weight of each target, by name."""
+
+
+def survey_targets(model: nn.Module, peft_config: Any, is_target: IsTarget, loads_labels: bool) -> int:
+    """Check all targets, write the choices for this model into the config, and report what a user should know.
+
+    Args:
+        model: The base model; nothing of it is changed.
+        peft_config: The adapter's own config.
+        is_target: PEFT's rule for names.
+        loads_labels: Whether the adapter's partition is loaded, and not made from the weights.
+
+    Returns:
+        The number of target modules.
+
+    Raises:
+        SmoaError: names every target that cannot be adapted, and why.
+    """
+    every_linear = str(peft_config.target_modules).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
+    report_experts(model, peft_config)
+    config: Any = _maybe_include_all_linear_layers(peft_config, model)
+    if every_linear:
+        leave_out_uncalled(config, model)
+    groups = tie_targets(model, config, is_target)
+    weights, shapes, of_parameters = _check_all(model, config, is_target)
+    check_alike(groups, shapes, config)
+    if every_linear and not loads_labels:
+        report_towers(shapes, model)
+    report_narrow(shapes | of_parameters, config, silent=loads_labels or config.blocks_from_spectrum)
+    name_blocks(config, weights | weights_of_parameters(model, config), loads_labels)
+    return len(weights)
+
+
+def _check_all(
+    model: nn.Module, config: SmoaConfig, is_target: IsTarget
+) -> tuple[Weights, dict[str, Shape], dict[str, Shape]]:
+    """Weights and shapes of the target modules, and shapes of the target parameters; raises all problems as one."""
+    file: AdapterFile | None = None if (found := incoming()) is None else found.file
+    inside = tuple(name + "." for name, module in model.named_modules() if isinstance(module, SmoaLayer))
+    problems: list[SmoaError] = []
+    weights: Weights = {}
+    shapes: dict[str, Shape] = {}
+    of_parameters: dict[str, Shape] = {}
+    for name, module in model.named_modules():
+        if name and not name.startswith(inside) and is_target(config, name):
+            try:
+                target = check_target(name, module, config, model, file)
+                weights[name], shapes[name] = partial(weight_of, module, target), target.shape
+            except SmoaError as error:
+                problems.append(error)
+    try:
+        of_parameters = check_parameters(model, config, set(weights), file)
+    except SmoaError as error:
+        problems.append(error)
+    if problems:
+        raise type(problems[0])("; ".join(map(str, problems)))
+    return weights, shapes, of_parameters
