@@ -100,9 +100,7 @@ def _merge_layer(name: str, layer: Any, dtype: torch.dtype, loss: RoundingLoss) 
 def _untie(model: Any, layer: Any) -> None:
     """Give the layer a weight of its own if another module shares it, because the adapter changes only this layer."""
     base: nn.Module = layer.get_base_layer()
-    if _is_tied(layer):
-        return
-    if _weight(layer) is not getattr(base, "weight", None):
+    if _is_tied(layer) or _weight(layer) is not getattr(base, "weight", None):
         return
     users = [module for module in model.modules() if getattr(module, "weight", None) is base.weight]
     if len({id(module) for module in users} - {id(layer)}) > 1:

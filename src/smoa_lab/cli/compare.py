@@ -14,12 +14,13 @@ from smoa_lab.basics.extras import DRAWING
 from smoa_lab.cli.console import print_json, print_table, reporting
 from smoa_lab.cli.options import AsJson
 
-HEADER = ["entry", "trained", "seeds", "loss", "accuracy %", "loss difference", "", "accuracy difference %", ""]
-Reported = tuple[Any, Sequence[str], Sequence[Sequence[str]]]
-
 if TYPE_CHECKING:
     from smoa_lab.study.crews.ray_crew import RayCrew
     from smoa_lab.study.study_file import Study
+
+HEADER = ["entry", "trained", "seeds", "loss", "accuracy %", "loss difference", "", "accuracy difference %", ""]
+Reported = tuple[Any, Sequence[str], Sequence[Sequence[str]]]
+"""A report's summary for JSON, and the header and lines of its table."""
 
 
 def compare(
@@ -85,7 +86,7 @@ def _run(study: Study, only: Sequence[str], workers: RayCrew | None) -> None:
 
 
 def _entries(study: Study) -> Reported:
-    """Report a study; its summary, and its table: header and lines."""
+    """Report a study of any other kind."""
     from smoa_lab.study.report.results.rows import as_json, difference_cells
     from smoa_lab.study.report.study_report import report
 
@@ -106,7 +107,7 @@ def _entries(study: Study) -> Reported:
 
 
 def _sequence(study: Study) -> Reported:
-    """Report a study of kind ``sequence``; its summary, and its table: header and lines."""
+    """Report a study of kind ``sequence``."""
     from smoa_lab.study.report.sequence.sequence_report import sequence_report
     from smoa_lab.study.report.sequence.sequence_tables import EQUAL_HEADER, equal_lines
 
