@@ -91,14 +91,14 @@ def study(summary: Path) -> str:
 
 
 def sequence_tables(found: dict[str, Any]) -> list[str]:
-    """Of a study of kind sequence: the first task at equal learning, and what goes with forgetting."""
+    """Of a study of kind sequence: all tables but that of its runs."""
     told = filter(None, (sequences.INTRODUCTION, sequences.before_sentence(found["before"])))
     return [
         textwrap.fill(" ".join(told), WIDTH),
-        textwrap.fill(sequences.EQUAL, WIDTH),
-        markdown_table(sequences.EQUAL_HEADER, sequences.equal_lines(found)),
-        textwrap.fill(sequences.EXPLAINED, WIDTH),
-        markdown_table(sequences.EXPLAINED_HEADER, sequences.explained_lines(found)),
+        *(
+            f"### {one.title}\n\n{textwrap.fill(one.text, WIDTH)}\n\n{markdown_table(one.header, one.lines)}"
+            for one in sequences.table_sections(found)
+        ),
     ]
 
 

@@ -198,11 +198,13 @@ def test_the_documents_take_at_most_5_megabytes() -> None:
 
 
 def test_a_sequence_is_told_by_what_was_kept_at_equal_learning(docs: Path) -> None:
-    equal = {"entry": "lora", "reference": "lora", "level": 1.5, "rate": 0.001, "first_loss": 3.0}
+    equal = {"entry": "lora", "reference": "lora", "level": 1.5, "rate": 0.001, "kept_loss": 3.0}
     summary = {
         "before": None,
         "equal": [{**equal, "is_lowest": False, "difference": None}],
+        "next_rate": [],
         "least_gaps": {"lora": 0.0},
+        "kept_elsewhere": {"equal": [], "next_rate": []},
         "correlations": {figure: {"forgot": 0.5, "forgot_elsewhere": None} for figure in EXPLANATIONS},
         "runs": [],
     }

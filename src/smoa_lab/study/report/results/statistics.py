@@ -98,15 +98,17 @@ def loss_difference(entry: Outcomes, reference: Outcomes) -> Difference:
     if any(diverged):
         nan = float("nan")
         return Difference(nan, nan, nan, "same" if all(diverged) else "worse" if diverged[0] else "better")
-    return _difference(entry.loss - reference.loss, entry.tokens, sign=-1)
+    return paired_difference(entry.loss - reference.loss, entry.tokens, sign=-1)
 
 
 def accuracy_difference(entry: Outcomes, reference: Outcomes) -> Difference:
     """The difference in accuracy; higher is better."""
-    return _difference((entry.right - reference.right) * entry.share, entry.share, sign=1)
+    return paired_difference((entry.right - reference.right) * entry.share, entry.share, sign=1)
 
 
-def _difference(gaps: NDArray[np.float64], weights: NDArray[np.float64], sign: int) -> Difference:
+def paired_difference(gaps: NDArray[np.float64], weights: NDArray[np.float64], sign: int) -> Difference:
+    """The difference Σ gaps / Σ weights over seeds and questions, (seeds, questions) and (questions,); ``sign`` as in
+    :func:`difference`."""
     mean = float(gaps.mean(axis=0).sum() / weights.sum())
     return difference(mean, _resampled(gaps, weights), sign, len(gaps))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +20,13 @@ EXPLANATIONS = {
     "intruders": "intruder dimensions",
 }
 """The figures of ΔW by which forgetting may be explained, as pages name them; each is the mean over layers."""
+Kept = Literal["first", "elsewhere"]
+"""What is to be kept: the first task, or the text elsewhere."""
 
 
 @dataclass(frozen=True)
 class Losses:
-    """The losses on one task, (rates, seeds, questions), and the tokens of each question, (questions,)."""
+    """The losses on one task or text, (rates, seeds, questions), and the tokens of each question, (questions,)."""
 
     nll: NDArray[np.float64]
     tokens: NDArray[np.float64]
@@ -45,32 +47,33 @@ class Curve:
     entry: str
     rates: list[float]
     seeds: list[int]
-    first: Losses
-    second: Losses
+    kept: Losses
+    learned: Losses
 
     def only(self, seeds: list[int]) -> Curve:
         """The curve of these seeds alone."""
         chosen = [self.seeds.index(seed) for seed in seeds]
-        first, second = (Losses(task.nll[:, chosen], task.tokens) for task in (self.first, self.second))
-        return Curve(self.entry, self.rates, seeds, first, second)
+        kept, learned = (Losses(one.nll[:, chosen], one.tokens) for one in (self.kept, self.learned))
+        return Curve(self.entry, self.rates, seeds, kept, learned)
 
 
-def curve(study: Study, name: str) -> Curve | None:
-    """The curve of an entry by the seeds that all its rates have; None without one run that did not diverge."""
+def curve(study: Study, name: str, kept: Kept = "first") -> Curve | None:
+    """The curve of an entry by the seeds that all its rates have; None without one run that did not diverge, and
+    without text elsewhere where that is asked for."""
     by_rate: dict[float, dict[int, dict[str, Any]]] = defaultdict(dict)
     for result in stored(study, "final", name):
         training = result["config"]["training"]
         by_rate[training["learning_rate"]][training["seed"]] = result
     seeds = sorted(set.intersection(*(set(runs) for runs in by_rate.values()))) if by_rate else []
-    rates = sorted(rate for rate, runs in by_rate.items() if all(_is_finite(runs[seed]) for seed in seeds))
+    rates = sorted(rate for rate, runs in by_rate.items() if all(_is_finite(runs[seed], kept) for seed in seeds))
     if not rates or not seeds:
         return None
     runs = [[by_rate[rate][seed] for seed in seeds] for rate in rates]
     for some in runs:
         for run in some:
             check_paired(run, runs[0][0])
-    first = _losses([[run["first"]["questions"] for run in some] for some in runs])
-    return Curve(name, rates, seeds, first, _losses([[run["questions"] for run in some] for some in runs]))
+    of_kept = _losses([[_kept(run, kept) for run in some] for some in runs])
+    return Curve(name, rates, seeds, of_kept, _losses([[run["questions"] for run in some] for some in runs]))
 
 
 def run_rows(study: Study) -> list[dict[str, Any]]:
@@ -102,10 +105,14 @@ def _row(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _is_finite(run: dict[str, Any]) -> bool:
-    return all(
-        nll is not None for questions in (run["questions"], run["first"]["questions"]) for nll in questions["nll"]
-    )
+def _kept(run: dict[str, Any], kept: Kept) -> dict[str, Any]:
+    """The losses on what is to be kept; without any where the study has no text elsewhere."""
+    found: dict[str, Any] = run["first"]["questions"] if kept == "first" else run.get("texts") or {"nll": [None]}
+    return found
+
+
+def _is_finite(run: dict[str, Any], kept: Kept) -> bool:
+    return all(nll is not None for one in (run["questions"], _kept(run, kept)) for nll in one["nll"])
 
 
 def _losses(questions: list[list[dict[str, Any]]]) -> Losses:

@@ -1,4 +1,4 @@
-"""What each entry kept of the first task at equal learning of the second one.
+"""What each entry kept, of the first task or elsewhere, at equal learning of the second task.
 
 Both losses of an entry are interpolated linearly along the logarithm of its learning rate. The level is the second
 task's loss that the reference reaches at its own best rate. An entry is read at the lowest rate at which its second
@@ -17,30 +17,26 @@ from numpy.typing import NDArray
 
 from smoa_lab.study.report.results.statistics import (
     RESAMPLES,
-    Difference,
-    corrected,
     difference,
     seed_errors,
 )
+from smoa_lab.study.report.sequence.compared import Compared
 from smoa_lab.study.report.sequence.curves import Curve
 
 
 @dataclass(frozen=True)
-class EqualLearning:
-    """An entry at the ``level`` of its reference. ``rate`` and ``first_loss`` are None if it never reaches it.
+class EqualLearning(Compared):
+    """An entry at the ``level`` of its reference. ``rate`` and ``kept_loss`` are None if it never reaches it.
 
     ``is_lowest``: its lowest rate learns more than the level already, and is taken. ``reached`` is the share of
     resamples in which the level is reached; the others are left out.
     """
 
-    entry: str
-    reference: str
     level: float
     rate: float | None = None
-    first_loss: float | None = None
+    kept_loss: float | None = None
     is_lowest: bool = False
     reached: float = 0.0
-    difference: Difference | None = None
 
 
 @dataclass(frozen=True)
@@ -69,9 +65,9 @@ def crossing(losses: Sequence[float] | NDArray[np.float64], level: float) -> Pla
 
 def at_equal_learning(own: Curve, reference: Curve) -> EqualLearning:
     """What an entry, or the reference itself, kept where it learned as much as the reference at its best."""
-    best = int(np.argmin(reference.second.mean()))
-    level = float(reference.second.mean()[best])
-    losses = own.second.mean()
+    best = int(np.argmin(reference.learned.mean()))
+    level = float(reference.learned.mean()[best])
+    losses = own.learned.mean()
     place = Place(best, 0.0) if own is reference else crossing(losses, level)
     nothing = EqualLearning(own.entry, reference.entry, level)
     if place is None:
@@ -79,7 +75,7 @@ def at_equal_learning(own: Curve, reference: Curve) -> EqualLearning:
     found = replace(
         nothing,
         rate=math.exp(place.of(np.log(own.rates))),
-        first_loss=place.of(own.first.mean()),
+        kept_loss=place.of(own.kept.mean()),
         is_lowest=own is not reference and bool(losses[0] < level),
         reached=1.0,
     )
@@ -92,19 +88,13 @@ def least_gaps(curves: Sequence[Curve]) -> dict[str, float]:
     Levels are the second losses of all rates of all entries that at least half of the entries reach.
     """
     gaps: dict[str, float] = {}
-    for level in sorted({float(loss) for own in curves for loss in own.second.mean()}):
-        places = {own.entry: (own, crossing(own.second.mean(), level)) for own in curves}
-        kept = {name: place.of(own.first.mean()) for name, (own, place) in places.items() if place is not None}
+    for level in sorted({float(loss) for own in curves for loss in own.learned.mean()}):
+        places = {own.entry: (own, crossing(own.learned.mean(), level)) for own in curves}
+        kept = {name: place.of(own.kept.mean()) for name, (own, place) in places.items() if place is not None}
         if 2 * len(kept) >= len(curves):
             lowest = min(kept.values())
             gaps |= {name: min(loss - lowest, gaps.get(name, math.inf)) for name, loss in kept.items()}
     return gaps
-
-
-def with_holm(found: Sequence[EqualLearning]) -> list[EqualLearning]:
-    """The differences corrected for all comparisons of the study."""
-    differences = corrected([one.difference for one in found])
-    return [replace(one, difference=changed) for one, changed in zip(found, differences, strict=True)]
 
 
 def _compared(found: EqualLearning, own: Curve, reference: Curve, place: Place, best: int) -> EqualLearning:
@@ -124,13 +114,13 @@ def _compared(found: EqualLearning, own: Curve, reference: Curve, place: Place, 
 
 
 def _resampled_gaps(own: Curve, reference: Curve, best: int, random: np.random.Generator) -> NDArray[np.float64]:
-    """First-task loss minus the reference's, (RESAMPLES,); NaN where the level is not reached."""
-    counts = [_counts(task.tokens, random) for task in (own.first, own.second)]
-    first, second = own.first.resampled(counts[0]), own.second.resampled(counts[1])
-    level = reference.second.resampled(counts[1])[:, best]
-    places = (crossing(losses, wanted) for losses, wanted in zip(second, level, strict=True))
-    kept = [math.nan if place is None else place.of(losses) for place, losses in zip(places, first, strict=True)]
-    return np.array(kept) - reference.first.resampled(counts[0])[:, best]
+    """The loss on what is to be kept minus the reference's, (RESAMPLES,); NaN where the level is not reached."""
+    counts = [_counts(task.tokens, random) for task in (own.kept, own.learned)]
+    losses, learned = own.kept.resampled(counts[0]), own.learned.resampled(counts[1])
+    level = reference.learned.resampled(counts[1])[:, best]
+    places = (crossing(one, wanted) for one, wanted in zip(learned, level, strict=True))
+    kept = [math.nan if place is None else place.of(one) for place, one in zip(places, losses, strict=True)]
+    return np.array(kept) - reference.kept.resampled(counts[0])[:, best]
 
 
 def _counts(tokens: NDArray[np.float64], random: np.random.Generator) -> NDArray[np.int64]:
@@ -140,6 +130,6 @@ def _counts(tokens: NDArray[np.float64], random: np.random.Generator) -> NDArray
 
 
 def _at(own: Curve, place: Place) -> NDArray[np.float64]:
-    """First-task loss at a place, (seeds,)."""
-    by_seed = own.first.nll.sum(axis=-1) / own.first.tokens.sum()
+    """The loss on what is to be kept at a place, (seeds,)."""
+    by_seed = own.kept.nll.sum(axis=-1) / own.kept.tokens.sum()
     return np.array([place.of(losses) for losses in by_seed.T])

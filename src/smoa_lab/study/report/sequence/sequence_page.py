@@ -9,17 +9,12 @@ from smoa_lab.drawing.pages import anchor, figure, page, paragraph, section, tab
 from smoa_lab.study.packing import PACK, shell_command
 from smoa_lab.study.report.charts.frontier import CAPTION, frontier
 from smoa_lab.study.report.sequence.sequence_tables import (
-    EQUAL,
-    EQUAL_HEADER,
-    EXPLAINED,
-    EXPLAINED_HEADER,
     INTRODUCTION,
     RUNS_HEADER,
     before_sentence,
-    equal_lines,
-    explained_lines,
     run_line,
     run_name,
+    table_sections,
 )
 
 TITLES = ("loss on the second task (nats per token)", "loss on the first task (nats per token)")
@@ -33,8 +28,7 @@ def sequence_page(title: str, summary: dict[str, Any], script: str = SCRIPT) -> 
     parts = [
         *(paragraph(text) for text in (INTRODUCTION, before_sentence(summary["before"])) if text),
         *([] if drawn is None else [section("Kept against learned", figure(drawn, CAPTION))]),
-        section("First task at equal learning of the second", table(EQUAL, EQUAL_HEADER, equal_lines(summary))),
-        section("Explanations", table(EXPLAINED, EXPLAINED_HEADER, explained_lines(summary))),
+        *(section(one.title, table(one.text, one.header, one.lines)) for one in table_sections(summary)),
         section(
             "Runs",
             paragraph(WHERE + shell_command(f"final/{summary['runs'][0]['entry']}/")),

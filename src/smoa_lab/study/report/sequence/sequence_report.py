@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,21 +14,18 @@ from smoa_lab.drawing.pages import write_page
 from smoa_lab.drawing.picture_files import save_pictures
 from smoa_lab.study.report.charts.frontier import CAPTION
 from smoa_lab.study.report.results.statistics import spearman
-from smoa_lab.study.report.sequence.curves import EXPLANATIONS, Curve, curve, run_rows
-from smoa_lab.study.report.sequence.equal_learning import EqualLearning, at_equal_learning, least_gaps, with_holm
+from smoa_lab.study.report.sequence.compared import Compared, with_holm
+from smoa_lab.study.report.sequence.curves import EXPLANATIONS, Curve, Kept, curve, run_rows
+from smoa_lab.study.report.sequence.equal_learning import at_equal_learning, least_gaps
+from smoa_lab.study.report.sequence.next_rate import at_next_rate
 from smoa_lab.study.report.sequence.sequence_page import sequence_chart, sequence_page
 from smoa_lab.study.report.sequence.sequence_tables import (
-    EQUAL,
-    EQUAL_HEADER,
-    EXPLAINED,
-    EXPLAINED_HEADER,
     FORGOT,
     INTRODUCTION,
     RUNS_HEADER,
     before_sentence,
-    equal_lines,
-    explained_lines,
     run_line,
+    table_sections,
 )
 from smoa_lab.study.study_file import Study
 from smoa_lab.study.trials import TrialStore, finite
@@ -43,13 +40,14 @@ def sequence_report(study: Study) -> dict[str, Any]:
     runs = run_rows(study)
     if not runs:
         raise DataError(f"{study.folder}: no final run is finished yet; run smoa compare on this study first")
-    curves = [found for name in study.entries if (found := curve(study, name)) is not None]
+    curves = _curves(study, "first")
     untouched = TrialStore(study.folder).find("untouched")
     summary: dict[str, Any] = finite(
         {
             "before": None if untouched is None else _before(untouched),
-            "equal": [asdict(one) for one in _equal(study, curves)],
+            **_comparisons(study, curves),
             "least_gaps": least_gaps(curves),
+            "kept_elsewhere": _comparisons(study, _curves(study, "elsewhere")),
             "correlations": _correlations(runs),
             "runs": runs,
         }
@@ -63,10 +61,29 @@ def sequence_report(study: Study) -> dict[str, Any]:
     return summary
 
 
-def _equal(study: Study, curves: Sequence[Curve]) -> list[EqualLearning]:
+def _curves(study: Study, kept: Kept) -> list[Curve]:
+    return [found for name in study.entries if (found := curve(study, name, kept)) is not None]
+
+
+def _comparisons(study: Study, curves: Sequence[Curve]) -> dict[str, list[dict[str, Any]]]:
+    """Each entry against its reference at equal learning, and one rate too high."""
+    pairs = _with_references(study, curves)
+    return {
+        "equal": _rows(at_equal_learning(own, reference) for own, reference in pairs),
+        "next_rate": _rows(at_next_rate(own, reference) for own, reference in pairs),
+    }
+
+
+def _with_references(study: Study, curves: Sequence[Curve]) -> list[tuple[Curve, Curve]]:
+    """Each entry that has a reference, with it; a reference with itself."""
     by_entry = {own.entry: own for own in curves}
     pairs = ((own, by_entry.get(study.reference(study.entries[own.entry].budget))) for own in curves)
-    return with_holm([at_equal_learning(own, reference) for own, reference in pairs if reference is not None])
+    return [(own, reference) for own, reference in pairs if reference is not None]
+
+
+def _rows(found: Iterable[Compared | None]) -> list[dict[str, Any]]:
+    """A table's rows as the summary has them."""
+    return [asdict(one) for one in with_holm([one for one in found if one is not None])]
 
 
 def _before(untouched: dict[str, Any]) -> dict[str, Any]:
@@ -115,10 +132,10 @@ def _readme(study: Study, summary: dict[str, Any]) -> str:
         f"![What was kept against what was learned](frontier.png)\n\n{CAPTION}"
         if sequence_chart(summary) is not None
         else "",
-        f"## First task at equal learning of the second\n\n{EQUAL}",
-        markdown_table(EQUAL_HEADER, equal_lines(summary)),
-        f"## Explanations\n\n{EXPLAINED}",
-        markdown_table(EXPLAINED_HEADER, explained_lines(summary)),
+        *(
+            f"## {one.title}\n\n{one.text}\n\n{markdown_table(one.header, one.lines)}"
+            for one in table_sections(summary)
+        ),
         "## Runs",
         markdown_table(RUNS_HEADER, [run_line(run) for run in summary["runs"]]),
         _missing(study, summary),

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from smoa_lab.study.report.sequence.curves import EXPLANATIONS
 from smoa_lab.study.trials import Trial
 
-EQUAL_HEADER = [
-    *("entry", "level", "at rate", "first-task loss", "minus the reference's", "", "p", "Holm's p", "by Holm"),
-    "least gap",
-]
+COMPARED_HEADER = ["minus the reference's", "", "p", "Holm's p", "by Holm"]
+EQUAL_HEADER = ["entry", "level", "at rate", "loss kept", *COMPARED_HEADER, "least gap"]
+NEXT_HEADER = ["entry", "best rate", "next rate", "second loss", "loss kept", "its rise", *COMPARED_HEADER]
 RUNS_HEADER = [
     *("run", "second loss", "accuracy %", "first loss", "accuracy %", "forgot", "forgot elsewhere"),
     *EXPLANATIONS.values(),
@@ -29,34 +28,80 @@ EQUAL = (
     "interpolated linearly along the logarithm of its learning rate, from the lowest rate up, to where the second one "
     "comes down to the level. ≤: its lowest rate already learns more, and is taken. Intervals are of 95 %: questions "
     "of both tasks are resampled, and the level and the rate found anew each time; over seeds Student's t. One seed "
-    "gets no verdict. Holm's p-values are corrected for all comparisons of the table. Least gap: how far the "
-    "first-task loss is above the lowest of all entries, at the level where that is least, of all levels that half of "
-    "the entries reach."
+    "gets no verdict. Holm's p-values are corrected for all comparisons of the table. Least gap: how far the loss "
+    "kept is above the lowest of all entries, at the level where that is least, of all levels that half of the entries "
+    "reach."
+)
+EQUAL_ELSEWHERE = "The same of the loss on the text elsewhere."
+NEXT = (
+    "Best is the rate of an entry's lowest second-task loss, next the one after it in the sweep. The losses are those "
+    "at the next rate, the rise is that from the best rate. Differences compare entries at their own next rates, with "
+    "intervals and corrections as above."
 )
 EXPLAINED = "Figures of ΔW are means over at most 18 layers. – : one of the two is the same in all runs."
 
 
+class TableSection(NamedTuple):
+    """A table of a sequence under its heading, with what has to be known to read it."""
+
+    title: str
+    text: str
+    header: list[str]
+    lines: list[list[str]]
+
+
+def table_sections(summary: dict[str, Any]) -> list[TableSection]:
+    """All tables but that of the runs, in the order in which pages show them."""
+    away = summary["kept_elsewhere"]
+    found = [
+        TableSection("First task at equal learning of the second", EQUAL, EQUAL_HEADER, equal_lines(summary)),
+        TableSection("Text elsewhere at equal learning", EQUAL_ELSEWHERE, EQUAL_HEADER[:-1], _equal_lines(away)),
+        TableSection("First task, one rate too high", NEXT, NEXT_HEADER, _next_lines(summary)),
+        TableSection("Text elsewhere, one rate too high", EQUAL_ELSEWHERE, NEXT_HEADER, _next_lines(away)),
+        TableSection("Explanations", EXPLAINED, EXPLAINED_HEADER, explained_lines(summary)),
+    ]
+    return [one for one in found if one.lines]
+
+
 def equal_lines(summary: dict[str, Any]) -> list[list[str]]:
     """The rows under ``EQUAL_HEADER``."""
-    return [_equal_line(one, summary["least_gaps"].get(one["entry"])) for one in summary["equal"]]
+    gaps = (summary["least_gaps"].get(one["entry"]) for one in summary["equal"])
+    told = ("–" if gap is None else f"{gap:.3f}" for gap in gaps)
+    return [[*line, gap] for line, gap in zip(_equal_lines(summary), told, strict=True)]
 
 
-def _equal_line(one: dict[str, Any], gap: float | None) -> list[str]:
+def _equal_lines(comparisons: dict[str, Any]) -> list[list[str]]:
+    return [_equal_line(one) for one in comparisons["equal"]]
+
+
+def _next_lines(comparisons: dict[str, Any]) -> list[list[str]]:
+    return [_next_line(one) for one in comparisons["next_rate"]]
+
+
+def _equal_line(one: dict[str, Any]) -> list[str]:
     reached = one["rate"] is not None
-    difference = one["difference"]
-    is_reference = one["entry"] == one["reference"]
-    interval = "" if difference is None else "{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**difference)
     return [
         one["entry"],
         f"{one['level']:.3f}",
         f"{'≤ ' if one['is_lowest'] else ''}{one['rate']:.2g}" if reached else "never reached",
-        f"{one['first_loss']:.3f}" if reached else "–",
-        interval,
-        "reference" if is_reference else "" if difference is None else difference["verdict"],
-        *("" if difference is None else f"{difference[key]:.2g}" for key in ("p", "holm_p")),
-        "" if difference is None else difference["holm_verdict"],
-        "–" if gap is None else f"{gap:.3f}",
+        f"{one['kept_loss']:.3f}" if reached else "–",
+        *_difference_cells(one),
     ]
+
+
+def _next_line(one: dict[str, Any]) -> list[str]:
+    rates = (f"{one[key]:.2g}" for key in ("best", "rate"))
+    losses = (f"{one[key]:.3f}" for key in ("learned_loss", "kept_loss"))
+    return [one["entry"], *rates, *losses, f"{one['cost']:+.3f}", *_difference_cells(one)]
+
+
+def _difference_cells(one: dict[str, Any]) -> list[str]:
+    """Interval, verdict, p, Holm's p and the verdict by it."""
+    found = one["difference"]
+    if found is None:
+        return ["", "reference" if one["entry"] == one["reference"] else "", "", "", ""]
+    interval = "{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**found)
+    return [interval, found["verdict"], f"{found['p']:.2g}", f"{found['holm_p']:.2g}", found["holm_verdict"]]
 
 
 def run_name(run: dict[str, Any]) -> str:

@@ -20,9 +20,9 @@ def test_a_curve_has_both_losses_at_each_rate(study: Study) -> None:
     found = curve(study, "ours")
     assert found is not None
     assert (found.rates, found.seeds) == ([0.003, 0.01], [0, 1])
-    assert found.second.mean() == pytest.approx([2.1 + OF_QUESTION, 1.1 + OF_QUESTION])
-    assert found.first.mean() == pytest.approx([3 + OF_QUESTION, 4 + OF_QUESTION])
-    assert found.only([1]).second.mean() == pytest.approx([2.2 + OF_QUESTION, 1.2 + OF_QUESTION])
+    assert found.learned.mean() == pytest.approx([2.1 + OF_QUESTION, 1.1 + OF_QUESTION])
+    assert found.kept.mean() == pytest.approx([3 + OF_QUESTION, 4 + OF_QUESTION])
+    assert found.only([1]).learned.mean() == pytest.approx([2.2 + OF_QUESTION, 1.2 + OF_QUESTION])
 
 
 def test_a_rate_that_diverged_and_a_seed_that_is_not_finished_are_left_out(study: Study) -> None:

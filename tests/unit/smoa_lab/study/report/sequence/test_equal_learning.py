@@ -1,33 +1,17 @@
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 from smoa_lab.study.report.results.statistics import Difference
-from smoa_lab.study.report.sequence.curves import Curve, Losses
+from smoa_lab.study.report.sequence.compared import with_holm
+from smoa_lab.study.report.sequence.curves import Curve
 from smoa_lab.study.report.sequence.equal_learning import (
     EqualLearning,
     at_equal_learning,
     crossing,
     least_gaps,
-    with_holm,
 )
-
-QUESTIONS = 150
-RATES = [1e-3, 1e-2, 1e-1]
-
-
-def made(entry: str, second: list[float], first: list[float], seeds: int = 3, noise: float = 0.01) -> Curve:
-    """A curve of these mean losses, on questions that are hard and easy, with a little noise of each run."""
-    random = np.random.default_rng(len(entry))
-
-    def losses(means: list[float], task: int) -> Losses:
-        hard = np.random.default_rng(task).gamma(2.0, 1.0, QUESTIONS)
-        own = random.normal(0, noise, (len(means), seeds, QUESTIONS))
-        return Losses(np.array(means)[:, None, None] + hard - hard.mean() + own, np.ones(QUESTIONS))
-
-    return Curve(entry, RATES[: len(second)], list(range(seeds)), losses(first, 0), losses(second, 1))
-
+from tests.support.curves import made
 
 REFERENCE = made("lora", [2.0, 1.5, 1.8], [3.1, 4.0, 9.0])
 
@@ -45,7 +29,7 @@ def test_the_lowest_rate_that_comes_down_to_a_level_is_taken(level: float, index
 def test_a_level_below_all_losses_is_never_reached() -> None:
     assert crossing([2.0, 1.5, 1.8], 1.4) is None
     found = at_equal_learning(made("ours", [2.0, 1.7, 1.8], [3.0, 3.5, 4.0]), REFERENCE)
-    assert (found.rate, found.first_loss, found.difference, found.reached) == (None, None, None, 0.0)
+    assert (found.rate, found.kept_loss, found.difference, found.reached) == (None, None, None, 0.0)
     assert with_holm([found]) == [found]
 
 
@@ -53,13 +37,13 @@ def test_both_losses_are_interpolated_along_the_logarithm_of_the_rate() -> None:
     found = at_equal_learning(made("ours", [2.0, 1.6, 1.4], [3.0, 3.5, 4.5], noise=0.0), REFERENCE)
     assert found.level == pytest.approx(1.5, abs=0.01)
     assert found.rate == pytest.approx(10**-1.5, rel=0.05)
-    assert found.first_loss == pytest.approx(4.0, abs=0.03)
+    assert found.kept_loss == pytest.approx(4.0, abs=0.03)
 
 
 def test_the_reference_is_read_at_its_own_best_rate() -> None:
     found = at_equal_learning(REFERENCE, REFERENCE)
     assert found.rate == pytest.approx(1e-2)
-    assert found.first_loss == pytest.approx(4.0, abs=0.01)
+    assert found.kept_loss == pytest.approx(4.0, abs=0.01)
     assert found.difference is None
 
 
@@ -81,7 +65,7 @@ def test_an_entry_like_the_reference_is_the_same() -> None:
 def test_an_entry_whose_lowest_rate_learns_more_is_marked() -> None:
     found = at_equal_learning(made("ours", [1.3, 1.2], [3.0, 3.5]), REFERENCE)
     assert found.is_lowest
-    assert found.first_loss == pytest.approx(3.0, abs=0.01)
+    assert found.kept_loss == pytest.approx(3.0, abs=0.01)
 
 
 def test_one_seed_gets_no_verdict_and_no_shared_seed_no_difference() -> None:
@@ -89,8 +73,8 @@ def test_one_seed_gets_no_verdict_and_no_shared_seed_no_difference() -> None:
     assert one.difference is not None
     assert one.difference.verdict == "one seed"
     other = made("ours", [2.0, 1.4], [3.0, 3.1], seeds=1)
-    alone = at_equal_learning(Curve("ours", other.rates, [7], other.first, other.second), REFERENCE)
-    assert alone.first_loss is not None
+    alone = at_equal_learning(Curve("ours", other.rates, [7], other.kept, other.learned), REFERENCE)
+    assert alone.kept_loss is not None
     assert alone.difference is None
 
 

@@ -8,11 +8,13 @@ import pytest
 from smoa_lab.study.report.results.statistics import Difference
 from smoa_lab.study.report.sequence.sequence_tables import (
     EQUAL_HEADER,
+    NEXT_HEADER,
     RUNS_HEADER,
     before_sentence,
     equal_lines,
     explained_lines,
     run_line,
+    table_sections,
 )
 
 NEVER = {
@@ -20,7 +22,7 @@ NEVER = {
     "reference": "lora",
     "level": 1.5,
     "rate": None,
-    "first_loss": None,
+    "kept_loss": None,
     "is_lowest": False,
     "reached": 0.0,
     "difference": None,
@@ -28,7 +30,7 @@ NEVER = {
 COMPARED = {
     "difference": asdict(Difference(-0.2, -0.3, -0.1, "better", p=0.01, holm_p=0.07, holm_verdict="same")),
     "rate": 0.0123,
-    "first_loss": 3.0,
+    "kept_loss": 3.0,
     "is_lowest": True,
 }
 
@@ -52,6 +54,21 @@ def test_an_entry_is_told_with_both_verdicts(values: dict[str, Any], expected: l
 def test_the_reference_is_named() -> None:
     line = equal_lines({"equal": [NEVER | {"entry": "lora"}], "least_gaps": {"lora": 0.25}})[0]
     assert (line[5], line[-1]) == ("reference", "0.250")
+
+
+def test_a_rate_too_high_is_told_where_one_was_run() -> None:
+    nothing = {"forgot": None, "forgot_elsewhere": None}
+    names = ("relative_norm", "relative_spectral_norm", "stable_rank", "intruders")
+    empty: dict[str, Any] = {"equal": [], "next_rate": []}
+    summary = {**empty, "least_gaps": {}, "kept_elsewhere": empty, "correlations": dict.fromkeys(names, nothing)}
+    assert [section.title for section in table_sections(summary)] == ["Explanations"]
+    next_rate = {"best": 1e-3, "rate": 0.003, "learned_loss": 1.7, "kept_loss": 4.5, "cost": 0.75}
+    summary["next_rate"] = [{"entry": "ours", "reference": "lora", **next_rate, "difference": COMPARED["difference"]}]
+    found = table_sections(summary)[0]
+    first, after = ["ours", "0.001", "0.003", "1.700", "4.500", "+0.750"], ["better", "0.01", "0.07", "same"]
+    assert found.lines == [[*first, "-0.200 [-0.300, -0.100]", *after]]
+    assert found.header == NEXT_HEADER
+    assert len(found.lines[0]) == len(NEXT_HEADER)
 
 
 def test_a_run_that_diverged_has_dashes() -> None:

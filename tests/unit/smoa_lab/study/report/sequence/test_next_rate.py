@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import pytest
+
+from smoa_lab.study.report.sequence.compared import with_holm
+from smoa_lab.study.report.sequence.curves import Curve
+from smoa_lab.study.report.sequence.next_rate import at_next_rate
+from tests.support.curves import made
+
+REFERENCE = made("lora", [2.0, 1.5, 1.8], [3.1, 4.0, 9.0])
+
+
+def test_an_entry_is_read_one_rate_above_its_own_best() -> None:
+    found = at_next_rate(made("ours", [1.6, 1.7, 1.9], [3.0, 3.5, 4.0]), REFERENCE)
+    assert found is not None
+    assert (found.best, found.rate) == (1e-3, 1e-2)
+    assert found.learned_loss == pytest.approx(1.7, abs=0.01)
+    assert found.kept_loss == pytest.approx(3.5, abs=0.01)
+    assert found.cost == pytest.approx(0.5, abs=0.01)
+
+
+def test_it_is_compared_with_the_reference_above_its_own_best() -> None:
+    found = at_next_rate(made("ours", [1.6, 1.7, 1.9], [3.0, 3.5, 4.0]), REFERENCE)
+    assert found is not None
+    difference = found.difference
+    assert difference is not None
+    assert difference.mean == pytest.approx(3.5 - 9.0, abs=0.01)
+    assert (difference.verdict, with_holm([found])[0].difference.holm_verdict) == ("better", "better")  # type: ignore[union-attr]
+
+
+def test_the_reference_has_a_cost_and_no_difference() -> None:
+    found = at_next_rate(REFERENCE, REFERENCE)
+    assert found is not None
+    assert found.cost == pytest.approx(5.0, abs=0.01)
+    assert found.difference is None
+
+
+def test_an_entry_best_at_its_highest_rate_has_no_next_one() -> None:
+    assert at_next_rate(made("ours", [2.0, 1.7, 1.4], [3.0, 3.1, 3.2]), REFERENCE) is None
+
+
+@pytest.mark.parametrize("lacks", ["next rate", "seeds"])
+def test_without_a_reference_to_compare_with_the_cost_alone_is_told(lacks: str) -> None:
+    reference = made("lora", [2.0, 1.5], [3.1, 4.0])
+    if lacks == "seeds":
+        reference = Curve("lora", REFERENCE.rates, [7, 8, 9], REFERENCE.kept, REFERENCE.learned)
+    found = at_next_rate(made("ours", [1.6, 1.7, 1.9], [3.0, 3.5, 4.0]), reference)
+    assert found is not None
+    assert found.difference is None
