@@ -1,0 +1,86 @@
+"""How many random pairs does each method recall, with equally many parameters?
+
+    python benchmarks/recall.py 1024 2048 4096 [key=value ...]
+
+One study of benchmarks/recall.yaml for each number of pairs, in docs/studies/recall-NUMBER. What is recalled is what
+the adapter holds: labels are drawn at random, and the head is frozen as it was drawn.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import sys
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from smoa_lab.config.run_config import RunConfig
+from smoa_lab.data.records import Record, choice_record, content_hash
+from smoa_lab.data.selection import Selection
+from smoa_lab.study.benches.classification import ClassificationBench, encoder_folder
+from smoa_lab.study.comparison import Comparison
+from smoa_lab.study.packing import pack
+from smoa_lab.study.report.study_report import report
+from smoa_lab.study.study_file import load_study
+
+STUDY = Path(__file__).with_suffix(".yaml")
+CLASSES = tuple(map(str, range(16)))
+WORDS = 128
+"""So many first and so many second words, each a token of its own."""
+HEAD_GAIN = 2.0
+
+
+class RecallBench(ClassificationBench):
+    """Trains and scores the same random pairs, under a head that stays as it is drawn."""
+
+    @cached_property
+    def records(self) -> Selection:
+        pairs = random_pairs(int(self.shared["data"]["train_examples"]))
+        used = {"examples": len(pairs), "sha256": content_hash(pairs)}
+        account = {"tasks": {}, "used": dict.fromkeys(("train", "validation", "test"), used)}
+        return Selection(pairs, pairs, pairs, {"pairs": "text"}, account)
+
+    def _adapted(self, config: RunConfig) -> tuple[Any, PreTrainedTokenizerBase]:
+        model, tokenizer = super()._adapted(config)
+        heads = [
+            module for name, module in model.named_modules() if name.endswith("classifier.modules_to_save.default")
+        ]
+        for head in heads:
+            nn.init.orthogonal_(head.weight, HEAD_GAIN)
+            head.requires_grad_(False)
+        return model, tokenizer
+
+
+def random_pairs(count: int) -> list[Record]:
+    """Names of two words, all different, each with a class drawn at random."""
+    vocabulary = AutoTokenizer.from_pretrained(encoder_folder()).get_vocab()
+    words = sorted(word for word in vocabulary if word.isascii() and word.isalpha() and 4 <= len(word) <= 8)
+    draw = random.Random(0)
+    chosen = draw.sample(words, 2 * WORDS)
+    names = [f"{first} {second}" for first in chosen[:WORDS] for second in chosen[WORDS:]]
+    drawn = draw.sample(names, len(names))[:count]
+    return [choice_record("pairs", name, name, CLASSES, draw.randrange(len(CLASSES))) for name in drawn]
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    transformers_logging.set_verbosity_error()
+    counts = [int(argument) for argument in sys.argv[1:] if argument.isdigit()]
+    changes = [argument for argument in sys.argv[1:] if not argument.isdigit()]
+    for count in counts:
+        sizes = [f"shared.data.{part}_examples={count}" for part in ("train", "validation", "test")]
+        study = load_study(STUDY, [f"folder=docs/studies/recall-{count}", *sizes, *changes])
+        comparison = Comparison(study)
+        comparison.bench = RecallBench(study.shared)
+        comparison.run()
+        pack(study.folder)
+        report(study)
+
+
+if __name__ == "__main__":
+    main()
