@@ -2,7 +2,7 @@
 
     python benchmarks/recall.py 1024 2048 4096 [key=value ...]
 
-One study of benchmarks/recall.yaml for each number of pairs, in docs/studies/recall-NUMBER. What is recalled is what
+One study of benchmarks/recall.yaml for each number of pairs, in benchmarks/results/recall-NUMBER. What is recalled is what
 the adapter holds: labels are drawn at random, and the head is frozen as it was drawn.
 """
 
@@ -45,6 +45,10 @@ class RecallBench(ClassificationBench):
         account = {"tasks": {}, "used": dict.fromkeys(("train", "validation", "test"), used)}
         return Selection(pairs, pairs, pairs, {"pairs": "text"}, account)
 
+    def stored_config(self, config: RunConfig) -> dict[str, Any]:
+        stored = super().stored_config(config)
+        return {**stored, "data": {**stored["data"], "tasks": ["random pairs"]}}
+
     def _adapted(self, config: RunConfig) -> tuple[Any, PreTrainedTokenizerBase]:
         model, tokenizer = super()._adapted(config)
         heads = [
@@ -74,7 +78,7 @@ def main() -> None:
     changes = [argument for argument in sys.argv[1:] if not argument.isdigit()]
     for count in counts:
         sizes = [f"shared.data.{part}_examples={count}" for part in ("train", "validation", "test")]
-        study = load_study(STUDY, [f"folder=docs/studies/recall-{count}", *sizes, *changes])
+        study = load_study(STUDY, [f"folder=benchmarks/results/recall-{count}", *sizes, *changes])
         comparison = Comparison(study)
         comparison.bench = RecallBench(study.shared)
         comparison.run()

@@ -1,4 +1,4 @@
-"""Draws docs/images/idea.svg and .png: what SMoA does to one weight. Run with `make figures`.
+"""Draws docs/images/idea.svg: what SMoA does to one weight. Run with `make figures`.
 
 The weight is made for the picture: each band of its spectrum has its own rows and columns, so that it is visible, and
 both are shuffled. smoa computes the partition that is drawn.
@@ -174,7 +174,6 @@ def main() -> None:
     ax.axis("off")
     OUT.mkdir(exist_ok=True)
     figure.savefig(OUT / "idea.svg", metadata={"Date": None})
-    figure.savefig(OUT / "idea.png", dpi=200)
 
 
 if __name__ == "__main__":

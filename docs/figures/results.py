@@ -3,7 +3,7 @@
     python docs/figures/results.py
 
 `smoa compare` writes docs/studies; `smoa eval --output` and `smoa train` (its metrics.json) write docs/lab-results;
-`smoa inspect --json` writes docs/inspections. Missing results are left out.
+`smoa inspect --json` writes docs/inspections; two scripts in benchmarks/ run studies too. Missing results are left out.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ WIDTH = 120
 
 def main(docs: Path = DOCS) -> None:
     studied = sorted(path for path in docs.glob("studies/*/summary.json") if not path.parent.match("headroom-*"))
+    studied += sorted(docs.parent.glob("benchmarks/results/*/summary.json"))
     parts = [study(path) for path in studied] + headroom(sorted(docs.glob("studies/*")))
     parts += lab_results(sorted(docs.glob("lab-results/*.json")))
     parts += [inspection(path) for path in sorted(docs.glob("inspections/*.json"))]
@@ -75,8 +76,12 @@ def main(docs: Path = DOCS) -> None:
 
 
 def study(summary: Path) -> str:
-    """One study with links to its report and runs: its tables, and its pictures."""
+    """One study: its tables and, if it is in the documents, links to its report and runs, and its pictures."""
     folder, found = summary.parent, json.loads(summary.read_text(encoding="utf-8"))
+    tables = sequence_tables(found) if isinstance(found, dict) else budget_tables(folder, found)
+    if folder.parent.name != "studies":
+        told = f"## {folder.name}\n\nThe report and every run: `benchmarks/results/{folder.name}`.{setting(folder)}"
+        return "\n\n".join([told, *tables]) + "\n"
     home = f"studies/{folder.name}"
     links = [f"[summary as JSON]({home}/summary.json)"]
     if (folder / "README.md").is_file():
@@ -84,7 +89,7 @@ def study(summary: Path) -> str:
     if (folder / PACK).is_file():
         links.append(f"[every run as a line of JSON]({home}/{PACK})")
     parts = [f"## {folder.name}\n\n{', '.join(links)}.{setting(folder)}"]
-    parts += sequence_tables(found) if isinstance(found, dict) else budget_tables(folder, found)
+    parts += tables
     pictures = {path.name: path.stem.replace("_", " ").capitalize() for path in sorted(folder.glob("*.png"))}
     parts += [f"![{title} of the study {folder.name}]({home}/{name})" for name, title in pictures.items()]
     return "\n\n".join(parts) + "\n"
