@@ -2,8 +2,8 @@
 
     python benchmarks/recall.py 1024 2048 4096 [key=value ...]
 
-One study of benchmarks/recall.yaml for each number of pairs, in benchmarks/results/recall-NUMBER. What is recalled is what
-the adapter holds: labels are drawn at random, and the head is frozen as it was drawn.
+One study of benchmarks/recall.yaml for each number of pairs, in benchmarks/results/recall-NUMBER. What is recalled is
+what the adapter holds: labels are drawn at random, and the head is frozen as it was drawn.
 """
 
 from __future__ import annotations
