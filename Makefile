@@ -68,6 +68,7 @@ figures: $(VENV)/.demo-installed  ## redraw the figures in docs/
 	$(BIN)/python docs/figures/conversion.py
 	$(BIN)/python docs/figures/precision.py
 	$(BIN)/python docs/figures/rates.py
+	$(BIN)/python docs/figures/recall.py
 	$(BIN)/python docs/figures/studies.py
 	$(BIN)/python docs/figures/weight_sizes.py
 

@@ -1,9 +1,10 @@
 """How many random pairs does each method recall, with equally many parameters?
 
-    python benchmarks/recall.py 1024 2048 4096 [key=value ...]
+    python benchmarks/recall.py recall.yaml 256 512 1024 [key=value ...]
+    python benchmarks/recall.py recall-gemma.yaml 256
 
-One study of benchmarks/recall.yaml for each number of pairs, in benchmarks/results/recall-NUMBER. What is recalled is
-what the adapter holds: labels are drawn at random, and the head is frozen as it was drawn.
+One study for each number of pairs, in benchmarks/results/recall-NUMBER or recall-gemma-NUMBER. What is recalled is what
+the adapter holds: answers are drawn at random, and an encoder's head is frozen as it was drawn.
 """
 
 from __future__ import annotations
@@ -22,21 +23,23 @@ from transformers.utils import logging as transformers_logging
 from smoa_lab.config.run_config import RunConfig
 from smoa_lab.data.records import Record, choice_record, content_hash
 from smoa_lab.data.selection import Selection
+from smoa_lab.study.benches.answers import AnswerBench
+from smoa_lab.study.benches.bench import Bench
 from smoa_lab.study.benches.classification import ClassificationBench, encoder_folder
 from smoa_lab.study.comparison import Comparison
 from smoa_lab.study.packing import pack
 from smoa_lab.study.report.study_report import report
 from smoa_lab.study.study_file import load_study
 
-STUDY = Path(__file__).with_suffix(".yaml")
-CLASSES = tuple(map(str, range(16)))
+FOLDER = Path(__file__).parent
+CLASSES = tuple("ABCDEFGHIJKLMNOP")
 WORDS = 128
 """So many first and so many second words, each a token of its own."""
 HEAD_GAIN = 2.0
 
 
-class RecallBench(ClassificationBench):
-    """Trains and scores the same random pairs, under a head that stays as it is drawn."""
+class Pairs(Bench):
+    """Trains and scores the same random pairs."""
 
     @cached_property
     def records(self) -> Selection:
@@ -49,15 +52,21 @@ class RecallBench(ClassificationBench):
         stored = super().stored_config(config)
         return {**stored, "data": {**stored["data"], "tasks": ["random pairs"]}}
 
+
+class PairClasses(Pairs, ClassificationBench):
+    """By an encoder, under a head that stays as it is drawn."""
+
     def _adapted(self, config: RunConfig) -> tuple[Any, PreTrainedTokenizerBase]:
         model, tokenizer = super()._adapted(config)
-        heads = [
-            module for name, module in model.named_modules() if name.endswith("classifier.modules_to_save.default")
-        ]
-        for head in heads:
-            nn.init.orthogonal_(head.weight, HEAD_GAIN)
-            head.requires_grad_(False)
+        for name, module in model.named_modules():
+            if name.endswith("classifier.modules_to_save.default"):
+                nn.init.orthogonal_(module.weight, HEAD_GAIN)
+                module.requires_grad_(False)
         return model, tokenizer
+
+
+class PairAnswers(Pairs, AnswerBench):
+    """By a language model, which answers with the letter."""
 
 
 def random_pairs(count: int) -> list[Record]:
@@ -74,13 +83,15 @@ def random_pairs(count: int) -> list[Record]:
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     transformers_logging.set_verbosity_error()
-    counts = [int(argument) for argument in sys.argv[1:] if argument.isdigit()]
-    changes = [argument for argument in sys.argv[1:] if not argument.isdigit()]
+    file, *rest = sys.argv[1:]
+    counts = [int(argument) for argument in rest if argument.isdigit()]
+    changes = [argument for argument in rest if not argument.isdigit()]
     for count in counts:
         sizes = [f"shared.data.{part}_examples={count}" for part in ("train", "validation", "test")]
-        study = load_study(STUDY, [f"folder=benchmarks/results/recall-{count}", *sizes, *changes])
+        folder = f"folder=benchmarks/results/{Path(file).stem}-{count}"
+        study = load_study(FOLDER / file, [folder, *sizes, *changes])
         comparison = Comparison(study)
-        comparison.bench = RecallBench(study.shared)
+        comparison.bench = (PairClasses if study.kind == "classification" else PairAnswers)(study.shared)
         comparison.run()
         pack(study.folder)
         report(study)
