@@ -160,11 +160,6 @@ class Blocks:
         orders = Orders(cols, cols_inverse, rows, rows_inverse)
         return Blocks(self.col_labels, self.row_labels, self.num_blocks, orders, self.is_contiguous)
 
-    def same_as(self, other: Blocks) -> bool:
-        """Whether every coordinate belongs to the same block in both."""
-        same_rows = torch.equal(self.row_labels, other.row_labels)
-        return same_rows and torch.equal(self.col_labels, other.col_labels)
-
 
 def take_columns(x: Tensor, order: Tensor, out: Tensor | None = None) -> Tensor:
     """`x[:, order]`. With `out`, two-byte entries on a CPU are copied by NumPy, which takes a third of the time."""

@@ -127,15 +127,6 @@ def test_slices_are_the_blocks_runs_in_the_sorted_order(out_features: int, in_fe
         assert torch.equal(blocks.orders.cols[blocks.col_slices[k]], blocks.cols(k))
 
 
-def test_blocks_are_the_same_where_all_labels_are() -> None:
-    blocks = shuffled(12, 8, 3)
-    twin = Blocks(blocks.row_labels.clone(), blocks.col_labels.clone(), 3)
-    assert blocks.same_as(twin)
-    assert not blocks.same_as(Blocks(blocks.row_labels.flip(0), blocks.col_labels, 3))
-    assert not blocks.same_as(Blocks(blocks.row_labels, blocks.col_labels.flip(0), 3))
-    assert not blocks.same_as(shuffled(9, 8, 3))
-
-
 def test_blocks_are_contiguous_where_the_labels_of_both_sides_ascend() -> None:
     ascending = torch.tensor(reference.contiguous_labels(9, 4), dtype=torch.uint8)
     other = torch.tensor(reference.contiguous_labels(6, 4), dtype=torch.uint8)
