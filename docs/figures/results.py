@@ -65,9 +65,9 @@ ELSEWHERE = "loss elsewhere"
 WIDTH = 120
 
 
-def main(docs: Path = DOCS) -> None:
+def main(docs: Path = DOCS, benchmarks: Path = DOCS.parent / "benchmarks" / "results") -> None:
     studied = sorted(path for path in docs.glob("studies/*/summary.json") if not path.parent.match("headroom-*"))
-    studied += sorted(docs.parent.glob("benchmarks/results/*/summary.json"))
+    studied += sorted(benchmarks.glob("*/summary.json"))
     parts = [study(path) for path in studied] + headroom(sorted(docs.glob("studies/*")))
     parts += lab_results(sorted(docs.glob("lab-results/*.json")))
     parts += [inspection(path) for path in sorted(docs.glob("inspections/*.json"))]

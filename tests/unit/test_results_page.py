@@ -29,7 +29,7 @@ SCRIPT = Path(__file__).parents[2] / "docs" / "figures" / "results.py"
 
 
 def page(docs: Path) -> str:
-    runpy.run_path(str(SCRIPT))["main"](docs)
+    runpy.run_path(str(SCRIPT))["main"](docs, docs / "benchmarks")
     return (docs / "results.md").read_text(encoding="utf-8")
 
 
@@ -212,6 +212,17 @@ def test_a_sequence_is_told_by_what_was_kept_at_equal_learning(docs: Path) -> No
     text = page(docs)
     assert "| lora | 1.500 | 0.001 | 3.000 |  | reference |  |  |  | 0.000 |" in text
     assert "| stable rank | 0.50 | – |" in text
+
+
+def test_a_study_that_a_benchmark_ran_is_told_without_links_and_pictures(docs: Path) -> None:
+    (docs / "studies" / "headlines").rename(docs / "benchmarks")
+    (docs / "studies").rmdir()
+    shutil.copytree(docs / "benchmarks", docs / "benchmarks" / "recall-8")
+    text = page(docs)
+    assert "## recall-8\n\nThe report and every run: `benchmarks/results/recall-8`." in text
+    assert "| lora |" in text
+    assert "studies/" not in text
+    assert "learning_rates.png" not in text
 
 
 def test_headroom_is_one_table_of_all_tasks_that_were_tried(docs: Path) -> None:
