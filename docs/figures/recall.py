@@ -1,6 +1,8 @@
 """Draws docs/images/recall.png: how many random pairs each method recalls, from benchmarks/results/recall-*.
 
-python docs/figures/recall.py
+    python docs/figures/recall.py
+
+The runs are those of benchmarks/recall.py, by an encoder.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ def rows(summaries: Iterable[Path]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    drawn = rows(DOCS.parent.glob("benchmarks/results/recall-*/summary.json"))
+    drawn = rows(DOCS.parent.glob("benchmarks/results/recall-[0-9]*/summary.json"))
     ticks = sorted({row["pairs"] for row in drawn})
     axis = alt.Axis(values=ticks, format="d", title="random pairs to learn, 40 passes over them")
     x = alt.X("pairs:Q", axis=axis, scale=alt.Scale(type="log", nice=False))
