@@ -102,7 +102,7 @@ def test_a_study_of_two_tasks_in_turn_is_run_packed_and_reported(
     monkeypatch.setattr(Bench, "run", lambda *args: pytest.fail("a finished trial is run again"))
     told = CliRunner().invoke(app, ["compare", str(file)], catch_exceptions=False)
     assert told.exit_code == 0, told.output
-    assert "first-task loss" in told.stdout
+    assert "loss kept" in told.stdout
     assert str(tmp_path / "study") in told.stdout
 
 
