@@ -9,16 +9,15 @@ the adapter holds: answers are drawn at random, and an encoder's head is frozen 
 
 from __future__ import annotations
 
-import logging
 import random
 import sys
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from _studies import run_study
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from smoa_lab.config.run_config import RunConfig
 from smoa_lab.data.records import Record, choice_record, content_hash
@@ -26,9 +25,6 @@ from smoa_lab.data.selection import Selection
 from smoa_lab.study.benches.answers import AnswerBench
 from smoa_lab.study.benches.bench import Bench
 from smoa_lab.study.benches.classification import ClassificationBench, encoder_folder
-from smoa_lab.study.comparison import Comparison
-from smoa_lab.study.packing import pack
-from smoa_lab.study.report.study_report import report
 from smoa_lab.study.study_file import load_study
 
 FOLDER = Path(__file__).parent
@@ -81,8 +77,6 @@ def random_pairs(count: int) -> list[Record]:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    transformers_logging.set_verbosity_error()
     file, *rest = sys.argv[1:]
     counts = [int(argument) for argument in rest if argument.isdigit()]
     changes = [argument for argument in rest if not argument.isdigit()]
@@ -90,11 +84,8 @@ def main() -> None:
         sizes = [f"shared.data.{part}_examples={count}" for part in ("train", "validation", "test")]
         folder = f"folder=benchmarks/results/{Path(file).stem}-{count}"
         study = load_study(FOLDER / file, [folder, *sizes, *changes])
-        comparison = Comparison(study)
-        comparison.bench = (PairClasses if study.kind == "classification" else PairAnswers)(study.shared)
-        comparison.run()
-        pack(study.folder)
-        report(study)
+        bench = PairClasses if study.kind == "classification" else PairAnswers
+        run_study(study, bench(study.shared))
 
 
 if __name__ == "__main__":

@@ -10,17 +10,16 @@ alike in all of them. The other side of each layer, heads or inner features, is 
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from _studies import run_study
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from smoa.layers.layer import SmoaLayer
 from smoa.maths.blocks import Blocks
@@ -31,9 +30,6 @@ from smoa_lab.config.methods import METHODS, Method
 from smoa_lab.config.run_config import RunConfig
 from smoa_lab.runs.layer_updates import adapted_layers
 from smoa_lab.study.benches.classification import ClassificationBench
-from smoa_lab.study.comparison import Comparison
-from smoa_lab.study.packing import pack
-from smoa_lab.study.report.study_report import report
 from smoa_lab.study.study_file import load_study
 
 STUDY = Path(__file__).with_suffix(".yaml")
@@ -88,15 +84,9 @@ def _cut(layer: SmoaLayer, adapter: str, scores: Tensor, reads: bool) -> None:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    transformers_logging.set_verbosity_error()
     METHODS.update({name: Method("smoa:SmoaConfig", {"partition": "contiguous"}) for name in (RANDOM, SPECTRAL)})
     study = load_study(STUDY, sys.argv[1:])
-    comparison = Comparison(study)
-    comparison.bench = SharedPartitionBench(study.shared, study.elsewhere)
-    comparison.run()
-    pack(study.folder)
-    report(study)
+    run_study(study, SharedPartitionBench(study.shared, study.elsewhere))
 
 
 if __name__ == "__main__":

@@ -50,11 +50,22 @@ class Curve:
     kept: Losses
     learned: Losses
 
+    @property
+    def best(self) -> int:
+        """The place of the rate at which the most was learned."""
+        return int(np.argmin(self.learned.mean()))
+
     def only(self, seeds: list[int]) -> Curve:
         """The curve of these seeds alone."""
         chosen = [self.seeds.index(seed) for seed in seeds]
         kept, learned = (Losses(one.nll[:, chosen], one.tokens) for one in (self.kept, self.learned))
         return Curve(self.entry, self.rates, seeds, kept, learned)
+
+
+def paired(one: Curve, other: Curve) -> tuple[Curve, Curve] | None:
+    """Both curves by the seeds that they share; None without any."""
+    seeds = [seed for seed in one.seeds if seed in other.seeds]
+    return (one.only(seeds), other.only(seeds)) if seeds else None
 
 
 def curve(study: Study, name: str, kept: Kept = "first") -> Curve | None:

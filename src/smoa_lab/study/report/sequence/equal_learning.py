@@ -21,7 +21,7 @@ from smoa_lab.study.report.results.statistics import (
     seed_errors,
 )
 from smoa_lab.study.report.sequence.compared import Compared
-from smoa_lab.study.report.sequence.curves import Curve
+from smoa_lab.study.report.sequence.curves import Curve, paired
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def crossing(losses: Sequence[float] | NDArray[np.float64], level: float) -> Pla
 
 def at_equal_learning(own: Curve, reference: Curve) -> EqualLearning:
     """What an entry, or the reference itself, kept where it learned as much as the reference at its best."""
-    best = int(np.argmin(reference.learned.mean()))
+    best = reference.best
     level = float(reference.learned.mean()[best])
     losses = own.learned.mean()
     place = Place(best, 0.0) if own is reference else crossing(losses, level)
@@ -98,10 +98,10 @@ def least_gaps(curves: Sequence[Curve]) -> dict[str, float]:
 
 
 def _compared(found: EqualLearning, own: Curve, reference: Curve, place: Place, best: int) -> EqualLearning:
-    seeds = [seed for seed in own.seeds if seed in reference.seeds]
-    if not seeds:
+    both = paired(own, reference)
+    if both is None:
         return found
-    own, reference = own.only(seeds), reference.only(seeds)
+    own, reference = both
     random = np.random.default_rng(0)
     gaps = _resampled_gaps(own, reference, best, random)
     reached = gaps[np.isfinite(gaps)]
@@ -109,7 +109,7 @@ def _compared(found: EqualLearning, own: Curve, reference: Curve, place: Place, 
         return replace(found, reached=0.0)
     by_seed = _at(own, place) - _at(reference, Place(best, 0.0))
     samples = reached + random.choice(seed_errors(by_seed, random), len(reached), replace=False)
-    compared = difference(float(by_seed.mean()), samples, -1, len(seeds))
+    compared = difference(float(by_seed.mean()), samples, -1, len(own.seeds))
     return replace(found, reached=len(reached) / RESAMPLES, difference=compared)
 
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from smoa_lab.study.report.results.statistics import paired_difference
 from smoa_lab.study.report.sequence.compared import Compared
-from smoa_lab.study.report.sequence.curves import Curve
+from smoa_lab.study.report.sequence.curves import Curve, paired
 
 
 @dataclass(frozen=True)
@@ -38,15 +36,14 @@ def at_next_rate(own: Curve, reference: Curve) -> NextRate | None:
         kept_loss=float(kept[index]),
         cost=float(kept[index] - kept[index - 1]),
     )
-    seeds = [seed for seed in own.seeds if seed in reference.seeds]
-    at = _next(reference)
-    if own is reference or at is None or not seeds:
+    at, both = _next(reference), None if own is reference else paired(own, reference)
+    if at is None or both is None:
         return found
-    gaps = own.only(seeds).kept.nll[index] - reference.only(seeds).kept.nll[at]
+    gaps = both[0].kept.nll[index] - both[1].kept.nll[at]
     return replace(found, difference=paired_difference(gaps, own.kept.tokens, sign=-1))
 
 
 def _next(own: Curve) -> int | None:
     """The place of the rate after the best one."""
-    index = int(np.argmin(own.learned.mean())) + 1
+    index = own.best + 1
     return index if index < len(own.rates) else None

@@ -1,0 +1,24 @@
+"""Shared by the benchmarks that run a study with a bench of their own."""
+
+from __future__ import annotations
+
+import logging
+
+from transformers.utils import logging as transformers_logging
+
+from smoa_lab.study.benches.bench import Bench
+from smoa_lab.study.comparison import Comparison
+from smoa_lab.study.packing import pack
+from smoa_lab.study.report.study_report import report
+from smoa_lab.study.study_file import Study
+
+
+def run_study(study: Study, bench: Bench) -> None:
+    """Run what is missing of the study by ``bench``, with a line a run; then pack it and write its report."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    transformers_logging.set_verbosity_error()
+    comparison = Comparison(study)
+    comparison.bench = bench
+    comparison.run()
+    pack(study.folder)
+    report(study)
