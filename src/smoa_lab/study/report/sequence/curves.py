@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,6 +23,8 @@ EXPLANATIONS = {
 """The figures of ΔW by which forgetting may be explained, as pages name them; each is the mean over layers."""
 Kept = Literal["first", "elsewhere"]
 """What is to be kept: the first task, or the text elsewhere."""
+Runs = dict[str, list[dict[str, Any]]]
+"""The JSON of an entry's final runs, by the entry's name."""
 
 
 @dataclass(frozen=True)
@@ -68,33 +71,42 @@ def paired(one: Curve, other: Curve) -> tuple[Curve, Curve] | None:
     return (one.only(seeds), other.only(seeds)) if seeds else None
 
 
-def curve(study: Study, name: str, kept: Kept = "first") -> Curve | None:
-    """The curve of an entry by the seeds that all its rates have; None without one run that did not diverge, and
-    without text elsewhere where that is asked for."""
+def final_runs(study: Study) -> Runs:
+    """Every finished run of the study."""
+    return {name: stored(study, "final", name) for name in study.entries}
+
+
+def curves(runs: Runs, kept: Kept = "first") -> list[Curve]:
+    """The curves of all entries that have one; none without text elsewhere where that is asked for."""
+    known = {name: [run for run in of_entry if kept == "first" or "texts" in run] for name, of_entry in runs.items()}
+    return [found for name, of_entry in known.items() if (found := _curve(name, of_entry, kept)) is not None]
+
+
+def _curve(name: str, runs: Sequence[dict[str, Any]], kept: Kept) -> Curve | None:
+    """The curve of an entry by the seeds that all its rates have; None without one run that did not diverge."""
     by_rate: dict[float, dict[int, dict[str, Any]]] = defaultdict(dict)
-    for result in stored(study, "final", name):
-        training = result["config"]["training"]
-        by_rate[training["learning_rate"]][training["seed"]] = result
-    seeds = sorted(set.intersection(*(set(runs) for runs in by_rate.values()))) if by_rate else []
-    rates = sorted(rate for rate, runs in by_rate.items() if all(_is_finite(runs[seed], kept) for seed in seeds))
+    for run in runs:
+        training = run["config"]["training"]
+        by_rate[training["learning_rate"]][training["seed"]] = run
+    seeds = sorted(set.intersection(*(set(of_rate) for of_rate in by_rate.values()))) if by_rate else []
+    rates = sorted(rate for rate, of_rate in by_rate.items() if all(_is_finite(of_rate[seed], kept) for seed in seeds))
     if not rates or not seeds:
         return None
-    runs = [[by_rate[rate][seed] for seed in seeds] for rate in rates]
-    for some in runs:
-        for run in some:
-            check_paired(run, runs[0][0])
-    of_kept = _losses([[_kept(run, kept) for run in some] for some in runs])
-    return Curve(name, rates, seeds, of_kept, _losses([[run["questions"] for run in some] for some in runs]))
+    chosen = [[by_rate[rate][seed] for seed in seeds] for rate in rates]
+    for run in (run for of_rate in chosen for run in of_rate):
+        check_paired(run, chosen[0][0])
+    of_kept = _losses([[_kept(run, kept) for run in of_rate] for of_rate in chosen])
+    return Curve(name, rates, seeds, of_kept, _losses([[run["questions"] for run in of_rate] for of_rate in chosen]))
 
 
-def run_rows(study: Study) -> list[dict[str, Any]]:
-    """Every finished run in plain values, by entry, rate and seed; None for what a diverged run lacks."""
+def run_rows(study: Study, runs: Runs) -> list[dict[str, Any]]:
+    """The runs in plain values, by entry, rate and seed; None for what a diverged run lacks."""
     rows = [
-        {"entry": name, "method": entry.method, **_row(result)}
-        for name, entry in study.entries.items()
-        for result in stored(study, "final", name)
+        {"entry": name, "method": study.entries[name].method, **_row(run)}
+        for name, of_entry in runs.items()
+        for run in of_entry
     ]
-    order = list(study.entries)
+    order = list(runs)
     return sorted(rows, key=lambda row: (order.index(row["entry"]), row["learning_rate"], row["seed"]))
 
 
@@ -117,13 +129,13 @@ def _row(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _kept(run: dict[str, Any], kept: Kept) -> dict[str, Any]:
-    """The losses on what is to be kept; without any where the study has no text elsewhere."""
-    found: dict[str, Any] = run["first"]["questions"] if kept == "first" else run.get("texts") or {"nll": [None]}
+    """The losses on what is to be kept."""
+    found: dict[str, Any] = run["first"]["questions"] if kept == "first" else run["texts"]
     return found
 
 
 def _is_finite(run: dict[str, Any], kept: Kept) -> bool:
-    return all(nll is not None for one in (run["questions"], _kept(run, kept)) for nll in one["nll"])
+    return None not in (*run["questions"]["nll"], *_kept(run, kept)["nll"])
 
 
 def _losses(questions: list[list[dict[str, Any]]]) -> Losses:
