@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from transformers.utils import logging as transformers_logging
 
@@ -13,12 +14,13 @@ from smoa_lab.study.report.study_report import report
 from smoa_lab.study.study_file import Study
 
 
-def run_study(study: Study, bench: Bench) -> None:
-    """Run what is missing of the study by ``bench``, with a line a run; then pack it and write its report."""
+def run_study(study: Study, bench: Bench, only: Sequence[str] = ()) -> None:
+    """Run what is missing of the study, or of these entries or budgets, by ``bench``, with a line a run; then pack it
+    and write its report."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     transformers_logging.set_verbosity_error()
     comparison = Comparison(study)
     comparison.bench = bench
-    comparison.run()
+    comparison.run(only)
     pack(study.folder)
     report(study)

@@ -1,6 +1,6 @@
 """How many random pairs does each method recall, with equally many parameters?
 
-    python benchmarks/recall.py recall.yaml 256 512 1024 [key=value ...]
+    python benchmarks/recall.py recall.yaml 256 512 1024 [--only ENTRY ...]
     python benchmarks/recall.py recall-gemma.yaml 256
 
 One study for each number of pairs, in benchmarks/results/recall-NUMBER or recall-gemma-NUMBER. What is recalled is what
@@ -9,8 +9,8 @@ the adapter holds: answers are drawn at random, and an encoder's head is frozen 
 
 from __future__ import annotations
 
+import argparse
 import random
-import sys
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -77,15 +77,18 @@ def random_pairs(count: int) -> list[Record]:
 
 
 def main() -> None:
-    file, *rest = sys.argv[1:]
-    counts = [int(argument) for argument in rest if argument.isdigit()]
-    changes = [argument for argument in rest if not argument.isdigit()]
-    for count in counts:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path, help="a YAML file beside this script")
+    parser.add_argument("pairs", type=int, nargs="+")
+    parser.add_argument("--only", nargs="+", default=[], help="entries or budgets; default: all")
+    parser.add_argument("--results", type=Path, default=FOLDER / "results")
+    given = parser.parse_args()
+    for count in given.pairs:
         sizes = [f"shared.data.{part}_examples={count}" for part in ("train", "validation", "test")]
-        folder = f"folder=benchmarks/results/{Path(file).stem}-{count}"
-        study = load_study(FOLDER / file, [folder, *sizes, *changes])
+        folder = given.results / f"{given.study.stem}-{count}"
+        study = load_study(FOLDER / given.study, [f"folder={folder}", *sizes])
         bench = PairClasses if study.kind == "classification" else PairAnswers
-        run_study(study, bench(study.shared))
+        run_study(study, bench(study.shared), given.only)
 
 
 if __name__ == "__main__":
