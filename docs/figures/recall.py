@@ -25,7 +25,8 @@ NAMES = {
     "none-spectral-k8": "blocks without W, K = 8",
     "hira": "HiRA",
     "lora": "LoRA",
-    "lora-r4": "LoRA with 4 times the parameters",
+    "lora-r2": "LoRA, 2 times the parameters",
+    "lora-r4": "LoRA, 4 times the parameters",
 }
 STYLES = {
     "smoa-k8": SMOA,
@@ -33,17 +34,19 @@ STYLES = {
     "none-spectral-k8": (PALETTE["melora"], DASHES[2]),
     "hira": (PALETTE["hira"], DASHES[3]),
     "lora": LORA,
+    "lora-r2": (PALETTE["lora"], DASHES[2]),
     "lora-r4": (PALETTE["lora"], DASHES[1]),
 }
 
 
 def rows(summaries: Iterable[Path]) -> list[dict[str, Any]]:
-    """The share recalled by entry and number of pairs, which ends the folder's name."""
+    """The share recalled by the entries of ``NAMES`` and by the number of pairs, which ends the folder's name."""
     found = [(int(path.parent.name.split("-")[-1]), json.loads(path.read_text(encoding="utf-8"))) for path in summaries]
     return [
         {"name": NAMES[one["entry"]], "pairs": pairs, "recalled": 100 * one["accuracy"]}
         for pairs, entries in sorted(found, key=lambda pair: pair[0])
         for one in entries
+        if one["entry"] in NAMES
     ]
 
 
