@@ -198,10 +198,11 @@ def test_the_documents_take_at_most_5_megabytes() -> None:
 
 
 def test_a_sequence_is_told_by_what_was_kept_at_equal_learning(docs: Path) -> None:
-    equal = {"entry": "lora", "reference": "lora", "level": 1.5, "rate": 0.001, "kept_loss": 3.0}
+    read = {"rate": 0.001, "kept_loss": 3.0, "is_lowest": False}
+    equal = {"entry": "lora", "reference": "lora", "level": 1.5, "own": read, "other": read}
     summary = {
         "before": None,
-        "equal": [{**equal, "is_lowest": False, "difference": None}],
+        "equal": [{**equal, "difference": None}],
         "next_rate": [],
         "least_gaps": {"lora": 0.0},
         "kept_elsewhere": {"equal": [], "next_rate": []},
@@ -210,7 +211,7 @@ def test_a_sequence_is_told_by_what_was_kept_at_equal_learning(docs: Path) -> No
     }
     (docs / "studies" / "headlines" / "summary.json").write_text(json.dumps(summary))
     text = page(docs)
-    assert "| lora | 1.500 | 0.001 | 3.000 |  | reference |  |  |  | 0.000 |" in text
+    assert "| lora | 1.500 | 0.001 | 3.000 | 0.001 | 3.000 |  | reference |  |  |  | 0.000 |" in text
     assert "| stable rank | 0.50 | – |" in text
 
 

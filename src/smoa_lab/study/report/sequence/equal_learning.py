@@ -1,9 +1,10 @@
 """What each entry kept, of the first task or elsewhere, at equal learning of the second task.
 
-Both losses of an entry are interpolated linearly along the logarithm of its learning rate. The level is the second
-task's loss that the reference reaches at its own best rate. An entry is read at the lowest rate at which its second
-loss comes down to the level. Questions of both tasks are resampled, the same for both entries, and level and rate found
-anew each time; over seeds the error is Student's t, at the rate of the whole sample.
+Both losses of an entry are interpolated linearly along the logarithm of its learning rate. The level is the lowest loss
+of the second task that both the entry and its reference reach at a rate: the higher one of their lowest losses. Both
+are read at their lowest rate at which the second loss comes down to it. Questions of both tasks are resampled, the same
+for both entries, and level and rates found anew each time; over seeds the error is Student's t, at the rates of the
+whole sample.
 """
 
 from __future__ import annotations
@@ -15,28 +16,27 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from smoa_lab.study.report.results.statistics import (
-    RESAMPLES,
-    difference,
-    seed_errors,
-)
+from smoa_lab.study.report.results.statistics import RESAMPLES, difference, seed_errors
 from smoa_lab.study.report.sequence.compared import Compared
 from smoa_lab.study.report.sequence.curves import Curve, paired
 
 
 @dataclass(frozen=True)
-class EqualLearning(Compared):
-    """An entry at the ``level`` of its reference. ``rate`` and ``kept_loss`` are None if it never reaches it.
+class Reading:
+    """What a curve shows at a level. ``is_lowest``: its lowest rate learns more than that already, and is taken."""
 
-    ``is_lowest``: its lowest rate learns more than the level already, and is taken. ``reached`` is the share of
-    resamples in which the level is reached; the others are left out.
-    """
+    rate: float
+    kept_loss: float
+    is_lowest: bool
+
+
+@dataclass(frozen=True)
+class EqualLearning(Compared):
+    """An entry and its reference at the ``level`` that both reach; the reference itself at its best."""
 
     level: float
-    rate: float | None = None
-    kept_loss: float | None = None
-    is_lowest: bool = False
-    reached: float = 0.0
+    own: Reading
+    other: Reading
 
 
 @dataclass(frozen=True)
@@ -64,22 +64,19 @@ def crossing(losses: Sequence[float] | NDArray[np.float64], level: float) -> Pla
 
 
 def at_equal_learning(own: Curve, reference: Curve) -> EqualLearning:
-    """What an entry, or the reference itself, kept where it learned as much as the reference at its best."""
-    best = reference.best
-    level = float(reference.learned.mean()[best])
-    losses = own.learned.mean()
-    place = Place(best, 0.0) if own is reference else crossing(losses, level)
-    nothing = EqualLearning(own.entry, reference.entry, level)
-    if place is None:
-        return nothing
-    found = replace(
-        nothing,
-        rate=math.exp(place.of(np.log(own.rates))),
-        kept_loss=place.of(own.kept.mean()),
-        is_lowest=own is not reference and bool(losses[0] < level),
-        reached=1.0,
-    )
-    return found if own is reference else _compared(found, own, reference, place, best)
+    """What an entry, or the reference itself, and the reference kept where they learned as much."""
+    level = max(float(one.learned.mean().min()) for one in (own, reference))
+    readings = [_reading(one, level) for one in (own, reference)]
+    found = EqualLearning(own.entry, reference.entry, level, *readings)
+    both = None if own is reference else paired(own, reference)
+    if both is None:
+        return found
+    places = [_place(one.learned.mean(), level) for one in (own, reference)]
+    by_seed = _at(both[0], places[0]) - _at(both[1], places[1])
+    random = np.random.default_rng(0)
+    gaps = _resampled_gaps(both, (own.best, reference.best), random)
+    samples = gaps + random.choice(seed_errors(by_seed, random), len(gaps), replace=False)
+    return replace(found, difference=difference(float(by_seed.mean()), samples, -1, len(both[0].seeds)))
 
 
 def least_gaps(curves: Sequence[Curve]) -> dict[str, float]:
@@ -97,30 +94,38 @@ def least_gaps(curves: Sequence[Curve]) -> dict[str, float]:
     return gaps
 
 
-def _compared(found: EqualLearning, own: Curve, reference: Curve, place: Place, best: int) -> EqualLearning:
-    both = paired(own, reference)
-    if both is None:
-        return found
-    own, reference = both
-    random = np.random.default_rng(0)
-    gaps = _resampled_gaps(own, reference, best, random)
-    reached = gaps[np.isfinite(gaps)]
-    if not len(reached):
-        return replace(found, reached=0.0)
-    by_seed = _at(own, place) - _at(reference, Place(best, 0.0))
-    samples = reached + random.choice(seed_errors(by_seed, random), len(reached), replace=False)
-    compared = difference(float(by_seed.mean()), samples, -1, len(own.seeds))
-    return replace(found, reached=len(reached) / RESAMPLES, difference=compared)
+def _place(losses: Sequence[float] | NDArray[np.float64], level: float) -> Place:
+    """The crossing of a level that is reached."""
+    place = crossing(losses, level)
+    assert place is not None
+    return place
 
 
-def _resampled_gaps(own: Curve, reference: Curve, best: int, random: np.random.Generator) -> NDArray[np.float64]:
-    """The loss on what is to be kept minus the reference's, (RESAMPLES,); NaN where the level is not reached."""
-    counts = [_counts(task.tokens, random) for task in (own.kept, own.learned)]
-    losses, learned = own.kept.resampled(counts[0]), own.learned.resampled(counts[1])
-    level = reference.learned.resampled(counts[1])[:, best]
-    places = (crossing(one, wanted) for one, wanted in zip(learned, level, strict=True))
-    kept = [math.nan if place is None else place.of(one) for place, one in zip(places, losses, strict=True)]
-    return np.array(kept) - reference.kept.resampled(counts[0])[:, best]
+def _reading(of: Curve, level: float) -> Reading:
+    losses = of.learned.mean()
+    place = _place(losses, level)
+    return Reading(math.exp(place.of(np.log(of.rates))), place.of(of.kept.mean()), bool(losses[0] < level))
+
+
+def _resampled_gaps(
+    curves: tuple[Curve, Curve], best: tuple[int, int], random: np.random.Generator
+) -> NDArray[np.float64]:
+    """The loss on what is to be kept minus the reference's, (RESAMPLES,); ``best`` are the places of the best rates."""
+    of_kept, of_learned = (_counts(task.tokens, random) for task in (curves[0].kept, curves[0].learned))
+    kept, learned = zip(
+        *((one.kept.resampled(of_kept), one.learned.resampled(of_learned)) for one in curves), strict=True
+    )
+    levels = np.maximum(*(losses[:, place] for losses, place in zip(learned, best, strict=True)))
+    own, other = (_at_levels(levels, *losses) for losses in zip(learned, kept, strict=True))
+    return own - other
+
+
+def _at_levels(
+    levels: NDArray[np.float64], learned: NDArray[np.float64], kept: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """The loss on what is to be kept at these levels, (RESAMPLES,), of losses (RESAMPLES, rates)."""
+    found = [_place(*pair).of(losses) for *pair, losses in zip(learned, levels, kept, strict=True)]
+    return np.array(found)
 
 
 def _counts(tokens: NDArray[np.float64], random: np.random.Generator) -> NDArray[np.int64]:

@@ -8,7 +8,7 @@ from smoa_lab.study.report.sequence.curves import EXPLANATIONS
 from smoa_lab.study.trials import Trial
 
 COMPARED_HEADER = ["minus the reference's", "", "p", "Holm's p", "by Holm"]
-EQUAL_HEADER = ["entry", "level", "at rate", "loss kept", *COMPARED_HEADER, "least gap"]
+EQUAL_HEADER = ["entry", "level", "at rate", "loss kept", "the reference at", "its", *COMPARED_HEADER, "least gap"]
 NEXT_HEADER = ["entry", "best rate", "next rate", "second loss", "loss kept", "its rise", *COMPARED_HEADER]
 RUNS_HEADER = [
     *("run", "second loss", "accuracy %", "first loss", "accuracy %", "forgot", "forgot elsewhere"),
@@ -24,13 +24,13 @@ INTRODUCTION = (
     "loss with its standard error, paired by question or text."
 )
 EQUAL = (
-    "The level is the second-task loss that the reference reaches at its own best rate. Both losses of an entry are "
-    "interpolated linearly along the logarithm of its learning rate, from the lowest rate up, to where the second one "
-    "comes down to the level. ≤: its lowest rate already learns more, and is taken. Intervals are of 95 %: questions "
-    "of both tasks are resampled, and the level and the rate found anew each time; over seeds Student's t. One seed "
-    "gets no verdict. Holm's p-values are corrected for all comparisons of the table. Least gap: how far the loss "
-    "kept is above the lowest of all entries, at the level where that is least, of all levels that half of the entries "
-    "reach."
+    "The level is the lowest loss of the second task that both the entry and its reference reach: the higher one of "
+    "their lowest losses. Both losses of an entry are interpolated linearly along the logarithm of its learning rate, "
+    "from the lowest rate up, to where the second one comes down to the level. ≤: its lowest rate already learns more, "
+    "and is taken. Intervals are of 95 %: questions of both tasks are resampled, and level and rates found anew each "
+    "time; over seeds Student's t. One seed gets no verdict. Holm's p-values are corrected for all comparisons of "
+    "the table. Least gap: how far the loss kept is above the lowest of all entries, at the level where that is least, "
+    "of all levels that half of the entries reach."
 )
 EQUAL_ELSEWHERE = "The same of the loss on the text elsewhere."
 NEXT = (
@@ -79,14 +79,17 @@ def _next_lines(comparisons: dict[str, Any]) -> list[list[str]]:
 
 
 def _equal_line(one: dict[str, Any]) -> list[str]:
-    reached = one["rate"] is not None
     return [
         one["entry"],
         f"{one['level']:.3f}",
-        f"{'≤ ' if one['is_lowest'] else ''}{one['rate']:.2g}" if reached else "never reached",
-        f"{one['kept_loss']:.3f}" if reached else "–",
+        *_reading(one["own"]),
+        *_reading(one["other"]),
         *_difference_cells(one),
     ]
+
+
+def _reading(read: dict[str, Any]) -> list[str]:
+    return [f"{'≤ ' if read['is_lowest'] else ''}{read['rate']:.2g}", f"{read['kept_loss']:.3f}"]
 
 
 def _next_line(one: dict[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ from smoa_lab.study.report.sequence.compared import with_holm
 from smoa_lab.study.report.sequence.curves import Curve
 from smoa_lab.study.report.sequence.equal_learning import (
     EqualLearning,
+    Reading,
     at_equal_learning,
     crossing,
     least_gaps,
@@ -28,22 +29,31 @@ def test_the_lowest_rate_that_comes_down_to_a_level_is_taken(level: float, index
 
 def test_a_level_below_all_losses_is_never_reached() -> None:
     assert crossing([2.0, 1.5, 1.8], 1.4) is None
-    found = at_equal_learning(made("ours", [2.0, 1.7, 1.8], [3.0, 3.5, 4.0]), REFERENCE)
-    assert (found.rate, found.kept_loss, found.difference, found.reached) == (None, None, None, 0.0)
-    assert with_holm([found]) == [found]
 
 
 def test_both_losses_are_interpolated_along_the_logarithm_of_the_rate() -> None:
     found = at_equal_learning(made("ours", [2.0, 1.6, 1.4], [3.0, 3.5, 4.5], noise=0.0), REFERENCE)
     assert found.level == pytest.approx(1.5, abs=0.01)
-    assert found.rate == pytest.approx(10**-1.5, rel=0.05)
-    assert found.kept_loss == pytest.approx(4.0, abs=0.03)
+    assert found.own.rate == pytest.approx(10**-1.5, rel=0.05)
+    assert found.own.kept_loss == pytest.approx(4.0, abs=0.03)
+    assert found.other.rate == pytest.approx(1e-2, rel=0.05)
+
+
+def test_an_entry_that_learns_less_is_compared_where_the_reference_has_learned_as_little() -> None:
+    ours = made("ours", [2.0, 1.75, 1.8], [3.0, 3.5, 4.0], noise=0.0)
+    found = at_equal_learning(ours, REFERENCE)
+    assert found.level == pytest.approx(1.75, abs=0.01)
+    assert found.own.rate == pytest.approx(1e-2)
+    assert found.other.rate == pytest.approx(10**-2.5, rel=0.05)
+    assert found.other.kept_loss == pytest.approx(3.55, abs=0.03)
+    assert found.difference is not None
+    assert found.difference.mean == pytest.approx(-0.05, abs=0.03)
 
 
 def test_the_reference_is_read_at_its_own_best_rate() -> None:
     found = at_equal_learning(REFERENCE, REFERENCE)
-    assert found.rate == pytest.approx(1e-2)
-    assert found.kept_loss == pytest.approx(4.0, abs=0.01)
+    assert found.own.rate == pytest.approx(1e-2)
+    assert found.own.kept_loss == pytest.approx(4.0, abs=0.01)
     assert found.difference is None
 
 
@@ -52,7 +62,6 @@ def test_an_entry_that_keeps_more_is_better_with_its_interval() -> None:
     assert found.difference is not None
     assert found.difference.low < -0.8 < found.difference.high
     assert found.difference.verdict == "better"
-    assert found.reached == 1.0
     assert found.difference.p is not None
     assert found.difference.p < 0.01
 
@@ -64,8 +73,8 @@ def test_an_entry_like_the_reference_is_the_same() -> None:
 
 def test_an_entry_whose_lowest_rate_learns_more_is_marked() -> None:
     found = at_equal_learning(made("ours", [1.3, 1.2], [3.0, 3.5]), REFERENCE)
-    assert found.is_lowest
-    assert found.kept_loss == pytest.approx(3.0, abs=0.01)
+    assert found.own.is_lowest
+    assert found.own.kept_loss == pytest.approx(3.0, abs=0.01)
 
 
 def test_one_seed_gets_no_verdict_and_no_shared_seed_no_difference() -> None:
@@ -74,13 +83,14 @@ def test_one_seed_gets_no_verdict_and_no_shared_seed_no_difference() -> None:
     assert one.difference.verdict == "one seed"
     other = made("ours", [2.0, 1.4], [3.0, 3.1], seeds=1)
     alone = at_equal_learning(Curve("ours", other.rates, [7], other.kept, other.learned), REFERENCE)
-    assert alone.kept_loss is not None
+    assert alone.own.kept_loss == pytest.approx(3.1, abs=0.05)
     assert alone.difference is None
 
 
 def test_all_entries_of_a_study_are_corrected_together() -> None:
+    read = Reading(1e-3, 3.0, is_lowest=False)
     clear = Difference(-0.5, -0.9, -0.1, "better", p=0.03)
-    found = with_holm([EqualLearning(name, "lora", 1.5, difference=clear) for name in ("ours", "other")])
+    found = with_holm([EqualLearning(name, "lora", 1.5, read, read, difference=clear) for name in ("ours", "other")])
     assert [one.difference.holm_verdict for one in found if one.difference] == ["same", "same"]
 
 

@@ -3,9 +3,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-import pytest
-
 from smoa_lab.study.report.results.statistics import Difference
+from smoa_lab.study.report.sequence.equal_learning import Reading
 from smoa_lab.study.report.sequence.sequence_tables import (
     EQUAL_HEADER,
     NEXT_HEADER,
@@ -17,43 +16,26 @@ from smoa_lab.study.report.sequence.sequence_tables import (
     table_sections,
 )
 
-NEVER = {
+EQUAL = {
     "entry": "ours",
     "reference": "lora",
     "level": 1.5,
-    "rate": None,
-    "kept_loss": None,
-    "is_lowest": False,
-    "reached": 0.0,
-    "difference": None,
-}
-COMPARED = {
+    "own": asdict(Reading(0.0123, 3.0, is_lowest=True)),
+    "other": asdict(Reading(0.001, 3.2, is_lowest=False)),
     "difference": asdict(Difference(-0.2, -0.3, -0.1, "better", p=0.01, holm_p=0.07, holm_verdict="same")),
-    "rate": 0.0123,
-    "kept_loss": 3.0,
-    "is_lowest": True,
 }
 
 
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        ({}, ["ours", "1.500", "never reached", "–", "", "", "", "", "", "–"]),
-        (
-            COMPARED,
-            ["ours", "1.500", "≤ 0.012", "3.000", "-0.200 [-0.300, -0.100]", "better", "0.01", "0.07", "same", "–"],
-        ),
-    ],
-)
-def test_an_entry_is_told_with_both_verdicts(values: dict[str, Any], expected: list[str]) -> None:
-    found = equal_lines({"equal": [NEVER | values], "least_gaps": {}})
-    assert found == [expected]
-    assert len(found[0]) == len(EQUAL_HEADER)
+def test_an_entry_is_told_beside_its_reference_with_both_verdicts() -> None:
+    (found,) = equal_lines({"equal": [EQUAL], "least_gaps": {}})
+    read = ["1.500", "≤ 0.012", "3.000", "0.001", "3.200"]
+    assert found == ["ours", *read, "-0.200 [-0.300, -0.100]", "better", "0.01", "0.07", "same", "–"]
+    assert len(found) == len(EQUAL_HEADER)
 
 
 def test_the_reference_is_named() -> None:
-    line = equal_lines({"equal": [NEVER | {"entry": "lora"}], "least_gaps": {"lora": 0.25}})[0]
-    assert (line[5], line[-1]) == ("reference", "0.250")
+    line = equal_lines({"equal": [EQUAL | {"entry": "lora", "difference": None}], "least_gaps": {"lora": 0.25}})[0]
+    assert (line[7], line[-1]) == ("reference", "0.250")
 
 
 def test_a_rate_too_high_is_told_where_one_was_run() -> None:
@@ -63,7 +45,7 @@ def test_a_rate_too_high_is_told_where_one_was_run() -> None:
     summary = {**empty, "least_gaps": {}, "kept_elsewhere": empty, "correlations": dict.fromkeys(names, nothing)}
     assert [section.title for section in table_sections(summary)] == ["Explanations"]
     next_rate = {"best": 1e-3, "rate": 0.003, "learned_loss": 1.7, "kept_loss": 4.5, "cost": 0.75}
-    summary["next_rate"] = [{"entry": "ours", "reference": "lora", **next_rate, "difference": COMPARED["difference"]}]
+    summary["next_rate"] = [{"entry": "ours", "reference": "lora", **next_rate, "difference": EQUAL["difference"]}]
     found = table_sections(summary)[0]
     first, after = ["ours", "0.001", "0.003", "1.700", "4.500", "+0.750"], ["better", "0.01", "0.07", "same"]
     assert found.lines == [[*first, "-0.200 [-0.300, -0.100]", *after]]
