@@ -16,7 +16,7 @@ from typing import Any
 
 from smoa_lab.drawing.markdown_tables import markdown_table
 from smoa_lab.study.packing import PACK
-from smoa_lab.study.report.results.headroom import HEADROOM_HEADER, headroom_line
+from smoa_lab.study.report.results.headroom import HEADROOM_HEADER, headroom_line, is_of_headroom
 from smoa_lab.study.report.results.rows import untouched_sentence
 from smoa_lab.study.report.results.statistics import Difference
 from smoa_lab.study.report.sequence import sequence_tables as sequences
@@ -126,9 +126,7 @@ def budget_tables(folder: Path, rows: list[dict[str, Any]]) -> list[str]:
 
 def headroom(folders: list[Path]) -> list[str]:
     """The table of all tasks on which LoRA and full fine-tuning were tuned alike."""
-    tried = [
-        one for one in folders if {"lora", "full"} <= {name.split("/")[1] for name in TrialStore(one).names("final/")}
-    ]
+    tried = [folder for folder in folders if is_of_headroom(folder)]
     if not tried:
         return []
     lines = markdown_table(HEADROOM_HEADER, map(headroom_line, tried))

@@ -13,7 +13,7 @@ model, tokenizer = FastLanguageModel.from_pretrained("google/gemma-3-270m", max_
 model = get_peft_model(model, SmoaConfig(r=32, num_blocks=4, alpha=64, task_type="CAUSAL_LM"))
 texts = load_dataset("tatsu-lab/alpaca", split="train[:1000]").select_columns("text")
 arguments = SFTConfig(
-    output_dir="runs/unsloth", learning_rate=3e-3, max_steps=60, dataset_text_field="text", gradient_checkpointing=True
+    output_dir="runs/unsloth", learning_rate=2e-3, max_steps=60, dataset_text_field="text", gradient_checkpointing=True
 )
 SFTTrainer(model=model, processing_class=tokenizer, train_dataset=texts, args=arguments).train()
 model.save_pretrained("runs/unsloth")

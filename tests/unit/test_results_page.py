@@ -233,12 +233,15 @@ def test_headroom_is_one_table_of_all_tasks_that_were_tried(docs: Path) -> None:
     for name, right in (
         ("untouched", [0] * 4),
         ("final/lora/lr-0.01-seed-0", [1, 0, 1, 0]),
-        ("final/full/one", [1] * 4),
+        ("final/full/lr-0.001-seed-0", [1] * 4),
     ):
         file = folder / f"{name}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         config = {**FINAL["config"], "adapter": {"r": 1}}
         file.write_text(json.dumps({**FINAL, "config": config, "questions": {**answers, "right": right}}))
+    rates = {"lora": 0.01, "full": 0.001}
+    rows = [{"entry": name, "learning_rate": rate, "seeds": [0]} for name, rate in rates.items()]
+    (folder / "summary.json").write_text(json.dumps(rows))
     text = page(docs)
     assert "## headroom-headlines" not in text
     assert (

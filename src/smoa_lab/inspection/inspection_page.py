@@ -22,7 +22,7 @@ INTRODUCTION = (
     "the mean of j/q under the energy of ΔW on W's singular directions j = 0 … q−1, largest first. 0 is an update "
     "along the leading directions alone, 0.5 one that treats all alike."
 )
-FAR = f"‖ΔW‖₂/‖W‖₂: from {TOO_FAR} on much is likely to be forgotten."
+FAR = f"‖ΔW‖₂/‖W‖₂: from {TOO_FAR['relative_spectral_norm']} on much is likely to be forgotten."
 BLOCKS = (
     "A thin line for each layer, the mean of all layers in bold. The scale s is what B A ⊙ W of the block is "
     "multiplied with."
@@ -112,8 +112,7 @@ def _layer_table(name: str, reports: Sequence[LayerReport]) -> str:
             report.module,
             (f"{report.rows}×{report.columns}", report.rows * report.columns),
             (f"{report.parameters:,}", report.parameters),
-            f"{report.relative_update:.4f}",
-            (f"{'! ' * report.moved_too_far}{report.relative_spectral_norm:.4f}", report.relative_spectral_norm),
+            *((report.told(figure), getattr(report, figure)) for figure in TOO_FAR),
             report.rank,
             "–" if report.rank_bound is None else report.rank_bound,
             f"{report.effective_rank:.1f}",

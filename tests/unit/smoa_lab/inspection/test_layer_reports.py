@@ -67,7 +67,8 @@ def test_the_update_of_a_convolution_is_a_matrix(config: type) -> None:
 def test_spectral_norms_and_stable_ranks_are_the_updates_own_and_far_layers_are_marked(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layer_reports, "TOO_FAR", 0.08)
+    limits = {"relative_update": 0.07, "relative_spectral_norm": 0.08}
+    monkeypatch.setattr(layer_reports, "TOO_FAR", limits)
     config = SmoaConfig(r=4, num_blocks=2, target_modules=TARGETS, init_weights=False)
     layers = reports(base, config)
     model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), base.with_name("SMOA"))
@@ -77,7 +78,9 @@ def test_spectral_norms_and_stable_ranks_are_the_updates_own_and_far_layers_are_
         largest = torch.linalg.matrix_norm(module.base_layer.weight.double(), 2)
         assert layer.relative_spectral_norm == pytest.approx(float(values[0] / largest), rel=1e-4)
         assert layer.stable_rank == pytest.approx(float((values**2).sum() / values[0] ** 2), rel=1e-4)
-        assert layer.to_dict()["moved_too_far"] is (layer.relative_spectral_norm > 0.08)
+        far = [layer.relative_update > 0.07, layer.relative_spectral_norm > 0.08]
+        assert layer.to_dict()["moved_too_far"] is any(far)
+        assert [layer.told(figure).startswith("! ") for figure in limits] == far
     assert {layer.moved_too_far for layer in layers} == {True, False}
 
 

@@ -6,20 +6,24 @@ accuracy is √(s_q² + s_s²): s_q over questions, of the mean over seeds; s_s 
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from smoa.errors import DataError
+from smoa_lab.study.report.results.rows import check_paired
 from smoa_lab.study.report.results.statistics import Outcomes, outcomes
-from smoa_lab.study.trials import TrialStore
+from smoa_lab.study.trials import Trial, TrialStore
 
 HEADROOM_HEADER = [
     *("task", "model", "seeds", "untouched %", "LoRA's r", "LoRA %", "full %", "better of both − untouched", "moves"),
     *("full − LoRA", "standard errors", "headroom"),
 ]
+_ENTRIES = {"lora", "full"}
 ENOUGH = 3.0
 """Standard errors from which on a difference counts."""
 
@@ -51,30 +55,37 @@ def gain(after: Outcomes, before: Outcomes) -> Gain:
     return Gain(float(gaps.mean()), float(np.hypot(of_questions, of_seeds)))
 
 
+def is_of_headroom(folder: Path) -> bool:
+    """Whether the study has a report with both entries."""
+    return _rows(folder).keys() >= _ENTRIES
+
+
 def headroom_line(folder: Path) -> list[str]:
-    """The row of a study under ``HEADROOM_HEADER``.
+    """The row under ``HEADROOM_HEADER`` of a study that has a report.
 
     Raises:
-        DataError: a run of ``lora`` or ``full``, or the untouched model is missing.
+        DataError: a run of ``lora`` or ``full`` with the same seed, or the untouched model is missing.
     """
     store = TrialStore(folder)
-    runs = {name: [store.find(one) for one in store.names(f"final/{name}/")] for name in ("lora", "full")}
     untouched = store.find("untouched")
-    known = {name: [run for run in found if run is not None] for name, found in runs.items()}
-    if untouched is None or not all(known.values()):
+    known = {name: _runs(store, row) for name, row in _rows(folder).items() if name in _ENTRIES}
+    seeds = set.intersection(*map(set, known.values())) if len(known) == len(_ENTRIES) else set()
+    if untouched is None or not seeds:
         raise DataError(f"{folder}: headroom needs the untouched model and final runs of lora and full; run the study")
-    seeds = min(map(len, known.values()))
-    before, (lora, full) = outcomes([untouched]), (outcomes(found[:seeds]) for found in known.values())
+    for run in (run for of_entry in known.values() for run in of_entry.values()):
+        check_paired(run, untouched)
+    before = outcomes([untouched])
+    lora, full = (outcomes([known[name][seed] for seed in sorted(seeds)]) for name in ("lora", "full"))
     best = max(lora, full, key=lambda one: one.accuracy().mean())
     moved, gained = gain(best, before), gain(full, lora)
-    config, adapter = known["full"][0]["config"], known["lora"][0]["config"]["adapter"]
+    full_config, lora_config = (next(iter(known[name].values()))["config"] for name in ("full", "lora"))
     percent = [f"{100 * one.accuracy().mean():.1f}" for one in (before, lora, full)]
     return [
-        ", ".join(config["data"]["tasks"]),
-        config["model"]["name"],
-        str(seeds),
+        ", ".join(full_config["data"]["tasks"]),
+        full_config["model"]["name"],
+        str(len(seeds)),
         percent[0],
-        str(adapter["r"]),
+        str(lora_config["adapter"]["r"]),
         *percent[1:],
         _signed(moved),
         "yes" if moved.is_clear else "no",
@@ -82,6 +93,19 @@ def headroom_line(folder: Path) -> list[str]:
         f"{gained.errors:.1f}",
         "yes" if moved.is_clear and gained.is_clear else "no",
     ]
+
+
+def _rows(folder: Path) -> dict[str, dict[str, Any]]:
+    """The rows of the study's summary by entry; none without a report, and of a sequence."""
+    file = folder / "summary.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    return {row["entry"]: row for row in found} if isinstance(found, list) else {}
+
+
+def _runs(store: TrialStore, row: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """The final runs of an entry by seed, at the learning rate that its search chose."""
+    names = {seed: Trial("final", row["entry"], row["learning_rate"], seed).name for seed in row["seeds"]}
+    return {seed: run for seed, name in names.items() if (run := store.find(name)) is not None}
 
 
 def _signed(found: Gain) -> str:

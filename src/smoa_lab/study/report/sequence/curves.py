@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from smoa_lab.study.comparison import stored
 from smoa_lab.study.report.results.rows import check_paired
 from smoa_lab.study.study_file import Study
+from smoa_lab.study.tuning import nearest_index
 
 EXPLANATIONS = {
     "relative_norm": "‖ΔW‖_F / ‖W‖_F",
@@ -52,6 +53,8 @@ class Curve:
     seeds: list[int]
     kept: Losses
     learned: Losses
+    diverged: list[float] = field(default_factory=list)
+    """Rates at which a run did."""
 
     @property
     def best(self) -> int:
@@ -62,7 +65,7 @@ class Curve:
         """The curve of these seeds alone."""
         chosen = [self.seeds.index(seed) for seed in seeds]
         kept, learned = (Losses(one.nll[:, chosen], one.tokens) for one in (self.kept, self.learned))
-        return Curve(self.entry, self.rates, seeds, kept, learned)
+        return replace(self, seeds=seeds, kept=kept, learned=learned)
 
 
 def paired(one: Curve, other: Curve) -> tuple[Curve, Curve] | None:
@@ -72,8 +75,15 @@ def paired(one: Curve, other: Curve) -> tuple[Curve, Curve] | None:
 
 
 def final_runs(study: Study) -> Runs:
-    """Every finished run of the study."""
-    return {name: stored(study, "final", name) for name in study.entries}
+    """Every finished run at a rate and with a seed that the study names."""
+    return {
+        name: [run for run in stored(study, "final", name) if _is_named(study, name, run)] for name in study.entries
+    }
+
+
+def _is_named(study: Study, name: str, run: dict[str, Any]) -> bool:
+    training = run["config"]["training"]
+    return nearest_index(training["learning_rate"]) in study.rates(name) and training["seed"] in study.seeds
 
 
 def curves(runs: Runs, kept: Kept = "first") -> list[Curve]:
@@ -96,7 +106,8 @@ def _curve(name: str, runs: Sequence[dict[str, Any]], kept: Kept) -> Curve | Non
     for run in (run for of_rate in chosen for run in of_rate):
         check_paired(run, chosen[0][0])
     of_kept = _losses([[_kept(run, kept) for run in of_rate] for of_rate in chosen])
-    return Curve(name, rates, seeds, of_kept, _losses([[run["questions"] for run in of_rate] for of_rate in chosen]))
+    learned = _losses([[run["questions"] for run in of_rate] for of_rate in chosen])
+    return Curve(name, rates, seeds, of_kept, learned, diverged=sorted(by_rate.keys() - rates))
 
 
 def run_rows(study: Study, runs: Runs) -> list[dict[str, Any]]:

@@ -94,6 +94,8 @@ def _reading(read: dict[str, Any]) -> list[str]:
 
 def _next_line(one: dict[str, Any]) -> list[str]:
     rates = (f"{one[key]:.2g}" for key in ("best", "rate"))
+    if one["kept_loss"] is None:
+        return [one["entry"], *rates, "diverged", "", "", *_difference_cells(one)]
     losses = (f"{one[key]:.3f}" for key in ("learned_loss", "kept_loss"))
     return [one["entry"], *rates, *losses, f"{one['cost']:+.3f}", *_difference_cells(one)]
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from smoa.errors import DataError
-from smoa_lab.study.report.results.headroom import HEADROOM_HEADER, Gain, gain, headroom_line
+from smoa_lab.study.report.results.headroom import HEADROOM_HEADER, Gain, gain, headroom_line, is_of_headroom
 from smoa_lab.study.report.results.statistics import outcomes
 from smoa_lab.study.study_file import Study
 from smoa_lab.study.trials import Trial
@@ -46,6 +47,11 @@ def finish(study: Study, entry: str, seed: int, right: list[int]) -> None:
     studies.finish(study, Trial("final", entry, 0.01, seed), 1.0, **run(right), config=config)
 
 
+def summarize(study: Study, **seeds: list[int]) -> None:
+    rows = [{"entry": name, "learning_rate": 0.01, "seeds": found} for name, found in seeds.items()]
+    (study.folder / "summary.json").write_text(json.dumps(rows))
+
+
 def test_a_study_is_one_line(study: Study, tmp_path: Path) -> None:
     (study.folder).mkdir()
     (study.folder / "untouched.json").write_text(
@@ -54,6 +60,10 @@ def test_a_study_is_one_line(study: Study, tmp_path: Path) -> None:
     for seed in (0, 1):
         finish(study, "lora", seed, [1] * 20 + [0] * 20)
         finish(study, "full", seed, [1] * 36 + [0] * 4)
+    finish(study, "full", 2, [0] * 40)  # which lora lacks
+    assert not is_of_headroom(study.folder)
+    summarize(study, lora=[0, 1], full=[0, 1, 2])
+    assert is_of_headroom(study.folder)
     line = headroom_line(study.folder)
     assert dict(zip(HEADROOM_HEADER, line, strict=True)) == {
         "task": "reuters",
@@ -73,5 +83,6 @@ def test_a_study_is_one_line(study: Study, tmp_path: Path) -> None:
 
 def test_a_study_without_full_fine_tuning_is_told(study: Study) -> None:
     finish(study, "lora", 0, [1] * 40)
+    summarize(study, lora=[0])
     with pytest.raises(DataError, match="headroom needs the untouched model and final runs of lora and full"):
         headroom_line(study.folder)

@@ -13,6 +13,13 @@ OF_QUESTION = (QUESTIONS - 1) / QUESTIONS / 2
 """What the questions add to a loss, in the mean."""
 
 
+@pytest.fixture
+def study(study: Study) -> Study:
+    """The study with a sweep."""
+    tuning = study.tuning.model_copy(update={"sweep": (0.003, 0.03), "per_decade": 2})
+    return study.model_copy(update={"tuning": tuning, "seeds": [0, 1]})
+
+
 def test_a_curve_has_both_losses_at_each_rate(study: Study) -> None:
     for rate, second, first in ((0.01, 1.0, 4.0), (0.003, 2.0, 3.0)):
         for seed in (0, 1):
@@ -29,10 +36,17 @@ def test_a_rate_that_diverged_and_a_seed_that_is_not_finished_are_left_out(study
         finish_in_turn(study, Trial("final", "ours", rate, 0), second, 3.0)
     finish_in_turn(study, Trial("final", "ours", 0.003, 1), 2.0, 3.0)
     (found,) = curves(final_runs(study))
-    assert (found.rates, found.seeds) == ([0.003, 0.01], [0])
+    assert (found.rates, found.seeds, found.diverged) == ([0.003, 0.01], [0], [0.03])
     rows = run_rows(study, final_runs(study))
     assert [(row["learning_rate"], row["seed"]) for row in rows] == [(0.003, 0), (0.003, 1), (0.01, 0), (0.03, 0)]
     assert rows[-1]["second_loss"] is None
+
+
+def test_rates_and_seeds_that_the_study_does_not_name_are_left_out(study: Study) -> None:
+    for rate, seed in ((0.003, 0), (0.003, 1), (0.01, 0), (0.01, 1), (0.003, 7), (10.0, 0)):
+        finish_in_turn(study, Trial("final", "ours", rate, seed), 2.0, 3.0)
+    (found,) = curves(final_runs(study))
+    assert (found.rates, found.seeds) == ([0.003, 0.01], [0, 1])
 
 
 def test_an_entry_without_a_run_has_no_curve(study: Study) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from smoa_lab.study.report.sequence.compared import with_holm
@@ -40,6 +42,17 @@ def test_the_reference_has_a_cost_and_no_difference() -> None:
 
 def test_an_entry_best_at_its_highest_rate_has_no_next_one() -> None:
     assert at_next_rate(made("ours", [2.0, 1.7, 1.4], [3.0, 3.1, 3.2]), REFERENCE) is None
+
+
+def test_a_next_rate_that_diverged_is_told_and_not_skipped() -> None:
+    whole = made("ours", [1.6, 1.7, 1.9], [3.0, 3.5, 4.0])
+    found = at_next_rate(replace(whole, diverged=[3e-3]), REFERENCE)
+    assert found is not None
+    assert (found.best, found.rate, found.kept_loss, found.difference) == (1e-3, 3e-3, None, None)
+    beside = at_next_rate(whole, replace(REFERENCE, diverged=[3e-2]))
+    assert beside is not None
+    assert beside.kept_loss is not None
+    assert beside.difference is None
 
 
 @pytest.mark.parametrize("lacks", ["next rate", "seeds"])

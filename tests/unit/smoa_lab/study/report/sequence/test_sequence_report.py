@@ -18,7 +18,8 @@ from tests.support.studies import finish_in_turn, page
 def finished(sequence: dict[str, Any]) -> Study:
     """Two entries at two rates and two seeds, a rate that diverged, and an entry that is not run yet."""
     entries = {"ours": sequence["entries"]["ours"], "lora": {"method": "lora", "learning_rate": 0.01}}
-    sequence |= {"entries": entries | {"late": entries["lora"]}, "references": ["lora"]}
+    sequence |= {"entries": entries | {"late": entries["lora"]}, "references": ["lora"], "seeds": [0, 1]}
+    sequence["tuning"]["sweep"] = [0.003, 0.03]
     study = Study.model_validate(sequence)
     for seed in (0, 1):
         for rate, second, first in ((0.003, 2.0, 3.0), (0.01, 1.0, 3.4)):

@@ -51,6 +51,8 @@ def test_a_rate_too_high_is_told_where_one_was_run() -> None:
     assert found.lines == [[*first, "-0.200 [-0.300, -0.100]", *after]]
     assert found.header == NEXT_HEADER
     assert len(found.lines[0]) == len(NEXT_HEADER)
+    summary["next_rate"][0] |= {"kept_loss": None, "difference": None}
+    assert table_sections(summary)[0].lines == [["ours", "0.001", "0.003", "diverged", *[""] * 7]]
 
 
 def test_a_run_that_diverged_has_dashes() -> None:
