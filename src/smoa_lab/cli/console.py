@@ -101,8 +101,8 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     console.print(table)
 
 
-def score(value: float | None, stderr: float | None = None, digits: int = 3) -> str:
+def score(value: float | None, stderr: float | None = None) -> str:
     """``0.412 ± 0.035``, or a dash where there is no such score."""
     if value is None:
         return "–"
-    return f"{value:.{digits}f}" if stderr is None else f"{value:.{digits}f} ± {stderr:.{digits}f}"
+    return f"{value:.3f}" if stderr is None else f"{value:.3f} ± {stderr:.3f}"

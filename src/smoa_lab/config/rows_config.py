@@ -86,9 +86,9 @@ def load_any_config(path: str | Path, overrides: list[str] | None = None) -> Run
     return _checked_any(ConfigText.read(path, overrides))
 
 
-def check_any_config(values: dict[str, Any], place: str = "config") -> RunConfig | RowsConfig:
+def check_any_config(values: dict[str, Any]) -> RunConfig | RowsConfig:
     """The checked config of plain values, as :func:`load_any_config` makes it."""
-    return _checked_any(ConfigText(values, place))
+    return _checked_any(ConfigText(values))
 
 
 def check_rows_config(values: dict[str, Any], place: str = "config") -> RowsConfig:

@@ -130,7 +130,10 @@ class ConfigText:
         file = Path(path)
         if not file.is_file():
             raise ConfigError(f"{path}: no such file")
-        text = file.read_text(encoding="utf-8")
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (UnicodeDecodeError, OSError) as error:
+            raise ConfigError(f"{path}: cannot be read as text in UTF-8 ({error}); save it in that encoding") from error
         values = parse_yaml(text, file)
         apply_overrides(values, overrides or [])
         return cls(values, str(file), key_lines(text))

@@ -90,19 +90,20 @@ def _task_problems(values: dict[str, Any]) -> Iterable[Problem]:
     data = values.get("data")
     if not isinstance(data, dict) or not isinstance(data.get("tasks"), list):
         return
-    for name in data["tasks"]:
-        if name in (data.get("files") or {}):
+    files = data.get("files")
+    for name in map(str, data["tasks"]):
+        if isinstance(files, dict) and name in files:
             continue
         try:
-            find_task(str(name))
+            find_task(name)
         except DataError as error:
             yield Problem(("data", "tasks"), str(error))
 
 
 def _method_problems(values: dict[str, Any]) -> Iterable[Problem]:
-    name, adapter = values.get("method", "smoa"), values.get("adapter", {})
+    name, adapter = str(values.get("method", "smoa")), values.get("adapter", {})
     if name not in METHODS:
-        yield Problem(("method",), f"method: there is no method {name!r}{nearest(str(name), METHODS)}")
+        yield Problem(("method",), f"method: there is no method {name!r}{nearest(name, METHODS)}")
     elif isinstance(adapter, dict):
         yield from _adapter_problems(name, METHODS[name], adapter)
 
@@ -132,6 +133,8 @@ def _training_problems(training: Any, training_class: type[TrainingArguments]) -
     if not isinstance(training, dict):
         return
     problems = list(_dataclass_problems("training", training_class, training))
+    if training.get("output_dir", "") is None:
+        problems.append(Problem(("training", "output_dir"), "training.output_dir: is empty; name a folder"))
     if problems:
         yield from problems
         return

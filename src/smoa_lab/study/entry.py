@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, PositiveFloat
+from pydantic import AfterValidator, Field, PositiveFloat
 
 from smoa_lab.basics.section import Section
+
+
+def _ascending(sweep: tuple[float, float]) -> tuple[float, float]:
+    if sweep[0] > sweep[1]:
+        raise ValueError("must be [lowest, highest]")
+    return sweep
+
+
+Sweep = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_ascending)]
+"""The lowest and the highest learning rate of a range."""
 
 
 class Entry(Section):
@@ -23,4 +33,4 @@ class Entry(Section):
     parameters: int | None = Field(default=None, gt=0)
     training: dict[str, Any] = Field(default={})
     model: dict[str, Any] = Field(default={})
-    sweep: tuple[PositiveFloat, PositiveFloat] | None = None
+    sweep: Sweep | None = None

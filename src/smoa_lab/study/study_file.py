@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field
 
-from smoa.errors import ConfigError
+from smoa.errors import ConfigError, DataError
 from smoa_lab.basics.section import Section
-from smoa_lab.config.run_config import ConfigText
+from smoa_lab.config.run_config import ConfigText, DataSection
 from smoa_lab.config.validation import block_problems
 from smoa_lab.study.benches.answers import AnswerBench
 from smoa_lab.study.benches.bench import Bench
 from smoa_lab.study.benches.classification import ClassificationBench
 from smoa_lab.study.benches.earlier_task import Between, First
 from smoa_lab.study.benches.sequence import SequenceBench
-from smoa_lab.study.entry import Entry
+from smoa_lab.study.entry import Entry, Sweep
 from smoa_lab.study.tuning import sweep_indices
 
 BENCHES: dict[str, type[Bench]] = {"answers": AnswerBench, "classification": ClassificationBench}
@@ -33,7 +33,7 @@ class Tuning(Section):
     seed: int = 100
     max_runs: Literal[0] | Annotated[int, Field(ge=3)] = 6
     refine: bool = False
-    sweep: tuple[PositiveFloat, PositiveFloat] | None = None
+    sweep: Sweep | None = None
     per_decade: Literal[2, 4] = 4
 
 
@@ -52,7 +52,7 @@ class Study(Section):
     first: First | None = None
     between: list[Between] = Field(default=[])
     shared: dict[str, Any]
-    elsewhere: dict[str, Any] | None = None
+    elsewhere: DataSection | None = None
     entries: dict[str, Entry] = Field(min_length=1)
     references: list[str] = Field(default=[])
     tuning: Tuning = Tuning()
@@ -119,6 +119,14 @@ def _check_names(study: Study, file: Path) -> None:
 
 def _check_runs(study: Study, file: Path) -> None:
     """Raise ConfigError unless the config of each entry's run, and those of a sequence's earlier tasks, are good."""
+    if not isinstance(study.shared.get("model"), dict):
+        raise ConfigError(
+            f"{file}: shared.model: is missing; all entries share a model, or parts of it are laid over it"
+        )
+    try:
+        _ = study.elsewhere and study.elsewhere.chosen()
+    except DataError as error:
+        raise ConfigError(f"{file}: elsewhere: {error}") from error
     bench = study.bench()
     for name, entry in study.entries.items():
         place = f"{file}: entries.{name}"

@@ -80,12 +80,12 @@ def length_summary(lengths: array[int]) -> dict[str, Any]:
     }
 
 
-def histogram_lines(histogram: list[list[int]], width: int = 40) -> list[str]:
+def histogram_lines(histogram: list[list[int]]) -> list[str]:
     """A bar for each range of lengths: ``  17–32  ████  12``."""
     most = max(count for _, count in histogram)
     lows = [bound // 2 + 1 if bound > FIRST else 1 for bound, _ in histogram]
     return [
-        f"{f'{low}–{bound}':>13}  {'█' * round(width * count / most):{width}}  {count:,}"
+        f"{f'{low}–{bound}':>13}  {'█' * round(40 * count / most):40}  {count:,}"
         for low, (bound, count) in zip(lows, histogram, strict=True)
     ]
 

@@ -89,9 +89,9 @@ class PreparedRows:
             return dataset
         return dataset.shuffle(seed=seed, keep_in_memory=True).select(range(at_most), keep_in_memory=True)
 
-    def examples(self, part: Part, at_most: int, seed: int = 0) -> list[Example]:
+    def examples(self, part: Part, at_most: int) -> list[Example]:
         """Rows of the part as they were read."""
-        return read_examples(self.part(part, at_most, seed)["example"])
+        return read_examples(self.part(part, at_most)["example"])
 
 
 def prepare_rows(wanted: RowsWanted, encoder: RowEncoder) -> PreparedRows:

@@ -43,9 +43,9 @@ class Fitted:
 class Bench(ABC):
     """Trains entries that share ``shared`` (a run's config without method, adapter, learning rate and seed)."""
 
-    def __init__(self, shared: dict[str, Any], elsewhere: dict[str, Any] | None = None) -> None:
+    def __init__(self, shared: dict[str, Any], elsewhere: DataSection | None = None) -> None:
         self.shared = shared
-        self.elsewhere = None if elsewhere is None else DataSection.model_validate(elsewhere)
+        self.elsewhere = elsewhere
 
     def config(
         self, entry: Entry, learning_rate: float, seed: int, place: str = "study", work: Path = Path("runs/study")

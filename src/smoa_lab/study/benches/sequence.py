@@ -34,7 +34,7 @@ class SequenceBench(AnswerBench):
     def __init__(
         self,
         shared: dict[str, Any],
-        elsewhere: dict[str, Any] | None,
+        elsewhere: DataSection | None,
         first: First,
         folder: Path,
         between: Sequence[Between] = (),

@@ -20,6 +20,7 @@ from smoa_lab.study.report.results.rows import (
     commonest_machine,
     difference_cells,
     entry_row,
+    missing_sentence,
     untouched_sentence,
     with_holm,
 )
@@ -106,9 +107,7 @@ def _readme(study: Study, rows: list[Row], untouched: dict[str, Any] | None, pic
         f"`STAGE/ENTRY/lr-RATE-seed-SEED.json` in this folder or, once the study is packed, a line of `{PACK}`: "
         f"`{shell_command(f'final/{rows[0].entry}/')}`"
     )
-    missing = [name for name in study.entries if name not in {row.entry for row in rows}]
-    if missing:
-        parts.append(f"Not run yet: {', '.join(missing)}.")
+    parts.append(missing_sentence(study, [row.entry for row in rows]))
     return "\n\n".join(filter(None, parts)) + "\n"
 
 

@@ -28,6 +28,13 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         load_config(tmp_path / "nowhere.yaml")
 
 
+def test_a_file_in_another_encoding_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "latin.yaml"
+    file.write_bytes("model: {name: größe}\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"latin\.yaml: cannot be read as text in UTF-8"):
+        load_config(file)
+
+
 def test_a_command_for_questions_says_what_a_config_for_rows_is(file: Path) -> None:
     file.write_text("model: {name: x}\ndata: {train: chats.jsonl}\n")
     with pytest.raises(ConfigError, match=r"trains on rows \(data\.train or data\.hub\); this command takes questions"):

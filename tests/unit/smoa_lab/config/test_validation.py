@@ -19,6 +19,10 @@ from smoa_lab.config.run_config import check_config, load_config
         ({"data": 3}, "data"),
         ({"adapter": 3}, "adapter: should be a valid dictionary"),
         ({"model": {"name": "x", "dtype": "float99"}}, r"model\.dtype"),
+        ({"method": ["lora"]}, "there is no method"),
+        ({"data": {"tasks": [["arc_easy"]]}}, r"data\.tasks\.0: should be a valid string"),
+        ({"data": {"tasks": ["arc_easy"], "files": 3}}, r"data\.files: should be a valid dictionary"),
+        ({"training": {"output_dir": None}}, r"training\.output_dir: is empty"),
     ],
 )
 def test_a_block_that_is_wrong_is_told_by_its_key(change: dict[str, Any], message: str) -> None:

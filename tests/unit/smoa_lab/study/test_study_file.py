@@ -60,6 +60,25 @@ def test_other_studies_have_no_first_task_and_no_sweep_of_one_entry(sequence: di
         load({**sequence, "first": None, "between": [{"data": {"tasks": ["piqa"]}}]}, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tuning": {"sweep": [0.01, 0.001]}}, r"tuning\.sweep: Value error, must be \[lowest, highest\]"),
+        (
+            {"elsewhere": {"tasks": ["prose"], "test_exampels": 3}},
+            r"elsewhere\.test_exampels: unknown key; .*test_examples",
+        ),
+        ({"elsewhere": {"tasks": ["proze"]}}, r"elsewhere: .*there is no task 'proze'.*'prose'"),
+        ({"shared": {"data": {"tasks": ["piqa"]}}}, r"shared\.model: is missing"),
+    ],
+)
+def test_a_wrong_block_is_one_clear_error(
+    change: dict[str, Any], message: str, sequence: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(sequence | change, tmp_path)
+
+
 def test_a_wrong_task_between_is_one_clear_error(sequence: dict[str, Any], tmp_path: Path) -> None:
     sequence["between"] = [{"data": {"tasks": ["arc_ez"]}}]
     with pytest.raises(ConfigError, match=r"entries\.ours\.between\[0\]: 1 problem\n  .*there is no task 'arc_ez'"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from operator import itemgetter
 from typing import Any
@@ -135,6 +135,12 @@ def untouched_sentence(untouched: dict[str, Any] | None) -> str:
     if untouched.get("elsewhere") is not None:
         told += f"; its loss elsewhere is {untouched['elsewhere']:.3f}"
     return f"{told}."
+
+
+def missing_sentence(study: Study, found: Iterable[str]) -> str:
+    """The entries of the study that are not among those found, in a sentence; nothing without one."""
+    missing = [name for name in study.entries if name not in set(found)]
+    return f"Not run yet: {', '.join(missing)}." if missing else ""
 
 
 def from_json(value: dict[str, Any]) -> Row:

@@ -13,6 +13,7 @@ from smoa_lab.drawing.markdown_tables import markdown_table
 from smoa_lab.drawing.pages import write_page
 from smoa_lab.drawing.picture_files import save_pictures
 from smoa_lab.study.report.charts.frontier import CAPTION
+from smoa_lab.study.report.results.rows import missing_sentence
 from smoa_lab.study.report.results.statistics import spearman
 from smoa_lab.study.report.sequence.compared import Compared, with_holm
 from smoa_lab.study.report.sequence.curves import EXPLANATIONS, Curve, curves, final_runs, run_rows
@@ -116,11 +117,6 @@ def _title(study: Study) -> str:
     return f"{study.folder.name}: {', then '.join(tasks)}, with {study.shared['model']['name']}"
 
 
-def _missing(study: Study, summary: dict[str, Any]) -> str:
-    missing = [name for name in study.entries if name not in {run["entry"] for run in summary["runs"]}]
-    return f"Not run yet: {', '.join(missing)}." if missing else ""
-
-
 def _readme(study: Study, summary: dict[str, Any]) -> str:
     parts = [
         f"# {_title(study)}",
@@ -135,6 +131,6 @@ def _readme(study: Study, summary: dict[str, Any]) -> str:
         ),
         "## Runs",
         markdown_table(RUNS_HEADER, [run_line(run) for run in summary["runs"]]),
-        _missing(study, summary),
+        missing_sentence(study, [run["entry"] for run in summary["runs"]]),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModel
 
 from smoa.errors import DataError
+from smoa_lab.config.run_config import DataSection
 from smoa_lab.data.records import Record, choice_record
 from smoa_lab.study.benches import classification
 from smoa_lab.study.benches.classification import PACKAGED_ENCODER, ClassificationBench, encoder_folder
@@ -140,7 +141,7 @@ def test_questions_of_differing_choices_are_refused(shared: dict[str, Any], tmp_
 def test_text_elsewhere_must_have_the_same_classes(shared: dict[str, Any], tmp_path: Path) -> None:
     lab.fill_cache(tmp_path / "cache", lab.questions(6, "train"), lab.questions(4, "test"))
     with pytest.raises(DataError, match=r"shared\.data and elsewhere: .* the same choices"):
-        ClassificationBench(shared, {"tasks": ["arc_easy"]}).run(entry(), 0.01, 0, "test", tmp_path / "work")
+        ClassificationBench(shared, DataSection(tasks=["arc_easy"])).run(entry(), 0.01, 0, "test", tmp_path / "work")
 
 
 def test_a_model_that_cannot_be_had_is_named(shared: dict[str, Any], tmp_path: Path) -> None:
@@ -168,7 +169,7 @@ def test_the_packaged_encoder_names_its_package_where_it_is_missing(monkeypatch:
 def test_a_missing_package_is_named_before_the_first_run(
     shared: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench = ClassificationBench(shared, {"tasks": ["gsm8k"]})
+    bench = ClassificationBench(shared, DataSection(tasks=["gsm8k"]))
     bench.check_needs(entry())
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match=r"data\.tasks: gsm8k: needs datasets"):
