@@ -18,8 +18,8 @@ Family = Literal["commonsense", "maths", "dialogue", "text"]
 
 class Columns(Section):
     """The file's column for each part of a record. ``choices`` is one column with a list (in CSV as JSON), or a
-    list of columns; ``label`` has the number of the right choice, from 0, or its text. With choices, ``label`` replaces
-    ``answer``."""
+    list of columns, of which a row may leave the last ones blank, but not the first two. ``label`` has the number of
+    the right choice, from 0, or its text. With choices, ``label`` replaces ``answer``."""
 
     prompt: str = "prompt"
     answer: str | None = None
@@ -51,8 +51,8 @@ def read_file_split(name: str, task: FileTask, split: str) -> list[Record]:
     """The records of one file, in order.
 
     Raises:
-        DataError: the file does not exist or is empty, a column is missing, a label is not one of the choices, or a
-            question is empty; the message names file, row and column.
+        DataError: the file does not exist or is empty, a column is missing or blank, or a label is none of the
+            choices, or one by its number and another by its text; the message names file, row and column.
     """
     path = task.train if split == "train" else task.test
     if path is None:
@@ -74,7 +74,8 @@ def _record(name: str, where: str, number: str, row: dict[str, Any], columns: Co
             f"{where}: has no column {', '.join(map(repr, missing))}; it has {', '.join(map(repr, row))}. "
             f"Map them under data.files.{name}.columns"
         )
-    empty = [column for column in columns.names() if row[column] is None and column != columns.context]
+    columns = _without_blank_end(columns, row)
+    empty = [column for column in columns.names() if _is_blank(row[column]) and column != columns.context]
     if empty:
         raise DataError(f"{where}: column {', '.join(map(repr, empty))} is empty")
     context = str(row[columns.context] or "") if columns.context else ""
@@ -85,14 +86,29 @@ def _record(name: str, where: str, number: str, row: dict[str, Any], columns: Co
         return Record(name, number, prompt, str(row[columns.answer]), context=context)
     try:
         choices = _choices(row, columns.choices)
-        return choice_record(name, number, prompt, choices, _label(row, columns, choices), context)
+        label = _label(row, columns, choices)
     except (DataError, ValueError) as error:
         raise DataError(f"{where}: {error}") from error
+    return choice_record(name, number, prompt, list(map(str, choices)), label, context)
 
 
-def _choices(row: dict[str, Any], columns: str | list[str]) -> list[str]:
+def _is_blank(value: object) -> bool:
+    return value is None or not str(value).strip()
+
+
+def _without_blank_end(columns: Columns, row: dict[str, Any]) -> Columns:
+    """Without the last columns of choices that the row leaves blank; two stay, since one choice is no question."""
+    if not isinstance(columns.choices, list):
+        return columns
+    used = len(columns.choices)
+    while used > 2 and _is_blank(row[columns.choices[used - 1]]):
+        used -= 1
+    return columns.model_copy(update={"choices": columns.choices[:used]})
+
+
+def _choices(row: dict[str, Any], columns: str | list[str]) -> list[Any]:
     if not isinstance(columns, str):
-        return [str(row[name]) for name in columns]
+        return [row[name] for name in columns]
     found = row[columns]
     if isinstance(found, str):  # CSV has no lists
         with suppress(json.JSONDecodeError):
@@ -101,17 +117,30 @@ def _choices(row: dict[str, Any], columns: str | list[str]) -> list[str]:
         raise DataError(
             f"{columns!r} must be a list of choices (in CSV as JSON), found {found!r}; or list one column per choice"
         )
-    return list(map(str, found))
+    blank = [number for number, choice in enumerate(found) if _is_blank(choice)]
+    if blank:
+        raise DataError(f"column {columns!r}: choice {blank[0]}, from 0, is empty; fill it or leave it out")
+    return found
 
 
-def _label(row: dict[str, Any], columns: Columns, choices: list[str]) -> int:
+def _label(row: dict[str, Any], columns: Columns, choices: list[Any]) -> int:
     column = columns.label or columns.answer
     if column is None:
         raise DataError("choices need a label column")
     value = row[column]
-    if str(value) in choices:
-        return choices.index(str(value))
-    try:
-        return int(value)
-    except ValueError as error:
-        raise DataError(f"label {value!r} is neither a choice's number nor one of {choices}") from error
+    number = str(value).strip().removesuffix(".0")
+    by_number = [i for i in range(len(choices)) if str(i) == number]
+    by_text = [
+        i
+        for i, choice in enumerate(choices)
+        if str(choice) == str(value) and not (type(value) is int and isinstance(choice, str))  # 1 is not "1"
+    ]
+    found = {*by_number, *by_text[:1]}
+    if not found:
+        raise DataError(f"label {value!r} is neither a choice's number, from 0, nor one of {choices}")
+    if len(found) > 1:
+        raise DataError(
+            f"label {value!r} is the number of {choices[by_number[0]]!r}, from 0, and the text of another choice; in a "
+            "JSON lines file write the right choice's number without quotes and all choices with quotes"
+        )
+    return found.pop()

@@ -111,7 +111,8 @@ def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 class PromptEncoder:
-    """Turns records into token ids of at most ``max_length``; too long prompts lose their head, never their tail."""
+    """Turns records into token ids of at most ``max_length``; too long prompts lose their head, never their tail.
+    BOS, or else a token of the prompt, always precedes the answer, so that each token of it is predicted."""
 
     def __init__(
         self,
@@ -146,8 +147,14 @@ class PromptEncoder:
         return self.encode_texts(self.prompt_text(record), response, end)
 
     def encode_texts(self, prompt_text: str, response: str, end: bool) -> Encoded:
-        """Token ids of a prompt that is already in the template, and a response."""
+        """Token ids of a prompt that is already in the template, and a response; raises DataError if nothing precedes
+        the response."""
         prompt, answer = self._tokens(prompt_text, response)
+        if not (self.head or prompt):
+            raise DataError(
+                "the prompt is empty and the tokenizer adds no BOS token, so that nothing predicts the answer's first "
+                "token; give a prompt"
+            )
         if end:
             answer = [*answer, self._end_token()]
         return self._fit(prompt, answer)
@@ -178,7 +185,7 @@ class PromptEncoder:
         return int(self.tokenizer.eos_token_id)
 
     def _fit(self, prompt: list[int], answer: list[int]) -> Encoded:
-        kept_answer = answer[: self.max_length - len(self.head)]
+        kept_answer = answer[: self.max_length - 1]
         room = self.max_length - len(self.head) - len(kept_answer)
         kept_prompt = prompt[max(0, len(prompt) - room) :]
         return Encoded(

@@ -101,3 +101,11 @@ def collate(rows: list[dict[str, list[int]]], pad: int) -> dict[str, Tensor]:
         "attention_mask": padded([[1] * len(row["input_ids"]) for row in rows], 0),
         "labels": padded([row["labels"] for row in rows], IGNORED),
     }
+
+
+def left_padded(prompts: list[list[int]], pad: int, device: torch.device) -> dict[str, Tensor]:
+    """Left-padded ``input_ids`` and ``attention_mask``, each (batch, tokens) int64: all prompts end side by side."""
+    width = max(map(len, prompts))
+    ids = [[pad] * (width - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}

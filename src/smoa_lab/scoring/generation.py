@@ -20,6 +20,7 @@ from smoa_lab.basics.extras import import_package
 from smoa_lab.data.files import Family
 from smoa_lab.data.prompts import AnswerStyle, PromptEncoder, gold_response, label_names, pad_token
 from smoa_lab.data.records import Record
+from smoa_lab.scoring.answer_loss import left_padded
 from smoa_lab.scoring.held_out import proportion
 from smoa_lab.scoring.mode import scoring
 
@@ -102,7 +103,7 @@ def continue_prompts(
         for numbers in _batches(prompts, batch_size):
             batch = [prompts[number] for number in numbers]
             written = model.generate(
-                **_left_padded(batch, pad, next(model.parameters()).device),
+                **left_padded(batch, pad, next(model.parameters()).device),
                 max_new_tokens=new_tokens,
                 do_sample=False,
                 pad_token_id=pad,
@@ -118,13 +119,6 @@ def _batches(prompts: Sequence[list[int]], size: int) -> Iterator[list[int]]:
         yield order[start : start + size]
 
 
-def _left_padded(prompts: list[list[int]], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
-    width = max(map(len, prompts))
-    ids = [[pad] * (width - len(prompt)) + prompt for prompt in prompts]
-    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
-
-
 def _decoded(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> list[str]:
     return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
@@ -132,7 +126,7 @@ def _decoded(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> list[str]
 def extract_choice(record: Record, text: str, style: AnswerStyle) -> str | None:
     """The first of the task's labels in ``text``; in the text style the choice that ``text`` is, whatever the case."""
     if style == "label":
-        match = re.search("|".join(label_names(record)), text)
+        match = re.search("|".join(reversed(label_names(record))), text)  # answer11 before answer1, its beginning
         return match.group() if match else None
     plain = " ".join(text.split()).casefold()
     return next((choice for choice in record.choices if " ".join(choice.split()).casefold() == plain), None)

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from smoa_lab.data.prompts import Encoded
-from smoa_lab.scoring.answer_loss import answer_logits, answer_nll, answer_positions, collate, logits_at
+from smoa_lab.scoring.answer_loss import answer_logits, answer_nll, answer_positions, collate, left_padded, logits_at
 from smoa_lab.scoring.mode import scoring
+from smoa_lab.scoring.row_losses import batches
 
 # The numbers, in the caller's list, of sequences that share a prompt.
 Group = list[int]
@@ -59,14 +60,8 @@ def _batches(sequences: Sequence[Encoded], batch_tokens: int) -> Iterator[list[G
         longest = max(len(sequences[number].answer) for number in group)
         return len(sequences[group[0]].prompt) + len(group) * longest
 
-    batch: list[Group] = []
-    for group in sorted(groups, key=cost, reverse=True):
-        if batch and (len(batch) + 1) * cost(batch[0]) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(group)
-    if batch:
-        yield batch
+    for numbers in batches([cost(group) for group in groups], batch_tokens):
+        yield [groups[number] for number in numbers]
 
 
 def _score_batch(model: nn.Module, groups: list[list[Encoded]], pad: int) -> list[AnswerScore]:
@@ -112,17 +107,16 @@ class _PromptCache:
 
 def _prompt_pass(model: nn.Module, prompts: list[list[int]], repeats: Tensor, pad: int) -> _PromptCache | None:
     """Run each prompt once; None where the model keeps no keys and values that can be repeated."""
-    width, device = max(map(len, prompts)), _device(model)
-    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    inputs = left_padded(prompts, pad, _device(model))
+    mask = inputs["attention_mask"]
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     with logits_at(model, torch.zeros_like(mask, dtype=torch.bool)):
-        output = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
+        output = model(**inputs, position_ids=positions, use_cache=True)
     name = "cache" if hasattr(output, "cache") else "past_key_values"  # before transformers 5.24
     cache: Any = getattr(output, name, None)
     if not hasattr(cache, "batch_select_indices"):
         return None
-    rows = torch.repeat_interleave(repeats).to(device)
+    rows = torch.repeat_interleave(repeats).to(mask.device)
     cache.batch_select_indices(rows)
     return _PromptCache(name, cache, mask[rows])
 

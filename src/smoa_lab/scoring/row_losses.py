@@ -56,7 +56,7 @@ def row_losses(model: nn.Module, rows: Sequence[dict[str, list[int]]], pad: int)
     found: dict[int, tuple[float, int]] = {}
     device, vocabulary = next(model.parameters()).device, cast(Any, model).config.get_text_config().vocab_size
     with scoring(model):
-        for numbers in _batches([len(row["input_ids"]) for row in rows], BATCH_LOGITS // vocabulary):
+        for numbers in batches([len(row["input_ids"]) for row in rows], BATCH_LOGITS // vocabulary):
             batch = {name: tensor.to(device) for name, tensor in collate([rows[one] for one in numbers], pad).items()}
             found.update(zip(numbers, _losses(model, **batch), strict=True))
     return Losses([found[one][0] for one in range(len(rows))], [found[one][1] for one in range(len(rows))])
@@ -70,8 +70,8 @@ def _losses(model: Any, labels: torch.Tensor, **inputs: torch.Tensor) -> list[tu
     return [(float(part.sum()), count) for part, count in zip(nll.split(counts), counts, strict=True)]
 
 
-def _batches(lengths: list[int], most: int) -> Iterator[list[int]]:
-    """Rows of like length together, the longest first, of at most ``most`` padded tokens."""
+def batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """The numbers of the rows, the longest first, in batches of at most ``most`` padded tokens, or of one row."""
     batch: list[int] = []
     for number in sorted(range(len(lengths)), key=lambda one: -lengths[one]):
         if batch and (len(batch) + 1) * lengths[batch[0]] > most:

@@ -102,11 +102,88 @@ def test_choices_without_a_label_are_refused(tmp_path: Path) -> None:
         read_file_split("own", task, "train")
 
 
+@pytest.mark.parametrize("value", [None, "", " "])
 @pytest.mark.parametrize("column", ["q", "b", "gold"])
-def test_a_cell_that_holds_nothing_is_named(tmp_path: Path, column: str) -> None:
-    task = write(tmp_path / "own.jsonl", [ROWS[0], ROWS[1] | {column: None}])
+def test_a_cell_that_holds_nothing_is_named(tmp_path: Path, column: str, value: str | None) -> None:
+    task = write(tmp_path / "own.jsonl", [ROWS[0], ROWS[1] | {column: value}])
     with pytest.raises(DataError, match=rf"own\.jsonl, row 2: column '{column}' is empty"):
         read_file_split("own", task, "train")
+
+
+def test_a_free_answer_that_is_blank_is_named(tmp_path: Path) -> None:
+    (tmp_path / "own.csv").write_text("prompt,reply\nSay hello.,Hello.\nSay nothing.,\n")
+    task = FileTask(train=str(tmp_path / "own.csv"), columns=Columns(answer="reply"))
+    with pytest.raises(DataError, match=r"own\.csv, row 2: column 'reply' is empty"):
+        read_file_split("own", task, "train")
+
+
+def choices_of_cells(file: Path, cells: str) -> list[tuple[str, ...]]:
+    """The choices of a CSV file with up to four of them in a row."""
+    file.write_text(f"q,a,b,c,d,gold\nWhich?,v,w,x,y,0\nWhich?,{cells},0\n")
+    columns = Columns(prompt="q", choices=["a", "b", "c", "d"], label="gold")
+    return [record.choices for record in read_file_split("own", FileTask(train=str(file), columns=columns), "train")]
+
+
+def test_a_row_may_have_fewer_choices_than_the_file_has_columns(tmp_path: Path) -> None:
+    assert choices_of_cells(tmp_path / "own.csv", "v,w,x,") == [("v", "w", "x", "y"), ("v", "w", "x")]
+    assert choices_of_cells(tmp_path / "own.csv", "v,w, ,")[1] == ("v", "w")
+
+
+@pytest.mark.parametrize(("cells", "column"), [("v,,x,", "b"), (",w,x,y", "a"), ("v,,,", "b")])
+def test_a_blank_choice_before_a_filled_one_and_a_lone_choice_are_refused(
+    tmp_path: Path, cells: str, column: str
+) -> None:
+    with pytest.raises(DataError, match=rf"own\.csv, row 2: column '{column}' is empty"):
+        choices_of_cells(tmp_path / "own.csv", cells)
+
+
+def label_in_list(file: Path, options: list[Any], gold: object) -> int | None:
+    write(file, [{"q": "Which?", "options": options, "gold": gold}])
+    task = FileTask(train=str(file), columns=Columns(prompt="q", choices="options", label="gold"))
+    return read_file_split("own", task, "train")[0].label
+
+
+@pytest.mark.parametrize("blank", [None, "", " "])
+def test_a_blank_choice_in_a_list_is_refused(tmp_path: Path, blank: str | None) -> None:
+    with pytest.raises(DataError, match=r"own\.jsonl, row 1: column 'options': choice 1, from 0, is empty"):
+        label_in_list(tmp_path / "own.jsonl", ["x", blank, "y"], 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "gold", "label"),
+    [
+        (["2", "3", "1"], 1, 1),  # beside texts a JSON number is the choice's number alone
+        (["2", "3", "1"], "0", 0),  # the text of none
+        (["2", "3", "1"], "3", 1),  # the number of none
+        (["0", "1"], "1", 1),  # both ways the same
+        (["x", "y"], "1", 1),  # as in a CSV file
+        (["x", "y"], " 1", 1),
+        (["x", "y"], 1.0, 1),  # as in a Parquet file in which another label is missing
+        ([10, 20], 20, 1),
+        ([0.5, 2.0], 2.0, 1),
+        (["x", "y", "y"], "y", 1),
+    ],
+)
+def test_a_label_is_the_number_of_a_choice_or_its_text(
+    tmp_path: Path, options: list[Any], gold: object, label: int
+) -> None:
+    assert label_in_list(tmp_path / "own.jsonl", options, gold) == label
+
+
+@pytest.mark.parametrize(("options", "gold"), [(["2", "3", "1"], "1"), ([2, 3, 1], 1)])
+def test_a_label_that_is_one_choices_number_and_anothers_text_is_refused(
+    tmp_path: Path, options: list[Any], gold: object
+) -> None:
+    with pytest.raises(DataError, match=r"row 1: label '?1'? is the number of '?3'?, from 0, and the text of another"):
+        label_in_list(tmp_path / "own.jsonl", options, gold)
+
+
+@pytest.mark.parametrize("gold", [[1], {"x": 1}, True, 1.5, 7, float("inf")])
+def test_a_label_that_is_neither_number_nor_text_of_a_choice_is_refused(tmp_path: Path, gold: object) -> None:
+    with pytest.raises(
+        DataError, match=r"own\.jsonl, row 1: label .* is neither a choice's number, from 0, nor one of"
+    ):
+        label_in_list(tmp_path / "own.jsonl", ["x", "y"], gold)
 
 
 def test_a_context_may_be_absent(tmp_path: Path) -> None:

@@ -78,6 +78,23 @@ def test_an_answer_too_long_for_the_limit_loses_its_end_and_is_counted(tokenizer
     assert tokenizer.eos_token_id not in encoded.answer
 
 
+@pytest.mark.parametrize("adds_bos", [True, False])
+@pytest.mark.parametrize("length", [30, 31, 32, 40])
+def test_something_always_precedes_the_answer(adds_bos: bool, length: int) -> None:
+    encoder = PromptEncoder(lab.byte_tokenizer(adds_bos), max_length=32)
+    record = Record("own", "1", "Say it.", "x" * length)
+    for encoded in (encoder.example(record), encoder.gold(record)):
+        assert encoded.prompt
+        assert len(encoded.answer) == min(31, len(encoded.answer) + encoded.answer_cut)
+        assert len(encoded.row["input_ids"]) == 32
+
+
+def test_an_empty_prompt_needs_a_bos_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert PromptEncoder(tokenizer).encode_texts("", "yes", end=False).prompt == [tokenizer.bos_token_id]
+    with pytest.raises(DataError, match="the prompt is empty and the tokenizer adds no BOS token"):
+        PromptEncoder(lab.byte_tokenizer(adds_bos=False)).encode_texts("", "yes", end=False)
+
+
 def test_the_chat_template_needs_a_tokenizer_that_has_one(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(DataError, match="no chat template"):
         PromptEncoder(tokenizer, template="chat")

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from smoa_lab.data.prompts import IGNORED, Encoded
-from smoa_lab.scoring.answer_loss import answer_nll, answer_positions, collate, logits_at, mean_answer_loss
+from smoa_lab.scoring.answer_loss import answer_nll, answer_positions, collate, left_padded, logits_at, mean_answer_loss
 from tests.support import tiny_models
 from tests.support.tolerance import assert_close
 
@@ -27,6 +27,12 @@ def test_the_collator_pads_on_the_right_and_masks_what_it_padded(batch: dict[str
     assert batch["input_ids"].tolist() == [[1, 5, 6, 7, 8, 9], [1, 5, 10, 11, 12, 0]]
     assert batch["attention_mask"].tolist() == [[1] * 6, [1] * 5 + [0]]
     assert batch["labels"][1].tolist() == [IGNORED, IGNORED, 10, 11, 12, IGNORED]
+
+
+def test_prompts_that_go_on_are_padded_on_the_left() -> None:
+    batch = left_padded([[1, 5, 6], [7]], pad=0, device=torch.device("cpu"))
+    assert batch["input_ids"].tolist() == [[1, 5, 6], [0, 0, 7]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
 def test_only_the_logits_at_the_answers_are_computed(model: PreTrainedModel, batch: dict[str, Tensor]) -> None:

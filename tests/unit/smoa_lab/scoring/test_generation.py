@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from smoa_lab.data.prompts import PromptEncoder
+from smoa_lab.data.prompts import PromptEncoder, gold_response
 from smoa_lab.data.records import Record, choice_record
 from smoa_lab.scoring.generation import (
     Generated,
@@ -37,6 +37,13 @@ SUM = Record("gsm8k", "3", "How many?", "16 - 4 = <<16-4=12>>12\n#### 12")
 )
 def test_the_label_is_the_first_match_of_the_tasks_own(record: Record, text: str, found: str | None) -> None:
     assert extract_choice(record, text, "label") == found
+
+
+@pytest.mark.parametrize("label", [0, 8, 9, 10, 11])
+def test_labels_of_two_digits_are_found_whole(label: int) -> None:
+    record = choice_record("own", "1", "Which?", [f"choice {i}" for i in range(12)], label)
+    assert extract_choice(record, gold_response(record, "label"), "label") == f"answer{label + 1}"
+    assert extract_choice(record, "answer12 and not answer1", "label") == "answer12"
 
 
 def test_in_the_text_style_the_text_must_be_a_choice() -> None:

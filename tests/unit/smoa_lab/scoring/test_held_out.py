@@ -31,6 +31,14 @@ def test_a_free_answer_is_scored_without_its_end_token(model: PreTrainedModel, e
     assert scores.accuracy_norm is scores.majority is None
 
 
+def test_answers_that_fill_the_length_are_scored_without_a_bos_token(model: PreTrainedModel) -> None:
+    encoder = PromptEncoder(lab.byte_tokenizer(adds_bos=False), max_length=32)
+    long = choice_record("own", "1", "Say it.", ["x" * 40, "yes"], 0)
+    (outcome,) = answer_outcomes(model, encoder, [long])
+    assert outcome.gold_tokens == 31
+    assert len(answer_outcomes(model, encoder, [Record("own", "1", "Say it.", "x" * 40)])) == 1
+
+
 @pytest.mark.parametrize("greedy", [True, False])
 def test_a_free_answer_is_right_where_greedy_decoding_gives_it(greedy: bool) -> None:
     outcome = _outcome(FREE, [AnswerScore((1.0, 2.0, 0.5), greedy)], [4])

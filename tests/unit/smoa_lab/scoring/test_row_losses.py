@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from smoa_lab.data.prompts import IGNORED
 from smoa_lab.scoring import row_losses as module
-from smoa_lab.scoring.row_losses import Losses, row_losses
+from smoa_lab.scoring.row_losses import Losses, batches, row_losses
 from tests.support import tiny_models
 
 ROWS = [
@@ -46,8 +46,8 @@ def test_losses_are_those_of_a_loop_over_rows_and_tokens(
 
 
 def test_rows_of_like_length_share_a_batch_within_the_limit() -> None:
-    assert list(module._batches([3, 20, 4, 6, 2], 12)) == [[1], [3, 2], [0, 4]]
-    assert list(module._batches([], 12)) == []
+    assert list(batches([3, 20, 4, 6, 2], 12)) == [[1], [3, 2], [0, 4]]
+    assert list(batches([], 12)) == []
 
 
 def test_the_models_mode_is_restored_and_no_gradient_is_kept() -> None:
