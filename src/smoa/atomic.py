@@ -3,11 +3,12 @@
 A kill or a full disk leaves the old one or the new one. It is written beside its place, under a hidden name, and
 renamed when it is complete. A folder cannot be renamed over another one, so the old folder `NAME` first becomes
 `.NAME.smoa-old`. A kill between the two renames leaves it there; `recover` puts it back, and every save and load calls
-it first.
+it first. A folder that can't be renamed, such as a mount point, stays; each of its files is replaced whole.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -16,6 +17,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from smoa.errors import ConfigError
+
+IMMOVABLE = (errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM)
+"""Errors of renaming a mount point, a folder of an image's lower layer, or one whose parent is not writable."""
 
 
 @contextmanager
@@ -65,20 +69,29 @@ def new_folder(target: Path, keep_existing: bool = False) -> Iterator[Path]:
 def replaced_folder(target: Path) -> Iterator[Path]:
     """Yield a copy of the folder, or an empty one, that replaces it when the block succeeds; else nothing changes.
 
-    Every file is flushed to the disk before the folder is renamed.
+    Every file is flushed to the disk before the folder is renamed. If the folder can't be renamed, the files that the
+    block wrote replace the old ones, one by one, each whole. A kill may then leave old and new files together.
     """
     target = target.resolve()  # a symlink stays one
     target.parent.mkdir(parents=True, exist_ok=True)
     recover(target)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent, ignore_cleanup_errors=True) as room:
+    locked = target.exists() and not os.access(target.parent, os.W_OK)
+    place = None if locked else target.parent  # None: the system's folder for temporary files
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=place, ignore_cleanup_errors=True) as room:
         temporary = Path(room) / target.name
         if target.exists():
             shutil.copytree(target, temporary, symlinks=True)
         else:
             temporary.mkdir()
+        before = _states(temporary)
         yield temporary
         _flush(temporary)
-        _replace(temporary, target)
+        try:
+            _replace(temporary, target)
+        except OSError as error:
+            if error.errno not in IMMOVABLE or not target.exists():
+                raise
+            _replace_files(temporary, target, before)
 
 
 def recover(folder: str | Path) -> None:
@@ -120,8 +133,34 @@ def _renamed(new: Path, target: Path) -> bool:
     return True
 
 
+def _replace_files(new: Path, target: Path, before: dict[Path, tuple[int, ...]]) -> None:
+    """Replace the files that differ from those before, and remove those that are gone.
+
+    JSON comes last in each folder: a first save that is killed leaves weights without a config, which nobody loads.
+    """
+    now = _states(new)
+    written = (name for name, state in now.items() if before.get(name) != state)
+    for name in sorted(written, key=lambda name: (name.parent, name.suffix == ".json")):
+        with new_file(target / name) as temporary:
+            shutil.copy2(new / name, temporary, follow_symlinks=False)
+            _flush_file(temporary)
+    for name in before.keys() - now.keys():
+        (target / name).unlink(missing_ok=True)
+
+
+def _states(folder: Path) -> dict[Path, tuple[int, ...]]:
+    """The files and links in a folder, each with values that change when it is written."""
+    files = (path for path in folder.rglob("*") if path.is_symlink() or path.is_file())
+    stats = {path.relative_to(folder): path.lstat() for path in files}
+    return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+
+
 def _flush(folder: Path) -> None:
     for path in folder.rglob("*"):
-        if path.is_file() and not path.is_symlink():
-            with path.open("rb+" if os.name == "nt" else "rb") as file:  # a read-only file can be flushed too
-                os.fsync(file.fileno())
+        _flush_file(path)
+
+
+def _flush_file(path: Path) -> None:
+    if path.is_file() and not path.is_symlink():
+        with path.open("rb+" if os.name == "nt" else "rb") as file:  # a read-only file can be flushed too
+            os.fsync(file.fileno())

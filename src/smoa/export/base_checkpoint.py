@@ -28,7 +28,6 @@ AUTO_CLASSES = {
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
-HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model")
 COMPANIONS = ("chat_template*", "generation_config.json", "*processor_config.json", "*.py")
 LEGAL = ("LICENSE*", "NOTICE*", "USE_POLICY*")
@@ -83,9 +82,23 @@ class BaseCheckpoint:
         return raw
 
     def model_config(self) -> Any:
-        """The model's config, with the number of labels of the adapter's classification head, if it has one."""
-        labels = self._num_labels()
-        return self._config(**({} if labels is None else {"num_labels": labels}))
+        """The model's config, with the number of labels of the adapter's head, if it saves one.
+
+        A head has any name. It is a saved tensor whose shape the model has with another number of labels only.
+        """
+        config = self._config()
+        if not getattr(self.peft_config, "modules_to_save", None):
+            return config
+        saved = load_peft_weights(str(self.adapter), device="cpu")
+        for name, own in self._shapes(config).items():
+            head = saved.get(PREFIX + name)
+            if head is None or head.shape == own or head.dim() != len(own):
+                continue
+            labels = config.num_labels + len(head) - own[0]
+            other = self._config(num_labels=labels) if labels > 0 else config
+            if self._shapes(other)[name] == head.shape:
+                return other
+        return config
 
     def own_num_labels(self) -> int:
         """Number of labels of the base itself. If the adapter's head has the same number, their names are kept."""
@@ -100,7 +113,13 @@ class BaseCheckpoint:
 
     def on_meta(self) -> PreTrainedModel:
         """The model without weights, for its modules and the shapes of its parameters."""
-        chosen, config = self._model_class(), self.model_config()
+        return self._on_meta(self.model_config())
+
+    def _shapes(self, config: Any) -> dict[str, torch.Size]:
+        return {name: tensor.shape for name, tensor in self._on_meta(config).state_dict().items()}
+
+    def _on_meta(self, config: Any) -> PreTrainedModel:
+        chosen = self._model_class()
         with torch.device("meta"):
             if hasattr(chosen, "from_config"):
                 model: PreTrainedModel = chosen.from_config(config, trust_remote_code=self.trust_remote_code)
@@ -111,8 +130,13 @@ class BaseCheckpoint:
 
     def load(self) -> PreTrainedModel:
         """The model in memory, in its own dtype, with as many tokens as the adapter's embeddings have, if any."""
+        config = self.model_config()
         model: PreTrainedModel = self._model_class().from_pretrained(
-            self.folder, config=self.model_config(), trust_remote_code=self.trust_remote_code, dtype="auto"
+            self.folder,
+            config=config,
+            trust_remote_code=self.trust_remote_code,
+            dtype="auto",
+            ignore_mismatched_sizes=config.num_labels != self.own_num_labels(),  # the adapter has the head
         )
         saved = load_peft_weights(str(self.adapter), device="cpu")
         for name, module in embeddings_of(model).items():
@@ -128,12 +152,6 @@ class BaseCheckpoint:
         if self.peft_config.task_type is None and noted.get("parent_library", "").startswith("transformers."):
             return getattr(importlib.import_module(noted["parent_library"]), noted["base_model_class"])
         return getattr(transformers, auto_class(self.peft_config))
-
-    def _num_labels(self) -> int | None:
-        if str(self.peft_config.task_type) not in ("SEQ_CLS", "TOKEN_CLS"):
-            return None
-        weights = load_peft_weights(str(self.adapter), device="cpu")
-        return next((len(weight) for key, weight in weights.items() if key.endswith(HEADS)), None)
 
 
 def auto_class(config: PeftConfig) -> str:

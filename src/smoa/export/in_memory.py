@@ -52,9 +52,14 @@ def merge_in_memory(
         How much of the update was lost by rounding to `dtype`.
 
     Raises:
-        MergeError: a merged weight is NaN or infinite, or the method can't merge.
+        MergeError: a merged weight is NaN or infinite, the method can't merge, or the adapter doesn't fit the base.
     """
-    adapted: Any = PeftModel.from_pretrained(model, str(adapter))
+    try:
+        adapted: Any = PeftModel.from_pretrained(model, str(adapter))
+    except RuntimeError as error:  # PyTorch's, for tensors of other shapes
+        raise MergeError(
+            f"{adapter}: can't be loaded into {type(model).__name__} ({error}); give the base model it was trained on"
+        ) from error
     adapted.eval()
     loss = RoundingLoss()
     with warnings.catch_warnings():

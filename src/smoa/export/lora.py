@@ -246,6 +246,7 @@ class UpdateSpectra:
             fan_in_fan_out=self.conv1d,
             task_type=self.config.task_type,
             base_model_name_or_path=self.config.base_model_name_or_path,
+            revision=self.config.revision,
             inference_mode=True,
         )
 

@@ -100,8 +100,8 @@ def merge_and_save(
     Args:
         adapter: Folder of the adapter, of any PEFT method that can merge.
         output: A folder that does not exist yet. It is created when it is complete.
-        base: Base model to use instead of the one recorded in the adapter: a folder, a hub id, or a loaded model, which
-            is changed.
+        base: Base model to use instead of the one recorded in the adapter, whose revision then does not matter: a
+            folder, a hub id, or a loaded model, which is changed.
         dtype: Dtype of the saved weights. "auto" keeps the base's, or uses float32 if the base is quantized.
         max_shard_size: Largest file, in bytes or as text ("5GB").
         tokenizer: Tokenizer to save instead of the adapter's or the base's.
@@ -122,7 +122,8 @@ def merge_and_save(
             name, origin, loss = str(base.name_or_path), None, None
         else:
             name = str(base or config.base_model_name_or_path)
-            origin = base_folder(name, config.revision)
+            recorded = name == config.base_model_name_or_path
+            origin = base_folder(name, config.revision if recorded else None)
             checkpoint = BaseCheckpoint(origin, source, config, trust_remote_code)
             loss = _stream(checkpoint, folder, wanted, max_shard_size)
         streamed = loss is not None

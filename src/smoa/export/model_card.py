@@ -8,7 +8,7 @@ from huggingface_hub import ModelCardData
 from peft import PeftConfig
 
 from smoa.export.streaming import RoundingLoss
-from smoa.files.adapter_card import settings_as_json
+from smoa.files.adapter_card import method_name, settings_as_json
 from smoa.files.named_base import NamedBase
 
 TEXT = """---
@@ -49,7 +49,7 @@ def model_card(
         front_matter=_front_matter(base.hub_id),
         title=title,
         base=base.text,
-        method=_name(config),
+        method=method_name(config),
         layers=len(loss.by_layer),
         auto_class=auto_class,
         dtype=str(loss.dtype).removeprefix("torch."),
@@ -72,10 +72,6 @@ def loss_in_words(loss: RoundingLoss) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.2g} %"
-
-
-def _name(config: PeftConfig) -> str:
-    return str(getattr(config.peft_type, "value", config.peft_type))
 
 
 def _front_matter(base: str | None) -> str:

@@ -22,6 +22,9 @@ LOADERS = {
 }
 """PEFT's class and the Hub's task name for each task type."""
 
+BASE_TAG = "base_model:adapter:"
+"""How the tag of an adapter's base starts."""
+
 NOT_SHOWN = ("base_model_name_or_path", "inference_mode", "revision", "save_id")
 
 TEXT = """---
@@ -82,7 +85,7 @@ def adapter_card(
 
 def _intro(base: str, config: Any) -> str:
     if not isinstance(config, SmoaConfig):
-        return f"A {_method(config)} adapter of `{base}`, for PEFT."
+        return f"A {method_name(config)} adapter of `{base}`, for PEFT."
     by_layer = " in layers for which its config gives no other number" if config.num_blocks_pattern else ""
     return (
         f"A SMoA adapter ([arXiv:2605.21147](https://arxiv.org/abs/2605.21147)) of `{base}`: "
@@ -104,7 +107,8 @@ def _loader(config: PeftConfig) -> tuple[str, str | None]:
     return LOADERS.get(str(getattr(config.task_type, "value", config.task_type)), ("AutoPeftModel", None))
 
 
-def _method(config: PeftConfig) -> str:
+def method_name(config: PeftConfig) -> str:
+    """PEFT's name of the adapter's method, in capitals."""
     return str(getattr(config.peft_type, "value", config.peft_type))
 
 
@@ -123,7 +127,7 @@ def _front_matter(base: str | None, config: PeftConfig) -> str:
     """YAML for the Hub; `base` is an id on it, or None."""
     _, pipeline = _loader(config)
     known: dict[str, Any] = {"base_model": base} if base else {}
-    tags = [_method(config).lower(), *([f"base_model:adapter:{base}"] if base else [])]
+    tags = [method_name(config).lower(), *([BASE_TAG + base] if base else [])]
     return ModelCardData(**known, library_name="peft", pipeline_tag=pipeline, tags=tags).to_yaml()
 
 

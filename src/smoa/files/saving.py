@@ -7,17 +7,19 @@ then replaces it (atomic.py).
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
 from peft.utils import CONFIG_NAME
 
 from smoa.atomic import recover, replaced_folder
 from smoa.config.adapter_config import SmoaConfig
 from smoa.errors import ConfigError
-from smoa.files.adapter_card import adapter_card
+from smoa.files.adapter_card import BASE_TAG, adapter_card
 
 MODEL_CARD = "README.md"
 
@@ -35,6 +37,10 @@ def save_adapter(
     Other files in the folder are kept, except those written during the save. Every file is flushed to the disk before
     the folder is renamed. A kill between the two renames leaves the old adapter beside the folder, under a hidden name;
     the next save or load puts it back.
+
+    A folder that can't be renamed (a mount point, or one whose parent is not writable) gets its new files one by one,
+    the config last, as PEFT writes them. A kill then leaves the old adapter, the new one, or files of both. The next
+    load refuses these if their `save_id` differ.
 
     Args:
         model: A `PeftModel`, or a transformers model with an adapter.
@@ -79,15 +85,24 @@ def _configs(folder: Path) -> dict[Path, tuple[int, int]]:
     return {file: (file.stat().st_ino, file.stat().st_mtime_ns) for file in folder.rglob(CONFIG_NAME)}
 
 
-def _rename_base(file: Path, card: Path, name: str) -> None:
+def _rename_base(file: Path, card_file: Path, name: str) -> None:
     config = json.loads(file.read_text(encoding="utf-8"))
     old, config["base_model_name_or_path"] = config.get("base_model_name_or_path"), name
     file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-    if old and card.is_file():
-        text = card.read_text(encoding="utf-8")
-        for place in sorted({str(old), str(Path(old).expanduser())}, key=len, reverse=True):
-            text = text.replace(place, name)
-        card.write_text(text, encoding="utf-8")
+    if card_file.is_file():
+        card = ModelCard.load(card_file)
+        card.data.base_model = name
+        card.data.tags = [BASE_TAG + name if tag.startswith(BASE_TAG) else tag for tag in card.data.tags or []] or None
+        card.text = _with_base_renamed(card.text, old or "", name)
+        card.save(card_file)
+
+
+def _with_base_renamed(text: str, old: str, name: str) -> str:
+    """The text with the base's new name instead of its path. A name without a slash may be any word, and stays."""
+    if not re.search(r"[/\\]", old):
+        return text
+    places = "|".join(re.escape(place) for place in (old, str(Path(old).expanduser())))
+    return re.sub(rf"(?<![\w./~-])(?:{places})(?!\.?[\w-])", lambda _: name, text)
 
 
 def _write_card(folder: Path, title: str, metrics: Mapping[str, float]) -> None:

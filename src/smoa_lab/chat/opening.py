@@ -20,7 +20,7 @@ from smoa_lab.config.run_config import ModelSection, RunConfig
 from smoa_lab.data.prompts import Template
 from smoa_lab.models.base_models import load_base_model, load_tokenizer
 from smoa_lab.models.packaged_models import PACKAGED_MODELS
-from smoa_lab.runs.open_run import adapter_of_run, base_name, open_run, recorded_base
+from smoa_lab.runs.open_run import adapter_of_run, base_section, open_run, recorded_base
 from smoa_lab.tokens.chat_templates import saved_chat_template, set_chat_template, stop_at_turns_end
 from smoa_lab.training.run_folder import RunFolder
 
@@ -48,10 +48,10 @@ def find(place: str, changes: dict[str, Any], template: Template | None = None) 
         trained = config.task.template if isinstance(config, RunConfig) else "chat"
         return Found(config.model.model_copy(update=changes), adapter, template or trained)
     adapter = _adapter(path)
-    name = place if adapter is None else base_name(adapter, changes.get("name"))
     if adapter is None:
         _check_model(path, place)
-    return Found(ModelSection.model_validate({"name": name, **changes}), adapter, template or "chat")
+    model = ModelSection(name=place) if adapter is None else base_section(adapter, changes.get("name"))
+    return Found(model.model_copy(update=changes), adapter, template or "chat")
 
 
 def _adapter(path: Path) -> Path | None:

@@ -17,10 +17,9 @@ from smoa.maths.analysis import UpdateSpectrum, update_spectrum
 from smoa.maths.blocks import Blocks
 from smoa.maths.budget import rank_bound
 from smoa.maths.spectrum import spectral_scores
-from smoa_lab.config.run_config import ModelSection
 from smoa_lab.models.base_models import load_base_model
 from smoa_lab.runs.layer_updates import adapted_layers, weights_and_updates
-from smoa_lab.runs.open_run import adapter_of_run, base_name
+from smoa_lab.runs.open_run import adapter_of_run, base_section
 
 TOO_FAR = {"relative_update": 0.06, "relative_spectral_norm": 0.2}
 """Figures from which a layer is marked: in docs/studies/retention-pilot and -seeds a layer exceeded one of them in all
@@ -78,7 +77,7 @@ def inspect_layers(adapter: str | Path, base: str | None = None, trust_remote_co
         DataError: the base model cannot be loaded.
     """
     source = adapter_of_run(adapter)
-    model, _ = load_base_model(ModelSection(name=base_name(source, base), trust_remote_code=trust_remote_code))
+    model, _ = load_base_model(base_section(source, base, trust_remote_code))
     adapted: Any = PeftModel.from_pretrained(model, str(source))
     method = adapted.active_peft_config.peft_type.value.lower()
     layers = list(adapted_layers(adapted.base_model.model))

@@ -23,9 +23,15 @@ REDUCED = "reduced"
 
 
 def with_adapter(
-    base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: str, adapter: dict[str, Any]
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    method: str,
+    adapter: dict[str, Any],
+    revision: str | None = None,
 ) -> Any:
     """The model to train: a PeftModel or, for full fine-tuning, the base itself.
+
+    The adapter's config records ``revision``, the base's branch or commit, so that whoever loads it gets the same base.
 
     CorDA keeps what the inputs of the layers are on passages of the task ``prose``, its training part.
 
@@ -38,7 +44,7 @@ def with_adapter(
         return base
     if method == "corda":
         _measure_inputs(base, tokenizer, peft_config)
-    return get_peft_model(base, peft_config)
+    return get_peft_model(base, peft_config, revision=revision)
 
 
 def after_training(model: Any, method: str) -> None:

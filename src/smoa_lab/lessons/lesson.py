@@ -101,8 +101,8 @@ class Lesson(ABC):
     ) -> tuple[Any, Trainer, float]:
         """The trained model, its trainer, and the seconds that training took."""
         set_seed(arguments.seed)  # the adapter's factors are drawn here
-        method = self.config.method
-        model = with_adapter(self.base, self.tokenizer, method, self.config.adapter)
+        method, revision = self.config.method, self.config.model.options.get("revision")
+        model = with_adapter(self.base, self.tokenizer, method, self.config.adapter, revision)
         trainer = self.trainer(
             model, arguments, callbacks=[ProgressReport(), *watching], processing_class=self.tokenizer
         )

@@ -16,11 +16,10 @@ from smoa.atomic import new_folder
 from smoa.errors import ConfigError
 from smoa.export.lora import LoraConversion, RankRule, UpdateSpectra
 from smoa_lab.config.rows_config import load_any_config
-from smoa_lab.config.run_config import ModelSection
 from smoa_lab.lessons.lesson import Lesson
 from smoa_lab.models.base_models import load_base_model
 from smoa_lab.models.packaged_models import described_base
-from smoa_lab.runs.open_run import adapter_of_run, base_name
+from smoa_lab.runs.open_run import adapter_of_run, base_section
 from smoa_lab.scoring.row_losses import Losses
 from smoa_lab.training.run_folder import RunFolder
 from smoa_lab.training.train_run import open_lesson
@@ -60,9 +59,7 @@ class Converter:
         elsewhere = [] if base is None else [f"model.name={json.dumps(base)}"]
         run = load_any_config(config, elsewhere) if score and config.is_file() else None
         self.ready: Lesson | None = None if run is None else open_lesson(run)
-        self.base: Any = (
-            self.ready.base if self.ready else load_base_model(ModelSection(name=base_name(self.source, base)))[0]
-        )
+        self.base: Any = self.ready.base if self.ready else load_base_model(base_section(self.source, base))[0]
         self.base_losses = self._losses(self.base)
         with self._adapted(self.source) as model:
             self.spectra = UpdateSpectra(model)

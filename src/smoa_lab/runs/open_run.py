@@ -12,7 +12,7 @@ import smoa  # noqa: F401  (registers SMoA with PEFT)
 from smoa.atomic import recover
 from smoa.errors import ConfigError
 from smoa_lab.config.rows_config import RowsConfig, load_any_config
-from smoa_lab.config.run_config import RunConfig
+from smoa_lab.config.run_config import ModelSection, RunConfig
 from smoa_lab.training.run_folder import RunFolder
 
 
@@ -62,14 +62,31 @@ def base_name(adapter: Path, base: str | None = None) -> str:
     return name
 
 
+def base_section(adapter: Path, base: str | None = None, trust_remote_code: bool = False) -> ModelSection:
+    """How to load the adapter's base: ``base``, or the recorded one in the recorded revision.
+
+    Raises:
+        ConfigError: the config records none, or is damaged.
+    """
+    name, config = base_name(adapter, base), _config(adapter)
+    recorded = config.revision is not None and name == config.base_model_name_or_path
+    options = {"revision": config.revision} if recorded else {}
+    return ModelSection(name=name, trust_remote_code=trust_remote_code, options=options)
+
+
 def recorded_base(adapter: Path) -> str | None:
     """The base model that the adapter's config records, if any.
 
     Raises:
         ConfigError: the config is damaged.
     """
+    name: str | None = _config(adapter).base_model_name_or_path
+    return name
+
+
+def _config(adapter: Path) -> PeftConfig:
     try:
-        name: str | None = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+        config: PeftConfig = PeftConfig.from_pretrained(str(adapter))
     except json.JSONDecodeError as error:
         raise ConfigError(f"{adapter / CONFIG_NAME}: is not whole JSON ({error}); save or fetch it again") from error
-    return name
+    return config

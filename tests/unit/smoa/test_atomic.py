@@ -129,6 +129,80 @@ def test_a_rename_that_fails_halfway_is_taken_back(tmp_path: Path, monkeypatch: 
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
+def immovable(folder: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let renames of the folder fail with this error."""
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if self == folder:
+            raise OSError(number, os.strerror(number))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+
+
+@pytest.mark.parametrize("number", [errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM])
+def test_in_a_folder_that_cannot_be_renamed_the_files_are_replaced(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "folder"
+    fill(folder, "old")
+    for name in ("kept", "removed"):
+        (folder / name).write_text(name)
+    kept, held = (folder / "kept").stat(), folder.stat().st_ino
+    immovable(folder, number, monkeypatch)
+    with replaced_folder(folder) as temporary:
+        assert (temporary / "a").read_text() == "old"
+        (temporary / "a").write_text("new")
+        (temporary / "removed").unlink()
+        (temporary / "inner").mkdir()
+        (temporary / "inner" / "c").write_text("new")
+        (folder / "theirs").write_text("written meanwhile")
+    found = {str(file.relative_to(folder)): file.read_text() for file in folder.rglob("*") if file.is_file()}
+    assert found == {"a": "new", "b": "old", "kept": "kept", "inner/c": "new", "theirs": "written meanwhile"}
+    assert folder.stat().st_ino == held
+    assert (folder / "kept").stat() == kept
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_another_error_of_a_rename_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path / "folder", "old")
+    immovable(tmp_path / "folder", errno.EIO, monkeypatch)
+    with pytest.raises(OSError, match="Input/output error"):
+        fill(tmp_path / "folder", "new")
+    assert texts(tmp_path / "folder") == {"old"}
+
+
+def test_a_folder_whose_parent_is_not_writable_is_replaced_from_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "folder"
+    fill(folder, "old")
+    immovable(folder, errno.EACCES, monkeypatch)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with replaced_folder(folder) as temporary:
+        assert tmp_path not in temporary.parents
+        (temporary / "a").write_text("new")
+    assert texts(folder) == {"old", "new"}
+
+
+def test_json_is_replaced_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, replace, order = tmp_path / "folder", Path.replace, []
+    folder.mkdir()
+    immovable(folder, errno.EBUSY, monkeypatch)
+
+    def noted(self: Path, target: Path) -> Path:
+        order.append(str(target.relative_to(folder)))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", noted)
+    with replaced_folder(folder) as temporary:
+        (temporary / "inner").mkdir()
+        for name in ("config.json", "weights", "inner/config.json", "inner/weights"):
+            (temporary / name).touch()
+    assert order == ["weights", "config.json", "inner/weights", "inner/config.json"]
+
+
 def test_a_load_between_the_two_renames_does_not_stop_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, rename, loads = tmp_path / "folder", Path.rename, []
     fill(folder, "old")

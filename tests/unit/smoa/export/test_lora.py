@@ -85,6 +85,10 @@ def test_a_lora_of_full_rank_does_what_the_adapter_does(family: str, tmp_path: P
     assert_close(logits(lora, family), logits(model, family))
 
 
+def test_a_lora_records_the_revision_of_its_base() -> None:
+    assert convert_to_lora(adapted(revision="v2"), rank=1).config.revision == "v2"
+
+
 @pytest.mark.parametrize("rule", [{"rank": 3}, {"energy": 0.7}, {"error": 0.4}])
 @pytest.mark.parametrize("uniform_rank", [False, True])
 def test_the_errors_that_are_reported_are_those_of_the_loaded_lora(

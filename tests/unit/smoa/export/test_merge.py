@@ -12,12 +12,16 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BartConfig,
+    BartForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     BertModel,
     BitsAndBytesConfig,
     GPT2Model,
     PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 from smoa import AdapterFileError, ConfigError, MergeError, SmoaConfig
@@ -198,6 +202,67 @@ def test_the_head_decides_how_many_labels_the_merged_model_has(
     merged = merged_model(output, AutoModelForSequenceClassification)
     assert merged.config.num_labels == labels
     assert_close(logits(merged, "bert"), logits(adapted, "bert"))
+
+
+SMALL = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 4}
+
+
+def vit(labels: int) -> PreTrainedModel:
+    return ViTForImageClassification(ViTConfig(**SMALL, image_size=8, patch_size=4, num_labels=labels))
+
+
+def bart(labels: int) -> PreTrainedModel:
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 40, "decoder_ffn_dim": 40}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    return BartForSequenceClassification(BartConfig(vocab_size=64, num_labels=labels, **sizes, **heads))
+
+
+@pytest.mark.parametrize("config", [SmoaConfig, LoraConfig])
+@pytest.mark.parametrize(
+    ("build", "head", "task"), [(vit, "classifier", None), (bart, "classification_head", "SEQ_CLS")]
+)
+def test_a_head_of_any_name_and_task_with_other_labels_is_merged(
+    config: Any, build: Any, head: str, task: str | None, base: Path, adapter: Path, output: Path
+) -> None:
+    build(3).save_pretrained(base)
+    model = build(3).from_pretrained(base, num_labels=5, ignore_mismatched_sizes=True)
+    options = {"r": 4, "target_modules": ["q_proj", "query"], "modules_to_save": [head], "task_type": task}
+    adapted: Any = get_peft_model(model, config(**options))
+    adapted.save_pretrained(adapter)
+    merge_and_save(adapter, output)
+    merged: Any = type(model).from_pretrained(output).eval()
+    assert merged.config.num_labels == len(merged.config.id2label) == 5
+    given = {"pixel_values": torch.ones(2, 3, 8, 8)} if build is vit else {"input_ids": torch.tensor([[5, 6, 2]])}
+    with torch.no_grad():
+        assert_close(merged(**given).logits, adapted.eval()(**given).logits)
+
+
+def test_an_adapter_that_does_not_fit_in_memory_is_one_error(base: Path, adapter: Path, output: Path) -> None:
+    vit(3).save_pretrained(base)
+    config = LoraConfig(target_modules=["q_proj", "query"])
+    get_peft_model(ViTForImageClassification.from_pretrained(base), config).save_pretrained(adapter)
+    other = ViTConfig(**SMALL | {"hidden_size": 16}, image_size=8, patch_size=4)
+    ViTForImageClassification(other).save_pretrained(base)
+    with pytest.raises(
+        MergeError, match=r"(?s)adapter: can't be loaded into ViTForImageClassification \(.*size mismatch"
+    ):
+        merge_and_save(adapter, output, base=base)
+
+
+def test_the_recorded_revision_is_that_of_the_recorded_base_only(
+    base: Path, adapter: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(base, adapter, revision="v2")
+    asked: list[tuple[str, str | None]] = []
+
+    def folder(name: str, revision: str | None) -> Path:
+        asked.append((name, revision))
+        return base
+
+    monkeypatch.setattr(export_module, "base_folder", folder)
+    for number, given in enumerate((None, base, "org/other")):
+        merge_and_save(adapter, output.with_name(f"merged-{number}"), base=given)
+    assert asked == [(str(base), "v2"), (str(base), "v2"), ("org/other", None)]
 
 
 def test_shards_are_read_and_written(base: Path, adapter: Path, output: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -148,6 +149,28 @@ def test_a_kill_in_pefts_own_save_leaves_an_adapter_or_a_pair_that_is_refused(
     assert torch.equal(loaded(folder), delta(new))
 
 
+def test_a_kill_while_a_mount_point_is_filled_leaves_an_adapter_or_a_pair_that_is_refused(
+    tmp_path: Path, old: PeftModel, new: PeftModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, rename = tmp_path / "room" / "adapter", Path.rename
+
+    def busy(self: Path, target: Path) -> Path:
+        if self == folder:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", busy)
+    found = []
+    for _ in kills(lambda: save_adapter(new, folder), folder, old):
+        try:
+            found.append("old" if torch.equal(loaded(folder), delta(old)) else "new")
+        except AdapterFileError as error:
+            found.append("mixed" if "save_id" in str(error) else str(error))
+    assert set(found) == {"old", "mixed", "new"}
+    assert found == sorted(found, key=["old", "mixed", "new"].index)
+    assert torch.equal(loaded(folder), delta(new))
+
+
 @pytest.mark.parametrize("limit", [100, 1500])
 def test_a_disk_that_fills_up_is_told_and_leaves_the_old_adapter_alone(
     tmp_path: Path, old: PeftModel, new: PeftModel, limit: int
@@ -276,6 +299,37 @@ def test_an_adapter_for_others_names_its_base_as_it_is_told_to(tmp_path: Path, t
     for file in (tmp_path / "adapter").iterdir():
         assert str(tmp_path).encode() not in file.read_bytes(), file.name
     assert SmoaConfig.from_pretrained(tmp_path / "adapter").base_model_name_or_path == "lab/llama"
+
+
+def test_a_base_in_a_folder_with_the_name_of_a_word_is_renamed_only_where_it_is_named(
+    tmp_path: Path, tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_llama.save_pretrained("model")
+    loaded_base = type(tiny_llama).from_pretrained("model")
+    save_adapter(
+        get_peft_model(loaded_base, SmoaConfig(target_modules=["q_proj"])), "adapter", base_model_name="org/tiny"
+    )
+    card = ModelCard.load("adapter/README.md")
+    assert card.data.base_model == "org/tiny"
+    assert "base_model:adapter:org/tiny" in card.data.tags
+    assert "Provide a longer summary of what this model is." in card.text
+    assert "org/tiny" not in card.text
+
+
+def test_the_path_of_a_base_is_replaced_in_a_card_and_longer_paths_stay(
+    tmp_path: Path, tiny_llama: PreTrainedModel
+) -> None:
+    place = str(tmp_path / "base")
+    tiny_llama.save_pretrained(place)
+    model = get_peft_model(type(tiny_llama).from_pretrained(place), SmoaConfig(target_modules=["q_proj"]))
+    save_adapter(model, tmp_path / "adapter")
+    card = ModelCard.load(tmp_path / "adapter" / "README.md")
+    card.text += f"\nFrom {place}. Not {place}-v2, {place}.old or /mnt{place}."
+    card.save(tmp_path / "adapter" / "README.md")
+    save_adapter(model, tmp_path / "adapter", base_model_name="org/tiny")
+    text = (tmp_path / "adapter" / "README.md").read_text()
+    assert f"From org/tiny. Not {place}-v2, {place}.old or /mnt{place}." in text
 
 
 def test_a_token_given_for_loading_is_not_saved(tmp_path: Path, old: PeftModel) -> None:

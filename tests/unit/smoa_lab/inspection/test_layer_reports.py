@@ -9,8 +9,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from smoa import SmoaConfig
+from smoa_lab.config.run_config import ModelSection
 from smoa_lab.inspection import layer_reports
 from smoa_lab.inspection.layer_reports import LayerReport, _rank_bound, inspect_layers
+from smoa_lab.models.base_models import load_base_model
 from smoa_lab.runs.layer_updates import weights_and_updates
 from tests.support import lab, tiny_models
 from tests.support.layers import Wrapper
@@ -82,6 +84,20 @@ def test_spectral_norms_and_stable_ranks_are_the_updates_own_and_far_layers_are_
         assert layer.to_dict()["moved_too_far"] is any(far)
         assert [layer.told(figure).startswith("! ") for figure in limits] == far
     assert {layer.moved_too_far for layer in layers} == {True, False}
+
+
+def test_the_base_is_loaded_in_the_revision_that_the_adapter_records(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[ModelSection] = []
+
+    def load(wanted: ModelSection) -> object:
+        asked.append(wanted)
+        return load_base_model(wanted)
+
+    monkeypatch.setattr(layer_reports, "load_base_model", load)
+    smoa(base, revision="v2")
+    assert asked == [ModelSection(name=str(base), options={"revision": "v2"})]
 
 
 def test_every_expert_is_reported_by_itself(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -51,6 +51,12 @@ def test_corda_splits_the_least_used_directions_off_and_changes_no_output(base: 
 def test_corda_without_named_layers_is_refused(base: Any) -> None:
     with pytest.raises(ConfigError, match=r"adapter\.target_modules: is missing; corda measures"):
         with_adapter(base, lab.byte_tokenizer(), "corda", {"r": 2})
+
+
+def test_the_adapter_records_the_revision_of_its_base(base: Any, tmp_path: Path) -> None:
+    model = with_adapter(base, lab.byte_tokenizer(), "smoa", {"r": 2, "target_modules": TARGETS}, revision="v2")
+    model.save_pretrained(tmp_path / "adapter")
+    assert PeftConfig.from_pretrained(tmp_path / "adapter").revision == "v2"
 
 
 def updates(model: PeftModel) -> list[Tensor]:

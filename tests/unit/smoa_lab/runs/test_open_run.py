@@ -6,7 +6,8 @@ import pytest
 from peft import LoraConfig
 
 from smoa.errors import ConfigError
-from smoa_lab.runs.open_run import adapter_of_run, base_name, open_run, recorded_base
+from smoa_lab.config.run_config import ModelSection
+from smoa_lab.runs.open_run import adapter_of_run, base_name, base_section, open_run, recorded_base
 from smoa_lab.training.run_folder import RunFolder
 
 
@@ -14,7 +15,7 @@ from smoa_lab.training.run_folder import RunFolder
 def adapter(tmp_path: Path) -> Path:
     """The config of an adapter, in a run's folder."""
     folder = RunFolder(tmp_path / "run").adapter
-    LoraConfig(base_model_name_or_path="its/base").save_pretrained(folder)
+    LoraConfig(base_model_name_or_path="its/base", revision="v2").save_pretrained(folder)
     return folder
 
 
@@ -40,6 +41,12 @@ def test_an_adapter_whose_save_was_killed_between_its_renames_is_put_back(adapte
 def test_the_base_is_the_one_given_or_the_one_recorded(adapter: Path) -> None:
     assert base_name(adapter) == "its/base"
     assert base_name(adapter, "another/base") == "another/base"
+
+
+def test_the_recorded_base_is_loaded_in_the_recorded_revision_and_another_is_not(adapter: Path) -> None:
+    recorded = ModelSection(name="its/base", options={"revision": "v2"})
+    assert base_section(adapter) == base_section(adapter, "its/base") == recorded
+    assert base_section(adapter, "another/base", True) == ModelSection(name="another/base", trust_remote_code=True)
 
 
 def test_a_half_written_config_of_an_adapter_is_one_error(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ import pytest
 from huggingface_hub import ModelCard
 
 from smoa.errors import ConfigError
-from smoa_lab.config.run_config import RunConfig, check_config
+from smoa_lab.config.run_config import ModelSection, RunConfig, check_config
 from smoa_lab.lessons.questions import Questions
 from smoa_lab.runs.evaluate_run import evaluate_run
-from smoa_lab.runs.open_run import open_run
+from smoa_lab.runs.open_run import base_section, open_run
 from smoa_lab.training import train_run
 from smoa_lab.training.run_folder import RunFolder
 from tests.support import lab
@@ -41,6 +41,12 @@ def test_without_held_out_questions_a_run_is_trained_and_not_scored(untested: Ru
     assert metrics["evaluation"] == {}
     assert metrics["training"]["steps"] == 2
     assert (RunFolder(untested.folder).adapter / "adapter_model.safetensors").is_file()
+
+
+def test_the_adapter_records_the_revision_that_it_was_trained_on(untested: RunConfig) -> None:
+    model = untested.model.model_copy(update={"options": {"revision": "v2"}})
+    train_run.train(untested.model_copy(update={"model": model}))
+    assert base_section(RunFolder(untested.folder).adapter) == ModelSection(name=model.name, options={"revision": "v2"})
 
 
 def test_without_a_baseline_the_untouched_model_is_not_scored(values: dict[str, Any]) -> None:
