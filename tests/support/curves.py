@@ -7,7 +7,7 @@ import numpy as np
 from smoa_lab.study.report.sequence.curves import Curve, Losses
 
 QUESTIONS = 150
-RATES = [1e-3, 1e-2, 1e-1]
+RATES = [1e-3, 1e-2, 1e-1, 1.0]
 
 
 def made(entry: str, second: list[float], first: list[float], seeds: int = 3, noise: float = 0.01) -> Curve:

@@ -63,9 +63,11 @@ def crossing(losses: Sequence[float] | NDArray[np.float64], level: float) -> Pla
     return None
 
 
-def at_equal_learning(own: Curve, reference: Curve) -> EqualLearning:
-    """What an entry, or the reference itself, and the reference kept where they learned as much."""
-    level = max(float(one.learned.mean().min()) for one in (own, reference))
+def at_equal_learning(own: Curve, reference: Curve, at: int | None = None) -> EqualLearning:
+    """What an entry, or the reference itself, and the reference kept where they learned as much: as the reference at
+    its best rate, or at the one with the index ``at``, unless the entry at its best learned less."""
+    at = reference.best if at is None else at
+    level = max(float(own.learned.mean()[own.best]), float(reference.learned.mean()[at]))
     readings = [_reading(one, level) for one in (own, reference)]
     found = EqualLearning(own.entry, reference.entry, level, *readings)
     both = None if own is reference else paired(own, reference)
@@ -74,9 +76,16 @@ def at_equal_learning(own: Curve, reference: Curve) -> EqualLearning:
     places = [_place(one.learned.mean(), level) for one in (own, reference)]
     by_seed = _at(both[0], places[0]) - _at(both[1], places[1])
     random = np.random.default_rng(0)
-    gaps = _resampled_gaps(both, (own.best, reference.best), random)
+    gaps = _resampled_gaps(both, (own.best, at), random)
     samples = gaps + random.choice(seed_errors(by_seed, random), len(gaps), replace=False)
     return replace(found, difference=difference(float(by_seed.mean()), samples, -1, len(both[0].seeds)))
+
+
+def at_lower_levels(own: Curve, reference: Curve) -> list[EqualLearning]:
+    """The same at each rate of the reference below its best, as far as it learned less there."""
+    losses = reference.learned.mean()
+    rates = [] if own is reference else range(reference.best)
+    return [at_equal_learning(own, reference, at) for at in rates if losses[at] > losses[reference.best]]
 
 
 def least_gaps(curves: Sequence[Curve]) -> dict[str, float]:
@@ -108,14 +117,15 @@ def _reading(of: Curve, level: float) -> Reading:
 
 
 def _resampled_gaps(
-    curves: tuple[Curve, Curve], best: tuple[int, int], random: np.random.Generator
+    curves: tuple[Curve, Curve], ats: tuple[int, int], random: np.random.Generator
 ) -> NDArray[np.float64]:
-    """The loss on what is to be kept minus the reference's, (RESAMPLES,); ``best`` are the places of the best rates."""
+    """The loss on what is to be kept minus the reference's, (RESAMPLES,), at the level of the higher of their losses at
+    the rates with the indices ``ats``."""
     of_kept, of_learned = (_counts(task.tokens, random) for task in (curves[0].kept, curves[0].learned))
     kept, learned = zip(
         *((one.kept.resampled(of_kept), one.learned.resampled(of_learned)) for one in curves), strict=True
     )
-    levels = np.maximum(*(losses[:, place] for losses, place in zip(learned, best, strict=True)))
+    levels = np.maximum(*(losses[:, place] for losses, place in zip(learned, ats, strict=True)))
     own, other = (_at_levels(levels, *losses) for losses in zip(learned, kept, strict=True))
     return own - other
 

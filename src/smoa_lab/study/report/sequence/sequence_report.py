@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from itertools import chain
 from typing import Any
 
 from smoa.atomic import write_whole
@@ -17,7 +18,7 @@ from smoa_lab.study.report.results.rows import missing_sentence
 from smoa_lab.study.report.results.statistics import spearman
 from smoa_lab.study.report.sequence.compared import Compared, with_holm
 from smoa_lab.study.report.sequence.curves import EXPLANATIONS, Curve, curves, final_runs, run_rows
-from smoa_lab.study.report.sequence.equal_learning import at_equal_learning, least_gaps
+from smoa_lab.study.report.sequence.equal_learning import at_equal_learning, at_lower_levels, least_gaps
 from smoa_lab.study.report.sequence.next_rate import at_next_rate
 from smoa_lab.study.report.sequence.sequence_page import sequence_chart, sequence_page
 from smoa_lab.study.report.sequence.sequence_tables import (
@@ -48,6 +49,7 @@ def sequence_report(study: Study) -> dict[str, Any]:
         {
             "before": None if untouched is None else _before(untouched),
             **_comparisons(study, of_first),
+            "lower_levels": _rows(chain(*(at_lower_levels(*pair) for pair in _with_references(study, of_first)))),
             "least_gaps": least_gaps(of_first),
             "kept_elsewhere": _comparisons(study, curves(runs, "elsewhere")),
             "correlations": _correlations(rows),

@@ -32,6 +32,10 @@ EQUAL = (
     "the table. Least gap: how far the loss kept is above the lowest of all entries, at the level where that is least, "
     "of all levels that half of the entries reach."
 )
+LOWER = (
+    "The same at each lower rate of the reference, where it learned less and forgot less: the level is its second-task "
+    "loss there. Where its losses lie close together while it forgets ever more, this tells more than its best rate."
+)
 EQUAL_ELSEWHERE = "The same of the loss on the text elsewhere."
 NEXT = (
     "Best is the rate of an entry's lowest second-task loss, next the one after it in the sweep. The losses are those "
@@ -55,7 +59,8 @@ def table_sections(summary: dict[str, Any]) -> list[TableSection]:
     away = summary["kept_elsewhere"]
     found = [
         TableSection("First task at equal learning of the second", EQUAL, EQUAL_HEADER, equal_lines(summary)),
-        TableSection("Text elsewhere at equal learning", EQUAL_ELSEWHERE, EQUAL_HEADER[:-1], _equal_lines(away)),
+        TableSection("First task at less learning", LOWER, EQUAL_HEADER[:-1], _lines(summary["lower_levels"])),
+        TableSection("Text elsewhere at equal learning", EQUAL_ELSEWHERE, EQUAL_HEADER[:-1], _lines(away["equal"])),
         TableSection("First task, one rate too high", NEXT, NEXT_HEADER, _next_lines(summary)),
         TableSection("Text elsewhere, one rate too high", EQUAL_ELSEWHERE, NEXT_HEADER, _next_lines(away)),
         TableSection("Explanations", EXPLAINED, EXPLAINED_HEADER, explained_lines(summary)),
@@ -67,11 +72,11 @@ def equal_lines(summary: dict[str, Any]) -> list[list[str]]:
     """The rows under ``EQUAL_HEADER``."""
     gaps = (summary["least_gaps"].get(one["entry"]) for one in summary["equal"])
     told = ("–" if gap is None else f"{gap:.3f}" for gap in gaps)
-    return [[*line, gap] for line, gap in zip(_equal_lines(summary), told, strict=True)]
+    return [[*line, gap] for line, gap in zip(_lines(summary["equal"]), told, strict=True)]
 
 
-def _equal_lines(comparisons: dict[str, Any]) -> list[list[str]]:
-    return [_equal_line(one) for one in comparisons["equal"]]
+def _lines(equal: list[dict[str, Any]]) -> list[list[str]]:
+    return [_equal_line(one) for one in equal]
 
 
 def _next_lines(comparisons: dict[str, Any]) -> list[list[str]]:

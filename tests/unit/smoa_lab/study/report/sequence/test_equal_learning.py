@@ -9,6 +9,7 @@ from smoa_lab.study.report.sequence.equal_learning import (
     EqualLearning,
     Reading,
     at_equal_learning,
+    at_lower_levels,
     crossing,
     least_gaps,
 )
@@ -48,6 +49,16 @@ def test_an_entry_that_learns_less_is_compared_where_the_reference_has_learned_a
     assert found.other.kept_loss == pytest.approx(3.55, abs=0.03)
     assert found.difference is not None
     assert found.difference.mean == pytest.approx(-0.05, abs=0.03)
+
+
+def test_entries_are_compared_at_each_lower_rate_of_the_reference_too() -> None:
+    ours = made("ours", [2.2, 1.8, 1.4], [3.0, 3.2, 3.6], noise=0.0)
+    reference = made("lora", [2.0, 1.7, 1.5, 1.6], [3.1, 3.6, 4.0, 9.0], noise=0.0)
+    found = at_lower_levels(ours, reference)
+    assert [round(one.level, 2) for one in found] == [2.0, 1.7]
+    assert [one.other.kept_loss for one in found] == pytest.approx([3.1, 3.6], abs=0.02)
+    assert [one.own.kept_loss for one in found] == pytest.approx([3.1, 3.3], abs=0.02)
+    assert at_lower_levels(reference, reference) == []
 
 
 def test_the_reference_is_read_at_its_own_best_rate() -> None:

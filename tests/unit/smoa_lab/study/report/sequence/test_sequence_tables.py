@@ -42,7 +42,13 @@ def test_a_rate_too_high_is_told_where_one_was_run() -> None:
     nothing = {"forgot": None, "forgot_elsewhere": None}
     names = ("relative_norm", "relative_spectral_norm", "stable_rank", "intruders")
     empty: dict[str, Any] = {"equal": [], "next_rate": []}
-    summary = {**empty, "least_gaps": {}, "kept_elsewhere": empty, "correlations": dict.fromkeys(names, nothing)}
+    summary = {
+        **empty,
+        "lower_levels": [],
+        "least_gaps": {},
+        "kept_elsewhere": empty,
+        "correlations": dict.fromkeys(names, nothing),
+    }
     assert [section.title for section in table_sections(summary)] == ["Explanations"]
     next_rate = {"best": 1e-3, "rate": 0.003, "learned_loss": 1.7, "kept_loss": 4.5, "cost": 0.75}
     summary["next_rate"] = [{"entry": "ours", "reference": "lora", **next_rate, "difference": EQUAL["difference"]}]
