@@ -147,14 +147,18 @@ class BaseCheckpoint:
         return model
 
     def _model_class(self) -> Any:
-        """The class of the task type, or the class that PEFT stores for an adapter without one."""
-        noted: dict[str, str] = self.peft_config.auto_mapping or {}
-        if self.peft_config.task_type is None and noted.get("parent_library", "").startswith("transformers."):
-            return getattr(importlib.import_module(noted["parent_library"]), noted["base_model_class"])
-        return getattr(transformers, auto_class(self.peft_config))
+        return getattr(importlib.import_module(_library(self.peft_config)), class_name(self.peft_config))
 
 
-def auto_class(config: PeftConfig) -> str:
-    """Name of the Auto class for the adapter's task."""
+def class_name(config: PeftConfig) -> str:
+    """Name of transformers' class for the adapter's task or, without one, of the class that PEFT noted."""
+    if config.auto_mapping and _library(config) != transformers.__name__:
+        return str(config.auto_mapping["base_model_class"])
     task = getattr(config.task_type, "value", config.task_type)
     return AUTO_CLASSES.get(str(task), "AutoModel")
+
+
+def _library(config: PeftConfig) -> str:
+    """The module that has the class."""
+    noted: str = (config.auto_mapping or {}).get("parent_library", "")
+    return noted if config.task_type is None and noted.startswith("transformers.") else transformers.__name__

@@ -26,8 +26,8 @@ from smoa.export.base_checkpoint import (
     TOKENIZER,
     BaseCheckpoint,
     adapter_config,
-    auto_class,
     base_folder,
+    class_name,
 )
 from smoa.export.in_memory import merge_in_memory, with_plain_weights
 from smoa.export.model_card import loss_in_words, model_card
@@ -135,7 +135,7 @@ def merge_and_save(
             loss = merge_in_memory(with_plain_weights(model), source, folder, wanted, max_shard_size)
         _copy_other_files(source, origin, folder, tokenizer)
         named = base_name or named_base(name)
-        card = model_card(target.name, named, auto_class(config), config, loss, notes)
+        card = model_card(target.name, named, class_name(config), config, loss, notes)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return Export(target, name, loss, streamed, notes)
 

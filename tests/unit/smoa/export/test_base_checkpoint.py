@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM, LlamaModel
 
 from smoa import ConfigError, MergeError, SmoaConfig
 from smoa.export import base_checkpoint
-from smoa.export.base_checkpoint import BaseCheckpoint, adapter_config, auto_class, base_folder
+from smoa.export.base_checkpoint import BaseCheckpoint, adapter_config, base_folder, class_name
 from smoa.files.checkpoint import embeddings_of
 from tests.support import tiny_models
 
@@ -83,7 +83,7 @@ def test_an_adapter_without_a_task_is_of_the_class_that_peft_noted(tmp_path: Pat
 def test_an_adapter_that_notes_nothing_is_of_the_bare_model(tmp_path: Path) -> None:
     base = checkpoint(tmp_path)
     base.peft_config.auto_mapping = None
-    assert auto_class(base.peft_config) == "AutoModel"
+    assert class_name(base.peft_config) == "AutoModel"
     assert type(base.on_meta()) is LlamaModel
 
 

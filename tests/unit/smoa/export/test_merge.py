@@ -235,6 +235,8 @@ def test_a_head_of_any_name_and_task_with_other_labels_is_merged(
     given = {"pixel_values": torch.ones(2, 3, 8, 8)} if build is vit else {"input_ids": torch.tensor([[5, 6, 2]])}
     with torch.no_grad():
         assert_close(merged(**given).logits, adapted.eval()(**given).logits)
+    shown = "ViTForImageClassification" if build is vit else "AutoModelForSequenceClassification"
+    assert f"model = {shown}.from_pretrained" in (output / "README.md").read_text()
 
 
 def test_an_adapter_that_does_not_fit_in_memory_is_one_error(base: Path, adapter: Path, output: Path) -> None:
