@@ -37,7 +37,8 @@ def frontier(runs: Sequence[Mapping[str, Any]], titles: tuple[str, str], before:
     means = _means(known)
     frame = _frame([point["kept"] for point in means], before)
     across = alt.Scale(reverse=True, zero=False, padding=8)
-    x = alt.X("learned:Q", title=f"{titles[0]}; right is learned more", scale=across)
+    axis = alt.Axis(labelFlush=False)  # the first and the last number would be drawn into their neighbors
+    x = alt.X("learned:Q", title=f"{titles[0]}; right is learned more", scale=across, axis=axis)
     y = alt.Y("kept:Q", title=f"{titles[1]}; down is kept more", scale=alt.Scale(domain=frame, nice=False))
     told = tooltip(entry="", learning_rate="~g", seed="", learned=".4f", kept=".4f")
     line = alt.Chart(values(means)).encode(x=x, y=y, color=colors(methods), strokeDash=dashes(methods))
