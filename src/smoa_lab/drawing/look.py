@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import altair as alt
 
@@ -37,9 +38,15 @@ PAPER = "white"
 DASHES = ([1, 0], [6, 3], [2, 2], [8, 2, 2, 2])
 """The lines of the entries of one method, in their order."""
 
+SHAPES = ("circle", "square", "triangle-up", "diamond")
+"""Their points."""
+
 WIDTH = 620
 PANEL = 144
 """Pixels of a chart, and of a panel of several."""
+
+
+Mark = TypeVar("Mark")
 
 
 def color_of(method: str) -> str:
@@ -49,12 +56,16 @@ def color_of(method: str) -> str:
 
 def dash_of(methods: Mapping[str, str]) -> dict[str, list[int]]:
     """The line of each entry, given its method: entries of one method differ."""
-    seen: dict[str, int] = {}
-    dashes = {}
+    return _in_turn(methods, DASHES)
+
+
+def _in_turn(methods: Mapping[str, str], marks: Sequence[Mark]) -> dict[str, Mark]:
+    seen: Counter[str] = Counter()
+    found = {}
     for entry, method in methods.items():
-        seen[method] = seen.get(method, -1) + 1
-        dashes[entry] = DASHES[seen[method] % len(DASHES)]
-    return dashes
+        found[entry] = marks[seen[method] % len(marks)]
+        seen[method] += 1
+    return found
 
 
 def colors(methods: Mapping[str, str], field: str = "entry", legend: bool = False) -> alt.Color:
@@ -68,6 +79,12 @@ def dashes(methods: Mapping[str, str], field: str = "entry", legend: bool = Fals
     lines = dash_of(methods)
     scale = alt.Scale(domain=list(lines), range=list(lines.values()))
     return alt.StrokeDash(f"{field}:N", scale=scale, legend=_legend() if legend else None)
+
+
+def shapes(methods: Mapping[str, str]) -> alt.Shape:
+    """The encoding of entries by the shape of their points, to go with :func:`colors`."""
+    marks = _in_turn(methods, SHAPES)
+    return alt.Shape("entry:N", scale=alt.Scale(domain=list(marks), range=list(marks.values())), legend=None)
 
 
 def _legend() -> alt.Legend:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from smoa_lab.config.methods import METHODS
-from smoa_lab.drawing.look import DASHES, INK, MUTED, PALETTE, color_of, colors, dash_of, specification, values
+from smoa_lab.drawing.look import DASHES, INK, MUTED, PALETTE, color_of, colors, dash_of, shapes, specification, values
 
 # Machado, Oliveira and Fernandes (2009), severity 1, on linear RGB.
 SIGHT = {
@@ -69,6 +69,7 @@ def test_every_color_stands_out_from_light_and_dark_paper(paper: str) -> None:
 def test_entries_of_one_method_share_its_color_and_differ_in_their_lines() -> None:
     methods = {"smoa-k8": "smoa", "lora": "lora", "smoa-k4": "smoa"}
     assert dash_of(methods) == {"smoa-k8": DASHES[0], "lora": DASHES[0], "smoa-k4": DASHES[1]}
+    assert shapes(methods).to_dict()["scale"]["range"] == ["circle", "circle", "square"]
     scale = colors(methods).to_dict()["scale"]
     assert dict(zip(scale["domain"], scale["range"], strict=True)) == {
         "smoa-k8": PALETTE["smoa"],

@@ -10,7 +10,7 @@ from typing import Any
 
 import altair as alt
 
-from smoa_lab.drawing.look import INK, MUTED, WIDTH, colors, dashes, tooltip, values
+from smoa_lab.drawing.look import INK, MUTED, WIDTH, colors, dashes, shapes, tooltip, values
 
 CAPTION = (
     "Right is learned more, down is kept more. Every point is a run, a ring the mean over seeds; a line joins the "
@@ -47,7 +47,7 @@ def frontier(runs: Sequence[Mapping[str, Any]], titles: tuple[str, str], before:
     layers = [
         line.mark_line(clip=True).encode(order="learning_rate:Q"),
         line.mark_point(size=120, opacity=1, clip=True),
-        point.mark_circle(size=40, opacity=0.9, clip=True),
+        point.mark_point(size=40, opacity=0.9, clip=True, filled=True).encode(shape=shapes(methods)),
         labels.mark_rule(strokeWidth=0.7).encode(x2=alt.value(ROOM + 8), y2="height:Q"),
         labels.mark_text(align="left").encode(
             x=alt.value(ROOM + 12), y="height:Q", text="entry:N", color=alt.value(INK)
