@@ -21,7 +21,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
   margin: 2rem auto; padding: 0 1rem; }
 a { color: var(--link); }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
-caption { text-align: left; padding-bottom: .5rem; }
+caption { text-align: left; padding-bottom: .5rem; } caption span { display: block; max-width: 55rem; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 tbody tr:hover, tr:has(:target) { background: var(--soft); }
@@ -97,7 +97,7 @@ def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) ->
     body = "\n".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
     return (
         f'<div class="wide" tabindex="0" role="region" aria-label="{html.escape(caption)}">\n<table>\n'
-        f"<caption>{html.escape(caption)}</caption>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody>\n"
+        f"<caption><span>{html.escape(caption)}</span></caption>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody>\n"
         "</table>\n</div>"
     )
 
