@@ -50,6 +50,11 @@ def adapter_config(adapter: Path) -> PeftConfig:
     return config
 
 
+def recorded_revision(config: PeftConfig, base: str) -> str | None:
+    """The revision in an adapter's config if it is that of `base`: it says nothing of another base model."""
+    return config.revision if base == config.base_model_name_or_path else None
+
+
 def base_folder(name: str, revision: str | None = None) -> Path:
     """The folder of a base model, downloaded if `name` is a hub id.
 
@@ -95,9 +100,10 @@ class BaseCheckpoint:
             if head is None or head.shape == own or head.dim() != len(own):
                 continue
             labels = config.num_labels + len(head) - own[0]
-            other = self._config(num_labels=labels) if labels > 0 else config
-            if self._shapes(other)[name] == head.shape:
-                return other
+            if labels > 0:
+                other = self._config(num_labels=labels)
+                if self._shapes(other)[name] == head.shape:
+                    return other
         return config
 
     def own_num_labels(self) -> int:
@@ -147,18 +153,18 @@ class BaseCheckpoint:
         return model
 
     def _model_class(self) -> Any:
-        return getattr(importlib.import_module(_library(self.peft_config)), class_name(self.peft_config))
+        module = _noted_class(self.peft_config).get("parent_library", transformers.__name__)
+        return getattr(importlib.import_module(module), class_name(self.peft_config))
 
 
 def class_name(config: PeftConfig) -> str:
     """Name of transformers' class for the adapter's task or, without one, of the class that PEFT noted."""
-    if config.auto_mapping and _library(config) != transformers.__name__:
-        return str(config.auto_mapping["base_model_class"])
     task = getattr(config.task_type, "value", config.task_type)
-    return AUTO_CLASSES.get(str(task), "AutoModel")
+    return _noted_class(config).get("base_model_class") or AUTO_CLASSES.get(str(task), "AutoModel")
 
 
-def _library(config: PeftConfig) -> str:
-    """The module that has the class."""
-    noted: str = (config.auto_mapping or {}).get("parent_library", "")
-    return noted if config.task_type is None and noted.startswith("transformers.") else transformers.__name__
+def _noted_class(config: PeftConfig) -> dict[str, str]:
+    """What PEFT notes of a model of transformers if its adapter has no task: `base_model_class`, `parent_library`."""
+    noted: dict[str, str] = config.auto_mapping or {}
+    of_transformers = noted.get("parent_library", "").startswith("transformers.")
+    return noted if config.task_type is None and of_transformers else {}

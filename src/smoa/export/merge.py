@@ -28,6 +28,7 @@ from smoa.export.base_checkpoint import (
     adapter_config,
     base_folder,
     class_name,
+    recorded_revision,
 )
 from smoa.export.in_memory import merge_in_memory, with_plain_weights
 from smoa.export.model_card import loss_in_words, model_card
@@ -122,8 +123,7 @@ def merge_and_save(
             name, origin, loss = str(base.name_or_path), None, None
         else:
             name = str(base or config.base_model_name_or_path)
-            recorded = name == config.base_model_name_or_path
-            origin = base_folder(name, config.revision if recorded else None)
+            origin = base_folder(name, recorded_revision(config, name))
             checkpoint = BaseCheckpoint(origin, source, config, trust_remote_code)
             loss = _stream(checkpoint, folder, wanted, max_shard_size)
         streamed = loss is not None

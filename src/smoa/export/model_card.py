@@ -21,9 +21,9 @@ TEXT = """---
 nothing else is needed to load it.
 
 ```python
-from transformers import {auto_class}, AutoTokenizer
+from transformers import {class_name}, AutoTokenizer
 
-model = {auto_class}.from_pretrained("PATH")
+model = {class_name}.from_pretrained("PATH")
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```
 
@@ -42,7 +42,7 @@ The base model's license and terms of use apply.
 
 
 def model_card(
-    title: str, base: NamedBase, auto_class: str, config: PeftConfig, loss: RoundingLoss, notes: tuple[str, ...]
+    title: str, base: NamedBase, class_name: str, config: PeftConfig, loss: RoundingLoss, notes: tuple[str, ...]
 ) -> str:
     """The card as Markdown, with the front matter that model hubs read."""
     return TEXT.format(
@@ -51,7 +51,7 @@ def model_card(
         base=base.text,
         method=method_name(config),
         layers=len(loss.by_layer),
-        auto_class=auto_class,
+        class_name=class_name,
         dtype=str(loss.dtype).removeprefix("torch."),
         lost=loss_in_words(loss),
         notes="".join(f"\n{note}\n" for note in notes),

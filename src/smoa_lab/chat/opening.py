@@ -50,7 +50,9 @@ def find(place: str, changes: dict[str, Any], template: Template | None = None) 
     adapter = _adapter(path)
     if adapter is None:
         _check_model(path, place)
-    model = ModelSection(name=place) if adapter is None else base_section(adapter, changes.get("name"))
+        model = ModelSection(name=place)
+    else:
+        model = base_section(adapter, changes.get("name"))
     return Found(model.model_copy(update=changes), adapter, template or "chat")
 
 

@@ -121,4 +121,11 @@ def _layer_table(name: str, reports: Sequence[LayerReport]) -> str:
         )
         for report in reports
     ]
-    return section(name, table(f"Every adapted layer of {name}; choose a heading to sort.", HEADER, rows))
+    return section(
+        name,
+        table(
+            f"Every adapted layer of {name}; choose a heading to sort. ! marks a layer that was moved far.",
+            HEADER,
+            rows,
+        ),
+    )

@@ -11,6 +11,7 @@ from peft.utils import CONFIG_NAME
 import smoa  # noqa: F401  (registers SMoA with PEFT)
 from smoa.atomic import recover
 from smoa.errors import ConfigError
+from smoa.export.base_checkpoint import recorded_revision
 from smoa_lab.config.rows_config import RowsConfig, load_any_config
 from smoa_lab.config.run_config import ModelSection, RunConfig
 from smoa_lab.training.run_folder import RunFolder
@@ -68,9 +69,9 @@ def base_section(adapter: Path, base: str | None = None, trust_remote_code: bool
     Raises:
         ConfigError: the config records none, or is damaged.
     """
-    name, config = base_name(adapter, base), _config(adapter)
-    recorded = config.revision is not None and name == config.base_model_name_or_path
-    options = {"revision": config.revision} if recorded else {}
+    name = base_name(adapter, base)
+    revision = recorded_revision(_config(adapter), name)
+    options = {} if revision is None else {"revision": revision}
     return ModelSection(name=name, trust_remote_code=trust_remote_code, options=options)
 
 

@@ -99,6 +99,7 @@ def load_study(path: str | Path, overrides: list[str] | None = None) -> Study:
     study = Study.model_validate(values)
     _check_names(study, file)
     _check_kind(study, file)
+    _check_shared(study, file)
     _check_runs(study, file)
     return study
 
@@ -117,16 +118,19 @@ def _check_names(study: Study, file: Path) -> None:
         )
 
 
+def _check_shared(study: Study, file: Path) -> None:
+    """Raise ConfigError unless the entries share a model, and the tasks elsewhere exist."""
+    if not isinstance(study.shared.get("model"), dict):
+        raise ConfigError(f"{file}: shared.model: is missing; an entry's own model block only changes parts of it")
+    if study.elsewhere is not None:
+        try:
+            study.elsewhere.chosen()
+        except DataError as error:
+            raise ConfigError(f"{file}: elsewhere: {error}") from error
+
+
 def _check_runs(study: Study, file: Path) -> None:
     """Raise ConfigError unless the config of each entry's run, and those of a sequence's earlier tasks, are good."""
-    if not isinstance(study.shared.get("model"), dict):
-        raise ConfigError(
-            f"{file}: shared.model: is missing; all entries share a model, or parts of it are laid over it"
-        )
-    try:
-        _ = study.elsewhere and study.elsewhere.chosen()
-    except DataError as error:
-        raise ConfigError(f"{file}: elsewhere: {error}") from error
     bench = study.bench()
     for name, entry in study.entries.items():
         place = f"{file}: entries.{name}"

@@ -74,18 +74,18 @@ def headroom_line(folder: Path) -> list[str]:
         raise DataError(f"{folder}: headroom needs the untouched model and final runs of lora and full; run the study")
     for run in (run for of_entry in known.values() for run in of_entry.values()):
         check_paired(run, untouched)
-    before = outcomes([untouched])
-    lora, full = (outcomes([known[name][seed] for seed in sorted(seeds)]) for name in ("lora", "full"))
+    runs = {name: [of_seed[seed] for seed in sorted(seeds)] for name, of_seed in known.items()}
+    before, lora, full = outcomes([untouched]), outcomes(runs["lora"]), outcomes(runs["full"])
     best = max(lora, full, key=lambda one: one.accuracy().mean())
     moved, gained = gain(best, before), gain(full, lora)
-    full_config, lora_config = (next(iter(known[name].values()))["config"] for name in ("full", "lora"))
+    config, adapter = runs["full"][0]["config"], runs["lora"][0]["config"]["adapter"]
     percent = [f"{100 * one.accuracy().mean():.1f}" for one in (before, lora, full)]
     return [
-        ", ".join(full_config["data"]["tasks"]),
-        full_config["model"]["name"],
+        ", ".join(config["data"]["tasks"]),
+        config["model"]["name"],
         str(len(seeds)),
         percent[0],
-        str(lora_config["adapter"]["r"]),
+        str(adapter["r"]),
         *percent[1:],
         _signed(moved),
         "yes" if moved.is_clear else "no",

@@ -86,7 +86,7 @@ def _is_named(study: Study, name: str, run: dict[str, Any]) -> bool:
     return nearest_index(training["learning_rate"]) in study.rates(name) and training["seed"] in study.seeds
 
 
-def curves(runs: Runs, kept: Kept = "first") -> list[Curve]:
+def curves_of(runs: Runs, kept: Kept = "first") -> list[Curve]:
     """The curves of all entries that have one; none without text elsewhere where that is asked for."""
     known = {name: [run for run in of_entry if kept == "first" or "texts" in run] for name, of_entry in runs.items()}
     return [found for name, of_entry in known.items() if (found := _curve(name, of_entry, kept)) is not None]

@@ -67,13 +67,13 @@ def at_equal_learning(own: Curve, reference: Curve, at: int | None = None) -> Eq
     """What an entry, or the reference itself, and the reference kept where they learned as much: as the reference at
     its best rate, or at the one with the index ``at``, unless the entry at its best learned less."""
     at = reference.best if at is None else at
-    level = max(float(own.learned.mean()[own.best]), float(reference.learned.mean()[at]))
-    readings = [_reading(one, level) for one in (own, reference)]
+    level = max(float(own.learned.mean().min()), float(reference.learned.mean()[at]))
+    places = [_place(one.learned.mean(), level) for one in (own, reference)]
+    readings = [_reading(one, place, level) for one, place in zip((own, reference), places, strict=True)]
     found = EqualLearning(own.entry, reference.entry, level, *readings)
     both = None if own is reference else paired(own, reference)
     if both is None:
         return found
-    places = [_place(one.learned.mean(), level) for one in (own, reference)]
     by_seed = _at(both[0], places[0]) - _at(both[1], places[1])
     random = np.random.default_rng(0)
     gaps = _resampled_gaps(both, (own.best, at), random)
@@ -110,10 +110,9 @@ def _place(losses: Sequence[float] | NDArray[np.float64], level: float) -> Place
     return place
 
 
-def _reading(of: Curve, level: float) -> Reading:
-    losses = of.learned.mean()
-    place = _place(losses, level)
-    return Reading(math.exp(place.of(np.log(of.rates))), place.of(of.kept.mean()), bool(losses[0] < level))
+def _reading(of: Curve, place: Place, level: float) -> Reading:
+    is_lowest = bool(of.learned.mean()[0] < level)
+    return Reading(math.exp(place.of(np.log(of.rates))), place.of(of.kept.mean()), is_lowest)
 
 
 def _resampled_gaps(

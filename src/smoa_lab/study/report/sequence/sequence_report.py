@@ -17,7 +17,7 @@ from smoa_lab.study.report.charts.frontier import CAPTION
 from smoa_lab.study.report.results.rows import missing_sentence
 from smoa_lab.study.report.results.statistics import spearman
 from smoa_lab.study.report.sequence.compared import Compared, with_holm
-from smoa_lab.study.report.sequence.curves import EXPLANATIONS, Curve, curves, final_runs, run_rows
+from smoa_lab.study.report.sequence.curves import EXPLANATIONS, Curve, curves_of, final_runs, run_rows
 from smoa_lab.study.report.sequence.equal_learning import at_equal_learning, at_lower_levels, least_gaps
 from smoa_lab.study.report.sequence.next_rate import at_next_rate
 from smoa_lab.study.report.sequence.sequence_page import sequence_chart, sequence_page
@@ -43,15 +43,15 @@ def sequence_report(study: Study) -> dict[str, Any]:
     rows = run_rows(study, runs)
     if not rows:
         raise DataError(f"{study.folder}: no final run is finished yet; run smoa compare on this study first")
-    of_first = curves(runs)
+    curves = curves_of(runs)
     untouched = TrialStore(study.folder).find("untouched")
     summary: dict[str, Any] = finite(
         {
             "before": None if untouched is None else _before(untouched),
-            **_comparisons(study, of_first),
-            "lower_levels": _rows(chain(*(at_lower_levels(*pair) for pair in _with_references(study, of_first)))),
-            "least_gaps": least_gaps(of_first),
-            "kept_elsewhere": _comparisons(study, curves(runs, "elsewhere")),
+            **_comparisons(study, curves),
+            "lower_levels": _rows(chain(*(at_lower_levels(*pair) for pair in _with_references(study, curves)))),
+            "least_gaps": least_gaps(curves),
+            "kept_elsewhere": _comparisons(study, curves_of(runs, "elsewhere")),
             "correlations": _correlations(rows),
             "runs": rows,
         }
@@ -65,19 +65,19 @@ def sequence_report(study: Study) -> dict[str, Any]:
     return summary
 
 
-def _comparisons(study: Study, found: Sequence[Curve]) -> dict[str, list[dict[str, Any]]]:
+def _comparisons(study: Study, curves: Sequence[Curve]) -> dict[str, list[dict[str, Any]]]:
     """Each entry against its reference at equal learning, and one rate too high."""
-    pairs = _with_references(study, found)
+    pairs = _with_references(study, curves)
     return {
         "equal": _rows(at_equal_learning(own, reference) for own, reference in pairs),
         "next_rate": _rows(at_next_rate(own, reference) for own, reference in pairs),
     }
 
 
-def _with_references(study: Study, found: Sequence[Curve]) -> list[tuple[Curve, Curve]]:
+def _with_references(study: Study, curves: Sequence[Curve]) -> list[tuple[Curve, Curve]]:
     """Each entry that has a reference, with it; a reference with itself."""
-    by_entry = {own.entry: own for own in found}
-    pairs = ((own, by_entry.get(study.reference(study.entries[own.entry].budget))) for own in found)
+    by_entry = {own.entry: own for own in curves}
+    pairs = ((own, by_entry.get(study.reference(study.entries[own.entry].budget))) for own in curves)
     return [(own, reference) for own, reference in pairs if reference is not None]
 
 

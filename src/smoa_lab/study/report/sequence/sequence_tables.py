@@ -8,7 +8,7 @@ from smoa_lab.study.report.sequence.curves import EXPLANATIONS
 from smoa_lab.study.trials import Trial
 
 COMPARED_HEADER = ["minus the reference's", "", "p", "Holm's p", "by Holm"]
-EQUAL_HEADER = ["entry", "level", "at rate", "loss kept", "the reference at", "its", *COMPARED_HEADER, "least gap"]
+EQUAL_HEADER = ["entry", "level", "at rate", "loss kept", "the reference at", "its loss", *COMPARED_HEADER, "least gap"]
 NEXT_HEADER = ["entry", "best rate", "next rate", "second loss", "loss kept", "its rise", *COMPARED_HEADER]
 RUNS_HEADER = [
     *("run", "second loss", "accuracy %", "first loss", "accuracy %", "forgot", "forgot elsewhere"),
@@ -59,8 +59,10 @@ def table_sections(summary: dict[str, Any]) -> list[TableSection]:
     away = summary["kept_elsewhere"]
     found = [
         TableSection("First task at equal learning of the second", EQUAL, EQUAL_HEADER, equal_lines(summary)),
-        TableSection("First task at less learning", LOWER, EQUAL_HEADER[:-1], _lines(summary["lower_levels"])),
-        TableSection("Text elsewhere at equal learning", EQUAL_ELSEWHERE, EQUAL_HEADER[:-1], _lines(away["equal"])),
+        TableSection("First task at less learning", LOWER, EQUAL_HEADER[:-1], _equal_lines(summary["lower_levels"])),
+        TableSection(
+            "Text elsewhere at equal learning", EQUAL_ELSEWHERE, EQUAL_HEADER[:-1], _equal_lines(away["equal"])
+        ),
         TableSection("First task, one rate too high", NEXT, NEXT_HEADER, _next_lines(summary)),
         TableSection("Text elsewhere, one rate too high", EQUAL_ELSEWHERE, NEXT_HEADER, _next_lines(away)),
         TableSection("Explanations", EXPLAINED, EXPLAINED_HEADER, explained_lines(summary)),
@@ -72,11 +74,11 @@ def equal_lines(summary: dict[str, Any]) -> list[list[str]]:
     """The rows under ``EQUAL_HEADER``."""
     gaps = (summary["least_gaps"].get(one["entry"]) for one in summary["equal"])
     told = ("–" if gap is None else f"{gap:.3f}" for gap in gaps)
-    return [[*line, gap] for line, gap in zip(_lines(summary["equal"]), told, strict=True)]
+    return [[*line, gap] for line, gap in zip(_equal_lines(summary["equal"]), told, strict=True)]
 
 
-def _lines(equal: list[dict[str, Any]]) -> list[list[str]]:
-    return [_equal_line(one) for one in equal]
+def _equal_lines(rows: list[dict[str, Any]]) -> list[list[str]]:
+    return [_equal_line(one) for one in rows]
 
 
 def _next_lines(comparisons: dict[str, Any]) -> list[list[str]]:
