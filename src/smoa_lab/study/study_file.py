@@ -45,12 +45,14 @@ class Study(Section):
 
     In a study of kind ``sequence`` every entry starts from the model that ``first`` trained, trains the tasks
     ``between`` one after the other, and then that of ``shared``, with every seed at every rate of ``tuning.sweep``.
+    ``replay`` is how many rows of the first task are mixed into the training rows of the last.
     """
 
     kind: Literal["answers", "classification", "sequence"] = "answers"
     folder: Path
     first: First | None = None
     between: list[Between] = Field(default=[])
+    replay: int = Field(default=0, ge=0)
     shared: dict[str, Any]
     elsewhere: DataSection | None = None
     entries: dict[str, Entry] = Field(min_length=1)
@@ -61,7 +63,7 @@ class Study(Section):
     def bench(self) -> Bench:
         """What trains and scores one entry."""
         if self.first is not None:
-            return SequenceBench(self.shared, self.elsewhere, self.first, self.folder, self.between)
+            return SequenceBench(self.shared, self.elsewhere, self.first, self.folder, self.between, self.replay)
         return BENCHES[self.kind](self.shared, self.elsewhere)
 
     def chosen(self, only: Sequence[str]) -> list[str]:
@@ -146,7 +148,7 @@ def _check_kind(study: Study, file: Path) -> None:
     is_sequence = study.kind == "sequence"
     if is_sequence and study.first is None:
         raise ConfigError(f"{file}: first: is missing; a study of kind sequence trains its first task by it")
-    given = [key for key in ("first", "between") if getattr(study, key)]
+    given = [key for key in ("first", "between", "replay") if getattr(study, key)]
     if given and not is_sequence:
         raise ConfigError(
             f"{file}: {given[0]}: only studies of kind sequence have it, got kind {study.kind}; leave it out"

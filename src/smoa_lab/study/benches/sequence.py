@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,10 @@ from smoa_lab.study.entry import Entry
 
 
 class SequenceBench(AnswerBench):
-    """Trains the last task on the model of the earlier ones; scores all on their test parts, and the text elsewhere."""
+    """Trains the last task on the model of the earlier ones; scores all on their test parts, and the text elsewhere.
+
+    With ``replay`` the last task is trained on that many training rows of the first one too.
+    """
 
     def __init__(
         self,
@@ -38,11 +41,13 @@ class SequenceBench(AnswerBench):
         first: First,
         folder: Path,
         between: Sequence[Between] = (),
+        replay: int = 0,
     ) -> None:
         super().__init__(shared, elsewhere)
         self.first = first
         self.folder = folder
         self.between = between
+        self.replay = replay
 
     def first_config(self, place: str = "study") -> RunConfig:
         """The whole run of the first task; raises ConfigError with all problems of it."""
@@ -71,7 +76,8 @@ class SequenceBench(AnswerBench):
     def stored_config(self, config: RunConfig) -> dict[str, Any]:
         """What a trial keeps of its config: also the earlier tasks, which decide where an entry starts."""
         between = {"between": [one.model_dump(mode="json") for one in self.between]} if self.between else {}
-        return {**super().stored_config(config), "first": self._first_task.described, **between}
+        replay = {"replay": self.replay} if self.replay else {}
+        return {**super().stored_config(config), "first": self._first_task.described, **between, **replay}
 
     def check_needs(self, entry: Entry) -> None:
         """Check what the entry needs for the earlier tasks too."""
@@ -81,6 +87,14 @@ class SequenceBench(AnswerBench):
             require(training_needs(earlier))
 
     @cached_property
+    def records(self) -> Selection:
+        """The records of the last task, and among its training rows those that are replayed; read once."""
+        last: Selection = super().records
+        first = self.earlier_records[0]
+        train = last.train + first.train[: self.replay]
+        return replace(last, train=train, families={**first.families, **last.families})
+
+    @cached_property
     def earlier_records(self) -> list[Selection]:
         """The records of the earlier tasks; read once."""
         named = {"first": self.first.data, **{f"between[{i}]": one.data for i, one in enumerate(self.between)}}
@@ -88,6 +102,9 @@ class SequenceBench(AnswerBench):
         for name, records in found.items():
             if not records.test:
                 raise ConfigError(f"{name}.data.test_examples: a study needs a test part; it has no questions")
+        rows = len(found["first"].train)
+        if self.replay > rows:
+            raise ConfigError(f"replay: must be at most the {rows} training rows of first.data, got {self.replay}")
         return list(found.values())
 
     @cached_property

@@ -56,6 +56,8 @@ def test_other_studies_have_no_first_task_and_no_sweep_of_one_entry(sequence: di
         load(sequence, tmp_path)
     with pytest.raises(ConfigError, match=r"tuning\.sweep: is missing; entries\.full has one"):
         load({**sequence, "first": None, "tuning": {}}, tmp_path)
+    with pytest.raises(ConfigError, match=r"replay: only studies of kind sequence have it"):
+        load({**sequence, "first": None, "replay": 5}, tmp_path)
     with pytest.raises(ConfigError, match=r"between: only studies of kind sequence have it"):
         load({**sequence, "first": None, "between": [{"data": {"tasks": ["piqa"]}}]}, tmp_path)
 

@@ -116,7 +116,8 @@ def _title(study: Study) -> str:
     first = [] if study.first is None else [study.first.data]
     data = [*first, *(one.data for one in study.between), study.shared["data"]]
     tasks = (", ".join(one["tasks"]) for one in data)
-    return f"{study.folder.name}: {', then '.join(tasks)}, with {study.shared['model']['name']}"
+    replay = f", {study.replay} rows of the first task among those of the last" if study.replay else ""
+    return f"{study.folder.name}: {', then '.join(tasks)}, with {study.shared['model']['name']}{replay}"
 
 
 def _readme(study: Study, summary: dict[str, Any]) -> str:

@@ -70,6 +70,23 @@ def test_runs_of_another_first_task_are_not_mixed_in(sequence: dict[str, Any]) -
         Comparison(Study.model_validate(sequence)).run()
 
 
+def test_rows_of_the_first_task_are_replayed(sequence: dict[str, Any]) -> None:
+    sequence["entries"] = {"ours": sequence["entries"]["ours"]}
+    study = Study.model_validate({**sequence, "replay": 5})
+    bench = study.bench()
+    assert [record.task for record in bench.records.train] == ["piqa"] * 12 + ["arc_easy"] * 5
+    assert {record.task for record in bench.records.test} == {"piqa"}
+    Comparison(study).run()
+    with pytest.raises(ConfigError, match=r"untouched\.json: was run with other values of replay"):
+        Comparison(Study.model_validate(sequence)).run()
+
+
+def test_more_rows_than_the_first_task_has_are_refused_before_any_work(sequence: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"replay: must be at most the 12 training rows of first\.data, got 13"):
+        Comparison(Study.model_validate({**sequence, "replay": 13})).run()
+    assert not (Path(sequence["folder"]) / "work" / "first").exists()
+
+
 def test_a_first_task_without_test_questions_is_refused(sequence: dict[str, Any]) -> None:
     sequence["first"]["data"]["test_examples"] = 0
     with pytest.raises(ConfigError, match=r"first\.data\.test_examples: a study needs a test part"):
