@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -67,12 +67,16 @@ def load_tokenizer(wanted: ModelSection) -> PreTrainedTokenizerBase:
     """
     require(model_needs(wanted))
     source, gguf_file = locate(wanted.name)
-    places = {key: wanted.options[key] for key in PLACES if key in wanted.options}
     with _explained(wanted):
-        tokenizer: Any = AutoTokenizer.from_pretrained(source, **_shared(wanted, gguf_file), **places)
+        tokenizer: Any = AutoTokenizer.from_pretrained(source, **_shared(wanted, gguf_file), **places(wanted.options))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def places(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a model's options that say where it comes from, which hold for its tokenizer too."""
+    return {key: options[key] for key in PLACES if key in options}
 
 
 def _shared(wanted: ModelSection, gguf_file: str | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from smoa_lab.data.prompts import PromptEncoder, candidates
+from smoa_lab.data.prompts import Encoded, PromptEncoder, candidates
 from smoa_lab.data.records import Record
 from smoa_lab.scoring.likelihood import AnswerScore, score_answers
 from smoa_lab.scoring.row_losses import Losses
@@ -41,7 +41,9 @@ def answer_outcomes(
     encoded = [encoder.choices(record) if record.choices else [encoder.example(record)] for record in records]
     flat = iter(score_answers(model, [one for some in encoded for one in some], encoder.pad, batch_tokens))
     return [
-        _outcome(record, [next(flat) for _ in some], [len(text) for text in candidates(record, encoder.style)])
+        _of_choices(record, [next(flat) for _ in some], [len(text) for text in candidates(record, encoder.style)])
+        if record.choices
+        else _of_free_answer(record, next(flat), some[0])
         for record, some in zip(records, encoded, strict=True)
     ]
 
@@ -65,10 +67,15 @@ class Outcome:
     right_norm: bool
 
 
-def _outcome(record: Record, scores: list[AnswerScore], lengths: list[int]) -> Outcome:
-    if record.label is None:
-        *nll, _end = scores[0].nll
-        return Outcome(record, sum(nll), len(nll), scores[0].greedy, scores[0].greedy)
+def _of_free_answer(record: Record, score: AnswerScore, encoded: Encoded) -> Outcome:
+    """Its loss is without that of the end token, which a cut answer has lost: then it can't be right either."""
+    nll = score.nll if encoded.answer_cut else score.nll[:-1]
+    right = score.greedy and not encoded.answer_cut
+    return Outcome(record, sum(nll), len(nll), right, right)
+
+
+def _of_choices(record: Record, scores: list[AnswerScore], lengths: list[int]) -> Outcome:
+    assert record.label is not None
     losses = [score.loss for score in scores]
     normed = [loss / length for loss, length in zip(losses, lengths, strict=True)]
     return Outcome(

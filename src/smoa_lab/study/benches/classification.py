@@ -26,6 +26,7 @@ from smoa_lab.data.records import Record
 from smoa_lab.data.sources.wheels import installed_file
 from smoa_lab.lessons.adapting import after_training, with_adapter
 from smoa_lab.lessons.progress import REPLACED
+from smoa_lab.models.base_models import places
 from smoa_lab.scoring.held_out import Outcome
 from smoa_lab.scoring.mode import scoring
 from smoa_lab.study.benches.bench import Bench, Fitted, fit_arguments
@@ -85,7 +86,7 @@ class ClassificationBench(Bench):
         }
         try:
             model = AutoModelForSequenceClassification.from_pretrained(source, **options)
-            return model, AutoTokenizer.from_pretrained(source)
+            return model, AutoTokenizer.from_pretrained(source, **places(config.model.options))
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"model.name: cannot load {config.model.name!r} for classification: {error}") from error
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from smoa_lab.data.prompts import PromptEncoder
+from smoa_lab.data.prompts import Encoded, PromptEncoder
 from smoa_lab.data.records import Record, choice_record
-from smoa_lab.scoring.held_out import Outcome, _outcome, answer_outcomes, proportion, score_outcomes
+from smoa_lab.scoring.held_out import Outcome, _of_choices, _of_free_answer, answer_outcomes, proportion, score_outcomes
 from smoa_lab.scoring.likelihood import AnswerScore, score_answers
 from tests.support import lab
 
@@ -36,19 +36,25 @@ def test_answers_that_fill_the_length_are_scored_without_a_bos_token(model: PreT
     long = choice_record("own", "1", "Say it.", ["x" * 40, "yes"], 0)
     (outcome,) = answer_outcomes(model, encoder, [long])
     assert outcome.gold_tokens == 31
-    assert len(answer_outcomes(model, encoder, [Record("own", "1", "Say it.", "x" * 40)])) == 1
+    (outcome,) = answer_outcomes(model, encoder, [Record("own", "1", "Say it.", "x" * 40)])
+    assert outcome.gold_tokens == 31  # the end token was cut
 
 
 @pytest.mark.parametrize("greedy", [True, False])
 def test_a_free_answer_is_right_where_greedy_decoding_gives_it(greedy: bool) -> None:
-    outcome = _outcome(FREE, [AnswerScore((1.0, 2.0, 0.5), greedy)], [4])
+    outcome = _of_free_answer(FREE, AnswerScore((1.0, 2.0, 0.5), greedy), Encoded([1], [2, 3, 4]))
     assert (outcome.gold_nll, outcome.gold_tokens) == (3.0, 2)
     assert outcome.right == outcome.right_norm == greedy
 
 
+def test_a_free_answer_that_was_cut_has_no_end_token_and_is_never_right() -> None:
+    outcome = _of_free_answer(FREE, AnswerScore((1.0, 2.0), True), Encoded([1], [2, 3], answer_cut=2))
+    assert (outcome.gold_nll, outcome.gold_tokens, outcome.right) == (3.0, 2, False)
+
+
 def test_of_choices_the_likeliest_is_taken_in_all_and_per_character() -> None:
     record = choice_record("own", "1", "Which?", ["no", "certainly"], 1)
-    outcome = _outcome(record, [AnswerScore((1.0, 1.0), False), AnswerScore((3.0,), False)], [2, 9])
+    outcome = _of_choices(record, [AnswerScore((1.0, 1.0), False), AnswerScore((3.0,), False)], [2, 9])
     assert (outcome.gold_nll, outcome.gold_tokens) == (3.0, 1)
     assert (outcome.right, outcome.right_norm) == (False, True)
 

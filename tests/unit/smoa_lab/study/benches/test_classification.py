@@ -36,6 +36,18 @@ def untouched(shared: dict[str, Any]) -> dict[str, Any]:
     return bench.untouched(bench.untouched_config(entry()), "test")
 
 
+def test_the_tokenizer_comes_from_the_models_revision(shared: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    original = classification.AutoTokenizer.from_pretrained
+    monkeypatch.setattr(
+        classification.AutoTokenizer,
+        "from_pretrained",
+        lambda source, **options: asked.append(options.pop("revision", None)) or original(source, **options),
+    )
+    untouched({**shared, "model": {**shared["model"], "options": {"revision": "v2"}}})
+    assert set(asked) == {"v2"}
+
+
 def refill(shared: dict[str, Any], train: list[Record], test: list[Record]) -> None:
     lab.fill_cache(Path(shared["model"]["name"]).with_name("cache"), train, test, "headlines")
 
