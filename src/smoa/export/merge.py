@@ -31,7 +31,7 @@ from smoa.export.base_checkpoint import (
     recorded_revision,
 )
 from smoa.export.in_memory import merge_in_memory, with_plain_weights
-from smoa.export.model_card import loss_in_words, model_card
+from smoa.export.model_card import loading_code, loss_in_words, model_card
 from smoa.export.shards import Checkpoint, has_safetensors
 from smoa.export.streaming import RoundingLoss, SavedAdapter, plan_stream, stream_merge
 from smoa.files.named_base import NamedBase, named_base
@@ -135,7 +135,8 @@ def merge_and_save(
             loss = merge_in_memory(with_plain_weights(model), source, folder, wanted, max_shard_size)
         _copy_other_files(source, origin, folder, tokenizer)
         named = base_name or named_base(name)
-        card = model_card(target.name, named, class_name(config), config, loss, notes)
+        loading = loading_code(class_name(config), folder)
+        card = model_card(target.name, named, loading, config, loss, notes)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return Export(target, name, loss, streamed, notes)
 

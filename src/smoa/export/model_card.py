@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
@@ -21,10 +22,7 @@ TEXT = """---
 nothing else is needed to load it.
 
 ```python
-from transformers import {class_name}, AutoTokenizer
-
-model = {class_name}.from_pretrained("PATH")
-tokenizer = AutoTokenizer.from_pretrained("PATH")
+{loading}
 ```
 
 ## Precision
@@ -42,21 +40,32 @@ The base model's license and terms of use apply.
 
 
 def model_card(
-    title: str, base: NamedBase, class_name: str, config: PeftConfig, loss: RoundingLoss, notes: tuple[str, ...]
+    title: str, base: NamedBase, loading: str, config: PeftConfig, loss: RoundingLoss, notes: tuple[str, ...]
 ) -> str:
-    """The card as Markdown, with the front matter that model hubs read."""
+    """The card as Markdown, with the front matter that model hubs read. `loading` is the code that loads the model."""
     return TEXT.format(
         front_matter=_front_matter(base.hub_id),
         title=title,
         base=base.text,
         method=method_name(config),
         layers=len(loss.by_layer),
-        class_name=class_name,
+        loading=loading,
         dtype=str(loss.dtype).removeprefix("torch."),
         lost=loss_in_words(loss),
         notes="".join(f"\n{note}\n" for note in notes),
         config=settings_as_json(config),
     )
+
+
+def loading_code(class_name: str, folder: Path) -> str:
+    """Python code that loads the model of this class, and the processor or the tokenizer that `folder` has, if any."""
+    found = {"model": class_name}
+    if any(folder.glob("*processor_config.json")):
+        found["processor"] = "AutoProcessor"
+    elif any(folder.glob("tokenizer*")):
+        found["tokenizer"] = "AutoTokenizer"
+    lines = (f'{name} = {auto}.from_pretrained("PATH")' for name, auto in found.items())
+    return "\n".join([f"from transformers import {', '.join(found.values())}", "", *lines])
 
 
 def loss_in_words(loss: RoundingLoss) -> str:

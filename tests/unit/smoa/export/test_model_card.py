@@ -3,12 +3,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig
 
 from smoa import SmoaConfig
-from smoa.export.model_card import loss_in_words, model_card
+from smoa.export.model_card import loading_code, loss_in_words, model_card
 from smoa.export.streaming import RoundingLoss
 from smoa.files.named_base import named_base
 
@@ -17,7 +18,7 @@ LOSS = RoundingLoss(torch.bfloat16, {"first": 0.004, "second": 0.02}, update=1.0
 
 def card(base: str = "org/base", notes: tuple[str, ...] = ()) -> ModelCard:
     config = SmoaConfig(r=6, num_blocks=3, target_modules=["q_proj"])
-    return ModelCard(model_card("mine", named_base(base), "AutoModelForCausalLM", config, LOSS, notes))
+    return ModelCard(model_card("mine", named_base(base), "model = ...", config, LOSS, notes))
 
 
 def test_the_card_names_base_method_layers_and_how_to_load() -> None:
@@ -25,15 +26,37 @@ def test_the_card_names_base_method_layers_and_how_to_load() -> None:
     assert found.data.base_model == "org/base"
     assert found.data.library_name == "transformers"
     assert found.data.tags == ["smoa", "merged"]
-    for said in ("# mine", "`org/base` with the SMOA adapter", "2 of its weights", "import AutoModelForCausalLM"):
+    for said in ("# mine", "`org/base` with the SMOA adapter", "2 of its weights", "```python\nmodel = ...\n```"):
         assert said in found.text
     settings = json.loads(found.text.split("```json")[1].split("```")[0])
     assert (settings["r"], settings["num_blocks"], settings["target_modules"]) == (6, 3, ["q_proj"])
 
 
+@pytest.mark.parametrize(
+    ("files", "beside"),
+    [
+        (["tokenizer.json"], 'tokenizer = AutoTokenizer.from_pretrained("PATH")'),
+        (["preprocessor_config.json"], 'processor = AutoProcessor.from_pretrained("PATH")'),
+        (["processor_config.json", "tokenizer.json"], 'processor = AutoProcessor.from_pretrained("PATH")'),
+    ],
+)
+def test_what_loads_the_model_loads_what_lies_beside_it(tmp_path: Path, files: list[str], beside: str) -> None:
+    for file in files:
+        (tmp_path / file).touch()
+    first, *_, model, last = loading_code("AutoModelForCausalLM", tmp_path).splitlines()
+    assert first.startswith("from transformers import AutoModelForCausalLM, Auto")
+    assert (model, last) == ('model = AutoModelForCausalLM.from_pretrained("PATH")', beside)
+
+
+def test_a_model_alone_is_loaded_alone(tmp_path: Path) -> None:
+    assert loading_code("AutoModel", tmp_path) == (
+        'from transformers import AutoModel\n\nmodel = AutoModel.from_pretrained("PATH")'
+    )
+
+
 def test_the_card_names_other_methods_too() -> None:
     config = LoraConfig(target_modules=["q_proj"])
-    assert "with the LORA adapter" in model_card("mine", named_base("org/base"), "AutoModel", config, LOSS, ())
+    assert "with the LORA adapter" in model_card("mine", named_base("org/base"), "", config, LOSS, ())
 
 
 def test_a_base_in_a_local_folder_is_no_base_for_a_hub(tmp_path: Path) -> None:
