@@ -2,9 +2,9 @@
 
 Both losses of an entry are interpolated linearly along the logarithm of its learning rate. The level is the lowest loss
 of the second task that both the entry and its reference reach at a rate: the higher one of their lowest losses. Both
-are read at their lowest rate at which the second loss comes down to it. Questions of both tasks are resampled, the same
-for both entries, and level and rates found anew each time; over seeds the error is Student's t, at the rates of the
-whole sample.
+are read at their lowest rate at which the second loss comes down to it, by the seeds that both have. Questions of both
+tasks are resampled, the same for both entries, and level and rates found anew each time. Over seeds the error is
+Student's t, of the differences of single seeds, each with a level and rates of its own.
 """
 
 from __future__ import annotations
@@ -38,6 +38,11 @@ class EqualLearning(Compared):
     own: Reading
     other: Reading
 
+    @property
+    def gap(self) -> float:
+        """How much more of the loss on what is to be kept the entry has."""
+        return self.own.kept_loss - self.other.kept_loss
+
 
 @dataclass(frozen=True)
 class Place:
@@ -67,18 +72,15 @@ def at_equal_learning(own: Curve, reference: Curve, at: int | None = None) -> Eq
     """What an entry, or the reference itself, and the reference kept where they learned as much: as the reference at
     its best rate, or at the one with the index ``at``, unless the entry at its best learned less."""
     at = reference.best if at is None else at
-    level = max(float(own.learned.mean().min()), float(reference.learned.mean()[at]))
-    places = [_place(one.learned.mean(), level) for one in (own, reference)]
-    readings = [_reading(one, place, level) for one, place in zip((own, reference), places, strict=True)]
-    found = EqualLearning(own.entry, reference.entry, level, *readings)
     both = None if own is reference else paired(own, reference)
+    found = _compared(*(both or (own, reference)), at)
     if both is None:
         return found
-    by_seed = _at(both[0], places[0]) - _at(both[1], places[1])
+    by_seed = [_compared(both[0].only([seed]), both[1].only([seed]), at).gap for seed in both[0].seeds]
     random = np.random.default_rng(0)
-    gaps = _resampled_gaps(both, (own.best, at), random)
-    samples = gaps + random.choice(seed_errors(by_seed, random), len(gaps), replace=False)
-    return replace(found, difference=difference(float(by_seed.mean()), samples, -1, len(both[0].seeds)))
+    gaps = _resampled_gaps(both, (both[0].best, at), random)
+    samples = gaps + random.choice(seed_errors(np.array(by_seed), random), len(gaps), replace=False)
+    return replace(found, difference=difference(found.gap, samples, -1, len(by_seed)))
 
 
 def at_lower_levels(own: Curve, reference: Curve) -> list[EqualLearning]:
@@ -103,6 +105,13 @@ def least_gaps(curves: Sequence[Curve]) -> dict[str, float]:
     return gaps
 
 
+def _compared(own: Curve, reference: Curve, at: int) -> EqualLearning:
+    """Both at the level of the higher one of the entry's lowest loss and the reference's at the rate ``at``."""
+    level = max(float(own.learned.mean().min()), float(reference.learned.mean()[at]))
+    readings = (_reading(one, level) for one in (own, reference))
+    return EqualLearning(own.entry, reference.entry, level, *readings)
+
+
 def _place(losses: Sequence[float] | NDArray[np.float64], level: float) -> Place:
     """The crossing of a level that is reached."""
     place = crossing(losses, level)
@@ -110,7 +119,8 @@ def _place(losses: Sequence[float] | NDArray[np.float64], level: float) -> Place
     return place
 
 
-def _reading(of: Curve, place: Place, level: float) -> Reading:
+def _reading(of: Curve, level: float) -> Reading:
+    place = _place(of.learned.mean(), level)
     is_lowest = bool(of.learned.mean()[0] < level)
     return Reading(math.exp(place.of(np.log(of.rates))), place.of(of.kept.mean()), is_lowest)
 
@@ -141,9 +151,3 @@ def _counts(tokens: NDArray[np.float64], random: np.random.Generator) -> NDArray
     """How often each question is drawn, (RESAMPLES, questions)."""
     questions = len(tokens)
     return random.multinomial(questions, np.full(questions, 1 / questions), RESAMPLES)
-
-
-def _at(own: Curve, place: Place) -> NDArray[np.float64]:
-    """The loss on what is to be kept at a place, (seeds,)."""
-    by_seed = own.kept.nll.sum(axis=-1) / own.kept.tokens.sum()
-    return np.array([place.of(losses) for losses in by_seed.T])
