@@ -71,22 +71,25 @@ def crossing(losses: Sequence[float] | NDArray[np.float64], level: float) -> Pla
 def at_equal_learning(own: Curve, reference: Curve, at: int | None = None) -> EqualLearning:
     """What an entry, or the reference itself, and the reference kept where they learned as much: as the reference at
     its best rate, or at the one with the index ``at``, unless the entry at its best learned less."""
-    at = reference.best if at is None else at
     both = None if own is reference else paired(own, reference)
-    found = _compared(*(both or (own, reference)), at)
+    own, reference = both or (own, reference)
+    at = reference.best if at is None else at
+    found = _compared(own, reference, at)
     if both is None:
         return found
-    by_seed = [_compared(both[0].only([seed]), both[1].only([seed]), at).gap for seed in both[0].seeds]
+    by_seed = [_compared(own.only([seed]), reference.only([seed]), at).gap for seed in own.seeds]
     random = np.random.default_rng(0)
-    gaps = _resampled_gaps(both, (both[0].best, at), random)
+    gaps = _resampled_gaps((own, reference), (own.best, at), random)
     samples = gaps + random.choice(seed_errors(np.array(by_seed), random), len(gaps), replace=False)
     return replace(found, difference=difference(found.gap, samples, -1, len(by_seed)))
 
 
 def at_lower_levels(own: Curve, reference: Curve) -> list[EqualLearning]:
     """The same at each rate of the reference below its best, as far as it learned less there."""
-    losses = reference.learned.mean()
-    rates = [] if own is reference else range(reference.best)
+    if own is reference:
+        return []
+    own, reference = paired(own, reference) or (own, reference)
+    losses, rates = reference.learned.mean(), range(reference.best)
     return [at_equal_learning(own, reference, at) for at in rates if losses[at] > losses[reference.best]]
 
 

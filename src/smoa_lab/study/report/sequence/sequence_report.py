@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from itertools import chain
 from typing import Any
 
 from smoa.atomic import write_whole
@@ -49,7 +48,6 @@ def sequence_report(study: Study) -> dict[str, Any]:
         {
             "before": None if untouched is None else _before(untouched),
             **_comparisons(study, curves),
-            "lower_levels": _rows(chain(*(at_lower_levels(*pair) for pair in _with_references(study, curves)))),
             "least_gaps": least_gaps(curves),
             "kept_elsewhere": _comparisons(study, curves_of(runs, "elsewhere")),
             "correlations": _correlations(rows),
@@ -66,11 +64,18 @@ def sequence_report(study: Study) -> dict[str, Any]:
 
 
 def _comparisons(study: Study, curves: Sequence[Curve]) -> dict[str, list[dict[str, Any]]]:
-    """Each entry against its reference at equal learning, and one rate too high."""
+    """Each entry against its reference at equal learning, at less learning, and one rate too high.
+
+    The first two are corrected together, since they are one question at several levels.
+    """
     pairs = _with_references(study, curves)
+    equal = [at_equal_learning(*pair) for pair in pairs]
+    lower = [one for pair in pairs for one in at_lower_levels(*pair)]
+    levels = _rows([*equal, *lower])
     return {
-        "equal": _rows(at_equal_learning(own, reference) for own, reference in pairs),
-        "next_rate": _rows(at_next_rate(own, reference) for own, reference in pairs),
+        "equal": levels[: len(equal)],
+        "lower_levels": levels[len(equal) :],
+        "next_rate": _rows(at_next_rate(*pair) for pair in pairs),
     }
 
 

@@ -27,20 +27,21 @@ EQUAL = (
     "The level is the lowest loss of the second task that both the entry and its reference reach: the higher one of "
     "their lowest losses. Both losses of an entry are interpolated linearly along the logarithm of its learning rate, "
     "from the lowest rate up, to where the second one comes down to the level. ≤: its lowest rate already learns more, "
-    "and is taken. Intervals are of 95 %: questions of both tasks are resampled, and level and rates found anew each "
-    "time; over seeds Student's t. One seed gets no verdict. Holm's p-values are corrected for all comparisons of "
-    "the table. Least gap: how far the loss kept is above the lowest of all entries, at the level where that is least, "
-    "of all levels that half of the entries reach."
+    "and is taken. Only seeds count that both have. Intervals are of 95 %: questions of both tasks are resampled, and "
+    "level and rates found anew each time; over seeds Student's t, of the differences of single seeds, each at a level "
+    "of its own. One seed gets no verdict. Holm's p-values are corrected for all comparisons of this table and the "
+    "next. Least gap: how far the loss kept is above the lowest of all entries, at the level where that is least, of "
+    "all levels that half of the entries reach."
 )
 LOWER = (
     "The same at each lower rate of the reference, where it learned less and forgot less: the level is its second-task "
     "loss there. Where its losses lie close together while it forgets ever more, this tells more than its best rate."
 )
-EQUAL_ELSEWHERE = "The same of the loss on the text elsewhere."
+ELSEWHERE = "As above, of the loss on the text elsewhere."
 NEXT = (
     "Best is the rate of an entry's lowest second-task loss, next the one after it in the sweep. The losses are those "
-    "at the next rate, the rise is that from the best rate. Differences compare entries at their own next rates, with "
-    "intervals and corrections as above."
+    "at the next rate, the rise is that from the best rate. Differences compare entries at their own next rates. Which "
+    "rate is the best is taken as known: intervals don't allow for another one being as good. Corrected for this table."
 )
 EXPLAINED = "Figures of ΔW are means over at most 18 layers. – : one of the two is the same in all runs."
 
@@ -60,11 +61,12 @@ def table_sections(summary: dict[str, Any]) -> list[TableSection]:
     found = [
         TableSection("First task at equal learning of the second", EQUAL, EQUAL_HEADER, equal_lines(summary)),
         TableSection("First task at less learning", LOWER, EQUAL_HEADER[:-1], _equal_lines(summary["lower_levels"])),
+        TableSection("Text elsewhere at equal learning", ELSEWHERE, EQUAL_HEADER[:-1], _equal_lines(away["equal"])),
         TableSection(
-            "Text elsewhere at equal learning", EQUAL_ELSEWHERE, EQUAL_HEADER[:-1], _equal_lines(away["equal"])
+            "Text elsewhere at less learning", ELSEWHERE, EQUAL_HEADER[:-1], _equal_lines(away["lower_levels"])
         ),
         TableSection("First task, one rate too high", NEXT, NEXT_HEADER, _next_lines(summary)),
-        TableSection("Text elsewhere, one rate too high", EQUAL_ELSEWHERE, NEXT_HEADER, _next_lines(away)),
+        TableSection("Text elsewhere, one rate too high", ELSEWHERE, NEXT_HEADER, _next_lines(away)),
         TableSection("Explanations", EXPLAINED, EXPLAINED_HEADER, explained_lines(summary)),
     ]
     return [one for one in found if one.lines]

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
 from smoa_lab.study.report.results.statistics import Difference
@@ -75,6 +78,32 @@ def test_an_entry_that_keeps_more_is_better_with_its_interval() -> None:
     assert found.difference.verdict == "better"
     assert found.difference.p is not None
     assert found.difference.p < 0.01
+
+
+def test_only_the_seeds_that_both_have_count() -> None:
+    """Of two seeds of the reference the entry has one; the other one learned less and kept less."""
+    one, other = made("lora", [2.0, 1.5], [3.1, 4.0], seeds=1, noise=0.0), made("lora", [2.4, 1.9], [5.0, 9.0], seeds=1)
+    kept, learned = (
+        replace(a, nll=np.concatenate([a.nll, b.nll], axis=1))
+        for a, b in ((one.kept, other.kept), (one.learned, other.learned))
+    )
+    found = at_equal_learning(
+        made("ours", [2.0, 1.4], [3.0, 3.1], seeds=1, noise=0.0), replace(one, seeds=[0, 1], kept=kept, learned=learned)
+    )
+    assert (found.level, found.other.kept_loss) == pytest.approx((1.5, 4.0))
+    assert found.difference is not None
+    assert found.difference.mean == pytest.approx(found.own.kept_loss - 4.0)
+
+
+def test_the_error_over_seeds_is_of_each_at_its_own_level() -> None:
+    """Seeds that learn more or less, and pay as much for it, differ by nothing at equal learning."""
+    base = made("lora", [2.0, 1.5], [3.0, 4.0], seeds=3, noise=0.0)
+    shift = np.array([-0.2, 0.0, 0.2])[:, None]
+    shifted = replace(base, learned=replace(base.learned, nll=base.learned.nll + shift))
+    better = replace(shifted, entry="ours", kept=replace(base.kept, nll=base.kept.nll - 0.5))
+    found = at_equal_learning(better, shifted).difference
+    assert found is not None
+    assert (found.mean, found.low, found.high) == pytest.approx((-0.5, -0.5, -0.5), abs=0.02)
 
 
 def test_an_entry_like_the_reference_is_the_same() -> None:

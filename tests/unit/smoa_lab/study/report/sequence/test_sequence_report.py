@@ -39,6 +39,8 @@ def test_the_summary_has_runs_comparisons_and_explanations(finished: Study) -> N
     ours, lora = summary["equal"]
     assert (ours["entry"], lora["entry"], lora["difference"]) == ("ours", "lora", None)
     assert ours["difference"]["verdict"] == ours["difference"]["holm_verdict"] == "better"
+    (lower,) = summary["lower_levels"]
+    assert ours["difference"]["holm_p"] == 2 * ours["difference"]["p"] == lower["difference"]["holm_p"]
     assert summary["correlations"]["relative_norm"] == {"forgot": 1.0, "forgot_elsewhere": 1.0}
     assert summary["before"]["start"]["elsewhere"] == 1.5
 

@@ -41,10 +41,9 @@ def test_the_reference_is_named() -> None:
 def test_a_rate_too_high_is_told_where_one_was_run() -> None:
     nothing = {"forgot": None, "forgot_elsewhere": None}
     names = ("relative_norm", "relative_spectral_norm", "stable_rank", "intruders")
-    empty: dict[str, Any] = {"equal": [], "next_rate": []}
+    empty: dict[str, Any] = {"equal": [], "lower_levels": [], "next_rate": []}
     summary = {
         **empty,
-        "lower_levels": [],
         "least_gaps": {},
         "kept_elsewhere": empty,
         "correlations": dict.fromkeys(names, nothing),
