@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from smoa_lab.data.records import Record, choice_record
 from smoa_lab.data.tasks import FORMAT
@@ -50,6 +58,17 @@ def tiny_base(folder: Path) -> Path:
         )
     )
     model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def tiny_gpt2(folder: Path, positions: int, tokenizer: PreTrainedTokenizerFast | None = None) -> Path:
+    """A GPT-2 of two layers, whose positions are learned: beyond them it fails."""
+    tokenizer = byte_tokenizer() if tokenizer is None else tokenizer
+    torch.manual_seed(0)
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=positions, n_embd=32, n_layer=2, n_head=4, **ends)
+    GPT2LMHeadModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from smoa import cached_weights
 from smoa.errors import DataError, SmoaError
 from smoa_lab.basics.nearest import nearest
-from smoa_lab.models.base_models import positions_of
+from smoa_lab.basics.positions import positions_of
 from smoa_lab.models.packaged_models import packaged_name
 from smoa_lab.runs.open_run import adapter_of_run, base_name
 from smoa_lab.scoring.mode import scoring
@@ -97,10 +98,11 @@ class Speaker:
         self.use(name)
 
     def _new_name(self, folder: Path) -> str:
-        """The run's name instead of ``adapter``, numbered if it is taken."""
+        """The run's name instead of ``adapter``, or the first of ``…-2``, ``…-3`` and so on that is free."""
         name = folder.parent.name if folder.name == "adapter" else folder.name
-        taken = sum(other == name or other.rpartition("-")[0] == name for other in self.adapters)
-        return f"{name}-{taken + 1}" if taken else name
+        if name not in self.adapters:
+            return name
+        return next(other for number in count(2) if (other := f"{name}-{number}") not in self.adapters)
 
     def _add(self, folder: Path, inner: str) -> None:
         if isinstance(self.model, PeftModel):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -14,6 +13,7 @@ import typer
 
 from smoa_lab.basics.extras import advice, missing
 from smoa_lab.basics.foreign import ignore_foreign_warnings
+from smoa_lab.basics.plain_json import json_text
 
 WIDEST = 100_000
 """Characters of a table's line in a pipe."""
@@ -78,7 +78,7 @@ def failed(message: str) -> typer.Exit:
 
 def print_json(value: Any) -> None:
     """Print JSON and nothing else to stdout."""
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    typer.echo(json_text(value))
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -22,11 +22,12 @@ def demo(
         from smoa_lab.config.run_config import load_config
         from smoa_lab.lessons.questions import prepare
         from smoa_lab.models.packaged_models import PACKAGED_MODELS
-        from smoa_lab.runs.verify_run import verify_saved
+        from smoa_lab.runs.verify_run import check_verifiable, verify_saved
         from smoa_lab.training.run_folder import RunFolder, in_free_folder
         from smoa_lab.training.train_run import train
 
         checked = in_free_folder(load_config(config, overrides))
+        check_verifiable(checked)
         if checked.model.name in PACKAGED_MODELS:
             typer.echo(PACKAGED_MODELS[checked.model.name].notice)
         ready = prepare(checked)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,12 +23,13 @@ def train(
     """Train an adapter on questions or on your own rows, and score it on held-out ones."""
     with reporting("accelerate", *DRAWING):
         from smoa_lab.config.rows_config import load_any_config
+        from smoa_lab.training.run_folder import is_first_process
         from smoa_lab.training.train_run import train as train_run
 
         checked = load_any_config(config, overrides)
         metrics = train_run(checked)
-        if os.environ.get("RANK", "0") != "0":
-            return  # one of several processes: rank 0 prints
+        if not is_first_process():
+            return
         if report:
             from smoa_lab.runs.run_page import report_run
 

@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from smoa.errors import ConfigError
 from smoa_lab.basics.extras import import_package
 from smoa_lab.basics.section import Section
-from smoa_lab.config.run_config import ConfigText, Run, RunConfig
+from smoa_lab.config.run_config import TRAINING_DEFAULTS, ConfigText, Run, RunConfig
 from smoa_lab.rows.formats import Format
 from smoa_lab.rows.sources import HubRows
 
@@ -71,11 +71,6 @@ class RowsConfig(Run):
     data: RowsSection
     early_stopping: int | None = Field(default=None, gt=0)
 
-    @property
-    def validates(self) -> bool:
-        """Whether a validation part is needed while training."""
-        return str(self.training.get("eval_strategy", "no")) != "no"
-
 
 def load_any_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig | RowsConfig:
     """The config of a run on questions or on rows: ``data.train`` or ``data.hub`` decides.
@@ -119,8 +114,9 @@ def _stopping(text: ConfigText, training: dict[str, Any]) -> dict[str, Any]:
             f"{text.place}: early_stopping: needs the loss on validation rows; set training.eval_strategy to epoch or "
             "steps, or leave early_stopping out"
         )
-    alike = {"save_strategy": "eval_strategy", "save_steps": "eval_steps"}
-    return {"load_best_model_at_end": True} | {k: training[v] for k, v in alike.items() if v in training}
+    steps = training.get("eval_steps") or training.get("logging_steps", TRAINING_DEFAULTS["logging_steps"])
+    often = {"eval_steps": steps, "save_steps": steps} if str(training["eval_strategy"]) == "steps" else {}
+    return {"load_best_model_at_end": True, "save_strategy": training["eval_strategy"], **often}
 
 
 def training_class(training: dict[str, Any], prefers: bool) -> type[TrainingArguments]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from smoa.atomic import write_whole
+from smoa_lab.basics.plain_json import finite
 from smoa_lab.drawing.chart_script import SCRIPT, lay_script
 from smoa_lab.drawing.look import PAPER, specification
 
@@ -104,7 +105,8 @@ def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) ->
 
 def figure(chart: Any, caption: str) -> str:
     """A chart, whose text takes the page's color; ``caption`` is its text for screen readers too."""
-    drawn = json.dumps({**specification(chart), "description": caption}, ensure_ascii=False, separators=(",", ":"))
+    told = finite({**specification(chart), "description": caption})
+    drawn = json.dumps(told, ensure_ascii=False, separators=(",", ":"))
     drawn = drawn.replace(json.dumps(PAPER), '"var(--paper, white)"').replace("</", "<\\/")
     return (
         f'<figure data-chart>\n<div class="chart wide" tabindex="0">This chart is drawn by {SCRIPT}, which lies beside '

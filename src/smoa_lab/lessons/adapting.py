@@ -14,11 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from smoa.errors import ConfigError
 from smoa_lab.config.methods import METHODS
 from smoa_lab.data.tasks import find_task, load_task
-from smoa_lab.scoring.forgetting import whole_text
+from smoa_lab.scoring.forgetting import text_length, whole_text
 
 PASSAGES = 128
 """So many passages of general text show CorDA what to keep."""
-PASSAGE_TOKENS = 256
 REDUCED = "reduced"
 
 
@@ -64,8 +63,9 @@ def _measure_inputs(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, w
 @torch.no_grad()
 def _read(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
     """One at a time, as PEFT's hooks want it, and without the output layer."""
+    length = text_length(base.config)
     for text in texts:
-        tokens = tokenizer(text, truncation=True, max_length=PASSAGE_TOKENS, return_tensors="pt")
+        tokens = tokenizer(text, truncation=True, max_length=length, return_tensors="pt")
         base.base_model(input_ids=tokens["input_ids"].to(base.device))
 
 

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from smoa_lab.config.run_config import ForgettingSection
 from smoa_lab.data.sources.general_text import describe, passages
 from smoa_lab.lessons.lesson import Stage
-from smoa_lab.scoring.forgetting import at_least, text_losses
+from smoa_lab.scoring.forgetting import at_least, text_length, text_losses
 from smoa_lab.scoring.row_losses import Losses
 
 
 class ForgottenText:
-    """Looks at a model before and after training. The text is read at once: a mistake in the config shows before any
-    work."""
+    """Looks at a model of the config ``base`` before and after training. The text is read at once: a mistake in the
+    run's config shows before any work."""
 
-    def __init__(self, wanted: ForgettingSection, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, wanted: ForgettingSection, tokenizer: PreTrainedTokenizerBase, base: PretrainedConfig) -> None:
         self.source, self.tokenizer = wanted.text, tokenizer
-        self.texts = at_least(tokenizer, passages(wanted.text), wanted.tokens) if wanted.tokens else []
+        length = text_length(base)
+        self.texts = at_least(tokenizer, passages(wanted.text), wanted.tokens, length) if wanted.tokens else []
         self.losses: dict[Stage, Losses] = {}
 
     def look(self, model: Any, stage: Stage) -> None:

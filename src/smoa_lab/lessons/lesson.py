@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch.distributed as dist
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import SchedulerType
 
 from smoa.errors import ConfigError
 from smoa.layers.distributed import is_distributed
 from smoa_lab.basics.foreign import foreign_warnings_ignored
-from smoa_lab.config.run_config import Run
+from smoa_lab.config.rows_config import RowsConfig
+from smoa_lab.config.run_config import Run, RunConfig
 from smoa_lab.lessons.adapting import after_training, with_adapter
 from smoa_lab.lessons.progress import REPLACED, ProgressReport
 from smoa_lab.scoring.row_losses import Losses
@@ -103,6 +117,8 @@ class Lesson(ABC):
         set_seed(arguments.seed)  # the adapter's factors are drawn here
         method, revision = self.config.method, self.config.model.options.get("revision")
         model = with_adapter(self.base, self.tokenizer, method, self.config.adapter, revision)
+        if checkpoint and _is_over(checkpoint):
+            arguments = _without_steps(arguments)
         trainer = self.trainer(
             model, arguments, callbacks=[ProgressReport(), *watching], processing_class=self.tokenizer
         )
@@ -134,3 +150,31 @@ def checked_arguments(arguments: TrainingArguments) -> TrainingArguments:
     # Pinned memory speeds up copies to a GPU; without one torch only warns.
     arguments.dataloader_pin_memory &= arguments.device.type == "cuda"
     return arguments
+
+
+def check_validation(config: RunConfig | RowsConfig, found: int, what: str) -> None:
+    """Raise ConfigError if a run is to be scored while it trains, and no ``what`` are found for that."""
+    if config.validates and not found:
+        key = "validation_part" if config.data.validation_examples != 0 else "validation_examples"
+        raise ConfigError(
+            f"data.{key}: {getattr(config.data, key)} of the {what} are none, and training.eval_strategy needs some; "
+            f"raise it, give more {what}, or leave eval_strategy out"
+        )
+
+
+def _is_over(checkpoint: str) -> bool:
+    """Whether a run had taken its last step when it saved this checkpoint, or had no patience left."""
+    state: Any = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+    stopping = state.stateful_callbacks.get(EarlyStoppingCallback.__name__)
+    if stopping is None:
+        return bool(state.global_step >= state.max_steps)
+    waited = stopping["attributes"]["early_stopping_patience_counter"]
+    return bool(state.global_step >= state.max_steps or waited >= stopping["args"]["early_stopping_patience"])
+
+
+def _without_steps(arguments: TrainingArguments) -> TrainingArguments:
+    """The same arguments with no step left: from a checkpoint within an epoch the Trainer always takes another one."""
+    none = copy.copy(arguments)
+    none.max_steps, none.num_train_epochs = -1, 0
+    none.lr_scheduler_type, none.lr_scheduler_kwargs = SchedulerType.CONSTANT, None  # others divide by the steps
+    return none

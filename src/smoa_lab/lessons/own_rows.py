@@ -21,11 +21,12 @@ from transformers import (
 from smoa.errors import ConfigError, DataError
 from smoa_lab.basics.extras import import_package, require
 from smoa_lab.basics.foreign import foreign_warnings_ignored
+from smoa_lab.basics.positions import check_positions
 from smoa_lab.config.methods import METHODS
 from smoa_lab.config.rows_config import RowsConfig, RowsSection, check_training_keys, training_class
-from smoa_lab.lessons.lesson import Lesson, checked_arguments
+from smoa_lab.lessons.lesson import Lesson, check_validation, checked_arguments
 from smoa_lab.lessons.row_looks import RowLooks
-from smoa_lab.models.base_models import load_base_model, positions_of
+from smoa_lab.models.base_models import load_base_model
 from smoa_lab.models.needs import rows_needs
 from smoa_lab.rows.sources import FileSource, HubSource, Source
 from smoa_lab.scoring.row_losses import Losses
@@ -63,12 +64,13 @@ class OwnRows(Lesson):
         return bool(self.rows.account["format"] == "preference")
 
     def arguments(self) -> TrainingArguments:
-        self._check_evaluation()
+        check_validation(self.config, self.rows.account["parts"].get("validation", 0), "rows")
         self._check_head()
-        self._check_length()
         prefers = self.prefers
         target = training_class({}, prefers)
         training = check_training_keys(self.config.training, target, self.rows.account["format"])
+        if self.config.early_stopping is not None:  # else a resumed run would forget for how long it had waited
+            training["restore_callback_states_from_checkpoint"] = True
         if not prefers:  # the tokens are cut already, and their labels say what is trained
             training |= {"assistant_only_loss": False, "completion_only_loss": None}
             training |= {} if training.get("packing") else {"max_length": None}
@@ -79,32 +81,16 @@ class OwnRows(Lesson):
             raise ConfigError(f"training: {error}") from error
         return checked_arguments(arguments)
 
-    def _check_evaluation(self) -> None:
-        if self.config.validates and not self.rows.account["parts"].get("validation"):
-            raise ConfigError(
-                f"data.validation_part: {self.config.data.validation_part} of the rows are none, and "
-                "training.eval_strategy needs some; raise it, give more rows, or leave eval_strategy out"
-            )
-
     def _check_head(self) -> None:
-        """TRL computes the loss from the output layer's own weight."""
+        """TRL computes the loss from the output layer's own weight, which PEFT's defaults for a model leave out."""
         wanted = METHODS[self.config.method].peft_config(self.config.adapter)
+        if getattr(wanted, "target_modules", None) is None:
+            return
         head = self.base.get_output_embeddings()
         name = next((name for name, module in self.base.named_modules() if module is head), None)
-        if wanted is not None and name is not None and check_target_module_exists(wanted, name):
+        if name is not None and check_target_module_exists(wanted, name):
             raise ConfigError(
                 f"adapter.target_modules: names {name}, which TRL would not train; leave it out, or train on questions"
-            )
-
-    def _check_length(self) -> None:
-        """Beyond its positions a model fails, or writes nonsense."""
-        positions = positions_of(self.base.config)
-        wanted = self.rows.account["max_length"] or math.inf
-        longest = min(wanted, self.rows.account["tokens"]["longest"])
-        if positions is not None and longest > positions:
-            raise ConfigError(
-                f"training.max_length: rows of {longest:,} tokens would be trained, and this model has {positions:,} "
-                f"positions; set it to {positions}"
             )
 
     def looks(self, alone: bool) -> RowLooks:
@@ -176,7 +162,7 @@ def open_rows(config: RowsConfig) -> OwnRows:
     """Load model and rows; what cannot be loaded or trained fails here, before any work.
 
     Raises:
-        ConfigError: the model has no chat template, or TRL refuses the settings.
+        ConfigError: the model has no chat template, or too few positions.
         DataError: rows cannot be read, or bad ones are not to be skipped.
     """
     require(rows_needs(config))
@@ -184,6 +170,8 @@ def open_rows(config: RowsConfig) -> OwnRows:
         source.check()
     model, tokenizer = load_base_model(config.model)
     encoder, rows = trainable_rows_of(config, tokenizer)
+    longest = min(rows.account["max_length"] or math.inf, rows.account["tokens"]["longest"])
+    check_positions(model.config, "training.max_length", longest, "rows")
     if rows.account["format"] != "text" and tokenizer.chat_template:
         stop_at_turns_end(model, tokenizer)
     return OwnRows(config, model, tokenizer, encoder, rows)

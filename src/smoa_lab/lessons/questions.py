@@ -9,10 +9,11 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from smoa_lab.basics.extras import require
+from smoa_lab.basics.positions import check_positions
 from smoa_lab.config.run_config import RunConfig
 from smoa_lab.data.prompts import Encoded, PromptEncoder
 from smoa_lab.data.selection import Selection
-from smoa_lab.lessons.lesson import Lesson, checked_arguments
+from smoa_lab.lessons.lesson import Lesson, check_validation, checked_arguments
 from smoa_lab.lessons.question_looks import QuestionLooks
 from smoa_lab.models.base_models import load_base_model
 from smoa_lab.models.needs import input_needs
@@ -36,6 +37,7 @@ class Questions(Lesson):
         return ", ".join(self.config.data.tasks)
 
     def arguments(self) -> TrainingArguments:
+        check_validation(self.config, len(self.records.validation), "questions")
         return checked_arguments(TrainingArguments(**self.config.training))
 
     def looks(self, alone: bool) -> QuestionLooks:
@@ -69,10 +71,16 @@ class Questions(Lesson):
 
 
 def prepare(config: RunConfig, records: Selection | None = None) -> Questions:
-    """Load data, unless given, and model; what cannot be loaded fails here, before any work."""
+    """Load data, unless given, and model; what cannot be loaded fails here, before any work.
+
+    Raises:
+        ConfigError: the model has fewer positions than ``task.max_length``.
+        DataError: data or model cannot be loaded, or a package is missing.
+    """
     require(input_needs(config))
     records = config.data.select() if records is None else records
     base, tokenizer = load_base_model(config.model)
+    check_positions(base.config, "task.max_length", config.task.max_length, "questions")
     encoder = PromptEncoder(tokenizer, config.task.template, config.task.answer, config.task.max_length)
     return Questions(config, base, tokenizer, encoder, records)
 

@@ -84,5 +84,13 @@ def _scores(losses: Losses) -> dict[str, Any]:
         "tokens": sum(losses.tokens),
         "loss": losses.mean,
         "loss_stderr": losses.stderr,
-        "perplexity": math.exp(losses.mean),
+        "perplexity": _perplexity(losses.mean),
     }
+
+
+def _perplexity(loss: float) -> float:
+    """Infinity where a float can't hold it."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     modeling_gguf_pytorch_utils,
@@ -90,17 +90,15 @@ def _explained(wanted: ModelSection) -> Iterator[None]:
         yield
     except TypeError as error:  # transformers passes on unknown options
         raise DataError(f"model.options: cannot load {wanted.name!r} with {wanted.options}: {error}") from error
+    except SafetensorError as error:
+        raise DataError(
+            f"model.name: cannot load {wanted.name!r}: its weights are cut off or damaged ({error}); fetch it again"
+        ) from error
     except (OSError, ValueError, KeyError, struct.error) as error:  # the last for a GGUF file that ends too early
         raise DataError(
             f"model.name: cannot load {wanted.name!r}: {error}. "
             f"Give a Hub id, a folder with config.json and weights, a .gguf file, or one of {sorted(PACKAGED_MODELS)}"
         ) from error
-
-
-def positions_of(config: PretrainedConfig) -> int | None:
-    """How many tokens a model takes; None where its positions are not limited."""
-    positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return positions
 
 
 def locate(name: str) -> tuple[str, str | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +12,7 @@ from peft import PeftModel
 from smoa.atomic import write_whole
 from smoa.errors import ConfigError, DataError
 from smoa_lab.basics.extras import require
+from smoa_lab.basics.plain_json import json_text
 from smoa_lab.config.rows_config import RowsConfig
 from smoa_lab.config.run_config import RunConfig
 from smoa_lab.lessons.lesson import Lesson
@@ -63,7 +63,7 @@ def evaluate_run(
         **_scores(model, lesson, protocol, batch_size, num_beams),
     }
     if output is not None:
-        write_whole(output, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        write_whole(output, json_text(result) + "\n")
     return result
 
 

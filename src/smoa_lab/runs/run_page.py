@@ -102,14 +102,19 @@ def _balance(record: RunRecord) -> list[str]:
     forgot = record.metrics["forgetting"]
     drawn = balance(record.metrics["evaluation"], forgot, record.method)
     if drawn is None:
-        return []
-    told = "What is forgotten was not measured."
-    if forgot:
-        told = (
-            f"Forgotten: {forgot['change']:+.3f} ± {forgot['stderr']:.3f} nats per token of general text "
-            f"({forgot['text']}, {forgot['tokens']:,} tokens)."
-        )
-    return [figure(drawn, told)]
+        return [paragraph(_forgotten(forgot))] if forgot else []
+    return [figure(drawn, _forgotten(forgot))]
+
+
+def _forgotten(forgot: dict[str, Any] | None) -> str:
+    if not forgot:
+        return "What is forgotten was not measured."
+    if forgot["change"] is None:
+        return "What is forgotten is not known: the loss on general text is no number. Training diverged."
+    return (
+        f"Forgotten: {forgot['change']:+.3f} ± {forgot['stderr']:.3f} nats per token of general text "
+        f"({forgot['text']}, {forgot['tokens']:,} tokens)."
+    )
 
 
 def _scores(record: RunRecord) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from smoa.errors import MergeError
+from smoa.errors import ConfigError, MergeError
+from smoa_lab.config.methods import METHODS
 from smoa_lab.config.run_config import RunConfig
 from smoa_lab.lessons.questions import Questions
 from smoa_lab.models.base_models import load_base_model
@@ -30,19 +32,36 @@ class Agreement:
     logit_difference: float
 
 
+def check_verifiable(config: RunConfig) -> None:
+    """Raise ConfigError if :func:`verify_saved` will have nothing to compare: no adapter, or no questions."""
+    if METHODS[config.method].config is None:
+        raise ConfigError(
+            f"method: {config.method} saves a whole model, and smoa demo reloads and merges an adapter; choose another "
+            "method, or train by smoa train"
+        )
+    if config.data.test_examples == 0:
+        raise ConfigError(
+            "data.test_examples: 0 holds no questions out, and smoa demo compares the saved adapter on them; give at "
+            "least 1, or train by smoa train"
+        )
+
+
 def verify_saved(config: RunConfig, ready: Questions, metrics: dict[str, Any]) -> Agreement:
     """Compare the finished run in ``config.folder`` with its own metrics.
 
     Raises:
-        MergeError: reloaded or merged, the adapter is not the one that was trained.
+        MergeError: reloaded or merged, the adapter is not the one that was trained, or training diverged.
     """
+    trained = float(metrics["evaluation"]["after"]["all"]["gold_loss"])
+    if not math.isfinite(trained):
+        raise MergeError("training diverged: the loss is no number; lower training.learning_rate")
     base, _ = load_base_model(config.model)
     reloaded: Any = PeftModel.from_pretrained(base, str(RunFolder(config.folder).adapter))
     reloaded.eval()
     reloaded_loss, reloaded_logits = ready.held_out_losses(reloaded).mean, _logits(ready, reloaded)
     merged = reloaded.merge_and_unload(safe_merge=True)
     agreement = Agreement(
-        trained=float(metrics["evaluation"]["after"]["all"]["gold_loss"]),
+        trained=trained,
         reloaded=reloaded_loss,
         merged=ready.held_out_losses(merged).mean,
         logit_difference=float((_logits(ready, merged) - reloaded_logits).abs().max() / reloaded_logits.abs().max()),

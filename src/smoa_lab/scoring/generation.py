@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from smoa_lab.basics.extras import import_package
+from smoa_lab.basics.positions import prompt_room
 from smoa_lab.data.files import Family
 from smoa_lab.data.prompts import AnswerStyle, PromptEncoder, gold_response, label_names, pad_token
 from smoa_lab.data.records import Record
@@ -96,9 +97,14 @@ def continue_prompts(
     batch_size: int = 8,
     **options: Any,
 ) -> list[str]:
-    """What the model writes after each prompt's token ids, in order; greedy where ``options`` say nothing else."""
+    """What the model writes after each prompt's token ids, in order; greedy where ``options`` say nothing else.
+
+    Prompt and answer fit the model's positions: a prompt that is too long for that loses its head.
+    """
     texts: dict[int, str] = {}
     pad = pad_token(tokenizer)
+    room, new_tokens = prompt_room(model.config, new_tokens)
+    prompts = [_tail(ids, room, tokenizer.bos_token_id) for ids in prompts]
     with scoring(model):
         for numbers in _batches(prompts, batch_size):
             batch = [prompts[number] for number in numbers]
@@ -111,6 +117,14 @@ def continue_prompts(
             )
             texts.update(zip(numbers, _decoded(tokenizer, written[:, max(map(len, batch)) :]), strict=True))
     return [texts[number] for number in range(len(prompts))]
+
+
+def _tail(ids: list[int], room: int | None, bos: int | None) -> list[int]:
+    """The last ``room`` tokens, after BOS where the prompt begins with it."""
+    if room is None or len(ids) <= room:
+        return ids
+    head = [ids[0]] if ids[0] == bos else []
+    return head + ids[len(ids) - room + len(head) :]
 
 
 def _batches(prompts: Sequence[list[int]], size: int) -> Iterator[list[int]]:

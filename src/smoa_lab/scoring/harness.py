@@ -44,8 +44,8 @@ class AnswerLM(LM):
 
 def evaluate_with_harness(
     model: nn.Module, encoder: PromptEncoder, records: Sequence[Record], batch_tokens: int = 4096
-) -> dict[str, dict[str, float]]:
-    """Per task: ``acc``, ``acc_norm`` and their standard errors, as lm-eval computes them.
+) -> dict[str, dict[str, float | None]]:
+    """Per task: ``acc``, ``acc_norm`` and their standard errors, as lm-eval computes them: None for a single question.
 
     Raises:
         DataError: a record has no choices, so there is nothing to choose by likelihood.
@@ -88,7 +88,8 @@ def _task(name: str, records: list[Record], encoder: PromptEncoder) -> Configura
     return ConfigurableTask(config=config)
 
 
-def _plain(result: dict[str, Any]) -> dict[str, float]:
-    """lm-eval names scores ``acc,none``: metric, filter."""
+def _plain(result: dict[str, Any]) -> dict[str, float | None]:
+    """lm-eval names scores ``acc,none``: metric, filter. A standard error that it can't compute is ``N/A``."""
     named = {key.removesuffix(",none"): value for key, value in result.items()}
-    return {key: float(named[key]) for key in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")}
+    found = {key: named[key] for key in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")}
+    return {key: None if value == "N/A" else float(value) for key, value in found.items()}

@@ -100,7 +100,7 @@ class _PromptCache:
         return {
             "input_ids": batch["input_ids"],
             "attention_mask": torch.cat([self.mask, batch["attention_mask"]], dim=1),
-            "position_ids": lengths + torch.arange(batch["input_ids"].shape[1], device=lengths.device),
+            "position_ids": lengths + batch["attention_mask"].cumsum(dim=1) - 1,  # padding takes no further positions
             self.name: self.keys_and_values,
         }
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from smoa_lab.study.benches.bench import Bench, Part
 from smoa_lab.study.crews.crew import Crew, Result, ThisProcess
-from smoa_lab.study.plan import Job, Plan, Tuned, Untouched, tuned, validation_loss
+from smoa_lab.study.plan import Job, Plan, Tuned, Untouched
 from smoa_lab.study.study_file import Study
 from smoa_lab.study.trials import Stage, Trial, TrialStore
-from smoa_lab.study.tuning import nearest_index
 
 logger = logging.getLogger(__name__)
 
@@ -37,17 +36,17 @@ class Comparison:
         plan = Plan(self.study, self.study.chosen(only))
         for name in plan.names:
             self.bench.check_needs(self.study.entries[name])
-        self._carry_out(plan, plan.ready, crew or ThisProcess(self.perform))
+        self._carry_out(plan, crew or ThisProcess(self.perform))
 
     def tune(self, name: str) -> Tuned:
         """Search the learning rate of one entry on the validation part."""
-        plan = Plan(self.study, [name])
-        self._carry_out(plan, lambda: plan.search(name), ThisProcess(self.perform))
+        plan = Plan(self.study, [name], searches_only=True)
+        self._carry_out(plan, ThisProcess(self.perform))
         return plan.found(name)
 
-    def _carry_out(self, plan: Plan, ready: Callable[[], Sequence[Job]], crew: Crew) -> None:
-        """Finish what ``ready`` gives until it gives nothing more."""
-        while jobs := ready():
+    def _carry_out(self, plan: Plan, crew: Crew) -> None:
+        """Finish all jobs of the plan."""
+        while jobs := plan.ready():
             job = None if crew.is_full else self._next(jobs, crew)
             if job is None:
                 _note(plan, *crew.next_finished())
@@ -86,13 +85,12 @@ class Comparison:
 
 
 def stored_search(study: Study, name: str) -> Tuned | None:
-    """What of an entry's search is finished; None before the first run."""
-    losses = {
-        nearest_index(result["config"]["training"]["learning_rate"]): validation_loss(result)
-        for result in stored(study, "tuning", name)
-        if study.tuning.max_runs and result["config"]["training"]["seed"] == study.tuning.seed
-    }
-    return tuned(losses) if losses else None
+    """What of an entry's search is finished, of the trials that the study as it is asks for; None before the first."""
+    plan, store = Plan(study, [name]), TrialStore(study.folder)
+    while known := {trial: found for trial in plan.search(name) if (found := store.find(trial.name)) is not None}:
+        for trial, found in known.items():
+            plan.finish(trial, found)
+    return plan.found(name) if plan.finished else None
 
 
 def stored(study: Study, stage: Stage, name: str) -> list[dict[str, Any]]:

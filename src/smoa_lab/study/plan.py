@@ -32,13 +32,14 @@ class Tuned:
 
 @dataclass
 class Plan:
-    """The jobs of the entries ``names`` of a study, given what is finished.
+    """The jobs of the entries ``names`` of a study, given what is finished; the searches alone if ``searches_only``.
 
     Results choose jobs, and the order in which they come does not: many workers run the very trials that one runs.
     """
 
     study: Study
     names: Sequence[str]
+    searches_only: bool = False
     finished: set[Job] = field(default_factory=set)
     _losses: dict[str, dict[int, float | None]] = field(default_factory=dict)
 
@@ -46,7 +47,7 @@ class Plan:
         """What can be run now: the untouched model, searches, then final runs, one seed of all entries at a time."""
         searches = [trial for name in self.names for trial in self.search(name)]
         jobs: list[Job] = [Untouched(), *searches, *self._final_runs()]
-        return [job for job in jobs if job not in self.finished]
+        return [job for job in (searches if self.searches_only else jobs) if job not in self.finished]
 
     def finish(self, job: Job, result: dict[str, Any]) -> None:
         """Note the JSON of a finished job."""
@@ -76,7 +77,8 @@ class Plan:
     def at_least_left(self) -> int:
         """Jobs that are not finished; of a search only those that it is sure to need."""
         searching = [name for name in self.names if self.search(name)]
-        return len(self.ready()) + len(searching) * len(self.study.seeds)
+        final = 0 if self.searches_only else len(self.study.seeds)
+        return len(self.ready()) + len(searching) * final
 
     def _final_runs(self) -> list[Trial]:
         rates = {name: self._final_rates(name) for name in self.names}

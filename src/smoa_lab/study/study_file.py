@@ -107,7 +107,10 @@ def load_study(path: str | Path, overrides: list[str] | None = None) -> Study:
 
 
 def _check_names(study: Study, file: Path) -> None:
-    """Raise ConfigError unless references are entries, and no entry has the name of a budget."""
+    """Raise ConfigError unless entries are named like folders and not like budgets, and references are entries."""
+    bad = [name for name in study.entries if name in ("", ".", "..") or "/" in name or "\\" in name]
+    if bad:
+        raise ConfigError(f"{file}: entries: {bad[0]!r} can't name a folder; leave out slashes")
     unknown = [name for name in study.references if name not in study.entries]
     if unknown:
         raise ConfigError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from smoa.atomic import write_whole
 from smoa.errors import ConfigError
+from smoa_lab.basics.plain_json import finite
 from smoa_lab.study.packing import PACK, as_line, own_files, packed_runs, parse_run
 from smoa_lab.training.run_folder import provenance
 
@@ -117,15 +117,6 @@ class TrialStore:
         return str(file) if file.is_file() else f"{self.folder / PACK}: {name}"
 
 
-def finite(value: Any) -> Any:
-    """``value`` with None for NaN and infinities, which JSON has no words for: what a run left that diverged."""
-    if isinstance(value, dict):
-        return {key: finite(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:
     """A config without where it was run, and without what a study does not show."""
     kept = {**_without(config, "forgetting"), "training": _without(config["training"], "output_dir")}
@@ -149,10 +140,12 @@ def _with_scale(found: dict[str, Any]) -> dict[str, Any]:
 
 def _check_same(place: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     found, wanted = _comparable(found), _comparable(wanted)
+    if "elsewhere" not in found:  # not recorded before smoa 0.2
+        wanted.pop("elsewhere", None)
     if found == wanted:
         return
     keys = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
     raise ConfigError(
-        f"{place}: was run with other values of {', '.join(keys)}; give the changed study another folder, "
-        "or move this file or line away to run it again"
+        f"{place}: was run with other values of {', '.join(keys)}; give the changed one another folder (folder of a "
+        "study, training.output_dir of a run), or move this file or line away to run it again"
     )

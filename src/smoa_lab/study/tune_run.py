@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from smoa.errors import ConfigError
 from smoa_lab.config.run_config import RunConfig
 from smoa_lab.study.comparison import Comparison
 from smoa_lab.study.entry import Entry
@@ -32,4 +33,10 @@ def tune_run(config: RunConfig, max_runs: int = 6) -> Tuned:
         entries={"run": Entry(method=config.method, adapter=config.adapter, learning_rate=start)},
         tuning=Tuning(seed=int(config.training.get("seed", 42)), max_runs=max_runs, refine=True),
     )
-    return Comparison(study).tune("run")
+    comparison = Comparison(study)
+    if not comparison.bench.records.validation:
+        raise ConfigError(
+            "data: leaves no validation questions, by which rates are compared; set data.validation_examples, or a "
+            "larger data.validation_part"
+        )
+    return comparison.tune("run")

@@ -48,11 +48,20 @@ class Tokens:
 
 class RowEncoder:
     """Tokens of rows by a tokenizer. ``assistant_only`` and ``completion_only`` are TRL's keys of almost these names:
-    false means that everything is trained."""
+    false means that everything is trained.
+
+    Raises:
+        DataError: the tokenizer cannot tell where in the text its tokens are.
+    """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, assistant_only: bool = True, completion_only: bool = True
     ) -> None:
+        if not tokenizer.is_fast:
+            raise DataError(
+                f"model.name: its {type(tokenizer).__name__} cannot tell where in the text its tokens are, which rows "
+                "need; use a model with a tokenizer.json, or train on questions"
+            )
         self.tokenizer = tokenizer
         self.assistant_only = assistant_only
         self.completion_only = completion_only

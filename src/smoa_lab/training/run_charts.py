@@ -34,7 +34,7 @@ def losses(history: History, evaluation: Evaluation, method: str) -> Any | None:
         {"step": entry["step"], "loss": entry[key], "data": kind}
         for kind, key in KINDS.items()
         for entry in history
-        if key in entry
+        if entry.get(key) is not None  # as of a run that diverged
     ]
     if not points:
         return None
@@ -57,7 +57,7 @@ def losses(history: History, evaluation: Evaluation, method: str) -> Any | None:
 def _held_out(evaluation: Evaluation, last_step: int) -> Iterator[dict[str, Any]]:
     for stage, step in zip(STAGES, (0, last_step), strict=True):
         scores = evaluation.get(stage, {}).get("all", {})
-        if "perplexity" in scores:
+        if "perplexity" in scores and scores["loss"] is not None:
             yield {"step": step, "loss": scores["loss"], "data": HELD_OUT}
 
 
@@ -124,13 +124,14 @@ def _accuracy_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
 
 
 def balance(evaluation: Evaluation, forgot: Mapping[str, Any] | None, method: str) -> Any | None:
-    """The losses before and after on held-out data and on general text, as two points joined by a line."""
+    """The losses before and after on held-out data and on general text, as two points joined by a line; None where
+    neither is known."""
     rows = []
     scores = [evaluation.get(stage, {}).get("all", {}) for stage in STAGES]
     found = [one.get("loss", one.get("gold_loss")) for one in scores]
     if None not in found:
         rows.append({"of": "held-out data (learned)", "before": found[0], "after": found[1]})
-    if forgot:
+    if forgot and None not in (forgot["before"], forgot["after"]):
         rows.append({"of": "general text (forgot)", "before": forgot["before"], "after": forgot["after"]})
     if not rows:
         return None

@@ -9,8 +9,8 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
+import os
 import platform
-import resource
 import shutil
 import subprocess
 import sys
@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from smoa.atomic import write_whole
 from smoa.errors import ConfigError
+from smoa_lab.basics.plain_json import json_text
 from smoa_lab.config.run_config import RunConfig
 from smoa_lab.config.yaml_text import parse_yaml
 
@@ -43,14 +45,21 @@ class RunFolder:
         self.log = path / "train.log"
         self.samples = path / "samples.md"
         self.report = path / "report.html"
+        self.lock = path / "lock"
 
     @property
     def finished(self) -> bool:
         return self.metrics.is_file()
 
     def check(self, config_yaml: str) -> None:
-        """Raise ConfigError if the folder contains a finished run, or checkpoints of another config. Nothing is
-        written."""
+        """Raise ConfigError if another process trains into the folder, or it contains a finished run, or checkpoints of
+        another config. Nothing is written."""
+        if self.lock.is_file() and is_first_process():
+            with self._locked():
+                pass
+        self._check_content(config_yaml)
+
+    def _check_content(self, config_yaml: str) -> None:
         if self.finished:
             raise ConfigError(f"{self.path}: contains a finished run; choose another training.output_dir or move it")
         began = self.config.is_file() and get_last_checkpoint(str(self.path)) is not None
@@ -64,9 +73,9 @@ class RunFolder:
         """Claim the folder for this config; the checkpoint to resume from, if an interrupted run left one.
 
         Raises:
-            ConfigError: as :meth:`check`.
+            ConfigError: the folder contains a finished run, or checkpoints of another config.
         """
-        self.check(config_yaml)
+        self._check_content(config_yaml)
         write_whole(self.config, config_yaml)
         return self._last_whole_checkpoint()
 
@@ -91,9 +100,41 @@ class RunFolder:
 
     def finish(self, metrics: dict[str, Any]) -> None:
         """Write the metrics, which marks the run finished, and remove its checkpoints."""
-        write_whole(self.metrics, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+        write_whole(self.metrics, json_text(metrics) + "\n")
         for checkpoint in self.path.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Let no other process train into the folder; of the processes of one run, the first locks it for all.
+
+        The system releases the lock of a process that dies. Of a finished run no lock is left.
+
+        Raises:
+            ConfigError: another process trains into it.
+        """
+        if not is_first_process():
+            yield
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        with self._locked():
+            yield
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        lock = FileLock(self.lock)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ConfigError(
+                f"{self.path}: another process trains into it; wait for its end, or choose another training.output_dir"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+            if self.finished:
+                self.lock.unlink(missing_ok=True)  # whoever takes it now, or makes a new one, finds the finished run
 
     @contextmanager
     def logging(self) -> Iterator[None]:
@@ -111,6 +152,11 @@ class RunFolder:
             logger.removeHandler(handler)
             logger.setLevel(level)
             handler.close()
+
+
+def is_first_process() -> bool:
+    """Whether this process is the only one of its run, or the first of several, which writes and prints for all."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def in_free_folder(config: RunConfig) -> RunConfig:
@@ -138,12 +184,20 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: of the GPU's memory that tensors took at most, or of this process in the machine's."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # on Windows
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _git_state() -> dict[str, Any]:
-    """Commit and dirty flag of the repository around this file; None for a package installed from a wheel."""
-    commit = _git("rev-parse", "HEAD")
+    """Commit and dirty flag of the repository that has this file; None for a package installed from a wheel, also into
+    an environment inside of another repository."""
+    own = _git("ls-files", "--error-unmatch", Path(__file__).name) is not None
+    commit = _git("rev-parse", "HEAD") if own else None
     if commit is None:
         return {"commit": None, "dirty": None}
     return {"commit": commit, "dirty": bool(_git("status", "--porcelain", "--untracked-files=no"))}

@@ -37,13 +37,13 @@ def open_lesson(config: RunConfig | RowsConfig) -> Lesson:
 
 
 def train(config: RunConfig | RowsConfig, lesson: Lesson | None = None) -> dict[str, Any]:
-    """Train, evaluate, save; the run's metrics, as ``metrics.json`` has them.
+    """Train, evaluate, save; the run's metrics, as ``metrics.json`` has them, which has null for what is not finite.
 
     Nothing is written before config, data and model are known to be good.
 
     Raises:
-        ConfigError: the run's folder contains a finished run or one of another config, or the method saves nothing
-            that PEFT can load.
+        ConfigError: the run's folder contains a finished run or one of another config, or another process trains into
+            it, or the method saves nothing that PEFT can load.
         DataError: model or data cannot be loaded, or a package is missing.
     """
     if not METHODS[config.method].loads:
@@ -56,12 +56,13 @@ def train(config: RunConfig | RowsConfig, lesson: Lesson | None = None) -> dict[
     folder.check(text)
     lesson = lesson or open_lesson(config)
     arguments = lesson.arguments()
-    forgotten = ForgottenText(config.forgetting, lesson.tokenizer)
-    checkpoint = folder.start(text)
-    with folder.logging():
-        if checkpoint:
-            logger.info("Resuming from %s", checkpoint)
-        return _run(lesson, arguments, forgotten, folder, checkpoint)
+    forgotten = ForgottenText(config.forgetting, lesson.tokenizer, lesson.base.config)
+    with folder.alone():
+        checkpoint = folder.start(text)
+        with folder.logging():
+            if checkpoint:
+                logger.info("Resuming from %s", checkpoint)
+            return _run(lesson, arguments, forgotten, folder, checkpoint)
 
 
 def _run(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import nn
+from transformers import TrainerCallback
 
 from smoa_lab.config.run_config import RunConfig
 from smoa_lab.data.records import Record
@@ -21,11 +22,8 @@ class AnswerBench(Bench):
         self.encoder = ready.encoder
         return ready
 
-    def _fit(self, config: RunConfig, checkpoint: str | None) -> Fitted:
-        ready = self._prepare(config)
-        model, trainer, seconds = ready.fit(fit_arguments(config), checkpoint)
-        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        return Fitted(model, trainer, trained, seconds)
+    def _fit(self, config: RunConfig, checkpoint: str | None, check: TrainerCallback) -> Fitted:
+        return Fitted(*self._prepare(config).fit(fit_arguments(config), checkpoint, check))
 
     def _outcomes(self, model: nn.Module | None, config: RunConfig, records: Sequence[Record]) -> list[Outcome]:
         scored = self._prepare(config).base if model is None else model

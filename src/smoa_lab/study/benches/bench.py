@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from smoa.errors import ConfigError
 from smoa_lab.basics.extras import require
@@ -32,11 +32,10 @@ PARAMETER_TOLERANCE = 0.02
 
 @dataclass(frozen=True)
 class Fitted:
-    """A trained model with the number of its trainable parameters, a task head aside."""
+    """A trained model, its trainer, and the seconds that it took."""
 
     model: nn.Module
     trainer: Trainer
-    parameters: int
     seconds: float
 
 
@@ -59,7 +58,8 @@ class Bench(ABC):
 
     def stored_config(self, config: RunConfig) -> dict[str, Any]:
         """All that decides a run's result, as its JSON has it: a finished run counts only for the same."""
-        return config.model_dump(mode="json")
+        elsewhere = None if self.elsewhere is None else self.elsewhere.model_dump(mode="json")
+        return {**config.model_dump(mode="json"), "elsewhere": elsewhere}
 
     def check_needs(self, entry: Entry) -> None:
         """Raise DataError if a package is missing that the runs of an entry will need."""
@@ -71,11 +71,10 @@ class Bench(ABC):
         config = self.config(entry, learning_rate, seed, work=work)
         self._part(part)
         checkpoint = RunFolder(work).start(config.to_yaml())
-        fitted = self._fit(config, checkpoint)
-        _check_parameters(entry, fitted.parameters)
+        fitted = self._fit(config, checkpoint, ParameterCheck(entry))
         return {
             "config": self.stored_config(config),
-            "parameters": fitted.parameters,
+            "parameters": trained_parameters(fitted.model),
             "seconds": None if checkpoint else round(fitted.seconds, 1),  # of a resumed run it would be a part only
             "steps": fitted.trainer.state.global_step,
             "training_loss": fitted.trainer.state.log_history[-1].get("train_loss"),
@@ -127,8 +126,8 @@ class Bench(ABC):
         return {"elsewhere": score_outcomes(outcomes)["all"].gold_loss}
 
     @abstractmethod
-    def _fit(self, config: RunConfig, checkpoint: str | None) -> Fitted:
-        """Train by ``config``, from ``checkpoint`` if there is one."""
+    def _fit(self, config: RunConfig, checkpoint: str | None, check: TrainerCallback) -> Fitted:
+        """Train by ``config``, from ``checkpoint`` if there is one, watched by ``check``."""
 
     @abstractmethod
     def _outcomes(self, model: nn.Module | None, config: RunConfig, records: Sequence[Record]) -> list[Outcome]:
@@ -142,13 +141,26 @@ def fit_arguments(config: RunConfig) -> TrainingArguments:
     return arguments
 
 
-def _check_parameters(entry: Entry, found: int) -> None:
-    wanted = entry.parameters
-    if wanted is not None and abs(found - wanted) > PARAMETER_TOLERANCE * wanted:
-        raise ConfigError(
-            f"entries: {entry.method} {entry.adapter} trains {found:,} parameters, not {wanted:,} to within "
-            f"{PARAMETER_TOLERANCE:.0%}; change r (smoa budget lists the choices) or what it declares"
-        )
+def trained_parameters(model: nn.Module) -> int:
+    """How many are trainable, a new classification head aside."""
+    named = (one for name, one in model.named_parameters() if one.requires_grad and "classifier" not in name)
+    return sum(parameter.numel() for parameter in named)
+
+
+class ParameterCheck(TrainerCallback):
+    """Raises ConfigError before the first step if an entry trains another number of parameters than it declares."""
+
+    def __init__(self, entry: Entry) -> None:
+        self.entry = entry
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Called by the Trainer."""
+        found, wanted = trained_parameters(model), self.entry.parameters
+        if wanted is not None and abs(found - wanted) > PARAMETER_TOLERANCE * wanted:
+            raise ConfigError(
+                f"entries: {self.entry.method} {self.entry.adapter} trains {found:,} parameters, not {wanted:,} to "
+                f"within {PARAMETER_TOLERANCE:.0%}; change r (smoa budget lists the choices) or what it declares"
+            )
 
 
 def scored(outcomes: Sequence[Outcome]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from transformers import (
     DataCollatorWithPadding,
     PreTrainedTokenizerBase,
     Trainer,
+    TrainerCallback,
     set_seed,
 )
 
@@ -45,20 +46,19 @@ class ClassificationBench(Bench):
         if self.config(entry, entry.learning_rate, seed=0).model.name == PACKAGED_ENCODER:
             encoder_folder()
 
-    def _fit(self, config: RunConfig, checkpoint: str | None) -> Fitted:
+    def _fit(self, config: RunConfig, checkpoint: str | None, check: TrainerCallback) -> Fitted:
         arguments = fit_arguments(config)
         set_seed(arguments.seed)  # head and factors are drawn here
         model, tokenizer = self._adapted(config)
         rows = [_row(tokenizer, record, config.task.max_length) for record in self.records.train]
-        trainer = Trainer(
-            model=model, args=arguments, train_dataset=rows, data_collator=DataCollatorWithPadding(tokenizer)
-        )
+        collate = DataCollatorWithPadding(tokenizer)
+        trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[check])
         for callback in REPLACED:
             trainer.remove_callback(callback)
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=checkpoint)
         after_training(model, config.method)
-        return Fitted(model, trainer, _without_head(model), time.perf_counter() - started)
+        return Fitted(model, trainer, time.perf_counter() - started)
 
     def _adapted(self, config: RunConfig) -> tuple[Any, PreTrainedTokenizerBase]:
         """The model to train, and its tokenizer."""
@@ -128,8 +128,3 @@ def _scored(model: nn.Module, batch: dict[str, Tensor]) -> tuple[list[float], li
     losses = nn.functional.cross_entropy(logits, labels, reduction="none")
     hits: list[bool] = (logits.argmax(-1) == labels).tolist()
     return losses.tolist(), hits
-
-
-def _without_head(model: nn.Module) -> int:
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    return sum(parameter.numel() for name, parameter in trained if "classifier" not in name)

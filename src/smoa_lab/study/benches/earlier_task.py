@@ -70,21 +70,22 @@ class EarlierTask:
         if previous is not None:
             self.described["model"]["name"] = previous.folder.name
             place = place.model_copy(update={"name": previous.model.name})
-        self.folder: Path = room / hashlib.sha256(json.dumps(self.described, sort_keys=True).encode()).hexdigest()[:12]
+        self.folder: Path = room / _key(self.described)
         training = {**config.training, "output_dir": str(self.folder / "run")}
         self.config = config.model_copy(update={"training": training, "model": place})
         self.model: ModelSection = ModelSection(name=str(self.folder / "model"), dtype=dtype)
         self.is_first = previous is None
 
-    def scores(self, records: Selection, measure: Measure) -> dict[str, Any]:
+    def scores(self, records: Selection, measure: Measure, measured: dict[str, Any]) -> dict[str, Any]:
         """What ``measure`` found of the stored model and, under ``start`` of the first task's, of the base model.
 
-        Whatever is missing is made first: the model, then the scores. A second process waits meanwhile.
+        Whatever is missing is made first: the model, then the scores, which are kept for the same ``measured``, what
+        decides them. A second process waits meanwhile.
 
         Raises:
             ConfigError: the training diverged.
         """
-        file = self.folder / "scores.json"
+        file = self.folder / f"scores-{_key(measured)}.json"
         if not file.is_file():
             self.store(records)
             with FileLock(self.folder / "lock"):
@@ -119,3 +120,8 @@ class EarlierTask:
         if self.is_first:
             found["start"] = measure(*load_base_model(self.config.model.model_copy(update={"dtype": self.model.dtype})))
         return found
+
+
+def _key(described: dict[str, Any]) -> str:
+    """A short hash of plain values."""
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:12]

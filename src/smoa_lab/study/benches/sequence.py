@@ -27,6 +27,9 @@ from smoa_lab.study.benches.changes import weight_changes
 from smoa_lab.study.benches.earlier_task import Between, EarlierTask, First
 from smoa_lab.study.entry import Entry
 
+MEASURED = ("data", "task", "first", "between", "elsewhere")
+"""Parts of a stored config that decide what an earlier task's model is scored on."""
+
 
 class SequenceBench(AnswerBench):
     """Trains the last task on the model of the earlier ones; scores all on their test parts, and the text elsewhere.
@@ -134,7 +137,8 @@ class SequenceBench(AnswerBench):
         for task, records in pairs:
             task.store(records)
         task, records = pairs[-1]
-        return task.scores(records, measure)
+        found = self.stored_config(config)
+        return task.scores(records, measure, {key: found.get(key) for key in MEASURED})
 
     def _prepare(self, config: RunConfig) -> Questions:
         tasks = self._earlier_tasks(config)

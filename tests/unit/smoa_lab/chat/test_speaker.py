@@ -150,6 +150,14 @@ def test_adapters_are_named_after_their_runs_and_numbered_if_those_have_one_name
         speaker.use("trian")
 
 
+def test_a_run_whose_name_ends_in_a_number_leaves_others_their_own(tmp_path: Path, base: Path) -> None:
+    places = [saved_adapter(tmp_path / name / "adapter", base) for name in ("demo-2", "demo", "a/demo", "b/demo-2")]
+    speaker = speaker_of(base)
+    for place in places:
+        speaker.load(str(place))
+    assert list(speaker.adapters) == ["demo-2", "demo", "demo-3", "demo-2-2"]
+
+
 def test_a_temperature_samples(base: Path) -> None:
     speaker = speaker_of(base, Writing(max_new_tokens=12, temperature=5.0))
     assert len({said(speaker) for _ in range(3)}) > 1

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import math
 import re
 import subprocess
 import sys
@@ -8,7 +10,7 @@ import pytest
 import typer
 
 from smoa.errors import DataError
-from smoa_lab.cli.console import print_table, reporting, score
+from smoa_lab.cli.console import print_json, print_table, reporting, score
 
 
 def test_an_error_of_ours_is_one_line_on_stderr_and_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
@@ -23,6 +25,12 @@ def test_an_interrupted_command_says_how_to_go_on(capsys: pytest.CaptureFixture[
         raise KeyboardInterrupt
     assert ended.value.exit_code == 130
     assert "resume" in capsys.readouterr().err
+
+
+def test_json_has_null_for_what_is_no_number(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"loss": math.nan, "perplexity": math.inf, "rows": 3})
+    printed = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert printed == {"loss": None, "perplexity": None, "rows": 3}
 
 
 def test_numbers_are_aligned_right_and_names_left(capsys: pytest.CaptureFixture[str]) -> None:

@@ -129,7 +129,16 @@ def test_early_stopping_keeps_a_checkpoint_of_each_evaluation() -> None:
     assert found["load_best_model_at_end"] is True
     assert (found["save_strategy"], found["save_steps"]) == ("steps", 7)
     assert stopping(eval_strategy="epoch")["save_strategy"] == "epoch"
+    assert "save_steps" not in stopping(eval_strategy="epoch")
     assert stopping(eval_strategy="steps", eval_steps=2, save_steps=4)["save_steps"] == 4
+
+
+@pytest.mark.parametrize(("training", "steps"), [({}, 10), ({"logging_steps": 7}, 7), ({"eval_steps": None}, 10)])
+def test_early_stopping_evaluates_and_saves_as_often_as_it_logs_unless_told(
+    training: dict[str, Any], steps: int
+) -> None:
+    found = SFTConfig(**stopping(eval_strategy="steps", use_cpu=True, **training))
+    assert (found.logging_steps, found.eval_steps, found.save_steps) == (steps, steps, steps)
 
 
 def test_early_stopping_needs_validation() -> None:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
 import altair as alt
+import pytest
 
 from smoa_lab.drawing.look import PAPER, values
 from smoa_lab.drawing.pages import code, figure, page, write_page
@@ -19,6 +21,13 @@ def test_a_chart_is_on_the_page_as_data_with_its_caption_in_words() -> None:
     assert drawn["description"] == "What <it> shows"
     assert drawn["mark"]["fill"] == "var(--paper, white)"
     assert "</script>" in str(drawn["datasets"])
+
+
+def test_a_chart_of_what_is_no_number_is_json_that_browsers_can_read() -> None:
+    text = figure(alt.Chart(values([{"x": math.nan}, {"x": 1.5}])).mark_point().encode(x="x:Q"), "Caption")
+    (data,) = re.findall(r'<script type="application/json">(.*?)</script>', text, re.DOTALL)
+    (points,) = json.loads(data, parse_constant=pytest.fail)["datasets"].values()
+    assert points == [{"x": None}, {"x": 1.5}]
 
 
 def test_text_is_escaped() -> None:

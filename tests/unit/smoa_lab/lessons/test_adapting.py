@@ -48,6 +48,18 @@ def test_corda_splits_the_least_used_directions_off_and_changes_no_output(base: 
     assert untrained["relative_norm"]["max"] < 1e-5
 
 
+def test_corda_reads_no_more_of_a_passage_than_the_model_takes(base: Any) -> None:
+    lengths: set[int] = set()
+
+    def note(module: Any, given: Any, options: dict[str, Tensor]) -> None:
+        lengths.add(options["input_ids"].shape[1])
+
+    base.config.max_position_embeddings = 20
+    with base.base_model.register_forward_pre_hook(note, with_kwargs=True):
+        with_adapter(base, lab.byte_tokenizer(), "corda", {"r": 2, "lora_alpha": 2, "target_modules": TARGETS})
+    assert lengths == {20}
+
+
 def test_corda_without_named_layers_is_refused(base: Any) -> None:
     with pytest.raises(ConfigError, match=r"adapter\.target_modules: is missing; corda measures"):
         with_adapter(base, lab.byte_tokenizer(), "corda", {"r": 2})

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from smoa_lab.config.run_config import ForgettingSection
 from smoa_lab.lessons.forgotten_text import ForgottenText
@@ -13,7 +13,7 @@ from tests.support import lab
 
 def test_what_is_forgotten_is_the_change_of_the_loss_on_the_same_text(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(lab.tiny_base(tmp_path))
-    forgotten = ForgottenText(ForgettingSection(tokens=600), lab.byte_tokenizer())
+    forgotten = ForgottenText(ForgettingSection(tokens=600), lab.byte_tokenizer(), model.config)
     forgotten.look(model, "before")
     assert forgotten.metrics is None
     with torch.no_grad():
@@ -28,8 +28,18 @@ def test_what_is_forgotten_is_the_change_of_the_loss_on_the_same_text(tmp_path: 
     assert found["stderr"] > 0
 
 
-def test_nothing_is_measured_where_no_tokens_are_asked_for(tmp_path: Path) -> None:
-    forgotten = ForgottenText(ForgettingSection(text="no/such/file", tokens=0), lab.byte_tokenizer())
+def test_a_model_of_few_positions_reads_more_passages(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(lab.tiny_gpt2(tmp_path, positions=101))
+    forgotten = ForgottenText(ForgettingSection(tokens=600), lab.byte_tokenizer(), model.config)
+    forgotten.look(model, "before")
+    forgotten.look(model, "after")
+    found = forgotten.metrics
+    assert found is not None
+    assert (found["passages"], found["tokens"]) == (6, 6 * 100)
+
+
+def test_nothing_is_measured_where_no_tokens_are_asked_for() -> None:
+    forgotten = ForgottenText(ForgettingSection(text="no/such/file", tokens=0), lab.byte_tokenizer(), GPT2Config())
     forgotten.look(None, "before")
     forgotten.look(None, "after")
     assert forgotten.metrics is None

@@ -22,8 +22,19 @@ from smoa_lab.lessons.own_rows import open_rows, read_rows_of, sources
 from smoa_lab.lessons.progress import ProgressReport
 from smoa_lab.scoring.row_losses import row_losses
 from smoa_lab.training import train_run
-from tests.support.lab import files_with, tiny_base
-from tests.support.own_rows import PLAIN, chat, chats, losses, pairs, rows_base, rows_config, rows_values, write_rows
+from tests.support.lab import files_with, tiny_base, tiny_gpt2
+from tests.support.own_rows import (
+    PLAIN,
+    chat,
+    chats,
+    losses,
+    pairs,
+    rows_base,
+    rows_config,
+    rows_values,
+    tokenizer_with,
+    write_rows,
+)
 
 ALL = {"test_part": 0.0}
 
@@ -204,6 +215,27 @@ def test_a_run_stops_when_the_validation_loss_no_longer_falls(talks: Path, base:
     assert train(config)["training"]["steps"] == 3
 
 
+@pytest.mark.parametrize("killed", [3, 4])
+def test_a_resumed_run_has_the_patience_that_was_left(
+    killed: int, talks: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(self: ProgressReport, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == killed:
+            raise KeyboardInterrupt
+
+    data = {"validation_part": 0.3, "samples": 0, **ALL}
+    training = {**STOPPING, "learning_rate": 0.0, "save_strategy": "steps"}
+    config = rows_config(tmp_path, talks, base, data=data, training=training, early_stopping=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(ProgressReport, "on_save", kill)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    metrics = train(config)
+    assert metrics["training"]["resumed"]
+    assert metrics["training"]["steps"] == 4
+    assert [entry["step"] for entry in metrics["history"] if "eval_loss" in entry] == [1, 2, 3, 4]
+
+
 def test_the_best_adapter_is_kept_and_not_the_last(talks: Path, base: Path, tmp_path: Path) -> None:
     training = {**STOPPING, "learning_rate": 3.0, "lr_scheduler_type": "constant"}
     values = rows_values(tmp_path, talks, base, data={"validation_part": 0.3, **ALL}, early_stopping=2)
@@ -260,13 +292,33 @@ def test_an_adapter_on_the_output_layer_is_refused(talks: Path, base: Path, tmp_
     assert message.startswith("adapter.target_modules: names lm_head, which TRL would not train")
 
 
+@pytest.mark.parametrize("method", ["smoa", "lora"])
+def test_without_named_layers_those_of_pefts_defaults_are_trained(
+    method: str, talks: Path, base: Path, tmp_path: Path
+) -> None:
+    config = rows_config(tmp_path, talks, base, data=ALL, adapter={"r": 4}, method=method)
+    assert losses(train(config))
+    adapter = json.loads((config.folder / "adapter" / "adapter_config.json").read_text())
+    assert set(adapter["target_modules"]) == {"q_proj", "v_proj"}
+
+
 def test_rows_beyond_the_models_positions_are_refused_unless_they_are_cut(base: Path, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "long.jsonl", [{"text": "word " * 300}] * 2)
     message = refused(rows_config(tmp_path, file, base, data=ALL, training={"max_length": None}))
     assert message.startswith(
-        "training.max_length: rows of 1,502 tokens would be trained, and this model has 1,024 pos"
+        "training.max_length: rows of up to 1,502 tokens would be given to this model, which has 1,024 pos"
     )
     assert losses(train(rows_config(tmp_path, file, base, data=ALL)))
+
+
+def test_rows_of_all_the_models_positions_are_trained_and_answered(tmp_path: Path) -> None:
+    base = tiny_gpt2(tmp_path / "base", positions=64, tokenizer=tokenizer_with(PLAIN))
+    rows = write_rows(tmp_path / "long.jsonl", [{"text": f"{i} word " * 20} for i in range(20)])
+    adapter = {"r": 4, "num_blocks": 2, "target_modules": ["c_attn"]}
+    data = {"test_part": 0.3, "samples": 2}
+    metrics = train(rows_config(tmp_path, rows, base, data=data, adapter=adapter, training={"max_length": 64}))
+    assert [set(sample) for sample in metrics["samples"]] == [{"question", "reference", "before", "after"}] * 2
+    assert metrics["forgetting"]["tokens"] == 63 * metrics["forgetting"]["passages"]
 
 
 def test_only_answers_whose_prompts_fit_are_asked_for(base: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from smoa_lab.lessons.row_looks import RowLooks
 from smoa_lab.rows.formats import Example, Passage, Preference
 from smoa_lab.rows.plain_examples import plain_example
 from smoa_lab.rows.turns import Message
+from smoa_lab.scoring.row_losses import Losses
 from smoa_lab.tokens.encoding import RowEncoder
 from tests.support.own_rows import MARKED, tiny_chat_model, tokenizer_with
 
@@ -50,6 +51,14 @@ def test_a_model_to_which_all_tokens_are_alike_has_the_perplexity_of_its_vocabul
     assert scores["rows"] == 2
     assert looks.gain is None
     assert [set(sample) for sample in looks.samples] == [{"question", "reference", "before"}]
+
+
+def test_a_perplexity_that_no_float_holds_is_infinite(encoder: RowEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = RowLooks(held_out(encoder, Passage("Open at nine.")), encoder, None, samples=0)
+    monkeypatch.setattr(looks, "measured", lambda model: Losses([5000.0], [5]))
+    looks.look(tiny_chat_model(), "after")
+    assert looks.evaluation["after"]["all"]["loss"] == 1000
+    assert looks.evaluation["after"]["all"]["perplexity"] == math.inf
 
 
 def test_preferred_is_the_share_of_pairs_whose_chosen_answer_gained_on_the_rejected_one(encoder: RowEncoder) -> None:

@@ -50,6 +50,14 @@ def test_a_gguf_file_that_ends_too_early_is_told_with_what_would_do(tmp_path: Pa
         load_base_model(ModelSection(name=str(tmp_path / "cut.gguf")))
 
 
+@pytest.mark.parametrize("kept", [4, 2000, -10])
+def test_weights_that_end_too_early_are_to_be_fetched_again(kept: int, tmp_path: Path) -> None:
+    weights = lab.tiny_base(tmp_path) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:kept])
+    with pytest.raises(DataError, match=rf"^model\.name: cannot load '{tmp_path}': its weights .*; fetch it again$"):
+        load_base_model(ModelSection(name=str(tmp_path)))
+
+
 def test_a_gguf_file_is_unpacked_into_the_weights_that_it_was_made_of(tmp_path: Path) -> None:
     original = gguf_base.tiny_gguf(tmp_path / "tiny.gguf")
     model, tokenizer = load_base_model(ModelSection(name=str(tmp_path / "tiny.gguf")))

@@ -131,6 +131,16 @@ def test_one_damaged_part_hides_no_other(key: str, value: Any, title: str, tmp_p
     assert "Config" in headings(page)
 
 
+def test_of_a_run_that_diverged_nothing_is_called_damaged(tmp_path: Path) -> None:
+    metrics = stored_metrics()
+    metrics["evaluation"]["after"]["all"]["gold_loss"] = metrics["history"][2]["loss"] = None
+    metrics["forgetting"] |= {"after": None, "change": None, "stderr": None}
+    page, missing = reported(stored_run(tmp_path / "run", **metrics))
+    assert missing == []
+    assert headings(page) == ALL
+    assert "the loss on general text is no number. Training diverged." in page
+
+
 def test_nothing_measured_is_nothing_missing(tmp_path: Path) -> None:
     page, missing = reported(stored_run(tmp_path / "run", evaluation={}, forgetting=None, samples=[], history=[]))
     assert missing == []

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import LlamaForCausalLM
+from transformers import BloomConfig, GPT2LMHeadModel, LlamaForCausalLM
 
 from smoa_lab.data.records import Record
 from smoa_lab.scoring import forgetting
-from smoa_lab.scoring.forgetting import at_least, text_losses, whole_text
+from smoa_lab.scoring.forgetting import at_least, text_length, text_losses, whole_text
 from tests.support import lab
 
 TEXTS = ["A short text.", "A text that is rather longer than the others are.", "Another text."]
@@ -37,6 +37,13 @@ def test_a_long_text_is_cut_at_its_end(tmp_path: Path, monkeypatch: pytest.Monke
     assert found.nll == pytest.approx(text_losses(model, tokenizer, [TEXTS[1][:10]]).nll)
 
 
+def test_a_text_is_cut_at_the_models_positions(tmp_path: Path) -> None:
+    model = GPT2LMHeadModel.from_pretrained(lab.tiny_gpt2(tmp_path, positions=16))
+    assert text_losses(model, lab.byte_tokenizer(), TEXTS).tokens == [13, 15, 13]
+    assert text_length(model.config) == 16
+    assert text_length(BloomConfig()) == 256
+
+
 def test_the_whole_text_of_a_record_is_all_of_it() -> None:
     assert whole_text(Record("prose", "0", "Rain", "It falls.")) == "Rain\nIt falls."
     assert whole_text(Record("mine", "0", "Why?", "So.", context="A text.")) == "A text.\nWhy?\nSo."
@@ -44,7 +51,8 @@ def test_the_whole_text_of_a_record_is_all_of_it() -> None:
 
 def test_texts_are_taken_until_there_are_enough_tokens() -> None:
     tokenizer = lab.byte_tokenizer(adds_bos=False)
-    assert at_least(tokenizer, TEXTS, 14) == TEXTS[:2]  # the first has 13
-    assert at_least(tokenizer, TEXTS, 13) == TEXTS[:1]
-    assert at_least(tokenizer, TEXTS, 1000) == TEXTS
-    assert at_least(tokenizer, TEXTS, 0) == []
+    assert at_least(tokenizer, TEXTS, 14, 256) == TEXTS[:2]  # the first has 13
+    assert at_least(tokenizer, TEXTS, 13, 256) == TEXTS[:1]
+    assert at_least(tokenizer, TEXTS, 13, 12) == TEXTS[:2]  # 12 of each
+    assert at_least(tokenizer, TEXTS, 1000, 256) == TEXTS
+    assert at_least(tokenizer, TEXTS, 0, 256) == []

@@ -1,16 +1,19 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import GPT2LMHeadModel
 
 from smoa_lab.data.prompts import PromptEncoder, gold_response
 from smoa_lab.data.records import Record, choice_record
 from smoa_lab.scoring.generation import (
     Generated,
     _scores,
+    continue_prompts,
     extract_all,
     extract_choice,
     extract_number,
@@ -106,3 +109,21 @@ def test_texts_come_back_in_order_whatever_the_batches(monkeypatch: pytest.Monke
         for text, record in zip(texts, records, strict=True):
             assert f"Instruction:\n{record.prompt}\n" in text
     assert model.training
+
+
+def test_a_prompt_that_leaves_no_positions_for_an_answer_loses_its_head(tmp_path: Path) -> None:
+    model = GPT2LMHeadModel.from_pretrained(lab.tiny_gpt2(tmp_path, positions=32))
+    tokenizer = lab.byte_tokenizer()
+    bare = list(range(3, 43))
+    for long, tail in ((bare, bare[-24:]), ([1, *bare], [1, *bare[-23:]])):  # 1 is BOS, which stays
+        texts = continue_prompts(model, tokenizer, [long, tail, bare[:5]], new_tokens=8)
+        assert texts[0] == texts[1]
+        assert texts[2] == continue_prompts(model, tokenizer, [bare[:5]], new_tokens=8)[0]
+
+
+def test_an_answer_takes_at_most_half_of_the_positions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = GPT2LMHeadModel.from_pretrained(lab.tiny_gpt2(tmp_path, positions=32))
+    whole, shapes = model.generate, []
+    monkeypatch.setattr(model, "generate", lambda **options: shapes.append(whole(**options).shape) or whole(**options))
+    continue_prompts(model, lab.byte_tokenizer(), [list(range(3, 43))], new_tokens=128, eos_token_id=[])
+    assert shapes == [(1, 32)]

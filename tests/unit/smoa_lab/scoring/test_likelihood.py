@@ -40,6 +40,14 @@ def test_sharing_prompts_gives_what_scoring_one_by_one_gives(family: str, batch_
     assert [score.loss for score in found] == pytest.approx([one_by_one(model, s) for s in SEQUENCES], rel=1e-4)
 
 
+def test_padding_takes_no_positions_that_the_model_does_not_have() -> None:
+    model = tiny_models.build("gpt2").eval()  # of 64 positions
+    prompt = [*range(3, 35), *range(3, 33)]
+    sequences = [Encoded(prompt, [20, 21]), Encoded(prompt, [22]), Encoded(prompt[:3], [23, 24, 25, 26])]
+    found = score_answers(model, sequences, pad=0, batch_tokens=1000)
+    assert [score.loss for score in found] == pytest.approx([one_by_one(model, s) for s in sequences], rel=1e-4)
+
+
 def test_the_model_is_left_in_the_mode_it_was_in() -> None:
     model = tiny_models.build("llama").train()
     score_answers(model, SEQUENCES, pad=0, batch_tokens=100)

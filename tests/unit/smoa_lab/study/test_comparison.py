@@ -46,6 +46,15 @@ def test_a_search_of_another_seed_is_no_part_of_this_one(study: Study) -> None:
     assert search.learning_rate == 0.01
 
 
+def test_a_search_is_what_the_study_as_it_is_asks_for(study: Study) -> None:
+    """Quarter decades of an earlier search are left, and are the best, but the study has no ``refine`` any more."""
+    for rate, loss in ((0.01, 2.0), (0.003, 2.2), (0.03, 2.4), (0.006, 1.0), (0.02, 2.1)):
+        finish(study, Trial("tuning", "ours", rate, 100), loss)
+    search = stored_search(study, "ours")
+    assert search is not None
+    assert (list(search.losses), search.learning_rate) == ([0.003, 0.01, 0.03], 0.01)
+
+
 def test_before_the_first_run_there_is_no_search(study: Study) -> None:
     assert stored_search(study, "ours") is None
     finish(study, Trial("tuning", "ours", 0.01, 100), None)

@@ -65,6 +65,13 @@ def test_what_is_left_is_never_overestimated(study: Study) -> None:
     assert plan.at_least_left() == 0
 
 
+def test_a_plan_of_searches_has_no_final_runs(study: Study) -> None:
+    plan = Plan(study, ["ours"], searches_only=True)
+    jobs = plan.ready()
+    assert {job.stage for job in jobs if isinstance(job, Trial)} == {"tuning"}
+    assert plan.at_least_left() == len(jobs) == 3
+
+
 def test_a_sweep_is_run_at_once(study: Study) -> None:
     study = study.model_copy(update={"tuning": Tuning(sweep=(0.01, 0.1))})
     rates = [trial.learning_rate for trial in Plan(study, ["ours"]).search("ours")]

@@ -18,6 +18,13 @@ def load(values: dict[str, Any], folder: Path) -> Study:
     return load_study(file)
 
 
+@pytest.mark.parametrize("name", ["smoa/paper", "..", "a\\b"])
+def test_an_entry_that_cannot_name_a_folder_is_refused(name: str, sequence: dict[str, Any], tmp_path: Path) -> None:
+    sequence["entries"] = {name: sequence["entries"]["ours"]}
+    with pytest.raises(ConfigError, match=rf"entries: {re.escape(repr(name))} can't name a folder; leave out slashes"):
+        load(sequence, tmp_path)
+
+
 def test_a_sequence_is_read(sequence: dict[str, Any], tmp_path: Path) -> None:
     study = load(sequence, tmp_path)
     assert isinstance(study.bench(), SequenceBench)

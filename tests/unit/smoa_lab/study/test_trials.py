@@ -44,6 +44,21 @@ def test_a_trial_from_before_samples_were_written_is_the_same(tmp_path: Path) ->
     assert store.get(name, {**config, "task": {"max_length": 96, "samples": 3}}, pytest.fail)["config"] == config
 
 
+@pytest.mark.parametrize("recorded", [{}, {"elsewhere": None}, {"elsewhere": {"tasks": ["prose"]}}])
+def test_a_trial_that_was_scored_on_another_text_is_refused_if_it_says_so(
+    recorded: dict[str, Any], tmp_path: Path
+) -> None:
+    store, name = TrialStore(tmp_path), "final/ours/x"
+    store.file(name).parent.mkdir(parents=True)
+    store.file(name).write_text(json.dumps({"config": {"training": {}, **recorded}}))
+    wanted = {"training": {}, "elsewhere": {"tasks": ["headlines"]}}
+    if not recorded:  # it is from before that was recorded
+        assert store.get(name, wanted, pytest.fail)["config"] == {"training": {}}
+    else:
+        with pytest.raises(ConfigError, match="other values of elsewhere; give the changed one another folder"):
+            store.get(name, wanted, pytest.fail)
+
+
 def test_a_trial_that_another_process_runs_is_waited_for(tmp_path: Path) -> None:
     store, name = TrialStore(tmp_path), "final/ours/x"
     began, may_end = Event(), Event()

@@ -57,7 +57,7 @@ def test_the_search_finds_the_lowest_loss_and_keeps_its_runs(
 
 def test_a_run_without_validation_questions_is_refused(values: dict[str, Any]) -> None:
     values["data"]["validation_examples"] = 0
-    with pytest.raises(ConfigError, match="validation"):
+    with pytest.raises(ConfigError, match=r"^data: leaves no validation questions, .* set data\.validation_examples"):
         tune_run(check_config(values))
 
 

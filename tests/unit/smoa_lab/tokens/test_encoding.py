@@ -9,7 +9,7 @@ import pytest
 import trl
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from smoa.errors import ConfigError, DataError
 from smoa_lab.data.prompts import IGNORED
@@ -254,3 +254,8 @@ def test_the_first_token_is_never_predicted_and_not_counted() -> None:
     assert Tokens([5], [5]).trained == 0
     assert Tokens([5, 6, 7], [IGNORED, 6, 7]).cut(2) == Tokens([5, 6], [IGNORED, 6])
     assert Tokens([5], [5]).cut(None).input_ids == [5]
+
+
+def test_a_tokenizer_that_knows_no_places_in_the_text_is_refused() -> None:
+    with pytest.raises(DataError, match=r"^model\.name: its ByT5Tokenizer cannot tell where .* a tokenizer\.json, or"):
+        RowEncoder(ByT5Tokenizer())

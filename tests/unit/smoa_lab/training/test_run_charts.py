@@ -29,6 +29,14 @@ def test_held_out_rows_are_points_at_the_first_and_the_last_step() -> None:
     assert {(row["step"], row["loss"]) for row in found} == {(0, 3.0), (20, 2.0)}
 
 
+def test_losses_that_are_no_numbers_are_left_out() -> None:
+    history = [*HISTORY[:2], {"step": 15, "loss": None}]
+    diverged = {**ROWS, "after": {"all": {"loss": None, "perplexity": None}}}
+    found = {(row["data"], row["step"]) for row in rows(losses(history, diverged, "smoa"))}
+    assert found == {("training", 5), ("training", 10), ("held-out rows", 0)}
+    assert balance(diverged, {"before": 3.0, "after": None}, "smoa") is None
+
+
 def test_accuracies_are_drawn_for_each_stage_and_for_all_tasks_where_there_are_several() -> None:
     found = rows(accuracies(EVALUATION, "smoa"))
     assert {(row["task"], row["stage"], row["told"]) for row in found} == {

@@ -1,9 +1,19 @@
 from __future__ import annotations
 
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
+import torch
 
 from smoa.errors import ConfigError
 from smoa_lab.training import run_folder
@@ -55,3 +65,82 @@ def test_a_run_that_has_no_checkpoint_yet_gives_way_to_another_config(tmp_path: 
     run.start("method: smoa\n")
     assert run.start("method: lora\n") is None
     assert run.config.read_text() == "method: lora\n"
+
+
+def test_one_process_trains_into_a_folder_at_a_time(tmp_path: Path) -> None:
+    run, other = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
+    with run.alone():
+        run.start("method: smoa\n")
+        with pytest.raises(ConfigError, match=r"run: another process trains into it; wait for its end, or choose"):
+            other.check("method: smoa\n")
+        with pytest.raises(ConfigError, match="another process"), other.alone():
+            pytest.fail("it was let in")
+        run.finish({})
+    assert not run.lock.exists()
+    with pytest.raises(ConfigError, match="contains a finished run"), other.alone():
+        other.start("method: smoa\n")
+    assert not run.lock.exists()
+
+
+def test_a_run_that_failed_leaves_its_folder_free(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    with pytest.raises(OSError, match="disk is full"), run.alone():
+        raise OSError("disk is full")
+    assert run.lock.exists()
+    run.check("method: smoa\n")
+    with run.alone():
+        assert run.start("method: smoa\n") is None
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_run_whose_process_died_leaves_its_folder_free(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    process = os.fork()
+    if process == 0:
+        with run.alone():
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(process, 0)
+    assert run.lock.exists()
+    run.check("method: smoa\n")
+
+
+def test_the_other_processes_of_a_run_are_let_in_by_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = RunFolder(tmp_path), RunFolder(tmp_path)
+    with first.alone():
+        monkeypatch.setenv("RANK", "1")
+        second.check("method: smoa\n")
+        with second.alone():
+            assert second.start("method: smoa\n") is None
+
+
+def test_metrics_of_a_run_that_diverged_are_json_that_others_can_read(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.finish({"evaluation": {"loss": math.nan}, "history": [{"grad_norm": math.inf, "step": 1}]})
+    found = json.loads(run.metrics.read_text(), parse_constant=pytest.fail)
+    assert found == {"evaluation": {"loss": None}, "history": [{"grad_norm": None, "step": 1}]}
+
+
+def test_the_peak_of_memory_is_told_where_there_is_no_resource_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=2**30))
+    assert run_folder.peak_memory(torch.device("cpu")) > 10**7
+    monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.setattr(psutil, "Process", lambda: used)
+    assert run_folder.peak_memory(torch.device("cpu")) == 2**30
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_the_commit_of_a_repository_that_only_surrounds_smoa_is_not_taken_for_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, installed = tmp_path / "own.py", tmp_path / ".venv" / "installed.py"
+    installed.parent.mkdir()
+    for file in (own, installed):
+        file.touch()
+    for command in (["init", "-q"], ["add", "own.py"], ["commit", "-qm", "First"]):
+        identity = ["-c", "user.name=me", "-c", "user.email=me@here", "-c", "commit.gpgsign=false"]
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *command], check=True)
+    monkeypatch.setattr(run_folder, "__file__", str(installed))
+    assert run_folder._git_state() == {"commit": None, "dirty": None}
+    monkeypatch.setattr(run_folder, "__file__", str(own))
+    assert len(run_folder._git_state()["commit"]) == 40
+    assert run_folder._git_state()["dirty"] is False

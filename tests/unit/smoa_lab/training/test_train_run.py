@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,33 @@ def test_every_weight_is_trained_by_the_full_method(values: dict[str, Any]) -> N
     assert metrics["parameters"]["trainable"] == metrics["parameters"]["total"]
     again = evaluate_run(*open_run(values["training"]["output_dir"]))
     assert again["scores"] == metrics["evaluation"]["after"]
+
+
+def test_a_second_start_while_a_run_trains_is_refused_before_any_work(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = check_config(values)
+    fit = Questions.fit
+
+    def started_again(lesson: Questions, *given: Any) -> Any:
+        monkeypatch.setattr(train_run, "open_lesson", pytest.fail)
+        with pytest.raises(ConfigError, match="another process trains into it"):
+            train_run.train(config)
+        return fit(lesson, *given)
+
+    monkeypatch.setattr(Questions, "fit", started_again)
+    assert train_run.train(config)["training"]["steps"] == 2
+    assert not RunFolder(config.folder).lock.exists()
+    with pytest.raises(ConfigError, match="contains a finished run"):
+        train_run.train(config)
+
+
+def test_a_run_that_diverged_is_saved_as_json_that_others_can_read(values: dict[str, Any]) -> None:
+    values["training"] |= {"learning_rate": 1e30, "lr_scheduler_type": "constant"}
+    config = check_config(values)
+    assert math.isnan(train_run.train(config)["evaluation"]["after"]["all"]["gold_loss"])
+    stored = json.loads(RunFolder(config.folder).metrics.read_text(), parse_constant=pytest.fail)
+    assert stored["evaluation"]["after"]["all"]["gold_loss"] is None
 
 
 def test_only_the_first_process_tells(

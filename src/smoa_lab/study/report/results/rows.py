@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from smoa.errors import DataError
+from smoa_lab.basics.plain_json import finite
 from smoa_lab.study.comparison import stored, stored_search
 from smoa_lab.study.plan import Tuned
 from smoa_lab.study.report.results.statistics import (
@@ -24,7 +25,6 @@ from smoa_lab.study.report.results.statistics import (
     outcomes,
 )
 from smoa_lab.study.study_file import Study
-from smoa_lab.study.trials import finite
 
 BY_TASK = "Accuracy % by task"
 Machine = tuple[str | None, int | None]
@@ -184,13 +184,14 @@ def _by_task(results: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def _finals(study: Study, name: str) -> dict[int, dict[str, Any]]:
-    """The final runs by seed, at the learning rate that the search chose."""
+    """The final runs of the study's seeds, by seed, at the learning rate that the search chose."""
     search = stored_search(study, name)
     wanted = search.learning_rate if search else study.entries[name].learning_rate
     return {
         result["config"]["training"]["seed"]: result
         for result in stored(study, "final", name)
         if result["config"]["training"]["learning_rate"] == wanted
+        and result["config"]["training"]["seed"] in study.seeds
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from smoa.atomic import write_whole
 from smoa.errors import DataError
+from smoa_lab.basics.plain_json import finite
 from smoa_lab.drawing.markdown_tables import markdown_table
 from smoa_lab.drawing.pages import write_page
 from smoa_lab.drawing.picture_files import save_pictures
@@ -29,7 +30,7 @@ from smoa_lab.study.report.sequence.sequence_tables import (
     table_sections,
 )
 from smoa_lab.study.study_file import Study
-from smoa_lab.study.trials import TrialStore, finite
+from smoa_lab.study.trials import TrialStore
 
 
 def sequence_report(study: Study) -> dict[str, Any]:

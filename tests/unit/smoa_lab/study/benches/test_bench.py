@@ -27,6 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 def test_an_entry_that_trains_more_than_it_declares_is_refused(shared: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"smoa .* trains 512 parameters, not 400 to within 2%"):
         ClassificationBench(shared).run(entry(parameters=400), 0.01, 0, "test", tmp_path / "work")
+    assert not list((tmp_path / "work").glob("checkpoint*"))  # before the first step
 
 
 def test_a_study_without_held_out_questions_is_refused(shared: dict[str, Any], tmp_path: Path) -> None:

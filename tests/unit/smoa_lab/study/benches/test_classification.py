@@ -17,6 +17,7 @@ from smoa.errors import DataError
 from smoa_lab.config.run_config import DataSection
 from smoa_lab.data.records import Record, choice_record
 from smoa_lab.study.benches import classification
+from smoa_lab.study.benches.bench import ParameterCheck
 from smoa_lab.study.benches.classification import PACKAGED_ENCODER, ClassificationBench, encoder_folder
 from smoa_lab.study.comparison import Comparison
 from smoa_lab.study.report.study_report import report
@@ -86,7 +87,7 @@ def test_training_lowers_the_loss_of_what_was_trained_on(shared: dict[str, Any],
     bench = ClassificationBench(shared)
     config = bench.config(entry(), 0.03, seed=0, work=tmp_path / "work")
     train = bench.records.train
-    fitted = bench._fit(config, None)
+    fitted = bench._fit(config, None, ParameterCheck(entry()))
     before, after = (bench._outcomes(model, config, train) for model in (None, fitted.model))
     assert sum(one.gold_nll for one in after) < 0.5 * sum(one.gold_nll for one in before)
     assert all(one.right for one in after)

@@ -70,6 +70,22 @@ def test_runs_of_another_first_task_are_not_mixed_in(sequence: dict[str, Any]) -
         Comparison(Study.model_validate(sequence)).run()
 
 
+def test_a_stored_first_model_is_scored_anew_on_other_questions(sequence: dict[str, Any]) -> None:
+    sequence["entries"] = {"ours": sequence["entries"]["ours"]}
+    Comparison(Study.model_validate(sequence)).run()
+    folder = Path(sequence["folder"])
+    for file in (folder / "untouched.json", *folder.glob("final/*/*.json")):
+        file.unlink()
+    sequence["shared"]["data"]["test_examples"] = 1
+    sequence["elsewhere"]["test_examples"] = 1
+    study = Study.model_validate(sequence)
+    Comparison(study).run()
+    before = TrialStore(study.folder).find("untouched")
+    assert before is not None
+    assert (len(before["questions"]["nll"]), len(before["texts"]["nll"])) == (1, 1)
+    assert len(list((folder / "work" / "first").iterdir())) == 1
+
+
 def test_rows_of_the_first_task_are_replayed(sequence: dict[str, Any]) -> None:
     sequence["entries"] = {"ours": sequence["entries"]["ours"]}
     study = Study.model_validate({**sequence, "replay": 5})

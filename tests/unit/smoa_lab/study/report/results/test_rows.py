@@ -5,6 +5,7 @@ import json
 import pytest
 
 from smoa.errors import DataError
+from smoa_lab.study.report.results.rows import entry_row
 from smoa_lab.study.report.study_report import report
 from smoa_lab.study.study_file import Study
 from smoa_lab.study.trials import Trial
@@ -16,6 +17,14 @@ def test_seeds_that_only_one_has_are_not_compared(study: Study) -> None:
     finish(study, Trial("final", "lora", 0.01, 1), 2.5)
     rows = {row.entry: row for row in report(study)}
     assert rows["lora"].loss_difference is rows["lora"].accuracy_difference is None
+
+
+def test_seeds_that_the_study_does_not_name_are_left_out(study: Study) -> None:
+    for seed in (0, 1, 7):
+        finish(study, Trial("final", "ours", 0.01, seed), 2.0)
+    found = entry_row(study, "ours", (None, None))
+    assert found is not None
+    assert found.seeds == [0, 1]
 
 
 def test_accuracy_is_told_task_by_task(study: Study) -> None:
