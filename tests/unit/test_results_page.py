@@ -206,7 +206,7 @@ def test_a_sequence_is_told_by_what_was_kept_at_equal_learning(docs: Path) -> No
         "next_rate": [],
         "lower_levels": [],
         "least_gaps": {"lora": 0.0},
-        "kept_elsewhere": {"equal": [], "next_rate": []},
+        "kept_elsewhere": {"equal": [], "lower_levels": [], "next_rate": []},
         "correlations": {figure: {"forgot": 0.5, "forgot_elsewhere": None} for figure in EXPLANATIONS},
         "runs": [],
     }
