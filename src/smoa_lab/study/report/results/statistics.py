@@ -57,8 +57,8 @@ class Interval:
 class Difference(Interval):
     """An entry's value minus the reference's. One seed tells nothing of how seeds differ, so it gets no verdict.
 
-    ``p`` is two-sided, ``holm_p`` corrected for all comparisons of a table, and ``holm_verdict`` the verdict by it. A
-    run that diverged has neither, and its verdict stands.
+    ``p`` is two-sided, ``holm_p`` corrected for all comparisons of a table that get a verdict by their interval, and
+    ``holm_verdict`` the verdict by it. A run that diverged has no p-value, and its verdict stands.
     """
 
     verdict: Verdict
@@ -174,8 +174,13 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def corrected(found: Sequence[Difference | None]) -> list[Difference | None]:
     """The differences with Holm's p-values for all of them together, and the verdicts by these."""
-    adjusted = iter(holm([one.p for one in found if one is not None and one.p is not None]))
-    return [one if one is None or one.p is None else _with_holm(one, next(adjusted)) for one in found]
+    adjusted = iter(holm([p for p in map(_judged_by, found) if p is not None]))
+    return [one if one is None or _judged_by(one) is None else _with_holm(one, next(adjusted)) for one in found]
+
+
+def _judged_by(one: Difference | None) -> float | None:
+    """The p-value of a difference with a verdict by its interval."""
+    return None if one is None or one.verdict == "one seed" else one.p
 
 
 def _with_holm(one: Difference, adjusted: float) -> Difference:

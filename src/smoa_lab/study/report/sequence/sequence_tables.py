@@ -115,7 +115,8 @@ def _difference_cells(one: dict[str, Any]) -> list[str]:
     if found is None:
         return ["", "reference" if one["entry"] == one["reference"] else "", "", "", ""]
     interval = "{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**found)
-    return [interval, found["verdict"], f"{found['p']:.2g}", f"{found['holm_p']:.2g}", found["holm_verdict"]]
+    adjusted = "–" if found["holm_p"] is None else f"{found['holm_p']:.2g}"
+    return [interval, found["verdict"], f"{found['p']:.2g}", adjusted, found["holm_verdict"] or "–"]
 
 
 def run_name(run: dict[str, Any]) -> str:

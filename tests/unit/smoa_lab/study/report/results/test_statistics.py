@@ -142,6 +142,14 @@ def test_holm_takes_back_what_many_comparisons_find_by_chance() -> None:
     assert [one and one.told for one in corrected([clear, clear])] == ["better (Holm: same)"] * 2
 
 
+def test_a_difference_of_one_seed_is_no_test_and_costs_the_others_nothing() -> None:
+    clear, single = Difference(-0.5, -0.9, -0.1, "better", p=0.03), Difference(-0.5, -0.9, -0.1, "one seed", p=0.01)
+    found = corrected([single, clear])
+    assert found[0] == single
+    assert found[1] is not None
+    assert found[1].holm_p == 0.03
+
+
 def test_what_diverged_keeps_its_verdict_and_does_not_count() -> None:
     nan = float("nan")
     diverged, clear = Difference(nan, nan, nan, "worse"), Difference(-0.5, -0.9, -0.1, "better", p=0.03)
