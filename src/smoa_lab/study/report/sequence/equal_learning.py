@@ -85,12 +85,13 @@ def at_equal_learning(own: Curve, reference: Curve, at: int | None = None) -> Eq
 
 
 def at_lower_levels(own: Curve, reference: Curve) -> list[EqualLearning]:
-    """The same at each rate of the reference below its best, as far as it learned less there."""
+    """The same at each rate of the reference below its best, as far as it learned less there than both at their best."""
     if own is reference:
         return []
     own, reference = paired(own, reference) or (own, reference)
-    losses, rates = reference.learned.mean(), range(reference.best)
-    return [at_equal_learning(own, reference, at) for at in rates if losses[at] > losses[reference.best]]
+    losses = reference.learned.mean()
+    lowest = max(losses[reference.best], own.learned.mean().min())
+    return [at_equal_learning(own, reference, at) for at in range(reference.best) if losses[at] > lowest]
 
 
 def least_gaps(curves: Sequence[Curve]) -> dict[str, float]:

@@ -64,6 +64,11 @@ def test_entries_are_compared_at_each_lower_rate_of_the_reference_too() -> None:
     assert at_lower_levels(reference, reference) == []
 
 
+def test_a_level_that_the_entry_does_not_reach_is_not_compared_twice() -> None:
+    own, reference = made("ours", [2.0, 1.9], [3.0, 3.1]), made("lora", [2.1, 1.6, 1.5], [3.0, 3.2, 3.9])
+    assert [one.level for one in at_lower_levels(own, reference)] == pytest.approx([2.1], abs=0.01)
+
+
 def test_the_reference_is_read_at_its_own_best_rate() -> None:
     found = at_equal_learning(REFERENCE, REFERENCE)
     assert found.own.rate == pytest.approx(1e-2)
