@@ -85,7 +85,7 @@ def at_equal_learning(own: Curve, reference: Curve, at: int | None = None) -> Eq
 
 
 def at_lower_levels(own: Curve, reference: Curve) -> list[EqualLearning]:
-    """The same at each rate of the reference below its best, as far as it learned less there than both at their best."""
+    """The same at each rate of the reference below its best, where it learned less than both at their best."""
     if own is reference:
         return []
     own, reference = paired(own, reference) or (own, reference)
