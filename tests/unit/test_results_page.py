@@ -166,7 +166,8 @@ def test_every_stored_study_is_on_the_page() -> None:
     stored = SCRIPT.parents[1]
     committed = (stored / "results.md").read_text(encoding="utf-8")
     studies = [path.parent.name for path in stored.glob("studies/*/summary.json")]
-    assert [name for name in studies if f"## {name}\n" not in committed] == [], "run python docs/figures/results.py"
+    heads = {name: f"studies/{name}/" if name.startswith("headroom-") else f"## {name}\n" for name in studies}
+    assert [name for name, head in heads.items() if head not in committed] == [], "run python docs/figures/results.py"
 
 
 STORED = sorted((SCRIPT.parents[1] / "studies").iterdir())
