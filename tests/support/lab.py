@@ -11,6 +11,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
+    AutoTokenizer,
     BertConfig,
     BertModel,
     GPT2Config,
@@ -60,6 +61,19 @@ def tiny_base(folder: Path) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def tokenizer_revisions(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """The revisions in which tokenizers are loaded from now on; those of a local folder are all the same."""
+    asked: list[str | None] = []
+    original = AutoTokenizer.from_pretrained
+
+    def loaded(source: str, *, revision: str | None = None, **options: Any) -> Any:
+        asked.append(revision)
+        return original(source, **options)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", loaded)
+    return asked
 
 
 def tiny_gpt2(folder: Path, positions: int, tokenizer: PreTrainedTokenizerFast | None = None) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from smoa import cached_weights
 from smoa.errors import DataError, SmoaError
+from smoa_lab.basics.free_name import free_name
 from smoa_lab.basics.nearest import nearest
 from smoa_lab.basics.positions import positions_of
 from smoa_lab.models.packaged_models import packaged_name
@@ -85,7 +85,8 @@ class Speaker:
                 f"{place}: is an adapter of {own}, this model is {', '.join(sorted(self.bases))}; "
                 "if they are the same, start again with --base"
             )
-        name, inner = self._new_name(folder.resolve()), f"chat{len(self.adapters)}"
+        name = free_name(_run_name(folder.resolve()), self.adapters.__contains__)
+        inner = f"chat{len(self.adapters)}"
         try:
             self._add(folder, inner)
         except SmoaError:
@@ -96,13 +97,6 @@ class Speaker:
             raise DataError(f"{place}: cannot be loaded: {error}") from error
         self.adapters[name] = inner
         self.use(name)
-
-    def _new_name(self, folder: Path) -> str:
-        """The run's name instead of ``adapter``, or the first of ``…-2``, ``…-3`` and so on that is free."""
-        name = folder.parent.name if folder.name == "adapter" else folder.name
-        if name not in self.adapters:
-            return name
-        return next(other for number in count(2) if (other := f"{name}-{number}") not in self.adapters)
 
     def _add(self, folder: Path, inner: str) -> None:
         if isinstance(self.model, PeftModel):
@@ -182,3 +176,8 @@ class _Pieces(TextStreamer):
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         if text or stream_end:
             self.show(text)
+
+
+def _run_name(folder: Path) -> str:
+    """The name of the run, whose adapter lies in a folder ``adapter``."""
+    return folder.parent.name if folder.name == "adapter" else folder.name

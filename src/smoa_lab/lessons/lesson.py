@@ -165,11 +165,13 @@ def check_validation(config: RunConfig | RowsConfig, found: int, what: str) -> N
 def _is_over(checkpoint: str) -> bool:
     """Whether a run had taken its last step when it saved this checkpoint, or had no patience left."""
     state: Any = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+    if state.global_step >= state.max_steps:
+        return True
     stopping = state.stateful_callbacks.get(EarlyStoppingCallback.__name__)
     if stopping is None:
-        return bool(state.global_step >= state.max_steps)
+        return False
     waited = stopping["attributes"]["early_stopping_patience_counter"]
-    return bool(state.global_step >= state.max_steps or waited >= stopping["args"]["early_stopping_patience"])
+    return bool(waited >= stopping["args"]["early_stopping_patience"])
 
 
 def _without_steps(arguments: TrainingArguments) -> TrainingArguments:

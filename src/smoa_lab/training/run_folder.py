@@ -26,6 +26,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from smoa.atomic import write_whole
 from smoa.errors import ConfigError
+from smoa_lab.basics.free_name import free_name
 from smoa_lab.basics.plain_json import json_text
 from smoa_lab.config.run_config import RunConfig
 from smoa_lab.config.yaml_text import parse_yaml
@@ -161,11 +162,8 @@ def is_first_process() -> bool:
 
 def in_free_folder(config: RunConfig) -> RunConfig:
     """``config`` in its own folder, or in the first of ``…-2``, ``…-3`` and so on without a finished run."""
-    wanted = folder = config.folder
-    number = 1
-    while RunFolder(folder).finished:
-        number += 1
-        folder = wanted.with_name(f"{wanted.name}-{number}")
+    wanted = config.folder
+    folder = wanted.with_name(free_name(wanted.name, lambda name: RunFolder(wanted.with_name(name)).finished))
     return config.model_copy(update={"training": {**config.training, "output_dir": str(folder)}})
 
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -11,9 +10,9 @@ from transformers import TrainingArguments
 from smoa.errors import ConfigError
 from smoa_lab.config.run_config import check_config
 from smoa_lab.lessons import lesson
-from smoa_lab.lessons.progress import ProgressReport
 from smoa_lab.training.train_run import train
 from tests.support import lab
+from tests.support.kills import killed_after_saving
 
 
 def test_processes_that_accelerate_does_not_count_don_t_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,11 +21,6 @@ def test_processes_that_accelerate_does_not_count_don_t_train(tmp_path: Path, mo
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     with pytest.raises(ConfigError, match=r"accelerate counts 1 of 2 processes, .*; leave deepspeed out"):
         lesson.checked_arguments(arguments)
-
-
-def kill_after_the_last_save(self: ProgressReport, args: Any, state: Any, control: Any, **_: Any) -> None:
-    if state.global_step == state.max_steps:
-        raise KeyboardInterrupt
 
 
 def test_a_run_that_was_killed_after_its_last_step_takes_no_other_one(
@@ -39,10 +33,8 @@ def test_a_run_that_was_killed_after_its_last_step_takes_no_other_one(
         for name in ("whole", "killed")
     )
     expected = train(whole)
-    with monkeypatch.context() as patch:
-        patch.setattr(ProgressReport, "on_save", kill_after_the_last_save)
-        with pytest.raises(KeyboardInterrupt):
-            train(killed)
+    with killed_after_saving(3, monkeypatch):
+        train(killed)
     metrics = train(killed)
     assert metrics["training"]["resumed"]
     assert metrics["training"]["steps"] == expected["training"]["steps"] == 3

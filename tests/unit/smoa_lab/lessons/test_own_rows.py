@@ -22,6 +22,7 @@ from smoa_lab.lessons.own_rows import open_rows, read_rows_of, sources
 from smoa_lab.lessons.progress import ProgressReport
 from smoa_lab.scoring.row_losses import row_losses
 from smoa_lab.training import train_run
+from tests.support.kills import killed_after_saving
 from tests.support.lab import files_with, tiny_base, tiny_gpt2
 from tests.support.own_rows import (
     PLAIN,
@@ -219,17 +220,11 @@ def test_a_run_stops_when_the_validation_loss_no_longer_falls(talks: Path, base:
 def test_a_resumed_run_has_the_patience_that_was_left(
     killed: int, talks: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def kill(self: ProgressReport, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == killed:
-            raise KeyboardInterrupt
-
     data = {"validation_part": 0.3, "samples": 0, **ALL}
     training = {**STOPPING, "learning_rate": 0.0, "save_strategy": "steps"}
     config = rows_config(tmp_path, talks, base, data=data, training=training, early_stopping=3)
-    with monkeypatch.context() as patch:
-        patch.setattr(ProgressReport, "on_save", kill)
-        with pytest.raises(KeyboardInterrupt):
-            train(config)
+    with killed_after_saving(killed, monkeypatch):
+        train(config)
     metrics = train(config)
     assert metrics["training"]["resumed"]
     assert metrics["training"]["steps"] == 4

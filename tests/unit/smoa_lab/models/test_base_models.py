@@ -130,13 +130,7 @@ def test_marks_that_a_gguf_file_leaves_on_a_model_are_taken_off(tmp_path: Path) 
 
 
 def test_the_tokenizer_comes_from_the_same_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[object] = []
-    original = base_models.AutoTokenizer.from_pretrained
-    monkeypatch.setattr(
-        base_models.AutoTokenizer,
-        "from_pretrained",
-        lambda source, **options: asked.append(options.pop("revision", None)) or original(source, **options),
-    )
+    asked = lab.tokenizer_revisions(monkeypatch)
     load_base_model(
         ModelSection(name=str(lab.tiny_base(tmp_path)), options={"revision": "v2", "low_cpu_mem_usage": True})
     )

@@ -38,13 +38,7 @@ def untouched(shared: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_the_tokenizer_comes_from_the_models_revision(shared: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[object] = []
-    original = classification.AutoTokenizer.from_pretrained
-    monkeypatch.setattr(
-        classification.AutoTokenizer,
-        "from_pretrained",
-        lambda source, **options: asked.append(options.pop("revision", None)) or original(source, **options),
-    )
+    asked = lab.tokenizer_revisions(monkeypatch)
     untouched({**shared, "model": {**shared["model"], "options": {"revision": "v2"}}})
     assert set(asked) == {"v2"}
 
