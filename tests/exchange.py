@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import smoa
+from smoa.files.save_id import without_id
 from smoa.layers.layer import SmoaLayer
 from tests.support import tiny_models
 
@@ -24,7 +25,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "plain": {"scale": "block"},
     "biases": {"bias": "smoa_only", "partition": "random"},
     "modules": {"modules_to_save": ["lm_head"], "modulation": "noise"},
-    "chosen": {"blocks_from_spectrum": True, "scale": "layer"},
+    "pattern": {"num_blocks_pattern": {"v_proj": 2}, "scale": "layer"},
 }
 
 
@@ -32,9 +33,8 @@ def state(model: PeftModel) -> dict[str, Tensor]:
     """What is saved, every layer's ΔW, and the logits."""
     deltas = {f"delta {n}": m.delta("default") for n, m in model.named_modules() if isinstance(m, SmoaLayer)}
     logits = model(**tiny_models.batch("llama")).logits
-    return {
-        k: v.detach().contiguous() for k, v in {**get_peft_model_state_dict(model), **deltas, "logits": logits}.items()
-    }
+    found = {**without_id(get_peft_model_state_dict(model)), **deltas, "logits": logits}
+    return {name: tensor.detach().contiguous() for name, tensor in found.items()}
 
 
 def save(folder: Path) -> None:

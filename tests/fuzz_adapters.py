@@ -62,7 +62,7 @@ CORPUS: dict[str, tuple[PeftConfig, int]] = {
     "ragged": (SmoaConfig(r=5, num_blocks=3, block_ranks=[0, 2, 3], alpha=8.0, target_modules=TARGETS), 12),
     "head": (SmoaConfig(r=4, bias="all", modules_to_save=["head"], target_modules=TARGETS), 12),
     "patterns": (SmoaConfig(r=32, rank_pattern={"up": 3, "down": 2}, target_modules="up|down", modulation="none"), 12),
-    "spectrum": (SmoaConfig(r=6, num_blocks=3, blocks_from_spectrum=True, target_modules=TARGETS), 12),
+    "pattern": (SmoaConfig(r=6, num_blocks=3, num_blocks_pattern={"up": 2}, target_modules=TARGETS), 12),
     "other shapes": (SmoaConfig(r=4, num_blocks=2, target_modules=TARGETS), 14),
     "lora": (LoraConfig(r=4, target_modules=TARGETS), 12),
 }

@@ -16,7 +16,6 @@ MOVED = {
     "analysis": "maths.analysis",
     "autograd": "maths.kernels.operators",
     "base_checkpoint": "export.base_checkpoint",
-    "block_choice": "tuner.block_choice",
     "budget": "maths.budget",
     "checkpoint": "files.checkpoint",
     "combining": "tuner.combining",

@@ -141,11 +141,8 @@ def _saving(original: Callable[..., dict[str, Tensor]]) -> Any:
         wanted = {k: v for k, v in state_dict.items() if not any(f".{name}." in f"{k}." for name in unwanted)}
         own = tuner._get_adapter_state_dict(model, config, adapter_name, wanted, unwanted)
         prefix = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
-        PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type] = "\0"  # in no name, so that only the rest is selected
-        try:
-            others = original(model, state_dict, adapter_name, save_embedding_layers=save_embedding_layers)
-        finally:
-            PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type] = prefix
+        rest = {key: tensor for key, tensor in state_dict.items() if prefix not in key}
+        others = original(model, rest, adapter_name, save_embedding_layers=save_embedding_layers)
         return {tuner._remove_adapter_name_from_key(k, adapter_name): v for k, v in own.items()} | others
 
     return get_peft_model_state_dict

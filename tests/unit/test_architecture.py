@@ -111,6 +111,7 @@ def test_the_first_line_of_a_module_says_what_it_is_for(module: str) -> None:
 TESTS = Path(__file__).parent
 THEMES = {
     "smoa/test_ablations.py",
+    "smoa/test_blocks_by_layer.py",
     "smoa/test_contiguous.py",
     "smoa/test_extreme_numbers.py",
     "smoa/test_families.py",

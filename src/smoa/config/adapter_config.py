@@ -7,6 +7,7 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping
+from contextvars import ContextVar
 from dataclasses import InitVar, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -26,25 +27,23 @@ from smoa.maths.stack_partition import ExpertPartition
 
 Shape = tuple[int, int]
 """(out_features, in_features) of a weight."""
+COLLECTED: ContextVar[tuple[SmoaConfig, str] | None] = ContextVar("smoa_collected", default=None)
+"""The adapter whose tensors were last collected to be saved, by its config, and the `save_id` that they got."""
 
 
 @dataclass
 class SmoaConfig(PeftConfig):
     """Configuration of a SMoA adapter: `ΔW[I_k, J_k] = (α/r)·(B_k A_k) ⊙ W[I_k, J_k]` (arXiv:2605.21147).
 
-    Trainable parameters of a layer: r(m+n)/K, 1/K of LoRA's at the same r. Using a config does not change it: each
-    adapter has its own copy, `model.peft_config[adapter_name]`.
+    Trainable parameters of a layer: r(m+n)/K, 1/K of LoRA's at the same r. As in every method of PEFT, the model holds
+    this object, `model.peft_config[adapter_name]`, and PEFT fills in settings that you left out, as target_modules.
 
     Args:
         r: Total rank, Σ r_k over the blocks. The default of 16, with K = 2, trains as many parameters as LoRA's of 8.
         num_blocks: K, at most 255. A layer whose weight has a side shorter than K takes as many blocks as that side is
             long, and the ranks of the first of the K blocks. alpha / r stays the same. One warning names these layers.
-            It is an error if every target is narrower than K, or with `block_ranks`.
+            With `block_ranks` it is an error.
         num_blocks_pattern: K by module name or regular expression, at most the smaller side of the weights it names.
-        blocks_from_spectrum: Choose the K of each layer that `num_blocks_pattern` does not name, in proportion to the
-            effective rank of its weight, or to the mean of those of a parameter's matrices; a layer of average share
-            gets `num_blocks`. r and alpha follow K, so that the rank of a block, the scale of ΔW and the layer's
-            parameters stay the same. The adapter's own config stores the choices in `num_blocks_pattern`.
         block_ranks: r_k of each block, summing to r. None splits r evenly; the first blocks get the remainder.
         alpha: ΔW is scaled by alpha / r; None means alpha = r.
         use_rslora: Scale by alpha / √(r/K) instead, rsLoRA's at equal parameters. alpha = None then means r / K.
@@ -81,8 +80,10 @@ class SmoaConfig(PeftConfig):
         lora_dropout: LoRA's name for smoa_dropout.
         normalized_alpha: alpha by module name, already divided by the rms, in adapters that smoa 0.1 saved with
             `normalize_anchor`.
-        save_id: Made for each adapter and saved in both of its files, to refuse two files of different adapters.
-        spectrum_blocks: K by module name in adapters saved by smoa 0.1; added to `num_blocks_pattern`.
+        save_id: A digest that each save writes into both files, to refuse files of different saves. None in memory.
+        blocks_from_spectrum: In adapters whose K was chosen by layer, with r and alpha following K. The choices are in
+            `num_blocks_pattern`; `rank_pattern` and `alpha_pattern` get the r and alpha that belong to them.
+        spectrum_blocks: Such choices in adapters saved by smoa 0.1; added to `num_blocks_pattern`.
         settings_digest: In adapters saved by smoa 0.1. Ignored.
         weights_digest: In adapters saved by smoa 0.1. Ignored.
 
@@ -93,7 +94,6 @@ class SmoaConfig(PeftConfig):
     r: int = 16
     num_blocks: int = 2
     num_blocks_pattern: dict[str, int] = field(default_factory=dict)
-    blocks_from_spectrum: bool = False
     block_ranks: list[int] | None = None
     alpha: float | None = None
     use_rslora: bool = False
@@ -122,6 +122,7 @@ class SmoaConfig(PeftConfig):
 
     lora_alpha: InitVar[float | None] = None
     lora_dropout: InitVar[float | None] = None
+    blocks_from_spectrum: InitVar[bool] = False
     spectrum_blocks: InitVar[dict[str, int] | None] = None
     settings_digest: InitVar[object] = None
     weights_digest: InitVar[object] = None
@@ -130,6 +131,7 @@ class SmoaConfig(PeftConfig):
         self,
         lora_alpha: float | None,
         lora_dropout: float | None,
+        blocks_from_spectrum: bool,
         spectrum_blocks: dict[str, int] | None,
         settings_digest: object,
         weights_digest: object,
@@ -142,9 +144,12 @@ class SmoaConfig(PeftConfig):
         self._make_savable()
         problems = self._rename("alpha", "lora_alpha", lora_alpha)
         problems += self._rename("smoa_dropout", "lora_dropout", lora_dropout)
-        problems += [*self._absorb(spectrum_blocks), *config_problems(self)]
+        problems += [*self._absorb(blocks_from_spectrum, spectrum_blocks), *config_problems(self)]
         if problems:
             raise ConfigError("SmoaConfig: " + "; ".join(problems))
+        if blocks_from_spectrum:
+            self._follow_blocks()
+        self.save_id = None
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list) else value)
@@ -170,15 +175,30 @@ class SmoaConfig(PeftConfig):
         setattr(self, ours, value)
         return []
 
-    def _absorb(self, spectrum_blocks: dict[str, int] | None) -> list[str]:
-        """Move the choices of smoa 0.1 to `num_blocks_pattern`. Return their problems."""
-        problems = list(value_problems("spectrum_blocks", spectrum_blocks, dict[str, int] | None))
-        if spectrum_blocks and not problems:
-            if self.blocks_from_spectrum is not True:
-                return ["spectrum_blocks has no effect without blocks_from_spectrum"]
-            if isinstance(self.num_blocks_pattern, dict):
-                self.num_blocks_pattern = {**self.num_blocks_pattern, **spectrum_blocks}
+    def _absorb(self, blocks_from_spectrum: bool, spectrum_blocks: dict[str, int] | None) -> list[str]:
+        """Move the choices of smoa 0.1 to `num_blocks_pattern`. Return the problems of K chosen by layer."""
+        problems = [
+            *value_problems("blocks_from_spectrum", blocks_from_spectrum, bool),
+            *value_problems("spectrum_blocks", spectrum_blocks, dict[str, int] | None),
+        ]
+        if spectrum_blocks and not problems and isinstance(self.num_blocks_pattern, dict):
+            self.num_blocks_pattern = {**self.num_blocks_pattern, **spectrum_blocks}
+        if not problems and blocks_from_spectrum and not self.num_blocks_pattern:
+            problems.append("blocks_from_spectrum=True was removed; name layers and their K in num_blocks_pattern")
         return problems
+
+    def _follow_blocks(self) -> None:
+        """Give the layers of `num_blocks_pattern` r and alpha in proportion to their K."""
+        for name, whole in (("rank_pattern", self.r), ("alpha_pattern", None if self.use_rslora else self.alpha)):
+            given: dict[str, Any] = getattr(self, name)
+            following = {}
+            for key in (*given, *self.num_blocks_pattern) if whole is not None else ():  # the first match counts
+                K, value = _by_pattern(self.num_blocks_pattern, key, None), _by_pattern(given, key, whole)
+                if K is not None:
+                    following[key] = (
+                        value // self.num_blocks * K if name == "rank_pattern" else value * K / self.num_blocks
+                    )
+            setattr(self, name, following or given)
 
     @classmethod
     def from_pretrained(
@@ -200,6 +220,8 @@ class SmoaConfig(PeftConfig):
         """Write `adapter_config.json` in one step. The home folder in the path of a local base becomes `~`."""
         saved = copy.copy(self)
         saved.base_model_name_or_path = _without_home(self.base_model_name_or_path)
+        collected = COLLECTED.get()
+        saved.save_id = collected[1] if collected is not None and collected[0] is self else None
         with tempfile.TemporaryDirectory() as room:
             super(SmoaConfig, saved).save_pretrained(room, **kwargs)
             write_whole(Path(save_directory, CONFIG_NAME), Path(room, CONFIG_NAME).read_bytes())
@@ -212,19 +234,10 @@ class SmoaConfig(PeftConfig):
             shape: (out_features, in_features). K is limited by its smaller side, unless `num_blocks_pattern` names the
                 module or `block_ranks` is set.
         """
-        chosen = self.chosen_blocks_of(module)
-        if chosen is not None:
-            return chosen
+        named: int | None = _by_pattern(self.num_blocks_pattern, module, None)
+        if named is not None:
+            return named
         return self.num_blocks if shape is None or self.block_ranks is not None else min(self.num_blocks, *shape)
-
-    def chosen_blocks_of(self, module: str) -> int | None:
-        """K of a module if `num_blocks_pattern` names it, else None."""
-        if (
-            self.blocks_from_spectrum and module in self.num_blocks_pattern
-        ):  # the pattern of the first of hundreds is slow
-            return self.num_blocks_pattern[module]
-        found: int | None = _by_pattern(self.num_blocks_pattern, module, None)
-        return found
 
     def rank_of(self, module: str, shape: Shape | None = None) -> int:
         """Total rank of a module: that of as many blocks as it has, each of the rank that it would have among all."""
@@ -259,8 +272,7 @@ class SmoaConfig(PeftConfig):
 
     def _share_of(self, module: str, shape: Shape | None) -> tuple[int, int]:
         """A module's number of blocks, and the number that its r and alpha are divided among."""
-        own = self.num_blocks_of(module, shape)
-        return own, self.num_blocks if self.blocks_from_spectrum else self.num_blocks_of(module)
+        return self.num_blocks_of(module, shape), self.num_blocks_of(module)
 
     def scale_of(self, module: str) -> ScaleKind:
         """`scale` of a module. It is "paper" if its alpha is normalized already, as in adapters of 0.1."""

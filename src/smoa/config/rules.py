@@ -108,8 +108,6 @@ def _combination_problems(config: Any) -> Iterator[str]:
         yield f'normalize_anchor=True means scale="layer", not scale={config.scale!r}; drop normalize_anchor'
     if config.block_ranks is not None:
         yield from _block_rank_problems(config)
-    if config.blocks_from_spectrum:
-        yield from _spectrum_problems(config)
 
 
 def _block_rank_problems(config: Any) -> Iterator[str]:
@@ -122,11 +120,3 @@ def _block_rank_problems(config: Any) -> Iterator[str]:
         yield f"block_ranks={ranks} has {len(ranks)} entries; give one for each of num_blocks={config.num_blocks}"
     elif total != config.r:
         yield f"block_ranks={ranks} sums to {total}; the ranks of all blocks must sum to r={config.r}"
-
-
-def _spectrum_problems(config: Any) -> Iterator[str]:
-    if config.block_ranks is not None:
-        yield "blocks_from_spectrum chooses the blocks itself; drop block_ranks"
-    uneven = [r for r in (config.r, *config.rank_pattern.values()) if r % config.num_blocks]
-    if uneven:
-        yield f"blocks_from_spectrum needs num_blocks={config.num_blocks} to divide every r, found {uneven[0]}"

@@ -88,10 +88,8 @@ def _check_state(model: nn.Module, config: SmoaConfig, adapter_name: str, state_
     missing, extra = sorted(expected.keys() - found), sorted(found - expected.keys())
     lost, foreign = _compare_others(model, config, state_dict.keys() - found)
     if missing or extra or lost or foreign:
-        found_biases = foreign and all(key.endswith(".bias") for key in foreign)
-        remedy = f"bias={config.bias!r} doesn't train them; load them with the bias they were trained with"
         differences = [_difference("lacks", missing + lost), _difference("has unknown", extra + foreign)]
-        raise AdapterFileError("; ".join(filter(None, [*differences, remedy if found_biases else ""])))
+        raise AdapterFileError("; ".join(filter(None, differences)))
     for key, tensor in state_dict.items():
         tensor = whole(tensor)  # FSDP2's checkpoints come in shards
         if key in expected:
@@ -104,7 +102,8 @@ def _compare_others(model: nn.Module, config: SmoaConfig, keys: Set[str]) -> tup
     """Missing keys, and foreign ones, which PyTorch would write over the base or silently drop.
 
     In addition to factors and labels, PEFT saves trained biases, modules_to_save and token embeddings (in wrappers,
-    which check their own keys), and the embeddings of a resized vocabulary.
+    which check their own keys), and the embeddings of a resized vocabulary. A file may have biases that the config
+    doesn't train: they are loaded, as in PEFT.
     """
     state = model.state_dict()
     own = {key.removeprefix(PREFIX) for key in state}
@@ -118,8 +117,8 @@ def _compare_others(model: nn.Module, config: SmoaConfig, keys: Set[str]) -> tup
     )
     found = {key.removeprefix(PREFIX) for key in keys}
     # With bias="all" PEFT saves the biases of modules_to_save a second time, under a name that nothing reads.
-    unread = {key for key in found if config.bias == "all" and key.endswith(".modules_to_save.bias")}
-    known = {key for key in own if key in biases or key.startswith(others)} | unread
+    unread = {key for key in found if key.startswith(others) and key.endswith(".modules_to_save.bias")}
+    known = {key for key in own if key.endswith(".bias") or key.startswith(others)} | unread
     return sorted(biases - found), sorted(found - known)
 
 

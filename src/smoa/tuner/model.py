@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -21,7 +19,7 @@ from smoa.errors import MergeError, PartitionError
 from smoa.files.checkpoint import add_unsaved_scales, check_adapter_state, check_gathered
 from smoa.files.loading import incoming
 from smoa.files.names import PREFIX, adapter_layers, parameter_names, renamed
-from smoa.files.save_id import new_id, with_id, without_id
+from smoa.files.save_id import with_id, without_id
 from smoa.layers.adapted_layer import AdaptedLayer
 from smoa.layers.distributed import refuse_writing, with_plain_names
 from smoa.layers.experts.param_wrapper import ParamWrapper
@@ -42,27 +40,23 @@ class SmoaModel(BaseTuner, StateDictHooks):
 
     Raises:
         UnsupportedModuleError: a target is of a kind that SMoA can't adapt (`smoa.layers.kinds.kind_table`).
-        PartitionError: `num_blocks` is larger than every target, or larger than one that can't take fewer blocks.
+        PartitionError: K is larger than a side of a target, and `num_blocks_pattern` or `block_ranks` sets it.
     """
 
     prefix: str = "smoa_"
     tuner_layer_cls = SmoaLayer
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     _loads_labels = False
-    _given: Mapping[str, object] = {}
-    """The config passed for each adapter."""
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's `inject_adapter`, which decomposes no weight while a saved adapter is being loaded.
-
-        Choices for this model are stored in a copy of the config, `peft_config[adapter_name]`. The config that was
-        passed is not changed, and can be used for other models.
 
         An adapter added with the same config object as another is its twin and gets its partition, because TRL makes
         reference adapters this way and then copies factors but no buffers.
         """
         found = incoming()
-        twin = self._take_config(adapter_name, None if found is None else found.file.save_id)
+        configs: dict[str, Any] = self.peft_config
+        twin = next((n for n, other in configs.items() if other is configs[adapter_name] and n != adapter_name), None)
         comes = bool(kwargs.get("state_dict")) or bool(kwargs.get("low_cpu_mem_usage")) or found is not None
         self._loads_labels = comes or twin is not None
         self._inject(model, adapter_name, *args, **kwargs)
@@ -74,20 +68,6 @@ class SmoaModel(BaseTuner, StateDictHooks):
             tensors = {key.removeprefix(PREFIX): tensor for key, tensor in found.tensors.items()}
             set_peft_model_state_dict(self.model, tensors, adapter_name)
         watch_generate(self.model)
-
-    def _take_config(self, adapter_name: str, save_id: str | None = None) -> str | None:
-        """Replace the adapter's config by a copy with its id. Return the name of its twin, if any."""
-        configs: dict[str, Any] = self.peft_config
-        given = configs[adapter_name]
-        others = (name for name in configs if name != adapter_name)
-        twin = next((n for n in others if given is configs[n] or given is self._given.get(n)), None)
-        own = copy.deepcopy(given)
-        if twin is not None:
-            own.num_blocks_pattern = configs[twin].num_blocks_pattern  # which `blocks_from_spectrum` may have filled
-        own.save_id = save_id or (new_id(own) if twin is None else configs[twin].save_id)
-        self._given = {**self._given, adapter_name: given}
-        configs[adapter_name] = own
-        return twin
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         """As PEFT's, which wants targets, unless `target_parameters` names some (as in LoRA)."""
@@ -189,7 +169,7 @@ class SmoaModel(BaseTuner, StateDictHooks):
             super()._get_adapter_state_dict(named, config, adapter_name, state_dict, unwanted_adapter_names)
         )
         check_gathered(selected)
-        return with_id(renamed(selected, parameter_names(named)), config.save_id)
+        return with_id(renamed(selected, parameter_names(named)), config)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -245,7 +225,6 @@ class SmoaModel(BaseTuner, StateDictHooks):
         for name, layer in layers.items():
             check_layer(name, layer, adapters, config)
         self.peft_config[adapter_name] = config
-        self._take_config(adapter_name)
         self._loads_labels = True  # they come from the parts
         self._inject(self.model, adapter_name)
         for layer in layers.values():

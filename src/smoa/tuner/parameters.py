@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from functools import partial
 from weakref import WeakSet
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 from smoa.config.adapter_config import Shape, SmoaConfig
 from smoa.errors import ConfigError, PartitionError, SmoaError, UnsupportedModuleError
 from smoa.files.adapter_folder import AdapterFile
-from smoa.layers.distributed import refuse_partitioned, whole
 from smoa.layers.experts.layout import Layout
 from smoa.layers.experts.param_wrapper import ParamWrapper
 from smoa.maths.blocks import check_num_blocks
@@ -73,18 +71,6 @@ def parameters_of(model: nn.Module) -> Iterator[TargetParameter]:
         if not module_name.startswith(inside):
             plain = module_name.replace(".base_layer", "")
             yield from (TargetParameter(module, plain, name) for name, _ in module.named_parameters(recurse=False))
-
-
-def weights_of_parameters(model: nn.Module, config: SmoaConfig) -> dict[str, Callable[[], Tensor]]:
-    """Functions that return all W of a parameter before any merge, (experts, halves, out_features, in_features)."""
-    return {target.key: partial(_matrices_of, model, target) for target in target_parameters(model, config)}
-
-
-def _matrices_of(model: nn.Module, target: TargetParameter) -> Tensor:
-    known = existing_wrapper(model, target.module_name, target.name)
-    if known is not None:
-        return whole(known.pristine_weight())
-    return Layout.of(target.module, target.name).matrices(whole(refuse_partitioned(target.tensor)))
 
 
 def target_parameters(model: nn.Module, config: SmoaConfig) -> list[TargetParameter]:

@@ -3,35 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
-from torch import Tensor, nn
+from torch import nn
 
 from smoa.config.adapter_config import Shape, SmoaConfig
 from smoa.errors import SmoaError
 from smoa.files.adapter_folder import AdapterFile
 from smoa.files.loading import incoming
 from smoa.layers.layer import SmoaLayer
-from smoa.tuner.block_choice import name_blocks
-from smoa.tuner.parameters import check_parameters, report_experts, weights_of_parameters
-from smoa.tuner.targets import check_target, leave_out_uncalled, report_narrow, report_towers, weight_of
+from smoa.tuner.parameters import check_parameters, report_experts
+from smoa.tuner.targets import check_target, leave_out_uncalled, report_narrow, report_towers
 from smoa.tuner.tying import check_alike, tie_targets
 
 IsTarget = Callable[[Any, str], object]
 """Whether a config makes the module of a name a target."""
-Weights = dict[str, Callable[[], Tensor]]
-"""Functions that return the weight of each target, by name."""
 
 
 def survey_targets(model: nn.Module, peft_config: Any, is_target: IsTarget, loads_labels: bool) -> int:
-    """Check all targets, write the choices for this model into the config, and report what a user should know.
+    """Check all targets, fill the config's target_modules as PEFT does, and report what a user should know.
 
     Args:
         model: The base model; nothing of it is changed.
-        peft_config: The adapter's own config.
+        peft_config: The adapter's config.
         is_target: PEFT's rule for names.
         loads_labels: Whether the adapter's partition is loaded, and not made from the weights.
 
@@ -47,36 +43,32 @@ def survey_targets(model: nn.Module, peft_config: Any, is_target: IsTarget, load
     if every_linear:
         leave_out_uncalled(config, model)
     groups = tie_targets(model, config, is_target)
-    weights, shapes, of_parameters = _check_all(model, config, is_target)
+    shapes, of_parameters = _check_all(model, config, is_target)
     check_alike(groups, shapes, config)
     if every_linear and not loads_labels:
         report_towers(shapes, model)
-    report_narrow(shapes | of_parameters, config, silent=loads_labels or config.blocks_from_spectrum)
-    name_blocks(config, weights | weights_of_parameters(model, config), loads_labels)
-    return len(weights)
+    if not loads_labels:
+        report_narrow(shapes | of_parameters, config)
+    return len(shapes)
 
 
-def _check_all(
-    model: nn.Module, config: SmoaConfig, is_target: IsTarget
-) -> tuple[Weights, dict[str, Shape], dict[str, Shape]]:
-    """Weights and shapes of the target modules, and shapes of the target parameters; raises all problems as one."""
+def _check_all(model: nn.Module, config: SmoaConfig, is_target: IsTarget) -> tuple[dict[str, Shape], dict[str, Shape]]:
+    """Shapes of the target modules and of the target parameters; raises all problems as one."""
     file: AdapterFile | None = None if (found := incoming()) is None else found.file
     inside = tuple(name + "." for name, module in model.named_modules() if isinstance(module, SmoaLayer))
     problems: list[SmoaError] = []
-    weights: Weights = {}
     shapes: dict[str, Shape] = {}
     of_parameters: dict[str, Shape] = {}
     for name, module in model.named_modules():
         if name and not name.startswith(inside) and is_target(config, name):
             try:
-                target = check_target(name, module, config, model, file)
-                weights[name], shapes[name] = partial(weight_of, module, target), target.shape
+                shapes[name] = check_target(name, module, config, model, file).shape
             except SmoaError as error:
                 problems.append(error)
     try:
-        of_parameters = check_parameters(model, config, set(weights), file)
+        of_parameters = check_parameters(model, config, set(shapes), file)
     except SmoaError as error:
         problems.append(error)
     if problems:
         raise type(problems[0])("; ".join(map(str, problems)))
-    return weights, shapes, of_parameters
+    return shapes, of_parameters

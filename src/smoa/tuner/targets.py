@@ -5,20 +5,18 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from smoa.config.adapter_config import Shape, SmoaConfig
 from smoa.errors import PartitionError, UnsupportedModuleError
 from smoa.files.adapter_folder import AdapterFile
-from smoa.layers.distributed import refuse_partitioned, whole
 from smoa.layers.kinds.kind_table import KINDS, QUANTIZED, Kind, kind_of
 from smoa.layers.kinds.linear import Linear
-from smoa.layers.kinds.quantized import dequantized, find_backend
-from smoa.layers.layer import SmoaLayer, as_matrix
+from smoa.layers.kinds.quantized import find_backend
 from smoa.maths.blocks import check_num_blocks
 
 if TYPE_CHECKING:
@@ -38,16 +36,6 @@ class Target(NamedTuple):
 def base_of(module: nn.Module) -> nn.Module:
     """The layer inside an adapted module, or the module itself."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-
-
-def weight_of(module: nn.Module, target: Target) -> Tensor:
-    """A target's whole W (out_features, in_features) as floating-point numbers, before any merge."""
-    if isinstance(module, SmoaLayer):
-        return whole(module.pristine_weight())
-    base: Any = base_of(module)
-    if target.backend is not None:
-        return dequantized(target.backend, base)
-    return as_matrix(whole(refuse_partitioned(base.weight)), target.kind.fan_in_fan_out)
 
 
 def check_target(
@@ -123,25 +111,15 @@ def report_towers(targets: Iterable[str], model: nn.Module) -> None:
         )
 
 
-def report_narrow(shapes: Mapping[str, Shape], config: SmoaConfig, silent: bool = False) -> None:
+def report_narrow(shapes: Mapping[str, Shape], config: SmoaConfig) -> None:
     """Name the targets that take fewer blocks than `num_blocks`, in one warning.
 
     Args:
         shapes: Shape of the weight of each target, by name.
         config: The adapter's settings.
-        silent: Don't warn.
-
-    Raises:
-        PartitionError: `num_blocks` is larger than every target.
     """
     narrow = [name for name, shape in shapes.items() if config.num_blocks_of(name, shape) < config.num_blocks_of(name)]
-    widest = max(shapes, key=lambda name: min(shapes[name]), default="")
-    if narrow and min(shapes[widest]) < config.num_blocks:
-        raise PartitionError(
-            f"num_blocks={config.num_blocks} is larger than every target: the widest, {widest}, has a weight of shape "
-            f"{shapes[widest]}; lower num_blocks to at most {min(shapes[widest])}"
-        )
-    if narrow and not silent:
+    if narrow:
         named = ", ".join(f"{name} takes {min(shapes[name])}" for name in narrow[:3])
         more = f", and {len(narrow) - 3} more take fewer too" if len(narrow) > 3 else ""
         warnings.warn(

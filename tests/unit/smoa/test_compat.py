@@ -93,10 +93,17 @@ def test_the_wrappers_ask_the_model_class(monkeypatch: pytest.MonkeyPatch) -> No
     naming = compat._naming(lambda state, adapter_name, parameter_prefix: state)
     model: Any = nn.Module()
     model.peft_config = {"default": SmoaConfig(), "other": SimpleNamespace(peft_type="LORA")}
-    state = {"a": torch.ones(1)}
-    saving = compat._saving(lambda *_, **__: {"head": state["a"]})
-    assert list(saving(model, state)) == ["a.smoa_A.weight", "head"]
-    assert list(saving(model, state, "other")) == ["head"]
+    state = {"a": torch.ones(1), "x.smoa_A.default.weight": torch.ones(1)}
+    table = dict(compat.PEFT_TYPE_TO_PREFIX_MAPPING)
+
+    def original_saving(model: Any, state: dict[str, Tensor], *_: Any, **__: Any) -> dict[str, Tensor]:
+        assert table == compat.PEFT_TYPE_TO_PREFIX_MAPPING  # which other threads read
+        return {**state, "head": state["a"]}
+
+    saving = compat._saving(original_saving)
+    assert list(saving(model, state)) == ["a.smoa_A.weight", "a", "head"]
+    assert list(saving(model, state, "other")) == [*state, "head"]
+    del state["x.smoa_A.default.weight"]
     assert list(compat._loading(original_loading)(model, state)) == ["b"]
     assert list(state) == ["a"]
     assert list(compat._loading(naming_of(naming))(model, state, "other")) == ["a"]

@@ -112,6 +112,17 @@ def test_one_warning_names_the_narrow_layers() -> None:
     assert len(found) == 1
 
 
+def test_targets_that_are_all_narrower_than_num_blocks_take_fewer_with_one_warning() -> None:
+    config = SmoaConfig(r=22, num_blocks=11, target_modules=list(SIDES))
+    with pytest.warns(UserWarning, match=r"^num_blocks=11 is larger than a side of 5 of 5 targets: ") as found:
+        model = get_peft_model(Heads(), config)
+    assert len(found) == 1
+    layers = smoa_layers(model)
+    assert {name: len(layer.ranks["default"]) for name, layer in layers.items()} == SIDES
+    assert {*(rank for layer in layers.values() for rank in layer.ranks["default"])} == {2}
+    assert (config.num_blocks, config.num_blocks_pattern) == (11, {})
+
+
 def test_layers_of_which_each_has_room_or_a_number_of_its_own_cause_no_warning() -> None:
     pattern = {"one|back": 1, "two": 2, "three": 3}
     model = get_peft_model(
@@ -123,11 +134,9 @@ def test_layers_of_which_each_has_room_or_a_number_of_its_own_cause_no_warning()
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"num_blocks": 11}, r"num_blocks=11 is larger than every target: the widest, wide, has .* \(10, 12\)"),
         ({"r": 8, "num_blocks": 2, "block_ranks": [4, 4]}, r"one: num_blocks=2 must be between 1 and 1 .*back: "),
         ({"num_blocks": 4, "num_blocks_pattern": {"two": 3}}, r"two: num_blocks=3 must be between 1 and 2"),
         ({"num_blocks": 4, "num_blocks_pattern": {"one|two": 2}}, r"one: num_blocks=2 must be between 1 and 1"),
-        ({"num_blocks": 11, "r": 11, "blocks_from_spectrum": True}, "larger than every target"),
     ],
 )
 def test_blocks_that_can_not_be_taken_fewer_of_are_refused_and_nothing_is_replaced(
@@ -137,15 +146,6 @@ def test_blocks_that_can_not_be_taken_fewer_of_are_refused_and_nothing_is_replac
     with pytest.raises(PartitionError, match=words):
         get_peft_model(model, SmoaConfig(target_modules=list(SIDES), **settings))
     assert [type(module) for module in model.children()] == [nn.Linear, nn.Linear, Conv1D, nn.Linear, nn.Linear]
-
-
-def test_the_spectrum_chooses_no_more_blocks_than_a_narrow_layer_has_room_for() -> None:
-    model = get_peft_model(
-        Heads(), SmoaConfig(r=8, num_blocks=4, blocks_from_spectrum=True, target_modules=list(SIDES))
-    )
-    for name, layer in smoa_layers(model).items():
-        assert set(layer.ranks["default"]) == {2}
-        assert len(layer.ranks["default"]) <= SIDES[name]
 
 
 @pytest.mark.parametrize("low_memory", [False, True], ids=["", "low memory"])

@@ -115,13 +115,6 @@ def test_rank_stabilized_scaling_is_loras_at_equal_parameters(r: int, num_blocks
     assert left_out.alpha_of("layer", r) / r == pytest.approx(rank_of_lora / rank_of_lora**0.5)
 
 
-def test_rank_stabilized_scaling_stays_when_the_spectrum_chooses_the_blocks() -> None:
-    config = SmoaConfig(r=8, num_blocks=4, alpha=16, use_rslora=True, blocks_from_spectrum=True)
-    config.num_blocks_pattern = {"wide": 8}
-    assert config.rank_of("wide") == 16
-    assert config.alpha_of("wide", 16) / 16 == pytest.approx(16 / 2**0.5)
-
-
 def test_the_scale_is_loras_unless_a_file_of_an_older_version_leaves_it_out(tmp_path: Path) -> None:
     assert SmoaConfig().scale == "lora"
     assert SmoaConfig(normalize_anchor=True).scale == "layer"

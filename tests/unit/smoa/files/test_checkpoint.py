@@ -120,7 +120,6 @@ BASE_WEIGHT = "base_model.model.up.base_layer.weight"
     [
         (BASE_WEIGHT, torch.ones(10, 12)),
         ("base_model.model.head.weight", torch.ones(3, 12)),
-        ("base_model.model.up.base_layer.bias", torch.ones(10)),
         ("base_model.model.up.lora_A.weight", torch.ones(4, 12)),
         ("../../../etc/passwd", torch.ones(1)),
         ("", torch.ones(1)),
@@ -145,12 +144,24 @@ def test_a_missing_bias_is_refused(tmp_path: Path, corpus: dict[str, Path]) -> N
         load(folder)
 
 
-def test_trained_biases_are_refused_with_what_to_do_by_a_config_that_trains_none(corpus: dict[str, Path]) -> None:
+@pytest.mark.parametrize("bias", ["none", "smoa_only"])
+def test_biases_of_the_file_are_loaded_by_a_config_that_does_not_train_them_as_in_peft(
+    bias: Any, corpus: dict[str, Path]
+) -> None:
     saved = load(corpus["head"])
-    model = get_peft_model(base(), replace(saved.peft_config["default"], bias="none"))
-    message = r"^the adapter file has unknown \d+ tensor\(s\): .*up\.base_layer\.bias.*; bias='none' doesn't train them"
-    with pytest.raises(AdapterFileError, match=message):
-        set_peft_model_state_dict(model, get_peft_model_state_dict(saved))
+    model = get_peft_model(base(), replace(saved.peft_config["default"], bias=bias))
+    set_peft_model_state_dict(model, get_peft_model_state_dict(saved))
+    expected = {name: tensor for name, tensor in saved.named_parameters() if name.endswith(".bias")}
+    found = dict(model.named_parameters())
+    assert len(expected) == 4
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_bias_that_the_model_lacks_is_refused(folder: Path) -> None:
+    name = "base_model.model.left.base_layer.bias"
+    rewritten(with_settings(folder), lambda tensors: tensors.update({name: torch.ones(10)}))
+    with pytest.raises(AdapterFileError, match=r"has unknown 1 tensor\(s\): left\.base_layer\.bias"):
+        load(folder)
 
 
 @pytest.mark.parametrize("value", [1e300, float("nan"), float("-inf")])

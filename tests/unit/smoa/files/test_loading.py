@@ -8,6 +8,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -402,16 +403,23 @@ def test_a_door_within_a_door_looks_at_another_adapter_anew(saved: PeftModel, tm
 # The id that both files share.
 
 
-def test_both_files_of_a_save_have_one_id_which_survives_loading(saved: PeftModel, tmp_path: Path) -> None:
+def id_of(folder: Path) -> str:
+    """The id in both files of a folder."""
+    said: str = json.loads((folder / CONFIG).read_text())["save_id"]
+    tensor = load_file(folder / WEIGHTS)["base_model.model.smoa_save_id"]
+    assert bytes(tensor.tolist()).hex() == said
+    return said
+
+
+def test_both_files_of_a_save_have_an_id_which_is_not_kept_in_the_config(saved: PeftModel, tmp_path: Path) -> None:
     again = by_peft_model(tmp_path)
     again.save_pretrained(tmp_path / "again")
-    ids = []
-    for folder in ("adapter", "again"):
-        said = json.loads((tmp_path / folder / CONFIG).read_text())["save_id"]
-        tensor = load_file(tmp_path / folder / WEIGHTS)["base_model.model.smoa_save_id"]
-        assert bytes(tensor.tolist()).hex() == said
-        ids.append(said)
-    assert ids[0] == ids[1] == saved.peft_config["default"].save_id
+    assert id_of(tmp_path / "adapter") == id_of(tmp_path / "again")
+    with torch.no_grad():
+        next(parameter for name, parameter in again.named_parameters() if ".smoa_" in name).add_(1)
+    again.save_pretrained(tmp_path / "again")
+    assert id_of(tmp_path / "adapter") != id_of(tmp_path / "again")
+    assert saved.peft_config["default"].save_id is again.peft_config["default"].save_id is None
 
 
 def test_transformers_saves_the_id_too(tmp_path: Path) -> None:
@@ -420,7 +428,7 @@ def test_transformers_saves_the_id_too(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "adapter")
     found = find_adapter(tmp_path / "adapter")
     assert found is not None
-    assert found.save_id == model.peft_config["default"].save_id
+    assert found.save_id == id_of(tmp_path / "adapter")
     assert len(updates(by_transformers(tmp_path))) == 4
 
 
@@ -430,10 +438,31 @@ def test_every_adapter_gets_an_id_of_its_own_and_the_same_seed_the_same(tmp_path
         base = tiny_models.build("llama")
         torch.manual_seed(seed)
         model = get_peft_model(base, SmoaConfig(**SETTINGS))
-        model.add_adapter("second", SmoaConfig(**SETTINGS))
-        ids.append([model.peft_config[name].save_id for name in ("default", "second")])
+        model.add_adapter("second", SmoaConfig(**SETTINGS | {"r": 6}))
+        model.save_pretrained(tmp_path)
+        ids.append([id_of(tmp_path), id_of(tmp_path / "second")])
     assert ids[0] == ids[1]
     assert len({*ids[0], *ids[2]}) == 4
+
+
+def test_models_of_one_config_are_saved_at_once_each_with_an_id_in_both_files(tmp_path: Path) -> None:
+    config = SmoaConfig(**SETTINGS)
+    models = [get_peft_model(tiny_models.build("llama"), config) for _ in range(4)]
+
+    def save(number: int) -> None:
+        for _ in range(5):
+            models[number].save_pretrained(tmp_path / str(number))
+            id_of(tmp_path / str(number))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(save, range(4)))
+
+
+def test_a_config_written_without_weights_has_no_id(saved: PeftModel, tmp_path: Path) -> None:
+    SmoaConfig(**SETTINGS).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["save_id"] is None
+    SmoaConfig.from_pretrained(tmp_path / "adapter").save_pretrained(tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["save_id"] is None
 
 
 @pytest.fixture

@@ -166,13 +166,6 @@ def test_a_saved_adapter_is_swapped_in(kind: str, tmp_path: Path) -> None:
     assert torch.equal(model(x), other(x))
 
 
-@every_kind
-def test_the_number_of_blocks_is_chosen_from_the_spectrum(kind: str) -> None:
-    config = SmoaConfig(**SETTINGS | {"r": 6, "blocks_from_spectrum": True})
-    model = get_peft_model(Wrapper(kind_of_layer(kind)), config)
-    assert model.peft_config["default"].num_blocks_pattern == {"layer": 3}  # alone, so of average share
-
-
 class Tied(nn.Module):
     """An embedding and a head of one weight."""
 

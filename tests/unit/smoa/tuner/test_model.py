@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,12 @@ from peft import (
     set_peft_model_state_dict,
 )
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import (
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
 
 from smoa import SmoaConfig
 from tests.support import tiny_models
@@ -484,17 +491,80 @@ def test_a_second_adapter_that_trains_biases_is_refused(tiny_llama: PreTrainedMo
 # --- the config of an adapter ----------------------------------------------------------------------------------------
 
 
-def test_one_config_serves_two_models_and_stays_as_it_is(tiny_llama: PreTrainedModel) -> None:
-    config = SmoaConfig(
-        r=4, num_blocks=2, target_modules="all-linear", blocks_from_spectrum=True, normalize_anchor=True
-    )
-    first = get_peft_model(tiny_llama, config)
-    before = copy.deepcopy(first.peft_config["default"])
-    second = get_peft_model(tiny_models.build("gpt2"), config)
-    assert first.peft_config["default"] == before
-    assert first.peft_config["default"].target_modules != second.peft_config["default"].target_modules
-    assert (config.target_modules, config.num_blocks_pattern, config.normalized_alpha) == ("all-linear", {}, {})
-    assert config.save_id is None
+def written(smoa: SmoaConfig, lora: LoraConfig) -> dict[str, tuple[Any, Any]]:
+    """Settings of which smoa's config has another value than LoRA's, where LoRA's config has them."""
+    ours, theirs = (config.to_dict() for config in (smoa, lora))
+    return {name: (ours[name], theirs[name]) for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]}
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear", ["q_proj", "v_proj"], r".*\.q_proj"], ids=str)
+def test_the_model_holds_the_config_that_was_passed_and_writes_into_it_what_peft_writes(
+    targets: Any, tmp_path: Path
+) -> None:
+    configs: list[Any] = []
+    for config in (SmoaConfig(r=4, alpha=8, target_modules=targets), LoraConfig(r=4, target_modules=targets)):
+        before = copy.deepcopy(config)
+        model = get_peft_model(tiny_models.build("llama"), config)
+        assert model.peft_config["default"] is model.base_model.peft_config["default"] is config
+        model(**tiny_models.batch("llama"))
+        model.save_pretrained(tmp_path)
+        changed = {f.name for f in fields(config) if getattr(config, f.name) != getattr(before, f.name)}
+        assert changed <= {"target_modules", "base_model_name_or_path"}
+        configs.append(config)
+    ours, theirs = configs
+    assert isinstance(ours.target_modules, str) if targets == r".*\.q_proj" else ours.target_modules
+    assert written(ours, theirs).keys() == {"peft_type"}
+
+
+def test_one_config_serves_models_of_several_sizes(tiny_llama: PreTrainedModel) -> None:
+    config = SmoaConfig(r=8, num_blocks=20, init_weights=False)
+    larger = copy.deepcopy(tiny_llama.config)
+    larger.hidden_size, larger.intermediate_size, larger.num_hidden_layers = 64, 96, 3
+    wide = type(tiny_llama)(larger).eval()
+    models = []
+    for base in (tiny_llama, wide, tiny_models.build("llama")):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the layers of the first model are narrower than 20 blocks
+            models.append(get_peft_model(base, config))
+    assert all(model.peft_config["default"] is config for model in models)
+    assert (config.r, config.num_blocks, config.num_blocks_pattern, config.rank_pattern) == (8, 20, {}, {})
+    for model in (models[0], models[2], models[1]):
+        for layer in smoa_layers(model).values():
+            assert len(layer.ranks["default"]) == min(20, layer.out_features, layer.in_features)
+        expected = model(**tiny_models.batch("llama")).logits
+        model.merge_adapter()
+        assert_close(model(**tiny_models.batch("llama")).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("task", "auto_class", "head"),
+    [
+        ("SEQ_CLS", AutoModelForSequenceClassification, "classifier"),
+        ("TOKEN_CLS", AutoModelForTokenClassification, "classifier"),
+        ("QUESTION_ANS", AutoModelForQuestionAnswering, "qa_outputs"),
+    ],
+)
+def test_a_task_trains_and_saves_its_head(task: str, auto_class: Any, head: str, tmp_path: Path) -> None:
+    base = auto_class.from_config(tiny_models.build("bert").config)
+    config = SmoaConfig(task_type=task, target_modules=["query", "value"])
+    model = get_peft_model(copy.deepcopy(base), config)
+    assert head in model.peft_config["default"].modules_to_save
+    assert config.modules_to_save is model.peft_config["default"].modules_to_save
+    trained = model.base_model.model.get_submodule(head).modules_to_save["default"].weight
+    assert trained.requires_grad
+    with torch.no_grad():
+        trained.fill_(0.5)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base, tmp_path)
+    assert torch.equal(loaded.base_model.model.get_submodule(head).modules_to_save["default"].weight, trained)
+
+
+def test_a_config_can_be_used_again_after_an_injection_that_failed(tiny_llama: PreTrainedModel) -> None:
+    config = SmoaConfig(r=4, target_modules=["nowhere"])
+    with pytest.raises(ValueError, match="nowhere"):
+        get_peft_model(tiny_llama, config)
+    config.target_modules = {"q_proj"}
+    assert len(smoa_layers(get_peft_model(tiny_models.build("llama"), config))) == 2
 
 
 def test_an_adapter_of_the_config_that_was_passed_before_is_a_twin(tiny_llama: PreTrainedModel) -> None:

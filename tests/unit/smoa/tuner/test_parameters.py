@@ -128,11 +128,6 @@ BAD: dict[str, tuple[dict[str, Any], type[SmoaError], str]] = {
         PartitionError,
         r"inner.plain.weight: num_blocks=9 must be between 1 and 8.*\(8, 8\)",
     ),
-    "K larger than every target": (
-        {"target_parameters": ["plain.weight"], "num_blocks": 9},
-        PartitionError,
-        r"num_blocks=9 is larger than every target: the widest, inner.plain.weight, has a weight of shape \(8, 8\)",
-    ),
     "several": (
         {"target_parameters": ["inner.norm", "kernel"]},
         ConfigError,

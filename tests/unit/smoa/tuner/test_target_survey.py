@@ -30,9 +30,3 @@ def test_problems_of_modules_and_of_parameters_are_one_error_before_anything_is_
     with pytest.raises(SmoaError, match=r"(?s)bilinear.*; .*bank\.bias"):
         get_peft_model(model, config)
     assert type(model.good) is nn.Linear
-
-
-def test_k_is_chosen_for_the_targets_that_the_pattern_does_not_name() -> None:
-    config = SmoaConfig(r=8, num_blocks=2, target_modules=["good"], blocks_from_spectrum=True)
-    survey_targets(Net(), config, lambda config, name: name in config.target_modules, loads_labels=False)
-    assert config.num_blocks_pattern == {"good": 2}
