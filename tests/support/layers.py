@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -136,3 +138,14 @@ def layers_of(model: nn.Module) -> list[SmoaLayer]:
 
 def clone_leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().clone().requires_grad_()
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """A context in which PyTorch makes tensors of this dtype by default."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -46,7 +46,9 @@ def add_unsaved_scales(model: nn.Module, config: SmoaConfig, adapter_name: str, 
     for name, layer in adapter_layers(model, adapter_name).items():
         optional = SCALE not in required_parts(config, name.removeprefix(PREFIX))
         if optional and f"{name}.{LABELS[0]}.{adapter_name}" in state_dict:
-            state_dict.setdefault(f"{name}.{SCALE}.{adapter_name}", torch.ones(len(layer.ranks[adapter_name])))
+            state_dict.setdefault(
+                f"{name}.{SCALE}.{adapter_name}", torch.ones(len(layer.ranks[adapter_name]), dtype=torch.float32)
+            )
 
 
 def embeddings_of(model: nn.Module) -> dict[str, Any]:

@@ -142,7 +142,7 @@ class PartitionState(BaseTunerLayer):
         device = self.stored_weight().device
         rows, cols, scale = self.partition_shapes(adapter_name)
         labels = [torch.full(shape, UNDECIDED, dtype=torch.uint8, device=device) for shape in (rows, cols)]
-        self._set(adapter_name, (labels[0], labels[1], torch.ones(scale, device=device)))
+        self._set(adapter_name, (labels[0], labels[1], torch.ones(scale, dtype=torch.float32, device=device)))
         self.pending_partition[adapter_name] = pending
         if not defer and not awaits_process_group() and self._compute(adapter_name):
             del self.pending_partition[adapter_name]
@@ -163,7 +163,6 @@ class PartitionState(BaseTunerLayer):
                 buffers[adapter_name].copy_(tensor)
         self._refresh(adapter_name)
 
-    @torch.no_grad()
     def _refresh(self, adapter_name: str) -> None:
         """Derive orders and scale bits again if labels or scales have changed. A compiled model skips this."""
         if torch.compiler.is_compiling():
@@ -177,9 +176,10 @@ class PartitionState(BaseTunerLayer):
             for tensor, version, (old, old_version) in zip(saved, versions, known, strict=True)
         ):
             return
-        self._derive_orders(adapter_name, rows, cols)
-        scales = torch.cat([scale.flatten(), rank_scale(scale, self.ranks[adapter_name]).flatten()])
-        self.smoa_scale_bits[adapter_name] = scales.view(torch.int32)
+        with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode can't be used in training
+            self._derive_orders(adapter_name, rows, cols)
+            scales = torch.cat([scale.flatten(), rank_scale(scale, self.ranks[adapter_name]).flatten()])
+            self.smoa_scale_bits[adapter_name] = scales.view(torch.int32)
         self._derived_from[adapter_name] = list(zip(saved, versions, strict=True))
 
     def _derive_orders(self, adapter_name: str, rows: Tensor, cols: Tensor) -> None:

@@ -46,8 +46,12 @@ class Geometry:
         return self.stride, self.padding, self.dilation, False, [0] * len(self.stride), self.groups
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # PyTorch has no annotation here
 def convolves_exactly(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether a convolution keeps all bits of its kernel. Devices other than a CPU may round float32 to TF32."""
+    """Whether a convolution keeps all bits of its kernel. Devices other than a CPU may round float32 to TF32.
+
+    A compiled model keeps the answer of its first call.
+    """
     if dtype == torch.float32 and device_type == "cpu":
         settings = getattr(torch.backends.mkldnn, "conv", None)  # since PyTorch 2.9
         return getattr(settings, "fp32_precision", "ieee") not in ("tf32", "bf16")

@@ -21,20 +21,20 @@ def looked_up(update: Update, tokens: Tensor, weight: Tensor, padding: int | Non
         update: The update of the table.
         tokens: int (tokens,), the rows to look up.
         weight: Pristine W (out_features, in_features), a row for each token.
-        padding: The row whose entries of B get no gradient, as `padding_idx` of an embedding.
-        by_freq: Divide the gradient of a row of B by the number of its occurrences, as `scale_grad_by_freq` does.
+        padding: The row that gets no gradient, as `padding_idx` of an embedding.
+        by_freq: Divide the gradient of a row by the number of its occurrences, as `scale_grad_by_freq` does.
     """
     factors = update.factors
     with torch.autocast(weight.device.type, enabled=False):  # it would round the factors
-        own = _rows_of_B(update, tokens)
-        if padding is not None:
-            own = torch.where((tokens == padding)[:, None], own.detach(), own)
-        if by_freq and own.requires_grad:
-            _, inverse, counts = tokens.unique(return_inverse=True, return_counts=True)
-            own.register_hook(lambda gradient: gradient / counts[inverse][:, None])
-        rows = (own * factors.scale(factors.dtype)) @ factors.spread_A().to(factors.dtype)
+        rows = (_rows_of_B(update, tokens) * factors.scale(factors.dtype)) @ factors.spread_A().to(factors.dtype)
         anchor = update.anchor(weight)
-        return rows if anchor is None else rows * F.embedding(tokens, anchor)
+        rows = rows if anchor is None else rows * F.embedding(tokens, anchor)
+        if padding is not None:
+            rows = torch.where((tokens == padding)[:, None], rows.detach(), rows)
+        if by_freq and rows.requires_grad:
+            _, inverse, counts = tokens.unique(return_inverse=True, return_counts=True)
+            rows.register_hook(lambda gradient: gradient / counts[inverse][:, None])
+        return rows
 
 
 def _rows_of_B(update: Update, tokens: Tensor) -> Tensor:

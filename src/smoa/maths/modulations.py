@@ -12,6 +12,8 @@ from torch import Tensor
 from smoa.maths.blocks import Blocks
 
 ModulationKind = Literal["hadamard", "none", "noise"]
+SAFE_RMS = 1e-15, 1e15
+"""Where squares neither underflow nor overflow in float32."""
 
 
 class Modulation(Protocol):
@@ -52,7 +54,7 @@ class Noise:
     def anchor(self, weight: Tensor, blocks: Blocks) -> Tensor | None:
         """Draw M with a seed that is a hash of the labels, so that it is the same wherever the adapter is loaded."""
         seed = zlib.crc32(torch.cat([blocks.row_labels, blocks.col_labels]).cpu().numpy().tobytes())
-        noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+        noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
         return noise.mul_(rms_of(weight) / rms_of(noise)).to(weight.device, weight.dtype)
 
 
@@ -60,5 +62,10 @@ MODULATIONS: dict[ModulationKind, Modulation] = {"hadamard": Hadamard(), "none":
 
 
 def rms_of(weight: Tensor) -> float:
-    """Root mean square of the entries, computed in float32."""
-    return float(torch.linalg.vector_norm(weight.detach().float())) / math.sqrt(weight.numel())
+    """Root mean square of the entries, computed in float32 or wider, of a scaled copy where their squares leave it."""
+    weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    size = float(torch.linalg.vector_norm(weight)) / math.sqrt(weight.numel())
+    if SAFE_RMS[0] < size < SAFE_RMS[1]:
+        return size
+    peak = float(weight.abs().max())
+    return peak * rms_of(weight / peak) if 0 < peak < math.inf else peak

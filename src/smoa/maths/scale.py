@@ -30,6 +30,8 @@ the first step's ΔW has the norm of LoRA's, but spreads it over many directions
 
 SMALLEST = 1e-30
 """An anchor of a smaller rms counts as zero: the scale of one near the smallest float32 would be infinite."""
+LARGEST = torch.finfo(torch.float32).max
+"""The scale of an anchor of a larger rms, which only float64 can hold, would be zero."""
 
 _SIZES: dict[ScaleKind, Callable[[Tensor, Blocks], list[float]]] = {
     "paper": lambda anchor, blocks: [1.0] * blocks.num_blocks,
@@ -40,10 +42,11 @@ _SIZES: dict[ScaleKind, Callable[[Tensor, Blocks], list[float]]] = {
 
 
 def block_scale(kind: ScaleKind, anchor: Tensor | None, blocks: Blocks) -> Tensor:
-    """c_k of every block, float32 (num_blocks,) on the CPU; 1 without an anchor, and where it is zero or nearly so."""
+    """c_k of every block, float32 (num_blocks,) on the CPU; 1 without an anchor, and where float32 can't hold it."""
     if anchor is None:
-        return torch.ones(blocks.num_blocks)
-    return torch.tensor([1 / size if size > SMALLEST else 1.0 for size in _SIZES[kind](anchor, blocks)])
+        return torch.ones(blocks.num_blocks, dtype=torch.float32)
+    sizes = _SIZES[kind](anchor, blocks)
+    return torch.tensor([1 / size if SMALLEST < size <= LARGEST else 1.0 for size in sizes], dtype=torch.float32)
 
 
 def rank_scale(block_scale: Tensor, ranks: Sequence[int]) -> Tensor:

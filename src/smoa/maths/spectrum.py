@@ -186,9 +186,9 @@ def make_partition(
     out_features, in_features = weight.shape
     check_num_blocks(num_blocks, out_features, in_features)
     if kind == "contiguous":
-        scores = torch.zeros(out_features), torch.zeros(in_features)
+        scores = [torch.zeros(size) for size in weight.shape]
     elif kind == "random":
-        scores = torch.rand(out_features), torch.rand(in_features)
+        scores = [torch.rand(size, dtype=torch.float32) for size in weight.shape]
     else:
         scores = scores_of(weight, False)
         if weight.dtype != torch.float64 and any(_cut_is_close(s, num_blocks, min(weight.shape)) for s in scores):

@@ -93,7 +93,7 @@ def _fitted(
         if own.isdisjoint(keys):
             parts = _without_effect(layer, adapter_name)
         elif required <= own:
-            scale = state.get(scale_key, torch.ones(layer.partition_shapes(adapter_name)[2]))
+            scale = state.get(scale_key, torch.ones(layer.partition_shapes(adapter_name)[2], dtype=torch.float32))
             parts = [*_padded(name, layer, [state[key] for key in keys], config, adapter_name, path), scale]
         else:
             raise AdapterFileError(f"{path}: {name} lacks {sorted(required - own)}; the adapter is broken")

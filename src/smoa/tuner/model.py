@@ -23,7 +23,7 @@ from smoa.files.save_id import with_id, without_id
 from smoa.layers.adapted_layer import AdaptedLayer
 from smoa.layers.distributed import refuse_writing, with_plain_names
 from smoa.layers.experts.param_wrapper import ParamWrapper
-from smoa.layers.kinds.quantized import requantization_reported
+from smoa.layers.kinds.quantized import keep_unpacked, requantization_reported
 from smoa.layers.layer import SmoaLayer
 from smoa.layers.undo import refuse_shared, users_of
 from smoa.tuner.combining import Combination, check_combination, check_layer, combined_config, fill_combined
@@ -99,6 +99,8 @@ class SmoaModel(BaseTuner, StateDictHooks):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Report all unsuitable targets at once, before any module is replaced."""
+        for module in model.modules():
+            keep_unpacked(module)
         targets = survey_targets(model, peft_config, self._check_target_module_exists, self._loads_labels)
         decomposes = peft_config.partition == "spectral" and not self._loads_labels
         hidden = None if decomposes else True  # None: shown on a terminal only

@@ -84,12 +84,26 @@ def _awaits_quantization(weight: Any) -> bool:
 
 def dequantized(backend: QuantizationBackend, base: nn.Module) -> Tensor:
     """The weight of `base` as floating-point numbers: (out_features, in_features)."""
-    if getattr(base, "support_avx512bf16_for_cpu", False):
-        # In evaluation, bitsandbytes repacks 4-bit weights for CPUs with AVX512-BF16. This rounds their scales, and
-        # neither PEFT's dequantization nor a later training step can read the result.
-        base.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # bitsandbytes has a bool here, not a module
-        base.state_dict()  # unpacks the weight in place
+    keep_unpacked(base)
     return backend.get_base_weight(base).detach()
+
+
+def keep_unpacked(base: Any) -> None:
+    """Keep bitsandbytes from repacking the 4-bit weight of a layer, and unpack it if it was.
+
+    On CPUs with AVX512-BF16 bitsandbytes repacks a weight when it is evaluated, and rounds its scales to bfloat16.
+    Neither PEFT's dequantization nor a training step can read the result, and bitsandbytes' own way back, which
+    `state_dict` takes, leaves the scales transposed or quantizes them anew. The scales are put back here as they were
+    rounded, so that the layer keeps the weight that was evaluated.
+    """
+    if not getattr(base, "support_avx512bf16_for_cpu", False):
+        return
+    base.support_avx512bf16_for_cpu = False
+    state = base.weight.quant_state
+    if getattr(state, "packing_format_for_cpu", False):
+        scales = state.absmax.T.flatten().float()
+        base.state_dict()  # unpacks the weight in place
+        state.absmax, state.nested, state.state2, state.offset = scales, False, None, None
 
 
 class QuantizedLinear(Linear):

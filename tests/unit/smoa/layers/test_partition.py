@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,6 +28,7 @@ from tests.support.layers import (
     adapted_layer,
     base_layer,
     base_weight,
+    default_dtype,
     factors,
     labels,
     oracle_delta,
@@ -351,3 +352,32 @@ def test_using_an_adapter_on_the_meta_device_is_refused_clearly() -> None:
         model = get_peft_model(Wrapper(nn.Linear(8, 8)), SmoaConfig(r=4, target_modules=["layer"]))
         with pytest.raises(PartitionError, match="meta"):
             model(torch.randn(2, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_injecting_and_loading_do_not_depend_on_the_default_dtype(
+    tmp_path: Path, partition: str, dtype: torch.dtype
+) -> None:
+    model, batch = trained_llama(partition=partition), tiny_models.batch("llama")
+    folder = saved(model, tmp_path)
+    bases = [tiny_models.build("llama") for _ in range(2)]
+    with default_dtype(dtype):
+        injected = get_peft_model(bases[0], SmoaConfig(**CONFIG, partition=partition))
+        loaded = PeftModel.from_pretrained(bases[1], folder).eval()
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+    usual = smoa_layers(get_peft_model(tiny_models.build("llama"), SmoaConfig(**CONFIG, partition=partition)))
+    for name, layer in smoa_layers(injected).items():
+        assert layer.block_scale("default").dtype == torch.float32
+        assert partition == "random" or torch.equal(layer.block_scale("default"), usual[name].block_scale("default"))
+        assert partition == "random" or labels(layer) == labels(usual[name])
+
+
+def test_an_adapter_loaded_in_inference_mode_can_be_trained() -> None:
+    model, other = trained_llama(), trained_llama(partition="random")
+    with torch.inference_mode():
+        set_peft_model_state_dict(model, get_peft_model_state_dict(other))
+    model.train()(**tiny_models.batch("llama")).loss.backward()
+    for name, layer in smoa_layers(model).items():
+        assert labels(layer) == labels(smoa_layers(other)[name])
+        assert all(factor.grad is not None for factor in factors(layer))

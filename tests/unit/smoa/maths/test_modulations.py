@@ -9,7 +9,7 @@ from torch import Tensor
 from smoa.maths.modulations import MODULATIONS, rms_of
 from smoa.maths.spectrum import make_partition
 from tests import reference
-from tests.support.layers import adapted_layer, base_layer, base_weight, factors, labels, ranks
+from tests.support.layers import adapted_layer, base_layer, base_weight, default_dtype, factors, labels, ranks
 from tests.support.tolerance import assert_close
 
 
@@ -91,3 +91,20 @@ def test_noise_has_the_weights_norm_and_nothing_else_of_it() -> None:
     correlation = float((noise * weight).sum() / (noise.norm() * weight.norm()))
     assert abs(correlation) < 0.1
     assert torch.equal(noise, layer.update("default").anchor(layer.pristine_weight()))
+
+
+@pytest.mark.parametrize("size", [1e-45, 1e-30, 1e-22, 1e-17, 1.0, 1e17, 1e19, 1e30, 1e38])
+def test_the_rms_is_exact_where_squares_underflow_or_overflow(size: float) -> None:
+    weight = (size * torch.randn(50, 40, dtype=torch.float64).clamp(-3, 3)).float()
+    assert rms_of(weight) == pytest.approx(float(weight.double().square().mean().sqrt()), rel=1e-6)
+
+
+def test_the_rms_of_float64_is_computed_in_float64() -> None:
+    assert rms_of(torch.full((3, 3), 1e200, dtype=torch.float64)) == pytest.approx(1e200)
+
+
+def test_the_noise_does_not_depend_on_the_default_dtype() -> None:
+    layer = adapted_layer(base_layer(12, 8, dtype=torch.float32), r=4, num_blocks=2, modulation="noise")
+    expected = layer.delta("default")
+    with default_dtype(torch.float64):
+        assert torch.equal(layer.delta("default"), expected)

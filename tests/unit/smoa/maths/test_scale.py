@@ -70,3 +70,17 @@ def test_an_anchor_near_the_smallest_number_counts_as_zero(kind: ScaleKind) -> N
     blocks = make_partition(torch.ones(2, 2), 2, "contiguous")
     scale = block_scale(kind, torch.full((2, 2), 1.1754943508222875e-38), blocks)
     assert scale.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("size", [1e-29, 1e-22, 1e19, 1e37])
+@pytest.mark.parametrize("kind", ["layer", "block", "lora"])
+def test_the_scale_of_an_anchor_of_any_size_is_exact(kind: ScaleKind, size: float) -> None:
+    weight = torch.randn(12, 8)
+    blocks = make_partition(weight, 2)
+    found, expected = block_scale(kind, weight * size, blocks), block_scale(kind, weight, blocks)
+    assert_close(found.double() * size, expected.double(), torch.float32)
+
+
+def test_an_anchor_beyond_float32_counts_as_one() -> None:
+    blocks = make_partition(torch.ones(2, 2), 2, "contiguous")
+    assert block_scale("block", torch.full((2, 2), 1e100, dtype=torch.float64), blocks).tolist() == [1.0, 1.0]

@@ -94,14 +94,15 @@ def test_a_trained_base_weight_gets_the_gradient_of_the_anchor_too() -> None:
     assert_close(own.flatten(1), torch.autograd.grad(expected.sum(), leaf)[0])
 
 
-def test_a_compiled_layer_gives_the_same_values_and_gradients() -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_compiled_layer_gives_the_same_values_and_gradients(dtype: torch.dtype) -> None:
     torch.compiler.reset()
-    layer = adapted_layer(kind_of_layer("conv2d"), **SETTINGS)
-    x = input_of("conv2d")
+    layer = adapted_layer(kind_of_layer("conv2d").to(dtype), **SETTINGS)
+    x = input_of("conv2d").to(dtype)
     expected = torch.autograd.grad(layer(x).square().sum(), factors(layer))
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     for own, wanted in zip(torch.autograd.grad(compiled(x).square().sum(), factors(layer)), expected, strict=True):
-        assert_close(own, wanted)
+        assert_close(own, wanted, dtype)
 
 
 def test_a_weight_in_channels_last_is_merged_and_restored() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
-from peft import get_peft_model
+from peft import get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -274,18 +274,50 @@ def test_merging_a_copy_leaves_the_original_alone() -> None:
 # CPUs with AVX512-BF16
 
 
-def test_a_weight_that_was_repacked_for_evaluation_is_unpacked_for_good() -> None:
-    base = quantized_layer("nf4", 32, 64)
-    expected = base.weight.quant_state, bnb.functional.dequantize_4bit(base.weight.data, base.weight.quant_state)
-    base.weight.data, _ = bnb.functional._convert_weight_packed_for_cpu(base.weight.data, base.weight.quant_state)
+def evaluated(kind: str, out_features: int = 64, in_features: int = 256) -> tuple[nn.Module, Tensor]:
+    """A layer that was evaluated where bitsandbytes repacks it, or as if, and the weight that it is evaluated with."""
+    base = quantized_layer(kind, out_features, in_features).eval()
+    state = copy.deepcopy(base.weight.quant_state)
+    if state.nested:
+        scales = bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+        state.absmax, state.nested, state.state2, state.offset = scales, False, None, None
+    state.absmax = state.absmax.bfloat16().float()  # bitsandbytes rounds the scales
+    expected = bnb.functional.dequantize_4bit(base.weight.data, state)
     base.support_avx512bf16_for_cpu = True
+    if bnb.functional.has_avx512bf16():
+        base(torch.randn(2, in_features))
+    else:
+        base.weight.data, _ = bnb.functional._convert_weight_packed_for_cpu(base.weight.data, base.weight.quant_state)
+    assert base.weight.quant_state.packing_format_for_cpu
+    return base, expected
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4 twice", "fp4"])
+def test_a_weight_that_was_repacked_for_evaluation_is_unpacked_for_good(kind: str) -> None:
+    base, expected = evaluated(kind)
     layer = adapted(base)
-    assert relative_error(layer.pristine_weight(), expected[1].double()) < 2**-8  # bitsandbytes rounds the scales
-    assert not base.support_avx512bf16_for_cpu
-    assert not base.weight.quant_state.packing_format_for_cpu
-    x = torch.randn(5, 64, requires_grad=True)
+    assert torch.equal(layer.pristine_weight(), expected)
+    x = torch.randn(5, 256, requires_grad=True)
     layer.train()(x).sum().backward()
     assert_close(x.grad, (weight_of(layer) + delta_of(layer)).sum(0).expand(5, -1), torch.float32)
+    layer.eval()(x.detach())
+    assert torch.equal(layer.pristine_weight(), expected)
+
+
+def test_an_adapter_whose_labels_are_loaded_is_evaluated_on_the_weight_as_it_was() -> None:
+    base = quantized_layer("nf4", 64, 256).eval()
+    base.support_avx512bf16_for_cpu = bnb.functional.has_avx512bf16()
+    expected = bnb.functional.dequantize_4bit(base.weight.data, base.weight.quant_state)
+    layer = inject_adapter_in_model(SmoaConfig(target_modules=["layer"]), Wrapper(base), low_cpu_mem_usage=True).layer
+    base(torch.randn(2, 256))
+    assert torch.equal(layer.pristine_weight(), expected)
+
+
+def test_saving_a_model_unpacks_the_layers_without_an_adapter_right() -> None:
+    base, expected = evaluated("nf4")
+    model = Wrapper(nn.Sequential(base, nn.Linear(64, 8)))
+    get_peft_model(model, SmoaConfig(r=4, target_modules=["layer.1"])).state_dict()
+    assert torch.equal(bnb.functional.dequantize_4bit(base.weight.data, base.weight.quant_state), expected)
 
 
 # what can't be adapted
