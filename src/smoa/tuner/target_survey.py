@@ -17,7 +17,7 @@ from smoa.files.loading import incoming
 from smoa.layers.layer import SmoaLayer
 from smoa.tuner.block_choice import name_blocks
 from smoa.tuner.parameters import check_parameters, report_experts, weights_of_parameters
-from smoa.tuner.targets import check_target, leave_out_uncalled, report_narrow, report_towers, weight_of
+from smoa.tuner.targets import check_target, leave_out, report_narrow, report_towers, weight_of
 from smoa.tuner.tying import check_alike, tie_targets
 
 IsTarget = Callable[[Any, str], object]
@@ -45,7 +45,7 @@ def survey_targets(model: nn.Module, peft_config: Any, is_target: IsTarget, load
     report_experts(model, peft_config)
     config: Any = _maybe_include_all_linear_layers(peft_config, model)
     if every_linear:
-        leave_out_uncalled(config, model)
+        leave_out(config, model)
     groups = tie_targets(model, config, is_target)
     weights, shapes, of_parameters = _check_all(model, config, is_target)
     check_alike(groups, shapes, config)
