@@ -16,8 +16,22 @@ from smoa.files.adapter_folder import AdapterFile
 from smoa.files.loading import incoming
 from smoa.layers.layer import SmoaLayer
 from smoa.tuner.block_choice import name_blocks
-from smoa.tuner.parameters import check_parameters, report_experts, weights_of_parameters
-from smoa.tuner.targets import check_target, leave_out, report_narrow, report_towers, weight_of
+from smoa.tuner.parameters import (
+    check_parameters,
+    existing_wrapper,
+    report_experts,
+    target_parameters,
+    weights_of_parameters,
+)
+from smoa.tuner.targets import (
+    base_of,
+    check_finite,
+    check_target,
+    leave_out,
+    report_narrow,
+    report_towers,
+    weight_of,
+)
 from smoa.tuner.tying import check_alike, tie_targets
 
 IsTarget = Callable[[Any, str], object]
@@ -47,7 +61,7 @@ def survey_targets(model: nn.Module, peft_config: Any, is_target: IsTarget, load
     if every_linear:
         leave_out(config, model)
     groups = tie_targets(model, config, is_target)
-    weights, shapes, of_parameters = _check_all(model, config, is_target)
+    weights, shapes, of_parameters = _check_all(model, config, is_target, loads_labels)
     check_alike(groups, shapes, config)
     if every_linear and not loads_labels:
         report_towers(shapes, model)
@@ -57,7 +71,7 @@ def survey_targets(model: nn.Module, peft_config: Any, is_target: IsTarget, load
 
 
 def _check_all(
-    model: nn.Module, config: SmoaConfig, is_target: IsTarget
+    model: nn.Module, config: SmoaConfig, is_target: IsTarget, loads_labels: bool
 ) -> tuple[Weights, dict[str, Shape], dict[str, Shape]]:
     """Weights and shapes of the target modules, and shapes of the target parameters; raises all problems as one."""
     file: AdapterFile | None = None if (found := incoming()) is None else found.file
@@ -71,10 +85,16 @@ def _check_all(
             try:
                 target = check_target(name, module, config, model, file)
                 weights[name], shapes[name] = partial(weight_of, module, target), target.shape
+                if not loads_labels and target.backend is None:
+                    weight: Any = base_of(module).weight
+                    check_finite(name, weight, module if isinstance(module, SmoaLayer) else None)
             except SmoaError as error:
                 problems.append(error)
     try:
         of_parameters = check_parameters(model, config, set(weights), file)
+        for parameter in [] if loads_labels else target_parameters(model, config):
+            known = existing_wrapper(model, parameter.module_name, parameter.name)
+            check_finite(parameter.key, parameter.tensor, known)
     except SmoaError as error:
         problems.append(error)
     if problems:

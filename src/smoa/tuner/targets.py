@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from transformers import PreTrainedModel
@@ -17,12 +18,13 @@ from transformers import PreTrainedModel
 from smoa.config.adapter_config import Shape, SmoaConfig
 from smoa.errors import PartitionError, UnsupportedModuleError
 from smoa.files.adapter_folder import AdapterFile
-from smoa.layers.distributed import refuse_partitioned, whole
+from smoa.layers.distributed import awaits_process_group, from_rank_zero, refuse_partitioned, whole
 from smoa.layers.kinds.kind_table import KINDS, QUANTIZED, Kind, kind_of
 from smoa.layers.kinds.linear import Linear
 from smoa.layers.kinds.quantized import dequantized, find_backend
 from smoa.layers.layer import SmoaLayer, as_matrix
 from smoa.maths.blocks import check_num_blocks
+from smoa.maths.spectrum import finite_peak
 
 if TYPE_CHECKING:
     from peft.utils.quantization_utils import QuantizationBackend
@@ -92,6 +94,28 @@ def check_target(
     except PartitionError as error:
         raise PartitionError(f"{name}: {error}") from None
     return Target(kind, shape, backend)
+
+
+def check_finite(name: str, stored: Tensor, layer: SmoaLayer | None) -> None:
+    """Check a weight of which blocks will be made. Every rank must call this.
+
+    Args:
+        name: Name of the module or parameter.
+        stored: The weight.
+        layer: The module's or parameter's adapted layer, if it has one, which may be merged.
+
+    Raises:
+        PartitionError: the weight has NaN or infinite entries.
+    """
+    if awaits_process_group():  # weights of other ranks may not be loaded
+        return
+    with gather_params_ctx(stored):  # for DeepSpeed ZeRO-3
+        on_meta = stored.device.type == "meta"
+        weight = None if on_meta else whole(stored if layer is None else layer.pristine_weight())
+        try:
+            from_rank_zero(lambda: None if weight is None else finite_peak(weight))
+        except PartitionError as error:
+            raise PartitionError(f"{name}: {error}") from None
 
 
 def _shapes(base: nn.Module) -> str:
