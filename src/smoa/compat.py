@@ -136,10 +136,11 @@ def _saving(original: Callable[..., dict[str, Tensor]]) -> Any:
         tuner = _hooked(config)
         if tuner is None:
             return original(model, state_dict, adapter_name, save_embedding_layers=save_embedding_layers)
-        state_dict = model.state_dict() if state_dict is None else state_dict
+        state_dict = dict(model.state_dict() if state_dict is None else state_dict)
         unwanted = [name for name in model.peft_config if name != adapter_name]
         wanted = {k: v for k, v in state_dict.items() if not any(f".{name}." in f"{k}." for name in unwanted)}
         own = tuner._get_adapter_state_dict(model, config, adapter_name, wanted, unwanted)
+        state_dict |= wanted  # which may have replaced some
         prefix = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
         rest = {key: tensor for key, tensor in state_dict.items() if prefix not in key}
         others = original(model, rest, adapter_name, save_embedding_layers=save_embedding_layers)

@@ -162,7 +162,10 @@ class SmoaLayer(PartitionState):
 
     def pristine_weight(self) -> Tensor:
         """The base weight before any merge, (out_features, in_features); a copy only while adapters are merged."""
-        weight = self.base_weight()
+        return self.unmerged(self.base_weight())
+
+    def unmerged(self, weight: Tensor) -> Tensor:
+        """`weight` (out_features, in_features) as it was before any merge; a copy only while adapters are merged."""
         if not self._pristine_blocks:
             return weight
         weight = weight.clone()

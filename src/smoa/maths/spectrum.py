@@ -62,12 +62,22 @@ def squarable(weight: Tensor) -> Tensor:
     """
     weight = weight.detach()
     weight = weight if weight.dtype == torch.float64 else weight.float()
-    peak = torch.stack(torch.aminmax(weight)).abs().max()
-    if not torch.isfinite(peak):
-        raise PartitionError("the weight has NaN or infinite entries, so it has no spectrum; load finite weights")
+    peak = finite_peak(weight)
     if SAFE_PEAK[0] < peak < SAFE_PEAK[1]:
         return weight
     return weight / peak.clamp_min(torch.finfo(weight.dtype).tiny)
+
+
+def finite_peak(weight: Tensor) -> Tensor:
+    """The largest magnitude of an entry.
+
+    Raises:
+        PartitionError: the weight has NaN or infinite entries.
+    """
+    peak = torch.stack(torch.aminmax(weight.detach())).abs().max()
+    if not torch.isfinite(peak):
+        raise PartitionError("the weight has NaN or infinite entries; load finite weights")
+    return peak
 
 
 def _tall_scores(weight: Tensor, precise: bool) -> tuple[Tensor, Tensor]:
@@ -185,6 +195,7 @@ def make_partition(
     """
     out_features, in_features = weight.shape
     check_num_blocks(num_blocks, out_features, in_features)
+    finite_peak(weight)
     if kind == "contiguous":
         scores = [torch.zeros(size) for size in weight.shape]
     elif kind == "random":

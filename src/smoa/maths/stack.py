@@ -103,7 +103,8 @@ def stacked_blocks(row_labels: Tensor, col_labels: Tensor, num_blocks: int) -> l
     """
     orders = [order.int().unbind() for order in Orders.of(row_labels, col_labels)]
     ascending = [(side[:, 1:] >= side[:, :-1]).all(dim=1) for side in (row_labels, col_labels)]
-    contiguous = (ascending[0] & ascending[1]).tolist()
+    both = ascending[0] & ascending[1]
+    contiguous = [False] * len(both) if both.device.type == "meta" else both.tolist()
     rows = zip(row_labels.unbind(), col_labels.unbind(), zip(*orders, strict=True), contiguous, strict=True)
     return [Blocks(row, col, num_blocks, Orders(*order), flag) for row, col, order, flag in rows]
 

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from smoa.maths.blocks import Blocks
 from smoa.maths.devices import decomposable
-from smoa.maths.spectrum import PartitionKind, gram_scores, make_partition, squarable
+from smoa.maths.spectrum import PartitionKind, finite_peak, gram_scores, make_partition, squarable
 
 ExpertPartition = Literal["each", "shared"]
 Scores = Callable[[Tensor, bool], tuple[Tensor, Tensor]]
@@ -37,6 +37,7 @@ def stack_partition(
     Raises:
         PartitionError: K does not fit, or a weight has NaN or infinite entries.
     """
+    finite_peak(matrices)
     each = [matrix[None] for expert in matrices for matrix in expert]  # views, which `flatten` may not give
     stacks = each if expert_partition == "each" else matrices.transpose(0, 1)
     hidden = True if kind != "spectral" else None  # None: shown on a terminal only

@@ -16,12 +16,12 @@ from tqdm.auto import tqdm
 
 from smoa.compat import StateDictHooks
 from smoa.errors import MergeError, PartitionError
-from smoa.files.checkpoint import add_unsaved_scales, check_adapter_state, check_gathered
+from smoa.files.checkpoint import add_unsaved_scales, check_adapter_state, check_gathered, embeddings_of
 from smoa.files.loading import incoming
 from smoa.files.names import PREFIX, adapter_layers, parameter_names, renamed
 from smoa.files.save_id import with_id, without_id
 from smoa.layers.adapted_layer import AdaptedLayer
-from smoa.layers.distributed import refuse_writing, with_plain_names
+from smoa.layers.distributed import plain_name, refuse_writing, with_plain_names
 from smoa.layers.experts.param_wrapper import ParamWrapper
 from smoa.layers.kinds.quantized import keep_unpacked, requantization_reported
 from smoa.layers.layer import SmoaLayer
@@ -166,6 +166,10 @@ class SmoaModel(BaseTuner, StateDictHooks):
     ) -> dict[str, Tensor]:
         for layer in adapter_layers(model, adapter_name).values():
             layer.decide_partition(adapter_name)  # in place: the buffers in `state_dict` see it
+        for name, layer in embeddings_of(model).items():
+            table = f"{plain_name(name)}.base_layer.weight"  # PEFT saves it too if it is adapted
+            if isinstance(layer, AdaptedLayer) and table in state_dict:
+                state_dict[table] = layer.unmerged(state_dict[table])
         named = with_plain_names(model)
         selected = dict(
             super()._get_adapter_state_dict(named, config, adapter_name, state_dict, unwanted_adapter_names)

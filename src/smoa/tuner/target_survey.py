@@ -14,8 +14,8 @@ from smoa.errors import SmoaError
 from smoa.files.adapter_folder import AdapterFile
 from smoa.files.loading import incoming
 from smoa.layers.layer import SmoaLayer
-from smoa.tuner.parameters import check_parameters, report_experts
-from smoa.tuner.targets import check_target, leave_out_uncalled, report_narrow, report_towers
+from smoa.tuner.parameters import check_parameters, existing_wrapper, report_experts, target_parameters
+from smoa.tuner.targets import base_of, check_finite, check_target, leave_out, report_narrow, report_towers
 from smoa.tuner.tying import check_alike, tie_targets
 
 IsTarget = Callable[[Any, str], object]
@@ -41,9 +41,9 @@ def survey_targets(model: nn.Module, peft_config: Any, is_target: IsTarget, load
     report_experts(model, peft_config)
     config: Any = _maybe_include_all_linear_layers(peft_config, model)
     if every_linear:
-        leave_out_uncalled(config, model)
+        leave_out(config, model)
     groups = tie_targets(model, config, is_target)
-    shapes, of_parameters = _check_all(model, config, is_target)
+    shapes, of_parameters = _check_all(model, config, is_target, loads_labels)
     check_alike(groups, shapes, config)
     if every_linear and not loads_labels:
         report_towers(shapes, model)
@@ -52,7 +52,9 @@ def survey_targets(model: nn.Module, peft_config: Any, is_target: IsTarget, load
     return len(shapes)
 
 
-def _check_all(model: nn.Module, config: SmoaConfig, is_target: IsTarget) -> tuple[dict[str, Shape], dict[str, Shape]]:
+def _check_all(
+    model: nn.Module, config: SmoaConfig, is_target: IsTarget, loads_labels: bool
+) -> tuple[dict[str, Shape], dict[str, Shape]]:
     """Shapes of the target modules and of the target parameters; raises all problems as one."""
     file: AdapterFile | None = None if (found := incoming()) is None else found.file
     inside = tuple(name + "." for name, module in model.named_modules() if isinstance(module, SmoaLayer))
@@ -62,11 +64,18 @@ def _check_all(model: nn.Module, config: SmoaConfig, is_target: IsTarget) -> tup
     for name, module in model.named_modules():
         if name and not name.startswith(inside) and is_target(config, name):
             try:
-                shapes[name] = check_target(name, module, config, model, file).shape
+                target = check_target(name, module, config, model, file)
+                shapes[name] = target.shape
+                if not loads_labels and target.backend is None:
+                    weight: Any = base_of(module).weight
+                    check_finite(name, weight, module if isinstance(module, SmoaLayer) else None)
             except SmoaError as error:
                 problems.append(error)
     try:
         of_parameters = check_parameters(model, config, set(shapes), file)
+        for parameter in [] if loads_labels else target_parameters(model, config):
+            known = existing_wrapper(model, parameter.module_name, parameter.name)
+            check_finite(parameter.key, parameter.tensor, known)
     except SmoaError as error:
         problems.append(error)
     if problems:

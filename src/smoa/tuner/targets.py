@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from peft.utils.integrations import gather_params_ctx
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
+from transformers import PreTrainedModel
 
 from smoa.config.adapter_config import Shape, SmoaConfig
 from smoa.errors import PartitionError, UnsupportedModuleError
 from smoa.files.adapter_folder import AdapterFile
+from smoa.layers.distributed import awaits_process_group, from_rank_zero, whole
 from smoa.layers.kinds.kind_table import KINDS, QUANTIZED, Kind, kind_of
 from smoa.layers.kinds.linear import Linear
 from smoa.layers.kinds.quantized import find_backend
 from smoa.maths.blocks import check_num_blocks
+from smoa.maths.spectrum import finite_peak
 
 if TYPE_CHECKING:
     from peft.utils.quantization_utils import QuantizationBackend
@@ -61,7 +67,9 @@ def check_target(
     except UnsupportedModuleError as error:
         raise UnsupportedModuleError(f"{name}: {error} (it has {_shapes(base)})") from error
     kind = kind_of(base) if backend is None else QUANTIZED
-    refusal = f"supported are {SUPPORTED}" if kind is None else kind.layer_class.refusal(base)
+    refusal = f"supported are {SUPPORTED}" if kind is None else kind.refusal(base)
+    if refusal is None and not config.ensure_weight_tying:
+        refusal = _uncalled(name, base, model)
     if kind is None or refusal is not None:
         raise UnsupportedModuleError(
             f"{name}: SMoA can't adapt a {type(base).__module__}.{type(base).__qualname__}; {refusal}; "
@@ -77,6 +85,28 @@ def check_target(
     return Target(kind, shape, backend)
 
 
+def check_finite(name: str, stored: Tensor, layer: SmoaLayer | None) -> None:
+    """Check a weight of which blocks will be made. Every rank must call this.
+
+    Args:
+        name: Name of the module or parameter.
+        stored: The weight.
+        layer: The module's or parameter's adapted layer, if it has one, which may be merged.
+
+    Raises:
+        PartitionError: the weight has NaN or infinite entries.
+    """
+    if awaits_process_group():  # weights of other ranks may not be loaded
+        return
+    with gather_params_ctx(stored):  # for DeepSpeed ZeRO-3
+        on_meta = stored.device.type == "meta"
+        weight = None if on_meta else whole(stored if layer is None else layer.pristine_weight())
+        try:
+            from_rank_zero(lambda: None if weight is None else finite_peak(weight))
+        except PartitionError as error:
+            raise PartitionError(f"{name}: {error}") from None
+
+
 def _shapes(base: nn.Module) -> str:
     """The shapes of a module's own parameters in words, also while ZeRO-3 has left them empty."""
     shapes = [
@@ -87,12 +117,47 @@ def _shapes(base: nn.Module) -> str:
     return ", ".join(shapes) or "no parameters"
 
 
-def leave_out_uncalled(config: SmoaConfig, model: nn.Module) -> None:
-    """Take layers that their parents never call out of the targets that "all-linear" has become."""
-    layers = (
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and Linear.refusal(module)
+def _uncalled(name: str, base: nn.Module, model: nn.Module) -> str | None:
+    """Why an adapter would do nothing: in T5 and others other embeddings, which have its weight, are called instead."""
+    place, _, attribute = name.rpartition(".")
+    parent = model.get_submodule(place)
+    if not isinstance(base, nn.Embedding) or not isinstance(parent, PreTrainedModel):
+        return None
+    others = {
+        other.removesuffix(".base_layer")
+        for other, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.Embedding) and module.weight is base.weight
+    } - {name}
+    forward: Any = inspect.unwrap(type(parent).forward)
+    if not others or attribute in forward.__code__.co_names:
+        return None
+    return (
+        f"{type(parent).__name__} does not call it, but {' and '.join(sorted(others))}, which have its weight; name "
+        "these, or set ensure_weight_tying=True, which gives all of them one adapter"
     )
-    config.target_modules = set(config.target_modules or []).difference(layers)  # type: ignore[assignment]
+
+
+def leave_out(config: SmoaConfig, model: nn.Module) -> None:
+    """Take linear layers that can't be adapted, such as routers, out of the targets that "all-linear" has become."""
+    modules = dict(model.named_modules())
+    found: dict[str, nn.Module] = {}
+    for name in config.target_modules or ():
+        base = base_of(modules[name])
+        kind = kind_of(base)
+        with suppress(UnsupportedModuleError):  # which `check_target` raises
+            if kind is not None and find_backend(base, model) is None and kind.refusal(base) is not None:
+                found[name] = base
+    config.target_modules = set(config.target_modules or []).difference(found)  # type: ignore[assignment]
+    # MultiheadAttention's is not named: nobody takes it for a layer
+    named = sorted(name for name, base in found.items() if Linear.refusal(base) is None)
+    if named:
+        more = f" and {len(named) - 3} more" if len(named) > 3 else ""
+        classes = ", ".join(sorted({type(found[name]).__name__ for name in named}))
+        warnings.warn(
+            f"target_modules='all-linear' leaves out {', '.join(named[:3])}{more}: SMoA can't adapt a {classes}, which "
+            "computes something else than a linear layer of a plain weight",
+            stacklevel=2,
+        )
 
 
 def report_towers(targets: Iterable[str], model: nn.Module) -> None:

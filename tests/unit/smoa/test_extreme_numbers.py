@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from smoa import MergeError, SmoaConfig
+from smoa import MergeError, PartitionError, SmoaConfig
 from smoa.layers.layer import SmoaLayer
 from tests import reference
 from tests.support.layers import (
@@ -22,7 +22,9 @@ from tests.support.layers import (
     oracle_delta,
     oracle_output,
     ranks,
+    smoa_layers,
 )
+from tests.support.tiny_mixtures import build_mixture
 from tests.support.tolerance import assert_close
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -194,10 +196,39 @@ def test_a_merge_is_undone_bit_for_bit_whatever_the_weight_holds(data: st.DataOb
     assert torch.equal(base_weight(layer).view(bits), weight.view(bits))
 
 
-def test_a_weight_that_is_not_finite_is_refused_by_the_name_of_its_layer() -> None:
-    for value in (float("nan"), float("inf")):
-        model = Wrapper(nn.Linear(6, 6))
-        with torch.no_grad():
-            model.layer.weight[2, 3] = value
-        with pytest.raises(ValueError, match=r"layer: .*NaN or infinite"):
-            get_peft_model(model, SmoaConfig(r=2, target_modules=["layer"]))
+@pytest.mark.parametrize("partition", ["spectral", "contiguous", "random"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_refused_by_the_name_of_its_layer_before_any_is_replaced(
+    value: float, partition: str
+) -> None:
+    model = nn.ModuleDict({name: nn.Linear(6, 6) for name in ("first", "second", "third")})
+    with torch.no_grad():
+        model.second.weight[2, 3] = model.third.weight[5, 0] = value
+    with pytest.raises(PartitionError, match=r"second: .*NaN or infinite.*third: "):
+        get_peft_model(model, SmoaConfig(r=2, target_modules=list(model), partition=partition))
+    assert {type(layer) for layer in model.children()} == {nn.Linear}
+
+
+@pytest.mark.parametrize("expert_partition", ["each", "shared"])
+@pytest.mark.parametrize("partition", ["spectral", "contiguous"])
+def test_an_expert_that_is_not_finite_is_refused_before_any_module_is_replaced(
+    partition: str, expert_partition: str
+) -> None:
+    model = build_mixture("qwen3_moe")
+    experts = model.model.layers[0].mlp.experts
+    with torch.no_grad():
+        experts.down_proj[3, 0, 0] = float("nan")
+    settings = {"partition": partition, "expert_partition": expert_partition}
+    with pytest.raises(PartitionError, match=r"experts\.down_proj: .*NaN or infinite"):
+        get_peft_model(
+            model, SmoaConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.down_proj"], **settings)
+        )
+    assert not smoa_layers(model)
+
+
+def test_weights_that_come_after_the_adapter_and_are_not_finite_are_refused_at_first_use() -> None:
+    with torch.device("meta"):
+        layer = adapted_layer(nn.Linear(6, 6), trained=False, r=2, partition="contiguous")
+    layer.base_layer.weight = nn.Parameter(torch.full((6, 6), float("nan")))
+    with pytest.raises(PartitionError, match="NaN or infinite"):
+        layer.blocks("default")

@@ -31,15 +31,6 @@ class Convolution(AdaptedLayer):
         conv: Any = base
         return conv.out_channels, conv.in_channels // conv.groups * math.prod(conv.kernel_size)
 
-    @classmethod
-    def refusal(cls, base: nn.Module) -> str | None:
-        """Refuse convolutions that do something else to their input or weight."""
-        kind: Any = type(base)
-        own: Any = next(parent for parent in kind.__mro__ if parent.__module__ == nn.Conv2d.__module__)
-        if kind.forward is not own.forward or kind._conv_forward is not own._conv_forward:
-            return f"it computes something else than {own.__name__}, to which ΔW would not apply"
-        return None
-
     def _active_forward(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Any:
         if len(active) == 1 and self._can_fuse(x, active[0]):
             return self._convolved(x, active[0], self.bias, with_base=True)

@@ -34,13 +34,11 @@ class Embedding(AdaptedLayer):
 
     @classmethod
     def refusal(cls, base: nn.Module) -> str | None:
-        """Refuse tables that change while they are used, and lookups that are not of the layer's input."""
+        """Refuse tables that change while they are used."""
         if base.max_norm is not None:
             return (
                 f"max_norm={base.max_norm} changes the table in every lookup, and ΔW is relative to it; set it to None"
             )
-        if type(base).forward is not nn.Embedding.forward and not hasattr(base, "embed_scale"):
-            return "it looks up something else than its input, so ΔW would be added to the wrong rows"
         return None
 
     def _fill_factors(self, A: Tensor, B: Tensor, adapter_name: str, init: Initialization) -> None:

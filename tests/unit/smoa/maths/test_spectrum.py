@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from smoa.errors import PartitionError
-from smoa.maths.spectrum import labels_from_scores, make_partition, spectral_scores
+from smoa.maths.spectrum import PartitionKind, labels_from_scores, make_partition, spectral_scores
 from tests import reference
 from tests.support.decompositions import NoDecomposition
 from tests.support.threads import threads
@@ -185,11 +185,12 @@ def test_255_blocks_are_possible() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_weight_that_is_not_finite_is_refused(value: float) -> None:
+@pytest.mark.parametrize("kind", ["spectral", "contiguous", "random"])
+def test_a_weight_that_is_not_finite_is_refused(value: float, kind: PartitionKind) -> None:
     weight = torch.randn(8, 8)
     weight[2, 3] = value
     with pytest.raises(PartitionError, match="finite"):
-        make_partition(weight, 2)
+        make_partition(weight, 2, kind)
 
 
 @pytest.mark.parametrize(("gap", "decompositions"), [(1e-7, 2), (0.0, 1), (0.5, 1)])

@@ -199,6 +199,38 @@ def test_casting_a_model_leaves_the_labels_alone(tiny_llama: PreTrainedModel) ->
     assert model(**tiny_models.batch("llama")).logits.dtype == torch.float64
 
 
+# With an embedding among its targets PEFT saves the base's embedding in the adapter too, whatever the method.
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+@pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama", {"target_modules": ["embed_tokens", "q_proj"]}),
+        ("llama", {"target_modules": ["embed_tokens", "lm_head"]}),
+        ("gemma3", {"target_modules": ["embed_tokens"]}),
+        ("gemma3", {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}),
+    ],
+)
+def test_an_adapter_saved_while_several_are_merged_is_the_one_saved_unmerged(
+    family: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    model = adapted(tiny_models.build(family), **settings)
+    add_adapter(model, "other", num_blocks=3, r=6, **settings)
+    expected = get_peft_model_state_dict(model)
+    before = {key: tensor.clone() for key, tensor in expected.items()}
+    model.merge_adapter(["default", "other"])
+    found = get_peft_model_state_dict(model)
+    assert found.keys() == before.keys()
+    assert any(key.endswith("base_layer.weight") for key in found)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in found.items())
+    unchanged = tiny_models.build(family).state_dict()
+    model.save_pretrained(tmp_path, selected_adapters=["default"])
+    loaded = PeftModel.from_pretrained(tiny_models.build(family), tmp_path)
+    weights = {key: t for key, t in loaded.state_dict().items() if key.endswith("base_layer.weight")}
+    names = {key: key.removeprefix("base_model.model.").replace(".base_layer", "") for key in weights}
+    assert all(torch.equal(tensor, unchanged[names[key]]) for key, tensor in weights.items())
+
+
 def test_the_state_dict_goes_through_pefts_own_functions(tiny_llama: PreTrainedModel) -> None:
     model = adapted(tiny_llama)
     fresh = get_peft_model(tiny_models.build("llama"), SmoaConfig(r=4, num_blocks=2, target_modules=QV)).eval()

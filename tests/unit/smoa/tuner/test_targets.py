@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import (
+    BartConfig,
+    BartModel,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    PhimoeConfig,
+    PhimoeForCausalLM,
+    PreTrainedModel,
+    Wav2Vec2Config,
+    Wav2Vec2Model,
+)
 from transformers.pytorch_utils import Conv1D
 
 from smoa import PartitionError, SmoaConfig, SmoaError, UnsupportedModuleError
 from smoa.tuner.targets import check_target, report_narrow
 from tests.support.layers import Wrapper, smoa_layers
+from tests.support.tiny_models import build
+from tests.support.tolerance import assert_close
 
 
 @pytest.mark.parametrize("partition", ["spectral", "contiguous", "random"])
@@ -117,3 +131,54 @@ def test_a_quantized_layer_is_refused_by_name() -> None:
 def test_the_shape_of_a_quantized_layer_is_told() -> None:
     with pytest.raises(UnsupportedModuleError, match=r"layer: .*quantized.*\(it has weight \(8, 6\), bias \(8,\)\)"):
         get_peft_model(Wrapper(QuantizedLinear(6, 8)), SmoaConfig(target_modules=["layer"]))
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4}
+HEADS = {"num_key_value_heads": 2, "num_local_experts": 4, "pad_token_id": 0}
+
+
+def llama4() -> PreTrainedModel:
+    return Llama4ForCausalLM(Llama4TextConfig(**SMALL, **HEADS, num_hidden_layers=5, head_dim=8))
+
+
+def phimoe() -> PreTrainedModel:
+    return PhimoeForCausalLM(PhimoeConfig(**SMALL, **HEADS, num_hidden_layers=5))
+
+
+@pytest.mark.filterwarnings("ignore:target_modules='all-linear' takes linear layers only:UserWarning")
+@pytest.mark.parametrize(("make", "router"), [(llama4, "Llama4Router"), (phimoe, "PhimoeTopKRouter")])
+def test_all_linear_leaves_out_routers_with_a_forward_of_their_own_and_names_them(
+    make: Callable[[], PreTrainedModel], router: str
+) -> None:
+    base = make()
+    with pytest.warns(UserWarning, match=rf"leaves out model\.layers\.0\..*and 2 more.*{router}") as found:
+        model = get_peft_model(base, SmoaConfig(r=4, target_modules="all-linear", init_weights=False)).eval()
+    assert sum("leaves out" in str(warning.message) for warning in found) == 1
+    assert not any("router" in name or name.endswith(".gate") for name in smoa_layers(model))
+    logits = model(torch.tensor([[5, 9, 3]])).logits
+    model.merge_adapter()
+    assert_close(model(torch.tensor([[5, 9, 3]])).logits, logits)
+
+
+def test_a_router_with_a_forward_of_its_own_is_refused_if_it_is_named() -> None:
+    with pytest.raises(UnsupportedModuleError, match=r"router: .*Llama4Router has a forward of its own"):
+        get_peft_model(llama4(), SmoaConfig(target_modules=["router", "q_proj"]))
+
+
+def test_a_convolution_with_a_normalized_weight_is_refused_by_name() -> None:
+    sizes = {"num_feat_extract_layers": 1, "conv_dim": (8,), "conv_stride": (2,), "conv_kernel": (3,)}
+    model = Wav2Vec2Model(Wav2Vec2Config(**SMALL, **sizes, num_hidden_layers=1, num_conv_pos_embedding_groups=2))
+    with pytest.raises(UnsupportedModuleError, match=r"pos_conv_embed\.conv: .*weight is not a parameter.*parametriz"):
+        get_peft_model(model, SmoaConfig(target_modules=["pos_conv_embed.conv"]))
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_an_embedding_that_only_lends_its_weight_is_refused_and_those_that_are_called_are_named(family: str) -> None:
+    sizes = {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "encoder_layers": 1, "decoder_layers": 1}
+    model = build("t5") if family == "t5" else BartModel(BartConfig(vocab_size=64, d_model=32, **sizes))
+    pattern = r"shared: .*does not call it, but decoder\.embed_tokens and encoder\.embed_tokens.*ensure_weight_tying"
+    with pytest.raises(UnsupportedModuleError, match=pattern):
+        get_peft_model(model, SmoaConfig(target_modules=["shared"]))
+    called = get_peft_model(model, SmoaConfig(target_modules=["embed_tokens"]))
+    assert set(smoa_layers(called)) == {"encoder.embed_tokens", "decoder.embed_tokens"}

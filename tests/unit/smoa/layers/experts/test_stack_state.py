@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
+
 import pytest
 import torch
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 
 from smoa import SmoaConfig, UnsupportedModuleError
@@ -10,7 +14,7 @@ from smoa.maths.blocks import UNDECIDED
 from smoa.maths.factors import split_rank
 from tests import reference
 from tests.support.decompositions import NoDecomposition
-from tests.support.tiny_mixtures import EXPERTS, SETTINGS, experts_of, matrix_of, wrappers
+from tests.support.tiny_mixtures import EXPERTS, SETTINGS, build_mixture, experts_of, matrix_of, wrappers
 from tests.support.tolerance import assert_close
 
 K, R = SETTINGS["num_blocks"], SETTINGS["r"]
@@ -74,6 +78,37 @@ def test_an_adapter_about_to_be_loaded_decomposes_nothing_until_it_is_used() -> 
     wrapper.stack("default")
     assert (wrapper.smoa_row_labels["default"] < K).all()
     assert not wrapper.pending_partition
+
+
+def test_experts_adapted_on_the_meta_device_are_partitioned_once_weights_are_there() -> None:
+    with torch.device("meta"):
+        base = nn.ModuleDict({"experts": build_mixture("qwen3_moe").model.layers[0].mlp.experts})
+    model = inject_adapter_in_model(SmoaConfig(target_modules=[], target_parameters=EXPERTS, **SETTINGS), base)
+    model.to_empty(device="cpu")
+    ready = wrappers(experts_of("qwen3_moe"))
+    for name, wrapper in wrappers(model).items():
+        with torch.no_grad():
+            wrapper.stored_weight().copy_(ready[name].stored_weight())
+        own, expected = wrapper.stack("default"), ready[name].stack("default")
+        for mine, theirs in zip(own.blocks, expected.blocks, strict=True):
+            assert torch.equal(mine.row_labels, theirs.row_labels)
+            assert torch.equal(mine.col_labels, theirs.col_labels)
+        assert torch.equal(own.rank_scale, expected.rank_scale)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_adapted_experts_are_loaded_onto_the_meta_device_and_moved_there(
+    low_cpu_mem_usage: bool, tmp_path: Path
+) -> None:
+    model = get_peft_model(build_mixture("qwen3_moe"), SmoaConfig(target_parameters=EXPERTS, **SETTINGS))
+    model.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        base = build_mixture("qwen3_moe")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter.*")  # PyTorch's, as with LoRA
+        loaded = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    for moved in (loaded, model.to("meta")):
+        assert {tensor.device.type for tensor in moved.state_dict().values()} == {"meta"}
 
 
 def test_labels_written_into_a_pending_adapter_are_kept() -> None:

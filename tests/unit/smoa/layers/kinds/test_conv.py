@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import get_peft_model
 from torch import nn
 
-from smoa import SmoaConfig, UnsupportedModuleError
 from smoa.layers.kinds.conv import Convolution
 from tests.support.kinds import CONVS, input_of, kind_of_layer, oracle_of
-from tests.support.layers import ROUTES, Route, Wrapper, adapted_layer, base_weight, clone_leaf, factors
+from tests.support.layers import ROUTES, Route, adapted_layer, base_weight, clone_leaf, factors
 from tests.support.tolerance import assert_close
 
 SETTINGS = {"r": 7, "num_blocks": 3, "alpha": 4.0}
@@ -115,17 +113,3 @@ def test_a_weight_in_channels_last_is_merged_and_restored() -> None:
     assert_close(layer(x), unmerged)
     layer.unmerge()
     assert torch.equal(weight, before)
-
-
-class Standardized(nn.Conv2d):
-    """Computes with another weight than the one that it holds."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
-
-
-def test_a_convolution_with_a_forward_of_its_own_is_refused_by_name() -> None:
-    model = Wrapper(Standardized(4, 4, 3))
-    with pytest.raises(UnsupportedModuleError, match=r"layer: .*Standardized; it computes something else than Conv2d"):
-        get_peft_model(model, SmoaConfig(target_modules=["layer"]))
-    assert type(model.layer) is Standardized

@@ -7,6 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 from smoa import SmoaConfig, UnsupportedModuleError
 from smoa.layers.kinds.embedding import Embedding
@@ -107,38 +109,17 @@ def test_dropout_drops_tokens() -> None:
     assert_close(added[~dropped], 2 * whole[~dropped])
 
 
-class Scaled(nn.Embedding):
-    """As Gemma's: the output is multiplied by a number."""
-
-    def __init__(self) -> None:
-        super().__init__(17, 10, dtype=torch.float64)
-        self.register_buffer("embed_scale", torch.tensor(3.0))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return super().forward(tokens) * self.embed_scale
-
-
-def test_a_scaled_embedding_scales_the_update_too() -> None:
-    layer = adapted_layer(Scaled(), **SETTINGS)
+@pytest.mark.parametrize("scaled", [BartScaledWordEmbedding, Gemma3TextScaledWordEmbedding])
+def test_a_scaled_embedding_scales_the_update_too(scaled: type[nn.Embedding]) -> None:
+    layer = adapted_layer(scaled(17, 10, 0, embed_scale=3.0).double(), **SETTINGS)
     unmerged = layer(TOKENS)
     layer.merge()
     assert_close(layer(TOKENS), unmerged)
 
 
-class Positions(nn.Embedding):
-    """Looks up places and not its input, as positional embeddings of transformers do."""
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return super().forward(torch.arange(tokens.shape[-1]))
-
-
-@pytest.mark.parametrize(
-    ("base", "why"),
-    [(Positions(17, 10), "something else than its input"), (nn.Embedding(17, 10, max_norm=1.0), r"max_norm=1\.0")],
-)
-def test_what_changes_its_table_or_looks_up_something_else_is_refused_by_name(base: nn.Module, why: str) -> None:
-    with pytest.raises(UnsupportedModuleError, match=rf"layer: .*{why}.*exclude_modules"):
-        get_peft_model(Wrapper(base), SmoaConfig(target_modules=["layer"]))
+def test_what_changes_its_table_is_refused_by_name() -> None:
+    with pytest.raises(UnsupportedModuleError, match=r"layer: .*max_norm=1\.0.*exclude_modules"):
+        get_peft_model(Wrapper(nn.Embedding(17, 10, max_norm=1.0)), SmoaConfig(target_modules=["layer"]))
 
 
 def test_the_first_step_is_as_large_as_loras_at_equal_parameters() -> None:

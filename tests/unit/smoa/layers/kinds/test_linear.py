@@ -384,18 +384,6 @@ def test_an_adapter_on_an_already_wrapped_layer_is_anchored_on_the_innermost_wei
     assert_close(layer(x), oracle_output(layer, x))
 
 
-def test_a_subclass_of_linear_keeps_its_own_forward() -> None:
-    class Doubled(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return 2 * super().forward(x)
-
-    base = Doubled(6, 8, dtype=torch.float64)
-    x = torch.randn(4, 6, dtype=torch.float64)
-    expected = base(x)
-    layer = smoa_layers(adapted(Wrapper(base), target_modules=["layer"]))["layer"]
-    assert_close(layer(x), expected + layer.branch_output(x, "default"))
-
-
 def test_an_exported_layer_gives_the_same_output() -> None:
     layer = smoa_layers(adapted(Wrapper(base_layer(8, 6)), target_modules=["layer"]))["layer"]
     x = torch.randn(3, 6, dtype=torch.float64)
