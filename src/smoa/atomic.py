@@ -1,9 +1,9 @@
 """Writes a file or a folder whole or not at all.
 
-A kill or a full disk leaves the old one or the new one. It is written beside its place, under a hidden name, and
-renamed when it is complete. A folder cannot be renamed over another one, so the old folder `NAME` first becomes
-`.NAME.smoa-old`. A kill between the two renames leaves it there; `recover` puts it back, and every save and load calls
-it first. A folder that can't be renamed, such as a mount point, stays; each of its files is replaced whole.
+A kill or a full disk leaves the old one or the new one. A file or a new folder is written beside its place, under a
+hidden name, and renamed when it is complete. Several files of a folder that others may use are written into a hidden
+folder inside it, which is renamed to `.smoa-save` when they are complete. From then on the save counts: each file is
+moved to its place, and what a kill leaves in `.smoa-save` is moved by `recover`, which every save and load calls first.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pathlib import Path
 
 from smoa.errors import ConfigError
 
-IMMOVABLE = (errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM)
-"""Errors of renaming a mount point, a folder of an image's lower layer, or one whose parent is not writable."""
+SAVE = ".smoa-save"
+"""Name of the folder with complete files that are still to be moved to their places."""
 
 
 @contextmanager
@@ -66,101 +66,75 @@ def new_folder(target: Path, keep_existing: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def replaced_folder(target: Path) -> Iterator[Path]:
-    """Yield a copy of the folder, or an empty one, that replaces it when the block succeeds; else nothing changes.
+def new_files(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder; when the block succeeds, the files in it take their places in `folder`, all or none.
 
-    Every file is flushed to the disk before the folder is renamed. If the folder can't be renamed, the files that the
-    block wrote replace the old ones, one by one, each whole. A kill may then leave old and new files together.
+    The rest of `folder` is not touched. Every file is flushed to the disk first.
     """
-    target = target.resolve()  # a symlink stays one
-    target.parent.mkdir(parents=True, exist_ok=True)
-    recover(target)
-    locked = target.exists() and not os.access(target.parent, os.W_OK)
-    place = None if locked else target.parent  # None: the system's folder for temporary files
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=place, ignore_cleanup_errors=True) as room:
-        temporary = Path(room) / target.name
-        if target.exists():
-            shutil.copytree(target, temporary, symlinks=True)
-        else:
+    folder = folder.resolve()
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".smoa-", dir=folder, ignore_cleanup_errors=True) as room:
+            temporary = Path(room, folder.name)
             temporary.mkdir()
-        before = _states(temporary)
-        yield temporary
-        _flush(temporary)
-        try:
-            _replace(temporary, target)
-        except OSError as error:
-            if error.errno not in IMMOVABLE or not target.exists():
-                raise
-            _replace_files(temporary, target, before)
+            yield temporary
+            for path in temporary.rglob("*"):
+                _flush(path)
+            while not _renamed(temporary, folder / SAVE):
+                _finish_save(folder)  # another process's
+        _finish_save(folder)
+    finally:
+        if is_new:
+            with suppress(OSError):  # there are files in it
+                folder.rmdir()
 
 
 def recover(folder: str | Path) -> None:
-    """Put back a folder that a save, killed between its two renames, left as `.NAME.smoa-old`.
-
-    Nothing happens where the folder exists, or where there is no such old one.
-    """
-    target = Path(folder).resolve()
-    if target.exists():
-        return
-    with suppress(FileNotFoundError, NotADirectoryError):  # also where another process was quicker
-        _old(target).rename(target)
+    """Move to their places the files that a killed save left in `.smoa-save`, if this process may."""
+    with suppress(OSError):
+        _finish_save(Path(folder).resolve())
 
 
-def _old(target: Path) -> Path:
-    return target.with_name(f".{target.name}.smoa-old")
-
-
-def _replace(new: Path, target: Path) -> None:
-    try:
-        while not _renamed(new, target):
-            pass
-    finally:
-        recover(target)  # where the second rename failed
-    shutil.rmtree(_old(target), ignore_errors=True)
+def drop_save(folder: Path) -> None:
+    """Remove what a killed save left in `.smoa-save`, after files that are newer were written to their places."""
+    shutil.rmtree(folder / SAVE, ignore_errors=True)
 
 
 def _renamed(new: Path, target: Path) -> bool:
-    """Rename the old folder out of the way and the new one into its place; False if a load put the old one back."""
-    if target.exists():
-        shutil.rmtree(_old(target), ignore_errors=True)  # of a save that was killed after its second rename
-        target.rename(_old(target))
+    """Rename a folder; False if another one that is not empty has the name."""
     try:
         new.rename(target)
-    except OSError:
-        if target.exists():
-            return False
-        raise
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return False
     return True
 
 
-def _replace_files(new: Path, target: Path, before: dict[Path, tuple[int, ...]]) -> None:
-    """Replace the files that differ from those before, and remove those that are gone.
+def _finish_save(folder: Path) -> None:
+    """Move the files from `.smoa-save` to their places, JSON last in each folder; several processes may do so at once.
 
-    JSON comes last in each folder: a first save that is killed leaves weights without a config, which nobody loads.
+    Those of a save into the parent folder come first, since it may have saved an adapter into this one.
     """
-    now = _states(new)
-    written = (name for name, state in now.items() if before.get(name) != state)
-    for name in sorted(written, key=lambda name: (name.parent, name.suffix == ".json")):
-        with new_file(target / name) as temporary:
-            shutil.copy2(new / name, temporary, follow_symlinks=False)
-            _flush_file(temporary)
-    for name in before.keys() - now.keys():
-        (target / name).unlink(missing_ok=True)
+    for saved in (folder.parent / SAVE, folder / SAVE):
+        for place, _, names in os.walk(saved, topdown=False, onerror=_raise):
+            for name in sorted(names, key=lambda name: name.endswith(".json")):
+                file = Path(place, name)
+                target = saved.parent / file.relative_to(saved)
+                with suppress(FileNotFoundError):  # another process was quicker
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    file.replace(target)
+            with suppress(OSError):  # gone, or the folder of another process's next save
+                Path(place).rmdir()
 
 
-def _states(folder: Path) -> dict[Path, tuple[int, ...]]:
-    """The files and links in a folder, each with values that change when it is written."""
-    files = (path for path in folder.rglob("*") if path.is_symlink() or path.is_file())
-    stats = {path.relative_to(folder): path.lstat() for path in files}
-    return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+def _raise(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
-def _flush(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        _flush_file(path)
-
-
-def _flush_file(path: Path) -> None:
+def _flush(path: Path) -> None:
     if path.is_file() and not path.is_symlink():
         with path.open("rb+" if os.name == "nt" else "rb") as file:  # a read-only file can be flushed too
             os.fsync(file.fileno())

@@ -16,7 +16,7 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME, PeftType
 from peft.utils.other import get_pattern_key
 
-from smoa.atomic import write_whole
+from smoa.atomic import drop_save, write_whole
 from smoa.config.rules import Bias, config_problems, value_problems
 from smoa.errors import ConfigError
 from smoa.maths.factors import Initialization, split_rank
@@ -225,6 +225,7 @@ class SmoaConfig(PeftConfig):
         with tempfile.TemporaryDirectory() as room:
             super(SmoaConfig, saved).save_pretrained(room, **kwargs)
             write_whole(Path(save_directory, CONFIG_NAME), Path(room, CONFIG_NAME).read_bytes())
+        drop_save(Path(save_directory))  # this one is newer, and PEFT has written its weights
 
     def num_blocks_of(self, module: str, shape: Shape | None = None) -> int:
         """K of a module.

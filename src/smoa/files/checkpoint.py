@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Set
 from contextlib import suppress
 from typing import Any
@@ -98,6 +99,21 @@ def _check_state(model: nn.Module, config: SmoaConfig, adapter_name: str, state_
             _check_tensor(key, tensor, *expected[key], adapter_name)
         else:
             _check_finite(key, tensor)
+    for name, layer in adapter_layers(model, adapter_name).items():
+        _check_product(name, layer, adapter_name, state_dict)
+
+
+def _check_product(name: str, layer: SmoaLayer, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
+    """Refuse finite values that may make ΔW infinite, as a flipped bit of an exponent does."""
+    keys = (*(f"{name}.{factor}.{adapter_name}.weight" for factor in FACTORS), f"{name}.{SCALE}.{adapter_name}")
+    largest = [float(whole(state_dict[key]).abs().max()) for key in keys]
+    size = math.prod([*largest, abs(layer.scaling[adapter_name]), max(layer.ranks[adapter_name])])
+    dtype = torch.promote_types(next(layer.smoa_A[adapter_name].parameters()).dtype, torch.float32)
+    if size > torch.finfo(dtype).max:
+        raise AdapterFileError(
+            f"{name}: the largest values of its factors and scale multiply to {size:.0e}, beyond {dtype}; "
+            "one is damaged, fetch the adapter again"
+        )
 
 
 def _compare_others(model: nn.Module, config: SmoaConfig, keys: Set[str]) -> tuple[list[str], list[str]]:

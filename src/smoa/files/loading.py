@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers.integrations.peft import PeftAdapterMixin
 
 from smoa.atomic import recover
-from smoa.errors import ConfigError
+from smoa.errors import AdapterFileError, ConfigError
 from smoa.files.adapter_folder import HUB_OPTIONS, AdapterFile, find_adapter
 
 
@@ -65,7 +65,8 @@ def door(
         options: PEFT's options, such as `subfolder` and `revision`.
 
     Raises:
-        AdapterFileError: the weights are a pickle, are damaged, or come from another adapter than the config.
+        AdapterFileError: the weights are a pickle, are damaged, or come from another adapter than the config, or
+            another adapter was saved into the folder meanwhile.
         ConfigError: the config breaks a rule; the message names the file.
     """
     place = None if source is None else Path(source, options.get("subfolder") or "")
@@ -80,6 +81,10 @@ def door(
     token = _INCOMING.set(found)
     try:
         yield found
+        if file is not None and Path(source or "").exists():
+            again = find_adapter(source or "", config, **options)
+            if again is None or again.save_id != file.save_id:
+                raise AdapterFileError(f"{place}: another adapter was saved here during the load; load it again")
     except ConfigError as error:
         if place is None or CONFIG_NAME in str(error):
             raise

@@ -1,13 +1,14 @@
 """Saves an adapter so that a kill leaves the old one or the new one, whole.
 
-PEFT's `save_pretrained` writes one file after another into the folder. Here it writes into a copy of the folder, which
-then replaces it (atomic.py).
+PEFT's `save_pretrained` writes one file after another into the folder. Here it writes into another folder, whose files
+then take their places together (atomic.py).
 """
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 from peft.utils import CONFIG_NAME
 
-from smoa.atomic import recover, replaced_folder
+from smoa.atomic import new_files
 from smoa.config.adapter_config import SmoaConfig
 from smoa.errors import ConfigError
 from smoa.files.adapter_card import BASE_TAG, adapter_card
@@ -34,13 +35,9 @@ def save_adapter(
 ) -> None:
     """Call `model.save_pretrained(folder)` so that a kill or a full disk leaves the old adapter or the new one, whole.
 
-    Other files in the folder are kept, except those written during the save. Every file is flushed to the disk before
-    the folder is renamed. A kill between the two renames leaves the old adapter beside the folder, under a hidden name;
-    the next save or load puts it back.
-
-    A folder that can't be renamed (a mount point, or one whose parent is not writable) gets its new files one by one,
-    the config last, as PEFT writes them. A kill then leaves the old adapter, the new one, or files of both. The next
-    load refuses these if their `save_id` differ.
+    Other files in the folder are not touched, so they may be open. The new files are written into a hidden folder
+    inside, flushed to the disk, and moved to their places together. What a kill between the moves leaves there the next
+    load or save moves.
 
     Args:
         model: A `PeftModel`, or a transformers model with an adapter.
@@ -56,7 +53,6 @@ def save_adapter(
         ConfigError: `metrics` is given, and an adapter of the model is not a SMoA adapter.
     """
     target = Path(folder)
-    recover(target)
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{target}: is a file; give a folder")
     others = [name for name, config in model.peft_config.items() if not isinstance(config, SmoaConfig)]
@@ -68,21 +64,15 @@ def save_adapter(
         with tempfile.TemporaryDirectory() as nowhere:
             model.save_pretrained(nowhere, **options)
         return
-    with replaced_folder(target) as temporary:
-        before = _configs(temporary)
+    with new_files(target) as temporary:
+        if (target / MODEL_CARD).is_file():
+            shutil.copy(target / MODEL_CARD, temporary)  # PEFT edits the card
         model.save_pretrained(temporary, **options)
-        for file, state in _configs(temporary).items():
-            if before.get(file) == state:  # another adapter in the folder, not saved now
-                continue
+        for file in temporary.rglob(CONFIG_NAME):
             if base_model_name is not None:
                 _rename_base(file, temporary / MODEL_CARD, base_model_name)
             if metrics is not None:
                 _write_card(file.parent, target.resolve().name, metrics)
-
-
-def _configs(folder: Path) -> dict[Path, tuple[int, int]]:
-    """The configs in a folder, each with values that change when it is written."""
-    return {file: (file.stat().st_ino, file.stat().st_mtime_ns) for file in folder.rglob(CONFIG_NAME)}
 
 
 def _rename_base(file: Path, card_file: Path, name: str) -> None:

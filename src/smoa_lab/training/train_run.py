@@ -10,7 +10,7 @@ from peft import PeftConfig
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from smoa.atomic import replaced_folder, write_whole
+from smoa.atomic import new_files, write_whole
 from smoa.errors import ConfigError
 from smoa.layers.distributed import from_rank_zero
 from smoa_lab.basics.extras import require
@@ -128,7 +128,7 @@ def _save(lesson: Lesson, folder: RunFolder, model: Any, state: Any, metrics: di
     from smoa_lab.training.run_charts import draw_run  # here: scoring and converting load lessons and draw nothing
 
     method = lesson.config.method
-    with replaced_folder(folder.adapter) as temporary:
+    with new_files(folder.adapter) as temporary:
         model.save_pretrained(temporary, state_dict=state)
         lesson.tokenizer.save_pretrained(temporary)
         if METHODS[method].config is not None:  # else it is a whole model

@@ -1,25 +1,31 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from smoa.atomic import new_file, new_folder, recover, replaced_folder, write_whole
+from smoa.atomic import SAVE, new_file, new_files, new_folder, recover, write_whole
 from smoa.errors import ConfigError
 from tests.support.killing import killed_at
 
 
 def fill(folder: Path, text: str) -> None:
-    with replaced_folder(folder) as temporary:
+    with new_files(folder) as temporary:
+        assert temporary.name == folder.resolve().name, "which names a repository on the Hub"
         (temporary / "a").write_text(text)
-        (temporary / "b").write_text(text)
+        (temporary / "b.json").write_text(text)
+        (temporary / "inner").mkdir()
+        (temporary / "inner" / "c").write_text(text)
 
 
 def texts(folder: Path) -> set[str]:
-    return {file.read_text() for file in folder.iterdir()}
+    """What the visible files hold."""
+    return {file.read_text() for file in folder.rglob("*") if file.is_file() and "/." not in str(file)}
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +59,7 @@ def test_a_folder_appears_only_when_it_is_complete(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
-@pytest.mark.parametrize("writer", [new_folder, replaced_folder])
+@pytest.mark.parametrize("writer", [new_folder, new_files])
 def test_a_folder_that_failed_leaves_nothing(writer: Callable[[Path], object], tmp_path: Path) -> None:
     def interrupted() -> None:
         with writer(tmp_path / "model") as temporary:  # type: ignore[attr-defined]
@@ -82,139 +88,114 @@ def test_a_folder_that_another_process_finished_first_is_kept_or_refused(tmp_pat
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-def test_a_kill_at_any_call_leaves_the_old_folder_or_the_new_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", [True, False], ids=["first save", "over another"])
+def test_a_kill_at_any_call_leaves_the_old_files_or_the_new_ones(tmp_path: Path, first: bool) -> None:
     folder, found, between = tmp_path / "room" / "folder", [], 0
     for number in range(1, 1000):
-        fill(folder, "old")
+        shutil.rmtree(folder.parent, ignore_errors=True)
+        folder.parent.mkdir()
+        if not first:
+            fill(folder, "old")
         killed = killed_at(number, lambda: fill(folder, "new"), lambda event, call: str(folder.parent) in str(call))
-        between += not folder.exists()
-        recover(folder)
+        between += (folder / SAVE).exists()
+        recover(folder / "inner" if number % 2 else folder)  # whoever loads only what is in the inner one
         found.append(texts(folder))
         if not killed:
             break
-    assert found[0] == {"old"}
+    assert found[0] == (set() if first else {"old"})
     assert found[-1] == {"new"}
-    assert found == sorted(found, key=str, reverse=True), "once the new one is there it stays"
-    assert between == 1, "the kill between the two renames"
+    assert found == sorted(found, key=lambda texts: texts == {"new"}), "once the new ones are there they stay"
+    assert all(texts in (found[0], {"new"}) for texts in found)
+    assert between > 3, "kills between the moves"
+    assert sorted(path.name for path in folder.iterdir()) == ["a", "b.json", "inner"]
 
 
-def test_a_folder_is_put_back_only_where_there_is_none(tmp_path: Path) -> None:
-    old = tmp_path / ".folder.smoa-old"
-    recover(tmp_path / "folder")
-    assert not (tmp_path / "folder").exists()
-    old.mkdir()
-    (old / "a").write_text("old")
-    recover(tmp_path / "folder")
-    assert texts(tmp_path / "folder") == {"old"}
-    old.mkdir()
-    recover(tmp_path / "folder")
-    assert texts(tmp_path / "folder") == {"old"}
-    fill(tmp_path / "folder", "new")
-    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
-
-
-def test_a_rename_that_fails_halfway_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, rename = tmp_path / "folder", Path.rename
-    fill(folder, "old")
-
-    def failing(self: Path, target: Path) -> Path:
-        if target == folder and self.name == "folder":
-            raise OSError(errno.EIO, "Input/output error")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(OSError, match="Input/output error"):
-        fill(folder, "new")
-    assert texts(folder) == {"old"}
-    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
-
-
-def immovable(folder: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let renames of the folder fail with this error."""
-    rename = Path.rename
-
-    def failing(self: Path, target: Path) -> Path:
-        if self == folder:
-            raise OSError(number, os.strerror(number))
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", failing)
-
-
-@pytest.mark.parametrize("number", [errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM])
-def test_in_a_folder_that_cannot_be_renamed_the_files_are_replaced(
-    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_others_hold_in_the_folder_is_not_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "folder"
+    (folder / "runs").mkdir(parents=True)
+    os.mkfifo(folder / "pipe")
+    monkeypatch.chdir(folder)
+    with (folder / "train.log").open("a") as log, (folder / "runs" / "events").open("a") as events:
+        fill(Path(), "new")
+        log.write("after")
+        events.write("after")
+    Path("note.txt").touch()
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+    assert names == {"a", "b.json", "inner/c", "note.txt", "pipe", "runs/events", "train.log"}
+    assert (folder / "train.log").read_text() == (folder / "runs" / "events").read_text() == "after"
+
+
+def test_a_folder_that_cannot_be_renamed_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mount point, or a folder whose parent is not writable."""
+    folder, calls = tmp_path / "folder", []
     fill(folder, "old")
-    for name in ("kept", "removed"):
-        (folder / name).write_text(name)
-    kept, held = (folder / "kept").stat(), folder.stat().st_ino
-    immovable(folder, number, monkeypatch)
-    with replaced_folder(folder) as temporary:
-        assert (temporary / "a").read_text() == "old"
-        (temporary / "a").write_text("new")
-        (temporary / "removed").unlink()
-        (temporary / "inner").mkdir()
-        (temporary / "inner" / "c").write_text("new")
-        (folder / "theirs").write_text("written meanwhile")
-    found = {str(file.relative_to(folder)): file.read_text() for file in folder.rglob("*") if file.is_file()}
-    assert found == {"a": "new", "b": "old", "kept": "kept", "inner/c": "new", "theirs": "written meanwhile"}
-    assert folder.stat().st_ino == held
-    assert (folder / "kept").stat() == kept
-    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    for name in ("rename", "replace"):
+        original = getattr(Path, name)
+
+        def noted(self: Path, target: Path, original: Callable[[Path, Path], Path] = original) -> Path:
+            calls.extend([self, target])
+            return original(self, target)
+
+        monkeypatch.setattr(Path, name, noted)
+    fill(folder, "new")
+    assert texts(folder) == {"new"}
+    assert calls
+    assert all(folder in path.parents for path in calls), "all is done inside the folder"
 
 
-def test_another_error_of_a_rename_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill(tmp_path / "folder", "old")
-    immovable(tmp_path / "folder", errno.EIO, monkeypatch)
-    with pytest.raises(OSError, match="Input/output error"):
-        fill(tmp_path / "folder", "new")
-    assert texts(tmp_path / "folder") == {"old"}
-
-
-def test_a_folder_whose_parent_is_not_writable_is_replaced_from_elsewhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "folder"
-    fill(folder, "old")
-    immovable(folder, errno.EACCES, monkeypatch)
-    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
-    with replaced_folder(folder) as temporary:
-        assert tmp_path not in temporary.parents
-        (temporary / "a").write_text("new")
-    assert texts(folder) == {"old", "new"}
-
-
-def test_json_is_replaced_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, replace, order = tmp_path / "folder", Path.replace, []
-    folder.mkdir()
-    immovable(folder, errno.EBUSY, monkeypatch)
+def test_json_is_moved_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace, order = Path.replace, []
 
     def noted(self: Path, target: Path) -> Path:
-        order.append(str(target.relative_to(folder)))
+        order.append(target.name)
         return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", noted)
-    with replaced_folder(folder) as temporary:
-        (temporary / "inner").mkdir()
-        for name in ("config.json", "weights", "inner/config.json", "inner/weights"):
+    with new_files(tmp_path / "folder") as temporary:
+        for name in ("config.json", "weights"):
             (temporary / name).touch()
-    assert order == ["weights", "config.json", "inner/weights", "inner/config.json"]
+    assert order == ["weights", "config.json"]
 
 
-def test_a_load_between_the_two_renames_does_not_stop_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, rename, loads = tmp_path / "folder", Path.rename, []
-    fill(folder, "old")
-
-    def meanwhile(self: Path, target: Path) -> Path:
-        done = rename(self, target)
-        if target.name == ".folder.smoa-old" and not loads:
-            loads.append(recover(folder))
-        return done
-
-    monkeypatch.setattr(Path, "rename", meanwhile)
+def test_a_save_that_is_killed_is_finished_before_the_next_one(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    (folder / SAVE).mkdir(parents=True)
+    (folder / SAVE / "other").write_text("killed")
+    (folder / SAVE / "a").write_text("killed")
     fill(folder, "new")
-    assert loads
-    assert texts(folder) == {"new"}
-    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert (folder / "a").read_text() == "new"
+    assert (folder / "other").read_text() == "killed"
+    assert not (folder / SAVE).exists()
+
+
+def test_what_may_not_be_moved_stays_for_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / SAVE).mkdir()
+    (tmp_path / SAVE / "a").write_text("new")
+
+    def locked(self: Path, target: Path) -> Path:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", locked)
+        recover(tmp_path)
+    assert not (tmp_path / "a").exists()
+    recover(tmp_path)
+    assert (tmp_path / "a").read_text() == "new"
+
+
+def fill_often(folder: Path, text: str) -> None:
+    for _ in range(150):
+        fill(folder, text)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_processes_may_save_into_one_folder_at_once(tmp_path: Path) -> None:
+    folder, context = tmp_path / "folder", multiprocessing.get_context("fork")
+    processes = [context.Process(target=fill_often, args=(folder, text)) for text in ("one", "two", "three")]
+    for process in processes:
+        process.start()
+    while any(process.is_alive() for process in processes):
+        recover(folder)  # as a load does
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert len(texts(folder)) == 1
+    assert sorted(path.name for path in folder.iterdir()) == ["a", "b.json", "inner"]

@@ -41,7 +41,7 @@ def load(folder: Path) -> PeftModel:
 
 
 def test_each_kind_of_mutation_is_loaded_as_what_it_is_or_refused(tmp_path: Path) -> None:
-    results = fuzz(3 * len(MUTATIONS), seed=20, room=tmp_path)
+    results = fuzz(12 * len(MUTATIONS), seed=20, room=tmp_path)
     assert {mutation for mutation, _ in results} == set(MUTATIONS)
     assert not [result for result in results if result[1].startswith("FINDING")]
 
@@ -173,6 +173,20 @@ def test_a_factor_that_is_not_finite_once_it_is_cast_is_refused(folder: Path, va
 
     rewritten(with_settings(folder), change)
     with pytest.raises(AdapterFileError, match=r"adapter_model\.safetensors: .*up\.smoa_B.*NaN or infinite"):
+        load(folder)
+
+
+@pytest.mark.parametrize("part", ["smoa_A.weight", "smoa_B.weight", "smoa_block_scale"])
+def test_a_finite_value_that_makes_the_update_infinite_is_refused(folder: Path, part: str) -> None:
+    """As one flipped bit of an exponent does."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[f"base_model.model.up.{part}"].view(-1)[0] = 3e38
+
+    rewritten(with_settings(folder), change)
+    with pytest.raises(
+        AdapterFileError, match=r"adapter_model\.safetensors: .*up: .* multiply to .*, beyond torch\.float32"
+    ):
         load(folder)
 
 

@@ -30,6 +30,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 
 import smoa
 from smoa import AdapterFileError, ConfigError, SmoaConfig
+from smoa.atomic import SAVE
 from smoa.export.streaming import SavedAdapter
 from smoa.files.adapter_folder import find_adapter
 from smoa.files.loading import door, guard_loading, incoming
@@ -502,8 +503,11 @@ def test_a_config_with_an_id_wants_weights_with_it(saved: PeftModel, tmp_path: P
 
 
 @pytest.mark.parametrize("load", [by_peft_model, by_auto_model, by_transformers])
-def test_a_load_puts_back_what_a_killed_save_left_beside_the_folder(
+def test_a_load_puts_in_place_what_a_killed_save_left_in_the_folder(
     load: Callable[[Path], nn.Module], saved: PeftModel, tmp_path: Path
 ) -> None:
-    (tmp_path / "adapter").rename(tmp_path / ".adapter.smoa-old")
+    files = list((tmp_path / "adapter").iterdir())
+    (tmp_path / "adapter" / SAVE).mkdir()
+    for file in files:
+        file.rename(file.parent / SAVE / file.name)
     assert all(torch.equal(*pair) for pair in zip(updates(load(tmp_path)), updates(saved), strict=True))

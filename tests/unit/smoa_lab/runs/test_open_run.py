@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 from peft import LoraConfig
+from peft.utils import CONFIG_NAME
 
+from smoa.atomic import SAVE
 from smoa.errors import ConfigError
 from smoa_lab.config.run_config import ModelSection
 from smoa_lab.runs.open_run import adapter_of_run, base_name, base_section, open_run, recorded_base
@@ -32,10 +34,11 @@ def test_an_adapter_is_found_in_its_run_and_missed_elsewhere(adapter: Path, tmp_
         adapter_of_run(tmp_path / "base")
 
 
-def test_an_adapter_whose_save_was_killed_between_its_renames_is_put_back(adapter: Path) -> None:
-    adapter.rename(adapter.with_name(".adapter.smoa-old"))
+def test_an_adapter_whose_save_was_killed_before_its_last_move_is_put_in_place(adapter: Path) -> None:
+    (adapter / SAVE).mkdir()
+    (adapter / CONFIG_NAME).rename(adapter / SAVE / CONFIG_NAME)
     assert adapter_of_run(adapter) == adapter
-    assert adapter.is_dir()
+    assert (adapter / CONFIG_NAME).is_file()
 
 
 def test_the_base_is_the_one_given_or_the_one_recorded(adapter: Path) -> None:
