@@ -14,6 +14,7 @@ from smoa.errors import ConfigError
 from smoa.export.base_checkpoint import recorded_revision
 from smoa_lab.config.rows_config import RowsConfig, load_any_config
 from smoa_lab.config.run_config import ModelSection, RunConfig
+from smoa_lab.data.prompts import Template
 from smoa_lab.training.run_folder import RunFolder
 
 
@@ -49,6 +50,14 @@ def adapter_of_run(place: str | Path) -> Path:
         if (folder / CONFIG_NAME).is_file():
             return folder
     raise ConfigError(f"{place}: contains no adapter ({CONFIG_NAME}), nor does {place}/adapter")
+
+
+def trained_template(place: Path) -> Template:
+    """The template of questions that the run in ``place`` was trained with; ``chat`` for all else."""
+    if not RunFolder(place).finished:
+        return "chat"
+    config = open_run(place)[0]
+    return config.task.template if isinstance(config, RunConfig) else "chat"
 
 
 def base_name(adapter: Path, base: str | None = None) -> str:
