@@ -44,7 +44,7 @@ def find(place: str, changes: dict[str, Any], template: Template | None = None) 
     """
     path = Path(place).expanduser()
     if RunFolder(path).finished:
-        config, adapter = open_run(path)
+        config, adapter = open_run(path, trust_remote_code=changes.get("trust_remote_code", False))
         model = config.model.model_copy(update=changes)
         return Found(model, adapter, template or trained_template(path), template is not None)
     adapter = _adapter(path)
@@ -89,7 +89,9 @@ def load(found: Found, writing: Writing) -> Speaker:
         DataError: model or adapter cannot be loaded, or the model has no chat template.
     """
     tokenizer = load_tokenizer(found.model)
-    template = chat_template(tokenizer, tokenizer.chat_template, found.adapter, found.template)  # fails before the weights are read
+    template = chat_template(
+        tokenizer, tokenizer.chat_template, found.adapter, found.template
+    )  # fails before the weights are read
     model, _ = load_base_model(found.model)
     if torch.cuda.is_available() and not (hasattr(model, "hf_device_map") or getattr(model, "is_quantized", False)):
         model.to("cuda")  # type: ignore[arg-type]
