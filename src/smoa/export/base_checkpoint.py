@@ -111,7 +111,10 @@ class BaseCheckpoint:
         return int(self._config().num_labels)
 
     def _config(self, **options: Any) -> Any:
-        config = AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code, **options)
+        try:
+            config = AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code, **options)
+        except (OSError, ValueError) as error:  # the latter where the base runs code of its own
+            raise MergeError(f"{self.folder}: the base model's config cannot be read: {error}") from error
         quantization = getattr(config, "quantization_config", None)
         if isinstance(quantization, dict) and quantization.get("quant_method") in DEQUANTIZED_BY_TRANSFORMERS:
             quantization["dequantize"] = True

@@ -10,18 +10,16 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but in no __all__
 from peft.utils import CONFIG_NAME
-from transformers import PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 
 from smoa.atomic import recover
-from smoa.errors import ConfigError, DataError
-from smoa_lab.chat.speaker import Speaker, Writing
-from smoa_lab.config.run_config import ModelSection, RunConfig
+from smoa.errors import ConfigError
+from smoa_lab.chat.speaker import Speaker, Writing, chat_template
+from smoa_lab.config.run_config import ModelSection
 from smoa_lab.data.prompts import Template
 from smoa_lab.models.base_models import load_base_model, load_tokenizer
 from smoa_lab.models.packaged_models import PACKAGED_MODELS
-from smoa_lab.runs.open_run import adapter_of_run, base_section, open_run, recorded_base
-from smoa_lab.tokens.chat_templates import saved_chat_template, set_chat_template, stop_at_turns_end
+from smoa_lab.runs.open_run import adapter_of_run, base_section, open_run, recorded_base, trained_template
 from smoa_lab.training.run_folder import RunFolder
 
 
@@ -32,6 +30,8 @@ class Found:
     model: ModelSection
     adapter: Path | None
     template: Template
+    forced: bool = False
+    """Whether the template is what the command says, for all adapters."""
 
 
 def find(place: str, changes: dict[str, Any], template: Template | None = None) -> Found:
@@ -44,16 +44,16 @@ def find(place: str, changes: dict[str, Any], template: Template | None = None) 
     """
     path = Path(place).expanduser()
     if RunFolder(path).finished:
-        config, adapter = open_run(path)
-        trained = config.task.template if isinstance(config, RunConfig) else "chat"
-        return Found(config.model.model_copy(update=changes), adapter, template or trained)
+        config, adapter = open_run(path, trust_remote_code=changes.get("trust_remote_code", False))
+        model = config.model.model_copy(update=changes)
+        return Found(model, adapter, template or trained_template(path), template is not None)
     adapter = _adapter(path)
     if adapter is None:
         _check_model(path, place)
         model = ModelSection(name=place)
     else:
         model = base_section(adapter, changes.get("name"))
-    return Found(model.model_copy(update=changes), adapter, template or "chat")
+    return Found(model.model_copy(update=changes), adapter, template or "chat", template is not None)
 
 
 def _adapter(path: Path) -> Path | None:
@@ -89,23 +89,16 @@ def load(found: Found, writing: Writing) -> Speaker:
         DataError: model or adapter cannot be loaded, or the model has no chat template.
     """
     tokenizer = load_tokenizer(found.model)
-    _set_template(tokenizer, found)
+    template = chat_template(
+        tokenizer, tokenizer.chat_template, found.adapter, found.template
+    )  # fails before the weights are read
     model, _ = load_base_model(found.model)
-    stop_at_turns_end(model, tokenizer)
     if torch.cuda.is_available() and not (hasattr(model, "hf_device_map") or getattr(model, "is_quantized", False)):
         model.to("cuda")  # type: ignore[arg-type]
     recorded = None if found.adapter is None else recorded_base(found.adapter)
-    speaker = Speaker(model, tokenizer, writing, [found.model.name, recorded or found.model.name])
+    bases = [found.model.name, recorded or found.model.name]
+    speaker = Speaker(model, tokenizer, writing, bases, found.template if found.forced else None)
+    speaker.talk_through(template)
     if found.adapter is not None:
-        speaker.load(str(found.adapter), found.model.name)
+        speaker.load(str(found.adapter), found.model.name, found.template)
     return speaker
-
-
-def _set_template(tokenizer: PreTrainedTokenizerBase, found: Found) -> None:
-    if found.template == "alpaca":
-        set_chat_template(tokenizer, "alpaca")
-        return
-    if found.adapter is not None:
-        tokenizer.chat_template = saved_chat_template(found.adapter) or tokenizer.chat_template
-    if not tokenizer.chat_template:
-        raise DataError(f"{found.model.name}: its tokenizer has no chat template; use --template alpaca")

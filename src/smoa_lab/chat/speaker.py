@@ -19,9 +19,11 @@ from smoa.errors import DataError, SmoaError
 from smoa_lab.basics.free_name import free_name
 from smoa_lab.basics.nearest import nearest
 from smoa_lab.basics.positions import positions_of
+from smoa_lab.data.prompts import Template
 from smoa_lab.models.packaged_models import packaged_name
-from smoa_lab.runs.open_run import adapter_of_run, base_name
+from smoa_lab.runs.open_run import adapter_of_run, base_name, trained_template
 from smoa_lab.scoring.mode import scoring
+from smoa_lab.tokens.chat_templates import alpaca, saved_chat_template, stop_at_turns_end
 
 Message = dict[str, str]
 """``role`` and ``content``."""
@@ -36,16 +38,27 @@ class Writing:
 
 
 class Speaker:
-    """A base model and the adapters loaded on it. ``bases`` are the names by which adapters may call the base."""
+    """A base model and the adapters loaded on it. ``bases`` are the names by which adapters may call the base.
+
+    An adapter is talked to through the template that it was trained with, or all through ``template``.
+    """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, writing: Writing, bases: Sequence[str]
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        writing: Writing,
+        bases: Sequence[str],
+        template: Template | None = None,
     ) -> None:
         self.base = model
         self.model: Any = model  # with its adapters, once there are any
         self.tokenizer: Any = tokenizer
         self.writing = writing
         self.bases = {_canonical(name) for name in bases}
+        self.template = template
+        self.own_template, self.own_ends = tokenizer.chat_template, model.generation_config.eos_token_id
+        self.templates: dict[str, str] = {}
         self.adapters: dict[str, str] = {}  # PEFT's name of each: ours can be words that PEFT refuses
         self.chosen: str | None = None
         self.uses_adapter = False
@@ -70,21 +83,32 @@ class Speaker:
         if name not in self.adapters:
             raise DataError(f"no adapter {name!r} is loaded{nearest(name, self.adapters)}")
         self.model.set_adapter(self.adapters[name])
+        self.talk_through(self.templates[name])
         self.chosen, self.uses_adapter = name, True
 
-    def load(self, place: str, base: str | None = None) -> None:
-        """Load the adapter of a folder or of a run, and use it; ``base`` if it is known to be one of this model.
+    def talk_through(self, template: str) -> None:
+        """Put messages through this chat template from now on, and stop where it ends a turn."""
+        self.tokenizer.chat_template = template
+        self.base.generation_config.eos_token_id = self.own_ends
+        stop_at_turns_end(self.base, self.tokenizer)
+
+    def load(self, place: str, base: str | None = None, template: Template | None = None) -> None:
+        """Load the adapter of a folder or of a run, and use it; ``base`` if it is known to be one of this model, and
+        ``template`` if it is known.
 
         Raises:
             SmoaError: there is none, or it does not fit. The model is as before.
         """
-        folder = adapter_of_run(Path(place).expanduser())
+        path = Path(place).expanduser()
+        folder = adapter_of_run(path)
         own = base_name(folder, base)
         if _canonical(own) not in self.bases:
             raise DataError(
                 f"{place}: is an adapter of {own}, this model is {', '.join(sorted(self.bases))}; "
                 "if they are the same, start again with --base"
             )
+        template = template or self.template or trained_template(path)
+        through = chat_template(self.tokenizer, self.own_template, folder, template)
         name = free_name(_run_name(folder.resolve()), self.adapters.__contains__)
         inner = f"chat{len(self.adapters)}"
         try:
@@ -95,7 +119,7 @@ class Speaker:
         except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:  # PEFT's, of other methods
             self._remove(inner)
             raise DataError(f"{place}: cannot be loaded: {error}") from error
-        self.adapters[name] = inner
+        self.adapters[name], self.templates[name] = inner, through
         self.use(name)
 
     def _add(self, folder: Path, inner: str) -> None:
@@ -158,6 +182,21 @@ class Speaker:
         if self.writing.temperature:
             return {**options, "do_sample": True, "temperature": self.writing.temperature}
         return {**options, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
+
+def chat_template(tokenizer: Any, own: Any, adapter: Path | None, template: Template) -> str:
+    """The chat template of an adapter or, where none is saved with it, its base's ``own``.
+
+    Raises:
+        DataError: neither has one.
+    """
+    if template == "alpaca":
+        return alpaca(tokenizer)
+    saved = None if adapter is None else saved_chat_template(adapter)
+    found = saved or own
+    if not found:
+        raise DataError(f"{tokenizer.name_or_path}: its tokenizer has no chat template; use --template alpaca")
+    return str(found)
 
 
 def _canonical(base: str) -> str:

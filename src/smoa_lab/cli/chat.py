@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -117,16 +118,20 @@ def _typed(prompt: str) -> str:
 
 
 def _answer_lines(conversation: Conversation) -> None:
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that can't be read must not end the others
     with suppress(EOFError):
         for line in sys.stdin:
             _respond(conversation, line.rstrip("\r\n"))
 
 
 def _respond(conversation: Conversation, line: str) -> None:
-    from smoa.errors import SmoaError
+    from smoa.errors import DataError, SmoaError
     from smoa_lab.chat.commands import run_command
 
     try:
+        if line != line.encode(errors="replace").decode():
+            raise DataError("a line is not text in UTF-8; it is left out")
         if line.startswith("/"):
             run_command(conversation, line)
         elif line.strip():

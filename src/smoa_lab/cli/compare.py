@@ -12,7 +12,7 @@ import typer
 
 from smoa_lab.basics.extras import DRAWING
 from smoa_lab.cli.console import print_json, print_table, reporting
-from smoa_lab.cli.options import AsJson
+from smoa_lab.cli.options import AsJson, TrustRemoteCode
 
 if TYPE_CHECKING:
     from smoa_lab.study.crews.ray_crew import RayCrew
@@ -39,6 +39,7 @@ def compare(
     pack: Annotated[
         bool, typer.Option("--pack", help="Afterwards move all finished runs into one compressed file, runs.jsonl.gz.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     json: AsJson = False,
 ) -> None:
     """Tune all methods in the same way, run each with fresh seeds, and report which is better, same or worse."""
@@ -51,7 +52,7 @@ def compare(
         from smoa_lab.study.study_file import load_study
 
         _check_options(report_only, bool(only) or on_ray)
-        checked = load_study(study, overrides)
+        checked = load_study(study, overrides, trust_remote_code)
         transformers.utils.logging.set_verbosity_error()  # a line for every new classification head
         if not report_only:
             _run(checked, only or [], RayCrew(checked, workers, ray_address) if on_ray else None)

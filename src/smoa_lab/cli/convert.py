@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from smoa_lab.cli.console import print_json, print_table, reporting
-from smoa_lab.cli.options import AsJson, Base
+from smoa_lab.cli.options import AsJson, Base, TrustRemoteCode
 
 
 def convert(
@@ -21,6 +21,7 @@ def convert(
     score: Annotated[bool, typer.Option(help="Measure the loss on the run's held-out questions.")] = True,
     base: Base = None,
     layers: Annotated[bool, typer.Option("--layers", help="Show every layer.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
     json: AsJson = False,
 ) -> None:
     """Approximate a SMoA adapter by a LoRA, and measure what that loses of the update and of the task."""
@@ -28,7 +29,8 @@ def convert(
         from smoa.export.lora import RankRule
         from smoa_lab.runs.convert_run import convert_run
 
-        result = convert_run(adapter, output, RankRule(rank, energy, error), base, uniform_rank, score)
+        rule = RankRule(rank, energy, error)
+        result = convert_run(adapter, output, rule, base, uniform_rank, score, trust_remote_code)
         if json:
             print_json(result)
             return

@@ -8,7 +8,7 @@ import typer
 
 from smoa_lab.basics.extras import require
 from smoa_lab.cli.console import failed, print_json, print_table, reporting
-from smoa_lab.cli.options import AsJson
+from smoa_lab.cli.options import AsJson, TrustRemoteCode
 
 app = typer.Typer(help="List the tasks, prepare their data before a run, or check your own rows.", no_args_is_help=True)
 
@@ -75,6 +75,7 @@ def check(
     max_length: Annotated[int, typer.Option(min=8, help="Tokens at which a row is cut.")] = 1024,
     chat_template: Annotated[str | None, typer.Option(help="Instead of the model's own, e.g. alpaca.")] = None,
     examples: Annotated[int, typer.Option(min=0, help="Rows to show.")] = 3,
+    trust_remote_code: TrustRemoteCode = False,
     json: AsJson = False,
 ) -> None:
     """Show what would be trained on: formats, lengths, what is cut or dropped, bad rows, and examples."""
@@ -85,16 +86,15 @@ def check(
         from smoa_lab.rows.sources import source_values
 
         if place.endswith((".yaml", ".yml")):
-            config = load_any_config(place)
+            config = load_any_config(place, trust_remote_code=trust_remote_code)
             if not isinstance(config, RowsConfig):
                 raise failed(
                     f"{place}: trains on questions; `smoa data prepare {' '.join(config.data.tasks)}` shows them"
                 )
         else:
             data = {**source_values(place), "format": format, "chat_template": chat_template}
-            config = check_rows_config(
-                {"model": {"name": model}, "data": data, "training": {"max_length": max_length}}, place
-            )
+            wanted = {"name": model, "trust_remote_code": trust_remote_code}
+            config = check_rows_config({"model": wanted, "data": data, "training": {"max_length": max_length}}, place)
         tokenizer = load_tokenizer(config.model)
         _, rows = read_rows_of(config, tokenizer)
         if json:

@@ -9,13 +9,14 @@ import typer
 
 from smoa_lab.basics.extras import DRAWING
 from smoa_lab.cli.console import reporting
-from smoa_lab.cli.options import Overrides
+from smoa_lab.cli.options import Overrides, TrustRemoteCode
 from smoa_lab.cli.train import print_scores
 
 
 def demo(
     config: Annotated[Path, typer.Argument(help="YAML file of the run.")] = Path("configs/demo.yaml"),
     overrides: Overrides = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Fine-tune a small real model in minutes, show what changed, reload the adapter and merge it."""
     with reporting("accelerate", *DRAWING):
@@ -26,7 +27,7 @@ def demo(
         from smoa_lab.training.run_folder import RunFolder, in_free_folder
         from smoa_lab.training.train_run import train
 
-        checked = in_free_folder(load_config(config, overrides))
+        checked = in_free_folder(load_config(config, overrides, trust_remote_code))
         check_verifiable(checked)
         if checked.model.name in PACKAGED_MODELS:
             typer.echo(PACKAGED_MODELS[checked.model.name].notice)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from smoa_lab.cli.console import print_json, print_table, reporting, score
-from smoa_lab.cli.options import AsJson
+from smoa_lab.cli.options import AsJson, TrustRemoteCode
 from smoa_lab.scoring.protocol import Protocol
 
 
@@ -21,6 +21,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch when generating.")] = 16,
     num_beams: Annotated[int, typer.Option(min=1, help="Beams when generating; 1 is greedy.")] = 1,
     output: Annotated[Path | None, typer.Option(help="Write the result, with every text, to this JSON file.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
     json: AsJson = False,
 ) -> None:
     """Score a run's adapter, or an untouched model, on held-out questions."""
@@ -28,7 +29,7 @@ def evaluate(
         from smoa_lab.runs.evaluate_run import evaluate_run
         from smoa_lab.runs.open_run import open_run
 
-        config, adapter = open_run(run, overrides)
+        config, adapter = open_run(run, overrides, trust_remote_code)
         result = evaluate_run(config, adapter, protocol, batch_size, num_beams, output)
         if json:
             print_json(result)

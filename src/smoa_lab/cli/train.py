@@ -9,7 +9,7 @@ import typer
 
 from smoa_lab.basics.extras import DRAWING
 from smoa_lab.cli.console import print_json, print_table, reporting, score
-from smoa_lab.cli.options import AsJson, Overrides
+from smoa_lab.cli.options import AsJson, Overrides, TrustRemoteCode
 
 
 def train(
@@ -18,6 +18,7 @@ def train(
     report: Annotated[
         bool, typer.Option("--report", help="Write the run's page, report.html, as smoa report does.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     json: AsJson = False,
 ) -> None:
     """Train an adapter on questions or on your own rows, and score it on held-out ones."""
@@ -26,7 +27,7 @@ def train(
         from smoa_lab.training.run_folder import is_first_process
         from smoa_lab.training.train_run import train as train_run
 
-        checked = load_any_config(config, overrides)
+        checked = load_any_config(config, overrides, trust_remote_code)
         metrics = train_run(checked)
         if not is_first_process():
             return

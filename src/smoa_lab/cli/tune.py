@@ -8,13 +8,14 @@ from typing import Annotated
 import typer
 
 from smoa_lab.cli.console import failed, print_json, print_table, reporting
-from smoa_lab.cli.options import AsJson, Overrides
+from smoa_lab.cli.options import AsJson, Overrides, TrustRemoteCode
 
 
 def tune(
     config: Annotated[Path, typer.Argument(help="YAML file of the run, as for `smoa train`.")],
     overrides: Overrides = None,
     max_runs: Annotated[int, typer.Option("--max-runs", min=3, help="Half decades to try at most.")] = 6,
+    trust_remote_code: TrustRemoteCode = False,
     json: AsJson = False,
 ) -> None:
     """Find the learning rate with the lowest loss on validation questions, and print the line for the config."""
@@ -22,7 +23,7 @@ def tune(
         from smoa_lab.config.rows_config import RowsConfig, load_any_config
         from smoa_lab.study.tune_run import tune_run
 
-        checked = load_any_config(config, overrides)
+        checked = load_any_config(config, overrides, trust_remote_code)
         if isinstance(checked, RowsConfig):
             raise failed(f"{config}: trains on rows, and smoa tune compares losses on questions; 2e-4 is a usual start")
         found = tune_run(checked, max_runs)

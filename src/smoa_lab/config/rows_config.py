@@ -72,13 +72,15 @@ class RowsConfig(Run):
     early_stopping: int | None = Field(default=None, gt=0)
 
 
-def load_any_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig | RowsConfig:
+def load_any_config(
+    path: str | Path, overrides: list[str] | None = None, trust_remote_code: bool = False
+) -> RunConfig | RowsConfig:
     """The config of a run on questions or on rows: ``data.train`` or ``data.hub`` decides.
 
     Raises:
         ConfigError: lists *all* problems, each with its line and the nearest valid key or value.
     """
-    return _checked_any(ConfigText.read(path, overrides))
+    return _checked_any(ConfigText.read(path, overrides, trust_remote_code))
 
 
 def check_any_config(values: dict[str, Any]) -> RunConfig | RowsConfig:

@@ -6,7 +6,7 @@ Only ``model``, ``method``, ``data`` and ``task`` are ours: ``training`` goes to
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -25,6 +25,8 @@ from smoa_lab.data.selection import Selection, Sizes, select
 from smoa_lab.data.sources.general_text import STORY
 from smoa_lab.data.tasks import Source, Task, find_task
 
+TRUST = ("trust_remote_code", "allow_all_kernels")
+"""Keys, of ours and of ``from_pretrained``, that let a repository run its own code."""
 TRAINING_DEFAULTS: dict[str, Any] = {"report_to": "none", "logging_steps": 10, "save_total_limit": 1}
 
 
@@ -130,8 +132,14 @@ class ConfigText:
     lines: dict[tuple[str, ...], int] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, path: str | Path, overrides: list[str] | None = None) -> ConfigText:
-        """Read a YAML file and lay ``key.key=value`` overrides over it; raises ConfigError if it cannot be read."""
+    def read(cls, path: str | Path, overrides: list[str] | None = None, trust_remote_code: bool = False) -> ConfigText:
+        """Read a YAML file and lay ``key.key=value`` overrides over it.
+
+        Only ``trust_remote_code`` lets the model's repository run its own code: a file can come from a stranger.
+
+        Raises:
+            ConfigError: the file cannot be read, or asks for such trust.
+        """
         file = Path(path)
         if not file.is_file():
             raise ConfigError(f"{path}: no such file")
@@ -141,7 +149,13 @@ class ConfigText:
             raise ConfigError(f"{path}: cannot be read as text in UTF-8 ({error}); save it in that encoding") from error
         values = parse_yaml(text, file)
         apply_overrides(values, overrides or [])
-        return cls(values, str(file), key_lines(text))
+        found = cls(values, str(file), key_lines(text))
+        run = values.get("shared", values)  # a study has its runs' config there
+        if not trust_remote_code:
+            found.refuse(_trusting(values))
+        elif isinstance(run, dict) and isinstance(run.get("model"), dict):
+            run["model"]["trust_remote_code"] = True
+        return found
 
     @property
     def has_rows(self) -> bool:
@@ -170,13 +184,13 @@ class ConfigText:
             raise ConfigError(f"{self.place}: {listed(texts)}")
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+def load_config(path: str | Path, overrides: list[str] | None = None, trust_remote_code: bool = False) -> RunConfig:
     """Read ``path``, apply ``key.key=value`` overrides and check everything.
 
     Raises:
         ConfigError: lists *all* problems, each with its line and the nearest valid key or value; or the run is on rows.
     """
-    text = ConfigText.read(path, overrides)
+    text = ConfigText.read(path, overrides, trust_remote_code)
     if text.has_rows:
         raise ConfigError(f"{path}: trains on rows (data.train or data.hub); this command takes questions (data.tasks)")
     return text.questions()
@@ -185,6 +199,17 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
 def check_config(values: dict[str, Any], place: str = "config") -> RunConfig:
     """The checked RunConfig of plain values, as :func:`load_config` makes it."""
     return ConfigText(values, place).questions()
+
+
+def _trusting(values: Any, path: tuple[str, ...] = ()) -> Iterator[Problem]:
+    """The keys that allow a repository to run its own code."""
+    inside = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    for key, value in inside:
+        place = (*path, str(key))
+        if key in TRUST and value not in (False, None):
+            text = "a file can't allow a repository to run its code; if you trust it, give --trust-remote-code"
+            yield Problem(place, f"{'.'.join(place)}: {text}")
+        yield from _trusting(value, place)
 
 
 def _line(path: tuple[str, ...], lines: dict[tuple[str, ...], int]) -> int:

@@ -57,81 +57,86 @@ for (const button of document.querySelectorAll('th button')) button.addEventList
 """
 
 
+class Html(str):
+    """Text that is HTML already. All other text is escaped, whatever it looks like."""
+
+    __slots__ = ()
+
+
 def write_page(file: Path, text: str) -> None:
     """Write a page and, beside it, the script that draws its charts."""
     lay_script(file.parent)
     write_whole(file, text)
 
 
-def page(title: str, *parts: str, script: str = SCRIPT) -> str:
-    """The whole document of parts that are HTML already. ``script`` leads to the script that draws charts."""
+def page(title: str, *parts: str, script: str = SCRIPT) -> Html:
+    """The whole document. ``script`` leads to the script that draws charts."""
     heading = html.escape(title)
-    return (
+    return Html(
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{heading}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{heading}</h1>\n"
-        + "\n".join(parts)
+        + "\n".join(map(_escaped, parts))
         + f'\n</main>\n<script>{SORTING}</script>\n<script src="{script}"></script>\n</body>\n</html>\n'
     )
 
 
-def paragraph(text: str) -> str:
+def paragraph(text: str) -> Html:
     """A paragraph of plain text."""
-    return f"<p>{html.escape(text)}</p>"
+    return Html(f"<p>{html.escape(text)}</p>")
 
 
-def code(text: str) -> str:
+def code(text: str) -> Html:
     """Text as it was written, in a typewriter's letters."""
-    return f'<pre class="wide" tabindex="0">{html.escape(text)}</pre>'
+    return Html(f'<pre class="wide" tabindex="0">{html.escape(text)}</pre>')
 
 
-def section(title: str, *parts: str) -> str:
+def section(title: str, *parts: str) -> Html:
     """A heading and what is under it."""
-    return f"<section>\n<h2>{html.escape(title)}</h2>\n" + "\n".join(parts) + "\n</section>"
+    return Html(f"<section>\n<h2>{html.escape(title)}</h2>\n" + "\n".join(map(_escaped, parts)) + "\n</section>")
 
 
-def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A sortable table. A cell is text, a number, or (shown, value to sort by), and HTML where it begins with <."""
+def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Html:
+    """A sortable table. A cell is text, HTML, a number, or (shown, value to sort by)."""
     heads = "".join(
         f'<th scope="col" aria-sort="none"><button type="button">{html.escape(name)}</button></th>' for name in header
     )
     body = "\n".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
-    return (
+    return Html(
         f'<div class="wide" tabindex="0" role="region" aria-label="{html.escape(caption)}">\n<table>\n'
         f"<caption><span>{html.escape(caption)}</span></caption>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody>\n"
         "</table>\n</div>"
     )
 
 
-def figure(chart: Any, caption: str) -> str:
+def figure(chart: Any, caption: str) -> Html:
     """A chart, whose text takes the page's color; ``caption`` is its text for screen readers too."""
     told = finite({**specification(chart), "description": caption})
     drawn = json.dumps(told, ensure_ascii=False, separators=(",", ":"))
-    drawn = drawn.replace(json.dumps(PAPER), '"var(--paper, white)"').replace("</", "<\\/")
-    return (
+    drawn = drawn.replace(json.dumps(PAPER), '"var(--paper, white)"').replace("<", "\\u003c")  # no <!--, no </script>
+    return Html(
         f'<figure data-chart>\n<div class="chart wide" tabindex="0">This chart is drawn by {SCRIPT}, which lies beside '
         f"this page.</div>\n<figcaption>{html.escape(caption)}</figcaption>\n"
         f'<script type="application/json">{drawn}</script>\n</figure>'
     )
 
 
-def link(address: str, text: str) -> str:
-    """A link, as a table's cell takes it."""
-    return f'<a href="{html.escape(address)}">{html.escape(text)}</a>'
+def link(address: str, text: str) -> Html:
+    """A link."""
+    return Html(f'<a href="{html.escape(address)}">{html.escape(text)}</a>')
 
 
-def anchor(name: str) -> str:
-    """A name that links on the page lead to as ``#name``, as a table's cell takes it."""
-    return f'<span id="{html.escape(name)}">{html.escape(name)}</span>'
+def anchor(name: str) -> Html:
+    """A name that links on the page lead to as ``#name``."""
+    return Html(f'<span id="{html.escape(name)}">{html.escape(name)}</span>')
 
 
 def _cell(content: Any) -> str:
     if isinstance(content, tuple):
         shown, value = content
-        return f'<td data-value="{html.escape(str(value))}">{_text(shown)}</td>'
-    return f"<td>{_text(content)}</td>"
+        return f'<td data-value="{html.escape(str(value))}">{_escaped(shown)}</td>'
+    return f"<td>{_escaped(content)}</td>"
 
 
-def _text(content: Any) -> str:
-    text = str(content)
-    return text if text.startswith("<") else html.escape(text)
+def _escaped(content: Any) -> str:
+    return content if isinstance(content, Html) else html.escape(str(content))

@@ -53,13 +53,17 @@ class Converter:
         DataError: base model or data cannot be loaded.
     """
 
-    def __init__(self, place: str | Path, base: str | None = None, score: bool = True) -> None:
+    def __init__(
+        self, place: str | Path, base: str | None = None, score: bool = True, trust_remote_code: bool = False
+    ) -> None:
         self.source = adapter_of_run(place)
         config = RunFolder(Path(place)).config
         elsewhere = [] if base is None else [f"model.name={json.dumps(base)}"]
-        run = load_any_config(config, elsewhere) if score and config.is_file() else None
+        known = score and config.is_file()
+        run = load_any_config(config, elsewhere, trust_remote_code) if known else None
         self.ready: Lesson | None = None if run is None else open_lesson(run)
-        self.base: Any = self.ready.base if self.ready else load_base_model(base_section(self.source, base))[0]
+        wanted = base_section(self.source, base, trust_remote_code)
+        self.base: Any = self.ready.base if self.ready else load_base_model(wanted)[0]
         self.base_losses = self._losses(self.base)
         with self._adapted(self.source) as model:
             self.spectra = UpdateSpectra(model)
@@ -102,6 +106,7 @@ def convert_run(
     base: str | None = None,
     uniform_rank: bool = False,
     score: bool = True,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Write the LoRA to ``output`` and return what it loses; of the task too if ``place`` is a run's folder.
 
@@ -111,7 +116,7 @@ def convert_run(
     """
     if Path(output).exists():
         raise ConfigError(f"{output}: exists; choose another folder")
-    converter = Converter(place, base, score)
+    converter = Converter(place, base, score, trust_remote_code)
     with new_folder(Path(output)) as temporary:
         conversion, loss = converter.cut(rule, temporary, uniform_rank)
     return {

@@ -41,7 +41,7 @@ def merge_run(
     name = base_name(source, base)
     options: dict[str, Any] = {"max_shard_size": max_shard_size, "trust_remote_code": trust_remote_code}
     options["base_name"] = described_base(name)
-    quantized = None if base else _quantized_while_loading(Path(adapter))
+    quantized = None if base else _quantized_while_loading(Path(adapter), trust_remote_code)
     if name.endswith(".gguf") or quantized is not None:
         wanted = quantized or ModelSection(name=name, trust_remote_code=trust_remote_code)
         model, tokenizer = load_base_model(wanted)
@@ -54,10 +54,10 @@ def merge_run(
     return merge_and_save(source, output, base=folder, dtype=dtype, notes=notes, **options)
 
 
-def _quantized_while_loading(run: Path) -> ModelSection | None:
+def _quantized_while_loading(run: Path, trust_remote_code: bool) -> ModelSection | None:
     """What to load if the run's config quantizes a plain checkpoint while loading it."""
     file = RunFolder(run).config
     if not file.is_file():
         return None
-    model = load_any_config(file).model
+    model = load_any_config(file, trust_remote_code=trust_remote_code).model
     return model if "quantization_config" in model.options else None

@@ -14,10 +14,13 @@ from smoa.errors import ConfigError
 from smoa.export.base_checkpoint import recorded_revision
 from smoa_lab.config.rows_config import RowsConfig, load_any_config
 from smoa_lab.config.run_config import ModelSection, RunConfig
+from smoa_lab.data.prompts import Template
 from smoa_lab.training.run_folder import RunFolder
 
 
-def open_run(place: str | Path, overrides: list[str] | None = None) -> tuple[RunConfig | RowsConfig, Path | None]:
+def open_run(
+    place: str | Path, overrides: list[str] | None = None, trust_remote_code: bool = False
+) -> tuple[RunConfig | RowsConfig, Path | None]:
     """The config and the adapter of a finished run's folder; of a config file the config alone.
 
     A run that trained the whole model has no adapter; its config then names the trained model.
@@ -27,11 +30,11 @@ def open_run(place: str | Path, overrides: list[str] | None = None) -> tuple[Run
     """
     path = Path(place)
     if path.is_file():
-        return load_any_config(path, overrides), None
+        return load_any_config(path, overrides, trust_remote_code), None
     folder = RunFolder(path)
     if not folder.finished:
         raise ConfigError(f"{path}: is neither a config file nor the folder of a finished run (with metrics.json)")
-    config = load_any_config(folder.config, overrides)
+    config = load_any_config(folder.config, overrides, trust_remote_code)
     if config.method == "full":
         model = config.model.model_copy(update={"name": str(folder.adapter)})
         return config.model_copy(update={"model": model}), None
@@ -49,6 +52,14 @@ def adapter_of_run(place: str | Path) -> Path:
         if (folder / CONFIG_NAME).is_file():
             return folder
     raise ConfigError(f"{place}: contains no adapter ({CONFIG_NAME}), nor does {place}/adapter")
+
+
+def trained_template(place: Path) -> Template:
+    """The template of questions that the run in ``place`` was trained with; ``chat`` for all else."""
+    if not RunFolder(place).finished:
+        return "chat"
+    config = open_run(place, trust_remote_code=True)[0]  # nothing is loaded
+    return config.task.template if isinstance(config, RunConfig) else "chat"
 
 
 def base_name(adapter: Path, base: str | None = None) -> str:

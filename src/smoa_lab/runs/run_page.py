@@ -11,7 +11,7 @@ from peft import PeftConfig
 
 from smoa.files.adapter_card import loading_code
 from smoa_lab.config.methods import METHODS
-from smoa_lab.drawing.pages import code, figure, page, paragraph, section, table, write_page
+from smoa_lab.drawing.pages import Html, code, figure, page, paragraph, section, table, write_page
 from smoa_lab.models.packaged_models import described_base
 from smoa_lab.runs.run_record import RunRecord, read_run
 from smoa_lab.training.run_charts import STAGES, accuracies, balance, learning_rate, losses
@@ -57,7 +57,7 @@ def run_page(record: RunRecord) -> tuple[str, list[str]]:
             continue
         parts += [section(title, *found) if title else found[0]] if found else []
     missing = [*record.missing, *_lacking(record, faults)]
-    told = [f'<p class="missing">{html.escape(" ".join(missing))}</p>'] if missing else []
+    told = [Html(f'<p class="missing">{html.escape(" ".join(missing))}</p>')] if missing else []
     return page(record.name, *told, *parts), missing
 
 
@@ -152,10 +152,10 @@ def _samples(record: RunRecord) -> list[str]:
     return [_sample(sample) for sample in record.metrics["samples"]]
 
 
-def _sample(sample: dict[str, str]) -> str:
+def _sample(sample: dict[str, str]) -> Html:
     told = {"Prompt": sample["question"], **{title: sample[name] for name, title in NAMES.items() if name in sample}}
     lines = (f"<dt>{name}</dt><dd>{html.escape(text.strip() or '(nothing)')}</dd>" for name, text in told.items())
-    return f'<dl class="sample">{"".join(lines)}</dl>'
+    return Html(f'<dl class="sample">{"".join(lines)}</dl>')
 
 
 def _loading(record: RunRecord) -> list[str]:

@@ -88,13 +88,13 @@ class Study(Section):
         return next((name for name in self.references if name in names), names[0])
 
 
-def load_study(path: str | Path, overrides: list[str] | None = None) -> Study:
+def load_study(path: str | Path, overrides: list[str] | None = None, trust_remote_code: bool = False) -> Study:
     """Read a study, lay ``key.key=value`` overrides over it and check every entry's run.
 
     Raises:
         ConfigError: lists the problems of the study, and of each entry's run, before any work starts.
     """
-    text = ConfigText.read(path, overrides)
+    text = ConfigText.read(path, overrides, trust_remote_code)
     file = Path(path)
     values = {"folder": f"studies/{file.stem}", **text.values}
     text.refuse(block_problems(Study, values))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from smoa_lab.drawing.chart_script import SCRIPT
-from smoa_lab.drawing.pages import anchor, figure, link, page, paragraph, section, table
+from smoa_lab.drawing.pages import Html, anchor, figure, link, page, paragraph, section, table
 from smoa_lab.study.packing import PACK, shell_command
 from smoa_lab.study.report.charts.frontier import frontier
 from smoa_lab.study.report.charts.rate_charts import learning_rates
@@ -107,7 +107,7 @@ def _cells(rows: Sequence[Row]) -> list[tuple[Any, ...]]:
             *_difference(row, row.accuracy_difference, 100, 1),
             "–" if row.elsewhere is None else f"{row.elsewhere:.3f}",
             "–" if row.seconds is None else f"{row.seconds:.0f}",
-            "<span>" + " ".join(link(final_run(row, seed), str(seed)) for seed in row.seeds) + "</span>",
+            Html(" ".join(link(final_run(row, seed), str(seed)) for seed in row.seeds)),
         )
         for row in rows
     ]

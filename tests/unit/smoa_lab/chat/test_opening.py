@@ -23,9 +23,11 @@ def base(tmp_path: Path) -> Path:
     return chat_base(tmp_path / "base")
 
 
-def finished_run(room: Path, base: Path, method: str = "smoa", template: Template = "alpaca") -> RunFolder:
+def finished_run(
+    room: Path, base: Path, method: str = "smoa", template: Template = "alpaca", name: str = "run"
+) -> RunFolder:
     """A run's folder without its weights."""
-    folder = RunFolder(room / "run")
+    folder = RunFolder(room / name)
     folder.adapter.mkdir(parents=True)
     settings = {"r": 4, "num_blocks": 2, "target_modules": ["q_proj"]} if method == "smoa" else {}
     config = check_config(
@@ -54,7 +56,7 @@ def test_what_the_command_says_goes_before_what_the_run_says(tmp_path: Path, bas
     run = finished_run(tmp_path, base)
     saved_adapter(run.adapter, base)
     found = find(str(run.path), {"name": "moved", "dtype": "float16"}, "chat")
-    assert found == Found(ModelSection(name="moved", dtype="float16"), run.adapter, "chat")
+    assert found == Found(ModelSection(name="moved", dtype="float16"), run.adapter, "chat", forced=True)
 
 
 def test_a_run_that_trained_the_whole_model_has_no_adapter(tmp_path: Path, base: Path) -> None:
@@ -106,6 +108,24 @@ def test_a_model_without_a_chat_template_says_what_to_do(tmp_path: Path, monkeyp
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)  # the weights are not read
     with pytest.raises(DataError, match=r"plain: its tokenizer has no chat template; use --template alpaca"):
         load(found, Writing())
+
+
+def test_each_adapter_is_talked_to_through_its_own_template(tmp_path: Path, base: Path) -> None:
+    asked = [{"role": "user", "content": "Why?"}]
+    runs = [finished_run(tmp_path, base, template=name, name=name) for name in ("chat", "alpaca")]
+    own = []
+    for run in runs:
+        saved_adapter(run.adapter, base)
+        own.append(load(find(str(run.path), {}), Writing()).tokens(asked)["input_ids"].tolist())
+    assert own[0] != own[1]
+    speaker = load(find(str(runs[0].path), {}), Writing())
+    speaker.load(str(runs[1].path))
+    assert speaker.tokens(asked)["input_ids"].tolist() == own[1]
+    speaker.use("chat")
+    assert speaker.tokens(asked)["input_ids"].tolist() == own[0]
+    forced = load(find(str(runs[1].path), {}, "chat"), Writing())
+    forced.load(str(runs[1].path))
+    assert forced.tokens(asked)["input_ids"].tolist() == own[0]
 
 
 @pytest.mark.parametrize("adds_bos", [True, False])

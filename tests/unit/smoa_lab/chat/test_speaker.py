@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from smoa.errors import ConfigError, DataError, SmoaError
 from smoa_lab.chat.speaker import Speaker, Writing
 from tests.support.chats import chat_base, saved_adapter, speaker_of, written
+from tests.support.lab import byte_tokenizer
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -156,6 +157,24 @@ def test_a_run_whose_name_ends_in_a_number_leaves_others_their_own(tmp_path: Pat
     for place in places:
         speaker.load(str(place))
     assert list(speaker.adapters) == ["demo-2", "demo", "demo-3", "demo-2-2"]
+
+
+def test_the_template_saved_with_one_adapter_and_its_end_of_turn_are_not_another_ones(
+    base: Path, first: Path, second: Path
+) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens("<over>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<over>{% endfor %}"
+    tokenizer.save_pretrained(first)
+    speaker = speaker_of(second)
+    before = [speaker.tokens(HELLO)["input_ids"].tolist(), speaker.base.generation_config.eos_token_id]
+    speaker.load(str(first))
+    assert "<over>" in speaker.tokenizer.chat_template
+    speaker.use("second")
+    assert [speaker.tokens(HELLO)["input_ids"].tolist(), speaker.base.generation_config.eos_token_id] == before
+    again = speaker_of(first)
+    again.load(str(second))
+    assert [again.tokens(HELLO)["input_ids"].tolist(), again.base.generation_config.eos_token_id] == before
 
 
 def test_a_temperature_samples(base: Path) -> None:

@@ -54,6 +54,15 @@ def test_a_pipe_gets_an_answer_for_each_line_and_nothing_else(base: Path) -> Non
     assert done.stdout == f"{first}\n\n{second}\n\n"
 
 
+def test_a_line_that_is_not_utf_8_is_left_out_and_the_others_are_answered(base: Path) -> None:
+    first = answer(base, "one")
+    second = answer(base, "one", first.strip(), "two")
+    done = CliRunner().invoke(app, ["chat", str(base), "--max-new-tokens", "12"], input=b"one\n\xff line\ntwo\n")
+    assert done.exit_code == 0
+    assert done.stdout == f"{first}\n\n{second}\n\n"
+    assert "error: a line is not text in UTF-8; it is left out" in done.stderr
+
+
 def test_commands_of_a_pipe_say_what_they_do_on_stderr(base: Path, mine: Path) -> None:
     done = talk(mine, "/base", "one", "/rest", "/load nowhere", "/quit", "two")
     assert done.exit_code == 0

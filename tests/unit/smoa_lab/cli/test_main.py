@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 from rich.text import Text
+from typer.testing import CliRunner
 
+from smoa import SmoaConfig
 from smoa_lab.cli.main import app
 
 HELP_WITHOUT_TORCH = """
@@ -28,6 +32,39 @@ def test_help_waits_for_no_heavy_import(arguments: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "Usage" in done.stdout
     assert "heavy: []" in done.stdout
+
+
+EVIL = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M", "AutoTokenizer": ["evil.T", None]}
+
+
+@pytest.mark.parametrize(
+    "command", ["chat RUN", "eval RUN", "convert RUN lora --rank 1", "merge RUN merged", "inspect RUN", "report RUN"]
+)
+@pytest.mark.parametrize("method", ["full", "smoa"])
+def test_the_folder_of_a_stranger_runs_no_code(
+    command: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither what lies in it nor that of the base that it names, whatever its files say."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    run = tmp_path / "run"
+    base = run / "adapter" if method == "full" else tmp_path / "base"
+    SmoaConfig(base_model_name_or_path=str(base), target_modules=["q_proj"]).save_pretrained(run / "adapter")
+    base.mkdir(exist_ok=True)
+    (base / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": EVIL}))
+    (base / "tokenizer_config.json").write_text(json.dumps({"auto_map": EVIL}))
+    (base / "evil.py").write_text(f"import pathlib\npathlib.Path('{tmp_path}/RAN').touch()\n")
+    options = "options: {quantization_config: {load_in_4bit: true}}" if method == "smoa" else "options: {}"
+    (run / "config.yaml").write_text(
+        f"model: {{name: {base}, trust_remote_code: true, {options}}}\nmethod: {method}\n"
+        "data: {tasks: [arc_easy]}\ntraining: {use_cpu: true}\n"
+    )
+    (run / "metrics.json").write_text("{}")
+    done = CliRunner().invoke(app, command.replace("RUN", "run").split(), input="hi\n")
+    assert not (tmp_path / "RAN").exists()
+    assert done.exception is None or isinstance(done.exception, SystemExit)
+    if command.split()[0] in ("chat", "eval", "convert"):
+        assert "config.yaml: 1 problem\n  line 1: model.trust_remote_code: a file can't allow" in done.stderr
 
 
 def test_an_unknown_command_is_a_usage_error() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,28 @@ def test_an_override_changes_one_value(file: Path) -> None:
     config = load_config(file, ["training.learning_rate=3e-3", "data.tasks=[piqa, boolq]"])
     assert config.training["learning_rate"] == 0.003
     assert config.data.tasks == ["piqa", "boolq"]
+
+
+@pytest.mark.parametrize("key", ["trust_remote_code", "options.trust_remote_code", "options.allow_all_kernels"])
+def test_a_file_or_an_override_cannot_let_a_repository_run_its_code(file: Path, key: str) -> None:
+    refused = rf"model\.{re.escape(key)}: a file can't allow a repository to run its code; .* --trust-remote-code"
+    with pytest.raises(ConfigError, match=refused):
+        load_config(file, [f"model.{key}=true"])
+    *parents, last = key.split(".")
+    value = f"{{name: base, options: {{{last}: yes}}}}" if parents else f"{{name: base, {last}: true}}"
+    file.write_text(file.read_text().replace("{name: base}", value))
+    with pytest.raises(ConfigError, match=f"line 2: {refused}"):
+        load_any_config(file)
+
+
+def test_the_command_lets_a_repository_run_its_code_and_the_runs_config_says_so(file: Path) -> None:
+    config = load_config(file, trust_remote_code=True)
+    assert config.model.trust_remote_code
+    file.write_text(config.to_yaml())
+    with pytest.raises(ConfigError, match=r"trust_remote_code: a file can't allow"):
+        load_config(file)
+    assert load_config(file, trust_remote_code=True) == config
+    assert not load_config(file, ["model.trust_remote_code=false"]).model.trust_remote_code
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -18,6 +18,17 @@ def load(values: dict[str, Any], folder: Path) -> Study:
     return load_study(file)
 
 
+@pytest.mark.parametrize("place", ["shared", "first", "entries.ours"])
+def test_a_study_is_trusted_by_the_command_alone(place: str, sequence: dict[str, Any], tmp_path: Path) -> None:
+    load(sequence, tmp_path)
+    file = tmp_path / "two.yaml"
+    with pytest.raises(ConfigError, match=rf"{place}\.model\.trust_remote_code: a file can't allow"):
+        load_study(file, [f"{place}.model.trust_remote_code=true"])
+    study = load_study(file, trust_remote_code=True)
+    configs = [study.bench().config(entry, 1e-3, seed=0) for entry in study.entries.values()]
+    assert all(config.model.trust_remote_code for config in configs)
+
+
 @pytest.mark.parametrize("name", ["smoa/paper", "..", "a\\b"])
 def test_an_entry_that_cannot_name_a_folder_is_refused(name: str, sequence: dict[str, Any], tmp_path: Path) -> None:
     sequence["entries"] = {name: sequence["entries"]["ours"]}
