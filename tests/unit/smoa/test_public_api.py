@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import subprocess
 import sys
@@ -11,7 +12,6 @@ import pytest
 import yaml
 
 import smoa
-from smoa._aliases import MOVED
 
 SOURCE = Path(smoa.__file__).parent
 
@@ -26,18 +26,23 @@ def test_all_is_sorted_and_holds_each_name_once() -> None:
 
 
 def test_all_is_what_is_exported() -> None:
-    submodules = {path.stem for path in SOURCE.iterdir()} | MOVED.keys()
+    submodules = {path.stem for path in SOURCE.iterdir()}
     exported = {name for name in vars(smoa) if not name.startswith("_")} - submodules
     plumbing = {
         "annotations",
         "check_peft_version",
         "ensure_peft_type",
-        "explain_version_errors",
         "guard_loading",
         "install_state_dict_hooks",
         "register",
     }
     assert exported - plumbing == set(smoa.__all__)
+
+
+@pytest.mark.parametrize("path", ["analysis", "budget", "conversion", "hotswap"])
+def test_a_public_path_gives_what_its_module_has(path: str) -> None:
+    module = importlib.import_module(f"smoa.{path}")
+    assert all((getattr(module, name).__doc__ or "").strip() for name in module.__all__)
 
 
 @pytest.mark.parametrize("name", smoa.__all__)

@@ -14,11 +14,10 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType
-from transformers.integrations import peft as integration
 
 import smoa
 from smoa import SmoaConfig, SmoaModel, UnsupportedVersionError, registration
-from smoa.registration import check_peft_version, ensure_peft_type, explain_version_errors, register
+from smoa.registration import check_peft_version, ensure_peft_type, register
 from tests.support import tiny_models
 
 CONFIG = SmoaConfig(
@@ -174,15 +173,3 @@ def test_a_supported_version_of_peft_is_accepted(version: str) -> None:
 def test_a_newer_version_of_peft_is_tried_with_a_warning(version: str) -> None:
     with pytest.warns(UserWarning, match=rf"tested with peft .*, found {version}"):
         check_peft_version(version)
-
-
-def test_where_transformers_demands_an_unreleased_peft_the_error_says_what_works(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(integration, "MIN_PEFT_VERSION", "99.0")
-    explain_version_errors()  # a second call adds no second note
-    with pytest.raises(ValueError, match=r"99\.0") as raised:
-        tiny_models.build("llama").add_adapter(CONFIG)
-    (note,) = raised.value.__notes__
-    assert "Use get_peft_model" in note
-    assert "5.23 takes peft 0.20 and 0.21" in note

@@ -82,10 +82,10 @@ def test_reading_goes_on_after_a_row_with_a_fault(tmp_path: Path) -> None:
         assert kinds == [False, True, False]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.jsonl.gz"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.jsonl.gz"])
 def test_the_first_row_is_given_before_a_later_fault_is_met(tmp_path: Path, name: str) -> None:
     rows = [{"text": "word " * 100}] * 5000
-    lines = {"jsonl": b"".join(json_row(**row) for row in rows), "json": json.dumps(rows)[:-1].encode()}
+    lines = {"jsonl": b"".join(json_row(**row) for row in rows)}
     lines["csv"] = b"text\n" + b"".join(row["text"].encode() + b"\n" for row in rows)
     content = lines[name.removesuffix(".gz")[2:]] + b"\xe9"
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
@@ -108,10 +108,12 @@ def test_a_list_is_decoded_whole_wherever_its_pieces_end(tmp_path: Path, size: i
         assert [row for _, row in read_rows(tmp_path / "a.json")] == rows
 
 
-def test_a_fault_within_a_list_is_noticed_where_it_is_and_not_at_the_end_of_the_file(tmp_path: Path) -> None:
-    """Otherwise the rest of the file would be held in memory."""
-    (tmp_path / "a.json").write_text('[{"text": a}' + ', {"text": "b"}' * 20_000 + "\xe9", encoding="latin-1")
-    with pytest.raises(DataError, match=r"row 1 is not JSON \(Expecting value\): 'a}, "):
+def test_a_list_too_large_to_read_whole_is_refused_with_the_format_that_has_no_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("smoa_lab.rows.row_files.LARGEST_LIST", 10)
+    (tmp_path / "a.json").write_text('[{"text": "a"}]')
+    with pytest.raises(DataError, match=r"larger than 10 bytes.*\.jsonl"):
         list(read_rows(tmp_path / "a.json"))
 
 
