@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -82,6 +83,8 @@ def new_files(folder: Path) -> Iterator[Path]:
             for path in temporary.rglob("*"):
                 _flush(path)
             while not _renamed(temporary, folder / SAVE):
+                if not _is_own(folder / SAVE):
+                    raise ConfigError(f"{folder / SAVE}: is in the way of a save, and not this user's; delete it")
                 _finish_save(folder)  # another process's
         _finish_save(folder)
     finally:
@@ -118,15 +121,27 @@ def _finish_save(folder: Path) -> None:
     Those of a save into the parent folder come first, since it may have saved an adapter into this one.
     """
     for saved in (folder.parent / SAVE, folder / SAVE):
+        if not _is_own(saved):
+            continue
         for place, _, names in os.walk(saved, topdown=False, onerror=_raise):
             for name in sorted(names, key=lambda name: name.endswith(".json")):
                 file = Path(place, name)
                 target = saved.parent / file.relative_to(saved)
+                if target.parent.resolve() != target.parent:
+                    raise ConfigError(f"{file}: leads through a link out of its folder; delete {saved}")
                 with suppress(FileNotFoundError):  # another process was quicker
                     target.parent.mkdir(parents=True, exist_ok=True)
                     file.replace(target)
             with suppress(OSError):  # gone, or the folder of another process's next save
                 Path(place).rmdir()
+
+
+def _is_own(saved: Path) -> bool:
+    """Whether this is a folder, and this user's: what lies in a downloaded or shared folder may be a trap."""
+    with suppress(OSError):
+        status = saved.lstat()
+        return stat.S_ISDIR(status.st_mode) and (os.name == "nt" or status.st_uid == os.getuid())
+    return False
 
 
 def _raise(error: OSError) -> None:

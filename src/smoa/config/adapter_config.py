@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import math
 import os
 import tempfile
 from collections.abc import Mapping
-from contextvars import ContextVar
 from dataclasses import InitVar, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,11 @@ from smoa.maths.stack_partition import ExpertPartition
 
 Shape = tuple[int, int]
 """(out_features, in_features) of a weight."""
-COLLECTED: ContextVar[tuple[SmoaConfig, str] | None] = ContextVar("smoa_collected", default=None)
-"""The adapter whose tensors were last collected to be saved, by its config, and the `save_id` that they got."""
+MEANING = (
+    *("r", "num_blocks", "num_blocks_pattern", "block_ranks", "rank_pattern"),
+    *("alpha", "alpha_pattern", "normalized_alpha", "use_rslora", "scale", "normalize_anchor", "modulation"),
+)
+"""Settings without which saved tensors can't be read: with others they give another ΔW."""
 
 
 @dataclass
@@ -80,7 +84,8 @@ class SmoaConfig(PeftConfig):
         lora_dropout: LoRA's name for smoa_dropout.
         normalized_alpha: alpha by module name, already divided by the rms, in adapters that smoa 0.1 saved with
             `normalize_anchor`.
-        save_id: A digest that each save writes into both files, to refuse files of different saves. None in memory.
+        save_id: A digest of the settings that give the saved tensors their meaning, written into both files at each
+            save, to refuse a config and weights that don't belong together. None in memory.
         blocks_from_spectrum: In adapters whose K was chosen by layer, with r and alpha following K. The choices are in
             `num_blocks_pattern`; `rank_pattern` and `alpha_pattern` get the r and alpha that belong to them.
         spectrum_blocks: Such choices in adapters saved by smoa 0.1; added to `num_blocks_pattern`.
@@ -220,12 +225,16 @@ class SmoaConfig(PeftConfig):
         """Write `adapter_config.json` in one step. The home folder in the path of a local base becomes `~`."""
         saved = copy.copy(self)
         saved.base_model_name_or_path = _without_home(self.base_model_name_or_path)
-        collected = COLLECTED.get()
-        saved.save_id = collected[1] if collected is not None and collected[0] is self else None
+        saved.save_id = self.make_save_id()
         with tempfile.TemporaryDirectory() as room:
             super(SmoaConfig, saved).save_pretrained(room, **kwargs)
             write_whole(Path(save_directory, CONFIG_NAME), Path(room, CONFIG_NAME).read_bytes())
         drop_save(Path(save_directory))  # this one is newer, and PEFT has written its weights
+
+    def make_save_id(self) -> str:
+        """The `save_id` of files that are saved with these settings: 32 hexadecimal digits."""
+        settings = json.dumps({name: getattr(self, name) for name in MEANING}, sort_keys=True)
+        return hashlib.blake2b(settings.encode(), digest_size=16).hexdigest()
 
     def num_blocks_of(self, module: str, shape: Shape | None = None) -> int:
         """K of a module.

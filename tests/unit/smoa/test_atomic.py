@@ -199,3 +199,35 @@ def test_processes_may_save_into_one_folder_at_once(tmp_path: Path) -> None:
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert len(texts(folder)) == 1
     assert sorted(path.name for path in folder.iterdir()) == ["a", "b.json", "inner"]
+
+
+def test_what_lies_in_a_downloaded_folder_writes_nothing_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    folder = tmp_path / "adapter"
+    (folder / SAVE / "sub").mkdir(parents=True)
+    (folder / SAVE / "sub" / "keys").write_text("bad")
+    (folder / "sub").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="link"):
+        recover(folder)
+    assert not any((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_link_in_the_place_of_a_killed_save_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter").write_text("dear")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / SAVE).symlink_to(tmp_path / "mine")
+    recover(tmp_path / "adapter")
+    assert (tmp_path / "mine" / "letter").exists()
+
+
+def test_what_another_user_left_in_a_shared_folder_is_not_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / SAVE).mkdir()
+    (tmp_path / SAVE / "a").write_text("theirs")
+    monkeypatch.setattr("os.getuid", lambda: -1)
+    recover(tmp_path)
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(ConfigError, match="in the way"), new_files(tmp_path) as temporary:
+        (temporary / "a").write_text("new")
