@@ -88,8 +88,8 @@ def in_4_bits(compute_dtype: torch.dtype, dtype: torch.dtype = torch.float32) ->
     return _in_4_bits(nn.Linear(64, 24, dtype=dtype).requires_grad_(False), "nf4", compute_dtype=compute_dtype)
 
 
-def adapted(base: nn.Module, **config: Any) -> SmoaLayer:
-    """`base` with an adapter of random factors; r = 7 is not divided by K = 3, alpha is not r."""
+def wrapped(base: nn.Module) -> Wrapper:
+    """A model of one quantized layer."""
     model = Wrapper(base)
     if find_spec("torchao"):
         from torchao.quantization import Int8WeightOnlyConfig
@@ -97,8 +97,13 @@ def adapted(base: nn.Module, **config: Any) -> SmoaLayer:
         # as transformers leaves it on a model that it has loaded with a TorchAoConfig
         quantizer = SimpleNamespace(quantization_config=SimpleNamespace(get_apply_tensor_subclass=Int8WeightOnlyConfig))
         model.hf_quantizer = quantizer
+    return model
+
+
+def adapted(base: nn.Module, **config: Any) -> SmoaLayer:
+    """`base` with an adapter of random factors; r = 7 is not divided by K = 3, alpha is not r."""
     settings = {"r": 7, "num_blocks": 3, "alpha": 4.0, "target_modules": ["layer"]} | config
-    layer = inject_adapter_in_model(SmoaConfig(**settings), model).layer
+    layer = inject_adapter_in_model(SmoaConfig(**settings), wrapped(base)).layer
     randomise(layer)
     return layer
 

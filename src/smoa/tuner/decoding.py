@@ -33,19 +33,20 @@ from torch import nn
 from smoa.errors import ConfigError
 from smoa.layers.layer import SmoaLayer
 from smoa.layers.weight_cache import is_sharded, open_caches
+from smoa.tuner.mixed_batch import samples_repeated
 
 Kept = Literal["blocks", "weights", "off"]
 
 
 class Generate:
-    """The `generate` of one model, with the caches of its adapted layers open."""
+    """The `generate` of one model, with the caches of its adapted layers open, which repeats a mixed batch's names."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = self._model()
-        with caches_of_generate(model):
+        with caches_of_generate(model), samples_repeated(model, args, kwargs):
             return type(model).generate(model, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

@@ -149,8 +149,8 @@ class SmoaModel(BaseTuner, StateDictHooks):
         self._replace_module(parent, target_name, wrapper, wrapper)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, (AuxiliaryTrainingWrapper, ParamWrapper)):
-            # PEFT would assign the child's weight, which may not be a parameter, or not be there
+        if isinstance(child, (AuxiliaryTrainingWrapper, SmoaLayer)):
+            # PEFT would assign the child's weight, which may not be a parameter, or not be there (HQQ, experts)
             setattr(parent, child_name, new_module)
             return
         super()._replace_module(parent, child_name, new_module, child)

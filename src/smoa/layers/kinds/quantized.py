@@ -155,7 +155,8 @@ class QuantizedLinear(Linear):
     def _write_merged(self, merged: Tensor, names: list[str]) -> None:
         if not self._pristine_layers:
             self._pristine_layers = (self.base_layer,)
-            self.base_layer = _copied(self.base_layer)
+            if not hasattr(self.base_layer, "W_q"):  # HQQ's layer is replaced by a new one
+                self.base_layer = _copied(self.base_layer)
         self.quantization_backend.set_base_weight(self, merged)
         base: Any = self.get_base_layer()
         base.bias = self._pristine_layers[0].bias  # the same parameter; PEFT drops it with HQQ

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from peft import TaskType
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from tests.support import tiny_models
 from tests.support.adapted_models import QV, adapted, add_adapter
@@ -51,19 +53,52 @@ def test_a_mixed_batch_of_a_merged_model_is_refused(tiny_llama: PreTrainedModel)
         logits(model, adapter_names=["default"] * 3)
 
 
-@pytest.mark.parametrize("num_beams", [1, 2])
+@pytest.mark.parametrize("by", ["argument", "config", "positional config", "the model's config", "argument over both"])
+@pytest.mark.parametrize("setting", [{}, {"num_beams": 2}, {"num_beams": 3, "num_return_sequences": 2}], ids=str)
 @pytest.mark.parametrize("family", ["llama", "t5"])
-def test_a_mixed_batch_generates_what_each_adapter_generates_alone(family: str, num_beams: int) -> None:
+def test_a_mixed_batch_generates_what_each_adapter_generates_alone(
+    family: str, setting: dict[str, int], by: str
+) -> None:
     targets = ["q", "v"] if family == "t5" else QV
     task = TaskType.SEQ_2_SEQ_LM if family == "t5" else TaskType.CAUSAL_LM
     model = adapted(tiny_models.build(family), target_modules=targets, task_type=task)
     add_adapter(model, "other", target_modules=targets, task_type=task)
     inputs = tiny_models.batch(family)
     inputs = {name: inputs[name][:2] for name in ("input_ids", "attention_mask")}
-    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "num_beams": num_beams}
+    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False} | setting
+    options: dict[str, Any] = {"generation_config": GenerationConfig(**settings)}
+    if by == "argument":
+        options = settings
+    elif by == "the model's config":
+        model.generation_config.update(**settings)
+        options = {}
+    elif by == "argument over both":
+        model.generation_config.num_beams = 5
+        options |= {"generation_config": GenerationConfig(**settings | {"num_beams": 4}), "num_beams": 1} | setting
+    if by == "positional config" and family == "llama":  # a PeftModelForSeq2SeqLM takes keywords only
+        positional = (inputs.pop("input_ids"), options.pop("generation_config"))
+    else:
+        positional = ()
     alone = []
+    copies = setting.get("num_return_sequences", 1)
     for i, name in enumerate(["other", "default"]):
         model.set_adapter(name)
-        alone.append(model.generate(**inputs, **settings)[i])
-    mixed = model.generate(**inputs, **settings, adapter_names=["other", "default"])
-    assert torch.equal(mixed, torch.stack(alone))
+        alone.append(model.generate(*positional, **inputs, **options)[i * copies : (i + 1) * copies])
+    mixed = model.generate(*positional, **inputs, **options, adapter_names=["other", "default"])
+    assert torch.equal(mixed, torch.cat(alone))
+
+
+def test_sampling_several_answers_of_a_mixed_batch_repeats_the_names(tiny_llama: PreTrainedModel) -> None:
+    model = adapted(tiny_llama, task_type=TaskType.CAUSAL_LM)
+    inputs = tiny_models.batch("llama")["input_ids"]
+    names = ["default", "__base__", "default"]
+    settings = {"do_sample": True, "num_return_sequences": 4, "max_new_tokens": 2, "min_new_tokens": 2}
+    assert len(model.generate(input_ids=inputs, adapter_names=names, **settings)) == 12
+
+
+def test_a_forward_repeats_no_names_whatever_generate_would_do(tiny_llama: PreTrainedModel) -> None:
+    model = adapted(tiny_llama, task_type=TaskType.CAUSAL_LM)
+    names = ["default", "__base__", "default"]
+    expected = logits(model, adapter_names=names)
+    model.generation_config.num_beams = 3
+    assert torch.equal(logits(model, adapter_names=names), expected)

@@ -33,6 +33,7 @@ from tests.support.quantized import (
     same_layout_on_every_cpu,
     stored_bits,
     weight_of,
+    wrapped,
 )
 from tests.support.tolerance import assert_close, relative_error
 
@@ -269,6 +270,54 @@ def test_merging_a_copy_leaves_the_original_alone() -> None:
     assert stored_bits(base) == before
     assert base.quant_state is statistics
     assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore:merged weights were quantized again:UserWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_unloading_gives_the_quantized_layer_back_and_merging_one_of_its_class(kind: str) -> None:
+    base = quantized_layer(kind)
+    config = SmoaConfig(r=4, target_modules=["layer"], init_weights=False)
+    assert get_peft_model(wrapped(base), config).unload().layer is base
+    assert type(get_peft_model(wrapped(base), config).merge_and_unload().layer) is type(base)
+
+
+class Rounded(nn.Module):
+    """As HQQ's layer: its weight has another name, it can't be copied, and PEFT's backend replaces it by a new one."""
+
+    in_features, out_features = 64, 24
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.W_q, self.bias = nn.Parameter(weight.mul(64).round().char(), requires_grad=False), None
+
+    def dequantize(self) -> Tensor:
+        return self.W_q / 64
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.dequantize().T
+
+    def __deepcopy__(self, memo: Any) -> None:
+        raise RuntimeError("Only Tensors created explicitly by the user support the deepcopy protocol at the moment")
+
+
+@pytest.mark.filterwarnings("ignore:merged weights were quantized again:UserWarning")
+def test_a_layer_without_a_weight_of_that_name_is_unloaded_and_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = SimpleNamespace(
+        supports_merge=True,
+        get_base_weight=Rounded.dequantize,
+        set_base_weight=lambda layer, weight: setattr(layer, "base_layer", Rounded(weight)),
+    )
+    monkeypatch.setattr(quantized, "find_quantization_backend", lambda *_, **__: backend)
+    base, x = Rounded(torch.rand(24, 64)), torch.randn(3, 64)
+    model = get_peft_model(Wrapper(base), SmoaConfig(r=4, target_modules=["layer"], init_weights=False))
+    assert model.unload().layer is base
+    model = get_peft_model(Wrapper(base), SmoaConfig(r=4, target_modules=["layer"], init_weights=False))
+    expected, plain = model(x).detach(), base(x)
+    merged = model.merge_and_unload()
+    assert type(merged.layer) is Rounded
+    assert merged.layer is not base
+    assert relative_error(merged(x) - plain, (expected - plain).double()) < 0.2
+    assert torch.equal(base(x), plain)
 
 
 # CPUs with AVX512-BF16
