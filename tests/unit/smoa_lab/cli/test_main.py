@@ -9,6 +9,7 @@ import pytest
 import typer
 from rich.text import Text
 
+import smoa
 from smoa_lab.cli.main import app
 
 HELP_WITHOUT_TORCH = """
@@ -28,6 +29,12 @@ def test_help_waits_for_no_heavy_import(arguments: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "Usage" in done.stdout
     assert "heavy: []" in done.stdout
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    command = [sys.executable, "-c", HELP_WITHOUT_TORCH.format(arguments=["--version"])]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"smoa {smoa.__version__}\nheavy: []\n"
 
 
 def test_an_unknown_command_is_a_usage_error() -> None:
