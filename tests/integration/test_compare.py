@@ -211,7 +211,7 @@ def test_workers_without_ray_name_the_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     refused = CliRunner().invoke(app, ["compare", str(study_file(values, tmp_path)), "--workers", "2"])
-    assert refused.stderr == "error: this command needs ray; run: pip install 'smoa[cluster]'\n"
+    assert refused.stderr == "error: this command needs ray; in a clone of smoa, run: pip install '.[cluster]'\n"
 
 
 def test_a_report_before_any_run_says_what_to_do(values: dict[str, Any], tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ import yaml
 from typer.testing import CliRunner
 
 from smoa_lab.cli.main import app
+from smoa_lab.config.run_config import RunConfig, load_config
+from smoa_lab.lessons import questions
 from tests.support import lab
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
@@ -51,6 +53,14 @@ def test_the_demo_trains_scores_reloads_merges_and_says_where_things_lie(finishe
     assert {"adapter", "config.yaml", "metrics.json", "loss_curve.png", "loss_curve.svg", "train.log"} <= {
         f.name for f in run.iterdir()
     }
+
+
+def test_the_demo_needs_no_clone(overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[RunConfig] = []
+    monkeypatch.setattr(questions, "prepare", started.append)
+    monkeypatch.chdir(tmp_path)
+    assert CliRunner().invoke(app, ["demo"]).exit_code == 1  # nothing is prepared
+    assert started == [load_config(DEMO)]
 
 
 def test_its_metrics_say_where_they_come_from(finished: tuple[str, Path]) -> None:

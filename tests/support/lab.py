@@ -94,7 +94,7 @@ def tiny_run(
     monkeypatch.setenv("SMOA_CACHE", str(room / "cache"))
     fill_cache(room / "cache", questions(train, "train"), questions(test, "test"))
     return {
-        "model": {"name": str(tiny_base(room / "base"))},
+        "model": {"name": str(tiny_base(room / "base")), "dtype": "float32"},
         "adapter": {"r": 4, "num_blocks": 2, "target_modules": ["q_proj", "v_proj"]},
         "data": {"tasks": ["arc_easy"], "train_examples": 8, "validation_examples": 2},
         "training": {"output_dir": str(room / "run"), "use_cpu": True, **training},

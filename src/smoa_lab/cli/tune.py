@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from smoa_lab.cli.console import failed, print_json, print_table, reporting
+from smoa_lab.cli.console import print_json, print_table, reporting
 from smoa_lab.cli.options import AsJson, Overrides, TrustRemoteCode
 
 
@@ -18,15 +18,12 @@ def tune(
     trust_remote_code: TrustRemoteCode = False,
     json: AsJson = False,
 ) -> None:
-    """Find the learning rate with the lowest loss on validation questions, and print the line for the config."""
+    """Find the learning rate with the lowest loss on validation questions or rows; print the line for the config."""
     with reporting("accelerate"):
-        from smoa_lab.config.rows_config import RowsConfig, load_any_config
+        from smoa_lab.config.rows_config import load_any_config
         from smoa_lab.study.tune_run import tune_run
 
-        checked = load_any_config(config, overrides, trust_remote_code)
-        if isinstance(checked, RowsConfig):
-            raise failed(f"{config}: trains on rows, and smoa tune compares losses on questions; 2e-4 is a usual start")
-        found = tune_run(checked, max_runs)
+        found = tune_run(load_any_config(config, overrides, trust_remote_code), max_runs)
         if json:
             losses = {f"{rate:g}": loss for rate, loss in found.losses.items()}
             print_json({"learning_rate": found.learning_rate, "interior": found.interior, "losses": losses})

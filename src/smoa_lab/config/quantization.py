@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers.quantizers.auto import AutoQuantizationConfig
 
+from smoa_lab.basics.extras import install
 from smoa_lab.basics.nearest import nearest
 from smoa_lab.config.problems import Problem
 
@@ -43,7 +44,7 @@ def _block(options: dict[str, Any]) -> Iterable[tuple[tuple[str, ...], str]]:
     try:
         known = {"quant_method", *inspect.signature(type(AutoQuantizationConfig.from_dict(wanted))).parameters}
     except (ValueError, TypeError, AttributeError, ImportError) as error:
-        hint = "; run: pip install 'smoa[quantized]'" if isinstance(error, ImportError) else ""
+        hint = f"; {install('quantized')}" if isinstance(error, ImportError) else ""
         yield (), f"{PLACE}: {error}{hint}"
         return
     for key in wanted.keys() - known:

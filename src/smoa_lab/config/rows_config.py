@@ -21,8 +21,6 @@ from smoa_lab.rows.sources import HubRows
 
 ROWS_DEFAULTS: dict[str, Any] = {"bf16": False, "assistant_only_loss": True}
 """Training arguments of runs on rows. Precision is what ``model.dtype`` says; the loss is on the assistant's turns."""
-ADAPTER_RATE = 2.0e-4
-"""LoRA's usual learning rate; TRL's own default, 2e-5, is meant for whole models."""
 DECIDED = {
     "chat_template_path": "name the template as data.chat_template",
     "dataset_kwargs": "rows are prepared here",
@@ -103,10 +101,9 @@ def _checked(text: ConfigText) -> RowsConfig:
     prefers = isinstance(data, dict) and data.get("format") == "preference"
     training = training if isinstance(training, dict) else {}
     target = training_class(training, prefers)
-    rate = {} if text.values.get("method") == "full" else {"learning_rate": ADAPTER_RATE}
     chosen = {key: value for key, value in ROWS_DEFAULTS.items() if key in _keys(target)}
     stopping = _stopping(text, training) if text.values.get("early_stopping") is not None else {}
-    return text.checked(RowsConfig, target, {**chosen, **rate, **stopping})
+    return text.checked(RowsConfig, target, {**chosen, **stopping})
 
 
 def _stopping(text: ConfigText, training: dict[str, Any]) -> dict[str, Any]:

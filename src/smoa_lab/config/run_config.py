@@ -6,11 +6,13 @@ Only ``model``, ``method``, ``data`` and ``task`` are ours: ``training`` goes to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import torch
 from pydantic import Field
 from transformers import TrainingArguments
 
@@ -28,17 +30,39 @@ from smoa_lab.data.tasks import Source, Task, find_task
 TRUST = ("trust_remote_code", "allow_all_kernels")
 """Keys, of ours and of ``from_pretrained``, that let a repository run its own code."""
 TRAINING_DEFAULTS: dict[str, Any] = {"report_to": "none", "logging_steps": 10, "save_total_limit": 1}
+Dtype = Literal["float32", "bfloat16", "float16"]
+SMALL, LARGE = (3e8, 2e-3), (1e9, 2e-4)
+"""Parameters of a base model, and where the search for an adapter's learning rate begins there. Up to 300M it was
+measured; at 1B and above it is what is usual for LoRA."""
+
+
+def adapter_rate(parameters: int) -> float:
+    """The learning rate of an adapter on a model of so many parameters: the logarithms go in a line between
+    :data:`SMALL` and :data:`LARGE`, and beyond them the rate stays as it is."""
+    (small, high), (large, low) = SMALL, LARGE
+    part = math.log(parameters / small) / math.log(large / small)
+    return float(f"{high * (low / high) ** min(max(part, 0.0), 1.0):.1e}")
+
+
+def native_dtype() -> Dtype:
+    """bfloat16 where the GPU, or without one the CPU, multiplies it rather than imitating it; else float32."""
+    if torch.cuda.is_available():
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    # AVX512, AMX or ARM instructions; an older torch does not list what the CPU can do.
+    listed: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bfloat16" if any(found and name.endswith("bf16") for name, found in listed.items()) else "float32"
 
 
 class ModelSection(Section):
     """Which base model to load. ``name``: Hub id, folder, ``.gguf`` file, ``gemma3-270m`` or ``smollm2-135m``.
 
+    ``dtype`` is by default what the machine multiplies fastest, see :func:`native_dtype`.
     ``options`` pass through to ``AutoModelForCausalLM.from_pretrained`` (``device_map``, ``quantization_config``, …).
     The latter may be a plain dictionary: ``{"load_in_4bit": True}``.
     """
 
     name: str
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = Field(default_factory=native_dtype)
     trust_remote_code: bool = False
     options: dict[str, Any] = Field(default={})
 

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -29,7 +30,7 @@ from transformers.utils import quantization_config
 from smoa.atomic import new_folder
 from smoa.errors import DataError
 from smoa_lab.basics.extras import require
-from smoa_lab.config.run_config import ModelSection
+from smoa_lab.config.run_config import AnyRun, ModelSection, adapter_rate
 from smoa_lab.models.needs import model_needs
 from smoa_lab.models.packaged_models import PACKAGED_MODELS, unpacked_folder
 
@@ -57,6 +58,34 @@ def load_base_model(wanted: ModelSection) -> tuple[PreTrainedModel, PreTrainedTo
         _unmark_gguf(model)
         model.name_or_path = wanted.name  # from_pretrained records the folder, not the file
     return model, tokenizer
+
+
+def empty_model(name: str, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
+    """The model with its config and layers, and without weights; raises DataError if there is no such model."""
+    source, gguf_file = locate(name)
+    options |= {"gguf_file": gguf_file} if gguf_file else {}
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise DataError(f"model: cannot read the config of {name!r}: {error}") from error
+    return cast(PreTrainedModel, empty)
+
+
+def with_rate(config: AnyRun) -> AnyRun:
+    """The run with the learning rate of its model's size, if it trains an adapter and names none.
+
+    Raises:
+        DataError: there is no such model.
+    """
+    if config.method == "full" or "learning_rate" in config.training:
+        return config
+    model = config.model
+    require(model_needs(model))
+    empty = empty_model(model.name, model.trust_remote_code, **places(model.options))
+    rate = adapter_rate(sum(parameter.numel() for parameter in empty.parameters()))
+    return config.model_copy(update={"training": {**config.training, "learning_rate": rate}})
 
 
 def load_tokenizer(wanted: ModelSection) -> PreTrainedTokenizerBase:
@@ -127,7 +156,7 @@ def prepare_packaged_model(name: str) -> Path:
     logger.info("Dequantizing %s into %s (once, about a minute)", packaged.hub_id, folder)
     with new_folder(folder, keep_existing=True) as temporary:
         gguf = packaged.write(temporary)
-        model, tokenizer = load_base_model(ModelSection(name=str(gguf)))
+        model, tokenizer = load_base_model(ModelSection(name=str(gguf), dtype="float32"))
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         gguf.unlink()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from smoa_lab.basics.extras import DRAWING, Needs
 from smoa_lab.config.rows_config import RowsConfig
-from smoa_lab.config.run_config import ForgettingSection, ModelSection, RunConfig
-from smoa_lab.data.sources.general_text import STORY
+from smoa_lab.config.run_config import ModelSection, RunConfig
 from smoa_lab.data.tasks import task_needs
 from smoa_lab.models.packaged_models import PACKAGED_MODELS, packaged_name, unpacked_folder
 from smoa_lab.scoring.protocol import Protocol
@@ -23,11 +22,6 @@ def training_needs(config: RunConfig | RowsConfig) -> Needs:
         f"training.optim: {optimizer}": ("bitsandbytes",) if named else (),
         **(input_needs(config) if isinstance(config, RunConfig) else rows_needs(config)),
     }
-
-
-def text_needs(wanted: ForgettingSection) -> Needs:
-    """What measuring forgetting needs."""
-    return {f"forgetting.text: {STORY}": ("reasoning_gym",) if wanted.tokens and wanted.text == STORY else ()}
 
 
 def rows_needs(config: RowsConfig) -> Needs:

@@ -6,11 +6,9 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
 
-import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from smoa.config.adapter_config import SmoaConfig
@@ -18,9 +16,11 @@ from smoa.errors import ConfigError, DataError
 from smoa.layers.experts.layout import Layout
 from smoa.layers.kinds.kind_table import kind_of
 from smoa.maths.budget import adapter_bytes, rank_bound, trainable_parameters
-from smoa_lab.models.base_models import locate
+from smoa_lab.models.base_models import empty_model
 
 BLOCKS = (1, 2, 4, 8, 16, 32)
+FIRST_BLOCKS = 4
+"""The number of blocks of a first config."""
 ALL_LINEAR = "all-linear"
 """Every linear layer but the output, as PEFT understands it."""
 LORA = "lora:"
@@ -64,17 +64,16 @@ def budget_choices(model: str, amount: str, targets: tuple[str, ...], trust_remo
 
 
 def budget_choice(shapes: Shapes, total: int, amount: str) -> Choice:
-    """The default number of blocks, and as r the largest multiple of it within ``amount``.
+    """:data:`FIRST_BLOCKS`, and as r the largest multiple of it within ``amount``.
 
     Raises:
         ConfigError: as :func:`budget_choices`.
     """
     limit = _limit(amount, total, lora_parameters(shapes, 1))
-    num_blocks = SmoaConfig().num_blocks
-    r = _largest_r(shapes, num_blocks, limit) // num_blocks * num_blocks
+    r = _largest_r(shapes, FIRST_BLOCKS, limit) // FIRST_BLOCKS * FIRST_BLOCKS
     if not r:  # r = num_blocks costs what r = 1 costs with one block
         raise _too_small(amount, shapes)
-    return choice_of(shapes, total, r, num_blocks)
+    return choice_of(shapes, total, r, FIRST_BLOCKS)
 
 
 def choice_of(shapes: Shapes, total: int, r: int, num_blocks: int) -> Choice:
@@ -90,19 +89,6 @@ def model_shapes(model: str, targets: tuple[str, ...], trust_remote_code: bool =
     """Shapes of the layers whose name ends in one of ``targets``, and the model's number of parameters."""
     empty = empty_model(model, trust_remote_code)
     return shapes_of(empty, targets, model), sum(parameter.numel() for parameter in empty.parameters())
-
-
-def empty_model(model: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model with its config and layers, and without weights; raises DataError if there is no such model."""
-    name, gguf_file = locate(model)
-    options = {"gguf_file": gguf_file} if gguf_file else {}
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
-        with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise DataError(f"model: cannot read the config of {model!r}: {error}") from error
-    return cast(PreTrainedModel, empty)
 
 
 def shapes_of(empty: PreTrainedModel, targets: tuple[str, ...], model: str) -> Shapes:

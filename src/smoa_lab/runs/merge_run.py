@@ -43,7 +43,7 @@ def merge_run(
     options["base_name"] = described_base(name)
     quantized = None if base else _quantized_while_loading(Path(adapter), trust_remote_code)
     if name.endswith(".gguf") or quantized is not None:
-        wanted = quantized or ModelSection(name=name, trust_remote_code=trust_remote_code)
+        wanted = quantized or ModelSection(name=name, dtype="float32", trust_remote_code=trust_remote_code)
         model, tokenizer = load_base_model(wanted)
         tokenizer.chat_template = saved_chat_template(source) or tokenizer.chat_template
         notes = () if quantized else (GGUF_NOTE,)

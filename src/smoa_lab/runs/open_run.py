@@ -75,7 +75,7 @@ def base_name(adapter: Path, base: str | None = None) -> str:
 
 
 def base_section(adapter: Path, base: str | None = None, trust_remote_code: bool = False) -> ModelSection:
-    """How to load the adapter's base: ``base``, or the recorded one in the recorded revision.
+    """How to load the adapter's base: ``base``, or the recorded one in the recorded revision, in float32.
 
     Raises:
         ConfigError: the config records none, or is damaged.
@@ -83,7 +83,7 @@ def base_section(adapter: Path, base: str | None = None, trust_remote_code: bool
     name = base_name(adapter, base)
     revision = recorded_revision(_config(adapter), name)
     options = {} if revision is None else {"revision": revision}
-    return ModelSection(name=name, trust_remote_code=trust_remote_code, options=options)
+    return ModelSection(name=name, dtype="float32", trust_remote_code=trust_remote_code, options=options)
 
 
 def recorded_base(adapter: Path) -> str | None:

@@ -109,7 +109,6 @@ def _data_comments(proposal: Proposal) -> dict[str, str]:
 
 def _training_comments(proposal: Proposal) -> dict[str, str]:
     again = "activations are computed again: slower, but less memory" if proposal.checkpointing else "true saves memory"
-    search = "" if proposal.data.format else "; `smoa tune` finds a better one"
     longest = (
         "the model takes no more" if proposal.data.max_length == proposal.model.context else "99 of 100 are shorter"
     )
@@ -123,7 +122,7 @@ def _training_comments(proposal: Proposal) -> dict[str, str]:
         "training.gradient_accumulation_steps": f"batches in a step, which learns from {BATCH} {proposal.data.kind}",
         "training.max_length": f"tokens at which a row is cut: {longest}",
         "training.gradient_checkpointing": again,
-        "training.learning_rate": f"usual for adapters of this kind{search}",
+        "training.learning_rate": "by the size of the model; `smoa tune` finds a better one",
         "training.logging_steps": "steps between two lines of the log",
         "training.seed": "the same seed draws the same batches",
     }

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import psutil
 import torch
+
+from smoa_lab.config.run_config import native_dtype
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,8 @@ class Machine:
 
 def this_machine() -> Machine:
     """The machine that runs this, with its first GPU if it has one."""
+    bfloat16 = native_dtype() == "bfloat16"
     if torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
-        return Machine(free, torch.cuda.get_device_name(), torch.cuda.is_bf16_supported(including_emulation=False))
-    return Machine(psutil.virtual_memory().available, None, _cpu_has_bfloat16())
-
-
-def _cpu_has_bfloat16() -> bool:
-    """AVX512, AMX or ARM instructions; unknown, and so false, to a torch that does not list what the CPU can do."""
-    listed: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(found and name.endswith("bf16") for name, found in listed.items())
+        return Machine(free, torch.cuda.get_device_name(), bfloat16)
+    return Machine(psutil.virtual_memory().available, None, bfloat16)

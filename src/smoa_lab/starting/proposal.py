@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from smoa.errors import ConfigError
 from smoa_lab.basics.nearest import nearest
-from smoa_lab.config.rows_config import ADAPTER_RATE
+from smoa_lab.config.run_config import Dtype, adapter_rate
 from smoa_lab.runs.budget_choices import ALL_LINEAR, Choice
 from smoa_lab.starting.machine import Machine
 from smoa_lab.starting.survey import DataFacts, ModelFacts
 
-Dtype = Literal["float32", "bfloat16", "float16"]
 BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 BATCH = 16
 """Rows that a step learns from, in one or several batches."""
@@ -95,7 +94,7 @@ class Proposal:
                 "gradient_accumulation_steps": self.accumulation,
                 **(length if self.data.format else {}),
                 "gradient_checkpointing": self.checkpointing,
-                "learning_rate": ADAPTER_RATE,
+                "learning_rate": adapter_rate(self.model.parameters),
                 "logging_steps": max(1, min(10, self.all_steps // 10)),
                 "seed": 0,
             },

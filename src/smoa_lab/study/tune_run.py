@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
 from smoa.errors import ConfigError
+from smoa_lab.config.rows_config import RowsConfig
 from smoa_lab.config.run_config import RunConfig
+from smoa_lab.lessons.own_rows import open_rows
+from smoa_lab.models.base_models import with_rate
 from smoa_lab.study.comparison import Comparison
 from smoa_lab.study.entry import Entry
-from smoa_lab.study.plan import Tuned
+from smoa_lab.study.plan import Tuned, tuned
 from smoa_lab.study.study_file import Study, Tuning
+from smoa_lab.study.trials import Trial, TrialStore
+from smoa_lab.study.tuning import first_index, next_indices, rate
+from smoa_lab.training.run_folder import RunFolder
 
-START = 3e-3
-"""Where the search begins if the config has no learning rate."""
+logger = logging.getLogger(__name__)
+
+START = 2e-5
+"""Where the search begins for a whole model whose config has no learning rate."""
 OWN = ("learning_rate", "output_dir", "seed")
 """What the search sets itself."""
 
 
-def tune_run(config: RunConfig, max_runs: int = 6) -> Tuned:
-    """Train ``config`` at half decades and then quarter decades, and score each run on the validation part.
+def tune_run(config: RunConfig | RowsConfig, max_runs: int = 6) -> Tuned:
+    """Train ``config`` at half decades and then quarter decades, and score each run on the validation part: on
+    questions by the loss of the gold answers, on rows by the trainer's own loss.
 
     The runs are kept beside the run's folder, in ``OUTPUT_DIR-tuning``; the search resumes there.
 
@@ -24,14 +38,19 @@ def tune_run(config: RunConfig, max_runs: int = 6) -> Tuned:
         ConfigError: there is no validation part, or the folder holds runs of another config.
         DataError: model or data cannot be loaded.
     """
+    if isinstance(config, RunConfig):
+        return _tune_questions(with_rate(config), max_runs)
+    return _tune_rows(with_rate(config), max_runs)
+
+
+def _tune_questions(config: RunConfig, max_runs: int) -> Tuned:
     shared = config.model_dump(mode="json", include={"model", "data", "task"})
     training = {key: value for key, value in config.training.items() if key not in OWN}
-    start = float(config.training.get("learning_rate", START))
     study = Study(
-        folder=config.folder.with_name(f"{config.folder.name}-tuning"),
+        folder=_folder(config),
         shared={**shared, "training": training},
-        entries={"run": Entry(method=config.method, adapter=config.adapter, learning_rate=start)},
-        tuning=Tuning(seed=int(config.training.get("seed", 42)), max_runs=max_runs, refine=True),
+        entries={"run": Entry(method=config.method, adapter=config.adapter, learning_rate=_start(config))},
+        tuning=Tuning(seed=_seed(config), max_runs=max_runs, refine=True),
     )
     comparison = Comparison(study)
     if not comparison.bench.records.validation:
@@ -40,3 +59,49 @@ def tune_run(config: RunConfig, max_runs: int = 6) -> Tuned:
             "larger data.validation_part"
         )
     return comparison.tune("run")
+
+
+def _tune_rows(config: RowsConfig, max_runs: int) -> Tuned:
+    store, start, losses = TrialStore(_folder(config)), first_index(_start(config)), dict[int, float | None]()
+    while indices := next_indices(start, losses, max_runs, refine=True):
+        for index in indices:
+            trial = Trial("tuning", "run", rate(index), _seed(config))
+            one = _with(config, learning_rate=trial.learning_rate, seed=trial.seed)
+            if not config.training.get("load_best_model_at_end"):
+                one = _with(one, eval_strategy="epoch")  # at the end, too; else no rows would be held out for it
+            found = store.get(trial.name, one.model_dump(mode="json"), partial(_train_rows, one))
+            losses[index] = found["loss"]
+            logger.info("%s: loss %s", trial.name, found["loss"])
+    return tuned(losses)
+
+
+def _train_rows(config: RowsConfig, work: Path) -> dict[str, Any]:
+    """A trial's JSON: its config, and the loss on the validation rows of the adapter that a run would keep."""
+    config = _with(config, output_dir=str(work))
+    lesson = open_rows(config)
+    if not lesson.rows.account["parts"].get("validation"):
+        raise ConfigError(
+            "data: leaves no validation rows, by which rates are compared; give a larger data.validation_part"
+        )
+    arguments = lesson.arguments()
+    arguments.disable_tqdm = True
+    _, trainer, _ = lesson.fit(arguments, RunFolder(work).start(config.to_yaml()))
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    loss = trainer.state.best_metric if arguments.load_best_model_at_end else losses[-1]
+    return {"config": config.model_dump(mode="json"), "loss": loss}
+
+
+def _with(config: RowsConfig, **training: Any) -> RowsConfig:
+    return config.model_copy(update={"training": {**config.training, **training}})
+
+
+def _folder(config: RunConfig | RowsConfig) -> Path:
+    return config.folder.with_name(f"{config.folder.name}-tuning")
+
+
+def _start(config: RunConfig | RowsConfig) -> float:
+    return float(config.training.get("learning_rate", START))
+
+
+def _seed(config: RunConfig | RowsConfig) -> int:
+    return int(config.training.get("seed", 42))

@@ -22,7 +22,8 @@ from smoa_lab.lessons.forgotten_text import ForgottenText
 from smoa_lab.lessons.lesson import Lesson
 from smoa_lab.lessons.own_rows import open_rows
 from smoa_lab.lessons.questions import prepare
-from smoa_lab.models.needs import text_needs, training_needs
+from smoa_lab.models.base_models import with_rate
+from smoa_lab.models.needs import training_needs
 from smoa_lab.models.packaged_models import described_base
 from smoa_lab.training.run_card import run_card
 from smoa_lab.training.run_folder import RunFolder, peak_memory, provenance
@@ -51,7 +52,8 @@ def train(config: RunConfig | RowsConfig, lesson: Lesson | None = None) -> dict[
             f"method: {config.method} changes the base model, so PEFT could not load the saved adapter; it is for "
             "`smoa compare` and `smoa tune`, which save none"
         )
-    require({**training_needs(config), **text_needs(config.forgetting)})
+    require(training_needs(config))
+    config = config if lesson else with_rate(config)
     folder, text = RunFolder(config.folder), config.to_yaml()
     folder.check(text)
     lesson = lesson or open_lesson(config)

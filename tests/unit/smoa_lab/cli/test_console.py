@@ -61,7 +61,10 @@ def test_a_missing_package_of_an_extra_is_one_line_on_stderr(capsys: pytest.Capt
     with pytest.raises(typer.Exit) as ended, reporting():
         raise ModuleNotFoundError("No module named 'sacrebleu'", name="sacrebleu.metrics")
     assert ended.value.exit_code == 1
-    assert capsys.readouterr().err == "error: this command needs sacrebleu; run: pip install 'smoa[lab]'\n"
+    assert (
+        capsys.readouterr().err
+        == "error: this command needs sacrebleu; in a clone of smoa, run: pip install '.[dialogue]'\n"
+    )
 
 
 def test_any_other_failed_import_is_shown_in_full() -> None:

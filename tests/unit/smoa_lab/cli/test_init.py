@@ -43,7 +43,7 @@ def test_a_config_for_rows_is_written_and_trains(tmp_path: Path) -> None:
     config = load_any_config(tmp_path / "new" / "mine.yaml")
     assert isinstance(config, RowsConfig)
     assert (config.data.chat_template, config.data.format) == ("alpaca", "messages")
-    assert config.adapter["r"] == 4
+    assert config.adapter["r"] == 8
     assert config.model_dump()["adapter"] == report["config"]["adapter"]
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["mine.yaml"]
     changes = ["training.max_steps=2", "training.use_cpu=true", "data.samples=1"]

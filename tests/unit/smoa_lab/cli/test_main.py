@@ -12,6 +12,7 @@ import typer
 from rich.text import Text
 from typer.testing import CliRunner
 
+import smoa
 from smoa import SmoaConfig
 from smoa_lab.cli.main import app
 
@@ -65,6 +66,12 @@ def test_the_folder_of_a_stranger_runs_no_code(
     assert done.exception is None or isinstance(done.exception, SystemExit)
     if command.split()[0] in ("chat", "eval", "convert"):
         assert "config.yaml: 1 problem\n  line 1: model.trust_remote_code: a file can't allow" in done.stderr
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    command = [sys.executable, "-c", HELP_WITHOUT_TORCH.format(arguments=["--version"])]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"smoa {smoa.__version__}\nheavy: []\n"
 
 
 def test_an_unknown_command_is_a_usage_error() -> None:

@@ -35,6 +35,7 @@ def room(tmp_path: Path, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
     """The folder of a test, whose runs load a tiny model."""
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(own_rows, "load_base_model", lambda wanted: (copy.deepcopy(model), tokenizer_with(MARKED)))
+    model.config.save_pretrained(tmp_path / "base")  # its size decides the learning rate
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

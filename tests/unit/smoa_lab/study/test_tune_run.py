@@ -10,11 +10,13 @@ from typer.testing import CliRunner
 
 from smoa.errors import ConfigError
 from smoa_lab.cli.main import app
+from smoa_lab.config.rows_config import RowsConfig
 from smoa_lab.config.run_config import RunConfig, check_config
 from smoa_lab.study.comparison import Comparison
 from smoa_lab.study.trials import Trial
 from smoa_lab.study.tune_run import tune_run
 from tests.support import lab
+from tests.support.own_rows import chats, pairs, rows_base, rows_config, write_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
@@ -25,7 +27,7 @@ def values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     lab.fill_cache(tmp_path / "cache", lab.questions(40, "train"), lab.questions(6, "test"))
     training = {"max_steps": 1, "per_device_train_batch_size": 2, "save_strategy": "no", "use_cpu": True}
     return {
-        "model": {"name": str(lab.tiny_base(tmp_path / "base"))},
+        "model": {"name": str(lab.tiny_base(tmp_path / "base")), "dtype": "float32"},
         "adapter": {"r": 4, "num_blocks": 2, "target_modules": ["q_proj"]},
         "data": {"tasks": ["arc_easy"], "train_examples": 4, "validation_examples": 2},
         "training": {**training, "learning_rate": 0.01, "output_dir": str(tmp_path / "run")},
@@ -71,3 +73,36 @@ def test_the_command_prints_the_line_for_the_config(values: dict[str, Any], tmp_
     assert len(list((tmp_path / "run-tuning").rglob("lr-*.json"))) >= 4
     again = CliRunner().invoke(app, ["tune", str(file), "--max-runs", "3", "--json"], catch_exceptions=False)
     assert '"interior"' in again.output
+
+
+@pytest.mark.parametrize("rows", [chats(40), pairs(40)], ids=["conversations", "preferences"])
+def test_rows_are_compared_by_the_trainers_own_loss_on_those_held_out(
+    rows: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
+    file, base = write_rows(tmp_path / "rows.jsonl", rows), rows_base(tmp_path / "base")
+    config = rows_config(tmp_path, file, base, data={"validation_part": 0.2}, training={"learning_rate": 1e-2})
+    found = tune_run(config, max_runs=3)
+    assert {1e-2, 3e-3, 3e-2} <= found.losses.keys()
+    assert all(loss is not None and loss > 0 for loss in found.losses.values())
+    assert len(set(found.losses.values())) == len(found.losses)
+    monkeypatch.setattr("smoa_lab.study.tune_run.open_rows", None)  # the runs are stored
+    assert tune_run(config, max_runs=3) == found
+
+
+def test_a_search_without_a_rate_starts_at_that_of_the_models_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(config: RowsConfig, work: Path) -> dict[str, Any]:
+        return {"config": config.model_dump(mode="json"), "loss": abs(math.log(config.training["learning_rate"]))}
+
+    monkeypatch.setattr("smoa_lab.study.tune_run._train_rows", trained)
+    config = rows_config(tmp_path, tmp_path / "rows.jsonl", rows_base(tmp_path / "base"))
+    assert list(tune_run(config, max_runs=3).losses) == [1e-3, 3e-3, 6e-3, 1e-2, 2e-2]
+
+
+def test_a_run_on_rows_without_validation_rows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
+    file, base = write_rows(tmp_path / "rows.jsonl", chats(6)), rows_base(tmp_path / "base")
+    with pytest.raises(ConfigError, match=r"^data: leaves no validation rows, .* larger data\.validation_part"):
+        tune_run(rows_config(tmp_path, file, base, data={"validation_part": 0}))

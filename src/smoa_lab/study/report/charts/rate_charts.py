@@ -12,7 +12,7 @@ from smoa_lab.drawing.look import MUTED, PANEL, color_of, tooltip, values
 from smoa_lab.study.report.results.rows import Row
 
 COLUMNS = 5
-TITLE = "validation loss (nats per token) by learning rate; the figures are the best"
+TITLE = "validation loss (nats) by learning rate; the figures are the best"
 ABOVE = 2.0
 """A panel reaches so many times the median distance of an entry's worst loss from the best of all above the latter."""
 

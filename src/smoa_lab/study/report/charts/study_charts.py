@@ -55,7 +55,7 @@ def _forest(rows: Sequence[dict[str, Any]], title: str) -> Any:
     shown = alt.Chart(values(rows)).encode(y=alt.Y("entry:N", sort=None, title=None, axis=LABELED))
     methods = {row["entry"]: row["method"] for row in rows}
     colored = shown.encode(color=colors(methods), tooltip=tooltip(entry="", difference="", verdict="", seeds="d"))
-    axis = alt.X("low:Q", title=f"test loss minus that of {rows[0]['reference']} (nats per token); left is better")
+    axis = alt.X("low:Q", title=f"test loss minus that of {rows[0]['reference']} (nats); left is better")
     point = colored.encode(x="mean:Q", href="run:N")
     words = shown.mark_text(align="left", fontSize=11)
     room = WIDTH - 240

@@ -67,5 +67,7 @@ def test_what_is_no_conversation_of_two_is_left_out(unfit: dict[str, Any], monke
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "chitchat_dataset", None)
-    with pytest.raises(DataError, match=r"chitchat: needs chitchat-dataset; run: pip install 'smoa\[lab\]'"):
+    with pytest.raises(
+        DataError, match=r"chitchat: needs chitchat-dataset; in a clone of smoa, run: pip install '\.\[dialogue\]'"
+    ):
         read_chitchat("train")

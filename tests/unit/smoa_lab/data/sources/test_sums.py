@@ -51,5 +51,7 @@ def test_sums_are_right_and_come_only_once(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_sums_name_their_package_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    with pytest.raises(DataError, match=r"chain_sum: needs reasoning-gym; run: pip install 'smoa\[lab\]'"):
+    with pytest.raises(
+        DataError, match=r"chain_sum: needs reasoning-gym; in a clone of smoa, run: pip install '\.\[sums\]'"
+    ):
         sums.read_chain_sum("train")

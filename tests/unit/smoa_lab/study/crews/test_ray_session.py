@@ -52,7 +52,7 @@ def test_where_no_cluster_is_found_the_error_says_what_to_start(ray: SimpleNames
 
 def test_without_ray_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(DataError, match=r"--workers: needs ray; run: pip install 'smoa\[cluster\]'"):
+    with pytest.raises(DataError, match=r"--workers: needs ray; in a clone of smoa, run: pip install '\.\[cluster\]'"):
         connect(None)
 
 
