@@ -85,7 +85,7 @@ class AdaptedLayer(AdapterModule, MergingLayer):
         if self.merged:
             raise ValueError("adapter_names can't be used while adapters are merged; call unmerge_adapter first")
         names = self._present(sorted(set(adapter_names)))
-        if (cache := self.open_cache(names)) is not None:
+        if (cache := self.open_cache(names, x)) is not None:
             cache.retain(BLOCKS, names)
         result: Tensor = self.base_layer(x, *args, **kwargs)
         for name in names:

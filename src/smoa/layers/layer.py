@@ -16,6 +16,7 @@ from smoa.layers.undo import DiagonalBlocks
 from smoa.layers.weight_cache import WeightCache, tensor_state
 from smoa.maths.blocks import check_num_blocks
 from smoa.maths.factors import Factors, Initialization, factor_shapes, init_factors
+from smoa.maths.kernels.plain import is_transformed
 from smoa.maths.modulations import MODULATIONS, ModulationKind
 from smoa.maths.update import Update
 
@@ -215,12 +216,15 @@ class SmoaLayer(PartitionState):
         """Whether PEFT's own converter knows this kind of layer. `smoa.export.lora` knows more."""
         return self.converted_by_peft
 
-    def open_cache(self, names: list[str]) -> WeightCache | None:
-        """The cache for a call with these adapters, if one is open. Active dropout and compiled models use none."""
+    def open_cache(self, names: list[str], x: Tensor) -> WeightCache | None:
+        """The cache for a call with these adapters, if one is open.
+
+        Calls with active dropout, compiled models and transforms use none.
+        """
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or (cache := self.smoa_weight_cache) is None:
             return None
         dropped = self.training and any(isinstance(self.smoa_dropout[name], nn.Dropout) for name in names)
-        return None if dropped or cache.gave_up else cache
+        return None if dropped or cache.gave_up or is_transformed(x) else cache
 
     def state_of_update(self, names: list[str]) -> tuple[Hashable, ...]:
         """Changes when ΔW of one of these adapters does."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from smoa.errors import PartitionError
 from smoa.layers.distributed import awaits_process_group, from_rank_zero, whole
 from smoa.maths.blocks import UNDECIDED, Blocks, Orders, ascend
+from smoa.maths.kernels.plain import is_transformed
 from smoa.maths.modulations import MODULATIONS, ModulationKind
 from smoa.maths.scale import ScaleKind, block_scale, rank_scale
 from smoa.maths.spectrum import PartitionKind, make_partition
@@ -74,11 +75,11 @@ class PartitionState(BaseTunerLayer):
     def blocks(self, adapter_name: str) -> Blocks:
         """The adapter's blocks; decided now if they are still pending."""
         self.decide_partition(adapter_name)
-        self._refresh(adapter_name)
+        kept = self._refresh(adapter_name)
         rows, cols = self.smoa_row_labels[adapter_name], self.smoa_col_labels[adapter_name]
-        m, n = self.out_features, self.in_features
-        orders = Orders(*self.smoa_orders[adapter_name].split([m, m, n, n]))
-        return Blocks(rows, cols, len(self.ranks[adapter_name]), orders, self.contiguous[adapter_name])
+        m, n = shape = self.out_features, self.in_features
+        orders = Orders(*self.smoa_orders[adapter_name].split([m, m, n, n])) if kept else Orders.of(rows, cols)
+        return Blocks(rows, cols, len(self.ranks[adapter_name]), orders, kept and self.contiguous[adapter_name], shape)
 
     def block_scale(self, adapter_name: str) -> Tensor:
         """Factor of each block's update in addition to α/r: (num_blocks,) float32."""
@@ -91,9 +92,15 @@ class PartitionState(BaseTunerLayer):
         return self._exact_scale(adapter_name)[self.smoa_block_scale[adapter_name].numel() :]
 
     def _exact_scale(self, adapter_name: str) -> Tensor:
-        self._refresh(adapter_name)
+        if torch.jit.is_tracing() or not self._refresh(adapter_name):  # tracing records no views of another dtype
+            return self._scales(adapter_name)
         scale: Tensor = self.smoa_scale_bits[adapter_name].view(torch.float32)
         return scale
+
+    def _scales(self, adapter_name: str) -> Tensor:
+        """The scales of all blocks, then of all ranks."""
+        scale = self.smoa_block_scale[adapter_name]
+        return torch.cat([scale.flatten(), rank_scale(scale, self.ranks[adapter_name]).flatten()])
 
     @contextmanager
     def exact_scales(self) -> Iterator[None]:
@@ -163,24 +170,30 @@ class PartitionState(BaseTunerLayer):
                 buffers[adapter_name].copy_(tensor)
         self._refresh(adapter_name)
 
-    def _refresh(self, adapter_name: str) -> None:
-        """Derive orders and scale bits again if labels or scales have changed. A compiled model skips this."""
+    def _refresh(self, adapter_name: str) -> bool:
+        """Derive orders and scale bits again if labels or scales have changed. A compiled model skips this.
+
+        Return whether they hold. If a transform has put other labels or scales in place, they don't, and nothing of
+        the transform is kept.
+        """
         if torch.compiler.is_compiling():
-            return
+            return True
         self.restore_scale(adapter_name)
-        rows, cols, scale = saved = self._saved(adapter_name)
+        rows, cols, _ = saved = self._saved(adapter_name)
         versions = [0 if tensor.is_inference() else tensor._version for tensor in saved]
         known = self._derived_from.get(adapter_name, [])
         if len(known) == 3 and all(
             tensor is old and version == old_version
             for tensor, version, (old, old_version) in zip(saved, versions, known, strict=True)
         ):
-            return
+            return True
+        if is_transformed(*saved):
+            return False
         with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode can't be used in training
             self._derive_orders(adapter_name, rows, cols)
-            scales = torch.cat([scale.flatten(), rank_scale(scale, self.ranks[adapter_name]).flatten()])
-            self.smoa_scale_bits[adapter_name] = scales.view(torch.int32)
+            self.smoa_scale_bits[adapter_name] = self._scales(adapter_name).view(torch.int32)
         self._derived_from[adapter_name] = list(zip(saved, versions, strict=True))
+        return True
 
     def _derive_orders(self, adapter_name: str, rows: Tensor, cols: Tensor) -> None:
         self.smoa_orders[adapter_name] = torch.cat(Orders.of(rows, cols))

@@ -70,6 +70,7 @@ class Blocks:
         num_blocks: K, between 1 and 255.
         orders: The sorted coordinates, by default computed from the labels. If given, the labels are not checked again.
         is_contiguous: Whether the labels of both sides ascend. Computed with `orders`.
+        shape: (out_features, in_features), by default the labels'. In `torch.jit.trace` those are no plain numbers.
 
     Raises:
         PartitionError: K is out of range, the labels have another dtype or shape, or the block sizes are not those of
@@ -81,8 +82,11 @@ class Blocks:
     num_blocks: int
     orders: Orders = None  # type: ignore[assignment]  # `__post_init__` sets it
     is_contiguous: bool = False
+    shape: tuple[int, int] = None  # type: ignore[assignment]  # `__post_init__` sets it
 
     def __post_init__(self) -> None:
+        if self.shape is None:
+            object.__setattr__(self, "shape", (self.row_labels.shape[0], self.col_labels.shape[0]))
         if self.orders is None:
             check_num_blocks(self.num_blocks, len(self.row_labels), len(self.col_labels))
             check_labels(self.row_labels, self.num_blocks, "row_labels")
@@ -92,11 +96,11 @@ class Blocks:
 
     @property
     def out_features(self) -> int:
-        return self.row_labels.shape[0]
+        return self.shape[0]
 
     @property
     def in_features(self) -> int:
-        return self.col_labels.shape[0]
+        return self.shape[1]
 
     @property
     def row_slices(self) -> tuple[slice, ...]:
@@ -158,7 +162,7 @@ class Blocks:
         """The blocks of the transposed weight."""
         rows, rows_inverse, cols, cols_inverse = self.orders
         orders = Orders(cols, cols_inverse, rows, rows_inverse)
-        return Blocks(self.col_labels, self.row_labels, self.num_blocks, orders, self.is_contiguous)
+        return Blocks(self.col_labels, self.row_labels, self.num_blocks, orders, self.is_contiguous, self.shape[::-1])
 
 
 def take_columns(x: Tensor, order: Tensor, out: Tensor | None = None) -> Tensor:

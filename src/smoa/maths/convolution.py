@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from smoa.maths.kernels.operators import is_transformed
+from smoa.maths.kernels.plain import is_transformed, needs_plain_gradients, plain_gradients
 from smoa.maths.update import Update
 
 
@@ -28,7 +29,7 @@ class Geometry:
 
     def kernel(self, matrix: Tensor) -> Tensor:
         """A matrix (out_channels, in_channels / groups · kernel) as a kernel."""
-        return matrix.view(len(matrix), -1, *self.kernel_size)
+        return matrix.view(matrix.shape[0], -1, *self.kernel_size)
 
     def convolve(self, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
         """`conv(x, matrix) + bias` for x (batch, in_channels, …)."""
@@ -73,13 +74,19 @@ def convolved(
     """
     factors = update.factors
     with torch.autocast(x.device.type, enabled=False):
-        plain = weight.requires_grad or torch.compiler.is_compiling() or is_transformed(x, factors.A, factors.B)
+        plain = weight.requires_grad or torch.compiler.is_compiling() or is_transformed(x, weight)
         if plain:  # a compiler decides itself what to keep
-            return geometry.convolve(x, _kernel(update.delta(weight), weight, with_base).to(x.dtype), bias)
+            return _plain(x, bias, update, weight, geometry, with_base)
         output: Tensor = _Convolved.apply(  # type: ignore[no-untyped-call]  # torch has no types here
             x, factors.A, factors.B, bias, update, weight, geometry, with_base
         )
         return output
+
+
+def _plain(
+    x: Tensor, bias: Tensor | None, update: Update, weight: Tensor, geometry: Geometry, with_base: bool
+) -> Tensor:
+    return geometry.convolve(x, _kernel(update.delta(weight), weight, with_base).to(x.dtype), bias)
 
 
 def _kernel(delta: Tensor, weight: Tensor, with_base: bool) -> Tensor:
@@ -101,12 +108,16 @@ class _Convolved(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, A, B, weight)
         ctx.update, ctx.geometry, ctx.with_base = update, geometry, with_base
-        return geometry.convolve(x, _kernel(update.delta(weight), weight, with_base).to(x.dtype), bias)
+        return _plain(x, bias, update, weight, geometry, with_base)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, weight = ctx.saved_tensors
+        grad_bias = g.sum([0, *range(2, g.dim())]) if ctx.needs_input_grad[3] else None
+        if needs_plain_gradients(g):
+            update = replace(ctx.update, factors=replace(ctx.update.factors, A=A, B=B))
+            forward = partial(_plain, x, None, update, weight, ctx.geometry, ctx.with_base)
+            return *plain_gradients(forward, (x, A, B), ctx.needs_input_grad[:3], g), grad_bias, None, None, None, None
         leaves = A.detach().requires_grad_(), B.detach().requires_grad_()
         factors = replace(ctx.update.factors, A=leaves[0], B=leaves[1])
         with torch.enable_grad():
@@ -114,5 +125,4 @@ class _Convolved(torch.autograd.Function):
         kernel = _kernel(delta.detach(), weight, ctx.with_base).to(x.dtype)
         grad_x, grad_delta = ctx.geometry.gradients(g, x, kernel, [ctx.needs_input_grad[0], True])
         grad_A, grad_B = torch.autograd.grad(delta, leaves, grad_delta.to(delta.dtype))
-        grad_bias = g.transpose(0, 1).flatten(1).sum(1) if ctx.needs_input_grad[3] else None
         return grad_x, grad_A, grad_B, grad_bias, None, None, None, None

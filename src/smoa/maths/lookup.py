@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from smoa.maths.scale import rank_scale
 from smoa.maths.update import Update
 
 
@@ -44,9 +45,5 @@ def _rows_of_B(update: Update, tokens: Tensor) -> Tensor:
     size, larger = divmod(blocks.out_features, blocks.num_blocks)
     first = block * size + block.clamp(max=larger)  # of the block, in the sorted order
     place = blocks.orders.rows_inverse[tokens] - first
-    owner = torch.repeat_interleave(
-        torch.arange(blocks.num_blocks, device=tokens.device),
-        torch.tensor(factors.ranks, device=tokens.device),
-        output_size=sum(factors.ranks),
-    )
+    owner = rank_scale(torch.arange(blocks.num_blocks, device=tokens.device), factors.ranks)  # of each rank
     return F.embedding(place, factors.B).to(factors.dtype) * (block[:, None] == owner)

@@ -51,5 +51,4 @@ def block_scale(kind: ScaleKind, anchor: Tensor | None, blocks: Blocks) -> Tenso
 
 def rank_scale(block_scale: Tensor, ranks: Sequence[int]) -> Tensor:
     """c_k of the block that each rank belongs to, (…, r): each entry of `block_scale` (…, K) r_k times."""
-    repeats = torch.tensor(ranks, device=block_scale.device)
-    return torch.repeat_interleave(block_scale, repeats, dim=-1, output_size=sum(ranks))
+    return block_scale[..., [block for block, rank in enumerate(ranks) for _ in range(rank)]]

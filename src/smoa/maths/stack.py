@@ -20,6 +20,7 @@ from smoa.errors import UnsupportedModuleError
 from smoa.maths.blocks import Blocks, Orders
 from smoa.maths.factors import Factors
 from smoa.maths.kernels.batched import batched_backward, batched_forward
+from smoa.maths.kernels.plain import is_transformed, needs_plain_gradients, plain_gradients
 from smoa.maths.modulations import MODULATIONS, Modulation
 from smoa.maths.update import Update
 
@@ -84,11 +85,11 @@ class Stack:
             runs: The rows of each expert.
         """
         halves = matrices.shape[1]
-        if not self.modulation.anchors:  # autograd keeps no more than the products of x with A
-            return _apply(self, x, matrices, runs)
         numbers = [run.expert * halves + half for run in runs for half in range(halves)]
-        factors = [part for number in numbers for part in (self.A[number], self.B[number])]
         updates = [self.update(number) for number in numbers]
+        if not self.modulation.anchors or is_transformed(x):  # without M, autograd keeps the products of x with A only
+            return _apply(updates, x, matrices, runs)
+        factors = [part for number in numbers for part in (self.A[number], self.B[number])]
         output: Tensor = _StackBranch.apply(x, matrices, updates, runs, *factors)  # type: ignore[no-untyped-call]
         return output
 
@@ -109,12 +110,12 @@ def stacked_blocks(row_labels: Tensor, col_labels: Tensor, num_blocks: int) -> l
     return [Blocks(row, col, num_blocks, Orders(*order), flag) for row, col, order, flag in rows]
 
 
-def _apply(stack: Stack, x: Tensor, matrices: Tensor, runs: Sequence[Run]) -> Tensor:
+def _apply(updates: Sequence[Update], x: Tensor, matrices: Tensor, runs: Sequence[Run]) -> Tensor:
     halves = matrices.shape[1]
     output = x.new_zeros(len(x), halves, matrices.shape[2])
-    for expert, rows in runs:
+    for i, (expert, rows) in enumerate(runs):
         for half in range(halves):
-            output[rows, half] = stack.update(expert * halves + half).apply(x[rows], matrices[expert, half])
+            output[rows, half] = updates[i * halves + half].apply(x[rows], matrices[expert, half])
     return output
 
 
@@ -137,12 +138,19 @@ class _StackBranch(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, matrices, *factors = ctx.saved_tensors
+        if needs_plain_gradients(g):
+            pairs = zip(factors[::2], factors[1::2], strict=True)
+            updates = [_with_factors(update, *pair) for update, pair in zip(ctx.updates, pairs, strict=True)]
+            needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]]
+            of_x, *of_factors = plain_gradients(
+                lambda: _apply(updates, x, matrices, ctx.runs), [x, *factors], needed, g
+            )
+            return of_x, None, None, None, *of_factors
         needs_x, halves = ctx.needs_input_grad[0], matrices.shape[1]
         grad_x = _empty_or_zero(x, ctx.runs, x.shape[1]) if needs_x else None
-        of_factors: list[Tensor] = []
+        of_factors = []
         for i, (expert, rows) in enumerate(ctx.runs):
             for half in range(halves):
                 number = i * halves + half

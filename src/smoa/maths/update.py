@@ -19,7 +19,7 @@ from smoa.maths.kernels.block_runs import BlockRun
 from smoa.maths.kernels.branch import delta_blocks
 from smoa.maths.kernels.choice import prefers_batched
 from smoa.maths.kernels.loops import product_dtype
-from smoa.maths.kernels.plain import plain_branch, recomputed_branch
+from smoa.maths.kernels.plain import is_transformed, plain_branch, recomputed_branch
 from smoa.maths.modulations import MODULATIONS, Modulation
 
 
@@ -43,7 +43,9 @@ class Update:
         wide = self.factors.wide(torch.promote_types(self.factors.dtype, weight.dtype))
         product = wide.spread_B() @ wide.spread_A()
         anchor = self.anchor(weight)
-        return product if anchor is None else product.mul_(anchor)
+        if anchor is None:
+            return product
+        return product * anchor if is_transformed(anchor) else product.mul_(anchor)
 
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
         """`x ΔWᵀ` for x (…, in_features) in the dtype of x; differentiable in x, A and B.
@@ -51,7 +53,7 @@ class Update:
         Nothing of W's size is kept for the backward, unless W itself trains or a `torch.func` transform is active.
         """
         anchor = self.anchor(weight)
-        if anchor is None or anchor.requires_grad or operators.is_transformed(x, self.factors.A, self.factors.B):
+        if anchor is None or anchor.requires_grad or is_transformed(x, anchor):
             return plain_branch(self.factors, x, anchor)
         if torch.compiler.is_compiling() and prefers_batched(self.factors.blocks, x.shape[:-1].numel()):
             return recomputed_branch(self.factors, x, anchor)

@@ -52,7 +52,7 @@ class Embedding(AdaptedLayer):
         base: Any = self.get_base_layer()
         tokens, padding = x.reshape(-1), base.padding_idx
         rows = looked_up(self.update(adapter_name), tokens, self.pristine_weight(), padding, base.scale_grad_by_freq)
-        rows = rows * self.smoa_dropout[adapter_name](rows.new_ones(len(tokens), 1))
+        rows = rows * self.smoa_dropout[adapter_name](rows.new_ones(tokens.shape[0], 1))
         scale: Any = getattr(base, "embed_scale", 1.0)
         scale = scale.to(base.weight.dtype) if isinstance(scale, Tensor) else scale
         output: Tensor = rows * scale

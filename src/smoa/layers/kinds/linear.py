@@ -14,7 +14,8 @@ from smoa.config.adapter_config import Shape
 from smoa.layers.adapted_layer import AdaptedLayer, is_instrumented
 from smoa.layers.weight_cache import BLOCKS, WHOLE, KeptUpdate, WeightCache
 from smoa.maths.kernels.choice import prefers_apart
-from smoa.maths.kernels.operators import is_transformed, multiplies_exactly
+from smoa.maths.kernels.operators import multiplies_exactly
+from smoa.maths.kernels.plain import is_transformed
 from smoa.maths.modulations import MODULATIONS
 from smoa.maths.update import Update
 
@@ -44,10 +45,10 @@ class Linear(AdaptedLayer):
         return None
 
     def _active_forward(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Any:
-        if active and (cache := self.open_cache(active)) is not None:
+        if active and (cache := self.open_cache(active, x)) is not None:
             return self._cached_forward(cache, x, active, *args, **kwargs)
-        if len(active) == 1 and self._can_fuse(x, active[0]):
-            return self.update(active[0]).apply_with_base(x, self.base_weight(), self.bias)
+        if len(active) == 1 and (update := self._fusable(x, active[0])) is not None:
+            return update.apply_with_base(x, self.base_weight(), self.bias)
         return super()._active_forward(x, active, *args, **kwargs)
 
     def branch_output(self, x: Tensor, adapter_name: str) -> Tensor:
@@ -59,14 +60,14 @@ class Linear(AdaptedLayer):
             x = self._cast_input_dtype(x, self.factors(adapter_name)[0].dtype)
         elif torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        kept = self._kept_update(adapter_name, x.dtype) if anchors else None  # without M, the factors are as quick
+        kept = self._kept_update(adapter_name, x) if anchors else None  # without M, the factors are as quick
         if kept is not None:
             return kept.apply(x)
         update = self.update(adapter_name)
         return self._apply_update(update, x)
 
-    def _kept_update(self, adapter_name: str, dtype: torch.dtype) -> KeptUpdate | None:
-        cache = self.open_cache([adapter_name])
+    def _kept_update(self, adapter_name: str, x: Tensor) -> KeptUpdate | None:
+        cache, dtype = self.open_cache([adapter_name], x), x.dtype
         if cache is None:
             return None
         key = (dtype, *self.state_of_update([adapter_name]))
@@ -100,14 +101,16 @@ class Linear(AdaptedLayer):
         dtype = self.stored_weight().dtype
         return dtype == torch.float64 or (dtype == torch.float32 and multiplies_exactly(device_type))
 
-    def _can_fuse(self, x: Tensor, adapter_name: str) -> bool:
+    def _fusable(self, x: Tensor, adapter_name: str) -> Update | None:
+        """The update if `x(W + ΔW)ᵀ + b` can be computed in one product, and is to be."""
         if self.route == "apart" or not self._may_add_to_weight(x.device.type) or is_instrumented(self.base_layer):
-            return False
+            return None
         dropout = self.smoa_dropout[adapter_name]
         by_weight = MODULATIONS[self.modulation[adapter_name]].by_weight
         if not by_weight or (isinstance(dropout, nn.Dropout) and self.training):
-            return False
-        weight = self.stored_weight()
-        if weight.dtype != x.dtype or weight.requires_grad or is_transformed(x, *self.factors(adapter_name)):
-            return False
-        return self.route == "fused" or not prefers_apart(self.blocks(adapter_name), x.shape[:-1].numel())
+            return None
+        weight, update = self.stored_weight(), self.update(adapter_name)
+        if weight.dtype != x.dtype or weight.requires_grad or is_transformed(x, weight):
+            return None
+        apart = self.route != "fused" and prefers_apart(update.factors.blocks, x.shape[:-1].numel())
+        return None if apart else update

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from smoa.compat import find_quantization_backend
 from smoa.errors import UnsupportedModuleError
 from smoa.layers.kinds.linear import Linear
+from smoa.maths.kernels.plain import is_transformed, needs_plain_gradients, plain_gradients
 from smoa.maths.update import Update
 
 if TYPE_CHECKING:
@@ -146,6 +147,8 @@ class QuantizedLinear(Linear):
     def _apply_update(self, update: Update, x: Tensor) -> Tensor:
         if not update.modulation.anchors:
             return update.apply(x, x.new_empty(0))
+        if is_transformed(x):
+            return update.apply(x, self.pristine_weight())
         factors = update.factors
         output: Tensor = _DequantizedBranch.apply(  # type: ignore[no-untyped-call]  # torch has no types here
             x, factors.A, factors.B, update, self.pristine_weight
@@ -185,10 +188,12 @@ class _DequantizedBranch(torch.autograd.Function):
         return update.apply(x, dequantize())
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B = ctx.saved_tensors
         update = replace(ctx.update, factors=replace(ctx.update.factors, A=A, B=B))
+        if needs_plain_gradients(g):
+            needed = ctx.needs_input_grad[:3]
+            return *plain_gradients(lambda: update.apply(x, ctx.dequantize()), (x, A, B), needed, g), None, None
         return *update.gradients(g, x, ctx.dequantize(), ctx.needs_input_grad[0]), None, None
 
 

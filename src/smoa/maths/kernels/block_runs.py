@@ -35,12 +35,12 @@ class BlockRun:
     def of_inputs(self, x: Tensor) -> Tensor:
         """(blocks, tokens, width), of x (tokens, in_features) sorted by block."""
         columns = x.narrow(1, self.first_col, self.count * self.width)
-        return columns.view(len(x), self.count, self.width).transpose(0, 1)
+        return columns.view(x.shape[0], self.count, self.width).transpose(0, 1)
 
     def of_outputs(self, y: Tensor) -> Tensor:
         """(blocks, tokens, height), of y (tokens, out_features) sorted by block."""
         columns = y.narrow(1, self.first_row, self.count * self.height)
-        return columns.view(len(y), self.count, self.height).transpose(0, 1)
+        return columns.view(y.shape[0], self.count, self.height).transpose(0, 1)
 
     def of_A(self, A: Tensor) -> Tensor:
         """(blocks, rank, width), of A (r, ⌈n/K⌉)."""

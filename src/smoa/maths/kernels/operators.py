@@ -2,8 +2,8 @@
 
 In a compiled model they are custom operators and not `torch.autograd.Function`s, because then `torch.compile` neither
 breaks the graph at them nor keeps an m×n intermediate for the backward. Elsewhere they are Functions with the same
-formulas, because an operator written in Python takes longer to call than a small layer's products. Differentiating
-twice raises PyTorch's error, which names the backward operator.
+formulas, because an operator written in Python takes longer to call than a small layer's products. Gradients that are
+batched, or differentiated again, are computed by PyTorch's own operations.
 
 An operator's schema takes tensors and numbers. Only this file converts `Factors` to such fields and back.
 """
@@ -20,6 +20,7 @@ from smoa.maths.blocks import Blocks, Orders
 from smoa.maths.factors import Factors
 from smoa.maths.kernels.branch import branch_backward, branch_forward
 from smoa.maths.kernels.fused import fused_backward, fused_forward
+from smoa.maths.kernels.plain import needs_plain_gradients, plain_branch, plain_gradients
 
 FIELDS = (
     "Tensor A, Tensor B, Tensor rank_scale, Tensor row_labels, Tensor col_labels, "
@@ -131,13 +132,33 @@ _branch.operator.register_autograd(_branch_gradients, setup_context=_setup)
 class _FusedLinear(torch.autograd.Function):
     forward = staticmethod(_fused)
     setup_context = staticmethod(_setup)
-    backward = staticmethod(_fused_gradients)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        if not needs_plain_gradients(g):
+            return _fused_gradients(ctx, g)
+        _, _, weight = _saved(ctx)
+        *of_branch, of_x, _ = _plain_gradients(ctx, g)
+        of_x = None if of_x is None else of_x + g @ weight
+        return *of_branch, of_x, None, g.sum(0) if ctx.needs_input_grad[NUM_FIELDS + 2] else None
 
 
 class _HadamardBranch(torch.autograd.Function):
     forward = staticmethod(_branch)
     setup_context = staticmethod(_setup)
-    backward = staticmethod(_branch_gradients)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        return _plain_gradients(ctx, g) if needs_plain_gradients(g) else _branch_gradients(ctx, g)
+
+
+def _plain_gradients(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    """`_branch_gradients`, as another formula."""
+    fields, x, anchor = _saved(ctx)
+    factors, needed = _factors(fields), [ctx.needs_input_grad[i] for i in (0, 1, NUM_FIELDS)]
+    inputs = factors.A, factors.B, x
+    of_A, of_B, of_x = plain_gradients(lambda: plain_branch(factors, x, anchor), inputs, needed, g)
+    return of_A, of_B, *_NO_GRADIENTS, of_x, None
 
 
 def fused(factors: Factors, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -171,13 +192,6 @@ def _differentiable(
     else:
         y = kernel.of(factors, *rest)
     return y
-
-
-def is_transformed(*tensors: Tensor) -> bool:
-    """Whether a `torch.func` transform is active, which custom operators do not support."""
-    if torch.compiler.is_compiling():
-        return False
-    return any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # PyTorch has no annotation here

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 CHUNK_ELEMENTS = {"cpu": 1 << 21, "other": 1 << 25}
 """Entries of W in one chunk: few enough for a CPU's cache, many enough to fill a GPU."""
@@ -31,13 +32,16 @@ class Scratch(threading.local):
     def take(self, use: str, rows: int, cols: int, like: Tensor) -> Tensor:
         """An uninitialized (rows, cols) tensor with dtype and device of `like`; the next `take` for `use` reuses it."""
         size = rows * cols
-        if like.device.type != "cpu" or size > 2 * CHUNK_ELEMENTS["cpu"]:
+        if like.device.type != "cpu" or size > 2 * CHUNK_ELEMENTS["cpu"] or isinstance(like, FakeTensor):
             return like.new_empty(rows, cols)
         key = (use, like.dtype)
-        if key not in self.buffers or self.buffers[key].numel() < size:
+        buffer = self.buffers.get(key)
+        if buffer is None or buffer.numel() < size:
             with torch.inference_mode(False):  # buffers made in inference mode can't be written to outside
-                self.buffers[key] = torch.empty(size, dtype=like.dtype)
-        return self.buffers[key][:size].view(rows, cols)
+                buffer = torch.empty(size, dtype=like.dtype, device=like.device)
+            if not isinstance(buffer, FakeTensor):  # which holds no memory, for this call or a later one
+                self.buffers[key] = buffer
+        return buffer[:size].view(rows, cols)
 
 
 SCRATCH = Scratch()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
+from torch.autograd.functional import jacobian, jvp
+from torch.func import functional_call, vmap
 
 from smoa import MergeError, SmoaConfig
 from smoa.files.names import required_parts
@@ -16,7 +19,7 @@ from smoa.tuner.hotswap import hotswap_adapter
 from tests import reference
 from tests.support.decompositions import NoDecomposition
 from tests.support.kinds import KINDS, input_of, kind_of_layer, oracle_of
-from tests.support.layers import Wrapper, adapted_layer, base_weight, labels, randomise
+from tests.support.layers import ROUTES, Route, Wrapper, adapted_layer, base_weight, factors, labels, randomise
 from tests.support.tolerance import assert_close
 
 SETTINGS = {"r": 7, "num_blocks": 3, "alpha": 4.0, "target_modules": ["layer"]}
@@ -196,3 +199,74 @@ def test_merging_one_end_of_tied_embeddings_leaves_the_other_as_it_is(target: st
     merged = model.merge_and_unload()
     assert_close(merged(tokens), unmerged)
     assert merged.embed.weight is not merged.head.weight
+
+
+# transforms: what LoRA's layers can do
+
+
+def ensemble(kind: str) -> list[SmoaLayer]:
+    return [adapted_layer(kind_of_layer(kind), partition=p, r=7, num_blocks=3) for p in ("spectral", "random")]
+
+
+@every_kind
+@pytest.mark.parametrize("route", ROUTES)
+def test_vmap_takes_any_of_a_layers_tensors(kind: str, route: Route) -> None:
+    layers, x = ensemble(kind), input_of(kind)
+    layers[0].route = route
+    state, other = layers[0].state_dict(), layers[1].state_dict()
+    before = layers[0](x)
+    for name in state:
+        if "labels" in name:
+            continue  # both sides, below
+        stacked = torch.stack([state[name], other[name]])
+        found = vmap(lambda t, name=name: functional_call(layers[0], {name: t}, (x,)))(stacked)
+        for own, tensor in zip(found, stacked, strict=True):
+            assert_close(own, functional_call(layers[0], {name: tensor}, (x,)))
+    assert torch.equal(layers[0](x), before)
+
+
+@every_kind
+def test_vmap_takes_a_whole_ensemble_and_leaves_nothing_of_it_behind(kind: str) -> None:
+    layers, x = ensemble(kind), input_of(kind)
+    base = copy.deepcopy(layers[0])
+    states = [layer.state_dict() for layer in layers]
+    stacked = {name: torch.stack([state[name] for state in states]) for name in states[0]}
+    found = vmap(lambda state: functional_call(base, state, (x,)))(stacked)
+    for own, layer in zip(found, layers, strict=True):
+        assert_close(own, layer(x))
+    assert torch.equal(base(x), layers[0](x))
+
+
+@every_kind
+@pytest.mark.parametrize("route", ROUTES)
+def test_batched_gradients_are_the_single_ones(kind: str, route: Route) -> None:
+    layer, x = adapted_layer(kind_of_layer(kind), r=7, num_blocks=3, route=route), input_of(kind)
+    inputs = [*factors(layer), *([x.requires_grad_()] if x.is_floating_point() else [])]
+    y = layer(x).flatten()[:5]
+    batched = torch.autograd.grad(y, inputs, torch.eye(5, dtype=y.dtype), is_grads_batched=True, retain_graph=True)
+    for i in range(5):
+        single = torch.autograd.grad(y[i], inputs, retain_graph=True)
+        for own, expected in zip(batched, single, strict=True):
+            assert_close(own[i], expected)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "embedding"])
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # PyTorch's own forward mode uses it
+def test_vectorized_jacobians_and_products_with_them_are_the_plain_ones(kind: str, route: Route) -> None:
+    layer, x = adapted_layer(kind_of_layer(kind), r=7, num_blocks=3, route=route), input_of(kind)[:1]
+    expected = jacobian(layer, x)
+    assert_close(jacobian(layer, x, vectorize=True), expected)
+    assert_close(jacobian(layer, x, vectorize=True, strategy="forward-mode"), expected)
+    direction = torch.randn_like(x)
+    _, product = jvp(layer, x, direction)  # differentiates twice
+    assert_close(product, torch.tensordot(expected, direction, x.dim()))
+
+
+@every_kind
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
+def test_a_traced_layer_takes_other_batches(kind: str, route: Route) -> None:
+    layer, x = adapted_layer(kind_of_layer(kind), r=7, num_blocks=3, route=route), input_of(kind)
+    traced = torch.jit.trace(layer, (x[:1],))
+    assert_close(traced(x), layer(x))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from smoa.maths.convolution import Geometry, convolved
@@ -29,9 +30,11 @@ def test_a_transform_of_the_output_takes_the_plain_route(modulation: str) -> Non
     assert_close(mapped, torch.stack([convolved(update, one, given.weight, GEOMETRY) for one in x]))
 
 
-def test_differentiating_twice_is_refused_by_pytorch() -> None:
-    given, x = problem(6, 3 * 4, (2, 1, 3)), torch.randn(2, 6, 4, 5, dtype=torch.float64, requires_grad=True)
-    y = convolved(given.update("hadamard"), x, given.weight, GEOMETRY)
-    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+def test_it_is_differentiated_twice() -> None:
+    given, x = problem(6, 3 * 2, (2, 1, 3)), torch.randn(1, 3, 4, dtype=torch.float64, requires_grad=True)
+
+    def convolution(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        update = given._replace(A=A, B=B).update("hadamard", 0.7)
+        return convolved(update, x, given.weight, Geometry((2,), (1,), (0,), (1,), 1), with_base=True)
+
+    assert torch.autograd.gradgradcheck(convolution, (x, given.A, given.B))

@@ -9,7 +9,6 @@ from smoa.maths.factors import Factors
 from smoa.maths.kernels import operators
 from smoa.maths.spectrum import make_partition
 from tests import reference
-from tests.support.gradients import inputs, layer_13_to_11
 from tests.support.layers import ROUTES, Route, adapted_layer, base_layer, clone_leaf, factors, ranks
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -49,15 +48,7 @@ def test_finite_differences_agree(route: Route, conv1d: bool, modulation: str) -
 
     leaves = [torch.randn(3, 5, dtype=torch.float64), A[in_A], B[in_B], base.bias]
     assert torch.autograd.gradcheck(output, [clone_leaf(leaf) for leaf in leaves])
-
-
-@pytest.mark.parametrize("route", ROUTES)
-def test_double_backward_is_refused_clearly(route: Route) -> None:
-    layer = layer_13_to_11(route=route)
-    x = inputs(5)
-    (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"(?i)smoa.*(backward|twice|differentiat)"):
-        gradient.sum().backward()
+    assert torch.autograd.gradgradcheck(output, [clone_leaf(leaf) for leaf in leaves])
 
 
 def kept_for_backward(layer: SmoaLayer, x: Tensor) -> list[Tensor]:

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from smoa.maths.kernels.scratch import CHUNK_ELEMENTS, Scratch, chunks
+from smoa import cached_weights
+from smoa.maths.kernels import choice
+from smoa.maths.kernels.choice import Kernels
+from smoa.maths.kernels.scratch import CHUNK_ELEMENTS, SCRATCH, Scratch, chunks
 from tests.support.gradients import assert_layer_is_the_oracles
 from tests.support.layers import adapted_layer, base_layer, oracle_output
 from tests.support.tolerance import assert_close
@@ -81,3 +86,30 @@ def test_outputs_of_two_calls_share_no_memory() -> None:
     y = layer(x)
     layer(other).sum().backward()
     assert_close(y, oracle_output(layer, x))
+
+
+def test_a_buffer_made_while_another_device_is_the_default_is_on_the_cpu() -> None:
+    scratch, like = Scratch(), torch.empty(0)
+    with torch.device("meta"):
+        assert scratch.take("rows", 4, 5, like).device.type == "cpu"
+
+
+@pytest.mark.parametrize("kernels", ["loop", "batched"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("route", ["fused", "apart"])
+def test_a_call_with_fake_tensors_changes_nothing_for_later_ones(
+    route: str, dtype: torch.dtype, kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice, "_kernels", kernels)
+    layer = adapted_layer(base_layer(150, 120, dtype=dtype), r=8, num_blocks=2, route=route)
+    x = torch.randn(7, 120, dtype=dtype)
+    with torch.no_grad(), cached_weights(layer):
+        expected = layer(x)
+        copied = copy.deepcopy(layer)  # has no orders yet
+        SCRATCH.buffers.clear()
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, cached_weights(copied):
+            for fake in (mode.from_tensor(x), x):
+                assert layer(fake).shape == copied(fake).shape == (7, 150)
+        assert torch.equal(layer(x), expected)
+    assert torch.equal(copied(x), layer(x))
+    assert not any(isinstance(tensor, FakeTensor) for tensor in [*SCRATCH.buffers.values(), *copied.buffers()])
