@@ -55,6 +55,7 @@ class SmoaLayer(PartitionState):
         "smoa_block_scale",
         "smoa_orders",
         "smoa_scale_bits",
+        "_derived_from",
     )
 
     def __init__(

@@ -59,7 +59,7 @@ class StackState(SmoaLayer):
 
     parameter_name: str
     layout: Layout
-    other_param_names: tuple[str, ...] = (*SmoaLayer.other_param_names, "partitions")
+    other_param_names: tuple[str, ...] = (*SmoaLayer.other_param_names, "partitions", "_stack_blocks")
 
     def __init__(self, base_layer: nn.Module, parameter_name: str) -> None:
         self.parameter_name = parameter_name

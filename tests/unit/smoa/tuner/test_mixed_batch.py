@@ -53,8 +53,19 @@ def test_a_mixed_batch_of_a_merged_model_is_refused(tiny_llama: PreTrainedModel)
         logits(model, adapter_names=["default"] * 3)
 
 
-@pytest.mark.parametrize("by", ["argument", "config", "positional config", "the model's config", "argument over both"])
-@pytest.mark.parametrize("setting", [{}, {"num_beams": 2}, {"num_beams": 3, "num_return_sequences": 2}], ids=str)
+@pytest.mark.parametrize(
+    ("setting", "by"),
+    [
+        ({}, "argument"),
+        ({"num_beams": 2}, "argument"),
+        ({"num_beams": 2}, "config"),
+        ({"num_beams": 2}, "positional config"),
+        ({"num_beams": 2}, "the model's config"),
+        ({"num_beams": 2}, "argument over both"),
+        ({"num_beams": 3, "num_return_sequences": 2}, "config"),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_a_mixed_batch_generates_what_each_adapter_generates_alone(
     family: str, setting: dict[str, int], by: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import warnings
 from dataclasses import fields
@@ -44,6 +45,7 @@ from tests.support.layers import (
     ranks,
     smoa_layers,
 )
+from tests.support.tiny_mixtures import EXPERTS, build_mixture
 from tests.support.tiny_models import logits
 from tests.support.tolerance import assert_close
 
@@ -275,6 +277,34 @@ def test_deleting_an_adapter_forgets_all_of_it(tiny_llama: PreTrainedModel) -> N
     for layer in smoa_layers(model).values():
         for attribute in (*layer.adapter_layer_names, *layer.other_param_names):
             assert "other" not in getattr(layer, attribute), attribute
+
+
+def test_adapters_that_came_and_went_leave_no_tensor_and_no_name() -> None:
+    settings = {"r": 4, "target_modules": ["q_proj", "embed_tokens"], "target_parameters": EXPERTS}
+    model = get_peft_model(build_mixture("qwen3_moe"), SmoaConfig(**settings)).eval()
+    ids = tiny_models.batch("llama")["input_ids"]
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+
+    def live(name: str) -> None:
+        model.add_adapter(name, SmoaConfig(**settings, expert_partition="shared"))
+        model.set_adapter(name)
+        model(ids)
+        model.merge_adapter()
+        model.unmerge_adapter()
+        model.set_adapter("default")
+        model.delete_adapter(name)
+
+    live("first")
+    before = tensors()
+    for name in ("second", "third"):
+        live(name)
+    assert tensors() == before
+    for layer in smoa_layers(model).values():
+        held = {**vars(layer), **layer._modules}.items()
+        assert not [key for key, value in held if hasattr(value, "keys") and "third" in value.keys()]
 
 
 def test_an_adapter_of_a_deleted_name_can_be_added_again(tiny_llama: PreTrainedModel) -> None:
