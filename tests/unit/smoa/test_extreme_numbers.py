@@ -13,7 +13,6 @@ from smoa import MergeError, PartitionError, SmoaConfig
 from smoa.layers.layer import SmoaLayer
 from tests import reference
 from tests.support.layers import (
-    Wrapper,
     adapted_layer,
     base_layer,
     base_weight,
