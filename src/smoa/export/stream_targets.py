@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from smoa.errors import UnsupportedModuleError
 from smoa.export.shards import Checkpoint
 from smoa.layers.experts.layout import HALVED, Layout
 from smoa.layers.kinds.kind_table import kind_of
@@ -43,11 +44,17 @@ class StreamTarget:
 
 
 def target_of(name: str, model: nn.Module) -> StreamTarget | None:
-    """The target of an adapted layer or parameter; None if the model does not have it."""
+    """The target of an adapted layer or parameter; None if the model does not have it.
+
+    Raises:
+        UnsupportedModuleError: the layer can't be adapted, although older versions did so.
+    """
     module_name, _, parameter = name.rpartition(".")
     modules = dict(model.named_modules())
     if name in modules:
         kind = kind_of(modules[name])
+        if kind is not None and (refusal := kind.refusal(modules[name])) is not None:
+            raise UnsupportedModuleError(f"{name}: {refusal}; train an adapter without this layer")
         return StreamTarget(name, kind is not None and kind.fan_in_fan_out)
     if hasattr(modules.get(module_name), parameter):
         return StreamTarget(name, layout=Layout.of(modules[module_name], parameter))

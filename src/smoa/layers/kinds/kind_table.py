@@ -63,7 +63,7 @@ class Kind:
 
 
 KINDS = (
-    Kind(nn.Linear, "torch.nn.Linear", Linear, alike=("FalconLinear",)),
+    Kind(nn.Linear, "torch.nn.Linear", Linear, alike=("FalconLinear", "Float8Linear")),
     Kind(Conv1D, "transformers.pytorch_utils.Conv1D", Linear, fan_in_fan_out=True),
     Kind(nn.Embedding, "torch.nn.Embedding", Embedding, alike=("*ScaledWordEmbedding",)),
     Kind(nn.Conv1d, "torch.nn.Conv1d", Convolution),

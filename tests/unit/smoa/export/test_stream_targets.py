@@ -8,8 +8,9 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM
 
-from smoa import SmoaConfig
+from smoa import SmoaConfig, UnsupportedModuleError
 from smoa.export.merge import merge_and_save
+from smoa.export.stream_targets import target_of
 from tests.support.tiny_mixtures import COMMON, EXPERTS, build_mixture, tokens
 from tests.support.tolerance import assert_close
 
@@ -47,6 +48,13 @@ def test_a_mixture_is_merged_on_disk_under_the_names_of_its_checkpoint(
     assert export.loss.total < 1e-5
     assert load_file(merged / "model.safetensors").keys() == names
     assert_close(logits(AutoModelForCausalLM.from_pretrained(merged)), logits(model))
+
+
+def test_an_adapted_layer_that_computes_something_else_is_not_merged_on_disk() -> None:
+    model = build_mixture("llama4")
+    assert target_of("model.layers.0.self_attn.q_proj", model) is not None
+    with pytest.raises(UnsupportedModuleError, match=r"feed_forward\.router: Llama4Router has a forward of its own"):
+        target_of("model.layers.0.feed_forward.router", model)
 
 
 def test_a_mixture_in_memory_is_merged_with_what_rounding_took(tmp_path: Path) -> None:

@@ -304,7 +304,7 @@ def test_adapters_that_came_and_went_leave_no_tensor_and_no_name() -> None:
     assert tensors() == before
     for layer in smoa_layers(model).values():
         held = {**vars(layer), **layer._modules}.items()
-        assert not [key for key, value in held if hasattr(value, "keys") and "third" in value.keys()]
+        assert not [key for key, value in held if hasattr(value, "keys") and "third" in value]
 
 
 def test_an_adapter_of_a_deleted_name_can_be_added_again(tiny_llama: PreTrainedModel) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2TextScaledWor
 from smoa.layers.kinds.kind_table import KINDS, kind_of
 from tests.support.kinds import KINDS as EXAMPLES
 from tests.support.kinds import input_of, kind_of_layer
-from tests.support.layers import adapted_layer
+from tests.support.layers import Wrapper, adapted_layer
 from tests.support.tolerance import assert_close
 
 
@@ -129,3 +130,13 @@ def test_a_layer_that_computes_the_same_in_another_way_is_adapted(make: Callable
     assert (unmerged - layer.get_base_layer()(x)).abs().max() > 1e-3
     layer.merge()
     assert_close(layer(x), unmerged)
+
+
+@pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
+def test_a_layer_that_torchao_computes_in_float8_is_adapted() -> None:
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    model = convert_to_float8_training(Wrapper(nn.Linear(32, 32)), config=Float8LinearConfig(emulate=True))
+    layer = adapted_layer(model.layer, r=6, num_blocks=3)
+    x = torch.randn(16, 32)
+    assert_close(layer(x), model.layer(x) + layer.branch_output(x, "default"))
