@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from smoa.config.adapter_config import SmoaConfig
 from smoa.errors import AdapterFileError, MergeError
@@ -95,17 +99,17 @@ class SavedAdapter:
         if target.layout is not None:
             return self._merged_experts(target, target.layout, weight)
         pristine = as_matrix(weight, target.transposed)
-        merged = self._update(target.name).delta(pristine).add_(pristine)
+        merged = _sum(pristine, self._update(target.name).delta(pristine))
         return as_stored(merged, weight.shape, target.transposed)
 
     def _merged_experts(self, target: StreamTarget, layout: Layout, weight: Tensor) -> Tensor:
         stack = self._stack(target.name, layout)
         if target.number is not None:
-            return stack.update(target.number).delta(weight).add_(weight)
+            return _sum(weight, stack.update(target.number).delta(weight))
         merged = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
         matrices = (matrix for expert in layout.matrices(merged) for matrix in expert)  # views
         for number, matrix in enumerate(matrices):
-            matrix += stack.update(number).delta(matrix)
+            matrix.copy_(_sum(matrix, stack.update(number).delta(matrix)))
         return merged
 
     def _stack(self, name: str, layout: Layout) -> Stack:
@@ -141,6 +145,11 @@ class SavedAdapter:
         return Update(factors, MODULATIONS[self.config.modulation])
 
 
+def _sum(weight: Tensor, delta: Tensor) -> Tensor:
+    """`W + ΔW`, which overwrites ΔW, with the exact bits of W where nothing is added: -0 + 0 is 0."""
+    return torch.where(delta == 0, weight, delta.add_(weight))
+
+
 @dataclass(frozen=True)
 class StreamPlan:
     """What changes in the checkpoint, by key: what each adapted tensor holds, and the tensors to replace."""
@@ -149,7 +158,7 @@ class StreamPlan:
     replaced: dict[str, Tensor]
 
 
-def plan_stream(adapter: SavedAdapter, model: nn.Module, checkpoint: Checkpoint) -> StreamPlan | None:
+def plan_stream(adapter: SavedAdapter, model: PreTrainedModel, checkpoint: Checkpoint) -> StreamPlan | None:
     """Match the adapter's names with the checkpoint's.
 
     Args:
@@ -158,8 +167,8 @@ def plan_stream(adapter: SavedAdapter, model: nn.Module, checkpoint: Checkpoint)
         checkpoint: The base model's files.
 
     Returns:
-        None if the merge needs a loaded model: transformers converts keys while loading, only one of several tied
-        weights changes, or the vocabulary was resized.
+        None if the merge needs a loaded model: transformers renames or converts the keys of what changes while loading,
+        only one of several tied weights changes, or the vocabulary was resized.
 
     Raises:
         AdapterFileError: the model lacks a module that is adapted.
@@ -182,9 +191,8 @@ def plan_stream(adapter: SavedAdapter, model: nn.Module, checkpoint: Checkpoint)
     if any(name in _tied_names(model) for name in (*weights, *adapter.others)):
         return None
     keys = {name: _key_of(name, model, checkpoint) for name in (*weights, *adapter.others)}
-    found = all(keys[name] in checkpoint.entries for name in weights)
-    known = all(key in checkpoint.entries or keys[name] == name for name, key in keys.items())
-    if not found or not known:
+    unfound = {name for name, key in keys.items() if key not in checkpoint.entries}
+    if unfound & weights.keys() or not unfound <= _missing(model, checkpoint, unfound):
         return None
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     given = {name: tuple(tensor.shape) for name, tensor in adapter.others.items() if name in shapes}
@@ -195,6 +203,27 @@ def plan_stream(adapter: SavedAdapter, model: nn.Module, checkpoint: Checkpoint)
         {keys[name]: target for name, target in weights.items()} | apart,
         {keys[name]: tensor for name, tensor in adapter.others.items()},
     )
+
+
+def _missing(model: PreTrainedModel, checkpoint: Checkpoint, names: Collection[str]) -> set[str]:
+    """Those of the names that the checkpoint has under no key, such as a new head's.
+
+    transformers, which renames keys while it loads, says so. It gets tensors without data.
+    """
+    if not names:
+        return set()
+    tensors = {key: torch.empty(entry.shape, device="meta") for key, entry in checkpoint.entries.items()}
+    verbosity, shows_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # it lists the missing keys
+    logging.disable_progress_bar()
+    try:
+        options: Any = {"state_dict": tensors, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        found: Any = type(model).from_pretrained(None, config=model.config, device_map="meta", **options)
+    finally:
+        logging.set_verbosity(verbosity)
+        if shows_bars:
+            logging.enable_progress_bar()
+    return set(names).intersection(found[1]["missing_keys"])
 
 
 def _tied_names(model: nn.Module) -> set[str]:

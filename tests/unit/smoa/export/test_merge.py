@@ -150,6 +150,45 @@ def test_biases_that_were_trained_are_merged(base: Path, adapter: Path, output: 
     assert_close(logits(merged_model(output), "gpt2"), logits(adapted, "gpt2"))
 
 
+def test_trained_tensors_that_the_checkpoint_has_under_an_older_name_are_merged_in_memory(
+    base: Path, adapter: Path, output: Path
+) -> None:
+    adapted = saved(base, adapter, "bert", bias="all", modules_to_save=["classifier", "LayerNorm"])
+    tensors = load_file(base / "model.safetensors")
+    older = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    for new, old in older.items():
+        tensors = {name.replace(new, old): tensor for name, tensor in tensors.items()}
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    assert not merge_and_save(adapter, output).streamed
+    assert_close(logits(merged_model(output, AutoModelForSequenceClassification), "bert"), logits(adapted, "bert"))
+
+
+def test_a_new_head_is_streamed_without_a_word_beside_what_the_checkpoint_has_besides(
+    base: Path, adapter: Path, output: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint of a language model, whose head the classifier does not have."""
+    tiny_models.build("llama").save_pretrained(base)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    model.config.pad_token_id = 0
+    adapted = get_peft_model(model, SmoaConfig(task_type="SEQ_CLS", target_modules=["q_proj"], init_weights=False))
+    adapted.save_pretrained(adapter)
+    capfd.readouterr()
+    assert merge_and_save(adapter, output).streamed
+    assert "score" not in "".join(capfd.readouterr())
+    head = merged_model(output, AutoModelForSequenceClassification).score.weight
+    assert torch.equal(head, model.score.modules_to_save["default"].weight)
+
+
+def test_minus_zero_stays(base: Path, adapter: Path, output: Path) -> None:
+    saved(base, adapter)
+    key = "model.layers.0.self_attn.q_proj.weight"
+    tensors = load_file(base / "model.safetensors")
+    tensors[key][::2] = -0.0
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    assert merge_and_save(adapter, output).streamed
+    assert torch.signbit(load_file(output / "model.safetensors")[key][::2]).all()
+
+
 @pytest.mark.parametrize("config", [{"target_modules": ["lm_head", "q_proj"]}, {"modules_to_save": ["lm_head"]}])
 def test_an_output_layer_that_was_tied_gets_a_weight_of_its_own(
     config: dict[str, Any], base: Path, adapter: Path, output: Path

@@ -57,6 +57,17 @@ def test_an_adapted_layer_that_computes_something_else_is_not_merged_on_disk() -
         target_of("model.layers.0.feed_forward.router", model)
 
 
+def test_a_router_that_was_trained_is_merged_although_the_checkpoint_calls_it_otherwise(tmp_path: Path) -> None:
+    base, adapter, merged = tmp_path / "base", tmp_path / "adapter", tmp_path / "merged"
+    build_mixture("mixtral").save_pretrained(base)
+    config = SmoaConfig(r=4, target_modules=["q_proj"], modules_to_save=["gate"], task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    torch.nn.init.normal_(model.base_model.model.model.layers[0].mlp.gate.modules_to_save["default"].weight)
+    model.save_pretrained(adapter)
+    assert not merge_and_save(adapter, merged).streamed
+    assert_close(logits(AutoModelForCausalLM.from_pretrained(merged)), logits(model))
+
+
 def test_a_mixture_in_memory_is_merged_with_what_rounding_took(tmp_path: Path) -> None:
     model = build_mixture("qwen3_moe")
     config = SmoaConfig(r=4, num_blocks=2, init_weights=False, target_modules=[], target_parameters=EXPERTS)
