@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from smoa.atomic import check_place
 from smoa.errors import ConfigError
 from smoa_lab.config.run_config import RunConfig
 from smoa_lab.study.comparison import Comparison
@@ -33,6 +34,7 @@ def tune_run(config: RunConfig, max_runs: int = 6) -> Tuned:
         entries={"run": Entry(method=config.method, adapter=config.adapter, learning_rate=start)},
         tuning=Tuning(seed=int(config.training.get("seed", 42)), max_runs=max_runs, refine=True),
     )
+    check_place(study.folder / "untouched.json")
     comparison = Comparison(study)
     if not comparison.bench.records.validation:
         raise ConfigError(
