@@ -35,6 +35,23 @@ def new_file(target: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_place(target: Path, is_new: bool = False) -> None:
+    """Find out before any work whether a file or folder can be written, by trying. Nothing is left behind.
+
+    Raises:
+        ConfigError: nothing can be written there or, if it `is_new`, it exists.
+    """
+    if is_new and os.path.lexists(target):
+        raise ConfigError(f"{target}: exists and is not overwritten; choose another name")
+    try:
+        if target.is_dir() and not is_new:
+            raise IsADirectoryError(errno.EISDIR, "is a folder")
+        with tempfile.TemporaryFile(dir=next(above for above in target.absolute().parents if above.exists())):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{target}: cannot be written ({error.strerror}); choose another place") from error
+
+
 def write_whole(target: Path, content: str | bytes) -> None:
     """Write `content` to `target`; nobody who reads the file ever sees half of it."""
     with new_file(target) as temporary:

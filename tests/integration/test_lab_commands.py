@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from smoa import atomic
 from smoa_lab.cli.main import app
 from smoa_lab.config.run_config import check_config
 from smoa_lab.scoring.answer_loss import AnswerTrainer
@@ -74,7 +76,7 @@ def test_a_killed_run_resumes_to_the_same_bits(
 
 def test_an_unfinished_run_is_not_resumed_by_another_config(config: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoint-2").mkdir(parents=True)
-    (tmp_path / "run" / "config.yaml").write_text("method: lora\n")
+    (tmp_path / "run" / "config.yaml").write_text("method: lora\ntraining: {}\n")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     result = CliRunner().invoke(app, ["train", str(tmp_path / "config.yaml")])
     assert result.exit_code == 1
@@ -101,7 +103,37 @@ def test_generation_counts_what_it_could_not_extract_and_keeps_every_text(run: P
     assert len(result["texts"]) == 6
     assert result["scores"]["arc_easy"]["extraction_failures"] == sum(one["found"] is None for one in result["texts"])
     again = CliRunner().invoke(app, ["eval", str(run), "--output", str(output)])
-    assert "never overwritten" in again.output
+    assert "texts.json: exists and is not overwritten" in again.output
+
+
+def test_scores_are_printed_even_if_their_file_cannot_be_written(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: Path, content: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(file))
+
+    monkeypatch.setattr(atomic, "write_whole", full)
+    done = CliRunner().invoke(app, ["eval", str(run), "--output", str(tmp_path / "scores.json")])
+    assert done.exit_code == 1
+    assert "arc_easy" in done.stdout
+    assert "the disk is full" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("eval RUN --output PLACE/x.json", "merge RUN PLACE/merged", "convert RUN PLACE/lora --rank 1"),
+        *("inspect RUN --html PLACE/x.html", "report RUN --output PLACE/x.html"),
+        *("train RUN/config.yaml training.output_dir=PLACE/x", "tune RUN/config.yaml training.output_dir=PLACE/x"),
+    ],
+)
+def test_every_outputs_place_is_tried_before_any_work(command: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)  # no weights are read
+    words = command.replace("RUN", str(run)).replace("PLACE", str(run / "metrics.json")).split()
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 1
+    assert "cannot be written (Not a directory); choose another place" in done.stderr
+    assert done.stdout == ""
 
 
 def test_the_untouched_model_is_scored_from_a_config(run: Path) -> None:

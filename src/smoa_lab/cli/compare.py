@@ -47,12 +47,14 @@ def compare(
     with reporting("accelerate", *DRAWING, "filelock", *(["ray"] if on_ray else [])):
         import transformers
 
+        from smoa.atomic import check_place
         from smoa_lab.study.crews.ray_crew import RayCrew
         from smoa_lab.study.packing import pack as pack_runs
         from smoa_lab.study.study_file import load_study
 
         _check_options(report_only, bool(only) or on_ray)
         checked = load_study(study, overrides, trust_remote_code)
+        check_place(checked.folder / "summary.json")
         transformers.utils.logging.set_verbosity_error()  # a line for every new classification head
         if not report_only:
             _run(checked, only or [], RayCrew(checked, workers, ray_address) if on_ray else None)

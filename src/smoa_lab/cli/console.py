@@ -15,6 +15,8 @@ from smoa_lab.basics.extras import advice, missing
 from smoa_lab.basics.foreign import ignore_foreign_warnings
 from smoa_lab.basics.plain_json import json_text
 
+FULL_DISK = ("No space left", "quota exceeded", "inline_container", "iostream error")
+"""Words of the errors of Python, safetensors and torch when a disk is full."""
 WIDEST = 100_000
 """Characters of a table's line in a pipe."""
 
@@ -41,6 +43,10 @@ def reporting(*modules: str) -> Iterator[None]:
         if lacking is None:
             raise
         raise failed(f"this command {lacking}") from error
+    except Exception as error:
+        if not any(words in str(error) for words in FULL_DISK):
+            raise
+        raise failed(f"the disk is full ({error}); make room, and run the same command again") from error
     except KeyboardInterrupt:
         typer.echo("interrupted; run the same command again to resume from the last checkpoint", err=True)
         raise typer.Exit(130) from None
@@ -72,7 +78,9 @@ def _logging() -> Iterator[None]:
 
 def failed(message: str) -> typer.Exit:
     """The exit to raise, after printing the error on stderr."""
-    typer.echo(f"error: {message}", err=True)
+    from smoa_lab.basics.without_secrets import without_secrets
+
+    typer.echo(f"error: {without_secrets(message)}", err=True)
     return typer.Exit(1)
 
 

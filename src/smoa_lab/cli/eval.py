@@ -26,15 +26,21 @@ def evaluate(
 ) -> None:
     """Score a run's adapter, or an untouched model, on held-out questions."""
     with reporting():
+        from smoa.atomic import check_place, write_whole
+        from smoa_lab.basics.plain_json import json_text
         from smoa_lab.runs.evaluate_run import evaluate_run
         from smoa_lab.runs.open_run import open_run
 
+        if output is not None:
+            check_place(output, is_new=True)
         config, adapter = open_run(run, overrides, trust_remote_code)
-        result = evaluate_run(config, adapter, protocol, batch_size, num_beams, output)
+        result = evaluate_run(config, adapter, protocol, batch_size, num_beams)
         if json:
             print_json(result)
         else:
             _print_scores(result)
+        if output is not None:  # last: whatever happens to the file, the scores are printed
+            write_whole(output, json_text(result) + "\n")
 
 
 def _print_scores(result: dict[str, Any]) -> None:

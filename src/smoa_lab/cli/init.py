@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -130,14 +129,11 @@ def _name(place: str) -> str:
 
 def _free(name: str) -> Path:
     """The file to write, which must not exist; raises ConfigError."""
+    from smoa.atomic import check_place
     from smoa.errors import ConfigError
 
     file = Path(name)
     if file.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"{file}: the name of a config ends in .yaml; write {file}.yaml")
-    folder = next(one for one in file.absolute().parents if one.exists())
-    if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise ConfigError(f"{file}: cannot be written; {folder} is not a folder that you may write to")
-    if file.exists():
-        raise ConfigError(f"{file}: exists and is not overwritten; choose another name")
+    check_place(file, is_new=True)
     return file

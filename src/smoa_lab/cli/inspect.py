@@ -26,12 +26,15 @@ def inspect(
 ) -> None:
     """Show size, norm, ranks and spectral coverage of the update of every adapted layer."""
     with reporting(*(DRAWING if html else ())):
+        from smoa.atomic import check_place
         from smoa_lab.inspection.layer_reports import inspect_layers
 
         if against:
             typer.echo(
                 "--against is deprecated and will be removed in 0.4; name the adapters one after another", err=True
             )
+        if html is not None:
+            check_place(html)
         found = {place: inspect_layers(place, base, trust_remote_code) for place in (*adapters, *(against or []))}
         if html is not None:
             _write_page(html, found, layer or [])

@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 
 from smoa.errors import ConfigError
 from smoa_lab.basics.section import Section
+from smoa_lab.basics.without_secrets import without_secrets
 from smoa_lab.config.problems import Problem, listed
 from smoa_lab.config.validation import all_problems
 from smoa_lab.config.yaml_text import apply_overrides, key_lines, parse_yaml, to_yaml
@@ -133,8 +134,8 @@ class Run(Section):
         return str(self.training.get("eval_strategy", "no")) != "no"
 
     def to_yaml(self) -> str:
-        """The resolved config: every default of ours filled in."""
-        return to_yaml(self.model_dump(mode="json"))
+        """The resolved config: every default of ours filled in, and no secret."""
+        return to_yaml(without_secrets(self.model_dump(mode="json")))
 
 
 AnyRun = TypeVar("AnyRun", bound=Run)

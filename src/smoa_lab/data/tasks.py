@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from smoa.atomic import write_whole
+from smoa.atomic import check_place, write_whole
 from smoa.errors import DataError
 from smoa_lab.basics.cache import cache_folder
 from smoa_lab.basics.extras import Needs
@@ -89,6 +89,7 @@ def _records(name: str, part: str, task: Task) -> list[Record]:
         return task.read(part)
     file = _cached_file(name, part, task)
     if not file.is_file():
+        check_place(file)
         rows = [json.dumps(asdict(record), ensure_ascii=False) for record in task.read(part)]
         write_whole(file, "\n".join(rows) + "\n")
     with file.open(encoding="utf-8") as lines:

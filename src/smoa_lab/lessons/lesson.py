@@ -28,6 +28,7 @@ from transformers.trainer_utils import SchedulerType
 from smoa.errors import ConfigError
 from smoa.layers.distributed import is_distributed
 from smoa_lab.basics.foreign import foreign_warnings_ignored
+from smoa_lab.basics.without_secrets import Unsaved, names_secret
 from smoa_lab.config.rows_config import RowsConfig
 from smoa_lab.config.run_config import Run, RunConfig
 from smoa_lab.lessons.adapting import after_training, with_adapter
@@ -132,7 +133,7 @@ class Lesson(ABC):
 
 
 def checked_arguments(arguments: TrainingArguments) -> TrainingArguments:
-    """``arguments``, changed to pin memory only for a GPU.
+    """``arguments``, changed to pin memory only for a GPU, and to leave tokens out of checkpoints.
 
     Raises:
         ConfigError: accelerate counts fewer processes than there are, or a package of ``report_to`` is not installed.
@@ -149,6 +150,9 @@ def checked_arguments(arguments: TrainingArguments) -> TrainingArguments:
         raise ConfigError(f"training.report_to: {error}") from error
     # Pinned memory speeds up copies to a GPU; without one torch only warns.
     arguments.dataloader_pin_memory &= arguments.device.type == "cuda"
+    for key, value in vars(arguments).items():
+        if isinstance(value, str) and names_secret(key):
+            setattr(arguments, key, Unsaved(value))
     return arguments
 
 

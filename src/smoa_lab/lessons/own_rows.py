@@ -18,7 +18,9 @@ from transformers import (
     TrainingArguments,
 )
 
+from smoa.atomic import check_place
 from smoa.errors import ConfigError, DataError
+from smoa_lab.basics.cache import cache_folder
 from smoa_lab.basics.extras import import_package, require
 from smoa_lab.basics.foreign import foreign_warnings_ignored
 from smoa_lab.basics.positions import check_positions
@@ -168,6 +170,7 @@ def open_rows(config: RowsConfig) -> OwnRows:
     require(rows_needs(config))
     for source in sources(config.data):
         source.check()
+    check_place(cache_folder() / "rows" / "tokens")
     model, tokenizer = load_base_model(config.model)
     encoder, rows = trainable_rows_of(config, tokenizer)
     longest = min(rows.account["max_length"] or math.inf, rows.account["tokens"]["longest"])

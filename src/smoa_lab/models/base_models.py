@@ -27,9 +27,10 @@ from transformers import (
 )
 from transformers.utils import quantization_config
 
-from smoa.atomic import new_folder
+from smoa.atomic import check_place, new_folder
 from smoa.errors import DataError
 from smoa_lab.basics.extras import require
+from smoa_lab.basics.without_secrets import without_secrets
 from smoa_lab.config.run_config import AnyRun, ModelSection, adapter_rate
 from smoa_lab.models.needs import model_needs
 from smoa_lab.models.packaged_models import PACKAGED_MODELS, unpacked_folder
@@ -118,7 +119,9 @@ def _explained(wanted: ModelSection) -> Iterator[None]:
     try:
         yield
     except TypeError as error:  # transformers passes on unknown options
-        raise DataError(f"model.options: cannot load {wanted.name!r} with {wanted.options}: {error}") from error
+        raise DataError(
+            f"model.options: cannot load {wanted.name!r} with {without_secrets(wanted.options)}: {error}"
+        ) from error
     except SafetensorError as error:
         raise DataError(
             f"model.name: cannot load {wanted.name!r}: its weights are cut off or damaged ({error}); fetch it again"
@@ -152,6 +155,7 @@ def prepare_packaged_model(name: str) -> Path:
     if folder.is_dir():
         return folder
     require(model_needs(ModelSection(name=name)))
+    check_place(folder / "config.json")
     packaged = PACKAGED_MODELS[name]
     logger.info("Dequantizing %s into %s (once, about a minute)", packaged.hub_id, folder)
     with new_folder(folder, keep_existing=True) as temporary:

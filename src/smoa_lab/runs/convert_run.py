@@ -12,8 +12,7 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from smoa.atomic import new_folder
-from smoa.errors import ConfigError
+from smoa.atomic import check_place, new_folder
 from smoa.export.lora import LoraConversion, RankRule, UpdateSpectra
 from smoa_lab.config.rows_config import load_any_config
 from smoa_lab.lessons.lesson import Lesson
@@ -114,8 +113,7 @@ def convert_run(
         ConfigError: ``output`` exists, or ``place`` contains no SMoA adapter.
         DataError: base model or data cannot be loaded.
     """
-    if Path(output).exists():
-        raise ConfigError(f"{output}: exists; choose another folder")
+    check_place(Path(output), is_new=True)
     converter = Converter(place, base, score, trust_remote_code)
     with new_folder(Path(output)) as temporary:
         conversion, loss = converter.cut(rule, temporary, uniform_rank)

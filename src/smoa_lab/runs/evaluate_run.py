@@ -9,10 +9,9 @@ from typing import Any
 
 from peft import PeftModel
 
-from smoa.atomic import write_whole
 from smoa.errors import ConfigError, DataError
 from smoa_lab.basics.extras import require
-from smoa_lab.basics.plain_json import json_text
+from smoa_lab.basics.without_secrets import without_secrets
 from smoa_lab.config.rows_config import RowsConfig
 from smoa_lab.config.run_config import RunConfig
 from smoa_lab.lessons.lesson import Lesson
@@ -32,20 +31,17 @@ def evaluate_run(
     protocol: Protocol = "likelihood",
     batch_size: int = 16,
     num_beams: int = 1,
-    output: Path | None = None,
 ) -> dict[str, Any]:
-    """The scores per task with their provenance; also written to ``output``, which must not exist.
+    """The scores per task with their provenance.
 
     ``likelihood`` gives the gold answers' loss and the accuracy of the likeliest choice, or for free answers the exact
     match of greedy decoding; ``lm-eval`` lets the library of that name compute acc and acc_norm, for choices only (the
     two agree); ``generation`` generates text and extracts the answer from it.
 
     Raises:
-        ConfigError: ``output`` exists.
+        ConfigError: rows are to be scored by another protocol than likelihood.
         DataError: nothing is held out, model or data cannot be loaded, or a package is missing.
     """
-    if output is not None and output.exists():
-        raise ConfigError(f"{output}: exists, and results are never overwritten; choose another --output")
     if isinstance(config, RowsConfig) and protocol != "likelihood":
         raise ConfigError(f"--protocol {protocol}: is for questions; held-out rows are scored by likelihood")
     if isinstance(config, RunConfig):
@@ -53,7 +49,7 @@ def evaluate_run(
     lesson = open_lesson(config)
     model: Any = lesson.base if adapter is None else PeftModel.from_pretrained(lesson.base, str(adapter))
     logger.info("Scoring held-out data by %s", protocol)
-    result = {
+    result: dict[str, Any] = {
         "format": 1,
         "protocol": protocol,
         "adapter": str(adapter) if adapter else None,
@@ -62,9 +58,7 @@ def evaluate_run(
         "data": lesson.account(),
         **_scores(model, lesson, protocol, batch_size, num_beams),
     }
-    if output is not None:
-        write_whole(output, json_text(result) + "\n")
-    return result
+    return without_secrets(result)
 
 
 def _scores(model: Any, lesson: Lesson, protocol: Protocol, batch_size: int, num_beams: int) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from smoa.errors import ConfigError
+from smoa.atomic import check_place
 from smoa.export.merge import Dtype, Export, merge_and_save
 from smoa_lab.config.rows_config import load_any_config
 from smoa_lab.config.run_config import ModelSection
@@ -36,8 +36,7 @@ def merge_run(
         MergeError: a merged weight is not finite, or not in range of ``dtype``.
     """
     source = adapter_of_run(adapter)
-    if Path(output).exists():
-        raise ConfigError(f"{output}: exists; choose another folder")
+    check_place(Path(output), is_new=True)
     name = base_name(source, base)
     options: dict[str, Any] = {"max_shard_size": max_shard_size, "trust_remote_code": trust_remote_code}
     options["base_name"] = described_base(name)

@@ -9,6 +9,7 @@ from typing import Any
 
 from peft import PeftConfig
 
+from smoa.atomic import check_place
 from smoa.files.adapter_card import loading_code
 from smoa_lab.config.methods import METHODS
 from smoa_lab.drawing.pages import Html, code, figure, page, paragraph, section, table, write_page
@@ -31,6 +32,7 @@ def report_run(place: str | Path, output: Path | None = None) -> tuple[Path, lis
     """
     record = read_run(place)
     file = output or record.folder.report
+    check_place(file)
     text, missing = run_page(record)
     write_page(file, text)
     return file, missing

@@ -11,6 +11,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from smoa.errors import ConfigError, SmoaError
+from smoa_lab.basics.without_secrets import without_secrets
 from smoa_lab.config.yaml_text import parse_yaml, to_yaml
 from smoa_lab.training.run_folder import RunFolder
 
@@ -62,11 +63,10 @@ def _config(folder: RunFolder, metrics: dict[str, Any]) -> tuple[str, str | None
     if not folder.config.is_file():
         return kept, f"config.yaml is missing.{instead}"
     try:
-        text = folder.config.read_text(encoding="utf-8")
-        parse_yaml(text, folder.config)
+        shown = without_secrets(parse_yaml(folder.config.read_text(encoding="utf-8"), folder.config))
     except ValueError as error:  # neither UTF-8 nor YAML
         return kept, f"config.yaml is damaged: {error}.{instead}"
-    return text, None
+    return to_yaml(shown), None
 
 
 def _metrics(folder: RunFolder) -> tuple[dict[str, Any], str | None]:
@@ -81,7 +81,7 @@ def _metrics(folder: RunFolder) -> tuple[dict[str, Any], str | None]:
         return _logged(folder), f"metrics.json is damaged: {error}. {AGAIN}"
     if not isinstance(found, dict):
         return _logged(folder), f"metrics.json is damaged: it is a {type(found).__name__}, not an object. {AGAIN}"
-    return found, None
+    return without_secrets(found), None
 
 
 def _logged(folder: RunFolder) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from smoa.atomic import write_whole
 from smoa.errors import ConfigError
 from smoa_lab.basics.plain_json import finite
+from smoa_lab.basics.without_secrets import without_secrets
 from smoa_lab.study.packing import PACK, as_line, own_files, packed_runs, parse_run
 from smoa_lab.training.run_folder import provenance
 
@@ -98,7 +99,7 @@ class TrialStore:
     def _run(self, name: str, run: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
         work = self.folder / "work" / name
         logger.info("%s", name)
-        result = finite(run(work))
+        result = without_secrets(finite(run(work)))
         seed = int(result["config"]["training"].get("seed", 0))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         result = {"format": 1, "name": name, "provenance": provenance(seed, device), **result}
@@ -118,7 +119,8 @@ class TrialStore:
 
 
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:
-    """A config without where it was run, and without what a study does not show."""
+    """A config without where it was run, secrets, and what a study does not show."""
+    config = without_secrets(config)
     kept = {**_without(config, "forgetting"), "training": _without(config["training"], "output_dir")}
     return {**kept, "task": _without(config["task"], "samples")} if "task" in config else kept
 

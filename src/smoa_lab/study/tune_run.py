@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from smoa.atomic import check_place
 from smoa.errors import ConfigError
 from smoa_lab.config.rows_config import RowsConfig
 from smoa_lab.config.run_config import RunConfig
@@ -52,6 +53,7 @@ def _tune_questions(config: RunConfig, max_runs: int) -> Tuned:
         entries={"run": Entry(method=config.method, adapter=config.adapter, learning_rate=_start(config))},
         tuning=Tuning(seed=_seed(config), max_runs=max_runs, refine=True),
     )
+    check_place(study.folder / "untouched.json")
     comparison = Comparison(study)
     if not comparison.bench.records.validation:
         raise ConfigError(

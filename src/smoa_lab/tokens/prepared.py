@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from tqdm.auto import tqdm
 
-from smoa.atomic import new_folder, write_whole
+from smoa.atomic import check_place, new_folder, write_whole
 from smoa.errors import DataError
 from smoa_lab.basics.cache import cache_folder
 from smoa_lab.basics.extras import import_package
@@ -102,12 +102,19 @@ def prepare_rows(wanted: RowsWanted, encoder: RowEncoder) -> PreparedRows:
     """
     folder = wanted.folder(encoder)
     locks = import_package("filelock", "data.train")
+    if folder.is_dir():
+        return _prepared(folder)
+    check_place(folder / "account.json")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locks.FileLock(f"{folder}.lock"):
         if not folder.is_dir():
             with new_folder(folder) as temporary:
                 account = _Reading(wanted, encoder, temporary).read()
                 write_whole(temporary / "account.json", json.dumps(account.plain(), ensure_ascii=False))
+    return _prepared(folder)
+
+
+def _prepared(folder: Path) -> PreparedRows:
     return PreparedRows(folder, json.loads((folder / "account.json").read_text(encoding="utf-8")))
 
 

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,11 @@ from filelock import FileLock, Timeout
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from smoa.atomic import write_whole
+from smoa.atomic import check_place, write_whole
 from smoa.errors import ConfigError
 from smoa_lab.basics.free_name import free_name
 from smoa_lab.basics.plain_json import json_text
+from smoa_lab.basics.without_secrets import without_secrets
 from smoa_lab.config.run_config import RunConfig
 from smoa_lab.config.yaml_text import parse_yaml
 
@@ -54,7 +55,9 @@ class RunFolder:
 
     def check(self, config_yaml: str) -> None:
         """Raise ConfigError if another process trains into the folder, or it contains a finished run, or checkpoints of
-        another config. Nothing is written."""
+        another config, or files that are not of a run, or cannot be written. Nothing is left in it."""
+        check_place(self.config)
+        self._check_foreign()
         if self.lock.is_file() and is_first_process():
             with self._locked():
                 pass
@@ -70,12 +73,29 @@ class RunFolder:
                 "choose another training.output_dir or remove it"
             )
 
+    def _check_foreign(self) -> None:
+        """Raise ConfigError if no run was begun in the folder, and it has what a run replaces or removes."""
+        with suppress(OSError, ValueError):  # no file, neither UTF-8 nor YAML
+            if {"method", "training"} <= parse_yaml(self.config.read_text(encoding="utf-8"), self.config).keys():
+                return
+        pictures = (self.picture, self.picture.with_suffix(".svg"))
+        own = (self.config, self.adapter, *pictures, self.samples, *self._checkpoints())
+        found = [place.name for place in own if os.path.lexists(place)]
+        if self.lock.exists() and self.lock.stat().st_size:
+            found.append(self.lock.name)
+        if found:
+            raise ConfigError(
+                f"{self.path}: contains {', '.join(sorted(found))}, which no run of smoa's made and this one would "
+                "replace or remove; choose another training.output_dir"
+            )
+
     def start(self, config_yaml: str) -> str | None:
         """Claim the folder for this config; the checkpoint to resume from, if an interrupted run left one.
 
         Raises:
-            ConfigError: the folder contains a finished run, or checkpoints of another config.
+            ConfigError: the folder contains a finished run, checkpoints of another config, or files not of a run.
         """
+        self._check_foreign()
         self._check_content(config_yaml)
         write_whole(self.config, config_yaml)
         return self._last_whole_checkpoint()
@@ -102,8 +122,12 @@ class RunFolder:
     def finish(self, metrics: dict[str, Any]) -> None:
         """Write the metrics, which marks the run finished, and remove its checkpoints."""
         write_whole(self.metrics, json_text(metrics) + "\n")
-        for checkpoint in self.path.glob("checkpoint-*"):
+        for checkpoint in self._checkpoints():
             shutil.rmtree(checkpoint)
+
+    def _checkpoints(self) -> list[Path]:
+        """What is named as the Trainer names checkpoints; ``checkpoint-best`` is not."""
+        return [one for one in self.path.glob("checkpoint-*") if one.name.partition("-")[2].isdecimal()]
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -143,7 +167,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         logger = logging.getLogger("smoa_lab")
         handler = logging.FileHandler(self.log, encoding="utf-8")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handler.setFormatter(_Cleaned("%(asctime)s %(levelname)s %(message)s"))
         level = logger.level
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
@@ -153,6 +177,13 @@ class RunFolder:
             logger.removeHandler(handler)
             logger.setLevel(level)
             handler.close()
+
+
+class _Cleaned(logging.Formatter):
+    """Lines without the tokens of this machine."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_secrets(super().format(record))
 
 
 def is_first_process() -> bool:

@@ -15,6 +15,7 @@ from smoa.errors import ConfigError
 from smoa.layers.distributed import from_rank_zero
 from smoa_lab.basics.extras import require
 from smoa_lab.basics.portable import portable
+from smoa_lab.basics.without_secrets import without_secrets
 from smoa_lab.config.methods import METHODS
 from smoa_lab.config.rows_config import RowsConfig
 from smoa_lab.config.run_config import RunConfig
@@ -129,7 +130,7 @@ def _entries(parameter: Any) -> int:
 def _save(lesson: Lesson, folder: RunFolder, model: Any, state: Any, metrics: dict[str, Any]) -> dict[str, Any]:
     from smoa_lab.training.run_charts import draw_run  # here: scoring and converting load lessons and draw nothing
 
-    method = lesson.config.method
+    method, metrics = lesson.config.method, without_secrets(metrics)
     with new_files(folder.adapter) as temporary:
         model.save_pretrained(temporary, state_dict=state)
         lesson.tokenizer.save_pretrained(temporary)

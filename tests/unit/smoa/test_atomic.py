@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from smoa.atomic import SAVE, new_file, new_files, new_folder, recover, write_whole
+from smoa.atomic import SAVE, check_place, new_file, new_files, new_folder, recover, write_whole
 from smoa.errors import ConfigError
 from tests.support.killing import killed_at
 
@@ -26,6 +26,19 @@ def fill(folder: Path, text: str) -> None:
 def texts(folder: Path) -> set[str]:
     """What the visible files hold."""
     return {file.read_text() for file in folder.rglob("*") if file.is_file() and "/." not in str(file)}
+
+
+def test_a_place_is_tried_and_nothing_is_left_there(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    check_place(tmp_path / "file")
+    check_place(tmp_path / "a" / "b", is_new=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    refused = {"file/x": "Not a directory", "": "is a folder", "/proc/x": "No such file or directory"}
+    for place, reason in refused.items():
+        with pytest.raises(ConfigError, match=rf"cannot be written \({reason}\); choose another place"):
+            check_place(tmp_path / place)
+    with pytest.raises(ConfigError, match="file: exists and is not overwritten; choose another name"):
+        check_place(tmp_path / "file", is_new=True)
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

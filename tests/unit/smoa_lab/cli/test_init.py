@@ -81,7 +81,7 @@ def test_on_a_terminal_a_wrong_answer_is_asked_for_again(tmp_path: Path, monkeyp
     ("arguments", "message"),
     [
         (("mine.txt", *GIVEN), "mine.txt: the name of a config ends in .yaml"),
-        (("talks.jsonl/mine.yaml", *GIVEN), "is not a folder that you may write to"),
+        (("talks.jsonl/mine.yaml", *GIVEN), "mine.yaml: cannot be written (Not a directory); choose another place"),
         ((*GIVEN, "--parameters", "1"), "is too small; the smallest adapter has"),
         ((*GIVEN, "--parameters", "much"), "neither a percentage"),
         ((*GIVEN, "--dtype", "float8"), "dtype: there is no 'float8'"),

@@ -69,6 +69,15 @@ def test_a_damaged_file_is_one_clear_error_and_leaves_no_run(file: Damaged, room
     assert_refused(command(room, rows), room, expected)
 
 
+def test_a_cache_that_cannot_be_written_is_told_before_the_model_is_loaded(
+    room: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = write_rows(room / "rows.jsonl", chats(20))
+    monkeypatch.setenv("SMOA_CACHE", str(rows))
+    monkeypatch.setattr(own_rows, "load_base_model", pytest.fail)
+    assert_refused(command(room, rows), room, "cannot be written (Not a directory); choose another place")
+
+
 def good_files() -> dict[str, bytes]:
     lines = "".join(json.dumps(row) + "\n" for row in GOOD).encode()
     cells = io.StringIO()

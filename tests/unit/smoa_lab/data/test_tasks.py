@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from smoa.errors import DataError
+from smoa.errors import ConfigError, DataError
 from smoa_lab.data.files import Columns, FileTask
 from smoa_lab.data.records import Record
 from smoa_lab.data.selection import Sizes, select
@@ -40,6 +40,17 @@ def test_a_source_is_read_once_and_then_from_the_cache() -> None:
     assert again.train == first.train
     assert again.test == first.test
     assert reads == ["a, train", "a, test"]
+
+
+def test_a_cache_that_cannot_be_written_is_told_before_a_source_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "file"))
+    reads: list[str] = []
+    with pytest.raises(ConfigError, match=r"a-train-3\.jsonl: cannot be written \(Not a directory\)"):
+        select({"a": task("a", 20, 5, reads)}, Sizes())
+    assert reads == []
 
 
 def test_a_file_of_ones_own_comes_before_a_task_of_that_name_and_is_never_cached(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_a_finished_run_is_shown_whole(tmp_path: Path) -> None:
         "Forgotten: +0.250 ± 0.020 nats per token of general text (A story, 2,048 tokens).",
         "<dt>Prompt</dt><dd>2 &lt; 3?</dd><dt>Reference</dt><dd>yes</dd><dt>Before</dt><dd>(nothing)</dd>",
         "<td>piqa</td><td>after</td><td>40</td><td>2.125</td><td>0.625</td><td>0.250</td>",
-        "model: {name: org/base}",
+        "model:\n  name: org/base\n",
         "adapter/ is not here",
     ):
         assert told in page
@@ -145,6 +145,17 @@ def test_nothing_measured_is_nothing_missing(tmp_path: Path) -> None:
     page, missing = reported(stored_run(tmp_path / "run", evaluation={}, forgetting=None, samples=[], history=[]))
     assert missing == []
     assert headings(page) == ["Config", "Load it"]
+
+
+def test_secrets_that_an_older_version_stored_are_not_shown(tmp_path: Path) -> None:
+    run = stored_run(tmp_path / "run")
+    (run / "config.yaml").write_text("model: {name: x, options: {token: hf_one}}\nmethod: smoa\n")
+    assert "hf_one" not in reported(run)[0]
+    (run / "config.yaml").unlink()
+    metrics = stored_metrics()
+    metrics["config"]["training"]["hub_token"] = "hf_one"
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    assert "hf_one" not in reported(run)[0]
 
 
 def test_a_missing_config_is_taken_from_the_metrics(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from smoa.errors import ConfigError
 from smoa_lab.study.trials import TrialStore
+from tests.support.lab import files_with
 
 
 def test_a_trial_that_diverged_is_stored_as_json_that_others_can_read(tmp_path: Path) -> None:
@@ -20,6 +21,20 @@ def test_a_trial_that_diverged_is_stored_as_json_that_others_can_read(tmp_path: 
     first = store.get("final/lora/x", {}, lambda work: result)
     assert json.loads(store.file("final/lora/x").read_text(), parse_constant=pytest.fail) == first
     assert (first["scores"]["all"]["gold_loss"], first["questions"]["nll"]) == (None, [None])
+
+
+def test_no_secret_is_in_a_stored_trial_and_a_changed_one_is_no_other_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_of-this-machine")
+    store = TrialStore(tmp_path)
+    config = {"model": {"name": "x", "options": {"token": "hf_one"}}, "training": {"hub_token": "hf_two", "seed": 1}}
+    stored = store.get("final/lora/x", config, lambda work: {"config": config, "told": "hf_of-this-machine"})
+    assert stored["config"] == {"model": {"name": "x", "options": {}}, "training": {"seed": 1}}
+    assert stored["told"] == "***"
+    assert not {secret for secret in ("hf_one", "hf_two", "hf_of-") if files_with(secret, tmp_path)}
+    config["training"]["hub_token"] = "hf_three"
+    assert store.get("final/lora/x", config, pytest.fail)["config"] == stored["config"]
 
 
 @pytest.mark.parametrize(("version", "accepted"), [("0.1.0", True), ("0.2.0", False)])

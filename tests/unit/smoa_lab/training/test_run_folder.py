@@ -19,6 +19,9 @@ from smoa.errors import ConfigError
 from smoa_lab.training import run_folder
 from smoa_lab.training.run_folder import RunFolder
 
+SMOA, LORA = (f"method: {method}\ntraining: {{output_dir: run}}\n" for method in ("smoa", "lora"))
+"""Configs as runs write them, but for what does not matter here."""
+
 
 def test_provenance_without_git_or_a_known_processor_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*call: Any, **options: Any) -> None:
@@ -41,13 +44,14 @@ def test_a_processor_that_does_not_tell_its_model_is_told_by_the_platform(monkey
 
 
 def test_half_a_checkpoint_is_removed_and_the_whole_one_before_it_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(SMOA)
     for step, state in ((2, "{}"), (3, '{"epoch": 1.'), (4, None)):
         checkpoint = tmp_path / f"checkpoint-{step}"
         checkpoint.mkdir()
         (checkpoint / "optimizer.pt").touch()
         if state is not None:
             (checkpoint / "trainer_state.json").write_text(state)
-    assert RunFolder(tmp_path).start("method: smoa\n") == str(tmp_path / "checkpoint-2")
+    assert RunFolder(tmp_path).start(SMOA) == str(tmp_path / "checkpoint-2")
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
@@ -62,23 +66,62 @@ def test_an_unfinished_run_is_resumed_by_the_same_config_in_other_words(tmp_path
 
 def test_a_run_that_has_no_checkpoint_yet_gives_way_to_another_config(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
-    run.start("method: smoa\n")
-    assert run.start("method: lora\n") is None
-    assert run.config.read_text() == "method: lora\n"
+    run.start(SMOA)
+    assert run.start(LORA) is None
+    assert run.config.read_text() == LORA
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("checkpoint-500/model.safetensors", "checkpoint-7", "adapter/README.md", "config.yaml", "samples.md"),
+        *("loss_curve.svg", "lock"),
+    ],
+)
+def test_what_no_run_made_is_neither_replaced_nor_removed(name: str, tmp_path: Path) -> None:
+    """The config is that of another program."""
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("base_model: mine")
+    for refuse in (RunFolder(tmp_path).check, RunFolder(tmp_path).start):
+        with pytest.raises(ConfigError, match=rf"contains {Path(name).parts[0]}, which no run .* choose another"):
+            refuse(SMOA)
+    assert [file.read_text(), len(list(tmp_path.rglob("*.*")))] == ["base_model: mine", 1 if "." in name else 0]
+
+
+def test_of_checkpoints_only_those_of_the_trainer_are_removed(tmp_path: Path) -> None:
+    for name in ("checkpoint-best", "checkpoint-2-copy"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-notes.txt").touch()
+    run = RunFolder(tmp_path)
+    run.check(SMOA)
+    assert run.start(SMOA) is None
+    (tmp_path / "checkpoint-2").mkdir()
+    run.finish({})
+    assert {path.name for path in tmp_path.glob("checkpoint*")} == {
+        *("checkpoint-best", "checkpoint-2-copy", "checkpoint-notes.txt")
+    }
+
+
+@pytest.mark.parametrize("place", ["/proc/run", "file/run", "file"])
+def test_a_place_that_cannot_be_written_is_told_before_any_work(place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"config\.yaml: cannot be written .*; choose another place"):
+        RunFolder(tmp_path / place).check(SMOA)
 
 
 def test_one_process_trains_into_a_folder_at_a_time(tmp_path: Path) -> None:
     run, other = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
     with run.alone():
-        run.start("method: smoa\n")
+        run.start(SMOA)
         with pytest.raises(ConfigError, match=r"run: another process trains into it; wait for its end, or choose"):
-            other.check("method: smoa\n")
+            other.check(SMOA)
         with pytest.raises(ConfigError, match="another process"), other.alone():
             pytest.fail("it was let in")
         run.finish({})
     assert not run.lock.exists()
     with pytest.raises(ConfigError, match="contains a finished run"), other.alone():
-        other.start("method: smoa\n")
+        other.start(SMOA)
     assert not run.lock.exists()
 
 
@@ -87,9 +130,9 @@ def test_a_run_that_failed_leaves_its_folder_free(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="disk is full"), run.alone():
         raise OSError("disk is full")
     assert run.lock.exists()
-    run.check("method: smoa\n")
+    run.check(SMOA)
     with run.alone():
-        assert run.start("method: smoa\n") is None
+        assert run.start(SMOA) is None
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
@@ -101,16 +144,16 @@ def test_a_run_whose_process_died_leaves_its_folder_free(tmp_path: Path) -> None
             os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(process, 0)
     assert run.lock.exists()
-    run.check("method: smoa\n")
+    run.check(SMOA)
 
 
 def test_the_other_processes_of_a_run_are_let_in_by_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = RunFolder(tmp_path), RunFolder(tmp_path)
     with first.alone():
         monkeypatch.setenv("RANK", "1")
-        second.check("method: smoa\n")
+        second.check(SMOA)
         with second.alone():
-            assert second.start("method: smoa\n") is None
+            assert second.start(SMOA) is None
 
 
 def test_metrics_of_a_run_that_diverged_are_json_that_others_can_read(tmp_path: Path) -> None:

@@ -1,0 +1,64 @@
+"""Keeps secrets out of what is written: by the names of keys, and by the values of the tokens of this machine."""
+
+from __future__ import annotations
+
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from huggingface_hub import constants
+
+Value = TypeVar("Value")
+
+NAMES = re.compile(
+    r"(?:.*[_-])?(?:token|password|passwd|secret|credentials?|authorization|api[_-]?key|(?:access|private|secret)[_-]?key)",
+    re.IGNORECASE,
+)
+OF_TOKENIZERS = re.compile(r"(?:bos|eos|pad|unk|sep|cls|mask|image|video|audio)_token")
+"""Named alike, and no secrets."""
+SHORTEST = 8
+"""Characters of a token; shorter values may be words."""
+
+
+class Unsaved(str):
+    """A token that can be used and not be saved: pickled, as the Trainer pickles its arguments, it is empty."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return str, ()
+
+    def __deepcopy__(self, memo: Any) -> Unsaved:
+        return self
+
+
+def names_secret(key: str) -> bool:
+    """Whether a value of this name is a secret, such as ``hub_token`` or ``WANDB_API_KEY``."""
+    return bool(NAMES.fullmatch(key)) and not OF_TOKENIZERS.fullmatch(key)
+
+
+def without_secrets(value: Value) -> Value:
+    """Plain values without texts that are named like secrets, and with ``***`` in the place of each known token."""
+    return cast(Value, _cleaned(value, _known_tokens()))
+
+
+def _known_tokens() -> list[str]:
+    """Those in the environment, and the one that ``hf auth login`` has stored."""
+    found = [value.strip() for key, value in os.environ.items() if names_secret(key)]
+    with suppress(OSError, UnicodeDecodeError):
+        found.append(Path(constants.HF_TOKEN_PATH).read_text(encoding="utf-8").strip())
+    return sorted((one for one in found if len(one) >= SHORTEST), key=len, reverse=True)
+
+
+def _cleaned(value: Any, tokens: list[str]) -> Any:
+    if isinstance(value, dict):
+        secret = {key for key, one in value.items() if isinstance(one, str) and names_secret(str(key))}
+        return {key: _cleaned(one, tokens) for key, one in value.items() if key not in secret}
+    if isinstance(value, list | tuple):
+        return [_cleaned(one, tokens) for one in value]
+    if isinstance(value, str):
+        for token in tokens:
+            value = value.replace(token, "***")
+    return value
