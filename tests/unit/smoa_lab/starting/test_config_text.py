@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from smoa_lab.config.yaml_text import parse_yaml
 from smoa_lab.starting.config_text import config_text, duration, expected, plain_report
 from smoa_lab.starting.measure_steps import Measured
 from smoa_lab.starting.proposal import Proposal
+from smoa_lab.starting.survey import DataFacts
 from tests.support.proposals import MACHINE, QUESTIONS, ROWS, proposal
 
 pytestmark = [
@@ -59,9 +61,10 @@ def test_a_tighter_time_is_said_beside_the_steps() -> None:
     assert "as many as the time allows; 3 times all rows would be 21 steps" in text
 
 
-def test_only_questions_are_sent_to_tune() -> None:
-    assert "smoa tune" in config_text(Path("mine.yaml"), proposal(data=QUESTIONS), MACHINE, None)
-    assert "smoa tune" not in config_text(Path("mine.yaml"), proposal(), MACHINE, None)
+@pytest.mark.parametrize("data", [QUESTIONS, ROWS])
+def test_the_rate_is_that_of_the_models_size_and_tune_finds_a_better_one(data: DataFacts) -> None:
+    text = config_text(Path("mine.yaml"), proposal(data=data), MACHINE, None)
+    assert re.search(r"learning_rate: 0\.002 +# by the size of the model; `smoa tune` finds a better one", text)
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(8.2, "8 s"), (150, "2.5 minutes"), (9000, "2.5 hours")])
