@@ -11,6 +11,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -28,6 +30,7 @@ from transformers.utils import quantization_config
 
 from smoa.atomic import new_folder
 from smoa.errors import DataError
+from smoa_lab.basics.cache import content_of
 from smoa_lab.basics.extras import require
 from smoa_lab.config.run_config import ModelSection
 from smoa_lab.models.needs import model_needs
@@ -37,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 PLACES = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 """Options about where a model comes from, which hold for its tokenizer too."""
+DECIDING = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja", ".py")
+"""Endings of the files of a model's folder that decide what it computes."""
 
 
 def load_base_model(wanted: ModelSection) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -57,6 +62,33 @@ def load_base_model(wanted: ModelSection) -> tuple[PreTrainedModel, PreTrainedTo
         _unmark_gguf(model)
         model.name_or_path = wanted.name  # from_pretrained records the folder, not the file
     return model, tokenizer
+
+
+def empty_model(wanted: ModelSection, auto_class: Any = AutoModelForCausalLM) -> PreTrainedModel:
+    """The model with its config and layers, and without weights.
+
+    Raises:
+        DataError: there is no such model.
+    """
+    config = _base_config(wanted)
+    with _explained(wanted), torch.device("meta"):
+        return cast(PreTrainedModel, auto_class.from_config(config, trust_remote_code=wanted.trust_remote_code))
+
+
+def base_content(wanted: ModelSection) -> str:
+    """What changes when the model does: the hash of its files or, on the Hub, the commit."""
+    source, gguf_file = locate(wanted.name)
+    folder = Path(source)
+    if not folder.is_dir():
+        return str(_base_config(wanted)._commit_hash)
+    files = [folder / gguf_file] if gguf_file else sorted(file for file in folder.iterdir() if file.suffix in DECIDING)
+    return sha256(" ".join(f"{file.name} {content_of(file)}" for file in files).encode()).hexdigest()
+
+
+def _base_config(wanted: ModelSection) -> Any:
+    source, gguf_file = locate(wanted.name)
+    with _explained(wanted):
+        return AutoConfig.from_pretrained(source, **_shared(wanted, gguf_file), **places(wanted.options))
 
 
 def load_tokenizer(wanted: ModelSection) -> PreTrainedTokenizerBase:

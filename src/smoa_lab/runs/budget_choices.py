@@ -6,11 +6,9 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
 
-import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from smoa.config.adapter_config import SmoaConfig
@@ -18,7 +16,8 @@ from smoa.errors import ConfigError, DataError
 from smoa.layers.experts.layout import Layout
 from smoa.layers.kinds.kind_table import kind_of
 from smoa.maths.budget import adapter_bytes, rank_bound, trainable_parameters
-from smoa_lab.models.base_models import locate
+from smoa_lab.config.run_config import ModelSection
+from smoa_lab.models.base_models import empty_model
 
 BLOCKS = (1, 2, 4, 8, 16, 32)
 ALL_LINEAR = "all-linear"
@@ -88,21 +87,8 @@ def choice_of(shapes: Shapes, total: int, r: int, num_blocks: int) -> Choice:
 
 def model_shapes(model: str, targets: tuple[str, ...], trust_remote_code: bool = False) -> tuple[Shapes, int]:
     """Shapes of the layers whose name ends in one of ``targets``, and the model's number of parameters."""
-    empty = empty_model(model, trust_remote_code)
+    empty = empty_model(ModelSection(name=model, trust_remote_code=trust_remote_code))
     return shapes_of(empty, targets, model), sum(parameter.numel() for parameter in empty.parameters())
-
-
-def empty_model(model: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model with its config and layers, and without weights; raises DataError if there is no such model."""
-    name, gguf_file = locate(model)
-    options = {"gguf_file": gguf_file} if gguf_file else {}
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
-        with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise DataError(f"model: cannot read the config of {model!r}: {error}") from error
-    return cast(PreTrainedModel, empty)
 
 
 def shapes_of(empty: PreTrainedModel, targets: tuple[str, ...], model: str) -> Shapes:

@@ -19,7 +19,7 @@ from smoa_lab.config.rows_config import load_any_config
 from smoa_lab.lessons.lesson import Lesson
 from smoa_lab.models.base_models import load_base_model
 from smoa_lab.models.packaged_models import described_base
-from smoa_lab.runs.open_run import adapter_of_run, base_section
+from smoa_lab.runs.open_run import adapter_config, adapter_of_run, base_section
 from smoa_lab.scoring.row_losses import Losses
 from smoa_lab.training.run_folder import RunFolder
 from smoa_lab.training.train_run import open_lesson
@@ -55,6 +55,9 @@ class Converter:
 
     def __init__(self, place: str | Path, base: str | None = None, score: bool = True) -> None:
         self.source = adapter_of_run(place)
+        kind = getattr(adapter_config(self.source).peft_type, "value", None)
+        if kind != "SMOA":
+            raise ConfigError(f"{self.source}: is an adapter of the type {kind}; only SMoA's are converted to LoRA")
         config = RunFolder(Path(place)).config
         elsewhere = [] if base is None else [f"model.name={json.dumps(base)}"]
         run = load_any_config(config, elsewhere) if score and config.is_file() else None

@@ -11,10 +11,10 @@ from smoa_lab.config.rows_config import check_rows_config
 from smoa_lab.config.run_config import DataSection, ModelSection, TaskSection
 from smoa_lab.data.tasks import TASKS, find_task, task_needs
 from smoa_lab.lessons.own_rows import sources, trainable_rows_of
-from smoa_lab.models.base_models import load_tokenizer
+from smoa_lab.models.base_models import empty_model, load_tokenizer
 from smoa_lab.rows.formats import Conversation, Example, Preference
 from smoa_lab.rows.sources import source_values
-from smoa_lab.runs.budget_choices import ALL_LINEAR, Shapes, empty_model, shapes_of
+from smoa_lab.runs.budget_choices import ALL_LINEAR, Shapes, shapes_of
 
 STEP = 64
 """Tokens: a row is cut at a multiple of it."""
@@ -58,7 +58,7 @@ def look_at_model(name: str) -> ModelFacts:
     Raises:
         DataError: there is no such model.
     """
-    empty = empty_model(name)
+    empty = empty_model(ModelSection(name=name))
     config: Any = empty.config.get_text_config()
     return ModelFacts(
         name,

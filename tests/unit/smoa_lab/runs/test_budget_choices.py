@@ -11,11 +11,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from smoa import SmoaConfig
 from smoa.errors import ConfigError, DataError
 from smoa.maths.budget import adapter_bytes, rank_bound
+from smoa_lab.config.run_config import ModelSection
+from smoa_lab.models.base_models import empty_model
 from smoa_lab.runs.budget_choices import (
     _limit,
     budget_choice,
     budget_choices,
-    empty_model,
     lora_parameters,
     model_shapes,
     parameters,
@@ -37,7 +38,7 @@ def test_a_budget_that_is_none_is_refused(amount: str, message: str) -> None:
 
 
 def test_a_model_whose_shapes_cannot_be_had_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="cannot read the config"):
+    with pytest.raises(DataError, match=r"model\.name: cannot load"):
         model_shapes(str(tmp_path), ("q_proj",))
     LlamaConfig(
         hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=8
@@ -117,7 +118,9 @@ def test_all_linear_means_the_layers_of_gpt2_too() -> None:
 
 
 def test_a_model_without_weights_has_only_its_layers(tmp_path: Path) -> None:
-    assert all(parameter.is_meta for parameter in empty_model(str(lab.tiny_base(tmp_path))).parameters())
+    assert all(
+        parameter.is_meta for parameter in empty_model(ModelSection(name=str(lab.tiny_base(tmp_path)))).parameters()
+    )
 
 
 def test_experts_are_counted_matrix_by_matrix_if_their_parameters_are_named() -> None:
