@@ -40,8 +40,9 @@ def tiny_study(folder: Path) -> Study:
 
 def finish(study: Study, trial: Trial, loss: float | None, **values: Any) -> None:
     """Store the result of a trial, with the same loss on every question; None is a run that diverged."""
+    bench = study.bench()
     result = {
-        "config": {"training": {"learning_rate": trial.learning_rate, "seed": trial.seed}},
+        "config": bench.stored_config(bench.config(study.entries[trial.entry], trial.learning_rate, trial.seed)),
         "parameters": 1000,
         "seconds": 7.0,
         "scores": {"all": {"gold_loss": loss, "accuracy": 0.5, "majority": None}},
@@ -96,7 +97,15 @@ def finish_a_study(study: Study) -> None:
         )
         finish(study, Trial("final", "lora", 0.01, seed), 2.5)
     scores = {"all": {"gold_loss": 4.0, "accuracy": 0.25, "majority": 0.6}}
-    (study.folder / "untouched.json").write_text(json.dumps({"scores": scores}))
+    finish_untouched(study, scores=scores)
+
+
+def finish_untouched(study: Study, **values: Any) -> None:
+    """Store a result of the untouched model."""
+    bench = study.bench()
+    config = bench.stored_config(bench.untouched_config(next(iter(study.entries.values()))))
+    study.folder.mkdir(parents=True, exist_ok=True)
+    (study.folder / "untouched.json").write_text(json.dumps({"config": config, **values}))
 
 
 def tiny_sequence(room: Path) -> dict[str, Any]:

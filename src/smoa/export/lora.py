@@ -193,7 +193,8 @@ class UpdateSpectra:
         tuner: Any = model.base_model
         layers = adapter_layers(tuner.model, adapter_name)
         if not layers:
-            raise ConfigError(f"the model has no SMoA adapter named {adapter_name!r}; it has {list(model.peft_config)}")
+            kinds = {name: config.peft_type.value for name, config in model.peft_config.items()}
+            raise ConfigError(f"the model has no SMoA adapter named {adapter_name!r}; it has {kinds}")
         self.config: Any = model.peft_config[adapter_name]
         self.conv1d = any(layer.fan_in_fan_out for layer in layers.values())
         self.other_tensors = _other_tensors(model, adapter_name)

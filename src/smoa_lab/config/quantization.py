@@ -1,4 +1,5 @@
-"""Checks ``model.options.quantization_config``, whose misspelt keys transformers ignores."""
+"""Checks ``model.options``: keys that belong elsewhere, and those of a quantization, which transformers ignores if they
+are misspelt."""
 
 from __future__ import annotations
 
@@ -13,6 +14,11 @@ from smoa_lab.basics.nearest import nearest
 from smoa_lab.config.problems import Problem
 
 PLACE = "model.options.quantization_config"
+MISPLACED = {
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit"), f"belongs one level deeper, in {PLACE}"),
+    **dict.fromkeys(("dtype", "torch_dtype"), "set model.dtype instead"),
+    "trust_remote_code": "set model.trust_remote_code instead",
+}
 
 
 def quantization_problems(values: dict[str, Any]) -> Iterable[Problem]:
@@ -21,9 +27,8 @@ def quantization_problems(values: dict[str, Any]) -> Iterable[Problem]:
     options = model.get("options") if isinstance(model, dict) else None
     if not isinstance(model, dict) or not isinstance(options, dict):
         return
-    for key in ("load_in_4bit", "load_in_8bit"):
-        if key in options:
-            yield Problem(("model", "options", key), f"model.options.{key}: belongs one level deeper, in {PLACE}")
+    for key in options.keys() & MISPLACED.keys():
+        yield Problem(("model", "options", key), f"model.options.{key}: {MISPLACED[key]}")
     if "quantization_config" not in options:
         return
     yield from (Problem(("model", "options", "quantization_config", *path), text) for path, text in _block(options))

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from smoa.errors import ConfigError
 from smoa_lab.basics.extras import import_package
-from smoa_lab.basics.section import Section
+from smoa_lab.basics.section import Section, Seed
 from smoa_lab.config.run_config import TRAINING_DEFAULTS, ConfigText, Run, RunConfig
 from smoa_lab.rows.formats import Format
 from smoa_lab.rows.sources import HubRows
@@ -41,8 +41,8 @@ class RowsSection(Section):
     that the model answers before and after.
     """
 
-    train: str | None = None
-    test: str | None = None
+    train: str | None = Field(default=None, min_length=1)
+    test: str | None = Field(default=None, min_length=1)
     hub: HubRows | None = None
     format: Format | None = None
     chat_template: str | None = None
@@ -53,7 +53,7 @@ class RowsSection(Section):
     validation_examples: int = Field(default=200, ge=1)
     test_examples: int = Field(default=200, ge=0)
     samples: int = Field(default=10, ge=0)
-    seed: int = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _one_source(self) -> RowsSection:

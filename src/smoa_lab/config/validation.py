@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
     PydanticSchemaGenerationError,
     PydanticUserError,
     TypeAdapter,
@@ -25,6 +27,25 @@ from smoa_lab.config.methods import METHODS, Method
 from smoa_lab.config.problems import Problem
 from smoa_lab.config.quantization import quantization_problems
 from smoa_lab.data.tasks import find_task
+
+RANGES: dict[str, Any] = {
+    **dict.fromkeys(
+        (
+            *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_steps"),
+            *("eval_accumulation_steps", "save_total_limit", "max_length"),
+        ),
+        Field(ge=1, strict=True),
+    ),
+    **dict.fromkeys(("num_train_epochs", "logging_steps", "eval_steps", "save_steps"), Field(gt=0)),
+    **dict.fromkeys(
+        ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps", "dataloader_num_workers"),
+        Field(ge=0),
+    ),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), Field(ge=0, lt=1)),
+    **dict.fromkeys(("seed", "data_seed"), Field(ge=0, lt=2**32, strict=True)),
+}
+"""Training values that the trainer would fail at, or take for something else. Its own default is always good."""
+RESUMES = "smoa resumes an interrupted run by itself: leave it out, and run the same command again"
 
 
 def all_problems(
@@ -133,6 +154,8 @@ def _training_problems(training: Any, training_class: type[TrainingArguments]) -
     if not isinstance(training, dict):
         return
     problems = list(_dataclass_problems("training", training_class, training))
+    if training.get("resume_from_checkpoint") is not None:
+        problems.append(Problem(("training", "resume_from_checkpoint"), f"training.resume_from_checkpoint: {RESUMES}"))
     if training.get("output_dir", "") is None:
         problems.append(Problem(("training", "output_dir"), "training.output_dir: is empty; name a folder"))
     if problems:
@@ -146,22 +169,34 @@ def _training_problems(training: Any, training_class: type[TrainingArguments]) -
 
 
 def _dataclass_problems(block: str, target: type[Any], values: dict[str, Any]) -> Iterable[Problem]:
-    """Unknown keys and values of the wrong type, for the dataclass to which a block is handed."""
-    valid = [field.name for field in dataclasses.fields(target) if field.init]
+    """Unknown keys, and values of the wrong type or out of range, for the dataclass to which a block is handed."""
+    valid = {field.name: field for field in dataclasses.fields(target) if field.init}
     hints = typing.get_type_hints(target)
     for key, value in values.items():
         path = (block, str(key))
         if key not in valid:
             yield Problem(path, f"{block}.{key}: {target.__name__} has no such key{nearest(str(key), valid)}")
-        elif (reason := _type_problem(hints[key], value)) is not None:
+            continue
+        allowed = [str(one) for one in valid[key].metadata.get("choices", ())]
+        if (reason := _type_problem(hints[key], value)) is not None:
+            yield Problem(path, f"{block}.{key}: {reason}; got {value!r}")
+        elif value is None or value == valid[key].default:
+            continue
+        elif allowed and str(value) not in allowed:
+            yield Problem(path, f"{block}.{key}: there is no {value!r}{nearest(str(value), allowed)}")
+        elif block == "training" and (reason := _type_problem(Annotated[hints[key], RANGES.get(key)], value)):
             yield Problem(path, f"{block}.{key}: {reason}; got {value!r}")
 
 
 def _type_problem(hint: Any, value: Any) -> str | None:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "should be a finite number"
     try:
-        TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+        found = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
     except (PydanticSchemaGenerationError, PydanticUserError):
         return None  # a type that pydantic cannot check is left to the class itself
     except ValidationError as error:
         return str(error.errors()[0]["msg"]).removeprefix("Input ")
+    if isinstance(value, str) and isinstance(found, bool | int | float):  # a trainer would take the text "no" for yes
+        return f"should be {'true or false' if isinstance(found, bool) else 'a number'}, and no text"
     return None

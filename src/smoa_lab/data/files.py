@@ -7,6 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import Field
+
 from smoa.errors import DataError
 from smoa_lab.basics.section import Section
 from smoa_lab.data.records import Record, choice_record
@@ -36,8 +38,8 @@ class Columns(Section):
 class FileTask(Section):
     """The files of a user's own task. Without ``test`` nothing is held out."""
 
-    train: str
-    test: str | None = None
+    train: str = Field(min_length=1)
+    test: str | None = Field(default=None, min_length=1)
     family: Family = "text"
     columns: Columns = Columns()
 

@@ -56,6 +56,11 @@ def select(tasks: Mapping[str, Task], sizes: Sizes, validation_part: float = 0.0
     return Selection(train, validation, test, {name: task.family for name, task in tasks.items()}, account)
 
 
+def used_content(records: Selection) -> str:
+    """What changes when the records that a run uses do."""
+    return " ".join(part["sha256"] for part in records.account["used"].values())
+
+
 def _task_account(task: Task, split: Split) -> dict[str, Any]:
     return {
         "source": task.source,

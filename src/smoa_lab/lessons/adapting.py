@@ -1,8 +1,13 @@
-"""Gives a base model the adapter of a run's method, with what CorDA needs before training and intruders need after."""
+"""Gives a base model the adapter of a run's method, tried before without weights, with what CorDA needs before training
+and intruders need after."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -12,6 +17,7 @@ from peft.tuners.lora.corda import preprocess_corda
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from smoa.errors import ConfigError
+from smoa_lab.basics.nearest import nearest
 from smoa_lab.config.methods import METHODS
 from smoa_lab.data.tasks import find_task, load_task
 from smoa_lab.scoring.forgetting import text_length, whole_text
@@ -19,6 +25,49 @@ from smoa_lab.scoring.forgetting import text_length, whole_text
 PASSAGES = 128
 """So many passages of general text show CorDA what to keep."""
 REDUCED = "reduced"
+
+
+def check_adapter(empty: PreTrainedModel, method: str, adapter: dict[str, Any]) -> None:
+    """Try the adapter on the base model without its weights, so that a mistake is found before they are loaded.
+
+    Raises:
+        ConfigError: a name matches no layer, PEFT refuses the adapter, or there is nothing to train.
+    """
+    peft_config: Any = METHODS[method].peft_config(adapter)
+    if peft_config is None:
+        return
+    _check_names([path for path, _ in empty.named_modules() if path], adapter)
+    if hasattr(peft_config, "init_lora_weights"):
+        peft_config.init_lora_weights = True  # the others look at the weights
+    peft_config.task_type = None  # what a head needs does not matter
+    with _explained(), warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")  # they come again with the weights
+        model = get_peft_model(empty, peft_config, low_cpu_mem_usage=True)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError("adapter: trains nothing; leave inference_mode out, and name layers that the method supports")
+
+
+def _check_names(paths: Sequence[str], adapter: dict[str, Any]) -> None:
+    """Raise ConfigError for a name that PEFT would pass over: it only wants one of a list to match."""
+    layers = {path.rpartition(".")[2] for path in paths if not path[-1].isdigit()}
+    for key in ("target_modules", "exclude_modules", "modules_to_save"):
+        wanted = adapter.get(key)
+        if isinstance(wanted, str) and wanted.isidentifier() and wanted not in paths:
+            raise ConfigError(
+                f"adapter.{key}: {wanted!r} would have to match a whole path; write [{wanted}] for a name"
+            )
+        for name in wanted if isinstance(wanted, list) else ():
+            if not any(f".{path}".endswith(f".{name}") for path in paths):
+                raise ConfigError(f"adapter.{key}: the model has no layer {name!r}{nearest(str(name), layers)}")
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """What PEFT refuses as a ConfigError."""
+    try:
+        yield
+    except (ValueError, TypeError, re.error) as error:
+        raise ConfigError(f"adapter: {shorten(str(error), 1000)}") from error
 
 
 def with_adapter(
@@ -35,7 +84,7 @@ def with_adapter(
     CorDA keeps what the inputs of the layers are on passages of the task ``prose``, its training part.
 
     Raises:
-        ConfigError: CorDA was given no ``target_modules``.
+        ConfigError: PEFT refuses the adapter, or CorDA was given no ``target_modules``.
         DataError: the passages cannot be loaded.
     """
     peft_config = METHODS[method].peft_config(adapter)
@@ -43,7 +92,8 @@ def with_adapter(
         return base
     if method == "corda":
         _measure_inputs(base, tokenizer, peft_config)
-    return get_peft_model(base, peft_config, revision=revision)
+    with _explained():
+        return get_peft_model(base, peft_config, revision=revision)
 
 
 def after_training(model: Any, method: str) -> None:

@@ -33,6 +33,7 @@ from smoa_lab.config.rows_config import RowsConfig
 from smoa_lab.config.run_config import Run, RunConfig
 from smoa_lab.lessons.adapting import after_training, with_adapter
 from smoa_lab.lessons.progress import REPLACED, ProgressReport
+from smoa_lab.models.base_models import base_content
 from smoa_lab.scoring.row_losses import Losses
 
 logger = logging.getLogger(__name__)
@@ -105,6 +106,15 @@ class Lesson(ABC):
     @abstractmethod
     def account(self) -> dict[str, Any]:
         """Which data there are, and what was left out of them."""
+
+    @property
+    @abstractmethod
+    def data_content(self) -> str:
+        """What changes when the data do."""
+
+    def inputs(self) -> dict[str, str]:
+        """What the run starts from, by content: a resumed run must find the same."""
+        return {"data": self.data_content, "base model": base_content(self.config.model)}
 
     def truncation(self) -> dict[str, Any]:
         """What training loses by cutting, where :meth:`account` does not have it."""

@@ -131,6 +131,10 @@ class OwnRows(Lesson):
     def account(self) -> dict[str, Any]:
         return {"source": self.source.name, **self.rows.account}
 
+    @property
+    def data_content(self) -> str:
+        return self.rows.folder.name
+
     def _part(self, part: Part, at_most: int | None) -> Any:
         """The tokens, or for preferences, which DPOTrainer tokenizes itself, the texts."""
         data = self.rows.part(part, at_most, self.config.data.seed)

@@ -12,7 +12,7 @@ from smoa_lab.basics.extras import require
 from smoa_lab.basics.positions import check_positions
 from smoa_lab.config.run_config import RunConfig
 from smoa_lab.data.prompts import Encoded, PromptEncoder
-from smoa_lab.data.selection import Selection
+from smoa_lab.data.selection import Selection, used_content
 from smoa_lab.lessons.lesson import Lesson, check_validation, checked_arguments
 from smoa_lab.lessons.question_looks import QuestionLooks
 from smoa_lab.models.base_models import load_base_model
@@ -60,6 +60,10 @@ class Questions(Lesson):
 
     def account(self) -> dict[str, Any]:
         return self.records.account
+
+    @property
+    def data_content(self) -> str:
+        return used_content(self.records)
 
     def truncation(self) -> dict[str, Any]:
         return {"truncation": _truncation(self.examples)}

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +30,7 @@ from transformers.utils import quantization_config
 
 from smoa.atomic import check_place, new_folder
 from smoa.errors import DataError
+from smoa_lab.basics.cache import content_of
 from smoa_lab.basics.extras import require
 from smoa_lab.basics.without_secrets import without_secrets
 from smoa_lab.config.run_config import AnyRun, ModelSection, adapter_rate
@@ -39,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 PLACES = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 """Options about where a model comes from, which hold for its tokenizer too."""
+DECIDING = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja", ".py")
+"""Endings of the files of a model's folder that decide what it computes."""
 
 
 def load_base_model(wanted: ModelSection) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -61,17 +65,15 @@ def load_base_model(wanted: ModelSection) -> tuple[PreTrainedModel, PreTrainedTo
     return model, tokenizer
 
 
-def empty_model(name: str, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
-    """The model with its config and layers, and without weights; raises DataError if there is no such model."""
-    source, gguf_file = locate(name)
-    options |= {"gguf_file": gguf_file} if gguf_file else {}
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
-        with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise DataError(f"model: cannot read the config of {name!r}: {error}") from error
-    return cast(PreTrainedModel, empty)
+def empty_model(wanted: ModelSection, auto_class: Any = AutoModelForCausalLM) -> PreTrainedModel:
+    """The model with its config and layers, and without weights.
+
+    Raises:
+        DataError: there is no such model.
+    """
+    config = _base_config(wanted)
+    with _explained(wanted), torch.device("meta"):
+        return cast(PreTrainedModel, auto_class.from_config(config, trust_remote_code=wanted.trust_remote_code))
 
 
 def with_rate(config: AnyRun) -> AnyRun:
@@ -82,11 +84,25 @@ def with_rate(config: AnyRun) -> AnyRun:
     """
     if config.method == "full" or "learning_rate" in config.training:
         return config
-    model = config.model
-    require(model_needs(model))
-    empty = empty_model(model.name, model.trust_remote_code, **places(model.options))
-    rate = adapter_rate(sum(parameter.numel() for parameter in empty.parameters()))
+    require(model_needs(config.model))
+    rate = adapter_rate(sum(parameter.numel() for parameter in empty_model(config.model).parameters()))
     return config.model_copy(update={"training": {**config.training, "learning_rate": rate}})
+
+
+def base_content(wanted: ModelSection) -> str:
+    """What changes when the model does: the hash of its files or, on the Hub, the commit."""
+    source, gguf_file = locate(wanted.name)
+    folder = Path(source)
+    if not folder.is_dir():
+        return str(_base_config(wanted)._commit_hash)
+    files = [folder / gguf_file] if gguf_file else sorted(file for file in folder.iterdir() if file.suffix in DECIDING)
+    return sha256(" ".join(f"{file.name} {content_of(file)}" for file in files).encode()).hexdigest()
+
+
+def _base_config(wanted: ModelSection) -> Any:
+    source, gguf_file = locate(wanted.name)
+    with _explained(wanted):
+        return AutoConfig.from_pretrained(source, **_shared(wanted, gguf_file), **places(wanted.options))
 
 
 def load_tokenizer(wanted: ModelSection) -> PreTrainedTokenizerBase:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from smoa.errors import DataError
+from smoa_lab.basics.cache import content_of
 from smoa_lab.basics.extras import import_package
 from smoa_lab.basics.section import Section
 from smoa_lab.rows.row_files import Row, files_of, is_of_known_kind, read_rows
@@ -69,8 +70,7 @@ class FileSource:
         return read_rows(self.place)
 
     def state(self) -> Any:
-        files = files_of(self.place)
-        return [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return [(str(file), content_of(file.expanduser())) for file in files_of(self.place)]
 
 
 @dataclass(frozen=True)

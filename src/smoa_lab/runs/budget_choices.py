@@ -16,6 +16,7 @@ from smoa.errors import ConfigError, DataError
 from smoa.layers.experts.layout import Layout
 from smoa.layers.kinds.kind_table import kind_of
 from smoa.maths.budget import adapter_bytes, rank_bound, trainable_parameters
+from smoa_lab.config.run_config import ModelSection
 from smoa_lab.models.base_models import empty_model
 
 BLOCKS = (1, 2, 4, 8, 16, 32)
@@ -87,7 +88,7 @@ def choice_of(shapes: Shapes, total: int, r: int, num_blocks: int) -> Choice:
 
 def model_shapes(model: str, targets: tuple[str, ...], trust_remote_code: bool = False) -> tuple[Shapes, int]:
     """Shapes of the layers whose name ends in one of ``targets``, and the model's number of parameters."""
-    empty = empty_model(model, trust_remote_code)
+    empty = empty_model(ModelSection(name=model, trust_remote_code=trust_remote_code))
     return shapes_of(empty, targets, model), sum(parameter.numel() for parameter in empty.parameters())
 
 

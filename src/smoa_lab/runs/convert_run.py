@@ -18,7 +18,7 @@ from smoa_lab.config.rows_config import load_any_config
 from smoa_lab.lessons.lesson import Lesson
 from smoa_lab.models.base_models import load_base_model
 from smoa_lab.models.packaged_models import described_base
-from smoa_lab.runs.open_run import adapter_of_run, base_section
+from smoa_lab.runs.open_run import adapter_config, adapter_of_run, base_section
 from smoa_lab.scoring.row_losses import Losses
 from smoa_lab.training.run_folder import RunFolder
 from smoa_lab.training.train_run import open_lesson
@@ -56,6 +56,9 @@ class Converter:
         self, place: str | Path, base: str | None = None, score: bool = True, trust_remote_code: bool = False
     ) -> None:
         self.source = adapter_of_run(place)
+        kind = getattr(adapter_config(self.source).peft_type, "value", None)
+        if kind != "SMOA":
+            raise ConfigError(f"{self.source}: is an adapter of the type {kind}; only SMoA's are converted to LoRA")
         config = RunFolder(Path(place)).config
         elsewhere = [] if base is None else [f"model.name={json.dumps(base)}"]
         known = score and config.is_file()

@@ -81,7 +81,7 @@ def base_section(adapter: Path, base: str | None = None, trust_remote_code: bool
         ConfigError: the config records none, or is damaged.
     """
     name = base_name(adapter, base)
-    revision = recorded_revision(_config(adapter), name)
+    revision = recorded_revision(adapter_config(adapter), name)
     options = {} if revision is None else {"revision": revision}
     return ModelSection(name=name, dtype="float32", trust_remote_code=trust_remote_code, options=options)
 
@@ -92,11 +92,12 @@ def recorded_base(adapter: Path) -> str | None:
     Raises:
         ConfigError: the config is damaged.
     """
-    name: str | None = _config(adapter).base_model_name_or_path
+    name: str | None = adapter_config(adapter).base_model_name_or_path
     return name
 
 
-def _config(adapter: Path) -> PeftConfig:
+def adapter_config(adapter: Path) -> PeftConfig:
+    """The config of an adapter of any method; raises ConfigError if it is damaged."""
     try:
         config: PeftConfig = PeftConfig.from_pretrained(str(adapter))
     except json.JSONDecodeError as error:

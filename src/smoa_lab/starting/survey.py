@@ -58,7 +58,7 @@ def look_at_model(name: str) -> ModelFacts:
     Raises:
         DataError: there is no such model.
     """
-    empty = empty_model(name)
+    empty = empty_model(ModelSection(name=name))
     config: Any = empty.config.get_text_config()
     return ModelFacts(
         name,

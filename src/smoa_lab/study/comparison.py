@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from smoa.errors import ConfigError
+from smoa_lab.config.run_config import RunConfig
 from smoa_lab.study.benches.bench import Bench, Part
 from smoa_lab.study.crews.crew import Crew, Result, ThisProcess
 from smoa_lab.study.plan import Job, Plan, Tuned, Untouched
 from smoa_lab.study.study_file import Study
-from smoa_lab.study.trials import Stage, Trial, TrialStore
+from smoa_lab.study.trials import Trial, TrialStore
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +25,7 @@ class Comparison:
         self.study = study
         self.store = TrialStore(study.folder)
         self.bench: Bench = study.bench()
+        self._configs: dict[str, dict[str, Any]] = {}
 
     def run(self, only: Sequence[str] = (), crew: Crew | None = None) -> None:
         """Tune all entries, or those that ``only`` names or whose budget it names, then the final runs.
@@ -30,13 +33,10 @@ class Comparison:
         ``crew`` runs them, by default this process. Other processes may run the same study meanwhile.
 
         Raises:
-            ConfigError: ``only`` names nothing of the study.
+            ConfigError: ``only`` names nothing of the study, or an entry's adapter does not fit the model.
             DataError: a package is missing.
         """
-        plan = Plan(self.study, self.study.chosen(only))
-        for name in plan.names:
-            self.bench.check_needs(self.study.entries[name])
-        self._carry_out(plan, crew or ThisProcess(self.perform))
+        self._carry_out(Plan(self.study, self.study.chosen(only)), crew or ThisProcess(self.perform))
 
     def tune(self, name: str) -> Tuned:
         """Search the learning rate of one entry on the validation part."""
@@ -45,7 +45,12 @@ class Comparison:
         return plan.found(name)
 
     def _carry_out(self, plan: Plan, crew: Crew) -> None:
-        """Finish all jobs of the plan."""
+        """Finish all jobs of the plan, whose entries are checked before the first."""
+        for name in plan.names:
+            try:
+                self.bench.check_needs(self.study.entries[name])
+            except ConfigError as error:
+                raise ConfigError(f"entries.{name}: {error}") from error
         while jobs := plan.ready():
             job = None if crew.is_full else self._next(jobs, crew)
             if job is None:
@@ -67,14 +72,21 @@ class Comparison:
 
     def untouched(self) -> dict[str, Any]:
         """The model as it is, on the test part."""
+        config = self._untouched_config()
+        return self.store.get("untouched", self._wanted(config), lambda work: self.bench.untouched(config, "test"))
+
+    def stored_untouched(self) -> dict[str, Any] | None:
+        """The same if it is stored; raises ConfigError if it was run with other settings than the study's."""
+        return self.store.finished("untouched", self._wanted(self._untouched_config()))
+
+    def _untouched_config(self) -> RunConfig:
         entries = list(self.study.entries.values())
-        lender = next((entry for entry in entries if entry.method != "full"), entries[0])
-        config = self.bench.untouched_config(lender)
-        wanted = self.bench.stored_config(config)
-        found = self.store.find("untouched")
-        if found is not None:
-            wanted["training"] = found["config"]["training"]  # none took place
-        return self.store.get("untouched", wanted, lambda work: self.bench.untouched(config, "test"))
+        return self.bench.untouched_config(next((one for one in entries if one.method != "full"), entries[0]))
+
+    def _wanted(self, config: RunConfig) -> dict[str, Any]:
+        """What is stored of the untouched model's config, whatever the training: none took place."""
+        wanted, found = self.bench.stored_config(config), self.store.find("untouched")
+        return wanted if found is None else {**wanted, "training": found["config"]["training"]}
 
     def _trial(self, trial: Trial) -> dict[str, Any]:
         entry = self.study.entries[trial.entry]
@@ -83,20 +95,42 @@ class Comparison:
         config = self.bench.config(entry, trial.learning_rate, trial.seed)
         return self.store.get(trial.name, self.bench.stored_config(config), run)
 
+    def stored(self, trial: Trial) -> dict[str, Any] | None:
+        """A finished trial; raises ConfigError if it was run with other settings than the study's."""
+        if trial.entry not in self._configs:
+            entry = self.study.entries[trial.entry]
+            config = self.bench.config(entry, entry.learning_rate, seed=0)
+            self._configs[trial.entry] = self.bench.stored_config(config)
+        config = self._configs[trial.entry]
+        training = {**config["training"], "learning_rate": trial.learning_rate, "seed": trial.seed}
+        return self.store.finished(trial.name, {**config, "training": training})
+
 
 def stored_search(study: Study, name: str) -> Tuned | None:
-    """What of an entry's search is finished, of the trials that the study as it is asks for; None before the first."""
-    plan, store = Plan(study, [name]), TrialStore(study.folder)
-    while known := {trial: found for trial in plan.search(name) if (found := store.find(trial.name)) is not None}:
+    """What of an entry's search is finished, of the trials that the study as it is asks for; None before the first.
+
+    Raises:
+        ConfigError: one of them was run with other settings than the study's.
+    """
+    plan, comparison = Plan(study, [name]), Comparison(study)
+    while known := {trial: found for trial in plan.search(name) if (found := comparison.stored(trial)) is not None}:
         for trial, found in known.items():
             plan.finish(trial, found)
     return plan.found(name) if plan.finished else None
 
 
-def stored(study: Study, stage: Stage, name: str) -> list[dict[str, Any]]:
-    """The finished trials of an entry, by name."""
-    store = TrialStore(study.folder)
-    return [found for one in store.names(f"{stage}/{name}/") if (found := store.find(one)) is not None]
+def stored_finals(study: Study, name: str, is_shown: Callable[[float], bool]) -> list[dict[str, Any]]:
+    """The final runs of an entry with the study's seeds, by name, at the learning rates for which ``is_shown`` is true.
+
+    Raises:
+        ConfigError: one of them was run with other settings than the study's.
+    """
+    comparison = Comparison(study)
+    names = comparison.store.names(f"final/{name}/")
+    trainings = [found["config"]["training"] for one in names if (found := comparison.store.find(one)) is not None]
+    shown = [one for one in trainings if one["seed"] in study.seeds and is_shown(one["learning_rate"])]
+    trials = [Trial("final", name, one["learning_rate"], one["seed"]) for one in shown]
+    return [found for trial in trials if (found := comparison.stored(trial)) is not None]
 
 
 def _note(plan: Plan, job: Job, result: Result) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from smoa.errors import ConfigError, DataError
-from smoa_lab.basics.section import Section
+from smoa_lab.basics.section import Section, Seed
 from smoa_lab.config.run_config import ConfigText, DataSection
 from smoa_lab.config.validation import block_problems
 from smoa_lab.study.benches.answers import AnswerBench
@@ -30,7 +30,7 @@ class Tuning(Section):
     ``max_runs: 0`` takes the start as it is. ``sweep: [lowest, highest]`` runs every quarter decade of a range
     instead, the same for all entries, to draw the whole curve; with ``per_decade: 2`` every half decade."""
 
-    seed: int = 100
+    seed: Seed = 100
     max_runs: Literal[0] | Annotated[int, Field(ge=3)] = 6
     refine: bool = False
     sweep: Sweep | None = None
@@ -58,7 +58,7 @@ class Study(Section):
     entries: dict[str, Entry] = Field(min_length=1)
     references: list[str] = Field(default=[])
     tuning: Tuning = Tuning()
-    seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
+    seeds: list[Seed] = Field(default=[0, 1, 2], min_length=1)
 
     def bench(self) -> Bench:
         """What trains and scores one entry."""

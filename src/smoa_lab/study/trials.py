@@ -71,12 +71,12 @@ class TrialStore:
         Raises:
             ConfigError: a trial of that name was run by another config.
         """
-        found = self._finished(name, config)
+        found = self.finished(name, config)
         if found is None:
             lock = self._lock(name)
             lock.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(lock):
-                found = self._finished(name, config) or self._run(name, run)
+                found = self.finished(name, config) or self._run(name, run)
             lock.unlink(missing_ok=True)  # whoever waits for it, or makes a new one, finds the stored run
         return found
 
@@ -90,7 +90,8 @@ class TrialStore:
         except Timeout:
             return True
 
-    def _finished(self, name: str, config: dict[str, Any]) -> dict[str, Any] | None:
+    def finished(self, name: str, config: dict[str, Any]) -> dict[str, Any] | None:
+        """The finished trial; raises ConfigError if it was run by another config."""
         found = self.find(name)
         if found is not None:
             _check_same(self._place(name), _with_scale(found), config)

@@ -14,7 +14,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ class RunFolder:
         self.path = path
         self.adapter = path / "adapter"
         self.config = path / "config.yaml"
+        self.inputs = path / "inputs.json"
         self.metrics = path / "metrics.json"
         self.picture = path / "loss_curve.png"
         self.log = path / "train.log"
@@ -89,21 +90,46 @@ class RunFolder:
                 "replace or remove; choose another training.output_dir"
             )
 
-    def start(self, config_yaml: str) -> str | None:
+    def start(self, config_yaml: str, inputs: Mapping[str, str] | None = None) -> str | None:
         """Claim the folder for this config; the checkpoint to resume from, if an interrupted run left one.
 
+        ``inputs`` names what the run starts from by what changes with its content.
+
         Raises:
-            ConfigError: the folder contains a finished run, checkpoints of another config, or files not of a run.
+            ConfigError: the folder contains a finished run, checkpoints of another config or of other inputs, or files
+                not of a run.
         """
         self._check_foreign()
         self._check_content(config_yaml)
+        checkpoint = self._last_whole_checkpoint() if self.path.is_dir() else None
+        if checkpoint and self.inputs.is_file():
+            found = json.loads(self.inputs.read_text(encoding="utf-8"))
+            changed = [name for name, content in (inputs or {}).items() if found.get(name) != content]
+            if changed:
+                raise ConfigError(
+                    f"{self.path}: contains an unfinished run, and the {' and the '.join(changed)} changed since then; "
+                    "put back what was there, choose another training.output_dir, or remove the folder"
+                )
+        if checkpoint:
+            self._find_best_here(Path(checkpoint, TRAINER_STATE_NAME))
+        if inputs:
+            write_whole(self.inputs, json.dumps(inputs) + "\n")
         write_whole(self.config, config_yaml)
-        return self._last_whole_checkpoint()
+        return checkpoint
+
+    def _find_best_here(self, file: Path) -> None:
+        """The state of a run that was renamed has its best checkpoint where that was."""
+        state = json.loads(file.read_text(encoding="utf-8"))
+        best = state.get("best_model_checkpoint")
+        if best and Path(best).parent != self.path:
+            write_whole(file, json.dumps(state | {"best_model_checkpoint": str(self.path / Path(best).name)}))
 
     def _was_started_by(self, config_yaml: str) -> bool:
-        """Whether the folder's config has the same values; other releases write the same config in other words."""
-        found = parse_yaml(self.config.read_text(encoding="utf-8"), self.config)
-        return found == parse_yaml(config_yaml, self.config)
+        """Whether the folder's config has the same values, whatever the folder was called then; other releases write
+        the same config in other words."""
+        texts = (self.config.read_text(encoding="utf-8"), config_yaml)
+        found, wanted = (_without_place(parse_yaml(text, self.config)) for text in texts)
+        return found == wanted
 
     def _last_whole_checkpoint(self) -> str | None:
         """The latest checkpoint; one that a kill or a full disk left half-written is removed.
@@ -184,6 +210,13 @@ class _Cleaned(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return without_secrets(super().format(record))
+
+
+def _without_place(config: dict[str, Any]) -> dict[str, Any]:
+    training = config.get("training")
+    if not isinstance(training, dict):
+        return config
+    return {**config, "training": {key: value for key, value in training.items() if key != "output_dir"}}
 
 
 def is_first_process() -> bool:

@@ -19,15 +19,16 @@ from smoa_lab.basics.without_secrets import without_secrets
 from smoa_lab.config.methods import METHODS
 from smoa_lab.config.rows_config import RowsConfig
 from smoa_lab.config.run_config import RunConfig
+from smoa_lab.lessons.adapting import check_adapter
 from smoa_lab.lessons.forgotten_text import ForgottenText
 from smoa_lab.lessons.lesson import Lesson
 from smoa_lab.lessons.own_rows import open_rows
 from smoa_lab.lessons.questions import prepare
-from smoa_lab.models.base_models import with_rate
+from smoa_lab.models.base_models import empty_model, with_rate
 from smoa_lab.models.needs import training_needs
 from smoa_lab.models.packaged_models import described_base
 from smoa_lab.training.run_card import run_card
-from smoa_lab.training.run_folder import RunFolder, peak_memory, provenance
+from smoa_lab.training.run_folder import RunFolder, is_first_process, peak_memory, provenance
 from smoa_lab.training.samples import samples_text
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def train(config: RunConfig | RowsConfig, lesson: Lesson | None = None) -> dict[
 
     Raises:
         ConfigError: the run's folder contains a finished run or one of another config, or another process trains into
-            it, or the method saves nothing that PEFT can load.
+            it, the adapter does not fit the model, or the method saves nothing that PEFT can load.
         DataError: model or data cannot be loaded, or a package is missing.
     """
     if not METHODS[config.method].loads:
@@ -57,11 +58,13 @@ def train(config: RunConfig | RowsConfig, lesson: Lesson | None = None) -> dict[
     config = config if lesson else with_rate(config)
     folder, text = RunFolder(config.folder), config.to_yaml()
     folder.check(text)
-    lesson = lesson or open_lesson(config)
+    if lesson is None:
+        check_adapter(empty_model(config.model), config.method, config.adapter)
+        lesson = open_lesson(config)
     arguments = lesson.arguments()
     forgotten = ForgottenText(config.forgetting, lesson.tokenizer, lesson.base.config)
     with folder.alone():
-        checkpoint = folder.start(text)
+        checkpoint = folder.start(text, lesson.inputs() if is_first_process() else {})
         with folder.logging():
             if checkpoint:
                 logger.info("Resuming from %s", checkpoint)

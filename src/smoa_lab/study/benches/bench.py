@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from smoa.errors import ConfigError
 from smoa_lab.basics.extras import require
-from smoa_lab.config.run_config import DataSection, RunConfig, check_config
+from smoa_lab.config.run_config import DataSection, ModelSection, RunConfig, check_config
 from smoa_lab.data.records import Record
-from smoa_lab.data.selection import Selection
+from smoa_lab.data.selection import Selection, used_content
 from smoa_lab.data.tasks import task_needs
+from smoa_lab.lessons.adapting import check_adapter
 from smoa_lab.lessons.lesson import checked_arguments
+from smoa_lab.models.base_models import base_content, empty_model
 from smoa_lab.models.needs import training_needs
 from smoa_lab.scoring.held_out import Outcome, score_outcomes
 from smoa_lab.study.entry import Entry
@@ -42,6 +44,8 @@ class Fitted:
 class Bench(ABC):
     """Trains entries that share ``shared`` (a run's config without method, adapter, learning rate and seed)."""
 
+    auto_class: Any = AutoModelForCausalLM
+
     def __init__(self, shared: dict[str, Any], elsewhere: DataSection | None = None) -> None:
         self.shared = shared
         self.elsewhere = elsewhere
@@ -62,15 +66,23 @@ class Bench(ABC):
         return {**config.model_dump(mode="json"), "elsewhere": elsewhere}
 
     def check_needs(self, entry: Entry) -> None:
-        """Raise DataError if a package is missing that the runs of an entry will need."""
+        """Raise DataError if a package is missing that the runs of an entry will need, ConfigError if its adapter does
+        not fit the model."""
         elsewhere = {} if self.elsewhere is None else task_needs(self.elsewhere.chosen())
-        require({**training_needs(self.config(entry, entry.learning_rate, seed=0)), **elsewhere})
+        config = self.config(entry, entry.learning_rate, seed=0)
+        require({**training_needs(config), **elsewhere})
+        check_adapter(empty_model(self._base_section(config), self.auto_class), config.method, config.adapter)
+
+    def _base_section(self, config: RunConfig) -> ModelSection:
+        """Which model is loaded."""
+        return config.model
 
     def run(self, entry: Entry, learning_rate: float, seed: int, part: Part, work: Path) -> dict[str, Any]:
         """Train, then score ``part``: plain values for a trial's JSON. An interrupted run goes on in ``work``."""
         config = self.config(entry, learning_rate, seed, work=work)
         self._part(part)
-        checkpoint = RunFolder(work).start(config.to_yaml())
+        inputs = {"data": used_content(self.records), "base model": base_content(self._base_section(config))}
+        checkpoint = RunFolder(work).start(config.to_yaml(), inputs)
         fitted = self._fit(config, checkpoint, ParameterCheck(entry))
         return {
             "config": self.stored_config(config),

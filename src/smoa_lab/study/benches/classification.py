@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from smoa.errors import DataError
-from smoa_lab.config.run_config import RunConfig
+from smoa_lab.config.run_config import ModelSection, RunConfig
 from smoa_lab.data.records import Record
 from smoa_lab.data.sources.wheels import installed_file
 from smoa_lab.lessons.adapting import after_training, with_adapter
@@ -31,7 +31,6 @@ from smoa_lab.models.base_models import places
 from smoa_lab.scoring.held_out import Outcome
 from smoa_lab.scoring.mode import scoring
 from smoa_lab.study.benches.bench import Bench, Fitted, fit_arguments
-from smoa_lab.study.entry import Entry
 
 PACKAGED_ENCODER = "all-minilm-l6-v2"
 BATCH = 64
@@ -40,11 +39,11 @@ BATCH = 64
 class ClassificationBench(Bench):
     """Trains adapter and head; scores the loss and the accuracy of the likeliest class."""
 
-    def check_needs(self, entry: Entry) -> None:
-        """Also for the packaged encoder."""
-        super().check_needs(entry)
-        if self.config(entry, entry.learning_rate, seed=0).model.name == PACKAGED_ENCODER:
-            encoder_folder()
+    auto_class = AutoModelForSequenceClassification
+
+    def _base_section(self, config: RunConfig) -> ModelSection:
+        own = {"name": encoder_folder()} if config.model.name == PACKAGED_ENCODER else {}
+        return config.model.model_copy(update=own)
 
     def _fit(self, config: RunConfig, checkpoint: str | None, check: TrainerCallback) -> Fitted:
         arguments = fit_arguments(config)
@@ -77,7 +76,7 @@ class ClassificationBench(Bench):
 
     def _base(self, config: RunConfig) -> tuple[Any, PreTrainedTokenizerBase]:
         """A model with a new head, and its tokenizer."""
-        source = encoder_folder() if config.model.name == PACKAGED_ENCODER else config.model.name
+        source = self._base_section(config).name
         options: dict[str, Any] = {
             "dtype": getattr(torch, config.model.dtype),
             "num_labels": _classes([*self.records.train, *self._elsewhere_records]),

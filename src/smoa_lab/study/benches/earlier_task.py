@@ -18,12 +18,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from smoa.atomic import new_folder, write_whole
 from smoa.errors import ConfigError
-from smoa_lab.basics.section import Section
+from smoa_lab.basics.section import Section, Seed
 from smoa_lab.basics.without_secrets import without_secrets
 from smoa_lab.config.run_config import ModelSection, RunConfig
-from smoa_lab.data.selection import Selection
+from smoa_lab.data.selection import Selection, used_content
 from smoa_lab.lessons.questions import prepare
-from smoa_lab.models.base_models import load_base_model
+from smoa_lab.models.base_models import base_content, load_base_model
 from smoa_lab.study.benches.bench import fit_arguments
 from smoa_lab.training.run_folder import RunFolder
 
@@ -46,7 +46,7 @@ class First(Between):
     method: str = "full"
     adapter: dict[str, Any] = Field(default={})
     learning_rate: float = Field(gt=0)
-    seed: int = 0
+    seed: Seed = 0
     model: dict[str, Any] = Field(default={})
 
 
@@ -105,7 +105,8 @@ class EarlierTask:
     def _store_model(self, records: Selection, target: Path) -> None:
         logger.info("Training an earlier task into %s", target)
         run = RunFolder(self.config.folder)
-        checkpoint = run.start(self.config.to_yaml())
+        inputs = {"data": used_content(records), "base model": base_content(self.config.model)}
+        checkpoint = run.start(self.config.to_yaml(), inputs)
         ready = prepare(self.config, records)
         model, _, _ = ready.fit(fit_arguments(self.config), checkpoint)
         merged = model.merge_and_unload() if isinstance(model, PeftModel) else model

@@ -16,7 +16,9 @@ from smoa_lab.basics.extras import require
 from smoa_lab.config.run_config import DataSection, RunConfig, TaskSection, check_config, native_dtype
 from smoa_lab.data.prompts import PromptEncoder
 from smoa_lab.data.selection import Selection
+from smoa_lab.lessons.adapting import check_adapter
 from smoa_lab.lessons.questions import Questions
+from smoa_lab.models.base_models import empty_model
 from smoa_lab.models.needs import training_needs
 from smoa_lab.scoring.forgetting import text_losses, whole_text
 from smoa_lab.scoring.held_out import Outcome, answer_outcomes
@@ -85,9 +87,10 @@ class SequenceBench(AnswerBench):
     def check_needs(self, entry: Entry) -> None:
         """Check what the entry needs for the earlier tasks too."""
         super().check_needs(entry)
-        config = self.config(entry, entry.learning_rate, seed=0)
-        for earlier in (self.first_config(), *self.between_configs(config)):
+        first, config = self.first_config(), self.config(entry, entry.learning_rate, seed=0)
+        for earlier in (first, *self.between_configs(config)):
             require(training_needs(earlier))
+        check_adapter(empty_model(first.model), first.method, first.adapter)
 
     @cached_property
     def records(self) -> Selection:

@@ -11,6 +11,7 @@ from smoa.errors import DataError
 from smoa_lab.drawing.markdown_tables import markdown_table
 from smoa_lab.drawing.pages import write_page
 from smoa_lab.drawing.picture_files import save_pictures
+from smoa_lab.study.comparison import Comparison
 from smoa_lab.study.packing import PACK, shell_command
 from smoa_lab.study.report.results.rows import (
     BY_TASK,
@@ -43,6 +44,7 @@ def report(study: Study) -> list[Row]:
 
     Raises:
         DataError: no final run is finished yet.
+        ConfigError: a run was run with other settings than the study's.
     """
     machine = commonest_machine(study)
     found = (entry_row(study, name, machine) for name in study.entries)
@@ -50,7 +52,7 @@ def report(study: Study) -> list[Row]:
     rows = [row for _, of_budget in by_budget for row in with_holm(list(of_budget))]
     if not rows:
         raise DataError(f"{study.folder}: no final run is finished yet; run smoa compare on this study first")
-    untouched = TrialStore(study.folder).find("untouched")
+    untouched = Comparison(study).stored_untouched()
     write_whole(study.folder / "summary.json", json.dumps(as_json(rows), indent=1, allow_nan=False) + "\n")
     pictures = _draw(study, rows)
     write_whole(study.folder / "README.md", _readme(study, rows, untouched, pictures))

@@ -6,7 +6,7 @@ import pytest
 from platformdirs.macos import MacOS
 from platformdirs.unix import Unix
 
-from smoa_lab.basics.cache import cache_folder
+from smoa_lab.basics.cache import cache_folder, content_of
 
 
 def test_the_cache_folder_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,3 +34,10 @@ def test_the_cache_is_where_smoa_0_1_had_it(
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("platformdirs.PlatformDirs", platform)
     assert cache_folder() == Path(expected)
+
+
+def test_a_content_is_the_same_under_another_name_and_another_one_is_not(tmp_path: Path) -> None:
+    one, same, other = (tmp_path / name for name in "abc")
+    for file, text in ((one, "text"), (same, "text"), (other, "tent")):
+        file.write_text(text)
+    assert content_of(one) == content_of(same) != content_of(other)

@@ -96,3 +96,11 @@ def test_what_cannot_be_used_is_one_clear_error(options: tuple[str, str], base: 
     assert done.exit_code == 1
     assert done.stderr.count("error: ") == 1
     assert isinstance(done.exception, SystemExit)
+
+
+def test_an_empty_place_is_not_the_current_folder(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "rows.jsonl", chats(3))
+    done = check("", base)
+    assert done.exit_code == 1
+    assert "data.train: String should have at least 1 character; got ''" in done.stderr

@@ -86,7 +86,7 @@ def test_on_a_terminal_a_wrong_answer_is_asked_for_again(tmp_path: Path, monkeyp
         ((*GIVEN, "--parameters", "much"), "neither a percentage"),
         ((*GIVEN, "--dtype", "float8"), "dtype: there is no 'float8'"),
         ((*GIVEN, "--minutes", "5", "--no-measure"), "leave out --no-measure, or --minutes"),
-        (("--model", "nowhere/at/all", "--data", "talks.jsonl"), "cannot read the config of 'nowhere/at/all'"),
+        (("--model", "nowhere/at/all", "--data", "talks.jsonl"), "cannot load 'nowhere/at/all'"),
         (("--model", "base", "--data", "none.jsonl"), "none.jsonl"),
         (("--model", "base", "--data", "bad.jsonl"), "1 bad row; nothing is trained"),
     ],

@@ -26,6 +26,8 @@ def test_a_quantization_that_transformers_knows_is_fine(config: dict[str, Any]) 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"dtype": "bfloat16"}, r"model\.options\.dtype: set model\.dtype instead"),
+        ({"trust_remote_code": True}, r"model\.options\.trust_remote_code: set model\.trust_remote_code instead"),
         ({"load_in_4bit": True}, r"model\.options\.load_in_4bit: belongs one level deeper, in .*quantization_config"),
         (
             {"quantization_config": True},

@@ -12,8 +12,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from smoa.errors import ConfigError
+from smoa_lab.config.methods import METHODS
+from smoa_lab.config.run_config import ModelSection
 from smoa_lab.data.records import Record
-from smoa_lab.lessons.adapting import after_training, with_adapter
+from smoa_lab.lessons.adapting import after_training, check_adapter, with_adapter
+from smoa_lab.models.base_models import empty_model
 from smoa_lab.runs.layer_updates import adapted_layers
 from smoa_lab.study.benches.changes import weight_changes
 from tests.support import lab
@@ -69,6 +72,55 @@ def test_the_adapter_records_the_revision_of_its_base(base: Any, tmp_path: Path)
     model = with_adapter(base, lab.byte_tokenizer(), "smoa", {"r": 2, "target_modules": TARGETS}, revision="v2")
     model.save_pretrained(tmp_path / "adapter")
     assert PeftConfig.from_pretrained(tmp_path / "adapter").revision == "v2"
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Any:
+    """A tiny model without weights."""
+    return empty_model(ModelSection(name=str(lab.tiny_base(tmp_path / "base"))))
+
+
+@pytest.mark.parametrize("method", ["smoa", "lora"])
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        (
+            {"target_modules": ["q_prj"]},
+            r"adapter\.target_modules: the model has no layer 'q_prj'; did you mean 'q_proj'",
+        ),
+        ({"target_modules": ["q_proj", "v_prj"]}, "no layer 'v_prj'; did you mean 'v_proj'"),
+        ({"target_modules": "q_proj"}, r"'q_proj' would have to match a whole path; write \[q_proj\] for a name"),
+        ({"target_modules": []}, "adapter: No `target_modules` passed"),
+        ({"target_modules": ".*nowhere"}, "adapter: Target modules .*nowhere not found"),
+        ({"target_modules": ["mlp"]}, "adapter: .*LlamaMLP"),
+        ({"target_modules": "all-linear", "exclude_modules": ".*"}, "adapter: All modules were excluded"),
+        ({"target_modules": TARGETS, "exclude_modules": ["v_prj"]}, r"adapter\.exclude_modules: .*'v_prj'"),
+        ({"target_modules": TARGETS, "modules_to_save": ["lm_hed"]}, r"modules_to_save: .*did you mean 'lm_head'"),
+        ({"target_modules": TARGETS, "layers_to_transform": [9]}, "adapter: Target modules .*layers_to_transform"),
+        ({"target_modules": TARGETS, "inference_mode": True}, "adapter: trains nothing; leave inference_mode out"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_the_model_is_refused_without_its_weights(
+    method: str, adapter: dict[str, Any], message: str, empty: Any
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_adapter(empty, method, adapter)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_adapter_of_each_method_that_fits_is_taken(method: str, empty: Any) -> None:
+    own = {"adalora": {"total_step": 9}, "full": {}}
+    check_adapter(
+        empty, method, {} if method == "full" else {"target_modules": ["self_attn.q_proj"], **own.get(method, {})}
+    )
+    assert all(parameter.is_meta for parameter in empty.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:`init_lora_weights` is 'corda'")
+def test_what_peft_refuses_only_with_the_weights_is_an_error_of_the_adapter_too(base: Any) -> None:
+    adapter = {"init_lora_weights": "corda", "target_modules": TARGETS}
+    with pytest.raises(ConfigError, match="adapter: `eigens` attribute not found"):
+        with_adapter(base, lab.byte_tokenizer(), "lora", adapter)
 
 
 def updates(model: PeftModel) -> list[Tensor]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from smoa.errors import DataError
 from smoa_lab.config.run_config import ModelSection, check_config
 from smoa_lab.models import base_models
-from smoa_lab.models.base_models import empty_model, load_base_model, prepare_packaged_model, with_rate
+from smoa_lab.models.base_models import base_content, empty_model, load_base_model, prepare_packaged_model, with_rate
 from tests.support import gguf_base, lab
 
 PACKAGED = "gemma3-270m"
@@ -23,7 +24,9 @@ def test_a_local_folder_is_loaded_in_the_dtype_asked_for(tmp_path: Path) -> None
 
 
 def test_a_model_without_weights_has_only_its_layers(tmp_path: Path) -> None:
-    assert all(parameter.is_meta for parameter in empty_model(str(lab.tiny_base(tmp_path))).parameters())
+    assert all(
+        parameter.is_meta for parameter in empty_model(ModelSection(name=str(lab.tiny_base(tmp_path)))).parameters()
+    )
 
 
 def test_a_run_without_a_rate_gets_that_of_its_models_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,3 +160,32 @@ def test_the_tokenizer_comes_from_the_same_revision(tmp_path: Path, monkeypatch:
 def test_an_option_that_transformers_does_not_know_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"model\.options: cannot load .*load_in_5bit"):
         load_base_model(ModelSection(name=str(lab.tiny_base(tmp_path)), options={"load_in_5bit": True}))
+
+
+def test_a_base_is_another_when_its_weights_are_and_the_same_with_other_notes(tmp_path: Path) -> None:
+    wanted = ModelSection(name=str(lab.tiny_base(tmp_path)))
+    before = base_content(wanted)
+    (tmp_path / "README.md").write_text("notes")
+    assert base_content(wanted) == before
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
+    assert base_content(wanted) != before
+
+
+def test_a_base_in_a_gguf_file_is_its_content(tmp_path: Path) -> None:
+    (tmp_path / "one.gguf").write_bytes(b"weights")
+    (tmp_path / "other.gguf").write_bytes(b"others")
+    one, other = (base_content(ModelSection(name=str(tmp_path / name))) for name in ("one.gguf", "other.gguf"))
+    assert one != other
+
+
+def test_a_base_on_the_hub_is_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def read(source: str, **options: Any) -> SimpleNamespace:
+        asked.append((source, options["revision"]))
+        return SimpleNamespace(_commit_hash="c" * 40)
+
+    monkeypatch.setattr(base_models.AutoConfig, "from_pretrained", read)
+    assert base_content(ModelSection(name="org/base", options={"revision": "v2"})) == "c" * 40
+    assert asked == [("org/base", "v2")]

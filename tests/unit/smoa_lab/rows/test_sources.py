@@ -35,9 +35,12 @@ def test_the_state_of_a_folder_changes_with_each_of_its_files(tmp_path: Path) ->
     states = [source.state()]
     write_rows(tmp_path / "b.jsonl", ROWS)
     states.append(source.state())
-    os.utime(tmp_path / "a.jsonl", ns=(5, 5))
+    seen = (tmp_path / "a.jsonl").stat()
+    write_rows(tmp_path / "a.jsonl", [{"text": "c"}, {"text": "d"}])
+    os.utime(tmp_path / "a.jsonl", ns=(seen.st_atime_ns, seen.st_mtime_ns))
     states.append(source.state())
     assert len({str(state) for state in states}) == 3
+    os.utime(tmp_path / "a.jsonl", ns=(5, 5))
     assert source.state() == states[-1]
 
 

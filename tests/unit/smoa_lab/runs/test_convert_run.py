@@ -11,8 +11,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 from smoa import SmoaConfig
+from smoa.errors import ConfigError
 from smoa.export.lora import RankRule
 from smoa_lab.config.run_config import check_config
+from smoa_lab.runs import convert_run as convert_module
 from smoa_lab.runs.convert_run import Converter, conversion_report, convert_run
 from smoa_lab.training.run_folder import RunFolder
 from tests.support import lab
@@ -100,3 +102,14 @@ def test_another_base_takes_the_place_of_the_runs(values: dict[str, Any], tmp_pa
     Path(values["model"]["name"]).rename(tmp_path / "moved")
     report = convert_run(run, tmp_path / "lora", RankRule(rank=2), base=str(tmp_path / "moved"))
     assert report["loss"] is not None
+
+
+def test_an_adapter_of_another_method_is_refused_by_its_type(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = LlamaForCausalLM.from_pretrained(values["model"]["name"])
+    get_peft_model(base, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    monkeypatch.setattr(convert_module, "load_base_model", pytest.fail)
+    with pytest.raises(ConfigError, match="adapter: is an adapter of the type LORA; only SMoA's are converted"):
+        convert_run(tmp_path / "adapter", tmp_path / "lora", RankRule(rank=2))
+    assert not (tmp_path / "lora").exists()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from smoa.errors import ConfigError, DataError
-from smoa_lab.rows.plain_examples import content_digest, read_examples
+from smoa_lab.rows.plain_examples import content_digest, plain_example, read_examples
 from smoa_lab.rows.sources import FileSource
 from smoa_lab.tokens import prepared
 from smoa_lab.tokens.encoding import RowEncoder
@@ -184,9 +184,17 @@ def test_rows_are_read_once_and_again_when_anything_changed() -> None:
 def test_a_file_that_changed_is_read_again(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "rows.jsonl", texts(3))
     assert prepare(FileSource(file), shares=Shares(test=0)).account["parts"] == {"train": 3}
-    os.utime(file, ns=(1, 1))
     write_rows(file, texts(4))
     assert prepare(FileSource(file), shares=Shares(test=0)).account["parts"] == {"train": 4}
+
+
+def test_a_file_that_is_replaced_by_one_of_the_same_size_and_time_is_read_again(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    for word in ("good", "evil"):
+        write_rows(file, [{"text": word}])
+        os.utime(file, ns=(1, 1))
+        (found,) = prepare(FileSource(file), shares=Shares(test=0)).examples("train", 1)
+        assert plain_example(found)["text"] == word
 
 
 def test_so_many_rows_are_drawn_the_same_ones_each_time() -> None:

@@ -187,3 +187,37 @@ def test_the_commit_of_a_repository_that_only_surrounds_smoa_is_not_taken_for_it
     monkeypatch.setattr(run_folder, "__file__", str(own))
     assert len(run_folder._git_state()["commit"]) == 40
     assert run_folder._git_state()["dirty"] is False
+
+
+def interrupted(folder: Path, inputs: dict[str, str] | None, state: str = "{}") -> RunFolder:
+    """A run with one checkpoint."""
+    run = RunFolder(folder)
+    folder.mkdir()
+    run.start(f"method: smoa\ntraining: {{output_dir: {folder}}}\n", inputs)
+    (folder / "checkpoint-2").mkdir()
+    (folder / "checkpoint-2" / "trainer_state.json").write_text(state)
+    return run
+
+
+def test_a_run_whose_data_or_model_changed_is_not_resumed(tmp_path: Path) -> None:
+    run = interrupted(tmp_path / "run", {"data": "a", "base model": "b"})
+    text = run.config.read_text()
+    for changed, named in (("ac", "base model"), ("cb", "data"), ("cc", "data and the base model")):
+        with pytest.raises(ConfigError, match=rf"unfinished run, and the {named} changed since then; put back what"):
+            run.start(text, dict(zip(("data", "base model"), changed, strict=True)))
+    assert run.start(text, {"data": "a", "base model": "b"}) == str(tmp_path / "run" / "checkpoint-2")
+
+
+def test_a_run_of_a_release_that_did_not_note_its_inputs_is_resumed(tmp_path: Path) -> None:
+    run = interrupted(tmp_path / "run", None)
+    assert run.start(run.config.read_text(), {"data": "a"}) is not None
+
+
+def test_an_interrupted_run_that_was_renamed_is_resumed_and_knows_its_best_checkpoint(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    interrupted(old, {"data": "a"}, json.dumps({"best_model_checkpoint": str(old / "checkpoint-1"), "epoch": 1.5}))
+    old.rename(new)
+    checkpoint = RunFolder(new).start(f"method: smoa\ntraining: {{output_dir: {new}}}\n", {"data": "a"})
+    assert checkpoint == str(new / "checkpoint-2")
+    state = json.loads((new / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state == {"best_model_checkpoint": str(new / "checkpoint-1"), "epoch": 1.5}

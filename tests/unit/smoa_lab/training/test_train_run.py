@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from transformers import LlamaForCausalLM
 
 from smoa.errors import ConfigError
 from smoa_lab.config.run_config import ModelSection, RunConfig, check_config
 from smoa_lab.lessons.questions import Questions
 from smoa_lab.runs.evaluate_run import evaluate_run
 from smoa_lab.runs.open_run import base_section, open_run
+from smoa_lab.scoring.answer_loss import AnswerTrainer
 from smoa_lab.training import train_run
 from smoa_lab.training.run_folder import RunFolder
 from tests.support import lab
@@ -170,3 +172,39 @@ def test_only_the_first_process_tells(
     assert "step 1/2" not in RunFolder(untested.folder).log.read_text()
     assert logging.getLogger("smoa_lab").level == level
     assert json.loads((untested.folder / "metrics.json").read_text())["training"]["steps"] == 2
+
+
+def test_an_adapter_that_does_not_fit_the_model_leaves_nothing_behind(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values["adapter"]["target_modules"] = ["q_prj"]
+    monkeypatch.setattr(train_run, "open_lesson", pytest.fail)
+    with pytest.raises(ConfigError, match="did you mean 'q_proj'"):
+        train_run.train(check_config(values))
+    assert not Path(values["training"]["output_dir"]).exists()
+
+
+@pytest.mark.parametrize("changed", ["data", "base model"])
+def test_a_run_is_not_resumed_on_other_questions_or_another_base(
+    changed: str, values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values["training"] |= {"save_strategy": "steps", "save_steps": 1}
+    own_step = AnswerTrainer.training_step
+
+    def interrupted(self: AnswerTrainer, *given: Any, **options: Any) -> Any:
+        if self.state.global_step == 1:
+            raise KeyboardInterrupt
+        return own_step(self, *given, **options)
+
+    monkeypatch.setattr(AnswerTrainer, "training_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_run.train(check_config(values))
+    monkeypatch.setattr(AnswerTrainer, "training_step", own_step)
+    if changed == "data":
+        lab.fill_cache(tmp_path / "cache", lab.questions(20, "other"), lab.questions(3, "test"))
+    else:
+        weights = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+        weights.lm_head.weight.data.neg_()
+        weights.save_pretrained(tmp_path / "base")
+    with pytest.raises(ConfigError, match=f"unfinished run, and the {changed} changed since then"):
+        train_run.train(check_config(values))

@@ -13,7 +13,7 @@ import numpy as np
 
 from smoa.errors import DataError
 from smoa_lab.basics.plain_json import finite
-from smoa_lab.study.comparison import stored, stored_search
+from smoa_lab.study.comparison import stored_finals, stored_search
 from smoa_lab.study.plan import Tuned
 from smoa_lab.study.report.results.statistics import (
     Difference,
@@ -25,6 +25,7 @@ from smoa_lab.study.report.results.statistics import (
     outcomes,
 )
 from smoa_lab.study.study_file import Study
+from smoa_lab.study.trials import TrialStore
 
 BY_TASK = "Accuracy % by task"
 Machine = tuple[str | None, int | None]
@@ -56,7 +57,8 @@ class Row:
 
 def commonest_machine(study: Study) -> Machine:
     """Device and threads of most final runs: those of others take another time for the same work."""
-    finals = (result for name in study.entries for result in stored(study, "final", name))
+    store = TrialStore(study.folder)
+    finals = [store.find(one) or {} for name in study.entries for one in store.names(f"final/{name}/")]
     return max(Counter(map(_machine, finals)).items(), key=itemgetter(1), default=((None, None), 0))[0]
 
 
@@ -187,12 +189,8 @@ def _finals(study: Study, name: str) -> dict[int, dict[str, Any]]:
     """The final runs of the study's seeds, by seed, at the learning rate that the search chose."""
     search = stored_search(study, name)
     wanted = search.learning_rate if search else study.entries[name].learning_rate
-    return {
-        result["config"]["training"]["seed"]: result
-        for result in stored(study, "final", name)
-        if result["config"]["training"]["learning_rate"] == wanted
-        and result["config"]["training"]["seed"] in study.seeds
-    }
+    finals = stored_finals(study, name, lambda rate: rate == wanted)
+    return {result["config"]["training"]["seed"]: result for result in finals}
 
 
 def _differences(

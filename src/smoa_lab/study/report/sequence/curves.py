@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from smoa_lab.study.comparison import stored
+from smoa_lab.study.comparison import stored_finals
 from smoa_lab.study.report.results.rows import check_paired
 from smoa_lab.study.study_file import Study
 from smoa_lab.study.tuning import nearest_index
@@ -76,14 +76,10 @@ def paired(one: Curve, other: Curve) -> tuple[Curve, Curve] | None:
 
 def final_runs(study: Study) -> Runs:
     """Every finished run at a rate and with a seed that the study names."""
+    rates = {name: study.rates(name) for name in study.entries}
     return {
-        name: [run for run in stored(study, "final", name) if _is_named(study, name, run)] for name in study.entries
+        name: stored_finals(study, name, lambda rate, of=of: nearest_index(rate) in of) for name, of in rates.items()
     }
-
-
-def _is_named(study: Study, name: str, run: dict[str, Any]) -> bool:
-    training = run["config"]["training"]
-    return nearest_index(training["learning_rate"]) in study.rates(name) and training["seed"] in study.seeds
 
 
 def curves_of(runs: Runs, kept: Kept = "first") -> list[Curve]:

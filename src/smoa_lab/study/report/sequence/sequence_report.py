@@ -13,6 +13,7 @@ from smoa_lab.basics.plain_json import finite
 from smoa_lab.drawing.markdown_tables import markdown_table
 from smoa_lab.drawing.pages import write_page
 from smoa_lab.drawing.picture_files import save_pictures
+from smoa_lab.study.comparison import Comparison
 from smoa_lab.study.report.charts.frontier import CAPTION
 from smoa_lab.study.report.results.rows import missing_sentence
 from smoa_lab.study.report.results.statistics import spearman
@@ -30,7 +31,6 @@ from smoa_lab.study.report.sequence.sequence_tables import (
     table_sections,
 )
 from smoa_lab.study.study_file import Study
-from smoa_lab.study.trials import TrialStore
 
 
 def sequence_report(study: Study) -> dict[str, Any]:
@@ -38,13 +38,14 @@ def sequence_report(study: Study) -> dict[str, Any]:
 
     Raises:
         DataError: no run is finished yet, or runs were asked different questions.
+        ConfigError: a run was run with other settings than the study's.
     """
     runs = final_runs(study)
     rows = run_rows(study, runs)
     if not rows:
         raise DataError(f"{study.folder}: no final run is finished yet; run smoa compare on this study first")
     curves = curves_of(runs)
-    untouched = TrialStore(study.folder).find("untouched")
+    untouched = Comparison(study).stored_untouched()
     summary: dict[str, Any] = finite(
         {
             "before": None if untouched is None else _before(untouched),

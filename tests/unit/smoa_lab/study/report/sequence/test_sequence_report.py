@@ -11,7 +11,7 @@ from smoa.errors import DataError
 from smoa_lab.study.report.sequence.sequence_report import sequence_report
 from smoa_lab.study.study_file import Study
 from smoa_lab.study.trials import Trial
-from tests.support.studies import finish_in_turn, page
+from tests.support.studies import finish_in_turn, finish_untouched, page
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def finished(sequence: dict[str, Any]) -> Study:
         finish_in_turn(study, Trial("final", "lora", 0.03, seed), None, 9.0, change=None)
     scores = {"scores": {"all": {"gold_loss": 2.5, "accuracy": 0.25}}}
     before = {**scores, "first": {"scores": {"all": {"gold_loss": 2.8, "accuracy": 0.5}}}, "elsewhere": 1.5}
-    (study.folder / "untouched.json").write_text(json.dumps({**before, "start": before}))
+    finish_untouched(study, **before, start=before)
     return study
 
 
