@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import nn
 
 from smoa.atomic import check_place, new_folder
+from smoa.errors import ConfigError
 from smoa.export.lora import LoraConversion, RankRule, UpdateSpectra
 from smoa_lab.config.rows_config import load_any_config
 from smoa_lab.lessons.lesson import Lesson
