@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from smoa.config.adapter_config import Shape, SmoaConfig
-from smoa.errors import PartitionError, UnsupportedModuleError
+from smoa.errors import ConfigError, PartitionError, UnsupportedModuleError
 from smoa.files.adapter_folder import AdapterFile
 from smoa.layers.kinds.kind_table import KINDS, QUANTIZED, Kind, kind_of
 from smoa.layers.kinds.linear import Linear
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from peft.utils.quantization_utils import QuantizationBackend
 
 SUPPORTED = ", ".join(kind.name for kind in (*KINDS, QUANTIZED))
+
+MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+"""Types of models whose fused kernels read the weights of a mixer's `out_proj` and `conv1d`, and don't call them."""
 
 
 class Target(NamedTuple):
@@ -51,10 +54,13 @@ def check_target(
         file: The weights of the adapter, if it is being loaded.
 
     Raises:
+        ConfigError: the kernels of a Mamba model read its weight and don't call it.
         UnsupportedModuleError: SMoA can't adapt this kind of module.
         AdapterFileError: the config gives it a larger rank than any factor in the file has.
         PartitionError: K is larger than a side of its weight, and `num_blocks_pattern` or `block_ranks` sets it.
     """
+    if _is_read_by_kernels(name, model):
+        raise ConfigError(f"{name}: is incompatible with Mamba-based models, whose kernels never call it; leave it out")
     base = base_of(module)
     try:
         backend = find_backend(base, model)
@@ -77,6 +83,11 @@ def check_target(
     return Target(kind, shape, backend)
 
 
+def _is_read_by_kernels(name: str, model: nn.Module) -> bool:
+    is_mamba = getattr(getattr(model, "config", None), "model_type", None) in MAMBA
+    return is_mamba and name.rpartition(".")[2] in ("out_proj", "conv1d")
+
+
 def _shapes(base: nn.Module) -> str:
     """The shapes of a module's own parameters in words, also while ZeRO-3 has left them empty."""
     shapes = [
@@ -90,7 +101,9 @@ def _shapes(base: nn.Module) -> str:
 def leave_out_uncalled(config: SmoaConfig, model: nn.Module) -> None:
     """Take layers that their parents never call out of the targets that "all-linear" has become."""
     layers = (
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and Linear.refusal(module)
+        name
+        for name, module in model.named_modules()
+        if _is_read_by_kernels(name, model) or (isinstance(module, nn.Linear) and Linear.refusal(module))
     )
     config.target_modules = set(config.target_modules or []).difference(layers)  # type: ignore[assignment]
 

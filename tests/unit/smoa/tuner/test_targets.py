@@ -6,10 +6,10 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from smoa import PartitionError, SmoaConfig, SmoaError, UnsupportedModuleError
+from smoa import ConfigError, PartitionError, SmoaConfig, SmoaError, UnsupportedModuleError
 from smoa.tuner.targets import check_target, report_narrow
 from tests.support.layers import Wrapper, smoa_layers
 
@@ -117,3 +117,13 @@ def test_a_quantized_layer_is_refused_by_name() -> None:
 def test_the_shape_of_a_quantized_layer_is_told() -> None:
     with pytest.raises(UnsupportedModuleError, match=r"layer: .*quantized.*\(it has weight \(8, 6\), bias \(8,\)\)"):
         get_peft_model(Wrapper(QuantizedLinear(6, 8)), SmoaConfig(target_modules=["layer"]))
+
+
+def test_what_the_kernels_of_a_mamba_model_read_without_a_call_is_refused_and_left_out_of_all_linear() -> None:
+    model = MambaForCausalLM(MambaConfig(vocab_size=16, hidden_size=32, state_size=4, num_hidden_layers=1))
+    for name in ("out_proj", "conv1d"):
+        with pytest.raises(ConfigError, match=rf"backbone\.layers\.0\.mixer\.{name}: is incompatible with Mamba"):
+            get_peft_model(model, SmoaConfig(r=4, target_modules=["in_proj", name]))
+        assert not smoa_layers(model)
+    adapted = smoa_layers(get_peft_model(model, SmoaConfig(r=4, target_modules="all-linear")))
+    assert {name.rpartition(".")[2] for name in adapted} == {"in_proj", "x_proj", "dt_proj"}
