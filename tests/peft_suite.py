@@ -82,6 +82,8 @@ EDITS = {
         with pytest.raises(TypeError""": """"target_parameters='linear.weight' must be a list of strings"
         with pytest.raises(ValueError""",
     "no tied modules are added": "ensure_weight_tying has no effect",
+    "no tied modules were found in the model": "ensure_weight_tying has no effect",
+    "When `layers_pattern` is specified, `layers_to_transform` must also be specified.": "layers_pattern=.* has no eff",
     # numbers for every tensor of a file, whose labels must be a partition
     "{k: torch.ones_like(v) * 555 for k, v": "{k: torch.ones_like(v) * 555 if v.is_floating_point() else v for k, v",
     "{k: torch.randn(v.shape, dtype=v.dtype) for k, v": (
@@ -119,14 +121,16 @@ LEFT_OUT: dict[str, str] = {
     ),
     "TestDynamicDispatch": f"{LORAS}its dispatcher of custom layers; test_kind_table.py has smoa's kinds",
     "TestLoraNestedConfig|TestEva|with_runtime_config": f"{LORAS}configs inside its config",
-    "weight_tying_tied_model_(lora|no_embed)|weight_tying_enc_dec_modules_to_save|config_tie_false.modules_to_save": (
+    "(?<!alt_)weight_tying_tied_model_lora|weight_tying_enc_dec_modules_to_save": (
         f"{REFUSED}ensure_weight_tying with modules_to_save of a tied layer (docs/limits.md)"
     ),
-    "weight_tying_(tied_model|enc_dec)_target_modules": f"{LORAS}factors of the two ends transposed; test_tying.py",
-    "config_tie_false_target_modules": (
+    "(?<!alt_)weight_tying_(tied_model|enc_dec)_target_modules|tied_model_target_modules_lora.*4-True": (
+        f"{LORAS}factors of the two ends transposed; test_tying.py"
+    ),
+    "config_tie_false": (
         f"{LORAS}ties by the model's config; test_layers_of_one_weight_are_found_before_and_after_they_are_adapted"
     ),
-    "rslora_scaling": f"{LORAS}alpha / √r; test_rank_stabilized_scaling_is_loras_at_equal_parameters has smoa's",
+    "rslora_scaling|scaling_with_rslora": f"{LORAS}alpha / √r; test_rank_stabilized_scaling_is_loras_at_equal_parameters has smoa's",
     "lora_embedding_(default|false)": f"{LORAS}normal numbers in B of an embedding; test_factors.py has A and B",
     "rank_not_divisible_by_groups": f"{LORAS}a rank of each group; test_conv.py has grouped convolutions",
     "rank_pattern_for_moe": (
