@@ -9,7 +9,7 @@ USABLE := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 PYTHON = $(shell for p in $(CANDIDATES); do "$$p" -c '$(USABLE)' >/dev/null 2>&1 && echo "$$p" && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint types unit versions coverage docs fuzz soak matrix peft-suite dist format figures clean
+.PHONY: help demo test test-slow lint types unit versions coverage docs fuzz soak matrix peft-suite peft-short dist format figures clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -17,7 +17,7 @@ help:  ## list the targets
 demo: $(VENV)/.demo-installed  ## fine-tune Gemma 3 270M with SMoA and show what changed
 	$(BIN)/smoa demo
 
-test: lint types unit docs versions  ## lint, types, tests, documentation and versions of PEFT: what CI runs
+test: lint types unit docs versions peft-short  ## lint, types, tests, documentation, PEFT's own tests and its versions: what CI runs
 
 lint: $(VENV)/.dev-installed  ## check format and style
 	$(BIN)/ruff format --check .
@@ -55,6 +55,9 @@ matrix: $(VENV)/.dev-installed  ## run a part of the tests against each supporte
 
 peft-suite: $(VENV)/.dev-installed  ## run PEFT's own tests with SMoA in them; pip downloads them
 	$(BIN)/python -m tests.peft_suite
+
+peft-short: $(VENV)/.dev-installed  ## the same with one case of each kind of model, in a minute
+	$(BIN)/python -m tests.peft_suite --short
 
 dist: $(VENV)/.dev-installed  ## build the source distribution and the wheel into dist/
 	$(BIN)/python -m build --no-isolation

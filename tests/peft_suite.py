@@ -1,79 +1,199 @@
 """Runs PEFT's own tests with SMoA in the places of LoRA and HiRA.
 
-    python -m tests.peft_suite          # the cases of SMoA alone
-    python -m tests.peft_suite -x -q    # options of pytest
+    python -m tests.peft_suite                # every file of them
+    python -m tests.peft_suite --short        # one test of each kind of model, as `make test`
+    python -m tests.peft_suite -x -k gpt2     # options of pytest
 
-The tests come from PEFT's source distribution, which pip downloads into a temporary folder: nothing of it is kept. This
-file is also the plugin of that run. It replaces each list of cases by SMoA's: those of LoRA and HiRA whose settings
-SMoA has too, under their names with SMoA in them. In the tests of `target_parameters` it also replaces the classes of
-LoRA that they use by name. `REFUSED` has what is left out, and why.
+The tests come from PEFT's source distribution, which pip downloads into a temporary folder: nothing of it is kept. In
+`FILES`, names of LoRA and HiRA are replaced by SMoA's (`NAMES`), so their cases and what they read of a layer are
+SMoA's. Tests of other methods are left away. Models of the Hub are random ones of the same classes (`_models`).
 
-Models that the tests would load from the Hub are random ones of the same classes, with the same names of modules, in
-folders that are named as on the Hub.
+This file is also the plugin of that run. At the end it prints how many tests passed and failed, and what was left out,
+by the reasons in `LEFT_OUT` and by settings that LoRA alone has.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 import subprocess
 import sys
 import tarfile
 import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+import transformers
 
-FILES = ("test_custom_models.py", "test_config.py", "test_target_parameters.py")
-CHOSEN = "(SMoA or Smoa or TestTargetParameters or moe_target_parameters)"
-RENAMED = {
-    "hira_dropout": "smoa_dropout",
-    "lora_dropout": "smoa_dropout",
-    "init_lora_weights": "init_weights",
-    "lora_alpha": "alpha",
+FILES = tuple(
+    f"test_{name}.py"
+    for name in (
+        *("config", "custom_models", "decoder_models", "encoder_decoder_models", "feature_extraction_models"),
+        *("low_level_api", "other", "seq_classifier", "token_classification_qa", "target_parameters", "initialization"),
+    )
+)
+NAMES = {
+    r"\((config_cls == LoraConfig)\)": "False",  # LoRA does not merge grouped convolutions
+    r"\b(Lora|Hira)(Config|Layer|Model)\b": r"Smoa\2",
+    r"\blora_embedding_([AB])\.(adapter\d)\b": r"smoa_\1.\2.weight",
+    r"\b(lora|hira)_(embedding_)?([AB])\b": r"smoa_\3",
+    r'"(lora|hira)(_only|_)?"': r'"smoa\2"',
+    r"\bhira_dropout\b": "smoa_dropout",
+    r"\b(PeftType\.|\")(LORA|HIRA)\b(?!\":)": r"\1SMOA",
+    r"\b(LoRA|HiRA)\b": "SMoA",
 }
-ONE_OUTPUT = {"EmbConv1D": "emb", "Conv1d": "lin0"}
-"""Models with a layer of one output, which takes one block, and the target beside it."""
-REFUSED = {
-    "test_save_pretrained_pickle": "smoa reads and writes no pickles",
-    "test_save_pretrained_selected_adapters_pickle": "smoa reads and writes no pickles",
-    "MHA": "torch.nn.MultiheadAttention: LoRA alone adapts it",
-    "test_from_pretrained_config_construction": "each adapter has a copy of its config, not the object that was passed",
-    "test_save_load_roundtrip_fsdp_wrapped_learnable_bias": "loads biases with a config that doesn't train them",
-    "(TestMultipleActiveAdapters and tokens)": "one output, whose two updates differ less than the test asks",
-    "test_rank_pattern_for_moe_target_parameters": "reads lora_A, and counts gate and up as one matrix of each expert",
-    "test_targeting_module_and_targeting_param_equivalent": "reads lora_A; tests/unit has the same of smoa_A",
-    "test_adding_second_adapter_reuses_param_wrapper": "reads lora_A; tests/unit has the same of smoa_A",
-    "test_target_multiple_parameters_on_same_module": "counts the calls of LoRA's parametrization, which SMoA has not",
-    "test_target_parameters_forward_under_autocast": "looks into LoRA's parametrization, which SMoA has not",
-    "test_target_parameter_result_caching_works": "counts the calls of LoRA's parametrization, which SMoA has not",
-    "test_target_parameters_works_with_existing_parametrization": "SMoA refuses parametrized parameters by name",
-    "(test_safe_merge and Groups2)": "outputs near 8,000 in float32, compared to 1e-6 except for methods that it names",
+"""Regular expressions in PEFT's tests, and what they become."""
+EDITS = {
+    # the words of an error
+    "`layers_to_transform` cannot be used when `target_modules` is a str.": "layers_to_transform=.* needs target_mod",
+    "`layers_pattern` cannot be used when `target_modules` is a str.": "layers_pattern=.* has no effect without",
+    "lora.ParamWrapper does not support mixed adapter batches yet.": "adapter_names can't be used with adapted experts",
+    "Length of `adapter_names` should be the same as the number of inputs, but got ": "give one for each",
+    "Cannot pass `adapter_names` when the model is in training mode.": "adapter_names can't be used in training mode",
+    "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first.": (
+        "adapter_names can't be used while adapters are merged; call unmerge_adapter first"
+    ),
+    "Trying to infer with non-existing adapter(s): does-not-exist, other": "unknown adapters ['does-not-exist', 'other",
+    "Trying to infer with non-existing adapter(s): ": "adapter_names: unknown adapters ['",
+    'startswith("lora.Conv2d': 'startswith("smoa.Conv',
+    'startswith("lora.': 'startswith("smoa.',
+    "peft.tuners.lora.layer.Embedding": "smoa.layers.kinds.embedding.Embedding",
+    "peft.tuners.lora.layer.Linear": "smoa.layers.kinds.linear.Linear",
+    "config.lora_alpha": "config.alpha",
+    '"Cannot add weighted adapters if they target the same module with modules_to_save, but found 1 such "': (
+        '"can\'t combine adapters with modules_to_save"'
+    ),
+    '"instance(s)."': '""',
+    "Trying to wrap an `nn.Parameter` of layer 'linear' of type Linear, which is not a valid target.": (
+        "linear.weight: target_modules names its module too"
+    ),
+    '"No `target_modules` passed but also no `target_parameters` found. Please check the values for "': (
+        '"matches no parameter of the model"'
+    ),
+    '"these arguments."': '""',
+    """"`target_parameters` must be a list of strings or None."
+        with pytest.raises(TypeError""": """"target_parameters='linear.weight' must be a list of strings"
+        with pytest.raises(ValueError""",
+    "no tied modules are added": "ensure_weight_tying has no effect",
+    "no tied modules were found in the model": "ensure_weight_tying has no effect",
+    "When `layers_pattern` is specified, `layers_to_transform` must also be specified.": "layers_pattern=.* has no eff",
+    # numbers for every tensor of a file, whose labels must be a partition
+    "{k: torch.ones_like(v) * 555 for k, v": "{k: torch.ones_like(v) * 555 if v.is_floating_point() else v for k, v",
+    "{k: torch.randn(v.shape, dtype=v.dtype) for k, v": (
+        "{k: torch.randn(v.shape) if v.is_floating_point() else v for k, v"
+    ),
+    # all tensors of a layer, which has more than A and B
+    'del sd_before["model.decoder.layers.5.self_attn.q_proj.smoa_A.weight"]': (
+        'sd_before = {k: v for k, v in sd_before.items() if "layers.5.self_attn.q_proj" not in k}'
+    ),
+    'del sd_before["model.decoder.layers.5.self_attn.q_proj.smoa_B.weight"]': "pass",
+    # the id of a save, which belongs to no layer
+    """for key in sd:
+            # assert that the adapter_name""": """for key in [k for k in sd if "save_id" not in k]:
+            # assert that the adapter_name""",
 }
+"""Text in PEFT's tests, and what it becomes where SMoA has other words or more tensors."""
+REFUSED = "a documented refusal: "
+LORAS = "reads what LoRA alone has: "
+ADAPTED = "expects a refusal of what smoa adapts: "
+LEFT_OUT: dict[str, str] = {
+    "pickle": f"{REFUSED}pickles (docs/files.md)",
+    "MHA|mha_|multihead": f"{REFUSED}MultiheadAttention (docs/limits.md)",
+    "existing_parametrization": f"{REFUSED}parametrized parameters (test_a_parametrized_parameter_is_refused)",
+    "duplicate_name_without_mutation.*True|PeftMixedModel|mixed_model": f"{REFUSED}PeftMixedModel (docs/limits.md)",
+    "TestHotSwapping": f"{REFUSED}PEFT's own hot-swapping; test_hotswap.py has smoa's (docs/limits.md)",
+    "missing_keys_warning$": f"{REFUSED}a file that lacks tensors (docs/files.md)",
+    "invalid_target_parameters_warns": f"{REFUSED}names that match no parameter (docs/how-to/experts.md)",
+    r"bias_argument\[invalid": f"{REFUSED}a bias of no known name, at once, by the config (docs/files.md)",
+    "load_resized_embedding_ignore": f"{REFUSED}factors of another shape (docs/files.md)",
+    "mixed_modules_to_save_merging|cat_with_rank_pattern|active_adapters_forward.*Different": (
+        f"{REFUSED}sums of adapters with modules_to_save, rank_pattern, other layers (docs/how-to/several-adapters.md)"
+    ),
+    "test_weighted_combination_of_adapters|weighted_adapter_with_different_scaling": (
+        f"{LORAS}sums by SVD, TIES and DARE; test_combining.py has cat and linear"
+    ),
+    "TestDynamicDispatch": f"{LORAS}its dispatcher of custom layers; test_kind_table.py has smoa's kinds",
+    "TestLoraNestedConfig|TestEva|with_runtime_config": f"{LORAS}configs inside its config",
+    "(?<!alt_)weight_tying_tied_model_lora|weight_tying_enc_dec_modules_to_save": (
+        f"{REFUSED}ensure_weight_tying with modules_to_save of a tied layer (docs/limits.md)"
+    ),
+    "(?<!alt_)weight_tying_(tied_model|enc_dec)_target_modules|tied_model_target_modules_lora.*4-True": (
+        f"{LORAS}factors of the two ends transposed; test_tying.py"
+    ),
+    "config_tie_false": (
+        f"{LORAS}ties by the model's config; test_layers_of_one_weight_are_found_before_and_after_they_are_adapted"
+    ),
+    "rslora_scaling|scaling_with_rslora": (
+        f"{LORAS}alpha / √r; test_rank_stabilized_scaling_is_loras_at_equal_parameters has smoa's"
+    ),
+    "lora_embedding_(default|false)": f"{LORAS}normal numbers in B of an embedding; test_factors.py has A and B",
+    "rank_not_divisible_by_groups": f"{LORAS}a rank of each group; test_conv.py has grouped convolutions",
+    "rank_pattern_for_moe": (
+        f"{LORAS}one matrix for gate and up; test_patterns_go_by_the_parameters_name has the pattern of experts"
+    ),
+    "multiple_parameters_on_same_module|result_caching_works|target_parameters_forward_under_autocast": (
+        f"{LORAS}the calls of its parametrization; test_param_wrapper.py and test_autocast_and_half_precision_train"
+    ),
+    "low_cpu_mem_usage$": (
+        f"{LORAS}no buffers, which stay real; test_low_cpu_mem_usage_makes_meta_factors_only has the factors"
+    ),
+    "warns_for_unsharded": f"{LORAS}a warning in PEFT's save; test_factors_that_zero3_has_partitioned_are_not_saved",
+    "different_target_parameters_raises": f"{ADAPTED}adapters of several parameters; test_parameters.py",
+    "groups_greater_than_one": f"{ADAPTED}grouped convolutions; test_conv.py",
+    "stable_diffusion": "loads a pipeline of the Hub; tests/integration/test_diffusers.py has a UNet and a transformer",
+    r"trainable tokens Same.*merge_layers_multi|merge_layers_multi.*trainable tokens Same": (
+        "one output, changed by 0.0013 by the second of two random updates where the test asks for 0.0019; "
+        "test_merging_in_place.py has several adapters"
+    ),
+    r"inject_from_state_dict_(transformers|compiled)": (
+        "transformers 5.24 demands PEFT 0.22 for its own add_adapter, whatever the method; "
+        "test_transformers_own_adapter_interface_takes_smoa runs with older ones"
+    ),
+}
+"""Expressions for the ids of tests, and why they are left out. The tests named are smoa's that do the same."""
 IGNORED = (
     "`is_gradient_checkpointing` is deprecated:FutureWarning",
     "`gradient_checkpointing_enable` is deprecated:FutureWarning",
 )
 """Warnings of transformers 5.24 that PEFT 0.21's own calls give."""
-LISTS = {"TEST_CASES": 2, "MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES": 2, "ALL_CONFIG_CLASSES": 0, "ALL_CONFIGS": 1}
-"""The lists of cases in PEFT's tests, and where the class of a config is in a case."""
+SHORT = {
+    "TEST_CASES": ("Vanilla MLP 1 SMoA", "Embedding + transformers Conv1D 1 SMoA", "Conv2d 1 SMoA"),
+    "files": ("custom", "decoder", "feature_extraction", "seq_classifier", "token_classification", "target_parameters"),
+}
+"""With --short: the cases of custom models, and files by a part of their names. Other lists keep their first case."""
+LISTS = ("TEST_CASES", "MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES", "ALL_CONFIGS")
+"""The lists of cases in PEFT's tests."""
+ONLY_LORA = re.compile(
+    r"SmoaConfig\.__init__\(\) got an unexpected keyword argument '(\w+)'|SmoaConfig: (init_weights=\S+) must be"
+)
+"""The errors for settings and values that LoRA has and SMoA lacks."""
 
 
 def main() -> int:
     """Download PEFT's tests, run them, and return pytest's exit code."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--short"]
+    short = len(arguments) < len(sys.argv) - 1
     with tempfile.TemporaryDirectory() as folder:
         source = _download(Path(folder))
         (source / "tests" / "__init__.py").touch()  # the tests import each other relative to it
+        for file in (*FILES, "testing_common.py", "testing_utils.py"):
+            path = source / "tests" / file
+            path.write_text(_as_smoas(path.read_text(encoding="utf-8")), encoding="utf-8")
         _save_models(source)
         root = Path(__file__).parents[1]
-        paths = os.pathsep.join([str(root / "src"), str(root / "tests")])
-        environment = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
-        chosen = " and not ".join([CHOSEN, *REFUSED])
+        paths = os.pathsep.join([str(root / "src"), str(root), str(root / "tests")])
+        environment = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "PEFT_SUITE": "short" if short else ""}
         ignored = [option for warning in IGNORED for option in ("-W", f"ignore:{warning}")]
-        options = ["-p", "peft_suite", "-o", "addopts=", "-k", chosen, "-q", *ignored, *sys.argv[1:]]
-        command = [sys.executable, "-m", "pytest", *options, *(f"tests/{file}" for file in FILES)]
+        options = ["-p", "peft_suite", "-p", "no:cacheprovider", "-o", "addopts=", "-q", *ignored, *arguments]
+        files = [file for file in FILES if not short or any(part in file for part in SHORT["files"])]
+        command = [sys.executable, "-m", "pytest", *options, *(f"tests/{file}" for file in files)]
         return subprocess.run(command, cwd=source, env=environment, check=False).returncode
 
 
@@ -87,67 +207,194 @@ def _download(folder: Path) -> Path:
     return folder / archive.name.removesuffix(".tar.gz")
 
 
+def _as_smoas(text: str) -> str:
+    """A file of PEFT's tests, for SMoA."""
+    for old, new in NAMES.items():
+        text = re.sub(old, new, text)
+    for old, new in EDITS.items():
+        text = text.replace(old, new)
+    return text
+
+
 def _save_models(folder: Path) -> None:
-    """Save a random model of two layers under the name of each model on the Hub that the tests load."""
-    from tests.support import tiny_mixtures, tiny_models
+    """Save a random model or adapter under the name of each one on the Hub that the tests load."""
+    from smoa import SmoaConfig
 
     torch.manual_seed(0)
-    models = {
-        "trl-internal-testing/tiny-Llama4ForCausalLM": tiny_mixtures.llama4(num_hidden_layers=2),
-        "trl-internal-testing/tiny-GptOssForCausalLM": tiny_mixtures.gpt_oss(num_hidden_layers=2),
-        "hf-internal-testing/tiny-random-LlamaForCausalLM": tiny_models.llama(),
+    for names, build in _models().items():
+        model = build()
+        for name in names.split():
+            model.save_pretrained(folder / name)
+    base = _models()["peft-internal-testing/tiny-random-OPTForCausalLM"]()
+    adapted = peft.get_peft_model(base, SmoaConfig(task_type="CAUSAL_LM"))
+    for name in ("tiny-opt-lora-revision", "tiny-OPTForCausalLM-lora"):
+        adapted.save_pretrained(folder / "peft-internal-testing" / name)
+
+
+def _models() -> dict[str, Callable[[], Any]]:
+    """Builders of the models by their names on the Hub."""
+    from tests.support import tiny_mixtures, tiny_models
+
+    sizes = {"vocab_size": 1024, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"intermediate_size": 37, "max_position_embeddings": 512, "initializer_range": 0.1}
+    grouped = {**sizes, "num_key_value_heads": 2}
+
+    def of(name: str, head: str, **settings: Any) -> Callable[[], Any]:
+        config = getattr(transformers, f"{name}Config")
+        return lambda: getattr(transformers, f"{name}{head}")(config(**settings))
+
+    opt = {**sizes, "ffn_dim": 37, "word_embed_proj_dim": 32, "num_hidden_layers": 5}
+    deep = {**opt, "num_hidden_layers": 6}
+    gpt = {"vocab_size": 1024, "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.1}
+    bart = {"vocab_size": 1024, "d_model": 32, "max_position_embeddings": 512, "init_std": 0.1}
+    bart |= {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in _SIDES.items()}
+    mamba = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
+    bert = of("Bert", "Model", **sizes)
+    return {
+        "peft-internal-testing/tiny-random-OPTForCausalLM": of("OPT", "ForCausalLM", **opt),
+        "peft-internal-testing/opt-125m": of("OPT", "ForCausalLM", **deep),
+        "peft-internal-testing/tiny-random-GPT2LMHeadModel hf-internal-testing/tiny-random-gpt2 "
+        "peft-internal-testing/tiny-random-gpt2 gpt2": of("GPT2", "LMHeadModel", **gpt),
+        "peft-internal-testing/tiny-random-GPTJForCausalLM": of("GPTJ", "ForCausalLM", **gpt, rotary_dim=4),
+        "trl-internal-testing/tiny-random-LlamaForCausalLM hf-internal-testing/tiny-random-LlamaForCausalLM": of(
+            "Llama", "ForCausalLM", **grouped
+        ),
+        "peft-internal-testing/tiny-dummy-qwen2": of("Qwen2", "ForCausalLM", **grouped),
+        "hf-internal-testing/tiny-random-MistralForCausalLM": of("Mistral", "ForCausalLM", **grouped),
+        "hf-internal-testing/tiny-random-Gemma3ForCausalLM": tiny_models.gemma3,
+        "trl-internal-testing/tiny-Llama4ForCausalLM": lambda: tiny_mixtures.llama4(num_hidden_layers=2),
+        "trl-internal-testing/tiny-GptOssForCausalLM": lambda: tiny_mixtures.gpt_oss(num_hidden_layers=2),
+        "peft-internal-testing/tiny-random-BartForConditionalGeneration": of(
+            "Bart", "ForConditionalGeneration", **bart
+        ),
+        "peft-internal-testing/tiny-random-T5ForConditionalGeneration-calibrated": tiny_models.t5,
+        "peft-internal-testing/tiny-random-t5": tiny_models.t5,
+        "peft-internal-testing/tiny-random-BertModel": bert,
+        "peft-internal-testing/tiny-random-RobertaModel": of("Roberta", "Model", **sizes),
+        "peft-internal-testing/tiny-random-DebertaModel": of("Deberta", "Model", **sizes),
+        "peft-internal-testing/tiny-random-DebertaV2Model": of("DebertaV2", "Model", **sizes),
+        "peft-internal-testing/tiny-random-BertForSequenceClassification bert-base-uncased": of(
+            "Bert", "ForSequenceClassification", **sizes
+        ),
+        "peft-internal-testing/tiny-random-RobertaForSequenceClassification": of(
+            "Roberta", "ForSequenceClassification", **sizes
+        ),
+        "trl-internal-testing/tiny-LlamaForSequenceClassification-3.2": of(
+            "Llama", "ForSequenceClassification", **grouped, pad_token_id=0
+        ),
+        "tiiuae/falcon-mamba-tiny-dev": of("FalconMamba", "ForCausalLM", **mamba, state_size=4),
+        "trl-internal-testing/tiny-NemotronHForCausalLM-nano": of(
+            *("NemotronH", "ForCausalLM"),
+            **mamba,
+            layers_block_type=["mamba", "attention"],
+            head_dim=8,
+            mamba_head_dim=8,
+        ),
+        "peft-internal-testing/tiny-clip-text-2": of("CLIPText", "Model", **sizes),
     }
-    for name, model in models.items():
-        model.save_pretrained(folder / name)
+
+
+_SIDES = {"layers": 2, "attention_heads": 4, "ffn_dim": 37}
+
+
+def pytest_configure(config: Any) -> None:
+    """Give PEFT the names that the tests import."""
+    from smoa import SmoaConfig, SmoaModel
+    from smoa.layers.experts.param_wrapper import ParamWrapper
+    from smoa.layers.layer import SmoaLayer
+
+    original = SmoaConfig.__init__
+
+    @wraps(original)
+    def with_names_of_lora(self: Any, *args: Any, init_lora_weights: Any = None, **settings: Any) -> None:
+        if init_lora_weights is not None:
+            settings["init_weights"] = init_lora_weights
+        original(self, *args, **settings)
+
+    SmoaConfig.__init__ = with_names_of_lora  # type: ignore[method-assign]
+    found: Any = peft
+    for module in (found, found.tuners, found.tuners.lora, found.tuners.lora.layer, found.tuners.lora.config):
+        module.SmoaConfig, module.SmoaModel, module.SmoaLayer = SmoaConfig, SmoaModel, SmoaLayer
+        module.ParamWrapper = ParamWrapper
+    config.left_out = Counter()
 
 
 def pytest_collectstart(collector: Any) -> None:
-    """Replace the lists of cases in a test module, and LoRA's classes, before its tests are collected."""
-    if isinstance(collector, pytest.Module) and collector.path.name == "test_target_parameters.py":
-        from smoa import SmoaConfig
-        from smoa.layers.experts.param_wrapper import ParamWrapper
-
-        collector.obj.ParamWrapper = ParamWrapper
-        collector.obj.LoraConfig = lambda **settings: SmoaConfig(**_as_ours(settings))
-    if isinstance(collector, pytest.Class | pytest.Module):
-        for name, place in LISTS.items():
-            cases = getattr(collector.obj, name, None)
-            if isinstance(cases, list):
-                cases[:] = _as_smoa(cases, place)
-
-
-def _as_smoa(cases: list[Any], place: int) -> list[Any]:
+    """Keep SMoA's cases in the lists of a test module, each once, before its tests are collected."""
     from smoa import SmoaConfig
 
-    if any(case[place] is SmoaConfig for case in cases):
-        return cases
-    found = [_translated(case, place) for case in cases if case[place].__name__ in ("LoraConfig", "HiraConfig")]
-    return list({str(case[place:]) + str(case[:place]): case for case in found if case is not None}.values())
+    if isinstance(collector, pytest.Class | pytest.Module):
+        short = os.environ.get("PEFT_SUITE") == "short"
+        for name in [name for name in vars(collector.obj) if name in LISTS or name.endswith("MODELS_TO_TEST")]:
+            cases: list[Any] = getattr(collector.obj, name)
+            if name in LISTS:
+                cases[:] = {str(case): case for case in cases if any(part is SmoaConfig for part in case)}.values()
+            if short:
+                wanted = SHORT.get(name, ())
+                cases[:] = [case for case in cases if case[0] in wanted] if wanted else cases[:1]
 
 
-def _translated(case: tuple[Any, ...], place: int) -> tuple[Any, ...] | None:
-    """A case of LoRA or HiRA with SMoA's config; None if it has settings or values that SMoA lacks."""
-    from smoa import ConfigError, SmoaConfig
+def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
+    """Keep the tests of SMoA, less those in `LEFT_OUT`; with --short, one of each kind of model."""
+    kept, once = [], {(item.nodeid.partition("[")[0], str(_values(item))): item for item in items if _is_ours(item)}
+    for item in once.values():
+        reason = next((why for pattern, why in LEFT_OUT.items() if re.search(pattern, item.nodeid)), None)
+        if reason is None:
+            kept.append(item)
+        else:
+            config.left_out[reason] += 1
+    items[:] = kept
 
-    kept = [{"lora": "smoa", "hira": "smoa"}.get(part, _renamed(part)) for part in case[:place]]
-    settings = [_as_ours(part) for part in case[place + 1 :]]
-    for name in ONE_OUTPUT.keys() & set(kept):
-        if ONE_OUTPUT[name] not in settings[0]["target_modules"]:
-            settings[0]["num_blocks"] = 1  # as smoa's error says
+
+def _is_ours(item: Any) -> bool:
+    """Whether a test is of SMoA's config: it is among the values of its case, or in its source or that of its class."""
+    from peft import PeftConfig
+
+    from smoa import SmoaConfig
+
+    configs = [
+        v for v in _values(item) if isinstance(v, PeftConfig) or (isinstance(v, type) and issubclass(v, PeftConfig))
+    ]
+    if configs:
+        return any(v is SmoaConfig or isinstance(v, SmoaConfig) for v in configs)
+    for owner in (item.function, item.cls):
+        if owner is not None and (named := _configs_in(owner)):
+            return "SmoaConfig" in named
+    return False
+
+
+@cache
+def _configs_in(owner: Any) -> set[str]:
+    return set(re.findall(r"\b\w+Config\b", inspect.getsource(owner)))
+
+
+def _values(item: Any) -> list[Any]:
+    case = getattr(item, "callspec", None)
+    return [] if case is None else list(case.params.values())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: Any) -> Iterator[None]:
+    """Leave out a test that sets what LoRA alone has."""
     try:
-        for part in settings:
-            SmoaConfig(**part)
-    except (ConfigError, TypeError):
-        return None
-    return (*kept, SmoaConfig, *settings)
+        return (yield)
+    except Exception as error:
+        found = ONLY_LORA.search(str(error))
+        if found is None:
+            raise
+        item.config.left_out[f"sets {found[1] or found[2]}, which LoRA alone has"] += 1
+        pytest.skip("LoRA alone")
 
 
-def _as_ours(settings: dict[str, Any]) -> dict[str, Any]:
-    return {RENAMED.get(key, key): value for key, value in settings.items()}
-
-
-def _renamed(name: str) -> str:
-    return name.replace("LoRA", "SMoA").replace("HiRA", "SMoA")
+def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
+    """Print the table, in Markdown."""
+    alone = sum(count for why, count in config.left_out.items() if why.endswith("LoRA alone has"))
+    found = {name: len(terminalreporter.stats.get(name, ())) for name in ("passed", "failed", "error", "skipped")}
+    found["skipped"] -= alone  # by PEFT: what does not apply to a method, a model or this machine
+    rows = [*found.items(), *sorted((f"left out: {why}", count) for why, count in config.left_out.items())]
+    terminalreporter.write_line("\n| tests | number |\n|---|---|")
+    for name, count in rows:
+        terminalreporter.write_line(f"| {name} | {count} |")
 
 
 if __name__ == "__main__":

@@ -115,9 +115,8 @@ class SmoaLayer(PartitionState):
         self.smoa_dropout[adapter_name] = nn.Dropout(config.smoa_dropout) if config.smoa_dropout else nn.Identity()
         self._add_factors(adapter_name, config.init_weights)
         self._add_partition(adapter_name, self._pending(config, module), defer_partition)
-        if config.init_weights is False:  # give ΔW the same size for every scale
-            with torch.no_grad():
-                self.smoa_B[adapter_name].weight.div_(self.rank_scale(adapter_name))  # type: ignore[operator]
+        if config.init_weights is False:
+            self.equalize_random_update(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
@@ -134,6 +133,11 @@ class SmoaLayer(PartitionState):
     def _fill_factors(self, A: Tensor, B: Tensor, adapter_name: str, init: Initialization) -> None:
         sizes, relative_size = (self.out_features, self.in_features), RANDOM_SIZE / self.scaling[adapter_name]
         init_factors(A, B, sizes, self.ranks[adapter_name], init, relative_size)
+
+    @torch.no_grad()
+    def equalize_random_update(self, adapter_name: str) -> None:
+        """Give the ΔW of random factors the same size for every scale."""
+        self.smoa_B[adapter_name].weight.div_(self.rank_scale(adapter_name))  # type: ignore[operator]
 
     def follow(self, other: SmoaLayer, adapter_name: str) -> None:
         """Use another layer's factors, blocks and scales for an adapter. Both layers have one weight."""

@@ -63,6 +63,8 @@ class SmoaModel(BaseTuner, StateDictHooks):
         if twin is not None and not comes:
             for layer in adapter_layers(self.model, twin).values():
                 layer.share_partition(twin, adapter_name)
+                if configs[adapter_name].init_weights is False:
+                    layer.equalize_random_update(adapter_name)
         if found is not None and found.tensors is not None:
             self.model.peft_config = self.peft_config
             tensors = {key.removeprefix(PREFIX): tensor for key, tensor in found.tensors.items()}

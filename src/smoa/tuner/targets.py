@@ -16,7 +16,7 @@ from torch.nn.parameter import UninitializedParameter
 from transformers import PreTrainedModel
 
 from smoa.config.adapter_config import Shape, SmoaConfig
-from smoa.errors import PartitionError, UnsupportedModuleError
+from smoa.errors import ConfigError, PartitionError, UnsupportedModuleError
 from smoa.files.adapter_folder import AdapterFile
 from smoa.layers.distributed import awaits_process_group, from_rank_zero, whole
 from smoa.layers.kinds.kind_table import KINDS, QUANTIZED, Kind, kind_of
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from peft.utils.quantization_utils import QuantizationBackend
 
 SUPPORTED = ", ".join(kind.name for kind in (*KINDS, QUANTIZED))
+
+MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+"""Types of models whose fused kernels read the weights of a mixer's `out_proj` and `conv1d`, and don't call them."""
 
 
 class Target(NamedTuple):
@@ -58,10 +61,13 @@ def check_target(
         file: The weights of the adapter, if it is being loaded.
 
     Raises:
+        ConfigError: the kernels of a Mamba model read its weight and don't call it.
         UnsupportedModuleError: SMoA can't adapt this kind of module.
         AdapterFileError: the config gives it a larger rank than any factor in the file has.
         PartitionError: K is larger than a side of its weight, and `num_blocks_pattern` or `block_ranks` sets it.
     """
+    if _is_read_by_kernels(name, model):
+        raise ConfigError(f"{name}: is incompatible with Mamba-based models, whose kernels never call it; leave it out")
     base = base_of(module)
     try:
         backend = find_backend(base, model)
@@ -108,6 +114,11 @@ def check_finite(name: str, stored: Tensor, layer: SmoaLayer | None) -> None:
             raise PartitionError(f"{name}: {error}") from None
 
 
+def _is_read_by_kernels(name: str, model: nn.Module) -> bool:
+    is_mamba = getattr(getattr(model, "config", None), "model_type", None) in MAMBA
+    return is_mamba and name.rpartition(".")[2] in ("out_proj", "conv1d")
+
+
 def _shapes(base: nn.Module) -> str:
     """The shapes of a module's own parameters in words, also while ZeRO-3 has left them empty."""
     shapes = [
@@ -148,7 +159,8 @@ def leave_out(config: SmoaConfig, model: nn.Module) -> None:
         with suppress(UnsupportedModuleError):  # which `check_target` raises
             if kind is not None and find_backend(base, model) is None and kind.refusal(base) is not None:
                 found[name] = base
-    config.target_modules = set(config.target_modules or []).difference(found)  # type: ignore[assignment]
+    uncalled = {name for name in modules if _is_read_by_kernels(name, model)}
+    config.target_modules = set(config.target_modules or []).difference(found, uncalled)  # type: ignore[assignment]
     # MultiheadAttention's is not named: nobody takes it for a layer
     named = sorted(name for name, base in found.items() if Linear.refusal(base) is None)
     if named:

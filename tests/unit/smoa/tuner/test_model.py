@@ -635,3 +635,13 @@ def test_an_adapter_of_the_config_that_was_passed_before_is_a_twin(tiny_llama: P
     model.add_adapter("twin", config)
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     assert torch.equal(layer.smoa_row_labels["twin"], layer.smoa_row_labels["default"])
+
+
+def test_a_random_twin_of_the_same_seed_is_the_same_adapter(tiny_llama: PreTrainedModel) -> None:
+    config = SmoaConfig(r=4, target_modules=["q_proj"], init_weights=False)
+    torch.manual_seed(1)
+    model = get_peft_model(tiny_llama, config)
+    torch.manual_seed(1)
+    model.add_adapter("twin", config)
+    for layer in smoa_layers(model).values():
+        assert torch.equal(layer.delta("twin"), layer.delta("default"))

@@ -13,6 +13,8 @@ from transformers import (
     BartModel,
     Llama4ForCausalLM,
     Llama4TextConfig,
+    MambaConfig,
+    MambaForCausalLM,
     PhimoeConfig,
     PhimoeForCausalLM,
     PreTrainedModel,
@@ -21,7 +23,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from smoa import PartitionError, SmoaConfig, SmoaError, UnsupportedModuleError
+from smoa import ConfigError, PartitionError, SmoaConfig, SmoaError, UnsupportedModuleError
 from smoa.tuner.targets import check_target, report_narrow
 from tests.support.layers import Wrapper, smoa_layers
 from tests.support.tiny_models import build
@@ -182,3 +184,13 @@ def test_an_embedding_that_only_lends_its_weight_is_refused_and_those_that_are_c
         get_peft_model(model, SmoaConfig(target_modules=["shared"]))
     called = get_peft_model(model, SmoaConfig(target_modules=["embed_tokens"]))
     assert set(smoa_layers(called)) == {"encoder.embed_tokens", "decoder.embed_tokens"}
+
+
+def test_what_the_kernels_of_a_mamba_model_read_without_a_call_is_refused_and_left_out_of_all_linear() -> None:
+    model = MambaForCausalLM(MambaConfig(vocab_size=16, hidden_size=32, state_size=4, num_hidden_layers=1))
+    for name in ("out_proj", "conv1d"):
+        with pytest.raises(ConfigError, match=rf"backbone\.layers\.0\.mixer\.{name}: is incompatible with Mamba"):
+            get_peft_model(model, SmoaConfig(r=4, target_modules=["in_proj", name]))
+        assert not smoa_layers(model)
+    adapted = smoa_layers(get_peft_model(model, SmoaConfig(r=4, target_modules="all-linear")))
+    assert {name.rpartition(".")[2] for name in adapted} == {"in_proj", "x_proj", "dt_proj"}
