@@ -5,6 +5,7 @@ A kind of layer adds `shape_of`, which says what its matrix W is, and `branch_ou
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from smoa.config.adapter_config import SmoaConfig
 from smoa.layers.adapter_module import AdapterModule
-from smoa.layers.distributed import gather_for
+from smoa.layers.distributed import gather_for, onloaded
 from smoa.layers.layer import SmoaLayer
 from smoa.layers.merging import MergingLayer, check_finite
 from smoa.layers.undo import DiagonalBlocks
@@ -75,8 +76,9 @@ class AdaptedLayer(AdapterModule, MergingLayer):
 
     def _active_forward(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Any:
         result = self.base_layer(x, *args, **kwargs)
-        for name in active:
-            result = result + self.branch_output(x, name).to(result.dtype)
+        with self._onloaded(active):
+            for name in active:
+                result = result + self.branch_output(x.to(result.device), name).to(result.dtype)
         return result
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
@@ -88,10 +90,20 @@ class AdaptedLayer(AdapterModule, MergingLayer):
         if (cache := self.open_cache(names, x)) is not None:
             cache.retain(BLOCKS, names)
         result: Tensor = self.base_layer(x, *args, **kwargs)
-        for name in names:
-            chosen = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
-            result = result.index_add(0, chosen, self.branch_output(x[chosen], name).to(result.dtype))
+        x = x.to(result.device)
+        with self._onloaded(names):
+            for name in names:
+                chosen = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
+                result = result.index_add(0, chosen, self.branch_output(x[chosen], name).to(result.dtype))
         return result
+
+    def _onloaded(self, adapter_names: list[str]) -> AbstractContextManager[None]:
+        """Load what a branch reads, if accelerate has offloaded it. The base layer's own call does not keep it."""
+        base = self.get_base_layer()
+        if torch.compiler.is_compiling() or "_hf_hook" not in base.__dict__:
+            return nullcontext()
+        factors = [part[name] for part in (self.smoa_A, self.smoa_B) for name in adapter_names]
+        return onloaded([base, *self._saved_buffers(), *factors])
 
     def gather(self, adapter_name: str) -> None:
         """Gather weight and factors, which this layer reads without calling their modules, if ZeRO-3 splits them."""

@@ -7,13 +7,15 @@ expects only DTensors there.
 DeepSpeed's ZeRO-3 gathers a parameter when its own module is called, or when it is read inside the engine's forward. An
 adapted layer reads its base weight and factors without calling their modules. Outside the engine's forward, as in
 `generate`, the layer gathers them itself. Outside any forward, as in a merge, a parameter is either empty or left over
-from a forward, and in that case ZeRO-3 drops what is written to it. Both are refused.
+from a forward, and in that case ZeRO-3 drops what is written to it. Both are refused. accelerate's offloading, too,
+loads a parameter when its own module is called, so the layer itself loads those that it reads.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -90,6 +92,24 @@ def gather_for(module: nn.Module, parameters: Iterable[Tensor]) -> None:
 
         deepspeed.zero.register_external_parameter(module, parameter)
         parameter.all_gather()  # type: ignore[attr-defined]
+
+
+@contextmanager
+def onloaded(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Load what accelerate has offloaded of these modules, which it does by itself only when they are called."""
+    hooks = [(module, module.__dict__["_hf_hook"]) for module in modules if "_hf_hook" in module.__dict__]
+    hooks = [(module, hook) for module, hook in hooks if any(t.device.type == "meta" for t in _own_tensors(module))]
+    for module, hook in hooks:
+        hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        for module, hook in hooks:
+            hook.post_forward(module, None)
+
+
+def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
+    return (tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None)
 
 
 def refuse_partitioned(parameter: Tensor) -> Tensor:

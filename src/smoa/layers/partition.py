@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -13,7 +14,7 @@ from peft.utils.integrations import gather_params_ctx
 from torch import Tensor
 
 from smoa.errors import PartitionError
-from smoa.layers.distributed import awaits_process_group, from_rank_zero, whole
+from smoa.layers.distributed import awaits_process_group, from_rank_zero, onloaded, whole
 from smoa.maths.blocks import UNDECIDED, Blocks, Orders, ascend
 from smoa.maths.kernels.plain import is_transformed
 from smoa.maths.modulations import MODULATIONS, ModulationKind
@@ -37,6 +38,21 @@ class Pending:
         return blocks.row_labels.cpu(), blocks.col_labels.cpu(), block_scale(self.scale, anchor, blocks)
 
 
+class KeptBuffers(BufferDict):
+    """Buffers that stay in memory when PEFT moves them to the meta device, with the weight that accelerate offloads."""
+
+    def __setitem__(self, key: str, buffer: Tensor) -> None:
+        if key not in self or not buffer.is_meta:
+            super().__setitem__(key, buffer)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = dict(self.items())
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch has no types here
+        lost = [key for key, buffer in self.items() if buffer.is_meta]
+        self._buffers.update({key: before[key] for key in lost})
+        return self
+
+
 class PartitionState(BaseTunerLayer):
     """Blocks and block scales of all adapters on one layer, by adapter name.
 
@@ -52,11 +68,11 @@ class PartitionState(BaseTunerLayer):
     def __init__(self) -> None:
         self.ranks: dict[str, tuple[int, ...]] = {}
         self.pending_partition: dict[str, Pending] = {}
-        self.smoa_row_labels = BufferDict(persistent=True)
-        self.smoa_col_labels = BufferDict(persistent=True)
-        self.smoa_block_scale = BufferDict(persistent=True)
-        self.smoa_orders = BufferDict(persistent=False)
-        self.smoa_scale_bits = BufferDict(persistent=False)
+        self.smoa_row_labels = KeptBuffers(persistent=True)
+        self.smoa_col_labels = KeptBuffers(persistent=True)
+        self.smoa_block_scale = KeptBuffers(persistent=True)
+        self.smoa_orders = KeptBuffers(persistent=False)
+        self.smoa_scale_bits = KeptBuffers(persistent=False)
         self.contiguous: dict[str, bool] = {}
         self._derived_from: dict[str, list[tuple[Tensor, int]]] = {}
 
@@ -147,6 +163,7 @@ class PartitionState(BaseTunerLayer):
 
     def _add_partition(self, adapter_name: str, pending: Pending, defer: bool) -> None:
         device = self.stored_weight().device
+        device = torch.device("cpu") if device.type == "meta" else device
         rows, cols, scale = self.partition_shapes(adapter_name)
         labels = [torch.full(shape, UNDECIDED, dtype=torch.uint8, device=device) for shape in (rows, cols)]
         self._set(adapter_name, (labels[0], labels[1], torch.ones(scale, dtype=torch.float32, device=device)))
@@ -203,7 +220,7 @@ class PartitionState(BaseTunerLayer):
         """Compute labels and scales from rank 0's weight. Return False if that is on the meta device."""
         pending, num_blocks = self.pending_partition[adapter_name], len(self.ranks[adapter_name])
         everywhere = pending.partition != "spectral"  # cheap, and keeps the random generators of all ranks in step
-        with gather_params_ctx(self.stored_weight()):  # for DeepSpeed ZeRO-3
+        with onloaded([self.get_base_layer()]), gather_params_ctx(self.stored_weight()):  # for DeepSpeed ZeRO-3
             is_meta = self.stored_weight().device.type == "meta"
             weight = None if is_meta else whole(self.pristine_weight())  # for FSDP2
             found = from_rank_zero(lambda: None if weight is None else pending.decide(num_blocks, weight), everywhere)

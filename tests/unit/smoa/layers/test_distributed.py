@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import cpu_offload, disk_offload
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import Shard, distribute_tensor
+from transformers import AutoModelForCausalLM
 
 from smoa import (
     AdapterFileError,
@@ -26,7 +29,8 @@ from smoa import (
 from smoa.layers import distributed
 from smoa.layers.layer import SmoaLayer
 from tests.support import tiny_models
-from tests.support.layers import adapted_layer
+from tests.support.kinds import KINDS, input_of, kind_of_layer
+from tests.support.layers import Wrapper, adapted_layer, base_layer, labels
 from tests.support.tolerance import assert_close
 
 
@@ -198,3 +202,57 @@ def test_no_rank_waits_for_one_that_failed(error: Exception, monkeypatch: pytest
     monkeypatch.setattr(dist, "broadcast_object_list", lambda outcome, src: outcome.__setitem__(0, sent[0]))
     with pytest.raises(SmoaError, match="no"):
         distributed.from_rank_zero(fail)
+
+
+# accelerate's offloading
+
+
+@pytest.mark.parametrize("offload_buffers", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_offloaded_layer_computes_as_before_and_is_offloaded_again(kind: str, offload_buffers: bool) -> None:
+    model = Wrapper(adapted_layer(kind_of_layer(kind), r=7, num_blocks=3)).eval()
+    x = input_of(kind)
+    with torch.no_grad():
+        expected = model(x), model.layer._mixed_batch_forward(x, adapter_names=["default", "__base__"])
+        cpu_offload(model, torch.device("cpu"), offload_buffers=offload_buffers)
+        for _ in range(2):
+            assert_close(model(x), expected[0])
+            assert_close(model.layer._mixed_batch_forward(x, adapter_names=["default", "__base__"]), expected[1])
+            assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_the_partition_of_an_offloaded_weight_is_decided_by_its_numbers() -> None:
+    base = Wrapper(base_layer(12, 8))
+    expected = adapted_layer(copy.deepcopy(base.layer), trained=False, r=4, num_blocks=2)
+    cpu_offload(base, torch.device("cpu"))
+    layer = get_peft_model(base, SmoaConfig(r=4, num_blocks=2, target_modules=["layer"])).base_model.model.layer
+    assert labels(layer) == labels(expected)
+    assert torch.equal(layer.block_scale("default"), expected.block_scale("default"))
+
+
+def test_an_offloaded_model_generates_as_before(tmp_path: Path) -> None:
+    model = get_peft_model(tiny_models.build("llama"), SmoaConfig(init_weights=False, target_modules="all-linear"))
+    ids = tiny_models.batch("llama")["input_ids"]
+    expected = model.eval().generate(input_ids=ids, max_new_tokens=4, do_sample=False)
+    disk_offload(model, str(tmp_path), torch.device("cpu"))
+    assert torch.equal(model.generate(input_ids=ids, max_new_tokens=4, do_sample=False), expected)
+
+
+@pytest.mark.filterwarnings("ignore:for .*copying from a non-meta:UserWarning")  # of PEFT, also with LoRA
+def test_an_adapter_is_loaded_onto_a_base_on_disk(tmp_path: Path) -> None:
+    base, folder, batch = tmp_path / "models--base", tmp_path / "adapter", tiny_models.batch("llama")
+    model = get_peft_model(tiny_models.build("llama"), SmoaConfig(init_weights=False, target_modules=["q_proj"])).eval()
+    model.save_pretrained(folder)
+    tiny_models.build("llama").save_pretrained(base)
+    places = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    places |= {"model.layers.1": "disk"}
+    offloaded = AutoModelForCausalLM.from_pretrained(base, device_map=places, offload_folder=tmp_path / "base")
+    assert offloaded.model.layers[1].self_attn.q_proj.weight.is_meta
+    loaded = PeftModel.from_pretrained(
+        offloaded,
+        folder,
+        device_map={f"base_model.model.{name}": place for name, place in places.items()},
+        offload_dir=str(tmp_path / "loaded"),
+    )
+    with torch.no_grad():
+        assert_close(loaded(**batch).logits, model(**batch).logits)
