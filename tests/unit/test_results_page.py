@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from smoa_lab.study.comparison import Comparison, stored_finals, stored_search
 from smoa_lab.study.packing import PACK, own_files, pack
 from smoa_lab.study.report.results.rows import Row, as_json
 from smoa_lab.study.report.results.statistics import Difference
 from smoa_lab.study.report.sequence.curves import EXPLANATIONS
+from smoa_lab.study.study_file import load_study
 from smoa_lab.study.trials import TrialStore
 from tests.support.studies import row
 
@@ -186,6 +188,25 @@ def test_every_stored_study_is_packed_and_its_page_leads_to_its_runs(folder: Pat
     for entry in [] if is_sequence else found:
         runs = [name for name in shown if name.startswith(f"final/{entry['entry']}/")]
         assert len(runs) >= len(entry["seeds"])
+
+
+OTHERWISE = {
+    "headlines-refined": ("headlines", "tuning.refine=true"),
+    "commonsense-float32": ("commonsense", "shared.model.dtype=float32"),
+}
+"""Studies that were run by the file of another one, with these overrides (docs/experiment-log.md)."""
+
+
+@pytest.mark.parametrize("folder", STORED, ids=lambda folder: folder.name)
+def test_every_stored_study_is_reported_under_the_settings_that_it_was_run_with(folder: Path) -> None:
+    name, *overrides = OTHERWISE.get(folder.name, (folder.name,))
+    file = SCRIPT.parents[2] / "configs" / "studies" / f"{name}.yaml"
+    study = load_study(file, [*overrides, f"folder={folder}"])
+    finals = {entry: stored_finals(study, entry, lambda rate: True) for entry in study.entries}
+    searches = {entry: stored_search(study, entry) for entry in study.entries}
+    assert any(finals.values())
+    assert any(searches.values()) or study.kind == "sequence"
+    Comparison(study).stored_untouched()
 
 
 BUILT = {"work", "__pycache__", "index.html", "charts.js"}

@@ -1,5 +1,4 @@
-"""Checks ``model.options``: keys that belong elsewhere, and those of a quantization, which transformers ignores if they
-are misspelt."""
+"""Checks ``model.options``: keys that belong elsewhere, and misspelt ones of ``quantization_config``."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def _load(text: str) -> Any:
             if isinstance(node, CollectionNode):  # a mapping has pairs, a list nodes
                 inside = (one for each in node.value for one in (each if isinstance(each, tuple) else (each,)))
                 nodes += [(one, depth + 1) for one in inside]
-            elif isinstance(node, ScalarNode) and node.tag.endswith(":int") and len(node.value) > DIGITS:
+            elif isinstance(node, ScalarNode) and str(node.tag).endswith(":int") and len(node.value) > DIGITS:
                 problem = f"an integer of more than {DIGITS} characters; write a smaller one, or quote a text"
                 raise MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
         return _yaml().load(text)

@@ -1,5 +1,4 @@
-"""Gives a base model the adapter of a run's method, tried before without weights, with what CorDA needs before training
-and intruders need after."""
+"""Tries the adapter of a run's method without weights and gives it to the base, with what CorDA and intruders need."""
 
 from __future__ import annotations
 
