@@ -130,7 +130,9 @@ LEFT_OUT: dict[str, str] = {
     "config_tie_false": (
         f"{LORAS}ties by the model's config; test_layers_of_one_weight_are_found_before_and_after_they_are_adapted"
     ),
-    "rslora_scaling|scaling_with_rslora": f"{LORAS}alpha / √r; test_rank_stabilized_scaling_is_loras_at_equal_parameters has smoa's",
+    "rslora_scaling|scaling_with_rslora": (
+        f"{LORAS}alpha / √r; test_rank_stabilized_scaling_is_loras_at_equal_parameters has smoa's"
+    ),
     "lora_embedding_(default|false)": f"{LORAS}normal numbers in B of an embedding; test_factors.py has A and B",
     "rank_not_divisible_by_groups": f"{LORAS}a rank of each group; test_conv.py has grouped convolutions",
     "rank_pattern_for_moe": (
@@ -139,7 +141,7 @@ LEFT_OUT: dict[str, str] = {
     "multiple_parameters_on_same_module|result_caching_works|target_parameters_forward_under_autocast": (
         f"{LORAS}the calls of its parametrization; test_param_wrapper.py and test_autocast_and_half_precision_train"
     ),
-    "low_cpu_mem_usage$": (
+    "inject_from_state_dict_low_cpu_mem_usage$": (
         f"{LORAS}no buffers, which stay real; test_low_cpu_mem_usage_makes_meta_factors_only has the factors"
     ),
     "warns_for_unsharded": f"{LORAS}a warning in PEFT's save; test_factors_that_zero3_has_partitioned_are_not_saved",
