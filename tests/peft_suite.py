@@ -141,7 +141,7 @@ LEFT_OUT: dict[str, str] = {
     "multiple_parameters_on_same_module|result_caching_works|target_parameters_forward_under_autocast": (
         f"{LORAS}the calls of its parametrization; test_param_wrapper.py and test_autocast_and_half_precision_train"
     ),
-    "low_cpu_mem_usage$": (
+    "inject_from_state_dict_low_cpu_mem_usage$": (
         f"{LORAS}no buffers, which stay real; test_low_cpu_mem_usage_makes_meta_factors_only has the factors"
     ),
     "warns_for_unsharded": f"{LORAS}a warning in PEFT's save; test_factors_that_zero3_has_partitioned_are_not_saved",
