@@ -43,12 +43,12 @@ class KeptBuffers(BufferDict):
 
     def __setitem__(self, key: str, buffer: Tensor) -> None:
         if key not in self or not buffer.is_meta:
-            super().__setitem__(key, buffer)
+            super().__setitem__(key, buffer)  # type: ignore[no-untyped-call]  # PEFT has no types here
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = dict(self.items())
+        before = self._buffers.copy()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch has no types here
-        lost = [key for key, buffer in self.items() if buffer.is_meta]
+        lost = [key for key, buffer in self._buffers.items() if buffer is not None and buffer.is_meta]
         self._buffers.update({key: before[key] for key in lost})
         return self
 
@@ -108,7 +108,9 @@ class PartitionState(BaseTunerLayer):
         return self._exact_scale(adapter_name)[self.smoa_block_scale[adapter_name].numel() :]
 
     def _exact_scale(self, adapter_name: str) -> Tensor:
-        if torch.jit.is_tracing() or not self._refresh(adapter_name):  # tracing records no views of another dtype
+        if torch._C._get_tracing_state() is not None or not self._refresh(
+            adapter_name
+        ):  # tracing records no views of another dtype
             return self._scales(adapter_name)
         scale: Tensor = self.smoa_scale_bits[adapter_name].view(torch.float32)
         return scale

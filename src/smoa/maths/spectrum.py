@@ -12,6 +12,7 @@ stable) and cutting each order into K runs gives the K aligned blocks. `smoa.mat
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -197,9 +198,10 @@ def make_partition(
     check_num_blocks(num_blocks, out_features, in_features)
     finite_peak(weight)
     if kind == "contiguous":
-        scores = [torch.zeros(size) for size in weight.shape]
+        scores = torch.zeros(out_features), torch.zeros(in_features)
     elif kind == "random":
-        scores = [torch.rand(size, dtype=torch.float32) for size in weight.shape]
+        draw = partial(torch.rand, dtype=torch.float32)
+        scores = draw(out_features), draw(in_features)
     else:
         scores = scores_of(weight, False)
         if weight.dtype != torch.float64 and any(_cut_is_close(s, num_blocks, min(weight.shape)) for s in scores):

@@ -72,7 +72,7 @@ def is_transformed(*tensors: Tensor) -> bool:
         return False
     active = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     modes = torch._C._get_tracing_state(), torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
-    return active or modes != (None, None) or any(map(_is_special, tensors))
+    return active or any(mode is not None for mode in modes) or any(map(_is_special, tensors))
 
 
 def _is_special(tensor: Tensor) -> bool:
