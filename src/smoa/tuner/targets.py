@@ -75,8 +75,7 @@ def check_target(
         raise UnsupportedModuleError(f"{name}: {error} (it has {_shapes(base)})") from error
     kind = kind_of(base) if backend is None else QUANTIZED
     refusal = f"supported are {SUPPORTED}" if kind is None else kind.refusal(base)
-    if refusal is None and not config.ensure_weight_tying:
-        refusal = _uncalled(name, base, model)
+    refusal = refusal or _uncalled(name, base, model, config)
     if kind is None or refusal is not None:
         raise UnsupportedModuleError(
             f"{name}: SMoA can't adapt a {type(base).__module__}.{type(base).__qualname__}; {refusal}; "
@@ -109,7 +108,7 @@ def check_finite(name: str, stored: Tensor, layer: SmoaLayer | None) -> None:
         on_meta = stored.device.type == "meta"
         weight = None if on_meta else whole(stored if layer is None else layer.pristine_weight())
         try:
-            from_rank_zero(lambda: None if weight is None else finite_peak(weight))
+            from_rank_zero(lambda: None if weight is None else float(finite_peak(weight)))
         except PartitionError as error:
             raise PartitionError(f"{name}: {error}") from None
 
@@ -129,23 +128,29 @@ def _shapes(base: nn.Module) -> str:
     return ", ".join(shapes) or "no parameters"
 
 
-def _uncalled(name: str, base: nn.Module, model: nn.Module) -> str | None:
+def _uncalled(name: str, base: nn.Module, model: nn.Module, config: SmoaConfig) -> str | None:
     """Why an adapter would do nothing: in T5 and others other embeddings, which have its weight, are called instead."""
     place, _, attribute = name.rpartition(".")
     parent = model.get_submodule(place)
     if not isinstance(base, nn.Embedding) or not isinstance(parent, PreTrainedModel):
         return None
     others = {
-        other.removesuffix(".base_layer")
+        other: module
         for other, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, nn.Embedding) and module.weight is base.weight
-    } - {name}
+        if isinstance(module, nn.Embedding)
+        and module.weight is base.weight
+        and other.removesuffix(".base_layer") != name
+    }
     forward: Any = inspect.unwrap(type(parent).forward)
     if not others or attribute in forward.__code__.co_names:
         return None
+    remedy = "name these, or set ensure_weight_tying=True, which gives all of them one adapter"
+    if base in others.values():  # after its vocabulary was resized
+        remedy = "save and load the model, which makes these layers of their own"
+    elif config.ensure_weight_tying:
+        return None
     return (
-        f"{type(parent).__name__} does not call it, but {' and '.join(sorted(others))}, which have its weight; name "
-        "these, or set ensure_weight_tying=True, which gives all of them one adapter"
+        f"{type(parent).__name__} does not call it, but {' and '.join(sorted(others))}, which have its weight; {remedy}"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -175,6 +176,7 @@ def test_a_convolution_with_a_normalized_weight_is_refused_by_name() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.filterwarnings("ignore:ensure_weight_tying has no effect:UserWarning")
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_an_embedding_that_only_lends_its_weight_is_refused_and_those_that_are_called_are_named(family: str) -> None:
     sizes = {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "encoder_layers": 1, "decoder_layers": 1}
@@ -182,6 +184,11 @@ def test_an_embedding_that_only_lends_its_weight_is_refused_and_those_that_are_c
     pattern = r"shared: .*does not call it, but decoder\.embed_tokens and encoder\.embed_tokens.*ensure_weight_tying"
     with pytest.raises(UnsupportedModuleError, match=pattern):
         get_peft_model(model, SmoaConfig(target_modules=["shared"]))
+    resized = copy.deepcopy(model)
+    resized.resize_token_embeddings(70, mean_resizing=False)
+    for settings in ({}, {"ensure_weight_tying": True}):
+        with pytest.raises(UnsupportedModuleError, match=r"shared: .*does not call it.*; save and load the model"):
+            get_peft_model(resized, SmoaConfig(target_modules=["shared"], **settings))
     called = get_peft_model(model, SmoaConfig(target_modules=["embed_tokens"]))
     assert set(smoa_layers(called)) == {"encoder.embed_tokens", "decoder.embed_tokens"}
 
