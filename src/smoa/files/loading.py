@@ -81,8 +81,8 @@ def door(
     token = _INCOMING.set(found)
     try:
         yield found
-        if file is not None and Path(source or "").exists():
-            again = find_adapter(source or "", config, **options)
+        if file is not None and source is not None and Path(source).exists():
+            again = find_adapter(source, config, **options)
             if again is None or again.save_id != file.save_id:
                 raise AdapterFileError(f"{place}: another adapter was saved here during the load; load it again")
     except ConfigError as error:
