@@ -75,15 +75,20 @@ class RunFolder:
             )
 
     def _check_foreign(self) -> None:
-        """Raise ConfigError if no run was begun in the folder, and it has what a run replaces or removes."""
+        """Raise ConfigError if the folder has what a run replaces or removes, and no run made it.
+
+        The Trainer removes old folders ``checkpoint-*``, whatever follows. A lock of ours is empty.
+        """
+        own = self._checkpoints()
+        found = [one.name for one in self.path.glob("checkpoint-*") if one.is_dir() and one not in own]
+        began = False
         with suppress(OSError, ValueError):  # no file, neither UTF-8 nor YAML
-            if {"method", "training"} <= parse_yaml(self.config.read_text(encoding="utf-8"), self.config).keys():
-                return
-        pictures = (self.picture, self.picture.with_suffix(".svg"))
-        own = (self.config, self.adapter, *pictures, self.samples, *self._checkpoints())
-        found = [place.name for place in own if os.path.lexists(place)]
-        if self.lock.exists() and self.lock.stat().st_size:
-            found.append(self.lock.name)
+            config = parse_yaml(self.config.read_text(encoding="utf-8"), self.config)
+            began = {"method", "training"} <= config.keys()
+        if not began:
+            own += [self.config, self.adapter, self.picture, self.picture.with_suffix(".svg"), self.samples]
+            own += [self.lock] if self.lock.exists() and self.lock.stat().st_size else []
+            found += [one.name for one in own if os.path.lexists(one)]
         if found:
             raise ConfigError(
                 f"{self.path}: contains {', '.join(sorted(found))}, which no run of smoa's made and this one would "
@@ -152,7 +157,7 @@ class RunFolder:
             shutil.rmtree(checkpoint)
 
     def _checkpoints(self) -> list[Path]:
-        """What is named as the Trainer names checkpoints; ``checkpoint-best`` is not."""
+        """What is named as the Trainer names its checkpoints; ``checkpoint-best`` is not."""
         return [one for one in self.path.glob("checkpoint-*") if one.name.partition("-")[2].isdecimal()]
 
     @contextmanager

@@ -75,7 +75,7 @@ def test_a_run_that_has_no_checkpoint_yet_gives_way_to_another_config(tmp_path: 
     "name",
     [
         *("checkpoint-500/model.safetensors", "checkpoint-7", "adapter/README.md", "config.yaml", "samples.md"),
-        *("loss_curve.svg", "lock"),
+        *("loss_curve.svg", "lock", "checkpoint-best/model.safetensors"),
     ],
 )
 def test_what_no_run_made_is_neither_replaced_nor_removed(name: str, tmp_path: Path) -> None:
@@ -90,13 +90,14 @@ def test_what_no_run_made_is_neither_replaced_nor_removed(name: str, tmp_path: P
 
 
 def test_of_checkpoints_only_those_of_the_trainer_are_removed(tmp_path: Path) -> None:
-    for name in ("checkpoint-best", "checkpoint-2-copy"):
-        (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-notes.txt").touch()
     run = RunFolder(tmp_path)
     run.check(SMOA)
     assert run.start(SMOA) is None
-    (tmp_path / "checkpoint-2").mkdir()
+    for name in ("checkpoint-2", "checkpoint-best", "checkpoint-2-copy"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(ConfigError, match="contains checkpoint-2-copy, checkpoint-best, which no run"):
+        run.check(SMOA)  # on going on, the Trainer would remove them
     run.finish({})
     assert {path.name for path in tmp_path.glob("checkpoint*")} == {
         *("checkpoint-best", "checkpoint-2-copy", "checkpoint-notes.txt")
