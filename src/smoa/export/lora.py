@@ -193,7 +193,7 @@ class UpdateSpectra:
         tuner: Any = model.base_model
         layers = adapter_layers(tuner.model, adapter_name)
         if not layers:
-            kinds = {name: config.peft_type.value for name, config in model.peft_config.items()}
+            kinds = {name: getattr(config.peft_type, "value", None) for name, config in model.peft_config.items()}
             raise ConfigError(f"the model has no SMoA adapter named {adapter_name!r}; it has {kinds}")
         self.config: Any = model.peft_config[adapter_name]
         self.conv1d = any(layer.fan_in_fan_out for layer in layers.values())

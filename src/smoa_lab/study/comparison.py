@@ -99,8 +99,7 @@ class Comparison:
         """A finished trial; raises ConfigError if it was run with other settings than the study's."""
         if trial.entry not in self._configs:
             entry = self.study.entries[trial.entry]
-            config = self.bench.config(entry, entry.learning_rate, seed=0)
-            self._configs[trial.entry] = self.bench.stored_config(config)
+            self._configs[trial.entry] = self.bench.stored_config(self.bench.config(entry, entry.learning_rate, seed=0))
         config = self._configs[trial.entry]
         training = {**config["training"], "learning_rate": trial.learning_rate, "seed": trial.seed}
         return self.store.finished(trial.name, {**config, "training": training})

@@ -76,10 +76,12 @@ def paired(one: Curve, other: Curve) -> tuple[Curve, Curve] | None:
 
 def final_runs(study: Study) -> Runs:
     """Every finished run at a rate and with a seed that the study names."""
-    rates = {name: study.rates(name) for name in study.entries}
-    return {
-        name: stored_finals(study, name, lambda rate, of=of: nearest_index(rate) in of) for name, of in rates.items()
-    }
+    return {name: _finals(study, name) for name in study.entries}
+
+
+def _finals(study: Study, name: str) -> list[dict[str, Any]]:
+    rates = study.rates(name)
+    return stored_finals(study, name, lambda rate: nearest_index(rate) in rates)
 
 
 def curves_of(runs: Runs, kept: Kept = "first") -> list[Curve]:
