@@ -98,3 +98,19 @@ def test_stacked_blocks_are_the_blocks_of_each_matrix() -> None:
         assert torch.equal(own.col_labels, expected.col_labels)
         assert own.is_contiguous == expected.is_contiguous
         assert all(torch.equal(a, b) for a, b in zip(own.orders, Orders(*expected.orders), strict=True))
+
+
+def test_batched_and_repeated_gradients_are_the_oracles() -> None:
+    own, cases, matrices = stack()
+    x, run = torch.randn(2, 13, dtype=torch.float64, requires_grad=True), Run(1, slice(0, 2))
+    leaves, g = [x, cases[2].A, cases[2].B], torch.randn(4, 2, 11, dtype=torch.float64)
+    y, expected = own.apply(x, matrices, [run])[:, 0], x @ cases[2].oracle("hadamard", 0.5).T
+    batched = [torch.autograd.grad(out, leaves, g, is_grads_batched=True, retain_graph=True) for out in (y, expected)]
+    (first, second) = (
+        torch.autograd.grad(out.square().sum(), leaves[1], create_graph=True)[0] for out in (y, expected)
+    )
+    repeated = [torch.autograd.grad(out.square().sum(), leaves) for out in (first, second)]
+    for found, oracles in zip(*batched, strict=True):
+        assert_close(found, oracles)
+    for found, oracles in zip(*repeated, strict=True):
+        assert_close(found, oracles)
