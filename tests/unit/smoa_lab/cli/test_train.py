@@ -36,6 +36,7 @@ def room(tmp_path: Path, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(own_rows, "load_base_model", lambda wanted: (copy.deepcopy(model), tokenizer_with(MARKED)))
     monkeypatch.chdir(tmp_path)
+    model.config.save_pretrained(tmp_path / "base")
     return tmp_path
 
 
