@@ -37,6 +37,7 @@ def room(tmp_path: Path, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(own_rows, "load_base_model", lambda wanted: (copy.deepcopy(model), tokenizer_with(MARKED)))
     model.config.save_pretrained(tmp_path / "base")  # its size decides the learning rate
     monkeypatch.chdir(tmp_path)
+    model.config.save_pretrained(tmp_path / "base")
     return tmp_path
 
 
