@@ -9,6 +9,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from smoa.errors import DataError
 from smoa_lab.cli.main import app
 from smoa_lab.config.run_config import RunConfig, load_config
 from smoa_lab.lessons import questions
@@ -55,11 +56,16 @@ def test_the_demo_trains_scores_reloads_merges_and_says_where_things_lie(finishe
     }
 
 
-def test_the_demo_needs_no_clone(overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_needs_no_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[RunConfig] = []
-    monkeypatch.setattr(questions, "prepare", started.append)
+
+    def prepare(config: RunConfig) -> None:
+        started.append(config)
+        raise DataError("far enough")
+
+    monkeypatch.setattr(questions, "prepare", prepare)
     monkeypatch.chdir(tmp_path)
-    assert CliRunner().invoke(app, ["demo"]).exit_code == 1  # nothing is prepared
+    assert "far enough" in CliRunner().invoke(app, ["demo"]).output
     assert started == [load_config(DEMO)]
 
 
