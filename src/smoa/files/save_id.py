@@ -29,7 +29,7 @@ def new_id(config: SmoaConfig, state_dict: dict[str, Tensor]) -> str:
     for key, tensor in sorted(state_dict.items()):
         if ".smoa_" in key and tensor.device.type != "meta":
             local = tensor.to_local() if isinstance(tensor, DTensor) else tensor  # of rank 0, which writes the files
-            digest.update(local.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(local.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
