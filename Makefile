@@ -27,10 +27,10 @@ types: $(VENV)/.dev-installed  ## check types
 	$(BIN)/mypy
 
 unit: $(VENV)/.dev-installed  ## run the tests, except the slow ones
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 coverage: $(VENV)/.dev-installed  ## run the same tests and fail if they cover less than 97 % of the code
-	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered --cov-fail-under=97
+	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term-missing:skip-covered --cov-fail-under=97
 
 test-slow: $(VENV)/.examples-installed  ## run the slow tests, with the demo's base model
 	$(BIN)/python -m pytest -m slow

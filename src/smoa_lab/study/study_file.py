@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from smoa.errors import ConfigError, DataError
 from smoa_lab.basics.section import Section, Seed
@@ -59,6 +59,13 @@ class Study(Section):
     references: list[str] = Field(default=[])
     tuning: Tuning = Tuning()
     seeds: list[Seed] = Field(default=[0, 1, 2], min_length=1)
+
+    @field_validator("shared")
+    @classmethod
+    def _one_dtype_on_all_machines(cls, shared: dict[str, Any]) -> dict[str, Any]:
+        """float32 unless the study names another: with a machine's own dtype, two machines would not share results."""
+        model = shared.get("model")
+        return {**shared, "model": {"dtype": "float32", **model}} if isinstance(model, dict) else shared
 
     def bench(self) -> Bench:
         """What trains and scores one entry."""

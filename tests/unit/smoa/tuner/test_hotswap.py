@@ -175,7 +175,7 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_files_of_two_adapters_are_refused(tmp_path: Path) -> None:
     saved(tmp_path / "one")
-    saved(tmp_path / "two", seed=3)
+    saved(tmp_path / "two", alpha=5.0)
     shutil.copy(tmp_path / "two" / "adapter_model.safetensors", tmp_path / "one")
     with pytest.raises(AdapterFileError, match="another adapter than adapter_config"):
         hotswap_adapter(adapted(1), tmp_path / "one")

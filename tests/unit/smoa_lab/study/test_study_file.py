@@ -10,6 +10,7 @@ import yaml
 from smoa.errors import ConfigError
 from smoa_lab.study.benches.sequence import SequenceBench
 from smoa_lab.study.study_file import Study, load_study
+from tests.support.studies import tiny_study
 
 
 def load(values: dict[str, Any], folder: Path) -> Study:
@@ -123,3 +124,9 @@ def test_all_mistakes_of_keys_are_told_at_once_with_their_lines_and_the_nearest_
     ]
     for line, wanted in zip(lines, told, strict=True):
         assert re.match(wanted, line.strip())
+
+
+def test_a_study_has_one_dtype_on_all_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    study = tiny_study(tmp_path)
+    assert study.bench().config(study.entries["ours"], 0.01, seed=0).model.dtype == "float32"
