@@ -21,6 +21,8 @@ from smoa.errors import ConfigError
 
 SAVE = ".smoa-save"
 """Name of the folder with complete files that are still to be moved to their places."""
+ATTEMPTS = 1000
+"""How often a save finishes those of other processes before its own. More are no processes, but files that stay."""
 
 
 @contextmanager
@@ -99,11 +101,13 @@ def new_files(folder: Path) -> Iterator[Path]:
             yield temporary
             for path in temporary.rglob("*"):
                 _flush(path)
-            while not _renamed(temporary, folder / SAVE):
-                if not _is_own(folder / SAVE):
-                    raise ConfigError(f"{folder / SAVE}: is in the way of a save, and not this user's; delete it")
+            for _ in range(ATTEMPTS):
+                if _renamed(temporary, folder / SAVE):
+                    break
                 _finish_save(folder)  # another process's
-        _finish_save(folder)
+            else:
+                raise ConfigError(f"{folder / SAVE}: is in the way of a save, and can't be finished; delete it")
+        _finish_save(folder, written_here=True)
     finally:
         if is_new:
             with suppress(OSError):  # there are files in it
@@ -117,8 +121,12 @@ def recover(folder: str | Path) -> None:
 
 
 def drop_save(folder: Path) -> None:
-    """Remove what a killed save left in `.smoa-save`, after files that are newer were written to their places."""
-    shutil.rmtree(folder / SAVE, ignore_errors=True)
+    """Remove the files of a killed save that have newer ones in their places now, and move the others."""
+    with suppress(OSError):
+        for file in (folder / SAVE).iterdir() if _is_own(folder / SAVE) else ():
+            if file.is_file():
+                file.unlink()
+    recover(folder)
 
 
 def _renamed(new: Path, target: Path) -> bool:
@@ -132,10 +140,11 @@ def _renamed(new: Path, target: Path) -> bool:
     return True
 
 
-def _finish_save(folder: Path) -> None:
+def _finish_save(folder: Path, written_here: bool = False) -> None:
     """Move the files from `.smoa-save` to their places, JSON last in each folder; several processes may do so at once.
 
-    Those of a save into the parent folder come first, since it may have saved an adapter into this one.
+    Those of a save into the parent folder come first, since it may have saved an adapter into this one. Only what this
+    process has written is moved through links: what lies in a downloaded folder may be a trap.
     """
     for saved in (folder.parent / SAVE, folder / SAVE):
         if not _is_own(saved):
@@ -144,8 +153,8 @@ def _finish_save(folder: Path) -> None:
             for name in sorted(names, key=lambda name: name.endswith(".json")):
                 file = Path(place, name)
                 target = saved.parent / file.relative_to(saved)
-                if target.parent.resolve() != target.parent:
-                    raise ConfigError(f"{file}: leads through a link out of its folder; delete {saved}")
+                if target.parent.resolve() != target.parent and not (written_here and saved.parent == folder):
+                    continue
                 with suppress(FileNotFoundError):  # another process was quicker
                     target.parent.mkdir(parents=True, exist_ok=True)
                     file.replace(target)
@@ -154,11 +163,12 @@ def _finish_save(folder: Path) -> None:
 
 
 def _is_own(saved: Path) -> bool:
-    """Whether this is a folder, and this user's: what lies in a downloaded or shared folder may be a trap."""
-    with suppress(OSError):
+    """Whether this is no link and this user's, if it exists."""
+    try:
         status = saved.lstat()
-        return stat.S_ISDIR(status.st_mode) and (os.name == "nt" or status.st_uid == os.getuid())
-    return False
+    except FileNotFoundError:  # another process has moved all of it
+        return True
+    return stat.S_ISDIR(status.st_mode) and (os.name == "nt" or status.st_uid == os.getuid())
 
 
 def _raise(error: OSError) -> None:

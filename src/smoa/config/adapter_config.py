@@ -85,7 +85,7 @@ class SmoaConfig(PeftConfig):
         normalized_alpha: alpha by module name, already divided by the rms, in adapters that smoa 0.1 saved with
             `normalize_anchor`.
         save_id: A digest of the settings that give the saved tensors their meaning, written into both files at each
-            save, to refuse a config and weights that don't belong together. None in memory.
+            save, to refuse a config and weights that don't belong together. A config read from a file keeps its id.
         blocks_from_spectrum: In adapters whose K was chosen by layer, with r and alpha following K. The choices are in
             `num_blocks_pattern`; `rank_pattern` and `alpha_pattern` get the r and alpha that belong to them.
         spectrum_blocks: Such choices in adapters saved by smoa 0.1; added to `num_blocks_pattern`.
@@ -154,7 +154,7 @@ class SmoaConfig(PeftConfig):
             raise ConfigError("SmoaConfig: " + "; ".join(problems))
         if blocks_from_spectrum:
             self._follow_blocks()
-        self.save_id = None
+        self._is_without_id = from_file and self.save_id is None
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list) else value)
@@ -231,8 +231,13 @@ class SmoaConfig(PeftConfig):
             write_whole(Path(save_directory, CONFIG_NAME), Path(room, CONFIG_NAME).read_bytes())
         drop_save(Path(save_directory))  # this one is newer, and PEFT has written its weights
 
-    def make_save_id(self) -> str:
-        """The `save_id` of files that are saved with these settings: 32 hexadecimal digits."""
+    def make_save_id(self) -> str | None:
+        """The `save_id` of files that are saved with these settings: 32 hexadecimal digits.
+
+        A config that was read from a file keeps its id, or has none, so that it can be changed and saved alone.
+        """
+        if self.save_id is not None or self._is_without_id:
+            return self.save_id
         settings = json.dumps({name: getattr(self, name) for name in MEANING}, sort_keys=True)
         return hashlib.blake2b(settings.encode(), digest_size=16).hexdigest()
 

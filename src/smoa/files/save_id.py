@@ -17,9 +17,12 @@ BYTES = 16
 
 
 def with_id(state_dict: dict[str, Tensor], config: SmoaConfig) -> dict[str, Tensor]:
-    """The tensors to save, with the id that the config writes too."""
+    """The tensors to save, with the id that the config writes too, if it has one."""
+    save_id = config.make_save_id()
+    if save_id is None:
+        return state_dict
     prefix = PREFIX if any(key.startswith(PREFIX) for key in state_dict) else ""
-    return state_dict | {prefix + KEY: torch.tensor(list(bytes.fromhex(config.make_save_id())), dtype=torch.uint8)}
+    return state_dict | {prefix + KEY: torch.tensor(list(bytes.fromhex(save_id)), dtype=torch.uint8)}
 
 
 def without_id(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

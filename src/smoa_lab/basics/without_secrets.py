@@ -16,7 +16,9 @@ NAMES = re.compile(
     r"(?:.*[_-])?(?:token|password|passwd|secret|credentials?|authorization|api[_-]?key|(?:access|private|secret)[_-]?key)",
     re.IGNORECASE,
 )
-OF_TOKENIZERS = re.compile(r"(?:bos|eos|pad|unk|sep|cls|mask|image|video|audio)_token")
+OF_TOKENIZERS = re.compile(
+    r"(?:.*[._])?(?:bos|eos|pad|unk|sep|cls|mask|image|video|audio|stop|boi|eoi|eot|start|prefix|suffix)_token"
+)
 """Named alike, and no secrets."""
 SHORTEST = 8
 """Characters of a token; shorter values may be words."""
@@ -49,7 +51,7 @@ def _known_tokens() -> list[str]:
     found = [value.strip() for key, value in os.environ.items() if names_secret(key)]
     with suppress(OSError, UnicodeDecodeError):
         found.append(Path(constants.HF_TOKEN_PATH).read_text(encoding="utf-8").strip())
-    return sorted((one for one in found if len(one) >= SHORTEST), key=len, reverse=True)
+    return sorted((one for one in found if len(one) >= SHORTEST and "/" not in one), key=len, reverse=True)
 
 
 def _cleaned(value: Any, tokens: list[str]) -> Any:

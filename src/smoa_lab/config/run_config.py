@@ -49,9 +49,13 @@ def native_dtype() -> Dtype:
     """bfloat16 where the GPU, or without one the CPU, multiplies it rather than imitating it; else float32."""
     if torch.cuda.is_available():
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    # AVX512, AMX or ARM instructions; an older torch does not list what the CPU can do.
+    return "bfloat16" if cpu_multiplies_bfloat16() else "float32"
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether the CPU has AVX512, AMX or ARM instructions for it; an older torch does not list what a CPU has."""
     listed: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return "bfloat16" if any(found and name.endswith("bf16") for name, found in listed.items()) else "float32"
+    return any(found and name.endswith("bf16") for name, found in listed.items())
 
 
 class ModelSection(Section):

@@ -36,9 +36,12 @@ RANGES: dict[str, Any] = {
         ),
         Field(ge=1, strict=True),
     ),
-    **dict.fromkeys(("num_train_epochs", "logging_steps", "eval_steps", "save_steps"), Field(gt=0)),
+    **dict.fromkeys(("num_train_epochs", "save_steps"), Field(gt=0)),
     **dict.fromkeys(
-        ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps", "dataloader_num_workers"),
+        (
+            *("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"),
+            *("dataloader_num_workers", "logging_steps", "eval_steps"),
+        ),
         Field(ge=0),
     ),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), Field(ge=0, lt=1)),

@@ -55,7 +55,7 @@ def _check_names(paths: Sequence[str], adapter: dict[str, Any]) -> None:
             raise ConfigError(
                 f"adapter.{key}: {wanted!r} would have to match a whole path; write [{wanted}] for a name"
             )
-        for name in wanted if isinstance(wanted, list) else ():
+        for name in wanted if isinstance(wanted, list) and key != "exclude_modules" else ():
             if not any(f".{path}".endswith(f".{name}") for path in paths):
                 raise ConfigError(f"adapter.{key}: the model has no layer {name!r}{nearest(str(name), layers)}")
 

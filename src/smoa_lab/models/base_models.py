@@ -95,14 +95,20 @@ def base_content(wanted: ModelSection) -> str:
     folder = Path(source)
     if not folder.is_dir():
         return str(_base_config(wanted)._commit_hash)
-    files = [folder / gguf_file] if gguf_file else sorted(file for file in folder.iterdir() if file.suffix in DECIDING)
+    files = [folder / gguf_file] if gguf_file else sorted(filter(_decides, folder.iterdir()))
     return sha256(" ".join(f"{file.name} {content_of(file)}" for file in files).encode()).hexdigest()
 
 
+def _decides(file: Path) -> bool:
+    return file.suffix in DECIDING and file.is_file()
+
+
 def _base_config(wanted: ModelSection) -> Any:
+    """The config as the model is loaded with it: plain options may change its values."""
     source, gguf_file = locate(wanted.name)
+    options = {key: value for key, value in wanted.options.items() if isinstance(value, str | int | float)}
     with _explained(wanted):
-        return AutoConfig.from_pretrained(source, **_shared(wanted, gguf_file), **places(wanted.options))
+        return AutoConfig.from_pretrained(source, **_shared(wanted, gguf_file), **options)
 
 
 def load_tokenizer(wanted: ModelSection) -> PreTrainedTokenizerBase:

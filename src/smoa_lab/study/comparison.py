@@ -45,12 +45,8 @@ class Comparison:
         return plan.found(name)
 
     def _carry_out(self, plan: Plan, crew: Crew) -> None:
-        """Finish all jobs of the plan, whose entries are checked before the first."""
-        for name in plan.names:
-            try:
-                self.bench.check_needs(self.study.entries[name])
-            except ConfigError as error:
-                raise ConfigError(f"entries.{name}: {error}") from error
+        """Finish all jobs of the plan, whose entries are checked before the first that is run."""
+        checked = False
         while jobs := plan.ready():
             job = None if crew.is_full else self._next(jobs, crew)
             if job is None:
@@ -58,7 +54,16 @@ class Comparison:
             elif self.store.find(job.name) is not None:
                 _note(plan, job, self.perform(job))
             else:
+                checked = checked or self._check_needs(plan.names)
                 crew.start(job)
+
+    def _check_needs(self, names: Sequence[str]) -> bool:
+        for name in names:
+            try:
+                self.bench.check_needs(self.study.entries[name])
+            except ConfigError as error:
+                raise ConfigError(f"entries.{name}: {error}") from error
+        return True
 
     def _next(self, jobs: Sequence[Job], crew: Crew) -> Job | None:
         """The first job that nobody runs, or else the first that another process runs, to wait for its result."""

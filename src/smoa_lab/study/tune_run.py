@@ -87,9 +87,8 @@ def _train_rows(config: RowsConfig, work: Path) -> dict[str, Any]:
         )
     arguments = lesson.arguments()
     arguments.disable_tqdm = True
-    _, trainer, _ = lesson.fit(arguments, RunFolder(work).start(config.to_yaml()))
-    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    loss = trainer.state.best_metric if arguments.load_best_model_at_end else losses[-1]
+    _, trainer, _ = lesson.fit(arguments, RunFolder(work).start(config.to_yaml(), lesson.inputs()))
+    loss = trainer.evaluate()["eval_loss"]  # of the adapter that is kept, which need not be the last
     return {"config": config.model_dump(mode="json"), "loss": loss}
 
 

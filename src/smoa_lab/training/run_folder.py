@@ -71,7 +71,8 @@ class RunFolder:
         if began and not self._was_started_by(config_yaml):
             raise ConfigError(
                 f"{self.path}: contains an unfinished run of another config ({self.config}); "
-                "choose another training.output_dir or remove it"
+                "give the values that it has, also where a default has changed, choose another training.output_dir, or "
+                "remove it"
             )
 
     def _check_foreign(self) -> None:
@@ -86,7 +87,14 @@ class RunFolder:
             config = parse_yaml(self.config.read_text(encoding="utf-8"), self.config)
             began = {"method", "training"} <= config.keys()
         if not began:
-            own += [self.config, self.adapter, self.picture, self.picture.with_suffix(".svg"), self.samples]
+            own += [
+                self.config,
+                self.inputs,
+                self.adapter,
+                self.picture,
+                self.picture.with_suffix(".svg"),
+                self.samples,
+            ]
             own += [self.lock] if self.lock.exists() and self.lock.stat().st_size else []
             found += [one.name for one in own if os.path.lexists(one)]
         if found:
@@ -133,7 +141,7 @@ class RunFolder:
         """Whether the folder's config has the same values, whatever the folder was called then; other releases write
         the same config in other words."""
         texts = (self.config.read_text(encoding="utf-8"), config_yaml)
-        found, wanted = (_without_place(parse_yaml(text, self.config)) for text in texts)
+        found, wanted = (without_secrets(_without_place(parse_yaml(text, self.config))) for text in texts)
         return found == wanted
 
     def _last_whole_checkpoint(self) -> str | None:

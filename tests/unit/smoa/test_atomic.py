@@ -220,9 +220,29 @@ def test_what_lies_in_a_downloaded_folder_writes_nothing_elsewhere(tmp_path: Pat
     (folder / SAVE / "sub").mkdir(parents=True)
     (folder / SAVE / "sub" / "keys").write_text("bad")
     (folder / "sub").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ConfigError, match="link"):
-        recover(folder)
+    recover(folder)
+    with pytest.raises(ConfigError, match="in the way"):
+        fill(folder, "new")
     assert not any((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_save_follows_links_that_are_there(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "sub").symlink_to(tmp_path / "elsewhere")
+    with new_files(folder) as temporary:
+        (temporary / "sub").mkdir()
+        (temporary / "sub" / "a").write_text("new")
+    assert (tmp_path / "elsewhere" / "a").read_text() == "new"
+    assert not (folder / SAVE).exists()
+
+
+def test_a_link_within_a_killed_save_ends_in_an_error(tmp_path: Path) -> None:
+    (tmp_path / SAVE).mkdir()
+    (tmp_path / SAVE / "link").symlink_to("/tmp")
+    with pytest.raises(ConfigError, match="in the way"):
+        fill(tmp_path, "new")
 
 
 def test_a_link_in_the_place_of_a_killed_save_is_not_followed(tmp_path: Path) -> None:

@@ -415,7 +415,25 @@ def test_both_files_of_a_save_have_an_id_which_is_not_kept_in_the_config(saved: 
     again = by_peft_model(tmp_path)
     again.save_pretrained(tmp_path / "again")
     assert id_of(tmp_path / "adapter") == id_of(tmp_path / "again")
-    assert saved.peft_config["default"].save_id is again.peft_config["default"].save_id is None
+    assert saved.peft_config["default"].save_id is None
+
+
+@pytest.mark.parametrize("has_id", [True, False])
+def test_a_config_that_is_changed_and_saved_alone_still_belongs_to_its_weights(
+    saved: PeftModel, has_id: bool, tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapter"
+    if not has_id:
+        rewritten(folder, lambda tensors: tensors.pop("base_model.model.smoa_save_id"))
+        values = json.loads((folder / CONFIG).read_text())
+        (folder / CONFIG).write_text(json.dumps(values | {"save_id": None}))
+    config = SmoaConfig.from_pretrained(folder)
+    config.alpha = 64.0
+    config.save_pretrained(folder)
+    loaded = by_peft_model(tmp_path)
+    assert loaded.peft_config["default"].alpha == 64
+    loaded.save_pretrained(folder)
+    by_peft_model(tmp_path)
 
 
 @pytest.mark.parametrize("change", [{"r": 9}, {"alpha": 3.0}, {"scale": "block"}, {"alpha_pattern": {"q_proj": 5.0}}])

@@ -42,9 +42,9 @@ def test_the_learning_rate_falls_with_the_models_size(parameters: float, rate: f
 def test_a_model_is_loaded_in_what_the_machine_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ModelSection(name="base").dtype == native_dtype()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    monkeypatch.setattr("smoa_lab.config.run_config.cpu_multiplies_bfloat16", lambda: True)
     assert ModelSection(name="base").dtype == "bfloat16"
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False})
+    monkeypatch.setattr("smoa_lab.config.run_config.cpu_multiplies_bfloat16", lambda: False)
     assert ModelSection(name="base").dtype == "float32"
 
 

@@ -94,7 +94,6 @@ def empty(tmp_path: Path) -> Any:
         ({"target_modules": ".*nowhere"}, "adapter: Target modules .*nowhere not found"),
         ({"target_modules": ["mlp"]}, "adapter: .*LlamaMLP"),
         ({"target_modules": "all-linear", "exclude_modules": ".*"}, "adapter: All modules were excluded"),
-        ({"target_modules": TARGETS, "exclude_modules": ["v_prj"]}, r"adapter\.exclude_modules: .*'v_prj'"),
         ({"target_modules": TARGETS, "modules_to_save": ["lm_hed"]}, r"modules_to_save: .*did you mean 'lm_head'"),
         ({"target_modules": TARGETS, "layers_to_transform": [9]}, "adapter: Target modules .*layers_to_transform"),
         ({"target_modules": TARGETS, "inference_mode": True}, "adapter: trains nothing; leave inference_mode out"),

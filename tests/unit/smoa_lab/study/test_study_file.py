@@ -127,6 +127,6 @@ def test_all_mistakes_of_keys_are_told_at_once_with_their_lines_and_the_nearest_
 
 
 def test_a_study_has_one_dtype_on_all_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    monkeypatch.setattr("smoa_lab.config.run_config.cpu_multiplies_bfloat16", lambda: True)
     study = tiny_study(tmp_path)
     assert study.bench().config(study.entries["ours"], 0.01, seed=0).model.dtype == "float32"
