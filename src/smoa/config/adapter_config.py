@@ -20,11 +20,10 @@ from peft.utils.other import get_pattern_key
 from smoa.atomic import drop_save, write_whole
 from smoa.config.rules import Bias, config_problems, value_problems
 from smoa.errors import ConfigError
+from smoa.maths.experts import ExpertPartition
 from smoa.maths.factors import Initialization, split_rank
-from smoa.maths.modulations import ModulationKind
-from smoa.maths.scale import DEFAULT_SCALE, SCALE_OF_0_1, ScaleKind
+from smoa.maths.scale import DEFAULT_SCALE, SCALE_OF_0_1, ModulationKind, ScaleKind
 from smoa.maths.spectrum import PartitionKind
-from smoa.maths.stack_partition import ExpertPartition
 
 Shape = tuple[int, int]
 """(out_features, in_features) of a weight."""

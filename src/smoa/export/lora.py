@@ -26,7 +26,7 @@ from smoa.errors import ConfigError, UnsupportedModuleError
 from smoa.export.lora_places import Place
 from smoa.files.names import PREFIX, adapter_layers
 from smoa.layers.layer import SmoaLayer
-from smoa.maths.devices import decomposition_device
+from smoa.maths.spectrum import decomposition_device
 from smoa.maths.update import Update
 
 

@@ -9,9 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from smoa.layers.experts.layout import Layout
-from smoa.layers.experts.param_wrapper import ParamWrapper
+from smoa.layers.experts import ParamWrapper
 from smoa.layers.layer import SmoaLayer
+from smoa.layers.layout import Layout
 
 
 class Spectrum(Protocol):

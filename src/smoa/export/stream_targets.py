@@ -9,8 +9,8 @@ from torch import nn
 
 from smoa.errors import UnsupportedModuleError
 from smoa.export.shards import Checkpoint
-from smoa.layers.experts.layout import HALVED, Layout
-from smoa.layers.kinds.kind_table import kind_of
+from smoa.layers.kinds import kind_of
+from smoa.layers.layout import HALVED, Layout
 
 SEPARATE = {
     HALVED: (("gate_proj.weight", "up_proj.weight"), ("w1.weight", "w3.weight")),

@@ -19,13 +19,12 @@ from smoa.export.stream_targets import StreamTarget, separate_experts, target_of
 from smoa.files.adapter_folder import smoa_adapter
 from smoa.files.names import PARTS, PREFIX, required_parts
 from smoa.layers.distributed import SCALE
-from smoa.layers.experts.layout import Layout
 from smoa.layers.layer import as_matrix, as_stored
+from smoa.layers.layout import Layout
 from smoa.maths.blocks import Blocks
+from smoa.maths.experts import Stack, stacked_blocks
 from smoa.maths.factors import Factors
-from smoa.maths.modulations import MODULATIONS
-from smoa.maths.scale import rank_scale
-from smoa.maths.stack import Stack, stacked_blocks
+from smoa.maths.scale import MODULATIONS, rank_scale
 from smoa.maths.update import Update
 
 

@@ -19,10 +19,10 @@ from smoa.config.adapter_config import Shape, SmoaConfig
 from smoa.errors import ConfigError, PartitionError, UnsupportedModuleError
 from smoa.files.adapter_folder import AdapterFile
 from smoa.layers.distributed import awaits_process_group, from_rank_zero, whole
-from smoa.layers.kinds.kind_table import KINDS, QUANTIZED, Kind, kind_of
-from smoa.layers.kinds.linear import Linear
-from smoa.layers.kinds.quantized import find_backend
+from smoa.layers.kinds import KINDS, QUANTIZED, Kind, kind_of
 from smoa.layers.layer import SmoaLayer
+from smoa.layers.linear import Linear
+from smoa.layers.quantized import find_backend
 from smoa.maths.blocks import check_num_blocks
 from smoa.maths.spectrum import finite_peak
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from smoa import MergeError, SmoaConfig
 from smoa.export.in_memory import merge_in_memory, with_plain_weights
-from smoa.layers.kinds.linear import Linear
+from smoa.layers.linear import Linear
 from tests.support import tiny_models
 
 
