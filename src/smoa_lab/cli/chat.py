@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from smoa_lab.cli.console import reporting
-from smoa_lab.cli.options import Base, TrustRemoteCode
+from smoa_lab.cli.console import Base, TrustRemoteCode, reporting
 
 if TYPE_CHECKING:
     from smoa_lab.chat.conversation import Conversation

@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 from smoa_lab.basics.extras import DRAWING
-from smoa_lab.cli.console import reporting
-from smoa_lab.cli.options import Overrides, TrustRemoteCode
+from smoa_lab.cli.console import Overrides, TrustRemoteCode, reporting
 from smoa_lab.cli.train import print_scores
 
 CONFIG = Path(__file__).with_name("demo.yaml")

@@ -10,8 +10,7 @@ from typing import Annotated, TypeVar
 import typer
 
 from smoa_lab.basics.extras import DRAWING
-from smoa_lab.cli.console import print_json, reporting
-from smoa_lab.cli.options import AsJson
+from smoa_lab.cli.console import AsJson, print_json, reporting
 
 Taken = TypeVar("Taken")
 

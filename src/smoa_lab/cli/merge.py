@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from smoa_lab.cli.console import print_json, reporting
-from smoa_lab.cli.options import AsJson, Base, TrustRemoteCode
+from smoa_lab.cli.console import AsJson, Base, TrustRemoteCode, print_json, reporting
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 """The choices of smoa.export.merge, whose import would make ``--help`` wait for torch."""

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from smoa_lab.drawing.look import specification
-from smoa_lab.training.run_charts import accuracies, balance, draw_run, learning_rate, losses
+from smoa_lab.pages.charts import specification
+from smoa_lab.pages.run_charts import accuracies, balance, draw_run, learning_rate, losses
 from tests.support.runs import stored_metrics
 
 HISTORY = stored_metrics()["history"]
@@ -39,7 +39,7 @@ def test_losses_that_are_no_numbers_are_left_out() -> None:
 
 def test_accuracies_are_drawn_for_each_stage_and_for_all_tasks_where_there_are_several() -> None:
     found = rows(accuracies(EVALUATION, "smoa"))
-    assert {(row["task"], row["stage"], row["told"]) for row in found} == {
+    assert {(row["task"], row["stage"], row["label"]) for row in found} == {
         ("all tasks", "before", "50.0 %"),
         ("all tasks", "after", "62.5 %"),
     }
@@ -55,7 +55,7 @@ def test_what_was_not_measured_is_not_drawn() -> None:
 
 def test_learned_and_forgotten_stand_in_one_chart() -> None:
     found = rows(balance(EVALUATION, stored_metrics()["forgetting"], "smoa"))
-    assert {(row["of"], row["told"]) for row in found} == {
+    assert {(row["of"], row["label"]) for row in found} == {
         ("held-out data (learned)", "-1.125"),
         ("general text (forgot)", "+0.250"),
     }

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -7,8 +8,9 @@ from huggingface_hub import ModelCard
 
 from smoa import SmoaConfig
 from smoa.files.named_base import NamedBase
-from smoa_lab.training.run_card import run_card
+from smoa_lab.pages.run_card import run_card, samples_text
 
+SAMPLE = {"question": "Open?", "reference": "Yes.", "before": "", "after": "  Yes!\n"}
 CONFIG = SmoaConfig(r=8, num_blocks=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
 
 
@@ -80,3 +82,18 @@ def test_without_held_out_questions_there_are_no_results(metrics: dict[str, Any]
 def test_an_installed_release_has_no_commit(metrics: dict[str, Any]) -> None:
     metrics["provenance"] |= {"commit": None, "dirty": None}
     assert "Trained by `smoa train`, 50 steps" in card(metrics).text
+
+
+def test_each_prompt_has_its_answers_below_it() -> None:
+    text = samples_text([SAMPLE, {"question": "Today?", "after": "No."}])
+    assert re.findall("^## Prompt .*", text, re.MULTILINE) == ["## Prompt 1", "## Prompt 2"]
+    assert re.findall(r"^(\w+):$", text, re.MULTILINE) == ["Reference", "Before", "After", "After"]
+    assert re.findall(r"```text\n(.*)\n```", text) == ["Open?", "Yes.", "(nothing)", "Yes!", "Today?", "No."]
+
+
+@pytest.mark.parametrize("ticks", ["```", "`````"])
+def test_code_in_an_answer_does_not_end_its_block(ticks: str) -> None:
+    code = f"{ticks}python\nprint()\n{ticks}"
+    text = samples_text([{"question": "Code?", "after": code}])
+    fence = "`" * (len(ticks) + 1)
+    assert f"\n{fence}text\n{code}\n{fence}\n" in text

@@ -1,15 +1,18 @@
-"""Reports on every adapted layer: its spectrum, and what the adapter changed. For all PEFT methods whose layers can
+"""What an adapter changed in each layer: ΔW, its norms, ranks and spectrum. For all PEFT methods whose layers can
 return their ΔW."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from smoa.layers.layer import SmoaLayer
@@ -18,7 +21,7 @@ from smoa.maths.blocks import Blocks
 from smoa.maths.budget import rank_bound
 from smoa.maths.spectrum import spectral_scores
 from smoa_lab.models.base_models import load_base_model
-from smoa_lab.runs.layer_updates import adapted_layers, weights_and_updates
+from smoa_lab.pages.tables import Cell, Table
 from smoa_lab.runs.open_run import adapter_of_run, base_section
 
 TOO_FAR = {"relative_update": 0.06, "relative_spectral_norm": 0.2}
@@ -56,7 +59,7 @@ class LayerReport:
         """Whether much of what W did is likely to be lost."""
         return any(getattr(self, figure) > limit for figure, limit in TOO_FAR.items())
 
-    def told(self, figure: str) -> str:
+    def marked(self, figure: str) -> str:
         """A figure of ``TOO_FAR`` as text, with a mark where it is too large."""
         value: float = getattr(self, figure)
         return f"{'! ' * (value > TOO_FAR[figure])}{value:.4f}"
@@ -86,42 +89,62 @@ def inspect_layers(adapter: str | Path, base: str | None = None, trust_remote_co
         return [report for path, module in shown for report in _reports(path, module, adapted.active_adapter, method)]
 
 
-def _reports(path: str, module: Any, adapter: str, method: str) -> list[LayerReport]:
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The layers whose ΔW can be had, by their paths, in the model's order."""
+    for path, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and hasattr(module, "get_delta_weight"):
+            yield path, module
+
+
+@torch.no_grad()
+def weights_and_updates(path: str, module: Any, adapter: str) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Every matrix that the adapter changes in a layer: its name, W, dequantized if it is quantized, and ΔW, in
+    float32. A layer has one, named as the layer, a convolution (out, in · kernel); experts have one for each expert or,
+    with gate and up, two.
+
+    Of other methods ΔW is what a merge adds to W, computed in float64: HiRA's ``get_delta_weight`` is the factor that W
+    is multiplied with, and DoRA's leaves its magnitudes out.
+    """
+    if isinstance(module, SmoaLayer):
+        for part, weight, update in module.parts(adapter):
+            name = f"{path.replace('.base_layer', '')}.{part}" if part else path
+            yield name, weight.float(), update.delta(weight).float()
+        return
+    merged = deepcopy(module).double()
+    before = merged.get_base_layer().weight.clone()
+    merged.merge(adapter_names=[adapter])
+    yield path, before.flatten(1).float(), (merged.get_base_layer().weight - before).flatten(1).float()
+
+
+def _reports(path: str, module: Any, adapter: str, method: str) -> Iterator[LayerReport]:
     """A report on each matrix of the layer; the matrices share its trained parameters evenly."""
-    found = list(weights_and_updates(path, module, adapter))
+    matrices = list(weights_and_updates(path, module, adapter))
     own = [p for name, p in module.named_parameters() if f".{adapter}." in f".{name}." and "base_layer" not in name]
-    shared = {
-        "method": method,
-        "parameters": sum(parameter.numel() for parameter in own) // len(found),
-        "rank_bound": _rank_bound(module, adapter),
-    }
-    blocks: list[Blocks | None] = [None] * len(found)
-    scales: list[list[float]] = [[]] * len(found)
+    parameters, bound = sum(parameter.numel() for parameter in own) // len(matrices), _rank_bound(module, adapter)
+    blocks: list[Blocks | None] = [None] * len(matrices)
+    scales: list[list[float]] = [[]] * len(matrices)
     if isinstance(module, SmoaLayer):
         blocks = [update.factors.blocks for _, _, update in module.parts(adapter)]
-        scales = (module.scaling[adapter] * module.block_scale(adapter).reshape(len(found), -1)).tolist()
-    return [
-        _report(*matrix, own_blocks, block_scales=tuple(own_scales), **shared)
-        for matrix, own_blocks, own_scales in zip(found, blocks, scales, strict=True)
-    ]
-
-
-def _report(name: str, weight: Tensor, update: Tensor, blocks: Blocks | None, **shared: Any) -> LayerReport:
-    spectrum = update_spectrum(weight, update, blocks)
-    return LayerReport(
-        module=name,
-        rows=update.shape[0],
-        columns=update.shape[1],
-        relative_update=float(update.norm() / weight.norm()),
-        relative_spectral_norm=spectrum.relative_spectral_norm,
-        rank=spectrum.rank,
-        effective_rank=spectrum.effective_rank,
-        stable_rank=spectrum.stable_rank,
-        coverage=spectrum.coverage,
-        spectrum=spectrum,
-        bands=() if blocks is None else _bands(weight, blocks),
-        **shared,
-    )
+        scales = (module.scaling[adapter] * module.block_scale(adapter).reshape(len(matrices), -1)).tolist()
+    for (name, weight, update), of_matrix, block_scales in zip(matrices, blocks, scales, strict=True):
+        spectrum = update_spectrum(weight, update, of_matrix)
+        yield LayerReport(
+            module=name,
+            method=method,
+            rows=update.shape[0],
+            columns=update.shape[1],
+            parameters=parameters,
+            relative_update=float(update.norm() / weight.norm()),
+            relative_spectral_norm=spectrum.relative_spectral_norm,
+            rank=spectrum.rank,
+            rank_bound=bound,
+            effective_rank=spectrum.effective_rank,
+            stable_rank=spectrum.stable_rank,
+            coverage=spectrum.coverage,
+            spectrum=spectrum,
+            bands=() if of_matrix is None else _bands(weight, of_matrix),
+            block_scales=tuple(block_scales),
+        )
 
 
 def _rank_bound(module: Any, adapter: str) -> int | None:
@@ -140,3 +163,23 @@ def _bands(weight: Tensor, blocks: Blocks) -> tuple[tuple[float, float], ...]:
     scores, labels = torch.cat(spectral_scores(weight)), torch.cat([blocks.row_labels, blocks.col_labels])
     by_block = [scores[labels == block] for block in range(blocks.num_blocks)]
     return tuple((float(block.min()), float(block.max())) for block in by_block)
+
+
+def layer_table(reports: Sequence[LayerReport], caption: str = "") -> Table:
+    """A row for each layer."""
+    header = ["layer", "shape", "parameters", "‖ΔW‖/‖W‖", "‖ΔW‖₂/‖W‖₂", "rank", "bound"]
+    rows = [
+        [
+            report.module,
+            Cell(f"{report.rows}×{report.columns}", report.rows * report.columns),
+            Cell(f"{report.parameters:,}", report.parameters),
+            *(Cell(report.marked(figure), getattr(report, figure)) for figure in TOO_FAR),
+            report.rank,
+            "–" if report.rank_bound is None else report.rank_bound,
+            f"{report.effective_rank:.1f}",
+            f"{report.stable_rank:.1f}",
+            f"{report.coverage:.3f}",
+        ]
+        for report in reports
+    ]
+    return Table([*header, "effective rank", "stable rank", "coverage"], rows, caption)

@@ -8,8 +8,7 @@ from typing import Any
 
 import altair as alt
 
-from smoa_lab.drawing.look import INK, MUTED, WIDTH, color_of, tooltip, values
-from smoa_lab.drawing.picture_files import save_pictures
+from smoa_lab.pages.charts import INK, MUTED, WIDTH, color_of, save_pictures, tooltip, values
 
 History = Sequence[Mapping[str, Any]]
 Evaluation = Mapping[str, Mapping[str, Any]]
@@ -22,9 +21,9 @@ LINE = 17
 
 def draw_run(history: History, evaluation: Evaluation, file: Path, method: str, title: str) -> None:
     """Save losses and accuracies as ``file``, a PNG, and as an SVG beside it; nothing if nothing was logged."""
-    found = [chart for chart in (losses(history, evaluation, method), accuracies(evaluation, method)) if chart]
-    if found:
-        drawn = alt.vconcat(*found, title=alt.Title(title)).resolve_scale(color="independent")
+    charts = [chart for chart in (losses(history, evaluation, method), accuracies(evaluation, method)) if chart]
+    if charts:
+        drawn = alt.vconcat(*charts, title=alt.Title(title)).resolve_scale(color="independent")
         save_pictures(drawn, file)
 
 
@@ -99,7 +98,7 @@ def accuracies(evaluation: Evaluation, method: str) -> Any | None:
             x=x, color=alt.Color("stage:N", scale=shades, legend=alt.Legend(title=None, orient="top"))
         ),
         chart.mark_rule().encode(x="low:Q", x2="high:Q"),
-        chart.mark_text(align="left", dx=5).encode(x="high:Q", text="told:N"),
+        chart.mark_text(align="left", dx=5).encode(x="high:Q", text="label:N"),
         chart.mark_tick(thickness=2, color=INK).encode(x="majority:Q"),
     ).properties(width=WIDTH - 80, height=2 * LINE * tasks + 8)
 
@@ -113,7 +112,7 @@ def _accuracy_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
             "accuracy": 100 * scores["accuracy"],
             "low": 100 * (scores["accuracy"] - scores["accuracy_stderr"]),
             "high": 100 * (scores["accuracy"] + scores["accuracy_stderr"]),
-            "told": f"{100 * scores['accuracy']:.1f} %",
+            "label": f"{100 * scores['accuracy']:.1f} %",
             "majority": None if scores["majority"] is None else 100 * scores["majority"],
             "questions": scores["questions"],
         }
@@ -128,15 +127,15 @@ def balance(evaluation: Evaluation, forgot: Mapping[str, Any] | None, method: st
     neither is known."""
     rows = []
     scores = [evaluation.get(stage, {}).get("all", {}) for stage in STAGES]
-    found = [one.get("loss", one.get("gold_loss")) for one in scores]
-    if None not in found:
-        rows.append({"of": "held-out data (learned)", "before": found[0], "after": found[1]})
+    before, after = (stage.get("loss", stage.get("gold_loss")) for stage in scores)
+    if None not in (before, after):
+        rows.append({"of": "held-out data (learned)", "before": before, "after": after})
     if forgot and None not in (forgot["before"], forgot["after"]):
         rows.append({"of": "general text (forgot)", "before": forgot["before"], "after": forgot["after"]})
     if not rows:
         return None
-    told = [{**row, "told": f"{row['after'] - row['before']:+.3f}"} for row in rows]
-    chart = alt.Chart(values(told)).encode(
+    labelled = [{**row, "label": f"{row['after'] - row['before']:+.3f}"} for row in rows]
+    chart = alt.Chart(values(labelled)).encode(
         y=alt.Y("of:N", sort=None, title=None, axis=alt.Axis(ticks=False, domain=False, labelLimit=240)),
         tooltip=tooltip(of="", before=".4f", after=".4f"),
     )
@@ -147,5 +146,5 @@ def balance(evaluation: Evaluation, forgot: Mapping[str, Any] | None, method: st
         chart.mark_rule(strokeWidth=2, color=MUTED).encode(x=x, x2="after:Q"),
         chart.mark_circle(size=90, color=MUTED, opacity=1).encode(x=x),
         chart.mark_circle(size=90, color=color_of(method), opacity=1).encode(x="after:Q"),
-        chart.mark_text(dy=-11).encode(x="after:Q", text="told:N"),
+        chart.mark_text(dy=-11).encode(x="after:Q", text="label:N"),
     ).properties(width=WIDTH - 180, height=40 * len(rows))

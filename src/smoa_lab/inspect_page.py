@@ -1,4 +1,5 @@
-"""The charts of what adapters changed: by layer, by block, and the spectrum of one layer with its bands."""
+"""The HTML page about one or more adapters, with charts: how far they moved each layer, which directions and blocks,
+and ranks."""
 
 from __future__ import annotations
 
@@ -10,17 +11,97 @@ import altair as alt
 import torch
 from torch import Tensor
 
-from smoa_lab.drawing.look import INK, MUTED, PANEL, WIDTH, colors, dashes, tooltip, values
-from smoa_lab.inspection.layer_reports import LayerReport
+from smoa.errors import ConfigError
+from smoa_lab.inspect import TOO_FAR, LayerReport, layer_table
+from smoa_lab.pages.charts import INK, MUTED, PANEL, WIDTH, color_of, colors, dashes, tooltip, values
+from smoa_lab.pages.templates import Figure, page
 
 Reports = Mapping[str, Sequence[LayerReport]]
 BINS = 100
 COLUMNS = 4
 POINTS = 256
 """A spectrum of more values is drawn by so many of them."""
+INTRODUCTION = (
+    "W = U diag(σ) Vᵀ is a frozen weight, ΔW what the adapter adds. Coverage is how far down W's spectrum ΔW reaches: "
+    "the mean of j/q under the energy of ΔW on W's singular directions j = 0 … q−1, largest first. 0 is an update "
+    "along the leading directions alone, 0.5 one that treats all alike."
+)
+FAR = f"‖ΔW‖₂/‖W‖₂: from {TOO_FAR['relative_spectral_norm']} on much is likely to be forgotten."
+BLOCKS = (
+    "A thin line for each layer, the mean of all layers in bold. The scale s is what B A ⊙ W of the block is "
+    "multiplied with."
+)
 
 
-def methods_of(adapters: Reports) -> dict[str, str]:
+def inspection_page(title: str, adapters: Reports, layers: Sequence[str] = ()) -> str:
+    """The HTML of one or more adapters by name. Of the first one the layer that changed most is shown in detail, and so
+    is every layer whose name contains one of ``layers``.
+
+    Raises:
+        ConfigError: one of ``layers`` is in no layer's name.
+    """
+    first = next(iter(adapters.values()))
+    changed = max(first, key=lambda report: report.relative_update)
+    chosen = [report for report in _matching(first, layers) if report is not changed]
+    figures = {
+        "How far each layer was moved": Figure(_lines(adapters, "relative_spectral_norm", "‖ΔW‖₂ / ‖W‖₂"), FAR),
+        "Coverage of the spectrum": Figure(coverage(adapters), _coverage_caption(adapters)),
+        "Block by block": None if (blocks := by_block(adapters)) is None else Figure(blocks, BLOCKS),
+        "Rank": Figure(_lines(adapters, "effective_rank", "effective rank of ΔW"), "Effective rank of ΔW."),
+        f"What changed most: {changed.module}": _detail(changed),
+    }
+    note = "Every adapted layer of {}; choose a heading to sort. ! marks a layer that was moved far."
+    sections: list[tuple[str, list[Any]]] = [
+        *((heading, [figure]) for heading, figure in figures.items() if figure is not None),
+        *((report.module, [_detail(report)]) for report in chosen),
+        *((name, [layer_table(reports, note.format(name))]) for name, reports in adapters.items()),
+    ]
+    return page(title, sections, [INTRODUCTION])
+
+
+def _matching(reports: Sequence[LayerReport], layers: Sequence[str]) -> list[LayerReport]:
+    for wanted in layers:
+        if not any(wanted in report.module for report in reports):
+            raise ConfigError(
+                f"--layer {wanted}: no adapted layer's name contains it; layers are named like {reports[0].module}"
+            )
+    return [report for report in reports if any(wanted in report.module for wanted in layers)]
+
+
+def _coverage_caption(adapters: Reports) -> str:
+    means = []
+    for name, reports in adapters.items():
+        coverage, rank = (
+            sum(getattr(one, figure) for one in reports) / len(reports) for figure in ("coverage", "rank")
+        )
+        trained = sum(report.parameters for report in reports)
+        means.append(f"{name}: mean coverage {coverage:.3f}, mean rank {rank:.0f}, {trained:,} trained")
+    return (
+        "Share of ΔW's energy on the leading part of W's singular directions, mean of all layers; "
+        f"the diagonal treats all directions alike. {'; '.join(means)}."
+    )
+
+
+def _detail(report: LayerReport) -> Figure:
+    caption = (
+        f"Singular values of W and ΔW, and ΔW's energy along W's directions, mean of both sides ({report.rows}×"
+        f"{report.columns}; rank of ΔW {report.rank}, effective {report.effective_rank:.1f})."
+    )
+    if report.bands:
+        caption += " Bars: the spectral scores (mean direction) of each block's coordinates, lowest to highest."
+    return Figure(spectrum(report, color_of(report.method)), caption)
+
+
+def _lines(adapters: Reports, field: str, title: str) -> Any:
+    rows = [
+        {"adapter": name, "module": report.module, field: getattr(report, field)}
+        for name, reports in adapters.items()
+        for report in reports
+    ]
+    return by_layer(rows, _methods_of(adapters), field, title)
+
+
+def _methods_of(adapters: Reports) -> dict[str, str]:
     """The method of each adapter."""
     return {name: reports[0].method for name, reports in adapters.items()}
 
@@ -57,7 +138,7 @@ def by_block(adapters: Reports) -> Any | None:
     if not rows:
         return None
     titles = {"coverage": "coverage of ΔW's block", "scale": "scale s of the block"}
-    return alt.hconcat(*(_blocks_panel(rows, methods_of(adapters), *one) for one in titles.items()))
+    return alt.hconcat(*(_blocks_panel(rows, _methods_of(adapters), *one) for one in titles.items()))
 
 
 def _blocks(adapters: Reports) -> Iterator[dict[str, Any]]:
@@ -101,7 +182,7 @@ def coverage(adapters: Reports) -> Any:
         tooltip=tooltip(adapter="", part=".2f", share=".3f"),
     )
     even = alt.Chart(values([{"part": 0, "share": 0}, {"part": 1, "share": 1}])).encode(x="part:Q", y="share:Q")
-    methods = methods_of(adapters)
+    methods = _methods_of(adapters)
     return alt.layer(
         even.mark_line(color=MUTED, strokeWidth=1, strokeDash=[4, 3]),
         shown.mark_line().encode(
