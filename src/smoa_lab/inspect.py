@@ -21,8 +21,8 @@ from smoa.maths.blocks import Blocks
 from smoa.maths.budget import rank_bound
 from smoa.maths.spectrum import spectral_scores
 from smoa_lab.models.base_models import load_base_model
+from smoa_lab.open_run import adapter_of_run, base_section
 from smoa_lab.pages.tables import Cell, Table
-from smoa_lab.runs.open_run import adapter_of_run, base_section
 
 TOO_FAR = {"relative_update": 0.06, "relative_spectral_norm": 0.2}
 """Figures from which a layer is marked: in docs/studies/retention-pilot and -seeds a layer exceeded one of them in all

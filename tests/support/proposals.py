@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from smoa_lab.runs.budget_choices import budget_choice
+from smoa_lab.budget import budget_choice
 from smoa_lab.starting.machine import Machine
 from smoa_lab.starting.proposal import Proposal
 from smoa_lab.starting.survey import DataFacts, ModelFacts

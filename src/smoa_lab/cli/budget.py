@@ -28,8 +28,8 @@ def budget(
     with reporting():
         from rich.filesize import decimal
 
+        from smoa_lab.budget import budget_choices
         from smoa_lab.pages.tables import Table
-        from smoa_lab.runs.budget_choices import budget_choices
 
         choices = budget_choices(model, amount, tuple(name.strip() for name in targets.split(",")), trust_remote_code)
         if json:

@@ -26,8 +26,8 @@ def convert(
     """Approximate a SMoA adapter by a LoRA, and measure what that loses of the update and of the task."""
     with reporting():
         from smoa.export.lora import RankRule
+        from smoa_lab.convert import convert_run
         from smoa_lab.pages.tables import Table
-        from smoa_lab.runs.convert_run import convert_run
 
         rule = RankRule(rank, energy, error)
         result = convert_run(adapter, output, rule, base, uniform_rank, score, trust_remote_code)

@@ -27,8 +27,8 @@ def evaluate(
     with reporting():
         from smoa.atomic import check_place, write_whole
         from smoa_lab.basics.plain_json import json_text
+        from smoa_lab.open_run import open_run
         from smoa_lab.runs.evaluate_run import evaluate_run
-        from smoa_lab.runs.open_run import open_run
 
         if output is not None:
             check_place(output, is_new=True)

@@ -33,7 +33,7 @@ def init(
     """Write a commented config for a model and data: ask what is not given, look at both, measure three steps."""
     with reporting("accelerate", "datasets", *DRAWING, "psutil", "trl"):
         from smoa.atomic import write_whole
-        from smoa_lab.runs.budget_choices import budget_choice
+        from smoa_lab.budget import budget_choice
         from smoa_lab.starting.config_text import config_text, expected, plain_report
         from smoa_lab.starting.machine import this_machine
         from smoa_lab.starting.measure_steps import measure as measure_steps

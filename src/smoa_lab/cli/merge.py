@@ -26,7 +26,7 @@ def merge(
 ) -> None:
     """Merge an adapter into its base model and save the result as a model that needs no adapter."""
     with reporting():
-        from smoa_lab.runs.merge_run import merge_run
+        from smoa_lab.merge import merge_run
 
         export = merge_run(adapter, output, dtype, base, trust_remote_code, max_shard_size)
         if json:

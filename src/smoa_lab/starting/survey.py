@@ -7,6 +7,7 @@ from typing import Any
 
 from smoa_lab.basics.extras import require
 from smoa_lab.basics.positions import positions_of
+from smoa_lab.budget import ALL_LINEAR, Shapes, shapes_of
 from smoa_lab.config.rows_config import check_rows_config
 from smoa_lab.config.run_config import DataSection, ModelSection, TaskSection
 from smoa_lab.data.tasks import TASKS, find_task, task_needs
@@ -14,7 +15,6 @@ from smoa_lab.lessons.own_rows import sources, trainable_rows_of
 from smoa_lab.models.base_models import empty_model, load_tokenizer
 from smoa_lab.rows.formats import Conversation, Example, Preference
 from smoa_lab.rows.sources import source_values
-from smoa_lab.runs.budget_choices import ALL_LINEAR, Shapes, shapes_of
 
 STEP = 64
 """Tokens: a row is cut at a multiple of it."""

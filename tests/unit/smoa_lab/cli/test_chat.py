@@ -19,14 +19,14 @@ from smoa_lab.data import prompts
 from tests.support.chats import chat_base, saved_adapter, written
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return chat_base(tmp_path / "base")
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return chat_base(tmp_path_factory.mktemp("chat") / "base")
 
 
-@pytest.fixture
-def mine(tmp_path: Path, base: Path) -> Path:
-    return saved_adapter(tmp_path / "mine", base)
+@pytest.fixture(scope="module")
+def mine(base: Path) -> Path:
+    return saved_adapter(base.with_name("mine"), base)
 
 
 @pytest.fixture
@@ -104,8 +104,7 @@ def interrupting(monkeypatch: pytest.MonkeyPatch) -> None:
             signal.raise_signal(signal.SIGINT)
         typer.echo(piece, nl=False)
 
-    for screen in (chat.Terminal, chat.Pipe):
-        monkeypatch.setattr(screen, "write", write)
+    monkeypatch.setattr(chat.Screen, "write", write)
 
 
 @pytest.mark.usefixtures("terminal")

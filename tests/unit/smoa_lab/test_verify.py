@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from smoa.errors import MergeError
 from smoa_lab.cli.main import app
-from smoa_lab.runs.verify_run import Agreement, _check, verify_saved
+from smoa_lab.verify import Agreement, _check, verify_saved
 
 
 def test_what_agrees_passes() -> None:

@@ -19,7 +19,7 @@ from smoa_lab.config.rows_config import load_any_config
 from smoa_lab.lessons.lesson import Lesson
 from smoa_lab.models.base_models import load_base_model
 from smoa_lab.models.packaged_models import described_base
-from smoa_lab.runs.open_run import adapter_config, adapter_of_run, base_section
+from smoa_lab.open_run import adapter_config, adapter_of_run, base_section
 from smoa_lab.scoring.row_losses import Losses
 from smoa_lab.training.run_folder import RunFolder
 from smoa_lab.training.train_run import open_lesson

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from smoa import SmoaConfig
 from smoa.errors import ConfigError, DataError
 from smoa.maths.budget import adapter_bytes, rank_bound
-from smoa_lab.runs.budget_choices import (
+from smoa_lab.budget import (
     _limit,
     budget_choice,
     budget_choices,

@@ -11,7 +11,7 @@ from smoa_lab.config.rows_config import load_any_config
 from smoa_lab.config.run_config import ModelSection
 from smoa_lab.models.base_models import load_base_model, prepare_packaged_model
 from smoa_lab.models.packaged_models import described_base, packaged_name
-from smoa_lab.runs.open_run import adapter_of_run, base_name
+from smoa_lab.open_run import adapter_of_run, base_name
 from smoa_lab.tokens.chat_templates import saved_chat_template
 from smoa_lab.training.run_folder import RunFolder
 
