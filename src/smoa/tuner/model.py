@@ -16,10 +16,9 @@ from tqdm.auto import tqdm
 
 from smoa.compat import StateDictHooks
 from smoa.errors import MergeError, PartitionError
-from smoa.files.checkpoint import check_adapter_state, check_gathered, embeddings_of
+from smoa.files.checks import check_adapter_state, check_gathered
 from smoa.files.loading import incoming
-from smoa.files.names import PREFIX, adapter_layers, parameter_names, renamed
-from smoa.files.save_id import with_id, without_id
+from smoa.files.names import PREFIX, adapter_layers, embeddings_of, parameter_names, renamed, with_id, without_id
 from smoa.layers.adapted_layer import AdaptedLayer
 from smoa.layers.distributed import plain_name, refuse_writing, with_plain_names
 from smoa.layers.experts.param_wrapper import ParamWrapper
@@ -183,6 +182,9 @@ class SmoaModel(BaseTuner, StateDictHooks):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
+        file = incoming()
+        if file is not None:
+            file.check_unchanged(state_dict)
         named = with_plain_names(model)
         saved = renamed(without_id(state_dict), _wrapper_names(named))
         remapped = super()._remap_adapter_state_dict_for_load(named, config, adapter_name, saved)

@@ -11,7 +11,6 @@ from torch import nn
 
 from smoa.config.adapter_config import Shape, SmoaConfig
 from smoa.errors import SmoaError
-from smoa.files.adapter_folder import AdapterFile
 from smoa.files.loading import incoming
 from smoa.layers.layer import SmoaLayer
 from smoa.tuner.parameters import check_parameters, existing_wrapper, report_experts, target_parameters
@@ -56,7 +55,7 @@ def _check_all(
     model: nn.Module, config: SmoaConfig, is_target: IsTarget, loads_labels: bool
 ) -> tuple[dict[str, Shape], dict[str, Shape]]:
     """Shapes of the target modules and of the target parameters; raises all problems as one."""
-    file: AdapterFile | None = None if (found := incoming()) is None else found.file
+    file = incoming()
     inside = tuple(name + "." for name, module in model.named_modules() if isinstance(module, SmoaLayer))
     problems: list[SmoaError] = []
     shapes: dict[str, Shape] = {}

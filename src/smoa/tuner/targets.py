@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from smoa.config.adapter_config import Shape, SmoaConfig
 from smoa.errors import ConfigError, PartitionError, UnsupportedModuleError
-from smoa.files.adapter_folder import AdapterFile
+from smoa.files.loading import AdapterFile
 from smoa.layers.distributed import awaits_process_group, from_rank_zero, whole
 from smoa.layers.kinds.kind_table import KINDS, QUANTIZED, Kind, kind_of
 from smoa.layers.kinds.linear import Linear
