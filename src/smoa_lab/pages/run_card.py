@@ -7,8 +7,7 @@ from typing import Any
 
 from peft import PeftConfig
 
-from smoa.files.adapter_card import adapter_card
-from smoa.files.named_base import NamedBase
+from smoa.files.card import NamedBase, adapter_card
 from smoa_lab.config.yaml_text import to_yaml
 from smoa_lab.pages.tables import Table
 from smoa_lab.pages.templates import render

@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from smoa import SmoaConfig
-from smoa.files.named_base import NamedBase
+from smoa.files.card import NamedBase
 from smoa_lab.pages.run_card import run_card, samples_text
 
 SAMPLE = {"question": "Open?", "reference": "Yes.", "before": "", "after": "  Yes!\n"}
