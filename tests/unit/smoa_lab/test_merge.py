@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from smoa_lab.inspection.layer_reports import inspect_layers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from smoa import SmoaConfig, save_adapter
 from smoa_lab import merge as merging
 from smoa_lab.config.run_config import ModelSection, check_config
+from smoa_lab.inspect import inspect_layers
 from smoa_lab.merge import GGUF_NOTE, merge_run
 from smoa_lab.models.base_models import prepare_packaged_model
 from smoa_lab.runs.evaluate_run import evaluate_run

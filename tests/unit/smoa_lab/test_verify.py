@@ -46,7 +46,7 @@ def test_the_demo_refuses_what_could_not_be_verified_before_any_work(
     overrides: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("smoa_lab.lessons.questions.prepare", pytest.fail)
-    config = Path(__file__).parents[4] / "configs" / "demo.yaml"
+    config = Path(__file__).parents[3] / "configs" / "demo.yaml"
     done = CliRunner().invoke(app, ["demo", str(config), f"training.output_dir={tmp_path / 'run'}", *overrides])
     assert done.exit_code == 1
     assert done.stderr.startswith(f"error: {told}")
