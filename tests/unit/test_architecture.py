@@ -14,7 +14,7 @@ LIBRARY = ["errors", "compat", "atomic", "maths", "config", "layers", "files", "
 """Each may import what stands before it, and `export` and `tuner` not each other."""
 LAB = ["basics", "rows", "data", "tokens", "config", "pages", "drawing", "scoring", "models", "lessons", "training"]
 LAB += ["open_run", "runs", "budget", "merge", "convert", "verify", "report", "inspect", "inspect_page", "chat"]
-LAB += ["starting", "study", "cli"]
+LAB += ["init", "study", "cli"]
 APART = {("tuner", "export"), ("export", "tuner")}
 
 

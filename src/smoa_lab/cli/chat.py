@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from smoa_lab.cli.console import Base, TrustRemoteCode, reporting
+from smoa_lab.cli.console import Base, Dtype, TrustRemoteCode, reporting
 
 if TYPE_CHECKING:
     from smoa_lab.chat import Conversation
 
-Dtype = Literal["float32", "bfloat16", "float16"]
-"""The choices of ``model.dtype``, whose import would make ``--help`` wait for torch."""
 Template = Literal["chat", "alpaca"]
 
 

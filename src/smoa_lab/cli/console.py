@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -21,6 +21,8 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="Values to change, e
 Base = Annotated[str | None, typer.Option(help="Base model to use instead of the one recorded in the adapter.")]
 TrustRemoteCode = Annotated[bool, typer.Option(help="Allow the model's repository to run its own code.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Dtype = Literal["float32", "bfloat16", "float16"]
+"""The choices of ``model.dtype``, whose import would make ``--help`` wait for torch."""
 
 
 @contextmanager

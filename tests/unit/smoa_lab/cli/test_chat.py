@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 from smoa_lab.cli import chat
+from smoa_lab.cli.console import Dtype
 from smoa_lab.cli.main import app
 from smoa_lab.config.run_config import ModelSection
 from smoa_lab.data import prompts
@@ -154,5 +155,5 @@ def test_only_two_terminals_make_a_chat(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_choices_are_those_of_a_run() -> None:
-    assert get_args(chat.Dtype) == get_args(ModelSection.model_fields["dtype"].annotation)
+    assert get_args(Dtype) == get_args(ModelSection.model_fields["dtype"].annotation)
     assert set(get_args(chat.Template)) == set(get_args(prompts.Template))
