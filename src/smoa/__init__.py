@@ -33,7 +33,7 @@ from smoa.layers.weight_cache import cached_weights  # noqa: E402
 from smoa.maths.blocks import Blocks as SpectralPartition  # noqa: E402  (its public name)
 from smoa.maths.spectrum import make_partition, spectral_scores  # noqa: E402
 from smoa.state import clear_spectrum_cache, use_kernels  # noqa: E402
-from smoa.tuner.decoding import keep_in_generate  # noqa: E402
+from smoa.tuner.generation import keep_in_generate  # noqa: E402
 from smoa.tuner.model import SmoaModel  # noqa: E402
 
 register(SmoaConfig, SmoaModel)

@@ -86,6 +86,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         "scaling",
         "ranks",
         "modulation",
+        "made_with",
         "pending_partition",
         "contiguous",
         "smoa_dropout",
@@ -118,6 +119,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         self.modulation: dict[str, ModulationKind] = {}
         self.pending_partition: dict[str, PartitionSpec] = {}
         self.contiguous: dict[str, bool] = {}
+        self.made_with: dict[str, dict[str, Any]] = {}  # settings of the config, which may be changed later
         self.smoa_dropout = nn.ModuleDict()
         self.smoa_A = nn.ModuleDict()
         self.smoa_B = nn.ModuleDict()
@@ -204,6 +206,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         alpha = config.alpha_of(module, r, shape)
         self.r[adapter_name], self.alpha[adapter_name], self.scaling[adapter_name] = r, alpha, alpha / r
         self.ranks[adapter_name], self.modulation[adapter_name] = ranks, config.modulation
+        self.made_with[adapter_name] = config.made_with()
         self.smoa_dropout[adapter_name] = nn.Dropout(config.smoa_dropout) if config.smoa_dropout else nn.Identity()
         self._add_factors(adapter_name, config.init_weights)
         scale = config.scale_of(module)

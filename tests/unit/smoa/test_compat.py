@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from smoa import SmoaConfig, SmoaModel, UnsupportedModuleError, compat
 from smoa.compat import BitsAndBytesBackend, StateDictHooks, find_quantization_backend
-from smoa.files.save_id import without_id
+from smoa.files.names import without_id
 from smoa.layers.quantized import find_backend
 from tests.support import tiny_models
 from tests.support.quantized import BITSANDBYTES, quantized_layer, stored_bits
