@@ -7,6 +7,7 @@ of Student's t with seeds - 1 degrees of freedom, in units of its standard error
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -14,6 +15,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from smoa.errors import DataError
+
+Floats = NDArray[np.float64]
 Verdict = Literal["better", "same", "worse", "one seed"]
 RESAMPLES = 4000
 INTERVAL = 95.0
@@ -25,16 +29,16 @@ class Outcomes:
     """Per seed and question, (seeds, questions) float64: ``loss`` is the gold answer's negative log-likelihood; per
     question (questions,): its ``tokens``, and its ``share`` in an accuracy that counts every task alike."""
 
-    loss: NDArray[np.float64]
-    right: NDArray[np.float64]
-    tokens: NDArray[np.float64]
-    share: NDArray[np.float64]
+    loss: Floats
+    right: Floats
+    tokens: Floats
+    share: Floats
 
-    def mean_loss(self) -> NDArray[np.float64]:
+    def mean_loss(self) -> Floats:
         """Per seed, nats per answer token."""
         return np.asarray(self.loss.sum(axis=1) / self.tokens.sum())
 
-    def accuracy(self) -> NDArray[np.float64]:
+    def accuracy(self) -> Floats:
         """Per seed, the mean over tasks of the share of right answers."""
         return np.asarray(self.right @ self.share / self.share.sum())
 
@@ -47,15 +51,17 @@ class Interval:
     low: float
     high: float
 
-    def signed(self, scale: float, digits: int) -> tuple[str, str]:
-        """Mean and ``[low, high]`` as text, with their signs."""
+    def signed(self, scale: float, digits: int) -> str:
+        """``mean [low, high]`` as text, with their signs; of a run that diverged there are none."""
+        if not math.isfinite(self.mean):
+            return "diverged"
         mean, low, high = (f"{scale * value:+.{digits}f}" for value in (self.mean, self.low, self.high))
-        return mean, f"[{low}, {high}]"
+        return f"{mean} [{low}, {high}]"
 
 
 @dataclass(frozen=True)
 class Difference(Interval):
-    """An entry's value minus the reference's. One seed tells nothing of how seeds differ, so it gets no verdict.
+    """An entry's value minus the reference's. One seed says nothing of how seeds differ, so it gets no verdict.
 
     ``p`` is two-sided, ``holm_p`` corrected for all comparisons of a table that get a verdict by their interval, and
     ``holm_verdict`` the verdict by it. A run that diverged has no p-value, and its verdict stands.
@@ -67,7 +73,7 @@ class Difference(Interval):
     holm_verdict: Verdict | None = None
 
     @property
-    def told(self) -> str:
+    def label(self) -> str:
         """The verdict as text, with the corrected one where the two differ."""
         changed = self.holm_verdict not in (None, self.verdict)
         return f"{self.verdict} (Holm: {self.holm_verdict})" if changed else self.verdict
@@ -78,18 +84,29 @@ def outcomes(results: Sequence[dict[str, Any]]) -> Outcomes:
     bad."""
     questions = [result["questions"] for result in results]
     tasks = questions[0]["task"]
-    loss = [[np.inf if nll is None else nll for nll in one["nll"]] for one in questions]
+    loss = [[np.inf if nll is None else nll for nll in of_seed["nll"]] for of_seed in questions]
     return Outcomes(
         loss=np.array(loss, dtype=np.float64),
-        right=np.array([one["right"] for one in questions], dtype=np.float64),
+        right=np.array([of_seed["right"] for of_seed in questions], dtype=np.float64),
         tokens=np.array(questions[0]["tokens"], dtype=np.float64),
         share=np.array([1 / tasks.count(task) for task in tasks]),
     )
 
 
+def check_paired(run: dict[str, Any], other: dict[str, Any]) -> None:
+    """Raise DataError unless both runs were asked the same questions, in the same tokens."""
+    if run.get("sha256") != other.get("sha256") or run["questions"]["tokens"] != other["questions"]["tokens"]:
+        raise DataError(
+            f"{run.get('name')} and {other.get('name')} were scored on different questions or by different "
+            "tokenizers, so they can't be compared; move the older one away and run smoa compare again"
+        )
+
+
 def accuracy_interval(entry: Outcomes) -> Interval:
     """The accuracy itself with its interval."""
-    return _interval(entry.right * entry.share, entry.share)
+    values = entry.right * entry.share
+    mean = float(values.mean(axis=0).sum() / entry.share.sum())
+    return Interval(mean, *_bounds(_resampled(values, entry.share)))
 
 
 def loss_difference(entry: Outcomes, reference: Outcomes) -> Difference:
@@ -106,44 +123,40 @@ def accuracy_difference(entry: Outcomes, reference: Outcomes) -> Difference:
     return paired_difference((entry.right - reference.right) * entry.share, entry.share, sign=1)
 
 
-def paired_difference(gaps: NDArray[np.float64], weights: NDArray[np.float64], sign: int) -> Difference:
+def paired_difference(gaps: Floats, weights: Floats, sign: int) -> Difference:
     """The difference Σ gaps / Σ weights over seeds and questions, (seeds, questions) and (questions,); ``sign`` as in
     :func:`difference`."""
     mean = float(gaps.mean(axis=0).sum() / weights.sum())
     return difference(mean, _resampled(gaps, weights), sign, len(gaps))
 
 
-def difference(mean: float, samples: NDArray[np.float64], sign: int, seeds: int) -> Difference:
+def difference(mean: float, samples: Floats, sign: int, seeds: int) -> Difference:
     """A difference with the interval and verdict of its resamples; ``sign`` is 1 where higher is better, else -1."""
     low, high = _bounds(samples)
-    if seeds < 2:
-        return Difference(mean, low, high, "one seed", p_value(samples))
-    return Difference(mean, low, high, verdict_of(low, high, sign), p_value(samples))
+    verdict: Verdict = "better" if sign * low > 0 else "worse"
+    if low <= 0 <= high:
+        verdict = "same"
+    return Difference(mean, low, high, "one seed" if seeds < 2 else verdict, p_value(samples))
 
 
-def _interval(values: NDArray[np.float64], weights: NDArray[np.float64]) -> Interval:
-    """Σ values / Σ weights over seeds and questions, (seeds, questions) and (questions,)."""
-    return Interval(float(values.mean(axis=0).sum() / weights.sum()), *_bounds(_resampled(values, weights)))
-
-
-def _bounds(samples: NDArray[np.float64]) -> tuple[float, float]:
+def _bounds(samples: Floats) -> tuple[float, float]:
     tail = (100 - INTERVAL) / 2
     low, high = map(float, np.percentile(samples, [tail, 100 - tail]))
     return low, high
 
 
-def _resampled(values: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Resamples of that mean, (RESAMPLES,)."""
+def _resampled(values: Floats, weights: Floats) -> Floats:
+    """Resamples of Σ values / Σ weights, (RESAMPLES,)."""
     questions = values.shape[1]
     of_question = values.mean(axis=0)
     random = np.random.default_rng(0)
     columns = (random.integers(0, questions, questions) for _ in range(RESAMPLES))
-    means = np.array([of_question[one].sum() / weights[one].sum() for one in columns])
+    means = np.array([of_question[drawn].sum() / weights[drawn].sum() for drawn in columns])
     return np.asarray(means + seed_errors(values.sum(axis=1) / weights.sum(), random))
 
 
-def seed_errors(of_seed: NDArray[np.float64], random: np.random.Generator) -> NDArray[np.float64]:
-    """Errors of the mean over seeds, (RESAMPLES,), in random order; 0 for one seed, which tells nothing of it."""
+def seed_errors(of_seed: Floats, random: np.random.Generator) -> Floats:
+    """Errors of the mean over seeds, (RESAMPLES,), in random order; 0 for one seed, which shows none."""
     seeds = len(of_seed)
     if seeds < 2:
         return np.zeros(RESAMPLES)
@@ -151,14 +164,7 @@ def seed_errors(of_seed: NDArray[np.float64], random: np.random.Generator) -> ND
     return np.asarray(random.permutation(many[50::101]) * of_seed.std(ddof=1) / seeds**0.5)
 
 
-def verdict_of(low: float, high: float, sign: int) -> Verdict:
-    """The verdict on a difference by its interval; ``sign`` is 1 where higher is better, else -1."""
-    if low <= 0 <= high:
-        return "same"
-    return "better" if sign * low > 0 else "worse"
-
-
-def p_value(samples: NDArray[np.float64]) -> float:
+def p_value(samples: Floats) -> float:
     """Two-sided, that a difference with these resamples is 0; never below 2 / (resamples + 1)."""
     beyond = min(int((samples <= 0).sum()), int((samples >= 0).sum()))
     return min(1.0, 2 * (beyond + 1) / (len(samples) + 1))
@@ -172,30 +178,31 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(adjusted[place]) for place in np.argsort(order)]
 
 
-def corrected(found: Sequence[Difference | None]) -> list[Difference | None]:
-    """The differences with Holm's p-values for all of them together, and the verdicts by these."""
-    adjusted = iter(holm([p for p in map(_judged_by, found) if p is not None]))
-    return [one if one is None or _judged_by(one) is None else _with_holm(one, next(adjusted)) for one in found]
+def corrected(differences: Sequence[Difference | None]) -> list[Difference | None]:
+    """The differences with Holm's p-values for all of them together, and the verdicts by these. Those without a
+    verdict by their interval stay as they are."""
+    known = {
+        place: each.p
+        for place, each in enumerate(differences)
+        if each is not None and each.verdict != "one seed" and each.p is not None
+    }
+    changed = list(differences)
+    for place, p in zip(known, holm(list(known.values())), strict=True):
+        each = differences[place]
+        assert each is not None
+        lost = each.verdict in ("better", "worse") and p >= SIGNIFICANT
+        changed[place] = replace(each, holm_p=p, holm_verdict="same" if lost else each.verdict)
+    return changed
 
 
-def _judged_by(one: Difference | None) -> float | None:
-    """The p-value of a difference with a verdict by its interval."""
-    return None if one is None or one.verdict == "one seed" else one.p
-
-
-def _with_holm(one: Difference, adjusted: float) -> Difference:
-    lost = one.verdict in ("better", "worse") and adjusted >= SIGNIFICANT
-    return replace(one, holm_p=adjusted, holm_verdict="same" if lost else one.verdict)
-
-
-def spearman(one: Sequence[float], other: Sequence[float]) -> float | None:
+def spearman(values: Sequence[float], others: Sequence[float]) -> float | None:
     """The correlation of ranks, ties given their mean rank; None where one of both is constant."""
-    ranks = _ranks(one), _ranks(other)
+    ranks = _ranks(values), _ranks(others)
     if any(np.ptp(rank) == 0 for rank in ranks):
         return None
     return float(np.corrcoef(*ranks)[0, 1])
 
 
-def _ranks(values: Sequence[float]) -> NDArray[np.float64]:
+def _ranks(values: Sequence[float]) -> Floats:
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
     return np.asarray((np.cumsum(counts) - (counts - 1) / 2)[place])
