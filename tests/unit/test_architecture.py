@@ -12,8 +12,8 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "src"
 LIBRARY = ["errors", "compat", "atomic", "maths", "config", "layers", "files", "tuner", "export", "integrations"]
 """Each may import what stands before it, and `export` and `tuner` not each other."""
-LAB = ["basics", "rows", "data", "tokens", "config", "drawing", "scoring", "models", "lessons", "training", "runs"]
-LAB += ["chat", "starting", "inspection", "study", "cli"]
+LAB = ["basics", "rows", "data", "tokens", "config", "pages", "drawing", "scoring", "models", "lessons", "training"]
+LAB += ["runs", "chat", "starting", "inspection", "study", "cli"]
 APART = {("tuner", "export"), ("export", "tuner"), ("study", "inspection"), ("inspection", "study")}
 
 

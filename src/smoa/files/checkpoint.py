@@ -17,7 +17,7 @@ from smoa.compat import trained_biases
 from smoa.config.adapter_config import SmoaConfig
 from smoa.errors import AdapterFileError, PartitionError
 from smoa.files.loading import incoming
-from smoa.files.names import FACTORS, PREFIX, adapter_layers, required_parts
+from smoa.files.names import FACTORS, PREFIX, adapter_layers
 from smoa.layers.distributed import LABELS, PARTITION, SCALE, is_distributed, plain_name, whole, with_plain_names
 from smoa.layers.layer import SmoaLayer
 from smoa.maths.blocks import check_labels
@@ -40,16 +40,6 @@ def check_adapter_state(model: nn.Module, config: SmoaConfig, adapter_name: str,
         if found is None:
             raise
         raise AdapterFileError(f"{found.file.path}: {error}; does {CONFIG_NAME} come from another save?") from None
-
-
-def add_unsaved_scales(model: nn.Module, config: SmoaConfig, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
-    """Add block scales of 1 for the layers of an adapter saved by 0.1, which had none."""
-    for name, layer in adapter_layers(model, adapter_name).items():
-        optional = SCALE not in required_parts(config, name.removeprefix(PREFIX))
-        if optional and f"{name}.{LABELS[0]}.{adapter_name}" in state_dict:
-            state_dict.setdefault(
-                f"{name}.{SCALE}.{adapter_name}", torch.ones(len(layer.ranks[adapter_name]), dtype=torch.float32)
-            )
 
 
 def embeddings_of(model: nn.Module) -> dict[str, Any]:

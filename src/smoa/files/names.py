@@ -7,16 +7,15 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from smoa.compat import BASE_PREFIX
-from smoa.config.adapter_config import SmoaConfig
-from smoa.layers.distributed import LABELS, SCALE, plain_name
+from smoa.layers.distributed import PARTITION, plain_name
 from smoa.layers.experts.param_wrapper import ParamWrapper
 from smoa.layers.layer import SmoaLayer
 
 PREFIX = BASE_PREFIX
 """Prefix of every name in a saved adapter, and of the base model's names inside a PeftModel."""
 FACTORS = ("smoa_A", "smoa_B")
-PARTS = (*(f"{factor}.weight" for factor in FACTORS), *LABELS)
-"""The tensors of every saved layer: A, B, row and column labels. Adapters saved since 0.2 also have `SCALE`."""
+PARTS = (*(f"{factor}.weight" for factor in FACTORS), *PARTITION)
+"""The tensors of every saved layer: A, B, row labels, column labels and block scales."""
 
 
 def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, SmoaLayer]:
@@ -37,8 +36,3 @@ def renamed(state_dict: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[
     """The tensors with other names of their layers."""
     parts = {key: key.partition(".smoa_") for key in state_dict}
     return {names.get(head, head) + dot + rest: state_dict[key] for key, (head, dot, rest) in parts.items()}
-
-
-def required_parts(config: SmoaConfig, module: str) -> tuple[str, ...]:
-    """The tensors that a layer's file must have. smoa 0.1 saved no block scales, which are 1 with the paper's scale."""
-    return PARTS if config.scale_of(module) == "paper" else (*PARTS, SCALE)

@@ -19,8 +19,7 @@ from smoa.config.adapter_config import SmoaConfig
 from smoa.errors import AdapterFileError, ConfigError, MergeError
 from smoa.files.adapter_folder import smoa_adapter
 from smoa.files.loading import door
-from smoa.files.names import PARTS, PREFIX, adapter_layers, parameter_names, required_parts
-from smoa.layers.distributed import SCALE
+from smoa.files.names import PARTS, PREFIX, adapter_layers, parameter_names
 from smoa.layers.layer import SmoaLayer
 from smoa.maths.blocks import slices
 from smoa.maths.factors import factor_shapes
@@ -88,17 +87,15 @@ def _fitted(
     own = {key for key in state if ".smoa_" in key}
     fitted = {key: tensor for key, tensor in state.items() if key not in own}
     for name, layer in layers.items():
-        *keys, scale_key = (f"{PREFIX}{name}.{part}" for part in (*PARTS, SCALE))
-        required = {f"{PREFIX}{name}.{part}" for part in required_parts(config, name)}
+        keys = [f"{PREFIX}{name}.{part}" for part in PARTS]
         if own.isdisjoint(keys):
             parts = _without_effect(layer, adapter_name)
-        elif required <= own:
-            scale = state.get(scale_key, torch.ones(layer.partition_shapes(adapter_name)[2], dtype=torch.float32))
-            parts = [*_padded(name, layer, [state[key] for key in keys], config, adapter_name, path), scale]
+        elif own.issuperset(keys):
+            parts = _padded(name, layer, [state[key] for key in keys], config, adapter_name, path)
         else:
-            raise AdapterFileError(f"{path}: {name} lacks {sorted(required - own)}; the adapter is broken")
-        fitted |= dict(zip([*keys, scale_key], parts, strict=True))
-        own -= {*keys, scale_key}
+            raise AdapterFileError(f"{path}: {name} lacks {sorted({*keys} - own)}; the adapter is broken")
+        fitted |= dict(zip(keys, parts, strict=True))
+        own.difference_update(keys)
     if own:
         raise AdapterFileError(
             f"{path}: has {sorted(own)[0]} and {len(own) - 1} more tensor(s) for layers that the loaded adapter "
@@ -117,7 +114,7 @@ def _padded(
     name: str, layer: SmoaLayer, parts: list[Tensor], config: SmoaConfig, adapter_name: str, path: str
 ) -> list[Tensor]:
     """Pad the ranks of each block with zeros to those of the slot, and multiply B by the ratio of the scales."""
-    A, B, rows, cols = parts
+    A, B, *partition = parts
     shape, count = (layer.out_features, layer.in_features), layer.matrix_count
     r = len(A) // count
     slot, ranks = layer.ranks[adapter_name], config.ranks_of(name, r, shape)
@@ -137,7 +134,7 @@ def _padded(
         own = slice(target.start, target.start + source.stop - source.start)
         wide_A[:, own] = A.view(count, r, width)[:, source]
         wide_B[:, :, own] = B.view(height, count, r)[:, :, source] * ratio
-    return [wide_A.flatten(0, 1), wide_B.flatten(1), rows, cols]
+    return [wide_A.flatten(0, 1), wide_B.flatten(1), *partition]
 
 
 def _check_others(slot: PeftModel, state: dict[str, Tensor], adapter_name: str, path: str) -> None:

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from smoa.compat import StateDictHooks
 from smoa.errors import MergeError, PartitionError
-from smoa.files.checkpoint import add_unsaved_scales, check_adapter_state, check_gathered, embeddings_of
+from smoa.files.checkpoint import check_adapter_state, check_gathered, embeddings_of
 from smoa.files.loading import incoming
 from smoa.files.names import PREFIX, adapter_layers, parameter_names, renamed
 from smoa.files.save_id import with_id, without_id
@@ -186,7 +186,6 @@ class SmoaModel(BaseTuner, StateDictHooks):
         named = with_plain_names(model)
         saved = renamed(without_id(state_dict), _wrapper_names(named))
         remapped = super()._remap_adapter_state_dict_for_load(named, config, adapter_name, saved)
-        add_unsaved_scales(model, config, adapter_name, remapped)
         check_adapter_state(model, config, adapter_name, remapped)
         for layer in adapter_layers(model, adapter_name).values():
             for parameter in (*layer.smoa_A[adapter_name].parameters(), *layer.smoa_B[adapter_name].parameters()):

@@ -459,25 +459,12 @@ def test_transformers_saves_the_id_too(tmp_path: Path) -> None:
     assert len(updates(by_transformers(tmp_path))) == 4
 
 
-@pytest.fixture
-def saved_as_in_0_1(tmp_path: Path) -> PeftModel:
-    """An adapter with the paper's scale, whose files lack what 0.1 did not save."""
-    tiny_models.build("llama").save_pretrained(tmp_path / "base")
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    model = get_peft_model(base, SmoaConfig(task_type="CAUSAL_LM", scale="paper", **SETTINGS)).eval()
-    model.save_pretrained(tmp_path / "adapter")
-    file = json.loads((tmp_path / "adapter" / CONFIG).read_text())
-    del file["save_id"], file["scale"]
-    (tmp_path / "adapter" / CONFIG).write_text(json.dumps(file))
-    return model
-
-
-@pytest.mark.parametrize("left", [("save_id",), ("save_id", "block_scale")], ids=["with an id", "without"])
-def test_files_of_0_1_are_loaded(saved_as_in_0_1: PeftModel, left: tuple[str, ...], tmp_path: Path) -> None:
-    rewritten(tmp_path / "adapter", lambda tensors: [tensors.pop(key) for key in [*tensors] if key.endswith(left)])
-    for load in (by_peft_model, by_transformers):
-        pairs = zip(updates(load(tmp_path)), updates(saved_as_in_0_1), strict=True)
-        assert all(torch.equal(*pair) for pair in pairs)
+@every_loader
+def test_files_without_an_id_are_loaded(load: Callable[[Path], nn.Module], saved: PeftModel, tmp_path: Path) -> None:
+    config = tmp_path / "adapter" / CONFIG
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"save_id": None}))
+    rewritten(tmp_path / "adapter", lambda tensors: tensors.pop("base_model.model.smoa_save_id"))
+    assert all(torch.equal(*pair) for pair in zip(updates(load(tmp_path)), updates(saved), strict=True))
 
 
 @every_loader

@@ -1,16 +1,32 @@
-"""The palette as readers see it, with and without all kinds of cones, and the encodings that use it."""
+"""The palette as readers see it, with and without all kinds of cones, the encodings that use it, and pictures."""
 
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import altair as alt
 import numpy as np
 import pytest
+from PIL import Image
 
 from smoa_lab.config.methods import METHODS
-from smoa_lab.drawing.look import DASHES, INK, MUTED, PALETTE, color_of, colors, dash_of, shapes, specification, values
+from smoa_lab.pages.charts import (
+    DASHES,
+    INK,
+    MUTED,
+    PALETTE,
+    SCALE,
+    color_of,
+    colors,
+    dash_of,
+    save_pictures,
+    shapes,
+    specification,
+    values,
+)
 
 # Machado, Oliveira and Fernandes (2009), severity 1, on linear RGB.
 SIGHT = {
@@ -82,3 +98,35 @@ def test_text_takes_the_color_of_the_page() -> None:
     chart = alt.Chart(values([{"x": 1}])).mark_point().encode(x="x:Q")
     config = specification(chart)["config"]
     assert config["axis"]["labelColor"] == config["title"]["color"] == config["text"]["color"] == INK == "currentColor"
+
+
+def chart() -> Any:
+    shown = alt.Chart(values([{"x": 0, "y": 1}, {"x": 1, "y": 2}])).mark_line(
+        color=PALETTE["smoa"], strokeWidth=6, clip=True
+    )
+    return shown.encode(x="x:Q", y="y:Q").properties(width=100, height=50)
+
+
+def test_a_picture_is_in_color_on_white_at_twice_its_size_and_an_svg_beside_it_shows_the_same(tmp_path: Path) -> None:
+    save_pictures(chart(), tmp_path / "chart.png")
+    with Image.open(tmp_path / "chart.png") as saved:
+        size, picture = saved.size, saved.convert("RGB")
+    assert size[0] > 100 * SCALE
+    assert picture.getpixel((0, 0)) == (255, 255, 255)
+    blue = tuple(int(PALETTE["smoa"][start : start + 2], 16) for start in (1, 3, 5))
+    assert blue in {color for _, color in picture.getcolors(2**16) or []}
+    svg = ElementTree.parse(tmp_path / "chart.svg").getroot()
+    paper = svg.find("{*}rect")
+    assert paper is not None
+    assert (paper.get("fill"), paper.get("width")) == ("white", svg.get("width"))
+    assert size == tuple(SCALE * float(svg.get(side, "")) for side in ("width", "height"))
+    assert PALETTE["smoa"] in {line.get("stroke") for line in svg.findall(".//{*}path")}
+    assert {"x", "y"} <= {text.text for text in svg.findall(".//{*}text")}
+
+
+def test_the_same_chart_gives_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        save_pictures(chart(), tmp_path / f"{name}.png")
+    for ending in ("png", "svg"):
+        one, other = (tmp_path / f"{name}.{ending}" for name in ("one", "other"))
+        assert one.read_bytes() == other.read_bytes()
