@@ -2,7 +2,7 @@
 
     python benchmarks/study_workers.py [--workers 2] [--steps 60] [--questions 2000]
 
-Runs `smoa compare configs/studies/headlines.yaml` twice, for two entries with eight seeds each at their first learning
+Runs `smoa compare studies/headlines/headlines.yaml` twice, for two entries with eight seeds each at their first learning
 rates, with everything that the command does: imports, Ray's start, reports. Compares all results but times and
 machine. Writes benchmarks/results/study_workers.json.
 """

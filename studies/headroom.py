@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 
 from smoa.errors import DataError
-from smoa_lab.study.report.results.rows import check_paired
-from smoa_lab.study.report.results.statistics import Outcomes, outcomes
+from smoa_lab.study.statistics import Outcomes, check_paired, outcomes
 from smoa_lab.study.trials import Trial, TrialStore
 
-HEADROOM_HEADER = [
+HEADER = [
     *("task", "model", "seeds", "untouched %", "LoRA's r", "LoRA %", "full %", "better of both − untouched", "moves"),
     *("full − LoRA", "standard errors", "headroom"),
 ]
@@ -60,8 +59,8 @@ def is_of_headroom(folder: Path) -> bool:
     return _rows(folder).keys() >= _ENTRIES
 
 
-def headroom_line(folder: Path) -> list[str]:
-    """The row under ``HEADROOM_HEADER`` of a study that has a report.
+def line(folder: Path) -> list[str]:
+    """The row under ``HEADER`` of a study that has a report.
 
     Raises:
         DataError: a run of ``lora`` or ``full`` with the same seed, or the untouched model is missing.

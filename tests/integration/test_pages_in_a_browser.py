@@ -18,7 +18,7 @@ from smoa_lab.drawing.pages import write_page
 from smoa_lab.inspection.inspection_page import inspection_page
 from smoa_lab.inspection.layer_reports import inspect_layers
 from smoa_lab.runs.run_page import report_run
-from smoa_lab.study.report.study_report import report
+from smoa_lab.study.report import report
 from tests.support import lab
 from tests.support.runs import stored_run
 from tests.support.studies import finish_a_study, tiny_study

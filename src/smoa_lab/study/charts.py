@@ -11,7 +11,7 @@ from typing import Any
 
 import altair as alt
 
-from smoa_lab.drawing.look import INK, MUTED, PANEL, PAPER, WIDTH, color_of, colors, dashes, shapes, tooltip, values
+from smoa_lab.pages.charts import INK, MUTED, PANEL, PAPER, WIDTH, color_of, colors, dashes, shapes, tooltip, values
 from smoa_lab.study.results import Row
 from smoa_lab.study.trials import Trial
 

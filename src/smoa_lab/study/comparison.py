@@ -8,6 +8,7 @@ from typing import Any
 
 from smoa.errors import ConfigError
 from smoa_lab.config.run_config import RunConfig
+from smoa_lab.study.benches.bench import Bench as Runner
 from smoa_lab.study.benches.bench import Part
 from smoa_lab.study.search import Job, Plan, Result, Tuned, Untouched
 from smoa_lab.study.study import Study
@@ -45,10 +46,10 @@ class Executor:
 class Comparison:
     """Runs what is missing of a study; every finished run counts, and a killed one is run again or resumed."""
 
-    def __init__(self, study: Study) -> None:
+    def __init__(self, study: Study, runner: Runner | None = None) -> None:
         self.study = study
         self.store = TrialStore(study.folder)
-        self.runner = runner_of(study)
+        self.runner = runner or runner_of(study)
         self._configs: dict[str, dict[str, Any]] = {}
 
     def run(self, only: Sequence[str] = (), executor: Executor | None = None) -> None:

@@ -17,6 +17,7 @@ from smoa_lab.pages.charts import save_pictures
 from smoa_lab.pages.tables import Cell, Table
 from smoa_lab.pages.templates import SCRIPT, Figure, render, write_page
 from smoa_lab.study import charts
+from smoa_lab.study.benches.bench import Bench as Runner
 from smoa_lab.study.comparison import Comparison
 from smoa_lab.study.results import Row, as_json, from_json, rows_of
 from smoa_lab.study.search import Untouched
@@ -99,27 +100,29 @@ class Report:
         return "\n\n".join([*parts, *self.notes]) + "\n"
 
 
-def report(study: Study) -> Report:
-    """Write ``README.md``, ``index.html``, ``summary.json`` and pictures into the study's folder.
+def report(study: Study, runner: Runner | None = None) -> Report:
+    """Write ``README.md``, ``index.html``, ``summary.json`` and pictures into the study's folder. ``runner`` ran it,
+    by default that of its kind.
 
     Raises:
         DataError: no final run is finished yet, or runs were asked different questions.
         ConfigError: a run was run with other settings than the study's.
     """
-    Comparison(study).stored(Untouched())  # raises ConfigError
+    comparison = Comparison(study, runner)
+    comparison.stored(Untouched())  # raises ConfigError
     if study.kind == "sequence":
         title = sequence_title(study)
-        summary: Any = sequence_summary(study)
+        summary: Any = sequence_summary(comparison)
         entries, notes = {run["entry"] for run in summary["runs"]}, []
     else:
-        title, rows = f"{study.folder.name}: {study.kind} of {study.shared['model']['name']}", rows_of(study)
+        title, rows = f"{study.folder.name}: {study.kind} of {study.shared['model']['name']}", rows_of(comparison)
         summary, entries = as_json(rows), {row.entry for row in rows}
         notes = [f"The search of a learning rate: {_search_in_words(study)}."]
     missing = [name for name in study.entries if name not in entries]
     notes += [f"Not run yet: {', '.join(missing)}."] if missing else []
-    made = stored_report(study.folder, title, summary, notes)
     folder = study.folder
     write_whole(folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
+    made = stored_report(folder, title, notes)
     for heading, content in made.sections.items():
         if isinstance(content, Figure) and heading in PICTURES:
             save_pictures(content.chart, folder / PICTURES[heading])
@@ -128,8 +131,9 @@ def report(study: Study) -> Report:
     return made
 
 
-def stored_report(folder: Path, title: str, summary: Any, notes: Sequence[str] = ()) -> Report:
-    """The report of a study whose summary and runs are stored; nothing is computed anew."""
+def stored_report(folder: Path, title: str, notes: Sequence[str] = ()) -> Report:
+    """The report of a study whose ``summary.json`` and runs are stored; nothing is computed anew."""
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     if isinstance(summary, dict):
         introduction, sections = sequence_sections(summary)
     else:
@@ -188,7 +192,7 @@ def _results(rows: Sequence[Row]) -> Table:
             Cell(f"{row.parameters:,}", row.parameters),
             rate,
             len(search.losses) if search else 0,
-            len(row.seeds),
+            Cell(str(len(row.seeds)), links={str(seed): charts.final_run(row, seed) for seed in row.seeds}),
             Cell(loss, row.loss),
             Cell(f"{100 * row.accuracy:.1f} ± {100 * row.accuracy_spread:.1f}", row.accuracy),
             *_difference(row, row.loss_difference, 1, 4),

@@ -72,14 +72,14 @@ def from_json(values: Sequence[dict[str, Any]]) -> list[Row]:
     return TypeAdapter(list[Row]).validate_python(values)
 
 
-def rows_of(study: Study) -> list[Row]:
+def rows_of(comparison: Comparison) -> list[Row]:
     """The rows of all entries with a final run, by budget and loss.
 
     Raises:
         DataError: no final run is finished yet.
         ConfigError: a run was run with other settings than the study's.
     """
-    comparison = Comparison(study)
+    study = comparison.study
     searches = {name: comparison.stored_search(name) for name in study.entries}
     finals = {name: _finals(comparison, name, searches[name]) for name in study.entries}
     machine = _commonest_machine(comparison.store, study)

@@ -89,14 +89,14 @@ def sequence_title(study: Study) -> str:
     return f"{study.folder.name}: {', then '.join(tasks)}, with {study.shared['model']['name']}{replay}"
 
 
-def sequence_summary(study: Study) -> dict[str, Any]:
+def sequence_summary(comparison: Comparison) -> dict[str, Any]:
     """What ``summary.json`` has.
 
     Raises:
         DataError: no run is finished yet, or runs were asked different questions.
         ConfigError: a run was run with other settings than the study's.
     """
-    comparison = Comparison(study)
+    study = comparison.study
 
     def finals(name: str) -> list[Result]:
         rates = sweep_of(study, name)

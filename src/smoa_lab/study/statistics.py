@@ -20,6 +20,8 @@ from smoa.errors import DataError
 Floats = NDArray[np.float64]
 Verdict = Literal["better", "same", "worse", "one seed"]
 RESAMPLES = 4000
+AT_ONCE = 100
+"""Resamples that are drawn together."""
 INTERVAL = 95.0
 SIGNIFICANT = 0.05
 
@@ -150,9 +152,11 @@ def _resampled(values: Floats, weights: Floats) -> Floats:
     questions = values.shape[1]
     of_question = values.mean(axis=0)
     random = np.random.default_rng(0)
-    columns = (random.integers(0, questions, questions) for _ in range(RESAMPLES))
-    means = np.array([of_question[drawn].sum() / weights[drawn].sum() for drawn in columns])
-    return np.asarray(means + seed_errors(values.sum(axis=1) / weights.sum(), random))
+    means = []
+    for _ in range(RESAMPLES // AT_ONCE):
+        drawn = random.integers(0, questions, (AT_ONCE, questions))
+        means.append(of_question[drawn].sum(axis=1) / weights[drawn].sum(axis=1))
+    return np.asarray(np.concatenate(means) + seed_errors(values.sum(axis=1) / weights.sum(), random))
 
 
 def seed_errors(of_seed: Floats, random: np.random.Generator) -> Floats:
