@@ -8,6 +8,7 @@ import json
 import math
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, field, fields
 from pathlib import Path
@@ -33,6 +34,11 @@ MEANING = (
     *("alpha", "alpha_pattern", "use_rslora", "scale", "modulation"),
 )
 """Settings without which saved tensors can't be read: with others they give another ΔW."""
+MADE_WITH = (
+    *(*MEANING, "partition", "expert_partition", "target_modules", "target_parameters", "exclude_modules"),
+    *("layers_to_transform", "layers_pattern"),
+)
+"""Settings that decide which layers get an adapter, and what it is there."""
 
 
 @dataclass
@@ -188,6 +194,22 @@ class SmoaConfig(PeftConfig):
             return self.save_id
         settings = json.dumps({name: getattr(self, name) for name in MEANING}, sort_keys=True)
         return hashlib.blake2b(settings.encode(), digest_size=16).hexdigest()
+
+    def made_with(self) -> dict[str, Any]:
+        """Copies of the settings in `MADE_WITH`, as they are now."""
+        return {name: copy.copy(getattr(self, name)) for name in MADE_WITH}
+
+    def restore(self, adapter_name: str, made_with: Mapping[str, Any]) -> None:
+        """Take back the settings that an adapter was made with, and warn if they were changed since."""
+        changed = [name for name in MADE_WITH if getattr(self, name) != made_with[name]]
+        if changed:
+            vars(self).update({name: copy.copy(made_with[name]) for name in changed})
+            warnings.warn(
+                f"the config of adapter {adapter_name!r} was changed after the adapter was made; its layers have "
+                f"{', '.join(f'{name}={made_with[name]!r}' for name in changed)}, so it is saved with that, and the "
+                "config has it again; for another adapter use dataclasses.replace(config, ...)",
+                stacklevel=2,
+            )
 
     def num_blocks_of(self, module: str, shape: Shape | None = None) -> int:
         """K of a module.

@@ -16,7 +16,7 @@ from smoa.config.adapter_config import SmoaConfig
 from smoa.errors import AdapterFileError, MergeError
 from smoa.export.shards import FLOATS, Checkpoint, HeaderEntry, write_checkpoint
 from smoa.export.stream_targets import StreamTarget, separate_experts, target_of
-from smoa.files.adapter_folder import smoa_adapter
+from smoa.files.loading import read_adapter
 from smoa.files.names import PARTS, PREFIX
 from smoa.layers.experts.layout import Layout
 from smoa.layers.layer import as_matrix, as_stored
@@ -81,7 +81,7 @@ class SavedAdapter:
         self.config = config
         self.layers: dict[str, dict[str, Tensor]] = {}
         self.others: dict[str, Tensor] = {}
-        for key, tensor in smoa_adapter(folder).read().items():
+        for key, tensor in read_adapter(folder).items():
             name = key.removeprefix(PREFIX)
             module, found, part = name.partition(".smoa_")
             if found:

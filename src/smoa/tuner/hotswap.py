@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, set_peft_model_state_dict
-from peft.utils import get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from smoa.config.adapter_config import SmoaConfig
 from smoa.errors import AdapterFileError, ConfigError, MergeError
-from smoa.files.adapter_folder import smoa_adapter
 from smoa.files.loading import door
 from smoa.files.names import PARTS, PREFIX, adapter_layers, parameter_names
 from smoa.layers.layer import SmoaLayer
@@ -46,26 +45,22 @@ def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "def
     old = getattr(slot, "peft_config", {}).get(adapter_name)
     if not isinstance(slot, PeftModel) or not isinstance(old, SmoaConfig):
         raise ConfigError(f"hotswap_adapter: the model has no SMoA adapter named {adapter_name!r}")
-    layers = _layers(slot, adapter_name)
-    with door(path):
+    base: Any = slot.base_model.model
+    names = parameter_names(base)  # those in the adapter's file
+    layers = {names.get(name, name): layer for name, layer in adapter_layers(base, adapter_name).items()}
+    for name, layer in layers.items():
+        if adapter_name in layer.merged_adapters:
+            raise MergeError(f"{name}: {adapter_name!r} is merged; call unmerge_adapter first")
+    with door(path, read=True) as file:
         config = _checked_config(old, str(path))
-        state = _fitted(smoa_adapter(path).read(), layers, config, adapter_name, str(path))
+        if file is None or file.tensors is None:
+            raise AdapterFileError(f"{path}: has no {SAFETENSORS_WEIGHTS_NAME} of a SMoA adapter")
+        state = _fitted(file.tensors, layers, config, adapter_name, str(path))
         _check_others(slot, state, adapter_name, str(path))
         set_peft_model_state_dict(slot, state, adapter_name=adapter_name)
     for layer in layers.values():
         if layer.smoa_weight_cache is not None:
             layer.smoa_weight_cache.clear()
-
-
-def _layers(slot: PeftModel, adapter_name: str) -> dict[str, SmoaLayer]:
-    """The layers with the adapter, by their names in its file."""
-    tuner: Any = slot.base_model
-    names = parameter_names(tuner.model)
-    layers = {names.get(name, name): layer for name, layer in adapter_layers(tuner.model, adapter_name).items()}
-    merged = [name for name, layer in layers.items() if adapter_name in layer.merged_adapters]
-    if merged:
-        raise MergeError(f"{merged[0]}: {adapter_name!r} is merged; call unmerge_adapter first")
-    return layers
 
 
 def _checked_config(old: SmoaConfig, path: str) -> SmoaConfig:
@@ -88,8 +83,10 @@ def _fitted(
     fitted = {key: tensor for key, tensor in state.items() if key not in own}
     for name, layer in layers.items():
         keys = [f"{PREFIX}{name}.{part}" for part in PARTS]
-        if own.isdisjoint(keys):
-            parts = _without_effect(layer, adapter_name)
+        if own.isdisjoint(keys):  # it does nothing
+            labels = [layer.smoa_row_labels[adapter_name], layer.smoa_col_labels[adapter_name]]
+            zeros = map(torch.zeros_like, layer.factors(adapter_name))
+            parts = [*zeros, *labels, layer.block_scale(adapter_name)]
         elif own.issuperset(keys):
             parts = _padded(name, layer, [state[key] for key in keys], config, adapter_name, path)
         else:
@@ -102,12 +99,6 @@ def _fitted(
             "does not adapt; load it under another name with load_adapter"
         )
     return fitted
-
-
-def _without_effect(layer: SmoaLayer, adapter_name: str) -> list[Tensor]:
-    scale = layer.block_scale(adapter_name)
-    labels = [layer.smoa_row_labels[adapter_name], layer.smoa_col_labels[adapter_name]]
-    return [*map(torch.zeros_like, layer.factors(adapter_name)), *labels, scale]
 
 
 def _padded(

@@ -10,7 +10,7 @@ from typing import Any
 from peft import PeftConfig
 
 from smoa.atomic import check_place
-from smoa.files.adapter_card import loading_code
+from smoa.files.card import loading_code
 from smoa_lab.config.methods import METHODS
 from smoa_lab.drawing.pages import Html, code, figure, page, paragraph, section, table, write_page
 from smoa_lab.models.packaged_models import described_base

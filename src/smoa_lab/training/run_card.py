@@ -6,8 +6,7 @@ from typing import Any
 
 from peft import PeftConfig
 
-from smoa.files.adapter_card import adapter_card
-from smoa.files.named_base import NamedBase
+from smoa.files.card import NamedBase, adapter_card
 from smoa_lab.config.yaml_text import to_yaml
 from smoa_lab.drawing.markdown_tables import markdown_table
 from smoa_lab.training.samples import samples_text

@@ -31,8 +31,7 @@ import smoa
 from smoa import AdapterFileError, ConfigError, SmoaConfig
 from smoa.atomic import SAVE
 from smoa.export.streaming import SavedAdapter
-from smoa.files.adapter_folder import find_adapter
-from smoa.files.loading import door, guard_loading, incoming
+from smoa.files.loading import door, find_adapter, guard_loading, incoming
 from smoa.tuner.hotswap import hotswap_adapter
 from tests.support import tiny_models
 from tests.support.adapter_files import rewritten, with_settings
@@ -115,12 +114,14 @@ class Counted:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.reads: Counter[str] = Counter()
-        for module in ("safetensors.torch", "transformers.modeling_utils", "smoa.files.adapter_folder"):
+        self.opened: Counter[str] = Counter()
+        for module in ("safetensors.torch", "transformers.modeling_utils", "smoa.files.loading"):
             original = importlib.import_module(module).safe_open
-            monkeypatch.setattr(f"{module}.safe_open", self._counting(original))
+            monkeypatch.setattr(f"{module}.safe_open", self._counting(original, module))
 
-    def _counting(self, original: Any) -> Callable[..., Any]:
+    def _counting(self, original: Any, module: str) -> Callable[..., Any]:
         def opened(file: Any, *args: Any, **kwargs: Any) -> Any:
+            self.opened[module] += Path(file).name == WEIGHTS
             return OpenedFile(original(file, *args, **kwargs), self.reads if Path(file).name == WEIGHTS else Counter())
 
         return opened
@@ -179,6 +180,7 @@ def test_a_load_reads_the_weights_once(
     values = {key: number for key, number in counted.reads.items() if "save_id" not in key}
     assert values == dict.fromkeys(values, 1)
     assert len(values) == 4 * 5  # layers × A, B, labels of rows and of columns, scales
+    assert counted.opened["smoa.files.loading"] == 1
 
 
 def test_a_swap_reads_the_weights_once(saved: PeftModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,7 +398,7 @@ def test_a_door_within_a_door_looks_at_another_adapter_anew(saved: PeftModel, tm
         with door(tmp_path / "adapter") as same, door(tmp_path / "second") as other:
             assert same is outer
             assert other is not None
-            assert other.file.path == tmp_path / "second" / WEIGHTS
+            assert other.path == tmp_path / "second" / WEIGHTS
         assert incoming() is outer
 
 

@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from smoa import SmoaConfig
-from smoa.files.named_base import NamedBase
+from smoa.files.card import NamedBase
 from smoa_lab.training.run_card import run_card
 
 CONFIG = SmoaConfig(r=8, num_blocks=4, target_modules=["q_proj"], task_type="CAUSAL_LM")

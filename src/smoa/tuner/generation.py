@@ -1,4 +1,6 @@
-"""Keeps the blocks of ΔW while a model generates, so that an adapter that is not merged decodes quickly.
+"""Generation, and an adapter for each sample of a batch.
+
+Keeps the blocks of ΔW while a model generates, so that an adapter that is not merged decodes quickly.
 
 `generate` calls the model once for each token, and each call would form ΔW again. So its layers' caches
 (`smoa.layers.weight_cache`) are open from its start to its end, whether it returns or raises.
@@ -20,22 +22,31 @@ object keeps it.
 These layers keep nothing and compute as ever: quantized ones, whose dequantized blocks might be larger than the model;
 sharded ones (FSDP, ZeRO-3), whose refilled storage a cache can't notice; those that accelerate offloads; adapters in
 training mode with dropout; and all that `keep_in_generate(model, "off")` names.
+
+`adapter_names=[…]` gives each sample of a batch its adapter, as in PEFT's LoRA. `generate` repeats samples, for each
+beam or sequence to return, so the names are repeated too.
 """
 
 from __future__ import annotations
 
 import weakref
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal, get_args
 
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from smoa.errors import ConfigError
 from smoa.layers.layer import SmoaLayer
 from smoa.layers.weight_cache import is_sharded, open_caches
-from smoa.tuner.mixed_batch import samples_repeated
 
 Kept = Literal["blocks", "weights", "off"]
+BASE = "__base__"
+_COPIES: ContextVar[int] = ContextVar("smoa_copies", default=1)
+"""Rows for each sample in the `generate` that runs: one for each beam, or each sequence to return."""
 
 
 class Generate:
@@ -107,3 +118,57 @@ def keep_in_generate(model: nn.Module, kept: Kept) -> None:
         raise ConfigError("keep_in_generate: the model has no SMoA adapter; add one first")
     for layer in layers:
         layer.generation_cache = kept
+
+
+@contextmanager
+def adapter_names_hooks(tuner: BaseTuner, kwargs: dict[str, Any]) -> Iterator[None]:
+    """Remove `adapter_names` from `kwargs`, and pass it to every adapted layer while the context is open.
+
+    Raises:
+        ValueError: the model is in training mode, or a name is neither an adapter nor "__base__".
+    """
+    adapter_names = kwargs.pop("adapter_names", None)
+    if adapter_names is None:
+        yield
+        return
+    if tuner.training:
+        raise ValueError("adapter_names can't be used in training mode; call model.eval() first")
+    known = {BASE} | {name for module in tuner.modules() if isinstance(module, SmoaLayer) for name in module.smoa_A}
+    unknown = sorted(set(adapter_names) - known)
+    if unknown:
+        raise ValueError(f"adapter_names: unknown adapters {unknown}; use some of {sorted(known)}")
+    beams = kwargs.get("num_beams") or 1  # for a model with a `generate` of its own
+    get_encoder: Any = getattr(tuner.model, "get_encoder", None)
+    encoder = get_encoder() if get_encoder else None
+    once = set() if encoder in (None, tuner.model) else set(encoder.modules())  # `generate` repeats no sample there
+
+    def with_names(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        copies = 1 if module in once else max(beams, _COPIES.get())
+        return args, {**kwargs, "adapter_names": [name for name in adapter_names for _ in range(copies)]}
+
+    handles = [
+        module.register_forward_pre_hook(with_names, with_kwargs=True)
+        for module in tuner.modules()
+        if isinstance(module, (SmoaLayer, AuxiliaryTrainingWrapper))
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def samples_repeated(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+    """Repeat the names as `model.generate(*args, **kwargs)` repeats samples, by its settings or the model's own."""
+    configs = (kwargs.get("generation_config", *args[1:2]), getattr(model, "generation_config", None))
+
+    def setting(name: str) -> int:
+        found = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+        return next((value for value in found if isinstance(value, int)), 1)
+
+    token = _COPIES.set(max(setting("num_beams"), setting("num_return_sequences")))
+    try:
+        yield
+    finally:
+        _COPIES.reset(token)

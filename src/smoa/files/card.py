@@ -1,26 +1,32 @@
-"""Writes the README.md of a saved adapter: base model, how to load it, results, settings."""
+"""Writes the README.md of a saved adapter: base model, how to load it, results, settings.
+
+Cards name a base model by its Hub id, or a local one by its last name.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from huggingface_hub import ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # it lists no exports
 from peft import PeftConfig
 
 from smoa.config.adapter_config import SmoaConfig
-from smoa.files.named_base import NamedBase, named_base
 
-LOADERS = {
-    "CAUSAL_LM": ("AutoPeftModelForCausalLM", "text-generation"),
-    "SEQ_2_SEQ_LM": ("AutoPeftModelForSeq2SeqLM", None),
-    "SEQ_CLS": ("AutoPeftModelForSequenceClassification", "text-classification"),
-    "TOKEN_CLS": ("AutoPeftModelForTokenClassification", "token-classification"),
-    "QUESTION_ANS": ("AutoPeftModelForQuestionAnswering", "question-answering"),
-    "FEATURE_EXTRACTION": ("AutoPeftModelForFeatureExtraction", "feature-extraction"),
+AUTO_CLASSES = {
+    "CAUSAL_LM": ("AutoModelForCausalLM", "text-generation"),
+    "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM", None),
+    "SEQ_CLS": ("AutoModelForSequenceClassification", "text-classification"),
+    "TOKEN_CLS": ("AutoModelForTokenClassification", "token-classification"),
+    "QUESTION_ANS": ("AutoModelForQuestionAnswering", "question-answering"),
+    "FEATURE_EXTRACTION": ("AutoModel", "feature-extraction"),
 }
-"""PEFT's class and the Hub's task name for each task type."""
+"""transformers' class and the Hub's task name for each task type."""
 
 BASE_TAG = "base_model:adapter:"
 """How the tag of an adapter's base starts."""
@@ -73,14 +79,47 @@ def adapter_card(
         sections: More Markdown, put before the settings.
     """
     base = base or named_base(config.base_model_name_or_path)
+    known: dict[str, Any] = {"base_model": base.hub_id} if base.hub_id else {}
+    front_matter = ModelCardData(
+        **known,
+        library_name="peft",
+        pipeline_tag=auto_class(config)[1],
+        tags=[method_name(config).lower(), *([BASE_TAG + base.hub_id] if base.hub_id else [])],
+    )
     return TEXT.format(
-        front_matter=_front_matter(base.hub_id, config),
+        front_matter=front_matter.to_yaml(),
         title=title,
         intro=_intro(base.text, config),
         loading=loading_code(config, base),
         sections=("" if base.hub_id else LOCAL) + _table(metrics) + sections,
         config=settings_as_json(config),
     )
+
+
+@dataclass(frozen=True)
+class NamedBase:
+    """A base model in words, and its id on the Hub, to which a card's front matter links, or None."""
+
+    text: str
+    hub_id: str | None
+
+
+def named_base(source: str | None) -> NamedBase:
+    """The name of a base that was loaded from `source`.
+
+    Of a local folder or file only the last name: the rest is of this machine, and the Hub can't link to it.
+    """
+    if not source:
+        return NamedBase("a model without a name", None)
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        is_hub_id = False
+    else:
+        is_hub_id = not source.endswith(".gguf") and not Path(source).exists()
+    return (
+        NamedBase(source, source) if is_hub_id else NamedBase(PureWindowsPath(source).name, None)
+    )  # splits at / and \
 
 
 def _intro(base: str, config: Any) -> str:
@@ -93,18 +132,20 @@ def _intro(base: str, config: Any) -> str:
     )
 
 
+def auto_class(config: PeftConfig) -> tuple[str, str | None]:
+    """Name of transformers' class for the adapter's task, and the Hub's name of the task, if it has one."""
+    return AUTO_CLASSES.get(str(getattr(config.task_type, "value", config.task_type)), ("AutoModel", None))
+
+
 def loading_code(config: PeftConfig, base: NamedBase) -> str:
     """Python that loads the adapter from "PATH". PEFT finds the base in the config, unless that names another place
     than the Hub's."""
-    auto_peft, _ = _loader(config)
+    auto, task = auto_class(config)
     registers = "import smoa  # registers SMoA with PEFT\n" if isinstance(config, SmoaConfig) else ""
     if base.hub_id in (None, config.base_model_name_or_path):
-        return registers + BY_NAME.format(auto_peft=auto_peft)
-    return registers + ON_A_BASE.format(auto=auto_peft.replace("Peft", ""), base=base.hub_id)
-
-
-def _loader(config: PeftConfig) -> tuple[str, str | None]:
-    return LOADERS.get(str(getattr(config.task_type, "value", config.task_type)), ("AutoPeftModel", None))
+        suffix = "ForFeatureExtraction" if task == "feature-extraction" else ""
+        return registers + BY_NAME.format(auto_peft=auto.replace("AutoModel", "AutoPeftModel") + suffix)
+    return registers + ON_A_BASE.format(auto=auto, base=base.hub_id)
 
 
 def method_name(config: PeftConfig) -> str:
@@ -121,14 +162,6 @@ def settings_as_json(config: PeftConfig) -> str:
         if value not in (None, {}, [], False) and key not in NOT_SHOWN
     }
     return json.dumps(shown, indent=2, sort_keys=True)
-
-
-def _front_matter(base: str | None, config: PeftConfig) -> str:
-    """YAML for the Hub; `base` is an id on it, or None."""
-    _, pipeline = _loader(config)
-    known: dict[str, Any] = {"base_model": base} if base else {}
-    tags = [method_name(config).lower(), *([BASE_TAG + base] if base else [])]
-    return ModelCardData(**known, library_name="peft", pipeline_tag=pipeline, tags=tags).to_yaml()
 
 
 def _table(metrics: Mapping[str, float]) -> str:
