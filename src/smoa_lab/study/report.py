@@ -97,6 +97,8 @@ class Report:
             if title not in PAGE_ONLY:
                 shown = content.markdown() if isinstance(content, Table) else f"![{title}]({PICTURES[title]})"
                 parts += [f"## {title}", content.caption, shown]
+            elif isinstance(content, Table):
+                parts.append(content.caption)
         return "\n\n".join([*parts, *self.notes]) + "\n"
 
 

@@ -151,7 +151,7 @@ def test_every_link_of_a_report_leads_to_its_run(study: Study, packed: bool) -> 
     assert values == ["2.0000", "50.0", "60", "7", "a CPU", "ccccccc"]
     assert lines["tuning/ours/lr-0.03-seed-100"].startswith("<td>diverged</td>")
     command = """gzip -dc runs.jsonl.gz | grep -F '"name":"final/ours/'"""
-    assert f"`{command}`" in page(study)
+    assert command in page(study)
     assert command in html.replace("&quot;", '"').replace("&#x27;", "'")
 
 
