@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 from dataclasses import asdict
+from html import unescape
 from typing import Any, Literal
 
 import pytest
@@ -152,7 +153,7 @@ def test_every_link_of_a_report_leads_to_its_run(study: Study, packed: bool) -> 
     assert lines["tuning/ours/lr-0.03-seed-100"].startswith("<td>diverged</td>")
     command = """gzip -dc runs.jsonl.gz | grep -F '"name":"final/ours/'"""
     assert command in page(study)
-    assert command in html.replace("&quot;", '"').replace("&#x27;", "'")
+    assert command in unescape(html)
 
 
 def test_seeds_that_only_one_has_are_not_compared(study: Study) -> None:
