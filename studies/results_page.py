@@ -17,7 +17,7 @@ from typing import Any
 import headroom
 import stored
 
-from smoa_lab.inspection.inspection_charts import by_layer
+from smoa_lab.inspect_page import by_layer
 from smoa_lab.pages.charts import save_picture
 from smoa_lab.pages.tables import Table
 from smoa_lab.study.report import EVERY_RUN, PICTURES

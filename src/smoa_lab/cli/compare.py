@@ -10,8 +10,7 @@ from typing import Annotated
 import typer
 
 from smoa_lab.basics.extras import DRAWING
-from smoa_lab.cli.console import print_json, reporting
-from smoa_lab.cli.options import AsJson, TrustRemoteCode
+from smoa_lab.cli.console import AsJson, TrustRemoteCode, print_json, reporting
 
 
 def compare(

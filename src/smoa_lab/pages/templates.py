@@ -4,6 +4,7 @@ charts and sortable tables that a keyboard reaches."""
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -20,17 +21,36 @@ SCRIPT = "charts.js"
 """Draws the charts. It lies beside the pages that need it."""
 
 
-def render(template: str, **values: Any) -> Markup:
-    """The template of this name with its values. In HTML all text is escaped; tables and figures show themselves.
+def page(
+    title: str,
+    sections: Iterable[tuple[str, Sequence[Any]]] = (),
+    introduction: Sequence[Any] = (),
+    script: str = SCRIPT,
+) -> str:
+    """A whole page: the ``introduction``, then sections under headings. Both hold texts, which are paragraphs, tables,
+    figures, :func:`code`, and texts by name. ``script`` leads to the script that draws charts."""
+    values = {"title": title, "sections": sections, "introduction": introduction, "script": script}
+    return render("page.html.jinja", **values)
 
-    A page extends ``page.html.jinja``, which takes a ``title`` and, if it does not lie beside the page, the ``script``.
-    """
-    return Markup(_environment().get_template(template).render(values))
+
+def render(template: str, **values: Any) -> str:
+    """The template of this name with its values. In HTML all text is escaped but tables, figures and markup."""
+    return _environment().get_template(template).render(values)
+
+
+def code(text: str) -> Markup:
+    """Text as it was written, in a typewriter's letters."""
+    return Markup('<pre class="wide" tabindex="0">{}</pre>').format(text)
+
+
+def warning(text: str) -> Markup:
+    """What is missing or wrong."""
+    return Markup('<p class="missing">{}</p>').format(text)
 
 
 @cache
 def _environment() -> Environment:
-    environment = Environment(
+    return Environment(
         loader=PackageLoader("smoa_lab", "pages"),
         autoescape=lambda name: name is not None and name.endswith(".html.jinja"),
         undefined=StrictUndefined,
@@ -38,8 +58,6 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.globals["script"] = SCRIPT
-    return environment
 
 
 @dataclass(frozen=True)

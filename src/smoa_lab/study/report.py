@@ -88,7 +88,9 @@ class Report:
 
     def page(self, script: str = SCRIPT) -> str:
         """The HTML. ``script`` leads to the script that draws charts."""
-        return render("study.html.jinja", report=self, title=self.title, script=script)
+        sections = [(title, [content]) for title, content in self.sections.items()]
+        introduction = [*self.introduction, *self.notes]
+        return render("page.html.jinja", title=self.title, introduction=introduction, sections=sections, script=script)
 
     def readme(self) -> str:
         """The Markdown, with the pictures that lie beside it."""

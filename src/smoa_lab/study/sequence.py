@@ -27,11 +27,11 @@ from smoa_lab.config.run_config import DataSection, Dtype, ModelSection, RunConf
 from smoa_lab.config.run_config import native_dtype as machine_dtype
 from smoa_lab.data.prompts import PromptEncoder
 from smoa_lab.data.selection import Selection, used_content
+from smoa_lab.inspect import adapted_layers, weights_and_updates
 from smoa_lab.lessons.adapting import check_adapter
 from smoa_lab.lessons.questions import Questions, prepare
 from smoa_lab.models.base_models import base_content, empty_model, load_base_model
 from smoa_lab.models.needs import training_needs
-from smoa_lab.runs.layer_updates import adapted_layers, weights_and_updates
 from smoa_lab.scoring.forgetting import text_losses, whole_text
 from smoa_lab.scoring.held_out import Outcome, answer_outcomes
 from smoa_lab.scoring.row_losses import Losses

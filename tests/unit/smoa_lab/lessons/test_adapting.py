@@ -15,9 +15,9 @@ from smoa.errors import ConfigError
 from smoa_lab.config.methods import METHODS
 from smoa_lab.config.run_config import ModelSection
 from smoa_lab.data.records import Record
+from smoa_lab.inspect import adapted_layers
 from smoa_lab.lessons.adapting import after_training, check_adapter, with_adapter
 from smoa_lab.models.base_models import empty_model
-from smoa_lab.runs.layer_updates import adapted_layers
 from smoa_lab.study.sequence import weight_changes
 from tests.support import lab
 

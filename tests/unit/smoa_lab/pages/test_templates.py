@@ -14,7 +14,7 @@ import pytest
 from smoa_lab.pages import templates
 from smoa_lab.pages.charts import PAPER, values
 from smoa_lab.pages.tables import Cell, Table
-from smoa_lab.pages.templates import SCRIPT, Figure, render, script, write_page
+from smoa_lab.pages.templates import SCRIPT, Figure, code, page, script, warning, write_page
 
 
 def drawn(value: Any, caption: str) -> tuple[str, dict[str, Any]]:
@@ -40,7 +40,8 @@ def test_a_chart_of_what_is_no_number_is_json_that_browsers_can_read() -> None:
 def test_text_that_looks_like_html_is_text_wherever_it_stands() -> None:
     name = "<b>x</b>"
     row = [name, Cell(name, value=name), Cell(name, anchor=True), Cell(name, links={name: name})]
-    text = Table([name], [row], name).__html__() + render("page.html.jinja", title=name)
+    table = Table([name], [row], name)
+    text = page(name, [(name, [name, table, code(name), {name: name}])], [warning(name)])
     assert name not in text
     assert text.count("<td>&lt;b&gt;x&lt;/b&gt;</td>") == 1
     assert '<td data-value="&lt;b' in text
@@ -57,9 +58,9 @@ def test_the_script_is_one_file_that_imports_nothing() -> None:
 
 def test_the_script_is_laid_beside_the_page_unless_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / SCRIPT).write_text("of another version")
-    write_page(tmp_path / "page.html", render("page.html.jinja", title="Empty"))
+    write_page(tmp_path / "page.html", page("Empty"))
     assert (tmp_path / SCRIPT).read_text(encoding="utf-8") == script()
     assert '<script src="charts.js"></script>' in (tmp_path / "page.html").read_text()
-    assert '<script src="../charts.js"></script>' in render("page.html.jinja", title="Empty", script="../charts.js")
+    assert '<script src="../charts.js"></script>' in page("Empty", script="../charts.js")
     monkeypatch.setattr(templates, "write_whole", lambda file, text: file.name == SCRIPT and pytest.fail("again"))
     write_page(tmp_path / "page.html", "")

@@ -15,8 +15,8 @@ from transformers import LlamaForCausalLM
 from smoa.errors import ConfigError
 from smoa_lab.config.run_config import ModelSection, RunConfig, check_config
 from smoa_lab.lessons.questions import Questions
+from smoa_lab.open_run import base_section, open_run
 from smoa_lab.runs.evaluate_run import evaluate_run
-from smoa_lab.runs.open_run import base_section, open_run
 from smoa_lab.scoring.answer_loss import AnswerTrainer
 from smoa_lab.training import train_run
 from smoa_lab.training.run_folder import RunFolder
