@@ -22,8 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from smoa import SmoaConfig
 from smoa.export.lora import convert_to_lora
-from smoa.export.stream_targets import target_of
-from smoa.export.streaming import SavedAdapter
+from smoa.export.streaming import SavedAdapter, target_of
 from smoa.layers.kinds.kind_table import KINDS, Kind, kind_of
 
 PAGE = Path(__file__).parents[1] / "ecosystem.md"

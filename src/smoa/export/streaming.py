@@ -1,4 +1,8 @@
-"""Merges a saved adapter into a checkpoint on disk, one tensor at a time."""
+"""Merges a saved adapter into a checkpoint on disk, one tensor at a time.
+
+A tensor of the checkpoint holds the weight of a layer, all matrices of a parameter of experts, or one of them, which
+transformers joins while it loads.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +18,11 @@ from transformers.utils import logging
 
 from smoa.config.adapter_config import SmoaConfig
 from smoa.errors import AdapterFileError, MergeError
-from smoa.export.shards import FLOATS, Checkpoint, HeaderEntry, write_checkpoint
-from smoa.export.stream_targets import StreamTarget, separate_experts, target_of
+from smoa.export.checkpoint import FLOATS, HeaderEntry, Shards, write_checkpoint
 from smoa.files.loading import read_adapter
 from smoa.files.names import PARTS, PREFIX
-from smoa.layers.experts.layout import Layout
+from smoa.layers.experts.layout import HALVED, Layout
+from smoa.layers.kinds.kind_table import kind_of
 from smoa.layers.layer import as_matrix, as_stored
 from smoa.maths.blocks import Blocks
 from smoa.maths.factors import Factors
@@ -26,6 +30,14 @@ from smoa.maths.modulations import MODULATIONS
 from smoa.maths.scale import rank_scale
 from smoa.maths.stack import Stack, stacked_blocks
 from smoa.maths.update import Update
+
+SEPARATE = {
+    HALVED: (("gate_proj.weight", "up_proj.weight"), ("w1.weight", "w3.weight")),
+    "down_proj": (("down_proj.weight",), ("w2.weight",)),
+}
+"""Names that checkpoints give to the matrices of one expert, which transformers joins while it loads."""
+FOLDERS = (".mlp.", ".block_sparse_moe.")
+"""Names of the module that holds the experts: transformers' own, and Mixtral's in checkpoints."""
 
 
 @dataclass
@@ -41,6 +53,16 @@ class RoundingLoss:
     def total(self) -> float:
         """The relative error over all layers, 0 if nothing changes."""
         return (self.error / self.update) ** 0.5 if self.update else 0.0
+
+    def in_words(self) -> str:
+        """One sentence on how much rounding changed the update, over all layers and in the worst one."""
+        if self.total == 0:
+            return "rounding took nothing from the adapter's update."
+        worst = max(self.by_layer, key=self.by_layer.__getitem__)
+        return (
+            f"rounding took {100 * self.total:.2g} % of the adapter's update "
+            f"(‖error‖ / ‖ΔW‖; the most in {worst}: {100 * self.by_layer[worst]:.2g} %)."
+        )
 
     def add(self, name: str, before: Tensor, after: Tensor, dtype: torch.dtype) -> None:
         """Add one layer.
@@ -68,6 +90,28 @@ class RoundingLoss:
         self.by_layer[name] = (error / update) ** 0.5 if update else 0.0
         self.update += update
         self.error += error
+
+
+@dataclass(frozen=True)
+class StreamTarget:
+    """What one tensor of a checkpoint holds.
+
+    Args:
+        name: Name of the adapted layer or parameter.
+        transposed: The tensor is a layer's weight stored as (in_features, out_features).
+        layout: How a parameter holds the matrices of experts; None for a layer.
+        number: The matrix that the tensor is, if it is one of a parameter's.
+    """
+
+    name: str
+    transposed: bool = False
+    layout: Layout | None = None
+    number: int | None = None
+
+    @property
+    def label(self) -> str:
+        """The name, and the number of the matrix, if it is one of several."""
+        return self.name if self.number is None else f"{self.name}[{self.number}]"
 
 
 class SavedAdapter:
@@ -146,6 +190,41 @@ def _sum(weight: Tensor, delta: Tensor) -> Tensor:
     return torch.where(delta == 0, weight, delta.add_(weight))
 
 
+def target_of(name: str, model: nn.Module) -> StreamTarget | None:
+    """The target of an adapted layer or parameter; None if the model does not have it."""
+    module_name, _, parameter = name.rpartition(".")
+    modules = dict(model.named_modules())
+    if name in modules:
+        kind = kind_of(modules[name])
+        return StreamTarget(name, kind is not None and kind.fan_in_fan_out)
+    if hasattr(modules.get(module_name), parameter):
+        return StreamTarget(name, layout=Layout.of(modules[module_name], parameter))
+    return None
+
+
+def separate_experts(target: StreamTarget, prefixes: Collection[str], checkpoint: Shards) -> dict[str, StreamTarget]:
+    """The tensors of each expert's matrices by their keys, if the checkpoint has all of them; else none.
+
+    Args:
+        target: A parameter of experts.
+        prefixes: What may stand before the parameter's name in the checkpoint's keys.
+        checkpoint: The base model's files.
+    """
+    layout, (module, _, parameter) = target.layout, target.name.rpartition(".")
+    if layout is None:
+        return {}
+    for prefix in prefixes:
+        for folder in FOLDERS:
+            place = (prefix + module).replace(FOLDERS[0], folder)
+            for names in SEPARATE.get(parameter, ()):
+                keys = [f"{place}.{expert}.{name}" for expert in range(layout.experts) for name in names]
+                entries = [checkpoint.entries.get(key) for key in keys]
+                if all(entry is not None and entry.shape == layout.shape for entry in entries):
+                    numbered = enumerate(keys)
+                    return {key: StreamTarget(target.name, layout=layout, number=number) for number, key in numbered}
+    return {}
+
+
 @dataclass(frozen=True)
 class StreamPlan:
     """What changes in the checkpoint, by key: what each adapted tensor holds, and the tensors to replace."""
@@ -154,7 +233,7 @@ class StreamPlan:
     replaced: dict[str, Tensor]
 
 
-def plan_stream(adapter: SavedAdapter, model: PreTrainedModel, checkpoint: Checkpoint) -> StreamPlan | None:
+def plan_stream(adapter: SavedAdapter, model: PreTrainedModel, checkpoint: Shards) -> StreamPlan | None:
     """Match the adapter's names with the checkpoint's.
 
     Args:
@@ -201,7 +280,7 @@ def plan_stream(adapter: SavedAdapter, model: PreTrainedModel, checkpoint: Check
     )
 
 
-def _missing(model: PreTrainedModel, checkpoint: Checkpoint, names: Collection[str]) -> set[str]:
+def _missing(model: PreTrainedModel, checkpoint: Shards, names: Collection[str]) -> set[str]:
     """Those of the names that the checkpoint has under no key, such as a new head's.
 
     transformers, which renames keys while it loads, says so. It gets tensors without data.
@@ -230,7 +309,7 @@ def _tied_names(model: nn.Module) -> set[str]:
     return {name for same in names.values() if len(same) > 1 for name in same}
 
 
-def _key_of(name: str, model: nn.Module, checkpoint: Checkpoint) -> str:
+def _key_of(name: str, model: nn.Module, checkpoint: Shards) -> str:
     """Key of a parameter: the name, or the name without or with the prefix of models with a head."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     others = (name.removeprefix(prefix), prefix + name)
@@ -241,7 +320,7 @@ def _key_of(name: str, model: nn.Module, checkpoint: Checkpoint) -> str:
 def stream_merge(
     adapter: SavedAdapter,
     plan: StreamPlan,
-    checkpoint: Checkpoint,
+    checkpoint: Shards,
     folder: Path,
     dtype: torch.dtype | None,
     max_shard_size: int | str,
