@@ -166,9 +166,8 @@ class SavedAdapter:
         if (rows.shape[-1], cols.shape[-1]) != shape or len(A) != count * r:
             raise AdapterFileError(f"{name}: the adapter is for a parameter of another shape than {layout}")
         scale = rank_scale(block_scale.float(), ranks)
-        parts = A.unflatten(0, (count, r)).unbind(), B.unflatten(1, (count, r)).unbind(1)
         blocks, modulation = stacked_blocks(rows, cols, len(ranks)), MODULATIONS[self.config.modulation]
-        return Stack(*parts, ranks, self.config.alpha_of(name, r, shape) / r, scale, blocks, modulation)
+        return Stack(A, B, ranks, self.config.alpha_of(name, r, shape) / r, scale, blocks, modulation)
 
     def _update(self, module: str) -> Update:
         """ΔW of one layer.

@@ -22,7 +22,7 @@ from smoa.maths.blocks import Blocks
 from smoa.maths.factors import Factors, factor_shapes
 from smoa.maths.kernels import loops
 from smoa.maths.kernels.batched import batched_backward, batched_delta, batched_forward, plain_branch
-from smoa.maths.kernels.choice import delta_blocks, prefers_apart, prefers_batched
+from smoa.maths.kernels.choice import prefers_apart, prefers_batched
 from smoa.maths.kernels.fused import fused_backward, fused_forward
 from smoa.maths.kernels.loops import CHUNK_ELEMENTS, SCRATCH, Scratch, chunks, loop_backward, loop_forward
 from smoa.maths.spectrum import make_partition
@@ -76,10 +76,10 @@ def test_values_gradients_and_blocks_are_the_oracles(
         assert_close(forward(case.factors(0.5, scale), x, weight), x @ delta.T)
         assert_all_close(backward(case.factors(0.5, scale), g, x, weight, True), expected)
         grad_x, *of_factors = backward(case.factors(0.5, scale), g, x, weight, False)
-        kept = delta_blocks(case.factors(0.5, scale), weight, torch.float64, kernel)
+        kept = batched_delta(case.factors(0.5, scale).wide(), weight, torch.float64)
+        assert_all_close([block for _, stacked in kept for block in stacked], case.partition.of(delta))
     assert grad_x.numel() == 0
     assert_all_close(of_factors, expected[1:])
-    assert_all_close([block for _, stacked in kept for block in stacked], case.partition.of(delta))
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["linear", "conv1d"])
