@@ -95,10 +95,6 @@ class ParamWrapper(SmoaLayer):
         expert, half = divmod(number, self.layout.halves)
         return self.matrices()[expert, half]
 
-    def pristine_matrix(self, number: int) -> Tensor:
-        """W of one matrix before any merge, (out_features, in_features); a copy only while adapters are merged."""
-        return self.unmerged(self.matrix(number), number)
-
     def pristine_weight(self) -> Tensor:
         """W of all matrices before any merge, (experts, halves, out_features, in_features); see `pristine_matrix`."""
         if not self._pristine_blocks:

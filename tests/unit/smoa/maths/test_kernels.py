@@ -389,16 +389,14 @@ def test_functional_transforms_give_the_oracles_values_and_gradients(modulation:
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_operators_of_compiled_models_obey_the_rules_of_pytorchs_checker(dtype: torch.dtype) -> None:
-    weight = torch.randn(11, 13, dtype=dtype)
+def test_operators_of_compiled_models_obey_the_rules_of_pytorchs_checker() -> None:
+    weight = torch.randn(11, 13)
     partition = make_partition(weight, 3)
-    A, B, x, g = torch.randn(6, 5), torch.randn(4, 6), torch.randn(5, 13, dtype=dtype), torch.randn(5, 11, dtype=dtype)
+    A, B, x, g = torch.randn(6, 5), torch.randn(4, 6), torch.randn(5, 13), torch.randn(5, 11)
     tensors = A, B, torch.ones(6), partition.row_labels, partition.col_labels, *partition.orders
     fields = *tensors, False, [2, 2, 2], 1.5, smoa.state.chosen_kernels()
     check: Callable[..., Any] = torch.library.opcheck
     check(torch.ops.smoa.hadamard_branch.default, (*fields, x, weight, None))
     check(torch.ops.smoa.hadamard_branch_backward.default, (*fields, g, x, weight, True, True))
-    if dtype == torch.float32:
-        check(torch.ops.smoa.fused_linear.default, (*fields, x, weight, torch.randn(11)))
-        check(torch.ops.smoa.fused_linear_backward.default, (*fields, g, x, weight, True, False))
+    check(torch.ops.smoa.fused_linear.default, (*fields, x, weight, torch.randn(11)))
+    check(torch.ops.smoa.fused_linear_backward.default, (*fields, g, x, weight, True, False))
