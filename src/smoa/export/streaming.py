@@ -21,13 +21,12 @@ from smoa.errors import AdapterFileError, MergeError
 from smoa.export.checkpoint import FLOATS, HeaderEntry, Shards, write_checkpoint
 from smoa.files.loading import read_adapter
 from smoa.files.names import PARTS, PREFIX
-from smoa.layers.experts.layout import HALVED, Layout
-from smoa.layers.kinds.kind_table import kind_of
+from smoa.layers.kinds import kind_of
 from smoa.layers.layer import as_matrix, as_stored
+from smoa.layers.layout import HALVED, Layout
 from smoa.maths.blocks import Blocks
 from smoa.maths.factors import Factors
-from smoa.maths.modulations import MODULATIONS
-from smoa.maths.scale import rank_scale
+from smoa.maths.scale import MODULATIONS, rank_scale
 from smoa.maths.update import Update
 
 SEPARATE = {

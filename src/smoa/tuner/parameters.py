@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from smoa.config.adapter_config import Shape, SmoaConfig
 from smoa.errors import ConfigError, PartitionError, UnsupportedModuleError
 from smoa.files.loading import AdapterFile
-from smoa.layers.experts.layout import Layout
-from smoa.layers.experts.param_wrapper import ParamWrapper
+from smoa.layers.experts import ParamWrapper
+from smoa.layers.layout import Layout
 from smoa.maths.blocks import check_num_blocks
 
 ROUTERS = ("router", "gate")

@@ -21,9 +21,9 @@ from smoa.config.adapter_config import Shape, SmoaConfig
 from smoa.errors import ConfigError, PartitionError, SmoaError, UnsupportedModuleError
 from smoa.files.loading import AdapterFile, incoming
 from smoa.layers.distributed import awaits_process_group, from_rank_zero, whole
-from smoa.layers.kinds.kind_table import KINDS, QUANTIZED, Kind, kind_of
-from smoa.layers.kinds.quantized import find_backend
+from smoa.layers.kinds import KINDS, QUANTIZED, Kind, kind_of
 from smoa.layers.layer import SmoaLayer
+from smoa.layers.quantized import find_backend
 from smoa.maths.spectrum import finite_peak
 from smoa.tuner.parameters import (
     TargetParameter,

@@ -23,7 +23,7 @@ from smoa_lab.lessons.lesson import checked_arguments
 from smoa_lab.models.base_models import base_content, empty_model
 from smoa_lab.models.needs import training_needs
 from smoa_lab.scoring.held_out import Outcome, score_outcomes
-from smoa_lab.study.entry import Entry
+from smoa_lab.study.study import Entry
 from smoa_lab.training.run_folder import RunFolder
 
 Part = Literal["validation", "test"]

@@ -18,7 +18,7 @@ from smoa_lab.data.records import Record
 from smoa_lab.inspect import adapted_layers
 from smoa_lab.lessons.adapting import after_training, check_adapter, with_adapter
 from smoa_lab.models.base_models import empty_model
-from smoa_lab.study.benches.changes import weight_changes
+from smoa_lab.study.sequence import weight_changes
 from tests.support import lab
 
 TARGETS = ["q_proj"]
