@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from smoa.config.adapter_config import SmoaConfig
+from smoa.config import SmoaConfig
 from smoa.errors import ConfigError, DataError
 from smoa.layers.kinds import kind_of
 from smoa.layers.layout import Layout
