@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 from transformers.utils import logging as transformers_logging
 
-from smoa_lab.study.benches.bench import Bench
 from smoa_lab.study.comparison import Comparison
 from smoa_lab.study.packing import pack
 from smoa_lab.study.report.study_report import report
+from smoa_lab.study.runner import Runner
 from smoa_lab.study.study_file import Study
 
 
-def run_study(study: Study, bench: Bench, only: Sequence[str] = ()) -> None:
+def run_study(study: Study, bench: Runner, only: Sequence[str] = ()) -> None:
     """Run what is missing of the study, or of these entries or budgets, by ``bench``, with a line a run; then pack it
     and write its report."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")

@@ -20,10 +20,11 @@ import torch
 from _common import busy_elsewhere, interleaved, pick_device, provenance, write_results
 from _gemma import gemma
 from _layers import lower_quartile, trainable
+from smoa_lab.scoring.answer_loss import mean_answer_loss
 from torch import Tensor, nn
 
-from smoa_lab.data.prompts import IGNORED
-from smoa_lab.scoring.answer_loss import answer_positions, logits_at, mean_answer_loss
+from smoa_lab.data.encoding import IGNORED
+from smoa_lab.scoring.losses import answer_positions, logits_at
 
 BARS = {"time": 1.15, "memory": 1.03}
 

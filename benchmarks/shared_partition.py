@@ -27,9 +27,9 @@ from smoa.maths.modulations import MODULATIONS
 from smoa.maths.scale import block_scale
 from smoa.maths.spectrum import gram_scores, labels_from_scores
 from smoa_lab.config.methods import METHODS, Method
-from smoa_lab.config.run_config import RunConfig
+from smoa_lab.config.run import RunConfig
 from smoa_lab.runs.layer_updates import adapted_layers
-from smoa_lab.study.benches.classification import ClassificationBench
+from smoa_lab.study.classification import ClassificationRunner
 from smoa_lab.study.study_file import load_study
 
 STUDY = Path(__file__).with_suffix(".yaml")
@@ -38,7 +38,7 @@ READERS = ("query", "key", "value", "intermediate.dense")
 """The layers of a BERT encoder whose input is the residual stream. The others, ``output.dense``, write it."""
 
 
-class SharedPartitionBench(ClassificationBench):
+class SharedPartitionBench(ClassificationRunner):
     """Shares the residual stream's blocks between the layers, if the entry's method says so."""
 
     def _adapted(self, config: RunConfig) -> tuple[Any, PreTrainedTokenizerBase]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import altair as alt
 from torch import nn
 
-from smoa_lab.config.run_config import ModelSection
+from smoa_lab.config.run import ModelSection
 from smoa_lab.drawing.line_charts import lines
 from smoa_lab.drawing.look import DASHES, PALETTE
 from smoa_lab.drawing.picture_files import save_picture

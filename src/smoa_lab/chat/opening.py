@@ -15,8 +15,8 @@ from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 from smoa.atomic import recover
 from smoa.errors import ConfigError
 from smoa_lab.chat.speaker import Speaker, Writing, chat_template
-from smoa_lab.config.run_config import ModelSection, native_dtype
-from smoa_lab.data.prompts import Template
+from smoa_lab.config.run import ModelSection, native_dtype
+from smoa_lab.data.questions import Template
 from smoa_lab.models.base_models import load_base_model, load_tokenizer
 from smoa_lab.models.packaged_models import PACKAGED_MODELS
 from smoa_lab.runs.open_run import adapter_of_run, base_section, open_run, recorded_base, trained_template

@@ -19,11 +19,11 @@ from smoa.errors import DataError, SmoaError
 from smoa_lab.basics.free_name import free_name
 from smoa_lab.basics.nearest import nearest
 from smoa_lab.basics.positions import positions_of
-from smoa_lab.data.prompts import Template
+from smoa_lab.data.chat_templates import alpaca, saved_chat_template, stop_at_turns_end
+from smoa_lab.data.questions import Template
 from smoa_lab.models.packaged_models import packaged_name
 from smoa_lab.runs.open_run import adapter_of_run, base_name, trained_template
-from smoa_lab.scoring.mode import scoring
-from smoa_lab.tokens.chat_templates import alpaca, saved_chat_template, stop_at_turns_end
+from smoa_lab.scoring.losses import scoring
 
 Message = dict[str, str]
 """``role`` and ``content``."""

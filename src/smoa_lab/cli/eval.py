@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from smoa_lab.cli.console import print_json, print_table, reporting, score
 from smoa_lab.cli.options import AsJson, TrustRemoteCode
-from smoa_lab.scoring.protocol import Protocol
 
 
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run, or a config file for the untouched model.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Values to change, e.g. task.max_length=512.")] = None,
     protocol: Annotated[
-        Protocol, typer.Option(help="Likelihood of the answers, the same computed by lm-eval, or generated text.")
+        Literal["likelihood", "generation"], typer.Option(help="Likelihood of the answers, or generated text.")
     ] = "likelihood",
     batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch when generating.")] = 16,
     num_beams: Annotated[int, typer.Option(min=1, help="Beams when generating; 1 is greedy.")] = 1,

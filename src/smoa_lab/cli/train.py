@@ -23,11 +23,11 @@ def train(
 ) -> None:
     """Train an adapter on questions or on your own rows, and score it on held-out ones."""
     with reporting("accelerate", *DRAWING):
-        from smoa_lab.config.rows_config import load_any_config
+        from smoa_lab.config.run import load_config
         from smoa_lab.training.run_folder import is_first_process
         from smoa_lab.training.train_run import train as train_run
 
-        checked = load_any_config(config, overrides, trust_remote_code)
+        checked = load_config(config, overrides, trust_remote_code)
         metrics = train_run(checked)
         if not is_first_process():
             return
@@ -48,7 +48,7 @@ def print_scores(metrics: dict[str, Any]) -> None:
 
     evaluation = metrics["evaluation"]
     stages = [stage for stage in ("before", "after") if stage in evaluation]
-    if stages and "perplexity" in evaluation[stages[-1]]["all"]:
+    if stages and "rows" in evaluation[stages[-1]]["all"]:
         _print_rows(metrics, stages)
     else:
         _print_questions(metrics, stages)
@@ -67,7 +67,7 @@ def _print_balance(metrics: dict[str, Any], stages: list[str]) -> None:
     learned, forgot = [], metrics["forgetting"]
     for name in metrics["evaluation"][stages[-1]] if len(stages) == 2 else ():
         before, after = (metrics["evaluation"][stage][name] for stage in stages)
-        if "perplexity" in after:
+        if "rows" in after:
             learned = [f"perplexity {before['perplexity']:.2f} → {after['perplexity']:.2f}"]
         elif name != "all":
             learned.append(f"{name} {100 * before['accuracy']:.1f} → {100 * after['accuracy']:.1f} %")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from smoa_lab.config.run_config import native_dtype
+from smoa_lab.config.run import native_dtype
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from smoa_lab.config.rows_config import check_any_config
+from smoa_lab.config.run import check_config
 from smoa_lab.starting.proposal import Proposal
+from smoa_lab.training.loaded_run import load_run
 from smoa_lab.training.run_folder import peak_memory
-from smoa_lab.training.train_run import open_lesson
 
 logger = logging.getLogger(__name__)
 
@@ -75,11 +75,11 @@ def _three_steps(proposal: Proposal) -> Measured:
         values = proposal.values(folder)
         training = {key: value for key, value in values["training"].items() if key != "num_train_epochs"}
         short = {"max_steps": STEPS, "save_strategy": "no", "logging_steps": STEPS}
-        lesson = open_lesson(check_any_config({**values, "training": {**training, **short}}))
+        run = load_run(check_config({**values, "training": {**training, **short}}))
         clock = StepClock()
-        arguments = lesson.arguments()
+        arguments = run.arguments()
         logger.info("Measuring %d steps", STEPS)
-        lesson.fit(arguments, None, clock)
+        run.fit(arguments, None, clock)
         return Measured(clock.seconds, peak_memory(arguments.device))
 
 

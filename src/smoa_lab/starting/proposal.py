@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from smoa.errors import ConfigError
 from smoa_lab.basics.nearest import nearest
-from smoa_lab.config.run_config import Dtype, adapter_rate
+from smoa_lab.config.run import Dtype, adapter_rate
 from smoa_lab.runs.budget_choices import ALL_LINEAR, Choice
 from smoa_lab.starting.machine import Machine
 from smoa_lab.starting.survey import DataFacts, ModelFacts

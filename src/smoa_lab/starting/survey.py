@@ -7,14 +7,12 @@ from typing import Any
 
 from smoa_lab.basics.extras import require
 from smoa_lab.basics.positions import positions_of
-from smoa_lab.config.rows_config import check_rows_config
-from smoa_lab.config.run_config import DataSection, ModelSection, TaskSection
+from smoa_lab.config.run import DataSection, ModelSection, TaskSection, check_config
+from smoa_lab.data.files import source_values
 from smoa_lab.data.tasks import TASKS, find_task, task_needs
-from smoa_lab.lessons.own_rows import sources, trainable_rows_of
 from smoa_lab.models.base_models import empty_model, load_tokenizer
-from smoa_lab.rows.formats import Conversation, Example, Preference
-from smoa_lab.rows.sources import source_values
 from smoa_lab.runs.budget_choices import ALL_LINEAR, Shapes, shapes_of
+from smoa_lab.training.loaded_run import sources, trainable_rows_of
 
 STEP = 64
 """Tokens: a row is cut at a multiple of it."""
@@ -75,7 +73,7 @@ def look_at_model(name: str) -> ModelFacts:
 def check_place(place: str) -> str:
     """``place`` itself; raises DataError if it can be known without reading that nothing is there."""
     if place not in TASKS:
-        for source in sources(check_rows_config({"model": {"name": ""}, "data": source_values(place)}, place).data):
+        for source in sources(check_config({"model": {"name": ""}, "data": source_values(place)}, place).rows):
             source.check()
     return place
 
@@ -100,12 +98,12 @@ def _rows(place: str, model: ModelFacts) -> DataFacts:
     lent = None if tokenizer.chat_template else "alpaca"
     data = {**source_values(place), "chat_template": lent}
     training = {"max_length": model.context}
-    config = check_rows_config({"model": {"name": model.name}, "data": data, "training": training}, place)
+    config = check_config({"model": {"name": model.name}, "data": data, "training": training}, place)
     _, rows = trainable_rows_of(config, tokenizer)
     account = rows.account
-    template = {"chat_template": lent} if lent and _has_turns(rows.examples("train", 1)[0]) else {}
+    template = {"chat_template": lent} if lent and not rows.rows("train", 1)[0].is_text else {}
     return DataFacts(
-        {**source_values(place), "format": account["format"], **template, "test_part": config.data.test_part},
+        {**source_values(place), "format": account["format"], **template, "test_part": config.rows.test_part},
         account["parts"]["train"],
         rounded_length(account["tokens"]["p99"], model.context),
         account["format"],
@@ -117,10 +115,3 @@ def rounded_length(longest: int, context: int | None) -> int:
     """The next multiple of 64, or what the model takes if that is less."""
     length = -(-longest // STEP) * STEP
     return length if context is None else min(length, context)
-
-
-def _has_turns(example: Example) -> bool:
-    """Whether a chat template is needed to put it into words."""
-    return isinstance(example, Conversation) or (
-        isinstance(example, Preference) and not isinstance(example.prompt, str)
-    )

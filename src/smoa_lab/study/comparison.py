@@ -8,10 +8,10 @@ from functools import partial
 from typing import Any
 
 from smoa.errors import ConfigError
-from smoa_lab.config.run_config import RunConfig
-from smoa_lab.study.benches.bench import Bench, Part
+from smoa_lab.config.run import RunConfig
 from smoa_lab.study.crews.crew import Crew, Result, ThisProcess
 from smoa_lab.study.plan import Job, Plan, Tuned, Untouched
+from smoa_lab.study.runner import Part, Runner
 from smoa_lab.study.study_file import Study
 from smoa_lab.study.trials import Trial, TrialStore
 
@@ -24,7 +24,7 @@ class Comparison:
     def __init__(self, study: Study) -> None:
         self.study = study
         self.store = TrialStore(study.folder)
-        self.bench: Bench = study.bench()
+        self.bench: Runner = study.bench()
         self._configs: dict[str, dict[str, Any]] = {}
 
     def run(self, only: Sequence[str] = (), crew: Crew | None = None) -> None:

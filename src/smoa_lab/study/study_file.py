@@ -10,17 +10,15 @@ from pydantic import Field, field_validator
 
 from smoa.errors import ConfigError, DataError
 from smoa_lab.basics.section import Section, Seed
-from smoa_lab.config.run_config import ConfigText, DataSection
+from smoa_lab.config.run import ConfigText, DataSection
 from smoa_lab.config.validation import block_problems
-from smoa_lab.study.benches.answers import AnswerBench
-from smoa_lab.study.benches.bench import Bench
-from smoa_lab.study.benches.classification import ClassificationBench
-from smoa_lab.study.benches.earlier_task import Between, First
-from smoa_lab.study.benches.sequence import SequenceBench
+from smoa_lab.study.classification import ClassificationRunner
 from smoa_lab.study.entry import Entry, Sweep
+from smoa_lab.study.runner import AnswerRunner, Runner
+from smoa_lab.study.sequence import Between, First, SequenceRunner
 from smoa_lab.study.tuning import sweep_indices
 
-BENCHES: dict[str, type[Bench]] = {"answers": AnswerBench, "classification": ClassificationBench}
+BENCHES: dict[str, type[Runner]] = {"answers": AnswerRunner, "classification": ClassificationRunner}
 
 
 class Tuning(Section):
@@ -67,10 +65,10 @@ class Study(Section):
         model = shared.get("model")
         return {**shared, "model": {"dtype": "float32", **model}} if isinstance(model, dict) else shared
 
-    def bench(self) -> Bench:
+    def bench(self) -> Runner:
         """What trains and scores one entry."""
         if self.first is not None:
-            return SequenceBench(self.shared, self.elsewhere, self.first, self.folder, self.between, self.replay)
+            return SequenceRunner(self.shared, self.elsewhere, self.first, self.folder, self.between, self.replay)
         return BENCHES[self.kind](self.shared, self.elsewhere)
 
     def chosen(self, only: Sequence[str]) -> list[str]:
@@ -147,9 +145,9 @@ def _check_runs(study: Study, file: Path) -> None:
     for name, entry in study.entries.items():
         place = f"{file}: entries.{name}"
         config = bench.config(entry, entry.learning_rate, seed=0, place=place)
-        if isinstance(bench, SequenceBench):
+        if isinstance(bench, SequenceRunner):
             bench.between_configs(config, place)
-    if isinstance(bench, SequenceBench):
+    if isinstance(bench, SequenceRunner):
         bench.first_config(place=f"{file}: first")
 
 

@@ -48,7 +48,7 @@ def _results(evaluation: dict[str, Any]) -> str:
     stages = [evaluation[stage] for stage in ("before", "after") if stage in evaluation]
     if not stages:
         return ""
-    of_rows = "perplexity" in stages[-1]["all"]
+    of_rows = "rows" in stages[-1]["all"]
     what, columns = ("rows", ("loss", "perplexity")) if of_rows else ("questions", ("gold_loss", "accuracy"))
     rows = [
         (*([] if of_rows else [name]), scores[what], *(_change(stages, name, score) for score in columns))

@@ -14,8 +14,8 @@ from typer.testing import CliRunner, Result
 
 from smoa_lab.cli import chat
 from smoa_lab.cli.main import app
-from smoa_lab.config.run_config import ModelSection
-from smoa_lab.data import prompts
+from smoa_lab.config.run import ModelSection
+from smoa_lab.data import questions
 from tests.support.chats import chat_base, saved_adapter, written
 
 
@@ -156,4 +156,4 @@ def test_only_two_terminals_make_a_chat(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_the_choices_are_those_of_a_run() -> None:
     assert get_args(chat.Dtype) == get_args(ModelSection.model_fields["dtype"].annotation)
-    assert set(get_args(chat.Template)) == set(get_args(prompts.Template))
+    assert set(get_args(chat.Template)) == set(get_args(questions.Template))

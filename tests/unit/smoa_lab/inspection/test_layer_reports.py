@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from smoa import SmoaConfig
-from smoa_lab.config.run_config import ModelSection
+from smoa_lab.config.run import ModelSection
 from smoa_lab.inspection import layer_reports
 from smoa_lab.inspection.layer_reports import LayerReport, _rank_bound, inspect_layers
 from smoa_lab.models.base_models import load_base_model

@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 from smoa import SmoaConfig
 from smoa.errors import ConfigError
 from smoa.export.lora import RankRule
-from smoa_lab.config.run_config import check_config
+from smoa_lab.config.run import check_config
 from smoa_lab.runs import convert_run as convert_module
 from smoa_lab.runs.convert_run import Converter, conversion_report, convert_run
 from smoa_lab.training.run_folder import RunFolder

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from smoa import SmoaConfig, save_adapter
-from smoa_lab.config.run_config import ModelSection, check_config
+from smoa_lab.config.run import ModelSection, check_config
 from smoa_lab.inspection.layer_reports import inspect_layers
 from smoa_lab.models.base_models import prepare_packaged_model
 from smoa_lab.runs import merge_run as merging

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from smoa_lab.config.rows_config import check_any_config, load_any_config
+from smoa_lab.config.run import check_config, load_config
 from smoa_lab.config.yaml_text import parse_yaml
 from smoa_lab.starting.config_text import config_text, duration, expected, plain_report
 from smoa_lab.starting.measure_steps import Measured
@@ -38,7 +38,7 @@ def test_the_file_says_exactly_what_was_chosen(tmp_path: Path, case: str) -> Non
     file.write_text(config_text(file, chosen, MACHINE, MEASURED))
     values = chosen.values("runs/mine")
     assert parse_yaml(file.read_text(), file) == values
-    assert load_any_config(file) == check_any_config(values)
+    assert load_config(file) == check_config(values)
 
 
 @pytest.mark.parametrize("case", PROPOSALS)

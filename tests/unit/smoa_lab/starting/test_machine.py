@@ -7,10 +7,10 @@ import psutil
 import pytest
 import torch
 
-from smoa_lab.config import run_config
+from smoa_lab.config import run
 from smoa_lab.starting.machine import Machine, this_machine
 
-CPU_MULTIPLIES_BFLOAT16 = run_config.cpu_multiplies_bfloat16
+CPU_MULTIPLIES_BFLOAT16 = run.cpu_multiplies_bfloat16
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def test_a_cpu_has_bfloat16_if_it_lists_instructions_for_it(
     monkeypatch: pytest.MonkeyPatch, listed: dict[str, Any], has: bool
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: listed, raising=False)
-    monkeypatch.setattr(run_config, "cpu_multiplies_bfloat16", CPU_MULTIPLIES_BFLOAT16)
+    monkeypatch.setattr(run, "cpu_multiplies_bfloat16", CPU_MULTIPLIES_BFLOAT16)
     assert this_machine() == Machine(2**30, None, has)
     assert this_machine().name == "the CPU"
 

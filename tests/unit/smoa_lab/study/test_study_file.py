@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from smoa.errors import ConfigError
-from smoa_lab.study.benches.sequence import SequenceBench
+from smoa_lab.study.sequence import SequenceRunner
 from smoa_lab.study.study_file import Study, load_study
 from tests.support.studies import tiny_study
 
@@ -39,7 +39,7 @@ def test_an_entry_that_cannot_name_a_folder_is_refused(name: str, sequence: dict
 
 def test_a_sequence_is_read(sequence: dict[str, Any], tmp_path: Path) -> None:
     study = load(sequence, tmp_path)
-    assert isinstance(study.bench(), SequenceBench)
+    assert isinstance(study.bench(), SequenceRunner)
     assert [list(study.rates(name)) for name in study.entries] == [[-10, -8], [-12]]
 
 
@@ -127,6 +127,6 @@ def test_all_mistakes_of_keys_are_told_at_once_with_their_lines_and_the_nearest_
 
 
 def test_a_study_has_one_dtype_on_all_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("smoa_lab.config.run_config.cpu_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr("smoa_lab.config.run.cpu_multiplies_bfloat16", lambda: True)
     study = tiny_study(tmp_path)
     assert study.bench().config(study.entries["ours"], 0.01, seed=0).model.dtype == "float32"
