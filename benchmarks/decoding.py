@@ -23,7 +23,7 @@ from _layers import lower_quartile
 from torch import Tensor, nn
 
 import smoa
-from smoa.tuner.decoding import caches_of_generate
+from smoa.tuner.generation import caches_of_generate
 
 Keeping = Callable[[nn.Module], AbstractContextManager[None]]
 BARS = {"merged": 1.00, "cached": 1.10}

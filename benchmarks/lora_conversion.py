@@ -19,7 +19,7 @@ import torch
 from _common import provenance, write_results
 
 from smoa.export.lora import RankRule
-from smoa_lab.runs.convert_run import Converter, conversion_report
+from smoa_lab.convert import Converter, conversion_report
 
 RANKS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 640]
 ERRORS = [0.5, 0.3, 0.1, 0.05]

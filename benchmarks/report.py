@@ -17,9 +17,7 @@ import altair as alt
 from _common import FOLDER, RESULTS
 from _layers import lower_quartile
 
-from smoa_lab.drawing.line_charts import OTHER, SMOA, lines
-from smoa_lab.drawing.look import DASHES, MUTED
-from smoa_lab.drawing.picture_files import save_picture
+from smoa_lab.pages.charts import DASHES, MUTED, OTHER, SMOA, lines, save_picture
 
 DOCS = FOLDER.parent / "docs"
 INJECTIONS = sorted(RESULTS.glob("injection_*.json"))

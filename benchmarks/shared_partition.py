@@ -28,7 +28,7 @@ from smoa.maths.scale import block_scale
 from smoa.maths.spectrum import gram_scores, labels_from_scores
 from smoa_lab.config.methods import METHODS, Method
 from smoa_lab.config.run import RunConfig
-from smoa_lab.runs.layer_updates import adapted_layers
+from smoa_lab.inspect import adapted_layers
 from smoa_lab.study.classification import ClassificationRunner
 from smoa_lab.study.study_file import load_study
 

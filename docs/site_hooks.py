@@ -17,7 +17,7 @@ from typing import Any
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
-from smoa_lab.drawing.chart_script import SCRIPT, script
+from smoa_lab.pages.templates import SCRIPT, script
 from smoa_lab.study.report.results.rows import from_json
 from smoa_lab.study.report.sequence.sequence_page import sequence_page
 from smoa_lab.study.report.study_page import study_page

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import smoa
-from smoa.files.save_id import without_id
+from smoa.files.names import without_id
 from smoa.layers.layer import SmoaLayer
 from tests.support import tiny_models
 

@@ -11,9 +11,7 @@ from typing import Any
 
 import altair as alt
 
-from smoa_lab.drawing.line_charts import LORA, OTHER, SMOA, lines
-from smoa_lab.drawing.look import DASHES, MUTED, PALETTE, values
-from smoa_lab.drawing.picture_files import save_picture
+from smoa_lab.pages.charts import DASHES, LORA, MUTED, OTHER, PALETTE, SMOA, lines, save_picture, values
 
 ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "benchmarks" / "results" / "lora_conversion.json"

@@ -14,9 +14,7 @@ from pathlib import Path
 import altair as alt
 import torch
 
-from smoa_lab.drawing.line_charts import OTHER, SMOA, lines
-from smoa_lab.drawing.look import MUTED, values
-from smoa_lab.drawing.picture_files import save_picture
+from smoa_lab.pages.charts import MUTED, OTHER, SMOA, lines, save_picture, values
 
 IMAGES = Path(__file__).parents[1] / "images"
 SIZE, TOKENS, WEIGHT_RMS = 1024, 256, 0.02

@@ -14,9 +14,7 @@ from typing import Any
 
 import altair as alt
 
-from smoa_lab.drawing.line_charts import LORA, SMOA, lines
-from smoa_lab.drawing.look import DASHES, PALETTE
-from smoa_lab.drawing.picture_files import save_picture
+from smoa_lab.pages.charts import DASHES, LORA, PALETTE, SMOA, lines, save_picture
 
 DOCS = Path(__file__).parents[1]
 NAMES = {

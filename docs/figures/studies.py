@@ -11,8 +11,8 @@ import json
 import sys
 from pathlib import Path
 
-from smoa_lab.drawing.picture_files import save_picture
-from smoa_lab.inspection.inspection_charts import by_layer
+from smoa_lab.inspect_page import by_layer
+from smoa_lab.pages.charts import save_picture
 from smoa_lab.study.report.sequence.sequence_report import sequence_report
 from smoa_lab.study.report.study_report import report
 from smoa_lab.study.study_file import load_study

@@ -16,10 +16,8 @@ import altair as alt
 from torch import nn
 
 from smoa_lab.config.run import ModelSection
-from smoa_lab.drawing.line_charts import lines
-from smoa_lab.drawing.look import DASHES, PALETTE
-from smoa_lab.drawing.picture_files import save_picture
 from smoa_lab.models.base_models import load_base_model
+from smoa_lab.pages.charts import DASHES, PALETTE, lines, save_picture
 
 IMAGES = Path(__file__).parents[1] / "images"
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")

@@ -34,7 +34,7 @@ from smoa.maths.blocks import Blocks as SpectralPartition  # noqa: E402  (its pu
 from smoa.maths.kernels.choice import use_kernels  # noqa: E402
 from smoa.maths.spectrum import make_partition, spectral_scores  # noqa: E402
 from smoa.maths.spectrum_cache import clear_spectrum_cache  # noqa: E402
-from smoa.tuner.decoding import keep_in_generate  # noqa: E402
+from smoa.tuner.generation import keep_in_generate  # noqa: E402
 from smoa.tuner.model import SmoaModel  # noqa: E402
 
 register(SmoaConfig, SmoaModel)

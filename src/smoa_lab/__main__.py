@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import sys
 
-from smoa_lab.basics.extras import EXTRAS, missing
+from smoa_lab.basics.extras import advice
 
 
 def main() -> None:
     """Run the ``smoa`` command."""
-    lacking = missing(*EXTRAS["cli"])
-    if lacking is not None:
-        sys.exit(f"smoa: the command line {lacking}")
-    from smoa_lab.cli.main import app
+    try:
+        from smoa_lab.cli.main import app
 
-    app()
+        app()
+    except ModuleNotFoundError as error:
+        lacking = advice(error.name)
+        if lacking is None:
+            raise
+        sys.exit(f"smoa: the command line {lacking}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from smoa_lab.models.packaged_models import unpacked_folder
+
 FOLDER = Path(__file__).parents[2] / "examples"
 SCRIPTS = sorted(path for path in FOLDER.glob("*.py") if not path.name.startswith("_"))
 NEEDS = {
@@ -33,7 +35,7 @@ def test_the_readme_lists_every_example() -> None:
 def test_an_example_is_short_and_tells_what_it_printed(script: Path) -> None:
     text = script.read_text("utf-8")
     told = ast.get_docstring(ast.parse(text)) or ""
-    assert len(text.splitlines()) < 60
+    assert len(text.splitlines()) <= (150 if script.name == "smoa_in_one_file.py" else 60)
     assert "Shows: " in told
     assert "Printed when last run:" in told
 
@@ -44,7 +46,10 @@ def test_an_example_runs(script: Path, tmp_path: Path) -> None:
     for module in NEEDS.get(script.name, []):
         pytest.importorskip(module, reason="the extra `examples` is not installed")
     quiet = {**os.environ, "HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path)}
-    command = [sys.executable, str(script)]
+    model = [str(unpacked_folder("smollm2-135m"))] if script.name == "smoa_in_one_file.py" else []
+    if model and not Path(model[0]).is_dir():
+        pytest.skip("SmolLM2 is not in the cache: `smoa chat smollm2-135m` unpacks it")
+    command = [sys.executable, str(script), *model]
     done = subprocess.run(
         command, cwd=tmp_path, env=quiet, capture_output=True, text=True, check=False, timeout=3 * SECONDS
     )

@@ -14,10 +14,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from smoa import SmoaConfig
-from smoa_lab.drawing.pages import write_page
-from smoa_lab.inspection.inspection_page import inspection_page
-from smoa_lab.inspection.layer_reports import inspect_layers
-from smoa_lab.runs.run_page import report_run
+from smoa_lab.inspect import inspect_layers
+from smoa_lab.inspect_page import inspection_page
+from smoa_lab.pages.templates import write_page
+from smoa_lab.report import report_run
 from smoa_lab.study.report.study_report import report
 from tests.support import lab
 from tests.support.runs import stored_run

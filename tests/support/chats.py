@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from smoa_lab.chat.opening import find, load
-from smoa_lab.chat.speaker import Speaker, Writing
+from smoa_lab.chat import ChatModel, GenerationSettings, find, load
 from tests.support.adapted_models import adapted
 from tests.support.lab import byte_tokenizer, tiny_base
 
@@ -20,7 +19,7 @@ TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
 )
-WRITING = Writing(max_new_tokens=12)
+SETTINGS = GenerationSettings(max_new_tokens=12)
 
 
 def chat_base(folder: Path) -> Path:
@@ -41,12 +40,12 @@ def saved_adapter(folder: Path, base: Path, seed: int = 1, **config: Any) -> Pat
     return folder
 
 
-def speaker_of(place: Path, writing: Writing = WRITING, **changes: Any) -> Speaker:
-    """The speaker that `smoa chat` makes of a place."""
-    return load(find(str(place), changes), writing)
+def chat_model_of(place: Path, settings: GenerationSettings = SETTINGS, **changes: Any) -> ChatModel:
+    """The chat model that `smoa chat` makes of a place."""
+    return load(find(str(place), changes), settings)
 
 
-def written(model: Any, place: Path, messages: list[dict[str, str]], new_tokens: int = WRITING.max_new_tokens) -> str:
+def written(model: Any, place: Path, messages: list[dict[str, str]], new_tokens: int = SETTINGS.max_new_tokens) -> str:
     """What transformers' own `generate` writes, greedily."""
     tokenizer: Any = AutoTokenizer.from_pretrained(place)
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)

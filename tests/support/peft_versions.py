@@ -30,7 +30,7 @@ NEEDS_TRANSFORMERS_OWN_METHODS = (
 OF_T5 = r"test_a_mixed_batch_generates_what_each_adapter_generates_alone\[t5|test_an_encoder_decoder_is_merged"
 """Tests of T5 with a task type, of which PEFT up to 0.21.0 calls a method that transformers dropped in 5.18."""
 NEEDS_TRANSFORMERS_LOADER = (
-    r"by_transformers|test_transformers_(loads|keeps_its_base|takes_an_adapter)|test_files_of_0_1_are_loaded"
+    r"by_transformers|test_transformers_(loads|keeps_its_base|takes_an_adapter)"
     r"|test_arguments_that_a_loader_does_not_take"
 )
 """Tests of `model.load_adapter`, which from transformers 5.6 on imports what PEFT 0.18 does not have."""

@@ -7,10 +7,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from smoa_lab.runs.budget_choices import budget_choice
-from smoa_lab.starting.machine import Machine
-from smoa_lab.starting.proposal import Proposal
-from smoa_lab.starting.survey import DataFacts, ModelFacts
+from smoa_lab.budget import budget_choice
+from smoa_lab.init import DataFacts, Machine, ModelFacts, Proposal
 
 MODEL = ModelFacts("some/model", 1_000_000, Counter({(64, 32): 4}), 2048, 2, 32, 64, 500)
 ROWS = DataFacts({"train": "rows.jsonl", "format": "messages", "test_part": 0.05}, 100, 128, "messages", 5000)

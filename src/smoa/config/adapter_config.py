@@ -8,6 +8,7 @@ import json
 import math
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, field, fields
 from pathlib import Path
@@ -22,7 +23,7 @@ from smoa.config.rules import Bias, config_problems, value_problems
 from smoa.errors import ConfigError
 from smoa.maths.factors import Initialization, split_rank
 from smoa.maths.modulations import ModulationKind
-from smoa.maths.scale import DEFAULT_SCALE, SCALE_OF_0_1, ScaleKind
+from smoa.maths.scale import DEFAULT_SCALE, ScaleKind
 from smoa.maths.spectrum import PartitionKind
 from smoa.maths.stack_partition import ExpertPartition
 
@@ -30,9 +31,14 @@ Shape = tuple[int, int]
 """(out_features, in_features) of a weight."""
 MEANING = (
     *("r", "num_blocks", "num_blocks_pattern", "block_ranks", "rank_pattern"),
-    *("alpha", "alpha_pattern", "normalized_alpha", "use_rslora", "scale", "normalize_anchor", "modulation"),
+    *("alpha", "alpha_pattern", "use_rslora", "scale", "modulation"),
 )
 """Settings without which saved tensors can't be read: with others they give another ΔW."""
+MADE_WITH = (
+    *(*MEANING, "partition", "expert_partition", "target_modules", "target_parameters", "exclude_modules"),
+    *("layers_to_transform", "layers_pattern"),
+)
+"""Settings that decide which layers get an adapter, and what it is there."""
 
 
 @dataclass
@@ -56,9 +62,7 @@ class SmoaConfig(PeftConfig):
         scale: The part of ΔW's scale that comes from the weight. "lora" multiplies each block by 4 / rms(block), so
             that LoRA's alpha / r and learning rate serve. "block" and "layer" are 1 / rms of the block or of the
             layer's weight. "paper" leaves ΔW relative to the weight, whose entries are about 0.02: alpha = r then needs
-            10 to 50 times LoRA's learning rate, and alpha = 32·r one of about 1e-2. None means "lora", and "paper" in a
-            file saved by smoa 0.1.
-        normalize_anchor: True is the same as `scale="layer"`, as in smoa 0.1.
+            10 to 50 times LoRA's learning rate, and alpha = 32·r one of about 1e-2. None means "lora".
         partition: How to assign coordinates to blocks: by "spectral" score, "contiguous" or at "random".
         modulation: "hadamard" multiplies each block by the frozen weight. Ablations: "none" does not, and "noise"
             multiplies by random numbers with the weight's norm.
@@ -82,15 +86,8 @@ class SmoaConfig(PeftConfig):
             it is tied to, all of them get one adapter, and a merge leaves them tied.
         lora_alpha: LoRA's name for alpha.
         lora_dropout: LoRA's name for smoa_dropout.
-        normalized_alpha: alpha by module name, already divided by the rms, in adapters that smoa 0.1 saved with
-            `normalize_anchor`.
         save_id: A digest of the settings that give the saved tensors their meaning, written into both files at each
             save, to refuse a config and weights that don't belong together. A config read from a file keeps its id.
-        blocks_from_spectrum: In adapters whose K was chosen by layer, with r and alpha following K. The choices are in
-            `num_blocks_pattern`; `rank_pattern` and `alpha_pattern` get the r and alpha that belong to them.
-        spectrum_blocks: Such choices in adapters saved by smoa 0.1; added to `num_blocks_pattern`.
-        settings_digest: In adapters saved by smoa 0.1. Ignored.
-        weights_digest: In adapters saved by smoa 0.1. Ignored.
 
     Raises:
         ConfigError: at least one rule is broken; the message lists all of them.
@@ -103,7 +100,6 @@ class SmoaConfig(PeftConfig):
     alpha: float | None = None
     use_rslora: bool = False
     scale: ScaleKind | None = None
-    normalize_anchor: bool = False
     smoa_dropout: float = 0.0
     bias: Bias = "none"
     partition: PartitionKind = "spectral"
@@ -121,39 +117,22 @@ class SmoaConfig(PeftConfig):
     fan_in_fan_out: bool = False
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     ensure_weight_tying: bool = False
-
-    normalized_alpha: dict[str, float] = field(default_factory=dict)
     save_id: str | None = None
 
     lora_alpha: InitVar[float | None] = None
     lora_dropout: InitVar[float | None] = None
-    blocks_from_spectrum: InitVar[bool] = False
-    spectrum_blocks: InitVar[dict[str, int] | None] = None
-    settings_digest: InitVar[object] = None
-    weights_digest: InitVar[object] = None
 
-    def __post_init__(
-        self,
-        lora_alpha: float | None,
-        lora_dropout: float | None,
-        blocks_from_spectrum: bool,
-        spectrum_blocks: dict[str, int] | None,
-        settings_digest: object,
-        weights_digest: object,
-    ) -> None:
+    def __post_init__(self, lora_alpha: float | None, lora_dropout: float | None) -> None:
         from_file = self.peft_version is not None  # PEFT writes it; nobody gives it by hand
         super().__post_init__()  # type: ignore[no-untyped-call]  # PEFT leaves it without types
         self.peft_type = PeftType("SMOA")
-        if self.scale is None:
-            self.scale = "layer" if self.normalize_anchor else SCALE_OF_0_1 if from_file else DEFAULT_SCALE
+        self.scale = DEFAULT_SCALE if self.scale is None else self.scale
         self._make_savable()
         problems = self._rename("alpha", "lora_alpha", lora_alpha)
         problems += self._rename("smoa_dropout", "lora_dropout", lora_dropout)
-        problems += [*self._absorb(blocks_from_spectrum, spectrum_blocks), *config_problems(self)]
+        problems += config_problems(self)
         if problems:
             raise ConfigError("SmoaConfig: " + "; ".join(problems))
-        if blocks_from_spectrum:
-            self._follow_blocks()
         self._is_without_id = from_file and self.save_id is None
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
@@ -179,31 +158,6 @@ class SmoaConfig(PeftConfig):
             return [f"{ours}={given!r} and {theirs}={value!r} name the same setting; drop {theirs}"]
         setattr(self, ours, value)
         return []
-
-    def _absorb(self, blocks_from_spectrum: bool, spectrum_blocks: dict[str, int] | None) -> list[str]:
-        """Move the choices of smoa 0.1 to `num_blocks_pattern`. Return the problems of K chosen by layer."""
-        problems = [
-            *value_problems("blocks_from_spectrum", blocks_from_spectrum, bool),
-            *value_problems("spectrum_blocks", spectrum_blocks, dict[str, int] | None),
-        ]
-        if spectrum_blocks and not problems and isinstance(self.num_blocks_pattern, dict):
-            self.num_blocks_pattern = {**self.num_blocks_pattern, **spectrum_blocks}
-        if not problems and blocks_from_spectrum and not self.num_blocks_pattern:
-            problems.append("blocks_from_spectrum=True was removed; name layers and their K in num_blocks_pattern")
-        return problems
-
-    def _follow_blocks(self) -> None:
-        """Give the layers of `num_blocks_pattern` r and alpha in proportion to their K."""
-        for name, whole in (("rank_pattern", self.r), ("alpha_pattern", None if self.use_rslora else self.alpha)):
-            given: dict[str, Any] = getattr(self, name)
-            following = {}
-            for key in (*given, *self.num_blocks_pattern) if whole is not None else ():  # the first match counts
-                K, value = _by_pattern(self.num_blocks_pattern, key, None), _by_pattern(given, key, whole)
-                if K is not None:
-                    following[key] = (
-                        value // self.num_blocks * K if name == "rank_pattern" else value * K / self.num_blocks
-                    )
-            setattr(self, name, following or given)
 
     @classmethod
     def from_pretrained(
@@ -241,6 +195,22 @@ class SmoaConfig(PeftConfig):
         settings = json.dumps({name: getattr(self, name) for name in MEANING}, sort_keys=True)
         return hashlib.blake2b(settings.encode(), digest_size=16).hexdigest()
 
+    def made_with(self) -> dict[str, Any]:
+        """Copies of the settings in `MADE_WITH`, as they are now."""
+        return {name: copy.copy(getattr(self, name)) for name in MADE_WITH}
+
+    def restore(self, adapter_name: str, made_with: Mapping[str, Any]) -> None:
+        """Take back the settings that an adapter was made with, and warn if they were changed since."""
+        changed = [name for name in MADE_WITH if getattr(self, name) != made_with[name]]
+        if changed:
+            vars(self).update({name: copy.copy(made_with[name]) for name in changed})
+            warnings.warn(
+                f"the config of adapter {adapter_name!r} was changed after the adapter was made; its layers have "
+                f"{', '.join(f'{name}={made_with[name]!r}' for name in changed)}, so it is saved with that, and the "
+                "config has it again; for another adapter use dataclasses.replace(config, ...)",
+                stacklevel=2,
+            )
+
     def num_blocks_of(self, module: str, shape: Shape | None = None) -> int:
         """K of a module.
 
@@ -256,7 +226,8 @@ class SmoaConfig(PeftConfig):
 
     def rank_of(self, module: str, shape: Shape | None = None) -> int:
         """Total rank of a module: that of as many blocks as it has, each of the rank that it would have among all."""
-        r, (own, whole) = self._whole_rank_of(module), self._share_of(module, shape)
+        r: int = _by_pattern(self.rank_pattern, module, self.r)
+        own, whole = self.num_blocks_of(module, shape), self.num_blocks_of(module)
         return r // whole * own + min(r % whole, own)
 
     def ranks_of(self, module: str = "", r: int | None = None, shape: Shape | None = None) -> tuple[int, ...]:
@@ -267,33 +238,17 @@ class SmoaConfig(PeftConfig):
 
     def alpha_of(self, module: str, r: int, shape: Shape | None = None) -> float:
         """The alpha by which ΔW of a module is scaled as alpha / r. For use_rslora it is alpha·√(r·K)."""
-        if module in self.normalized_alpha:
-            return self.normalized_alpha[module]
         alpha: float | None = _by_pattern(self.alpha_pattern, module, self.alpha)
         if self.use_rslora:
             K = self.num_blocks_of(module, shape)
             return (r / K if alpha is None else alpha) * math.sqrt(r * K)
         if alpha is None:
             return float(r)
-        rank, whole_rank = self.rank_of(module, shape), self._whole_rank_of(module)
-        own, whole = self._share_of(module, shape)
-        exact = rank * whole == whole_rank * own  # smoa 0.1 multiplied by blocks, which may round otherwise
-        return alpha * own / whole if exact else alpha * rank / whole_rank
-
-    def _whole_rank_of(self, module: str) -> int:
-        """Total rank of a module that has as many blocks as its r is divided among."""
-        r: int = _by_pattern(self.rank_pattern, module, self.r)
-        return r
-
-    def _share_of(self, module: str, shape: Shape | None) -> tuple[int, int]:
-        """A module's number of blocks, and the number that its r and alpha are divided among."""
-        return self.num_blocks_of(module, shape), self.num_blocks_of(module)
+        return alpha * (self.rank_of(module, shape) / self.rank_of(module))
 
     def scale_of(self, module: str) -> ScaleKind:
-        """`scale` of a module. It is "paper" if its alpha is normalized already, as in adapters of 0.1."""
-        if module in self.normalized_alpha:
-            return "paper"
-        return "layer" if self.normalize_anchor else self.scale or DEFAULT_SCALE
+        """`scale` of a module."""
+        return self.scale or DEFAULT_SCALE
 
 
 def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:

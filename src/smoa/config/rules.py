@@ -25,11 +25,9 @@ RULES: dict[str, Rule] = {
     "rank_pattern": COUNT,
     "num_blocks": BLOCKS,
     "num_blocks_pattern": BLOCKS,
-    "spectrum_blocks": BLOCKS,
     "block_ranks": (lambda n: n >= 0, "a non-negative integer"),
     "alpha": POSITIVE,
     "alpha_pattern": POSITIVE,
-    "normalized_alpha": POSITIVE,
     "lora_alpha": POSITIVE,
     "smoa_dropout": SHARE,
     "lora_dropout": SHARE,
@@ -104,8 +102,6 @@ def _combination_problems(config: Any) -> Iterator[str]:
             f"layers_to_transform={config.layers_to_transform!r} needs target_modules to be a list of names, "
             f"not the regular expression {config.target_modules!r}"
         )
-    if config.normalize_anchor and config.scale in ("block", "lora"):
-        yield f'normalize_anchor=True means scale="layer", not scale={config.scale!r}; drop normalize_anchor'
     if config.block_ranks is not None:
         yield from _block_rank_problems(config)
 

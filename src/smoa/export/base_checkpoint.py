@@ -17,9 +17,8 @@ from peft.utils import load_peft_weights
 from transformers import AutoConfig, PreTrainedModel
 
 from smoa.errors import ConfigError, MergeError
-from smoa.files.checkpoint import embeddings_of
 from smoa.files.loading import door
-from smoa.files.names import PREFIX
+from smoa.files.names import PREFIX, embeddings_of
 
 AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",

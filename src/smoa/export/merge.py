@@ -34,7 +34,7 @@ from smoa.export.in_memory import merge_in_memory, with_plain_weights
 from smoa.export.model_card import loading_code, loss_in_words, model_card
 from smoa.export.shards import Checkpoint, has_safetensors
 from smoa.export.streaming import RoundingLoss, SavedAdapter, plan_stream, stream_merge
-from smoa.files.named_base import NamedBase, named_base
+from smoa.files.card import NamedBase, named_base
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 

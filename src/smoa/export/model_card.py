@@ -9,8 +9,7 @@ from huggingface_hub import ModelCardData
 from peft import PeftConfig
 
 from smoa.export.streaming import RoundingLoss
-from smoa.files.adapter_card import method_name, settings_as_json
-from smoa.files.named_base import NamedBase
+from smoa.files.card import NamedBase, method_name, settings_as_json
 
 TEXT = """---
 {front_matter}

@@ -16,9 +16,8 @@ from smoa.config.adapter_config import SmoaConfig
 from smoa.errors import AdapterFileError, MergeError
 from smoa.export.shards import FLOATS, Checkpoint, HeaderEntry, write_checkpoint
 from smoa.export.stream_targets import StreamTarget, separate_experts, target_of
-from smoa.files.adapter_folder import smoa_adapter
-from smoa.files.names import PARTS, PREFIX, required_parts
-from smoa.layers.distributed import SCALE
+from smoa.files.loading import read_adapter
+from smoa.files.names import PARTS, PREFIX
 from smoa.layers.experts.layout import Layout
 from smoa.layers.layer import as_matrix, as_stored
 from smoa.maths.blocks import Blocks
@@ -82,7 +81,7 @@ class SavedAdapter:
         self.config = config
         self.layers: dict[str, dict[str, Tensor]] = {}
         self.others: dict[str, Tensor] = {}
-        for key, tensor in smoa_adapter(folder).read().items():
+        for key, tensor in read_adapter(folder).items():
             name = key.removeprefix(PREFIX)
             module, found, part = name.partition(".smoa_")
             if found:
@@ -90,9 +89,8 @@ class SavedAdapter:
             elif ".original_module." not in name and ".modules_to_save." not in name:  # also saved under the plain name
                 self.others[name.replace(".base_layer.", ".")] = tensor
         for module, parts in self.layers.items():
-            required = required_parts(config, module)
-            if not set(required) <= parts.keys() <= {*PARTS, SCALE}:
-                raise AdapterFileError(f"{folder}: {module} has {sorted(parts)}, expected {sorted(required)}")
+            if parts.keys() != set(PARTS):
+                raise AdapterFileError(f"{folder}: {module} has {sorted(parts)}, expected {sorted(PARTS)}")
 
     def merged(self, target: StreamTarget, weight: Tensor) -> Tensor:
         """`W + ΔW` of what a tensor of the checkpoint holds, in its shape and in float32 or wider."""
@@ -119,12 +117,12 @@ class SavedAdapter:
             AdapterFileError: the tensors don't fit the parameter.
         """
         tensors, count, shape = self.layers[name], layout.count, layout.shape
-        A, B, rows, cols = (tensors[part] for part in PARTS)
+        A, B, rows, cols, block_scale = (tensors[part] for part in PARTS)
         ranks = self.config.ranks_of(name, shape=shape)
         r = sum(ranks)
         if (rows.shape[-1], cols.shape[-1]) != shape or len(A) != count * r:
             raise AdapterFileError(f"{name}: the adapter is for a parameter of another shape than {layout}")
-        scale = rank_scale(tensors.get(SCALE, torch.ones(count, len(ranks))).float(), ranks)
+        scale = rank_scale(block_scale.float(), ranks)
         parts = A.unflatten(0, (count, r)).unbind(), B.unflatten(1, (count, r)).unbind(1)
         blocks, modulation = stacked_blocks(rows, cols, len(ranks)), MODULATIONS[self.config.modulation]
         return Stack(*parts, ranks, self.config.alpha_of(name, r, shape) / r, scale, blocks, modulation)
@@ -135,13 +133,11 @@ class SavedAdapter:
         Raises:
             PartitionError: the labels are not a partition of this weight.
         """
-        tensors = self.layers[module]
-        A, B, rows, cols = (tensors[part] for part in PARTS)
+        A, B, rows, cols, block_scale = (self.layers[module][part] for part in PARTS)
         shape = (len(rows), len(cols))
         ranks = self.config.ranks_of(module, len(A), shape)
         scaling = self.config.alpha_of(module, len(A), shape) / len(A)
-        block_scale = tensors.get(SCALE, torch.ones(len(ranks))).float()
-        factors = Factors(A, B, ranks, scaling, rank_scale(block_scale, ranks), Blocks(rows, cols, len(ranks)))
+        factors = Factors(A, B, ranks, scaling, rank_scale(block_scale.float(), ranks), Blocks(rows, cols, len(ranks)))
         return Update(factors, MODULATIONS[self.config.modulation])
 
 

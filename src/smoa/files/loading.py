@@ -1,14 +1,16 @@
-"""Checks a saved adapter before PEFT or transformers makes layers for it.
+"""Finds and checks a saved adapter before PEFT or transformers makes layers for it.
 
 PEFT and transformers have four functions that load an adapter, and no hook that runs before layers are made. So all
-four are wrapped once, when smoa is imported. A wrapper first finds and checks the adapter (`find_adapter`). While the
-function runs, `incoming()` gives the adapter to injection, which then decomposes no weight, because the labels come
-from the file, and allows no larger rank than the file has. Adapters of other methods are not affected.
+four are wrapped once, when smoa is imported. A wrapper first finds the adapter in its folder or on the Hub, and checks
+its header (`find_adapter`). While the function runs, `incoming()` gives the adapter to injection, which then decomposes
+no weight, because the labels come from the file, and allows no larger rank than the file has. Adapters of other methods
+are not affected.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,73 +20,189 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
 from peft.auto import _BaseAutoPeftModel
-from peft.utils import CONFIG_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.integrations.peft import PeftAdapterMixin
 
 from smoa.atomic import recover
+from smoa.config.adapter_config import SmoaConfig
 from smoa.errors import AdapterFileError, ConfigError
-from smoa.files.adapter_folder import HUB_OPTIONS, AdapterFile, find_adapter
+from smoa.files.names import id_in, is_id, without_id
+
+HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "repo_type")
 
 
 @dataclass(frozen=True)
-class Incoming:
-    """An adapter that is being loaded.
+class AdapterFile:
+    """The weights of a saved SMoA adapter.
 
     Args:
-        place: The folder or hub id that was given.
-        file: Its weights.
-        tensors: Their tensors, if the loader does not check them. Injection then checks and loads them.
+        path: The file.
+        largest_rank: The largest number of rows of any factor A, by the header.
+        save_id: The id in it, if any.
+        tensors: All tensors but the id, on the CPU, if they were read too.
     """
 
-    place: Path
-    file: AdapterFile
+    path: Path
+    largest_rank: int
+    save_id: str | None
     tensors: dict[str, Tensor] | None = None
 
+    @classmethod
+    def opened(cls, path: Path, read: bool = False) -> AdapterFile:
+        """Read the header and, if asked, the tensors.
 
-_INCOMING: ContextVar[Incoming | None] = ContextVar("smoa_incoming", default=None)
+        Raises:
+            AdapterFileError: it is not a regular file or not a whole safetensors file, or has no factor A.
+        """
+        if not path.is_file():
+            raise AdapterFileError(f"{path}: is not a regular file; save the adapter again")
+        try:
+            with safe_open(path, "pt") as file:
+                keys = list(file.keys())
+                shapes = [file.get_slice(key).get_shape() for key in keys if key.endswith(".smoa_A.weight")]
+                tensors = {key: file.get_tensor(key) for key in keys if read or is_id(key)}
+        except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: torch can't map the file
+            raise AdapterFileError(
+                f"{path}: is not a whole safetensors file ({error}); save or fetch it again"
+            ) from None
+        if not shapes:
+            raise AdapterFileError(f"{path}: has no smoa_A factor, so it does not belong to {CONFIG_NAME}")
+        largest = max(shape[0] if shape else 0 for shape in shapes)
+        return cls(path, largest, id_in(tensors), without_id(tensors) if read else None)
+
+    def check_rank(self, module: str, rank: int) -> None:
+        """Raise AdapterFileError if the config gives a module a larger rank than any factor in the file has.
+
+        Called for each adapted module before anything of that size is allocated.
+        """
+        if rank > self.largest_rank:
+            raise AdapterFileError(
+                f"{self.path.with_name(CONFIG_NAME)}: r or rank_pattern asks for rank {rank} in {module}, but the "
+                f"largest factor in {self.path.name} has {self.largest_rank} rows; they come from different adapters"
+            )
+
+    def check_unchanged(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raise AdapterFileError if tensors that were read from the file later come from another save."""
+        save_id = id_in(tensors)
+        if save_id is not None and save_id != self.save_id:
+            raise AdapterFileError(f"{self.path}: another adapter was saved here during the load; load it again")
 
 
-def incoming() -> Incoming | None:
-    """The adapter that is being loaded, if any."""
-    return _INCOMING.get()
+def find_adapter(
+    source: str | os.PathLike[str], config: object = None, read: bool = False, **options: Any
+) -> AdapterFile | None:
+    """The weights of the SMoA adapter in a folder or on the Hub.
+
+    Args:
+        source: Folder or hub id.
+        config: The config to load it with, by default the one in the folder.
+        read: Read the tensors too.
+        options: PEFT's options for the Hub (`HUB_OPTIONS`), such as `subfolder`, `revision` and `token`.
+
+    Returns:
+        None if there is none or it belongs to another method. PEFT then loads it, or reports what is missing.
+
+    Raises:
+        AdapterFileError: the weights are a pickle, are damaged, or come from another adapter than the config.
+    """
+    saved = _json(_located(source, CONFIG_NAME, options))
+    ours = saved.get("peft_type") == "SMOA" if config is None else isinstance(config, SmoaConfig)
+    if not ours:
+        return None
+    path = _located(source, SAFETENSORS_WEIGHTS_NAME, options)
+    if path is None or not path.exists():
+        pickle = _located(source, WEIGHTS_NAME, options)
+        if pickle is not None and pickle.exists():
+            raise AdapterFileError(
+                f"{pickle}: is a pickle, which can run code when it is read; "
+                f"save the adapter as {SAFETENSORS_WEIGHTS_NAME}"
+            )
+        return None
+    file = AdapterFile.opened(path, read)
+    if isinstance(saved.get("save_id"), str) and saved["save_id"] != file.save_id:
+        raise AdapterFileError(
+            f"{path}: comes from another adapter than {CONFIG_NAME}: their save_id differ; use two files of one save, "
+            f"or delete save_id from {CONFIG_NAME} if they do belong together"
+        )
+    return file
+
+
+def _located(source: str | os.PathLike[str], name: str, options: dict[str, Any]) -> Path | None:
+    """Path of a file in a folder, which may not exist, or downloaded from the Hub; None if the Hub does not have it."""
+    if Path(source).exists():
+        return Path(source, options.get("subfolder", ""), name)
+    try:
+        return Path(hf_hub_download(str(source), name, **options))
+    except (HfHubHTTPError, OSError, ValueError):
+        return None
+
+
+def _json(path: Path | None) -> dict[str, Any]:
+    """The content of a config; empty if it can't be read, which PEFT then reports."""
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return saved if isinstance(saved, dict) else {}
+
+
+def read_adapter(source: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """All tensors of the SMoA adapter in a folder or on the Hub, without the id.
+
+    Raises:
+        AdapterFileError: there is no SMoA adapter, or `find_adapter` refuses it.
+    """
+    file = find_adapter(source, read=True)
+    if file is None or file.tensors is None:
+        raise AdapterFileError(f"{source}: has no {SAFETENSORS_WEIGHTS_NAME} of a SMoA adapter")
+    return file.tensors
+
+
+_INCOMING: ContextVar[tuple[Path, AdapterFile] | None] = ContextVar("smoa_incoming", default=None)
+"""The folder or hub id that was given, and what was found there."""
+
+
+def incoming() -> AdapterFile | None:
+    """The adapter that is being loaded, if any. It has tensors if the loader does not check them: injection does."""
+    known = _INCOMING.get()
+    return None if known is None else known[1]
 
 
 @contextmanager
 def door(
     source: str | os.PathLike[str] | None, config: object = None, read: bool = False, **options: Any
-) -> Iterator[Incoming | None]:
+) -> Iterator[AdapterFile | None]:
     """Check a saved adapter, and return it from `incoming()` within the block.
 
     Args:
         source: Folder or hub id; None if the adapter is not in files.
         config: The config to load it with, by default the one in the folder.
         read: Read the tensors too.
-        options: PEFT's options, such as `subfolder` and `revision`.
+        options: PEFT's options for the Hub, such as `subfolder` and `revision`.
 
     Raises:
-        AdapterFileError: the weights are a pickle, are damaged, or come from another adapter than the config, or
-            another adapter was saved into the folder meanwhile.
+        AdapterFileError: the weights are a pickle, are damaged, or come from another adapter than the config.
         ConfigError: the config breaks a rule; the message names the file.
     """
-    place = None if source is None else Path(source, options.get("subfolder") or "")
-    if source is not None:
+    if source is None:
+        place, file = None, None
+    else:
+        place = Path(source, options.get("subfolder", ""))
         recover(Path(source))  # from a killed save
-    known = _INCOMING.get()
-    if known is not None and known.place == place:  # one loader calls another
-        yield known
-        return
-    file = None if source is None else find_adapter(source, config, **options)
-    found = None if file is None or place is None else Incoming(place, file, file.read() if read else None)
-    token = _INCOMING.set(found)
+        known = _INCOMING.get()
+        if known is not None and known[0] == place:  # one loader calls another
+            yield known[1]
+            return
+        file = find_adapter(source, config, read, **options)
+    token = _INCOMING.set(None if place is None or file is None else (place, file))
     try:
-        yield found
-        if file is not None and source is not None and Path(source).exists():
-            again = find_adapter(source, config, **options)
-            if again is None or again.save_id != file.save_id:
-                raise AdapterFileError(f"{place}: another adapter was saved here during the load; load it again")
+        yield file
     except ConfigError as error:
         if place is None or CONFIG_NAME in str(error):
             raise
@@ -120,22 +238,15 @@ def _guarded(original: Callable[..., Any], source: str) -> Callable[..., Any]:
             return original(*args, **kwargs)  # raises it
         given = call.arguments
         place = None if given.get("adapter_state_dict") is not None else given.get(source)
-        with door(place, _known_config(args[0], given), checks_nothing, **_hub_options(given)) as found:
-            if checks_nothing and found is not None:
-                given["adapter_state_dict"] = found.tensors
+        options = {**given, **given.get("kwargs", {}), **(given.get("adapter_kwargs") or {})}
+        options = {name: options[name] for name in HUB_OPTIONS if options.get(name) is not None}
+        # The config that was passed, or that of the loaded adapter which gets the weights
+        loaded = {} if isinstance(args[0], type) else getattr(args[0], "peft_config", {})
+        config = given.get("config") or given.get("peft_config") or loaded.get(given.get("adapter_name"))
+        with door(place, config, checks_nothing, **options) as file:
+            if checks_nothing and file is not None:
+                given["adapter_state_dict"] = file.tensors
             return original(*call.args, **call.kwargs)
 
     load.__smoa_door__ = True  # type: ignore[attr-defined]
     return load
-
-
-def _known_config(model: Any, given: Mapping[str, Any]) -> object:
-    """The config that was passed, or the config of the loaded adapter that gets the weights."""
-    passed = given.get("config") or given.get("peft_config")
-    there = {} if isinstance(model, type) else getattr(model, "peft_config", {})
-    return passed or there.get(given.get("adapter_name"))
-
-
-def _hub_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    options = {**given, **given.get("kwargs", {}), **(given.get("adapter_kwargs") or {})}
-    return {name: options[name] for name in HUB_OPTIONS if name in options}

@@ -1,22 +1,29 @@
-"""Names in a saved adapter: prefix, kinds of tensors, and layers."""
+"""Names in a saved adapter: prefix, kinds of tensors, layers, and the id in both of its files.
+
+The id refuses a config and weights that don't belong together. It is a setting in `adapter_config.json` and a tensor of
+16 bytes in the weights, because PEFT, transformers and accelerate all write what `get_peft_model_state_dict` returns.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from smoa.compat import BASE_PREFIX
 from smoa.config.adapter_config import SmoaConfig
-from smoa.layers.distributed import LABELS, SCALE, plain_name
+from smoa.layers.distributed import PARTITION, plain_name
 from smoa.layers.experts.param_wrapper import ParamWrapper
 from smoa.layers.layer import SmoaLayer
 
 PREFIX = BASE_PREFIX
 """Prefix of every name in a saved adapter, and of the base model's names inside a PeftModel."""
-FACTORS = ("smoa_A", "smoa_B")
-PARTS = (*(f"{factor}.weight" for factor in FACTORS), *LABELS)
-"""The tensors of every saved layer: A, B, row and column labels. Adapters saved since 0.2 also have `SCALE`."""
+PARTS = ("smoa_A.weight", "smoa_B.weight", *PARTITION)
+"""The tensors of every saved layer: A, B, row labels, column labels and block scales."""
+ID = "smoa_save_id"
 
 
 def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, SmoaLayer]:
@@ -39,6 +46,36 @@ def renamed(state_dict: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[
     return {names.get(head, head) + dot + rest: state_dict[key] for key, (head, dot, rest) in parts.items()}
 
 
-def required_parts(config: SmoaConfig, module: str) -> tuple[str, ...]:
-    """The tensors that a layer's file must have. smoa 0.1 saved no block scales, which are 1 with the paper's scale."""
-    return PARTS if config.scale_of(module) == "paper" else (*PARTS, SCALE)
+def embeddings_of(model: nn.Module) -> dict[str, Any]:
+    """The model's input and output embeddings by name; none if transformers does not know them (speech models)."""
+    embeddings: list[object] = []
+    for getter in (getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings")):
+        with suppress(NotImplementedError):
+            embeddings += [getter()] if getter is not None else []
+    return {name: module for name, module in model.named_modules() if any(module is each for each in embeddings)}
+
+
+def with_id(state_dict: dict[str, Tensor], config: SmoaConfig) -> dict[str, Tensor]:
+    """The tensors to save, with the id that the config writes too, if it has one."""
+    save_id = config.make_save_id()
+    if save_id is None:
+        return state_dict
+    prefix = PREFIX if any(key.startswith(PREFIX) for key in state_dict) else ""
+    return state_dict | {prefix + ID: torch.tensor(list(bytes.fromhex(save_id)), dtype=torch.uint8)}
+
+
+def without_id(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The saved tensors, without the id."""
+    return {key: tensor for key, tensor in state_dict.items() if not is_id(key)}
+
+
+def is_id(key: str) -> bool:
+    """Whether this is the name of the id."""
+    return key.removeprefix(PREFIX) == ID
+
+
+def id_in(tensors: Mapping[str, Tensor]) -> str | None:
+    """The id among saved tensors, as the config writes it; None if there is none or it is damaged."""
+    found = next((tensor for key, tensor in tensors.items() if is_id(key)), None)
+    whole = found is not None and found.dtype == torch.uint8 and found.shape == (16,)
+    return bytes(found.tolist()).hex() if found is not None and whole else None

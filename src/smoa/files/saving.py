@@ -20,7 +20,7 @@ from peft.utils import CONFIG_NAME
 from smoa.atomic import new_files
 from smoa.config.adapter_config import SmoaConfig
 from smoa.errors import ConfigError
-from smoa.files.adapter_card import BASE_TAG, adapter_card
+from smoa.files.card import BASE_TAG, adapter_card
 
 MODEL_CARD = "README.md"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,7 @@ class SmoaLayer(PartitionState):
         "scaling",
         "ranks",
         "modulation",
+        "made_with",
         "pending_partition",
         "contiguous",
         "smoa_dropout",
@@ -69,6 +70,7 @@ class SmoaLayer(PartitionState):
         self.alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
         self.modulation: dict[str, ModulationKind] = {}
+        self.made_with: dict[str, dict[str, Any]] = {}  # settings of the config, which may be changed later
         self.smoa_dropout = nn.ModuleDict()
         self.smoa_A = nn.ModuleDict()
         self.smoa_B = nn.ModuleDict()
@@ -112,6 +114,7 @@ class SmoaLayer(PartitionState):
         alpha = config.alpha_of(module, r, shape)
         self.r[adapter_name], self.alpha[adapter_name], self.scaling[adapter_name] = r, alpha, alpha / r
         self.ranks[adapter_name], self.modulation[adapter_name] = ranks, config.modulation
+        self.made_with[adapter_name] = config.made_with()
         self.smoa_dropout[adapter_name] = nn.Dropout(config.smoa_dropout) if config.smoa_dropout else nn.Identity()
         self._add_factors(adapter_name, config.init_weights)
         self._add_partition(adapter_name, self._pending(config, module), defer_partition)

@@ -7,7 +7,7 @@ adapted layer keeps after its first call without gradients
 - or, if asked for the whole weight, W + ΔW of a float32 or float64 weight: as much memory as W takes. In 16 bits, and
   under autocast or TF32, W + ΔW would round small updates away, so there it keeps the blocks.
 
-`generate` opens caches of blocks by itself (`smoa.tuner.decoding`), `cached_weights` caches of whole weights.
+`generate` opens caches of blocks by itself (`smoa.tuner.generation`), `cached_weights` caches of whole weights.
 
 What a layer keeps has a key: the versions of factors, labels, scales and base weight, and the dtype. If one changes,
 the next call computes it again. Writes through `tensor.data` are not noticed, which PyTorch's version counters leave

@@ -23,7 +23,6 @@ from smoa.maths.modulations import rms_of
 
 ScaleKind = Literal["paper", "layer", "block", "lora"]
 DEFAULT_SCALE: ScaleKind = "lora"
-SCALE_OF_0_1: ScaleKind = "paper"
 FACTOR = 4.0
 """Measured (docs/migration.md). With blocks of unit rms and LoRA's α/r the best learning rate was 2 to 5 times LoRA's:
 the first step's ΔW has the norm of LoRA's, but spreads it over many directions, where LoRA's has few."""

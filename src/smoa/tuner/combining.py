@@ -76,8 +76,6 @@ def combined_config(configs: list[SmoaConfig], combination: Combination) -> Smoa
         alpha_pattern={},
         use_rslora=False,
         scale="paper",
-        normalize_anchor=False,
-        normalized_alpha={},
     )
 
 

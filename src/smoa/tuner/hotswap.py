@@ -12,15 +12,13 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, set_peft_model_state_dict
-from peft.utils import get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from smoa.config.adapter_config import SmoaConfig
 from smoa.errors import AdapterFileError, ConfigError, MergeError
-from smoa.files.adapter_folder import smoa_adapter
 from smoa.files.loading import door
-from smoa.files.names import PARTS, PREFIX, adapter_layers, parameter_names, required_parts
-from smoa.layers.distributed import SCALE
+from smoa.files.names import PARTS, PREFIX, adapter_layers, parameter_names
 from smoa.layers.layer import SmoaLayer
 from smoa.maths.blocks import slices
 from smoa.maths.factors import factor_shapes
@@ -47,26 +45,22 @@ def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "def
     old = getattr(slot, "peft_config", {}).get(adapter_name)
     if not isinstance(slot, PeftModel) or not isinstance(old, SmoaConfig):
         raise ConfigError(f"hotswap_adapter: the model has no SMoA adapter named {adapter_name!r}")
-    layers = _layers(slot, adapter_name)
-    with door(path):
+    base: Any = slot.base_model.model
+    names = parameter_names(base)  # those in the adapter's file
+    layers = {names.get(name, name): layer for name, layer in adapter_layers(base, adapter_name).items()}
+    for name, layer in layers.items():
+        if adapter_name in layer.merged_adapters:
+            raise MergeError(f"{name}: {adapter_name!r} is merged; call unmerge_adapter first")
+    with door(path, read=True) as file:
         config = _checked_config(old, str(path))
-        state = _fitted(smoa_adapter(path).read(), layers, config, adapter_name, str(path))
+        if file is None or file.tensors is None:
+            raise AdapterFileError(f"{path}: has no {SAFETENSORS_WEIGHTS_NAME} of a SMoA adapter")
+        state = _fitted(file.tensors, layers, config, adapter_name, str(path))
         _check_others(slot, state, adapter_name, str(path))
         set_peft_model_state_dict(slot, state, adapter_name=adapter_name)
     for layer in layers.values():
         if layer.smoa_weight_cache is not None:
             layer.smoa_weight_cache.clear()
-
-
-def _layers(slot: PeftModel, adapter_name: str) -> dict[str, SmoaLayer]:
-    """The layers with the adapter, by their names in its file."""
-    tuner: Any = slot.base_model
-    names = parameter_names(tuner.model)
-    layers = {names.get(name, name): layer for name, layer in adapter_layers(tuner.model, adapter_name).items()}
-    merged = [name for name, layer in layers.items() if adapter_name in layer.merged_adapters]
-    if merged:
-        raise MergeError(f"{merged[0]}: {adapter_name!r} is merged; call unmerge_adapter first")
-    return layers
 
 
 def _checked_config(old: SmoaConfig, path: str) -> SmoaConfig:
@@ -88,17 +82,17 @@ def _fitted(
     own = {key for key in state if ".smoa_" in key}
     fitted = {key: tensor for key, tensor in state.items() if key not in own}
     for name, layer in layers.items():
-        *keys, scale_key = (f"{PREFIX}{name}.{part}" for part in (*PARTS, SCALE))
-        required = {f"{PREFIX}{name}.{part}" for part in required_parts(config, name)}
-        if own.isdisjoint(keys):
-            parts = _without_effect(layer, adapter_name)
-        elif required <= own:
-            scale = state.get(scale_key, torch.ones(layer.partition_shapes(adapter_name)[2], dtype=torch.float32))
-            parts = [*_padded(name, layer, [state[key] for key in keys], config, adapter_name, path), scale]
+        keys = [f"{PREFIX}{name}.{part}" for part in PARTS]
+        if own.isdisjoint(keys):  # it does nothing
+            labels = [layer.smoa_row_labels[adapter_name], layer.smoa_col_labels[adapter_name]]
+            zeros = map(torch.zeros_like, layer.factors(adapter_name))
+            parts = [*zeros, *labels, layer.block_scale(adapter_name)]
+        elif own.issuperset(keys):
+            parts = _padded(name, layer, [state[key] for key in keys], config, adapter_name, path)
         else:
-            raise AdapterFileError(f"{path}: {name} lacks {sorted(required - own)}; the adapter is broken")
-        fitted |= dict(zip([*keys, scale_key], parts, strict=True))
-        own -= {*keys, scale_key}
+            raise AdapterFileError(f"{path}: {name} lacks {sorted({*keys} - own)}; the adapter is broken")
+        fitted |= dict(zip(keys, parts, strict=True))
+        own.difference_update(keys)
     if own:
         raise AdapterFileError(
             f"{path}: has {sorted(own)[0]} and {len(own) - 1} more tensor(s) for layers that the loaded adapter "
@@ -107,17 +101,11 @@ def _fitted(
     return fitted
 
 
-def _without_effect(layer: SmoaLayer, adapter_name: str) -> list[Tensor]:
-    scale = layer.block_scale(adapter_name)
-    labels = [layer.smoa_row_labels[adapter_name], layer.smoa_col_labels[adapter_name]]
-    return [*map(torch.zeros_like, layer.factors(adapter_name)), *labels, scale]
-
-
 def _padded(
     name: str, layer: SmoaLayer, parts: list[Tensor], config: SmoaConfig, adapter_name: str, path: str
 ) -> list[Tensor]:
     """Pad the ranks of each block with zeros to those of the slot, and multiply B by the ratio of the scales."""
-    A, B, rows, cols = parts
+    A, B, *partition = parts
     shape, count = (layer.out_features, layer.in_features), layer.matrix_count
     r = len(A) // count
     slot, ranks = layer.ranks[adapter_name], config.ranks_of(name, r, shape)
@@ -137,7 +125,7 @@ def _padded(
         own = slice(target.start, target.start + source.stop - source.start)
         wide_A[:, own] = A.view(count, r, width)[:, source]
         wide_B[:, :, own] = B.view(height, count, r)[:, :, source] * ratio
-    return [wide_A.flatten(0, 1), wide_B.flatten(1), rows, cols]
+    return [wide_A.flatten(0, 1), wide_B.flatten(1), *partition]
 
 
 def _check_others(slot: PeftModel, state: dict[str, Tensor], adapter_name: str, path: str) -> None:

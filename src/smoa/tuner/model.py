@@ -16,10 +16,9 @@ from tqdm.auto import tqdm
 
 from smoa.compat import StateDictHooks
 from smoa.errors import MergeError, PartitionError
-from smoa.files.checkpoint import add_unsaved_scales, check_adapter_state, check_gathered, embeddings_of
+from smoa.files.checks import check_adapter_state, check_gathered
 from smoa.files.loading import incoming
-from smoa.files.names import PREFIX, adapter_layers, parameter_names, renamed
-from smoa.files.save_id import with_id, without_id
+from smoa.files.names import PREFIX, adapter_layers, embeddings_of, parameter_names, renamed, with_id, without_id
 from smoa.layers.adapted_layer import AdaptedLayer
 from smoa.layers.distributed import plain_name, refuse_writing, with_plain_names
 from smoa.layers.experts.param_wrapper import ParamWrapper
@@ -27,11 +26,9 @@ from smoa.layers.kinds.quantized import keep_unpacked, requantization_reported
 from smoa.layers.layer import SmoaLayer
 from smoa.layers.undo import refuse_shared, users_of
 from smoa.tuner.combining import Combination, check_combination, check_layer, combined_config, fill_combined
-from smoa.tuner.decoding import forget_generate, watch_generate
-from smoa.tuner.mixed_batch import adapter_names_hooks
+from smoa.tuner.generation import adapter_names_hooks, forget_generate, watch_generate
 from smoa.tuner.parameters import existing_wrapper
-from smoa.tuner.target_survey import survey_targets
-from smoa.tuner.targets import check_target
+from smoa.tuner.targets import check_target, survey_targets
 from smoa.tuner.tying import tie_layers
 
 
@@ -49,27 +46,38 @@ class SmoaModel(BaseTuner, StateDictHooks):
     _loads_labels = False
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """PEFT's `inject_adapter`, which decomposes no weight while a saved adapter is being loaded.
-
-        An adapter added with the same config object as another is its twin and gets its partition, because TRL makes
-        reference adapters this way and then copies factors but no buffers.
-        """
-        found = incoming()
-        configs: dict[str, Any] = self.peft_config
-        twin = next((n for n, other in configs.items() if other is configs[adapter_name] and n != adapter_name), None)
-        comes = bool(kwargs.get("state_dict")) or bool(kwargs.get("low_cpu_mem_usage")) or found is not None
+        """PEFT's `inject_adapter`, which decomposes no weight while a saved adapter is being loaded."""
+        file = incoming()
+        comes = bool(kwargs.get("state_dict")) or bool(kwargs.get("low_cpu_mem_usage")) or file is not None
+        twin = None if comes else self._twin_of(adapter_name)
         self._loads_labels = comes or twin is not None
         self._inject(model, adapter_name, *args, **kwargs)
-        if twin is not None and not comes:
-            for layer in adapter_layers(self.model, twin).values():
-                layer.share_partition(twin, adapter_name)
-                if configs[adapter_name].init_weights is False:
+        if twin is not None:
+            config: Any = self.peft_config[adapter_name]
+            for layer in adapter_layers(self.model, adapter_name).values():
+                if twin not in layer.pending_partition:  # as on the meta device
+                    layer.share_partition(twin, adapter_name)
+                if config.init_weights is False:
                     layer.equalize_random_update(adapter_name)
-        if found is not None and found.tensors is not None:
+        if file is not None and file.tensors is not None:
             self.model.peft_config = self.peft_config
-            tensors = {key.removeprefix(PREFIX): tensor for key, tensor in found.tensors.items()}
+            tensors = {key.removeprefix(PREFIX): tensor for key, tensor in file.tensors.items()}
             set_peft_model_state_dict(self.model, tensors, adapter_name)
         watch_generate(self.model)
+
+    def _twin_of(self, adapter_name: str) -> str | None:
+        """An adapter that was made with the same config, unless its settings were changed since.
+
+        The new adapter gets its partition, because TRL makes reference adapters this way and then copies factors but no
+        buffers.
+        """
+        configs: dict[str, Any] = self.peft_config
+        config = configs[adapter_name]
+        for name in [name for name, other in configs.items() if other is config and name != adapter_name]:
+            layers = adapter_layers(self.model, name).values()
+            if layers and all(layer.made_with[name] == config.made_with() for layer in layers):
+                return name
+        return None
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         """As PEFT's, which wants targets, unless `target_parameters` names some (as in LoRA)."""
@@ -168,6 +176,7 @@ class SmoaModel(BaseTuner, StateDictHooks):
     ) -> dict[str, Tensor]:
         for layer in adapter_layers(model, adapter_name).values():
             layer.decide_partition(adapter_name)  # in place: the buffers in `state_dict` see it
+            config.restore(adapter_name, layer.made_with[adapter_name])
         for name, layer in embeddings_of(model).items():
             table = f"{plain_name(name)}.base_layer.weight"  # PEFT saves it too if it is adapted
             if isinstance(layer, AdaptedLayer) and table in state_dict:
@@ -183,10 +192,12 @@ class SmoaModel(BaseTuner, StateDictHooks):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
+        file = incoming()
+        if file is not None:
+            file.check_unchanged(state_dict)
         named = with_plain_names(model)
         saved = renamed(without_id(state_dict), _wrapper_names(named))
         remapped = super()._remap_adapter_state_dict_for_load(named, config, adapter_name, saved)
-        add_unsaved_scales(model, config, adapter_name, remapped)
         check_adapter_state(model, config, adapter_name, remapped)
         for layer in adapter_layers(model, adapter_name).values():
             for parameter in (*layer.smoa_A[adapter_name].parameters(), *layer.smoa_B[adapter_name].parameters()):

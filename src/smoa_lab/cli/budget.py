@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from smoa_lab.cli.console import print_json, print_table, reporting
-from smoa_lab.cli.options import AsJson, TrustRemoteCode
+from smoa_lab.cli.console import AsJson, TrustRemoteCode, print_json, reporting
 
 
 def budget(
@@ -29,7 +28,8 @@ def budget(
     with reporting():
         from rich.filesize import decimal
 
-        from smoa_lab.runs.budget_choices import budget_choices
+        from smoa_lab.budget import budget_choices
+        from smoa_lab.pages.tables import Table
 
         choices = budget_choices(model, amount, tuple(name.strip() for name in targets.split(",")), trust_remote_code)
         if json:
@@ -37,14 +37,15 @@ def budget(
             return
         rows = [
             [
-                str(choice.num_blocks),
-                str(choice.r),
+                choice.num_blocks,
+                choice.r,
                 f"{choice.parameters:,}",
                 f"{choice.percent} %",
                 decimal(choice.bytes_on_disk),
-                str(choice.rank_bound),
-                str(choice.lora_r),
+                choice.rank_bound,
+                choice.lora_r,
             ]
             for choice in choices
         ]
-        print_table(["num_blocks", "r", "parameters", "of model", "on disk", "rank bound", "LoRA's r"], rows)
+        header = ["num_blocks", "r", "parameters", "of model", "on disk", "rank bound", "LoRA's r"]
+        Table(header, rows).print()

@@ -5,20 +5,16 @@ from __future__ import annotations
 import importlib
 import io
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from smoa_lab.cli.console import reporting
-from smoa_lab.cli.options import Base, TrustRemoteCode
+from smoa_lab.cli.console import Base, Dtype, TrustRemoteCode, reporting
 
 if TYPE_CHECKING:
-    from smoa_lab.chat.conversation import Conversation
+    from smoa_lab.chat import Conversation
 
-Dtype = Literal["float32", "bfloat16", "float16"]
-"""The choices of ``model.dtype``, whose import would make ``--help`` wait for torch."""
 Template = Literal["chat", "alpaca"]
 
 
@@ -47,52 +43,34 @@ def chat(
 ) -> None:
     """Talk to an adapted model, and compare it with its base; /help lists what else it does."""
     changes: dict[str, Any] = {"name": base, "dtype": dtype, "trust_remote_code": trust_remote_code or None}
-    with reporting(), _ended_by_ctrl_c():
-        from smoa_lab.chat.conversation import Conversation
-        from smoa_lab.chat.opening import find, load
-        from smoa_lab.chat.speaker import Writing
+    with reporting():
+        from smoa_lab.chat import Conversation, GenerationSettings, find, load
 
-        found = find(place, {key: value for key, value in changes.items() if value is not None}, template)
-        speaker = load(found, Writing(max_new_tokens, temperature))
-        if _is_terminal():
-            _talk(Conversation(speaker, Terminal(), system))
-        else:
-            _answer_lines(Conversation(speaker, Pipe(), system))
-
-
-class Terminal:
-    """Shows answers as they are written, and notes between them."""
-
-    def write(self, piece: str) -> None:
-        typer.echo(piece, nl=False)
-
-    def end(self) -> None:
-        typer.echo()
-
-    def say(self, note: str) -> None:
-        typer.secho(note, dim=True)
+        try:
+            target = find(place, {key: value for key, value in changes.items() if value is not None}, template)
+            model = load(target, GenerationSettings(max_new_tokens, temperature))
+            screen = Screen(is_terminal=_is_terminal())
+            conversation = Conversation(model, screen, system)
+            (_talk if screen.is_terminal else _answer_lines)(conversation)
+        except KeyboardInterrupt:  # while the model is loaded, and in a pipe: there is nothing to resume
+            raise typer.Exit(130) from None
 
 
-class Pipe:
-    """Only answers go to stdout, each with an empty line after it; notes go to stderr."""
+class Screen:
+    """Shows answers as they are written, and notes between them. In a pipe only answers go to stdout, each with an
+    empty line after it, and notes to stderr."""
+
+    def __init__(self, is_terminal: bool) -> None:
+        self.is_terminal = is_terminal
 
     def write(self, piece: str) -> None:
         typer.echo(piece, nl=False)
 
     def end(self) -> None:
-        typer.echo("\n")
+        typer.echo("" if self.is_terminal else "\n")
 
     def say(self, note: str) -> None:
-        typer.echo(note, err=True)
-
-
-@contextmanager
-def _ended_by_ctrl_c() -> Iterator[None]:
-    """While the model is loaded, and in a pipe. There is nothing to resume."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
+        typer.secho(note, dim=self.is_terminal or None, err=not self.is_terminal)
 
 
 def _is_terminal() -> bool:
@@ -102,11 +80,11 @@ def _is_terminal() -> bool:
 def _talk(conversation: Conversation) -> None:
     with suppress(ImportError):  # Windows has none
         importlib.import_module("readline")  # input() then keeps a history
-    conversation.screen.say(f"{conversation.speaker.name} answers. /help lists the commands.")
+    conversation.screen.say(f"{conversation.model.name} answers. /help lists the commands.")
     with suppress(EOFError):
         while True:
             try:
-                _respond(conversation, _typed(f"{conversation.speaker.name}> "))
+                _respond(conversation, _typed(f"{conversation.model.name}> "))
             except KeyboardInterrupt:
                 conversation.screen.say("Interrupted. /quit or Ctrl-D ends the chat.")
 
@@ -129,7 +107,7 @@ def _answer_lines(conversation: Conversation) -> None:
 
 def _respond(conversation: Conversation, line: str) -> None:
     from smoa.errors import DataError, SmoaError
-    from smoa_lab.chat.commands import run_command
+    from smoa_lab.chat import run_command
 
     try:
         if line != line.encode(errors="replace").decode():

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from smoa_lab.basics.extras import DRAWING
-from smoa_lab.cli.console import print_json, print_table, reporting
-from smoa_lab.cli.options import AsJson, TrustRemoteCode
+from smoa_lab.cli.console import AsJson, TrustRemoteCode, print_json, reporting
 
 if TYPE_CHECKING:
     from smoa_lab.study.crews.ray_crew import RayCrew
@@ -48,6 +47,7 @@ def compare(
         import transformers
 
         from smoa.atomic import check_place
+        from smoa_lab.pages.tables import Table
         from smoa_lab.study.crews.ray_crew import RayCrew
         from smoa_lab.study.packing import pack as pack_runs
         from smoa_lab.study.study_file import load_study
@@ -64,7 +64,7 @@ def compare(
         if json:
             print_json(summary)
             return
-        print_table(header, lines)
+        Table(header, lines).print()
         typer.echo(f"\nTable, figures and runs: {checked.folder}")
 
 

@@ -1,13 +1,13 @@
-"""What all subcommands share: the log on stderr, errors in one line, JSON, tables, and scores as text."""
+"""What all subcommands share: options, the log on stderr, errors in one line, JSON, and scores as text."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -17,8 +17,12 @@ from smoa_lab.basics.plain_json import json_text
 
 FULL_DISK = ("No space left", "quota exceeded", "inline_container", "iostream error")
 """Words of the errors of Python, safetensors and torch when a disk is full."""
-WIDEST = 100_000
-"""Characters of a table's line in a pipe."""
+Overrides = Annotated[list[str] | None, typer.Argument(help="Values to change, e.g. training.learning_rate=1e-3.")]
+Base = Annotated[str | None, typer.Option(help="Base model to use instead of the one recorded in the adapter.")]
+TrustRemoteCode = Annotated[bool, typer.Option(help="Allow the model's repository to run its own code.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Dtype = Literal["float32", "bfloat16", "float16"]
+"""The choices of ``model.dtype``, whose import would make ``--help`` wait for torch."""
 
 
 @contextmanager
@@ -87,26 +91,6 @@ def failed(message: str) -> typer.Exit:
 def print_json(value: Any) -> None:
     """Print JSON and nothing else to stdout."""
     typer.echo(json_text(value))
-
-
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table: the first column aligned left, the others right.
-
-    On a terminal that is too narrow, cells are wrapped. In a pipe or a file they never are, whatever their width.
-    """
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for number, name in enumerate(header):
-        table.add_column(Text(name), justify="right" if number else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = Console(width=WIDEST).measure(table).maximum
-    console.print(table)
 
 
 def score(value: float | None, stderr: float | None = None) -> str:

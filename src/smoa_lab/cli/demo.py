@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 from smoa_lab.basics.extras import DRAWING
-from smoa_lab.cli.console import reporting
-from smoa_lab.cli.options import Overrides, TrustRemoteCode
+from smoa_lab.cli.console import Overrides, TrustRemoteCode, reporting
 from smoa_lab.cli.train import print_scores
 
 CONFIG = Path(__file__).with_name("demo.yaml")
@@ -26,10 +25,10 @@ def demo(
         from smoa_lab.config.run import load_config
         from smoa_lab.models.base_models import with_rate
         from smoa_lab.models.packaged_models import PACKAGED_MODELS
-        from smoa_lab.runs.verify_run import check_verifiable, verify_saved
         from smoa_lab.training.loaded_run import load_run
         from smoa_lab.training.run_folder import RunFolder, in_free_folder
         from smoa_lab.training.train_run import train
+        from smoa_lab.verify import check_verifiable, verify_saved
 
         checked = in_free_folder(with_rate(load_config(config, overrides, trust_remote_code)))
         check_verifiable(checked)

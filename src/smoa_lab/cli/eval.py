@@ -7,8 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from smoa_lab.cli.console import print_json, print_table, reporting, score
-from smoa_lab.cli.options import AsJson, TrustRemoteCode
+from smoa_lab.cli.console import AsJson, TrustRemoteCode, print_json, reporting, score
 
 
 def evaluate(
@@ -27,8 +26,8 @@ def evaluate(
     with reporting():
         from smoa.atomic import check_place, write_whole
         from smoa_lab.basics.plain_json import json_text
-        from smoa_lab.runs.evaluate_run import evaluate_run
-        from smoa_lab.runs.open_run import open_run
+        from smoa_lab.evaluate import evaluate_run
+        from smoa_lab.open_run import open_run
 
         if output is not None:
             check_place(output, is_new=True)
@@ -43,10 +42,12 @@ def evaluate(
 
 
 def _print_scores(result: dict[str, Any]) -> None:
+    from smoa_lab.pages.tables import Table
+
     columns = {name: None for scores in result["scores"].values() for name in scores if not name.endswith("_stderr")}
     rows = [[task, *(_cell(scores, name) for name in columns)] for task, scores in result["scores"].items()]
     typer.echo(f"{result['adapter'] or 'untouched model'}, by {result['protocol']}")
-    print_table(["task", *(name.replace("_", " ") for name in columns)], rows)
+    Table(["task", *(name.replace("_", " ") for name in columns)], rows).print()
 
 
 def _cell(scores: dict[str, Any], name: str) -> str:

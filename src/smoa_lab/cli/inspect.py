@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from smoa_lab.basics.extras import DRAWING
-from smoa_lab.cli.console import print_json, print_table, reporting
-from smoa_lab.cli.options import AsJson, Base, TrustRemoteCode
+from smoa_lab.cli.console import AsJson, Base, TrustRemoteCode, print_json, reporting
 
 
 def inspect(
@@ -27,7 +26,7 @@ def inspect(
     """Show size, norm, ranks and spectral coverage of the update of every adapted layer."""
     with reporting(*(DRAWING if html else ())):
         from smoa.atomic import check_place
-        from smoa_lab.inspection.layer_reports import inspect_layers
+        from smoa_lab.inspect import inspect_layers, layer_table
 
         if against:
             typer.echo(
@@ -35,54 +34,29 @@ def inspect(
             )
         if html is not None:
             check_place(html)
-        found = {place: inspect_layers(place, base, trust_remote_code) for place in (*adapters, *(against or []))}
+        reports = {place: inspect_layers(place, base, trust_remote_code) for place in (*adapters, *(against or []))}
         if html is not None:
-            _write_page(html, found, layer or [])
+            from smoa_lab.inspect_page import inspection_page
+            from smoa_lab.pages.templates import write_page
+
+            names = _names(list(reports))
+            by_name = {names[place]: layers for place, layers in reports.items()}
+            write_page(html, inspection_page(f"Inside {', '.join(by_name)}", by_name, layer or []))
+            typer.echo(f"Page: {html}", err=True)
         if json:
-            print_json(_plain(found))
+            plain = {str(place): [report.to_dict() for report in layers] for place, layers in reports.items()}
+            print_json(plain if len(plain) > 1 else next(iter(plain.values())))
             return
-        for place, layers in found.items():
-            if len(found) > 1:
+        for place, layers in reports.items():
+            if len(reports) > 1:
                 typer.echo(f"\n{place}")
-            print_table(
-                ["layer", "shape", "parameters", "‖ΔW‖/‖W‖", "‖ΔW‖₂/‖W‖₂", "rank", "bound", "stable rank", "coverage"],
-                [_cells(one) for one in layers],
-            )
-            far = sum(one.moved_too_far for one in layers)
+            layer_table(layers).without("effective rank").print()
+            far = sum(report.moved_too_far for report in layers)
             if far:
                 typer.echo(f"\n! {far} of {len(layers)} layers were moved far: the model may have forgotten much.")
-
-
-def _write_page(file: Path, found: dict[Path, Any], layers: list[str]) -> None:
-    from smoa_lab.drawing.pages import write_page
-    from smoa_lab.inspection.inspection_page import inspection_page
-
-    reports = {name: found[place] for place, name in _names(list(found)).items()}
-    write_page(file, inspection_page(f"Inside {', '.join(reports)}", reports, layers))
-    typer.echo(f"Page: {file}", err=True)
 
 
 def _names(places: list[Path]) -> dict[Path, str]:
     """The run's name instead of ``adapter``; of several with one name, the whole path."""
     names = {place: place.parent.name if place.name == "adapter" else place.name for place in places}
     return {place: str(place) if list(names.values()).count(name) > 1 else name for place, name in names.items()}
-
-
-def _plain(found: dict[Path, Any]) -> Any:
-    """One adapter as a list of layers, several by path."""
-    plain = {str(place): [report.to_dict() for report in reports] for place, reports in found.items()}
-    return plain if len(plain) > 1 else next(iter(plain.values()))
-
-
-def _cells(report: Any) -> list[str]:
-    return [
-        report.module,
-        f"{report.rows}×{report.columns}",
-        f"{report.parameters:,}",
-        report.told("relative_update"),
-        report.told("relative_spectral_norm"),
-        str(report.rank),
-        "–" if report.rank_bound is None else str(report.rank_bound),
-        f"{report.stable_rank:.1f}",
-        f"{report.coverage:.3f}",
-    ]

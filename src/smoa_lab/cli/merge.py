@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from smoa_lab.cli.console import print_json, reporting
-from smoa_lab.cli.options import AsJson, Base, TrustRemoteCode
+from smoa_lab.cli.console import AsJson, Base, TrustRemoteCode, print_json, reporting
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 """The choices of smoa.export.merge, whose import would make ``--help`` wait for torch."""
@@ -27,7 +26,7 @@ def merge(
 ) -> None:
     """Merge an adapter into its base model and save the result as a model that needs no adapter."""
     with reporting():
-        from smoa_lab.runs.merge_run import merge_run
+        from smoa_lab.merge import merge_run
 
         export = merge_run(adapter, output, dtype, base, trust_remote_code, max_shard_size)
         if json:

@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 from smoa_lab.basics.extras import DRAWING
-from smoa_lab.cli.console import print_json, reporting
-from smoa_lab.cli.options import AsJson
+from smoa_lab.cli.console import AsJson, print_json, reporting
 
 
 def report(
@@ -19,7 +18,7 @@ def report(
 ) -> None:
     """Write a run's page: scores, loss, answers before and after, what was forgotten, config, how to load it."""
     with reporting(*DRAWING):
-        from smoa_lab.runs.run_page import report_run
+        from smoa_lab.report import report_run
 
         page, missing = report_run(run, output)
         if json:

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from smoa_lab.basics.extras import DRAWING
-from smoa_lab.cli.console import print_json, print_table, reporting, score
-from smoa_lab.cli.options import AsJson, Overrides, TrustRemoteCode
+from smoa_lab.cli.console import AsJson, Overrides, TrustRemoteCode, print_json, reporting, score
+from smoa_lab.pages.tables import Table
 
 
 def train(
@@ -32,7 +32,7 @@ def train(
         if not is_first_process():
             return
         if report:
-            from smoa_lab.runs.run_page import report_run
+            from smoa_lab.report import report_run
 
             typer.echo(f"Page: {report_run(checked.folder)[0]}", err=True)
         if json:
@@ -80,12 +80,23 @@ def _print_balance(metrics: dict[str, Any], stages: list[str]) -> None:
 
 def _print_questions(metrics: dict[str, Any], stages: list[str]) -> None:
     evaluation = metrics["evaluation"]
-    names = list(evaluation[stages[-1]]) if stages else []
-    rows = [_row(name, stage, evaluation[stage][name]) for name in names for stage in stages]
+    rows = [
+        [
+            name,
+            stage,
+            scores["questions"],
+            score(scores["gold_loss"], scores["gold_loss_stderr"]),
+            score(scores["accuracy"], scores["accuracy_stderr"]),
+            score(scores["accuracy_norm"], scores["accuracy_norm_stderr"]),
+            score(scores["majority"]),
+        ]
+        for name in (evaluation[stages[-1]] if stages else ())
+        for stage in stages
+        for scores in [evaluation[stage][name]]
+    ]
     if rows:
-        print_table(
-            ["held-out questions", "", "number", "gold-answer loss", "accuracy", "per character", "majority"], rows
-        )
+        header = ["held-out questions", "", "number", "gold-answer loss", "accuracy", "per character", "majority"]
+        Table(header, rows).print()
     if metrics["gain"]:
         points, stderr = (100 * metrics["gain"][key] for key in ("accuracy", "accuracy_stderr"))
         typer.echo(f"\nAccuracy rose by {points:.1f} ± {stderr:.1f} points (standard error, paired by question).")
@@ -97,18 +108,12 @@ def _print_questions(metrics: dict[str, Any], stages: list[str]) -> None:
 
 
 def _print_rows(metrics: dict[str, Any], stages: list[str]) -> None:
-    scores = [metrics["evaluation"][stage]["all"] for stage in stages]
     rows = [
-        [
-            stage,
-            str(one["rows"]),
-            str(one["tokens"]),
-            score(one["loss"], one["loss_stderr"]),
-            f"{one['perplexity']:.2f}",
-        ]
-        for stage, one in zip(stages, scores, strict=True)
+        [stage, rows["rows"], rows["tokens"], score(rows["loss"], rows["loss_stderr"]), f"{rows['perplexity']:.2f}"]
+        for stage in stages
+        for rows in [metrics["evaluation"][stage]["all"]]
     ]
-    print_table(["held-out rows", "number", "trained tokens", "loss", "perplexity"], rows)
+    Table(["held-out rows", "number", "trained tokens", "loss", "perplexity"], rows).print()
     gain = metrics["gain"]
     typer.echo(
         f"\nThe loss changed by {gain['loss']:+.3f} ± {gain['loss_stderr']:.3f} (standard error, paired by row)."
@@ -118,15 +123,3 @@ def _print_rows(metrics: dict[str, Any], stages: list[str]) -> None:
             f"The chosen answer gained on the rejected one in {100 * gain['preferred']:.0f} % of the held-out rows."
         )
     typer.echo(f"Answers before and after: samples.md, {len(metrics['samples'])} held-out prompts.")
-
-
-def _row(name: str, stage: str, scores: dict[str, Any]) -> list[str]:
-    return [
-        name,
-        stage,
-        str(scores["questions"]),
-        score(scores["gold_loss"], scores["gold_loss_stderr"]),
-        score(scores["accuracy"], scores["accuracy_stderr"]),
-        score(scores["accuracy_norm"], scores["accuracy_norm_stderr"]),
-        score(scores["majority"]),
-    ]

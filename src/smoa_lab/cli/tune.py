@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from smoa_lab.cli.console import print_json, print_table, reporting
-from smoa_lab.cli.options import AsJson, Overrides, TrustRemoteCode
+from smoa_lab.cli.console import AsJson, Overrides, TrustRemoteCode, print_json, reporting
 
 
 def tune(
@@ -21,6 +20,7 @@ def tune(
     """Find the learning rate with the lowest loss on validation questions or rows; print the line for the config."""
     with reporting("accelerate"):
         from smoa_lab.config.run import load_config
+        from smoa_lab.pages.tables import Table
         from smoa_lab.study.tune_run import tune_run
 
         found = tune_run(load_config(config, overrides, trust_remote_code), max_runs)
@@ -29,7 +29,7 @@ def tune(
             print_json({"learning_rate": found.learning_rate, "interior": found.interior, "losses": losses})
             return
         rows = [[f"{rate:g}", "diverged" if loss is None else f"{loss:.4f}"] for rate, loss in found.losses.items()]
-        print_table(["learning rate", "validation loss"], rows)
+        Table(["learning rate", "validation loss"], rows).print()
         if not found.interior:
             typer.echo("\nThe best lies at the edge of what was tried: start there and search again.")
         typer.echo(f"\nPut this under training:\n\n  learning_rate: {found.learning_rate:g}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smoa.files.named_base import NamedBase, named_base
+from smoa.files.card import NamedBase, named_base
 from smoa_lab.basics.cache import cache_folder
 from smoa_lab.basics.extras import import_package
 from smoa_lab.data.sources.wheels import Wheel

@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from smoa.maths.analysis import update_size
-from smoa_lab.runs.layer_updates import adapted_layers, weights_and_updates
+from smoa_lab.inspect import adapted_layers, weights_and_updates
 
 LAYERS = 18
 """So many layers are decomposed, spread evenly over the model: three SVDs each."""

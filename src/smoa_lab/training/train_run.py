@@ -21,12 +21,11 @@ from smoa_lab.config.run import RunConfig
 from smoa_lab.models.base_models import empty_model, with_rate
 from smoa_lab.models.needs import training_needs
 from smoa_lab.models.packaged_models import described_base
+from smoa_lab.pages.run_card import run_card, samples_text
 from smoa_lab.scoring.forgetting import Forgetting
 from smoa_lab.training.adapting import check_adapter
 from smoa_lab.training.loaded_run import LoadedRun, load_run
-from smoa_lab.training.run_card import run_card
 from smoa_lab.training.run_folder import RunFolder, is_first_process, peak_memory, provenance
-from smoa_lab.training.samples import samples_text
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +122,7 @@ def _entries(parameter: Any) -> int:
 
 
 def _save(run: LoadedRun, folder: RunFolder, model: Any, state: Any, metrics: dict[str, Any]) -> dict[str, Any]:
-    from smoa_lab.training.run_charts import draw_run  # here: scoring and converting load runs and draw nothing
+    from smoa_lab.pages.run_charts import draw_run  # here: scoring and converting load runs and draw nothing
 
     method, metrics = run.config.method, without_secrets(metrics)
     with new_files(folder.adapter) as temporary:

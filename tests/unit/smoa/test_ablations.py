@@ -28,7 +28,7 @@ def llama(folder: Path, **options: object) -> PeftModel:
     return get_peft_model(base, SmoaConfig(**{**settings, "init_weights": False, **options}))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("options", [{"modulation": "noise"}, {"normalize_anchor": True}], ids=str)
+@pytest.mark.parametrize("options", [{"modulation": "noise"}, {"scale": "layer"}], ids=str)
 def test_a_reloaded_adapter_has_the_same_update_and_merges_the_same_on_disk(
     options: dict[str, object], tmp_path: Path
 ) -> None:
@@ -44,7 +44,7 @@ def test_a_reloaded_adapter_has_the_same_update_and_merges_the_same_on_disk(
 
 
 def test_a_normalized_anchor_divides_the_update_by_the_weights_rms(tmp_path: Path) -> None:
-    model = llama(tmp_path, normalize_anchor=True, alpha_pattern={"down_proj": 5.0})
+    model = llama(tmp_path, scale="layer", alpha_pattern={"down_proj": 5.0})
     for name, layer in smoa_layers(model).items():
         alpha = 5.0 if name.endswith("down_proj") else 3.0
         assert layer.scaling["default"] == alpha / 4
@@ -54,17 +54,15 @@ def test_a_normalized_anchor_divides_the_update_by_the_weights_rms(tmp_path: Pat
 
 def test_a_random_adapter_is_as_large_with_a_normalized_anchor_as_without() -> None:
     sizes = []
-    for normalize in (False, True):
+    for scale in ("paper", "layer"):
         torch.manual_seed(0)
-        layer = adapted_layer(
-            base_layer(12, 10), trained=False, r=4, num_blocks=2, init_weights=False, normalize_anchor=normalize
-        )
+        layer = adapted_layer(base_layer(12, 10), trained=False, r=4, num_blocks=2, init_weights=False, scale=scale)
         sizes.append(layer.delta("default").detach().norm().item())
     assert sizes[0] == pytest.approx(sizes[1], rel=1e-4)
 
 
 def test_a_config_that_is_used_again_is_normalized_for_the_new_weights() -> None:
-    config = SmoaConfig(r=4, num_blocks=2, target_modules=["layer"], normalize_anchor=True)
+    config = SmoaConfig(r=4, num_blocks=2, target_modules=["layer"], scale="layer")
     for _ in range(2):
         layer = inject_adapter_in_model(config, Wrapper(base_layer(12, 10))).layer
         assert layer.block_scale("default").tolist() == pytest.approx([1 / rms(base_weight(layer))] * 2, rel=1e-5)
@@ -73,12 +71,12 @@ def test_a_config_that_is_used_again_is_normalized_for_the_new_weights() -> None
 def test_a_weight_of_zeros_has_a_scale_of_one() -> None:
     base = nn.Linear(6, 6)
     nn.init.zeros_(base.weight)
-    assert adapted_layer(base, r=2, num_blocks=2, normalize_anchor=True).block_scale("default").tolist() == [1, 1]
+    assert adapted_layer(base, r=2, num_blocks=2, scale="layer").block_scale("default").tolist() == [1, 1]
 
 
 def test_an_anchor_on_the_meta_device_is_normalized_once_weights_are_there() -> None:
     with torch.device("meta"):
-        layer = adapted_layer(nn.Linear(6, 6), trained=False, r=2, num_blocks=2, normalize_anchor=True)
+        layer = adapted_layer(nn.Linear(6, 6), trained=False, r=2, num_blocks=2, scale="layer")
     with pytest.raises(PartitionError, match="meta device"):
         layer.block_scale("default")
     layer.base_layer.weight = nn.Parameter(torch.randn(6, 6))
@@ -87,7 +85,7 @@ def test_an_anchor_on_the_meta_device_is_normalized_once_weights_are_there() -> 
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"modulation": "nois"}, {"normalize_anchor": 1}, {"init_weights": "zero_B"}, {"normalized_alpha": {"a": -1.0}}],
+    [{"modulation": "nois"}, {"scale": "layers"}, {"init_weights": "zero_B"}],
     ids=str,
 )
 def test_a_wrong_value_of_an_option_is_named(wrong: dict[str, object]) -> None:

@@ -92,49 +92,11 @@ def test_a_config_that_asks_for_more_rank_than_saved_is_refused(tmp_path: Path) 
         PeftModel.from_pretrained(adapted().unload(), tmp_path)
 
 
-# Adapters whose K smoa chose by the spectra of the weights (`blocks_from_spectrum`). r and alpha followed K.
-
-
-def chosen(**settings: Any) -> SmoaConfig:
-    return SmoaConfig(r=8, num_blocks=4, target_modules=TARGETS, blocks_from_spectrum=True, **settings)
-
-
-@pytest.mark.parametrize("name", ["num_blocks_pattern", "spectrum_blocks"])
-def test_r_and_alpha_of_a_chosen_k_follow_it(name: str) -> None:
-    config = chosen(alpha=12, **{name: {"wide": 8, "narrow": 3}})
-    assert (config.num_blocks_of("wide"), config.rank_of("wide"), config.alpha_of("wide", 16)) == (8, 16, 24)
-    assert (config.num_blocks_of("narrow"), config.ranks_of("narrow")) == (3, (2, 2, 2))
-    assert config.alpha_of("narrow", 6) == 9
-    assert not hasattr(config.to_dict(), "blocks_from_spectrum")
-    assert SmoaConfig(**config.to_dict()) == config
-
-
-def test_an_alpha_that_was_left_out_is_the_rank_of_a_chosen_k() -> None:
-    assert chosen(num_blocks_pattern={"wide": 8}).alpha_of("wide", 16) == 16
-
-
-def test_rank_stabilized_scaling_stays_with_a_chosen_k() -> None:
-    config = chosen(alpha=16, use_rslora=True, num_blocks_pattern={"wide": 8})
-    assert config.rank_of("wide") == 16
-    assert config.alpha_of("wide", 16) / 16 == pytest.approx(16 / 2**0.5)
-
-
-def test_patterns_beside_a_chosen_k_keep_what_they_said() -> None:
-    names = {"a.v_proj": 2, "b.v_proj": 6, "q_proj": 3}
-    patterns: dict[str, Any] = {"rank_pattern": {"v_proj": 12, "a.q_proj": 4}, "alpha_pattern": {"v_proj": 2.0}}
-    config = chosen(alpha=8, num_blocks_pattern=names, **patterns)
-    ranks = {name: config.rank_of(name) for name in ("a.v_proj", "b.v_proj", "a.q_proj", "b.q_proj")}
-    assert ranks == {"a.v_proj": 6, "b.v_proj": 18, "a.q_proj": 3, "b.q_proj": 6}
-    assert [config.alpha_of(name, r) for name, r in ranks.items()] == [1.0, 3.0, 6.0, 6.0]
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"num_blocks_pattern": {"v_proj": 0}}, r"num_blocks_pattern\['v_proj'\]=0"),
         ({"num_blocks_pattern": {"v_proj": 2}, "block_ranks": [2, 2, 2, 2]}, "block_ranks and num_blocks_pattern"),
-        ({"blocks_from_spectrum": True}, "blocks_from_spectrum=True was removed; name layers and their K"),
-        ({"blocks_from_spectrum": "yes"}, "blocks_from_spectrum='yes' must be true or false"),
     ],
 )
 def test_what_contradicts_itself_is_refused(options: dict[str, Any], words: str) -> None:

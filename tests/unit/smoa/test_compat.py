@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from smoa import SmoaConfig, SmoaModel, UnsupportedModuleError, compat
 from smoa.compat import BitsAndBytesBackend, StateDictHooks, find_quantization_backend, integers_kept
-from smoa.files.save_id import without_id
+from smoa.files.names import without_id
 from smoa.layers.kinds.quantized import find_backend
 from tests.support import tiny_models
 from tests.support.layers import adapted_layer, base_layer

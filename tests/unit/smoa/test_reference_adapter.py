@@ -1,4 +1,7 @@
-"""TRL's DPO, KTO and GRPO trainers copy their start to a second adapter of the same config: tuner/model.py."""
+"""One config object for several adapters.
+
+TRL's DPO, KTO and GRPO trainers copy their start to a second adapter of the same config. Others change it in between.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from smoa import SmoaConfig
 from tests.support import tiny_models
+from tests.support.layers import Wrapper, smoa_layers
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
@@ -59,3 +63,55 @@ def test_adapters_of_configs_of_their_own_get_partitions_of_their_own(tiny_llama
     model.add_adapter("other", config())
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     assert not torch.equal(layer.blocks("other").row_labels, layer.blocks("default").row_labels)
+
+
+CHANGES: list[dict[str, Any]] = [
+    {"num_blocks": 4},
+    {"target_modules": {"k_proj", "v_proj"}},
+    {"partition": "contiguous"},
+    {"scale": "paper"},
+    {"modulation": "none"},
+]
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+def test_an_adapter_of_a_changed_config_is_that_of_a_config_of_its_own(
+    changes: dict[str, Any], tiny_llama: PreTrainedModel
+) -> None:
+    config = SmoaConfig(r=8, target_modules=TARGETS)
+    model = get_peft_model(tiny_llama, config)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    model.add_adapter("other", config)
+    alone = get_peft_model(tiny_models.build("llama"), SmoaConfig(**{"r": 8, "target_modules": TARGETS} | changes))
+    expected = get_peft_model_state_dict(alone)
+    state = get_peft_model_state_dict(model, adapter_name="other")
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[key], expected[key]) for key in state if "smoa_A" not in key)
+
+
+def test_a_twin_on_the_meta_device_gets_its_blocks_with_the_weights() -> None:
+    with torch.device("meta"):
+        base = Wrapper(nn.Linear(8, 8))
+    config = SmoaConfig(r=4, target_modules=["layer"])
+    model = get_peft_model(base, config)
+    model.add_adapter("twin", config)
+    layer = model.base_model.model.layer
+    layer.base_layer.weight = nn.Parameter(torch.randn(8, 8))
+    assert torch.equal(layer.blocks("twin").row_labels, layer.blocks("default").row_labels)
+
+
+@pytest.mark.parametrize("changes", [{"alpha": 40.0}, {"r": 4}, {"target_modules": {"k_proj"}}], ids=str)
+def test_a_config_that_was_changed_is_saved_as_the_adapter_was_made(
+    changes: dict[str, Any], tiny_llama: PreTrainedModel, tmp_path: Any
+) -> None:
+    config = SmoaConfig(r=8, alpha=16.0, target_modules=TARGETS, init_weights=False)
+    model = get_peft_model(tiny_llama, config)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    with pytest.warns(UserWarning, match=rf"changed after .*{next(iter(changes))}="):
+        model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path)
+    theirs = smoa_layers(loaded)
+    assert all(torch.equal(theirs[name].delta("default"), m.delta("default")) for name, m in smoa_layers(model).items())
+    assert model.peft_config["default"] is config

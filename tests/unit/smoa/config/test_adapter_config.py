@@ -116,16 +116,18 @@ def test_rank_stabilized_scaling_is_loras_at_equal_parameters(r: int, num_blocks
     assert left_out.alpha_of("layer", r) / r == pytest.approx(rank_of_lora / rank_of_lora**0.5)
 
 
-def test_the_scale_is_loras_unless_a_file_of_an_older_version_leaves_it_out(tmp_path: Path) -> None:
-    assert SmoaConfig().scale == "lora"
-    assert SmoaConfig(normalize_anchor=True).scale == "layer"
-    SmoaConfig().save_pretrained(tmp_path)
+def test_the_scale_is_loras() -> None:
+    assert SmoaConfig().scale == SmoaConfig(scale=None).scale == "lora"
+
+
+def test_removed_settings_in_a_file_are_ignored_with_one_warning(tmp_path: Path) -> None:
+    SmoaConfig(r=4).save_pretrained(tmp_path)
     file = tmp_path / "adapter_config.json"
-    values = json.loads(file.read_text())
-    assert PeftConfig.from_pretrained(tmp_path).scale == "lora"
-    del values["scale"]
-    file.write_text(json.dumps(values))
-    assert PeftConfig.from_pretrained(tmp_path).scale == "paper"
+    removed = {"normalize_anchor": False, "normalized_alpha": {}, "weights_digest": "a"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | removed))
+    with pytest.warns(UserWarning, match="normalize_anchor.*normalized_alpha.*weights_digest") as warned:
+        assert PeftConfig.from_pretrained(tmp_path).r == 4
+    assert len(warned) == 1
 
 
 @given(

@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM, LlamaModel
 from smoa import ConfigError, MergeError, SmoaConfig
 from smoa.export import base_checkpoint
 from smoa.export.base_checkpoint import BaseCheckpoint, adapter_config, base_folder, class_name
-from smoa.files.checkpoint import embeddings_of
+from smoa.files.names import embeddings_of
 from tests.support import tiny_models
 
 

@@ -27,7 +27,7 @@ from transformers import (
 from smoa import AdapterFileError, ConfigError, MergeError, SmoaConfig
 from smoa.export import merge as export_module
 from smoa.export.merge import Export, merge_and_save
-from smoa.files.named_base import NamedBase
+from smoa.files.card import NamedBase
 from tests.support import lab, tiny_models
 from tests.support.tiny_models import logits
 from tests.support.tolerance import assert_close

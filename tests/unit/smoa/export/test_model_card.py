@@ -11,7 +11,7 @@ from peft import LoraConfig
 from smoa import SmoaConfig
 from smoa.export.model_card import loading_code, loss_in_words, model_card
 from smoa.export.streaming import RoundingLoss
-from smoa.files.named_base import named_base
+from smoa.files.card import named_base
 
 LOSS = RoundingLoss(torch.bfloat16, {"first": 0.004, "second": 0.02}, update=1.0, error=0.0123**2)
 

@@ -10,8 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
 from smoa import ConfigError, SmoaConfig, save_adapter
-from smoa.files.adapter_card import adapter_card
-from smoa.files.named_base import NamedBase
+from smoa.files.card import NamedBase, adapter_card
 
 
 @pytest.fixture

@@ -107,11 +107,6 @@ def test_an_edited_alpha_counts(folder: Path) -> None:
     assert load(with_settings(folder, alpha=12.0)).base_model.model.up.scaling["default"] == 2 * before
 
 
-def test_the_digests_of_smoa_0_1_are_ignored_and_not_saved_again(folder: Path, tmp_path: Path) -> None:
-    load(with_settings(folder, settings_digest="of 0.1", weights_digest="of 0.1")).save_pretrained(tmp_path)
-    assert not {"settings_digest", "weights_digest"} & json.loads((tmp_path / CONFIG).read_text()).keys()
-
-
 BASE_WEIGHT = "base_model.model.up.base_layer.weight"
 
 

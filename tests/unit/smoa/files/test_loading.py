@@ -31,8 +31,7 @@ import smoa
 from smoa import AdapterFileError, ConfigError, SmoaConfig
 from smoa.atomic import SAVE
 from smoa.export.streaming import SavedAdapter
-from smoa.files.adapter_folder import find_adapter
-from smoa.files.loading import door, guard_loading, incoming
+from smoa.files.loading import door, find_adapter, guard_loading, incoming
 from smoa.tuner.hotswap import hotswap_adapter
 from tests.support import tiny_models
 from tests.support.adapter_files import rewritten, with_settings
@@ -115,12 +114,14 @@ class Counted:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.reads: Counter[str] = Counter()
-        for module in ("safetensors.torch", "transformers.modeling_utils", "smoa.files.adapter_folder"):
+        self.opened: Counter[str] = Counter()
+        for module in ("safetensors.torch", "transformers.modeling_utils", "smoa.files.loading"):
             original = importlib.import_module(module).safe_open
-            monkeypatch.setattr(f"{module}.safe_open", self._counting(original))
+            monkeypatch.setattr(f"{module}.safe_open", self._counting(original, module))
 
-    def _counting(self, original: Any) -> Callable[..., Any]:
+    def _counting(self, original: Any, module: str) -> Callable[..., Any]:
         def opened(file: Any, *args: Any, **kwargs: Any) -> Any:
+            self.opened[module] += Path(file).name == WEIGHTS
             return OpenedFile(original(file, *args, **kwargs), self.reads if Path(file).name == WEIGHTS else Counter())
 
         return opened
@@ -179,6 +180,7 @@ def test_a_load_reads_the_weights_once(
     values = {key: number for key, number in counted.reads.items() if "save_id" not in key}
     assert values == dict.fromkeys(values, 1)
     assert len(values) == 4 * 5  # layers × A, B, labels of rows and of columns, scales
+    assert counted.opened["smoa.files.loading"] == 1
 
 
 def test_a_swap_reads_the_weights_once(saved: PeftModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,7 +398,7 @@ def test_a_door_within_a_door_looks_at_another_adapter_anew(saved: PeftModel, tm
         with door(tmp_path / "adapter") as same, door(tmp_path / "second") as other:
             assert same is outer
             assert other is not None
-            assert other.file.path == tmp_path / "second" / WEIGHTS
+            assert other.path == tmp_path / "second" / WEIGHTS
         assert incoming() is outer
 
 
@@ -459,25 +461,12 @@ def test_transformers_saves_the_id_too(tmp_path: Path) -> None:
     assert len(updates(by_transformers(tmp_path))) == 4
 
 
-@pytest.fixture
-def saved_as_in_0_1(tmp_path: Path) -> PeftModel:
-    """An adapter with the paper's scale, whose files lack what 0.1 did not save."""
-    tiny_models.build("llama").save_pretrained(tmp_path / "base")
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    model = get_peft_model(base, SmoaConfig(task_type="CAUSAL_LM", scale="paper", **SETTINGS)).eval()
-    model.save_pretrained(tmp_path / "adapter")
-    file = json.loads((tmp_path / "adapter" / CONFIG).read_text())
-    del file["save_id"], file["scale"]
-    (tmp_path / "adapter" / CONFIG).write_text(json.dumps(file))
-    return model
-
-
-@pytest.mark.parametrize("left", [("save_id",), ("save_id", "block_scale")], ids=["with an id", "without"])
-def test_files_of_0_1_are_loaded(saved_as_in_0_1: PeftModel, left: tuple[str, ...], tmp_path: Path) -> None:
-    rewritten(tmp_path / "adapter", lambda tensors: [tensors.pop(key) for key in [*tensors] if key.endswith(left)])
-    for load in (by_peft_model, by_transformers):
-        pairs = zip(updates(load(tmp_path)), updates(saved_as_in_0_1), strict=True)
-        assert all(torch.equal(*pair) for pair in pairs)
+@every_loader
+def test_files_without_an_id_are_loaded(load: Callable[[Path], nn.Module], saved: PeftModel, tmp_path: Path) -> None:
+    config = tmp_path / "adapter" / CONFIG
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"save_id": None}))
+    rewritten(tmp_path / "adapter", lambda tensors: tensors.pop("base_model.model.smoa_save_id"))
+    assert all(torch.equal(*pair) for pair in zip(updates(load(tmp_path)), updates(saved), strict=True))
 
 
 @every_loader

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from smoa.files.named_base import NamedBase, named_base
+from smoa.files.card import NamedBase, named_base
 
 
 def test_a_hub_id_is_a_name_and_a_link() -> None:

@@ -13,7 +13,7 @@ from torch.autograd.functional import jacobian, jvp
 from torch.func import functional_call, vmap
 
 from smoa import MergeError, SmoaConfig
-from smoa.files.names import required_parts
+from smoa.files.names import PARTS
 from smoa.layers.layer import SmoaLayer
 from smoa.tuner.hotswap import hotswap_adapter
 from tests import reference
@@ -133,9 +133,7 @@ def test_a_saved_adapter_loads_to_the_same_output_without_a_decomposition(kind: 
     with NoDecomposition():
         loaded = PeftModel.from_pretrained(Wrapper(fresh), tmp_path)
     assert torch.equal(loaded(x), expected)
-    assert len(loaded.base_model.model.layer.state_dict()) == len(required_parts(SmoaConfig(), "layer")) + len(
-        base.state_dict()
-    )
+    assert len(loaded.base_model.model.layer.state_dict()) == len(PARTS) + len(base.state_dict())
 
 
 @every_kind

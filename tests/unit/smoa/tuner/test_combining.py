@@ -37,12 +37,12 @@ def test_concatenation_is_exact_with_any_weights(modulation: str, conv1d: bool) 
     assert layer.r["sum"] == 9
 
 
-@pytest.mark.parametrize("normalized", [{"normalize_anchor": True}, {"scale": "block"}])
+@pytest.mark.parametrize("normalized", [{"scale": "layer"}, {"scale": "block"}])
 @pytest.mark.parametrize("combination", ["cat", "linear"])
 def test_an_adapter_with_normalized_anchors_combines_exactly(combination: str, normalized: dict[str, object]) -> None:
     model = model_with({"r": 4} | normalized, {"r": 4})
     model.add_weighted_adapter(["one"], [0.5], "scaled", combination_type=combination)
-    assert model.peft_config["scaled"].scale_of("layer") == "paper"
+    assert model.peft_config["scaled"].scale == "paper"
     layer = layer_of(model)
     assert_close(layer.delta("scaled"), 0.5 * layer.delta("one"))
     assert (layer.block_scale("one") != 1).all()

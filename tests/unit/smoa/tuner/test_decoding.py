@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from smoa import ConfigError, SmoaConfig, cached_weights, keep_in_generate
 from smoa.layers.weight_cache import KeptUpdate
 from smoa.maths.update import Update
-from smoa.tuner.decoding import Generate, _keeping
+from smoa.tuner.generation import Generate, _keeping
 from tests.support import tiny_models
 from tests.support.adapted_models import SETTINGS, adapted, add_adapter
 from tests.support.layers import Wrapper, layers_of, randomise

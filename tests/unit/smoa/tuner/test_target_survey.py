@@ -5,7 +5,7 @@ from peft import get_peft_model
 from torch import nn
 
 from smoa import SmoaConfig, SmoaError
-from smoa.tuner.target_survey import survey_targets
+from smoa.tuner.targets import survey_targets
 
 
 class Net(nn.Module):

@@ -13,20 +13,21 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 from smoa_lab.cli import chat
+from smoa_lab.cli.console import Dtype
 from smoa_lab.cli.main import app
 from smoa_lab.config.run import ModelSection
 from smoa_lab.data import questions
 from tests.support.chats import chat_base, saved_adapter, written
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return chat_base(tmp_path / "base")
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return chat_base(tmp_path_factory.mktemp("chat") / "base")
 
 
-@pytest.fixture
-def mine(tmp_path: Path, base: Path) -> Path:
-    return saved_adapter(tmp_path / "mine", base)
+@pytest.fixture(scope="module")
+def mine(base: Path) -> Path:
+    return saved_adapter(base.with_name("mine"), base)
 
 
 @pytest.fixture
@@ -104,8 +105,7 @@ def interrupting(monkeypatch: pytest.MonkeyPatch) -> None:
             signal.raise_signal(signal.SIGINT)
         typer.echo(piece, nl=False)
 
-    for screen in (chat.Terminal, chat.Pipe):
-        monkeypatch.setattr(screen, "write", write)
+    monkeypatch.setattr(chat.Screen, "write", write)
 
 
 @pytest.mark.usefixtures("terminal")
@@ -155,5 +155,5 @@ def test_only_two_terminals_make_a_chat(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_choices_are_those_of_a_run() -> None:
-    assert get_args(chat.Dtype) == get_args(ModelSection.model_fields["dtype"].annotation)
+    assert get_args(Dtype) == get_args(ModelSection.model_fields["dtype"].annotation)
     assert set(get_args(chat.Template)) == set(get_args(questions.Template))

@@ -10,7 +10,7 @@ import pytest
 import typer
 
 from smoa.errors import DataError
-from smoa_lab.cli.console import print_json, print_table, reporting, score
+from smoa_lab.cli.console import print_json, reporting, score
 
 
 def test_an_error_of_ours_is_one_line_on_stderr_and_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,30 +47,6 @@ def test_json_has_null_for_what_is_no_number(capsys: pytest.CaptureFixture[str])
     print_json({"loss": math.nan, "perplexity": math.inf, "rows": 3})
     printed = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert printed == {"loss": None, "perplexity": None, "rows": 3}
-
-
-def test_numbers_are_aligned_right_and_names_left(capsys: pytest.CaptureFixture[str]) -> None:
-    print_table(["task", "n"], [["a", "100"], ["bcdefg", "1"]])
-    assert capsys.readouterr().out == "task      n\na       100\nbcdefg    1\n"
-
-
-def test_a_table_in_a_pipe_has_whole_cells_in_one_line_each(capsys: pytest.CaptureFixture[str]) -> None:
-    long, brackets = "model.layers." * 30, "[bold]not markup[/bold]"
-    print_table([brackets, "n"], [[long, brackets]])
-    header, row = capsys.readouterr().out.splitlines()
-    assert header.split()[0] == "[bold]not"
-    assert row.split("  ") == [long, brackets]
-
-
-def test_a_table_wider_than_the_terminal_is_wrapped_and_not_cut(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TTY_COMPATIBLE", "1")  # rich then takes the output for a terminal
-    monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.setenv("COLUMNS", "30")
-    print_table(["layer", "rank"], [["abcdefghij" * 5, "4"]])
-    printed = capsys.readouterr().out
-    assert "abcdefghij" * 5 in "".join(line.split()[0] for line in printed.splitlines()[1:] if line.strip())
 
 
 def test_a_missing_package_of_an_extra_is_one_line_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,13 +12,13 @@ import pytest
 
 from smoa.errors import DataError
 from smoa_lab.basics.extras import DRAWING, advice
+from smoa_lab.budget import budget_choices
 from smoa_lab.cli.demo import CONFIG
 from smoa_lab.config.run import ModelSection, check_config, load_config
+from smoa_lab.evaluate import evaluate_run
 from smoa_lab.models import base_models
 from smoa_lab.models.needs import evaluation_needs, model_needs, training_needs
 from smoa_lab.models.packaged_models import unpacked_folder
-from smoa_lab.runs.budget_choices import budget_choices
-from smoa_lab.runs.evaluate_run import evaluate_run
 from smoa_lab.training import train_run
 from smoa_lab.training.loaded_run import load_run
 from tests.support import lab

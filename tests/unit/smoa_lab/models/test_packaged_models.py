@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from smoa.files.named_base import NamedBase
+from smoa.files.card import NamedBase
 from smoa_lab.config.run import ModelSection
 from smoa_lab.models.base_models import load_base_model
 from smoa_lab.models.packaged_models import (

@@ -117,7 +117,7 @@ SEQUENCES = [
     tokens([1, 5, 7], [33]),
     tokens([1], [33, 2]),
 ]
-"""Prompts of equal and unequal lengths, shared and not, past the tiny Gemma's sliding window of 8; answers of 1 to 4."""
+"""Prompts of equal and unequal lengths, shared or not, past the tiny Gemma's window of 8; answers of 1 to 4."""
 
 
 def one_by_one(model: PreTrainedModel, sequence: Tokens) -> float:

@@ -15,8 +15,8 @@ from trl import SFTTrainer
 
 from smoa.errors import ConfigError
 from smoa_lab.config.run import ModelSection, RunConfig, check_config
-from smoa_lab.runs.evaluate_run import evaluate_run
-from smoa_lab.runs.open_run import base_section, open_run
+from smoa_lab.evaluate import evaluate_run
+from smoa_lab.open_run import base_section, open_run
 from smoa_lab.training import train_run
 from smoa_lab.training.loaded_run import LoadedRun
 from smoa_lab.training.run_folder import RunFolder

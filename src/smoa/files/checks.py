@@ -1,0 +1,145 @@
+"""Checks an adapter's tensors before they are loaded or saved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Set
+
+import torch
+import torch.distributed as dist
+from peft.utils import CONFIG_NAME
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from smoa.compat import trained_biases
+from smoa.config.adapter_config import SmoaConfig
+from smoa.errors import AdapterFileError, PartitionError
+from smoa.files.loading import incoming
+from smoa.files.names import PARTS, PREFIX, adapter_layers, embeddings_of
+from smoa.layers.distributed import LABELS, SCALE, is_distributed, plain_name, whole, with_plain_names
+from smoa.layers.layer import SmoaLayer
+from smoa.maths.blocks import check_labels
+
+FACTOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_adapter_state(model: nn.Module, config: SmoaConfig, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
+    """Check the tensors about to be loaded, keyed as in the model, against the layers that have the adapter.
+
+    Raises:
+        AdapterFileError: a tensor is missing, unknown, not finite or has a wrong shape or dtype, labels are not a
+            partition of their layer, a tensor would replace one that is not the adapter's, or FSDP wraps the model.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    if any(plain_name(name).startswith(PREFIX) for name in names) and not any(n.startswith(PREFIX) for n in names):
+        raise AdapterFileError(  # PEFT loads nothing into such a model, silently
+            f"{names[0]}: the model is wrapped, as by FSDP, and PEFT would load nothing into it; "
+            "load the adapter before the model is wrapped, or into the wrapper's .module"
+        )
+    try:
+        _check_state(model, config, adapter_name, state_dict)
+    except AdapterFileError as error:
+        file = incoming()
+        if file is None:
+            raise
+        raise AdapterFileError(f"{file.path}: {error}; does {CONFIG_NAME} come from another save?") from None
+
+
+def _check_state(model: nn.Module, config: SmoaConfig, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
+    layers = adapter_layers(model, adapter_name)
+    keys_of = {name: _keys(name, adapter_name) for name in layers}
+    expected = {key for keys in keys_of.values() for key in keys}
+    own = {key for key in state_dict if ".smoa_" in key}
+    lost, foreign = _compare_others(model, config, state_dict.keys() - own)
+    differences = {"lacks": sorted(expected - own) + lost, "has unknown": sorted(own - expected) + foreign}
+    if any(differences.values()):
+        raise AdapterFileError("; ".join(_difference(verb, keys) for verb, keys in differences.items() if keys))
+    for key in state_dict:  # in the order of all ranks, which gather FSDP2's shards together
+        if key not in own:
+            _check_finite(key, whole(state_dict[key]))
+    for name, layer in layers.items():
+        _check_layer(name, layer, adapter_name, {key: whole(state_dict[key]) for key in keys_of[name]})
+
+
+def _keys(layer: str, adapter_name: str) -> list[str]:
+    """The keys of a layer's tensors in the model, in the order of `PARTS`."""
+    parts = (part.partition(".") for part in PARTS)
+    return [f"{layer}.{name}.{adapter_name}{dot}{rest}" for name, dot, rest in parts]
+
+
+def _difference(verb: str, keys: list[str]) -> str:
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    return f"the adapter file {verb} {len(keys)} tensor(s): {', '.join(keys[:3])}{more}"
+
+
+def _compare_others(model: nn.Module, config: SmoaConfig, keys: Set[str]) -> tuple[list[str], list[str]]:
+    """Missing keys, and foreign ones, which PyTorch would write over the base or silently drop.
+
+    In addition to factors and labels, PEFT saves trained biases, modules_to_save and token embeddings (in wrappers,
+    which check their own keys), and the embeddings of a resized vocabulary. A file may have biases that the config
+    doesn't train: they are loaded, as in PEFT.
+    """
+    state = model.state_dict()
+    own = {key.removeprefix(PREFIX) for key in state}
+    trained = trained_biases(with_plain_names(model), state, config)
+    biases = {key.removeprefix(PREFIX) for key in trained if ".modules_to_save." not in key}
+    embeddings = embeddings_of(model)
+    others = tuple(
+        plain_name(name).removeprefix(PREFIX) + "."
+        for name, module in model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper) or name in embeddings
+    )
+    given = {key.removeprefix(PREFIX) for key in keys}
+    # With bias="all" PEFT saves the biases of modules_to_save a second time, under a name that nothing reads.
+    unread = {key for key in given if key.startswith(others) and key.endswith(".modules_to_save.bias")}
+    known = {key for key in own if key.endswith(".bias") or key.startswith(others)} | unread
+    return sorted(biases - given), sorted(given - known)
+
+
+def _check_layer(name: str, layer: SmoaLayer, adapter_name: str, tensors: dict[str, Tensor]) -> None:
+    """Check the tensors of one layer, in the order of `PARTS`."""
+    ranks = layer.ranks[adapter_name]
+    stored = next(layer.smoa_A[adapter_name].parameters()).dtype
+    for part, shape, (key, tensor) in zip(PARTS, layer.saved_shapes(adapter_name), tensors.items(), strict=True):
+        if tensor.shape != shape:
+            raise AdapterFileError(f"{key}: shape {tuple(tensor.shape)} doesn't fit the layer, expected {shape}")
+        if part in LABELS:
+            try:
+                for labels in tensor.reshape(-1, tensor.shape[-1]):  # of each matrix of a stack
+                    check_labels(labels, len(ranks), key)
+            except PartitionError as error:
+                raise AdapterFileError(f"{error}; the adapter was made for another layer or num_blocks") from None
+        elif tensor.dtype not in FACTOR_DTYPES:
+            raise AdapterFileError(f"{key}: {tensor.dtype} found, floating point expected")
+        else:
+            _check_finite(key, tensor.to(torch.float32 if part == SCALE else stored))
+    # Finite values may make ΔW infinite, as a flipped bit of an exponent does.
+    A, B, _, _, scale = tensors.values()
+    largest = [float(tensor.abs().max()) for tensor in (A, B, scale)]
+    size = math.prod([*largest, abs(layer.scaling[adapter_name]), max(ranks)])
+    dtype = torch.promote_types(stored, torch.float32)
+    if size > torch.finfo(dtype).max:
+        raise AdapterFileError(
+            f"{name}: the largest values of its factors and scale multiply to {size:.0e}, beyond {dtype}; "
+            "one is damaged, fetch the adapter again"
+        )
+
+
+def _check_finite(key: str, tensor: Tensor) -> None:
+    wide = tensor.float() if tensor.itemsize == 1 else tensor  # isfinite does not support all 8-bit formats
+    if tensor.is_floating_point() and not torch.isfinite(wide).all():
+        raise AdapterFileError(f"{key}: holds NaN or infinite values; the adapter is broken")
+
+
+def check_gathered(state_dict: dict[str, Tensor]) -> None:
+    """Refuse to save tensors that ZeRO-3 has left empty. Only rank 0 saves, so others are not checked.
+
+    Raises:
+        AdapterFileError: a tensor of rank 0 is empty.
+    """
+    empty = sorted(key for key, tensor in state_dict.items() if tensor.numel() == 0)
+    if empty and not (is_distributed() and dist.get_rank() > 0):
+        raise AdapterFileError(
+            f"{empty[0]}: is empty, as are {len(empty) - 1} others: DeepSpeed ZeRO-3 has partitioned these weights; "
+            "gather them on every rank: save_pretrained(folder, state_dict=accelerator.get_state_dict(engine))"
+        )

@@ -1,0 +1,174 @@
+"""Generation, and an adapter for each sample of a batch.
+
+Keeps the blocks of ΔW while a model generates, so that an adapter that is not merged decodes quickly.
+
+`generate` calls the model once for each token, and each call would form ΔW again. So its layers' caches
+(`smoa.layers.weight_cache`) are open from its start to its end, whether it returns or raises.
+
+How the start and the end are found. PEFT's `generate` calls the base model's, some of it past the tuner; TRL, lm-eval
+and pipelines call either, and transformers' own `model.load_adapter` has no PeftModel at all. All of them look up
+`generate` on the base model. So injection gives this one object, not its class, an attribute `generate` that opens the
+caches and calls the class's method; `unload` takes it away. The other ways were rejected:
+
+- A method of the tuner misses `PeftModel.generate` without a task type, and models without a PeftModel.
+- A layer can't see where `generate` ends. The key-value cache, whose lifetime it might share, outlives the call if it
+  is static or returned.
+- Replacing a method of transformers' classes changes models that have no adapter.
+
+The attribute holds its model weakly, so that deleting a model frees it at once, and follows it when the model is copied
+or pickled; a shallow copy (`copy.copy`) generates with the original. A model that has a `generate` of its own on the
+object keeps it.
+
+These layers keep nothing and compute as ever: quantized ones, whose dequantized blocks might be larger than the model;
+sharded ones (FSDP, ZeRO-3), whose refilled storage a cache can't notice; those that accelerate offloads; adapters in
+training mode with dropout; and all that `keep_in_generate(model, "off")` names.
+
+`adapter_names=[…]` gives each sample of a batch its adapter, as in PEFT's LoRA. `generate` repeats samples, for each
+beam or sequence to return, so the names are repeated too.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from typing import Any, Literal, get_args
+
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from smoa.errors import ConfigError
+from smoa.layers.layer import SmoaLayer
+from smoa.layers.weight_cache import is_sharded, open_caches
+
+Kept = Literal["blocks", "weights", "off"]
+BASE = "__base__"
+_COPIES: ContextVar[int] = ContextVar("smoa_copies", default=1)
+"""Rows for each sample in the `generate` that runs: one for each beam, or each sequence to return."""
+
+
+class Generate:
+    """The `generate` of one model, with the caches of its adapted layers open, which repeats a mixed batch's names."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = self._model()
+        with caches_of_generate(model), samples_repeated(model, args, kwargs):
+            return type(model).generate(model, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        model: Any = self._model()
+        return getattr(type(model).generate, name)  # such as __wrapped__
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Generate:
+        model: Any = self._model()
+        return Generate(memo.get(id(model), model))
+
+    def __reduce__(self) -> Any:
+        return Generate, (self._model(),)
+
+
+def caches_of_generate(model: nn.Module) -> AbstractContextManager[None]:
+    """The caches that are open while `model.generate` runs."""
+    return open_caches([(layer, layer.generation_cache == "weights") for layer in _keeping(model)])
+
+
+def _keeping(model: nn.Module) -> list[SmoaLayer]:
+    layers = [module for module in model.modules() if isinstance(module, SmoaLayer)]
+    return [layer for layer in layers if layer.generation_cache != "off" and _may_keep(layer)]
+
+
+def _may_keep(layer: Any) -> bool:
+    offloaded = any(parameter.device.type == "meta" for parameter in layer.parameters())  # accelerate does so
+    return layer.quantization_backend is None and not offloaded and not is_sharded(layer)
+
+
+def watch_generate(model: nn.Module) -> None:
+    """Open the caches of the model's adapted layers in each call of its `generate`, if it has one."""
+    if callable(getattr(type(model), "generate", None)) and "generate" not in model.__dict__:
+        model.generate = Generate(model)  # type: ignore[assignment]  # torch expects modules and tensors
+
+
+def forget_generate(model: nn.Module) -> None:
+    """Give the model its class's `generate` back."""
+    if isinstance(model.__dict__.get("generate"), Generate):
+        del model.__dict__["generate"]
+
+
+def keep_in_generate(model: nn.Module, kept: Kept) -> None:
+    """Set what the model's adapted layers keep while `generate` runs. Layers that are adapted later keep "blocks".
+
+    Args:
+        model: A model with SMoA adapters.
+        kept: "blocks", the default, keeps the diagonal blocks of ΔW: 1/K of the memory of the adapted weights.
+            "weights" keeps W + ΔW where the weights are float32 or float64: faster, and as much memory as they take.
+            "off" keeps nothing: every token forms ΔW again.
+
+    Raises:
+        ConfigError: `kept` is none of these, or the model has no SMoA adapter.
+    """
+    if kept not in get_args(Kept):
+        raise ConfigError(f"keep_in_generate: {kept!r} must be one of {', '.join(map(repr, get_args(Kept)))}")
+    layers = [module for module in model.modules() if isinstance(module, SmoaLayer)]
+    if not layers:
+        raise ConfigError("keep_in_generate: the model has no SMoA adapter; add one first")
+    for layer in layers:
+        layer.generation_cache = kept
+
+
+@contextmanager
+def adapter_names_hooks(tuner: BaseTuner, kwargs: dict[str, Any]) -> Iterator[None]:
+    """Remove `adapter_names` from `kwargs`, and pass it to every adapted layer while the context is open.
+
+    Raises:
+        ValueError: the model is in training mode, or a name is neither an adapter nor "__base__".
+    """
+    adapter_names = kwargs.pop("adapter_names", None)
+    if adapter_names is None:
+        yield
+        return
+    if tuner.training:
+        raise ValueError("adapter_names can't be used in training mode; call model.eval() first")
+    known = {BASE} | {name for module in tuner.modules() if isinstance(module, SmoaLayer) for name in module.smoa_A}
+    unknown = sorted(set(adapter_names) - known)
+    if unknown:
+        raise ValueError(f"adapter_names: unknown adapters {unknown}; use some of {sorted(known)}")
+    beams = kwargs.get("num_beams") or 1  # for a model with a `generate` of its own
+    get_encoder: Any = getattr(tuner.model, "get_encoder", None)
+    encoder = get_encoder() if get_encoder else None
+    once = set() if encoder in (None, tuner.model) else set(encoder.modules())  # `generate` repeats no sample there
+
+    def with_names(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        copies = 1 if module in once else max(beams, _COPIES.get())
+        return args, {**kwargs, "adapter_names": [name for name in adapter_names for _ in range(copies)]}
+
+    handles = [
+        module.register_forward_pre_hook(with_names, with_kwargs=True)
+        for module in tuner.modules()
+        if isinstance(module, (SmoaLayer, AuxiliaryTrainingWrapper))
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def samples_repeated(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+    """Repeat the names as `model.generate(*args, **kwargs)` repeats samples, by its settings or the model's own."""
+    configs = (kwargs.get("generation_config", *args[1:2]), getattr(model, "generation_config", None))
+
+    def setting(name: str) -> int:
+        found = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+        return next((value for value in found if isinstance(value, int)), 1)
+
+    token = _COPIES.set(max(setting("num_beams"), setting("num_return_sequences")))
+    try:
+        yield
+    finally:
+        _COPIES.reset(token)

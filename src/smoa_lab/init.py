@@ -1,0 +1,420 @@
+"""A first config for a model and data: what ``smoa init`` looks at, chooses, measures and writes."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from rich.filesize import decimal
+from transformers import TrainerCallback
+
+from smoa.errors import ConfigError
+from smoa_lab.basics.extras import require
+from smoa_lab.basics.positions import positions_of
+from smoa_lab.budget import ALL_LINEAR, Choice, Shapes, shapes_of
+from smoa_lab.config.run import DataSection, Dtype, ModelSection, TaskSection, adapter_rate, check_config, native_dtype
+from smoa_lab.config.yaml_text import key_lines, to_yaml
+from smoa_lab.data.files import source_values
+from smoa_lab.data.tasks import TASKS, find_task, task_needs
+from smoa_lab.models.base_models import empty_model, load_tokenizer
+from smoa_lab.training.loaded_run import load_run, sources, trainable_rows_of
+from smoa_lab.training.run_folder import peak_memory
+
+logger = logging.getLogger(__name__)
+
+LENGTHS = 64
+"""Tokens: a row is cut at a multiple of it."""
+BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+BATCH = 16
+"""Rows that a step learns from, in one or several batches."""
+EPOCHS = 3
+"""Times that all rows are seen, unless that takes too long."""
+LARGEST = {True: 16, False: 4}
+"""Rows in a batch at most, with and without a GPU. On a CPU more are hardly quicker, and padded more."""
+SHARE = {True: 0.85, False: 0.5}
+"""The share of free memory that a run may use, with and without a GPU: others use the CPU's memory too."""
+ADAPTER_BYTES = 16
+"""A trained parameter in float32, with its gradient and AdamW's two averages."""
+MEASURED_STEPS = 3
+WIDEST = 44
+"""Characters of a line of the config before its comment, where lines are not longer."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """``parameters`` of the whole model; ``shapes`` of its linear layers but the output; ``context``: how many tokens
+    it takes, if that is limited."""
+
+    name: str
+    parameters: int
+    shapes: Shapes
+    context: int | None
+    layers: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """``values``: the config's ``data`` block; ``train``: how many rows or questions there are to train on;
+    ``max_length``: the tokens at which a row is to be cut; ``format``: of rows, None for questions."""
+
+    values: dict[str, Any]
+    train: int
+    max_length: int
+    format: str | None = None
+    tokens: int = 0
+
+    @property
+    def kind(self) -> str:
+        """What one of them is called."""
+        return "rows" if self.format else "questions"
+
+
+def look_at_model(name: str) -> ModelFacts:
+    """Read a model's sizes from its config alone; no weights are read.
+
+    Raises:
+        DataError: there is no such model.
+    """
+    empty = empty_model(ModelSection(name=name))
+    config: Any = empty.config.get_text_config()
+    return ModelFacts(
+        name,
+        sum(parameter.numel() for parameter in empty.parameters()),
+        shapes_of(empty, (ALL_LINEAR,), name),
+        positions_of(empty.config),
+        config.num_hidden_layers,
+        config.hidden_size,
+        getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        config.vocab_size,
+    )
+
+
+def check_data(place: str) -> str:
+    """``place`` itself; raises DataError if it can be known without reading that nothing is there."""
+    if place not in TASKS:
+        for source in sources(check_config({"model": {"name": ""}, "data": source_values(place)}, place).rows):
+            source.check()
+    return place
+
+
+def look_at_data(place: str, model: ModelFacts) -> DataFacts:
+    """Count what ``place`` holds: a task's name, a file, a folder, or a data set of the Hub. Its rows are all read.
+
+    Raises:
+        DataError: rows cannot be read, or some are bad, as `smoa train` would say.
+    """
+    if place in TASKS:
+        require(task_needs({place: find_task(place)}))
+        data = DataSection(tasks=[place])
+        return DataFacts({"tasks": [place]}, len(data.select().train), TaskSection().max_length)
+    tokenizer = load_tokenizer(ModelSection(name=model.name))
+    lent = None if tokenizer.chat_template else "alpaca"
+    values = {
+        "model": {"name": model.name},
+        "data": {**source_values(place), "chat_template": lent},
+        "training": {"max_length": model.context},
+    }
+    config = check_config(values, place)
+    _, rows = trainable_rows_of(config, tokenizer)
+    account, (first, *_) = rows.account, rows.rows("train", 1)
+    template = {"chat_template": lent} if lent and not first.is_text else {}
+    length = -(-account["tokens"]["p99"] // LENGTHS) * LENGTHS
+    return DataFacts(
+        {**source_values(place), "format": account["format"], **template, "test_part": config.rows.test_part},
+        account["parts"]["train"],
+        length if model.context is None else min(length, model.context),
+        account["format"],
+        account["tokens"]["total"],
+    )
+
+
+@dataclass(frozen=True)
+class Machine:
+    """``memory``: bytes that are free where the model will be; ``gpu``: its name, if there is one; ``bfloat16``:
+    whether it computes in bfloat16 rather than imitating it."""
+
+    memory: int
+    gpu: str | None = None
+    bfloat16: bool = False
+
+    @property
+    def name(self) -> str:
+        """The machine in a few words."""
+        return self.gpu or "the CPU"
+
+
+def this_machine() -> Machine:
+    """The machine that runs this, with its first GPU if it has one."""
+    bfloat16 = native_dtype() == "bfloat16"
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+        return Machine(free, torch.cuda.get_device_name(), bfloat16)
+    return Machine(psutil.virtual_memory().available, None, bfloat16)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What is proposed, and for what. ``rows`` are those of a batch, of which a step has ``accumulation``."""
+
+    model: ModelFacts
+    data: DataFacts
+    choice: Choice
+    dtype: Dtype
+    rows: int
+    checkpointing: bool
+    steps: int | None = None
+
+    @property
+    def accumulation(self) -> int:
+        return BATCH // self.rows
+
+    @property
+    def steps_of_epochs(self) -> int:
+        """Steps in which all rows are seen :data:`EPOCHS` times, as transformers' Trainer counts them."""
+        return EPOCHS * math.ceil(math.ceil(self.data.train / self.rows) / self.accumulation)
+
+    @property
+    def all_steps(self) -> int:
+        return self.steps or self.steps_of_epochs
+
+    def within(self, minutes: float, seconds: float) -> Proposal:
+        """The proposal cut to at most so many minutes, at so many seconds a step, and to at least one step."""
+        affordable = max(1, int(60 * minutes / seconds))
+        return replace(self, steps=affordable if affordable < self.steps_of_epochs else None)
+
+    def smaller(self) -> Proposal:
+        """The proposal in less memory: half the batch twice as often, and at last activations computed again.
+
+        Raises:
+            ConfigError: nothing is left to save.
+        """
+        if self.rows > 1:
+            return replace(self, rows=self.rows // 2)
+        if not self.checkpointing:
+            return replace(self, checkpointing=True)
+        raise ConfigError(
+            f"model.name: {self.model.name!r} does not fit into memory, not even with one row of "
+            f"{self.data.max_length} tokens in a batch; choose a smaller model, or --dtype bfloat16"
+        )
+
+    def values(self, output_dir: str) -> dict[str, Any]:
+        """The config as plain values, in the order in which it is written."""
+        length = {"max_length": self.data.max_length}
+        length_of_questions = {} if self.data.format else {"task": length}
+        last = {"num_train_epochs": EPOCHS} if self.steps is None else {"max_steps": self.steps}
+        return {
+            "model": {"name": self.model.name, "dtype": self.dtype},
+            "method": "smoa",
+            "adapter": {
+                "target_modules": ALL_LINEAR,
+                "num_blocks": self.choice.num_blocks,
+                "r": self.choice.r,
+                "alpha": 2 * self.choice.r,
+            },
+            "data": self.data.values,
+            **length_of_questions,
+            "training": {
+                "output_dir": output_dir,
+                **last,
+                "per_device_train_batch_size": self.rows,
+                "gradient_accumulation_steps": self.accumulation,
+                **(length if self.data.format else {}),
+                "gradient_checkpointing": self.checkpointing,
+                "learning_rate": adapter_rate(self.model.parameters),
+                "logging_steps": max(1, min(10, self.all_steps // 10)),
+                "seed": 0,
+            },
+        }
+
+
+def propose(
+    model: ModelFacts, data: DataFacts, choice: Choice, machine: Machine, dtype: Dtype | None = None
+) -> Proposal:
+    """The largest batch whose estimated need fits; activations are computed again only if one row would not fit."""
+    chosen: Dtype = dtype or ("bfloat16" if machine.bfloat16 else "float32")
+    has_gpu = machine.gpu is not None
+    most = Proposal(model, data, choice, chosen, LARGEST[has_gpu], checkpointing=False)
+    sizes = [2**power for power in reversed(range(most.rows.bit_length()))]
+    tried = [replace(most, rows=rows, checkpointing=again) for again in (False, True) for rows in sizes]
+    fitting = (proposal for proposal in tried if needed_bytes(proposal) <= SHARE[has_gpu] * machine.memory)
+    return next(fitting, tried[-1])  # the estimate is coarse: three steps will tell
+
+
+def needed_bytes(proposal: Proposal) -> int:
+    """A coarse estimate of what training takes: weights, adapter, activations and logits, each row at full length.
+
+    A layer keeps about 48 bytes of each hidden and 16 of each intermediate number of a token, with weights of 16 bits
+    too, since the adapter computes in float32; if activations are computed again, one layer does, and each keeps its
+    input. The loss keeps the logits as they are, in float32, and their gradient.
+    """
+    model, size = proposal.model, BYTES[proposal.dtype]
+    sides = 2 if proposal.data.format == "preference" else 1  # the chosen and the rejected answer
+    tokens = sides * proposal.rows * proposal.data.max_length
+    layer = 48 * model.hidden + 16 * model.intermediate
+    kept = layer + size * model.hidden * model.layers if proposal.checkpointing else layer * model.layers
+    logits = (size + 8) * model.vocabulary
+    return size * model.parameters + ADAPTER_BYTES * proposal.choice.parameters + tokens * (kept + logits)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds of a step, and bytes at most."""
+
+    seconds: float
+    memory: int
+
+
+class StepClock(TrainerCallback):
+    """Notes when each step ends."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.times = [time.perf_counter()]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.times.append(time.perf_counter())
+
+    @property
+    def seconds(self) -> float:
+        """The mean time of a step, without the first one, in which memory is claimed and code is compiled."""
+        return (self.times[-1] - self.times[1]) / (len(self.times) - 2)
+
+
+def measure(proposal: Proposal) -> tuple[Proposal, Measured]:
+    """What three steps take; the proposal with a smaller batch if it ran out of memory.
+
+    Raises:
+        ConfigError: one row does not fit.
+    """
+    while True:
+        try:
+            return proposal, _three_steps(proposal)
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out_of_memory(error):
+                raise
+        gc.collect()  # frees what the failed steps held
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        proposal = proposal.smaller()
+        logger.info("Out of memory; trying again with batches of %d", proposal.rows)
+
+
+def ran_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    """A CPU's allocator raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def _three_steps(proposal: Proposal) -> Measured:
+    with tempfile.TemporaryDirectory(prefix="smoa-init-") as folder:
+        values = proposal.values(folder)
+        training = {key: value for key, value in values["training"].items() if key != "num_train_epochs"}
+        short = {"max_steps": MEASURED_STEPS, "save_strategy": "no", "logging_steps": MEASURED_STEPS}
+        run = load_run(check_config({**values, "training": {**training, **short}}))
+        clock = StepClock()
+        arguments = run.arguments()
+        logger.info("Measuring %d steps", MEASURED_STEPS)
+        run.fit(arguments, None, clock)
+        return Measured(clock.seconds, peak_memory(arguments.device))
+
+
+def config_text(file: Path, proposal: Proposal, machine: Machine, measured: Measured | None) -> str:
+    """The config file: what it is for, how to run it, what it will take, and the commented keys."""
+    plain = to_yaml(proposal.values(output_dir(file)))
+    comments, paths = _comments(proposal, machine), {line: path for path, line in key_lines(plain).items()}
+    data = proposal.data
+    size = f", {data.tokens:,} tokens in all" if data.tokens else ""
+    header = [
+        f"Trains an adapter of {proposal.model.name}: {data.train:,} {data.kind} to train on{size}.",
+        f"Run it:         smoa train {file}",
+        f"Change a value: smoa train {file} training.max_steps=10",
+        *(expected(proposal, machine, measured) or ["Not measured: how long a step takes, and how much memory."]),
+    ]
+    lines = [f"# {text}" for text in header]
+    for number, line in enumerate(plain.splitlines(), start=1):
+        path = paths.get(number)
+        if path is not None and len(path) == 1:
+            lines.append("")
+        comment = "one in each line" if path is None else comments.get(".".join(path))
+        lines.append(f"{line:<{WIDEST}}  # {comment}" if comment else line)
+    return "\n".join(lines) + "\n"
+
+
+def output_dir(file: Path) -> str:
+    """Where a run of this config goes."""
+    return f"runs/{file.stem}"
+
+
+def expected(proposal: Proposal, machine: Machine, measured: Measured | None) -> list[str]:
+    """What the run will take, in two sentences; nothing where nothing was measured."""
+    if measured is None:
+        return []
+    seconds, digits = proposal.all_steps * measured.seconds, 1 if measured.seconds < 10 else 0
+    steps = f"{proposal.all_steps:,} step{'s' * (proposal.all_steps > 1)}"
+    each = f"{measured.seconds:.{digits}f}"
+    return [
+        f"Expected: {steps} of {each} s each on {machine.name}, "
+        f"{duration(seconds)} in all, and {decimal(measured.memory)} of memory.",
+        "Measured on three steps. Scoring held-out data before and after takes time of its own.",
+    ]
+
+
+def duration(seconds: float) -> str:
+    """A time in seconds, minutes or hours, whichever reads best."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+def _comments(proposal: Proposal, machine: Machine) -> dict[str, str]:
+    """The comment of each key that has one, by the key's path."""
+    choice, data, has = proposal.choice, proposal.data, "has" if machine.bfloat16 else "lacks"
+    size = f"{choice.parameters:,} parameters, {choice.percent:g} % of the model"
+    again = "activations are computed again: slower, but less memory" if proposal.checkpointing else "true saves memory"
+    longest = "the model takes no more" if data.max_length == proposal.model.context else "99 of 100 are shorter"
+    per_epochs = f"{EPOCHS} times all rows would be {proposal.steps_of_epochs:,} steps"
+    return {
+        "model": "the base model, whose weights stay as they are",
+        "model.name": "a Hub id, a folder, a .gguf file, or a model of the package index",
+        "model.dtype": f"of its weights; {machine.name} {has} instructions for bfloat16",
+        "method": "or lora, dora, …, which have keys of their own under adapter",
+        "adapter": "what is trained",
+        "adapter.target_modules": "every linear layer but the output; or a list such as [q_proj, v_proj]",
+        "adapter.num_blocks": "a larger one gives more rank on fewer entries of each weight",
+        "adapter.r": f"{size}, as LoRA with r = {choice.lora_r}",
+        "adapter.alpha": "strength of the update: twice r, so that LoRA's learning rates suit",
+        "data": "what is learned; `smoa data check` shows examples" if data.format else "what is learned",
+        "data.train": "a file, or a folder of files",
+        "data.hub": "a data set of the Hub",
+        "data.hub.name": "its id; config: and split: choose a part of it",
+        "data.tasks": "names from `smoa data list`",
+        "data.format": "of the rows, as their columns say",
+        "data.chat_template": "the model has no template for conversations; this one suits every base model",
+        "data.test_part": "share of the rows that is held out, and scored before and after",
+        "task": "how questions are put",
+        "task.max_length": "tokens of prompt and answer; a longer prompt is cut at its start",
+        "training": "passed to transformers' trainer, any of whose keys may stand here",
+        "training.output_dir": "gets adapter, scores, samples and log",
+        "training.num_train_epochs": f"times that all {data.kind} are seen: {proposal.all_steps:,} steps",
+        "training.max_steps": f"as many as the time allows; {per_epochs}",
+        "training.per_device_train_batch_size": f"{data.kind} computed at once: more take more memory",
+        "training.gradient_accumulation_steps": f"batches in a step, which learns from {BATCH} {data.kind}",
+        "training.max_length": f"tokens at which a row is cut: {longest}",
+        "training.gradient_checkpointing": again,
+        "training.learning_rate": "by the size of the model; `smoa tune` finds a better one",
+        "training.logging_steps": "steps between two lines of the log",
+        "training.seed": "the same seed draws the same batches",
+    }

@@ -1,0 +1,185 @@
+"""What an adapter changed in each layer: ΔW, its norms, ranks and spectrum. For all PEFT methods whose layers can
+return their ΔW."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from smoa.layers.layer import SmoaLayer
+from smoa.maths.analysis import UpdateSpectrum, update_spectrum
+from smoa.maths.blocks import Blocks
+from smoa.maths.budget import rank_bound
+from smoa.maths.spectrum import spectral_scores
+from smoa_lab.models.base_models import load_base_model
+from smoa_lab.open_run import adapter_of_run, base_section
+from smoa_lab.pages.tables import Cell, Table
+
+TOO_FAR = {"relative_update": 0.06, "relative_spectral_norm": 0.2}
+"""Figures from which a layer is marked: in docs/studies/retention-pilot and -seeds a layer exceeded one of them in all
+runs that forgot more than 0.15 nats of the first task, and in no other run."""
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One adapted layer: shape of W, trainable parameters, ‖ΔW‖/‖W‖ (Frobenius), ‖ΔW‖₂/‖W‖₂, ΔW's ranks with the bound
+    that the method sets (None where it isn't known), its coverage of W's spectrum, and the spectrum itself.
+
+    SMoA only, by block: ``bands``, the lowest and highest spectral score of its coordinates, ``block_scales``, its
+    scale s_k, and the spectrum's ``block_coverages``.
+    """
+
+    module: str
+    method: str
+    rows: int
+    columns: int
+    parameters: int
+    relative_update: float
+    relative_spectral_norm: float
+    rank: int
+    rank_bound: int | None
+    effective_rank: float
+    stable_rank: float
+    coverage: float
+    spectrum: UpdateSpectrum
+    bands: tuple[tuple[float, float], ...] = ()
+    block_scales: tuple[float, ...] = ()
+
+    @property
+    def moved_too_far(self) -> bool:
+        """Whether much of what W did is likely to be lost."""
+        return any(getattr(self, figure) > limit for figure, limit in TOO_FAR.items())
+
+    def marked(self, figure: str) -> str:
+        """A figure of ``TOO_FAR`` as text, with a mark where it is too large."""
+        value: float = getattr(self, figure)
+        return f"{'! ' * (value > TOO_FAR[figure])}{value:.4f}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, the curves left out."""
+        names = ("module", "method", "rows", "columns", "parameters", "relative_update", "relative_spectral_norm")
+        ranks = ("rank", "rank_bound", "effective_rank", "stable_rank", "coverage", "moved_too_far")
+        blocks = {"block_scales": list(self.block_scales), "block_coverages": list(self.spectrum.block_coverages)}
+        return {name: getattr(self, name) for name in (*names, *ranks)} | (blocks if self.block_scales else {})
+
+
+def inspect_layers(adapter: str | Path, base: str | None = None, trust_remote_code: bool = False) -> list[LayerReport]:
+    """A report on every adapted layer, in the model's order.
+
+    Raises:
+        ConfigError: ``adapter`` is not the folder of an adapter or a run.
+        DataError: the base model cannot be loaded.
+    """
+    source = adapter_of_run(adapter)
+    model, _ = load_base_model(base_section(source, base, trust_remote_code))
+    adapted: Any = PeftModel.from_pretrained(model, str(source))
+    method = adapted.active_peft_config.peft_type.value.lower()
+    layers = list(adapted_layers(adapted.base_model.model))
+    shown = tqdm(layers, desc="Decomposing", disable=None, leave=False)
+    with torch.no_grad():
+        return [report for path, module in shown for report in _reports(path, module, adapted.active_adapter, method)]
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The layers whose ΔW can be had, by their paths, in the model's order."""
+    for path, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and hasattr(module, "get_delta_weight"):
+            yield path, module
+
+
+@torch.no_grad()
+def weights_and_updates(path: str, module: Any, adapter: str) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Every matrix that the adapter changes in a layer: its name, W, dequantized if it is quantized, and ΔW, in
+    float32. A layer has one, named as the layer, a convolution (out, in · kernel); experts have one for each expert or,
+    with gate and up, two.
+
+    Of other methods ΔW is what a merge adds to W, computed in float64: HiRA's ``get_delta_weight`` is the factor that W
+    is multiplied with, and DoRA's leaves its magnitudes out.
+    """
+    if isinstance(module, SmoaLayer):
+        for part, weight, update in module.parts(adapter):
+            name = f"{path.replace('.base_layer', '')}.{part}" if part else path
+            yield name, weight.float(), update.delta(weight).float()
+        return
+    merged = deepcopy(module).double()
+    before = merged.get_base_layer().weight.clone()
+    merged.merge(adapter_names=[adapter])
+    yield path, before.flatten(1).float(), (merged.get_base_layer().weight - before).flatten(1).float()
+
+
+def _reports(path: str, module: Any, adapter: str, method: str) -> Iterator[LayerReport]:
+    """A report on each matrix of the layer; the matrices share its trained parameters evenly."""
+    matrices = list(weights_and_updates(path, module, adapter))
+    own = [p for name, p in module.named_parameters() if f".{adapter}." in f".{name}." and "base_layer" not in name]
+    parameters, bound = sum(parameter.numel() for parameter in own) // len(matrices), _rank_bound(module, adapter)
+    blocks: list[Blocks | None] = [None] * len(matrices)
+    scales: list[list[float]] = [[]] * len(matrices)
+    if isinstance(module, SmoaLayer):
+        blocks = [update.factors.blocks for _, _, update in module.parts(adapter)]
+        scales = (module.scaling[adapter] * module.block_scale(adapter).reshape(len(matrices), -1)).tolist()
+    for (name, weight, update), of_matrix, block_scales in zip(matrices, blocks, scales, strict=True):
+        spectrum = update_spectrum(weight, update, of_matrix)
+        yield LayerReport(
+            module=name,
+            method=method,
+            rows=update.shape[0],
+            columns=update.shape[1],
+            parameters=parameters,
+            relative_update=float(update.norm() / weight.norm()),
+            relative_spectral_norm=spectrum.relative_spectral_norm,
+            rank=spectrum.rank,
+            rank_bound=bound,
+            effective_rank=spectrum.effective_rank,
+            stable_rank=spectrum.stable_rank,
+            coverage=spectrum.coverage,
+            spectrum=spectrum,
+            bands=() if of_matrix is None else _bands(weight, of_matrix),
+            block_scales=tuple(block_scales),
+        )
+
+
+def _rank_bound(module: Any, adapter: str) -> int | None:
+    if isinstance(module, SmoaLayer):
+        block_ranks = module.ranks[adapter]
+        if module.modulation[adapter] == "none":
+            return sum(block_ranks)
+        sizes = module.out_features, module.in_features
+        return rank_bound(*sizes, sum(block_ranks), len(block_ranks), block_ranks)
+    ranks = getattr(module, "r", None)
+    return int(ranks[adapter]) if isinstance(ranks, dict) and hasattr(module, "lora_A") else None
+
+
+def _bands(weight: Tensor, blocks: Blocks) -> tuple[tuple[float, float], ...]:
+    """The least and the largest spectral score in each block."""
+    scores, labels = torch.cat(spectral_scores(weight)), torch.cat([blocks.row_labels, blocks.col_labels])
+    by_block = [scores[labels == block] for block in range(blocks.num_blocks)]
+    return tuple((float(block.min()), float(block.max())) for block in by_block)
+
+
+def layer_table(reports: Sequence[LayerReport], caption: str = "") -> Table:
+    """A row for each layer."""
+    header = ["layer", "shape", "parameters", "‖ΔW‖/‖W‖", "‖ΔW‖₂/‖W‖₂", "rank", "bound"]
+    rows = [
+        [
+            report.module,
+            Cell(f"{report.rows}×{report.columns}", report.rows * report.columns),
+            Cell(f"{report.parameters:,}", report.parameters),
+            *(Cell(report.marked(figure), getattr(report, figure)) for figure in TOO_FAR),
+            report.rank,
+            "–" if report.rank_bound is None else report.rank_bound,
+            f"{report.effective_rank:.1f}",
+            f"{report.stable_rank:.1f}",
+            f"{report.coverage:.3f}",
+        ]
+        for report in reports
+    ]
+    return Table([*header, "effective rank", "stable rank", "coverage"], rows, caption)

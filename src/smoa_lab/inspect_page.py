@@ -1,0 +1,247 @@
+"""The HTML page about one or more adapters, with charts: how far they moved each layer, which directions and blocks,
+and ranks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import altair as alt
+import torch
+from torch import Tensor
+
+from smoa.errors import ConfigError
+from smoa_lab.inspect import TOO_FAR, LayerReport, layer_table
+from smoa_lab.pages.charts import INK, MUTED, PANEL, WIDTH, color_of, colors, dashes, tooltip, values
+from smoa_lab.pages.templates import Figure, page
+
+Reports = Mapping[str, Sequence[LayerReport]]
+BINS = 100
+COLUMNS = 4
+POINTS = 256
+"""A spectrum of more values is drawn by so many of them."""
+INTRODUCTION = (
+    "W = U diag(σ) Vᵀ is a frozen weight, ΔW what the adapter adds. Coverage is how far down W's spectrum ΔW reaches: "
+    "the mean of j/q under the energy of ΔW on W's singular directions j = 0 … q−1, largest first. 0 is an update "
+    "along the leading directions alone, 0.5 one that treats all alike."
+)
+FAR = f"‖ΔW‖₂/‖W‖₂: from {TOO_FAR['relative_spectral_norm']} on much is likely to be forgotten."
+BLOCKS = (
+    "A thin line for each layer, the mean of all layers in bold. The scale s is what B A ⊙ W of the block is "
+    "multiplied with."
+)
+
+
+def inspection_page(title: str, adapters: Reports, layers: Sequence[str] = ()) -> str:
+    """The HTML of one or more adapters by name. Of the first one the layer that changed most is shown in detail, and so
+    is every layer whose name contains one of ``layers``.
+
+    Raises:
+        ConfigError: one of ``layers`` is in no layer's name.
+    """
+    first = next(iter(adapters.values()))
+    changed = max(first, key=lambda report: report.relative_update)
+    chosen = [report for report in _matching(first, layers) if report is not changed]
+    figures = {
+        "How far each layer was moved": Figure(_lines(adapters, "relative_spectral_norm", "‖ΔW‖₂ / ‖W‖₂"), FAR),
+        "Coverage of the spectrum": Figure(coverage(adapters), _coverage_caption(adapters)),
+        "Block by block": None if (blocks := by_block(adapters)) is None else Figure(blocks, BLOCKS),
+        "Rank": Figure(_lines(adapters, "effective_rank", "effective rank of ΔW"), "Effective rank of ΔW."),
+        f"What changed most: {changed.module}": _detail(changed),
+    }
+    note = "Every adapted layer of {}; choose a heading to sort. ! marks a layer that was moved far."
+    sections: list[tuple[str, list[Any]]] = [
+        *((heading, [figure]) for heading, figure in figures.items() if figure is not None),
+        *((report.module, [_detail(report)]) for report in chosen),
+        *((name, [layer_table(reports, note.format(name))]) for name, reports in adapters.items()),
+    ]
+    return page(title, sections, [INTRODUCTION])
+
+
+def _matching(reports: Sequence[LayerReport], layers: Sequence[str]) -> list[LayerReport]:
+    for wanted in layers:
+        if not any(wanted in report.module for report in reports):
+            raise ConfigError(
+                f"--layer {wanted}: no adapted layer's name contains it; layers are named like {reports[0].module}"
+            )
+    return [report for report in reports if any(wanted in report.module for wanted in layers)]
+
+
+def _coverage_caption(adapters: Reports) -> str:
+    means = []
+    for name, reports in adapters.items():
+        coverage, rank = (
+            sum(getattr(one, figure) for one in reports) / len(reports) for figure in ("coverage", "rank")
+        )
+        trained = sum(report.parameters for report in reports)
+        means.append(f"{name}: mean coverage {coverage:.3f}, mean rank {rank:.0f}, {trained:,} trained")
+    return (
+        "Share of ΔW's energy on the leading part of W's singular directions, mean of all layers; "
+        f"the diagonal treats all directions alike. {'; '.join(means)}."
+    )
+
+
+def _detail(report: LayerReport) -> Figure:
+    caption = (
+        f"Singular values of W and ΔW, and ΔW's energy along W's directions, mean of both sides ({report.rows}×"
+        f"{report.columns}; rank of ΔW {report.rank}, effective {report.effective_rank:.1f})."
+    )
+    if report.bands:
+        caption += " Bars: the spectral scores (mean direction) of each block's coordinates, lowest to highest."
+    return Figure(spectrum(report, color_of(report.method)), caption)
+
+
+def _lines(adapters: Reports, field: str, title: str) -> Any:
+    rows = [
+        {"adapter": name, "module": report.module, field: getattr(report, field)}
+        for name, reports in adapters.items()
+        for report in reports
+    ]
+    return by_layer(rows, _methods_of(adapters), field, title)
+
+
+def _methods_of(adapters: Reports) -> dict[str, str]:
+    """The method of each adapter."""
+    return {name: reports[0].method for name, reports in adapters.items()}
+
+
+def by_layer(rows: Sequence[Mapping[str, Any]], methods: Mapping[str, str], field: str, title: str) -> Any:
+    """A panel for each kind of module, such as q_proj: ``field`` along the model's layers, a line for each adapter.
+    ``rows`` have adapter, module and the field."""
+    placed = [{**row, **place(row["module"])} for row in rows]
+    y = alt.Y(f"{field}:Q", title=None, axis=alt.Axis(tickCount=4))
+    panels = []
+    for kind in dict.fromkeys(row["kind"] for row in placed):
+        own = alt.Chart(values(row for row in placed if row["kind"] == kind)).encode(
+            x=alt.X("layer:Q", title=None, axis=alt.Axis(format="d", tickMinStep=1, tickCount=5, grid=False)),
+            y=y,
+            color=colors(methods, "adapter", len(methods) > 1),
+            tooltip=tooltip(adapter="", module="", **{field: ".4f"}),
+        )
+        lines = own.mark_line(strokeWidth=1.5).encode(strokeDash=dashes(methods, "adapter", len(methods) > 1))
+        drawn = alt.layer(lines, own.mark_circle(size=24, opacity=1))
+        panels.append(drawn.properties(width=PANEL, height=PANEL * 0.8, title=kind))
+    return alt.concat(*panels, columns=COLUMNS, title=alt.Title(f"{title}, by layer", fontWeight="normal", offset=12))
+
+
+def place(module: str) -> dict[str, Any]:
+    """The layer's number and the kind of the module: its name without numbers, from the last dot on."""
+    number = re.search(r"\.(\d+)\.", f".{module}.")
+    return {"layer": int(number[1]) if number else 0, "kind": module.rpartition(".")[2]}
+
+
+def by_block(adapters: Reports) -> Any | None:
+    """Coverage and scale of every block: a thin line for each layer, the mean of all layers in bold. None without
+    blocks."""
+    rows = list(_blocks(adapters))
+    if not rows:
+        return None
+    titles = {"coverage": "coverage of ΔW's block", "scale": "scale s of the block"}
+    return alt.hconcat(*(_blocks_panel(rows, _methods_of(adapters), *one) for one in titles.items()))
+
+
+def _blocks(adapters: Reports) -> Iterator[dict[str, Any]]:
+    for adapter, reports in adapters.items():
+        for report in reports:
+            for block, (coverage, scale) in enumerate(
+                zip(report.spectrum.block_coverages, report.block_scales, strict=True), start=1
+            ):
+                own = {"adapter": adapter, "module": report.module, "block": block}
+                yield {**own, "coverage": coverage, "scale": scale, "line": f"{adapter} {report.module}"}
+
+
+def _blocks_panel(rows: Sequence[dict[str, Any]], methods: Mapping[str, str], field: str, title: str) -> Any:
+    scale = alt.Scale(zero=True) if field == "coverage" else alt.Scale(type="log", nice=False)
+    several = len(methods) > 1
+    shown = alt.Chart(values(rows)).encode(
+        x=alt.X("block:O", title="block, leading directions first", axis=alt.Axis(labelAngle=0)),
+        color=colors(methods, "adapter", len(methods) > 1),
+    )
+    thin = shown.mark_line(strokeWidth=0.8, opacity=0.35).encode(
+        y=alt.Y(f"{field}:Q", title=title, scale=scale),
+        detail="line:N",
+        tooltip=tooltip(adapter="", module="", block="d", **{field: ".4g"}),
+    )
+    bold = shown.mark_line(strokeWidth=3, point=True).encode(
+        y=f"mean({field}):Q", strokeDash=dashes(methods, "adapter", several)
+    )
+    return alt.layer(thin, bold).properties(width=WIDTH / 2 - 60, height=220)
+
+
+def coverage(adapters: Reports) -> Any:
+    """Share of ΔW's energy on the leading part of W's singular directions, mean of all layers; the diagonal treats all
+    directions alike."""
+    rows = []
+    for adapter, reports in adapters.items():
+        curve = torch.stack([_cumulative(report) for report in reports]).mean(0)
+        rows += [{"adapter": adapter, "part": i / BINS, "share": share} for i, share in enumerate(curve.tolist())]
+    shown = alt.Chart(values(rows)).encode(
+        x=alt.X("part:Q", title="part of W's singular directions, largest first (j / q)"),
+        y=alt.Y("share:Q", title="share of ΔW's energy"),
+        tooltip=tooltip(adapter="", part=".2f", share=".3f"),
+    )
+    even = alt.Chart(values([{"part": 0, "share": 0}, {"part": 1, "share": 1}])).encode(x="part:Q", y="share:Q")
+    methods = _methods_of(adapters)
+    return alt.layer(
+        even.mark_line(color=MUTED, strokeWidth=1, strokeDash=[4, 3]),
+        shown.mark_line().encode(
+            color=colors(methods, "adapter", len(methods) > 1), strokeDash=dashes(methods, "adapter", len(methods) > 1)
+        ),
+    ).properties(width=WIDTH - 60, height=240)
+
+
+def _cumulative(report: LayerReport) -> Tensor:
+    """(BINS + 1,) cumulative energy, input and output side together, on a grid of j / q."""
+    energy = (report.spectrum.input_energy + report.spectrum.output_energy) / 2
+    cumulative = torch.cat([energy.new_zeros(1), energy.cumsum(0)])
+    places = torch.linspace(0, len(energy), BINS + 1).round().long()
+    return cumulative[places]
+
+
+def spectrum(report: LayerReport, color: str) -> Any:
+    """The singular values of W and ΔW, the bands of the blocks' scores, and ΔW's energy along W's directions."""
+    found = report.spectrum
+    floor = float(found.update_values.max()) * 1e-8 or 1e-12
+    rows = [
+        {
+            "direction": j,
+            "W": max(float(found.weight_values[j]), 1e-12),
+            "ΔW": max(float(found.update_values[j]), floor),
+            "energy": float(found.input_energy[j] + found.output_energy[j]) / 2,
+        }
+        for j in torch.linspace(0, len(found.weight_values) - 1, POINTS).long().unique().tolist()
+    ]
+    domain = alt.Scale(domain=[0, len(found.weight_values)], nice=False)
+    chart = alt.Chart(values(rows), width=WIDTH - 60).encode(x=alt.X("direction:Q", title=None, scale=domain))
+    sizes = alt.layer(*(_curve(chart, name, shade) for name, shade in (("W", MUTED), ("ΔW", color))))
+    energy = chart.mark_area(color=color, opacity=0.6, line={"color": color, "strokeWidth": 1}).encode(
+        x=alt.X("direction:Q", title="singular direction j of W, largest first", scale=domain),
+        y=alt.Y("energy:Q", title="share of ΔW's energy"),
+        tooltip=tooltip(direction="d", energy=".5f"),
+    )
+    bands = [_bands(report, domain)] if report.bands else []
+    return alt.vconcat(sizes.properties(height=180), *bands, energy.properties(height=110))
+
+
+def _curve(chart: Any, name: str, color: str) -> Any:
+    log = alt.Y(
+        f"{name}:Q", title="singular value", scale=alt.Scale(type="log"), axis=alt.Axis(format="~e", tickCount=4)
+    )
+    line = chart.encode(y=log, tooltip=tooltip(direction="d", **{name: ".4g"})).mark_line(color=color)
+    label = chart.transform_filter("datum.direction == 0").encode(y=log)
+    return alt.layer(line, label.mark_text(align="left", dx=6, dy=-8, text=name, color=color, fontWeight="bold"))
+
+
+def _bands(report: LayerReport, domain: alt.Scale) -> Any:
+    """A bar for each block along the directions."""
+    rows = [{"block": number, "low": low, "high": high} for number, (low, high) in enumerate(report.bands, start=1)]
+    shown = alt.Chart(values(rows)).encode(
+        x=alt.X("low:Q", title=None, scale=domain),
+        x2="high:Q",
+        y=alt.Y("block:O", title="block", axis=alt.Axis(grid=False, ticks=False, labelOverlap=True)),
+        tooltip=tooltip(block="d", low=".1f", high=".1f"),
+    )
+    return shown.mark_bar(color=INK, opacity=0.45, height=5).properties(
+        width=WIDTH - 60, height=max(40, 12 * len(rows))
+    )

@@ -1,1 +1,0 @@
-"""What an adapter changed in each layer."""

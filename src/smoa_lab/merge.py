@@ -1,0 +1,61 @@
+"""Merges an adapter, or a run's, into the base model that it was trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from smoa.atomic import check_place
+from smoa.export.merge import Dtype, Export, merge_and_save
+from smoa_lab.config.run import ModelSection, load_config
+from smoa_lab.data.chat_templates import saved_chat_template
+from smoa_lab.models.base_models import load_base_model, prepare_packaged_model
+from smoa_lab.models.packaged_models import described_base, packaged_name
+from smoa_lab.open_run import adapter_of_run, base_name
+from smoa_lab.training.run_folder import RunFolder
+
+GGUF_NOTE = "The base is a GGUF file: the adapter is merged into its dequantized weights, on which it was trained."
+
+
+def merge_run(
+    adapter: str | Path,
+    output: str | Path,
+    dtype: Dtype = "auto",
+    base: str | None = None,
+    trust_remote_code: bool = False,
+    max_shard_size: int | str = "5GB",
+) -> Export:
+    """Merge an adapter (its folder, or a run's) in float32 and save the whole model with its tokenizer.
+
+    The base is the one that the run loaded, which may be a GGUF file, a packaged model, or quantized while loading.
+
+    Raises:
+        ConfigError: ``output`` exists, or ``adapter`` contains no adapter.
+        DataError: the base model cannot be loaded.
+        MergeError: a merged weight is not finite, or not in range of ``dtype``.
+    """
+    source = adapter_of_run(adapter)
+    check_place(Path(output), is_new=True)
+    name = base_name(source, base)
+    options: dict[str, Any] = {"max_shard_size": max_shard_size, "trust_remote_code": trust_remote_code}
+    options["base_name"] = described_base(name)
+    quantized = None if base else _quantized_while_loading(Path(adapter), trust_remote_code)
+    if name.endswith(".gguf") or quantized is not None:
+        wanted = quantized or ModelSection(name=name, dtype="float32", trust_remote_code=trust_remote_code)
+        model, tokenizer = load_base_model(wanted)
+        tokenizer.chat_template = saved_chat_template(source) or tokenizer.chat_template
+        notes = () if quantized else (GGUF_NOTE,)
+        return merge_and_save(source, output, base=model, dtype=dtype, tokenizer=tokenizer, notes=notes, **options)
+    packaged = packaged_name(name)
+    folder = str(prepare_packaged_model(packaged)) if packaged else name
+    notes = (GGUF_NOTE,) if packaged else ()
+    return merge_and_save(source, output, base=folder, dtype=dtype, notes=notes, **options)
+
+
+def _quantized_while_loading(run: Path, trust_remote_code: bool) -> ModelSection | None:
+    """What to load if the run's config quantizes a plain checkpoint while loading it."""
+    file = RunFolder(run).config
+    if not file.is_file():
+        return None
+    model = load_config(file, trust_remote_code=trust_remote_code).model
+    return model if "quantization_config" in model.options else None

@@ -1,0 +1,1 @@
+"""What people read: HTML and Markdown from templates, tables, charts and pictures."""

@@ -1,0 +1,68 @@
+"""A run in Markdown: the README.md of its adapter, and what the model answered before and after training."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from peft import PeftConfig
+
+from smoa.files.card import NamedBase, adapter_card
+from smoa_lab.config.yaml_text import to_yaml
+from smoa_lab.pages.tables import Table
+from smoa_lab.pages.templates import render
+
+ANSWERS = {"reference": "Reference", "before": "Before", "after": "After"}
+
+
+def run_card(title: str, config: PeftConfig, base: NamedBase, metrics: dict[str, Any]) -> str:
+    """The card of a run's adapter: base, results before and after, data, settings, versions, how to load it.
+
+    ``config`` is the adapter's as saved, ``metrics`` the run's.
+    """
+    stages = [stage for stage in ("before", "after") if stage in metrics["evaluation"]]
+    scores = [metrics["evaluation"][stage] for stage in stages]
+    of_rows = bool(stages) and "rows" in scores[-1]["all"]
+    sections = render(
+        "run_card.md.jinja",
+        metrics=metrics,
+        stages=stages,
+        what="rows" if of_rows else "questions",
+        tokens="trained token" if of_rows else "token of the gold answers",
+        results=_results(scores, of_rows) if stages else None,
+        samples=samples_text(metrics["samples"][:2], level=3),
+        sources=_sources(metrics["data"]["tasks"]) if "tasks" in metrics["data"] else None,
+        config=to_yaml({key: value for key, value in metrics["config"].items() if key != "adapter"}),
+    )
+    return adapter_card(title, config, {}, base, sections)
+
+
+def _results(scores: list[dict[str, Any]], of_rows: bool) -> Table:
+    """Loss and accuracy per task, or loss and perplexity of rows, each before and after."""
+    what, names = ("rows", ("loss", "perplexity")) if of_rows else ("questions", ("gold_loss", "accuracy"))
+    rows = [
+        [task, last[what], *(" → ".join(f"{stage[task][name]:.3f}" for stage in scores) for name in names)]
+        for task, last in scores[-1].items()
+    ]
+    table = Table(["task", what, "loss", names[1]], rows)
+    return table.without("task") if of_rows else table
+
+
+def _sources(tasks: dict[str, Any]) -> Table:
+    parts = ("train", "validation", "test")
+    rows = [[name, task["source"], *(f"{task[part]:,}" for part in parts)] for name, task in tasks.items()]
+    return Table(["task", "source", *parts], rows)
+
+
+def samples_text(samples: list[dict[str, str]], level: int = 2) -> str:
+    """What was answered to held-out prompts: a heading of ``level`` for each, and below it the answers as written."""
+    texts = []
+    for number, sample in enumerate(samples, start=1):
+        answers = [f"{title}:\n\n{_block(sample[name])}" for name, title in ANSWERS.items() if name in sample]
+        texts.append(f"{'#' * level} Prompt {number}\n\n{_block(sample['question'])}" + "".join(answers))
+    return "".join(texts)
+
+
+def _block(text: str) -> str:
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))  # longer than any in the text
+    return f"{fence}text\n{text.strip() or '(nothing)'}\n{fence}\n\n"

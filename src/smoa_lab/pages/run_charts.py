@@ -1,0 +1,150 @@
+"""The charts of one run: loss and learning rate by step, accuracies, and what was learned and forgotten."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+
+from smoa_lab.pages.charts import INK, MUTED, WIDTH, color_of, save_pictures, tooltip, values
+
+History = Sequence[Mapping[str, Any]]
+Evaluation = Mapping[str, Mapping[str, Any]]
+HELD_OUT = "held-out rows"
+KINDS = {"training": "loss", "validation": "eval_loss"}
+STAGES = ("before", "after")
+LINE = 17
+"""Pixels of a bar."""
+
+
+def draw_run(history: History, evaluation: Evaluation, file: Path, method: str, title: str) -> None:
+    """Save losses and accuracies as ``file``, a PNG, and as an SVG beside it; nothing if nothing was logged."""
+    charts = [chart for chart in (losses(history, evaluation, method), accuracies(evaluation, method)) if chart]
+    if charts:
+        drawn = alt.vconcat(*charts, title=alt.Title(title)).resolve_scale(color="independent")
+        save_pictures(drawn, file)
+
+
+def losses(history: History, evaluation: Evaluation, method: str) -> Any | None:
+    """The loss on trained tokens by step, each line named at its end; of held-out rows a point before and after."""
+    points = [
+        {"step": entry["step"], "loss": entry[key], "data": kind}
+        for kind, key in KINDS.items()
+        for entry in history
+        if entry.get(key) is not None  # as of a run that diverged
+    ]
+    if not points:
+        return None
+    held_out = list(_held_out(evaluation, history[-1]["step"]))
+    shades = alt.Scale(domain=[*KINDS, HELD_OUT], range=[color_of(method), MUTED, INK])
+    chart = alt.Chart(values(points)).encode(
+        x=alt.X("step:Q", title="optimizer step", axis=alt.Axis(tickMinStep=1, grid=False)),
+        y=alt.Y("loss:Q", title="loss on trained tokens (nats per token)", scale=alt.Scale(zero=False)),
+        color=alt.Color("data:N", scale=shades, legend=None),
+        tooltip=tooltip(data="", step="d", loss=".4f"),
+    )
+    names = {point["data"]: point for point in [*points, *reversed(held_out)]}.values()
+    return alt.layer(
+        chart.mark_line(point=alt.OverlayMarkDef(size=24)),
+        chart.properties(data=values(held_out)).mark_point(shape="diamond", size=90, filled=True, opacity=1),
+        chart.properties(data=values(names)).mark_text(align="left", dx=8).encode(text="data:N"),
+    ).properties(width=WIDTH - 80, height=230)
+
+
+def _held_out(evaluation: Evaluation, last_step: int) -> Iterator[dict[str, Any]]:
+    for stage, step in zip(STAGES, (0, last_step), strict=True):
+        scores = evaluation.get(stage, {}).get("all", {})
+        if scores.get("loss") is not None:
+            yield {"step": step, "loss": scores["loss"], "data": HELD_OUT}
+
+
+def learning_rate(history: History, method: str) -> Any | None:
+    """The learning rate by step; None if it was not logged."""
+    points = [entry for entry in history if "learning_rate" in entry]
+    if not points:
+        return None
+    shown = alt.Chart(values({key: point[key] for key in ("step", "learning_rate")} for point in points))
+    return (
+        shown.mark_line(color=color_of(method), point=alt.OverlayMarkDef(size=24, color=color_of(method)))
+        .encode(
+            x=alt.X("step:Q", title="optimizer step", axis=alt.Axis(tickMinStep=1, grid=False)),
+            y=alt.Y("learning_rate:Q", title="learning rate", axis=alt.Axis(format="~g", tickCount=4)),
+            tooltip=tooltip(step="d", learning_rate="~g"),
+        )
+        .properties(width=WIDTH - 80, height=110)
+    )
+
+
+def accuracies(evaluation: Evaluation, method: str) -> Any | None:
+    """A bar for each task and stage with its standard error; a tick at the share of the commonest label. None where
+    accuracy was not measured before and after."""
+    rows = _accuracy_rows(evaluation)
+    if {row["stage"] for row in rows} != set(STAGES):
+        return None
+    tasks = len({row["task"] for row in rows})
+    stage = alt.YOffset("stage:N", sort=list(STAGES))
+    shades = alt.Scale(domain=list(STAGES), range=[MUTED, color_of(method)])
+    chart = alt.Chart(values(rows)).encode(
+        y=alt.Y("task:N", sort=None, title=None, axis=alt.Axis(ticks=False, domain=False)),
+        yOffset=stage,
+        tooltip=tooltip(task="", stage="", accuracy=".1f", low=".1f", high=".1f", questions="d"),
+    )
+    title = "accuracy on held-out questions (%), with the standard error; a tick is the commonest label's share"
+    x = alt.X("accuracy:Q", title=title, scale=alt.Scale(domain=[0, 100]))
+    return alt.layer(
+        chart.mark_bar().encode(
+            x=x, color=alt.Color("stage:N", scale=shades, legend=alt.Legend(title=None, orient="top"))
+        ),
+        chart.mark_rule().encode(x="low:Q", x2="high:Q"),
+        chart.mark_text(align="left", dx=5).encode(x="high:Q", text="label:N"),
+        chart.mark_tick(thickness=2, color=INK).encode(x="majority:Q"),
+    ).properties(width=WIDTH - 80, height=2 * LINE * tasks + 8)
+
+
+def _accuracy_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """The accuracy in percent of each stage and task, and of all tasks where there are several."""
+    return [
+        {
+            "task": task if task != "all" else "all tasks",
+            "stage": stage,
+            "accuracy": 100 * scores["accuracy"],
+            "low": 100 * (scores["accuracy"] - scores["accuracy_stderr"]),
+            "high": 100 * (scores["accuracy"] + scores["accuracy_stderr"]),
+            "label": f"{100 * scores['accuracy']:.1f} %",
+            "majority": None if scores["majority"] is None else 100 * scores["majority"],
+            "questions": scores["questions"],
+        }
+        for stage in STAGES
+        for task, scores in evaluation.get(stage, {}).items()
+        if "accuracy" in scores and (task == "all" or len(evaluation[stage]) > 2)
+    ]
+
+
+def balance(evaluation: Evaluation, forgot: Mapping[str, Any] | None, method: str) -> Any | None:
+    """The losses before and after on held-out data and on general text, as two points joined by a line; None where
+    neither is known."""
+    rows = []
+    scores = [evaluation.get(stage, {}).get("all", {}) for stage in STAGES]
+    before, after = (stage.get("loss", stage.get("gold_loss")) for stage in scores)
+    if None not in (before, after):
+        rows.append({"of": "held-out data (learned)", "before": before, "after": after})
+    if forgot and None not in (forgot["before"], forgot["after"]):
+        rows.append({"of": "general text (forgot)", "before": forgot["before"], "after": forgot["after"]})
+    if not rows:
+        return None
+    labelled = [{**row, "label": f"{row['after'] - row['before']:+.3f}"} for row in rows]
+    chart = alt.Chart(values(labelled)).encode(
+        y=alt.Y("of:N", sort=None, title=None, axis=alt.Axis(ticks=False, domain=False, labelLimit=240)),
+        tooltip=tooltip(of="", before=".4f", after=".4f"),
+    )
+    x = alt.X(
+        "before:Q", title="loss before (gray) and after (nats per token)", scale=alt.Scale(zero=False, padding=28)
+    )
+    return alt.layer(
+        chart.mark_rule(strokeWidth=2, color=MUTED).encode(x=x, x2="after:Q"),
+        chart.mark_circle(size=90, color=MUTED, opacity=1).encode(x=x),
+        chart.mark_circle(size=90, color=color_of(method), opacity=1).encode(x="after:Q"),
+        chart.mark_text(dy=-11).encode(x="after:Q", text="label:N"),
+    ).properties(width=WIDTH - 180, height=40 * len(rows))

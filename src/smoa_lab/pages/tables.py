@@ -1,0 +1,71 @@
+"""A table, built once and shown in the terminal, in Markdown and on a page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+WIDEST = 100_000
+"""Characters of a line in a pipe."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell that is more than its text on a page: sorted by another ``value``, a place that links lead to by the text
+    (``anchor``), or several texts with the addresses that they link to."""
+
+    text: str
+    value: float | str | None = None
+    anchor: bool = False
+    links: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under a header. A cell is a :class:`Cell`, or what ``str`` makes text of."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    caption: str = ""
+
+    def cells(self) -> list[list[Cell]]:
+        """The rows as cells."""
+        return [[cell if isinstance(cell, Cell) else Cell(str(cell)) for cell in row] for row in self.rows]
+
+    def without(self, column: str) -> Table:
+        """The table without the column of this name."""
+        place = list(self.header).index(column)
+        header, *rows = [[*row[:place], *row[place + 1 :]] for row in (self.header, *self.rows)]
+        return Table(header, rows, self.caption)
+
+    def markdown(self, marks: Sequence[str] = ()) -> str:
+        """``marks`` align the columns, as in Markdown; without them the first one is text, the others are numbers."""
+        rows = [self.header, *([cell.text for cell in row] for row in self.cells())]
+        first, *lines = [f"| {' | '.join(row)} |" for row in rows]
+        marks = marks or ["---", *["--:"] * (len(self.header) - 1)]
+        return "\n".join([first, f"|{'|'.join(marks)}|", *lines])
+
+    def print(self) -> None:
+        """Print the table: the first column aligned left, the others right.
+
+        On a terminal that is too narrow, cells are wrapped. In a pipe or a file they never are, whatever their width.
+        """
+        from rich.console import Console
+        from rich.table import Table as Grid
+        from rich.text import Text
+
+        grid = Grid(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        for number, name in enumerate(self.header):
+            grid.add_column(Text(name), justify="right" if number else "left", overflow="fold")
+        for row in self.cells():
+            grid.add_row(*(Text(cell.text) for cell in row))
+        console = Console(highlight=False)
+        if not console.is_terminal:
+            console.width = Console(width=WIDEST).measure(grid).maximum
+        console.print(grid)
+
+    def __html__(self) -> str:
+        from smoa_lab.pages.templates import render
+
+        return render("table.html.jinja", table=self)

@@ -1,0 +1,132 @@
+"""The palette as readers see it, with and without all kinds of cones, the encodings that use it, and pictures."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import altair as alt
+import numpy as np
+import pytest
+from PIL import Image
+
+from smoa_lab.config.methods import METHODS
+from smoa_lab.pages.charts import (
+    DASHES,
+    INK,
+    MUTED,
+    PALETTE,
+    SCALE,
+    color_of,
+    colors,
+    dash_of,
+    save_pictures,
+    shapes,
+    specification,
+    values,
+)
+
+# Machado, Oliveira and Fernandes (2009), severity 1, on linear RGB.
+SIGHT = {
+    "all cones": np.eye(3),
+    "protanopia": np.array(
+        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
+    ),
+    "deuteranopia": np.array(
+        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
+    ),
+    "tritanopia": np.array(
+        [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]]
+    ),
+}
+RGB_TO_XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+WHITE = np.array([0.9505, 1.0, 1.089])
+
+
+def linear(color: str) -> Any:
+    channels = np.array([int(color[start : start + 2], 16) / 255 for start in (1, 3, 5)])
+    return np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+
+
+def lab(color: str, sight: Any) -> Any:
+    """CIE L*a*b* of the color as seen."""
+    seen = np.clip(sight @ linear(color), 0, 1)
+    x, y, z = np.cbrt(np.maximum(RGB_TO_XYZ @ seen / WHITE, 0.008856))
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+def contrast(one: str, other: str) -> float:
+    light = sorted(0.05 + RGB_TO_XYZ[1] @ linear(color) for color in (one, other))
+    return float(light[1] / light[0])
+
+
+def test_every_method_has_a_color_and_others_are_muted() -> None:
+    assert PALETTE.keys() == METHODS.keys()
+    assert color_of("a method of tomorrow") == MUTED
+
+
+@pytest.mark.parametrize("sight", SIGHT)
+def test_any_two_colors_stay_apart(sight: str) -> None:
+    seen = {method: lab(color, SIGHT[sight]) for method, color in PALETTE.items()}
+    pairs = itertools.combinations(seen, 2)
+    nearest = min(pairs, key=lambda pair: float(np.linalg.norm(seen[pair[0]] - seen[pair[1]])))
+    assert np.linalg.norm(seen[nearest[0]] - seen[nearest[1]]) > 15, nearest
+
+
+@pytest.mark.parametrize("paper", ["#ffffff", "#161616"])
+def test_every_color_stands_out_from_light_and_dark_paper(paper: str) -> None:
+    assert min(contrast(color, paper) for color in [*PALETTE.values(), MUTED]) > 1.6
+    assert contrast(PALETTE["smoa"], paper) > 3
+    assert contrast(PALETTE["lora"], paper) > 3
+
+
+def test_entries_of_one_method_share_its_color_and_differ_in_their_lines() -> None:
+    methods = {"smoa-k8": "smoa", "lora": "lora", "smoa-k4": "smoa"}
+    assert dash_of(methods) == {"smoa-k8": DASHES[0], "lora": DASHES[0], "smoa-k4": DASHES[1]}
+    assert shapes(methods).to_dict()["scale"]["range"] == ["circle", "circle", "square"]
+    scale = colors(methods).to_dict()["scale"]
+    assert dict(zip(scale["domain"], scale["range"], strict=True)) == {
+        "smoa-k8": PALETTE["smoa"],
+        "lora": PALETTE["lora"],
+        "smoa-k4": PALETTE["smoa"],
+    }
+
+
+def test_text_takes_the_color_of_the_page() -> None:
+    chart = alt.Chart(values([{"x": 1}])).mark_point().encode(x="x:Q")
+    config = specification(chart)["config"]
+    assert config["axis"]["labelColor"] == config["title"]["color"] == config["text"]["color"] == INK == "currentColor"
+
+
+def chart() -> Any:
+    shown = alt.Chart(values([{"x": 0, "y": 1}, {"x": 1, "y": 2}])).mark_line(
+        color=PALETTE["smoa"], strokeWidth=6, clip=True
+    )
+    return shown.encode(x="x:Q", y="y:Q").properties(width=100, height=50)
+
+
+def test_a_picture_is_in_color_on_white_at_twice_its_size_and_an_svg_beside_it_shows_the_same(tmp_path: Path) -> None:
+    save_pictures(chart(), tmp_path / "chart.png")
+    with Image.open(tmp_path / "chart.png") as saved:
+        size, picture = saved.size, saved.convert("RGB")
+    assert size[0] > 100 * SCALE
+    assert picture.getpixel((0, 0)) == (255, 255, 255)
+    blue = tuple(int(PALETTE["smoa"][start : start + 2], 16) for start in (1, 3, 5))
+    assert blue in {color for _, color in picture.getcolors(2**16) or []}
+    svg = ElementTree.parse(tmp_path / "chart.svg").getroot()
+    paper = svg.find("{*}rect")
+    assert paper is not None
+    assert (paper.get("fill"), paper.get("width")) == ("white", svg.get("width"))
+    assert size == tuple(SCALE * float(svg.get(side, "")) for side in ("width", "height"))
+    assert PALETTE["smoa"] in {line.get("stroke") for line in svg.findall(".//{*}path")}
+    assert {"x", "y"} <= {text.text for text in svg.findall(".//{*}text")}
+
+
+def test_the_same_chart_gives_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        save_pictures(chart(), tmp_path / f"{name}.png")
+    for ending in ("png", "svg"):
+        one, other = (tmp_path / f"{name}.{ending}" for name in ("one", "other"))
+        assert one.read_bytes() == other.read_bytes()

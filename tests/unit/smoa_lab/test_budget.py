@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from smoa import SmoaConfig
+from smoa.errors import ConfigError, DataError
+from smoa.maths.budget import adapter_bytes, rank_bound
+from smoa_lab.budget import (
+    _limit,
+    budget_choice,
+    budget_choices,
+    lora_parameters,
+    model_shapes,
+    parameters,
+    shapes_of,
+)
+from tests import reference
+from tests.support import lab
+from tests.support.layers import smoa_layers
+from tests.support.tiny_mixtures import EXPERTS, build_mixture
+from tests.support.tiny_models import build
+
+
+@pytest.mark.parametrize(
+    ("amount", "message"), [("0", "must be more than 0"), ("200%", "must be more than 0"), ("x", "neither")]
+)
+def test_a_budget_that_is_none_is_refused(amount: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _limit(amount, 1000, 10)
+
+
+def test_a_model_whose_shapes_cannot_be_had_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"model\.name: cannot load"):
+        model_shapes(str(tmp_path), ("q_proj",))
+    LlamaConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=8
+    ).save_pretrained(tmp_path)
+    with pytest.raises(DataError, match="no layers named nowhere"):
+        model_shapes(str(tmp_path), ("nowhere",))
+    assert model_shapes(str(tmp_path), ("q_proj",))[0] == Counter({(8, 8): 1})
+
+
+def test_a_budget_that_buys_nothing_is_told_what_the_least_is(tmp_path: Path) -> None:
+    base = str(lab.tiny_base(tmp_path))
+    with pytest.raises(ConfigError, match=r"budget: '1' is too small; the smallest adapter has 256 parameters"):
+        budget_choices(base, "1", ("q_proj", "o_proj"))
+    least = budget_choices(base, "256", ("q_proj", "o_proj"))
+    assert {(choice.r - choice.num_blocks, choice.parameters) for choice in least} == {(0, 256)}
+
+
+def test_a_narrow_layer_is_counted_with_the_blocks_and_rank_that_it_gets(tmp_path: Path) -> None:
+    base = LlamaConfig(
+        hidden_size=12,
+        head_dim=2,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        vocab_size=8,
+    )
+    base.save_pretrained(tmp_path)
+    choices = budget_choices(str(tmp_path), "250", ("q_proj", "v_proj"))
+    assert [choice.num_blocks for choice in choices] == [1, 2, 4, 8]
+    for choice in choices:
+        config = SmoaConfig(r=choice.r, num_blocks=choice.num_blocks, target_modules=["q_proj", "v_proj"])
+        with pytest.warns(UserWarning, match="side of 1 of 2") if choice.num_blocks > 2 else nullcontext():
+            model = get_peft_model(AutoModelForCausalLM.from_config(base), config)
+        ranks = [reference.block_ranks(choice.r, choice.num_blocks)[:side] for side in (8, 2)]
+        shapes = [(8, 12), (2, 12)]
+        counted = [reference.parameter_count(*shape, own) for shape, own in zip(shapes, ranks, strict=True)]
+        assert choice.parameters == sum(counted) <= 250
+        assert [list(layer.ranks["default"]) for layer in smoa_layers(model).values()] == ranks
+        bounds = [rank_bound(*shape, sum(own), len(own)) for shape, own in zip(shapes, ranks, strict=True)]
+        assert choice.rank_bound == min(bounds)
+        saved = [adapter_bytes(*shape, sum(own), len(own)) for shape, own in zip(shapes, ranks, strict=True)]
+        assert choice.bytes_on_disk == sum(saved)
+
+
+def test_loras_budget_is_what_lora_trains_on_the_same_layers(tmp_path: Path) -> None:
+    base = str(lab.tiny_base(tmp_path))
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=3, target_modules="all-linear"))
+    of_lora = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    shapes, total = model_shapes(base, ("all-linear",))
+    assert lora_parameters(shapes, 3) == of_lora
+    assert {choice.lora_r for choice in budget_choices(base, "lora:3", ("all-linear",))} == {3}
+    choice = budget_choice(shapes, total, "LoRA:3")
+    assert (choice.num_blocks, choice.r, choice.parameters) == (4, 12, of_lora)
+
+
+def test_r_is_a_multiple_of_the_number_of_blocks() -> None:
+    shapes = Counter({(8, 8): 1})
+    assert [budget_choice(shapes, 1000, str(amount)).r for amount in (16, 31, 32, 63)] == [4, 4, 8, 12]
+    odd = Counter({(7, 7): 1})
+    assert budget_choice(odd, 1000, "14").parameters == 14
+    with pytest.raises(ConfigError, match="too small; the smallest adapter has 14"):
+        budget_choice(odd, 1000, "13")
+
+
+def test_an_embedding_is_counted_if_it_is_named() -> None:
+    empty = build("llama")
+    counted = shapes_of(empty, ("embed_tokens", "q_proj"), "llama")
+    config = SmoaConfig(r=6, num_blocks=3, target_modules=["embed_tokens", "q_proj"])
+    adapted = get_peft_model(build("llama"), config)
+    assert counted == Counter((layer.out_features, layer.in_features) for layer in smoa_layers(adapted).values())
+
+
+def test_all_linear_means_the_layers_of_gpt2_too() -> None:
+    empty = build("gpt2").to("meta")
+    assert shapes_of(empty, ("all-linear",), "gpt2") == Counter({(72, 24): 2, (24, 24): 2, (96, 24): 2, (24, 96): 2})
+
+
+def test_experts_are_counted_matrix_by_matrix_if_their_parameters_are_named() -> None:
+    model = build_mixture("qwen3_moe")
+    shapes = shapes_of(model, ("q_proj", *EXPERTS), "tiny")
+    assert shapes == Counter({(16, 24): 10, (24, 16): 5, (24, 24): 1})
+    config = SmoaConfig(r=6, num_blocks=2, target_modules=["q_proj"], target_parameters=EXPERTS)
+    trained = sum(p.numel() for p in get_peft_model(model, config).parameters() if p.requires_grad)
+    assert parameters(shapes, 6, 2) == trained

@@ -1,0 +1,506 @@
+"""What `smoa chat` does apart from the terminal: what it opens, who answers, conversations and their commands."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from smoa.errors import ConfigError, DataError, SmoaError
+from smoa_lab.chat import COMMANDS, ChatModel, ChatTarget, Conversation, GenerationSettings, find, load, run_command
+from smoa_lab.config.run import ModelSection, check_config
+from smoa_lab.data.chat_templates import set_chat_template
+from smoa_lab.data.encoding import Encoder
+from smoa_lab.data.questions import Template
+from smoa_lab.data.rows import question
+from smoa_lab.training.run_folder import RunFolder
+from tests.support.chats import KeptScreen, chat_base, chat_model_of, saved_adapter, written
+from tests.support.lab import byte_tokenizer, tiny_base
+
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base and adapters of it, which no test changes."""
+    return tmp_path_factory.mktemp("room")
+
+
+@pytest.fixture(scope="module")
+def base(room: Path) -> Path:
+    return chat_base(room / "base")
+
+
+@pytest.fixture(scope="module")
+def mine(room: Path, base: Path) -> Path:
+    return saved_adapter(room / "mine", base, seed=1)
+
+
+@pytest.fixture(scope="module")
+def other(room: Path, base: Path) -> Path:
+    """On other layers than the first."""
+    return saved_adapter(room / "other", base, seed=2, target_modules=["o_proj", "up_proj"])
+
+
+def finished_run(
+    room: Path, base: Path, method: str = "smoa", template: Template = "alpaca", name: str = "run"
+) -> RunFolder:
+    """A run's folder without its weights."""
+    folder = RunFolder(room / name)
+    folder.adapter.mkdir(parents=True)
+    settings = {"r": 4, "num_blocks": 2, "target_modules": ["q_proj"]} if method == "smoa" else {}
+    config = check_config(
+        {
+            "model": {"name": str(base), "dtype": "bfloat16"},
+            "method": method,
+            "adapter": settings,
+            "data": {"tasks": ["arc_easy"]},
+            "task": {"template": template},
+            "training": {"output_dir": str(folder.path)},
+        }
+    )
+    folder.config.write_text(config.to_yaml())
+    folder.metrics.write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize("template", ["alpaca", "chat"])
+def test_a_run_is_opened_with_its_dtype_and_its_template(
+    tmp_path: Path, base: Path, mine: Path, template: Template
+) -> None:
+    run = finished_run(tmp_path, base, template=template)
+    shutil.copytree(mine, run.adapter, dirs_exist_ok=True)
+    assert find(str(run.path), {}) == ChatTarget(ModelSection(name=str(base), dtype="bfloat16"), run.adapter, template)
+
+
+def test_what_the_command_says_goes_before_what_the_run_says(tmp_path: Path, base: Path, mine: Path) -> None:
+    run = finished_run(tmp_path, base)
+    shutil.copytree(mine, run.adapter, dirs_exist_ok=True)
+    target = find(str(run.path), {"name": "moved", "dtype": "float16"}, "chat")
+    assert target == ChatTarget(ModelSection(name="moved", dtype="float16"), run.adapter, "chat", forced=True)
+
+
+def test_a_run_that_trained_the_whole_model_has_no_adapter(tmp_path: Path, base: Path) -> None:
+    run = finished_run(tmp_path, base, method="full")
+    assert find(str(run.path), {}) == ChatTarget(ModelSection(name=str(run.adapter), dtype="bfloat16"), None, "alpaca")
+
+
+def test_an_adapter_is_opened_on_the_base_it_records_or_the_one_given(base: Path, mine: Path) -> None:
+    assert find(str(mine), {}) == ChatTarget(ModelSection(name=str(base)), mine, "chat")
+    assert find(str(mine), {"name": "moved"}).model.name == "moved"
+
+
+def test_an_adapter_that_records_no_base_needs_one(tmp_path: Path, base: Path, mine: Path) -> None:
+    adapter = Path(shutil.copytree(mine, tmp_path / "lone"))
+    LoraConfig(target_modules=["q_proj"]).save_pretrained(tmp_path / "lora")
+    with pytest.raises(ConfigError, match=r"adapter_config\.json: records no base model; name it with --base"):
+        find(str(tmp_path / "lora"), {})
+    file = adapter / "adapter_config.json"
+    file.write_text(file.read_text().replace(f'"{base}"', "null"))
+    assert load(find(str(adapter), {"name": str(base)}), GenerationSettings()).name == "lone"
+
+
+def test_anything_that_can_be_a_model_is_opened_without_an_adapter(tmp_path: Path, base: Path) -> None:
+    (tmp_path / "model.gguf").touch()
+    for place in ("smollm2-135m", "google/gemma-3-270m", str(base), str(tmp_path / "model.gguf")):
+        assert find(place, {}) == ChatTarget(ModelSection(name=place), None, "chat")
+
+
+def test_a_place_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere: no such folder; give .* smollm2-135m"):
+        find(str(tmp_path / "nowhere"), {})
+
+
+def test_a_folder_without_a_config_is_refused_with_what_was_looked_for(tmp_path: Path) -> None:
+    """As an adapter is that lost its own."""
+    (tmp_path / "adapter").mkdir()
+    with pytest.raises(ConfigError, match=r"adapter: contains no finished run .*adapter_config\.json.* or model"):
+        find(str(tmp_path / "adapter"), {})
+
+
+def test_a_model_without_a_chat_template_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = find(str(tiny_base(tmp_path / "plain")), {})
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)  # the weights are not read
+    with pytest.raises(DataError, match=r"plain: its tokenizer has no chat template; use --template alpaca"):
+        load(target, GenerationSettings())
+
+
+def test_each_adapter_is_talked_to_through_its_own_template(tmp_path: Path, base: Path, mine: Path) -> None:
+    asked = [{"role": "user", "content": "Why?"}]
+    runs = [finished_run(tmp_path, base, template=name, name=name) for name in ("chat", "alpaca")]
+    own = []
+    for run in runs:
+        shutil.copytree(mine, run.adapter, dirs_exist_ok=True)
+        own.append(load(find(str(run.path), {}), GenerationSettings()).tokens(asked)["input_ids"].tolist())
+    assert own[0] != own[1]
+    model = load(find(str(runs[0].path), {}), GenerationSettings())
+    model.load(str(runs[1].path))
+    assert model.tokens(asked)["input_ids"].tolist() == own[1]
+    model.use("chat")
+    assert model.tokens(asked)["input_ids"].tolist() == own[0]
+    forced = load(find(str(runs[1].path), {}, "chat"), GenerationSettings())
+    forced.load(str(runs[1].path))
+    assert forced.tokens(asked)["input_ids"].tolist() == own[0]
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_the_first_turn_through_alpacas_template_is_the_prompt_of_training(adds_bos: bool) -> None:
+    tokenizer: PreTrainedTokenizerBase = byte_tokenizer(adds_bos)
+    trained = Encoder(tokenizer, max_length=1000).encode(question("t", "1", "Why?\nHow?", "so"), "", end=False)
+    set_chat_template(tokenizer, "alpaca")
+    asked = [{"role": "user", "content": "Why?\nHow?"}]
+    assert tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"] == trained.prompt
+
+
+def test_later_turns_and_a_system_prompt_have_their_place_in_alpacas_template() -> None:
+    tokenizer = byte_tokenizer(adds_bos=False)
+    set_chat_template(tokenizer, "alpaca")
+    turns = [("system", "Be brief."), ("user", "Why?"), ("assistant", "So."), ("user", "How?")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == (
+        "Be brief.\n\n### Instruction:\nWhy?\n\n### Response:\nSo.<eos>\n\n### Instruction:\nHow?\n\n### Response:\n"
+    )
+
+
+def said(model: ChatModel, **options: Any) -> str:
+    pieces: list[str] = []
+    model.write(HELLO, pieces.append, **options)
+    return "".join(pieces)
+
+
+def plain(base: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(base)
+
+
+def by_generate(base: Path, adapter: Path | None = None) -> str:
+    """Without a cache of weights."""
+    model = plain(base) if adapter is None else PeftModel.from_pretrained(plain(base), str(adapter))
+    return written(model, base, HELLO)
+
+
+def test_the_streamed_text_is_the_text_that_generate_writes(base: Path) -> None:
+    pieces: list[str] = []
+    chat_model_of(base).write(HELLO, pieces.append)
+    assert len(pieces) > 1
+    assert "".join(pieces) == by_generate(base)
+
+
+def test_an_adapter_a_base_and_another_adapter_each_write_their_own_text(base: Path, mine: Path, other: Path) -> None:
+    texts = {"base": by_generate(base), "mine": by_generate(base, mine), "other": by_generate(base, other)}
+    assert len(set(texts.values())) == 3
+    model = chat_model_of(mine)
+    assert (model.name, said(model)) == ("mine", texts["mine"])
+    model.toggle()
+    assert (model.name, said(model)) == ("base", texts["base"])
+    assert said(model, adapted=True) == texts["mine"]
+    model.load(str(other))
+    assert (model.name, said(model)) == ("other", texts["other"])
+    assert said(model, adapted=False) == texts["base"]
+    model.use("mine")
+    assert said(model) == texts["mine"]
+    model.toggle()
+    model.toggle()
+    assert said(model) == texts["mine"]
+
+
+def test_a_base_in_half_precision_writes_its_own_text_again_after_an_adapter(base: Path, mine: Path) -> None:
+    model = chat_model_of(mine, dtype="bfloat16")
+    said(model)
+    model.toggle()
+    half = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    assert said(model) == written(half, base, HELLO)
+
+
+def test_an_adapter_is_loaded_on_a_plain_model(base: Path, mine: Path) -> None:
+    model = chat_model_of(base)
+    with pytest.raises(DataError, match="no adapter is loaded"):
+        model.toggle()
+    assert said(model) == by_generate(base)
+    model.load(str(mine))
+    assert said(model) == by_generate(base, mine)
+
+
+def test_adapters_of_other_methods_talk_too(tmp_path: Path, base: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    get_peft_model(plain(base), config).save_pretrained(tmp_path / "lora")
+    model = chat_model_of(tmp_path / "lora")
+    assert said(model) == by_generate(base, tmp_path / "lora") != by_generate(base)
+
+
+def damage(adapter: Path) -> None:
+    """Give its factors a shape that fits no layer."""
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({name: torch.cat([one, one], -1) if "smoa_B" in name else one for name, one in tensors.items()}, file)
+
+
+def test_a_load_that_fails_leaves_the_model_as_it_was(tmp_path: Path, base: Path, mine: Path, other: Path) -> None:
+    other = Path(shutil.copytree(other, tmp_path / "other"))
+    damage(other)
+    model = chat_model_of(base)
+    for expected in (by_generate(base), by_generate(base, mine)):
+        with pytest.raises(SmoaError):
+            model.load(str(other))
+        assert said(model) == expected
+        model.load(str(mine))
+        assert said(model) == by_generate(base, mine)
+
+
+def test_a_load_that_peft_refuses_is_an_error_of_ours(tmp_path: Path, base: Path, mine: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["nothing"], base_model_name_or_path=str(base))
+    config.save_pretrained(tmp_path / "lora")
+    model = chat_model_of(mine)
+    with pytest.raises(DataError, match="lora: cannot be loaded"):
+        model.load(str(tmp_path / "lora"))
+    with pytest.raises(ConfigError, match="contains no adapter"):
+        model.load(str(tmp_path))
+    assert said(model) == by_generate(base, mine)
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path: Path, base: Path, mine: Path) -> None:
+    other = saved_adapter(tmp_path / "other", chat_base(tmp_path / "another-base"))
+    with pytest.raises(DataError, match=r"is an adapter of .*another-base, this model is .*base; .*--base"):
+        chat_model_of(mine).load(str(other))
+
+
+def test_a_base_that_was_moved_is_known_by_both_names(tmp_path: Path, base: Path, mine: Path, other: Path) -> None:
+    moved = shutil.copytree(base, tmp_path / "moved")
+    model = chat_model_of(mine, name=str(moved))
+    model.load(str(other))
+    assert list(model.adapters) == ["mine", "other"]
+
+
+def test_adapters_are_named_after_their_runs_and_numbered_if_those_have_one_name(
+    tmp_path: Path, base: Path, mine: Path
+) -> None:
+    """Also after runs whose names PyTorch refuses for a module: with a dot, or of a method."""
+    model = chat_model_of(base)
+    for name in ("lr-0.1", "a/train", "b/train", "demo-2", "demo", "a/demo", "b/demo-2"):
+        shutil.copytree(mine, tmp_path / name / "adapter")
+        model.load(str(tmp_path / name))
+    assert list(model.adapters) == ["lr-0.1", "train", "train-2", "demo-2", "demo", "demo-3", "demo-2-2"]
+    with pytest.raises(DataError, match=r"no adapter 'trian' is loaded; did you mean 'train'\?"):
+        model.use("trian")
+
+
+def test_the_template_saved_with_one_adapter_and_its_end_of_turn_are_not_another_ones(
+    tmp_path: Path, mine: Path, other: Path
+) -> None:
+    mine = Path(shutil.copytree(mine, tmp_path / "mine"))
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens("<over>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<over>{% endfor %}"
+    tokenizer.save_pretrained(mine)
+    model = chat_model_of(other)
+    before = [model.tokens(HELLO)["input_ids"].tolist(), model.base.generation_config.eos_token_id]
+    model.load(str(mine))
+    assert "<over>" in model.tokenizer.chat_template
+    model.use("other")
+    assert [model.tokens(HELLO)["input_ids"].tolist(), model.base.generation_config.eos_token_id] == before
+    again = chat_model_of(mine)
+    again.load(str(other))
+    assert [again.tokens(HELLO)["input_ids"].tolist(), again.base.generation_config.eos_token_id] == before
+
+
+def test_a_temperature_samples(base: Path) -> None:
+    model = chat_model_of(base, GenerationSettings(max_new_tokens=12, temperature=5.0))
+    assert len({said(model) for _ in range(3)}) > 1
+
+
+def test_what_the_chat_template_refuses_is_an_error_of_ours(base: Path) -> None:
+    with pytest.raises(DataError, match="chat template refuses this: no such prompt"):
+        chat_model_of(base).tokens([{"role": "system", "content": "forbidden"}, *HELLO])
+
+
+def conversation_with(place: Path, screen: KeptScreen, system: str | None = None, new_tokens: int = 12) -> Conversation:
+    return Conversation(chat_model_of(place, GenerationSettings(new_tokens)), screen, system)
+
+
+def roles(conversation: Conversation) -> list[str]:
+    return [turn["role"] for turn in conversation.turns]
+
+
+def test_the_model_sees_the_system_prompt_and_all_turns(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = KeptScreen()
+    talk = conversation_with(base, screen, "be kind")
+    prompts: list[str] = []
+    write = talk.model.write
+    monkeypatch.setattr(
+        talk.model,
+        "write",
+        lambda turns, *rest: (prompts.append([one["content"] for one in turns]), write(turns, *rest)),
+    )
+    talk.ask("one")
+    talk.ask("two")
+    first = screen.answers[0].strip()
+    assert prompts == [["be kind", "one"], ["be kind", "one", first, "two"]]
+    talk.reset()
+    talk.ask("three")
+    talk.set_system("")
+    talk.reset()
+    talk.ask("four")
+    assert prompts[2:] == [["be kind", "three"], ["four"]]
+
+
+def test_a_system_prompt_that_the_template_refuses_changes_nothing(base: Path) -> None:
+    talk = conversation_with(base, KeptScreen(), "be kind")
+    with pytest.raises(DataError, match="no such prompt"):
+        talk.set_system("forbidden")
+    assert talk.system == [{"role": "system", "content": "be kind"}]
+
+
+def test_both_answer_the_last_message_and_the_conversation_stays(base: Path, mine: Path) -> None:
+    screen, alone = KeptScreen(), KeptScreen()
+    conversation_with(base, alone).ask("hello")
+    talk = conversation_with(mine, screen)
+    with pytest.raises(DataError, match="no message to answer yet"):
+        talk.ask_both()
+    talk.ask("hello")
+    before = list(talk.turns)
+    talk.model.toggle()  # whichever is on
+    talk.ask_both()
+    own, *both = screen.answers
+    assert screen.notes == ["base:", "mine:"]
+    assert both == [alone.answers[0], own]
+    assert own != alone.answers[0]
+    assert talk.turns == before
+
+
+def test_both_need_an_adapter(base: Path) -> None:
+    talk = conversation_with(base, KeptScreen())
+    talk.ask("hello")
+    with pytest.raises(DataError, match="no adapter is loaded"):
+        talk.ask_both()
+
+
+class Interrupting(KeptScreen):
+    """Ctrl-C after so many pieces."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.after = after
+
+    def write(self, piece: str) -> None:
+        if len(self.pieces) == self.after:
+            raise KeyboardInterrupt
+        super().write(piece)
+
+
+def test_an_interrupted_answer_is_kept_as_far_as_it_got_and_the_chat_goes_on(base: Path) -> None:
+    whole, cut = KeptScreen(), Interrupting(after=1)
+    conversation_with(base, whole).ask("hello")
+    talk = conversation_with(base, cut)
+    with pytest.raises(KeyboardInterrupt):
+        talk.ask("hello")
+    kept = talk.turns[1]["content"]
+    assert kept
+    assert whole.answers[0].strip().startswith(kept)
+    assert kept != whole.answers[0].strip()
+    cut.after = -1
+    talk.reset()
+    talk.ask("hello")
+    assert cut.answers[1:] == whole.answers
+
+
+def test_the_oldest_turns_are_dropped_where_the_model_can_read_no_more(base: Path) -> None:
+    """The tiny model has 512 positions, and a character is a token."""
+    screen = KeptScreen()
+    talk = conversation_with(base, screen, "be kind")
+    for number in range(6):
+        talk.ask(f"{number}" * 120)
+    assert len(screen.answers) == 6
+    assert [note[:40] for note in screen.notes] == ["The conversation is longer than the mode"]
+    assert roles(talk) == ["user", "assistant"] * 6
+    assert 0 < talk.first < 10
+    assert talk.first % 2 == 0
+    seen = talk.first
+    with pytest.raises(DataError, match=r"12 tokens for the answer exceed the model's positions by \d+; shorten"):
+        talk.ask("x" * 600)
+    assert (talk.first, len(talk.turns)) == (seen, 12)
+
+
+def test_a_conversation_is_saved_in_the_format_of_training_data(tmp_path: Path, base: Path) -> None:
+    screen, file = KeptScreen(), tmp_path / "talk.jsonl"
+    talk = conversation_with(base, screen, "sei nett")
+    with pytest.raises(DataError, match="nothing to save"):
+        talk.save(str(file))
+    talk.ask("schön?")
+    assert talk.save(str(file)) == f"{file}: saved, 2 messages"
+    (row,) = map(json.loads, file.read_text("utf-8").splitlines())
+    answer = {"role": "assistant", "content": screen.answers[0].strip()}
+    assert row == {
+        "messages": [{"role": "system", "content": "sei nett"}, {"role": "user", "content": "schön?"}, answer]
+    }
+    talk.ask("more")
+    assert talk.save(str(file)) == f"{file}: replaced, 4 messages"
+
+
+def test_a_file_of_others_is_not_overwritten(tmp_path: Path, base: Path) -> None:
+    talk = conversation_with(base, KeptScreen())
+    talk.ask("hello")
+    file = tmp_path / "talk.jsonl"
+    file.write_text("theirs")
+    with pytest.raises(ConfigError, match="exists and was not saved by this chat"):
+        talk.save(str(file))
+    with pytest.raises(DataError, match="cannot be written"):
+        talk.save(str(file / "below"))
+    assert file.read_text() == "theirs"
+
+
+@pytest.fixture
+def screen() -> KeptScreen:
+    return KeptScreen()
+
+
+@pytest.fixture
+def talk(mine: Path, screen: KeptScreen) -> Conversation:
+    return Conversation(chat_model_of(mine), screen)
+
+
+def test_help_lists_every_command_with_what_it_does(talk: Conversation, screen: KeptScreen) -> None:
+    run_command(talk, "/help")
+    lines = screen.notes[0].splitlines()
+    assert [line.split()[0] for line in lines[:-1]] == [f"/{name}" for name in COMMANDS]
+    assert all(text in line for line, (_, text) in zip(lines, COMMANDS.values(), strict=False))
+
+
+def test_the_commands_say_who_answers(other: Path, talk: Conversation, screen: KeptScreen) -> None:
+    for line in ("/base", "/base", f"/load {other}", "/use mine", "/use"):
+        run_command(talk, line)
+    answering = [f"From now on {name} answers." for name in ("base", "mine", "other")]
+    assert screen.notes == [*answering, "Loaded: mine, other. mine answers.", "Loaded: mine, other. mine answers."]
+
+
+def test_the_conversation_is_changed_compared_and_saved(tmp_path: Path, talk: Conversation, screen: KeptScreen) -> None:
+    run_command(talk, "/system be kind")
+    assert talk.system[0]["content"] == "be kind"
+    talk.ask("hello")
+    run_command(talk, "/both")
+    run_command(talk, f"/save {tmp_path / 'talk.jsonl'}")
+    assert (tmp_path / "talk.jsonl").is_file()
+    run_command(talk, "/reset")
+    run_command(talk, "/system")
+    assert (talk.turns, talk.system) == ([], [])
+    saved = f"{tmp_path / 'talk.jsonl'}: saved, 2 messages"
+    changed = ["The conversation starts anew.", "There is no system prompt now."]
+    assert screen.notes == ["The system prompt is set.", "base:", "mine:", saved, *changed]
+
+
+def test_quitting_is_the_end_of_the_input(talk: Conversation) -> None:
+    with pytest.raises(EOFError):
+        run_command(talk, "/quit")
+
+
+def test_a_wrong_command_and_a_missing_argument_are_named(talk: Conversation) -> None:
+    with pytest.raises(DataError, match=r"there is no command /rest; did you mean 'reset'\?"):
+        run_command(talk, "/rest")
+    for name in ("load", "save"):
+        with pytest.raises(DataError, match=rf"/{name} {COMMANDS[name][0]}: {COMMANDS[name][1][:20]}"):
+            run_command(talk, f"/{name} ")

@@ -1,0 +1,328 @@
+"""`smoa init` apart from its questions: what it finds of model, data and machine, proposes, measures and writes."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from smoa.errors import ConfigError, DataError
+from smoa_lab import init
+from smoa_lab.config import run
+from smoa_lab.config.run import check_config, load_config
+from smoa_lab.config.yaml_text import parse_yaml
+from smoa_lab.init import (
+    Machine,
+    Measured,
+    ModelFacts,
+    Proposal,
+    StepClock,
+    check_data,
+    config_text,
+    duration,
+    expected,
+    look_at_data,
+    look_at_model,
+    measure,
+    needed_bytes,
+    propose,
+    ran_out_of_memory,
+    this_machine,
+)
+from tests.support import lab
+from tests.support.chats import chat_base
+from tests.support.proposals import MACHINE, MODEL, QUESTIONS, ROWS, proposal, rows_file, talks
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated"),  # TRL sets it
+]
+CPU_MULTIPLIES_BFLOAT16 = run.cpu_multiplies_bfloat16
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return lab.tiny_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def base(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelFacts:
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
+    return look_at_model(str(place))
+
+
+def test_a_models_sizes_are_those_of_its_config(base: ModelFacts) -> None:
+    assert (base.context, base.layers, base.hidden, base.intermediate) == (512, 2, 32, 48)
+    assert sum(base.shapes.values()) == 2 * 7  # the output is left out
+    assert base.vocabulary == 259
+
+
+def test_no_such_model_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"model\.name: cannot load"):
+        look_at_model(str(tmp_path))
+
+
+def test_conversations_get_a_template_if_the_model_has_none(base: ModelFacts, tmp_path: Path) -> None:
+    place = str(rows_file(tmp_path / "rows.jsonl", talks(40)))
+    found = look_at_data(place, base)
+    assert found.values == {"train": place, "format": "messages", "chat_template": "alpaca", "test_part": 0.05}
+    assert (found.format, found.kind) == ("messages", "rows")
+    assert 30 <= found.train <= 40
+    assert found.max_length % 64 == 0
+    own = look_at_data(place, look_at_model(str(chat_base(tmp_path / "chat"))))
+    assert "chat_template" not in own.values
+
+
+def test_plain_text_needs_no_template(base: ModelFacts, tmp_path: Path) -> None:
+    place = str(rows_file(tmp_path / "rows.jsonl", [{"text": f"Line {i} " * (1 + 60 * (i == 3))} for i in range(300)]))
+    found = look_at_data(place, base)
+    assert "chat_template" not in found.values
+    assert found.max_length == 64  # one of 300 is longer
+
+
+def test_preferences_of_turns_need_one(base: ModelFacts, tmp_path: Path) -> None:
+    rows = [{"prompt": f"Ask {i}", "chosen": "Yes.", "rejected": "No."} for i in range(20)]
+    assert "chat_template" not in look_at_data(str(rows_file(tmp_path / "text.jsonl", rows)), base).values
+    turns = [
+        {"chosen": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["chosen"]}]}
+        | {"rejected": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["rejected"]}]}
+        for row in rows
+    ]
+    found = look_at_data(str(rows_file(tmp_path / "turns.jsonl", turns)), base)
+    assert (found.format, found.values["chat_template"]) == ("preference", "alpaca")
+
+
+def test_bad_rows_are_told_as_training_tells_them(base: ModelFacts, tmp_path: Path) -> None:
+    place = rows_file(tmp_path / "rows.jsonl", [*talks(3), {"messages": "none"}])
+    with pytest.raises(DataError, match="1 bad row; nothing is trained"):
+        look_at_data(str(place), base)
+
+
+def test_a_place_without_rows_is_known_before_they_are_read(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nothing\.jsonl"):
+        check_data(str(tmp_path / "nothing.jsonl"))
+    assert check_data("arc_easy") == "arc_easy"
+    assert check_data("someone/rows") == "someone/rows"
+
+
+def test_a_tasks_name_gives_questions(base: ModelFacts, tmp_path: Path) -> None:
+    lab.fill_cache(tmp_path / "cache", lab.questions(20, "train"), lab.questions(5, "test"))
+    found = look_at_data("arc_easy", base)
+    assert found.values == {"tasks": ["arc_easy"]}
+    assert (found.format, found.kind, found.max_length) == (None, "questions", 256)
+    assert 15 <= found.train <= 20
+
+
+@pytest.fixture
+def _a_cpu_with_a_gigabyte(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**30))
+
+
+@pytest.mark.parametrize(
+    ("listed", "has"),
+    [({"avx512_bf16": True, "avx2": True}, True), ({"avx512_bf16": False}, False), ({}, False)],
+)
+@pytest.mark.usefixtures("_a_cpu_with_a_gigabyte")
+def test_a_cpu_has_bfloat16_if_it_lists_instructions_for_it(
+    monkeypatch: pytest.MonkeyPatch, listed: dict[str, Any], has: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: listed, raising=False)
+    monkeypatch.setattr(run, "cpu_multiplies_bfloat16", CPU_MULTIPLIES_BFLOAT16)
+    assert this_machine() == Machine(2**30, None, has)
+    assert this_machine().name == "the CPU"
+
+
+@pytest.mark.usefixtures("_a_cpu_with_a_gigabyte")
+def test_a_torch_that_lists_no_instructions_is_taken_to_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert not this_machine().bfloat16
+
+
+@pytest.mark.usefixtures("_a_cpu_with_a_gigabyte")
+def test_a_gpu_comes_before_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (7, 9))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not including_emulation)
+    assert this_machine() == Machine(7, "A GPU", True)
+    assert this_machine().name == "A GPU"
+
+
+CHOICE = proposal().choice
+
+
+def test_a_machine_with_room_gets_the_largest_batch_and_its_own_dtype() -> None:
+    on_cpu = propose(MODEL, ROWS, CHOICE, MACHINE)
+    assert (on_cpu.rows, on_cpu.accumulation, on_cpu.checkpointing, on_cpu.dtype) == (4, 4, False, "float32")
+    on_gpu = propose(MODEL, ROWS, CHOICE, Machine(10**10, "a GPU", bfloat16=True))
+    assert (on_gpu.rows, on_gpu.accumulation, on_gpu.dtype) == (16, 1, "bfloat16")
+    assert propose(MODEL, ROWS, CHOICE, Machine(10**10, bfloat16=True), "float32").dtype == "float32"
+
+
+def test_less_memory_gives_smaller_batches_of_the_same_step() -> None:
+    half = needed_bytes(proposal(rows=2))
+    found = propose(MODEL, ROWS, CHOICE, Machine(2 * half))
+    assert (found.rows, found.accumulation, found.checkpointing) == (2, 8, False)
+
+
+def test_activations_are_computed_again_only_if_one_row_does_not_fit() -> None:
+    deep = replace(MODEL, layers=100)
+    one = needed_bytes(proposal(model=deep, rows=1))
+    found = propose(deep, ROWS, CHOICE, Machine(2 * (one - 1)))
+    assert found.checkpointing
+    assert found.rows == 4  # which fits then
+    assert needed_bytes(found) < one
+
+
+def test_what_never_fits_is_left_to_the_measurement() -> None:
+    found = propose(MODEL, ROWS, CHOICE, Machine(1))
+    assert (found.rows, found.checkpointing) == (1, True)
+    with pytest.raises(ConfigError, match="'some/model' does not fit into memory"):
+        found.smaller()
+
+
+def test_smaller_halves_the_batch_and_keeps_the_step() -> None:
+    found = proposal(rows=2).smaller()
+    assert (found.rows, found.accumulation, found.checkpointing) == (1, 16, False)
+    assert found.smaller().checkpointing
+
+
+def test_preferences_need_the_memory_of_two_answers() -> None:
+    twice = needed_bytes(proposal(rows=8)) - needed_bytes(proposal(rows=4))
+    pairs = proposal(data=replace(ROWS, format="preference"))
+    assert needed_bytes(pairs) - needed_bytes(proposal()) == twice
+
+
+def test_time_ends_a_run_before_its_epochs_do() -> None:
+    assert proposal().steps_of_epochs == 3 * 7  # 25 batches of 4, 4 in a step
+    short = proposal().within(minutes=1, seconds=6.1)
+    assert (short.steps, short.all_steps) == (9, 9)
+    assert short.values("runs/x")["training"]["max_steps"] == 9
+    long = proposal().within(minutes=60, seconds=6.1)
+    assert (long.steps, long.all_steps) == (None, 21)
+    assert long.values("runs/x")["training"]["num_train_epochs"] == 3
+    assert proposal().within(minutes=0.01, seconds=60).steps == 1
+
+
+def test_questions_have_their_length_under_task() -> None:
+    values = proposal(data=QUESTIONS).values("runs/x")
+    assert values["task"] == {"max_length": 256}
+    assert "max_length" not in values["training"]
+    assert "task" not in proposal().values("runs/x")
+
+
+def test_three_steps_are_measured_and_leave_nothing_behind(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = tmp_path / "room"
+    room.mkdir()
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(room))
+    monkeypatch.chdir(room)
+    model = look_at_model(str(place))
+    data = look_at_data(str(rows_file(tmp_path / "rows.jsonl", talks(30))), model)
+    wanted = propose(model, data, proposal().choice, Machine(10**10))
+    found, measured = measure(wanted)
+    assert found == wanted
+    assert 0 < measured.seconds < 60
+    assert measured.memory > 10**8
+    assert list(room.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError(), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_a_batch_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fits_two(tried: Proposal) -> Measured:
+        if tried.rows > 2:
+            raise error
+        return Measured(1.0, 1)
+
+    monkeypatch.setattr(init, "_three_steps", fits_two)
+    found, _ = measure(proposal(rows=8))
+    assert (found.rows, found.accumulation) == (2, 8)
+
+
+def test_a_model_that_never_fits_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(_: Proposal) -> Measured:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(init, "_three_steps", never)
+    with pytest.raises(ConfigError, match="does not fit into memory"):
+        measure(proposal())
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(_: Proposal) -> Measured:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(init, "_three_steps", breaks)
+    with pytest.raises(RuntimeError, match="shapes"):
+        measure(proposal())
+    assert not ran_out_of_memory(RuntimeError("shapes do not match"))
+
+
+def test_the_first_step_is_left_out_of_the_time() -> None:
+    clock = StepClock()
+    clock.times = [0.0, 10.0, 11.0, 13.0]
+    assert clock.seconds == 1.5
+
+
+MEASURED = Measured(1.5, 3_000_000_000)
+ODD = "/rows of #1: mine/" + "long name " * 30 + ".jsonl"
+PROPOSALS: dict[str, dict[str, Any]] = {
+    "rows": {},
+    "steps": {"steps": 12, "dtype": "bfloat16"},
+    "questions": {"data": QUESTIONS},
+    "odd names": {"data": replace(ROWS, values={**ROWS.values, "train": ODD, "chat_template": "alpaca"})},
+    "hub": {"data": replace(ROWS, values={"hub": {"name": "some/rows"}, "format": "messages", "test_part": 0.05})},
+    "tight": {"rows": 1, "checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("case", PROPOSALS)
+def test_the_file_says_exactly_what_was_chosen(tmp_path: Path, case: str) -> None:
+    chosen = proposal(**PROPOSALS[case])
+    file = tmp_path / "mine.yaml"
+    file.write_text(config_text(file, chosen, MACHINE, MEASURED))
+    values = chosen.values("runs/mine")
+    assert parse_yaml(file.read_text(), file) == values
+    assert load_config(file) == check_config(values)
+
+
+@pytest.mark.parametrize("case", PROPOSALS)
+def test_every_line_has_a_comment(case: str) -> None:
+    lines = config_text(Path("mine.yaml"), proposal(**PROPOSALS[case]), MACHINE, MEASURED).splitlines()
+    assert [line for line in lines if line and " # " not in f" {line}"] == []
+    assert 30 <= len(lines) <= 45
+    assert max(len(line) for line in lines) <= 120 or case == "odd names"
+
+
+def test_expected_time_and_memory_stand_on_top() -> None:
+    text = config_text(Path("mine.yaml"), proposal(), MACHINE, MEASURED)
+    assert "# Expected: 21 steps of 1.5 s each on the CPU, 32 s in all, and 3.0 GB of memory.\n" in text
+    assert "Not measured" in config_text(Path("mine.yaml"), proposal(), MACHINE, None)
+    assert expected(proposal(), MACHINE, None) == []
+
+
+def test_a_tighter_time_is_said_beside_the_steps() -> None:
+    text = config_text(Path("mine.yaml"), proposal(steps=12), MACHINE, MEASURED)
+    assert "as many as the time allows; 3 times all rows would be 21 steps" in text
+
+
+def test_the_rate_is_that_of_the_models_size_and_tune_finds_a_better_one() -> None:
+    text = config_text(Path("mine.yaml"), proposal(), MACHINE, None)
+    assert re.search(r"learning_rate: 0\.002 +# by the size of the model; `smoa tune` finds a better one", text)
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(8.2, "8 s"), (150, "2.5 minutes"), (9000, "2.5 hours")])
+def test_a_duration_is_in_a_unit_that_people_use(seconds: float, words: str) -> None:
+    assert duration(seconds) == words

@@ -1,0 +1,277 @@
+"""`smoa inspect`: what is reported of every layer, and the page with its charts."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from smoa import SmoaConfig
+from smoa.errors import ConfigError
+from smoa.maths.analysis import UpdateSpectrum
+from smoa_lab import inspect
+from smoa_lab.config.run import ModelSection
+from smoa_lab.inspect import LayerReport, adapted_layers, inspect_layers, layer_table, weights_and_updates
+from smoa_lab.inspect_page import POINTS, by_block, by_layer, coverage, inspection_page, place, spectrum
+from smoa_lab.models.base_models import load_base_model
+from smoa_lab.pages.charts import MUTED, PALETTE, specification
+from tests.support import lab, tiny_models
+from tests.support.layers import Wrapper
+from tests.support.tiny_mixtures import EXPERTS, build_mixture, matrix_of, wrappers
+
+TARGETS = ["q_proj", "v_proj"]
+SIZE = 500
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return lab.tiny_base(tmp_path_factory.mktemp("base"))
+
+
+def reports(base: Path, config: PeftConfig) -> tuple[list[LayerReport], PeftModel]:
+    """What `smoa inspect` finds in an adapter of random factors, and the adapted model."""
+    adapter = base / str(config.peft_type.value)
+    model: Any = get_peft_model(LlamaForCausalLM.from_pretrained(base), config)
+    model.save_pretrained(adapter)
+    return inspect_layers(adapter), model.requires_grad_(False)
+
+
+def smoa_config(**options: Any) -> SmoaConfig:
+    return SmoaConfig(**{"r": 4, "num_blocks": 2, "target_modules": TARGETS, "init_weights": False, **options})
+
+
+@pytest.fixture(scope="module")
+def smoa(base: Path) -> tuple[list[LayerReport], PeftModel]:
+    torch.manual_seed(0)
+    return reports(base, smoa_config(scale="block"))
+
+
+@pytest.fixture(scope="module")
+def lora(base: Path) -> list[LayerReport]:
+    return reports(base, LoraConfig(r=3, target_modules=TARGETS, init_lora_weights=False))[0]
+
+
+OPTIONS = {"r": 3, "target_modules": ["q_proj"]}
+CONFIGS = {
+    "lora": LoraConfig(**OPTIONS, lora_alpha=7),
+    "dora": LoraConfig(**OPTIONS, use_dora=True),
+    "smoa": SmoaConfig(r=4, num_blocks=2, target_modules=["q_proj"]),
+}
+if hasattr(peft, "HiraConfig"):  # from PEFT 0.20 on
+    CONFIGS["hira"] = peft.HiraConfig(**OPTIONS)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_weight_and_update_add_up_to_the_merged_weight(config: PeftConfig) -> None:
+    model = get_peft_model(tiny_models.build("llama"), config)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "magnitude" not in name:
+            parameter.data.normal_(std=0.3)
+    merged = dict(copy.deepcopy(model).merge_and_unload().named_modules())
+    layers = list(adapted_layers(model.base_model.model))
+    assert layers
+    for path, layer in layers:
+        [(name, weight, update)] = weights_and_updates(path, layer, "default")
+        assert name == path
+        assert torch.equal(weight, layer.get_base_layer().weight)
+        assert update.norm() > 0
+        torch.testing.assert_close(weight + update, merged[path].weight)
+
+
+@pytest.mark.parametrize("config", [SmoaConfig, LoraConfig])
+def test_the_update_of_a_convolution_is_a_matrix(config: type) -> None:
+    options = {"init_weights": False} if config is SmoaConfig else {"init_lora_weights": False}
+    model = get_peft_model(Wrapper(nn.Conv2d(4, 6, 3)), config(r=4, target_modules=["layer"], **options))
+    [(name, weight, update)] = weights_and_updates("layer", model.base_model.model.layer, "default")
+    assert name == "layer"
+    assert weight.shape == update.shape == (6, 4 * 9)
+    expected = model.base_model.model.layer.get_delta_weight("default").flatten(1)
+    assert torch.allclose(update, expected, atol=1e-5)
+
+
+def test_without_modulation_the_rank_is_bound_by_r(base: Path) -> None:
+    layers, _ = reports(base, smoa_config(modulation="none", partition="contiguous"))
+    assert {layer.rank_bound for layer in layers} == {4}
+    assert all(layer.rank <= 4 for layer in layers)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
+def test_an_embedding_is_inspected_as_a_matrix(base: Path) -> None:
+    layers, _ = reports(base, SmoaConfig(r=4, target_modules=["embed_tokens"], init_weights=False))
+    assert [(layer.module, layer.columns) for layer in layers] == [("model.embed_tokens", 32)]
+
+
+def test_spectral_norms_and_stable_ranks_are_the_updates_own_and_far_layers_are_marked(
+    smoa: tuple[list[LayerReport], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers, model = smoa
+    limits = {
+        name: sorted(getattr(layer, name) for layer in layers)[1]
+        for name in ("relative_update", "relative_spectral_norm")
+    }
+    monkeypatch.setattr(inspect, "TOO_FAR", limits)
+    for layer in layers:
+        module = model.base_model.model.get_submodule(layer.module)
+        values = torch.linalg.svdvals(module.get_delta_weight("default").double())
+        largest = torch.linalg.matrix_norm(module.base_layer.weight.double(), 2)
+        assert layer.relative_spectral_norm == pytest.approx(float(values[0] / largest), rel=1e-4)
+        assert layer.stable_rank == pytest.approx(float((values**2).sum() / values[0] ** 2), rel=1e-4)
+        far = [getattr(layer, name) > limit for name, limit in limits.items()]
+        assert layer.to_dict()["moved_too_far"] is any(far)
+        assert [layer.marked(name).startswith("! ") for name in limits] == far
+    assert {layer.moved_too_far for layer in layers} == {True, False}
+
+
+def test_every_block_has_its_scale_and_coverage(smoa: tuple[list[LayerReport], Any]) -> None:
+    layers, model = smoa
+    for layer in layers:
+        module = model.base_model.model.get_submodule(layer.module)
+        blocks = module.blocks("default").of(module.base_layer.weight.detach())
+        expected = [module.scaling["default"] / float(block.square().mean().sqrt()) for block in blocks]
+        assert list(layer.block_scales) == pytest.approx(expected, rel=1e-5)
+        assert len(layer.bands) == len(layer.to_dict()["block_coverages"]) == 2
+
+
+def test_a_lora_is_reported_by_its_rank_and_without_blocks(lora: list[LayerReport]) -> None:
+    assert [layer.method for layer in lora] == ["lora"] * 4
+    assert [layer.rank for layer in lora] == [layer.rank_bound for layer in lora] == [3] * 4
+    assert all(layer.parameters == 3 * (layer.rows + layer.columns) for layer in lora)
+    assert (lora[0].bands, lora[0].block_scales, lora[0].spectrum.block_coverages) == ((), (), ())
+    assert "block_scales" not in lora[0].to_dict()
+
+
+def test_the_base_is_loaded_in_the_revision_that_the_adapter_records(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[ModelSection] = []
+
+    def load(wanted: ModelSection) -> object:
+        asked.append(wanted)
+        return load_base_model(wanted)
+
+    monkeypatch.setattr(inspect, "load_base_model", load)
+    reports(base, smoa_config(revision="v2"))
+    assert asked == [ModelSection(name=str(base), options={"revision": "v2"})]
+
+
+def test_every_expert_is_reported_by_itself(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    build_mixture("qwen3_moe").save_pretrained(base)
+    config = smoa_config(target_modules=[], target_parameters=EXPERTS)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    model.save_pretrained(adapter)
+    lab.byte_tokenizer().save_pretrained(base)
+    layers = inspect_layers(adapter, str(base))
+    assert len(layers) == 15
+    expert = next(layer for layer in layers if layer.module == "model.layers.0.mlp.experts.gate_up_proj[3].1")
+    wrapper = wrappers(model)["gate_up_proj"]
+    delta = wrapper.delta("default")[3, 1].detach().double()
+    assert expert.relative_update == pytest.approx(float(delta.norm() / matrix_of(wrapper, 3, 1).norm()), rel=1e-4)
+    assert sum(layer.parameters for layer in layers) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_two_adapters_stand_beside_each_other_and_the_first_is_shown_in_detail(
+    smoa: tuple[list[LayerReport], Any], lora: list[LayerReport]
+) -> None:
+    ours, _ = smoa
+    page = inspection_page("Two", {"ours": ours, "theirs": lora}, ["v_proj"])
+    changed = max(ours, key=lambda layer: layer.relative_update)
+    assert f"<h2>What changed most: {changed.module}</h2>" in page
+    chosen = [layer.module for layer in ours if "v_proj" in layer.module and layer is not changed]
+    assert all(f"<h2>{module}</h2>" in page for module in chosen)
+    assert page.count("<figure data-chart>") == 5 + len(chosen)
+    assert "<h2>Block by block</h2>" in page
+    for name in ("ours", "theirs"):
+        assert f"Every adapted layer of {name}" in page
+    mean = sum(layer.coverage for layer in lora) / 4
+    assert f"theirs: mean coverage {mean:.3f}, mean rank 3, {sum(x.parameters for x in lora):,} trained" in page
+
+
+def test_the_page_of_a_lora_has_no_blocks(lora: list[LayerReport]) -> None:
+    page = inspection_page("A LoRA", {"lora": lora})
+    assert page.count("<figure data-chart>") == 4
+    assert "Block by block" not in page
+    assert "spectral scores" not in page
+
+
+def test_a_layer_that_is_not_there_is_named(lora: list[LayerReport]) -> None:
+    with pytest.raises(ConfigError, match=r"--layer mlp: .*model\.layers"):
+        inspection_page("A LoRA", {"lora": lora}, ["mlp"])
+
+
+def test_a_bound_that_is_not_known_is_a_dash(lora: list[LayerReport]) -> None:
+    table = layer_table([dataclasses.replace(lora[0], rank_bound=None), *lora[1:]])
+    assert [row[6].text for row in table.cells()] == ["–", "3", "3", "3"]
+
+
+def report(method: str = "smoa", blocks: int = 2) -> LayerReport:
+    """A layer of which only the leading half is changed."""
+    energy = torch.cat([torch.ones(SIZE // 2), torch.zeros(SIZE // 2)]).double() * 2 / SIZE
+    values = torch.linspace(1, 0, SIZE).double()
+    of_blocks = energy.expand(blocks, SIZE) if blocks else None
+    numbers: dict[str, Any] = dict.fromkeys(("rows", "columns", "parameters", "rank", "rank_bound"), 8)
+    numbers |= dict.fromkeys(("relative_update", "relative_spectral_norm", "effective_rank", "stable_rank"), 0.5)
+    return LayerReport(
+        module="model.layers.3.q_proj",
+        method=method,
+        coverage=0.25,
+        spectrum=UpdateSpectrum(values, values / 10, energy, energy, of_blocks),
+        bands=((1.0, 5.0),) * blocks,
+        block_scales=tuple(2.0**k for k in range(blocks)),
+        **numbers,
+    )
+
+
+def drawn_rows(chart: Any) -> list[list[dict[str, Any]]]:
+    return list(specification(chart)["datasets"].values())
+
+
+def test_layers_are_placed_by_their_number_and_kind() -> None:
+    assert place("model.layers.12.self_attn.q_proj") == {"layer": 12, "kind": "q_proj"}
+    assert place("classifier") == {"layer": 0, "kind": "classifier"}
+
+
+def test_every_kind_of_module_has_a_panel_with_a_line_for_each_adapter() -> None:
+    rows = [
+        {"adapter": adapter, "module": f"layers.{layer}.{kind}", "size": 0.1}
+        for adapter in ("ours", "theirs")
+        for layer in (0, 1)
+        for kind in ("q_proj", "up_proj")
+    ]
+    drawn = specification(by_layer(rows, {"ours": "smoa", "theirs": "lora"}, "size", "Size"))
+    assert [panel["title"] for panel in drawn["concat"]] == ["q_proj", "up_proj"]
+    scale = drawn["concat"][0]["layer"][0]["encoding"]["color"]["scale"]
+    assert scale == {"domain": ["ours", "theirs"], "range": [PALETTE["smoa"], PALETTE["lora"]]}
+
+
+def test_blocks_have_their_coverage_and_scale_in_one_chart() -> None:
+    (rows,) = drawn_rows(by_block({"ours": [report()], "theirs": [report(method="lora", blocks=0)]}))
+    assert [(row["adapter"], row["block"], row["scale"]) for row in rows] == [("ours", 1, 1.0), ("ours", 2, 2.0)]
+    assert all(row["coverage"] == pytest.approx(0.25, abs=1e-2) for row in rows)
+
+
+def test_the_coverage_rises_to_one_where_the_energy_ends() -> None:
+    (curve,) = [rows for rows in drawn_rows(coverage({"ours": [report(), report()]})) if "adapter" in rows[0]]
+    at = {row["part"]: row["share"] for row in curve}
+    assert (at[0.0], at[0.25], at[0.5], at[1.0]) == pytest.approx((0, 0.5, 1, 1))
+
+
+def test_a_long_spectrum_is_drawn_by_some_of_its_values_with_a_bar_for_each_block() -> None:
+    drawn = specification(spectrum(report(blocks=3), PALETTE["smoa"]))
+    assert {len(rows) for rows in drawn["datasets"].values()} == {POINTS, 3}
+    assert {layer["layer"][0]["mark"]["color"] for layer in drawn["vconcat"][0]["layer"]} == {MUTED, PALETTE["smoa"]}
+
+
+def test_an_update_of_zero_is_drawn() -> None:
+    nothing = torch.zeros(SIZE).double()
+    flat = UpdateSpectrum(torch.ones(SIZE).double(), nothing, nothing, nothing)
+    assert drawn_rows(spectrum(dataclasses.replace(report(blocks=0), spectrum=flat), MUTED))

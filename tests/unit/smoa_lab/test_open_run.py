@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from peft import LoraConfig
+from peft.utils import CONFIG_NAME
+
+from smoa.atomic import SAVE
+from smoa.errors import ConfigError
+from smoa_lab.config.run import ModelSection
+from smoa_lab.open_run import adapter_of_run, base_name, base_section, open_run, recorded_base
+from smoa_lab.training.run_folder import RunFolder
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """The config of an adapter, in a run's folder."""
+    folder = RunFolder(tmp_path / "run").adapter
+    LoraConfig(base_model_name_or_path="its/base", revision="v2").save_pretrained(folder)
+    return folder
+
+
+def test_a_place_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="neither a config file nor the folder of a finished run"):
+        open_run(tmp_path)
+
+
+def test_an_adapter_is_found_in_its_run_and_missed_elsewhere(adapter: Path, tmp_path: Path) -> None:
+    assert adapter_of_run(tmp_path / "run") == adapter_of_run(adapter) == adapter
+    (tmp_path / "base").mkdir()
+    missed = r"base: contains no adapter \(adapter_config\.json\), nor does .*base/adapter"
+    with pytest.raises(ConfigError, match=missed):
+        adapter_of_run(tmp_path / "base")
+
+
+def test_an_adapter_whose_save_was_killed_before_its_last_move_is_put_in_place(adapter: Path) -> None:
+    (adapter / SAVE).mkdir()
+    (adapter / CONFIG_NAME).rename(adapter / SAVE / CONFIG_NAME)
+    assert adapter_of_run(adapter) == adapter
+    assert (adapter / CONFIG_NAME).is_file()
+
+
+def test_the_base_is_the_one_given_or_the_one_recorded(adapter: Path) -> None:
+    assert base_name(adapter) == "its/base"
+    assert base_name(adapter, "another/base") == "another/base"
+
+
+def test_the_recorded_base_is_loaded_in_the_recorded_revision_and_another_is_not(adapter: Path) -> None:
+    recorded = ModelSection(name="its/base", options={"revision": "v2"})
+    assert base_section(adapter) == base_section(adapter, "its/base") == recorded
+    assert base_section(adapter, "another/base", True) == ModelSection(name="another/base", trust_remote_code=True)
+
+
+def test_a_half_written_config_of_an_adapter_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "SMOA", "base_model_name_or_path": "ba')
+    with pytest.raises(ConfigError, match=r"adapter_config\.json: is not whole JSON .*; save or fetch it again"):
+        recorded_base(tmp_path)
