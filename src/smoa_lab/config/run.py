@@ -299,8 +299,9 @@ class ConfigText:
             import_package("trl", f"{self.place}: data.train")
             target = _trainer_class(given, data.get("format") == "preference")
             defaults |= {key: value for key, value in ROWS_DEFAULTS.items() if key in _keys(target)}
-            if "task" in values:
+            if values.get("task") is not None:
                 self.refuse([Problem(("task",), "task: is for questions (data.tasks); leave it out")])
+            values = {key: value for key, value in values.items() if key != "task"}
         if values.get("early_stopping") is not None:
             defaults |= self._stopping(given)
         if training is None or isinstance(training, dict):

@@ -153,7 +153,7 @@ def test_each_adapter_is_talked_to_through_its_own_template(tmp_path: Path, base
 @pytest.mark.parametrize("adds_bos", [True, False])
 def test_the_first_turn_through_alpacas_template_is_the_prompt_of_training(adds_bos: bool) -> None:
     tokenizer: PreTrainedTokenizerBase = byte_tokenizer(adds_bos)
-    trained = Encoder(tokenizer, max_length=1000).encode(question("t", "1", "Why?\nHow?", "so"), "", end=False)
+    trained = Encoder(tokenizer, max_length=1000).answered(question("t", "1", "Why?\nHow?", "so"), "", end=False)
     set_chat_template(tokenizer, "alpaca")
     asked = [{"role": "user", "content": "Why?\nHow?"}]
     assert tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"] == trained.prompt

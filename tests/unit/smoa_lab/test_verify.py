@@ -40,7 +40,7 @@ def test_a_run_that_diverged_is_not_called_the_same() -> None:
     [
         (["method=full", "adapter={}"], "method: full saves a whole model"),
         (["data.test_examples=0"], "data.test_examples: 0 holds no questions out"),
-        (["data={train: rows.jsonl}"], "data: names rows"),
+        (["data={train: rows.jsonl}", "task=null"], "data: names rows"),
     ],
 )
 def test_the_demo_refuses_what_could_not_be_verified_before_any_work(

@@ -112,9 +112,9 @@ def test_batches_of_padded_lines_score_each_line_as_alone(
         for i in range(1, 8)
     ]
     outcomes = bench._outcomes(model, config, records)
-    assert [outcome.record for outcome in outcomes] == records
+    assert [outcome.row for outcome in outcomes] == records
     for outcome in outcomes:
-        record = outcome.record
+        record = outcome.row
         text = f"{record.context}\n{record.prompt}" if record.context else record.prompt
         with torch.no_grad():
             logits = model(**tokenizer(text, return_tensors="pt")).logits

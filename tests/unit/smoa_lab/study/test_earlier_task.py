@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from smoa.atomic import new_folder
 from smoa.errors import ConfigError
 from smoa_lab.study.sequence import EarlierTask, SequenceRunner
 from smoa_lab.study.study_file import Study
@@ -62,11 +63,11 @@ def test_an_interrupted_training_goes_on_from_its_checkpoint(
     sequence: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sequence["first"]["training"] = {"save_strategy": "steps", "save_steps": 1}
-    real_folder = sequence.new_folder
-    monkeypatch.setattr(sequence, "new_folder", lambda _: pytest.fail("killed before the model is stored"))
+    place = "smoa_lab.study.sequence.new_folder"
+    monkeypatch.setattr(place, lambda _: pytest.fail("killed before the model is stored"))
     with pytest.raises(pytest.fail.Exception):
         made(sequence)
-    monkeypatch.setattr(sequence, "new_folder", real_folder)
+    monkeypatch.setattr(place, new_folder)
     checkpoints = []
     real_fit = LoadedRun.fit
 

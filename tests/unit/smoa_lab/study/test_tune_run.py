@@ -85,7 +85,7 @@ def test_rows_are_compared_by_the_trainers_own_loss_on_those_held_out(
     assert {1e-2, 3e-3, 3e-2} <= found.losses.keys()
     assert all(loss is not None and loss > 0 for loss in found.losses.values())
     assert len(set(found.losses.values())) == len(found.losses)
-    monkeypatch.setattr("smoa_lab.study.tune_run.open_rows", None)  # the runs are stored
+    monkeypatch.setattr("smoa_lab.study.tune_run.load_run", None)  # the runs are stored
     assert tune_run(config, max_runs=3) == found
 
 
