@@ -37,7 +37,7 @@ test-slow: $(VENV)/.examples-installed  ## run the slow tests, with the demo's b
 
 # The variable silences an advertisement.
 docs: $(VENV)/.dev-installed  ## build the documentation into site/; warnings are errors
-	$(BIN)/python docs/figures/results.py
+	$(BIN)/python studies/results_page.py
 	$(BIN)/python docs/figures/file_map.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
@@ -71,8 +71,7 @@ figures: $(VENV)/.dev-installed $(VENV)/.demo-installed  ## redraw the figures i
 	$(BIN)/python docs/figures/conversion.py
 	$(BIN)/python docs/figures/precision.py
 	$(BIN)/python docs/figures/rates.py
-	$(BIN)/python docs/figures/recall.py
-	$(BIN)/python docs/figures/studies.py
+	$(BIN)/python studies/run.py --report-only
 	$(BIN)/python docs/figures/weight_sizes.py
 
 clean:  ## remove .venv and the files of tools

@@ -19,8 +19,8 @@ import torch
 from _common import gemma_weights, provenance, seconds, write_results
 from torch import Tensor
 
+from smoa.maths.experts import stack_partition
 from smoa.maths.spectrum import spectral_scores
-from smoa.maths.stack_partition import stack_partition
 
 
 def stacks(folder: Path) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from _layers import OneLayer, adapted, lower_quartile, training_step
 from torch import nn
 
 import smoa
-from smoa.layers.kinds.linear import Linear
+from smoa.layers.linear import Linear
 
 SHAPES = ("256x256", "640x640", "2048x640", "4096x4096")
 DTYPES = ("float32", "bfloat16")

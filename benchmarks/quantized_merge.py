@@ -16,7 +16,7 @@ from _common import provenance, write_results
 from _gemma import QUANTIZATIONS, gemma
 from torch import Tensor
 
-from smoa.layers.kinds.quantized import QuantizedLinear
+from smoa.layers.quantized import QuantizedLinear
 
 BLOCKS = (0, 8, 17)
 RELATIVE_SIZES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)

@@ -2,8 +2,8 @@
 
     python benchmarks/study_workers.py [--workers 2] [--steps 60] [--questions 2000]
 
-Runs `smoa compare configs/studies/headlines.yaml` twice, for two entries with eight seeds each at their first learning
-rates, with everything that the command does: imports, Ray's start, reports. Compares all results but times and
+Runs `smoa compare studies/headlines/headlines.yaml` twice, for two entries with eight seeds each at their first
+learning rates, with everything that the command does: imports, Ray's start, reports. Compares all results but times and
 machine. Writes benchmarks/results/study_workers.json.
 """
 
@@ -23,7 +23,7 @@ from _common import provenance, write_results
 
 from smoa_lab.study.trials import TrialStore
 
-STUDY = Path(__file__).parents[1] / "configs" / "studies" / "headlines.yaml"
+STUDY = Path(__file__).parents[1] / "studies" / "headlines" / "headlines.yaml"
 ENTRIES = ("smoa-k8", "lora")
 SEEDS = list(range(8))
 OF_A_RUN = ("seconds", "provenance")

@@ -8,9 +8,9 @@ so a copy goes to `repository/configs/demo.yaml.txt` (text that a browser shows,
 from __future__ import annotations
 
 import html
-import json
 import posixpath
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,44 +18,41 @@ from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
 from smoa_lab.pages.templates import SCRIPT, script
-from smoa_lab.study.report.results.rows import from_json
-from smoa_lab.study.report.sequence.sequence_page import sequence_page
-from smoa_lab.study.report.study_page import study_page
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "studies"))
+
+import stored  # noqa: E402
+
 LINK = re.compile(r"(?<=\]\()(\.\./[^)\s#]+)")
 STUDY = re.compile(r"studies/[^/]+/README\.md")
-STUDY_README = re.compile(r"\]\((studies/[^/)]+/)README\.md\)")
+STUDY_README = re.compile(r"\]\(([./]*studies/[^/)]+/)README\.md\)")
+OF_STUDIES = (".md", ".json", ".gz", ".png")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[\[(](.*?)\\[\])]</\1>', re.DOTALL)
 SHOWN_AS_THEY_ARE = (".json", ".png", ".svg", ".html")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the interactive page of every study, and a copy of every file of the repository, outside docs/, that a page
-    links to."""
+    """Add the report and the interactive page of every study, and a copy of every other file of the repository, outside
+    docs/, that a page links to."""
     files.append(File.generated(config, f"studies/{SCRIPT}", content=script()))
-    for summary in sorted(ROOT.glob("docs/studies/*/summary.json")):
-        files.append(File.generated(config, f"studies/{summary.parent.name}/page.html", content=interactive(summary)))
+    for folder in stored.folders():
+        page, place = stored.report_of(folder).page(f"../{SCRIPT}"), f"studies/{folder.name}"
+        files.append(File.generated(config, f"{place}/page.html", content=page))
+        for file in sorted(folder.iterdir()):
+            if file.suffix in OF_STUDIES:
+                files.append(File.generated(config, f"{place}/{file.name}", abs_src_path=str(file)))
     for page in files.documentation_pages():
         for target in LINK.findall(page.content_string):
             path = repository_path(page.src_uri, target)
             if path is not None and files.get_file_from_path(copy_of(path)) is None:
                 source = ROOT / path
                 if source.is_dir():
-                    listing = "\n".join(sorted(one.name for one in source.iterdir() if one.name[0] not in "._"))
+                    listing = "\n".join(sorted(file.name for file in source.iterdir() if file.name[0] not in "._"))
                     files.append(File.generated(config, copy_of(path), content=listing + "\n"))
                 else:
                     files.append(File.generated(config, copy_of(path), abs_src_path=str(source)))
     return files
-
-
-def interactive(summary: Path) -> str:
-    """The page of a study, from what is stored of it; its title is that of its README.md."""
-    folder, found = summary.parent, json.loads(summary.read_text(encoding="utf-8"))
-    title = (folder / "README.md").read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
-    if isinstance(found, dict):
-        return sequence_page(title, found, script=f"../{SCRIPT}")
-    return study_page(title, folder, [from_json(row) for row in found], script=f"../{SCRIPT}")
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
@@ -91,7 +88,9 @@ def repository_path(page: str, target: str) -> str | None:
 
 
 def copy_of(path: str) -> str:
-    """Where the site keeps the copy."""
+    """Where the site keeps the copy: files of studies under their own names."""
+    if path.startswith("studies/") and path.endswith(OF_STUDIES):
+        return path
     if (ROOT / path).is_dir():
         return f"repository/{path}/files.txt"
     return f"repository/{path}" + ("" if path.endswith(SHOWN_AS_THEY_ARE) else ".txt")

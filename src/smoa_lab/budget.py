@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from smoa.config.adapter_config import SmoaConfig
 from smoa.errors import ConfigError, DataError
-from smoa.layers.experts.layout import Layout
-from smoa.layers.kinds.kind_table import kind_of
+from smoa.layers.kinds import kind_of
+from smoa.layers.layout import Layout
 from smoa.maths.budget import adapter_bytes, rank_bound, trainable_parameters
 from smoa_lab.config.run import ModelSection
 from smoa_lab.models.base_models import empty_model

@@ -25,7 +25,7 @@ from smoa_lab.open_run import adapter_of_run, base_section
 from smoa_lab.pages.tables import Cell, Table
 
 TOO_FAR = {"relative_update": 0.06, "relative_spectral_norm": 0.2}
-"""Figures from which a layer is marked: in docs/studies/retention-pilot and -seeds a layer exceeded one of them in all
+"""Figures from which a layer is marked: in studies/retention-pilot and -seeds a layer exceeded one of them in all
 runs that forgot more than 0.15 nats of the first task, and in no other run."""
 
 

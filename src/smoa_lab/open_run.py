@@ -11,7 +11,7 @@ from peft.utils import CONFIG_NAME
 import smoa  # noqa: F401  (registers SMoA with PEFT)
 from smoa.atomic import recover
 from smoa.errors import ConfigError
-from smoa.export.base_checkpoint import recorded_revision
+from smoa.export.checkpoint import recorded_revision
 from smoa_lab.config.run import ModelSection, RunConfig, load_config
 from smoa_lab.data.questions import Template
 from smoa_lab.training.run_folder import RunFolder

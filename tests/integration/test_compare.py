@@ -15,18 +15,15 @@ from typer.testing import CliRunner
 from smoa.errors import ConfigError, DataError
 from smoa_lab.cli.main import app
 from smoa_lab.study.comparison import Comparison
-from smoa_lab.study.packing import own_files
-from smoa_lab.study.report.study_report import report
+from smoa_lab.study.report import report
 from smoa_lab.study.runner import Runner
 from smoa_lab.study.study_file import load_study
-from smoa_lab.study.trials import TrialStore
+from smoa_lab.study.trials import TrialStore, own_files
 from tests.support import lab
 from tests.support.studies import tiny_sequence
 
 # Not ours: a deprecation between transformers and peft.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
-
-STUDIES = sorted((Path(__file__).parents[2] / "configs" / "studies").glob("*.yaml"))
 
 
 @pytest.fixture
@@ -169,11 +166,11 @@ def test_a_killed_trial_is_run_again(values: dict[str, Any], tmp_path: Path, mon
     monkeypatch.setattr(Runner, "run", killed)
     with pytest.raises(KeyboardInterrupt):
         Comparison(study).run()
-    assert [row.entry for row in report(study)] == ["ours"]
+    assert [row["entry"] for row in report(study).summary] == ["ours"]
     assert "Not run yet: lora" in (study.folder / "README.md").read_text()
     monkeypatch.setattr(Runner, "run", whole_run)
     Comparison(study).run()
-    assert len(report(study)) == 2
+    assert len(report(study).summary) == 2
 
 
 def test_an_entry_that_trains_more_than_it_declares_is_refused(values: dict[str, Any], tmp_path: Path) -> None:
@@ -243,14 +240,6 @@ def test_a_wrong_entry_is_refused_with_its_name_and_the_nearest_key(values: dict
     values["entries"]["ours"]["adapter"]["num_block"] = 2
     with pytest.raises(ConfigError, match=r"entries.ours(.|\n)*num_block(.|\n)*did you mean 'num_blocks'"):
         load_study(study_file(values, tmp_path))
-
-
-@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.name)
-def test_the_ready_studies_parse(path: Path) -> None:
-    # Without use_cpu a study for a GPU is refused where there is none, as it should be.
-    study = load_study(path, ["shared.training.use_cpu=true"])
-    assert study.reference(next(iter(study.entries.values())).budget) in study.entries
-    assert study.folder.name == path.stem
 
 
 def test_a_study_that_is_nowhere_is_named(tmp_path: Path) -> None:

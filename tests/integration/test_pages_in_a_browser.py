@@ -18,7 +18,7 @@ from smoa_lab.inspect import inspect_layers
 from smoa_lab.inspect_page import inspection_page
 from smoa_lab.pages.templates import write_page
 from smoa_lab.report import report_run
-from smoa_lab.study.report.study_report import report
+from smoa_lab.study.report import report
 from tests.support import lab
 from tests.support.runs import stored_run
 from tests.support.studies import finish_a_study, tiny_study

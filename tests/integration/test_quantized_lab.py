@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from smoa.layers.kinds.quantized import QuantizedLinear
+from smoa.layers.quantized import QuantizedLinear
 from smoa_lab.config.run import ModelSection, check_config, load_config
 from smoa_lab.evaluate import evaluate_run
 from smoa_lab.models.base_models import load_base_model

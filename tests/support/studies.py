@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from smoa_lab.data.rows import question
-from smoa_lab.study.entry import Entry
-from smoa_lab.study.report.results.rows import Row
-from smoa_lab.study.report.results.statistics import Difference, Interval
-from smoa_lab.study.study_file import Study
+from smoa_lab.study.results import Row
+from smoa_lab.study.statistics import Difference, Interval
+from smoa_lab.study.study import Entry, Study
+from smoa_lab.study.study_file import runner_of
 from smoa_lab.study.trials import Trial, TrialStore
 from tests.support import lab
 
@@ -40,9 +40,9 @@ def tiny_study(folder: Path) -> Study:
 
 def finish(study: Study, trial: Trial, loss: float | None, **values: Any) -> None:
     """Store the result of a trial, with the same loss on every question; None is a run that diverged."""
-    bench = study.bench()
+    runner = runner_of(study)
     result = {
-        "config": bench.stored_config(bench.config(study.entries[trial.entry], trial.learning_rate, trial.seed)),
+        "config": runner.stored_config(runner.config(study.entries[trial.entry], trial.learning_rate, trial.seed)),
         "parameters": 1000,
         "seconds": 7.0,
         "scores": {"all": {"gold_loss": loss, "accuracy": 0.5, "majority": None}},
@@ -102,8 +102,8 @@ def finish_a_study(study: Study) -> None:
 
 def finish_untouched(study: Study, **values: Any) -> None:
     """Store a result of the untouched model."""
-    bench = study.bench()
-    config = bench.stored_config(bench.untouched_config(next(iter(study.entries.values()))))
+    runner = runner_of(study)
+    config = runner.stored_config(runner.untouched_config(next(iter(study.entries.values()))))
     study.folder.mkdir(parents=True, exist_ok=True)
     (study.folder / "untouched.json").write_text(json.dumps({"config": config, **values}))
 

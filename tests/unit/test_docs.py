@@ -28,8 +28,7 @@ from smoa_lab.config.run import (
     check_config,
     load_config,
 )
-from smoa_lab.study.entry import Entry
-from smoa_lab.study.study_file import Study, Tuning
+from smoa_lab.study.study import Entry, Study, Tuning
 from tests.support.lab import byte_tokenizer
 
 ROOT = Path(__file__).parents[2]

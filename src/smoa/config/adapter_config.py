@@ -21,11 +21,10 @@ from peft.utils.other import get_pattern_key
 from smoa.atomic import drop_save, write_whole
 from smoa.config.rules import Bias, config_problems, value_problems
 from smoa.errors import ConfigError
+from smoa.maths.experts import ExpertPartition
 from smoa.maths.factors import Initialization, split_rank
-from smoa.maths.modulations import ModulationKind
-from smoa.maths.scale import DEFAULT_SCALE, ScaleKind
+from smoa.maths.scale import DEFAULT_SCALE, ModulationKind, ScaleKind
 from smoa.maths.spectrum import PartitionKind
-from smoa.maths.stack_partition import ExpertPartition
 
 Shape = tuple[int, int]
 """(out_features, in_features) of a weight."""

@@ -1,4 +1,4 @@
-"""Rules for the values of SmoaConfig, alone and together."""
+"""Rules for the values of SmoaConfig, alone and together: types, ranges, syntax, and combinations."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from functools import cache
-from typing import Any, Literal, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from smoa.config.types import fits, in_words, shortened
 from smoa.maths.blocks import MAX_BLOCKS
 
 Bias = Literal["none", "all", "smoa_only"]
@@ -44,8 +44,8 @@ def config_problems(config: Any) -> list[str]:
     """All problems of single values or, if there are none, of combinations."""
     hints = _hints(config.__class__)
     names = [field.name for field in fields(config) if field.name not in CHECKED_BY_PEFT]
-    found = [problem for name in names for problem in value_problems(name, getattr(config, name), hints[name])]
-    return found or list(_combination_problems(config))
+    problems = [problem for name in names for problem in value_problems(name, getattr(config, name), hints[name])]
+    return problems or list(_combination_problems(config))
 
 
 @cache
@@ -60,9 +60,11 @@ def value_problems(name: str, value: Any, hint: Any) -> Iterator[str]:
         return
     if name in RULES:
         holds, wanted = RULES[name]
-        yield from (f"{at}={found!r} must be {wanted}" for at, found in _entries(name, value) if not holds(found))
+        yield from (f"{place}={entry!r} must be {wanted}" for place, entry in _entries(name, value) if not holds(entry))
     for expression in _expressions(name, value):
-        if not _compiles(expression):
+        try:
+            re.compile(expression)
+        except (re.error, RecursionError, OverflowError):
             yield f"{name}: {shortened(expression)} is not a regular expression"
 
 
@@ -86,14 +88,6 @@ def _expressions(name: str, value: Any) -> list[str]:
     return list(value) if name == "layers_pattern" else []  # lists of modules are plain names
 
 
-def _compiles(expression: str) -> bool:
-    try:
-        re.compile(expression)
-    except (re.error, RecursionError, OverflowError):
-        return False
-    return True
-
-
 def _combination_problems(config: Any) -> Iterator[str]:
     if config.layers_pattern and config.layers_to_transform is None:
         yield f"layers_pattern={config.layers_pattern!r} has no effect without layers_to_transform"
@@ -102,11 +96,8 @@ def _combination_problems(config: Any) -> Iterator[str]:
             f"layers_to_transform={config.layers_to_transform!r} needs target_modules to be a list of names, "
             f"not the regular expression {config.target_modules!r}"
         )
-    if config.block_ranks is not None:
-        yield from _block_rank_problems(config)
-
-
-def _block_rank_problems(config: Any) -> Iterator[str]:
+    if config.block_ranks is None:
+        return
     for name in ("rank_pattern", "num_blocks_pattern"):
         if getattr(config, name):
             yield f"block_ranks and {name} can't be combined: block_ranks fits one r and one K; drop one of them"
@@ -116,3 +107,54 @@ def _block_rank_problems(config: Any) -> Iterator[str]:
         yield f"block_ranks={ranks} has {len(ranks)} entries; give one for each of num_blocks={config.num_blocks}"
     elif total != config.r:
         yield f"block_ranks={ranks} sums to {total}; the ranks of all blocks must sum to r={config.r}"
+
+
+SINGULAR = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    dict: "a mapping",
+    NoneType: "null",
+}
+PLURAL = {int: "integers", float: "numbers", str: "strings"}
+
+
+def fits(value: object, hint: Any) -> bool:
+    """Whether a value has the annotated type. An int is also a float; a bool is neither."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(fits(value, each) for each in inner)
+    if origin is Literal:
+        return any(type(value) is type(choice) and value == choice for choice in inner)
+    if origin is list:
+        return isinstance(value, list) and all(fits(item, inner[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def in_words(hint: Any) -> str:
+    """The annotated type in words, for an error message."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return " or ".join(map(in_words, inner))
+    if origin is Literal:
+        return f"{'one of ' if len(inner) > 1 else ''}{', '.join(map(repr, inner))}"
+    if origin is list:
+        return f"a list of {_plural(inner[0])}"
+    if origin is dict:
+        return f"a mapping from {_plural(inner[0])} to {_plural(inner[1])}"
+    return SINGULAR[hint]
+
+
+def _plural(hint: Any) -> str:
+    return f"lists of {_plural(get_args(hint)[0])}" if get_origin(hint) is list else PLURAL[hint]
+
+
+def shortened(value: object) -> str:
+    """The value as text, cut after 100 characters."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"

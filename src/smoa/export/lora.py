@@ -11,7 +11,7 @@ block by block, the same k vectors are k(m+n)/K numbers; a LoRA must store k(m+n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,14 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from smoa.errors import ConfigError, UnsupportedModuleError
-from smoa.export.lora_places import Place
 from smoa.files.names import PREFIX, adapter_layers
+from smoa.layers.experts import ParamWrapper
 from smoa.layers.layer import SmoaLayer
-from smoa.maths.devices import decomposition_device
+from smoa.layers.layout import Layout
+from smoa.maths.spectrum import decomposition_device
 from smoa.maths.update import Update
 
 
@@ -109,10 +110,6 @@ class BlockSpectra:
         energy = self.values.double().square()
         return float((energy[rank:].sum() / energy.sum()).sqrt()) if energy.sum() else 0.0
 
-    def norm(self) -> float:
-        """‖ΔW‖."""
-        return float(self.values.double().square().sum().sqrt())
-
     def kept(self, rank: int) -> list[tuple[int, int]]:
         """(block, index) of the `rank` largest singular values."""
         owners = [(block, index) for block, values in enumerate(self.singular) for index in range(len(values))]
@@ -129,9 +126,92 @@ class BlockSpectra:
             B[self.rows[block], slot] = root * self.U[block][:, index]
         return A, B
 
-    def blockwise_parameters(self, rank: int) -> int:
-        """Numbers that the same approximation takes if each vector is stored on its block only."""
-        return sum(len(self.rows[block]) + len(self.cols[block]) for block, _ in self.kept(rank))
+    def converted(self, name: str, rank: int, width: int, halves: int) -> ConvertedLayer:
+        """What a LoRA of `width` ranks, of which `rank` are this matrix's, keeps of ΔW."""
+        rows, columns = self.shape
+        parameters = width * rows + width * columns // halves  # gate and up have one A in common
+        blockwise = sum(len(self.rows[block]) + len(self.cols[block]) for block, _ in self.kept(rank))
+        norm = float(self.values.double().square().sum().sqrt())
+        return ConvertedLayer(name, rows, columns, rank, self.error(rank), norm, parameters, blockwise)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A layer, or a parameter of experts, that a LoRA adapts, and how PEFT's LoRA stores its factors there.
+
+    Args:
+        name: Name of the adapted layer, for the names of LoRA's tensors.
+        key: Name of the module or parameter, for targets and patterns.
+        matrices: Names of the matrices that it holds.
+        layout: How a parameter holds them; None for a layer.
+        is_marked: Whether PEFT knows that the parameter is transposed. If it doesn't, it exchanges inputs and outputs.
+        base: The base layer, of whose kind the names and shapes of LoRA's tensors are; None for a parameter.
+    """
+
+    name: str
+    key: str
+    matrices: tuple[str, ...] = ()
+    layout: Layout | None = None
+    is_marked: bool = True
+    base: nn.Module | None = None
+
+    @classmethod
+    def of(cls, name: str, layer: SmoaLayer) -> Place:
+        """The place of an adapted layer, without its matrices."""
+        if not isinstance(layer, ParamWrapper):
+            return cls(name, name, base=layer.get_base_layer())
+        key = f"{name.replace('.base_layer', '')}.{layer.parameter_name}"
+        marked = bool(getattr(layer.get_base_layer(), "is_transposed", False))
+        return cls(name, key, layout=layer.layout, is_marked=marked == layer.layout.transposed)
+
+    def name_of(self, part: str) -> str:
+        """Name of a matrix, given its name within the layer."""
+        return self.key.rpartition(".")[0] + "." + part if part else self.name
+
+    @property
+    def halves(self) -> int:
+        """Matrices of each expert, of which a LoRA sees one."""
+        return 1 if self.layout is None else self.layout.halves
+
+    def _experts(self) -> list[tuple[str, ...]]:
+        return [self.matrices[i : i + self.halves] for i in range(0, len(self.matrices), self.halves)]
+
+    def width(self, ranks: Mapping[str, int]) -> int:
+        """The LoRA's rank: of the expert that needs most, all its matrices together."""
+        return max(sum(ranks[matrix] for matrix in expert) for expert in self._experts())
+
+    def factors(self, spectra: Mapping[str, BlockSpectra], ranks: Mapping[str, int], width: int) -> dict[str, Tensor]:
+        """LoRA's factors in the names and shapes that PEFT gives them for this kind of base layer.
+
+        A: (width, n) and B: (m, width) for a layer, and those of all experts as PEFT joins them.
+        """
+        pairs = [self._of_expert(expert, spectra, ranks, width) for expert in self._experts()]
+        A, B = pairs[0]
+        if self.layout is not None and len(pairs) > 1:
+            pairs = pairs if self.is_marked else [(B.T, A.T) for A, B in pairs]
+            A, B = torch.cat([A for A, _ in pairs]), torch.stack([B for _, B in pairs], dim=-1).flatten(1)
+        if isinstance(self.base, nn.Embedding):  # PEFT's ΔW is the table transposed
+            return {"lora_embedding_A": B.T, "lora_embedding_B": A.T}
+        if isinstance(self.base, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            kernel = self.base.kernel_size
+            A, B = A.view(len(A), self.base.in_channels, *kernel), B.view(*B.shape, *(1 for _ in kernel))
+        return {"lora_A.weight": A, "lora_B.weight": B}
+
+    def _of_expert(
+        self, matrices: tuple[str, ...], spectra: Mapping[str, BlockSpectra], ranks: Mapping[str, int], width: int
+    ) -> tuple[Tensor, Tensor]:
+        """The factors of one expert's matrices, each in ranks of its own."""
+        if self.halves == 1:
+            return spectra[matrices[0]].factors(ranks[matrices[0]], width)
+        assert self.layout is not None, "a layer has one matrix"
+        pairs = [spectra[matrix].factors(ranks[matrix], ranks[matrix]) for matrix in matrices]
+        A = torch.cat([pair[0] for pair in pairs])
+        B = A.new_zeros(width, self.halves, self.layout.out_features)
+        start = 0
+        for half, (_, part) in enumerate(pairs):
+            B[start : start + part.shape[1], half] = part.T
+            start += part.shape[1]
+        return torch.cat([A, A.new_zeros(width - start, A.shape[1])]), self.layout.join(B).T
 
 
 @dataclass(frozen=True)
@@ -197,8 +277,15 @@ class UpdateSpectra:
             raise ConfigError(f"the model has no SMoA adapter named {adapter_name!r}; it has {kinds}")
         self.config: Any = model.peft_config[adapter_name]
         self.conv1d = any(layer.fan_in_fan_out for layer in layers.values())
-        self.other_tensors = _other_tensors(model, adapter_name)
-        _refuse_grouped(layers)
+        grouped = [name for name, layer in layers.items() if getattr(layer.get_base_layer(), "groups", 1) != 1]
+        if grouped:
+            raise UnsupportedModuleError(
+                f"{grouped[0]} and {len(grouped) - 1} more: LoRA can't hold the update of a convolution with groups, "
+                "since its factors mix the channels of all groups; merge the adapter instead"
+            )
+        state: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=adapter_name)
+        # Trained tensors that are not factors: biases, modules_to_save, token embeddings
+        self.other_tensors = {name: tensor for name, tensor in state.items() if ".smoa_" not in name}
         self.layers: dict[str, BlockSpectra] = {}
         self.places: dict[str, Place] = {}
         for name, layer in layers.items():
@@ -221,20 +308,17 @@ class UpdateSpectra:
         widths = dict.fromkeys(widths, largest) if uniform_rank else widths
         state = dict(self.other_tensors)
         for name, place in self.places.items():
-            factors = place.named_factors(self.layers, ranks, widths[name])
+            factors = place.factors(self.layers, ranks, widths[name])
             state |= {f"{PREFIX}{name}.{part}": factor for part, factor in factors.items()}
         layers = [
-            _converted(matrix, self.layers[matrix], ranks[matrix], widths[name], place.halves)
+            self.layers[matrix].converted(matrix, ranks[matrix], widths[name], place.halves)
             for name, place in self.places.items()
             for matrix in place.matrices
         ]
-        return LoraConversion(self._lora_config(widths, largest), state, layers)
-
-    def _lora_config(self, widths: dict[str, int], largest: int) -> LoraConfig:
-        """alpha = r in every layer. The factors include the scale, so a server that reads one r gets it right too."""
+        # alpha = r in every layer. The factors include the scale, so a server that reads one r gets it right too.
         exceptions = {self.places[name].key: width for name, width in widths.items() if width != largest}
         parameters = [place.key for place in self.places.values() if place.layout is not None]
-        return LoraConfig(
+        config = LoraConfig(
             r=largest,
             lora_alpha=largest,
             rank_pattern=exceptions,
@@ -250,6 +334,7 @@ class UpdateSpectra:
             revision=self.config.revision,
             inference_mode=True,
         )
+        return LoraConversion(config, state, layers)
 
 
 def convert_to_lora(
@@ -276,26 +361,3 @@ def convert_to_lora(
         UnsupportedModuleError: the adapter has a convolution with groups.
     """
     return UpdateSpectra(model, adapter_name).to_lora(RankRule(rank, energy, error), uniform_rank)
-
-
-def _refuse_grouped(layers: Mapping[str, SmoaLayer]) -> None:
-    grouped = [name for name, layer in layers.items() if getattr(layer.get_base_layer(), "groups", 1) != 1]
-    if grouped:
-        raise UnsupportedModuleError(
-            f"{grouped[0]} and {len(grouped) - 1} more: LoRA can't hold the update of a convolution with groups, since "
-            "its factors mix the channels of all groups; merge the adapter instead"
-        )
-
-
-def _other_tensors(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
-    """Trained tensors that are not factors: biases, modules_to_save, token embeddings."""
-    state: Iterable[tuple[str, Tensor]] = get_peft_model_state_dict(model, adapter_name=adapter_name).items()
-    return {name: tensor for name, tensor in state if ".smoa_" not in name}
-
-
-def _converted(name: str, spectrum: BlockSpectra, rank: int, width: int, halves: int) -> ConvertedLayer:
-    rows, columns = spectrum.shape
-    error, norm = spectrum.error(rank), spectrum.norm()
-    blockwise = spectrum.blockwise_parameters(rank)
-    parameters = width * rows + width * columns // halves  # gate and up have one A in common
-    return ConvertedLayer(name, rows, columns, rank, error, norm, parameters, blockwise)

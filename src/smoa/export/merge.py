@@ -11,36 +11,65 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import ModelCardData
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from smoa.atomic import new_folder
 from smoa.config.adapter_config import SmoaConfig
-from smoa.export.base_checkpoint import (
+from smoa.errors import MergeError
+from smoa.export.checkpoint import (
     COMPANIONS,
     LEGAL,
     TOKENIZER,
     BaseCheckpoint,
+    Shards,
     adapter_config,
     base_folder,
     class_name,
+    has_safetensors,
     recorded_revision,
 )
-from smoa.export.in_memory import merge_in_memory, with_plain_weights
-from smoa.export.model_card import loading_code, loss_in_words, model_card
-from smoa.export.shards import Checkpoint, has_safetensors
 from smoa.export.streaming import RoundingLoss, SavedAdapter, plan_stream, stream_merge
-from smoa.files.card import NamedBase, named_base
+from smoa.files.card import NamedBase, method_name, named_base, settings_as_json
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 DEQUANTIZED = "The base is quantized. The adapter is merged into its dequantized weights, on which it was used."
 NOTEWORTHY = 0.01
 """Share of ΔW lost to rounding from which on the summary recommends float32."""
+CARD = """---
+{front_matter}
+---
+
+# {title}
+
+`{base}` with the {method} adapter below merged into {layers} of its weights by smoa. It is a plain transformers model:
+nothing else is needed to load it.
+
+```python
+{loading}
+```
+
+## Precision
+
+Merged in float32, saved in {dtype}: {lost}
+{notes}
+## Adapter
+
+```json
+{config}
+```
+
+The base model's license and terms of use apply.
+"""
 
 
 @dataclass(frozen=True)
@@ -65,7 +94,7 @@ class Export:
         """The result in sentences."""
         dtype = _name(self.loss.dtype)
         return " ".join(
-            [f"{len(self.loss.by_layer)} weights merged in float32, saved in {dtype}: {loss_in_words(self.loss)}"]
+            [f"{len(self.loss.by_layer)} weights merged in float32, saved in {dtype}: {self.loss.in_words()}"]
             + ([] if self.loss.total < NOTEWORTHY else ['float32 (dtype="float32") loses almost nothing.'])
             + list(self.notes)
         )
@@ -134,9 +163,7 @@ def merge_and_save(
             wanted = wanted or (torch.float32 if quantized else model.dtype)
             loss = merge_in_memory(with_plain_weights(model), source, folder, wanted, max_shard_size)
         _copy_other_files(source, origin, folder, tokenizer)
-        named = base_name or named_base(name)
-        loading = loading_code(class_name(config), folder)
-        card = model_card(target.name, named, loading, config, loss, notes)
+        card = model_card(target.name, base_name or named_base(name), folder, config, loss, notes)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return Export(target, name, loss, streamed, notes)
 
@@ -150,7 +177,7 @@ def _stream(
         return None
     if not has_safetensors(base.folder) or "quantization_config" in raw:
         return None
-    adapter, checkpoint, model = SavedAdapter(base.adapter, config), Checkpoint(base.folder), base.on_meta()
+    adapter, checkpoint, model = SavedAdapter(base.adapter, config), Shards(base.folder), base.on_meta()
     plan = plan_stream(adapter, model, checkpoint)
     if plan is None:
         return None
@@ -169,6 +196,96 @@ def _stream(
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def with_plain_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model with plain float32 weights, dequantized if it was quantized.
+
+    Raises:
+        MergeError: transformers can't dequantize the model's format.
+    """
+    if getattr(model, "hf_quantizer", None) is not None:
+        try:
+            model = model.dequantize(dtype=torch.float32)
+        except NotImplementedError as error:
+            raise MergeError(f"the base can't be dequantized ({error}); give a base that isn't quantized") from error
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+    wide: PreTrainedModel = model.float()
+    return wide
+
+
+def merge_in_memory(
+    model: PreTrainedModel,
+    adapter: Path,
+    folder: Path,
+    dtype: torch.dtype,
+    max_shard_size: int | str,
+) -> RoundingLoss:
+    """Merge the adapter of any PEFT method into `model`, and save the merged model.
+
+    Args:
+        model: The base in float32, which is changed.
+        adapter: Folder of the adapter.
+        folder: Where the merged model is saved.
+        dtype: Dtype of the saved weights.
+        max_shard_size: Largest file, in bytes or as text ("5GB").
+
+    Returns:
+        How much of the update was lost by rounding to `dtype`.
+
+    Raises:
+        MergeError: a merged weight is NaN or infinite, the method can't merge, or the adapter doesn't fit the base.
+    """
+    try:
+        adapted: Any = PeftModel.from_pretrained(model, str(adapter))
+    except RuntimeError as error:  # PyTorch's, for tensors of other shapes
+        raise MergeError(
+            f"{adapter}: can't be loaded into {type(model).__name__} ({error}); give the base model it was trained on"
+        ) from error
+    adapted.eval()
+    loss = RoundingLoss()
+    with warnings.catch_warnings():
+        # Merge layer by layer, so that only one weight at a time is kept for comparison.
+        warnings.filterwarnings("ignore", message="All adapters are already merged")
+        warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied after merging")
+        for name, layer in _layers_to_merge(adapted):
+            _untie(model, layer)
+            before = _weight(layer).detach().clone()
+            try:
+                layer.merge(safe_merge=True)
+            except (ValueError, NotImplementedError) as error:
+                raise MergeError(f"{name}: {error}") from error
+            loss.add(name, before, _weight(layer).detach(), dtype)
+        merged = adapted.merge_and_unload()
+    merged.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+    return loss
+
+
+def _layers_to_merge(adapted: PeftModel) -> list[tuple[str, Any]]:
+    """The layers to merge by name; of those that share weight and adapter, the first."""
+    tuner: Any = adapted.base_model
+    found: dict[int, tuple[str, Any]] = {}
+    for name, module in tuner.model.named_modules():
+        if isinstance(module, tuner.tuner_layer_cls) and isinstance(_weight(module), Tensor):
+            found.setdefault(id(_weight(module)) if getattr(module, "tied", False) else id(module), (name, module))
+    return list(found.values())
+
+
+def _weight(layer: Any) -> Any:
+    """A layer's weight, or the parameter that it wraps."""
+    return getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"), None)
+
+
+def _untie(model: Any, layer: Any) -> None:
+    """Give the layer a weight of its own if another module shares it, because the adapter changes only this layer."""
+    base: nn.Module = layer.get_base_layer()
+    if getattr(layer, "tied", False) or _weight(layer) is not getattr(base, "weight", None):
+        return
+    users = [module for module in model.modules() if getattr(module, "weight", None) is base.weight]
+    if len({id(module) for module in users} - {id(layer)}) > 1:
+        base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)  # type: ignore[operator]
+        model.config.tie_word_embeddings = False
 
 
 def _copy_other_files(
@@ -190,3 +307,28 @@ def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
         for file in source.glob(pattern):
             if file.is_file() and not (target / file.name).exists():
                 shutil.copyfile(file, target / file.name)
+
+
+def model_card(
+    title: str, base: NamedBase, folder: Path, config: PeftConfig, loss: RoundingLoss, notes: tuple[str, ...]
+) -> str:
+    """The card as Markdown, with the front matter that model hubs read, and code that loads what `folder` has."""
+    loads = {"model": class_name(config)}
+    if any(folder.glob("*processor_config.json")):
+        loads["processor"] = "AutoProcessor"
+    elif any(folder.glob("tokenizer*")):
+        loads["tokenizer"] = "AutoTokenizer"
+    lines = (f'{name} = {auto}.from_pretrained("PATH")' for name, auto in loads.items())
+    known: dict[str, Any] = {"base_model": base.hub_id} if base.hub_id else {}
+    return CARD.format(
+        front_matter=ModelCardData(**known, library_name="transformers", tags=["smoa", "merged"]).to_yaml(),
+        title=title,
+        base=base.text,
+        method=method_name(config),
+        layers=len(loss.by_layer),
+        loading="\n".join([f"from transformers import {', '.join(loads.values())}", "", *lines]),
+        dtype=_name(loss.dtype),
+        lost=loss.in_words(),
+        notes="".join(f"\n{note}\n" for note in notes),
+        config=settings_as_json(config),
+    )

@@ -1,4 +1,8 @@
-"""Merges a saved adapter into a checkpoint on disk, one tensor at a time."""
+"""Merges a saved adapter into a checkpoint on disk, one tensor at a time.
+
+A tensor of the checkpoint holds the weight of a layer, all matrices of a parameter of experts, or one of them, which
+transformers joins while it loads.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +18,24 @@ from transformers.utils import logging
 
 from smoa.config.adapter_config import SmoaConfig
 from smoa.errors import AdapterFileError, MergeError
-from smoa.export.shards import FLOATS, Checkpoint, HeaderEntry, write_checkpoint
-from smoa.export.stream_targets import StreamTarget, separate_experts, target_of
+from smoa.export.checkpoint import FLOATS, HeaderEntry, Shards, write_checkpoint
 from smoa.files.loading import read_adapter
 from smoa.files.names import PARTS, PREFIX
-from smoa.layers.experts.layout import Layout
+from smoa.layers.kinds import kind_of
 from smoa.layers.layer import as_matrix, as_stored
+from smoa.layers.layout import HALVED, Layout
 from smoa.maths.blocks import Blocks
 from smoa.maths.factors import Factors
-from smoa.maths.modulations import MODULATIONS
-from smoa.maths.scale import rank_scale
-from smoa.maths.stack import Stack, stacked_blocks
+from smoa.maths.scale import MODULATIONS, rank_scale
 from smoa.maths.update import Update
+
+SEPARATE = {
+    HALVED: (("gate_proj.weight", "up_proj.weight"), ("w1.weight", "w3.weight")),
+    "down_proj": (("down_proj.weight",), ("w2.weight",)),
+}
+"""Names that checkpoints give to the matrices of one expert, which transformers joins while it loads."""
+FOLDERS = (".mlp.", ".block_sparse_moe.")
+"""Names of the module that holds the experts: transformers' own, and Mixtral's in checkpoints."""
 
 
 @dataclass
@@ -41,6 +51,16 @@ class RoundingLoss:
     def total(self) -> float:
         """The relative error over all layers, 0 if nothing changes."""
         return (self.error / self.update) ** 0.5 if self.update else 0.0
+
+    def in_words(self) -> str:
+        """One sentence on how much rounding changed the update, over all layers and in the worst one."""
+        if self.total == 0:
+            return "rounding took nothing from the adapter's update."
+        worst = max(self.by_layer, key=self.by_layer.__getitem__)
+        return (
+            f"rounding took {100 * self.total:.2g} % of the adapter's update "
+            f"(‖error‖ / ‖ΔW‖; the most in {worst}: {100 * self.by_layer[worst]:.2g} %)."
+        )
 
     def add(self, name: str, before: Tensor, after: Tensor, dtype: torch.dtype) -> None:
         """Add one layer.
@@ -70,6 +90,28 @@ class RoundingLoss:
         self.error += error
 
 
+@dataclass(frozen=True)
+class StreamTarget:
+    """What one tensor of a checkpoint holds.
+
+    Args:
+        name: Name of the adapted layer or parameter.
+        transposed: The tensor is a layer's weight stored as (in_features, out_features).
+        layout: How a parameter holds the matrices of experts; None for a layer.
+        number: The matrix that the tensor is, if it is one of a parameter's.
+    """
+
+    name: str
+    transposed: bool = False
+    layout: Layout | None = None
+    number: int | None = None
+
+    @property
+    def label(self) -> str:
+        """The name, and the number of the matrix, if it is one of several."""
+        return self.name if self.number is None else f"{self.name}[{self.number}]"
+
+
 class SavedAdapter:
     """The tensors of an adapter's file, by the base model's module names.
 
@@ -93,57 +135,84 @@ class SavedAdapter:
                 raise AdapterFileError(f"{folder}: {module} has {sorted(parts)}, expected {sorted(PARTS)}")
 
     def merged(self, target: StreamTarget, weight: Tensor) -> Tensor:
-        """`W + ΔW` of what a tensor of the checkpoint holds, in its shape and in float32 or wider."""
-        if target.layout is not None:
-            return self._merged_experts(target, target.layout, weight)
-        pristine = as_matrix(weight, target.transposed)
-        merged = _sum(pristine, self._update(target.name).delta(pristine))
-        return as_stored(merged, weight.shape, target.transposed)
-
-    def _merged_experts(self, target: StreamTarget, layout: Layout, weight: Tensor) -> Tensor:
-        stack = self._stack(target.name, layout)
-        if target.number is not None:
-            return _sum(weight, stack.update(target.number).delta(weight))
-        merged = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-        matrices = (matrix for expert in layout.matrices(merged) for matrix in expert)  # views
-        for number, matrix in enumerate(matrices):
-            matrix.copy_(_sum(matrix, stack.update(number).delta(matrix)))
-        return merged
-
-    def _stack(self, name: str, layout: Layout) -> Stack:
-        """ΔW of the matrices of experts.
+        """`W + ΔW` of what a tensor of the checkpoint holds, in its shape and in float32 or wider.
 
         Raises:
-            AdapterFileError: the tensors don't fit the parameter.
-        """
-        tensors, count, shape = self.layers[name], layout.count, layout.shape
-        A, B, rows, cols, block_scale = (tensors[part] for part in PARTS)
-        ranks = self.config.ranks_of(name, shape=shape)
-        r = sum(ranks)
-        if (rows.shape[-1], cols.shape[-1]) != shape or len(A) != count * r:
-            raise AdapterFileError(f"{name}: the adapter is for a parameter of another shape than {layout}")
-        scale = rank_scale(block_scale.float(), ranks)
-        parts = A.unflatten(0, (count, r)).unbind(), B.unflatten(1, (count, r)).unbind(1)
-        blocks, modulation = stacked_blocks(rows, cols, len(ranks)), MODULATIONS[self.config.modulation]
-        return Stack(*parts, ranks, self.config.alpha_of(name, r, shape) / r, scale, blocks, modulation)
-
-    def _update(self, module: str) -> Update:
-        """ΔW of one layer.
-
-        Raises:
+            AdapterFileError: the adapter's tensors don't fit the parameter.
             PartitionError: the labels are not a partition of this weight.
         """
-        A, B, rows, cols, block_scale = (self.layers[module][part] for part in PARTS)
-        shape = (len(rows), len(cols))
-        ranks = self.config.ranks_of(module, len(A), shape)
-        scaling = self.config.alpha_of(module, len(A), shape) / len(A)
-        factors = Factors(A, B, ranks, scaling, rank_scale(block_scale.float(), ranks), Blocks(rows, cols, len(ranks)))
+        if target.layout is None:
+            pristine = as_matrix(weight, target.transposed)
+            merged = _sum(pristine, self._update(target).delta(pristine))
+            return as_stored(merged, weight.shape, target.transposed)
+        if target.number is not None:
+            return _sum(weight, self._update(target, target.number).delta(weight))
+        merged = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+        matrices = (matrix for expert in target.layout.matrices(merged) for matrix in expert)  # views
+        for number, matrix in enumerate(matrices):
+            matrix.copy_(_sum(matrix, self._update(target, number).delta(matrix)))
+        return merged
+
+    def _update(self, target: StreamTarget, number: int = 0) -> Update:
+        """ΔW of a layer, or of one of a parameter's matrices."""
+        name, layout = target.name, target.layout
+        A, B, rows, cols, block_scale = (self.layers[name][part] for part in PARTS)
+        count, shape = (1, (len(rows), len(cols))) if layout is None else (layout.count, layout.shape)
+        ranks = self.config.ranks_of(name, shape=shape)
+        r, K = sum(ranks), len(ranks)
+        if (rows.shape[-1], cols.shape[-1]) != shape or len(A) != count * r:
+            raise AdapterFileError(f"{name}: the adapter is for a parameter of another shape than {layout or shape}")
+        of_rows, of_cols = (labels.view(-1, labels.shape[-1]) for labels in (rows, cols))  # all experts may share them
+        place = number % len(of_rows)
+        factors = Factors(
+            A.unflatten(0, (count, r))[number],
+            B.unflatten(1, (count, r))[:, number],
+            ranks,
+            self.config.alpha_of(name, r, shape) / r,
+            rank_scale(block_scale.float().view(count, K)[number], ranks),
+            Blocks(of_rows[place], of_cols[place], K),
+        )
         return Update(factors, MODULATIONS[self.config.modulation])
 
 
 def _sum(weight: Tensor, delta: Tensor) -> Tensor:
     """`W + ΔW`, which overwrites ΔW, with the exact bits of W where nothing is added: -0 + 0 is 0."""
     return torch.where(delta == 0, weight, delta.add_(weight))
+
+
+def target_of(name: str, model: nn.Module) -> StreamTarget | None:
+    """The target of an adapted layer or parameter; None if the model does not have it."""
+    module_name, _, parameter = name.rpartition(".")
+    modules = dict(model.named_modules())
+    if name in modules:
+        kind = kind_of(modules[name])
+        return StreamTarget(name, kind is not None and kind.fan_in_fan_out)
+    if hasattr(modules.get(module_name), parameter):
+        return StreamTarget(name, layout=Layout.of(modules[module_name], parameter))
+    return None
+
+
+def separate_experts(target: StreamTarget, prefixes: Collection[str], checkpoint: Shards) -> dict[str, StreamTarget]:
+    """The tensors of each expert's matrices by their keys, if the checkpoint has all of them; else none.
+
+    Args:
+        target: A parameter of experts.
+        prefixes: What may stand before the parameter's name in the checkpoint's keys.
+        checkpoint: The base model's files.
+    """
+    layout, (module, _, parameter) = target.layout, target.name.rpartition(".")
+    if layout is None:
+        return {}
+    for prefix in prefixes:
+        for folder in FOLDERS:
+            place = (prefix + module).replace(FOLDERS[0], folder)
+            for names in SEPARATE.get(parameter, ()):
+                keys = [f"{place}.{expert}.{name}" for expert in range(layout.experts) for name in names]
+                entries = [checkpoint.entries.get(key) for key in keys]
+                if all(entry is not None and entry.shape == layout.shape for entry in entries):
+                    numbered = enumerate(keys)
+                    return {key: StreamTarget(target.name, layout=layout, number=number) for number, key in numbered}
+    return {}
 
 
 @dataclass(frozen=True)
@@ -154,7 +223,7 @@ class StreamPlan:
     replaced: dict[str, Tensor]
 
 
-def plan_stream(adapter: SavedAdapter, model: PreTrainedModel, checkpoint: Checkpoint) -> StreamPlan | None:
+def plan_stream(adapter: SavedAdapter, model: PreTrainedModel, checkpoint: Shards) -> StreamPlan | None:
     """Match the adapter's names with the checkpoint's.
 
     Args:
@@ -201,7 +270,7 @@ def plan_stream(adapter: SavedAdapter, model: PreTrainedModel, checkpoint: Check
     )
 
 
-def _missing(model: PreTrainedModel, checkpoint: Checkpoint, names: Collection[str]) -> set[str]:
+def _missing(model: PreTrainedModel, checkpoint: Shards, names: Collection[str]) -> set[str]:
     """Those of the names that the checkpoint has under no key, such as a new head's.
 
     transformers, which renames keys while it loads, says so. It gets tensors without data.
@@ -230,7 +299,7 @@ def _tied_names(model: nn.Module) -> set[str]:
     return {name for same in names.values() if len(same) > 1 for name in same}
 
 
-def _key_of(name: str, model: nn.Module, checkpoint: Checkpoint) -> str:
+def _key_of(name: str, model: nn.Module, checkpoint: Shards) -> str:
     """Key of a parameter: the name, or the name without or with the prefix of models with a head."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     others = (name.removeprefix(prefix), prefix + name)
@@ -241,7 +310,7 @@ def _key_of(name: str, model: nn.Module, checkpoint: Checkpoint) -> str:
 def stream_merge(
     adapter: SavedAdapter,
     plan: StreamPlan,
-    checkpoint: Checkpoint,
+    checkpoint: Shards,
     folder: Path,
     dtype: torch.dtype | None,
     max_shard_size: int | str,

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from smoa_lab.basics.extras import DRAWING
 from smoa_lab.cli.console import AsJson, TrustRemoteCode, print_json, reporting
 
-if TYPE_CHECKING:
-    from smoa_lab.study.crews.ray_crew import RayCrew
-    from smoa_lab.study.study_file import Study
-
-HEADER = ["entry", "trained", "seeds", "loss", "accuracy %", "loss difference", "", "accuracy difference %", ""]
-Reported = tuple[Any, Sequence[str], Sequence[Sequence[str]]]
-"""A report's summary for JSON, and the header and lines of its table."""
-
 
 def compare(
-    study: Annotated[Path, typer.Argument(help="YAML file of the study; configs/studies has ready ones.")],
+    study: Annotated[Path, typer.Argument(help="YAML file of the study; studies/ has ready ones.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Values to change, e.g. seeds=[0,1].")] = None,
     only: Annotated[
         list[str] | None, typer.Option("--only", help="Run only this entry or budget; may be repeated.")
@@ -47,72 +38,35 @@ def compare(
         import transformers
 
         from smoa.atomic import check_place
-        from smoa_lab.pages.tables import Table
-        from smoa_lab.study.crews.ray_crew import RayCrew
-        from smoa_lab.study.packing import pack as pack_runs
+        from smoa.errors import ConfigError
+        from smoa_lab.study.comparison import Comparison
+        from smoa_lab.study.ray_executor import RayExecutor
+        from smoa_lab.study.report import report
         from smoa_lab.study.study_file import load_study
+        from smoa_lab.study.trials import pack as pack_runs
 
-        _check_options(report_only, bool(only) or on_ray)
+        if report_only and (only or on_ray):
+            raise ConfigError(
+                "--only, --workers and --ray-address are about runs, and --report-only runs nothing; leave one out"
+            )
         checked = load_study(study, overrides, trust_remote_code)
         check_place(checked.folder / "summary.json")
         transformers.utils.logging.set_verbosity_error()  # a line for every new classification head
         if not report_only:
-            _run(checked, only or [], RayCrew(checked, workers, ray_address) if on_ray else None)
+            comparison = Comparison(checked)
+            if on_ray:  # Ray reports dead workers on stdout, which is kept free for results
+                with redirect_stdout(sys.stderr), RayExecutor(checked, workers, ray_address) as executor:
+                    comparison.run(only or [], executor)
+            else:
+                comparison.run(only or [])
         if pack:
             pack_runs(checked.folder)
-        summary, header, lines = _sequence(checked) if checked.kind == "sequence" else _entries(checked)
+        made = report(checked)
         if json:
-            print_json(summary)
+            print_json(made.summary)
             return
-        Table(header, lines).print()
-        typer.echo(f"\nTable, figures and runs: {checked.folder}")
-
-
-def _check_options(report_only: bool, about_runs: bool) -> None:
-    from smoa.errors import ConfigError
-
-    if report_only and about_runs:
-        raise ConfigError(
-            "--only, --workers and --ray-address are about runs, and --report-only runs nothing; leave one out"
-        )
-
-
-def _run(study: Study, only: Sequence[str], workers: RayCrew | None) -> None:
-    """Run what is missing. Ray tells of dead workers on stdout, which is kept free for results."""
-    from smoa_lab.study.comparison import Comparison
-
-    if workers is None:
-        Comparison(study).run(only)
-        return
-    with redirect_stdout(sys.stderr), workers as crew:
-        Comparison(study).run(only, crew)
-
-
-def _entries(study: Study) -> Reported:
-    """Report a study of any other kind."""
-    from smoa_lab.study.report.results.rows import as_json, difference_cells
-    from smoa_lab.study.report.study_report import report
-
-    rows = report(study)
-    lines = [
-        [
-            row.entry,
-            f"{row.parameters:,}",
-            str(len(row.seeds)),
-            f"{row.loss:.4f}",
-            f"{100 * row.accuracy:.1f}",
-            *difference_cells(row, row.loss_difference, 1, 4)[1:],
-            *difference_cells(row, row.accuracy_difference, 100, 1)[1:],
-        ]
-        for row in rows
-    ]
-    return as_json(rows), HEADER, lines
-
-
-def _sequence(study: Study) -> Reported:
-    """Report a study of kind ``sequence``."""
-    from smoa_lab.study.report.sequence.sequence_report import sequence_report
-    from smoa_lab.study.report.sequence.sequence_tables import EQUAL_HEADER, equal_lines
-
-    summary = sequence_report(study)
-    return summary, EQUAL_HEADER, equal_lines(summary)
+        for title, table in made.results().items():
+            typer.echo(f"{title}\n")
+            table.print()
+            typer.echo("")
+        typer.echo(f"Table, figures and runs: {checked.folder}")

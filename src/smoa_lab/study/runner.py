@@ -20,7 +20,7 @@ from smoa_lab.data.tasks import Selection, task_needs
 from smoa_lab.models.base_models import base_content, empty_model
 from smoa_lab.models.needs import training_needs
 from smoa_lab.scoring.evaluation import Outcome, answer_outcomes, score_outcomes
-from smoa_lab.study.entry import Entry
+from smoa_lab.study.study import Entry
 from smoa_lab.training.adapting import check_adapter
 from smoa_lab.training.loaded_run import LoadedRun, load_run
 from smoa_lab.training.run_folder import RunFolder

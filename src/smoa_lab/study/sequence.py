@@ -6,34 +6,34 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from filelock import FileLock
 from peft import PeftModel
-from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from smoa.atomic import new_folder, write_whole
 from smoa.errors import ConfigError
+from smoa.maths.analysis import update_size
 from smoa_lab.basics.extras import require
-from smoa_lab.basics.section import Section, Seed
 from smoa_lab.basics.without_secrets import without_secrets
-from smoa_lab.config.run import DataSection, ModelSection, RunConfig, check_config, native_dtype
+from smoa_lab.config.run import DataSection, Dtype, ModelSection, RunConfig, check_config
+from smoa_lab.config.run import native_dtype as machine_dtype
 from smoa_lab.data.tasks import Selection
+from smoa_lab.inspect import adapted_layers, weights_and_updates
 from smoa_lab.models.base_models import base_content, empty_model, load_base_model
 from smoa_lab.models.needs import training_needs
 from smoa_lab.scoring.evaluation import Outcome, answer_outcomes
 from smoa_lab.scoring.forgetting import text_losses, whole_text
 from smoa_lab.scoring.losses import Losses
-from smoa_lab.study.changes import weight_changes
-from smoa_lab.study.entry import Entry
 from smoa_lab.study.runner import AnswerRunner, Part, scored, without_bar
+from smoa_lab.study.study import Entry, Study
 from smoa_lab.training.adapting import check_adapter
 from smoa_lab.training.loaded_run import LoadedRun, encoder_of, load_run
 from smoa_lab.training.run_folder import RunFolder
@@ -43,55 +43,35 @@ logger = logging.getLogger(__name__)
 Measure = Callable[[PreTrainedModel, PreTrainedTokenizerBase], dict[str, Any]]
 MEASURED = ("data", "task", "first", "between", "elsewhere")
 """Parts of a stored config that decide what an earlier task's model is scored on."""
-
-
-class Between(Section):
-    """A task that every entry trains by its own method, rate and seed, between the first and the last one."""
-
-    data: dict[str, Any]
-    task: dict[str, Any] = Field(default={})
-    training: dict[str, Any] = Field(default={})
-
-
-class First(Between):
-    """How the first task is trained. ``model``, ``task`` and ``training`` are laid over the shared blocks."""
-
-    method: str = "full"
-    adapter: dict[str, Any] = Field(default={})
-    learning_rate: float = Field(gt=0)
-    seed: Seed = 0
-    model: dict[str, Any] = Field(default={})
+LAYERS = 18
+"""So many layers are decomposed, spread evenly over the model: three SVDs each."""
 
 
 class EarlierTask:
-    """The trained task in ``room / KEY``, where KEY is a hash of ``config``: a changed one is trained anew.
+    """A task trained and merged in ``room / KEY``, where KEY is a hash of its config: a changed one is trained anew.
 
     ``dtype`` is what the merged model is stored in. With ``previous`` it starts from that task's model, and is stored
     even if it diverged.
     """
 
     def __init__(
-        self,
-        config: RunConfig,
-        room: Path,
-        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-        previous: EarlierTask | None = None,
+        self, config: RunConfig, room: Path, dtype: Dtype = "float32", previous: EarlierTask | None = None
     ) -> None:
         self.described = without_secrets(config.model_dump(mode="json"))
         self.described["training"].pop("output_dir")
         self.described["stored_as"] = dtype
-        place = config.model
+        base = config.model
         if previous is not None:
             self.described["model"]["name"] = previous.folder.name
-            place = place.model_copy(update={"name": previous.model.name})
+            base = base.model_copy(update={"name": previous.model.name})
         self.folder: Path = room / _key(self.described)
         training = {**config.training, "output_dir": str(self.folder / "run")}
-        self.config = config.model_copy(update={"training": training, "model": place})
+        self.config = config.model_copy(update={"training": training, "model": base})
         self.model: ModelSection = ModelSection(name=str(self.folder / "model"), dtype=dtype)
         self.is_first = previous is None
 
     def scores(self, records: Selection, measure: Measure, measured: dict[str, Any]) -> dict[str, Any]:
-        """What ``measure`` found of the stored model and, under ``start`` of the first task's, of the base model.
+        """What ``measure`` says of the stored model and, under ``start`` of the first task's, of the base model.
 
         Whatever is missing is made first: the model, then the scores, which are kept for the same ``measured``, what
         decides them. A second process waits meanwhile.
@@ -104,18 +84,22 @@ class EarlierTask:
             self.store(records)
             with FileLock(self.folder / "lock"):
                 if not file.is_file():
-                    write_whole(file, json.dumps(self._measured(measure)) + "\n")
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return found
+                    scores = measure(*load_base_model(self.model))
+                    if self.is_first:
+                        start = self.config.model.model_copy(update={"dtype": self.model.dtype})
+                        scores["start"] = measure(*load_base_model(start))
+                    write_whole(file, json.dumps(scores) + "\n")
+        stored: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return stored
 
     def store(self, records: Selection) -> None:
         """Train, merge and save, unless that was done. An interrupted training goes on from its last checkpoint."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / "lock"):
             if not Path(self.model.name).is_dir():
-                self._store_model(records, Path(self.model.name))
+                self._train(records, Path(self.model.name))
 
-    def _store_model(self, records: Selection, target: Path) -> None:
+    def _train(self, records: Selection, target: Path) -> None:
         logger.info("Training an earlier task into %s", target)
         run = RunFolder(self.config.folder)
         inputs = {"data": records.content, "base model": base_content(self.config.model)}
@@ -130,17 +114,6 @@ class EarlierTask:
             loaded.tokenizer.save_pretrained(temporary)
         shutil.rmtree(run.path)
 
-    def _measured(self, measure: Measure) -> dict[str, Any]:
-        found = measure(*load_base_model(self.model))
-        if self.is_first:
-            found["start"] = measure(*load_base_model(self.config.model.model_copy(update={"dtype": self.model.dtype})))
-        return found
-
-
-def _key(described: dict[str, Any]) -> str:
-    """A short hash of plain values."""
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:12]
-
 
 class SequenceRunner(AnswerRunner):
     """Trains the last task on the model of the earlier ones; scores all on their test parts, and the text elsewhere.
@@ -148,48 +121,36 @@ class SequenceRunner(AnswerRunner):
     With ``replay`` the last task is trained on that many training rows of the first one too.
     """
 
-    def __init__(
-        self,
-        shared: dict[str, Any],
-        elsewhere: DataSection | None,
-        first: First,
-        folder: Path,
-        between: Sequence[Between] = (),
-        replay: int = 0,
-    ) -> None:
-        super().__init__(shared, elsewhere)
-        self.first = first
-        self.folder = folder
-        self.between = between
-        self.replay = replay
+    def __init__(self, study: Study) -> None:
+        super().__init__(study.shared, study.elsewhere)
+        assert study.first is not None
+        self.first, self.between, self.replay = study.first, study.between, study.replay
+        self.folder = study.folder
 
     def first_config(self, place: str = "study") -> RunConfig:
         """The whole run of the first task; raises ConfigError with all problems of it."""
         own = self.first.model_dump(include={"data", "method", "adapter"})
-        rate = {"learning_rate": self.first.learning_rate, "seed": self.first.seed}
         laid = {key: {**(self.shared.get(key) or {}), **getattr(self.first, key)} for key in ("model", "task")}
+        rate = {"learning_rate": self.first.learning_rate, "seed": self.first.seed}
         training = {**(self.shared.get("training") or {}), **self.first.training, **rate}
         return check_config({**own, **laid, "training": training}, place)
 
     def between_configs(self, config: RunConfig, place: str = "study") -> list[RunConfig]:
         """The whole runs of the tasks between, by an entry's own config."""
         values = config.model_dump(mode="json")
-        return [
-            check_config(
-                {
-                    **values,
-                    "data": one.data,
-                    "task": {**(self.shared.get("task") or {}), **one.task},
-                    "training": {**config.training, **one.training},
-                },
-                f"{place}.between[{number}]",
-            )
-            for number, one in enumerate(self.between)
-        ]
+        configs = []
+        for number, task in enumerate(self.between):
+            laid = {
+                "data": task.data,
+                "task": {**(self.shared.get("task") or {}), **task.task},
+                "training": {**config.training, **task.training},
+            }
+            configs.append(check_config({**values, **laid}, f"{place}.between[{number}]"))
+        return configs
 
     def stored_config(self, config: RunConfig) -> dict[str, Any]:
         """What a trial keeps of its config: also the earlier tasks, which decide where an entry starts."""
-        between = {"between": [one.model_dump(mode="json") for one in self.between]} if self.between else {}
+        between = {"between": [task.model_dump(mode="json") for task in self.between]} if self.between else {}
         replay = {"replay": self.replay} if self.replay else {}
         return {**super().stored_config(config), "first": self._first_task.described, **between, **replay}
 
@@ -212,31 +173,31 @@ class SequenceRunner(AnswerRunner):
     @cached_property
     def earlier_records(self) -> list[Selection]:
         """The records of the earlier tasks; read once."""
-        named = {"first": self.first.data, **{f"between[{i}]": one.data for i, one in enumerate(self.between)}}
-        found = {name: DataSection.model_validate(data).select() for name, data in named.items()}
-        for name, records in found.items():
+        named = {"first": self.first.data, **{f"between[{i}]": task.data for i, task in enumerate(self.between)}}
+        selections = {name: DataSection.model_validate(data).select() for name, data in named.items()}
+        for name, records in selections.items():
             if not records.test:
                 raise ConfigError(f"{name}.data.test_examples: a study needs a test part; it has no questions")
-        rows = len(found["first"].train)
+        rows = len(selections["first"].train)
         if self.replay > rows:
             raise ConfigError(f"replay: must be at most the {rows} training rows of first.data, got {self.replay}")
-        return list(found.values())
+        return list(selections.values())
 
     @cached_property
     def _first_task(self) -> EarlierTask:
         return EarlierTask(self.first_config(), self.folder / "work" / "first", self._dtype)
 
     @property
-    def _dtype(self) -> Any:
-        return self.shared["model"].get("dtype") or native_dtype()
+    def _dtype(self) -> Dtype:
+        return self.shared["model"].get("dtype") or machine_dtype()
 
     def _earlier_tasks(self, config: RunConfig) -> list[EarlierTask]:
         """The first one, and in the run's own folder those between."""
-        found = [self._first_task]
+        tasks = [self._first_task]
         for between in self.between_configs(config):
             room = Path(config.training["output_dir"]) / "between"
-            found.append(EarlierTask(between, room, self._dtype, found[-1]))
-        return found
+            tasks.append(EarlierTask(between, room, self._dtype, tasks[-1]))
+        return tasks
 
     def before(self, config: RunConfig, tasks: Sequence[EarlierTask]) -> dict[str, Any]:
         """Scores of the model of the last of these tasks; what was not trained is."""
@@ -249,14 +210,14 @@ class SequenceRunner(AnswerRunner):
         for task, records in pairs:
             task.store(records)
         task, records = pairs[-1]
-        found = self.stored_config(config)
-        return task.scores(records, measure, {key: found.get(key) for key in MEASURED})
+        stored = self.stored_config(config)
+        return task.scores(records, measure, {key: stored.get(key) for key in MEASURED})
 
     def _load(self, config: RunConfig) -> LoadedRun:
         tasks = self._earlier_tasks(config)
         self.before(config, tasks)
-        place = {"name": tasks[-1].model.name}
-        return super()._load(config.model_copy(update={"model": config.model.model_copy(update=place)}))
+        base = config.model.model_copy(update={"name": tasks[-1].model.name})
+        return super()._load(config.model_copy(update={"model": base}))
 
     def _scores(self, model: nn.Module | None, config: RunConfig, part: Part) -> dict[str, Any]:
         if model is None:
@@ -273,23 +234,68 @@ class SequenceRunner(AnswerRunner):
         for earlier, records in zip(configs, self.earlier_records, strict=True):
             encoder = encoder_of(earlier, self.encoder.tokenizer)
             outcomes += answer_outcomes(model, encoder, records.test, earlier.task.eval_batch_tokens)
-        first = {
-            "sha256": " ".join(records.account["used"]["test"]["sha256"] for records in self.earlier_records),
-            **scored(outcomes),
-        }
-        return {**super()._scores(model, config, "test"), "first": first}
+        content = " ".join(records.account["used"]["test"]["sha256"] for records in self.earlier_records)
+        return {**super()._scores(model, config, "test"), "first": {"sha256": content, **scored(outcomes)}}
 
     def _away(self, model: nn.Module | None, config: RunConfig) -> dict[str, Any]:
         """The loss on the records' whole texts, and that of each."""
         assert model is not None  # the untouched model is scored as the first task's
-        found = text_losses(model, self.encoder.tokenizer, [whole_text(record) for record in self._elsewhere_records])
-        return {"elsewhere": found.mean, "texts": asdict(found)}
+        losses = text_losses(model, self.encoder.tokenizer, [whole_text(record) for record in self._elsewhere_records])
+        return {"elsewhere": losses.mean, "texts": asdict(losses)}
+
+
+def weight_changes(model: nn.Module, base: nn.Module) -> dict[str, Any] | None:
+    """How much a run changed the weights: mean and maximum over layers of each figure of :class:`UpdateSize`; None
+    where the run diverged.
+
+    ΔW is the difference to ``base``, also for methods that take a part of W out when they start. The layers are the
+    adapted ones or, where all weights were trained, all linear ones but the output layer.
+    """
+    layers = dict(base.named_modules())
+    sizes = []
+    for path, weight, update in _weights_and_updates(model):
+        layer: Any = layers[path]
+        before = layer.weight.detach().to(weight.device).float()
+        delta = (weight - before) + update
+        if not delta.isfinite().all():
+            return None
+        sizes.append(asdict(update_size(before, delta)))
+    values = {figure: [size[figure] for size in sizes] for figure in sizes[0]}
+    return {
+        "layers": len(sizes),
+        **{figure: {"mean": sum(of_all) / len(of_all), "max": max(of_all)} for figure, of_all in values.items()},
+    }
+
+
+def _weights_and_updates(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Path, weight and ΔW of up to ``LAYERS`` layers, evenly spread, the first and the last included."""
+    if isinstance(model, PeftModel):
+        adapted = adapted_layers(model.get_base_model())
+        for path, layer in _spread([pair for pair in adapted if hasattr(pair[1].get_base_layer(), "weight")]):
+            yield from weights_and_updates(path, layer, model.active_adapter)
+        return
+    getter: Any = getattr(model, "get_output_embeddings", lambda: None)
+    head = getter()
+    linear = [pair for pair in model.named_modules() if isinstance(pair[1], nn.Linear) and pair[1] is not head]
+    for path, whole in _spread(linear):
+        yield path, whole.weight.detach().float(), torch.zeros((), device=whole.weight.device)
+
+
+def _spread(layers: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    if len(layers) <= LAYERS:
+        return layers
+    return [layers[round(number * (len(layers) - 1) / (LAYERS - 1))] for number in range(LAYERS)]
 
 
 def _forgot(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     """The rise of the loss on the first task and on the text elsewhere."""
-    pairs = {"first": [one["first"]["questions"] for one in (before, after)]}
+    pairs = {"first": (before["first"]["questions"], after["first"]["questions"])}
     if "texts" in before:
-        pairs["elsewhere"] = [before["texts"], after["texts"]]
-    losses = {name: [Losses(one["nll"], one["tokens"]) for one in pair] for name, pair in pairs.items()}
+        pairs["elsewhere"] = (before["texts"], after["texts"])
+    losses = {name: [Losses(part["nll"], part["tokens"]) for part in pair] for name, pair in pairs.items()}
     return {name: asdict(late.change_from(early)) for name, (early, late) in losses.items()}
+
+
+def _key(described: dict[str, Any]) -> str:
+    """A short hash of plain values."""
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,11 +1,20 @@
-"""Trials: one JSON per finished run, in its own file or packed, named after what was run, never overwritten."""
+"""A study's finished runs: a JSON each, in its own file or packed into ``runs.jsonl.gz``, never overwritten.
+
+The pack has a line of JSON for each run, sorted by name.
+"""
 
 from __future__ import annotations
 
+import gzip
+import io
+import json
 import logging
+import os
 import shutil
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,22 +22,23 @@ import torch
 from filelock import FileLock, Timeout
 
 from smoa.atomic import write_whole
-from smoa.errors import ConfigError
+from smoa.errors import ConfigError, DataError
 from smoa_lab.basics.plain_json import finite
 from smoa_lab.basics.without_secrets import without_secrets
-from smoa_lab.study.packing import PACK, as_line, own_files, packed_runs, parse_run
 from smoa_lab.training.run_folder import provenance
 
 logger = logging.getLogger(__name__)
 
-Stage = Literal["tuning", "final"]
+PACK = "runs.jsonl.gz"
+_OWN_FILES = ("untouched.json", "tuning/**/*.json", "final/**/*.json")
+_REMEDY = "restore the file from a copy; without one, delete what is damaged and run smoa compare again"
 
 
 @dataclass(frozen=True)
 class Trial:
     """A run of an entry; ``tuning`` is scored on the validation part, ``final`` on the test part."""
 
-    stage: Stage
+    stage: Literal["tuning", "final"]
     entry: str
     learning_rate: float
     seed: int
@@ -49,8 +59,8 @@ class TrialStore:
 
     def names(self, under: str = "") -> list[str]:
         """The finished trials whose names begin with ``under``, sorted."""
-        found = {*own_files(self.folder), *packed_runs(self.folder)}  # in this order: packing removes files last
-        return sorted(name for name in found if name.startswith(under))
+        names = {*own_files(self.folder), *packed_runs(self.folder)}  # in this order: packing removes files last
+        return sorted(name for name in names if name.startswith(under))
 
     def find(self, name: str) -> dict[str, Any] | None:
         """A finished trial's JSON, from its own file or from the pack.
@@ -60,10 +70,10 @@ class TrialStore:
         """
         file = self.file(name)
         try:
-            return parse_run(file.read_text(encoding="utf-8"), str(file))
+            return _parse(file.read_text(encoding="utf-8"), str(file))
         except FileNotFoundError:
             line = packed_runs(self.folder).get(name)
-        return None if line is None else parse_run(line, self._place(name))
+        return None if line is None else _parse(line, self._place(name))
 
     def get(self, name: str, config: dict[str, Any], run: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
         """The finished trial, or else ``run(work folder)``, stored. Where another process runs it, that is waited for.
@@ -71,14 +81,14 @@ class TrialStore:
         Raises:
             ConfigError: a trial of that name was run by another config.
         """
-        found = self.finished(name, config)
-        if found is None:
+        result = self.finished(name, config)
+        if result is None:
             lock = self._lock(name)
             lock.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(lock):
-                found = self.finished(name, config) or self._run(name, run)
+                result = self.finished(name, config) or self._run(name, run)
             lock.unlink(missing_ok=True)  # whoever waits for it, or makes a new one, finds the stored run
-        return found
+        return result
 
     def is_running(self, name: str) -> bool:
         """Whether a process runs the trial now, on this machine or on another one that shares the folder."""
@@ -92,10 +102,18 @@ class TrialStore:
 
     def finished(self, name: str, config: dict[str, Any]) -> dict[str, Any] | None:
         """The finished trial; raises ConfigError if it was run by another config."""
-        found = self.find(name)
-        if found is not None:
-            _check_same(self._place(name), _with_scale(found), config)
-        return found
+        result = self.find(name)
+        if result is None:
+            return None
+        stored, wanted = _comparable(result["config"]), _comparable(config)
+        differing = sorted(key for key in {*stored, *wanted} if stored.get(key) != wanted.get(key))
+        if differing:
+            raise ConfigError(
+                f"{self._place(name)}: was run with other values of {', '.join(differing)}; give the changed one "
+                "another folder (folder of a study, training.output_dir of a run), or move this file or line away to "
+                "run it again"
+            )
+        return result
 
     def _run(self, name: str, run: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
         work = self.folder / "work" / name
@@ -105,7 +123,7 @@ class TrialStore:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         result = {"format": 1, "name": name, "provenance": provenance(seed, device), **result}
         result["config"] = _comparable(result["config"])
-        write_whole(self.file(name), as_line(result))
+        write_whole(self.file(name), _line(result))
         shutil.rmtree(work, ignore_errors=True)
         return result
 
@@ -122,33 +140,105 @@ class TrialStore:
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:
     """A config without where it was run, secrets, and what a study does not show."""
     config = without_secrets(config)
-    kept = {**_without(config, "forgetting"), "training": _without(config["training"], "output_dir")}
-    return {**kept, "task": _without(config["task"], "samples")} if "task" in config else kept
+    hidden = {"training": "output_dir", "task": "samples"}
+    return {
+        key: {name: value for name, value in section.items() if name != hidden[key]} if key in hidden else section
+        for key, section in config.items()
+        if key != "forgetting"
+    }
 
 
-def _without(section: dict[str, Any], key: str) -> dict[str, Any]:
-    return {name: value for name, value in section.items() if name != key}
+def own_files(folder: Path) -> dict[str, Path]:
+    """The runs of a study that have a JSON file of their own, by name."""
+    files = sorted(file for pattern in _OWN_FILES for file in folder.glob(pattern))
+    return {file.relative_to(folder).as_posix().removesuffix(".json"): file for file in files}
 
 
-def _with_scale(found: dict[str, Any]) -> dict[str, Any]:
-    """The config of a trial. smoa 0.1 knew only the paper's scale, and its trials do not name it."""
-    config: dict[str, Any] = found["config"]
-    adapter = config.get("adapter", {})
-    version = found.get("provenance", {}).get("versions", {}).get("smoa") or ""
-    by_weight = config.get("method") == "smoa" and adapter.get("modulation") != "none"
-    if version.startswith("0.1.") and by_weight and not {"scale", "normalize_anchor"} & adapter.keys():
-        return {**config, "adapter": {**adapter, "scale": "paper"}}
-    return config
+def packed_runs(folder: Path) -> Mapping[str, str]:
+    """The lines of a study's pack by the run's name; none before anything is packed.
+
+    Raises:
+        DataError: the pack is damaged.
+    """
+    file = folder / PACK
+    try:
+        state = file.stat()
+    except FileNotFoundError:
+        return {}
+    return _read(file, (state.st_ino, state.st_size, state.st_mtime_ns))
 
 
-def _check_same(place: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    found, wanted = _comparable(found), _comparable(wanted)
-    if "elsewhere" not in found:  # not recorded before smoa 0.2
-        wanted.pop("elsewhere", None)
-    if found == wanted:
+def pack(folder: Path) -> None:
+    """Move all runs that have a file of their own into the pack.
+
+    A run's file is removed only when the pack with that run is on the disk, so that a killed call loses nothing and can
+    be repeated.
+
+    Raises:
+        DataError: the pack or a run's file is damaged, or the pack contains another run of the same name.
+    """
+    if not own_files(folder):
         return
-    keys = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
-    raise ConfigError(
-        f"{place}: was run with other values of {', '.join(keys)}; give the changed one another folder (folder of a "
-        "study, training.output_dir of a run), or move this file or line away to run it again"
-    )
+    lock = folder / "work" / "packing.lock"
+    lock.parent.mkdir(exist_ok=True)
+    with FileLock(lock):
+        files = own_files(folder)
+        runs = dict(packed_runs(folder))
+        for name, file in files.items():
+            line = _line({**_parse(file.read_text(encoding="utf-8"), str(file)), "name": name})
+            if runs.setdefault(name, line) != line:
+                raise DataError(f"{file}: {folder / PACK} contains another run of this name; delete one of the two")
+        write_pack(folder, runs)
+        for file in files.values():
+            file.unlink()
+    logger.info("%d runs packed, %d in all: %s", len(files), len(runs), folder / PACK)
+
+
+def write_pack(folder: Path, runs: Mapping[str, str]) -> None:
+    """Write the pack of these lines by the run's name. Equal runs give equal bytes: sorted, without a time or file
+    name in gzip's header."""
+    content = io.BytesIO()
+    with gzip.GzipFile(filename="", mode="wb", compresslevel=9, fileobj=content, mtime=0) as compressed:
+        compressed.writelines(runs[name].encode() for name in sorted(runs))
+    write_whole(folder / PACK, content.getvalue())
+    with (folder / PACK).open("r+b") as written:
+        os.fsync(written.fileno())
+
+
+def shell_command(name: str) -> str:
+    """What prints the packed runs whose names begin with ``name``, in the study's folder."""
+    return f'gzip -dc {PACK} | grep -F \'"name":"{name}\''
+
+
+def _line(run: dict[str, Any]) -> str:
+    """A run's JSON in one line, as it is written into its own file and into the pack."""
+    return json.dumps(run, ensure_ascii=False, separators=(",", ":")) + "\n"
+
+
+def _parse(text: str, place: str) -> dict[str, Any]:
+    """The run of a file or line; raises DataError, which names ``place``, where it is not a JSON object."""
+    try:
+        run = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{place}: is not JSON ({error}); {_REMEDY}") from error
+    if not isinstance(run, dict):
+        raise DataError(f"{place}: is not a JSON object; {_REMEDY}")
+    return run
+
+
+@lru_cache(maxsize=2)  # a report reads every run several times
+def _read(file: Path, version: tuple[int, int, int]) -> Mapping[str, str]:
+    runs: dict[str, str] = {}
+    try:
+        with gzip.open(file, "rt", encoding="utf-8", newline="\n") as lines:
+            for line in lines:
+                place = f"{file}: line {len(runs) + 1}"
+                name = _parse(line, place).get("name")
+                if not isinstance(name, str):
+                    raise DataError(f"{place}: has no name; {_REMEDY}")
+                if name in runs:
+                    raise DataError(f"{place}: {name} is in the file already; delete one of the two lines")
+                runs[name] = line.rstrip("\n") + "\n"
+    except (gzip.BadGzipFile, zlib.error, EOFError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: line {len(runs) + 1}: is damaged or cut off ({error}); {_REMEDY}") from error
+    return runs

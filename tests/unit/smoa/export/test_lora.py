@@ -13,6 +13,7 @@ from smoa.export.lora import BlockSpectra, RankRule, UpdateSpectra, convert_to_l
 from smoa.layers.layer import SmoaLayer
 from tests.support import tiny_models
 from tests.support.layers import adapted_layer, base_layer, oracle_delta, smoa_layers
+from tests.support.tiny_mixtures import EXPERTS, build_mixture, tokens
 from tests.support.tiny_models import logits
 from tests.support.tolerance import assert_close
 
@@ -57,7 +58,7 @@ def test_a_cut_is_the_best_approximation_of_its_rank(rank: int) -> None:
 
 def test_blockwise_the_same_cut_takes_a_share_of_the_numbers() -> None:
     layer = adapted_layer(base_layer(16, 12), r=8, num_blocks=4)
-    assert spectrum_of(layer).blockwise_parameters(5) == 5 * (16 + 12) // 4
+    assert spectrum_of(layer).converted("layer", 5, 5, 1).blockwise_parameters == 5 * (16 + 12) // 4
 
 
 def test_a_rank_is_chosen_by_number_energy_or_error() -> None:
@@ -89,8 +90,9 @@ def test_a_lora_records_the_revision_of_its_base() -> None:
     assert convert_to_lora(adapted(revision="v2"), rank=1).config.revision == "v2"
 
 
-@pytest.mark.parametrize("rule", [{"rank": 3}, {"energy": 0.7}, {"error": 0.4}])
-@pytest.mark.parametrize("uniform_rank", [False, True])
+@pytest.mark.parametrize(
+    ("rule", "uniform_rank"), [({"rank": 3}, False), ({"energy": 0.7}, False), ({"error": 0.4}, True)]
+)
 def test_the_errors_that_are_reported_are_those_of_the_loaded_lora(
     rule: dict[str, Any], uniform_rank: bool, tmp_path: Path
 ) -> None:
@@ -138,3 +140,46 @@ def test_an_untrained_adapter_becomes_a_lora_that_does_nothing() -> None:
 def test_an_adapter_that_is_not_there_is_named() -> None:
     with pytest.raises(ConfigError, match="other"):
         UpdateSpectra(adapted(), "other")
+
+
+# Mixtures of experts.
+
+
+def adapted_mixture(family: str, **settings: object) -> PeftModel:
+    config = SmoaConfig(
+        r=4, num_blocks=2, init_weights=False, target_modules=["q_proj"], target_parameters=EXPERTS, **settings
+    )
+    return get_peft_model(build_mixture(family), config).eval()
+
+
+@torch.no_grad()
+def mixture_logits(model: torch.nn.Module) -> torch.Tensor:
+    return model(input_ids=tokens()).logits
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")  # PEFT looks for modules only
+@pytest.mark.parametrize(
+    ("family", "uniform"), [("qwen3_moe", False), ("gpt_oss", False), ("llama4", False), ("gpt_oss", True)]
+)
+def test_a_lora_that_keeps_everything_says_the_same_without_smoa(family: str, uniform: bool, tmp_path: Path) -> None:
+    model = adapted_mixture(family)
+    conversion = convert_to_lora(model, error=0.0, uniform_rank=uniform)
+    conversion.save(tmp_path)
+    loaded = PeftModel.from_pretrained(build_mixture(family), str(tmp_path)).eval()
+    assert_close(mixture_logits(loaded), mixture_logits(model))
+    assert conversion.error < 1e-5
+    assert conversion.parameters == sum(p.numel() for name, p in loaded.named_parameters() if ".lora_" in name)
+
+
+def test_every_expert_is_cut_and_reported_by_itself() -> None:
+    conversion = convert_to_lora(adapted_mixture("qwen3_moe"), rank=2)
+    names = [layer.module for layer in conversion.layers]
+    assert "model.layers.0.mlp.experts.gate_up_proj[3].1" in names
+    assert "model.layers.0.mlp.experts.down_proj[4]" in names
+    assert len(names) == 1 + 5 * 3
+    assert {layer.rank for layer in conversion.layers} == {2}
+    assert conversion.config.rank_pattern == {
+        "model.layers.0.mlp.experts.down_proj": 2,
+        "model.layers.0.self_attn.q_proj": 2,
+    }
+    assert 0 < conversion.error < 1

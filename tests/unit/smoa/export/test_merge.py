@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from huggingface_hub import ModelCard
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -19,6 +20,8 @@ from transformers import (
     BertModel,
     BitsAndBytesConfig,
     GPT2Model,
+    GptOssConfig,
+    GptOssForCausalLM,
     PreTrainedModel,
     ViTConfig,
     ViTForImageClassification,
@@ -26,9 +29,12 @@ from transformers import (
 
 from smoa import AdapterFileError, ConfigError, MergeError, SmoaConfig
 from smoa.export import merge as export_module
-from smoa.export.merge import Export, merge_and_save
-from smoa.files.card import NamedBase
+from smoa.export.merge import Export, merge_and_save, model_card, with_plain_weights
+from smoa.export.streaming import RoundingLoss
+from smoa.files.card import NamedBase, named_base
+from smoa.layers.linear import Linear
 from tests.support import lab, tiny_models
+from tests.support.tiny_mixtures import COMMON, EXPERTS, build_mixture, tokens
 from tests.support.tiny_models import logits
 from tests.support.tolerance import assert_close
 
@@ -430,17 +436,6 @@ def test_an_adapter_of_another_model_is_refused(base: Path, adapter: Path, outpu
         merge_and_save(adapter, output)
 
 
-def test_a_base_that_is_nowhere_is_named(base: Path, adapter: Path, output: Path) -> None:
-    saved(base, adapter)
-    with pytest.raises(MergeError, match="no-such/model"):
-        merge_and_save(adapter, output, base="no-such/model")
-
-
-def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="adapter_config"):
-        merge_and_save(tmp_path, tmp_path / "merged", base="x")
-
-
 @pytest.mark.parametrize(("noted", "kept"), [("/home/somebody/base", None), ("org/base", "org/base")])
 def test_where_a_base_was_loaded_from_stays_out_of_the_merged_model(
     noted: str, kept: str | None, base: Path, adapter: Path, output: Path
@@ -451,14 +446,6 @@ def test_where_a_base_was_loaded_from_stays_out_of_the_merged_model(
     assert merge_and_save(adapter, output).streamed
     assert json.loads((output / "config.json").read_text()).get("_name_or_path") == kept
     assert lab.files_with(base.parent, output) == lab.files_with("/home/somebody", output) == set()
-
-
-def test_the_card_names_the_base_as_it_is_told_to(base: Path, adapter: Path, output: Path) -> None:
-    saved(base, adapter)
-    merge_and_save(adapter, output, base_name=NamedBase("org/base (from GGUF)", "org/base"))
-    text = (output / "README.md").read_text()
-    assert "base_model: org/base\n" in text
-    assert "`org/base (from GGUF)` with the SMOA adapter" in text
 
 
 def test_the_report_is_plain_json(base: Path, adapter: Path, output: Path) -> None:
@@ -493,3 +480,166 @@ def test_a_folder_that_somebody_else_makes_meanwhile_stays(
         merge_and_save(adapter, output)
     assert [file.name for file in output.iterdir()] == ["theirs"]
     assert sorted(path.name for path in output.parent.iterdir()) == ["adapter", "base", "merged"]
+
+
+# Layers that can't be merged, and quantized bases.
+
+
+@pytest.mark.parametrize("error", [ValueError("NaN in the weights"), NotImplementedError("no merging of this kind")])
+def test_a_layer_that_cannot_be_merged_is_named(
+    error: Exception, base: Path, adapter: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(base, adapter)
+
+    def refuse(self: Linear, *arguments: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(Linear, "merge", refuse)
+    with pytest.raises(MergeError, match=rf"layers\.0\.self_attn\.q_proj: {error}"):
+        merge_and_save(adapter, output, base=tiny_models.build("llama"))
+    assert not output.exists()
+
+
+def test_a_base_that_cannot_be_dequantized_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: PreTrainedModel, dtype: torch.dtype) -> None:
+        raise NotImplementedError("no way back")
+
+    model = tiny_models.build("llama")
+    model.hf_quantizer = object()
+    monkeypatch.setattr(PreTrainedModel, "dequantize", refuse)
+    with pytest.raises(MergeError, match=r"can't be dequantized \(no way back\); give a base that isn't quantized"):
+        with_plain_weights(model)
+
+
+def test_a_dequantized_base_is_not_saved_as_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_models.build("llama", torch.bfloat16)
+    model.hf_quantizer = model.config.quantization_config = object()
+    monkeypatch.setattr(PreTrainedModel, "dequantize", lambda self, dtype: self)
+    plain = with_plain_weights(model)
+    assert plain.dtype == torch.float32
+    assert not hasattr(plain.config, "quantization_config")
+
+
+# Mixtures of experts.
+
+
+@torch.no_grad()
+def mixture_logits(model: torch.nn.Module) -> torch.Tensor:
+    return model.eval()(input_ids=tokens()).logits
+
+
+@pytest.mark.parametrize(
+    ("family", "expert_partition"),
+    [(family, "each") for family in ("qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "llama4")]
+    + [(family, "shared") for family in ("mixtral", "gpt_oss")],
+)
+def test_a_mixture_is_merged_on_disk_under_the_names_of_its_checkpoint(
+    family: str, expert_partition: str, tmp_path: Path
+) -> None:
+    base, adapter, merged = tmp_path / "base", tmp_path / "adapter", tmp_path / "merged"
+    build_mixture(family).save_pretrained(base)
+    names = load_file(base / "model.safetensors").keys()
+    separate = any(".experts.0." in name for name in names)
+    assert separate is (family not in ("gpt_oss", "llama4"))
+    config = SmoaConfig(
+        r=4,
+        num_blocks=2,
+        init_weights=False,
+        target_modules=["q_proj"],
+        target_parameters=EXPERTS,
+        expert_partition=expert_partition,
+        task_type="CAUSAL_LM",
+    )
+    if family == "deepseek_v3":
+        config.target_modules = {"q_b_proj"}
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    model.save_pretrained(adapter)
+    export = merge_and_save(adapter, merged)
+    assert export.streamed
+    assert export.loss.total < 1e-5
+    assert load_file(merged / "model.safetensors").keys() == names
+    assert_close(mixture_logits(AutoModelForCausalLM.from_pretrained(merged)), mixture_logits(model))
+
+
+def test_a_router_that_was_trained_is_merged_although_the_checkpoint_calls_it_otherwise(tmp_path: Path) -> None:
+    base, adapter, merged = tmp_path / "base", tmp_path / "adapter", tmp_path / "merged"
+    build_mixture("mixtral").save_pretrained(base)
+    config = SmoaConfig(r=4, target_modules=["q_proj"], modules_to_save=["gate"], task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    torch.nn.init.normal_(model.base_model.model.model.layers[0].mlp.gate.modules_to_save["default"].weight)
+    model.save_pretrained(adapter)
+    assert not merge_and_save(adapter, merged).streamed
+    assert_close(mixture_logits(AutoModelForCausalLM.from_pretrained(merged)), mixture_logits(model))
+
+
+def test_a_mixture_in_memory_is_merged_with_what_rounding_took(tmp_path: Path) -> None:
+    model = build_mixture("qwen3_moe")
+    config = SmoaConfig(r=4, num_blocks=2, init_weights=False, target_modules=[], target_parameters=EXPERTS)
+    adapted = get_peft_model(build_mixture("qwen3_moe"), config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    export = merge_and_save(tmp_path / "adapter", tmp_path / "merged", base=model, dtype="bfloat16")
+    assert len(export.loss.by_layer) == 2
+    assert 0 < export.loss.total < 1
+    expected = adapted.merge_and_unload().to(torch.bfloat16)
+    assert_close(mixture_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), mixture_logits(expected))
+
+
+def test_an_adapter_of_more_experts_is_refused(tmp_path: Path) -> None:
+    smaller = GptOssConfig(**COMMON, num_local_experts=4, head_dim=6)
+    GptOssForCausalLM(smaller).save_pretrained(tmp_path / "base")
+    config = SmoaConfig(r=4, target_modules=[], target_parameters=EXPERTS, task_type="CAUSAL_LM")
+    model: PeftModel = get_peft_model(build_mixture("gpt_oss"), config)
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="another shape"):
+        merge_and_save(tmp_path / "adapter", tmp_path / "merged", base=tmp_path / "base")
+
+
+# The card.
+
+LOSS = RoundingLoss(torch.bfloat16, {"first": 0.004, "second": 0.02}, update=1.0, error=0.0123**2)
+
+
+def card(folder: Path, base: str | NamedBase = "org/base", config: PeftConfig | None = None) -> ModelCard:
+    named = named_base(base) if isinstance(base, str) else base
+    config = config or SmoaConfig(r=6, num_blocks=3, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    return ModelCard(model_card("mine", named, folder, config, LOSS, ("One note.",)))
+
+
+@pytest.mark.parametrize(
+    ("files", "beside"),
+    [
+        ([], 'model = AutoModelForCausalLM.from_pretrained("PATH")'),
+        (["tokenizer.json"], 'tokenizer = AutoTokenizer.from_pretrained("PATH")'),
+        (["preprocessor_config.json"], 'processor = AutoProcessor.from_pretrained("PATH")'),
+        (["processor_config.json", "tokenizer.json"], 'processor = AutoProcessor.from_pretrained("PATH")'),
+    ],
+)
+def test_the_card_names_base_method_layers_and_how_to_load(tmp_path: Path, files: list[str], beside: str) -> None:
+    for file in files:
+        (tmp_path / file).touch()
+    found = card(tmp_path)
+    assert (found.data.base_model, found.data.library_name) == ("org/base", "transformers")
+    assert found.data.tags == ["smoa", "merged"]
+    for said in ("# mine", "`org/base` with the SMOA adapter", "2 of its weights", "\nOne note.\n", f"{beside}\n```"):
+        assert said in found.text
+    settings = json.loads(found.text.split("```json")[1].split("```")[0])
+    assert (settings["r"], settings["num_blocks"], settings["target_modules"]) == (6, 3, ["q_proj"])
+
+
+@pytest.mark.parametrize("base", ["folder", NamedBase("org/base (from GGUF)", "org/base")])
+def test_the_card_links_a_base_on_the_hub_only(base: str | NamedBase, tmp_path: Path) -> None:
+    place = str(tmp_path / base) if isinstance(base, str) else base
+    found = card(tmp_path, place, LoraConfig(target_modules=["q_proj"]))
+    assert found.data.base_model == (None if isinstance(base, str) else "org/base")
+    assert f"`{base if isinstance(base, str) else base.text}` with the LORA adapter" in found.text
+    assert str(tmp_path) not in found.text
+
+
+def test_what_rounding_took_is_told_in_all_and_of_the_worst_layer(tmp_path: Path) -> None:
+    text = LOSS.in_words()
+    assert "1.2 %" in text
+    assert "second: 2 %" in text
+    assert f"saved in bfloat16: {text}" in card(tmp_path).text
+    nothing = RoundingLoss(torch.float32, {"first": 0.0}, update=1.0).in_words()
+    assert "nothing" in nothing
+    assert "first" not in nothing

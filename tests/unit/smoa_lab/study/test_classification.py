@@ -19,7 +19,7 @@ from smoa_lab.data.rows import Row, choice_question, question
 from smoa_lab.study import classification
 from smoa_lab.study.classification import PACKAGED_ENCODER, ClassificationRunner, encoder_folder
 from smoa_lab.study.comparison import Comparison
-from smoa_lab.study.report.study_report import report
+from smoa_lab.study.report import report
 from smoa_lab.study.runner import ParameterCheck
 from smoa_lab.study.study_file import load_study
 from tests.support import lab
@@ -64,12 +64,12 @@ def test_a_study_of_encoders_is_run_and_reported(shared: dict[str, Any], tmp_pat
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     study = load_study(tmp_path / "tiny.yaml")
     Comparison(study).run()
-    rows = {row.entry: row for row in report(study)}
-    assert rows["ours"].parameters == rows["lora"].parameters == TRAINED
-    assert rows["lora"].loss_difference is not None
-    assert rows["full"].loss_difference is None
+    rows = {row["entry"]: row for row in report(study).summary}
+    assert rows["ours"]["parameters"] == rows["lora"]["parameters"] == TRAINED
+    assert rows["lora"]["loss_difference"] is not None
+    assert rows["full"]["loss_difference"] is None
     encoder = AutoModel.from_pretrained(shared["model"]["name"])
-    assert rows["full"].parameters == sum(parameter.numel() for parameter in encoder.parameters())
+    assert rows["full"]["parameters"] == sum(parameter.numel() for parameter in encoder.parameters())
     untouched = json.loads((study.folder / "untouched.json").read_text())
     assert untouched["scores"]["all"]["majority"] == 0.5
     assert untouched["scores"]["all"]["questions"] == 8

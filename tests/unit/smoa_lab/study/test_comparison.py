@@ -10,10 +10,10 @@ import pytest
 
 from smoa.errors import ConfigError
 from smoa_lab.config.run import RunConfig
-from smoa_lab.study.comparison import Comparison, stored_search
-from smoa_lab.study.entry import Entry
+from smoa_lab.study.comparison import Comparison, Executor
 from smoa_lab.study.runner import Runner
-from smoa_lab.study.study_file import Study
+from smoa_lab.study.search import Untouched
+from smoa_lab.study.study import Entry, Study
 from smoa_lab.study.trials import Trial, TrialStore
 from tests.support import lab
 from tests.support.studies import finish
@@ -28,20 +28,20 @@ def test_the_untouched_model_is_scored_once(study: Study, monkeypatch: pytest.Mo
         calls.append(part)
         return {"config": config.model_dump(mode="json"), "scores": {}}
 
-    monkeypatch.setattr(comparison.bench, "untouched", score)
-    assert comparison.untouched() == comparison.untouched()
+    monkeypatch.setattr(comparison.runner, "untouched", score)
+    assert comparison.perform(Untouched()) == comparison.perform(Untouched())
     assert calls == ["test"]
-    comparison.bench.shared["training"] = {"use_cpu": True, "max_steps": 3}
-    comparison.untouched()  # no training took place
-    comparison.bench.shared["data"] = {"tasks": ["arc_easy"], "test_examples": 2}
+    comparison.runner.shared["training"] = {"use_cpu": True, "max_steps": 3}
+    comparison.perform(Untouched())  # no training took place
+    comparison.runner.shared["data"] = {"tasks": ["arc_easy"], "test_examples": 2}
     with pytest.raises(ConfigError, match=r"untouched\.json: was run with other values of data"):
-        comparison.untouched()
+        comparison.perform(Untouched())
 
 
 def test_a_search_of_another_seed_is_no_part_of_this_one(study: Study) -> None:
     finish(study, Trial("tuning", "ours", 0.01, 100), 2.0)
     finish(study, Trial("tuning", "ours", 0.03, 7), 1.0)
-    search = stored_search(study, "ours")
+    search = Comparison(study).stored_search("ours")
     assert search is not None
     assert search.learning_rate == 0.01
 
@@ -50,15 +50,15 @@ def test_a_search_is_what_the_study_as_it_is_asks_for(study: Study) -> None:
     """Quarter decades of an earlier search are left, and are the best, but the study has no ``refine`` any more."""
     for rate, loss in ((0.01, 2.0), (0.003, 2.2), (0.03, 2.4), (0.006, 1.0), (0.02, 2.1)):
         finish(study, Trial("tuning", "ours", rate, 100), loss)
-    search = stored_search(study, "ours")
+    search = Comparison(study).stored_search("ours")
     assert search is not None
     assert (list(search.losses), search.learning_rate) == ([0.003, 0.01, 0.03], 0.01)
 
 
 def test_before_the_first_run_there_is_no_search(study: Study) -> None:
-    assert stored_search(study, "ours") is None
+    assert Comparison(study).stored_search("ours") is None
     finish(study, Trial("tuning", "ours", 0.01, 100), None)
-    found = stored_search(study, "ours")
+    found = Comparison(study).stored_search("ours")
     assert found is not None
     assert found.losses == {0.01: None}
     assert not found.interior
@@ -88,3 +88,13 @@ def test_two_drivers_share_a_study_and_run_no_job_twice(study: Study, monkeypatc
     assert sorted(name for _, name in ran) == TrialStore(study.folder).names()
     assert {driver for driver, _ in ran} == {"a", "b"}
     assert sum(name.startswith("final/") for _, name in ran) == len(study.entries) * len(study.seeds)
+
+
+def test_one_process_takes_one_job_at_a_time() -> None:
+    executor = Executor(lambda job: {"name": job.name})
+    assert not executor.is_full
+    executor.start(Untouched())
+    assert executor.is_full
+    assert list(executor.running) == [Untouched()]
+    assert executor.next_finished() == (Untouched(), {"name": "untouched"})
+    assert not executor.is_full

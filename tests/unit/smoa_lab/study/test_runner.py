@@ -7,7 +7,8 @@ import pytest
 
 from smoa.errors import ConfigError
 from smoa_lab.study.classification import ClassificationRunner
-from smoa_lab.study.study_file import Study
+from smoa_lab.study.study import Study
+from smoa_lab.study.study_file import runner_of
 from tests.support.studies import entry
 
 
@@ -15,7 +16,7 @@ def test_the_untouched_model_of_a_quantized_study_is_described_without_training(
     """Full fine-tuning of quantized weights is refused, and is not what is asked for."""
     in_4_bits = {"quantization_config": {"load_in_4bit": True}}
     shared = {**study.shared, "model": {"name": "base", "options": in_4_bits}}
-    config = study.model_copy(update={"shared": shared}).bench().untouched_config(study.entries["ours"])
+    config = runner_of(study.model_copy(update={"shared": shared})).untouched_config(study.entries["ours"])
     assert (config.method, config.adapter, config.model.options) == ("full", {}, in_4_bits)
     assert "learning_rate" not in config.training
 

@@ -1,24 +1,127 @@
-"""Studies of two tasks in turn: where entries start, what is scored, and what is refused."""
+"""Studies of tasks in turn: the first task's model, where entries start, what is scored, and what is refused."""
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from peft import LoraConfig, OSFConfig, PeftConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM
 
+from smoa import SmoaConfig
 from smoa.errors import ConfigError, DataError
+from smoa_lab.study import sequence as sequence_module
 from smoa_lab.study.comparison import Comparison
-from smoa_lab.study.report.sequence.sequence_report import sequence_report
-from smoa_lab.study.study_file import Study
+from smoa_lab.study.report import report
+from smoa_lab.study.search import Untouched
+from smoa_lab.study.sequence import LAYERS, EarlierTask, SequenceRunner, _spread, weight_changes
+from smoa_lab.study.study import Study
 from smoa_lab.study.trials import TrialStore
 from smoa_lab.training.loaded_run import LoadedRun
-from tests.support import lab
+from tests.support import lab, tiny_models
 
 # Not ours: a deprecation between transformers and peft.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+
+
+def runner(values: dict[str, Any]) -> SequenceRunner:
+    return SequenceRunner(Study.model_validate(values))
+
+
+def made(values: dict[str, Any]) -> tuple[EarlierTask, dict[str, Any]]:
+    """The first stage and its scores, which are only the sum of the model's weights."""
+    own = runner(values)
+    return own._first_task, own._first_task.scores(own.earlier_records[0], lambda model, _: {"sum": total(model)}, {})
+
+
+def total(model: torch.nn.Module) -> float:
+    return float(sum(parameter.detach().double().abs().sum() for parameter in model.parameters()))
+
+
+def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LoadedRun, "fit", lambda *_: pytest.fail("it was trained already"))
+
+
+def test_the_first_task_is_trained_once_and_stored(
+    sequence: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage, found = made(sequence)
+    stored = AutoModelForCausalLM.from_pretrained(stage.model.name)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert found == {"sum": total(stored), "start": {"sum": total(base)}}
+    assert total(stored) != total(base)
+    no_training(monkeypatch)
+    again, same = made(sequence)
+    assert (again.folder, same) == (stage.folder, found)
+
+
+def test_a_kill_between_training_and_scoring_loses_only_the_scores(
+    sequence: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage, found = made(sequence)
+    next(stage.folder.glob("scores-*.json")).unlink()
+    no_training(monkeypatch)
+    assert made(sequence)[1] == found
+
+
+def test_an_interrupted_training_goes_on_from_its_checkpoint(
+    sequence: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sequence["first"]["training"] = {"save_strategy": "steps", "save_steps": 1}
+    real_folder = sequence_module.new_folder
+    monkeypatch.setattr(sequence_module, "new_folder", lambda _: pytest.fail("killed before the model is stored"))
+    with pytest.raises(pytest.fail.Exception):
+        made(sequence)
+    monkeypatch.setattr(sequence_module, "new_folder", real_folder)
+    checkpoints = []
+    real_fit = LoadedRun.fit
+
+    def fit(*arguments: Any) -> Any:
+        checkpoints.append(Path(arguments[-1]).name)
+        return real_fit(*arguments)
+
+    monkeypatch.setattr(LoadedRun, "fit", fit)
+    stage, _ = made(sequence)
+    assert checkpoints == ["checkpoint-2"]
+    *others, scores = sorted(file.name for file in stage.folder.iterdir())
+    assert (others, scores[:7]) == (["lock", "model"], "scores-")
+
+
+def test_an_adapter_is_merged_and_stored_in_the_models_dtype(sequence: dict[str, Any], tmp_path: Path) -> None:
+    sequence["shared"]["model"]["dtype"] = "bfloat16"
+    adapter = {"r": 4, "num_blocks": 2, "target_modules": ["q_proj"]}
+    sequence["first"] |= {"method": "smoa", "adapter": adapter, "learning_rate": 0.1, "model": {"dtype": "float32"}}
+    stage, _ = made(sequence)
+    stored = AutoModelForCausalLM.from_pretrained(stage.model.name, dtype="auto")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    assert stored.dtype == torch.bfloat16
+    changed = {
+        name
+        for (name, new), (_, old) in zip(stored.named_parameters(), base.named_parameters(), strict=True)
+        if not torch.equal(new, old)
+    }
+    assert changed == {f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1)}
+
+
+def test_another_first_task_is_another_stage(sequence: dict[str, Any]) -> None:
+    stage = runner(sequence)._first_task
+    sequence["first"]["learning_rate"] = 2e-3
+    assert runner(sequence)._first_task.folder != stage.folder
+
+
+def test_a_training_that_diverges_is_not_stored(sequence: dict[str, Any]) -> None:
+    sequence["first"]["learning_rate"] = 1e38
+    with pytest.raises(ConfigError, match=r"first\.learning_rate: the first task's training diverged"):
+        made(sequence)
+    assert not Path(runner(sequence)._first_task.model.name).exists()
+
 
 RUNS = ["final/full/lr-0.001-seed-0", "final/ours/lr-0.003-seed-0", "final/ours/lr-0.01-seed-0"]
 
@@ -89,7 +192,7 @@ def test_a_stored_first_model_is_scored_anew_on_other_questions(sequence: dict[s
 def test_rows_of_the_first_task_are_replayed(sequence: dict[str, Any]) -> None:
     sequence["entries"] = {"ours": sequence["entries"]["ours"]}
     study = Study.model_validate({**sequence, "replay": 5})
-    bench = study.bench()
+    bench = SequenceRunner(study)
     assert [record.task for record in bench.records.train] == ["piqa"] * 12 + ["arc_easy"] * 5
     assert {record.task for record in bench.records.test} == {"piqa"}
     Comparison(study).run()
@@ -122,11 +225,11 @@ def test_a_killed_study_goes_on_from_the_stored_first_task(
     sequence: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = Study.model_validate(sequence)
-    Comparison(study).untouched()
+    Comparison(study).perform(Untouched())
     scores = json.loads((study.folder / "untouched.json").read_text())["scores"]
     monkeypatch.setattr("smoa_lab.study.sequence.load_run", lambda *_: pytest.fail("it was trained already"))
     Comparison(study).run(["ours"])
-    assert Comparison(study).untouched()["scores"] == scores
+    assert Comparison(study).perform(Untouched())["scores"] == scores
     assert TrialStore(study.folder).names("final/") == RUNS[1:]
 
 
@@ -163,16 +266,16 @@ def test_tasks_between_are_trained_by_the_entrys_own_method(
         loss(found["first"]["questions"]) - loss(before["first"]["questions"])
     )  # it is the rise by the last task alone
     assert not list((study.folder / "work").rglob("between"))
-    assert sequence_report(study)["runs"][0]["first_loss"] == found["first"]["scores"]["all"]["gold_loss"]
+    assert report(study).summary["runs"][0]["first_loss"] == found["first"]["scores"]["all"]["gold_loss"]
     assert "# study: arc_easy, then hellaswag, then piqa, with" in (study.folder / "README.md").read_text()
 
 
 def test_runs_of_another_task_between_are_not_mixed_in(sequence: dict[str, Any], tmp_path: Path) -> None:
     values = chain(sequence, tmp_path)
-    Comparison(Study.model_validate(values)).untouched()
+    Comparison(Study.model_validate(values)).perform(Untouched())
     values["between"][0]["training"] = {"max_steps": 1}
     with pytest.raises(ConfigError, match=r"untouched\.json: was run with other values of between"):
-        Comparison(Study.model_validate(values)).untouched()
+        Comparison(Study.model_validate(values)).perform(Untouched())
 
 
 def test_a_task_between_without_test_questions_is_refused(sequence: dict[str, Any], tmp_path: Path) -> None:
@@ -180,3 +283,72 @@ def test_a_task_between_without_test_questions_is_refused(sequence: dict[str, An
     values["between"][0]["data"]["test_examples"] = 0
     with pytest.raises(ConfigError, match=r"between\[0\]\.data\.test_examples: a study needs a test part"):
         Comparison(Study.model_validate(values)).run()
+
+
+def sizes(weight: torch.Tensor, update: torch.Tensor) -> tuple[float, float, float]:
+    """Both relative norms and the stable rank, by numpy."""
+    of_weight, of_update = (np.linalg.svd(one.detach().double().numpy(), compute_uv=False) for one in (weight, update))
+    norm, spectral_norm = np.linalg.norm(of_update), of_update[0]
+    return norm / np.linalg.norm(of_weight), spectral_norm / of_weight[0], (norm / spectral_norm) ** 2
+
+
+def test_full_fine_tuning_is_measured_against_the_base() -> None:
+    base = tiny_models.build("llama")
+    model = copy.deepcopy(base)
+    linear = {path for path, one in model.named_modules() if isinstance(one, nn.Linear) and one is not model.lm_head}
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data += 0.01 * torch.randn_like(parameter)
+    found = weight_changes(model, base)
+    assert found is not None
+    before, after = dict(base.named_modules()), dict(model.named_modules())
+    expected = [sizes(before[path].weight, after[path].weight - before[path].weight) for path in linear]
+    for place, name in enumerate(("relative_norm", "relative_spectral_norm", "stable_rank")):
+        values = [one[place] for one in expected]
+        assert found[name] == pytest.approx({"mean": np.mean(values), "max": max(values)}, rel=1e-3)
+    assert found["layers"] == len(linear)
+    assert found["intruders"]["max"] == 0
+
+
+CONFIGS = [
+    SmoaConfig(r=4, num_blocks=2, target_modules=["q_proj"], init_weights=False),
+    LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights="pissa"),
+    OSFConfig(effective_rank=4, target_modules=["q_proj"]),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: str(config.peft_type.value))
+def test_an_adapter_is_measured_by_what_merging_it_changes(config: PeftConfig) -> None:
+    """PiSSA and OSF split W when they start, which is no change yet."""
+    base = tiny_models.build("llama")
+    model = get_peft_model(copy.deepcopy(base), config)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    found = weight_changes(model, base)
+    merged = model.merge_and_unload()
+    pairs = [
+        (old.self_attn.q_proj.weight, new.self_attn.q_proj.weight)
+        for old, new in zip(base.model.layers, merged.model.layers, strict=True)
+    ]
+    expected = [sizes(old, new - old)[0] for old, new in pairs]
+    assert found is not None
+    assert found["layers"] == 2
+    assert found["relative_norm"] == pytest.approx({"mean": np.mean(expected), "max": max(expected)}, rel=1e-3)
+
+
+def test_a_run_that_diverged_has_no_figures() -> None:
+    base = tiny_models.build("llama")
+    model = copy.deepcopy(base)
+    model.model.layers[1].self_attn.q_proj.weight.data.fill_(float("nan"))
+    assert weight_changes(model, base) is None
+
+
+@pytest.mark.parametrize("number", [1, LAYERS + 1, 90])
+def test_the_layers_are_spread_over_the_model(number: int) -> None:
+    layers = [(str(i), None) for i in range(number)]
+    chosen = [int(path) for path, _ in _spread(layers)]
+    assert len(set(chosen)) == min(number, LAYERS)
+    assert (chosen[0], chosen[-1]) == (0, number - 1)
+    assert max(np.diff([*chosen]), default=1) - min(np.diff([*chosen]), default=1) <= 1

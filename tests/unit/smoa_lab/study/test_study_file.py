@@ -8,8 +8,10 @@ import pytest
 import yaml
 
 from smoa.errors import ConfigError
+from smoa_lab.study.search import sweep_of
 from smoa_lab.study.sequence import SequenceRunner
-from smoa_lab.study.study_file import Study, load_study
+from smoa_lab.study.study import Study
+from smoa_lab.study.study_file import load_study, runner_of
 from tests.support.studies import tiny_study
 
 
@@ -26,7 +28,7 @@ def test_a_study_is_trusted_by_the_command_alone(place: str, sequence: dict[str,
     with pytest.raises(ConfigError, match=rf"{place}\.model\.trust_remote_code: a file can't allow"):
         load_study(file, [f"{place}.model.trust_remote_code=true"])
     study = load_study(file, trust_remote_code=True)
-    configs = [study.bench().config(entry, 1e-3, seed=0) for entry in study.entries.values()]
+    configs = [runner_of(study).config(entry, 1e-3, seed=0) for entry in study.entries.values()]
     assert all(config.model.trust_remote_code for config in configs)
 
 
@@ -39,8 +41,8 @@ def test_an_entry_that_cannot_name_a_folder_is_refused(name: str, sequence: dict
 
 def test_a_sequence_is_read(sequence: dict[str, Any], tmp_path: Path) -> None:
     study = load(sequence, tmp_path)
-    assert isinstance(study.bench(), SequenceRunner)
-    assert [list(study.rates(name)) for name in study.entries] == [[-10, -8], [-12]]
+    assert isinstance(runner_of(study), SequenceRunner)
+    assert [list(sweep_of(study, name)) for name in study.entries] == [[-10, -8], [-12]]
 
 
 @pytest.mark.parametrize(
@@ -127,6 +129,6 @@ def test_all_mistakes_of_keys_are_told_at_once_with_their_lines_and_the_nearest_
 
 
 def test_a_study_has_one_dtype_on_all_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("smoa_lab.config.run.cpu_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr("smoa_lab.config.run_config.cpu_multiplies_bfloat16", lambda: True)
     study = tiny_study(tmp_path)
-    assert study.bench().config(study.entries["ours"], 0.01, seed=0).model.dtype == "float32"
+    assert runner_of(study).config(study.entries["ours"], 0.01, seed=0).model.dtype == "float32"

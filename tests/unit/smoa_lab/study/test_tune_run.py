@@ -43,13 +43,13 @@ def test_the_search_finds_the_lowest_loss_and_keeps_its_runs(
 ) -> None:
     tried: list[float] = []
 
-    def trial(self: Comparison, one: Trial) -> dict[str, Any]:
-        tried.append(one.learning_rate)
-        loss = abs(math.log(one.learning_rate / 0.016))
+    def trial(self: Comparison, job: Trial) -> dict[str, Any]:
+        tried.append(job.learning_rate)
+        loss = abs(math.log(job.learning_rate / 0.016))
         scores = {"all": {"gold_loss": loss, "accuracy": 0.0}}
         return {"questions": {"nll": [loss]}, "scores": scores, "seconds": 1.0}
 
-    monkeypatch.setattr(Comparison, "_trial", trial)
+    monkeypatch.setattr(Comparison, "perform", trial)
     found = tune_run(config)
     assert tried == [0.01, 0.003, 0.03, 0.006, 0.02]
     assert found.learning_rate == 0.02

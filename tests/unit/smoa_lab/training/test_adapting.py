@@ -17,7 +17,7 @@ from smoa_lab.config.run import ModelSection
 from smoa_lab.data.rows import question
 from smoa_lab.inspect import adapted_layers
 from smoa_lab.models.base_models import empty_model
-from smoa_lab.study.changes import weight_changes
+from smoa_lab.study.sequence import weight_changes
 from smoa_lab.training.adapting import after_training, check_adapter, with_adapter
 from tests.support import lab
 

@@ -1,0 +1,112 @@
+"""SMoA on a linear layer: computes its output fused, apart, or from a cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
+
+from smoa.config.adapter_config import Shape
+from smoa.layers.layer import SmoaLayer, is_instrumented
+from smoa.layers.weight_cache import BLOCKS, WHOLE, KeptUpdate, WeightCache
+from smoa.maths.kernels.choice import prefers_apart
+from smoa.maths.kernels.operators import is_transformed, multiplies_exactly
+from smoa.maths.scale import MODULATIONS
+from smoa.maths.update import Update
+
+
+class Linear(SmoaLayer):
+    """SMoA on a `torch.nn.Linear` or a transformers `Conv1D`.
+
+    `route` selects how a single active adapter is computed: "apart" adds `x ΔWᵀ` to the base layer's output, "fused"
+    forms W + ΔW in chunks where that is exact, and "auto" takes the faster of the two.
+    """
+
+    @staticmethod
+    def shape_of(base: nn.Module) -> Shape:
+        """(out_features, in_features), also while the weight is sharded."""
+        if isinstance(base, Conv1D):
+            shape = getattr(base.weight, "ds_shape", base.weight.shape)
+            return shape[1], shape[0]
+        return int(base.out_features), int(base.in_features)  # type: ignore[arg-type]
+
+    @classmethod
+    def refusal(cls, base: nn.Module) -> str | None:
+        """Refuse the output projection of `nn.MultiheadAttention`, whose forward is never run."""
+        if isinstance(base, NonDynamicallyQuantizableLinear):
+            return "MultiheadAttention uses its weight without calling it, so an adapter would do nothing"
+        return None
+
+    def _active_forward(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Any:
+        if active and (cache := self.open_cache(active, x)) is not None:
+            return self._cached_forward(cache, x, active, *args, **kwargs)
+        if len(active) == 1 and (update := self._fusable(x, active[0])) is not None:
+            return update.apply_with_base(x, self.base_weight(), self.bias)
+        return super()._active_forward(x, active, *args, **kwargs)
+
+    def branch_output(self, x: Tensor, adapter_name: str) -> Tensor:
+        """`x ΔWᵀ`, the adapter's contribution to the output; in training, dropout acts on x."""
+        self.decide_partition(adapter_name)
+        self.gather(adapter_name)
+        x, anchors = self.smoa_dropout[adapter_name](x), MODULATIONS[self.modulation[adapter_name]].anchors
+        if not anchors:
+            x = self._cast_input_dtype(x, self.factors(adapter_name)[0].dtype)
+        elif torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        kept = self._kept_update(adapter_name, x) if anchors else None  # without M, the factors are as quick
+        if kept is not None:
+            return kept.apply(x)
+        update = self.update(adapter_name)
+        return self._apply_update(update, x)
+
+    def _kept_update(self, adapter_name: str, x: Tensor) -> KeptUpdate | None:
+        cache, dtype = self.open_cache([adapter_name], x), x.dtype
+        if cache is None:
+            return None
+
+        def make() -> KeptUpdate:
+            return KeptUpdate.of(self.update(adapter_name), self.pristine_weight(), dtype)
+
+        return cache.get((BLOCKS, adapter_name), (dtype, *self.state_of_update([adapter_name])), make)
+
+    def _apply_update(self, update: Update, x: Tensor) -> Tensor:
+        return update.apply(x, self.pristine_weight())
+
+    def _cached_forward(self, cache: WeightCache, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        whole = cache.whole and self._may_add_to_weight(x.device.type) and not is_instrumented(self.base_layer)
+        cache.retain(WHOLE if whole else BLOCKS, active)
+        if whole:
+            weight = cache.get((WHOLE, *active), self.state_of_update(active), lambda: self.merged_weight(active))
+            if weight is not None:
+                return nn.functional.linear(x, weight, self.bias)
+        result: Tensor = super()._active_forward(x, active, *args, **kwargs)
+        return result
+
+    def _has_plain_base(self) -> bool:
+        """Whether the base layer computes `x Wᵀ + b` of a plain weight and nothing else."""
+        return type(self.base_layer) in (nn.Linear, Conv1D)
+
+    def _may_add_to_weight(self, device_type: str) -> bool:
+        """Whether `x (W + ΔW)ᵀ` keeps a small ΔW, which 16-bit floats and TF32 would round away."""
+        if not self._has_plain_base() or torch.is_autocast_enabled(device_type):
+            return False
+        dtype = self.stored_weight().dtype
+        return dtype == torch.float64 or (dtype == torch.float32 and multiplies_exactly(device_type))
+
+    def _fusable(self, x: Tensor, adapter_name: str) -> Update | None:
+        """The update if `x(W + ΔW)ᵀ + b` can be computed in one product, and is to be."""
+        if self.route == "apart" or not self._may_add_to_weight(x.device.type) or is_instrumented(self.base_layer):
+            return None
+        dropout = self.smoa_dropout[adapter_name]
+        by_weight = MODULATIONS[self.modulation[adapter_name]].by_weight
+        if not by_weight or (isinstance(dropout, nn.Dropout) and self.training):
+            return None
+        weight, update = self.stored_weight(), self.update(adapter_name)
+        if weight.dtype != x.dtype or weight.requires_grad or is_transformed(x, weight):
+            return None
+        tokens = x.shape[:-1].numel()
+        apart = self.route != "fused" and prefers_apart(update.factors.blocks, tokens, update.kernels)
+        return None if apart else update

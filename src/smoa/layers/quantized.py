@@ -1,0 +1,197 @@
+"""SMoA on layers quantized by bitsandbytes (4 and 8 bits), torchao or HQQ.
+
+PEFT's quantization backends read and write the weights. The quantized layer computes the base product itself, and
+`x ΔWᵀ` is added to it. ΔW is anchored on the dequantized weight, which is computed whenever it is needed, in the
+backward too, and never kept.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers.pytorch_utils import Conv1D
+
+from smoa.compat import find_quantization_backend
+from smoa.errors import UnsupportedModuleError
+from smoa.layers.linear import Linear
+from smoa.maths.update import Update
+
+if TYPE_CHECKING:
+    from peft.utils.quantization_utils import QuantizationBackend
+
+BASES = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Classes whose weight may be plain, or quantized by a library that keeps the class."""
+PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def find_backend(base: nn.Module, model: nn.Module) -> QuantizationBackend | None:
+    """PEFT's backend for the quantized layer `base` of `model`, or None if `base` holds a plain weight.
+
+    Raises:
+        UnsupportedModuleError: `base` is quantized, but its weight can't be dequantized, or not written back.
+    """
+    if type(base) in BASES and _is_plain(base.weight):
+        return None  # don't ask PEFT, which imports every quantization library that is installed
+    kind = f"{type(base).__module__}.{type(base).__qualname__}"
+    try:
+        backend = find_quantization_backend(base, model)
+    except (ImportError, ValueError) as error:
+        raise UnsupportedModuleError(f"SMoA can't adapt the quantized weight of a {kind}: {error}") from error
+    weight: Any = getattr(base, "weight", None)
+    if backend is None and isinstance(base, BASES) and not _is_plain(weight):
+        raise UnsupportedModuleError(
+            f"SMoA can't adapt the quantized weight of a {kind}, for which PEFT has no quantization backend; load the "
+            "model with dequantize=True in its quantization config (FP8, MXFP4, compressed-tensors), or in float32, "
+            "bfloat16 or float16, or quantize it with bitsandbytes, torchao or HQQ"
+        )
+    if backend is not None and not backend.supports_merge:
+        raise UnsupportedModuleError(
+            f"SMoA can't adapt the quantized weight of a {kind}: PEFT can't dequantize {backend.backend_name}, and ΔW "
+            "is relative to the weight; quantize it with bitsandbytes, torchao or HQQ"
+        )
+    if backend is not None and _awaits_quantization(weight):
+        raise UnsupportedModuleError(
+            f"SMoA can't adapt a {kind} that holds {weight.dtype}: it is not quantized yet, or only while it computes; "
+            "build it with has_fp16_weights=False (8 bits) and move it to its device first"
+        )
+    return backend
+
+
+def _is_plain(weight: Any) -> bool:
+    """Whether the weight holds ordinary floating-point numbers, also while FSDP2 shards it."""
+    wrapped = is_traceable_wrapper_subclass(weight) and not isinstance(weight, DTensor)
+    return isinstance(weight, Tensor) and weight.dtype in PLAIN_DTYPES and not wrapped
+
+
+def _awaits_quantization(weight: Any) -> bool:
+    """Whether bitsandbytes has not quantized the weight yet.
+
+    It does so when a layer is moved to its device, and never with `has_fp16_weights=True`.
+    """
+    if hasattr(weight, "quant_state"):
+        return weight.quant_state is None
+    return hasattr(weight, "has_fp16_weights") and weight.dtype != torch.int8
+
+
+def dequantized(backend: QuantizationBackend, base: nn.Module) -> Tensor:
+    """The weight of `base` as floating-point numbers: (out_features, in_features)."""
+    keep_unpacked(base)
+    return backend.get_base_weight(base).detach()
+
+
+def keep_unpacked(base: Any) -> None:
+    """Keep bitsandbytes from repacking the 4-bit weight of a layer, and unpack it if it was.
+
+    On CPUs with AVX512-BF16 bitsandbytes repacks a weight when it is evaluated, and rounds its scales to bfloat16.
+    Neither PEFT's dequantization nor a training step can read the result, and bitsandbytes' own way back, which
+    `state_dict` takes, leaves the scales transposed or quantizes them anew. The scales are put back here as they were
+    rounded, so that the layer keeps the weight that was evaluated.
+    """
+    if not getattr(base, "support_avx512bf16_for_cpu", False):
+        return
+    base.support_avx512bf16_for_cpu = False
+    state = base.weight.quant_state
+    if getattr(state, "packing_format_for_cpu", False):
+        scales = state.absmax.T.flatten().float()
+        base.state_dict()  # unpacks the weight in place
+        state.absmax, state.nested, state.state2, state.offset = scales, False, None, None
+
+
+class QuantizedLinear(Linear):
+    """SMoA on a linear layer with a quantized weight.
+
+    `quantization_backend`, one of PEFT's, dequantizes the weight and quantizes it again. As in PEFT, a merged base
+    layer holds W + ΔW, quantized again. The original layer is kept for `unmerge`, which takes half a byte or one byte
+    for each entry of W.
+    """
+
+    quantization_backend: QuantizationBackend
+    requantizations: list[tuple[float, float]] | None = None
+    """Where a merge appends (‖error‖, ‖ΔW‖) while `requantization_reported` is open."""
+    _pristine_layers: tuple[nn.Module, ...] = ()  # a module in a tuple is not saved with the model
+
+    def stored_weight(self) -> Tensor:
+        base: Any = self.get_base_layer()
+        weight: Tensor = base.W_q if hasattr(base, "W_q") else base.weight  # HQQ's name
+        return weight
+
+    def base_weight(self) -> Tensor:
+        """The base layer's current weight, dequantized: (out_features, in_features)."""
+        return dequantized(self.quantization_backend, self.get_base_layer())
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """ΔW (out_features, in_features), as PEFT's backends return and take weights."""
+        return self.delta(adapter)
+
+    def pristine_weight(self) -> Tensor:
+        """The weight before any merge, dequantized: (out_features, in_features)."""
+        if self._pristine_layers:
+            return dequantized(self.quantization_backend, self._pristine_layers[0])
+        return self.base_weight()
+
+    def _has_plain_base(self) -> bool:
+        return False
+
+    # Break the graph, so that a compiler can't decide to keep the dequantized weight.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _apply_update(self, update: Update, x: Tensor) -> Tensor:
+        return update.apply(x, self.pristine_weight)
+
+    def _write_merged(self, number: int, pristine: Tensor, merged: Tensor, names: list[str]) -> None:
+        if not self._pristine_layers:
+            self._pristine_layers = (self.base_layer,)
+            if not hasattr(self.base_layer, "W_q"):  # HQQ's layer is replaced by a new one
+                self.base_layer = _copied(self.base_layer)
+        self.quantization_backend.set_base_weight(self, merged)
+        base: Any = self.get_base_layer()
+        base.bias = self._pristine_layers[0].bias  # the same parameter; PEFT drops it with HQQ
+        if self.requantizations is not None:
+            delta = sum((self.delta(name) for name in [*self.merged_adapters, *names]), torch.zeros(()))
+            error = self.base_weight() - self.pristine_weight() - delta
+            self.requantizations.append((float(error.norm()), float(delta.norm())))
+
+    def _restore_pristine(self) -> None:
+        device = self.stored_weight().device
+        self.base_layer, self._pristine_layers = self._pristine_layers[0].train(self.training), ()
+        if self.stored_weight().device != device:  # the model was moved while merged
+            self.base_layer.to(device)
+
+
+def _copied(base: nn.Module) -> nn.Module:
+    copied = copy.deepcopy(base)
+    weight: Any = getattr(copied, "weight", None)
+    if hasattr(weight, "module"):  # a copied 4-bit weight still writes its statistics to the original layer
+        weight.module = copied
+    return copied
+
+
+@contextmanager
+def requantization_reported(model: nn.Module) -> Iterator[None]:
+    """Warn how much of ΔW was lost if quantized layers of `model` are merged while the context is open."""
+    losses: list[tuple[float, float]] = []
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.requantizations = losses
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            if isinstance(module, QuantizedLinear):
+                module.requantizations = None
+    parts = [error / size for error, size in losses if size]
+    if parts:
+        total = [sum(value**2 for value in column) ** 0.5 for column in zip(*losses, strict=True)]
+        warnings.warn(
+            f"merged weights were quantized again in {len(losses)} layers: the relative error of ΔW is "
+            f"{total[0] / total[1]:.3g} (layers: {min(parts):.3g} to {max(parts):.3g}). Keep the adapter unmerged, or "
+            "load it on the model in float32 or bfloat16 and merge there",
+            stacklevel=4,
+        )

@@ -1,1 +1,0 @@
-"""Plots, HTML pages, and tables in Markdown."""

@@ -1,1 +1,0 @@
-"""Who runs a study's jobs: this process, or workers side by side on Ray"""

@@ -1,0 +1,255 @@
+"""Runs a study's jobs side by side on Ray, on this machine or on a cluster. Ray runs the job of a dead worker again."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+import smoa
+from smoa.errors import ConfigError, DataError
+from smoa_lab.basics.extras import import_package
+from smoa_lab.study.comparison import Comparison, Executor
+from smoa_lab.study.search import Job, Result
+from smoa_lab.study.study import Study
+
+logger = logging.getLogger(__name__)
+
+STORE = 100 * 2**20
+"""Bytes of Ray's object store; a study passes only the JSON of its runs."""
+RETRIES = 3
+"""How often Ray runs a task again whose worker, or whose machine, died."""
+PATIENCE = 5.0
+"""Seconds within which an address must answer. Ray itself would try for two minutes."""
+_begun: dict[Path, Comparison] = {}
+"""The study that this worker process runs, with its records read, by the mark of who started it."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a study is run: the folder in which the command was given, and a file in the study's folder that only
+    machines see which share it."""
+
+    folder: str
+    mark: Path
+
+    def enter(self) -> None:
+        """Make it the working folder; raises DataError where this machine does not share it."""
+        if not Path(self.folder).is_dir() or not Path(self.folder, self.mark).is_file():
+            raise DataError(
+                f"{self.mark.parents[1]}: {socket.gethostname()} does not see what other machines write there; all "
+                f"machines of the cluster must share this folder, and {self.folder}, under the same path"
+            )
+        os.chdir(self.folder)
+
+
+def perform(study: Study, place: Place, job: Job, threads: int) -> Result:
+    """What a worker does: run the job, or wait for it where another process runs it, and return its JSON.
+
+    Raises:
+        DataError: this machine does not share the study's folder.
+    """
+    place.enter()
+    torch.set_num_threads(threads)
+    return _begun.setdefault(place.mark, Comparison(study)).perform(job)
+
+
+class RayExecutor(Executor):
+    """Up to ``workers`` jobs at a time, each with an equal share of the cluster's cores or one GPU, as Ray tasks.
+
+    Tasks and not actors: Ray runs the task of a lost machine wherever there is room, while an actor waits for a place
+    of its own. Worker processes on cores are used again; one on a GPU ends with its job, and leaves no memory behind.
+
+    The cluster is the one at ``address``, by default one of this machine. It is joined when the first job starts.
+    """
+
+    def __init__(self, study: Study, workers: int, address: str | None = None) -> None:
+        self.study, self.workers, self.address = study, workers, address
+        self.place = Place(str(Path.cwd()), study.folder / "work" / f"driver-{uuid.uuid4().hex}")
+        self.running = {}
+        self._ray: Any = None
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.running) >= self.workers
+
+    def start(self, job: Job) -> None:
+        if self._ray is None:
+            self._begin()
+        logger.info("%s", job.name)
+        share = {"num_cpus": self.share.cores, "num_gpus": self.share.gpus}
+        task = self._ray.remote(perform).options(name=job.name, max_retries=RETRIES, **share)
+        self.running[job] = task.remote(self.study, self.place, job, self.share.cores)
+
+    def next_finished(self) -> tuple[Job, Result]:
+        """Wait for one of the running jobs.
+
+        Raises:
+            DataError: workers died again and again at the same job.
+        """
+        done = self._ray.wait(list(self.running.values()))[0][0]
+        job = next(job for job, task in self.running.items() if task == done)
+        del self.running[job]
+        return job, result_of(self._ray, done, job.name)
+
+    def __enter__(self) -> RayExecutor:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """End what still runs; a run that had saved a checkpoint goes on from there next time."""
+        if self._ray is not None:
+            for task in self.running.values():
+                self._ray.cancel(task, force=True)
+            self._ray.shutdown()
+            self.place.mark.unlink(missing_ok=True)
+
+    def _begin(self) -> None:
+        self._ray = connect(self.address)
+        alive = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        machines = [Machine(int(offers.get("CPU", 0)), int(offers.get("GPU", 0))) for offers in alive]
+        on_gpus = any(machine.gpus for machine in machines)
+        on_gpus = on_gpus and not (self.study.shared.get("training") or {}).get("use_cpu")
+        self.share = equal_share(machines, self.workers, on_gpus)
+        self.place.mark.parent.mkdir(parents=True, exist_ok=True)
+        self.place.mark.touch()
+        if self.address is not None:
+            check_machines(self._ray, self.place)
+        gpu = " and a GPU" if self.share.gpus else ""
+        logger.info("%d machines, %d workers; cores for each: %d%s", len(machines), self.workers, self.share.cores, gpu)
+
+
+def connect(address: str | None) -> Any:
+    """The package ``ray``, with a cluster: the one at ``address``, or one of this machine that ends with this process.
+    It is started or joined quietly, and without telemetry in what is started.
+
+    Raises:
+        ConfigError: nothing answers at the address, or no cluster that this machine belongs to.
+        DataError: Ray is not installed.
+    """
+    ray = import_package("ray", "--workers")
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address is None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init("local", include_dashboard=False, object_store_memory=STORE, **quiet)
+        return ray
+    host, _, port = address.rpartition(":")
+    if address != "auto" and (not host or not port.isdecimal() or "/" in host):
+        raise ConfigError(f"--ray-address {address}: must be HOST:PORT, as `ray start --head` prints it, or auto")
+    try:
+        if address != "auto":
+            socket.create_connection((host.strip("[]"), int(port)), PATIENCE).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"--ray-address {address}: does not answer ({error}); start the cluster with `ray start --head`"
+        ) from error
+    try:
+        ray.init(address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError, SystemExit) as error:  # Ray exits where no cluster answers
+        raise ConfigError(
+            f"--ray-address {address}: no Ray cluster of this version that this machine may join ({error}); run "
+            "`ray start` on this machine too, and set RAY_AUTH_MODE=token here if the cluster's machines have it"
+        ) from error
+    return ray
+
+
+def result_of(ray: Any, task: Any, what: str) -> Any:
+    """What a task returns, once it is finished; ``what`` it is, for the error.
+
+    Raises:
+        DataError: its workers died again and again.
+        Exception: what the task itself raised.
+    """
+    try:
+        return ray.get(task)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
+    except ray.exceptions.RayError as error:
+        raise DataError(
+            f"{what}: its worker died {RETRIES + 1} times ({str(error).splitlines()[0]}); where memory ran out, "
+            "give fewer --workers. Ray's logs are in /tmp/ray/session_latest/logs"
+        ) from error
+
+
+def check_machines(ray: Any, place: Place) -> None:
+    """Let each machine of the cluster import smoa and enter the study's folder, before any work.
+
+    Raises:
+        DataError: a machine cannot import what runs jobs, has another version of smoa, or does not share the folder.
+    """
+    on = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
+    for node in ray.nodes():
+        if node["Alive"] and node["Resources"].get("CPU"):
+            there = {"num_cpus": 0, "scheduling_strategy": on(node["NodeID"], soft=False)}
+            answer = ray.remote(_question(__name__)).options(**there).remote()
+            host, python, version, problem = result_of(ray, answer, "checking the machines")
+            if version != smoa.__version__:
+                fault = f"cannot run a study's runs ({problem})"
+                if version is not None:
+                    fault = f"has smoa {version}, and this machine {smoa.__version__}"
+                raise DataError(
+                    f"{host}: {python} {fault}; install smoa {smoa.__version__} there with its extra cluster, and give "
+                    "`ray start` in that environment: all machines of a cluster must have the same versions"
+                )
+            entering = ray.remote(Place.enter).options(**there).remote(place)
+            result_of(ray, entering, "checking the machines")
+
+
+def _question(module: str) -> Callable[[], tuple[str, str, str | None, str]]:
+    """Asks a machine for its name, its Python, and its smoa or why that can't be imported.
+
+    It is defined within a function and imports what it needs itself, so that Ray sends its code: a function of a module
+    is sent by name, and fails unexplained where the module is missing.
+    """
+
+    def ask() -> tuple[str, str, str | None, str]:
+        import importlib
+        import socket
+        import sys
+
+        try:
+            importlib.import_module(module)
+            version = importlib.import_module("smoa").__version__
+        except Exception as error:  # whatever an environment raises that lacks something
+            return socket.gethostname(), sys.executable, None, str(error)
+        return socket.gethostname(), sys.executable, version, ""
+
+    return ask
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a machine of a cluster offers; of a share, what one worker takes."""
+
+    cores: int
+    gpus: int = 0
+
+    def places(self, share: Machine) -> int:
+        """How many workers with this share fit."""
+        by_cores = self.cores // share.cores
+        return min(by_cores, self.gpus // share.gpus) if share.gpus else by_cores
+
+
+def equal_share(machines: Sequence[Machine], workers: int, on_gpus: bool) -> Machine:
+    """The largest number of cores, with one GPU if ``on_gpus``, of which ``workers`` find place on the machines.
+
+    Raises:
+        ConfigError: there are fewer cores or GPUs than workers.
+    """
+    gpus = int(on_gpus)
+    for cores in range(max((machine.cores for machine in machines), default=0), 0, -1):
+        share = Machine(cores, gpus)
+        if sum(machine.places(share) for machine in machines) >= workers:
+            return share
+    most = sum(machine.places(Machine(1, gpus)) for machine in machines)
+    raise ConfigError(
+        f"--workers {workers}: each takes {'a GPU and a core' if on_gpus else 'a core'} at least, "
+        f"and there is room for {most}; give at most {most}"
+    )

@@ -1,0 +1,275 @@
+"""Writes a study's README.md, index.html, summary.json and pictures, from its stored trials alone.
+
+A table or chart is made once. ``smoa compare`` prints it, README.md has it as Markdown, and the page as HTML.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smoa.atomic import write_whole
+from smoa_lab.pages.charts import save_pictures
+from smoa_lab.pages.tables import Cell, Table
+from smoa_lab.pages.templates import SCRIPT, Figure, render, write_page
+from smoa_lab.study import charts
+from smoa_lab.study.comparison import Comparison
+from smoa_lab.study.results import Row, as_json, from_json, rows_of
+from smoa_lab.study.runner import Runner as Runner
+from smoa_lab.study.search import Untouched
+from smoa_lab.study.sequence_report import sequence_sections, sequence_summary, sequence_title
+from smoa_lab.study.statistics import Difference
+from smoa_lab.study.study import Study
+from smoa_lab.study.trials import PACK, TrialStore, shell_command
+
+BUDGET = "Budget: "
+BY_TASK = "Accuracy % by task"
+EVERY_RUN = "Every run"
+PICTURES = {
+    "Differences": "differences.png",
+    "Learning rates": "learning_rates.png",
+    "Accuracy against trained parameters": "accuracy.png",
+    "Learning against forgetting": "frontier.png",
+    "Kept against learned": "frontier.png",
+}
+"""The charts that are saved as files too, by their headings."""
+PAGE_ONLY = ("Cost", EVERY_RUN)
+"""What README.md has no room for."""
+CAPTIONS = {
+    "Differences": "Test loss minus the reference's, with its interval. Filled points differ after Holm's correction "
+    "too.",
+    "Learning rates": "Each entry's search in color over all others in gray. Lines go on above the frame.",
+    "Accuracy against trained parameters": "Mean over tasks, with 95 % intervals over seeds and questions. Entries of "
+    "equal parameters stand side by side.",
+    "Learning against forgetting": "Every final run's test loss, and its loss on text of another domain. A ring is "
+    "the mean over seeds. Right is learned more, down is kept more. The dotted line is the untouched model.",
+    "Cost": "Seconds of a final run's training, mean over seeds, on the machine that ran most of the runs.",
+}
+INTRODUCTION = (
+    "Every entry's learning rate is chosen on validation data by the same search. The figures are from fresh seeds on "
+    "the test part. Differences are to the reference of the same budget, paired by seed and question, with 95 % "
+    "intervals (questions resampled, Student's t over seeds). 'Same' means that the interval includes 0; '(Holm: "
+    "same)' that Holm's correction for all comparisons of the table takes the verdict back. One seed gets no verdict. "
+    "± is the standard deviation over seeds, s the seconds of training on the machine that ran most of the runs. ! "
+    "marks a best learning rate at an edge of the search. Each method has one color. On the page, point at a mark for "
+    "its values; it leads to its run."
+)
+WHERE = (
+    "The whole JSON of a run, with its config and the result of every question, is the file of that name in the "
+    f"study's folder or, once the study is packed, a line of {PACK}: "
+)
+Sections = dict[str, Table | Figure]
+"""The tables and charts of a report under their headings."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is known of a study: ``summary`` in plain values, and paragraphs before and after the sections."""
+
+    title: str
+    summary: Any
+    introduction: Sequence[str]
+    sections: Sections
+    notes: Sequence[str]
+
+    def results(self) -> dict[str, Table]:
+        """The tables that a terminal shows, without the columns that it has no room for."""
+        tables = {title: table for title, table in self.sections.items() if isinstance(table, Table)}
+        results = {title: table for title, table in tables.items() if title.startswith(BUDGET)}
+        for title, table in results.items():
+            for column in ("lr", "runs", "elsewhere", "s"):
+                table = table.without(column) if column in table.header else table
+            results[title] = table
+        return results or dict(list(tables.items())[:1])
+
+    def page(self, script: str = SCRIPT) -> str:
+        """The HTML. ``script`` leads to the script that draws charts."""
+        sections = [(title, [content]) for title, content in self.sections.items()]
+        introduction = [*self.introduction, *self.notes]
+        return render("page.html.jinja", title=self.title, introduction=introduction, sections=sections, script=script)
+
+    def readme(self) -> str:
+        """The Markdown, with the pictures that lie beside it."""
+        parts = [f"# {self.title}", "Written by `smoa compare` from the stored runs; do not edit.", *self.introduction]
+        for title, content in self.sections.items():
+            if title not in PAGE_ONLY:
+                shown = content.markdown() if isinstance(content, Table) else f"![{title}]({PICTURES[title]})"
+                parts += [f"## {title}", content.caption, shown]
+            elif isinstance(content, Table):
+                parts.append(content.caption)
+        return "\n\n".join([*parts, *self.notes]) + "\n"
+
+
+def report(study: Study, runner: Runner | None = None) -> Report:
+    """Write ``README.md``, ``index.html``, ``summary.json`` and pictures into the study's folder. ``runner`` ran it,
+    by default that of its kind.
+
+    Raises:
+        DataError: no final run is finished yet, or runs were asked different questions.
+        ConfigError: a run was run with other settings than the study's.
+    """
+    comparison = Comparison(study, runner)
+    comparison.stored(Untouched())  # raises ConfigError
+    if study.kind == "sequence":
+        title = sequence_title(study)
+        summary: Any = sequence_summary(comparison)
+        entries, notes = {run["entry"] for run in summary["runs"]}, []
+    else:
+        title, rows = f"{study.folder.name}: {study.kind} of {study.shared['model']['name']}", rows_of(comparison)
+        summary, entries = as_json(rows), {row.entry for row in rows}
+        notes = [f"The search of a learning rate: {_search_in_words(study)}."]
+    missing = [name for name in study.entries if name not in entries]
+    notes += [f"Not run yet: {', '.join(missing)}."] if missing else []
+    folder = study.folder
+    write_whole(folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
+    made = stored_report(folder, title, notes)
+    for heading, content in made.sections.items():
+        if isinstance(content, Figure) and heading in PICTURES:
+            save_pictures(content.chart, folder / PICTURES[heading])
+    write_whole(folder / "README.md", made.readme())
+    write_page(folder / "index.html", made.page())
+    return made
+
+
+def stored_report(folder: Path, title: str, notes: Sequence[str] = ()) -> Report:
+    """The report of a study whose ``summary.json`` and runs are stored; nothing is computed anew."""
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    if isinstance(summary, dict):
+        introduction, sections = sequence_sections(summary)
+    else:
+        introduction, sections = _entry_sections(from_json(summary), TrialStore(folder))
+    return Report(title, summary, [text for text in introduction if text], sections, notes)
+
+
+def _search_in_words(study: Study) -> str:
+    tuning = study.tuning
+    if tuning.sweep is not None:
+        step = "half" if tuning.per_decade == 2 else "quarter"
+        own = any(entry.sweep is not None for entry in study.entries.values())
+        lowest, highest = tuning.sweep
+        return f"every {step} decade from {lowest:g} to {highest:g}{', or of its own range' if own else ''}"
+    beside = ", then the two quarter decades next to it" if tuning.refine else ""
+    return (
+        "half decades around a start, then on in the better direction until the best has neighbors on both sides, at "
+        f"most {tuning.max_runs} runs{beside}"
+    )
+
+
+def _entry_sections(rows: Sequence[Row], store: TrialStore) -> tuple[list[str], Sections]:
+    """Introduction and sections of a study whose entries were tuned."""
+    untouched = store.find("untouched")
+    budgets = {
+        budget: [row for row in rows if row.budget == budget] for budget in dict.fromkeys(r.budget for r in rows)
+    }
+    drawn = {
+        "Differences": charts.differences(rows),
+        "Learning rates": charts.learning_rates(rows, store.names("tuning/")),
+        "Accuracy against trained parameters": charts.accuracy(rows),
+        "Learning against forgetting": _forgetting(rows, store, (untouched or {}).get("elsewhere")),
+        "Cost": charts.cost(rows),
+    }
+    sections: Sections = {f"{BUDGET}{budget}": _results(of_budget) for budget, of_budget in budgets.items()}
+    if len(rows[0].task_accuracy) > 1:
+        by_task = {f"{BY_TASK}: {budget}": _by_task(of_budget, untouched) for budget, of_budget in budgets.items()}
+        sections |= by_task
+    sections |= {title: Figure(chart, CAPTIONS[title]) for title, chart in drawn.items() if chart is not None}
+    sections[EVERY_RUN] = _every_run(store, f"final/{rows[0].entry}/")
+    return [INTRODUCTION, _untouched_sentence(untouched)], sections
+
+
+def _results(rows: Sequence[Row]) -> Table:
+    """The entries of a budget, best loss first."""
+    reference, forgets = rows[0].reference, any(row.elsewhere is not None for row in rows)
+    header = ["entry", "trained", "lr", "runs", "seeds", "loss", "accuracy %"]
+    header += [f"loss − {reference}", "", f"accuracy % − {reference}", "", *["elsewhere"] * forgets, "s"]
+    lines = []
+    for row in rows:
+        search = row.search
+        rate = "" if search is None else f"{search.learning_rate:g}{'' if search.interior else ' !'}"
+        loss = f"{row.loss:.4f} ± {row.loss_spread:.4f}" if math.isfinite(row.loss) else "diverged"
+        line = [
+            row.entry,
+            Cell(f"{row.parameters:,}", row.parameters),
+            rate,
+            len(search.losses) if search else 0,
+            Cell(str(len(row.seeds)), links={str(seed): charts.final_run(row, seed) for seed in row.seeds}),
+            Cell(loss, row.loss),
+            Cell(f"{100 * row.accuracy:.1f} ± {100 * row.accuracy_spread:.1f}", row.accuracy),
+            *_difference(row, row.loss_difference, 1, 4),
+            *_difference(row, row.accuracy_difference, 100, 1),
+            *[_number(row.elsewhere, 3)] * forgets,
+            _number(row.seconds, 0),
+        ]
+        lines.append(line)
+    return Table(header, lines, "Test results, best loss first.")
+
+
+def _difference(row: Row, difference: Difference | None, scale: float, digits: int) -> tuple[Any, str]:
+    """Mean and interval, and the verdict; none for the reference, and before a seed of it is finished."""
+    if difference is None:
+        return "", "reference" if row.entry == row.reference else ""
+    return Cell(difference.signed(scale, digits), difference.mean), difference.label
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _by_task(rows: Sequence[Row], untouched: dict[str, Any] | None) -> Table:
+    """The accuracy of each task, the untouched model last."""
+    tasks = list(rows[0].task_accuracy)
+    shares = {row.entry: [row.task_accuracy[task] for task in tasks] for row in rows}
+    if untouched is not None:
+        shares["untouched"] = [untouched["scores"][task]["accuracy"] for task in tasks]
+    lines = [[name, *(f"{100 * share:.1f}" for share in (*of, sum(of) / len(of)))] for name, of in shares.items()]
+    return Table(["entry", *tasks, "mean"], lines, "The mean over seeds.")
+
+
+def _every_run(store: TrialStore, example: str) -> Table:
+    """The lines that links lead to."""
+    lines = []
+    for name in store.names():
+        run = store.find(name) or {}
+        scores, made = run["scores"]["all"], run.get("provenance", {})
+        lines.append(
+            [
+                Cell(name, anchor=True),
+                "diverged" if scores["gold_loss"] is None else f"{scores['gold_loss']:.4f}",
+                f"{100 * scores['accuracy']:.1f}",
+                *("–" if run.get(key) is None else f"{run[key]:g}" for key in ("steps", "seconds")),
+                made.get("device", "–"),
+                (made.get("commit") or "–")[:7],
+            ]
+        )
+    header = ["run", "loss", "accuracy %", "steps", "s", "machine", "commit"]
+    return Table(header, lines, WHERE + shell_command(example))
+
+
+def _forgetting(rows: Sequence[Row], store: TrialStore, before: float | None) -> Any | None:
+    """The chart of what final runs learned and forgot; None for a study that does not measure it."""
+    runs = []
+    for row in rows:
+        for seed in row.seeds:
+            name = charts.final_run(row, seed)
+            run = store.find(name.removeprefix("#")) or {}
+            losses = {"learned": run["scores"]["all"]["gold_loss"], "kept": run.get("elsewhere")}
+            shared = {"entry": row.entry, "method": row.method, "learning_rate": row.learning_rate, "seed": seed}
+            runs.append({**shared, **losses, "run": name})
+    return charts.frontier(runs, ("test loss (nats)", "loss elsewhere (nats)"), before)
+
+
+def _untouched_sentence(untouched: dict[str, Any] | None) -> str:
+    """The untouched model's scores in a sentence; nothing where it was not scored."""
+    if untouched is None:
+        return ""
+    scores = untouched["scores"]["all"]
+    text = f"The untouched model: loss {scores['gold_loss']:.4f}, accuracy {100 * scores['accuracy']:.1f} %"
+    if scores["majority"] is not None:
+        text += f"; the commonest label of each task is right in {100 * scores['majority']:.1f} %"
+    if untouched.get("elsewhere") is not None:
+        text += f"; its loss elsewhere is {untouched['elsewhere']:.3f}"
+    return f"{text}."

@@ -1,0 +1,159 @@
+"""The results of a study's entries, a row each, from its stored trials alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import BeforeValidator, TypeAdapter
+
+from smoa.errors import DataError
+from smoa_lab.basics.plain_json import finite
+from smoa_lab.study.comparison import Comparison
+from smoa_lab.study.search import Result, Tuned
+from smoa_lab.study.statistics import (
+    Difference,
+    Floats,
+    Interval,
+    accuracy_difference,
+    accuracy_interval,
+    check_paired,
+    corrected,
+    loss_difference,
+    outcomes,
+)
+from smoa_lab.study.study import Study
+from smoa_lab.study.trials import TrialStore
+
+Machine = tuple[str | None, int | None]
+Number = Annotated[float, BeforeValidator(lambda value: np.nan if value is None else value)]
+"""JSON has null for what a diverged run left without a number."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One entry: what it trained and reached over its seeds, and the differences to the reference of its budget."""
+
+    entry: str
+    method: str
+    budget: str
+    reference: str
+    parameters: int
+    learning_rate: float
+    search: Tuned | None
+    seeds: list[int]
+    loss: Number
+    loss_spread: Number
+    accuracy: float
+    accuracy_spread: float
+    accuracy_interval: Interval
+    task_accuracy: dict[str, float]
+    elsewhere: float | None
+    seconds: float | None
+    loss_difference: Difference | None
+    accuracy_difference: Difference | None
+
+
+def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Plain values, with null for what a diverged run left without a number."""
+    return [finite(asdict(row)) for row in rows]
+
+
+def from_json(values: Sequence[dict[str, Any]]) -> list[Row]:
+    """The rows of a stored summary: what :func:`as_json` wrote."""
+    nan = dict.fromkeys(("mean", "low", "high"), np.nan)
+    differing = ("loss_difference", "accuracy_difference")
+    for row in (values := [dict(row) for row in values]):
+        row |= {key: {**row[key], **nan} for key in differing if row[key] and row[key]["mean"] is None}
+    return TypeAdapter(list[Row]).validate_python(values)
+
+
+def rows_of(comparison: Comparison) -> list[Row]:
+    """The rows of all entries with a final run, by budget and loss.
+
+    Raises:
+        DataError: no final run is finished yet.
+        ConfigError: a run was run with other settings than the study's.
+    """
+    study = comparison.study
+    searches = {name: comparison.stored_search(name) for name in study.entries}
+    finals = {name: _finals(comparison, name, searches[name]) for name in study.entries}
+    machine = _commonest_machine(comparison.store, study)
+    rows = [_row(study, name, searches[name], finals, machine) for name in study.entries if finals[name]]
+    if not rows:
+        raise DataError(f"{study.folder}: no final run is finished yet; run smoa compare on this study first")
+    rows.sort(key=lambda row: (row.budget, row.loss))
+    return [row for _, of_budget in groupby(rows, lambda row: row.budget) for row in _with_holm(list(of_budget))]
+
+
+def _finals(comparison: Comparison, name: str, search: Tuned | None) -> dict[int, Result]:
+    """The final runs of the study's seeds, by seed, at the learning rate that the search chose."""
+    chosen = search.learning_rate if search else comparison.study.entries[name].learning_rate
+    finals = comparison.stored_finals(name, lambda rate: rate == chosen)
+    return {run["config"]["training"]["seed"]: run for run in finals}
+
+
+def _commonest_machine(store: TrialStore, study: Study) -> Machine:
+    """Device and threads of most final runs: those of others take another time for the same work."""
+    names = [run for name in study.entries for run in store.names(f"final/{name}/")]
+    counts = Counter(_machine(store.find(run) or {}) for run in names)
+    return max(counts, key=lambda machine: counts[machine], default=(None, None))
+
+
+def _machine(run: Result) -> Machine:
+    made = run.get("provenance", {})
+    return made.get("device"), made.get("threads")
+
+
+def _row(study: Study, name: str, search: Tuned | None, finals: dict[str, dict[int, Result]], machine: Machine) -> Row:
+    runs, reference = list(finals[name].values()), study.reference(name)
+    reached = outcomes(runs)
+    losses, accuracies = reached.mean_loss(), reached.accuracy()
+    away = [run["elsewhere"] for run in runs if run.get("elsewhere") is not None]
+    timed = [run["seconds"] for run in runs if run["seconds"] is not None and _machine(run) == machine]
+    tasks = [task for task in runs[0]["scores"] if task != "all"]
+    shared = [seed for seed in finals[name] if seed in finals[reference]] if name != reference else []
+    pairs = [(finals[name][seed], finals[reference][seed]) for seed in shared]
+    for pair in pairs:
+        check_paired(*pair)
+    both = [outcomes(side) for side in zip(*pairs, strict=True)]
+    return Row(
+        entry=name,
+        method=study.entries[name].method,
+        budget=study.entries[name].budget,
+        reference=reference,
+        parameters=runs[0]["parameters"],
+        learning_rate=search.learning_rate if search else study.entries[name].learning_rate,
+        search=search,
+        seeds=list(finals[name]),
+        loss=float(losses.mean()),
+        loss_spread=_spread(losses),
+        accuracy=float(accuracies.mean()),
+        accuracy_spread=_spread(accuracies),
+        accuracy_interval=accuracy_interval(reached),
+        task_accuracy={task: float(np.mean([run["scores"][task]["accuracy"] for run in runs])) for task in tasks},
+        elsewhere=float(np.mean(away)) if away else None,
+        seconds=float(np.mean(timed)) if timed else None,
+        loss_difference=loss_difference(*both) if both else None,
+        accuracy_difference=accuracy_difference(*both) if both else None,
+    )
+
+
+def _spread(values: Floats) -> float:
+    """The standard deviation over seeds; 0 for one seed, NaN where one diverged."""
+    if not np.isfinite(values).all():
+        return float("nan")
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def _with_holm(rows: Sequence[Row]) -> list[Row]:
+    """The differences of loss and accuracy corrected for all comparisons of a table."""
+    differences = corrected([each for row in rows for each in (row.loss_difference, row.accuracy_difference)])
+    return [
+        replace(row, loss_difference=differences[2 * place], accuracy_difference=differences[2 * place + 1])
+        for place, row in enumerate(rows)
+    ]

@@ -1,0 +1,120 @@
+"""What a study's file says: what all runs share, and the entries that are compared, each one method at one setting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, PositiveFloat, field_validator
+
+from smoa.errors import ConfigError
+from smoa_lab.basics.section import Section, Seed
+from smoa_lab.config.run import DataSection
+
+
+def _ascending(sweep: tuple[float, float]) -> tuple[float, float]:
+    if sweep[0] > sweep[1]:
+        raise ValueError("must be [lowest, highest]")
+    return sweep
+
+
+Sweep = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_ascending)]
+"""The lowest and the highest learning rate of a range."""
+
+
+class Entry(Section):
+    """One method at one setting. ``learning_rate`` is where its search starts, ``budget`` the table it belongs to.
+
+    ``parameters``, if given, is the number it must train, a task head aside, to within 2 %. ``training``
+    and ``model`` are laid over the shared blocks. ``sweep`` replaces the study's, for methods that need other rates.
+    """
+
+    method: str
+    adapter: dict[str, Any] = Field(default={})
+    learning_rate: float = Field(gt=0)
+    budget: str = "all"
+    parameters: int | None = Field(default=None, gt=0)
+    training: dict[str, Any] = Field(default={})
+    model: dict[str, Any] = Field(default={})
+    sweep: Sweep | None = None
+
+
+class Between(Section):
+    """A task that every entry trains by its own method, rate and seed, between the first and the last one."""
+
+    data: dict[str, Any]
+    task: dict[str, Any] = Field(default={})
+    training: dict[str, Any] = Field(default={})
+
+
+class First(Between):
+    """How the first task is trained. ``model``, ``task`` and ``training`` are laid over the shared blocks."""
+
+    method: str = "full"
+    adapter: dict[str, Any] = Field(default={})
+    learning_rate: float = Field(gt=0)
+    seed: Seed = 0
+    model: dict[str, Any] = Field(default={})
+
+
+class Tuning(Section):
+    """The search for a learning rate, the same for each entry: half decades around the start, and on in the better
+    direction until the best of them has neighbors on both sides or ``max_runs`` are spent; with ``refine`` the quarter
+    decades beside the best as well. Judged by the gold answers' loss on the validation part after a run with ``seed``.
+    ``max_runs: 0`` takes the start as it is. ``sweep: [lowest, highest]`` runs every quarter decade of a range
+    instead, the same for all entries, to draw the whole curve; with ``per_decade: 2`` every half decade."""
+
+    seed: Seed = 100
+    max_runs: Literal[0] | Annotated[int, Field(ge=3)] = 6
+    refine: bool = False
+    sweep: Sweep | None = None
+    per_decade: Literal[2, 4] = 4
+
+
+class Study(Section):
+    """A whole study. ``shared`` is a run's config but for method, adapter and learning rate.
+
+    ``references`` are the entries to which the others of their budget are compared, by default the first one of each
+    budget. ``elsewhere`` is a data block of another domain: the loss on its test part shows what was forgotten.
+
+    In a study of kind ``sequence`` every entry starts from the model that ``first`` trained, trains the tasks
+    ``between`` one after the other, and then that of ``shared``, with every seed at every rate of ``tuning.sweep``.
+    ``replay`` is how many rows of the first task are mixed into the training rows of the last.
+    """
+
+    kind: Literal["answers", "classification", "sequence"] = "answers"
+    folder: Path
+    first: First | None = None
+    between: list[Between] = Field(default=[])
+    replay: int = Field(default=0, ge=0)
+    shared: dict[str, Any]
+    elsewhere: DataSection | None = None
+    entries: dict[str, Entry] = Field(min_length=1)
+    references: list[str] = Field(default=[])
+    tuning: Tuning = Tuning()
+    seeds: list[Seed] = Field(default=[0, 1, 2], min_length=1)
+
+    @field_validator("shared")
+    @classmethod
+    def _one_dtype_on_all_machines(cls, shared: dict[str, Any]) -> dict[str, Any]:
+        """float32 unless the study names another: with a machine's own dtype, two machines would not share results."""
+        model = shared.get("model")
+        return {**shared, "model": {"dtype": "float32", **model}} if isinstance(model, dict) else shared
+
+    def chosen(self, only: Sequence[str]) -> list[str]:
+        """The entries of these names or budgets, all where none is given; raises ConfigError for unknown ones."""
+        budgets = {entry.budget for entry in self.entries.values()}
+        unknown = [name for name in only if name not in self.entries and name not in budgets]
+        if unknown:
+            raise ConfigError(
+                f"--only: {', '.join(unknown)} is neither an entry ({', '.join(self.entries)}) nor a budget "
+                f"({', '.join(sorted(budgets))}) of this study"
+            )
+        return [name for name, entry in self.entries.items() if not only or name in only or entry.budget in only]
+
+    def reference(self, name: str) -> str:
+        """The entry to which that of this name is compared: a reference of its budget, or the budget's first."""
+        budget = self.entries[name].budget
+        names = [other for other, entry in self.entries.items() if entry.budget == budget]
+        return next((other for other in self.references if other in names), names[0])

@@ -1,0 +1,68 @@
+"""The studies of this folder: how each is run, and the reports of those that were."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import random_pairs
+import shared_partition
+from transformers.utils import logging as transformers_logging
+
+from smoa_lab.study.comparison import Comparison
+from smoa_lab.study.report import Report, report, stored_report
+from smoa_lab.study.runner import Runner
+from smoa_lab.study.study_file import load_study
+from smoa_lab.study.trials import pack
+
+STUDIES = Path(__file__).parent
+OTHERWISE = {
+    "headlines-refined": ("headlines", "tuning.refine=true"),
+    "commonsense-float32": ("commonsense", "shared.model.dtype=float32"),
+    **{f"recall-{count}": ("recall", *random_pairs.sizes(count)) for count in (256, 512)},
+    "recall-gemma-256": ("recall-gemma", *random_pairs.sizes(256)),
+}
+"""Studies that are another one's file with changes: that file and the changes."""
+
+LARGER = ("headlines-ablation",)
+"""Studies with the report of an entry whose setting is gone; it is not written anew."""
+
+
+def folders() -> list[Path]:
+    """Those of the studies that have a report."""
+    return sorted(summary.parent for summary in STUDIES.glob("*/summary.json"))
+
+
+def comparison(name: str) -> Comparison:
+    """What runs the study of this name, in its folder, by its own runner if it has one."""
+    config, *changes = OTHERWISE.get(name, (name,))
+    (file,) = STUDIES.glob(f"*/{config}.yaml")
+    if config == "partition-headlines":
+        shared_partition.add_methods()
+    study = load_study(file, [*changes, f"folder={STUDIES / name}"])
+    runner: Runner | None = None
+    if config.startswith("recall"):
+        runner = random_pairs.runner_of(study)
+    elif config == "partition-headlines":
+        runner = shared_partition.SharedPartitionRunner(study.shared, study.elsewhere)
+    return Comparison(study, runner)
+
+
+def run(name: str, only: Sequence[str] = ()) -> None:
+    """Run what is missing of the study, or of these entries or budgets, with a line a run; then pack and report it."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    transformers_logging.set_verbosity_error()
+    made = comparison(name)
+    made.run(only)
+    pack(made.study.folder)
+    report(made.study, made.runner)
+
+
+def report_of(folder: Path) -> Report:
+    """The report of a study from what is stored of it, under the title of its README.md."""
+    readme = folder / "README.md"
+    title = (
+        readme.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ") if readme.is_file() else folder.name
+    )
+    return stored_report(folder, title)

@@ -1,0 +1,202 @@
+"""A base model's folder and class, and its files, read and written one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from smoa import ConfigError, MergeError, SmoaConfig
+from smoa.export import checkpoint as module
+from smoa.export.checkpoint import INDEX, SIZES, BaseCheckpoint, Shards, adapter_config, base_folder, write_checkpoint
+from smoa.files.names import embeddings_of
+from tests.support import tiny_models
+
+TENSORS = {
+    "wide": torch.arange(6, dtype=torch.float64).reshape(2, 3),
+    "plain": torch.randn(5, 3, generator=torch.Generator().manual_seed(0)),
+    "narrow": torch.randn(7, generator=torch.Generator().manual_seed(1)).bfloat16(),
+    "whole": torch.arange(4),
+    "flags": torch.tensor([True, False, True]),
+    "empty": torch.zeros(0, 3),
+}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A folder with the tensors in one file."""
+    (tmp_path / "source").mkdir()
+    save_file(TENSORS, tmp_path / "source" / "model.safetensors")
+    return tmp_path / "source"
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    (tmp_path / "target").mkdir()
+    return tmp_path / "target"
+
+
+def read_all(folder: Path) -> dict[str, Tensor]:
+    return {key: tensor for file in folder.glob("*.safetensors") for key, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("size", ["5GB", 40])
+def test_what_is_written_is_what_was_read(size: int | str, source: Path, target: Path) -> None:
+    checkpoint = Shards(source)
+    write_checkpoint(target, checkpoint.entries, checkpoint.read, size)
+    found = read_all(target)
+    assert found.keys() == TENSORS.keys()
+    assert all(torch.equal(found[key], tensor) and found[key].dtype == tensor.dtype for key, tensor in TENSORS.items())
+    assert (target / INDEX).is_file() == (size == 40)
+
+
+def test_shards_are_found_by_their_index(source: Path, target: Path) -> None:
+    checkpoint = Shards(source)
+    write_checkpoint(target, checkpoint.entries, checkpoint.read, 40)
+    again = Shards(target)
+    assert len(set(again.files.values())) > 1
+    assert again.entries == checkpoint.entries
+    assert all(torch.equal(again.read(key), tensor) for key, tensor in TENSORS.items())
+    assert (
+        sum(entry.nbytes for entry in again.entries.values())
+        == json.loads((target / INDEX).read_text())["metadata"]["total_size"]
+    )
+
+
+def test_floats_are_cast_and_everything_else_stays(source: Path, target: Path) -> None:
+    checkpoint = Shards(source)
+    entries = {key: entry.cast(torch.float16) for key, entry in checkpoint.entries.items()}
+    write_checkpoint(target, entries, checkpoint.read, "5GB")
+    for key, found in read_all(target).items():
+        expected = TENSORS[key].half() if TENSORS[key].is_floating_point() else TENSORS[key]
+        assert torch.equal(found, expected)
+        assert found.dtype == expected.dtype
+
+
+def test_a_large_tensor_is_written_in_pieces(source: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK", 4)
+    checkpoint = Shards(source)
+    write_checkpoint(target, checkpoint.entries, checkpoint.read, "5GB")
+    assert all(torch.equal(found, TENSORS[key]) for key, found in read_all(target).items())
+
+
+def test_every_tensor_is_aligned_and_says_who_can_read_it(source: Path, target: Path) -> None:
+    checkpoint = Shards(source)
+    write_checkpoint(target, checkpoint.entries, checkpoint.read, "5GB")
+    with safe_open(target / "model.safetensors", "pt") as opened:
+        assert opened.metadata() == {"format": "pt"}
+    raw = (target / "model.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    assert length % 8 == 0
+    for key, entry in checkpoint.entries.items():
+        assert header[key]["data_offsets"][0] % SIZES.get(entry.dtype, 1) == 0
+
+
+def test_an_index_that_names_a_missing_file_is_refused(source: Path, target: Path) -> None:
+    checkpoint = Shards(source)
+    write_checkpoint(target, checkpoint.entries, checkpoint.read, 40)
+    lost = next(target.glob("*.safetensors"))
+    lost.unlink()
+    with pytest.raises(MergeError, match=f"names {lost.name}, which is missing; download the checkpoint again"):
+        Shards(target)
+
+
+# The folder, the config and the class of the base.
+
+
+def checkpoint(tmp_path: Path, family: str = "llama", targets: tuple[str, ...] = ("q_proj",), **config: Any) -> Any:
+    """A saved base of the family, seen by an adapter of that config."""
+    model = tiny_models.build(family)
+    model.save_pretrained(tmp_path / "base")
+    model.name_or_path = str(tmp_path / "base")
+    adapted = get_peft_model(model, SmoaConfig(r=4, num_blocks=2, target_modules=list(targets), **config))
+    adapted.save_pretrained(tmp_path / "adapter")
+    return BaseCheckpoint(tmp_path / "base", tmp_path / "adapter", adapter_config(tmp_path / "adapter"))
+
+
+def test_of_a_hub_id_the_revision_is_fetched_without_weights_of_other_formats(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def download(name: str, **options: Any) -> str:
+        asked.update(options, name=name)
+        return str(tmp_path)
+
+    monkeypatch.setattr(module, "snapshot_download", download)
+    assert base_folder("owner/model", revision="v2") == tmp_path
+    assert (asked["name"], asked["revision"]) == ("owner/model", "v2")
+    assert {"config.json", "*.safetensors", "tokenizer*", "LICENSE*"} <= set(asked["allow_patterns"])
+    assert not {"*.bin", "*.pt", "*.gguf", "*"} & set(asked["allow_patterns"])
+
+
+@pytest.mark.parametrize("error", [LocalEntryNotFoundError("offline"), OSError("no route to host")])
+def test_what_is_neither_a_folder_nor_on_the_hub_is_named(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str, **options: Any) -> str:
+        raise error
+
+    monkeypatch.setattr(module, "snapshot_download", fail)
+    with pytest.raises(
+        MergeError, match="base model 'owner/model': is not a local folder and could not be downloaded from the Hub"
+    ):
+        base_folder("owner/model")
+
+
+def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="give the folder that save_pretrained wrote"):
+        adapter_config(tmp_path)
+
+
+def test_the_config_of_another_method_is_read_as_it_is(tmp_path: Path) -> None:
+    LoraConfig(r=3, target_modules=["q_proj"]).save_pretrained(tmp_path)
+    config = adapter_config(tmp_path)
+    assert isinstance(config, LoraConfig)
+    assert config.r == 3
+
+
+def test_an_adapter_without_a_task_is_of_the_class_that_peft_noted(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path)
+    assert base.peft_config.task_type is None
+    assert type(base.on_meta()) is type(base.load()) is LlamaForCausalLM
+
+
+def test_on_the_meta_device_every_parameter_has_its_shape_and_no_memory(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path, task_type="CAUSAL_LM")
+    model = base.on_meta()
+    assert all(parameter.device == torch.device("meta") for parameter in model.parameters())
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    assert shapes == {name: tensor.shape for name, tensor in tiny_models.build("llama").state_dict().items()}
+
+
+def test_the_labels_are_counted_in_the_adapters_head(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path, "bert", ("query",), task_type="SEQ_CLS")
+    raw = json.loads((tmp_path / "base" / "config.json").read_text())
+    for key in ("id2label", "label2id"):
+        raw.pop(key, None)
+    (tmp_path / "base" / "config.json").write_text(json.dumps(raw))
+    assert base.model_config().num_labels == 3
+    assert len(base.on_meta().classifier.weight) == 3
+
+
+def test_without_a_head_of_its_own_the_bases_labels_count(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path, "bert", ("query",), task_type="SEQ_CLS")
+    without = BaseCheckpoint(base.folder, checkpoint(tmp_path / "other").adapter, base.peft_config)
+    assert without.model_config().num_labels == 3
+
+
+def test_a_model_that_names_no_embeddings_has_none() -> None:
+    class Speech(nn.Linear):
+        def get_input_embeddings(self) -> nn.Module:
+            raise NotImplementedError  # as transformers' models of speech do
+
+    assert embeddings_of(Speech(2, 2)) == {}

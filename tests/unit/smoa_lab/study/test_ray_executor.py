@@ -1,0 +1,411 @@
+"""Workers on Ray: what is refused and shared out, and on real clusters a dead one's job is run again, a stopped study
+goes on, and the results are those of one process, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from threading import Thread
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import yaml
+from filelock import FileLock
+
+import smoa
+from smoa.atomic import write_whole
+from smoa.errors import ConfigError, DataError
+from smoa_lab.study import ray_executor
+from smoa_lab.study.comparison import Comparison
+from smoa_lab.study.ray_executor import (
+    Machine,
+    Place,
+    RayExecutor,
+    check_machines,
+    connect,
+    equal_share,
+    perform,
+    result_of,
+)
+from smoa_lab.study.search import Job, Result, Untouched
+from smoa_lab.study.study import Study
+from smoa_lab.study.study_file import load_study
+from smoa_lab.study.trials import TrialStore
+from tests.support import lab
+from tests.support.processes import ROOT, environment, free_port
+from tests.support.studies import ENCODER_ADAPTER
+from tests.support.threads import threads
+
+ray = pytest.importorskip("ray")
+cloudpickle = pytest.importorskip("ray.cloudpickle")
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+
+RAY = str(Path(sys.executable).with_name("ray"))
+
+
+@pytest.mark.parametrize(
+    ("machines", "workers", "cores"),
+    [
+        ([Machine(2)], 2, 1),
+        ([Machine(8)], 3, 2),
+        ([Machine(8), Machine(8), Machine(4)], 4, 4),
+        ([Machine(8), Machine(8), Machine(4)], 5, 4),
+        ([Machine(8), Machine(8), Machine(4)], 6, 2),
+        ([Machine(8), Machine(0)], 8, 1),
+    ],
+)
+def test_workers_get_as_many_cores_as_fit(machines: list[Machine], workers: int, cores: int) -> None:
+    assert equal_share(machines, workers, on_gpus=False) == Machine(cores)
+
+
+def test_each_worker_gets_a_gpu_of_its_own() -> None:
+    machines = [Machine(16, gpus=4), Machine(16, gpus=1), Machine(64)]
+    assert equal_share(machines, 5, on_gpus=True) == Machine(4, gpus=1)
+    assert equal_share(machines, 2, on_gpus=True) == Machine(16, gpus=1)
+
+
+@pytest.mark.parametrize(
+    ("machines", "on_gpus", "most"),
+    [
+        ([Machine(2)], False, 2),
+        ([Machine(2, gpus=1), Machine(4)], True, 1),
+        ([Machine(1, gpus=8)], True, 1),
+        ([], 0, 0),
+    ],
+)
+def test_more_workers_than_fit_are_refused(machines: list[Machine], on_gpus: bool, most: int) -> None:
+    with pytest.raises(ConfigError, match=rf"--workers 3: .* there is room for {most}; give at most {most}"):
+        equal_share(machines, 3, on_gpus)
+
+
+@pytest.fixture
+def lonely(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A Ray that finds no cluster, as the real one says it."""
+
+    def nothing(*_: object, **__: object) -> None:
+        raise ConnectionError("Could not find any running Ray instance.")
+
+    found = SimpleNamespace(init=nothing)
+    monkeypatch.setitem(sys.modules, "ray", found)  # type: ignore[arg-type]
+    return found
+
+
+@pytest.mark.parametrize("address", ["nonsense", "ray://head:10001", ":6379", "head:x"])
+def test_what_is_no_address_is_refused(lonely: SimpleNamespace, address: str) -> None:
+    with pytest.raises(ConfigError, match=f"--ray-address {re.escape(address)}: must be HOST:PORT"):
+        connect(address)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "no-such-host.invalid"])
+def test_an_address_that_does_not_answer_is_named_at_once(lonely: SimpleNamespace, host: str) -> None:
+    with pytest.raises(ConfigError, match=r"does not answer \(.+\); start the cluster with `ray start --head`"):
+        connect(f"{host}:{free_port()}")
+
+
+def test_a_port_that_does_not_exist_is_named(lonely: SimpleNamespace) -> None:
+    with pytest.raises(ConfigError, match=r"--ray-address 127\.0\.0\.1:99999: does not answer"):
+        connect("127.0.0.1:99999")
+
+
+def test_where_no_cluster_is_found_the_error_says_what_to_start(lonely: SimpleNamespace) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as somebody:
+        for address in ("auto", f"127.0.0.1:{somebody.getsockname()[1]}"):
+            with pytest.raises(ConfigError, match=r"may join \(Could not find .*run `ray start` on this machine too"):
+                connect(address)
+
+
+def test_without_ray_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(DataError, match=r"--workers: needs ray; in a clone of smoa, run: pip install '\.\[cluster\]'"):
+        connect(None)
+
+
+@pytest.mark.parametrize(("wanted", "set_to"), [(None, "0"), ("1", "1")])
+def test_what_is_started_here_sends_no_telemetry_unless_asked(
+    lonely: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, wanted: str | None, set_to: str
+) -> None:
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", wanted or "")
+    if wanted is None:
+        monkeypatch.delenv("RAY_USAGE_STATS_ENABLED")
+    began: list[str] = []
+    lonely.init = lambda address, **options: began.append(f"{address} {os.environ['RAY_USAGE_STATS_ENABLED']}")
+    assert connect(None) is lonely
+    assert began == [f"local {set_to}"]
+
+
+class FailedError(Exception):
+    """What Ray raises for a task that raised ``cause``."""
+
+    cause = ConfigError("r: too large")
+
+
+@pytest.mark.parametrize(
+    ("raised", "error", "message"),
+    [
+        (FailedError(), ConfigError, "^r: too large$"),
+        (
+            OSError("The worker died.\nAll about it"),
+            DataError,
+            r"^x: its worker died 4 times \(The worker died\.\); wh",
+        ),
+    ],
+)
+def test_a_task_that_fails_does_so_in_its_own_words(
+    lonely: SimpleNamespace, raised: Exception, error: type[Exception], message: str
+) -> None:
+    def get(task: object) -> None:
+        raise raised
+
+    lonely.get, lonely.exceptions = get, SimpleNamespace(RayTaskError=FailedError, RayError=OSError)
+    with pytest.raises(error, match=message):
+        result_of(lonely, None, "x")
+
+
+class Task:
+    """A function that is called as Ray does it: pickled here, and unpickled where it runs."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.sent = cloudpickle.dumps(function)
+
+    def options(self, **_: Any) -> Task:
+        return self
+
+    def remote(self, *arguments: Any) -> Any:
+        return pickle.loads(self.sent)(*arguments)
+
+
+@pytest.fixture
+def machines() -> SimpleNamespace:
+    """A cluster of one machine, which is this process, and of one that is gone."""
+    offers = {"NodeID": "1", "Resources": {"CPU": 2.0}}
+    strategies = SimpleNamespace(NodeAffinitySchedulingStrategy=lambda node, soft: None)
+    return SimpleNamespace(
+        nodes=lambda: [{"Alive": True, **offers}, {"Alive": False, **offers}],
+        remote=Task,
+        get=lambda told: told,
+        util=SimpleNamespace(scheduling_strategies=strategies),
+        exceptions=SimpleNamespace(RayTaskError=(), RayError=()),
+    )
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("socket.gethostname", lambda: "machine-7")
+    mark = Path("study/work/driver-1")
+    mark.parent.mkdir(parents=True)
+    mark.touch()
+    return Place(str(tmp_path), mark)
+
+
+def test_a_machine_with_this_smoa_that_shares_the_folder_is_accepted(machines: SimpleNamespace, place: Place) -> None:
+    check_machines(machines, place)
+
+
+def test_a_machine_without_smoa_is_named_with_its_python_and_what_to_install(
+    machines: SimpleNamespace, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("smoa_lab", ray_executor.__name__):
+        monkeypatch.setitem(sys.modules, name, None)
+    message = (
+        rf"machine-7: {sys.executable} cannot run a study's runs \(.*smoa_lab.*\); install smoa {smoa.__version__} "
+        "there with its extra cluster"
+    )
+    with pytest.raises(DataError, match=message):
+        check_machines(machines, place)
+
+
+def test_a_machine_with_another_smoa_is_named(
+    machines: SimpleNamespace, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machines.get = lambda told: told and (*told[:2], "0.1.0", "")
+    with pytest.raises(DataError, match=rf"machine-7: .* has smoa 0\.1\.0, and this machine {smoa.__version__}; ins"):
+        check_machines(machines, place)
+
+
+def test_a_machine_that_does_not_share_the_folder_is_named(machines: SimpleNamespace, place: Place) -> None:
+    place.mark.unlink()
+    with pytest.raises(DataError, match="machine-7 does not see what other machines write there"):
+        check_machines(machines, place)
+    with pytest.raises(DataError, match="must share this folder, and /no/such/place, under the same path"):
+        Place("/no/such/place", place.mark).enter()
+
+
+def test_a_worker_keeps_a_study_that_it_has_begun(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ray_executor, "_begun", {})
+    used: list[tuple[Comparison, int]] = []
+    monkeypatch.setattr(Comparison, "perform", lambda self, job: used.append((self, torch.get_num_threads())) or {})
+    mark = tmp_path / "mark"
+    mark.touch()
+    with threads(torch.get_num_threads()):
+        for number in (1, 2):
+            perform(study, Place(str(tmp_path), mark), Untouched(), number)
+    (first, one), (second, two) = used
+    assert first is second
+    assert (one, two) == (1, 2)
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a tiny encoder, lines of two classes, and the cache in which they lie."""
+    room = tmp_path_factory.mktemp("workers")
+    lab.fill_cache(room / "cache", lab.verdicts(40, "train"), lab.verdicts(8, "test"), "headlines")
+    lab.tiny_encoder(room / "base")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SMOA_CACHE", str(room / "cache"))
+        patch.setenv("RAY_AUTH_MODE", "disabled")  # else Ray writes a token into the home folder
+        patch.setenv("RAY_worker_niceness", "0")  # at Ray's 15 they would wait for minutes on a busy machine
+        yield room
+
+
+def study_file(room: Path, name: str) -> Path:
+    """Two entries, each with its search and a final run: nine jobs."""
+    training = {"max_steps": 3, "per_device_train_batch_size": 4, "save_strategy": "no", "use_cpu": True}
+    values = {
+        "kind": "classification",
+        "folder": str(room / name),
+        "shared": {
+            "model": {"name": str(room / "base")},
+            "data": {"tasks": ["headlines"], "train_examples": 16, "validation_examples": 4},
+            "task": {"max_length": 64},
+            "training": training,
+        },
+        "tuning": {"max_runs": 3},
+        "seeds": [0],
+        "entries": {
+            "ours": {"method": "smoa", "adapter": ENCODER_ADAPTER, "learning_rate": 0.01},
+            "lora": {"method": "lora", "adapter": {"r": 2, "target_modules": ["query"]}, "learning_rate": 0.01},
+        },
+    }
+    file = room / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+def results(study: Study) -> dict[str, dict[str, Any]]:
+    """The finished runs without what differs between two runs of the same: times, and machine."""
+    store = TrialStore(study.folder)
+    runs = {name: store.find(name) or {} for name in store.names()}
+    return {name: {k: v for k, v in run.items() if k not in ("seconds", "provenance")} for name, run in runs.items()}
+
+
+@pytest.fixture(scope="module")
+def wanted(room: Path) -> dict[str, dict[str, Any]]:
+    """The runs of one process with one thread."""
+    study = load_study(study_file(room, "alone"))
+    with threads(1):
+        Comparison(study).run()
+    return results(study)
+
+
+def wait_for(condition: Callable[[], Any], deadline: float = 300.0) -> Any:
+    end = time.monotonic() + deadline
+    while not (found := condition()):
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.005)
+    return found
+
+
+def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return [one for one in processes if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.fixture
+def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray takes this machine for one of two cores, so that each of two workers computes with one thread."""
+    monkeypatch.setattr(ray, "init", partial(ray.init, num_cpus=2))
+
+
+@pytest.fixture
+def cluster(room: Path) -> Iterator[str]:
+    """The address of a cluster that `ray start` has started, with two cores."""
+    address = f"127.0.0.1:{free_port()}"
+    command = f"{RAY} start --head --block --num-cpus 2 --include-dashboard false --disable-usage-stats --port"
+    with (room / "head.log").open("w") as log:
+        head = subprocess.Popen([*command.split(), address.split(":")[1]], stdout=log, stderr=log, cwd=room)
+        wait_for(lambda: "Ray runtime started" in (room / "head.log").read_text() or head.poll())
+        yield address
+        head.terminate()
+        head.wait()
+
+
+def test_the_job_of_a_killed_worker_is_run_again_and_all_results_are_those_of_one_process(
+    room: Path, two_cores: None, wanted: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = load_study(study_file(room, "killed"))
+    name, mark = "tuning/ours/lr-0.01-seed-100", room / "worker"
+
+    def held(study: Study, place: Place, job: Job, threads: int) -> Result:
+        """What a worker does; the first one at the job stays in it, holding its lock, until it is killed."""
+        if job.name == name and not mark.exists():
+            with FileLock(TrialStore(study.folder)._lock(name)):
+                write_whole(mark, str(os.getpid()))
+                time.sleep(3600)
+        return perform(study, place, job, threads)
+
+    def kill() -> None:
+        wait_for(mark.exists)
+        psutil.Process(int(mark.read_text())).kill()
+
+    monkeypatch.setattr(ray_executor, "perform", held)
+    thread = Thread(target=kill)
+    thread.start()
+    with RayExecutor(study, workers=2) as executor:
+        Comparison(study).run(executor=executor)
+    thread.join()
+    assert mark.exists()
+    assert results(study) == wanted
+    assert not list((study.folder / "work").glob("driver-*"))
+
+
+@pytest.mark.slow  # half a minute on an idle machine
+def test_workers_of_a_cluster_get_the_results_of_one_process(room: Path, cluster: str, wanted: dict[str, Any]) -> None:
+    study = load_study(study_file(room, "beside"))
+    with RayExecutor(study, workers=2, address=cluster) as executor:
+        Comparison(study).run(executor=executor)
+    assert results(study) == wanted
+    assert not list((study.folder / "work").glob("driver-*"))
+
+
+@pytest.mark.slow  # on a busy machine the study may end before the signal comes
+def test_ctrl_c_ends_all_processes_and_the_study_goes_on_from_there(room: Path, wanted: dict[str, Any]) -> None:
+    file = study_file(room, "stopped")
+    study = load_study(file)
+    command = [sys.executable, "-m", "smoa_lab", "compare", str(file), "--workers", "2"]
+    driver = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    wait_for(lambda: list(study.folder.glob("tuning/*/*.json")) or driver.poll())
+    started = psutil.Process(driver.pid).children(recursive=True)
+    os.killpg(driver.pid, signal.SIGINT)
+    _, told = driver.communicate(timeout=60)
+    assert driver.returncode == 130, told
+    wait_for(lambda: not alive(started))
+    *lines, last = told.splitlines()
+    assert last == "interrupted; run the same command again to resume from the last checkpoint"
+    assert [line for line in lines if not re.match(r"\d\d:\d\d:\d\d \S", line)] == []  # nothing of Ray's own
+    assert 0 < len(results(study)) < len(wanted)
+    with threads(1):
+        Comparison(study).run()
+    assert results(study) == wanted
+
+
+def test_a_study_that_is_finished_starts_no_cluster(room: Path, wanted: dict[str, Any]) -> None:
+    study = load_study(study_file(room, "alone"))
+    with RayExecutor(study, workers=2, address="nowhere:1") as executor:
+        Comparison(study).run(executor=executor)
