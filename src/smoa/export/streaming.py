@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from smoa.config.adapter_config import SmoaConfig
+from smoa.config import SmoaConfig
 from smoa.errors import AdapterFileError, MergeError
 from smoa.export.checkpoint import FLOATS, HeaderEntry, Shards, write_checkpoint
 from smoa.files.loading import read_adapter

@@ -11,7 +11,7 @@ from weakref import WeakSet
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from smoa.config.adapter_config import Shape, SmoaConfig
+from smoa.config import Shape, SmoaConfig
 from smoa.errors import ConfigError, PartitionError, UnsupportedModuleError
 from smoa.files.loading import AdapterFile
 from smoa.layers.experts import ParamWrapper

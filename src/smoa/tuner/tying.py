@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
-from smoa.config.adapter_config import Shape, SmoaConfig
+from smoa.config import Shape, SmoaConfig
 from smoa.errors import ConfigError
 from smoa.layers.embedding import Embedding
 from smoa.layers.layer import SmoaLayer

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 import smoa.export.merge
+from smoa_lab.chat import Screen
 from smoa_lab.cli import chat, merge
 from smoa_lab.cli.console import Dtype
 from smoa_lab.cli.main import app
@@ -106,7 +107,7 @@ def interrupting(monkeypatch: pytest.MonkeyPatch) -> None:
             signal.raise_signal(signal.SIGINT)
         typer.echo(piece, nl=False)
 
-    monkeypatch.setattr(chat.Screen, "write", write)
+    monkeypatch.setattr(Screen, "write", write)
 
 
 @pytest.mark.usefixtures("terminal")
