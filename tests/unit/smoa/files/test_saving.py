@@ -195,7 +195,7 @@ def test_a_full_disk_at_the_last_file_leaves_nothing_behind(
     def full(*args: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(atomic, "_flush", full)
+    monkeypatch.setattr(atomic.os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         save_adapter(new, folder)
     assert torch.equal(loaded(folder), delta(old))
