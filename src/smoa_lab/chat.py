@@ -27,13 +27,13 @@ from smoa.errors import ConfigError, DataError, SmoaError
 from smoa_lab.basics.free_name import free_name
 from smoa_lab.basics.nearest import nearest
 from smoa_lab.basics.positions import positions_of
-from smoa_lab.config.run_config import ModelSection, native_dtype
-from smoa_lab.data.prompts import Template
+from smoa_lab.config.run import ModelSection, native_dtype
+from smoa_lab.data.chat_templates import alpaca, saved_chat_template, stop_at_turns_end
+from smoa_lab.data.questions import Template
 from smoa_lab.models.base_models import load_base_model, load_tokenizer
 from smoa_lab.models.packaged_models import PACKAGED_MODELS, packaged_name
 from smoa_lab.open_run import adapter_of_run, base_name, base_section, open_run, recorded_base, trained_template
-from smoa_lab.scoring.mode import scoring
-from smoa_lab.tokens.chat_templates import alpaca, saved_chat_template, stop_at_turns_end
+from smoa_lab.scoring.losses import scoring
 from smoa_lab.training.run_folder import RunFolder
 
 Message = dict[str, str]

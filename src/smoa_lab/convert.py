@@ -15,14 +15,13 @@ from torch import nn
 from smoa.atomic import check_place, new_folder
 from smoa.errors import ConfigError
 from smoa.export.lora import LoraConversion, RankRule, UpdateSpectra
-from smoa_lab.config.rows_config import load_any_config
-from smoa_lab.lessons.lesson import Lesson
+from smoa_lab.config.run import load_config
 from smoa_lab.models.base_models import load_base_model
 from smoa_lab.models.packaged_models import described_base
 from smoa_lab.open_run import adapter_config, adapter_of_run, base_section
-from smoa_lab.scoring.row_losses import Losses
+from smoa_lab.scoring.losses import Losses
+from smoa_lab.training.loaded_run import LoadedRun, load_run
 from smoa_lab.training.run_folder import RunFolder
-from smoa_lab.training.train_run import open_lesson
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,8 @@ class Converter:
         config = RunFolder(Path(place)).config
         elsewhere = [] if base is None else [f"model.name={json.dumps(base)}"]
         known = score and config.is_file()
-        run = load_any_config(config, elsewhere, trust_remote_code) if known else None
-        self.ready: Lesson | None = None if run is None else open_lesson(run)
+        run = load_config(config, elsewhere, trust_remote_code) if known else None
+        self.ready: LoadedRun | None = None if run is None else load_run(run)
         wanted = base_section(self.source, base, trust_remote_code)
         self.base: Any = self.ready.base if self.ready else load_base_model(wanted)[0]
         self.base_losses = self._losses(self.base)

@@ -7,12 +7,11 @@ from typing import Any
 
 from smoa.atomic import check_place
 from smoa.export.merge import Dtype, Export, merge_and_save
-from smoa_lab.config.rows_config import load_any_config
-from smoa_lab.config.run_config import ModelSection
+from smoa_lab.config.run import ModelSection, load_config
+from smoa_lab.data.chat_templates import saved_chat_template
 from smoa_lab.models.base_models import load_base_model, prepare_packaged_model
 from smoa_lab.models.packaged_models import described_base, packaged_name
 from smoa_lab.open_run import adapter_of_run, base_name
-from smoa_lab.tokens.chat_templates import saved_chat_template
 from smoa_lab.training.run_folder import RunFolder
 
 GGUF_NOTE = "The base is a GGUF file: the adapter is merged into its dequantized weights, on which it was trained."
@@ -58,5 +57,5 @@ def _quantized_while_loading(run: Path, trust_remote_code: bool) -> ModelSection
     file = RunFolder(run).config
     if not file.is_file():
         return None
-    model = load_any_config(file, trust_remote_code=trust_remote_code).model
+    model = load_config(file, trust_remote_code=trust_remote_code).model
     return model if "quantization_config" in model.options else None

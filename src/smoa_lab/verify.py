@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from smoa.errors import ConfigError, MergeError
 from smoa_lab.config.methods import METHODS
-from smoa_lab.config.run_config import RunConfig
-from smoa_lab.lessons.questions import Questions
+from smoa_lab.config.run import RunConfig
 from smoa_lab.models.base_models import load_base_model
+from smoa_lab.training.loaded_run import LoadedRun
 from smoa_lab.training.run_folder import RunFolder
 
 # Relative differences of mean losses and of logits that float32 sums in another order explain.
@@ -39,14 +39,14 @@ def check_verifiable(config: RunConfig) -> None:
             f"method: {config.method} saves a whole model, and smoa demo reloads and merges an adapter; choose another "
             "method, or train by smoa train"
         )
-    if config.data.test_examples == 0:
+    if config.questions.test_examples == 0:
         raise ConfigError(
             "data.test_examples: 0 holds no questions out, and smoa demo compares the saved adapter on them; give at "
             "least 1, or train by smoa train"
         )
 
 
-def verify_saved(config: RunConfig, ready: Questions, metrics: dict[str, Any]) -> Agreement:
+def verify_saved(config: RunConfig, ready: LoadedRun, metrics: dict[str, Any]) -> Agreement:
     """Compare the finished run in ``config.folder`` with its own metrics.
 
     Raises:
@@ -76,13 +76,13 @@ def _check(agreement: Agreement, tolerance: float) -> None:
         raise MergeError(f"the saved adapter disagrees with the trained one beyond {tolerance:g}: {agreement}")
 
 
-def _logits(ready: Questions, model: nn.Module, questions: int = 8) -> Tensor:
+def _logits(ready: LoadedRun, model: nn.Module, questions: int = 8) -> Tensor:
     """(questions, vocabulary): what the model would say first."""
-    prompts = [ready.encoder.gold(record) for record in ready.records.test[:questions]]
+    prompts = [ready.encoder.gold(row).prompt for row in ready.test_rows[:questions]]
     device = next(model.parameters()).device
     rows = []
     with torch.inference_mode():
         for prompt in prompts:
-            inputs = torch.tensor([prompt.prompt], device=device)
+            inputs = torch.tensor([prompt], device=device)
             rows.append(model(input_ids=inputs).logits[0, -1].float())
     return torch.stack(rows)

@@ -22,10 +22,10 @@ def demo(
 ) -> None:
     """Fine-tune a small real model in minutes, show what changed, reload the adapter and merge it."""
     with reporting("accelerate", *DRAWING):
-        from smoa_lab.config.run_config import load_config
-        from smoa_lab.lessons.questions import prepare
+        from smoa_lab.config.run import load_config
         from smoa_lab.models.base_models import with_rate
         from smoa_lab.models.packaged_models import PACKAGED_MODELS
+        from smoa_lab.training.loaded_run import load_run
         from smoa_lab.training.run_folder import RunFolder, in_free_folder
         from smoa_lab.training.train_run import train
         from smoa_lab.verify import check_verifiable, verify_saved
@@ -34,7 +34,7 @@ def demo(
         check_verifiable(checked)
         if checked.model.name in PACKAGED_MODELS:
             typer.echo(PACKAGED_MODELS[checked.model.name].notice)
-        ready = prepare(checked)
+        ready = load_run(checked)
         metrics = train(checked, ready)
         print_scores(metrics)
         agreement = verify_saved(checked, ready, metrics)

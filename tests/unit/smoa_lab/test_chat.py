@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from smoa.errors import ConfigError, DataError, SmoaError
 from smoa_lab.chat import COMMANDS, ChatModel, ChatTarget, Conversation, GenerationSettings, find, load, run_command
-from smoa_lab.config.run_config import ModelSection, check_config
-from smoa_lab.data.prompts import PromptEncoder, Template
-from smoa_lab.data.records import Record
-from smoa_lab.tokens.chat_templates import set_chat_template
+from smoa_lab.config.run import ModelSection, check_config
+from smoa_lab.data.chat_templates import set_chat_template
+from smoa_lab.data.encoding import Encoder
+from smoa_lab.data.questions import Template
+from smoa_lab.data.rows import question
 from smoa_lab.training.run_folder import RunFolder
 from tests.support.chats import KeptScreen, chat_base, chat_model_of, saved_adapter, written
 from tests.support.lab import byte_tokenizer, tiny_base
@@ -152,7 +153,7 @@ def test_each_adapter_is_talked_to_through_its_own_template(tmp_path: Path, base
 @pytest.mark.parametrize("adds_bos", [True, False])
 def test_the_first_turn_through_alpacas_template_is_the_prompt_of_training(adds_bos: bool) -> None:
     tokenizer: PreTrainedTokenizerBase = byte_tokenizer(adds_bos)
-    trained = PromptEncoder(tokenizer, max_length=1000).encode(Record("t", "1", "Why?\nHow?", "so"), "", end=False)
+    trained = Encoder(tokenizer, max_length=1000).answered(question("t", "1", "Why?\nHow?", "so"), "", end=False)
     set_chat_template(tokenizer, "alpaca")
     asked = [{"role": "user", "content": "Why?\nHow?"}]
     assert tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"] == trained.prompt

@@ -14,7 +14,7 @@ from smoa import SmoaConfig
 from smoa.errors import ConfigError
 from smoa.export.lora import RankRule
 from smoa_lab import convert as convert_module
-from smoa_lab.config.run_config import check_config
+from smoa_lab.config.run import check_config
 from smoa_lab.convert import Converter, conversion_report, convert_run
 from smoa_lab.training.run_folder import RunFolder
 from tests.support import lab

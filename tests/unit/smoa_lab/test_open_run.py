@@ -8,7 +8,7 @@ from peft.utils import CONFIG_NAME
 
 from smoa.atomic import SAVE
 from smoa.errors import ConfigError
-from smoa_lab.config.run_config import ModelSection
+from smoa_lab.config.run import ModelSection
 from smoa_lab.open_run import adapter_of_run, base_name, base_section, open_run, recorded_base
 from smoa_lab.training.run_folder import RunFolder
 

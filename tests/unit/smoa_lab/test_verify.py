@@ -40,12 +40,13 @@ def test_a_run_that_diverged_is_not_called_the_same() -> None:
     [
         (["method=full", "adapter={}"], "method: full saves a whole model"),
         (["data.test_examples=0"], "data.test_examples: 0 holds no questions out"),
+        (["data={train: rows.jsonl}", "task=null"], "data: names rows"),
     ],
 )
 def test_the_demo_refuses_what_could_not_be_verified_before_any_work(
     overrides: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("smoa_lab.lessons.questions.prepare", pytest.fail)
+    monkeypatch.setattr("smoa_lab.training.loaded_run.load_run", pytest.fail)
     config = Path(__file__).parents[3] / "configs" / "demo.yaml"
     done = CliRunner().invoke(app, ["demo", str(config), f"training.output_dir={tmp_path / 'run'}", *overrides])
     assert done.exit_code == 1
