@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 
 from smoa import SmoaConfig
-from smoa_lab.config.run_config import ModelSection
+from smoa_lab.config.run import ModelSection
 from smoa_lab.models.base_models import load_base_model
 
 QUANTIZATIONS: dict[str, dict[str, Any]] = {

@@ -19,7 +19,7 @@ import torch
 from _common import provenance, write_results
 
 from smoa.export.lora import RankRule
-from smoa_lab.convert import Converter, conversion_report
+from smoa_lab.convert import Converter
 
 RANKS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 640]
 ERRORS = [0.5, 0.3, 0.1, 0.05]
@@ -28,8 +28,8 @@ ERRORS = [0.5, 0.3, 0.1, 0.05]
 def cut(converter: Converter, rank: int) -> dict[str, Any]:
     """What a LoRA of this rank keeps."""
     with tempfile.TemporaryDirectory() as scratch:
-        conversion, loss = converter.cut(RankRule(rank=rank), Path(scratch) / "lora")
-    return {**conversion_report(converter, conversion, loss), "rank": rank}
+        report = converter.cut(RankRule(rank=rank), Path(scratch) / "lora")
+    return {name: figure for name, figure in report.items() if name != "layers"} | {"rank": rank}
 
 
 def ranks_needed(converter: Converter) -> dict[str, Any]:

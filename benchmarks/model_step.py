@@ -21,9 +21,10 @@ from _common import busy_elsewhere, interleaved, pick_device, provenance, write_
 from _gemma import gemma
 from _layers import lower_quartile, trainable
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
-from smoa_lab.data.prompts import IGNORED
-from smoa_lab.scoring.answer_loss import answer_positions, logits_at, mean_answer_loss
+from smoa_lab.data.encoding import IGNORED
+from smoa_lab.scoring.losses import answer_logits, answer_positions, logits_at
 
 BARS = {"time": 1.15, "memory": 1.03}
 
@@ -38,12 +39,13 @@ def example_batch(arguments: argparse.Namespace, device: torch.device) -> dict[s
 def training_step(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], None]:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    labels = batch["labels"]
     model.train()
 
     def step() -> None:
-        with logits_at(model, answer_positions(batch["labels"])):
+        with logits_at(model, answer_positions(labels)):
             outputs = model(**inputs)
-        mean_answer_loss(outputs, batch["labels"]).backward()
+        cross_entropy(answer_logits(outputs.logits, labels), labels[labels != IGNORED]).backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import altair as alt
 from torch import nn
 
-from smoa_lab.config.run_config import ModelSection
+from smoa_lab.config.run import ModelSection
 from smoa_lab.models.base_models import load_base_model
 from smoa_lab.pages.charts import DASHES, PALETTE, lines, save_picture
 

@@ -16,7 +16,7 @@ check_peft_version()
 ensure_peft_type()
 
 from smoa.compat import install_state_dict_hooks  # noqa: E402
-from smoa.config.adapter_config import SmoaConfig  # noqa: E402  (PeftType.SMOA must exist before the config is defined)
+from smoa.config import SmoaConfig  # noqa: E402  (PeftType.SMOA must exist before the config is defined)
 from smoa.errors import (  # noqa: E402
     AdapterFileError,
     ConfigError,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from smoa.config.adapter_config import SmoaConfig
+from smoa.config import SmoaConfig
 from smoa.errors import AdapterFileError, MergeError
 from smoa.export.checkpoint import FLOATS, HeaderEntry, Shards, write_checkpoint
 from smoa.files.loading import read_adapter
@@ -25,7 +25,6 @@ from smoa.layers.kinds import kind_of
 from smoa.layers.layer import as_matrix, as_stored
 from smoa.layers.layout import HALVED, Layout
 from smoa.maths.blocks import Blocks
-from smoa.maths.experts import Stack, stacked_blocks
 from smoa.maths.factors import Factors
 from smoa.maths.scale import MODULATIONS, rank_scale
 from smoa.maths.update import Update
@@ -64,13 +63,7 @@ class RoundingLoss:
         )
 
     def add(self, name: str, before: Tensor, after: Tensor, dtype: torch.dtype) -> None:
-        """Add one layer.
-
-        Args:
-            name: Name of the layer.
-            before: Weight before the merge, float32 or wider.
-            after: Weight after the merge, in the same dtype.
-            dtype: Dtype in which it is saved.
+        """Add one layer, given its weight before and after the merge, in float32 or wider, and the dtype to save it in.
 
         Raises:
             MergeError: the merged weight is not finite in the dtype.
@@ -136,50 +129,43 @@ class SavedAdapter:
                 raise AdapterFileError(f"{folder}: {module} has {sorted(parts)}, expected {sorted(PARTS)}")
 
     def merged(self, target: StreamTarget, weight: Tensor) -> Tensor:
-        """`W + ΔW` of what a tensor of the checkpoint holds, in its shape and in float32 or wider."""
-        if target.layout is not None:
-            return self._merged_experts(target, target.layout, weight)
-        pristine = as_matrix(weight, target.transposed)
-        merged = _sum(pristine, self._update(target.name).delta(pristine))
-        return as_stored(merged, weight.shape, target.transposed)
-
-    def _merged_experts(self, target: StreamTarget, layout: Layout, weight: Tensor) -> Tensor:
-        stack = self._stack(target.name, layout)
-        if target.number is not None:
-            return _sum(weight, stack.update(target.number).delta(weight))
-        merged = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-        matrices = (matrix for expert in layout.matrices(merged) for matrix in expert)  # views
-        for number, matrix in enumerate(matrices):
-            matrix.copy_(_sum(matrix, stack.update(number).delta(matrix)))
-        return merged
-
-    def _stack(self, name: str, layout: Layout) -> Stack:
-        """ΔW of the matrices of experts.
+        """`W + ΔW` of what a tensor of the checkpoint holds, in its shape and in float32 or wider.
 
         Raises:
-            AdapterFileError: the tensors don't fit the parameter.
-        """
-        tensors, count, shape = self.layers[name], layout.count, layout.shape
-        A, B, rows, cols, block_scale = (tensors[part] for part in PARTS)
-        ranks = self.config.ranks_of(name, shape=shape)
-        r = sum(ranks)
-        if (rows.shape[-1], cols.shape[-1]) != shape or len(A) != count * r:
-            raise AdapterFileError(f"{name}: the adapter is for a parameter of another shape than {layout}")
-        scale = rank_scale(block_scale.float(), ranks)
-        blocks, modulation = stacked_blocks(rows, cols, len(ranks)), MODULATIONS[self.config.modulation]
-        return Stack(A, B, ranks, self.config.alpha_of(name, r, shape) / r, scale, blocks, modulation)
-
-    def _update(self, module: str) -> Update:
-        """ΔW of one layer.
-
-        Raises:
+            AdapterFileError: the adapter's tensors don't fit the parameter.
             PartitionError: the labels are not a partition of this weight.
         """
-        A, B, rows, cols, block_scale = (self.layers[module][part] for part in PARTS)
-        shape = (len(rows), len(cols))
-        ranks = self.config.ranks_of(module, len(A), shape)
-        scaling = self.config.alpha_of(module, len(A), shape) / len(A)
-        factors = Factors(A, B, ranks, scaling, rank_scale(block_scale.float(), ranks), Blocks(rows, cols, len(ranks)))
+        if target.layout is None:
+            pristine = as_matrix(weight, target.transposed)
+            merged = _sum(pristine, self._update(target).delta(pristine))
+            return as_stored(merged, weight.shape, target.transposed)
+        if target.number is not None:
+            return _sum(weight, self._update(target, target.number).delta(weight))
+        merged = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+        matrices = (matrix for expert in target.layout.matrices(merged) for matrix in expert)  # views
+        for number, matrix in enumerate(matrices):
+            matrix.copy_(_sum(matrix, self._update(target, number).delta(matrix)))
+        return merged
+
+    def _update(self, target: StreamTarget, number: int = 0) -> Update:
+        """ΔW of a layer, or of one of a parameter's matrices."""
+        name, layout = target.name, target.layout
+        A, B, rows, cols, block_scale = (self.layers[name][part] for part in PARTS)
+        count, shape = (1, (len(rows), len(cols))) if layout is None else (layout.count, layout.shape)
+        ranks = self.config.ranks_of(name, shape=shape)
+        r, K = sum(ranks), len(ranks)
+        if (rows.shape[-1], cols.shape[-1]) != shape or len(A) != count * r:
+            raise AdapterFileError(f"{name}: the adapter is for a parameter of another shape than {layout or shape}")
+        of_rows, of_cols = (labels.view(-1, labels.shape[-1]) for labels in (rows, cols))  # all experts may share them
+        place = number % len(of_rows)
+        factors = Factors(
+            A.unflatten(0, (count, r))[number],
+            B.unflatten(1, (count, r))[:, number],
+            ranks,
+            self.config.alpha_of(name, r, shape) / r,
+            rank_scale(block_scale.float().view(count, K)[number], ranks),
+            Blocks(of_rows[place], of_cols[place], K),
+        )
         return Update(factors, MODULATIONS[self.config.modulation])
 
 
@@ -203,10 +189,7 @@ def target_of(name: str, model: nn.Module) -> StreamTarget | None:
 def separate_experts(target: StreamTarget, prefixes: Collection[str], checkpoint: Shards) -> dict[str, StreamTarget]:
     """The tensors of each expert's matrices by their keys, if the checkpoint has all of them; else none.
 
-    Args:
-        target: A parameter of experts.
-        prefixes: What may stand before the parameter's name in the checkpoint's keys.
-        checkpoint: The base model's files.
+    `prefixes` may stand before the parameter's name in the checkpoint's keys.
     """
     layout, (module, _, parameter) = target.layout, target.name.rpartition(".")
     if layout is None:
@@ -232,12 +215,7 @@ class StreamPlan:
 
 
 def plan_stream(adapter: SavedAdapter, model: PreTrainedModel, checkpoint: Shards) -> StreamPlan | None:
-    """Match the adapter's names with the checkpoint's.
-
-    Args:
-        adapter: The adapter.
-        model: The base model, may be on the meta device.
-        checkpoint: The base model's files.
+    """Match the adapter's names with those of the checkpoint. The model may be on the meta device.
 
     Returns:
         None if the merge needs a loaded model: transformers renames or converts the keys of what changes while loading,
@@ -261,7 +239,11 @@ def plan_stream(adapter: SavedAdapter, model: PreTrainedModel, checkpoint: Shard
         separate = separate_experts(target, prefixes, checkpoint)
         apart |= separate
         weights |= {} if separate else {name if target.layout else f"{name}.weight": target}
-    if any(name in _tied_names(model) for name in (*weights, *adapter.others)):
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    tied = {name for same in names.values() if len(same) > 1 for name in same}
+    if not tied.isdisjoint((*weights, *adapter.others)):
         return None
     keys = {name: _key_of(name, model, checkpoint) for name in (*weights, *adapter.others)}
     unfound = {name for name, key in keys.items() if key not in checkpoint.entries}
@@ -297,14 +279,6 @@ def _missing(model: PreTrainedModel, checkpoint: Shards, names: Collection[str])
         if shows_bars:
             logging.enable_progress_bar()
     return set(names).intersection(found[1]["missing_keys"])
-
-
-def _tied_names(model: nn.Module) -> set[str]:
-    """Names of parameters that have several names."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return {name for same in names.values() if len(same) > 1 for name in same}
 
 
 def _key_of(name: str, model: nn.Module, checkpoint: Shards) -> str:

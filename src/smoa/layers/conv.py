@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smoa.config.adapter_config import Shape
+from smoa.config import Shape
 from smoa.layers.layer import SmoaLayer, is_instrumented
 from smoa.maths.conv import Geometry, convolved, convolves_exactly
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from smoa.config.adapter_config import Shape
+from smoa.config import Shape
 from smoa.layers.layer import SmoaLayer
 from smoa.maths.factors import Initialization
 

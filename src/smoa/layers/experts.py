@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smoa.config.adapter_config import SmoaConfig
+from smoa.config import SmoaConfig
 from smoa.errors import UnsupportedModuleError
 from smoa.layers.distributed import refuse_partitioned
 from smoa.layers.layer import SmoaLayer

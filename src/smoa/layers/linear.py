@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from smoa.config.adapter_config import Shape
+from smoa.config import Shape
 from smoa.layers.layer import SmoaLayer, is_instrumented
 from smoa.layers.weight_cache import BLOCKS, WHOLE, KeptUpdate, WeightCache
 from smoa.maths.kernels.choice import prefers_apart
@@ -32,13 +31,6 @@ class Linear(SmoaLayer):
             shape = getattr(base.weight, "ds_shape", base.weight.shape)
             return shape[1], shape[0]
         return int(base.out_features), int(base.in_features)  # type: ignore[arg-type]
-
-    @classmethod
-    def refusal(cls, base: nn.Module) -> str | None:
-        """Refuse the output projection of `nn.MultiheadAttention`, whose forward is never run."""
-        if isinstance(base, NonDynamicallyQuantizableLinear):
-            return "MultiheadAttention uses its weight without calling it, so an adapter would do nothing"
-        return None
 
     def _active_forward(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Any:
         if active and (cache := self.open_cache(active, x)) is not None:

@@ -17,16 +17,22 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedParameter
 from transformers import PreTrainedModel
 
-from smoa.config.adapter_config import Shape, SmoaConfig
+from smoa.config import Shape, SmoaConfig
 from smoa.errors import ConfigError, PartitionError, SmoaError, UnsupportedModuleError
 from smoa.files.loading import AdapterFile, incoming
 from smoa.layers.distributed import awaits_process_group, from_rank_zero, whole
 from smoa.layers.kinds import KINDS, QUANTIZED, Kind, kind_of
 from smoa.layers.layer import SmoaLayer
 from smoa.layers.quantized import find_backend
-from smoa.maths.blocks import check_num_blocks
 from smoa.maths.spectrum import finite_peak
-from smoa.tuner.parameters import check_parameters, existing_wrapper, report_experts, target_parameters
+from smoa.tuner.parameters import (
+    TargetParameter,
+    check_fit,
+    check_parameter,
+    existing_wrapper,
+    report_experts,
+    target_parameters,
+)
 from smoa.tuner.tying import check_alike, tie_targets
 
 if TYPE_CHECKING:
@@ -52,14 +58,8 @@ class Target(NamedTuple):
 def survey_targets(model: nn.Module, peft_config: Any, is_target: IsTarget, loads_labels: bool) -> int:
     """Check all targets, fill the config's target_modules as PEFT does, and report what a user should know.
 
-    Args:
-        model: The base model; nothing of it is changed.
-        peft_config: The adapter's config.
-        is_target: PEFT's rule for names.
-        loads_labels: Whether the adapter's partition is loaded, and not made from the weights.
-
-    Returns:
-        The number of target modules.
+    Nothing of the model is changed. With `loads_labels` the partition is not made from the weights. Return the number
+    of target modules.
 
     Raises:
         SmoaError: names every target that cannot be adapted, and why.
@@ -85,13 +85,21 @@ def survey_targets(model: nn.Module, peft_config: Any, is_target: IsTarget, load
                     check_finite(name, weight, module if isinstance(module, SmoaLayer) else None)
             except SmoaError as error:
                 problems.append(error)
+    parameters: list[TargetParameter] = []
     try:
-        of_parameters = check_parameters(model, config, set(shapes), file)
-        for parameter in [] if loads_labels else target_parameters(model, config):
-            known = existing_wrapper(model, parameter.module_name, parameter.name)
-            check_finite(parameter.key, parameter.tensor, known)
-    except SmoaError as error:
+        parameters = target_parameters(model, config)
+    except ConfigError as error:
         problems.append(error)
+    for parameter in parameters:
+        try:
+            if parameter.module_name in shapes:
+                raise ConfigError(f"{parameter.key}: target_modules names its module too; name it in one of the two")
+            of_parameters[parameter.key] = check_parameter(parameter, config, file)
+            if not loads_labels:
+                known = existing_wrapper(model, parameter.module_name, parameter.name)
+                check_finite(parameter.key, parameter.tensor, known)
+        except SmoaError as error:
+            problems.append(error)
     if problems:
         raise type(problems[0])("; ".join(map(str, problems)))
     check_alike(groups, shapes, config)
@@ -110,14 +118,7 @@ def base_of(module: nn.Module) -> nn.Module:
 def check_target(
     name: str, module: nn.Module, config: SmoaConfig, model: nn.Module, file: AdapterFile | None = None
 ) -> Target:
-    """Return what is known of a module that can be adapted.
-
-    Args:
-        name: Name of the module in the model.
-        module: The target.
-        config: The adapter's settings.
-        model: The base model.
-        file: The weights of the adapter, if it is being loaded.
+    """Return what is known of a module that can be adapted; `file` has its weights, if they are being loaded.
 
     Raises:
         ConfigError: the kernels of a Mamba model read its weight and don't call it.
@@ -136,12 +137,7 @@ def check_target(
         raise refusal
     assert kind is not None, "a layer of no kind was refused"
     shape = kind.shape_of(base)
-    if file is not None:
-        file.check_rank(name, config.rank_of(name, shape))
-    try:
-        check_num_blocks(config.num_blocks_of(name, shape), *shape)
-    except PartitionError as error:
-        raise PartitionError(f"{name}: {error}") from None
+    check_fit(name, shape, config, file)
     return Target(kind, shape, backend)
 
 
@@ -233,12 +229,7 @@ def _shapes(base: nn.Module) -> str:
 
 
 def check_finite(name: str, stored: Tensor, layer: SmoaLayer | None) -> None:
-    """Check a weight of which blocks will be made. Every rank must call this.
-
-    Args:
-        name: Name of the module or parameter.
-        stored: The weight.
-        layer: The module's or parameter's adapted layer, if it has one, which may be merged.
+    """Check a weight of which blocks will be made, and which `layer` may have merged. Every rank must call this.
 
     Raises:
         PartitionError: the weight has NaN or infinite entries.
@@ -271,12 +262,7 @@ def _report_towers(targets: Mapping[str, Shape], model: nn.Module) -> None:
 
 
 def report_narrow(shapes: Mapping[str, Shape], config: SmoaConfig) -> None:
-    """Name the targets that take fewer blocks than `num_blocks`, in one warning.
-
-    Args:
-        shapes: Shape of the weight of each target, by name.
-        config: The adapter's settings.
-    """
+    """Name the targets that take fewer blocks than `num_blocks`, in one warning, given the shapes of their weights."""
     narrow = [name for name, shape in shapes.items() if config.num_blocks_of(name, shape) < config.num_blocks_of(name)]
     if narrow:
         named = ", ".join(f"{name} takes {min(shapes[name])}" for name in narrow[:3])

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
 import typer
 
-from smoa_lab.cli.console import AsJson, TrustRemoteCode, print_json, reporting, score
-from smoa_lab.scoring.protocol import Protocol
+from smoa_lab.cli.console import AsJson, TrustRemoteCode, print_json, reporting
 
 
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run, or a config file for the untouched model.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Values to change, e.g. task.max_length=512.")] = None,
     protocol: Annotated[
-        Protocol, typer.Option(help="Likelihood of the answers, the same computed by lm-eval, or generated text.")
+        Literal["likelihood", "generation"], typer.Option(help="Likelihood of the answers, or generated text.")
     ] = "likelihood",
     batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch when generating.")] = 16,
     num_beams: Annotated[int, typer.Option(min=1, help="Beams when generating; 1 is greedy.")] = 1,
@@ -27,8 +26,9 @@ def evaluate(
     with reporting():
         from smoa.atomic import check_place, write_whole
         from smoa_lab.basics.plain_json import json_text
+        from smoa_lab.evaluate import evaluate_run
         from smoa_lab.open_run import open_run
-        from smoa_lab.runs.evaluate_run import evaluate_run
+        from smoa_lab.pages.tables import score_table
 
         if output is not None:
             check_place(output, is_new=True)
@@ -37,20 +37,7 @@ def evaluate(
         if json:
             print_json(result)
         else:
-            _print_scores(result)
+            typer.echo(f"{result['adapter'] or 'untouched model'}, by {result['protocol']}")
+            score_table({"": result["scores"]}).without("training").print()
         if output is not None:  # last: whatever happens to the file, the scores are printed
             write_whole(output, json_text(result) + "\n")
-
-
-def _print_scores(result: dict[str, Any]) -> None:
-    from smoa_lab.pages.tables import Table
-
-    columns = {name: None for scores in result["scores"].values() for name in scores if not name.endswith("_stderr")}
-    rows = [[task, *(_cell(scores, name) for name in columns)] for task, scores in result["scores"].items()]
-    typer.echo(f"{result['adapter'] or 'untouched model'}, by {result['protocol']}")
-    Table(["task", *(name.replace("_", " ") for name in columns)], rows).print()
-
-
-def _cell(scores: dict[str, Any], name: str) -> str:
-    value = scores.get(name)
-    return str(value) if isinstance(value, int) else score(value, scores.get(f"{name}_stderr"))

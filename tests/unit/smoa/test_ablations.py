@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from smoa import ConfigError, PartitionError, SmoaConfig
+from smoa import PartitionError, SmoaConfig
 from smoa.export.merge import merge_and_save
 from tests.support import lab
 from tests.support.layers import adapted_layer, base_layer, base_weight, smoa_layers
@@ -59,13 +59,3 @@ def test_an_anchor_on_the_meta_device_is_normalized_once_weights_are_there() -> 
         layer.block_scale("default")
     layer.base_layer.weight = nn.Parameter(torch.randn(6, 6))
     assert layer.block_scale("default").tolist() == pytest.approx([1 / rms(base_weight(layer))] * 2, rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [{"modulation": "nois"}, {"scale": "layers"}, {"init_weights": "zero_B"}],
-    ids=str,
-)
-def test_a_wrong_value_of_an_option_is_named(wrong: dict[str, object]) -> None:
-    with pytest.raises(ConfigError, match=next(iter(wrong))):
-        SmoaConfig(**wrong)  # type: ignore[arg-type]

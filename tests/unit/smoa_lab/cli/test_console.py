@@ -10,7 +10,7 @@ import pytest
 import typer
 
 from smoa.errors import DataError
-from smoa_lab.cli.console import print_json, reporting, score
+from smoa_lab.cli.console import print_json, reporting
 
 
 def test_an_error_of_ours_is_one_line_on_stderr_and_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,11 +62,6 @@ def test_a_missing_package_of_an_extra_is_one_line_on_stderr(capsys: pytest.Capt
 def test_any_other_failed_import_is_shown_in_full() -> None:
     with pytest.raises(ImportError, match="libcuda"), reporting():
         raise ImportError("libcuda.so.1: cannot open shared object file")
-
-
-def test_scores_carry_their_error_and_missing_ones_a_dash() -> None:
-    assert score(0.25, 0.0123) == "0.250 ± 0.012"
-    assert score(None) == "–"
 
 
 def test_a_command_that_fails_prints_one_line_on_stderr() -> None:

@@ -1,0 +1,423 @@
+"""SmoaConfig: the settings of an adapter, and the rules by which they are checked, without a model."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import InitVar, dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME, PeftType
+from peft.utils.other import get_pattern_key
+
+from smoa.atomic import drop_save, write_whole
+from smoa.errors import ConfigError
+from smoa.maths.blocks import MAX_BLOCKS
+from smoa.maths.experts import ExpertPartition
+from smoa.maths.factors import Initialization, split_rank
+from smoa.maths.scale import DEFAULT_SCALE, ModulationKind, ScaleKind
+from smoa.maths.spectrum import PartitionKind
+
+Bias = Literal["none", "all", "smoa_only"]
+Shape = tuple[int, int]
+"""(out_features, in_features) of a weight."""
+MEANING = (
+    *("r", "num_blocks", "num_blocks_pattern", "block_ranks", "rank_pattern"),
+    *("alpha", "alpha_pattern", "use_rslora", "scale", "modulation"),
+)
+"""Settings without which saved tensors can't be read: with others they give another ΔW."""
+MADE_WITH = (
+    *(*MEANING, "partition", "expert_partition", "target_modules", "target_parameters", "exclude_modules"),
+    *("layers_to_transform", "layers_pattern"),
+)
+"""Settings that decide which layers get an adapter, and what it is there."""
+
+
+@dataclass
+class SmoaConfig(PeftConfig):
+    """Configuration of a SMoA adapter: `ΔW[I_k, J_k] = (α/r)·(B_k A_k) ⊙ W[I_k, J_k]` (arXiv:2605.21147).
+
+    Trainable parameters of a layer: r(m+n)/K, 1/K of LoRA's at the same r. As in every method of PEFT, the model holds
+    this object, `model.peft_config[adapter_name]`, and PEFT fills in settings that you left out, as target_modules.
+
+    Args:
+        r: Total rank, Σ r_k over the blocks. The default of 16, with K = 2, trains as many parameters as LoRA's of 8.
+        num_blocks: K, at most 255. A layer whose weight has a side shorter than K takes as many blocks as that side is
+            long, and the ranks of the first of the K blocks. alpha / r stays the same. One warning names these layers.
+            With `block_ranks` it is an error.
+        num_blocks_pattern: K by module name or regular expression, at most the smaller side of the weights it names.
+        block_ranks: r_k of each block, summing to r. None splits r evenly; the first blocks get the remainder.
+        alpha: ΔW is scaled by alpha / r; None means alpha = r.
+        use_rslora: Scale by alpha / √(r/K) instead, rsLoRA's at equal parameters. alpha = None then means r / K.
+        smoa_dropout: Dropout probability of the adapter's input.
+        bias: Biases to train: "none", "all" or "smoa_only" (those of adapted layers).
+        scale: The part of ΔW's scale that comes from the weight. "lora" multiplies each block by 4 / rms(block), so
+            that LoRA's alpha / r and learning rate serve. "block" and "layer" are 1 / rms of the block or of the
+            layer's weight. "paper" leaves ΔW relative to the weight, whose entries are about 0.02: alpha = r then needs
+            10 to 50 times LoRA's learning rate, and alpha = 32·r one of about 1e-2. None means "lora".
+        partition: How to assign coordinates to blocks: by "spectral" score, "contiguous" or at "random".
+        modulation: "hadamard" multiplies each block by the frozen weight. Ablations: "none" does not, and "noise"
+            multiplies by random numbers with the weight's norm.
+        init_weights: True starts with B = 0 and "zero_A" with A = 0, so ΔW is zero. False makes a visible random
+            update, for tests.
+        target_modules: As in LoRA: names, a regular expression, or "all-linear". None uses the architecture's default.
+        target_parameters: As in LoRA: names of parameters with a matrix for each expert of a mixture, such as
+            "mlp.experts.gate_up_proj" and "mlp.experts.down_proj". Each expert's matrix, and gate and up each on its
+            own, gets the method.
+        expert_partition: Blocks of the matrices in `target_parameters`: "each" has its own, or all experts of a
+            parameter have "shared" ones, from one decomposition.
+        exclude_modules: Names or a regular expression of modules not to adapt.
+        modules_to_save: Modules to train and save whole, in addition to the adapter.
+        layers_to_transform: Indices of the layers to adapt.
+        layers_pattern: Name of the layer list, with `layers_to_transform`.
+        rank_pattern: r by module name or regular expression.
+        alpha_pattern: alpha by module name or regular expression.
+        fan_in_fan_out: Weights are stored as (in_features, out_features), as in GPT-2's Conv1D. Set automatically.
+        trainable_token_indices: Token embeddings to train, as in LoRA.
+        ensure_weight_tying: As in LoRA: if a target shares its weight with other layers, as a head with the embedding
+            it is tied to, all of them get one adapter, and a merge leaves them tied.
+        lora_alpha: LoRA's name for alpha.
+        lora_dropout: LoRA's name for smoa_dropout.
+        save_id: A digest of the settings that give the saved tensors their meaning, written into both files at each
+            save, to refuse a config and weights that don't belong together. A config read from a file keeps its id.
+
+    Raises:
+        ConfigError: at least one rule is broken; the message lists all of them.
+    """
+
+    r: int = 16
+    num_blocks: int = 2
+    num_blocks_pattern: dict[str, int] = field(default_factory=dict)
+    block_ranks: list[int] | None = None
+    alpha: float | None = None
+    use_rslora: bool = False
+    scale: ScaleKind | None = None
+    smoa_dropout: float = 0.0
+    bias: Bias = "none"
+    partition: PartitionKind = "spectral"
+    modulation: ModulationKind = "hadamard"
+    init_weights: Initialization = True
+    target_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = None
+    expert_partition: ExpertPartition = "each"
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    fan_in_fan_out: bool = False
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool = False
+    save_id: str | None = None
+
+    lora_alpha: InitVar[float | None] = None
+    lora_dropout: InitVar[float | None] = None
+
+    def __post_init__(self, lora_alpha: float | None, lora_dropout: float | None) -> None:
+        from_file = self.peft_version is not None  # PEFT writes it; nobody gives it by hand
+        super().__post_init__()  # type: ignore[no-untyped-call]  # PEFT leaves it without types
+        self.peft_type = PeftType("SMOA")
+        self.scale = DEFAULT_SCALE if self.scale is None else self.scale
+        self._make_savable()
+        problems = self._rename("alpha", "lora_alpha", lora_alpha)
+        problems += self._rename("smoa_dropout", "lora_dropout", lora_dropout)
+        problems += config_problems(self)
+        if problems:
+            raise ConfigError("SmoaConfig: " + "; ".join(problems))
+        self._is_without_id = from_file and self.save_id is None
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            setattr(self, name, set(value) if isinstance(value, list) else value)
+        if (self.base_model_name_or_path or "").startswith("~"):
+            self.base_model_name_or_path = str(Path(str(self.base_model_name_or_path)).expanduser())
+
+    def _make_savable(self) -> None:
+        for name in (each.name for each in fields(self)):
+            value, ordered = getattr(self, name), name == "block_ranks"
+            if isinstance(value, dict):
+                setattr(self, name, {key: _as_json(inner, ordered) for key, inner in value.items()})
+            else:
+                setattr(self, name, _as_json(value, ordered))
+
+    def _rename(self, ours: str, theirs: str, value: float | None) -> list[str]:
+        """Take a value given under LoRA's name. Return its problems."""
+        problems = list(value_problems(theirs, value, float | None))
+        if value is None or problems:
+            return problems
+        given = getattr(self, ours)
+        if given and given != value:
+            return [f"{ours}={given!r} and {theirs}={value!r} name the same setting; drop {theirs}"]
+        setattr(self, ours, value)
+        return []
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
+    ) -> SmoaConfig:
+        """Read `adapter_config.json` from a folder or the Hub. As in PEFT, another method's file gives its own config.
+
+        Raises:
+            ConfigError: the file breaks a rule.
+        """
+        try:
+            config: SmoaConfig = super().from_pretrained(str(pretrained_model_name_or_path), subfolder, **kwargs)
+        except ConfigError as error:
+            folder = Path(pretrained_model_name_or_path, subfolder or "")
+            raise ConfigError(f"{folder / CONFIG_NAME}: {error}") from None
+        return config
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write `adapter_config.json` in one step. The home folder in the path of a local base becomes `~`."""
+        saved = copy.copy(self)
+        saved.base_model_name_or_path = _without_home(self.base_model_name_or_path)
+        saved.save_id = self.make_save_id()
+        with tempfile.TemporaryDirectory() as room:
+            super(SmoaConfig, saved).save_pretrained(room, **kwargs)
+            write_whole(Path(save_directory, CONFIG_NAME), Path(room, CONFIG_NAME).read_bytes())
+        drop_save(Path(save_directory))  # this one is newer, and PEFT has written its weights
+
+    def make_save_id(self) -> str | None:
+        """The `save_id` of files that are saved with these settings: 32 hexadecimal digits.
+
+        A config that was read from a file keeps its id, or has none, so that it can be changed and saved alone.
+        """
+        if self.save_id is not None or self._is_without_id:
+            return self.save_id
+        settings = json.dumps({name: getattr(self, name) for name in MEANING}, sort_keys=True)
+        return hashlib.blake2b(settings.encode(), digest_size=16).hexdigest()
+
+    def made_with(self) -> dict[str, Any]:
+        """Copies of the settings in `MADE_WITH`, as they are now."""
+        return {name: copy.copy(getattr(self, name)) for name in MADE_WITH}
+
+    def restore(self, adapter_name: str, made_with: Mapping[str, Any]) -> None:
+        """Take back the settings that an adapter was made with, and warn if they were changed since."""
+        changed = [name for name in MADE_WITH if getattr(self, name) != made_with[name]]
+        if changed:
+            vars(self).update({name: copy.copy(made_with[name]) for name in changed})
+            warnings.warn(
+                f"the config of adapter {adapter_name!r} was changed after the adapter was made; its layers have "
+                f"{', '.join(f'{name}={made_with[name]!r}' for name in changed)}, so it is saved with that, and the "
+                "config has it again; for another adapter use dataclasses.replace(config, ...)",
+                stacklevel=2,
+            )
+
+    def num_blocks_of(self, module: str, shape: Shape | None = None) -> int:
+        """K of a module.
+
+        Args:
+            module: Name of the module.
+            shape: (out_features, in_features). K is limited by its smaller side, unless `num_blocks_pattern` names the
+                module or `block_ranks` is set.
+        """
+        named: int | None = _by_pattern(self.num_blocks_pattern, module, None)
+        if named is not None:
+            return named
+        return self.num_blocks if shape is None or self.block_ranks is not None else min(self.num_blocks, *shape)
+
+    def rank_of(self, module: str, shape: Shape | None = None) -> int:
+        """Total rank of a module: that of as many blocks as it has, each of the rank that it would have among all."""
+        r: int = _by_pattern(self.rank_pattern, module, self.r)
+        own, whole = self.num_blocks_of(module, shape), self.num_blocks_of(module)
+        return r // whole * own + min(r % whole, own)
+
+    def ranks_of(self, module: str = "", r: int | None = None, shape: Shape | None = None) -> tuple[int, ...]:
+        """Rank of each block of a module. The default name matches no pattern; r replaces the configured total."""
+        if self.block_ranks is not None:
+            return tuple(self.block_ranks)
+        return split_rank(self.rank_of(module, shape) if r is None else r, self.num_blocks_of(module, shape))
+
+    def alpha_of(self, module: str, r: int, shape: Shape | None = None) -> float:
+        """The alpha by which ΔW of a module is scaled as alpha / r. For use_rslora it is alpha·√(r·K)."""
+        alpha: float | None = _by_pattern(self.alpha_pattern, module, self.alpha)
+        if self.use_rslora:
+            K = self.num_blocks_of(module, shape)
+            return (r / K if alpha is None else alpha) * math.sqrt(r * K)
+        if alpha is None:
+            return float(r)
+        return alpha * (self.rank_of(module, shape) / self.rank_of(module))
+
+    def scale_of(self, module: str) -> ScaleKind:
+        """`scale` of a module."""
+        return self.scale or DEFAULT_SCALE
+
+
+def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    return patterns.get(get_pattern_key(list(patterns), module), default)
+
+
+def _as_json(value: object, ordered: bool) -> object:
+    """Convert collections that JSON lacks to lists; sets only if order has no meaning."""
+    if isinstance(value, (set, frozenset)) and not ordered:
+        return sorted(value, key=str)
+    return list(value) if isinstance(value, (tuple, range)) else value
+
+
+def _without_home(name: str | None) -> str | None:
+    """The model's name or path with `~` for the home folder, which would reveal the user's name."""
+    home = Path("~").expanduser()
+    if name is None or home == Path(home.anchor) or not Path(name).is_relative_to(home):
+        return name
+    return "~/" + Path(name).relative_to(home).as_posix()
+
+
+# Rules for the values, alone and together.
+
+Rule = tuple[Callable[[Any], bool], str]
+
+COUNT: Rule = (lambda n: n >= 1, "a positive integer")
+BLOCKS: Rule = (lambda n: 1 <= n <= MAX_BLOCKS, f"a positive integer, at most {MAX_BLOCKS}")
+POSITIVE: Rule = (lambda x: 0 < x <= sys.float_info.max, "a positive number")
+SHARE: Rule = (lambda p: 0 <= p < 1, "a number in [0, 1)")
+INDEX: Rule = (lambda n: n >= 0, "an index from 0 on")
+RULES: dict[str, Rule] = {
+    "r": COUNT,
+    "rank_pattern": COUNT,
+    "num_blocks": BLOCKS,
+    "num_blocks_pattern": BLOCKS,
+    "block_ranks": (lambda n: n >= 0, "a non-negative integer"),
+    "alpha": POSITIVE,
+    "alpha_pattern": POSITIVE,
+    "lora_alpha": POSITIVE,
+    "smoa_dropout": SHARE,
+    "lora_dropout": SHARE,
+    "layers_to_transform": INDEX,
+    "trainable_token_indices": INDEX,
+}
+"""The range of a value, or of each value in a list or mapping."""
+EXPRESSIONS = ("target_modules", "exclude_modules", "layers_pattern")
+PATTERNS = ("rank_pattern", "alpha_pattern", "num_blocks_pattern")
+CHECKED_BY_PEFT = ("task_type", "peft_type", "peft_version")
+
+
+def config_problems(config: Any) -> list[str]:
+    """All problems of single values or, if there are none, of combinations."""
+    hints = _hints(config.__class__)
+    names = [field.name for field in fields(config) if field.name not in CHECKED_BY_PEFT]
+    problems = [problem for name in names for problem in value_problems(name, getattr(config, name), hints[name])]
+    return problems or list(_combination_problems(config))
+
+
+@cache
+def _hints(config: type) -> dict[str, Any]:
+    return get_type_hints(config)
+
+
+def value_problems(name: str, value: Any, hint: Any) -> Iterator[str]:
+    """The problems of one value: its type or, if that is right, its range and syntax."""
+    if not fits(value, hint):
+        yield f"{name}={shortened(value)} must be {in_words(hint)}"
+        return
+    if name in RULES:
+        holds, wanted = RULES[name]
+        yield from (f"{place}={entry!r} must be {wanted}" for place, entry in _entries(name, value) if not holds(entry))
+    for expression in _expressions(name, value):
+        try:
+            re.compile(expression)
+        except (re.error, RecursionError, OverflowError):
+            yield f"{name}: {shortened(expression)} is not a regular expression"
+
+
+def _entries(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The numbers in a value and their places."""
+    if isinstance(value, (list, Mapping)):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, inner in items:
+            yield from _entries(f"{name}[{key!r}]", inner)
+    elif value is not None:
+        yield name, value
+
+
+def _expressions(name: str, value: Any) -> list[str]:
+    if name in PATTERNS:
+        return [*value, *(rf"(.*\.)?({key})$" for key in value)]  # alone, and as PEFT uses it
+    if name not in EXPRESSIONS or value is None:
+        return []
+    if isinstance(value, str):
+        return [value]
+    return list(value) if name == "layers_pattern" else []  # lists of modules are plain names
+
+
+def _combination_problems(config: Any) -> Iterator[str]:
+    if config.layers_pattern and config.layers_to_transform is None:
+        yield f"layers_pattern={config.layers_pattern!r} has no effect without layers_to_transform"
+    if isinstance(config.target_modules, str) and config.layers_to_transform is not None:
+        yield (
+            f"layers_to_transform={config.layers_to_transform!r} needs target_modules to be a list of names, "
+            f"not the regular expression {config.target_modules!r}"
+        )
+    if config.block_ranks is None:
+        return
+    for name in ("rank_pattern", "num_blocks_pattern"):
+        if getattr(config, name):
+            yield f"block_ranks and {name} can't be combined: block_ranks fits one r and one K; drop one of them"
+            return
+    ranks, total = config.block_ranks, sum(config.block_ranks)
+    if len(ranks) != config.num_blocks:
+        yield f"block_ranks={ranks} has {len(ranks)} entries; give one for each of num_blocks={config.num_blocks}"
+    elif total != config.r:
+        yield f"block_ranks={ranks} sums to {total}; the ranks of all blocks must sum to r={config.r}"
+
+
+SINGULAR = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    dict: "a mapping",
+    NoneType: "null",
+}
+PLURAL = {int: "integers", float: "numbers", str: "strings"}
+
+
+def fits(value: object, hint: Any) -> bool:
+    """Whether a value has the annotated type. An int is also a float; a bool is neither."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(fits(value, each) for each in inner)
+    if origin is Literal:
+        return any(type(value) is type(choice) and value == choice for choice in inner)
+    if origin is list:
+        return isinstance(value, list) and all(fits(item, inner[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def in_words(hint: Any) -> str:
+    """The annotated type in words, for an error message."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return " or ".join(map(in_words, inner))
+    if origin is Literal:
+        return f"{'one of ' if len(inner) > 1 else ''}{', '.join(map(repr, inner))}"
+    if origin is list:
+        return f"a list of {_plural(inner[0])}"
+    if origin is dict:
+        return f"a mapping from {_plural(inner[0])} to {_plural(inner[1])}"
+    return SINGULAR[hint]
+
+
+def _plural(hint: Any) -> str:
+    return f"lists of {_plural(get_args(hint)[0])}" if get_origin(hint) is list else PLURAL[hint]
+
+
+def shortened(value: object) -> str:
+    """The value as text, cut after 100 characters."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"
