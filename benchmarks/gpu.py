@@ -44,7 +44,7 @@ import smoa
 from smoa import SmoaConfig
 from smoa.maths.blocks import Blocks
 from smoa.maths.spectrum import make_partition
-from smoa.maths.spectrum_cache import clear_spectrum_cache
+from smoa.state import clear_spectrum_cache
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (2048, 640))
 TOKENS = (512, 4096, 1, 16384)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import smoa
 from smoa import SmoaConfig
-from smoa.layers.kinds.linear import Linear
+from smoa.layers.linear import Linear
 from smoa.maths.blocks import Blocks
 from smoa.maths.factors import split_rank
 from smoa.maths.spectrum import make_partition

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 import smoa
 from smoa import SmoaConfig
-from smoa.layers.kinds.quantized import QuantizedLinear
+from smoa.layers.quantized import QuantizedLinear
 from smoa.tuner.generation import caches_of_generate
 from smoa_lab.config.run_config import ModelSection
 from smoa_lab.models.base_models import load_base_model

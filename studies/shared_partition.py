@@ -20,8 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from smoa.layers.layer import SmoaLayer
 from smoa.maths.blocks import Blocks
-from smoa.maths.modulations import MODULATIONS
-from smoa.maths.scale import block_scale
+from smoa.maths.scale import MODULATIONS, block_scale
 from smoa.maths.spectrum import gram_scores, labels_from_scores
 from smoa_lab.config.methods import METHODS, Method
 from smoa_lab.config.run_config import RunConfig

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from smoa import SmoaConfig
 from smoa.export.lora import convert_to_lora
 from smoa.export.streaming import SavedAdapter, target_of
-from smoa.layers.kinds.kind_table import KINDS, Kind, kind_of
+from smoa.layers.kinds import KINDS, Kind, kind_of
 
 PAGE = Path(__file__).parents[1] / "ecosystem.md"
 MARKERS = "<!-- layer kinds: written by docs/figures/layer_kinds.py -->\n", "<!-- end of the layer kinds -->\n"

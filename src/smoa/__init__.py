@@ -16,7 +16,7 @@ check_peft_version()
 ensure_peft_type()
 
 from smoa.compat import install_state_dict_hooks  # noqa: E402
-from smoa.config.adapter_config import SmoaConfig  # noqa: E402  (PeftType.SMOA must exist before the config is defined)
+from smoa.config import SmoaConfig  # noqa: E402  (PeftType.SMOA must exist before the config is defined)
 from smoa.errors import (  # noqa: E402
     AdapterFileError,
     ConfigError,
@@ -31,9 +31,8 @@ from smoa.files.loading import guard_loading  # noqa: E402
 from smoa.files.saving import save_adapter  # noqa: E402
 from smoa.layers.weight_cache import cached_weights  # noqa: E402
 from smoa.maths.blocks import Blocks as SpectralPartition  # noqa: E402  (its public name)
-from smoa.maths.kernels.choice import use_kernels  # noqa: E402
 from smoa.maths.spectrum import make_partition, spectral_scores  # noqa: E402
-from smoa.maths.spectrum_cache import clear_spectrum_cache  # noqa: E402
+from smoa.state import clear_spectrum_cache, use_kernels  # noqa: E402
 from smoa.tuner.generation import keep_in_generate  # noqa: E402
 from smoa.tuner.model import SmoaModel  # noqa: E402
 

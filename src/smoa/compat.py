@@ -7,8 +7,7 @@ versions go by the names alone. `install_state_dict_hooks` makes them ask too, a
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
 from functools import wraps
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import peft
 from packaging.version import Version
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import save_and_load
 from peft.utils.integrations import dequantize_bnb_weight
@@ -188,17 +186,6 @@ _WRAPPERS: dict[str, Callable[..., Any]] = {
     "set_peft_model_state_dict": _loading,
     "_insert_adapter_name_into_state_dict": _naming,
 }
-
-
-@contextmanager
-def integers_kept(layer: BaseTunerLayer, adapter_name: str) -> Iterator[None]:
-    """Keep an adapter's integer buffers while PEFT ≤ 0.20 moves them, which casts them to the base layer's dtype."""
-    buffers = [child for child in _children(layer).values() if isinstance(child, BufferDict) and adapter_name in child]
-    before = [child[adapter_name] for child in buffers]
-    yield
-    for child, tensor in zip(buffers, before, strict=True):
-        if child[adapter_name].dtype != tensor.dtype and not tensor.is_floating_point():
-            child[adapter_name] = tensor.to(child[adapter_name].device)
 
 
 class BitsAndBytesBackend:

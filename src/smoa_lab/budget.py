@@ -11,10 +11,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from smoa.config.adapter_config import SmoaConfig
+from smoa.config import SmoaConfig
 from smoa.errors import ConfigError, DataError
-from smoa.layers.experts.layout import Layout
-from smoa.layers.kinds.kind_table import kind_of
+from smoa.layers.kinds import kind_of
+from smoa.layers.layout import Layout
 from smoa.maths.budget import adapter_bytes, rank_bound, trainable_parameters
 from smoa_lab.config.run_config import ModelSection
 from smoa_lab.models.base_models import empty_model
@@ -99,34 +99,22 @@ def shapes_of(empty: PreTrainedModel, targets: tuple[str, ...], model: str) -> S
     Raises:
         DataError: there are none.
     """
-    output = empty.get_output_embeddings()
-    layers = [
-        kind.shape_of(layer)
-        for path, layer in empty.named_modules()
-        if (kind := kind_of(layer)) is not None
-        and (path.rpartition(".")[2] in targets or (ALL_LINEAR in targets and _is_linear(layer, output)))
-    ]
-    layers += [shape for path, layer in empty.named_modules() for shape in _experts(path, layer, targets)]
+    output, layers = empty.get_output_embeddings(), []
+    of_parameters = tuple(f".{target}" for target in targets if "." in target)
+    for path, module in empty.named_modules():
+        is_linear = isinstance(module, nn.Linear | Conv1D) and module is not output
+        kind = kind_of(module)
+        if kind is not None and (path.rpartition(".")[2] in targets or (ALL_LINEAR in targets and is_linear)):
+            layers.append(kind.shape_of(module))
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim == 3 and f"{path}.{name}".endswith(of_parameters):
+                layout = Layout.of(module, name)
+                layers += [layout.shape] * layout.count
     if not layers:
         raise DataError(
             f"model: {model!r} has no layers named {', '.join(targets)} that SMoA adapts; name its own with --targets"
         )
     return Counter(layers)
-
-
-def _is_linear(layer: nn.Module, output: nn.Module | None) -> bool:
-    return isinstance(layer, nn.Linear | Conv1D) and layer is not output
-
-
-def _experts(path: str, module: nn.Module, targets: tuple[str, ...]) -> list[tuple[int, int]]:
-    """(out_features, in_features) of every matrix in the module's parameters that are named."""
-    named = [
-        name
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim == 3 and f"{path}.{name}".endswith(tuple(f".{target}" for target in targets if "." in target))
-    ]
-    layouts = [Layout.of(module, name) for name in named]
-    return [layout.shape for layout in layouts for _ in range(layout.count)]
 
 
 def lora_parameters(shapes: Shapes, r: int) -> int:

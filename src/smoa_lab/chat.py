@@ -1,4 +1,4 @@
-"""Talks to an adapted model: what ``smoa chat`` does apart from the terminal."""
+"""Talks to an adapted model: what ``smoa chat`` opens, who answers, the conversation and its commands."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+import typer
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but in no __all__
 from jinja2 import TemplateError
@@ -297,17 +298,24 @@ class _Pieces(TextStreamer):
             self.show(text)
 
 
-class Screen(Protocol):
-    """Where answers and notes appear."""
+class Screen:
+    """Shows answers as they are written, and notes between them. In a pipe only answers go to stdout, each with an
+    empty line after it, and notes to stderr."""
+
+    def __init__(self, is_terminal: bool) -> None:
+        self.is_terminal = is_terminal
 
     def write(self, piece: str) -> None:
         """Show a piece of an answer."""
+        typer.echo(piece, nl=False)
 
     def end(self) -> None:
         """End an answer."""
+        typer.echo("" if self.is_terminal else "\n")
 
     def say(self, note: str) -> None:
         """Show a note, which is no part of an answer."""
+        typer.secho(note, dim=self.is_terminal or None, err=not self.is_terminal)
 
 
 class Conversation:

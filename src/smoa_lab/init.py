@@ -7,6 +7,7 @@ import logging
 import math
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,11 @@ from smoa_lab.basics.positions import positions_of
 from smoa_lab.budget import ALL_LINEAR, Choice, Shapes, shapes_of
 from smoa_lab.config.rows_config import check_any_config, check_rows_config
 from smoa_lab.config.run_config import DataSection, Dtype, ModelSection, TaskSection, adapter_rate, native_dtype
-from smoa_lab.config.yaml_text import key_lines, to_yaml
+from smoa_lab.config.yaml_text import parse_yaml, to_yaml
 from smoa_lab.data.tasks import TASKS, find_task, task_needs
 from smoa_lab.lessons.own_rows import sources, trainable_rows_of
 from smoa_lab.models.base_models import empty_model, load_tokenizer
+from smoa_lab.pages.templates import render
 from smoa_lab.rows.formats import Conversation, Preference
 from smoa_lab.rows.sources import source_values
 from smoa_lab.training.run_folder import peak_memory
@@ -176,6 +178,7 @@ class Proposal:
     model: ModelFacts
     data: DataFacts
     choice: Choice
+    machine: Machine
     dtype: Dtype
     rows: int
     checkpointing: bool
@@ -214,34 +217,17 @@ class Proposal:
             f"{self.data.max_length} tokens in a batch; choose a smaller model, or --dtype bfloat16"
         )
 
+    def text(self, output_dir: str, header: Sequence[str] = ()) -> str:
+        """The config as YAML, with a comment for every line."""
+        rate = adapter_rate(self.model.parameters)
+        values = {"proposal": self, "output_dir": output_dir, "header": header, "epochs": EPOCHS, "rate": rate}
+        text = render("config.yaml.jinja", yaml=lambda value: to_yaml({"": value}).partition(": ")[2].strip(), **values)
+        lines = [line.rpartition(" ## ") for line in text.splitlines()]
+        return "".join(f"{key:<{WIDEST}}  # {note}\n" if key else f"{note}\n" for key, _, note in lines)
+
     def values(self, output_dir: str) -> dict[str, Any]:
-        """The config as plain values, in the order in which it is written."""
-        length = {"max_length": self.data.max_length}
-        length_of_questions = {} if self.data.format else {"task": length}
-        last = {"num_train_epochs": EPOCHS} if self.steps is None else {"max_steps": self.steps}
-        return {
-            "model": {"name": self.model.name, "dtype": self.dtype},
-            "method": "smoa",
-            "adapter": {
-                "target_modules": ALL_LINEAR,
-                "num_blocks": self.choice.num_blocks,
-                "r": self.choice.r,
-                "alpha": 2 * self.choice.r,
-            },
-            "data": self.data.values,
-            **length_of_questions,
-            "training": {
-                "output_dir": output_dir,
-                **last,
-                "per_device_train_batch_size": self.rows,
-                "gradient_accumulation_steps": self.accumulation,
-                **(length if self.data.format else {}),
-                "gradient_checkpointing": self.checkpointing,
-                "learning_rate": adapter_rate(self.model.parameters),
-                "logging_steps": max(1, min(10, self.all_steps // 10)),
-                "seed": 0,
-            },
-        }
+        """The config as plain values."""
+        return parse_yaml(self.text(output_dir), Path("config.yaml"))
 
 
 def propose(
@@ -250,7 +236,7 @@ def propose(
     """The largest batch whose estimated need fits; activations are computed again only if one row would not fit."""
     chosen: Dtype = dtype or ("bfloat16" if machine.bfloat16 else "float32")
     has_gpu = machine.gpu is not None
-    most = Proposal(model, data, choice, chosen, LARGEST[has_gpu], checkpointing=False)
+    most = Proposal(model, data, choice, machine, chosen, LARGEST[has_gpu], checkpointing=False)
     sizes = [2**power for power in reversed(range(most.rows.bit_length()))]
     tried = [replace(most, rows=rows, checkpointing=again) for again in (False, True) for rows in sizes]
     fitting = (proposal for proposal in tried if needed_bytes(proposal) <= SHARE[has_gpu] * machine.memory)
@@ -337,26 +323,17 @@ def _three_steps(proposal: Proposal) -> Measured:
         return Measured(clock.seconds, peak_memory(arguments.device))
 
 
-def config_text(file: Path, proposal: Proposal, machine: Machine, measured: Measured | None) -> str:
+def config_text(file: Path, proposal: Proposal, measured: Measured | None) -> str:
     """The config file: what it is for, how to run it, what it will take, and the commented keys."""
-    plain = to_yaml(proposal.values(output_dir(file)))
-    comments, paths = _comments(proposal, machine), {line: path for path, line in key_lines(plain).items()}
     data = proposal.data
     size = f", {data.tokens:,} tokens in all" if data.tokens else ""
     header = [
         f"Trains an adapter of {proposal.model.name}: {data.train:,} {data.kind} to train on{size}.",
         f"Run it:         smoa train {file}",
         f"Change a value: smoa train {file} training.max_steps=10",
-        *(expected(proposal, machine, measured) or ["Not measured: how long a step takes, and how much memory."]),
+        *(expected(proposal, measured) or ["Not measured: how long a step takes, and how much memory."]),
     ]
-    lines = [f"# {text}" for text in header]
-    for number, line in enumerate(plain.splitlines(), start=1):
-        path = paths.get(number)
-        if path is not None and len(path) == 1:
-            lines.append("")
-        comment = "one in each line" if path is None else comments.get(".".join(path))
-        lines.append(f"{line:<{WIDEST}}  # {comment}" if comment else line)
-    return "\n".join(lines) + "\n"
+    return proposal.text(output_dir(file), header)
 
 
 def output_dir(file: Path) -> str:
@@ -364,7 +341,7 @@ def output_dir(file: Path) -> str:
     return f"runs/{file.stem}"
 
 
-def expected(proposal: Proposal, machine: Machine, measured: Measured | None) -> list[str]:
+def expected(proposal: Proposal, measured: Measured | None) -> list[str]:
     """What the run will take, in two sentences; nothing where nothing was measured."""
     if measured is None:
         return []
@@ -372,7 +349,7 @@ def expected(proposal: Proposal, machine: Machine, measured: Measured | None) ->
     steps = f"{proposal.all_steps:,} step{'s' * (proposal.all_steps > 1)}"
     each = f"{measured.seconds:.{digits}f}"
     return [
-        f"Expected: {steps} of {each} s each on {machine.name}, "
+        f"Expected: {steps} of {each} s each on {proposal.machine.name}, "
         f"{duration(seconds)} in all, and {decimal(measured.memory)} of memory.",
         "Measured on three steps. Scoring held-out data before and after takes time of its own.",
     ]
@@ -383,44 +360,3 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
-
-
-def _comments(proposal: Proposal, machine: Machine) -> dict[str, str]:
-    """The comment of each key that has one, by the key's path."""
-    choice, data, has = proposal.choice, proposal.data, "has" if machine.bfloat16 else "lacks"
-    size = f"{choice.parameters:,} parameters, {choice.percent:g} % of the model"
-    again = "activations are computed again: slower, but less memory" if proposal.checkpointing else "true saves memory"
-    longest = "the model takes no more" if data.max_length == proposal.model.context else "99 of 100 are shorter"
-    per_epochs = f"{EPOCHS} times all rows would be {proposal.steps_of_epochs:,} steps"
-    return {
-        "model": "the base model, whose weights stay as they are",
-        "model.name": "a Hub id, a folder, a .gguf file, or a model of the package index",
-        "model.dtype": f"of its weights; {machine.name} {has} instructions for bfloat16",
-        "method": "or lora, dora, …, which have keys of their own under adapter",
-        "adapter": "what is trained",
-        "adapter.target_modules": "every linear layer but the output; or a list such as [q_proj, v_proj]",
-        "adapter.num_blocks": "a larger one gives more rank on fewer entries of each weight",
-        "adapter.r": f"{size}, as LoRA with r = {choice.lora_r}",
-        "adapter.alpha": "strength of the update: twice r, so that LoRA's learning rates suit",
-        "data": "what is learned; `smoa data check` shows examples" if data.format else "what is learned",
-        "data.train": "a file, or a folder of files",
-        "data.hub": "a data set of the Hub",
-        "data.hub.name": "its id; config: and split: choose a part of it",
-        "data.tasks": "names from `smoa data list`",
-        "data.format": "of the rows, as their columns say",
-        "data.chat_template": "the model has no template for conversations; this one suits every base model",
-        "data.test_part": "share of the rows that is held out, and scored before and after",
-        "task": "how questions are put",
-        "task.max_length": "tokens of prompt and answer; a longer prompt is cut at its start",
-        "training": "passed to transformers' trainer, any of whose keys may stand here",
-        "training.output_dir": "gets adapter, scores, samples and log",
-        "training.num_train_epochs": f"times that all {data.kind} are seen: {proposal.all_steps:,} steps",
-        "training.max_steps": f"as many as the time allows; {per_epochs}",
-        "training.per_device_train_batch_size": f"{data.kind} computed at once: more take more memory",
-        "training.gradient_accumulation_steps": f"batches in a step, which learns from {BATCH} {data.kind}",
-        "training.max_length": f"tokens at which a row is cut: {longest}",
-        "training.gradient_checkpointing": again,
-        "training.learning_rate": "by the size of the model; `smoa tune` finds a better one",
-        "training.logging_steps": "steps between two lines of the log",
-        "training.seed": "the same seed draws the same batches",
-    }

@@ -4,7 +4,7 @@ and ranks."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import altair as alt
@@ -27,6 +27,10 @@ INTRODUCTION = (
     "along the leading directions alone, 0.5 one that treats all alike."
 )
 FAR = f"‖ΔW‖₂/‖W‖₂: from {TOO_FAR['relative_spectral_norm']} on much is likely to be forgotten."
+COVERAGE = (
+    "Share of ΔW's energy on the leading part of W's singular directions, mean of all layers; the diagonal treats all "
+    "directions alike."
+)
 BLOCKS = (
     "A thin line for each layer, the mean of all layers in bold. The scale s is what B A ⊙ W of the block is "
     "multiplied with."
@@ -41,45 +45,33 @@ def inspection_page(title: str, adapters: Reports, layers: Sequence[str] = ()) -
         ConfigError: one of ``layers`` is in no layer's name.
     """
     first = next(iter(adapters.values()))
+    for wanted in layers:
+        if not any(wanted in report.module for report in first):
+            raise ConfigError(
+                f"--layer {wanted}: no adapted layer's name contains it; layers are named like {first[0].module}"
+            )
     changed = max(first, key=lambda report: report.relative_update)
-    chosen = [report for report in _matching(first, layers) if report is not changed]
+    chosen = [report for report in first if any(wanted in report.module for wanted in layers)]
+    means = []
+    for name, reports in adapters.items():
+        mean, rank = (sum(getattr(one, figure) for one in reports) / len(reports) for figure in ("coverage", "rank"))
+        trained = sum(report.parameters for report in reports)
+        means.append(f"{name}: mean coverage {mean:.3f}, mean rank {rank:.0f}, {trained:,} trained")
+    blocks = by_block(adapters)
     figures = {
         "How far each layer was moved": Figure(_lines(adapters, "relative_spectral_norm", "‖ΔW‖₂ / ‖W‖₂"), FAR),
-        "Coverage of the spectrum": Figure(coverage(adapters), _coverage_caption(adapters)),
-        "Block by block": None if (blocks := by_block(adapters)) is None else Figure(blocks, BLOCKS),
+        "Coverage of the spectrum": Figure(coverage(adapters), f"{COVERAGE} {'; '.join(means)}."),
+        "Block by block": None if blocks is None else Figure(blocks, BLOCKS),
         "Rank": Figure(_lines(adapters, "effective_rank", "effective rank of ΔW"), "Effective rank of ΔW."),
         f"What changed most: {changed.module}": _detail(changed),
+        **{report.module: _detail(report) for report in chosen if report is not changed},
     }
     note = "Every adapted layer of {}; choose a heading to sort. ! marks a layer that was moved far."
     sections: list[tuple[str, list[Any]]] = [
         *((heading, [figure]) for heading, figure in figures.items() if figure is not None),
-        *((report.module, [_detail(report)]) for report in chosen),
         *((name, [layer_table(reports, note.format(name))]) for name, reports in adapters.items()),
     ]
     return page(title, sections, [INTRODUCTION])
-
-
-def _matching(reports: Sequence[LayerReport], layers: Sequence[str]) -> list[LayerReport]:
-    for wanted in layers:
-        if not any(wanted in report.module for report in reports):
-            raise ConfigError(
-                f"--layer {wanted}: no adapted layer's name contains it; layers are named like {reports[0].module}"
-            )
-    return [report for report in reports if any(wanted in report.module for wanted in layers)]
-
-
-def _coverage_caption(adapters: Reports) -> str:
-    means = []
-    for name, reports in adapters.items():
-        coverage, rank = (
-            sum(getattr(one, figure) for one in reports) / len(reports) for figure in ("coverage", "rank")
-        )
-        trained = sum(report.parameters for report in reports)
-        means.append(f"{name}: mean coverage {coverage:.3f}, mean rank {rank:.0f}, {trained:,} trained")
-    return (
-        "Share of ΔW's energy on the leading part of W's singular directions, mean of all layers; "
-        f"the diagonal treats all directions alike. {'; '.join(means)}."
-    )
 
 
 def _detail(report: LayerReport) -> Figure:
@@ -134,21 +126,23 @@ def place(module: str) -> dict[str, Any]:
 def by_block(adapters: Reports) -> Any | None:
     """Coverage and scale of every block: a thin line for each layer, the mean of all layers in bold. None without
     blocks."""
-    rows = list(_blocks(adapters))
+    rows = [
+        {
+            "adapter": adapter,
+            "module": report.module,
+            "line": f"{adapter} {report.module}",
+            "block": block + 1,
+            "coverage": report.spectrum.block_coverages[block],
+            "scale": scale,
+        }
+        for adapter, reports in adapters.items()
+        for report in reports
+        for block, scale in enumerate(report.block_scales)
+    ]
     if not rows:
         return None
     titles = {"coverage": "coverage of ΔW's block", "scale": "scale s of the block"}
-    return alt.hconcat(*(_blocks_panel(rows, _methods_of(adapters), *one) for one in titles.items()))
-
-
-def _blocks(adapters: Reports) -> Iterator[dict[str, Any]]:
-    for adapter, reports in adapters.items():
-        for report in reports:
-            for block, (coverage, scale) in enumerate(
-                zip(report.spectrum.block_coverages, report.block_scales, strict=True), start=1
-            ):
-                own = {"adapter": adapter, "module": report.module, "block": block}
-                yield {**own, "coverage": coverage, "scale": scale, "line": f"{adapter} {report.module}"}
+    return alt.hconcat(*(_blocks_panel(rows, _methods_of(adapters), *panel) for panel in titles.items()))
 
 
 def _blocks_panel(rows: Sequence[dict[str, Any]], methods: Mapping[str, str], field: str, title: str) -> Any:

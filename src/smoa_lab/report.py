@@ -23,8 +23,8 @@ from smoa_lab.config.methods import METHODS
 from smoa_lab.config.yaml_text import parse_yaml, to_yaml
 from smoa_lab.models.packaged_models import described_base
 from smoa_lab.pages.run_card import ANSWERS
-from smoa_lab.pages.run_charts import STAGES, accuracies, balance, learning_rate, losses
-from smoa_lab.pages.tables import Table
+from smoa_lab.pages.run_charts import accuracies, balance, learning_rate, losses
+from smoa_lab.pages.tables import score_table
 from smoa_lab.pages.templates import Figure, code, page, warning, write_page
 from smoa_lab.training.run_folder import RunFolder
 
@@ -189,22 +189,9 @@ def _balance(record: RunRecord) -> list[Any]:
 def _scores(record: RunRecord) -> list[Any]:
     evaluation = record.metrics["evaluation"]
     chart = accuracies(evaluation, record.method)
-    stages = [stage for stage in STAGES if stage in evaluation]
-    if not stages:
-        return []
-    names = [name for name in next(iter(evaluation[stages[0]].values())) if not name.endswith("_stderr")]
-    rows = [
-        [task, stage, *(_number(evaluation[stage][task].get(name)) for name in names)]
-        for task in evaluation[stages[0]]
-        for stage in stages
-    ]
-    header = ["", "training", *(name.replace("_", " ") for name in names)]
-    table = Table(header, rows, "Held-out data; losses are in nats per token.")
-    return [table] if chart is None else [Figure(chart, "Accuracy before and after training."), table]
-
-
-def _number(value: Any) -> str:
-    return "–" if value is None else f"{value:.3f}" if isinstance(value, float) else f"{value:,}"
+    figures: list[Any] = [] if chart is None else [Figure(chart, "Accuracy before and after training.")]
+    table = score_table(evaluation, "Held-out data; losses are in nats per token.")
+    return [*figures, table] if table.rows else []
 
 
 def _losses(record: RunRecord) -> list[Any]:

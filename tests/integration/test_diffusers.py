@@ -12,9 +12,9 @@ from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 
 from smoa import SmoaConfig
-from smoa.layers.kinds.conv import Convolution
-from smoa.layers.kinds.embedding import Embedding
-from smoa.layers.kinds.linear import Linear
+from smoa.layers.conv import Convolution
+from smoa.layers.embedding import Embedding
+from smoa.layers.linear import Linear
 from tests.support.layers import layers_of
 from tests.support.tolerance import assert_close
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,20 @@ from tests.support import lab
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
 
-@pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """A run of four steps."""
     adapter = {"r": 4, "num_blocks": 2, "smoa_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]}
     data = {"tasks": ["arc_easy"], "train_examples": 16, "validation_examples": 2}
     training = lab.steps(4, learning_rate=0.01, save_steps=2)
-    return lab.tiny_run(tmp_path, monkeypatch, train=40, test=6, training=training, adapter=adapter, data=data)
+    with pytest.MonkeyPatch.context() as patch:
+        room = tmp_path_factory.mktemp("room")
+        yield lab.tiny_run(room, patch, train=40, test=6, training=training, adapter=adapter, data=data)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def run(config: dict[str, Any]) -> Path:
-    """A finished run's folder."""
+    """A finished run's folder, which no test changes."""
     train_run.train(check_config(config))
     return Path(config["training"]["output_dir"])
 
@@ -52,7 +55,7 @@ def invoke(*arguments: object) -> str:
 def test_a_killed_run_resumes_to_the_same_bits(
     config: dict[str, Any], run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config["training"]["output_dir"] = str(run.with_name("killed"))
+    config = {**config, "training": {**config["training"], "output_dir": str(run.with_name("killed"))}}
     whole_step = AnswerTrainer.training_step
 
     def killed(self: AnswerTrainer, *args: Any, **options: Any) -> torch.Tensor:
@@ -78,7 +81,9 @@ def test_an_unfinished_run_is_not_resumed_by_another_config(config: dict[str, An
     (tmp_path / "run" / "checkpoint-2").mkdir(parents=True)
     (tmp_path / "run" / "config.yaml").write_text("method: lora\ntraining: {}\n")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    result = CliRunner().invoke(app, ["train", str(tmp_path / "config.yaml")])
+    result = CliRunner().invoke(
+        app, ["train", str(tmp_path / "config.yaml"), f"training.output_dir={tmp_path / 'run'}"]
+    )
     assert result.exit_code == 1
     assert "unfinished run of another config" in result.output
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from smoa.layers.kinds.quantized import QuantizedLinear
+from smoa.layers.quantized import QuantizedLinear
 from smoa_lab.config.run_config import ModelSection, check_config, load_config
 from smoa_lab.lessons import questions
 from smoa_lab.models.base_models import load_base_model

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from smoa_lab.chat import ChatModel, GenerationSettings, find, load
+from smoa_lab.chat import ChatModel, GenerationSettings, Screen, find, load
 from tests.support.adapted_models import adapted
 from tests.support.lab import byte_tokenizer, tiny_base
 
@@ -54,10 +54,11 @@ def written(model: Any, place: Path, messages: list[dict[str, str]], new_tokens:
     return text
 
 
-class KeptScreen:
+class KeptScreen(Screen):
     """Keeps pieces, answers and notes in lists."""
 
     def __init__(self) -> None:
+        super().__init__(is_terminal=False)
         self.pieces: list[str] = []
         self.answers: list[str] = []
         self.notes: list[str] = []

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from smoa.maths.devices import _decomposes
+from smoa.maths.spectrum import _decomposes
 
 DEVICE = torch.device("mps", 0)
 LACKING = ("linalg_", "_linalg_", "svd", "geqrf")

@@ -18,7 +18,7 @@ MACHINE = Machine(10**10)
 
 def proposal(**changes: Any) -> Proposal:
     """Batches of four rows in float32; `changes` are laid over it."""
-    chosen = {"model": MODEL, "data": ROWS, "dtype": "float32", "rows": 4, "checkpointing": False}
+    chosen = {"model": MODEL, "data": ROWS, "machine": MACHINE, "dtype": "float32", "rows": 4, "checkpointing": False}
     choice = budget_choice(MODEL.shapes, MODEL.parameters, "lora:8")
     return Proposal(**{"choice": choice, **chosen, **changes})
 

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from smoa import SmoaConfig
-from smoa.layers.experts.param_wrapper import ParamWrapper
+from smoa.layers.experts import ParamWrapper
 from tests import reference
 from tests.support.tiny_models import INITIALIZER_RANGE, SEED, VOCAB_SIZE
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from smoa.maths.blocks import Blocks
 from smoa.maths.factors import Factors
-from smoa.maths.modulations import MODULATIONS
+from smoa.maths.scale import MODULATIONS
 from smoa.maths.spectrum import make_partition
 from smoa.maths.update import Update
 from tests import reference

@@ -10,7 +10,19 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[2] / "src"
-LIBRARY = ["errors", "compat", "atomic", "maths", "config", "layers", "files", "tuner", "export", "integrations"]
+LIBRARY = [
+    "errors",
+    "compat",
+    "atomic",
+    "maths",
+    "state",
+    "config",
+    "layers",
+    "files",
+    "tuner",
+    "export",
+    "integrations",
+]
 """Each may import what stands before it, and `export` and `tuner` not each other."""
 LAB = ["basics", "rows", "data", "tokens", "config", "pages", "scoring", "models", "lessons", "training"]
 LAB += ["open_run", "runs", "budget", "merge", "convert", "verify", "report", "inspect", "inspect_page", "chat"]

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from smoa.errors import ConfigError, UnsupportedModuleError
 from smoa.files.names import PREFIX, adapter_layers
-from smoa.layers.experts.layout import Layout
-from smoa.layers.experts.param_wrapper import ParamWrapper
+from smoa.layers.experts import ParamWrapper
 from smoa.layers.layer import SmoaLayer
-from smoa.maths.devices import decomposition_device
+from smoa.layers.layout import Layout
+from smoa.maths.spectrum import decomposition_device
 from smoa.maths.update import Update
 
 

@@ -16,19 +16,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from smoa.config.adapter_config import SmoaConfig
+from smoa.config import SmoaConfig
 from smoa.errors import AdapterFileError, MergeError
 from smoa.export.checkpoint import FLOATS, HeaderEntry, Shards, write_checkpoint
 from smoa.files.loading import read_adapter
 from smoa.files.names import PARTS, PREFIX
-from smoa.layers.experts.layout import HALVED, Layout
-from smoa.layers.kinds.kind_table import kind_of
+from smoa.layers.kinds import kind_of
 from smoa.layers.layer import as_matrix, as_stored
+from smoa.layers.layout import HALVED, Layout
 from smoa.maths.blocks import Blocks
 from smoa.maths.factors import Factors
-from smoa.maths.modulations import MODULATIONS
-from smoa.maths.scale import rank_scale
-from smoa.maths.stack import Stack, stacked_blocks
+from smoa.maths.scale import MODULATIONS, rank_scale
 from smoa.maths.update import Update
 
 SEPARATE = {
@@ -137,51 +135,43 @@ class SavedAdapter:
                 raise AdapterFileError(f"{folder}: {module} has {sorted(parts)}, expected {sorted(PARTS)}")
 
     def merged(self, target: StreamTarget, weight: Tensor) -> Tensor:
-        """`W + ΔW` of what a tensor of the checkpoint holds, in its shape and in float32 or wider."""
-        if target.layout is not None:
-            return self._merged_experts(target, target.layout, weight)
-        pristine = as_matrix(weight, target.transposed)
-        merged = _sum(pristine, self._update(target.name).delta(pristine))
-        return as_stored(merged, weight.shape, target.transposed)
-
-    def _merged_experts(self, target: StreamTarget, layout: Layout, weight: Tensor) -> Tensor:
-        stack = self._stack(target.name, layout)
-        if target.number is not None:
-            return _sum(weight, stack.update(target.number).delta(weight))
-        merged = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-        matrices = (matrix for expert in layout.matrices(merged) for matrix in expert)  # views
-        for number, matrix in enumerate(matrices):
-            matrix.copy_(_sum(matrix, stack.update(number).delta(matrix)))
-        return merged
-
-    def _stack(self, name: str, layout: Layout) -> Stack:
-        """ΔW of the matrices of experts.
+        """`W + ΔW` of what a tensor of the checkpoint holds, in its shape and in float32 or wider.
 
         Raises:
-            AdapterFileError: the tensors don't fit the parameter.
-        """
-        tensors, count, shape = self.layers[name], layout.count, layout.shape
-        A, B, rows, cols, block_scale = (tensors[part] for part in PARTS)
-        ranks = self.config.ranks_of(name, shape=shape)
-        r = sum(ranks)
-        if (rows.shape[-1], cols.shape[-1]) != shape or len(A) != count * r:
-            raise AdapterFileError(f"{name}: the adapter is for a parameter of another shape than {layout}")
-        scale = rank_scale(block_scale.float(), ranks)
-        parts = A.unflatten(0, (count, r)).unbind(), B.unflatten(1, (count, r)).unbind(1)
-        blocks, modulation = stacked_blocks(rows, cols, len(ranks)), MODULATIONS[self.config.modulation]
-        return Stack(*parts, ranks, self.config.alpha_of(name, r, shape) / r, scale, blocks, modulation)
-
-    def _update(self, module: str) -> Update:
-        """ΔW of one layer.
-
-        Raises:
+            AdapterFileError: the adapter's tensors don't fit the parameter.
             PartitionError: the labels are not a partition of this weight.
         """
-        A, B, rows, cols, block_scale = (self.layers[module][part] for part in PARTS)
-        shape = (len(rows), len(cols))
-        ranks = self.config.ranks_of(module, len(A), shape)
-        scaling = self.config.alpha_of(module, len(A), shape) / len(A)
-        factors = Factors(A, B, ranks, scaling, rank_scale(block_scale.float(), ranks), Blocks(rows, cols, len(ranks)))
+        if target.layout is None:
+            pristine = as_matrix(weight, target.transposed)
+            merged = _sum(pristine, self._update(target).delta(pristine))
+            return as_stored(merged, weight.shape, target.transposed)
+        if target.number is not None:
+            return _sum(weight, self._update(target, target.number).delta(weight))
+        merged = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+        matrices = (matrix for expert in target.layout.matrices(merged) for matrix in expert)  # views
+        for number, matrix in enumerate(matrices):
+            matrix.copy_(_sum(matrix, self._update(target, number).delta(matrix)))
+        return merged
+
+    def _update(self, target: StreamTarget, number: int = 0) -> Update:
+        """ΔW of a layer, or of one of a parameter's matrices."""
+        name, layout = target.name, target.layout
+        A, B, rows, cols, block_scale = (self.layers[name][part] for part in PARTS)
+        count, shape = (1, (len(rows), len(cols))) if layout is None else (layout.count, layout.shape)
+        ranks = self.config.ranks_of(name, shape=shape)
+        r, K = sum(ranks), len(ranks)
+        if (rows.shape[-1], cols.shape[-1]) != shape or len(A) != count * r:
+            raise AdapterFileError(f"{name}: the adapter is for a parameter of another shape than {layout or shape}")
+        of_rows, of_cols = (labels.view(-1, labels.shape[-1]) for labels in (rows, cols))  # all experts may share them
+        place = number % len(of_rows)
+        factors = Factors(
+            A.unflatten(0, (count, r))[number],
+            B.unflatten(1, (count, r))[:, number],
+            ranks,
+            self.config.alpha_of(name, r, shape) / r,
+            rank_scale(block_scale.float().view(count, K)[number], ranks),
+            Blocks(of_rows[place], of_cols[place], K),
+        )
         return Update(factors, MODULATIONS[self.config.modulation])
 
 

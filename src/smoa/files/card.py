@@ -16,7 +16,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # it lists no exports
 from peft import PeftConfig
 
-from smoa.config.adapter_config import SmoaConfig
+from smoa.config import SmoaConfig
 
 AUTO_CLASSES = {
     "CAUSAL_LM": ("AutoModelForCausalLM", "text-generation"),

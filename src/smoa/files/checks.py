@@ -12,7 +12,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from smoa.compat import trained_biases
-from smoa.config.adapter_config import SmoaConfig
+from smoa.config import SmoaConfig
 from smoa.errors import AdapterFileError, PartitionError
 from smoa.files.loading import incoming
 from smoa.files.names import PARTS, PREFIX, adapter_layers, embeddings_of

@@ -30,7 +30,7 @@ from torch import Tensor
 from transformers.integrations.peft import PeftAdapterMixin
 
 from smoa.atomic import recover
-from smoa.config.adapter_config import SmoaConfig
+from smoa.config import SmoaConfig
 from smoa.errors import AdapterFileError, ConfigError
 from smoa.files.names import id_in, is_id, without_id
 

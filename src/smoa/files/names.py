@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from smoa.compat import BASE_PREFIX
-from smoa.config.adapter_config import SmoaConfig
+from smoa.config import SmoaConfig
 from smoa.layers.distributed import PARTITION, plain_name
-from smoa.layers.experts.param_wrapper import ParamWrapper
+from smoa.layers.experts import ParamWrapper
 from smoa.layers.layer import SmoaLayer
 
 PREFIX = BASE_PREFIX

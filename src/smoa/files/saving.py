@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard
 from peft.utils import CONFIG_NAME
 
 from smoa.atomic import new_files
-from smoa.config.adapter_config import SmoaConfig
+from smoa.config import SmoaConfig
 from smoa.errors import ConfigError
 from smoa.files.card import BASE_TAG, adapter_card
 

@@ -137,21 +137,16 @@ def _needs_gathering(parameter: Any) -> UnsupportedModuleError:
     )
 
 
-def partition_to_state_dict(layer: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+def partition_to_state_dict(layer: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
     """State dict hook: save exact block scales, and under FSDP2 save labels and scales as replicated DTensors."""
-    for name, factor in layer.smoa_A.items():  # type: ignore[operator, union-attr]
+    for name, factor in layer.smoa_A.items():
+        if (key := f"{prefix}{SCALE}.{name}") in state_dict:
+            state_dict[key] = layer.exact_block_scale(name)  # FSDP1 casts buffers in place
         weight = next(factor.parameters())
-        for key in (f"{prefix}{part}.{name}" for part in PARTITION):
-            if key not in state_dict:
-                continue
-            local = state_dict[key]
-            if key == f"{prefix}{SCALE}.{name}":
-                layer.restore_scale(name)  # type: ignore[operator]
-                local = layer.smoa_block_scale[name]  # type: ignore[index]
-            if isinstance(weight, DTensor):
+        if isinstance(weight, DTensor):
+            for key in {f"{prefix}{part}.{name}" for part in PARTITION} & state_dict.keys():
                 placements = [Replicate()] * weight.device_mesh.ndim
-                local = DTensor.from_local(local, weight.device_mesh, placements, run_check=False)
-            state_dict[key] = local
+                state_dict[key] = DTensor.from_local(state_dict[key], weight.device_mesh, placements, run_check=False)
 
 
 def partition_from_state_dict(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -1,24 +1,43 @@
-"""State of an adapted layer: factors, labels and merged adapters."""
+r"""An adapted layer: the state of its adapters, its forward, merging and unmerging.
+
+One class does this for every kind of layer. A kind is a subclass that says what its matrix W is (`shape_of`), and how
+ΔW is applied to an input (`branch_output`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+import warnings
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
-from smoa.compat import integers_kept
-from smoa.config.adapter_config import Shape, SmoaConfig
-from smoa.layers.distributed import refuse_partitioned
-from smoa.layers.partition import PartitionState, Pending
-from smoa.layers.undo import DiagonalBlocks
-from smoa.layers.weight_cache import WeightCache, tensor_state
-from smoa.maths.blocks import check_num_blocks
+from smoa.config import Shape, SmoaConfig
+from smoa.errors import MergeError, PartitionError
+from smoa.layers.buffers import AdapterBuffers, PartitionSpec
+from smoa.layers.distributed import (
+    awaits_process_group,
+    from_rank_zero,
+    gather_for,
+    onloaded,
+    partition_from_state_dict,
+    partition_to_state_dict,
+    refuse_partitioned,
+    refuse_writing,
+    whole,
+)
+from smoa.layers.weight_cache import BLOCKS, WeightCache, tensor_state
+from smoa.maths.blocks import UNDECIDED, Blocks, DiagonalBlocks, Orders, ascend, check_labels, check_num_blocks
 from smoa.maths.factors import Factors, Initialization, factor_shapes, init_factors
-from smoa.maths.kernels.plain import is_transformed
-from smoa.maths.modulations import MODULATIONS, ModulationKind
+from smoa.maths.kernels.operators import is_transformed
+from smoa.maths.scale import MODULATIONS, ModulationKind, rank_scale
 from smoa.maths.update import Update
+from smoa.state import chosen_kernels
 
 if TYPE_CHECKING:
     from peft.utils.quantization_utils import QuantizationBackend
@@ -27,19 +46,39 @@ RANDOM_SIZE = 0.1
 """rms of ΔW relative to W for an adapter made with `init_weights=False`: visible, not huge."""
 
 
-class SmoaLayer(PartitionState):
-    """State of all SMoA adapters on one layer; everything except `base_layer` is keyed by adapter name.
+class SmoaLayer(nn.Module, BaseTunerLayer):
+    """Adds `Σ x ΔWᵀ` of the active adapters to the base layer's output.
 
-    `smoa_A[name]` is a `Linear(⌈n/K⌉ → r)` and `smoa_B[name]` a `Linear(r → ⌈m/K⌉)`, both without bias. Only they, the
-    labels and the block scales are saved.
+    All state except `base_layer` is keyed by adapter name. `smoa_A[name]` is a `Linear(⌈n/K⌉ → r)` and `smoa_B[name]` a
+    `Linear(r → ⌈m/K⌉)`, both without bias. Only they, the labels, uint8 (m,) and (n,), and the block scales, float32
+    (K,), are saved. The block scales are the part of s_k that comes from the weight. Derived from labels and scales
+    when those change, and never saved, are the orders of the coordinates, whether the blocks are contiguous, and the
+    scales of blocks and ranks as int32 of the same bits, which no cast of the model's floats rounds.
+
+    A layer that holds G matrices of one shape, such as experts, stacks its factors: `Linear(⌈n/K⌉ → G·r)` and
+    `Linear(G·r → ⌈m/K⌉)`, r ranks of the first matrix, then r of the second.
+
+    Args:
+        base_layer: The layer to adapt.
+        adapter_name: Name of the first adapter.
+        config: The adapter's settings.
+        module: Name of this layer in the model, for the patterns of the config.
+        fan_in_fan_out: Whether the weight is stored as (in_features, out_features).
+        defer_partition: Don't decide the labels yet, because they are about to be loaded.
+        backend: PEFT's quantization backend, if the weight is quantized.
     """
 
+    route: Literal["auto", "fused", "apart"] = "auto"
+    """How one active adapter is computed, where there is a choice; the results are the same."""
     generation_cache: Literal["blocks", "weights", "off"] = "blocks"
     """What `generate` keeps: see `smoa.keep_in_generate`."""
     converted_by_peft = True
     tied = False
     """Whether another layer has the same weight and the same adapters (`ensure_weight_tying`)."""
-    training: bool
+    shares_weight = False
+    """Whether another module uses the base layer's weight. A merge then gives the base layer a weight of its own."""
+    read_by_models: tuple[str, ...] = ()
+    """Attributes of the base layer that models read, as Whisper reads the strides of its convolutions."""
     adapter_layer_names: tuple[str, ...] = ("smoa_A", "smoa_B")
     other_param_names: tuple[str, ...] = (
         "r",
@@ -60,41 +99,94 @@ class SmoaLayer(PartitionState):
     )
 
     def __init__(
-        self, base_layer: nn.Module, fan_in_fan_out: bool = False, backend: QuantizationBackend | None = None
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: SmoaConfig,
+        module: str = "",
+        fan_in_fan_out: bool = False,
+        defer_partition: bool = False,
+        backend: QuantizationBackend | None = None,
     ) -> None:
-        PartitionState.__init__(self)
+        super().__init__()
         self.base_layer = base_layer
         self.fan_in_fan_out = fan_in_fan_out
         self.quantization_backend = backend
         self.r: dict[str, int] = {}
         self.alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
+        self.ranks: dict[str, tuple[int, ...]] = {}
         self.modulation: dict[str, ModulationKind] = {}
+        self.pending_partition: dict[str, PartitionSpec] = {}
+        self.contiguous: dict[str, bool] = {}
         self.made_with: dict[str, dict[str, Any]] = {}  # settings of the config, which may be changed later
         self.smoa_dropout = nn.ModuleDict()
         self.smoa_A = nn.ModuleDict()
         self.smoa_B = nn.ModuleDict()
+        self.smoa_row_labels = AdapterBuffers()
+        self.smoa_col_labels = AdapterBuffers()
+        self.smoa_block_scale = AdapterBuffers()
+        self.smoa_orders = AdapterBuffers(persistent=False)
+        self.smoa_scale_bits = AdapterBuffers(persistent=False)
+        self._derived_from: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         self._disable_adapters = False
+        self._active_adapter = adapter_name
         self.merged_adapters: list[str] = []
-        self._pristine_blocks: dict[str, DiagonalBlocks] = {}  # of the merged adapters, by their names
+        self._pristine_blocks: dict[str, dict[int, DiagonalBlocks]] = {}  # by merged adapter and matrix
+        self._shared_weight: tuple[nn.Parameter, ...] = ()  # a parameter in a tuple is not saved with the layer
         self.smoa_weight_cache: WeightCache | None = None
         self.out_features, self.in_features = self._weight_shape()
+        self.register_state_dict_post_hook(partition_to_state_dict)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(partition_from_state_dict)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_refresh_orders)  # type: ignore[no-untyped-call]
+        self.update_layer(adapter_name, config, module, defer_partition=defer_partition)
 
-    def _weight_shape(self) -> Shape:
-        return self.shape_of(self.get_base_layer())
+    def __getattr__(self, name: str) -> Any:
+        if name in type(self).read_by_models:
+            return getattr(self.get_base_layer(), name)
+        return super().__getattr__(name)
+
+    def __repr__(self) -> str:
+        return f"smoa.{super().__repr__()}"
+
+    # What a kind of layer says.
 
     @staticmethod
     def shape_of(base: nn.Module) -> Shape:
         """(out_features, in_features) of the matrix W in such a base layer, also while its weight is sharded."""
         raise NotImplementedError
 
+    @classmethod
+    def refusal(cls, base: nn.Module) -> str | None:
+        """Why such a base layer can't be adapted although its class can, and what to do; None if it can."""
+        return None
+
+    def branch_output(self, x: Tensor, adapter_name: str) -> Tensor:
+        """What the adapter adds to the base layer's output for the input x."""
+        raise NotImplementedError
+
+    def _weight_shape(self) -> Shape:
+        return self.shape_of(self.get_base_layer())
+
+    @property
+    def matrix_count(self) -> int:
+        """G: how many matrices W the layer has."""
+        return 1
+
+    def partition_shapes(self, adapter_name: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Shapes of the saved row labels, column labels and block scales."""
+        return (self.out_features,), (self.in_features,), (len(self.ranks[adapter_name]),)
+
+    def saved_shapes(self, adapter_name: str) -> tuple[tuple[int, ...], ...]:
+        """Shapes of A, B, row labels, column labels and block scales in an adapter's file."""
+        (r, width), (height, _) = factor_shapes(self.out_features, self.in_features, self.ranks[adapter_name])
+        r *= self.matrix_count
+        return (r, width), (height, r), *self.partition_shapes(adapter_name)
+
+    # Adding an adapter.
+
     def update_layer(
-        self,
-        adapter_name: str,
-        config: SmoaConfig,
-        module: str = "",
-        *,
-        defer_partition: bool = False,
+        self, adapter_name: str, config: SmoaConfig, module: str = "", *, defer_partition: bool = False
     ) -> None:
         """Add an adapter.
 
@@ -117,20 +209,20 @@ class SmoaLayer(PartitionState):
         self.made_with[adapter_name] = config.made_with()
         self.smoa_dropout[adapter_name] = nn.Dropout(config.smoa_dropout) if config.smoa_dropout else nn.Identity()
         self._add_factors(adapter_name, config.init_weights)
-        self._add_partition(adapter_name, self._pending(config, module), defer_partition)
+        scale = config.scale_of(module)
+        spec = PartitionSpec(config.partition, config.modulation, scale, config.expert_partition)
+        self._add_partition(adapter_name, spec, defer_partition)
         if config.init_weights is False:
             self.equalize_random_update(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
-    def _pending(self, config: SmoaConfig, module: str) -> Pending:
-        return Pending(config.partition, config.modulation, config.scale_of(module))
-
     def _add_factors(self, adapter_name: str, init: Initialization) -> None:
-        shape_A, shape_B = factor_shapes(self.out_features, self.in_features, self.ranks[adapter_name])
-        A, B = nn.Linear(shape_A[1], shape_A[0], bias=False), nn.Linear(shape_B[1], shape_B[0], bias=False)
+        (of_A, of_B), r = self.saved_shapes(adapter_name)[:2], self.r[adapter_name]
+        A, B = nn.Linear(of_A[1], of_A[0], bias=False), nn.Linear(of_B[1], of_B[0], bias=False)
         with torch.no_grad():
-            self._fill_factors(A.weight, B.weight, adapter_name, init)
+            for part_A, part_B in zip(A.weight.split(r), B.weight.split(r, dim=1), strict=True):
+                self._fill_factors(part_A, part_B, adapter_name, init)
         self.smoa_A[adapter_name], self.smoa_B[adapter_name] = A, B
 
     def _fill_factors(self, A: Tensor, B: Tensor, adapter_name: str, init: Initialization) -> None:
@@ -140,20 +232,183 @@ class SmoaLayer(PartitionState):
     @torch.no_grad()
     def equalize_random_update(self, adapter_name: str) -> None:
         """Give the ΔW of random factors the same size for every scale."""
-        self.smoa_B[adapter_name].weight.div_(self.rank_scale(adapter_name))  # type: ignore[operator]
+        self.smoa_B[adapter_name].weight.div_(self.rank_scale(adapter_name).flatten())  # type: ignore[operator]
 
     def follow(self, other: SmoaLayer, adapter_name: str) -> None:
         """Use another layer's factors, blocks and scales for an adapter. Both layers have one weight."""
         self.smoa_A[adapter_name], self.smoa_B[adapter_name] = other.smoa_A[adapter_name], other.smoa_B[adapter_name]
         if adapter_name not in other.pending_partition:
-            self._set(adapter_name, other._saved(adapter_name))
+            self._set_partition(adapter_name, *other._partition(adapter_name))
             self.pending_partition.pop(adapter_name, None)
         self.tied = other.tied = True
         self._pristine_blocks = other._pristine_blocks  # whichever is merged first overwrites the weight of both
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        with self.exact_scales(), integers_kept(self, adapter_name):  # PEFT casts to the base layer's dtype
-            super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        """Move an adapter to the device of the base layer, and its factors to the dtype (PEFT's contract)."""
+        weight = self.stored_weight()
+        device = device or weight.device
+        for factor in (self.smoa_A[adapter_name], self.smoa_B[adapter_name]):
+            if not any(parameter.is_meta for parameter in factor.parameters()):
+                factor.to(device, weight.dtype if weight.is_floating_point() else None)
+        if device.type != "meta":  # where accelerate offloads the weight
+            for buffers in self._saved_buffers():
+                buffers[adapter_name] = buffers[adapter_name].to(device)
+            self._derive(adapter_name)
+
+    # Blocks and block scales: decided at injection, at first use, or by a loaded file.
+
+    def _saved_buffers(self) -> tuple[AdapterBuffers, AdapterBuffers, AdapterBuffers]:
+        return self.smoa_row_labels, self.smoa_col_labels, self.smoa_block_scale
+
+    def _partition(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Row labels, column labels and block scales."""
+        rows, cols, scale = (buffers[adapter_name] for buffers in self._saved_buffers())
+        return rows, cols, scale
+
+    def _add_partition(self, adapter_name: str, spec: PartitionSpec, defer: bool) -> None:
+        device = self.stored_weight().device
+        device = torch.device("cpu") if device.type == "meta" else device
+        rows, cols, scale = self.partition_shapes(adapter_name)
+        labels = [torch.full(shape, UNDECIDED, dtype=torch.uint8, device=device) for shape in (rows, cols)]
+        self._set_partition(adapter_name, labels[0], labels[1], torch.ones(scale, device=device, dtype=torch.float32))
+        self.pending_partition[adapter_name] = spec
+        if not defer and not awaits_process_group() and self._compute_partition(adapter_name):
+            del self.pending_partition[adapter_name]
+
+    def decide_partition(self, adapter_name: str) -> None:
+        """Compute the blocks of an adapter, unless they have been computed or loaded already.
+
+        With several processes, rank 0 computes them for all, so every rank must call this.
+
+        Raises:
+            PartitionError: the base weight is on the meta device.
+        """
+        if adapter_name not in self.pending_partition:
+            return
+        if self._has_valid_labels(adapter_name):  # from a file, or from another process
+            self._derive(adapter_name)
+        elif not self._compute_partition(adapter_name):
+            raise PartitionError("the base weight is on the meta device; load the weights before the adapter is used")
+        del self.pending_partition[adapter_name]
+
+    def _has_valid_labels(self, adapter_name: str) -> bool:
+        rows, cols, _ = self._partition(adapter_name)
+        if rows.device.type == "meta":
+            return False
+        try:
+            for labels in (*rows.view(-1, self.out_features), *cols.view(-1, self.in_features)):
+                check_labels(labels, len(self.ranks[adapter_name]), "labels")
+        except PartitionError:
+            return False
+        return True
+
+    def _compute_partition(self, adapter_name: str) -> bool:
+        """Compute labels and scales from rank 0's weight. Return False if that is on the meta device."""
+        spec, num_blocks = self.pending_partition[adapter_name], len(self.ranks[adapter_name])
+        everywhere = spec.partition != "spectral"  # cheap, and keeps the random generators of all ranks in step
+        with onloaded([self.get_base_layer()]), gather_params_ctx(self.stored_weight()):  # for DeepSpeed ZeRO-3
+            is_meta = self.stored_weight().device.type == "meta"
+            weight = None if is_meta else whole(self.pristine_weight())  # for FSDP2
+            parts = from_rank_zero(lambda: None if weight is None else spec.decide(num_blocks, weight), everywhere)
+        if parts is None:
+            return False
+        self._set_partition(adapter_name, *parts)
+        return True
+
+    def share_partition(self, source: str, adapter_name: str, with_scale: bool = True) -> None:
+        """Give the adapter the blocks of `source`, which must have as many, and its block scales or scales of 1."""
+        self.decide_partition(source)
+        rows, cols, scale = self._partition(source)
+        self._set_partition(adapter_name, rows, cols, scale if with_scale else torch.ones_like(scale))
+        self.pending_partition.pop(adapter_name, None)
+
+    def _set_partition(self, adapter_name: str, *partition: Tensor) -> None:
+        """Write row labels, column labels and block scales, in place, so that a state dict sees it."""
+        for buffers, tensor in zip(self._saved_buffers(), partition, strict=True):
+            if adapter_name not in buffers or buffers[adapter_name].device.type == "meta":
+                buffers[adapter_name] = tensor.clone()
+            else:
+                buffers[adapter_name].copy_(tensor)
+        self._derive(adapter_name)
+
+    def refresh_orders(self) -> None:
+        """Derive the orders of all adapters again, after labels or block scales were written to in place."""
+        for adapter_name in self.ranks:
+            self._derive(adapter_name)
+
+    def _derive(self, adapter_name: str) -> None:
+        """Derive orders and scale bits from the adapter's labels and block scales."""
+        rows, cols, _ = saved = self._partition(adapter_name)
+        if rows.is_meta:
+            return
+        with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode can't be used in training
+            self._derive_orders(adapter_name, rows, cols)
+            bits = self._scales(adapter_name).float().view(torch.int32)
+            if adapter_name in self.smoa_scale_bits and self.smoa_scale_bits[adapter_name].device == bits.device:
+                self.smoa_scale_bits[adapter_name].copy_(bits)  # in place, so that a state dict sees it
+            else:
+                self.smoa_scale_bits[adapter_name] = bits
+        self._derived_from[adapter_name] = saved
+
+    def _derive_orders(self, adapter_name: str, rows: Tensor, cols: Tensor) -> None:
+        self.smoa_orders[adapter_name] = torch.cat(Orders.of(rows, cols))
+        self.contiguous[adapter_name] = ascend(rows, cols)
+
+    def _is_derived(self, adapter_name: str) -> bool:
+        """Whether orders and scale bits hold; makes them again if the tensors that they come from were replaced.
+
+        They don't hold if a transform (`torch.func`) has put others in place, of which nothing is kept.
+        """
+        if torch.compiler.is_compiling():
+            return True
+        saved = self._partition(adapter_name)
+        if not all(a is b for a, b in zip(saved, self._derived_from[adapter_name], strict=True)):
+            if is_transformed(*saved):
+                return False
+            self._derive(adapter_name)
+        return True
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for adapter_name in self.ranks:  # a compiled model would not do so
+            self._is_derived(adapter_name)
+        return self
+
+    def blocks(self, adapter_name: str, number: int = 0) -> Blocks:
+        """The adapter's blocks of one matrix; decided now if they are still pending."""
+        self.decide_partition(adapter_name)
+        kept = self._is_derived(adapter_name)
+        rows, cols = self.smoa_row_labels[adapter_name], self.smoa_col_labels[adapter_name]
+        m, n = shape = self.out_features, self.in_features
+        orders = Orders(*self.smoa_orders[adapter_name].split([m, m, n, n])) if kept else Orders.of(rows, cols)
+        return Blocks(rows, cols, len(self.ranks[adapter_name]), orders, kept and self.contiguous[adapter_name], shape)
+
+    def block_scale(self, adapter_name: str) -> Tensor:
+        """Factor of each block's update in addition to α/r: (num_blocks,) float32."""
+        self.decide_partition(adapter_name)
+        return self.exact_block_scale(adapter_name)
+
+    def exact_block_scale(self, adapter_name: str) -> Tensor:
+        """`block_scale`, whether or not it is decided yet."""
+        shape = self.smoa_block_scale[adapter_name].shape
+        return self._exact_scales(adapter_name)[: shape.numel()].view(shape)
+
+    def rank_scale(self, adapter_name: str) -> Tensor:
+        """`block_scale` of the block that each rank belongs to: (r,) float32."""
+        shape = self.smoa_block_scale[adapter_name].shape
+        return self._exact_scales(adapter_name)[shape.numel() :].view(*shape[:-1], -1)
+
+    def _exact_scales(self, adapter_name: str) -> Tensor:
+        if torch._C._get_tracing_state() is None and self._is_derived(adapter_name):  # a trace has no views of a dtype
+            return self.smoa_scale_bits[adapter_name].view(torch.float32)
+        return self._scales(adapter_name)
+
+    def _scales(self, adapter_name: str) -> Tensor:
+        """The scales of all blocks, then of all ranks."""
+        scale = self.smoa_block_scale[adapter_name]
+        return torch.cat([scale.flatten(), rank_scale(scale, self.ranks[adapter_name]).flatten()])
+
+    # Weights and updates.
 
     def stored_weight(self) -> Tensor:
         """The base layer's weight as stored: transposed in a Conv1D, packed bytes in a quantized layer."""
@@ -163,42 +418,27 @@ class SmoaLayer(PartitionState):
         """The base layer's current weight, (out_features, in_features) for every kind of storage."""
         return as_matrix(refuse_partitioned(self.stored_weight()), self.fan_in_fan_out)
 
-    def write_weight(self, matrix: Tensor) -> None:
-        """Overwrite the base layer's weight by `matrix` (out_features, in_features), unless that is a view of it."""
-        stored = self.stored_weight()
-        if matrix.data_ptr() != stored.data_ptr():
-            stored.copy_(as_stored(matrix, stored.shape, self.fan_in_fan_out))
-
     def pristine_weight(self) -> Tensor:
         """The base weight before any merge, (out_features, in_features); a copy only while adapters are merged."""
         return self.unmerged(self.base_weight())
 
-    def unmerged(self, weight: Tensor) -> Tensor:
-        """`weight` (out_features, in_features) as it was before any merge; a copy only while adapters are merged."""
+    def pristine_matrix(self, number: int) -> Tensor:
+        """W of one matrix before any merge, (out_features, in_features); a copy only while adapters are merged."""
+        return self.pristine_weight()
+
+    def unmerged(self, weight: Tensor, number: int = 0) -> Tensor:
+        """A matrix (out_features, in_features) as it was before any merge; a copy only while adapters are merged."""
         if not self._pristine_blocks:
             return weight
         weight = weight.clone()
-        for blocks in self._pristine_blocks.values():
-            blocks.write_to(weight)
+        for kept in self._pristine_blocks.values():
+            if number in kept:
+                kept[number].write_to(weight)
         return weight
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """A: (r, ⌈n/K⌉) and B: (⌈m/K⌉, r)."""
+        """A: (r, ⌈n/K⌉) and B: (⌈m/K⌉, r), of all matrices."""
         return _linear_weight(self.smoa_A[adapter_name]), _linear_weight(self.smoa_B[adapter_name])
-
-    def saved_shapes(self, adapter_name: str) -> tuple[tuple[int, ...], ...]:
-        """Shapes of A, B, row labels, column labels and block scales in an adapter's file."""
-        of_factors = factor_shapes(self.out_features, self.in_features, self.ranks[adapter_name])
-        return *of_factors, *self.partition_shapes(adapter_name)
-
-    @property
-    def matrix_count(self) -> int:
-        """How many matrices W the layer has."""
-        return 1
-
-    def all_factors(self, adapter_name: str) -> list[Factors]:
-        """The adapter's factors for each of the layer's matrices, as views."""
-        return [self.update(adapter_name).factors]
 
     def update(self, adapter_name: str) -> Update:
         """The adapter's `Update`, which forms ΔW or applies it to x, given the pristine weight."""
@@ -206,11 +446,24 @@ class SmoaLayer(PartitionState):
         A, B = self.factors(adapter_name)
         ranks, scaling = self.ranks[adapter_name], self.scaling[adapter_name]
         factors = Factors(A, B, ranks, scaling, self.rank_scale(adapter_name), blocks)
-        return Update(factors, MODULATIONS[self.modulation[adapter_name]])
+        return Update(factors, MODULATIONS[self.modulation[adapter_name]], chosen_kernels())
+
+    def updates(self, adapter_name: str) -> list[Update]:
+        """The adapter's `Update` of each matrix."""
+        return [self.update(adapter_name)]
+
+    def all_factors(self, adapter_name: str) -> list[Factors]:
+        """The adapter's factors for each of the layer's matrices, as views."""
+        return [update.factors for update in self.updates(adapter_name)]
+
+    def part_name(self, number: int) -> str:
+        """The name of a matrix within the layer."""
+        return ""
 
     def parts(self, adapter_name: str) -> Iterator[tuple[str, Tensor, Update]]:
         """Every matrix that the adapter changes: its name within the layer, its pristine weight and its update."""
-        yield "", self.pristine_weight(), self.update(adapter_name)
+        for number, update in enumerate(self.updates(adapter_name)):
+            yield self.part_name(number), self.pristine_matrix(number), update
 
     def delta(self, adapter_name: str) -> Tensor:
         """Dense ΔW (out_features, in_features), float32 or wider, anchored on the pristine weight."""
@@ -223,21 +476,6 @@ class SmoaLayer(PartitionState):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT's own converter knows this kind of layer. `smoa.export.lora` knows more."""
         return self.converted_by_peft
-
-    def open_cache(self, names: list[str], x: Tensor) -> WeightCache | None:
-        """The cache for a call with these adapters, if one is open.
-
-        Calls with active dropout, compiled models and transforms use none.
-        """
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or (cache := self.smoa_weight_cache) is None:
-            return None
-        dropped = self.training and any(isinstance(self.smoa_dropout[name], nn.Dropout) for name in names)
-        return None if dropped or cache.gave_up or is_transformed(x) else cache
-
-    def state_of_update(self, names: list[str]) -> tuple[Hashable, ...]:
-        """Changes when ΔW of one of these adapters does."""
-        tensors = [tensor for name in names for tensor in (*self.factors(name), *self._saved(name))]
-        return *(self.scaling[name] for name in names), *map(tensor_state, [self.stored_weight(), *tensors])
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set s to `scale` times its configured value α/r."""
@@ -257,6 +495,158 @@ class SmoaLayer(PartitionState):
     def _present(self, names: list[str]) -> list[str]:
         return [name for name in names if name in self.smoa_A]
 
+    # Forward.
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        """The base layer's output plus that of the active adapters; `adapter_names` selects one for each sample."""
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        active = [] if self.merged else self._present(self.active_adapters)
+        for name in active:
+            self.decide_partition(name)
+        return self._active_forward(x, active, *args, **kwargs)
+
+    def _active_forward(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Any:
+        result = self.base_layer(x, *args, **kwargs)
+        with self._onloaded(active):
+            for name in active:
+                result = result + self.branch_output(x.to(result.device), name).to(result.dtype)
+        return result
+
+    def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
+        if len(x) != len(adapter_names):
+            raise ValueError(f"adapter_names has {len(adapter_names)} names for {len(x)} samples; give one for each")
+        if self.merged:
+            raise ValueError("adapter_names can't be used while adapters are merged; call unmerge_adapter first")
+        names = self._present(sorted(set(adapter_names)))
+        if (cache := self.open_cache(names, x)) is not None:
+            cache.retain(BLOCKS, names)
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        x = x.to(result.device)
+        with self._onloaded(names):
+            for name in names:
+                chosen = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
+                result = result.index_add(0, chosen, self.branch_output(x[chosen], name).to(result.dtype))
+        return result
+
+    def _onloaded(self, adapter_names: list[str]) -> AbstractContextManager[None]:
+        """Load what a branch reads, if accelerate has offloaded it. The base layer's own call does not keep it."""
+        base = self.get_base_layer()
+        if torch.compiler.is_compiling() or "_hf_hook" not in base.__dict__:
+            return nullcontext()
+        factors = [part[name] for part in (self.smoa_A, self.smoa_B) for name in adapter_names]
+        return onloaded([base, *self._saved_buffers(), *factors])
+
+    def gather(self, *adapter_names: str) -> None:
+        """Gather weight and factors, which this layer reads without calling their modules, if ZeRO-3 splits them."""
+        if hasattr(self, "ds_id"):  # ZeRO-3 knows this layer
+            factors = [part[name] for part in (self.smoa_A, self.smoa_B) for name in adapter_names]
+            gather_for(self, [self.stored_weight(), *(p for factor in factors for p in factor.parameters())])
+
+    def open_cache(self, names: list[str], x: Tensor) -> WeightCache | None:
+        """The cache for a call with these adapters, if one is open.
+
+        Calls with active dropout, compiled models and transforms use none.
+        """
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or (cache := self.smoa_weight_cache) is None:
+            return None
+        dropped = self.training and any(isinstance(self.smoa_dropout[name], nn.Dropout) for name in names)
+        return None if dropped or cache.gave_up or is_transformed(x) else cache
+
+    def state_of_update(self, names: list[str]) -> tuple[Hashable, ...]:
+        """Changes when ΔW of one of these adapters does."""
+        buffers = [tensor for name in names for tensor in self._partition(name)]
+        tensors = [self.stored_weight(), *(factor for name in names for factor in self.factors(name)), *buffers]
+        return *(self.scaling[name] for name in names), *map(tensor_state, tensors)
+
+    # Merging.
+
+    def check_merge(self, adapter_names: list[str] | None = None) -> None:
+        """Raise MergeError if merging these adapters gives NaN or infinite weights; changes nothing."""
+        chosen = self.active_adapters if adapter_names is None else adapter_names
+        names = [name for name in self._present(chosen) if name not in self.merged_adapters]
+        with torch.no_grad():
+            for _, _, merged in self.merged_matrices([*self.merged_adapters, *names]):
+                check_finite(merged, names)
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Replace the base weight W by `W + Σ ΔW`; for a stack, every W, one after the other.
+
+        The diagonal blocks of W, 1/K of it, are kept on the CPU for `unmerge`.
+
+        Args:
+            safe_merge: Raise MergeError instead of writing NaN or infinite weights.
+            adapter_names: Adapters to add to those that are merged already; None means the active ones.
+
+        Raises:
+            MergeError: `safe_merge` found NaN or infinite weights; nothing was merged.
+            UnsupportedModuleError: ZeRO-3 would drop the merged weight.
+        """
+        names = self._present(check_adapters_to_merge(self, adapter_names))
+        if not names:
+            return
+        refuse_writing(self.stored_weight())
+        if safe_merge and self.matrix_count > 1:
+            self.check_merge(names)
+        for number, pristine, merged in self.merged_matrices([*self.merged_adapters, *names]):
+            if safe_merge:
+                check_finite(merged, names)
+            self._write_merged(number, pristine, merged, names)
+        self.merged_adapters.extend(names)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Restore the pristine weight, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        refuse_writing(self.stored_weight())
+        self._restore_pristine()
+        self.merged_adapters.clear()
+
+    def merged_matrices(self, adapter_names: list[str]) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Number, pristine W and `W + Σ ΔW` of one matrix after the other, rounded once."""
+        updates = [self.updates(name) for name in adapter_names]
+        for number in range(self.matrix_count):
+            pristine = self.pristine_matrix(number)
+            total = sum((of_adapter[number].delta(pristine) for of_adapter in updates), pristine.new_zeros(()))
+            # Keep the exact bits where nothing is added: -0 + 0 is 0, and `unmerge` restores diagonal blocks only.
+            yield number, pristine, torch.where(total == 0, pristine, (total + pristine).to(pristine.dtype))
+
+    def merged_weight(self, adapter_names: list[str]) -> Tensor:
+        """`W + Σ ΔW` of the named adapters on the pristine W, rounded once: (out_features, in_features)."""
+        return next(self.merged_matrices(adapter_names))[2]
+
+    def _write_merged(self, number: int, pristine: Tensor, merged: Tensor, names: list[str]) -> None:
+        """Write a matrix. If other modules use it, the base layer gets one of its own until `unmerge`."""
+        for name in names:
+            kept = self._pristine_blocks.setdefault(name, {})
+            if number not in kept:  # where a layer of the same weight has kept them
+                kept[number] = DiagonalBlocks.read_from(pristine, self.blocks(name, number))
+        if self.shares_weight and not self._shared_weight:
+            base = self.get_base_layer()
+            self._shared_weight = (cast(nn.Parameter, base.weight),)
+            base.weight = nn.Parameter(self.stored_weight().clone(), requires_grad=False)
+        self._write_matrix(merged, number)
+
+    def _restore_pristine(self) -> None:
+        if self._shared_weight:
+            self.get_base_layer().weight, self._shared_weight = self._shared_weight[0], ()
+        else:
+            for number in range(self.matrix_count):
+                self._write_matrix(self.pristine_matrix(number), number)
+        self._pristine_blocks.clear()
+
+    def _write_matrix(self, matrix: Tensor, number: int) -> None:
+        """Overwrite one of the layer's weights by `matrix` (out_features, in_features)."""
+        stored = self.stored_weight()
+        stored.copy_(as_stored(matrix, stored.shape, self.fan_in_fan_out))
+
 
 def as_matrix(stored: Tensor, fan_in_fan_out: bool) -> Tensor:
     """W (out_features, in_features) of a weight as stored: transposed in a Conv1D, with a kernel in a convolution."""
@@ -268,6 +658,44 @@ def as_stored(matrix: Tensor, shape: Sequence[int], fan_in_fan_out: bool) -> Ten
     return matrix.T if fan_in_fan_out else matrix.reshape(shape)
 
 
+def is_instrumented(module: nn.Module) -> bool:
+    """Whether a forward hook or a replaced forward (as in accelerate's offloading) must see the base layer's call."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in module.__dict__
+
+
+def check_finite(merged: Tensor, names: list[str]) -> None:
+    """Raise MergeError if a merged weight has NaN or infinite entries."""
+    if not torch.isfinite(merged).all():
+        # The first sentences are PEFT's, whose users may match them.
+        raise MergeError(
+            f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken, or overflows "
+            f"{merged.dtype}; nothing was merged. Train it again, or load the base model in float32"
+        )
+
+
+def refuse_shared(layers: Iterable[tuple[str, Tensor, Mapping[str, object]]]) -> None:
+    """Raise MergeError if layers share one weight but not their adapters: a merged weight would be wrong for both.
+
+    Args:
+        layers: Name, stored weight and factors (by adapter) of each adapted layer.
+    """
+    owners: dict[int, tuple[str, Mapping[str, object]]] = {}
+    for name, weight, factors in layers:
+        pointer = weight.data_ptr()  # 0 on the meta device
+        other, others_factors = owners.setdefault(pointer, (name, factors))
+        if pointer and others_factors != factors:
+            raise MergeError(
+                f"{name} and {other} share one weight but have an adapter each, so no merged weight is right for both; "
+                "untie them, adapt one of them only, or set ensure_weight_tying=True before training"
+            )
+
+
+def users_of(model: nn.Module) -> Counter[int]:
+    """How many modules use each parameter, by its id. Several use that of tied embeddings."""
+    return Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
+
+
 def _linear_weight(linear: nn.Module) -> Tensor:
     """Weight of a bias-free Linear, computed by its forward if a wrapper (FSDP) gathers the weight only there."""
     if type(linear) is nn.Linear:
@@ -275,3 +703,8 @@ def _linear_weight(linear: nn.Module) -> Tensor:
     weight = next(linear.parameters())
     output: Tensor = linear(torch.eye(int(linear.in_features), device=weight.device, dtype=weight.dtype))  # type: ignore[arg-type]
     return output.T
+
+
+def _refresh_orders(layer: SmoaLayer, incompatible_keys: object) -> None:
+    """Load state dict post-hook."""
+    layer.refresh_orders()

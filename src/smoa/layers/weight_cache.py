@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor
 
 from smoa.errors import UnsupportedModuleError
 from smoa.maths.blocks import Blocks
-from smoa.maths.kernels.block_runs import BlockRun
+from smoa.maths.factors import BlockRun
 from smoa.maths.update import Update
 
 T = TypeVar("T")

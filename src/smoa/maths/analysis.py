@@ -15,7 +15,7 @@ from torch import Tensor
 
 from smoa.errors import PartitionError
 from smoa.maths.blocks import Blocks
-from smoa.maths.devices import decomposable
+from smoa.maths.spectrum import decomposable
 
 INTRUDERS_AMONG = 10
 """So many leading left singular vectors of W + ΔW are looked at."""

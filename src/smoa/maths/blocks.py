@@ -165,6 +165,24 @@ class Blocks:
         return Blocks(self.col_labels, self.row_labels, self.num_blocks, orders, self.is_contiguous, self.shape[::-1])
 
 
+@dataclass(frozen=True)
+class DiagonalBlocks:
+    """Copies on the CPU of a weight's diagonal blocks `W[I_k, J_k]`: 1/K of W, and all that a merge can change."""
+
+    blocks: Blocks
+    entries: list[Tensor]
+
+    @classmethod
+    def read_from(cls, weight: Tensor, blocks: Blocks) -> DiagonalBlocks:
+        """Copy the diagonal blocks of `weight` (out_features, in_features)."""
+        own = Blocks(blocks.row_labels.cpu().clone(), blocks.col_labels.cpu().clone(), blocks.num_blocks)
+        return cls(own, [entries.cpu() for entries in blocks.of(weight)])
+
+    def write_to(self, weight: Tensor) -> None:
+        """Overwrite the diagonal blocks of `weight` in place, in its current dtype."""
+        self.blocks.write(weight, self.entries)
+
+
 def take_columns(x: Tensor, order: Tensor, out: Tensor | None = None) -> Tensor:
     """`x[:, order]`. With `out`, two-byte entries on a CPU are copied by NumPy, which takes a third of the time."""
     if out is None or x.device.type != "cpu" or x.dtype.itemsize != 2:

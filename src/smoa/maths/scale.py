@@ -1,4 +1,4 @@
-r"""The part of each block's scale that comes from the weight: `s_k = (α/r)·c_k`.
+r"""What an update takes from the weight: its anchor M, and the part c_k of each block's scale, `s_k = (α/r)·c_k`.
 
 | kind  | c_k          | meaning                                                        |
 |-------|--------------|----------------------------------------------------------------|
@@ -12,14 +12,62 @@ M is the anchor: W itself, noise, or nothing, whose entries count as 1.
 
 from __future__ import annotations
 
+import math
+import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from smoa.maths.blocks import Blocks
-from smoa.maths.modulations import rms_of
+
+ModulationKind = Literal["hadamard", "none", "noise"]
+SAFE_RMS = 1e-15, 1e15
+"""Where squares neither underflow nor overflow in float32."""
+
+
+def rms_of(weight: Tensor) -> float:
+    """Root mean square of the entries, computed in float32 or wider, of a scaled copy where their squares leave it."""
+    weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    size = float(torch.linalg.vector_norm(weight)) / math.sqrt(weight.numel())
+    if SAFE_RMS[0] < size < SAFE_RMS[1]:
+        return size
+    peak = float(weight.abs().max())
+    return peak * rms_of(weight / peak) if 0 < peak < math.inf else peak
+
+
+def _noise(weight: Tensor, blocks: Blocks) -> Tensor:
+    """Draw M with a seed that is a hash of the labels, so that it is the same wherever the adapter is loaded."""
+    seed = zlib.crc32(torch.cat([blocks.row_labels, blocks.col_labels]).cpu().numpy().tobytes())
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+    return noise.mul_(rms_of(weight) / rms_of(noise)).to(weight.device, weight.dtype)
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """How the anchor M of `ΔW = s·(BA) ⊙ M` is made.
+
+    Args:
+        anchor: Makes M (out_features, in_features) from the pristine weight and the blocks; None without modulation.
+        anchors: Whether there is an M.
+        by_weight: Whether M is W itself, so that `W + ΔW = W ⊙ (1 + s·BA)` can be formed in one pass.
+    """
+
+    anchor: Callable[[Tensor, Blocks], Tensor | None]
+    anchors: bool
+    by_weight: bool
+
+
+MODULATIONS: dict[ModulationKind, Modulation] = {
+    "hadamard": Modulation(lambda weight, blocks: weight, anchors=True, by_weight=True),
+    "none": Modulation(lambda weight, blocks: None, anchors=False, by_weight=False),
+    "noise": Modulation(_noise, anchors=True, by_weight=False),
+}
+"""By M: "hadamard" is W, the paper's method. "none" has no M: with contiguous blocks it is MELoRA, with one block LoRA.
+"noise" is Gaussian noise with W's Frobenius norm, an ablation that replaces W's own entries."""
+
 
 ScaleKind = Literal["paper", "layer", "block", "lora"]
 DEFAULT_SCALE: ScaleKind = "lora"

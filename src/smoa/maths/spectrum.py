@@ -12,7 +12,7 @@ stable) and cutting each order into K runs gives the K aligned blocks. `smoa.mat
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Literal
 
 import torch
@@ -20,7 +20,6 @@ from torch import Tensor
 
 from smoa.errors import PartitionError
 from smoa.maths.blocks import Blocks, block_sizes, check_num_blocks
-from smoa.maths.devices import decomposable
 
 PartitionKind = Literal["spectral", "contiguous", "random"]
 
@@ -208,3 +207,24 @@ def make_partition(
             scores = scores_of(weight, True)
     row_labels, col_labels = (labels_from_scores(s, num_blocks).to(weight.device) for s in scores)
     return Blocks(row_labels, col_labels, num_blocks)
+
+
+def decomposable(matrix: Tensor) -> Tensor:
+    """The matrix itself, or a copy on the CPU if its device has no float64 or no decompositions, as Apple's MPS."""
+    return matrix.to(decomposition_device(matrix))
+
+
+def decomposition_device(matrix: Tensor) -> torch.device:
+    """The matrix's own device, or the CPU."""
+    return matrix.device if _decomposes(matrix.device.type) else torch.device("cpu")
+
+
+@cache
+def _decomposes(device_type: str) -> bool:
+    try:
+        torch.linalg.eigh(torch.eye(2, device=device_type).double())
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError):  # PyTorch raises TypeError for a dtype that MPS lacks
+        return False
+    return True

@@ -2,37 +2,51 @@ r"""The update ΔW of one layer, the central object of the method:
 
     ΔW[I_k, J_k] = s_k·(B_k A_k) ⊙ M_k,   zero off the diagonal blocks   (arXiv:2605.21147)
 
-M is the frozen weight W, or the anchor of another modulation. `delta` forms ΔW. `apply` computes `x ΔWᵀ` and
-`apply_with_base` computes `x(W + ΔW)ᵀ + b`, both without forming ΔW. All three agree. Only `Factors` applies the scale.
+M is the frozen weight W, or the anchor of another modulation. `delta` forms ΔW. `apply` computes `x ΔWᵀ`,
+`apply_with_base` computes `x(W + ΔW)ᵀ + b` and `lookup` rows of ΔW, all without forming ΔW. All agree. Only `Factors`
+applies the scale.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from smoa.maths.factors import Factors
-from smoa.maths.kernels import operators
-from smoa.maths.kernels.block_runs import BlockRun
-from smoa.maths.kernels.branch import delta_blocks
-from smoa.maths.kernels.choice import prefers_batched
+from smoa.maths.factors import BlockRun, Factors
+from smoa.maths.kernels.batched import plain_branch, recomputed_branch
+from smoa.maths.kernels.choice import Kernels, delta_blocks, prefers_batched
 from smoa.maths.kernels.loops import product_dtype
-from smoa.maths.kernels.plain import is_transformed, plain_branch, recomputed_branch
-from smoa.maths.modulations import MODULATIONS, Modulation
+from smoa.maths.kernels.operators import Apart, Fused, is_transformed, recomputed
+from smoa.maths.scale import MODULATIONS, Modulation, rank_scale
 
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """ΔW = s·(BA) ⊙ M of one layer."""
+    """ΔW = s·(BA) ⊙ M of one layer.
+
+    Args:
+        factors: A, B, the scale and the blocks.
+        modulation: How M is made.
+        kernels: How `x ΔWᵀ` is computed; the results are the same.
+    """
 
     factors: Factors
     modulation: Modulation = MODULATIONS["hadamard"]
+    kernels: Kernels = "auto"
 
     def anchor(self, weight: Tensor) -> Tensor | None:
         """M (out_features, in_features), made from the pristine weight; None without modulation."""
         return self.modulation.anchor(weight, self.factors.blocks)
+
+    def _some_anchor(self, weight: Tensor | Callable[[], Tensor]) -> Tensor:
+        anchor = self.anchor(weight() if callable(weight) else weight)
+        assert anchor is not None, "without an anchor, autograd computes the gradients"
+        return anchor
 
     def delta(self, weight: Tensor) -> Tensor:
         """Dense ΔW (out_features, in_features), in the widest of float32 and the dtypes of `weight` and the factors.
@@ -47,24 +61,36 @@ class Update:
             return product
         return product * anchor if is_transformed(anchor) else product.mul_(anchor)
 
-    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+    def apply(self, x: Tensor, weight: Tensor | Callable[[], Tensor]) -> Tensor:
         """`x ΔWᵀ` for x (…, in_features) in the dtype of x; differentiable in x, A and B.
 
         Nothing of W's size is kept for the backward, unless W itself trains or a `torch.func` transform is active.
+
+        Args:
+            x: (…, in_features).
+            weight: Pristine W (out_features, in_features), or a function that dequantizes it, for the backward again.
         """
-        anchor = self.anchor(weight)
+        if callable(weight) and self.modulation.anchors and not is_transformed(x):
+            return self._recomputed(x, partial(self._some_anchor, weight))
+        anchor = None if not self.modulation.anchors else self._some_anchor(weight)
         if anchor is None or anchor.requires_grad or is_transformed(x, anchor):
             return plain_branch(self.factors, x, anchor)
-        if torch.compiler.is_compiling() and prefers_batched(self.factors.blocks, x.shape[:-1].numel()):
+        tokens = x.shape[:-1].numel()
+        if torch.compiler.is_compiling() and prefers_batched(self.factors.blocks, tokens, self.kernels):
             return recomputed_branch(self.factors, x, anchor)
-        return operators.branch(self.factors, x, anchor)
+        return self._recomputed(x, anchor)
+
+    def _recomputed(self, x: Tensor, anchor: Tensor | Callable[[], Tensor]) -> Tensor:
+        y = recomputed(Apart(self.kernels), self.factors, x.reshape(-1, x.shape[-1]), anchor)
+        return y.view(*x.shape[:-1], self.factors.blocks.out_features)
 
     def apply_with_base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`x(W + ΔW)ᵀ + b` in one product, for M = W; differentiable in x, A, B and bias.
 
         For float32 and float64 only: in 16 bits `W(1 + δ)` rounds a small δ away.
         """
-        return operators.fused(self.factors, x, weight, bias)
+        y = recomputed(Fused(self.kernels), self.factors, x.reshape(-1, x.shape[-1]), weight, bias)
+        return y.view(*x.shape[:-1], weight.shape[0])
 
     def kept_blocks(self, weight: Tensor, dtype: torch.dtype) -> list[tuple[BlockRun, Tensor]]:
         """The diagonal blocks of ΔW, (blocks, height, width) for each run of blocks of one shape, to be kept.
@@ -75,22 +101,41 @@ class Update:
             weight: Pristine W (out_features, in_features).
             dtype: Dtype of x.
         """
-        anchor = self.anchor(weight)
-        assert anchor is not None, "without an anchor, ΔW is applied as quickly from its factors"
         with torch.autocast(weight.device.type, enabled=False):  # it would round the factors
-            return delta_blocks(self.factors, anchor, product_dtype(dtype, weight.device.type))
+            dtype = product_dtype(dtype, weight.device.type)
+            return delta_blocks(self.factors, self._some_anchor(weight), dtype, self.kernels)
 
-    def gradients(self, g: Tensor, x: Tensor, weight: Tensor, needs_x: bool) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Gradients of `apply` for x (None unless `needs_x`), A and B, given the gradient g of its output.
+    def lookup(self, tokens: Tensor, weight: Tensor, padding: int | None = None, by_freq: bool = False) -> Tensor:
+        """`ΔW[tokens]`, what an adapted embedding adds: (tokens, in_features), float32 or wider.
 
-        For layers that dequantize the weight again for the backward.
+        A row v of block k is `ΔW[v, J_k] = s_k·(b_v A_k) ⊙ M[v, J_k]`, where b_v is its row of B_k. A lookup touches
+        the looked-up rows of B and M only, is differentiable in A and B by PyTorch's own operations, and autograd keeps
+        nothing larger than the result.
 
         Args:
-            g: (…, out_features).
-            x: (…, in_features).
-            weight: Pristine W (out_features, in_features).
-            needs_x: Whether to compute the gradient for x.
+            tokens: int (tokens,), the rows to look up.
+            weight: Pristine W (out_features, in_features), a row for each token.
+            padding: The row that gets no gradient, as `padding_idx` of an embedding.
+            by_freq: Divide the gradient of a row by the number of its occurrences, as `scale_grad_by_freq` does.
         """
-        anchor = self.anchor(weight)
-        assert anchor is not None, "without an anchor, autograd computes the gradients"
-        return operators.branch_gradients(self.factors, g, x, anchor, needs_x)
+        factors = self.factors
+        with torch.autocast(weight.device.type, enabled=False):  # it would round the factors
+            rows = (self._rows_of_B(tokens) * factors.scale(factors.dtype)) @ factors.spread_A().to(factors.dtype)
+            anchor = self.anchor(weight)
+            rows = rows if anchor is None else rows * F.embedding(tokens, anchor)
+            if padding is not None:
+                rows = torch.where((tokens == padding)[:, None], rows.detach(), rows)
+            if by_freq and rows.requires_grad:
+                _, inverse, counts = tokens.unique(return_inverse=True, return_counts=True)
+                rows.register_hook(lambda gradient: gradient / counts[inverse][:, None])
+            return rows
+
+    def _rows_of_B(self, tokens: Tensor) -> Tensor:
+        """The rows of B̃: (tokens, r), zero at the ranks of other blocks, without the scale."""
+        factors, blocks = self.factors, self.factors.blocks
+        block = blocks.row_labels[tokens].long()
+        size, larger = divmod(blocks.out_features, blocks.num_blocks)
+        first = block * size + block.clamp(max=larger)  # of the block, in the sorted order
+        place = blocks.orders.rows_inverse[tokens] - first
+        owner = rank_scale(torch.arange(blocks.num_blocks, device=tokens.device), factors.ranks)  # of each rank
+        return F.embedding(place, factors.B).to(factors.dtype) * (block[:, None] == owner)

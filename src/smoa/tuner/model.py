@@ -19,12 +19,10 @@ from smoa.errors import MergeError, PartitionError
 from smoa.files.checks import check_adapter_state, check_gathered
 from smoa.files.loading import incoming
 from smoa.files.names import PREFIX, adapter_layers, embeddings_of, parameter_names, renamed, with_id, without_id
-from smoa.layers.adapted_layer import AdaptedLayer
 from smoa.layers.distributed import plain_name, refuse_writing, with_plain_names
-from smoa.layers.experts.param_wrapper import ParamWrapper
-from smoa.layers.kinds.quantized import keep_unpacked, requantization_reported
-from smoa.layers.layer import SmoaLayer
-from smoa.layers.undo import refuse_shared, users_of
+from smoa.layers.experts import ParamWrapper
+from smoa.layers.layer import SmoaLayer, refuse_shared, users_of
+from smoa.layers.quantized import keep_unpacked, requantization_reported
 from smoa.tuner.combining import Combination, check_combination, check_layer, combined_config, fill_combined
 from smoa.tuner.generation import adapter_names_hooks, forget_generate, watch_generate
 from smoa.tuner.parameters import existing_wrapper
@@ -36,7 +34,7 @@ class SmoaModel(BaseTuner, StateDictHooks):
     """A model with SMoA adapters; made by `get_peft_model(model, SmoaConfig(...))`.
 
     Raises:
-        UnsupportedModuleError: a target is of a kind that SMoA can't adapt (`smoa.layers.kinds.kind_table`).
+        UnsupportedModuleError: a target is of a kind that SMoA can't adapt (`smoa.layers.kinds`).
         PartitionError: K is larger than a side of a target, and `num_blocks_pattern` or `block_ranks` sets it.
     """
 
@@ -179,7 +177,7 @@ class SmoaModel(BaseTuner, StateDictHooks):
             config.restore(adapter_name, layer.made_with[adapter_name])
         for name, layer in embeddings_of(model).items():
             table = f"{plain_name(name)}.base_layer.weight"  # PEFT saves it too if it is adapted
-            if isinstance(layer, AdaptedLayer) and table in state_dict:
+            if isinstance(layer, SmoaLayer) and table in state_dict:
                 state_dict[table] = layer.unmerged(state_dict[table])
         named = with_plain_names(model)
         selected = dict(
@@ -252,7 +250,7 @@ class SmoaModel(BaseTuner, StateDictHooks):
     @torch.no_grad()
     def _check_all_finite(self, adapter_names: list[str] | None) -> None:
         for name, module in self.model.named_modules():
-            if isinstance(module, AdaptedLayer | ParamWrapper):
+            if isinstance(module, SmoaLayer):
                 try:
                     with onload_layer(module):  # accelerate may have offloaded its weights
                         module.check_merge(adapter_names)
@@ -265,7 +263,7 @@ class SmoaModel(BaseTuner, StateDictHooks):
         refuse_shared((name, layer.stored_weight(), dict(layer.smoa_A.items())) for name, layer in layers.items())
         users, adapted = users_of(self.model), Counter(id(layer.stored_weight()) for layer in layers.values())
         for layer in layers.values():
-            if isinstance(layer, AdaptedLayer):
+            if not isinstance(layer, ParamWrapper):
                 weight = id(layer.stored_weight())
                 layer.shares_weight = users[weight] > adapted[weight]
 

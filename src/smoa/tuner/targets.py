@@ -17,16 +17,22 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedParameter
 from transformers import PreTrainedModel
 
-from smoa.config.adapter_config import Shape, SmoaConfig
+from smoa.config import Shape, SmoaConfig
 from smoa.errors import ConfigError, PartitionError, SmoaError, UnsupportedModuleError
 from smoa.files.loading import AdapterFile, incoming
 from smoa.layers.distributed import awaits_process_group, from_rank_zero, whole
-from smoa.layers.kinds.kind_table import KINDS, QUANTIZED, Kind, kind_of
-from smoa.layers.kinds.quantized import find_backend
+from smoa.layers.kinds import KINDS, QUANTIZED, Kind, kind_of
 from smoa.layers.layer import SmoaLayer
-from smoa.maths.blocks import check_num_blocks
+from smoa.layers.quantized import find_backend
 from smoa.maths.spectrum import finite_peak
-from smoa.tuner.parameters import check_parameters, existing_wrapper, report_experts, target_parameters
+from smoa.tuner.parameters import (
+    TargetParameter,
+    check_fit,
+    check_parameter,
+    existing_wrapper,
+    report_experts,
+    target_parameters,
+)
 from smoa.tuner.tying import check_alike, tie_targets
 
 if TYPE_CHECKING:
@@ -85,13 +91,21 @@ def survey_targets(model: nn.Module, peft_config: Any, is_target: IsTarget, load
                     check_finite(name, weight, module if isinstance(module, SmoaLayer) else None)
             except SmoaError as error:
                 problems.append(error)
+    parameters: list[TargetParameter] = []
     try:
-        of_parameters = check_parameters(model, config, set(shapes), file)
-        for parameter in [] if loads_labels else target_parameters(model, config):
-            known = existing_wrapper(model, parameter.module_name, parameter.name)
-            check_finite(parameter.key, parameter.tensor, known)
-    except SmoaError as error:
+        parameters = target_parameters(model, config)
+    except ConfigError as error:
         problems.append(error)
+    for parameter in parameters:
+        try:
+            if parameter.module_name in shapes:
+                raise ConfigError(f"{parameter.key}: target_modules names its module too; name it in one of the two")
+            of_parameters[parameter.key] = check_parameter(parameter, config, file)
+            if not loads_labels:
+                known = existing_wrapper(model, parameter.module_name, parameter.name)
+                check_finite(parameter.key, parameter.tensor, known)
+        except SmoaError as error:
+            problems.append(error)
     if problems:
         raise type(problems[0])("; ".join(map(str, problems)))
     check_alike(groups, shapes, config)
@@ -136,12 +150,7 @@ def check_target(
         raise refusal
     assert kind is not None, "a layer of no kind was refused"
     shape = kind.shape_of(base)
-    if file is not None:
-        file.check_rank(name, config.rank_of(name, shape))
-    try:
-        check_num_blocks(config.num_blocks_of(name, shape), *shape)
-    except PartitionError as error:
-        raise PartitionError(f"{name}: {error}") from None
+    check_fit(name, shape, config, file)
     return Target(kind, shape, backend)
 
 

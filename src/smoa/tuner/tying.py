@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
-from smoa.config.adapter_config import Shape, SmoaConfig
+from smoa.config import Shape, SmoaConfig
 from smoa.errors import ConfigError
-from smoa.layers.kinds.embedding import Embedding
+from smoa.layers.embedding import Embedding
 from smoa.layers.layer import SmoaLayer
 
 Group = list[str]

@@ -44,7 +44,7 @@ def chat(
     """Talk to an adapted model, and compare it with its base; /help lists what else it does."""
     changes: dict[str, Any] = {"name": base, "dtype": dtype, "trust_remote_code": trust_remote_code or None}
     with reporting():
-        from smoa_lab.chat import Conversation, GenerationSettings, find, load
+        from smoa_lab.chat import Conversation, GenerationSettings, Screen, find, load
 
         try:
             target = find(place, {key: value for key, value in changes.items() if value is not None}, template)
@@ -54,23 +54,6 @@ def chat(
             (_talk if screen.is_terminal else _answer_lines)(conversation)
         except KeyboardInterrupt:  # while the model is loaded, and in a pipe: there is nothing to resume
             raise typer.Exit(130) from None
-
-
-class Screen:
-    """Shows answers as they are written, and notes between them. In a pipe only answers go to stdout, each with an
-    empty line after it, and notes to stderr."""
-
-    def __init__(self, is_terminal: bool) -> None:
-        self.is_terminal = is_terminal
-
-    def write(self, piece: str) -> None:
-        typer.echo(piece, nl=False)
-
-    def end(self) -> None:
-        typer.echo("" if self.is_terminal else "\n")
-
-    def say(self, note: str) -> None:
-        typer.secho(note, dim=self.is_terminal or None, err=not self.is_terminal)
 
 
 def _is_terminal() -> bool:

@@ -1,4 +1,4 @@
-"""What all subcommands share: options, the log on stderr, errors in one line, JSON, and scores as text."""
+"""What all subcommands share: options, the log on stderr, errors in one line, and JSON."""
 
 from __future__ import annotations
 
@@ -91,10 +91,3 @@ def failed(message: str) -> typer.Exit:
 def print_json(value: Any) -> None:
     """Print JSON and nothing else to stdout."""
     typer.echo(json_text(value))
-
-
-def score(value: float | None, stderr: float | None = None) -> str:
-    """``0.412 ± 0.035``, or a dash where there is no such score."""
-    if value is None:
-        return "–"
-    return f"{value:.3f}" if stderr is None else f"{value:.3f} ± {stderr:.3f}"

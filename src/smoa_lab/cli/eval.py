@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from smoa_lab.cli.console import AsJson, TrustRemoteCode, print_json, reporting, score
+from smoa_lab.cli.console import AsJson, TrustRemoteCode, print_json, reporting
 from smoa_lab.scoring.protocol import Protocol
 
 
@@ -28,6 +28,7 @@ def evaluate(
         from smoa.atomic import check_place, write_whole
         from smoa_lab.basics.plain_json import json_text
         from smoa_lab.open_run import open_run
+        from smoa_lab.pages.tables import score_table
         from smoa_lab.runs.evaluate_run import evaluate_run
 
         if output is not None:
@@ -37,20 +38,7 @@ def evaluate(
         if json:
             print_json(result)
         else:
-            _print_scores(result)
+            typer.echo(f"{result['adapter'] or 'untouched model'}, by {result['protocol']}")
+            score_table({"": result["scores"]}).without("training").print()
         if output is not None:  # last: whatever happens to the file, the scores are printed
             write_whole(output, json_text(result) + "\n")
-
-
-def _print_scores(result: dict[str, Any]) -> None:
-    from smoa_lab.pages.tables import Table
-
-    columns = {name: None for scores in result["scores"].values() for name in scores if not name.endswith("_stderr")}
-    rows = [[task, *(_cell(scores, name) for name in columns)] for task, scores in result["scores"].items()]
-    typer.echo(f"{result['adapter'] or 'untouched model'}, by {result['protocol']}")
-    Table(["task", *(name.replace("_", " ") for name in columns)], rows).print()
-
-
-def _cell(scores: dict[str, Any], name: str) -> str:
-    value = scores.get(name)
-    return str(value) if isinstance(value, int) else score(value, scores.get(f"{name}_stderr"))

@@ -65,13 +65,13 @@ def init(
         if measure:
             proposal, measured = init.measure(proposal)
             proposal = proposal.within(minutes, measured.seconds) if minutes else proposal
-        write_whole(_free(str(file)), init.config_text(file, proposal, machine, measured))
+        write_whole(_free(str(file)), init.config_text(file, proposal, measured))
         if json:
             took = measured and {"seconds_per_step": measured.seconds, "peak_memory_bytes": measured.memory}
             values = proposal.values(init.output_dir(file))
             print_json({"file": str(file), "config": values, "steps": proposal.all_steps, "measured": took})
             return
-        lines = init.expected(proposal, machine, measured)
+        lines = init.expected(proposal, measured)
         typer.echo("\n".join([f"{file}: written", *lines, f"Train: smoa train {file}"]))
 
 

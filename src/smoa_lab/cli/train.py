@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from smoa_lab.basics.extras import DRAWING
-from smoa_lab.cli.console import AsJson, Overrides, TrustRemoteCode, print_json, reporting, score
-from smoa_lab.pages.tables import Table
+from smoa_lab.cli.console import AsJson, Overrides, TrustRemoteCode, print_json, reporting
+from smoa_lab.pages.tables import score_table
 
 
 def train(
@@ -43,16 +43,34 @@ def train(
 
 
 def print_scores(metrics: dict[str, Any]) -> None:
-    """Held-out scores before and after training, and the adapter's size."""
+    """Held-out scores before and after training, what was learned and forgotten, and the adapter's size."""
     from rich.filesize import decimal
 
-    evaluation = metrics["evaluation"]
-    stages = [stage for stage in ("before", "after") if stage in evaluation]
-    if stages and "perplexity" in evaluation[stages[-1]]["all"]:
-        _print_rows(metrics, stages)
+    evaluation, gain, forgot, samples = (metrics[key] for key in ("evaluation", "gain", "forgetting", "samples"))
+    if evaluation:
+        score_table(evaluation).print()
+    if gain and "accuracy" in gain:
+        points, stderr = 100 * gain["accuracy"], 100 * gain["accuracy_stderr"]
+        typer.echo(f"\nAccuracy rose by {points:.1f} ± {stderr:.1f} points (standard error, paired by question).")
+    if gain and "loss" in gain:
+        change = f"{gain['loss']:+.3f} ± {gain['loss_stderr']:.3f}"
+        typer.echo(f"\nThe loss changed by {change} (standard error, paired by row).")
+    if gain and "preferred" in gain:
+        share = f"{100 * gain['preferred']:.0f} %"
+        typer.echo(f"The chosen answer gained on the rejected one in {share} of the held-out rows.")
+    if samples and "rows" in evaluation["after"]["all"]:
+        typer.echo(f"Answers before and after: samples.md, {len(samples)} held-out prompts.")
     else:
-        _print_questions(metrics, stages)
-    _print_balance(metrics, stages)
+        for sample in samples:
+            typer.echo(f"\n{sample['question']}")
+            for name in ("before", "after", "reference"):
+                if name in sample:
+                    typer.echo(f"  {name + ':':10} {sample[name] or '(nothing)'}")
+    parts = [f"learned: {', '.join(learned)}"] if (learned := _learned(evaluation)) else []
+    if forgot:
+        parts.append(f"forgot: {forgot['change']:+.3f} ± {forgot['stderr']:.3f} nats per token of general text")
+    if parts:
+        typer.echo("\n" + "   ".join(parts))
     parameters, training = metrics["parameters"], metrics["training"]
     speed = f", {training['tokens_per_second']:,.0f} tokens a second" if "tokens_per_second" in training else ""
     typer.echo(
@@ -62,64 +80,15 @@ def print_scores(metrics: dict[str, Any]) -> None:
     )
 
 
-def _print_balance(metrics: dict[str, Any], stages: list[str]) -> None:
-    """What was learned and what was forgotten, in one line."""
-    learned, forgot = [], metrics["forgetting"]
-    for name in metrics["evaluation"][stages[-1]] if len(stages) == 2 else ():
-        before, after = (metrics["evaluation"][stage][name] for stage in stages)
-        if "perplexity" in after:
-            learned = [f"perplexity {before['perplexity']:.2f} → {after['perplexity']:.2f}"]
-        elif name != "all":
-            learned.append(f"{name} {100 * before['accuracy']:.1f} → {100 * after['accuracy']:.1f} %")
-    parts = [f"learned: {', '.join(learned)}"] if learned else []
-    if forgot:
-        parts.append(f"forgot: {forgot['change']:+.3f} ± {forgot['stderr']:.3f} nats per token of general text")
-    if parts:
-        typer.echo("\n" + "   ".join(parts))
-
-
-def _print_questions(metrics: dict[str, Any], stages: list[str]) -> None:
-    evaluation = metrics["evaluation"]
-    rows = [
-        [
-            name,
-            stage,
-            scores["questions"],
-            score(scores["gold_loss"], scores["gold_loss_stderr"]),
-            score(scores["accuracy"], scores["accuracy_stderr"]),
-            score(scores["accuracy_norm"], scores["accuracy_norm_stderr"]),
-            score(scores["majority"]),
-        ]
-        for name in (evaluation[stages[-1]] if stages else ())
-        for stage in stages
-        for scores in [evaluation[stage][name]]
+def _learned(evaluation: dict[str, Any]) -> list[str]:
+    """The perplexity of rows, or the accuracy of each task, before and after."""
+    if len(evaluation) < 2:
+        return []
+    before, after = evaluation["before"], evaluation["after"]
+    if "rows" in after["all"]:
+        return [f"perplexity {before['all']['perplexity']:.2f} → {after['all']['perplexity']:.2f}"]
+    return [
+        f"{task} {100 * before[task]['accuracy']:.1f} → {100 * scores['accuracy']:.1f} %"
+        for task, scores in after.items()
+        if task != "all"
     ]
-    if rows:
-        header = ["held-out questions", "", "number", "gold-answer loss", "accuracy", "per character", "majority"]
-        Table(header, rows).print()
-    if metrics["gain"]:
-        points, stderr = (100 * metrics["gain"][key] for key in ("accuracy", "accuracy_stderr"))
-        typer.echo(f"\nAccuracy rose by {points:.1f} ± {stderr:.1f} points (standard error, paired by question).")
-    for sample in metrics["samples"]:
-        typer.echo(f"\n{sample['question']}")
-        for name in ("before", "after", "reference"):
-            if name in sample:
-                typer.echo(f"  {name + ':':10} {sample[name] or '(nothing)'}")
-
-
-def _print_rows(metrics: dict[str, Any], stages: list[str]) -> None:
-    rows = [
-        [stage, rows["rows"], rows["tokens"], score(rows["loss"], rows["loss_stderr"]), f"{rows['perplexity']:.2f}"]
-        for stage in stages
-        for rows in [metrics["evaluation"][stage]["all"]]
-    ]
-    Table(["held-out rows", "number", "trained tokens", "loss", "perplexity"], rows).print()
-    gain = metrics["gain"]
-    typer.echo(
-        f"\nThe loss changed by {gain['loss']:+.3f} ± {gain['loss_stderr']:.3f} (standard error, paired by row)."
-    )
-    if "preferred" in gain:
-        typer.echo(
-            f"The chosen answer gained on the rejected one in {100 * gain['preferred']:.0f} % of the held-out rows."
-        )
-    typer.echo(f"Answers before and after: samples.md, {len(metrics['samples'])} held-out prompts.")

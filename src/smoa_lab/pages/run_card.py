@@ -9,7 +9,7 @@ from peft import PeftConfig
 
 from smoa.files.card import NamedBase, adapter_card
 from smoa_lab.config.yaml_text import to_yaml
-from smoa_lab.pages.tables import Table
+from smoa_lab.pages.tables import Table, score_table
 from smoa_lab.pages.templates import render
 
 ANSWERS = {"reference": "Reference", "before": "Before", "after": "After"}
@@ -20,32 +20,18 @@ def run_card(title: str, config: PeftConfig, base: NamedBase, metrics: dict[str,
 
     ``config`` is the adapter's as saved, ``metrics`` the run's.
     """
-    stages = [stage for stage in ("before", "after") if stage in metrics["evaluation"]]
-    scores = [metrics["evaluation"][stage] for stage in stages]
-    of_rows = bool(stages) and "perplexity" in scores[-1]["all"]
+    evaluation = metrics["evaluation"]
     sections = render(
         "run_card.md.jinja",
         metrics=metrics,
-        stages=stages,
-        what="rows" if of_rows else "questions",
-        tokens="trained token" if of_rows else "token of the gold answers",
-        results=_results(scores, of_rows) if stages else None,
+        stages=list(evaluation),
+        of_rows="after" in evaluation and "rows" in evaluation["after"]["all"],
+        results=score_table(evaluation),
         samples=samples_text(metrics["samples"][:2], level=3),
         sources=_sources(metrics["data"]["tasks"]) if "tasks" in metrics["data"] else None,
         config=to_yaml({key: value for key, value in metrics["config"].items() if key != "adapter"}),
     )
     return adapter_card(title, config, {}, base, sections)
-
-
-def _results(scores: list[dict[str, Any]], of_rows: bool) -> Table:
-    """Loss and accuracy per task, or loss and perplexity of rows, each before and after."""
-    what, names = ("rows", ("loss", "perplexity")) if of_rows else ("questions", ("gold_loss", "accuracy"))
-    rows = [
-        [task, last[what], *(" → ".join(f"{stage[task][name]:.3f}" for stage in scores) for name in names)]
-        for task, last in scores[-1].items()
-    ]
-    table = Table(["task", what, "loss", names[1]], rows)
-    return table.without("task") if of_rows else table
 
 
 def _sources(tasks: dict[str, Any]) -> Table:

@@ -1,4 +1,4 @@
-"""A table, built once and shown in the terminal, in Markdown and on a page."""
+"""A table, built once and shown in the terminal, in Markdown and on a page; among them the table of scores."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ from typing import Any
 
 WIDEST = 100_000
 """Characters of a line in a pipe."""
+SCORES = {
+    "questions": "held-out questions",
+    "rows": "held-out rows",
+    "tokens": "trained tokens",
+    "gold_loss": "gold-answer loss",
+    "accuracy_norm": "accuracy per character",
+}
+"""Scores with another heading than their names in ``metrics.json``."""
 
 
 @dataclass(frozen=True)
@@ -69,3 +77,26 @@ class Table:
         from smoa_lab.pages.templates import render
 
         return render("table.html.jinja", table=self)
+
+
+def score_table(evaluation: Mapping[str, Mapping[str, Mapping[str, Any]]], caption: str = "") -> Table:
+    """The scores of each task at each stage of training, as ``metrics.json`` has them, with their standard errors."""
+    scored = [
+        (task, stage, evaluation[stage][task]) for task in next(iter(evaluation.values()), {}) for stage in evaluation
+    ]
+    known = (name for *_, scores in scored for name, score in scores.items() if score is not None)
+    names = list(dict.fromkeys(name for name in known if not name.endswith("_stderr")))
+    header = ["task", "training", *(SCORES.get(name, name.replace("_", " ")) for name in names)]
+    rows = [[task, stage, *(score_text(scores, name) for name in names)] for task, stage, scores in scored]
+    table = Table(header, rows, caption)
+    return table.without("task") if {task for task, *_ in scored} == {"all"} else table
+
+
+def score_text(scores: Mapping[str, Any], name: str) -> str:
+    """``0.412 ± 0.035``, or a dash where there is no such score."""
+    value, stderr = scores.get(name), scores.get(f"{name}_stderr")
+    if value is None:
+        return "–"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.3f}" if stderr is None else f"{value:.3f} ± {stderr:.3f}"

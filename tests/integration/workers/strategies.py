@@ -24,7 +24,7 @@ from peft.utils.other import fsdp_auto_wrap_policy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-import smoa.layers.partition
+import smoa.layers.buffers
 from smoa import PartitionError, SmoaConfig, make_partition
 from smoa.layers.layer import SmoaLayer
 from tests.support import tiny_models, tiny_reader
@@ -171,9 +171,9 @@ def disagreeing_weights(folder: Path) -> Result:
         calls += 1
         return make_partition(*arguments)
 
-    smoa.layers.partition.make_partition = counted
+    smoa.layers.buffers.make_partition = counted
     model = get_peft_model(base, SmoaConfig(num_blocks=2, target_modules=TARGETS))
-    smoa.layers.partition.make_partition = make_partition
+    smoa.layers.buffers.make_partition = make_partition
     torch.manual_seed(RANK)
     shuffled = get_peft_model(
         tiny_models.build("llama"), SmoaConfig(num_blocks=2, target_modules=TARGETS, partition="random")

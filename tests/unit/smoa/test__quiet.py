@@ -1,41 +1,41 @@
+"""What libraries say while they are imported stays out of what the command prints, and nothing else does."""
+
 from __future__ import annotations
 
-import subprocess
+import logging
 import sys
+from types import ModuleType
 
 import pytest
 
-NOTES = """
-import logging, sys
+import smoa  # noqa: F401  (which installs the filters)
 from smoa._quiet import IMPORT_NOTES
-for name, note in IMPORT_NOTES.items():
-    logging.getLogger(name).warning(note + ": an end that changes")
-    logging.getLogger(name).warning(name + " has news")
-"""
-NEWS = "bitsandbytes.backends.cpu.ops has news\nDeepSpeed has news\n"
 
 
-def printed(*command: str) -> str:
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True)
-    return done.stdout + done.stderr
-
-
-@pytest.mark.parametrize("first", ["import smoa_lab", "import smoa, smoa_lab.config.methods"])
-def test_in_the_lab_only_the_known_notes_of_imported_libraries_are_dropped(first: str) -> None:
-    found = printed("-c", first + NOTES)
-    assert found.endswith(NEWS)
-    assert "an end that changes" not in found
-
-
-def test_a_program_that_only_uses_the_library_gets_every_note() -> None:
-    assert printed("-c", NOTES).count("an end that changes") == 2
-
-
-def test_python_m_smoa_prints_only_its_own_lines() -> None:
-    assert printed("-m", "smoa", "data", "list").startswith("task ")
-
-
-def test_the_lab_does_not_say_that_deepspeed_found_no_gpu() -> None:
-    pytest.importorskip("deepspeed")
-    found = printed("-c", "import smoa_lab, smoa; from deepspeed.accelerator import get_accelerator; get_accelerator()")
-    assert "Setting accelerator" not in found
+@pytest.mark.parametrize(
+    ("modules", "argv", "dropped"),
+    [
+        (["smoa_lab"], ["train.py"], True),
+        ([], ["-m", "data"], True),  # while Python looks for the __main__ of `python -m smoa`
+        ([], ["train.py"], False),
+    ],
+    ids=["the lab", "python -m smoa", "a program that only uses the library"],
+)
+def test_only_the_known_notes_are_dropped_and_only_in_the_lab(
+    modules: list[str],
+    argv: list[str],
+    dropped: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.delitem(sys.modules, "smoa_lab", raising=False)
+    for module in modules:
+        monkeypatch.setitem(sys.modules, module, ModuleType(module))
+    monkeypatch.setattr(sys, "argv", argv)
+    for name, note in IMPORT_NOTES.items():
+        logger = logging.getLogger(name)
+        monkeypatch.setattr(logger, "propagate", True)
+        logger.warning("%s: an end that changes", note)
+        logger.warning("%s has news", name)
+    assert sum("an end that changes" in text for text in caplog.messages) == (0 if dropped else len(IMPORT_NOTES))
+    assert sum("has news" in text for text in caplog.messages) == len(IMPORT_NOTES)

@@ -14,11 +14,10 @@ from peft.utils import save_and_load
 from torch import Tensor, nn
 
 from smoa import SmoaConfig, SmoaModel, UnsupportedModuleError, compat
-from smoa.compat import BitsAndBytesBackend, StateDictHooks, find_quantization_backend, integers_kept
+from smoa.compat import BitsAndBytesBackend, StateDictHooks, find_quantization_backend
 from smoa.files.names import without_id
-from smoa.layers.kinds.quantized import find_backend
+from smoa.layers.quantized import find_backend
 from tests.support import tiny_models
-from tests.support.layers import adapted_layer, base_layer
 from tests.support.quantized import BITSANDBYTES, quantized_layer, stored_bits
 
 ours: Any = StateDictHooks
@@ -112,17 +111,6 @@ def test_the_wrappers_ask_the_model_class(monkeypatch: pytest.MonkeyPatch) -> No
 def naming_of(naming: Any) -> Any:
     """A loader that names the tensors and does nothing else."""
     return lambda model, state, adapter_name: naming(state, adapter_name, "lora_")
-
-
-def test_integers_that_are_cast_come_back() -> None:
-    layer = adapted_layer(base_layer(6, 10))
-    before = layer.smoa_row_labels["default"]
-    with integers_kept(layer, "default"):
-        layer.smoa_row_labels["default"] = before.to(torch.bfloat16)
-        layer.smoa_block_scale["default"] = layer.smoa_block_scale["default"].double()
-    assert torch.equal(layer.smoa_row_labels["default"], before)
-    assert layer.smoa_row_labels["default"].dtype == torch.uint8
-    assert layer.smoa_block_scale["default"].dtype == torch.float64
 
 
 @pytest.mark.parametrize("kind", BITSANDBYTES)

@@ -13,9 +13,8 @@ import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
 
-from smoa import MergeError, SmoaConfig
-from smoa.layers.kinds.quantized import QuantizedLinear
-from smoa.maths import spectrum_cache
+from smoa import MergeError, SmoaConfig, state
+from smoa.layers.quantized import QuantizedLinear
 from tests.support import tiny_models
 from tests.support.layers import factors, labels, layers_of, oracle_delta, randomise
 from tests.support.quantized import delta_of, quantized_model, same_layout_on_every_cpu, stored_bits, weight_of
@@ -147,8 +146,8 @@ def test_an_adapter_moves_to_a_full_precision_base_and_back(
     def decompose(weight: Tensor) -> None:
         raise AssertionError("a loaded adapter decomposes nothing")
 
-    monkeypatch.setattr(spectrum_cache, "spectral_scores", decompose)
-    spectrum_cache.clear_spectrum_cache()
+    monkeypatch.setattr(state, "spectral_scores", decompose)
+    state.clear_spectrum_cache()
     full = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path / "adapter")
     for ours, theirs in zip(layers_of(full), layers_of(trained), strict=True):
         assert labels(ours) == labels(theirs)

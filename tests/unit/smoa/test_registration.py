@@ -6,6 +6,7 @@ import json
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 
@@ -71,17 +72,10 @@ def test_another_method_of_the_same_name_is_not_overwritten(monkeypatch: pytest.
     assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType.SMOA] is foreign
 
 
-@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_a_config_survives_pickling(protocol: int) -> None:
-    again = pickle.loads(pickle.dumps(CONFIG, protocol))
-    assert again == CONFIG
-    assert again.peft_type is PeftType.SMOA
-
-
-def test_a_config_survives_copying() -> None:
-    again = copy.deepcopy(CONFIG)
-    assert again == CONFIG
-    assert again.peft_type is PeftType.SMOA
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config))])
+def test_a_config_survives_copying_and_pickling(again: Callable[[SmoaConfig], SmoaConfig]) -> None:
+    assert again(CONFIG) == CONFIG
+    assert again(CONFIG).peft_type is PeftType.SMOA
 
 
 @pytest.mark.parametrize("loader", [SmoaConfig, PeftConfig])
@@ -92,23 +86,6 @@ def test_a_config_survives_saving(tmp_path: Path, loader: type[PeftConfig]) -> N
     from_file = {"inference_mode": again.inference_mode, "save_id": CONFIG.make_save_id()}
     assert again.to_dict() == {**CONFIG.to_dict(), **from_file}
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "SMOA"
-
-
-def test_a_saved_config_says_all_that_a_user_said(tmp_path: Path) -> None:
-    CONFIG.save_pretrained(tmp_path)
-    said = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert {key: said[key] for key in ("r", "num_blocks", "block_ranks", "alpha", "smoa_dropout")} == {
-        "r": 7,
-        "num_blocks": 3,
-        "block_ranks": [4, 2, 1],
-        "alpha": 2.5,
-        "smoa_dropout": 0.1,
-    }
-
-
-def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[3])
 
 
 def test_a_fresh_process_that_only_imports_smoa_loads_an_adapter(tmp_path: Path) -> None:
@@ -125,18 +102,12 @@ from tests.support import tiny_models
 model = PeftModel.from_pretrained(tiny_models.build("llama"), sys.argv[1]).eval()
 print(type(model.base_model).__name__, model(**tiny_models.batch("llama")).logits.double().sum().item())
 """
-    result = run(code, str(tmp_path))
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[3])
     assert result.returncode == 0, result.stderr
     name, total = result.stdout.split()
     assert name == "SmoaModel"
     assert float(total) == pytest.approx(expected, rel=1e-6)
-
-
-def test_a_process_without_smoa_gets_an_error_that_names_the_method(tmp_path: Path) -> None:
-    CONFIG.save_pretrained(tmp_path)
-    result = run("import sys; from peft import PeftConfig; PeftConfig.from_pretrained(sys.argv[1])", str(tmp_path))
-    assert result.returncode != 0
-    assert "KeyError: 'SMOA'" in result.stderr or "SMOA" in result.stderr.splitlines()[-1]
 
 
 def test_get_peft_model_makes_a_smoa_model() -> None:
@@ -159,18 +130,18 @@ def test_an_enum_that_takes_no_member_is_refused(monkeypatch: pytest.MonkeyPatch
         registration._verify_member()
 
 
-@pytest.mark.parametrize("version", ["0.18.0", "0.17.1", "0.9.1"])
+@pytest.mark.parametrize("version", ["0.18.0", "0.9.1"])
 def test_an_unsupported_version_of_peft_is_refused_with_the_supported_ones(version: str) -> None:
     with pytest.raises(UnsupportedVersionError, match=rf"(?s)>=0\.18\.1.*{version}"):
         check_peft_version(version)
 
 
-@pytest.mark.parametrize("version", ["0.18.1", "0.19.1", "0.20.0", "0.21.0", "0.21.2", "0.21.99", "0.21.1.dev0"])
+@pytest.mark.parametrize("version", ["0.18.1", "0.20.0", "0.21.99", "0.21.1.dev0"])
 def test_a_supported_version_of_peft_is_accepted(version: str) -> None:
     check_peft_version(version)
 
 
-@pytest.mark.parametrize("version", ["0.22.0", "0.22.0.dev0", "1.0.0"])
+@pytest.mark.parametrize("version", ["0.22.0.dev0", "1.0.0"])
 def test_a_newer_version_of_peft_is_tried_with_a_warning(version: str) -> None:
     with pytest.warns(UserWarning, match=rf"tested with peft .*, found {version}"):
         check_peft_version(version)

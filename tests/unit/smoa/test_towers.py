@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from smoa import SmoaConfig
 from smoa.export.lora import convert_to_lora
 from smoa.export.merge import merge_and_save
-from smoa.layers.kinds.conv import Convolution
-from smoa.layers.kinds.embedding import Embedding
-from smoa.layers.kinds.linear import Linear
+from smoa.layers.conv import Convolution
+from smoa.layers.embedding import Embedding
+from smoa.layers.linear import Linear
 from tests.support.decompositions import NoDecomposition
 from tests.support.layers import layers_of, oracle_delta, smoa_layers
 from tests.support.tiny_towers import TOWERS, build_tower, tower_batch

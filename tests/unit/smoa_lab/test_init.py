@@ -292,7 +292,7 @@ PROPOSALS: dict[str, dict[str, Any]] = {
 def test_the_file_says_exactly_what_was_chosen(tmp_path: Path, case: str) -> None:
     chosen = proposal(**PROPOSALS[case])
     file = tmp_path / "mine.yaml"
-    file.write_text(config_text(file, chosen, MACHINE, MEASURED))
+    file.write_text(config_text(file, chosen, MEASURED))
     values = chosen.values("runs/mine")
     assert parse_yaml(file.read_text(), file) == values
     assert load_any_config(file) == check_any_config(values)
@@ -300,26 +300,26 @@ def test_the_file_says_exactly_what_was_chosen(tmp_path: Path, case: str) -> Non
 
 @pytest.mark.parametrize("case", PROPOSALS)
 def test_every_line_has_a_comment(case: str) -> None:
-    lines = config_text(Path("mine.yaml"), proposal(**PROPOSALS[case]), MACHINE, MEASURED).splitlines()
+    lines = config_text(Path("mine.yaml"), proposal(**PROPOSALS[case]), MEASURED).splitlines()
     assert [line for line in lines if line and " # " not in f" {line}"] == []
     assert 30 <= len(lines) <= 45
     assert max(len(line) for line in lines) <= 120 or case == "odd names"
 
 
 def test_expected_time_and_memory_stand_on_top() -> None:
-    text = config_text(Path("mine.yaml"), proposal(), MACHINE, MEASURED)
+    text = config_text(Path("mine.yaml"), proposal(), MEASURED)
     assert "# Expected: 21 steps of 1.5 s each on the CPU, 32 s in all, and 3.0 GB of memory.\n" in text
-    assert "Not measured" in config_text(Path("mine.yaml"), proposal(), MACHINE, None)
-    assert expected(proposal(), MACHINE, None) == []
+    assert "Not measured" in config_text(Path("mine.yaml"), proposal(), None)
+    assert expected(proposal(), None) == []
 
 
 def test_a_tighter_time_is_said_beside_the_steps() -> None:
-    text = config_text(Path("mine.yaml"), proposal(steps=12), MACHINE, MEASURED)
+    text = config_text(Path("mine.yaml"), proposal(steps=12), MEASURED)
     assert "as many as the time allows; 3 times all rows would be 21 steps" in text
 
 
 def test_the_rate_is_that_of_the_models_size_and_tune_finds_a_better_one() -> None:
-    text = config_text(Path("mine.yaml"), proposal(), MACHINE, None)
+    text = config_text(Path("mine.yaml"), proposal(), None)
     assert re.search(r"learning_rate: 0\.002 +# by the size of the model; `smoa tune` finds a better one", text)
 
 

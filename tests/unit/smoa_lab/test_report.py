@@ -40,7 +40,7 @@ def test_a_finished_run_is_shown_whole(tmp_path: Path) -> None:
         "smoa, 448 of 10,000 parameters trained, 20 steps in 7 s on a CPU. smoa 0.2.0.",
         "Forgotten: +0.250 ± 0.020 nats per token of general text (A story, 2,048 tokens).",
         "<dt>Prompt</dt><dd>2 &lt; 3?</dd><dt>Reference</dt><dd>yes</dd><dt>Before</dt><dd>(nothing)</dd>",
-        "<td>piqa</td><td>after</td><td>40</td><td>2.125</td><td>0.625</td><td>0.250</td>",
+        "<td>piqa</td><td>after</td><td>40</td><td>2.125</td><td>0.625 ± 0.080</td><td>0.250</td>",
         "model:\n  name: org/base\n",
         "adapter/ is not here",
     ):

@@ -14,12 +14,11 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from smoa.maths.blocks import Blocks, take_columns
-from smoa.maths.factors import Factors
-from smoa.maths.kernels.block_runs import BlockRun, runs_of
-from smoa.maths.kernels.loops import product_dtype, sort_columns
-from smoa.maths.kernels.scratch import SCRATCH
+from smoa.maths.factors import BlockRun, Factors
+from smoa.maths.kernels.loops import SCRATCH, product_dtype, sort_columns
 
 LARGE_BLOCK = 1 << 13
 """On a CPU, larger blocks are gathered faster by copying rows, then columns (measured: docs/experiment-log.md)."""
@@ -37,7 +36,7 @@ def batched_forward(factors: Factors, x: Tensor, anchor: Tensor) -> Tensor:
 
 def batched_delta(wide: Factors, anchor: Tensor, dtype: torch.dtype) -> Iterator[tuple[BlockRun, Tensor]]:
     """The diagonal blocks of ΔW, (blocks, height, width) for each run, rounded to `dtype`, from wide factors."""
-    for run in runs_of(wide):
+    for run in wide.runs():
         yield run, _delta(wide, run, _entries(wide.blocks, run, anchor), dtype)
 
 
@@ -48,7 +47,7 @@ def batched_backward(
     blocks, wide, dtype = factors.blocks, factors.wide(), product_dtype(x.dtype, x.device.type)
     sorted_x = sort_columns(blocks, x, blocks.orders.cols).to(dtype)
     sorted_g = sort_columns(blocks, g, blocks.orders.rows).to(dtype)
-    runs = runs_of(wide)
+    runs = wide.runs()
     make = torch.empty_like if len(runs) == 1 else torch.zeros_like  # smaller blocks leave a row or column unused
     grad_A, grad_B = make(wide.A), make(wide.B)
     grad_x = torch.empty_like(sorted_x) if needs_x else x.new_empty(0)
@@ -85,3 +84,31 @@ def _entries(blocks: Blocks, run: BlockRun, anchor: Tensor) -> Tensor:
         buffer = SCRATCH.take("rows", run.height, anchor.shape[1], anchor)
         take_columns(torch.index_select(anchor, 0, rows.flatten(), out=buffer), cols.flatten(), out=block)
     return entries
+
+
+def plain_branch(factors: Factors, x: Tensor, anchor: Tensor | None) -> Tensor:
+    """`x ΔWᵀ` by PyTorch's own operations: (…, out_features), without modulation if `anchor` is None.
+
+    With an anchor, autograd keeps the K modulated blocks, 1/K of W, and also differentiates the anchor.
+    """
+    blocks, flat = factors.blocks, x.reshape(-1, x.shape[-1])
+    sorted_x, outputs = blocks.sort_inputs(flat), []
+    wide = factors.wide(factors.B.dtype if anchor is None else None)
+    for run in factors.runs():
+        inputs, A, B = run.of_inputs(sorted_x), run.of_A(wide.A), run.of_B(wide.B)
+        delta = None if anchor is None else (B @ A * run.of_matrix(anchor, blocks)).to(x.dtype)
+        y = inputs @ A.mT @ B.mT if delta is None else inputs @ delta.mT
+        outputs.append(y.transpose(0, 1).reshape(flat.shape[0], run.count * run.height))
+    return blocks.unsort_outputs(torch.cat(outputs, dim=-1)).view(*x.shape[:-1], blocks.out_features)
+
+
+def recomputed_branch(factors: Factors, x: Tensor, anchor: Tensor) -> Tensor:
+    """`plain_branch` for a compiled model: the backward computes the blocks of ΔW again instead of keeping them.
+
+    A compiler fuses gathers, products with M, scales and casts, which it could not do inside an operator. Without the
+    checkpoint it would keep the blocks (measured: docs/experiment-log.md).
+    """
+    if not torch.is_grad_enabled():
+        return plain_branch(factors, x, anchor)
+    y: Tensor = checkpoint(plain_branch, factors, x, anchor, use_reentrant=False, preserve_rng_state=False)
+    return y

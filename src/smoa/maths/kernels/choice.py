@@ -1,16 +1,20 @@
-"""Chooses how an adapted layer is computed: the kernels for `x ΔWᵀ`, and whether it is computed apart from `x Wᵀ`.
+"""Chooses how `x ΔWᵀ` is computed: block by block, by batched products, or in one product with `x Wᵀ`.
 
 The results are the same. The thresholds are of a CPU, measured (docs/experiment-log.md). Elsewhere an operation costs
-more to start than to run, so that what starts fewer is taken.
+more to start than to run, so what starts fewer is taken.
 """
 
 from __future__ import annotations
 
-import os
-from typing import Literal, get_args
+from typing import Literal
 
-from smoa.errors import ConfigError
+import torch
+from torch import Tensor
+
 from smoa.maths.blocks import Blocks
+from smoa.maths.factors import BlockRun, Factors
+from smoa.maths.kernels.batched import batched_backward, batched_delta, batched_forward
+from smoa.maths.kernels.loops import loop_backward, loop_delta, loop_forward
 
 Kernels = Literal["auto", "loop", "batched"]
 SMALL_BLOCK = 1 << 13
@@ -19,41 +23,43 @@ SMALL_SLICE, FEW_TOKENS = 1 << 15, 128
 """Entries of the largest contiguous blocks for which they are faster, and the most tokens with which they are."""
 
 
-def use_kernels(kernels: Kernels) -> None:
-    """Choose how adapted layers compute `x ΔWᵀ`, for the whole process. The results are the same.
-
-    Args:
-        kernels: "loop" computes block by block, "batched" all blocks of one shape in one product. "auto", the default,
-            takes the faster: batched products on a GPU and for small blocks, else loops. The environment variable
-            `SMOA_KERNELS` sets what smoa starts with.
-
-    Raises:
-        ConfigError: `kernels` is none of these.
-    """
-    global _kernels
-    if kernels not in get_args(Kernels):
-        raise ConfigError(f"kernels is {kernels!r}; use one of {', '.join(map(repr, get_args(Kernels)))}")
-    _kernels = kernels
-
-
-def prefers_batched(blocks: Blocks, tokens: int) -> bool:
+def prefers_batched(blocks: Blocks, tokens: int, kernels: Kernels = "auto") -> bool:
     """Whether to multiply all blocks of one shape in one product, instead of one after the other."""
-    if _kernels != "auto" or blocks.row_labels.device.type != "cpu":
-        return _kernels != "loop"
+    if kernels != "auto" or blocks.row_labels.device.type != "cpu":
+        return kernels != "loop"
     entries = blocks.out_features * blocks.in_features // blocks.num_blocks**2
     return entries <= (SMALL_SLICE if blocks.is_contiguous and tokens <= FEW_TOKENS else SMALL_BLOCK)
 
 
-def prefers_apart(blocks: Blocks, tokens: int) -> bool:
+def prefers_apart(blocks: Blocks, tokens: int, kernels: Kernels = "auto") -> bool:
     """Whether to add `x ΔWᵀ` to `x Wᵀ` even where a product with W + ΔW is exact.
 
     To form W + ΔW takes passes over the weight, which pay only for many tokens.
     """
-    if _kernels == "batched" or blocks.row_labels.device.type != "cpu":
-        return _kernels != "loop"
+    if kernels == "batched" or blocks.row_labels.device.type != "cpu":
+        return kernels != "loop"
     few = blocks.num_blocks**2 * (2 if blocks.is_contiguous else 1)
     return blocks.num_blocks >= 4 and tokens < few
 
 
-_kernels: Kernels = "auto"
-use_kernels(os.environ.get("SMOA_KERNELS", "auto"))  # type: ignore[arg-type]  # checked there
+def branch_forward(factors: Factors, x: Tensor, anchor: Tensor, kernels: Kernels = "auto") -> Tensor:
+    """`x ΔWᵀ`: (tokens, out_features) in the dtype of x. ΔW is formed in float32 or wider."""
+    forward = batched_forward if prefers_batched(factors.blocks, len(x), kernels) else loop_forward
+    return forward(factors, x, anchor)
+
+
+def branch_backward(
+    factors: Factors, g: Tensor, x: Tensor, anchor: Tensor, needs_x: bool, kernels: Kernels = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `x ΔWᵀ` for x (empty unless `needs_x`), A and B, from the diagonal blocks of gᵀx."""
+    backward = batched_backward if prefers_batched(factors.blocks, len(x), kernels) else loop_backward
+    return backward(factors, g, x, anchor, needs_x)
+
+
+def delta_blocks(
+    factors: Factors, anchor: Tensor, dtype: torch.dtype, kernels: Kernels = "auto"
+) -> list[tuple[BlockRun, Tensor]]:
+    """The diagonal blocks of ΔW as `branch_forward` forms them, rounded to `dtype`: (blocks, height, width) a run."""
+    if prefers_batched(factors.blocks, 1, kernels):
+        return list(batched_delta(factors.wide(), anchor, dtype))
+    return loop_delta(factors, anchor, dtype)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from smoa.maths.factors import Factors
-from smoa.maths.kernels.branch import branch_backward
-from smoa.maths.kernels.scratch import SCRATCH, chunks
+from smoa.maths.kernels.choice import Kernels, branch_backward
+from smoa.maths.kernels.loops import SCRATCH, chunks
 
 MASK_COST = 64
 """Cost of masking one entry, in multiplications of a matrix product (measured: docs/experiment-log.md)."""
@@ -31,12 +31,18 @@ def fused_forward(factors: Factors, x: Tensor, weight: Tensor, bias: Tensor | No
 
 
 def fused_backward(
-    factors: Factors, g: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_factors: bool
+    factors: Factors,
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    needs_x: bool,
+    needs_factors: bool,
+    kernels: Kernels = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `x(W + ΔW)ᵀ` for x, A and B. Those that are not needed are empty."""
     grad_x, grad_A, grad_B = x.new_empty(0), factors.A.new_empty(0), factors.B.new_empty(0)
     if needs_factors:
-        _, grad_A, grad_B = branch_backward(factors, g, x, weight, False)
+        _, grad_A, grad_B = branch_backward(factors, g, x, weight, False, kernels)
     if needs_x:
         grad_x = torch.empty_like(x)
         for chunk, effective in _effective_chunks(factors, weight):

@@ -1,197 +1,171 @@
-"""The kernels as differentiable operators.
+"""Makes the kernels differentiable, each with a backward that computes again what autograd would keep.
 
-In a compiled model they are custom operators and not `torch.autograd.Function`s, because then `torch.compile` neither
-breaks the graph at them nor keeps an m×n intermediate for the backward. Elsewhere they are Functions with the same
-formulas, because an operator written in Python takes longer to call than a small layer's products. Gradients that are
-batched, or differentiated again, are computed by PyTorch's own operations.
-
-An operator's schema takes tensors and numbers. Only this file converts `Factors` to such fields and back.
+`recomputed` is one `autograd.Function` for all `Route`s. In a compiled model, `Apart` and `Fused` are custom operators
+instead: then `torch.compile` neither breaks the graph at them nor keeps an m×n intermediate for the backward. Elsewhere
+a Function is quicker to call. Gradients that are batched, or differentiated again, are computed by PyTorch's own
+operations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 from smoa.maths.blocks import Blocks, Orders
 from smoa.maths.factors import Factors
-from smoa.maths.kernels.branch import branch_backward, branch_forward
+from smoa.maths.kernels.batched import plain_branch
+from smoa.maths.kernels.choice import Kernels, branch_backward, branch_forward
 from smoa.maths.kernels.fused import fused_backward, fused_forward
-from smoa.maths.kernels.plain import needs_plain_gradients, plain_branch, plain_gradients
 
-FIELDS = (
-    "Tensor A, Tensor B, Tensor rank_scale, Tensor row_labels, Tensor col_labels, "
-    "Tensor rows, Tensor rows_inverse, Tensor cols, Tensor cols_inverse, bool is_contiguous, int[] ranks, float scaling"
-)
-NUM_FIELDS = FIELDS.count(",") + 1
+Gradients = tuple[Tensor | None, Tensor, Tensor]
 
 
-def _fields(factors: Factors) -> tuple[Any, ...]:
-    blocks = factors.blocks
-    tensors = factors.A, factors.B, factors.rank_scale, blocks.row_labels, blocks.col_labels, *blocks.orders
-    return *tensors, blocks.is_contiguous, factors.ranks, factors.scaling
+class Route(Protocol):
+    """A way to compute an output y from factors, x and a weight."""
+
+    def forward(self, factors: Factors, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """y, not differentiable."""
+
+    def plain(self, factors: Factors, x: Tensor, weight: Tensor) -> Tensor:
+        """y without bias, by PyTorch's own operations."""
+
+    def backward(self, factors: Factors, g: Tensor, x: Tensor, weight: Tensor, needs_x: bool) -> Gradients:
+        """Gradients for x (anything unless `needs_x`), A and B, given the gradient g of y."""
 
 
-def _factors(fields: tuple[Any, ...]) -> Factors:
-    A, B, rank_scale, row_labels, col_labels, *orders, is_contiguous, ranks, scaling = fields
-    blocks = Blocks(row_labels, col_labels, len(ranks), Orders(*orders), is_contiguous)
-    return Factors(A, B, tuple(ranks), scaling, rank_scale, blocks)
+@dataclass(frozen=True)
+class Apart:
+    """`x ΔWᵀ` for x (tokens, in_features) and the anchor M; there is no bias."""
+
+    kernels: Kernels = "auto"
+
+    def forward(self, factors: Factors, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return branch_forward(factors, x, weight, self.kernels)
+
+    def plain(self, factors: Factors, x: Tensor, weight: Tensor) -> Tensor:
+        return plain_branch(factors, x, weight)
+
+    def backward(
+        self, factors: Factors, g: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_factors: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return branch_backward(factors, g, x, weight, needs_x, self.kernels)
 
 
-class Kernel:
-    """A kernel that takes the fields of `Factors`, then `rest`, and the operator `smoa::name` that calls it.
+@dataclass(frozen=True)
+class Fused:
+    """`x(W + ΔW)ᵀ + b` for x (tokens, in_features) and M = W."""
+
+    kernels: Kernels = "auto"
+
+    def forward(self, factors: Factors, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return fused_forward(factors, x, weight, bias)
+
+    def plain(self, factors: Factors, x: Tensor, weight: Tensor) -> Tensor:
+        return plain_branch(factors, x, weight) + x @ weight.T
+
+    def backward(
+        self, factors: Factors, g: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_factors: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return fused_backward(factors, g, x, weight, needs_x, needs_factors, self.kernels)
+
+
+def recomputed(
+    route: Route, factors: Factors, x: Tensor, weight: Tensor | Callable[[], Tensor], bias: Tensor | None = None
+) -> Tensor:
+    """y of the route, differentiable in x, A, B and bias, not in the weight.
 
     Args:
-        function: The kernel, which takes `Factors`.
-        output: Makes tensors of the right shapes from the operator's arguments.
+        weight: The weight or, if it is made anew for each use, a function that makes it.
     """
-
-    def __init__(self, name: str, rest: str, function: Callable[..., Any], output: Callable[..., Any]) -> None:
-        self.function = function
-        schema = f"({FIELDS}, {rest}"
-        self.operator: Any = torch.library.custom_op(f"smoa::{name}", self.run, mutates_args=(), schema=schema)
-        self.operator.register_fake(output)
-
-    def run(self, *inputs: Any) -> Any:
-        """The result for the operator's arguments."""
-        return self.of(_factors(inputs[:NUM_FIELDS]), *inputs[NUM_FIELDS:])
-
-    def of(self, factors: Factors, *rest: Any) -> Any:
-        """The result for `Factors` and what else the operator takes."""
-        with torch.autocast(factors.A.device.type, enabled=False):  # the kernels choose every dtype themselves
-            return self.function(factors, *rest)
-
-    def __call__(self, *inputs: Any) -> Any:
-        needs_operator = torch.compiler.is_compiling() or torch.is_grad_enabled()  # to be differentiated, or refused
-        return self.operator(*inputs) if needs_operator else self.run(*inputs)
-
-
-def _output_shape(*inputs: Any) -> Tensor:
-    x, weight = inputs[NUM_FIELDS : NUM_FIELDS + 2]
-    return x.new_empty(x.shape[0], weight.shape[0])  # type: ignore[no-any-return]
-
-
-def _backward_shape(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    A, B, (_, x, _, needs_x, *needs_factors) = inputs[0], inputs[1], inputs[NUM_FIELDS:]
-    needs = all(needs_factors)  # the branch's backward has no such argument: it always computes them
-    like_A, like_B = (torch.empty_like(A), torch.empty_like(B)) if needs else (A.new_empty(0), B.new_empty(0))
-    return torch.empty_like(x) if needs_x else x.new_empty(0), like_A, like_B
-
-
-_fused = Kernel("fused_linear", "Tensor x, Tensor weight, Tensor? bias) -> Tensor", fused_forward, _output_shape)
-_fused_backward = Kernel(
-    "fused_linear_backward",
-    "Tensor g, Tensor x, Tensor weight, bool needs_x, bool needs_factors) -> (Tensor, Tensor, Tensor)",
-    fused_backward,
-    _backward_shape,
-)
-_branch = Kernel("hadamard_branch", "Tensor x, Tensor anchor) -> Tensor", branch_forward, _output_shape)
-_branch_backward = Kernel(
-    "hadamard_branch_backward",
-    "Tensor g, Tensor x, Tensor anchor, bool needs_x) -> (Tensor, Tensor, Tensor)",
-    branch_backward,
-    _backward_shape,
-)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.is_contiguous, ctx.ranks, ctx.scaling = inputs[:NUM_FIELDS]
-    ctx.save_for_backward(*tensors, *inputs[NUM_FIELDS : NUM_FIELDS + 2])
-
-
-def _saved(ctx: Any) -> tuple[tuple[Any, ...], Tensor, Tensor]:
-    *tensors, x, weight = ctx.saved_tensors
-    return (*tensors, ctx.is_contiguous, ctx.ranks, ctx.scaling), x, weight
-
-
-def _fused_gradients(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-    needs_A, needs_B, needs_x, needs_bias = (ctx.needs_input_grad[i] for i in (0, 1, NUM_FIELDS, NUM_FIELDS + 2))
-    fields, x, weight = _saved(ctx)
-    grad_x, grad_A, grad_B = _fused_backward(*fields, g, x, weight, needs_x, needs_A or needs_B)
-    grad_bias = g.sum(0) if needs_bias else None
-    of_factors = grad_A if needs_A else None, grad_B if needs_B else None, *_NO_GRADIENTS
-    return *of_factors, grad_x if needs_x else None, None, grad_bias
-
-
-def _branch_gradients(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-    needs_x = ctx.needs_input_grad[NUM_FIELDS]
-    fields, x, anchor = _saved(ctx)
-    grad_x, grad_A, grad_B = _branch_backward(*fields, g, x, anchor, needs_x)
-    return grad_A, grad_B, *_NO_GRADIENTS, grad_x if needs_x else None, None
-
-
-_NO_GRADIENTS = (None,) * (NUM_FIELDS - 2)
-
-_fused.operator.register_autograd(_fused_gradients, setup_context=_setup)
-_branch.operator.register_autograd(_branch_gradients, setup_context=_setup)
-
-
-class _FusedLinear(torch.autograd.Function):
-    forward = staticmethod(_fused)
-    setup_context = staticmethod(_setup)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        if not needs_plain_gradients(g):
-            return _fused_gradients(ctx, g)
-        _, _, weight = _saved(ctx)
-        *of_branch, of_x, _ = _plain_gradients(ctx, g)
-        of_x = None if of_x is None else of_x + g @ weight
-        return *of_branch, of_x, None, g.sum(0) if ctx.needs_input_grad[NUM_FIELDS + 2] else None
-
-
-class _HadamardBranch(torch.autograd.Function):
-    forward = staticmethod(_branch)
-    setup_context = staticmethod(_setup)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        return _plain_gradients(ctx, g) if needs_plain_gradients(g) else _branch_gradients(ctx, g)
-
-
-def _plain_gradients(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-    """`_branch_gradients`, as another formula."""
-    fields, x, anchor = _saved(ctx)
-    factors, needed = _factors(fields), [ctx.needs_input_grad[i] for i in (0, 1, NUM_FIELDS)]
-    inputs = factors.A, factors.B, x
-    of_A, of_B, of_x = plain_gradients(lambda: plain_branch(factors, x, anchor), inputs, needed, g)
-    return of_A, of_B, *_NO_GRADIENTS, of_x, None
-
-
-def fused(factors: Factors, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`x(W + ΔW)ᵀ + b` for x (…, in_features); differentiable in x, A, B and bias, not in W."""
-    y = _differentiable(_fused, _FusedLinear, factors, x.reshape(-1, x.shape[-1]), weight, bias)
-    return y.view(*x.shape[:-1], weight.shape[0])
-
-
-def branch(factors: Factors, x: Tensor, anchor: Tensor) -> Tensor:
-    """`x ΔWᵀ` for x (…, in_features), computed in the dtype of x; differentiable in x, A and B, not in M."""
-    y = _differentiable(_branch, _HadamardBranch, factors, x.reshape(-1, x.shape[-1]), anchor)
-    return y.view(*x.shape[:-1], anchor.shape[0])
-
-
-def branch_gradients(
-    factors: Factors, g: Tensor, x: Tensor, anchor: Tensor, needs_x: bool
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Gradients of `branch` for x (None unless `needs_x`), A and B, given the gradient g of its output."""
-    flat_g, flat_x = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
-    grad_x, grad_A, grad_B = _branch_backward(*_fields(factors), flat_g, flat_x, anchor, needs_x)
-    return grad_x.view(x.shape) if needs_x else None, grad_A, grad_B
-
-
-def _differentiable(
-    kernel: Kernel, function: type[torch.autograd.Function], factors: Factors, *rest: Tensor | None
-) -> Tensor:
     if torch.compiler.is_compiling():
-        y: Tensor = kernel.operator(*_fields(factors), *rest)
+        y: Tensor = OPERATORS[type(route)](route, factors, x, weight, bias)
     elif torch.is_grad_enabled():
-        y = function.apply(*_fields(factors), *rest)
+        y = _Recomputed.apply(route, factors, factors.A, factors.B, x, weight, bias)  # type: ignore[no-untyped-call]
     else:
-        y = kernel.of(factors, *rest)
+        with _exact(factors):
+            y = route.forward(factors, x, weight() if callable(weight) else weight, bias)
     return y
+
+
+def _exact(factors: Factors) -> torch.autocast:
+    """No autocast, because the kernels choose every dtype themselves."""
+    return torch.autocast(factors.A.device.type, enabled=False)
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, route: Route, factors: Factors, A: Tensor, B: Tensor, x: Tensor, weight: Any, bias: Tensor | None
+    ) -> Tensor:
+        made = callable(weight)
+        ctx.save_for_backward(A, B, x, None if made else weight)
+        ctx.route, ctx.factors, ctx.make = route, without_tensors(factors), weight if made else None
+        with _exact(factors):
+            return route.forward(factors, x, weight() if made else weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        A, B, x, weight = ctx.saved_tensors
+        _, _, needs_A, needs_B, needs_x, _, needs_bias = ctx.needs_input_grad
+        route: Route = ctx.route
+        factors = replace(ctx.factors, A=A, B=B)
+        with _exact(factors):
+            weight = weight if ctx.make is None else ctx.make()
+            if needs_plain_gradients(g):
+                inputs, needed = (A, B, x), (needs_A, needs_B, needs_x)
+                of_A, of_B, of_x = plain_gradients(lambda: route.plain(factors, x, weight), inputs, needed, g)
+            else:
+                of_x, of_A, of_B = route.backward(factors, g, x, weight, needs_x)
+        of_bias = g.sum([0, *range(2, g.dim())]) if needs_bias else None
+        return None, None, of_A, of_B, of_x if needs_x else None, None, of_bias
+
+
+def without_tensors(factors: Factors) -> Factors:
+    """The factors without A and B, which autograd keeps."""
+    return replace(factors, A=None, B=None)  # type: ignore[arg-type]
+
+
+def plain_gradients(
+    compute: Callable[[], Tensor], inputs: Sequence[Tensor], needed: Sequence[bool], g: Tensor
+) -> list[Any]:
+    """Gradients of the output of `compute` for the inputs that need them, else None; g is the gradient of the output.
+
+    For the backward of a Function whose kernels can't compute them (`needs_plain_gradients`).
+    """
+    differentiable = torch.is_grad_enabled()
+    with torch.enable_grad():
+        y = compute()
+    wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
+    gradients = iter(torch.autograd.grad(y, wanted, g, create_graph=differentiable, allow_unused=True))
+    return [next(gradients) if need else None for need in needed]
+
+
+def needs_plain_gradients(g: Tensor) -> bool:
+    """Whether gradients are batched (`is_grads_batched`, `vmap`), or will be differentiated again (`create_graph`)."""
+    return torch.is_grad_enabled() or is_transformed(g)
+
+
+def is_transformed(*tensors: Tensor) -> bool:
+    """Whether only PyTorch's own operations can compute with these tensors, and nothing that is made may be kept.
+
+    That is so under transforms (`torch.func`, batched gradients, forward-mode differentiation), in `torch.jit.trace`,
+    and with fake tensors, which hold no numbers.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    active = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    modes = torch._C._get_tracing_state(), torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    return active or any(mode is not None for mode in modes) or any(map(_is_special, tensors))
+
+
+def _is_special(tensor: Tensor) -> bool:
+    return isinstance(tensor, FakeTensor) or torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # PyTorch has no annotation here
@@ -201,3 +175,88 @@ def multiplies_exactly(device_type: str) -> bool:
         return torch.get_float32_matmul_precision() == "highest"
     backend = torch.backends.mkldnn if device_type == "cpu" else torch.backends.cuda
     return backend.matmul.fp32_precision not in ("tf32", "bf16")
+
+
+class _Operator:
+    """A route as the operators `smoa::name` and `smoa::name_backward`, whose schemas take tensors and numbers only."""
+
+    TENSORS = "Tensor A, Tensor B, Tensor rank_scale, Tensor row_labels, Tensor col_labels, "
+    TENSORS += "Tensor rows, Tensor rows_inverse, Tensor cols, Tensor cols_inverse"
+    FIELDS = f"{TENSORS}, bool is_contiguous, int[] ranks, float scaling, str kernels"
+    NUM_TENSORS, NUM_FIELDS = TENSORS.count(",") + 1, FIELDS.count(",") + 1
+
+    def __init__(self, name: str, route: type[Apart] | type[Fused]) -> None:
+        self.route = route
+        self.forward: Any = torch.library.custom_op(
+            f"smoa::{name}",
+            self._forward,
+            mutates_args=(),
+            schema=f"({self.FIELDS}, Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+        )
+        self.backward: Any = torch.library.custom_op(
+            f"smoa::{name}_backward",
+            self._backward,
+            mutates_args=(),
+            schema=f"({self.FIELDS}, Tensor g, Tensor x, Tensor weight, bool needs_x, bool needs_factors) "
+            "-> (Tensor, Tensor, Tensor)",
+        )
+        self.forward.register_fake(self._output)
+        self.backward.register_fake(self._gradient_shapes)
+        self.forward.register_autograd(self._gradients, setup_context=self._setup)
+
+    def __call__(self, route: Any, factors: Factors, *rest: Any) -> Tensor:
+        blocks = factors.blocks
+        tensors = factors.A, factors.B, factors.rank_scale, blocks.row_labels, blocks.col_labels, *blocks.orders
+        fields = *tensors, blocks.is_contiguous, factors.ranks, factors.scaling, route.kernels
+        output: Tensor = self.forward(*fields, *rest)
+        return output
+
+    def _read(self, inputs: Sequence[Any]) -> tuple[Any, Factors, Sequence[Any]]:
+        """The route, the factors and the other arguments of an operator."""
+        A, B, rank_scale, row_labels, col_labels, *orders, is_contiguous, ranks, scaling, kernels = inputs[
+            : self.NUM_FIELDS
+        ]
+        blocks = Blocks(row_labels, col_labels, len(ranks), Orders(*orders), is_contiguous)
+        factors = Factors(A, B, tuple(ranks), scaling, rank_scale, blocks)
+        return self.route(kernels), factors, inputs[self.NUM_FIELDS :]
+
+    def _forward(self, *inputs: Any) -> Tensor:
+        route, factors, rest = self._read(inputs)
+        with _exact(factors):
+            return route.forward(factors, *rest)  # type: ignore[no-any-return]
+
+    def _backward(self, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        route, factors, rest = self._read(inputs)
+        with _exact(factors):
+            return route.backward(factors, *rest)  # type: ignore[no-any-return]
+
+    def _output(self, *inputs: Any) -> Tensor:
+        x, weight, _ = inputs[self.NUM_FIELDS :]
+        return x.new_empty(x.shape[0], weight.shape[0])  # type: ignore[no-any-return]
+
+    def _gradient_shapes(self, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        A, B, (_, x, _, needs_x, needs_factors) = inputs[0], inputs[1], inputs[self.NUM_FIELDS :]
+        needs_factors = needs_factors or self.route is Apart  # whose backward always computes them
+        of_factors = torch.empty_like(A) if needs_factors else A.new_empty(0)
+        like_B = torch.empty_like(B) if needs_factors else B.new_empty(0)
+        return torch.empty_like(x) if needs_x else x.new_empty(0), of_factors, like_B
+
+    def _setup(self, ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, _ = inputs[self.NUM_FIELDS :]
+        ctx.save_for_backward(*inputs[: self.NUM_TENSORS], x, weight)
+        ctx.settings = inputs[self.NUM_TENSORS : self.NUM_FIELDS]
+
+    def _gradients(self, ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        *tensors, x, weight = ctx.saved_tensors
+        needs, end = ctx.needs_input_grad, self.NUM_FIELDS
+        needs_x, needs_factors = needs[end], needs[0] or needs[1]
+        of_x, of_A, of_B = self.backward(*tensors, *ctx.settings, g, x, weight, needs_x, needs_factors)
+        of_factors = of_A if needs[0] else None, of_B if needs[1] else None
+        rest = of_x if needs_x else None, None, g.sum(0) if needs[end + 2] else None
+        return *of_factors, *(None,) * (end - 2), *rest
+
+
+OPERATORS: dict[Any, _Operator] = {
+    Apart: _Operator("hadamard_branch", Apart),
+    Fused: _Operator("fused_linear", Fused),
+}

@@ -4,7 +4,7 @@ from typing import Any, Literal, Optional
 
 import pytest
 
-from smoa.config.types import fits, in_words, shortened
+from smoa.config import fits, in_words, shortened
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from smoa.export import merge as export_module
 from smoa.export.merge import Export, merge_and_save, model_card, with_plain_weights
 from smoa.export.streaming import RoundingLoss
 from smoa.files.card import NamedBase, named_base
-from smoa.layers.kinds.linear import Linear
+from smoa.layers.linear import Linear
 from tests.support import lab, tiny_models
 from tests.support.tiny_mixtures import COMMON, EXPERTS, build_mixture, tokens
 from tests.support.tiny_models import logits

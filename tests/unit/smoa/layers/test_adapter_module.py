@@ -9,18 +9,18 @@ import pytest
 import torch
 from torch import nn
 
-from smoa.layers.adapter_module import AdapterModule
+from smoa.layers.layer import SmoaLayer
 from tests.support.layers import adapted_layer, base_layer
 from tests.support.tiny_mixtures import experts_of, wrappers
 
 
-def layer(**settings: Any) -> AdapterModule:
+def layer(**settings: Any) -> SmoaLayer:
     found = adapted_layer(base_layer(11, 13), r=7, num_blocks=3, **settings)
-    assert isinstance(found, AdapterModule)
+    assert isinstance(found, SmoaLayer)
     return found
 
 
-def wrapper(**settings: Any) -> AdapterModule:
+def wrapper(**settings: Any) -> SmoaLayer:
     return wrappers(experts_of("qwen3_moe", dtype=torch.float32, **settings))["down_proj"]
 
 

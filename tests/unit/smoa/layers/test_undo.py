@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from smoa import MergeError
-from smoa.layers.undo import DiagonalBlocks, refuse_shared
+from smoa.layers.layer import refuse_shared
+from smoa.maths.blocks import DiagonalBlocks
 from smoa.maths.spectrum import make_partition
 from tests.support.layers import adapted_layer, base_layer, base_weight
 
@@ -74,7 +75,7 @@ def test_merging_changes_the_diagonal_blocks_only() -> None:
 def test_a_merged_layer_keeps_one_kth_of_the_weight() -> None:
     layer = adapted_layer(base_layer(40, 40), r=4, num_blocks=4)
     layer.merge()
-    kept = sum(entries.numel() for blocks in layer._pristine_blocks.values() for entries in blocks.entries)
+    kept = sum(entries.numel() for blocks in layer._pristine_blocks["default"].values() for entries in blocks.entries)
     assert kept == 40 * 40 // 4
     layer.unmerge()
     assert not layer._pristine_blocks

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from smoa import cached_weights
-from smoa.layers.kinds.linear import Linear
+from smoa.layers.linear import Linear
 from smoa.layers.weight_cache import open_caches
 from tests.support.layers import adapted_layer, add_adapter, base_layer, oracle_output
 from tests.support.tolerance import assert_close
@@ -62,7 +62,8 @@ def change_base(layer: Linear) -> None:
 
 
 def change_labels(layer: Linear) -> None:
-    layer.smoa_row_labels["default"].copy_(layer.smoa_row_labels["default"].flip(0))
+    rows = layer.smoa_row_labels["default"].flip(0)
+    layer.load_state_dict({"smoa_row_labels.default": rows}, strict=False)
 
 
 def change_scale(layer: Linear) -> None:

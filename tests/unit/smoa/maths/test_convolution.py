@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from smoa.maths.convolution import Geometry, convolved
+from smoa.maths.conv import Geometry, convolved
 from tests.support.tolerance import assert_close
 from tests.support.updates import problem
 

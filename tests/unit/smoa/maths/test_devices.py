@@ -3,12 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from smoa.layers.partition import Pending
-from smoa.maths import devices
+from smoa.layers.buffers import PartitionSpec
+from smoa.maths import spectrum
 from smoa.maths.analysis import update_spectrum
-from smoa.maths.devices import decomposable, decomposition_device
-from smoa.maths.spectrum import PartitionKind, make_partition, spectral_scores
-from smoa.maths.spectrum_cache import cached_spectral_scores
+from smoa.maths.spectrum import PartitionKind, decomposable, decomposition_device, make_partition, spectral_scores
+from smoa.state import cached_spectral_scores
 from tests.support.limited_device import DEVICE, limited_device
 from tests.support.tolerance import assert_close
 
@@ -35,7 +34,7 @@ def test_a_full_device_is_not_taken_for_one_that_lacks_decompositions(monkeypatc
     def full(*args: object) -> None:
         raise torch.OutOfMemoryError("full")
 
-    devices._decomposes.cache_clear()
+    spectrum._decomposes.cache_clear()
     with monkeypatch.context() as patched:
         patched.setattr(torch.linalg, "eigh", full)
         with pytest.raises(torch.OutOfMemoryError):
@@ -61,7 +60,7 @@ def test_the_partition_is_that_of_the_cpu(shape: tuple[int, int], cut: str) -> N
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("partition", ["spectral", "contiguous"])
 def test_what_injection_computes_from_a_weight_is_that_of_the_cpu(partition: PartitionKind, dtype: torch.dtype) -> None:
-    weight, pending = torch.randn(11, 13).to(dtype), Pending(partition, "hadamard", "lora")
+    weight, pending = torch.randn(11, 13).to(dtype), PartitionSpec(partition, "hadamard", "lora")
     expected = pending.decide(3, weight)
     with limited_device() as device:
         found = pending.decide(3, weight.to(device))

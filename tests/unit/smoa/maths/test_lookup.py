@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from smoa.maths.lookup import looked_up
 from tests.support.tolerance import assert_close
 from tests.support.updates import CASES, problem
 
@@ -21,7 +20,7 @@ def test_rows_and_their_gradients_are_those_of_the_update(
     given = problem(*case)
     update = given.update(modulation, 0.7)
     tokens = torch.randint(0, case[0], (9,))
-    rows, expected = looked_up(update, tokens, given.weight, None, False), update.delta(given.weight)[tokens]
+    rows, expected = update.lookup(tokens, given.weight), update.delta(given.weight)[tokens]
     assert_close(rows, expected)
     gradient = torch.randn_like(rows)
     leaves = (given.A, given.B)
@@ -37,7 +36,7 @@ def test_gradients_are_those_of_a_lookup_in_the_whole_update(options: dict[str, 
     given = problem(8, 6, (2, 2))
     update, tokens = given.update(modulation, 0.7), torch.tensor([1, 2, 2, 7, 2, 7])
     leaves = [given.A, given.B, *([given.weight.requires_grad_()] if modulation == "hadamard" else [])]
-    rows = looked_up(update, tokens, given.weight, options.get("padding_idx"), options.get("scale_grad_by_freq", False))
+    rows = update.lookup(tokens, given.weight, options.get("padding_idx"), options.get("scale_grad_by_freq", False))
     expected, gradient = F.embedding(tokens, update.delta(given.weight), **options), torch.randn_like(rows)
     assert_close(rows, expected)
     for own, wanted in zip(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from smoa.maths.modulations import MODULATIONS, rms_of
+from smoa.maths.scale import MODULATIONS, rms_of
 from smoa.maths.spectrum import make_partition
 from tests import reference
 from tests.support.layers import adapted_layer, base_layer, base_weight, default_dtype, factors, labels, ranks

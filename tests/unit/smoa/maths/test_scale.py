@@ -3,8 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from smoa.maths.modulations import MODULATIONS
-from smoa.maths.scale import ScaleKind, block_scale
+from smoa.maths.scale import MODULATIONS, ScaleKind, block_scale
 from smoa.maths.spectrum import make_partition
 from tests.support.layers import adapted_layer, base_layer, oracle_output
 from tests.support.tolerance import assert_close

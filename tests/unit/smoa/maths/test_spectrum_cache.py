@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from smoa import SmoaConfig, clear_spectrum_cache, make_partition
-from smoa.maths.spectrum_cache import CACHE_VARIABLE, cached_spectral_scores
+from smoa import SmoaConfig, clear_spectrum_cache, make_partition, state
+from smoa.state import CACHE_VARIABLE, cached_spectral_scores
 from tests.support.layers import adapted_layer, base_layer
 
 
@@ -85,12 +85,10 @@ def test_a_broken_cache_file_is_replaced(
 
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("smoa.maths.spectrum_cache.MEMORY_LIMIT", 200)
+    monkeypatch.setattr("smoa.state.MEMORY_LIMIT", 200)
     for _ in range(5):
         cached_spectral_scores(torch.randn(10, 10))
-    from smoa.maths import spectrum_cache
-
-    assert len(spectrum_cache._memory) <= 2
+    assert len(state._memory) <= 2
 
 
 @pytest.mark.parametrize(
@@ -127,7 +125,7 @@ def test_a_full_disk_leaves_no_half_written_entry(tmp_path: Path, monkeypatch: p
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
-    monkeypatch.setattr("smoa.maths.spectrum_cache.save_file", full)
+    monkeypatch.setattr("smoa.state.save_file", full)
     with pytest.warns(RuntimeWarning, match="No space left"):
         cached_spectral_scores(torch.randn(12, 10))
     assert not list(tmp_path.iterdir())

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from smoa.errors import UnsupportedModuleError
 from smoa.maths.blocks import Blocks, Orders
-from smoa.maths.modulations import MODULATIONS
-from smoa.maths.stack import Run, Stack, stacked_blocks
+from smoa.maths.experts import Run, Stack, stacked_blocks
+from smoa.maths.scale import MODULATIONS
 from tests.support.tolerance import assert_close
 from tests.support.updates import Problem, problem
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from smoa.errors import PartitionError
+from smoa.maths.experts import stack_partition
 from smoa.maths.spectrum import spectral_scores
-from smoa.maths.stack_partition import stack_partition
 from tests import reference
 
 K = 3

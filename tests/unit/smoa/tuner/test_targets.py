@@ -168,6 +168,28 @@ def test_a_router_with_a_forward_of_its_own_is_refused_if_it_is_named() -> None:
         get_peft_model(llama4(), SmoaConfig(target_modules=["router", "q_proj"]))
 
 
+class Renamed(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_linear_layer_with_a_forward_of_its_own_is_adapted_if_it_computes_the_same(device: str) -> None:
+    with torch.device(device):
+        renamed, scaled = Wrapper(Renamed(8, 6)), Wrapper(Scaled(8, 6))
+    state = torch.random.get_rng_state()
+    with pytest.raises(UnsupportedModuleError, match=r"layer: .*Scaled has a forward of its own"):
+        get_peft_model(scaled, SmoaConfig(target_modules=["layer"]))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    model = get_peft_model(renamed, SmoaConfig(target_modules=["layer"]))
+    assert set(smoa_layers(model)) == {"layer"}
+
+
 def test_a_convolution_with_a_normalized_weight_is_refused_by_name() -> None:
     sizes = {"num_feat_extract_layers": 1, "conv_dim": (8,), "conv_stride": (2,), "conv_kernel": (3,)}
     model = Wav2Vec2Model(Wav2Vec2Config(**SMALL, **sizes, num_hidden_layers=1, num_conv_pos_embedding_groups=2))

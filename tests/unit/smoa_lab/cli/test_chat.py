@@ -12,7 +12,9 @@ import typer
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
-from smoa_lab.cli import chat
+import smoa.export.merge
+from smoa_lab.chat import Screen
+from smoa_lab.cli import chat, merge
 from smoa_lab.cli.console import Dtype
 from smoa_lab.cli.main import app
 from smoa_lab.config.run_config import ModelSection
@@ -105,7 +107,7 @@ def interrupting(monkeypatch: pytest.MonkeyPatch) -> None:
             signal.raise_signal(signal.SIGINT)
         typer.echo(piece, nl=False)
 
-    monkeypatch.setattr(chat.Screen, "write", write)
+    monkeypatch.setattr(Screen, "write", write)
 
 
 @pytest.mark.usefixtures("terminal")
@@ -154,6 +156,7 @@ def test_only_two_terminals_make_a_chat(monkeypatch: pytest.MonkeyPatch) -> None
     assert chat._is_terminal()
 
 
-def test_the_choices_are_those_of_a_run() -> None:
+def test_the_choices_are_those_of_a_run_and_of_the_library() -> None:
     assert get_args(Dtype) == get_args(ModelSection.model_fields["dtype"].annotation)
     assert set(get_args(chat.Template)) == set(get_args(prompts.Template))
+    assert get_args(merge.Dtype) == get_args(smoa.export.merge.Dtype)

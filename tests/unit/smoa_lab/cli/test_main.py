@@ -16,23 +16,28 @@ import smoa
 from smoa import SmoaConfig
 from smoa_lab.cli.main import app
 
-HELP_WITHOUT_TORCH = """
+OUTSIDE = """
 import sys
 from smoa_lab.__main__ import main
-sys.argv = ["smoa", *{arguments}]
-try:
-    main()
-finally:
-    print("heavy:", sorted({{"torch", "transformers", "peft", "smoa"}} & set(sys.modules)))
+for arguments in {commands}:
+    sys.argv = ["smoa", *arguments]
+    try:
+        main()
+    except SystemExit as ended:
+        print("ended with", ended.code)
+    print("heavy:", sorted({{"torch", "transformers", "peft", "smoa", "jinja2"}} & set(sys.modules)))
 """
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["data", "--help"]])
-def test_help_waits_for_no_heavy_import(arguments: list[str]) -> None:
-    command = [sys.executable, "-c", HELP_WITHOUT_TORCH.format(arguments=arguments)]
+def test_help_and_version_wait_for_no_heavy_import_and_a_wrong_command_is_a_usage_error() -> None:
+    commands = [["--help"], ["train", "--help"], ["data", "--help"], ["--version"], ["trian"]]
+    command = [sys.executable, "-c", OUTSIDE.format(commands=commands)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "Usage" in done.stdout
-    assert "heavy: []" in done.stdout
+    assert done.stdout.count("Usage") == 3
+    assert f"smoa {smoa.__version__}\nended with 0\n" in done.stdout
+    assert done.stdout.count("heavy: []") == len(commands)
+    assert "trian" in done.stderr
+    assert "ended with 2" in done.stdout
 
 
 EVIL = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M", "AutoTokenizer": ["evil.T", None]}
@@ -66,18 +71,6 @@ def test_the_folder_of_a_stranger_runs_no_code(
     assert done.exception is None or isinstance(done.exception, SystemExit)
     if command.split()[0] in ("chat", "eval", "convert"):
         assert "config.yaml: 1 problem\n  line 1: model.trust_remote_code: a file can't allow" in done.stderr
-
-
-def test_the_version_is_that_of_the_package() -> None:
-    command = [sys.executable, "-c", HELP_WITHOUT_TORCH.format(arguments=["--version"])]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout == f"smoa {smoa.__version__}\nheavy: []\n"
-
-
-def test_an_unknown_command_is_a_usage_error() -> None:
-    done = subprocess.run([sys.executable, "-m", "smoa_lab", "trian"], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "trian" in done.stderr
 
 
 def commands(command: Any) -> Iterator[Any]:

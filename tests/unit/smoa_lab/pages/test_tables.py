@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from smoa_lab.pages.tables import Cell, Table
+from smoa_lab.pages.tables import Cell, Table, score_table
 
 TABLE = Table(["name", "rank"], [["q_proj", 8], [Cell("v_proj", value=1), Cell("3 4", links={"3": "#3", "4": "#4"})]])
 
@@ -43,3 +43,17 @@ def test_a_table_wider_than_the_terminal_is_wrapped_and_not_cut(
     Table(["layer", "rank"], [["abcdefghij" * 5, 4]]).print()
     printed = capsys.readouterr().out
     assert "abcdefghij" * 5 in "".join(line.split()[0] for line in printed.splitlines()[1:] if line.strip())
+
+
+def test_scores_have_a_row_for_each_task_and_stage_with_their_errors() -> None:
+    scores = {"questions": 1200, "accuracy": 0.25, "accuracy_stderr": 0.0123, "majority": None}
+    table = score_table({"before": {"piqa": scores, "all": {**scores, "accuracy": None}}})
+    assert table.header == ["task", "training", "held-out questions", "accuracy"]
+    assert table.rows == [["piqa", "before", "1,200", "0.250 ± 0.012"], ["all", "before", "1,200", "–"]]
+
+
+def test_scores_of_rows_have_no_column_of_tasks() -> None:
+    table = score_table({stage: {"all": {"rows": 6, "loss": 1.5}} for stage in ("before", "after")})
+    assert table.header == ["training", "held-out rows", "loss"]
+    assert table.rows == [["before", "6", "1.500"], ["after", "6", "1.500"]]
+    assert score_table({}).rows == []

@@ -9,7 +9,7 @@ from peft import get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 
 from smoa import SmoaConfig
-from smoa.layers.experts.param_wrapper import ParamWrapper
+from smoa.layers.experts import ParamWrapper
 from tests.support.layers import clone_leaf
 from tests.support.tiny_mixtures import (
     EXPERTS,

@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 
 from smoa import SmoaConfig, UnsupportedModuleError
-from smoa.layers.experts.param_wrapper import ParamWrapper
+from smoa.layers.experts import ParamWrapper
 from smoa.maths.blocks import UNDECIDED
 from smoa.maths.factors import split_rank
 from tests import reference

@@ -10,9 +10,9 @@ from torch.nn.functional import linear
 from transformers.integrations import moe
 
 from smoa.errors import UnsupportedModuleError
-from smoa.layers.experts.layout import Layout
-from smoa.layers.experts.stand_in import StandIn
-from smoa.maths.stack import Run
+from smoa.layers.layout import Layout
+from smoa.layers.stand_in import StandIn
+from smoa.maths.experts import Run
 from tests.support.tolerance import assert_close
 
 E, M, N = 3, 4, 8

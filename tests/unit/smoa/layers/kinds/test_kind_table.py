@@ -13,7 +13,7 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.models.llama4.modeling_llama4 import Llama4Router, Llama4TextConfig
 from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2TextScaledWordEmbedding
 
-from smoa.layers.kinds.kind_table import KINDS, kind_of
+from smoa.layers.kinds import KINDS, kind_of
 from tests.support.kinds import KINDS as EXAMPLES
 from tests.support.kinds import input_of, kind_of_layer
 from tests.support.layers import Wrapper, adapted_layer

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from smoa import SmoaConfig, UnsupportedModuleError, cached_weights
-from smoa.layers.kinds import quantized
-from smoa.layers.kinds.quantized import QuantizedLinear
+from smoa.layers import quantized
 from smoa.layers.layer import SmoaLayer
+from smoa.layers.quantized import QuantizedLinear
 from tests import reference
 from tests.support.layers import Wrapper, clone_leaf, factors, labels, oracle_delta
 from tests.support.quantized import (

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,8 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from smoa.compat import find_quantization_backend
 from smoa.errors import UnsupportedModuleError
-from smoa.layers.kinds.linear import Linear
-from smoa.maths.kernels.plain import is_transformed, needs_plain_gradients, plain_gradients
+from smoa.layers.linear import Linear
 from smoa.maths.update import Update
 
 if TYPE_CHECKING:
@@ -145,17 +143,9 @@ class QuantizedLinear(Linear):
     # Break the graph, so that a compiler can't decide to keep the dequantized weight.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _apply_update(self, update: Update, x: Tensor) -> Tensor:
-        if not update.modulation.anchors:
-            return update.apply(x, x.new_empty(0))
-        if is_transformed(x):
-            return update.apply(x, self.pristine_weight())
-        factors = update.factors
-        output: Tensor = _DequantizedBranch.apply(  # type: ignore[no-untyped-call]  # torch has no types here
-            x, factors.A, factors.B, update, self.pristine_weight
-        )
-        return output
+        return update.apply(x, self.pristine_weight)
 
-    def _write_merged(self, merged: Tensor, names: list[str]) -> None:
+    def _write_merged(self, number: int, pristine: Tensor, merged: Tensor, names: list[str]) -> None:
         if not self._pristine_layers:
             self._pristine_layers = (self.base_layer,)
             if not hasattr(self.base_layer, "W_q"):  # HQQ's layer is replaced by a new one
@@ -175,28 +165,6 @@ class QuantizedLinear(Linear):
             self.base_layer.to(device)
 
 
-class _DequantizedBranch(torch.autograd.Function):
-    """`x ΔWᵀ`; the backward calls `dequantize` again instead of keeping the weight.
-
-    A Function and not a custom operator, because an operator can't take `dequantize` as an argument.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, update: Update, dequantize: Callable[[], Tensor]) -> Tensor:
-        ctx.save_for_backward(x, A, B)
-        ctx.update, ctx.dequantize = update, dequantize
-        return update.apply(x, dequantize())
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, A, B = ctx.saved_tensors
-        update = replace(ctx.update, factors=replace(ctx.update.factors, A=A, B=B))
-        if needs_plain_gradients(g):
-            needed = ctx.needs_input_grad[:3]
-            return *plain_gradients(lambda: update.apply(x, ctx.dequantize()), (x, A, B), needed, g), None, None
-        return *update.gradients(g, x, ctx.dequantize(), ctx.needs_input_grad[0]), None, None
-
-
 def _copied(base: nn.Module) -> nn.Module:
     copied = copy.deepcopy(base)
     weight: Any = getattr(copied, "weight", None)
@@ -208,21 +176,21 @@ def _copied(base: nn.Module) -> nn.Module:
 @contextmanager
 def requantization_reported(model: nn.Module) -> Iterator[None]:
     """Warn how much of ΔW was lost if quantized layers of `model` are merged while the context is open."""
-    found: list[tuple[float, float]] = []
+    losses: list[tuple[float, float]] = []
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
-            module.requantizations = found
+            module.requantizations = losses
     try:
         yield
     finally:
         for module in model.modules():
             if isinstance(module, QuantizedLinear):
                 module.requantizations = None
-    parts = [error / size for error, size in found if size]
+    parts = [error / size for error, size in losses if size]
     if parts:
-        total = [sum(value**2 for value in column) ** 0.5 for column in zip(*found, strict=True)]
+        total = [sum(value**2 for value in column) ** 0.5 for column in zip(*losses, strict=True)]
         warnings.warn(
-            f"merged weights were quantized again in {len(found)} layers: the relative error of ΔW is "
+            f"merged weights were quantized again in {len(losses)} layers: the relative error of ΔW is "
             f"{total[0] / total[1]:.3g} (layers: {min(parts):.3g} to {max(parts):.3g}). Keep the adapter unmerged, or "
             "load it on the model in float32 or bfloat16 and merge there",
             stacklevel=4,

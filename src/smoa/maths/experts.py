@@ -5,24 +5,34 @@ r"""The updates of a stack of matrices of one shape, such as the experts of a mi
 Every matrix is one of its own: `Stack.update(g)` is its `Update`. The matrices share K, the ranks and α/r. A product
 concerns only the matrices that some row of x belongs to. Their diagonal blocks are formed one matrix after the other,
 and formed again for the backward, so that only x and the factors are kept.
+
+Every matrix has a partition of its own, or all experts share one, which has as few decompositions as one expert. A
+shared partition sorts input coordinates by the scores of `[W_1; …; W_E]`, the experts' matrices on top of each other,
+and output coordinates by those of `[W_1 … W_E]`, side by side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from smoa.errors import UnsupportedModuleError
 from smoa.maths.blocks import Blocks, Orders
 from smoa.maths.factors import Factors
 from smoa.maths.kernels.batched import batched_backward, batched_forward
-from smoa.maths.kernels.plain import is_transformed, needs_plain_gradients, plain_gradients
-from smoa.maths.modulations import MODULATIONS, Modulation
+from smoa.maths.kernels.operators import is_transformed, needs_plain_gradients, plain_gradients, without_tensors
+from smoa.maths.scale import MODULATIONS, Modulation
+from smoa.maths.spectrum import PartitionKind, decomposable, finite_peak, gram_scores, make_partition, squarable
 from smoa.maths.update import Update
+
+ExpertPartition = Literal["each", "shared"]
+Scores = Callable[[Tensor, bool], tuple[Tensor, Tensor]]
 
 
 class Run(NamedTuple):
@@ -110,6 +120,45 @@ def stacked_blocks(row_labels: Tensor, col_labels: Tensor, num_blocks: int) -> l
     return [Blocks(row, col, num_blocks, Orders(*order), flag) for row, col, order, flag in rows]
 
 
+def stack_partition(
+    matrices: Tensor, num_blocks: int, kind: PartitionKind, expert_partition: ExpertPartition, scores_of: Scores
+) -> tuple[Tensor, Tensor]:
+    """Row labels (P, out_features) and column labels (P, in_features), uint8 on the CPU, with a progress bar.
+
+    Args:
+        matrices: W of all experts, (E, H, out_features, in_features).
+        num_blocks: K.
+        kind: How to assign coordinates to blocks.
+        expert_partition: "each" gives every matrix its own, P = E·H. "shared" gives one to each of the H, P = H.
+        scores_of: `smoa.maths.spectrum.spectral_scores`, or a cache of it.
+
+    Raises:
+        PartitionError: K does not fit, or a weight has NaN or infinite entries.
+    """
+    finite_peak(matrices)
+    each = [matrix[None] for expert in matrices for matrix in expert]  # views, which `flatten` may not give
+    stacks = each if expert_partition == "each" else matrices.transpose(0, 1)
+    hidden = True if kind != "spectral" else None  # None: shown on a terminal only
+    bar = tqdm(stacks, desc="SMoA partitions of experts", unit="matrix", delay=1, disable=hidden, leave=False)
+    partitions = [_partition(stack, num_blocks, kind, scores_of) for stack in bar]
+    rows, cols = ([getattr(blocks, side).cpu() for blocks in partitions] for side in ("row_labels", "col_labels"))
+    return torch.stack(rows), torch.stack(cols)
+
+
+def _partition(stack: Tensor, num_blocks: int, kind: PartitionKind, scores_of: Scores) -> Blocks:
+    """Blocks of one matrix, or those that a stack of them shares."""
+    if len(stack) > 1:
+        scores_of = partial(_shared_scores, stack)
+    return make_partition(stack[0], num_blocks, kind, scores_of)
+
+
+def _shared_scores(stack: Tensor, first: Tensor, precise: bool) -> tuple[Tensor, Tensor]:
+    """Scores of the rows of `[W_1 … W_E]`, and of the columns of `[W_1; …; W_E]`, from `Σ W Wᵀ` and `Σ Wᵀ W`."""
+    weights = squarable(decomposable(stack))
+    rows, cols = (sum(W @ W.mT for W in side) for side in (weights, weights.mT))
+    return gram_scores(rows, precise), gram_scores(cols, precise)
+
+
 def _apply(updates: Sequence[Update], x: Tensor, matrices: Tensor, runs: Sequence[Run]) -> Tensor:
     halves = matrices.shape[1]
     output = x.new_zeros(len(x), halves, matrices.shape[2])
@@ -128,7 +177,7 @@ class _StackBranch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, matrices: Tensor, updates: list[Update], runs: list[Run], *factors: Tensor) -> Any:
         ctx.save_for_backward(x, matrices, *factors)
-        ctx.updates, ctx.runs = [_without_factors(update) for update in updates], runs
+        ctx.updates, ctx.runs = [replace(update, factors=without_tensors(update.factors)) for update in updates], runs
         halves = matrices.shape[1]
         output = _empty_or_zero(x, runs, halves, matrices.shape[2])
         for i, (expert, rows) in enumerate(runs):
@@ -173,11 +222,6 @@ def _parts(update: Update, matrix: Tensor) -> tuple[Factors, Tensor]:
     anchor = update.anchor(matrix)
     assert anchor is not None, "without an anchor, autograd computes the gradients"
     return update.factors, anchor
-
-
-def _without_factors(update: Update) -> Update:
-    """The update without its factors, which autograd keeps."""
-    return _with_factors(update, None, None)  # type: ignore[arg-type]
 
 
 def _with_factors(update: Update, A: Tensor, B: Tensor) -> Update:

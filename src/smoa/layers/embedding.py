@@ -10,13 +10,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from smoa.config.adapter_config import Shape
-from smoa.layers.adapted_layer import AdaptedLayer
+from smoa.config import Shape
+from smoa.layers.layer import SmoaLayer
 from smoa.maths.factors import Initialization
-from smoa.maths.lookup import looked_up
 
 
-class Embedding(AdaptedLayer):
+class Embedding(SmoaLayer):
     """SMoA on a `torch.nn.Embedding`, or on a scaled one of transformers (`embed_scale`).
 
     Dropout acts on the input as in other layers, where a token is a one-hot vector: it drops tokens, not features.
@@ -50,8 +49,9 @@ class Embedding(AdaptedLayer):
         """`ΔW[x]` (…, embedding_dim) for int x, times `embed_scale` if the base layer has one."""
         self.gather(adapter_name)
         base: Any = self.get_base_layer()
-        tokens, padding = x.reshape(-1), base.padding_idx
-        rows = looked_up(self.update(adapter_name), tokens, self.pristine_weight(), padding, base.scale_grad_by_freq)
+        tokens = x.reshape(-1)
+        update, weight = self.update(adapter_name), self.pristine_weight()
+        rows = update.lookup(tokens, weight, base.padding_idx, base.scale_grad_by_freq)
         rows = rows * self.smoa_dropout[adapter_name](rows.new_ones(tokens.shape[0], 1))
         scale: Any = getattr(base, "embed_scale", 1.0)
         scale = scale.to(base.weight.dtype) if isinstance(scale, Tensor) else scale

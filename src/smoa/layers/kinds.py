@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from smoa.config.adapter_config import Shape
-from smoa.layers.adapted_layer import AdaptedLayer
-from smoa.layers.kinds.conv import Convolution
-from smoa.layers.kinds.embedding import Embedding
-from smoa.layers.kinds.linear import Linear
-from smoa.layers.kinds.quantized import QuantizedLinear
+from smoa.config import Shape
+from smoa.layers.conv import Convolution
+from smoa.layers.embedding import Embedding
+from smoa.layers.layer import SmoaLayer
+from smoa.layers.linear import Linear
+from smoa.layers.quantized import QuantizedLinear
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Kind:
 
     base_class: type[nn.Module]
     name: str
-    layer_class: type[AdaptedLayer]
+    layer_class: type[SmoaLayer]
     fan_in_fan_out: bool = False
     alike: tuple[str, ...] = ()
 
@@ -54,7 +56,8 @@ class Kind:
         owners = {next(owner for owner in type(base).__mro__ if name in vars(owner)) for name in methods}
         for owner in owners - {self.base_class}:
             known = any(fnmatch(owner.__name__, pattern) for pattern in self.alike)
-            if not known or base._parameters.keys() - {"weight", "bias"}:  # T5Gemma 2 scales and replaces a row
+            plain = base._parameters.keys() <= {"weight", "bias"}  # T5Gemma 2 scales and replaces a row
+            if not (plain and (known or (self.base_class is nn.Linear and _is_linear(base)))):
                 return (
                     f"{owner.__name__} has a forward of its own, so it computes something else than "
                     f"{self.base_class.__name__}, to which ΔW would not apply"
@@ -63,7 +66,7 @@ class Kind:
 
 
 KINDS = (
-    Kind(nn.Linear, "torch.nn.Linear", Linear, alike=("FalconLinear", "Float8Linear")),
+    Kind(nn.Linear, "torch.nn.Linear", Linear, alike=("Float8Linear",)),
     Kind(Conv1D, "transformers.pytorch_utils.Conv1D", Linear, fan_in_fan_out=True),
     Kind(nn.Embedding, "torch.nn.Embedding", Embedding, alike=("*ScaledWordEmbedding",)),
     Kind(nn.Conv1d, "torch.nn.Conv1d", Convolution),
@@ -77,3 +80,22 @@ QUANTIZED = Kind(nn.Module, "linear layers quantized by bitsandbytes, torchao or
 def kind_of(base: nn.Module) -> Kind | None:
     """The kind of a base layer with a plain weight, None if SMoA can't adapt it."""
     return next((kind for kind in KINDS if isinstance(base, kind.base_class)), None)
+
+
+def _is_linear(base: nn.Module) -> bool:
+    """Whether a subclass's own forward computes `x Wᵀ + b`, as one that only calls `super()` does: it is tried."""
+    shape, generator = Linear.shape_of(base), torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, shape[1], generator=generator), torch.randn(shape, generator=generator)
+    bias = None if base._parameters.get("bias") is None else torch.randn(shape[0], generator=generator)
+    trial = copy.copy(base)  # with weights that are here, wherever the layer's own are
+    parameters = {"weight": weight, "bias": bias}
+    trial._parameters = {name: None if value is None else nn.Parameter(value) for name, value in parameters.items()}
+    try:
+        with torch.no_grad():
+            output = type(base).forward(trial, x)
+    except Exception:
+        return False
+    expected = nn.functional.linear(x, weight, bias)
+    return (
+        isinstance(output, Tensor) and output.shape == expected.shape and torch.allclose(output, expected, 1e-4, 1e-4)
+    )

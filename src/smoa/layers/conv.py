@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smoa.config.adapter_config import Shape
-from smoa.layers.adapted_layer import AdaptedLayer, is_instrumented
-from smoa.maths.convolution import Geometry, convolved, convolves_exactly
+from smoa.config import Shape
+from smoa.layers.layer import SmoaLayer, is_instrumented
+from smoa.maths.conv import Geometry, convolved, convolves_exactly
 
 
-class Convolution(AdaptedLayer):
+class Convolution(SmoaLayer):
     """SMoA on a `torch.nn.Conv1d`, `Conv2d` or `Conv3d`, with any stride, padding, dilation and number of groups.
 
     One active adapter is computed by one convolution with W + ΔW where that is exact: in float32 on a CPU, and in
     float64. Otherwise `conv(x, ΔW)` is added to the base layer's output. `route="apart"` always does the latter.
     """
 
-    route: Literal["auto", "fused", "apart"] = "auto"
     converted_by_peft = False
     read_by_models = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
 

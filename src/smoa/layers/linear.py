@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from smoa.config.adapter_config import Shape
-from smoa.layers.adapted_layer import AdaptedLayer, is_instrumented
+from smoa.config import Shape
+from smoa.layers.layer import SmoaLayer, is_instrumented
 from smoa.layers.weight_cache import BLOCKS, WHOLE, KeptUpdate, WeightCache
 from smoa.maths.kernels.choice import prefers_apart
-from smoa.maths.kernels.operators import multiplies_exactly
-from smoa.maths.kernels.plain import is_transformed
-from smoa.maths.modulations import MODULATIONS
+from smoa.maths.kernels.operators import is_transformed, multiplies_exactly
+from smoa.maths.scale import MODULATIONS
 from smoa.maths.update import Update
 
 
-class Linear(AdaptedLayer):
+class Linear(SmoaLayer):
     """SMoA on a `torch.nn.Linear` or a transformers `Conv1D`.
 
     `route` selects how a single active adapter is computed: "apart" adds `x ΔWᵀ` to the base layer's output, "fused"
     forms W + ΔW in chunks where that is exact, and "auto" takes the faster of the two.
     """
-
-    route: Literal["auto", "fused", "apart"] = "auto"
 
     @staticmethod
     def shape_of(base: nn.Module) -> Shape:
@@ -36,13 +31,6 @@ class Linear(AdaptedLayer):
             shape = getattr(base.weight, "ds_shape", base.weight.shape)
             return shape[1], shape[0]
         return int(base.out_features), int(base.in_features)  # type: ignore[arg-type]
-
-    @classmethod
-    def refusal(cls, base: nn.Module) -> str | None:
-        """Refuse the output projection of `nn.MultiheadAttention`, whose forward is never run."""
-        if isinstance(base, NonDynamicallyQuantizableLinear):
-            return "MultiheadAttention uses its weight without calling it, so an adapter would do nothing"
-        return None
 
     def _active_forward(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Any:
         if active and (cache := self.open_cache(active, x)) is not None:
@@ -70,12 +58,11 @@ class Linear(AdaptedLayer):
         cache, dtype = self.open_cache([adapter_name], x), x.dtype
         if cache is None:
             return None
-        key = (dtype, *self.state_of_update([adapter_name]))
-        make = partial(self._keep_update, adapter_name, dtype)
-        return cache.get((BLOCKS, adapter_name), key, make)
 
-    def _keep_update(self, adapter_name: str, dtype: torch.dtype) -> KeptUpdate:
-        return KeptUpdate.of(self.update(adapter_name), self.pristine_weight(), dtype)
+        def make() -> KeptUpdate:
+            return KeptUpdate.of(self.update(adapter_name), self.pristine_weight(), dtype)
+
+        return cache.get((BLOCKS, adapter_name), (dtype, *self.state_of_update([adapter_name])), make)
 
     def _apply_update(self, update: Update, x: Tensor) -> Tensor:
         return update.apply(x, self.pristine_weight())
@@ -112,5 +99,6 @@ class Linear(AdaptedLayer):
         weight, update = self.stored_weight(), self.update(adapter_name)
         if weight.dtype != x.dtype or weight.requires_grad or is_transformed(x, weight):
             return None
-        apart = self.route != "fused" and prefers_apart(update.factors.blocks, x.shape[:-1].numel())
+        tokens = x.shape[:-1].numel()
+        apart = self.route != "fused" and prefers_apart(update.factors.blocks, tokens, update.kernels)
         return None if apart else update

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from smoa.maths.kernels.plain import is_transformed, needs_plain_gradients, plain_gradients
+from smoa.maths.factors import Factors
+from smoa.maths.kernels.operators import Gradients, is_transformed, recomputed
+from smoa.maths.scale import Modulation
 from smoa.maths.update import Update
 
 
@@ -72,57 +73,36 @@ def convolved(
         bias: (out_channels,).
         with_base: Add W to ΔW. Only where that is exact enough (`convolves_exactly`).
     """
-    factors = update.factors
-    with torch.autocast(x.device.type, enabled=False):
-        plain = weight.requires_grad or torch.compiler.is_compiling() or is_transformed(x, weight)
-        if plain:  # a compiler decides itself what to keep
-            return _plain(x, bias, update, weight, geometry, with_base)
-        output: Tensor = _Convolved.apply(  # type: ignore[no-untyped-call]  # torch has no types here
-            x, factors.A, factors.B, bias, update, weight, geometry, with_base
-        )
-        return output
+    route = _Convolved(update.modulation, geometry, with_base)
+    if weight.requires_grad or torch.compiler.is_compiling() or is_transformed(x, weight):
+        with torch.autocast(x.device.type, enabled=False):  # a compiler decides itself what to keep
+            return route.forward(update.factors, x, weight, bias)
+    return recomputed(route, update.factors, x, weight, bias)
 
 
-def _plain(
-    x: Tensor, bias: Tensor | None, update: Update, weight: Tensor, geometry: Geometry, with_base: bool
-) -> Tensor:
-    return geometry.convolve(x, _kernel(update.delta(weight), weight, with_base).to(x.dtype), bias)
+@dataclass(frozen=True)
+class _Convolved:
+    """The route of a convolution."""
 
+    modulation: Modulation
+    geometry: Geometry
+    with_base: bool
 
-def _kernel(delta: Tensor, weight: Tensor, with_base: bool) -> Tensor:
-    return delta + weight if with_base else delta
+    def forward(self, factors: Factors, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        delta = Update(factors, self.modulation).delta(weight)
+        return self.geometry.convolve(x, self._kernel(delta, weight, x.dtype), bias)
 
+    def plain(self, factors: Factors, x: Tensor, weight: Tensor) -> Tensor:
+        return self.forward(factors, x, weight, None)
 
-class _Convolved(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        A: Tensor,
-        B: Tensor,
-        bias: Tensor | None,
-        update: Update,
-        weight: Tensor,
-        geometry: Geometry,
-        with_base: bool,
-    ) -> Tensor:
-        ctx.save_for_backward(x, A, B, weight)
-        ctx.update, ctx.geometry, ctx.with_base = update, geometry, with_base
-        return _plain(x, bias, update, weight, geometry, with_base)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, A, B, weight = ctx.saved_tensors
-        grad_bias = g.sum([0, *range(2, g.dim())]) if ctx.needs_input_grad[3] else None
-        if needs_plain_gradients(g):
-            update = replace(ctx.update, factors=replace(ctx.update.factors, A=A, B=B))
-            forward = partial(_plain, x, None, update, weight, ctx.geometry, ctx.with_base)
-            return *plain_gradients(forward, (x, A, B), ctx.needs_input_grad[:3], g), grad_bias, None, None, None, None
-        leaves = A.detach().requires_grad_(), B.detach().requires_grad_()
-        factors = replace(ctx.update.factors, A=leaves[0], B=leaves[1])
+    def backward(self, factors: Factors, g: Tensor, x: Tensor, weight: Tensor, needs_x: bool) -> Gradients:
+        leaves = factors.A.detach().requires_grad_(), factors.B.detach().requires_grad_()
         with torch.enable_grad():
-            delta = replace(ctx.update, factors=factors).delta(weight)
-        kernel = _kernel(delta.detach(), weight, ctx.with_base).to(x.dtype)
-        grad_x, grad_delta = ctx.geometry.gradients(g, x, kernel, [ctx.needs_input_grad[0], True])
+            delta = Update(replace(factors, A=leaves[0], B=leaves[1]), self.modulation).delta(weight)
+        kernel = self._kernel(delta.detach(), weight, x.dtype)
+        grad_x, grad_delta = self.geometry.gradients(g, x, kernel, [needs_x, True])
         grad_A, grad_B = torch.autograd.grad(delta, leaves, grad_delta.to(delta.dtype))
-        return grad_x, grad_A, grad_B, grad_bias, None, None, None, None
+        return grad_x, grad_A, grad_B
+
+    def _kernel(self, delta: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        return (delta + weight if self.with_base else delta).to(dtype)

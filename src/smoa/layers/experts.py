@@ -1,0 +1,221 @@
+"""SMoA on a parameter that holds the matrices of experts: their adapters, forward and merge."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smoa.config import SmoaConfig
+from smoa.errors import UnsupportedModuleError
+from smoa.layers.distributed import refuse_partitioned
+from smoa.layers.layer import SmoaLayer
+from smoa.layers.layout import Layout
+from smoa.layers.stand_in import StandIn
+from smoa.maths.blocks import Blocks
+from smoa.maths.experts import Run, Stack, stacked_blocks
+from smoa.maths.scale import MODULATIONS
+from smoa.maths.update import Update
+
+_LOCK = threading.Lock()
+
+
+class ParamWrapper(SmoaLayer):
+    """SMoA on one parameter of a module, named as PEFT's own, which `_inject_parameters` looks for.
+
+    The parameter holds G matrices of one shape (m, n), see `Layout`. The labels are (P, m) and (P, n), where P is G, or
+    the matrices of one expert if all experts share a partition. The block scales are (G, K). Wrappers of several
+    parameters of one module are nested, as in PEFT's LoRA. No second copy of the parameter is made, not in a merge.
+    """
+
+    converted_by_peft = False
+    other_param_names: tuple[str, ...] = (*SmoaLayer.other_param_names, "partitions", "_stack_blocks")
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        parameter_name: str,
+        config: SmoaConfig,
+        key: str,
+        defer_partition: bool = False,
+    ) -> None:
+        self.parameter_name = parameter_name
+        self.partitions: dict[str, int] = {}
+        self._stack_blocks: dict[str, list[Blocks]] = {}
+        self._in_call: dict[int, dict[str, Stack]] = {}
+        super().__init__(base_layer, adapter_name, config, key, defer_partition=defer_partition)
+
+    def _weight_shape(self) -> tuple[int, int]:
+        self.layout = Layout.of(self.get_base_layer(), self.parameter_name)
+        return self.layout.shape
+
+    @property
+    def matrix_count(self) -> int:
+        """G: number of matrices."""
+        return self.layout.count
+
+    def partition_shapes(self, adapter_name: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Shapes of the saved row labels, column labels and block scales."""
+        parts, K = self.partitions[adapter_name], len(self.ranks[adapter_name])
+        return (parts, self.out_features), (parts, self.in_features), (self.layout.count, K)
+
+    def update_layer(
+        self, adapter_name: str, config: SmoaConfig, module: str = "", *, defer_partition: bool = False
+    ) -> None:
+        """Add an adapter, as `SmoaLayer.update_layer` does."""
+        shared = config.expert_partition == "shared"
+        self.partitions[adapter_name] = self.layout.halves if shared else self.layout.count
+        super().update_layer(adapter_name, config, module, defer_partition=defer_partition)
+
+    def _derive_orders(self, adapter_name: str, rows: Tensor, cols: Tensor) -> None:
+        self._stack_blocks[adapter_name] = stacked_blocks(rows, cols, len(self.ranks[adapter_name]))
+
+    # Weights and updates.
+
+    def stored_weight(self) -> Tensor:
+        """The parameter as stored."""
+        weight = self.get_base_layer()._parameters.get(self.parameter_name)
+        if weight is None:
+            raise UnsupportedModuleError(
+                f"{self.parameter_name}: FSDP1 has flattened this parameter, of which SMoA needs the shape; use FSDP2"
+            )
+        return weight
+
+    def matrices(self) -> Tensor:
+        """The current weights as a view, (experts, halves, out_features, in_features)."""
+        return self.layout.matrices(refuse_partitioned(self.stored_weight()))
+
+    def matrix(self, number: int) -> Tensor:
+        """The current weight of one matrix as a view, (out_features, in_features)."""
+        expert, half = divmod(number, self.layout.halves)
+        return self.matrices()[expert, half]
+
+    def pristine_matrix(self, number: int) -> Tensor:
+        """W of one matrix before any merge, (out_features, in_features); a copy only while adapters are merged."""
+        return self.unmerged(self.matrix(number), number)
+
+    def pristine_weight(self) -> Tensor:
+        """W of all matrices before any merge, (experts, halves, out_features, in_features); see `pristine_matrix`."""
+        if not self._pristine_blocks:
+            return self.matrices()
+        return self._stacked([self.pristine_matrix(number) for number in range(self.layout.count)])
+
+    def blocks(self, adapter_name: str, number: int = 0) -> Blocks:
+        """The adapter's blocks of one matrix; decided now if they are still pending."""
+        self.decide_partition(adapter_name)
+        blocks = self._stack_blocks[adapter_name]
+        return blocks[number % len(blocks)]
+
+    def stack(self, adapter_name: str) -> Stack:
+        """The adapter's `Stack`, which forms ΔW of each matrix or applies it to x, given the pristine weights."""
+        self.decide_partition(adapter_name)
+        A, B = self.factors(adapter_name)
+        ranks, count = self.ranks[adapter_name], self.layout.count
+        scale = self.rank_scale(adapter_name)
+        parts = A.unflatten(0, (count, -1)).unbind(), B.unflatten(1, (count, -1)).unbind(1)
+        blocks, modulation = self._stack_blocks[adapter_name], MODULATIONS[self.modulation[adapter_name]]
+        return Stack(*parts, ranks, self.scaling[adapter_name], scale, blocks, modulation)
+
+    def updates(self, adapter_name: str) -> list[Update]:
+        """The adapter's `Update` of each matrix."""
+        stack = self.stack(adapter_name)
+        return [stack.update(number) for number in range(self.layout.count)]
+
+    def part_name(self, number: int) -> str:
+        """The name of a matrix: "gate_up_proj[3].0"."""
+        expert, half = divmod(number, self.layout.halves)
+        name = f"{self.parameter_name}[{expert}]" if self.layout.is_stack else self.parameter_name
+        return f"{name}.{half}" if self.layout.halves > 1 else name
+
+    def delta(self, adapter_name: str) -> Tensor:
+        """Dense ΔW of all matrices, (experts, halves, out_features, in_features), float32 or wider."""
+        return self._stacked([update.delta(pristine) for _, pristine, update in self.parts(adapter_name)])
+
+    def _stacked(self, matrices: list[Tensor]) -> Tensor:
+        return torch.stack(matrices).view(self.layout.experts, self.layout.halves, *self.layout.shape)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """ΔW in the parameter's shape (PEFT's contract)."""
+        delta = self.delta(adapter)
+        stored = torch.empty_like(self.stored_weight(), dtype=delta.dtype)
+        self.layout.matrices(stored).copy_(delta)
+        return stored
+
+    def _write_matrix(self, matrix: Tensor, number: int) -> None:
+        self.matrix(number).copy_(matrix)
+
+    # Forward.
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        """The experts' output, with `W + ΔW` of the active adapters in the place of each `W`."""
+        if adapter_names is not None:
+            raise ValueError(
+                f"{self.parameter_name}: adapter_names can't be used with adapted experts, which see the tokens of all "
+                "samples at once; use one adapter for the whole batch"
+            )
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        active = [] if self.disable_adapters or self.merged else self._present(self.active_adapters)
+        for name in active:
+            self.decide_partition(name)
+        if not active:
+            return self.base_layer(x, *args, **kwargs)
+        return self._adapted(active, x, *args, **kwargs)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # the compiler can't see through a stand-in
+    def _adapted(self, active: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with self._standing_in(active):
+            return self.base_layer(x, *args, **kwargs)
+
+    @contextmanager
+    def _standing_in(self, active: list[str]) -> Iterator[None]:
+        """Put a stand-in into the parameter's place, which an attribute of the same name shadows."""
+        attributes, thread = self.get_base_layer().__dict__, threading.get_ident()
+        self.gather(*self.smoa_A)
+        self._in_call[thread] = {name: self.stack(name) for name in active}
+        with _LOCK:
+            attributes[self.parameter_name] = StandIn(
+                self.parameter_name, self.stored_weight, self.layout, self.added_output
+            )
+        try:
+            yield
+        finally:
+            with _LOCK:
+                del self._in_call[thread]
+                if not self._in_call:
+                    del attributes[self.parameter_name]
+
+    def added_output(self, x: Tensor, runs: list[Run], backwards: bool = False) -> Tensor:
+        """What the adapters of this call add to x (rows, in_features), in the order of the parameter's outputs.
+
+        With `backwards` it is `x ΔW`, for x (rows, out_features).
+        """
+        matrices, stacks = self.matrices(), self._in_call[threading.get_ident()]
+        if backwards:
+            matrices, stacks = matrices.mT, {name: stack.transposed() for name, stack in stacks.items()}
+        parts = [stack.apply(self._input(name, x, stack), matrices, runs) for name, stack in stacks.items()]
+        return self.layout.join(sum(parts[1:], parts[0]))
+
+    def _input(self, adapter_name: str, x: Tensor, stack: Stack) -> Tensor:
+        x = self.smoa_dropout[adapter_name](x)
+        if not stack.modulation.anchors:
+            return self._cast_input_dtype(x, stack.A[0].dtype)
+        return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The plain module, with the adapters of all wrapped parameters merged if asked (PEFT's contract)."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        if isinstance(self.base_layer, ParamWrapper):
+            return self.base_layer.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+        return self.base_layer
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace("(", f"(\n  parameter_name={self.parameter_name!r},", 1)

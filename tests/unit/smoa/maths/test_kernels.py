@@ -1,0 +1,404 @@
+"""Every kernel gives the oracle's values and gradients, keeps nothing of a weight's size, and shares no memory."""
+
+from __future__ import annotations
+
+import copy
+import runpy
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+import smoa
+from smoa import cached_weights
+from smoa.layers.layer import SmoaLayer
+from smoa.maths.blocks import Blocks
+from smoa.maths.factors import Factors, factor_shapes
+from smoa.maths.kernels import loops
+from smoa.maths.kernels.batched import batched_backward, batched_delta, batched_forward, plain_branch
+from smoa.maths.kernels.choice import delta_blocks, prefers_apart, prefers_batched
+from smoa.maths.kernels.fused import fused_backward, fused_forward
+from smoa.maths.kernels.loops import CHUNK_ELEMENTS, SCRATCH, Scratch, chunks, loop_backward, loop_forward
+from smoa.maths.spectrum import make_partition
+from tests import reference
+from tests.support.gradients import assert_layer_is_the_oracles, oracle_gradients
+from tests.support.layers import ROUTES, Route, adapted_layer, base_layer, clone_leaf, factors, oracle_output, ranks
+from tests.support.live_bytes import LiveBytes
+from tests.support.tolerance import assert_close
+from tests.support.updates import CASES, Problem, problem
+
+KERNELS = {"loop": (loop_forward, loop_backward), "batched": (batched_forward, batched_backward)}
+MODULATIONS = ["hadamard", "none"]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def tiny_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of 16 rows, the fewest that the kernels take."""
+    monkeypatch.setattr(loops, "CHUNK_ELEMENTS", {"cpu": 1, "other": 1})
+
+
+def operands(case: Problem) -> tuple[list[float], Tensor, Tensor]:
+    """A scale for each block, x and the gradient g of an output."""
+    out_features, in_features = case.weight.shape
+    x = torch.randn(5, in_features, dtype=torch.float64, requires_grad=True)
+    return [1.0 + k for k in range(len(case.ranks))], x, torch.randn(5, out_features, dtype=torch.float64)
+
+
+def assert_all_close(found: Any, expected: Any) -> None:
+    for own, theirs in zip(found, expected, strict=True):
+        assert_close(own, theirs)
+
+
+# values and gradients
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kind", ["spectral", "contiguous"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["linear", "conv1d"])
+@pytest.mark.parametrize("sizes", CASES)
+def test_values_gradients_and_blocks_are_the_oracles(
+    sizes: tuple[int, int, tuple[int, ...]], transposed: bool, kind: str, kernel: Any
+) -> None:
+    case = problem(*sizes, kind)
+    scale, x, g = operands(case)
+    delta = case.oracle("hadamard", [0.5 * s for s in scale])
+    expected = torch.autograd.grad(x @ delta.T, (x, case.A, case.B), g)
+    weight = case.weight.T.contiguous().T if transposed else case.weight
+    forward, backward = KERNELS[kernel]
+    with torch.no_grad():
+        assert_close(forward(case.factors(0.5, scale), x, weight), x @ delta.T)
+        assert_all_close(backward(case.factors(0.5, scale), g, x, weight, True), expected)
+        grad_x, *of_factors = backward(case.factors(0.5, scale), g, x, weight, False)
+        kept = delta_blocks(case.factors(0.5, scale), weight, torch.float64, kernel)
+    assert grad_x.numel() == 0
+    assert_all_close(of_factors, expected[1:])
+    assert_all_close([block for _, stacked in kept for block in stacked], case.partition.of(delta))
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["linear", "conv1d"])
+@pytest.mark.parametrize("sizes", CASES)
+def test_fused_values_and_gradients_are_those_of_the_sum_of_weight_and_update(
+    sizes: tuple[int, int, tuple[int, ...]], transposed: bool
+) -> None:
+    case = problem(*sizes)
+    scale, x, g = operands(case)
+    bias = torch.randn(case.weight.shape[0], dtype=torch.float64)
+    weight = case.weight.T.contiguous().T if transposed else case.weight
+    y = x @ (case.weight + case.oracle("hadamard", [0.5 * s for s in scale])).T
+    expected = torch.autograd.grad(y, (x, case.A, case.B), g)
+    with torch.no_grad():
+        assert_close(fused_forward(case.factors(0.5, scale), x, weight, None), y)
+        assert_close(fused_forward(case.factors(0.5, scale), x, weight, bias), y + bias)
+        of_x, *none = fused_backward(case.factors(0.5, scale), g, x, weight, True, False)
+        no_x, *of_factors = fused_backward(case.factors(0.5, scale), g, x, weight, False, True)
+    assert_all_close([of_x, *of_factors], expected)
+    assert [tensor.numel() for tensor in (no_x, *none)] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("anchored", [True, False], ids=["anchor", "none"])
+@pytest.mark.parametrize("sizes", CASES)
+def test_the_plain_branch_is_the_oracles_with_an_anchor_and_without(
+    sizes: tuple[int, int, tuple[int, ...]], anchored: bool
+) -> None:
+    case = problem(*sizes)
+    scale, x, g = operands(case)
+    leaves = [case.A, case.B, *([case.weight.requires_grad_()] if anchored else [])]
+    y = plain_branch(case.factors(0.5, scale), x[None], case.weight if anchored else None)[0]
+    expected = x @ case.oracle("hadamard" if anchored else "none", [0.5 * s for s in scale]).T
+    assert_close(y, expected)
+    assert_all_close(torch.autograd.grad(y, leaves, g), torch.autograd.grad(expected, leaves, g))
+    assert plain_branch(case.factors(), x.float(), case.weight).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@torch.no_grad()
+def test_padding_has_no_effect_and_gets_no_gradient(kernel: str) -> None:
+    case, (forward, backward) = problem(11, 13, (2, 2, 2)), KERNELS[kernel]
+    in_A, in_B = reference.real_entries(11, 13, case.ranks)
+    _, x, g = operands(case)
+    before = forward(case.factors(), x, case.weight)
+    case.A[~in_A], case.B[~in_B] = 1e6, 1e6
+    assert torch.equal(forward(case.factors(), x, case.weight), before)
+    _, grad_A, grad_B = backward(case.factors(), g, x, case.weight, False)
+    assert (grad_A[~in_A] == 0).all()
+    assert (grad_B[~in_B] == 0).all()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kind", ["spectral", "contiguous"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_half_precision_rounds_the_update_once(dtype: torch.dtype, kind: str, kernel: str) -> None:
+    case, (forward, backward) = problem(11, 13, (1, 4, 2), kind), KERNELS[kernel]
+    single = case._replace(A=case.A.detach().float(), B=case.B.detach().float(), weight=case.weight.to(dtype))
+    given, x, g = single.factors(0.5), torch.randn(5, 13).to(dtype), torch.randn(5, 11).to(dtype)
+    y, (grad_x, grad_A, grad_B) = forward(given, x, single.weight), backward(given, g, x, single.weight, True)
+    assert [tensor.dtype for tensor in (y, grad_x, grad_A, grad_B)] == [dtype, dtype, torch.float32, torch.float32]
+    assert torch.equal(y, loop_forward(given, x, single.weight))
+    delta = single.double().oracle("hadamard", 0.5)
+    assert_close(y, x.double() @ delta.T)
+    assert_close(grad_x, g.double() @ delta)
+
+
+@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("block_ranks", [None, [0, 100, 10]])
+def test_ranks_so_large_that_blocks_are_masked_give_the_oracles_values_and_gradients(
+    block_ranks: list[int] | None, route: str, conv1d: bool
+) -> None:
+    settings = {"r": 110, "num_blocks": 3, "block_ranks": block_ranks, "alpha": 11.0}
+    assert_layer_is_the_oracles(**settings, route=route, conv1d=conv1d)
+
+
+@pytest.mark.usefixtures("tiny_chunks")
+@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(("r", "num_blocks"), [(7, 1), (7, 3), (110, 3)])
+def test_many_runs_of_rows_give_the_oracles_values_and_gradients(
+    r: int, num_blocks: int, route: str, conv1d: bool
+) -> None:
+    assert_layer_is_the_oracles(r=r, num_blocks=num_blocks, alpha=3.0, route=route, conv1d=conv1d)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "counts"),
+    [
+        ((12, 8, (2, 2, 2, 2)), [4]),
+        ((13, 8, (2, 2, 2, 2)), [1, 3]),
+        ((13, 10, (2, 2, 2, 1)), [1, 1, 1, 1]),
+        ((12, 8, (2, 0, 2, 2)), [1, 1, 2]),
+    ],
+)
+def test_blocks_of_one_shape_are_one_product(sizes: tuple[int, int, tuple[int, ...]], counts: list[int]) -> None:
+    case = problem(*sizes)
+    deltas = batched_delta(case.factors().wide(), case.weight, torch.float64)
+    assert [len(stacked) for _, stacked in deltas] == counts
+
+
+# which kernel is taken
+
+
+def blocks_of(size: int, num_blocks: int, kind: str = "random", device: str = "cpu") -> Blocks:
+    made = make_partition(torch.ones(size, size), num_blocks, kind)  # type: ignore[arg-type]
+    rows, cols = (labels.to(device) for labels in (made.row_labels, made.col_labels))
+    return Blocks(rows, cols, num_blocks, made.orders, made.is_contiguous)
+
+
+def test_small_blocks_are_batched_and_few_tokens_computed_apart_on_a_cpu() -> None:
+    assert prefers_batched(blocks_of(256, 8), tokens=4096)
+    assert not prefers_batched(blocks_of(640, 4), tokens=1)
+    assert prefers_batched(blocks_of(640, 4, "contiguous"), tokens=1)
+    assert not prefers_batched(blocks_of(640, 4, "contiguous"), tokens=4096)
+    assert prefers_apart(blocks_of(64, 8), tokens=63)
+    assert not prefers_apart(blocks_of(64, 8), tokens=64)
+    assert not prefers_apart(blocks_of(64, 2), tokens=1)
+    assert prefers_apart(blocks_of(64, 8, "contiguous"), tokens=127)
+
+
+def test_elsewhere_everything_is_batched_and_apart() -> None:
+    on_a_device = blocks_of(640, 2, device="meta")
+    assert prefers_batched(on_a_device, tokens=1 << 20)
+    assert prefers_apart(on_a_device, tokens=1 << 20)
+
+
+def test_what_is_set_holds_everywhere(kernels: Any) -> None:
+    layer = adapted_layer(base_layer(64, 64), r=8, num_blocks=8)
+    assert layer.update("default").kernels == kernels
+    for chosen in (blocks_of(64, 8), blocks_of(640, 2), blocks_of(640, 2, device="meta")):
+        assert prefers_batched(chosen, 512, kernels) == (kernels == "batched")
+    assert prefers_apart(blocks_of(640, 2), 512, kernels) == (kernels == "batched")
+
+
+def test_another_word_is_refused_and_changes_nothing() -> None:
+    before = smoa.state.chosen_kernels()
+    with pytest.raises(smoa.ConfigError, match="'fast'; use one of 'auto', 'loop', 'batched'"):
+        smoa.use_kernels("fast")  # type: ignore[arg-type]
+    assert smoa.state.chosen_kernels() == before
+
+
+def test_the_environment_sets_what_smoa_starts_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMOA_KERNELS", "loop")
+    assert runpy.run_path(str(smoa.state.__file__))["chosen_kernels"]() == "loop"
+
+
+# memory
+
+
+@given(start=st.integers(0, 5000), rows=st.integers(0, 5000), columns=st.integers(0, 1_000_000))
+def test_chunks_cover_every_row_once_and_are_bounded(start: int, rows: int, columns: int) -> None:
+    made = list(chunks(start, start + rows, columns, CPU))
+    assert [row for chunk in made for row in range(chunk.start, chunk.stop)] == list(range(start, start + rows))
+    sizes = [chunk.stop - chunk.start for chunk in made]
+    assert all(size <= 16 or size * columns <= CHUNK_ELEMENTS["cpu"] for size in sizes)
+
+
+def test_a_buffer_is_used_again_for_the_same_use_and_grows() -> None:
+    scratch, like = Scratch(), torch.empty(0)
+    with torch.inference_mode():
+        scratch.take("rows", 4, 5, like)
+    with torch.device("meta"):
+        first = scratch.take("rows", 4, 5, like)
+    assert (first.shape, first.dtype, first.device.type) == ((4, 5), torch.float32, "cpu")
+    first.zero_()  # made in inference mode, it can be written to outside
+    assert scratch.take("rows", 2, 3, like).data_ptr() == first.data_ptr()
+    assert scratch.take("g", 4, 5, like).data_ptr() != first.data_ptr()
+    assert scratch.take("rows", 4, 5, like.double()).dtype == torch.float64
+    assert scratch.take("rows", 30, 40, like).shape == (30, 40)
+
+
+def test_nothing_larger_than_two_chunks_is_kept(tiny_chunks: None) -> None:
+    scratch = Scratch()
+    assert scratch.take("rows", 4, 5, torch.empty(0)).shape == (4, 5)
+    assert not scratch.buffers
+
+
+def test_threads_and_calls_share_no_memory() -> None:
+    layers = [adapted_layer(base_layer(150, 120), r=8, num_blocks=2) for _ in range(4)]
+    inputs = [torch.randn(70, 120, dtype=torch.float64) for _ in layers]
+
+    def repeat(i: int) -> bool:
+        with torch.no_grad():
+            first = layers[i](inputs[i])
+            return all(torch.equal(layers[i](inputs[i]), first) for _ in range(30))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(repeat, range(4)))
+    y = layers[0](inputs[0])
+    layers[0](inputs[1]).sum().backward()
+    assert_close(y, oracle_output(layers[0], inputs[0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_call_with_fake_tensors_changes_nothing_for_later_ones(
+    route: Route, dtype: torch.dtype, kernels: str
+) -> None:
+    layer = adapted_layer(base_layer(150, 120, dtype=dtype), r=8, num_blocks=2, route=route)
+    x = torch.randn(7, 120, dtype=dtype)
+    with torch.no_grad(), cached_weights(layer):
+        expected = layer(x)
+        copied = copy.deepcopy(layer)
+        SCRATCH.buffers.clear()
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, cached_weights(copied):
+            for fake in (mode.from_tensor(x), x):
+                assert layer(fake).shape == copied(fake).shape == (7, 150)
+        assert torch.equal(layer(x), expected)
+    assert torch.equal(copied(x), layer(x))
+    assert not any(isinstance(tensor, FakeTensor) for tensor in [*SCRATCH.buffers.values(), *copied.buffers()])
+
+
+@pytest.mark.parametrize("kind", ["random", "contiguous"])
+@pytest.mark.parametrize("num_blocks", [2, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_step_holds_at_most_three_times_the_diagonal_blocks(dtype: torch.dtype, num_blocks: int, kind: str) -> None:
+    weight = torch.randn(512, 768).to(dtype)  # beside which the factors and two tokens are small
+    A, B = (torch.randn(shape) for shape in factor_shapes(512, 768, (1,) * num_blocks))
+    blocks: Blocks = make_partition(weight, num_blocks, kind)  # type: ignore[arg-type]
+    given = Factors(A, B, (1,) * num_blocks, 1.0, torch.ones(num_blocks), blocks)
+    x, g = torch.randn(2, 768).to(dtype), torch.randn(2, 512).to(dtype)
+    batched_backward(given, g, x, weight, True)  # makes the buffers that a CPU keeps
+    known = x, g, weight, A, B, given.rank_scale, *blocks.orders, *SCRATCH.buffers.values()
+    with LiveBytes(*known) as forward:
+        batched_forward(given, x, weight)
+    with LiveBytes(*known) as backward:
+        batched_backward(given, g, x, weight, True)
+    small = 4 * (A.nbytes + B.nbytes) + 3 * (x.nbytes + g.nbytes)
+    for peak in (forward.peak, backward.peak):
+        assert weight.nbytes / num_blocks < peak <= 3 / num_blocks * weight.nbytes + small
+
+
+def kept_for_backward(layer: SmoaLayer, x: Tensor) -> list[Tensor]:
+    """Tensors that autograd keeps from the forward, without the frozen parameters themselves."""
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(x).sum().backward()
+    frozen = {p.untyped_storage().data_ptr() for p in layer.get_base_layer().parameters()}
+    return [t for t in kept if t.untyped_storage().data_ptr() not in frozen]
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["fast", "dropout"])
+@pytest.mark.parametrize("modulation", MODULATIONS)
+def test_nothing_of_the_weights_size_is_kept_for_the_backward(
+    dtype: torch.dtype, conv1d: bool, dropout: float, modulation: str
+) -> None:
+    base = base_layer(96, 80, conv1d=conv1d, dtype=dtype)
+    layer = adapted_layer(base, r=4, num_blocks=2, smoa_dropout=dropout, modulation=modulation).train()
+    x = torch.randn(3, 80, dtype=dtype, requires_grad=True)
+    largest = max(factor.numel() for factor in factors(layer)) + x.numel()
+    assert 0 < max(t.numel() for t in kept_for_backward(layer, x)) <= largest
+    if dtype == torch.bfloat16:
+        with torch.autocast("cpu", dtype):
+            assert max(t.numel() for t in kept_for_backward(layer, x.detach().float().requires_grad_())) <= largest
+
+
+# transforms
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("modulation", MODULATIONS)
+@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
+@pytest.mark.parametrize("route", ROUTES)
+def test_finite_differences_agree_and_those_of_gradients_too(route: Route, conv1d: bool, modulation: str) -> None:
+    base = base_layer(7, 5, conv1d=conv1d)
+    layer = adapted_layer(base, r=3, num_blocks=2, alpha=2.0, modulation=modulation, route=route)
+    A, B = factors(layer)
+    in_A, in_B = reference.real_entries(7, 5, ranks(layer))
+
+    def output(x: Tensor, a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
+        parameters = {
+            "smoa_A.default.weight": torch.zeros_like(A).masked_scatter(in_A, a),
+            "smoa_B.default.weight": torch.zeros_like(B).masked_scatter(in_B, b),
+            "base_layer.bias": bias,
+        }
+        return torch.func.functional_call(layer, parameters, (x,))
+
+    leaves = [torch.randn(3, 5, dtype=torch.float64), A[in_A], B[in_B], base.bias]
+    assert torch.autograd.gradcheck(output, [clone_leaf(leaf) for leaf in leaves])
+    assert torch.autograd.gradgradcheck(output, [clone_leaf(leaf) for leaf in leaves])
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("modulation", MODULATIONS)
+def test_functional_transforms_give_the_oracles_values_and_gradients(modulation: str, route: Route) -> None:
+    layer = adapted_layer(base_layer(11, 13), r=7, num_blocks=3, modulation=modulation, route=route)
+    x = torch.randn(3, 5, 13, dtype=torch.float64)
+    assert_close(torch.func.vmap(layer)(x), oracle_output(layer, x))
+    parameters = {name: p.detach() for name, p in layer.named_parameters() if "smoa" in name}
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, parameters, (x,)).sum()
+
+    whole, by_sample = torch.func.grad(loss), torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))
+    gradients, own = whole(parameters, x[0]), by_sample(parameters, x)
+    for i in range(3):
+        of_factors = oracle_gradients(layer, x[i], torch.ones(5, 11))[2:]
+        assert_all_close([own[f"smoa_{side}.default.weight"][i] for side in "AB"], of_factors)
+        if i == 0:
+            assert_all_close([gradients[f"smoa_{side}.default.weight"] for side in "AB"], of_factors)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_operators_of_compiled_models_obey_the_rules_of_pytorchs_checker(dtype: torch.dtype) -> None:
+    weight = torch.randn(11, 13, dtype=dtype)
+    partition = make_partition(weight, 3)
+    A, B, x, g = torch.randn(6, 5), torch.randn(4, 6), torch.randn(5, 13, dtype=dtype), torch.randn(5, 11, dtype=dtype)
+    tensors = A, B, torch.ones(6), partition.row_labels, partition.col_labels, *partition.orders
+    fields = *tensors, False, [2, 2, 2], 1.5, smoa.state.chosen_kernels()
+    check: Callable[..., Any] = torch.library.opcheck
+    check(torch.ops.smoa.hadamard_branch.default, (*fields, x, weight, None))
+    check(torch.ops.smoa.hadamard_branch_backward.default, (*fields, g, x, weight, True, True))
+    if dtype == torch.float32:
+        check(torch.ops.smoa.fused_linear.default, (*fields, x, weight, torch.randn(11)))
+        check(torch.ops.smoa.fused_linear_backward.default, (*fields, g, x, weight, True, False))
