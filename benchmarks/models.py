@@ -40,7 +40,7 @@ import smoa
 from smoa import SmoaConfig
 from smoa.layers.quantized import QuantizedLinear
 from smoa.tuner.generation import caches_of_generate
-from smoa_lab.config.run_config import ModelSection
+from smoa_lab.config.run import ModelSection
 from smoa_lab.models.base_models import load_base_model
 
 QUANTIZATIONS: dict[str, dict[str, Any]] = {

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from smoa.export.lora import RankRule
 from smoa.export.merge import merge_and_save
-from smoa_lab.convert import Converter, conversion_report
+from smoa_lab.convert import Converter
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 640)
 ERRORS = (0.5, 0.3, 0.1, 0.05)
@@ -86,8 +86,8 @@ def lora_conversion(device: torch.device, folder: Path, ranks: tuple[int, ...] =
     points = []
     for rank in ranks:
         with tempfile.TemporaryDirectory() as scratch:
-            conversion, loss = converter.cut(RankRule(rank=rank), Path(scratch) / "lora")
-        points.append({**conversion_report(converter, conversion, loss), "rank": rank})
+            report = converter.cut(RankRule(rank=rank), Path(scratch) / "lora")
+        points.append({name: figure for name, figure in report.items() if name != "layers"} | {"rank": rank})
         print(rank, points[-1]["error"], points[-1]["loss"])
     needed = {
         name: {

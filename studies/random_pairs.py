@@ -15,12 +15,11 @@ from typing import Any
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from smoa_lab.config.run_config import RunConfig
-from smoa_lab.data.records import Record, choice_record, content_hash
-from smoa_lab.data.selection import Selection
-from smoa_lab.study.benches.answers import AnswerBench
-from smoa_lab.study.benches.bench import Bench
-from smoa_lab.study.benches.classification import ClassificationBench, encoder_folder
+from smoa_lab.config.run import RunConfig
+from smoa_lab.data.rows import Row, choice_question, content_hash
+from smoa_lab.data.tasks import Selection
+from smoa_lab.study.classification import ClassificationRunner, encoder_folder
+from smoa_lab.study.runner import AnswerRunner, Runner
 from smoa_lab.study.study import Study
 
 CLASSES = tuple("ABCDEFGHIJKLMNOP")
@@ -29,7 +28,7 @@ WORDS = 128
 HEAD_GAIN = 2.0
 
 
-class Pairs(Bench):
+class Pairs(Runner):
     """Trains and scores the same random pairs."""
 
     @cached_property
@@ -44,7 +43,7 @@ class Pairs(Bench):
         return {**stored, "data": {**stored["data"], "tasks": ["random pairs"]}}
 
 
-class PairClasses(Pairs, ClassificationBench):
+class PairClasses(Pairs, ClassificationRunner):
     """By an encoder, under a head that stays as it is drawn."""
 
     def _adapted(self, config: RunConfig) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -56,11 +55,11 @@ class PairClasses(Pairs, ClassificationBench):
         return model, tokenizer
 
 
-class PairAnswers(Pairs, AnswerBench):
+class PairAnswers(Pairs, AnswerRunner):
     """By a language model, which answers with the letter."""
 
 
-def random_pairs(count: int) -> list[Record]:
+def random_pairs(count: int) -> list[Row]:
     """Names of two words, all different, each with a class drawn at random."""
     vocabulary = AutoTokenizer.from_pretrained(encoder_folder()).get_vocab()
     words = sorted(word for word in vocabulary if word.isascii() and word.isalpha() and 4 <= len(word) <= 8)
@@ -68,7 +67,7 @@ def random_pairs(count: int) -> list[Record]:
     chosen = draw.sample(words, 2 * WORDS)
     names = [f"{first} {second}" for first in chosen[:WORDS] for second in chosen[WORDS:]]
     drawn = draw.sample(names, len(names))[:count]
-    return [choice_record("pairs", name, name, CLASSES, draw.randrange(len(CLASSES))) for name in drawn]
+    return [choice_question("pairs", name, name, CLASSES, draw.randrange(len(CLASSES))) for name in drawn]
 
 
 def runner_of(study: Study) -> Pairs:

@@ -23,16 +23,16 @@ from smoa.maths.blocks import Blocks
 from smoa.maths.scale import MODULATIONS, block_scale
 from smoa.maths.spectrum import gram_scores, labels_from_scores
 from smoa_lab.config.methods import METHODS, Method
-from smoa_lab.config.run_config import RunConfig
+from smoa_lab.config.run import RunConfig
 from smoa_lab.inspect import adapted_layers
-from smoa_lab.study.benches.classification import ClassificationBench
+from smoa_lab.study.classification import ClassificationRunner
 
 RANDOM, SPECTRAL = "smoa-shared-random", "smoa-shared-spectral"
 READERS = ("query", "key", "value", "intermediate.dense")
 """The layers of a BERT encoder whose input is the residual stream. The others, ``output.dense``, write it."""
 
 
-class SharedPartitionRunner(ClassificationBench):
+class SharedPartitionRunner(ClassificationRunner):
     """Shares the residual stream's blocks between the layers, if the entry's method says so."""
 
     def _adapted(self, config: RunConfig) -> tuple[Any, PreTrainedTokenizerBase]:

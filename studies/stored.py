@@ -10,9 +10,9 @@ import random_pairs
 import shared_partition
 from transformers.utils import logging as transformers_logging
 
-from smoa_lab.study.benches.bench import Bench
 from smoa_lab.study.comparison import Comparison
 from smoa_lab.study.report import Report, report, stored_report
+from smoa_lab.study.runner import Runner
 from smoa_lab.study.study_file import load_study
 from smoa_lab.study.trials import pack
 
@@ -41,7 +41,7 @@ def comparison(name: str) -> Comparison:
     if config == "partition-headlines":
         shared_partition.add_methods()
     study = load_study(file, [*changes, f"folder={STUDIES / name}"])
-    runner: Bench | None = None
+    runner: Runner | None = None
     if config.startswith("recall"):
         runner = random_pairs.runner_of(study)
     elif config == "partition-headlines":

@@ -36,7 +36,7 @@ def _seed() -> None:
 @pytest.fixture(autouse=True)
 def _float32_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model whose config names no dtype has the same one on every CPU."""
-    if config := sys.modules.get("smoa_lab.config.run_config"):  # a test of the library needs nothing of the lab
+    if config := sys.modules.get("smoa_lab.config.run"):  # a test of the library needs nothing of the lab
         monkeypatch.setattr(config, "cpu_multiplies_bfloat16", lambda: False)
 
 

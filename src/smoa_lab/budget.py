@@ -16,7 +16,7 @@ from smoa.errors import ConfigError, DataError
 from smoa.layers.kinds import kind_of
 from smoa.layers.layout import Layout
 from smoa.maths.budget import adapter_bytes, rank_bound, trainable_parameters
-from smoa_lab.config.run_config import ModelSection
+from smoa_lab.config.run import ModelSection
 from smoa_lab.models.base_models import empty_model
 
 BLOCKS = (1, 2, 4, 8, 16, 32)

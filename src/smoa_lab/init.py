@@ -21,17 +21,14 @@ from smoa.errors import ConfigError
 from smoa_lab.basics.extras import require
 from smoa_lab.basics.positions import positions_of
 from smoa_lab.budget import ALL_LINEAR, Choice, Shapes, shapes_of
-from smoa_lab.config.rows_config import check_any_config, check_rows_config
-from smoa_lab.config.run_config import DataSection, Dtype, ModelSection, TaskSection, adapter_rate, native_dtype
+from smoa_lab.config.run import DataSection, Dtype, ModelSection, TaskSection, adapter_rate, check_config, native_dtype
 from smoa_lab.config.yaml_text import parse_yaml, to_yaml
+from smoa_lab.data.files import source_values
 from smoa_lab.data.tasks import TASKS, find_task, task_needs
-from smoa_lab.lessons.own_rows import sources, trainable_rows_of
 from smoa_lab.models.base_models import empty_model, load_tokenizer
 from smoa_lab.pages.templates import render
-from smoa_lab.rows.formats import Conversation, Preference
-from smoa_lab.rows.sources import source_values
+from smoa_lab.training.loaded_run import load_run, sources, trainable_rows_of
 from smoa_lab.training.run_folder import peak_memory
-from smoa_lab.training.train_run import open_lesson
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +105,7 @@ def look_at_model(name: str) -> ModelFacts:
 def check_data(place: str) -> str:
     """``place`` itself; raises DataError if it can be known without reading that nothing is there."""
     if place not in TASKS:
-        for source in sources(check_rows_config({"model": {"name": ""}, "data": source_values(place)}, place).data):
+        for source in sources(check_config({"model": {"name": ""}, "data": source_values(place)}, place).rows):
             source.check()
     return place
 
@@ -130,16 +127,13 @@ def look_at_data(place: str, model: ModelFacts) -> DataFacts:
         "data": {**source_values(place), "chat_template": lent},
         "training": {"max_length": model.context},
     }
-    config = check_rows_config(values, place)
+    config = check_config(values, place)
     _, rows = trainable_rows_of(config, tokenizer)
-    account, (example, *_) = rows.account, rows.examples("train", 1)
-    has_turns = isinstance(example, Conversation) or (
-        isinstance(example, Preference) and not isinstance(example.prompt, str)
-    )
-    template = {"chat_template": lent} if lent and has_turns else {}
+    account, (first, *_) = rows.account, rows.rows("train", 1)
+    template = {"chat_template": lent} if lent and not first.is_text else {}
     length = -(-account["tokens"]["p99"] // LENGTHS) * LENGTHS
     return DataFacts(
-        {**source_values(place), "format": account["format"], **template, "test_part": config.data.test_part},
+        {**source_values(place), "format": account["format"], **template, "test_part": config.rows.test_part},
         account["parts"]["train"],
         length if model.context is None else min(length, model.context),
         account["format"],
@@ -315,11 +309,11 @@ def _three_steps(proposal: Proposal) -> Measured:
         values = proposal.values(folder)
         training = {key: value for key, value in values["training"].items() if key != "num_train_epochs"}
         short = {"max_steps": MEASURED_STEPS, "save_strategy": "no", "logging_steps": MEASURED_STEPS}
-        lesson = open_lesson(check_any_config({**values, "training": {**training, **short}}))
+        run = load_run(check_config({**values, "training": {**training, **short}}))
         clock = StepClock()
-        arguments = lesson.arguments()
+        arguments = run.arguments()
         logger.info("Measuring %d steps", MEASURED_STEPS)
-        lesson.fit(arguments, None, clock)
+        run.fit(arguments, None, clock)
         return Measured(clock.seconds, peak_memory(arguments.device))
 
 

@@ -12,15 +12,14 @@ import smoa  # noqa: F401  (registers SMoA with PEFT)
 from smoa.atomic import recover
 from smoa.errors import ConfigError
 from smoa.export.checkpoint import recorded_revision
-from smoa_lab.config.rows_config import RowsConfig, load_any_config
-from smoa_lab.config.run_config import ModelSection, RunConfig
-from smoa_lab.data.prompts import Template
+from smoa_lab.config.run import ModelSection, RunConfig, load_config
+from smoa_lab.data.questions import Template
 from smoa_lab.training.run_folder import RunFolder
 
 
 def open_run(
     place: str | Path, overrides: list[str] | None = None, trust_remote_code: bool = False
-) -> tuple[RunConfig | RowsConfig, Path | None]:
+) -> tuple[RunConfig, Path | None]:
     """The config and the adapter of a finished run's folder; of a config file the config alone.
 
     A run that trained the whole model has no adapter; its config then names the trained model.
@@ -30,11 +29,11 @@ def open_run(
     """
     path = Path(place)
     if path.is_file():
-        return load_any_config(path, overrides, trust_remote_code), None
+        return load_config(path, overrides, trust_remote_code), None
     folder = RunFolder(path)
     if not folder.finished:
         raise ConfigError(f"{path}: is neither a config file nor the folder of a finished run (with metrics.json)")
-    config = load_any_config(folder.config, overrides, trust_remote_code)
+    config = load_config(folder.config, overrides, trust_remote_code)
     if config.method == "full":
         model = config.model.model_copy(update={"name": str(folder.adapter)})
         return config.model_copy(update={"model": model}), None
@@ -59,7 +58,7 @@ def trained_template(place: Path) -> Template:
     if not RunFolder(place).finished:
         return "chat"
     config = open_run(place, trust_remote_code=True)[0]  # nothing is loaded
-    return config.task.template if isinstance(config, RunConfig) else "chat"
+    return "chat" if config.has_rows else config.task.template
 
 
 def base_name(adapter: Path, base: str | None = None) -> str:
@@ -68,7 +67,7 @@ def base_name(adapter: Path, base: str | None = None) -> str:
     Raises:
         ConfigError: it records none.
     """
-    name = base or recorded_base(adapter)
+    name = base or adapter_config(adapter).base_model_name_or_path
     if name is None:
         raise ConfigError(f"{adapter / CONFIG_NAME}: records no base model; name it with --base")
     return name
@@ -84,16 +83,6 @@ def base_section(adapter: Path, base: str | None = None, trust_remote_code: bool
     revision = recorded_revision(adapter_config(adapter), name)
     options = {} if revision is None else {"revision": revision}
     return ModelSection(name=name, dtype="float32", trust_remote_code=trust_remote_code, options=options)
-
-
-def recorded_base(adapter: Path) -> str | None:
-    """The base model that the adapter's config records, if any.
-
-    Raises:
-        ConfigError: the config is damaged.
-    """
-    name: str | None = adapter_config(adapter).base_model_name_or_path
-    return name
 
 
 def adapter_config(adapter: Path) -> PeftConfig:

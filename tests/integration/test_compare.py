@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from smoa.errors import ConfigError, DataError
 from smoa_lab.cli.main import app
-from smoa_lab.study.benches.bench import Bench
 from smoa_lab.study.comparison import Comparison
 from smoa_lab.study.report import report
+from smoa_lab.study.runner import Runner
 from smoa_lab.study.study_file import load_study
 from smoa_lab.study.trials import TrialStore, own_files
 from tests.support import lab
@@ -81,7 +81,7 @@ def test_a_study_is_run_reported_and_never_run_twice(
     assert len(links) == 10
     assert all((folder / f"{name}.json").is_file() and f'id="{name}"' in page for name in links)
 
-    monkeypatch.setattr(Bench, "run", lambda *args: pytest.fail("a finished trial is run again"))
+    monkeypatch.setattr(Runner, "run", lambda *args: pytest.fail("a finished trial is run again"))
     Comparison(load_study(file)).run()
 
 
@@ -96,7 +96,7 @@ def test_a_study_of_two_tasks_in_turn_is_run_packed_and_reported(
     assert [(run["entry"], run["learning_rate"]) for run in summary["runs"]] == [
         *(("ours", 0.003), ("ours", 0.01), ("full", 0.001))
     ]
-    monkeypatch.setattr(Bench, "run", lambda *args: pytest.fail("a finished trial is run again"))
+    monkeypatch.setattr(Runner, "run", lambda *args: pytest.fail("a finished trial is run again"))
     told = CliRunner().invoke(app, ["compare", str(file)], catch_exceptions=False)
     assert told.exit_code == 0, told.output
     assert "loss kept" in told.stdout
@@ -117,8 +117,8 @@ def test_a_packed_study_goes_on_where_it_stopped(
     assert [row["seeds"] for row in first] == [[0]]
     store = TrialStore(tmp_path / "study")
     assert not own_files(store.folder)
-    whole_run, ran = Bench.run, []
-    monkeypatch.setattr(Bench, "run", lambda *args: ran.append((args[1].method, args[3])) or whole_run(*args))
+    whole_run, ran = Runner.run, []
+    monkeypatch.setattr(Runner, "run", lambda *args: ran.append((args[1].method, args[3])) or whole_run(*args))
     study_file(values | {"seeds": [0, 1]}, tmp_path)
     rows = compared()
     assert ran == [("smoa", 0), ("smoa", 1), ("lora", 1)]
@@ -156,19 +156,19 @@ def test_a_changed_study_does_not_mix_with_finished_runs(values: dict[str, Any],
 def test_a_killed_trial_is_run_again(values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values |= {"tuning": {"max_runs": 0}, "seeds": [0]}
     study = load_study(study_file(values, tmp_path))
-    whole_run = Bench.run
+    whole_run = Runner.run
 
-    def killed(self: Bench, entry: Any, *args: Any) -> dict[str, Any]:
+    def killed(self: Runner, entry: Any, *args: Any) -> dict[str, Any]:
         if entry.method == "lora":
             raise KeyboardInterrupt
         return whole_run(self, entry, *args)
 
-    monkeypatch.setattr(Bench, "run", killed)
+    monkeypatch.setattr(Runner, "run", killed)
     with pytest.raises(KeyboardInterrupt):
         Comparison(study).run()
     assert [row["entry"] for row in report(study).summary] == ["ours"]
     assert "Not run yet: lora" in (study.folder / "README.md").read_text()
-    monkeypatch.setattr(Bench, "run", whole_run)
+    monkeypatch.setattr(Runner, "run", whole_run)
     Comparison(study).run()
     assert len(report(study).summary) == 2
 

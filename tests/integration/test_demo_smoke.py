@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from smoa.errors import DataError
 from smoa_lab.cli.main import app
-from smoa_lab.config.run_config import RunConfig, load_config
-from smoa_lab.lessons import questions
+from smoa_lab.config.run import RunConfig, load_config
+from smoa_lab.training import loaded_run
 from tests.support import lab
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
@@ -63,7 +63,7 @@ def test_the_demo_needs_no_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         started.append(config)
         raise DataError("far enough")
 
-    monkeypatch.setattr(questions, "prepare", prepare)
+    monkeypatch.setattr(loaded_run, "load_run", prepare)
     monkeypatch.chdir(tmp_path)
     assert "far enough" in CliRunner().invoke(app, ["demo"]).output
     assert started == [load_config(DEMO)]

@@ -16,7 +16,7 @@ import yaml
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from smoa_lab.config.rows_config import check_any_config
+from smoa_lab.config.run import check_config
 from smoa_lab.training import train_run
 from tests.integration.workers.strategies import (
     adapted,
@@ -266,7 +266,7 @@ def trained_by_one_and_by_two(config: dict[str, Any], folder: Path) -> tuple[dic
     launch_two(folder / "config.yaml")
 
     config["training"] |= {"output_dir": str(folder / "one"), "gradient_accumulation_steps": 2}
-    one = train_run.train(check_any_config(config))
+    one = train_run.train(check_config(config))
     two = json.loads((folder / "two" / "metrics.json").read_text())
     assert (one["training"]["processes"], two["training"]["processes"]) == (1, 2)
     saved, expected = (load_file(folder / name / "adapter" / "adapter_model.safetensors") for name in ("two", "one"))

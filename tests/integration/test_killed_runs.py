@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from trl import SFTTrainer
 
-from smoa_lab.config.run_config import check_config
-from smoa_lab.scoring.answer_loss import AnswerTrainer
+from smoa_lab.config.run import check_config
 from smoa_lab.training import train_run
 from smoa_lab.training.run_folder import RunFolder
 from tests.support import lab
@@ -85,20 +85,20 @@ def test_a_disk_that_fills_up_ends_the_run_with_a_clear_error_and_it_goes_on_lat
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = check_config(settings)
-    save = AnswerTrainer._save_optimizer_and_scheduler
+    save = SFTTrainer._save_optimizer_and_scheduler
 
-    def full(self: AnswerTrainer, output_dir: str) -> None:
+    def full(self: SFTTrainer, output_dir: str) -> None:
         if self.state.global_step == 3:
             raise OSError(errno.ENOSPC, "No space left on device", output_dir)
         save(self, output_dir)
 
-    monkeypatch.setattr(AnswerTrainer, "_save_optimizer_and_scheduler", full)
+    monkeypatch.setattr(SFTTrainer, "_save_optimizer_and_scheduler", full)
     with pytest.raises(OSError, match=r"No space left on device.*checkpoint-3"):
         train_run.train(config)
     run = RunFolder(config.folder)
     assert not run.finished
     assert not run.adapter.exists()
-    monkeypatch.setattr(AnswerTrainer, "_save_optimizer_and_scheduler", save)
+    monkeypatch.setattr(SFTTrainer, "_save_optimizer_and_scheduler", save)
     assert train_run.train(config)["training"]["resumed"]
     settings["training"]["output_dir"] = str(tmp_path / "whole")
     train_run.train(check_config(settings))

@@ -11,11 +11,11 @@ import torch
 from peft import PeftModel
 
 from smoa.layers.quantized import QuantizedLinear
-from smoa_lab.config.run_config import ModelSection, check_config, load_config
-from smoa_lab.lessons import questions
+from smoa_lab.config.run import ModelSection, check_config, load_config
+from smoa_lab.evaluate import evaluate_run
 from smoa_lab.models.base_models import load_base_model
-from smoa_lab.runs.evaluate_run import evaluate_run
 from smoa_lab.training import train_run
+from smoa_lab.training.loaded_run import load_run
 from smoa_lab.training.run_folder import RunFolder
 from tests.support import lab
 
@@ -51,7 +51,7 @@ def test_a_run_trains_on_the_quantized_model_and_is_scored_again_from_its_folder
 ) -> None:
     config["model"]["options"]["quantization_config"] = quantization
     run = check_config(config)
-    ready = questions.prepare(run)
+    ready = load_run(run)
     metrics = train_run.train(run, ready)
     adapted = [module for module in ready.base.modules() if isinstance(module, QuantizedLinear)]
     assert adapted

@@ -12,10 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from smoa_lab.cli.main import app
-from smoa_lab.rows.faults import Fault
-from smoa_lab.rows.formats import recognise, shape
-from smoa_lab.rows.plain_examples import content_digest
-from smoa_lab.rows.row_files import read_rows
+from smoa_lab.data.files import read_rows
+from smoa_lab.data.formats import BadRow, recognise, shape
 from tests.support.own_rows import rows_base, rows_values
 from tests.support.processes import ROOT
 
@@ -38,10 +36,10 @@ def part_of_one_row(file: Path) -> float:
     """The share that holds out one row of three: between the places of the first and the second."""
     places = []
     for _, row in read_rows(file):
-        assert not isinstance(row, Fault)
+        assert not isinstance(row, BadRow)
         format = recognise(row)
         assert format is not None
-        places.append(int(content_digest(shape(row, format))[:12], 16) / 16**12)
+        places.append(int(shape(row, format).digest[:12], 16) / 16**12)
     return sum(sorted(places)[:2]) / 2
 
 
@@ -77,16 +75,13 @@ def test_an_example_is_trained_scored_merged_and_converted(
     assert loss["lora"] == pytest.approx(after, abs=1e-3)
 
 
-@pytest.mark.parametrize("protocol", ["generation", "lm-eval"])
-def test_rows_are_scored_by_likelihood_only(
-    protocol: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_are_scored_by_likelihood_only(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(rows_values(tmp_path, FILES[0], base)))
-    done = CliRunner().invoke(app, ["eval", str(config), "--protocol", protocol])
+    done = CliRunner().invoke(app, ["eval", str(config), "--protocol", "generation"])
     assert done.exit_code == 1
-    assert f"--protocol {protocol}: is for questions; held-out rows are scored by likelihood" in done.stderr
+    assert "--protocol generation: is for questions; held-out rows are scored by likelihood" in done.stderr
 
 
 def test_without_held_out_rows_there_is_nothing_to_score(

@@ -34,7 +34,10 @@ def long_rows() -> Iterator[Damaged]:
         "role.jsonl": (json_row(messages=turns), "row 2: messages[1].role: found 'asistant', expected system"),
         "text.jsonl": (json_row(messages=LONG), f"row 2: messages: found '{LONG[:40]}'…, expected a list"),
         "cut.jsonl": (json_row(text=LONG)[:-9], "row 1: line 1 is not JSON (Unterminated string starting at)"),
-        "cut.json": (json.dumps([{"text": LONG}]).encode()[:-9], "row 1 is not JSON (Unterminated string"),
+        "cut.json": (
+            json.dumps([{"text": LONG}]).encode()[:-9],
+            "is not JSON at line 1 column 11 (Unterminated string",
+        ),
         "cells.csv": (f'text\n"{LONG}",{LONG}\n'.encode(), "row 1: has 2 cells, expected 1"),
         "quote.csv": (f'text\n"{LONG}'.encode(), "line 2: unexpected end of data; check the quotes"),
         "deep.jsonl": (b'{"messages": ' + b"[" * 10**6, "row 1: line 1 is not JSON (nested too deeply)"),
@@ -72,14 +75,17 @@ def bad_lists() -> Iterator[Damaged]:
     """JSON files that are not a list of objects."""
     cases = {
         "empty-list": (b"[]", "has no rows; expected at least one"),
-        "object": (b'{"text": "a"}', "begins with '{', expected a list of objects, [{…}, {…}]; if there is one"),
-        "words": (b"hello", "begins with 'h', expected a list of objects"),
-        "cut-list": (b'[{"text": "a"}, {"te', "after row 1: row 2 is not JSON (Unterminated string starting at)"),
-        "open-list": (b'[{"text": "a"}', "after row 1: found the end of the file, expected a comma or ]"),
-        "only-open": (b"[", "row 1 is not JSON (Expecting value): the file ends within it"),
-        "last-comma": (b'[{"text": "a"}, ]', "after row 1: row 2 is not JSON (Expecting value): ']'"),
-        "no-comma": (b'[{"text": "a"} {"text": "b"}]', "after row 1: found '{', expected a comma or ]"),
-        "two-lists": (b'[{"text": "a"}] []', "after row 1: found '[' after the end of the list, expected one list"),
+        "object": (
+            b'{"text": "a"}',
+            "holds an object with 'text', expected a list of objects, [{…}, {…}]; if there is one",
+        ),
+        "words": (b"hello", "is not JSON at line 1 column 1 (Expecting value): 'hello'"),
+        "cut-list": (b'[{"text": "a"}, {"te', "column 18 (Unterminated string starting at)"),
+        "open-list": (b'[{"text": "a"}', "(Expecting ',' delimiter): the file ends within it"),
+        "only-open": (b"[", "(Expecting value): the file ends within it"),
+        "last-comma": (b'[{"text": "a"}, ]', "(Expecting value): ']'"),
+        "no-comma": (b'[{"text": "a"} {"text": "b"}]', "column 16 (Expecting ',' delimiter)"),
+        "two-lists": (b'[{"text": "a"}] []', "(Extra data): '[]'"),
         "numbers": (b"[1]", "row 1: item 1 is not a JSON object but the number 1; expected an object"),
         "twice": (b'[{"text": "a", "text": "b"}]', "row 1: text: item 1 has this key twice in one object"),
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from smoa_lab.data.records import Record, choice_record
+from smoa_lab.data.rows import Row, choice_question, question_values
 from smoa_lab.data.tasks import FORMAT
 
 SPECIALS = ["<pad>", "<bos>", "<eos>"]
@@ -130,28 +129,28 @@ def tiny_encoder(folder: Path) -> Path:
     return folder
 
 
-def questions(number: int, part: str, task: str = "arc_easy") -> list[Record]:
+def questions(number: int, part: str, task: str = "arc_easy") -> list[Row]:
     """Sums in words: enough for the machinery, and every one different."""
     return [
-        choice_record(task, f"{part}-{i}", f"In {part}, what is {i} plus one?", [str(i), str(i + 1), "none"], 1)
+        choice_question(task, f"{part}-{i}", f"In {part}, what is {i} plus one?", [str(i), str(i + 1), "none"], 1)
         for i in range(number)
     ]
 
 
-def verdicts(number: int, part: str, task: str = "headlines") -> list[Record]:
+def verdicts(number: int, part: str, task: str = "headlines") -> list[Row]:
     """Lines that are one of two classes, the same two for all."""
     choices = ("serious", "sarcastic")
     return [
-        choice_record(task, f"{part}-{i}", f"In {part} line {i} is {choices[i % 2]}.", choices, i % 2)
+        choice_question(task, f"{part}-{i}", f"In {part} line {i} is {choices[i % 2]}.", choices, i % 2)
         for i in range(number)
     ]
 
 
-def fill_cache(cache: Path, train: list[Record], test: list[Record], task: str = "arc_easy") -> None:
+def fill_cache(cache: Path, train: list[Row], test: list[Row], task: str = "arc_easy") -> None:
     """Put records where a prepared task lies, so that nothing is fetched."""
     (cache / "data").mkdir(parents=True, exist_ok=True)
     for part, records in (("train", train), ("test", test)):
-        rows = [json.dumps(asdict(record)) for record in records]
+        rows = [json.dumps(question_values(record)) for record in records]
         (cache / "data" / f"{task}-{part}-{FORMAT}.jsonl").write_text("\n".join(rows) + "\n")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from smoa_lab.config.rows_config import RowsConfig, check_rows_config
+from smoa_lab.config.run import RunConfig, check_config
 from tests.support.lab import byte_tokenizer
 
 SPECIALS = [
@@ -122,9 +122,9 @@ def rows_values(room: Path, rows: Path, base: Path, *, data: Any = None, trainin
     }
 
 
-def rows_config(room: Path, rows: Path, base: Path, **changes: Any) -> RowsConfig:
+def rows_config(room: Path, rows: Path, base: Path, **changes: Any) -> RunConfig:
     """The same, checked."""
-    return check_rows_config(rows_values(room, rows, base, **changes))
+    return check_config(rows_values(room, rows, base, **changes))
 
 
 def losses(metrics: dict[str, Any]) -> list[float]:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from smoa_lab.data.records import Record
+from smoa_lab.data.rows import question
 from smoa_lab.study.results import Row
 from smoa_lab.study.statistics import Difference, Interval
 from smoa_lab.study.study import Entry, Study
@@ -113,7 +113,7 @@ def tiny_sequence(room: Path) -> dict[str, Any]:
     for task in ("arc_easy", "piqa"):
         parts = (lab.questions(number, f"{task} {part}", task) for part, number in (("train", 12), ("test", 3)))
         lab.fill_cache(room / "cache", *parts, task)
-    prose = [Record("prose", str(i), f"Title {i}", "Some words of a text. " * (i + 1)) for i in range(3)]
+    prose = [question("prose", str(i), f"Title {i}", "Some words of a text. " * (i + 1)) for i in range(3)]
     lab.fill_cache(room / "cache", prose, prose[:2], "prose")
     training = {"max_steps": 2, "per_device_train_batch_size": 4, "save_strategy": "no", "use_cpu": True}
     adapter = {"r": 4, "num_blocks": 2, "target_modules": ["q_proj", "v_proj"]}

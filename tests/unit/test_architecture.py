@@ -24,9 +24,8 @@ LIBRARY = [
     "integrations",
 ]
 """Each may import what stands before it, and `export` and `tuner` not each other."""
-LAB = ["basics", "rows", "data", "tokens", "config", "pages", "scoring", "models", "lessons", "training"]
-LAB += ["open_run", "runs", "budget", "merge", "convert", "verify", "report", "inspect", "inspect_page", "chat"]
-LAB += ["init", "study", "cli"]
+LAB = ["basics", "data", "config", "pages", "models", "scoring", "training", "open_run", "evaluate", "budget", "merge"]
+LAB += ["convert", "report", "inspect", "inspect_page", "chat", "init", "study", "cli"]
 APART = {("tuner", "export"), ("export", "tuner")}
 
 

@@ -18,13 +18,15 @@ from pydantic import BaseModel
 from transformers import PreTrainedModel
 
 from smoa_lab.cli.main import app
-from smoa_lab.config.rows_config import RowsConfig, RowsSection, check_any_config, load_any_config
-from smoa_lab.config.run_config import (
+from smoa_lab.config.run import (
     DataSection,
     ForgettingSection,
     ModelSection,
+    RowsSection,
     RunConfig,
     TaskSection,
+    check_config,
+    load_config,
 )
 from smoa_lab.study.study import Entry, Study, Tuning
 from tests.support.lab import byte_tokenizer
@@ -102,7 +104,7 @@ def test_a_command_of_the_documents_is_one(words: list[str]) -> None:
     if isinstance(given, Path) and given.parts[0] == "configs":
         assert (ROOT / given).is_file()
         if name in ("train", "eval", "demo"):
-            load_any_config(ROOT / given, context.params["overrides"])
+            load_config(ROOT / given, context.params["overrides"])
 
 
 def test_other_commands_of_the_documents_name_files_and_targets_that_exist() -> None:
@@ -123,7 +125,7 @@ def test_a_run_shown_as_yaml_is_valid(page: Path) -> None:
     for block in YAML.findall(page.read_text(encoding="utf-8")):
         values = yaml.safe_load(block)
         if {"model", "data", "training"} <= set(values):
-            check_any_config(values)
+            check_config(values)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
@@ -148,10 +150,9 @@ def test_the_navigation_lists_every_page_once() -> None:
 @pytest.mark.parametrize(
     ("prefix", "section"),
     [
-        ("", RunConfig),
         ("model.", ModelSection),
         ("data.", DataSection),
-        ("", RowsConfig),
+        ("", RunConfig),
         ("data.", RowsSection),
         ("task.", TaskSection),
         ("forgetting.", ForgettingSection),

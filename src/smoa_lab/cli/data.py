@@ -40,7 +40,7 @@ def prepare(
 ) -> None:
     """Fetch tasks into the cache folder, and show how many questions each has and how many were dropped."""
     with reporting():
-        from smoa_lab.data.records import content_hash
+        from smoa_lab.data.rows import content_hash
         from smoa_lab.data.tasks import find_task, load_task, task_needs
         from smoa_lab.pages.tables import Table
 
@@ -80,21 +80,21 @@ def check(
 ) -> None:
     """Show what would be trained on: formats, lengths, what is cut or dropped, bad rows, and examples."""
     with reporting("trl", "datasets"):
-        from smoa_lab.config.rows_config import RowsConfig, check_rows_config, load_any_config
-        from smoa_lab.lessons.own_rows import read_rows_of
+        from smoa_lab.config.run import check_config, load_config
+        from smoa_lab.data.files import source_values
         from smoa_lab.models.base_models import load_tokenizer
-        from smoa_lab.rows.sources import source_values
+        from smoa_lab.training.loaded_run import read_rows_of
 
         if place.endswith((".yaml", ".yml")):
-            config = load_any_config(place, trust_remote_code=trust_remote_code)
-            if not isinstance(config, RowsConfig):
+            config = load_config(place, trust_remote_code=trust_remote_code)
+            if not config.has_rows:
                 raise failed(
-                    f"{place}: trains on questions; `smoa data prepare {' '.join(config.data.tasks)}` shows them"
+                    f"{place}: trains on questions; `smoa data prepare {' '.join(config.questions.tasks)}` shows them"
                 )
         else:
             data = {**source_values(place), "format": format, "chat_template": chat_template}
             wanted = {"name": model, "trust_remote_code": trust_remote_code}
-            config = check_rows_config({"model": wanted, "data": data, "training": {"max_length": max_length}}, place)
+            config = check_config({"model": wanted, "data": data, "training": {"max_length": max_length}}, place)
         tokenizer = load_tokenizer(config.model)
         _, rows = read_rows_of(config, tokenizer)
         if json:
@@ -107,7 +107,7 @@ def check(
 
 
 def _print_account(place: str, model: str, account: dict[str, Any]) -> None:
-    from smoa_lab.tokens.account import histogram_lines
+    from smoa_lab.data.prepared import histogram_lines
 
     tokens, parts = account["tokens"], account["parts"]
     counts = ", ".join(f"{number:,} {part}" for part, number in parts.items()) or "none that can be trained on"
@@ -130,7 +130,7 @@ def _print_example(title: str, row: dict[str, Any], tokenizer: Any) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from smoa_lab.tokens.encoding import Tokens, trained_pieces
+    from smoa_lab.data.encoding import Tokens, trained_pieces
 
     console = Console(highlight=False, soft_wrap=True)
     console.rule(title) if console.is_terminal else console.print(f"\n--- {title}")

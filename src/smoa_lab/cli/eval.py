@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from smoa_lab.cli.console import AsJson, TrustRemoteCode, print_json, reporting
-from smoa_lab.scoring.protocol import Protocol
 
 
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run, or a config file for the untouched model.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Values to change, e.g. task.max_length=512.")] = None,
     protocol: Annotated[
-        Protocol, typer.Option(help="Likelihood of the answers, the same computed by lm-eval, or generated text.")
+        Literal["likelihood", "generation"], typer.Option(help="Likelihood of the answers, or generated text.")
     ] = "likelihood",
     batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch when generating.")] = 16,
     num_beams: Annotated[int, typer.Option(min=1, help="Beams when generating; 1 is greedy.")] = 1,
@@ -27,9 +26,9 @@ def evaluate(
     with reporting():
         from smoa.atomic import check_place, write_whole
         from smoa_lab.basics.plain_json import json_text
+        from smoa_lab.evaluate import evaluate_run
         from smoa_lab.open_run import open_run
         from smoa_lab.pages.tables import score_table
-        from smoa_lab.runs.evaluate_run import evaluate_run
 
         if output is not None:
             check_place(output, is_new=True)

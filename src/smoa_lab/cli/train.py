@@ -23,11 +23,11 @@ def train(
 ) -> None:
     """Train an adapter on questions or on your own rows, and score it on held-out ones."""
     with reporting("accelerate", *DRAWING):
-        from smoa_lab.config.rows_config import load_any_config
+        from smoa_lab.config.run import load_config
         from smoa_lab.training.run_folder import is_first_process
         from smoa_lab.training.train_run import train as train_run
 
-        checked = load_any_config(config, overrides, trust_remote_code)
+        checked = load_config(config, overrides, trust_remote_code)
         metrics = train_run(checked)
         if not is_first_process():
             return

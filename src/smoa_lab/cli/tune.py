@@ -19,11 +19,11 @@ def tune(
 ) -> None:
     """Find the learning rate with the lowest loss on validation questions or rows; print the line for the config."""
     with reporting("accelerate"):
-        from smoa_lab.config.rows_config import load_any_config
+        from smoa_lab.config.run import load_config
         from smoa_lab.pages.tables import Table
         from smoa_lab.study.tune_run import tune_run
 
-        found = tune_run(load_any_config(config, overrides, trust_remote_code), max_runs)
+        found = tune_run(load_config(config, overrides, trust_remote_code), max_runs)
         if json:
             losses = {f"{rate:g}": loss for rate, loss in found.losses.items()}
             print_json({"learning_rate": found.learning_rate, "interior": found.interior, "losses": losses})

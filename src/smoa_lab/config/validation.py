@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import (
@@ -19,13 +21,13 @@ from pydantic import (
     ValidationError,
 )
 from transformers import TrainingArguments
+from transformers.quantizers.auto import AutoQuantizationConfig
 
 from smoa.errors import ConfigError, DataError
+from smoa_lab.basics.extras import install
 from smoa_lab.basics.foreign import foreign_warnings_ignored
 from smoa_lab.basics.nearest import nearest
 from smoa_lab.config.methods import METHODS, Method
-from smoa_lab.config.problems import Problem
-from smoa_lab.config.quantization import quantization_problems
 from smoa_lab.data.tasks import find_task
 
 RANGES: dict[str, Any] = {
@@ -49,6 +51,25 @@ RANGES: dict[str, Any] = {
 }
 """Training values that the trainer would fail at, or take for something else. Its own default is always good."""
 RESUMES = "smoa resumes an interrupted run by itself: leave it out, and run the same command again"
+QUANTIZATION = "model.options.quantization_config"
+MISPLACED = {
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit"), f"belongs one level deeper, in {QUANTIZATION}"),
+    **dict.fromkeys(("dtype", "torch_dtype"), "set model.dtype instead"),
+    "trust_remote_code": "set model.trust_remote_code instead",
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with one key; ``path`` is the key's, so that its line can be found."""
+
+    path: tuple[str, ...]
+    text: str
+
+
+def listed(problems: Sequence[str]) -> str:
+    """``2 problems``, then one a line."""
+    return "\n  ".join([f"{len(problems)} problem{'s' if len(problems) > 1 else ''}", *problems])
 
 
 def all_problems(
@@ -58,7 +79,7 @@ def all_problems(
     ``training_class``."""
     return [
         *block_problems(model, values),
-        *quantization_problems(values),
+        *_quantization_problems(values),
         *_task_problems(values),
         *_method_problems(values),
         *_training_problems(values.get("training"), training_class),
@@ -70,28 +91,42 @@ def block_problems(model: type[BaseModel], values: dict[str, Any]) -> Iterable[P
     try:
         model.model_validate(values)
     except ValidationError as error:
-        for found in error.errors():
-            path = tuple(map(str, found["loc"]))
-            yield Problem(path, f"{'.'.join(path)}: {_wording(model, path, dict(found))}")
+        for problem in error.errors():
+            place = tuple(map(str, problem["loc"]))
+            path = place if _choices_of(model, place[0]) is None else (place[0], *place[2:])
+            yield Problem(path, f"{'.'.join(path)}: {_wording(model, place, dict(problem))}")
 
 
-def _wording(model: type[BaseModel], path: tuple[str, ...], found: dict[str, Any]) -> str:
-    if found["type"] == "extra_forbidden":
+def _choices_of(block: Any, key: str) -> dict[str, Any] | None:
+    """The blocks that a key may hold, by the names that pydantic puts into the places of problems."""
+    field = block.model_fields.get(key)
+    if field is None or field.discriminator is None:
+        return None
+    return {tag.tag: chosen for chosen, tag in map(typing.get_args, typing.get_args(field.annotation))}
+
+
+def _wording(model: type[BaseModel], path: tuple[str, ...], problem: dict[str, Any]) -> str:
+    if problem["type"] == "extra_forbidden":
         return f"unknown key{nearest(path[-1], _keys_beside(model, path))}"
-    if found["type"] == "missing":
+    if problem["type"] == "missing":
         return "is missing"
-    got = found["input"]
-    hint = nearest(str(got), _literals(found)) if found["type"] == "literal_error" else ""
-    return f"{found['msg'].removeprefix('Input ')}; got {got!r}{hint}"
+    got = problem["input"]
+    hint = nearest(str(got), _literals(problem)) if problem["type"] == "literal_error" else ""
+    return f"{problem['msg'].removeprefix('Input ')}; got {got!r}{hint}"
 
 
 def _keys_beside(model: type[BaseModel], path: tuple[str, ...]) -> list[str]:
     """The valid keys of the block in which ``path`` ends."""
     block: Any = model
     for key in path[:-1]:
-        inside = typing.get_args(block)[-1] if _holds_blocks(block) else block.model_fields[key].annotation
-        options = typing.get_args(inside) if isinstance(inside, types.UnionType) else (inside,)
-        block = next((one for one in options if _is_block(one) or _holds_blocks(one)), None)
+        if isinstance(block, dict):
+            block = block[key]
+        elif _is_block(block) and (choices := _choices_of(block, key)) is not None:
+            block = choices
+        else:
+            inside = typing.get_args(block)[-1] if _holds_blocks(block) else block.model_fields[key].annotation
+            options = typing.get_args(inside) if isinstance(inside, types.UnionType) else (inside,)
+            block = next((one for one in options if _is_block(one) or _holds_blocks(one)), None)
         if block is None:
             return []
     return list(block.model_fields) if _is_block(block) else []
@@ -203,3 +238,40 @@ def _type_problem(hint: Any, value: Any) -> str | None:
     if isinstance(value, str) and isinstance(found, bool | int | float):  # a trainer would take the text "no" for yes
         return f"should be {'true or false' if isinstance(found, bool) else 'a number'}, and no text"
     return None
+
+
+def _quantization_problems(values: dict[str, Any]) -> Iterable[Problem]:
+    """The problems of the quantization that a run's config asks for."""
+    model = values.get("model")
+    options = model.get("options") if isinstance(model, dict) else None
+    if not isinstance(model, dict) or not isinstance(options, dict):
+        return
+    for key in options.keys() & MISPLACED.keys():
+        yield Problem(("model", "options", key), f"model.options.{key}: {MISPLACED[key]}")
+    if "quantization_config" not in options:
+        return
+    yield from (
+        Problem(("model", "options", "quantization_config", *path), text) for path, text in _quantization_block(options)
+    )
+    if str(model.get("name")).endswith(".gguf"):
+        text = f"{QUANTIZATION}: a GGUF file is dequantized when loaded; name a model in float32 or bfloat16"
+        yield Problem(("model", "options", "quantization_config"), text)
+    if values.get("method") == "full":
+        yield Problem(
+            ("method",), "method: full trains the weights, and quantized weights cannot be trained; choose an adapter"
+        )
+
+
+def _quantization_block(options: dict[str, Any]) -> Iterable[tuple[tuple[str, ...], str]]:
+    wanted = options["quantization_config"]
+    if not isinstance(wanted, dict):
+        yield (), f"{QUANTIZATION}: must be a block of keys, such as load_in_4bit: true; got {wanted!r}"
+        return
+    try:
+        known = {"quant_method", *inspect.signature(type(AutoQuantizationConfig.from_dict(wanted))).parameters}
+    except (ValueError, TypeError, AttributeError, ImportError) as error:
+        hint = f"; {install('quantized')}" if isinstance(error, ImportError) else ""
+        yield (), f"{QUANTIZATION}: {error}{hint}"
+        return
+    for key in wanted.keys() - known:
+        yield (key,), f"{QUANTIZATION}.{key}: there is no such key{nearest(key, known)}"

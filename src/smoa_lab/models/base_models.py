@@ -33,7 +33,7 @@ from smoa.errors import DataError
 from smoa_lab.basics.cache import content_of
 from smoa_lab.basics.extras import require
 from smoa_lab.basics.without_secrets import without_secrets
-from smoa_lab.config.run_config import AnyRun, ModelSection, adapter_rate
+from smoa_lab.config.run import ModelSection, RunConfig, adapter_rate
 from smoa_lab.models.needs import model_needs
 from smoa_lab.models.packaged_models import PACKAGED_MODELS, unpacked_folder
 
@@ -76,7 +76,7 @@ def empty_model(wanted: ModelSection, auto_class: Any = AutoModelForCausalLM) ->
         return cast(PreTrainedModel, auto_class.from_config(config, trust_remote_code=wanted.trust_remote_code))
 
 
-def with_rate(config: AnyRun) -> AnyRun:
+def with_rate(config: RunConfig) -> RunConfig:
     """The run with the learning rate of its model's size, if it trains an adapter and names none.
 
     Raises:

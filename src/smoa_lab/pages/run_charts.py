@@ -56,7 +56,7 @@ def losses(history: History, evaluation: Evaluation, method: str) -> Any | None:
 def _held_out(evaluation: Evaluation, last_step: int) -> Iterator[dict[str, Any]]:
     for stage, step in zip(STAGES, (0, last_step), strict=True):
         scores = evaluation.get(stage, {}).get("all", {})
-        if "perplexity" in scores and scores["loss"] is not None:
+        if scores.get("loss") is not None:
             yield {"step": step, "loss": scores["loss"], "data": HELD_OUT}
 
 

@@ -8,12 +8,48 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from smoa_lab.basics.positions import positions_of
-from smoa_lab.data.prompts import pad_token
-from smoa_lab.data.records import Record
-from smoa_lab.scoring.row_losses import Losses, row_losses
+from smoa_lab.data.encoding import Tokens, pad_token
+from smoa_lab.data.rows import Row
+from smoa_lab.data.sources.general_text import describe, passages
+from smoa_lab.scoring.losses import Losses, row_losses
 
 TEXT_TOKENS = 256
 """A longer text is cut at its end, and a shorter one where the model takes less."""
+
+
+class Forgetting:
+    """Measures a model of the config ``base`` on ``text`` before and after training, on at least so many ``tokens``.
+
+    The text is read at once: a mistake in the run's config shows before any work.
+    """
+
+    def __init__(self, text: str, tokens: int, tokenizer: PreTrainedTokenizerBase, base: PretrainedConfig) -> None:
+        self.source, self.tokenizer = text, tokenizer
+        self.texts = at_least(tokenizer, passages(text), tokens, text_length(base)) if tokens else []
+        self.losses: dict[str, Losses] = {}
+
+    def measure(self, model: Any, stage: str) -> None:
+        """Measure the loss ``before`` or ``after``."""
+        if self.texts:
+            self.losses[stage] = text_losses(model, self.tokenizer, self.texts)
+
+    @property
+    def metrics(self) -> dict[str, Any] | None:
+        """What ``metrics.json`` has of it: the losses in nats per token, and their change with its standard error,
+        paired by text; None if it was not measured."""
+        if len(self.losses) < 2:
+            return None
+        before, after = self.losses["before"], self.losses["after"]
+        change = after.change_from(before)
+        return {
+            "text": describe(self.source),
+            "passages": len(self.texts),
+            "tokens": sum(before.tokens),
+            "before": before.mean,
+            "after": after.mean,
+            "change": change.mean,
+            "stderr": change.stderr,
+        }
 
 
 def text_length(config: PretrainedConfig) -> int:
@@ -21,9 +57,9 @@ def text_length(config: PretrainedConfig) -> int:
     return min(TEXT_TOKENS, positions_of(config) or TEXT_TOKENS)
 
 
-def whole_text(record: Record) -> str:
-    """A record as plain text without a template: context, prompt and answer, one below the other."""
-    return "\n".join(filter(None, (record.context, record.prompt, record.answer)))
+def whole_text(row: Row) -> str:
+    """A question as plain text without a template: context, prompt and answer, one below the other."""
+    return "\n".join(str(part) for part in (row.context, row.prompt, row.completion) if part)
 
 
 def text_losses(model: Any, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Losses:
@@ -32,7 +68,7 @@ def text_losses(model: Any, tokenizer: PreTrainedTokenizerBase, texts: Iterable[
     Dropout is off and no gradient is kept; the model's mode is restored.
     """
     length = text_length(model.config)
-    rows = [{"input_ids": ids, "labels": ids} for ids in (_ids(tokenizer, text, length) for text in texts)]
+    rows = [Tokens(ids, ids) for ids in (_ids(tokenizer, text, length) for text in texts)]
     return row_losses(model, rows, pad_token(tokenizer))
 
 

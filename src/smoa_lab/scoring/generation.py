@@ -18,12 +18,11 @@ from transformers import PreTrainedTokenizerBase
 
 from smoa_lab.basics.extras import import_package
 from smoa_lab.basics.positions import prompt_room
-from smoa_lab.data.files import Family
-from smoa_lab.data.prompts import AnswerStyle, PromptEncoder, gold_response, label_names, pad_token
-from smoa_lab.data.records import Record
-from smoa_lab.scoring.answer_loss import left_padded
-from smoa_lab.scoring.held_out import proportion
-from smoa_lab.scoring.mode import scoring
+from smoa_lab.data.encoding import Encoder, pad_token
+from smoa_lab.data.own_questions import Family
+from smoa_lab.data.questions import AnswerStyle, gold_response, label_names
+from smoa_lab.data.rows import Row
+from smoa_lab.scoring.losses import left_padded, proportion, scoring
 
 NEW_TOKENS: dict[Family, int] = {"commonsense": 16, "maths": 256, "dialogue": 48, "text": 48}
 NUMBER = re.compile(r"-?\d+\.?\d*")
@@ -33,7 +32,7 @@ NUMBER = re.compile(r"-?\d+\.?\d*")
 class Generated:
     """One question: what was written, what was found in it, what should have been found."""
 
-    record: Record
+    row: Row
     text: str
     found: str | None
     wanted: str
@@ -56,8 +55,8 @@ class GenerationScores:
 
 def evaluate_by_generation(
     model: Any,
-    encoder: PromptEncoder,
-    records: Sequence[Record],
+    encoder: Encoder,
+    rows: Sequence[Row],
     families: Mapping[str, Family],
     batch_size: int = 16,
     num_beams: int = 1,
@@ -65,8 +64,8 @@ def evaluate_by_generation(
     """Scores per task, and every text for inspection. Greedy, or beam search with ``num_beams``."""
     scores: dict[str, GenerationScores] = {}
     generated: list[Generated] = []
-    for name in dict.fromkeys(record.task for record in records):
-        family, chosen = families[name], [record for record in records if record.task == name]
+    for name in dict.fromkeys(row.task for row in rows):
+        family, chosen = families[name], [row for row in rows if row.task == name]
         texts = generate(model, encoder, chosen, NEW_TOKENS[family], batch_size, num_beams)
         found = [_extracted(*pair, family, encoder.style) for pair in zip(chosen, texts, strict=True)]
         scores[name] = _scores(found, family)
@@ -74,17 +73,17 @@ def evaluate_by_generation(
     return scores, generated
 
 
-def _extracted(record: Record, text: str, family: Family, style: AnswerStyle) -> Generated:
+def _extracted(row: Row, text: str, family: Family, style: AnswerStyle) -> Generated:
     extract = EXTRACTORS[family]
-    wanted = extract(record, gold_response(record, style), style)
-    return Generated(record, text, extract(record, text, style), record.answer if wanted is None else wanted)
+    wanted = extract(row, gold_response(row, style), style)
+    return Generated(row, text, extract(row, text, style), str(row.completion) if wanted is None else wanted)
 
 
 def generate(
-    model: Any, encoder: PromptEncoder, records: Sequence[Record], new_tokens: int, batch_size: int, num_beams: int = 1
+    model: Any, encoder: Encoder, rows: Sequence[Row], new_tokens: int, batch_size: int, num_beams: int = 1
 ) -> list[str]:
-    """The text that the model writes for each record, in order, up to its end token."""
-    prompts = [encoder.encode(record, "", end=False).prompt for record in records]
+    """The text that the model writes for each row, in order, up to its end token."""
+    prompts = [encoder.answered(row, "", end=False).prompt for row in rows]
     options = {"num_beams": num_beams, "eos_token_id": encoder.tokenizer.eos_token_id}
     return continue_prompts(model, encoder.tokenizer, prompts, new_tokens, batch_size, **options)
 
@@ -137,27 +136,27 @@ def _decoded(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> list[str]
     return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
-def extract_choice(record: Record, text: str, style: AnswerStyle) -> str | None:
+def extract_choice(row: Row, text: str, style: AnswerStyle) -> str | None:
     """The first of the task's labels in ``text``; in the text style the choice that ``text`` is, whatever the case."""
     if style == "label":
-        match = re.search("|".join(reversed(label_names(record))), text)  # answer11 before answer1, its beginning
+        match = re.search("|".join(reversed(label_names(row))), text)  # answer11 before answer1, its beginning
         return match.group() if match else None
     plain = " ".join(text.split()).casefold()
-    return next((choice for choice in record.choices if " ".join(choice.split()).casefold() == plain), None)
+    return next((choice for choice in row.choices if " ".join(choice.split()).casefold() == plain), None)
 
 
-def extract_number(record: Record, text: str, style: AnswerStyle) -> str | None:
+def extract_number(row: Row, text: str, style: AnswerStyle) -> str | None:
     """The last number in ``text``, thousands separators left out, whole numbers without a decimal point."""
     numbers = NUMBER.findall(text.replace(",", ""))
     return f"{float(numbers[-1]):.15g}" if numbers else None
 
 
-def extract_all(record: Record, text: str, style: AnswerStyle) -> str | None:
+def extract_all(row: Row, text: str, style: AnswerStyle) -> str | None:
     """The whole text; nothing where the model wrote nothing."""
     return text.strip() or None
 
 
-EXTRACTORS: dict[Family, Callable[[Record, str, AnswerStyle], str | None]] = {
+EXTRACTORS: dict[Family, Callable[[Row, str, AnswerStyle], str | None]] = {
     "commonsense": extract_choice,
     "maths": extract_number,
     "dialogue": extract_all,
@@ -177,7 +176,7 @@ def _overlap(generated: list[Generated]) -> tuple[float, float, float]:
     """Mean token F1, corpus BLEU and mean ROUGE-L of the texts against the gold answers."""
     sacrebleu = import_package("sacrebleu", "BLEU")
     RougeScorer = import_package("rouge_score.rouge_scorer", "ROUGE").RougeScorer
-    pairs = [(one.record.answer, one.text) for one in generated]
+    pairs = [(str(one.row.completion), one.text) for one in generated]
     f1 = sum(token_f1(text, answer) for answer, text in pairs) / len(pairs)
     bleu = sacrebleu.corpus_bleu([text for _, text in pairs], [[answer for answer, _ in pairs]]).score
     scorer = RougeScorer(["rougeL"], use_stemmer=True)

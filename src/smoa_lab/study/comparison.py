@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from smoa.errors import ConfigError
-from smoa_lab.config.run_config import RunConfig
-from smoa_lab.study.benches.bench import Bench as Runner
-from smoa_lab.study.benches.bench import Part
+from smoa_lab.config.run import RunConfig
+from smoa_lab.study.runner import Part, Runner
 from smoa_lab.study.search import Job, Plan, Result, Tuned, Untouched
 from smoa_lab.study.study import Study
 from smoa_lab.study.study_file import runner_of

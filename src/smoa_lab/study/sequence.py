@@ -23,21 +23,19 @@ from smoa.errors import ConfigError
 from smoa.maths.analysis import update_size
 from smoa_lab.basics.extras import require
 from smoa_lab.basics.without_secrets import without_secrets
-from smoa_lab.config.run_config import DataSection, Dtype, ModelSection, RunConfig, TaskSection, check_config
-from smoa_lab.config.run_config import native_dtype as machine_dtype
-from smoa_lab.data.prompts import PromptEncoder
-from smoa_lab.data.selection import Selection, used_content
+from smoa_lab.config.run import DataSection, Dtype, ModelSection, RunConfig, check_config
+from smoa_lab.config.run import native_dtype as machine_dtype
+from smoa_lab.data.tasks import Selection
 from smoa_lab.inspect import adapted_layers, weights_and_updates
-from smoa_lab.lessons.adapting import check_adapter
-from smoa_lab.lessons.questions import Questions, prepare
 from smoa_lab.models.base_models import base_content, empty_model, load_base_model
 from smoa_lab.models.needs import training_needs
+from smoa_lab.scoring.evaluation import Outcome, answer_outcomes
 from smoa_lab.scoring.forgetting import text_losses, whole_text
-from smoa_lab.scoring.held_out import Outcome, answer_outcomes
-from smoa_lab.scoring.row_losses import Losses
-from smoa_lab.study.benches.answers import AnswerBench
-from smoa_lab.study.benches.bench import Part, fit_arguments, scored
+from smoa_lab.scoring.losses import Losses
+from smoa_lab.study.runner import AnswerRunner, Part, scored, without_bar
 from smoa_lab.study.study import Entry, Study
+from smoa_lab.training.adapting import check_adapter
+from smoa_lab.training.loaded_run import LoadedRun, encoder_of, load_run
 from smoa_lab.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -104,20 +102,20 @@ class EarlierTask:
     def _train(self, records: Selection, target: Path) -> None:
         logger.info("Training an earlier task into %s", target)
         run = RunFolder(self.config.folder)
-        inputs = {"data": used_content(records), "base model": base_content(self.config.model)}
+        inputs = {"data": records.content, "base model": base_content(self.config.model)}
         checkpoint = run.start(self.config.to_yaml(), inputs)
-        ready = prepare(self.config, records)
-        model, _, _ = ready.fit(fit_arguments(self.config), checkpoint)
+        loaded = load_run(self.config, records)
+        model, _, _ = loaded.fit(without_bar(loaded.arguments()), checkpoint)
         merged = model.merge_and_unload() if isinstance(model, PeftModel) else model
         if self.is_first and not all(bool(parameter.isfinite().all()) for parameter in merged.parameters()):
             raise ConfigError("first.learning_rate: the first task's training diverged; lower the rate")
         with new_folder(target) as temporary:
             merged.to(getattr(torch, self.model.dtype)).save_pretrained(temporary)
-            ready.tokenizer.save_pretrained(temporary)
+            loaded.tokenizer.save_pretrained(temporary)
         shutil.rmtree(run.path)
 
 
-class SequenceRunner(AnswerBench):
+class SequenceRunner(AnswerRunner):
     """Trains the last task on the model of the earlier ones; scores all on their test parts, and the text elsewhere.
 
     With ``replay`` the last task is trained on that many training rows of the first one too.
@@ -205,7 +203,7 @@ class SequenceRunner(AnswerBench):
         """Scores of the model of the last of these tasks; what was not trained is."""
 
         def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-            self.encoder = _encoder(tokenizer, config.task)
+            self.encoder = encoder_of(config, tokenizer)
             return self._measured(model, config)
 
         pairs = list(zip(tasks, self.earlier_records, strict=False))
@@ -215,27 +213,27 @@ class SequenceRunner(AnswerBench):
         stored = self.stored_config(config)
         return task.scores(records, measure, {key: stored.get(key) for key in MEASURED})
 
-    def _prepare(self, config: RunConfig) -> Questions:
+    def _load(self, config: RunConfig) -> LoadedRun:
         tasks = self._earlier_tasks(config)
         self.before(config, tasks)
         base = config.model.model_copy(update={"name": tasks[-1].model.name})
-        return super()._prepare(config.model_copy(update={"model": base}))
+        return super()._load(config.model_copy(update={"model": base}))
 
     def _scores(self, model: nn.Module | None, config: RunConfig, part: Part) -> dict[str, Any]:
         if model is None:
             return self.before(config, [self._first_task])
         before = self.before(config, self._earlier_tasks(config))
         after = self._measured(model, config)
-        change = weight_changes(model, self._prepare(config).base)
+        change = weight_changes(model, self._load(config).base)
         return {**after, "forgot": _forgot(before, after), "change": change}
 
     def _measured(self, model: nn.Module, config: RunConfig) -> dict[str, Any]:
         """Scores of the last task as in other studies, of all earlier tasks, and of the text elsewhere."""
-        sections = [self.first_config().task, *(earlier.task for earlier in self.between_configs(config))]
+        configs = [self.first_config(), *self.between_configs(config)]
         outcomes: list[Outcome] = []
-        for task, records in zip(sections, self.earlier_records, strict=True):
-            encoder = _encoder(self.encoder.tokenizer, task)
-            outcomes += answer_outcomes(model, encoder, records.test, task.eval_batch_tokens)
+        for earlier, records in zip(configs, self.earlier_records, strict=True):
+            encoder = encoder_of(earlier, self.encoder.tokenizer)
+            outcomes += answer_outcomes(model, encoder, records.test, earlier.task.eval_batch_tokens)
         content = " ".join(records.account["used"]["test"]["sha256"] for records in self.earlier_records)
         return {**super()._scores(model, config, "test"), "first": {"sha256": content, **scored(outcomes)}}
 
@@ -287,10 +285,6 @@ def _spread(layers: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
     if len(layers) <= LAYERS:
         return layers
     return [layers[round(number * (len(layers) - 1) / (LAYERS - 1))] for number in range(LAYERS)]
-
-
-def _encoder(tokenizer: PreTrainedTokenizerBase, task: TaskSection) -> PromptEncoder:
-    return PromptEncoder(tokenizer, task.template, task.answer, task.max_length)
 
 
 def _forgot(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:

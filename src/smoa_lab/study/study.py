@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, PositiveFloat, field_validator
 
 from smoa.errors import ConfigError
 from smoa_lab.basics.section import Section, Seed
-from smoa_lab.config.run_config import DataSection
+from smoa_lab.config.run import DataSection
 
 
 def _ascending(sweep: tuple[float, float]) -> tuple[float, float]:

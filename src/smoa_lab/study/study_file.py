@@ -5,20 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from smoa.errors import ConfigError, DataError
-from smoa_lab.config.run_config import ConfigText
+from smoa_lab.config.run import ConfigText
 from smoa_lab.config.validation import block_problems
-from smoa_lab.study.benches.answers import AnswerBench
-from smoa_lab.study.benches.bench import Bench
-from smoa_lab.study.benches.classification import ClassificationBench
+from smoa_lab.study.classification import ClassificationRunner
+from smoa_lab.study.runner import AnswerRunner, Runner
 from smoa_lab.study.sequence import SequenceRunner
 from smoa_lab.study.study import Study
 
 
-def runner_of(study: Study) -> Bench:
+def runner_of(study: Study) -> Runner:
     """What trains and scores one entry of the study."""
     if study.kind == "sequence":
         return SequenceRunner(study)
-    kind = ClassificationBench if study.kind == "classification" else AnswerBench
+    kind = ClassificationRunner if study.kind == "classification" else AnswerRunner
     return kind(study.shared, study.elsewhere)
 
 

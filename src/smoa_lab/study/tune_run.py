@@ -9,14 +9,13 @@ from typing import Any
 
 from smoa.atomic import check_place
 from smoa.errors import ConfigError
-from smoa_lab.config.rows_config import RowsConfig
-from smoa_lab.config.run_config import RunConfig
-from smoa_lab.lessons.own_rows import open_rows
+from smoa_lab.config.run import RunConfig
 from smoa_lab.models.base_models import with_rate
 from smoa_lab.study.comparison import Comparison
 from smoa_lab.study.search import Tuned, first_index, next_indices, rate
 from smoa_lab.study.study import Entry, Study, Tuning
 from smoa_lab.study.trials import Trial, TrialStore
+from smoa_lab.training.loaded_run import load_run
 from smoa_lab.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -27,7 +26,7 @@ OWN = ("learning_rate", "output_dir", "seed")
 """What the search sets itself."""
 
 
-def tune_run(config: RunConfig | RowsConfig, max_runs: int = 6) -> Tuned:
+def tune_run(config: RunConfig, max_runs: int = 6) -> Tuned:
     """Train ``config`` at half decades and then quarter decades, and score each run on the validation part: on
     questions by the loss of the gold answers, on rows by the trainer's own loss.
 
@@ -37,9 +36,8 @@ def tune_run(config: RunConfig | RowsConfig, max_runs: int = 6) -> Tuned:
         ConfigError: there is no validation part, or the folder holds runs of another config.
         DataError: model or data cannot be loaded.
     """
-    if isinstance(config, RunConfig):
-        return _tune_questions(with_rate(config), max_runs)
-    return _tune_rows(with_rate(config), max_runs)
+    config = with_rate(config)
+    return _tune_rows(config, max_runs) if config.has_rows else _tune_questions(config, max_runs)
 
 
 def _tune_questions(config: RunConfig, max_runs: int) -> Tuned:
@@ -61,7 +59,7 @@ def _tune_questions(config: RunConfig, max_runs: int) -> Tuned:
     return comparison.tune("run")
 
 
-def _tune_rows(config: RowsConfig, max_runs: int) -> Tuned:
+def _tune_rows(config: RunConfig, max_runs: int) -> Tuned:
     store, start, losses = TrialStore(_folder(config)), first_index(_start(config)), dict[int, float | None]()
     while indices := next_indices(start, losses, max_runs, refine=True):
         for index in indices:
@@ -75,32 +73,32 @@ def _tune_rows(config: RowsConfig, max_runs: int) -> Tuned:
     return Tuned.of(losses)
 
 
-def _train_rows(config: RowsConfig, work: Path) -> dict[str, Any]:
+def _train_rows(config: RunConfig, work: Path) -> dict[str, Any]:
     """A trial's JSON: its config, and the loss on the validation rows of the adapter that a run would keep."""
     config = _with(config, output_dir=str(work))
-    lesson = open_rows(config)
-    if not lesson.rows.account["parts"].get("validation"):
+    run = load_run(config)
+    if not run.data.account["parts"].get("validation"):
         raise ConfigError(
             "data: leaves no validation rows, by which rates are compared; give a larger data.validation_part"
         )
-    arguments = lesson.arguments()
+    arguments = run.arguments()
     arguments.disable_tqdm = True
-    _, trainer, _ = lesson.fit(arguments, RunFolder(work).start(config.to_yaml(), lesson.inputs()))
+    _, trainer, _ = run.fit(arguments, RunFolder(work).start(config.to_yaml(), run.inputs()))
     loss = trainer.evaluate()["eval_loss"]  # of the adapter that is kept, which need not be the last
     return {"config": config.model_dump(mode="json"), "loss": loss}
 
 
-def _with(config: RowsConfig, **training: Any) -> RowsConfig:
+def _with(config: RunConfig, **training: Any) -> RunConfig:
     return config.model_copy(update={"training": {**config.training, **training}})
 
 
-def _folder(config: RunConfig | RowsConfig) -> Path:
+def _folder(config: RunConfig) -> Path:
     return config.folder.with_name(f"{config.folder.name}-tuning")
 
 
-def _start(config: RunConfig | RowsConfig) -> float:
+def _start(config: RunConfig) -> float:
     return float(config.training.get("learning_rate", START))
 
 
-def _seed(config: RunConfig | RowsConfig) -> int:
+def _seed(config: RunConfig) -> int:
     return int(config.training.get("seed", 42))

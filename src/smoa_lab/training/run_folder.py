@@ -29,7 +29,7 @@ from smoa.errors import ConfigError
 from smoa_lab.basics.free_name import free_name
 from smoa_lab.basics.plain_json import json_text
 from smoa_lab.basics.without_secrets import without_secrets
-from smoa_lab.config.run_config import RunConfig
+from smoa_lab.config.run import RunConfig
 from smoa_lab.config.yaml_text import parse_yaml
 
 PACKAGES = ("smoa", "torch", "transformers", "peft", "accelerate", "trl")

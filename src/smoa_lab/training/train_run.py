@@ -17,28 +17,20 @@ from smoa_lab.basics.extras import require
 from smoa_lab.basics.portable import portable
 from smoa_lab.basics.without_secrets import without_secrets
 from smoa_lab.config.methods import METHODS
-from smoa_lab.config.rows_config import RowsConfig
-from smoa_lab.config.run_config import RunConfig
-from smoa_lab.lessons.adapting import check_adapter
-from smoa_lab.lessons.forgotten_text import ForgottenText
-from smoa_lab.lessons.lesson import Lesson
-from smoa_lab.lessons.own_rows import open_rows
-from smoa_lab.lessons.questions import prepare
+from smoa_lab.config.run import RunConfig
 from smoa_lab.models.base_models import empty_model, with_rate
 from smoa_lab.models.needs import training_needs
 from smoa_lab.models.packaged_models import described_base
 from smoa_lab.pages.run_card import run_card, samples_text
+from smoa_lab.scoring.forgetting import Forgetting
+from smoa_lab.training.adapting import check_adapter
+from smoa_lab.training.loaded_run import LoadedRun, load_run
 from smoa_lab.training.run_folder import RunFolder, is_first_process, peak_memory, provenance
 
 logger = logging.getLogger(__name__)
 
 
-def open_lesson(config: RunConfig | RowsConfig) -> Lesson:
-    """Data and base model of a run; what cannot be loaded fails here, before any work."""
-    return prepare(config) if isinstance(config, RunConfig) else open_rows(config)
-
-
-def train(config: RunConfig | RowsConfig, lesson: Lesson | None = None) -> dict[str, Any]:
+def train(config: RunConfig, run: LoadedRun | None = None) -> dict[str, Any]:
     """Train, evaluate, save; the run's metrics, as ``metrics.json`` has them, which has null for what is not finite.
 
     Nothing is written before config, data and model are known to be good.
@@ -54,49 +46,49 @@ def train(config: RunConfig | RowsConfig, lesson: Lesson | None = None) -> dict[
             "`smoa compare` and `smoa tune`, which save none"
         )
     require(training_needs(config))
-    config = config if lesson else with_rate(config)
+    config = config if run else with_rate(config)
     folder, text = RunFolder(config.folder), config.to_yaml()
     folder.check(text)
-    if lesson is None:
+    if run is None:
         check_adapter(empty_model(config.model), config.method, config.adapter)
-        lesson = open_lesson(config)
-    arguments = lesson.arguments()
-    forgotten = ForgottenText(config.forgetting, lesson.tokenizer, lesson.base.config)
+        run = load_run(config)
+    arguments = run.arguments()
+    forgetting = Forgetting(config.forgetting.text, config.forgetting.tokens, run.tokenizer, run.base.config)
     with folder.alone():
-        checkpoint = folder.start(text, lesson.inputs() if is_first_process() else {})
+        checkpoint = folder.start(text, run.inputs() if is_first_process() else {})
         with folder.logging():
             if checkpoint:
                 logger.info("Resuming from %s", checkpoint)
-            return _run(lesson, arguments, forgotten, folder, checkpoint)
+            return _train(run, arguments, forgetting, folder, checkpoint)
 
 
-def _run(
-    lesson: Lesson, arguments: TrainingArguments, forgotten: ForgottenText, folder: RunFolder, checkpoint: str | None
+def _train(
+    run: LoadedRun, arguments: TrainingArguments, forgetting: Forgetting, folder: RunFolder, checkpoint: str | None
 ) -> dict[str, Any]:
     if arguments.process_index > 0:
         logging.getLogger("smoa_lab").setLevel(logging.WARNING)  # rank 0 logs the rest
-    looks = lesson.looks(alone=arguments.world_size == 1)
-    looks.look(lesson.base, "before")
-    forgotten.look(lesson.base, "before")
-    model, trainer, seconds = lesson.fit(arguments, checkpoint)
-    looks.look(model, "after")
-    forgotten.look(model, "after")
+    evaluation = run.evaluation(alone=arguments.world_size == 1)
+    evaluation.measure(run.base, "before")
+    forgetting.measure(run.base, "before")
+    model, trainer, seconds = run.fit(arguments, checkpoint)
+    evaluation.measure(model, "after")
+    forgetting.measure(model, "after")
     metrics = {
         "format": 1,
-        "config": portable(lesson.config.model_dump(mode="json")),
+        "config": portable(run.config.model_dump(mode="json")),
         "provenance": provenance(arguments.seed, arguments.device),
         "parameters": _parameters(model),
-        "data": portable(lesson.account() | lesson.truncation()),
+        "data": portable(run.account() | run.truncation()),
         "training": {**_training(trainer, arguments, seconds), "resumed": bool(checkpoint)},
-        "evaluation": looks.evaluation,
-        "gain": looks.gain,
-        "forgetting": forgotten.metrics,
-        "samples": looks.samples,
+        "evaluation": evaluation.evaluation,
+        "gain": evaluation.gain,
+        "forgetting": forgetting.metrics,
+        "samples": evaluation.samples,
         "history": trainer.state.log_history,
     }
     is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if is_sharded else None  # all ranks gather it
-    return from_rank_zero(partial(_save, lesson, folder, model, state, metrics))
+    return from_rank_zero(partial(_save, run, folder, model, state, metrics))
 
 
 def _training(trainer: Trainer, arguments: TrainingArguments, seconds: float) -> dict[str, Any]:
@@ -129,19 +121,19 @@ def _entries(parameter: Any) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()) if state is None else state.shape.numel())
 
 
-def _save(lesson: Lesson, folder: RunFolder, model: Any, state: Any, metrics: dict[str, Any]) -> dict[str, Any]:
-    from smoa_lab.pages.run_charts import draw_run  # here: scoring and converting load lessons and draw nothing
+def _save(run: LoadedRun, folder: RunFolder, model: Any, state: Any, metrics: dict[str, Any]) -> dict[str, Any]:
+    from smoa_lab.pages.run_charts import draw_run  # here: scoring and converting load runs and draw nothing
 
-    method, metrics = lesson.config.method, without_secrets(metrics)
+    method, metrics = run.config.method, without_secrets(metrics)
     with new_files(folder.adapter) as temporary:
         model.save_pretrained(temporary, state_dict=state)
-        lesson.tokenizer.save_pretrained(temporary)
+        run.tokenizer.save_pretrained(temporary)
         if METHODS[method].config is not None:  # else it is a whole model
-            saved, base = PeftConfig.from_pretrained(str(temporary)), described_base(lesson.config.model.name)
+            saved, base = PeftConfig.from_pretrained(str(temporary)), described_base(run.config.model.name)
             card = run_card(folder.path.resolve().name, saved, base, metrics)
             (temporary / "README.md").write_text(card, encoding="utf-8")
     metrics["parameters"]["adapter_bytes"] = sum(file.stat().st_size for file in folder.adapter.glob("*.safetensors"))
-    title = f"{method} on {portable(lesson.title)}"
+    title = f"{method} on {portable(run.title)}"
     draw_run(metrics["history"], metrics["evaluation"], folder.picture, method, title)
     if metrics["samples"]:
         write_whole(folder.samples, f"# {folder.path.resolve().name}\n\n{samples_text(metrics['samples'])}")

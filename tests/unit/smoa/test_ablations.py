@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model, inject_adapter_in_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from smoa import ConfigError, PartitionError, SmoaConfig
+from smoa import PartitionError, SmoaConfig
 from smoa.export.merge import merge_and_save
 from tests.support import lab
-from tests.support.layers import Wrapper, adapted_layer, base_layer, base_weight, oracle_delta, smoa_layers
+from tests.support.layers import adapted_layer, base_layer, base_weight, oracle_delta, smoa_layers
 from tests.support.tolerance import assert_close
 
 
@@ -61,13 +61,6 @@ def test_a_random_adapter_is_as_large_with_a_normalized_anchor_as_without() -> N
     assert sizes[0] == pytest.approx(sizes[1], rel=1e-4)
 
 
-def test_a_config_that_is_used_again_is_normalized_for_the_new_weights() -> None:
-    config = SmoaConfig(r=4, num_blocks=2, target_modules=["layer"], scale="layer")
-    for _ in range(2):
-        layer = inject_adapter_in_model(config, Wrapper(base_layer(12, 10))).layer
-        assert layer.block_scale("default").tolist() == pytest.approx([1 / rms(base_weight(layer))] * 2, rel=1e-5)
-
-
 def test_a_weight_of_zeros_has_a_scale_of_one() -> None:
     base = nn.Linear(6, 6)
     nn.init.zeros_(base.weight)
@@ -81,13 +74,3 @@ def test_an_anchor_on_the_meta_device_is_normalized_once_weights_are_there() -> 
         layer.block_scale("default")
     layer.base_layer.weight = nn.Parameter(torch.randn(6, 6))
     assert layer.block_scale("default").tolist() == pytest.approx([1 / rms(base_weight(layer))] * 2, rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [{"modulation": "nois"}, {"scale": "layers"}, {"init_weights": "zero_B"}],
-    ids=str,
-)
-def test_a_wrong_value_of_an_option_is_named(wrong: dict[str, object]) -> None:
-    with pytest.raises(ConfigError, match=next(iter(wrong))):
-        SmoaConfig(**wrong)  # type: ignore[arg-type]

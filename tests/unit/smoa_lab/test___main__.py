@@ -20,7 +20,7 @@ from tests.support.without_packages import smoa_without
 MODULES = {package: module for module, package in PACKAGES.items() if module != "pyarrow"}
 CLI, LAB, *ONE_TASK = (
     {MODULES.get(name, name.replace("-", "_")) for name in extras()[extra]}
-    for extra in ("cli", "lab", "sums", "dialogue", "lm-eval")
+    for extra in ("cli", "lab", "sums", "dialogue")
 )
 LAB_ONLY = LAB - CLI - {"accelerate", "filelock", "jinja2"}
 """Without those that peft and torch install in any case."""

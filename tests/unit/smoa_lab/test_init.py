@@ -15,8 +15,8 @@ import torch
 
 from smoa.errors import ConfigError, DataError
 from smoa_lab import init
-from smoa_lab.config import run_config
-from smoa_lab.config.rows_config import check_any_config, load_any_config
+from smoa_lab.config import run
+from smoa_lab.config.run import check_config, load_config
 from smoa_lab.config.yaml_text import parse_yaml
 from smoa_lab.init import (
     Machine,
@@ -44,7 +44,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated"),  # TRL sets it
 ]
-CPU_MULTIPLIES_BFLOAT16 = run_config.cpu_multiplies_bfloat16
+CPU_MULTIPLIES_BFLOAT16 = run.cpu_multiplies_bfloat16
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_a_cpu_has_bfloat16_if_it_lists_instructions_for_it(
     monkeypatch: pytest.MonkeyPatch, listed: dict[str, Any], has: bool
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: listed, raising=False)
-    monkeypatch.setattr(run_config, "cpu_multiplies_bfloat16", CPU_MULTIPLIES_BFLOAT16)
+    monkeypatch.setattr(run, "cpu_multiplies_bfloat16", CPU_MULTIPLIES_BFLOAT16)
     assert this_machine() == Machine(2**30, None, has)
     assert this_machine().name == "the CPU"
 
@@ -295,7 +295,7 @@ def test_the_file_says_exactly_what_was_chosen(tmp_path: Path, case: str) -> Non
     file.write_text(config_text(file, chosen, MEASURED))
     values = chosen.values("runs/mine")
     assert parse_yaml(file.read_text(), file) == values
-    assert load_any_config(file) == check_any_config(values)
+    assert load_config(file) == check_config(values)
 
 
 @pytest.mark.parametrize("case", PROPOSALS)

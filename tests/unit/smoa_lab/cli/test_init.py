@@ -9,8 +9,7 @@ from typer.testing import CliRunner
 
 from smoa_lab.cli import init
 from smoa_lab.cli.main import app
-from smoa_lab.config.rows_config import RowsConfig, load_any_config
-from smoa_lab.config.run_config import RunConfig
+from smoa_lab.config.run import RunConfig, load_config
 from tests.support import lab
 from tests.support.proposals import rows_file, talks
 
@@ -46,8 +45,8 @@ def test_a_config_for_rows_is_written_and_trains(tmp_path: Path) -> None:
     report = json.loads(made.stdout)
     assert report["measured"]["seconds_per_step"] > 0
     assert (report["file"], report["steps"]) == ("new/mine.yaml", report["config"]["training"].get("max_steps", 9))
-    config = load_any_config(tmp_path / "new" / "mine.yaml")
-    assert isinstance(config, RowsConfig)
+    config = load_config(tmp_path / "new" / "mine.yaml")
+    assert isinstance(config, RunConfig)
     assert (config.data.chat_template, config.data.format) == ("alpaca", "messages")
     assert config.adapter["r"] == 8
     assert config.model_dump()["adapter"] == report["config"]["adapter"]
@@ -63,7 +62,7 @@ def test_a_task_gives_a_config_of_questions(tmp_path: Path) -> None:
     made = invoke("--model", "base", "--data", "arc_easy", "--no-measure", "--yes")
     assert made.exit_code == 0, made.output
     assert "arc_easy.yaml: written" in made.output
-    assert isinstance(load_any_config(tmp_path / "arc_easy.yaml"), RunConfig)
+    assert isinstance(load_config(tmp_path / "arc_easy.yaml"), RunConfig)
 
 
 def test_without_a_terminal_a_missing_option_is_named(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from typer.testing import CliRunner, Result
 
 from smoa_lab.cli.main import app
-from smoa_lab.lessons import own_rows
+from smoa_lab.training import loaded_run
 from tests.support.damaged_bytes import Damaged, parquet_table
 from tests.support.damaged_rows import damaged_files
 from tests.support.own_rows import MARKED, chats, rows_values, tiny_chat_model, tokenizer_with, write_rows
@@ -34,7 +34,7 @@ def model() -> PreTrainedModel:
 def room(tmp_path: Path, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a test, whose runs load a tiny model."""
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(own_rows, "load_base_model", lambda wanted: (copy.deepcopy(model), tokenizer_with(MARKED)))
+    monkeypatch.setattr(loaded_run, "load_base_model", lambda wanted: (copy.deepcopy(model), tokenizer_with(MARKED)))
     model.config.save_pretrained(tmp_path / "base")  # its size decides the learning rate
     monkeypatch.chdir(tmp_path)
     model.config.save_pretrained(tmp_path / "base")
@@ -75,7 +75,7 @@ def test_a_cache_that_cannot_be_written_is_told_before_the_model_is_loaded(
 ) -> None:
     rows = write_rows(room / "rows.jsonl", chats(20))
     monkeypatch.setenv("SMOA_CACHE", str(rows))
-    monkeypatch.setattr(own_rows, "load_base_model", pytest.fail)
+    monkeypatch.setattr(loaded_run, "load_base_model", pytest.fail)
     assert_refused(command(room, rows), room, "cannot be written (Not a directory); choose another place")
 
 

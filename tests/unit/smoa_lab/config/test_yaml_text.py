@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from smoa.errors import ConfigError
-from smoa_lab.config.run_config import load_config
+from smoa_lab.config.run import load_config
 from smoa_lab.config.yaml_text import apply_overrides, key_lines, parse_value, parse_yaml, to_yaml
 
 

@@ -1,208 +1,353 @@
 from __future__ import annotations
 
 import gzip
-import importlib
 import json
+import os
+import sys
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import datasets
+import huggingface_hub
 import pytest
+from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 
 from smoa.errors import DataError
-from smoa_lab.data.files import Columns, FileTask, read_file_split
+from smoa_lab.data.files import FileSource, HubRows, HubSource, _is_local, read_rows
+from smoa_lab.data.formats import BadRow, Format, recognise, shape, unrecognised
+from tests.support.damaged_bytes import Damaged, json_row, parquet_table
+from tests.support.damaged_rows import damaged_files
+from tests.support.own_rows import write_rows
 
-ROWS: list[dict[str, Any]] = [
-    {"q": "What warms the Earth?", "a": "the Moon", "b": "the Sun", "gold": 1},
-    {"q": "What falls?", "a": "rain", "b": "hope", "gold": 0},
-]
-COLUMNS = Columns(prompt="q", choices=["a", "b"], label="gold")
-
-
-def write(file: Path, rows: list[dict[str, Any]]) -> FileTask:
-    lines = "\n".join(json.dumps(row) for row in rows)
-    if file.suffix == ".gz":
-        file.write_bytes(gzip.compress(lines.encode()))
-    elif file.suffix == ".csv":
-        file.write_text("\n".join([",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]))
-    elif file.suffix == ".parquet":
-        pyarrow = importlib.import_module("pyarrow")
-        importlib.import_module("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), file)
-    else:
-        file.write_text(lines)
-    return FileTask(train=str(file), columns=COLUMNS)
+ROWS = [{"text": "Café, or “tea”?", "id": "1"}, {"text": 'Two\nlines, "quoted"', "id": "2"}]
+CSV = 'text,id\n"Café, or “tea”?",1\n"Two\nlines, ""quoted""",2\n'
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
 
 
-@pytest.mark.parametrize("name", ["own.jsonl", "own.jsonl.gz", "own.csv", "own.parquet"])
-def test_every_kind_of_file_gives_the_same_records(tmp_path: Path, name: str) -> None:
-    records = read_file_split("own", write(tmp_path / name, ROWS), "train")
-    assert [record.answer for record in records] == ["the Sun", "rain"]
-    assert records[0].choices == ("the Moon", "the Sun")
+def written(file: Path) -> Path:
+    """A file with ROWS, of the kind that its name says."""
+    kinds = {"jsonl": LINES.encode(), "json": json.dumps(ROWS).encode(), "csv": CSV.encode()}
+    kinds["parquet"] = parquet_table(ROWS)
+    content = kinds[file.name.lower().removesuffix(".gz").rpartition(".")[2]]
+    file.write_bytes(gzip.compress(content) if file.suffix.lower() == ".gz" else content)
+    return file
 
 
-def test_choices_may_be_one_column_and_the_label_the_choices_text(tmp_path: Path) -> None:
-    file = tmp_path / "own.jsonl"
-    write(file, [{"q": "Which?", "options": ["x", "y"], "gold": "y"}])
-    task = FileTask(train=str(file), columns=Columns(prompt="q", choices="options", label="gold"))
-    assert read_file_split("own", task, "train")[0].label == 1
+KINDS = ["a.jsonl", "a.json", "a.csv", "a.parquet", "a.jsonl.gz", "a.json.gz", "a.csv.gz", "A.JSONL", "b.CSV.GZ"]
 
 
-def test_free_answers_need_no_choices(tmp_path: Path) -> None:
-    write(tmp_path / "own.jsonl", [{"prompt": "Say hello.", "reply": "Hello."}])
-    task = FileTask(train=str(tmp_path / "own.jsonl"), columns=Columns(answer="reply"))
-    assert read_file_split("own", task, "train")[0].answer == "Hello."
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_file_gives_the_same_rows_and_says_where_they_are(tmp_path: Path, name: str) -> None:
+    file = written(tmp_path / name)
+    assert list(read_rows(file)) == [(f"{file}, row 1", ROWS[0]), (f"{file}, row 2", ROWS[1])]
 
 
-def test_without_a_test_file_nothing_is_held_out(tmp_path: Path) -> None:
-    assert read_file_split("own", write(tmp_path / "own.jsonl", ROWS), "test") == []
+def test_a_folder_is_read_by_name_whatever_the_kinds(tmp_path: Path) -> None:
+    for name in ("c.csv", "a.jsonl", "b.parquet", ".hidden.jsonl"):
+        written(tmp_path / name)
+    (tmp_path / "README.md").write_text("About these files.")
+    (tmp_path / "d.jsonl").mkdir()
+    places = [where.removeprefix(f"{tmp_path}/") for where, _ in read_rows(tmp_path)]
+    assert places == [f"{name}, row {n}" for name in ("a.jsonl", "b.parquet", "c.csv") for n in (1, 2)]
 
 
-def test_a_missing_column_is_named_with_those_that_are_there(tmp_path: Path) -> None:
-    task = write(tmp_path / "own.jsonl", [{"q": "Which?", "a": "x", "gold": 0}])
-    with pytest.raises(DataError, match=r"own\.jsonl, row 1: has no column 'b'; it has 'q', 'a', 'gold'"):
-        read_file_split("own", task, "train")
+def test_a_place_is_named_as_the_user_gave_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path / "a.jsonl")
+    assert next(read_rows(Path("~/a.jsonl")))[0] == "~/a.jsonl, row 1"
+    assert next(read_rows(Path("a.jsonl")))[0] == "a.jsonl, row 1"
 
 
-@pytest.mark.parametrize("gold", [2, -1, "neither"])
-def test_a_label_outside_the_choices_is_named_by_row(tmp_path: Path, gold: object) -> None:
-    task = write(tmp_path / "own.jsonl", [ROWS[0], {**ROWS[1], "gold": gold}])
-    with pytest.raises(DataError, match=r"own\.jsonl, row 2: .*label"):
-        read_file_split("own", task, "train")
+def test_blank_lines_are_passed_over_and_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('\n{"text": "a"}\r\n\r\n{"text": "b"}\n\n')
+    assert [where[-5:] for where, _ in read_rows(tmp_path / "a.jsonl")] == ["row 2", "row 4"]
 
 
-def test_an_empty_set_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "own.jsonl").write_text("")
-    with pytest.raises(DataError, match="has no rows"):
-        read_file_split("own", FileTask(train=str(tmp_path / "own.jsonl")), "train")
+def test_blank_lines_of_a_table_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"\r\ntext,id\r\n\r\na,1\r\n\r\n")
+    assert list(read_rows(tmp_path / "a.csv")) == [(f"{tmp_path}/a.csv, row 1", {"text": "a", "id": "1"})]
 
 
-def test_a_broken_line_is_named(tmp_path: Path) -> None:
-    (tmp_path / "own.jsonl").write_text('{"prompt": "a"}\n{"prompt": ')
-    with pytest.raises(DataError, match="line 2 is not JSON"):
-        read_file_split("own", FileTask(train=str(tmp_path / "own.jsonl")), "train")
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+def test_a_mark_before_utf_8_is_no_part_of_the_first_column(tmp_path: Path, name: str) -> None:
+    file = written(tmp_path / name)
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert [row for _, row in read_rows(file)] == ROWS
 
 
-def test_a_missing_file_and_an_unknown_kind_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such file"):
-        read_file_split("own", FileTask(train="nowhere.jsonl"), "train")
-    (tmp_path / "own.xlsx").write_text("x")
-    with pytest.raises(DataError, match="use one of jsonl, csv, parquet"):
-        read_file_split("own", FileTask(train=str(tmp_path / "own.xlsx")), "train")
+def test_reading_goes_on_after_a_row_with_a_fault(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": \n{"text": "c"}\n')
+    (tmp_path / "a.csv").write_text("text,id\na,1\nb\nc,3\n")
+    for name in ("a.jsonl", "a.csv"):
+        kinds = [isinstance(row, BadRow) for _, row in read_rows(tmp_path / name)]
+        assert kinds == [False, True, False]
 
 
-def test_columns_that_say_no_answer_are_refused(tmp_path: Path) -> None:
-    write(tmp_path / "own.jsonl", [{"prompt": "Say hello."}])
-    with pytest.raises(DataError, match=r"data\.files\.own\.columns: give answer, or choices and label"):
-        read_file_split("own", FileTask(train=str(tmp_path / "own.jsonl")), "train")
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.jsonl.gz"])
+def test_the_first_row_is_given_before_a_later_fault_is_met(tmp_path: Path, name: str) -> None:
+    rows = [{"text": "word " * 100}] * 5000
+    lines = {"jsonl": b"".join(json_row(**row) for row in rows)}
+    lines["csv"] = b"text\n" + b"".join(row["text"].encode() + b"\n" for row in rows)
+    content = lines[name.removesuffix(".gz")[2:]] + b"\xe9"
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    found = read_rows(tmp_path / name)
+    assert next(found)[1] == rows[0]
+    with pytest.raises(
+        DataError, match=r"after row (4999|5000): byte 0xe9 at position \d+ is not UTF-8; save it as UTF-8"
+    ):
+        list(found)
 
 
-def test_choices_without_a_label_are_refused(tmp_path: Path) -> None:
-    write(tmp_path / "own.jsonl", ROWS)
-    task = FileTask(train=str(tmp_path / "own.jsonl"), columns=Columns(prompt="q", choices=["a", "b"]))
-    with pytest.raises(DataError, match=r"own\.jsonl, row 1: choices need a label column"):
-        read_file_split("own", task, "train")
+@pytest.mark.parametrize("size", [1, 300_000])
+def test_a_list_is_decoded_whole_wherever_its_pieces_end(tmp_path: Path, size: int) -> None:
+    rows: list[dict[str, Any]] = [
+        {"text": 'é\\"\n😀' * (size // 4), "n": -1.5e-7, "none": None, "right": True, "rest": [[], {}]}
+        for _ in range(3)
+    ]
+    for ascii_only in (True, False):
+        (tmp_path / "a.json").write_text(json.dumps(rows, ensure_ascii=ascii_only, indent=1), encoding="utf-8")
+        assert [row for _, row in read_rows(tmp_path / "a.json")] == rows
 
 
-@pytest.mark.parametrize("value", [None, "", " "])
-@pytest.mark.parametrize("column", ["q", "b", "gold"])
-def test_a_cell_that_holds_nothing_is_named(tmp_path: Path, column: str, value: str | None) -> None:
-    task = write(tmp_path / "own.jsonl", [ROWS[0], ROWS[1] | {column: value}])
-    with pytest.raises(DataError, match=rf"own\.jsonl, row 2: column '{column}' is empty"):
-        read_file_split("own", task, "train")
-
-
-def test_a_free_answer_that_is_blank_is_named(tmp_path: Path) -> None:
-    (tmp_path / "own.csv").write_text("prompt,reply\nSay hello.,Hello.\nSay nothing.,\n")
-    task = FileTask(train=str(tmp_path / "own.csv"), columns=Columns(answer="reply"))
-    with pytest.raises(DataError, match=r"own\.csv, row 2: column 'reply' is empty"):
-        read_file_split("own", task, "train")
-
-
-def choices_of_cells(file: Path, cells: str) -> list[tuple[str, ...]]:
-    """The choices of a CSV file with up to four of them in a row."""
-    file.write_text(f"q,a,b,c,d,gold\nWhich?,v,w,x,y,0\nWhich?,{cells},0\n")
-    columns = Columns(prompt="q", choices=["a", "b", "c", "d"], label="gold")
-    return [record.choices for record in read_file_split("own", FileTask(train=str(file), columns=columns), "train")]
-
-
-def test_a_row_may_have_fewer_choices_than_the_file_has_columns(tmp_path: Path) -> None:
-    assert choices_of_cells(tmp_path / "own.csv", "v,w,x,") == [("v", "w", "x", "y"), ("v", "w", "x")]
-    assert choices_of_cells(tmp_path / "own.csv", "v,w, ,")[1] == ("v", "w")
-
-
-@pytest.mark.parametrize(("cells", "column"), [("v,,x,", "b"), (",w,x,y", "a"), ("v,,,", "b")])
-def test_a_blank_choice_before_a_filled_one_and_a_lone_choice_are_refused(
-    tmp_path: Path, cells: str, column: str
+def test_a_list_too_large_to_read_whole_is_refused_with_the_format_that_has_no_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(DataError, match=rf"own\.csv, row 2: column '{column}' is empty"):
-        choices_of_cells(tmp_path / "own.csv", cells)
+    monkeypatch.setattr("smoa_lab.data.files.LARGEST_LIST", 10)
+    (tmp_path / "a.json").write_text('[{"text": "a"}]')
+    with pytest.raises(DataError, match=r"larger than 10 bytes.*\.jsonl"):
+        list(read_rows(tmp_path / "a.json"))
 
 
-def label_in_list(file: Path, options: list[Any], gold: object) -> int | None:
-    write(file, [{"q": "Which?", "options": options, "gold": gold}])
-    task = FileTask(train=str(file), columns=Columns(prompt="q", choices="options", label="gold"))
-    return read_file_split("own", task, "train")[0].label
+def complaints(file: Path) -> Iterator[str]:
+    """What is said of a file: the faults of its rows, and the error that ends it."""
+    format: Format | None = None
+    try:
+        for where, row in read_rows(file):
+            format = format or (None if isinstance(row, BadRow) else recognise(row))
+            if (fault := row if isinstance(row, BadRow) else fault_of(row, format)) is not None:
+                yield f"{where}: {fault}"
+    except DataError as error:
+        yield str(error)
 
 
-@pytest.mark.parametrize("blank", [None, "", " "])
-def test_a_blank_choice_in_a_list_is_refused(tmp_path: Path, blank: str | None) -> None:
-    with pytest.raises(DataError, match=r"own\.jsonl, row 1: column 'options': choice 1, from 0, is empty"):
-        label_in_list(tmp_path / "own.jsonl", ["x", blank, "y"], 0)
+def fault_of(row: dict[str, Any], format: Format | None) -> BadRow | None:
+    try:
+        return None if format and shape(row, format) else unrecognised(row)
+    except BadRow as error:
+        return error
+
+
+@pytest.mark.parametrize("damaged", list(damaged_files()), ids=lambda damaged: damaged[0])
+def test_a_damaged_file_is_named_with_the_place_the_field_and_what_is_expected(
+    tmp_path: Path, damaged: Damaged
+) -> None:
+    name, content, expected = damaged
+    (tmp_path / name).write_bytes(content)
+    said = list(complaints(tmp_path / name))
+    assert len(said) == 1, said
+    assert said[0].startswith(str(tmp_path / name))
+    assert expected in said[0]
+    assert len(said[0]) < len(str(tmp_path)) + 600
+    assert said[0].isprintable()
+
+
+def test_a_missing_file_is_named_before_anything_is_read() -> None:
+    with pytest.raises(DataError, match=r"nowhere\.jsonl: no such file; give the path of a file or folder that exists"):
+        read_rows(Path("nowhere.jsonl"))
+
+
+def test_a_folder_without_data_is_named(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(DataError, match="no file in this folder is one of jsonl, csv, parquet, json; name a file"):
+        read_rows(tmp_path)
+
+
+def test_a_name_that_the_system_refuses_is_named() -> None:
+    with pytest.raises(DataError, match="cannot be read: File name too long; check the path and its permissions"):
+        read_rows(Path("a" * 300 + ".jsonl"))
+    with pytest.raises(DataError, match="cannot be read: Could not determine home directory"):
+        read_rows(Path("~nobody-of-this-name/a.jsonl"))
+
+
+@pytest.mark.parametrize("place", ["", "a.jsonl"])
+def test_a_file_that_may_not_be_read_is_named_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    written(tmp_path / "a.jsonl")
+    monkeypatch.setattr(Path, "open", refuse)  # a test may run as root, who may read everything
+    with pytest.raises(DataError, match="cannot be read: Permission denied; check the path and its permissions"):
+        read_rows(tmp_path / place)
+
+
+def test_without_pyarrow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(tmp_path / "a.parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(
+        DataError,
+        match=r"a\.parquet: cannot be read: Parquet: needs datasets; in a clone of smoa, run: pip install '\.\[lab\]'",
+    ):
+        list(read_rows(tmp_path / "a.parquet"))
+
+
+def test_long_tables_are_read_in_batches(tmp_path: Path) -> None:
+    rows = [{"text": str(number)} for number in range(100)]
+    (tmp_path / "a.parquet").write_bytes(parquet_table(rows))
+    found = list(islice(read_rows(tmp_path / "a.parquet"), 40, 42))
+    assert found == [(f"{tmp_path}/a.parquet, row {n + 1}", rows[n]) for n in (40, 41)]
+
+
+def read_json(tmp_path: Path, name: str, text: str) -> list[Any]:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    return [row for _, row in read_rows(tmp_path / name)]
+
+
+def test_a_list_may_be_written_in_any_style_and_a_damaged_one_is_an_error(tmp_path: Path) -> None:
+    rows = [{"n": -12.5e3, "t": 'é"\\/\b😀', "l": [True, None, {"a": {}}]}, {}, {"t": "\u2028"}]
+    for style in ({}, {"indent": 2}, {"ensure_ascii": False}):
+        assert read_json(tmp_path, "a.json", f" \n{json.dumps(rows, **style)}\r\n\t") == rows  # type: ignore[arg-type]
+    text = json.dumps(rows)
+    for end in range(1, len(text), 7):
+        with pytest.raises(DataError, match="is not JSON"):
+            read_json(tmp_path, "a.json", text[:end])
+    with pytest.raises(DataError, match="nested too deeply"):
+        read_json(tmp_path, "a.json", "[" * 100_000)
+    with pytest.raises(DataError, match=r"name the file \.jsonl"):
+        read_json(tmp_path, "a.json", '{"a": 1}\n{"a": 2}\n')
+
+
+def test_a_key_that_an_object_has_twice_is_bad_however_deep_and_only_in_its_row(tmp_path: Path) -> None:
+    objects = ['{"a": [{"b": 1, "c": 2, "b": 1}]}', '{"a": {"b": 1}, "b": 2}', '{"\\ud83d": 1, "\\ud83d": 2}']
+    for name, text in (("a.jsonl", "\n".join(objects)), ("a.json", f"[{','.join(objects)}]")):
+        deep, good, odd = read_json(tmp_path, name, text)
+        assert str(deep).startswith("b: ")
+        assert "1 has this key twice in one object; keep one" in str(deep)
+        assert good == {"a": {"b": 1}, "b": 2}
+        assert odd.field == "\\ud83d"
+
+
+def test_an_item_that_is_no_object_is_bad(tmp_path: Path) -> None:
+    (row,) = read_json(tmp_path, "a.json", "[123456]")
+    assert str(row) == "item 1 is not a JSON object but the number 123456; expected an object with columns"
+
+
+HUB_ROWS = [{"text": "a"}, {"text": "b"}]
+WANTED = HubRows(name="owner/rows", config="small", revision="v1", test_split="test")
+
+
+def test_a_file_gives_its_rows_again_and_again(tmp_path: Path) -> None:
+    source = FileSource(write_rows(tmp_path / "rows.jsonl", HUB_ROWS))
+    source.check()
+    expected = [(f"{tmp_path}/rows.jsonl, row {number}", row) for number, row in enumerate(HUB_ROWS, start=1)]
+    assert list(source.rows()) == list(source.rows()) == expected
+    assert source.name == str(tmp_path / "rows.jsonl")
+
+
+def test_the_state_of_a_folder_changes_with_each_of_its_files(tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.jsonl", HUB_ROWS)
+    source = FileSource(tmp_path)
+    states = [source.state()]
+    write_rows(tmp_path / "b.jsonl", HUB_ROWS)
+    states.append(source.state())
+    seen = (tmp_path / "a.jsonl").stat()
+    write_rows(tmp_path / "a.jsonl", [{"text": "c"}, {"text": "d"}])
+    os.utime(tmp_path / "a.jsonl", ns=(seen.st_atime_ns, seen.st_mtime_ns))
+    states.append(source.state())
+    assert len({str(state) for state in states}) == 3
+    os.utime(tmp_path / "a.jsonl", ns=(5, 5))
+    assert source.state() == states[-1]
+
+
+def test_a_missing_file_is_known_without_reading(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"rows\.jsonl: no such file"):
+        FileSource(tmp_path / "rows.jsonl").check()
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the stub of the Hub was asked for."""
+    calls: list[Any] = []
+
+    def load(*names: Any, **options: Any) -> Iterator[dict[str, Any]]:
+        calls.append((names, options))
+        return iter(HUB_ROWS)
+
+    class Api:
+        def dataset_info(self, name: str, revision: str | None) -> Any:
+            calls.append((name, revision))
+            return SimpleNamespace(sha="abc")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    return calls
+
+
+def test_a_split_of_the_hub_is_read_as_a_stream(asked: list[Any]) -> None:
+    source = HubSource(WANTED, "train")
+    source.check()
+    assert list(source.rows()) == [(f"owner/rows (train), row {n}", row) for n, row in enumerate(HUB_ROWS, start=1)]
+    assert asked == [(("owner/rows", "small"), {"split": "train", "revision": "v1", "streaming": True})]
+
+
+def test_its_state_has_the_commit_and_the_split(asked: list[Any]) -> None:
+    state = HubSource(WANTED, "train").state()
+    assert state[1:] == ["train", "abc"]
+    assert asked == [("owner/rows", "v1")]
+    assert state != HubSource(WANTED, "test").state()
+
+
+def broken_stream() -> Iterator[dict[str, Any]]:
+    yield HUB_ROWS[0]
+    raise ConnectionError("the connection broke")
 
 
 @pytest.mark.parametrize(
-    ("options", "gold", "label"),
-    [
-        (["2", "3", "1"], 1, 1),  # beside texts a JSON number is the choice's number alone
-        (["2", "3", "1"], "0", 0),  # the text of none
-        (["2", "3", "1"], "3", 1),  # the number of none
-        (["0", "1"], "1", 1),  # both ways the same
-        (["x", "y"], "1", 1),  # as in a CSV file
-        (["x", "y"], " 1", 1),
-        (["x", "y"], 1.0, 1),  # as in a Parquet file in which another label is missing
-        ([10, 20], 20, 1),
-        ([0.5, 2.0], 2.0, 1),
-        (["x", "y", "y"], "y", 1),
-    ],
+    "failure",
+    [ValueError("Unknown split"), datasets.exceptions.DatasetNotFoundError("no such data set"), None],
+    ids=["split", "name", "connection"],
 )
-def test_a_label_is_the_number_of_a_choice_or_its_text(
-    tmp_path: Path, options: list[Any], gold: object, label: int
-) -> None:
-    assert label_in_list(tmp_path / "own.jsonl", options, gold) == label
+def test_what_the_hub_refuses_is_one_clear_error(failure: Exception | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: Any, **__: Any) -> Iterator[dict[str, Any]]:
+        if failure is not None:
+            raise failure
+        return broken_stream()
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(DataError, match=r"data.hub: cannot read 'owner/rows', split 'train': "):
+        list(HubSource(WANTED, "train").rows())
 
 
-@pytest.mark.parametrize(("options", "gold"), [(["2", "3", "1"], "1"), ([2, 3, 1], 1)])
-def test_a_label_that_is_one_choices_number_and_anothers_text_is_refused(
-    tmp_path: Path, options: list[Any], gold: object
-) -> None:
-    with pytest.raises(DataError, match=r"row 1: label '?1'? is the number of '?3'?, from 0, and the text of another"):
-        label_in_list(tmp_path / "own.jsonl", options, gold)
+def test_damaged_data_on_the_hub_are_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: Any, **__: Any) -> Iterator[dict[str, Any]]:
+        raise datasets.exceptions.DatasetGenerationError("An error occurred while generating the dataset")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(DataError, match="cannot read 'owner/rows'"):
+        list(HubSource(WANTED, "train").rows())
 
 
-@pytest.mark.parametrize("gold", [[1], {"x": 1}, True, 1.5, 7, float("inf")])
-def test_a_label_that_is_neither_number_nor_text_of_a_choice_is_refused(tmp_path: Path, gold: object) -> None:
-    with pytest.raises(
-        DataError, match=r"own\.jsonl, row 1: label .* is neither a choice's number, from 0, nor one of"
-    ):
-        label_in_list(tmp_path / "own.jsonl", ["x", "y"], gold)
+def test_a_data_set_that_cannot_be_found_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    response: Any = SimpleNamespace(headers={}, request=None, status_code=404)
+    for failure in (RepositoryNotFoundError("404", response=response), OfflineModeIsEnabled("offline")):
+
+        class Api:
+            def dataset_info(self, name: str, revision: str | None, failure: Exception = failure) -> Any:
+                raise failure
+
+        monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+        with pytest.raises(DataError, match=r"data.hub.name: cannot find 'owner/rows' on the Hub: "):
+            HubSource(WANTED, "train").state()
 
 
-def test_a_context_may_be_absent(tmp_path: Path) -> None:
-    write(tmp_path / "own.jsonl", [row | {"story": None} for row in ROWS])
-    task = FileTask(train=str(tmp_path / "own.jsonl"), columns=COLUMNS.model_copy(update={"context": "story"}))
-    assert [record.context for record in read_file_split("own", task, "train")] == ["", ""]
-
-
-def test_choices_in_one_column_of_a_csv_file_are_json(tmp_path: Path) -> None:
-    (tmp_path / "own.csv").write_text('q,options,gold\nWhich?,"[""x"", ""y""]",y\n')
-    columns = Columns(prompt="q", choices="options", label="gold")
-    task = FileTask(train=str(tmp_path / "own.csv"), columns=columns)
-    assert read_file_split("own", task, "train")[0].choices == ("x", "y")
-    (tmp_path / "own.csv").write_text("q,options,gold\nWhich?,x|y,y\n")
-    with pytest.raises(DataError, match=r"row 1: 'options' must be a list of choices \(in CSV as JSON\), found 'x\|y'"):
-        read_file_split("own", task, "train")
-
-
-def test_a_line_that_is_no_object_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "own.jsonl").write_text('{"prompt": "a", "reply": "b"}\n\n[1]')
-    with pytest.raises(DataError, match=r"own\.jsonl, row 3: line 3 is not a JSON object"):
-        read_file_split("own", FileTask(train=str(tmp_path / "own.jsonl"), columns=Columns(answer="reply")), "train")
+def test_places_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert all(map(_is_local, ("rows.jsonl", "a/rows.jsonl", "./a", "~/a", "/a/b", "folder", "a/b/c")))
+    assert not any(map(_is_local, ("trl-lib/Capybara", "HuggingFaceH4/no_robots", "org/rows-v1.0")))
+    (tmp_path / "trl-lib" / "Capybara").mkdir(parents=True)
+    assert _is_local("trl-lib/Capybara")

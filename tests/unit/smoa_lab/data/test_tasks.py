@@ -5,10 +5,9 @@ from pathlib import Path
 import pytest
 
 from smoa.errors import ConfigError, DataError
-from smoa_lab.data.files import Columns, FileTask
-from smoa_lab.data.records import Record
-from smoa_lab.data.selection import Sizes, select
-from smoa_lab.data.tasks import Task, find_task
+from smoa_lab.data.own_questions import Columns, FileTask
+from smoa_lab.data.rows import Row, content_hash
+from smoa_lab.data.tasks import Task, find_task, select
 from tests.support import lab
 
 
@@ -25,7 +24,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def task(name: str, train: int, test: int, reads: list[str] | None = None) -> Task:
     """A task of so many questions, which notes when it is read."""
 
-    def read(part: str) -> list[Record]:
+    def read(part: str) -> list[Row]:
         if reads is not None:
             reads.append(f"{name}, {part}")
         return lab.questions(train if part == "train" else test, f"{name} {part}", name)
@@ -35,8 +34,8 @@ def task(name: str, train: int, test: int, reads: list[str] | None = None) -> Ta
 
 def test_a_source_is_read_once_and_then_from_the_cache() -> None:
     reads: list[str] = []
-    first = select({"a": task("a", 20, 5, reads)}, Sizes())
-    again = select({"a": task("a", 20, 5, reads)}, Sizes())
+    first = select({"a": task("a", 20, 5, reads)}, {})
+    again = select({"a": task("a", 20, 5, reads)}, {})
     assert again.train == first.train
     assert again.test == first.test
     assert reads == ["a, train", "a, test"]
@@ -49,7 +48,7 @@ def test_a_cache_that_cannot_be_written_is_told_before_a_source_is_read(
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "file"))
     reads: list[str] = []
     with pytest.raises(ConfigError, match=r"a-train-3\.jsonl: cannot be written \(Not a directory\)"):
-        select({"a": task("a", 20, 5, reads)}, Sizes())
+        select({"a": task("a", 20, 5, reads)}, {})
     assert reads == []
 
 
@@ -59,9 +58,9 @@ def test_a_file_of_ones_own_comes_before_a_task_of_that_name_and_is_never_cached
     own = FileTask(train=str(file), family="dialogue", columns=Columns(prompt="q", answer="a"))
     found = find_task("arc_easy", files={"arc_easy": own})
     assert found.family == "dialogue"
-    assert [record.answer for record in select({"arc_easy": found}, Sizes(), validation_part=0).train] == ["yes"]
+    assert [record.completion for record in select({"arc_easy": found}, {}, validation_part=0).train] == ["yes"]
     file.write_text("q,a\nSay it.,no\n")
-    assert [record.answer for record in select({"arc_easy": found}, Sizes(), validation_part=0).train] == ["no"]
+    assert [record.completion for record in select({"arc_easy": found}, {}, validation_part=0).train] == ["no"]
 
 
 def test_the_hub_is_a_source_of_the_sets_that_it_has() -> None:
@@ -72,3 +71,40 @@ def test_the_hub_is_a_source_of_the_sets_that_it_has() -> None:
 def test_a_name_like_no_task_is_answered_with_all_of_them() -> None:
     with pytest.raises(DataError, match=r"no task 'zzz'; choose from arc_challenge, .*mine.*winogrande"):
         find_task("zzz", files={"mine": FileTask(train="mine.csv")})
+
+
+def test_training_is_a_sample_of_all_tasks_and_every_task_is_tested() -> None:
+    chosen = select(
+        {"a": task("a", 20, 9), "b": task("b", 60, 9)}, {"train": 30, "validation": 4, "test": 5}, validation_part=0.1
+    )
+    assert [len(part) for part in (chosen.train, chosen.validation, chosen.test)] == [30, 4, 10]
+    assert {record.task for record in chosen.train} == {"a", "b"}
+    assert [record.task for record in chosen.test] == ["a"] * 5 + ["b"] * 5
+    assert chosen.families == {"a": "commonsense", "b": "commonsense"}
+
+
+def test_the_account_tells_source_sizes_and_hashes() -> None:
+    chosen = select({"a": task("a", 20, 9)}, {}, validation_part=0.1)
+    counted = {"train": 18, "validation": 2, "test": 9}
+    assert chosen.account["tasks"]["a"] == counted | {
+        "source": "source of a",
+        "dropped_also_in_test": 0,
+        "dropped_repeated": 0,
+    }
+    for part, number in counted.items():
+        used = chosen.account["used"][part]
+        assert used == {"examples": number, "sha256": content_hash(getattr(chosen, part))}
+
+
+def test_the_same_seed_takes_the_same_records_and_another_takes_others() -> None:
+    tasks = {"a": task("a", 50, 5)}
+    first, again, other = (select(tasks, {"train": 10}, seed=seed).train for seed in (0, 0, 1))
+    assert first == again
+    assert first != other
+
+
+def test_tasks_that_leave_nothing_to_train_on_are_refused() -> None:
+    train = lab.questions(6, "a")
+    own = Task("commonsense", "own", lambda part: train, cached=False)  # the test part has them all
+    with pytest.raises(DataError, match=r"data\.tasks: a leave no training examples"):
+        select({"a": own}, {})

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from smoa.errors import DataError
-from smoa_lab.config.run_config import ModelSection, check_config
+from smoa_lab.config.run import ModelSection, check_config
 from smoa_lab.models import base_models
 from smoa_lab.models.base_models import base_content, empty_model, load_base_model, prepare_packaged_model, with_rate
 from tests.support import gguf_base, lab

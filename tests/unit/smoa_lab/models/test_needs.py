@@ -14,13 +14,13 @@ from smoa.errors import DataError
 from smoa_lab.basics.extras import DRAWING, advice
 from smoa_lab.budget import budget_choices
 from smoa_lab.cli.demo import CONFIG
-from smoa_lab.config.run_config import ModelSection, check_config, load_config
-from smoa_lab.lessons import questions
+from smoa_lab.config.run import ModelSection, check_config, load_config
+from smoa_lab.evaluate import evaluate_run
 from smoa_lab.models import base_models
 from smoa_lab.models.needs import evaluation_needs, model_needs, training_needs
 from smoa_lab.models.packaged_models import unpacked_folder
-from smoa_lab.runs.evaluate_run import evaluate_run
 from smoa_lab.training import train_run
+from smoa_lab.training.loaded_run import load_run
 from tests.support import lab
 
 
@@ -35,7 +35,7 @@ def needed(values: dict[str, Any]) -> set[str]:
 
 
 def test_training_needs_what_draws_its_loss_curve(values: dict[str, Any]) -> None:
-    assert needed(values) == {"accelerate", *DRAWING}
+    assert needed(values) == {"accelerate", "trl", *DRAWING}
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_training_needs_what_draws_its_loss_curve(values: dict[str, Any]) -> Non
     ids=lambda part: str(sorted(part) if isinstance(part, set) else part),
 )
 def test_a_run_needs_what_its_config_names(change: dict[str, Any], modules: set[str], values: dict[str, Any]) -> None:
-    assert needed(values | change) - {"accelerate", *DRAWING} == modules
+    assert needed(values | change) - {"accelerate", "trl", *DRAWING} == modules
 
 
 def test_the_demo_needs_no_extra_but_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +83,7 @@ def test_only_overlap_scores_of_dialogue_need_their_packages(values: dict[str, A
 
 STARTS: dict[str, Callable[[Any], Any]] = {
     "train": train_run.train,
-    "prepare": questions.prepare,
+    "load": load_run,
     "eval": evaluate_run,
     "budget": lambda config: budget_choices(config.model.name, "1%", ("q_proj",)),
 }

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from smoa.files.card import NamedBase
-from smoa_lab.config.run_config import ModelSection
+from smoa_lab.config.run import ModelSection
 from smoa_lab.models.base_models import load_base_model
 from smoa_lab.models.packaged_models import (
     PACKAGED_MODELS,

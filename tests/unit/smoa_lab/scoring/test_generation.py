@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from smoa_lab.data.prompts import PromptEncoder, gold_response
-from smoa_lab.data.records import Record, choice_record
+from smoa_lab.data.encoding import Encoder
+from smoa_lab.data.questions import gold_response
+from smoa_lab.data.rows import Row, choice_question, question
 from smoa_lab.scoring.generation import (
     Generated,
     _scores,
@@ -22,9 +23,9 @@ from smoa_lab.scoring.generation import (
 )
 from tests.support import lab, tiny_models
 
-PIQA = choice_record("piqa", "1", "Cut it.", ["a saw", "glue"], 0)
-BOOLQ = choice_record("boolq", "2", "is water wet?", ["yes", "no"], 0)
-SUM = Record("gsm8k", "3", "How many?", "16 - 4 = <<16-4=12>>12\n#### 12")
+PIQA = choice_question("piqa", "1", "Cut it.", ["a saw", "glue"], 0)
+BOOLQ = choice_question("boolq", "2", "is water wet?", ["yes", "no"], 0)
+SUM = question("gsm8k", "3", "How many?", "16 - 4 = <<16-4=12>>12\n#### 12")
 
 
 @pytest.mark.parametrize(
@@ -38,13 +39,13 @@ SUM = Record("gsm8k", "3", "How many?", "16 - 4 = <<16-4=12>>12\n#### 12")
         (BOOLQ, "", None),
     ],
 )
-def test_the_label_is_the_first_match_of_the_tasks_own(record: Record, text: str, found: str | None) -> None:
+def test_the_label_is_the_first_match_of_the_tasks_own(record: Row, text: str, found: str | None) -> None:
     assert extract_choice(record, text, "label") == found
 
 
 @pytest.mark.parametrize("label", [0, 8, 9, 10, 11])
 def test_labels_of_two_digits_are_found_whole(label: int) -> None:
-    record = choice_record("own", "1", "Which?", [f"choice {i}" for i in range(12)], label)
+    record = choice_question("own", "1", "Which?", [f"choice {i}" for i in range(12)], label)
     assert extract_choice(record, gold_response(record, "label"), "label") == f"answer{label + 1}"
     assert extract_choice(record, "answer12 and not answer1", "label") == "answer12"
 
@@ -70,7 +71,7 @@ def test_the_number_is_the_last_one(text: str, number: str | None) -> None:
 
 
 def test_the_gold_solution_ends_in_its_number() -> None:
-    assert extract_number(SUM, SUM.answer, "text") == "12"
+    assert extract_number(SUM, str(SUM.completion), "text") == "12"
 
 
 def test_token_f1_counts_common_words() -> None:
@@ -81,12 +82,14 @@ def test_token_f1_counts_common_words() -> None:
 def test_dialogue_is_scored_by_overlap_and_the_rest_is_not() -> None:
     pytest.importorskip("sacrebleu")
     pytest.importorskip("rouge_score")
-    records = [Record("chat", str(i), "And then?", "we went home early that day") for i in range(2)]
-    same = [Generated(record, record.answer, record.answer, record.answer) for record in records]
+    records = [question("chat", str(i), "And then?", "we went home early that day") for i in range(2)]
+    same = [
+        Generated(record, str(record.completion), str(record.completion), str(record.completion)) for record in records
+    ]
     scores = _scores(same, "dialogue")
     assert (scores.exact_match, scores.token_f1, scores.rouge_l) == (1.0, 1.0, 1.0)
     assert scores.bleu == pytest.approx(100.0)
-    half = _scores([same[0], Generated(records[1], "", None, records[1].answer)], "dialogue")
+    half = _scores([same[0], Generated(records[1], "", None, str(records[1].completion))], "dialogue")
     assert (half.exact_match, half.extraction_failures, half.token_f1, half.rouge_l) == (0.5, 1, 0.5, 0.5)
     assert _scores(same, "text").token_f1 is None
 
@@ -97,13 +100,13 @@ def test_the_whole_text_is_the_answer_where_nothing_is_extracted() -> None:
 
 
 def test_texts_come_back_in_order_whatever_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, encoder = tiny_models.build("llama").train(), PromptEncoder(lab.byte_tokenizer())
+    model, encoder = tiny_models.build("llama").train(), Encoder(lab.byte_tokenizer())
 
     def echo(input_ids: Tensor, **options: Any) -> Tensor:
         return torch.cat([input_ids, input_ids], dim=1)
 
     monkeypatch.setattr(model, "generate", echo)
-    records = [Record("own", str(i), "word " * (i * 3 % 5) + "?", "x") for i in range(7)]
+    records = [question("own", str(i), "word " * (i * 3 % 5) + "?", "x") for i in range(7)]
     for size in (1, 3, 7):
         texts = generate(model, encoder, records, new_tokens=5, batch_size=size)
         for text, record in zip(texts, records, strict=True):

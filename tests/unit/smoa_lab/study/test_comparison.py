@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from smoa.errors import ConfigError
-from smoa_lab.config.run_config import RunConfig
-from smoa_lab.study.benches.bench import Bench
+from smoa_lab.config.run import RunConfig
 from smoa_lab.study.comparison import Comparison, Executor
+from smoa_lab.study.runner import Runner
 from smoa_lab.study.search import Untouched
 from smoa_lab.study.study import Entry, Study
 from smoa_lab.study.trials import Trial, TrialStore
@@ -74,12 +74,12 @@ def test_two_drivers_share_a_study_and_run_no_job_twice(study: Study, monkeypatc
         scores = {"all": {"gold_loss": loss, "accuracy": 0.5}}
         return {"config": config.model_dump(mode="json"), "questions": {"nll": [loss]}, "scores": scores}
 
-    def run(self: Bench, entry: Entry, rate: float, seed: int, part: str, work: Path) -> dict[str, Any]:
+    def run(self: Runner, entry: Entry, rate: float, seed: int, part: str, work: Path) -> dict[str, Any]:
         return result(work.relative_to(study.folder / "work").as_posix(), self.config(entry, rate, seed))
 
-    monkeypatch.setattr(Bench, "check_needs", lambda self, entry: None)
-    monkeypatch.setattr(Bench, "untouched", lambda self, config, part: result("untouched", config))
-    monkeypatch.setattr(Bench, "run", run)
+    monkeypatch.setattr(Runner, "check_needs", lambda self, entry: None)
+    monkeypatch.setattr(Runner, "untouched", lambda self, config, part: result("untouched", config))
+    monkeypatch.setattr(Runner, "run", run)
     drivers = [Thread(target=Comparison(study).run, name=name) for name in "ab"]
     for driver in drivers:
         driver.start()

@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM
 
 from smoa import SmoaConfig
 from smoa.errors import ConfigError, DataError
-from smoa_lab.lessons.questions import Questions
 from smoa_lab.study import sequence as sequence_module
 from smoa_lab.study.comparison import Comparison
 from smoa_lab.study.report import report
@@ -25,6 +24,7 @@ from smoa_lab.study.search import Untouched
 from smoa_lab.study.sequence import LAYERS, EarlierTask, SequenceRunner, _spread, weight_changes
 from smoa_lab.study.study import Study
 from smoa_lab.study.trials import TrialStore
+from smoa_lab.training.loaded_run import LoadedRun
 from tests.support import lab, tiny_models
 
 # Not ours: a deprecation between transformers and peft.
@@ -46,7 +46,7 @@ def total(model: torch.nn.Module) -> float:
 
 
 def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Questions, "fit", lambda *_: pytest.fail("it was trained already"))
+    monkeypatch.setattr(LoadedRun, "fit", lambda *_: pytest.fail("it was trained already"))
 
 
 def test_the_first_task_is_trained_once_and_stored(
@@ -81,13 +81,13 @@ def test_an_interrupted_training_goes_on_from_its_checkpoint(
         made(sequence)
     monkeypatch.setattr(sequence_module, "new_folder", real_folder)
     checkpoints = []
-    real_fit = Questions.fit
+    real_fit = LoadedRun.fit
 
     def fit(*arguments: Any) -> Any:
         checkpoints.append(Path(arguments[-1]).name)
         return real_fit(*arguments)
 
-    monkeypatch.setattr(Questions, "fit", fit)
+    monkeypatch.setattr(LoadedRun, "fit", fit)
     stage, _ = made(sequence)
     assert checkpoints == ["checkpoint-2"]
     *others, scores = sorted(file.name for file in stage.folder.iterdir())
@@ -227,7 +227,7 @@ def test_a_killed_study_goes_on_from_the_stored_first_task(
     study = Study.model_validate(sequence)
     Comparison(study).perform(Untouched())
     scores = json.loads((study.folder / "untouched.json").read_text())["scores"]
-    monkeypatch.setattr("smoa_lab.study.sequence.prepare", lambda *_: pytest.fail("it was trained already"))
+    monkeypatch.setattr("smoa_lab.study.sequence.load_run", lambda *_: pytest.fail("it was trained already"))
     Comparison(study).run(["ours"])
     assert Comparison(study).perform(Untouched())["scores"] == scores
     assert TrialStore(study.folder).names("final/") == RUNS[1:]
@@ -246,13 +246,13 @@ def test_tasks_between_are_trained_by_the_entrys_own_method(
     sequence: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained = []
-    real_fit = Questions.fit
+    real_fit = LoadedRun.fit
 
-    def fit(lesson: Questions, *arguments: Any) -> Any:
+    def fit(lesson: LoadedRun, *arguments: Any) -> Any:
         trained.append((lesson.title, lesson.config.method, lesson.config.training["max_steps"]))
         return real_fit(lesson, *arguments)
 
-    monkeypatch.setattr(Questions, "fit", fit)
+    monkeypatch.setattr(LoadedRun, "fit", fit)
     study = Study.model_validate(chain(sequence, tmp_path))
     Comparison(study).run()
     assert trained == [("arc_easy", "full", 2), ("hellaswag", "smoa", 3), ("piqa", "smoa", 2)]

@@ -129,6 +129,6 @@ def test_all_mistakes_of_keys_are_told_at_once_with_their_lines_and_the_nearest_
 
 
 def test_a_study_has_one_dtype_on_all_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("smoa_lab.config.run_config.cpu_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr("smoa_lab.config.run.cpu_multiplies_bfloat16", lambda: True)
     study = tiny_study(tmp_path)
     assert runner_of(study).config(study.entries["ours"], 0.01, seed=0).model.dtype == "float32"

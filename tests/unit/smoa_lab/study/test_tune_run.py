@@ -10,8 +10,7 @@ from typer.testing import CliRunner
 
 from smoa.errors import ConfigError
 from smoa_lab.cli.main import app
-from smoa_lab.config.rows_config import RowsConfig
-from smoa_lab.config.run_config import RunConfig, check_config
+from smoa_lab.config.run import RunConfig, check_config
 from smoa_lab.study.comparison import Comparison
 from smoa_lab.study.trials import Trial
 from smoa_lab.study.tune_run import tune_run
@@ -86,14 +85,14 @@ def test_rows_are_compared_by_the_trainers_own_loss_on_those_held_out(
     assert {1e-2, 3e-3, 3e-2} <= found.losses.keys()
     assert all(loss is not None and loss > 0 for loss in found.losses.values())
     assert len(set(found.losses.values())) == len(found.losses)
-    monkeypatch.setattr("smoa_lab.study.tune_run.open_rows", None)  # the runs are stored
+    monkeypatch.setattr("smoa_lab.study.tune_run.load_run", None)  # the runs are stored
     assert tune_run(config, max_runs=3) == found
 
 
 def test_a_search_without_a_rate_starts_at_that_of_the_models_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def trained(config: RowsConfig, work: Path) -> dict[str, Any]:
+    def trained(config: RunConfig, work: Path) -> dict[str, Any]:
         return {"config": config.model_dump(mode="json"), "loss": abs(math.log(config.training["learning_rate"]))}
 
     monkeypatch.setattr("smoa_lab.study.tune_run._train_rows", trained)

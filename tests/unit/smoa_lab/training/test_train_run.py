@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 from transformers import LlamaForCausalLM
+from trl import SFTTrainer
 
 from smoa.errors import ConfigError
-from smoa_lab.config.run_config import ModelSection, RunConfig, check_config
-from smoa_lab.lessons.questions import Questions
+from smoa_lab.config.run import ModelSection, RunConfig, check_config
+from smoa_lab.evaluate import evaluate_run
 from smoa_lab.open_run import base_section, open_run
-from smoa_lab.runs.evaluate_run import evaluate_run
-from smoa_lab.scoring.answer_loss import AnswerTrainer
 from smoa_lab.training import train_run
+from smoa_lab.training.loaded_run import LoadedRun
 from smoa_lab.training.run_folder import RunFolder
 from tests.support import lab
 
@@ -133,15 +133,15 @@ def test_a_second_start_while_a_run_trains_is_refused_before_any_work(
     values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = check_config(values)
-    fit = Questions.fit
+    fit = LoadedRun.fit
 
-    def started_again(lesson: Questions, *given: Any) -> Any:
-        monkeypatch.setattr(train_run, "open_lesson", pytest.fail)
+    def started_again(lesson: LoadedRun, *given: Any) -> Any:
+        monkeypatch.setattr(train_run, "load_run", pytest.fail)
         with pytest.raises(ConfigError, match="another process trains into it"):
             train_run.train(config)
         return fit(lesson, *given)
 
-    monkeypatch.setattr(Questions, "fit", started_again)
+    monkeypatch.setattr(LoadedRun, "fit", started_again)
     assert train_run.train(config)["training"]["steps"] == 2
     assert not RunFolder(config.folder).lock.exists()
     with pytest.raises(ConfigError, match="contains a finished run"):
@@ -160,14 +160,14 @@ def test_only_the_first_process_tells(
     untested: RunConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     level = logging.getLogger("smoa_lab").level
-    made = Questions.arguments
+    made = LoadedRun.arguments
 
-    def of_rank_one(lesson: Questions) -> Any:
+    def of_rank_one(lesson: LoadedRun) -> Any:
         arguments = made(lesson)
         monkeypatch.setattr(type(arguments), "process_index", property(lambda self: 1))
         return arguments
 
-    monkeypatch.setattr(Questions, "arguments", of_rank_one)
+    monkeypatch.setattr(LoadedRun, "arguments", of_rank_one)
     train_run.train(untested)
     assert "step 1/2" not in RunFolder(untested.folder).log.read_text()
     assert logging.getLogger("smoa_lab").level == level
@@ -178,7 +178,7 @@ def test_an_adapter_that_does_not_fit_the_model_leaves_nothing_behind(
     values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values["adapter"]["target_modules"] = ["q_prj"]
-    monkeypatch.setattr(train_run, "open_lesson", pytest.fail)
+    monkeypatch.setattr(train_run, "load_run", pytest.fail)
     with pytest.raises(ConfigError, match="did you mean 'q_proj'"):
         train_run.train(check_config(values))
     assert not Path(values["training"]["output_dir"]).exists()
@@ -189,17 +189,17 @@ def test_a_run_is_not_resumed_on_other_questions_or_another_base(
     changed: str, values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values["training"] |= {"save_strategy": "steps", "save_steps": 1}
-    own_step = AnswerTrainer.training_step
+    own_step = SFTTrainer.training_step
 
-    def interrupted(self: AnswerTrainer, *given: Any, **options: Any) -> Any:
+    def interrupted(self: SFTTrainer, *given: Any, **options: Any) -> Any:
         if self.state.global_step == 1:
             raise KeyboardInterrupt
         return own_step(self, *given, **options)
 
-    monkeypatch.setattr(AnswerTrainer, "training_step", interrupted)
+    monkeypatch.setattr(SFTTrainer, "training_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train_run.train(check_config(values))
-    monkeypatch.setattr(AnswerTrainer, "training_step", own_step)
+    monkeypatch.setattr(SFTTrainer, "training_step", own_step)
     if changed == "data":
         lab.fill_cache(tmp_path / "cache", lab.questions(20, "other"), lab.questions(3, "test"))
     else:

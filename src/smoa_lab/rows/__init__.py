@@ -1,1 +1,0 @@
-"""Rows of users' own data: files, formats, and what is wrong with a row."""

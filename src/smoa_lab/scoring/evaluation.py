@@ -1,0 +1,229 @@
+"""What held-out rows show before and after training: loss, perplexity, of questions the accuracy, sample answers."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from smoa_lab.data.encoding import Encoder, Tokens
+from smoa_lab.data.questions import candidates, instruction
+from smoa_lab.data.rows import Row
+from smoa_lab.scoring.generation import continue_prompts
+from smoa_lab.scoring.losses import Losses, Score, proportion, row_losses, score
+
+logger = logging.getLogger(__name__)
+
+Stage = Literal["before", "after"]
+NEW_TOKENS = 128
+"""The most tokens of a sample answer, and of one to a question."""
+QUESTION_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One question: its gold answer's negative log-likelihood in nats over its tokens, and whether the answer is right,
+    by likelihood and by likelihood per character."""
+
+    row: Row
+    gold_nll: float
+    gold_tokens: int
+    right: bool
+    right_norm: bool
+
+
+@dataclass(frozen=True)
+class Scores:
+    """``gold_loss``: mean negative log-likelihood of a gold answer's token, end token not counted, in nats.
+
+    With choices, ``accuracy`` takes the choice of the highest log-likelihood, ``accuracy_norm`` that of the highest
+    per character of its text (lm-eval's acc and acc_norm), ``majority`` always the commonest label. Without,
+    ``accuracy`` is the exact match of greedy decoding: answer and end token are the likeliest at every place.
+    """
+
+    questions: int
+    gold_loss: float
+    gold_loss_stderr: float
+    accuracy: float
+    accuracy_stderr: float
+    accuracy_norm: float | None = None
+    accuracy_norm_stderr: float | None = None
+    majority: float | None = None
+    perplexity: float | None = None
+
+
+def answer_outcomes(model: Any, encoder: Encoder, rows: Sequence[Row], batch_tokens: int = 4096) -> list[Outcome]:
+    """What the model makes of each question, in order."""
+    encoded = [encoder.choices(row) if row.choices else [encoder.encode(row)] for row in rows]
+    scores = iter(score(model, [tokens for some in encoded for tokens in some], encoder.pad, batch_tokens))
+    return [
+        _of_choices(row, [next(scores) for _ in some], [len(text) for text in candidates(row, encoder.style)])
+        if row.choices
+        else _of_free_answer(row, next(scores), some[0])
+        for row, some in zip(rows, encoded, strict=True)
+    ]
+
+
+def _of_free_answer(row: Row, scored: Score, tokens: Tokens) -> Outcome:
+    """Its loss is without that of the end token, which a cut answer has lost: then it can't be right either."""
+    nll = scored.nll if tokens.answer_cut else scored.nll[:-1]
+    right = scored.greedy and not tokens.answer_cut
+    return Outcome(row, sum(nll), len(nll), right, right)
+
+
+def _of_choices(row: Row, scores: list[Score], lengths: list[int]) -> Outcome:
+    assert row.label is not None
+    losses = [one.loss for one in scores]
+    normed = [loss / length for loss, length in zip(losses, lengths, strict=True)]
+    return Outcome(
+        row,
+        gold_nll=losses[row.label],
+        gold_tokens=len(scores[row.label].nll),
+        right=losses.index(min(losses)) == row.label,
+        right_norm=normed.index(min(normed)) == row.label,
+    )
+
+
+def score_outcomes(outcomes: Sequence[Outcome]) -> dict[str, Scores]:
+    """Scores per task, and over all under ``all``."""
+    names = dict.fromkeys(outcome.row.task for outcome in outcomes)
+    per_task = {name: _scores([one for one in outcomes if one.row.task == name]) for name in names}
+    return {**per_task, "all": _scores(outcomes)}
+
+
+def _scores(outcomes: Sequence[Outcome]) -> Scores:
+    gold = Losses([outcome.gold_nll for outcome in outcomes], [outcome.gold_tokens for outcome in outcomes])
+    shares: dict[str, Any] = dict(
+        zip(("accuracy", "accuracy_stderr"), proportion([one.right for one in outcomes]), strict=True)
+    )
+    if all(outcome.row.choices for outcome in outcomes):
+        norm, error = proportion([one.right_norm for one in outcomes])
+        majority = _majority([outcome.row for outcome in outcomes])
+        shares |= {"accuracy_norm": norm, "accuracy_norm_stderr": error, "majority": majority}
+    return Scores(len(outcomes), gold.mean, gold.stderr, **shares, perplexity=gold.perplexity)
+
+
+def _majority(rows: list[Row]) -> float:
+    """How often each task's commonest label is right."""
+    counts: dict[str, Counter[int | None]] = defaultdict(Counter)
+    for row in rows:
+        counts[row.task][row.label] += 1
+    return sum(max(labels.values()) for labels in counts.values()) / len(rows)
+
+
+class Evaluation:
+    """Measures a model on held-out ``rows`` before and after training, and lets it answer the first ``samples``.
+
+    ``evaluation`` has the scores of each stage: of questions those of :class:`Scores` by task, of other rows loss and
+    perplexity, of preferences those of the better completions. ``tokens`` are the rows as tokens, if they are known.
+    Without ``baseline`` questions are scored after training only.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        rows: Sequence[Row],
+        tokens: Sequence[Tokens] | None = None,
+        samples: int = 0,
+        batch_tokens: int = 4096,
+        baseline: bool = True,
+    ) -> None:
+        self.encoder, self.rows, self.batch_tokens, self.baseline = encoder, rows, batch_tokens, baseline
+        self.are_questions = bool(rows) and bool(rows[0].task)
+        self.tokens = tokens
+        longest = None if self.are_questions else encoder.max_length
+        prompts = ((row, encoder.prompt(row, longest)) for row in rows[:samples])
+        self.prompts = [(row, *prompt) for row, prompt in prompts if prompt is not None]
+        self.evaluation: dict[str, dict[str, Any]] = {}
+        self.written: dict[str, list[str]] = {}
+        self.outcomes: dict[str, list[Outcome]] = {}
+        self.losses: dict[str, Losses] = {}
+        self.rejected_losses: dict[str, Losses] = {}
+
+    def measure(self, model: Any, stage: Stage) -> None:
+        """Score the held-out rows, if there are any, and let the model answer."""
+        if not self.rows or (stage == "before" and self.are_questions and not self.baseline):
+            return
+        what = "questions" if self.are_questions else "rows"
+        logger.info("Scoring %d held-out %s %s training", len(self.rows), what, stage)
+        if self.are_questions:
+            self.outcomes[stage] = answer_outcomes(model, self.encoder, self.rows, self.batch_tokens)
+            scores = score_outcomes(self.outcomes[stage])
+            self.evaluation[stage] = {name: asdict(one) for name, one in scores.items()}
+        else:
+            self.losses[stage] = self.measured(model)
+            if self.rejected:
+                self.rejected_losses[stage] = row_losses(model, self.rejected, self.encoder.pad)
+            self.evaluation[stage] = {"all": _row_scores(self.losses[stage])}
+        prompts = [ids for _, ids, _ in self.prompts]
+        if self.are_questions:
+            options = {"eos_token_id": self.encoder.tokenizer.eos_token_id}
+            texts = continue_prompts(model, self.encoder.tokenizer, prompts, QUESTION_TOKENS, **options)
+            self.written[stage] = [" ".join(text.split()) for text in texts]
+        else:
+            self.written[stage] = continue_prompts(model, self.encoder.tokenizer, prompts, NEW_TOKENS)
+
+    def measured(self, model: Any) -> Losses:
+        """The losses of a model on the rows; of questions those of the gold answers."""
+        if self.are_questions:
+            gold = [self.encoder.gold(row) for row in self.rows]
+            scores = score(model, gold, self.encoder.pad, self.batch_tokens)
+            return Losses([one.loss for one in scores], [len(one.nll) for one in scores])
+        tokens = self.tokens if self.tokens is not None else [self.encoder.encode(row) for row in self.rows]
+        return row_losses(model, tokens, self.encoder.pad)
+
+    @property
+    def gain(self) -> dict[str, float] | None:
+        """What changed, with its standard error, paired by question or row; None unless both stages were scored.
+
+        ``preferred`` is the share of preferences whose better completion gained on the other: DPO's accuracy.
+        """
+        if len(self.outcomes) == 2:
+            pairs = zip(self.outcomes["before"], self.outcomes["after"], strict=True)
+            rises = [after.right - before.right for before, after in pairs]
+            mean = sum(rises) / len(rises)
+            squares = sum((rise - mean) ** 2 for rise in rises)
+            return {"accuracy": mean, "accuracy_stderr": math.sqrt(squares / max(1, len(rises) - 1) / len(rises))}
+        if len(self.losses) < 2:
+            return None
+        change = self.losses["after"].change_from(self.losses["before"])
+        gain = {"loss": change.mean, "loss_stderr": change.stderr}
+        if self.rejected_losses:
+            early, late = (
+                [bad - good for good, bad in zip(self.losses[stage].nll, self.rejected_losses[stage].nll, strict=True)]
+                for stage in ("before", "after")
+            )
+            gain["preferred"] = sum(after > before for before, after in zip(early, late, strict=True)) / len(early)
+        return gain
+
+    @cached_property
+    def rejected(self) -> list[Tokens]:
+        """The rejected completions, where the rows are preferences."""
+        return [self.encoder.encode(row, rejected=True) for row in self.rows if row.rejected is not None]
+
+    @property
+    def samples(self) -> list[dict[str, str]]:
+        """Question, reference answer, and what was written at each stage: as ``metrics.json`` has them."""
+        style, decode = self.encoder.style, self.encoder.tokenizer.decode
+        return [
+            {
+                "question": instruction(row, style) if row.task else str(decode(ids)),
+                "reference": reference,
+                **{stage: texts[number] for stage, texts in self.written.items()},
+            }
+            for number, (row, ids, reference) in enumerate(self.prompts)
+        ]
+
+
+def _row_scores(losses: Losses) -> dict[str, Any]:
+    return {
+        "rows": len(losses.nll),
+        "tokens": sum(losses.tokens),
+        "loss": losses.mean,
+        "loss_stderr": losses.stderr,
+        "perplexity": losses.perplexity,
+    }

@@ -1,0 +1,271 @@
+"""Computes log-likelihoods of trained tokens, at their positions only, and shares the work of a common prompt.
+
+With Gemma's vocabulary of 262,144 the output layer costs more than the rest of a 270M model, and most of its rows would
+belong to tokens whose loss is never asked for. So the hidden states are gathered *before* the output layer, by a hook
+on it: the model's own forward runs unchanged around it (soft-capping and scaling of logits, wrappers for several
+processes), for every causal language model whose ``get_output_embeddings`` is applied to (batch, tokens, hidden).
+
+The choices of a question share its prompt. The prompt goes through the model once, but for its last token; its keys and
+values are then repeated for each choice.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from smoa_lab.data.encoding import IGNORED, Tokens
+
+logger = logging.getLogger(__name__)
+
+BATCH_LOGITS = 2**28
+"""Logits of a batch if every padded token has them: 1 GiB in float32, 1,024 tokens with Gemma's vocabulary."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """The negative log-likelihood of each trained token in nats, and whether greedy decoding would give them: every one
+    is the likeliest at its place."""
+
+    nll: tuple[float, ...]
+    greedy: bool
+
+    @property
+    def loss(self) -> float:
+        """The negative log-likelihood of all of them."""
+        return sum(self.nll)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The negative log-likelihood of each row in nats, and the tokens that it is over."""
+
+    nll: list[float]
+    tokens: list[int]
+
+    @property
+    def mean(self) -> float:
+        """Nats per token."""
+        return sum(self.nll) / sum(self.tokens)
+
+    @property
+    def stderr(self) -> float:
+        """The standard error of :attr:`mean`, rows drawn at random."""
+        return _ratio_error(self.nll, self.tokens)
+
+    @property
+    def perplexity(self) -> float:
+        """The exponential of :attr:`mean`; infinity where a float can't hold it."""
+        try:
+            return math.exp(self.mean)
+        except OverflowError:
+            return math.inf
+
+    def change_from(self, before: Losses) -> Change:
+        """How much :attr:`mean` rose from ``before``, of the same rows, with its standard error."""
+        rises = [late - early for early, late in zip(before.nll, self.nll, strict=True)]
+        return Change(sum(rises) / sum(self.tokens), _ratio_error(rises, self.tokens))
+
+
+@dataclass(frozen=True)
+class Change:
+    """The rise of a loss in nats per token with its standard error."""
+
+    mean: float
+    stderr: float
+
+
+def proportion(hits: Sequence[bool]) -> tuple[float, float]:
+    """The share of hits and its standard error."""
+    share = sum(hits) / len(hits)
+    return share, math.sqrt(share * (1 - share) / max(1, len(hits) - 1))
+
+
+def _ratio_error(nll: Sequence[float], tokens: Sequence[int]) -> float:
+    """The standard error of a ratio of sums."""
+    mean = sum(nll) / sum(tokens)
+    return math.sqrt(sum((loss - mean * size) ** 2 for loss, size in zip(nll, tokens, strict=True))) / sum(tokens)
+
+
+def row_losses(model: nn.Module, rows: Sequence[Tokens], pad: int) -> Losses:
+    """The losses of rows, in order. ``pad`` is the token that fills a batch."""
+    vocabulary = cast(Any, model).config.get_text_config().vocab_size
+    scores = score(model, rows, pad, BATCH_LOGITS // vocabulary, share_prompts=False)
+    return Losses([one.loss for one in scores], [len(one.nll) for one in scores])
+
+
+def score(
+    model: nn.Module, rows: Sequence[Tokens], pad: int, batch_tokens: int, share_prompts: bool = True
+) -> list[Score]:
+    """The score of each row, in order. ``batch_tokens`` bounds the padded tokens of a batch; neighbors with the same
+    prompt share its work, if they may.
+
+    Dropout is off and no gradient is kept; the model's mode is restored.
+    """
+    prompts = [row.prompt if share_prompts else number for number, row in enumerate(rows)]
+    groups = [list(group) for _, group in groupby(range(len(rows)), key=lambda number: prompts[number])]
+
+    def cost(group: list[int]) -> int:
+        return rows[group[0]].start + len(group) * max(len(rows[number].answer) for number in group)
+
+    scores: dict[int, Score] = {}
+    with scoring(model):
+        for chosen in batches([cost(group) for group in groups], batch_tokens):
+            numbers = [number for place in chosen for number in groups[place]]
+            batch = _score_batch(model, [[rows[number] for number in groups[place]] for place in chosen], pad)
+            scores.update(zip(numbers, batch, strict=True))
+    return [scores[number] for number in range(len(rows))]
+
+
+def batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """The numbers of the rows, the longest first, in batches of at most ``most`` padded tokens, or of one row."""
+    batch: list[int] = []
+    for number in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > most:
+            yield batch
+            batch = []
+        batch.append(number)
+    if batch:
+        yield batch
+
+
+def _score_batch(model: nn.Module, groups: list[list[Tokens]], pad: int) -> list[Score]:
+    """Scores of all rows in order."""
+    rows = [row for group in groups for row in group]
+    prompts = [group[0].prompt[:-1] for group in groups]
+    repeats = torch.tensor([len(group) for group in groups])
+    shared = _prompt_pass(model, prompts, repeats, pad) if int(repeats.max()) > 1 and all(prompts) else None
+    if shared is not None:  # what is left of a row begins with the prompt's last token
+        rows = [Tokens(row.input_ids[row.start - 1 :], row.labels[row.start - 1 :]) for row in rows]
+    device = next(model.parameters()).device
+    batch = {name: tensor.to(device) for name, tensor in collate([row.columns for row in rows], pad).items()}
+    labels = batch.pop("labels")
+    inputs: dict[str, Any] = {**batch, "use_cache": False} if shared is None else shared.continued_by(batch)
+    with logits_at(model, answer_positions(labels)):
+        logits = answer_logits(model(**inputs).logits, labels)
+    targets = labels[:, 1:][labels[:, 1:] != IGNORED].to(logits.device)
+    counts = [row.trained for row in rows]
+    nll = torch.split(F.cross_entropy(logits.float(), targets, reduction="none"), counts)
+    hits = torch.split(logits.argmax(-1) == targets, counts)
+    return [Score(tuple(one.tolist()), bool(hit.all())) for one, hit in zip(nll, hits, strict=True)]
+
+
+@dataclass(frozen=True)
+class _PromptCache:
+    """Keys and values of left-padded prompts, each repeated for its rows, with ``mask`` (rows, width).
+
+    ``name`` is the model's own for them.
+    """
+
+    name: str
+    keys_and_values: Any
+    mask: Tensor
+
+    def continued_by(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+        """The model's inputs for right-padded continuations."""
+        lengths = self.mask.sum(dim=1, keepdim=True)
+        return {
+            "input_ids": batch["input_ids"],
+            "attention_mask": torch.cat([self.mask, batch["attention_mask"]], dim=1),
+            "position_ids": lengths + batch["attention_mask"].cumsum(dim=1) - 1,  # padding takes no further positions
+            self.name: self.keys_and_values,
+        }
+
+
+def _prompt_pass(model: nn.Module, prompts: list[list[int]], repeats: Tensor, pad: int) -> _PromptCache | None:
+    """Run each prompt once; None where the model keeps no keys and values that can be repeated."""
+    inputs = left_padded(prompts, pad, next(model.parameters()).device)
+    mask = inputs["attention_mask"]
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    with logits_at(model, torch.zeros_like(mask, dtype=torch.bool)):
+        output = model(**inputs, position_ids=positions, use_cache=True)
+    name = "cache" if hasattr(output, "cache") else "past_key_values"  # before transformers 5.24
+    cache: Any = getattr(output, name, None)
+    if not hasattr(cache, "batch_select_indices"):
+        return None
+    rows = torch.repeat_interleave(repeats).to(mask.device)
+    cache.batch_select_indices(rows)
+    return _PromptCache(name, cache, mask[rows])
+
+
+@contextmanager
+def scoring(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off and keep no gradient within the block; afterwards the model's mode is restored."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def logits_at(model: nn.Module, positions: Tensor) -> Iterator[None]:
+    """Let ``model(...).logits`` be (1, N, vocabulary) within the block: those at ``positions`` (batch, tokens; bool).
+
+    A model without an output layer of its own, or one that applies it to something else, gives all logits.
+    """
+    getter: Any = getattr(model, "get_output_embeddings", None)
+    head: nn.Module | None = None if getter is None else getter()
+    if head is None:
+        logger.warning("%s has no output embeddings: all logits are computed", type(model).__name__)
+        yield
+        return
+
+    def keep(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden = inputs[0]
+        if hidden.shape[:2] != positions.shape:
+            return inputs
+        return (hidden[positions].unsqueeze(0), *inputs[1:])
+
+    handle = head.register_forward_pre_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def answer_positions(labels: Tensor) -> Tensor:
+    """(batch, tokens) bool: the positions whose *next* token is to be predicted."""
+    wanted = torch.zeros_like(labels, dtype=torch.bool)
+    wanted[:, :-1] = labels[:, 1:] != IGNORED
+    return wanted
+
+
+def answer_logits(logits: Tensor, labels: Tensor) -> Tensor:
+    """(N, vocabulary): the logits that predict the N trained tokens, from those under :func:`logits_at` or from all."""
+    if logits.shape[:2] == labels.shape:
+        return logits[answer_positions(labels)]
+    return logits.reshape(-1, logits.shape[-1])
+
+
+def collate(rows: Sequence[dict[str, list[int]]], pad: int) -> dict[str, Tensor]:
+    """Right-padded ``input_ids``, ``attention_mask`` and ``labels``, each (batch, tokens) int64."""
+    width = max(len(row["input_ids"]) for row in rows)
+
+    def padded(values: list[list[int]], filler: int) -> Tensor:
+        return torch.tensor([one + [filler] * (width - len(one)) for one in values], dtype=torch.long)
+
+    return {
+        "input_ids": padded([row["input_ids"] for row in rows], pad),
+        "attention_mask": padded([[1] * len(row["input_ids"]) for row in rows], 0),
+        "labels": padded([row["labels"] for row in rows], IGNORED),
+    }
+
+
+def left_padded(prompts: list[list[int]], pad: int, device: torch.device) -> dict[str, Tensor]:
+    """Left-padded ``input_ids`` and ``attention_mask``, each (batch, tokens) int64: all prompts end side by side."""
+    width = max(map(len, prompts))
+    ids = [[pad] * (width - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}

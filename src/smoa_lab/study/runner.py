@@ -1,0 +1,205 @@
+"""Trains and scores one entry of a study: what the kinds of studies share, and the kind whose loss is on answers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, set_seed
+
+from smoa.errors import ConfigError
+from smoa_lab.basics.extras import require
+from smoa_lab.config.run import DataSection, ModelSection, RunConfig, check_config
+from smoa_lab.data.rows import Row
+from smoa_lab.data.tasks import Selection, task_needs
+from smoa_lab.models.base_models import base_content, empty_model
+from smoa_lab.models.needs import training_needs
+from smoa_lab.scoring.evaluation import Outcome, answer_outcomes, score_outcomes
+from smoa_lab.study.study import Entry
+from smoa_lab.training.adapting import check_adapter
+from smoa_lab.training.loaded_run import LoadedRun, load_run
+from smoa_lab.training.run_folder import RunFolder
+
+Part = Literal["validation", "test"]
+
+# How far the trainable parameters of an entry may differ from what it declares.
+PARAMETER_TOLERANCE = 0.02
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A trained model, its trainer, and the seconds that it took."""
+
+    model: nn.Module
+    trainer: Trainer
+    seconds: float
+
+
+class Runner(ABC):
+    """Trains entries that share ``shared`` (a run's config without method, adapter, learning rate and seed)."""
+
+    auto_class: Any = AutoModelForCausalLM
+
+    def __init__(self, shared: dict[str, Any], elsewhere: DataSection | None = None) -> None:
+        self.shared = shared
+        self.elsewhere = elsewhere
+
+    def config(
+        self, entry: Entry, learning_rate: float, seed: int, place: str = "study", work: Path = Path("runs/study")
+    ) -> RunConfig:
+        """The whole run of an entry; raises ConfigError with all problems of it."""
+        training = {**(self.shared.get("training") or {}), **entry.training}
+        training |= {"learning_rate": learning_rate, "seed": seed, "output_dir": str(work)}
+        model = {**(self.shared.get("model") or {}), **entry.model}
+        own = {"method": entry.method, "adapter": entry.adapter, "model": model, "training": training}
+        checked = check_config({**self.shared, **own}, place)
+        _ = checked.questions  # refuses rows
+        return checked
+
+    def stored_config(self, config: RunConfig) -> dict[str, Any]:
+        """All that decides a run's result, as its JSON has it: a finished run counts only for the same."""
+        elsewhere = None if self.elsewhere is None else self.elsewhere.model_dump(mode="json")
+        return {**config.model_dump(mode="json"), "elsewhere": elsewhere}
+
+    def check_needs(self, entry: Entry) -> None:
+        """Raise DataError if a package is missing that the runs of an entry will need, ConfigError if its adapter does
+        not fit the model."""
+        elsewhere = {} if self.elsewhere is None else task_needs(self.elsewhere.chosen())
+        config = self.config(entry, entry.learning_rate, seed=0)
+        require({**training_needs(config), **elsewhere})
+        check_adapter(empty_model(self._base_section(config), self.auto_class), config.method, config.adapter)
+
+    def _base_section(self, config: RunConfig) -> ModelSection:
+        """Which model is loaded."""
+        return config.model
+
+    def run(self, entry: Entry, learning_rate: float, seed: int, part: Part, work: Path) -> dict[str, Any]:
+        """Train, then score ``part``: plain values for a trial's JSON. An interrupted run goes on in ``work``."""
+        config = self.config(entry, learning_rate, seed, work=work)
+        self._part(part)
+        inputs = {"data": self.records.content, "base model": base_content(self._base_section(config))}
+        checkpoint = RunFolder(work).start(config.to_yaml(), inputs)
+        fitted = self._fit(config, checkpoint, ParameterCheck(entry))
+        return {
+            "config": self.stored_config(config),
+            "parameters": trained_parameters(fitted.model),
+            "seconds": None if checkpoint else round(fitted.seconds, 1),  # of a resumed run it would be a part only
+            "steps": fitted.trainer.state.global_step,
+            "training_loss": fitted.trainer.state.log_history[-1].get("train_loss"),
+            **self._scores(fitted.model, config, part),
+        }
+
+    def untouched_config(self, entry: Entry) -> RunConfig:
+        """The config of the shared model without training; ``entry`` only lends a method that is valid for it."""
+        lent = Entry(method=entry.method, adapter=entry.adapter, learning_rate=entry.learning_rate)
+        config = self.config(lent, lent.learning_rate, seed=0)
+        own = {"learning_rate", "seed", "output_dir"}
+        training = {key: value for key, value in config.training.items() if key not in own}
+        return config.model_copy(update={"method": "full", "adapter": {}, "training": training})
+
+    def untouched(self, config: RunConfig, part: Part) -> dict[str, Any]:
+        """Scores without any training, for comparison: majority class, and loss elsewhere."""
+        set_seed(0)  # draws a head that is not trained
+        return {"config": self.stored_config(config), "parameters": 0, **self._scores(None, config, part)}
+
+    @cached_property
+    def records(self) -> Selection:
+        """The records of all runs; read once."""
+        return DataSection.model_validate(self.shared["data"]).select()
+
+    @cached_property
+    def _elsewhere_records(self) -> list[Row]:
+        return [] if self.elsewhere is None else self.elsewhere.select().test
+
+    def _part(self, part: Part) -> list[Row]:
+        records: list[Row] = getattr(self.records, part)
+        if not records:
+            raise ConfigError(f"shared.data.{part}_examples: a study needs a {part} part; it has no questions")
+        return records
+
+    def _scores(self, model: nn.Module | None, config: RunConfig, part: Part) -> dict[str, Any]:
+        outcomes = self._outcomes(model, config, self._part(part))
+        found: dict[str, Any] = {
+            "part": part,
+            "sha256": self.records.account["used"][part]["sha256"],
+            **scored(outcomes),
+        }
+        if self._elsewhere_records and part == "test":
+            found |= self._away(model, config)
+        return found
+
+    def _away(self, model: nn.Module | None, config: RunConfig) -> dict[str, Any]:
+        """The loss elsewhere."""
+        outcomes = self._outcomes(model, config, self._elsewhere_records)
+        return {"elsewhere": score_outcomes(outcomes)["all"].gold_loss}
+
+    @abstractmethod
+    def _fit(self, config: RunConfig, checkpoint: str | None, check: TrainerCallback) -> Fitted:
+        """Train by ``config``, from ``checkpoint`` if there is one, watched by ``check``."""
+
+    @abstractmethod
+    def _outcomes(self, model: nn.Module | None, config: RunConfig, rows: Sequence[Row]) -> list[Outcome]:
+        """What the model, or without one the untouched base, makes of each record."""
+
+
+class AnswerRunner(Runner):
+    """Trains causal language models with the loss on the answers, as ``smoa train`` does; scores the gold answers'
+    likelihood."""
+
+    def _load(self, config: RunConfig) -> LoadedRun:
+        run = load_run(config, self.records)
+        self.encoder = run.encoder
+        return run
+
+    def _fit(self, config: RunConfig, checkpoint: str | None, check: TrainerCallback) -> Fitted:
+        run = self._load(config)
+        return Fitted(*run.fit(without_bar(run.arguments()), checkpoint, check))
+
+    def _outcomes(self, model: nn.Module | None, config: RunConfig, rows: Sequence[Row]) -> list[Outcome]:
+        scored = self._load(config).base if model is None else model
+        return answer_outcomes(scored, self.encoder, rows, config.task.eval_batch_tokens)
+
+
+def without_bar(arguments: Any) -> Any:
+    """The trainer's arguments, without a progress bar: a study logs one line a run."""
+    arguments.disable_tqdm = True
+    return arguments
+
+
+def trained_parameters(model: nn.Module) -> int:
+    """How many are trainable, a new classification head aside."""
+    named = (one for name, one in model.named_parameters() if one.requires_grad and "classifier" not in name)
+    return sum(parameter.numel() for parameter in named)
+
+
+class ParameterCheck(TrainerCallback):
+    """Raises ConfigError before the first step if an entry trains another number of parameters than it declares."""
+
+    def __init__(self, entry: Entry) -> None:
+        self.entry = entry
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Called by the Trainer."""
+        found, wanted = trained_parameters(model), self.entry.parameters
+        if wanted is not None and abs(found - wanted) > PARAMETER_TOLERANCE * wanted:
+            raise ConfigError(
+                f"entries: {self.entry.method} {self.entry.adapter} trains {found:,} parameters, not {wanted:,} to "
+                f"within {PARAMETER_TOLERANCE:.0%}; change r (smoa budget lists the choices) or what it declares"
+            )
+
+
+def scored(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """What a trial keeps of outcomes: ``scores`` by task and, of each question in order, so that entries can be paired,
+    its task, the loss and tokens of the gold answer, and whether it was answered right."""
+    questions = {
+        "task": [outcome.row.task for outcome in outcomes],
+        "nll": [round(outcome.gold_nll, 4) for outcome in outcomes],
+        "tokens": [outcome.gold_tokens for outcome in outcomes],
+        "right": [int(outcome.right) for outcome in outcomes],
+    }
+    return {"scores": {name: asdict(score) for name, score in score_outcomes(outcomes).items()}, "questions": questions}

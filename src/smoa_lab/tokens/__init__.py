@@ -1,1 +1,0 @@
-"""A user's own rows as tokens: chat templates, what is trained, and the rows on disk."""

@@ -1,0 +1,338 @@
+"""A run's data and base model, loaded: all that it needs before its first step, and its training by TRL."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from peft.tuners.tuners_utils import check_target_module_exists
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import SchedulerType
+
+from smoa.atomic import check_place
+from smoa.errors import ConfigError, DataError
+from smoa.layers.distributed import is_distributed
+from smoa_lab.basics.cache import cache_folder
+from smoa_lab.basics.extras import import_package, require
+from smoa_lab.basics.foreign import foreign_warnings_ignored
+from smoa_lab.basics.positions import check_positions
+from smoa_lab.basics.without_secrets import Unsaved, names_secret
+from smoa_lab.config.methods import METHODS
+from smoa_lab.config.run import RowsSection, RunConfig
+from smoa_lab.data.chat_templates import set_chat_template, stop_at_turns_end
+from smoa_lab.data.encoding import Encoder, Tokens
+from smoa_lab.data.files import FileSource, HubSource, RowSource
+from smoa_lab.data.prepared import Part, PreparedRows, Reading, Shares, require_good_rows
+from smoa_lab.data.rows import Row
+from smoa_lab.data.tasks import Selection
+from smoa_lab.models.base_models import base_content, load_base_model
+from smoa_lab.models.needs import data_needs
+from smoa_lab.scoring.evaluation import Evaluation
+from smoa_lab.scoring.losses import Losses
+from smoa_lab.training.adapting import after_training, with_adapter
+from smoa_lab.training.progress import REPLACED, ProgressReport
+
+logger = logging.getLogger(__name__)
+
+REFERENCE = "ref"
+"""DPOTrainer's name of its copy of the untrained adapter, which it compares with."""
+LENGTH = 1024
+"""TRL's own limit of a row's tokens."""
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """Model, data, and the encoder that turns the data into tokens. ``data`` are questions, or rows on disk."""
+
+    config: RunConfig
+    base: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    encoder: Encoder
+    data: Selection | PreparedRows
+
+    @property
+    def title(self) -> str:
+        """What is learned, in a few words."""
+        return sources(self.config.rows)[0].name if self.config.has_rows else ", ".join(self.config.questions.tasks)
+
+    @property
+    def format(self) -> str | None:
+        """The format of rows; None for questions."""
+        return self.data.account["format"] if isinstance(self.data, PreparedRows) else None
+
+    def account(self) -> dict[str, Any]:
+        """Which data there are, and what was left out of them."""
+        own = {"source": self.title} if self.config.has_rows else {}
+        return {**own, **self.data.account}
+
+    def truncation(self) -> dict[str, Any]:
+        """What training loses by cutting, where :meth:`account` does not have it."""
+        if isinstance(self.data, PreparedRows):
+            return {}
+        tokens = self._question_tokens
+        return {
+            "truncation": {
+                "prompts_cut": sum(one.cut > 0 for one in tokens),
+                "prompt_tokens_cut": sum(one.cut for one in tokens),
+                "answers_cut": sum(one.answer_cut > 0 for one in tokens),
+            }
+        }
+
+    def inputs(self) -> dict[str, str]:
+        """What the run starts from, by content: a resumed run must find the same."""
+        content = self.data.folder.name if isinstance(self.data, PreparedRows) else self.data.content
+        return {"data": content, "base model": base_content(self.config.model)}
+
+    @property
+    def test_rows(self) -> list[Row]:
+        """What is held out for the test."""
+        if isinstance(self.data, Selection):
+            return self.data.test
+        return self.data.rows("test", self.config.rows.test_examples, self.config.data.seed)
+
+    def evaluation(self, alone: bool = True) -> Evaluation:
+        """What will be measured; ``alone`` is false if the model is spread over several processes, which write
+        nothing."""
+        task = self.config.task
+        if isinstance(self.data, Selection):
+            samples = task.samples * alone
+            return Evaluation(self.encoder, self.data.test, None, samples, task.eval_batch_tokens, task.baseline)
+        section = self.config.rows
+        held_out = self.data.part("test", section.test_examples, section.seed)
+        tokens = [Tokens(row["input_ids"], row["labels"]) for row in held_out]
+        return Evaluation(self.encoder, self.test_rows, tokens, section.samples * alone)
+
+    def held_out_losses(self, model: Any) -> Losses:
+        """The losses of the gold answers of all held-out questions, or of all held-out rows."""
+        return self.evaluation(alone=False).measured(model)
+
+    def arguments(self) -> TrainingArguments:
+        """The trainer's arguments.
+
+        Raises:
+            ConfigError: a key is for another trainer, there is nothing to validate on, or the adapter is on the output
+                layer, whose own weight TRL computes the loss from.
+        """
+        self._check_validation()
+        self._check_head()
+        return checked_arguments(self.config.arguments(self.format))
+
+    def _check_validation(self) -> None:
+        if not self.config.validates:
+            return
+        rows = isinstance(self.data, PreparedRows)
+        number = self.data.account["parts"].get("validation", 0) if rows else len(self.data.validation)  # type: ignore[union-attr]
+        if number:
+            return
+        data, what = self.config.data, "rows" if rows else "questions"
+        key = "validation_part" if data.validation_examples != 0 else "validation_examples"
+        raise ConfigError(
+            f"data.{key}: {getattr(data, key)} of the {what} are none, and training.eval_strategy needs some; raise "
+            f"it, give more {what}, or leave eval_strategy out"
+        )
+
+    def _check_head(self) -> None:
+        wanted = METHODS[self.config.method].peft_config(self.config.adapter)
+        if getattr(wanted, "target_modules", None) is None:  # PEFT's defaults for a model leave the head out
+            return
+        head = self.base.get_output_embeddings()
+        name = next((name for name, module in self.base.named_modules() if module is head), None)
+        if name is not None and check_target_module_exists(wanted, name):
+            raise ConfigError(
+                f"adapter.target_modules: names {name}, the output layer, which TRL would not train; leave it out"
+            )
+
+    @foreign_warnings_ignored()
+    def fit(
+        self, arguments: TrainingArguments, checkpoint: str | None, *watching: TrainerCallback
+    ) -> tuple[Any, Trainer, float]:
+        """The trained model, its trainer, and the seconds that training took."""
+        set_seed(arguments.seed)  # the adapter's factors are drawn here
+        method, revision = self.config.method, self.config.model.options.get("revision")
+        model = with_adapter(self.base, self.tokenizer, method, self.config.adapter, revision)
+        if checkpoint and _is_over(checkpoint):
+            arguments = _without_steps(arguments)
+        trainer = self._trainer(model, arguments, [ProgressReport(), *watching])
+        logger.info("Training on %s by %s", self.title, type(trainer).__name__)
+        started = time.perf_counter()
+        trainer.train(resume_from_checkpoint=checkpoint)
+        after_training(model, method)
+        seconds = time.perf_counter() - started
+        if REFERENCE in getattr(model, "peft_config", {}):
+            model.delete_adapter(REFERENCE)  # otherwise it would be saved too
+        return model, trainer, seconds
+
+    def _trainer(self, model: Any, arguments: Any, callbacks: list[TrainerCallback]) -> Trainer:
+        trl = import_package("trl", "training")
+        if self.config.early_stopping is not None:
+            callbacks = [*callbacks, EarlyStoppingCallback(self.config.early_stopping)]
+        try:
+            trainer: Trainer = (trl.DPOTrainer if self.format == "preference" else trl.SFTTrainer)(
+                model=model,
+                args=arguments,
+                train_dataset=self._dataset("train"),
+                eval_dataset=self._dataset("validation"),
+                processing_class=self.tokenizer,
+                callbacks=callbacks,
+            )
+        except ValueError as error:
+            raise ConfigError(f"training: TRL refuses: {error}") from error
+        vars(trainer)["create_model_card"] = lambda **_: None  # the adapter gets a card of ours
+        for callback in REPLACED:
+            trainer.remove_callback(callback)
+        return trainer
+
+    @cached_property
+    def _question_tokens(self) -> list[Tokens]:
+        return [self.encoder.encode(row) for row in self.data.train] if isinstance(self.data, Selection) else []
+
+    def _dataset(self, part: Part) -> Any:
+        """The tokens, or for preferences, which DPOTrainer tokenizes itself, the texts; None for no validation rows."""
+        if isinstance(self.data, Selection):
+            validation = self.data.validation
+            tokens = self._question_tokens if part == "train" else [self.encoder.encode(row) for row in validation]
+            from_list = import_package("datasets", "training").Dataset.from_list
+            return from_list([one.columns for one in tokens]) if tokens else None
+        section = self.config.rows
+        at_most = section.train_examples if part == "train" else section.validation_examples
+        data = self.data.part(part, at_most, section.seed)
+        if part != "train" and not len(data):
+            return None
+        if self.format == "preference":
+            return data.map(_pair, remove_columns=data.column_names)
+        return data.remove_columns("row")
+
+
+def _pair(row: dict[str, Any]) -> dict[str, Any]:
+    values = json.loads(row["row"])
+    return {"prompt": values["prompt"], "chosen": values["completion"], "rejected": values["rejected"]}
+
+
+def load_run(config: RunConfig, questions: Selection | None = None) -> LoadedRun:
+    """Load data, unless ``questions`` are given, and model; what cannot be loaded or trained fails here, before any
+    work.
+
+    Raises:
+        ConfigError: the model has fewer positions than rows may have tokens, or no chat template.
+        DataError: model or data cannot be loaded, bad rows are not to be skipped, or a package is missing.
+    """
+    require(data_needs(config))
+    if not config.has_rows:
+        questions = config.questions.select() if questions is None else questions
+        base, tokenizer = load_base_model(config.model)
+        check_positions(base.config, "task.max_length", config.task.max_length, "questions")
+        return LoadedRun(config, base, tokenizer, encoder_of(config, tokenizer), questions)
+    for source in sources(config.rows):
+        source.check()
+    check_place(cache_folder() / "rows" / "tokens")
+    base, tokenizer = load_base_model(config.model)
+    encoder, rows = trainable_rows_of(config, tokenizer)
+    longest = min(rows.account["max_length"] or math.inf, rows.account["tokens"]["longest"])
+    check_positions(base.config, "training.max_length", longest, "rows")
+    if rows.account["format"] != "text" and tokenizer.chat_template:
+        stop_at_turns_end(base, tokenizer)
+    return LoadedRun(config, base, tokenizer, encoder, rows)
+
+
+def encoder_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+    """The encoder that a run's config asks for. The tokenizer gets the chat template that the config names."""
+    if not config.has_rows:
+        task = config.task
+        return Encoder(tokenizer, task.max_length, task.template, task.answer)
+    set_chat_template(tokenizer, config.rows.chat_template)
+    assistant, completion = (config.training.get(key) for key in ("assistant_only_loss", "completion_only_loss"))
+    length = config.training.get("max_length", LENGTH)
+    return Encoder(tokenizer, length, assistant_only=assistant is not False, completion_only=completion is not False)
+
+
+def read_rows_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Encoder, PreparedRows]:
+    """The rows of a run as tokens; bad ones are counted."""
+    encoder, section = encoder_of(config, tokenizer), config.rows
+    train, *test = sources(section)
+    shares = Shares(section.validation_part if config.validates else 0.0, section.test_part)
+    return encoder, Reading(train, test[0] if test else None, section.format, shares, encoder).prepare()
+
+
+def trainable_rows_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Encoder, PreparedRows]:
+    """What :func:`read_rows_of` gives.
+
+    Raises:
+        DataError: there are bad rows that are not to be skipped, or none is left to train on.
+    """
+    encoder, rows = read_rows_of(config, tokenizer)
+    require_good_rows(rows.account, config.rows.skip_bad_rows)
+    if not rows.account["parts"].get("train"):
+        raise DataError(f"data: {sources(config.rows)[0].name} leaves no rows to train on: {rows.account['parts']}")
+    return encoder, rows
+
+
+def sources(data: RowsSection) -> Sequence[RowSource]:
+    """Where rows are from: those to train on, and those of a test file or split."""
+    if data.hub is not None:
+        splits = (data.hub.split, data.hub.test_split)
+        return [HubSource(data.hub, split) for split in splits if split is not None]
+    return [FileSource(Path(place)) for place in (data.train, data.test) if place is not None]
+
+
+def checked_arguments(arguments: TrainingArguments) -> TrainingArguments:
+    """``arguments``, changed to pin memory only for a GPU, and to leave tokens out of checkpoints.
+
+    Raises:
+        ConfigError: accelerate counts fewer processes than there are, or a package of ``report_to`` is not installed.
+    """
+    if is_distributed() and arguments.world_size < dist.get_world_size():
+        raise ConfigError(
+            f"training.deepspeed: accelerate counts {arguments.world_size} of {dist.get_world_size()} processes, as it "
+            "does for DeepSpeed without a GPU, and all would train on the same data; leave deepspeed out, or use GPUs"
+        )
+    try:
+        for reporter in get_reporting_integration_callbacks(arguments.report_to):
+            reporter()
+    except (RuntimeError, ImportError, ValueError) as error:
+        raise ConfigError(f"training.report_to: {error}") from error
+    # Pinned memory speeds up copies to a GPU; without one torch only warns.
+    arguments.dataloader_pin_memory &= arguments.device.type == "cuda"
+    for key, value in vars(arguments).items():
+        if isinstance(value, str) and names_secret(key):
+            setattr(arguments, key, Unsaved(value))
+    return arguments
+
+
+def _is_over(checkpoint: str) -> bool:
+    """Whether a run had taken its last step when it saved this checkpoint, or had no patience left."""
+    state: Any = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+    if state.global_step >= state.max_steps:
+        return True
+    stopping = state.stateful_callbacks.get(EarlyStoppingCallback.__name__)
+    if stopping is None:
+        return False
+    waited = stopping["attributes"]["early_stopping_patience_counter"]
+    return bool(waited >= stopping["args"]["early_stopping_patience"])
+
+
+def _without_steps(arguments: TrainingArguments) -> TrainingArguments:
+    """The same arguments with no step left: from a checkpoint within an epoch the Trainer always takes another one."""
+    none = copy.copy(arguments)
+    none.max_steps, none.num_train_epochs = -1, 0
+    none.lr_scheduler_type, none.lr_scheduler_kwargs = SchedulerType.CONSTANT, None  # others divide by the steps
+    return none

@@ -1,0 +1,249 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainingArguments
+from trl import DPOConfig, SFTConfig
+
+from smoa.errors import ConfigError
+from smoa_lab.config.run import ModelSection, adapter_rate, check_config, load_config, native_dtype
+
+ROWS = """
+model: {name: base}
+adapter: {r: 4, num_blocks: 2, target_modules: [q_proj]}
+data:
+  train: rows.jsonl
+training:
+  max_steps: 3
+"""
+CONFIGS = Path(__file__).parents[4] / "configs"
+SIZES = {"gemma3-270m": 268_098_176, "smollm2-135m": 134_515_008}
+"""Parameters of the packaged models."""
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_ready_config_is_valid(path: Path) -> None:
+    # Without use_cpu a config for a GPU is refused where there is none, as it should be.
+    assert load_config(path, ["training.use_cpu=true"]).data
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_a_ready_config_with_the_default_scale_has_the_settings_that_init_proposes(path: Path) -> None:
+    config = load_config(path, ["training.use_cpu=true"])
+    if "scale" not in config.adapter:
+        part = 0.5 if path.stem == "demo" else 1  # as its comment says
+        assert config.training["learning_rate"] == part * adapter_rate(SIZES[config.model.name])
+        assert (config.adapter["num_blocks"], config.adapter["alpha"]) == (4, 2 * config.adapter["r"])
+
+
+@pytest.mark.parametrize(
+    ("parameters", "rate"),
+    [(22e6, 2e-3), (3e8, 2e-3), (5e8, 7.5e-4), (math.sqrt(3e17), 6.3e-4), (1e9, 2e-4), (7e10, 2e-4)],
+)
+def test_the_learning_rate_falls_with_the_models_size(parameters: float, rate: float) -> None:
+    assert adapter_rate(int(parameters)) == rate
+
+
+def test_a_model_is_loaded_in_what_the_machine_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ModelSection(name="base").dtype == native_dtype()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("smoa_lab.config.run.cpu_multiplies_bfloat16", lambda: True)
+    assert ModelSection(name="base").dtype == "bfloat16"
+    monkeypatch.setattr("smoa_lab.config.run.cpu_multiplies_bfloat16", lambda: False)
+    assert ModelSection(name="base").dtype == "float32"
+
+
+def test_an_override_changes_one_value(file: Path) -> None:
+    config = load_config(file, ["training.learning_rate=3e-3", "data.tasks=[piqa, boolq]"])
+    assert config.training["learning_rate"] == 0.003
+    assert config.questions.tasks == ["piqa", "boolq"]
+
+
+@pytest.mark.parametrize("key", ["trust_remote_code", "options.trust_remote_code", "options.allow_all_kernels"])
+def test_a_file_or_an_override_cannot_let_a_repository_run_its_code(file: Path, key: str) -> None:
+    refused = rf"model\.{re.escape(key)}: a file can't allow a repository to run its code; .* --trust-remote-code"
+    with pytest.raises(ConfigError, match=refused):
+        load_config(file, [f"model.{key}=true"])
+    *parents, last = key.split(".")
+    value = f"{{name: base, options: {{{last}: yes}}}}" if parents else f"{{name: base, {last}: true}}"
+    file.write_text(file.read_text().replace("{name: base}", value))
+    with pytest.raises(ConfigError, match=f"line 2: {refused}"):
+        load_config(file)
+
+
+def test_the_command_lets_a_repository_run_its_code_and_the_runs_config_says_so(file: Path) -> None:
+    config = load_config(file, trust_remote_code=True)
+    assert config.model.trust_remote_code
+    file.write_text(config.to_yaml())
+    with pytest.raises(ConfigError, match=r"trust_remote_code: a file can't allow"):
+        load_config(file)
+    assert load_config(file, trust_remote_code=True) == config
+    assert not load_config(file, ["model.trust_remote_code=false"]).model.trust_remote_code
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such file"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+def test_a_file_in_another_encoding_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "latin.yaml"
+    file.write_bytes("model: {name: größe}\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"latin\.yaml: cannot be read as text in UTF-8"):
+        load_config(file)
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """A run's YAML file, without a mistake."""
+    file = tmp_path / "mine.yaml"
+    file.write_text(ROWS)
+    return file
+
+
+def problems(file: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, list(overrides))
+    return str(caught.value)
+
+
+def test_data_decide_what_a_run_learns_from(rows: Path, tmp_path: Path) -> None:
+    config = load_config(rows)
+    assert config.rows.train == "rows.jsonl"
+    with pytest.raises(ConfigError, match=r"data: names rows \(data\.train or data\.hub\); this takes questions"):
+        assert config.questions
+    (tmp_path / "hub.yaml").write_text(ROWS.replace("train: rows.jsonl", "hub: {name: owner/rows}"))
+    assert load_config(tmp_path / "hub.yaml").has_rows
+    (tmp_path / "tasks.yaml").write_text(ROWS.replace("train: rows.jsonl", "tasks: [arc_easy]"))
+    config = load_config(tmp_path / "tasks.yaml")
+    assert config.questions.tasks == ["arc_easy"]
+    with pytest.raises(ConfigError, match=r"data: names questions \(data\.tasks\); this takes rows"):
+        assert config.rows
+
+
+def test_what_serves_questions_alone_is_refused_and_left_out_for_rows(rows: Path, file: Path) -> None:
+    assert "task: is for questions" in problems(rows, "task.max_length=100")
+    assert "task" not in load_config(rows).model_dump()
+    assert "early_stopping" not in load_config(file).model_dump()
+
+
+def test_defaults_are_those_of_training_an_adapter_on_conversations(rows: Path) -> None:
+    config = load_config(rows)
+    wanted = {"bf16": False, "assistant_only_loss": True, "report_to": "none", "max_steps": 3}
+    assert wanted.items() <= config.training.items()
+    assert config.folder == Path("runs/mine")
+
+
+def test_a_saved_config_is_read_as_the_same_run(rows: Path) -> None:
+    config = load_config(rows, ["early_stopping=2", "training.eval_strategy=epoch"])
+    rows.write_text(config.to_yaml())
+    assert load_config(rows) == config
+
+
+def test_an_unknown_key_is_told_the_nearest(rows: Path) -> None:
+    found = problems(rows, "data.chat_templat=alpaca", "training.max_lenght=3", "early_stoping=3")
+    for said in ("did you mean 'chat_template'", "did you mean 'max_length'", "did you mean 'early_stopping'"):
+        assert said in found
+    assert "3 problems" in found
+    assert "did you mean 'revision'" in problems(rows, "data.hub={name: a/b, revison: x}", "data.train=null")
+
+
+def test_an_unknown_format_is_told_the_nearest(rows: Path) -> None:
+    assert "data.format: " in problems(rows, "data.format=message")
+    assert "did you mean 'messages'" in problems(rows, "data.format=message")
+
+
+def test_rows_come_from_one_place(rows: Path) -> None:
+    for changes in (["data.hub={name: owner/rows}"], ["data.hub=null", "data.train=null"]):
+        assert "give either train, a file or a folder, or hub, a data set of the Hub" in problems(rows, *changes)
+
+
+@pytest.mark.parametrize("change", ["test_part=1", "validation_part=-0.1", "samples=-1", "train_examples=0"])
+def test_shares_and_numbers_are_within_bounds(change: str, rows: Path) -> None:
+    assert f"data.{change.partition('=')[0]}: " in problems(rows, f"data.{change}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [(["data.format=preference"], "DPOConfig"), (["training.beta=0.1"], "DPOConfig"), ([], "SFTConfig")],
+)
+def test_preferences_are_trained_by_dpo_where_format_or_keys_say_so(changes: list[str], name: str, rows: Path) -> None:
+    assert f"training.max_lenght: {name} has no such key" in problems(rows, *changes, "training.max_lenght=3")
+
+
+def test_keys_of_dpo_are_known(rows: Path) -> None:
+    config = load_config(rows, ["data.format=preference", "training.beta=0.3"])
+    assert config.training["beta"] == 0.3
+    assert "assistant_only_loss" not in config.training
+    assert "training.packing: DPOConfig has no such key" in problems(
+        rows, "data.format=preference", "training.packing=true"
+    )
+
+
+def test_values_of_the_wrong_type_are_refused(rows: Path) -> None:
+    assert "training.packing: " in problems(rows, "training.packing=7")
+    assert "training: " in problems(rows, "training=7")
+
+
+def test_the_keys_of_a_trainer_are_picked_and_others_are_refused(rows: Path) -> None:
+    arguments: Any = load_config(rows, ["training.use_cpu=true"]).arguments("preference")
+    assert isinstance(arguments, DPOConfig)
+    assert arguments.max_steps == 3
+    with pytest.raises(ConfigError, match="beta, ld_alpha is not for SFTConfig, which trains rows of the format text"):
+        load_config(rows, ["training.beta=1.0", "training.ld_alpha=0.5", "training.use_cpu=true"]).arguments("text")
+    with pytest.raises(ConfigError, match=r"training\.chat_template_path: .* data\.chat_template; leave it out"):
+        load_config(rows, ["training.chat_template_path=x", "training.use_cpu=true"]).arguments("messages")
+
+
+def test_tokens_that_are_cut_and_labelled_are_left_to_the_trainer_as_they_are(rows: Path) -> None:
+    for changes, length in (([], None), (["training.packing=true", "training.max_length=64"], 64)):
+        arguments: Any = load_config(rows, ["training.use_cpu=true", *changes]).arguments("messages")
+        assert (arguments.assistant_only_loss, arguments.max_length) == (False, length)
+        assert arguments.gradient_checkpointing
+
+
+def test_questions_are_trained_with_transformers_own_defaults(file: Path) -> None:
+    config = load_config(file, ["training.use_cpu=true"])
+    given = {**config.training, "output_dir": "x"}
+    arguments, plain = config.arguments(), TrainingArguments(**given)
+    for name in (field.name for field in dataclasses.fields(TrainingArguments) if field.init):
+        if name != "output_dir":
+            assert getattr(arguments, name) in (getattr(plain, name), bool(getattr(plain, name))), name
+
+
+def stopping(**training: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {"model": {"name": "base"}, "data": {"train": "rows.jsonl"}, "training": training}
+    return check_config(values | {"early_stopping": 3, "method": "full"}).training
+
+
+def test_early_stopping_keeps_a_checkpoint_of_each_evaluation() -> None:
+    found = stopping(eval_strategy="steps", eval_steps=7)
+    assert found["load_best_model_at_end"] is True
+    assert (found["save_strategy"], found["save_steps"]) == ("steps", 7)
+    assert stopping(eval_strategy="epoch")["save_strategy"] == "epoch"
+    assert "save_steps" not in stopping(eval_strategy="epoch")
+    assert stopping(eval_strategy="steps", eval_steps=2, save_steps=4)["save_steps"] == 4
+
+
+@pytest.mark.parametrize(("training", "steps"), [({}, 10), ({"logging_steps": 7}, 7), ({"eval_steps": None}, 10)])
+def test_early_stopping_evaluates_and_saves_as_often_as_it_logs_unless_told(
+    training: dict[str, Any], steps: int
+) -> None:
+    found = SFTConfig(**stopping(eval_strategy="steps", use_cpu=True, **training))
+    assert (found.logging_steps, found.eval_steps, found.save_steps) == (steps, steps, steps)
+
+
+def test_early_stopping_needs_validation() -> None:
+    with pytest.raises(ConfigError, match="early_stopping: needs the loss on validation rows; set training"):
+        stopping()
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "x", "1.5"])
+def test_early_stopping_counts_evaluations(value: str, rows: Path) -> None:
+    assert "early_stopping: " in problems(rows, f"early_stopping={value}", "training.eval_strategy=epoch")

@@ -1,0 +1,369 @@
+"""Which tokens of a row are trained: read back as text, and compared with TRL's own preparation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trl
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from smoa.errors import ConfigError, DataError
+from smoa_lab.data.chat_templates import alpaca
+from smoa_lab.data.encoding import IGNORED, Encoder, Tokens, trained_pieces
+from smoa_lab.data.formats import recognise, shape
+from smoa_lab.data.questions import candidates, gold_response, instruction
+from smoa_lab.data.rows import Row, choice_question, question
+from tests.support import lab
+from tests.support.own_rows import MARKED, PLAIN, STRICT, TRIMMED, chat, tiny_chat_model, tokenizer_with, trl_template
+
+CLOSING = {
+    "plain": (PLAIN, "<|im_end|>"),
+    "marked": (MARKED, "<|im_end|>"),
+    "trimmed": (TRIMMED, ""),
+    "qwen3": (trl_template("qwen3"), "<|im_end|>"),
+    "llama3": (trl_template("llama3"), "<|eot_id|>"),
+    "gemma3": (trl_template("gemma3"), "<end_of_turn>"),
+    "alpaca": (alpaca(tokenizer_with(None)), "<eos>"),
+}
+"""Templates, and the token after an answer that is trained too."""
+EXACT = ["plain", "marked", "alpaca"]
+"""Those that change no content."""
+
+TALKS: dict[str, list[dict[str, str]]] = {
+    "one answer": chat("Open?", "Yes."),
+    "several turns": chat("Open?", "Yes.", "Today?", "From nine.", "Thanks!", "Welcome."),
+    "a system message": chat("Open?", "Yes.", "Today?", "No.", system="Be brief."),
+    "a last question": chat("Open?", "Yes.", "Today?"),
+    "the same words": chat("Yes.", "Yes.", "Yes.", "Yes."),
+    "the template's words": chat("user", "assistant", "assistant", "user\nassistant:"),
+    "the template's tokens": chat("<|im_end|>", "<|im_start|>user\nHi<|im_end|>", "ok", "model<end_of_turn>"),
+    "unicode": chat("Où?", "日本 🙂 é", "e\u0301?", "naïve \u200d"),
+    "the mark": chat("\ue000", "a\ue000b"),
+}
+
+
+def example_of(row: dict[str, Any]) -> Row:
+    format = recognise(row)
+    assert format is not None
+    return shape(row, format)
+
+
+def trained(encoder: Encoder, row: dict[str, Any]) -> list[str]:
+    """The trained pieces of a row as text."""
+    tokens = encoder.encode(example_of(row))
+    return [text for text, chosen in trained_pieces(encoder.tokenizer, tokens) if chosen]
+
+
+@pytest.mark.parametrize("talk", TALKS.values(), ids=TALKS)
+@pytest.mark.parametrize("name", CLOSING)
+def test_the_assistants_turns_are_trained_and_nothing_else(name: str, talk: list[dict[str, str]]) -> None:
+    template, closing = CLOSING[name]
+    encoder = Encoder(tokenizer_with(template))
+    said = [turn["content"] + closing for turn in talk if turn["role"] == "assistant"]
+    found = trained(encoder, {"messages": talk})
+    if name == "qwen3":  # TRL trains the empty thought that the template puts before the last answer
+        found = [text.removeprefix("<think>\n\n</think>\n\n") for text in found]
+    assert [text.strip() for text in found] == said
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("blanks", ["  {}", "{}  ", "\n{}\n", "\t{} \n\n"])
+def test_blanks_around_an_answer_are_trained_where_the_template_keeps_them(name: str, blanks: str) -> None:
+    template, closing = CLOSING[name]
+    answers = [blanks.format("Yes."), blanks.format("No.")]
+    talk = chat(" Open? ", answers[0], "\nToday?\n", answers[1])
+    assert trained(Encoder(tokenizer_with(template)), {"messages": talk}) == [one + closing for one in answers]
+
+
+@pytest.mark.parametrize("answer", ["Yes.\n", "\nYes.", "  Yes.\n\n ", "Yes.\nassistant: \n"])
+def test_an_answer_that_the_template_trims_is_found(answer: str) -> None:
+    talk = chat("Open?\n", answer, "user: \n", answer)
+    assert trained(Encoder(tokenizer_with(TRIMMED)), {"messages": talk}) == [answer.strip()] * 2
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        PLAIN.replace("message.content", "message.content.upper()"),
+        PLAIN.replace("message.content", "message.content[:2]"),
+        PLAIN.replace("message.content", "(message.content + message.content)"),
+        "{% for message in messages %}{% if message.role == 'user' %}{{ message.content }}{% endif %}{% endfor %}",
+    ],
+    ids=["other letters", "shortened", "twice", "left out"],
+)
+def test_a_template_that_changes_what_is_said_is_refused(template: str) -> None:
+    row = {"messages": chat("Open?", "Yes.", "Today?", "No.")}
+    with pytest.raises(DataError, match=r"template changes what is said.*assistant_only_loss: false"):
+        trained(Encoder(tokenizer_with(template)), row)
+    assert len(trained(Encoder(tokenizer_with(template), assistant_only=False), row)) == 1
+
+
+def test_a_template_that_refuses_a_row_says_so_in_one_line() -> None:
+    encoder = Encoder(tokenizer_with(STRICT))
+    row = {"messages": chat("Open?", "Yes.", system="Be brief.")}
+    with pytest.raises(DataError, match=r"the chat template refuses this row: System role not supported; change the"):
+        encoder.encode(example_of(row))
+
+
+def test_a_model_without_a_template_takes_no_conversations() -> None:
+    with pytest.raises(ConfigError, match=r"data.chat_template: this model has no chat template.*alpaca"):
+        Encoder(tokenizer_with(None)).encode(example_of({"messages": chat("Open?", "Yes.")}))
+
+
+def test_a_token_across_the_beginning_of_an_answer_is_trained() -> None:
+    """A template that ends in a blank: the first word of an answer is one token with it."""
+    words = ["[UNK]", "user:", " Open?", "assistant:", " Yes.", " No.", "\n"]
+    found = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    found.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_next")
+    found.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "merged_with_next")]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=found, unk_token="[UNK]")
+    tokenizer.chat_template = TRIMMED
+    tokens = Encoder(tokenizer).encode(example_of({"messages": chat("Open?", "Yes.", "Open?", "No.")}))
+    assert [words[label] for label in tokens.labels if label != IGNORED] == [" Yes.", " No."]
+
+
+def test_everything_is_trained_where_the_run_asks_for_it() -> None:
+    encoder = Encoder(tokenizer_with(MARKED), assistant_only=False, completion_only=False)
+    for row in ({"messages": chat("Open?", "Yes.")}, {"prompt": "Open?", "completion": " Yes."}):
+        tokens = encoder.encode(example_of(row))
+        assert tokens.labels == tokens.input_ids
+    turns = encoder.encode(example_of({"prompt": chat("Open?"), "completion": chat("", "Yes.")[1:]}))
+    assert turns.labels == turns.input_ids
+
+
+def test_a_completion_is_trained_and_closed_with_the_end_token() -> None:
+    encoder = Encoder(tokenizer_with(None))
+    assert trained(encoder, {"prompt": "Open?", "completion": " Yes."}) == [" Yes.<eos>"]
+    assert trained(encoder, {"prompt": "Open?", "completion": " Yes.<eos>"}) == [" Yes.<eos>"]
+    assert trained(encoder, {"text": "Open."}) == ["<bos>Open.<eos>"]
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_of_a_completion_of_turns_the_users_are_not_trained(name: str) -> None:
+    template, closing = CLOSING[name]
+    asked, said = chat("Open?", "Yes.", "Today?"), chat("", "No.", "Why?", "Sunday.")[1:]
+    found = trained(Encoder(tokenizer_with(template)), {"prompt": asked, "completion": said})
+    assert found == [f"No.{closing}", f"Sunday.{closing}"]
+
+
+def test_each_side_of_a_preference_is_trained_after_the_prompt() -> None:
+    encoder = Encoder(tokenizer_with(MARKED))
+    pair: Any = example_of({"prompt": "Open?", "chosen": " Yes.", "rejected": " No."})
+    turns: Any = example_of({"chosen": chat("Open?", "Yes."), "rejected": chat("Open?", "No.")})
+    for row, ends in ((pair, "<eos>"), (turns, "<|im_end|>\n")):
+        for rejected, answer in ((False, "Yes."), (True, "No.")):
+            pieces = trained_pieces(encoder.tokenizer, encoder.encode(row, rejected))
+            assert [text.lstrip(" ") for text, chosen in pieces if chosen] == [answer + ends]
+
+
+ROWS = {
+    "one answer": {"messages": TALKS["one answer"]},
+    "several turns": {"messages": TALKS["several turns"]},
+    "system": {"messages": TALKS["a system message"]},
+    "blanks": {"messages": chat(" Open? ", " Yes.\n")},
+    "unicode": {"messages": TALKS["unicode"]},
+    "tokens": {"messages": TALKS["the template's tokens"]},
+}
+PROMPTS = {
+    "plain": {"prompt": "Open?", "completion": " Yes."},
+    "unicode": {"prompt": "Où", "completion": "é 🙂"},
+    "turns": {"prompt": chat("Open?"), "completion": chat("", "Yes.")[1:]},
+    "more turns": {"prompt": chat("Open?", "Yes.", "Today?", system="S"), "completion": chat("", "No.")[1:]},
+    "text": {"text": "The shop opens at nine."},
+}
+
+
+def of_trl(rows: list[dict[str, Any]], tokenizer: Any, folder: Path, **training: Any) -> list[Tokens]:
+    """What TRL's own trainer makes of rows."""
+    arguments = trl.SFTConfig(str(folder), use_cpu=True, report_to="none", bf16=False, max_length=None, **training)
+    trainer = trl.SFTTrainer(
+        tiny_chat_model(), arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
+    made: Any = trainer.train_dataset
+    return [Tokens(row["input_ids"], row["labels"]) for row in made]
+
+
+def encoded(encoder: Encoder, rows: list[dict[str, Any]]) -> list[Tokens]:
+    return [encoder.encode(example_of(row)) for row in rows]
+
+
+@pytest.mark.parametrize("name", ["marked", "qwen3", "llama3", "gemma3", "alpaca"])
+def test_conversations_are_prepared_as_by_trl(name: str, tmp_path: Path) -> None:
+    tokenizer, rows = tokenizer_with(CLOSING[name][0]), list(ROWS.values())
+    assert encoded(Encoder(tokenizer), rows) == of_trl(rows, tokenizer, tmp_path, assistant_only_loss=True)
+    assert encoded(Encoder(tokenizer, assistant_only=False), rows) == of_trl(rows, tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize("kind", [["plain", "unicode"], ["turns", "more turns"], ["text"]], ids=lambda kind: kind[0])
+@pytest.mark.parametrize("name", ["marked", "qwen3", "llama3", "gemma3", "plain"])
+def test_prompts_and_plain_text_are_prepared_as_by_trl(name: str, kind: list[str], tmp_path: Path) -> None:
+    tokenizer, rows = tokenizer_with(CLOSING[name][0]), [PROMPTS[row] for row in kind]
+    assert encoded(Encoder(tokenizer), rows) == of_trl(rows, tokenizer, tmp_path)
+    if kind != ["text"]:
+        whole = of_trl(rows, tokenizer, tmp_path, completion_only_loss=False)
+        assert encoded(Encoder(tokenizer, completion_only=False), rows) == whole
+
+
+@pytest.mark.parametrize("name", ["marked", "qwen3", "llama3"])
+def test_a_completion_of_several_turns_is_prepared_as_by_trl(name: str, tmp_path: Path) -> None:
+    tokenizer = tokenizer_with(CLOSING[name][0])
+    rows = [{"prompt": chat("Open?"), "completion": chat("", "Yes.", "Why?", "So.")[1:]}]
+    assert encoded(Encoder(tokenizer), rows) == of_trl(rows, tokenizer, tmp_path, assistant_only_loss=True)
+
+
+TALK = {"messages": chat("Open?", "Yes.", "Today?", "No.", "Oh.")}
+
+
+@pytest.mark.parametrize(
+    ("row", "asked", "reference"),
+    [
+        (
+            TALK,
+            "<|im_start|>user\nOpen?<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n<|im_start|>user\nToday?"
+            "<|im_end|>\n<|im_start|>assistant\n",
+            "No.",
+        ),
+        ({"prompt": "Open?", "completion": " Yes."}, "<bos>Open?", " Yes."),
+        ({"prompt": "Open?", "chosen": " Yes.", "rejected": " No."}, "<bos>Open?", " Yes."),
+        ({"text": "abcdef"}, "<bos>abc", "def"),
+    ],
+)
+def test_the_model_is_asked_for_the_last_answer(row: dict[str, Any], asked: str, reference: str) -> None:
+    encoder = Encoder(tokenizer_with(MARKED))
+    found = encoder.prompt(example_of(row))
+    assert found is not None
+    assert (encoder.tokenizer.decode(found[0]), found[1]) == (asked, reference)
+
+
+def test_an_earlier_answer_is_asked_for_where_the_last_is_too_far_in() -> None:
+    encoder = Encoder(tokenizer_with(MARKED))
+    whole = encoder.prompt(example_of(TALK))
+    assert whole is not None
+    found = encoder.prompt(example_of(TALK), len(whole[0]) - 1)
+    assert found is not None
+    assert found[1] == "Yes."
+    assert encoder.prompt(example_of(TALK), 3) is None
+
+
+def test_the_first_token_is_never_predicted_and_not_counted() -> None:
+    assert Tokens([5, 6, 7], [5, IGNORED, 7]).trained == 1
+    assert Tokens([5], [5]).trained == 0
+
+
+def test_a_long_row_keeps_its_beginning_and_counts_what_it_lost() -> None:
+    tokens = Encoder(tokenizer_with(None), 8).encode(Row("", "The shop opens."))
+    assert (len(tokens.input_ids), tokens.cut) == (8, 17 - 8)
+    assert Encoder(tokenizer_with(None), None).encode(Row("", "a" * 5000)).cut == 0
+
+
+SUN = choice_question("arc_easy", "1", "What warms the Earth?", ["the Moon", "the Sun"], 1)
+BOOLQ = choice_question("boolq", "2", "is water wet?", ["yes", "no"], 0, context="Water -- a liquid.")
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    return lab.byte_tokenizer()
+
+
+def test_the_text_style_asks_the_bare_question_and_answers_in_words() -> None:
+    assert instruction(SUN, "text") == "What warms the Earth?"
+    assert gold_response(SUN, "text") == "the Sun"
+
+
+def test_the_label_style_is_worded_as_the_reference() -> None:
+    assert instruction(SUN, "label") == (
+        "Please choose the correct answer to the question: What warms the Earth?\n\n"
+        "Answer1: the Moon Answer2: the Sun\n\nAnswer format: answer1/answer2"
+    )
+    assert gold_response(SUN, "label") == "the correct answer is answer2"
+
+
+def test_boolq_has_its_passage_in_text_style_and_not_in_the_references_label_style() -> None:
+    assert instruction(BOOLQ, "text").startswith("Water -- a liquid.\n")
+    assert instruction(BOOLQ, "label") == (
+        "Please answer the following question with true or false, question: is water wet?\n\nAnswer format: true/false"
+    )
+    assert candidates(BOOLQ, "label") == ["the correct answer is true", "the correct answer is false"]
+
+
+def test_an_example_begins_with_bos_ends_with_eos_and_is_trained_on_the_answer_only(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    example = Encoder(tokenizer).encode(SUN)
+    assert example.input_ids[0] == tokenizer.bos_token_id
+    assert example.input_ids.count(tokenizer.bos_token_id) == 1
+    assert example.input_ids[-1] == tokenizer.eos_token_id
+    trained = [token for token, label in zip(*example.columns.values(), strict=True) if label != IGNORED]
+    assert tokenizer.decode(trained) == "the Sun<eos>"
+    assert tokenizer.decode(example.prompt).endswith("### Response:\n")
+
+
+def test_a_tokenizer_that_adds_no_bos_gets_none() -> None:
+    example = Encoder(lab.byte_tokenizer(adds_bos=False)).encode(SUN)
+    assert 1 not in example.input_ids
+
+
+def test_a_scored_choice_has_no_end_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert all(encoded.input_ids[-1] != tokenizer.eos_token_id for encoded in Encoder(tokenizer).choices(SUN))
+
+
+def test_truncation_keeps_bos_and_the_prompts_tail_and_counts_what_it_cut(tokenizer: PreTrainedTokenizerFast) -> None:
+    whole = Encoder(tokenizer).encode(SUN)
+    short = Encoder(tokenizer, max_length=30).encode(SUN)
+    assert len(short.input_ids) == 30
+    assert short.prompt[0] == tokenizer.bos_token_id
+    assert short.prompt[1:] == whole.prompt[-(len(short.prompt) - 1) :]
+    assert short.answer == whole.answer
+    assert short.cut == len(whole.prompt) - len(short.prompt)
+
+
+def test_an_answer_too_long_for_the_limit_loses_its_end_and_is_counted(tokenizer: PreTrainedTokenizerFast) -> None:
+    encoded = Encoder(tokenizer, max_length=8).encode(question("own", "1", "Say it.", "a long long answer"))
+    assert len(encoded.input_ids) == 8
+    assert encoded.answer_cut > 0
+    assert tokenizer.eos_token_id not in encoded.answer
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+@pytest.mark.parametrize("length", [30, 31, 32, 40])
+def test_something_always_precedes_the_answer(adds_bos: bool, length: int) -> None:
+    encoder = Encoder(lab.byte_tokenizer(adds_bos), max_length=32)
+    record = question("own", "1", "Say it.", "x" * length)
+    for encoded in (encoder.encode(record), encoder.gold(record)):
+        assert encoded.prompt
+        assert len(encoded.answer) == min(31, len(encoded.answer) + encoded.answer_cut)
+        assert len(encoded.input_ids) == 32
+
+
+def test_an_empty_prompt_needs_a_bos_token(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Encoder, "question_text", lambda encoder, row: "")
+    assert Encoder(tokenizer).gold(SUN).prompt == [tokenizer.bos_token_id]
+    with pytest.raises(DataError, match="the prompt is empty and the tokenizer adds no BOS token"):
+        Encoder(lab.byte_tokenizer(adds_bos=False)).gold(SUN)
+
+
+def test_the_chat_template_needs_a_tokenizer_that_has_one(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(DataError, match="no chat template"):
+        Encoder(tokenizer, template="chat")
+
+
+def test_the_chat_template_wraps_the_request_with_one_bos(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}[model]"
+    )
+    example = Encoder(tokenizer, template="chat").encode(SUN)
+    assert tokenizer.decode(example.prompt) == "<bos>[user]What warms the Earth?[model]"
+
+
+def test_a_tokenizer_without_an_end_token_cannot_be_trained_with(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.eos_token = None
+    encoder = Encoder(tokenizer)
+    assert encoder.gold(SUN).answer
+    with pytest.raises(DataError, match="no end-of-sequence token"):
+        encoder.encode(SUN)

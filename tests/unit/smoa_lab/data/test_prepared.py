@@ -1,0 +1,304 @@
+"""Rows on disk: which part a row is in, what is counted, and what a second reading costs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import ByT5Tokenizer
+
+from smoa.errors import ConfigError, DataError
+from smoa_lab.data.encoding import Encoder, Tokens
+from smoa_lab.data.files import FileSource
+from smoa_lab.data.prepared import (
+    PreparedRows,
+    Reading,
+    RowsAccount,
+    Shares,
+    histogram_lines,
+    length_summary,
+    require_good_rows,
+)
+from tests.support.own_rows import MARKED, STRICT, chat, chats, tokenizer_with, write_rows
+from tests.support.processes import ROOT, environment
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache folder of a test."""
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "rows"
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Rows in a list, and how often they were read."""
+
+    values: list[dict[str, Any]]
+    version: int = 0
+    reads: list[int] = field(default_factory=list)
+    name: str = "listed"
+
+    def check(self) -> None: ...
+
+    def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        self.reads.append(1)
+        yield from ((f"row {number}", row) for number, row in enumerate(self.values, start=1))
+
+    def state(self) -> Any:
+        return [self.version, len(self.values)]
+
+
+def texts(number: int, start: int = 0) -> list[dict[str, Any]]:
+    return [{"text": f"Text number {i}."} for i in range(start, start + number)]
+
+
+def prepare(train: Any, test: Any = None, template: str | None = MARKED, **changes: Any) -> PreparedRows:
+    encoder = Encoder(tokenizer_with(template), changes.get("max_length", 1024))
+    return Reading(train, test, changes.get("format"), changes.get("shares", Shares()), encoder).prepare()
+
+
+def test_every_row_lies_in_one_part() -> None:
+    rows = prepare(Listed(texts(1000)), shares=Shares(validation=0.1, test=0.2))
+    parts = rows.account["parts"]
+    assert sum(parts.values()) == 1000
+    assert parts["validation"] == pytest.approx(100, abs=30)
+    assert parts["test"] == pytest.approx(200, abs=40)
+    found: list[Any] = [row.completion for part in ("train", "validation", "test") for row in rows.rows(part)]
+    assert sorted(found) == sorted(row["text"] for row in texts(1000))
+
+
+def test_a_row_stays_in_its_part_when_rows_are_added_or_validation_is_asked_for() -> None:
+    def held_out(number: int, validation: float) -> set[str]:
+        rows = prepare(Listed(texts(number)), shares=Shares(validation, test=0.2))
+        return {str(row.completion) for row in rows.rows("test")}
+
+    first = held_out(100, 0.0)
+    assert first == held_out(100, 0.3)
+    assert first <= held_out(200, 0.0)
+
+
+def test_a_repeated_row_never_lies_in_two_parts() -> None:
+    again = [{"text": f"  TEXT number\t{i}."} for i in range(100)]
+    rows = prepare(Listed(texts(100) + again), shares=Shares(validation=0.3, test=0.3))
+    digests = [{row.digest for row in rows.rows(part)} for part in ("train", "validation", "test")]
+    assert rows.account["repeated"] == 100
+    assert sum(map(len, digests)) == len(set.union(*digests)) == 100
+
+
+def test_training_rows_that_the_test_data_have_are_left_out() -> None:
+    rows = prepare(Listed(texts(10)), Listed(texts(5, start=8), name="test"), shares=Shares())
+    assert rows.account["parts"] == {"test": 5, "train": 8}
+    assert (rows.account["also_in_test"], rows.account["repeated"]) == (2, 0)
+
+
+def test_labels_and_ids_are_those_of_the_encoder_and_are_cut() -> None:
+    encoder = Encoder(tokenizer_with(MARKED), None)
+    rows = prepare(Listed(chats(5)), shares=Shares(test=0), max_length=40)
+    whole = [encoder.encode(row) for row in rows.rows("train")]
+    expected = [Tokens(tokens.input_ids[:40], tokens.labels[:40]) for tokens in whole]
+    data = rows.part("train")
+    assert data["input_ids"][:] == [tokens.input_ids for tokens in expected]
+    assert data["labels"][:] == [tokens.labels for tokens in expected]
+    assert rows.account["cut"] == 5
+
+
+def test_rows_of_which_nothing_trained_is_left_are_dropped() -> None:
+    long = {"messages": chat("a" * 500, "Yes.")}
+    exactly = {"messages": chat("b" * (100 - 52), "Yes.")}
+    rows = prepare(Listed([*chats(3), long, exactly]), shares=Shares(test=0), max_length=100)
+    assert rows.account["dropped"] == 1
+    assert rows.account["parts"] == {"train": 4}
+    assert all(any(label >= 0 for label in labels[1:]) for labels in rows.part("train")["labels"])
+
+
+def test_a_row_without_anything_trained_is_dropped_however_short_it_is() -> None:
+    """The only token of a text is never predicted."""
+    tokenizer = tokenizer_with(None)
+    tokenizer.eos_token = None
+    tokenizer.backend_tokenizer.post_processor = None
+    source: Any = Listed([{"text": "a"}, {"text": "ab"}])
+    rows = Reading(source, None, None, Shares(test=0), Encoder(tokenizer, None)).prepare()
+    assert rows.account["parts"] == {"train": 1}
+    assert rows.account["dropped"] == 1
+
+
+def test_where_no_row_is_left_the_reasons_are_counted_and_nothing_is_kept(cache: Path) -> None:
+    with pytest.raises(DataError, match=r"listed: leaves no rows .* 3 have nothing trained within 20 tokens"):
+        prepare(Listed(chats(3)), max_length=20)
+    with pytest.raises(DataError, match=r"leaves no rows .* 3 are in the test data too"):
+        prepare(Listed(texts(3)), Listed(texts(3), name="test"))
+    with pytest.raises(DataError, match=r"leaves no rows .* 3 are held out"):
+        prepare(Listed(texts(3)), shares=Shares(test=0.999999))
+    assert not [entry for entry in cache.iterdir() if entry.is_dir()]
+
+
+def test_the_first_row_decides_the_format_and_others_are_bad() -> None:
+    rows = prepare(Listed([*texts(2), *chats(1), {"text": ""}]))
+    assert rows.account["format"] == "text"
+    assert rows.account["bad"] == 2
+    assert rows.account["faults"][0].startswith("row 3: text: is missing, expected in each row of the format text")
+
+
+def test_rows_that_the_template_refuses_are_bad_rows() -> None:
+    refused = {"messages": chat("Open?", "Yes.", system="Be brief.")}
+    rows = prepare(Listed([*chats(2), refused, refused]), template=STRICT, shares=Shares(test=0))
+    assert rows.account["parts"] == {"train": 2}
+    assert rows.account["bad"] == 2
+    assert rows.account["faults"][0].startswith("row 3: the chat template refuses this row: System role not supported")
+
+
+def test_a_model_without_a_template_leaves_nothing_behind(cache: Path) -> None:
+    with pytest.raises(ConfigError, match="has no chat template"):
+        prepare(Listed(chats(2)), template=None)
+    assert not [entry for entry in cache.iterdir() if entry.is_dir()]
+
+
+def test_rows_are_read_once_and_again_when_anything_changed() -> None:
+    source = Listed(texts(4))
+    for _ in range(2):
+        prepare(source)
+    assert len(source.reads) == 1
+    changes: list[dict[str, Any]] = [
+        {"max_length": 9},
+        {"shares": Shares(0.5)},
+        {"format": "text"},
+        {"template": STRICT},
+    ]
+    for change in changes:
+        prepare(source, **change)
+    assert len(source.reads) == 5
+    changed = Listed(texts(4), version=1)
+    prepare(changed)
+    assert len(changed.reads) == 1
+
+
+def test_a_file_that_changed_is_read_again(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "rows.jsonl", texts(3))
+    assert prepare(FileSource(file), shares=Shares(test=0)).account["parts"] == {"train": 3}
+    write_rows(file, texts(4))
+    assert prepare(FileSource(file), shares=Shares(test=0)).account["parts"] == {"train": 4}
+
+
+def test_a_file_that_is_replaced_by_one_of_the_same_size_and_time_is_read_again(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    for word in ("good", "evil"):
+        write_rows(file, [{"text": word}])
+        os.utime(file, ns=(1, 1))
+        (row,) = prepare(FileSource(file), shares=Shares(test=0)).rows("train", 1)
+        assert row.completion == word
+
+
+def test_so_many_rows_are_drawn_the_same_ones_each_time() -> None:
+    rows = prepare(Listed(texts(50)), shares=Shares(test=0))
+    drawn = rows.part("train", 7, seed=3)
+    assert len(drawn) == 7
+    assert drawn["row"][:] == rows.part("train", 7, seed=3)["row"][:]
+    assert drawn["row"][:] != rows.part("train", 7, seed=4)["row"][:]
+    assert len(rows.part("train", 51)) == 50
+    assert len(rows.part("test")) == len(rows.part("train", 0)) == 0
+
+
+def test_a_reading_that_fails_leaves_nothing_behind(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Encoder, "encode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(Listed(texts(3)))
+    assert not [entry for entry in cache.iterdir() if entry.is_dir()]
+    monkeypatch.undo()
+
+
+def test_a_tokenizer_that_knows_no_places_in_the_text_is_refused() -> None:
+    source: Any = Listed(texts(2))
+    with pytest.raises(DataError, match=r"^model\.name: its ByT5Tokenizer cannot tell where .* a tokenizer\.json, or"):
+        Reading(source, None, None, Shares(), Encoder(ByT5Tokenizer())).prepare()
+
+
+def test_the_histogram_has_every_row_once() -> None:
+    lengths = array("I", [1, 16, 17, 32, 33, 1000])
+    summary = length_summary(lengths)
+    assert summary["histogram"] == [[16, 2], [32, 2], [64, 1], [128, 0], [256, 0], [512, 0], [1024, 1]]
+    assert (summary["shortest"], summary["median"], summary["longest"]) == (1, 17, 1000)
+    lines = histogram_lines(summary["histogram"])
+    assert lines[0].split() == ["1–16", "█" * 40, "2"]
+    assert lines[1].split() == ["17–32", "█" * 40, "2"]
+    assert lines[-1].split() == ["513–1024", "█" * 20, "1"]
+
+
+def test_the_histogram_begins_with_the_shortest_rows() -> None:
+    assert length_summary(array("I", [100, 120]))["histogram"] == [[128, 2]]
+
+
+def test_of_no_rows_there_is_no_histogram() -> None:
+    assert length_summary(array("I")) == {"total": 0, "histogram": []}
+
+
+def account_of(bad: int) -> dict[str, Any]:
+    account = RowsAccount(None)
+    for number in range(bad):
+        account.add_bad(f"rows.jsonl, row {number}: text: is blank")
+    return account.plain()
+
+
+def test_bad_rows_are_counted_and_the_first_are_listed() -> None:
+    with pytest.raises(DataError) as caught:
+        require_good_rows(account_of(1234), skip=False)
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("1,234 bad rows; nothing is trained until they are mended, or data.skip_bad_rows: true")
+    assert lines[1] == "  rows.jsonl, row 0: text: is blank"
+    assert lines[-1] == "  and 1,224 more"
+    assert len(lines) == 12
+
+
+def test_one_bad_row_is_one() -> None:
+    with pytest.raises(DataError, match=r"^1 bad row; ") as caught:
+        require_good_rows(account_of(1), skip=False)
+    assert "more" not in str(caught.value)
+
+
+def test_bad_rows_may_be_skipped_and_good_ones_need_nothing() -> None:
+    require_good_rows(account_of(3), skip=True)
+    require_good_rows(account_of(0), skip=False)
+
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+from smoa_lab.data.encoding import Encoder
+from smoa_lab.data.files import FileSource
+from smoa_lab.data.prepared import Reading, Shares
+from tests.support.own_rows import tokenizer_with
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+def prepare(file):
+    Reading(FileSource(Path(file)), None, None, Shares(), Encoder(tokenizer_with(None), None)).prepare()
+    return peak()
+
+print(prepare(sys.argv[1]), prepare(sys.argv[2]))
+"""
+
+
+@pytest.mark.slow  # a process that imports everything, and 7,200 long rows
+def test_the_memory_does_not_grow_with_the_file(tmp_path: Path, cache: Path) -> None:
+    """The tokens of the second file would take 100 MiB."""
+    numbers = {"few.jsonl": 1200, "many.jsonl": 6000}
+    files = [
+        write_rows(tmp_path / name, [{"text": f"{i} " + "word " * 200} for i in range(numbers[name])])
+        for name in numbers
+    ]
+    command = [sys.executable, "-c", MEMORY, *map(str, files)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    few, many = map(int, done.stdout.split())
+    assert many - few < 40, f"{few} MiB before, {many} MiB after"

@@ -1,0 +1,252 @@
+"""Losses at trained positions only, and shared prompts, against loops over rows and tokens."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, log_softmax
+from transformers import PreTrainedModel
+
+from smoa_lab.data.encoding import IGNORED, Tokens
+from smoa_lab.scoring import losses
+from smoa_lab.scoring.losses import (
+    Losses,
+    answer_positions,
+    batches,
+    collate,
+    left_padded,
+    logits_at,
+    row_losses,
+    score,
+    scoring,
+)
+from tests.support import tiny_models
+from tests.support.tolerance import assert_close
+
+
+def tokens(prompt: list[int], answer: list[int]) -> Tokens:
+    return Tokens(prompt + answer, [IGNORED] * len(prompt) + answer)
+
+
+BATCH = [tokens([1, 5, 6, 7], [8, 9]), tokens([1, 5], [10, 11, 12])]
+
+
+@pytest.fixture
+def batch() -> dict[str, Tensor]:
+    return collate([row.columns for row in BATCH], pad=0)
+
+
+@pytest.fixture(params=["llama", "gemma3", "gpt2"])
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return tiny_models.build(request.param).eval()
+
+
+def test_the_collator_pads_on_the_right_and_masks_what_it_padded(batch: dict[str, Tensor]) -> None:
+    assert batch["input_ids"].tolist() == [[1, 5, 6, 7, 8, 9], [1, 5, 10, 11, 12, 0]]
+    assert batch["attention_mask"].tolist() == [[1] * 6, [1] * 5 + [0]]
+    assert batch["labels"][1].tolist() == [IGNORED, IGNORED, 10, 11, 12, IGNORED]
+
+
+def test_prompts_that_go_on_are_padded_on_the_left() -> None:
+    batch = left_padded([[1, 5, 6], [7]], pad=0, device=torch.device("cpu"))
+    assert batch["input_ids"].tolist() == [[1, 5, 6], [0, 0, 7]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+def test_only_the_logits_at_the_answers_are_computed(model: PreTrainedModel, batch: dict[str, Tensor]) -> None:
+    labels = batch.pop("labels")
+    full = model(**batch).logits
+    with logits_at(model, answer_positions(labels)):
+        kept = model(**batch).logits
+    assert kept.shape == (1, 5, full.shape[-1])
+    assert_close(kept[0], full[answer_positions(labels)])
+    assert model(**batch).logits.shape == full.shape
+
+
+def test_soft_capping_of_the_logits_still_happens(batch: dict[str, Tensor]) -> None:
+    model = tiny_models.build("gemma3").eval()
+    model.config.final_logit_softcapping = 0.5
+    labels = batch.pop("labels")
+    with logits_at(model, answer_positions(labels)):
+        assert model(**batch).logits.abs().max() <= 0.5
+
+
+def test_a_model_without_an_output_layer_gives_all_logits(batch: dict[str, Tensor]) -> None:
+    class Plain(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    plain = Plain()
+    with logits_at(plain, answer_positions(batch["labels"])):
+        assert plain(batch["input_ids"]) is batch["input_ids"]
+
+
+def test_a_model_without_an_output_layer_of_its_own_gives_all_logits(
+    batch: dict[str, Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_models.build("llama").eval()
+    labels = batch.pop("labels")
+    full = model(**batch).logits
+    model.get_output_embeddings = lambda: None
+    with logits_at(model, answer_positions(labels)):
+        assert torch.equal(model(**batch).logits, full)
+    assert "LlamaForCausalLM has no output embeddings" in caplog.text
+
+
+def test_an_output_layer_that_is_applied_to_something_else_is_left_alone(
+    model: PreTrainedModel, batch: dict[str, Tensor]
+) -> None:
+    labels = batch.pop("labels")
+    last = model(**batch, logits_to_keep=2).logits
+    with logits_at(model, answer_positions(labels)):
+        assert torch.equal(model(**batch, logits_to_keep=2).logits, last)
+    assert last.shape[1] == 2
+
+
+SEQUENCES = [
+    tokens([1, 5, 6, 7, 8, 9, 10, 11, 12, 13], [20, 21]),
+    tokens([1, 5, 6, 7, 8, 9, 10, 11, 12, 13], [22]),
+    tokens([1, 4, 6, 7, 8, 9, 10, 11, 12, 13], [22, 23, 24, 25]),
+    tokens([1, 5, 6], [30, 31, 32]),
+    tokens([1, 5, 6], [33]),
+    tokens([1, 5, 7], [33]),
+    tokens([1], [33, 2]),
+]
+"""Prompts of equal and unequal lengths, shared or not, past the tiny Gemma's window of 8; answers of 1 to 4."""
+
+
+def one_by_one(model: PreTrainedModel, sequence: Tokens) -> float:
+    with torch.no_grad():
+        logits = model(torch.tensor([sequence.input_ids])).logits[0]
+    answer = torch.tensor(sequence.answer)
+    return float(cross_entropy(logits[-len(answer) - 1 : -1], answer, reduction="sum"))
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 30, 10_000])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_sharing_prompts_gives_what_scoring_one_by_one_gives(family: str, batch_tokens: int) -> None:
+    model = tiny_models.build(family).eval()
+    scores = score(model, SEQUENCES, pad=0, batch_tokens=batch_tokens)
+    assert [len(one.nll) for one in scores] == [len(sequence.answer) for sequence in SEQUENCES]
+    assert [one.loss for one in scores] == pytest.approx([one_by_one(model, s) for s in SEQUENCES], rel=1e-4)
+
+
+def test_padding_takes_no_positions_that_the_model_does_not_have() -> None:
+    model = tiny_models.build("gpt2").eval()  # of 64 positions
+    prompt = [*range(3, 35), *range(3, 33)]
+    sequences = [tokens(prompt, [20, 21]), tokens(prompt, [22]), tokens(prompt[:3], [23, 24, 25, 26])]
+    scores = score(model, sequences, pad=0, batch_tokens=1000)
+    assert [one.loss for one in scores] == pytest.approx([one_by_one(model, s) for s in sequences], rel=1e-4)
+
+
+def test_greedy_means_that_decoding_gives_the_answer() -> None:
+    model = tiny_models.build("llama").eval()
+    prompt = [1, 5, 6, 7]
+    written = model.generate(
+        torch.tensor([prompt]), max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    answer = written[0, 4:].tolist()
+    other = [*answer[:2], (answer[2] + 1) % tiny_models.VOCAB_SIZE]
+    sequences = [tokens(prompt, answer), tokens(prompt, other)]
+    assert [one.greedy for one in score(model, sequences, pad=0, batch_tokens=100)] == [True, False]
+
+
+def test_a_model_that_keeps_no_keys_and_values_is_scored_all_the_same() -> None:
+    model = tiny_models.build("llama").eval()
+    expected = [one_by_one(model, sequence) for sequence in SEQUENCES[:-1]]
+
+    def forget(module: PreTrainedModel, inputs: tuple[object, ...], output: Any) -> SimpleNamespace:
+        return SimpleNamespace(logits=output.logits)
+
+    model.register_forward_hook(forget)
+    scores = score(model, SEQUENCES[:-1], pad=0, batch_tokens=1000)
+    assert [one.loss for one in scores] == pytest.approx(expected, rel=1e-4)
+
+
+def test_of_no_answers_there_are_no_scores() -> None:
+    assert score(tiny_models.build("llama"), [], pad=0, batch_tokens=100) == []
+
+
+ROWS = [
+    Tokens([5, 6, 7], [IGNORED, 6, 7]),
+    Tokens(list(range(1, 21)), [IGNORED] * 10 + list(range(11, 21))),
+    Tokens([9, 10, 11, 12], [9, 10, 11, 12]),  # the first is never predicted
+    Tokens([3, 4, 5, 6, 7, 8], [IGNORED, 4, 5, IGNORED, IGNORED, 8]),
+    Tokens([30, 31], [IGNORED, IGNORED]),
+]
+
+
+@torch.no_grad()
+def naive(model: PreTrainedModel) -> list[tuple[float, int]]:
+    """Token by token, one row at a time."""
+    found = []
+    for row in ROWS:
+        logits = model(input_ids=torch.tensor([row.input_ids])).logits[0].double()
+        places = [i for i in range(1, len(row.labels)) if row.labels[i] != IGNORED]
+        nll = [-float(log_softmax(logits[i - 1], dim=-1)[row.labels[i]]) for i in places]
+        found.append((sum(nll), len(places)))
+    return found
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 24, 10_000])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_losses_are_those_of_a_loop_over_rows_and_tokens(
+    family: str, batch_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_models.build(family).eval()
+    monkeypatch.setattr(losses, "BATCH_LOGITS", batch_tokens * model.config.get_text_config().vocab_size)
+    found, expected = row_losses(model, ROWS, pad=0), naive(model)
+    assert found.tokens == [count for _, count in expected] == [2, 10, 3, 3, 0]
+    assert found.nll == pytest.approx([nll for nll, _ in expected], rel=1e-4, abs=1e-6)
+
+
+def test_rows_of_like_length_share_a_batch_within_the_limit() -> None:
+    assert list(batches([3, 20, 4, 6, 2], 12)) == [[1], [3, 2], [0, 4]]
+    assert list(batches([], 12)) == []
+
+
+def test_the_models_mode_is_restored_and_no_gradient_is_kept() -> None:
+    model = tiny_models.build("llama").train()
+    row_losses(model, ROWS, pad=0)
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_mean_is_over_tokens_and_not_over_rows() -> None:
+    measured = Losses([2.0, 30.0], [1, 10])
+    assert measured.mean == pytest.approx(32 / 11)
+    residuals = [2 - 32 / 11, 30 - 320 / 11]
+    assert measured.stderr == pytest.approx(math.hypot(*residuals) / 11)
+
+
+def test_a_change_is_paired_by_row() -> None:
+    before = Losses([5.0, 40.0, 9.0], [1, 10, 3])
+    after = Losses([4.0, 30.0, 6.0], [1, 10, 3])
+    change = after.change_from(before)
+    assert change.mean == pytest.approx(after.mean - before.mean) == pytest.approx(-1)
+    assert change.stderr == pytest.approx(0, abs=1e-12)
+    assert change.stderr < after.stderr
+
+
+def test_no_rows_give_no_losses() -> None:
+    assert row_losses(tiny_models.build("llama"), [], pad=0) == Losses([], [])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_is_restored_even_after_an_error(training: bool) -> None:
+    model = nn.Linear(2, 2).train(training)
+
+    def fail() -> None:
+        with scoring(model):
+            assert not model.training
+            assert not model(torch.ones(2)).requires_grad
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
+    assert model.training == training

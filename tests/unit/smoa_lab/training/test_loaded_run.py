@@ -1,0 +1,502 @@
+"""Runs on rows against TRL's own trainers, and what is refused before any work."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trl
+from datasets import Dataset
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
+
+import smoa
+from smoa.errors import ConfigError, DataError, SmoaError
+from smoa_lab.config.run import RunConfig, check_config
+from smoa_lab.data.encoding import Tokens
+from smoa_lab.data.prepared import PreparedRows
+from smoa_lab.scoring.losses import row_losses
+from smoa_lab.training import loaded_run, train_run
+from smoa_lab.training.loaded_run import load_run, read_rows_of, sources
+from smoa_lab.training.progress import ProgressReport
+from tests.support.kills import killed_after_saving
+from tests.support.lab import files_with, steps, tiny_base, tiny_gpt2, tiny_run
+from tests.support.own_rows import (
+    PLAIN,
+    chat,
+    chats,
+    losses,
+    pairs,
+    rows_base,
+    rows_config,
+    rows_values,
+    tokenizer_with,
+    write_rows,
+)
+
+ALL = {"test_part": 0.0}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model whose chat template has marks."""
+    return rows_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache folder of a test."""
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "rows"
+
+
+@pytest.fixture
+def talks(tmp_path: Path) -> Path:
+    """Conversations of unequal lengths."""
+    rows = [
+        *chats(8),
+        *({"messages": chat(f"Open on day {i}?", "Yes.", "Sure?", f"Very {i}." * (i + 1))} for i in range(8)),
+    ]
+    return write_rows(tmp_path / "chats.jsonl", rows)
+
+
+@pytest.fixture
+def preferences(tmp_path: Path) -> Path:
+    return write_rows(tmp_path / "pairs.jsonl", pairs(12))
+
+
+def train(config: RunConfig) -> dict[str, Any]:
+    return train_run.train(config)
+
+
+def by_trl(values: dict[str, Any], rows: Path, folder: Path) -> list[float]:
+    """The loss curve of TRL's own trainer on the same file."""
+    prefers = "chosen" in json.loads(rows.read_text().splitlines()[0])
+    messages = "messages" in json.loads(rows.read_text().splitlines()[0])
+    kinds = (trl.DPOConfig, trl.DPOTrainer) if prefers else (trl.SFTConfig, trl.SFTTrainer)
+    given = {"report_to": "none", "bf16": False, "learning_rate": 2e-3, **values["training"], "output_dir": str(folder)}
+    arguments: Any = kinds[0](**given, **({"assistant_only_loss": True} if messages else {}))
+    arguments.dataloader_pin_memory = False
+    set_seed(arguments.seed)
+    trainer = kinds[1](
+        AutoModelForCausalLM.from_pretrained(values["model"]["name"]),
+        args=arguments,
+        train_dataset=Dataset.from_list([json.loads(line) for line in rows.read_text().splitlines()]),
+        processing_class=AutoTokenizer.from_pretrained(values["model"]["name"]),
+        peft_config=smoa.SmoaConfig(task_type="CAUSAL_LM", **values["adapter"]),
+    )
+    trainer.train()
+    return losses({"history": trainer.state.log_history})
+
+
+TRAINING: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "cut": {"max_length": 60},
+    "packed": {"packing": True, "max_length": 128},
+    "noise": {"neftune_noise_alpha": 20},
+    "no checkpointing": {"gradient_checkpointing": False},
+    "accumulated": {"gradient_accumulation_steps": 3},
+    "padding free": {"padding_free": True, "max_length": None},
+}
+
+
+@pytest.mark.parametrize("training", TRAINING.values(), ids=TRAINING)
+def test_the_loss_curve_is_that_of_trls_own_trainer(
+    training: dict[str, Any], talks: Path, base: Path, tmp_path: Path
+) -> None:
+    values = rows_values(tmp_path, talks, base, data=ALL, training={"max_steps": 4, "learning_rate": 0.01, **training})
+    curve = losses(train(rows_config(tmp_path, talks, base, data=ALL, training=values["training"])))
+    assert len(curve) == 4
+    assert curve == pytest.approx(by_trl(values, talks, tmp_path / "trl"), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"text": f"Line {i} of the book." * (i + 1)} for i in range(8)],
+        [{"prompt": f"Line {i}:", "completion": f" word {i}" * (i + 1)} for i in range(8)],
+        [{"prompt": chat(f"Line {i}?"), "completion": chat("", f"Word {i}.")[1:]} for i in range(8)],
+    ],
+    ids=["text", "prompt", "turns"],
+)
+def test_so_is_that_of_other_formats(rows: list[dict[str, Any]], base: Path, tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    training = {"max_steps": 3, "learning_rate": 0.01}
+    curve = losses(train(rows_config(tmp_path, file, base, data=ALL, training=training)))
+    values = rows_values(tmp_path, file, base, training=training)
+    assert curve == pytest.approx(by_trl(values, file, tmp_path / "trl"), abs=1e-4)
+
+
+def test_noise_changes_the_curve_and_checkpointing_does_not(talks: Path, base: Path, tmp_path: Path) -> None:
+    curves = {}
+    for name in ("plain", "noise", "no checkpointing"):
+        training = {**TRAINING[name], "output_dir": str(tmp_path / name)}
+        curves[name] = losses(train(rows_config(tmp_path, talks, base, data=ALL, training=training)))
+    assert curves["plain"] == pytest.approx(curves["no checkpointing"], abs=1e-6)
+    assert abs(curves["plain"][0] - curves["noise"][0]) > 1e-3
+
+
+def test_preferences_begin_at_log_2_and_follow_trls_own_curve(preferences: Path, base: Path, tmp_path: Path) -> None:
+    """TRL's own reference is the model with its adapter switched off."""
+    training = {"max_steps": 4, "learning_rate": 0.01, "beta": 0.3}
+    metrics = train(rows_config(tmp_path, preferences, base, data=ALL, training=training))
+    values = rows_values(tmp_path, preferences, base, training=training)
+    assert losses(metrics)[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses(metrics) == pytest.approx(by_trl(values, preferences, tmp_path / "trl"), abs=1e-4)
+    assert metrics["training"]["trainer"] == "DPOTrainer"
+    assert losses(metrics)[-1] < 0.65
+
+
+def test_only_the_trained_adapter_of_preferences_is_saved(preferences: Path, base: Path, tmp_path: Path) -> None:
+    metrics = train(rows_config(tmp_path, preferences, base, data={"test_part": 0.3}))
+    assert {entry.name for entry in (tmp_path / "run" / "adapter").iterdir() if entry.is_dir()} == set()
+    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    factors = sum(tensor.numel() for name, tensor in saved.items() if "smoa_A" in name or "smoa_B" in name)
+    assert metrics["parameters"]["trainable"] == factors
+    assert 0 <= metrics["gain"]["preferred"] <= 1
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa", "full"])
+@pytest.mark.parametrize("kind", ["talks", "preferences"])
+def test_other_methods_train_on_rows(
+    method: str, kind: str, base: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    adapter = {} if method == "full" else {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+    config = rows_config(tmp_path, request.getfixturevalue(kind), base, method=method, adapter=adapter)
+    metrics = train(config)
+    if kind == "preferences":
+        assert losses(metrics)[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert metrics["config"]["training"].get("learning_rate") == (None if method == "full" else 2e-3)
+    assert (metrics["parameters"]["percent"] == 100) == (method == "full")
+
+
+@pytest.mark.parametrize("kind", ["talks", "preferences"])
+def test_an_interrupted_run_goes_on_to_the_same_adapter(
+    kind: str, base: Path, tmp_path: Path, cache: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(self: ProgressReport, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+    rows = request.getfixturevalue(kind)
+    training = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1, "learning_rate": 0.01}
+    options = [{**training, "output_dir": str(tmp_path / name)} for name in ("whole", "broken")]
+    whole, broken = (rows_config(tmp_path, rows, base, training=one) for one in options)
+    expected = train(whole)
+    monkeypatch.setattr(ProgressReport, "on_step_end", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(broken)
+    monkeypatch.undo()
+    monkeypatch.setenv("SMOA_CACHE", str(cache.parent))
+    metrics = train(broken)
+    assert metrics["training"]["resumed"]
+    assert losses(metrics) == pytest.approx(losses(expected), abs=1e-5)
+    for one in (whole, broken):
+        assert not [entry for entry in one.folder.iterdir() if entry.name == "README.md" or "checkpoint" in entry.name]
+    saved, unbroken = (load_file(one.folder / "adapter" / "adapter_model.safetensors") for one in (broken, whole))
+    for name, tensor in unbroken.items():
+        torch.testing.assert_close(saved[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+STOPPING = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 8, "per_device_eval_batch_size": 64}
+
+
+def test_a_run_stops_when_the_validation_loss_no_longer_falls(talks: Path, base: Path, tmp_path: Path) -> None:
+    config = rows_config(
+        tmp_path,
+        talks,
+        base,
+        data={"validation_part": 0.3, **ALL},
+        training={**STOPPING, "learning_rate": 0.0, "save_strategy": "steps"},
+        early_stopping=2,
+    )
+    assert train(config)["training"]["steps"] == 3
+
+
+@pytest.mark.parametrize("killed", [3, 4])
+def test_a_resumed_run_has_the_patience_that_was_left(
+    killed: int, talks: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = {"validation_part": 0.3, "samples": 0, **ALL}
+    training = {**STOPPING, "learning_rate": 0.0, "save_strategy": "steps"}
+    config = rows_config(tmp_path, talks, base, data=data, training=training, early_stopping=3)
+    with killed_after_saving(killed, monkeypatch):
+        train(config)
+    metrics = train(config)
+    assert metrics["training"]["resumed"]
+    assert metrics["training"]["steps"] == 4
+    assert [entry["step"] for entry in metrics["history"] if "eval_loss" in entry] == [1, 2, 3, 4]
+
+
+def test_the_best_adapter_is_kept_and_not_the_last(talks: Path, base: Path, tmp_path: Path) -> None:
+    training = {**STOPPING, "learning_rate": 3.0, "lr_scheduler_type": "constant"}
+    values = rows_values(tmp_path, talks, base, data={"validation_part": 0.3, **ALL}, early_stopping=2)
+    values["training"] = {"output_dir": str(tmp_path / "run"), "use_cpu": True, "logging_steps": 1, **training}
+    config = RunConfig.model_validate(rows_config(tmp_path, talks, base, **_sections(values)).model_dump())
+    history = [entry["eval_loss"] for entry in train(config)["history"] if "eval_loss" in entry]
+    run = load_run(config)
+    model = PeftModel.from_pretrained(run.base, str(config.folder / "adapter"))
+    assert isinstance(run.data, PreparedRows)
+    rows = [Tokens(row["input_ids"], row["labels"]) for row in run.data.part("validation")]
+    assert min(history) < history[-1]
+    assert row_losses(model, rows, pad=0).mean == pytest.approx(min(history), abs=1e-4)
+
+
+def _sections(values: dict[str, Any]) -> dict[str, Any]:
+    return {"data": values["data"], "early_stopping": 2, "training": {**values["training"], "save_strategy": "steps"}}
+
+
+def refused(config: RunConfig, error: type[SmoaError] = ConfigError) -> str:
+    """The message of a run that is refused before any work: in one line, and without a folder."""
+    with pytest.raises(error) as caught:
+        train(config)
+    assert not config.folder.exists()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_base_model_without_a_template_is_refused_and_trains_with_alpaca(talks: Path, tmp_path: Path) -> None:
+    base = rows_base(tmp_path / "plain", template=None)
+    assert "this model has no chat template" in refused(rows_config(tmp_path, talks, base))
+    assert train(rows_config(tmp_path, talks, base, data={"chat_template": "alpaca"}))["training"]["steps"] == 2
+
+
+def test_an_unknown_template_is_told_the_nearest(talks: Path, base: Path, tmp_path: Path) -> None:
+    assert "did you mean 'qwen3'" in refused(rows_config(tmp_path, talks, base, data={"chat_template": "qwen-3"}))
+
+
+def test_keys_of_the_other_trainer_are_refused(talks: Path, preferences: Path, base: Path, tmp_path: Path) -> None:
+    message = refused(rows_config(tmp_path, talks, base, training={"beta": 0.1}))
+    assert message.startswith("training: beta is not for SFTConfig, which trains rows of the format messages")
+    message = refused(rows_config(tmp_path, preferences, base, training={"packing": True}))
+    assert message.startswith("training: packing is not for DPOConfig, which trains rows of the format preference")
+
+
+@pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated")
+@pytest.mark.parametrize("key", ["chat_template_path", "eos_token", "truncation_mode", "dataset_text_field"])
+def test_keys_that_contradict_the_tokens_are_refused(key: str, talks: Path, base: Path, tmp_path: Path) -> None:
+    message = refused(rows_config(tmp_path, talks, base, training={key: "keep_end" if "mode" in key else "x"}))
+    assert message.startswith(f"training.{key}: is not for rows: ")
+
+
+def test_an_adapter_on_the_output_layer_is_refused(talks: Path, base: Path, tmp_path: Path) -> None:
+    adapter = {"r": 4, "num_blocks": 2, "target_modules": ["q_proj", "lm_head"]}
+    message = refused(rows_config(tmp_path, talks, base, adapter=adapter))
+    assert message.startswith("adapter.target_modules: names lm_head, the output layer, which TRL would not train")
+
+
+@pytest.mark.parametrize("method", ["smoa", "lora"])
+def test_without_named_layers_those_of_pefts_defaults_are_trained(
+    method: str, talks: Path, base: Path, tmp_path: Path
+) -> None:
+    config = rows_config(tmp_path, talks, base, data=ALL, adapter={"r": 4}, method=method)
+    assert losses(train(config))
+    adapter = json.loads((config.folder / "adapter" / "adapter_config.json").read_text())
+    assert set(adapter["target_modules"]) == {"q_proj", "v_proj"}
+
+
+def test_rows_beyond_the_models_positions_are_refused_unless_they_are_cut(base: Path, tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "long.jsonl", [{"text": "word " * 300}] * 2)
+    message = refused(rows_config(tmp_path, file, base, data=ALL, training={"max_length": None}))
+    assert message.startswith(
+        "training.max_length: rows of up to 1,502 tokens would be given to this model, which has 1,024 pos"
+    )
+    assert losses(train(rows_config(tmp_path, file, base, data=ALL)))
+
+
+def test_rows_of_all_the_models_positions_are_trained_and_answered(tmp_path: Path) -> None:
+    base = tiny_gpt2(tmp_path / "base", positions=64, tokenizer=tokenizer_with(PLAIN))
+    rows = write_rows(tmp_path / "long.jsonl", [{"text": f"{i} word " * 20} for i in range(20)])
+    adapter = {"r": 4, "num_blocks": 2, "target_modules": ["c_attn"]}
+    data = {"test_part": 0.3, "samples": 2}
+    metrics = train(rows_config(tmp_path, rows, base, data=data, adapter=adapter, training={"max_length": 64}))
+    assert [set(sample) for sample in metrics["samples"]] == [{"question", "reference", "before", "after"}] * 2
+    assert metrics["forgetting"]["tokens"] == 63 * metrics["forgetting"]["passages"]
+
+
+def test_only_answers_whose_prompts_fit_are_asked_for(base: Path, tmp_path: Path) -> None:
+    rows = [{"messages": chat("Open?", "Yes.", "a" * 100, f"No. {i}")} for i in range(3)]
+    other = write_rows(tmp_path / "test.jsonl", [*rows, *chats(1)])
+    data = {"test": str(other), "samples": 4}
+    metrics = train(
+        rows_config(tmp_path, write_rows(tmp_path / "a.jsonl", chats(6)), base, data=data, training={"max_length": 90})
+    )
+    assert metrics["evaluation"]["after"]["all"]["rows"] == 4
+    assert [sample["reference"] for sample in metrics["samples"]].count("Yes.") == 3
+
+
+def test_validation_without_validation_rows_is_refused(talks: Path, base: Path, tmp_path: Path) -> None:
+    config = rows_config(tmp_path, talks, base, data={"validation_part": 0.0}, training={"eval_strategy": "epoch"})
+    assert refused(config).startswith("data.validation_part: 0.0 of the rows are none")
+
+
+def test_a_report_whose_package_is_missing_is_refused(talks: Path, base: Path, tmp_path: Path) -> None:
+    config = rows_config(tmp_path, talks, base, training={"report_to": "comet_ml"})
+    assert refused(config).startswith("training.report_to: ")
+
+
+@pytest.mark.parametrize("part", ["nowhere.jsonl", "rows.txt"])
+def test_a_file_that_cannot_be_read_is_refused(part: str, base: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.txt").write_text("Hello")
+    assert part in refused(rows_config(tmp_path, tmp_path / part, base), DataError)
+
+
+def test_rows_of_which_all_are_bad_are_refused_or_skipped(base: Path, tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "bad.jsonl", [{"text": ""}])
+    with pytest.raises(DataError, match="1 bad row; nothing is trained"):
+        train(rows_config(tmp_path, file, base))
+    assert "leaves no rows to train on" in refused(
+        rows_config(tmp_path, file, base, data={"skip_bad_rows": True}), DataError
+    )
+
+
+def test_bad_rows_are_skipped_where_the_run_asks_for_it(base: Path, tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "rows.jsonl", [*chats(4), {"messages": []}])
+    metrics = train(rows_config(tmp_path, file, base, data={"skip_bad_rows": True, **ALL}))
+    assert (metrics["data"]["bad"], metrics["data"]["parts"]) == (1, {"train": 4})
+
+
+def test_without_held_out_rows_a_run_is_trained_and_not_scored(talks: Path, base: Path, tmp_path: Path) -> None:
+    metrics = train(rows_config(tmp_path, talks, base, data=ALL))
+    assert (metrics["evaluation"], metrics["gain"], metrics["samples"]) == ({}, None, [])
+    assert not (tmp_path / "run" / "samples.md").exists()
+
+
+def test_held_out_rows_are_scored_before_and_after(talks: Path, base: Path, tmp_path: Path) -> None:
+    data = {"test_part": 0.3, "samples": 2}
+    training = {"learning_rate": 0.05, "max_steps": 6}
+    metrics = train(rows_config(tmp_path, talks, base, data=data, training=training))
+    before, after = (metrics["evaluation"][stage]["all"] for stage in ("before", "after"))
+    assert before["rows"] == after["rows"] == metrics["data"]["parts"]["test"]
+    assert before["perplexity"] == pytest.approx(math.exp(before["loss"]))
+    assert metrics["gain"]["loss"] == pytest.approx(after["loss"] - before["loss"], abs=1e-6)
+    assert metrics["gain"]["loss"] < 0
+    assert [set(sample) for sample in metrics["samples"]] == [{"question", "reference", "before", "after"}] * 2
+    assert "## Prompt 2" in (tmp_path / "run" / "samples.md").read_text()
+
+
+def test_the_rows_of_a_test_file_are_held_out(talks: Path, base: Path, tmp_path: Path) -> None:
+    other = write_rows(tmp_path / "test.jsonl", chats(3))
+    metrics = train(rows_config(tmp_path, talks, base, data={"test": str(other)}))
+    assert metrics["data"]["parts"] == {"test": 3, "train": 13}
+    assert metrics["evaluation"]["after"]["all"]["rows"] == 3
+
+
+def test_so_many_rows_are_trained_and_tested(talks: Path, base: Path, tmp_path: Path) -> None:
+    data = {"test_part": 0.3, "test_examples": 1, "train_examples": 2}
+    metrics = train(rows_config(tmp_path, talks, base, data=data, training={"max_steps": -1, "num_train_epochs": 3}))
+    assert metrics["training"]["steps"] == 3
+    assert metrics["evaluation"]["after"]["all"]["rows"] == 1
+
+
+def test_a_template_that_nobody_knows_is_trained_by_its_text(talks: Path, tmp_path: Path) -> None:
+    base = rows_base(tmp_path / "plain", template=PLAIN)
+    assert losses(train(rows_config(tmp_path, talks, base)))
+
+
+def test_nothing_of_this_machine_is_in_what_a_run_shares(talks: Path, base: Path, tmp_path: Path) -> None:
+    train(rows_config(tmp_path, talks, base, data={"test_part": 0.3, "skip_bad_rows": True}))
+    assert files_with(tmp_path, tmp_path / "run") == {"config.yaml", "train.log"}
+    assert files_with(base, tmp_path / "run") == {"config.yaml", "adapter/adapter_config.json"}
+
+
+def test_the_adapters_card_says_what_was_trained(talks: Path, base: Path, tmp_path: Path) -> None:
+    metrics = train(rows_config(tmp_path, talks, base, data={"test_part": 0.3}))
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    losses = " → ".join(f"{metrics['evaluation'][stage]['all']['loss']:.3f}" for stage in ("before", "after"))
+    for said in ("`chats.jsonl`, in the format messages: ", "tokens, ", losses, "```text"):
+        assert said in card
+
+
+def test_a_tokenizer_is_enough_to_read_rows(talks: Path, base: Path, tmp_path: Path) -> None:
+    config = rows_config(tmp_path, talks, base, data={"chat_template": "alpaca"}, training={"max_length": 277})
+    encoder, rows = read_rows_of(config, AutoTokenizer.from_pretrained(base))
+    assert "Below is an instruction" in str(encoder.tokenizer.chat_template)
+    assert rows.account["max_length"] == 277
+    assert [source.name for source in sources(config.rows)] == [str(talks)]
+
+
+def test_a_base_of_a_smaller_context_is_trained_where_rows_are_cut(talks: Path, tmp_path: Path) -> None:
+    base = tiny_base(tmp_path / "small")
+    data = {"chat_template": "alpaca", **ALL}
+    assert losses(train(rows_config(tmp_path, talks, base, data=data, training={"max_length": 300})))
+
+
+def test_processes_that_accelerate_does_not_count_don_t_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loaded_run, "is_distributed", lambda: True)
+    monkeypatch.setattr(loaded_run.dist, "get_world_size", lambda: 2)
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(ConfigError, match=r"accelerate counts 1 of 2 processes, .*; leave deepspeed out"):
+        loaded_run.checked_arguments(arguments)
+
+
+def test_a_run_that_was_killed_after_its_last_step_takes_no_other_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = steps(3, save_steps=1, learning_rate=0.1, lr_scheduler_type="polynomial")  # divides by the steps
+    values = tiny_run(tmp_path, monkeypatch, train=20, test=2, training=training, forgetting={"tokens": 0})
+    whole, killed = (
+        check_config({**values, "training": {**values["training"], "output_dir": str(tmp_path / name)}})
+        for name in ("whole", "killed")
+    )
+    expected = train(whole)
+    with killed_after_saving(3, monkeypatch):
+        train(killed)
+    metrics = train(killed)
+    assert metrics["training"]["resumed"]
+    assert metrics["training"]["steps"] == expected["training"]["steps"] == 3
+    adapters = [load_file(one.folder / "adapter" / "adapter_model.safetensors") for one in (whole, killed)]
+    assert adapters[0].keys() == adapters[1].keys()
+    assert all(torch.equal(adapters[1][name], tensor) for name, tensor in adapters[0].items())
+
+
+def values_of(
+    room: Path, monkeypatch: pytest.MonkeyPatch, data: dict[str, Any], *, train: int = 15, **training: Any
+) -> dict[str, Any]:
+    """A run of one step."""
+    training = steps(1, save_strategy="no", **training)
+    values = tiny_run(room, monkeypatch, train=train, test=2, training=training, forgetting={"tokens": 0})
+    return {**values, "data": {"tasks": ["arc_easy"], **data}}
+
+
+def learned_questions(room: Path, monkeypatch: pytest.MonkeyPatch, max_length: int) -> dict[str, Any]:
+    """The metrics of a run on a model of 128 positions."""
+    values = values_of(room, monkeypatch, {})
+    base = {"model": {"name": str(tiny_gpt2(room / "gpt2", positions=128))}}
+    adapter = {"adapter": {"r": 4, "num_blocks": 2, "target_modules": ["c_attn"]}}
+    return train(check_config({**values, **base, **adapter, "task": {"max_length": max_length, "samples": 2}}))
+
+
+def test_questions_beyond_the_models_positions_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"^task\.max_length: questions of up to 129 tokens .* set it to 128$"):
+        learned_questions(tmp_path, monkeypatch, 129)
+    assert not (tmp_path / "run").exists()
+
+
+def test_questions_of_all_the_models_positions_are_trained_and_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics = learned_questions(tmp_path, monkeypatch, 128)
+    assert metrics["data"]["truncation"]["prompts_cut"] == 15  # so each has as many tokens as there are positions
+    assert [set(sample) for sample in metrics["samples"]] == [{"question", "reference", "before", "after"}] * 2
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({}, r"^data\.validation_part: 0\.05 of the questions are none, and training\.eval_strategy needs some"),
+        ({"validation_examples": 0}, r"^data\.validation_examples: 0 of the questions are none"),
+    ],
+)
+def test_validation_without_validation_questions_is_refused(
+    data: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = values_of(tmp_path, monkeypatch, data, eval_strategy="epoch")
+    with pytest.raises(ConfigError, match=said):
+        train(check_config(values))
+    assert not (tmp_path / "run").exists()
