@@ -12,9 +12,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from smoa import MergeError, SmoaConfig
-from smoa.layers.layer import SmoaLayer, refuse_shared
+from smoa.layers.layer import SmoaLayer
 from smoa.maths.blocks import DiagonalBlocks
 from smoa.maths.spectrum import make_partition
+from smoa.tuner.tying import refuse_shared
 from tests import reference
 from tests.support.adapted_models import adapted
 from tests.support.layers import (

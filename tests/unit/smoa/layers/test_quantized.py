@@ -174,7 +174,7 @@ def test_cached_weights_keep_the_blocks_of_the_update_alone(kind: str) -> None:
         with cached_weights(layer):
             assert_close(layer(x), expected)
             assert layer.smoa_weight_cache.effective is None
-            kept = sum(cached.nbytes() // 4 for cached in layer.smoa_weight_cache.updates)
+            kept = sum(cached.nbytes // 4 for cached in layer.smoa_weight_cache.updates)
             assert kept == sum(len(r) * len(c) for r, c in zip(*parts_of(layer), strict=True))
 
 
