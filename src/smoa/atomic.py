@@ -100,10 +100,16 @@ def new_files(folder: Path) -> Iterator[Path]:
             temporary.mkdir()
             yield temporary
             for path in temporary.rglob("*"):
-                _flush(path)
+                if path.is_file() and not path.is_symlink():
+                    with path.open("rb+" if os.name == "nt" else "rb") as file:  # a read-only file can be flushed too
+                        os.fsync(file.fileno())
             for _ in range(ATTEMPTS):
-                if _renamed(temporary, folder / SAVE):
+                try:
+                    temporary.rename(folder / SAVE)
                     break
+                except OSError as error:
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                        raise
                 _finish_save(folder)  # another process's
             else:
                 raise ConfigError(f"{folder / SAVE}: is in the way of a save, and can't be finished; delete it")
@@ -127,17 +133,6 @@ def drop_save(folder: Path) -> None:
             if file.is_file():
                 file.unlink()
     recover(folder)
-
-
-def _renamed(new: Path, target: Path) -> bool:
-    """Rename a folder; False if another one that is not empty has the name."""
-    try:
-        new.rename(target)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        return False
-    return True
 
 
 def _finish_save(folder: Path, written_here: bool = False) -> None:
@@ -174,9 +169,3 @@ def _is_own(saved: Path) -> bool:
 def _raise(error: OSError) -> None:
     if not isinstance(error, FileNotFoundError):
         raise error
-
-
-def _flush(path: Path) -> None:
-    if path.is_file() and not path.is_symlink():
-        with path.open("rb+" if os.name == "nt" else "rb") as file:  # a read-only file can be flushed too
-            os.fsync(file.fileno())

@@ -60,13 +60,9 @@ def ensure_peft_type() -> None:
         PeftType._value2member_map_[NAME] = member
         hashable: list[str] = getattr(PeftType, "_hashable_values_", [])  # Python ≥ 3.12
         hashable.append(NAME)
-    _verify_member()
-
-
-def _verify_member() -> None:
-    member: Any = PeftType(NAME)
-    same = member is getattr(PeftType, NAME) and member in list(PeftType) and isinstance(member, Enum)
-    if not same or member.value != NAME:
+    added: Any = PeftType(NAME)
+    same = added is getattr(PeftType, NAME) and added in list(PeftType) and isinstance(added, Enum)
+    if not same or added.value != NAME:
         raise UnsupportedVersionError(
             f"could not add {NAME} to PeftType: PEFT has changed its enum; install another peft{SUPPORTED_PEFT}"
         )

@@ -240,13 +240,9 @@ def has_safetensors(folder: Path) -> bool:
 def write_checkpoint(
     folder: Path, entries: dict[str, HeaderEntry], read: Callable[[str], Tensor], max_shard_size: int | str
 ) -> None:
-    """Write `model.safetensors`, or shards and their index.
+    """Write `model.safetensors`, or shards and their index, into an existing folder.
 
-    Args:
-        folder: An existing folder.
-        entries: Dtype and shape of each tensor, by name.
-        read: Called once for each tensor, in turn. A tensor of another dtype is cast.
-        max_shard_size: Largest file, in bytes or as text ("5GB").
+    `read` is called once for each tensor, in turn. A tensor of another dtype than its entry is cast.
     """
     plan: Any = split_state_dict_into_shards_factory(
         entries,

@@ -140,7 +140,6 @@ class Place:
     """A layer, or a parameter of experts, that a LoRA adapts, and how PEFT's LoRA stores its factors there.
 
     Args:
-        name: Name of the adapted layer, for the names of LoRA's tensors.
         key: Name of the module or parameter, for targets and patterns.
         matrices: Names of the matrices that it holds.
         layout: How a parameter holds them; None for a layer.
@@ -148,7 +147,6 @@ class Place:
         base: The base layer, of whose kind the names and shapes of LoRA's tensors are; None for a parameter.
     """
 
-    name: str
     key: str
     matrices: tuple[str, ...] = ()
     layout: Layout | None = None
@@ -159,14 +157,10 @@ class Place:
     def of(cls, name: str, layer: SmoaLayer) -> Place:
         """The place of an adapted layer, without its matrices."""
         if not isinstance(layer, ParamWrapper):
-            return cls(name, name, base=layer.get_base_layer())
+            return cls(name, base=layer.get_base_layer())
         key = f"{name.replace('.base_layer', '')}.{layer.parameter_name}"
         marked = bool(getattr(layer.get_base_layer(), "is_transposed", False))
-        return cls(name, key, layout=layer.layout, is_marked=marked == layer.layout.transposed)
-
-    def name_of(self, part: str) -> str:
-        """Name of a matrix, given its name within the layer."""
-        return self.key.rpartition(".")[0] + "." + part if part else self.name
+        return cls(key, layout=layer.layout, is_marked=marked == layer.layout.transposed)
 
     @property
     def halves(self) -> int:
@@ -291,7 +285,8 @@ class UpdateSpectra:
         for name, layer in layers.items():
             parts = {part: BlockSpectra.of(update, weight) for part, weight, update in layer.parts(adapter_name)}
             place = Place.of(name, layer)
-            named = {place.name_of(part): spectrum for part, spectrum in parts.items()}
+            module = place.key.rpartition(".")[0]
+            named = {f"{module}.{part}" if part else name: spectrum for part, spectrum in parts.items()}
             self.layers |= named
             self.places[name] = replace(place, matrices=tuple(named))
 

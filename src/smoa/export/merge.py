@@ -222,17 +222,7 @@ def merge_in_memory(
     dtype: torch.dtype,
     max_shard_size: int | str,
 ) -> RoundingLoss:
-    """Merge the adapter of any PEFT method into `model`, and save the merged model.
-
-    Args:
-        model: The base in float32, which is changed.
-        adapter: Folder of the adapter.
-        folder: Where the merged model is saved.
-        dtype: Dtype of the saved weights.
-        max_shard_size: Largest file, in bytes or as text ("5GB").
-
-    Returns:
-        How much of the update was lost by rounding to `dtype`.
+    """Merge the adapter of any PEFT method into `model`, in float32, which is changed, and save it in `dtype`.
 
     Raises:
         MergeError: a merged weight is NaN or infinite, the method can't merge, or the adapter doesn't fit the base.

@@ -63,13 +63,7 @@ class RoundingLoss:
         )
 
     def add(self, name: str, before: Tensor, after: Tensor, dtype: torch.dtype) -> None:
-        """Add one layer.
-
-        Args:
-            name: Name of the layer.
-            before: Weight before the merge, float32 or wider.
-            after: Weight after the merge, in the same dtype.
-            dtype: Dtype in which it is saved.
+        """Add one layer, given its weight before and after the merge, in float32 or wider, and the dtype to save it in.
 
         Raises:
             MergeError: the merged weight is not finite in the dtype.
@@ -195,10 +189,7 @@ def target_of(name: str, model: nn.Module) -> StreamTarget | None:
 def separate_experts(target: StreamTarget, prefixes: Collection[str], checkpoint: Shards) -> dict[str, StreamTarget]:
     """The tensors of each expert's matrices by their keys, if the checkpoint has all of them; else none.
 
-    Args:
-        target: A parameter of experts.
-        prefixes: What may stand before the parameter's name in the checkpoint's keys.
-        checkpoint: The base model's files.
+    `prefixes` may stand before the parameter's name in the checkpoint's keys.
     """
     layout, (module, _, parameter) = target.layout, target.name.rpartition(".")
     if layout is None:
@@ -224,12 +215,7 @@ class StreamPlan:
 
 
 def plan_stream(adapter: SavedAdapter, model: PreTrainedModel, checkpoint: Shards) -> StreamPlan | None:
-    """Match the adapter's names with the checkpoint's.
-
-    Args:
-        adapter: The adapter.
-        model: The base model, may be on the meta device.
-        checkpoint: The base model's files.
+    """Match the adapter's names with those of the checkpoint. The model may be on the meta device.
 
     Returns:
         None if the merge needs a loaded model: transformers renames or converts the keys of what changes while loading,
@@ -253,7 +239,11 @@ def plan_stream(adapter: SavedAdapter, model: PreTrainedModel, checkpoint: Shard
         separate = separate_experts(target, prefixes, checkpoint)
         apart |= separate
         weights |= {} if separate else {name if target.layout else f"{name}.weight": target}
-    if any(name in _tied_names(model) for name in (*weights, *adapter.others)):
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    tied = {name for same in names.values() if len(same) > 1 for name in same}
+    if not tied.isdisjoint((*weights, *adapter.others)):
         return None
     keys = {name: _key_of(name, model, checkpoint) for name in (*weights, *adapter.others)}
     unfound = {name for name, key in keys.items() if key not in checkpoint.entries}
@@ -289,14 +279,6 @@ def _missing(model: PreTrainedModel, checkpoint: Shards, names: Collection[str])
         if shows_bars:
             logging.enable_progress_bar()
     return set(names).intersection(found[1]["missing_keys"])
-
-
-def _tied_names(model: nn.Module) -> set[str]:
-    """Names of parameters that have several names."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return {name for same in names.values() if len(same) > 1 for name in same}
 
 
 def _key_of(name: str, model: nn.Module, checkpoint: Shards) -> str:

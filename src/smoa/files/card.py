@@ -79,6 +79,8 @@ def adapter_card(
         sections: More Markdown, put before the settings.
     """
     base = base or named_base(config.base_model_name_or_path)
+    rows = "".join(f"| {name} | {value:.4g} |\n" for name, value in metrics.items())
+    results = f"## Results\n\n| metric | value |\n|---|---|\n{rows}\n" if metrics else ""
     known: dict[str, Any] = {"base_model": base.hub_id} if base.hub_id else {}
     front_matter = ModelCardData(
         **known,
@@ -91,7 +93,7 @@ def adapter_card(
         title=title,
         intro=_intro(base.text, config),
         loading=loading_code(config, base),
-        sections=("" if base.hub_id else LOCAL) + _table(metrics) + sections,
+        sections=("" if base.hub_id else LOCAL) + results + sections,
         config=settings_as_json(config),
     )
 
@@ -162,10 +164,3 @@ def settings_as_json(config: PeftConfig) -> str:
         if value not in (None, {}, [], False) and key not in NOT_SHOWN
     }
     return json.dumps(shown, indent=2, sort_keys=True)
-
-
-def _table(metrics: Mapping[str, float]) -> str:
-    if not metrics:
-        return ""
-    rows = "".join(f"| {name} | {value:.4g} |\n" for name, value in metrics.items())
-    return f"## Results\n\n| metric | value |\n|---|---|\n{rows}\n"

@@ -124,37 +124,29 @@ class SmoaModel(BaseTuner, StateDictHooks):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if parameter_name is not None:
-            self._wrap_parameter(peft_config, adapter_name, target, target_name, parent, current_key)
-            return
-        kind, _, backend = check_target(current_key, target, peft_config, self.model)
-        if self._progress is not None:
-            self._progress.update()
-        loads = self._loads_labels
+        loads, kind, backend = self._loads_labels, None, None
+        if parameter_name is None:
+            kind, _, backend = check_target(current_key, target, peft_config, self.model)
+            known = target if isinstance(target, SmoaLayer) else None
+            if self._progress is not None:
+                self._progress.update()
+        else:
+            module_name, _, name = current_key.rpartition(".")
+            known = existing_wrapper(self.model, module_name, name)
         try:
-            if isinstance(target, SmoaLayer):
-                target.update_layer(adapter_name, peft_config, current_key, defer_partition=loads)
+            if known is not None:
+                known.update_layer(adapter_name, peft_config, current_key, defer_partition=loads)
                 return
-            transposed = kind.fan_in_fan_out
-            layer = kind.layer_class(target, adapter_name, peft_config, current_key, transposed, loads, backend)
+            if kind is None:
+                layer: SmoaLayer = ParamWrapper(target, adapter_name, name, peft_config, current_key, loads)
+            else:
+                transposed = kind.fan_in_fan_out
+                layer = kind.layer_class(target, adapter_name, peft_config, current_key, transposed, loads, backend)
         except PartitionError as error:
             raise PartitionError(f"{current_key}: {error}") from None
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
-
-    def _wrap_parameter(
-        self, config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, key: str
-    ) -> None:
-        module_name, _, name = key.rpartition(".")
-        known = existing_wrapper(self.model, module_name, name)
-        if known is not None:
-            known.update_layer(adapter_name, config, key, defer_partition=self._loads_labels)
-            return
-        wrapper = ParamWrapper(target, adapter_name, name, config, key, self._loads_labels)
-        if adapter_name not in self.active_adapters:
-            wrapper.requires_grad_(False)
-        self._replace_module(parent, target_name, wrapper, wrapper)
+        self._replace_module(parent, target_name, layer, target if kind is not None else layer)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(child, (AuxiliaryTrainingWrapper, SmoaLayer)):

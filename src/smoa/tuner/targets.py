@@ -58,14 +58,8 @@ class Target(NamedTuple):
 def survey_targets(model: nn.Module, peft_config: Any, is_target: IsTarget, loads_labels: bool) -> int:
     """Check all targets, fill the config's target_modules as PEFT does, and report what a user should know.
 
-    Args:
-        model: The base model; nothing of it is changed.
-        peft_config: The adapter's config.
-        is_target: PEFT's rule for names.
-        loads_labels: Whether the adapter's partition is loaded, and not made from the weights.
-
-    Returns:
-        The number of target modules.
+    Nothing of the model is changed. With `loads_labels` the partition is not made from the weights. Return the number
+    of target modules.
 
     Raises:
         SmoaError: names every target that cannot be adapted, and why.
@@ -124,14 +118,7 @@ def base_of(module: nn.Module) -> nn.Module:
 def check_target(
     name: str, module: nn.Module, config: SmoaConfig, model: nn.Module, file: AdapterFile | None = None
 ) -> Target:
-    """Return what is known of a module that can be adapted.
-
-    Args:
-        name: Name of the module in the model.
-        module: The target.
-        config: The adapter's settings.
-        model: The base model.
-        file: The weights of the adapter, if it is being loaded.
+    """Return what is known of a module that can be adapted; `file` has its weights, if they are being loaded.
 
     Raises:
         ConfigError: the kernels of a Mamba model read its weight and don't call it.
@@ -242,12 +229,7 @@ def _shapes(base: nn.Module) -> str:
 
 
 def check_finite(name: str, stored: Tensor, layer: SmoaLayer | None) -> None:
-    """Check a weight of which blocks will be made. Every rank must call this.
-
-    Args:
-        name: Name of the module or parameter.
-        stored: The weight.
-        layer: The module's or parameter's adapted layer, if it has one, which may be merged.
+    """Check a weight of which blocks will be made, and which `layer` may have merged. Every rank must call this.
 
     Raises:
         PartitionError: the weight has NaN or infinite entries.
@@ -280,12 +262,7 @@ def _report_towers(targets: Mapping[str, Shape], model: nn.Module) -> None:
 
 
 def report_narrow(shapes: Mapping[str, Shape], config: SmoaConfig) -> None:
-    """Name the targets that take fewer blocks than `num_blocks`, in one warning.
-
-    Args:
-        shapes: Shape of the weight of each target, by name.
-        config: The adapter's settings.
-    """
+    """Name the targets that take fewer blocks than `num_blocks`, in one warning, given the shapes of their weights."""
     narrow = [name for name, shape in shapes.items() if config.num_blocks_of(name, shape) < config.num_blocks_of(name)]
     if narrow:
         named = ", ".join(f"{name} takes {min(shapes[name])}" for name in narrow[:3])

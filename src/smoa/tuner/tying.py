@@ -32,12 +32,9 @@ def tied_groups(model: nn.Module) -> list[Group]:
 
 
 def tie_targets(model: nn.Module, config: SmoaConfig, is_target: Callable[[SmoaConfig, str], object]) -> list[Group]:
-    """Add the other layers of a target's weight to the targets, if `ensure_weight_tying` is set. Return the groups.
+    """Add the other layers of a target's weight to the config's targets, if `ensure_weight_tying` is set.
 
-    Args:
-        model: The base model.
-        config: The adapter's own config, which is changed.
-        is_target: Whether a config makes a module a target.
+    Return the groups of layers.
 
     Raises:
         ConfigError: another setting leaves one of the layers out, or saves it whole.
@@ -45,30 +42,46 @@ def tie_targets(model: nn.Module, config: SmoaConfig, is_target: Callable[[SmoaC
     if not config.ensure_weight_tying:
         return []
     groups = tied_groups(model)
-    _refuse_saved(groups, config)
-    found = [group for group in groups if any(is_target(config, name) for name in group)]
-    for group in found:
-        config.target_modules = _with(config.target_modules, group)
-        left_out = [name for name in group if not is_target(config, name)]
-        if left_out:
-            raise ConfigError(
-                f"ensure_weight_tying: {left_out[0]} shares its weight with {_other(group, left_out[0])}, and "
-                f"exclude_modules={config.exclude_modules!r} leaves it out; drop one of the two settings"
-            )
-    if not found and not config.trainable_token_indices:
+    saved = [rf"(.*\.)?{re.escape(name)}" for name in config.modules_to_save or []]
+    for group in groups:
+        for name in group:
+            if any(re.fullmatch(pattern, name) for pattern in saved):
+                raise ConfigError(
+                    f"ensure_weight_tying: modules_to_save copies {name}, which shares its weight with "
+                    f"{_other(group, name)}, and SMoA ties adapters, not copies; name it in target_modules instead"
+                )
+    targets = [group for group in groups if any(is_target(config, name) for name in group)]
+    for group in targets:
+        if isinstance(config.target_modules, str):
+            config.target_modules = "|".join([f"(?:{config.target_modules})", *map(re.escape, group)])
+        else:  # PEFT makes a set of it, too
+            config.target_modules = {*(config.target_modules or []), *group}  # type: ignore[assignment]
+        for name in group:
+            if not is_target(config, name):
+                raise ConfigError(
+                    f"ensure_weight_tying: {name} shares its weight with {_other(group, name)}, and "
+                    f"exclude_modules={config.exclude_modules!r} leaves it out; drop one of the two settings"
+                )
+    if not targets and not config.trainable_token_indices:
         warnings.warn(
             "ensure_weight_tying has no effect: no target shares its weight with another layer; name the embedding or "
             "the head in target_modules, or drop the setting",
             stacklevel=2,
         )
-    return found
+    return targets
+
+
+def _other(group: Group, name: str) -> str:
+    return next(other for other in group if other != name)
 
 
 def check_alike(groups: list[Group], shapes: Mapping[str, Shape], config: SmoaConfig) -> None:
     """Raise ConfigError unless the layers of each group have one shape, rank, alpha and number of blocks."""
     for first, *others in groups:
-        settings = {name: _settings(name, shapes[name], config) for name in (first, *others)}
-        for name in others:
+        settings = {}
+        for name in (first, *others):
+            ranks = config.ranks_of(name, shape=shapes[name])
+            settings[name] = shapes[name], ranks, config.alpha_of(name, sum(ranks), shapes[name])
             if settings[name] != settings[first]:
                 raise ConfigError(
                     f"ensure_weight_tying: {first} and {name} share one weight and have different settings (shape, "
@@ -87,29 +100,3 @@ def tie_layers(model: nn.Module, adapter_name: str) -> None:
         )
         for other in ends[1:]:
             other.follow(ends[0], adapter_name)
-
-
-def _refuse_saved(groups: list[Group], config: SmoaConfig) -> None:
-    saved = [rf"(.*\.)?{re.escape(name)}" for name in config.modules_to_save or []]
-    for group in groups:
-        for name in group:
-            if any(re.fullmatch(pattern, name) for pattern in saved):
-                raise ConfigError(
-                    f"ensure_weight_tying: modules_to_save copies {name}, which shares its weight with "
-                    f"{_other(group, name)}, and SMoA ties adapters, not copies; name it in target_modules instead"
-                )
-
-
-def _with(targets: list[str] | set[str] | str | None, group: Group) -> list[str] | str | None:
-    if isinstance(targets, str):
-        return "|".join([f"(?:{targets})", *map(re.escape, group)])
-    return {*(targets or []), *group}  # type: ignore[return-value]  # PEFT makes a set of it, too
-
-
-def _other(group: Group, name: str) -> str:
-    return next(other for other in group if other != name)
-
-
-def _settings(name: str, shape: Shape, config: SmoaConfig) -> tuple[Shape, tuple[int, ...], float]:
-    ranks = config.ranks_of(name, shape=shape)
-    return shape, ranks, config.alpha_of(name, sum(ranks), shape)

@@ -9,11 +9,10 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
-from smoa import AdapterFileError, ConfigError, MergeError, PartitionError, SmoaConfig
+from smoa import ConfigError, SmoaConfig
 from smoa.export.merge import merge_and_save
 from smoa.tuner.hotswap import hotswap_adapter
 from tests.support import tiny_models
-from tests.support.adapter_files import with_settings
 from tests.support.decompositions import NoDecomposition
 from tests.support.layers import oracle_delta, smoa_layers
 from tests.support.tiny_models import logits
@@ -63,11 +62,6 @@ def test_a_merge_on_disk_knows_the_blocks(options: dict[str, Any], tmp_path: Pat
     assert_close(logits(merged), logits(model))
 
 
-def test_too_many_blocks_for_a_layer_are_refused_by_its_name() -> None:
-    with pytest.raises(PartitionError, match=r"v_proj: num_blocks=17 must be between 1 and 16"):
-        adapted(num_blocks_pattern={"v_proj": 17})
-
-
 def test_a_swap_needs_the_same_blocks(tmp_path: Path) -> None:
     options = {"num_blocks_pattern": {"v_proj": 2}}
     slot, new = adapted(**options), adapted(seed=2, r=6, **options)
@@ -76,29 +70,3 @@ def test_a_swap_needs_the_same_blocks(tmp_path: Path) -> None:
     assert_close(logits(slot), logits(new))
     with pytest.raises(ConfigError, match="num_blocks_pattern"):
         hotswap_adapter(adapted(), tmp_path)
-
-
-def test_adapters_of_different_blocks_by_layer_are_not_combined() -> None:
-    model = adapted(**OPTIONS[0])
-    model.add_adapter("other", SmoaConfig(r=8, num_blocks=4, target_modules=TARGETS))
-    with pytest.raises(MergeError, match="num_blocks_pattern"):
-        model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
-
-
-def test_a_config_that_asks_for_more_rank_than_saved_is_refused(tmp_path: Path) -> None:
-    adapted(**OPTIONS[1]).save_pretrained(tmp_path)
-    with_settings(tmp_path, rank_pattern={"v_proj": 10**9 * 4})
-    with pytest.raises(AdapterFileError, match="asks for rank"):
-        PeftModel.from_pretrained(adapted().unload(), tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"num_blocks_pattern": {"v_proj": 0}}, r"num_blocks_pattern\['v_proj'\]=0"),
-        ({"num_blocks_pattern": {"v_proj": 2}, "block_ranks": [2, 2, 2, 2]}, "block_ranks and num_blocks_pattern"),
-    ],
-)
-def test_what_contradicts_itself_is_refused(options: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        SmoaConfig(**{"r": 8, "num_blocks": 4, "target_modules": TARGETS, **options})

@@ -18,7 +18,6 @@ from smoa.export.merge import merge_and_save
 from smoa.tuner.hotswap import hotswap_adapter
 from tests import reference
 from tests.support import tiny_models
-from tests.support.adapter_files import with_settings
 from tests.support.decompositions import NoDecomposition
 from tests.support.layers import base_weight, factors, randomise, smoa_layers
 from tests.support.tiny_models import logits
@@ -160,32 +159,6 @@ def test_a_saved_adapter_loads_to_the_same_bits_without_a_warning(
     assert torch.equal(logits(again), logits(model))
 
 
-def test_a_saved_adapter_of_a_head_of_one_output_loads_to_the_same_bits(tmp_path: Path) -> None:
-    model = heads(r=7, num_blocks=3)
-    model.save_pretrained(tmp_path)
-    torch.manual_seed(3)
-    again = PeftModel.from_pretrained(Heads(), tmp_path).eval()
-    x = torch.randn(5, 12, dtype=torch.float64)
-    assert torch.equal(again(x), model(x))
-    with again.disable_adapter():
-        assert not torch.allclose(again(x), model(x))
-
-
-def test_transformers_loads_it_too(tmp_path: Path) -> None:
-    model = llama()
-    model.save_pretrained(tmp_path)
-    base = tiny_models.build("llama")
-    base.load_adapter(str(tmp_path))
-    assert torch.equal(logits(base.eval()), logits(model))
-
-
-def test_a_config_that_gives_a_narrow_layer_more_rank_than_the_file_is_refused(tmp_path: Path) -> None:
-    llama().save_pretrained(tmp_path)
-    with_settings(tmp_path, rank_pattern={"v_proj": 60})
-    with pytest.raises(ValueError, match=r"asks for rank 48 in model\.layers\.0\.self_attn\.v_proj"):
-        PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path)
-
-
 def test_it_merges_and_unmerges_in_place() -> None:
     model = heads(r=7, num_blocks=3)
     x = torch.randn(5, 12, dtype=torch.float64)
@@ -205,18 +178,6 @@ def test_a_merge_on_disk_gives_it_the_same_blocks(tiny_llama: PreTrainedModel, t
     merge_and_save(tmp_path / "adapter", tmp_path / "merged", base=tmp_path / "base")
     merged = type(tiny_llama).from_pretrained(tmp_path / "merged")
     assert_close(logits(merged), logits(model))
-
-
-def test_a_mixed_batch_gives_what_each_adapter_gives_alone() -> None:
-    model = llama()
-    model.add_adapter("even", SmoaConfig(r=4, num_blocks=2, target_modules=TARGETS, init_weights=False))
-    alone = []
-    for name in ("default", "even"):
-        model.set_adapter(name)
-        alone.append(logits(model))
-    mixed = logits(model, adapter_names=["even", "default", "even"])
-    for i, own in enumerate((1, 0, 1)):
-        assert_close(mixed[i], alone[own][i])
 
 
 @pytest.mark.parametrize("other", [{}, {"r": 20, "alpha": None}, {"r": 25, "alpha": 7.5}], ids=str)

@@ -127,7 +127,7 @@ def test_an_enum_that_takes_no_member_is_refused(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(registration, "PeftType", Changed)
     with pytest.raises(UnsupportedVersionError, match="PEFT has changed its enum"):
-        registration._verify_member()
+        ensure_peft_type()
 
 
 @pytest.mark.parametrize("version", ["0.18.0", "0.9.1"])

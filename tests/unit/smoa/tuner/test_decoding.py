@@ -106,8 +106,16 @@ class During:
 # the same text
 
 
-@pytest.mark.parametrize("partition", ["spectral", "contiguous"])
-@pytest.mark.parametrize("family", sorted(TASKS))
+@pytest.mark.parametrize(
+    ("family", "partition"),
+    [
+        ("llama", "spectral"),
+        ("llama", "contiguous"),
+        ("gpt2", "spectral"),
+        ("gemma3", "contiguous"),
+        ("t5", "spectral"),
+    ],
+)
 def test_in_float32_logits_are_those_of_the_plain_route_to_the_last_bit(family: str, partition: str) -> None:
     model = model_of(family, partition=partition)
     for layer in layers_of(model):
@@ -117,9 +125,17 @@ def test_in_float32_logits_are_those_of_the_plain_route_to_the_last_bit(family: 
     assert torch.equal(logits, plain_logits)
 
 
-@pytest.mark.parametrize("kept", ["blocks", "weights"])
-@pytest.mark.parametrize("modulation", ["hadamard", "none", "noise"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "modulation", "kept"),
+    [
+        (torch.float64, "noise", "weights"),
+        (torch.float32, "hadamard", "blocks"),
+        (torch.float32, "none", "weights"),
+        (torch.float32, "noise", "blocks"),
+        (torch.bfloat16, "hadamard", "blocks"),
+        (torch.bfloat16, "hadamard", "weights"),
+    ],
+)
 def test_the_text_is_that_of_the_plain_route(dtype: torch.dtype, modulation: str, kept: Any) -> None:
     model = model_of(dtype=dtype, modulation=modulation)
     plain_tokens, plain_logits = plain_answer(model)
@@ -305,20 +321,6 @@ def test_unloading_gives_the_model_its_own_generate_back(unload: str) -> None:
     answer(base)
 
 
-def test_gradients_after_generating_are_those_before() -> None:
-    model = model_of()
-    batch = tiny_models.batch("llama")
-
-    def gradients() -> list[Tensor]:
-        loss = model(**batch).loss
-        return list(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]))
-
-    before = gradients()
-    answer(model)
-    for own, theirs in zip(gradients(), before, strict=True):
-        assert torch.equal(own, theirs)
-
-
 # how it ends
 
 
@@ -447,12 +449,6 @@ def test_dropout_acts_in_training_mode(kept: Any, spy: Spy) -> None:
     assert spy.plain == 6 * len(layers_of(model))
     answer(model.eval())
     assert spy.plain == 6 * len(layers_of(model))
-
-
-def test_in_training_mode_without_dropout_blocks_are_kept(spy: Spy) -> None:
-    model = model_of()
-    answer(model.train())
-    assert (spy.fills, spy.plain) == (len(layers_of(model)), 0)
 
 
 def test_a_setting_that_does_not_exist_is_refused() -> None:

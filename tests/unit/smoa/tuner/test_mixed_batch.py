@@ -30,43 +30,31 @@ def test_a_mixed_batch_gives_what_each_adapter_gives_alone(tiny_llama: PreTraine
         assert_close(mixed[i], alone[name][i])
 
 
-@pytest.mark.parametrize("names", [["default"], ["default"] * 4])
-def test_a_mixed_batch_of_another_length_is_refused(tiny_llama: PreTrainedModel, names: list[str]) -> None:
-    with pytest.raises(ValueError, match="adapter_names"):
-        logits(adapted(tiny_llama), adapter_names=names)
-
-
-def test_a_mixed_batch_with_an_unknown_adapter_is_refused(tiny_llama: PreTrainedModel) -> None:
-    with pytest.raises(ValueError, match="nobody"):
-        logits(adapted(tiny_llama), adapter_names=["default", "nobody", "default"])
-
-
-def test_a_mixed_batch_in_training_is_refused(tiny_llama: PreTrainedModel) -> None:
-    with pytest.raises(ValueError, match=r"(?i)training|eval"):
-        logits(adapted(tiny_llama).train(), adapter_names=["default"] * 3)
-
-
-def test_a_mixed_batch_of_a_merged_model_is_refused(tiny_llama: PreTrainedModel) -> None:
+def test_names_that_fit_no_batch_or_model_are_refused(tiny_llama: PreTrainedModel) -> None:
     model = adapted(tiny_llama)
-    model.merge_adapter()
+    for names, reason in {("default",): "adapter_names", ("default", "nobody", "default"): "nobody"}.items():
+        with pytest.raises(ValueError, match=reason):
+            logits(model, adapter_names=[*names])
+    with pytest.raises(ValueError, match=r"(?i)training|eval"):
+        logits(model.train(), adapter_names=["default"] * 3)
+    model.eval().merge_adapter()
     with pytest.raises(ValueError, match="merged"):
         logits(model, adapter_names=["default"] * 3)
 
 
 @pytest.mark.parametrize(
-    ("setting", "by"),
+    ("family", "setting", "by"),
     [
-        ({}, "argument"),
-        ({"num_beams": 2}, "argument"),
-        ({"num_beams": 2}, "config"),
-        ({"num_beams": 2}, "positional config"),
-        ({"num_beams": 2}, "the model's config"),
-        ({"num_beams": 2}, "argument over both"),
-        ({"num_beams": 3, "num_return_sequences": 2}, "config"),
+        ("llama", {}, "argument"),
+        ("t5", {"num_beams": 2}, "argument"),
+        ("llama", {"num_beams": 2}, "positional config"),
+        ("t5", {"num_beams": 2}, "the model's config"),
+        ("llama", {"num_beams": 2}, "argument over both"),
+        ("llama", {"num_beams": 3, "num_return_sequences": 2}, "config"),
+        ("t5", {"num_beams": 3, "num_return_sequences": 2}, "config"),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("family", ["llama", "t5"])
 def test_a_mixed_batch_generates_what_each_adapter_generates_alone(
     family: str, setting: dict[str, int], by: str
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 
 import pytest
@@ -25,7 +26,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from smoa import ConfigError, PartitionError, SmoaConfig, SmoaError, UnsupportedModuleError
-from smoa.tuner.targets import check_target, report_narrow
+from smoa.tuner.targets import check_target, survey_targets
 from tests.support.layers import Wrapper, smoa_layers
 from tests.support.tiny_models import build
 from tests.support.tolerance import assert_close
@@ -51,13 +52,6 @@ def test_the_blocks_of_a_weight_that_zero3_has_left_empty_are_those_of_its_whole
         check_target("head", module, SmoaConfig(num_blocks_pattern={"head": 3}), nn.Module())
 
 
-def test_a_narrow_target_is_neither_named_nor_refused_if_it_has_its_own_number_of_blocks() -> None:
-    shapes = {"wide": (8, 9), "head": (1, 8)}
-    report_narrow(shapes, SmoaConfig(num_blocks=4, num_blocks_pattern={"head": 1}))
-    report_narrow({"head": (1, 8)}, SmoaConfig(num_blocks=4, num_blocks_pattern={"head": 1}))
-    report_narrow({}, SmoaConfig(num_blocks=4))
-
-
 SUPPORTED = r"torch\.nn\.Linear.*Conv1D.*Embedding.*Conv3d.*quantized"
 
 
@@ -78,14 +72,6 @@ class OddModel(nn.Module):
         return self.linear(x)
 
 
-@pytest.mark.parametrize("target", ["bag", "transposed", "attention", "norm", "bilinear"])
-def test_an_unsupported_module_is_refused_by_name_with_what_is_supported(target: str) -> None:
-    model = OddModel()
-    with pytest.raises(UnsupportedModuleError, match=rf"{target}\b.*{SUPPORTED}"):
-        get_peft_model(model, SmoaConfig(r=4, target_modules=[target, "linear"]))
-    assert type(model.linear) is nn.Linear
-
-
 @pytest.mark.parametrize(
     ("target", "shapes"),
     [
@@ -98,8 +84,10 @@ def test_an_unsupported_module_is_refused_by_name_with_what_is_supported(target:
 def test_an_unsupported_module_is_refused_with_its_shapes_and_the_remedy(target: str, shapes: str) -> None:
     model = OddModel()
     model.empty = nn.Identity()
-    with pytest.raises(UnsupportedModuleError, match=rf"{target}: .*{shapes}"):
-        get_peft_model(model, SmoaConfig(r=4, target_modules=[target]))
+    with pytest.raises(UnsupportedModuleError, match=rf"{target}: .*{shapes}") as caught:
+        get_peft_model(model, SmoaConfig(r=4, target_modules=[target, "linear"]))
+    assert re.search(SUPPORTED, str(caught.value))
+    assert type(model.linear) is nn.Linear
 
 
 def test_every_unsupported_module_is_told_at_once() -> None:
@@ -124,11 +112,6 @@ class QuantizedLinear(nn.Linear):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features)
         self.weight = nn.Parameter(torch.zeros(out_features, in_features, dtype=torch.int8), requires_grad=False)
-
-
-def test_a_quantized_layer_is_refused_by_name() -> None:
-    with pytest.raises(UnsupportedModuleError, match=r"layer: .*quantized weight of a .*QuantizedLinear"):
-        get_peft_model(Wrapper(QuantizedLinear(8, 8)), SmoaConfig(target_modules=["layer"]))
 
 
 def test_the_shape_of_a_quantized_layer_is_told() -> None:
@@ -223,3 +206,30 @@ def test_what_the_kernels_of_a_mamba_model_read_without_a_call_is_refused_and_le
         assert not smoa_layers(model)
     adapted = smoa_layers(get_peft_model(model, SmoaConfig(r=4, target_modules="all-linear")))
     assert {name.rpartition(".")[2] for name in adapted} == {"in_proj", "x_proj", "dt_proj"}
+
+
+# All targets at once.
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.good = nn.Linear(12, 8)
+        self.bilinear = nn.Bilinear(4, 4, 4)
+        self.bank = nn.Module()
+        self.bank.bias = nn.Parameter(nn.init.zeros_(nn.Linear(4, 1).weight)[0])
+
+
+def test_targets_are_counted_and_the_model_is_left_alone() -> None:
+    model = Net()
+    config = SmoaConfig(r=4, num_blocks=2, target_modules=["good"])
+    assert survey_targets(model, config, lambda config, name: name in config.target_modules, loads_labels=False) == 1
+    assert type(model.good) is nn.Linear
+
+
+def test_problems_of_modules_and_of_parameters_are_one_error_before_anything_is_changed() -> None:
+    model = Net()
+    config = SmoaConfig(r=4, num_blocks=2, target_modules=["good", "bilinear"], target_parameters=["bank.bias"])
+    with pytest.raises(SmoaError, match=r"(?s)bilinear.*; .*bank\.bias"):
+        get_peft_model(model, config)
+    assert type(model.good) is nn.Linear

@@ -1,4 +1,4 @@
-"""Values of a config that are refused, each by its name."""
+"""A config: values that are refused, each by its name, and what the others mean."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import PeftConfig
 
 from smoa import ConfigError, SmoaConfig
+from tests import reference
+from tests.support.adapted_models import QV
 
 WRONG: dict[str, list[Any]] = {
     "target_modules": [3, {"a": 1}, [1], "(", True],
@@ -27,14 +32,14 @@ WRONG: dict[str, list[Any]] = {
     "revision": [1],
     "auto_mapping": [1, "x"],
     "save_id": [1, []],
-    "r": [None, "4", 4.0, True, 0],
+    "r": [None, "4", 4.0, True, 0, -3],
     "num_blocks": [None, "2", 0, 256],
-    "block_ranks": ["22", 1, {}, [2, "2"]],
-    "alpha": ["1", float("nan"), 0, []],
-    "smoa_dropout": [None, "0", 1, []],
+    "block_ranks": ["22", 1, {}, [2, "2"], [7.5, 8.5]],
+    "alpha": ["1", float("nan"), float("inf"), 0, -1.0, []],
+    "smoa_dropout": [None, "0", 1, -0.1, []],
     "bias": [None, 1, ["none"], "lora_only"],
-    "partition": [None, 1, ["spectral"]],
-    "modulation": [None, 1],
+    "partition": [None, 1, ["spectral"], "fourier"],
+    "modulation": [None, 1, "sum"],
     "scale": [1, "rms"],
     "use_rslora": [None, 1, "yes"],
     "lora_alpha": ["1", float("nan"), 0],
@@ -77,6 +82,7 @@ def test_a_value_of_a_wrong_type_is_refused_by_its_name_and_file(setting: str, v
         ("block_ranks", [32], "block_ranks=[32] has 1 entries; give one for each of num_blocks=2"),
         ("block_ranks", [3, 4], "block_ranks=[3, 4] sums to 7; the ranks of all blocks must sum to r=16"),
         ("target_modules", "(", "target_modules: '(' is not a regular expression"),
+        ("layers_pattern", "h", "layers_pattern='h' has no effect without layers_to_transform"),
     ],
 )
 def test_a_refusal_says_what_the_value_must_be(setting: str, value: Any, words: str) -> None:
@@ -85,11 +91,14 @@ def test_a_refusal_says_what_the_value_must_be(setting: str, value: Any, words: 
     assert str(caught.value) == f"SmoaConfig: {words}"
 
 
-def test_problems_of_types_and_of_values_are_told_together() -> None:
+def test_all_problems_are_told_together() -> None:
     with pytest.raises(
         ConfigError, match=r"r='4' .*; num_blocks=0 .*; target_modules: '\(' .*; rank_pattern\['a'\]=0 "
     ):
         SmoaConfig(r="4", num_blocks=0, target_modules="(", rank_pattern={"a": 0})  # type: ignore[arg-type]
+    for pattern in ("rank_pattern", "num_blocks_pattern"):
+        with pytest.raises(ConfigError, match=rf"block_ranks and {pattern} can't be combined"):
+            SmoaConfig(r=2, block_ranks=[1, 1], **{pattern: {"q_proj": 2}})
 
 
 def test_what_json_lacks_is_accepted() -> None:
@@ -134,10 +143,89 @@ def test_every_setting_has_wrong_values_in_this_test() -> None:
     assert set(SmoaConfig.__dataclass_fields__) - others == set(WRONG)
 
 
-def test_a_pattern_of_layers_without_their_indices_is_refused() -> None:
-    with pytest.raises(ConfigError, match="layers_pattern='h' has no effect"):
-        SmoaConfig(layers_pattern="h")
-
-
 def test_block_ranks_may_be_unequal_and_zero() -> None:
     assert SmoaConfig(r=7, num_blocks=3, block_ranks=[7, 0, 0]).ranks_of() == (7, 0, 0)
+
+
+@pytest.mark.parametrize("setting", [{"layers_to_transform": [0]}, {"layers_to_transform": [0], "layers_pattern": "h"}])
+def test_choosing_layers_by_index_needs_a_list_of_module_names(setting: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="layers_to_transform"):
+        SmoaConfig(target_modules="q_proj", **setting)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": frozenset(QV), "exclude_modules": {"lm_head"}},
+        {"target_modules": QV, "layers_to_transform": range(1), "layers_pattern": {"layers"}},
+        {"target_modules": QV, "modules_to_save": {"lm_head"}, "trainable_token_indices": {"embed_tokens": {3, 1}}},
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+def test_every_collection_that_is_taken_can_be_saved(settings: dict[str, Any], tmp_path: Path) -> None:
+    config = SmoaConfig(r=4, **settings)
+    config.save_pretrained(tmp_path)
+    again = SmoaConfig.from_pretrained(tmp_path)
+    assert {name: getattr(again, name) for name in settings} == {name: getattr(config, name) for name in settings}
+
+
+def test_loras_names_of_settings_are_taken() -> None:
+    config = SmoaConfig(r=8, lora_alpha=16, lora_dropout=0.05)
+    assert (config.alpha, config.smoa_dropout) == (16, 0.05)
+    assert SmoaConfig(r=8, alpha=16, lora_alpha=16).alpha == 16
+    assert "lora_alpha" not in config.to_dict()
+
+
+def test_two_values_for_one_setting_are_refused() -> None:
+    with pytest.raises(ConfigError, match="alpha=8 and lora_alpha=16 name the same setting; drop lora_alpha"):
+        SmoaConfig(alpha=8, lora_alpha=16)
+
+
+@pytest.mark.parametrize(("r", "num_blocks"), [(8, 2), (64, 8)])
+def test_rank_stabilized_scaling_is_loras_at_equal_parameters(r: int, num_blocks: int) -> None:
+    rank_of_lora = r / num_blocks
+    config = SmoaConfig(r=r, num_blocks=num_blocks, alpha=16, use_rslora=True)
+    assert config.alpha_of("layer", r) / r == pytest.approx(16 / rank_of_lora**0.5)
+    left_out = SmoaConfig(r=r, num_blocks=num_blocks, use_rslora=True)
+    assert left_out.alpha_of("layer", r) / r == pytest.approx(rank_of_lora / rank_of_lora**0.5)
+
+
+def test_the_scale_is_loras() -> None:
+    assert SmoaConfig().scale == SmoaConfig(scale=None).scale == "lora"
+
+
+def test_removed_settings_in_a_file_are_ignored_with_one_warning(tmp_path: Path) -> None:
+    SmoaConfig(r=4).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    removed = {"normalize_anchor": False, "normalized_alpha": {}, "weights_digest": "a"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | removed))
+    with pytest.warns(UserWarning, match="normalize_anchor.*normalized_alpha.*weights_digest") as warned:
+        assert PeftConfig.from_pretrained(tmp_path).r == 4
+    assert len(warned) == 1
+
+
+@given(
+    r=st.integers(1, 100),
+    num_blocks=st.integers(1, 40),
+    shape=st.tuples(st.integers(1, 50), st.integers(1, 50)),
+    alpha=st.floats(0.01, 1e4),
+)
+def test_a_narrow_layer_keeps_the_ranks_of_its_blocks_and_alpha_over_r(
+    r: int, num_blocks: int, shape: tuple[int, int], alpha: float
+) -> None:
+    config = SmoaConfig(r=r, num_blocks=num_blocks, alpha=alpha)
+    expected = tuple(reference.block_ranks(r, num_blocks)[: min(shape)])
+    own = config.rank_of("layer", shape)
+    assert config.ranks_of("layer", shape=shape) == config.ranks_of("layer", own, shape) == expected
+    assert own == sum(expected)
+    assert config.num_blocks_of("layer", shape) == len(expected)
+    assert config.alpha_of("layer", own, shape) / own == pytest.approx(alpha / r, rel=1e-14)
+    assert SmoaConfig(r=r, num_blocks=num_blocks).alpha_of("layer", own, shape) == own
+
+
+def test_block_ranks_and_a_named_module_keep_their_number_of_blocks_in_a_narrow_layer() -> None:
+    fixed = SmoaConfig(r=8, num_blocks=2, block_ranks=[5, 3])
+    named = SmoaConfig(r=8, num_blocks=2, num_blocks_pattern={"head": 4})
+    for config, num_blocks in ((fixed, 2), (named, 4)):
+        assert config.num_blocks_of("head", (1, 9)) == len(config.ranks_of("head", shape=(1, 9))) == num_blocks
+        assert config.rank_of("head", (1, 9)) == 8

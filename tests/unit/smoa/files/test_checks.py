@@ -19,7 +19,6 @@ from torch import Tensor
 
 from smoa import AdapterFileError, SmoaConfig, SmoaError
 from tests.fuzz_adapters import CORPUS, base, fuzz, outcome, write_corpus
-from tests.support import tiny_models
 from tests.support.adapter_files import rewritten, with_settings
 from tests.support.adapter_mutations import CONFIG, MUTATIONS, PICKLE, WEIGHTS, Payload
 
@@ -59,14 +58,9 @@ def test_a_truncated_file_is_refused_by_name(folder: Path, limit: int) -> None:
         load(folder)
 
 
-@pytest.mark.parametrize("harmless", [True, False])
-def test_a_pickle_is_refused_unread(folder: Path, harmless: bool) -> None:
-    tensors = load_file(folder / WEIGHTS)
+def test_a_pickle_is_refused_unread(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
-    if harmless:
-        torch.save(tensors, folder / PICKLE)
-    else:
-        (folder / PICKLE).write_bytes(pickle.dumps(Payload()))
+    (folder / PICKLE).write_bytes(pickle.dumps(Payload()))
     with pytest.raises(AdapterFileError, match=r"adapter_model\.bin.*pickle"):
         load(folder)
 
@@ -85,7 +79,7 @@ def test_links_as_the_hub_makes_them_are_followed(folder: Path) -> None:
     load(folder)
 
 
-@pytest.mark.parametrize("r", [10**12, 10**6, 5])
+@pytest.mark.parametrize("r", [10**12, 5])
 @pytest.mark.parametrize("setting", ["r", "rank_pattern"])
 def test_a_rank_beyond_the_file_is_refused_before_anything_of_that_size_is_made(
     folder: Path, setting: str, r: int
@@ -102,39 +96,62 @@ def test_a_rank_that_stands_for_no_layer_does_not_count(folder: Path, settings: 
     load(folder)
 
 
-def test_an_edited_alpha_counts(folder: Path) -> None:
-    before = load(folder).base_model.model.up.scaling["default"]
-    assert load(with_settings(folder, alpha=12.0)).base_model.model.up.scaling["default"] == 2 * before
+UP = "base_model.model.up."
+A, B = UP + "smoa_A.weight", UP + "smoa_B.weight"
+BASE_WEIGHT = UP + "base_layer.weight"
+Change = Callable[[dict[str, Tensor]], object]
 
 
-BASE_WEIGHT = "base_model.model.up.base_layer.weight"
+def value(key: str, number: float, dtype: torch.dtype = torch.float32) -> Change:
+    """Set the first number of a tensor."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[key] = tensors[key].to(dtype)
+        tensors[key].view(-1)[0] = number
+
+    return change
 
 
-@pytest.mark.parametrize(
-    ("name", "tensor"),
-    [
-        (BASE_WEIGHT, torch.ones(10, 12)),
-        ("base_model.model.head.weight", torch.ones(3, 12)),
-        ("base_model.model.up.lora_A.weight", torch.ones(4, 12)),
-        ("../../../etc/passwd", torch.ones(1)),
-        ("", torch.ones(1)),
-    ],
-)
-def test_a_tensor_that_is_not_the_adapters_is_refused_and_not_written_over_the_base(
-    folder: Path, name: str, tensor: Tensor
+NOT_FINITE, TOO_LARGE = r"up\.smoa_B.*NaN or infinite", r"up: .* multiply to .*, beyond torch\.float32"
+CHANGED: dict[str, tuple[Change, str]] = {
+    "of the base": (lambda t: t.update({BASE_WEIGHT: torch.ones(10, 12)}), r"has unknown 1 tensor.*up\.base_layer"),
+    "of the head": (lambda t: t.update({"base_model.model.head.weight": torch.ones(3, 12)}), "has unknown 1 tensor"),
+    "of LoRA": (lambda t: t.update({UP + "lora_A.weight": torch.ones(4, 12)}), "has unknown 1 tensor"),
+    "of a path": (lambda t: t.update({"../../../etc/passwd": torch.ones(1)}), "has unknown 1 tensor"),
+    "of no name": (lambda t: t.update({"": torch.ones(1)}), "has unknown 1 tensor"),
+    "of no layer": (lambda t: t.update({A.replace("up", "sideways"): t[A].clone()}), "has unknown 1 tensor"),
+    "bias": (lambda t: t.update({UP.replace("up", "left") + "base_layer.bias": torch.ones(10)}), "unknown.*left.*bias"),
+    "missing": (lambda t: t.pop(A), r"lacks 1 tensor\(s\).*smoa_A"),
+    "of fewer rows": (lambda t: t.update({A: t[A][:2]}), r"smoa_A.*shape"),
+    "transposed": (lambda t: t.update({A: t[A].T}), r"smoa_A.*shape"),
+    "of integers": (lambda t: t.update({A: t[A].long()}), "smoa_A.*int64.*floating point"),
+    "of 8 bits": (lambda t: t.update({A: t[A].to(torch.float8_e4m3fn)}), "float8_e4m3fn.*floating point"),
+    "NaN": (value(B, float("nan")), NOT_FINITE),
+    "infinite": (value(B, float("-inf")), NOT_FINITE),
+    "infinite once it is cast": (value(B, 1e300, torch.float64), NOT_FINITE),
+    "a flipped bit of A": (value(A, 3e38), TOO_LARGE),
+    "a flipped bit of B": (value(B, 3e38), TOO_LARGE),
+    "a flipped bit of a scale": (value(UP + "smoa_block_scale", 3e38), TOO_LARGE),
+}
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True], ids=["", "low_cpu_mem_usage"])
+@pytest.mark.parametrize("change", CHANGED)
+def test_a_changed_tensor_is_refused_by_name_and_the_base_is_left_alone(
+    folder: Path, change: str, low_cpu_mem_usage: bool
 ) -> None:
-    rewritten(with_settings(folder), lambda tensors: tensors.update({name: tensor}))
+    rewritten(with_settings(folder), CHANGED[change][0])
     model = base()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(AdapterFileError, match=r"has unknown 1 tensor"):
-        PeftModel.from_pretrained(model, folder)
+    with pytest.raises(AdapterFileError, match=rf"adapter_model\.safetensors: .*{CHANGED[change][1]}"):
+        PeftModel.from_pretrained(model, folder, low_cpu_mem_usage=low_cpu_mem_usage)
     after = {key.replace(".base_layer", ""): value for key, value in model.state_dict().items()}
     assert all(torch.equal(after[key], value) for key, value in before.items())
 
 
 def test_a_missing_bias_is_refused(tmp_path: Path, corpus: dict[str, Path]) -> None:
     folder = with_settings(shutil.copytree(corpus["head"], tmp_path / "adapter"))
-    rewritten(folder, lambda tensors: tensors.pop("base_model.model.up.base_layer.bias"))
+    rewritten(folder, lambda tensors: tensors.pop(UP + "base_layer.bias"))
     with pytest.raises(AdapterFileError, match=r"lacks 1 tensor\(s\): up\.base_layer\.bias"):
         load(folder)
 
@@ -152,39 +169,6 @@ def test_biases_of_the_file_are_loaded_by_a_config_that_does_not_train_them_as_i
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-def test_a_bias_that_the_model_lacks_is_refused(folder: Path) -> None:
-    name = "base_model.model.left.base_layer.bias"
-    rewritten(with_settings(folder), lambda tensors: tensors.update({name: torch.ones(10)}))
-    with pytest.raises(AdapterFileError, match=r"has unknown 1 tensor\(s\): left\.base_layer\.bias"):
-        load(folder)
-
-
-@pytest.mark.parametrize("value", [1e300, float("nan"), float("-inf")])
-def test_a_factor_that_is_not_finite_once_it_is_cast_is_refused(folder: Path, value: float) -> None:
-    def change(tensors: dict[str, Tensor]) -> None:
-        name = "base_model.model.up.smoa_B.weight"
-        tensors[name] = tensors[name].double()
-        tensors[name][0, 0] = value
-
-    rewritten(with_settings(folder), change)
-    with pytest.raises(AdapterFileError, match=r"adapter_model\.safetensors: .*up\.smoa_B.*NaN or infinite"):
-        load(folder)
-
-
-@pytest.mark.parametrize("part", ["smoa_A.weight", "smoa_B.weight", "smoa_block_scale"])
-def test_a_finite_value_that_makes_the_update_infinite_is_refused(folder: Path, part: str) -> None:
-    """As one flipped bit of an exponent does."""
-
-    def change(tensors: dict[str, Tensor]) -> None:
-        tensors[f"base_model.model.up.{part}"].view(-1)[0] = 3e38
-
-    rewritten(with_settings(folder), change)
-    with pytest.raises(
-        AdapterFileError, match=r"adapter_model\.safetensors: .*up: .* multiply to .*, beyond torch\.float32"
-    ):
-        load(folder)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_factors_in_another_floating_dtype_are_loaded(folder: Path, dtype: torch.dtype) -> None:
     def change(tensors: dict[str, Tensor]) -> None:
@@ -192,15 +176,6 @@ def test_factors_in_another_floating_dtype_are_loaded(folder: Path, dtype: torch
 
     rewritten(with_settings(folder), change)
     assert load(folder).base_model.model.up.smoa_A["default"].weight.dtype == torch.float32
-
-
-def test_factors_in_eight_bits_are_refused(folder: Path) -> None:
-    def change(tensors: dict[str, Tensor]) -> None:
-        tensors.update({name: t.to(torch.float8_e4m3fn) for name, t in tensors.items() if t.is_floating_point()})
-
-    rewritten(with_settings(folder), change)
-    with pytest.raises(AdapterFileError, match=r"float8_e4m3fn.*floating point"):
-        load(folder)
 
 
 def test_code_beside_an_adapter_is_not_run(folder: Path) -> None:
@@ -258,45 +233,3 @@ def test_weights_without_any_factor_of_ours_are_refused_by_name(folder: Path, co
     shutil.copy(corpus["lora"] / WEIGHTS, folder)
     with pytest.raises(AdapterFileError, match=r"adapter_model\.safetensors: has no smoa_A factor"):
         load(folder)
-
-
-@pytest.fixture
-def llama_folder(tmp_path: Path) -> Path:
-    config = SmoaConfig(r=4, num_blocks=2, target_modules=["q_proj"], init_weights=False)
-    get_peft_model(tiny_models.build("llama"), config).save_pretrained(tmp_path)
-    return tmp_path
-
-
-A = "base_model.model.model.layers.0.self_attn.q_proj.smoa_A.weight"
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        pytest.param(lambda t: t.pop(A), id="missing"),
-        pytest.param(lambda t: t.update({A: t[A][:2]}), id="of fewer rows"),
-        pytest.param(lambda t: t.update({A: t[A].T}), id="transposed"),
-        pytest.param(lambda t: t.update({A: t[A].long()}), id="of integers"),
-        pytest.param(lambda t: t[A].fill_(float("nan")), id="NaN"),
-        pytest.param(lambda t: t[A].fill_(float("inf")), id="infinite"),
-        pytest.param(lambda t: t.update({A.replace("layers.0", "layers.9"): t[A].clone()}), id="of one layer more"),
-    ],
-)
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True], ids=["", "low_cpu_mem_usage"])
-def test_a_factor_that_does_not_fit_is_refused_by_name(
-    llama_folder: Path, change: Callable[[dict[str, Tensor]], object], low_cpu_mem_usage: bool
-) -> None:
-    with pytest.raises(AdapterFileError, match=r"layers\.[09]\.self_attn\.q_proj\.smoa_A"):
-        PeftModel.from_pretrained(
-            tiny_models.build("llama"), rewritten(llama_folder, change), low_cpu_mem_usage=low_cpu_mem_usage
-        )
-
-
-def test_an_adapter_for_a_model_of_other_shapes_is_refused(llama_folder: Path) -> None:
-    with pytest.raises(AdapterFileError, match=r"layers\.0\.self_attn\.q_proj"):
-        PeftModel.from_pretrained(tiny_models.build("gemma3"), llama_folder)
-
-
-def test_an_adapter_for_a_model_without_its_modules_is_refused(llama_folder: Path) -> None:
-    with pytest.raises(ValueError, match="q_proj"):
-        PeftModel.from_pretrained(tiny_models.build("gpt2"), llama_folder)

@@ -1,3 +1,5 @@
+"""The README.md of a saved adapter, and how it names the base model."""
+
 from __future__ import annotations
 
 import json
@@ -10,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
 from smoa import ConfigError, SmoaConfig, save_adapter
-from smoa.files.card import NamedBase, adapter_card
+from smoa.files.card import NamedBase, adapter_card, named_base
 
 
 @pytest.fixture
@@ -97,3 +99,29 @@ def test_a_card_for_another_method_is_refused_before_anything_is_written(
         save_adapter(model, tmp_path / "mine", metrics={})
     save_adapter(model, tmp_path / "mine")
     assert (tmp_path / "mine" / "adapter_config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("/home/me/models/base", "base"),
+        ("~/models/base/", "base"),
+        ("C:\\models\\base", "base"),
+        ("/models/tiny.gguf", "tiny.gguf"),
+    ],
+)
+def test_of_a_local_base_only_the_last_name_is_told(source: str, text: str) -> None:
+    assert named_base(source) == NamedBase(text, None)
+
+
+def test_a_folder_that_exists_is_local_even_if_it_looks_like_a_hub_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "base").mkdir(parents=True)
+    assert named_base("org/base") == NamedBase("base", None)
+
+
+def test_a_hub_id_is_a_name_and_a_link_and_a_model_may_have_no_name() -> None:
+    assert named_base("org/base") == NamedBase("org/base", "org/base")
+    assert named_base(None) == named_base("") == NamedBase("a model without a name", None)
