@@ -32,7 +32,7 @@ from smoa_lab.data.chat_templates import alpaca, saved_chat_template, stop_at_tu
 from smoa_lab.data.questions import Template
 from smoa_lab.models.base_models import load_base_model, load_tokenizer
 from smoa_lab.models.packaged_models import PACKAGED_MODELS, packaged_name
-from smoa_lab.open_run import adapter_of_run, base_name, base_section, open_run, recorded_base, trained_template
+from smoa_lab.open_run import adapter_config, adapter_of_run, base_name, base_section, open_run, trained_template
 from smoa_lab.scoring.losses import scoring
 from smoa_lab.training.run_folder import RunFolder
 
@@ -112,7 +112,7 @@ def load(target: ChatTarget, settings: GenerationSettings) -> ChatModel:
     model, _ = load_base_model(target.model)
     if torch.cuda.is_available() and not (hasattr(model, "hf_device_map") or getattr(model, "is_quantized", False)):
         model.to("cuda")  # type: ignore[arg-type]
-    recorded = None if target.adapter is None else recorded_base(target.adapter)
+    recorded = None if target.adapter is None else adapter_config(target.adapter).base_model_name_or_path
     bases = [target.model.name, recorded or target.model.name]
     chat_model = ChatModel(model, tokenizer, settings, bases, target.template if target.forced else None)
     chat_model.talk_through(template)

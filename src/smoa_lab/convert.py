@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import nn
 
 from smoa.atomic import check_place, new_folder
 from smoa.errors import ConfigError
-from smoa.export.lora import LoraConversion, RankRule, UpdateSpectra
+from smoa.export.lora import RankRule, UpdateSpectra
 from smoa_lab.config.run import load_config
 from smoa_lab.models.base_models import load_base_model
 from smoa_lab.models.packaged_models import described_base
@@ -22,26 +22,6 @@ from smoa_lab.open_run import adapter_config, adapter_of_run, base_section
 from smoa_lab.scoring.losses import Losses
 from smoa_lab.training.loaded_run import LoadedRun, load_run
 from smoa_lab.training.run_folder import RunFolder
-
-
-@dataclass(frozen=True)
-class TaskLoss:
-    """Mean negative log-likelihood of a token over the run's held-out questions' gold answers, or rows, in nats.
-
-    ``lora_change`` is what the conversion adds, question by question, with its standard error.
-    """
-
-    questions: int
-    base: float
-    adapter: float
-    lora: float
-    lora_change: float
-    lora_change_stderr: float
-
-    @property
-    def gain_kept(self) -> float:
-        """Share of the adapter's gain over the base model that the LoRA keeps."""
-        return (self.base - self.lora) / (self.base - self.adapter)
 
 
 class Converter:
@@ -60,29 +40,54 @@ class Converter:
         if kind != "SMOA":
             raise ConfigError(f"{self.source}: is an adapter of the type {kind}; only SMoA's are converted to LoRA")
         config = RunFolder(Path(place)).config
-        elsewhere = [] if base is None else [f"model.name={json.dumps(base)}"]
-        known = score and config.is_file()
-        run = load_config(config, elsewhere, trust_remote_code) if known else None
-        self.ready: LoadedRun | None = None if run is None else load_run(run)
-        wanted = base_section(self.source, base, trust_remote_code)
-        self.base: Any = self.ready.base if self.ready else load_base_model(wanted)[0]
+        self.run: LoadedRun | None = None
+        if score and config.is_file():
+            moved = [] if base is None else [f"model.name={json.dumps(base)}"]
+            self.run = load_run(load_config(config, moved, trust_remote_code))
+        section = base_section(self.source, base, trust_remote_code)
+        self.base: Any = self.run.base if self.run else load_base_model(section)[0]
         self.base_losses = self._losses(self.base)
         with self._adapted(self.source) as model:
             self.spectra = UpdateSpectra(model)
             self.adapter_parameters = sum(p.numel() for name, p in model.named_parameters() if ".smoa_" in name)
             self.adapter_losses = self._losses(model)
 
-    def cut(self, rule: RankRule, output: Path, uniform_rank: bool = False) -> tuple[LoraConversion, TaskLoss | None]:
-        """Save a LoRA in the new folder ``output``, load it from there by PEFT, score it."""
+    def cut(self, rule: RankRule, output: Path, uniform_rank: bool = False) -> dict[str, Any]:
+        """Save a LoRA in the new folder ``output``, load it from there by PEFT, score it; its figures.
+
+        ``loss`` has the mean negative log-likelihood, in nats, of a token over the run's held-out questions' gold
+        answers, or rows: of the base, the adapter and the LoRA; what the conversion adds, question by question, with
+        its standard error; and the share of the adapter's gain over the base that is kept.
+        """
         conversion = self.spectra.to_lora(rule, uniform_rank)
-        base = str(conversion.config.base_model_name_or_path)
+        name = str(conversion.config.base_model_name_or_path)
         # A packaged base is in the cache folder, which no other machine has.
-        conversion.config.base_model_name_or_path = described_base(base).hub_id or base
+        conversion.config.base_model_name_or_path = described_base(name).hub_id or name
         conversion.save(output)
-        if not self.base_losses.nll:
-            return conversion, None
-        with self._adapted(output) as model:
-            return conversion, self._compare(self._losses(model))
+        loss = None
+        if self.base_losses.nll:
+            with self._adapted(output) as model:
+                lora = self._losses(model)
+            change = lora.change_from(self.adapter_losses)
+            base, adapter = self.base_losses.mean, self.adapter_losses.mean
+            loss = {
+                "questions": len(lora.nll),
+                "base": base,
+                "adapter": adapter,
+                "lora": lora.mean,
+                "lora_change": change.mean,
+                "lora_change_stderr": change.stderr,
+                "gain_kept": (base - lora.mean) / (base - adapter),
+            }
+        return {
+            "rank": conversion.config.r,
+            "error": conversion.error,
+            "parameters": conversion.parameters,
+            "blockwise_parameters": sum(layer.blockwise_parameters for layer in conversion.layers),
+            "adapter_parameters": self.adapter_parameters,
+            "loss": loss,
+            "layers": [asdict(layer) for layer in conversion.layers],
+        }
 
     @contextmanager
     def _adapted(self, adapter: Path) -> Iterator[PeftModel]:
@@ -93,12 +98,7 @@ class Converter:
 
     def _losses(self, model: nn.Module) -> Losses:
         """The losses of all gold answers or held-out rows; none if the run's data are not known."""
-        return Losses([], []) if self.ready is None else self.ready.held_out_losses(model)
-
-    def _compare(self, lora: Losses) -> TaskLoss:
-        change = lora.change_from(self.adapter_losses)
-        means = self.base_losses.mean, self.adapter_losses.mean, lora.mean
-        return TaskLoss(len(lora.nll), *means, change.mean, change.stderr)
+        return Losses([], []) if self.run is None else self.run.held_out_losses(model)
 
 
 def convert_run(
@@ -119,21 +119,4 @@ def convert_run(
     check_place(Path(output), is_new=True)
     converter = Converter(place, base, score, trust_remote_code)
     with new_folder(Path(output)) as temporary:
-        conversion, loss = converter.cut(rule, temporary, uniform_rank)
-    return {
-        "folder": str(output),
-        **conversion_report(converter, conversion, loss),
-        "layers": [asdict(x) for x in conversion.layers],
-    }
-
-
-def conversion_report(converter: Converter, conversion: LoraConversion, loss: TaskLoss | None) -> dict[str, Any]:
-    """The figures of one conversion, over all layers."""
-    return {
-        "rank": conversion.config.r,
-        "error": conversion.error,
-        "parameters": conversion.parameters,
-        "blockwise_parameters": sum(layer.blockwise_parameters for layer in conversion.layers),
-        "adapter_parameters": converter.adapter_parameters,
-        "loss": None if loss is None else {**asdict(loss), "gain_kept": loss.gain_kept},
-    }
+        return {"folder": str(output), **converter.cut(rule, temporary, uniform_rank)}

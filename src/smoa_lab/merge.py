@@ -39,7 +39,10 @@ def merge_run(
     name = base_name(source, base)
     options: dict[str, Any] = {"max_shard_size": max_shard_size, "trust_remote_code": trust_remote_code}
     options["base_name"] = described_base(name)
-    quantized = None if base else _quantized_while_loading(Path(adapter), trust_remote_code)
+    config, quantized = RunFolder(Path(adapter)).config, None
+    if base is None and config.is_file():  # which may quantize a plain checkpoint while loading it
+        model_section = load_config(config, trust_remote_code=trust_remote_code).model
+        quantized = model_section if "quantization_config" in model_section.options else None
     if name.endswith(".gguf") or quantized is not None:
         wanted = quantized or ModelSection(name=name, dtype="float32", trust_remote_code=trust_remote_code)
         model, tokenizer = load_base_model(wanted)
@@ -50,12 +53,3 @@ def merge_run(
     folder = str(prepare_packaged_model(packaged)) if packaged else name
     notes = (GGUF_NOTE,) if packaged else ()
     return merge_and_save(source, output, base=folder, dtype=dtype, notes=notes, **options)
-
-
-def _quantized_while_loading(run: Path, trust_remote_code: bool) -> ModelSection | None:
-    """What to load if the run's config quantizes a plain checkpoint while loading it."""
-    file = RunFolder(run).config
-    if not file.is_file():
-        return None
-    model = load_config(file, trust_remote_code=trust_remote_code).model
-    return model if "quantization_config" in model.options else None

@@ -67,7 +67,7 @@ def base_name(adapter: Path, base: str | None = None) -> str:
     Raises:
         ConfigError: it records none.
     """
-    name = base or recorded_base(adapter)
+    name = base or adapter_config(adapter).base_model_name_or_path
     if name is None:
         raise ConfigError(f"{adapter / CONFIG_NAME}: records no base model; name it with --base")
     return name
@@ -83,16 +83,6 @@ def base_section(adapter: Path, base: str | None = None, trust_remote_code: bool
     revision = recorded_revision(adapter_config(adapter), name)
     options = {} if revision is None else {"revision": revision}
     return ModelSection(name=name, dtype="float32", trust_remote_code=trust_remote_code, options=options)
-
-
-def recorded_base(adapter: Path) -> str | None:
-    """The base model that the adapter's config records, if any.
-
-    Raises:
-        ConfigError: the config is damaged.
-    """
-    name: str | None = adapter_config(adapter).base_model_name_or_path
-    return name
 
 
 def adapter_config(adapter: Path) -> PeftConfig:

@@ -25,7 +25,7 @@ LIBRARY = [
 ]
 """Each may import what stands before it, and `export` and `tuner` not each other."""
 LAB = ["basics", "data", "config", "pages", "models", "scoring", "training", "open_run", "evaluate", "budget", "merge"]
-LAB += ["convert", "verify", "report", "inspect", "inspect_page", "chat", "init", "study", "cli"]
+LAB += ["convert", "report", "inspect", "inspect_page", "chat", "init", "study", "cli"]
 APART = {("tuner", "export"), ("export", "tuner")}
 
 

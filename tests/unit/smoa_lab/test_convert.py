@@ -15,7 +15,7 @@ from smoa.errors import ConfigError
 from smoa.export.lora import RankRule
 from smoa_lab import convert as convert_module
 from smoa_lab.config.run import check_config
-from smoa_lab.convert import Converter, conversion_report, convert_run
+from smoa_lab.convert import Converter, convert_run
 from smoa_lab.training.run_folder import RunFolder
 from tests.support import lab
 
@@ -42,8 +42,7 @@ def finished_run(values: dict[str, Any]) -> Path:
 
 def test_a_higher_rank_keeps_more_of_update_and_task(values: dict[str, Any], tmp_path: Path) -> None:
     converter = Converter(finished_run(values))
-    cuts = [converter.cut(RankRule(rank=rank), tmp_path / f"rank-{rank}") for rank in (1, 4, 32)]
-    points = [conversion_report(converter, *cut) for cut in cuts]
+    points = [converter.cut(RankRule(rank=rank), tmp_path / f"rank-{rank}") for rank in (1, 4, 32)]
     assert [point["rank"] for point in points][:2] == [1, 4]
     assert points[0]["error"] > points[1]["error"] > points[2]["error"]
     assert points[2]["error"] < 1e-6

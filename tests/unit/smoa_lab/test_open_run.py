@@ -9,7 +9,7 @@ from peft.utils import CONFIG_NAME
 from smoa.atomic import SAVE
 from smoa.errors import ConfigError
 from smoa_lab.config.run import ModelSection
-from smoa_lab.open_run import adapter_of_run, base_name, base_section, open_run, recorded_base
+from smoa_lab.open_run import adapter_of_run, base_name, base_section, open_run
 from smoa_lab.training.run_folder import RunFolder
 
 
@@ -55,4 +55,4 @@ def test_the_recorded_base_is_loaded_in_the_recorded_revision_and_another_is_not
 def test_a_half_written_config_of_an_adapter_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "SMOA", "base_model_name_or_path": "ba')
     with pytest.raises(ConfigError, match=r"adapter_config\.json: is not whole JSON .*; save or fetch it again"):
-        recorded_base(tmp_path)
+        base_name(tmp_path)
