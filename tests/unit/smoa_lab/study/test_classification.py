@@ -81,8 +81,8 @@ def test_training_lowers_the_loss_of_what_was_trained_on(shared: dict[str, Any],
     bench = ClassificationRunner(shared)
     config = bench.config(entry(), 0.03, seed=0, work=tmp_path / "work")
     train = bench.records.train
-    fitted = bench._fit(config, None, ParameterCheck(entry()))
-    before, after = (bench._outcomes(model, config, train) for model in (None, fitted.model))
+    trained, *_ = bench._fit(config, None, ParameterCheck(entry()))
+    before, after = (bench._outcomes(model, config, train) for model in (None, trained))
     assert sum(one.gold_nll for one in after) < 0.5 * sum(one.gold_nll for one in before)
     assert all(one.right for one in after)
 
