@@ -7,6 +7,7 @@ import pytest
 
 from smoa_lab.study.statistics import (
     Difference,
+    accuracy_difference,
     corrected,
     holm,
     loss_difference,
