@@ -95,10 +95,6 @@ class ParamWrapper(SmoaLayer):
         expert, half = divmod(number, self.layout.halves)
         return self.matrices()[expert, half]
 
-    def pristine_matrix(self, number: int) -> Tensor:
-        """W of one matrix before any merge, (out_features, in_features); a copy only while adapters are merged."""
-        return self.unmerged(self.matrix(number), number)
-
     def pristine_weight(self) -> Tensor:
         """W of all matrices before any merge, (experts, halves, out_features, in_features); see `pristine_matrix`."""
         if not self._pristine_blocks:
@@ -115,11 +111,9 @@ class ParamWrapper(SmoaLayer):
         """The adapter's `Stack`, which forms ΔW of each matrix or applies it to x, given the pristine weights."""
         self.decide_partition(adapter_name)
         A, B = self.factors(adapter_name)
-        ranks, count = self.ranks[adapter_name], self.layout.count
-        scale = self.rank_scale(adapter_name)
-        parts = A.unflatten(0, (count, -1)).unbind(), B.unflatten(1, (count, -1)).unbind(1)
+        ranks, scaling, scale = self.ranks[adapter_name], self.scaling[adapter_name], self.rank_scale(adapter_name)
         blocks, modulation = self._stack_blocks[adapter_name], MODULATIONS[self.modulation[adapter_name]]
-        return Stack(*parts, ranks, self.scaling[adapter_name], scale, blocks, modulation)
+        return Stack(A, B, ranks, scaling, scale, blocks, modulation)
 
     def updates(self, adapter_name: str) -> list[Update]:
         """The adapter's `Update` of each matrix."""
@@ -204,7 +198,7 @@ class ParamWrapper(SmoaLayer):
     def _input(self, adapter_name: str, x: Tensor, stack: Stack) -> Tensor:
         x = self.smoa_dropout[adapter_name](x)
         if not stack.modulation.anchors:
-            return self._cast_input_dtype(x, stack.A[0].dtype)
+            return self._cast_input_dtype(x, stack.A.dtype)
         return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
 
     def unload_and_optionally_merge_module(

@@ -418,13 +418,17 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         """The base layer's current weight, (out_features, in_features) for every kind of storage."""
         return as_matrix(refuse_partitioned(self.stored_weight()), self.fan_in_fan_out)
 
-    def pristine_weight(self) -> Tensor:
-        """The base weight before any merge, (out_features, in_features); a copy only while adapters are merged."""
-        return self.unmerged(self.base_weight())
+    def matrix(self, number: int) -> Tensor:
+        """The current weight of one of the layer's matrices."""
+        return self.base_weight()
 
     def pristine_matrix(self, number: int) -> Tensor:
         """W of one matrix before any merge, (out_features, in_features); a copy only while adapters are merged."""
-        return self.pristine_weight()
+        return self.unmerged(self.matrix(number), number)
+
+    def pristine_weight(self) -> Tensor:
+        """The base weight before any merge, (out_features, in_features); a copy only while adapters are merged."""
+        return self.pristine_matrix(0)
 
     def unmerged(self, weight: Tensor, number: int = 0) -> Tensor:
         """A matrix (out_features, in_features) as it was before any merge; a copy only while adapters are merged."""
@@ -639,13 +643,17 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
             self.get_base_layer().weight, self._shared_weight = self._shared_weight[0], ()
         else:
             for number in range(self.matrix_count):
-                self._write_matrix(self.pristine_matrix(number), number)
+                matrix = self.matrix(number)
+                for kept in self._pristine_blocks.values():
+                    kept[number].write_to(matrix)
+                self._write_matrix(matrix, number)
         self._pristine_blocks.clear()
 
     def _write_matrix(self, matrix: Tensor, number: int) -> None:
-        """Overwrite one of the layer's weights by `matrix` (out_features, in_features)."""
+        """Overwrite one of the layer's weights by `matrix` (out_features, in_features), unless that is a view of it."""
         stored = self.stored_weight()
-        stored.copy_(as_stored(matrix, stored.shape, self.fan_in_fan_out))
+        if matrix.data_ptr() != stored.data_ptr():
+            stored.copy_(as_stored(matrix, stored.shape, self.fan_in_fan_out))
 
 
 def as_matrix(stored: Tensor, fan_in_fan_out: bool) -> Tensor:

@@ -131,7 +131,7 @@ class QuantizedLinear(Linear):
         """ΔW (out_features, in_features), as PEFT's backends return and take weights."""
         return self.delta(adapter)
 
-    def pristine_weight(self) -> Tensor:
+    def pristine_matrix(self, number: int) -> Tensor:
         """The weight before any merge, dequantized: (out_features, in_features)."""
         if self._pristine_layers:
             return dequantized(self.quantization_backend, self._pristine_layers[0])

@@ -13,10 +13,10 @@ and output coordinates by those of `[W_1 … W_E]`, side by side.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from smoa.errors import UnsupportedModuleError
 from smoa.maths.blocks import Blocks, Orders
 from smoa.maths.factors import Factors
 from smoa.maths.kernels.batched import batched_backward, batched_forward
-from smoa.maths.kernels.operators import is_transformed, needs_plain_gradients, plain_gradients, without_tensors
+from smoa.maths.kernels.operators import Gradients, is_transformed, recomputed
 from smoa.maths.scale import MODULATIONS, Modulation
 from smoa.maths.spectrum import PartitionKind, decomposable, finite_peak, gram_scores, make_partition, squarable
 from smoa.maths.update import Update
@@ -47,8 +47,8 @@ class Stack:
     """The updates of G = E·H matrices: H of each of E experts, the matrix h of expert e being number e·H + h.
 
     Args:
-        A: (r, ⌈n/K⌉) of each matrix.
-        B: (⌈m/K⌉, r) of each matrix.
+        A: (G·r, ⌈n/K⌉), r ranks of the first matrix, then r of the second.
+        B: (⌈m/K⌉, G·r).
         ranks: r_k of every block, the same in each matrix.
         scaling: α/r.
         rank_scale: The part of the scale that comes from the weights, (G, r) float32.
@@ -56,19 +56,24 @@ class Stack:
         modulation: How the anchors are made.
     """
 
-    A: Sequence[Tensor]
-    B: Sequence[Tensor]
+    A: Tensor
+    B: Tensor
     ranks: tuple[int, ...]
     scaling: float
     rank_scale: Tensor
     blocks: Sequence[Blocks]
     modulation: Modulation = MODULATIONS["hadamard"]
 
+    def slots(self, number: int) -> slice:
+        """The ranks of one matrix."""
+        r = sum(self.ranks)
+        return slice(number * r, (number + 1) * r)
+
     def update(self, number: int) -> Update:
         """ΔW of one matrix."""
-        blocks = self.blocks[number % len(self.blocks)]
+        slots, blocks = self.slots(number), self.blocks[number % len(self.blocks)]
         rank_scale = self.rank_scale[number]
-        factors = Factors(self.A[number], self.B[number], self.ranks, self.scaling, rank_scale, blocks)
+        factors = Factors(self.A[slots], self.B[:, slots], self.ranks, self.scaling, rank_scale, blocks)
         return Update(factors, self.modulation)
 
     def transposed(self) -> Stack:
@@ -81,8 +86,7 @@ class Stack:
             raise UnsupportedModuleError(
                 "modulation='noise' can't adapt a parameter W that its module multiplies as x W; use another modulation"
             )
-        A, B = [part.T for part in self.B], [part.T for part in self.A]
-        return replace(self, A=A, B=B, blocks=[blocks.transposed() for blocks in self.blocks])
+        return replace(self, A=self.B.T, B=self.A.T, blocks=[blocks.transposed() for blocks in self.blocks])
 
     def apply(self, x: Tensor, matrices: Tensor, runs: Sequence[Run]) -> Tensor:
         """`x ΔWᵀ` with the matrices of each row's expert: (rows, H, out_features), zero for rows outside all runs.
@@ -94,14 +98,52 @@ class Stack:
             matrices: Pristine W of all experts, (E, H, out_features, in_features).
             runs: The rows of each expert.
         """
-        halves = matrices.shape[1]
-        numbers = [run.expert * halves + half for run in runs for half in range(halves)]
-        updates = [self.update(number) for number in numbers]
+        route = _OfRuns(tuple(runs))
         if not self.modulation.anchors or is_transformed(x):  # without M, autograd keeps the products of x with A only
-            return _apply(updates, x, matrices, runs)
-        factors = [part for number in numbers for part in (self.A[number], self.B[number])]
-        output: Tensor = _StackBranch.apply(x, matrices, updates, runs, *factors)  # type: ignore[no-untyped-call]
+            return route.plain(self, x, matrices)
+        return recomputed(route, self, x, matrices)
+
+
+@dataclass(frozen=True)
+class _OfRuns:
+    """The route of a stack: batched products, one matrix after the other."""
+
+    runs: tuple[Run, ...]
+
+    def _parts(self, stack: Stack, matrices: Tensor) -> Iterator[tuple[slice, int, int, Update, Tensor]]:
+        """Rows, half, number, update and weight of each matrix that some row belongs to."""
+        halves = matrices.shape[1]
+        for expert, rows in self.runs:
+            for half in range(halves):
+                number = expert * halves + half
+                yield rows, half, number, stack.update(number), matrices[expert, half]
+
+    def _room(self, x: Tensor, *shape: int) -> Tensor:
+        """Room for the rows of x: zero, unless the runs fill all of it."""
+        filled = sum(rows.stop - rows.start for _, rows in self.runs) == len(x)
+        return x.new_empty(len(x), *shape) if filled else x.new_zeros(len(x), *shape)
+
+    def forward(self, stack: Stack, x: Tensor, matrices: Tensor, bias: Tensor | None = None) -> Tensor:
+        output = self._room(x, *matrices.shape[1:3])
+        for rows, half, _, update, matrix in self._parts(stack, matrices):
+            output[rows, half] = batched_forward(update.factors, x[rows], update.some_anchor(matrix))
         return output
+
+    def plain(self, stack: Stack, x: Tensor, matrices: Tensor) -> Tensor:
+        output = x.new_zeros(len(x), *matrices.shape[1:3])
+        for rows, half, _, update, matrix in self._parts(stack, matrices):
+            output[rows, half] = update.apply(x[rows], matrix)
+        return output
+
+    def backward(self, stack: Stack, g: Tensor, x: Tensor, matrices: Tensor, needs_x: bool) -> Gradients:
+        grad_x, grad_A, grad_B = self._room(x, x.shape[1]), torch.zeros_like(stack.A), torch.zeros_like(stack.B)
+        for rows, half, number, update, matrix in self._parts(stack, matrices):
+            anchor, slots = update.some_anchor(matrix), stack.slots(number)
+            gradients = batched_backward(update.factors, g[rows, half], x[rows], anchor, needs_x)
+            of_x, grad_A[slots], grad_B[:, slots] = gradients
+            if needs_x:
+                grad_x[rows] = of_x if half == 0 else of_x.add_(grad_x[rows])
+        return grad_x, grad_A, grad_B
 
 
 def stacked_blocks(row_labels: Tensor, col_labels: Tensor, num_blocks: int) -> list[Blocks]:
@@ -157,72 +199,3 @@ def _shared_scores(stack: Tensor, first: Tensor, precise: bool) -> tuple[Tensor,
     weights = squarable(decomposable(stack))
     rows, cols = (sum(W @ W.mT for W in side) for side in (weights, weights.mT))
     return gram_scores(rows, precise), gram_scores(cols, precise)
-
-
-def _apply(updates: Sequence[Update], x: Tensor, matrices: Tensor, runs: Sequence[Run]) -> Tensor:
-    halves = matrices.shape[1]
-    output = x.new_zeros(len(x), halves, matrices.shape[2])
-    for i, (expert, rows) in enumerate(runs):
-        for half in range(halves):
-            output[rows, half] = updates[i * halves + half].apply(x[rows], matrices[expert, half])
-    return output
-
-
-class _StackBranch(torch.autograd.Function):
-    """`x ΔWᵀ` of the matrices in `runs`, whose factors follow as (A, B) of one matrix after the other.
-
-    A Function and not a custom operator, because an operator's schema has no list of updates.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, matrices: Tensor, updates: list[Update], runs: list[Run], *factors: Tensor) -> Any:
-        ctx.save_for_backward(x, matrices, *factors)
-        ctx.updates, ctx.runs = [replace(update, factors=without_tensors(update.factors)) for update in updates], runs
-        halves = matrices.shape[1]
-        output = _empty_or_zero(x, runs, halves, matrices.shape[2])
-        for i, (expert, rows) in enumerate(runs):
-            for half in range(halves):
-                factors_of, anchor = _parts(updates[i * halves + half], matrices[expert, half])
-                output[rows, half] = batched_forward(factors_of, x[rows], anchor)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        x, matrices, *factors = ctx.saved_tensors
-        if needs_plain_gradients(g):
-            pairs = zip(factors[::2], factors[1::2], strict=True)
-            updates = [_with_factors(update, *pair) for update, pair in zip(ctx.updates, pairs, strict=True)]
-            needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]]
-            of_x, *of_factors = plain_gradients(
-                lambda: _apply(updates, x, matrices, ctx.runs), [x, *factors], needed, g
-            )
-            return of_x, None, None, None, *of_factors
-        needs_x, halves = ctx.needs_input_grad[0], matrices.shape[1]
-        grad_x = _empty_or_zero(x, ctx.runs, x.shape[1]) if needs_x else None
-        of_factors = []
-        for i, (expert, rows) in enumerate(ctx.runs):
-            for half in range(halves):
-                number = i * halves + half
-                update = _with_factors(ctx.updates[number], *factors[2 * number : 2 * number + 2])
-                factors_of, anchor = _parts(update, matrices[expert, half])
-                part, *grads = batched_backward(factors_of, g[rows, half], x[rows], anchor, needs_x)
-                of_factors += grads
-                if grad_x is not None:
-                    grad_x[rows] = part if half == 0 else part.add_(grad_x[rows])
-        return grad_x, None, None, None, *of_factors
-
-
-def _empty_or_zero(x: Tensor, runs: Sequence[Run], *shape: int) -> Tensor:
-    """Room for the rows of x: zero, unless the runs fill all of it."""
-    filled = sum(rows.stop - rows.start for _, rows in runs) == len(x)
-    return x.new_empty(len(x), *shape) if filled else x.new_zeros(len(x), *shape)
-
-
-def _parts(update: Update, matrix: Tensor) -> tuple[Factors, Tensor]:
-    anchor = update.anchor(matrix)
-    assert anchor is not None, "without an anchor, autograd computes the gradients"
-    return update.factors, anchor
-
-
-def _with_factors(update: Update, A: Tensor, B: Tensor) -> Update:
-    return replace(update, factors=replace(update.factors, A=A, B=B))

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from smoa.maths.factors import BlockRun, Factors
-from smoa.maths.kernels.batched import plain_branch, recomputed_branch
-from smoa.maths.kernels.choice import Kernels, delta_blocks, prefers_batched
+from smoa.maths.kernels.batched import batched_delta, plain_branch, recomputed_branch
+from smoa.maths.kernels.choice import Kernels, prefers_batched
 from smoa.maths.kernels.loops import product_dtype
 from smoa.maths.kernels.operators import Apart, Fused, is_transformed, recomputed
 from smoa.maths.scale import MODULATIONS, Modulation, rank_scale
@@ -43,7 +43,8 @@ class Update:
         """M (out_features, in_features), made from the pristine weight; None without modulation."""
         return self.modulation.anchor(weight, self.factors.blocks)
 
-    def _some_anchor(self, weight: Tensor | Callable[[], Tensor]) -> Tensor:
+    def some_anchor(self, weight: Tensor | Callable[[], Tensor]) -> Tensor:
+        """M, if there is one, also of a weight that is made anew for each use."""
         anchor = self.anchor(weight() if callable(weight) else weight)
         assert anchor is not None, "without an anchor, autograd computes the gradients"
         return anchor
@@ -71,8 +72,8 @@ class Update:
             weight: Pristine W (out_features, in_features), or a function that dequantizes it, for the backward again.
         """
         if callable(weight) and self.modulation.anchors and not is_transformed(x):
-            return self._recomputed(x, partial(self._some_anchor, weight))
-        anchor = None if not self.modulation.anchors else self._some_anchor(weight)
+            return self._recomputed(x, partial(self.some_anchor, weight))
+        anchor = None if not self.modulation.anchors else self.some_anchor(weight)
         if anchor is None or anchor.requires_grad or is_transformed(x, anchor):
             return plain_branch(self.factors, x, anchor)
         tokens = x.shape[:-1].numel()
@@ -103,7 +104,7 @@ class Update:
         """
         with torch.autocast(weight.device.type, enabled=False):  # it would round the factors
             dtype = product_dtype(dtype, weight.device.type)
-            return delta_blocks(self.factors, self._some_anchor(weight), dtype, self.kernels)
+            return list(batched_delta(self.factors.wide(), self.some_anchor(weight), dtype))
 
     def lookup(self, tokens: Tensor, weight: Tensor, padding: int | None = None, by_freq: bool = False) -> Tensor:
         """`ΔW[tokens]`, what an adapted embedding adds: (tokens, in_features), float32 or wider.

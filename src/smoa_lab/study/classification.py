@@ -25,14 +25,13 @@ from transformers import (
 from smoa.errors import DataError
 from smoa_lab.config.run import ModelSection, RunConfig
 from smoa_lab.data.rows import Row
-from smoa_lab.data.sources.wheels import installed_file
+from smoa_lab.data.wheels import installed_file
 from smoa_lab.models.base_models import places
 from smoa_lab.scoring.evaluation import Outcome
 from smoa_lab.scoring.losses import scoring
 from smoa_lab.study.runner import Runner, without_bar
 from smoa_lab.training.adapting import after_training, with_adapter
-from smoa_lab.training.loaded_run import checked_arguments
-from smoa_lab.training.progress import REPLACED
+from smoa_lab.training.loaded_run import REPLACED, checked_arguments
 
 PACKAGED_ENCODER = "all-minilm-l6-v2"
 BATCH = 64

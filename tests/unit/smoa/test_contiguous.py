@@ -11,12 +11,8 @@ from smoa.layers.layer import SmoaLayer
 from tests.support.gathers import gathers
 from tests.support.gradients import assert_path, layer_13_to_11
 from tests.support.layers import (
-    ROUTES,
-    SHAPES,
     Route,
-    adapted_layer,
     add_adapter,
-    base_layer,
     base_weight,
     oracle_delta,
 )
@@ -52,19 +48,6 @@ def test_other_blocks_gather(monkeypatch: pytest.MonkeyPatch, route: Route, dtyp
     with gathers(monkeypatch) as found:
         step(layer, x)
     assert found
-
-
-@pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
-@pytest.mark.parametrize(("out_features", "in_features", "num_blocks"), SHAPES)
-def test_output_and_gradients_are_the_oracles(
-    out_features: int, in_features: int, num_blocks: int, conv1d: bool, route: Route
-) -> None:
-    base = base_layer(out_features, in_features, conv1d=conv1d)
-    config = {"r": num_blocks + 2, "alpha": 3.0, "num_blocks": num_blocks, "partition": "contiguous"}
-    layer = adapted_layer(base, route=route, **config)
-    x = torch.randn(2, 5, in_features, dtype=torch.float64, requires_grad=True)
-    assert_path(layer, layer(x), x)
 
 
 def test_labels_that_happen_to_ascend_are_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,10 +119,3 @@ def test_a_compiled_layer_computes_the_same(route: Route, dtype: torch.dtype) ->
     layer.smoa_row_labels["default"].copy_(layer.smoa_row_labels["default"].roll(1))
     layer.refresh_orders()
     assert_close(compiled(x), layer(x))
-
-
-def test_a_deleted_adapter_leaves_nothing_behind() -> None:
-    layer, _ = contiguous()
-    add_adapter(layer, "other", r=4, num_blocks=2)
-    layer.delete_adapter("other")
-    assert set(layer.contiguous) == {"default"}

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from smoa import SmoaConfig
 from smoa.layers.layer import SmoaLayer
-from tests.support.layers import Wrapper, adapted_layer, base_layer, base_weight, factors, randomise
+from tests.support.layers import Wrapper, adapted_layer, base_layer, base_weight, factors
 from tests.support.tolerance import assert_close
 
 # (out_features, in_features)
@@ -72,32 +72,6 @@ def test_one_block_with_modulation_equals_peft_hira(out_features: int, in_featur
     expected = values_and_gradients(twin, twin_factors, x)
     for own, hiras in zip(values_and_gradients(layer, factors(layer), x), expected, strict=True):
         assert_close(own, hiras)
-
-
-def test_one_block_with_modulation_merges_as_peft_hira() -> None:
-    base = base_layer(9, 16)
-    layer = adapted_layer(base, r=4, num_blocks=1, scale="paper")
-    twin, _ = hira_twin(layer, conv1d=False)
-    layer.merge()
-    merged = base.weight.detach().clone()
-    layer.unmerge()
-    twin.merge()
-    assert_close(merged, base.weight.detach())
-
-
-@pytest.mark.parametrize("modulation", ["hadamard", "none"])
-def test_the_partition_does_not_matter_with_one_block(modulation: str) -> None:
-    base = base_layer(9, 16)
-    x = torch.randn(5, 16, dtype=torch.float64)
-    settings = {"r": 4, "num_blocks": 1, "modulation": modulation}
-    outputs = []
-    for partition in ("spectral", "contiguous", "random"):
-        layer = adapted_layer(base, partition=partition, **settings)
-        torch.manual_seed(1)
-        randomise(layer)
-        outputs.append(layer(x))
-    for other in outputs[1:]:
-        assert_close(other, outputs[0])
 
 
 def test_contiguous_blocks_without_modulation_equal_melora() -> None:

@@ -1,4 +1,4 @@
-"""Merging and unmerging layers and models: layers/kinds/linear.py, layers/undo.py and tuner/model.py."""
+"""Merging and unmerging layers and models: layers/layer.py and tuner/model.py."""
 
 from __future__ import annotations
 
@@ -158,13 +158,6 @@ def test_an_adapter_added_while_another_is_merged_is_anchored_on_the_pristine_we
     assert torch.equal(base_weight(layer), pristine)
 
 
-def test_delta_weight_of_a_merged_adapter_is_that_of_the_unmerged_one() -> None:
-    layer = adapted_layer(base_layer(11, 13), r=7, num_blocks=3)
-    before = layer.get_delta_weight("default")
-    layer.merge()
-    assert torch.equal(layer.get_delta_weight("default"), before)
-
-
 def test_changing_the_factors_while_merged_does_not_disturb_unmerging() -> None:
     layer = adapted_layer(base_layer(11, 13, dtype=torch.bfloat16), r=7, num_blocks=3)
     before = base_weight(layer).clone()
@@ -172,13 +165,6 @@ def test_changing_the_factors_while_merged_does_not_disturb_unmerging() -> None:
     randomise(layer)
     layer.unmerge()
     assert torch.equal(base_weight(layer), before)
-
-
-def test_merging_in_training_mode_with_dropout_merges_without_dropout() -> None:
-    layer = adapted_layer(base_layer(11, 13), r=7, num_blocks=3, smoa_dropout=0.5).train()
-    expected = base_weight(layer) + oracle_delta(layer)
-    layer.merge()
-    assert_close(base_weight(layer), expected)
 
 
 def test_disabling_adapters_unmerges_them() -> None:
@@ -207,22 +193,6 @@ def test_a_broken_layer_is_refused_under_safe_merge_and_nothing_is_changed_anywh
     assert layers_of(model) == [first, second]
 
 
-def test_an_overflow_of_half_precision_is_refused_under_safe_merge() -> None:
-    layer = adapted_layer(base_layer(11, 13, dtype=torch.float16), r=7, num_blocks=3, alpha=1e7)
-    before = state(layer)
-    with pytest.raises(MergeError):
-        layer.merge(safe_merge=True)
-    assert_same_bits(state(layer), before)
-
-
-def test_safe_merge_of_a_sound_adapter_is_the_plain_merge() -> None:
-    first, second = adapted_model(), adapted_model()
-    second.load_state_dict(first.state_dict())
-    first.merge_adapter(safe_merge=True)
-    second.merge_adapter()
-    assert_same_bits(state(first), state(second))
-
-
 @pytest.mark.parametrize("names", [["one", "two"], ["two"], None])
 def test_merge_adapter_merges_the_adapters_named(names: list[str] | None) -> None:
     model = adapted_model("one", "two")
@@ -247,32 +217,6 @@ def test_merge_and_unload_gives_plain_layers_of_the_same_output(dtype: torch.dty
     assert [type(module) for module in (merged.first, merged.second)] == [nn.Linear, nn.Linear]
     assert {parameter.dtype for parameter in merged.parameters()} == {dtype}
     assert_close(merged(x), expected)
-
-
-def test_unload_gives_the_base_back_bit_for_bit() -> None:
-    base = TwoLayers()
-    before = state(base)
-    model = get_peft_model(base, SmoaConfig(r=4, num_blocks=3, target_modules=["first"], init_weights=False))
-    assert_same_bits(state(model.unload()), before)
-
-
-def test_unloading_a_merged_model_without_merging_gives_the_base_back() -> None:
-    model = adapted_model()
-    pristine = [base_weight(layer).clone() for layer in layers_of(model)]
-    model.merge_adapter()
-    model.unmerge_adapter()
-    plain = model.unload()
-    assert torch.equal(plain.first.weight, pristine[0])
-    assert torch.equal(plain.second.weight, pristine[1])
-
-
-def test_deleting_an_adapter_leaves_the_others() -> None:
-    model = adapted_model("one", "two")
-    x = torch.randn(5, 10, dtype=torch.float64)
-    expected = model(x)
-    model.delete_adapter("two")
-    assert torch.equal(model(x), expected)
-    assert not [name for name in model.state_dict() if ".two" in name.removesuffix(".base_layer.bias")]
 
 
 def test_the_adapter_saved_while_merged_is_the_adapter_saved_before(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -300,24 +244,6 @@ def test_loading_an_adapter_while_another_is_merged_anchors_it_on_the_pristine_w
     for mine, other in zip(layers_of(fresh), layers_of(model), strict=True):
         assert torch.equal(mine.get_delta_weight("two"), other.get_delta_weight("two"))
         assert torch.equal(mine.pristine_weight(), other.pristine_weight())
-
-
-def test_adding_an_adapter_to_a_merged_model_unmerges_it_bit_for_bit() -> None:
-    model = adapted_model(dtype=torch.bfloat16)
-    pristine = [base_weight(layer).clone() for layer in layers_of(model)]
-    model.merge_adapter()
-    with pytest.warns(UserWarning, match="Unmerging the model first"):
-        model.add_adapter("late", SmoaConfig(r=2, target_modules=["first"]))
-    for layer, before in zip(layers_of(model), pristine, strict=True):
-        assert torch.equal(base_weight(layer), before)
-    assert layers_of(model)[0].blocks("late").row_labels.tolist() == reference.spectral_labels(pristine[0], 2)[0]
-
-
-def test_a_merged_layer_forward_does_not_add_the_adapter_again() -> None:
-    layer = adapted_layer(base_layer(11, 13), r=7, num_blocks=3)
-    x = torch.randn(5, 13, dtype=torch.float64)
-    layer.merge()
-    assert torch.equal(layer(x), layer.get_base_layer()(x))
 
 
 @pytest.mark.filterwarnings("ignore:All adapters are already merged:UserWarning")

@@ -1,4 +1,4 @@
-"""A small update survives half precision and rounded products, in layers/kinds/linear.py and layers/weight_cache.py."""
+"""A small update survives half precision and rounded products, in layers/linear.py and layers/weight_cache.py."""
 
 from __future__ import annotations
 

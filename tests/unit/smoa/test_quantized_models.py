@@ -1,4 +1,4 @@
-"""Quantized models, through layers/kinds/quantized.py and tuner/model.py: several adapters, merges, saves, training."""
+"""Quantized models, through layers/quantized.py and tuner/model.py: several adapters, merges, saves, training."""
 
 from __future__ import annotations
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from smoa.maths.blocks import Blocks
-from smoa.maths.factors import BlockRun, Factors
-from smoa.maths.kernels.batched import batched_backward, batched_delta, batched_forward
-from smoa.maths.kernels.loops import loop_backward, loop_delta, loop_forward
+from smoa.maths.factors import Factors
+from smoa.maths.kernels.batched import batched_backward, batched_forward
+from smoa.maths.kernels.loops import loop_backward, loop_forward
 
 Kernels = Literal["auto", "loop", "batched"]
 SMALL_BLOCK = 1 << 13
@@ -54,12 +53,3 @@ def branch_backward(
     """Gradients of `x ΔWᵀ` for x (empty unless `needs_x`), A and B, from the diagonal blocks of gᵀx."""
     backward = batched_backward if prefers_batched(factors.blocks, len(x), kernels) else loop_backward
     return backward(factors, g, x, anchor, needs_x)
-
-
-def delta_blocks(
-    factors: Factors, anchor: Tensor, dtype: torch.dtype, kernels: Kernels = "auto"
-) -> list[tuple[BlockRun, Tensor]]:
-    """The diagonal blocks of ΔW as `branch_forward` forms them, rounded to `dtype`: (blocks, height, width) a run."""
-    if prefers_batched(factors.blocks, 1, kernels):
-        return list(batched_delta(factors.wide(), anchor, dtype))
-    return loop_delta(factors, anchor, dtype)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from smoa.maths.blocks import Blocks, take_columns
-from smoa.maths.factors import BlockRun, Factors
+from smoa.maths.factors import Factors
 
 CHUNK_ELEMENTS = {"cpu": 1 << 21, "other": 1 << 25}
 """Entries of W in one chunk: few enough for a CPU's cache, many enough to fill a GPU."""
@@ -69,18 +69,6 @@ def loop_forward(factors: Factors, x: Tensor, anchor: Tensor) -> Tensor:
         delta = torch.mm(wide.B[local, ranks], wide.A[ranks, : cols.stop - cols.start]).mul_(entries)
         torch.mm(sorted_x[:, cols], delta.to(y.dtype).T, out=y[:, chunk])
     return sort_columns(blocks, y, blocks.orders.rows_inverse).to(x.dtype)
-
-
-def loop_delta(factors: Factors, anchor: Tensor, dtype: torch.dtype) -> list[tuple[BlockRun, Tensor]]:
-    """The diagonal blocks of ΔW, (blocks, height, width) for each run, rounded to `dtype`."""
-    wide, runs = factors.wide(), factors.runs()
-    found = [anchor.new_empty(run.count, run.height, run.width, dtype=dtype) for run in runs]
-    starts = (cols.start for cols in factors.blocks.col_slices)
-    of_cols = dict(zip(starts, (block for stacked in found for block in stacked), strict=True))
-    for _, local, cols, ranks, entries in _anchor_chunks(wide, anchor):
-        product = torch.mm(wide.B[local, ranks], wide.A[ranks, : cols.stop - cols.start])
-        of_cols[cols.start][local] = product.mul_(entries)
-    return list(zip(runs, found, strict=True))
 
 
 def loop_backward(

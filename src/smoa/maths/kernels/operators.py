@@ -27,15 +27,15 @@ Gradients = tuple[Tensor | None, Tensor, Tensor]
 
 
 class Route(Protocol):
-    """A way to compute an output y from factors, x and a weight."""
+    """A way to compute an output y from factors (`Factors`, or another dataclass with A and B), x and a weight."""
 
-    def forward(self, factors: Factors, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(self, factors: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """y, not differentiable."""
 
-    def plain(self, factors: Factors, x: Tensor, weight: Tensor) -> Tensor:
+    def plain(self, factors: Any, x: Tensor, weight: Tensor) -> Tensor:
         """y without bias, by PyTorch's own operations."""
 
-    def backward(self, factors: Factors, g: Tensor, x: Tensor, weight: Tensor, needs_x: bool) -> Gradients:
+    def backward(self, factors: Any, g: Tensor, x: Tensor, weight: Tensor, needs_x: bool) -> Gradients:
         """Gradients for x (anything unless `needs_x`), A and B, given the gradient g of y."""
 
 
@@ -76,7 +76,7 @@ class Fused:
 
 
 def recomputed(
-    route: Route, factors: Factors, x: Tensor, weight: Tensor | Callable[[], Tensor], bias: Tensor | None = None
+    route: Route, factors: Any, x: Tensor, weight: Tensor | Callable[[], Tensor], bias: Tensor | None = None
 ) -> Tensor:
     """y of the route, differentiable in x, A, B and bias, not in the weight.
 
@@ -93,7 +93,7 @@ def recomputed(
     return y
 
 
-def _exact(factors: Factors) -> torch.autocast:
+def _exact(factors: Any) -> torch.autocast:
     """No autocast, because the kernels choose every dtype themselves."""
     return torch.autocast(factors.A.device.type, enabled=False)
 
@@ -101,11 +101,11 @@ def _exact(factors: Factors) -> torch.autocast:
 class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, route: Route, factors: Factors, A: Tensor, B: Tensor, x: Tensor, weight: Any, bias: Tensor | None
+        ctx: Any, route: Route, factors: Any, A: Tensor, B: Tensor, x: Tensor, weight: Any, bias: Tensor | None
     ) -> Tensor:
         made = callable(weight)
         ctx.save_for_backward(A, B, x, None if made else weight)
-        ctx.route, ctx.factors, ctx.make = route, without_tensors(factors), weight if made else None
+        ctx.route, ctx.factors, ctx.make = route, replace(factors, A=None, B=None), weight if made else None
         with _exact(factors):
             return route.forward(factors, x, weight() if made else weight, bias)
 
@@ -124,11 +124,6 @@ class _Recomputed(torch.autograd.Function):
                 of_x, of_A, of_B = route.backward(factors, g, x, weight, needs_x)
         of_bias = g.sum([0, *range(2, g.dim())]) if needs_bias else None
         return None, None, of_A, of_B, of_x if needs_x else None, None, of_bias
-
-
-def without_tensors(factors: Factors) -> Factors:
-    """The factors without A and B, which autograd keeps."""
-    return replace(factors, A=None, B=None)  # type: ignore[arg-type]
 
 
 def plain_gradients(

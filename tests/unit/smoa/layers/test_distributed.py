@@ -239,7 +239,8 @@ def test_an_offloaded_model_generates_as_before(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:for .*copying from a non-meta:UserWarning")  # of PEFT, also with LoRA
-def test_an_adapter_is_loaded_onto_a_base_on_disk(tmp_path: Path) -> None:
+def test_an_adapter_is_loaded_onto_a_base_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # PEFT writes beside the working directory too
     base, folder, batch = tmp_path / "models--base", tmp_path / "adapter", tiny_models.batch("llama")
     model = get_peft_model(tiny_models.build("llama"), SmoaConfig(init_weights=False, target_modules=["q_proj"])).eval()
     model.save_pretrained(folder)

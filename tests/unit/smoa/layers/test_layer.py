@@ -1,13 +1,20 @@
+"""A layer's state, output and gradients are the oracle's."""
+
 from __future__ import annotations
 
+import copy
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from smoa import SmoaConfig
+from smoa import MergeError, SmoaConfig
+from smoa.layers.layer import SmoaLayer, refuse_shared
+from smoa.maths.blocks import DiagonalBlocks
+from smoa.maths.spectrum import make_partition
 from tests import reference
 from tests.support.adapted_models import adapted
 from tests.support.layers import (
@@ -20,10 +27,9 @@ from tests.support.layers import (
     labels,
     oracle_delta,
     oracle_output,
-    randomise,
-    ranks,
     smoa_layers,
 )
+from tests.support.tiny_mixtures import experts_of, wrappers
 from tests.support.tolerance import assert_close
 
 PARTITIONS = ["spectral", "contiguous", "random"]
@@ -72,55 +78,6 @@ def test_labels_are_those_of_a_full_decomposition(
     assert labels(adapted_layer(base, num_blocks=num_blocks)) == expected
 
 
-@pytest.mark.parametrize("block_ranks", [[4, 1, 2], [1, 1, 5], [7, 0, 0]])
-@pytest.mark.parametrize("modulation", MODULATIONS)
-def test_unequal_block_ranks_give_the_oracles_output(block_ranks: list[int], modulation: str) -> None:
-    layer = adapted_layer(
-        base_layer(11, 13), r=7, num_blocks=3, block_ranks=block_ranks, alpha=3.0, modulation=modulation
-    )
-    x = torch.randn(5, 13, dtype=torch.float64)
-    assert ranks(layer) == block_ranks
-    assert_close(layer(x), oracle_output(layer, x))
-
-
-def test_the_rank_is_split_evenly_with_the_remainder_to_the_first_blocks() -> None:
-    assert ranks(adapted_layer(base_layer(9, 9), r=7, num_blocks=4)) == [2, 2, 2, 1]
-
-
-def test_fewer_ranks_than_blocks_leave_the_last_blocks_without_an_update() -> None:
-    layer = adapted_layer(base_layer(9, 9), r=2, num_blocks=3)
-    x = torch.randn(5, 9, dtype=torch.float64)
-    assert_close(layer(x), oracle_output(layer, x))
-
-
-def test_a_rank_larger_than_a_block_is_possible() -> None:
-    layer = adapted_layer(base_layer(6, 6), r=20, num_blocks=3)
-    x = torch.randn(5, 6, dtype=torch.float64)
-    assert_close(layer(x), oracle_output(layer, x))
-
-
-def test_weights_with_zero_rows_and_columns_give_the_oracles_output() -> None:
-    base = base_layer(12, 10)
-    with torch.no_grad():
-        base.weight[[0, 5, 6]] = 0
-        base.weight[:, [2, 9]] = 0
-    expected = reference.spectral_labels(base_weight(base), 3)
-    layer = adapted_layer(base, r=4, num_blocks=3)
-    x = torch.randn(5, 10, dtype=torch.float64)
-    assert labels(layer) == expected
-    assert_close(layer(x), oracle_output(layer, x))
-
-
-@pytest.mark.parametrize("modulation", MODULATIONS)
-def test_a_zero_weight_is_adapted(modulation: str) -> None:
-    base = base_layer(8, 6)
-    nn.init.zeros_(base.weight)
-    layer = adapted_layer(base, r=4, num_blocks=2, modulation=modulation)
-    x = torch.randn(5, 6, dtype=torch.float64)
-    assert labels(layer) == (reference.contiguous_labels(8, 2), reference.contiguous_labels(6, 2))
-    assert_close(layer(x), oracle_output(layer, x))
-
-
 def test_a_layer_without_bias_gives_the_oracles_output() -> None:
     layer = adapted_layer(base_layer(8, 6, bias=False), r=4, num_blocks=2)
     x = torch.randn(5, 6, dtype=torch.float64)
@@ -133,10 +90,6 @@ def test_alpha_over_r_scales_the_update_once() -> None:
     assert_close(layer.get_delta_weight("default"), oracle_delta(layer))
 
 
-def test_without_alpha_the_update_is_not_scaled() -> None:
-    assert adapted_layer(base_layer(8, 6), r=4, num_blocks=2).scaling["default"] == 1.0
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
 @pytest.mark.parametrize("modulation", MODULATIONS)
@@ -147,21 +100,6 @@ def test_an_untrained_adapter_is_exactly_a_no_op(dtype: torch.dtype, conv1d: boo
     layer = adapted_layer(base, trained=False, num_blocks=4, modulation=modulation)
     assert torch.equal(layer(x), before)
     assert (layer.get_delta_weight("default") == 0).all()
-
-
-def test_a_fresh_A_is_uniform_over_one_by_the_root_of_the_blocks_width_and_a_fresh_B_is_zero() -> None:
-    layer = adapted_layer(base_layer(64, 402), trained=False, r=40, num_blocks=4)
-    in_A, _ = reference.real_entries(64, 402, [10] * 4)
-    A, B = (factor.detach() for factor in factors(layer))
-    widths = torch.tensor(reference.block_sizes(402, 4)).repeat_interleave(10)
-    limits = (1 / widths.double().sqrt())[:, None]
-    scaled = (A / limits)[in_A]
-    assert (B == 0).all()
-    assert (A[~in_A] == 0).all()
-    assert scaled.abs().max() <= 1
-    assert scaled.abs().max() > 0.999
-    assert abs(scaled.mean()) < 0.03
-    assert abs(scaled.std() - 3**-0.5) < 0.02
 
 
 @pytest.mark.parametrize("modulation", MODULATIONS)
@@ -194,13 +132,6 @@ def test_nothing_besides_the_state_is_kept_per_layer() -> None:
     assert all(value.numel() < frozen.numel() for value in attributes)
 
 
-def test_the_partition_of_a_layer_is_that_of_its_labels() -> None:
-    layer = adapted_layer(base_layer(11, 13), r=6, num_blocks=3)
-    partition = layer.blocks("default")
-    assert (partition.row_labels.tolist(), partition.col_labels.tolist()) == labels(layer)
-    assert partition.num_blocks == 3
-
-
 def test_the_branch_output_is_the_adapters_contribution() -> None:
     layer = adapted_layer(base_layer(11, 13), r=6, num_blocks=3, alpha=2.0)
     x = torch.randn(5, 13, dtype=torch.float64)
@@ -216,12 +147,6 @@ def test_dropout_acts_on_the_adapters_input_only() -> None:
     dropped = nn.functional.dropout(x, 0.4)
     expected = reference.forward(x, base_weight(layer), layer.get_base_layer().bias, [oracle_delta(layer)], [dropped])
     assert_close(y, expected)
-
-
-def test_dropout_is_off_in_evaluation() -> None:
-    layer = adapted_layer(base_layer(11, 13), r=6, num_blocks=3, smoa_dropout=0.4).eval()
-    x = torch.randn(5, 13, dtype=torch.float64)
-    assert_close(layer(x), oracle_output(layer, x))
 
 
 @pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
@@ -250,13 +175,6 @@ def test_the_base_weight_and_bias_are_frozen_and_left_as_they_were() -> None:
     assert all(parameter.grad is None for parameter in base.parameters())
 
 
-def test_resetting_the_parameters_keeps_the_partition() -> None:
-    layer = adapted_layer(base_layer(8, 6), r=4, num_blocks=2)
-    before = labels(layer)
-    randomise(layer)
-    assert labels(layer) == before
-
-
 def test_the_repr_names_the_method() -> None:
     assert repr(adapted_layer(base_layer(8, 6), r=4, num_blocks=2)).startswith("smoa.")
 
@@ -269,12 +187,6 @@ def test_a_shared_config_is_not_changed_by_the_layers_it_makes(conv1d: bool) -> 
     before = config.to_dict()
     inject_adapter_in_model(config, Wrapper(base_layer(8, 6, conv1d=conv1d)))
     assert config.to_dict() == before
-
-
-def test_gradients_reach_factors_only() -> None:
-    layer = adapted_layer(base_layer(8, 6), r=4, num_blocks=2)
-    trainable = {name for name, parameter in layer.named_parameters() if parameter.requires_grad}
-    assert trainable >= {"smoa_A.default.weight", "smoa_B.default.weight"}
 
 
 def test_the_scale_of_an_adapter_that_a_layer_does_not_have_is_nobodys() -> None:
@@ -317,3 +229,108 @@ def test_a_layers_scale_can_be_set_and_put_back(tiny_llama: PreTrainedModel) -> 
     assert_close(layer.get_delta_weight("default"), 0.5 * before)
     layer.unscale_layer()
     assert torch.equal(layer.get_delta_weight("default"), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_what_was_read_is_written_back_bit_for_bit(dtype: torch.dtype) -> None:
+    weight = torch.randn(11, 13).to(dtype)
+    before = weight.clone()
+    kept = DiagonalBlocks.read_from(weight, make_partition(weight, 3))
+    weight.copy_(torch.randn(11, 13))
+    changed = weight.clone()
+    kept.write_to(weight)
+    same_block = kept.blocks.row_labels[:, None] == kept.blocks.col_labels
+    assert torch.equal(weight, torch.where(same_block, before, changed))
+
+
+def test_what_was_read_is_a_copy_that_labels_and_weights_can_not_change() -> None:
+    weight = torch.randn(11, 13)
+    before, partition = weight.clone(), make_partition(weight, 3)
+    kept = DiagonalBlocks.read_from(weight, partition)
+    partition.row_labels.copy_(partition.row_labels.flip(0))
+    weight.zero_()
+    kept.write_to(weight)
+    same_block = kept.blocks.row_labels[:, None] == kept.blocks.col_labels
+    assert torch.equal(weight, torch.where(same_block, before, 0))
+
+
+def test_what_was_read_is_written_in_the_dtype_that_the_weight_has_by_then() -> None:
+    weight = torch.randn(11, 13)
+    kept = DiagonalBlocks.read_from(weight, make_partition(weight, 3))
+    half = torch.zeros(11, 13, dtype=torch.bfloat16)
+    kept.write_to(half)
+    same_block = kept.blocks.row_labels[:, None] == kept.blocks.col_labels
+    assert torch.equal(half, torch.where(same_block, weight, 0).to(torch.bfloat16))
+
+
+def test_two_layers_of_one_weight_are_refused_by_name() -> None:
+    weight = torch.randn(4, 4)
+    with pytest.raises(MergeError, match="third and first share one weight"):
+        refuse_shared(
+            [("first", weight, {"a": 1}), ("second", torch.randn(4, 4), {"a": 2}), ("third", weight, {"a": 3})]
+        )
+
+
+def test_two_layers_of_one_weight_with_one_adapter_are_not_refused() -> None:
+    weight, factors = torch.randn(4, 4), object()
+    refuse_shared([("first", weight, {"a": factors}), ("second", weight, {"a": factors})])
+    with pytest.raises(MergeError, match="set ensure_weight_tying=True"):
+        refuse_shared([("first", weight, {"a": factors}), ("second", weight, {"a": factors, "b": object()})])
+
+
+def test_weights_of_their_own_are_not_refused_and_neither_is_the_meta_device() -> None:
+    refuse_shared([("first", torch.randn(4, 4), {"a": 1}), ("second", torch.randn(4, 4), {"a": 2})])
+    meta = torch.empty(4, 4, device="meta")
+    refuse_shared([("first", meta, {"a": 1}), ("second", meta, {"a": 2})])
+
+
+def test_merging_changes_the_diagonal_blocks_only() -> None:
+    layer = adapted_layer(base_layer(11, 13), r=7, num_blocks=3)
+    before = base_weight(layer).clone()
+    partition = layer.blocks("default")
+    same_block = partition.row_labels[:, None] == partition.col_labels
+    layer.merge()
+    assert torch.equal(base_weight(layer) != before, same_block)
+
+
+def test_a_merged_layer_keeps_one_kth_of_the_weight() -> None:
+    layer = adapted_layer(base_layer(40, 40), r=4, num_blocks=4)
+    layer.merge()
+    kept = sum(entries.numel() for blocks in layer._pristine_blocks["default"].values() for entries in blocks.entries)
+    assert kept == 40 * 40 // 4
+    layer.unmerge()
+    assert not layer._pristine_blocks
+
+
+def layer(**settings: Any) -> SmoaLayer:
+    found = adapted_layer(base_layer(11, 13), r=7, num_blocks=3, **settings)
+    assert isinstance(found, SmoaLayer)
+    return found
+
+
+def wrapper(**settings: Any) -> SmoaLayer:
+    return wrappers(experts_of("qwen3_moe", dtype=torch.float32, **settings))["down_proj"]
+
+
+MODULES = pytest.mark.parametrize("make", [layer, wrapper])
+
+
+def saved(module: nn.Module, part: str) -> torch.Tensor:
+    return module.state_dict()[f"smoa_{part}.default"]
+
+
+@MODULES
+def test_a_cast_changes_the_factors_and_not_the_saved_scales(make: Any) -> None:
+    module = make(scale="block")
+    scales = saved(module, "block_scale").clone()
+    assert not torch.equal(scales, scales.half().float())
+    module.half().float()
+    assert torch.equal(saved(module, "block_scale"), scales)
+
+
+@MODULES
+def test_a_loaded_state_brings_its_blocks(make: Any) -> None:
+    module, other = make(partition="random"), make(partition="random")
+    assert not torch.equal(saved(module, "row_labels"), saved(other, "row_labels"))
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(other.delta("default"), copy.deepcopy(module).delta("default"))

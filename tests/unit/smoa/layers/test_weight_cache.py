@@ -39,16 +39,6 @@ def test_the_weight_is_formed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(formed) == 1
 
 
-def test_without_the_context_nothing_is_kept() -> None:
-    layer = adapted_layer(base_layer(13, 11, dtype=torch.float32))
-    output(layer, torch.randn(1, 11))
-    assert layer.smoa_weight_cache is None
-    with cached_weights(layer):
-        output(layer, torch.randn(1, 11))
-        assert layer.smoa_weight_cache is not None
-    assert layer.smoa_weight_cache is None
-
-
 def change_factor(layer: Linear) -> None:
     layer.smoa_B["default"].weight.mul_(3)
 
@@ -112,15 +102,6 @@ def test_every_change_is_seen(change: object, conv1d: bool) -> None:
     torch.testing.assert_close(cached, output(layer, x))
     if change is not change_dtype:
         assert not torch.allclose(cached, before)
-
-
-def test_training_ignores_the_cache() -> None:
-    layer = adapted_layer(base_layer(12, 10))
-    x = torch.randn(2, 10, dtype=torch.float64)
-    with cached_weights(layer):
-        output(layer, x)
-        layer(x).sum().backward()
-    assert layer.smoa_B["default"].weight.grad is not None
 
 
 def test_dropout_acts_although_a_cache_is_open() -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from smoa.errors import PartitionError
-from smoa.maths.analysis import effective_rank, numerical_rank, update_size, update_spectrum
+from smoa.maths.analysis import update_size, update_spectrum
 from smoa.maths.blocks import Blocks
 
 
@@ -36,11 +36,6 @@ def test_an_update_in_all_directions_alike_covers_half(weight: torch.Tensor) -> 
 def test_an_update_of_zero_has_no_rank_and_no_coverage(weight: torch.Tensor) -> None:
     found = update_spectrum(weight, torch.zeros_like(weight))
     assert (found.rank, found.effective_rank, found.coverage) == (0, 0.0, 0.0)
-
-
-def test_ranks_of_no_singular_values_are_zero() -> None:
-    assert numerical_rank(torch.empty(0)) == 0
-    assert effective_rank(torch.empty(0)) == 0.0
 
 
 def test_another_shape_is_no_update(weight: torch.Tensor) -> None:

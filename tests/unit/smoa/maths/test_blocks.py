@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from smoa.errors import PartitionError
-from smoa.maths.blocks import Blocks, Orders, ascend, block_sizes, check_labels, check_num_blocks, slices, take_columns
+from smoa.maths.blocks import Blocks, Orders, ascend, block_sizes, check_num_blocks, take_columns
 from tests import reference
 
 # (out_features, in_features, num_blocks): even, tall and ragged, wide and ragged, one block, as many as there are rows.
@@ -60,16 +60,6 @@ def test_labels_that_are_not_bytes_are_refused(dtype: torch.dtype) -> None:
         Blocks(torch.tensor([0, 1], dtype=dtype), torch.tensor([0, 1], dtype=dtype), num_blocks=2)
 
 
-def test_labels_of_two_dimensions_are_refused() -> None:
-    labels = torch.tensor([[0, 1]], dtype=torch.uint8)
-    with pytest.raises(PartitionError):
-        Blocks(labels, labels, num_blocks=1)
-
-
-def test_slices_follow_each_other() -> None:
-    assert slices((2, 0, 3)) == (slice(0, 2), slice(2, 2), slice(2, 5))
-
-
 @pytest.mark.parametrize("num_blocks", [-1, 0, 6, 256])
 def test_a_number_of_blocks_that_does_not_fit_is_refused_with_the_limit(num_blocks: int) -> None:
     with pytest.raises(PartitionError, match=rf"num_blocks={num_blocks} must be between 1 and 5 .*\(9, 5\)"):
@@ -80,13 +70,6 @@ def test_a_byte_limits_the_number_of_blocks() -> None:
     check_num_blocks(255, 300, 300)
     with pytest.raises(PartitionError, match="between 1 and 255"):
         check_num_blocks(256, 300, 300)
-
-
-def test_the_error_about_many_blocks_is_short() -> None:
-    labels = torch.zeros(100, dtype=torch.uint8)
-    with pytest.raises(PartitionError, match=r"row_labels must hold 50 .*\[2, 2.* 50 in all\].*\[100, 0") as error:
-        check_labels(labels, 50, "row_labels")
-    assert len(str(error.value)) < 250
 
 
 def test_labels_that_come_with_their_orders_are_taken_as_checked() -> None:
@@ -117,14 +100,6 @@ def test_orders_sort_by_block_and_back(out_features: int, in_features: int, num_
     assert cols == [j for k in range(num_blocks) for j in places(blocks.col_labels, k)]
     assert [rows[place] for place in rows_inverse] == list(range(out_features))
     assert [cols[place] for place in cols_inverse] == list(range(in_features))
-
-
-@sizes
-def test_slices_are_the_blocks_runs_in_the_sorted_order(out_features: int, in_features: int, num_blocks: int) -> None:
-    blocks = shuffled(out_features, in_features, num_blocks)
-    for k in range(num_blocks):
-        assert torch.equal(blocks.orders.rows[blocks.row_slices[k]], blocks.rows(k))
-        assert torch.equal(blocks.orders.cols[blocks.col_slices[k]], blocks.cols(k))
 
 
 def test_blocks_are_contiguous_where_the_labels_of_both_sides_ascend() -> None:
@@ -215,13 +190,6 @@ def test_what_is_written_stands_in_the_diagonal_blocks_and_nowhere_else(
     for i, j in product(range(out_features), range(in_features)):
         same_block = blocks.row_labels[i] == blocks.col_labels[j]
         assert matrix[i, j].item() == (source[i, j].item() if same_block else before[i][j])
-
-
-def test_blocks_are_written_in_the_dtype_of_the_matrix() -> None:
-    blocks, matrix, source = shuffled(12, 8, 2), torch.zeros(12, 8, dtype=torch.bfloat16), torch.randn(12, 8)
-    blocks.write(matrix, blocks.of(source))
-    same_block = blocks.row_labels[:, None] == blocks.col_labels
-    assert torch.equal(matrix, torch.where(same_block, source, 0).to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

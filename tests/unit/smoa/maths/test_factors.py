@@ -12,7 +12,7 @@ from torch import Tensor
 from smoa.maths.factors import factor_shapes, init_factors, split_rank
 from tests import reference
 from tests.support.tolerance import assert_close
-from tests.support.updates import CASES, Problem, problem
+from tests.support.updates import CASES, problem
 
 cases = pytest.mark.parametrize(("out_features", "in_features", "ranks"), CASES)
 
@@ -69,35 +69,6 @@ def test_wide_factors_hold_the_scale_once() -> None:
 # spreading
 
 
-def spread(case: Problem, stacked: bool) -> tuple[Tensor, Tensor]:
-    """Ã and B̃, entry by entry."""
-    height = max(case.ranks) if stacked else sum(case.ranks)
-    rows, cols = case.partition.row_labels.tolist(), case.partition.col_labels.tolist()
-    A, B = torch.zeros(height, len(cols), dtype=torch.float64), torch.zeros(len(rows), height, dtype=torch.float64)
-    for k, rank in enumerate(case.ranks):
-        start = sum(case.ranks[:k])
-        for slot in range(rank):
-            target = slot if stacked else start + slot
-            for place, j in enumerate(j for j, label in enumerate(cols) if label == k):
-                A[target, j] = case.A[start + slot, place]
-            for place, i in enumerate(i for i, label in enumerate(rows) if label == k):
-                B[i, target] = case.B[place, start + slot]
-    return A, B
-
-
-@torch.no_grad()
-@cases
-@pytest.mark.parametrize("stacked", [False, True], ids=["", "stacked"])
-def test_spread_factors_stand_in_their_own_blocks_slots_in_natural_order(
-    out_features: int, in_features: int, ranks: tuple[int, ...], stacked: bool
-) -> None:
-    case = problem(out_features, in_features, ranks)
-    factors = case.factors(3.0)
-    A, B = spread(case, stacked)
-    assert torch.equal(factors.spread_A(stacked), A)
-    assert torch.equal(factors.spread_B(stacked), B)
-
-
 @cases
 def test_the_product_of_spread_factors_is_the_unmodulated_update(
     out_features: int, in_features: int, ranks: tuple[int, ...]
@@ -106,15 +77,6 @@ def test_the_product_of_spread_factors_is_the_unmodulated_update(
     scale = [1.0 + k for k in range(len(ranks))]
     wide = case.factors(0.5, scale).wide()
     assert_close(wide.spread_B() @ wide.spread_A(), case.oracle("none", [0.5 * s for s in scale]))
-
-
-def test_slots_pair_each_blocks_rows_columns_and_ranks() -> None:
-    factors = problem(11, 13, (1, 0, 2)).factors()
-    assert list(factors.slots()) == [
-        (slice(0, 4), slice(0, 5), slice(0, 1)),
-        (slice(4, 8), slice(5, 9), slice(1, 1)),
-        (slice(8, 11), slice(9, 13), slice(1, 3)),
-    ]
 
 
 # initialization

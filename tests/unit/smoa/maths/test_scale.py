@@ -1,17 +1,104 @@
+"""Anchors and block scales, in layers and alone."""
+
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
+from torch import Tensor
 
-from smoa.maths.scale import MODULATIONS, ScaleKind, block_scale
+from smoa.maths.scale import MODULATIONS, ScaleKind, block_scale, rms_of
 from smoa.maths.spectrum import make_partition
-from tests.support.layers import adapted_layer, base_layer, oracle_output
+from tests import reference
+from tests.support.layers import (
+    adapted_layer,
+    base_layer,
+    base_weight,
+    default_dtype,
+    factors,
+    labels,
+    oracle_output,
+    ranks,
+)
 from tests.support.tolerance import assert_close
 
 
-def test_the_papers_scale_is_one() -> None:
-    weight = torch.randn(11, 13)
-    assert block_scale("paper", weight, make_partition(weight, 3)).tolist() == [1, 1, 1]
+def noise_for(weight: Tensor, num_blocks: int = 2) -> Tensor:
+    anchor = MODULATIONS["noise"].anchor(weight, make_partition(weight, num_blocks))
+    assert anchor is not None
+    return anchor
+
+
+def test_a_modulation_says_whether_it_anchors_and_whether_by_the_weight() -> None:
+    weight = torch.randn(8, 6)
+    for modulation in MODULATIONS.values():
+        anchor = modulation.anchor(weight, make_partition(weight, 2))
+        assert modulation.anchors == (anchor is not None)
+        assert modulation.by_weight == (anchor is weight)
+
+
+def test_noise_depends_on_the_labels_and_not_on_the_generator_which_it_leaves_alone() -> None:
+    weight = torch.randn(8, 6)
+    before = torch.get_rng_state()
+    first = noise_for(weight)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(7)
+    assert torch.equal(noise_for(weight), first)
+    assert not torch.equal(noise_for(weight, num_blocks=3), first)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_the_rms_is_that_of_the_formula_and_overflows_in_no_half(dtype: torch.dtype) -> None:
+    weight = (1000 * torch.randn(5, 7)).to(dtype)
+    entries = weight.double().flatten().tolist()
+    assert rms_of(weight) == pytest.approx(math.sqrt(sum(entry**2 for entry in entries) / len(entries)), rel=1e-6)
+
+
+@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
+def test_a_noise_anchor_gives_the_oracles_output_and_gradients_with_noise_for_the_weight(conv1d: bool) -> None:
+    layer = adapted_layer(
+        base_layer(17, 10, conv1d=conv1d), r=5, alpha=3.0, num_blocks=3, modulation="noise", scale="paper"
+    )
+    x = torch.randn(4, 10, dtype=torch.float64, requires_grad=True)
+    A, B = factors(layer)
+    twins = [tensor.detach().clone().requires_grad_() for tensor in (x, A, B)]
+    delta = reference.delta_weight(
+        layer.update("default").anchor(layer.pristine_weight()).detach(),
+        *twins[1:],
+        *labels(layer),
+        ranks(layer),
+        layer.scaling["default"],
+    )
+    expected = reference.forward(twins[0], base_weight(layer), layer.get_base_layer().bias, [delta])
+    y = layer(x)
+    assert_close(y, expected)
+    found = torch.autograd.grad(y.sin().sum(), [x, A, B])
+    for own, oracles in zip(found, torch.autograd.grad(expected.sin().sum(), twins), strict=True):
+        assert_close(own, oracles)
+    assert_close(layer.delta("default"), delta)
+
+
+def test_noise_has_the_weights_norm_and_nothing_else_of_it() -> None:
+    layer = adapted_layer(base_layer(60, 40), r=4, num_blocks=2, modulation="noise")
+    noise, weight = layer.update("default").anchor(layer.pristine_weight()), base_weight(layer)
+    assert float(noise.norm() / weight.norm()) == pytest.approx(1, rel=1e-5)
+    correlation = float((noise * weight).sum() / (noise.norm() * weight.norm()))
+    assert abs(correlation) < 0.1
+    assert torch.equal(noise, layer.update("default").anchor(layer.pristine_weight()))
+
+
+@pytest.mark.parametrize("size", [1e-45, 1e-30, 1e-22, 1e-17, 1.0, 1e17, 1e19, 1e30, 1e38])
+def test_the_rms_is_exact_where_squares_underflow_or_overflow(size: float) -> None:
+    weight = (size * torch.randn(50, 40, dtype=torch.float64).clamp(-3, 3)).float()
+    assert rms_of(weight) == pytest.approx(float(weight.double().square().mean().sqrt()), rel=1e-6)
+
+
+def test_the_noise_does_not_depend_on_the_default_dtype() -> None:
+    layer = adapted_layer(base_layer(12, 8, dtype=torch.float32), r=4, num_blocks=2, modulation="noise")
+    expected = layer.delta("default")
+    with default_dtype(torch.float64):
+        assert torch.equal(layer.delta("default"), expected)
 
 
 def test_the_scale_by_layer_gives_the_anchor_unit_rms() -> None:
@@ -29,30 +116,10 @@ def test_the_scale_by_block_gives_every_anchor_unit_rms() -> None:
         assert (c * entries).square().mean().sqrt().item() == pytest.approx(1)
 
 
-@pytest.mark.parametrize("kind", ["layer", "block", "lora"])
-def test_a_weight_of_zeros_has_a_scale_of_one(kind: str) -> None:
-    weight = torch.zeros(6, 6)
-    assert block_scale(kind, weight, make_partition(weight, 2)).tolist() == [1, 1]
-
-
 def test_loras_scale_is_three_times_that_by_block() -> None:
     weight = 0.02 * torch.randn(11, 13)
     blocks = make_partition(weight, 3)
     assert_close(block_scale("lora", weight, blocks), 4 * block_scale("block", weight, blocks))
-
-
-def test_without_an_anchor_the_scale_is_one() -> None:
-    layer = adapted_layer(base_layer(11, 13), r=6, num_blocks=3, modulation="none", scale="block")
-    assert layer.block_scale("default").tolist() == [1, 1, 1]
-
-
-def test_an_anchor_of_noise_has_unit_rms_too() -> None:
-    layer = adapted_layer(base_layer(11, 13), r=6, num_blocks=3, modulation="noise", scale="block")
-    blocks = layer.blocks("default")
-    noise = MODULATIONS["noise"].anchor(layer.pristine_weight(), blocks)
-    assert noise is not None
-    for entries, c in zip(blocks.of(noise), layer.block_scale("default"), strict=True):
-        assert (c * entries).square().mean().sqrt().item() == pytest.approx(1, rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["layer", "block", "lora"])

@@ -74,14 +74,6 @@ def test_gradients_that_are_not_contiguous() -> None:
         assert_close(own, oracles)
 
 
-def test_an_expanded_gradient() -> None:
-    layer = layer_13_to_11()
-    x = inputs(6)
-    y = layer(x)
-    y.sum().backward()
-    assert_close(x.grad, oracle_gradients(layer, x, torch.ones_like(y))[1])
-
-
 @pytest.mark.parametrize("modulation", MODULATIONS)
 @pytest.mark.parametrize("route", ROUTES)
 def test_an_input_that_needs_no_gradient(modulation: str, route: Route) -> None:
@@ -154,23 +146,6 @@ def test_a_layer_used_twice_in_one_graph() -> None:
         assert_close(own, oracles)
 
 
-def test_gradients_accumulate_over_two_steps() -> None:
-    layer = layer_13_to_11()
-    first, second = inputs(5), inputs(4)
-    expected = [
-        sum(pair)
-        for pair in zip(
-            oracle_gradients(layer, first, torch.ones(5, 11))[2:],
-            oracle_gradients(layer, second, torch.ones(4, 11))[2:],
-            strict=True,
-        )
-    ]
-    layer(first).sum().backward()
-    layer(second).sum().backward()
-    for factor, oracles in zip(factors(layer), expected, strict=True):
-        assert_close(factor.grad, oracles)
-
-
 @pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
 @pytest.mark.parametrize("route", ROUTES)
 def test_several_active_adapters_add_up(conv1d: bool, route: Route) -> None:
@@ -179,28 +154,6 @@ def test_several_active_adapters_add_up(conv1d: bool, route: Route) -> None:
     add_adapter(layer, "wide", r=6, num_blocks=5, alpha=1.0, partition="random")
     x = inputs(5)
     assert_path(layer, layer(x), x, "default", "flat", "wide")
-
-
-def test_only_the_active_adapter_acts() -> None:
-    layer = layer_13_to_11()
-    add_adapter(layer, "other", r=3, num_blocks=2)
-    x = torch.randn(5, 13, dtype=torch.float64)
-    for name in ("default", "other"):
-        layer.set_adapter(name)
-        assert_close(layer(x), oracle_output(layer, x, name))
-
-
-def test_a_mixed_batch_gives_each_sample_its_adapter() -> None:
-    layer = layer_13_to_11()
-    add_adapter(layer, "other", r=3, num_blocks=2, modulation="none")
-    layer.eval()
-    x = inputs(5, 2)
-    names = ["other", "__base__", "default", "other", "default"]
-    y = layer(x, adapter_names=names)
-    plain = layer.get_base_layer()(x)
-    for i, name in enumerate(names):
-        expected = plain[i] if name == "__base__" else oracle_output(layer, x[i], name)
-        assert_close(y[i], expected)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -234,14 +187,6 @@ def test_autocast_to_bf16_stays_close_to_the_oracle(dtype: torch.dtype, modulati
         assert (own.double() - oracles).norm() <= 0.02 * oracles.norm()
 
 
-def test_autocast_leaves_the_gradients_of_float32_factors_in_float32() -> None:
-    layer = layer_13_to_11(dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = layer(inputs(5, dtype=torch.float32)).sum()
-    loss.backward()
-    assert {factor.grad.dtype for factor in factors(layer)} == {torch.float32}
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("modulation", MODULATIONS)
 def test_half_precision_stays_close_to_the_oracle(dtype: torch.dtype, modulation: str) -> None:
@@ -252,13 +197,6 @@ def test_half_precision_stays_close_to_the_oracle(dtype: torch.dtype, modulation
     expected = oracle_gradients(layer, x, gradient)
     for own, oracles in zip(own_gradients(layer, y, x, gradient), expected, strict=True):
         assert (own.double() - oracles).norm() <= TOLERANCE[dtype].rtol * oracles.norm()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_the_output_has_the_dtype_of_the_base_output(dtype: torch.dtype) -> None:
-    layer = layer_13_to_11(dtype=dtype)
-    x = torch.randn(5, 13, dtype=dtype)
-    assert layer(x).dtype == layer.get_base_layer()(x).dtype == dtype
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 200])
@@ -293,10 +231,9 @@ def test_a_layer_trains_after_inference_mode(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("modulation", MODULATIONS)
 @pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
-def test_a_compiled_layer_gives_the_oracles_values_and_gradients(conv1d: bool, route: Route, modulation: str) -> None:
+def test_a_compiled_layer_gives_the_oracles_values_and_gradients(route: Route, modulation: str) -> None:
     torch.compiler.reset()
-    layer = layer_13_to_11(conv1d=conv1d, modulation=modulation, route=route)
+    layer = layer_13_to_11(conv1d=route == "fused", modulation=modulation, route=route)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = inputs(2, 5)
     assert_path(layer, compiled(x), x)
@@ -313,23 +250,6 @@ def test_a_compiled_layer_drops_the_same_inputs() -> None:
         found.append(own_gradients(layer, form(x), x, gradient))
     for plain, own in zip(*found, strict=True):
         assert_close(own, plain)
-
-
-def test_compiled_several_active_adapters_add_up() -> None:
-    torch.compiler.reset()
-    layer = layer_13_to_11()
-    add_adapter(layer, "other", r=3, num_blocks=2)
-    x = inputs(5)
-    assert_path(layer, torch.compile(layer, fullgraph=True, backend="aot_eager")(x), x, "default", "other")
-
-
-def test_a_compiled_layer_in_half_precision() -> None:
-    torch.compiler.reset()
-    layer = layer_13_to_11(dtype=torch.bfloat16)
-    x = inputs(5, dtype=torch.bfloat16)
-    y, expected = torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x)
-    y.sum().backward()
-    assert torch.equal(y, expected)
 
 
 def test_a_compiled_layer_of_changing_batch_size_is_the_oracles() -> None:
@@ -359,19 +279,6 @@ def test_the_base_layers_hooks_still_run() -> None:
     x = inputs(5)
     assert_path(layer, layer(x), x)
     assert seen == [layer.get_base_layer()]
-
-
-@pytest.mark.parametrize("modulation", MODULATIONS)
-def test_two_adapters_get_their_own_gradients(modulation: str) -> None:
-    layer = adapted_layer(base_layer(8, 6), r=4, num_blocks=2, modulation=modulation)
-    add_adapter(layer, "other", r=2, num_blocks=3)
-    x, gradient = torch.randn(5, 6, dtype=torch.float64), torch.randn(5, 8, dtype=torch.float64)
-    layer(x).backward(gradient)
-    for name in ("default", "other"):
-        A, B = (clone_leaf(factor) for factor in factors(layer, name))
-        (x @ oracle_delta(layer, name, A=A, B=B).T).backward(gradient)
-        torch.testing.assert_close(factors(layer, name)[0].grad, A.grad)
-        torch.testing.assert_close(factors(layer, name)[1].grad, B.grad)
 
 
 def test_an_adapter_on_an_already_wrapped_layer_is_anchored_on_the_innermost_weight() -> None:

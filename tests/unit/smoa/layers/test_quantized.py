@@ -119,19 +119,6 @@ def test_gradient_checkpointing_changes_nothing(kind: str, reentrant: bool) -> N
         assert_close(leaf.grad, expected)
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_dropout_acts_on_the_adapters_input_alone(kind: str) -> None:
-    base = quantized_layer(kind)
-    layer = adapted(base, smoa_dropout=0.5).train()
-    x = torch.randn(5, 64)
-    torch.manual_seed(1)
-    y = layer(x)
-    torch.manual_seed(1)
-    dropped = nn.functional.dropout(x, 0.5)
-    assert_close(y - base(x), dropped.double() @ delta_of(layer).T, torch.float32)
-    assert_close(layer.eval()(x) - base.eval()(x), x.double() @ delta_of(layer).T, torch.float32)
-
-
 @pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_output_has_the_inputs_dtype_and_a_small_update_survives(
@@ -241,15 +228,6 @@ def test_a_merged_layer_can_be_saved_and_has_nothing_set_aside_in_its_state(kind
     layer.merge()
     assert layer.state_dict().keys() == names
     assert len(list(layer.modules())) == len(list(adapted(quantized_layer(kind)).modules()))
-
-
-def test_disabling_a_merged_adapter_gives_the_base_back() -> None:
-    base = quantized_layer("nf4")
-    layer, x = adapted(base), torch.randn(5, 64)
-    layer.merge()
-    layer.enable_adapters(False)
-    assert torch.equal(layer(x), base(x))
-    assert not layer.merged
 
 
 def test_a_model_switched_to_training_while_merged_trains_after_unmerging() -> None:

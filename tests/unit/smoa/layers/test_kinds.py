@@ -13,7 +13,7 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.models.llama4.modeling_llama4 import Llama4Router, Llama4TextConfig
 from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2TextScaledWordEmbedding
 
-from smoa.layers.kinds import KINDS, kind_of
+from smoa.layers.kinds import kind_of
 from tests.support.kinds import KINDS as EXAMPLES
 from tests.support.kinds import input_of, kind_of_layer
 from tests.support.layers import Wrapper, adapted_layer
@@ -27,10 +27,6 @@ def test_a_layer_is_of_the_first_kind_whose_class_it_has(example: str) -> None:
     assert kind is not None
     assert isinstance(base, kind.base_class)
     assert kind.name.endswith(kind.base_class.__name__)
-
-
-def test_every_kind_has_an_example() -> None:
-    assert {kind_of(kind_of_layer(example)) for example in EXAMPLES} == set(KINDS)
 
 
 def test_other_layers_are_of_no_kind() -> None:

@@ -1,3 +1,5 @@
+"""Updates and partitions of the matrices of experts."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -6,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from smoa.errors import UnsupportedModuleError
+from smoa.errors import PartitionError, UnsupportedModuleError
 from smoa.maths.blocks import Blocks, Orders
-from smoa.maths.experts import Run, Stack, stacked_blocks
+from smoa.maths.experts import Run, Stack, stack_partition, stacked_blocks
 from smoa.maths.scale import MODULATIONS
+from smoa.maths.spectrum import spectral_scores
+from tests import reference
 from tests.support.tolerance import assert_close
 from tests.support.updates import Problem, problem
 
@@ -22,7 +26,7 @@ def stack(modulation: str = "hadamard") -> tuple[Stack, list[Problem], Tensor]:
     """Six ragged matrices, and their weights (experts, halves, 11, 13)."""
     cases = [problem(11, 13, RANKS) for _ in range(EXPERTS * HALVES)]
     blocks = [case.partition for case in cases]
-    A, B = [case.A for case in cases], [case.B for case in cases]
+    A, B = torch.cat([case.A for case in cases]), torch.cat([case.B for case in cases], dim=1)
     kind = MODULATIONS[modulation]  # type: ignore[index]
     found = Stack(A, B, RANKS, 0.5, torch.ones(len(cases), sum(RANKS)), blocks, kind)
     return found, cases, torch.stack([case.weight for case in cases]).unflatten(0, (EXPERTS, HALVES))
@@ -73,7 +77,7 @@ def test_blocks_are_shared_if_there_are_fewer_than_matrices() -> None:
         assert_close(delta, cases[number]._replace(partition=own.blocks[number % HALVES]).oracle("hadamard", 0.5))
 
 
-def test_only_x_and_the_factors_of_used_experts_are_kept_for_the_backward() -> None:
+def test_only_x_and_the_factors_are_kept_for_the_backward() -> None:
     own, _, matrices = stack()
     x = torch.randn(6, 13, dtype=torch.float64, requires_grad=True)
     kept: list[int] = []
@@ -85,8 +89,7 @@ def test_only_x_and_the_factors_of_used_experts_are_kept_for_the_backward() -> N
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         own.apply(x, matrices, RUNS)
-    of_factors = sum(own.A[0].numel() + own.B[0].numel() for _ in range(len(RUNS) * HALVES))
-    assert sum(kept) == x.numel() + of_factors
+    assert sum(kept) == x.numel() + own.A.numel() + own.B.numel()
 
 
 def test_stacked_blocks_are_the_blocks_of_each_matrix() -> None:
@@ -114,3 +117,45 @@ def test_batched_and_repeated_gradients_are_the_oracles() -> None:
         assert_close(found, oracles)
     for found, oracles in zip(*repeated, strict=True):
         assert_close(found, oracles)
+
+
+K = 3
+
+
+def matrices() -> torch.Tensor:
+    return torch.randn(4, 2, 11, 13, dtype=torch.float64)
+
+
+def test_each_matrix_gets_the_oracles_partition_of_it() -> None:
+    weights = matrices()
+    rows, cols = stack_partition(weights, K, "spectral", "each", spectral_scores)
+    found = list(zip(rows.tolist(), cols.tolist(), strict=True))
+    assert found == [reference.spectral_labels(weight, K) for weight in weights.flatten(0, 1)]
+    assert rows.dtype == torch.uint8
+
+
+def test_a_shared_partition_is_that_of_all_experts_matrices_beside_and_above_each_other() -> None:
+    weights = matrices()
+    rows, cols = stack_partition(weights, K, "spectral", "shared", spectral_scores)
+    for half in range(2):
+        stack = weights[:, half]
+        assert rows[half].tolist() == reference.spectral_labels(torch.cat(list(stack), dim=1), K)[0]
+        assert cols[half].tolist() == reference.spectral_labels(torch.cat(list(stack)), K)[1]
+
+
+@pytest.mark.parametrize("expert_partition", ["each", "shared"])
+def test_contiguous_blocks_decompose_nothing(expert_partition: str) -> None:
+    def refuse(*_: object) -> tuple[torch.Tensor, torch.Tensor]:
+        raise AssertionError("a weight was decomposed")
+
+    rows, cols = stack_partition(matrices(), K, "contiguous", expert_partition, refuse)  # type: ignore[arg-type]
+    assert all(row == reference.contiguous_labels(11, K) for row in rows.tolist())
+    assert all(col == reference.contiguous_labels(13, K) for col in cols.tolist())
+
+
+@pytest.mark.parametrize("expert_partition", ["each", "shared"])
+def test_a_weight_that_is_not_finite_is_refused(expert_partition: str) -> None:
+    weights = matrices()
+    weights[2, 1, 3, 4] = float("nan")
+    with pytest.raises(PartitionError, match="NaN or infinite"):
+        stack_partition(weights, K, "spectral", expert_partition, spectral_scores)  # type: ignore[arg-type]
