@@ -61,7 +61,7 @@ def test_the_wheel_brings_the_command(python: Path, tmp_path: Path) -> None:
 def test_the_demo_and_the_text_for_forgetting_come_with_the_wheel(python: Path, tmp_path: Path) -> None:
     ask = (
         "from smoa_lab.cli.demo import CONFIG; from smoa_lab.config.run import load_config; "
-        "from smoa_lab.data.sources.general_text import passages; "
+        "from smoa_lab.data.general_text import passages; "
         "print(load_config(CONFIG).folder, len(passages('packaged')))"
     )
     done = subprocess.run(
