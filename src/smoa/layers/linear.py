@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from smoa.config import Shape
 from smoa.layers.layer import SmoaLayer, is_instrumented
+from smoa.layers.mixed_batch import mixed_outputs
 from smoa.layers.weight_cache import BLOCKS, WHOLE, KeptUpdate, WeightCache
 from smoa.maths.kernels.choice import prefers_apart
 from smoa.maths.kernels.operators import is_transformed, multiplies_exactly
@@ -43,16 +45,29 @@ class Linear(SmoaLayer):
         """`x ΔWᵀ`, the adapter's contribution to the output; in training, dropout acts on x."""
         self.decide_partition(adapter_name)
         self.gather(adapter_name)
-        x, anchors = self.smoa_dropout[adapter_name](x), MODULATIONS[self.modulation[adapter_name]].anchors
-        if not anchors:
-            x = self._cast_input_dtype(x, self.factors(adapter_name)[0].dtype)
-        elif torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x, anchors = self.branch_input(x, adapter_name), MODULATIONS[self.modulation[adapter_name]].anchors
         kept = self._kept_update(adapter_name, x) if anchors else None  # without M, the factors are as quick
         if kept is not None:
             return kept.apply(x)
         update = self.update(adapter_name)
         return self._apply_update(update, x)
+
+    def branch_input(self, x: Tensor, adapter_name: str) -> Tensor:
+        """What an adapter's branch is given for the layer's input x: in training dropout acts on it."""
+        x = self.smoa_dropout[adapter_name](x)
+        if not MODULATIONS[self.modulation[adapter_name]].anchors:
+            return self._cast_input_dtype(x, self.factors(adapter_name)[0].dtype)
+        return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
+
+    def _mixed_outputs(self, x: Tensor, adapter_names: list[str]) -> Iterator[tuple[Tensor | None, Tensor]]:
+        return mixed_outputs(self, x, adapter_names)
+
+    def mixed_key(self, adapter_name: str) -> tuple[Hashable, ...]:
+        """Adapters for which it is the same can be computed in one product."""
+        dropout = self.smoa_dropout[adapter_name]
+        p = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
+        dtype = next(self.smoa_A[adapter_name].parameters()).dtype
+        return self.ranks[adapter_name], self.modulation[adapter_name], p, dtype, self.labels_digest[adapter_name]
 
     def _kept_update(self, adapter_name: str, x: Tensor) -> KeptUpdate | None:
         cache, dtype = self.open_cache([adapter_name], x), x.dtype
@@ -69,7 +84,7 @@ class Linear(SmoaLayer):
 
     def _cached_forward(self, cache: WeightCache, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Tensor:
         whole = cache.whole and self._may_add_to_weight(x.device.type) and not is_instrumented(self.base_layer)
-        cache.retain(WHOLE if whole else BLOCKS, active)
+        cache.retain({WHOLE} if whole else {BLOCKS}, active)
         if whole:
             weight = cache.get((WHOLE, *active), self.state_of_update(active), lambda: self.merged_weight(active))
             if weight is not None:
