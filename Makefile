@@ -68,11 +68,8 @@ format: $(VENV)/.dev-installed  ## rewrite the code in the project's format
 
 figures: $(VENV)/.dev-installed $(VENV)/.demo-installed  ## redraw the figures in docs/
 	$(BIN)/python docs/figures/idea.py
-	$(BIN)/python docs/figures/conversion.py
-	$(BIN)/python docs/figures/precision.py
-	$(BIN)/python docs/figures/rates.py
+	$(BIN)/python docs/figures/measured.py
 	$(BIN)/python studies/run.py --report-only
-	$(BIN)/python docs/figures/weight_sizes.py
 
 clean:  ## remove .venv and the files of tools
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage dist site

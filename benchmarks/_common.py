@@ -1,25 +1,77 @@
-"""Shared by the benchmarks: timing in turn, provenance of results, result files."""
+"""Shared by the benchmarks: one command with a part for each measurement, timing, memory, provenance, result files."""
 
 from __future__ import annotations
 
+import argparse
+import inspect
 import json
 import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
+import types
+import typing
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
 GEMMA_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+Part = Callable[..., dict[str, Any]]
+Step = Callable[[], object]
+
+
+def run(doc: str | None, **parts: Part) -> None:
+    """Run the part that the command names, with its parameters as options, and write its result.
+
+    A part takes the device and options with defaults, and returns the content of `benchmarks/results/<part>.json`;
+    under "name" it may say another name of the file, or None to write nothing.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    choices = parser.add_subparsers(dest="part", required=True)
+    for name, part in parts.items():
+        options = choices.add_parser(name, help=(part.__doc__ or "").splitlines()[0], description=part.__doc__)
+        options.add_argument("--device", default="auto")
+        options.add_argument("--threads", type=int, help="torch threads; 1 measures CPU time, for a busy machine")
+        for key, parameter in list(inspect.signature(part, eval_str=True).parameters.items())[1:]:
+            _add_option(options, key, parameter)
+    given = vars(parser.parse_args())
+    part, device_name, threads = parts[given.pop("part")], given.pop("device"), given.pop("threads")
+    if threads:
+        torch.set_num_threads(threads)
+    device = pick_device(device_name)
+    torch.manual_seed(0)
+    others = busy_elsewhere()
+    content = part(device, **given)
+    name = content.pop("name", part.__name__)
+    config = {key: str(value) if isinstance(value, Path) else value for key, value in given.items()}
+    content = {"config": config, **content, "cores_busy_elsewhere": others(), "provenance": provenance(device)}
+    if name is not None:
+        print(write_results(name, content))
+
+
+def _add_option(options: argparse.ArgumentParser, key: str, parameter: inspect.Parameter) -> None:
+    kind = parameter.annotation
+    if isinstance(kind, types.UnionType):
+        kind = typing.get_args(kind)[0]
+    if parameter.default is parameter.empty:
+        options.add_argument(key, type=kind)
+    elif kind is bool:
+        options.add_argument(f"--{key.replace('_', '-')}", action="store_true")
+    elif typing.get_origin(kind) is tuple:
+        item = typing.get_args(kind)[0]
+        options.add_argument(f"--{key.replace('_', '-')}", nargs="+", type=item, default=parameter.default)
+    else:
+        options.add_argument(f"--{key.replace('_', '-')}", type=kind, default=parameter.default)
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -29,7 +81,7 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def seconds(function: Callable[[], object], device: torch.device | None = None) -> float:
+def seconds(function: Step, device: torch.device | None = None) -> float:
     """Time of one call by the clock of `clock_name`, with the device's queue empty before and after."""
     clock = time.process_time if clock_name(device) == "cpu" else time.perf_counter
     synchronize(device)
@@ -51,7 +103,7 @@ def synchronize(device: torch.device | None) -> None:
 
 
 def interleaved(
-    functions: Mapping[str, Callable[[], object]], repeats: int, device: torch.device | None = None
+    functions: Mapping[str, Step], repeats: int, device: torch.device | None = None
 ) -> dict[str, list[float]]:
     """Times of each function, called in turn, so that a slow minute of the machine affects all of them."""
     times: dict[str, list[float]] = {name: [] for name in functions}
@@ -59,6 +111,67 @@ def interleaved(
         for name, function in functions.items():
             times[name].append(seconds(function, device))
     return times
+
+
+def lower_quartile(times: list[float]) -> float:
+    """The lower quartile, because other processes only add time."""
+    return statistics.quantiles(times, n=4, method="inclusive")[0] if len(times) > 1 else times[0]
+
+
+def trainable(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def saved_bytes(model: nn.Module, step: Step) -> int:
+    """Bytes of tensors that autograd keeps during one step, except the model's own, which exist anyway."""
+    storages: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        step()
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    return sum(size for place, size in storages.items() if place not in own)
+
+
+def step_peak(step: Step) -> int:
+    """The most bytes that torch's CPU allocator holds at once during a step, in addition to those before it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = profiler.profiler.kineto_results.events()
+    held = (event.nbytes() for event in sorted(events, key=lambda e: e.start_ns()) if event.name() == "[memory]")
+    return max(accumulate(held))
+
+
+def reset_peak(device: torch.device) -> int:
+    """Count the peak of memory from here; on a GPU, the bytes that are held."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak to the current value
+    return 0
+
+
+def peak(device: torch.device) -> int:
+    """Peak bytes since then: of device memory, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resident("VmHWM")
+
+
+def resident(field: str) -> int:
+    """A figure of this process's memory as Linux has it, in bytes."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[field].split()[0]) * 1024
+
+
+def in_own_process(method: str) -> Any:
+    """What this command prints last as JSON if it is asked for one method only."""
+    command = [sys.executable, *sys.argv, "--only", method]
+    finished = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(finished.stdout.strip().splitlines()[-1])
 
 
 def busy_elsewhere() -> Callable[[], float | None]:
@@ -85,10 +198,6 @@ def _other_cpu_seconds() -> float | None:
     return busy - time.process_time()
 
 
-def median_ratio(times: Mapping[str, list[float]], name: str, against: str) -> float:
-    return statistics.median(times[name]) / statistics.median(times[against])
-
-
 def provenance(device: torch.device) -> dict[str, Any]:
     """Commit, versions, machine and clock of a result."""
     return {
@@ -97,14 +206,14 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ":/src", ":/benchmarks")),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "peft", "transformers")},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "clock": clock_name(device),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }
 
 
-def processor() -> str:
+def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -120,7 +229,6 @@ def _git(*arguments: str) -> str:
 
 def write_results(name: str, content: Mapping[str, Any]) -> Path:
     """Write `benchmarks/results/<name>.json` and return its path."""
-    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path

@@ -14,20 +14,34 @@ nothing. Needs `pip install '.[lab]'`, and bitsandbytes for `quantized`.
 from __future__ import annotations
 
 import argparse
+import json
+import tempfile
+import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from typing import Any
 
 import torch
-from _common import pick_device
-from _gpu import Rows, compiled, cost_of, waiting_refused
-from _gpu_model import LLAMA_3_8B, TINY_LLAMA, decode, model_step
-from _layers import OneLayer, adapted, training_step
-from torch import Tensor
-from transformers import LlamaConfig
+from _common import (
+    GEMMA_TARGETS,
+    RESULTS,
+    interleaved,
+    lower_quartile,
+    peak,
+    pick_device,
+    provenance,
+    reset_peak,
+    synchronize,
+    write_results,
+)
+from layers import OneLayer, adapted, inputs, training_step
+from peft import HiraConfig, LoraConfig, PeftConfig, get_peft_model, prepare_model_for_kbit_training
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 import smoa
+from smoa import SmoaConfig
 from smoa.maths.blocks import Blocks
 from smoa.maths.spectrum import make_partition
 from smoa.state import clear_spectrum_cache
@@ -38,11 +52,90 @@ NUM_BLOCKS = (2, 4, 8)
 OTHERS = ("frozen", "lora", "dora", "hira", "released")
 OURS = tuple(product(("batched", "loop", "compiled"), ("random", "contiguous")))
 MODELS = (("lora", 0, ""), ("hira", 0, ""), *(("smoa", k, p) for k in (8, 2) for p in ("random", "contiguous")))
+LLAMA_3_8B = LlamaConfig(
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    vocab_size=128256,
+    max_position_embeddings=8192,
+)
+TINY_LLAMA = LlamaConfig(
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=128,
+    max_position_embeddings=256,
+)
 
 
-def layer(rows: Rows, tiny: bool) -> None:
+class Rows:
+    """The rows of `benchmarks/results/gpu_<part>.json`, measured once each and written at once.
+
+    Rows of another device are dropped. After `minutes` nothing more is measured. A `tiny` run is dry: nothing is read
+    or written.
+    """
+
+    def __init__(self, part: str, device: torch.device, minutes: float, tiny: bool) -> None:
+        self.name, self.device, self.tiny = f"gpu_{part}", device, tiny
+        self.until = time.monotonic() + 60 * minutes
+        self.origin = provenance(device)
+        path = RESULTS / f"{self.name}.json"
+        stored = json.loads(path.read_text()) if path.exists() and not tiny else {"rows": []}
+        same = stored["rows"] and stored["provenance"]["device"] == self.origin["device"]
+        self.rows: list[dict[str, Any]] = stored["rows"] if same else []
+
+    def measure(self, function: Callable[[], dict[str, Any]], **case: Any) -> None:
+        """Add the figures of a case that is missing, or the error: an out-of-memory is a result too."""
+        if time.monotonic() > self.until or any(case.items() <= row.items() for row in self.rows):
+            return
+        try:
+            figures = function()
+        except (RuntimeError, ValueError, ImportError) as error:
+            figures = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+        self.rows.append(case | figures)
+        print(self.rows[-1], flush=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if not self.tiny:
+            write_results(self.name, {"rows": self.rows, "provenance": self.origin})
+
+    def cost_of(self, step: Callable[[], object], repeats: int) -> dict[str, Any]:
+        """Of one call: milliseconds, milliseconds of the device, kernels started, peak bytes on top of what is held."""
+        on_gpu = self.device.type == "cuda"
+        interleaved({"": step}, 3, self.device)
+        held = reset_peak(self.device)
+        step()
+        synchronize(self.device)
+        costs: dict[str, Any] = {"peak_bytes": peak(self.device) - held if on_gpu else None}
+        times = [self._event_seconds(step) for _ in range(1 if self.tiny else repeats)]
+        costs |= {"ms": 1e3 * lower_quartile(times), "launches": None, "device_ms": None}
+        if on_gpu:
+            with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+                step()
+                synchronize(self.device)
+            kernels = [each for each in profiled.events() if each.device_type == torch.autograd.DeviceType.CUDA]
+            costs |= {"launches": len(kernels), "device_ms": sum(each.device_time for each in kernels) / 1e3}
+        return costs
+
+    def _event_seconds(self, step: Callable[[], object]) -> float:
+        """Time of one call, by the device's events if it has them."""
+        if self.device.type != "cuda":
+            return interleaved({"": step}, 1, self.device)[""][0]
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        step()
+        end.record()
+        torch.cuda.synchronize(self.device)
+        return float(start.elapsed_time(end)) / 1e3
+
+
+def layer(rows: Rows) -> None:
     """One layer in bfloat16, r = 64 at each K, the others with the parameters of K = 8."""
-    shapes, all_tokens = (((64, 96),), (3,)) if tiny else (SHAPES, TOKENS)
+    shapes, all_tokens = (((64, 96),), (3,)) if rows.tiny else (SHAPES, TOKENS)
     methods = [(method, 8, "", "") for method in OTHERS]
     methods += [("smoa", num_blocks, *way) for num_blocks, way in product(NUM_BLOCKS, OURS)]
     for tokens, shape, (method, num_blocks, route, partition) in product(all_tokens, shapes, methods):
@@ -55,67 +148,128 @@ def layer_cost(
     rows: Rows, shape: tuple[int, int], tokens: int, method: str, num_blocks: int, route: str, partition: str
 ) -> dict[str, Any]:
     base = OneLayer(*shape, torch.bfloat16, rows.device)
-    x, grad = (torch.randn(tokens, size, device=rows.device).bfloat16() for size in reversed(shape))
     smoa.use_kernels("loop" if route == "loop" else "batched")
-    model = compiled(adapted(method, base, 64, num_blocks, partition or "random"), route == "compiled")
-    step = training_step(model, x, grad)
-    found = cost_of(step, rows.device, 2 if rows.tiny else 20)
-    if route == "batched":
-        with waiting_refused(rows.device):
+    model = adapted(method, base, 64, num_blocks, partition or "random")
+    torch.compiler.reset()
+    step = training_step(torch.compile(model) if route == "compiled" else model, *inputs(base, tokens))
+    costs = rows.cost_of(step, 20)
+    if route == "batched" and rows.device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")  # raises where the program waits for the GPU
+        try:
             step()
-    return found
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return costs
 
 
-def model(rows: Rows, tiny: bool, quantized: bool = False) -> None:
-    """Training steps with gradient checkpointing, five targets, the parameters of LoRA r = 8."""
+def llama(config: LlamaConfig, device: torch.device, quantized: bool = False) -> Any:
+    """A model in bfloat16 with random weights, made on its device; its linear layers in 4 bits if asked."""
+    if quantized:
+        settings = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
+        folder = _checkpoint(config.to_json_string(), device).name
+        loaded = AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings, device_map={"": device})
+        return prepare_model_for_kbit_training(loaded)
+    with device:
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).requires_grad_(False)
+
+
+@cache
+def _checkpoint(config: str, device: torch.device) -> tempfile.TemporaryDirectory[str]:
+    """The model of a config in JSON as a checkpoint, made once and removed at the end of the process."""
+    folder = tempfile.TemporaryDirectory()
+    llama(LlamaConfig(**json.loads(config)), device).save_pretrained(folder.name)
+    return folder
+
+
+def adapted_llama(model: Any, method: str, num_blocks: int, partition: str) -> Any:
+    """The model with a method that trains the parameters of LoRA r = 8."""
+    chosen: dict[str, Any] = {"target_modules": list(GEMMA_TARGETS)}
+    blocks = {"r": 8 * num_blocks, "num_blocks": num_blocks, "partition": partition}
+    configs: dict[str, Callable[[], PeftConfig]] = {
+        "lora": lambda: LoraConfig(r=8, init_lora_weights=False, **chosen),
+        "hira": lambda: HiraConfig(r=8, init_weights=False, **chosen),
+        "smoa": lambda: SmoaConfig(init_weights=False, **blocks, **chosen),
+    }
+    return get_peft_model(model, configs[method]())
+
+
+def model(rows: Rows, quantized: bool = False) -> None:
+    """Training steps with gradient checkpointing and AdamW, five targets, the parameters of LoRA r = 8."""
     smoa.use_kernels("batched")
-    config, length = (TINY_LLAMA, 16) if tiny else (LLAMA_3_8B, 2048)
-    for batch, compile_it, adapter in product((1, 4), (False, True), MODELS):
+    for batch, compiled, adapter in product((1, 4), (False, True), MODELS):
         named = dict(zip(("method", "num_blocks", "partition"), adapter, strict=True))
-        cost = partial(model_cost, rows, config, adapter, batch, length, compile_it, quantized)
-        rows.measure(cost, **named, batch=batch, compiled=compile_it)
+        cost = partial(model_cost, rows, adapter, batch, compiled, quantized)
+        rows.measure(cost, **named, batch=batch, compiled=compiled)
 
 
 def model_cost(
-    rows: Rows, config: LlamaConfig, adapter: tuple[str, int, str], batch: int, *rest: Any
+    rows: Rows, adapter: tuple[str, int, str], batch: int, compiled: bool, quantized: bool
 ) -> dict[str, Any]:
-    step, tokens = model_step(config, adapter, rows.device, batch, *rest)
-    found = cost_of(step, rows.device, 1 if rows.tiny else 5)
-    return found | {"tokens_per_second": 1e3 * tokens / found["ms"]}
+    config, length = (TINY_LLAMA, 16) if rows.tiny else (LLAMA_3_8B, 2048)
+    made = adapted_llama(llama(config, rows.device, quantized), *adapter)
+    made.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    made.train()
+    optimizer = torch.optim.AdamW([p for p in made.parameters() if p.requires_grad], lr=1e-4)
+    tokens = torch.randint(0, config.vocab_size, (batch, length), device=rows.device)
+    forward = torch.compile(made) if compiled else made
+
+    def step() -> None:
+        forward(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    costs = rows.cost_of(step, 5)
+    return costs | {"tokens_per_second": 1e3 * tokens.numel() / costs["ms"]}
 
 
-def decoding(rows: Rows, tiny: bool) -> None:
+def decoding(rows: Rows) -> None:
     """Tokens a second of `generate`, one sequence, after a prompt of 64."""
     smoa.use_kernels("batched")
-    config = TINY_LLAMA if tiny else LLAMA_3_8B
     for way in ("base", "merged", "lora", "smoa-8", "smoa-4", "smoa-2"):
-        rows.measure(lambda way=way: decode(config, way, rows.device, 4 if tiny else 128), way=way)
+        rows.measure(partial(decode, rows, way), way=way)
 
 
-def injection(rows: Rows, tiny: bool) -> None:
+def decode(rows: Rows, way: str) -> dict[str, Any]:
+    config, length = (TINY_LLAMA, 4) if rows.tiny else (LLAMA_3_8B, 128)
+    made = llama(config, rows.device).eval()
+    if way != "base":
+        method, _, num_blocks = way.replace("merged", "smoa-8").partition("-")
+        made = adapted_llama(made, method, int(num_blocks or 0), "random").eval()
+    if way == "merged":
+        made.merge_adapter()
+    prompt = torch.randint(0, config.vocab_size, (1, 64), device=rows.device)
+    settings = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False, "pad_token_id": 0}
+    times = interleaved({"": lambda: made.generate(input_ids=prompt, **settings)}, 2, rows.device)[""]
+    return {"tokens_per_second": length / times[-1]}
+
+
+def injection(rows: Rows) -> None:
     """Seconds to decompose weights of each shape, and the share of coordinates with the CPU's label."""
-    for shape in ((64, 96),) if tiny else SHAPES:
-        weight = torch.nn.init.normal_(torch.empty(shape, device=rows.device), std=0.02)
-        rows.measure(partial(injection_cost, rows, weight), shape=f"{shape[0]}x{shape[1]}")
+    for shape in ((64, 96),) if rows.tiny else SHAPES:
+        rows.measure(partial(injection_cost, rows, shape), shape=f"{shape[0]}x{shape[1]}")
 
 
-def injection_cost(rows: Rows, weight: Tensor) -> dict[str, Any]:
-    def decompose(matrix: Tensor) -> Blocks:
+def injection_cost(rows: Rows, shape: tuple[int, int]) -> dict[str, Any]:
+    weight = torch.nn.init.normal_(torch.empty(shape, device=rows.device), std=0.02)
+
+    def decompose(matrix: torch.Tensor) -> Blocks:
         clear_spectrum_cache()
         return make_partition(matrix, 8)
 
-    found = cost_of(lambda: decompose(weight), rows.device, 1 if rows.tiny else 3)
+    costs = rows.cost_of(lambda: decompose(weight), 3)
     own, cpus = decompose(weight), decompose(weight.cpu())
     pairs = (own.row_labels, cpus.row_labels), (own.col_labels, cpus.col_labels)
     same = torch.cat([mine.cpu() == theirs for mine, theirs in pairs]).double().mean().item()
     assert same >= 0.999, f"{same:.5f} of the coordinates have the CPU's label; at least 0.999 must"
-    return found | {"same_labels": same}
+    return costs | {"same_labels": same}
 
 
-PARTS: dict[str, Callable[[Rows, bool], None]] = {
+PARTS: dict[str, Callable[[Rows], None]] = {
     "layer": layer,
     "model": model,
-    "quantized": lambda rows, tiny: model(rows, tiny, quantized=True),
+    "quantized": partial(model, quantized=True),
     "decoding": decoding,
     "injection": injection,
 }
@@ -132,7 +286,7 @@ def main() -> None:
     if device.type == "cpu" and not arguments.tiny:
         parser.error("there is no GPU; --tiny makes a dry run on the CPU")
     torch.manual_seed(0)
-    PARTS[arguments.part](Rows(arguments.part, device, arguments.minutes, arguments.tiny), arguments.tiny)
+    PARTS[arguments.part](Rows(arguments.part, device, arguments.minutes, arguments.tiny))
 
 
 if __name__ == "__main__":

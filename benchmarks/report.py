@@ -11,35 +11,41 @@ import json
 import re
 import statistics
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import altair as alt
-from _common import FOLDER, RESULTS
-from _layers import lower_quartile
+from _common import FOLDER, RESULTS, lower_quartile
 
 from smoa_lab.pages.charts import DASHES, MUTED, OTHER, SMOA, lines, save_picture
+from smoa_lab.pages.tables import Table
 
 DOCS = FOLDER.parent / "docs"
-INJECTIONS = sorted(RESULTS.glob("injection_*.json"))
 AXES = {"tokens": "tokens", "width": "width m = n", "num_blocks": "blocks K", "r": "rank budget r"}
 FLOOR_BARS = {"4096x4096_float32": 1.20, "4096x4096_bfloat16": 1.40, "2048x640_float32": 1.25}
-
-
+ROUTES = {
+    "base": "base model",
+    "merged": "SMoA, merged",
+    "default": "SMoA, unmerged, as `generate` does",
+    "cached": "SMoA, unmerged, `cached_weights`",
+    "unmerged": "SMoA, unmerged, nothing kept",
+    "lora": "LoRA, unmerged",
+}
 SWEEPS: dict[str, tuple[str, list[tuple[str, Any, Any]], alt.Scale]] = {
     "time": (
         "time of a training step, relative",
         [
-            ("SMoA ÷ floor", lambda one: one["over_floor"], SMOA),
-            ("SMoA ÷ frozen layer", lambda one: one["ratio"], OTHER),
+            ("SMoA ÷ floor", lambda point: point["over_floor"], SMOA),
+            ("SMoA ÷ frozen layer", lambda point: point["ratio"], OTHER),
         ],
         alt.Scale(zero=True),
     ),
     "memory": (
         "MB kept for the backward",
         [
-            ("kept by SMoA", lambda one: one["kept_bytes"] / 1e6, SMOA),
-            ("the input x alone", lambda one: one["input_bytes"] / 1e6, OTHER),
-            ("size of W (not kept)", lambda one: one["weight_bytes"] / 1e6, (MUTED, DASHES[2])),
+            ("kept by SMoA", lambda point: point["kept_bytes"] / 1e6, SMOA),
+            ("the input x alone", lambda point: point["input_bytes"] / 1e6, OTHER),
+            ("size of W (not kept)", lambda point: point["weight_bytes"] / 1e6, (MUTED, DASHES[2])),
         ],
         alt.Scale(type="log"),
     ),
@@ -47,76 +53,55 @@ SWEEPS: dict[str, tuple[str, list[tuple[str, Any, Any]], alt.Scale]] = {
 """The pictures of the sweep: the axis, the lines (name, value, look), and the axis' scale."""
 
 
-def load(name: str) -> dict[str, Any] | None:
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
+def load(*names: str) -> dict[str, dict[str, Any]]:
+    """The results of these names, or patterns of names."""
+    paths = [path for name in names for path in sorted(RESULTS.glob(f"{name}.json"))]
+    return {path.stem: json.loads(path.read_text()) for path in paths}
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def section(header: list[str], rows: list[list[str]], results: dict[str, dict[str, Any]], note: str = "") -> str:
+    """A table, a note, and a sentence on the machines, dates and commits of the results."""
+    origins = [content["provenance"] for content in results.values()]
+    places = sorted({f"{machine(one)}, {one['date'][:10]}, {one['commit'][:7]}" for one in origins})
+    told = textwrap.fill(f"Measured on {'; '.join(places)}.", 120)
+    return "\n\n".join(filter(None, [Table(header, rows).markdown(["---"] * len(header)), note, told]))
 
 
-def machine(content: dict[str, Any]) -> str:
-    origin = content["provenance"]
-    return (
-        f"{origin['device']} ({origin['cpu_capability']}), {origin['threads']} threads, "
-        f"PyTorch {origin['versions']['torch']}"
-    )
-
-
-def measured(*contents: dict[str, Any]) -> str:
-    """A sentence on the machines, dates and commits of the results."""
-    found = {f"{machine(one)}, {one['provenance']['date'][:10]}, {one['provenance']['commit'][:7]}" for one in contents}
-    return "\n\n" + textwrap.fill(f"Measured on {'; '.join(sorted(found))}.", 120)
+def machine(origin: dict[str, Any]) -> str:
+    torch = origin["versions"]["torch"]
+    return f"{origin['device']} ({origin['cpu_capability']}), {origin['threads']} threads, PyTorch {torch}"
 
 
 def layer_step(compiled: bool = False) -> str:
-    """Table of ratios to the frozen layer, one row per case and K."""
-    methods = ("smoa", "lora", "hira", "released")
-    rows, contents = [], []
-    for path in sorted(RESULTS.glob("layer_step_*.json")):
-        case = path.stem.removeprefix("layer_step_")
-        if case.endswith("_compiled") == compiled:
-            content = json.loads(path.read_text())
-            contents.append(content)
-            rows += [_layer_row(case, content["config"]["tokens"], result, methods) for result in content["results"]]
-    header = [
-        "layer, dtype",
-        "tokens",
-        "K",
-        "frozen, s",
-        "SMoA",
-        "LoRA",
-        "HiRA",
-        "released",
-        "floor",
-        "÷ floor",
-        "target",
-    ]
-    return table([*header, "÷ quicker of HiRA, released"], rows) + measured(*contents)
-
-
-def _layer_row(case: str, tokens: int, result: dict[str, Any], methods: tuple[str, ...]) -> list[str]:
-    ratio = result["ratio"]
-    shape_and_dtype = "_".join(case.split("_")[:2])
-    slower = [ratio[name] for name in ("hira", "released") if name in ratio]
-    return [
-        shape_and_dtype.replace("_", ", "),
-        str(tokens),
-        str(result["num_blocks"]),
-        f"{lower_quartile(result['seconds']['frozen']):.3f}",
-        *(f"{ratio[name]:.2f}" if name in ratio else "–" for name in methods),
-        f"{result['floor']:.3f}",
-        f"{ratio['smoa'] / result['floor']:.2f} ({result['ratio_of_fastest']['smoa'] / result['floor']:.2f})",
-        f"{FLOOR_BARS[shape_and_dtype]:.2f}" if shape_and_dtype in FLOOR_BARS else "–",
-        f"{ratio['smoa'] / min(slower):.2f}" if slower else "–",
-    ]
+    """Ratios to the frozen layer, one row per case and K."""
+    results = {name: one for name, one in load("layer_step_*").items() if name.endswith("_compiled") == compiled}
+    rows = []
+    for name, content in results.items():
+        case = "_".join(name.removeprefix("layer_step_").split("_")[:2])
+        for result in content["results"]:
+            ratio, floor = result["ratio"], result["floor"]
+            slower = [ratio[method] for method in ("hira", "released") if method in ratio]
+            over, over_fastest = ratio["smoa"] / floor, result["ratio_of_fastest"]["smoa"] / floor
+            rows.append(
+                [
+                    case.replace("_", ", "),
+                    str(content["config"]["tokens"]),
+                    str(result["num_blocks"]),
+                    f"{lower_quartile(result['seconds']['frozen']):.3f}",
+                    *(f"{ratio[m]:.2f}" if m in ratio else "–" for m in ("smoa", "lora", "hira", "released")),
+                    f"{floor:.3f}",
+                    f"{over:.2f} ({over_fastest:.2f})",
+                    f"{FLOOR_BARS[case]:.2f}" if case in FLOOR_BARS else "–",
+                    f"{ratio['smoa'] / min(slower):.2f}" if slower else "–",
+                ]
+            )
+    header = ["layer, dtype", "tokens", "K", "frozen, s", "SMoA", "LoRA", "HiRA", "released", "floor", "÷ floor"]
+    return section([*header, "target", "÷ quicker of HiRA, released"], rows, results)
 
 
 def model_step() -> str:
-    content = load("model_step")
-    assert content is not None
+    results = load("model_step")
+    content = results["model_step"]
     rows = [
         [
             name,
@@ -126,24 +111,15 @@ def model_step() -> str:
         ]
         for key, name in (("smoa", "SMoA, K=4, r=32"), ("lora", "LoRA, r=8"))
     ]
-    rows.append(
-        ["SMoA ÷ LoRA (target)", "1", f"{content['ratio']:.3f} (1.15)", f"{content['memory_ratio']:.3f} (1.03)"]
-    )
-    return table(["method", "trainable parameters", "step, s", "peak memory, GB"], rows) + measured(content)
+    ratios = [f"{content['ratio']:.3f} (1.15)", f"{content['memory_ratio']:.3f} (1.03)"]
+    rows.append(["SMoA ÷ LoRA (target)", "1", *ratios])
+    return section(["method", "trainable parameters", "step, s", "peak memory, GB"], rows, results)
 
 
 def decoding() -> str:
-    content = load("decoding")
-    assert content is not None
-    names = {
-        "base": "base model",
-        "merged": "SMoA, merged",
-        "default": "SMoA, unmerged, as `generate` does",
-        "cached": "SMoA, unmerged, `cached_weights`",
-        "unmerged": "SMoA, unmerged, nothing kept",
-        "lora": "LoRA, unmerged",
-    }
-    bars, phases = content["bars"], content.get("phase_ratio", {})
+    results = load("decoding")
+    content = results["decoding"]
+    bars, phases = content["bars"], content["phase_ratio"]
     rows = [
         [
             name,
@@ -153,133 +129,123 @@ def decoding() -> str:
             *(f"{ratio[key]:.2f}" for ratio in phases.values()),
             f"{bars[key]:.2f}" if key in bars else "–",
         ]
-        for key, name in names.items()
-        if key in content["ratio"]
+        for key, name in ROUTES.items()
     ]
     note = (
         f"The cache takes {content['cache_bytes'] / 1e6:.0f} MB for a model of {content['model_bytes'] / 1e6:.0f} MB, "
-        f"and {content['seconds_to_fill_cache']:.2f} s to fill."
+        f"and {content['seconds_to_fill_cache']:.2f} s to fill. What `generate` keeps by default takes "
+        f"{content['default_cache_bytes'] / 1e6:.0f} MB."
     )
-    if "default_cache_bytes" in content:
-        note += f" What `generate` keeps by default takes {content['default_cache_bytes'] / 1e6:.0f} MB."
-    return (
-        table(["route", "tokens/s", "time ÷ base", "of the fastest", *phases, "target"], rows)
-        + f"\n\n{note}"
-        + measured(content)
-    )
+    return section(["route", "tokens/s", "time ÷ base", "of the fastest", *phases, "target"], rows, results, note)
 
 
 def kernels() -> str:
     """Time now ÷ with loops alone: of a step, and of a forward in brackets."""
-    content = load("layer_kernels")
-    assert content is not None
-    cells = {
-        (row["shape"], row["dtype"], row["partition"], row["num_blocks"], row["tokens"], row["part"]): row["ratio"]
-        for row in content["results"]
-    }
-    cases, tokens = dict.fromkeys(key[:4] for key in cells), sorted({key[4] for key in cells})
+    results = load("layer_kernels")
+    content = results["layer_kernels"]
+    keys = ("shape", "dtype", "partition", "num_blocks", "tokens", "part")
+    ratios = {tuple(row[key] for key in keys): row["ratio"] for row in content["results"]}
+    cases, tokens = dict.fromkeys(key[:4] for key in ratios), sorted({key[4] for key in ratios})
     rows = [
         [f"{case[0]}, {case[1]}", case[2], str(case[3])]
-        + [f"{cells[*case, count, 'step']:.2f} ({cells[*case, count, 'forward']:.2f})" for count in tokens]
+        + [f"{ratios[*case, count, 'step']:.2f} ({ratios[*case, count, 'forward']:.2f})" for count in tokens]
         for case in cases
     ]
-    ratios = cells.values()
-    note = f"Geometric mean {content['geometric_mean']:.2f}, highest {max(ratios):.2f}, lowest {min(ratios):.2f}."
+    highest, lowest = max(ratios.values()), min(ratios.values())
+    note = f"Geometric mean {content['geometric_mean']:.2f}, highest {highest:.2f}, lowest {lowest:.2f}."
     header = ["layer, dtype", "blocks", "K", *(f"{count} tokens" for count in tokens)]
-    return table(header, rows) + f"\n\n{note}" + measured(content)
+    return section(header, rows, results, note)
 
 
 def gpu() -> str:
     """What benchmarks/gpu.py measured, part by part."""
-    parts = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("gpu_*.json"))}
+    parts = load("gpu_*")
     if not parts:
         return "Not run: no GPU was available."
-    tables = [
-        f"`{name}`:\n\n" + table(list(columns), [[_cell(row.get(key)) for key in columns] for row in content["rows"]])
-        for name, content in parts.items()
-        if (columns := dict.fromkeys(key for row in content["rows"] for key in row))
-    ]
-    return "\n\n".join(tables) + measured(*parts.values())
 
+    def cell(value: Any) -> str:
+        return "–" if value in (None, "") else f"{value:.4g}" if isinstance(value, float) else str(value)
 
-def _cell(value: Any) -> str:
-    return "–" if value in (None, "") else f"{value:.4g}" if isinstance(value, float) else str(value)
+    sections = []
+    for name, content in parts.items():
+        columns = list(dict.fromkeys(key for row in content["rows"] for key in row))
+        rows = [[cell(row.get(key)) for key in columns] for row in content["rows"]]
+        sections.append(f"`{name}`:\n\n{section(columns, rows, {name: content})}")
+    return "\n\n".join(sections)
 
 
 def injection() -> str:
-    """Table of the exact scores' time ÷ a full SVD's, one row per weight or model."""
-    contents = {path.stem.removeprefix("injection_"): json.loads(path.read_text()) for path in INJECTIONS}
+    """The exact scores' time ÷ a full SVD's, one row per weight or model."""
+    results = load("injection_*")
     rows = [
         [
-            name.replace("_threads", " threads").replace("_", ", ").replace("1 threads", "1 thread"),
+            re.sub(r"_(\d+)_threads", lambda n: f", {n[1]} thread{'' if n[1] == '1' else 's'}", name)[10:],
             f"{statistics.median(content['seconds']['svd']):.2f}",
             f"{statistics.median(content['seconds']['exact']):.2f}",
             f"{content['ratio']:.2f}",
             f"{content['bar']:.2f}",
             content["provenance"]["cpu_capability"],
         ]
-        for name, content in contents.items()
+        for name, content in results.items()
     ]
-    header = ["weight", "SVD, s", "exact scores, s", "ratio", "target", "machine"]
-    return table(header, rows) + measured(*contents.values())
+    return section(["weight", "SVD, s", "exact scores, s", "ratio", "target", "machine"], rows, results)
 
 
 def experts() -> str:
-    """Table of what LoRA and SMoA cost on top of frozen experts, one row per size."""
-    content = load("experts")
-    assert content is not None
-    config, rows = content["config"], []
-    for case in content["cases"]:
-        lora, smoa = (case["on_top"][method] for method in ("lora", "smoa"))
+    """What LoRA and SMoA cost on top of frozen experts, one row per size."""
+    results = load("experts")
+    config, rows = results["experts"]["config"], []
+    for case in results["experts"]["cases"]:
+        both = [case["on_top"][method] for method in ("lora", "smoa")]
         rows.append(
-            [f"{config['experts']} × {2 * case['intermediate']}×{config['hidden']}"]
-            + [f"{method['seconds'] * 1000:.0f}" for method in (lora, smoa)]
-            + [f"{case['ratio']['seconds']:.2f}"]
-            + [f"{method['bytes'] / 1e6:.0f}" for method in (lora, smoa)]
-            + [f"{case['ratio']['bytes']:.2f}"]
+            [
+                f"{config['experts']} × {2 * case['intermediate']}×{config['hidden']}",
+                *(f"{method['seconds'] * 1000:.0f}" for method in both),
+                f"{case['ratio']['seconds']:.2f}",
+                *(f"{method['bytes'] / 1e6:.0f}" for method in both),
+                f"{case['ratio']['bytes']:.2f}",
+            ]
         )
     header = ["gate and up", "LoRA, ms", "SMoA, ms", "ratio", "LoRA, MB", "SMoA, MB", "ratio"]
-    return table(header, rows) + measured(content)
+    return section(header, rows, results)
 
 
 def expert_partitions() -> str:
-    """Table of time, bytes and agreement of the two partitions, one row per stack and K."""
-    content = load("expert_partitions")
-    assert content is not None
+    """Time, bytes and agreement of the two partitions, one row per stack and K."""
+    results = load("expert_partitions")
     rows = [
-        [f"{case['stack']}, {case['shape'][0]} × {case['shape'][2]}×{case['shape'][3]}", str(case["num_blocks"])]
-        + [f"{case['seconds'][kind]:.2f}" for kind in ("each", "shared")]
-        + [f"{case['label_bytes'][kind]:,}" for kind in ("each", "shared")]
-        + [f"{share:.2f}" for share in case["agreement"]]
-        for case in content["cases"]
+        [
+            f"{case['stack']}, {case['shape'][0]} × {case['shape'][2]}×{case['shape'][3]}",
+            str(case["num_blocks"]),
+            *(f"{case['seconds'][kind]:.2f}" for kind in ("each", "shared")),
+            *(f"{case['label_bytes'][kind]:,}" for kind in ("each", "shared")),
+            *(f"{share:.2f}" for share in case["agreement"]),
+        ]
+        for case in results["expert_partitions"]["cases"]
     ]
     header = ["stack", "K", "each, s", "shared, s", "each, bytes", "shared, bytes", "same rows", "same columns"]
-    return table(header, rows) + measured(content)
+    return section(header, rows, results)
 
 
-def draw_sweep(content: dict[str, Any]) -> None:
+def draw_sweep(folder: Path) -> None:
     """Draw time ÷ floor and kept bytes against tokens, width, K and r, in one picture each."""
-    for name, (title, names, scale) in SWEEPS.items():
-        y = alt.Y("value:Q", title=title, scale=scale)
-        panels = [
-            lines(
-                _sweep_rows(content["results"][quantity], quantity, names),
-                {one: style for one, _, style in names},
-                x,
-                y,
-            )
-            for quantity, label in AXES.items()
-            for x in [
-                alt.X(f"{quantity}:Q", title=label, scale=alt.Scale(type="log", base=2), axis=alt.Axis(tickCount=6))
+    content = load("sweep_float32")["sweep_float32"]
+    told = f"One SMoA layer, {content['config']['dtype']}; where not varied: 1,024 tokens, 2048×2048, K=4, r=32"
+    heading = alt.Title(told, subtitle=machine(content["provenance"]), offset=14)
+    for picture, (title, names, scale) in SWEEPS.items():
+        y, styles = alt.Y("value:Q", title=title, scale=scale), {name: style for name, _, style in names}
+        panels = []
+        for quantity, label in AXES.items():
+            across = alt.Scale(type="log", base=2)
+            x = alt.X(f"{quantity}:Q", title=label, scale=across, axis=alt.Axis(tickCount=6))
+            points = content["results"][quantity]
+            rows = [
+                {"name": name, quantity: point[quantity], "value": value_of(point)}
+                for name, value_of, _ in names
+                for point in points
             ]
-        ]
-        told = f"One SMoA layer, {content['config']['dtype']}; where not varied: 1,024 tokens, 2048×2048, K=4, r=32"
-        heading = alt.Title(told, subtitle=machine(content), offset=14)
-        save_picture(alt.concat(*panels, columns=2, title=heading), DOCS / "images" / f"performance-{name}.png")
-
-
-def _sweep_rows(points: list[dict[str, Any]], quantity: str, names: list[tuple[str, Any, Any]]) -> list[dict[str, Any]]:
-    return [{"name": name, quantity: one[quantity], "value": read(one)} for name, read, _ in names for one in points]
+            panels.append(lines(rows, styles, x, y))
+        save_picture(alt.concat(*panels, columns=2, title=heading), folder / f"performance-{picture}.png")
 
 
 def main() -> None:
@@ -300,9 +266,7 @@ def main() -> None:
         pattern = rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)"
         text = re.sub(pattern, lambda match, content=content: f"{match[1]}\n{content}\n\n{match[2]}", text, flags=re.S)
     page.write_text(text)
-    sweep = load("sweep_float32")
-    if sweep is not None:
-        draw_sweep(sweep)
+    draw_sweep(DOCS / "images")
 
 
 if __name__ == "__main__":

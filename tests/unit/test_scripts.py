@@ -12,7 +12,9 @@ import pytest
 from tests import peft_suite
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = sorted(file for folder in ("examples", "benchmarks", "docs/figures") for file in (ROOT / folder).glob("*.py"))
+SCRIPTS = sorted(
+    file for folder in ("examples", "benchmarks", "docs/figures", "studies") for file in (ROOT / folder).glob("*.py")
+)
 
 
 def test_there_are_scripts() -> None:
