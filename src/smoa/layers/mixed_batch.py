@@ -12,7 +12,7 @@ from smoa.layers.weight_cache import BLOCKS, DIAGONAL, tensor_state
 from smoa.maths.kernels.batched import diagonal_blocks
 from smoa.maths.kernels.choice import Kernels, prefers_shared
 from smoa.maths.kernels.operators import is_transformed
-from smoa.maths.kernels.shared import StackedFactors, shared
+from smoa.maths.kernels.shared import Gathered, StackedFactors, shared
 from smoa.maths.scale import MODULATIONS
 from smoa.state import chosen_kernels
 
@@ -49,10 +49,19 @@ def _batch_of(layer: Linear, x: Tensor, adapter_names: tuple[str, ...]) -> Mixed
     if layer.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed(x):
         return MixedBatch(layer, adapter_names, tokens, x.device, kernels)
     state = adapter_names, tokens, x.device, kernels, layer.partition_version
-    if layer.last_batch is None or layer.last_batch[0] != state:
-        layer.last_batch = state, MixedBatch(layer, adapter_names, tokens, x.device, kernels)
-    batch: MixedBatch = layer.last_batch[1]
+    last = layer.last_batch
+    if last is None or last[0] != state:
+        last = state, MixedBatch(layer, adapter_names, tokens, x.device, kernels)
+        layer.last_batch = last
+    batch: MixedBatch = last[1]
     return batch
+
+
+def shared_output(layer: Linear, x: Tensor, adapter_name: str) -> Tensor:
+    """`x ΔWᵀ` of one adapter, by the product that many could share, for x as a branch is given it."""
+    flat = x.reshape(1, -1, x.shape[-1])
+    (group,) = _batch_of(layer, flat, (adapter_name,)).groups
+    return group.product(flat).view(*x.shape[:-1], layer.out_features)
 
 
 class MixedBatch:
@@ -99,17 +108,21 @@ class MixedGroup:
         self.layer, self.names, self.rows, self.slots = layer, names, rows, slots
         factors = layer.update(names[0]).factors
         self.blocks, self.runs, self.modulation = factors.blocks, factors.runs(), layer.modulation[names[0]]
-        self._stacked: tuple[Hashable, StackedFactors] | None = None
+        self._stacked: tuple[Any, tuple[StackedFactors, Gathered]] | None = None
 
     def output(self, x: Tensor) -> Tensor:
-        """`x ΔWᵀ` for the group's rows of x, each with the ΔW of its own adapter."""
+        """`x ΔWᵀ` for the group's rows of the layer's input x, each with the ΔW of its own adapter."""
         x = self.layer.branch_input(x, self.names[0])
-        flat = x.reshape(len(x), -1, x.shape[-1])
-        y = shared(self.stack(), flat, self.slots, self.diagonal if MODULATIONS[self.modulation].anchors else None)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return self.product(x.reshape(len(x), -1, x.shape[-1])).view(*x.shape[:-1], self.layer.out_features)
 
-    def stack(self) -> StackedFactors:
-        """The stacked factors: those of the last call, unless a scale or a factor has changed since."""
+    def product(self, x: Tensor) -> Tensor:
+        """`x ΔWᵀ` for x (rows, tokens, in_features) as a branch is given it."""
+        stack, gathered = self.stack()
+        diagonal = self.diagonal if MODULATIONS[self.modulation].anchors else None
+        return shared(stack, x, self.slots, diagonal, gathered)
+
+    def stack(self) -> tuple[StackedFactors, Gathered | None]:
+        """The stacked factors, and without gradients those of each row: as at the last call, unless one has changed."""
         layer, scaling = self.layer, [self.layer.scaling[name] for name in self.names]
         state = None if torch.is_grad_enabled() else (scaling, _state_of_factors(layer, self.names))
         if state is not None and self._stacked is not None and self._stacked[0] == state:
@@ -119,8 +132,11 @@ class MixedGroup:
         wide = torch.promote_types(B.dtype, scale.dtype)
         scale = scale * torch.tensor(scaling, dtype=wide, device=scale.device)[:, None]
         stack = StackedFactors(A, B, scale, self.blocks, self.runs)
-        self._stacked = None if state is None else (state, stack)
-        return stack
+        if state is None:
+            return stack, None
+        found = stack, stack.gathered(self.slots)
+        self._stacked = state, found
+        return found
 
     def diagonal(self) -> Sequence[Tensor]:
         """The diagonal blocks of M for each run of blocks; copies are kept where calls may keep something."""
@@ -140,10 +156,10 @@ class MixedGroup:
 
 def _state_of_factors(layer: Linear, names: Sequence[str]) -> list[int]:
     """Changes when a factor is written or replaced."""
-    state = []
+    state: list[int] = []
     for part in (layer.smoa_A, layer.smoa_B):
         modules = part._modules
         for name in names:
-            weight: Any = modules[name]._parameters.get("weight")  # type: ignore[union-attr]  # None is no module
+            weight: Any = modules[name]._parameters.get("weight")
             state += id(weight), -1 if weight is None or weight.is_inference() else weight._version
     return state

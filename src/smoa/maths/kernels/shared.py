@@ -54,17 +54,22 @@ class StackedFactors:
         scale = torch.stack([part.scale(torch.promote_types(part.B.dtype, torch.float32)) for part in factors])
         return cls(A, B, scale, factors[0].blocks, factors[0].runs())
 
+    def gathered(self, slots: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The factors A and B of each group, for each run: (blocks, groups, 1, rank, width) and (…, height)."""
+        return [(_by_block(self.of_A(run, slots)), _by_block(self.of_B(run, slots))) for run in self.runs]
+
     def of_A(self, run: BlockRun, slots: Tensor) -> Tensor:
         """The factors A of a run, each group's own: (groups, blocks, rank, width)."""
         chosen = self.A.narrow(1, run.first_rank, run.count * run.rank).index_select(0, slots)
-        return chosen.narrow(2, 0, run.width).unflatten(1, (run.count, run.rank))
+        return chosen.narrow(2, 0, run.width).view(len(slots), run.count, run.rank, run.width)
 
     def of_B(self, run: BlockRun, slots: Tensor) -> Tensor:
         """The factors B of a run with the scale, in float32 or wider: (groups, blocks, rank, height)."""
         ranks = run.first_rank, run.count * run.rank
         chosen = self.B.narrow(2, *ranks).narrow(1, 0, run.height).index_select(0, slots)
         scale = self.scale.narrow(1, *ranks).index_select(0, slots)
-        return (chosen.to(scale.dtype) * scale[:, None]).mT.unflatten(1, (run.count, run.rank))
+        scaled = chosen.to(scale.dtype) * scale[:, None]
+        return scaled.mT.view(len(slots), run.count, run.rank, run.height)
 
 
 Diagonal = Callable[[], Sequence[Tensor]]
@@ -72,7 +77,13 @@ Diagonal = Callable[[], Sequence[Tensor]]
 of M's size is kept."""
 
 
-def shared(stack: StackedFactors, x: Tensor, slots: Tensor, diagonal: Diagonal | None) -> Tensor:
+Gathered = Sequence[tuple[Tensor, Tensor]]
+"""The factors of each group, as `StackedFactors.gathered` gives them."""
+
+
+def shared(
+    stack: StackedFactors, x: Tensor, slots: Tensor, diagonal: Diagonal | None, gathered: Gathered | None = None
+) -> Tensor:
     """`x ΔWᵀ` with each group's own ΔW: (groups, tokens, out_features) in the dtype of x.
 
     Differentiable in x, A and B, not in M.
@@ -82,42 +93,43 @@ def shared(stack: StackedFactors, x: Tensor, slots: Tensor, diagonal: Diagonal |
         x: (groups, tokens, in_features).
         slots: Which adapter of the stack each group has, (groups,) int64.
         diagonal: The blocks of M; None without modulation.
+        gathered: The stack's factors of these slots, if they are at hand and need no gradients.
     """
     if diagonal is None:
         return _unmodulated(stack, x, slots)
     if torch.compiler.is_compiling():
         if not torch.is_grad_enabled():
-            return _products(stack, x, slots, diagonal())
+            return _products(stack, x, stack.gathered(slots), diagonal())
         y: Tensor = checkpoint(
-            lambda *tensors: _products(_with(stack, *tensors[:2]), tensors[2], slots, diagonal()),
+            lambda A, B, x: _products(stack, x, _with(stack, A, B).gathered(slots), diagonal()),
             *(stack.A, stack.B, x),
             use_reentrant=False,
             preserve_rng_state=False,
         )
         return y
     if not torch.is_grad_enabled():
-        return _products(stack, x, slots, diagonal())
-    return _Shared.apply(stack.A, stack.B, x, slots, stack, diagonal)  # type: ignore[no-any-return]
+        return _products(stack, x, gathered or stack.gathered(slots), diagonal())
+    return _Shared.apply(stack.A, stack.B, x, slots, stack, diagonal)  # type: ignore[no-untyped-call,no-any-return]
 
 
 def _with(stack: StackedFactors, A: Tensor, B: Tensor) -> StackedFactors:
     return StackedFactors(A, B, stack.scale, stack.blocks, stack.runs)
 
 
-def _products(stack: StackedFactors, x: Tensor, slots: Tensor, diagonal: Sequence[Tensor]) -> Tensor:
+def _products(stack: StackedFactors, x: Tensor, gathered: Gathered, diagonal: Sequence[Tensor]) -> Tensor:
     dtype, sorted_x = product_dtype(x.dtype, x.device.type), stack.blocks.sort_inputs(x)
     outputs = []
     with torch.autocast(x.device.type, enabled=False):  # every dtype is chosen here
-        for run, entries in zip(stack.runs, diagonal, strict=True):
-            z = _spread(run, stack.of_A(run, slots), _inputs(run, sorted_x), dtype) @ entries.to(dtype).mT
-            y = _summed(_groups(run, z, x) * _by_block(stack.of_B(run, slots)))
+        for run, (A, B), entries in zip(stack.runs, gathered, diagonal, strict=True):
+            z = _spread(run, A, _inputs(run, sorted_x), dtype) @ entries.to(dtype).mT
+            y = _summed(_groups(run, z, x) * B)
             outputs.append(y.permute(1, 2, 0, 3).flatten(2))
     return stack.blocks.unsort_outputs(torch.cat(outputs, dim=-1).to(x.dtype))
 
 
 def _spread(run: BlockRun, factors: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
     """The values of each token, once for each rank, times the factors: (blocks, groups · tokens · rank, size)."""
-    spread = (values[:, :, :, None] * _by_block(factors)).to(dtype)
+    spread = (values[:, :, :, None] * factors).to(dtype)
     return spread.reshape(run.count, spread.shape[1:4].numel(), spread.shape[4])
 
 
@@ -138,12 +150,14 @@ def _summed(values: Tensor) -> Tensor:
 
 def _inputs(run: BlockRun, x: Tensor) -> Tensor:
     """(blocks, groups, tokens, width), of x (groups, tokens, in_features) sorted by block."""
-    return x.narrow(2, run.first_col, run.count * run.width).unflatten(2, (run.count, run.width)).permute(2, 0, 1, 3)
+    columns = x.narrow(2, run.first_col, run.count * run.width)
+    return columns.view(*x.shape[:2], run.count, run.width).permute(2, 0, 1, 3)
 
 
 def _outputs(run: BlockRun, y: Tensor) -> Tensor:
     """(blocks, groups, tokens, height), of y (groups, tokens, out_features) sorted by block."""
-    return y.narrow(2, run.first_row, run.count * run.height).unflatten(2, (run.count, run.height)).permute(2, 0, 1, 3)
+    columns = y.narrow(2, run.first_row, run.count * run.height)
+    return columns.view(*y.shape[:2], run.count, run.height).permute(2, 0, 1, 3)
 
 
 def _unmodulated(stack: StackedFactors, x: Tensor, slots: Tensor) -> Tensor:
@@ -162,7 +176,7 @@ class _Shared(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(A, B, x, slots)
         ctx.stack, ctx.diagonal = stack, diagonal
-        return _products(stack, x, slots, diagonal())
+        return _products(stack, x, stack.gathered(slots), diagonal())
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
@@ -170,7 +184,7 @@ class _Shared(torch.autograd.Function):
         stack, diagonal = _with(ctx.stack, A, B), ctx.diagonal()
         if needs_plain_gradients(g):
             of_A, of_B, of_x = plain_gradients(
-                lambda: _products(stack, x, slots, diagonal), (A, B, x), ctx.needs_input_grad[:3], g
+                lambda: _products(stack, x, stack.gathered(slots), diagonal), (A, B, x), ctx.needs_input_grad[:3], g
             )
             return of_A, of_B, of_x, None, None, None
         with torch.autocast(x.device.type, enabled=False):
@@ -191,11 +205,11 @@ def _gradients(
         entries = entries.to(dtype)
         ranks = slice(run.first_rank, run.first_rank + run.count * run.rank)
         run_x, run_g = _inputs(run, sorted_x), _outputs(run, sorted_g)
-        A, B = stack.of_A(run, slots), stack.of_B(run, slots)
+        A, B = _by_block(stack.of_A(run, slots)), _by_block(stack.of_B(run, slots))
         if grad_A is not None or grad_x is not None:
             q = _groups(run, _spread(run, B, run_g, dtype) @ entries, x)
             if grad_x is not None:
-                _inputs(run, grad_x).copy_(_summed(q * _by_block(A)))
+                _inputs(run, grad_x).copy_(_summed(q * A))
             if grad_A is not None:
                 of_groups = (q * run_x[:, :, :, None].to(wide)).sum(2)  # (blocks, groups, rank, width)
                 grad_A[:, ranks, : run.width].index_add_(0, slots, of_groups.transpose(0, 1).flatten(1, 2))
