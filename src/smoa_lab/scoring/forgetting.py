@@ -9,8 +9,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from smoa_lab.basics.positions import positions_of
 from smoa_lab.data.encoding import Tokens, pad_token
+from smoa_lab.data.general_text import describe, passages
 from smoa_lab.data.rows import Row
-from smoa_lab.data.sources.general_text import describe, passages
 from smoa_lab.scoring.losses import Losses, row_losses
 
 TEXT_TOKENS = 256

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch.distributed as dist
 from peft.tuners.tuners_utils import check_target_module_exists
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
@@ -27,6 +29,7 @@ from transformers import (
 )
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import SchedulerType
 
 from smoa.atomic import check_place
@@ -50,7 +53,6 @@ from smoa_lab.models.needs import data_needs
 from smoa_lab.scoring.evaluation import Evaluation
 from smoa_lab.scoring.losses import Losses
 from smoa_lab.training.adapting import after_training, with_adapter
-from smoa_lab.training.progress import REPLACED, ProgressReport
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +60,10 @@ REFERENCE = "ref"
 """DPOTrainer's name of its copy of the untrained adapter, which it compares with."""
 LENGTH = 1024
 """TRL's own limit of a row's tokens."""
+REPLACED = (PrinterCallback, ProgressCallback)
+"""The Trainer's own callbacks, which :class:`ProgressReport` replaces."""
+SHOWN = ("loss", "eval_loss", "learning_rate")
+"""What is shown of the Trainer's logs."""
 
 
 @dataclass(frozen=True)
@@ -292,6 +298,45 @@ def sources(data: RowsSection) -> Sequence[RowSource]:
         splits = (data.hub.split, data.hub.test_split)
         return [HubSource(data.hub, split) for split in splits if split is not None]
     return [FileSource(Path(place)) for place in (data.train, data.test) if place is not None]
+
+
+class ProgressReport(TrainerCallback):
+    """One log line for each of the Trainer's logs; on a terminal also a bar."""
+
+    def __init__(self) -> None:
+        self.bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+        self.on_terminal = self.bar.console.is_terminal
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero and self.on_terminal:
+            self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
+            self.bar.start()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        if self.bar.live.is_started:
+            self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: Any, logs: dict[str, float] | None = None, **_: Any
+    ) -> None:
+        shown = [f"{name} {float(logs[name]):.4g}" for name in SHOWN if logs and name in logs]
+        if not shown or not state.is_world_process_zero:
+            return
+        if self.bar.live.is_started:
+            self.bar.update(self.task, description=shown[0])
+        logger.info("step %d/%d: %s", state.global_step, state.max_steps, ", ".join(shown))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.bar.live.is_started:  # else it would print an empty line
+            self.bar.stop()
 
 
 def checked_arguments(arguments: TrainingArguments) -> TrainingArguments:

@@ -76,9 +76,9 @@ def test_an_empty_set_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_broken_line_is_named(tmp_path: Path) -> None:
-    (tmp_path / "own.jsonl").write_text('{"prompt": "a"}\n{"prompt": ')
+    (tmp_path / "own.jsonl").write_text('{"prompt": "a", "answer": "b"}\n{"prompt": ')
     with pytest.raises(DataError, match="line 2 is not JSON"):
-        read_file_split("own", FileTask(train=str(tmp_path / "own.jsonl")), "train")
+        read_file_split("own", FileTask(train=str(tmp_path / "own.jsonl"), columns=Columns(answer="answer")), "train")
 
 
 def test_a_missing_file_and_an_unknown_kind_are_named(tmp_path: Path) -> None:

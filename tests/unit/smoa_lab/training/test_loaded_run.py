@@ -22,8 +22,7 @@ from smoa_lab.data.encoding import Tokens
 from smoa_lab.data.prepared import PreparedRows
 from smoa_lab.scoring.losses import row_losses
 from smoa_lab.training import loaded_run, train_run
-from smoa_lab.training.loaded_run import load_run, read_rows_of, sources
-from smoa_lab.training.progress import ProgressReport
+from smoa_lab.training.loaded_run import ProgressReport, load_run, read_rows_of, sources
 from tests.support.kills import killed_after_saving
 from tests.support.lab import files_with, steps, tiny_base, tiny_gpt2, tiny_run
 from tests.support.own_rows import (

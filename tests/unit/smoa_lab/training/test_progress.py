@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import TrainingArguments
 
-from smoa_lab.training.progress import ProgressReport
+from smoa_lab.training.loaded_run import ProgressReport
 
 
 def test_a_bar_follows_the_run_on_a_terminal() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from smoa_lab.data.sources import commonsense, wheels
+from smoa_lab.data import commonsense, wheels
 
 DOCS = [
     {"id": "a", "query": "Question: What warms the Earth?\nAnswer:", "choices": ["the Moon", "the Sun"], "gold": 1},

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from smoa.errors import DataError
+from smoa_lab.data import commonsense
 from smoa_lab.data.rows import Row, choice_question
-from smoa_lab.data.sources import commonsense
 from smoa_lab.data.tasks import find_task, load_task
 
 

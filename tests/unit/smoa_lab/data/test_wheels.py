@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from smoa.errors import DataError
-from smoa_lab.data.sources import commonsense, wheels
+from smoa_lab.data import commonsense, wheels
 from smoa_lab.data.tasks import find_task, load_task
 
 

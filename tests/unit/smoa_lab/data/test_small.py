@@ -13,7 +13,7 @@ import datasets
 import pytest
 
 from smoa.errors import DataError
-from smoa_lab.data.sources import small, wheels
+from smoa_lab.data import small, wheels
 from smoa_lab.data.tasks import find_task
 
 

@@ -7,8 +7,8 @@ import datasets
 import pytest
 
 from smoa.errors import DataError
-from smoa_lab.data.sources import general_text
-from smoa_lab.data.sources.general_text import passages
+from smoa_lab.data import general_text
+from smoa_lab.data.general_text import passages
 
 
 def test_the_packaged_story_has_no_notes_of_its_editors() -> None:

@@ -14,9 +14,9 @@ from typing import Any
 
 from smoa.errors import DataError
 from smoa_lab.basics.extras import import_package
+from smoa_lab.data.hub import hub_rows
 from smoa_lab.data.rows import Row, choice_question, in_test_part, question
-from smoa_lab.data.sources.hub import hub_rows
-from smoa_lab.data.sources.wheels import Wheel
+from smoa_lab.data.wheels import Wheel
 
 EVALS = Wheel("evals", "3.0.1.post1", "46 MB")
 HEADLINES = "evals/registry/data/sarcasm/samples.jsonl"

@@ -1,1 +1,0 @@
-"""Where the records of each task come from."""
