@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from _common import busy_elsewhere, pick_device, provenance, seconds, write_results
 from peft import LoraConfig, get_peft_model
-from smoa.tuner.generation import caches_of_generate
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from smoa import SmoaConfig, keep_in_generate
+from smoa.tuner.generation import caches_of_generate
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ADAPTERS = 32
