@@ -566,6 +566,20 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
                 rows = torch.tensor([row for row, other in enumerate(adapter_names) if other == name], device=x.device)
                 yield rows, self.branch_output(x[rows], name)
 
+    def branch_input(self, x: Tensor, adapter_name: str) -> Tensor:
+        """What an adapter's branch is given for the layer's input x: in training dropout acts on it."""
+        x = self.smoa_dropout[adapter_name](x)
+        if not MODULATIONS[self.modulation[adapter_name]].anchors:
+            return self._cast_input_dtype(x, self.factors(adapter_name)[0].dtype)
+        return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
+
+    def mixed_key(self, adapter_name: str) -> tuple[Hashable, ...]:
+        """Adapters for which it is the same can be computed in one product."""
+        dropout = self.smoa_dropout[adapter_name]
+        p = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
+        dtype = next(self.smoa_A[adapter_name].parameters()).dtype
+        return self.ranks[adapter_name], self.modulation[adapter_name], p, dtype, self.labels_digest[adapter_name]
+
     def onloaded(self, adapter_names: list[str]) -> AbstractContextManager[None]:
         """Load what a branch reads, if accelerate has offloaded it. The base layer's own call does not keep it."""
         base = self.get_base_layer()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -62,22 +62,8 @@ class Linear(SmoaLayer):
         few = prefers_shared(self.ranks[adapter_name], x.shape[:-1].numel(), chosen_kernels())
         return few and self.open_cache([adapter_name], x) is None and not is_transformed(x)
 
-    def branch_input(self, x: Tensor, adapter_name: str) -> Tensor:
-        """What an adapter's branch is given for the layer's input x: in training dropout acts on it."""
-        x = self.smoa_dropout[adapter_name](x)
-        if not MODULATIONS[self.modulation[adapter_name]].anchors:
-            return self._cast_input_dtype(x, self.factors(adapter_name)[0].dtype)
-        return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
-
     def _mixed_outputs(self, x: Tensor, adapter_names: list[str]) -> Iterator[tuple[Tensor | None, Tensor]]:
         return mixed_outputs(self, x, adapter_names)
-
-    def mixed_key(self, adapter_name: str) -> tuple[Hashable, ...]:
-        """Adapters for which it is the same can be computed in one product."""
-        dropout = self.smoa_dropout[adapter_name]
-        p = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
-        dtype = next(self.smoa_A[adapter_name].parameters()).dtype
-        return self.ranks[adapter_name], self.modulation[adapter_name], p, dtype, self.labels_digest[adapter_name]
 
     def _kept_update(self, adapter_name: str, x: Tensor) -> KeptUpdate | None:
         cache, dtype = self.open_cache([adapter_name], x), x.dtype

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from smoa.layers.layer import SmoaLayer
 from smoa.layers.weight_cache import BLOCKS, DIAGONAL, tensor_state
 from smoa.maths.kernels.batched import diagonal_blocks
 from smoa.maths.kernels.choice import Kernels, prefers_shared
@@ -16,11 +17,8 @@ from smoa.maths.kernels.shared import Gathered, StackedFactors, shared
 from smoa.maths.scale import MODULATIONS
 from smoa.state import chosen_kernels
 
-if TYPE_CHECKING:
-    from smoa.layers.linear import Linear
 
-
-def mixed_outputs(layer: Linear, x: Tensor, adapter_names: Sequence[str]) -> Iterator[tuple[Tensor | None, Tensor]]:
+def mixed_outputs(layer: SmoaLayer, x: Tensor, adapter_names: Sequence[str]) -> Iterator[tuple[Tensor | None, Tensor]]:
     """What the adapters of a batch add to the output of a linear layer, with the rows that they add it to.
 
     Adapters with the same blocks, ranks, modulation and dropout take one product (`smoa.maths.kernels.shared`), but for
@@ -43,7 +41,7 @@ def mixed_outputs(layer: Linear, x: Tensor, adapter_names: Sequence[str]) -> Ite
             yield group.rows, group.output(x if group.rows is None else x[group.rows])
 
 
-def _batch_of(layer: Linear, x: Tensor, adapter_names: tuple[str, ...]) -> MixedBatch:
+def _batch_of(layer: SmoaLayer, x: Tensor, adapter_names: tuple[str, ...]) -> MixedBatch:
     """How to compute a batch: as the last one, if it had the same adapters, and nothing of the layer has changed."""
     tokens, kernels = x.shape[1:-1].numel(), chosen_kernels()
     if layer.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed(x):
@@ -57,7 +55,7 @@ def _batch_of(layer: Linear, x: Tensor, adapter_names: tuple[str, ...]) -> Mixed
     return batch
 
 
-def shared_output(layer: Linear, x: Tensor, adapter_name: str) -> Tensor:
+def shared_output(layer: SmoaLayer, x: Tensor, adapter_name: str) -> Tensor:
     """`x ΔWᵀ` of one adapter, by the product that many could share, for x as a branch is given it."""
     flat = x.reshape(1, -1, x.shape[-1])
     (group,) = _batch_of(layer, flat, (adapter_name,)).groups
@@ -68,7 +66,7 @@ class MixedBatch:
     """How a layer computes the rows of a batch: ``apart`` are adapters with their rows, ``groups`` take one product."""
 
     def __init__(
-        self, layer: Linear, adapter_names: Sequence[str], tokens: int, device: torch.device, kernels: Kernels
+        self, layer: SmoaLayer, adapter_names: Sequence[str], tokens: int, device: torch.device, kernels: Kernels
     ) -> None:
         rows_of: dict[str, list[int]] = {}
         for row, name in enumerate(adapter_names):
@@ -104,7 +102,7 @@ class MixedGroup:
         slots: The place in `names` of each of these rows' adapter.
     """
 
-    def __init__(self, layer: Linear, names: list[str], rows: Tensor | None, slots: Tensor) -> None:
+    def __init__(self, layer: SmoaLayer, names: list[str], rows: Tensor | None, slots: Tensor) -> None:
         self.layer, self.names, self.rows, self.slots = layer, names, rows, slots
         factors = layer.update(names[0]).factors
         self.blocks, self.runs, self.modulation = factors.blocks, factors.runs(), layer.modulation[names[0]]
@@ -154,7 +152,7 @@ class MixedGroup:
         return make() if kept is None else kept
 
 
-def _state_of_factors(layer: Linear, names: Sequence[str]) -> list[int]:
+def _state_of_factors(layer: SmoaLayer, names: Sequence[str]) -> list[int]:
     """Changes when a factor is written or replaced."""
     state: list[int] = []
     for part in (layer.smoa_A, layer.smoa_B):
