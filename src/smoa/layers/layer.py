@@ -7,8 +7,7 @@ One class does this for every kind of layer. A kind is a subclass that says what
 from __future__ import annotations
 
 import warnings
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
@@ -680,28 +679,6 @@ def check_finite(merged: Tensor, names: list[str]) -> None:
             f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken, or overflows "
             f"{merged.dtype}; nothing was merged. Train it again, or load the base model in float32"
         )
-
-
-def refuse_shared(layers: Iterable[tuple[str, Tensor, Mapping[str, object]]]) -> None:
-    """Raise MergeError if layers share one weight but not their adapters: a merged weight would be wrong for both.
-
-    Args:
-        layers: Name, stored weight and factors (by adapter) of each adapted layer.
-    """
-    owners: dict[int, tuple[str, Mapping[str, object]]] = {}
-    for name, weight, factors in layers:
-        pointer = weight.data_ptr()  # 0 on the meta device
-        other, others_factors = owners.setdefault(pointer, (name, factors))
-        if pointer and others_factors != factors:
-            raise MergeError(
-                f"{name} and {other} share one weight but have an adapter each, so no merged weight is right for both; "
-                "untie them, adapt one of them only, or set ensure_weight_tying=True before training"
-            )
-
-
-def users_of(model: nn.Module) -> Counter[int]:
-    """How many modules use each parameter, by its id. Several use that of tied embeddings."""
-    return Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
 
 
 def _linear_weight(linear: nn.Module) -> Tensor:

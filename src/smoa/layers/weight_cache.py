@@ -59,9 +59,9 @@ class WeightCache:
 
     def get(self, slot: tuple[str, ...], key: Hashable, make: Callable[[], T]) -> T | None:
         """The value for `slot` (kind, then adapters) in the state `key`; None if there is no memory for it."""
-        found = self.kept.get(slot)
-        if found is not None and found[0] == key:
-            return found[1]  # type: ignore[no-any-return]
+        kept = self.kept.get(slot)
+        if kept is not None and kept[0] == key:
+            return kept[1]  # type: ignore[no-any-return]
         self.kept.pop(slot, None)
         try:
             value = make()
@@ -98,8 +98,7 @@ class WeightCache:
 
     def nbytes(self) -> int:
         """Bytes that are kept."""
-        whole = 0 if self.effective is None else self.effective.nbytes
-        return whole + sum(update.nbytes() for update in self.updates)
+        return sum(value.nbytes for _, value in self.kept.values())
 
     def clear(self) -> None:
         """Drop everything."""
@@ -126,6 +125,7 @@ class KeptUpdate:
             torch.bmm(run.of_inputs(flat), entries.mT, out=run.of_outputs(y))
         return self.blocks.unsort_outputs(y).to(x.dtype).view(*x.shape[:-1], y.shape[1])
 
+    @property
     def nbytes(self) -> int:
         """Bytes that are kept."""
         return sum(entries.nbytes for _, entries in self.runs)

@@ -164,8 +164,8 @@ def samples_repeated(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     configs = (kwargs.get("generation_config", *args[1:2]), getattr(model, "generation_config", None))
 
     def setting(name: str) -> int:
-        found = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
-        return next((value for value in found if isinstance(value, int)), 1)
+        values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+        return next((value for value in values if isinstance(value, int)), 1)
 
     token = _COPIES.set(max(setting("num_beams"), setting("num_return_sequences")))
     try:
