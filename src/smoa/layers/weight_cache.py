@@ -38,7 +38,7 @@ from smoa.maths.factors import BlockRun
 from smoa.maths.update import Update
 
 T = TypeVar("T")
-WHOLE, BLOCKS = "W + ΔW", "blocks of ΔW"
+WHOLE, BLOCKS, DIAGONAL = "W + ΔW", "blocks of ΔW", "blocks of W"
 _LOCK = threading.Lock()
 
 
@@ -80,10 +80,10 @@ class WeightCache:
         message = f"no memory to keep ΔW for decoding, so it is formed again for every token ({error})"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
 
-    def retain(self, kind: str, names: Collection[str]) -> None:
-        """Drop all but values of this kind that are made of these adapters."""
+    def retain(self, kinds: Collection[str], names: Collection[str]) -> None:
+        """Drop all but values of these kinds that are made of these adapters."""
         for slot in list(self.kept):
-            if slot[0] != kind or not set(names).issuperset(slot[1:]):
+            if slot[0] not in kinds or (slot[0] == BLOCKS and not set(names).issuperset(slot[1:])):
                 self.kept.pop(slot, None)
 
     @property
