@@ -19,7 +19,7 @@ from smoa_lab.config.run import RunConfig
 from smoa_lab.data.rows import Row, choice_question, content_hash
 from smoa_lab.data.tasks import Selection
 from smoa_lab.study.classification import ClassificationRunner, encoder_folder
-from smoa_lab.study.runner import AnswerRunner, Runner
+from smoa_lab.study.runner import Runner
 from smoa_lab.study.study import Study
 
 CLASSES = tuple("ABCDEFGHIJKLMNOP")
@@ -29,7 +29,7 @@ HEAD_GAIN = 2.0
 
 
 class Pairs(Runner):
-    """Trains and scores the same random pairs."""
+    """Trains and scores the same random pairs, by a language model, which answers with the letter."""
 
     @cached_property
     def records(self) -> Selection:
@@ -55,10 +55,6 @@ class PairClasses(Pairs, ClassificationRunner):
         return model, tokenizer
 
 
-class PairAnswers(Pairs, AnswerRunner):
-    """By a language model, which answers with the letter."""
-
-
 def random_pairs(count: int) -> list[Row]:
     """Names of two words, all different, each with a class drawn at random."""
     vocabulary = AutoTokenizer.from_pretrained(encoder_folder()).get_vocab()
@@ -72,7 +68,7 @@ def random_pairs(count: int) -> list[Row]:
 
 def runner_of(study: Study) -> Pairs:
     """What trains and scores an entry on the pairs."""
-    kind = PairClasses if study.kind == "classification" else PairAnswers
+    kind = PairClasses if study.kind == "classification" else Pairs
     return kind(study.shared)
 
 

@@ -119,7 +119,7 @@ LEFT_OUT: dict[str, str] = {
     "test_weighted_combination_of_adapters|weighted_adapter_with_different_scaling": (
         f"{LORAS}sums by SVD, TIES and DARE; test_combining.py has cat and linear"
     ),
-    "TestDynamicDispatch": f"{LORAS}its dispatcher of custom layers; test_kind_table.py has smoa's kinds",
+    "TestDynamicDispatch": f"{LORAS}its dispatcher of custom layers; test_kinds.py has smoa's kinds",
     "TestLoraNestedConfig|TestEva|with_runtime_config": f"{LORAS}configs inside its config",
     "(?<!alt_)weight_tying_tied_model_lora|weight_tying_enc_dec_modules_to_save": (
         f"{REFUSED}ensure_weight_tying with modules_to_save of a tied layer (docs/limits.md)"
@@ -139,7 +139,7 @@ LEFT_OUT: dict[str, str] = {
         f"{LORAS}one matrix for gate and up; test_patterns_go_by_the_parameters_name has the pattern of experts"
     ),
     "multiple_parameters_on_same_module|result_caching_works|target_parameters_forward_under_autocast": (
-        f"{LORAS}the calls of its parametrization; test_param_wrapper.py and test_autocast_and_half_precision_train"
+        f"{LORAS}the calls of its parametrization; test_experts.py and test_autocast_and_half_precision_train"
     ),
     "inject_from_state_dict_low_cpu_mem_usage$": (
         f"{LORAS}no buffers, which stay real; test_low_cpu_mem_usage_makes_meta_factors_only has the factors"

@@ -105,12 +105,12 @@ def install_state_dict_hooks() -> None:
     if HAS_STATE_DICT_HOOKS:
         return
     for name, wrapped in _WRAPPERS.items():
-        found = getattr(save_and_load, name)
-        original = getattr(found, "__smoa_original__", found)
+        function = getattr(save_and_load, name)
+        original = getattr(function, "__smoa_original__", function)
         wrapper = wrapped(original)
         wrapper.__smoa_original__ = original
         for module in list(sys.modules.values()):  # wherever it was imported before smoa
-            if getattr(module, "__dict__", {}).get(name) is found:
+            if getattr(module, "__dict__", {}).get(name) is function:
                 setattr(module, name, wrapper)
 
 

@@ -200,12 +200,15 @@ class SmoaConfig(PeftConfig):
         return hashlib.blake2b(settings.encode(), digest_size=16).hexdigest()
 
     def made_with(self) -> dict[str, Any]:
-        """Copies of the settings in `MADE_WITH`, as they are now."""
-        return {name: copy.copy(getattr(self, name)) for name in MADE_WITH}
+        """Copies of the settings in `MADE_WITH`, as they are now; names of modules have no order."""
+        values = {name: copy.copy(getattr(self, name)) for name in MADE_WITH}
+        for name in ("target_modules", "exclude_modules"):
+            values[name] = set(values[name]) if isinstance(values[name], list) else values[name]
+        return values
 
     def restore(self, adapter_name: str, made_with: Mapping[str, Any]) -> None:
         """Take back the settings that an adapter was made with, and warn if they were changed since."""
-        changed = [name for name in MADE_WITH if getattr(self, name) != made_with[name]]
+        changed = [name for name, value in self.made_with().items() if value != made_with[name]]
         if changed:
             vars(self).update({name: copy.copy(made_with[name]) for name in changed})
             warnings.warn(

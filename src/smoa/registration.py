@@ -30,15 +30,17 @@ def check_peft_version(version: str | None = None) -> None:
     Raises:
         UnsupportedVersionError: it is older.
     """
-    found = version or importlib.metadata.version("peft")
-    base = Version(Version(found).base_version)
+    installed = version or importlib.metadata.version("peft")
+    base = Version(Version(installed).base_version)
     if base in SUPPORTED_PEFT:
         return
     if base >= Version(NEXT_PEFT):
-        warnings.warn(f"smoa is tested with peft {SUPPORTED_PEFT}, found {found}: some calls may fail", stacklevel=3)
+        warnings.warn(
+            f"smoa is tested with peft {SUPPORTED_PEFT}, found {installed}: some calls may fail", stacklevel=3
+        )
     else:
         raise UnsupportedVersionError(
-            f"smoa supports peft {SUPPORTED_PEFT}, found {found} in {peft.__path__[0]}; "
+            f"smoa supports peft {SUPPORTED_PEFT}, found {installed} in {peft.__path__[0]}; "
             f"run: pip install 'peft{SUPPORTED_PEFT}'"
         )
 

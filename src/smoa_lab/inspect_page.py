@@ -54,7 +54,8 @@ def inspection_page(title: str, adapters: Reports, layers: Sequence[str] = ()) -
     chosen = [report for report in first if any(wanted in report.module for wanted in layers)]
     means = []
     for name, reports in adapters.items():
-        mean, rank = (sum(getattr(one, figure) for one in reports) / len(reports) for figure in ("coverage", "rank"))
+        mean = sum(report.coverage for report in reports) / len(reports)
+        rank = sum(report.rank for report in reports) / len(reports)
         trained = sum(report.parameters for report in reports)
         means.append(f"{name}: mean coverage {mean:.3f}, mean rank {rank:.0f}, {trained:,} trained")
     blocks = by_block(adapters)
@@ -195,18 +196,18 @@ def _cumulative(report: LayerReport) -> Tensor:
 
 def spectrum(report: LayerReport, color: str) -> Any:
     """The singular values of W and ΔW, the bands of the blocks' scores, and ΔW's energy along W's directions."""
-    found = report.spectrum
-    floor = float(found.update_values.max()) * 1e-8 or 1e-12
+    of_layer = report.spectrum
+    floor = float(of_layer.update_values.max()) * 1e-8 or 1e-12
     rows = [
         {
             "direction": j,
-            "W": max(float(found.weight_values[j]), 1e-12),
-            "ΔW": max(float(found.update_values[j]), floor),
-            "energy": float(found.input_energy[j] + found.output_energy[j]) / 2,
+            "W": max(float(of_layer.weight_values[j]), 1e-12),
+            "ΔW": max(float(of_layer.update_values[j]), floor),
+            "energy": float(of_layer.input_energy[j] + of_layer.output_energy[j]) / 2,
         }
-        for j in torch.linspace(0, len(found.weight_values) - 1, POINTS).long().unique().tolist()
+        for j in torch.linspace(0, len(of_layer.weight_values) - 1, POINTS).long().unique().tolist()
     ]
-    domain = alt.Scale(domain=[0, len(found.weight_values)], nice=False)
+    domain = alt.Scale(domain=[0, len(of_layer.weight_values)], nice=False)
     chart = alt.Chart(values(rows), width=WIDTH - 60).encode(x=alt.X("direction:Q", title=None, scale=domain))
     sizes = alt.layer(*(_curve(chart, name, shade) for name, shade in (("W", MUTED), ("ΔW", color))))
     energy = chart.mark_area(color=color, opacity=0.6, line={"color": color, "strokeWidth": 1}).encode(

@@ -141,22 +141,21 @@ def run_page(record: RunRecord) -> tuple[str, list[str]]:
 
 def _lacking(record: RunRecord, faults: dict[str, Exception]) -> list[str]:
     """A sentence for each kind of fault; what is said of metrics.json already is not said again."""
-    lines, absent, damaged = [], [], []
-    for title, fault in faults.items():
-        if title == "Load it":
-            lines.append(f"adapter/ is damaged: {fault}.")
-        elif isinstance(fault, KeyError) and fault.args[0] in KEYS and fault.args[0] not in record.metrics:
-            absent.append(str(fault.args[0]))  # as in those of an older version
-        else:
-            damaged.append(title)
-    if damaged and record.whole:
-        lines.insert(0, f"metrics.json is damaged in what it has about: {', '.join(damaged)}.")
+    lines, adapter = [], faults.pop("Load it", None)
+    absent = [key for key in KEYS if key not in record.metrics]  # as in those of an older version
+    damaged = [
+        title for title, fault in faults.items() if not (isinstance(fault, KeyError) and fault.args[0] in absent)
+    ]
     if absent and record.whole:
         try:
             writer = f"smoa {record.metrics['provenance']['versions']['smoa']}"
         except (KeyError, TypeError):
             writer = "another version of smoa"
-        lines.insert(0, f"metrics.json has no {', '.join(dict.fromkeys(absent))}: it was written by {writer}.")
+        lines.append(f"metrics.json has no {', '.join(absent)}: it was written by {writer}.")
+    if damaged and record.whole:
+        lines.append(f"metrics.json is damaged in what it has about: {', '.join(damaged)}.")
+    if adapter:
+        lines.append(f"adapter/ is damaged: {adapter}.")
     return lines
 
 

@@ -58,16 +58,17 @@ def test_the_wheel_brings_the_command(python: Path, tmp_path: Path) -> None:
     assert {"train", "eval", "merge", "convert"} <= set(re.findall(r"\w+", done.stdout))
 
 
-def test_the_demo_and_the_text_for_forgetting_come_with_the_wheel(python: Path, tmp_path: Path) -> None:
+def test_the_demo_the_text_for_forgetting_and_pages_come_with_the_wheel(python: Path, tmp_path: Path) -> None:
     ask = (
         "from smoa_lab.cli.demo import CONFIG; from smoa_lab.config.run import load_config; "
         "from smoa_lab.data.general_text import passages; "
-        "print(load_config(CONFIG).folder, len(passages('packaged')))"
+        "from smoa_lab.pages.templates import page; "
+        "print(load_config(CONFIG).folder, len(passages('packaged')), 'charts.js' in page('Empty'))"
     )
     done = subprocess.run(
         [str(python), "-c", ask], cwd=tmp_path, env=ELSEWHERE, capture_output=True, text=True, check=False
     )
-    assert done.stdout == f"{Path('runs/demo')} 34\n", done.stderr
+    assert done.stdout == f"{Path('runs/demo')} 34 True\n", done.stderr
 
 
 def test_the_page_of_a_package_index_has_no_link_that_leads_nowhere(dist: Path) -> None:

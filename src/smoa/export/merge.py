@@ -255,11 +255,11 @@ def merge_in_memory(
 def _layers_to_merge(adapted: PeftModel) -> list[tuple[str, Any]]:
     """The layers to merge by name; of those that share weight and adapter, the first."""
     tuner: Any = adapted.base_model
-    found: dict[int, tuple[str, Any]] = {}
+    layers: dict[int, tuple[str, Any]] = {}
     for name, module in tuner.model.named_modules():
         if isinstance(module, tuner.tuner_layer_cls) and isinstance(_weight(module), Tensor):
-            found.setdefault(id(_weight(module)) if getattr(module, "tied", False) else id(module), (name, module))
-    return list(found.values())
+            layers.setdefault(id(_weight(module)) if getattr(module, "tied", False) else id(module), (name, module))
+    return list(layers.values())
 
 
 def _weight(layer: Any) -> Any:

@@ -119,8 +119,8 @@ class SavedAdapter:
         self.others: dict[str, Tensor] = {}
         for key, tensor in read_adapter(folder).items():
             name = key.removeprefix(PREFIX)
-            module, found, part = name.partition(".smoa_")
-            if found:
+            module, is_ours, part = name.partition(".smoa_")
+            if is_ours:
                 self.layers.setdefault(module, {})["smoa_" + part] = tensor
             elif ".original_module." not in name and ".modules_to_save." not in name:  # also saved under the plain name
                 self.others[name.replace(".base_layer.", ".")] = tensor
@@ -273,12 +273,12 @@ def _missing(model: PreTrainedModel, checkpoint: Shards, names: Collection[str])
     logging.disable_progress_bar()
     try:
         options: Any = {"state_dict": tensors, "output_loading_info": True, "ignore_mismatched_sizes": True}
-        found: Any = type(model).from_pretrained(None, config=model.config, device_map="meta", **options)
+        loaded: Any = type(model).from_pretrained(None, config=model.config, device_map="meta", **options)
     finally:
         logging.set_verbosity(verbosity)
         if shows_bars:
             logging.enable_progress_bar()
-    return set(names).intersection(found[1]["missing_keys"])
+    return set(names).intersection(loaded[1]["missing_keys"])
 
 
 def _key_of(name: str, model: nn.Module, checkpoint: Shards) -> str:

@@ -220,10 +220,10 @@ def guard_loading() -> None:
 
 
 def _replace(owner: type, name: str, source: str) -> None:
-    found = owner.__dict__[name]
-    original = inspect.unwrap(getattr(found, "__func__", found), stop=lambda f: not hasattr(f, "__smoa_door__"))
+    function = owner.__dict__[name]
+    original = inspect.unwrap(getattr(function, "__func__", function), stop=lambda f: not hasattr(f, "__smoa_door__"))
     guarded = _guarded(original, source)
-    setattr(owner, name, classmethod(guarded) if isinstance(found, classmethod) else guarded)
+    setattr(owner, name, classmethod(guarded) if isinstance(function, classmethod) else guarded)
 
 
 def _guarded(original: Callable[..., Any], source: str) -> Callable[..., Any]:

@@ -76,6 +76,6 @@ def is_id(key: str) -> bool:
 
 def id_in(tensors: Mapping[str, Tensor]) -> str | None:
     """The id among saved tensors, as the config writes it; None if there is none or it is damaged."""
-    found = next((tensor for key, tensor in tensors.items() if is_id(key)), None)
-    whole = found is not None and found.dtype == torch.uint8 and found.shape == (16,)
-    return bytes(found.tolist()).hex() if found is not None and whole else None
+    saved = next((tensor for key, tensor in tensors.items() if is_id(key)), None)
+    whole = saved is not None and saved.dtype == torch.uint8 and saved.shape == (16,)
+    return bytes(saved.tolist()).hex() if saved is not None and whole else None

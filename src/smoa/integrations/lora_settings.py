@@ -56,9 +56,9 @@ def refuse(names: Iterable[str], place: str) -> None:
     Raises:
         ConfigError: there is one.
     """
-    found = sorted(names)
-    if found:
-        raise ConfigError(f"{place}: {', '.join(found)}: a setting of LoRA that SMoA does not have; remove it")
+    unknown = sorted(names)
+    if unknown:
+        raise ConfigError(f"{place}: {', '.join(unknown)}: a setting of LoRA that SMoA does not have; remove it")
 
 
 def _only_lora(lora: LoraConfig) -> Iterable[str]:

@@ -7,8 +7,7 @@ One class does this for every kind of layer. A kind is a subclass that says what
 from __future__ import annotations
 
 import warnings
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
@@ -31,7 +30,7 @@ from smoa.layers.distributed import (
     refuse_writing,
     whole,
 )
-from smoa.layers.weight_cache import BLOCKS, WeightCache, tensor_state
+from smoa.layers.weight_cache import WeightCache, tensor_state
 from smoa.maths.blocks import UNDECIDED, Blocks, DiagonalBlocks, Orders, ascend, check_labels, check_num_blocks
 from smoa.maths.factors import Factors, Initialization, factor_shapes, init_factors
 from smoa.maths.kernels.operators import is_transformed
@@ -95,6 +94,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         "smoa_block_scale",
         "smoa_orders",
         "smoa_scale_bits",
+        "labels_digest",
         "_derived_from",
     )
 
@@ -120,6 +120,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         self.pending_partition: dict[str, PartitionSpec] = {}
         self.contiguous: dict[str, bool] = {}
         self.made_with: dict[str, dict[str, Any]] = {}  # settings of the config, which may be changed later
+        self.labels_digest: dict[str, int] = {}
         self.smoa_dropout = nn.ModuleDict()
         self.smoa_A = nn.ModuleDict()
         self.smoa_B = nn.ModuleDict()
@@ -135,6 +136,9 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         self._pristine_blocks: dict[str, dict[int, DiagonalBlocks]] = {}  # by merged adapter and matrix
         self._shared_weight: tuple[nn.Parameter, ...] = ()  # a parameter in a tuple is not saved with the layer
         self.smoa_weight_cache: WeightCache | None = None
+        self.last_batch: tuple[Hashable, Any] | None = None
+        self.partition_version = 0
+        self._trains_mixed_batch = False
         self.out_features, self.in_features = self._weight_shape()
         self.register_state_dict_post_hook(partition_to_state_dict)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(partition_from_state_dict)  # type: ignore[no-untyped-call]
@@ -199,6 +203,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         Raises:
             PartitionError: K does not fit the layer, or the weight has NaN or infinite entries.
         """
+        self.last_batch = None
         shape = (self.out_features, self.in_features)
         ranks = config.ranks_of(module, shape=shape)
         check_num_blocks(len(ranks), *shape)
@@ -216,6 +221,11 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
             self.equalize_random_update(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter."""
+        self.last_batch = None
+        super().delete_adapter(adapter_name)
 
     def _add_factors(self, adapter_name: str, init: Initialization) -> None:
         (of_A, of_B), r = self.saved_shapes(adapter_name)[:2], self.r[adapter_name]
@@ -349,10 +359,12 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
             else:
                 self.smoa_scale_bits[adapter_name] = bits
         self._derived_from[adapter_name] = saved
+        self.partition_version += 1
 
     def _derive_orders(self, adapter_name: str, rows: Tensor, cols: Tensor) -> None:
         self.smoa_orders[adapter_name] = torch.cat(Orders.of(rows, cols))
         self.contiguous[adapter_name] = ascend(rows, cols)
+        self.labels_digest[adapter_name] = hash(torch.cat([rows, cols]).cpu().numpy().tobytes())
 
     def _is_derived(self, adapter_name: str) -> bool:
         """Whether orders and scale bits hold; makes them again if the tensors that they come from were replaced.
@@ -497,7 +509,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
             self.scaling[name] = self.alpha[name] / self.r[name] if scale is None else self.scaling[name] / scale
 
     def _present(self, names: list[str]) -> list[str]:
-        return [name for name in names if name in self.smoa_A]
+        return [name for name in names if name in self.ranks]
 
     # Forward.
 
@@ -507,6 +519,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
+        self._check_recomputed(adapter_names)
         if adapter_names is not None:
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         active = [] if self.merged else self._present(self.active_adapters)
@@ -514,9 +527,22 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
             self.decide_partition(name)
         return self._active_forward(x, active, *args, **kwargs)
 
+    def _check_recomputed(self, adapter_names: list[str] | None) -> None:
+        """Refuse a checkpoint that is not transformers': it would compute a mixed batch again without its names."""
+        if torch.compiler.is_compiling():
+            return
+        in_backward = torch._C._current_graph_task_id() != -1
+        if in_backward and adapter_names is None and self._trains_mixed_batch:
+            raise ValueError(
+                "adapter_names: a checkpoint computes this layer again without the names; use transformers' "
+                "gradient_checkpointing_enable, or train without checkpoints"
+            )
+        if not in_backward:
+            self._trains_mixed_batch = adapter_names is not None and self.training
+
     def _active_forward(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Any:
         result = self.base_layer(x, *args, **kwargs)
-        with self._onloaded(active):
+        with self.onloaded(active):
             for name in active:
                 result = result + self.branch_output(x.to(result.device), name).to(result.dtype)
         return result
@@ -526,18 +552,35 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
             raise ValueError(f"adapter_names has {len(adapter_names)} names for {len(x)} samples; give one for each")
         if self.merged:
             raise ValueError("adapter_names can't be used while adapters are merged; call unmerge_adapter first")
-        names = self._present(sorted(set(adapter_names)))
-        if (cache := self.open_cache(names, x)) is not None:
-            cache.retain(BLOCKS, names)
         result: Tensor = self.base_layer(x, *args, **kwargs)
-        x = x.to(result.device)
-        with self._onloaded(names):
-            for name in names:
-                chosen = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
-                result = result.index_add(0, chosen, self.branch_output(x[chosen], name).to(result.dtype))
+        for rows, output in self._mixed_outputs(x.to(result.device), adapter_names):
+            output = output.to(result.dtype)
+            result = result + output if rows is None else result.index_add(0, rows, output)
         return result
 
-    def _onloaded(self, adapter_names: list[str]) -> AbstractContextManager[None]:
+    def _mixed_outputs(self, x: Tensor, adapter_names: list[str]) -> Iterator[tuple[Tensor | None, Tensor]]:
+        """What the adapters of the rows of x add to the output, with the rows, None for all, that they add it to."""
+        names = self._present(sorted(set(adapter_names)))
+        with self.onloaded(names):
+            for name in names:
+                rows = torch.tensor([row for row, other in enumerate(adapter_names) if other == name], device=x.device)
+                yield rows, self.branch_output(x[rows], name)
+
+    def branch_input(self, x: Tensor, adapter_name: str) -> Tensor:
+        """What an adapter's branch is given for the layer's input x: in training dropout acts on it."""
+        x = self.smoa_dropout[adapter_name](x)
+        if not MODULATIONS[self.modulation[adapter_name]].anchors:
+            return self._cast_input_dtype(x, self.factors(adapter_name)[0].dtype)
+        return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
+
+    def mixed_key(self, adapter_name: str) -> tuple[Hashable, ...]:
+        """Adapters for which it is the same can be computed in one product."""
+        dropout = self.smoa_dropout[adapter_name]
+        p = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
+        dtype = next(self.smoa_A[adapter_name].parameters()).dtype
+        return self.ranks[adapter_name], self.modulation[adapter_name], p, dtype, self.labels_digest[adapter_name]
+
+    def onloaded(self, adapter_names: list[str]) -> AbstractContextManager[None]:
         """Load what a branch reads, if accelerate has offloaded it. The base layer's own call does not keep it."""
         base = self.get_base_layer()
         if torch.compiler.is_compiling() or "_hf_hook" not in base.__dict__:
@@ -680,28 +723,6 @@ def check_finite(merged: Tensor, names: list[str]) -> None:
             f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken, or overflows "
             f"{merged.dtype}; nothing was merged. Train it again, or load the base model in float32"
         )
-
-
-def refuse_shared(layers: Iterable[tuple[str, Tensor, Mapping[str, object]]]) -> None:
-    """Raise MergeError if layers share one weight but not their adapters: a merged weight would be wrong for both.
-
-    Args:
-        layers: Name, stored weight and factors (by adapter) of each adapted layer.
-    """
-    owners: dict[int, tuple[str, Mapping[str, object]]] = {}
-    for name, weight, factors in layers:
-        pointer = weight.data_ptr()  # 0 on the meta device
-        other, others_factors = owners.setdefault(pointer, (name, factors))
-        if pointer and others_factors != factors:
-            raise MergeError(
-                f"{name} and {other} share one weight but have an adapter each, so no merged weight is right for both; "
-                "untie them, adapt one of them only, or set ensure_weight_tying=True before training"
-            )
-
-
-def users_of(model: nn.Module) -> Counter[int]:
-    """How many modules use each parameter, by its id. Several use that of tied embeddings."""
-    return Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
 
 
 def _linear_weight(linear: nn.Module) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,11 +11,13 @@ from transformers.pytorch_utils import Conv1D
 
 from smoa.config import Shape
 from smoa.layers.layer import SmoaLayer, is_instrumented
-from smoa.layers.weight_cache import BLOCKS, WHOLE, KeptUpdate, WeightCache
-from smoa.maths.kernels.choice import prefers_apart
+from smoa.layers.mixed_batch import mixed_outputs, shared_output
+from smoa.layers.weight_cache import BLOCKS, DIAGONAL, WHOLE, KeptUpdate, WeightCache
+from smoa.maths.kernels.choice import prefers_apart, prefers_shared
 from smoa.maths.kernels.operators import is_transformed, multiplies_exactly
 from smoa.maths.scale import MODULATIONS
 from smoa.maths.update import Update
+from smoa.state import chosen_kernels
 
 
 class Linear(SmoaLayer):
@@ -43,16 +46,24 @@ class Linear(SmoaLayer):
         """`x ΔWᵀ`, the adapter's contribution to the output; in training, dropout acts on x."""
         self.decide_partition(adapter_name)
         self.gather(adapter_name)
-        x, anchors = self.smoa_dropout[adapter_name](x), MODULATIONS[self.modulation[adapter_name]].anchors
-        if not anchors:
-            x = self._cast_input_dtype(x, self.factors(adapter_name)[0].dtype)
-        elif torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x, anchors = self.branch_input(x, adapter_name), MODULATIONS[self.modulation[adapter_name]].anchors
+        if anchors and self._multiplies_factors(x, adapter_name):
+            return shared_output(self, x, adapter_name)
         kept = self._kept_update(adapter_name, x) if anchors else None  # without M, the factors are as quick
         if kept is not None:
             return kept.apply(x)
         update = self.update(adapter_name)
         return self._apply_update(update, x)
+
+    def _multiplies_factors(self, x: Tensor, adapter_name: str) -> bool:
+        """Whether few tokens take the product with the blocks of W: where these are slices, and no ΔW is kept."""
+        if not self.contiguous[adapter_name] or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        few = prefers_shared(self.ranks[adapter_name], x.shape[:-1].numel(), chosen_kernels())
+        return few and self.open_cache([adapter_name], x) is None and not is_transformed(x)
+
+    def _mixed_outputs(self, x: Tensor, adapter_names: list[str]) -> Iterator[tuple[Tensor | None, Tensor]]:
+        return mixed_outputs(self, x, adapter_names)
 
     def _kept_update(self, adapter_name: str, x: Tensor) -> KeptUpdate | None:
         cache, dtype = self.open_cache([adapter_name], x), x.dtype
@@ -69,7 +80,7 @@ class Linear(SmoaLayer):
 
     def _cached_forward(self, cache: WeightCache, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Tensor:
         whole = cache.whole and self._may_add_to_weight(x.device.type) and not is_instrumented(self.base_layer)
-        cache.retain(WHOLE if whole else BLOCKS, active)
+        cache.retain({WHOLE} if whole else {BLOCKS, DIAGONAL}, active)
         if whole:
             weight = cache.get((WHOLE, *active), self.state_of_update(active), lambda: self.merged_weight(active))
             if weight is not None:

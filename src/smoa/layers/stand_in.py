@@ -52,8 +52,8 @@ class StandIn:
     @property
     def tensor(self) -> Tensor:
         """What it stands for."""
-        found = self.read() if self.picked is None else self.read()[self.picked]
-        return found.mT if self.flipped else found
+        tensor = self.read() if self.picked is None else self.read()[self.picked]
+        return tensor.mT if self.flipped else tensor
 
     @property
     def outputs_last(self) -> bool:

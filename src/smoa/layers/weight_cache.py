@@ -38,7 +38,7 @@ from smoa.maths.factors import BlockRun
 from smoa.maths.update import Update
 
 T = TypeVar("T")
-WHOLE, BLOCKS = "W + ΔW", "blocks of ΔW"
+WHOLE, BLOCKS, DIAGONAL = "W + ΔW", "blocks of ΔW", "blocks of W"
 _LOCK = threading.Lock()
 
 
@@ -59,9 +59,9 @@ class WeightCache:
 
     def get(self, slot: tuple[str, ...], key: Hashable, make: Callable[[], T]) -> T | None:
         """The value for `slot` (kind, then adapters) in the state `key`; None if there is no memory for it."""
-        found = self.kept.get(slot)
-        if found is not None and found[0] == key:
-            return found[1]  # type: ignore[no-any-return]
+        kept = self.kept.get(slot)
+        if kept is not None and kept[0] == key:
+            return kept[1]  # type: ignore[no-any-return]
         self.kept.pop(slot, None)
         try:
             value = make()
@@ -80,10 +80,10 @@ class WeightCache:
         message = f"no memory to keep ΔW for decoding, so it is formed again for every token ({error})"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
 
-    def retain(self, kind: str, names: Collection[str]) -> None:
-        """Drop all but values of this kind that are made of these adapters."""
+    def retain(self, kinds: Collection[str], names: Collection[str]) -> None:
+        """Drop all but values of these kinds that are made of these adapters."""
         for slot in list(self.kept):
-            if slot[0] != kind or not set(names).issuperset(slot[1:]):
+            if slot[0] not in kinds or (slot[0] == BLOCKS and not set(names).issuperset(slot[1:])):
                 self.kept.pop(slot, None)
 
     @property
@@ -98,8 +98,7 @@ class WeightCache:
 
     def nbytes(self) -> int:
         """Bytes that are kept."""
-        whole = 0 if self.effective is None else self.effective.nbytes
-        return whole + sum(update.nbytes() for update in self.updates)
+        return sum(value.nbytes for _, value in self.kept.values())
 
     def clear(self) -> None:
         """Drop everything."""
@@ -126,6 +125,7 @@ class KeptUpdate:
             torch.bmm(run.of_inputs(flat), entries.mT, out=run.of_outputs(y))
         return self.blocks.unsort_outputs(y).to(x.dtype).view(*x.shape[:-1], y.shape[1])
 
+    @property
     def nbytes(self) -> int:
         """Bytes that are kept."""
         return sum(entries.nbytes for _, entries in self.runs)

@@ -174,10 +174,10 @@ def effective_rank(singular_values: Tensor) -> float:
 
 def _by_block(by_row: Tensor, by_column: Tensor, blocks: Blocks) -> Tensor:
     """Energy of each block's rows and columns together, (num_blocks, q), from (m, q) and (n, q)."""
-    found = torch.zeros(blocks.num_blocks, by_row.shape[1], dtype=torch.float64)
+    by_block = torch.zeros(blocks.num_blocks, by_row.shape[1], dtype=torch.float64)
     for energy, labels in ((by_row, blocks.row_labels), (by_column, blocks.col_labels)):
-        found.index_add_(0, labels.long().cpu(), energy.double().cpu())
-    return found
+        by_block.index_add_(0, labels.long().cpu(), energy.double().cpu())
+    return by_block
 
 
 def _coverage(energy: Tensor) -> float:

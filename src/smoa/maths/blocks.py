@@ -206,11 +206,11 @@ def check_labels(labels: Tensor, num_blocks: int, name: str) -> None:
     """Raise PartitionError unless `labels` is a uint8 vector whose block sizes are those of `torch.tensor_split`."""
     if labels.dtype != torch.uint8 or labels.ndim != 1:
         raise PartitionError(f"{name} must be a uint8 vector, got {labels.dtype} of shape {tuple(labels.shape)}")
-    found = torch.bincount(labels, minlength=num_blocks).tolist()
+    counts = torch.bincount(labels, minlength=num_blocks).tolist()
     expected = list(block_sizes(len(labels), num_blocks))
-    if found != expected:
+    if counts != expected:
         raise PartitionError(
-            f"{name} must hold {num_blocks} blocks of sizes {_short(expected)}, found label counts {_short(found)}"
+            f"{name} must hold {num_blocks} blocks of sizes {_short(expected)}, found label counts {_short(counts)}"
         )
 
 

@@ -29,10 +29,12 @@ beam or sequence to return, so the names are repeated too.
 
 from __future__ import annotations
 
+import difflib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from textwrap import shorten
 from typing import Any, Literal, get_args
 
 from peft.tuners.tuners_utils import BaseTuner
@@ -45,6 +47,8 @@ from smoa.layers.weight_cache import is_sharded, open_caches
 
 Kept = Literal["blocks", "weights", "off"]
 BASE = "__base__"
+CHECKPOINT = "_gradient_checkpointing_func"
+"""The attribute by which transformers' modules compute a part of a model again in the backward."""
 _COPIES: ContextVar[int] = ContextVar("smoa_copies", default=1)
 """Rows for each sample in the `generate` that runs: one for each beam, or each sequence to return."""
 
@@ -125,32 +129,47 @@ def adapter_names_hooks(tuner: BaseTuner, kwargs: dict[str, Any]) -> Iterator[No
     """Remove `adapter_names` from `kwargs`, and pass it to every adapted layer while the context is open.
 
     Raises:
-        ValueError: the model is in training mode, or a name is neither an adapter nor "__base__".
+        ValueError: a name is neither an adapter nor "__base__".
     """
     adapter_names = kwargs.pop("adapter_names", None)
     if adapter_names is None:
         yield
         return
-    if tuner.training:
-        raise ValueError("adapter_names can't be used in training mode; call model.eval() first")
-    known = {BASE} | {name for module in tuner.modules() if isinstance(module, SmoaLayer) for name in module.smoa_A}
+    known = {BASE, *tuner.peft_config}
     unknown = sorted(set(adapter_names) - known)
     if unknown:
-        raise ValueError(f"adapter_names: unknown adapters {unknown}; use some of {sorted(known)}")
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        meant = f"did you mean {near[0]!r}?" if near else f"use some of {shorten(str(sorted(known)), 500)}"
+        raise ValueError(f"adapter_names: unknown adapters {shorten(str(unknown), 500)}; {meant}")
     beams = kwargs.get("num_beams") or 1  # for a model with a `generate` of its own
     get_encoder: Any = getattr(tuner.model, "get_encoder", None)
     encoder = get_encoder() if get_encoder else None
     once = set() if encoder in (None, tuner.model) else set(encoder.modules())  # `generate` repeats no sample there
+    repeated: dict[int, list[str]] = {}
 
     def with_names(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         copies = 1 if module in once else max(beams, _COPIES.get())
-        return args, {**kwargs, "adapter_names": [name for name in adapter_names for _ in range(copies)]}
+        if copies not in repeated:
+            repeated[copies] = [name for name in adapter_names for _ in range(copies)]
+        return args, {**kwargs, "adapter_names": repeated[copies]}
 
-    handles = [
-        module.register_forward_pre_hook(with_names, with_kwargs=True)
-        for module in tuner.modules()
-        if isinstance(module, (SmoaLayer, AuxiliaryTrainingWrapper))
-    ]
+    layers = list(_taking_names(tuner))
+    with _hooked(layers, with_names), _hooked_again_in_checkpoints(tuner, layers, with_names):
+        yield
+
+
+def _taking_names(module: nn.Module) -> Iterator[nn.Module]:
+    """The layers that take the names; what is within them is not looked at, which is much where adapters are many."""
+    if isinstance(module, (SmoaLayer, AuxiliaryTrainingWrapper)):
+        yield module
+    else:
+        for child in module.children():
+            yield from _taking_names(child)
+
+
+@contextmanager
+def _hooked(layers: Sequence[nn.Module], hook: Any) -> Iterator[None]:
+    handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers]
     try:
         yield
     finally:
@@ -159,13 +178,37 @@ def adapter_names_hooks(tuner: BaseTuner, kwargs: dict[str, Any]) -> Iterator[No
 
 
 @contextmanager
+def _hooked_again_in_checkpoints(tuner: nn.Module, layers: Sequence[nn.Module], hook: Any) -> Iterator[None]:
+    """Give the names again where gradient checkpointing computes a part of the model in the backward, after this."""
+    checkpoints = [m for m in tuner.modules() if tuner.training and CHECKPOINT in m.__dict__]
+    originals = [module.__dict__[CHECKPOINT] for module in checkpoints]
+
+    def hooked(function: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with _hooked(layers, hook):
+                return function(*args, **kwargs)
+
+        return run
+
+    for module, original in zip(checkpoints, originals, strict=True):
+        module.__dict__[CHECKPOINT] = lambda function, *args, _checkpoint=original, **kwargs: _checkpoint(
+            hooked(function), *args, **kwargs
+        )
+    try:
+        yield
+    finally:
+        for module, original in zip(checkpoints, originals, strict=True):
+            module.__dict__[CHECKPOINT] = original
+
+
+@contextmanager
 def samples_repeated(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
     """Repeat the names as `model.generate(*args, **kwargs)` repeats samples, by its settings or the model's own."""
     configs = (kwargs.get("generation_config", *args[1:2]), getattr(model, "generation_config", None))
 
     def setting(name: str) -> int:
-        found = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
-        return next((value for value in found if isinstance(value, int)), 1)
+        values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+        return next((value for value in values if isinstance(value, int)), 1)
 
     token = _COPIES.set(max(setting("num_beams"), setting("num_return_sequences")))
     try:

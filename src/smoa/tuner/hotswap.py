@@ -70,8 +70,10 @@ def _checked_config(old: SmoaConfig, path: str) -> SmoaConfig:
     fixed = ("num_blocks", "num_blocks_pattern", "modulation", "bias", "expert_partition", "ensure_weight_tying")
     different = [name for name in fixed if getattr(new, name) != getattr(old, name)]
     if different:
-        found = "; ".join(f"{name}={getattr(new, name)!r}, not {getattr(old, name)!r}" for name in different)
-        raise ConfigError(f"{path}: has {found} as the loaded adapter; load it under another name with load_adapter")
+        differences = "; ".join(f"{name}={getattr(new, name)!r}, not {getattr(old, name)!r}" for name in different)
+        raise ConfigError(
+            f"{path}: has {differences} as the loaded adapter; load it under another name with load_adapter"
+        )
     return new
 
 
@@ -131,12 +133,12 @@ def _padded(
 def _check_others(slot: PeftModel, state: dict[str, Tensor], adapter_name: str, path: str) -> None:
     """Refuse other biases and modules_to_save than the slot's, because missing ones would stay the old adapter's."""
     saved = get_peft_model_state_dict(slot, adapter_name=adapter_name)
-    expected, found = (
+    expected, given = (
         {f"{key} {tuple(tensor.shape)}" for key, tensor in tensors.items() if ".smoa_" not in key}
         for tensors in (saved, state)
     )
-    if expected != found:
+    if expected != given:
         raise AdapterFileError(
-            f"{path}: in addition to factors it has {sorted(found - expected) or 'nothing'} and lacks "
-            f"{sorted(expected - found) or 'nothing'} compared with {adapter_name!r}; load it under another name"
+            f"{path}: in addition to factors it has {sorted(given - expected) or 'nothing'} and lacks "
+            f"{sorted(expected - given) or 'nothing'} compared with {adapter_name!r}; load it under another name"
         )

@@ -21,13 +21,13 @@ from smoa.files.loading import incoming
 from smoa.files.names import PREFIX, adapter_layers, embeddings_of, parameter_names, renamed, with_id, without_id
 from smoa.layers.distributed import plain_name, refuse_writing, with_plain_names
 from smoa.layers.experts import ParamWrapper
-from smoa.layers.layer import SmoaLayer, refuse_shared, users_of
+from smoa.layers.layer import SmoaLayer
 from smoa.layers.quantized import keep_unpacked, requantization_reported
 from smoa.tuner.combining import Combination, check_combination, check_layer, combined_config, fill_combined
 from smoa.tuner.generation import adapter_names_hooks, forget_generate, watch_generate
 from smoa.tuner.parameters import existing_wrapper
 from smoa.tuner.targets import check_target, survey_targets
-from smoa.tuner.tying import tie_layers
+from smoa.tuner.tying import refuse_shared, tie_layers, users_of
 
 
 class SmoaModel(BaseTuner, StateDictHooks):

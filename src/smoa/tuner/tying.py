@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from smoa.config import Shape, SmoaConfig
-from smoa.errors import ConfigError
+from smoa.errors import ConfigError, MergeError
 from smoa.layers.embedding import Embedding
 from smoa.layers.layer import SmoaLayer
 
@@ -100,3 +101,25 @@ def tie_layers(model: nn.Module, adapter_name: str) -> None:
         )
         for other in ends[1:]:
             other.follow(ends[0], adapter_name)
+
+
+def refuse_shared(layers: Iterable[tuple[str, Tensor, Mapping[str, object]]]) -> None:
+    """Raise MergeError if layers share one weight but not their adapters: a merged weight would be wrong for both.
+
+    Args:
+        layers: Name, stored weight and factors (by adapter) of each adapted layer.
+    """
+    owners: dict[int, tuple[str, Mapping[str, object]]] = {}
+    for name, weight, factors in layers:
+        pointer = weight.data_ptr()  # 0 on the meta device
+        other, others_factors = owners.setdefault(pointer, (name, factors))
+        if pointer and others_factors != factors:
+            raise MergeError(
+                f"{name} and {other} share one weight but have an adapter each, so no merged weight is right for both; "
+                "untie them, adapt one of them only, or set ensure_weight_tying=True before training"
+            )
+
+
+def users_of(model: nn.Module) -> Counter[int]:
+    """How many modules use each parameter, by its id. Several use that of tied embeddings."""
+    return Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())

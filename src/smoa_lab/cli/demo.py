@@ -70,7 +70,7 @@ def check_verifiable(config: RunConfig) -> None:
 
 def verify_saved(config: RunConfig, run: LoadedRun, metrics: dict[str, Any]) -> str:
     """Compare the finished run in ``config.folder`` with its own metrics: the gold answers' losses as trained, reloaded
-    and merged, and the first logits of some answers, relative to the largest; what was found, in a sentence.
+    and merged, and the first logits of some answers, relative to the largest, in a sentence.
 
     Raises:
         MergeError: reloaded or merged, the adapter is not the one that was trained, or training diverged.
@@ -96,11 +96,11 @@ def verify_saved(config: RunConfig, run: LoadedRun, metrics: dict[str, Any]) -> 
     model = model.merge_and_unload(safe_merge=True)
     merged = run.held_out_losses(model).mean
     difference = float((first_logits(model) - logits).abs().max() / logits.abs().max())
-    found = (
+    sentence = (
         f"Gold-answer loss of the adapter as trained {trained:.6f}, reloaded onto a fresh base model {reloaded:.6f}, "
         f"merged {merged:.6f}: they {{}} (largest difference of a logit, relative: {difference:.1e})."
     )
     tolerance, losses = TOLERANCE[config.model.dtype], (trained, reloaded, merged)
     if max(losses) - min(losses) > tolerance * trained or difference > tolerance:
-        raise MergeError(f"the saved adapter is not the one that was trained. {found.format('disagree')}")
-    return found.format("agree")
+        raise MergeError(f"the saved adapter is not the one that was trained. {sentence.format('disagree')}")
+    return sentence.format("agree")

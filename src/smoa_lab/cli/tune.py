@@ -23,13 +23,13 @@ def tune(
         from smoa_lab.pages.tables import Table
         from smoa_lab.study.tune_run import tune_run
 
-        found = tune_run(load_config(config, overrides, trust_remote_code), max_runs)
+        search = tune_run(load_config(config, overrides, trust_remote_code), max_runs)
         if json:
-            losses = {f"{rate:g}": loss for rate, loss in found.losses.items()}
-            print_json({"learning_rate": found.learning_rate, "interior": found.interior, "losses": losses})
+            losses = {f"{rate:g}": loss for rate, loss in search.losses.items()}
+            print_json({"learning_rate": search.learning_rate, "interior": search.interior, "losses": losses})
             return
-        rows = [[f"{rate:g}", "diverged" if loss is None else f"{loss:.4f}"] for rate, loss in found.losses.items()]
+        rows = [[f"{rate:g}", "diverged" if loss is None else f"{loss:.4f}"] for rate, loss in search.losses.items()]
         Table(["learning rate", "validation loss"], rows).print()
-        if not found.interior:
+        if not search.interior:
             typer.echo("\nThe best lies at the edge of what was tried: start there and search again.")
-        typer.echo(f"\nPut this under training:\n\n  learning_rate: {found.learning_rate:g}")
+        typer.echo(f"\nPut this under training:\n\n  learning_rate: {search.learning_rate:g}")

@@ -6,11 +6,11 @@ A 22M encoder trains in seconds, which allows many more seeds and methods than a
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -29,7 +29,7 @@ from smoa_lab.data.wheels import installed_file
 from smoa_lab.models.base_models import places
 from smoa_lab.scoring.evaluation import Outcome
 from smoa_lab.scoring.losses import scoring
-from smoa_lab.study.runner import Fitted, Runner, without_bar
+from smoa_lab.study.runner import Runner, without_bar
 from smoa_lab.training.adapting import after_training, with_adapter
 from smoa_lab.training.loaded_run import REPLACED, checked_arguments
 
@@ -46,7 +46,7 @@ class ClassificationRunner(Runner):
         own = {"name": encoder_folder()} if config.model.name == PACKAGED_ENCODER else {}
         return config.model.model_copy(update=own)
 
-    def _fit(self, config: RunConfig, checkpoint: str | None, check: TrainerCallback) -> Fitted:
+    def _fit(self, config: RunConfig, checkpoint: str | None, check: TrainerCallback) -> tuple[Any, Any, float]:
         arguments = without_bar(checked_arguments(TrainingArguments(**config.training)))
         set_seed(arguments.seed)  # head and factors are drawn here
         model, tokenizer = self._adapted(config)
@@ -58,7 +58,7 @@ class ClassificationRunner(Runner):
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=checkpoint)
         after_training(model, config.method)
-        return Fitted(model, trainer, time.perf_counter() - started)
+        return model, trainer, time.perf_counter() - started
 
     def _adapted(self, config: RunConfig) -> tuple[Any, PreTrainedTokenizerBase]:
         """The model to train, and its tokenizer."""
@@ -67,12 +67,18 @@ class ClassificationRunner(Runner):
 
     def _outcomes(self, model: nn.Module | None, config: RunConfig, rows: Sequence[Row]) -> list[Outcome]:
         base, tokenizer = self._base(config)
-        scored = base if model is None else model
+        scored: Any = base if model is None else model
+        collate, device = DataCollatorWithPadding(tokenizer), next(scored.parameters()).device
         outcomes: list[Outcome] = []
         with scoring(scored):
-            for some, batch in _batches(tokenizer, rows, config.task.max_length):
-                losses, hits = _scored(scored, batch)
-                outcomes += [Outcome(one, loss, 1, hit, hit) for one, loss, hit in zip(some, losses, hits, strict=True)]
+            for start in range(0, len(rows), BATCH):
+                some = rows[start : start + BATCH]
+                batch = dict(collate([_row(tokenizer, row, config.task.max_length) for row in some]))
+                labels = batch.pop("labels").to(device)
+                logits = scored(**{name: tensor.to(device) for name, tensor in batch.items()}).logits.float()
+                losses = nn.functional.cross_entropy(logits, labels, reduction="none").tolist()
+                hits = (logits.argmax(-1) == labels).tolist()
+                outcomes += [Outcome(row, loss, 1, hit, hit) for row, loss, hit in zip(some, losses, hits, strict=True)]
         return outcomes
 
     def _base(self, config: RunConfig) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -109,21 +115,3 @@ def _classes(rows: Sequence[Row]) -> int:
 def _row(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int) -> dict[str, Any]:
     text = f"{row.context}\n{row.prompt}" if row.context else str(row.prompt)
     return {**tokenizer(text, truncation=True, max_length=max_length), "labels": row.label}
-
-
-def _batches(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int
-) -> Iterator[tuple[Sequence[Row], dict[str, Tensor]]]:
-    collate = DataCollatorWithPadding(tokenizer)
-    for start in range(0, len(rows), BATCH):
-        some = rows[start : start + BATCH]
-        yield some, dict(collate([_row(tokenizer, row, max_length) for row in some]))
-
-
-def _scored(model: nn.Module, batch: dict[str, Tensor]) -> tuple[list[float], list[bool]]:
-    device = next(model.parameters()).device
-    labels = batch.pop("labels").to(device)
-    logits = model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits.float()
-    losses = nn.functional.cross_entropy(logits, labels, reduction="none")
-    hits: list[bool] = (logits.argmax(-1) == labels).tolist()
-    return losses.tolist(), hits

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, set_seed
+from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
 
 from smoa.errors import ConfigError
 from smoa_lab.basics.extras import require
@@ -27,21 +26,16 @@ from smoa_lab.training.run_folder import RunFolder
 
 Part = Literal["validation", "test"]
 
-# How far the trainable parameters of an entry may differ from what it declares.
 PARAMETER_TOLERANCE = 0.02
+"""How far the trainable parameters of an entry may differ from what it declares."""
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """A trained model, its trainer, and the seconds that it took."""
+class Runner:
+    """Trains entries that share ``shared`` (a run's config without method, adapter, learning rate and seed).
 
-    model: nn.Module
-    trainer: Trainer
-    seconds: float
-
-
-class Runner(ABC):
-    """Trains entries that share ``shared`` (a run's config without method, adapter, learning rate and seed)."""
+    This one is of causal language models: the loss is on the answers, as in ``smoa train``, and the gold answers'
+    likelihood is scored.
+    """
 
     auto_class: Any = AutoModelForCausalLM
 
@@ -84,14 +78,14 @@ class Runner(ABC):
         self._part(part)
         inputs = {"data": self.records.content, "base model": base_content(self._base_section(config))}
         checkpoint = RunFolder(work).start(config.to_yaml(), inputs)
-        fitted = self._fit(config, checkpoint, ParameterCheck(entry))
+        model, trainer, seconds = self._fit(config, checkpoint, ParameterCheck(entry))
         return {
             "config": self.stored_config(config),
-            "parameters": trained_parameters(fitted.model),
-            "seconds": None if checkpoint else round(fitted.seconds, 1),  # of a resumed run it would be a part only
-            "steps": fitted.trainer.state.global_step,
-            "training_loss": fitted.trainer.state.log_history[-1].get("train_loss"),
-            **self._scores(fitted.model, config, part),
+            "parameters": trained_parameters(model),
+            "seconds": None if checkpoint else round(seconds, 1),  # of a resumed run it would be a part only
+            "steps": trainer.state.global_step,
+            "training_loss": trainer.state.log_history[-1].get("train_loss"),
+            **self._scores(model, config, part),
         }
 
     def untouched_config(self, entry: Entry) -> RunConfig:
@@ -124,43 +118,28 @@ class Runner(ABC):
 
     def _scores(self, model: nn.Module | None, config: RunConfig, part: Part) -> dict[str, Any]:
         outcomes = self._outcomes(model, config, self._part(part))
-        found: dict[str, Any] = {
-            "part": part,
-            "sha256": self.records.account["used"][part]["sha256"],
-            **scored(outcomes),
-        }
-        if self._elsewhere_records and part == "test":
-            found |= self._away(model, config)
-        return found
+        content = self.records.account["used"][part]["sha256"]
+        away = self._away(model, config) if self._elsewhere_records and part == "test" else {}
+        return {"part": part, "sha256": content, **scored(outcomes), **away}
 
     def _away(self, model: nn.Module | None, config: RunConfig) -> dict[str, Any]:
         """The loss elsewhere."""
         outcomes = self._outcomes(model, config, self._elsewhere_records)
         return {"elsewhere": score_outcomes(outcomes)["all"].gold_loss}
 
-    @abstractmethod
-    def _fit(self, config: RunConfig, checkpoint: str | None, check: TrainerCallback) -> Fitted:
-        """Train by ``config``, from ``checkpoint`` if there is one, watched by ``check``."""
-
-    @abstractmethod
-    def _outcomes(self, model: nn.Module | None, config: RunConfig, rows: Sequence[Row]) -> list[Outcome]:
-        """What the model, or without one the untouched base, makes of each record."""
-
-
-class AnswerRunner(Runner):
-    """Trains causal language models with the loss on the answers, as ``smoa train`` does; scores the gold answers'
-    likelihood."""
-
     def _load(self, config: RunConfig) -> LoadedRun:
         run = load_run(config, self.records)
         self.encoder = run.encoder
         return run
 
-    def _fit(self, config: RunConfig, checkpoint: str | None, check: TrainerCallback) -> Fitted:
+    def _fit(self, config: RunConfig, checkpoint: str | None, check: TrainerCallback) -> tuple[Any, Any, float]:
+        """Train by ``config``, from ``checkpoint`` if there is one, watched by ``check``: the model, its trainer, and
+        the seconds that it took."""
         run = self._load(config)
-        return Fitted(*run.fit(without_bar(run.arguments()), checkpoint, check))
+        return run.fit(without_bar(run.arguments()), checkpoint, check)
 
     def _outcomes(self, model: nn.Module | None, config: RunConfig, rows: Sequence[Row]) -> list[Outcome]:
+        """What the model, or without one the untouched base, makes of each row."""
         scored = self._load(config).base if model is None else model
         return answer_outcomes(scored, self.encoder, rows, config.task.eval_batch_tokens)
 
@@ -173,8 +152,8 @@ def without_bar(arguments: Any) -> Any:
 
 def trained_parameters(model: nn.Module) -> int:
     """How many are trainable, a new classification head aside."""
-    named = (one for name, one in model.named_parameters() if one.requires_grad and "classifier" not in name)
-    return sum(parameter.numel() for parameter in named)
+    parameters = model.named_parameters()
+    return sum(value.numel() for name, value in parameters if value.requires_grad and "classifier" not in name)
 
 
 class ParameterCheck(TrainerCallback):
@@ -185,10 +164,10 @@ class ParameterCheck(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Called by the Trainer."""
-        found, wanted = trained_parameters(model), self.entry.parameters
-        if wanted is not None and abs(found - wanted) > PARAMETER_TOLERANCE * wanted:
+        trained, wanted = trained_parameters(model), self.entry.parameters
+        if wanted is not None and abs(trained - wanted) > PARAMETER_TOLERANCE * wanted:
             raise ConfigError(
-                f"entries: {self.entry.method} {self.entry.adapter} trains {found:,} parameters, not {wanted:,} to "
+                f"entries: {self.entry.method} {self.entry.adapter} trains {trained:,} parameters, not {wanted:,} to "
                 f"within {PARAMETER_TOLERANCE:.0%}; change r (smoa budget lists the choices) or what it declares"
             )
 

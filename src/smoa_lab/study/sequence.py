@@ -32,7 +32,7 @@ from smoa_lab.models.needs import training_needs
 from smoa_lab.scoring.evaluation import Outcome, answer_outcomes
 from smoa_lab.scoring.forgetting import text_losses, whole_text
 from smoa_lab.scoring.losses import Losses
-from smoa_lab.study.runner import AnswerRunner, Part, scored, without_bar
+from smoa_lab.study.runner import Part, Runner, scored, without_bar
 from smoa_lab.study.study import Entry, Study
 from smoa_lab.training.adapting import check_adapter
 from smoa_lab.training.loaded_run import LoadedRun, encoder_of, load_run
@@ -115,7 +115,7 @@ class EarlierTask:
         shutil.rmtree(run.path)
 
 
-class SequenceRunner(AnswerRunner):
+class SequenceRunner(Runner):
     """Trains the last task on the model of the earlier ones; scores all on their test parts, and the text elsewhere.
 
     With ``replay`` the last task is trained on that many training rows of the first one too.

@@ -8,7 +8,7 @@ from smoa.errors import ConfigError, DataError
 from smoa_lab.config.run import ConfigText
 from smoa_lab.config.validation import block_problems
 from smoa_lab.study.classification import ClassificationRunner
-from smoa_lab.study.runner import AnswerRunner, Runner
+from smoa_lab.study.runner import Runner
 from smoa_lab.study.sequence import SequenceRunner
 from smoa_lab.study.study import Study
 
@@ -17,7 +17,7 @@ def runner_of(study: Study) -> Runner:
     """What trains and scores one entry of the study."""
     if study.kind == "sequence":
         return SequenceRunner(study)
-    kind = ClassificationRunner if study.kind == "classification" else AnswerRunner
+    kind = ClassificationRunner if study.kind == "classification" else Runner
     return kind(study.shared, study.elsewhere)
 
 

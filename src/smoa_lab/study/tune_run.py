@@ -12,6 +12,7 @@ from smoa.errors import ConfigError
 from smoa_lab.config.run import RunConfig
 from smoa_lab.models.base_models import with_rate
 from smoa_lab.study.comparison import Comparison
+from smoa_lab.study.runner import without_bar
 from smoa_lab.study.search import Tuned, first_index, next_indices, rate
 from smoa_lab.study.study import Entry, Study, Tuning
 from smoa_lab.study.trials import Trial, TrialStore
@@ -64,12 +65,12 @@ def _tune_rows(config: RunConfig, max_runs: int) -> Tuned:
     while indices := next_indices(start, losses, max_runs, refine=True):
         for index in indices:
             trial = Trial("tuning", "run", rate(index), _seed(config))
-            one = _with(config, learning_rate=trial.learning_rate, seed=trial.seed)
+            own: dict[str, Any] = {"learning_rate": trial.learning_rate, "seed": trial.seed}
             if not config.training.get("load_best_model_at_end"):
-                one = _with(one, eval_strategy="epoch")  # at the end, too; else no rows would be held out for it
-            found = store.get(trial.name, one.model_dump(mode="json"), partial(_train_rows, one))
-            losses[index] = found["loss"]
-            logger.info("%s: loss %s", trial.name, found["loss"])
+                own["eval_strategy"] = "epoch"  # at the end, too; else no rows would be held out for it
+            tried = _with(config, **own)
+            losses[index] = store.get(trial.name, tried.model_dump(mode="json"), partial(_train_rows, tried))["loss"]
+            logger.info("%s: loss %s", trial.name, losses[index])
     return Tuned.of(losses)
 
 
@@ -81,9 +82,8 @@ def _train_rows(config: RunConfig, work: Path) -> dict[str, Any]:
         raise ConfigError(
             "data: leaves no validation rows, by which rates are compared; give a larger data.validation_part"
         )
-    arguments = run.arguments()
-    arguments.disable_tqdm = True
-    _, trainer, _ = run.fit(arguments, RunFolder(work).start(config.to_yaml(), run.inputs()))
+    checkpoint = RunFolder(work).start(config.to_yaml(), run.inputs())
+    _, trainer, _ = run.fit(without_bar(run.arguments()), checkpoint)
     loss = trainer.evaluate()["eval_loss"]  # of the adapter that is kept, which need not be the last
     return {"config": config.model_dump(mode="json"), "loss": loss}
 

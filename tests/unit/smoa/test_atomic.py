@@ -197,7 +197,7 @@ def test_what_may_not_be_moved_stays_for_the_next_one(tmp_path: Path, monkeypatc
 
 
 def fill_often(folder: Path, text: str) -> None:
-    for _ in range(150):
+    for _ in range(50):
         fill(folder, text)
 
 

@@ -73,17 +73,6 @@ def test_a_zero_weight_is_cut_in_natural_order_and_modulates_to_nothing(dtype: t
     assert all((factor.grad == 0).all() == (modulation == "hadamard") for factor in factors(layer))
 
 
-@pytest.mark.parametrize("shape", [(6, 8), (8, 6), (7, 7)])
-def test_rows_and_columns_of_one_value_have_a_partition_and_the_oracles_output(shape: tuple[int, int]) -> None:
-    """A weight of one value has rank 1: every score but for rounding is the same."""
-    layer = layer_of(torch.full(shape, 0.5, dtype=torch.float64), r=4, num_blocks=2)
-    rows, cols = labels(layer)
-    assert sorted(rows) == reference.contiguous_labels(shape[0], 2)
-    assert sorted(cols) == reference.contiguous_labels(shape[1], 2)
-    x = torch.randn(3, shape[1], dtype=torch.float64)
-    assert_close(layer(x), oracle_output(layer, x))
-
-
 @pytest.mark.parametrize("r", [1, 24, 200])
 def test_a_rank_beyond_the_blocks_size_gives_the_oracles_output_and_gradients(r: int) -> None:
     layer = layer_of(torch.randn(6, 8, dtype=torch.float64), r=r, num_blocks=2, alpha=5.0)

@@ -7,11 +7,9 @@ from collections.abc import Sequence
 import peft
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from smoa import SmoaConfig
 from smoa.layers.layer import SmoaLayer
 from tests.support.layers import Wrapper, adapted_layer, base_layer, base_weight, factors
 from tests.support.tolerance import assert_close
@@ -74,27 +72,9 @@ def test_one_block_with_modulation_equals_peft_hira(out_features: int, in_featur
         assert_close(own, hiras)
 
 
-def test_contiguous_blocks_without_modulation_equal_melora() -> None:
-    layer = adapted_layer(base_layer(8, 10), r=4, num_blocks=2, modulation="none", partition="contiguous")
-    A, B = factors(layer)
-    x = torch.randn(5, 10, dtype=torch.float64)
-    small_loras = [x[:, :5] @ A[:2].T @ B[:, :2].T, x[:, 5:] @ A[2:].T @ B[:, 2:].T]
-    assert_close(layer.branch_output(x, "default"), torch.cat(small_loras, dim=1))
-
-
 def test_modulation_keeps_zero_weights_zero() -> None:
     base = base_layer(8, 10)
     with torch.no_grad():
         base.weight[torch.rand(8, 10) < 0.5] = 0
     layer = adapted_layer(base, r=4, num_blocks=2)
     assert (layer.get_delta_weight("default")[base_weight(layer) == 0] == 0).all()
-
-
-@pytest.mark.parametrize("num_blocks", [2, 4])
-def test_at_loras_budget_smoa_affords_k_times_the_rank(num_blocks: int, tiny_llama: PreTrainedModel) -> None:
-    targets = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-    lora = get_peft_model(tiny_llama, LoraConfig(r=4, target_modules=targets))
-    budget, _ = lora.get_nb_trainable_parameters()
-    smoa_config = SmoaConfig(r=4 * num_blocks, num_blocks=num_blocks, target_modules=targets)
-    trainable, _ = get_peft_model(lora.unload(), smoa_config).get_nb_trainable_parameters()
-    assert trainable == budget

@@ -86,24 +86,6 @@ def test_every_implementation_of_the_experts_gives_the_same_output_and_gradients
             torch.testing.assert_close(own, first, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "llama4"])
-def test_several_adapters_take_turns_and_can_be_disabled_and_unloaded(family: str) -> None:
-    model = adapted(family, init_weights=False)
-    plain, first = logits(build_mixture(family)), logits(model)
-    model.add_adapter("second", SmoaConfig(target_modules=[], target_parameters=EXPERTS, init_weights=False))
-    model.set_adapter("second")
-    second = logits(model)
-    assert not torch.equal(first, second)
-    model.set_adapter("default")
-    assert torch.equal(logits(model), first)
-    with model.disable_adapter():
-        assert torch.equal(logits(model), plain)
-    model.set_adapter("second")
-    model.delete_adapter("default")
-    assert torch.equal(logits(model), second)
-    assert torch.equal(logits(model.unload()), plain)
-
-
 @pytest.mark.parametrize("family", MIXTURES)
 def test_it_generates_what_the_merged_model_does(family: str) -> None:
     model = adapted(family, init_weights=False)
@@ -135,13 +117,6 @@ def test_autocast_and_half_precision_train(family: str, implementation: str) -> 
         train_a_step(model)
     half = copy.deepcopy(model).to(torch.bfloat16)
     train_a_step(half)
-
-
-def test_modules_and_experts_share_one_adapter(tmp_path: Path) -> None:
-    model = adapted("qwen3_moe", target_modules="all-linear", init_weights=False)
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(build_mixture("qwen3_moe"), str(tmp_path)).eval()
-    assert torch.equal(logits(loaded), logits(model))
 
 
 def test_a_file_names_parameters_and_not_how_their_wrappers_are_nested(tmp_path: Path) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,11 +12,6 @@ import yaml
 import smoa
 
 SOURCE = Path(smoa.__file__).parent
-
-
-def run_python(code: str) -> str:
-    """What a fresh interpreter prints."""
-    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
 
 
 def test_all_is_sorted_and_holds_each_name_once() -> None:
@@ -67,11 +60,3 @@ def test_the_citation_names_the_same_version() -> None:
 
 def test_the_package_says_that_it_is_typed() -> None:
     assert (SOURCE / "py.typed").is_file()
-
-
-def test_importing_smoa_needs_nothing_of_the_lab() -> None:
-    lab = ["accelerate", "altair", "datasets", "gguf", "pydantic", "rich", "typer"]
-    # peft imports accelerate and transformers imports others by itself: what counts is what smoa adds to them.
-    loaded = f"set({lab}) & set(sys.modules)"
-    code = f"import sys, peft, transformers; old = {loaded}; import smoa; print({loaded} - old)"
-    assert run_python(code) == "set()"

@@ -48,14 +48,6 @@ def two_adapters(tmp_path: Path) -> PeftModel:
     return model.eval()
 
 
-def test_the_updates_of_two_active_adapters_add_up(two_adapters: PeftModel) -> None:
-    two_adapters.base_model.set_adapter(["default", "other"])
-    layer = layers_of(two_adapters)[0]
-    x = torch.randn(5, layer.in_features)
-    expected = x.double() @ (delta_of(layer) + delta_of(layer, "other")).T
-    assert_close(layer(x) - layer.base_layer(x), expected, torch.float32)
-
-
 def test_a_mixed_batch_gives_each_sample_its_adapter(two_adapters: PeftModel) -> None:
     inputs = {key: value for key, value in tiny_models.batch("llama").items() if key != "labels"}
     alone = []
@@ -115,11 +107,6 @@ def test_merge_and_unload_leaves_a_quantized_model_and_keeps_nothing(tmp_path: P
     assert all(reference() is None for reference in set_aside)
     assert isinstance(merged.model.layers[0].self_attn.q_proj, bnb.nn.Linear4bit)
     assert torch.isfinite(merged(**inputs).loss)
-
-
-def test_an_untrained_adapter_merges_without_a_report(tmp_path: Path) -> None:
-    model = get_peft_model(quantized_model(tmp_path), SmoaConfig(r=4, target_modules=["q_proj"]))
-    model.merge_adapter()  # warnings are errors here
 
 
 def test_a_broken_adapter_is_refused_under_safe_merge_and_nothing_is_changed(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def test_metrics_of_an_older_version_are_shown_without_what_it_did_not_measure(t
     ]
     (run / "metrics.json").write_text('{"provenance": "?", "evaluation": {}}')
     (missed,) = reported(run)[1]
-    assert "parameters, forgetting, history, samples" in missed
+    assert "parameters, training, forgetting, history, samples" in missed
     assert "another version of smoa" in missed
 
 

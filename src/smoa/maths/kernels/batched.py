@@ -37,7 +37,7 @@ def batched_forward(factors: Factors, x: Tensor, anchor: Tensor) -> Tensor:
 def batched_delta(wide: Factors, anchor: Tensor, dtype: torch.dtype) -> Iterator[tuple[BlockRun, Tensor]]:
     """The diagonal blocks of ΔW, (blocks, height, width) for each run, rounded to `dtype`, from wide factors."""
     for run in wide.runs():
-        yield run, _delta(wide, run, _entries(wide.blocks, run, anchor), dtype)
+        yield run, _delta(wide, run, diagonal_blocks(wide.blocks, run, anchor), dtype)
 
 
 def batched_backward(
@@ -54,7 +54,7 @@ def batched_backward(
     for run in runs:
         run_g = run.of_outputs(sorted_g)
         grad_delta = torch.bmm(run_g.mT, run.of_inputs(sorted_x)).to(wide.dtype)
-        entries = _entries(blocks, run, anchor)
+        entries = diagonal_blocks(blocks, run, anchor)
         grad_delta.mul_(entries)
         torch.bmm(run.of_B(wide.B).mT, grad_delta, out=run.of_A(grad_A))
         torch.bmm(grad_delta, run.of_A(wide.A).mT, out=run.of_B(grad_B))
@@ -75,7 +75,7 @@ def _delta(wide: Factors, run: BlockRun, entries: Tensor, dtype: torch.dtype) ->
     return product.mul_(entries).to(dtype)
 
 
-def _entries(blocks: Blocks, run: BlockRun, anchor: Tensor) -> Tensor:
+def diagonal_blocks(blocks: Blocks, run: BlockRun, anchor: Tensor) -> Tensor:
     """The blocks `M[I_k, J_k]` of a run, (blocks, height, width): a view of M if they are contiguous, else a copy."""
     if blocks.is_contiguous or anchor.device.type != "cpu" or run.height * run.width <= LARGE_BLOCK:
         return run.of_matrix(anchor, blocks)

@@ -6,6 +6,7 @@ more to start than to run, so what starts fewer is taken.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor
@@ -15,16 +16,18 @@ from smoa.maths.factors import Factors
 from smoa.maths.kernels.batched import batched_backward, batched_forward
 from smoa.maths.kernels.loops import loop_backward, loop_forward
 
-Kernels = Literal["auto", "loop", "batched"]
+Kernels = Literal["auto", "loop", "batched", "shared"]
 SMALL_BLOCK = 1 << 13
 """Entries of the largest blocks for which batched products are faster."""
+FEW_PRODUCTS = 32
+"""Products of a token with the blocks of W, for which it does not pay to form ΔW."""
 SMALL_SLICE, FEW_TOKENS = 1 << 15, 128
 """Entries of the largest contiguous blocks for which they are faster, and the most tokens with which they are."""
 
 
 def prefers_batched(blocks: Blocks, tokens: int, kernels: Kernels = "auto") -> bool:
     """Whether to multiply all blocks of one shape in one product, instead of one after the other."""
-    if kernels != "auto" or blocks.row_labels.device.type != "cpu":
+    if kernels in ("loop", "batched") or blocks.row_labels.device.type != "cpu":
         return kernels != "loop"
     entries = blocks.out_features * blocks.in_features // blocks.num_blocks**2
     return entries <= (SMALL_SLICE if blocks.is_contiguous and tokens <= FEW_TOKENS else SMALL_BLOCK)
@@ -39,6 +42,11 @@ def prefers_apart(blocks: Blocks, tokens: int, kernels: Kernels = "auto") -> boo
         return kernels != "loop"
     few = blocks.num_blocks**2 * (2 if blocks.is_contiguous else 1)
     return blocks.num_blocks >= 4 and tokens < few
+
+
+def prefers_shared(ranks: Sequence[int], tokens: int, kernels: Kernels = "auto") -> bool:
+    """Whether an adapter's tokens are multiplied by the blocks of W, once for each rank, instead of by those of ΔW."""
+    return max(ranks) * tokens <= FEW_PRODUCTS if kernels == "auto" else kernels == "shared"
 
 
 def branch_forward(factors: Factors, x: Tensor, anchor: Tensor, kernels: Kernels = "auto") -> Tensor:

@@ -83,13 +83,22 @@ LOADERS: list[Callable[[Path], nn.Module]] = [
 every_loader = pytest.mark.parametrize("load", LOADERS, ids=lambda loader: loader.__name__)
 
 
-@pytest.fixture
-def saved(tmp_path: Path) -> PeftModel:
-    """An adapter in `tmp_path/adapter`, and its base beside it."""
-    tiny_models.build("llama").save_pretrained(tmp_path / "base")
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> tuple[PeftModel, Path]:
+    """An adapted model, and the folder of its adapter, with its base beside it."""
+    folder = tmp_path_factory.mktemp("template")
+    tiny_models.build("llama").save_pretrained(folder / "base")
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
     model = get_peft_model(base, SmoaConfig(task_type="CAUSAL_LM", **SETTINGS)).eval()
-    model.save_pretrained(tmp_path / "adapter")
+    model.save_pretrained(folder / "adapter")
+    return model, folder / "adapter"
+
+
+@pytest.fixture
+def saved(template: tuple[PeftModel, Path], tmp_path: Path) -> PeftModel:
+    """The adapted model, whose adapter is in `tmp_path/adapter`."""
+    model, folder = template
+    shutil.copytree(folder, tmp_path / "adapter")
     return model
 
 

@@ -29,10 +29,6 @@ def test_a_layer_is_of_the_first_kind_whose_class_it_has(example: str) -> None:
     assert kind.name.endswith(kind.base_class.__name__)
 
 
-def test_other_layers_are_of_no_kind() -> None:
-    assert kind_of(nn.ConvTranspose2d(2, 2, 2)) is None
-
-
 def pruned() -> nn.Module:
     layer = nn.Linear(6, 8)
     prune.l1_unstructured(layer, "weight", 0.3)

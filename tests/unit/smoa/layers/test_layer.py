@@ -11,22 +11,21 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from smoa import MergeError, SmoaConfig
-from smoa.layers.layer import SmoaLayer, refuse_shared
+from smoa import MergeError
+from smoa.layers.layer import SmoaLayer
 from smoa.maths.blocks import DiagonalBlocks
 from smoa.maths.spectrum import make_partition
+from smoa.tuner.tying import refuse_shared
 from tests import reference
 from tests.support.adapted_models import adapted
 from tests.support.layers import (
     SHAPES,
-    Wrapper,
     adapted_layer,
     base_layer,
     base_weight,
     factors,
     labels,
     oracle_delta,
-    oracle_output,
     smoa_layers,
 )
 from tests.support.tiny_mixtures import experts_of, wrappers
@@ -76,18 +75,6 @@ def test_labels_are_those_of_a_full_decomposition(
     base = base_layer(out_features, in_features, conv1d=conv1d)
     expected = reference.spectral_labels(base_weight(base), num_blocks)
     assert labels(adapted_layer(base, num_blocks=num_blocks)) == expected
-
-
-def test_a_layer_without_bias_gives_the_oracles_output() -> None:
-    layer = adapted_layer(base_layer(8, 6, bias=False), r=4, num_blocks=2)
-    x = torch.randn(5, 6, dtype=torch.float64)
-    assert_close(layer(x), oracle_output(layer, x))
-
-
-def test_alpha_over_r_scales_the_update_once() -> None:
-    layer = adapted_layer(base_layer(8, 6), r=4, num_blocks=2, alpha=6.0)
-    assert layer.scaling["default"] == 1.5
-    assert_close(layer.get_delta_weight("default"), oracle_delta(layer))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -166,27 +153,8 @@ def test_gradients_under_dropout_are_the_oracles(conv1d: bool, modulation: str) 
         assert_close(own, oracles)
 
 
-def test_the_base_weight_and_bias_are_frozen_and_left_as_they_were() -> None:
-    base = base_layer(8, 6)
-    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
-    layer = adapted_layer(base, r=4, num_blocks=2)
-    layer(torch.randn(3, 6, dtype=torch.float64)).sum().backward()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
-    assert all(parameter.grad is None for parameter in base.parameters())
-
-
 def test_the_repr_names_the_method() -> None:
     assert repr(adapted_layer(base_layer(8, 6), r=4, num_blocks=2)).startswith("smoa.")
-
-
-@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
-def test_a_shared_config_is_not_changed_by_the_layers_it_makes(conv1d: bool) -> None:
-    from peft import inject_adapter_in_model
-
-    config = SmoaConfig(target_modules=["layer"], r=4, num_blocks=2)
-    before = config.to_dict()
-    inject_adapter_in_model(config, Wrapper(base_layer(8, 6, conv1d=conv1d)))
-    assert config.to_dict() == before
 
 
 def test_the_scale_of_an_adapter_that_a_layer_does_not_have_is_nobodys() -> None:
@@ -254,15 +222,6 @@ def test_what_was_read_is_a_copy_that_labels_and_weights_can_not_change() -> Non
     assert torch.equal(weight, torch.where(same_block, before, 0))
 
 
-def test_what_was_read_is_written_in_the_dtype_that_the_weight_has_by_then() -> None:
-    weight = torch.randn(11, 13)
-    kept = DiagonalBlocks.read_from(weight, make_partition(weight, 3))
-    half = torch.zeros(11, 13, dtype=torch.bfloat16)
-    kept.write_to(half)
-    same_block = kept.blocks.row_labels[:, None] == kept.blocks.col_labels
-    assert torch.equal(half, torch.where(same_block, weight, 0).to(torch.bfloat16))
-
-
 def test_two_layers_of_one_weight_are_refused_by_name() -> None:
     weight = torch.randn(4, 4)
     with pytest.raises(MergeError, match="third and first share one weight"):
@@ -282,15 +241,6 @@ def test_weights_of_their_own_are_not_refused_and_neither_is_the_meta_device() -
     refuse_shared([("first", torch.randn(4, 4), {"a": 1}), ("second", torch.randn(4, 4), {"a": 2})])
     meta = torch.empty(4, 4, device="meta")
     refuse_shared([("first", meta, {"a": 1}), ("second", meta, {"a": 2})])
-
-
-def test_merging_changes_the_diagonal_blocks_only() -> None:
-    layer = adapted_layer(base_layer(11, 13), r=7, num_blocks=3)
-    before = base_weight(layer).clone()
-    partition = layer.blocks("default")
-    same_block = partition.row_labels[:, None] == partition.col_labels
-    layer.merge()
-    assert torch.equal(base_weight(layer) != before, same_block)
 
 
 def test_a_merged_layer_keeps_one_kth_of_the_weight() -> None:

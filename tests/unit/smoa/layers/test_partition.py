@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,8 +72,7 @@ BASES: dict[str, Callable[[], PreTrainedModel]] = {
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True], ids=["", "low_cpu_mem_usage"])
 @pytest.mark.parametrize("is_trainable", [False, True], ids=["", "is_trainable"])
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("partition", PARTITIONS)
+@pytest.mark.parametrize(("partition", "base"), [*zip(PARTITIONS * 2, BASES, strict=False)])
 def test_loading_decomposes_nothing_and_gives_the_saved_labels(
     tmp_path: Path, partition: str, base: str, is_trainable: bool, low_cpu_mem_usage: bool
 ) -> None:
@@ -112,12 +110,6 @@ def test_a_loaded_adapter_applies_the_same_formula_to_the_base_it_is_on(
         assert_close(layer.get_delta_weight("default"), expected, dtype=torch.float32)
 
 
-def test_a_loaded_adapter_gives_the_same_output_bit_for_bit(tmp_path: Path) -> None:
-    model, batch = trained_llama(), tiny_models.batch("llama")
-    loaded = PeftModel.from_pretrained(tiny_models.build("llama"), saved(model, tmp_path)).eval()
-    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
-
-
 def test_a_reloaded_and_saved_adapter_has_the_same_bytes(tmp_path: Path) -> None:
     first = saved(trained_llama(), tmp_path / "first")
     loaded = PeftModel.from_pretrained(perturbed(tiny_models.build("llama")), first)
@@ -140,14 +132,6 @@ def test_a_second_adapter_is_loaded_beside_the_first_without_a_decomposition(tmp
         assert labels(layer) == before[name]
 
 
-def test_training_goes_on_from_a_loaded_adapter(tmp_path: Path) -> None:
-    folder = saved(trained_llama(), tmp_path)
-    loaded = PeftModel.from_pretrained(tiny_models.build("llama"), folder, is_trainable=True)
-    with NoDecomposition():
-        loaded(**tiny_models.batch("llama")).loss.backward()
-    assert all(factor.grad is not None for layer in smoa_layers(loaded).values() for factor in factors(layer))
-
-
 def test_the_file_holds_factors_labels_scales_and_an_id_and_nothing_else(tmp_path: Path) -> None:
     model = trained_llama()
     tensors = load_file(saved(model, tmp_path) / "adapter_model.safetensors")
@@ -161,18 +145,6 @@ def test_the_file_holds_factors_labels_scales_and_an_id_and_nothing_else(tmp_pat
         expected[f"{PREFIX}{name}.smoa_block_scale"] = ((3,), torch.float32)
     assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()} == expected
     assert all(name.startswith("base_model.model.model.layers.") for name in tensors if "smoa_save_id" not in name)
-
-
-def test_the_file_is_as_large_as_the_parameters_a_byte_per_coordinate_and_a_float_per_block(tmp_path: Path) -> None:
-    # K = 4 and r = 8 divide every side of q_proj and up_proj: no padding
-    model = trained_llama(num_blocks=4, r=8, target_modules=["q_proj", "up_proj"])
-    file = saved(model, tmp_path) / "adapter_model.safetensors"
-    values = labels_bytes = 0
-    for layer in smoa_layers(model).values():
-        values += 8 * (layer.out_features + layer.in_features) // 4 + 4
-        labels_bytes += layer.out_features + layer.in_features
-    header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
-    assert file.stat().st_size - header == 4 * values + labels_bytes + 16  # the id
 
 
 def test_an_adapter_made_from_a_saved_config_alone_decides_its_labels_before_it_is_saved(tmp_path: Path) -> None:
@@ -294,11 +266,6 @@ def test_orders_follow_the_labels(change: str) -> None:
     assert_close(layer.branch_output(x, "default"), x @ oracle_delta(layer).T)
 
 
-def test_orders_are_never_saved() -> None:
-    layer = adapted_layer(base_layer(12, 8), r=4, num_blocks=2)
-    assert not [key for key in layer.state_dict() if "orders" in key or "bits" in key]
-
-
 CASTS = {
     "half": lambda layer: layer.half(),
     "bfloat16 and back": lambda layer: layer.bfloat16().float(),
@@ -318,17 +285,6 @@ def test_the_scale_of_a_block_is_not_rounded(cast: str) -> None:
     assert torch.equal(layer.state_dict()["smoa_block_scale.default"], before)
     assert torch.equal(layer.block_scale("default"), before)
     assert torch.equal(layer.rank_scale("default"), before.repeat_interleave(2))
-
-
-def test_editing_alpha_acts_on_a_saved_adapter_with_a_normalized_anchor(tmp_path: Path) -> None:
-    model = trained_llama(scale="layer", alpha=4.0)
-    folder = saved(model, tmp_path)
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "alpha": 8.0}))
-    loaded = PeftModel.from_pretrained(tiny_models.build("llama"), str(folder))
-    theirs = smoa_layers(loaded)
-    for name, layer in smoa_layers(model).items():
-        assert_close(theirs[name].delta("default"), 2 * layer.delta("default"))
 
 
 def test_using_an_adapter_on_the_meta_device_is_refused_clearly() -> None:

@@ -153,20 +153,6 @@ def test_the_blocks_of_a_matrix_are_its_entries_at_their_coordinates(
         assert block.tolist() == [[entries[i][j] for j in cols] for i in rows]
 
 
-def test_the_blocks_of_a_matrix_are_copies_that_pass_the_gradient_on() -> None:
-    blocks, matrix = shuffled(9, 16, 5), torch.randn(9, 16, requires_grad=True)
-    parts = blocks.of(matrix)
-    sum((k + 2) * part.sum() for k, part in enumerate(parts)).backward()  # type: ignore[union-attr]
-    for i, j in product(range(9), range(16)):
-        label = int(blocks.row_labels[i])
-        assert matrix.grad is not None
-        assert matrix.grad[i, j] == (label + 2 if label == int(blocks.col_labels[j]) else 0)
-    with torch.no_grad():
-        before = matrix.clone()
-        parts[0].zero_()
-        assert torch.equal(matrix, before)
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_some_rows_of_a_block_are_picked_into_buffers(dtype: torch.dtype) -> None:
     blocks, matrix = shuffled(17, 10, 4), torch.randn(17, 10).to(dtype)

@@ -71,22 +71,6 @@ def test_a_model_on_the_meta_device_is_adapted_without_being_materialised() -> N
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
 
 
-@pytest.mark.parametrize(("out_features", "in_features", "r", "num_blocks"), [(12, 18, 6, 3), (8, 8, 4, 1)])
-def test_a_layer_trains_r_times_both_sides_over_k_parameters(
-    out_features: int, in_features: int, r: int, num_blocks: int
-) -> None:
-    layer = adapted_layer(base_layer(out_features, in_features), r=r, num_blocks=num_blocks)
-    counted = sum(factor.numel() for factor in factors(layer))
-    assert counted == r * (out_features + in_features) // num_blocks
-    assert counted == reference.parameter_count(out_features, in_features, reference.block_ranks(r, num_blocks))
-
-
-def test_a_ragged_layer_pads_by_at_most_one_entry_a_rank() -> None:
-    layer = adapted_layer(base_layer(11, 13), r=7, num_blocks=3)
-    padding = sum(factor.numel() for factor in factors(layer)) - reference.parameter_count(11, 13, [3, 2, 2])
-    assert 0 < padding <= 2 * 7
-
-
 @given(data=st.data())
 def test_the_budget_counts_what_the_formula_counts(data: st.DataObject) -> None:
     out_features, in_features = data.draw(st.integers(1, 500)), data.draw(st.integers(1, 500))
@@ -94,11 +78,6 @@ def test_the_budget_counts_what_the_formula_counts(data: st.DataObject) -> None:
     r = data.draw(st.integers(1, 64))
     expected = reference.parameter_count(out_features, in_features, reference.block_ranks(r, num_blocks))
     assert trainable_parameters(out_features, in_features, r, num_blocks) == expected
-
-
-def test_the_budget_counts_given_ranks() -> None:
-    expected = reference.parameter_count(11, 13, [4, 0, 1])
-    assert trainable_parameters(11, 13, 5, 3, ranks=(4, 0, 1)) == expected
 
 
 @pytest.mark.parametrize(("out_features", "in_features", "num_blocks", "r"), [(24, 20, 2, 4), (11, 13, 3, 7)])

@@ -1,4 +1,4 @@
-"""A convolution with ΔW, and its route under transforms. test_conv.py in layers/kinds has the geometries."""
+"""A convolution with ΔW, and its route under transforms. tests/unit/smoa/layers/test_conv.py has the geometries."""
 
 from __future__ import annotations
 

@@ -44,10 +44,6 @@ def test_scores_equal_those_of_a_full_decomposition(shape: tuple[int, int]) -> N
     assert_same_scores(doubles(*shape))
 
 
-def test_scores_of_a_weight_of_low_rank_equal_those_of_a_full_decomposition() -> None:
-    assert_same_scores(doubles(30, 4) @ doubles(4, 20))
-
-
 @pytest.mark.parametrize("shape", [(24, 16), (16, 24)])
 def test_a_coordinate_without_energy_scores_zero(shape: tuple[int, int]) -> None:
     weight = doubles(*shape)
@@ -73,14 +69,6 @@ def test_the_scale_of_a_weight_does_not_matter(factor: float) -> None:
         assert_close(scaled, plain)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_half_precision_weight_is_decomposed_in_float32(dtype: torch.dtype) -> None:
-    weight = torch.randn(40, 24).to(dtype)
-    half, single = make_partition(weight, 4), make_partition(weight.float(), 4)
-    assert torch.equal(half.row_labels, single.row_labels)
-    assert torch.equal(half.col_labels, single.col_labels)
-
-
 @given(scores=st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0]), min_size=5, max_size=40), num_blocks=st.integers(1, 5))
 def test_labels_are_cut_from_a_stable_order(scores: list[float], num_blocks: int) -> None:
     assert labels_from_scores(torch.tensor(scores), num_blocks).tolist() == reference.labels(scores, num_blocks)
@@ -94,12 +82,6 @@ def test_the_spectral_partition_is_that_of_a_full_decomposition(shape: tuple[int
     expected_rows, expected_cols = reference.spectral_labels(weight, num_blocks)
     assert partition.row_labels.tolist() == expected_rows
     assert partition.col_labels.tolist() == expected_cols
-
-
-def test_the_spectral_partition_of_a_zero_weight_is_contiguous() -> None:
-    partition = make_partition(torch.zeros(10, 7), 3)
-    assert partition.row_labels.tolist() == reference.contiguous_labels(10, 3)
-    assert partition.col_labels.tolist() == reference.contiguous_labels(7, 3)
 
 
 def test_the_contiguous_partition_cuts_the_natural_order() -> None:

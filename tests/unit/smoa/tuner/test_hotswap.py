@@ -110,10 +110,9 @@ def test_modules_and_biases_that_were_trained_besides_are_swapped(tmp_path: Path
     assert_close(logits(model, "gpt2"), logits(new, "gpt2"))
 
 
-@pytest.mark.parametrize("smaller", [False, True])
-def test_a_compiled_model_is_not_compiled_again(smaller: bool, tmp_path: Path) -> None:
+def test_a_compiled_model_is_not_compiled_again(tmp_path: Path) -> None:
     model = adapted(1)
-    new = saved(tmp_path, partition="random", **({"r": 3, "alpha": 1.0} if smaller else {}))
+    new = saved(tmp_path, partition="random", r=3, alpha=1.0)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager")
     logits(compiled)

@@ -110,12 +110,6 @@ def test_an_adapter_is_merged_and_stored_in_the_models_dtype(sequence: dict[str,
     assert changed == {f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1)}
 
 
-def test_another_first_task_is_another_stage(sequence: dict[str, Any]) -> None:
-    stage = runner(sequence)._first_task
-    sequence["first"]["learning_rate"] = 2e-3
-    assert runner(sequence)._first_task.folder != stage.folder
-
-
 def test_a_training_that_diverges_is_not_stored(sequence: dict[str, Any]) -> None:
     sequence["first"]["learning_rate"] = 1e38
     with pytest.raises(ConfigError, match=r"first\.learning_rate: the first task's training diverged"):
@@ -152,17 +146,6 @@ def test_every_rate_is_a_run_that_starts_from_the_first_task(sequence: dict[str,
         assert found["change"]["layers"] == (14 if "full" in name else 4)
         assert found["change"]["relative_norm"]["max"] > 0
     assert len(list((study.folder / "work" / "first").iterdir())) == 1
-
-
-def test_an_untrained_second_task_forgets_nothing(sequence: dict[str, Any]) -> None:
-    sequence["entries"] = {"ours": sequence["entries"]["ours"]}
-    sequence["tuning"]["sweep"] = [1e-30, 1e-30]
-    study = Study.model_validate(sequence)
-    Comparison(study).run()
-    found = TrialStore(study.folder).find("final/ours/lr-1e-30-seed-0")
-    assert found is not None
-    assert abs(found["forgot"]["first"]["mean"]) < 1e-3
-    assert abs(found["forgot"]["elsewhere"]["mean"]) < 1e-3
 
 
 def test_runs_of_another_first_task_are_not_mixed_in(sequence: dict[str, Any]) -> None:
@@ -268,21 +251,6 @@ def test_tasks_between_are_trained_by_the_entrys_own_method(
     assert not list((study.folder / "work").rglob("between"))
     assert report(study).summary["runs"][0]["first_loss"] == found["first"]["scores"]["all"]["gold_loss"]
     assert "# study: arc_easy, then hellaswag, then piqa, with" in (study.folder / "README.md").read_text()
-
-
-def test_runs_of_another_task_between_are_not_mixed_in(sequence: dict[str, Any], tmp_path: Path) -> None:
-    values = chain(sequence, tmp_path)
-    Comparison(Study.model_validate(values)).perform(Untouched())
-    values["between"][0]["training"] = {"max_steps": 1}
-    with pytest.raises(ConfigError, match=r"untouched\.json: was run with other values of between"):
-        Comparison(Study.model_validate(values)).perform(Untouched())
-
-
-def test_a_task_between_without_test_questions_is_refused(sequence: dict[str, Any], tmp_path: Path) -> None:
-    values = chain(sequence, tmp_path)
-    values["between"][0]["data"]["test_examples"] = 0
-    with pytest.raises(ConfigError, match=r"between\[0\]\.data\.test_examples: a study needs a test part"):
-        Comparison(Study.model_validate(values)).run()
 
 
 def sizes(weight: torch.Tensor, update: torch.Tensor) -> tuple[float, float, float]:

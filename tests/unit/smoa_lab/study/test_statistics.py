@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -50,6 +49,7 @@ def test_pairing_finds_a_difference_far_below_the_spread_of_questions() -> None:
     assert better.verdict == "better"
     assert better.low < -0.05 < better.high  # 0.1 nats over two tokens
     assert loss_difference(outcomes(results(0.1)), outcomes(results(0.0))).verdict == "worse"
+    assert accuracy_difference(outcomes(results(-0.5)), outcomes(results(0.0))).verdict == "better"
 
 
 def test_an_entry_is_the_same_as_itself_run_again() -> None:
@@ -57,20 +57,6 @@ def test_an_entry_is_the_same_as_itself_run_again() -> None:
     for run in again:
         run["questions"]["nll"] = [value + 0.05 * (-1) ** i for i, value in enumerate(run["questions"]["nll"])]
     assert loss_difference(outcomes(again), outcomes(results(0.0))).verdict == "same"
-
-
-def test_more_right_answers_are_better() -> None:
-    found = accuracy_difference(outcomes(results(-0.5)), outcomes(results(0.0)))
-    assert found.verdict == "better"
-    assert found.low <= found.mean <= found.high
-
-
-def test_a_diverged_run_is_worse() -> None:
-    diverged = results(0.0)
-    diverged[0]["questions"]["nll"][3] = None
-    found = loss_difference(outcomes(diverged), outcomes(results(0.0)))
-    assert found.verdict == "worse"
-    assert math.isnan(found.mean)
 
 
 def test_an_entry_is_better_than_a_reference_that_diverged() -> None:

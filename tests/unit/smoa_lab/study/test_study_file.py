@@ -32,80 +32,58 @@ def test_a_study_is_trusted_by_the_command_alone(place: str, sequence: dict[str,
     assert all(config.model.trust_remote_code for config in configs)
 
 
-@pytest.mark.parametrize("name", ["smoa/paper", "..", "a\\b"])
-def test_an_entry_that_cannot_name_a_folder_is_refused(name: str, sequence: dict[str, Any], tmp_path: Path) -> None:
-    sequence["entries"] = {name: sequence["entries"]["ours"]}
-    with pytest.raises(ConfigError, match=rf"entries: {re.escape(repr(name))} can't name a folder; leave out slashes"):
-        load(sequence, tmp_path)
-
-
 def test_a_sequence_is_read(sequence: dict[str, Any], tmp_path: Path) -> None:
     study = load(sequence, tmp_path)
     assert isinstance(runner_of(study), SequenceRunner)
     assert [list(sweep_of(study, name)) for name in study.entries] == [[-10, -8], [-12]]
 
 
-@pytest.mark.parametrize(
-    ("first", "message"),
-    [
-        ({"learnin_rate": 1e-3}, r"1 problem\n  line \d+: first\.learnin_rate: unknown key; .*learning_rate"),
-        ({"method": "loar"}, r"two\.yaml: first: 1 problem\n  method: there is no method 'loar'.*'lora'"),
-        ({"data": {"tasks": ["arc_ez"]}}, r"two\.yaml: first: 1 problem\n  .*there is no task 'arc_ez'"),
-        ({"training": {"max_step": 3}}, r"two\.yaml: first: 1 problem\n  training\.max_step: .*did you mean"),
-        ({"adapter": {"r": 8}}, r"two\.yaml: first: 1 problem\n  adapter: method full trains all weights"),
-    ],
-)
-def test_a_wrong_first_task_is_one_clear_error(
-    first: dict[str, Any], message: str, sequence: dict[str, Any], tmp_path: Path
-) -> None:
-    sequence["first"] |= first
-    with pytest.raises(ConfigError, match=message):
-        load(sequence, tmp_path)
+SWEPT = {"method": "lora", "learning_rate": 0.01, "sweep": [0.01, 0.1]}
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"entries": {}}, "entries"),
+    ({"entries": {"..": SWEPT}}, r"entries: '\.\.' can't name a folder; leave out slashes"),
+    ({"entries": {"a\\b": SWEPT}}, r"entries: 'a.*b' can't name a folder"),
+    ({"entries": {"lora": {**SWEPT, "budget": "lora"}}}, "is both an entry and a budget"),
+    (
+        {"entries": {"ours": {"method": "smoa", "learning_rate": 0.01, "adapter": {"num_block": 2}}}},
+        r"entries\.ours(.|\n)*num_block(.|\n)*did you mean 'num_blocks'",
+    ),
+    ({"references": ["nobody"]}, "nobody is not an entry; entries: ours, full"),
+    ({"tuning": {"max_runs": 1}}, r"tuning\.max_runs"),
+    ({"tuning": {"sweep": [0.01, 0.001]}}, r"tuning\.sweep: Value error, must be \[lowest, highest\]"),
+    ({"tuning": {}}, r"tuning\.sweep: is missing; a study of kind sequence runs"),
+    (
+        {"elsewhere": {"tasks": ["prose"], "test_exampels": 3}},
+        r"elsewhere\.test_exampels: unknown key; .*test_examples",
+    ),
+    ({"elsewhere": {"tasks": ["proze"]}}, r"elsewhere: .*there is no task 'proze'.*'prose'"),
+    ({"shared": {"data": {"tasks": ["piqa"]}}}, r"shared\.model: is missing"),
+    ({"between": [{"data": {"tasks": ["arc_ez"]}}]}, r"entries\.ours\.between\[0\]: 1 problem\n  .*no task 'arc_ez'"),
+    ({"first": None}, r"two\.yaml: first: is missing"),
+    ({"first": {"learnin_rate": 1e-3}}, r"line \d+: first\.learnin_rate: unknown key; .*learning_rate"),
+    ({"first": {"method": "loar"}}, r"two\.yaml: first: 1 problem\n  method: there is no method 'loar'.*'lora'"),
+    ({"first": {"data": {"tasks": ["arc_ez"]}}}, r"two\.yaml: first: 1 problem\n  .*there is no task 'arc_ez'"),
+    ({"first": {"training": {"max_step": 3}}}, r"first: 1 problem\n  training\.max_step: .*did you mean"),
+    ({"first": {"adapter": {"r": 8}}}, r"first: 1 problem\n  adapter: method full trains all weights"),
+    ({"kind": "answers"}, r"first: only studies of kind sequence have it, got kind answers"),
+    ({"kind": "answers", "first": None, "tuning": {}}, r"tuning\.sweep: is missing; entries\.full has one"),
+    ({"kind": "answers", "first": None, "replay": 5}, r"replay: only studies of kind sequence have it"),
+]
 
 
-def test_a_sequence_needs_a_first_task_and_a_sweep(sequence: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"two\.yaml: tuning\.sweep: is missing; a study of kind sequence runs"):
-        load({**sequence, "tuning": {}}, tmp_path)
-    del sequence["first"]
-    with pytest.raises(ConfigError, match=r"two\.yaml: first: is missing"):
-        load(sequence, tmp_path)
-
-
-def test_other_studies_have_no_first_task_and_no_sweep_of_one_entry(sequence: dict[str, Any], tmp_path: Path) -> None:
-    sequence["kind"] = "answers"
-    with pytest.raises(ConfigError, match=r"first: only studies of kind sequence have it, got kind answers"):
-        load(sequence, tmp_path)
-    with pytest.raises(ConfigError, match=r"tuning\.sweep: is missing; entries\.full has one"):
-        load({**sequence, "first": None, "tuning": {}}, tmp_path)
-    with pytest.raises(ConfigError, match=r"replay: only studies of kind sequence have it"):
-        load({**sequence, "first": None, "replay": 5}, tmp_path)
-    with pytest.raises(ConfigError, match=r"between: only studies of kind sequence have it"):
-        load({**sequence, "first": None, "between": [{"data": {"tasks": ["piqa"]}}]}, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"tuning": {"sweep": [0.01, 0.001]}}, r"tuning\.sweep: Value error, must be \[lowest, highest\]"),
-        (
-            {"elsewhere": {"tasks": ["prose"], "test_exampels": 3}},
-            r"elsewhere\.test_exampels: unknown key; .*test_examples",
-        ),
-        ({"elsewhere": {"tasks": ["proze"]}}, r"elsewhere: .*there is no task 'proze'.*'prose'"),
-        ({"shared": {"data": {"tasks": ["piqa"]}}}, r"shared\.model: is missing"),
-    ],
-)
-def test_a_wrong_block_is_one_clear_error(
+@pytest.mark.parametrize(("change", "message"), WRONG)
+def test_a_wrong_study_is_one_clear_error(
     change: dict[str, Any], message: str, sequence: dict[str, Any], tmp_path: Path
 ) -> None:
+    if change.get("first"):
+        change = {"first": sequence["first"] | change["first"]}
     with pytest.raises(ConfigError, match=message):
         load(sequence | change, tmp_path)
 
 
-def test_a_wrong_task_between_is_one_clear_error(sequence: dict[str, Any], tmp_path: Path) -> None:
-    sequence["between"] = [{"data": {"tasks": ["arc_ez"]}}]
-    with pytest.raises(ConfigError, match=r"entries\.ours\.between\[0\]: 1 problem\n  .*there is no task 'arc_ez'"):
-        load(sequence, tmp_path)
+def test_a_study_that_is_nowhere_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such file"):
+        load_study(tmp_path / "nowhere.yaml")
 
 
 def test_all_mistakes_of_keys_are_told_at_once_with_their_lines_and_the_nearest_key(tmp_path: Path) -> None:

@@ -151,21 +151,6 @@ def test_the_same_runs_give_the_same_bytes_however_they_are_packed(folder: Path,
     assert (at_once / PACK).read_bytes() == content
 
 
-def test_a_packed_study_goes_on(folder: Path) -> None:
-    pack(folder)
-    new = run(folder, "final/lora/lr-0.01-seed-2")
-    assert left(folder) == ["final/lora/lr-0.01-seed-2.json", "summary.json"]
-    assert everything(folder)["final/lora/lr-0.01-seed-2"] == new
-    pack(folder)
-    assert len(packed_runs(folder)) == len(NAMES) + 1
-
-
-def test_before_the_first_run_there_is_nothing_to_pack(tmp_path: Path) -> None:
-    pack(tmp_path / "study")
-    assert not (tmp_path / "study").exists()
-    assert packed_runs(tmp_path / "study") == {}
-
-
 @pytest.mark.parametrize("calls", [0, 1, 3, 5])
 def test_a_kill_at_any_step_loses_nothing(folder: Path, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The steps that change the folder: one replaces the pack, then each run's file is removed."""

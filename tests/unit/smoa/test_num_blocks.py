@@ -1,8 +1,12 @@
-"""Layers narrower than num_blocks: they take fewer blocks, and live like any other through save, merge and swap."""
+"""K by layer: as `num_blocks_pattern` gives it, and in layers narrower than num_blocks, which take fewer blocks.
+
+Both live like any other through save, merge and swap.
+"""
 
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +17,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from smoa import MergeError, PartitionError, SmoaConfig
+from smoa import ConfigError, MergeError, PartitionError, SmoaConfig
 from smoa.export.merge import merge_and_save
 from smoa.tuner.hotswap import hotswap_adapter
 from tests import reference
 from tests.support import tiny_models
 from tests.support.decompositions import NoDecomposition
-from tests.support.layers import base_weight, factors, randomise, smoa_layers
+from tests.support.layers import base_weight, factors, oracle_delta, randomise, smoa_layers
 from tests.support.tiny_models import logits
 from tests.support.tolerance import assert_close
 
@@ -62,12 +66,33 @@ def heads(**config: Any) -> PeftModel:
     return model.eval()
 
 
+PATTERNS: list[dict[str, Any]] = [
+    {"r": 8, "num_blocks": 4, "num_blocks_pattern": {"v_proj": 2, "layers.1.mlp.down_proj": 6}},
+    {
+        "r": 8,
+        "num_blocks": 4,
+        "num_blocks_pattern": {"v_proj": 2},
+        "rank_pattern": {"v_proj": 3},
+        "alpha_pattern": {"v_proj": 5.0},
+    },
+]
+
+
 def llama(seed: int = 1, **config: Any) -> PeftModel:
     """A tiny Llama whose v_proj has 16 outputs, less than its 20 blocks."""
     torch.manual_seed(seed)
     options = {"r": 30, "num_blocks": 20, "alpha": 45.0, "target_modules": TARGETS, "init_weights": False}
-    with pytest.warns(UserWarning, match=NARROW):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", NARROW)
         return get_peft_model(tiny_models.build("llama"), SmoaConfig(**options | config)).eval()
+
+
+def test_a_pattern_sets_the_blocks_of_the_layers_it_names() -> None:
+    for name, layer in smoa_layers(llama(**PATTERNS[0])).items():
+        expected = 2 if name.endswith("v_proj") else 6 if name.endswith("1.mlp.down_proj") else 4
+        assert len(layer.ranks["default"]) == expected
+        assert layer.r["default"] == 8
+        assert_close(layer.delta("default").double(), oracle_delta(layer), dtype=torch.float32)
 
 
 @pytest.mark.parametrize("alpha", [None, 9.5])
@@ -148,7 +173,7 @@ def test_blocks_that_can_not_be_taken_fewer_of_are_refused_and_nothing_is_replac
 
 
 @pytest.mark.parametrize("low_memory", [False, True], ids=["", "low memory"])
-@pytest.mark.parametrize("config", [{}, {"r": 40}, {"rank_pattern": {"v_proj": 50}}, {"scale": "block"}], ids=str)
+@pytest.mark.parametrize("config", [{}, {"rank_pattern": {"v_proj": 50}}, *PATTERNS], ids=str)
 def test_a_saved_adapter_loads_to_the_same_bits_without_a_warning(
     config: dict[str, Any], low_memory: bool, tmp_path: Path
 ) -> None:
@@ -171,8 +196,11 @@ def test_it_merges_and_unmerges_in_place() -> None:
     assert_close(model.merge_and_unload()(x), before)
 
 
-def test_a_merge_on_disk_gives_it_the_same_blocks(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
-    model = llama()
+@pytest.mark.parametrize("config", [{}, *PATTERNS], ids=str)
+def test_a_merge_on_disk_gives_it_the_same_blocks(
+    config: dict[str, Any], tiny_llama: PreTrainedModel, tmp_path: Path
+) -> None:
+    model = llama(**config)
     model.save_pretrained(tmp_path / "adapter")
     tiny_llama.save_pretrained(tmp_path / "base")
     merge_and_save(tmp_path / "adapter", tmp_path / "merged", base=tmp_path / "base")
@@ -180,12 +208,20 @@ def test_a_merge_on_disk_gives_it_the_same_blocks(tiny_llama: PreTrainedModel, t
     assert_close(logits(merged), logits(model))
 
 
-@pytest.mark.parametrize("other", [{}, {"r": 20, "alpha": None}, {"r": 25, "alpha": 7.5}], ids=str)
-def test_after_a_swap_the_model_does_what_the_new_adapter_does(other: dict[str, Any], tmp_path: Path) -> None:
-    slot, new = llama(), llama(seed=2, **other)
+@pytest.mark.parametrize(
+    ("config", "other"),
+    [({}, {"r": 20, "alpha": None}), ({}, {"r": 25, "alpha": 7.5}), (PATTERNS[0], {"r": 6})],
+    ids=str,
+)
+def test_after_a_swap_the_model_does_what_the_new_adapter_does(
+    config: dict[str, Any], other: dict[str, Any], tmp_path: Path
+) -> None:
+    slot, new = llama(**config), llama(seed=2, **config | other)
     new.save_pretrained(tmp_path)
     hotswap_adapter(slot, tmp_path)
     assert_close(logits(slot), logits(new))
+    with pytest.raises(ConfigError, match="num_blocks_pattern"):
+        hotswap_adapter(llama(**config | {"num_blocks_pattern": {"down_proj": 3}}), tmp_path)
 
 
 def two_adapters(r: int, other: int) -> PeftModel:

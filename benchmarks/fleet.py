@@ -1,0 +1,169 @@
+"""Measures batches in which every row has an adapter of its own, beside PEFT's LoRA.
+
+    python benchmarks/fleet.py            all parts, on two threads
+    python benchmarks/fleet.py names      one part: names, decoding, training
+
+The model is like a Llama with random weights: 4 layers of 1024/2816, seven targets. All times of a case are taken in
+turn in one process, each after a call of its own that warms the caches, and given as ratios. `names`: one forward
+through `adapter_names`, of 32 rows, with 1 or 32 adapters, to the base's. "kept" is within a context that keeps what
+all adapters share, as `generate` does for each token after the first. `decoding`: `generate` of 48 tokens with one
+adapter. `training`: a step of 32 adapters with a row each, compared with 32 steps of one LoRA. Writes
+benchmarks/results/fleet.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from _common import busy_elsewhere, pick_device, provenance, seconds, write_results
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from smoa import SmoaConfig, keep_in_generate
+from smoa.tuner.generation import caches_of_generate
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ADAPTERS = 32
+
+
+def base(dtype: torch.dtype) -> LlamaForCausalLM:
+    """The model, the same at each call."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "vocab_size": 512}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=16, num_key_value_heads=16)).to(dtype).eval()
+
+
+def smoa(r: int, adapters: int, dtype: torch.dtype, partition: str = "spectral") -> Any:
+    settings: dict[str, Any] = {"r": r, "num_blocks": 8, "partition": partition, "init_weights": False}
+    return _with_adapters(dtype, lambda: SmoaConfig(**settings, target_modules=TARGETS), adapters)
+
+
+def lora(r: int, adapters: int, dtype: torch.dtype) -> Any:
+    return _with_adapters(dtype, lambda: LoraConfig(r=r, init_lora_weights=False, target_modules=TARGETS), adapters)
+
+
+def _with_adapters(dtype: torch.dtype, config: Callable[[], Any], adapters: int) -> Any:
+    model = get_peft_model(base(dtype), config(), adapter_name="0")
+    for number in range(1, adapters):
+        model.add_adapter(str(number), config())
+    return model.eval()
+
+
+def names(dtype: torch.dtype, tokens: int, r: int, partition: str, repeats: int) -> dict[str, Any]:
+    """One forward of 32 rows."""
+    plain, ours, theirs = base(dtype), smoa(r, ADAPTERS, dtype, partition), lora(8, ADAPTERS, dtype)
+    ids = torch.randint(10, 500, (ADAPTERS, tokens))
+    own, same = [str(number) for number in range(ADAPTERS)], ["0"] * ADAPTERS
+
+    def forward(model: Any, **options: Any) -> Callable[[], object]:
+        return lambda: model(input_ids=ids, use_cache=False, **options)
+
+    with torch.no_grad(), caches_of_generate(ours.get_base_model()):
+        run = {"base": forward(plain), "kept 32": forward(ours, adapter_names=own)}
+        run |= {"kept 1": forward(ours, adapter_names=same)}
+        kept = interleaved(run, repeats)
+    with torch.no_grad():
+        run = {"base": forward(plain), "32": forward(ours, adapter_names=own), "1": forward(ours, adapter_names=same)}
+        run |= {"lora 32": forward(theirs, adapter_names=own), "lora 1": forward(theirs, adapter_names=same)}
+        times = interleaved(run, repeats)
+    return _ratios(times) | {name: value for name, value in _ratios(kept).items() if name != "base"}
+
+
+def decoding(dtype: torch.dtype, r: int, partition: str, repeats: int) -> dict[str, Any]:
+    """`generate` of 48 tokens after a prompt of 16, with one adapter, of which nothing is kept or the blocks of ΔW."""
+    plain, ours, theirs = base(dtype), smoa(r, 1, dtype, partition), lora(8, 1, dtype)
+    ids = torch.randint(10, 500, (1, 16))
+
+    def written(model: Any, kept: Any = None) -> Callable[[], object]:
+        def run() -> object:
+            if kept is not None:
+                keep_in_generate(model.get_base_model(), kept)
+            return model.generate(input_ids=ids, max_new_tokens=48, min_new_tokens=48, do_sample=False, pad_token_id=0)
+
+        return run
+
+    run = {"base": written(plain), "nothing kept": written(ours, "off"), "kept": written(ours, "blocks")}
+    return _ratios(interleaved(run | {"lora": written(theirs)}, repeats))
+
+
+def training(dtype: torch.dtype, tokens: int, r: int, repeats: int) -> dict[str, Any]:
+    """A step of 32 adapters with a row each, and 32 steps of one LoRA."""
+    ours, theirs = smoa(r, ADAPTERS, dtype, "contiguous").train(), lora(8, 1, dtype).train()
+    own = [str(number) for number in range(ADAPTERS)]
+    ours.base_model.set_adapter(own)
+    ids = torch.randint(10, 500, (ADAPTERS, tokens))
+
+    def gang() -> None:
+        ours(input_ids=ids, labels=ids, adapter_names=own).loss.backward()
+        ours.zero_grad()
+
+    def one_by_one() -> None:
+        for row in ids.split(1):
+            theirs(input_ids=row, labels=row).loss.backward()
+            theirs.zero_grad()
+
+    return _ratios(interleaved({"lora": one_by_one, "gang": gang}, repeats), "lora")
+
+
+def interleaved(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Times of each function, called in turn; the weights of another model have left the caches, so each runs twice."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            function()
+            times[name].append(seconds(function))
+    return times
+
+
+def _ratios(times: dict[str, list[float]], against: str = "base") -> dict[str, Any]:
+    """Medians to that of one."""
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return {"seconds": medians[against]} | {name: round(value / medians[against], 3) for name, value in medians.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", default=["names", "decoding", "training"])
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dry", action="store_true", help="write no results")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    others, found = busy_elsewhere(), {}
+    f32, bf16, repeats = torch.float32, torch.bfloat16, arguments.repeats
+    if "names" in arguments.parts:
+        for dtype, tokens, r, partition in (
+            (f32, 1, 8, "spectral"),
+            (f32, 1, 8, "contiguous"),
+            (f32, 16, 8, "spectral"),
+            (bf16, 1, 8, "spectral"),
+            (bf16, 16, 8, "spectral"),
+            (f32, 1, 64, "spectral"),
+            (f32, 16, 64, "spectral"),
+        ):
+            case = f"names: 32 rows x {tokens} tokens, r = {r}, {partition}, {str(dtype)[6:]}"
+            print(case, found.setdefault(case, names(dtype, tokens, r, partition, repeats)), flush=True)
+    if "decoding" in arguments.parts:
+        for dtype, r, partition in (
+            (f32, 8, "spectral"),
+            (f32, 8, "contiguous"),
+            (bf16, 8, "spectral"),
+            (f32, 64, "spectral"),
+        ):
+            case = f"decoding: r = {r}, {partition}, {str(dtype)[6:]}"
+            print(case, found.setdefault(case, decoding(dtype, r, partition, repeats // 2)), flush=True)
+    if "training" in arguments.parts:
+        for dtype, tokens, r in ((bf16, 16, 8), (bf16, 64, 8), (f32, 16, 8)):
+            case = f"training: 32 rows x {tokens} tokens, r = {r}, {str(dtype)[6:]}"
+            print(case, found.setdefault(case, training(dtype, tokens, r, repeats // 2)), flush=True)
+    if not arguments.dry:
+        content = {"cases": found, "cores_busy_elsewhere": others(), "provenance": provenance(pick_device("cpu"))}
+        print(write_results("fleet", content))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+r"""Many adapters of one weight in one product, each token with its own adapter's factors.
+
+    (ΔW x)[I_k] = s_k Σ_j b_kj ⊙ (M_kk (a_kj ⊙ x[J_k])),   M_kk = M[I_k, J_k]
+
+The factors of each token's own adapter multiply x before and y after. Between them stands one batched product of the
+diagonal blocks of M with the tokens of *all* adapters: r_k / K of the base layer's product, however many adapters there
+are. No ΔW is formed. FLoRA (arXiv:2312.05677) is the case K = 1. The backward takes two such products more, z again and
+
+    q_kj = M_kkᵀ (s_k b_kj ⊙ g[I_k]),   gx[J_k] = Σ_j a_kj ⊙ q_kj
+    da_kj = Σ x[J_k] ⊙ q_kj,            db_kj = s_k Σ g[I_k] ⊙ z_kj
+
+with the last two sums over the tokens of the adapter. Without modulation each token takes the two skinny products of
+its own factors, as in LoRA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from smoa.maths.blocks import Blocks
+from smoa.maths.factors import BlockRun, Factors
+from smoa.maths.kernels.loops import product_dtype
+from smoa.maths.kernels.operators import needs_plain_gradients, plain_gradients
+
+
+@dataclass(frozen=True, eq=False)
+class StackedFactors:
+    """The factors of several adapters of one weight, which have the same blocks and ranks.
+
+    Args:
+        A: (adapters, r, ⌈n/K⌉).
+        B: (adapters, ⌈m/K⌉, r).
+        scale: s_k for each column of B, (adapters, r) in float32 or wider.
+        blocks: The coordinates of the blocks.
+        runs: The runs of blocks of one shape.
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: Tensor
+    blocks: Blocks
+    runs: tuple[BlockRun, ...]
+
+    @classmethod
+    def of(cls, factors: Sequence[Factors]) -> StackedFactors:
+        """Stack them in this order; differentiable."""
+        A, B = (torch.stack([getattr(part, name) for part in factors]) for name in "AB")
+        scale = torch.stack([part.scale(torch.promote_types(part.B.dtype, torch.float32)) for part in factors])
+        return cls(A, B, scale, factors[0].blocks, factors[0].runs())
+
+    def gathered(self, slots: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The factors A and B of each group, for each run: (blocks, groups, 1, rank, width) and (…, height)."""
+        return [(_by_block(self.of_A(run, slots)), _by_block(self.of_B(run, slots))) for run in self.runs]
+
+    def of_A(self, run: BlockRun, slots: Tensor) -> Tensor:
+        """The factors A of a run, each group's own: (groups, blocks, rank, width)."""
+        chosen = self.A.narrow(1, run.first_rank, run.count * run.rank).index_select(0, slots)
+        return chosen.narrow(2, 0, run.width).view(len(slots), run.count, run.rank, run.width)
+
+    def of_B(self, run: BlockRun, slots: Tensor) -> Tensor:
+        """The factors B of a run with the scale, in float32 or wider: (groups, blocks, rank, height)."""
+        ranks = run.first_rank, run.count * run.rank
+        chosen = self.B.narrow(2, *ranks).narrow(1, 0, run.height).index_select(0, slots)
+        scale = self.scale.narrow(1, *ranks).index_select(0, slots)
+        scaled = chosen.to(scale.dtype) * scale[:, None]
+        return scaled.mT.view(len(slots), run.count, run.rank, run.height)
+
+
+Diagonal = Callable[[], Sequence[Tensor]]
+"""Gives the diagonal blocks of M, (blocks, height, width) for each run: called again in the backward, so that nothing
+of M's size is kept."""
+
+
+Gathered = Sequence[tuple[Tensor, Tensor]]
+"""The factors of each group, as `StackedFactors.gathered` gives them."""
+
+
+def shared(
+    stack: StackedFactors, x: Tensor, slots: Tensor, diagonal: Diagonal | None, gathered: Gathered | None = None
+) -> Tensor:
+    """`x ΔWᵀ` with each group's own ΔW: (groups, tokens, out_features) in the dtype of x.
+
+    Differentiable in x, A and B, not in M.
+
+    Args:
+        stack: The factors.
+        x: (groups, tokens, in_features).
+        slots: Which adapter of the stack each group has, (groups,) int64.
+        diagonal: The blocks of M; None without modulation.
+        gathered: The stack's factors of these slots, if they are at hand and need no gradients.
+    """
+    if diagonal is None:
+        return _unmodulated(stack, x, slots)
+    if torch.compiler.is_compiling():
+        if not torch.is_grad_enabled():
+            return _products(stack, x, stack.gathered(slots), diagonal())
+        y: Tensor = checkpoint(
+            lambda A, B, x: _products(stack, x, _with(stack, A, B).gathered(slots), diagonal()),
+            *(stack.A, stack.B, x),
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        return y
+    if not torch.is_grad_enabled():
+        return _products(stack, x, gathered or stack.gathered(slots), diagonal())
+    return _Shared.apply(stack.A, stack.B, x, slots, stack, diagonal)  # type: ignore[no-untyped-call,no-any-return]
+
+
+def _with(stack: StackedFactors, A: Tensor, B: Tensor) -> StackedFactors:
+    return StackedFactors(A, B, stack.scale, stack.blocks, stack.runs)
+
+
+def _products(stack: StackedFactors, x: Tensor, gathered: Gathered, diagonal: Sequence[Tensor]) -> Tensor:
+    dtype, sorted_x = product_dtype(x.dtype, x.device.type), stack.blocks.sort_inputs(x)
+    outputs = []
+    with torch.autocast(x.device.type, enabled=False):  # every dtype is chosen here
+        for run, (A, B), entries in zip(stack.runs, gathered, diagonal, strict=True):
+            z = _spread(run, A, _inputs(run, sorted_x), dtype) @ entries.to(dtype).mT
+            y = _summed(_groups(run, z, x) * B)
+            outputs.append(y.permute(1, 2, 0, 3).flatten(2))
+    return stack.blocks.unsort_outputs(torch.cat(outputs, dim=-1).to(x.dtype))
+
+
+def _spread(run: BlockRun, factors: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values of each token, once for each rank, times the factors: (blocks, groups · tokens · rank, size)."""
+    spread = (values[:, :, :, None] * factors).to(dtype)
+    return spread.reshape(run.count, spread.shape[1:4].numel(), spread.shape[4])
+
+
+def _by_block(factors: Tensor) -> Tensor:
+    """(blocks, groups, 1, rank, size), of factors (groups, blocks, rank, size)."""
+    return factors.transpose(0, 1)[:, :, None]
+
+
+def _groups(run: BlockRun, products: Tensor, x: Tensor) -> Tensor:
+    """(blocks, groups, tokens, rank, size), of the result of a product."""
+    return products.view(run.count, *x.shape[:2], run.rank, products.shape[-1])
+
+
+def _summed(values: Tensor) -> Tensor:
+    """The sum over the ranks: (blocks, groups, tokens, size)."""
+    return values.squeeze(3) if values.shape[3] == 1 else values.sum(3)
+
+
+def _inputs(run: BlockRun, x: Tensor) -> Tensor:
+    """(blocks, groups, tokens, width), of x (groups, tokens, in_features) sorted by block."""
+    columns = x.narrow(2, run.first_col, run.count * run.width)
+    return columns.view(*x.shape[:2], run.count, run.width).permute(2, 0, 1, 3)
+
+
+def _outputs(run: BlockRun, y: Tensor) -> Tensor:
+    """(blocks, groups, tokens, height), of y (groups, tokens, out_features) sorted by block."""
+    columns = y.narrow(2, run.first_row, run.count * run.height)
+    return columns.view(*y.shape[:2], run.count, run.height).permute(2, 0, 1, 3)
+
+
+def _unmodulated(stack: StackedFactors, x: Tensor, slots: Tensor) -> Tensor:
+    sorted_x, outputs = stack.blocks.sort_inputs(x), []
+    for run in stack.runs:
+        A, B = stack.of_A(run, slots).transpose(0, 1), stack.of_B(run, slots).transpose(0, 1)
+        y = _inputs(run, sorted_x) @ A.mT.to(x.dtype) @ B.to(x.dtype)
+        outputs.append(y.permute(1, 2, 0, 3).flatten(2))
+    return stack.blocks.unsort_outputs(torch.cat(outputs, dim=-1))
+
+
+class _Shared(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, A: Tensor, B: Tensor, x: Tensor, slots: Tensor, stack: StackedFactors, diagonal: Diagonal
+    ) -> Tensor:
+        ctx.save_for_backward(A, B, x, slots)
+        ctx.stack, ctx.diagonal = stack, diagonal
+        return _products(stack, x, stack.gathered(slots), diagonal())
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        A, B, x, slots = ctx.saved_tensors
+        stack, diagonal = _with(ctx.stack, A, B), ctx.diagonal()
+        if needs_plain_gradients(g):
+            of_A, of_B, of_x = plain_gradients(
+                lambda: _products(stack, x, stack.gathered(slots), diagonal), (A, B, x), ctx.needs_input_grad[:3], g
+            )
+            return of_A, of_B, of_x, None, None, None
+        with torch.autocast(x.device.type, enabled=False):
+            return *_gradients(stack, g, x, slots, diagonal, ctx.needs_input_grad), None, None, None
+
+
+def _gradients(
+    stack: StackedFactors, g: Tensor, x: Tensor, slots: Tensor, diagonal: Sequence[Tensor], needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients for A, B and x, those that are needed."""
+    needs_A, needs_B, needs_x = needs[:3]
+    blocks, dtype, wide = stack.blocks, product_dtype(x.dtype, x.device.type), stack.scale.dtype
+    sorted_x, sorted_g = blocks.sort_inputs(x), blocks.transposed().sort_inputs(g)
+    grad_A = torch.zeros_like(stack.A, dtype=wide) if needs_A else None
+    grad_B = torch.zeros_like(stack.B, dtype=wide) if needs_B else None
+    grad_x = torch.empty_like(sorted_x) if needs_x else None
+    for run, entries in zip(stack.runs, diagonal, strict=True):
+        entries = entries.to(dtype)
+        ranks = slice(run.first_rank, run.first_rank + run.count * run.rank)
+        run_x, run_g = _inputs(run, sorted_x), _outputs(run, sorted_g)
+        A, B = _by_block(stack.of_A(run, slots)), _by_block(stack.of_B(run, slots))
+        if grad_A is not None or grad_x is not None:
+            q = _groups(run, _spread(run, B, run_g, dtype) @ entries, x)
+            if grad_x is not None:
+                _inputs(run, grad_x).copy_(_summed(q * A))
+            if grad_A is not None:
+                of_groups = (q * run_x[:, :, :, None].to(wide)).sum(2)  # (blocks, groups, rank, width)
+                grad_A[:, ranks, : run.width].index_add_(0, slots, of_groups.transpose(0, 1).flatten(1, 2))
+        if grad_B is not None:
+            z = _groups(run, _spread(run, A, run_x, dtype) @ entries.mT, x)
+            of_groups = (z * run_g[:, :, :, None].to(wide)).sum(2)
+            scaled = of_groups.transpose(0, 1).flatten(1, 2) * stack.scale[:, ranks].index_select(0, slots)[..., None]
+            grad_B[:, : run.height, ranks].index_add_(0, slots, scaled.mT)
+    if grad_x is not None:
+        grad_x = blocks.transposed().unsort_outputs(grad_x)
+    return (
+        None if grad_A is None else grad_A.to(stack.A.dtype),
+        None if grad_B is None else grad_B.to(stack.B.dtype),
+        grad_x,
+    )

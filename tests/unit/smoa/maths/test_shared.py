@@ -1,0 +1,135 @@
+"""Many adapters in one product: each row gets what its own adapter alone gives, and each adapter its own gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from smoa.maths.factors import Factors
+from smoa.maths.kernels.shared import StackedFactors, shared
+from tests.support.tolerance import assert_close
+from tests.support.updates import CASES, Problem, problem
+
+SLOTS = torch.tensor([2, 0, 0, 1])  # one adapter in two groups, one in none
+SCALING = 0.5
+
+
+def problems(out_features: int, in_features: int, ranks: tuple[int, ...], kind: str) -> list[Problem]:
+    """Four adapters of one weight."""
+    first = problem(out_features, in_features, ranks, kind)
+    others = [problem(out_features, in_features, ranks, kind) for _ in range(3)]
+    return [first, *(first._replace(A=other.A, B=other.B) for other in others)]
+
+
+def factors_of(cases: list[Problem]) -> list[Factors]:
+    """Of each adapter, with a scale of its own."""
+    return [case.factors(SCALING * (number + 1)) for number, case in enumerate(cases)]
+
+
+def of_shared(cases: list[Problem], x: Tensor, modulation: str, dtype: torch.dtype = torch.float64) -> Tensor:
+    stack, weight = StackedFactors.of(factors_of(cases)), cases[0].weight.to(dtype)
+    blocks = [run.of_matrix(weight, stack.blocks) for run in stack.runs]
+    return shared(stack, x, SLOTS, (lambda: blocks) if modulation == "hadamard" else None)
+
+
+def each_alone(cases: list[Problem], x: Tensor, modulation: str) -> Tensor:
+    deltas = [case.oracle(modulation, SCALING * (number + 1)) for number, case in enumerate(cases)]
+    return torch.stack([x[group] @ deltas[slot].T for group, slot in enumerate(SLOTS.tolist())])
+
+
+@pytest.mark.parametrize("modulation", ["hadamard", "none"])
+@pytest.mark.parametrize("kind", ["spectral", "contiguous"])
+@pytest.mark.parametrize(("out_features", "in_features", "ranks"), CASES)
+def test_values_and_gradients_are_those_of_each_adapter_alone(
+    out_features: int, in_features: int, ranks: tuple[int, ...], kind: str, modulation: str
+) -> None:
+    cases = problems(out_features, in_features, ranks, kind)
+    x = torch.randn(4, 3, in_features, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(4, 3, out_features, dtype=torch.float64)
+    inputs = [x, *(part for case in cases for part in (case.A, case.B))]
+    found, expected = of_shared(cases, x, modulation), each_alone(cases, x, modulation)
+    assert_close(found, expected)
+    gradients = torch.autograd.grad(found, inputs, g, materialize_grads=True, allow_unused=True)
+    of_oracle = torch.autograd.grad(expected, inputs, g, materialize_grads=True, allow_unused=True)
+    for gradient, wanted in zip(gradients, of_oracle, strict=True):
+        assert_close(gradient, wanted)
+    with torch.no_grad():
+        assert_close(of_shared(cases, x, modulation), expected)
+
+
+def test_only_what_is_asked_for_gets_a_gradient() -> None:
+    cases = problems(12, 12, (2, 2, 2), "spectral")
+    x = torch.randn(4, 2, 12, dtype=torch.float64)
+    expected = torch.autograd.grad(each_alone(cases, x, "hadamard").square().sum(), cases[0].B)
+    for case in cases:
+        case.A.requires_grad_(False)
+    assert_close(torch.autograd.grad(of_shared(cases, x, "hadamard").square().sum(), cases[0].B)[0], expected[0])
+
+
+def test_gradients_can_be_differentiated_again() -> None:
+    cases = problems(6, 8, (1, 2), "spectral")
+    x = torch.randn(4, 2, 8, dtype=torch.float64, requires_grad=True)
+
+    def double(y: Tensor) -> Tensor:
+        (first,) = torch.autograd.grad(y.square().sum(), cases[0].A, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x)[0]
+
+    assert_close(double(of_shared(cases, x, "hadamard")), double(each_alone(cases, x, "hadamard")))
+
+
+@pytest.mark.parametrize("kind", ["spectral", "contiguous"])
+def test_bfloat16_is_multiplied_as_such_and_summed_in_float32(kind: str) -> None:
+    cases = problems(48, 64, (4, 4), kind)
+    x = torch.randn(4, 5, 64).bfloat16()
+    found = of_shared([case.double() for case in cases], x, "hadamard", torch.bfloat16)
+    assert found.dtype == torch.bfloat16
+    expected = each_alone(cases, x.double(), "hadamard")
+    error = (found.double() - expected).norm() / expected.norm()
+    assert error < 6e-3  # a rounding of u, of z and of y, each 2^-9 at most
+
+
+def test_nothing_of_the_weights_size_is_kept_for_the_backward() -> None:
+    cases = problems(64, 64, (1, 1, 1, 1), "spectral")
+    x = torch.randn(4, 1, 64, dtype=torch.float64, requires_grad=True)
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.nbytes) or tensor, lambda t: t):
+        y = of_shared(cases, x, "hadamard")
+    assert y.requires_grad
+    assert sum(kept) < 3 * (x.nbytes + sum(case.A.nbytes + case.B.nbytes for case in cases))
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_it_compiles_to_one_graph(gradients: bool) -> None:
+    cases = problems(10, 12, (2, 1), "spectral")
+    x = torch.randn(4, 2, 12, dtype=torch.float64, requires_grad=gradients)
+    compiled = torch.compile(of_shared, fullgraph=True, backend="aot_eager")
+    with torch.set_grad_enabled(gradients):
+        found, expected = compiled(cases, x, "hadamard"), each_alone(cases, x, "hadamard")
+    assert_close(found, expected)
+    if gradients:
+        inputs = [x, cases[0].A, cases[0].B]
+        for gradient, wanted in zip(
+            torch.autograd.grad(found.square().sum(), inputs),
+            torch.autograd.grad(expected.square().sum(), inputs),
+            strict=True,
+        ):
+            assert_close(gradient, wanted)
+
+
+def operations(cases: Sequence[Problem], slots: Tensor) -> int:
+    """How many operations the product starts, once the factors are stacked."""
+    stack = StackedFactors.of([case.factors() for case in cases])
+    blocks = [run.of_matrix(cases[0].weight, stack.blocks) for run in stack.runs]
+    x = torch.randn(len(slots), 1, stack.blocks.in_features, dtype=torch.float64)
+    with torch.no_grad(), torch.autograd.profiler.profile() as profile:
+        shared(stack, x, slots, lambda: blocks)
+    return len(profile.function_events)
+
+
+def test_many_adapters_start_no_more_operations_than_one() -> None:
+    first = problem(12, 12, (2, 2, 2))
+    many = [first._replace(A=torch.randn_like(first.A), B=torch.randn_like(first.B)) for _ in range(32)]
+    assert operations(many, torch.arange(32)) == operations(many[:1], torch.zeros(32, dtype=torch.int64))
