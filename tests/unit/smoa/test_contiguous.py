@@ -8,8 +8,8 @@ from torch import Tensor
 
 from smoa.layers import layer as layers
 from smoa.layers.layer import SmoaLayer
-from tests.support.gathers import gathers
 from tests.support.gradients import assert_path, layer_13_to_11
+from tests.support.launches import gathers
 from tests.support.layers import (
     Route,
     base_weight,

@@ -98,10 +98,11 @@ def test_rank_and_alpha_follow_their_patterns(tiny_llama: PreTrainedModel) -> No
 
 
 @pytest.mark.parametrize("bias", ["none", "all", "smoa_only"])
-def test_the_biases_asked_for_are_trained(tiny_bert: PreTrainedModel, bias: Any) -> None:
-    names = trainable(adapted(tiny_bert, target_modules=["query"], bias=bias))
+def test_the_biases_asked_for_are_trained(bias: Any) -> None:
+    base = tiny_models.build("bert")
+    names = trainable(adapted(base, target_modules=["query"], bias=bias))
     biases = {name for name in names if name.endswith(".bias")}
-    every = {name for name, _ in tiny_bert.named_parameters() if name.endswith(".bias")}
+    every = {name for name, _ in base.named_parameters() if name.endswith(".bias")}
     of_layers = {name for name in every if ".query.base_layer." in name}
     expected = {"none": set(), "all": every, "smoa_only": of_layers}[bias]
     assert {name.removeprefix("base_model.model.") for name in biases} == expected
@@ -112,8 +113,8 @@ def test_the_biases_asked_for_are_trained(tiny_bert: PreTrainedModel, bias: Any)
     }
 
 
-def test_trained_biases_are_saved_and_loaded(tiny_bert: PreTrainedModel, tmp_path: Path) -> None:
-    model, batch = adapted(tiny_bert, target_modules=["query"], bias="all"), tiny_models.batch("bert")
+def test_trained_biases_are_saved_and_loaded(tmp_path: Path) -> None:
+    model, batch = adapted(tiny_models.build("bert"), target_modules=["query"], bias="all"), tiny_models.batch("bert")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in trainable(model) and name.endswith("bias"):
