@@ -23,6 +23,7 @@ from tests.support.killing import killed_at
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
+    pytest.mark.usefixtures("quick_pictures"),
     pytest.mark.skipif(not hasattr(os, "fork"), reason="forks"),
 ]
 

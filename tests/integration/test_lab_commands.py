@@ -23,7 +23,10 @@ from smoa_lab.training import train_run
 from tests.support import lab
 
 # Not ours: a deprecation between transformers and peft.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
+    pytest.mark.usefixtures("quick_pictures"),
+]
 
 
 @pytest.fixture(scope="module")

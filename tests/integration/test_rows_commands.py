@@ -17,6 +17,8 @@ from smoa_lab.data.formats import BadRow, recognise, shape
 from tests.support.own_rows import rows_base, rows_values
 from tests.support.processes import ROOT
 
+pytestmark = pytest.mark.usefixtures("quick_pictures")
+
 EXAMPLES = ROOT / "examples" / "data"
 FILES = sorted(file for file in EXAMPLES.iterdir() if file.name != "README.md")
 
