@@ -192,8 +192,13 @@ class LoadedRun:
         trl = import_package("trl", "training")
         if self.config.early_stopping is not None:
             callbacks = [*callbacks, EarlyStoppingCallback(self.config.early_stopping)]
+        chosen: Any = trl.DPOTrainer if self.format == "preference" else trl.SFTTrainer
+        if chosen is trl.SFTTrainer and arguments.device.type != "cuda":
+            from smoa_lab.training.sparse_trainer import SparseSFTTrainer  # here, since it imports TRL
+
+            chosen = SparseSFTTrainer
         try:
-            trainer: Trainer = (trl.DPOTrainer if self.format == "preference" else trl.SFTTrainer)(
+            trainer: Trainer = chosen(
                 model=model,
                 args=arguments,
                 train_dataset=self._dataset("train"),

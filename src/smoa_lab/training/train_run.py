@@ -94,7 +94,7 @@ def _train(
 def _training(trainer: Trainer, arguments: TrainingArguments, seconds: float) -> dict[str, Any]:
     """How the training went."""
     return {
-        "trainer": type(trainer).__name__,
+        "trainer": type(trainer).__name__.removeprefix("Sparse"),
         "seconds": round(seconds, 1),
         "steps": trainer.state.global_step,
         "processes": arguments.world_size,

@@ -407,8 +407,8 @@ def test_nothing_of_this_machine_is_in_what_a_run_shares(talks: Path, base: Path
 def test_the_adapters_card_says_what_was_trained(talks: Path, base: Path, tmp_path: Path) -> None:
     metrics = train(rows_config(tmp_path, talks, base, data={"test_part": 0.3}))
     card = (tmp_path / "run" / "adapter" / "README.md").read_text()
-    losses = " → ".join(f"{metrics['evaluation'][stage]['all']['loss']:.3f}" for stage in ("before", "after"))
-    for said in ("`chats.jsonl`, in the format messages: ", "tokens, ", losses, "```text"):
+    before, after = (f"{metrics['evaluation'][stage]['all']['loss']:.3f}" for stage in ("before", "after"))
+    for said in ("`chats.jsonl`, in the format messages: ", "tokens, ", before, after, "```text"):
         assert said in card
 
 
