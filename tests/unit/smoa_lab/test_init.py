@@ -268,7 +268,7 @@ PROPOSALS: dict[str, dict[str, Any]] = {
 def test_the_file_says_exactly_what_was_chosen_with_a_comment_on_every_line(tmp_path: Path, case: str) -> None:
     chosen = proposal(**PROPOSALS[case])
     file = tmp_path / "mine.yaml"
-    file.write_text(config_text(file, chosen, MEASURED))
+    file.write_text(config_text(Path("mine.yaml"), chosen, MEASURED))
     values = chosen.values("runs/mine")
     assert parse_yaml(file.read_text(), file) == values
     assert load_config(file) == check_config(values)
