@@ -62,7 +62,7 @@ def test_adapters_of_configs_of_their_own_get_partitions_of_their_own(tiny_llama
 
 CHANGES: list[dict[str, Any]] = [
     {"num_blocks": 4},
-    {"target_modules": {"k_proj", "v_proj"}},
+    {"target_modules": ["k_proj", "v_proj"]},
     {"partition": "contiguous"},
     {"scale": "paper"},
     {"modulation": "none"},
