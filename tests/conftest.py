@@ -12,7 +12,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from smoa import use_kernels
@@ -63,18 +62,6 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def tiny_model(family: str) -> PreTrainedModel:
-    """A model of each family in turn."""
-    return tiny_models.build(family)
-
-
-@pytest.fixture
-def tiny_batch(family: str) -> dict[str, Tensor]:
-    """A batch that fits `tiny_model`, with labels."""
-    return tiny_models.batch(family)
-
-
-@pytest.fixture
 def tiny_llama() -> PreTrainedModel:
     """A decoder with grouped-query attention."""
     return tiny_models.build("llama")
@@ -84,27 +71,3 @@ def tiny_llama() -> PreTrainedModel:
 def tiny_gemma3() -> PreTrainedModel:
     """A decoder with one key-value head and tied embeddings."""
     return tiny_models.build("gemma3")
-
-
-@pytest.fixture
-def tiny_gpt2() -> PreTrainedModel:
-    """A decoder of Conv1D layers."""
-    return tiny_models.build("gpt2")
-
-
-@pytest.fixture
-def tiny_bert() -> PreTrainedModel:
-    """An encoder with a classification head."""
-    return tiny_models.build("bert")
-
-
-@pytest.fixture
-def tiny_t5() -> PreTrainedModel:
-    """An encoder and a decoder."""
-    return tiny_models.build("t5")
-
-
-@pytest.fixture
-def causal_batch() -> dict[str, Tensor]:
-    """A batch for any of the decoders."""
-    return tiny_models.batch("llama")

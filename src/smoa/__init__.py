@@ -35,6 +35,7 @@ from smoa.maths.spectrum import make_partition, spectral_scores  # noqa: E402
 from smoa.state import clear_spectrum_cache, use_kernels  # noqa: E402
 from smoa.tuner.generation import keep_in_generate  # noqa: E402
 from smoa.tuner.model import SmoaModel  # noqa: E402
+from smoa.tuner.pool import AdapterPool  # noqa: E402
 
 register(SmoaConfig, SmoaModel)
 install_state_dict_hooks()
@@ -44,6 +45,7 @@ __version__ = "0.2.0"
 
 __all__ = [
     "AdapterFileError",
+    "AdapterPool",
     "ConfigError",
     "DataError",
     "MergeError",

@@ -11,7 +11,7 @@ from peft import PeftModel
 
 from smoa.errors import ConfigError, DataError
 from smoa_lab.basics.extras import require
-from smoa_lab.basics.without_secrets import without_secrets
+from smoa_lab.basics.plain import without_secrets
 from smoa_lab.config.run import RunConfig
 from smoa_lab.data.rows import question_values
 from smoa_lab.data.tasks import Selection

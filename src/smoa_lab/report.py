@@ -18,7 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from smoa.atomic import check_place
 from smoa.errors import ConfigError, SmoaError
 from smoa.files.card import loading_code
-from smoa_lab.basics.without_secrets import without_secrets
+from smoa_lab.basics.plain import without_secrets
 from smoa_lab.config.methods import METHODS
 from smoa_lab.config.yaml_text import parse_yaml, to_yaml
 from smoa_lab.models.packaged_models import described_base

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -99,29 +98,18 @@ def test_an_adapter_lives_through_training_loading_merging_and_training_again(tm
         assert labels(own) == labels(original)
 
 
-def test_the_trainer_trains_and_saves_an_adapter(tmp_path: Path) -> None:
-    model = adapted()
-    run = trainer(model, tmp_path, max_steps=4)
-    result = run.train()
+def test_resuming_from_a_checkpoint_gives_the_uninterrupted_result(tmp_path: Path) -> None:
+    whole = adapted()
+    run = trainer(whole, tmp_path / "whole", max_steps=4)
+    run.train()
     losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
-    assert result.global_step == 4
     assert losses[-1] < losses[0]
     run.save_model(str(tmp_path / "final"))
     loaded = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path / "final").eval()
-    assert torch.equal(logits(loaded), logits(model.eval()))
-    assert set(load_file(tmp_path / "checkpoint-4" / "adapter_model.safetensors")) == set(
-        load_file(tmp_path / "final" / "adapter_model.safetensors")
-    )
-
-
-def test_resuming_from_a_checkpoint_gives_the_uninterrupted_result(tmp_path: Path) -> None:
-    whole = adapted()
-    trainer(whole, tmp_path / "whole", max_steps=4).train()
-    first = adapted()
-    trainer(first, tmp_path / "parts", max_steps=4, save_steps=2).train()
+    assert torch.equal(logits(loaded), logits(whole.eval()))
     second = adapted()
     trainer(second, tmp_path / "parts", max_steps=4).train(
-        resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-2")
+        resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2")
     )
     expected, actual = factor_state(whole), factor_state(second)
     assert expected.keys() == actual.keys()
@@ -159,16 +147,3 @@ def test_the_same_seed_gives_the_same_adapter() -> None:
         train(model)
         states.append(factor_state(model))
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-
-
-def test_a_hundred_lives_leave_the_base_weights_as_they_were(tmp_path: Path) -> None:
-    base = tiny_models.build("llama", torch.bfloat16)
-    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
-    for i in range(100):
-        config = SmoaConfig(r=4, num_blocks=2, target_modules=["q_proj", "v_proj"], partition="contiguous")
-        model = get_peft_model(base, config)
-        model(**tiny_models.batch("llama")).loss.backward()
-        model.merge_adapter(safe_merge=i % 2 == 0)
-        model.unmerge_adapter()
-        base = model.unload()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())

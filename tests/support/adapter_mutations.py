@@ -32,18 +32,6 @@ def _header_size(folder: Path) -> int:
     return 8 + struct.unpack("<Q", (folder / WEIGHTS).read_bytes()[:8])[0]
 
 
-def flipped_header(rng: random.Random, folder: Path, corpus: Corpus) -> None:
-    _flip(rng, folder / WEIGHTS, 0, _header_size(folder))
-
-
-def flipped_values(rng: random.Random, folder: Path, corpus: Corpus) -> None:
-    _flip(rng, folder / WEIGHTS, _header_size(folder))
-
-
-def flipped_config(rng: random.Random, folder: Path, corpus: Corpus) -> None:
-    _flip(rng, folder / CONFIG)
-
-
 def truncated(rng: random.Random, folder: Path, corpus: Corpus) -> None:
     file = folder / rng.choice([CONFIG, WEIGHTS, WEIGHTS])
     os.truncate(file, rng.randrange(file.stat().st_size))
@@ -62,30 +50,16 @@ def _edit_header(folder: Path, change: Callable[[dict[str, Any]], object]) -> No
     (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text + content[size:])
 
 
-def header_shape(rng: random.Random, folder: Path, corpus: Corpus) -> None:
-    """Huge, negative, or not a shape at all, with the bytes left as they were."""
-    shapes: list[Any] = [[2**62, 2], [-1, 4], [2**63 - 1], [0, 0], [1] * 1000, "ab", None, [1.5], [2**40, 2**40]]
+def header_value(key: str, values: list[Any]) -> Mutation:
+    """One of the values for the key of a tensor, with the bytes left as they were."""
 
-    def change(header: dict[str, Any]) -> None:
-        header[rng.choice([key for key in header if key != "__metadata__"])]["shape"] = rng.choice(shapes)
+    def mutation(rng: random.Random, folder: Path, corpus: Corpus) -> None:
+        def change(header: dict[str, Any]) -> None:
+            header[rng.choice([name for name in header if name != "__metadata__"])][key] = rng.choice(values)
 
-    _edit_header(folder, change)
+        _edit_header(folder, change)
 
-
-def header_offsets(rng: random.Random, folder: Path, corpus: Corpus) -> None:
-    def change(header: dict[str, Any]) -> None:
-        entry = header[rng.choice([key for key in header if key != "__metadata__"])]
-        entry["data_offsets"] = rng.choice([[0, 2**62], [-8, 8], [8, 0], [0, 8], [2**64 - 8, 2**64 - 1], []])
-
-    _edit_header(folder, change)
-
-
-def header_dtype(rng: random.Random, folder: Path, corpus: Corpus) -> None:
-    def change(header: dict[str, Any]) -> None:
-        entry = header[rng.choice([key for key in header if key != "__metadata__"])]
-        entry["dtype"] = rng.choice(["I32", "U32", "BF16", "F64", "BOOL", "F8_E4M3", "C64", "X9", 3, None])
-
-    _edit_header(folder, change)
+    return mutation
 
 
 def header_names(rng: random.Random, folder: Path, corpus: Corpus) -> None:
@@ -209,27 +183,9 @@ def labels(rng: random.Random, folder: Path, corpus: Corpus) -> None:
 
 
 VALUES: list[Any] = [
-    None,
-    True,
-    -1,
-    0,
-    1,
-    3,
-    2**31,
-    10**12,
-    1.5,
-    1e308,
-    "",
-    "x",
-    "(",
-    "../..",
-    [],
-    [1],
-    ["up"],
-    [[]],
-    {},
+    *(None, True, -1, 0, 1, 3, 2**31, 10**12, 1.5, 1e308, "", "x", "(", "../..", "all-linear", ".*", "up"),
+    *([], [1], ["up"], [[]], [None], [-1], [10**12], {}, {"a": 1}, {"up": 10**9}, {"": {}}, {"up": [0]}),
 ]
-VALUES += [{"a": 1}, {"up": 10**9}, {"": {}}, [None], "all-linear", ".*", [-1], [10**12], "up", {"up": [0]}]
 
 
 def config_value(rng: random.Random, folder: Path, corpus: Corpus) -> None:
@@ -323,10 +279,18 @@ def code_beside(rng: random.Random, folder: Path, corpus: Corpus) -> None:
 
 
 MUTATIONS: dict[str, Mutation] = {
+    "flipped_header": lambda rng, folder, _: _flip(rng, folder / WEIGHTS, 0, _header_size(folder)),
+    "flipped_values": lambda rng, folder, _: _flip(rng, folder / WEIGHTS, _header_size(folder)),
+    "flipped_config": lambda rng, folder, _: _flip(rng, folder / CONFIG),
+    "header_shape": header_value(
+        "shape", [[2**62, 2], [-1, 4], [2**63 - 1], [0, 0], [1] * 1000, "ab", None, [1.5], [2**40, 2**40]]
+    ),
+    "header_offsets": header_value("data_offsets", [[0, 2**62], [-8, 8], [8, 0], [0, 8], [2**64 - 8, 2**64 - 1], []]),
+    "header_dtype": header_value("dtype", ["I32", "U32", "BF16", "F64", "BOOL", "F8_E4M3", "C64", "X9", 3, None]),
+} | {
     function.__name__: function
     for function in (
-        *(flipped_header, flipped_values, flipped_config, truncated, longer),
-        *(header_shape, header_offsets, header_dtype, header_names, header_bomb, sparse),
+        *(truncated, longer, header_names, header_bomb, sparse),
         *(tensor_missing, tensor_extra, tensor_shape, tensor_dtype, tensor_values, labels),
         *(config_value, config_keys, config_bomb, config_without_id, nothing),
         *(files_swapped, file_missing, pickled, linked, code_beside),

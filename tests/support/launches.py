@@ -22,6 +22,7 @@ CALLS_OTHERS = {
     *("to", "_to_copy", "clone", "contiguous", "reshape", "flatten", "linear", "matmul", "ones_like", "zeros_like"),
 }
 """Operations that are made of others, which are counted instead."""
+BY_INDEX = ("index", "_index", "gather", "scatter", "take", "masked", "embedding")
 SORTS_OR_WAITS = {"sort", "argsort", "bincount", "unique", "_unique2", "nonzero", "item", "_local_scalar_dense"}
 
 
@@ -40,6 +41,15 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         yield found
     events = [event for event in profiled.events() if _starts(event) and not _inside_another(event)]
     found.extend(event.name.removeprefix("aten::") for event in events)
+
+
+@contextmanager
+def gathers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Those that gather or scatter entries by index."""
+    found: list[str] = []
+    with launches(monkeypatch) as every:
+        yield found
+    found.extend(name for name in every if name.startswith(BY_INDEX))
 
 
 def count(step: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> list[str]:

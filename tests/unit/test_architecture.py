@@ -92,25 +92,16 @@ def test_the_library_never_imports_the_lab() -> None:
     assert wrong == []
 
 
-@pytest.mark.parametrize("module", [module for module in MODULES if module.startswith("smoa.maths")])
-def test_the_maths_imports_neither_peft_nor_transformers(module: str) -> None:
-    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
-    names = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
-    names |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert {name.split(".")[0] for name in names}.isdisjoint({"peft", "transformers"})
+def test_the_maths_imports_neither_peft_nor_transformers() -> None:
+    for module in (module for module in MODULES if module.startswith("smoa.maths")):
+        text = MODULES[module].read_text(encoding="utf-8")
+        assert not re.search(r"^\s*(from|import) (peft|transformers)\b", text, re.MULTILINE), module
 
 
 def test_each_command_is_in_the_file_of_its_name() -> None:
     files = {file.stem for file in COMMANDS.glob("*.py")} - {"__init__", "main", "console"}
     registered = re.findall(r'app\.(?:command\("|add_typer\(.*name=")(\w+)', (COMMANDS / "main.py").read_text("utf-8"))
     assert files == set(registered)
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_the_first_line_of_a_module_says_what_it_is_for(module: str) -> None:
-    docstring = ast.get_docstring(ast.parse(MODULES[module].read_text(encoding="utf-8")))
-    assert docstring is not None
-    assert len(docstring.splitlines()[0]) > 10
 
 
 @pytest.mark.parametrize("order", [LIBRARY, LAB], ids=["smoa", "smoa_lab"])

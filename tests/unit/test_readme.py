@@ -27,17 +27,3 @@ def test_the_python_of_the_readme_runs(
     assert isinstance(merged, PreTrainedModel)
     assert merged.state_dict().keys() == before.keys()
     assert (tmp_path / "out" / "adapter_config.json").is_file()
-
-
-def test_local_links_of_the_readme_lead_somewhere() -> None:
-    targets = re.findall(r"\]\((?!https?://|#)([^)\s]+)\)", README)
-    assert targets
-    assert [target for target in targets if not (ROOT / target).exists()] == []
-
-
-def test_every_make_target_that_the_documents_name_exists() -> None:
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    text = README + (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    targets = set(re.findall(r"^make ([a-z-]+)", text, flags=re.MULTILINE))
-    assert {"demo", "test"} <= targets
-    assert [target for target in targets if not re.search(rf"^{target}:", makefile, flags=re.MULTILINE)] == []

@@ -98,7 +98,8 @@ class WeightCache:
 
     def nbytes(self) -> int:
         """Bytes that are kept."""
-        return sum(value.nbytes for _, value in self.kept.values())
+        values = [value if isinstance(value, list) else [value] for _, value in self.kept.values()]
+        return sum(part.nbytes for value in values for part in value)
 
     def clear(self) -> None:
         """Drop everything."""

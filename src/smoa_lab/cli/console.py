@@ -13,7 +13,7 @@ import typer
 
 from smoa_lab.basics.extras import advice, missing
 from smoa_lab.basics.foreign import ignore_foreign_warnings
-from smoa_lab.basics.plain_json import json_text
+from smoa_lab.basics.plain import json_text
 
 FULL_DISK = ("No space left", "quota exceeded", "inline_container", "iostream error")
 """Words of the errors of Python, safetensors and torch when a disk is full."""
@@ -82,7 +82,7 @@ def _logging() -> Iterator[None]:
 
 def failed(message: str) -> typer.Exit:
     """The exit to raise, after printing the error on stderr."""
-    from smoa_lab.basics.without_secrets import without_secrets
+    from smoa_lab.basics.plain import without_secrets
 
     typer.echo(f"error: {without_secrets(message)}", err=True)
     return typer.Exit(1)

@@ -25,7 +25,7 @@ def evaluate(
     """Score a run's adapter, or an untouched model, on held-out questions."""
     with reporting():
         from smoa.atomic import check_place, write_whole
-        from smoa_lab.basics.plain_json import json_text
+        from smoa_lab.basics.plain import json_text
         from smoa_lab.evaluate import evaluate_run
         from smoa_lab.open_run import open_run
         from smoa_lab.pages.tables import score_table

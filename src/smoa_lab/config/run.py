@@ -21,8 +21,8 @@ from transformers import TrainingArguments
 from smoa.errors import ConfigError
 from smoa_lab.basics.extras import import_package
 from smoa_lab.basics.foreign import foreign_warnings_ignored
+from smoa_lab.basics.plain import without_secrets
 from smoa_lab.basics.section import Section, Seed
-from smoa_lab.basics.without_secrets import without_secrets
 from smoa_lab.config.validation import Problem, all_problems, listed
 from smoa_lab.config.yaml_text import apply_overrides, key_lines, parse_yaml, to_yaml
 from smoa_lab.data.files import HubRows

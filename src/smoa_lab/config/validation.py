@@ -26,7 +26,7 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 from smoa.errors import ConfigError, DataError
 from smoa_lab.basics.extras import install
 from smoa_lab.basics.foreign import foreign_warnings_ignored
-from smoa_lab.basics.nearest import nearest
+from smoa_lab.basics.names import nearest
 from smoa_lab.config.methods import METHODS, Method
 from smoa_lab.data.tasks import find_task
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from smoa.errors import ConfigError
 from smoa_lab.basics.extras import import_package
-from smoa_lab.basics.nearest import nearest
+from smoa_lab.basics.names import nearest
 from smoa_lab.data.questions import ALPACA
 
 SPECIAL = re.compile(r"<\|[a-z_]+\|>|<(?:start|end)_of_turn>|\[/?INST\]")

@@ -32,7 +32,7 @@ from smoa.atomic import check_place, new_folder
 from smoa.errors import DataError
 from smoa_lab.basics.cache import content_of
 from smoa_lab.basics.extras import require
-from smoa_lab.basics.without_secrets import without_secrets
+from smoa_lab.basics.plain import without_secrets
 from smoa_lab.config.run import ModelSection, RunConfig, adapter_rate
 from smoa_lab.models.needs import model_needs
 from smoa_lab.models.packaged_models import PACKAGED_MODELS, unpacked_folder

@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from smoa.atomic import write_whole
-from smoa_lab.basics.plain_json import finite
+from smoa_lab.basics.plain import finite
 
 SCRIPT = "charts.js"
 """Draws the charts. It lies beside the pages that need it."""

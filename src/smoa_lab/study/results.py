@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import BeforeValidator, TypeAdapter
 
 from smoa.errors import DataError
-from smoa_lab.basics.plain_json import finite
+from smoa_lab.basics.plain import finite
 from smoa_lab.study.comparison import Comparison
 from smoa_lab.study.search import Result, Tuned
 from smoa_lab.study.statistics import (

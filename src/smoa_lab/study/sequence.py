@@ -22,7 +22,7 @@ from smoa.atomic import new_folder, write_whole
 from smoa.errors import ConfigError
 from smoa.maths.analysis import update_size
 from smoa_lab.basics.extras import require
-from smoa_lab.basics.without_secrets import without_secrets
+from smoa_lab.basics.plain import without_secrets
 from smoa_lab.config.run import DataSection, Dtype, ModelSection, RunConfig, check_config
 from smoa_lab.config.run import native_dtype as machine_dtype
 from smoa_lab.data.tasks import Selection

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from smoa.errors import DataError
-from smoa_lab.basics.plain_json import finite
+from smoa_lab.basics.plain import finite
 from smoa_lab.pages.tables import Cell, Table
 from smoa_lab.pages.templates import Figure
 from smoa_lab.study.charts import frontier

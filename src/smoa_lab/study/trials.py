@@ -23,8 +23,7 @@ from filelock import FileLock, Timeout
 
 from smoa.atomic import write_whole
 from smoa.errors import ConfigError, DataError
-from smoa_lab.basics.plain_json import finite
-from smoa_lab.basics.without_secrets import without_secrets
+from smoa_lab.basics.plain import finite, without_secrets
 from smoa_lab.training.run_folder import provenance
 
 logger = logging.getLogger(__name__)

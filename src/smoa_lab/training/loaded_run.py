@@ -38,8 +38,8 @@ from smoa.layers.distributed import is_distributed
 from smoa_lab.basics.cache import cache_folder
 from smoa_lab.basics.extras import import_package, require
 from smoa_lab.basics.foreign import foreign_warnings_ignored
+from smoa_lab.basics.plain import Unsaved, names_secret
 from smoa_lab.basics.positions import check_positions
-from smoa_lab.basics.without_secrets import Unsaved, names_secret
 from smoa_lab.config.methods import METHODS
 from smoa_lab.config.run import RowsSection, RunConfig
 from smoa_lab.data.chat_templates import set_chat_template, stop_at_turns_end

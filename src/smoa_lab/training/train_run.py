@@ -14,8 +14,7 @@ from smoa.atomic import new_files, write_whole
 from smoa.errors import ConfigError
 from smoa.layers.distributed import from_rank_zero
 from smoa_lab.basics.extras import require
-from smoa_lab.basics.portable import portable
-from smoa_lab.basics.without_secrets import without_secrets
+from smoa_lab.basics.plain import portable, without_secrets
 from smoa_lab.config.methods import METHODS
 from smoa_lab.config.run import RunConfig
 from smoa_lab.models.base_models import empty_model, with_rate

@@ -106,10 +106,6 @@ def zero2(folder: Path) -> Result:
     return trained(accelerator(2), adapted(), folder)
 
 
-def zero3(folder: Path) -> Result:
-    return trained(accelerator(3), adapted(), folder)
-
-
 def zero3_loaded(folder: Path) -> Result:
     chosen = accelerator(3)
     return trained(chosen, adapted(loaded(folder)), folder)
@@ -212,7 +208,6 @@ def _refusal(call: Callable[[], Any]) -> str | None:
 SCENARIOS: list[Callable[[Path], Result]] = [
     late,
     zero2,
-    zero3,
     zero3_loaded,
     zero3_defaults,
     zero3_checkpointing,

@@ -13,7 +13,6 @@ from peft import PeftConfig
 
 from smoa import ConfigError, SmoaConfig
 from tests import reference
-from tests.support.adapted_models import QV
 
 WRONG: dict[str, list[Any]] = {
     "target_modules": [3, {"a": 1}, [1], "(", True],
@@ -50,35 +49,25 @@ WRONG: dict[str, list[Any]] = {
 }
 
 
-@pytest.mark.parametrize(("setting", "value"), [(name, value) for name, values in WRONG.items() for value in values])
-def test_a_value_of_a_wrong_type_is_refused_by_its_name_and_file(setting: str, value: Any, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=rf"SmoaConfig: {setting}"):
-        SmoaConfig(**{setting: value})
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "SMOA", setting: value}))
-    with pytest.raises(ConfigError, match=rf"adapter_config\.json: SmoaConfig: {setting}"):
-        SmoaConfig.from_pretrained(tmp_path)
+@pytest.mark.parametrize("setting", WRONG)
+def test_a_value_of_a_wrong_type_is_refused_by_its_name_and_file(setting: str, tmp_path: Path) -> None:
+    for value in WRONG[setting]:
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "SMOA", setting: value}))
+        with pytest.raises(ConfigError, match=rf"adapter_config\.json: SmoaConfig: {setting}"):
+            SmoaConfig.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("setting", "value", "words"),
     [
-        ("r", "4", "r='4' must be an integer"),
         ("alpha", [], "alpha=[] must be a number or null"),
         ("bias", 1, "bias=1 must be one of 'none', 'all', 'smoa_only'"),
         ("init_weights", 2, "init_weights=2 must be true or false or 'zero_A'"),
         ("target_modules", [1], "target_modules=[1] must be a list of strings or a string or null"),
-        ("rank_pattern", {"a": "b"}, "rank_pattern={'a': 'b'} must be a mapping from strings to integers"),
         ("rank_pattern", {"a": 0}, "rank_pattern['a']=0 must be a positive integer"),
         ("num_blocks", 256, "num_blocks=256 must be a positive integer, at most 255"),
-        (
-            "trainable_token_indices",
-            {"a": 1},
-            "trainable_token_indices={'a': 1} must be a list of integers or a mapping from strings to lists of "
-            "integers or null",
-        ),
         ("trainable_token_indices", {"a": [3, -1]}, "trainable_token_indices['a'][1]=-1 must be an index from 0 on"),
         ("block_ranks", [9, -1], "block_ranks[1]=-1 must be a non-negative integer"),
-        ("block_ranks", [True, 3], "block_ranks=[True, 3] must be a list of integers or null"),
         ("block_ranks", [32], "block_ranks=[32] has 1 entries; give one for each of num_blocks=2"),
         ("block_ranks", [3, 4], "block_ranks=[3, 4] sums to 7; the ranks of all blocks must sum to r=16"),
         ("target_modules", "(", "target_modules: '(' is not a regular expression"),
@@ -101,34 +90,33 @@ def test_all_problems_are_told_together() -> None:
             SmoaConfig(r=2, block_ranks=[1, 1], **{pattern: {"q_proj": 2}})
 
 
-def test_what_json_lacks_is_accepted() -> None:
-    config = SmoaConfig(target_modules={"a"}, block_ranks=(4, 12), layers_to_transform=range(2))  # type: ignore[arg-type]
-    assert (config.target_modules, config.block_ranks, config.layers_to_transform) == ({"a"}, [4, 12], [0, 1])
+def test_what_json_lacks_is_accepted_and_saved(tmp_path: Path) -> None:
+    tokens: Any = {"embed_tokens": {3, 1}}
+    config = SmoaConfig(
+        target_modules={"a"}, block_ranks=(16, 0), layers_to_transform=range(2), trainable_token_indices=tokens
+    )  # type: ignore[arg-type]
+    config.save_pretrained(tmp_path)
+    again = SmoaConfig.from_pretrained(tmp_path)
+    assert (again.target_modules, again.block_ranks, again.layers_to_transform) == ({"a"}, [16, 0], [0, 1])
+    assert again.trainable_token_indices == config.trainable_token_indices
+    assert again.ranks_of() == (16, 0)
     with pytest.raises(ConfigError, match="block_ranks"):
         SmoaConfig(block_ranks={4, 28})  # type: ignore[arg-type]  # in no order
 
 
-@pytest.mark.parametrize("pattern", ["(", "[", "a{2,1}", "*", "(?P<a", "(" * 2000])
+@pytest.mark.parametrize("pattern", ["(", "a{2,1}", "(" * 2000])
 def test_an_expression_that_python_can_not_read_is_refused(pattern: str) -> None:
     for name, value in (("target_modules", pattern), ("rank_pattern", {pattern: 2}), ("layers_pattern", [pattern])):
         with pytest.raises(ConfigError, match=f"{name}: .* is not a regular expression"):
             SmoaConfig(**{name: value})
-
-
-def test_an_expression_that_peft_can_not_use_as_a_pattern_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"num_blocks_pattern: .*is not a regular expression"):
-        SmoaConfig(num_blocks_pattern={"(?i)up": 2})
+        SmoaConfig(num_blocks_pattern={"(?i)up": 2})  # which PEFT could not use as a pattern
 
 
 @pytest.mark.parametrize(
     "pattern",
     [
-        "all-linear",
         r".*\.layers\.\d+\.(self_attn|mlp)\.(q|v)_proj",
-        r"(.*\.)?(up|down)",
-        "(?:ab){3}",
-        "a|b",
-        ".*?x",
         "|".join(f"layers.{i}.up" for i in range(500)),
         "(.+)+x",
         r"^(?!.*vision).*layers\.(1?\d|2[0-3])\.(self_attn|mlp)\.(k|up)_proj",
@@ -143,30 +131,10 @@ def test_every_setting_has_wrong_values_in_this_test() -> None:
     assert set(SmoaConfig.__dataclass_fields__) - others == set(WRONG)
 
 
-def test_block_ranks_may_be_unequal_and_zero() -> None:
-    assert SmoaConfig(r=7, num_blocks=3, block_ranks=[7, 0, 0]).ranks_of() == (7, 0, 0)
-
-
 @pytest.mark.parametrize("setting", [{"layers_to_transform": [0]}, {"layers_to_transform": [0], "layers_pattern": "h"}])
 def test_choosing_layers_by_index_needs_a_list_of_module_names(setting: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="layers_to_transform"):
         SmoaConfig(target_modules="q_proj", **setting)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"target_modules": frozenset(QV), "exclude_modules": {"lm_head"}},
-        {"target_modules": QV, "layers_to_transform": range(1), "layers_pattern": {"layers"}},
-        {"target_modules": QV, "modules_to_save": {"lm_head"}, "trainable_token_indices": {"embed_tokens": {3, 1}}},
-    ],
-    ids=lambda settings: "-".join(settings),
-)
-def test_every_collection_that_is_taken_can_be_saved(settings: dict[str, Any], tmp_path: Path) -> None:
-    config = SmoaConfig(r=4, **settings)
-    config.save_pretrained(tmp_path)
-    again = SmoaConfig.from_pretrained(tmp_path)
-    assert {name: getattr(again, name) for name in settings} == {name: getattr(config, name) for name in settings}
 
 
 def test_loras_names_of_settings_are_taken() -> None:
@@ -188,10 +156,6 @@ def test_rank_stabilized_scaling_is_loras_at_equal_parameters(r: int, num_blocks
     assert config.alpha_of("layer", r) / r == pytest.approx(16 / rank_of_lora**0.5)
     left_out = SmoaConfig(r=r, num_blocks=num_blocks, use_rslora=True)
     assert left_out.alpha_of("layer", r) / r == pytest.approx(rank_of_lora / rank_of_lora**0.5)
-
-
-def test_the_scale_is_loras() -> None:
-    assert SmoaConfig().scale == SmoaConfig(scale=None).scale == "lora"
 
 
 def test_removed_settings_in_a_file_are_ignored_with_one_warning(tmp_path: Path) -> None:

@@ -8,11 +8,10 @@ from torch import Tensor
 
 from smoa.layers import layer as layers
 from smoa.layers.layer import SmoaLayer
-from tests.support.gathers import gathers
 from tests.support.gradients import assert_path, layer_13_to_11
+from tests.support.launches import gathers
 from tests.support.layers import (
     Route,
-    add_adapter,
     base_weight,
     oracle_delta,
 )
@@ -28,10 +27,9 @@ def contiguous(dtype: torch.dtype = torch.float64, **config: object) -> tuple[Sm
     return layer, torch.randn(2, 5, 13, dtype=dtype, requires_grad=True)
 
 
-@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
 @pytest.mark.parametrize(
-    ("route", "dtype"),
-    [("fused", torch.float64), ("apart", torch.float64), ("apart", torch.bfloat16), ("apart", torch.float16)],
+    ("route", "dtype", "conv1d"),
+    [("fused", torch.float64, False), ("apart", torch.float64, True), ("apart", torch.bfloat16, False)],
 )
 def test_a_training_step_gathers_nothing(
     monkeypatch: pytest.MonkeyPatch, route: Route, dtype: torch.dtype, conv1d: bool
@@ -63,9 +61,8 @@ def test_labels_that_happen_to_ascend_are_recognised(monkeypatch: pytest.MonkeyP
     assert_path(layer, layer(x), x)
 
 
-@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
-def test_merging_gathers_nothing_and_is_undone_bit_for_bit(monkeypatch: pytest.MonkeyPatch, conv1d: bool) -> None:
-    layer, _ = contiguous(conv1d=conv1d)
+def test_merging_gathers_nothing_and_is_undone_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, _ = contiguous(conv1d=True)
     before, merged = base_weight(layer).clone(), base_weight(layer) + oracle_delta(layer)
     with gathers(monkeypatch) as found:
         layer.merge()
@@ -73,16 +70,6 @@ def test_merging_gathers_nothing_and_is_undone_bit_for_bit(monkeypatch: pytest.M
         layer.unmerge()
     assert not found
     assert torch.equal(base_weight(layer), before)
-
-
-def test_two_adapters_gather_only_for_the_one_that_is_not_contiguous(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, x = contiguous()
-    add_adapter(layer, "other", r=4, num_blocks=2, partition="contiguous")
-    with gathers(monkeypatch) as found:
-        step(layer, x)
-    assert not found
-    add_adapter(layer, "third", r=4, num_blocks=2, partition="random")
-    assert_path(layer, layer(x), x, "default", "other", "third")
 
 
 def test_labels_are_compared_when_they_change_and_never_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,9 +86,8 @@ def test_labels_are_compared_when_they_change_and_never_in_a_step(monkeypatch: p
     assert compared == [1]
 
 
-@pytest.mark.parametrize("modulation", ["hadamard", "none"])
-def test_transforms_gather_nothing_either(monkeypatch: pytest.MonkeyPatch, modulation: str) -> None:
-    layer, x = contiguous(modulation=modulation)
+def test_transforms_gather_nothing_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = contiguous()
     expected = layer(x)
     with gathers(monkeypatch) as found:
         output, pullback = torch.func.vjp(lambda x: layer.branch_output(x, "default"), x.detach())

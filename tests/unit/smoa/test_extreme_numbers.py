@@ -61,7 +61,7 @@ def test_factors_in_float16_whose_product_overflows_it_still_give_a_finite_updat
 
 
 @pytest.mark.parametrize("modulation", ["hadamard", "none"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_zero_weight_is_cut_in_natural_order_and_modulates_to_nothing(dtype: torch.dtype, modulation: str) -> None:
     layer = layer_of(torch.zeros(7, 5, dtype=dtype), r=2, num_blocks=2, modulation=modulation)
     assert labels(layer) == (reference.contiguous_labels(7, 2), reference.contiguous_labels(5, 2))
@@ -73,7 +73,7 @@ def test_a_zero_weight_is_cut_in_natural_order_and_modulates_to_nothing(dtype: t
     assert all((factor.grad == 0).all() == (modulation == "hadamard") for factor in factors(layer))
 
 
-@pytest.mark.parametrize("r", [1, 24, 200])
+@pytest.mark.parametrize("r", [1, 200])
 def test_a_rank_beyond_the_blocks_size_gives_the_oracles_output_and_gradients(r: int) -> None:
     layer = layer_of(torch.randn(6, 8, dtype=torch.float64), r=r, num_blocks=2, alpha=5.0)
     x = torch.randn(3, 8, dtype=torch.float64)
@@ -131,8 +131,9 @@ def test_a_merge_is_undone_bit_for_bit_whatever_the_weight_holds(data: st.DataOb
     assert torch.equal(base_weight(layer).view(bits), weight.view(bits))
 
 
-@pytest.mark.parametrize("partition", ["spectral", "contiguous", "random"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("value", "partition"), [(float("nan"), "spectral"), (float("inf"), "contiguous"), (float("nan"), "random")]
+)
 def test_a_weight_that_is_not_finite_is_refused_by_the_name_of_its_layer_before_any_is_replaced(
     value: float, partition: str
 ) -> None:
@@ -144,8 +145,7 @@ def test_a_weight_that_is_not_finite_is_refused_by_the_name_of_its_layer_before_
     assert {type(layer) for layer in model.children()} == {nn.Linear}
 
 
-@pytest.mark.parametrize("expert_partition", ["each", "shared"])
-@pytest.mark.parametrize("partition", ["spectral", "contiguous"])
+@pytest.mark.parametrize(("partition", "expert_partition"), [("spectral", "each"), ("contiguous", "shared")])
 def test_an_expert_that_is_not_finite_is_refused_before_any_module_is_replaced(
     partition: str, expert_partition: str
 ) -> None:

@@ -60,11 +60,6 @@ def test_a_step_starts_few_operations_whatever_the_number_of_blocks(
     assert len(found) == 1
 
 
-def test_contiguous_blocks_gather_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = launches_of(*adapted(torch.bfloat16, num_blocks=8, partition="contiguous"), monkeypatch)
-    assert not [name for found in names for name in found if name.startswith(("index", "gather", "scatter", "take"))]
-
-
 def test_ragged_blocks_start_four_times_as_much_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = adapted_layer(base_layer(97, 67, dtype=torch.bfloat16), r=7, num_blocks=5)
     x, g = torch.randn(5, 67).bfloat16().requires_grad_(), torch.randn(5, 97).bfloat16()

@@ -6,7 +6,6 @@ import accelerate
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from smoa import MergeError, SmoaConfig
@@ -63,9 +62,15 @@ def assert_same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> Non
     assert [name for name in first if bits(first[name]) != bits(second[name])] == []
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
-@pytest.mark.parametrize("modulation", ["hadamard", "none"])
+@pytest.mark.parametrize(
+    ("dtype", "conv1d", "modulation"),
+    [
+        (torch.float64, False, "hadamard"),
+        (torch.float32, True, "none"),
+        (torch.bfloat16, True, "hadamard"),
+        (torch.float16, False, "none"),
+    ],
+)
 def test_the_merged_layer_gives_the_output_of_the_unmerged_one(
     dtype: torch.dtype, conv1d: bool, modulation: str
 ) -> None:
@@ -75,12 +80,23 @@ def test_the_merged_layer_gives_the_output_of_the_unmerged_one(
     layer.merge()
     assert layer.merged
     assert_close(layer(x), expected)
+    once = base_weight(layer).clone()
+    with pytest.warns(UserWarning, match="already merged|Already following"):
+        layer.merge()
+    assert torch.equal(base_weight(layer), once)
+    assert layer.merged_adapters == ["default"]
+    layer.enable_adapters(False)  # which unmerges
+    assert torch.equal(layer(x), layer.get_base_layer()(x))
+    assert not layer.merged
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
-def test_the_merged_weight_is_the_oracles_rounded_once(dtype: torch.dtype, conv1d: bool) -> None:
+def test_the_merged_weight_is_the_oracles_rounded_once_and_unmerges_bit_for_bit(
+    dtype: torch.dtype, conv1d: bool
+) -> None:
     layer = adapted_layer(base_layer(11, 13, conv1d=conv1d, dtype=dtype), r=7, num_blocks=3, alpha=2.0)
+    before = state(layer.get_base_layer())
     delta = oracle_delta(layer)
     exact = reference.effective_weight(base_weight(layer).double(), [delta])
     layer.merge()
@@ -88,28 +104,11 @@ def test_the_merged_weight_is_the_oracles_rounded_once(dtype: torch.dtype, conv1
     limit = 0.51 * torch.finfo(dtype).eps if dtype.itemsize == 2 else 4 * torch.finfo(dtype).eps
     more = limit * delta.abs() if dtype == torch.float64 else 1e-7
     assert ((base_weight(layer).double() - exact).abs() <= limit * exact.abs() + more).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
-def test_a_thousand_merges_and_unmerges_leave_the_base_bit_for_bit(dtype: torch.dtype, conv1d: bool) -> None:
-    layer = adapted_layer(base_layer(11, 13, conv1d=conv1d, dtype=dtype), r=7, num_blocks=3)
-    base = layer.get_base_layer()
-    before = state(base)
-    for _ in range(1000):
-        layer.merge()
+    for _ in range(20):
+        randomise(layer)  # what the factors are by then does not count
         layer.unmerge()
-    assert_same_bits(state(base), before)
-
-
-def test_merging_twice_changes_nothing() -> None:
-    layer = adapted_layer(base_layer(11, 13), r=7, num_blocks=3)
-    layer.merge()
-    once = base_weight(layer).clone()
-    with pytest.warns(UserWarning, match="already merged|Already following"):
+        assert_same_bits(state(layer.get_base_layer()), before)
         layer.merge()
-    assert torch.equal(base_weight(layer), once)
-    assert layer.merged_adapters == ["default"]
 
 
 def test_unmerging_what_is_not_merged_warns_and_changes_nothing() -> None:
@@ -122,8 +121,7 @@ def test_unmerging_what_is_not_merged_warns_and_changes_nothing() -> None:
 
 # PEFT's own, when a second adapter is merged later
 @pytest.mark.filterwarnings("ignore:Already following adapters were merged:UserWarning")
-@pytest.mark.parametrize("order", [["default", "other"], ["other", "default"]])
-@pytest.mark.parametrize("together", [True, False], ids=["together", "one after the other"])
+@pytest.mark.parametrize(("order", "together"), [(["default", "other"], True), (["other", "default"], False)])
 def test_every_merged_adapter_is_anchored_on_the_pristine_weight(order: list[str], together: bool) -> None:
     layer = adapted_layer(base_layer(11, 13), r=7, num_blocks=3)
     add_adapter(layer, "other", r=4, num_blocks=2, alpha=3.0)
@@ -158,27 +156,7 @@ def test_an_adapter_added_while_another_is_merged_is_anchored_on_the_pristine_we
     assert torch.equal(base_weight(layer), pristine)
 
 
-def test_changing_the_factors_while_merged_does_not_disturb_unmerging() -> None:
-    layer = adapted_layer(base_layer(11, 13, dtype=torch.bfloat16), r=7, num_blocks=3)
-    before = base_weight(layer).clone()
-    layer.merge()
-    randomise(layer)
-    layer.unmerge()
-    assert torch.equal(base_weight(layer), before)
-
-
-def test_disabling_adapters_unmerges_them() -> None:
-    layer = adapted_layer(base_layer(11, 13), r=7, num_blocks=3)
-    x = torch.randn(5, 13, dtype=torch.float64)
-    before, plain = base_weight(layer).clone(), layer.get_base_layer()(x)
-    layer.merge()
-    layer.enable_adapters(False)
-    assert torch.equal(layer(x), plain)
-    assert torch.equal(base_weight(layer), before)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("route", ["merge_adapter", "merge_and_unload"])
+@pytest.mark.parametrize(("route", "value"), [("merge_adapter", float("nan")), ("merge_and_unload", float("inf"))])
 def test_a_broken_layer_is_refused_under_safe_merge_and_nothing_is_changed_anywhere(route: str, value: float) -> None:
     model = adapted_model()
     first, second = layers_of(model)
@@ -193,7 +171,7 @@ def test_a_broken_layer_is_refused_under_safe_merge_and_nothing_is_changed_anywh
     assert layers_of(model) == [first, second]
 
 
-@pytest.mark.parametrize("names", [["one", "two"], ["two"], None])
+@pytest.mark.parametrize("names", [["one", "two"], None])
 def test_merge_adapter_merges_the_adapters_named(names: list[str] | None) -> None:
     model = adapted_model("one", "two")
     merged = names or ["one"]
@@ -208,7 +186,7 @@ def test_merge_adapter_merges_the_adapters_named(names: list[str] | None) -> Non
     assert_same_bits(state(model), before)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_merge_and_unload_gives_plain_layers_of_the_same_output(dtype: torch.dtype) -> None:
     model = adapted_model(dtype=dtype)
     x = torch.randn(5, 10).to(dtype)
@@ -217,17 +195,6 @@ def test_merge_and_unload_gives_plain_layers_of_the_same_output(dtype: torch.dty
     assert [type(module) for module in (merged.first, merged.second)] == [nn.Linear, nn.Linear]
     assert {parameter.dtype for parameter in merged.parameters()} == {dtype}
     assert_close(merged(x), expected)
-
-
-def test_the_adapter_saved_while_merged_is_the_adapter_saved_before(tmp_path_factory: pytest.TempPathFactory) -> None:
-    model = adapted_model()
-    saved = []
-    for prepare in (lambda: None, model.merge_adapter):
-        prepare()
-        folder = tmp_path_factory.mktemp("adapter")
-        model.save_pretrained(folder)
-        saved.append(load_file(folder / "adapter_model.safetensors"))
-    assert_same_bits(*saved)
 
 
 def test_loading_an_adapter_while_another_is_merged_anchors_it_on_the_pristine_weight(

@@ -29,8 +29,8 @@ from tests.support.tolerance import assert_close
 
 NARROW = "num_blocks=.* is larger than a side of"
 TARGETS = ["q_proj", "v_proj", "down_proj"]
-RANKS = [(8, 4), (7, 3), (5, 4), (2, 4), (12, 6)]
-"""(r, num_blocks): even, a remainder that some blocks get, less than a rank for each block."""
+RANKS = [(8, 4, None), (7, 3, 9.5), (2, 4, 9.5), (12, 6, None)]
+"""(r, num_blocks, alpha): even, a remainder that some blocks get, less than a rank for each block."""
 
 
 class Heads(nn.Module):
@@ -95,8 +95,7 @@ def test_a_pattern_sets_the_blocks_of_the_layers_it_names() -> None:
         assert_close(layer.delta("default").double(), oracle_delta(layer), dtype=torch.float32)
 
 
-@pytest.mark.parametrize("alpha", [None, 9.5])
-@pytest.mark.parametrize(("r", "num_blocks"), RANKS)
+@pytest.mark.parametrize(("r", "num_blocks", "alpha"), RANKS)
 def test_a_narrow_layer_has_the_first_of_the_blocks_and_the_oracles_update(
     r: int, num_blocks: int, alpha: float | None
 ) -> None:
@@ -126,19 +125,10 @@ def test_a_pattern_of_ranks_shrinks_with_the_blocks_and_a_pattern_of_alphas_with
     assert scalings == pytest.approx({"wide": 2.0, "one": 3 / 12, "two": 16 / 6, "three": 2.0, "back": 2.0})
 
 
-def test_one_warning_names_the_narrow_layers() -> None:
-    expected = (
-        r"^num_blocks=4 is larger than a side of 4 of 5 targets: one takes 1, two takes 2, three takes 3, and 1 more "
-        r"take fewer too; the rank of a block and alpha / r stay the same$"
-    )
-    with pytest.warns(UserWarning, match=expected) as found:
-        get_peft_model(Heads(), SmoaConfig(num_blocks=4, target_modules=list(SIDES)))
-    assert len(found) == 1
-
-
 def test_targets_that_are_all_narrower_than_num_blocks_take_fewer_with_one_warning() -> None:
     config = SmoaConfig(r=22, num_blocks=11, target_modules=list(SIDES))
-    with pytest.warns(UserWarning, match=r"^num_blocks=11 is larger than a side of 5 of 5 targets: ") as found:
+    expected = r"^num_blocks=11 is larger than a side of 5 of 5 targets: wide takes 10, one takes 1, .*, and 2 more"
+    with pytest.warns(UserWarning, match=expected) as found:
         model = get_peft_model(Heads(), config)
     assert len(found) == 1
     layers = smoa_layers(model)
@@ -172,8 +162,9 @@ def test_blocks_that_can_not_be_taken_fewer_of_are_refused_and_nothing_is_replac
     assert [type(module) for module in model.children()] == [nn.Linear, nn.Linear, Conv1D, nn.Linear, nn.Linear]
 
 
-@pytest.mark.parametrize("low_memory", [False, True], ids=["", "low memory"])
-@pytest.mark.parametrize("config", [{}, {"rank_pattern": {"v_proj": 50}}, *PATTERNS], ids=str)
+@pytest.mark.parametrize(
+    ("config", "low_memory"), [({}, True), ({"rank_pattern": {"v_proj": 50}}, False), (PATTERNS[1], True)], ids=str
+)
 def test_a_saved_adapter_loads_to_the_same_bits_without_a_warning(
     config: dict[str, Any], low_memory: bool, tmp_path: Path
 ) -> None:
@@ -184,19 +175,7 @@ def test_a_saved_adapter_loads_to_the_same_bits_without_a_warning(
     assert torch.equal(logits(again), logits(model))
 
 
-def test_it_merges_and_unmerges_in_place() -> None:
-    model = heads(r=7, num_blocks=3)
-    x = torch.randn(5, 12, dtype=torch.float64)
-    before = model(x)
-    weights = copy.deepcopy(model.state_dict())
-    model.merge_adapter()
-    assert_close(model(x), before)
-    model.unmerge_adapter()
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
-    assert_close(model.merge_and_unload()(x), before)
-
-
-@pytest.mark.parametrize("config", [{}, *PATTERNS], ids=str)
+@pytest.mark.parametrize("config", [{}, PATTERNS[1]], ids=str)
 def test_a_merge_on_disk_gives_it_the_same_blocks(
     config: dict[str, Any], tiny_llama: PreTrainedModel, tmp_path: Path
 ) -> None:
@@ -210,7 +189,7 @@ def test_a_merge_on_disk_gives_it_the_same_blocks(
 
 @pytest.mark.parametrize(
     ("config", "other"),
-    [({}, {"r": 20, "alpha": None}), ({}, {"r": 25, "alpha": 7.5}), (PATTERNS[0], {"r": 6})],
+    [({}, {"r": 25, "alpha": 7.5}), (PATTERNS[0], {"r": 6})],
     ids=str,
 )
 def test_after_a_swap_the_model_does_what_the_new_adapter_does(
@@ -233,26 +212,27 @@ def two_adapters(r: int, other: int) -> PeftModel:
     return model
 
 
-@pytest.mark.parametrize(("r", "other"), [(6, 3), (6, 7), (8, 3)])
+@pytest.mark.parametrize(("r", "other"), [(6, 7), (8, 3)])
 def test_a_sum_of_adapters_is_exact_and_loads_to_the_same_bits(r: int, other: int, tmp_path: Path) -> None:
     model = two_adapters(r, other)
     model.add_weighted_adapter(["default", "other"], [0.7, -1.3], "sum")
+    model.add_weighted_adapter(["other"], [-2.0], "scaled", combination_type="linear")
     for layer in smoa_layers(model).values():
+        assert_close(layer.delta("scaled"), -2 * layer.delta("other"))
+        assert layer.r["scaled"] == layer.r["other"]
         assert_close(layer.delta("sum"), 0.7 * layer.delta("default") - 1.3 * layer.delta("other"))
     model.set_adapter("sum")
     model.save_pretrained(tmp_path, selected_adapters=["sum"])
     torch.manual_seed(3)
     again = PeftModel.from_pretrained(Heads(), tmp_path / "sum").eval()
     x = torch.randn(5, 12, dtype=torch.float64)
-    assert torch.equal(again(x), model.eval()(x))
-
-
-def test_adapters_are_added_factor_by_factor_in_a_narrow_layer_too() -> None:
-    model = two_adapters(7, 7)
-    model.add_weighted_adapter(["other"], [-2.0], "scaled", combination_type="linear")
-    for layer in smoa_layers(model).values():
-        assert_close(layer.delta("scaled"), -2 * layer.delta("other"))
-        assert layer.r["scaled"] == layer.r["other"]
+    expected = model.eval()(x)
+    assert torch.equal(again(x), expected)
+    weights = copy.deepcopy(again.state_dict())
+    again.merge_adapter()
+    assert_close(again(x), expected)
+    again.unmerge_adapter()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in again.state_dict().items())
 
 
 def test_a_sum_whose_block_ranks_a_narrow_layer_can_not_have_is_refused_and_not_added() -> None:

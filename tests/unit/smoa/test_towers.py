@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -71,26 +70,13 @@ def test_a_model_is_a_no_op_then_learns_then_is_saved_loaded_and_merged(tower: s
     with NoDecomposition():
         loaded = PeftModel.from_pretrained(build_tower(tower), tmp_path).eval()
         assert torch.equal(output(loaded, tower), trained)
+    before_merge = copy.deepcopy(loaded.state_dict())
+    loaded.merge_adapter()
+    loaded.unmerge_adapter()
+    assert all(torch.equal(tensor, before_merge[name]) for name, tensor in loaded.state_dict().items())
     merged = loaded.merge_and_unload(safe_merge=True)
     assert not layers_of(merged)
     assert_close(output(merged, tower), trained)
-
-
-@every_tower
-def test_every_update_is_the_oracles(tower: str) -> None:
-    for layer in layers_of(adapted(tower)):
-        assert_close(layer.delta("default"), oracle_delta(layer))
-
-
-@every_tower
-def test_half_precision_unmerges_bit_for_bit(tower: str) -> None:
-    base = build_tower(tower, torch.bfloat16)
-    before = copy.deepcopy(base.state_dict())
-    model = adapted(tower, base)
-    model.merge_adapter()
-    model.unmerge_adapter()
-    after = model.unload().state_dict()
-    assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 @every_tower
@@ -99,6 +85,8 @@ def test_a_saved_adapter_is_merged_into_the_files_of_its_base(tower: str, tmp_pa
     base.save_pretrained(tmp_path / "base")
     base.name_or_path = str(tmp_path / "base")
     model = adapted(tower, base)
+    for layer in layers_of(model):
+        assert_close(layer.delta("default"), oracle_delta(layer))
     expected = output(model, tower)
     model.save_pretrained(tmp_path / "adapter")
     export = merge_and_save(tmp_path / "adapter", tmp_path / "merged")
@@ -109,7 +97,7 @@ def test_a_saved_adapter_is_merged_into_the_files_of_its_base(tower: str, tmp_pa
     assert_close(output(merged, tower), expected)
 
 
-@every_tower
+@pytest.mark.parametrize("tower", ["clip", "convnext", "qwen2_5_vl"])
 def test_a_lora_of_full_rank_says_the_same(tower: str, tmp_path: Path) -> None:
     unfit = ("dwconv", "conv1", "conv2")  # grouped, or read by Whisper, which fails with PEFT's LoRA
     targets = [name for name in TOWERS[tower].targets if name not in unfit]
@@ -117,11 +105,6 @@ def test_a_lora_of_full_rank_says_the_same(tower: str, tmp_path: Path) -> None:
     convert_to_lora(model, error=0.0).save(tmp_path)
     lora = PeftModel.from_pretrained(build_tower(tower), tmp_path).eval()
     assert_close(output(lora, tower), output(model, tower))
-
-
-def test_pefts_own_converter_refuses_what_is_not_linear() -> None:
-    with pytest.raises(TypeError, match="do not support LoRA conversion"):
-        peft.convert_to_lora(adapted("vit"), rank=2)
 
 
 def test_grouped_convolutions_are_not_converted_to_lora() -> None:
@@ -139,7 +122,3 @@ def test_every_linear_layer_of_a_language_model_that_sees_takes_its_eyes_too(mod
     names, left = smoa_layers(whole).keys(), smoa_layers(text).keys()
     assert names - left == {name for name in names if name.startswith(tower)} != set()
     assert not any(name.endswith("attention.out_proj") for name in names)  # of a MultiheadAttention, never called
-
-
-def test_every_linear_layer_of_an_image_classifier_warns_of_nothing() -> None:
-    get_peft_model(build_tower("vit"), SmoaConfig(target_modules="all-linear"))

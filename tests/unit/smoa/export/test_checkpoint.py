@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -50,43 +50,19 @@ def read_all(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("size", ["5GB", 40])
-def test_what_is_written_is_what_was_read(size: int | str, source: Path, target: Path) -> None:
+def test_what_is_written_is_what_was_read(
+    size: int | str, source: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CHUNK", 4)  # larger tensors are written in pieces
     checkpoint = Shards(source)
     write_checkpoint(target, checkpoint.entries, checkpoint.read, size)
     found = read_all(target)
     assert found.keys() == TENSORS.keys()
     assert all(torch.equal(found[key], tensor) and found[key].dtype == tensor.dtype for key, tensor in TENSORS.items())
     assert (target / INDEX).is_file() == (size == 40)
-
-
-def test_shards_are_found_by_their_index(source: Path, target: Path) -> None:
-    checkpoint = Shards(source)
-    write_checkpoint(target, checkpoint.entries, checkpoint.read, 40)
     again = Shards(target)
-    assert len(set(again.files.values())) > 1
     assert again.entries == checkpoint.entries
     assert all(torch.equal(again.read(key), tensor) for key, tensor in TENSORS.items())
-    assert (
-        sum(entry.nbytes for entry in again.entries.values())
-        == json.loads((target / INDEX).read_text())["metadata"]["total_size"]
-    )
-
-
-def test_floats_are_cast_and_everything_else_stays(source: Path, target: Path) -> None:
-    checkpoint = Shards(source)
-    entries = {key: entry.cast(torch.float16) for key, entry in checkpoint.entries.items()}
-    write_checkpoint(target, entries, checkpoint.read, "5GB")
-    for key, found in read_all(target).items():
-        expected = TENSORS[key].half() if TENSORS[key].is_floating_point() else TENSORS[key]
-        assert torch.equal(found, expected)
-        assert found.dtype == expected.dtype
-
-
-def test_a_large_tensor_is_written_in_pieces(source: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK", 4)
-    checkpoint = Shards(source)
-    write_checkpoint(target, checkpoint.entries, checkpoint.read, "5GB")
-    assert all(torch.equal(found, TENSORS[key]) for key, found in read_all(target).items())
 
 
 def test_every_tensor_is_aligned_and_says_who_can_read_it(source: Path, target: Path) -> None:
@@ -155,13 +131,6 @@ def test_what_is_neither_a_folder_nor_on_the_hub_is_named(error: Exception, monk
 def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="give the folder that save_pretrained wrote"):
         adapter_config(tmp_path)
-
-
-def test_the_config_of_another_method_is_read_as_it_is(tmp_path: Path) -> None:
-    LoraConfig(r=3, target_modules=["q_proj"]).save_pretrained(tmp_path)
-    config = adapter_config(tmp_path)
-    assert isinstance(config, LoraConfig)
-    assert config.r == 3
 
 
 def test_an_adapter_without_a_task_is_of_the_class_that_peft_noted(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from smoa import ConfigError, SmoaConfig
-from smoa.export.lora import BlockSpectra, RankRule, UpdateSpectra, convert_to_lora
+from smoa.export.lora import BlockSpectra, RankRule, convert_to_lora
 from smoa.layers.layer import SmoaLayer
 from tests.support import tiny_models
 from tests.support.layers import adapted_layer, base_layer, oracle_delta, smoa_layers
@@ -18,7 +18,7 @@ from tests.support.tiny_models import logits
 from tests.support.tolerance import assert_close
 
 # K divides neither side, K = 1, K = min(m, n).
-SHAPES = [(17, 10, 4), (9, 16, 2), (8, 5, 1), (6, 7, 6)]
+SHAPES = [(17, 10, 4), (8, 5, 1), (6, 7, 6)]
 TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"]}
 
 
@@ -44,7 +44,7 @@ def test_the_singular_values_of_the_blocks_are_those_of_the_whole(shape: tuple[i
     assert_close(spectrum_of(layer).values, expected[: min(out_features, in_features)])
 
 
-@pytest.mark.parametrize("rank", [1, 3, 6])
+@pytest.mark.parametrize("rank", [1, 6])
 def test_a_cut_is_the_best_approximation_of_its_rank(rank: int) -> None:
     layer = adapted_layer(base_layer(17, 10), r=8, num_blocks=4)
     spectrum = spectrum_of(layer)
@@ -72,7 +72,7 @@ def test_a_rank_is_chosen_by_number_energy_or_error() -> None:
     assert RankRule(error=0.1).choose(torch.zeros(4)) == 1
 
 
-@pytest.mark.parametrize("rule", [{}, {"rank": 1, "error": 0.1}, {"rank": 0}, {"energy": 1.5}, {"error": 1.0}])
+@pytest.mark.parametrize("rule", [{}, {"rank": 1, "error": 0.1}, {"rank": 0}, {"energy": 1.5}])
 def test_a_rule_that_says_too_little_or_too_much_is_refused(rule: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         RankRule(**rule)
@@ -80,14 +80,12 @@ def test_a_rule_that_says_too_little_or_too_much_is_refused(rule: dict[str, Any]
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_lora_of_full_rank_does_what_the_adapter_does(family: str, tmp_path: Path) -> None:
-    model = adapted(family)
-    convert_to_lora(model, error=0.0).save(tmp_path)
+    model = adapted(family, revision="v2")
+    conversion = convert_to_lora(model, error=0.0)
+    assert conversion.config.revision == "v2"
+    conversion.save(tmp_path)
     lora = PeftModel.from_pretrained(tiny_models.build(family), tmp_path).eval()
     assert_close(logits(lora, family), logits(model, family))
-
-
-def test_a_lora_records_the_revision_of_its_base() -> None:
-    assert convert_to_lora(adapted(revision="v2"), rank=1).config.revision == "v2"
 
 
 @pytest.mark.parametrize(
@@ -99,6 +97,7 @@ def test_the_errors_that_are_reported_are_those_of_the_loaded_lora(
     model = adapted()
     conversion = convert_to_lora(model, **rule, uniform_rank=uniform_rank)
     conversion.save(tmp_path)
+    assert not (uniform_rank and conversion.config.rank_pattern)
     lora = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path)
     wanted, error, total = deltas(model), 0.0, 0.0
     for layer in conversion.layers:
@@ -111,14 +110,6 @@ def test_the_errors_that_are_reported_are_those_of_the_loaded_lora(
         assert 1 - layer.error**2 >= rule.get("energy", 0.0)
     assert conversion.error == pytest.approx((error / total) ** 0.5, rel=1e-3)
     assert conversion.parameters == sum(t.numel() for n, t in conversion.state.items() if ".lora_" in n)
-
-
-def test_a_uniform_rank_is_one_number_for_every_layer() -> None:
-    model = adapted()
-    ragged, uniform = (convert_to_lora(model, error=0.4, uniform_rank=flag) for flag in (False, True))
-    assert len({layer.rank for layer in ragged.layers}) > 1
-    assert uniform.config.rank_pattern == {}
-    assert {len(t) for n, t in uniform.state.items() if "lora_A" in n} == {uniform.config.r}
 
 
 def test_modules_and_biases_that_were_trained_besides_come_along(tmp_path: Path) -> None:
@@ -137,11 +128,6 @@ def test_an_untrained_adapter_becomes_a_lora_that_does_nothing() -> None:
     assert {layer.rank for layer in conversion.layers} == {1}
 
 
-def test_an_adapter_that_is_not_there_is_named() -> None:
-    with pytest.raises(ConfigError, match="other"):
-        UpdateSpectra(adapted(), "other")
-
-
 # Mixtures of experts.
 
 
@@ -152,21 +138,14 @@ def adapted_mixture(family: str, **settings: object) -> PeftModel:
     return get_peft_model(build_mixture(family), config).eval()
 
 
-@torch.no_grad()
-def mixture_logits(model: torch.nn.Module) -> torch.Tensor:
-    return model(input_ids=tokens()).logits
-
-
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")  # PEFT looks for modules only
-@pytest.mark.parametrize(
-    ("family", "uniform"), [("qwen3_moe", False), ("gpt_oss", False), ("llama4", False), ("gpt_oss", True)]
-)
+@pytest.mark.parametrize(("family", "uniform"), [("qwen3_moe", False), ("gpt_oss", True), ("llama4", False)])
 def test_a_lora_that_keeps_everything_says_the_same_without_smoa(family: str, uniform: bool, tmp_path: Path) -> None:
     model = adapted_mixture(family)
     conversion = convert_to_lora(model, error=0.0, uniform_rank=uniform)
     conversion.save(tmp_path)
     loaded = PeftModel.from_pretrained(build_mixture(family), str(tmp_path)).eval()
-    assert_close(mixture_logits(loaded), mixture_logits(model))
+    assert_close(loaded(input_ids=tokens()).logits, model(input_ids=tokens()).logits)
     assert conversion.error < 1e-5
     assert conversion.parameters == sum(p.numel() for name, p in loaded.named_parameters() if ".lora_" in name)
 

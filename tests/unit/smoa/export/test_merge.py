@@ -90,21 +90,20 @@ def merged_model(folder: Path, auto: Any = AutoModelForCausalLM) -> PreTrainedMo
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
 def test_the_merged_model_gives_the_adapters_outputs(family: str, base: Path, adapter: Path, output: Path) -> None:
     first, second, *_ = TARGETS[family]
-    adapted = saved(base, adapter, family, alpha_pattern={first: 9.0}, rank_pattern={second: 2})
-    export = merge_and_save(adapter, output)
+    more = {"target_modules": [*TARGETS[family], "embed_tokens"]} if family == "llama" else {}
+    adapted = saved(base, adapter, family, alpha_pattern={first: 9.0}, rank_pattern={second: 2}, **more)
+    if family == "llama":  # in shards
+        tiny_models.build("llama").save_pretrained(base, max_shard_size="20KB")
+        (base / "model.safetensors").unlink()
+    export = merge_and_save(adapter, output, max_shard_size="30KB")
     assert export.streamed
     assert set(export.loss.by_layer) == {n for n, m in adapted.base_model.model.named_modules() if hasattr(m, "smoa_A")}
     model = merged_model(output)
     assert_close(logits(model, family), logits(adapted, family))
     assert model.state_dict().keys() == tiny_models.build(family).state_dict().keys()
-
-
-def test_an_embedding_is_merged_from_the_files_alone(base: Path, adapter: Path, output: Path) -> None:
-    adapted = saved(base, adapter, target_modules=["embed_tokens", "q_proj"])
-    export = merge_and_save(adapter, output)
-    assert export.streamed
-    assert export.loss.by_layer["model.embed_tokens"] < 1e-6
-    assert_close(logits(merged_model(output)), logits(adapted))
+    assert len(list(output.glob("*.safetensors"))) > 1
+    with pytest.raises(ConfigError, match="exists"):
+        merge_and_save(adapter, output)
 
 
 def test_an_embedding_that_is_tied_to_the_head_gets_a_weight_of_its_own(
@@ -141,18 +140,12 @@ def test_an_encoder_decoder_is_merged(base: Path, adapter: Path, output: Path) -
 
 
 def test_a_checkpoint_of_the_bare_model_keeps_its_names(base: Path, adapter: Path, output: Path) -> None:
-    adapted = saved(base, adapter, "gpt2")
+    adapted = saved(base, adapter, "gpt2", bias="all", modules_to_save=["ln_f"])
     tensors = load_file(base / "model.safetensors")
     save_file({n.removeprefix("transformer."): t for n, t in tensors.items()}, base / "model.safetensors")
     assert merge_and_save(adapter, output).streamed
     assert load_file(output / "model.safetensors").keys() == load_file(base / "model.safetensors").keys()
     assert isinstance(merged_model(output).transformer, GPT2Model)
-    assert_close(logits(merged_model(output), "gpt2"), logits(adapted, "gpt2"))
-
-
-def test_biases_that_were_trained_are_merged(base: Path, adapter: Path, output: Path) -> None:
-    adapted = saved(base, adapter, "gpt2", bias="all", modules_to_save=["ln_f"])
-    assert merge_and_save(adapter, output).streamed
     assert_close(logits(merged_model(output), "gpt2"), logits(adapted, "gpt2"))
 
 
@@ -262,9 +255,9 @@ def bart(labels: int) -> PreTrainedModel:
     return BartForSequenceClassification(BartConfig(vocab_size=64, num_labels=labels, **sizes, **heads))
 
 
-@pytest.mark.parametrize("config", [SmoaConfig, LoraConfig])
 @pytest.mark.parametrize(
-    ("build", "head", "task"), [(vit, "classifier", None), (bart, "classification_head", "SEQ_CLS")]
+    ("config", "build", "head", "task"),
+    [(SmoaConfig, vit, "classifier", None), (LoraConfig, bart, "classification_head", "SEQ_CLS")],
 )
 def test_a_head_of_any_name_and_task_with_other_labels_is_merged(
     config: Any, build: Any, head: str, task: str | None, base: Path, adapter: Path, output: Path
@@ -312,26 +305,6 @@ def test_the_recorded_revision_is_that_of_the_recorded_base_only(
     assert asked == [(str(base), "v2"), (str(base), "v2"), ("org/other", None)]
 
 
-def test_shards_are_read_and_written(base: Path, adapter: Path, output: Path) -> None:
-    adapted = saved(base, adapter)
-    tiny_models.build("llama").save_pretrained(base, max_shard_size="20KB")
-    (base / "model.safetensors").unlink()
-    merge_and_save(adapter, output, max_shard_size="30KB")
-    files = sorted(output.glob("*.safetensors"))
-    assert len(files) > 1
-    assert all(file.stat().st_size < 35_000 for file in files)
-    assert_close(logits(merged_model(output)), logits(adapted))
-
-
-def test_without_an_adapted_weight_every_byte_stays(base: Path, adapter: Path, output: Path) -> None:
-    saved(base, adapter, dtype=torch.bfloat16)
-    export = merge_and_save(adapter, output)
-    before, after = load_file(base / "model.safetensors"), load_file(output / "model.safetensors")
-    untouched = before.keys() - {f"{name}.weight" for name in export.loss.by_layer}
-    assert all(torch.equal(before[name], after[name]) for name in untouched)
-    assert len(untouched) < len(before)
-
-
 def test_a_bfloat16_base_stays_bfloat16_and_says_what_that_lost(base: Path, adapter: Path, output: Path) -> None:
     saved(base, adapter, dtype=torch.bfloat16)
     export = merge_and_save(adapter, output)
@@ -340,7 +313,6 @@ def test_a_bfloat16_base_stays_bfloat16_and_says_what_that_lost(base: Path, adap
     assert 'dtype="float32"' in export.summary()
     wide = merge_and_save(adapter, output.with_name("wide"), dtype="float32")
     assert wide.loss.total < 1e-5
-    assert merged_model(wide.folder).dtype == torch.float32
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
     assert_close(logits(merged_model(wide.folder)), logits(adapted.eval()))
 
@@ -348,7 +320,9 @@ def test_a_bfloat16_base_stays_bfloat16_and_says_what_that_lost(base: Path, adap
 def test_what_rounding_takes_is_measured_against_the_update(base: Path, adapter: Path, output: Path) -> None:
     adapted = saved(base, adapter, dtype=torch.bfloat16)
     export = merge_and_save(adapter, output)
-    after = load_file(output / "model.safetensors")
+    before, after = load_file(base / "model.safetensors"), load_file(output / "model.safetensors")
+    untouched = before.keys() - {f"{name}.weight" for name in export.loss.by_layer}
+    assert all(torch.equal(before[name], after[name]) for name in untouched)
     error = update = 0.0
     for name in export.loss.by_layer:
         layer = adapted.base_model.model.get_submodule(name)
@@ -372,42 +346,20 @@ def test_a_quantized_base_is_merged_into_its_dequantized_weights(base: Path, ada
     assert_close(logits(merged_model(output)), logits(expected.eval()))
 
 
-def test_any_method_of_peft_is_merged(base: Path, adapter: Path, output: Path) -> None:
-    model = tiny_models.build("llama")
-    model.save_pretrained(base)
-    model.name_or_path = str(base)
-    config = LoraConfig(r=2, target_modules=["q_proj"], use_dora=True, init_lora_weights=False, task_type="CAUSAL_LM")
-    adapted = get_peft_model(model, config).eval()
-    adapted.save_pretrained(adapter)
-    assert len(merge_and_save(adapter, output).loss.by_layer) == 2
-    assert_close(logits(merged_model(output)), logits(adapted))
-
-
 def test_tokenizer_generation_config_and_card_come_along(base: Path, adapter: Path, output: Path) -> None:
     saved(base, adapter)
     lab.byte_tokenizer().save_pretrained(base)
+    (adapter / "tokenizer.json").write_text("{}")  # which comes first
     (base / "LICENSE").write_text("terms")
-    merge_and_save(adapter, output)
+    export: Export = merge_and_save(adapter, output, notes=("A note.",))
+    assert (output / "tokenizer.json").read_text() == "{}"
+    report = json.loads(json.dumps(export.to_dict()))
+    assert (report["layers"], report["notes"]) == (6, ["A note."])
     assert {"tokenizer.json", "generation_config.json", "LICENSE", "README.md"} <= {f.name for f in output.iterdir()}
     card = (output / "README.md").read_text()
     assert "`base` with the SMOA adapter" in card
     assert '"num_blocks": 2' in card
     assert "AutoModelForCausalLM.from_pretrained" in card
-
-
-def test_the_adapters_own_tokenizer_comes_first(base: Path, adapter: Path, output: Path) -> None:
-    saved(base, adapter)
-    lab.byte_tokenizer().save_pretrained(base)
-    (adapter / "tokenizer.json").write_text("{}")
-    merge_and_save(adapter, output)
-    assert (output / "tokenizer.json").read_text() == "{}"
-
-
-def test_nothing_is_overwritten(base: Path, adapter: Path, output: Path) -> None:
-    saved(base, adapter)
-    output.mkdir()
-    with pytest.raises(ConfigError, match="exists"):
-        merge_and_save(adapter, output)
 
 
 def test_a_merge_that_fails_leaves_nothing_behind(base: Path, adapter: Path, output: Path) -> None:
@@ -448,14 +400,6 @@ def test_where_a_base_was_loaded_from_stays_out_of_the_merged_model(
     assert lab.files_with(base.parent, output) == lab.files_with("/home/somebody", output) == set()
 
 
-def test_the_report_is_plain_json(base: Path, adapter: Path, output: Path) -> None:
-    saved(base, adapter)
-    export: Export = merge_and_save(adapter, output, notes=("A note.",))
-    report = json.loads(json.dumps(export.to_dict()))
-    assert report["layers"] == 6
-    assert report["notes"] == ["A note."]
-
-
 def test_a_base_that_is_no_safetensors_goes_through_memory(base: Path, adapter: Path, output: Path) -> None:
     adapted = saved(base, adapter)
     torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
@@ -485,17 +429,16 @@ def test_a_folder_that_somebody_else_makes_meanwhile_stays(
 # Layers that can't be merged, and quantized bases.
 
 
-@pytest.mark.parametrize("error", [ValueError("NaN in the weights"), NotImplementedError("no merging of this kind")])
 def test_a_layer_that_cannot_be_merged_is_named(
-    error: Exception, base: Path, adapter: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, adapter: Path, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved(base, adapter)
 
     def refuse(self: Linear, *arguments: Any, **options: Any) -> None:
-        raise error
+        raise NotImplementedError("no merging of this kind")
 
     monkeypatch.setattr(Linear, "merge", refuse)
-    with pytest.raises(MergeError, match=rf"layers\.0\.self_attn\.q_proj: {error}"):
+    with pytest.raises(MergeError, match=r"layers\.0\.self_attn\.q_proj: no merging of this kind"):
         merge_and_save(adapter, output, base=tiny_models.build("llama"))
     assert not output.exists()
 
@@ -530,8 +473,7 @@ def mixture_logits(model: torch.nn.Module) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("family", "expert_partition"),
-    [(family, "each") for family in ("qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "llama4")]
-    + [(family, "shared") for family in ("mixtral", "gpt_oss")],
+    [("qwen3_moe", "each"), ("mixtral", "shared"), ("deepseek_v3", "each"), ("gpt_oss", "shared"), ("llama4", "each")],
 )
 def test_a_mixture_is_merged_on_disk_under_the_names_of_its_checkpoint(
     family: str, expert_partition: str, tmp_path: Path
@@ -610,7 +552,6 @@ def card(folder: Path, base: str | NamedBase = "org/base", config: PeftConfig | 
     [
         ([], 'model = AutoModelForCausalLM.from_pretrained("PATH")'),
         (["tokenizer.json"], 'tokenizer = AutoTokenizer.from_pretrained("PATH")'),
-        (["preprocessor_config.json"], 'processor = AutoProcessor.from_pretrained("PATH")'),
         (["processor_config.json", "tokenizer.json"], 'processor = AutoProcessor.from_pretrained("PATH")'),
     ],
 )

@@ -17,7 +17,9 @@ from smoa.files.card import NamedBase, adapter_card, named_base
 
 @pytest.fixture
 def model(tiny_llama: PreTrainedModel) -> Any:
-    return get_peft_model(tiny_llama, SmoaConfig(r=8, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    return get_peft_model(
+        tiny_llama, SmoaConfig(r=8, num_blocks_pattern={"q_proj": 4}, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    )
 
 
 def test_the_card_names_base_config_metrics_and_how_to_load(model: Any, tmp_path: Path) -> None:
@@ -27,18 +29,17 @@ def test_the_card_names_base_config_metrics_and_how_to_load(model: Any, tmp_path
     assert card.data.library_name == "peft"
     assert card.data.tags == ["smoa", "base_model:adapter:org/base"]
     assert card.data.pipeline_tag == "text-generation"
-    for said in ("# mine", "import smoa", "AutoPeftModelForCausalLM", "| accuracy | 0.625 |"):
+    for said in (
+        "# mine",
+        "import smoa",
+        "AutoPeftModelForCausalLM",
+        "| accuracy | 0.625 |",
+        "layers for which its config gives no other number",
+    ):
         assert said in card.text
     settings = json.loads(card.text.split("```json")[1].split("```")[0])
     assert settings["r"] == 8
     assert settings["target_modules"] == ["q_proj"]
-
-
-def test_the_card_does_not_hide_that_blocks_differ_by_layer(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
-    config = SmoaConfig(r=8, num_blocks_pattern={"v_proj": 4}, target_modules=["q_proj", "v_proj"])
-    save_adapter(get_peft_model(tiny_llama, config), tmp_path / "mine", base_model_name="org/base", metrics={})
-    text = (tmp_path / "mine" / "README.md").read_text()
-    assert "r = 8, 2 blocks in layers for which its config gives no other number." in text
 
 
 def test_the_home_folder_stays_out_of_the_card(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,15 +49,8 @@ def test_the_home_folder_stays_out_of_the_card(model: Any, tmp_path: Path, monke
     text = (tmp_path / "mine" / "README.md").read_text()
     assert str(tmp_path) not in text
     assert "base_model:" not in text
-    assert "Results" not in text
-
-
-def test_a_base_in_a_local_folder_is_told_by_its_last_name(model: Any, tmp_path: Path) -> None:
-    save_adapter(model, tmp_path / "mine", base_model_name=str(tmp_path / "base"), metrics={})
-    text = (tmp_path / "mine" / "README.md").read_text()
     assert "of `base`: r = 8" in text
-    assert "The base was loaded from a local place." in text
-    assert str(tmp_path) not in text
+    assert "Results" not in text
 
 
 def test_a_base_that_comes_from_elsewhere_is_loaded_from_there() -> None:
@@ -74,11 +68,6 @@ def test_an_adapter_of_another_method_is_loaded_without_smoa() -> None:
     assert "A LORA adapter of `org/base`" in card.text
     assert card.data.tags == ["lora", "base_model:adapter:org/base"]
     assert "import smoa" not in card.text
-
-
-def test_without_metrics_the_card_is_left_to_peft(model: Any, tmp_path: Path) -> None:
-    save_adapter(model, tmp_path / "mine", base_model_name="org/base")
-    assert "How to Get Started" in (tmp_path / "mine" / "README.md").read_text()
 
 
 def test_every_adapter_saved_gets_a_card_beside_its_config(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
@@ -104,7 +93,6 @@ def test_a_card_for_another_method_is_refused_before_anything_is_written(
 @pytest.mark.parametrize(
     ("source", "text"),
     [
-        ("/home/me/models/base", "base"),
         ("~/models/base/", "base"),
         ("C:\\models\\base", "base"),
         ("/models/tiny.gguf", "tiny.gguf"),

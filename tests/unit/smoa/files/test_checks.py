@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import pickle
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,10 +15,10 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 from safetensors.torch import load_file
 from torch import Tensor
 
-from smoa import AdapterFileError, SmoaConfig, SmoaError
+from smoa import AdapterFileError, SmoaConfig
 from tests.fuzz_adapters import CORPUS, base, fuzz, outcome, write_corpus
 from tests.support.adapter_files import rewritten, with_settings
-from tests.support.adapter_mutations import CONFIG, MUTATIONS, PICKLE, WEIGHTS, Payload
+from tests.support.adapter_mutations import CONFIG, MUTATIONS, WEIGHTS
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX")
 
@@ -50,18 +48,11 @@ def test_a_folder_that_nobody_touched_is_loaded(name: str, corpus: dict[str, Pat
     assert outcome(corpus[name], corpus[name]) == "loaded: the same bytes"
 
 
-@pytest.mark.parametrize("limit", [0, 1, 8, 100, -1])
+@pytest.mark.parametrize("limit", [0, 100, -1])
 def test_a_truncated_file_is_refused_by_name(folder: Path, limit: int) -> None:
     file = folder / WEIGHTS
     os.truncate(file, limit % file.stat().st_size)
     with pytest.raises(AdapterFileError, match=r"adapter_model\.safetensors: is not a whole safetensors file"):
-        load(folder)
-
-
-def test_a_pickle_is_refused_unread(folder: Path) -> None:
-    (folder / WEIGHTS).unlink()
-    (folder / PICKLE).write_bytes(pickle.dumps(Payload()))
-    with pytest.raises(AdapterFileError, match=r"adapter_model\.bin.*pickle"):
         load(folder)
 
 
@@ -79,8 +70,7 @@ def test_links_as_the_hub_makes_them_are_followed(folder: Path) -> None:
     load(folder)
 
 
-@pytest.mark.parametrize("r", [10**12, 5])
-@pytest.mark.parametrize("setting", ["r", "rank_pattern"])
+@pytest.mark.parametrize(("setting", "r"), [("r", 10**12), ("rank_pattern", 5)])
 def test_a_rank_beyond_the_file_is_refused_before_anything_of_that_size_is_made(
     folder: Path, setting: str, r: int
 ) -> None:
@@ -116,37 +106,30 @@ NOT_FINITE, TOO_LARGE = r"up\.smoa_B.*NaN or infinite", r"up: .* multiply to .*,
 CHANGED: dict[str, tuple[Change, str]] = {
     "of the base": (lambda t: t.update({BASE_WEIGHT: torch.ones(10, 12)}), r"has unknown 1 tensor.*up\.base_layer"),
     "of the head": (lambda t: t.update({"base_model.model.head.weight": torch.ones(3, 12)}), "has unknown 1 tensor"),
-    "of LoRA": (lambda t: t.update({UP + "lora_A.weight": torch.ones(4, 12)}), "has unknown 1 tensor"),
     "of a path": (lambda t: t.update({"../../../etc/passwd": torch.ones(1)}), "has unknown 1 tensor"),
-    "of no name": (lambda t: t.update({"": torch.ones(1)}), "has unknown 1 tensor"),
     "of no layer": (lambda t: t.update({A.replace("up", "sideways"): t[A].clone()}), "has unknown 1 tensor"),
     "bias": (lambda t: t.update({UP.replace("up", "left") + "base_layer.bias": torch.ones(10)}), "unknown.*left.*bias"),
     "missing": (lambda t: t.pop(A), r"lacks 1 tensor\(s\).*smoa_A"),
     "of fewer rows": (lambda t: t.update({A: t[A][:2]}), r"smoa_A.*shape"),
-    "transposed": (lambda t: t.update({A: t[A].T}), r"smoa_A.*shape"),
     "of integers": (lambda t: t.update({A: t[A].long()}), "smoa_A.*int64.*floating point"),
     "of 8 bits": (lambda t: t.update({A: t[A].to(torch.float8_e4m3fn)}), "float8_e4m3fn.*floating point"),
-    "NaN": (value(B, float("nan")), NOT_FINITE),
     "infinite": (value(B, float("-inf")), NOT_FINITE),
     "infinite once it is cast": (value(B, 1e300, torch.float64), NOT_FINITE),
     "a flipped bit of A": (value(A, 3e38), TOO_LARGE),
-    "a flipped bit of B": (value(B, 3e38), TOO_LARGE),
     "a flipped bit of a scale": (value(UP + "smoa_block_scale", 3e38), TOO_LARGE),
 }
 
 
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True], ids=["", "low_cpu_mem_usage"])
 @pytest.mark.parametrize("change", CHANGED)
-def test_a_changed_tensor_is_refused_by_name_and_the_base_is_left_alone(
-    folder: Path, change: str, low_cpu_mem_usage: bool
-) -> None:
+def test_a_changed_tensor_is_refused_by_name_and_the_base_is_left_alone(folder: Path, change: str) -> None:
     rewritten(with_settings(folder), CHANGED[change][0])
-    model = base()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(AdapterFileError, match=rf"adapter_model\.safetensors: .*{CHANGED[change][1]}"):
-        PeftModel.from_pretrained(model, folder, low_cpu_mem_usage=low_cpu_mem_usage)
-    after = {key.replace(".base_layer", ""): value for key, value in model.state_dict().items()}
-    assert all(torch.equal(after[key], value) for key, value in before.items())
+    for low_cpu_mem_usage in (False, True):
+        model = base()
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        with pytest.raises(AdapterFileError, match=rf"adapter_model\.safetensors: .*{CHANGED[change][1]}"):
+            PeftModel.from_pretrained(model, folder, low_cpu_mem_usage=low_cpu_mem_usage)
+        after = {key.replace(".base_layer", ""): value for key, value in model.state_dict().items()}
+        assert all(torch.equal(after[key], value) for key, value in before.items())
 
 
 def test_a_missing_bias_is_refused(tmp_path: Path, corpus: dict[str, Path]) -> None:
@@ -156,12 +139,11 @@ def test_a_missing_bias_is_refused(tmp_path: Path, corpus: dict[str, Path]) -> N
         load(folder)
 
 
-@pytest.mark.parametrize("bias", ["none", "smoa_only"])
 def test_biases_of_the_file_are_loaded_by_a_config_that_does_not_train_them_as_in_peft(
-    bias: Any, corpus: dict[str, Path]
+    corpus: dict[str, Path],
 ) -> None:
     saved = load(corpus["head"])
-    model = get_peft_model(base(), replace(saved.peft_config["default"], bias=bias))
+    model = get_peft_model(base(), replace(saved.peft_config["default"], bias="none"))
     set_peft_model_state_dict(model, get_peft_model_state_dict(saved))
     expected = {name: tensor for name, tensor in saved.named_parameters() if name.endswith(".bias")}
     found = dict(model.named_parameters())
@@ -169,7 +151,7 @@ def test_biases_of_the_file_are_loaded_by_a_config_that_does_not_train_them_as_i
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_factors_in_another_floating_dtype_are_loaded(folder: Path, dtype: torch.dtype) -> None:
     def change(tensors: dict[str, Tensor]) -> None:
         tensors.update({name: t.to(dtype) for name, t in tensors.items() if t.is_floating_point()})
@@ -201,35 +183,3 @@ def test_a_config_read_from_one_adapter_trains_and_resumes_another(folder: Path,
     assert torch.equal(
         model.base_model.model.up.get_delta_weight("default"), later.base_model.model.up.get_delta_weight("default")
     )
-
-
-@pytest.mark.parametrize(
-    "text", ["", "[]", "1", "null", "[" * 100_000, '{"peft_type": "SMOA", "r": ' + "9" * 5000 + "}"]
-)
-def test_a_config_that_is_no_object_is_refused(folder: Path, text: str) -> None:
-    (folder / CONFIG).write_text(text)
-    with pytest.raises((ValueError, TypeError, RecursionError)):  # PEFT's and Python's own: they read it first
-        load(folder)
-
-
-def changed(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
-    content = (folder / WEIGHTS).read_bytes()
-    size = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:size])
-    change(header)
-    text = json.dumps(header).encode()
-    (folder / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + content[size:])
-    return folder
-
-
-@pytest.mark.parametrize("shape", [[2**62, 4], [-1, 4], [0, 0], "ab", None])
-def test_a_shape_that_the_bytes_do_not_bear_out_is_refused(folder: Path, shape: Any) -> None:
-    changed(folder, lambda header: header["base_model.model.up.smoa_A.weight"].update(shape=shape))
-    with pytest.raises(SmoaError, match=r"adapter_model\.safetensors"):
-        load(folder)
-
-
-def test_weights_without_any_factor_of_ours_are_refused_by_name(folder: Path, corpus: dict[str, Path]) -> None:
-    shutil.copy(corpus["lora"] / WEIGHTS, folder)
-    with pytest.raises(AdapterFileError, match=r"adapter_model\.safetensors: has no smoa_A factor"):
-        load(folder)

@@ -279,17 +279,6 @@ def test_the_home_folder_does_not_leak_and_is_found_again(
     assert config.base_model_name_or_path == str(tmp_path / "models" / "base")
 
 
-def test_an_adapter_for_others_names_its_base_as_it_is_told_to(tmp_path: Path, tiny_llama: PreTrainedModel) -> None:
-    tiny_llama.save_pretrained(tmp_path / "base")
-    model = get_peft_model(
-        type(tiny_llama).from_pretrained(tmp_path / "base"), SmoaConfig(target_modules=["q_proj"], num_blocks=3)
-    )
-    save_adapter(model, tmp_path / "adapter", base_model_name="lab/llama")
-    for file in (tmp_path / "adapter").iterdir():
-        assert str(tmp_path).encode() not in file.read_bytes(), file.name
-    assert SmoaConfig.from_pretrained(tmp_path / "adapter").base_model_name_or_path == "lab/llama"
-
-
 def test_a_base_in_a_folder_with_the_name_of_a_word_is_renamed_only_where_it_is_named(
     tmp_path: Path, tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -345,11 +334,6 @@ def test_an_adapter_that_another_process_saves_during_a_load_is_not_mixed_with_i
         with pytest.raises(AdapterFileError, match="another adapter was saved here during the load; load it again"):
             PeftModel.from_pretrained(base(), folder)
     assert torch.equal(loaded(folder), delta(other))
-
-
-def test_every_call_is_reached_by_a_kill(tmp_path: Path) -> None:
-    calls = [killed_at(number, lambda: [list(tmp_path.iterdir()), tmp_path.chmod(0o700)]) for number in (1, 2, 3)]
-    assert calls == [True, True, False]
 
 
 def test_lives_of_an_adapter_leave_weights_and_memory_as_they_were() -> None:

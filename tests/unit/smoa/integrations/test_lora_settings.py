@@ -6,7 +6,7 @@ import pytest
 from peft import LoraConfig
 
 from smoa import ConfigError
-from smoa.integrations.lora_settings import check_settings, refuse, smoa_config
+from smoa.integrations.lora_settings import check_settings, smoa_config
 
 
 def test_what_both_methods_have_is_taken_over() -> None:
@@ -18,12 +18,14 @@ def test_what_both_methods_have_is_taken_over() -> None:
         target_modules=["q_proj", "v_proj"],
         modules_to_save=["score"],
         layers_to_transform=[1],
+        use_rslora=True,
         rank_pattern={"q_proj": 8},
         alpha_pattern={"q_proj": 3.0},
         task_type="SEQ_CLS",
     )
     config = smoa_config(lora, {}, "here")
     assert (config.r, config.alpha, config.smoa_dropout, config.bias) == (12, 96, 0.25, "smoa_only")
+    assert config.use_rslora
     assert (config.target_modules, config.modules_to_save) == ({"q_proj", "v_proj"}, ["score"])
     assert (config.layers_to_transform, config.rank_pattern) == ([1], {"q_proj": 8})
     assert (config.alpha_pattern, config.task_type, config.peft_type) == ({"q_proj": 3.0}, "SEQ_CLS", "SMOA")
@@ -55,10 +57,8 @@ def test_settings_that_the_framework_leaves_unset_have_smoas_defaults() -> None:
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
-        ({"use_dora": True}, "use_dora"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
         ({"layer_replication": [(0, 1)], "use_dora": True}, "layer_replication, use_dora"),
-        ({"layer_replication": [(0, 1)]}, "layer_replication"),
     ],
 )
 def test_what_only_lora_has_is_refused_by_name(changed: dict[str, Any], named: str) -> None:
@@ -78,11 +78,3 @@ def test_an_unknown_setting_is_refused_by_name() -> None:
 def test_a_wrong_value_is_refused_with_its_place() -> None:
     with pytest.raises(ConfigError, match=r"^file.yaml: SmoaConfig: num_blocks=0"):
         check_settings({"num_blocks": 0}, "file.yaml")
-
-
-def test_nothing_to_refuse_is_no_error() -> None:
-    refuse([], "here")
-
-
-def test_rank_stabilized_scaling_is_taken_over() -> None:
-    assert smoa_config(LoraConfig(r=8, lora_alpha=16, use_rslora=True), {}, "here").use_rslora

@@ -63,7 +63,7 @@ def test_a_task_that_peft_does_not_name_has_none(swift: ModuleType) -> None:
     assert adapted(swift, task_type="embedding").task_type is None
 
 
-@pytest.mark.parametrize("model_kwargs", [None, {}, {"max_pixels": 1}])
+@pytest.mark.parametrize("model_kwargs", [None, {"max_pixels": 1}])
 def test_the_block_may_be_absent(swift: ModuleType, model_kwargs: dict[str, Any] | None) -> None:
     assert adapted(swift, model_kwargs=model_kwargs).num_blocks == 2
 

@@ -13,7 +13,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 from smoa import SmoaConfig, UnsupportedModuleError
 from smoa.layers.embedding import Embedding
 from smoa.layers.layer import SmoaLayer
-from tests.support.kinds import input_of, oracle_of
+from tests.support.kinds import oracle_of
 from tests.support.layers import Wrapper, adapted_layer, clone_leaf, factors
 from tests.support.tolerance import assert_close
 
@@ -43,12 +43,15 @@ def test_values_and_gradients_are_the_oracles(modulation: str) -> None:
         assert_close(own, expected)
 
 
-@pytest.mark.parametrize("shape", [(), (4,), (2, 3, 2), (0,), (2, 0)])
+@pytest.mark.parametrize("shape", [(), (2, 3, 2), (2, 0)])
 def test_tokens_of_any_shape(shape: tuple[int, ...]) -> None:
     layer = adapted_table()
     tokens = torch.randint(0, 17, shape)
     merged = layer.merged_weight(["default"])
     assert_close(layer(tokens), merged[tokens])
+    if tokens.dim() == 3:
+        torch.compiler.reset()
+        assert_close(torch.compile(layer, backend="aot_eager", fullgraph=True)(tokens), merged[tokens])
 
 
 class LargestResult(TorchDispatchMode):
@@ -129,10 +132,3 @@ def test_the_first_step_is_as_large_as_loras_at_equal_parameters() -> None:
         optimizer.step()
         moved.append(float((model(tokens) - before).detach().norm()))
     assert 0.8 < moved[0] / moved[1] < 1.25
-
-
-def test_a_compiled_layer_gives_the_same() -> None:
-    torch.compiler.reset()
-    layer = adapted_table()
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    assert_close(compiled(input_of("embedding")), layer(input_of("embedding")))

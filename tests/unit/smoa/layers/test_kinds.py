@@ -14,19 +14,9 @@ from transformers.models.llama4.modeling_llama4 import Llama4Router, Llama4TextC
 from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2TextScaledWordEmbedding
 
 from smoa.layers.kinds import kind_of
-from tests.support.kinds import KINDS as EXAMPLES
-from tests.support.kinds import input_of, kind_of_layer
+from tests.support.kinds import input_of
 from tests.support.layers import Wrapper, adapted_layer
 from tests.support.tolerance import assert_close
-
-
-@pytest.mark.parametrize("example", EXAMPLES)
-def test_a_layer_is_of_the_first_kind_whose_class_it_has(example: str) -> None:
-    base = kind_of_layer(example)
-    kind = kind_of(base)
-    assert kind is not None
-    assert isinstance(base, kind.base_class)
-    assert kind.name.endswith(kind.base_class.__name__)
 
 
 def pruned() -> nn.Module:
@@ -78,7 +68,6 @@ class Inherited(Doubled):
 @pytest.mark.parametrize(
     ("base", "owner"),
     [
-        (Doubled(6, 8), "Doubled"),
         (Inherited(6, 8), "Doubled"),
         (Positions(17, 10), "Positions"),
         (Standardized(4, 4, 3), "Standardized"),

@@ -50,51 +50,34 @@ def test_block_sizes_are_those_of_tensor_split(size: int, num_blocks: int) -> No
     ],
 )
 def test_labels_that_are_no_partition_are_refused(row_labels: list[int], col_labels: list[int]) -> None:
+    rows, cols = (torch.tensor(labels, dtype=torch.uint8) for labels in (row_labels, col_labels))
     with pytest.raises(PartitionError):
-        Blocks(torch.tensor(row_labels, dtype=torch.uint8), torch.tensor(col_labels, dtype=torch.uint8), num_blocks=2)
-
-
-@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
-def test_labels_that_are_not_bytes_are_refused(dtype: torch.dtype) -> None:
+        Blocks(rows, cols, num_blocks=2)
     with pytest.raises(PartitionError, match="uint8"):
-        Blocks(torch.tensor([0, 1], dtype=dtype), torch.tensor([0, 1], dtype=dtype), num_blocks=2)
+        Blocks(rows.long(), cols.long(), num_blocks=2)
+    orders = Orders.of(rows, cols)  # with which they count as checked
+    assert Blocks(rows, cols, 2, orders).orders is orders
 
 
-@pytest.mark.parametrize("num_blocks", [-1, 0, 6, 256])
+@pytest.mark.parametrize("num_blocks", [0, 6])
 def test_a_number_of_blocks_that_does_not_fit_is_refused_with_the_limit(num_blocks: int) -> None:
     with pytest.raises(PartitionError, match=rf"num_blocks={num_blocks} must be between 1 and 5 .*\(9, 5\)"):
         check_num_blocks(num_blocks, 9, 5)
-
-
-def test_a_byte_limits_the_number_of_blocks() -> None:
     check_num_blocks(255, 300, 300)
-    with pytest.raises(PartitionError, match="between 1 and 255"):
+    with pytest.raises(PartitionError, match="between 1 and 255"):  # a byte
         check_num_blocks(256, 300, 300)
-
-
-def test_labels_that_come_with_their_orders_are_taken_as_checked() -> None:
-    rows, cols = torch.tensor([0, 0, 0, 1], dtype=torch.uint8), torch.tensor([0, 1], dtype=torch.uint8)
-    orders = Orders.of(rows, cols)
-    assert Blocks(rows, cols, 2, orders).orders is orders
-    with pytest.raises(PartitionError):
-        Blocks(rows, cols, 2)
 
 
 # which coordinates
 
 
 @sizes
-def test_coordinates_of_a_block_are_those_with_its_label(out_features: int, in_features: int, num_blocks: int) -> None:
+def test_orders_sort_by_block_and_back(out_features: int, in_features: int, num_blocks: int) -> None:
     blocks = shuffled(out_features, in_features, num_blocks)
     assert (blocks.out_features, blocks.in_features) == (out_features, in_features)
     for k in range(num_blocks):
         assert blocks.rows(k).tolist() == places(blocks.row_labels, k)
         assert blocks.cols(k).tolist() == places(blocks.col_labels, k)
-
-
-@sizes
-def test_orders_sort_by_block_and_back(out_features: int, in_features: int, num_blocks: int) -> None:
-    blocks = shuffled(out_features, in_features, num_blocks)
     rows, rows_inverse, cols, cols_inverse = (order.tolist() for order in blocks.orders)
     assert rows == [i for k in range(num_blocks) for i in places(blocks.row_labels, k)]
     assert cols == [j for k in range(num_blocks) for j in places(blocks.col_labels, k)]
@@ -110,13 +93,9 @@ def test_blocks_are_contiguous_where_the_labels_of_both_sides_ascend() -> None:
     assert not Blocks(ascending, other.roll(1), 4).is_contiguous
     assert shuffled(9, 7, 1).is_contiguous
     assert not ascend(ascending.to("meta"))
-
-
-def test_contiguous_blocks_leave_inputs_and_outputs_as_they_are() -> None:
-    labels = torch.tensor(reference.contiguous_labels(9, 4), dtype=torch.uint8)
-    x = torch.randn(2, 3, 9)
-    assert Blocks(labels, labels, 4).sort_inputs(x) is x
-    assert Blocks(labels, labels, 4).unsort_outputs(x) is x
+    x, blocks = torch.randn(2, 3, 9), Blocks(ascending, ascending, 4)
+    assert blocks.sort_inputs(x) is x
+    assert blocks.unsort_outputs(x) is x
     blocks = shuffled(9, 9, 4)
     assert torch.equal(blocks.sort_inputs(x), x[..., blocks.orders.cols])
     assert torch.equal(blocks.unsort_outputs(x)[..., blocks.orders.rows], x)
@@ -153,7 +132,7 @@ def test_the_blocks_of_a_matrix_are_its_entries_at_their_coordinates(
         assert block.tolist() == [[entries[i][j] for j in cols] for i in rows]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_some_rows_of_a_block_are_picked_into_buffers(dtype: torch.dtype) -> None:
     blocks, matrix = shuffled(17, 10, 4), torch.randn(17, 10).to(dtype)
     rows, cols = slice(1, 4), blocks.col_slices[2]
@@ -178,7 +157,7 @@ def test_what_is_written_stands_in_the_diagonal_blocks_and_nowhere_else(
         assert matrix[i, j].item() == (source[i, j].item() if same_block else before[i][j])
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_columns_are_taken_in_any_order_and_dtype(dtype: torch.dtype) -> None:
     x, order = torch.randn(5, 9).to(dtype), torch.randperm(9)[:6]
     x[0, 0], x[1, 1] = float("nan"), float("-inf")

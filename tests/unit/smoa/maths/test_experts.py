@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from smoa.errors import PartitionError, UnsupportedModuleError
+from smoa.errors import UnsupportedModuleError
 from smoa.maths.blocks import Blocks, Orders
 from smoa.maths.experts import Run, Stack, stack_partition, stacked_blocks
 from smoa.maths.scale import MODULATIONS
@@ -32,49 +32,10 @@ def stack(modulation: str = "hadamard") -> tuple[Stack, list[Problem], Tensor]:
     return found, cases, torch.stack([case.weight for case in cases]).unflatten(0, (EXPERTS, HALVES))
 
 
-@pytest.mark.parametrize("modulation", ["hadamard", "none"])
-def test_outputs_and_gradients_are_the_oracles_for_the_experts_that_are_used(modulation: str) -> None:
-    own, cases, matrices = stack(modulation)
-    x = torch.randn(6, 13, dtype=torch.float64, requires_grad=True)
-    used = [cases[run.expert * HALVES + half] for run in RUNS for half in range(HALVES)]
-    leaves = [x, *(factor for case in used for factor in (case.A, case.B))]
-    expected = torch.zeros(6, HALVES, 11, dtype=torch.float64)
-    for expert, rows in RUNS:
-        for half in range(HALVES):
-            expected[rows, half] = x[rows] @ cases[expert * HALVES + half].oracle(modulation, 0.5).T
-    y, g = own.apply(x, matrices, RUNS), torch.randn(6, HALVES, 11, dtype=torch.float64)
-    assert_close(y, expected)
-    pairs = zip(torch.autograd.grad(y, leaves, g), torch.autograd.grad(expected, leaves, g), strict=True)
-    for found, oracles in pairs:
-        assert_close(found, oracles)
-
-
-@pytest.mark.parametrize("modulation", ["hadamard", "none"])
-def test_a_transposed_stack_multiplies_with_the_other_side(modulation: str) -> None:
-    own, cases, matrices = stack(modulation)
-    x = torch.randn(6, 11, dtype=torch.float64, requires_grad=True)
-    leaves = [x, cases[4].A, cases[4].B]
-    run = Run(2, slice(0, 6))
-    y = own.transposed().apply(x, matrices.mT, [run])[:, 0]
-    expected = x @ cases[4].oracle(modulation, 0.5)
-    assert_close(y, expected)
-    g = torch.randn_like(y)
-    for found, oracles in zip(*(torch.autograd.grad(out, leaves, g) for out in (y, expected)), strict=True):
-        assert_close(found, oracles)
-
-
 def test_noise_can_not_be_transposed() -> None:
     own, _, _ = stack("noise")
     with pytest.raises(UnsupportedModuleError, match=r"modulation='noise' .* use another modulation"):
         own.transposed()
-
-
-def test_blocks_are_shared_if_there_are_fewer_than_matrices() -> None:
-    own, cases, matrices = stack()
-    shared = Stack(own.A, own.B, RANKS, 0.5, own.rank_scale, own.blocks[:HALVES])
-    deltas = [shared.update(number).delta(matrices.flatten(0, 1)[number]) for number in range(len(cases))]
-    for number, delta in enumerate(deltas):
-        assert_close(delta, cases[number]._replace(partition=own.blocks[number % HALVES]).oracle("hadamard", 0.5))
 
 
 def test_only_x_and_the_factors_are_kept_for_the_backward() -> None:
@@ -151,11 +112,3 @@ def test_contiguous_blocks_decompose_nothing(expert_partition: str) -> None:
     rows, cols = stack_partition(matrices(), K, "contiguous", expert_partition, refuse)  # type: ignore[arg-type]
     assert all(row == reference.contiguous_labels(11, K) for row in rows.tolist())
     assert all(col == reference.contiguous_labels(13, K) for col in cols.tolist())
-
-
-@pytest.mark.parametrize("expert_partition", ["each", "shared"])
-def test_a_weight_that_is_not_finite_is_refused(expert_partition: str) -> None:
-    weights = matrices()
-    weights[2, 1, 3, 4] = float("nan")
-    with pytest.raises(PartitionError, match="NaN or infinite"):
-        stack_partition(weights, K, "spectral", expert_partition, spectral_scores)  # type: ignore[arg-type]

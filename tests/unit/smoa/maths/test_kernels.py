@@ -60,8 +60,7 @@ def assert_all_close(found: Any, expected: Any) -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("kind", ["spectral", "contiguous"])
-@pytest.mark.parametrize("transposed", [False, True], ids=["linear", "conv1d"])
+@pytest.mark.parametrize(("kind", "transposed"), [("spectral", False), ("contiguous", True), ("spectral", True)])
 @pytest.mark.parametrize("sizes", CASES)
 def test_values_gradients_and_blocks_are_the_oracles(
     sizes: tuple[int, int, tuple[int, ...]], transposed: bool, kind: str, kernel: Any
@@ -132,8 +131,7 @@ def test_padding_has_no_effect_and_gets_no_gradient(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("kind", ["spectral", "contiguous"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("dtype", "kind"), [(torch.bfloat16, "spectral"), (torch.float16, "contiguous")])
 @torch.no_grad()
 def test_half_precision_rounds_the_update_once(dtype: torch.dtype, kind: str, kernel: str) -> None:
     case, (forward, backward) = problem(11, 13, (1, 4, 2), kind), KERNELS[kernel]
@@ -147,8 +145,7 @@ def test_half_precision_rounds_the_update_once(dtype: torch.dtype, kind: str, ke
     assert_close(grad_x, g.double() @ delta)
 
 
-@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(("route", "conv1d"), [("fused", True), ("apart", False)])
 @pytest.mark.parametrize("block_ranks", [None, [0, 100, 10]])
 def test_ranks_so_large_that_blocks_are_masked_give_the_oracles_values_and_gradients(
     block_ranks: list[int] | None, route: str, conv1d: bool
@@ -158,8 +155,7 @@ def test_ranks_so_large_that_blocks_are_masked_give_the_oracles_values_and_gradi
 
 
 @pytest.mark.usefixtures("tiny_chunks")
-@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(("route", "conv1d"), [("fused", True), ("apart", False)])
 @pytest.mark.parametrize(("r", "num_blocks"), [(7, 1), (7, 3), (110, 3)])
 def test_many_runs_of_rows_give_the_oracles_values_and_gradients(
     r: int, num_blocks: int, route: str, conv1d: bool
@@ -200,12 +196,9 @@ def test_small_blocks_are_batched_and_few_tokens_computed_apart_on_a_cpu() -> No
     assert not prefers_apart(blocks_of(64, 8), tokens=64)
     assert not prefers_apart(blocks_of(64, 2), tokens=1)
     assert prefers_apart(blocks_of(64, 8, "contiguous"), tokens=127)
-
-
-def test_elsewhere_everything_is_batched_and_apart() -> None:
-    on_a_device = blocks_of(640, 2, device="meta")
-    assert prefers_batched(on_a_device, tokens=1 << 20)
-    assert prefers_apart(on_a_device, tokens=1 << 20)
+    elsewhere = blocks_of(640, 2, device="meta")
+    assert prefers_batched(elsewhere, tokens=1 << 20)
+    assert prefers_apart(elsewhere, tokens=1 << 20)
 
 
 def test_what_is_set_holds_everywhere(kernels: Any) -> None:
@@ -253,12 +246,6 @@ def test_a_buffer_is_used_again_for_the_same_use_and_grows() -> None:
     assert scratch.take("rows", 30, 40, like).shape == (30, 40)
 
 
-def test_nothing_larger_than_two_chunks_is_kept(tiny_chunks: None) -> None:
-    scratch = Scratch()
-    assert scratch.take("rows", 4, 5, torch.empty(0)).shape == (4, 5)
-    assert not scratch.buffers
-
-
 def test_threads_and_calls_share_no_memory() -> None:
     layers = [adapted_layer(base_layer(150, 120), r=8, num_blocks=2) for _ in range(4)]
     inputs = [torch.randn(70, 120, dtype=torch.float64) for _ in layers]
@@ -294,8 +281,7 @@ def test_a_call_with_fake_tensors_changes_nothing_for_later_ones(
     assert not any(isinstance(tensor, FakeTensor) for tensor in [*SCRATCH.buffers.values(), *copied.buffers()])
 
 
-@pytest.mark.parametrize("kind", ["random", "contiguous"])
-@pytest.mark.parametrize("num_blocks", [2, 8])
+@pytest.mark.parametrize(("num_blocks", "kind"), [(2, "contiguous"), (8, "random")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_a_step_holds_at_most_three_times_the_diagonal_blocks(dtype: torch.dtype, num_blocks: int, kind: str) -> None:
@@ -325,10 +311,17 @@ def kept_for_backward(layer: SmoaLayer, x: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
-@pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["fast", "dropout"])
-@pytest.mark.parametrize("modulation", MODULATIONS)
+@pytest.mark.parametrize(
+    ("dtype", "conv1d", "dropout", "modulation"),
+    [
+        (torch.float32, False, 0.0, "hadamard"),
+        (torch.float32, True, 0.1, "hadamard"),
+        (torch.bfloat16, False, 0.1, "hadamard"),
+        (torch.bfloat16, True, 0.0, "hadamard"),
+        (torch.float32, True, 0.0, "none"),
+        (torch.bfloat16, False, 0.1, "none"),
+    ],
+)
 def test_nothing_of_the_weights_size_is_kept_for_the_backward(
     dtype: torch.dtype, conv1d: bool, dropout: float, modulation: str
 ) -> None:
@@ -346,9 +339,10 @@ def test_nothing_of_the_weights_size_is_kept_for_the_backward(
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("modulation", MODULATIONS)
-@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(
+    ("route", "conv1d", "modulation"),
+    [("fused", False, "hadamard"), ("apart", True, "hadamard"), ("apart", False, "none")],
+)
 def test_finite_differences_agree_and_those_of_gradients_too(route: Route, conv1d: bool, modulation: str) -> None:
     base = base_layer(7, 5, conv1d=conv1d)
     layer = adapted_layer(base, r=3, num_blocks=2, alpha=2.0, modulation=modulation, route=route)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
@@ -30,14 +28,6 @@ def noise_for(weight: Tensor, num_blocks: int = 2) -> Tensor:
     return anchor
 
 
-def test_a_modulation_says_whether_it_anchors_and_whether_by_the_weight() -> None:
-    weight = torch.randn(8, 6)
-    for modulation in MODULATIONS.values():
-        anchor = modulation.anchor(weight, make_partition(weight, 2))
-        assert modulation.anchors == (anchor is not None)
-        assert modulation.by_weight == (anchor is weight)
-
-
 def test_noise_depends_on_the_labels_and_not_on_the_generator_which_it_leaves_alone() -> None:
     weight = torch.randn(8, 6)
     before = torch.get_rng_state()
@@ -46,13 +36,6 @@ def test_noise_depends_on_the_labels_and_not_on_the_generator_which_it_leaves_al
     torch.manual_seed(7)
     assert torch.equal(noise_for(weight), first)
     assert not torch.equal(noise_for(weight, num_blocks=3), first)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_the_rms_is_that_of_the_formula_and_overflows_in_no_half(dtype: torch.dtype) -> None:
-    weight = (1000 * torch.randn(5, 7)).to(dtype)
-    entries = weight.double().flatten().tolist()
-    assert rms_of(weight) == pytest.approx(math.sqrt(sum(entry**2 for entry in entries) / len(entries)), rel=1e-6)
 
 
 @pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
@@ -88,10 +71,13 @@ def test_noise_has_the_weights_norm_and_nothing_else_of_it() -> None:
     assert torch.equal(noise, layer.update("default").anchor(layer.pristine_weight()))
 
 
-@pytest.mark.parametrize("size", [1e-45, 1e-30, 1e-22, 1e-17, 1.0, 1e17, 1e19, 1e30, 1e38])
+@pytest.mark.parametrize("size", [1e-45, 1e-22, 1.0, 1e19, 1e38])
 def test_the_rms_is_exact_where_squares_underflow_or_overflow(size: float) -> None:
     weight = (size * torch.randn(50, 40, dtype=torch.float64).clamp(-3, 3)).float()
     assert rms_of(weight) == pytest.approx(float(weight.double().square().mean().sqrt()), rel=1e-6)
+    for dtype in (torch.float16, torch.bfloat16):
+        half = (1000 * torch.randn(5, 7)).to(dtype)  # whose squares overflow it
+        assert rms_of(half) == pytest.approx(float(half.double().square().mean().sqrt()), rel=1e-6)
 
 
 def test_the_noise_does_not_depend_on_the_default_dtype() -> None:
@@ -101,29 +87,20 @@ def test_the_noise_does_not_depend_on_the_default_dtype() -> None:
         assert torch.equal(layer.delta("default"), expected)
 
 
-def test_the_scale_by_layer_gives_the_anchor_unit_rms() -> None:
-    weight = 0.02 * torch.randn(11, 13)
-    scale = block_scale("layer", weight, make_partition(weight, 3))
-    assert scale.tolist() == pytest.approx([1 / weight.square().mean().sqrt().item()] * 3)
-
-
-def test_the_scale_by_block_gives_every_anchor_unit_rms() -> None:
+def test_the_scale_by_block_gives_every_anchor_unit_rms_and_loras_four_times_that() -> None:
     weight = 0.02 * torch.randn(11, 13)
     blocks = make_partition(weight, 3)
     scale = block_scale("block", weight, blocks)
     assert len(set(scale.tolist())) == 3
     for entries, c in zip(blocks.of(weight), scale, strict=True):
         assert (c * entries).square().mean().sqrt().item() == pytest.approx(1)
+    assert_close(block_scale("lora", weight, blocks), 4 * scale)
+    assert block_scale("layer", weight, blocks).tolist() == pytest.approx(
+        [1 / weight.square().mean().sqrt().item()] * 3
+    )
 
 
-def test_loras_scale_is_three_times_that_by_block() -> None:
-    weight = 0.02 * torch.randn(11, 13)
-    blocks = make_partition(weight, 3)
-    assert_close(block_scale("lora", weight, blocks), 4 * block_scale("block", weight, blocks))
-
-
-@pytest.mark.parametrize("kind", ["layer", "block", "lora"])
-@pytest.mark.parametrize("route", ["fused", "apart"])
+@pytest.mark.parametrize(("kind", "route"), [("layer", "fused"), ("block", "apart"), ("lora", "fused")])
 def test_a_layer_with_such_a_scale_is_the_oracles(kind: str, route: str) -> None:
     layer = adapted_layer(base_layer(11, 13), r=6, num_blocks=3, alpha=2.0, scale=kind)
     layer.route = route
@@ -138,7 +115,7 @@ def test_an_anchor_near_the_smallest_number_counts_as_zero(kind: ScaleKind) -> N
     assert scale.tolist() == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("size", [1e-29, 1e-22, 1e19, 1e37])
+@pytest.mark.parametrize("size", [1e-29, 1e37])
 @pytest.mark.parametrize("kind", ["layer", "block", "lora"])
 def test_the_scale_of_an_anchor_of_any_size_is_exact(kind: ScaleKind, size: float) -> None:
     weight = torch.randn(12, 8)

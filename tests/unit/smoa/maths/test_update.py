@@ -22,68 +22,20 @@ pytestmark = pytest.mark.usefixtures("kernels")
 MODULATIONS = ["hadamard", "none"]
 
 
-@pytest.mark.parametrize("modulation", MODULATIONS)
-@pytest.mark.parametrize("kind", ["spectral", "contiguous", "random"])
+@pytest.mark.parametrize(
+    ("kind", "modulation"), [("spectral", "hadamard"), ("contiguous", "hadamard"), ("random", "none")]
+)
 @pytest.mark.parametrize(("out_features", "in_features", "ranks"), CASES)
-def test_delta_weight_is_the_oracles(
+def test_delta_weight_and_its_gradients_are_the_oracles(
     out_features: int, in_features: int, ranks: tuple[int, ...], kind: str, modulation: str
 ) -> None:
     case = problem(out_features, in_features, ranks, kind)
-    assert_close(case.smoa(modulation, scaling=2.5), case.oracle(modulation, scaling=2.5))
-
-
-@pytest.mark.parametrize("modulation", MODULATIONS)
-@pytest.mark.parametrize(("out_features", "in_features", "ranks"), CASES)
-def test_gradients_of_delta_weight_are_the_oracles(
-    out_features: int, in_features: int, ranks: tuple[int, ...], modulation: str
-) -> None:
-    case = problem(out_features, in_features, ranks)
+    own, oracle = (build(modulation, scaling=2.5) for build in (case.smoa, case.oracle))
+    assert_close(own, oracle)
     gradient = torch.randn_like(case.weight)
-    actual = torch.autograd.grad(case.smoa(modulation, scaling=0.75), (case.A, case.B), gradient)
-    expected = torch.autograd.grad(case.oracle(modulation, scaling=0.75), (case.A, case.B), gradient)
-    assert_close(actual[0], expected[0])
-    assert_close(actual[1], expected[1])
-
-
-@pytest.mark.parametrize("modulation", MODULATIONS)
-def test_padding_of_ragged_blocks_has_no_effect_and_no_gradient(modulation: str) -> None:
-    case = problem(11, 13, (2, 2, 2))
-    in_A, in_B = reference.real_entries(11, 13, case.ranks)
-    before = case.smoa(modulation)
-    with torch.no_grad():
-        case.A[~in_A] = 1e6
-        case.B[~in_B] = 1e6
-    after = case.smoa(modulation)
-    after.sum().backward()
-    assert torch.equal(before, after)
-    assert (case.A.grad[~in_A] == 0).all()
-    assert (case.B.grad[~in_B] == 0).all()
-    assert (case.A.grad[in_A] != 0).all()
-    assert (case.B.grad[in_B] != 0).all()
-
-
-def test_only_diagonal_blocks_change() -> None:
-    case = problem(10, 12, (2, 2, 2))
-    same_block = case.partition.row_labels[:, None] == case.partition.col_labels[None, :]
-    delta = case.smoa("hadamard")
-    assert (delta[~same_block] == 0).all()
-    assert (delta[same_block] != 0).all()
-
-
-def test_one_block_with_modulation_is_hira() -> None:
-    case = problem(9, 7, (3,))
-    assert_close(case.smoa("hadamard", 0.5), reference.hira_delta_weight(case.weight, case.A, case.B, 0.5))
-
-
-def test_one_block_without_modulation_is_lora() -> None:
-    case = problem(9, 7, (3,))
-    assert_close(case.smoa("none", 0.5), reference.lora_delta_weight(case.A, case.B, 0.5))
-
-
-def test_contiguous_blocks_without_modulation_are_a_block_diagonal_of_small_loras() -> None:
-    case = problem(8, 10, (2, 1), "contiguous")
-    blocks = [case.B[:4, :2] @ case.A[:2, :5], case.B[:4, 2:] @ case.A[2:, :5]]
-    assert_close(case.smoa("none"), torch.block_diag(*blocks))
+    pairs = (torch.autograd.grad(delta, (case.A, case.B), gradient) for delta in (own, oracle))
+    for found, expected in zip(*pairs, strict=True):
+        assert_close(found, expected)
 
 
 @pytest.mark.parametrize("modulation", MODULATIONS)
@@ -162,7 +114,7 @@ def test_a_weight_that_is_dequantized_is_read_again_for_the_backward(modulation:
 
 
 @pytest.mark.parametrize("modulation", ["hadamard", "none", "noise"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES[1:5])
 def test_rows_and_their_gradients_are_those_of_the_update(
     case: tuple[int, int, tuple[int, ...]], modulation: str
 ) -> None:

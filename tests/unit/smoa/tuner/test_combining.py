@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -27,8 +28,7 @@ def layer_of(model: PeftModel) -> nn.Module:
     return model.base_model.model.layer
 
 
-@pytest.mark.parametrize("modulation", ["hadamard", "none"])
-@pytest.mark.parametrize("conv1d", [False, True])
+@pytest.mark.parametrize(("modulation", "conv1d"), [("hadamard", True), ("none", False)])
 def test_concatenation_is_exact_with_any_weights(modulation: str, conv1d: bool) -> None:
     model = model_with({"r": 5, "alpha": 7, "modulation": modulation}, {"r": 4, "modulation": modulation}, conv1d)
     model.add_weighted_adapter(["one", "two"], [0.7, -1.3], "sum")
@@ -37,24 +37,16 @@ def test_concatenation_is_exact_with_any_weights(modulation: str, conv1d: bool) 
     assert layer.r["sum"] == 9
 
 
-@pytest.mark.parametrize("normalized", [{"scale": "layer"}, {"scale": "block"}])
-@pytest.mark.parametrize("combination", ["cat", "linear"])
+@pytest.mark.parametrize(("combination", "normalized"), [("cat", {"scale": "layer"}), ("linear", {"scale": "block"})])
 def test_an_adapter_with_normalized_anchors_combines_exactly(combination: str, normalized: dict[str, object]) -> None:
     model = model_with({"r": 4} | normalized, {"r": 4})
     model.add_weighted_adapter(["one"], [0.5], "scaled", combination_type=combination)
     assert model.peft_config["scaled"].scale == "paper"
     layer = layer_of(model)
     assert_close(layer.delta("scaled"), 0.5 * layer.delta("one"))
+    assert layer.r["scaled"] == 4
     assert (layer.block_scale("one") != 1).all()
     assert (layer.block_scale("scaled") == 1).all()
-
-
-def test_linear_keeps_the_rank_and_scales_one_adapter_exactly() -> None:
-    model = model_with({"r": 4}, {"r": 4})
-    model.add_weighted_adapter(["one"], [-2.0], "scaled", combination_type="linear")
-    layer = layer_of(model)
-    assert_close(layer.delta("scaled"), -2 * layer.delta("one"))
-    assert layer.r["scaled"] == 4
 
 
 def test_a_combined_adapter_saves_and_loads(tmp_path: object) -> None:
@@ -66,53 +58,46 @@ def test_a_combined_adapter_saves_and_loads(tmp_path: object) -> None:
     assert_close(layer_of(loaded).delta("default"), layer_of(model).delta("sum"))
 
 
-def test_other_partitions_are_refused_and_nothing_is_added() -> None:
-    torch.manual_seed(0)
-    model = model_with({"r": 4}, {"r": 4, "partition": "random"})
-    with pytest.raises(MergeError, match="different partitions"):
-        model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum")
+@pytest.mark.parametrize(
+    ("other", "arguments", "message"),
+    [
+        ({"r": 5}, (["one", "three"], [1.0, 1.0], "sum", "cat"), "existing adapters"),
+        ({"r": 5}, (["one"], [1.0, 1.0], "sum", "cat"), "one weight each"),
+        ({"r": 5}, (["one"], [1.0], "two", "cat"), "a new name"),
+        ({"r": 5}, (["one", "two"], [1.0, 1.0], "sum", "svd"), "combination_type='svd'"),
+        ({"r": 5}, (["one", "two"], [1.0, 1.0], "sum", "linear"), "equal block ranks"),
+        ({"r": 4, "partition": "random"}, (["one", "two"], [1.0, 1.0], "sum", "cat"), "different partitions"),
+        ({"r": 4, "rank_pattern": {"layer": 5}}, (["one", "two"], [1.0, 1.0], "sum", "cat"), "rank_pattern"),
+    ],
+)
+def test_what_can_not_be_combined_is_refused_and_not_added(
+    other: dict[str, object], arguments: tuple[Any, ...], message: str
+) -> None:
+    model = model_with({"r": 4}, other)
+    with pytest.raises(MergeError, match=message):
+        model.add_weighted_adapter(*arguments)
     assert "sum" not in model.peft_config
 
 
 @pytest.mark.parametrize(
-    ("adapters", "weights", "name", "kind", "message"),
+    ("settings", "reason"),
     [
-        (["one", "three"], [1.0, 1.0], "sum", "cat", "existing adapters"),
-        (["one"], [1.0, 1.0], "sum", "cat", "one weight each"),
-        (["one"], [1.0], "two", "cat", "a new name"),
-        (["one", "two"], [1.0, 1.0], "sum", "svd", "combination_type='svd'"),
-        (["one", "two"], [1.0, 1.0], "sum", "linear", "equal block ranks"),
+        ({"num_blocks": 2}, "different num_blocks"),
+        *(
+            ({name: value}, f"with {name}: only updates of adapted layers")
+            for name, value in (
+                ("bias", "smoa_only"),
+                ("modules_to_save", ["head"]),
+                ("trainable_token_indices", {"head": [0]}),
+            )
+        ),
     ],
 )
-def test_what_can_not_be_combined_is_refused(
-    adapters: list[str], weights: list[float], name: str, kind: str, message: str
-) -> None:
-    model = model_with({"r": 4}, {"r": 5})
-    with pytest.raises(MergeError, match=message):
-        model.add_weighted_adapter(adapters, weights, name, combination_type=kind)
-
-
-def test_adapters_with_a_rank_for_each_module_are_refused() -> None:
-    model = model_with({"r": 4, "rank_pattern": {"layer": 5}}, {"r": 4})
-    with pytest.raises(MergeError, match="rank_pattern"):
-        model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum")
-
-
-def test_adapters_of_another_number_of_blocks_are_refused() -> None:
-    model = model_with({"r": 4}, {"r": 4})
-    model.peft_config["two"].num_blocks = 2
-    with pytest.raises(MergeError, match="different num_blocks"):
-        model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum")
-
-
-@pytest.mark.parametrize(
-    "settings", [{"bias": "smoa_only"}, {"modules_to_save": ["head"]}, {"trainable_token_indices": {"head": [0]}}]
-)
-def test_adapters_that_train_more_than_layers_are_refused(settings: dict[str, object]) -> None:
+def test_adapters_that_differ_or_train_more_than_layers_are_refused(settings: dict[str, object], reason: str) -> None:
     model = model_with({"r": 4}, {"r": 4})
     for name, value in settings.items():
         setattr(model.peft_config["two"], name, value)
-    with pytest.raises(MergeError, match=f"with {next(iter(settings))}: only updates of adapted layers"):
+    with pytest.raises(MergeError, match=reason):
         model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum")
     assert "sum" not in model.peft_config
 

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils.hotswap import hotswap_adapter as pefts_hotswap_adapter
 from torch import nn
 
 from smoa import AdapterFileError, ConfigError, MergeError, SmoaConfig, cached_weights
@@ -39,11 +38,8 @@ def saved(folder: Path, seed: int = 2, family: str = "llama", **config: Any) -> 
 @pytest.mark.parametrize(
     "other",
     [
-        {},
-        {"partition": "random"},
+        {"partition": "random", "r": 4, "alpha": 5.0},
         {"r": 3, "alpha": None},
-        {"r": 4, "alpha": 5.0},
-        {"r": 5, "block_ranks": [1, 2, 2]},
         {"r": 2, "block_ranks": [0, 2, 0]},
         {"rank_pattern": {"v_proj": 3}, "alpha_pattern": {"q_proj": 1.0}},
         {"target_modules": ["q_proj"]},
@@ -51,45 +47,21 @@ def saved(folder: Path, seed: int = 2, family: str = "llama", **config: Any) -> 
     ],
 )
 def test_after_a_swap_the_model_does_what_the_new_adapter_does(other: dict[str, Any], tmp_path: Path) -> None:
-    model, new = adapted(1), saved(tmp_path, **other)
-    assert not torch.allclose(logits(model), logits(new), atol=1e-3)
+    """Also once it was saved and loaded, and swapped back it is what it was; another adapter stays as it is."""
+    saved(tmp_path / "first", seed=1)
+    model, new = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path / "first"), saved(tmp_path, **other)
+    model.add_adapter("other", SmoaConfig(**SLOT | {"init_weights": False, "task_type": "CAUSAL_LM"}))
+    before = logits(model.eval())
+    assert not torch.allclose(before, logits(new), atol=1e-3)
     hotswap_adapter(model, tmp_path)
     assert_close(logits(model), logits(new))
-
-
-def test_what_was_swapped_in_can_be_saved_and_loaded(tmp_path: Path) -> None:
-    model, new = adapted(1), saved(tmp_path / "new", r=3, alpha=2.0, partition="random")
-    hotswap_adapter(model, tmp_path / "new")
-    model.save_pretrained(tmp_path / "again")
+    model.save_pretrained(tmp_path / "again", selected_adapters=["default"])
     again = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path / "again")
     assert again.peft_config["default"].r == SLOT["r"]
     assert_close(logits(again.eval()), logits(new))
-
-
-def test_an_adapter_that_was_loaded_is_swapped(tmp_path: Path) -> None:
-    saved(tmp_path / "first", seed=1)
-    new = saved(tmp_path / "second")
-    model = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path / "first").eval()
-    hotswap_adapter(model, tmp_path / "second")
-    assert_close(logits(model), logits(new))
-    assert not any(parameter.requires_grad for parameter in model.parameters())
-
-
-def test_swapping_back_and_forth_changes_nothing(tmp_path: Path) -> None:
-    model = saved(tmp_path / "first", seed=1)
-    before = logits(model)
-    saved(tmp_path / "second", r=3, target_modules=["v_proj"])
-    hotswap_adapter(model, tmp_path / "second")
+    hotswap_adapter(model, tmp_path, "other")
     hotswap_adapter(model, tmp_path / "first")
     assert torch.equal(logits(model), before)
-
-
-def test_other_adapters_stay_as_they_are(tmp_path: Path) -> None:
-    model, new = adapted(1), saved(tmp_path)
-    model.add_adapter("other", SmoaConfig(**SLOT | {"init_weights": False, "task_type": "CAUSAL_LM"}))
-    first = logits(model)
-    hotswap_adapter(model, tmp_path, "other")
-    assert torch.equal(logits(model), first)
     model.set_adapter("other")
     assert_close(logits(model), logits(new))
 
@@ -124,21 +96,13 @@ def test_a_compiled_model_is_not_compiled_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_cache_of_weights_is_dropped(dtype: torch.dtype, tmp_path: Path) -> None:
-    model, new = adapted(1).to(dtype), saved(tmp_path).to(dtype)
+    new = saved(tmp_path).to(dtype)
+    with torch.inference_mode():
+        model = adapted(1).to(dtype)  # its tensors have no version counter
     with torch.inference_mode(), cached_weights(model), cached_weights(new):
         logits(model)
         hotswap_adapter(model, tmp_path)
         assert_close(logits(model), logits(new))
-
-
-def test_a_model_made_in_inference_mode_is_swapped(tmp_path: Path) -> None:
-    new = saved(tmp_path)
-    with torch.inference_mode():
-        model = adapted(1)
-        with cached_weights(model):
-            logits(model)
-            hotswap_adapter(model, tmp_path)
-            assert_close(logits(model), logits(new))
 
 
 @pytest.mark.parametrize(
@@ -151,6 +115,7 @@ def test_a_model_made_in_inference_mode_is_swapped(tmp_path: Path) -> None:
         ({"bias": "all"}, "bias='all'"),
         ({"target_modules": ["q_proj", "k_proj"]}, "layers that the loaded adapter does not adapt"),
         ({"modules_to_save": ["norm"]}, "norm"),
+        ({"family": "gemma3"}, "fit the layer"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_changes_nothing(other: dict[str, Any], reason: str, tmp_path: Path) -> None:
@@ -160,22 +125,6 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(other: dict[str, Any],
     with pytest.raises((ConfigError, AdapterFileError), match=reason):
         hotswap_adapter(model, tmp_path)
     assert torch.equal(logits(model), before)
-
-
-def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
-    saved(tmp_path, family="gemma3")
-    model = adapted(1)
-    before = logits(model)
-    with pytest.raises(AdapterFileError, match="fit the layer"):
-        hotswap_adapter(model, tmp_path)
-    assert torch.equal(logits(model), before)
-
-
-def test_a_pickle_is_refused(tmp_path: Path) -> None:
-    saved(tmp_path)
-    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
-    with pytest.raises(AdapterFileError, match="pickle"):
-        hotswap_adapter(adapted(1), tmp_path)
 
 
 def test_a_merged_adapter_is_not_swapped(tmp_path: Path) -> None:
@@ -205,9 +154,3 @@ def test_a_layer_that_lacks_a_part_is_refused_and_nothing_is_changed(tmp_path: P
     with pytest.raises(AdapterFileError, match=r"layers\.1\.self_attn\.q_proj lacks .*smoa_B.*the adapter is broken"):
         hotswap_adapter(model, tmp_path)
     assert torch.equal(logits(model), before)
-
-
-def test_pefts_own_hot_swapping_is_refused_by_name(tmp_path: Path) -> None:
-    model = saved(tmp_path)
-    with pytest.raises(ValueError, match="SMOA"):
-        pefts_hotswap_adapter(model, str(tmp_path), "default")

@@ -1,9 +1,7 @@
-"""What the whole lab uses: cache, names, plain JSON, positions, sections, and warnings of other libraries."""
+"""What the whole lab uses: cache, names, positions, sections, and warnings of other libraries."""
 
 from __future__ import annotations
 
-import json
-import math
 import warnings
 from pathlib import Path
 
@@ -16,10 +14,7 @@ from transformers import BloomConfig, GPT2Config, LlamaConfig
 from smoa.errors import ConfigError
 from smoa_lab.basics.cache import cache_folder, content_of
 from smoa_lab.basics.foreign import foreign_warnings_ignored
-from smoa_lab.basics.free_name import free_name
-from smoa_lab.basics.nearest import LISTED, nearest
-from smoa_lab.basics.plain_json import finite, json_text
-from smoa_lab.basics.portable import portable
+from smoa_lab.basics.names import LISTED, free_name, nearest
 from smoa_lab.basics.positions import check_positions, positions_of, prompt_room
 from smoa_lab.basics.section import Section, Seed
 
@@ -82,33 +77,6 @@ def test_a_name_like_none_is_answered_with_all_where_they_are_few() -> None:
     assert nearest("zzz", few) == "; choose from one, two"
     assert nearest("zzz", many) == nearest("zzz", []) == ""
     assert nearest("nam3", many).endswith("did you mean 'name3'?")
-
-
-def test_what_is_not_finite_becomes_none_wherever_it_is() -> None:
-    values = {"loss": math.nan, "rows": [1.5, -math.inf, {"deep": (math.inf, "nan", None, True)}]}
-    assert finite(values) == {"loss": None, "rows": [1.5, None, {"deep": [None, "nan", None, True]}]}
-
-
-def test_the_text_is_json_that_others_can_read() -> None:
-    text = json_text({"loss": math.nan, "name": "ü"})
-    assert json.loads(text, parse_constant=pytest.fail) == {"loss": None, "name": "ü"}
-    assert text == '{\n  "loss": null,\n  "name": "ü"\n}'
-
-
-def test_of_absolute_paths_only_the_last_name_is_left() -> None:
-    values = {"name": "/home/me/base", "files": {"mine": ["~/data/train.jsonl", "C:\\data\\test.csv"]}}
-    assert portable(values) == {"name": "base", "files": {"mine": ["train.jsonl", "test.csv"]}}
-
-
-def test_everything_else_stays() -> None:
-    values = {
-        "name": "org/base",
-        "folder": "runs/demo",
-        "rates": [1e-3, None, True],
-        "pattern": r".*\.q_proj",
-        "~": "~",
-    }
-    assert portable(values) == values
 
 
 def test_positions_are_the_configs_own_or_not_limited() -> None:

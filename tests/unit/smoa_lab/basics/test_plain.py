@@ -1,13 +1,42 @@
 from __future__ import annotations
 
 import copy
+import json
+import math
 import pickle
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
 
-from smoa_lab.basics.without_secrets import Unsaved, names_secret, without_secrets
+from smoa_lab.basics.plain import Unsaved, finite, json_text, names_secret, portable, without_secrets
+
+
+def test_what_is_not_finite_becomes_none_wherever_it_is() -> None:
+    values = {"loss": math.nan, "rows": [1.5, -math.inf, {"deep": (math.inf, "nan", None, True)}]}
+    assert finite(values) == {"loss": None, "rows": [1.5, None, {"deep": [None, "nan", None, True]}]}
+
+
+def test_the_text_is_json_that_others_can_read() -> None:
+    text = json_text({"loss": math.nan, "name": "ü"})
+    assert json.loads(text, parse_constant=pytest.fail) == {"loss": None, "name": "ü"}
+    assert text == '{\n  "loss": null,\n  "name": "ü"\n}'
+
+
+def test_of_absolute_paths_only_the_last_name_is_left() -> None:
+    values = {"name": "/home/me/base", "files": {"mine": ["~/data/train.jsonl", "C:\\data\\test.csv"]}}
+    assert portable(values) == {"name": "base", "files": {"mine": ["train.jsonl", "test.csv"]}}
+
+
+def test_everything_else_stays() -> None:
+    values = {
+        "name": "org/base",
+        "folder": "runs/demo",
+        "rates": [1e-3, None, True],
+        "pattern": r".*\.q_proj",
+        "~": "~",
+    }
+    assert portable(values) == values
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,44 @@
-"""Keeps secrets out of what is written: by the names of keys, and by the values of the tokens of this machine."""
+"""Plain values for files that leave this machine: finite numbers, no places of it, no secrets."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, TypeVar, cast
 
 from huggingface_hub import constants
+
+
+def finite(value: Any) -> Any:
+    """``value`` with None for NaN and infinities, also within dictionaries and lists: what a run left that diverged."""
+    if isinstance(value, dict):
+        return {key: finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def json_text(value: Any) -> str:
+    """``value`` as indented JSON, None for what is not finite."""
+    return json.dumps(finite(value), indent=2, ensure_ascii=False)
+
+
+def portable(value: Any) -> Any:
+    """``value`` with only the last name of every absolute path, also within dictionaries and lists."""
+    if isinstance(value, dict):
+        return {key: portable(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [portable(one) for one in value]
+    return PureWindowsPath(value).name if isinstance(value, str) and _is_of_this_machine(value) else value
+
+
+def _is_of_this_machine(text: str) -> bool:
+    return text.startswith("~/") or PurePosixPath(text).is_absolute() or PureWindowsPath(text).is_absolute()
+
 
 Value = TypeVar("Value")
 

@@ -1,0 +1,268 @@
+"""A pool gives each row what its adapter alone gives, trains each as if it were alone, and holds many."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import BitsAndBytesConfig
+
+from smoa import AdapterPool, SmoaConfig, save_adapter
+from smoa.errors import AdapterFileError, ConfigError, MergeError, UnsupportedModuleError
+from tests.support import tiny_models
+from tests.support.quantized import quantized_model
+from tests.support.tolerance import assert_close
+
+KINDS: dict[str, dict[str, Any]] = {
+    "anna": {"r": 4, "num_blocks": 2},
+    "ben": {"r": 4, "num_blocks": 2},
+    "cleo": {"r": 6, "num_blocks": 4, "target_modules": ["q_proj", "down_proj"]},
+    "dora": {"r": 4, "num_blocks": 2, "partition": "contiguous", "scale": "paper", "alpha": 9},
+    "emil": {"r": 4, "num_blocks": 2, "modulation": "none"},
+}
+ROWS = ["ben", "__base__", "anna", "cleo", "dora", "emil"]
+
+
+def config(**settings: Any) -> SmoaConfig:
+    return SmoaConfig(**({"target_modules": ["q_proj", "v_proj"], "init_weights": False} | settings))
+
+
+def base() -> Any:
+    return tiny_models.build("llama").eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Saved adapters of one base."""
+    room = tmp_path_factory.mktemp("adapters")
+    for name, settings in KINDS.items():
+        save_adapter(get_peft_model(base(), config(**settings)), room / name)
+    return room
+
+
+def ids(rows: int = len(ROWS)) -> Tensor:
+    return torch.randint(3, 20, (rows, 5), generator=torch.Generator().manual_seed(0))
+
+
+def alone(folder: Path, name: str, row: Tensor, **options: Any) -> Any:
+    model = base() if name == "__base__" else PeftModel.from_pretrained(base(), str(folder / name))
+    with torch.no_grad():
+        return model.generate(input_ids=row, **options) if options else model(input_ids=row).logits
+
+
+@torch.no_grad()
+def test_each_row_gets_what_its_adapter_alone_gives(folder: Path) -> None:
+    model = base()
+    pool = AdapterPool(model, folder=folder)
+    with pool.use(ROWS):
+        found = model(input_ids=ids()).logits
+    for row, name in enumerate(ROWS):
+        assert_close(found[row : row + 1], alone(folder, name, ids()[row : row + 1]))
+    assert torch.equal(model(input_ids=ids()).logits, base()(input_ids=ids()).logits)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=str)
+def test_generate_repeats_the_rows(folder: Path, options: dict[str, Any]) -> None:
+    model, settings = base(), {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    with AdapterPool(model, folder=folder).use(ROWS):
+        found = model.generate(input_ids=ids(), **settings, **options)
+    for row, name in enumerate(ROWS):
+        assert torch.equal(found[row : row + 1], alone(folder, name, ids()[row : row + 1], **settings, **options))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantized_base_is_dequantized_once_for_all(bits: int, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    options = {"quantization_config": BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)}
+    model: Any = quantized_model(tmp_path / "base", **options).eval()
+    names, expected = ["a", "b"], []
+    for name in names:
+        save_adapter(adapter := get_peft_model(model, config(r=4, num_blocks=2)), tmp_path / name)
+        expected.append(adapter(input_ids=ids(2)).logits[len(expected)].detach())
+        model = adapter.unload()
+    with AdapterPool(model, folder=tmp_path).use(names), torch.no_grad():
+        found = model(input_ids=ids(2)).logits
+    for row, wanted in enumerate(expected):
+        assert (found[row] - wanted).norm() < 2e-2 * wanted.norm()
+
+
+def test_the_least_recently_used_adapter_leaves(folder: Path) -> None:
+    pool = AdapterPool(base(), slots=2, folder=folder)
+    with pool.use(["anna", "ben"]):
+        pass
+    with pool.use(["anna"]):
+        pool.load("cleo", folder / "cleo")
+        assert pool.names == ["anna", "cleo"]
+        with pool.use(["cleo"]), pytest.raises(ConfigError, match="2 slots are in use"):
+            pool.load("dora", folder / "dora")
+        with pytest.raises(ConfigError, match="in use"):
+            pool.unload("anna")
+    with pytest.raises(ConfigError, match=r"3 adapters.*2 slots"), pool.use(["anna", "ben", "dora"]):
+        pass
+    pool.unload("anna")
+    assert pool.names == ["cleo"]
+
+
+@pytest.mark.parametrize("name", ["anne", "../anna", ""])
+def test_an_unknown_name_is_refused_with_the_nearest(folder: Path, name: str) -> None:
+    pool = AdapterPool(base(), folder=folder)
+    pool.load("ben", folder / "ben")
+    with pytest.raises(ConfigError, match="anna" if name == "anne" else "no adapter"), pool.use(["ben", name]):
+        pass
+    pool.unload("ben")  # nothing is in use
+
+
+def test_what_is_saved_is_an_ordinary_adapter(folder: Path, tmp_path: Path) -> None:
+    pool = AdapterPool(base())
+    for name in KINDS:
+        pool.load(name, folder / name)
+    for name in KINDS:
+        pool.save(name, tmp_path / name)
+        ours, before = (load_file(place / name / "adapter_model.safetensors") for place in (tmp_path, folder))
+        assert ours.keys() == before.keys()
+        assert all(torch.equal(ours[key], before[key]) for key in ours)
+        assert_close(alone(tmp_path, name, ids(1)), alone(folder, name, ids(1)))
+
+
+def test_a_gang_trains_each_adapter_as_if_it_were_alone() -> None:
+    model = base().double()
+    pool = AdapterPool(model)
+    names = ["a", "b", "c"]
+    start = config(r=4, num_blocks=2)
+    for name in names:
+        pool.add(name, start)
+    with torch.random.fork_rng():
+        before = {name: pool._parts(pool._member(name)) for name in names}
+    optimizer = torch.optim.AdamW(pool.parameters(), lr=1e-2)
+    for _ in range(3):
+        with pool.use(names):
+            model(input_ids=ids(3)).logits.square().sum().backward()
+        norms = pool.clip_gradients(1e3)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(set(norms.values())) == 3
+    for row, name in enumerate(names):
+        single: Any = get_peft_model(base().double(), copy.deepcopy(start))
+        for path, parts in before[name].items():
+            layer = single.get_base_model().get_submodule(path)
+            layer.smoa_A["default"].weight.data.copy_(dict(parts)["smoa_A.weight"])
+            layer.smoa_B["default"].weight.data.copy_(dict(parts)["smoa_B.weight"])
+        trained = [p for p in single.parameters() if p.requires_grad]
+        lone = torch.optim.AdamW(trained, lr=1e-2)
+        for _ in range(3):
+            single(input_ids=ids(3)[row : row + 1]).logits.square().sum().backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1e3)
+            lone.step()
+            lone.zero_grad()
+        for path, parts in pool._parts(pool._member(name)).items():
+            layer = single.get_base_model().get_submodule(path)
+            assert_close(dict(parts)["smoa_B.weight"], layer.smoa_B["default"].weight.detach())
+
+
+def test_a_new_adapter_changes_nothing_at_first() -> None:
+    model = base()
+    expected = model(input_ids=ids(2)).logits
+    pool = AdapterPool(model)
+    for name in ("a", "b"):
+        pool.add(name, config(init_weights=True))
+    with pool.use(["a", "b"]):
+        assert torch.equal(model(input_ids=ids(2)).logits, expected)
+    A = [dict(pool._parts(pool._member(name)))["model.layers.0.self_attn.q_proj"][0][1] for name in ("a", "b")]
+    assert not torch.equal(*A)
+    for number in range(6):
+        pool.add(str(number), config(init_weights=True))
+    pool.parameters()
+    with pytest.raises(ConfigError, match="before"):
+        pool.add("beyond the eight that there is room for", config(init_weights=True))
+
+
+def spoiled(folder: Path, target: Path, change: Any) -> Path:
+    """A copy of anna with other tensors."""
+    pool = AdapterPool(base())
+    pool.load("anna", folder / "anna")
+    pool.save("anna", target)
+    file = target / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+    return target
+
+
+def half(tensors: dict[str, Tensor]) -> None:
+    del tensors[next(key for key in tensors if key.endswith("smoa_B.weight"))]
+
+
+def nan(tensors: dict[str, Tensor]) -> None:
+    tensors[next(key for key in tensors if key.endswith("smoa_B.weight"))].fill_(float("nan"))
+
+
+def bias(tensors: dict[str, Tensor]) -> None:
+    tensors["base_model.model.model.layers.0.self_attn.q_proj.base_layer.bias"] = torch.zeros(4)
+
+
+def other_base(tensors: dict[str, Tensor]) -> None:
+    for key in tensors:
+        if key.endswith("labels"):
+            tensors[key] = (1 - tensors[key].int()).to(torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"), [(half, "smoa_B"), (nan, "NaN"), (bias, "factors only"), (other_base, "another base")]
+)
+def test_a_damaged_adapter_is_one_error_and_the_rest_goes_on(
+    folder: Path, tmp_path: Path, change: Any, word: str
+) -> None:
+    model = base()
+    pool = AdapterPool(model, folder=folder)
+    with pool.use(["anna", "ben"]), torch.no_grad():
+        expected = model(input_ids=ids(2)).logits
+        with pytest.raises((AdapterFileError, ConfigError), match=word):
+            pool.load("anna too", spoiled(folder, tmp_path / "copy", change))
+        assert torch.equal(model(input_ids=ids(2)).logits, expected)
+    assert sorted(pool.names) == ["anna", "ben"]
+
+
+def test_a_base_that_is_merged_or_wrapped_is_refused() -> None:
+    model = get_peft_model(base(), config())
+    with pytest.raises(UnsupportedModuleError, match="PEFT"):
+        AdapterPool(model)
+    model.merge_adapter()
+    with pytest.raises(MergeError, match="merged"):
+        AdapterPool(model.get_base_model())
+
+
+def test_rows_that_fit_no_names_are_refused(folder: Path) -> None:
+    model = base()
+    with AdapterPool(model, folder=folder).use(["anna", "ben"]), pytest.raises(ValueError, match="2 names for 3 rows"):
+        model(input_ids=ids(3))
+
+
+def test_adapters_are_loaded_while_batches_run(folder: Path) -> None:
+    model = base()
+    pool = AdapterPool(model, slots=4, folder=folder)
+    expected = {name: alone(folder, name, ids(1)) for name in ("anna", "ben")}
+    faults: list[BaseException] = []
+
+    def serve(name: str) -> None:
+        try:
+            for _ in range(15):
+                with pool.use([name]), torch.no_grad():
+                    assert_close(model(input_ids=ids(1)).logits, expected[name])
+        except BaseException as error:
+            faults.append(error)
+
+    threads = [threading.Thread(target=serve, args=(name,)) for name in ("anna", "ben")]
+    for thread in threads:
+        thread.start()
+    for number in range(30):
+        pool.load(f"other {number}", folder / "anna")
+    for thread in threads:
+        thread.join()
+    assert faults == []
