@@ -1,30 +1,36 @@
 """Measures batches in which every row has an adapter of its own, beside PEFT's LoRA.
 
     python benchmarks/fleet.py            all parts, on two threads
-    python benchmarks/fleet.py names      one part: names, decoding, training
+    python benchmarks/fleet.py names      one part: names, decoding, training, pool
 
 The model is like a Llama with random weights: 4 layers of 1024/2816, seven targets. All times of a case are taken in
 turn in one process, each after a call of its own that warms the caches, and given as ratios. `names`: one forward
 through `adapter_names`, of 32 rows, with 1 or 32 adapters, to the base's. "kept" is within a context that keeps what
 all adapters share, as `generate` does for each token after the first. `decoding`: `generate` of 48 tokens with one
-adapter. `training`: a step of 32 adapters with a row each, compared with 32 steps of one LoRA. Writes
-benchmarks/results/fleet.json.
+adapter. `training`: a step of 32 adapters with a row each, compared with 32 steps of one LoRA. `pool`: 1,000 adapters
+of SmolLM2 with the parameters of LoRA r = 1, of which a batch uses 32: memory, loading, and the time of a step to that
+with 32 loaded. Writes benchmarks/results/fleet.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
+import tempfile
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from _common import busy_elsewhere, pick_device, provenance, seconds, write_results
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from smoa import SmoaConfig, keep_in_generate
+from smoa import AdapterPool, SmoaConfig, keep_in_generate
 from smoa.tuner.generation import caches_of_generate
+from smoa_lab.models.packaged_models import unpacked_folder
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ADAPTERS = 32
@@ -109,6 +115,44 @@ def training(dtype: torch.dtype, tokens: int, r: int, repeats: int) -> dict[str,
     return _ratios(interleaved({"lora": one_by_one, "gang": gang}, repeats), "lora")
 
 
+def pool(adapters: int, repeats: int) -> dict[str, Any]:
+    """Adapters of SmolLM2 in a pool, written to a folder before."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(unpacked_folder("smollm2-135m"), dtype=torch.float32).eval()
+    settings: dict[str, Any] = {"r": 8, "num_blocks": 8, "target_modules": TARGETS, "init_weights": False}
+    ids, rows = torch.randint(10, 500, (ADAPTERS, 1)), [str(number) for number in range(ADAPTERS)]
+    with tempfile.TemporaryDirectory() as folder:
+        few, many = AdapterPool(copy.deepcopy(model)), AdapterPool(model)
+        few.add("new", SmoaConfig(**settings))
+        few.save("new", folder)
+        start = time.perf_counter()
+        for number in range(adapters):
+            many.load(str(number), folder)
+        loading = time.perf_counter() - start
+        few.unload("new")
+        for name in rows:
+            few.load(name, folder)
+        factors = sum(
+            t.nbytes
+            for key, t in load_file(f"{folder}/adapter_model.safetensors").items()
+            if "_A." in key or "_B." in key
+        )
+
+    def forward(pool: AdapterPool) -> Callable[[], object]:
+        def run() -> object:
+            with torch.no_grad(), pool.use(rows):
+                return pool.base(input_ids=ids, use_cache=False)
+
+        return run
+
+    times = interleaved({"32 loaded": forward(few), f"{adapters} loaded": forward(many)}, repeats)
+    of_bytes = round(many.nbytes() / factors / adapters, 3)
+    return _ratios(times, "32 loaded") | {
+        "memory to factors": of_bytes,
+        "loaded a second": round(adapters / loading, 1),
+    }
+
+
 def interleaved(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     """Times of each function, called in turn; the weights of another model have left the caches, so each runs twice."""
     times: dict[str, list[float]] = {name: [] for name in functions}
@@ -127,7 +171,7 @@ def _ratios(times: dict[str, list[float]], against: str = "base") -> dict[str, A
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=["names", "decoding", "training"])
+    parser.add_argument("parts", nargs="*", default=["names", "decoding", "training", "pool"])
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dry", action="store_true", help="write no results")
@@ -160,6 +204,8 @@ def main() -> None:
         for dtype, tokens, r in ((bf16, 16, 8), (bf16, 64, 8), (f32, 16, 8)):
             case = f"training: 32 rows x {tokens} tokens, r = {r}, {str(dtype)[6:]}"
             print(case, found.setdefault(case, training(dtype, tokens, r, repeats // 2)), flush=True)
+    if "pool" in arguments.parts:
+        print(found.setdefault("pool: 1,000 adapters of SmolLM2, 32 rows x 1 token", pool(1000, repeats)), flush=True)
     if not arguments.dry:
         content = {"cases": found, "cores_busy_elsewhere": others(), "provenance": provenance(pick_device("cpu"))}
         print(write_results("fleet", content))

@@ -46,7 +46,7 @@ def test_the_reference_equals_a_start_trained_on_other_weights(
 
 CHANGES: list[dict[str, Any]] = [
     {"num_blocks": 4},
-    {"target_modules": {"k_proj", "v_proj"}},
+    {"target_modules": ["k_proj", "v_proj"]},
     {"partition": "contiguous"},
     {"scale": "paper"},
     {"modulation": "none"},

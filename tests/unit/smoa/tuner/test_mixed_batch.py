@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import TaskType
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -179,3 +182,16 @@ def test_dropout_acts_on_each_row() -> None:
     model.eval()
     first, second = (step(model, rows(), adapter_names=NAMES) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_ddp_passes_the_names_on(tmp_path: Path) -> None:
+    model = two_adapters()
+    expected = step(model, rows(), adapter_names=NAMES)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+        (wrapped(input_ids=rows(), adapter_names=NAMES).logits.float().square().sum() / 100).backward()
+    finally:
+        dist.destroy_process_group()
+    for name, gradient in gradients(model).items():
+        assert_close(gradient, expected.get(name, torch.zeros_like(gradient)))
