@@ -228,21 +228,19 @@ def test_a_load_that_fails_leaves_the_model_as_it_was(tmp_path: Path, base: Path
         assert said(model) == by_generate(base, mine)
 
 
-def test_a_load_that_peft_refuses_is_an_error_of_ours(tmp_path: Path, base: Path, mine: Path) -> None:
+def test_a_load_that_cannot_work_is_an_error_of_ours(tmp_path: Path, base: Path, mine: Path) -> None:
     config = LoraConfig(r=2, target_modules=["nothing"], base_model_name_or_path=str(base))
     config.save_pretrained(tmp_path / "lora")
-    model = chat_model_of(mine)
-    with pytest.raises(DataError, match="lora: cannot be loaded"):
-        model.load(str(tmp_path / "lora"))
-    with pytest.raises(ConfigError, match="contains no adapter"):
-        model.load(str(tmp_path))
-    assert said(model) == by_generate(base, mine)
-
-
-def test_an_adapter_of_another_base_is_refused(tmp_path: Path, base: Path, mine: Path) -> None:
     other = saved_adapter(tmp_path / "other", chat_base(tmp_path / "another-base"))
-    with pytest.raises(DataError, match=r"is an adapter of .*another-base, this model is .*base; .*--base"):
-        chat_model_of(mine).load(str(other))
+    model = chat_model_of(mine)
+    for place, error, told in (
+        (tmp_path / "lora", DataError, "lora: cannot be loaded"),
+        (tmp_path, ConfigError, "contains no adapter"),
+        (other, DataError, r"is an adapter of .*another-base, this model is .*base; .*--base"),
+    ):
+        with pytest.raises(error, match=told):
+            model.load(str(place))
+    assert said(model) == by_generate(base, mine)
 
 
 def test_a_base_that_was_moved_is_known_by_both_names(tmp_path: Path, base: Path, mine: Path, other: Path) -> None:
@@ -422,14 +420,9 @@ def talk(mine: Path, screen: KeptScreen) -> Conversation:
     return Conversation(chat_model_of(mine), screen)
 
 
-def test_help_lists_every_command_with_what_it_does(talk: Conversation, screen: KeptScreen) -> None:
-    run_command(talk, "/help")
-    lines = screen.notes[0].splitlines()
-    assert [line.split()[0] for line in lines[:-1]] == [f"/{name}" for name in COMMANDS]
-    assert all(text in line for line, (_, text) in zip(lines, COMMANDS.values(), strict=False))
-
-
-def test_the_commands_say_what_they_did(tmp_path: Path, other: Path, talk: Conversation, screen: KeptScreen) -> None:
+def test_help_lists_the_commands_and_they_say_what_they_did(
+    tmp_path: Path, other: Path, talk: Conversation, screen: KeptScreen
+) -> None:
     file = tmp_path / "talk.jsonl"
     talk.ask("hello")
     lines = {
@@ -443,6 +436,10 @@ def test_the_commands_say_what_they_did(tmp_path: Path, other: Path, talk: Conve
         "/reset": "The conversation starts anew.",
         "/system": "There is no system prompt now.",
     }
+    run_command(talk, "/help")
+    told = screen.notes[-1].splitlines()
+    assert [line.split()[0] for line in told[:-1]] == [f"/{name}" for name in COMMANDS]
+    assert all(text in line for line, (_, text) in zip(told, COMMANDS.values(), strict=False))
     for line, said in lines.items():
         run_command(talk, line)
         assert screen.notes[-1] == said

@@ -117,17 +117,12 @@ def test_rows_of_which_nothing_trained_is_left_are_dropped() -> None:
     assert rows.account["dropped"] == 1
     assert rows.account["parts"] == {"train": 4}
     assert all(any(label >= 0 for label in labels[1:]) for labels in rows.part("train")["labels"])
-
-
-def test_a_row_without_anything_trained_is_dropped_however_short_it_is() -> None:
-    """The only token of a text is never predicted."""
     tokenizer = tokenizer_with(None)
     tokenizer.eos_token = None
     tokenizer.backend_tokenizer.post_processor = None
-    source: Any = Listed([{"text": "a"}, {"text": "ab"}])
-    rows = Reading(source, None, None, Shares(test=0), Encoder(tokenizer, None)).prepare()
-    assert rows.account["parts"] == {"train": 1}
-    assert rows.account["dropped"] == 1
+    source: Any = Listed([{"text": "a"}, {"text": "ab"}])  # the only token of a text is never predicted
+    account = Reading(source, None, None, Shares(test=0), Encoder(tokenizer, None)).prepare().account
+    assert (account["parts"], account["dropped"]) == ({"train": 1}, 1)
 
 
 def test_where_no_row_is_left_the_reasons_are_counted_and_nothing_is_kept(cache: Path) -> None:
@@ -140,19 +135,14 @@ def test_where_no_row_is_left_the_reasons_are_counted_and_nothing_is_kept(cache:
     assert not [entry for entry in cache.iterdir() if entry.is_dir()]
 
 
-def test_the_first_row_decides_the_format_and_others_are_bad() -> None:
-    rows = prepare(Listed([*texts(2), *chats(1), {"text": ""}]))
-    assert rows.account["format"] == "text"
-    assert rows.account["bad"] == 2
-    assert rows.account["faults"][0].startswith("row 3: text: is missing, expected in each row of the format text")
-
-
-def test_rows_that_the_template_refuses_are_bad_rows() -> None:
+def test_rows_of_another_format_than_the_first_and_those_that_the_template_refuses_are_bad() -> None:
+    account = prepare(Listed([*texts(2), *chats(1), {"text": ""}])).account
+    assert (account["format"], account["bad"]) == ("text", 2)
+    assert account["faults"][0].startswith("row 3: text: is missing, expected in each row of the format text")
     refused = {"messages": chat("Open?", "Yes.", system="Be brief.")}
-    rows = prepare(Listed([*chats(2), refused, refused]), template=STRICT, shares=Shares(test=0))
-    assert rows.account["parts"] == {"train": 2}
-    assert rows.account["bad"] == 2
-    assert rows.account["faults"][0].startswith("row 3: the chat template refuses this row: System role not supported")
+    account = prepare(Listed([*chats(2), refused, refused]), template=STRICT, shares=Shares(test=0)).account
+    assert (account["parts"], account["bad"]) == ({"train": 2}, 2)
+    assert account["faults"][0].startswith("row 3: the chat template refuses this row: System role not supported")
 
 
 def test_rows_are_read_once_and_again_when_anything_changed() -> None:

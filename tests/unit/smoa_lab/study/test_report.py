@@ -23,6 +23,8 @@ from smoa_lab.study.study import Study
 from smoa_lab.study.trials import PACK, Trial, TrialStore, pack
 from tests.support.studies import QUESTIONS, finish, finish_a_study, finish_in_turn, finish_untouched, page
 
+pytestmark = pytest.mark.usefixtures("few_resamples")
+
 
 def rows(study: Study) -> dict[str, Row]:
     """The rows of the report that is written, by entry."""

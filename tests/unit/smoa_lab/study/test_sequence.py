@@ -32,7 +32,10 @@ from smoa_lab.training.loaded_run import LoadedRun
 from tests.support import lab, tiny_models
 
 # Not ours: a deprecation between transformers and peft.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
+    pytest.mark.usefixtures("few_resamples"),
+]
 
 
 def made(values: dict[str, Any]) -> tuple[EarlierTask, dict[str, Any]]:

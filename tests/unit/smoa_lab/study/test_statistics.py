@@ -82,6 +82,7 @@ def test_few_seeds_widen_the_interval_by_students_t(seeds: int, quantile: float)
     assert found.mean - found.low == pytest.approx(half, rel=0.05)
 
 
+@pytest.mark.usefixtures("few_resamples")
 def test_seeds_that_differ_by_chance_are_called_so_in_one_study_of_twenty() -> None:
     wrong = 0
     for study in range(60):

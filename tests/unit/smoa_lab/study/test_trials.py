@@ -36,20 +36,14 @@ def test_no_secret_is_in_a_stored_trial_and_a_changed_one_is_no_other_config(
     monkeypatch.setenv("HF_TOKEN", "hf_of-this-machine")
     store = TrialStore(tmp_path)
     config = {"model": {"name": "x", "options": {"token": "hf_one"}}, "training": {"hub_token": "hf_two", "seed": 1}}
+    config["task"] = {"max_length": 96}
     stored = store.get("final/lora/x", config, lambda work: {"config": config, "told": "hf_of-this-machine"})
-    assert stored["config"] == {"model": {"name": "x", "options": {}}, "training": {"seed": 1}}
+    assert stored["config"] == {"model": {"name": "x", "options": {}}, "training": {"seed": 1}, "task": config["task"]}
     assert stored["told"] == "***"
     assert not {secret for secret in ("hf_one", "hf_two", "hf_of-") if files_with(secret, tmp_path)}
     config["training"]["hub_token"] = "hf_three"
+    config["task"] = {"max_length": 96, "samples": 3}  # which earlier releases did not store
     assert store.get("final/lora/x", config, pytest.fail)["config"] == stored["config"]
-
-
-def test_a_trial_from_before_samples_were_written_is_the_same(tmp_path: Path) -> None:
-    store, name = TrialStore(tmp_path), "final/ours/x"
-    config = {"task": {"max_length": 96}, "training": {}}
-    store.file(name).parent.mkdir(parents=True)
-    store.file(name).write_text(json.dumps({"config": config}))
-    assert store.get(name, {**config, "task": {"max_length": 96, "samples": 3}}, pytest.fail)["config"] == config
 
 
 def test_a_trial_that_another_process_runs_is_waited_for(tmp_path: Path) -> None:

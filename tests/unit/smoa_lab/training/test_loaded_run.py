@@ -224,10 +224,10 @@ def test_a_resumed_run_has_the_patience_that_was_left(
 
 
 def test_the_best_adapter_is_kept_and_not_the_last(talks: Path, base: Path, tmp_path: Path) -> None:
-    training = {**STOPPING, "learning_rate": 3.0, "lr_scheduler_type": "constant"}
-    values = rows_values(tmp_path, talks, base, data={"validation_part": 0.3, **ALL}, early_stopping=2)
-    values["training"] = {"output_dir": str(tmp_path / "run"), "use_cpu": True, "logging_steps": 1, **training}
-    config = RunConfig.model_validate(rows_config(tmp_path, talks, base, **_sections(values)).model_dump())
+    training = {**STOPPING, "learning_rate": 3.0, "lr_scheduler_type": "constant", "save_strategy": "steps"}
+    training["per_device_train_batch_size"] = 8
+    data = {"validation_part": 0.3, **ALL}
+    config = rows_config(tmp_path, talks, base, data=data, training=training, early_stopping=2)
     history = [entry["eval_loss"] for entry in train(config)["history"] if "eval_loss" in entry]
     run = load_run(config)
     model = PeftModel.from_pretrained(run.base, str(config.folder / "adapter"))
@@ -235,10 +235,6 @@ def test_the_best_adapter_is_kept_and_not_the_last(talks: Path, base: Path, tmp_
     rows = [Tokens(row["input_ids"], row["labels"]) for row in run.data.part("validation")]
     assert min(history) < history[-1]
     assert row_losses(model, rows, pad=0).mean == pytest.approx(min(history), abs=1e-4)
-
-
-def _sections(values: dict[str, Any]) -> dict[str, Any]:
-    return {"data": values["data"], "early_stopping": 2, "training": {**values["training"], "save_strategy": "steps"}}
 
 
 def refused(config: RunConfig, error: type[SmoaError] = ConfigError) -> str:
@@ -417,48 +413,31 @@ def test_a_run_that_was_killed_after_its_last_step_takes_no_other_one(
     assert all(torch.equal(adapters[1][name], tensor) for name, tensor in adapters[0].items())
 
 
-def values_of(
-    room: Path, monkeypatch: pytest.MonkeyPatch, data: dict[str, Any], *, train: int = 15, **training: Any
-) -> dict[str, Any]:
+def values_of(room: Path, monkeypatch: pytest.MonkeyPatch, **training: Any) -> dict[str, Any]:
     """A run of one step."""
     training = steps(1, save_strategy="no", **training)
-    values = tiny_run(room, monkeypatch, train=train, test=2, training=training, forgetting={"tokens": 0})
-    return {**values, "data": {"tasks": ["arc_easy"], **data}}
+    values = tiny_run(room, monkeypatch, train=15, test=2, training=training, forgetting={"tokens": 0})
+    return {**values, "data": {"tasks": ["arc_easy"]}}
 
 
-def learned_questions(room: Path, monkeypatch: pytest.MonkeyPatch, max_length: int) -> dict[str, Any]:
-    """The metrics of a run on a model of 128 positions."""
-    values = values_of(room, monkeypatch, {})
-    base = {"model": {"name": str(tiny_gpt2(room / "gpt2", positions=128))}}
-    adapter = {"adapter": {"r": 4, "num_blocks": 2, "target_modules": ["c_attn"]}}
-    return train(check_config({**values, **base, **adapter, "task": {"max_length": max_length, "samples": 2}}))
-
-
-def test_questions_beyond_the_models_positions_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match=r"^task\.max_length: questions of up to 129 tokens .* set it to 128$"):
-        learned_questions(tmp_path, monkeypatch, 129)
-    assert not (tmp_path / "run").exists()
-
-
-def test_questions_of_all_the_models_positions_are_trained_and_answered(
+def test_questions_of_all_the_models_positions_are_trained_and_answered_and_longer_ones_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    metrics = learned_questions(tmp_path, monkeypatch, 128)
+    values = values_of(tmp_path, monkeypatch)
+    values["model"] = {"name": str(tiny_gpt2(tmp_path / "gpt2", positions=128))}
+    values["adapter"] = {"r": 4, "num_blocks": 2, "target_modules": ["c_attn"]}
+    long, fitting = (check_config({**values, "task": {"max_length": length, "samples": 2}}) for length in (129, 128))
+    told = refused(long)
+    assert told.startswith("task.max_length: questions of up to 129 tokens ")
+    assert told.endswith("set it to 128")
+    metrics = train(fitting)
     assert metrics["data"]["truncation"]["prompts_cut"] == 15  # so each has as many tokens as there are positions
     assert [set(sample) for sample in metrics["samples"]] == [{"question", "reference", "before", "after"}] * 2
 
 
-@pytest.mark.parametrize(
-    ("data", "said"),
-    [
-        ({}, r"^data\.validation_part: 0\.05 of the questions are none, and training\.eval_strategy needs some"),
-        ({"validation_examples": 0}, r"^data\.validation_examples: 0 of the questions are none"),
-    ],
-)
-def test_validation_without_validation_questions_is_refused(
-    data: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    values = values_of(tmp_path, monkeypatch, data, eval_strategy="epoch")
-    with pytest.raises(ConfigError, match=said):
-        train(check_config(values))
-    assert not (tmp_path / "run").exists()
+def test_validation_without_validation_questions_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = values_of(tmp_path, monkeypatch, eval_strategy="epoch")
+    needs = "data.validation_part: 0.05 of the questions are none, and training.eval_strategy needs some"
+    assert refused(check_config(values)).startswith(needs)
+    values["data"]["validation_examples"] = 0
+    assert refused(check_config(values)).startswith("data.validation_examples: 0 of the questions are none")
