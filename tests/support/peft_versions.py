@@ -13,7 +13,7 @@ from transformers import T5ForConditionalGeneration
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 SKIPPED = [
-    ("<0.19", "converts_to_lora_without_loss|test_pefts_own_converter", "has no convert_to_lora"),
+    ("<0.19", "converts_to_lora_without_loss", "has no convert_to_lora"),
     ("<0.19", r"output_layer_that_was_tied_gets_a_weight_of_its_own\[config1", "says tied after a merge that unties"),
     ("<0.19", "intruders", "has no reduce_intruder_dimension"),
     ("<0.20", "peft_hira|Llama-2-7B HiRA", "has no HiRA"),
@@ -30,8 +30,7 @@ NEEDS_TRANSFORMERS_OWN_METHODS = (
 OF_T5 = r"test_a_mixed_batch_generates_what_each_adapter_generates_alone\[t5|test_an_encoder_decoder_is_merged"
 """Tests of T5 with a task type, of which PEFT up to 0.21.0 calls a method that transformers dropped in 5.18."""
 NEEDS_TRANSFORMERS_LOADER = (
-    r"by_transformers|test_transformers_(loads|keeps_its_base|takes_an_adapter)"
-    r"|test_arguments_that_a_loader_does_not_take"
+    r"by_transformers|test_transformers_loads|test_a_refused_file_leaves|test_an_adapter_of_the_hub_comes"
 )
 """Tests of `model.load_adapter`, which from transformers 5.6 on imports what PEFT 0.18 does not have."""
 IGNORED = [
