@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from smoa import ConfigError, SmoaConfig
-from smoa.export.lora import BlockSpectra, RankRule, convert_to_lora
+from smoa.export.lora import BlockSpectra, RankRule, UpdateSpectra, convert_to_lora
 from smoa.layers.layer import SmoaLayer
 from tests.support import tiny_models
 from tests.support.layers import adapted_layer, base_layer, oracle_delta, smoa_layers
@@ -72,7 +72,7 @@ def test_a_rank_is_chosen_by_number_energy_or_error() -> None:
     assert RankRule(error=0.1).choose(torch.zeros(4)) == 1
 
 
-@pytest.mark.parametrize("rule", [{}, {"rank": 1, "error": 0.1}, {"rank": 0}, {"energy": 1.5}])
+@pytest.mark.parametrize("rule", [{}, {"rank": 1, "error": 0.1}, {"rank": 0}, {"energy": 1.5}, {"error": 1.0}])
 def test_a_rule_that_says_too_little_or_too_much_is_refused(rule: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         RankRule(**rule)
@@ -162,3 +162,8 @@ def test_every_expert_is_cut_and_reported_by_itself() -> None:
         "model.layers.0.self_attn.q_proj": 2,
     }
     assert 0 < conversion.error < 1
+
+
+def test_an_adapter_that_is_not_there_is_named() -> None:
+    with pytest.raises(ConfigError, match="other"):
+        UpdateSpectra(adapted(), "other")

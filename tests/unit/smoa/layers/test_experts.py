@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from smoa import MergeError, SmoaConfig, UnsupportedModuleError
 from smoa.layers.experts import ParamWrapper
+from smoa.layers.layer import SmoaLayer
 from smoa.maths.blocks import UNDECIDED
 from tests import reference
 from tests.support.decompositions import NoDecomposition
@@ -309,3 +310,14 @@ def test_a_safe_merge_of_broken_factors_changes_nothing() -> None:
         wrapper.merge(safe_merge=True)
     assert torch.equal(wrapper.stored_weight(), before)
     assert not wrapper.merged
+
+
+def test_disabling_the_adapter_of_merged_experts_unmerges_them() -> None:
+    wrapped = experts_of("qwen3_moe")
+    before = {name: clone_leaf(wrapper.stored_weight()) for name, wrapper in wrappers(wrapped).items()}
+    for layer in wrapped.modules():
+        if isinstance(layer, SmoaLayer):
+            layer.merge()
+            layer.enable_adapters(False)
+    wrapped["experts"](torch.randn(0, 24).double(), torch.ones(0, 2).long(), torch.ones(0, 2).double())
+    assert all(torch.equal(wrapper.stored_weight(), before[name]) for name, wrapper in wrappers(wrapped).items())

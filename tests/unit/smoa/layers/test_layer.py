@@ -142,6 +142,7 @@ def test_an_adapter_with_A_zero_is_a_no_op_that_learns_by_A() -> None:
 def test_a_layers_scale_can_be_set_and_put_back(tiny_llama: PreTrainedModel) -> None:
     layer = next(iter(smoa_layers(adapted(tiny_llama, alpha=8.0)).values()))
     before = layer.get_delta_weight("default")
+    layer.set_scale("other", 3.0)  # of nobody
     layer.set_scale("default", 3.0)
     assert_close(layer.get_delta_weight("default"), 3 * before)
     layer.set_scale("default", 1.0)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from smoa import AdapterFileError, PartitionError, SmoaConfig
+from smoa import AdapterFileError, PartitionError, SmoaConfig, make_partition
 from smoa.files.names import PREFIX
 from smoa.state import clear_spectrum_cache
 from tests import reference
@@ -279,3 +279,14 @@ def test_an_adapter_loaded_in_inference_mode_can_be_trained() -> None:
     for name, layer in smoa_layers(model).items():
         assert labels(layer) == labels(smoa_layers(other)[name])
         assert all(factor.grad is not None for factor in factors(layer))
+
+
+def test_labels_that_have_come_in_the_meantime_are_not_computed_again() -> None:
+    layer = adapted_layer(base_layer(12, 8), r=4, num_blocks=2)
+    layer.update_layer("late", SmoaConfig(r=4, num_blocks=2), defer_partition=True)
+    loaded = make_partition(torch.randn(12, 8), 2)
+    layer.smoa_row_labels["late"].copy_(loaded.row_labels)
+    layer.smoa_col_labels["late"].copy_(loaded.col_labels)
+    assert torch.equal(layer.blocks("late").row_labels, loaded.row_labels)
+    assert torch.equal(layer.blocks("late").col_labels, loaded.col_labels)
+    assert not torch.equal(layer.blocks("default").row_labels, loaded.row_labels)

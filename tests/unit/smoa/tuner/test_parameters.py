@@ -159,3 +159,9 @@ def test_all_linear_says_nothing_if_there_are_none_or_they_are_named() -> None:
         warnings.simplefilter("error")
         adapted(build("llama"), target_modules="all-linear")
         adapted(build_mixture("mixtral"), target_modules="all-linear", target_parameters=EXPERTS)
+
+
+def test_a_parameter_of_the_model_itself_is_refused_with_pefts_words() -> None:
+    model = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match=r"Targeting an nn.Parameter on the top-level module is not supported"):
+        adapted(model, target_parameters=["weight"])
