@@ -106,11 +106,6 @@ def zero2(folder: Path) -> Result:
     return trained(accelerator(2), adapted(), folder)
 
 
-def zero3_loaded(folder: Path) -> Result:
-    chosen = accelerator(3)
-    return trained(chosen, adapted(loaded(folder)), folder)
-
-
 def zero3_checkpointing(folder: Path) -> Result:
     chosen = accelerator(3)
     base = loaded(folder)
@@ -203,7 +198,6 @@ def _refusal(call: Callable[[], Any]) -> str | None:
 SCENARIOS: list[Callable[[Path], Result]] = [
     late,
     zero2,
-    zero3_loaded,
     zero3_checkpointing,
     zero3_conv1d,
     zero3_experts,
