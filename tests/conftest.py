@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,12 @@ torch.set_num_threads(1)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what an old PEFT can't do."""
     adapt_to_peft(items)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: a collection of garbage, as each training ends with one, needs not walk through it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

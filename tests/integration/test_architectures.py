@@ -16,7 +16,7 @@ from smoa.layers.layer import SmoaLayer
 from tests import reference
 from tests.support import tiny_models
 from tests.support.decompositions import NoDecomposition
-from tests.support.layers import base_weight, factors, labels, layers_of, oracle_delta
+from tests.support.layers import base_weight, labels, layers_of, oracle_delta
 from tests.support.tolerance import assert_close
 
 RAGGED = {"r": 7, "num_blocks": 3, "alpha": 28.0}
@@ -142,16 +142,3 @@ def test_a_trained_updates_rank_exceeds_the_budget_within_its_bound(tiny_llama: 
     for layer in layers_of(model):
         rank = int(torch.linalg.matrix_rank(layer.get_delta_weight("default").detach().double()))
         assert 4 < rank <= reference.rank_bound(base_weight(layer), *labels(layer), [2, 2])
-
-
-def test_a_compiled_model_trains_as_the_plain_one(tiny_llama: PreTrainedModel) -> None:
-    causal_batch = tiny_models.batch("llama")
-    torch.compiler.reset()
-    model = adapted(tiny_llama, init_weights=False)
-    model(**causal_batch).loss.backward()
-    expected = [factor.grad.clone() for layer in layers_of(model) for factor in factors(layer)]
-    model.zero_grad()
-    torch.compile(model, backend="aot_eager")(**causal_batch).loss.backward()
-    actual = [factor.grad for layer in layers_of(model) for factor in factors(layer)]
-    for own, plain in zip(actual, expected, strict=True):
-        assert_close(own, plain)

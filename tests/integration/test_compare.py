@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +21,37 @@ from smoa_lab.study.runner import Runner
 from smoa_lab.study.study_file import load_study
 from smoa_lab.study.trials import TrialStore, own_files
 from tests.support import lab
-from tests.support.studies import tiny_sequence
 
 # Not ours: a deprecation between transformers and peft.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
 
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A tiny model, and questions in the cache."""
+    room = tmp_path_factory.mktemp("room")
+    lab.tiny_base(room / "base")
+    lab.fill_cache(room / "cache", lab.questions(40, "train"), lab.questions(6, "test"))
+    lab.fill_cache(room / "cache", lab.questions(4, "train", "piqa"), lab.questions(4, "test", "piqa"), "piqa")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SMOA_CACHE", str(room / "cache"))
+        yield room
+
+
 @pytest.fixture
-def values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Two entries of the same trainable parameters."""
-    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
-    lab.fill_cache(tmp_path / "cache", lab.questions(40, "train"), lab.questions(6, "test"))
-    lab.fill_cache(tmp_path / "cache", lab.questions(4, "train", "piqa"), lab.questions(4, "test", "piqa"), "piqa")
+def values(room: Path, tmp_path: Path) -> dict[str, Any]:
+    """Two entries of the same trainable parameters, at one learning rate and seed."""
     targets = ["q_proj", "v_proj"]
     return {
         "folder": str(tmp_path / "study"),
         "shared": {
-            "model": {"name": str(lab.tiny_base(tmp_path / "base"))},
+            "model": {"name": str(room / "base")},
             "data": {"tasks": ["arc_easy"], "train_examples": 8, "validation_examples": 2},
-            "training": {"max_steps": 2, "per_device_train_batch_size": 2, "save_strategy": "no", "use_cpu": True},
+            "training": {"max_steps": 1, "per_device_train_batch_size": 2, "save_strategy": "no", "use_cpu": True},
         },
         "elsewhere": {"tasks": ["piqa"]},
-        "tuning": {"max_runs": 3},
-        "seeds": [0, 1],
+        "tuning": {"max_runs": 0},
+        "seeds": [0],
         "entries": {
             "ours": {"method": "smoa", "adapter": {"r": 4, "num_blocks": 2, "target_modules": targets}}
             | {"learning_rate": 0.01, "parameters": 448},
@@ -61,7 +70,7 @@ def study_file(values: dict[str, Any], tmp_path: Path) -> Path:
 def test_a_study_is_run_reported_and_never_run_twice(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = study_file(values, tmp_path)
+    file = study_file(values | {"tuning": {"max_runs": 3}, "seeds": [0, 1]}, tmp_path)
     ran = CliRunner().invoke(app, ["compare", str(file), "--json"], catch_exceptions=False)
     assert ran.exit_code == 0, ran.output
     rows = {row["entry"]: row for row in json.loads(ran.stdout)}
@@ -85,24 +94,6 @@ def test_a_study_is_run_reported_and_never_run_twice(
     Comparison(load_study(file)).run()
 
 
-def test_a_study_of_two_tasks_in_turn_is_run_packed_and_reported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
-    file = study_file(tiny_sequence(tmp_path), tmp_path)
-    ran = CliRunner().invoke(app, ["compare", str(file), "--json", "--pack"], catch_exceptions=False)
-    assert ran.exit_code == 0, ran.output
-    summary = json.loads(ran.stdout)
-    assert [(run["entry"], run["learning_rate"]) for run in summary["runs"]] == [
-        *(("ours", 0.003), ("ours", 0.01), ("full", 0.001))
-    ]
-    monkeypatch.setattr(Runner, "run", lambda *args: pytest.fail("a finished trial is run again"))
-    told = CliRunner().invoke(app, ["compare", str(file)], catch_exceptions=False)
-    assert told.exit_code == 0, told.output
-    assert "loss kept" in told.stdout
-    assert str(tmp_path / "study") in told.stdout
-
-
 def test_a_packed_study_goes_on_where_it_stopped(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,10 +102,10 @@ def test_a_packed_study_goes_on_where_it_stopped(
         assert ran.exit_code == 0, ran.output
         return json.loads(ran.stdout)
 
-    values |= {"tuning": {"max_runs": 0}, "seeds": [0]}
+    values["entries"]["lora"]["budget"] = "other"
     file = study_file(values, tmp_path)
-    first = compared("--pack", "--only", "lora")
-    assert [row["seeds"] for row in first] == [[0]]
+    first = compared("--pack", "--only", "other")
+    assert [(row["entry"], row["seeds"]) for row in first] == [("lora", [0])]
     store = TrialStore(tmp_path / "study")
     assert not own_files(store.folder)
     whole_run, ran = Runner.run, []
@@ -129,24 +120,12 @@ def test_a_packed_study_goes_on_where_it_stopped(
         *(f"final/{name}-seed-{seed}" for name in ("lora/lr-0.003", "ours/lr-0.01") for seed in (0, 1)),
         "untouched",
     ]
-    values["shared"]["training"]["max_steps"] = 3
+    values["shared"]["training"]["max_steps"] = 2
     with pytest.raises(ConfigError, match=r"runs\.jsonl\.gz: final/ours/\S+: was run with other values of training"):
         Comparison(load_study(study_file(values, tmp_path))).run()
 
 
-def test_only_the_entries_that_are_named_are_run(values: dict[str, Any], tmp_path: Path) -> None:
-    values |= {"tuning": {"max_runs": 0}, "seeds": [0]}
-    values["entries"]["lora"]["budget"] = "other"
-    file = study_file(values, tmp_path)
-    ran = CliRunner().invoke(app, ["compare", str(file), "--only", "other", "--json"], catch_exceptions=False)
-    assert [row["entry"] for row in json.loads(ran.stdout)] == ["lora"]
-    refused = CliRunner().invoke(app, ["compare", str(file), "--only", "nobody"])
-    assert refused.exit_code != 0
-    assert "--only: nobody is neither an entry (ours, lora) nor a budget (all, other)" in refused.output
-
-
 def test_a_killed_trial_is_run_again(values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    values |= {"tuning": {"max_runs": 0}, "seeds": [0]}
     study = load_study(study_file(values, tmp_path))
     whole_run = Runner.run
 
@@ -172,6 +151,7 @@ def test_a_killed_trial_is_run_again(values: dict[str, Any], tmp_path: Path, mon
         (["--workers", "2", "--report-only"], "--report-only runs nothing"),
         (["--only", "ours", "--report-only"], "--report-only runs nothing"),
         (["--report-only"], "no final run is finished yet"),
+        (["--only", "nobody"], "--only: nobody is neither an entry (ours, lora) nor a budget (all)"),
         (["--workers", "0"], "greater than or equal to 1"),
     ],
 )

@@ -30,7 +30,7 @@ from tests.support.processes import run_two
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed; pip install deepspeed"
 )
-STRATEGIES = ["late", "zero2", "zero3_loaded", "zero3_defaults", "zero3_checkpointing"]
+STRATEGIES = ["late", "zero2", "zero3_merge", "zero3_checkpointing"]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_zero_follows_the_loss_curve_and_partition_of_one_process(
 
 def test_zero3_leaves_nothing_whole_between_two_steps(ranks: list[dict[str, Any]]) -> None:
     parameters = len(list(adapted().parameters()))
-    for strategy in ("late", "zero3_loaded", "zero3_checkpointing"):
+    for strategy in ("late", "zero3_checkpointing"):
         assert [result["empty"] for result in of_strategy(ranks, strategy)] == [parameters] * 2
     assert [result["empty"] for result in of_strategy(ranks, "zero2")] == [0, 0]
 
@@ -127,4 +127,4 @@ def test_whole_weights_left_over_from_a_forward_under_zero3_are_not_written_to(r
 def test_a_merge_within_gathered_parameters_lasts_and_is_undone(ranks: list[dict[str, Any]]) -> None:
     for result in of_strategy(ranks, "zero3_merge"):
         assert result["merged"] == pytest.approx(result["unmerged"], rel=CURVE_TOLERANCE)
-        assert result["restored"] == result["unmerged"] < 0.9 * result["untrained"]
+        assert result["unmerged_again"] == result["unmerged"] < 0.9 * result["losses"][0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from trl import SFTTrainer
 
-from smoa_lab.config.run import check_config
+from smoa_lab.config.run import RunConfig, check_config
 from smoa_lab.training import train_run
 from smoa_lab.training.run_folder import RunFolder
 from tests.support import lab
@@ -22,19 +23,36 @@ from tests.support.killing import killed_at
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
+    pytest.mark.usefixtures("quick_pictures"),
     pytest.mark.skipif(not hasattr(os, "fork"), reason="forks"),
 ]
 
 
-@pytest.fixture
-def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("room")
+
+
+@pytest.fixture(scope="module")
+def settings(room: Path) -> Iterator[dict[str, Any]]:
     """A run of four steps that saves after each of them."""
     saving = {"save_steps": 1, "save_total_limit": 1}
     adapter = {"r": 4, "num_blocks": 2, "smoa_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]}
     training = lab.steps(4, learning_rate=0.01, **saving)
-    return lab.tiny_run(
-        tmp_path, monkeypatch, train=40, test=3, training=training, adapter=adapter, task={"baseline": False}
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        yield lab.tiny_run(room, patch, train=40, test=3, training=training, adapter=adapter, task={"baseline": False})
+
+
+def config_in(settings: dict[str, Any], folder: Path) -> RunConfig:
+    """The run in another folder."""
+    return check_config(settings | {"training": {**settings["training"], "output_dir": str(folder)}})
+
+
+@pytest.fixture(scope="module")
+def whole(settings: dict[str, Any], room: Path) -> Path:
+    """The folder of the run that nobody killed."""
+    train_run.train(config_in(settings, room / "whole"))
+    return room / "whole"
 
 
 def result(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -58,16 +76,12 @@ def assert_same_result(folder: Path, other: Path) -> None:
     ],
 )
 def test_a_run_killed_anywhere_and_started_again_ends_in_the_same_bits(
-    settings: dict[str, Any], tmp_path: Path, calls: list[int]
+    settings: dict[str, Any], whole: Path, tmp_path: Path, calls: list[int]
 ) -> None:
-    whole = tmp_path / "whole"
-    settings["training"]["output_dir"] = str(whole)
-    train_run.train(check_config(settings))
     killed = []
     for number in calls:
         folder = tmp_path / f"killed-{number}"
-        settings["training"]["output_dir"] = str(folder)
-        config = check_config(settings)
+        config = config_in(settings, folder)
         killed.append(killed_at(number, partial(train_run.train, config), partial(touches, folder)))
         if not RunFolder(folder).finished:
             assert killed[-1]
@@ -82,9 +96,9 @@ def touches(folder: Path, event: str, arguments: tuple[Any, ...]) -> bool:
 
 
 def test_a_disk_that_fills_up_ends_the_run_with_a_clear_error_and_it_goes_on_later(
-    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = check_config(settings)
+    config = config_in(settings, tmp_path / "run")
     save = SFTTrainer._save_optimizer_and_scheduler
 
     def full(self: SFTTrainer, output_dir: str) -> None:
@@ -100,6 +114,4 @@ def test_a_disk_that_fills_up_ends_the_run_with_a_clear_error_and_it_goes_on_lat
     assert not run.adapter.exists()
     monkeypatch.setattr(SFTTrainer, "_save_optimizer_and_scheduler", save)
     assert train_run.train(config)["training"]["resumed"]
-    settings["training"]["output_dir"] = str(tmp_path / "whole")
-    train_run.train(check_config(settings))
-    assert_same_result(run.path, tmp_path / "whole")
+    assert_same_result(run.path, whole)

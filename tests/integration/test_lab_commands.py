@@ -14,7 +14,6 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-from trl import SFTTrainer
 from typer.testing import CliRunner
 
 from smoa import atomic
@@ -24,7 +23,10 @@ from smoa_lab.training import train_run
 from tests.support import lab
 
 # Not ours: a deprecation between transformers and peft.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
+    pytest.mark.usefixtures("quick_pictures"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -52,31 +54,6 @@ def invoke(*arguments: object) -> str:
     return result.stdout
 
 
-def test_a_killed_run_resumes_to_the_same_bits(
-    config: dict[str, Any], run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = {**config, "training": {**config["training"], "output_dir": str(run.with_name("killed"))}}
-    whole_step = SFTTrainer.training_step
-
-    def killed(self: SFTTrainer, *args: Any, **options: Any) -> torch.Tensor:
-        if self.state.global_step == 3:
-            raise KeyboardInterrupt
-        return whole_step(self, *args, **options)
-
-    monkeypatch.setattr(SFTTrainer, "training_step", killed)
-    with pytest.raises(KeyboardInterrupt):
-        train_run.train(check_config(config))
-    monkeypatch.setattr(SFTTrainer, "training_step", whole_step)
-    metrics = train_run.train(check_config(config))
-    assert metrics["training"]["resumed"]
-    ours, theirs = (
-        load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (run.with_name("killed"), run)
-    )
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert metrics["evaluation"]["after"] == json.loads((run / "metrics.json").read_text())["evaluation"]["after"]
-
-
 def test_an_unfinished_run_is_not_resumed_by_another_config(config: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoint-2").mkdir(parents=True)
     (tmp_path / "run" / "config.yaml").write_text("method: lora\ntraining: {}\n")
@@ -88,10 +65,11 @@ def test_an_unfinished_run_is_not_resumed_by_another_config(config: dict[str, An
     assert "unfinished run of another config" in result.output
 
 
-def test_eval_gives_what_training_gave(run: Path) -> None:
-    trained = json.loads((run / "metrics.json").read_text())["evaluation"]["after"]["arc_easy"]
-    own = json.loads(invoke("eval", run, "--json"))["scores"]["arc_easy"]
-    assert own == pytest.approx(trained)
+def test_eval_gives_what_training_gave_before_and_after(run: Path) -> None:
+    trained = json.loads((run / "metrics.json").read_text())["evaluation"]
+    for place, stage in ((run, "after"), (run / "config.yaml", "before")):
+        own = json.loads(invoke("eval", place, "--json"))["scores"]["arc_easy"]
+        assert own == pytest.approx(trained[stage]["arc_easy"])
 
 
 def test_generation_counts_what_it_could_not_extract_and_keeps_every_text(run: Path, tmp_path: Path) -> None:
@@ -135,29 +113,19 @@ def test_every_outputs_place_is_tried_before_any_work(command: str, run: Path, m
     assert done.stdout == ""
 
 
-def test_the_untouched_model_is_scored_from_a_config(run: Path) -> None:
-    before = json.loads((run / "metrics.json").read_text())["evaluation"]["before"]["arc_easy"]
-    assert json.loads(invoke("eval", run / "config.yaml", "--json"))["scores"]["arc_easy"] == pytest.approx(before)
-
-
 def test_a_merged_model_scores_as_the_adapter_does(run: Path, tmp_path: Path) -> None:
     report = json.loads(invoke("merge", run, tmp_path / "merged", "--json"))
     assert report["layers"] == 4
     assert report["update_lost"] < 1e-5
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype == torch.float32
     merged = json.loads(invoke("eval", run / "config.yaml", f"model.name={tmp_path / 'merged'}", "--json"))
-    adapter = json.loads(invoke("eval", run, "--json"))
-    assert merged["scores"]["arc_easy"]["gold_loss"] == pytest.approx(
-        adapter["scores"]["arc_easy"]["gold_loss"], rel=1e-4
-    )
-
-
-def test_merging_into_bfloat16_says_what_it_lost(run: Path, tmp_path: Path) -> None:
-    report = json.loads(invoke("merge", run, tmp_path / "merged", "--dtype", "bfloat16", "--json"))
-    assert report["update_lost"] > 0.001
+    trained = json.loads((run / "metrics.json").read_text())["evaluation"]["after"]["arc_easy"]["gold_loss"]
+    assert merged["scores"]["arc_easy"]["gold_loss"] == pytest.approx(trained, rel=1e-4)
     again = CliRunner().invoke(app, ["merge", str(run), str(tmp_path / "merged")])
     assert again.exit_code == 1
     assert "exists" in again.output
+    halved = json.loads(invoke("merge", run, tmp_path / "halved", "--dtype", "bfloat16", "--json"))
+    assert halved["update_lost"] > 0.001
 
 
 def test_convert_writes_a_lora_and_says_what_it_lost(run: Path, tmp_path: Path) -> None:
@@ -188,19 +156,20 @@ def test_convert_wants_one_rule_and_a_new_folder(run: Path, tmp_path: Path) -> N
 def test_inspect_tells_a_rank_above_r(run: Path) -> None:
     layers = json.loads(invoke("inspect", run, "--json"))
     assert len(layers) == 4
-    assert all(layer["rank"] > 4 for layer in layers)
-    assert all(layer["parameters"] == 4 * (layer["rows"] + layer["columns"]) // 2 for layer in layers)
-    assert all(layer["rank"] <= layer["rank_bound"] for layer in layers)
+    for layer in layers:
+        assert 4 < layer["rank"] <= layer["rank_bound"]
+        assert layer["parameters"] == 4 * (layer["rows"] + layer["columns"]) // 2
     assert "stable rank" in invoke("inspect", run)
 
 
 def test_inspect_writes_a_page_that_needs_no_network(run: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
-    both = json.loads(invoke("inspect", run, run / "adapter", "--html", page, "--json"))
+    both = json.loads(invoke("inspect", run, run / "adapter", "--html", page, "--layer", "layers.0", "--json"))
     assert [len(layers) for layers in both.values()] == [4, 4]
     text = page.read_text()
-    assert "layers.1.self_attn.v_proj" in text
-    assert text.count("<figure data-chart>") == 5
+    shown = re.findall(r"<h2>(?:What changed most: )?(model\..*?)</h2>", text)
+    assert {f"model.layers.0.self_attn.{name}" for name in ("q_proj", "v_proj")} <= set(shown)
+    assert text.count("<figure data-chart>") == 4 + len(shown)
     assert set(re.findall(r'(?:src|href)="([^#"][^"]*)"', text)) == {"charts.js"}
     assert (tmp_path / "charts.js").is_file()
     assert not re.search(r"@import|url\((?!#)", text)
@@ -219,22 +188,6 @@ def test_report_writes_the_page_of_a_run(run: Path) -> None:
     page = (run / "report.html").read_text()
     for heading in ("Held-out scores", "Loss", "Answers before and after", "Config", "Load it"):
         assert f"<h2>{heading}</h2>" in page
-    assert "import smoa" in page
-
-
-def test_inspect_shows_the_layers_in_detail_that_are_named(run: Path, tmp_path: Path) -> None:
-    page = tmp_path / "page.html"
-    invoke("inspect", run, "--html", page, "--layer", "layers.0", "--layer", "v_proj")
-    headings = re.findall(r"<h2>(.*?)</h2>", page.read_text())
-    shown = {heading.removeprefix("What changed most: ") for heading in headings if "layers" in heading}
-    assert {name for name in shown if "layers.0" in name or "v_proj" in name} == {
-        "model.layers.0.self_attn.q_proj",
-        "model.layers.0.self_attn.v_proj",
-        "model.layers.1.self_attn.v_proj",
-    }
-    refused = CliRunner().invoke(app, ["inspect", str(run), "--html", str(page), "--layer", "layers.7"])
-    assert refused.exit_code == 1
-    assert "--layer layers.7: no adapted layer's name contains it" in refused.output
 
 
 def test_budget_spends_no_more_than_it_may(config: dict[str, Any]) -> None:

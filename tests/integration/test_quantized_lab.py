@@ -60,18 +60,13 @@ def test_a_run_trains_on_the_quantized_model_and_is_scored_again_from_its_folder
     assert metrics["evaluation"]["after"]["all"] != metrics["evaluation"]["before"]["all"]
     again = evaluate_run(load_config(RunFolder(run.folder).config), RunFolder(run.folder).adapter)
     assert again["scores"]["all"] == pytest.approx(metrics["evaluation"]["after"]["all"], rel=1e-5)
+    full, _ = load_base_model(ModelSection(name=config["model"]["name"]))
+    model = PeftModel.from_pretrained(full, str(RunFolder(run.folder).adapter))
+    merged = model.merge_and_unload(safe_merge=True)  # warnings are errors here: nothing is rounded
+    assert torch.isfinite(merged.lm_head.weight).all()
 
 
 def test_packed_weights_count_whole(config: dict[str, Any]) -> None:
     packed, _ = load_base_model(check_config(config).model)
     plain, _ = load_base_model(ModelSection(name=config["model"]["name"]))
     assert train_run._parameters(packed)["total"] == train_run._parameters(plain)["total"]
-
-
-def test_the_adapter_of_a_quantized_run_fits_the_full_model(config: dict[str, Any]) -> None:
-    run = check_config(config)
-    train_run.train(run)
-    base, _ = load_base_model(ModelSection(name=config["model"]["name"]))
-    model = PeftModel.from_pretrained(base, str(RunFolder(run.folder).adapter))
-    merged = model.merge_and_unload(safe_merge=True)  # warnings are errors here: nothing is rounded
-    assert torch.isfinite(merged.lm_head.weight).all()

@@ -17,6 +17,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
@@ -38,28 +39,35 @@ def byte_tokenizer(adds_bos: bool = True) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
 
 
-def tiny_base(folder: Path) -> Path:
-    """A Llama of two layers and its tokenizer, saved as a base model."""
-    tokenizer = byte_tokenizer()
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            initializer_range=0.2,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-        )
-    )
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+}
+
+
+def saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
+    """Both in one folder, as a base model."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def tiny_llama(vocabulary: int, positions: int) -> LlamaForCausalLM:
+    """A Llama of two layers."""
+    torch.manual_seed(0)
+    ends = {"bos_token_id": 1, "eos_token_id": 2}
+    sizes = {"vocab_size": vocabulary, "max_position_embeddings": positions, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**SIZES, **sizes, **ends))
+
+
+def tiny_base(folder: Path) -> Path:
+    """A Llama of two layers and its tokenizer."""
+    tokenizer = byte_tokenizer()
+    return saved(tiny_llama(len(tokenizer), positions=512), tokenizer, folder)
 
 
 def tokenizer_revisions(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
@@ -81,9 +89,7 @@ def tiny_gpt2(folder: Path, positions: int, tokenizer: PreTrainedTokenizerFast |
     torch.manual_seed(0)
     ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     config = GPT2Config(vocab_size=len(tokenizer), n_positions=positions, n_embd=32, n_layer=2, n_head=4, **ends)
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return saved(GPT2LMHeadModel(config), tokenizer, folder)
 
 
 def tiny_run(
@@ -110,23 +116,9 @@ def tiny_encoder(folder: Path) -> Path:
     """A BERT of two layers without a head and its tokenizer, saved as a base for classification."""
     tokenizer = byte_tokenizer()
     torch.manual_seed(0)
-    model = BertModel(
-        BertConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=128,
-            initializer_range=0.2,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            pad_token_id=0,
-        )
-    )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    without_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=128, **SIZES, **without_dropout)
+    return saved(BertModel(config), tokenizer, folder)
 
 
 def questions(number: int, part: str, task: str = "arc_easy") -> list[Row]:

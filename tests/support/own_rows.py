@@ -7,11 +7,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from smoa_lab.config.run import RunConfig, check_config
-from tests.support.lab import byte_tokenizer
+from tests.support.lab import byte_tokenizer, saved, tiny_llama
 
 SPECIALS = [
     *("<|im_start|>", "<|im_end|>", "<think>", "</think>"),
@@ -53,29 +52,12 @@ def tokenizer_with(template: str | None) -> PreTrainedTokenizerFast:
 
 def tiny_chat_model() -> LlamaForCausalLM:
     """A Llama of two layers for that tokenizer, with room for the rows of examples/data."""
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer_with(None)),
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=1024,
-            initializer_range=0.2,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-        )
-    )
+    return tiny_llama(len(tokenizer_with(None)), positions=1024)
 
 
 def rows_base(folder: Path, template: str | None = MARKED) -> Path:
     """Both, saved as a base model."""
-    tiny_chat_model().save_pretrained(folder)
-    tokenizer_with(template).save_pretrained(folder)
-    return folder
+    return saved(tiny_chat_model(), tokenizer_with(template), folder)
 
 
 def chats(number: int) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -41,6 +42,7 @@ def module_of(file: Path) -> str:
 MODULES = {module_of(file): file for file in sorted(SOURCE.rglob("*.py"))}
 
 
+@cache
 def imported_by(module: str) -> set[str]:
     """The modules of ours that a module imports, also within functions."""
     found: set[str] = set()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import subprocess
-import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -176,13 +175,15 @@ def test_no_page_names_a_registry_host() -> None:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built site; a warning of mkdocs fails the build."""
-    pytest.importorskip("mkdocs", reason="the extra `docs` is not installed")
+    """The built site, but for the pages of studies, which test_studies.py has; a warning of mkdocs fails the build."""
+    mkdocs = pytest.importorskip("mkdocs.commands.build", reason="the extra `docs` is not installed")
+    config = pytest.importorskip("mkdocs.config")
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
-    quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=quiet, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.setenv("NO_MKDOCS_2_WARNING", "1")
+        patch.setattr("stored.report_of", lambda folder: SimpleNamespace(page=lambda charts: "<p>A study.</p>"))
+        mkdocs.build(config.load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder), strict=True))
     return folder
 
 

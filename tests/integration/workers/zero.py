@@ -106,16 +106,6 @@ def zero2(folder: Path) -> Result:
     return trained(accelerator(2), adapted(), folder)
 
 
-def zero3_loaded(folder: Path) -> Result:
-    chosen = accelerator(3)
-    return trained(chosen, adapted(loaded(folder)), folder)
-
-
-def zero3_defaults(folder: Path) -> Result:
-    chosen = accelerator(3, zero={})
-    return trained(chosen, adapted(loaded(folder)), folder)
-
-
 def zero3_checkpointing(folder: Path) -> Result:
     chosen = accelerator(3)
     base = loaded(folder)
@@ -178,7 +168,7 @@ def zero3_merge(folder: Path) -> Result:
     save_adapter(chosen, engine, folder / "adapter")
     model = chosen.unwrap_model(engine)
     everything = list(model.parameters())
-    found: Result = {"untrained": losses[0], "unmerged": _loss(chosen, engine)}
+    found: Result = {"losses": losses, "labels": labels(engine), "unmerged": _loss(chosen, engine)}
     found["left_over"] = sum(parameter.numel() > 0 for parameter in everything)
     found["merge"] = _refusal(model.merge_adapter)
     found["swap"] = _refusal(lambda: hotswap_adapter(model, folder / "adapter"))
@@ -187,7 +177,7 @@ def zero3_merge(folder: Path) -> Result:
     found["merged"] = _loss(chosen, engine)
     with deepspeed.zero.GatheredParameters(everything, modifier_rank=0):
         model.unmerge_adapter()
-    return found | {"restored": _loss(chosen, engine)}
+    return found | {"unmerged_again": _loss(chosen, engine)}
 
 
 @torch.no_grad()
@@ -208,8 +198,6 @@ def _refusal(call: Callable[[], Any]) -> str | None:
 SCENARIOS: list[Callable[[Path], Result]] = [
     late,
     zero2,
-    zero3_loaded,
-    zero3_defaults,
     zero3_checkpointing,
     zero3_conv1d,
     zero3_experts,

@@ -17,10 +17,6 @@ from tests.support.layers import adapted_layer, base_layer, base_weight, smoa_la
 from tests.support.tolerance import assert_close
 
 
-def rms(weight: torch.Tensor) -> float:
-    return float(weight.double().square().mean().sqrt())
-
-
 def llama(folder: Path, **options: object) -> PeftModel:
     """A tiny Llama with an adapter that is no no-op."""
     base = AutoModelForCausalLM.from_pretrained(lab.tiny_base(folder))
@@ -58,4 +54,6 @@ def test_an_anchor_on_the_meta_device_is_normalized_once_weights_are_there() -> 
     with pytest.raises(PartitionError, match="meta device"):
         layer.block_scale("default")
     layer.base_layer.weight = nn.Parameter(torch.randn(6, 6))
-    assert layer.block_scale("default").tolist() == pytest.approx([1 / rms(base_weight(layer))] * 2, rel=1e-5)
+    assert layer.block_scale("default").tolist() == pytest.approx(
+        [1 / float(base_weight(layer).square().mean().sqrt())] * 2, rel=1e-5
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import peft
 import pytest
@@ -14,8 +15,7 @@ from smoa.layers.layer import SmoaLayer
 from tests.support.layers import Wrapper, adapted_layer, base_layer, base_weight, factors
 from tests.support.tolerance import assert_close
 
-# (out_features, in_features)
-SHAPES = [(17, 10), (9, 16)]
+needs_hira = pytest.mark.skipif(not hasattr(peft, "HiraConfig"), reason="this PEFT has no HiRA")
 
 
 def peft_layer(config: PeftConfig, base: nn.Module) -> nn.Module:
@@ -48,28 +48,18 @@ def values_and_gradients(layer: nn.Module, parameters: Sequence[Tensor], x: Tens
 
 
 @pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
-@pytest.mark.parametrize(("out_features", "in_features"), SHAPES)
-def test_one_block_without_modulation_equals_peft_lora(out_features: int, in_features: int, conv1d: bool) -> None:
-    base = base_layer(out_features, in_features, conv1d=conv1d)
-    layer = adapted_layer(base, r=4, alpha=6.0, num_blocks=1, modulation="none")
-    twin, twin_factors = lora_twin(layer, 6.0, conv1d)
-    x = torch.randn(5, in_features, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("method", ["lora", pytest.param("peft_hira", marks=needs_hira)])
+def test_one_block_is_lora_without_modulation_and_hira_with_it(method: str, conv1d: bool) -> None:
+    lora = method == "lora"
+    settings: dict[str, Any] = {"alpha": 6.0, "modulation": "none"} if lora else {"scale": "paper"}
+    layer = adapted_layer(base_layer(17, 10, conv1d=conv1d), r=4, num_blocks=1, **settings)
+    twin, twin_factors = lora_twin(layer, 6.0, conv1d) if lora else hira_twin(layer, conv1d)
+    x = torch.randn(5, 10, dtype=torch.float64, requires_grad=True)
     expected = values_and_gradients(twin, twin_factors, x)
-    for own, loras in zip(values_and_gradients(layer, factors(layer), x), expected, strict=True):
-        assert_close(own, loras)
-    assert_close(layer.get_delta_weight("default"), twin.get_delta_weight("default"))
-
-
-@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
-@pytest.mark.parametrize(("out_features", "in_features"), SHAPES)
-def test_one_block_with_modulation_equals_peft_hira(out_features: int, in_features: int, conv1d: bool) -> None:
-    base = base_layer(out_features, in_features, conv1d=conv1d)
-    layer = adapted_layer(base, r=4, num_blocks=1, scale="paper")
-    twin, twin_factors = hira_twin(layer, conv1d)
-    x = torch.randn(5, in_features, dtype=torch.float64, requires_grad=True)
-    expected = values_and_gradients(twin, twin_factors, x)
-    for own, hiras in zip(values_and_gradients(layer, factors(layer), x), expected, strict=True):
-        assert_close(own, hiras)
+    for own, theirs in zip(values_and_gradients(layer, factors(layer), x), expected, strict=True):
+        assert_close(own, theirs)
+    if lora:  # PEFT's HiRA returns BA
+        assert_close(layer.get_delta_weight("default"), twin.get_delta_weight("default"))
 
 
 def test_modulation_keeps_zero_weights_zero() -> None:

@@ -197,22 +197,6 @@ def test_merge_and_unload_gives_plain_layers_of_the_same_output(dtype: torch.dty
     assert_close(merged(x), expected)
 
 
-def test_loading_an_adapter_while_another_is_merged_anchors_it_on_the_pristine_weight(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
-    folder = tmp_path_factory.mktemp("adapter")
-    model = adapted_model("one", "two")
-    model.save_pretrained(folder, selected_adapters=["two"])
-    fresh = adapted_model("one")
-    fresh.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if ".two" not in name})
-    fresh.merge_adapter()
-    with pytest.warns(UserWarning, match="Unmerging the model first"):
-        fresh.load_adapter(folder / "two", "two")
-    for mine, other in zip(layers_of(fresh), layers_of(model), strict=True):
-        assert torch.equal(mine.get_delta_weight("two"), other.get_delta_weight("two"))
-        assert torch.equal(mine.pristine_weight(), other.pristine_weight())
-
-
 @pytest.mark.filterwarnings("ignore:All adapters are already merged:UserWarning")
 def test_a_safe_merge_of_what_is_merged_already_does_not_count_it_twice() -> None:
     layer = adapted_layer(base_layer(11, 13, dtype=torch.float16), r=7, num_blocks=3)

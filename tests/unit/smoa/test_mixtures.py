@@ -178,21 +178,7 @@ def test_an_adapter_of_experts_is_swapped_in_place(family: str, other: dict[str,
     assert_close(logits(model), logits(new))
     hotswap_adapter(model, tmp_path / "first")
     assert_close(logits(model), before)
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"expert_partition": "shared"}, "has expert_partition='shared', not 'each'"),
-        ({"r": 9}, r"experts\.\w+ has block ranks \[3, 3, 3\], more than the \[3, 2, 2\]"),
-    ],
-)
-def test_an_adapter_of_experts_that_does_not_fit_is_not_swapped(
-    settings: dict[str, Any], words: str, tmp_path: Path
-) -> None:
-    adapted("mixtral", **settings).save_pretrained(tmp_path)
-    model = adapted("mixtral", init_weights=False).eval()
-    before = logits(model)
-    with pytest.raises(ConfigError, match=words):
-        hotswap_adapter(model, tmp_path)
-    assert torch.equal(logits(model), before)
+    adapted(family, expert_partition="shared").save_pretrained(tmp_path / "unfit")
+    with pytest.raises(ConfigError, match="has expert_partition='shared', not 'each'"):
+        hotswap_adapter(model, tmp_path / "unfit")
+    assert_close(logits(model), before)

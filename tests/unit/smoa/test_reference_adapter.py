@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from smoa import SmoaConfig
@@ -27,11 +27,6 @@ def copy_as_trl_does(model: Any) -> None:
             model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
 
 
-def logits_of(model: Any, adapter: str) -> Tensor:
-    model.set_adapter(adapter)
-    return tiny_models.logits(model)
-
-
 @pytest.mark.parametrize("partition", ["spectral", "random"])
 def test_the_reference_equals_a_start_trained_on_other_weights(
     partition: Any, tiny_llama: PreTrainedModel, tmp_path: Any
@@ -44,20 +39,9 @@ def test_the_reference_equals_a_start_trained_on_other_weights(
             parameter.add_(0.1 * torch.randn_like(parameter))
     model = PeftModel.from_pretrained(other, tmp_path, is_trainable=True).eval()
     copy_as_trl_does(model)
-    assert torch.equal(logits_of(model, "ref"), logits_of(model, "default"))
     reference, start = (get_peft_model_state_dict(model, adapter_name=name) for name in ("ref", "default"))
     assert reference.keys() == start.keys()
     assert all(torch.equal(reference[name], start[name]) for name in start)
-
-
-def test_adapters_of_configs_of_their_own_get_partitions_of_their_own(tiny_llama: PreTrainedModel) -> None:
-    def config() -> SmoaConfig:
-        return SmoaConfig(r=8, partition="random", target_modules=TARGETS)
-
-    model = get_peft_model(tiny_llama, config())
-    model.add_adapter("other", config())
-    layer = model.base_model.model.model.layers[0].self_attn.q_proj
-    assert not torch.equal(layer.blocks("other").row_labels, layer.blocks("default").row_labels)
 
 
 CHANGES: list[dict[str, Any]] = [

@@ -27,10 +27,6 @@ LAB_ONLY = LAB - CLI - {"accelerate", "filelock", "jinja2"}
 ONLY_TASKS = set().union(*ONE_TASK) - LAB
 
 
-def test_the_extra_cli_is_these_packages() -> None:
-    assert {"platformdirs", "pydantic", "rich", "ruamel", "typer"} == CLI - {"jinja2"}  # which torch brings anyway
-
-
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved adapter, outside any run."""
@@ -41,17 +37,30 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return room / "saved"
 
 
-def test_saved_adapters_need_no_package_of_the_lab(adapter: Path, tmp_path: Path) -> None:
-    commands = [
+def test_saved_adapters_need_no_package_of_the_lab_and_training_names_it_before_any_work(
+    adapter: Path, tmp_path: Path
+) -> None:
+    saved = [
         ["chat", str(adapter), "--template", "alpaca", "--max-new-tokens", "2"],
         ["budget", str(adapter.with_name("base")), "20%"],
         ["merge", str(adapter), str(tmp_path / "merged")],
         ["convert", str(adapter), str(tmp_path / "lora"), "--rank", "2"],
         ["inspect", str(adapter)],
     ]
-    for done in smoa_without(LAB_ONLY | ONLY_TASKS, *commands):
-        assert done.code == 0, done.errors
-        assert done.output
+    training = [
+        ["train", "nowhere.yaml"],
+        ["demo"],
+        ["compare", "nowhere.yaml"],
+        ["inspect", "nowhere", "--html", "page.html"],
+        ["report", "nowhere"],
+    ]
+    done = smoa_without(LAB_ONLY | ONLY_TASKS, *saved, *training)
+    for command in done[: len(saved)]:
+        assert command.code == 0, command.errors
+        assert command.output
+    for command in done[len(saved) :]:
+        assert command.code == 1
+        assert command.errors == "error: this command needs altair; in a clone of smoa, run: pip install '.[lab]'\n"
 
 
 def test_training_on_a_file_of_ones_own_needs_no_package_of_a_single_task(
@@ -67,24 +76,12 @@ def test_training_on_a_file_of_ones_own_needs_no_package_of_a_single_task(
 
 @pytest.mark.parametrize(("package", "command"), [("typer", "--help"), ("pydantic", "train")])
 def test_without_a_package_of_the_extra_cli_one_line_names_it(package: str, command: str, tmp_path: Path) -> None:
+    assert {"platformdirs", "pydantic", "rich", "ruamel", "typer"} == CLI - {"jinja2"}  # which torch brings anyway
     file = tmp_path / "run.yaml"
     file.write_text("model: {}")
     (done,) = smoa_without({package}, [command, *[str(file)] * (command == "train")])
     assert done.code == 1
     assert re.fullmatch(rf".* needs {package}[\w-]*; .*: pip install '\.\[cli\]'\n", done.errors), done.errors
-
-
-def test_training_with_the_extra_cli_alone_names_the_lab_before_any_work() -> None:
-    commands = [
-        ["train", "nowhere.yaml"],
-        ["demo"],
-        ["compare", "nowhere.yaml"],
-        ["inspect", "nowhere", "--html", "page.html"],
-        ["report", "nowhere"],
-    ]
-    for done in smoa_without(LAB_ONLY, *commands):
-        assert done.code == 1
-        assert done.errors == "error: this command needs altair; in a clone of smoa, run: pip install '.[lab]'\n"
 
 
 def test_a_command_names_what_its_arguments_need_and_writes_nothing(

@@ -27,14 +27,6 @@ from tests.support.tiny_mixtures import EXPERTS, build_mixture
 from tests.support.tiny_models import build
 
 
-@pytest.mark.parametrize(
-    ("amount", "message"), [("0", "must be more than 0"), ("200%", "must be more than 0"), ("x", "neither")]
-)
-def test_a_budget_that_is_none_is_refused(amount: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        _limit(amount, 1000, 10)
-
-
 def test_a_model_whose_shapes_cannot_be_had_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"model\.name: cannot load"):
         model_shapes(str(tmp_path), ("q_proj",))
@@ -46,7 +38,10 @@ def test_a_model_whose_shapes_cannot_be_had_is_refused(tmp_path: Path) -> None:
     assert model_shapes(str(tmp_path), ("q_proj",))[0] == Counter({(8, 8): 1})
 
 
-def test_a_budget_that_buys_nothing_is_told_what_the_least_is(tmp_path: Path) -> None:
+def test_a_budget_that_is_none_or_buys_nothing_is_refused(tmp_path: Path) -> None:
+    for amount, message in (("0", "must be more than 0"), ("200%", "must be more than 0"), ("x", "neither")):
+        with pytest.raises(ConfigError, match=message):
+            _limit(amount, 1000, 10)
     base = str(lab.tiny_base(tmp_path))
     with pytest.raises(ConfigError, match=r"budget: '1' is too small; the smallest adapter has 256 parameters"):
         budget_choices(base, "1", ("q_proj", "o_proj"))
@@ -102,15 +97,11 @@ def test_r_is_a_multiple_of_the_number_of_blocks() -> None:
         budget_choice(odd, 1000, "13")
 
 
-def test_an_embedding_is_counted_if_it_is_named() -> None:
-    empty = build("llama")
-    counted = shapes_of(empty, ("embed_tokens", "q_proj"), "llama")
+def test_an_embedding_is_counted_if_it_is_named_and_all_linear_means_the_layers_of_gpt2_too() -> None:
+    counted = shapes_of(build("llama"), ("embed_tokens", "q_proj"), "llama")
     config = SmoaConfig(r=6, num_blocks=3, target_modules=["embed_tokens", "q_proj"])
     adapted = get_peft_model(build("llama"), config)
     assert counted == Counter((layer.out_features, layer.in_features) for layer in smoa_layers(adapted).values())
-
-
-def test_all_linear_means_the_layers_of_gpt2_too() -> None:
     empty = build("gpt2").to("meta")
     assert shapes_of(empty, ("all-linear",), "gpt2") == Counter({(72, 24): 2, (24, 24): 2, (96, 24): 2, (24, 96): 2})
 

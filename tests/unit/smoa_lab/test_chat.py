@@ -71,24 +71,15 @@ def finished_run(
     return folder
 
 
-@pytest.mark.parametrize("template", ["alpaca", "chat"])
-def test_a_run_is_opened_with_its_dtype_and_its_template(
-    tmp_path: Path, base: Path, mine: Path, template: Template
+def test_a_run_is_opened_with_its_dtype_and_template_unless_the_command_says_others(
+    tmp_path: Path, base: Path, mine: Path
 ) -> None:
-    run = finished_run(tmp_path, base, template=template)
-    shutil.copytree(mine, run.adapter, dirs_exist_ok=True)
-    assert find(str(run.path), {}) == ChatTarget(ModelSection(name=str(base), dtype="bfloat16"), run.adapter, template)
-
-
-def test_what_the_command_says_goes_before_what_the_run_says(tmp_path: Path, base: Path, mine: Path) -> None:
     run = finished_run(tmp_path, base)
     shutil.copytree(mine, run.adapter, dirs_exist_ok=True)
+    assert find(str(run.path), {}) == ChatTarget(ModelSection(name=str(base), dtype="bfloat16"), run.adapter, "alpaca")
     target = find(str(run.path), {"name": "moved", "dtype": "float16"}, "chat")
     assert target == ChatTarget(ModelSection(name="moved", dtype="float16"), run.adapter, "chat", forced=True)
-
-
-def test_a_run_that_trained_the_whole_model_has_no_adapter(tmp_path: Path, base: Path) -> None:
-    run = finished_run(tmp_path, base, method="full")
+    run = finished_run(tmp_path, base, method="full", name="full")
     assert find(str(run.path), {}) == ChatTarget(ModelSection(name=str(run.adapter), dtype="bfloat16"), None, "alpaca")
 
 
@@ -113,13 +104,9 @@ def test_anything_that_can_be_a_model_is_opened_without_an_adapter(tmp_path: Pat
         assert find(place, {}) == ChatTarget(ModelSection(name=place), None, "chat")
 
 
-def test_a_place_that_does_not_exist_is_named(tmp_path: Path) -> None:
+def test_a_place_without_a_model_is_named_with_what_was_looked_for(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere: no such folder; give .* smollm2-135m"):
         find(str(tmp_path / "nowhere"), {})
-
-
-def test_a_folder_without_a_config_is_refused_with_what_was_looked_for(tmp_path: Path) -> None:
-    """As an adapter is that lost its own."""
     (tmp_path / "adapter").mkdir()
     with pytest.raises(ConfigError, match=r"adapter: contains no finished run .*adapter_config\.json.* or model"):
         find(str(tmp_path / "adapter"), {})
@@ -185,16 +172,13 @@ def by_generate(base: Path, adapter: Path | None = None) -> str:
     return written(model, base, HELLO)
 
 
-def test_the_streamed_text_is_the_text_that_generate_writes(base: Path) -> None:
+def test_an_adapter_a_base_and_another_adapter_each_write_their_own_text(base: Path, mine: Path, other: Path) -> None:
     pieces: list[str] = []
     chat_model_of(base).write(HELLO, pieces.append)
     assert len(pieces) > 1
-    assert "".join(pieces) == by_generate(base)
-
-
-def test_an_adapter_a_base_and_another_adapter_each_write_their_own_text(base: Path, mine: Path, other: Path) -> None:
-    texts = {"base": by_generate(base), "mine": by_generate(base, mine), "other": by_generate(base, other)}
+    texts = {"base": "".join(pieces), "mine": by_generate(base, mine), "other": by_generate(base, other)}
     assert len(set(texts.values())) == 3
+    assert texts["base"] == by_generate(base)
     model = chat_model_of(mine)
     assert (model.name, said(model)) == ("mine", texts["mine"])
     model.toggle()
@@ -216,15 +200,6 @@ def test_a_base_in_half_precision_writes_its_own_text_again_after_an_adapter(bas
     model.toggle()
     half = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     assert said(model) == written(half, base, HELLO)
-
-
-def test_an_adapter_is_loaded_on_a_plain_model(base: Path, mine: Path) -> None:
-    model = chat_model_of(base)
-    with pytest.raises(DataError, match="no adapter is loaded"):
-        model.toggle()
-    assert said(model) == by_generate(base)
-    model.load(str(mine))
-    assert said(model) == by_generate(base, mine)
 
 
 def test_adapters_of_other_methods_talk_too(tmp_path: Path, base: Path) -> None:
@@ -253,21 +228,19 @@ def test_a_load_that_fails_leaves_the_model_as_it_was(tmp_path: Path, base: Path
         assert said(model) == by_generate(base, mine)
 
 
-def test_a_load_that_peft_refuses_is_an_error_of_ours(tmp_path: Path, base: Path, mine: Path) -> None:
+def test_a_load_that_cannot_work_is_an_error_of_ours(tmp_path: Path, base: Path, mine: Path) -> None:
     config = LoraConfig(r=2, target_modules=["nothing"], base_model_name_or_path=str(base))
     config.save_pretrained(tmp_path / "lora")
-    model = chat_model_of(mine)
-    with pytest.raises(DataError, match="lora: cannot be loaded"):
-        model.load(str(tmp_path / "lora"))
-    with pytest.raises(ConfigError, match="contains no adapter"):
-        model.load(str(tmp_path))
-    assert said(model) == by_generate(base, mine)
-
-
-def test_an_adapter_of_another_base_is_refused(tmp_path: Path, base: Path, mine: Path) -> None:
     other = saved_adapter(tmp_path / "other", chat_base(tmp_path / "another-base"))
-    with pytest.raises(DataError, match=r"is an adapter of .*another-base, this model is .*base; .*--base"):
-        chat_model_of(mine).load(str(other))
+    model = chat_model_of(mine)
+    for place, error, told in (
+        (tmp_path / "lora", DataError, "lora: cannot be loaded"),
+        (tmp_path, ConfigError, "contains no adapter"),
+        (other, DataError, r"is an adapter of .*another-base, this model is .*base; .*--base"),
+    ):
+        with pytest.raises(error, match=told):
+            model.load(str(place))
+    assert said(model) == by_generate(base, mine)
 
 
 def test_a_base_that_was_moved_is_known_by_both_names(tmp_path: Path, base: Path, mine: Path, other: Path) -> None:
@@ -447,14 +420,9 @@ def talk(mine: Path, screen: KeptScreen) -> Conversation:
     return Conversation(chat_model_of(mine), screen)
 
 
-def test_help_lists_every_command_with_what_it_does(talk: Conversation, screen: KeptScreen) -> None:
-    run_command(talk, "/help")
-    lines = screen.notes[0].splitlines()
-    assert [line.split()[0] for line in lines[:-1]] == [f"/{name}" for name in COMMANDS]
-    assert all(text in line for line, (_, text) in zip(lines, COMMANDS.values(), strict=False))
-
-
-def test_the_commands_say_what_they_did(tmp_path: Path, other: Path, talk: Conversation, screen: KeptScreen) -> None:
+def test_help_lists_the_commands_and_they_say_what_they_did(
+    tmp_path: Path, other: Path, talk: Conversation, screen: KeptScreen
+) -> None:
     file = tmp_path / "talk.jsonl"
     talk.ask("hello")
     lines = {
@@ -468,6 +436,10 @@ def test_the_commands_say_what_they_did(tmp_path: Path, other: Path, talk: Conve
         "/reset": "The conversation starts anew.",
         "/system": "There is no system prompt now.",
     }
+    run_command(talk, "/help")
+    told = screen.notes[-1].splitlines()
+    assert [line.split()[0] for line in told[:-1]] == [f"/{name}" for name in COMMANDS]
+    assert all(text in line for line, (_, text) in zip(told, COMMANDS.values(), strict=False))
     for line, said in lines.items():
         run_command(talk, line)
         assert screen.notes[-1] == said
@@ -475,12 +447,11 @@ def test_the_commands_say_what_they_did(tmp_path: Path, other: Path, talk: Conve
     assert (talk.turns, talk.system) == ([], [])
 
 
-def test_quitting_is_the_end_of_the_input(talk: Conversation) -> None:
+def test_a_wrong_command_and_a_missing_argument_are_named_and_quitting_is_the_end_of_the_input(
+    talk: Conversation,
+) -> None:
     with pytest.raises(EOFError):
         run_command(talk, "/quit")
-
-
-def test_a_wrong_command_and_a_missing_argument_are_named(talk: Conversation) -> None:
     with pytest.raises(DataError, match=r"there is no command /rest; did you mean 'reset'\?"):
         run_command(talk, "/rest")
     for name in ("load", "save"):

@@ -42,6 +42,7 @@ def finished_run(values: dict[str, Any]) -> Path:
 
 def test_a_higher_rank_keeps_more_of_update_and_task(values: dict[str, Any], tmp_path: Path) -> None:
     converter = Converter(finished_run(values))
+    before = converter.base_losses
     points = [converter.cut(RankRule(rank=rank), tmp_path / f"rank-{rank}") for rank in (1, 4, 32)]
     assert [point["rank"] for point in points][:2] == [1, 4]
     assert points[0]["error"] > points[1]["error"] > points[2]["error"]
@@ -49,6 +50,7 @@ def test_a_higher_rank_keeps_more_of_update_and_task(values: dict[str, Any], tmp
     changes = [abs(point["loss"]["lora_change"]) for point in points]
     assert changes[2] < 1e-5 < changes[0]
     assert points[2]["loss"]["gain_kept"] == pytest.approx(1.0, abs=1e-3)
+    assert converter._losses(converter.base) == before
     for spectrum in converter.spectra.layers.values():
         needed = [RankRule(error=error).choose(spectrum.values) for error in (0.5, 0.3, 0.1, 0.05)]
         assert needed == sorted(needed)
@@ -63,21 +65,12 @@ def test_without_held_out_questions_the_task_is_not_scored(values: dict[str, Any
     assert (tmp_path / "lora" / "adapter_config.json").is_file()
 
 
-def test_the_base_of_the_adapter_is_as_before_when_all_is_cut(values: dict[str, Any], tmp_path: Path) -> None:
-    converter = Converter(finished_run(values))
-    before = converter.base_losses
-    converter.cut(RankRule(rank=1), tmp_path / "lora")
-    assert converter._losses(converter.base) == before
-
-
-def test_scoring_can_be_left_out(values: dict[str, Any], tmp_path: Path) -> None:
+def test_scoring_can_be_left_out_and_a_local_base_is_named_in_the_loras_config_only(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
     report = convert_run(finished_run(values), tmp_path / "lora", RankRule(error=0.1), score=False)
     assert report["loss"] is None
     assert report["error"] <= 0.1
-
-
-def test_a_local_base_is_named_in_the_loras_config_only(values: dict[str, Any], tmp_path: Path) -> None:
-    convert_run(finished_run(values), tmp_path / "lora", RankRule(rank=2), score=False)
     assert lab.files_with(tmp_path, tmp_path / "lora") == {"adapter_config.json"}
 
 

@@ -64,11 +64,6 @@ def test_a_models_sizes_are_those_of_its_config(base: ModelFacts) -> None:
     assert base.vocabulary == 259
 
 
-def test_no_such_model_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"model\.name: cannot load"):
-        look_at_model(str(tmp_path))
-
-
 def test_conversations_get_a_template_if_the_model_has_none(base: ModelFacts, tmp_path: Path) -> None:
     place = str(rows_file(tmp_path / "rows.jsonl", talks(40)))
     found = look_at_data(place, base)
@@ -80,36 +75,33 @@ def test_conversations_get_a_template_if_the_model_has_none(base: ModelFacts, tm
     assert "chat_template" not in own.values
 
 
-def test_plain_text_needs_no_template(base: ModelFacts, tmp_path: Path) -> None:
-    place = str(rows_file(tmp_path / "rows.jsonl", [{"text": f"Line {i} " * (1 + 60 * (i == 3))} for i in range(300)]))
-    found = look_at_data(place, base)
-    assert "chat_template" not in found.values
-    assert found.max_length == 64  # one of 300 is longer
+def test_plain_text_and_pairs_of_texts_need_no_template_and_pairs_of_turns_do(base: ModelFacts, tmp_path: Path) -> None:
+    def look(rows: list[dict[str, Any]]) -> Any:
+        return look_at_data(str(rows_file(tmp_path / "rows.jsonl", rows)), base)
+
+    text = look([{"text": f"Line {i} " * (1 + 60 * (i == 3))} for i in range(300)])
+    assert "chat_template" not in text.values
+    assert text.max_length == 64  # one of 300 is longer
+    assert (
+        "chat_template"
+        not in look([{"prompt": f"{i}?", "chosen": "Yes.", "rejected": "No."} for i in range(20)]).values
+    )
+
+    def turns(i: int, answer: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": answer}]
+
+    pairs = look([{"chosen": turns(i, "Yes."), "rejected": turns(i, "No.")} for i in range(20)])
+    assert (pairs.format, pairs.values["chat_template"]) == ("preference", "alpaca")
 
 
-def test_preferences_of_turns_need_one(base: ModelFacts, tmp_path: Path) -> None:
-    rows = [{"prompt": f"Ask {i}", "chosen": "Yes.", "rejected": "No."} for i in range(20)]
-    assert "chat_template" not in look_at_data(str(rows_file(tmp_path / "text.jsonl", rows)), base).values
-    turns = [
-        {"chosen": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["chosen"]}]}
-        | {"rejected": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["rejected"]}]}
-        for row in rows
-    ]
-    found = look_at_data(str(rows_file(tmp_path / "turns.jsonl", turns)), base)
-    assert (found.format, found.values["chat_template"]) == ("preference", "alpaca")
-
-
-def test_bad_rows_are_told_as_training_tells_them(base: ModelFacts, tmp_path: Path) -> None:
-    place = rows_file(tmp_path / "rows.jsonl", [*talks(3), {"messages": "none"}])
-    with pytest.raises(DataError, match="1 bad row; nothing is trained"):
-        look_at_data(str(place), base)
-
-
-def test_a_place_without_rows_is_known_before_they_are_read(tmp_path: Path) -> None:
+def test_a_model_or_data_that_cannot_be_had_are_errors(base: ModelFacts, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"model\.name: cannot load"):
+        look_at_model(str(tmp_path))
     with pytest.raises(DataError, match=r"nothing\.jsonl"):
         check_data(str(tmp_path / "nothing.jsonl"))
-    assert check_data("arc_easy") == "arc_easy"
-    assert check_data("someone/rows") == "someone/rows"
+    with pytest.raises(DataError, match="1 bad row; nothing is trained"):
+        look_at_data(str(rows_file(tmp_path / "rows.jsonl", [*talks(3), {"messages": "none"}])), base)
+    assert [check_data(place) for place in ("arc_easy", "someone/rows")] == ["arc_easy", "someone/rows"]
 
 
 def test_a_tasks_name_gives_questions(base: ModelFacts, tmp_path: Path) -> None:
@@ -127,23 +119,19 @@ def _a_cpu_with_a_gigabyte(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("listed", "has"),
-    [({"avx512_bf16": True, "avx2": True}, True), ({"avx512_bf16": False}, False), ({}, False)],
+    ("listed", "has"), [({"avx512_bf16": True, "avx2": True}, True), ({"avx512_bf16": False}, False), (None, False)]
 )
 @pytest.mark.usefixtures("_a_cpu_with_a_gigabyte")
-def test_a_cpu_has_bfloat16_if_it_lists_instructions_for_it(
-    monkeypatch: pytest.MonkeyPatch, listed: dict[str, Any], has: bool
+def test_a_cpu_has_bfloat16_if_its_torch_lists_instructions_for_it(
+    monkeypatch: pytest.MonkeyPatch, listed: dict[str, Any] | None, has: bool
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: listed, raising=False)
+    if listed is None:  # an old torch
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: listed, raising=False)
     monkeypatch.setattr(run, "cpu_multiplies_bfloat16", CPU_MULTIPLIES_BFLOAT16)
     assert this_machine() == Machine(2**30, None, has)
     assert this_machine().name == "the CPU"
-
-
-@pytest.mark.usefixtures("_a_cpu_with_a_gigabyte")
-def test_a_torch_that_lists_no_instructions_is_taken_to_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    assert not this_machine().bfloat16
 
 
 @pytest.mark.usefixtures("_a_cpu_with_a_gigabyte")
@@ -182,17 +170,14 @@ def test_activations_are_computed_again_only_if_one_row_does_not_fit() -> None:
     assert needed_bytes(found) < one
 
 
-def test_what_never_fits_is_left_to_the_measurement() -> None:
+def test_what_never_fits_is_left_to_the_measurement_which_halves_the_batch_and_keeps_the_step() -> None:
     found = propose(MODEL, ROWS, CHOICE, Machine(1))
     assert (found.rows, found.checkpointing) == (1, True)
     with pytest.raises(ConfigError, match="'some/model' does not fit into memory"):
         found.smaller()
-
-
-def test_smaller_halves_the_batch_and_keeps_the_step() -> None:
-    found = proposal(rows=2).smaller()
-    assert (found.rows, found.accumulation, found.checkpointing) == (1, 16, False)
-    assert found.smaller().checkpointing
+    half = proposal(rows=2).smaller()
+    assert (half.rows, half.accumulation, half.checkpointing) == (1, 16, False)
+    assert half.smaller().checkpointing
 
 
 def test_preferences_need_the_memory_of_two_answers() -> None:
@@ -251,15 +236,6 @@ def test_a_batch_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch, er
     assert (found.rows, found.accumulation) == (2, 8)
 
 
-def test_a_model_that_never_fits_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(_: Proposal) -> Measured:
-        raise torch.OutOfMemoryError
-
-    monkeypatch.setattr(init, "_three_steps", never)
-    with pytest.raises(ConfigError, match="does not fit into memory"):
-        measure(proposal())
-
-
 def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def breaks(_: Proposal) -> Measured:
         raise RuntimeError("shapes do not match")
@@ -289,38 +265,27 @@ PROPOSALS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", PROPOSALS)
-def test_the_file_says_exactly_what_was_chosen(tmp_path: Path, case: str) -> None:
+def test_the_file_says_exactly_what_was_chosen_with_a_comment_on_every_line(tmp_path: Path, case: str) -> None:
     chosen = proposal(**PROPOSALS[case])
     file = tmp_path / "mine.yaml"
-    file.write_text(config_text(file, chosen, MEASURED))
+    file.write_text(config_text(Path("mine.yaml"), chosen, MEASURED))
     values = chosen.values("runs/mine")
     assert parse_yaml(file.read_text(), file) == values
     assert load_config(file) == check_config(values)
-
-
-@pytest.mark.parametrize("case", PROPOSALS)
-def test_every_line_has_a_comment(case: str) -> None:
-    lines = config_text(Path("mine.yaml"), proposal(**PROPOSALS[case]), MEASURED).splitlines()
+    lines = file.read_text().splitlines()
     assert [line for line in lines if line and " # " not in f" {line}"] == []
     assert 30 <= len(lines) <= 45
     assert max(len(line) for line in lines) <= 120 or case == "odd names"
 
 
-def test_expected_time_and_memory_stand_on_top() -> None:
+def test_expected_time_and_memory_stand_on_top_and_reasons_beside_the_values() -> None:
     text = config_text(Path("mine.yaml"), proposal(), MEASURED)
     assert "# Expected: 21 steps of 1.5 s each on the CPU, 32 s in all, and 3.0 GB of memory.\n" in text
+    assert re.search(r"learning_rate: 0\.002 +# by the size of the model; `smoa tune` finds a better one", text)
     assert "Not measured" in config_text(Path("mine.yaml"), proposal(), None)
     assert expected(proposal(), None) == []
-
-
-def test_a_tighter_time_is_said_beside_the_steps() -> None:
-    text = config_text(Path("mine.yaml"), proposal(steps=12), MEASURED)
-    assert "as many as the time allows; 3 times all rows would be 21 steps" in text
-
-
-def test_the_rate_is_that_of_the_models_size_and_tune_finds_a_better_one() -> None:
-    text = config_text(Path("mine.yaml"), proposal(), None)
-    assert re.search(r"learning_rate: 0\.002 +# by the size of the model; `smoa tune` finds a better one", text)
+    tight = config_text(Path("mine.yaml"), proposal(steps=12), MEASURED)
+    assert "as many as the time allows; 3 times all rows would be 21 steps" in tight
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(8.2, "8 s"), (150, "2.5 minutes"), (9000, "2.5 hours")])

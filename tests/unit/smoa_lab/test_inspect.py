@@ -110,7 +110,7 @@ def test_an_embedding_is_inspected_as_a_matrix(base: Path) -> None:
     assert [(layer.module, layer.columns) for layer in layers] == [("model.embed_tokens", 32)]
 
 
-def test_spectral_norms_and_stable_ranks_are_the_updates_own_and_far_layers_are_marked(
+def test_spectra_and_scales_are_the_updates_own_and_far_layers_are_marked(
     smoa: tuple[list[LayerReport], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layers, model = smoa
@@ -121,6 +121,10 @@ def test_spectral_norms_and_stable_ranks_are_the_updates_own_and_far_layers_are_
     monkeypatch.setattr(inspect, "TOO_FAR", limits)
     for layer in layers:
         module = model.base_model.model.get_submodule(layer.module)
+        blocks = module.blocks("default").of(module.base_layer.weight.detach())
+        scales = [module.scaling["default"] / float(block.square().mean().sqrt()) for block in blocks]
+        assert list(layer.block_scales) == pytest.approx(scales, rel=1e-5)
+        assert len(layer.bands) == len(layer.to_dict()["block_coverages"]) == 2
         values = torch.linalg.svdvals(module.get_delta_weight("default").double())
         largest = torch.linalg.matrix_norm(module.base_layer.weight.double(), 2)
         assert layer.relative_spectral_norm == pytest.approx(float(values[0] / largest), rel=1e-4)
@@ -131,22 +135,16 @@ def test_spectral_norms_and_stable_ranks_are_the_updates_own_and_far_layers_are_
     assert {layer.moved_too_far for layer in layers} == {True, False}
 
 
-def test_every_block_has_its_scale_and_coverage(smoa: tuple[list[LayerReport], Any]) -> None:
-    layers, model = smoa
-    for layer in layers:
-        module = model.base_model.model.get_submodule(layer.module)
-        blocks = module.blocks("default").of(module.base_layer.weight.detach())
-        expected = [module.scaling["default"] / float(block.square().mean().sqrt()) for block in blocks]
-        assert list(layer.block_scales) == pytest.approx(expected, rel=1e-5)
-        assert len(layer.bands) == len(layer.to_dict()["block_coverages"]) == 2
-
-
 def test_a_lora_is_reported_by_its_rank_and_without_blocks(lora: list[LayerReport]) -> None:
     assert [layer.method for layer in lora] == ["lora"] * 4
     assert [layer.rank for layer in lora] == [layer.rank_bound for layer in lora] == [3] * 4
     assert all(layer.parameters == 3 * (layer.rows + layer.columns) for layer in lora)
     assert (lora[0].bands, lora[0].block_scales, lora[0].spectrum.block_coverages) == ((), (), ())
     assert "block_scales" not in lora[0].to_dict()
+    page = inspection_page("A LoRA", {"lora": lora})
+    assert page.count("<figure data-chart>") == 4
+    assert "Block by block" not in page
+    assert "spectral scores" not in page
 
 
 def test_the_base_is_loaded_in_the_revision_that_the_adapter_records(
@@ -196,19 +194,9 @@ def test_two_adapters_stand_beside_each_other_and_the_first_is_shown_in_detail(
     assert f"theirs: mean coverage {mean:.3f}, mean rank 3, {sum(x.parameters for x in lora):,} trained" in page
 
 
-def test_the_page_of_a_lora_has_no_blocks(lora: list[LayerReport]) -> None:
-    page = inspection_page("A LoRA", {"lora": lora})
-    assert page.count("<figure data-chart>") == 4
-    assert "Block by block" not in page
-    assert "spectral scores" not in page
-
-
-def test_a_layer_that_is_not_there_is_named(lora: list[LayerReport]) -> None:
+def test_a_layer_that_is_not_there_is_named_and_a_bound_that_is_not_known_is_a_dash(lora: list[LayerReport]) -> None:
     with pytest.raises(ConfigError, match=r"--layer mlp: .*model\.layers"):
         inspection_page("A LoRA", {"lora": lora}, ["mlp"])
-
-
-def test_a_bound_that_is_not_known_is_a_dash(lora: list[LayerReport]) -> None:
     table = layer_table([dataclasses.replace(lora[0], rank_bound=None), *lora[1:]])
     assert [row[6].text for row in table.cells()] == ["–", "3", "3", "3"]
 
@@ -269,9 +257,6 @@ def test_a_long_spectrum_is_drawn_by_some_of_its_values_with_a_bar_for_each_bloc
     drawn = specification(spectrum(report(blocks=3), PALETTE["smoa"]))
     assert {len(rows) for rows in drawn["datasets"].values()} == {POINTS, 3}
     assert {layer["layer"][0]["mark"]["color"] for layer in drawn["vconcat"][0]["layer"]} == {MUTED, PALETTE["smoa"]}
-
-
-def test_an_update_of_zero_is_drawn() -> None:
     nothing = torch.zeros(SIZE).double()
     flat = UpdateSpectrum(torch.ones(SIZE).double(), nothing, nothing, nothing)
     assert drawn_rows(spectrum(dataclasses.replace(report(blocks=0), spectrum=flat), MUTED))

@@ -47,26 +47,20 @@ def merged_logits(folder: Path) -> Tensor:
     return logits(AutoModelForCausalLM.from_pretrained(folder).eval())
 
 
-def test_the_base_is_a_gguf_file(tmp_path: Path) -> None:
+def test_the_base_is_a_gguf_file_and_the_template_that_of_the_adapter(tmp_path: Path) -> None:
     file = tmp_path / "tiny.gguf"
     adapted = adapter_of(gguf_base.tiny_gguf(file), "elsewhere", tmp_path / "adapter")
+    trained = lab.byte_tokenizer()
+    trained.chat_template = "{{ messages[0].content }}"
+    trained.save_pretrained(tmp_path / "adapter")
     export = merge_run(tmp_path / "adapter", tmp_path / "merged", base=str(file))
     assert export.notes == (GGUF_NOTE,)
     assert not export.streamed
     assert_close(merged_logits(tmp_path / "merged"), logits(adapted))
-    assert AutoTokenizer.from_pretrained(tmp_path / "merged").eos_token_id == 2
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert (tokenizer.eos_token_id, tokenizer.chat_template) == (2, trained.chat_template)
     assert "`tiny.gguf` with" in (tmp_path / "merged" / "README.md").read_text()
     assert lab.files_with(tmp_path, tmp_path / "merged") == set()
-
-
-def test_the_template_beside_an_adapter_goes_into_a_merged_gguf_file(tmp_path: Path) -> None:
-    file = tmp_path / "tiny.gguf"
-    adapter_of(gguf_base.tiny_gguf(file), "elsewhere", tmp_path / "adapter")
-    trained = lab.byte_tokenizer()
-    trained.chat_template = "{{ messages[0].content }}"
-    trained.save_pretrained(tmp_path / "adapter")
-    merge_run(tmp_path / "adapter", tmp_path / "merged", base=str(file))
-    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == trained.chat_template
 
 
 @pytest.mark.parametrize("by_name", [True, False])
@@ -87,16 +81,7 @@ def test_the_base_is_the_packaged_model(by_name: bool, tmp_path: Path, monkeypat
     assert_close(merged_logits(tmp_path / "merged"), logits(adapted))
 
 
-def test_a_plain_base_gets_no_note(tmp_path: Path) -> None:
-    base = str(lab.tiny_base(tmp_path / "base"))
-    adapted = adapter_of(LlamaForCausalLM.from_pretrained(base), base, tmp_path / "adapter")
-    export = merge_run(tmp_path / "adapter", tmp_path / "merged")
-    assert export.notes == ()
-    assert lab.files_with(tmp_path, tmp_path / "merged") == set()
-    assert_close(merged_logits(tmp_path / "merged"), logits(adapted))
-
-
-def test_what_a_run_quantized_while_loading_is_loaded_as_the_run_did(
+def test_what_a_run_quantized_while_loading_is_loaded_as_the_run_did_and_a_plain_base_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = str(lab.tiny_base(tmp_path / "base"))
@@ -121,8 +106,10 @@ def test_what_a_run_quantized_while_loading_is_loaded_as_the_run_did(
     assert loaded == [ModelSection(name=base, options=options)]
     assert export.notes == ()
     assert_close(merged_logits(tmp_path / "merged"), logits(adapted))
-    merge_run(run.path, tmp_path / "plain", base=base)
-    assert len(loaded) == 1
+    plain = merge_run(run.path, tmp_path / "plain", base=base)
+    assert (len(loaded), plain.notes) == (1, ())
+    assert lab.files_with(tmp_path, tmp_path / "plain") == set()
+    assert_close(merged_logits(tmp_path / "plain"), logits(adapted))
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # between transformers and peft

@@ -41,12 +41,8 @@ def test_an_adapter_whose_save_was_killed_before_its_last_move_is_put_in_place(a
     assert (adapter / CONFIG_NAME).is_file()
 
 
-def test_the_base_is_the_one_given_or_the_one_recorded(adapter: Path) -> None:
-    assert base_name(adapter) == "its/base"
-    assert base_name(adapter, "another/base") == "another/base"
-
-
 def test_the_recorded_base_is_loaded_in_the_recorded_revision_and_another_is_not(adapter: Path) -> None:
+    assert (base_name(adapter), base_name(adapter, "another/base")) == ("its/base", "another/base")
     recorded = ModelSection(name="its/base", options={"revision": "v2"})
     assert base_section(adapter) == base_section(adapter, "its/base") == recorded
     assert base_section(adapter, "another/base", True) == ModelSection(name="another/base", trust_remote_code=True)

@@ -106,16 +106,6 @@ def test_the_merged_model_gives_the_adapters_outputs(family: str, base: Path, ad
         merge_and_save(adapter, output)
 
 
-def test_an_embedding_that_is_tied_to_the_head_gets_a_weight_of_its_own(
-    base: Path, adapter: Path, output: Path
-) -> None:
-    adapted = saved(base, adapter, "gemma3", target_modules=["embed_tokens", "q_proj"])
-    assert not merge_and_save(adapter, output).streamed
-    model = merged_model(output)
-    assert not model.config.tie_word_embeddings
-    assert_close(logits(model, "gemma3"), logits(adapted, "gemma3"))
-
-
 def test_a_classification_head_that_was_trained_besides_is_merged(base: Path, adapter: Path, output: Path) -> None:
     adapted = saved(base, adapter, "bert")
     # As from a hub: a checkpoint of the bare encoder, without prefix and without a head.
@@ -188,7 +178,14 @@ def test_minus_zero_stays(base: Path, adapter: Path, output: Path) -> None:
     assert torch.signbit(load_file(output / "model.safetensors")[key][::2]).all()
 
 
-@pytest.mark.parametrize("config", [{"target_modules": ["lm_head", "q_proj"]}, {"modules_to_save": ["lm_head"]}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["lm_head", "q_proj"]},
+        {"modules_to_save": ["lm_head"]},
+        {"target_modules": ["embed_tokens", "q_proj"]},
+    ],
+)
 def test_an_output_layer_that_was_tied_gets_a_weight_of_its_own(
     config: dict[str, Any], base: Path, adapter: Path, output: Path
 ) -> None:
@@ -201,6 +198,8 @@ def test_an_output_layer_that_was_tied_gets_a_weight_of_its_own(
 
 def test_tokens_that_were_trained_are_merged(base: Path, adapter: Path, output: Path) -> None:
     adapted = saved(base, adapter, "llama", trainable_token_indices=[3, 5, 7])
+    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
     assert not merge_and_save(adapter, output).streamed
     assert_close(logits(merged_model(output)), logits(adapted))
 
@@ -245,6 +244,11 @@ def test_the_head_decides_how_many_labels_the_merged_model_has(
 SMALL = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 4}
 
 
+def DORA(**options: Any) -> LoraConfig:
+    """Any method of PEFT is merged."""
+    return LoraConfig(**options, use_dora=True, init_lora_weights=False)
+
+
 def vit(labels: int) -> PreTrainedModel:
     return ViTForImageClassification(ViTConfig(**SMALL, image_size=8, patch_size=4, num_labels=labels))
 
@@ -257,7 +261,7 @@ def bart(labels: int) -> PreTrainedModel:
 
 @pytest.mark.parametrize(
     ("config", "build", "head", "task"),
-    [(SmoaConfig, vit, "classifier", None), (LoraConfig, bart, "classification_head", "SEQ_CLS")],
+    [(SmoaConfig, vit, "classifier", None), (DORA, bart, "classification_head", "SEQ_CLS")],
 )
 def test_a_head_of_any_name_and_task_with_other_labels_is_merged(
     config: Any, build: Any, head: str, task: str | None, base: Path, adapter: Path, output: Path
@@ -398,15 +402,6 @@ def test_where_a_base_was_loaded_from_stays_out_of_the_merged_model(
     assert merge_and_save(adapter, output).streamed
     assert json.loads((output / "config.json").read_text()).get("_name_or_path") == kept
     assert lab.files_with(base.parent, output) == lab.files_with("/home/somebody", output) == set()
-
-
-def test_a_base_that_is_no_safetensors_goes_through_memory(base: Path, adapter: Path, output: Path) -> None:
-    adapted = saved(base, adapter)
-    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
-    (base / "model.safetensors").unlink()
-    export = merge_and_save(adapter, output)
-    assert not export.streamed
-    assert_close(logits(merged_model(output)), logits(adapted))
 
 
 def test_a_folder_that_somebody_else_makes_meanwhile_stays(

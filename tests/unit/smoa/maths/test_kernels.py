@@ -27,7 +27,7 @@ from smoa.maths.kernels.fused import fused_backward, fused_forward
 from smoa.maths.kernels.loops import CHUNK_ELEMENTS, SCRATCH, Scratch, chunks, loop_backward, loop_forward
 from smoa.maths.spectrum import make_partition
 from tests import reference
-from tests.support.gradients import assert_layer_is_the_oracles, oracle_gradients
+from tests.support.gradients import assert_layer_is_the_oracles
 from tests.support.layers import ROUTES, Route, adapted_layer, base_layer, clone_leaf, factors, oracle_output, ranks
 from tests.support.live_bytes import LiveBytes
 from tests.support.tolerance import assert_close
@@ -360,26 +360,6 @@ def test_finite_differences_agree_and_those_of_gradients_too(route: Route, conv1
     leaves = [torch.randn(3, 5, dtype=torch.float64), A[in_A], B[in_B], base.bias]
     assert torch.autograd.gradcheck(output, [clone_leaf(leaf) for leaf in leaves])
     assert torch.autograd.gradgradcheck(output, [clone_leaf(leaf) for leaf in leaves])
-
-
-@pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("modulation", MODULATIONS)
-def test_functional_transforms_give_the_oracles_values_and_gradients(modulation: str, route: Route) -> None:
-    layer = adapted_layer(base_layer(11, 13), r=7, num_blocks=3, modulation=modulation, route=route)
-    x = torch.randn(3, 5, 13, dtype=torch.float64)
-    assert_close(torch.func.vmap(layer)(x), oracle_output(layer, x))
-    parameters = {name: p.detach() for name, p in layer.named_parameters() if "smoa" in name}
-
-    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
-        return torch.func.functional_call(layer, parameters, (x,)).sum()
-
-    whole, by_sample = torch.func.grad(loss), torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))
-    gradients, own = whole(parameters, x[0]), by_sample(parameters, x)
-    for i in range(3):
-        of_factors = oracle_gradients(layer, x[i], torch.ones(5, 11))[2:]
-        assert_all_close([own[f"smoa_{side}.default.weight"][i] for side in "AB"], of_factors)
-        if i == 0:
-            assert_all_close([gradients[f"smoa_{side}.default.weight"] for side in "AB"], of_factors)
 
 
 @pytest.mark.usefixtures("kernels")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import pickle
 import warnings
 from dataclasses import fields
 from pathlib import Path
@@ -311,29 +310,6 @@ def test_low_cpu_mem_usage_makes_meta_factors_only(tiny_llama: PreTrainedModel) 
 # --- layers of an unusual kind ---------------------------------------------------------------------------------------
 
 
-class TiedModel(nn.Module):
-    """A head that shares its weight with the embedding."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(12, 8)
-        self.lm_head = nn.Linear(8, 12, bias=False)
-        self.lm_head.weight = self.embed_tokens.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.lm_head(self.embed_tokens(tokens))
-
-
-def test_an_adapted_head_leaves_the_embedding_it_is_tied_to_as_it_was() -> None:
-    base = TiedModel()
-    tokens = torch.arange(6)
-    embedded = base.embed_tokens(tokens).detach()
-    model = adapted(base, target_modules=["lm_head"])
-    layer = smoa_layers(model)["lm_head"]
-    assert_close(model(tokens), oracle_output(layer, embedded))
-    assert layer.get_base_layer().weight is base.embed_tokens.weight
-
-
 class ReplicatedModel(nn.Module):
     """One layer that stands in two places."""
 
@@ -357,31 +333,12 @@ def test_a_layer_in_two_places_is_adapted_in_the_first_as_lora_does() -> None:
     assert_close(model(x), linear(hidden))
 
 
-# transformers 5.23 has a new name for it, which the oldest supported ones lack
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
-def test_gradient_checkpointing_of_a_model_trains_the_same(tiny_llama: PreTrainedModel) -> None:
-    model = adapted(tiny_llama).train()
-    model(**tiny_models.batch("llama")).loss.backward()
-    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model(**tiny_models.batch("llama")).loss.backward()
-    for name, parameter in model.named_parameters():
-        if name in expected:
-            assert_close(parameter.grad, expected[name])
-
-
 def test_an_adapter_of_full_rank_converts_to_lora_without_loss(tiny_llama: PreTrainedModel) -> None:
     model = adapted(tiny_llama, target_modules=["v_proj"])
     config, state = peft.convert_to_lora(model, rank=16)
     lora = get_peft_model(tiny_models.build("llama"), config).eval()
     set_peft_model_state_dict(lora, state)
     assert_close(logits(lora), logits(model))
-
-
-def test_a_pickled_model_gives_the_same_output(tiny_llama: PreTrainedModel) -> None:
-    model = adapted(tiny_llama)
-    assert torch.equal(logits(pickle.loads(pickle.dumps(model))), logits(model))
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

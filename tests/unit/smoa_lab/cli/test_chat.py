@@ -49,18 +49,10 @@ def answer(base: Path, *messages: str) -> str:
     return written(AutoModelForCausalLM.from_pretrained(base), base, turns)
 
 
-def test_a_pipe_gets_an_answer_for_each_line_and_nothing_else(base: Path) -> None:
+def test_a_pipe_gets_an_answer_for_each_line_of_text_and_nothing_else(base: Path) -> None:
     first = answer(base, "one")
     second = answer(base, "one", first.strip(), "two")
-    done = talk(base, "one", "", "two")
-    assert done.exit_code == 0
-    assert done.stdout == f"{first}\n\n{second}\n\n"
-
-
-def test_a_line_that_is_not_utf_8_is_left_out_and_the_others_are_answered(base: Path) -> None:
-    first = answer(base, "one")
-    second = answer(base, "one", first.strip(), "two")
-    done = CliRunner().invoke(app, ["chat", str(base), "--max-new-tokens", "12"], input=b"one\n\xff line\ntwo\n")
+    done = CliRunner().invoke(app, ["chat", str(base), "--max-new-tokens", "12"], input=b"one\n\n\xff line\ntwo\n")
     assert done.exit_code == 0
     assert done.stdout == f"{first}\n\n{second}\n\n"
     assert "error: a line is not text in UTF-8; it is left out" in done.stderr
@@ -126,15 +118,14 @@ def test_ctrl_c_ends_a_pipe(base: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert "resume" not in done.output
 
 
-def test_what_is_wrong_with_the_place_is_one_line(tmp_path: Path) -> None:
+def test_what_is_wrong_with_the_place_is_one_line_and_an_unknown_dtype_a_usage_error(
+    tmp_path: Path, base: Path
+) -> None:
     done = talk(tmp_path / "nowhere")
     assert done.exit_code == 1
     assert done.stdout == ""
     assert done.stderr.startswith(f"error: {tmp_path / 'nowhere'}: no such folder")
     assert done.stderr.count("\n") == 1
-
-
-def test_a_dtype_that_does_not_exist_is_a_usage_error(base: Path) -> None:
     assert talk(base, options=("--dtype", "float8")).exit_code == 2
 
 

@@ -2,9 +2,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
-import subprocess
-import sys
 
 import pytest
 import typer
@@ -62,11 +59,3 @@ def test_a_missing_package_of_an_extra_is_one_line_on_stderr(capsys: pytest.Capt
 def test_any_other_failed_import_is_shown_in_full() -> None:
     with pytest.raises(ImportError, match="libcuda"), reporting():
         raise ImportError("libcuda.so.1: cannot open shared object file")
-
-
-def test_a_command_that_fails_prints_one_line_on_stderr() -> None:
-    """Whatever other libraries warn of as they are imported."""
-    command = [sys.executable, "-m", "smoa_lab", "merge", "nothing", "out"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert re.fullmatch(r"error: nothing: contains no adapter.*\n", done.stderr)

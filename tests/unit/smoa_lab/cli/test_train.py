@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import csv
 import gzip
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 from smoa_lab.cli.main import app
 from smoa_lab.training import loaded_run
-from tests.support.damaged_bytes import Damaged, parquet_table
+from tests.support.damaged_bytes import Damaged
 from tests.support.damaged_rows import damaged_files
 from tests.support.own_rows import MARKED, chats, rows_values, tiny_chat_model, tokenizer_with, write_rows
 
@@ -59,7 +57,8 @@ def assert_refused(done: Result, room: Path, expected: str) -> None:
     assert not (room / "run").exists()
 
 
-DAMAGED = {name: (name, content, expected) for name, content, expected in damaged_files()}
+DAMAGED = {name.rpartition(".")[2]: (name, content, expected) for name, content, expected in damaged_files()}
+"""One of each kind of file; tests/unit/smoa_lab/data/test_files.py reads them all."""
 
 
 @pytest.mark.parametrize("file", DAMAGED.values(), ids=DAMAGED)
@@ -79,32 +78,16 @@ def test_a_cache_that_cannot_be_written_is_told_before_the_model_is_loaded(
     assert_refused(command(room, rows), room, "cannot be written (Not a directory); choose another place")
 
 
-def good_files() -> dict[str, bytes]:
-    lines = "".join(json.dumps(row) + "\n" for row in GOOD).encode()
-    cells = io.StringIO()
-    writer = csv.DictWriter(cells, ["text"])
-    writer.writeheader()
-    writer.writerows(GOOD)
-    return {
-        "rows.jsonl": lines,
-        "rows.json": json.dumps(GOOD).encode(),
-        "rows.csv": cells.getvalue().encode(),
-        "rows.parquet": parquet_table(GOOD),
-        "rows.jsonl.gz": gzip.compress(lines),
-    }
-
-
-@pytest.mark.parametrize(("name", "content"), good_files().items(), ids=good_files())
-def test_the_same_command_runs_once_the_file_is_mended(name: str, content: bytes, room: Path) -> None:
-    rows = room / name
-    for damage in (b"", content + b'"' if name.endswith("csv") else content[:-4]):
+def test_the_same_command_runs_once_the_file_is_mended(room: Path) -> None:
+    rows, content = room / "rows.jsonl.gz", gzip.compress("".join(json.dumps(row) + "\n" for row in GOOD).encode())
+    for damage in (b"", content[:-4]):
         rows.write_bytes(damage)
-        done = command(room, rows)
-        assert done.exit_code == 1
+        assert command(room, rows).exit_code == 1
         assert not (room / "run").exists()
     rows.write_bytes(content)
-    done = command(room, rows)
+    done = command(room, rows, data={"test_part": 0})
     assert done.exit_code == 0, done.stderr
+    assert "held-out" not in done.stdout
     assert "2 steps of SFTTrainer" in done.stdout
 
 
@@ -118,30 +101,17 @@ def test_the_result_of_rows_is_printed(room: Path) -> None:
     assert "contains a finished run; choose another training.output_dir" in again.stderr
 
 
-def test_the_result_of_preferences_is_printed(room: Path) -> None:
+def test_the_result_of_preferences_is_printed_and_keys_can_be_changed_on_the_command_line(room: Path) -> None:
     rows = [{"prompt": f"{i}?", "chosen": " Yes.", "rejected": " No."} for i in range(20)]
-    done = command(room, write_rows(room / "rows.jsonl", rows), data={"test_part": 0.2})
+    done = command(room, write_rows(room / "rows.jsonl", rows), "training.max_steps=1", data={"test_part": 0.2})
     assert done.exit_code == 0, done.stderr
     assert "The chosen answer gained on the rejected one in " in done.stdout
-
-
-def test_without_held_out_rows_only_the_training_is_printed(room: Path) -> None:
-    done = command(room, write_rows(room / "rows.jsonl", chats(6)), data={"test_part": 0})
-    assert done.exit_code == 0, done.stderr
-    assert "held-out" not in done.stdout
-    assert "2 steps of SFTTrainer" in done.stdout
+    assert "1 steps of DPOTrainer" in done.stdout
 
 
 def test_the_metrics_are_printed_as_json(room: Path) -> None:
-    done = command(room, write_rows(room / "rows.jsonl", chats(6)), "--json")
+    done = command(room, write_rows(room / "rows.jsonl", chats(6)), "data.test_part=0", "--json")
     assert json.loads(done.stdout)["training"]["steps"] == 2
-
-
-def test_keys_can_be_changed_on_the_command_line(room: Path) -> None:
-    done = command(
-        room, write_rows(room / "rows.jsonl", chats(6)), "training.max_steps=1", "data.test_part=0", "--json"
-    )
-    assert json.loads(done.stdout)["training"]["steps"] == 1
 
 
 def test_the_other_processes_print_nothing(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:

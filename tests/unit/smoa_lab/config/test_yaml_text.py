@@ -11,19 +11,6 @@ from smoa_lab.config.yaml_text import apply_overrides, key_lines, parse_value, p
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a: [1", r"run\.yaml, line 1: "),
-        ("- a\n- b\n", r"run\.yaml: must contain blocks"),
-        ("", "must contain blocks"),
-    ],
-)
-def test_text_that_is_no_config_is_refused_with_its_file(text: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        parse_yaml(text, Path("run.yaml"))
-
-
-@pytest.mark.parametrize(
     ("override", "message"),
     [("training", "key.key=value"), ("=3", "key.key=value"), ("model.name.first=3", "name is not a block of keys")],
 )
@@ -32,20 +19,17 @@ def test_an_override_that_goes_nowhere_is_refused(override: str, message: str) -
         apply_overrides({"model": {"name": "base"}}, [override])
 
 
-def test_numbers_in_exponent_notation_are_numbers(file: Path) -> None:
-    assert load_config(file).training["learning_rate"] == 0.01
-
-
-def test_no_is_a_word_and_false_is_not(file: Path) -> None:
+def test_numbers_in_exponent_notation_are_numbers_and_no_is_a_word(file: Path) -> None:
     training = load_config(file, ["training.eval_strategy=no", "training.bf16=false"]).training
-    assert (training["eval_strategy"], training["bf16"]) == ("no", False)
+    assert (training["learning_rate"], training["eval_strategy"], training["bf16"]) == (0.01, "no", False)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("a: [1", "line 1"),
-        ("- 1", "must contain blocks"),
+        ("- 1", r"run\.yaml: must contain blocks"),
+        ("", "must contain blocks"),
         ("model: 1\nmodel: 2", 'line 2: found duplicate key "model"'),
     ],
 )
@@ -53,11 +37,6 @@ def test_text_that_is_no_config_is_refused_with_its_place(file: Path, text: str,
     file.write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_config(file)
-
-
-def test_an_override_without_a_value_is_refused(file: Path) -> None:
-    with pytest.raises(ConfigError, match="write an override as"):
-        load_config(file, ["training.seed"])
 
 
 def test_what_is_not_yaml_is_a_text_in_an_override() -> None:
@@ -71,15 +50,12 @@ def test_what_is_written_is_read_again_as_it_was() -> None:
     text = to_yaml(values)
     assert parse_yaml(text, Path("run.yaml")) == values
     assert text.index("b:") < text.index("a:")
+    assert to_yaml({"train": "a long path " * 50}).count("\n") == 1
 
 
 def test_keys_know_their_lines() -> None:
     assert key_lines("a:\n  b: 1\n  c: {d: 2}\n") == {("a",): 1, ("a", "b"): 2, ("a", "c"): 3, ("a", "c", "d"): 3}
     assert key_lines("") == {}
-
-
-def test_a_long_value_stays_on_its_line() -> None:
-    assert to_yaml({"train": "a long path " * 50}).count("\n") == 1
 
 
 def nested(level: str) -> str:
@@ -95,7 +71,7 @@ def nested(level: str) -> str:
         ("a: 1\nb: &b {r: 4, c: *b}", r"run\.yaml, line 2: more than 100,000 values, or one inside 50 others"),
         ("a: &a [*a]", "line 1: more than 100,000 values"),
         ("a: " + "[" * 60 + "]" * 60, "line 1: more than 100,000 values"),
-        ("a: " + "[" * 3000 + "]" * 3000, "more than 100,000 values"),
+        ("a: " + "[" * 1000 + "]" * 1000, "more than 100,000 values"),
         (nested("[{}]"), "more than 100,000 values"),
         (nested("{{<<: [{}]}}"), "more than 100,000 values"),
         ("a: 1\nb: " + "9" * 5000, r"line 2: an integer of more than 18 characters; write a smaller one"),

@@ -28,10 +28,14 @@ from tests.support.own_rows import (
 )
 
 
-def test_no_name_leaves_the_models_own_template() -> None:
+def test_a_template_may_lie_in_a_file_and_without_a_name_the_models_own_stays(tmp_path: Path) -> None:
     tokenizer = tokenizer_with(PLAIN)
     set_chat_template(tokenizer, None)
     assert tokenizer.chat_template == PLAIN
+    file = tmp_path / "own.jinja"
+    file.write_text(TRIMMED)
+    set_chat_template(tokenizer, str(file))
+    assert tokenizer.chat_template == TRIMMED
 
 
 @pytest.mark.parametrize("name", ["qwen3", "llama3", "gemma3"])
@@ -55,14 +59,6 @@ def test_a_template_whose_tokens_the_model_lacks_is_refused() -> None:
     ):
         set_chat_template(tokenizer, "qwen3")
     assert tokenizer.chat_template is None
-
-
-def test_a_template_may_lie_in_a_file(tmp_path: Path) -> None:
-    file = tmp_path / "own.jinja"
-    file.write_text(TRIMMED)
-    tokenizer = tokenizer_with(None)
-    set_chat_template(tokenizer, str(file))
-    assert tokenizer.chat_template == TRIMMED
 
 
 BAD_FILES = {

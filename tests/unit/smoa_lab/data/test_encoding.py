@@ -58,31 +58,31 @@ def trained(encoder: Encoder, row: dict[str, Any]) -> list[str]:
     return [text for text, chosen in trained_pieces(encoder.tokenizer, tokens) if chosen]
 
 
-@pytest.mark.parametrize("talk", TALKS.values(), ids=TALKS)
 @pytest.mark.parametrize("name", CLOSING)
-def test_the_assistants_turns_are_trained_and_nothing_else(name: str, talk: list[dict[str, str]]) -> None:
+def test_the_assistants_turns_are_trained_and_nothing_else(name: str) -> None:
     template, closing = CLOSING[name]
     encoder = Encoder(tokenizer_with(template))
-    said = [turn["content"] + closing for turn in talk if turn["role"] == "assistant"]
-    found = trained(encoder, {"messages": talk})
-    if name == "qwen3":  # TRL trains the empty thought that the template puts before the last answer
-        found = [text.removeprefix("<think>\n\n</think>\n\n") for text in found]
-    assert [text.strip() for text in found] == said
+    for about, talk in TALKS.items():
+        said = [turn["content"] + closing for turn in talk if turn["role"] == "assistant"]
+        found = trained(encoder, {"messages": talk})
+        if name == "qwen3":  # TRL trains the empty thought that the template puts before the last answer
+            found = [text.removeprefix("<think>\n\n</think>\n\n") for text in found]
+        assert [text.strip() for text in found] == said, about
 
 
 @pytest.mark.parametrize("name", EXACT)
-@pytest.mark.parametrize("blanks", ["  {}", "{}  ", "\n{}\n", "\t{} \n\n"])
-def test_blanks_around_an_answer_are_trained_where_the_template_keeps_them(name: str, blanks: str) -> None:
+def test_blanks_around_an_answer_are_trained_where_the_template_keeps_them(name: str) -> None:
     template, closing = CLOSING[name]
-    answers = [blanks.format("Yes."), blanks.format("No.")]
-    talk = chat(" Open? ", answers[0], "\nToday?\n", answers[1])
-    assert trained(Encoder(tokenizer_with(template)), {"messages": talk}) == [one + closing for one in answers]
+    for blanks in ("  {}", "{}  ", "\n{}\n", "\t{} \n\n"):
+        answers = [blanks.format("Yes."), blanks.format("No.")]
+        talk = chat(" Open? ", answers[0], "\nToday?\n", answers[1])
+        assert trained(Encoder(tokenizer_with(template)), {"messages": talk}) == [one + closing for one in answers]
 
 
-@pytest.mark.parametrize("answer", ["Yes.\n", "\nYes.", "  Yes.\n\n ", "Yes.\nassistant: \n"])
-def test_an_answer_that_the_template_trims_is_found(answer: str) -> None:
-    talk = chat("Open?\n", answer, "user: \n", answer)
-    assert trained(Encoder(tokenizer_with(TRIMMED)), {"messages": talk}) == [answer.strip()] * 2
+def test_an_answer_that_the_template_trims_is_found() -> None:
+    for answer in ("Yes.\n", "\nYes.", "  Yes.\n\n ", "Yes.\nassistant: \n"):
+        talk = chat("Open?\n", answer, "user: \n", answer)
+        assert trained(Encoder(tokenizer_with(TRIMMED)), {"messages": talk}) == [answer.strip()] * 2
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_conversations_are_prepared_as_by_trl(name: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("kind", [["plain", "unicode"], ["turns", "more turns"], ["text"]], ids=lambda kind: kind[0])
-@pytest.mark.parametrize("name", ["marked", "qwen3", "llama3", "gemma3", "plain"])
+@pytest.mark.parametrize("name", ["marked", "qwen3", "plain"])
 def test_prompts_and_plain_text_are_prepared_as_by_trl(name: str, kind: list[str], tmp_path: Path) -> None:
     tokenizer, rows = tokenizer_with(CLOSING[name][0]), [PROMPTS[row] for row in kind]
     assert encoded(Encoder(tokenizer), rows) == of_trl(rows, tokenizer, tmp_path)
@@ -210,7 +210,7 @@ def test_prompts_and_plain_text_are_prepared_as_by_trl(name: str, kind: list[str
         assert encoded(Encoder(tokenizer, completion_only=False), rows) == whole
 
 
-@pytest.mark.parametrize("name", ["marked", "qwen3", "llama3"])
+@pytest.mark.parametrize("name", ["marked", "qwen3"])
 def test_a_completion_of_several_turns_is_prepared_as_by_trl(name: str, tmp_path: Path) -> None:
     tokenizer = tokenizer_with(CLOSING[name][0])
     rows = [{"prompt": chat("Open?"), "completion": chat("", "Yes.", "Why?", "So.")[1:]}]
@@ -271,20 +271,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return lab.byte_tokenizer()
 
 
-def test_the_text_style_asks_the_bare_question_and_answers_in_words() -> None:
+def test_the_styles_are_worded_as_questions_or_as_the_reference() -> None:
     assert instruction(SUN, "text") == "What warms the Earth?"
     assert gold_response(SUN, "text") == "the Sun"
-
-
-def test_the_label_style_is_worded_as_the_reference() -> None:
     assert instruction(SUN, "label") == (
         "Please choose the correct answer to the question: What warms the Earth?\n\n"
         "Answer1: the Moon Answer2: the Sun\n\nAnswer format: answer1/answer2"
     )
     assert gold_response(SUN, "label") == "the correct answer is answer2"
-
-
-def test_boolq_has_its_passage_in_text_style_and_not_in_the_references_label_style() -> None:
     assert instruction(BOOLQ, "text").startswith("Water -- a liquid.\n")
     assert instruction(BOOLQ, "label") == (
         "Please answer the following question with true or false, question: is water wet?\n\nAnswer format: true/false"
@@ -302,15 +296,8 @@ def test_an_example_begins_with_bos_ends_with_eos_and_is_trained_on_the_answer_o
     trained = [token for token, label in zip(*example.columns.values(), strict=True) if label != IGNORED]
     assert tokenizer.decode(trained) == "the Sun<eos>"
     assert tokenizer.decode(example.prompt).endswith("### Response:\n")
-
-
-def test_a_tokenizer_that_adds_no_bos_gets_none() -> None:
-    example = Encoder(lab.byte_tokenizer(adds_bos=False)).encode(SUN)
-    assert 1 not in example.input_ids
-
-
-def test_a_scored_choice_has_no_end_token(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert all(encoded.input_ids[-1] != tokenizer.eos_token_id for encoded in Encoder(tokenizer).choices(SUN))
+    assert 1 not in Encoder(lab.byte_tokenizer(adds_bos=False)).encode(SUN).input_ids
+    assert all(choice.input_ids[-1] != tokenizer.eos_token_id for choice in Encoder(tokenizer).choices(SUN))
 
 
 def test_truncation_keeps_bos_and_the_prompts_tail_and_counts_what_it_cut(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -348,12 +335,9 @@ def test_an_empty_prompt_needs_a_bos_token(tokenizer: PreTrainedTokenizerFast, m
         Encoder(lab.byte_tokenizer(adds_bos=False)).gold(SUN)
 
 
-def test_the_chat_template_needs_a_tokenizer_that_has_one(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_chat_template_wraps_the_request_with_one_bos(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(DataError, match="no chat template"):
         Encoder(tokenizer, template="chat")
-
-
-def test_the_chat_template_wraps_the_request_with_one_bos(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = (
         "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}[model]"
     )

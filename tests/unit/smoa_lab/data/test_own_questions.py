@@ -69,41 +69,26 @@ def test_a_label_outside_the_choices_is_named_by_row(tmp_path: Path, gold: objec
         read_file_split("own", task, "train")
 
 
-def test_an_empty_set_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "own.jsonl").write_text("")
-    with pytest.raises(DataError, match="has no rows"):
-        read_file_split("own", FileTask(train=str(tmp_path / "own.jsonl")), "train")
-
-
-def test_a_broken_line_is_named(tmp_path: Path) -> None:
-    (tmp_path / "own.jsonl").write_text('{"prompt": "a", "answer": "b"}\n{"prompt": ')
-    with pytest.raises(DataError, match="line 2 is not JSON"):
-        read_file_split("own", FileTask(train=str(tmp_path / "own.jsonl"), columns=Columns(answer="answer")), "train")
-
-
-def test_a_missing_file_and_an_unknown_kind_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such file"):
-        read_file_split("own", FileTask(train="nowhere.jsonl"), "train")
+def test_a_file_that_cannot_be_read_and_columns_that_do_not_suffice_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "own.jsonl"
+    answers, labelled = Columns(answer="answer"), Columns(prompt="q", choices=["a", "b"])
+    for text, columns, told in (
+        ("", answers, "has no rows"),
+        ('{"prompt": "a", "answer": "b"}\n{"prompt": ', answers, "row 2: line 2 is not JSON"),
+        ('{"prompt": "a", "answer": "b"}\n\n[1]', answers, r"own\.jsonl, row 3: line 3 is not a JSON object"),
+        ('{"prompt": "a"}', Columns(), r"data\.files\.own\.columns: give answer, or choices and label"),
+        (json.dumps(ROWS[0]), labelled, r"own\.jsonl, row 1: choices need a label column"),
+    ):
+        file.write_text(text)
+        with pytest.raises(DataError, match=told):
+            read_file_split("own", FileTask(train=str(file), columns=columns), "train")
     (tmp_path / "own.xlsx").write_text("x")
-    with pytest.raises(DataError, match="use one of jsonl, csv, parquet"):
-        read_file_split("own", FileTask(train=str(tmp_path / "own.xlsx")), "train")
+    for name, told in (("nowhere.jsonl", "no such file"), ("own.xlsx", "use one of jsonl, csv, parquet")):
+        with pytest.raises(DataError, match=told):
+            read_file_split("own", FileTask(train=str(tmp_path / name)), "train")
 
 
-def test_columns_that_say_no_answer_are_refused(tmp_path: Path) -> None:
-    write(tmp_path / "own.jsonl", [{"prompt": "Say hello."}])
-    with pytest.raises(DataError, match=r"data\.files\.own\.columns: give answer, or choices and label"):
-        read_file_split("own", FileTask(train=str(tmp_path / "own.jsonl")), "train")
-
-
-def test_choices_without_a_label_are_refused(tmp_path: Path) -> None:
-    write(tmp_path / "own.jsonl", ROWS)
-    task = FileTask(train=str(tmp_path / "own.jsonl"), columns=Columns(prompt="q", choices=["a", "b"]))
-    with pytest.raises(DataError, match=r"own\.jsonl, row 1: choices need a label column"):
-        read_file_split("own", task, "train")
-
-
-@pytest.mark.parametrize("value", [None, "", " "])
-@pytest.mark.parametrize("column", ["q", "b", "gold"])
+@pytest.mark.parametrize(("column", "value"), [("q", None), ("b", ""), ("gold", " ")])
 def test_a_cell_that_holds_nothing_is_named(tmp_path: Path, column: str, value: str | None) -> None:
     task = write(tmp_path / "own.jsonl", [ROWS[0], ROWS[1] | {column: value}])
     with pytest.raises(DataError, match=rf"own\.jsonl, row 2: column '{column}' is empty"):
@@ -200,9 +185,3 @@ def test_choices_in_one_column_of_a_csv_file_are_json(tmp_path: Path) -> None:
     (tmp_path / "own.csv").write_text("q,options,gold\nWhich?,x|y,y\n")
     with pytest.raises(DataError, match=r"row 1: 'options' must be a list of choices \(in CSV as JSON\), found 'x\|y'"):
         read_file_split("own", task, "train")
-
-
-def test_a_line_that_is_no_object_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "own.jsonl").write_text('{"prompt": "a", "reply": "b"}\n\n[1]')
-    with pytest.raises(DataError, match=r"own\.jsonl, row 3: line 3 is not a JSON object"):
-        read_file_split("own", FileTask(train=str(tmp_path / "own.jsonl"), columns=Columns(answer="reply")), "train")

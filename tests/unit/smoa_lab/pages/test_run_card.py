@@ -49,6 +49,8 @@ def card(metrics: dict[str, Any]) -> ModelCard:
 def test_the_card_tells_base_results_data_settings_and_versions(metrics: dict[str, Any]) -> None:
     found = card(metrics)
     assert found.data.base_model == "org/base"
+    assert "adapter:" not in found.text
+    assert found.text.count('"r": 8') == 1  # the settings are told once
     for said in (
         "# demo\n",
         "of `org/base (from GGUF)`: r = 8, 4 blocks.",
@@ -63,26 +65,15 @@ def test_the_card_tells_base_results_data_settings_and_versions(metrics: dict[st
         assert said in found.text
 
 
-def test_the_adapters_settings_are_told_once(metrics: dict[str, Any]) -> None:
-    assert "adapter:" not in card(metrics).text
-    assert card(metrics).text.count('"r": 8') == 1
-
-
-def test_without_a_baseline_only_the_trained_scores_are_told(metrics: dict[str, Any]) -> None:
+def test_what_was_not_measured_is_not_told(metrics: dict[str, Any]) -> None:
     del metrics["evaluation"]["before"]
+    metrics["provenance"] |= {"commit": None, "dirty": None}  # as of an installed release
     text = card(metrics).text
     assert "On held-out questions, after training" in text
     assert "| piqa | after | 40 | 2.125 | 0.625 |" in text
-
-
-def test_without_held_out_questions_there_are_no_results(metrics: dict[str, Any]) -> None:
+    assert "Trained by `smoa train`, 50 steps" in text
     metrics["evaluation"] = {}
     assert "Results" not in card(metrics).text
-
-
-def test_an_installed_release_has_no_commit(metrics: dict[str, Any]) -> None:
-    metrics["provenance"] |= {"commit": None, "dirty": None}
-    assert "Trained by `smoa train`, 50 steps" in card(metrics).text
 
 
 def test_each_prompt_has_its_answers_below_it() -> None:

@@ -76,16 +76,6 @@ def test_soft_capping_of_the_logits_still_happens(batch: dict[str, Tensor]) -> N
         assert model(**batch).logits.abs().max() <= 0.5
 
 
-def test_a_model_without_an_output_layer_gives_all_logits(batch: dict[str, Tensor]) -> None:
-    class Plain(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x
-
-    plain = Plain()
-    with logits_at(plain, answer_positions(batch["labels"])):
-        assert plain(batch["input_ids"]) is batch["input_ids"]
-
-
 def test_a_model_without_an_output_layer_of_its_own_gives_all_logits(
     batch: dict[str, Tensor], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -96,6 +86,9 @@ def test_a_model_without_an_output_layer_of_its_own_gives_all_logits(
     with logits_at(model, answer_positions(labels)):
         assert torch.equal(model(**batch).logits, full)
     assert "LlamaForCausalLM has no output embeddings" in caplog.text
+    plain = nn.Identity()
+    with logits_at(plain, answer_positions(labels)):
+        assert plain(labels) is labels
 
 
 def test_an_output_layer_that_is_applied_to_something_else_is_left_alone(
@@ -168,10 +161,6 @@ def test_a_model_that_keeps_no_keys_and_values_is_scored_all_the_same() -> None:
     assert [one.loss for one in scores] == pytest.approx(expected, rel=1e-4)
 
 
-def test_of_no_answers_there_are_no_scores() -> None:
-    assert score(tiny_models.build("llama"), [], pad=0, batch_tokens=100) == []
-
-
 ROWS = [
     Tokens([5, 6, 7], [IGNORED, 6, 7]),
     Tokens(list(range(1, 21)), [IGNORED] * 10 + list(range(11, 21))),
@@ -234,7 +223,9 @@ def test_a_change_is_paired_by_row() -> None:
 
 
 def test_no_rows_give_no_losses() -> None:
-    assert row_losses(tiny_models.build("llama"), [], pad=0) == Losses([], [])
+    model = tiny_models.build("llama")
+    assert row_losses(model, [], pad=0) == Losses([], [])
+    assert score(model, [], pad=0, batch_tokens=100) == []
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from smoa_lab.study import equal_learning, statistics
 from smoa_lab.study.study import Study
 from tests.support import lab, studies
 
@@ -34,3 +35,10 @@ def sequence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A study of two tasks in turn, as values; nothing is run yet."""
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
     return studies.tiny_sequence(tmp_path)
+
+
+@pytest.fixture
+def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of what is told, and not of how exact it is."""
+    for module in (statistics, equal_learning):
+        monkeypatch.setattr(module, "RESAMPLES", 400)

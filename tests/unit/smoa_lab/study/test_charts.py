@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import pytest
 
 from smoa_lab.pages.charts import MUTED, PALETTE, specification
 from smoa_lab.study.charts import (
@@ -35,20 +34,19 @@ def data(chart: Any) -> list[dict[str, Any]]:
     return list(found[0])
 
 
-def test_a_difference_is_drawn_with_its_interval_its_words_and_the_way_to_its_run() -> None:
+def test_a_difference_is_drawn_with_its_interval_its_words_and_its_run_a_forest_for_each_budget() -> None:
     (drawn,) = data(differences([row(), row("ours", method="smoa", loss_difference=None)]))
     assert (drawn["low"], drawn["mean"], drawn["high"], drawn["clear"]) == (0.25, 0.5, 0.75, True)
     assert (drawn["difference"], drawn["verdict"]) == ("+0.5000 [+0.2500, +0.7500]", "worse")
     assert drawn["run"] == "#final/lora/lr-0.01-seed-3"
     assert PALETTE["lora"] in str(specification(differences([row()])))
-
-
-def test_every_budget_has_its_own_forest() -> None:
     drawn = specification(differences([row(), row("other", budget="large", reference="full")]))
     assert [one["title"] for one in drawn["vconcat"]] == ["Budget: all", "Budget: large"]
 
 
-def test_what_diverged_or_has_no_reference_yet_is_left_out() -> None:
+def test_what_diverged_or_was_not_measured_yet_is_left_out() -> None:
+    for search in (None, Tuned({0.01: None}, 0.01, interior=False)):
+        assert learning_rates([row(search=search)], NAMES) is None
     assert differences([row(loss_difference=Difference(NAN, NAN, NAN, "worse"))]) is None
     assert differences([row(loss_difference=None)]) is None
     assert cost([row(seconds=None)]) is None
@@ -82,11 +80,6 @@ def test_a_rate_that_failed_does_not_squeeze_the_others() -> None:
     low, high = drawn["concat"][0]["layer"][0]["encoding"]["y"]["scale"]["domain"]
     assert low < 2.25
     assert 2.5 < high < 4
-
-
-@pytest.mark.parametrize("search", [None, Tuned({0.01: None}, 0.01, interior=False)])
-def test_without_a_search_that_gave_a_loss_there_is_no_chart(search: Tuned | None) -> None:
-    assert learning_rates([row(search=search)], NAMES) is None
 
 
 def runs(entry: str, learned: list[float | None], kept: list[float]) -> list[dict[str, Any]]:

@@ -37,12 +37,6 @@ def untouched(shared: dict[str, Any]) -> dict[str, Any]:
     return bench.untouched(bench.untouched_config(entry()), "test")
 
 
-def test_the_tokenizer_comes_from_the_models_revision(shared: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = lab.tokenizer_revisions(monkeypatch)
-    untouched({**shared, "model": {**shared["model"], "options": {"revision": "v2"}}})
-    assert set(asked) == {"v2"}
-
-
 def refill(shared: dict[str, Any], train: list[Row], test: list[Row]) -> None:
     lab.fill_cache(Path(shared["model"]["name"]).with_name("cache"), train, test, "headlines")
 
@@ -77,7 +71,7 @@ def test_a_study_of_encoders_is_run_and_reported(shared: dict[str, Any], tmp_pat
 
 
 def test_training_lowers_the_loss_of_what_was_trained_on(shared: dict[str, Any], tmp_path: Path) -> None:
-    shared["training"] |= {"max_steps": 30, "per_device_train_batch_size": 8}
+    shared["training"] |= {"max_steps": 20, "per_device_train_batch_size": 8}
     bench = ClassificationRunner(shared)
     config = bench.config(entry(), 0.03, seed=0, work=tmp_path / "work")
     train = bench.records.train
@@ -107,6 +101,7 @@ def test_batches_of_padded_lines_score_each_line_as_alone(
     ]
     outcomes = bench._outcomes(model, config, records)
     assert [outcome.row for outcome in outcomes] == records
+    assert len(classification._row(tokenizer, records[-1], max_length=10)["input_ids"]) == 10
     for outcome in outcomes:
         record = outcome.row
         text = f"{record.context}\n{record.prompt}" if record.context else record.prompt
@@ -114,14 +109,6 @@ def test_batches_of_padded_lines_score_each_line_as_alone(
             logits = model(**tokenizer(text, return_tensors="pt")).logits
         assert outcome.gold_nll == pytest.approx(float(cross_entropy(logits[0], torch.tensor(record.label))), rel=1e-4)
         assert outcome.right == (int(logits.argmax()) == record.label)
-
-
-def test_a_line_too_long_for_the_limit_is_cut(shared: dict[str, Any]) -> None:
-    tokenizer = lab.byte_tokenizer()
-    record = choice_question("headlines", "1", "x" * 100, ("serious", "sarcastic"), 1)
-    row = classification._row(tokenizer, record, max_length=10)
-    assert len(row["input_ids"]) == len(row["attention_mask"]) == 10
-    assert row["labels"] == 1
 
 
 @pytest.mark.parametrize(
@@ -137,15 +124,17 @@ def test_questions_of_differing_choices_are_refused(shared: dict[str, Any], tmp_
     shared["data"]["validation_examples"] = 0
     with pytest.raises(DataError, match="all questions must have the same choices"):
         ClassificationRunner(shared).run(entry(), 0.01, 0, "test", tmp_path / "work")
-
-
-def test_text_elsewhere_must_have_the_same_classes(shared: dict[str, Any], tmp_path: Path) -> None:
     lab.fill_cache(tmp_path / "cache", lab.questions(6, "train"), lab.questions(4, "test"))
     with pytest.raises(DataError, match=r"shared\.data and elsewhere: .* the same choices"):
         ClassificationRunner(shared, DataSection(tasks=["arc_easy"])).run(entry(), 0.01, 0, "test", tmp_path / "work")
 
 
-def test_a_model_that_cannot_be_had_is_named(shared: dict[str, Any], tmp_path: Path) -> None:
+def test_the_tokenizer_comes_from_the_models_revision_and_a_model_that_cannot_be_had_is_named(
+    shared: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = lab.tokenizer_revisions(monkeypatch)
+    untouched({**shared, "model": {**shared["model"], "options": {"revision": "v2"}}})
+    assert set(asked) == {"v2"}
     shared["model"]["name"] = str(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"model\.name: cannot load .*nowhere' for classification"):
         untouched(shared)

@@ -55,19 +55,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
-@pytest.mark.parametrize(
-    ("machines", "workers", "cores"),
-    [
-        ([Machine(2)], 2, 1),
+def test_workers_get_as_many_cores_as_fit() -> None:
+    three = [Machine(8), Machine(8), Machine(4)]
+    for machines, workers, cores in (
         ([Machine(8)], 3, 2),
-        ([Machine(8), Machine(8), Machine(4)], 4, 4),
-        ([Machine(8), Machine(8), Machine(4)], 5, 4),
-        ([Machine(8), Machine(8), Machine(4)], 6, 2),
+        (three, 5, 4),
+        (three, 6, 2),
         ([Machine(8), Machine(0)], 8, 1),
-    ],
-)
-def test_workers_get_as_many_cores_as_fit(machines: list[Machine], workers: int, cores: int) -> None:
-    assert equal_share(machines, workers, on_gpus=False) == Machine(cores)
+    ):
+        assert equal_share(machines, workers, on_gpus=False) == Machine(cores)
 
 
 def test_each_worker_gets_a_gpu_of_its_own() -> None:
@@ -77,13 +73,7 @@ def test_each_worker_gets_a_gpu_of_its_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("machines", "on_gpus", "most"),
-    [
-        ([Machine(2)], False, 2),
-        ([Machine(2, gpus=1), Machine(4)], True, 1),
-        ([Machine(1, gpus=8)], True, 1),
-        ([], 0, 0),
-    ],
+    ("machines", "on_gpus", "most"), [([Machine(2)], False, 2), ([Machine(1, gpus=8)], True, 1), ([], False, 0)]
 )
 def test_more_workers_than_fit_are_refused(machines: list[Machine], on_gpus: bool, most: int) -> None:
     with pytest.raises(ConfigError, match=rf"--workers 3: .* there is room for {most}; give at most {most}"):
@@ -102,21 +92,19 @@ def lonely(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return found
 
 
-@pytest.mark.parametrize("address", ["nonsense", "ray://head:10001", ":6379", "head:x"])
-def test_what_is_no_address_is_refused(lonely: SimpleNamespace, address: str) -> None:
-    with pytest.raises(ConfigError, match=f"--ray-address {re.escape(address)}: must be HOST:PORT"):
+@pytest.mark.parametrize(
+    ("address", "rule"),
+    [
+        *((address, "must be HOST:PORT") for address in ("nonsense", "ray://head:10001", ":6379", "head:x")),
+        *((f"{host}:{free_port()}", "does not answer (") for host in ("127.0.0.1", "[::1]", "no-such-host.invalid")),
+        ("127.0.0.1:99999", "does not answer ("),
+    ],
+)
+def test_an_address_that_is_none_or_does_not_answer_is_named_at_once(
+    lonely: SimpleNamespace, address: str, rule: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"--ray-address {address}: {rule}")):
         connect(address)
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "no-such-host.invalid"])
-def test_an_address_that_does_not_answer_is_named_at_once(lonely: SimpleNamespace, host: str) -> None:
-    with pytest.raises(ConfigError, match=r"does not answer \(.+\); start the cluster with `ray start --head`"):
-        connect(f"{host}:{free_port()}")
-
-
-def test_a_port_that_does_not_exist_is_named(lonely: SimpleNamespace) -> None:
-    with pytest.raises(ConfigError, match=r"--ray-address 127\.0\.0\.1:99999: does not answer"):
-        connect("127.0.0.1:99999")
 
 
 def test_where_no_cluster_is_found_the_error_says_what_to_start(lonely: SimpleNamespace) -> None:
@@ -132,17 +120,16 @@ def test_without_ray_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         connect(None)
 
 
-@pytest.mark.parametrize(("wanted", "set_to"), [(None, "0"), ("1", "1")])
 def test_what_is_started_here_sends_no_telemetry_unless_asked(
-    lonely: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, wanted: str | None, set_to: str
+    lonely: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", wanted or "")
-    if wanted is None:
-        monkeypatch.delenv("RAY_USAGE_STATS_ENABLED")
     began: list[str] = []
     lonely.init = lambda address, **options: began.append(f"{address} {os.environ['RAY_USAGE_STATS_ENABLED']}")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "1")
     assert connect(None) is lonely
-    assert began == [f"local {set_to}"]
+    monkeypatch.delenv("RAY_USAGE_STATS_ENABLED")
+    connect(None)
+    assert began == ["local 1", "local 0"]
 
 
 class FailedError(Exception):
@@ -210,35 +197,24 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     return Place(str(tmp_path), mark)
 
 
-def test_a_machine_with_this_smoa_that_shares_the_folder_is_accepted(machines: SimpleNamespace, place: Place) -> None:
+def test_a_machine_that_cannot_do_the_work_is_named_and_told_what_to_do(
+    machines: SimpleNamespace, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def assert_refused(message: str) -> None:
+        with pytest.raises(DataError, match=message):
+            check_machines(machines, place)
+
     check_machines(machines, place)
-
-
-def test_a_machine_without_smoa_is_named_with_its_python_and_what_to_install(
-    machines: SimpleNamespace, place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("smoa_lab", ray_executor.__name__):
-        monkeypatch.setitem(sys.modules, name, None)
-    message = (
-        rf"machine-7: {sys.executable} cannot run a study's runs \(.*smoa_lab.*\); install smoa {smoa.__version__} "
-        "there with its extra cluster"
-    )
-    with pytest.raises(DataError, match=message):
-        check_machines(machines, place)
-
-
-def test_a_machine_with_another_smoa_is_named(
-    machines: SimpleNamespace, place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    machines.get = lambda told: told and (*told[:2], "0.1.0", "")
-    with pytest.raises(DataError, match=rf"machine-7: .* has smoa 0\.1\.0, and this machine {smoa.__version__}; ins"):
-        check_machines(machines, place)
-
-
-def test_a_machine_that_does_not_share_the_folder_is_named(machines: SimpleNamespace, place: Place) -> None:
+    with monkeypatch.context() as patch:
+        for name in ("smoa_lab", ray_executor.__name__):
+            patch.setitem(sys.modules, name, None)
+        cannot = rf"machine-7: {sys.executable} cannot run a study's runs \(.*smoa_lab.*\)"
+        assert_refused(rf"{cannot}; install smoa {smoa.__version__} there with its extra cluster")
+    with monkeypatch.context() as patch:
+        patch.setattr(machines, "get", lambda told: told and (*told[:2], "0.1.0", ""))
+        assert_refused(rf"machine-7: .* has smoa 0\.1\.0, and this machine {smoa.__version__}; ins")
     place.mark.unlink()
-    with pytest.raises(DataError, match="machine-7 does not see what other machines write there"):
-        check_machines(machines, place)
+    assert_refused("machine-7 does not see what other machines write there")
     with pytest.raises(DataError, match="must share this folder, and /no/such/place, under the same path"):
         Place("/no/such/place", place.mark).enter()
 
@@ -274,8 +250,8 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def study_file(room: Path, name: str) -> Path:
-    """Two entries, each with its search and a final run: nine jobs."""
-    training = {"max_steps": 3, "per_device_train_batch_size": 4, "save_strategy": "no", "use_cpu": True}
+    """Two entries at two seeds, and the untouched model: five jobs."""
+    training = {"max_steps": 2, "per_device_train_batch_size": 4, "save_strategy": "no", "use_cpu": True}
     values = {
         "kind": "classification",
         "folder": str(room / name),
@@ -285,8 +261,8 @@ def study_file(room: Path, name: str) -> Path:
             "task": {"max_length": 64},
             "training": training,
         },
-        "tuning": {"max_runs": 3},
-        "seeds": [0],
+        "tuning": {"max_runs": 0},
+        "seeds": [0, 1],
         "entries": {
             "ours": {"method": "smoa", "adapter": ENCODER_ADAPTER, "learning_rate": 0.01},
             "lora": {"method": "lora", "adapter": {"r": 2, "target_modules": ["query"]}, "learning_rate": 0.01},
@@ -348,7 +324,7 @@ def test_the_job_of_a_killed_worker_is_run_again_and_all_results_are_those_of_on
     room: Path, two_cores: None, wanted: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = load_study(study_file(room, "killed"))
-    name, mark = "tuning/ours/lr-0.01-seed-100", room / "worker"
+    name, mark = "final/ours/lr-0.01-seed-0", room / "worker"
 
     def held(study: Study, place: Place, job: Job, threads: int) -> Result:
         """What a worker does; the first one at the job stays in it, holding its lock, until it is killed."""
@@ -390,7 +366,7 @@ def test_ctrl_c_ends_all_processes_and_the_study_goes_on_from_there(room: Path, 
     driver = subprocess.Popen(
         command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    wait_for(lambda: list(study.folder.glob("tuning/*/*.json")) or driver.poll())
+    wait_for(lambda: list(study.folder.glob("*/*/*.json")) or driver.poll())
     started = psutil.Process(driver.pid).children(recursive=True)
     os.killpg(driver.pid, signal.SIGINT)
     _, told = driver.communicate(timeout=60)

@@ -23,6 +23,8 @@ from smoa_lab.study.study import Study
 from smoa_lab.study.trials import PACK, Trial, TrialStore, pack
 from tests.support.studies import QUESTIONS, finish, finish_a_study, finish_in_turn, finish_untouched, page
 
+pytestmark = pytest.mark.usefixtures("few_resamples")
+
 
 def rows(study: Study) -> dict[str, Row]:
     """The rows of the report that is written, by entry."""
@@ -41,22 +43,24 @@ def test_a_first_final_run_is_reported_without_search_or_differences(study: Stud
     assert "Learning rates" not in (study.folder / "index.html").read_text()
 
 
-def test_one_seed_gets_no_verdict_and_two_do(study: Study) -> None:
-    for seed in (0, 1):
-        finish(study, Trial("final", "ours", 0.01, seed), 2.0)
-        finish(study, Trial("final", "lora", 0.01, seed), 2.5)
-        found = rows(study)
-        assert found["lora"].loss_difference is not None
-        assert found["lora"].loss_difference.verdict == ("one seed", "worse")[seed]
-    assert "+0.5000 [+0.5000, +0.5000] | worse" in page(study)
-
-
-def test_an_entry_is_not_called_the_reference_while_that_is_not_run(study: Study) -> None:
-    finish(study, Trial("final", "lora", 0.01, 0), 1.0)
+def test_an_entry_is_compared_once_the_reference_is_run_and_judged_from_two_seeds(study: Study) -> None:
+    finish(study, Trial("final", "lora", 0.01, 0), 2.5)
     (row,) = rows(study).values()
     assert (row.reference, row.loss_difference) == ("ours", None)
     for file in ("README.md", "index.html"):
         assert not re.search(r"(\| |<td>)reference( \||</td>)", (study.folder / file).read_text())
+    finish(study, Trial("final", "ours", 0.01, 1), 2.0)
+    row = rows(study)["lora"]
+    assert row.loss_difference is row.accuracy_difference is None  # no seed of both
+    finish(study, Trial("final", "ours", 0.01, 0), 2.0)
+    difference = rows(study)["lora"].loss_difference
+    assert difference is not None
+    assert difference.verdict == "one seed"
+    finish(study, Trial("final", "lora", 0.01, 1), 2.5)
+    difference = rows(study)["lora"].loss_difference
+    assert difference is not None
+    assert difference.verdict == "worse"
+    assert "+0.5000 [+0.5000, +0.5000] | worse" in page(study)
 
 
 def test_every_budget_has_its_own_table_and_reference(study: Study) -> None:
@@ -111,9 +115,20 @@ def test_a_final_run_that_diverged_is_worse_than_any(study: Study) -> None:
     assert [one["loss"] for one in summary if one["entry"] == "lora"] == [None]
 
 
-def test_a_packed_study_has_the_same_report_to_the_byte(study: Study) -> None:
+def test_every_link_of_a_report_leads_to_its_run_and_a_packed_study_has_the_same_to_the_byte(study: Study) -> None:
     finish_a_study(study)
     report(study)
+    html = (study.folder / "index.html").read_text()
+    lines = dict(re.findall(r'<tr><td><span id="([^"]+)">[^<]+</span></td>(.*?)</tr>', html))
+    assert sorted(lines) == TrialStore(study.folder).names()
+    links = set(re.findall(r'"(?:run":")?#((?:final|tuning)/[^"]+)"', html))
+    assert links == {name for name in lines if name not in ("untouched", "tuning/ours/lr-0.03-seed-100")}
+    values = re.findall(r"<td>([^<]*)</td>", lines["final/ours/lr-0.01-seed-0"])
+    assert values == ["2.0000", "50.0", "60", "7", "a CPU", "ccccccc"]
+    assert lines["tuning/ours/lr-0.03-seed-100"].startswith("<td>diverged</td>")
+    for shown in (page(study), unescape(html)):
+        assert """gzip -dc runs.jsonl.gz | grep -F '"name":"final/ours/'""" in shown
+
     files = [file for file in study.folder.iterdir() if file.is_file() and file.name != "untouched.json"]
     before = {file.name: file.read_bytes() for file in files}
     titles = ("accuracy", "differences", "learning_rates")
@@ -126,32 +141,6 @@ def test_a_packed_study_has_the_same_report_to_the_byte(study: Study) -> None:
     after = {file.name: file.read_bytes() for file in study.folder.iterdir() if file.is_file()}
     assert after.pop(PACK)
     assert after == before
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_every_link_of_a_report_leads_to_its_run(study: Study, packed: bool) -> None:
-    finish_a_study(study)
-    if packed:
-        pack(study.folder)
-    report(study)
-    html = (study.folder / "index.html").read_text()
-    lines = dict(re.findall(r'<tr><td><span id="([^"]+)">[^<]+</span></td>(.*?)</tr>', html))
-    assert sorted(lines) == TrialStore(study.folder).names()
-    links = set(re.findall(r'"(?:run":")?#((?:final|tuning)/[^"]+)"', html))
-    assert links == {name for name in lines if name not in ("untouched", "tuning/ours/lr-0.03-seed-100")}
-    values = re.findall(r"<td>([^<]*)</td>", lines["final/ours/lr-0.01-seed-0"])
-    assert values == ["2.0000", "50.0", "60", "7", "a CPU", "ccccccc"]
-    assert lines["tuning/ours/lr-0.03-seed-100"].startswith("<td>diverged</td>")
-    command = """gzip -dc runs.jsonl.gz | grep -F '"name":"final/ours/'"""
-    assert command in page(study)
-    assert command in unescape(html)
-
-
-def test_seeds_that_only_one_has_are_not_compared(study: Study) -> None:
-    finish(study, Trial("final", "ours", 0.01, 0), 2.0)
-    finish(study, Trial("final", "lora", 0.01, 1), 2.5)
-    found = rows(study)
-    assert found["lora"].loss_difference is found["lora"].accuracy_difference is None
 
 
 def test_accuracy_is_told_task_by_task(study: Study) -> None:
@@ -212,28 +201,23 @@ def changed(study: Study, **adapter: Any) -> Study:
 
 
 @pytest.mark.parametrize("stage", ["tuning", "final"])
-def test_runs_of_other_settings_are_not_reported_as_the_entrys(stage: Literal["tuning", "final"], study: Study) -> None:
+def test_runs_of_other_settings_are_refused_if_the_study_asks_for_them(
+    stage: Literal["tuning", "final"], study: Study
+) -> None:
+    other = changed(study, r=32)
+    for rate, seed in ((0.01, 7), (0.003, 0)):  # which nobody asks for
+        finish(study, Trial("final", "ours", rate, seed), 2.0)
     finish(study, Trial("final", "lora", 0.01, 0), 2.0)
+    assert list(rows(other)) == ["lora"]
     finish(study, Trial(stage, "ours", 0.01, study.tuning.seed if stage == "tuning" else 0), 2.0)
     report(study)
     with pytest.raises(ConfigError, match=rf"{stage}/ours/.*: was run with other values of adapter"):
-        report(changed(study, r=32))
-
-
-def test_runs_of_other_settings_that_the_study_does_not_ask_for_stand_in_no_ones_way(study: Study) -> None:
-    finish(study, Trial("final", "ours", 0.01, 7), 2.0)
-    finish(study, Trial("final", "ours", 0.003, 0), 2.0)
-    other = changed(study, r=32)
-    finish(other, Trial("final", "ours", 0.01, 0), 3.0)
-    assert [row.seeds for row in rows(other).values()] == [[0]]
+        report(other)
 
 
 def test_an_untouched_model_that_was_scored_on_other_data_is_not_reported(study: Study) -> None:
-    finish_a_study(study)
-    report(study)
+    finish_untouched(study)
     other = study.model_copy(update={"shared": {**study.shared, "data": {"tasks": ["piqa"]}}})
-    (study.folder / "final").rename(study.folder / "kept")
-    (study.folder / "tuning").rename(study.folder / "kept-too")
     finish(other, Trial("final", "ours", 0.01, 0), 2.0)
     with pytest.raises(ConfigError, match=r"untouched\.json: was run with other values of data"):
         report(other)
@@ -266,7 +250,7 @@ def finished(sequence: dict[str, Any]) -> Study:
     return study
 
 
-def test_the_summary_has_runs_comparisons_and_explanations(finished: Study) -> None:
+def test_the_summary_and_the_pages_have_runs_comparisons_and_explanations(finished: Study) -> None:
     summary = report(finished).summary
     assert json.loads((finished.folder / "summary.json").read_text()) == summary
     assert len(summary["runs"]) == 10
@@ -277,10 +261,6 @@ def test_the_summary_has_runs_comparisons_and_explanations(finished: Study) -> N
     assert ours["difference"]["holm_p"] == 2 * ours["difference"]["p"] == lower["difference"]["holm_p"]
     assert summary["correlations"]["relative_norm"] == {"forgot": 1.0, "forgot_elsewhere": 1.0}
     assert summary["before"]["start"]["elsewhere"] == 1.5
-
-
-def test_the_pages_tell_it_all(finished: Study) -> None:
-    report(finished)
     text, html = page(finished), (finished.folder / "index.html").read_text()
     assert (finished.folder / "frontier.png").is_file()
     assert "# study: arc_easy, then piqa, with" in text
@@ -288,7 +268,7 @@ def test_the_pages_tell_it_all(finished: Study) -> None:
     assert "Not run yet: late." in text
     for shown in (text, html):
         assert "stable rank" in shown
-        assert "final/ours/lr-0.01-seed-0" in shown or "ours/lr-0.01-seed-0" in shown
+        assert "ours/lr-0.01-seed-0" in shown
     assert 'id="final/lora/lr-0.03-seed-0"' in html
 
 

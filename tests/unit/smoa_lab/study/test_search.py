@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from itertools import product
 from operator import itemgetter
 
 import pytest
@@ -54,14 +55,11 @@ def test_a_sweep_takes_quarter_or_half_decades_with_both_ends() -> None:
     assert [rate(index) for index in sweep_indices(1e-3, 3e-2, 2)] == [1e-3, 3e-3, 1e-2, 3e-2]
 
 
-def test_a_best_at_the_start_ends_the_search_with_its_neighbours() -> None:
+def test_the_search_walks_downhill_until_the_best_is_inside() -> None:
     assert list(search({-8: 1.0})) == [-8, -10, -6]
-
-
-@pytest.mark.parametrize("best", [-14, -2])
-def test_the_search_walks_downhill_until_the_best_is_inside(best: int) -> None:
-    tuned = Tuned.of(search(valley(best)))
-    assert (tuned.learning_rate, tuned.interior) == (rate(best), True)
+    for best in (-14, -2):
+        tuned = Tuned.of(search(valley(best)))
+        assert (tuned.learning_rate, tuned.interior) == (rate(best), True)
 
 
 def test_the_search_ends_when_its_runs_are_spent_and_a_finer_one_spends_two_more() -> None:
@@ -87,9 +85,8 @@ def test_a_finer_search_tries_both_sides_of_the_best_half_decade(best: int) -> N
     assert Tuned.of(visited).learning_rate == rate(best)
 
 
-@pytest.mark.parametrize("max_runs", [3, 8])
-def test_a_search_visits_the_same_rates_in_whatever_order_results_come(max_runs: int) -> None:
-    for best in range(-16, 2):
+def test_a_search_visits_the_same_rates_in_whatever_order_results_come() -> None:
+    for best, max_runs in product(range(-16, 2), (3, 8)):
         losses = valley(best + 0.1)
         wanted = search(losses, -8, max_runs, refine=True)
         for seed in range(5):
@@ -127,7 +124,7 @@ def test_one_worker_searches_first_and_then_runs_one_seed_of_all_entries_after_a
 def test_many_workers_run_the_very_trials_that_one_runs(study: Study, workers: int, refine: bool) -> None:
     study = study.model_copy(update={"tuning": Tuning(refine=refine)})
     wanted = carried_out(study, workers=1, seed=0)
-    for seed in range(10):
+    for seed in range(3):
         done = carried_out(study, workers, seed)
         assert len(done) == len(wanted)
         assert set(done) == set(wanted)
@@ -149,17 +146,13 @@ def test_what_is_left_is_never_overestimated(study: Study) -> None:
     assert plan.at_least_left() == 0
 
 
-def test_a_plan_of_searches_has_no_final_runs(study: Study) -> None:
-    plan = Plan(study, ["ours"], searches_only=True)
-    jobs = plan.ready()
-    assert {job.stage for job in jobs if isinstance(job, Trial)} == {"tuning"}
-    assert plan.at_least_left() == len(jobs) == 3
-
-
-def test_a_sweep_is_run_at_once(study: Study) -> None:
+def test_a_sweep_is_run_at_once_and_a_plan_of_searches_has_no_final_runs(study: Study) -> None:
     study = study.model_copy(update={"tuning": Tuning(sweep=(0.01, 0.1))})
-    rates = [trial.learning_rate for trial in Plan(study, ["ours"]).search("ours")]
-    assert rates == [0.01, 0.02, 0.03, 0.06, 0.1]
+    plan = Plan(study, ["ours"], searches_only=True)
+    trials = [job for job in plan.ready() if isinstance(job, Trial)]
+    assert [trial.learning_rate for trial in trials] == [0.01, 0.02, 0.03, 0.06, 0.1]
+    assert {trial.stage for trial in trials} == {"tuning"}
+    assert plan.at_least_left() == len(plan.ready())
 
 
 def test_a_run_with_one_question_without_a_loss_has_diverged(study: Study) -> None:

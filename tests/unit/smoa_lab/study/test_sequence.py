@@ -11,15 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from peft import LoraConfig, OSFConfig, PeftConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from smoa import SmoaConfig
 from smoa.errors import ConfigError, DataError
+from smoa_lab.cli.main import app
 from smoa_lab.study import sequence as sequence_module
 from smoa_lab.study.comparison import Comparison
 from smoa_lab.study.report import report
+from smoa_lab.study.runner import Runner
 from smoa_lab.study.search import Untouched
 from smoa_lab.study.sequence import LAYERS, EarlierTask, SequenceRunner, _spread, weight_changes
 from smoa_lab.study.study import Study
@@ -28,16 +32,15 @@ from smoa_lab.training.loaded_run import LoadedRun
 from tests.support import lab, tiny_models
 
 # Not ours: a deprecation between transformers and peft.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
-
-
-def runner(values: dict[str, Any]) -> SequenceRunner:
-    return SequenceRunner(Study.model_validate(values))
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
+    pytest.mark.usefixtures("few_resamples"),
+]
 
 
 def made(values: dict[str, Any]) -> tuple[EarlierTask, dict[str, Any]]:
     """The first stage and its scores, which are only the sum of the model's weights."""
-    own = runner(values)
+    own = SequenceRunner(Study.model_validate(values))
     return own._first_task, own._first_task.scores(own.earlier_records[0], lambda model, _: {"sum": total(model)}, {})
 
 
@@ -45,30 +48,19 @@ def total(model: torch.nn.Module) -> float:
     return float(sum(parameter.detach().double().abs().sum() for parameter in model.parameters()))
 
 
-def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LoadedRun, "fit", lambda *_: pytest.fail("it was trained already"))
-
-
-def test_the_first_task_is_trained_once_and_stored(
+def test_the_first_task_is_trained_once_and_a_kill_before_scoring_loses_only_the_scores(
     sequence: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage, found = made(sequence)
+    stage, scores = made(sequence)
     stored = AutoModelForCausalLM.from_pretrained(stage.model.name)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    assert found == {"sum": total(stored), "start": {"sum": total(base)}}
+    assert scores == {"sum": total(stored), "start": {"sum": total(base)}}
     assert total(stored) != total(base)
-    no_training(monkeypatch)
+    monkeypatch.setattr(LoadedRun, "fit", lambda *_: pytest.fail("it was trained already"))
     again, same = made(sequence)
-    assert (again.folder, same) == (stage.folder, found)
-
-
-def test_a_kill_between_training_and_scoring_loses_only_the_scores(
-    sequence: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stage, found = made(sequence)
+    assert (again.folder, same) == (stage.folder, scores)
     next(stage.folder.glob("scores-*.json")).unlink()
-    no_training(monkeypatch)
-    assert made(sequence)[1] == found
+    assert made(sequence)[1] == scores
 
 
 def test_an_interrupted_training_goes_on_from_its_checkpoint(
@@ -114,7 +106,7 @@ def test_a_training_that_diverges_is_not_stored(sequence: dict[str, Any]) -> Non
     sequence["first"]["learning_rate"] = 1e38
     with pytest.raises(ConfigError, match=r"first\.learning_rate: the first task's training diverged"):
         made(sequence)
-    assert not Path(runner(sequence)._first_task.model.name).exists()
+    assert not Path(SequenceRunner(Study.model_validate(sequence))._first_task.model.name).exists()
 
 
 RUNS = ["final/full/lr-0.001-seed-0", "final/ours/lr-0.003-seed-0", "final/ours/lr-0.01-seed-0"]
@@ -124,105 +116,110 @@ def loss(questions: dict[str, Any]) -> float:
     return float(sum(questions["nll"]) / sum(questions["tokens"]))
 
 
-def test_every_rate_is_a_run_that_starts_from_the_first_task(sequence: dict[str, Any]) -> None:
-    study = Study.model_validate(sequence)
-    Comparison(study).run()
-    store = TrialStore(study.folder)
-    assert store.names("final/") == RUNS
-    assert store.names("tuning/") == []
+def test_a_study_is_run_reported_packed_and_never_run_twice(
+    sequence: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every rate is a run that starts from the first task."""
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(sequence, sort_keys=False))
+    ran = CliRunner().invoke(app, ["compare", str(file), "--json", "--pack"], catch_exceptions=False)
+    assert ran.exit_code == 0, ran.output
+    assert [(run["entry"], run["learning_rate"]) for run in json.loads(ran.stdout)["runs"]] == [
+        *(("ours", 0.003), ("ours", 0.01), ("full", 0.001))
+    ]
+    store = TrialStore(tmp_path / "study")
+    assert store.names() == [*RUNS, "untouched"]
     before = store.find("untouched")
     assert before is not None
     assert before["first"]["questions"]["task"] == ["arc_easy"] * 3
     assert before["questions"]["task"] == ["piqa"] * 3
     assert before["start"]["questions"]["nll"] != before["questions"]["nll"]
     for name in RUNS:
-        found = store.find(name)
-        assert found is not None
-        assert found["forgot"]["first"]["mean"] == pytest.approx(
-            loss(found["first"]["questions"]) - loss(before["first"]["questions"])
+        run = store.find(name)
+        assert run is not None
+        assert run["forgot"]["first"]["mean"] == pytest.approx(
+            loss(run["first"]["questions"]) - loss(before["first"]["questions"])
         )
-        assert found["forgot"]["elsewhere"]["mean"] == pytest.approx(found["elsewhere"] - before["elsewhere"])
-        assert loss(found["texts"]) == found["elsewhere"]
-        assert found["change"]["layers"] == (14 if "full" in name else 4)
-        assert found["change"]["relative_norm"]["max"] > 0
-    assert len(list((study.folder / "work" / "first").iterdir())) == 1
+        assert run["forgot"]["elsewhere"]["mean"] == pytest.approx(run["elsewhere"] - before["elsewhere"])
+        assert loss(run["texts"]) == run["elsewhere"]
+        assert run["change"]["layers"] == (14 if "full" in name else 4)
+        assert run["change"]["relative_norm"]["max"] > 0
+    assert len(list((store.folder / "work" / "first").iterdir())) == 1
+
+    monkeypatch.setattr(Runner, "run", lambda *args: pytest.fail("a finished trial is run again"))
+    again = CliRunner().invoke(app, ["compare", str(file)], catch_exceptions=False)
+    assert again.exit_code == 0, again.output
+    assert "loss kept" in again.stdout
 
 
-def test_runs_of_another_first_task_are_not_mixed_in(sequence: dict[str, Any]) -> None:
-    sequence["entries"] = {"ours": sequence["entries"]["ours"]}
-    Comparison(Study.model_validate(sequence)).run()
-    sequence["first"]["seed"] = 1
+def only_ours(values: dict[str, Any], **changes: Any) -> Study:
+    """The study with one entry at one rate."""
+    entries = {"ours": values["entries"]["ours"]}
+    return Study.model_validate({**values, "entries": entries, "tuning": {"sweep": [0.01, 0.01]}, **changes})
+
+
+def test_a_stored_first_model_is_scored_anew_on_other_questions_and_never_mixed_with_another(
+    sequence: dict[str, Any],
+) -> None:
+    study = only_ours(sequence)
+    Comparison(study).run()
     with pytest.raises(ConfigError, match=r"untouched\.json: was run with other values of first"):
-        Comparison(Study.model_validate(sequence)).run()
-
-
-def test_a_stored_first_model_is_scored_anew_on_other_questions(sequence: dict[str, Any]) -> None:
-    sequence["entries"] = {"ours": sequence["entries"]["ours"]}
-    Comparison(Study.model_validate(sequence)).run()
-    folder = Path(sequence["folder"])
-    for file in (folder / "untouched.json", *folder.glob("final/*/*.json")):
+        Comparison(only_ours(sequence, first={**sequence["first"], "seed": 1})).run()
+    for file in (study.folder / "untouched.json", *study.folder.glob("final/*/*.json")):
         file.unlink()
     sequence["shared"]["data"]["test_examples"] = 1
     sequence["elsewhere"]["test_examples"] = 1
-    study = Study.model_validate(sequence)
+    study = only_ours(sequence)
     Comparison(study).run()
     before = TrialStore(study.folder).find("untouched")
     assert before is not None
     assert (len(before["questions"]["nll"]), len(before["texts"]["nll"])) == (1, 1)
-    assert len(list((folder / "work" / "first").iterdir())) == 1
+    assert len(list((study.folder / "work" / "first").iterdir())) == 1
 
 
 def test_rows_of_the_first_task_are_replayed(sequence: dict[str, Any]) -> None:
-    sequence["entries"] = {"ours": sequence["entries"]["ours"]}
-    study = Study.model_validate({**sequence, "replay": 5})
-    bench = SequenceRunner(study)
-    assert [record.task for record in bench.records.train] == ["piqa"] * 12 + ["arc_easy"] * 5
-    assert {record.task for record in bench.records.test} == {"piqa"}
-    Comparison(study).run()
+    study = only_ours(sequence, replay=5)
+    runner = SequenceRunner(study)
+    assert [record.task for record in runner.records.train] == ["piqa"] * 12 + ["arc_easy"] * 5
+    assert {record.task for record in runner.records.test} == {"piqa"}
+    Comparison(study).perform(Untouched())
     with pytest.raises(ConfigError, match=r"untouched\.json: was run with other values of replay"):
-        Comparison(Study.model_validate(sequence)).run()
+        Comparison(only_ours(sequence)).run()
 
 
-def test_more_rows_than_the_first_task_has_are_refused_before_any_work(sequence: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"replay: must be at most the 12 training rows of first\.data, got 13"):
-        Comparison(Study.model_validate({**sequence, "replay": 13})).run()
-    assert not (Path(sequence["folder"]) / "work" / "first").exists()
-
-
-def test_a_first_task_without_test_questions_is_refused(sequence: dict[str, Any]) -> None:
-    sequence["first"]["data"]["test_examples"] = 0
-    with pytest.raises(ConfigError, match=r"first\.data\.test_examples: a study needs a test part"):
-        Comparison(Study.model_validate(sequence)).run()
-
-
-def test_a_package_that_the_first_task_needs_is_named_before_any_work(
+def test_what_cannot_be_run_is_refused_before_any_work(
     sequence: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with pytest.raises(ConfigError, match=r"replay: must be at most the 12 training rows of first\.data, got 13"):
+        Comparison(only_ours(sequence, replay=13)).run()
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    sequence["first"]["data"] = {"tasks": ["chain_sum"]}
-    with pytest.raises(DataError, match=r"data\.tasks: chain_sum: needs reasoning-gym"):
-        Comparison(Study.model_validate(sequence)).run()
+    for data, error, message in (
+        ({**sequence["first"]["data"], "test_examples": 0}, ConfigError, r"first\.data\.test_examples: .* test part"),
+        ({"tasks": ["chain_sum"]}, DataError, r"data\.tasks: chain_sum: needs reasoning-gym"),
+    ):
+        with pytest.raises(error, match=message):
+            Comparison(only_ours(sequence, first={**sequence["first"], "data": data})).run()
+    assert not (Path(sequence["folder"]) / "work" / "first").exists()
 
 
 def test_a_killed_study_goes_on_from_the_stored_first_task(
     sequence: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    study = Study.model_validate(sequence)
+    study = only_ours(sequence)
     Comparison(study).perform(Untouched())
     scores = json.loads((study.folder / "untouched.json").read_text())["scores"]
     monkeypatch.setattr("smoa_lab.study.sequence.load_run", lambda *_: pytest.fail("it was trained already"))
-    Comparison(study).run(["ours"])
+    Comparison(study).run()
     assert Comparison(study).perform(Untouched())["scores"] == scores
-    assert TrialStore(study.folder).names("final/") == RUNS[1:]
+    assert TrialStore(study.folder).names("final/") == RUNS[2:]
 
 
-def chain(values: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+def chain(values: dict[str, Any], tmp_path: Path) -> Study:
     """With a third task between the two, one rate, and our entry only."""
     parts = (lab.questions(number, f"hellaswag {part}", "hellaswag") for part, number in (("train", 12), ("test", 3)))
     lab.fill_cache(tmp_path / "cache", *parts, "hellaswag")
     between = {"data": {"tasks": ["hellaswag"], "validation_examples": 0}, "training": {"max_steps": 3}}
-    entries = {"ours": values["entries"]["ours"]}
-    return {**values, "between": [between], "entries": entries, "tuning": {"sweep": [0.01, 0.01], "per_decade": 2}}
+    return only_ours(values, between=[between])
 
 
 def test_tasks_between_are_trained_by_the_entrys_own_method(
@@ -236,7 +233,7 @@ def test_tasks_between_are_trained_by_the_entrys_own_method(
         return real_fit(lesson, *arguments)
 
     monkeypatch.setattr(LoadedRun, "fit", fit)
-    study = Study.model_validate(chain(sequence, tmp_path))
+    study = chain(sequence, tmp_path)
     Comparison(study).run()
     assert trained == [("arc_easy", "full", 2), ("hellaswag", "smoa", 3), ("piqa", "smoa", 2)]
     store = TrialStore(study.folder)

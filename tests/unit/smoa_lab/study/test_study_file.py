@@ -42,7 +42,6 @@ SWEPT = {"method": "lora", "learning_rate": 0.01, "sweep": [0.01, 0.1]}
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"entries": {}}, "entries"),
     ({"entries": {"..": SWEPT}}, r"entries: '\.\.' can't name a folder; leave out slashes"),
-    ({"entries": {"a\\b": SWEPT}}, r"entries: 'a.*b' can't name a folder"),
     ({"entries": {"lora": {**SWEPT, "budget": "lora"}}}, "is both an entry and a budget"),
     (
         {"entries": {"ours": {"method": "smoa", "learning_rate": 0.01, "adapter": {"num_block": 2}}}},
@@ -61,9 +60,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"between": [{"data": {"tasks": ["arc_ez"]}}]}, r"entries\.ours\.between\[0\]: 1 problem\n  .*no task 'arc_ez'"),
     ({"first": None}, r"two\.yaml: first: is missing"),
     ({"first": {"learnin_rate": 1e-3}}, r"line \d+: first\.learnin_rate: unknown key; .*learning_rate"),
-    ({"first": {"method": "loar"}}, r"two\.yaml: first: 1 problem\n  method: there is no method 'loar'.*'lora'"),
     ({"first": {"data": {"tasks": ["arc_ez"]}}}, r"two\.yaml: first: 1 problem\n  .*there is no task 'arc_ez'"),
-    ({"first": {"training": {"max_step": 3}}}, r"first: 1 problem\n  training\.max_step: .*did you mean"),
     ({"first": {"adapter": {"r": 8}}}, r"first: 1 problem\n  adapter: method full trains all weights"),
     ({"kind": "answers"}, r"first: only studies of kind sequence have it, got kind answers"),
     ({"kind": "answers", "first": None, "tuning": {}}, r"tuning\.sweep: is missing; entries\.full has one"),

@@ -36,20 +36,14 @@ def test_no_secret_is_in_a_stored_trial_and_a_changed_one_is_no_other_config(
     monkeypatch.setenv("HF_TOKEN", "hf_of-this-machine")
     store = TrialStore(tmp_path)
     config = {"model": {"name": "x", "options": {"token": "hf_one"}}, "training": {"hub_token": "hf_two", "seed": 1}}
+    config["task"] = {"max_length": 96}
     stored = store.get("final/lora/x", config, lambda work: {"config": config, "told": "hf_of-this-machine"})
-    assert stored["config"] == {"model": {"name": "x", "options": {}}, "training": {"seed": 1}}
+    assert stored["config"] == {"model": {"name": "x", "options": {}}, "training": {"seed": 1}, "task": config["task"]}
     assert stored["told"] == "***"
     assert not {secret for secret in ("hf_one", "hf_two", "hf_of-") if files_with(secret, tmp_path)}
     config["training"]["hub_token"] = "hf_three"
+    config["task"] = {"max_length": 96, "samples": 3}  # which earlier releases did not store
     assert store.get("final/lora/x", config, pytest.fail)["config"] == stored["config"]
-
-
-def test_a_trial_from_before_samples_were_written_is_the_same(tmp_path: Path) -> None:
-    store, name = TrialStore(tmp_path), "final/ours/x"
-    config = {"task": {"max_length": 96}, "training": {}}
-    store.file(name).parent.mkdir(parents=True)
-    store.file(name).write_text(json.dumps({"config": config}))
-    assert store.get(name, {**config, "task": {"max_length": 96, "samples": 3}}, pytest.fail)["config"] == config
 
 
 def test_a_trial_that_another_process_runs_is_waited_for(tmp_path: Path) -> None:
@@ -119,21 +113,18 @@ def left(folder: Path) -> list[str]:
 def test_packed_runs_are_found_and_never_run_again(folder: Path) -> None:
     before = everything(folder)
     assert list(before) == NAMES
+    files = {name: TrialStore(folder).file(name).read_text(encoding="utf-8") for name in NAMES}
     pack(folder)
     assert left(folder) == ["summary.json"]
+    assert gzip.decompress((folder / PACK).read_bytes()).decode() == "".join(files.values())
     assert everything(folder) == before
     store = TrialStore(folder)
     assert store.get(NAMES[0], {"model": {"name": "größe"}, "training": {}}, never) == before[NAMES[0]]
     assert store.names("final/lora/") == NAMES[:2]
     assert store.names("final/lor/") == []
     assert store.find("final/other/lr-0.01-seed-0") is None
-
-
-def test_a_line_of_the_pack_is_what_the_run_s_file_was(folder: Path) -> None:
-    files = {name: TrialStore(folder).file(name).read_text(encoding="utf-8") for name in NAMES}
-    pack(folder)
-    assert dict(packed_runs(folder)) == files
-    assert gzip.decompress((folder / PACK).read_bytes()).decode() == "".join(files.values())
+    with pytest.raises(ConfigError, match=rf"{PACK}: {NAMES[0]}: was run with other values of training"):
+        run(folder, NAMES[0], max_steps=3)
 
 
 def test_the_same_runs_give_the_same_bytes_however_they_are_packed(folder: Path, tmp_path: Path) -> None:
@@ -151,7 +142,7 @@ def test_the_same_runs_give_the_same_bytes_however_they_are_packed(folder: Path,
     assert (at_once / PACK).read_bytes() == content
 
 
-@pytest.mark.parametrize("calls", [0, 1, 3, 5])
+@pytest.mark.parametrize("calls", [0, 1, 3])
 def test_a_kill_at_any_step_loses_nothing(folder: Path, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The steps that change the folder: one replaces the pack, then each run's file is removed."""
     pack(folder)
@@ -192,12 +183,6 @@ def test_several_processes_may_pack_while_another_reads(folder: Path) -> None:
     assert all(done.result() == before for done in reading)
 
 
-def test_a_run_with_other_values_is_refused_by_the_place_of_the_packed_one(folder: Path) -> None:
-    pack(folder)
-    with pytest.raises(ConfigError, match=rf"{PACK}: {NAMES[0]}: was run with other values of training"):
-        run(folder, NAMES[0], max_steps=3)
-
-
 def test_another_run_of_a_packed_name_is_not_packed_over_it(folder: Path) -> None:
     pack(folder)
     content = (folder / PACK).read_bytes()
@@ -219,13 +204,12 @@ def rewritten(change: Callable[[list[str]], list[str]]) -> Callable[[bytes], byt
         (lambda content: b"no gzip", r"line 1: is damaged or cut off \(Not a gzipped file"),
         (lambda content: content[:-20], r"line \d: is damaged or cut off \(Compressed file ended"),
         (lambda content: content[:-8] + bytes(8), r"line \d: is damaged or cut off \(CRC check failed"),
-        (lambda content: content[:20] + bytes(20) + content[40:], r"line 1: is damaged or cut off"),
         (rewritten(lambda lines: [lines[0], lines[1][:40]]), r"line 2: is not JSON"),
         (rewritten(lambda lines: [lines[0], "[]\n"]), r"line 2: is not a JSON object"),
         (rewritten(lambda lines: [lines[0], "{}\n"]), r"line 2: has no name"),
         (rewritten(lambda lines: [lines[0], lines[0]]), r"line 2: final/lora/\S+ is in the file already; delete one"),
     ],
-    ids=["no gzip", "cut off", "wrong sum", "zeroed", "cut line", "list", "no name", "twice"],
+    ids=["no gzip", "cut off", "wrong sum", "cut line", "list", "no name", "twice"],
 )
 def test_damage_of_the_pack_is_one_error_and_nothing_is_run_or_packed(
     folder: Path, damage: Callable[[bytes], bytes], message: str

@@ -56,10 +56,13 @@ def test_the_search_finds_the_lowest_loss_and_keeps_its_runs(
     assert found.interior
 
 
-def test_a_run_without_validation_questions_is_refused(values: dict[str, Any]) -> None:
+def test_a_run_without_a_validation_part_is_refused(values: dict[str, Any], tmp_path: Path) -> None:
     values["data"]["validation_examples"] = 0
     with pytest.raises(ConfigError, match=r"^data: leaves no validation questions, .* set data\.validation_examples"):
         tune_run(check_config(values))
+    file = write_rows(tmp_path / "rows.jsonl", [{"text": f"Line {i}."} for i in range(6)])
+    with pytest.raises(ConfigError, match=r"^data: leaves no validation rows, .* larger data\.validation_part"):
+        tune_run(rows_config(tmp_path, file, Path(values["model"]["name"]), data={"validation_part": 0}))
 
 
 def test_the_command_prints_the_line_for_the_config(values: dict[str, Any], tmp_path: Path) -> None:
@@ -74,7 +77,7 @@ def test_the_command_prints_the_line_for_the_config(values: dict[str, Any], tmp_
     assert '"interior"' in again.output
 
 
-@pytest.mark.parametrize("rows", [chats(40), pairs(40)], ids=["conversations", "preferences"])
+@pytest.mark.parametrize("rows", [chats(10), pairs(10)], ids=["conversations", "preferences"])
 def test_rows_are_compared_by_the_trainers_own_loss_on_those_held_out(
     rows: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,10 +101,3 @@ def test_a_search_without_a_rate_starts_at_that_of_the_models_size(
     monkeypatch.setattr("smoa_lab.study.tune_run._train_rows", trained)
     config = rows_config(tmp_path, tmp_path / "rows.jsonl", rows_base(tmp_path / "base"))
     assert list(tune_run(config, max_runs=3).losses) == [1e-3, 3e-3, 6e-3, 1e-2, 2e-2]
-
-
-def test_a_run_on_rows_without_validation_rows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
-    file, base = write_rows(tmp_path / "rows.jsonl", chats(6)), rows_base(tmp_path / "base")
-    with pytest.raises(ConfigError, match=r"^data: leaves no validation rows, .* larger data\.validation_part"):
-        tune_run(rows_config(tmp_path, file, base, data={"validation_part": 0}))

@@ -19,40 +19,21 @@ from tests.support.own_rows import (
     MARKED,
     PLAIN,
     chat,
-    chats,
     losses,
-    pairs,
-    rows_base,
-    rows_values,
     tokenizer_with,
-    write_rows,
 )
 
 CURVES = {
     "questions": [6.6175, 6.5152, 5.6042, 5.9362, 5.8651, 5.9305, 5.2645, 5.7896, 6.0698, 5.0477],
     "all weights": [6.6175, 5.6698, 4.4372, 4.7677, 4.1122, 3.0598, 2.4121, 3.3196, 2.9047, 1.9926],
-    "chats": [6.007, 5.9528, 5.6573, 5.5777, 5.5345, 5.5142, 5.5044, 5.314, 5.3108, 5.2402],
-    "pairs": [0.6931, 0.6306, 0.5684, 0.5221, 0.5068, 0.5096, 0.4108, 0.3737, 0.4437, 0.3292],
-    "texts": [6.1661, 5.9151, 6.0601, 5.9121, 5.7653, 5.6609, 5.7139, 5.6281, 5.5817, 5.629],
-}
-ROWS = {
-    "chats": chats(30),
-    "pairs": pairs(30),
-    "texts": [{"text": f"The sum of {i} and one is {i + 1}."} for i in range(30)],
 }
 
 
 @pytest.mark.parametrize("kind", CURVES)
 def test_ten_steps_lose_as_much_as_before(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if kind in ROWS:
-        monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
-        file, base = write_rows(tmp_path / "rows.jsonl", ROWS[kind]), rows_base(tmp_path / "base")
-        training = {"max_steps": 10, "learning_rate": 1e-2}
-        values = rows_values(tmp_path, file, base, data={"test_part": 0.3}, training=training)
-    else:
-        training = lab.steps(10, learning_rate=1e-2)
-        values = lab.tiny_run(tmp_path, monkeypatch, train=12, test=4, training=training)
-        values |= {"method": "full", "adapter": {}} if kind == "all weights" else {}
+    """Those of rows are compared with TRL's own in test_loaded_run.py."""
+    values = lab.tiny_run(tmp_path, monkeypatch, train=12, test=4, training=lab.steps(10, learning_rate=1e-2))
+    values |= {"method": "full", "adapter": {}} if kind == "all weights" else {}
     assert losses(train(check_config(values))) == pytest.approx(CURVES[kind], rel=1e-3)
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 from transformers import LlamaForCausalLM
-from trl import SFTTrainer
 
 from smoa.errors import ConfigError
 from smoa_lab.config.run import ModelSection, RunConfig, check_config
@@ -21,6 +20,7 @@ from smoa_lab.training import train_run
 from smoa_lab.training.loaded_run import LoadedRun
 from smoa_lab.training.run_folder import RunFolder
 from tests.support import lab
+from tests.support.kills import killed_after_saving
 
 # Not ours: a deprecation between transformers and peft.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -40,21 +40,26 @@ def untested(values: dict[str, Any]) -> RunConfig:
 
 
 def test_without_held_out_questions_a_run_is_trained_and_not_scored(untested: RunConfig) -> None:
-    metrics = train_run.train(untested)
+    model = untested.model.model_copy(update={"options": {"revision": "v2"}})
+    metrics = train_run.train(untested.model_copy(update={"model": model}))
     assert metrics["evaluation"] == {}
     assert metrics["training"]["steps"] == 2
-    assert (RunFolder(untested.folder).adapter / "adapter_model.safetensors").is_file()
+    adapter = RunFolder(untested.folder).adapter
+    assert (adapter / "adapter_model.safetensors").is_file()
+    assert base_section(adapter) == ModelSection(name=model.name, options={"revision": "v2"})
 
 
-def test_the_adapter_records_the_revision_that_it_was_trained_on(untested: RunConfig) -> None:
-    model = untested.model.model_copy(update={"options": {"revision": "v2"}})
-    train_run.train(untested.model_copy(update={"model": model}))
-    assert base_section(RunFolder(untested.folder).adapter) == ModelSection(name=model.name, options={"revision": "v2"})
-
-
-def test_without_a_baseline_the_untouched_model_is_not_scored(values: dict[str, Any]) -> None:
+def test_the_validation_loss_is_measured_and_the_untouched_model_not_scored_where_the_run_asks_for_it(
+    values: dict[str, Any],
+) -> None:
     values["task"] = {"baseline": False}
-    assert list(train_run.train(check_config(values))["evaluation"]) == ["after"]
+    values["training"] |= {"eval_strategy": "steps", "eval_steps": 1}
+    metrics = train_run.train(check_config(values))
+    assert list(metrics["evaluation"]) == ["after"]
+    assert [entry["step"] for entry in metrics["history"] if "eval_loss" in entry] == [1, 2]
+    log = RunFolder(Path(values["training"]["output_dir"])).log.read_text()
+    assert "step 1/2: loss" in log
+    assert "eval_loss" in log
 
 
 def test_a_method_whose_adapter_could_not_be_loaded_is_refused(values: dict[str, Any]) -> None:
@@ -65,14 +70,19 @@ def test_a_method_whose_adapter_could_not_be_loaded_is_refused(values: dict[str,
     assert not config.folder.exists()
 
 
-@pytest.mark.parametrize("method", ["smoa", "lora", "full"])
-def test_nothing_of_this_machine_is_in_what_a_run_shares(method: str, values: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["smoa", "full"])
+def test_a_run_is_scored_again_from_its_folder_which_shares_nothing_of_this_machine(
+    method: str, values: dict[str, Any], tmp_path: Path
+) -> None:
     values |= {"method": method, "adapter": {"r": 4, "target_modules": ["q_proj"]} if method != "full" else {}}
     values["data"]["files"] = {"arc_easy": own_questions(tmp_path)}
-    train_run.train(check_config(values))
+    metrics = train_run.train(check_config(values))
     own = {"config.yaml", "train.log"}  # of the user
     named = {"adapter/adapter_config.json"} if method != "full" else set()  # as PEFT does
     assert lab.files_with(tmp_path, tmp_path / "run") == own | named
+    assert (metrics["parameters"]["trainable"] == metrics["parameters"]["total"]) == (method == "full")
+    again = evaluate_run(*open_run(tmp_path / "run"))
+    assert again["scores"] == metrics["evaluation"]["after"]
 
 
 def test_no_secret_is_in_what_a_run_leaves(
@@ -109,24 +119,6 @@ def test_the_adapters_card_is_filled_in(values: dict[str, Any], tmp_path: Path) 
         assert said in card.text
     assert "More Information Needed" not in card.text
     assert card.data.base_model is None
-
-
-def test_the_validation_loss_is_measured_where_the_run_asks_for_it(values: dict[str, Any]) -> None:
-    values["training"] |= {"eval_strategy": "steps", "eval_steps": 1}
-    history = train_run.train(check_config(values))["history"]
-    assert [entry["step"] for entry in history if "eval_loss" in entry] == [1, 2]
-    log = RunFolder(Path(values["training"]["output_dir"])).log.read_text()
-    assert "step 1/2: loss" in log
-    assert "eval_loss" in log
-
-
-def test_every_weight_is_trained_by_the_full_method(values: dict[str, Any]) -> None:
-    values |= {"method": "full", "adapter": {}}
-    metrics = train_run.train(check_config(values))
-    assert metrics["parameters"]["percent"] == 100
-    assert metrics["parameters"]["trainable"] == metrics["parameters"]["total"]
-    again = evaluate_run(*open_run(values["training"]["output_dir"]))
-    assert again["scores"] == metrics["evaluation"]["after"]
 
 
 def test_a_second_start_while_a_run_trains_is_refused_before_any_work(
@@ -184,27 +176,18 @@ def test_an_adapter_that_does_not_fit_the_model_leaves_nothing_behind(
     assert not Path(values["training"]["output_dir"]).exists()
 
 
-@pytest.mark.parametrize("changed", ["data", "base model"])
 def test_a_run_is_not_resumed_on_other_questions_or_another_base(
-    changed: str, values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values["training"] |= {"save_strategy": "steps", "save_steps": 1}
-    own_step = SFTTrainer.training_step
-
-    def interrupted(self: SFTTrainer, *given: Any, **options: Any) -> Any:
-        if self.state.global_step == 1:
-            raise KeyboardInterrupt
-        return own_step(self, *given, **options)
-
-    monkeypatch.setattr(SFTTrainer, "training_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_after_saving(1, monkeypatch):
         train_run.train(check_config(values))
-    monkeypatch.setattr(SFTTrainer, "training_step", own_step)
-    if changed == "data":
-        lab.fill_cache(tmp_path / "cache", lab.questions(20, "other"), lab.questions(3, "test"))
-    else:
-        weights = LlamaForCausalLM.from_pretrained(tmp_path / "base")
-        weights.lm_head.weight.data.neg_()
-        weights.save_pretrained(tmp_path / "base")
-    with pytest.raises(ConfigError, match=f"unfinished run, and the {changed} changed since then"):
+    lab.fill_cache(tmp_path / "cache", lab.questions(20, "other"), lab.questions(3, "test"))
+    with pytest.raises(ConfigError, match="unfinished run, and the data changed since then"):
+        train_run.train(check_config(values))
+    lab.fill_cache(tmp_path / "cache", lab.questions(20, "train"), lab.questions(3, "test"))
+    weights = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    weights.lm_head.weight.data.neg_()
+    weights.save_pretrained(tmp_path / "base")
+    with pytest.raises(ConfigError, match="unfinished run, and the base model changed since then"):
         train_run.train(check_config(values))

@@ -1,9 +1,12 @@
-"""The memory table of docs/scale.md against a count on the meta device."""
+"""Tables, maps and settings that documents show are those that computing them anew gives."""
 
 from __future__ import annotations
 
+import json
+import runpy
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
@@ -11,9 +14,20 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from smoa import SmoaConfig
-from smoa.maths.budget import training_memory
+from smoa.maths.budget import trainable_parameters, training_memory
 
-PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
+ROOT = Path(__file__).parents[2]
+needs_hira = pytest.mark.skipif(not hasattr(peft, "HiraConfig"), reason="this PEFT has no HiRA")
+
+
+@pytest.mark.parametrize("name", ["file_map", pytest.param("layer_kinds", marks=needs_hira)])
+def test_the_page_is_up_to_date(name: str) -> None:
+    script = runpy.run_path(str(ROOT / "docs" / "figures" / f"{name}.py"))
+    assert script["page"]() == script["PAGE"].read_text(encoding="utf-8"), f"run python docs/figures/{name}.py"
+    assert "missing" not in script or script["missing"]() == []  # every kind of layer has a row
+
+
+PAGE = ROOT / "docs" / "scale.md"
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 TOKENS = 4096
 SHAPES = {
@@ -68,3 +82,19 @@ def test_a_decoder_layer_keeps_as_many_hidden_states_as_documented(config: PeftC
         model.model.layers[0].train()(hidden, position_embeddings=positions)
     found = sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in own)
     assert found / hidden.nbytes == pytest.approx(documented, abs=1)
+
+
+FOLDER = ROOT / "benchmarks" / "peft_comparison" / "experiments" / "smoa"
+LLAMA_3B = {"q_proj": (3072, 3072), "v_proj": (1024, 3072)}
+LORA_32 = 9_175_040
+
+
+def test_the_experiment_trains_as_many_parameters_as_lora_at_its_alpha_and_rate() -> None:
+    (experiment,) = FOLDER.iterdir()
+    assert sorted(file.name for file in experiment.iterdir()) == ["adapter_config.json", "training_params.json"]
+    config = PeftConfig.from_pretrained(str(experiment))
+    assert isinstance(config, SmoaConfig)
+    shapes = [LLAMA_3B[target] for target in sorted(config.target_modules)]
+    assert 28 * sum(trainable_parameters(*shape, config.r, config.num_blocks) for shape in shapes) == LORA_32
+    assert config.alpha / config.r == 64 / 32
+    assert json.loads((experiment / "training_params.json").read_text())["optimizer_kwargs"]["lr"] == 1e-4

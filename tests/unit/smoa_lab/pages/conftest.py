@@ -1,0 +1,8 @@
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def quick_pictures() -> None:
+    """Here pictures are drawn."""
