@@ -79,6 +79,9 @@ def test_a_mark_before_utf_8_is_no_part_of_the_first_column(tmp_path: Path, name
 def test_reading_goes_on_after_a_row_with_a_fault(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": \n{"text": "c"}\n')
     (tmp_path / "a.csv").write_text("text,id\na,1\nb\nc,3\n")
+    (tmp_path / "blank.json").write_text(" \n")
+    with pytest.raises(DataError, match=r"blank\.json: has no rows"):
+        list(read_rows(tmp_path / "blank.json"))
     for name in ("a.jsonl", "a.csv"):
         kinds = [isinstance(row, BadRow) for _, row in read_rows(tmp_path / name)]
         assert kinds == [False, True, False]

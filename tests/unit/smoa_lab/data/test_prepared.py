@@ -171,6 +171,11 @@ def test_a_file_that_is_replaced_by_one_of_the_same_size_and_time_is_read_again(
         os.utime(file, ns=(1, 1))
         (row,) = prepare(FileSource(file), shares=Shares(test=0)).rows("train", 1)
         assert row.completion == word
+    with file.open("a") as lines:
+        lines.write('{"text": \n')
+    account = prepare(FileSource(file), shares=Shares(test=0)).account
+    assert (account["parts"], account["bad"]) == ({"train": 1}, 1)
+    assert account["faults"][0].startswith(f"{file}, row 2: ")
 
 
 def test_so_many_rows_are_drawn_the_same_ones_each_time() -> None:

@@ -55,6 +55,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         {"elsewhere": {"tasks": ["prose"], "test_exampels": 3}},
         r"elsewhere\.test_exampels: unknown key; .*test_examples",
     ),
+    ({"elsewhere": {"tasks": ["proze"]}}, r"elsewhere: .*there is no task 'proze'.*'prose'"),
     ({"shared": {"data": {"tasks": ["piqa"]}}}, r"shared\.model: is missing"),
     ({"between": [{"data": {"tasks": ["arc_ez"]}}]}, r"entries\.ours\.between\[0\]: 1 problem\n  .*no task 'arc_ez'"),
     ({"first": None}, r"two\.yaml: first: is missing"),
