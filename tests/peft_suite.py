@@ -56,7 +56,6 @@ EDITS = {
     "`layers_pattern` cannot be used when `target_modules` is a str.": "layers_pattern=.* has no effect without",
     "lora.ParamWrapper does not support mixed adapter batches yet.": "adapter_names can't be used with adapted experts",
     "Length of `adapter_names` should be the same as the number of inputs, but got ": "give one for each",
-    "Cannot pass `adapter_names` when the model is in training mode.": "adapter_names can't be used in training mode",
     "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first.": (
         "adapter_names can't be used while adapters are merged; call unmerge_adapter first"
     ),
@@ -119,6 +118,7 @@ LEFT_OUT: dict[str, str] = {
     "test_weighted_combination_of_adapters|weighted_adapter_with_different_scaling": (
         f"{LORAS}sums by SVD, TIES and DARE; test_combining.py has cat and linear"
     ),
+    "mixed_adapter_batches_training_mode_raises": f"{ADAPTED}rows of several adapters in training (test_gang.py)",
     "TestDynamicDispatch": f"{LORAS}its dispatcher of custom layers; test_kinds.py has smoa's kinds",
     "TestLoraNestedConfig|TestEva|with_runtime_config": f"{LORAS}configs inside its config",
     "(?<!alt_)weight_tying_tied_model_lora|weight_tying_enc_dec_modules_to_save": (

@@ -99,6 +99,16 @@ def lonely(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         *((f"{host}:{free_port()}", "does not answer (") for host in ("127.0.0.1", "[::1]", "no-such-host.invalid")),
         ("127.0.0.1:99999", "does not answer ("),
     ],
+    ids=[
+        "word",
+        "client",
+        "no host",
+        "no port",
+        "IPv4",
+        "IPv6",
+        "no such host",
+        "large port",
+    ],  # ports differ by process
 )
 def test_an_address_that_is_none_or_does_not_answer_is_named_at_once(
     lonely: SimpleNamespace, address: str, rule: str
