@@ -175,6 +175,17 @@ def test_another_checkpoint_is_refused() -> None:
         y.sum().backward()
 
 
+def test_autocast_multiplies_a_mixed_batch_in_its_dtype(tiny_llama: PreTrainedModel) -> None:
+    model = adapted(tiny_llama, target_modules=QV)
+    add_adapter(model, "other", target_modules=QV)
+    model.base_model.set_adapter(["default", "other"])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = step(model.train(), rows(), adapter_names=NAMES)
+    exact = step(model, rows(), adapter_names=NAMES)
+    for name, gradient in found.items():
+        assert (gradient - exact[name]).norm() < 0.08 * exact[name].norm()
+
+
 def test_dropout_acts_on_each_row() -> None:
     model = two_adapters(smoa_dropout=0.5)
     first, second = (step(model, rows(), adapter_names=NAMES) for _ in range(2))
