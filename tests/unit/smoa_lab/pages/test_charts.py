@@ -63,7 +63,8 @@ def contrast(one: str, other: str) -> float:
 
 
 def test_every_method_has_a_color_and_others_are_muted() -> None:
-    assert PALETTE.keys() == METHODS.keys()
+    of_studies = {name for name in METHODS if name.startswith("smoa-shared-")}  # studies/shared_partition.py adds them
+    assert PALETTE.keys() == METHODS.keys() - of_studies
     assert color_of("a method of tomorrow") == MUTED
 
 
