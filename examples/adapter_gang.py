@@ -3,7 +3,7 @@
     python adapter_gang.py MODEL      a folder or a name on the Hub, by default SmolLM2-135M-Instruct
 
 Shows: a gang of adapters over one base; each step has a row of each, and each row its own adapter.
-Printed when last run: PRINTED
+Printed when last run: 14 steps 225 s (busy machine), one by one 1204 s; 63 of 64 recall their facts in one batch
 """
 
 import sys
