@@ -12,6 +12,9 @@ SmoaError
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 __all__ = [
     "AdapterFileError",
     "ConfigError",
@@ -54,3 +57,16 @@ class DataError(SmoaError, ValueError):
 
 class UnsupportedVersionError(SmoaError, ImportError):
     """This release doesn't support the installed version of a required library."""
+
+
+LISTED = 20
+"""Names that an error message lists at most."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """``; did you mean 'x'?``, or the names to choose from if there are few, or nothing."""
+    names = sorted(valid)
+    near = difflib.get_close_matches(name, names, n=1)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; choose from {', '.join(names)}" if 0 < len(names) <= LISTED else ""

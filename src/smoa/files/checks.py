@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Set
+from collections.abc import Mapping, Sequence, Set
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,6 @@ from smoa.errors import AdapterFileError, PartitionError
 from smoa.files.loading import incoming
 from smoa.files.names import PARTS, PREFIX, adapter_layers, embeddings_of
 from smoa.layers.distributed import LABELS, SCALE, is_distributed, plain_name, whole, with_plain_names
-from smoa.layers.layer import SmoaLayer
 from smoa.maths.blocks import check_labels
 
 FACTOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -58,7 +57,10 @@ def _check_state(model: nn.Module, config: SmoaConfig, adapter_name: str, state_
         if key not in own:
             _check_finite(key, whole(state_dict[key]))
     for name, layer in layers.items():
-        _check_layer(name, layer, adapter_name, {key: whole(state_dict[key]) for key in keys_of[name]})
+        tensors = {key: whole(state_dict[key]) for key in keys_of[name]}
+        ranks, scaling = layer.ranks[adapter_name], layer.scaling[adapter_name]
+        stored = next(layer.smoa_A[adapter_name].parameters()).dtype
+        check_parts(name, tensors, layer.saved_shapes(adapter_name), ranks, scaling, stored)
 
 
 def _keys(layer: str, adapter_name: str) -> list[str]:
@@ -96,11 +98,28 @@ def _compare_others(model: nn.Module, config: SmoaConfig, keys: Set[str]) -> tup
     return sorted(biases - given), sorted(given - known)
 
 
-def _check_layer(name: str, layer: SmoaLayer, adapter_name: str, tensors: dict[str, Tensor]) -> None:
-    """Check the tensors of one layer, in the order of `PARTS`."""
-    ranks = layer.ranks[adapter_name]
-    stored = next(layer.smoa_A[adapter_name].parameters()).dtype
-    for part, shape, (key, tensor) in zip(PARTS, layer.saved_shapes(adapter_name), tensors.items(), strict=True):
+def check_parts(
+    name: str,
+    tensors: Mapping[str, Tensor],
+    shapes: Sequence[tuple[int, ...]],
+    ranks: Sequence[int],
+    scaling: float,
+    stored: torch.dtype,
+) -> None:
+    """Check the tensors of one layer.
+
+    Args:
+        name: The layer's.
+        tensors: By key, in the order of `PARTS`.
+        shapes: What fits the layer, in this order too.
+        ranks: r_k of each block.
+        scaling: α/r.
+        stored: Dtype that the factors will have.
+
+    Raises:
+        AdapterFileError: a tensor has a wrong shape or dtype, is not finite or no partition, or ΔW would overflow.
+    """
+    for part, shape, (key, tensor) in zip(PARTS, shapes, tensors.items(), strict=True):
         if tensor.shape != shape:
             raise AdapterFileError(f"{key}: shape {tuple(tensor.shape)} doesn't fit the layer, expected {shape}")
         if part in LABELS:
@@ -116,7 +135,7 @@ def _check_layer(name: str, layer: SmoaLayer, adapter_name: str, tensors: dict[s
     # Finite values may make ΔW infinite, as a flipped bit of an exponent does.
     A, B, _, _, scale = tensors.values()
     largest = [float(tensor.abs().max()) for tensor in (A, B, scale)]
-    size = math.prod([*largest, abs(layer.scaling[adapter_name]), max(ranks)])
+    size = math.prod([*largest, abs(scaling), max(ranks)])
     dtype = torch.promote_types(stored, torch.float32)
     if size > torch.finfo(dtype).max:
         raise AdapterFileError(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smoa.config import Shape
-from smoa.layers.layer import SmoaLayer, is_instrumented
+from smoa.layers.layer import SmoaLayer, in_autocast_dtype, is_instrumented
 from smoa.maths.conv import Geometry, convolved, convolves_exactly
 
 
@@ -44,9 +44,7 @@ class Convolution(SmoaLayer):
 
     def branch_output(self, x: Tensor, adapter_name: str) -> Tensor:
         """`conv(x, ΔW)`, without bias; in training, dropout acts on x."""
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        return self._convolved(self.smoa_dropout[adapter_name](x), adapter_name)
+        return self._convolved(self.smoa_dropout[adapter_name](in_autocast_dtype(x)), adapter_name)
 
     def _convolved(self, x: Tensor, adapter_name: str, bias: Tensor | None = None, with_base: bool = False) -> Tensor:
         self.gather(adapter_name)

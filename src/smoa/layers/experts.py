@@ -192,14 +192,8 @@ class ParamWrapper(SmoaLayer):
         matrices, stacks = self.matrices(), self._in_call[threading.get_ident()]
         if backwards:
             matrices, stacks = matrices.mT, {name: stack.transposed() for name, stack in stacks.items()}
-        parts = [stack.apply(self._input(name, x, stack), matrices, runs) for name, stack in stacks.items()]
+        parts = [stack.apply(self.branch_input(x, name), matrices, runs) for name, stack in stacks.items()]
         return self.layout.join(sum(parts[1:], parts[0]))
-
-    def _input(self, adapter_name: str, x: Tensor, stack: Stack) -> Tensor:
-        x = self.smoa_dropout[adapter_name](x)
-        if not stack.modulation.anchors:
-            return self._cast_input_dtype(x, stack.A.dtype)
-        return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

@@ -571,7 +571,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         x = self.smoa_dropout[adapter_name](x)
         if not MODULATIONS[self.modulation[adapter_name]].anchors:
             return self._cast_input_dtype(x, self.factors(adapter_name)[0].dtype)
-        return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
+        return in_autocast_dtype(x)
 
     def mixed_key(self, adapter_name: str) -> tuple[Hashable, ...]:
         """Adapters for which it is the same can be computed in one product."""
@@ -707,6 +707,11 @@ def as_matrix(stored: Tensor, fan_in_fan_out: bool) -> Tensor:
 def as_stored(matrix: Tensor, shape: Sequence[int], fan_in_fan_out: bool) -> Tensor:
     """The inverse of `as_matrix`, for a weight that is stored in `shape`."""
     return matrix.T if fan_in_fan_out else matrix.reshape(shape)
+
+
+def in_autocast_dtype(x: Tensor) -> Tensor:
+    """x as autocast would have it, if it is on for the device of x."""
+    return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
 
 
 def is_instrumented(module: nn.Module) -> bool:

@@ -125,11 +125,7 @@ class MixedGroup:
         state = None if torch.is_grad_enabled() else (scaling, _state_of_factors(layer, self.names))
         if state is not None and self._stacked is not None and self._stacked[0] == state:
             return self._stacked[1]
-        A, B = (torch.stack(parts) for parts in zip(*map(layer.factors, self.names), strict=True))
-        scale = torch.stack([layer.rank_scale(name) for name in self.names])
-        wide = torch.promote_types(B.dtype, scale.dtype)
-        scale = scale * torch.tensor(scaling, dtype=wide, device=scale.device)[:, None]
-        stack = StackedFactors(A, B, scale, self.blocks, self.runs)
+        stack = StackedFactors.of([layer.update(name).factors for name in self.names])
         if state is None:
             return stack, None
         found = stack, stack.gathered(self.slots)

@@ -29,7 +29,6 @@ beam or sequence to return, so the names are repeated too.
 
 from __future__ import annotations
 
-import difflib
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -41,7 +40,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from smoa.errors import ConfigError
+from smoa.errors import ConfigError, nearest
 from smoa.layers.layer import SmoaLayer
 from smoa.layers.weight_cache import is_sharded, open_caches
 
@@ -138,9 +137,7 @@ def adapter_names_hooks(tuner: BaseTuner, kwargs: dict[str, Any]) -> Iterator[No
     known = {BASE, *tuner.peft_config}
     unknown = sorted(set(adapter_names) - known)
     if unknown:
-        near = difflib.get_close_matches(unknown[0], known, n=1)
-        meant = f"did you mean {near[0]!r}?" if near else f"use some of {shorten(str(sorted(known)), 500)}"
-        raise ValueError(f"adapter_names: unknown adapters {shorten(str(unknown), 500)}; {meant}")
+        raise ValueError(f"adapter_names: unknown adapters {shorten(str(unknown), 500)}{nearest(unknown[0], known)}")
     beams = kwargs.get("num_beams") or 1  # for a model with a `generate` of its own
     get_encoder: Any = getattr(tuner.model, "get_encoder", None)
     encoder = get_encoder() if get_encoder else None
@@ -180,7 +177,7 @@ def _hooked(layers: Sequence[nn.Module], hook: Any) -> Iterator[None]:
 @contextmanager
 def _hooked_again_in_checkpoints(tuner: nn.Module, layers: Sequence[nn.Module], hook: Any) -> Iterator[None]:
     """Give the names again where gradient checkpointing computes a part of the model in the backward, after this."""
-    checkpoints = [m for m in tuner.modules() if tuner.training and CHECKPOINT in m.__dict__]
+    checkpoints = [module for module in tuner.modules() if CHECKPOINT in module.__dict__] if tuner.training else []
     originals = [module.__dict__[CHECKPOINT] for module in checkpoints]
 
     def hooked(function: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import json
 import threading
 from collections import Counter, OrderedDict
@@ -25,19 +24,21 @@ from transformers.pytorch_utils import Conv1D
 
 from smoa.atomic import new_files
 from smoa.config import SmoaConfig
-from smoa.errors import AdapterFileError, ConfigError, MergeError, PartitionError, UnsupportedModuleError
+from smoa.errors import AdapterFileError, ConfigError, MergeError, UnsupportedModuleError, nearest
+from smoa.files.checks import check_parts
 from smoa.files.loading import read_adapter
 from smoa.files.names import PARTS, PREFIX, with_id, without_id
-from smoa.layers.layer import SmoaLayer, as_matrix
+from smoa.layers.layer import SmoaLayer, as_matrix, in_autocast_dtype
+from smoa.layers.linear import Linear
 from smoa.layers.quantized import dequantized, find_backend
 from smoa.layers.weight_cache import tensor_state
-from smoa.maths.blocks import Blocks, check_labels
-from smoa.maths.factors import BlockRun, Factors, init_factors
+from smoa.maths.blocks import Blocks
+from smoa.maths.factors import BlockRun, Factors, factor_shapes, init_factors
 from smoa.maths.kernels.batched import diagonal_blocks
 from smoa.maths.kernels.shared import Gathered, StackedFactors, shared
 from smoa.maths.scale import MODULATIONS, ModulationKind, rank_scale
+from smoa.tuner.generation import BASE
 
-BASE = "__base__"
 ALIKE = 0.5
 """Share of coordinates in the same block above which two spectral adapters may be of one base, quantized or not."""
 
@@ -86,7 +87,7 @@ class AdapterPool:
         self._members: OrderedDict[str, Member] = OrderedDict()
         self._shelves: dict[Any, Shelf] = {}
         self._in_use: Counter[str] = Counter()
-        self._templates: dict[str, dict[str, Tensor]] = {}
+        self._templates: dict[str, tuple[SmoaConfig, dict[str, Tensor]]] = {}
         self._hooked: dict[str, Any] = {}
         self._lock = threading.RLock()
         self._trained: Batch | None = None
@@ -123,13 +124,11 @@ class AdapterPool:
             own = copy.deepcopy(config)
             model = get_peft_model(self.base, own)
             try:
-                self._templates[settings] = without_id(get_peft_model_state_dict(model))
+                self._templates[settings] = own, without_id(get_peft_model_state_dict(model))
             finally:
                 model.unload()
-            vars(config).update({key: getattr(own, key) for key in ("target_modules", "base_model_name_or_path")})
-        tensors = {key: tensor.clone() for key, tensor in self._templates[settings].items()}
-        with torch.no_grad():
-            self._put(name, copy.deepcopy(config), tensors, name, fresh=True)
+        filled, tensors = self._templates[settings]
+        self._put(name, copy.deepcopy(filled), tensors, name, fresh=True)
 
     def unload(self, name: str) -> None:
         """Forget an adapter; its slot is free.
@@ -139,7 +138,7 @@ class AdapterPool:
         """
         with self._lock:
             if name not in self._members:
-                raise ConfigError(f"AdapterPool.unload: no adapter {name!r}{_nearest(name, self._members)}")
+                raise ConfigError(f"AdapterPool.unload: no adapter {name!r}{nearest(name, self._members)}")
             if self._in_use[name]:
                 raise ConfigError(f"AdapterPool.unload: {name!r} is in use; wait for the batch to end")
             member = self._members.pop(name)
@@ -164,13 +163,11 @@ class AdapterPool:
         """Scale the gradients of each adapter down to this norm, each for itself; the norms before, by name."""
         norms = {}
         for name, member in self._members.items():
-            parts = [part.grad[member.slot] for place in member.shelf.places.values() for part in place.factors
-                     if part.grad is not None]  # fmt: skip
-            norms[name] = (
-                float(torch.linalg.vector_norm(torch.stack([part.norm() for part in parts]))) if parts else 0.0
-            )
-            for part in parts:
-                part.mul_(min(1.0, max_norm / (norms[name] + 1e-6)))
+            gradients = (part.grad for place in member.shelf.places.values() for part in place.factors)
+            own = [gradient[member.slot] for gradient in gradients if gradient is not None]
+            norms[name] = float(nn.utils.get_total_norm(own))
+            for gradient in own:
+                gradient.mul_(min(1.0, max_norm / (norms[name] + 1e-6)))
         return norms
 
     def close(self) -> None:
@@ -214,7 +211,7 @@ class AdapterPool:
                 _CURRENT.reset(token)
         finally:
             with self._lock:
-                self._in_use.subtract(name for name in held if self._in_use[name])
+                self._in_use.subtract(list(held))
 
     def _batch(self) -> Batch | None:
         current = _CURRENT.get()
@@ -231,13 +228,12 @@ class AdapterPool:
         for shelf in batch.shelves:
             if (place := shelf.places.get(path)) is not None:
                 rows, slots = batch.rows(shelf, len(x), x.device)
-                added = self._product(place, path, batch, x if rows is None else x[rows], slots).to(output.dtype)
+                added = self._product(place, batch, x if rows is None else x[rows], slots).to(output.dtype)
                 output = output + added if rows is None else output.index_add(0, rows, added)
         return output
 
-    def _product(self, place: Place, path: str, batch: Batch, x: Tensor, slots: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+    def _product(self, place: Place, batch: Batch, x: Tensor, slots: Tensor) -> Tensor:
+        x = in_autocast_dtype(x)
         flat, modulation = x.reshape(len(x), -1, x.shape[-1]), MODULATIONS[place.modulation]
         gathered: Gathered | None = None
         if not torch.is_grad_enabled():
@@ -272,7 +268,7 @@ class AdapterPool:
             if name not in self._members:
                 if self.folder is None or not name or Path(name).name != name or not (self.folder / name).is_dir():
                     known = [*self._members, *(p.name for p in (self.folder.iterdir() if self.folder else ()))]
-                    raise ConfigError(f"AdapterPool: no adapter {name!r}{_nearest(name, known)}")
+                    raise ConfigError(f"AdapterPool: no adapter {name!r}{nearest(name, known)}")
                 self.load(name, self.folder / name)
             self._members.move_to_end(name)
             return self._members[name]
@@ -321,9 +317,7 @@ class AdapterPool:
             if not isinstance(layer, nn.Linear | Conv1D):
                 kind = "no such layer" if layer is None else f"a {type(layer).__name__}"
                 raise AdapterFileError(f"{source}: {path} is {kind} in this base; a pool takes linear layers")
-            shape = (layer.weight.shape[0], layer.weight.shape[1])
-            shape = shape[::-1] if isinstance(layer, Conv1D) else (layer.out_features, layer.in_features)
-            layers[path] = Loaded.checked(path, shape, config, found[path], source)
+            layers[path] = Loaded.checked(path, Linear.shape_of(layer), config, found[path], source)
         return layers
 
     def _new_shelf(self, layers: Mapping[str, Loaded], source: str) -> Shelf:
@@ -378,21 +372,16 @@ class Loaded:
     ) -> Loaded:
         """Raises AdapterFileError unless all parts are there, finite, and fit a layer of this shape."""
         ranks = config.ranks_of(path, shape=shape)
-        (m, n), K, r = shape, len(ranks), sum(ranks)
-        sizes = [(r, -(-n // K)), (-(-m // K), r), (m,), (n,), (K,)]
-        for part, size in zip(PARTS, sizes, strict=True):
-            if part not in parts or parts[part].shape != size:
-                has = tuple(parts[part].shape) if part in parts else "none"
-                raise AdapterFileError(f"{source}: {path}.{part}: {size} fits this base and config, found {has}")
-            if parts[part].is_floating_point() and not bool(torch.isfinite(parts[part]).all()):
-                raise AdapterFileError(f"{source}: {path}.{part}: holds NaN or infinite values; fetch it again")
+        lacking = next((part for part in PARTS if part not in parts), None)
+        if lacking is not None:
+            raise AdapterFileError(f"{source}: lacks {path}.{lacking}; save or fetch the adapter again")
+        sizes = *factor_shapes(*shape, ranks), *((size,) for size in (*shape, len(ranks)))
+        scaling = config.alpha_of(path, sum(ranks), shape) / sum(ranks)
         A, B, rows, cols, scale = (parts[part] for part in PARTS)
         try:
-            check_labels(rows, K, f"{path} row labels")
-            check_labels(cols, K, f"{path} column labels")
-        except PartitionError as error:
+            check_parts(path, {f"{path}.{part}": parts[part] for part in PARTS}, sizes, ranks, scaling, A.dtype)
+        except AdapterFileError as error:
             raise AdapterFileError(f"{source}: {error}") from None
-        scaling = config.alpha_of(path, r, shape) / r
         return cls(ranks, config.modulation, scaling, config.partition == "spectral", A, B, rows, cols, scale.float())
 
     @property
@@ -528,8 +517,3 @@ class Batch:
             slots = torch.tensor([self.members[repeated[row]].slot for row in own], device=device)
             self._rows[key] = None if len(own) == count else torch.tensor(own, device=device), slots
         return self._rows[key]
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,22 +1,9 @@
-"""Names: the nearest valid one to a wrong one, and the next that is free."""
+"""The name that something gets where its own is taken."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import chain, count
-
-LISTED = 20
-"""Names that an error message lists at most."""
-
-
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """``; did you mean 'x'?``, or the names to choose from if there are few, or nothing."""
-    names = sorted(valid)
-    near = difflib.get_close_matches(name, names, n=1)
-    if near:
-        return f"; did you mean {near[0]!r}?"
-    return f"; choose from {', '.join(names)}" if 0 < len(names) <= LISTED else ""
 
 
 def free_name(name: str, is_taken: Callable[[str], bool]) -> str:

@@ -23,10 +23,9 @@ from pydantic import (
 from transformers import TrainingArguments
 from transformers.quantizers.auto import AutoQuantizationConfig
 
-from smoa.errors import ConfigError, DataError
+from smoa.errors import ConfigError, DataError, nearest
 from smoa_lab.basics.extras import install
 from smoa_lab.basics.foreign import foreign_warnings_ignored
-from smoa_lab.basics.names import nearest
 from smoa_lab.config.methods import METHODS, Method
 from smoa_lab.data.tasks import find_task
 

@@ -10,9 +10,8 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from smoa.errors import ConfigError
+from smoa.errors import ConfigError, nearest
 from smoa_lab.basics.extras import import_package
-from smoa_lab.basics.names import nearest
 from smoa_lab.data.questions import ALPACA
 
 SPECIAL = re.compile(r"<\|[a-z_]+\|>|<(?:start|end)_of_turn>|\[/?INST\]")

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from smoa.atomic import check_place, write_whole
-from smoa.errors import DataError
+from smoa.errors import DataError, nearest
 from smoa_lab.basics.cache import cache_folder
 from smoa_lab.basics.extras import Needs
-from smoa_lab.basics.names import nearest
 from smoa_lab.data import commonsense, hub, small
 from smoa_lab.data.own_questions import Family, FileTask, read_file_split
 from smoa_lab.data.rows import Row, Split, content_hash, question, question_values, split

@@ -15,8 +15,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.corda import preprocess_corda
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from smoa.errors import ConfigError
-from smoa_lab.basics.names import nearest
+from smoa.errors import ConfigError, nearest
 from smoa_lab.config.methods import METHODS
 from smoa_lab.data.tasks import find_task, load_task
 from smoa_lab.scoring.forgetting import text_length, whole_text

@@ -97,9 +97,9 @@ def shared(
     """
     if diagonal is None:
         return _unmodulated(stack, x, slots)
+    if not torch.is_grad_enabled():
+        return _products(stack, x, gathered or stack.gathered(slots), diagonal())
     if torch.compiler.is_compiling():
-        if not torch.is_grad_enabled():
-            return _products(stack, x, stack.gathered(slots), diagonal())
         y: Tensor = checkpoint(
             lambda A, B, x: _products(stack, x, _with(stack, A, B).gathered(slots), diagonal()),
             *(stack.A, stack.B, x),
@@ -107,8 +107,6 @@ def shared(
             preserve_rng_state=False,
         )
         return y
-    if not torch.is_grad_enabled():
-        return _products(stack, x, gathered or stack.gathered(slots), diagonal())
     return _Shared.apply(stack.A, stack.B, x, slots, stack, diagonal)  # type: ignore[no-untyped-call,no-any-return]
 
 

@@ -11,10 +11,10 @@ from platformdirs.unix import Unix
 from pydantic import ValidationError
 from transformers import BloomConfig, GPT2Config, LlamaConfig
 
-from smoa.errors import ConfigError
+from smoa.errors import LISTED, ConfigError, nearest
 from smoa_lab.basics.cache import cache_folder, content_of
 from smoa_lab.basics.foreign import foreign_warnings_ignored
-from smoa_lab.basics.names import LISTED, free_name, nearest
+from smoa_lab.basics.names import free_name
 from smoa_lab.basics.positions import check_positions, positions_of, prompt_room
 from smoa_lab.basics.section import Section, Seed
 
