@@ -142,7 +142,9 @@ def partition_to_state_dict(layer: Any, state_dict: dict[str, Any], prefix: str,
     for name, factor in layer.smoa_A.items():
         if (key := f"{prefix}{SCALE}.{name}") in state_dict:
             scale = state_dict[key]
-            state_dict[key] = layer.exact_scales(name)[: scale.numel()].view(scale.shape)  # FSDP1 casts buffers in place
+            state_dict[key] = layer.exact_scales(name)[: scale.numel()].view(
+                scale.shape
+            )  # FSDP1 casts buffers in place
         weight = next(factor.parameters())
         if isinstance(weight, DTensor):
             for key in {f"{prefix}{part}.{name}" for part in PARTITION} & state_dict.keys():
