@@ -90,7 +90,7 @@ class ParamWrapper(SmoaLayer):
         """The current weights as a view, (experts, halves, out_features, in_features)."""
         return self.layout.matrices(refuse_partitioned(self.stored_weight()))
 
-    def matrix(self, number: int) -> Tensor:
+    def base_weight(self, number: int = 0) -> Tensor:
         """The current weight of one matrix as a view, (out_features, in_features)."""
         expert, half = divmod(number, self.layout.halves)
         return self.matrices()[expert, half]
@@ -141,7 +141,7 @@ class ParamWrapper(SmoaLayer):
         return stored
 
     def _write_matrix(self, matrix: Tensor, number: int) -> None:
-        self.matrix(number).copy_(matrix)
+        self.base_weight(number).copy_(matrix)
 
     # Forward.
 

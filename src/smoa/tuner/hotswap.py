@@ -86,6 +86,7 @@ def _fitted(
     for name, layer in layers.items():
         keys = [f"{PREFIX}{name}.{part}" for part in PARTS]
         if own.isdisjoint(keys):  # it does nothing
+            layer.decide_partition(adapter_name)
             labels = [layer.smoa_row_labels[adapter_name], layer.smoa_col_labels[adapter_name]]
             zeros = map(torch.zeros_like, layer.factors(adapter_name))
             parts = [*zeros, *labels, layer.block_scale(adapter_name)]
