@@ -144,13 +144,13 @@ def _preference(row: dict[str, Any]) -> Row:
         same = [one == other for (_, one), (_, other) in zip(better, worse, strict=False)]
         shared = [*same, False].index(False)
         before, better, worse = better[:shared], better[shared:], worse[shared:]
-    answers = [_answered(before, turns, field) for field, turns in (("chosen", better), ("rejected", worse))]
+    completion, other = _answered(before, better, "chosen"), _answered(before, worse, "rejected")
     for path, message in (better[0], worse[0]):
         if message.role != "assistant":
             raise BadRow(
                 path, f"is where chosen and rejected differ, a {message.role} turn; expected an assistant turn"
             )
-    return Row(_said(before), *answers)
+    return Row(_said(before), completion, other)
 
 
 def _said(turns: Sequence[Turn]) -> tuple[Message, ...]:

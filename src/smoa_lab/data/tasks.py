@@ -233,7 +233,7 @@ def _question(name: str, number: str, row: dict[str, Any], columns: Columns) -> 
     if label is None or (columns.choices is None and columns.answer is None):
         raise DataError(f"data.files.{name}.columns: give answer, or choices and label")
     if columns.choices is None:
-        return question(name, number, prompt, str(row[columns.answer]), context=context)
+        return question(name, number, prompt, str(row[str(columns.answer)]), context=context)
     choices = [row[column] for column in listed] or _list_of_choices(row[str(columns.choices)], str(columns.choices))
     return choice_question(name, number, prompt, list(map(str, choices)), _label(row[label], choices), context)
 
