@@ -27,14 +27,15 @@ from smoa.config import SmoaConfig
 from smoa.errors import MergeError
 from smoa.export.checkpoint import (
     COMPANIONS,
+    INDEX,
     LEGAL,
+    SINGLE,
     TOKENIZER,
     BaseCheckpoint,
     Shards,
     adapter_config,
     base_folder,
     class_name,
-    has_safetensors,
     recorded_revision,
 )
 from smoa.export.streaming import RoundingLoss, SavedAdapter, plan_stream, stream_merge
@@ -172,10 +173,11 @@ def _stream(
     base: BaseCheckpoint, folder: Path, dtype: torch.dtype | None, max_shard_size: int | str
 ) -> RoundingLoss | None:
     """Merge from disk to disk. If that is not possible, write nothing and return None."""
-    config, raw = base.peft_config, base.raw_config()
-    if not isinstance(config, SmoaConfig) or config.trainable_token_indices:
+    config = base.peft_config
+    raw: dict[str, Any] = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
+    if not isinstance(config, SmoaConfig) or config.trainable_token_indices or "quantization_config" in raw:
         return None
-    if not has_safetensors(base.folder) or "quantization_config" in raw:
+    if not any((base.folder / name).is_file() for name in (INDEX, SINGLE)):
         return None
     adapter, checkpoint, model = SavedAdapter(base.adapter, config), Shards(base.folder), base.on_meta()
     plan = plan_stream(adapter, model, checkpoint)

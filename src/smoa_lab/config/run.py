@@ -28,9 +28,8 @@ from smoa_lab.config.yaml_text import apply_overrides, key_lines, parse_yaml, to
 from smoa_lab.data.files import HubRows
 from smoa_lab.data.formats import Format
 from smoa_lab.data.general_text import STORY
-from smoa_lab.data.own_questions import FileTask
 from smoa_lab.data.questions import AnswerStyle, Template
-from smoa_lab.data.tasks import Selection, Source, Task, find_task, select
+from smoa_lab.data.tasks import FileTask, Selection, Source, Task, find_task, select
 
 TRUST = ("trust_remote_code", "allow_all_kernels")
 """Keys, of ours and of ``from_pretrained``, that let a repository run its own code."""

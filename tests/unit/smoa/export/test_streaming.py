@@ -53,7 +53,7 @@ def test_a_module_trained_whole_replaces_the_checkpoints_tensor(tmp_path: Path) 
     saved(tmp_path, modules_to_save=["input_layernorm"])
     plan = plan_stream(adapter_in(tmp_path), tiny_models.build("llama"), Shards(tmp_path / "base"))
     assert plan is not None
-    assert list(plan.replaced) == [f"model.layers.{number}.input_layernorm.weight" for number in range(2)]
+    assert list(plan[1]) == [f"model.layers.{number}.input_layernorm.weight" for number in range(2)]
 
 
 def test_layers_that_the_model_does_not_have_are_told(tmp_path: Path) -> None:
