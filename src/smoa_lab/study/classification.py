@@ -29,7 +29,7 @@ from smoa_lab.data.sources import installed_file
 from smoa_lab.models.base_models import places
 from smoa_lab.scoring.evaluation import Outcome
 from smoa_lab.scoring.losses import scoring
-from smoa_lab.study.runner import Runner, without_bar
+from smoa_lab.study.runner import Runner
 from smoa_lab.training.adapting import after_training, with_adapter
 from smoa_lab.training.loaded_run import REPLACED, checked_arguments
 
@@ -47,7 +47,7 @@ class ClassificationRunner(Runner):
         return config.model.model_copy(update=own)
 
     def _fit(self, config: RunConfig, checkpoint: str | None, check: TrainerCallback) -> tuple[Any, Any, float]:
-        arguments = without_bar(checked_arguments(TrainingArguments(**config.training)))
+        arguments = checked_arguments(TrainingArguments(**config.training))
         set_seed(arguments.seed)  # head and factors are drawn here
         model, tokenizer = self._adapted(config)
         rows = [_row(tokenizer, row, config.task.max_length) for row in self.records.train]

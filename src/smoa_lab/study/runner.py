@@ -136,18 +136,12 @@ class Runner:
         """Train by ``config``, from ``checkpoint`` if there is one, watched by ``check``: the model, its trainer, and
         the seconds that it took."""
         run = self._load(config)
-        return run.fit(without_bar(run.arguments()), checkpoint, check)
+        return run.fit(run.arguments(), checkpoint, check)
 
     def _outcomes(self, model: nn.Module | None, config: RunConfig, rows: Sequence[Row]) -> list[Outcome]:
         """What the model, or without one the untouched base, makes of each row."""
         scored = self._load(config).base if model is None else model
         return answer_outcomes(scored, self.encoder, rows, config.task.eval_batch_tokens)
-
-
-def without_bar(arguments: Any) -> Any:
-    """The trainer's arguments, without a progress bar: a study logs one line a run."""
-    arguments.disable_tqdm = True
-    return arguments
 
 
 def trained_parameters(model: nn.Module) -> int:

@@ -32,7 +32,7 @@ from smoa_lab.models.needs import training_needs
 from smoa_lab.scoring.evaluation import Outcome, answer_outcomes
 from smoa_lab.scoring.forgetting import text_losses, whole_text
 from smoa_lab.scoring.losses import Losses
-from smoa_lab.study.runner import Part, Runner, scored, without_bar
+from smoa_lab.study.runner import Part, Runner, scored
 from smoa_lab.study.study import Entry, Study
 from smoa_lab.training.adapting import check_adapter
 from smoa_lab.training.loaded_run import LoadedRun, encoder_of, load_run
@@ -105,7 +105,7 @@ class EarlierTask:
         inputs = {"data": records.content, "base model": base_content(self.config.model)}
         checkpoint = run.start(self.config.to_yaml(), inputs)
         loaded = load_run(self.config, records)
-        model, _, _ = loaded.fit(without_bar(loaded.arguments()), checkpoint)
+        model, _, _ = loaded.fit(loaded.arguments(), checkpoint)
         merged = model.merge_and_unload() if isinstance(model, PeftModel) else model
         if self.is_first and not all(bool(parameter.isfinite().all()) for parameter in merged.parameters()):
             raise ConfigError("first.learning_rate: the first task's training diverged; lower the rate")
@@ -224,8 +224,12 @@ class SequenceRunner(Runner):
             return self.before(config, [self._first_task])
         before = self.before(config, self._earlier_tasks(config))
         after = self._measured(model, config)
-        change = weight_changes(model, self._load(config).base)
-        return {**after, "forgot": _forgot(before, after), "change": change}
+        pairs = {"first": (before["first"]["questions"], after["first"]["questions"])}
+        if "texts" in before:
+            pairs["elsewhere"] = (before["texts"], after["texts"])
+        losses = {name: [Losses(part["nll"], part["tokens"]) for part in pair] for name, pair in pairs.items()}
+        forgot = {name: asdict(late.change_from(early)) for name, (early, late) in losses.items()}
+        return {**after, "forgot": forgot, "change": weight_changes(model, self._load(config).base)}
 
     def _measured(self, model: nn.Module, config: RunConfig) -> dict[str, Any]:
         """Scores of the last task as in other studies, of all earlier tasks, and of the text elsewhere."""
@@ -285,15 +289,6 @@ def _spread(layers: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
     if len(layers) <= LAYERS:
         return layers
     return [layers[round(number * (len(layers) - 1) / (LAYERS - 1))] for number in range(LAYERS)]
-
-
-def _forgot(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """The rise of the loss on the first task and on the text elsewhere."""
-    pairs = {"first": (before["first"]["questions"], after["first"]["questions"])}
-    if "texts" in before:
-        pairs["elsewhere"] = (before["texts"], after["texts"])
-    losses = {name: [Losses(part["nll"], part["tokens"]) for part in pair] for name, pair in pairs.items()}
-    return {name: asdict(late.change_from(early)) for name, (early, late) in losses.items()}
 
 
 def _key(described: dict[str, Any]) -> str:

@@ -30,7 +30,6 @@ from smoa.errors import ConfigError, DataError
 from smoa_lab.study import ray_executor
 from smoa_lab.study.comparison import Comparison, load_study
 from smoa_lab.study.ray_executor import (
-    Machine,
     Place,
     RayExecutor,
     check_machines,
@@ -53,27 +52,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
-def test_workers_get_as_many_cores_as_fit() -> None:
-    three = [Machine(8), Machine(8), Machine(4)]
-    for machines, workers, cores in (
-        ([Machine(8)], 3, 2),
-        (three, 5, 4),
-        (three, 6, 2),
-        ([Machine(8), Machine(0)], 8, 1),
-    ):
-        assert equal_share(machines, workers, on_gpus=False) == Machine(cores)
+def test_workers_get_as_many_cores_as_fit_and_a_gpu_each_where_there_are_any() -> None:
+    three = [(8, 0), (8, 0), (4, 0)]
+    for machines, workers, cores in (([(8, 0)], 3, 2), (three, 5, 4), (three, 6, 2), ([(8, 0), (0, 0)], 8, 1)):
+        assert equal_share(machines, workers, on_gpus=False) == cores
+    assert [equal_share([(16, 4), (16, 1), (64, 0)], workers, on_gpus=True) for workers in (5, 2)] == [4, 16]
 
 
-def test_each_worker_gets_a_gpu_of_its_own() -> None:
-    machines = [Machine(16, gpus=4), Machine(16, gpus=1), Machine(64)]
-    assert equal_share(machines, 5, on_gpus=True) == Machine(4, gpus=1)
-    assert equal_share(machines, 2, on_gpus=True) == Machine(16, gpus=1)
-
-
-@pytest.mark.parametrize(
-    ("machines", "on_gpus", "most"), [([Machine(2)], False, 2), ([Machine(1, gpus=8)], True, 1), ([], False, 0)]
-)
-def test_more_workers_than_fit_are_refused(machines: list[Machine], on_gpus: bool, most: int) -> None:
+@pytest.mark.parametrize(("machines", "on_gpus", "most"), [([(2, 0)], False, 2), ([(1, 8)], True, 1), ([], False, 0)])
+def test_more_workers_than_fit_are_refused(machines: list[tuple[int, int]], on_gpus: bool, most: int) -> None:
     with pytest.raises(ConfigError, match=rf"--workers 3: .* there is room for {most}; give at most {most}"):
         equal_share(machines, 3, on_gpus)
 
