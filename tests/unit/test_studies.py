@@ -18,7 +18,8 @@ import stored
 from smoa.errors import DataError
 from smoa_lab.study.comparison import load_study
 from smoa_lab.study.report import EVERY_RUN
-from smoa_lab.study.results import as_json
+from smoa_lab.study.results import as_json, rows_of
+from smoa_lab.study.sequence_report import sequence_summary
 from smoa_lab.study.statistics import outcomes
 from smoa_lab.study.study import Study
 from smoa_lab.study.trials import PACK, Trial, TrialStore, Untouched, own_files, pack
@@ -52,6 +53,7 @@ def test_the_documents_show_as_many_studies_as_ever(monkeypatch: pytest.MonkeyPa
 def test_a_stored_study_is_packed_whole_and_its_page_leads_to_its_runs(folder: Path) -> None:
     assert not own_files(folder), "run smoa compare --report-only --pack on this study"
     report = stored.report_of(folder)
+    assert (folder / "README.md").read_text(encoding="utf-8").startswith(report.readme().rstrip("\n"))
     html = report.page("../charts.js")
     assert not re.search(r"""<link[^>]+href=["']?https?:|\bsrc(?:set)?=["']?https?:|@import""", html)
     shown = re.findall(r'<span id="([^"]+)">', html)
@@ -70,6 +72,31 @@ def test_a_stored_study_was_run_with_the_settings_of_its_file(folder: Path) -> N
     assert any(finals.values())
     assert any(searches.values()) or comparison.study.kind == "sequence"
     comparison.stored(Untouched())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("headroom-reuters", "commonsense-float32", "recall-256", "recall-gemma-256"),
+        *("retention-replay", "retention-seeds", "retention-smollm2-reversed"),
+    ],
+)
+def test_a_report_that_is_computed_anew_is_the_wanted(name: str) -> None:
+    comparison, wanted = stored.comparison(name), json.loads((stored.STUDIES / name / "summary.json").read_text())
+    is_sequence = comparison.study.kind == "sequence"
+    summary = sequence_summary(comparison) if is_sequence else as_json(rows_of(comparison))
+    assert_equal(json.loads(json.dumps(summary)), wanted)
+
+
+def assert_equal(value: Any, other: Any) -> None:
+    """The same values, numbers to 1e-12."""
+    if isinstance(value, dict | list):
+        keys = sorted(value) if isinstance(value, dict) else range(len(value))
+        assert len(value) == len(other)
+        for key in keys:
+            assert_equal(value[key], other[key])
+    else:
+        assert value == (pytest.approx(other, rel=1e-12) if isinstance(other, float) else other)
 
 
 FILES = sorted(file for file in stored.STUDIES.glob("*/*.yaml") if file.stem != "partition-headlines")

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from smoa_lab.pages.charts import MUTED, PALETTE, specification
 from smoa_lab.study.charts import (
-    LABEL_HEIGHT,
     MARGIN,
     TALLEST,
-    accuracy,
     cost,
     differences,
     frontier,
@@ -50,15 +46,6 @@ def test_what_diverged_or_was_not_measured_yet_is_left_out() -> None:
     assert differences([row(loss_difference=Difference(NAN, NAN, NAN, "worse"))]) is None
     assert differences([row(loss_difference=None)]) is None
     assert cost([row(seconds=None)]) is None
-
-
-def test_entries_of_equal_parameters_stand_side_by_side_under_their_number() -> None:
-    rows = [row("a"), row("b"), row("c", parameters=64_000)]
-    assert [(point["entry"], point["parameters"]) for point in data(accuracy(rows))] == [
-        *(("a", 1000), ("b", 1000), ("c", 64_000))
-    ]
-    column = specification(accuracy(rows))["facet"]["column"]
-    assert (column["field"], column["header"]["format"]) == ("parameters", ",")
 
 
 def test_every_entry_has_a_panel_with_all_others_in_gray() -> None:
@@ -128,11 +115,3 @@ def test_runs_that_forgot_nearly_all_do_not_squeeze_the_others() -> None:
 def test_a_run_that_diverged_is_left_out_and_without_any_there_is_no_chart() -> None:
     assert len(layers(frontier(runs("ours", [2.0, None], [3.0, 9.0]), TITLES, None))[2]) == 2
     assert frontier(runs("ours", [None], [3.0]), TITLES, None) is None
-
-
-def test_labels_do_not_overlap_and_stay_below_the_top() -> None:
-    ends = [run for name in "abcdefgh" for run in runs(name, [2.0], [3.0])]
-    labels = layers(frontier([*ends, *runs("high", [2.0], [4.9])], TITLES, 2.9))[4]
-    heights = sorted(label["height"] for label in labels)
-    assert min(np.diff(heights)) >= LABEL_HEIGHT * (heights[-1] - heights[0]) * 0.9
-    assert heights[-1] <= 4.9 + MARGIN

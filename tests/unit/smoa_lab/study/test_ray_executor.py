@@ -20,7 +20,6 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
 import yaml
 from filelock import FileLock
 
@@ -39,7 +38,7 @@ from smoa_lab.study.ray_executor import (
     result_of,
 )
 from smoa_lab.study.study import Study
-from smoa_lab.study.trials import Job, Result, TrialStore, Untouched
+from smoa_lab.study.trials import Job, Result, TrialStore
 from tests.support import lab
 from tests.support.processes import ROOT, environment, free_port
 from tests.support.studies import ENCODER_ADAPTER
@@ -107,12 +106,6 @@ def test_where_no_cluster_is_found_the_error_says_what_to_start(lonely: SimpleNa
         for address in ("auto", f"127.0.0.1:{somebody.getsockname()[1]}"):
             with pytest.raises(ConfigError, match=r"may join \(Could not find .*run `ray start` on this machine too"):
                 connect(address)
-
-
-def test_without_ray_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(DataError, match=r"--workers: needs ray; in a clone of smoa, run: pip install '\.\[cluster\]'"):
-        connect(None)
 
 
 def test_what_is_started_here_sends_no_telemetry_unless_asked(
@@ -212,23 +205,6 @@ def test_a_machine_that_cannot_do_the_work_is_named_and_told_what_to_do(
     assert_refused("machine-7 does not see what other machines write there")
     with pytest.raises(DataError, match="must share this folder, and /no/such/place, under the same path"):
         Place("/no/such/place", place.mark).enter()
-
-
-def test_a_worker_keeps_a_study_that_it_has_begun(
-    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ray_executor, "_begun", {})
-    used: list[tuple[Comparison, int]] = []
-    monkeypatch.setattr(Comparison, "perform", lambda self, job: used.append((self, torch.get_num_threads())) or {})
-    mark = tmp_path / "mark"
-    mark.touch()
-    with threads(torch.get_num_threads()):
-        for number in (1, 2):
-            perform(study, Place(str(tmp_path), mark), Untouched(), number)
-    (first, one), (second, two) = used
-    assert first is second
-    assert (one, two) == (1, 2)
 
 
 @pytest.fixture(scope="module")
