@@ -10,8 +10,7 @@ from typing import Any
 from smoa.errors import ConfigError
 from smoa_lab.config.run import ConfigText, RunConfig
 from smoa_lab.config.validation import block_problems
-from smoa_lab.study.classification import ClassificationRunner
-from smoa_lab.study.runner import Part, Runner
+from smoa_lab.study.runner import ClassificationRunner, Part, Runner
 from smoa_lab.study.search import Tuned, first_index, nearest_index, next_indices, rate, sweep_of
 from smoa_lab.study.sequence import SequenceRunner
 from smoa_lab.study.study import Study
@@ -25,7 +24,7 @@ def runner_of(study: Study) -> Runner:
     if study.kind == "sequence":
         return SequenceRunner(study)
     kind = ClassificationRunner if study.kind == "classification" else Runner
-    return kind(study.shared, study.elsewhere)
+    return kind(study.shared, study.other_domain)
 
 
 def load_study(path: str | Path, overrides: list[str] | None = None, trust_remote_code: bool = False) -> Study:

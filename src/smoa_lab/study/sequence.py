@@ -116,13 +116,13 @@ class EarlierTask:
 
 
 class SequenceRunner(Runner):
-    """Trains the last task on the model of the earlier ones; scores all on their test parts, and the text elsewhere.
+    """Trains the last task on the model of the earlier ones; scores all on their test parts, and text of another domain.
 
     With ``replay`` the last task is trained on that many training rows of the first one too.
     """
 
     def __init__(self, study: Study) -> None:
-        super().__init__(study.shared, study.elsewhere)
+        super().__init__(study.shared, study.other_domain)
         assert study.first is not None
         self.first, self.between, self.replay = study.first, study.between, study.replay
         self.folder = study.folder
@@ -241,10 +241,10 @@ class SequenceRunner(Runner):
         content = " ".join(records.account["used"]["test"]["sha256"] for records in self.earlier_records)
         return {**super()._scores(model, config, "test"), "first": {"sha256": content, **scored(outcomes)}}
 
-    def _away(self, model: nn.Module | None, config: RunConfig) -> dict[str, Any]:
+    def _on_other_domain(self, model: nn.Module | None, config: RunConfig) -> dict[str, Any]:
         """The loss on the records' whole texts, and that of each."""
         assert model is not None  # the untouched model is scored as the first task's
-        losses = text_losses(model, self.encoder.tokenizer, [whole_text(record) for record in self._elsewhere_records])
+        losses = text_losses(model, self.encoder.tokenizer, [whole_text(record) for record in self._other_rows])
         return {"elsewhere": losses.mean, "texts": asdict(losses)}
 
 

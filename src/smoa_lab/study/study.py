@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, PositiveFloat, field_validator, model_validator
+from pydantic import AfterValidator, AliasChoices, Field, PositiveFloat, field_validator, model_validator
 
 from smoa.errors import ConfigError, DataError
 from smoa_lab.basics.section import Section, Seed
@@ -76,7 +76,7 @@ class Study(Section):
     """A whole study. ``shared`` is a run's config but for method, adapter and learning rate.
 
     ``references`` are the entries to which the others of their budget are compared, by default the first one of each
-    budget. ``elsewhere`` is a data block of another domain: the loss on its test part shows what was forgotten.
+    budget. ``other_domain`` is a data block of one: the loss on its test part shows what was forgotten.
 
     In a study of kind ``sequence`` every entry starts from the model that ``first`` trained, trains the tasks
     ``between`` one after the other, and then that of ``shared``, with every seed at every rate of ``tuning.sweep``.
@@ -89,7 +89,10 @@ class Study(Section):
     between: list[Between] = Field(default=[])
     replay: int = Field(default=0, ge=0)
     shared: dict[str, Any]
-    elsewhere: DataSection | None = None
+    other_domain: DataSection | None = Field(
+        default=None,
+        validation_alias=AliasChoices("other_domain", "elsewhere"),  # of earlier releases
+    )
     entries: dict[str, Entry] = Field(min_length=1)
     references: list[str] = Field(default=[])
     tuning: Tuning = Tuning()
@@ -132,9 +135,9 @@ class Study(Section):
         if not isinstance(self.shared.get("model"), dict):
             return "shared.model: is missing; an entry's own model block only changes parts of it"
         try:
-            _ = self.elsewhere and self.elsewhere.chosen()
+            _ = self.other_domain and self.other_domain.chosen()
         except DataError as error:
-            return f"elsewhere: {error}"
+            return f"other_domain: {error}"
         return None
 
     def chosen(self, only: Sequence[str]) -> list[str]:

@@ -16,9 +16,8 @@ import yaml
 
 from smoa.errors import ConfigError
 from smoa_lab.config.run import RunConfig
-from smoa_lab.study.classification import ClassificationRunner
 from smoa_lab.study.comparison import Comparison, load_study, runner_of
-from smoa_lab.study.runner import Runner
+from smoa_lab.study.runner import ClassificationRunner, Runner
 from smoa_lab.study.search import Tuned, first_index, nearest_index, next_indices, rate, sweep_of
 from smoa_lab.study.sequence import SequenceRunner
 from smoa_lab.study.study import Entry, Study, Tuning
@@ -255,10 +254,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"tuning": {"sweep": [0.01, 0.001]}}, r"tuning\.sweep: must be \[lowest, highest\]"),
     ({"tuning": {}}, r"tuning\.sweep: is missing; a study of kind sequence runs"),
     (
-        {"elsewhere": {"tasks": ["prose"], "test_exampels": 3}},
-        r"elsewhere\.test_exampels: unknown key; .*test_examples",
+        {"other_domain": {"tasks": ["prose"], "test_exampels": 3}},
+        r"other_domain\.test_exampels: unknown key; .*test_examples",
     ),
-    ({"elsewhere": {"tasks": ["proze"]}}, r"elsewhere: .*there is no task 'proze'.*'prose'"),
+    ({"other_domain": {"tasks": ["proze"]}}, r"other_domain: .*there is no task 'proze'.*'prose'"),
     ({"shared": {"data": {"tasks": ["piqa"]}}}, r"shared\.model: is missing"),
     ({"between": [{"data": {"tasks": ["arc_ez"]}}]}, r"entries\.ours\.between\[0\]: 1 problem\n  .*no task 'arc_ez'"),
     ({"first": None}, r"two\.yaml: 1 problem\n  first: is missing"),

@@ -167,7 +167,7 @@ def test_a_stored_first_model_is_scored_anew_on_other_questions_and_never_mixed_
     for file in (study.folder / "untouched.json", *study.folder.glob("final/*/*.json")):
         file.unlink()
     sequence["shared"]["data"]["test_examples"] = 1
-    sequence["elsewhere"]["test_examples"] = 1
+    sequence["other_domain"]["test_examples"] = 1
     study = only_ours(sequence)
     Comparison(study).run()
     before = TrialStore(study.folder).find("untouched")
@@ -227,9 +227,9 @@ def test_tasks_between_are_trained_by_the_entrys_own_method(
     trained = []
     real_fit = LoadedRun.fit
 
-    def fit(lesson: LoadedRun, *arguments: Any) -> Any:
-        trained.append((lesson.title, lesson.config.method, lesson.config.training["max_steps"]))
-        return real_fit(lesson, *arguments)
+    def fit(run: LoadedRun, *arguments: Any) -> Any:
+        trained.append((run.title, run.config.method, run.config.training["max_steps"]))
+        return real_fit(run, *arguments)
 
     monkeypatch.setattr(LoadedRun, "fit", fit)
     study = chain(sequence, tmp_path)

@@ -127,11 +127,11 @@ def test_a_second_start_while_a_run_trains_is_refused_before_any_work(
     config = check_config(values)
     fit = LoadedRun.fit
 
-    def started_again(lesson: LoadedRun, *given: Any) -> Any:
+    def started_again(run: LoadedRun, *given: Any) -> Any:
         monkeypatch.setattr(train_run, "load_run", pytest.fail)
         with pytest.raises(ConfigError, match="another process trains into it"):
             train_run.train(config)
-        return fit(lesson, *given)
+        return fit(run, *given)
 
     monkeypatch.setattr(LoadedRun, "fit", started_again)
     assert train_run.train(config)["training"]["steps"] == 2
@@ -154,8 +154,8 @@ def test_only_the_first_process_tells(
     level = logging.getLogger("smoa_lab").level
     made = LoadedRun.arguments
 
-    def of_rank_one(lesson: LoadedRun) -> Any:
-        arguments = made(lesson)
+    def of_rank_one(run: LoadedRun) -> Any:
+        arguments = made(run)
         monkeypatch.setattr(type(arguments), "process_index", property(lambda self: 1))
         return arguments
 
