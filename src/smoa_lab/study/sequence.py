@@ -116,7 +116,7 @@ class EarlierTask:
 
 
 class SequenceRunner(Runner):
-    """Trains the last task on the model of the earlier ones; scores all on their test parts, and text of another domain.
+    """Trains the last task on the model of the earlier ones; scores all on their test parts, and other text.
 
     With ``replay`` the last task is trained on that many training rows of the first one too.
     """

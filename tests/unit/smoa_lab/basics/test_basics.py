@@ -16,8 +16,6 @@ import pytest
 from huggingface_hub import constants
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from platformdirs.macos import MacOS
-from platformdirs.unix import Unix
 from transformers import BloomConfig, GPT2Config, LlamaConfig
 
 from smoa.errors import LISTED, ConfigError, DataError, nearest
@@ -34,25 +32,6 @@ def test_the_cache_folder_can_be_chosen(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("SMOA_CACHE", "~/mine")
     assert cache_folder() == tmp_path / "mine"
-
-
-@pytest.mark.parametrize(
-    ("platform", "variables", "expected"),
-    [
-        (Unix, {"XDG_CACHE_HOME": "/cache"}, "/cache/smoa"),
-        (Unix, {}, "/home/me/.cache/smoa"),
-        (MacOS, {}, "/home/me/Library/Caches/smoa"),
-    ],
-)
-def test_the_cache_is_where_smoa_0_1_had_it(
-    platform: type, variables: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("SMOA_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in {"HOME": "/home/me", **variables}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr("platformdirs.PlatformDirs", platform)
-    assert cache_folder() == Path(expected)
 
 
 def test_only_warnings_between_other_libraries_are_silenced_and_only_within_the_block() -> None:

@@ -6,8 +6,6 @@ from typing import Any
 
 from smoa_lab.pages.charts import MUTED, PALETTE, specification
 from smoa_lab.study.charts import (
-    MARGIN,
-    TALLEST,
     cost,
     differences,
     frontier,
@@ -61,14 +59,6 @@ def test_every_entry_has_a_panel_with_all_others_in_gray() -> None:
         assert shown[0]["run"] == f"#tuning/{panel['title']['text']}/lr-0.003-seed-100"
 
 
-def test_a_rate_that_failed_does_not_squeeze_the_others() -> None:
-    wild = Tuned({0.003: 2.5, 0.01: 2.25, 0.03: 90.0}, 0.01, interior=True)
-    drawn = specification(learning_rates([row(search=wild), row("ours", search=SEARCH)], NAMES))
-    low, high = drawn["concat"][0]["layer"][0]["encoding"]["y"]["scale"]["domain"]
-    assert low < 2.25
-    assert 2.5 < high < 4
-
-
 def runs(entry: str, learned: list[float | None], kept: list[float]) -> list[dict[str, Any]]:
     """Two seeds at each rate, with these mean losses."""
     return [
@@ -103,13 +93,6 @@ def test_every_run_is_a_point_and_every_entry_a_named_line_of_means() -> None:
     assert sorted(one["entry"] for one in labels) == ["lora", "ours"]
     assert before == [{"kept": 2.9}]
     assert specification(found)["layer"][0]["encoding"]["x"]["scale"]["reverse"]
-
-
-def test_runs_that_forgot_nearly_all_do_not_squeeze_the_others() -> None:
-    found = frontier([*runs("ours", [2.0, 1.0], [3.0, 3.5]), *runs("lora", [1.5, 1.2], [30.0, 40.0])], TITLES, 2.9)
-    frame = specification(found)["layer"][0]["encoding"]["y"]["scale"]["domain"]
-    assert frame == [2.9 - MARGIN, 2.9 + TALLEST]
-    assert all(frame[0] <= one["kept"] <= frame[1] for one in layers(found)[4])
 
 
 def test_a_run_that_diverged_is_left_out_and_without_any_there_is_no_chart() -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import ModelCard
 from transformers import LlamaForCausalLM
 
 from smoa.errors import ConfigError
@@ -108,17 +107,6 @@ def own_questions(room: Path) -> dict[str, Any]:
         rows = [json.dumps({"prompt": f"{part} {i}", "answer": str(i)}) for i in range(20)]
         (room / f"{part}.jsonl").write_text("\n".join(rows))
     return {"train": str(room / "train.jsonl"), "test": str(room / "test.jsonl"), "columns": {"answer": "answer"}}
-
-
-def test_the_adapters_card_is_filled_in(values: dict[str, Any], tmp_path: Path) -> None:
-    scores = train_run.train(check_config(values))["evaluation"]
-    card = ModelCard.load(tmp_path / "run" / "adapter" / "README.md")
-    assert "Forgotten: +" in card.text or "Forgotten: -" in card.text
-    before, after = (f"{scores[stage]['all']['gold_loss']:.3f}" for stage in ("before", "after"))
-    for said in ("# run", "import smoa", "of `base`: r = 4", before, after, "8 train", "| arc_easy | ai2"):
-        assert said in card.text
-    assert "More Information Needed" not in card.text
-    assert card.data.base_model is None
 
 
 def test_a_second_start_while_a_run_trains_is_refused_before_any_work(
