@@ -126,17 +126,17 @@ class Comparison:
     def ready(self, names: Sequence[str]) -> list[Job]:
         """What can be run now: the untouched model, searches, then final runs, one seed of all entries at a time."""
         searches = [trial for name in names for trial in self.search(name)]
-        rates = {name: self._final_rates(name) for name in names}
+        rates: dict[str, list[float]] = {}
+        for name in names:
+            if self.study.kind == "sequence":
+                rates[name] = [rate(index) for index in sweep_of(self.study, name)]
+            else:
+                rates[name] = [] if self.search(name) else [self.tuned(name).learning_rate]
         finals = [
             Trial("final", name, value, seed) for seed in self.study.seeds for name in names for value in rates[name]
         ]
         jobs: list[Job] = [Untouched(), *searches, *finals]
         return [job for job in jobs if job not in self.finished]
-
-    def _final_rates(self, name: str) -> list[float]:
-        if self.study.kind == "sequence":
-            return [rate(index) for index in sweep_of(self.study, name)]
-        return [] if self.search(name) else [self.tuned(name).learning_rate]
 
     def at_least_left(self, names: Sequence[str]) -> int:
         """Jobs that are not finished; of a search only those that it is sure to need."""

@@ -81,7 +81,11 @@ def rows_of(comparison: Comparison) -> list[Row]:
     """
     study, store = comparison.study, comparison.store
     searches = {name: comparison.stored_search(name) for name in study.entries}
-    finals = {name: _finals(comparison, name, searches[name]) for name in study.entries}
+    finals: dict[str, dict[int, Result]] = {}
+    for name, search in searches.items():
+        chosen = search.learning_rate if search else study.entries[name].learning_rate
+        runs = comparison.stored_finals(name, chosen.__eq__)
+        finals[name] = {run["config"]["training"]["seed"]: run for run in runs}
     made = [store.find(run) or {} for name in study.entries for run in store.names(f"final/{name}/")]
     machine = Counter(map(_machine, made)).most_common(1)  # others take another time for the same work
     rows = [_row(study, name, searches[name], finals, machine[0][0]) for name in study.entries if finals[name]]
@@ -97,13 +101,6 @@ def rows_of(comparison: Comparison) -> list[Row]:
             for row, loss, accuracy in zip(of_budget, pairs[::2], pairs[1::2], strict=True)
         ]
     return corrected_rows
-
-
-def _finals(comparison: Comparison, name: str, search: Tuned | None) -> dict[int, Result]:
-    """The final runs of the study's seeds, by seed, at the learning rate that the search chose."""
-    chosen = search.learning_rate if search else comparison.study.entries[name].learning_rate
-    finals = comparison.stored_finals(name, lambda rate: rate == chosen)
-    return {run["config"]["training"]["seed"]: run for run in finals}
 
 
 def _machine(run: Result) -> Machine:

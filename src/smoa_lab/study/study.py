@@ -108,37 +108,32 @@ class Study(Section):
     @model_validator(mode="after")
     def _as_a_whole(self) -> Study:
         """What no block knows by itself: names, and what the kind needs."""
-        if problem := self._problem():
-            raise ValueError(problem)
-        return self
-
-    def _problem(self) -> str | None:
         entries, is_sequence = self.entries, self.kind == "sequence"
         bad = [name for name in entries if name in ("", ".", "..") or "/" in name or "\\" in name]
         if bad:
-            return f"entries: {bad[0]!r} can't name a folder; leave out slashes"
+            raise ValueError(f"entries: {bad[0]!r} can't name a folder; leave out slashes")
         unknown = [name for name in self.references if name not in entries]
         if unknown:
-            return f"references: {', '.join(unknown)} is not an entry; entries: {', '.join(entries)}"
+            raise ValueError(f"references: {', '.join(unknown)} is not an entry; entries: {', '.join(entries)}")
         both = sorted({entry.budget for entry in entries.values()} & entries.keys())
         if both:
-            return f"entries: {both[0]} is both an entry and a budget, so --only is ambiguous; rename one"
+            raise ValueError(f"entries: {both[0]} is both an entry and a budget, so --only is ambiguous; rename one")
         if is_sequence and self.first is None:
-            return "first: is missing; a study of kind sequence trains its first task by it"
+            raise ValueError("first: is missing; a study of kind sequence trains its first task by it")
         given = [key for key in ("first", "between", "replay") if getattr(self, key)]
         if given and not is_sequence:
-            return f"{given[0]}: only studies of kind sequence have it, got kind {self.kind}; leave it out"
+            raise ValueError(f"{given[0]}: only studies of kind sequence have it, got kind {self.kind}; leave it out")
         sweeping = [name for name, entry in entries.items() if entry.sweep is not None]
         if self.tuning.sweep is None and (is_sequence or sweeping):
             why = "a study of kind sequence runs every rate of it" if is_sequence else f"entries.{sweeping[0]} has one"
-            return f"tuning.sweep: is missing; {why}; give [lowest, highest]"
+            raise ValueError(f"tuning.sweep: is missing; {why}; give [lowest, highest]")
         if not isinstance(self.shared.get("model"), dict):
-            return "shared.model: is missing; an entry's own model block only changes parts of it"
+            raise ValueError("shared.model: is missing; an entry's own model block only changes parts of it")
         try:
             _ = self.other_domain and self.other_domain.chosen()
         except DataError as error:
-            return f"other_domain: {error}"
-        return None
+            raise ValueError(f"other_domain: {error}") from error
+        return self
 
     def chosen(self, only: Sequence[str]) -> list[str]:
         """The entries of these names or budgets, all where none is given; raises ConfigError for unknown ones."""
