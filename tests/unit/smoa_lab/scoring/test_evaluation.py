@@ -24,7 +24,7 @@ from smoa_lab.data.questions import candidates
 from smoa_lab.data.rows import Message, Row, choice_question, question
 from smoa_lab.scoring import forgetting
 from smoa_lab.scoring.evaluation import Evaluation, Outcome, _of_free_answer, answer_outcomes, score_outcomes
-from smoa_lab.scoring.forgetting import Forgetting, at_least, text_length, text_losses, whole_text
+from smoa_lab.scoring.forgetting import Forgetting, at_least, text_length, text_losses
 from smoa_lab.scoring.losses import Losses, Score, score
 from tests.support import lab
 from tests.support.own_rows import MARKED, tiny_chat_model, tokenizer_with
@@ -258,11 +258,6 @@ def test_a_long_text_is_cut_at_its_end(tmp_path: Path, monkeypatch: pytest.Monke
     few: Any = GPT2LMHeadModel.from_pretrained(lab.tiny_gpt2(tmp_path / "gpt2", positions=10))
     assert text_losses(few, tokenizer, [TEXTS[1]]).tokens == [9]  # and at the model's positions
     assert (text_length(few.config), text_length(BloomConfig())) == (10, 11)
-
-
-def test_the_whole_text_of_a_record_is_all_of_it() -> None:
-    assert whole_text(question("prose", "0", "Rain", "It falls.")) == "Rain\nIt falls."
-    assert whole_text(question("mine", "0", "Why?", "So.", context="A text.")) == "A text.\nWhy?\nSo."
 
 
 def test_texts_are_taken_until_there_are_enough_tokens() -> None:
