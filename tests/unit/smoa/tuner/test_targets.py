@@ -41,7 +41,7 @@ def test_the_blocks_of_a_weight_that_zero3_has_left_empty_are_those_of_its_whole
     module = Conv1D(2, 10)
     module.weight.ds_shape = module.weight.shape
     module.weight.data = torch.empty(0)
-    assert check_target("head", module, SmoaConfig(num_blocks=4), nn.Module()).shape == (2, 10)
+    assert check_target("head", module, SmoaConfig(num_blocks=4), nn.Module())[1] == (2, 10)
     with pytest.raises(PartitionError, match=r"head: num_blocks=3 must be between 1 and 2 .*\(2, 10\)"):
         check_target("head", module, SmoaConfig(num_blocks_pattern={"head": 3}), nn.Module())
 
