@@ -242,7 +242,8 @@ def needed_bytes(proposal: Proposal) -> int:
     layer = 48 * hidden + 16 * (getattr(model, "intermediate_size", None) or 4 * hidden)
     kept = layer + size * hidden * layers if proposal.checkpointing else layer * layers
     logits = (size + 8) * model.vocab_size
-    return size * proposal.model.parameters + ADAPTER_BYTES * proposal.choice.parameters + tokens * (kept + logits)
+    weights = size * proposal.model.parameters + ADAPTER_BYTES * proposal.choice.parameters
+    return weights + int(tokens * (kept + logits))
 
 
 @dataclass(frozen=True)
