@@ -22,7 +22,7 @@ from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 from smoa import cached_weights
 from smoa.atomic import recover, write_whole
 from smoa.errors import ConfigError, DataError, SmoaError, nearest
-from smoa_lab.basics.names import free_name
+from smoa_lab.basics.cache import free_name
 from smoa_lab.basics.positions import positions_of
 from smoa_lab.config.run import ModelSection, native_dtype
 from smoa_lab.data.chat_templates import alpaca, saved_chat_template, stop_at_turns_end

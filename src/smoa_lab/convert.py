@@ -13,8 +13,8 @@ from peft import PeftModel
 from torch import nn
 
 from smoa.atomic import check_place, new_folder
+from smoa.conversion import RankRule, UpdateSpectra
 from smoa.errors import ConfigError
-from smoa.export.lora import RankRule, UpdateSpectra
 from smoa_lab.config.run import load_config
 from smoa_lab.models.base_models import load_base_model
 from smoa_lab.models.packaged_models import described_base

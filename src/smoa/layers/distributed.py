@@ -141,7 +141,10 @@ def partition_to_state_dict(layer: Any, state_dict: dict[str, Any], prefix: str,
     """State dict hook: save exact block scales, and under FSDP2 save labels and scales as replicated DTensors."""
     for name, factor in layer.smoa_A.items():
         if (key := f"{prefix}{SCALE}.{name}") in state_dict:
-            state_dict[key] = layer.block_scale(name)  # FSDP1 casts buffers in place
+            scale = state_dict[key]
+            state_dict[key] = layer.exact_scales(name)[: scale.numel()].view(
+                scale.shape
+            )  # FSDP1 casts buffers in place
         weight = next(factor.parameters())
         if isinstance(weight, DTensor):
             for key in {f"{prefix}{part}.{name}" for part in PARTITION} & state_dict.keys():

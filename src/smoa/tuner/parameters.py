@@ -15,8 +15,8 @@ from smoa.config import Shape, SmoaConfig
 from smoa.errors import ConfigError, PartitionError, UnsupportedModuleError
 from smoa.files.loading import AdapterFile
 from smoa.layers.experts import ParamWrapper
-from smoa.layers.layout import Layout
 from smoa.maths.blocks import check_num_blocks
+from smoa.maths.experts import Layout
 
 ROUTERS = ("router", "gate")
 """Names of modules that choose the experts of each token."""

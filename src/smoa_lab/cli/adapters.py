@@ -55,7 +55,7 @@ def convert(
 ) -> None:
     """Approximate a SMoA adapter by a LoRA, and measure what that loses of the update and of the task."""
     with reporting():
-        from smoa.export.lora import RankRule
+        from smoa.conversion import RankRule
         from smoa_lab.convert import convert_run
         from smoa_lab.pages.tables import Table
 

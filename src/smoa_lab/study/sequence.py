@@ -18,9 +18,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from smoa.analysis import update_size
 from smoa.atomic import new_folder, write_whole
 from smoa.errors import ConfigError
-from smoa.maths.analysis import update_size
 from smoa_lab.basics.extras import require
 from smoa_lab.basics.plain import without_secrets
 from smoa_lab.config.run import DataSection, Dtype, ModelSection, RunConfig, check_config

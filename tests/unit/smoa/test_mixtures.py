@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from smoa import ConfigError, MergeError, SmoaConfig
-from smoa.tuner.hotswap import hotswap_adapter
+from smoa.hotswap import hotswap_adapter
 from tests.support.decompositions import NoDecomposition
 from tests.support.tiny_mixtures import EXPERTS, MIXTURES, build_mixture, tokens, wrappers
 from tests.support.tolerance import assert_close

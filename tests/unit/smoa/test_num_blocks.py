@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from smoa import ConfigError, MergeError, PartitionError, SmoaConfig
 from smoa.export.merge import merge_and_save
-from smoa.tuner.hotswap import hotswap_adapter
+from smoa.hotswap import hotswap_adapter
 from tests import reference
 from tests.support import tiny_models
 from tests.support.decompositions import NoDecomposition

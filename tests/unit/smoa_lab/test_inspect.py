@@ -15,8 +15,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from smoa import SmoaConfig
+from smoa.analysis import UpdateSpectrum
 from smoa.errors import ConfigError
-from smoa.maths.analysis import UpdateSpectrum
 from smoa_lab import inspect
 from smoa_lab.config.run import ModelSection
 from smoa_lab.inspect import LayerReport, adapted_layers, inspect_layers, layer_table, weights_and_updates

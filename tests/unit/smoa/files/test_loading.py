@@ -33,7 +33,7 @@ from smoa import AdapterFileError, ConfigError, SmoaConfig
 from smoa.atomic import SAVE
 from smoa.export.streaming import SavedAdapter
 from smoa.files.loading import find_adapter, guard_loading, incoming
-from smoa.tuner.hotswap import hotswap_adapter
+from smoa.hotswap import hotswap_adapter
 from tests.support import tiny_models
 from tests.support.adapter_files import rewritten, with_settings
 from tests.support.decompositions import NoDecomposition

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from smoa.layers.layout import Layout
+from smoa.maths.experts import Layout
 
 E, M, N = 3, 4, 5
 

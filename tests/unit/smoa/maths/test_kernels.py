@@ -23,8 +23,8 @@ from smoa.maths.factors import Factors, factor_shapes
 from smoa.maths.kernels import loops
 from smoa.maths.kernels.batched import batched_backward, batched_delta, batched_forward, plain_branch
 from smoa.maths.kernels.choice import prefers_apart, prefers_batched
-from smoa.maths.kernels.fused import fused_backward, fused_forward
 from smoa.maths.kernels.loops import CHUNK_ELEMENTS, SCRATCH, Scratch, chunks, loop_backward, loop_forward
+from smoa.maths.kernels.operators import Fused
 from smoa.maths.spectrum import make_partition
 from tests import reference
 from tests.support.gradients import assert_layer_is_the_oracles
@@ -93,10 +93,10 @@ def test_fused_values_and_gradients_are_those_of_the_sum_of_weight_and_update(
     y = x @ (case.weight + case.oracle("hadamard", [0.5 * s for s in scale])).T
     expected = torch.autograd.grad(y, (x, case.A, case.B), g)
     with torch.no_grad():
-        assert_close(fused_forward(case.factors(0.5, scale), x, weight, None), y)
-        assert_close(fused_forward(case.factors(0.5, scale), x, weight, bias), y + bias)
-        of_x, *none = fused_backward(case.factors(0.5, scale), g, x, weight, True, False)
-        no_x, *of_factors = fused_backward(case.factors(0.5, scale), g, x, weight, False, True)
+        assert_close(Fused().forward(case.factors(0.5, scale), x, weight, None), y)
+        assert_close(Fused().forward(case.factors(0.5, scale), x, weight, bias), y + bias)
+        of_x, *none = Fused().backward(case.factors(0.5, scale), g, x, weight, True, False)
+        no_x, *of_factors = Fused().backward(case.factors(0.5, scale), g, x, weight, False, True)
     assert_all_close([of_x, *of_factors], expected)
     assert [tensor.numel() for tensor in (no_x, *none)] == [0, 0, 0]
 
