@@ -78,7 +78,7 @@ EDITS = {
     ),
     '"these arguments."': '""',
     """"`target_parameters` must be a list of strings or None."
-        with pytest.raises(TypeError""": """"target_parameters='linear.weight' must be a list of strings"
+        with pytest.raises(TypeError""": """"target_parameters='linear.weight' must be list[str]"
         with pytest.raises(ValueError""",
     "no tied modules are added": "ensure_weight_tying has no effect",
     "no tied modules were found in the model": "ensure_weight_tying has no effect",
