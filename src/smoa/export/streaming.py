@@ -23,8 +23,8 @@ from smoa.files.loading import read_adapter
 from smoa.files.names import PARTS, PREFIX
 from smoa.layers.kinds import kind_of
 from smoa.layers.layer import as_matrix, as_stored
-from smoa.layers.layout import HALVED, Layout
 from smoa.maths.blocks import Blocks
+from smoa.maths.experts import HALVED, Layout
 from smoa.maths.factors import Factors
 from smoa.maths.scale import MODULATIONS, rank_scale
 from smoa.maths.update import Update

@@ -14,10 +14,9 @@ from smoa.config import SmoaConfig
 from smoa.errors import UnsupportedModuleError
 from smoa.layers.distributed import refuse_partitioned
 from smoa.layers.layer import SmoaLayer
-from smoa.layers.layout import Layout
 from smoa.layers.stand_in import StandIn
 from smoa.maths.blocks import Blocks
-from smoa.maths.experts import Run, Stack, stacked_blocks
+from smoa.maths.experts import Layout, Run, Stack, stacked_blocks
 from smoa.maths.scale import MODULATIONS
 from smoa.maths.update import Update
 

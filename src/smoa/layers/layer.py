@@ -34,7 +34,7 @@ from smoa.layers.weight_cache import WeightCache, tensor_state
 from smoa.maths.blocks import UNDECIDED, Blocks, DiagonalBlocks, Orders, ascend, check_labels, check_num_blocks
 from smoa.maths.factors import Factors, Initialization, factor_shapes, init_factors
 from smoa.maths.kernels.operators import is_transformed
-from smoa.maths.scale import MODULATIONS, ModulationKind, rank_scale
+from smoa.maths.scale import DEFAULT_SCALE, MODULATIONS, ModulationKind, rank_scale
 from smoa.maths.update import Update
 from smoa.state import chosen_kernels
 
@@ -214,7 +214,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         self.made_with[adapter_name] = config.made_with()
         self.smoa_dropout[adapter_name] = nn.Dropout(config.smoa_dropout) if config.smoa_dropout else nn.Identity()
         self._add_factors(adapter_name, config.init_weights)
-        scale = config.scale_of(module)
+        scale = config.scale or DEFAULT_SCALE
         spec = PartitionSpec(config.partition, config.modulation, scale, config.expert_partition)
         self._add_partition(adapter_name, spec, defer_partition)
         if config.init_weights is False:
@@ -353,7 +353,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
             return
         with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode can't be used in training
             self._derive_orders(adapter_name, rows, cols)
-            bits = self._scales(adapter_name, derived=False).float().view(torch.int32)
+            bits = self.exact_scales(adapter_name, derived=False).float().view(torch.int32)
             if adapter_name in self.smoa_scale_bits and self.smoa_scale_bits[adapter_name].device == bits.device:
                 self.smoa_scale_bits[adapter_name].copy_(bits)  # in place, so that a state dict sees it
             else:
@@ -396,17 +396,18 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         return Blocks(rows, cols, len(self.ranks[adapter_name]), orders, kept and self.contiguous[adapter_name], shape)
 
     def block_scale(self, adapter_name: str) -> Tensor:
-        """Factor of each block's update in addition to α/r: (num_blocks,) float32; 1 until it is decided."""
+        """Factor of each block's update in addition to α/r: (num_blocks,) float32."""
+        self.decide_partition(adapter_name)
         shape = self.smoa_block_scale[adapter_name].shape
-        return self._scales(adapter_name)[: shape.numel()].view(shape)
+        return self.exact_scales(adapter_name)[: shape.numel()].view(shape)
 
     def rank_scale(self, adapter_name: str) -> Tensor:
         """`block_scale` of the block that each rank belongs to: (r,) float32."""
         shape = self.smoa_block_scale[adapter_name].shape
-        return self._scales(adapter_name)[shape.numel() :].view(*shape[:-1], -1)
+        return self.exact_scales(adapter_name)[shape.numel() :].view(*shape[:-1], -1)
 
-    def _scales(self, adapter_name: str, derived: bool = True) -> Tensor:
-        """The scales of all blocks, then of all ranks."""
+    def exact_scales(self, adapter_name: str, derived: bool = True) -> Tensor:
+        """The scales of all blocks, then of all ranks, whether or not they are decided yet."""
         is_traced = torch._C._get_tracing_state() is not None  # a trace has no views of a dtype
         if derived and not is_traced and self._is_derived(adapter_name):
             return self.smoa_scale_bits[adapter_name].view(torch.float32)
@@ -475,7 +476,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         return as_stored(self.delta(adapter), self.stored_weight().shape, self.fan_in_fan_out)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether PEFT's own converter knows this kind of layer. `smoa.export.lora` knows more."""
+        """Whether PEFT's own converter knows this kind of layer. `smoa.conversion` knows more."""
         return self.converted_by_peft
 
     def set_scale(self, adapter: str, scale: float) -> None:
