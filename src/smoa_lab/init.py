@@ -18,6 +18,7 @@ from rich.filesize import decimal
 from transformers import PretrainedConfig, TrainerCallback
 
 from smoa.errors import ConfigError
+from smoa_lab.base_models import empty_model, load_tokenizer
 from smoa_lab.basics.extras import require
 from smoa_lab.basics.positions import positions_of
 from smoa_lab.budget import ALL_LINEAR, Choice, Shapes, shapes_of
@@ -25,7 +26,6 @@ from smoa_lab.config.run import DataSection, Dtype, ModelSection, TaskSection, a
 from smoa_lab.config.yaml_text import parse_yaml, to_yaml
 from smoa_lab.data.files import source_values
 from smoa_lab.data.tasks import TASKS, find_task, task_needs
-from smoa_lab.models.base_models import empty_model, load_tokenizer
 from smoa_lab.pages.templates import render
 from smoa_lab.training.loaded_run import load_run, sources, trainable_rows_of
 from smoa_lab.training.run_folder import peak_memory

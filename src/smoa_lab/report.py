@@ -18,10 +18,10 @@ from transformers.trainer_utils import get_last_checkpoint
 from smoa.atomic import check_place
 from smoa.errors import ConfigError
 from smoa.files.card import loading_code
+from smoa_lab.base_models import described_base
 from smoa_lab.basics.plain import without_secrets
 from smoa_lab.config.methods import METHODS
 from smoa_lab.config.yaml_text import parse_yaml, to_yaml
-from smoa_lab.models.packaged_models import described_base
 from smoa_lab.pages.run_card import ANSWERS
 from smoa_lab.pages.run_charts import accuracies, balance, learning_rate, losses
 from smoa_lab.pages.tables import score_table

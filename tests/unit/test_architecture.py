@@ -25,7 +25,19 @@ LIBRARY = [
     "integrations",
 ]
 """Each may import what stands before it, and `export` and `tuner` not each other."""
-LAB = ["basics", "data", "config", "pages", "models", "scoring", "training", "open_run", "evaluate", "budget", "merge"]
+LAB = [
+    "basics",
+    "data",
+    "config",
+    "pages",
+    "base_models",
+    "scoring",
+    "training",
+    "open_run",
+    "evaluate",
+    "budget",
+    "merge",
+]
 LAB += ["convert", "report", "inspect", "inspect_page", "chat", "init", "study", "cli"]
 APART = {("tuner", "export"), ("export", "tuner")}
 

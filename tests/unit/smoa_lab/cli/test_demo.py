@@ -13,9 +13,9 @@ import torch
 from typer.testing import CliRunner
 
 from smoa.errors import MergeError
+from smoa_lab import base_models
 from smoa_lab.cli.demo import verify_saved
 from smoa_lab.cli.main import app
-from smoa_lab.models import base_models
 from smoa_lab.training import loaded_run, train_run
 
 
