@@ -20,7 +20,7 @@ from smoa.budget import rank_bound
 from smoa.layers.layer import SmoaLayer
 from smoa.maths.blocks import Blocks
 from smoa.maths.spectrum import spectral_scores
-from smoa_lab.models.base_models import load_base_model
+from smoa_lab.base_models import load_base_model
 from smoa_lab.open_run import adapter_of_run, base_section
 from smoa_lab.pages.tables import Cell, Table
 

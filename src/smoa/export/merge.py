@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import ModelCardData
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,38 +38,13 @@ from smoa.export.checkpoint import (
     recorded_revision,
 )
 from smoa.export.streaming import RoundingLoss, SavedAdapter, plan_stream, stream_merge
-from smoa.files.card import NamedBase, method_name, named_base, settings_as_json
+from smoa.files.card import NamedBase, card_text, method_name, named_base
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 DEQUANTIZED = "The base is quantized. The adapter is merged into its dequantized weights, on which it was used."
 NOTEWORTHY = 0.01
 """Share of ΔW lost to rounding from which on the summary recommends float32."""
-CARD = """---
-{front_matter}
----
-
-# {title}
-
-`{base}` with the {method} adapter below merged into {layers} of its weights by smoa. It is a plain transformers model:
-nothing else is needed to load it.
-
-```python
-{loading}
-```
-
-## Precision
-
-Merged in float32, saved in {dtype}: {lost}
-{notes}
-## Adapter
-
-```json
-{config}
-```
-
-The base model's license and terms of use apply.
-"""
 
 
 @dataclass(frozen=True)
@@ -189,7 +163,7 @@ def _stream(
     if named_base(raw.get("_name_or_path")).hub_id is None:  # releases before 5 note there where a model came from
         raw.pop("_name_or_path", None)
     raw["torch_dtype" if "torch_dtype" in raw else "dtype"] = _name(loss.dtype)
-    if model.config.num_labels != base.own_num_labels():
+    if model.config.num_labels != base.own_config().num_labels:
         raw.pop("num_labels", None)
         raw |= {key: model.config.to_dict()[key] for key in ("id2label", "label2id")}
     (folder / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -311,16 +285,12 @@ def model_card(
     elif any(folder.glob("tokenizer*")):
         loads["tokenizer"] = "AutoTokenizer"
     lines = (f'{name} = {auto}.from_pretrained("PATH")' for name, auto in loads.items())
-    known: dict[str, Any] = {"base_model": base.hub_id} if base.hub_id else {}
-    return CARD.format(
-        front_matter=ModelCardData(**known, library_name="transformers", tags=["smoa", "merged"]).to_yaml(),
-        title=title,
-        base=base.text,
-        method=method_name(config),
-        layers=len(loss.by_layer),
-        loading="\n".join([f"from transformers import {', '.join(loads.values())}", "", *lines]),
-        dtype=_name(loss.dtype),
-        lost=loss.in_words(),
-        notes="".join(f"\n{note}\n" for note in notes),
-        config=settings_as_json(config),
+    loading = "\n".join([f"from transformers import {', '.join(loads.values())}", "", *lines])
+    intro = (
+        f"`{base.text}` with the {method_name(config)} adapter below merged into {len(loss.by_layer)} of its weights "
+        "by smoa.\nIt is a plain transformers model: nothing else is needed to load it."
     )
+    told = "".join(f"\n{note}\n" for note in notes)
+    precision = f"## Precision\n\nMerged in float32, saved in {_name(loss.dtype)}: {loss.in_words()}\n{told}\n"
+    front_matter = {"library_name": "transformers", "tags": ["smoa", "merged"]}
+    return card_text(title, base, config, front_matter, intro, loading, precision)

@@ -97,8 +97,11 @@ def gather_for(module: nn.Module, parameters: Iterable[Tensor]) -> None:
 @contextmanager
 def onloaded(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Load what accelerate has offloaded of these modules, which it does by itself only when they are called."""
-    hooks = [(module, module.__dict__["_hf_hook"]) for module in modules if "_hf_hook" in module.__dict__]
-    hooks = [(module, hook) for module, hook in hooks if any(t.device.type == "meta" for t in _own_tensors(module))]
+    hooks = []
+    for module in modules:
+        own = (*module._parameters.values(), *module._buffers.values())
+        if "_hf_hook" in module.__dict__ and any(t is not None and t.is_meta for t in own):
+            hooks.append((module, module.__dict__["_hf_hook"]))
     for module, hook in hooks:
         hook.pre_forward(module)
     try:
@@ -106,10 +109,6 @@ def onloaded(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for module, hook in hooks:
             hook.post_forward(module, None)
-
-
-def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
-    return (tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None)
 
 
 def refuse_partitioned(parameter: Tensor) -> Tensor:

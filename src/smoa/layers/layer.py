@@ -34,7 +34,7 @@ from smoa.layers.weight_cache import WeightCache, tensor_state
 from smoa.maths.blocks import UNDECIDED, Blocks, DiagonalBlocks, Orders, ascend, check_labels, check_num_blocks
 from smoa.maths.factors import Factors, Initialization, factor_shapes, init_factors
 from smoa.maths.kernels.operators import is_transformed
-from smoa.maths.scale import MODULATIONS, ModulationKind, rank_scale
+from smoa.maths.scale import DEFAULT_SCALE, MODULATIONS, ModulationKind, rank_scale
 from smoa.maths.update import Update
 from smoa.state import chosen_kernels
 
@@ -214,7 +214,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         self.made_with[adapter_name] = config.made_with()
         self.smoa_dropout[adapter_name] = nn.Dropout(config.smoa_dropout) if config.smoa_dropout else nn.Identity()
         self._add_factors(adapter_name, config.init_weights)
-        scale = config.scale_of(module)
+        scale = config.scale or DEFAULT_SCALE
         spec = PartitionSpec(config.partition, config.modulation, scale, config.expert_partition)
         self._add_partition(adapter_name, spec, defer_partition)
         if config.init_weights is False:

@@ -25,8 +25,7 @@ from smoa.layers.layer import SmoaLayer
 from smoa.layers.quantized import keep_unpacked, requantization_reported
 from smoa.tuner.combining import Combination, check_combination, check_layer, combined_config, fill_combined
 from smoa.tuner.generation import adapter_names_hooks, forget_generate, watch_generate
-from smoa.tuner.parameters import existing_wrapper
-from smoa.tuner.targets import check_target, survey_targets
+from smoa.tuner.targets import check_target, existing_wrapper, survey_targets
 from smoa.tuner.tying import refuse_shared, tie_layers, users_of
 
 
@@ -186,7 +185,10 @@ class SmoaModel(BaseTuner, StateDictHooks):
         if file is not None:
             file.check_unchanged(state_dict)
         named = with_plain_names(model)
-        saved = renamed(without_id(state_dict), _wrapper_names(named))
+        # A file may lack or have PEFT's prefix
+        wrappers = {parameter: wrapper for wrapper, parameter in parameter_names(named).items()}
+        wrappers |= {PREFIX + name.removeprefix(PREFIX): wrapper for name, wrapper in wrappers.items()}
+        saved = renamed(without_id(state_dict), wrappers)
         remapped = super()._remap_adapter_state_dict_for_load(named, config, adapter_name, saved)
         check_adapter_state(model, config, adapter_name, remapped)
         for layer in adapter_layers(model, adapter_name).values():
@@ -261,9 +263,3 @@ class SmoaModel(BaseTuner, StateDictHooks):
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         return adapter_names_hooks(self, kwargs)
-
-
-def _wrapper_names(model: Any) -> dict[str, str]:
-    """Names of the wrappers of parameters by those in a file, which may lack or have PEFT's prefix."""
-    names = {parameter: wrapper for wrapper, parameter in parameter_names(model).items()}
-    return names | {PREFIX + name.removeprefix(PREFIX): wrapper for name, wrapper in names.items()}

@@ -24,13 +24,12 @@ from transformers import (
 )
 
 from smoa.errors import ConfigError, DataError
+from smoa_lab.base_models import base_content, empty_model, places, training_needs
 from smoa_lab.basics.extras import require
 from smoa_lab.config.run import DataSection, ModelSection, RunConfig, check_config
 from smoa_lab.data.rows import Row
 from smoa_lab.data.sources import installed_file
 from smoa_lab.data.tasks import Selection, task_needs
-from smoa_lab.models.base_models import base_content, empty_model, places
-from smoa_lab.models.needs import training_needs
 from smoa_lab.scoring.evaluation import Outcome, answer_outcomes, score_outcomes
 from smoa_lab.scoring.losses import scoring
 from smoa_lab.study.study import Entry
