@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from smoa import AdapterPool, SmoaConfig, keep_in_generate
 from smoa.tuner.generation import caches_of_generate
-from smoa_lab.models.packaged_models import unpacked_folder
+from smoa_lab.base_models import unpacked_folder
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ADAPTERS = 32

@@ -40,8 +40,8 @@ import smoa
 from smoa import SmoaConfig
 from smoa.layers.quantized import QuantizedLinear
 from smoa.tuner.generation import caches_of_generate
+from smoa_lab.base_models import load_base_model
 from smoa_lab.config.run import ModelSection
-from smoa_lab.models.base_models import load_base_model
 
 QUANTIZATIONS: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},

@@ -18,7 +18,7 @@ from _common import resident, run
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
-from smoa.export.lora import RankRule
+from smoa.conversion import RankRule
 from smoa.export.merge import merge_and_save
 from smoa_lab.convert import Converter
 

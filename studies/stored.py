@@ -10,10 +10,9 @@ import random_pairs
 import shared_partition
 from transformers.utils import logging as transformers_logging
 
-from smoa_lab.study.comparison import Comparison
+from smoa_lab.study.comparison import Comparison, load_study
 from smoa_lab.study.report import Report, report, stored_report
 from smoa_lab.study.runner import Runner
-from smoa_lab.study.study_file import load_study
 from smoa_lab.study.trials import pack
 
 STUDIES = Path(__file__).parent

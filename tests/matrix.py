@@ -38,7 +38,7 @@ ROWS = {
 demands, for the weekly workflow."""
 SHORT = ["oldest", "newest"]
 LIVES = [
-    "tests/unit/smoa/test_compat.py",
+    "tests/unit/smoa/test_registration.py",
     "tests/unit/smoa/tuner/test_mixed_batch.py",
     "tests/integration/test_peft_lifecycle.py::test_the_readmes_snippet_does_what_it_says",
     "tests/integration/test_peft_lifecycle.py::test_an_adapter_lives_through_training_loading_merging_and_training_again",
@@ -47,8 +47,7 @@ LIVES = [
 SHORT_PART = [*LIVES, "tests/unit/smoa/tuner/test_model.py::test_transformers_own_adapter_interface_takes_smoa"]
 PART = [
     *LIVES,
-    "tests/unit/smoa/test_registration.py",
-    "tests/unit/smoa/test_training.py",
+    "tests/unit/smoa/layers/test_layer.py",
     "tests/unit/smoa/test_merging_in_place.py",
     "tests/unit/smoa/tuner/test_model.py",
     "tests/unit/smoa/files/test_loading.py",

@@ -63,7 +63,7 @@ EDITS = {
     "Trying to infer with non-existing adapter(s): ": "adapter_names: unknown adapters ['",
     'startswith("lora.Conv2d': 'startswith("smoa.Conv',
     'startswith("lora.': 'startswith("smoa.',
-    "peft.tuners.lora.layer.Embedding": "smoa.layers.embedding.Embedding",
+    "peft.tuners.lora.layer.Embedding": "smoa.layers.kinds.Embedding",
     "peft.tuners.lora.layer.Linear": "smoa.layers.linear.Linear",
     "config.lora_alpha": "config.alpha",
     '"Cannot add weighted adapters if they target the same module with modules_to_save, but found 1 such "': (
@@ -78,7 +78,7 @@ EDITS = {
     ),
     '"these arguments."': '""',
     """"`target_parameters` must be a list of strings or None."
-        with pytest.raises(TypeError""": """"target_parameters='linear.weight' must be a list of strings"
+        with pytest.raises(TypeError""": """"target_parameters='linear.weight' must be list[str]"
         with pytest.raises(ValueError""",
     "no tied modules are added": "ensure_weight_tying has no effect",
     "no tied modules were found in the model": "ensure_weight_tying has no effect",

@@ -21,7 +21,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwe
 from transformers.pytorch_utils import Conv1D
 
 from smoa import SmoaConfig
-from smoa.export.lora import convert_to_lora
+from smoa.conversion import convert_to_lora
 from smoa.export.streaming import SavedAdapter, target_of
 from smoa.layers.kinds import KINDS, Kind, kind_of
 

@@ -26,8 +26,8 @@ import altair as alt
 import torch
 from torch import nn
 
+from smoa_lab.base_models import load_base_model
 from smoa_lab.config.run import ModelSection
-from smoa_lab.models.base_models import load_base_model
 from smoa_lab.pages.charts import DASHES, LORA, MUTED, OTHER, PALETTE, SMOA, lines, save_picture, values
 from smoa_lab.pages.tables import Table
 from smoa_lab.study.trials import TrialStore

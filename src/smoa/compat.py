@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import peft
 from packaging.version import Version
@@ -78,13 +78,9 @@ def _adapter_prefixes(model: Any) -> tuple[str, ...]:
         if isinstance(module, AuxiliaryTrainingWrapper):
             auxiliary += (f"{plain}.",)
         elif isinstance(module, BaseTunerLayer) and not plain.startswith(auxiliary):
-            children = [child for child in _children(module) if child != "base_layer"]
+            children = [child for child in cast(nn.Module, module)._modules if child != "base_layer"]
             prefixes += [f"{plain}.{child}.".removeprefix(".") for child in children]
     return tuple(prefixes)
-
-
-def _children(layer: Any) -> dict[str, nn.Module]:
-    return dict(layer.named_children())
 
 
 def trained_biases(model: Any, state_dict: dict[str, Tensor], config: Any) -> dict[str, Tensor]:

@@ -13,7 +13,6 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import InitVar, dataclass, field, fields
-from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -131,7 +130,8 @@ class SmoaConfig(PeftConfig):
         super().__post_init__()  # type: ignore[no-untyped-call]  # PEFT leaves it without types
         self.peft_type = PeftType("SMOA")
         self.scale = DEFAULT_SCALE if self.scale is None else self.scale
-        self._make_savable()
+        for name in (each.name for each in fields(self)):
+            setattr(self, name, _as_json(getattr(self, name), ordered=name == "block_ranks"))
         problems = self._rename("alpha", "lora_alpha", lora_alpha)
         problems += self._rename("smoa_dropout", "lora_dropout", lora_dropout)
         problems += config_problems(self)
@@ -143,14 +143,6 @@ class SmoaConfig(PeftConfig):
             setattr(self, name, set(value) if isinstance(value, list) else value)
         if (self.base_model_name_or_path or "").startswith("~"):
             self.base_model_name_or_path = str(Path(str(self.base_model_name_or_path)).expanduser())
-
-    def _make_savable(self) -> None:
-        for name in (each.name for each in fields(self)):
-            value, ordered = getattr(self, name), name == "block_ranks"
-            if isinstance(value, dict):
-                setattr(self, name, {key: _as_json(inner, ordered) for key, inner in value.items()})
-            else:
-                setattr(self, name, _as_json(value, ordered))
 
     def _rename(self, ours: str, theirs: str, value: float | None) -> list[str]:
         """Take a value given under LoRA's name. Return its problems."""
@@ -253,10 +245,6 @@ class SmoaConfig(PeftConfig):
             return float(r)
         return alpha * (self.rank_of(module, shape) / self.rank_of(module))
 
-    def scale_of(self, module: str) -> ScaleKind:
-        """`scale` of a module."""
-        return self.scale or DEFAULT_SCALE
-
 
 def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     return patterns.get(get_pattern_key(list(patterns), module), default)
@@ -264,6 +252,8 @@ def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
 
 def _as_json(value: object, ordered: bool) -> object:
     """Convert collections that JSON lacks to lists; sets only if order has no meaning."""
+    if isinstance(value, dict):
+        return {key: _as_json(inner, ordered) for key, inner in value.items()}
     if isinstance(value, (set, frozenset)) and not ordered:
         return sorted(value, key=str)
     return list(value) if isinstance(value, (tuple, range)) else value
@@ -308,15 +298,10 @@ CHECKED_BY_PEFT = ("task_type", "peft_type", "peft_version")
 
 def config_problems(config: Any) -> list[str]:
     """All problems of single values or, if there are none, of combinations."""
-    hints = _hints(config.__class__)
+    hints = get_type_hints(type(config))
     names = [field.name for field in fields(config) if field.name not in CHECKED_BY_PEFT]
     problems = [problem for name in names for problem in value_problems(name, getattr(config, name), hints[name])]
     return problems or list(_combination_problems(config))
-
-
-@cache
-def _hints(config: type) -> dict[str, Any]:
-    return get_type_hints(config)
 
 
 def value_problems(name: str, value: Any, hint: Any) -> Iterator[str]:
@@ -375,17 +360,6 @@ def _combination_problems(config: Any) -> Iterator[str]:
         yield f"block_ranks={ranks} sums to {total}; the ranks of all blocks must sum to r={config.r}"
 
 
-SINGULAR = {
-    int: "an integer",
-    float: "a number",
-    bool: "true or false",
-    str: "a string",
-    dict: "a mapping",
-    NoneType: "null",
-}
-PLURAL = {int: "integers", float: "numbers", str: "strings"}
-
-
 def fits(value: object, hint: Any) -> bool:
     """Whether a value has the annotated type. An int is also a float; a bool is neither."""
     origin, inner = get_origin(hint), get_args(hint)
@@ -403,21 +377,13 @@ def fits(value: object, hint: Any) -> bool:
 
 
 def in_words(hint: Any) -> str:
-    """The annotated type in words, for an error message."""
+    """The annotated type, for an error message: "list[str] or str or null"."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return " or ".join(map(in_words, inner))
     if origin is Literal:
-        return f"{'one of ' if len(inner) > 1 else ''}{', '.join(map(repr, inner))}"
-    if origin is list:
-        return f"a list of {_plural(inner[0])}"
-    if origin is dict:
-        return f"a mapping from {_plural(inner[0])} to {_plural(inner[1])}"
-    return SINGULAR[hint]
-
-
-def _plural(hint: Any) -> str:
-    return f"lists of {_plural(get_args(hint)[0])}" if get_origin(hint) is list else PLURAL[hint]
+        return " or ".join(map(repr, inner))
+    return "null" if hint is NoneType else str(hint) if inner else str(hint.__name__)
 
 
 def shortened(value: object) -> str:

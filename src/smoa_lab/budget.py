@@ -11,13 +11,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from smoa.budget import adapter_bytes, rank_bound, trainable_parameters
 from smoa.config import SmoaConfig
 from smoa.errors import ConfigError, DataError
 from smoa.layers.kinds import kind_of
-from smoa.layers.layout import Layout
-from smoa.maths.budget import adapter_bytes, rank_bound, trainable_parameters
+from smoa.maths.experts import Layout
+from smoa_lab.base_models import empty_model
 from smoa_lab.config.run import ModelSection
-from smoa_lab.models.base_models import empty_model
 
 BLOCKS = (1, 2, 4, 8, 16, 32)
 FIRST_BLOCKS = 4

@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 import typer
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but in no __all__
 from jinja2 import TemplateError
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -24,13 +22,12 @@ from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 from smoa import cached_weights
 from smoa.atomic import recover, write_whole
 from smoa.errors import ConfigError, DataError, SmoaError, nearest
-from smoa_lab.basics.names import free_name
+from smoa_lab.base_models import load_base_model, load_tokenizer, packaged_name
+from smoa_lab.basics.cache import free_name
 from smoa_lab.basics.positions import positions_of
 from smoa_lab.config.run import ModelSection, native_dtype
 from smoa_lab.data.chat_templates import alpaca, saved_chat_template, stop_at_turns_end
 from smoa_lab.data.questions import Template
-from smoa_lab.models.base_models import load_base_model, load_tokenizer
-from smoa_lab.models.packaged_models import PACKAGED_MODELS, packaged_name
 from smoa_lab.open_run import adapter_config, adapter_of_run, base_name, base_section, open_run, trained_template
 from smoa_lab.scoring.losses import scoring
 from smoa_lab.training.run_folder import RunFolder
@@ -63,40 +60,22 @@ def find(place: str, changes: dict[str, Any], template: Template | None = None) 
     A run is talked to through the template that it was trained with, everything else through the model's own.
 
     Raises:
-        ConfigError: ``place`` is none of the things to talk to.
+        ConfigError: ``place`` is a folder with none of the things to talk to.
     """
     path, forced = Path(place).expanduser(), template is not None
     if RunFolder(path).finished:
         config, adapter = open_run(path, trust_remote_code=changes.get("trust_remote_code", False))
         return ChatTarget(config.model.model_copy(update=changes), adapter, template or trained_template(path), forced)
     recover(path)
+    adapter, model = None, ModelSection(name=place)
     if any((folder / CONFIG_NAME).is_file() for folder in (path, RunFolder(path).adapter)):
         adapter = adapter_of_run(path)
         model = base_section(adapter, changes.get("name")).model_copy(update={"dtype": native_dtype()})
-    else:
-        adapter, model = None, ModelSection(name=place)
-        _check_model(path, place)
-    return ChatTarget(model.model_copy(update=changes), adapter, template or "chat", forced)
-
-
-def _check_model(path: Path, place: str) -> None:
-    """Raise ConfigError unless ``place`` can be a whole model."""
-    if path.is_file() and place.endswith(".gguf"):
-        return
-    if path.exists():
-        if not (path / MODEL_CONFIG_NAME).is_file():
-            raise ConfigError(
-                f"{place}: contains no finished run (metrics.json), adapter ({CONFIG_NAME}) or model "
-                f"({MODEL_CONFIG_NAME})"
-            )
-        return
-    try:
-        validate_repo_id(place)
-    except HFValidationError:
+    elif path.is_dir() and not (path / MODEL_CONFIG_NAME).is_file():
         raise ConfigError(
-            f"{place}: no such folder; give the folder of a run, of an adapter or of a model, a Hub id, "
-            f"or one of {', '.join(sorted(PACKAGED_MODELS))}"
-        ) from None
+            f"{place}: contains no finished run (metrics.json), adapter ({CONFIG_NAME}) or model ({MODEL_CONFIG_NAME})"
+        )
+    return ChatTarget(model.model_copy(update=changes), adapter, template or "chat", forced)
 
 
 def load(target: ChatTarget, settings: GenerationSettings) -> ChatModel:
@@ -142,8 +121,8 @@ class ChatModel:
         self.bases = {_canonical(name) for name in bases}
         self.template = template
         self.own_template, self.own_ends = tokenizer.chat_template, model.generation_config.eos_token_id
-        self.templates: dict[str, str] = {}
-        self.adapters: dict[str, str] = {}  # PEFT's name of each: ours can be words that PEFT refuses
+        self.adapters: dict[str, tuple[str, str]] = {}
+        """PEFT's name of each (ours can be words that PEFT refuses), and its chat template."""
         self.chosen: str | None = None
         self.uses_adapter = False
 
@@ -166,8 +145,9 @@ class ChatModel:
         """Answer with this loaded adapter."""
         if name not in self.adapters:
             raise DataError(f"no adapter {name!r} is loaded{nearest(name, self.adapters)}")
-        self.model.set_adapter(self.adapters[name])
-        self.talk_through(self.templates[name])
+        inner, template = self.adapters[name]
+        self.model.set_adapter(inner)
+        self.talk_through(template)
         self.chosen, self.uses_adapter = name, True
 
     def talk_through(self, template: str) -> None:
@@ -201,13 +181,10 @@ class ChatModel:
                 self.model.load_adapter(str(folder), inner)
             else:
                 self.model = PeftModel.from_pretrained(self.model, str(folder), inner)
-        except SmoaError:
+        except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
             self._remove(inner)
-            raise
-        except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:  # PEFT's, of other methods
-            self._remove(inner)
-            raise DataError(f"{place}: cannot be loaded: {error}") from error
-        self.adapters[name], self.templates[name] = inner, through
+            raise error if isinstance(error, SmoaError) else DataError(f"{place}: cannot be loaded: {error}") from error
+        self.adapters[name] = inner, through
         self.use(name)
 
     def _remove(self, inner: str) -> None:
@@ -249,6 +226,8 @@ class ChatModel:
         options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if self.settings.temperature:
             options = {"do_sample": True, "temperature": self.settings.temperature}
+        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        vars(streamer)["on_finalized_text"] = lambda text, stream_end=False: show(text) if text or stream_end else None
         with ExitStack() as stack:
             stack.enter_context(scoring(self.model))
             if self.uses_adapter if adapted is None else adapted:
@@ -260,7 +239,7 @@ class ChatModel:
                 max_new_tokens=self.settings.max_new_tokens,
                 pad_token_id=self.tokenizer.pad_token_id,
                 eos_token_id=sorted(ends) or None,
-                streamer=_Pieces(self.tokenizer, show),
+                streamer=streamer,
                 **options,
             )
 
@@ -283,18 +262,6 @@ def _canonical(base: str) -> str:
     """One name for a packaged model and its folder, and one for a folder with ``~`` and without."""
     place = str(Path(base).expanduser())
     return packaged_name(place) or place
-
-
-class _Pieces(TextStreamer):
-    """Passes the text on instead of printing it."""
-
-    def __init__(self, tokenizer: Any, show: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.show = show
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if text or stream_end:
-            self.show(text)
 
 
 class Screen:
@@ -449,14 +416,11 @@ def run_command(conversation: Conversation, line: str) -> None:
     if usage[:1].isupper() and not argument:
         raise DataError(f"/{name} {usage}: {text}")
     match name:
-        case "base":
-            model.toggle()
+        case "base" | "load":
+            model.load(argument) if name == "load" else model.toggle()
             say(f"From now on {model.name} answers.")
         case "both":
             conversation.ask_both()
-        case "load":
-            model.load(argument)
-            say(f"From now on {model.name} answers.")
         case "use":
             if argument:
                 model.use(argument)
@@ -470,8 +434,7 @@ def run_command(conversation: Conversation, line: str) -> None:
         case "save":
             say(conversation.save(argument))
         case "help":
-            usages = {f"/{name} {usage}".strip(): text for name, (usage, text) in COMMANDS.items()}
-            lines = [f"{usage.ljust(max(map(len, usages)))}  {text}" for usage, text in usages.items()]
+            lines = [f"{f'/{name} {usage}':14}  {text}" for name, (usage, text) in COMMANDS.items()]
             last = "Ctrl-C stops an answer. A message that begins with a slash needs a space before it."
             say("\n".join([*lines, last]))
         case "quit":

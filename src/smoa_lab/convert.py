@@ -13,11 +13,10 @@ from peft import PeftModel
 from torch import nn
 
 from smoa.atomic import check_place, new_folder
+from smoa.conversion import RankRule, UpdateSpectra
 from smoa.errors import ConfigError
-from smoa.export.lora import RankRule, UpdateSpectra
+from smoa_lab.base_models import described_base, load_base_model
 from smoa_lab.config.run import load_config
-from smoa_lab.models.base_models import load_base_model
-from smoa_lab.models.packaged_models import described_base
 from smoa_lab.open_run import adapter_config, adapter_of_run, base_section
 from smoa_lab.scoring.losses import Losses
 from smoa_lab.training.loaded_run import LoadedRun, load_run

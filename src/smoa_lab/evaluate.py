@@ -10,12 +10,12 @@ from typing import Any, Literal
 from peft import PeftModel
 
 from smoa.errors import ConfigError, DataError
+from smoa_lab.base_models import evaluation_needs
 from smoa_lab.basics.extras import require
 from smoa_lab.basics.plain import without_secrets
 from smoa_lab.config.run import RunConfig
 from smoa_lab.data.rows import question_values
 from smoa_lab.data.tasks import Selection
-from smoa_lab.models.needs import evaluation_needs
 from smoa_lab.scoring.generation import evaluate_by_generation
 from smoa_lab.training.loaded_run import LoadedRun, load_run
 from smoa_lab.training.run_folder import provenance

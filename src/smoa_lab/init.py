@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 import tempfile
@@ -14,10 +13,12 @@ from typing import Any
 
 import psutil
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from rich.filesize import decimal
-from transformers import TrainerCallback
+from transformers import PretrainedConfig, TrainerCallback
 
 from smoa.errors import ConfigError
+from smoa_lab.base_models import empty_model, load_tokenizer
 from smoa_lab.basics.extras import require
 from smoa_lab.basics.positions import positions_of
 from smoa_lab.budget import ALL_LINEAR, Choice, Shapes, shapes_of
@@ -25,7 +26,6 @@ from smoa_lab.config.run import DataSection, Dtype, ModelSection, TaskSection, a
 from smoa_lab.config.yaml_text import parse_yaml, to_yaml
 from smoa_lab.data.files import source_values
 from smoa_lab.data.tasks import TASKS, find_task, task_needs
-from smoa_lab.models.base_models import empty_model, load_tokenizer
 from smoa_lab.pages.templates import render
 from smoa_lab.training.loaded_run import load_run, sources, trainable_rows_of
 from smoa_lab.training.run_folder import peak_memory
@@ -52,17 +52,17 @@ WIDEST = 44
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """``parameters`` of the whole model; ``shapes`` of its linear layers but the output; ``context``: how many tokens
-    it takes, if that is limited."""
+    """``parameters`` of the whole model; ``shapes`` of its linear layers but the output; its ``config``."""
 
     name: str
     parameters: int
     shapes: Shapes
-    context: int | None
-    layers: int
-    hidden: int
-    intermediate: int
-    vocabulary: int
+    config: PretrainedConfig
+
+    @property
+    def context(self) -> int | None:
+        """How many tokens it takes, if that is limited."""
+        return positions_of(self.config)
 
 
 @dataclass(frozen=True)
@@ -89,17 +89,8 @@ def look_at_model(name: str) -> ModelFacts:
         DataError: there is no such model.
     """
     empty = empty_model(ModelSection(name=name))
-    config: Any = empty.config.get_text_config()
-    return ModelFacts(
-        name,
-        sum(parameter.numel() for parameter in empty.parameters()),
-        shapes_of(empty, (ALL_LINEAR,), name),
-        positions_of(empty.config),
-        config.num_hidden_layers,
-        config.hidden_size,
-        getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
-        config.vocab_size,
-    )
+    parameters = sum(parameter.numel() for parameter in empty.parameters())
+    return ModelFacts(name, parameters, shapes_of(empty, (ALL_LINEAR,), name), empty.config)
 
 
 def check_data(place: str) -> str:
@@ -244,13 +235,15 @@ def needed_bytes(proposal: Proposal) -> int:
     too, since the adapter computes in float32; if activations are computed again, one layer does, and each keeps its
     input. The loss keeps the logits as they are, in float32, and their gradient.
     """
-    model, size = proposal.model, BYTES[proposal.dtype]
+    model: Any = proposal.model.config.get_text_config()
+    size, hidden, layers = BYTES[proposal.dtype], model.hidden_size, model.num_hidden_layers
     sides = 2 if proposal.data.format == "preference" else 1  # the chosen and the rejected answer
     tokens = sides * proposal.rows * proposal.data.max_length
-    layer = 48 * model.hidden + 16 * model.intermediate
-    kept = layer + size * model.hidden * model.layers if proposal.checkpointing else layer * model.layers
-    logits = (size + 8) * model.vocabulary
-    return size * model.parameters + ADAPTER_BYTES * proposal.choice.parameters + tokens * (kept + logits)
+    layer = 48 * hidden + 16 * (getattr(model, "intermediate_size", None) or 4 * hidden)
+    kept = layer + size * hidden * layers if proposal.checkpointing else layer * layers
+    logits = (size + 8) * model.vocab_size
+    weights = size * proposal.model.parameters + ADAPTER_BYTES * proposal.choice.parameters
+    return weights + int(tokens * (kept + logits))
 
 
 @dataclass(frozen=True)
@@ -267,16 +260,13 @@ class StepClock(TrainerCallback):
     def __init__(self) -> None:
         self.times: list[float] = []
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.times = [time.perf_counter()]
-
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.times.append(time.perf_counter())
 
     @property
     def seconds(self) -> float:
         """The mean time of a step, without the first one, in which memory is claimed and code is compiled."""
-        return (self.times[-1] - self.times[1]) / (len(self.times) - 2)
+        return (self.times[-1] - self.times[0]) / (len(self.times) - 1)
 
 
 def measure(proposal: Proposal) -> tuple[Proposal, Measured]:
@@ -288,20 +278,14 @@ def measure(proposal: Proposal) -> tuple[Proposal, Measured]:
     while True:
         try:
             return proposal, _three_steps(proposal)
-        except (RuntimeError, MemoryError) as error:
-            if not ran_out_of_memory(error):
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
                 raise
-        gc.collect()  # frees what the failed steps held
+        clear_device_cache(garbage_collection=True)  # frees what the failed steps held
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         proposal = proposal.smaller()
         logger.info("Out of memory; trying again with batches of %d", proposal.rows)
-
-
-def ran_out_of_memory(error: RuntimeError | MemoryError) -> bool:
-    """A CPU's allocator raises a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def _three_steps(proposal: Proposal) -> Measured:
@@ -339,11 +323,10 @@ def expected(proposal: Proposal, measured: Measured | None) -> list[str]:
     """What the run will take, in two sentences; nothing where nothing was measured."""
     if measured is None:
         return []
-    seconds, digits = proposal.all_steps * measured.seconds, 1 if measured.seconds < 10 else 0
-    steps = f"{proposal.all_steps:,} step{'s' * (proposal.all_steps > 1)}"
-    each = f"{measured.seconds:.{digits}f}"
+    steps, seconds = proposal.all_steps, proposal.all_steps * measured.seconds
+    each = f"{measured.seconds:.{1 if measured.seconds < 10 else 0}f}"
     return [
-        f"Expected: {steps} of {each} s each on {proposal.machine.name}, "
+        f"Expected: {steps:,} step{'s' * (steps > 1)} of {each} s each on {proposal.machine.name}, "
         f"{duration(seconds)} in all, and {decimal(measured.memory)} of memory.",
         "Measured on three steps. Scoring held-out data before and after takes time of its own.",
     ]

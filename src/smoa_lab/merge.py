@@ -7,10 +7,9 @@ from typing import Any
 
 from smoa.atomic import check_place
 from smoa.export.merge import Dtype, Export, merge_and_save
+from smoa_lab.base_models import described_base, load_base_model, packaged_name, prepare_packaged_model
 from smoa_lab.config.run import ModelSection, load_config
 from smoa_lab.data.chat_templates import saved_chat_template
-from smoa_lab.models.base_models import load_base_model, prepare_packaged_model
-from smoa_lab.models.packaged_models import described_base, packaged_name
 from smoa_lab.open_run import adapter_of_run, base_name
 from smoa_lab.training.run_folder import RunFolder
 

@@ -15,10 +15,9 @@ from typer.testing import CliRunner
 
 from smoa.errors import ConfigError
 from smoa_lab.cli.main import app
-from smoa_lab.study.comparison import Comparison
+from smoa_lab.study.comparison import Comparison, load_study
 from smoa_lab.study.report import report
 from smoa_lab.study.runner import Runner
-from smoa_lab.study.study_file import load_study
 from smoa_lab.study.trials import TrialStore, own_files
 from tests.support import lab
 

@@ -12,8 +12,7 @@ from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 
 from smoa import SmoaConfig
-from smoa.layers.conv import Convolution
-from smoa.layers.embedding import Embedding
+from smoa.layers.kinds import Convolution, Embedding
 from smoa.layers.linear import Linear
 from tests.support.layers import layers_of
 from tests.support.tolerance import assert_close

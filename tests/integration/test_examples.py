@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from smoa_lab.models.packaged_models import unpacked_folder
+from smoa_lab.base_models import unpacked_folder
 
 FOLDER = Path(__file__).parents[2] / "examples"
 SCRIPTS = sorted(path for path in FOLDER.glob("*.py") if not path.name.startswith("_"))

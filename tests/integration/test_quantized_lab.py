@@ -11,9 +11,9 @@ import torch
 from peft import PeftModel
 
 from smoa.layers.quantized import QuantizedLinear
+from smoa_lab.base_models import load_base_model
 from smoa_lab.config.run import ModelSection, check_config, load_config
 from smoa_lab.evaluate import evaluate_run
-from smoa_lab.models.base_models import load_base_model
 from smoa_lab.training import train_run
 from smoa_lab.training.loaded_run import load_run
 from smoa_lab.training.run_folder import RunFolder

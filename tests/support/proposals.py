@@ -7,10 +7,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from transformers import LlamaConfig
+
 from smoa_lab.budget import budget_choice
 from smoa_lab.init import DataFacts, Machine, ModelFacts, Proposal
 
-MODEL = ModelFacts("some/model", 1_000_000, Counter({(64, 32): 4}), 2048, 2, 32, 64, 500)
+CONFIG = LlamaConfig(num_hidden_layers=2, hidden_size=32, intermediate_size=64, vocab_size=500, num_attention_heads=2)
+MODEL = ModelFacts("some/model", 1_000_000, Counter({(64, 32): 4}), CONFIG)
 ROWS = DataFacts({"train": "rows.jsonl", "format": "messages", "test_part": 0.05}, 100, 128, "messages", 5000)
 QUESTIONS = DataFacts({"tasks": ["arc_easy"]}, 100, 256)
 MACHINE = Machine(10**10)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from smoa import SmoaConfig
-from smoa.maths.budget import trainable_parameters, training_memory
+from smoa.budget import trainable_parameters, training_memory
 
 ROOT = Path(__file__).parents[2]
 needs_hira = pytest.mark.skipif(not hasattr(peft, "HiraConfig"), reason="this PEFT has no HiRA")

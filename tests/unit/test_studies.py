@@ -16,13 +16,12 @@ import results_page
 import stored
 
 from smoa.errors import DataError
+from smoa_lab.study.comparison import load_study
 from smoa_lab.study.report import EVERY_RUN
 from smoa_lab.study.results import as_json
-from smoa_lab.study.search import Untouched
 from smoa_lab.study.statistics import outcomes
 from smoa_lab.study.study import Study
-from smoa_lab.study.study_file import load_study
-from smoa_lab.study.trials import PACK, Trial, TrialStore, own_files, pack
+from smoa_lab.study.trials import PACK, Trial, TrialStore, Untouched, own_files, pack
 from tests.support import studies
 
 ROOT = Path(__file__).parents[2]

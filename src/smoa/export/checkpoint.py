@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from peft import PeftConfig
 from peft.utils import load_peft_weights
 from safetensors import safe_open
+from safetensors.torch import _TYPES as TYPES  # PyTorch's dtypes by safetensors' names of them
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
@@ -38,9 +39,7 @@ DEQUANTIZED_BY_TRANSFORMERS = ("fp8", "mxfp4", "compressed-tensors")
 WEIGHTS = ("config.json", "*.safetensors", "*.safetensors.index.json")
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-NAMES = {dtype: name for name, dtype in FLOATS.items()}
-SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+NAMES = {dtype: name for name, dtype in TYPES.items()}
 CHUNK = 1 << 22
 """Number of entries that are cast and written at a time."""
 
@@ -89,11 +88,6 @@ class BaseCheckpoint:
     adapter: Path
     peft_config: PeftConfig
     trust_remote_code: bool = False
-
-    def raw_config(self) -> dict[str, Any]:
-        """`config.json` as it is."""
-        raw: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        return raw
 
     def model_config(self) -> Any:
         """The model's config, with the number of labels of the adapter's head, if it saves one.
@@ -178,29 +172,8 @@ def _noted_class(config: PeftConfig) -> dict[str, str]:
     return noted if config.task_type is None and of_transformers else {}
 
 
-@dataclass(frozen=True)
-class HeaderEntry:
-    """A tensor's entry in a checkpoint's header; `dtype` as safetensors names it ("F32", "BF16", …)."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return int(torch.Size(self.shape).numel()) * SIZES.get(self.dtype, 1)
-
-    def cast(self, dtype: torch.dtype | None) -> HeaderEntry:
-        """The entry in another dtype. Without a dtype, or for a tensor that is not a float, the entry itself."""
-        return self if dtype is None or self.dtype not in FLOATS else HeaderEntry(NAMES[dtype], self.shape)
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> HeaderEntry:
-        """HeaderEntry of a floating-point tensor in memory."""
-        return cls(NAMES[tensor.dtype], tuple(tensor.shape))
-
-
 class Shards:
-    """The safetensors files of a folder: `entries` come from their headers, `read` loads one tensor.
+    """The safetensors files of a folder: `entries` are their tensors without data, `read` loads one with its data.
 
     Raises:
         MergeError: the index names a file that is missing.
@@ -208,7 +181,7 @@ class Shards:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.entries: dict[str, HeaderEntry] = {}
+        self.entries: dict[str, Tensor] = {}
         if (folder / INDEX).is_file():
             self.files: dict[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
         else:
@@ -223,7 +196,7 @@ class Shards:
             with safe_open(folder / file, "pt") as opened:
                 for key in opened.keys():  # noqa: SIM118  (safe_open is not a dict)
                     part = opened.get_slice(key)
-                    self.entries[key] = HeaderEntry(part.get_dtype(), tuple(part.get_shape()))
+                    self.entries[key] = torch.empty(part.get_shape(), dtype=TYPES[part.get_dtype()], device="meta")
 
     def read(self, key: str) -> Tensor:
         """One tensor. The file is opened for it only, so that its mapped memory is freed with the tensor."""
@@ -232,13 +205,8 @@ class Shards:
             return tensor
 
 
-def has_safetensors(folder: Path) -> bool:
-    """Whether the folder has weights that `Shards` can read."""
-    return (folder / INDEX).is_file() or (folder / SINGLE).is_file()
-
-
 def write_checkpoint(
-    folder: Path, entries: dict[str, HeaderEntry], read: Callable[[str], Tensor], max_shard_size: int | str
+    folder: Path, entries: dict[str, Tensor], read: Callable[[str], Tensor], max_shard_size: int | str
 ) -> None:
     """Write `model.safetensors`, or shards and their index, into an existing folder.
 
@@ -257,25 +225,20 @@ def write_checkpoint(
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _write_file(path: Path, entries: dict[str, HeaderEntry], read: Callable[[str], Tensor]) -> None:
+def _write_file(path: Path, entries: dict[str, Tensor], read: Callable[[str], Tensor]) -> None:
     """Write one file, wide dtypes first, so that every tensor is aligned."""
-    order = sorted(entries, key=lambda key: -SIZES.get(entries[key].dtype, 1))
+    order = sorted(entries, key=lambda key: -entries[key].itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for key in order:
         entry = entries[key]
         span = [offset, offset + entry.nbytes]
-        header[key] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": span}
+        header[key] = {"dtype": NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": span}
         offset = span[1]
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for key in order:
-            file.writelines(_chunks(read(key), entries[key]))
-
-
-def _chunks(tensor: Tensor, entry: HeaderEntry) -> Iterator[memoryview]:
-    dtype = FLOATS.get(entry.dtype, tensor.dtype)
-    for chunk in tensor.detach().reshape(-1).split(CHUNK):
-        yield chunk.to(dtype).contiguous().view(torch.uint8).numpy().data
+            for chunk in read(key).detach().reshape(-1).split(CHUNK):
+                file.write(chunk.to(entries[key].dtype).contiguous().view(torch.uint8).numpy().data)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import ModelCardData
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,49 +26,25 @@ from smoa.config import SmoaConfig
 from smoa.errors import MergeError
 from smoa.export.checkpoint import (
     COMPANIONS,
+    INDEX,
     LEGAL,
+    SINGLE,
     TOKENIZER,
     BaseCheckpoint,
     Shards,
     adapter_config,
     base_folder,
     class_name,
-    has_safetensors,
     recorded_revision,
 )
 from smoa.export.streaming import RoundingLoss, SavedAdapter, plan_stream, stream_merge
-from smoa.files.card import NamedBase, method_name, named_base, settings_as_json
+from smoa.files.card import NamedBase, card_text, method_name, named_base
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 DEQUANTIZED = "The base is quantized. The adapter is merged into its dequantized weights, on which it was used."
 NOTEWORTHY = 0.01
 """Share of ΔW lost to rounding from which on the summary recommends float32."""
-CARD = """---
-{front_matter}
----
-
-# {title}
-
-`{base}` with the {method} adapter below merged into {layers} of its weights by smoa. It is a plain transformers model:
-nothing else is needed to load it.
-
-```python
-{loading}
-```
-
-## Precision
-
-Merged in float32, saved in {dtype}: {lost}
-{notes}
-## Adapter
-
-```json
-{config}
-```
-
-The base model's license and terms of use apply.
-"""
 
 
 @dataclass(frozen=True)
@@ -172,10 +147,11 @@ def _stream(
     base: BaseCheckpoint, folder: Path, dtype: torch.dtype | None, max_shard_size: int | str
 ) -> RoundingLoss | None:
     """Merge from disk to disk. If that is not possible, write nothing and return None."""
-    config, raw = base.peft_config, base.raw_config()
-    if not isinstance(config, SmoaConfig) or config.trainable_token_indices:
+    config = base.peft_config
+    raw: dict[str, Any] = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
+    if not isinstance(config, SmoaConfig) or config.trainable_token_indices or "quantization_config" in raw:
         return None
-    if not has_safetensors(base.folder) or "quantization_config" in raw:
+    if not any((base.folder / name).is_file() for name in (INDEX, SINGLE)):
         return None
     adapter, checkpoint, model = SavedAdapter(base.adapter, config), Shards(base.folder), base.on_meta()
     plan = plan_stream(adapter, model, checkpoint)
@@ -309,16 +285,12 @@ def model_card(
     elif any(folder.glob("tokenizer*")):
         loads["tokenizer"] = "AutoTokenizer"
     lines = (f'{name} = {auto}.from_pretrained("PATH")' for name, auto in loads.items())
-    known: dict[str, Any] = {"base_model": base.hub_id} if base.hub_id else {}
-    return CARD.format(
-        front_matter=ModelCardData(**known, library_name="transformers", tags=["smoa", "merged"]).to_yaml(),
-        title=title,
-        base=base.text,
-        method=method_name(config),
-        layers=len(loss.by_layer),
-        loading="\n".join([f"from transformers import {', '.join(loads.values())}", "", *lines]),
-        dtype=_name(loss.dtype),
-        lost=loss.in_words(),
-        notes="".join(f"\n{note}\n" for note in notes),
-        config=settings_as_json(config),
+    loading = "\n".join([f"from transformers import {', '.join(loads.values())}", "", *lines])
+    intro = (
+        f"`{base.text}` with the {method_name(config)} adapter below merged into {len(loss.by_layer)} of its weights "
+        "by smoa.\nIt is a plain transformers model: nothing else is needed to load it."
     )
+    told = "".join(f"\n{note}\n" for note in notes)
+    precision = f"## Precision\n\nMerged in float32, saved in {_name(loss.dtype)}: {loss.in_words()}\n{told}\n"
+    front_matter = {"library_name": "transformers", "tags": ["smoa", "merged"]}
+    return card_text(title, base, config, front_matter, intro, loading, precision)

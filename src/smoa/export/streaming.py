@@ -18,13 +18,13 @@ from transformers.utils import logging
 
 from smoa.config import SmoaConfig
 from smoa.errors import AdapterFileError, MergeError
-from smoa.export.checkpoint import FLOATS, HeaderEntry, Shards, write_checkpoint
+from smoa.export.checkpoint import Shards, write_checkpoint
 from smoa.files.loading import read_adapter
 from smoa.files.names import PARTS, PREFIX
 from smoa.layers.kinds import kind_of
 from smoa.layers.layer import as_matrix, as_stored
-from smoa.layers.layout import HALVED, Layout
 from smoa.maths.blocks import Blocks
+from smoa.maths.experts import HALVED, Layout
 from smoa.maths.factors import Factors
 from smoa.maths.scale import MODULATIONS, rank_scale
 from smoa.maths.update import Update
@@ -99,11 +99,6 @@ class StreamTarget:
     transposed: bool = False
     layout: Layout | None = None
     number: int | None = None
-
-    @property
-    def label(self) -> str:
-        """The name, and the number of the matrix, if it is one of several."""
-        return self.name if self.number is None else f"{self.name}[{self.number}]"
 
 
 class SavedAdapter:
@@ -206,12 +201,8 @@ def separate_experts(target: StreamTarget, prefixes: Collection[str], checkpoint
     return {}
 
 
-@dataclass(frozen=True)
-class StreamPlan:
-    """What changes in the checkpoint, by key: what each adapted tensor holds, and the tensors to replace."""
-
-    weights: dict[str, StreamTarget]
-    replaced: dict[str, Tensor]
+StreamPlan = tuple[dict[str, StreamTarget], dict[str, Tensor]]
+"""What changes in a checkpoint, by key: what each adapted tensor holds, and the tensors that take another's place."""
 
 
 def plan_stream(adapter: SavedAdapter, model: PreTrainedModel, checkpoint: Shards) -> StreamPlan | None:
@@ -249,15 +240,13 @@ def plan_stream(adapter: SavedAdapter, model: PreTrainedModel, checkpoint: Shard
     unfound = {name for name, key in keys.items() if key not in checkpoint.entries}
     if unfound & weights.keys() or not unfound <= _missing(model, checkpoint, unfound):
         return None
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    given = {name: tuple(tensor.shape) for name, tensor in adapter.others.items() if name in shapes}
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    given = {name: tensor.shape for name, tensor in adapter.others.items() if name in shapes}
     given |= {name: checkpoint.entries[keys[name]].shape for name in weights}
     if any(shapes[name] != shape for name, shape in given.items()):
         return None
-    return StreamPlan(
-        {keys[name]: target for name, target in weights.items()} | apart,
-        {keys[name]: tensor for name, tensor in adapter.others.items()},
-    )
+    replaced = {keys[name]: tensor for name, tensor in adapter.others.items()}
+    return {keys[name]: target for name, target in weights.items()} | apart, replaced
 
 
 def _missing(model: PreTrainedModel, checkpoint: Shards, names: Collection[str]) -> set[str]:
@@ -267,12 +256,15 @@ def _missing(model: PreTrainedModel, checkpoint: Shards, names: Collection[str])
     """
     if not names:
         return set()
-    tensors = {key: torch.empty(entry.shape, device="meta") for key, entry in checkpoint.entries.items()}
     verbosity, shows_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # it lists the missing keys
     logging.disable_progress_bar()
     try:
-        options: Any = {"state_dict": tensors, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        options: Any = {
+            "state_dict": dict(checkpoint.entries),
+            "output_loading_info": True,
+            "ignore_mismatched_sizes": True,
+        }
         loaded: Any = type(model).from_pretrained(None, config=model.config, device_map="meta", **options)
     finally:
         logging.set_verbosity(verbosity)
@@ -302,19 +294,22 @@ def stream_merge(
     Raises:
         MergeError: a merged weight is not finite.
     """
-    entries = {key: entry.cast(dtype) for key, entry in checkpoint.entries.items()}
-    for key, tensor in plan.replaced.items():
-        kept = FLOATS.get(entries[key].dtype) if key in entries else None
-        entries[key] = HeaderEntry.of(tensor).cast(dtype or kept)
+    weights, replaced = plan
+    entries = dict(checkpoint.entries)
+    for key, tensor in replaced.items():
+        entries[key] = torch.empty_like(tensor, dtype=entries.get(key, tensor).dtype, device="meta")
+    if dtype is not None:
+        entries = {key: entry.to(dtype) if entry.is_floating_point() else entry for key, entry in entries.items()}
     loss = RoundingLoss()
 
     def read(key: str) -> Tensor:
-        tensor = plan.replaced[key] if key in plan.replaced else checkpoint.read(key)
-        if key not in plan.weights:
+        tensor = replaced[key] if key in replaced else checkpoint.read(key)
+        if key not in weights:
             return tensor
-        target = plan.weights[key]
+        target = weights[key]
         merged = adapter.merged(target, tensor)
-        loss.add(target.label, tensor.to(merged.dtype), merged, FLOATS[entries[key].dtype])
+        label = target.name if target.number is None else f"{target.name}[{target.number}]"
+        loss.add(label, tensor.to(merged.dtype), merged, entries[key].dtype)
         return merged
 
     write_checkpoint(folder, entries, read, max_shard_size)

@@ -81,20 +81,36 @@ def adapter_card(
     base = base or named_base(config.base_model_name_or_path)
     rows = "".join(f"| {name} | {value:.4g} |\n" for name, value in metrics.items())
     results = f"## Results\n\n| metric | value |\n|---|---|\n{rows}\n" if metrics else ""
-    known: dict[str, Any] = {"base_model": base.hub_id} if base.hub_id else {}
-    front_matter = ModelCardData(
-        **known,
-        library_name="peft",
-        pipeline_tag=auto_class(config)[1],
-        tags=[method_name(config).lower(), *([BASE_TAG + base.hub_id] if base.hub_id else [])],
-    )
+    tags = [method_name(config).lower(), *([BASE_TAG + base.hub_id] if base.hub_id else [])]
+    front_matter = {"library_name": "peft", "pipeline_tag": auto_class(config)[1], "tags": tags}
+    sections = ("" if base.hub_id else LOCAL) + results + sections
+    return card_text(title, base, config, front_matter, _intro(base.text, config), loading_code(config, base), sections)
+
+
+def card_text(
+    title: str,
+    base: NamedBase,
+    config: PeftConfig,
+    front_matter: Mapping[str, Any],
+    intro: str,
+    loading: str,
+    sections: str,
+) -> str:
+    """The card of an adapter or a merged model: front matter, heading, introduction, how to load it, settings."""
+    values: dict[str, Any] = config.to_dict()
+    shown = {
+        key: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
+        for key, value in values.items()
+        if value not in (None, {}, [], False) and key not in NOT_SHOWN
+    }
+    known: dict[str, Any] = {**front_matter} | ({"base_model": base.hub_id} if base.hub_id else {})
     return TEXT.format(
-        front_matter=front_matter.to_yaml(),
+        front_matter=ModelCardData(**known).to_yaml(),
         title=title,
-        intro=_intro(base.text, config),
-        loading=loading_code(config, base),
-        sections=("" if base.hub_id else LOCAL) + results + sections,
-        config=settings_as_json(config),
+        intro=intro,
+        loading=loading,
+        sections=sections,
+        config=json.dumps(shown, indent=2, sort_keys=True),
     )
 
 
@@ -153,14 +169,3 @@ def loading_code(config: PeftConfig, base: NamedBase) -> str:
 def method_name(config: PeftConfig) -> str:
     """PEFT's name of the adapter's method, in capitals."""
     return str(getattr(config.peft_type, "value", config.peft_type))
-
-
-def settings_as_json(config: PeftConfig) -> str:
-    """The config's values as JSON, without empty ones and those in `NOT_SHOWN`."""
-    values: dict[str, Any] = config.to_dict()
-    shown = {
-        key: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
-        for key, value in values.items()
-        if value not in (None, {}, [], False) and key not in NOT_SHOWN
-    }
-    return json.dumps(shown, indent=2, sort_keys=True)

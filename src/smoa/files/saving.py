@@ -7,7 +7,6 @@ then take their places together (atomic.py).
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -83,16 +82,9 @@ def _rename_base(file: Path, card_file: Path, name: str) -> None:
         card = ModelCard.load(card_file)
         card.data.base_model = name
         card.data.tags = [BASE_TAG + name if tag.startswith(BASE_TAG) else tag for tag in card.data.tags or []] or None
-        card.text = _with_base_renamed(card.text, old or "", name)
+        if old and {"/", "\\"} & set(old):  # a name without one may be any word of the text
+            card.text = card.text.replace(str(Path(old).expanduser()), name).replace(old, name)
         card.save(card_file)
-
-
-def _with_base_renamed(text: str, old: str, name: str) -> str:
-    """The text with the base's new name instead of its path. A name without a slash may be any word, and stays."""
-    if not re.search(r"[/\\]", old):
-        return text
-    places = "|".join(re.escape(place) for place in (old, str(Path(old).expanduser())))
-    return re.sub(rf"(?<![\w./~-])(?:{places})(?!\.?[\w-])", lambda _: name, text)
 
 
 def _write_card(folder: Path, title: str, metrics: Mapping[str, float]) -> None:

@@ -97,8 +97,11 @@ def gather_for(module: nn.Module, parameters: Iterable[Tensor]) -> None:
 @contextmanager
 def onloaded(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Load what accelerate has offloaded of these modules, which it does by itself only when they are called."""
-    hooks = [(module, module.__dict__["_hf_hook"]) for module in modules if "_hf_hook" in module.__dict__]
-    hooks = [(module, hook) for module, hook in hooks if any(t.device.type == "meta" for t in _own_tensors(module))]
+    hooks = []
+    for module in modules:
+        own = (*module._parameters.values(), *module._buffers.values())
+        if "_hf_hook" in module.__dict__ and any(t is not None and t.is_meta for t in own):
+            hooks.append((module, module.__dict__["_hf_hook"]))
     for module, hook in hooks:
         hook.pre_forward(module)
     try:
@@ -106,10 +109,6 @@ def onloaded(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for module, hook in hooks:
             hook.post_forward(module, None)
-
-
-def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
-    return (tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None)
 
 
 def refuse_partitioned(parameter: Tensor) -> Tensor:
@@ -141,7 +140,10 @@ def partition_to_state_dict(layer: Any, state_dict: dict[str, Any], prefix: str,
     """State dict hook: save exact block scales, and under FSDP2 save labels and scales as replicated DTensors."""
     for name, factor in layer.smoa_A.items():
         if (key := f"{prefix}{SCALE}.{name}") in state_dict:
-            state_dict[key] = layer.exact_block_scale(name)  # FSDP1 casts buffers in place
+            scale = state_dict[key]
+            state_dict[key] = layer.exact_scales(name)[: scale.numel()].view(
+                scale.shape
+            )  # FSDP1 casts buffers in place
         weight = next(factor.parameters())
         if isinstance(weight, DTensor):
             for key in {f"{prefix}{part}.{name}" for part in PARTITION} & state_dict.keys():

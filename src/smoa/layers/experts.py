@@ -14,10 +14,9 @@ from smoa.config import SmoaConfig
 from smoa.errors import UnsupportedModuleError
 from smoa.layers.distributed import refuse_partitioned
 from smoa.layers.layer import SmoaLayer
-from smoa.layers.layout import Layout
 from smoa.layers.stand_in import StandIn
 from smoa.maths.blocks import Blocks
-from smoa.maths.experts import Run, Stack, stacked_blocks
+from smoa.maths.experts import Layout, Run, Stack, stacked_blocks
 from smoa.maths.scale import MODULATIONS
 from smoa.maths.update import Update
 
@@ -90,7 +89,7 @@ class ParamWrapper(SmoaLayer):
         """The current weights as a view, (experts, halves, out_features, in_features)."""
         return self.layout.matrices(refuse_partitioned(self.stored_weight()))
 
-    def matrix(self, number: int) -> Tensor:
+    def base_weight(self, number: int = 0) -> Tensor:
         """The current weight of one matrix as a view, (out_features, in_features)."""
         expert, half = divmod(number, self.layout.halves)
         return self.matrices()[expert, half]
@@ -141,7 +140,7 @@ class ParamWrapper(SmoaLayer):
         return stored
 
     def _write_matrix(self, matrix: Tensor, number: int) -> None:
-        self.matrix(number).copy_(matrix)
+        self.base_weight(number).copy_(matrix)
 
     # Forward.
 

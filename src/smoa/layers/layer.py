@@ -34,7 +34,7 @@ from smoa.layers.weight_cache import WeightCache, tensor_state
 from smoa.maths.blocks import UNDECIDED, Blocks, DiagonalBlocks, Orders, ascend, check_labels, check_num_blocks
 from smoa.maths.factors import Factors, Initialization, factor_shapes, init_factors
 from smoa.maths.kernels.operators import is_transformed
-from smoa.maths.scale import MODULATIONS, ModulationKind, rank_scale
+from smoa.maths.scale import DEFAULT_SCALE, MODULATIONS, ModulationKind, rank_scale
 from smoa.maths.update import Update
 from smoa.state import chosen_kernels
 
@@ -142,7 +142,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         self.out_features, self.in_features = self._weight_shape()
         self.register_state_dict_post_hook(partition_to_state_dict)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(partition_from_state_dict)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_post_hook(_refresh_orders)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(SmoaLayer.refresh_orders)  # type: ignore[no-untyped-call]
         self.update_layer(adapter_name, config, module, defer_partition=defer_partition)
 
     def __getattr__(self, name: str) -> Any:
@@ -214,7 +214,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         self.made_with[adapter_name] = config.made_with()
         self.smoa_dropout[adapter_name] = nn.Dropout(config.smoa_dropout) if config.smoa_dropout else nn.Identity()
         self._add_factors(adapter_name, config.init_weights)
-        scale = config.scale_of(module)
+        scale = config.scale or DEFAULT_SCALE
         spec = PartitionSpec(config.partition, config.modulation, scale, config.expert_partition)
         self._add_partition(adapter_name, spec, defer_partition)
         if config.init_weights is False:
@@ -341,8 +341,8 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
                 buffers[adapter_name].copy_(tensor)
         self._derive(adapter_name)
 
-    def refresh_orders(self) -> None:
-        """Derive the orders of all adapters again, after labels or block scales were written to in place."""
+    def refresh_orders(self, incompatible_keys: object = None) -> None:
+        """Derive the orders of all adapters again, after labels or block scales were written to or loaded in place."""
         for adapter_name in self.ranks:
             self._derive(adapter_name)
 
@@ -353,7 +353,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
             return
         with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode can't be used in training
             self._derive_orders(adapter_name, rows, cols)
-            bits = self._scales(adapter_name).float().view(torch.int32)
+            bits = self.exact_scales(adapter_name, derived=False).float().view(torch.int32)
             if adapter_name in self.smoa_scale_bits and self.smoa_scale_bits[adapter_name].device == bits.device:
                 self.smoa_scale_bits[adapter_name].copy_(bits)  # in place, so that a state dict sees it
             else:
@@ -398,25 +398,19 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
     def block_scale(self, adapter_name: str) -> Tensor:
         """Factor of each block's update in addition to α/r: (num_blocks,) float32."""
         self.decide_partition(adapter_name)
-        return self.exact_block_scale(adapter_name)
-
-    def exact_block_scale(self, adapter_name: str) -> Tensor:
-        """`block_scale`, whether or not it is decided yet."""
         shape = self.smoa_block_scale[adapter_name].shape
-        return self._exact_scales(adapter_name)[: shape.numel()].view(shape)
+        return self.exact_scales(adapter_name)[: shape.numel()].view(shape)
 
     def rank_scale(self, adapter_name: str) -> Tensor:
         """`block_scale` of the block that each rank belongs to: (r,) float32."""
         shape = self.smoa_block_scale[adapter_name].shape
-        return self._exact_scales(adapter_name)[shape.numel() :].view(*shape[:-1], -1)
+        return self.exact_scales(adapter_name)[shape.numel() :].view(*shape[:-1], -1)
 
-    def _exact_scales(self, adapter_name: str) -> Tensor:
-        if torch._C._get_tracing_state() is None and self._is_derived(adapter_name):  # a trace has no views of a dtype
+    def exact_scales(self, adapter_name: str, derived: bool = True) -> Tensor:
+        """The scales of all blocks, then of all ranks, whether or not they are decided yet."""
+        is_traced = torch._C._get_tracing_state() is not None  # a trace has no views of a dtype
+        if derived and not is_traced and self._is_derived(adapter_name):
             return self.smoa_scale_bits[adapter_name].view(torch.float32)
-        return self._scales(adapter_name)
-
-    def _scales(self, adapter_name: str) -> Tensor:
-        """The scales of all blocks, then of all ranks."""
         scale = self.smoa_block_scale[adapter_name]
         return torch.cat([scale.flatten(), rank_scale(scale, self.ranks[adapter_name]).flatten()])
 
@@ -426,17 +420,13 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         """The base layer's weight as stored: transposed in a Conv1D, packed bytes in a quantized layer."""
         return self.get_base_layer().weight  # type: ignore[return-value]
 
-    def base_weight(self) -> Tensor:
-        """The base layer's current weight, (out_features, in_features) for every kind of storage."""
+    def base_weight(self, number: int = 0) -> Tensor:
+        """The current weight, or one of a stack, (out_features, in_features) for every kind of storage."""
         return as_matrix(refuse_partitioned(self.stored_weight()), self.fan_in_fan_out)
 
-    def matrix(self, number: int) -> Tensor:
-        """The current weight of one of the layer's matrices."""
-        return self.base_weight()
-
     def pristine_matrix(self, number: int) -> Tensor:
-        """W of one matrix before any merge, (out_features, in_features); a copy only while adapters are merged."""
-        return self.unmerged(self.matrix(number), number)
+        """`pristine_weight`, or one of a stack."""
+        return self.unmerged(self.base_weight(number), number)
 
     def pristine_weight(self) -> Tensor:
         """The base weight before any merge, (out_features, in_features); a copy only while adapters are merged."""
@@ -468,10 +458,6 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         """The adapter's `Update` of each matrix."""
         return [self.update(adapter_name)]
 
-    def all_factors(self, adapter_name: str) -> list[Factors]:
-        """The adapter's factors for each of the layer's matrices, as views."""
-        return [update.factors for update in self.updates(adapter_name)]
-
     def part_name(self, number: int) -> str:
         """The name of a matrix within the layer."""
         return ""
@@ -490,7 +476,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         return as_stored(self.delta(adapter), self.stored_weight().shape, self.fan_in_fan_out)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether PEFT's own converter knows this kind of layer. `smoa.export.lora` knows more."""
+        """Whether PEFT's own converter knows this kind of layer. `smoa.conversion` knows more."""
         return self.converted_by_peft
 
     def set_scale(self, adapter: str, scale: float) -> None:
@@ -686,7 +672,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
             self.get_base_layer().weight, self._shared_weight = self._shared_weight[0], ()
         else:
             for number in range(self.matrix_count):
-                matrix = self.matrix(number)
+                matrix = self.base_weight(number)
                 for kept in self._pristine_blocks.values():
                     kept[number].write_to(matrix)
                 self._write_matrix(matrix, number)
@@ -737,8 +723,3 @@ def _linear_weight(linear: nn.Module) -> Tensor:
     weight = next(linear.parameters())
     output: Tensor = linear(torch.eye(int(linear.in_features), device=weight.device, dtype=weight.dtype))  # type: ignore[arg-type]
     return output.T
-
-
-def _refresh_orders(layer: SmoaLayer, incompatible_keys: object) -> None:
-    """Load state dict post-hook."""
-    layer.refresh_orders()

@@ -123,7 +123,7 @@ class QuantizedLinear(Linear):
         weight: Tensor = base.W_q if hasattr(base, "W_q") else base.weight  # HQQ's name
         return weight
 
-    def base_weight(self) -> Tensor:
+    def base_weight(self, number: int = 0) -> Tensor:
         """The base layer's current weight, dequantized: (out_features, in_features)."""
         return dequantized(self.quantization_backend, self.get_base_layer())
 

@@ -19,8 +19,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from smoa.errors import UnsupportedModuleError
-from smoa.layers.layout import Layout
-from smoa.maths.experts import Run
+from smoa.maths.experts import Layout, Run
 
 Branch = Callable[[Tensor, list[Run], bool], Tensor]
 """Computes what the adapters add, (rows, out_features of the parameter), for x (rows, in_features).

@@ -151,24 +151,27 @@ class Factors:
         Args:
             stacked: Every block uses the first r_k rows instead of rows of its own: (max r_k, in_features).
         """
-        spread = self.A.new_zeros(self._height(stacked), self.blocks.in_features)
-        for _, cols, ranks in self.slots():
-            spread[_rows(ranks, stacked), cols] = self.A[ranks, : cols.stop - cols.start]
+        height, slots = self._room(stacked)
+        spread = self.A.new_zeros(height, self.blocks.in_features)
+        for (_, cols, ranks), slot in zip(self.slots(), slots, strict=True):
+            spread[slot, cols] = self.A[ranks, : cols.stop - cols.start]
         return spread if self.blocks.is_contiguous else spread.index_select(1, self.blocks.orders.cols_inverse)
 
     def spread_B(self, stacked: bool = False) -> Tensor:
         """B̃: (out_features, r) in natural row order, without the scale; `stacked` as in `spread_A`."""
-        spread = self.B.new_zeros(self.blocks.out_features, self._height(stacked))
-        for rows, _, ranks in self.slots():
-            spread[rows, _rows(ranks, stacked)] = self.B[: rows.stop - rows.start, ranks]
+        height, slots = self._room(stacked)
+        spread = self.B.new_zeros(self.blocks.out_features, height)
+        for (rows, _, ranks), slot in zip(self.slots(), slots, strict=True):
+            spread[rows, slot] = self.B[: rows.stop - rows.start, ranks]
         return spread if self.blocks.is_contiguous else spread.index_select(0, self.blocks.orders.rows_inverse)
 
-    def _height(self, stacked: bool) -> int:
-        return max(self.ranks) if stacked else sum(self.ranks)
-
-
-def _rows(ranks: slice, stacked: bool) -> slice:
-    return slice(0, ranks.stop - ranks.start) if stacked else ranks
+    def _room(self, stacked: bool) -> tuple[int, Sequence[slice]]:
+        """How many ranks spread factors have, and which of them each block uses."""
+        return (
+            (max(self.ranks), [slice(rank) for rank in self.ranks])
+            if stacked
+            else (sum(self.ranks), slices(self.ranks))
+        )
 
 
 def init_factors(

@@ -25,8 +25,7 @@ from smoa.layers.layer import SmoaLayer
 from smoa.layers.quantized import keep_unpacked, requantization_reported
 from smoa.tuner.combining import Combination, check_combination, check_layer, combined_config, fill_combined
 from smoa.tuner.generation import adapter_names_hooks, forget_generate, watch_generate
-from smoa.tuner.parameters import existing_wrapper
-from smoa.tuner.targets import check_target, survey_targets
+from smoa.tuner.targets import check_target, existing_wrapper, survey_targets
 from smoa.tuner.tying import refuse_shared, tie_layers, users_of
 
 

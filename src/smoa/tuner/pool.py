@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -368,7 +368,7 @@ class Loaded:
     @classmethod
     def checked(
         cls, path: str, shape: tuple[int, int], config: SmoaConfig, parts: Mapping[str, Tensor], source: str
-    ) -> Loaded:
+    ) -> Self:
         """Raises AdapterFileError unless all parts are there, finite, and fit a layer of this shape."""
         ranks = config.ranks_of(path, shape=shape)
         lacking = next((part for part in PARTS if part not in parts), None)

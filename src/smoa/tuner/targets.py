@@ -1,13 +1,15 @@
-"""Finds and checks the layers to adapt, before the first one is replaced, and says what a user should know of them."""
+"""Finds and checks the layers and parameters to adapt, before the first one is replaced, and reports what to know."""
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakSet
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
@@ -21,38 +23,28 @@ from smoa.config import Shape, SmoaConfig
 from smoa.errors import ConfigError, PartitionError, SmoaError, UnsupportedModuleError
 from smoa.files.loading import AdapterFile, incoming
 from smoa.layers.distributed import awaits_process_group, from_rank_zero, whole
+from smoa.layers.experts import ParamWrapper
 from smoa.layers.kinds import KINDS, QUANTIZED, Kind, kind_of
 from smoa.layers.layer import SmoaLayer
 from smoa.layers.quantized import find_backend
+from smoa.maths.blocks import check_num_blocks
+from smoa.maths.experts import Layout
 from smoa.maths.spectrum import finite_peak
-from smoa.tuner.parameters import (
-    TargetParameter,
-    check_fit,
-    check_parameter,
-    existing_wrapper,
-    report_experts,
-    target_parameters,
-)
 from smoa.tuner.tying import check_alike, tie_targets
 
 if TYPE_CHECKING:
     from peft.utils.quantization_utils import QuantizationBackend
 
 SUPPORTED = ", ".join(kind.name for kind in (*KINDS, QUANTIZED))
-
 MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 """Types of models whose fused kernels read the weights of a mixer's `out_proj` and `conv1d`, and don't call them."""
+ROUTERS = ("router", "gate")
+"""Names of modules that choose the experts of each token."""
+_REPORTED: WeakSet[nn.Module] = WeakSet()
+"""Models whose experts `_report_experts` has named."""
 
 IsTarget = Callable[[Any, str], object]
 """Whether a config makes the module of a name a target."""
-
-
-class Target(NamedTuple):
-    """A module that can be adapted: its kind, the shape of W, and the backend that dequantizes W, if it must be."""
-
-    kind: Kind
-    shape: Shape
-    backend: QuantizationBackend | None
 
 
 def survey_targets(model: nn.Module, peft_config: Any, is_target: IsTarget, loads_labels: bool) -> int:
@@ -65,7 +57,7 @@ def survey_targets(model: nn.Module, peft_config: Any, is_target: IsTarget, load
         SmoaError: names every target that cannot be adapted, and why.
     """
     every_linear = str(peft_config.target_modules).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
-    report_experts(model, peft_config)
+    _report_experts(model, peft_config)
     config: Any = _maybe_include_all_linear_layers(peft_config, model)
     if every_linear:
         _leave_out(config, model)
@@ -75,39 +67,40 @@ def survey_targets(model: nn.Module, peft_config: Any, is_target: IsTarget, load
     problems: list[SmoaError] = []
     shapes: dict[str, Shape] = {}
     of_parameters: dict[str, Shape] = {}
+    parameters: list[TargetParameter] = []
     for name, module in model.named_modules():
         if name and not name.startswith(inside) and is_target(config, name):
-            try:
-                target = check_target(name, module, config, model, file)
-                shapes[name] = target.shape
-                if not loads_labels and target.backend is None:
+            with _collected(problems):
+                _, shapes[name], backend = check_target(name, module, config, model, file)
+                if not loads_labels and backend is None:
                     weight: Any = base_of(module).weight
-                    check_finite(name, weight, module if isinstance(module, SmoaLayer) else None)
-            except SmoaError as error:
-                problems.append(error)
-    parameters: list[TargetParameter] = []
-    try:
+                    _check_finite(name, weight, module if isinstance(module, SmoaLayer) else None)
+    with _collected(problems):
         parameters = target_parameters(model, config)
-    except ConfigError as error:
-        problems.append(error)
     for parameter in parameters:
-        try:
+        with _collected(problems):
             if parameter.module_name in shapes:
                 raise ConfigError(f"{parameter.key}: target_modules names its module too; name it in one of the two")
             of_parameters[parameter.key] = check_parameter(parameter, config, file)
             if not loads_labels:
                 known = existing_wrapper(model, parameter.module_name, parameter.name)
-                check_finite(parameter.key, parameter.tensor, known)
-        except SmoaError as error:
-            problems.append(error)
+                _check_finite(parameter.key, parameter.tensor, known)
     if problems:
         raise type(problems[0])("; ".join(map(str, problems)))
     check_alike(groups, shapes, config)
     if not loads_labels:
         if every_linear:
             _report_towers(shapes, model)
-        report_narrow(shapes | of_parameters, config)
+        _report_narrow(shapes | of_parameters, config)
     return len(shapes)
+
+
+@contextmanager
+def _collected(problems: list[SmoaError]) -> Iterator[None]:
+    try:
+        yield
+    except SmoaError as error:
+        problems.append(error)
 
 
 def base_of(module: nn.Module) -> nn.Module:
@@ -117,8 +110,10 @@ def base_of(module: nn.Module) -> nn.Module:
 
 def check_target(
     name: str, module: nn.Module, config: SmoaConfig, model: nn.Module, file: AdapterFile | None = None
-) -> Target:
-    """Return what is known of a module that can be adapted; `file` has its weights, if they are being loaded.
+) -> tuple[Kind, Shape, QuantizationBackend | None]:
+    """The kind of a module, the shape of W, and the backend that dequantizes W, if it must be.
+
+    `file` has the adapter's weights, if they are being loaded.
 
     Raises:
         ConfigError: the kernels of a Mamba model read its weight and don't call it.
@@ -138,7 +133,7 @@ def check_target(
     assert kind is not None, "a layer of no kind was refused"
     shape = kind.shape_of(base)
     check_fit(name, shape, config, file)
-    return Target(kind, shape, backend)
+    return kind, shape, backend
 
 
 def _refusal(
@@ -228,12 +223,8 @@ def _shapes(base: nn.Module) -> str:
     return ", ".join(shapes) or "no parameters"
 
 
-def check_finite(name: str, stored: Tensor, layer: SmoaLayer | None) -> None:
-    """Check a weight of which blocks will be made, and which `layer` may have merged. Every rank must call this.
-
-    Raises:
-        PartitionError: the weight has NaN or infinite entries.
-    """
+def _check_finite(name: str, stored: Tensor, layer: SmoaLayer | None) -> None:
+    """Raise PartitionError if a weight, which `layer` may have merged, is not finite. Every rank must call this."""
     if awaits_process_group():  # weights of other ranks may not be loaded
         return
     with gather_params_ctx(stored):  # for DeepSpeed ZeRO-3
@@ -243,6 +234,156 @@ def check_finite(name: str, stored: Tensor, layer: SmoaLayer | None) -> None:
             from_rank_zero(lambda: None if weight is None else float(finite_peak(weight)))
         except PartitionError as error:
             raise PartitionError(f"{name}: {error}") from None
+
+
+# Parameters of experts.
+
+
+class TargetParameter(NamedTuple):
+    """A parameter to adapt: its module, and the names of the module and of the parameter in it."""
+
+    module: nn.Module
+    module_name: str
+    name: str
+
+    @property
+    def key(self) -> str:
+        """Name of the parameter in the model."""
+        return f"{self.module_name}.{self.name}".removeprefix(".")
+
+    @property
+    def tensor(self) -> Tensor:
+        """The parameter."""
+        return getattr(self.module, self.name)  # type: ignore[no-any-return]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape, also while ZeRO-3 has partitioned it."""
+        return tuple(getattr(self.tensor, "ds_shape", self.tensor.shape))
+
+    @property
+    def short(self) -> str:
+        """The last parts of its name, as one names it: `mlp.experts.down_proj`."""
+        return ".".join(self.key.split(".")[-3:])
+
+    @property
+    def holds_experts(self) -> bool:
+        """Whether it looks like a stack of matrices: not like a vector with room for a batch, nor a kernel."""
+        is_stack = len(self.shape) == 3 and min(self.shape) > 1
+        return is_stack and not isinstance(self.module, nn.Conv1d | nn.ConvTranspose1d)
+
+
+def existing_wrapper(model: nn.Module, module_name: str, name: str) -> ParamWrapper | None:
+    """The wrapper of the parameter `name` of a module, if it is adapted already."""
+    module = model.get_submodule(module_name)
+    while isinstance(module, ParamWrapper):
+        if module.parameter_name == name:
+            return module
+        module = module.base_layer
+    return None
+
+
+def parameters_of(model: nn.Module) -> Iterator[TargetParameter]:
+    """All parameters of the base model, with the names that they had before any adapter."""
+    inside = tuple(
+        f"{name}.{part}"
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer)
+        for part in (*module.adapter_layer_names, *module.other_param_names)
+    )
+    for module_name, module in model.named_modules():
+        if not module_name.startswith(inside):
+            plain = module_name.replace(".base_layer", "")
+            yield from (TargetParameter(module, plain, name) for name, _ in module.named_parameters(recurse=False))
+
+
+def target_parameters(model: nn.Module, config: SmoaConfig) -> list[TargetParameter]:
+    """The parameters that `target_parameters` names, whole or by their last parts, as PEFT matches them.
+
+    Raises:
+        ConfigError: a name matches none.
+    """
+    named = config.target_parameters or []
+    targets = [target for target in parameters_of(model) if any(_matches(target.key, name) for name in named)]
+    for name in named:
+        if any(_matches(target.key, name) for target in targets):
+            continue
+        stacks = sorted({target.short for target in parameters_of(model) if target.holds_experts})
+        near = difflib.get_close_matches(name, stacks, n=1, cutoff=0)
+        remedy = f"did you mean {near[0]!r}?" if near else "it has no parameter of three dimensions; use target_modules"
+        for module_name, module in model.named_modules():
+            if any(_matches(f"{module_name}.{part}", name) for part in getattr(module, "parametrizations", ())):
+                remedy = "one of that name is parametrized; remove the parametrization first"
+        raise ConfigError(f"target_parameters: {name!r} matches no parameter of the model; {remedy}")
+    return targets
+
+
+def _matches(key: str, name: str) -> bool:
+    return key == name or key.endswith(f".{name}")
+
+
+def check_parameter(target: TargetParameter, config: SmoaConfig, file: AdapterFile | None = None) -> Shape:
+    """Shape of one of the parameter's matrices.
+
+    Raises:
+        ConfigError: the parameter is of a router or of the model itself, or has another number of dimensions than 2
+            and 3.
+        UnsupportedModuleError: it is quantized or parametrized.
+        AdapterFileError: the config gives it a larger rank than any factor in the file has.
+        PartitionError: K is larger than a side of its matrices, and `num_blocks_pattern` or `block_ranks` sets it.
+    """
+    place = f"target_parameters: {target.key} has shape {target.shape}"
+    if not target.module_name:  # these first words are PEFT's
+        raise ConfigError(
+            "Targeting an nn.Parameter on the top-level module is not supported "
+            f"(parameter '{target.name}'). It has shape {target.shape}; put the module into another one"
+        )
+    if len(target.shape) not in (2, 3):
+        raise ConfigError(f"{place}, and only those of 2 or 3 dimensions hold matrices; leave it out")
+    if target.module_name.split(".")[-1] in ROUTERS or type(target.module).__name__.endswith("Router"):
+        raise ConfigError(f"{place} and chooses the experts, which SMoA doesn't adapt; leave the router out")
+    if hasattr(target.module, "parametrizations"):
+        raise UnsupportedModuleError(f"{place} and is parametrized; remove the parametrization first")
+    if not target.tensor.is_floating_point() or target.tensor.itemsize == 1:
+        raise UnsupportedModuleError(
+            f"{place} and is quantized to {target.tensor.dtype}, and nothing dequantizes experts; load the model with "
+            "dequantize=True, or without quantization"
+        )
+    layout = Layout.of(target.module, target.name)
+    check_fit(target.key, layout.shape, config, file, layout.count)
+    return layout.shape
+
+
+def check_fit(name: str, shape: Shape, config: SmoaConfig, file: AdapterFile | None, count: int = 1) -> None:
+    """Check that `count` matrices of this shape have room for their blocks, and no more ranks than the file.
+
+    Raises:
+        AdapterFileError: the config gives them a larger rank than any factor in the file has.
+        PartitionError: K is larger than a side, and `num_blocks_pattern` or `block_ranks` sets it.
+    """
+    if file is not None:
+        file.check_rank(name, count * config.rank_of(name, shape))
+    try:
+        check_num_blocks(config.num_blocks_of(name, shape), *shape)
+    except PartitionError as error:
+        raise PartitionError(f"{name}: {error}") from None
+
+
+# Warnings.
+
+
+def _report_experts(model: nn.Module, config: SmoaConfig) -> None:
+    """Warn, once for each model, that "all-linear" leaves the experts out, and how to name them."""
+    if config.target_modules != "all-linear" or config.target_parameters or model in _REPORTED:
+        return
+    stacks = sorted({target.short for target in parameters_of(model) if target.holds_experts})
+    if stacks:
+        _REPORTED.add(model)
+        warnings.warn(
+            "target_modules='all-linear' takes linear layers only; the experts of this mixture are parameters and not "
+            f"adapted. To adapt them too, add target_parameters={stacks}",
+            stacklevel=2,
+        )
 
 
 def _report_towers(targets: Mapping[str, Shape], model: nn.Module) -> None:
@@ -261,7 +402,7 @@ def _report_towers(targets: Mapping[str, Shape], model: nn.Module) -> None:
         )
 
 
-def report_narrow(shapes: Mapping[str, Shape], config: SmoaConfig) -> None:
+def _report_narrow(shapes: Mapping[str, Shape], config: SmoaConfig) -> None:
     """Name the targets that take fewer blocks than `num_blocks`, in one warning, given the shapes of their weights."""
     narrow = [name for name, shape in shapes.items() if config.num_blocks_of(name, shape) < config.num_blocks_of(name)]
     if narrow:

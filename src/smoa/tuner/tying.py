@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from smoa.config import Shape, SmoaConfig
 from smoa.errors import ConfigError, MergeError
-from smoa.layers.embedding import Embedding
+from smoa.layers.kinds import Embedding
 from smoa.layers.layer import SmoaLayer
 
 Group = list[str]

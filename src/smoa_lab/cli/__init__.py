@@ -1,4 +1,4 @@
-"""The ``smoa`` command: one file per subcommand, which parses, calls the library and prints.
+"""The ``smoa`` command: its subcommands parse, call the library and print.
 
 It imports smoa only when a subcommand runs: importing smoa registers it with PEFT, which imports torch.
 """

@@ -39,10 +39,9 @@ def compare(
 
         from smoa.atomic import check_place
         from smoa.errors import ConfigError
-        from smoa_lab.study.comparison import Comparison
+        from smoa_lab.study.comparison import Comparison, load_study
         from smoa_lab.study.ray_executor import RayExecutor
         from smoa_lab.study.report import report
-        from smoa_lab.study.study_file import load_study
         from smoa_lab.study.trials import pack as pack_runs
 
         if report_only and (only or on_ray):

@@ -80,9 +80,9 @@ def check(
 ) -> None:
     """Show what would be trained on: formats, lengths, what is cut or dropped, bad rows, and examples."""
     with reporting("trl", "datasets"):
+        from smoa_lab.base_models import load_tokenizer
         from smoa_lab.config.run import check_config, load_config
         from smoa_lab.data.files import source_values
-        from smoa_lab.models.base_models import load_tokenizer
         from smoa_lab.training.loaded_run import read_rows_of
 
         if place.endswith((".yaml", ".yml")):

@@ -31,9 +31,8 @@ def demo(
 ) -> None:
     """Fine-tune a small real model in minutes, show what changed, reload the adapter and merge it."""
     with reporting("accelerate", *DRAWING):
+        from smoa_lab.base_models import PACKAGED_MODELS, with_rate
         from smoa_lab.config.run import load_config
-        from smoa_lab.models.base_models import with_rate
-        from smoa_lab.models.packaged_models import PACKAGED_MODELS
         from smoa_lab.training.loaded_run import load_run
         from smoa_lab.training.run_folder import RunFolder, in_free_folder
         from smoa_lab.training.train_run import train
@@ -79,7 +78,7 @@ def verify_saved(config: RunConfig, run: LoadedRun, metrics: dict[str, Any]) -> 
     from peft import PeftModel
 
     from smoa.errors import MergeError
-    from smoa_lab.models.base_models import load_base_model
+    from smoa_lab.base_models import load_base_model
     from smoa_lab.training.run_folder import RunFolder
 
     def first_logits(model: Any) -> Tensor:

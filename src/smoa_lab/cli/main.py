@@ -7,22 +7,7 @@ from typing import Annotated
 
 import typer
 
-from smoa_lab.cli import (
-    budget,
-    chat,
-    compare,
-    convert,
-    data,
-    demo,
-    eval,
-    init,
-    inspect,
-    merge,
-    report,
-    run,
-    train,
-    tune,
-)
+from smoa_lab.cli import adapters, chat, compare, data, demo, eval, init, train, tune
 
 app = typer.Typer(
     name="smoa",
@@ -52,13 +37,13 @@ app.command("init")(init.init)
 app.command("train")(train.train)
 app.command("tune")(tune.tune)
 app.command("eval")(eval.evaluate)
-app.command("report")(report.report)
+app.command("report")(adapters.report)
 app.command("chat")(chat.chat)
-app.command("merge")(merge.merge)
-app.command("convert")(convert.convert)
+app.command("merge")(adapters.merge)
+app.command("convert")(adapters.convert)
 app.command("compare")(compare.compare)
-app.command("inspect")(inspect.inspect)
-app.command("budget")(budget.budget)
+app.command("inspect")(adapters.inspect)
+app.command("budget")(adapters.budget)
 app.command("demo")(demo.demo)
-app.command("run", context_settings=run.SETTINGS)(run.run)
+app.command("run", context_settings=adapters.RUN_SETTINGS)(adapters.run)
 app.add_typer(data.app, name="data")

@@ -23,14 +23,13 @@ from smoa_lab.basics.extras import import_package
 from smoa_lab.basics.foreign import foreign_warnings_ignored
 from smoa_lab.basics.plain import without_secrets
 from smoa_lab.basics.section import Section, Seed
-from smoa_lab.config.validation import Problem, all_problems, listed
+from smoa_lab.config.validation import Problem, all_problems
 from smoa_lab.config.yaml_text import apply_overrides, key_lines, parse_yaml, to_yaml
 from smoa_lab.data.files import HubRows
 from smoa_lab.data.formats import Format
 from smoa_lab.data.general_text import STORY
-from smoa_lab.data.own_questions import FileTask
 from smoa_lab.data.questions import AnswerStyle, Template
-from smoa_lab.data.tasks import Selection, Source, Task, find_task, select
+from smoa_lab.data.tasks import FileTask, Selection, Source, Task, find_task, select
 
 TRUST = ("trust_remote_code", "allow_all_kernels")
 """Keys, of ours and of ``from_pretrained``, that let a repository run its own code."""
@@ -238,9 +237,17 @@ class RunConfig(Section):
         """
         target, training = _trainer_class({}, format == "preference"), dict(self.training)
         if self.has_rows:
-            training = _checked_keys(training, target, str(format))
+            for key in DECIDED.keys() & training.keys():
+                raise ConfigError(f"training.{key}: is not for rows: {DECIDED[key]}; leave it out")
+            foreign = sorted(training.keys() - _keys(target) - ROWS_DEFAULTS.keys())
+            if foreign:
+                raise ConfigError(
+                    f"training: {', '.join(foreign)} is not for {target.__name__}, which trains rows of the format "
+                    f"{format}; leave it out"
+                )
+            training = {key: value for key, value in training.items() if key in _keys(target)}
         else:
-            own = {one.name: one.default for one in dataclasses.fields(TrainingArguments)}
+            own = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
             training = {key: own[key] for key in ("bf16", "gradient_checkpointing", "learning_rate")} | training
         if self.early_stopping is not None:  # otherwise a resumed run would forget for how long it had waited
             training["restore_callback_states_from_checkpoint"] = True
@@ -300,7 +307,7 @@ class ConfigText:
             target = _trainer_class(given, data.get("format") == "preference")
             defaults |= {key: value for key, value in ROWS_DEFAULTS.items() if key in _keys(target)}
             if values.get("task") is not None:
-                self.refuse([Problem(("task",), "task: is for questions (data.tasks); leave it out")])
+                self.refuse([(("task",), "is for questions (data.tasks); leave it out")])
             values = {key: value for key, value in values.items() if key != "task"}
         if values.get("early_stopping") is not None:
             defaults |= self._stopping(given)
@@ -322,10 +329,15 @@ class ConfigText:
 
     def refuse(self, problems: Iterable[Problem]) -> None:
         """Raise ConfigError with all problems, by their lines, if there are any."""
-        placed = sorted((_line(problem.path, self.lines), problem.text) for problem in problems)
-        texts = [f"line {line}: {text}" if line else text for line, text in placed]
+        texts = []
+        for path, reason in problems:
+            known = (path[:length] for length in range(len(path), 0, -1))
+            line = next((self.lines[place] for place in known if place in self.lines), 0)  # of the block around it
+            text = f"{'.'.join(path)}: {reason}" if path else reason
+            texts.append((line, f"line {line}: {text}" if line else text))
         if texts:
-            raise ConfigError(f"{self.place}: {listed(texts)}")
+            title = f"{self.place}: {len(texts)} problem{'s' if len(texts) > 1 else ''}"
+            raise ConfigError("\n  ".join([title, *(text for _, text in sorted(texts))]))
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None, trust_remote_code: bool = False) -> RunConfig:
@@ -350,22 +362,8 @@ def _trainer_class(training: dict[str, Any], prefers: bool) -> type[TrainingArgu
     return chosen
 
 
-def _checked_keys(training: dict[str, Any], target: type[TrainingArguments], format: str) -> dict[str, Any]:
-    """The keys for ``target``, ours aside; raises ConfigError if one belongs to another trainer, or to none here."""
-    for key, remedy in DECIDED.items():
-        if key in training:
-            raise ConfigError(f"training.{key}: is not for rows: {remedy}; leave it out")
-    foreign = sorted(training.keys() - _keys(target) - ROWS_DEFAULTS.keys())
-    if foreign:
-        raise ConfigError(
-            f"training: {', '.join(foreign)} is not for {target.__name__}, which trains rows of the format {format}; "
-            "leave it out"
-        )
-    return {key: value for key, value in training.items() if key in _keys(target)}
-
-
 def _keys(target: type[Any]) -> set[str]:
-    return {one.name for one in dataclasses.fields(target)}
+    return {field.name for field in dataclasses.fields(target)}
 
 
 def _trusting(values: Any, path: tuple[str, ...] = ()) -> Iterator[Problem]:
@@ -374,13 +372,5 @@ def _trusting(values: Any, path: tuple[str, ...] = ()) -> Iterator[Problem]:
     for key, value in inside:
         place = (*path, str(key))
         if key in TRUST and value not in (False, None):
-            text = "a file can't allow a repository to run its code; if you trust it, give --trust-remote-code"
-            yield Problem(place, f"{'.'.join(place)}: {text}")
+            yield place, "a file can't allow a repository to run its code; if you trust it, give --trust-remote-code"
         yield from _trusting(value, place)
-
-
-def _line(path: tuple[str, ...], lines: dict[tuple[str, ...], int]) -> int:
-    """The line of a key, or of the nearest block around it that the file has; 0 if it has none."""
-    while path and path not in lines:
-        path = path[:-1]
-    return lines.get(path, 0)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-import types
 import typing
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 from pydantic import (
@@ -26,7 +24,7 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 from smoa.errors import ConfigError, DataError, nearest
 from smoa_lab.basics.extras import install
 from smoa_lab.basics.foreign import foreign_warnings_ignored
-from smoa_lab.config.methods import METHODS, Method
+from smoa_lab.config.methods import METHODS
 from smoa_lab.data.tasks import find_task
 
 RANGES: dict[str, Any] = {
@@ -50,25 +48,15 @@ RANGES: dict[str, Any] = {
 }
 """Training values that the trainer would fail at, or take for something else. Its own default is always good."""
 RESUMES = "smoa resumes an interrupted run by itself: leave it out, and run the same command again"
-QUANTIZATION = "model.options.quantization_config"
 MISPLACED = {
-    **dict.fromkeys(("load_in_4bit", "load_in_8bit"), f"belongs one level deeper, in {QUANTIZATION}"),
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit"), "belongs one level deeper, in model.options.quantization_config"),
     **dict.fromkeys(("dtype", "torch_dtype"), "set model.dtype instead"),
     "trust_remote_code": "set model.trust_remote_code instead",
 }
 
 
-@dataclass(frozen=True)
-class Problem:
-    """What is wrong with one key; ``path`` is the key's, so that its line can be found."""
-
-    path: tuple[str, ...]
-    text: str
-
-
-def listed(problems: Sequence[str]) -> str:
-    """``2 problems``, then one a line."""
-    return "\n  ".join([f"{len(problems)} problem{'s' if len(problems) > 1 else ''}", *problems])
+Problem = tuple[tuple[str, ...], str]
+"""A key's path, by which its line is found, and what is wrong with it."""
 
 
 def all_problems(
@@ -92,56 +80,8 @@ def block_problems(model: type[BaseModel], values: dict[str, Any]) -> Iterable[P
     except ValidationError as error:
         for problem in error.errors():
             place = tuple(map(str, problem["loc"]))
-            path = place if _choices_of(model, place[0]) is None else (place[0], *place[2:])
-            yield Problem(path, f"{'.'.join(path)}: {_wording(model, place, dict(problem))}")
-
-
-def _choices_of(block: Any, key: str) -> dict[str, Any] | None:
-    """The blocks that a key may hold, by the names that pydantic puts into the places of problems."""
-    field = block.model_fields.get(key)
-    if field is None or field.discriminator is None:
-        return None
-    return {tag.tag: chosen for chosen, tag in map(typing.get_args, typing.get_args(field.annotation))}
-
-
-def _wording(model: type[BaseModel], path: tuple[str, ...], problem: dict[str, Any]) -> str:
-    if problem["type"] == "extra_forbidden":
-        return f"unknown key{nearest(path[-1], _keys_beside(model, path))}"
-    if problem["type"] == "missing":
-        return "is missing"
-    got = problem["input"]
-    hint = nearest(str(got), _literals(problem)) if problem["type"] == "literal_error" else ""
-    return f"{problem['msg'].removeprefix('Input ')}; got {got!r}{hint}"
-
-
-def _keys_beside(model: type[BaseModel], path: tuple[str, ...]) -> list[str]:
-    """The valid keys of the block in which ``path`` ends."""
-    block: Any = model
-    for key in path[:-1]:
-        if isinstance(block, dict):
-            block = block[key]
-        elif _is_block(block) and (choices := _choices_of(block, key)) is not None:
-            block = choices
-        else:
-            inside = typing.get_args(block)[-1] if _holds_blocks(block) else block.model_fields[key].annotation
-            options = typing.get_args(inside) if isinstance(inside, types.UnionType) else (inside,)
-            block = next((one for one in options if _is_block(one) or _holds_blocks(one)), None)
-        if block is None:
-            return []
-    return list(block.model_fields) if _is_block(block) else []
-
-
-def _is_block(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
-
-
-def _holds_blocks(annotation: Any) -> bool:
-    """Whether it is a dictionary or a list of blocks."""
-    return typing.get_origin(annotation) in (dict, list) and _is_block(typing.get_args(annotation)[-1])
-
-
-def _literals(found: dict[str, Any]) -> list[str]:
-    return [part.strip(" '") for part in found["ctx"]["expected"].replace(" or ", ",").split(",")]
+            kind = 1 if place[:1] == ("data",) else 0  # pydantic's tag of what data are, behind that key
+            yield (*place[:kind], *place[kind + kind :]), str(problem["msg"]).removeprefix("Value error, ")
 
 
 def _task_problems(values: dict[str, Any]) -> Iterable[Problem]:
@@ -150,41 +90,31 @@ def _task_problems(values: dict[str, Any]) -> Iterable[Problem]:
         return
     files = data.get("files")
     for name in map(str, data["tasks"]):
-        if isinstance(files, dict) and name in files:
-            continue
         try:
-            find_task(name)
+            _ = (isinstance(files, dict) and name in files) or find_task(name)
         except DataError as error:
-            yield Problem(("data", "tasks"), str(error))
+            yield ("data", "tasks"), str(error).removeprefix("data.tasks: ")
 
 
 def _method_problems(values: dict[str, Any]) -> Iterable[Problem]:
     name, adapter = str(values.get("method", "smoa")), values.get("adapter", {})
     if name not in METHODS:
-        yield Problem(("method",), f"method: there is no method {name!r}{nearest(name, METHODS)}")
-    elif isinstance(adapter, dict):
-        yield from _adapter_problems(name, METHODS[name], adapter)
-
-
-def _adapter_problems(name: str, method: Method, adapter: dict[str, Any]) -> Iterable[Problem]:
+        yield ("method",), f"there is no method {name!r}{nearest(name, METHODS)}"
+        return
+    method = METHODS[name]
     if method.config_class is None:
         if adapter:
-            yield Problem(("adapter",), f"adapter: method {name} trains all weights and takes no adapter keys")
-        return
-    problems = list(_dataclass_problems("adapter", method.config_class, adapter))
-    problems += [
-        Problem(("adapter", key), f"adapter.{key}: is decided by method {name}; leave it out")
-        for key in method.preset.keys() & adapter.keys()
-    ]
-    yield from problems or _construction_problems(method, adapter)
-
-
-def _construction_problems(method: Method, adapter: dict[str, Any]) -> Iterable[Problem]:
-    """The rules that the PEFT config checks itself."""
-    try:
-        method.peft_config(adapter)
-    except (ConfigError, ValueError, TypeError) as error:
-        yield Problem(("adapter",), f"adapter: {error}")
+            yield ("adapter",), f"method {name} trains all weights and takes no adapter keys"
+    elif isinstance(adapter, dict):
+        problems = list(_dataclass_problems("adapter", method.config_class, adapter))
+        decided = method.preset.keys() & adapter.keys()
+        problems += [(("adapter", key), f"is decided by method {name}; leave it out") for key in decided]
+        yield from problems
+        if not problems:
+            try:
+                method.peft_config(adapter)
+            except (ConfigError, ValueError, TypeError) as error:  # the rules that the PEFT config checks itself
+                yield ("adapter",), str(error)
 
 
 def _training_problems(training: Any, training_class: type[TrainingArguments]) -> Iterable[Problem]:
@@ -192,17 +122,16 @@ def _training_problems(training: Any, training_class: type[TrainingArguments]) -
         return
     problems = list(_dataclass_problems("training", training_class, training))
     if training.get("resume_from_checkpoint") is not None:
-        problems.append(Problem(("training", "resume_from_checkpoint"), f"training.resume_from_checkpoint: {RESUMES}"))
+        problems.append((("training", "resume_from_checkpoint"), RESUMES))
     if training.get("output_dir", "") is None:
-        problems.append(Problem(("training", "output_dir"), "training.output_dir: is empty; name a folder"))
-    if problems:
-        yield from problems
-        return
-    try:
-        with foreign_warnings_ignored():
-            training_class(**training)
-    except (ValueError, TypeError, ImportError) as error:
-        yield Problem(("training",), f"training: {error}")
+        problems.append((("training", "output_dir"), "is empty; name a folder"))
+    yield from problems
+    if not problems:
+        try:
+            with foreign_warnings_ignored():
+                training_class(**training)
+        except (ValueError, TypeError, ImportError) as error:
+            yield ("training",), str(error)
 
 
 def _dataclass_problems(block: str, target: type[Any], values: dict[str, Any]) -> Iterable[Problem]:
@@ -212,30 +141,30 @@ def _dataclass_problems(block: str, target: type[Any], values: dict[str, Any]) -
     for key, value in values.items():
         path = (block, str(key))
         if key not in valid:
-            yield Problem(path, f"{block}.{key}: {target.__name__} has no such key{nearest(str(key), valid)}")
+            yield path, f"{target.__name__} has no such key{nearest(str(key), valid)}"
             continue
-        allowed = [str(one) for one in valid[key].metadata.get("choices", ())]
+        allowed = [str(choice) for choice in valid[key].metadata.get("choices", ())]
         if (reason := _type_problem(hints[key], value)) is not None:
-            yield Problem(path, f"{block}.{key}: {reason}; got {value!r}")
+            yield path, f"{reason}; got {value!r}"
         elif value is None or value == valid[key].default:
             continue
         elif allowed and str(value) not in allowed:
-            yield Problem(path, f"{block}.{key}: there is no {value!r}{nearest(str(value), allowed)}")
+            yield path, f"there is no {value!r}{nearest(str(value), allowed)}"
         elif block == "training" and (reason := _type_problem(Annotated[hints[key], RANGES.get(key)], value)):
-            yield Problem(path, f"{block}.{key}: {reason}; got {value!r}")
+            yield path, f"{reason}; got {value!r}"
 
 
 def _type_problem(hint: Any, value: Any) -> str | None:
     if isinstance(value, float) and not math.isfinite(value):
         return "should be a finite number"
     try:
-        found = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+        checked = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
     except (PydanticSchemaGenerationError, PydanticUserError):
         return None  # a type that pydantic cannot check is left to the class itself
     except ValidationError as error:
         return str(error.errors()[0]["msg"]).removeprefix("Input ")
-    if isinstance(value, str) and isinstance(found, bool | int | float):  # a trainer would take the text "no" for yes
-        return f"should be {'true or false' if isinstance(found, bool) else 'a number'}, and no text"
+    if isinstance(value, str) and isinstance(checked, bool | int | float):  # a trainer would take the text "no" for yes
+        return f"should be {'true or false' if isinstance(checked, bool) else 'a number'}, and no text"
     return None
 
 
@@ -245,32 +174,23 @@ def _quantization_problems(values: dict[str, Any]) -> Iterable[Problem]:
     options = model.get("options") if isinstance(model, dict) else None
     if not isinstance(model, dict) or not isinstance(options, dict):
         return
+    place = ("model", "options", "quantization_config")
     for key in options.keys() & MISPLACED.keys():
-        yield Problem(("model", "options", key), f"model.options.{key}: {MISPLACED[key]}")
-    if "quantization_config" not in options:
+        yield (*place[:2], key), MISPLACED[key]
+    if place[2] not in options:
         return
-    yield from (
-        Problem(("model", "options", "quantization_config", *path), text) for path, text in _quantization_block(options)
-    )
     if str(model.get("name")).endswith(".gguf"):
-        text = f"{QUANTIZATION}: a GGUF file is dequantized when loaded; name a model in float32 or bfloat16"
-        yield Problem(("model", "options", "quantization_config"), text)
+        yield place, "a GGUF file is dequantized when loaded; name a model in float32 or bfloat16"
     if values.get("method") == "full":
-        yield Problem(
-            ("method",), "method: full trains the weights, and quantized weights cannot be trained; choose an adapter"
-        )
-
-
-def _quantization_block(options: dict[str, Any]) -> Iterable[tuple[tuple[str, ...], str]]:
-    wanted = options["quantization_config"]
+        yield ("method",), "full trains the weights, and quantized weights cannot be trained; choose an adapter"
+    wanted = options[place[2]]
     if not isinstance(wanted, dict):
-        yield (), f"{QUANTIZATION}: must be a block of keys, such as load_in_4bit: true; got {wanted!r}"
+        yield place, f"must be a block of keys, such as load_in_4bit: true; got {wanted!r}"
         return
     try:
         known = {"quant_method", *inspect.signature(type(AutoQuantizationConfig.from_dict(wanted))).parameters}
     except (ValueError, TypeError, AttributeError, ImportError) as error:
-        hint = f"; {install('quantized')}" if isinstance(error, ImportError) else ""
-        yield (), f"{QUANTIZATION}: {error}{hint}"
+        yield place, f"{error}; {install('quantized')}" if isinstance(error, ImportError) else str(error)
         return
     for key in wanted.keys() - known:
-        yield (key,), f"{QUANTIZATION}.{key}: there is no such key{nearest(key, known)}"
+        yield (*place, key), f"there is no such key{nearest(key, known)}"

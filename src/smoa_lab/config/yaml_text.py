@@ -8,15 +8,12 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.nodes import CollectionNode, MappingNode, Node, ScalarNode
+from ruamel.yaml.nodes import MappingNode, Node
 
 from smoa.errors import ConfigError
 
 LONGEST = 10_000
 """Characters of a line that is written; a long path is not spread over several."""
-MOST, DEEPEST, DIGITS = 100_000, 50, 18
-"""Values in a text, counted as often as they are referred to; blocks around one; characters of an integer."""
-ENDLESS = f"more than {MOST:,} values, or one inside {DEEPEST} others; look for a reference (*name) to its own block"
 
 
 def _yaml() -> Any:
@@ -41,33 +38,10 @@ def parse_yaml(text: str, file: Path) -> dict[str, Any]:
     return values
 
 
-def parse_value(text: str) -> Any:
-    """One YAML value, as in an override on the command line."""
-    try:
-        return _load(text)
-    except YAMLError:
-        return text
-
-
 def _load(text: str) -> Any:
-    """The value in ``text``; raises YAMLError for one that is endless, or too large to be worked with."""
     try:
-        nodes, count = [(_yaml().compose(text), 0)], 0
-        while nodes:
-            node, depth = nodes.pop()
-            count += 1
-            if count > MOST or depth > DEEPEST:
-                raise MarkedYAMLError(problem=ENDLESS, problem_mark=node.start_mark)
-            if isinstance(node, CollectionNode):  # a mapping has pairs, a list nodes
-                inside = (one for each in node.value for one in (each if isinstance(each, tuple) else (each,)))
-                nodes += [(one, depth + 1) for one in inside]
-            elif isinstance(node, ScalarNode) and str(node.tag).endswith(":int") and len(node.value) > DIGITS:
-                problem = f"an integer of more than {DIGITS} characters; write a smaller one, or quote a text"
-                raise MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
         return _yaml().load(text)
-    except RecursionError:
-        raise MarkedYAMLError(problem=ENDLESS) from None
-    except ValueError as error:  # such as a date that does not exist
+    except (ValueError, RecursionError) as error:  # such as a date that does not exist
         raise MarkedYAMLError(problem=str(error)) from error
 
 
@@ -103,4 +77,7 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> None:
             block = block.setdefault(parent, {})
             if not isinstance(block, dict):
                 raise ConfigError(f"{override!r}: {parent} is not a block of keys")
-        block[last] = parse_value(value)
+        try:
+            block[last] = _load(value)
+        except YAMLError:
+            block[last] = value

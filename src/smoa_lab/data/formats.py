@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import reprlib
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from smoa.errors import DataError
 from smoa_lab.data.rows import Message, Row
 
-SHOWN = 40
-"""How much of a text a message shows, in characters."""
+SHORT = reprlib.Repr()
+SHORT.maxlevel, SHORT.maxstring = 1, 40
+
+
+def shown(value: object) -> str:
+    """A value in a few words, however long it is."""
+    return SHORT.repr(value)
 
 
 class BadRow(DataError):  # noqa: N818 - says what is bad
@@ -22,47 +28,15 @@ class BadRow(DataError):  # noqa: N818 - says what is bad
         self.field, self.problem = field, problem
 
 
-def in_words(value: object) -> str:
-    """A value in a few words, however long it is."""
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return str(value).lower()
-        case int() if abs(value) >= 10**15:
-            return "a large number"
-        case int() | float():
-            return f"the number {value!r}"
-        case str():
-            return excerpt(value)
-        case list() | tuple():
-            return f"a list of {len(value)}"
-        case dict():
-            return f"an object with {names(value) or 'no keys'}"
-    return f"a value of the type {type(value).__name__}"
-
-
-def excerpt(text: str) -> str:
-    """The beginning of a text, in quotes."""
-    return repr(text) if len(text) <= SHOWN else f"{text[:SHOWN]!r}…"
-
-
-def names(keys: Iterable[object]) -> str:
-    """Columns or keys in quotes, the first ten of them."""
-    quoted = [excerpt(str(key)) for key in keys]
-    return ", ".join(quoted[:10]) + (", …" if len(quoted) > 10 else "")
-
-
 Turn = tuple[str, Message]
 """The path of a turn in its row, such as ``messages[2]``, and the turn."""
 
 ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
 SHAREGPT_ROLES = {
-    "system": "system",
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model"), "assistant"),
+    "system": "system",
 }
-TOOL_ROLES = {"tool", "function", "function_call", "observation", "ipython"}
 
 INSTEAD = "use TRL's SFTTrainer with SmoaConfig for tools and images"
 REFUSED_KEYS = {
@@ -95,19 +69,17 @@ REFUSED_COLUMNS = {
 """Columns that change what a row means, and what to do instead. Others are ignored, such as an id or a source."""
 
 
-def recognise(row: dict[str, Any]) -> Format | None:
-    """The format of a row, or None if it has the columns of none.
+def recognise(row: dict[str, Any]) -> Format:
+    """The format of a row. ``conversations`` whose turns have ``role`` are the format ``messages``.
 
-    ``conversations`` whose turns have ``role`` are the format ``messages``.
+    Raises:
+        BadRow: it has the columns of no format.
     """
-    format = next((format for format, columns in COLUMNS.items() if all(column in row for column in columns)), None)
-    return "messages" if format == "sharegpt" and _has_roles(row["conversations"]) else format
-
-
-def unrecognised(row: dict[str, Any]) -> BadRow:
-    """What is wrong with a row that has the columns of no format."""
+    for format, columns in COLUMNS.items():
+        if all(column in row for column in columns):
+            return "messages" if format == "sharegpt" and _has_roles(row["conversations"]) else format
     known = "; ".join(" and ".join(columns) for columns in COLUMNS.values())
-    return BadRow(None, f"found the columns {names(row) or 'of an empty object'}, expected those of a format: {known}")
+    raise BadRow(None, f"found the columns {shown(list(row))}, expected those of a format: {known}")
 
 
 def shape(row: dict[str, Any], format: Format) -> Row:
@@ -118,40 +90,33 @@ def shape(row: dict[str, Any], format: Format) -> Row:
     """
     missing = [column for column in COLUMNS[format] if column not in row]
     if missing and not (format == "messages" and "conversations" in row):
-        problem = f"is missing, expected in each row of the format {format}; found {names(row) or 'nothing'}"
+        problem = f"is missing, expected in each row of the format {format}; found {shown(list(row))}"
         raise BadRow(missing[0], problem)
     for column, remedy in REFUSED_COLUMNS.items() if format != "text" else ():
         if row.get(column):
-            raise BadRow(column, f"found {in_words(row[column])}, expected none: {remedy}")
-    return SHAPES[format](row)
-
-
-def _messages(row: dict[str, Any]) -> Row:
-    field = "messages" if "messages" in row else "conversations"
-    return _conversation(read_turns(row[field], field), field)
-
-
-def _sharegpt(row: dict[str, Any]) -> Row:
-    return _conversation(read_turns(row["conversations"], "conversations", ("from", "value")), "conversations")
-
-
-def _conversation(turns: Sequence[Turn], field: str) -> Row:
-    check_order(turns)
-    check_answered(turns, field)
-    return Row((), _said(turns))
+            raise BadRow(column, f"found {shown(row[column])}, expected none: {remedy}")
+    match format:
+        case "text":
+            return Row("", check_text(row["text"], "text"))
+        case "alpaca":
+            return _alpaca(row)
+        case "prompt":
+            return _prompt(row)
+        case "preference":
+            return _preference(row)
+        case "messages" | "sharegpt":
+            field = "messages" if "messages" in row else "conversations"
+            keys = ("from", "value") if format == "sharegpt" else ("role", "content")
+            return Row((), _answered([], read_turns(row[field], field, keys), field))
 
 
 def _alpaca(row: dict[str, Any]) -> Row:
-    question = check_text(row["instruction"], "instruction")
-    if row.get("input") not in (None, ""):
-        if not isinstance(row["input"], str):
-            raise BadRow("input", f"found {in_words(row['input'])}, expected text, or nothing")
-        question += f"\n\n{row['input']}" if row["input"].strip() else ""
+    question, more = check_text(row["instruction"], "instruction"), row.get("input")
+    more = "" if more is None else more
+    if not isinstance(more, str):
+        raise BadRow("input", f"found {shown(more)}, expected text, or nothing")
+    question += f"\n\n{more}" if more.strip() else ""
     return Row((), (Message("user", question), Message("assistant", check_text(row["output"], "output"))))
-
-
-def _text(row: dict[str, Any]) -> Row:
-    return Row("", check_text(row["text"], "text"))
 
 
 def _prompt(row: dict[str, Any]) -> Row:
@@ -161,10 +126,8 @@ def _prompt(row: dict[str, Any]) -> Row:
     prompt, completion = row["prompt"], row["completion"]
     if not _are_turns(prompt, completion):
         return Row(check_text(prompt, "prompt"), check_text(completion, "completion"))
-    asked, said = read_turns(prompt, "prompt"), read_turns(completion, "completion")
-    check_order([*asked, *said])
-    check_answered(said, "completion")
-    return Row(_said(asked), _said(said))
+    asked = read_turns(prompt, "prompt")
+    return Row(_said(asked), _answered(asked, read_turns(completion, "completion"), "completion"))
 
 
 def _preference(row: dict[str, Any]) -> Row:
@@ -172,31 +135,22 @@ def _preference(row: dict[str, Any]) -> Row:
     if chosen == rejected:
         raise BadRow("rejected", "is the same as chosen, expected a worse answer")
     if not _are_turns(chosen, rejected):
-        asked = "" if prompt is None else check_text(prompt, "prompt", "text, as chosen and rejected are")
+        asked = "" if prompt is None else check_text(prompt, "prompt")
         return Row(asked, check_text(chosen, "chosen"), check_text(rejected, "rejected"))
     better, worse = read_turns(chosen, "chosen"), read_turns(rejected, "rejected")
     if _are_turns(prompt):
-        return _preferred(read_turns(prompt, "prompt"), better, worse)
-    shared = _shared(better, worse)
-    return _preferred(better[:shared], better[shared:], worse[shared:])
-
-
-def _preferred(asked: list[Turn], better: list[Turn], worse: list[Turn]) -> Row:
-    for field, turns in (("chosen", better), ("rejected", worse)):
-        check_order([*asked, *turns])
-        check_answered(turns, field)
-        path, first = turns[0]
-        if first.role != "assistant":
+        before = read_turns(prompt, "prompt")
+    else:  # the turns that both begin with
+        same = [one == other for (_, one), (_, other) in zip(better, worse, strict=False)]
+        shared = [*same, False].index(False)
+        before, better, worse = better[:shared], better[shared:], worse[shared:]
+    completion, other = _answered(before, better, "chosen"), _answered(before, worse, "rejected")
+    for path, message in (better[0], worse[0]):
+        if message.role != "assistant":
             raise BadRow(
-                path, f"is where chosen and rejected differ, a {first.role} turn; expected an assistant turn there"
+                path, f"is where chosen and rejected differ, a {message.role} turn; expected an assistant turn"
             )
-    return Row(_said(asked), _said(better), _said(worse))
-
-
-def _shared(better: list[Turn], worse: list[Turn]) -> int:
-    """How many leading turns two conversations share."""
-    same = [one == other for (_, one), (_, other) in zip(better, worse, strict=False)]
-    return [*same, False].index(False)
+    return Row(_said(before), completion, other)
 
 
 def _said(turns: Sequence[Turn]) -> tuple[Message, ...]:
@@ -210,18 +164,15 @@ def _are_turns(*values: object) -> bool:
 
 def _has_roles(value: object) -> bool:
     """Whether it is a list of messages, also as JSON text, where text could mean something else."""
-    turns = parsed(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
+    turns = _parsed(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
     return isinstance(turns, list) and bool(turns) and isinstance(turns[0], dict) and "role" in turns[0]
 
 
-SHAPES: dict[Format, Callable[[dict[str, Any]], Row]] = {
-    "messages": _messages,
-    "prompt": _prompt,
-    "preference": _preference,
-    "alpaca": _alpaca,
-    "sharegpt": _sharegpt,
-    "text": _text,
-}
+def _parsed(text: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def read_turns(value: object, field: str, keys: Sequence[str] = ("role", "content")) -> list[Turn]:
@@ -230,112 +181,73 @@ def read_turns(value: object, field: str, keys: Sequence[str] = ("role", "conten
     Raises:
         BadRow: it is no such list.
     """
-    roles = ROLES if keys[0] == "role" else SHAREGPT_ROLES
-    turns = _items(value, field)
-    return [(path := f"{field}[{number}]", _message(turn, path, keys, roles)) for number, turn in enumerate(turns)]
+    turns = _parsed(value) if isinstance(value, str) else value
+    if not isinstance(turns, list) or not turns:
+        json_text = "; write lists as JSON, with json.dumps" if isinstance(value, str) else ""
+        raise BadRow(field, f"found {shown(value)}, expected a list of at least one message{json_text}")
+    return [(f"{field}[{number}]", _message(turn, f"{field}[{number}]", *keys)) for number, turn in enumerate(turns)]
 
 
-def check_order(turns: Sequence[Turn]) -> None:
-    """Check that user and assistant alternate, from a user on, and that ``system`` comes only first.
-
-    Raises:
-        BadRow: they don't.
-    """
-    before = None
-    for path, message in turns:
+def _answered(before: Sequence[Turn], turns: Sequence[Turn], field: str) -> tuple[Message, ...]:
+    """The messages of ``turns``, which go on after those ``before``: user and assistant alternate, from a user on,
+    ``system`` comes only first, and there is an answer to train on."""
+    last = None
+    for path, message in (*before, *turns):
         role = message.role
-        if role == "system" and before is not None:
-            raise BadRow(path, f"system follows {before}; expected system only as the first turn")
-        if role == before or (role == "assistant" and before in (None, "system")):
-            follows = f"{role} follows {before}" if before else f"{role} comes first"
+        if role == "system" and last is not None:
+            raise BadRow(path, f"system follows {last}; expected system only as the first turn")
+        if role == last or (role == "assistant" and last in (None, "system")):
+            follows = f"{role} follows {last}" if last else f"{role} comes first"
             raise BadRow(path, f"{follows}; expected user and assistant in alternation, user first")
-        before = role
-
-
-def check_answered(turns: Sequence[Turn], field: str) -> None:
-    """Check that there is something to train on.
-
-    Raises:
-        BadRow: none of the turns is an assistant's.
-    """
+        last = role
     if all(message.role != "assistant" for _, message in turns):
         raise BadRow(field, "has no assistant turn; expected at least one, since only these are trained")
+    return _said(turns)
 
 
-def parsed(text: str) -> object:
-    """What a JSON text holds, or None if it is not JSON."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
-def check_text(value: object, field: str, expected: str = "text") -> str:
+def check_text(value: object, field: str) -> str:
     """The text of a field.
 
     Raises:
         BadRow: it is not text, blank, or not a valid string.
     """
     if not isinstance(value, str):
-        raise BadRow(field, f"found {in_words(value)}, expected {expected}")
+        raise BadRow(field, f"found {shown(value)}, expected text")
     if not value or value.isspace():
-        raise BadRow(field, f"is blank, expected {expected}")
+        raise BadRow(field, "is blank, expected text")
     try:
         value.encode()
     except UnicodeEncodeError as error:
         half = ascii(value[error.start])
-        raise BadRow(field, f"holds {half}, half of a character, expected {expected}; delete or complete it") from error
+        raise BadRow(field, f"holds {half}, half of a character, expected text; delete or complete it") from error
     return value
 
 
-def _items(value: object, field: str) -> list[object]:
-    items = parsed(value) if isinstance(value, str) else value
-    if isinstance(items, list) and items:
-        return items
-    json_text = "; write lists as JSON, with json.dumps" if isinstance(value, str) else ""
-    raise BadRow(field, f"found {in_words(value)}, expected a list of at least one message{json_text}")
-
-
-def _message(turn: object, path: str, keys: Sequence[str], roles: Mapping[str, str]) -> Message:
-    role_key, content_key = keys
+def _message(turn: object, path: str, role_key: str, content_key: str) -> Message:
     if not isinstance(turn, dict):
-        raise BadRow(path, f"found {in_words(turn)}, expected an object with {role_key} and {content_key}")
-    for key in keys:
-        if key not in turn and not turn.get("tool_calls"):
-            raise BadRow(f"{path}.{key}", f"is missing, expected text; the message has {names(turn) or 'no keys'}")
-    role = _role(turn.get(role_key), f"{path}.{role_key}", roles)
-    _check_keys(turn, path)
-    return Message(role, _content(turn[content_key], f"{path}.{content_key}"))
-
-
-def _role(value: object, field: str, roles: Mapping[str, str]) -> str:
-    if isinstance(value, str) and value in roles:
-        return roles[value]
-    expected = f"expected {', '.join(list(roles)[:-1])} or {list(roles)[-1]}"
-    if isinstance(value, str) and value in TOOL_ROLES:
-        raise BadRow(field, f"found {in_words(value)}, {expected}: only text turns are trained here; {INSTEAD}")
-    raise BadRow(field, f"found {in_words(value)}, {expected}")
-
-
-def _check_keys(turn: dict[str, object], path: str) -> None:
+        raise BadRow(path, f"found {shown(turn)}, expected an object with {role_key} and {content_key}")
     for key, remedy in REFUSED_KEYS.items():
         if turn.get(key):
-            raise BadRow(f"{path}.{key}", f"found {in_words(turn[key])}, expected none: {remedy}")
+            raise BadRow(f"{path}.{key}", f"found {shown(turn[key])}, expected none: {remedy}")
     if turn.get("weight", 1) not in (1, None):
-        problem = f"found {in_words(turn['weight'])}, expected 1 or no weight: every assistant turn is trained in full"
+        problem = f"found {shown(turn['weight'])}, expected 1 or no weight: every assistant turn is trained in full"
         raise BadRow(f"{path}.weight", f"{problem}; give turns that are only context as a prompt with a completion")
+    for key in (role_key, content_key):
+        if key not in turn:
+            raise BadRow(f"{path}.{key}", f"is missing, expected text; the message has {shown(list(turn))}")
+    roles, role, content = ROLES if role_key == "role" else SHAREGPT_ROLES, turn[role_key], turn[content_key]
+    if not isinstance(role, str) or role not in roles:
+        expected = f"expected one of {', '.join(roles)}: only text turns are trained here; {INSTEAD}"
+        raise BadRow(f"{path}.{role_key}", f"found {shown(role)}, {expected}")
+    return Message(roles[role], _content(content, f"{path}.{content_key}"))
 
 
 def _content(value: object, field: str) -> str:
-    if isinstance(value, list) and value:
-        return check_text("".join(_part(part, f"{field}[{i}]") for i, part in enumerate(value)), field)
-    return check_text(value, field, "text that is not blank")
-
-
-def _part(part: object, field: str) -> str:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if isinstance(part, dict) and kind == "text" and isinstance(part.get("text"), str):
-        return str(part["text"])
-    if isinstance(kind, str) and kind != "text":
-        raise BadRow(f"{field}.type", f"found {in_words(kind)}, expected 'text': only text is trained here; {INSTEAD}")
-    raise BadRow(field, f'found {in_words(part)}, expected {{"type": "text", "text": …}}')
+    """The text of a turn, or of its parts."""
+    if not isinstance(value, list) or not value:
+        return check_text(value, field)
+    for number, part in enumerate(value):
+        if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+            expected = f'{{"type": "text", "text": …}}: only text is trained here; {INSTEAD}'
+            raise BadRow(f"{field}[{number}]", f"found {shown(part)}, expected {expected}")
+    return check_text("".join(part["text"] for part in value), field)

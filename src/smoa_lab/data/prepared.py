@@ -9,9 +9,8 @@ import json
 from array import array
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +23,7 @@ from smoa_lab.basics.cache import cache_folder
 from smoa_lab.basics.extras import import_package
 from smoa_lab.data.encoding import Encoder
 from smoa_lab.data.files import RowSource
-from smoa_lab.data.formats import BadRow, Format, recognise, shape, unrecognised
+from smoa_lab.data.formats import BadRow, Format, recognise, shape
 from smoa_lab.data.rows import Row, row_from_json
 
 Part = Literal["train", "validation", "test"]
@@ -52,41 +51,6 @@ class Shares:
         if place < self.test:
             return "test"
         return "validation" if place < self.test + self.validation else "train"
-
-
-@dataclass
-class RowsAccount:
-    """What one reading found. ``cut`` rows are longer than ``max_length``; ``dropped`` ones have nothing within it that
-    is trained. ``repeated`` rows are kept; ``also_in_test`` ones are left out of training."""
-
-    max_length: int | None
-    formats: Counter[str] = field(default_factory=Counter)
-    parts: Counter[str] = field(default_factory=Counter)
-    lengths: array[int] = field(default_factory=lambda: array("I"))
-    trained: int = 0
-    cut: int = 0
-    dropped: int = 0
-    repeated: int = 0
-    also_in_test: int = 0
-    bad: int = 0
-    faults: list[str] = field(default_factory=list)
-
-    def add_bad(self, text: str) -> None:
-        """Count a bad row, and keep its text if it is among the first."""
-        self.bad += 1
-        if len(self.faults) < SHOWN:
-            self.faults.append(text)
-
-    def plain(self) -> dict[str, Any]:
-        """The account as values that JSON has."""
-        return {
-            "max_length": self.max_length,
-            "format": ", ".join(self.formats),
-            "parts": dict(self.parts),
-            "tokens": length_summary(self.lengths),
-            "trained_tokens": self.trained,
-            **{name: getattr(self, name) for name in ("cut", "dropped", "repeated", "also_in_test", "bad", "faults")},
-        }
 
 
 def length_summary(lengths: array[int]) -> dict[str, Any]:
@@ -193,7 +157,7 @@ class Reading:
                 if not folder.is_dir():
                     with new_folder(folder) as temporary:
                         account = _Pass(self, temporary).read()
-                        write_whole(temporary / "account.json", json.dumps(account.plain(), ensure_ascii=False))
+                        write_whole(temporary / "account.json", json.dumps(account, ensure_ascii=False))
         return PreparedRows(folder, json.loads((folder / "account.json").read_text(encoding="utf-8")))
 
     def _tokenizer(self) -> Any:
@@ -207,86 +171,91 @@ class Reading:
 
 
 class _Pass:
-    """One pass over the rows, which writes them out part by part."""
+    """One pass over the rows, which writes them out part by part and counts them.
+
+    ``cut`` rows are longer than ``max_length``; ``dropped`` ones have nothing within it that is trained. ``repeated``
+    rows are kept; ``also_in_test`` ones are left out of training.
+    """
 
     def __init__(self, wanted: Reading, folder: Path) -> None:
-        self.wanted, self.folder = wanted, folder
-        self.format = wanted.format
-        self.account = RowsAccount(wanted.encoder.max_length)
+        self.wanted, self.folder, self.format = wanted, folder, wanted.format
+        self.parts: Counter[str] = Counter()
+        self.lengths = array("I")
+        self.counts = dict.fromkeys(("trained_tokens", "cut", "dropped", "repeated", "also_in_test", "bad"), 0)
+        self.faults: list[str] = []
         self.held_out: set[int] = set()
         self.seen: set[int] = set()
 
-    def read(self) -> RowsAccount:
-        writers = import_package("datasets.arrow_writer", "data.train")
-        account, test = self.account, self.wanted.test
+    def read(self) -> dict[str, Any]:
+        """Read all sources; the account of them."""
+        datasets = import_package("datasets", "data.train")
+        writer = import_package("datasets.arrow_writer", "data.train").ArrowWriter
+        integers = datasets.List(datasets.Value("int32"))
+        columns = datasets.Features({"input_ids": integers, "labels": integers, "row": datasets.Value("string")})
+        test, counts, length = self.wanted.test, self.counts, self.wanted.encoder.max_length
         with ExitStack() as stack:
             self.writers = {
-                part: stack.enter_context(
-                    writers.ArrowWriter(path=str(self.folder / f"{part}.arrow"), features=row_features())
-                )
+                part: stack.enter_context(writer(path=str(self.folder / f"{part}.arrow"), features=columns))
                 for part in PARTS
             }
             if test is not None:
-                self._read(test, "test")
-            self._read(self.wanted.train, None)
-            for writer in self.writers.values():
-                writer.finalize()
-        if not account.parts["train"] and not account.bad:
+                self._read(test, is_test=True)
+            self._read(self.wanted.train, is_test=False)
+            for part in self.writers.values():
+                part.finalize()
+        if not self.parts["train"] and not counts["bad"]:
             raise DataError(
-                f"{self.wanted.train.name}: leaves no rows to train on: {account.also_in_test} are in the test data "
-                f"too, {account.dropped} have nothing trained within {account.max_length} tokens, "
-                f"{account.parts['test']} are held out"
+                f"{self.wanted.train.name}: leaves no rows to train on: {counts['also_in_test']} are in the test data "
+                f"too, {counts['dropped']} have nothing trained within {length} tokens, {self.parts['test']} are held "
+                "out"
             )
-        return account
+        return {
+            "max_length": length,
+            "format": self.format or "",
+            "parts": dict(self.parts),
+            "tokens": length_summary(self.lengths),
+            **counts,
+            "faults": self.faults,
+        }
 
-    def _read(self, source: RowSource, fixed: Part | None) -> None:
-        shares = self.wanted.shares if self.wanted.test is None else Shares(self.wanted.shares.validation, 0.0)
-        for where, row in self._rows(source):
-            key = int(row.digest[:16], 16)
-            is_held_out = key in self.held_out
-            self.account.repeated += key in self.seen and not is_held_out
-            self.seen.add(key)
-            if fixed == "test":
-                self.held_out.add(key)
-            elif is_held_out:
-                self.account.also_in_test += 1
-                continue
-            self._write(where, row, fixed or shares.part(row.digest))
-
-    def _write(self, where: str, row: Row, part: Part) -> None:
-        try:
-            tokens = self.wanted.encoder.encode(row)
-        except DataError as error:
-            self.account.add_bad(f"{where}: {error}")
-            return
-        self.account.lengths.append(len(tokens.input_ids) + tokens.cut)
-        self.account.cut += tokens.cut > 0
-        self.account.trained += tokens.trained
-        if not tokens.trained:
-            self.account.dropped += 1
-            return
-        self.account.parts[part] += 1
-        self.writers[part].write({**tokens.columns, "row": row.to_json()})
-
-    def _rows(self, source: RowSource) -> Iterator[tuple[str, Row]]:
-        """The good rows; the first one that has a format decides it for all."""
+    def _read(self, source: RowSource, is_test: bool) -> None:
+        """Read a source; the first row that has a format decides it for all."""
         for where, values in tqdm(source.rows(), desc=f"reading {source.name}", unit=" rows", disable=None):
             try:
                 if isinstance(values, BadRow):
                     raise values
                 self.format = self.format or recognise(values)
-                if self.format is None:
-                    raise unrecognised(values)
                 row = shape(values, self.format)
-            except BadRow as error:
-                self.account.add_bad(f"{where}: {error}")
-            else:
-                self.account.formats[str(self.format)] += 1
-                yield where, row
+                part = self._part(row, is_test)
+                if part is not None:
+                    self._write(row, part)
+            except DataError as error:
+                self.counts["bad"] += 1
+                if self.counts["bad"] <= SHOWN:
+                    self.faults.append(f"{where}: {error}")
 
+    def _part(self, row: Row, is_test: bool) -> Part | None:
+        """Where the row goes; None if the test data have it too."""
+        digest, shares = row.digest, self.wanted.shares
+        key = int(digest[:16], 16)
+        is_held_out = key in self.held_out
+        self.counts["repeated"] += key in self.seen and not is_held_out
+        self.seen.add(key)
+        if is_test:
+            self.held_out.add(key)
+            return "test"
+        if is_held_out:
+            self.counts["also_in_test"] += 1
+            return None
+        return (shares if self.wanted.test is None else Shares(shares.validation, 0.0)).part(digest)
 
-def row_features() -> Any:
-    """The columns on disk."""
-    datasets = import_package("datasets", "data.train")
-    integers = datasets.List(datasets.Value("int32"))
-    return datasets.Features({"input_ids": integers, "labels": integers, "row": datasets.Value("string")})
+    def _write(self, row: Row, part: Part) -> None:
+        tokens = self.wanted.encoder.encode(row)
+        self.lengths.append(len(tokens.input_ids) + tokens.cut)
+        self.counts["cut"] += tokens.cut > 0
+        self.counts["trained_tokens"] += tokens.trained
+        if not tokens.trained:
+            self.counts["dropped"] += 1
+            return
+        self.parts[part] += 1
+        self.writers[part].write({**tokens.columns, "row": row.to_json()})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -132,22 +132,6 @@ def question_values(row: Row) -> dict[str, Any]:
         "label": row.label,
         "context": row.context,
     }
-
-
-Parts = tuple[str, list[str], int, str]
-"""Prompt, choices, label (from 0) and context of a row."""
-
-
-def parsed_question(
-    task: str, number: int, row: dict[str, Any], parse: Callable[[dict[str, Any]], Parts], place: str
-) -> Row:
-    """The multiple-choice question of a data set's row; raises DataError, which names ``place``, if it lacks a part."""
-    try:
-        prompt, choices, label, context = parse(row)
-    except (KeyError, ValueError) as error:
-        raise DataError(f"{task}, {place}: {error!r}; the row has {sorted(row)}") from error
-    texts = [text.strip() for text in choices]
-    return choice_question(task, str(row.get("id", number)), prompt.strip(), texts, label, context.strip())
 
 
 def in_test_part(text: str, one_in: int) -> bool:

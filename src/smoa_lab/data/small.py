@@ -14,9 +14,8 @@ from typing import Any
 
 from smoa.errors import DataError
 from smoa_lab.basics.extras import import_package
-from smoa_lab.data.hub import hub_rows
 from smoa_lab.data.rows import Row, choice_question, in_test_part, question
-from smoa_lab.data.wheels import Wheel
+from smoa_lab.data.sources import Wheel, hub_rows
 
 EVALS = Wheel("evals", "3.0.1.post1", "46 MB")
 HEADLINES = "evals/registry/data/sarcasm/samples.jsonl"

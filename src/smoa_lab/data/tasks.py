@@ -1,27 +1,60 @@
-"""The table of tasks, loading one, normalized once into the cache folder, and the questions that a run takes of it."""
+"""The table of tasks, a user's own questions in files, loading a task, normalized once into the cache folder, and the
+questions that a run takes of it."""
 
 from __future__ import annotations
 
 import json
 import random
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import Field
+
 from smoa.atomic import check_place, write_whole
 from smoa.errors import DataError, nearest
 from smoa_lab.basics.cache import cache_folder
 from smoa_lab.basics.extras import Needs
-from smoa_lab.data import commonsense, hub, small
-from smoa_lab.data.own_questions import Family, FileTask, read_file_split
-from smoa_lab.data.rows import Row, Split, content_hash, question, question_values, split
+from smoa_lab.basics.section import Section
+from smoa_lab.data import commonsense, small
+from smoa_lab.data.files import read_rows
+from smoa_lab.data.formats import BadRow
+from smoa_lab.data.rows import Row, Split, choice_question, content_hash, question, question_values, split
 
 Source = Literal["packaged", "hub"]
+Family = Literal["commonsense", "maths", "dialogue", "text"]
 
 # Raised whenever the normalization of a source changes, so that no stale cache is read.
 FORMAT = 3
+
+
+class Columns(Section):
+    """The file's column for each part of a question. ``choices`` is one column with a list (in CSV as JSON), or a
+    list of columns, of which a row may leave the last ones blank, but not the first two. ``label`` has the number of
+    the right choice, from 0, or its text. With choices, ``label`` replaces ``answer``."""
+
+    prompt: str = "prompt"
+    answer: str | None = None
+    context: str | None = None
+    choices: str | list[str] | None = None
+    label: str | None = None
+
+
+class FileTask(Section):
+    """The files of a user's own task. Without ``test`` nothing is held out."""
+
+    train: str = Field(min_length=1)
+    test: str | None = Field(default=None, min_length=1)
+    family: Family = "text"
+    columns: Columns = Columns()
+
+    @property
+    def is_parquet(self) -> bool:
+        """Whether a package is needed to read it."""
+        return any(str(path).endswith(".parquet") for path in (self.train, self.test))
 
 
 @dataclass(frozen=True)
@@ -48,8 +81,8 @@ TASKS: dict[str, Task] = {
     "chitchat": Task("dialogue", "chitchat-dataset", small.read_chitchat, ("chitchat_dataset",)),
 }
 ON_HUB: dict[str, Task] = {
-    name: Task("commonsense", f"hub: {hub_set.path}", partial(hub.read_hub_split, name), ("datasets",))
-    for name, hub_set in hub.HUB_SETS.items()
+    name: Task("commonsense", f"hub: {task.hub}", partial(commonsense.read_hub_split, name), ("datasets",))
+    for name, task in commonsense.TASKS.items()
 }
 
 
@@ -134,7 +167,17 @@ def select(
     if not train:
         raise DataError(f"data.tasks: {', '.join(tasks)} leave no training examples")
     account = {
-        "tasks": {name: _task_account(tasks[name], split) for name, split in splits.items()},
+        "tasks": {
+            name: {
+                "source": tasks[name].source,
+                "train": len(split.train),
+                "validation": len(split.validation),
+                "test": len(split.test),
+                "dropped_also_in_test": split.also_in_test,
+                "dropped_repeated": split.repeated,
+            }
+            for name, split in splits.items()
+        },
         "used": {
             part: {"examples": len(rows), "sha256": content_hash(rows)}
             for part, rows in (("train", train), ("validation", validation), ("test", test))
@@ -143,18 +186,90 @@ def select(
     return Selection(train, validation, test, {name: task.family for name, task in tasks.items()}, account)
 
 
-def _task_account(task: Task, split: Split) -> dict[str, Any]:
-    return {
-        "source": task.source,
-        "train": len(split.train),
-        "validation": len(split.validation),
-        "test": len(split.test),
-        "dropped_also_in_test": split.also_in_test,
-        "dropped_repeated": split.repeated,
-    }
-
-
 def _sample(rows: list[Row], size: int | None, seed: int) -> list[Row]:
     shuffled = list(rows)
     random.Random(seed).shuffle(shuffled)
     return shuffled if size is None else shuffled[:size]
+
+
+def read_file_split(name: str, task: FileTask, split: str) -> list[Row]:
+    """The questions of one file, in order.
+
+    Raises:
+        DataError: the file does not exist or is empty, a column is missing or blank, or a label is none of the
+            choices, or one by its number and another by its text; the message names file, row and column.
+    """
+    path = task.train if split == "train" else task.test
+    if path is None:
+        return []
+    rows = []
+    for number, (where, row) in enumerate(read_rows(Path(path).expanduser()), start=1):
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            rows.append(_question(name, str(number), row, task.columns))
+        except (DataError, ValueError) as error:
+            raise DataError(f"{where}: {error}") from error
+    return rows
+
+
+def _question(name: str, number: str, row: dict[str, Any], columns: Columns) -> Row:
+    listed = columns.choices if isinstance(columns.choices, list) else []
+    own = (columns.prompt, columns.answer, columns.context, columns.label, columns.choices)
+    single = [column for column in own if isinstance(column, str)]
+    missing = [column for column in (*single, *listed) if column not in row]
+    if missing:
+        raise DataError(
+            f"has no column {', '.join(map(repr, missing))}; it has {', '.join(map(repr, row))}. "
+            f"Map them under data.files.{name}.columns"
+        )
+    while len(listed) > 2 and _is_blank(row[listed[-1]]):  # one choice is no question
+        listed = listed[:-1]
+    blank = [column for column in (*single, *listed) if _is_blank(row[column]) and column != columns.context]
+    if blank:
+        raise DataError(f"column {', '.join(map(repr, blank))} is empty")
+    prompt, context = str(row[columns.prompt]), str(row[columns.context] or "") if columns.context else ""
+    label = columns.label or columns.answer
+    if label is None or (columns.choices is None and columns.answer is None):
+        raise DataError(f"data.files.{name}.columns: give answer, or choices and label")
+    if columns.choices is None:
+        return question(name, number, prompt, str(row[str(columns.answer)]), context=context)
+    choices = [row[column] for column in listed] or _list_of_choices(row[str(columns.choices)], str(columns.choices))
+    return choice_question(name, number, prompt, list(map(str, choices)), _label(row[label], choices), context)
+
+
+def _is_blank(value: object) -> bool:
+    return value is None or not str(value).strip()
+
+
+def _list_of_choices(value: Any, column: str) -> list[Any]:
+    if isinstance(value, str):  # CSV has no lists
+        with suppress(json.JSONDecodeError):
+            value = json.loads(value)
+    if not isinstance(value, list) or any(map(_is_blank, value)):
+        raise DataError(
+            f"column {column!r} must be a list of choices, none of them empty (in CSV as JSON), found {value!r}; or "
+            "list one column per choice"
+        )
+    return value
+
+
+def _label(value: Any, choices: list[Any]) -> int:
+    """The number of the right choice, which ``value`` is, or is the text of; raises DataError if it is both, of two
+    choices."""
+    number = str(value).strip().removesuffix(".0")
+    by_number = [i for i in range(len(choices)) if str(i) == number]
+    by_text = [
+        i
+        for i, choice in enumerate(choices)
+        if str(choice) == str(value) and not (type(value) is int and isinstance(choice, str))  # 1 is not "1"
+    ]
+    labels = {*by_number, *by_text[:1]}
+    if not labels:
+        raise DataError(f"label {value!r} is neither a choice's number, from 0, nor one of {choices}")
+    if len(labels) > 1:
+        raise DataError(
+            f"label {value!r} is the number of {choices[by_number[0]]!r}, from 0, and the text of another choice; in a "
+            "JSON lines file write the right choice's number without quotes and all choices with quotes"
+        )
+    return labels.pop()

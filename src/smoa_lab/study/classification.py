@@ -23,10 +23,10 @@ from transformers import (
 )
 
 from smoa.errors import DataError
+from smoa_lab.base_models import places
 from smoa_lab.config.run import ModelSection, RunConfig
 from smoa_lab.data.rows import Row
-from smoa_lab.data.wheels import installed_file
-from smoa_lab.models.base_models import places
+from smoa_lab.data.sources import installed_file
 from smoa_lab.scoring.evaluation import Outcome
 from smoa_lab.scoring.losses import scoring
 from smoa_lab.study.runner import Runner, without_bar

@@ -1,20 +1,53 @@
-"""Runs a study: searches each entry's learning rate in the same way, then runs it with fresh seeds on the test part."""
+"""Reads a study and runs it: the same search of a learning rate for each entry, then fresh seeds on the test part."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from smoa.errors import ConfigError
-from smoa_lab.config.run import RunConfig
+from smoa_lab.config.run import ConfigText, RunConfig
+from smoa_lab.config.validation import block_problems
+from smoa_lab.study.classification import ClassificationRunner
 from smoa_lab.study.runner import Part, Runner
-from smoa_lab.study.search import Job, Plan, Result, Tuned, Untouched
+from smoa_lab.study.search import Tuned, first_index, nearest_index, next_indices, rate, sweep_of
+from smoa_lab.study.sequence import SequenceRunner
 from smoa_lab.study.study import Study
-from smoa_lab.study.study_file import runner_of
-from smoa_lab.study.trials import Trial, TrialStore
+from smoa_lab.study.trials import Job, Result, Trial, TrialStore, Untouched
 
 logger = logging.getLogger(__name__)
+
+
+def runner_of(study: Study) -> Runner:
+    """What trains and scores one entry of the study."""
+    if study.kind == "sequence":
+        return SequenceRunner(study)
+    kind = ClassificationRunner if study.kind == "classification" else Runner
+    return kind(study.shared, study.elsewhere)
+
+
+def load_study(path: str | Path, overrides: list[str] | None = None, trust_remote_code: bool = False) -> Study:
+    """Read a study, lay ``key.key=value`` overrides over it and check every entry's run.
+
+    Raises:
+        ConfigError: lists the problems of the study, and of each entry's run, before any work starts.
+    """
+    text = ConfigText.read(path, overrides, trust_remote_code)
+    file = Path(path)
+    values = {"folder": f"studies/{file.stem}", **text.values}
+    text.refuse(block_problems(Study, values))
+    study = Study.model_validate(values)
+    runner = runner_of(study)
+    for name, entry in study.entries.items():
+        place = f"{file}: entries.{name}"
+        config = runner.config(entry, entry.learning_rate, seed=0, place=place)
+        if isinstance(runner, SequenceRunner):
+            runner.between_configs(config, place)
+    if isinstance(runner, SequenceRunner):
+        runner.first_config(place=f"{file}: first")
+    return study
 
 
 class Executor:
@@ -43,96 +76,138 @@ class Executor:
 
 
 class Comparison:
-    """Runs what is missing of a study; every finished run counts, and a killed one is run again or resumed."""
+    """Runs what is missing of a study; every finished run counts, and a killed one is run again or resumed.
+
+    Results choose jobs, and the order in which they come does not: many workers run the very trials that one runs. In
+    a sequence every rate is scored on the test part: nothing is chosen, so nothing is searched.
+    """
 
     def __init__(self, study: Study, runner: Runner | None = None) -> None:
         self.study = study
         self.store = TrialStore(study.folder)
         self.runner = runner or runner_of(study)
+        self.finished: set[Job] = set()
+        self._losses: dict[str, dict[int, float | None]] = {}
         self._configs: dict[str, dict[str, Any]] = {}
 
     def run(self, only: Sequence[str] = (), executor: Executor | None = None) -> None:
         """Tune all entries, or those that ``only`` names or whose budget it names, then the final runs.
 
-        ``executor`` runs them, by default this process. Other processes may run the same study meanwhile.
+        ``executor`` runs them, by default this process. Other processes may run the same study meanwhile. Entries are
+        checked before the first job that is run.
 
         Raises:
             ConfigError: ``only`` names nothing of the study, or an entry's adapter does not fit the model.
             DataError: a package is missing.
         """
-        self._carry_out(Plan(self.study, self.study.chosen(only)), executor or Executor(self.perform))
+        names, executor, checked = self.study.chosen(only), executor or Executor(self.perform), False
+        while jobs := self.ready(names):
+            waiting = [job for job in jobs if job not in executor.running and not executor.is_full]
+            free = (job for job in waiting if not self.store.is_running(job.name))
+            job = next(free, waiting[0] if waiting else None)  # at last one that another process runs, to wait for it
+            if job is not None and self.store.find(job.name) is None:
+                checked = checked or self._check_needs(names)
+                executor.start(job)
+                continue
+            job, result = executor.next_finished() if job is None else (job, self.perform(job))
+            self.finish(job, result)
+            scores, seconds = result["scores"]["all"], result.get("seconds")
+            took = "" if seconds is None else f" ({seconds} s)"  # neither of a resumed run nor of the untouched model
+            diverged = scores["gold_loss"] is None
+            reached = "diverged" if diverged else f"loss {scores['gold_loss']:.4f}, accuracy {scores['accuracy']:.4f}"
+            logger.info("%s: %s%s; %d left or more", job.name, reached, took, self.at_least_left(names))
 
     def tune(self, name: str) -> Tuned:
         """Search the learning rate of one entry on the validation part."""
-        plan = Plan(self.study, [name], searches_only=True)
-        self._carry_out(plan, Executor(self.perform))
-        return plan.tuned(name)
+        self._check_needs([name])
+        while trials := self.search(name):
+            self.finish(trials[0], self.perform(trials[0]))
+        return self.tuned(name)
 
-    def _carry_out(self, plan: Plan, executor: Executor) -> None:
-        """Finish all jobs of the plan, whose entries are checked before the first that is run."""
-        checked = False
-        while jobs := plan.ready():
-            job = None if executor.is_full else self._next(jobs, executor)
-            if job is None:
-                _note(plan, *executor.next_finished())
-            elif self.store.find(job.name) is not None:
-                _note(plan, job, self.perform(job))
-            else:
-                if not checked:
-                    self._check_needs(plan.names)
-                    checked = True
-                executor.start(job)
+    def ready(self, names: Sequence[str]) -> list[Job]:
+        """What can be run now: the untouched model, searches, then final runs, one seed of all entries at a time."""
+        searches = [trial for name in names for trial in self.search(name)]
+        rates = {name: self._final_rates(name) for name in names}
+        finals = [
+            Trial("final", name, value, seed) for seed in self.study.seeds for name in names for value in rates[name]
+        ]
+        jobs: list[Job] = [Untouched(), *searches, *finals]
+        return [job for job in jobs if job not in self.finished]
 
-    def _check_needs(self, names: Sequence[str]) -> None:
+    def _final_rates(self, name: str) -> list[float]:
+        if self.study.kind == "sequence":
+            return [rate(index) for index in sweep_of(self.study, name)]
+        return [] if self.search(name) else [self.tuned(name).learning_rate]
+
+    def at_least_left(self, names: Sequence[str]) -> int:
+        """Jobs that are not finished; of a search only those that it is sure to need."""
+        return len(self.ready(names)) + sum(len(self.study.seeds) for name in names if self.search(name))
+
+    def finish(self, job: Job, result: Result) -> None:
+        """Note the JSON of a finished job."""
+        self.finished.add(job)
+        if isinstance(job, Trial) and job.stage == "tuning":
+            diverged = any(nll is None for nll in result["questions"]["nll"])
+            loss = None if diverged else result["scores"]["all"]["gold_loss"]
+            self._losses.setdefault(job.entry, {})[nearest_index(job.learning_rate)] = loss
+
+    def search(self, name: str) -> list[Trial]:
+        """The trials that an entry's search needs next; none when it is over."""
+        tuning, losses = self.study.tuning, self._losses.get(name, {})
+        if self.study.kind == "sequence" or tuning.max_runs == 0:
+            return []
+        if tuning.sweep is None:
+            start = first_index(self.study.entries[name].learning_rate)
+            indices = next_indices(start, losses, tuning.max_runs, tuning.refine)
+        else:
+            indices = [index for index in sweep_of(self.study, name) if index not in losses]
+        return [Trial("tuning", name, rate(index), tuning.seed) for index in indices]
+
+    def tuned(self, name: str) -> Tuned:
+        """The outcome of an entry's search that is over."""
+        if self.study.tuning.max_runs == 0:
+            return Tuned({}, self.study.entries[name].learning_rate, interior=False)
+        return Tuned.of(self._losses[name])
+
+    def _check_needs(self, names: Sequence[str]) -> bool:
         for name in names:
             try:
                 self.runner.check_needs(self.study.entries[name])
             except ConfigError as error:
                 raise ConfigError(f"entries.{name}: {error}") from error
-
-    def _next(self, jobs: Sequence[Job], executor: Executor) -> Job | None:
-        """The first job that nobody runs, or else the first that another process runs, to wait for its result."""
-        waiting = [job for job in jobs if job not in executor.running]
-        free = (job for job in waiting if not self.store.is_running(job.name))
-        return next(free, waiting[0] if waiting else None)
+        return True
 
     def perform(self, job: Job) -> Result:
         """The finished job, run in this process unless it is stored already."""
         if isinstance(job, Untouched):
             config = self._untouched_config()
-            return self.store.get(job.name, self._wanted(config), lambda work: self.runner.untouched(config, "test"))
+            return self.store.get(job.name, self._wanted(job), lambda work: self.runner.untouched(config, "test"))
         entry = self.study.entries[job.entry]
         part: Part = "validation" if job.stage == "tuning" else "test"
         return self.store.get(
-            job.name,
-            self._stored_config(job),
-            lambda work: self.runner.run(entry, job.learning_rate, job.seed, part, work),
+            job.name, self._wanted(job), lambda work: self.runner.run(entry, job.learning_rate, job.seed, part, work)
         )
 
     def stored(self, job: Job) -> Result | None:
         """A finished job; raises ConfigError if it was run with other settings than the study's."""
-        if isinstance(job, Untouched):
-            return self.store.finished(job.name, self._wanted(self._untouched_config()))
-        return self.store.finished(job.name, self._stored_config(job))
+        return self.store.finished(job.name, self._wanted(job))
 
-    def _stored_config(self, trial: Trial) -> dict[str, Any]:
-        """What is stored of a trial's config. An entry's trials differ in rate and seed alone."""
-        if trial.entry not in self._configs:
-            entry = self.study.entries[trial.entry]
+    def _wanted(self, job: Job) -> dict[str, Any]:
+        """What is stored of a job's config. An entry's trials differ in rate and seed alone; of the untouched model any
+        training will do, since none took place."""
+        if isinstance(job, Untouched):
+            wanted, stored = self.runner.stored_config(self._untouched_config()), self.store.find(job.name)
+            return wanted if stored is None else {**wanted, "training": stored["config"]["training"]}
+        if job.entry not in self._configs:
+            entry = self.study.entries[job.entry]
             known = self.runner.config(entry, entry.learning_rate, seed=0)
-            self._configs[trial.entry] = self.runner.stored_config(known)
-        config = self._configs[trial.entry]
-        training = {**config["training"], "learning_rate": trial.learning_rate, "seed": trial.seed}
-        return {**config, "training": training}
+            self._configs[job.entry] = self.runner.stored_config(known)
+        config = self._configs[job.entry]
+        return {**config, "training": {**config["training"], "learning_rate": job.learning_rate, "seed": job.seed}}
 
     def _untouched_config(self) -> RunConfig:
         entries = list(self.study.entries.values())
         return self.runner.untouched_config(next((entry for entry in entries if entry.method != "full"), entries[0]))
-
-    def _wanted(self, config: RunConfig) -> dict[str, Any]:
-        """What is stored of the untouched model's config, whatever the training: none took place."""
-        wanted, stored = self.runner.stored_config(config), self.store.find("untouched")
-        return wanted if stored is None else {**wanted, "training": stored["config"]["training"]}
 
     def stored_search(self, name: str) -> Tuned | None:
         """What of an entry's search is finished, of the trials that the study as it is asks for; None before the first.
@@ -140,11 +215,10 @@ class Comparison:
         Raises:
             ConfigError: one of them was run with other settings than the study's.
         """
-        plan = Plan(self.study, [name])
-        while known := {trial: run for trial in plan.search(name) if (run := self.stored(trial)) is not None}:
+        while known := {trial: run for trial in self.search(name) if (run := self.stored(trial)) is not None}:
             for trial, run in known.items():
-                plan.finish(trial, run)
-        return plan.tuned(name) if plan.finished else None
+                self.finish(trial, run)
+        return self.tuned(name) if name in self._losses else None
 
     def stored_finals(self, name: str, is_shown: Callable[[float], bool] = lambda rate: True) -> list[Result]:
         """The final runs of an entry with the study's seeds, by name, at the learning rates for which ``is_shown`` is
@@ -158,12 +232,3 @@ class Comparison:
         shown = [each for each in trainings if each["seed"] in self.study.seeds and is_shown(each["learning_rate"])]
         trials = [Trial("final", name, each["learning_rate"], each["seed"]) for each in shown]
         return [run for trial in trials if (run := self.stored(trial)) is not None]
-
-
-def _note(plan: Plan, job: Job, result: Result) -> None:
-    plan.finish(job, result)
-    scores, seconds = result["scores"]["all"], result.get("seconds")
-    took = "" if seconds is None else f" ({seconds} s)"  # neither of a resumed run nor of the untouched model
-    diverged = scores["gold_loss"] is None
-    reached = "diverged" if diverged else f"loss {scores['gold_loss']:.4f}, accuracy {scores['accuracy']:.4f}"
-    logger.info("%s: %s%s; %d left or more", job.name, reached, took, plan.at_least_left())

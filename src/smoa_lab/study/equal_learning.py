@@ -18,7 +18,6 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from smoa_lab.study.search import Result
 from smoa_lab.study.statistics import (
     RESAMPLES,
     Difference,
@@ -29,6 +28,7 @@ from smoa_lab.study.statistics import (
     paired_difference,
     seed_errors,
 )
+from smoa_lab.study.trials import Result
 
 Kept = Literal["first", "elsewhere"]
 """What is to be kept: the first task, or the text elsewhere."""

@@ -18,8 +18,8 @@ import smoa
 from smoa.errors import ConfigError, DataError
 from smoa_lab.basics.extras import import_package
 from smoa_lab.study.comparison import Comparison, Executor
-from smoa_lab.study.search import Job, Result
 from smoa_lab.study.study import Study
+from smoa_lab.study.trials import Job, Result
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, TypeAdapter
 from smoa.errors import DataError
 from smoa_lab.basics.plain import finite
 from smoa_lab.study.comparison import Comparison
-from smoa_lab.study.search import Result, Tuned
+from smoa_lab.study.search import Tuned
 from smoa_lab.study.statistics import (
     Difference,
     Floats,
@@ -27,7 +27,7 @@ from smoa_lab.study.statistics import (
     outcomes,
 )
 from smoa_lab.study.study import Study
-from smoa_lab.study.trials import TrialStore
+from smoa_lab.study.trials import Result, TrialStore
 
 Machine = tuple[str | None, int | None]
 Number = Annotated[float, BeforeValidator(lambda value: np.nan if value is None else value)]

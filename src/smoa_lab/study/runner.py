@@ -12,12 +12,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
 
 from smoa.errors import ConfigError
+from smoa_lab.base_models import base_content, empty_model, training_needs
 from smoa_lab.basics.extras import require
 from smoa_lab.config.run import DataSection, ModelSection, RunConfig, check_config
 from smoa_lab.data.rows import Row
 from smoa_lab.data.tasks import Selection, task_needs
-from smoa_lab.models.base_models import base_content, empty_model
-from smoa_lab.models.needs import training_needs
 from smoa_lab.scoring.evaluation import Outcome, answer_outcomes, score_outcomes
 from smoa_lab.study.study import Entry
 from smoa_lab.training.adapting import check_adapter

@@ -1,18 +1,16 @@
-"""What of a study can be run next, and the search for a learning rate.
+"""The search for a learning rate.
 
-A search goes downhill on a grid of half decades until the best has neighbors on both sides; with ``refine`` it also
-tries the quarter decades beside the best. An index counts quarter decades; the even ones are half decades.
+It goes downhill on a grid of half decades until the best has neighbors on both sides; with ``refine`` it also tries the
+quarter decades beside the best. An index counts quarter decades; the even ones are half decades.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from smoa_lab.study.study import Study
-from smoa_lab.study.trials import Trial
 
 
 def rate(index: int) -> float:
@@ -30,17 +28,13 @@ def first_index(learning_rate: float) -> int:
     return 2 * round(2 * math.log10(learning_rate))
 
 
-def sweep_indices(lowest: float, highest: float, per_decade: Literal[2, 4] = 4) -> range:
-    """Every quarter or half decade from ``lowest`` to ``highest``."""
-    if per_decade == 2:
-        return range(first_index(lowest), first_index(highest) + 1, 2)
-    return range(nearest_index(lowest), nearest_index(highest) + 1)
-
-
 def sweep_of(study: Study, name: str) -> range:
-    """The grid indices of an entry's sweep; none without one."""
+    """The grid indices of an entry's sweep, every quarter or half decade of it; none without one."""
     sweep = study.entries[name].sweep or study.tuning.sweep
-    return range(0) if sweep is None else sweep_indices(*sweep, study.tuning.per_decade)
+    if sweep is None:
+        return range(0)
+    place, step = (first_index, 2) if study.tuning.per_decade == 2 else (nearest_index, 1)
+    return range(place(sweep[0]), place(sweep[1]) + 1, step)
 
 
 def next_indices(start: int, losses: Mapping[int, float | None], max_runs: int, refine: bool = False) -> list[int]:
@@ -80,78 +74,3 @@ class Tuned:
         best = best_index(losses)
         by_rate = {rate(index): losses[index] for index in sorted(losses)}
         return cls(by_rate, rate(best), min(losses) < best < max(losses))
-
-
-@dataclass(frozen=True)
-class Untouched:
-    """The model as it is, scored on the test part."""
-
-    name: str = "untouched"
-
-
-Job = Trial | Untouched
-Result = dict[str, Any]
-"""The JSON of a finished job."""
-
-
-@dataclass
-class Plan:
-    """The jobs of the entries ``names`` of a study, given what is finished; the searches alone if ``searches_only``.
-
-    Results choose jobs, and the order in which they come does not: many workers run the very trials that one runs. In
-    a sequence every rate is scored on the test part: nothing is chosen, so nothing is searched.
-    """
-
-    study: Study
-    names: Sequence[str]
-    searches_only: bool = False
-    finished: set[Job] = field(default_factory=set)
-    _losses: dict[str, dict[int, float | None]] = field(default_factory=dict)
-
-    def ready(self) -> list[Job]:
-        """What can be run now: the untouched model, searches, then final runs, one seed of all entries at a time."""
-        searches = [trial for name in self.names for trial in self.search(name)]
-        jobs: list[Job] = list(searches)
-        if not self.searches_only:
-            rates = {name: self._final_rates(name) for name in self.names}
-            seeds = self.study.seeds
-            finals = [Trial("final", name, value, seed) for seed in seeds for name in rates for value in rates[name]]
-            jobs = [Untouched(), *searches, *finals]
-        return [job for job in jobs if job not in self.finished]
-
-    def finish(self, job: Job, result: Result) -> None:
-        """Note the JSON of a finished job."""
-        self.finished.add(job)
-        if isinstance(job, Trial) and job.stage == "tuning":
-            diverged = any(nll is None for nll in result["questions"]["nll"])
-            loss = None if diverged else result["scores"]["all"]["gold_loss"]
-            self._losses.setdefault(job.entry, {})[nearest_index(job.learning_rate)] = loss
-
-    def search(self, name: str) -> list[Trial]:
-        """The trials that an entry's search needs next; none when it is over."""
-        tuning, losses = self.study.tuning, self._losses.get(name, {})
-        if self.study.kind == "sequence" or tuning.max_runs == 0:
-            return []
-        if tuning.sweep is None:
-            start = first_index(self.study.entries[name].learning_rate)
-            indices = next_indices(start, losses, tuning.max_runs, tuning.refine)
-        else:
-            indices = [index for index in sweep_of(self.study, name) if index not in losses]
-        return [Trial("tuning", name, rate(index), tuning.seed) for index in indices]
-
-    def tuned(self, name: str) -> Tuned:
-        """The outcome of an entry's search that is over."""
-        if self.study.tuning.max_runs == 0:
-            return Tuned({}, self.study.entries[name].learning_rate, interior=False)
-        return Tuned.of(self._losses[name])
-
-    def at_least_left(self) -> int:
-        """Jobs that are not finished; of a search only those that it is sure to need."""
-        searching = [name for name in self.names if self.search(name)]
-        final = 0 if self.searches_only else len(self.study.seeds)
-        return len(self.ready()) + len(searching) * final
-
-    def _final_rates(self, name: str) -> list[float]:
-        if self.study.kind == "sequence":
-            return [rate(index) for index in sweep_of(self.study, name)]
-        return [] if self.search(name) else [self.tuned(name).learning_rate]

@@ -18,17 +18,16 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from smoa.analysis import update_size
 from smoa.atomic import new_folder, write_whole
 from smoa.errors import ConfigError
-from smoa.maths.analysis import update_size
+from smoa_lab.base_models import base_content, empty_model, load_base_model, training_needs
 from smoa_lab.basics.extras import require
 from smoa_lab.basics.plain import without_secrets
 from smoa_lab.config.run import DataSection, Dtype, ModelSection, RunConfig, check_config
 from smoa_lab.config.run import native_dtype as machine_dtype
 from smoa_lab.data.tasks import Selection
 from smoa_lab.inspect import adapted_layers, weights_and_updates
-from smoa_lab.models.base_models import base_content, empty_model, load_base_model
-from smoa_lab.models.needs import training_needs
 from smoa_lab.scoring.evaluation import Outcome, answer_outcomes
 from smoa_lab.scoring.forgetting import text_losses, whole_text
 from smoa_lab.scoring.losses import Losses

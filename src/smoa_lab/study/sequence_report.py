@@ -22,10 +22,10 @@ from smoa_lab.study.equal_learning import (
     least_gaps,
     with_holm,
 )
-from smoa_lab.study.search import Result, Untouched, nearest_index, sweep_of
+from smoa_lab.study.search import nearest_index, sweep_of
 from smoa_lab.study.statistics import spearman
 from smoa_lab.study.study import Study
-from smoa_lab.study.trials import PACK, Trial, shell_command
+from smoa_lab.study.trials import PACK, Result, Trial, Untouched, shell_command
 
 EXPLANATIONS = {
     "relative_norm": "‖ΔW‖_F / ‖W‖_F",

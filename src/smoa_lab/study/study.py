@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, PositiveFloat, field_validator
+from pydantic import AfterValidator, Field, PositiveFloat, field_validator, model_validator
 
-from smoa.errors import ConfigError
+from smoa.errors import ConfigError, DataError
 from smoa_lab.basics.section import Section, Seed
 from smoa_lab.config.run import DataSection
 
@@ -101,6 +101,41 @@ class Study(Section):
         """float32 unless the study names another: with a machine's own dtype, two machines would not share results."""
         model = shared.get("model")
         return {**shared, "model": {"dtype": "float32", **model}} if isinstance(model, dict) else shared
+
+    @model_validator(mode="after")
+    def _as_a_whole(self) -> Study:
+        """What no block knows by itself: names, and what the kind needs."""
+        if problem := self._problem():
+            raise ValueError(problem)
+        return self
+
+    def _problem(self) -> str | None:
+        entries, is_sequence = self.entries, self.kind == "sequence"
+        bad = [name for name in entries if name in ("", ".", "..") or "/" in name or "\\" in name]
+        if bad:
+            return f"entries: {bad[0]!r} can't name a folder; leave out slashes"
+        unknown = [name for name in self.references if name not in entries]
+        if unknown:
+            return f"references: {', '.join(unknown)} is not an entry; entries: {', '.join(entries)}"
+        both = sorted({entry.budget for entry in entries.values()} & entries.keys())
+        if both:
+            return f"entries: {both[0]} is both an entry and a budget, so --only is ambiguous; rename one"
+        if is_sequence and self.first is None:
+            return "first: is missing; a study of kind sequence trains its first task by it"
+        given = [key for key in ("first", "between", "replay") if getattr(self, key)]
+        if given and not is_sequence:
+            return f"{given[0]}: only studies of kind sequence have it, got kind {self.kind}; leave it out"
+        sweeping = [name for name, entry in entries.items() if entry.sweep is not None]
+        if self.tuning.sweep is None and (is_sequence or sweeping):
+            why = "a study of kind sequence runs every rate of it" if is_sequence else f"entries.{sweeping[0]} has one"
+            return f"tuning.sweep: is missing; {why}; give [lowest, highest]"
+        if not isinstance(self.shared.get("model"), dict):
+            return "shared.model: is missing; an entry's own model block only changes parts of it"
+        try:
+            _ = self.elsewhere and self.elsewhere.chosen()
+        except DataError as error:
+            return f"elsewhere: {error}"
+        return None
 
     def chosen(self, only: Sequence[str]) -> list[str]:
         """The entries of these names or budgets, all where none is given; raises ConfigError for unknown ones."""

@@ -47,6 +47,18 @@ class Trial:
         return f"{self.stage}/{self.entry}/lr-{self.learning_rate:g}-seed-{self.seed}"
 
 
+@dataclass(frozen=True)
+class Untouched:
+    """The model as it is, scored on the test part."""
+
+    name: str = "untouched"
+
+
+Job = Trial | Untouched
+Result = dict[str, Any]
+"""The JSON of a finished job."""
+
+
 class TrialStore:
     """The results of a study under ``folder``."""
 
@@ -61,7 +73,7 @@ class TrialStore:
         names = {*own_files(self.folder), *packed_runs(self.folder)}  # in this order: packing removes files last
         return sorted(name for name in names if name.startswith(under))
 
-    def find(self, name: str) -> dict[str, Any] | None:
+    def find(self, name: str) -> Result | None:
         """A finished trial's JSON, from its own file or from the pack.
 
         Raises:
@@ -74,7 +86,7 @@ class TrialStore:
             line = packed_runs(self.folder).get(name)
         return None if line is None else _parse(line, self._place(name))
 
-    def get(self, name: str, config: dict[str, Any], run: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    def get(self, name: str, config: dict[str, Any], run: Callable[[Path], Result]) -> Result:
         """The finished trial, or else ``run(work folder)``, stored. Where another process runs it, that is waited for.
 
         Raises:
@@ -99,10 +111,9 @@ class TrialStore:
         except Timeout:
             return True
 
-    def finished(self, name: str, config: dict[str, Any]) -> dict[str, Any] | None:
+    def finished(self, name: str, config: dict[str, Any]) -> Result | None:
         """The finished trial; raises ConfigError if it was run by another config."""
-        result = self.find(name)
-        if result is None:
+        if (result := self.find(name)) is None:
             return None
         stored, wanted = _comparable(result["config"]), _comparable(config)
         differing = sorted(key for key in {*stored, *wanted} if stored.get(key) != wanted.get(key))
@@ -114,14 +125,14 @@ class TrialStore:
             )
         return result
 
-    def _run(self, name: str, run: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    def _run(self, name: str, run: Callable[[Path], Result]) -> Result:
         work = self.folder / "work" / name
         logger.info("%s", name)
         result = without_secrets(finite(run(work)))
         seed = int(result["config"]["training"].get("seed", 0))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        result = {"format": 1, "name": name, "provenance": provenance(seed, device), **result}
-        result["config"] = _comparable(result["config"])
+        made = {"format": 1, "name": name, "provenance": provenance(seed, device)}
+        result = {**made, **result, "config": _comparable(result["config"])}
         write_whole(self.file(name), _line(result))
         shutil.rmtree(work, ignore_errors=True)
         return result
@@ -187,21 +198,15 @@ def pack(folder: Path) -> None:
             line = _line({**_parse(file.read_text(encoding="utf-8"), str(file)), "name": name})
             if runs.setdefault(name, line) != line:
                 raise DataError(f"{file}: {folder / PACK} contains another run of this name; delete one of the two")
-        write_pack(folder, runs)
+        content = io.BytesIO()  # equal runs give equal bytes: sorted, no time or name in gzip's header
+        with gzip.GzipFile(filename="", mode="wb", compresslevel=9, fileobj=content, mtime=0) as compressed:
+            compressed.writelines(runs[name].encode() for name in sorted(runs))
+        write_whole(folder / PACK, content.getvalue())
+        with (folder / PACK).open("r+b") as written:
+            os.fsync(written.fileno())
         for file in files.values():
             file.unlink()
     logger.info("%d runs packed, %d in all: %s", len(files), len(runs), folder / PACK)
-
-
-def write_pack(folder: Path, runs: Mapping[str, str]) -> None:
-    """Write the pack of these lines by the run's name. Equal runs give equal bytes: sorted, without a time or file
-    name in gzip's header."""
-    content = io.BytesIO()
-    with gzip.GzipFile(filename="", mode="wb", compresslevel=9, fileobj=content, mtime=0) as compressed:
-        compressed.writelines(runs[name].encode() for name in sorted(runs))
-    write_whole(folder / PACK, content.getvalue())
-    with (folder / PACK).open("r+b") as written:
-        os.fsync(written.fileno())
 
 
 def shell_command(name: str) -> str:
@@ -214,15 +219,12 @@ def _line(run: dict[str, Any]) -> str:
     return json.dumps(run, ensure_ascii=False, separators=(",", ":")) + "\n"
 
 
-def _parse(text: str, place: str) -> dict[str, Any]:
+def _parse(text: str, place: str) -> Result:
     """The run of a file or line; raises DataError, which names ``place``, where it is not a JSON object."""
     try:
-        run = json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{place}: is not JSON ({error}); {_REMEDY}") from error
-    if not isinstance(run, dict):
-        raise DataError(f"{place}: is not a JSON object; {_REMEDY}")
-    return run
+        return {**json.loads(text)}
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{place}: is not a JSON object ({error}); {_REMEDY}") from error
 
 
 @lru_cache(maxsize=2)  # a report reads every run several times
@@ -231,13 +233,8 @@ def _read(file: Path, version: tuple[int, int, int]) -> Mapping[str, str]:
     try:
         with gzip.open(file, "rt", encoding="utf-8", newline="\n") as lines:
             for line in lines:
-                place = f"{file}: line {len(runs) + 1}"
-                name = _parse(line, place).get("name")
-                if not isinstance(name, str):
-                    raise DataError(f"{place}: has no name; {_REMEDY}")
-                if name in runs:
-                    raise DataError(f"{place}: {name} is in the file already; delete one of the two lines")
-                runs[name] = line.rstrip("\n") + "\n"
+                run = _parse(line, f"{file}: line {len(runs) + 1}")
+                runs[str(run.get("name"))] = line.rstrip("\n") + "\n"
     except (gzip.BadGzipFile, zlib.error, EOFError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: line {len(runs) + 1}: is damaged or cut off ({error}); {_REMEDY}") from error
     return runs

@@ -9,8 +9,8 @@ from typing import Any
 
 from smoa.atomic import check_place
 from smoa.errors import ConfigError
+from smoa_lab.base_models import with_rate
 from smoa_lab.config.run import RunConfig
-from smoa_lab.models.base_models import with_rate
 from smoa_lab.study.comparison import Comparison
 from smoa_lab.study.runner import without_bar
 from smoa_lab.study.search import Tuned, first_index, next_indices, rate

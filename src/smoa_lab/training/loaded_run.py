@@ -35,6 +35,7 @@ from transformers.trainer_utils import SchedulerType
 from smoa.atomic import check_place
 from smoa.errors import ConfigError, DataError
 from smoa.layers.distributed import is_distributed
+from smoa_lab.base_models import base_content, data_needs, load_base_model
 from smoa_lab.basics.cache import cache_folder
 from smoa_lab.basics.extras import import_package, require
 from smoa_lab.basics.foreign import foreign_warnings_ignored
@@ -48,8 +49,6 @@ from smoa_lab.data.files import FileSource, HubSource, RowSource
 from smoa_lab.data.prepared import Part, PreparedRows, Reading, Shares, require_good_rows
 from smoa_lab.data.rows import Row
 from smoa_lab.data.tasks import Selection
-from smoa_lab.models.base_models import base_content, load_base_model
-from smoa_lab.models.needs import data_needs
 from smoa_lab.scoring.evaluation import Evaluation
 from smoa_lab.scoring.losses import Losses
 from smoa_lab.training.adapting import after_training, with_adapter

@@ -26,7 +26,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from smoa.atomic import check_place, write_whole
 from smoa.errors import ConfigError
-from smoa_lab.basics.names import free_name
+from smoa_lab.basics.cache import free_name
 from smoa_lab.basics.plain import json_text, without_secrets
 from smoa_lab.config.run import RunConfig
 from smoa_lab.config.yaml_text import parse_yaml

@@ -13,13 +13,11 @@ from transformers import Trainer, TrainingArguments
 from smoa.atomic import new_files, write_whole
 from smoa.errors import ConfigError
 from smoa.layers.distributed import from_rank_zero
+from smoa_lab.base_models import described_base, empty_model, training_needs, with_rate
 from smoa_lab.basics.extras import require
 from smoa_lab.basics.plain import portable, without_secrets
 from smoa_lab.config.methods import METHODS
 from smoa_lab.config.run import RunConfig
-from smoa_lab.models.base_models import empty_model, with_rate
-from smoa_lab.models.needs import training_needs
-from smoa_lab.models.packaged_models import described_base
 from smoa_lab.pages.run_card import run_card, samples_text
 from smoa_lab.scoring.forgetting import Forgetting
 from smoa_lab.training.adapting import check_adapter

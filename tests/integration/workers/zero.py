@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from smoa import SmoaError, cached_weights
-from smoa.tuner.hotswap import hotswap_adapter
+from smoa.hotswap import hotswap_adapter
 from tests.integration.workers.strategies import (
     RANK,
     Result,

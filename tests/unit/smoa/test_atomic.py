@@ -146,20 +146,6 @@ def test_a_folder_that_cannot_be_renamed_is_filled(tmp_path: Path, monkeypatch: 
     assert all(folder in path.parents for path in calls), "all is done inside the folder"
 
 
-def test_json_is_moved_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    replace, order = Path.replace, []
-
-    def noted(self: Path, target: Path) -> Path:
-        order.append(target.name)
-        return replace(self, target)
-
-    monkeypatch.setattr(Path, "replace", noted)
-    with new_files(tmp_path / "folder") as temporary:
-        for name in ("config.json", "weights"):
-            (temporary / name).touch()
-    assert order == ["weights", "config.json"]
-
-
 def test_a_save_that_is_killed_is_finished_before_the_next_one(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     (folder / SAVE).mkdir(parents=True)

@@ -60,10 +60,10 @@ def test_a_value_of_a_wrong_type_is_refused_by_its_name_and_file(setting: str, t
 @pytest.mark.parametrize(
     ("setting", "value", "words"),
     [
-        ("alpha", [], "alpha=[] must be a number or null"),
-        ("bias", 1, "bias=1 must be one of 'none', 'all', 'smoa_only'"),
-        ("init_weights", 2, "init_weights=2 must be true or false or 'zero_A'"),
-        ("target_modules", [1], "target_modules=[1] must be a list of strings or a string or null"),
+        ("alpha", [], "alpha=[] must be float or null"),
+        ("bias", 1, "bias=1 must be 'none' or 'all' or 'smoa_only'"),
+        ("init_weights", 2, "init_weights=2 must be bool or 'zero_A'"),
+        ("target_modules", [1], "target_modules=[1] must be list[str] or str or null"),
         ("rank_pattern", {"a": 0}, "rank_pattern['a']=0 must be a positive integer"),
         ("num_blocks", 256, "num_blocks=256 must be a positive integer, at most 255"),
         ("trainable_token_indices", {"a": [3, -1]}, "trainable_token_indices['a'][1]=-1 must be an index from 0 on"),

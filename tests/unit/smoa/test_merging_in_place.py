@@ -171,21 +171,6 @@ def test_a_broken_layer_is_refused_under_safe_merge_and_nothing_is_changed_anywh
     assert layers_of(model) == [first, second]
 
 
-@pytest.mark.parametrize("names", [["one", "two"], None])
-def test_merge_adapter_merges_the_adapters_named(names: list[str] | None) -> None:
-    model = adapted_model("one", "two")
-    merged = names or ["one"]
-    x = torch.randn(5, 10, dtype=torch.float64)
-    before = state(model)
-    model.base_model.set_adapter(merged)
-    expected = model(x)
-    model.base_model.set_adapter(["one"])
-    model.merge_adapter(names)
-    assert_close(model(x), expected)
-    model.unmerge_adapter()
-    assert_same_bits(state(model), before)
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_merge_and_unload_gives_plain_layers_of_the_same_output(dtype: torch.dtype) -> None:
     model = adapted_model(dtype=dtype)

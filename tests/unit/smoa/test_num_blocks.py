@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from smoa import ConfigError, MergeError, PartitionError, SmoaConfig
+from smoa import MergeError, PartitionError, SmoaConfig
 from smoa.export.merge import merge_and_save
-from smoa.tuner.hotswap import hotswap_adapter
 from tests import reference
 from tests.support import tiny_models
 from tests.support.decompositions import NoDecomposition
@@ -185,22 +184,6 @@ def test_a_merge_on_disk_gives_it_the_same_blocks(
     merge_and_save(tmp_path / "adapter", tmp_path / "merged", base=tmp_path / "base")
     merged = type(tiny_llama).from_pretrained(tmp_path / "merged")
     assert_close(logits(merged), logits(model))
-
-
-@pytest.mark.parametrize(
-    ("config", "other"),
-    [({}, {"r": 25, "alpha": 7.5}), (PATTERNS[0], {"r": 6})],
-    ids=str,
-)
-def test_after_a_swap_the_model_does_what_the_new_adapter_does(
-    config: dict[str, Any], other: dict[str, Any], tmp_path: Path
-) -> None:
-    slot, new = llama(**config), llama(seed=2, **config | other)
-    new.save_pretrained(tmp_path)
-    hotswap_adapter(slot, tmp_path)
-    assert_close(logits(slot), logits(new))
-    with pytest.raises(ConfigError, match="num_blocks_pattern"):
-        hotswap_adapter(llama(**config | {"num_blocks_pattern": {"down_proj": 3}}), tmp_path)
 
 
 def two_adapters(r: int, other: int) -> PeftModel:

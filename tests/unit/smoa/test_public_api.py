@@ -36,10 +36,18 @@ def test_all_is_what_is_exported() -> None:
     assert exported - plumbing == set(smoa.__all__)
 
 
-@pytest.mark.parametrize("path", ["analysis", "budget", "conversion", "hotswap"])
-def test_a_public_path_gives_what_its_module_has(path: str) -> None:
+@pytest.mark.parametrize(
+    ("path", "names"),
+    [
+        ("analysis", "UpdateSize UpdateSpectrum effective_rank numerical_rank stable_rank update_size update_spectrum"),
+        ("budget", "TrainingMemory adapter_bytes rank_bound trainable_parameters training_memory"),
+        ("conversion", "ConvertedLayer LoraConversion RankRule convert_to_lora"),
+        ("hotswap", "hotswap_adapter"),
+    ],
+)
+def test_a_public_path_has_its_documented_names(path: str, names: str) -> None:
     module = importlib.import_module(f"smoa.{path}")
-    assert all((getattr(module, name).__doc__ or "").strip() for name in module.__all__)
+    assert all((getattr(module, name).__doc__ or "").strip() for name in names.split())
 
 
 def test_every_public_name_is_documented() -> None:

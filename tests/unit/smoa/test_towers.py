@@ -13,10 +13,9 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from smoa import SmoaConfig
-from smoa.export.lora import convert_to_lora
+from smoa.conversion import convert_to_lora
 from smoa.export.merge import merge_and_save
-from smoa.layers.conv import Convolution
-from smoa.layers.embedding import Embedding
+from smoa.layers.kinds import Convolution, Embedding
 from smoa.layers.linear import Linear
 from tests.support.decompositions import NoDecomposition
 from tests.support.layers import layers_of, oracle_delta, smoa_layers

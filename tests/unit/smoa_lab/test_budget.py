@@ -9,8 +9,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from smoa import SmoaConfig
+from smoa.budget import adapter_bytes, rank_bound
 from smoa.errors import ConfigError, DataError
-from smoa.maths.budget import adapter_bytes, rank_bound
 from smoa_lab.budget import (
     _limit,
     budget_choice,

@@ -104,9 +104,7 @@ def test_anything_that_can_be_a_model_is_opened_without_an_adapter(tmp_path: Pat
         assert find(place, {}) == ChatTarget(ModelSection(name=place), None, "chat")
 
 
-def test_a_place_without_a_model_is_named_with_what_was_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"nowhere: no such folder; give .* smollm2-135m"):
-        find(str(tmp_path / "nowhere"), {})
+def test_a_folder_without_a_model_is_named_with_what_was_looked_for(tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     with pytest.raises(ConfigError, match=r"adapter: contains no finished run .*adapter_config\.json.* or model"):
         find(str(tmp_path / "adapter"), {})

@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 from smoa import SmoaConfig
+from smoa.conversion import RankRule
 from smoa.errors import ConfigError
-from smoa.export.lora import RankRule
 from smoa_lab import convert as convert_module
 from smoa_lab.config.run import check_config
 from smoa_lab.convert import Converter, convert_run

@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from smoa.errors import ConfigError, DataError
 from smoa_lab import init
@@ -33,7 +34,6 @@ from smoa_lab.init import (
     measure,
     needed_bytes,
     propose,
-    ran_out_of_memory,
     this_machine,
 )
 from tests.support import lab
@@ -59,9 +59,8 @@ def base(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelF
 
 
 def test_a_models_sizes_are_those_of_its_config(base: ModelFacts) -> None:
-    assert (base.context, base.layers, base.hidden, base.intermediate) == (512, 2, 32, 48)
+    assert (base.context, base.config.vocab_size) == (512, 259)
     assert sum(base.shapes.values()) == 2 * 7  # the output is left out
-    assert base.vocabulary == 259
 
 
 def test_conversations_get_a_template_if_the_model_has_none(base: ModelFacts, tmp_path: Path) -> None:
@@ -162,7 +161,8 @@ def test_less_memory_gives_smaller_batches_of_the_same_step() -> None:
 
 
 def test_activations_are_computed_again_only_if_one_row_does_not_fit() -> None:
-    deep = replace(MODEL, layers=100)
+    config: Any = LlamaConfig(**{**MODEL.config.to_dict(), "num_hidden_layers": 100})
+    deep = replace(MODEL, config=config)
     one = needed_bytes(proposal(model=deep, rows=1))
     found = propose(deep, ROWS, CHOICE, Machine(2 * (one - 1)))
     assert found.checkpointing
@@ -223,7 +223,8 @@ def test_three_steps_are_measured_and_leave_nothing_behind(
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError(), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
 )
 def test_a_batch_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def fits_two(tried: Proposal) -> Measured:
@@ -243,12 +244,11 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch: pytest.Mon
     monkeypatch.setattr(init, "_three_steps", breaks)
     with pytest.raises(RuntimeError, match="shapes"):
         measure(proposal())
-    assert not ran_out_of_memory(RuntimeError("shapes do not match"))
 
 
 def test_the_first_step_is_left_out_of_the_time() -> None:
     clock = StepClock()
-    clock.times = [0.0, 10.0, 11.0, 13.0]
+    clock.times = [10.0, 11.0, 13.0]
     assert clock.seconds == 1.5
 
 

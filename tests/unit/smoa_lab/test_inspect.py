@@ -15,13 +15,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from smoa import SmoaConfig
+from smoa.analysis import UpdateSpectrum
 from smoa.errors import ConfigError
-from smoa.maths.analysis import UpdateSpectrum
 from smoa_lab import inspect
+from smoa_lab.base_models import load_base_model
 from smoa_lab.config.run import ModelSection
 from smoa_lab.inspect import LayerReport, adapted_layers, inspect_layers, layer_table, weights_and_updates
 from smoa_lab.inspect_page import POINTS, by_block, by_layer, coverage, inspection_page, place, spectrum
-from smoa_lab.models.base_models import load_base_model
 from smoa_lab.pages.charts import MUTED, PALETTE, specification
 from tests.support import lab, tiny_models
 from tests.support.layers import Wrapper

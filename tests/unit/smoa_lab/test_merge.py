@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from smoa import SmoaConfig, save_adapter
 from smoa_lab import merge as merging
+from smoa_lab.base_models import prepare_packaged_model
 from smoa_lab.config.run import ModelSection, check_config
 from smoa_lab.evaluate import evaluate_run
 from smoa_lab.inspect import inspect_layers
 from smoa_lab.merge import GGUF_NOTE, merge_run
-from smoa_lab.models.base_models import prepare_packaged_model
 from smoa_lab.training.run_folder import RunFolder
 from smoa_lab.training.train_run import train
 from tests.support import gguf_base, lab

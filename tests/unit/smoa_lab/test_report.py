@@ -94,17 +94,15 @@ def test_of_an_unfinished_run_the_last_checkpoint_and_the_config_are_shown(tmp_p
 def test_metrics_of_an_older_version_are_shown_without_what_it_did_not_measure(tmp_path: Path) -> None:
     run = stored_run(tmp_path / "run")
     old = {key: value for key, value in stored_metrics().items() if key not in ("forgetting", "samples")}
-    old["provenance"]["versions"]["smoa"] = "0.1.0"
     (run / "metrics.json").write_text(json.dumps(old))
     page, missing = reported(run)
-    assert missing == ["metrics.json has no forgetting, samples: it was written by smoa 0.1.0."]
+    assert missing == [
+        "metrics.json lacks, or has damaged, what it should have about: Learned and forgotten, "
+        "Answers before and after."
+    ]
     assert headings(page) == [
         title for title in ALL if title not in ("Learned and forgotten", "Answers before and after")
     ]
-    (run / "metrics.json").write_text('{"provenance": "?", "evaluation": {}}')
-    (missed,) = reported(run)[1]
-    assert "parameters, training, forgetting, history, samples" in missed
-    assert "another version of smoa" in missed
 
 
 @pytest.mark.parametrize(
@@ -151,9 +149,9 @@ def test_secrets_that_an_older_version_stored_are_not_shown(tmp_path: Path) -> N
     ("content", "told"),
     [
         (None, "config.yaml is missing"),
-        (b"method: [smoa", "config.yaml is damaged: .*config.yaml, line 1: "),
-        (b"smoa", "config.yaml is damaged: .* must contain blocks of keys"),
-        (b"\xff\xfe", "config.yaml is damaged: 'utf-8' codec can't decode"),
+        (b"method: [smoa", "config.yaml is .* damaged: .*config.yaml, line 1: "),
+        (b"smoa", "config.yaml is .* damaged: .* must contain blocks of keys"),
+        (b"\xff\xfe", "config.yaml is .* damaged: 'utf-8' codec can't decode"),
     ],
 )
 def test_a_missing_or_damaged_config_is_taken_from_the_metrics(

@@ -9,12 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from torch import Tensor
-
 from smoa.maths.blocks import Blocks
-from smoa.maths.factors import Factors
-from smoa.maths.kernels.batched import batched_backward, batched_forward
-from smoa.maths.kernels.loops import loop_backward, loop_forward
 
 Kernels = Literal["auto", "loop", "batched", "shared"]
 SMALL_BLOCK = 1 << 13
@@ -47,17 +42,3 @@ def prefers_apart(blocks: Blocks, tokens: int, kernels: Kernels = "auto") -> boo
 def prefers_shared(ranks: Sequence[int], tokens: int, kernels: Kernels = "auto") -> bool:
     """Whether an adapter's tokens are multiplied by the blocks of W, once for each rank, instead of by those of ΔW."""
     return max(ranks) * tokens <= FEW_PRODUCTS if kernels == "auto" else kernels == "shared"
-
-
-def branch_forward(factors: Factors, x: Tensor, anchor: Tensor, kernels: Kernels = "auto") -> Tensor:
-    """`x ΔWᵀ`: (tokens, out_features) in the dtype of x. ΔW is formed in float32 or wider."""
-    forward = batched_forward if prefers_batched(factors.blocks, len(x), kernels) else loop_forward
-    return forward(factors, x, anchor)
-
-
-def branch_backward(
-    factors: Factors, g: Tensor, x: Tensor, anchor: Tensor, needs_x: bool, kernels: Kernels = "auto"
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `x ΔWᵀ` for x (empty unless `needs_x`), A and B, from the diagonal blocks of gᵀx."""
-    backward = batched_backward if prefers_batched(factors.blocks, len(x), kernels) else loop_backward
-    return backward(factors, g, x, anchor, needs_x)

@@ -8,7 +8,7 @@ operations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -20,9 +20,12 @@ from torch.autograd import forward_ad
 
 from smoa.maths.blocks import Blocks, Orders
 from smoa.maths.factors import Factors
-from smoa.maths.kernels.batched import plain_branch
-from smoa.maths.kernels.choice import Kernels, branch_backward, branch_forward
-from smoa.maths.kernels.fused import fused_backward, fused_forward
+from smoa.maths.kernels.batched import batched_backward, batched_forward, plain_branch
+from smoa.maths.kernels.choice import Kernels, prefers_batched
+from smoa.maths.kernels.loops import SCRATCH, chunks, loop_backward, loop_forward
+
+MASK_COST = 64
+"""Cost of masking one entry, in multiplications of a matrix product (measured: docs/experiment-log.md)."""
 
 Gradients = tuple[Tensor | None, Tensor, Tensor]
 
@@ -42,12 +45,13 @@ class Route(Protocol):
 
 @dataclass(frozen=True)
 class Apart:
-    """`x ΔWᵀ` for x (tokens, in_features) and the anchor M; there is no bias."""
+    """`x ΔWᵀ` for x (tokens, in_features) and the anchor M; there is no bias. ΔW is formed in float32 or wider."""
 
     kernels: Kernels = "auto"
 
     def forward(self, factors: Factors, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return branch_forward(factors, x, weight, self.kernels)
+        forward = batched_forward if prefers_batched(factors.blocks, len(x), self.kernels) else loop_forward
+        return forward(factors, x, weight)
 
     def plain(self, factors: Factors, x: Tensor, weight: Tensor) -> Tensor:
         return plain_branch(factors, x, weight)
@@ -55,17 +59,27 @@ class Apart:
     def backward(
         self, factors: Factors, g: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_factors: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return branch_backward(factors, g, x, weight, needs_x, self.kernels)
+        backward = batched_backward if prefers_batched(factors.blocks, len(x), self.kernels) else loop_backward
+        return backward(factors, g, x, weight, needs_x)
 
 
 @dataclass(frozen=True)
 class Fused:
-    """`x(W + ΔW)ᵀ + b` for x (tokens, in_features) and M = W."""
+    """`x(W + ΔW)ᵀ + b` for x (tokens, in_features) and M = W in float32 or float64, with any strides.
+
+    A training step takes 2 + 1/K products. W + ΔW is formed one chunk of rows at a time and not kept.
+    """
 
     kernels: Kernels = "auto"
 
     def forward(self, factors: Factors, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return fused_forward(factors, x, weight, bias)
+        y = x.new_empty(x.shape[0], weight.shape[0])
+        for chunk, effective in _effective_chunks(factors, weight):
+            if bias is None:
+                torch.mm(x, effective.T, out=y[:, chunk])
+            else:
+                torch.addmm(bias[chunk], x, effective.T, out=y[:, chunk])
+        return y
 
     def plain(self, factors: Factors, x: Tensor, weight: Tensor) -> Tensor:
         return plain_branch(factors, x, weight) + x @ weight.T
@@ -73,7 +87,36 @@ class Fused:
     def backward(
         self, factors: Factors, g: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_factors: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return fused_backward(factors, g, x, weight, needs_x, needs_factors, self.kernels)
+        grad_x, grad_A, grad_B = x.new_empty(0), factors.A.new_empty(0), factors.B.new_empty(0)
+        if needs_factors:
+            _, grad_A, grad_B = Apart(self.kernels).backward(factors, g, x, weight, False)
+        if needs_x:
+            grad_x = torch.empty_like(x)
+            for chunk, effective in _effective_chunks(factors, weight):
+                grad_x.addmm_(g[:, chunk], effective, beta=int(chunk.start > 0))
+        return grad_x, grad_A, grad_B
+
+
+def _effective_chunks(factors: Factors, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Chunks of rows of `W + ΔW = W ⊙ (1 + s·B̃Ã)`, in natural order.
+
+    The product of the scattered factors is zero off the diagonal blocks, at r multiplications per entry. For large r it
+    is cheaper to stack the blocks' ranks, at max r_k multiplications per entry, and to mask the result.
+    """
+    stacked = sum(factors.ranks) - max(factors.ranks) > MASK_COST
+    row_major = weight.stride(0) >= weight.stride(1)  # not so for Conv1D; sum in the base layer's order
+    wide = factors.wide(weight.dtype)
+    spread_a, spread_b = wide.spread_A(stacked), wide.spread_B(stacked)
+    row_labels, col_labels, columns = factors.blocks.row_labels, factors.blocks.col_labels, weight.shape[1]
+    for chunk in chunks(0, weight.shape[0], columns, weight.device):
+        rows = chunk.stop - chunk.start
+        if row_major:
+            update = torch.mm(spread_b[chunk], spread_a, out=SCRATCH.take("update", rows, columns, weight))
+        else:
+            update = torch.mm(spread_a.T, spread_b[chunk].T, out=SCRATCH.take("update", columns, rows, weight)).T
+        if stacked:
+            update.mul_(row_labels[chunk, None] == col_labels)
+        yield chunk, torch.addcmul(weight[chunk], weight[chunk], update, out=update)
 
 
 def recomputed(

@@ -9,17 +9,19 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from smoa import ConfigError, MergeError, SmoaConfig
+from smoa import AdapterFileError, ConfigError, MergeError, SmoaConfig
 from smoa.export import checkpoint as module
-from smoa.export.checkpoint import INDEX, SIZES, BaseCheckpoint, Shards, adapter_config, base_folder, write_checkpoint
+from smoa.export.checkpoint import INDEX, BaseCheckpoint, Shards, adapter_config, base_folder, write_checkpoint
+from smoa.export.streaming import RoundingLoss, SavedAdapter, plan_stream
 from smoa.files.names import embeddings_of
 from tests.support import tiny_models
+from tests.support.adapter_files import rewritten, with_settings
 
 TENSORS = {
     "wide": torch.arange(6, dtype=torch.float64).reshape(2, 3),
@@ -61,7 +63,9 @@ def test_what_is_written_is_what_was_read(
     assert all(torch.equal(found[key], tensor) and found[key].dtype == tensor.dtype for key, tensor in TENSORS.items())
     assert (target / INDEX).is_file() == (size == 40)
     again = Shards(target)
-    assert again.entries == checkpoint.entries
+    assert {key: (e.dtype, e.shape) for key, e in again.entries.items()} == {
+        key: (tensor.dtype, tensor.shape) for key, tensor in TENSORS.items()
+    }
     assert all(torch.equal(again.read(key), tensor) for key, tensor in TENSORS.items())
 
 
@@ -75,7 +79,7 @@ def test_every_tensor_is_aligned_and_says_who_can_read_it(source: Path, target: 
     header = json.loads(raw[8 : 8 + length])
     assert length % 8 == 0
     for key, entry in checkpoint.entries.items():
-        assert header[key]["data_offsets"][0] % SIZES.get(entry.dtype, 1) == 0
+        assert header[key]["data_offsets"][0] % entry.itemsize == 0
 
 
 def test_an_index_that_names_a_missing_file_is_refused(source: Path, target: Path) -> None:
@@ -169,3 +173,66 @@ def test_a_model_that_names_no_embeddings_has_none() -> None:
             raise NotImplementedError  # as transformers' models of speech do
 
     assert embeddings_of(Speech(2, 2)) == {}
+
+
+# which merges go from disk to disk
+
+
+STREAMED = ["q_proj", "down_proj"]
+
+
+def saved_both(folder: Path, family: str = "llama", **config: Any) -> PeftModel:
+    """Base and adapter in `folder`; the adapted model."""
+    model = tiny_models.build(family)
+    model.save_pretrained(folder / "base")
+    model.name_or_path = str(folder / "base")
+    options = {"r": 4, "num_blocks": 2, "init_weights": False, "target_modules": STREAMED} | config
+    adapted = get_peft_model(model, SmoaConfig(**options, task_type="CAUSAL_LM"))
+    adapted.save_pretrained(folder / "adapter")
+    return adapted
+
+
+def adapter_in(folder: Path) -> SavedAdapter:
+    config = adapter_config(folder / "adapter")
+    assert isinstance(config, SmoaConfig)
+    return SavedAdapter(folder / "adapter", config)
+
+
+@pytest.mark.parametrize("tensor", [None, torch.zeros(3, 3)], ids=["lacks", "has in another shape"])
+def test_a_weight_that_the_checkpoint_lacks_takes_a_loaded_model(tensor: Tensor | None, tmp_path: Path) -> None:
+    saved_both(tmp_path)
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.0.self_attn.q_proj.weight"]
+    if tensor is not None:
+        tensors["model.layers.0.self_attn.q_proj.weight"] = tensor
+    save_file(tensors, file)
+    assert plan_stream(adapter_in(tmp_path), tiny_models.build("llama"), Shards(tmp_path / "base")) is None
+
+
+def test_a_module_trained_whole_replaces_the_checkpoints_tensor(tmp_path: Path) -> None:
+    saved_both(tmp_path, modules_to_save=["input_layernorm"])
+    plan = plan_stream(adapter_in(tmp_path), tiny_models.build("llama"), Shards(tmp_path / "base"))
+    assert plan is not None
+    assert list(plan[1]) == [f"model.layers.{number}.input_layernorm.weight" for number in range(2)]
+
+
+def test_layers_that_the_model_does_not_have_are_told(tmp_path: Path) -> None:
+    saved_both(tmp_path)
+    with pytest.raises(AdapterFileError, match=r"the adapter is for .* and 3 more that BertForSequenceClassification"):
+        plan_stream(adapter_in(tmp_path), tiny_models.build("bert"), Shards(tmp_path / "base"))
+
+
+def test_a_layer_that_lacks_a_part_is_told(tmp_path: Path) -> None:
+    saved_both(tmp_path)
+    part = "base_model.model.model.layers.1.self_attn.q_proj.smoa_B.weight"
+    with_settings(rewritten(tmp_path / "adapter", lambda tensors: tensors.pop(part)))
+    with pytest.raises(AdapterFileError, match=r"layers\.1\.self_attn\.q_proj has .*'smoa_A\.weight'.*, expected"):
+        adapter_in(tmp_path)
+
+
+def test_where_nothing_changes_nothing_is_lost() -> None:
+    loss = RoundingLoss()
+    assert loss.total == 0
+    loss.add("same", torch.full((2, 2), 1.003), torch.full((2, 2), 1.003), torch.bfloat16)
+    assert (loss.total, loss.by_layer) == (0.0, {"same": 0.0})

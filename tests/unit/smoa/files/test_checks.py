@@ -113,6 +113,16 @@ CHANGED: dict[str, tuple[Change, str]] = {
     "of fewer rows": (lambda t: t.update({A: t[A][:2]}), r"smoa_A.*shape"),
     "of integers": (lambda t: t.update({A: t[A].long()}), "smoa_A.*int64.*floating point"),
     "of 8 bits": (lambda t: t.update({A: t[A].to(torch.float8_e4m3fn)}), "float8_e4m3fn.*floating point"),
+    "of labels of one block": (lambda t: t[UP + "smoa_row_labels"].zero_(), r"up\.smoa_row_labels"),
+    "of undecided labels": (lambda t: t[UP + "smoa_col_labels"].fill_(255), r"up\.smoa_col_labels"),
+    "of fewer labels": (
+        lambda t: t.update({UP + "smoa_row_labels": t[UP + "smoa_row_labels"][:-1]}),
+        r"up\.smoa_row_labels.*shape",
+    ),
+    "of wide labels": (
+        lambda t: t.update({UP + "smoa_row_labels": t[UP + "smoa_row_labels"].long()}),
+        r"up\.smoa_row_labels.*uint8",
+    ),
     "infinite": (value(B, float("-inf")), NOT_FINITE),
     "infinite once it is cast": (value(B, 1e300, torch.float64), NOT_FINITE),
     "a flipped bit of A": (value(A, 3e38), TOO_LARGE),

@@ -6,9 +6,7 @@ import importlib
 import inspect
 import json
 import shutil
-from collections import Counter
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -31,9 +30,8 @@ from transformers.integrations.peft import PeftAdapterMixin
 import smoa
 from smoa import AdapterFileError, ConfigError, SmoaConfig
 from smoa.atomic import SAVE
-from smoa.export.streaming import SavedAdapter
+from smoa.files import loading
 from smoa.files.loading import find_adapter, guard_loading, incoming
-from smoa.tuner.hotswap import hotswap_adapter
 from tests.support import tiny_models
 from tests.support.adapter_files import rewritten, with_settings
 from tests.support.decompositions import NoDecomposition
@@ -108,87 +106,18 @@ def updates(model: nn.Module) -> list[Tensor]:
 
 
 @every_loader
-def test_a_saved_adapter_is_loaded_without_a_decomposition(
-    load: Callable[[Path], nn.Module], saved: PeftModel, tmp_path: Path
+def test_a_saved_adapter_is_opened_once_and_loaded_without_a_decomposition(
+    load: Callable[[Path], nn.Module], saved: PeftModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    opened: list[Any] = []
+    monkeypatch.setattr(loading, "safe_open", lambda *given: opened.append(given) or safe_open(*given))
     smoa.clear_spectrum_cache()
     with NoDecomposition():
         found = updates(load(tmp_path))
     assert len(found) == 4
     assert all(torch.equal(*pair) for pair in zip(found, updates(saved), strict=True))
     assert incoming() is None
-
-
-class Counted:
-    """`safe_open` that counts how often the values of a tensor are read."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.reads: Counter[str] = Counter()
-        self.opened: Counter[str] = Counter()
-        for module in ("safetensors.torch", "transformers.modeling_utils", "smoa.files.loading"):
-            original = importlib.import_module(module).safe_open
-            monkeypatch.setattr(f"{module}.safe_open", partial(self._opened, original, module))
-
-    def _opened(self, original: Any, module: str, file: Any, *args: Any, **kwargs: Any) -> Any:
-        ours = Path(file).name == WEIGHTS
-        self.opened[module] += ours
-        return Opened(original(file, *args, **kwargs), self.reads if ours else Counter())
-
-
-class Opened:
-    """A file, or a slice of one of its tensors."""
-
-    def __init__(self, held: Any, reads: Counter[str], key: str = "") -> None:
-        self.held, self.reads, self.key = held, reads, key
-
-    def __enter__(self) -> Opened:
-        self.held.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.held.__exit__(*error)
-
-    def get_tensor(self, key: str) -> Tensor:
-        self.reads[key] += 1
-        return self.held.get_tensor(key)
-
-    def get_tensors(self) -> dict[str, Tensor]:
-        self.reads.update(self.held.keys())
-        return self.held.get_tensors()
-
-    def get_slice(self, key: str) -> Any:
-        return Opened(self.held.get_slice(key), self.reads, key)
-
-    def __getitem__(self, places: Any) -> Tensor:
-        self.reads[self.key] += 1
-        return self.held[places]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.held, name)
-
-
-READERS: list[Callable[[Path], object]] = [
-    *LOADERS,
-    lambda folder: SavedAdapter(folder / "adapter", PeftConfig.from_pretrained(folder / "adapter")),
-]
-
-
-@pytest.mark.parametrize("load", READERS, ids=lambda loader: loader.__name__)
-def test_a_load_reads_the_weights_once(
-    load: Callable[[Path], object], saved: PeftModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    counted = Counted(monkeypatch)
-    load(tmp_path)
-    values = {key: number for key, number in counted.reads.items() if "save_id" not in key}
-    assert values == dict.fromkeys(values, 1)
-    assert len(values) == 4 * 5  # layers × A, B, labels of rows and of columns, scales
-    assert counted.opened["smoa.files.loading"] == 1
-
-
-def test_a_swap_reads_the_weights_once(saved: PeftModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    counted = Counted(monkeypatch)
-    hotswap_adapter(saved, tmp_path / "adapter")
-    assert {number for key, number in counted.reads.items() if "save_id" not in key} == {1}
+    assert len(opened) == 1
 
 
 def as_a_pickle(folder: Path) -> None:

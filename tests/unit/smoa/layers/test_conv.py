@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from smoa.layers.conv import Convolution
+from smoa.layers.kinds import Convolution
 from tests.support.kinds import CONVS, input_of, kind_of_layer, oracle_of
 from tests.support.layers import ROUTES, Route, adapted_layer, base_weight, clone_leaf, factors
 from tests.support.tolerance import assert_close

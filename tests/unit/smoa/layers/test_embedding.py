@@ -11,7 +11,7 @@ from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 from smoa import SmoaConfig, UnsupportedModuleError
-from smoa.layers.embedding import Embedding
+from smoa.layers.kinds import Embedding
 from smoa.layers.layer import SmoaLayer
 from tests.support.kinds import oracle_of
 from tests.support.layers import Wrapper, adapted_layer, clone_leaf, factors

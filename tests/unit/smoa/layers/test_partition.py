@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from smoa import AdapterFileError, PartitionError, SmoaConfig, make_partition
+from smoa import PartitionError, SmoaConfig, make_partition
 from smoa.files.names import PREFIX
+from smoa.layers import layer as layers
+from smoa.layers.layer import SmoaLayer
 from smoa.state import clear_spectrum_cache
 from tests import reference
 from tests.support import tiny_models
-from tests.support.adapter_files import rewritten
 from tests.support.decompositions import NoDecomposition
+from tests.support.gradients import assert_path, layer_13_to_11
+from tests.support.launches import gathers
 from tests.support.layers import (
+    Route,
     Wrapper,
     adapted_layer,
     base_layer,
@@ -158,54 +159,6 @@ def test_the_labels_of_a_model_adapted_on_the_meta_device_are_decided_once_weigh
         assert (partition.row_labels.tolist(), partition.col_labels.tolist()) == expected
 
 
-ROW_LABELS = "base_model.model.model.layers.1.self_attn.v_proj.smoa_row_labels"
-MODULE = r"layers\.1\.self_attn\.v_proj"
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        pytest.param(lambda t: t.update({ROW_LABELS: t[ROW_LABELS][:-1]}), id="too short"),
-        pytest.param(lambda t: t.update({ROW_LABELS: t[ROW_LABELS][None]}), id="of two dimensions"),
-        pytest.param(lambda t: t.update({ROW_LABELS: t[ROW_LABELS].long()}), id="of another dtype"),
-        pytest.param(lambda t: t[ROW_LABELS].fill_(0), id="all in one block"),
-        pytest.param(lambda t: t[ROW_LABELS].add_(1), id="beyond the last block"),
-        pytest.param(lambda t: t[ROW_LABELS].fill_(255), id="undecided"),
-        pytest.param(lambda t: t.pop(ROW_LABELS), id="missing"),
-    ],
-)
-def test_labels_that_do_not_fit_the_layer_are_refused_by_name(
-    tmp_path: Path, change: Callable[[dict[str, Tensor]], object]
-) -> None:
-    folder = rewritten(saved(trained_llama(), tmp_path), change)
-    for low_cpu_mem_usage in (False, True):
-        with pytest.raises(AdapterFileError, match=MODULE):
-            PeftModel.from_pretrained(tiny_models.build("llama"), folder, low_cpu_mem_usage=low_cpu_mem_usage)
-
-
-class NoSort(TorchDispatchMode):
-    """A context in which every sort, search and count raises."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket._qualified_op_name.removeprefix("aten::")
-        assert not name.startswith(("sort", "argsort", "nonzero", "bincount", "unique", "repeat_interleave")), name
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize(("route", "modulation"), [("fused", "hadamard"), ("apart", "none")])
-def test_a_step_sorts_nothing_after_loading_casting_and_copying(route: Any, modulation: str) -> None:
-    layer = adapted_layer(base_layer(12, 8), r=4, num_blocks=2, modulation=modulation, route=route)
-    layer.load_state_dict(adapted_layer(base_layer(12, 8), r=4, num_blocks=2).state_dict())
-    x = torch.randn(3, 8, requires_grad=True)
-    layer.float()
-    with NoSort():
-        layer(x).sum().backward()
-    copied = copy.deepcopy(layer)
-    copied(x)  # a copy sorts once
-    with NoSort():
-        copied(x).sum().backward()
-
-
 @pytest.mark.parametrize("change", ["load", "share"])
 def test_orders_follow_the_labels(change: str) -> None:
     layer = adapted_layer(base_layer(12, 8), r=4, num_blocks=2)
@@ -290,3 +243,95 @@ def test_labels_that_have_come_in_the_meantime_are_not_computed_again() -> None:
     assert torch.equal(layer.blocks("late").row_labels, loaded.row_labels)
     assert torch.equal(layer.blocks("late").col_labels, loaded.col_labels)
     assert not torch.equal(layer.blocks("default").row_labels, loaded.row_labels)
+
+
+# contiguous blocks are slices: nothing is gathered or scattered
+
+
+def step(layer: SmoaLayer, x: Tensor) -> None:
+    layer(x).square().sum().backward()
+
+
+def contiguous(dtype: torch.dtype = torch.float64, **config: object) -> tuple[SmoaLayer, Tensor]:
+    layer = layer_13_to_11(dtype=dtype, **{"partition": "contiguous"} | config)
+    return layer, torch.randn(2, 5, 13, dtype=dtype, requires_grad=True)
+
+
+@pytest.mark.parametrize(
+    ("route", "dtype", "conv1d"),
+    [("fused", torch.float64, False), ("apart", torch.float64, True), ("apart", torch.bfloat16, False)],
+)
+def test_a_training_step_gathers_nothing(
+    monkeypatch: pytest.MonkeyPatch, route: Route, dtype: torch.dtype, conv1d: bool
+) -> None:
+    layer, x = contiguous(dtype, route=route, conv1d=conv1d)
+    with gathers(monkeypatch) as found:
+        step(layer, x)
+    assert not found
+
+
+@pytest.mark.parametrize(("route", "dtype"), [("fused", torch.float64), ("apart", torch.bfloat16)])
+def test_other_blocks_gather(monkeypatch: pytest.MonkeyPatch, route: Route, dtype: torch.dtype) -> None:
+    layer, x = contiguous(dtype, route=route, partition="spectral")
+    with gathers(monkeypatch) as found:
+        step(layer, x)
+    assert found
+
+
+def test_labels_that_happen_to_ascend_are_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = contiguous(partition="random", route="apart")
+    for side in (layer.smoa_row_labels["default"], layer.smoa_col_labels["default"]):
+        side.copy_(side.sort().values)
+    layer.refresh_orders()
+    with gathers(monkeypatch) as found:
+        step(layer, x)
+    assert not found
+    assert_path(layer, layer(x), x)
+    layer.load_state_dict({"smoa_row_labels.default": layer.smoa_row_labels["default"].roll(1)}, strict=False)
+    assert_path(layer, layer(x), x)
+
+
+def test_merging_gathers_nothing_and_is_undone_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, _ = contiguous(conv1d=True)
+    before, merged = base_weight(layer).clone(), base_weight(layer) + oracle_delta(layer)
+    with gathers(monkeypatch) as found:
+        layer.merge()
+        assert_close(base_weight(layer), merged)
+        layer.unmerge()
+    assert not found
+    assert torch.equal(base_weight(layer), before)
+
+
+def test_labels_are_compared_when_they_change_and_never_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = contiguous()
+    compared: list[int] = []
+    original = layers.ascend
+    monkeypatch.setattr(layers, "ascend", lambda *labels: compared.append(1) or original(*labels))
+    step(layer, x)
+    step(layer, x)
+    assert not compared
+    layer.load_state_dict({}, strict=False)
+    step(layer, x)
+    step(layer, x)
+    assert compared == [1]
+
+
+def test_transforms_gather_nothing_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = contiguous()
+    expected = layer(x)
+    with gathers(monkeypatch) as found:
+        output, pullback = torch.func.vjp(lambda x: layer.branch_output(x, "default"), x.detach())
+        pullback(torch.ones_like(output))
+    assert not found
+    assert_close(output + layer.base_layer(x), expected)
+
+
+@pytest.mark.parametrize(("route", "dtype"), [("fused", torch.float32), ("apart", torch.bfloat16)])
+def test_a_compiled_layer_computes_the_same(route: Route, dtype: torch.dtype) -> None:
+    torch.compiler.reset()
+    layer, x = contiguous(dtype, route=route)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    assert_close(compiled(x), layer(x))
+    layer.smoa_row_labels["default"].copy_(layer.smoa_row_labels["default"].roll(1))
+    layer.refresh_orders()
+    assert_close(compiled(x), layer(x))

@@ -10,9 +10,8 @@ from torch.nn.functional import linear
 from transformers.integrations import moe
 
 from smoa.errors import UnsupportedModuleError
-from smoa.layers.layout import Layout
 from smoa.layers.stand_in import StandIn
-from smoa.maths.experts import Run
+from smoa.maths.experts import Layout, Run
 from tests.support.tolerance import assert_close
 
 E, M, N = 3, 4, 8

@@ -1,6 +1,9 @@
+"""Blocks and factors: sizes, coordinates, scale, initialization."""
+
 from __future__ import annotations
 
-from itertools import product
+from itertools import pairwise, product
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from smoa.errors import PartitionError
-from smoa.maths.blocks import Blocks, Orders, ascend, block_sizes, check_num_blocks, take_columns
+from smoa.maths.blocks import Blocks, Orders, ascend, block_sizes, check_num_blocks
+from smoa.maths.factors import factor_shapes, init_factors, split_rank
 from tests import reference
+from tests.support.tolerance import assert_close
+from tests.support.updates import CASES, problem
 
 # (out_features, in_features, num_blocks): even, tall and ragged, wide and ragged, one block, as many as there are rows.
 SIZES = [(12, 12, 3), (17, 10, 4), (9, 16, 5), (8, 5, 1), (6, 7, 6)]
@@ -132,18 +138,6 @@ def test_the_blocks_of_a_matrix_are_its_entries_at_their_coordinates(
         assert block.tolist() == [[entries[i][j] for j in cols] for i in rows]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_some_rows_of_a_block_are_picked_into_buffers(dtype: torch.dtype) -> None:
-    blocks, matrix = shuffled(17, 10, 4), torch.randn(17, 10).to(dtype)
-    rows, cols = slice(1, 4), blocks.col_slices[2]
-    expected = matrix[blocks.orders.rows[rows]][:, blocks.orders.cols[cols]]
-    whole_rows, out = torch.empty(3, 10, dtype=dtype), torch.empty(3, cols.stop - cols.start, dtype=dtype)
-    assert torch.equal(blocks.part(matrix, rows, cols), expected)
-    assert blocks.part(matrix, rows, cols, whole_rows, out) is out
-    assert torch.equal(out, expected)
-    assert torch.equal(whole_rows, matrix[blocks.orders.rows[rows]])
-
-
 @sizes
 def test_what_is_written_stands_in_the_diagonal_blocks_and_nowhere_else(
     out_features: int, in_features: int, num_blocks: int
@@ -157,16 +151,6 @@ def test_what_is_written_stands_in_the_diagonal_blocks_and_nowhere_else(
         assert matrix[i, j].item() == (source[i, j].item() if same_block else before[i][j])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_columns_are_taken_in_any_order_and_dtype(dtype: torch.dtype) -> None:
-    x, order = torch.randn(5, 9).to(dtype), torch.randperm(9)[:6]
-    x[0, 0], x[1, 1] = float("nan"), float("-inf")
-    expected = x[:, order]
-    out = torch.empty(5, 6, dtype=dtype)
-    for found in (take_columns(x, order), take_columns(x, order, out), out):
-        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
-
-
 @sizes
 def test_the_blocks_of_the_transposed_weight_are_the_transposed_blocks(
     out_features: int, in_features: int, num_blocks: int
@@ -174,3 +158,105 @@ def test_the_blocks_of_the_transposed_weight_are_the_transposed_blocks(
     blocks, matrix = shuffled(out_features, in_features, num_blocks), torch.randn(out_features, in_features)
     for own, other in zip(blocks.transposed().of(matrix.T), blocks.of(matrix), strict=True):
         assert torch.equal(own, other.T)
+
+
+# factors
+
+
+cases = pytest.mark.parametrize(("out_features", "in_features", "ranks"), CASES)
+
+
+# sizes
+
+
+@given(r=st.integers(1, 300), num_blocks=st.integers(1, 255))
+def test_a_rank_is_split_evenly_with_the_remainder_to_the_first_blocks(r: int, num_blocks: int) -> None:
+    assert list(split_rank(r, num_blocks)) == reference.block_ranks(r, num_blocks)
+
+
+# scale and dtype
+
+
+def test_wide_factors_hold_the_scale_once() -> None:
+    factors = problem(11, 13, (1, 3, 2)).factors(0.5, [2.0, 3.0, 5.0])
+    wide = factors.wide()
+    assert factors.scale(torch.float64).tolist() == [1.0, 1.5, 1.5, 1.5, 2.5, 2.5]
+    assert torch.equal(wide.A, factors.A)
+    assert_close(wide.B, factors.B * torch.tensor([1.0, 1.5, 1.5, 1.5, 2.5, 2.5]))
+    assert (wide.scaling, wide.scale(torch.float32).tolist()) == (1.0, [1.0] * 6)
+    assert_close(wide.wide().B, wide.B)
+    assert wide.ranks == factors.ranks
+    assert wide.blocks is factors.blocks
+
+
+# spreading
+
+
+@cases
+def test_the_product_of_spread_factors_is_the_unmodulated_update(
+    out_features: int, in_features: int, ranks: tuple[int, ...]
+) -> None:
+    case = problem(out_features, in_features, ranks)
+    scale = [1.0 + k for k in range(len(ranks))]
+    wide = case.factors(0.5, scale).wide()
+    expected = reference.factor_shapes(out_features, in_features, len(ranks), sum(ranks))
+    assert factor_shapes(out_features, in_features, ranks) == expected
+    assert_close(wide.spread_B() @ wide.spread_A(), case.oracle("none", [0.5 * s for s in scale]))
+
+
+# initialization
+
+
+def initialized(init: Any, sizes: tuple[int, int], ranks: tuple[int, ...], relative_size: float = 0.1) -> list[Tensor]:
+    A, B = (torch.full(shape, float("nan"), dtype=torch.float64) for shape in factor_shapes(*sizes, ranks))
+    init_factors(A, B, sizes, ranks, init, relative_size)
+    return [A, B]
+
+
+def blocks_of(A: Tensor, B: Tensor, sizes: tuple[int, int], ranks: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
+    """A_k and B_k without padding."""
+    heights, widths = (reference.block_sizes(size, len(ranks)) for size in sizes)
+    starts = [sum(ranks[:k]) for k in range(len(ranks) + 1)]
+    runs = [slice(start, stop) for start, stop in pairwise(starts)]
+    return [(A[run, :width], B[:height, run]) for height, width, run in zip(heights, widths, runs, strict=True)]
+
+
+@pytest.mark.parametrize("init", [True, False, "zero_A"])
+def test_padding_starts_at_zero(init: Any) -> None:
+    A, B = initialized(init, (11, 13), (2, 0, 3))
+    in_A, in_B = reference.real_entries(11, 13, (2, 0, 3))
+    assert (A[~in_A] == 0).all()
+    assert (B[~in_B] == 0).all()
+    assert torch.isfinite(A).all()
+    assert torch.isfinite(B).all()
+
+
+def assert_uniform(entries: Tensor, limit: float) -> None:
+    assert entries.abs().max() <= limit
+    assert entries.abs().max() > 0.99 * limit
+    assert abs(entries.mean()) < 0.03 * limit
+    assert abs(entries.std() / limit - 3**-0.5) < 0.03
+
+
+def test_by_default_A_is_uniform_by_the_width_of_its_block_and_B_zero() -> None:
+    sizes, ranks = (30, 401), (40, 10, 30)
+    A, B = initialized(True, sizes, ranks)
+    assert (B == 0).all()
+    for (block_A, _), width in zip(blocks_of(A, B, sizes, ranks), reference.block_sizes(401, 3), strict=True):
+        assert_uniform(block_A, width**-0.5)
+
+
+def test_with_zero_A_it_is_B_that_is_uniform_by_its_blocks_rank() -> None:
+    sizes, ranks = (401, 30), (40, 10, 30)
+    A, B = initialized("zero_A", sizes, ranks)
+    assert (A == 0).all()
+    for (_, block_B), rank in zip(blocks_of(A, B, sizes, ranks), ranks, strict=True):
+        assert_uniform(block_B, rank**-0.5)
+
+
+def test_random_factors_give_a_product_of_the_size_asked_for_in_every_block() -> None:
+    relative_size = 2.0
+    sizes, ranks = (301, 200), (64, 16, 32)
+    A, B = initialized(False, sizes, ranks, relative_size)
+    for block_A, block_B in blocks_of(A, B, sizes, ranks):
+        assert float((block_B @ block_A).square().mean().sqrt()) == pytest.approx(relative_size, rel=0.15)

@@ -23,8 +23,8 @@ from smoa.maths.factors import Factors, factor_shapes
 from smoa.maths.kernels import loops
 from smoa.maths.kernels.batched import batched_backward, batched_delta, batched_forward, plain_branch
 from smoa.maths.kernels.choice import prefers_apart, prefers_batched
-from smoa.maths.kernels.fused import fused_backward, fused_forward
-from smoa.maths.kernels.loops import CHUNK_ELEMENTS, SCRATCH, Scratch, chunks, loop_backward, loop_forward
+from smoa.maths.kernels.loops import CHUNK_ELEMENTS, SCRATCH, chunks, loop_backward, loop_forward
+from smoa.maths.kernels.operators import Fused
 from smoa.maths.spectrum import make_partition
 from tests import reference
 from tests.support.gradients import assert_layer_is_the_oracles
@@ -93,10 +93,10 @@ def test_fused_values_and_gradients_are_those_of_the_sum_of_weight_and_update(
     y = x @ (case.weight + case.oracle("hadamard", [0.5 * s for s in scale])).T
     expected = torch.autograd.grad(y, (x, case.A, case.B), g)
     with torch.no_grad():
-        assert_close(fused_forward(case.factors(0.5, scale), x, weight, None), y)
-        assert_close(fused_forward(case.factors(0.5, scale), x, weight, bias), y + bias)
-        of_x, *none = fused_backward(case.factors(0.5, scale), g, x, weight, True, False)
-        no_x, *of_factors = fused_backward(case.factors(0.5, scale), g, x, weight, False, True)
+        assert_close(Fused().forward(case.factors(0.5, scale), x, weight, None), y)
+        assert_close(Fused().forward(case.factors(0.5, scale), x, weight, bias), y + bias)
+        of_x, *none = Fused().backward(case.factors(0.5, scale), g, x, weight, True, False)
+        no_x, *of_factors = Fused().backward(case.factors(0.5, scale), g, x, weight, False, True)
     assert_all_close([of_x, *of_factors], expected)
     assert [tensor.numel() for tensor in (no_x, *none)] == [0, 0, 0]
 
@@ -163,21 +163,6 @@ def test_many_runs_of_rows_give_the_oracles_values_and_gradients(
     assert_layer_is_the_oracles(r=r, num_blocks=num_blocks, alpha=3.0, route=route, conv1d=conv1d)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "counts"),
-    [
-        ((12, 8, (2, 2, 2, 2)), [4]),
-        ((13, 8, (2, 2, 2, 2)), [1, 3]),
-        ((13, 10, (2, 2, 2, 1)), [1, 1, 1, 1]),
-        ((12, 8, (2, 0, 2, 2)), [1, 1, 2]),
-    ],
-)
-def test_blocks_of_one_shape_are_one_product(sizes: tuple[int, int, tuple[int, ...]], counts: list[int]) -> None:
-    case = problem(*sizes)
-    deltas = batched_delta(case.factors().wide(), case.weight, torch.float64)
-    assert [len(stacked) for _, stacked in deltas] == counts
-
-
 # which kernel is taken
 
 
@@ -230,20 +215,6 @@ def test_chunks_cover_every_row_once_and_are_bounded(start: int, rows: int, colu
     assert [row for chunk in made for row in range(chunk.start, chunk.stop)] == list(range(start, start + rows))
     sizes = [chunk.stop - chunk.start for chunk in made]
     assert all(size <= 16 or size * columns <= CHUNK_ELEMENTS["cpu"] for size in sizes)
-
-
-def test_a_buffer_is_used_again_for_the_same_use_and_grows() -> None:
-    scratch, like = Scratch(), torch.empty(0)
-    with torch.inference_mode():
-        scratch.take("rows", 4, 5, like)
-    with torch.device("meta"):
-        first = scratch.take("rows", 4, 5, like)
-    assert (first.shape, first.dtype, first.device.type) == ((4, 5), torch.float32, "cpu")
-    first.zero_()  # made in inference mode, it can be written to outside
-    assert scratch.take("rows", 2, 3, like).data_ptr() == first.data_ptr()
-    assert scratch.take("g", 4, 5, like).data_ptr() != first.data_ptr()
-    assert scratch.take("rows", 4, 5, like.double()).dtype == torch.float64
-    assert scratch.take("rows", 30, 40, like).shape == (30, 40)
 
 
 def test_threads_and_calls_share_no_memory() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from smoa.maths.factors import Factors
-from smoa.maths.kernels.shared import StackedFactors, shared
+from smoa.maths.kernels.shared import StackedFactors, formed, shared
 from tests.support.tolerance import assert_close
 from tests.support.updates import CASES, Problem, problem
 
@@ -59,6 +59,18 @@ def test_values_and_gradients_are_those_of_each_adapter_alone(
         assert_close(gradient, wanted)
     with torch.no_grad():
         assert_close(of_shared(cases, x, modulation), expected)
+
+
+@pytest.mark.parametrize("kind", ["spectral", "contiguous"])
+@pytest.mark.parametrize(("out_features", "in_features", "ranks"), CASES)
+@torch.no_grad()
+def test_one_adapters_delta_can_be_formed_instead(
+    out_features: int, in_features: int, ranks: tuple[int, ...], kind: str
+) -> None:
+    cases = problems(out_features, in_features, ranks, kind)
+    stack, x = StackedFactors.of(factors_of(cases)), torch.randn(5, in_features, dtype=torch.float64)
+    blocks = [run.of_matrix(cases[0].weight, stack.blocks) for run in stack.runs]
+    assert_close(formed(stack, x, 2, blocks), x @ cases[2].oracle("hadamard", SCALING * 3).T)
 
 
 def test_only_what_is_asked_for_gets_a_gradient() -> None:

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from smoa.analysis import update_spectrum
 from smoa.layers.buffers import PartitionSpec
 from smoa.maths import spectrum
-from smoa.maths.analysis import update_spectrum
 from smoa.maths.spectrum import (
     PartitionKind,
     decomposable,

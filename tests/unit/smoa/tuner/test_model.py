@@ -15,16 +15,12 @@ import torch
 from peft import (
     LoraConfig,
     PeftModel,
-    get_model_status,
     get_peft_model,
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     PreTrainedModel,
 )
 
@@ -32,6 +28,7 @@ from smoa import SmoaConfig
 from tests.support import tiny_models
 from tests.support.adapted_models import QV, adapted, add_adapter
 from tests.support.layers import (
+    Wrapper,
     factors,
     labels,
     oracle_output,
@@ -57,24 +54,6 @@ def test_the_targets_of_an_architecture_are_those_of_lora(family: str, targets: 
     lora = LoraConfig(r=4, target_modules=targets, fan_in_fan_out=family == "gpt2")
     assert set(own.targeted_module_names) == set(get_peft_model(tiny_models.build(family), lora).targeted_module_names)
     assert "lm_head" not in own.targeted_module_names
-
-
-def test_a_regular_expression_chooses_the_targets(tiny_llama: PreTrainedModel) -> None:
-    model = adapted(tiny_llama, target_modules=r".*layers\.1\..*(q|down)_proj")
-    assert set(smoa_layers(model)) == {"model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj"}
-
-
-def test_excluded_modules_are_left_alone(tiny_llama: PreTrainedModel) -> None:
-    model = adapted(tiny_llama, exclude_modules=r".*v_proj")
-    assert {name.rpartition(".")[2] for name in smoa_layers(model)} == {"q_proj"}
-
-
-@pytest.mark.parametrize(
-    "settings", [{"layers_to_transform": 1}, {"layers_to_transform": [1], "layers_pattern": "layers"}]
-)
-def test_layers_are_chosen_by_index(tiny_llama: PreTrainedModel, settings: dict[str, Any]) -> None:
-    model = adapted(tiny_llama, **settings)
-    assert set(smoa_layers(model)) == {"model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"}
 
 
 def test_rank_and_alpha_follow_their_patterns(tiny_llama: PreTrainedModel) -> None:
@@ -289,17 +268,6 @@ def test_transformers_own_adapter_interface_takes_smoa(tmp_path: Path) -> None:
     assert torch.equal(logits(fresh), expected)
 
 
-def test_a_peft_model_reports_its_adapters(tiny_llama: PreTrainedModel) -> None:
-    model = adapted(tiny_llama)
-    add_adapter(model, "other")
-    status = get_model_status(model)
-    assert status.peft_types == {"default": "SMOA", "other": "SMOA"}
-    assert status.available_adapters == ["default", "other"]
-    assert status.active_adapters == ["default"]
-    assert status.requires_grad == {"default": True, "other": False}
-    assert status.num_adapter_layers == 4
-
-
 def test_low_cpu_mem_usage_makes_meta_factors_only(tiny_llama: PreTrainedModel) -> None:
     model = get_peft_model(tiny_llama, SmoaConfig(r=4, target_modules=QV), low_cpu_mem_usage=True)
     for layer in smoa_layers(model).values():
@@ -342,13 +310,6 @@ def test_an_adapter_of_full_rank_converts_to_lora_without_loss(tiny_llama: PreTr
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
-
-
-def test_a_second_adapter_of_the_same_name_is_refused(tiny_llama: PreTrainedModel) -> None:
-    config = SmoaConfig(r=4, target_modules=["q_proj"])
-    model = get_peft_model(tiny_llama, config)
-    with pytest.raises(ValueError, match="already exists"):
-        model.add_adapter("default", config)
 
 
 # --- the config of an adapter ----------------------------------------------------------------------------------------
@@ -396,37 +357,6 @@ def test_one_config_serves_models_of_several_sizes(tiny_llama: PreTrainedModel) 
         assert_close(model(**tiny_models.batch("llama")).logits, expected)
 
 
-@pytest.mark.parametrize(
-    ("task", "auto_class", "head"),
-    [
-        ("SEQ_CLS", AutoModelForSequenceClassification, "classifier"),
-        ("TOKEN_CLS", AutoModelForTokenClassification, "classifier"),
-        ("QUESTION_ANS", AutoModelForQuestionAnswering, "qa_outputs"),
-    ],
-)
-def test_a_task_trains_and_saves_its_head(task: str, auto_class: Any, head: str, tmp_path: Path) -> None:
-    base = auto_class.from_config(tiny_models.build("bert").config)
-    config = SmoaConfig(task_type=task, target_modules=["query", "value"])
-    model = get_peft_model(copy.deepcopy(base), config)
-    assert head in model.peft_config["default"].modules_to_save
-    assert config.modules_to_save is model.peft_config["default"].modules_to_save
-    trained = model.base_model.model.get_submodule(head).modules_to_save["default"].weight
-    assert trained.requires_grad
-    with torch.no_grad():
-        trained.fill_(0.5)
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(base, tmp_path)
-    assert torch.equal(loaded.base_model.model.get_submodule(head).modules_to_save["default"].weight, trained)
-
-
-def test_a_config_can_be_used_again_after_an_injection_that_failed(tiny_llama: PreTrainedModel) -> None:
-    config = SmoaConfig(r=4, target_modules=["nowhere"])
-    with pytest.raises(ValueError, match="nowhere"):
-        get_peft_model(tiny_llama, config)
-    config.target_modules = {"q_proj"}
-    assert len(smoa_layers(get_peft_model(tiny_models.build("llama"), config))) == 2
-
-
 def test_a_random_twin_of_the_same_seed_is_the_same_adapter(tiny_llama: PreTrainedModel) -> None:
     config = SmoaConfig(r=4, target_modules=["q_proj"], init_weights=False)
     torch.manual_seed(1)
@@ -435,3 +365,85 @@ def test_a_random_twin_of_the_same_seed_is_the_same_adapter(tiny_llama: PreTrain
     model.add_adapter("twin", config)
     for layer in smoa_layers(model).values():
         assert torch.equal(layer.delta("twin"), layer.delta("default"))
+
+
+# one config object for several adapters: reference adapters of TRL, and configs that change in between
+
+
+QVD = ["q_proj", "v_proj", "down_proj"]
+
+
+def copy_as_trl_does(model: Any) -> None:
+    model.add_adapter("ref", model.peft_config["default"])
+    for name, parameter in model.named_parameters():
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+
+
+@pytest.mark.parametrize("partition", ["spectral", "random"])
+def test_the_reference_equals_a_start_trained_on_other_weights(
+    partition: Any, tiny_llama: PreTrainedModel, tmp_path: Any
+) -> None:
+    config = SmoaConfig(r=8, num_blocks=4, target_modules=QVD, init_weights=False, partition=partition)
+    get_peft_model(tiny_llama, config).save_pretrained(tmp_path)
+    other = tiny_models.build("llama")
+    with torch.no_grad():
+        for parameter in other.parameters():  # as after quantization: another spectrum, so other blocks if computed
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model = PeftModel.from_pretrained(other, tmp_path, is_trainable=True).eval()
+    copy_as_trl_does(model)
+    reference, start = (get_peft_model_state_dict(model, adapter_name=name) for name in ("ref", "default"))
+    assert reference.keys() == start.keys()
+    assert all(torch.equal(reference[name], start[name]) for name in start)
+
+
+CHANGES: list[dict[str, Any]] = [
+    {"num_blocks": 4},
+    {"target_modules": ["k_proj", "v_proj"]},
+    {"partition": "contiguous"},
+    {"scale": "paper"},
+    {"modulation": "none"},
+]
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+def test_an_adapter_of_a_changed_config_is_that_of_a_config_of_its_own(
+    changes: dict[str, Any], tiny_llama: PreTrainedModel
+) -> None:
+    config = SmoaConfig(r=8, target_modules=QVD)
+    model = get_peft_model(tiny_llama, config)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    model.add_adapter("other", config)
+    alone = get_peft_model(tiny_models.build("llama"), SmoaConfig(**{"r": 8, "target_modules": QVD} | changes))
+    expected = get_peft_model_state_dict(alone)
+    state = get_peft_model_state_dict(model, adapter_name="other")
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[key], expected[key]) for key in state if "smoa_A" not in key)
+
+
+def test_a_twin_on_the_meta_device_gets_its_blocks_with_the_weights() -> None:
+    with torch.device("meta"):
+        base = Wrapper(nn.Linear(8, 8))
+    config = SmoaConfig(r=4, target_modules=["layer"])
+    model = get_peft_model(base, config)
+    model.add_adapter("twin", config)
+    layer = model.base_model.model.layer
+    layer.base_layer.weight = nn.Parameter(torch.randn(8, 8))
+    assert torch.equal(layer.blocks("twin").row_labels, layer.blocks("default").row_labels)
+
+
+@pytest.mark.parametrize("changes", [{"alpha": 40.0}, {"target_modules": {"k_proj"}}], ids=str)
+def test_a_config_that_was_changed_is_saved_as_the_adapter_was_made(
+    changes: dict[str, Any], tiny_llama: PreTrainedModel, tmp_path: Any
+) -> None:
+    config = SmoaConfig(r=8, alpha=16.0, target_modules=QVD, init_weights=False)
+    model = get_peft_model(tiny_llama, config)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    with pytest.warns(UserWarning, match=rf"changed after .*{next(iter(changes))}="):
+        model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path)
+    theirs = smoa_layers(loaded)
+    assert all(torch.equal(theirs[name].delta("default"), m.delta("default")) for name, m in smoa_layers(model).items())
+    assert model.peft_config["default"] is config

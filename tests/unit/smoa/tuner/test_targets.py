@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from accelerate.hooks import ModelHook, add_hook_to_module
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.utils import parametrizations, prune, weight_norm
 from transformers import (
     BartConfig,
     BartModel,
@@ -20,28 +27,27 @@ from transformers import (
     Wav2Vec2Config,
     Wav2Vec2Model,
 )
+from transformers.models.falcon.modeling_falcon import FalconLinear
+from transformers.models.llama4.modeling_llama4 import Llama4Router
+from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2TextScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
 from smoa import ConfigError, PartitionError, SmoaConfig, SmoaError, UnsupportedModuleError
+from smoa.layers.kinds import kind_of
+from smoa.layers.layer import SmoaLayer
 from smoa.tuner.targets import check_target
-from tests.support.layers import Wrapper, smoa_layers
-from tests.support.tiny_models import build
+from tests.support.kinds import input_of
+from tests.support.layers import Wrapper, adapted_layer, smoa_layers
+from tests.support.tiny_mixtures import EXPERTS, build_mixture
+from tests.support.tiny_models import build, logits
 from tests.support.tolerance import assert_close
-
-
-def test_targets_without_room_for_all_blocks_are_named_in_one_warning(tiny_llama: PreTrainedModel) -> None:
-    config = SmoaConfig(r=40, num_blocks=20, target_modules=["q_proj", "v_proj"])
-    with pytest.warns(UserWarning, match=r"side of 2 of 4 targets: .*layers\.0\.self_attn\.v_proj takes 16") as found:
-        model = get_peft_model(tiny_llama, config)
-    assert sum("num_blocks" in str(warning.message) for warning in found) == 1
-    assert {len(layer.ranks["default"]) for layer in smoa_layers(model).values()} == {20, 16}
 
 
 def test_the_blocks_of_a_weight_that_zero3_has_left_empty_are_those_of_its_whole_shape() -> None:
     module = Conv1D(2, 10)
     module.weight.ds_shape = module.weight.shape
     module.weight.data = torch.empty(0)
-    assert check_target("head", module, SmoaConfig(num_blocks=4), nn.Module()).shape == (2, 10)
+    assert check_target("head", module, SmoaConfig(num_blocks=4), nn.Module())[1] == (2, 10)
     with pytest.raises(PartitionError, match=r"head: num_blocks=3 must be between 1 and 2 .*\(2, 10\)"):
         check_target("head", module, SmoaConfig(num_blocks_pattern={"head": 3}), nn.Module())
 
@@ -190,3 +196,265 @@ def test_problems_of_modules_and_of_parameters_are_one_error_before_anything_is_
     with pytest.raises(SmoaError, match=r"(?s)bilinear.*; .*bank\.bias"):
         get_peft_model(model, config)
     assert type(model.good) is nn.Linear
+
+
+# parameters of experts
+
+
+def adapted(model: nn.Module, **settings: Any) -> nn.Module:
+    return inject_adapter_in_model(SmoaConfig(**{"target_modules": [], **settings}), model)
+
+
+@pytest.mark.parametrize(
+    "named",
+    [["model.layers.0.mlp.experts.down_proj"], ["mlp.experts.gate_up_proj", "self_attn.q_proj.weight"], ["down_proj"]],
+)
+def test_the_parameters_are_those_that_lora_adapts(named: list[str]) -> None:
+    found = []
+    for config in (SmoaConfig, LoraConfig):
+        model = get_peft_model(build_mixture("qwen3_moe"), config(r=4, target_modules=[], target_parameters=named))
+        found.append(sorted(model.base_model.targeted_parameter_names))
+        wrapped = [name for name, m in model.named_modules() if type(m).__name__ == "ParamWrapper"]
+        found[-1] += sorted(wrapped)
+    assert found[0] == found[1]
+
+
+def test_a_weight_named_as_a_parameter_computes_what_its_module_does() -> None:
+    by_module = adapted(build("llama"), target_modules=["gate_proj"], init_weights=False)
+    by_parameter = adapted(build("llama"), target_parameters=["gate_proj.weight"], init_weights=False)
+    for layer, wrapper in zip(layers_in(by_module), layers_in(by_parameter), strict=True):
+        for name in ("smoa_A", "smoa_B"):
+            getattr(wrapper, name)["default"].load_state_dict(getattr(layer, name)["default"].state_dict())
+    assert not torch.allclose(logits(by_module), logits(build("llama")), atol=1e-3)
+    assert_close(logits(by_parameter), logits(by_module))
+
+
+def layers_in(model: nn.Module) -> list[SmoaLayer]:
+    return [module for module in model.modules() if isinstance(module, SmoaLayer)]
+
+
+def test_a_second_adapter_uses_the_wrappers_of_the_first() -> None:
+    model = get_peft_model(build_mixture("llama4"), SmoaConfig(target_modules=[], target_parameters=EXPERTS))
+    before = layers_in(model)
+    model.add_adapter("other", SmoaConfig(target_modules=[], target_parameters=EXPERTS))
+    assert layers_in(model) == before
+    assert all(set(layer.smoa_A) == set(layer.smoa_B) == {"default", "other"} for layer in before)
+
+
+# PEFT looks at modules only, from 0.21 on
+@pytest.mark.filterwarnings("ignore:.*did not match any targeted module:RuntimeWarning")
+def test_patterns_go_by_the_parameters_name() -> None:
+    patterns = {"experts.down_proj": 8}
+    model = adapted(build_mixture("qwen3_moe"), r=4, target_parameters=EXPERTS, rank_pattern=patterns)
+    ranks = {m.parameter_name: m.r["default"] for m in model.modules() if type(m).__name__ == "ParamWrapper"}
+    assert ranks == {"gate_up_proj": 4, "down_proj": 8}
+
+
+class Odd(nn.Module):
+    """Parameters that can't be adapted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.Parameter(torch.ones(8))
+        self.kernel = nn.Parameter(torch.ones(2, 3, 4, 5))
+        self.packed = nn.Parameter(torch.ones(2, 8, 8, dtype=torch.uint8), requires_grad=False)
+        self.eight = nn.Parameter(torch.ones(2, 8, 8).to(torch.float8_e4m3fn), requires_grad=False)
+        self.plain = nn.Linear(8, 8)
+        self.parametrized = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+
+
+BAD: dict[str, tuple[dict[str, Any], type[SmoaError], str]] = {
+    "no such parameter": (
+        {"target_parameters": ["inner.nrom"]},
+        ConfigError,
+        r"target_parameters: 'inner.nrom' matches no parameter.*did you mean 'inner\.",
+    ),
+    "one dimension": (
+        {"target_parameters": ["inner.norm"]},
+        ConfigError,
+        r"target_parameters: inner.norm has shape \(8,\), and only those of 2 or 3 dimensions .*leave it out",
+    ),
+    "four dimensions": (
+        {"target_parameters": ["kernel"]},
+        ConfigError,
+        r"inner.kernel has shape \(2, 3, 4, 5\), and only those of 2 or 3",
+    ),
+    "quantized": (
+        {"target_parameters": ["packed"]},
+        UnsupportedModuleError,
+        r"inner.packed has shape \(2, 8, 8\) and is quantized to torch.uint8.*dequantize=True",
+    ),
+    "in 8-bit floats": (
+        {"target_parameters": ["eight"]},
+        UnsupportedModuleError,
+        r"inner.eight has shape \(2, 8, 8\) and is quantized to torch.float8_e4m3fn",
+    ),
+    "its module too": (
+        {"target_parameters": ["plain.weight"], "target_modules": ["plain"]},
+        ConfigError,
+        r"inner.plain.weight: target_modules names its module too; name it in one of the two",
+    ),
+    "K by a pattern": (
+        {"target_parameters": ["plain.weight"], "num_blocks_pattern": {"plain.weight": 9}, "r": 9},
+        PartitionError,
+        r"inner.plain.weight: num_blocks=9 must be between 1 and 8.*\(8, 8\)",
+    ),
+    "several": (
+        {"target_parameters": ["inner.norm", "kernel"]},
+        ConfigError,
+        r"inner.norm has shape \(8,\).*; .*inner.kernel has shape",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_parameter_that_can_not_be_adapted_is_refused_before_anything_changes(case: str) -> None:
+    settings, error, message = BAD[case]
+    model = nn.ModuleDict({"inner": Odd()})
+    before = [name for name, _ in model.named_modules()]
+    with pytest.raises(error, match=message):
+        adapted(model, **settings)
+    assert [name for name, _ in model.named_modules()] == before
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_a_router_is_refused(family: str) -> None:
+    name = "mlp.router.weight" if family == "gpt_oss" else "mlp.gate.weight"
+    with pytest.raises(ConfigError, match=rf"{name} has shape \(5, 24\) and chooses the experts.*leave the router out"):
+        adapted(build_mixture(family), target_parameters=[*EXPERTS, name])
+
+
+def test_a_parametrized_parameter_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"weight' matches no parameter.*remove the parametrization first"):
+        adapted(nn.ModuleDict({"inner": Odd()}), target_parameters=["inner.parametrized.weight"])
+
+
+def test_all_linear_says_once_that_it_leaves_the_experts_out_and_how_to_name_them() -> None:
+    with pytest.warns(UserWarning, match="linear layers only") as caught:
+        model = get_peft_model(build_mixture("mixtral"), SmoaConfig(target_modules="all-linear"))
+    told = [str(warning.message) for warning in caught if "linear layers only" in str(warning.message)]
+    assert len(told) == 1
+    assert "target_parameters=['mlp.experts.down_proj', 'mlp.experts.gate_up_proj']" in told[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.add_adapter("second", SmoaConfig(target_modules="all-linear"))
+
+
+def test_all_linear_says_nothing_if_there_are_none_or_they_are_named() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapted(build("llama"), target_modules="all-linear")
+        adapted(build_mixture("mixtral"), target_modules="all-linear", target_parameters=EXPERTS)
+
+
+def test_a_parameter_of_the_model_itself_is_refused_with_pefts_words() -> None:
+    model = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match=r"Targeting an nn.Parameter on the top-level module is not supported"):
+        adapted(model, target_parameters=["weight"])
+
+
+# kinds of layers
+
+
+def pruned() -> nn.Module:
+    layer = nn.Linear(6, 8)
+    prune.l1_unstructured(layer, "weight", 0.3)
+    return layer
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.nn.utils.weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: parametrizations.weight_norm(nn.Linear(6, 8)),
+        lambda: parametrizations.spectral_norm(nn.Conv1d(6, 8, 2)),
+        lambda: weight_norm(nn.Linear(6, 8)),
+        pruned,
+    ],
+)
+def test_a_layer_whose_weight_is_computed_is_refused(make: Callable[[], nn.Module]) -> None:
+    base = make()
+    refusal = kind_of(base).refusal(base)
+    assert refusal is not None
+    assert "computed from others" in refusal
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Positions(nn.Embedding):
+    """Looks up places and not its input, as positional embeddings of transformers do."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(torch.arange(tokens.shape[-1]))
+
+
+class Standardized(nn.Conv2d):
+    """Computes with another weight than the one that it holds."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(x, weight - weight.mean(), bias)
+
+
+class Inherited(Doubled):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("base", "owner"),
+    [
+        (Inherited(6, 8), "Doubled"),
+        (Positions(17, 10), "Positions"),
+        (Standardized(4, 4, 3), "Standardized"),
+        (T5Gemma2TextScaledWordEmbedding(16, 8, 0, embed_scale=2.0, eoi_token_index=5), "T5Gemma2"),
+        (Llama4Router(Llama4TextConfig(hidden_size=8, num_local_experts=4)), "Llama4Router"),
+    ],
+)
+def test_a_layer_whose_class_computes_something_else_is_refused(base: nn.Module, owner: str) -> None:
+    refusal = kind_of(base).refusal(base)
+    assert refusal is not None
+    assert refusal.startswith(owner)
+
+
+def hooked() -> nn.Module:
+    """As accelerate's offloading leaves a layer: with a forward of this one layer."""
+    layer = nn.Linear(13, 11, dtype=torch.float64)
+    add_hook_to_module(layer, ModelHook())
+    assert "forward" in vars(layer)
+    return layer
+
+
+def sharded() -> nn.Module:
+    """Of the class that FSDP2 makes for a layer."""
+    layer = nn.Linear(13, 11, dtype=torch.float64)
+    layer.__class__ = type("FSDPLinear", (FSDPModule, nn.Linear), {})
+    return layer
+
+
+def patched() -> nn.Module:
+    """As Unsloth changes layers: one at a time, by a function that computes the same."""
+    layer = nn.Linear(13, 11, dtype=torch.float64)
+    layer.forward = lambda x: torch.nn.functional.linear(x, layer.weight, layer.bias)
+    return layer
+
+
+@pytest.mark.parametrize("make", [hooked, sharded, patched, lambda: FalconLinear(13, 11, dtype=torch.float64)])
+def test_a_layer_that_computes_the_same_in_another_way_is_adapted(make: Callable[[], nn.Module]) -> None:
+    layer = adapted_layer(make(), r=6, num_blocks=3)
+    x = input_of("linear")
+    unmerged = layer(x)
+    assert (unmerged - layer.get_base_layer()(x)).abs().max() > 1e-3
+    layer.merge()
+    assert_close(layer(x), unmerged)
+
+
+@pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
+def test_a_layer_that_torchao_computes_in_float8_is_adapted() -> None:
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    model = convert_to_float8_training(Wrapper(nn.Linear(32, 32)), config=Float8LinearConfig(emulate=True))
+    layer = adapted_layer(model.layer, r=6, num_blocks=3)
+    x = torch.randn(16, 32)
+    assert_close(layer(x), model.layer(x) + layer.branch_output(x, "default"))

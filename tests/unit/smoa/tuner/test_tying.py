@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from smoa import ConfigError, MergeError, SmoaConfig
 from smoa.export.merge import merge_and_save
-from smoa.tuner.hotswap import hotswap_adapter
+from smoa.hotswap import hotswap_adapter
 from smoa.tuner.tying import tied_groups
 from tests.support import tiny_models
 from tests.support.layers import smoa_layers

@@ -45,7 +45,7 @@ def test_rows_are_counted_and_bad_ones_are_listed(base: Path, tmp_path: Path) ->
         "1 rows repeat an earlier one",
         "0 training rows are dropped, since the test rows have them",
         "2 bad rows",
-        f"  {file}, row 9: messages: found a list of 0, expected a list of at least one message",
+        f"  {file}, row 9: messages: found [], expected a list of at least one message",
     ):
         assert f"\n{line}\n" in done.stdout
     assert "example" not in done.stdout

@@ -13,9 +13,10 @@ import torch
 from typer.testing import CliRunner
 
 from smoa.errors import MergeError
+from smoa_lab import base_models
 from smoa_lab.cli.demo import verify_saved
 from smoa_lab.cli.main import app
-from smoa_lab.models import base_models
+from smoa_lab.training import loaded_run, train_run
 
 
 class Model:
@@ -81,7 +82,8 @@ def test_a_run_that_diverged_is_not_called_the_same(monkeypatch: pytest.MonkeyPa
 def test_the_demo_refuses_what_could_not_be_verified_before_any_work(
     overrides: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("smoa_lab.training.loaded_run.load_run", pytest.fail)
+    for module in (loaded_run, train_run):
+        monkeypatch.setattr(module, "load_run", pytest.fail)
     config = Path(__file__).parents[4] / "configs" / "demo.yaml"
     done = CliRunner().invoke(app, ["demo", str(config), f"training.output_dir={tmp_path / 'run'}", *overrides])
     assert done.exit_code == 1

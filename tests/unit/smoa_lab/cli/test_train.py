@@ -15,8 +15,6 @@ from typer.testing import CliRunner, Result
 
 from smoa_lab.cli.main import app
 from smoa_lab.training import loaded_run
-from tests.support.damaged_bytes import Damaged
-from tests.support.damaged_rows import damaged_files
 from tests.support.own_rows import MARKED, chats, rows_values, tiny_chat_model, tokenizer_with, write_rows
 
 GOOD = [{"text": f"The shop opens at {i}."} for i in range(6)]
@@ -57,16 +55,10 @@ def assert_refused(done: Result, room: Path, expected: str) -> None:
     assert not (room / "run").exists()
 
 
-DAMAGED = {name.rpartition(".")[2]: (name, content, expected) for name, content, expected in damaged_files()}
-"""One of each kind of file; tests/unit/smoa_lab/data/test_files.py reads them all."""
-
-
-@pytest.mark.parametrize("file", DAMAGED.values(), ids=DAMAGED)
-def test_a_damaged_file_is_one_clear_error_and_leaves_no_run(file: Damaged, room: Path) -> None:
-    name, content, expected = file
-    rows = room / name
-    rows.write_bytes(content)
-    assert_refused(command(room, rows), room, expected)
+def test_a_damaged_file_is_one_clear_error_and_leaves_no_run(room: Path) -> None:
+    rows = room / "rows.jsonl"
+    rows.write_text('{"text": "a"}\n{"text": \n')
+    assert_refused(command(room, rows), room, "row 2: is not JSON")
 
 
 def test_a_cache_that_cannot_be_written_is_told_before_the_model_is_loaded(

@@ -8,7 +8,6 @@ import pytest
 
 from smoa.errors import ConfigError
 from smoa_lab.config.run import check_config, load_config
-from smoa_lab.config.yaml_text import parse_value
 
 
 @pytest.mark.parametrize(
@@ -92,14 +91,9 @@ def test_a_mistake_is_told_by_its_key(overrides: list[str], message: str, file: 
         ("learning_rate='1e-3'", "should be a number, and no text; got '1e-3'"),
         ("per_device_train_batch_size=0", "should be greater than or equal to 1; got 0"),
         ("per_device_eval_batch_size=2.0", "should be a valid integer; got 2.0"),
-        ("gradient_accumulation_steps=0", "should be greater than or equal to 1; got 0"),
-        ("max_steps=0", "should be greater than or equal to 1; got 0"),
-        ("save_total_limit=0", "should be greater than or equal to 1; got 0"),
         ("num_train_epochs=0", "should be greater than 0; got 0"),
-        ("seed=-1", "should be greater than or equal to 0; got -1"),
         ("data_seed=4294967296", "should be less than 4294967296; got 4294967296"),
         ("adam_beta1=1.0", "should be less than 1; got 1.0"),
-        ("dataloader_num_workers=-1", "should be greater than or equal to 0; got -1"),
         ("bf16=no", "should be true or false, and no text; got 'no'"),
         ("train_sampling_strategy=group_by_lenght", "there is no 'group_by_lenght'; did you mean 'group_by_length'?"),
         ("resume_from_checkpoint=true", "smoa resumes an interrupted run by itself: leave it out"),
@@ -114,12 +108,11 @@ def test_a_training_value_that_the_trainer_would_fail_at_or_pass_over_is_refused
 
 
 @pytest.mark.parametrize(
-    "override",
-    ["max_steps=-1", "save_total_limit=null", "warmup_steps=0.1", "seed=0", "learning_rate=0", "eval_steps=null"],
+    ("override", "value"),
+    [("max_steps=-1", -1), ("save_total_limit=null", None), ("warmup_steps=0.1", 0.1), ("learning_rate=0", 0)],
 )
-def test_a_training_value_that_means_none_is_taken(override: str, file: Path) -> None:
-    key, _, value = override.partition("=")
-    assert load_config(file, [f"training.{override}"]).training[key] == parse_value(value)
+def test_a_training_value_that_means_none_is_taken(override: str, value: float | None, file: Path) -> None:
+    assert load_config(file, [f"training.{override}"]).training[override.partition("=")[0]] == value
 
 
 @pytest.fixture

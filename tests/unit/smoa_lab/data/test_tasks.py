@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 
 from smoa.errors import ConfigError, DataError
-from smoa_lab.data.own_questions import Columns, FileTask
 from smoa_lab.data.rows import Row, content_hash
-from smoa_lab.data.tasks import Task, find_task, select
+from smoa_lab.data.tasks import Columns, FileTask, Task, find_task, select
 from tests.support import lab
 
 

@@ -18,10 +18,9 @@ from smoa_lab.config.run import DataSection
 from smoa_lab.data.rows import Row, choice_question, question
 from smoa_lab.study import classification
 from smoa_lab.study.classification import PACKAGED_ENCODER, ClassificationRunner, encoder_folder
-from smoa_lab.study.comparison import Comparison
+from smoa_lab.study.comparison import Comparison, load_study
 from smoa_lab.study.report import report
 from smoa_lab.study.runner import ParameterCheck
-from smoa_lab.study.study_file import load_study
 from tests.support import lab
 from tests.support.studies import ENCODER_ADAPTER, entry
 

@@ -12,9 +12,8 @@ from smoa.errors import ConfigError
 from smoa_lab.config.run import RunConfig
 from smoa_lab.study.comparison import Comparison, Executor
 from smoa_lab.study.runner import Runner
-from smoa_lab.study.search import Untouched
 from smoa_lab.study.study import Entry, Study
-from smoa_lab.study.trials import Trial, TrialStore
+from smoa_lab.study.trials import Trial, TrialStore, Untouched
 from tests.support import lab
 from tests.support.studies import finish
 

@@ -28,7 +28,7 @@ import smoa
 from smoa.atomic import write_whole
 from smoa.errors import ConfigError, DataError
 from smoa_lab.study import ray_executor
-from smoa_lab.study.comparison import Comparison
+from smoa_lab.study.comparison import Comparison, load_study
 from smoa_lab.study.ray_executor import (
     Machine,
     Place,
@@ -39,10 +39,8 @@ from smoa_lab.study.ray_executor import (
     perform,
     result_of,
 )
-from smoa_lab.study.search import Job, Result, Untouched
 from smoa_lab.study.study import Study
-from smoa_lab.study.study_file import load_study
-from smoa_lab.study.trials import TrialStore
+from smoa_lab.study.trials import Job, Result, TrialStore, Untouched
 from tests.support import lab
 from tests.support.processes import ROOT, environment, free_port
 from tests.support.studies import ENCODER_ADAPTER

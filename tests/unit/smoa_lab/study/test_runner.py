@@ -7,8 +7,8 @@ import pytest
 
 from smoa.errors import ConfigError
 from smoa_lab.study.classification import ClassificationRunner
+from smoa_lab.study.comparison import runner_of
 from smoa_lab.study.study import Study
-from smoa_lab.study.study_file import runner_of
 from tests.support.studies import entry
 
 

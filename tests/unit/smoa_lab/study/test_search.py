@@ -7,20 +7,10 @@ from operator import itemgetter
 
 import pytest
 
-from smoa_lab.study.search import (
-    Job,
-    Plan,
-    Result,
-    Tuned,
-    Untouched,
-    first_index,
-    nearest_index,
-    next_indices,
-    rate,
-    sweep_indices,
-)
+from smoa_lab.study.comparison import Comparison
+from smoa_lab.study.search import Tuned, first_index, nearest_index, next_indices, rate, sweep_of
 from smoa_lab.study.study import Study, Tuning
-from smoa_lab.study.trials import Trial
+from smoa_lab.study.trials import Job, Result, Trial, Untouched
 
 BEST = {"ours": 0.1, "lora": 0.01, "full": 0.0003}
 
@@ -48,11 +38,6 @@ def test_the_grid_is_quarter_decades_and_a_search_starts_on_half_ones() -> None:
     assert [rate(index) for index in range(-12, -6)] == [1e-3, 2e-3, 3e-3, 6e-3, 1e-2, 2e-2]
     assert [nearest_index(rate(index)) for index in range(-12, 12)] == list(range(-12, 12))
     assert [first_index(rate) for rate in (1e-3, 3e-3, 0.012, 0.03)] == [-12, -10, -8, -6]
-
-
-def test_a_sweep_takes_quarter_or_half_decades_with_both_ends() -> None:
-    assert [rate(index) for index in sweep_indices(1e-3, 1e-2)] == [1e-3, 2e-3, 3e-3, 6e-3, 1e-2]
-    assert [rate(index) for index in sweep_indices(1e-3, 3e-2, 2)] == [1e-3, 3e-3, 1e-2, 3e-2]
 
 
 def test_the_search_walks_downhill_until_the_best_is_inside() -> None:
@@ -101,10 +86,10 @@ def outcome(job: Job) -> Result:
 
 def carried_out(study: Study, workers: int, seed: int) -> list[Job]:
     """The jobs in the order in which that many workers, of random speed, finish them."""
-    plan, chance = Plan(study, list(study.entries)), random.Random(seed)
+    plan, names, chance = Comparison(study), list(study.entries), random.Random(seed)
     running: list[Job] = []
     done: list[Job] = []
-    while jobs := plan.ready():
+    while jobs := plan.ready(names):
         running += [job for job in jobs if job not in running][: workers - len(running)]
         done.append(running.pop(chance.randrange(len(running))))
         plan.finish(done[-1], outcome(done[-1]))
@@ -131,33 +116,32 @@ def test_many_workers_run_the_very_trials_that_one_runs(study: Study, workers: i
 
 
 def test_an_entry_whose_search_is_over_waits_for_no_other(study: Study) -> None:
-    plan = Plan(study, ["ours", "lora"])
+    plan = Comparison(study)
     while trials := plan.search("lora"):
         plan.finish(trials[0], outcome(trials[0]))
-    finals = [job for job in plan.ready() if isinstance(job, Trial) and job.stage == "final"]
+    finals = [job for job in plan.ready(["ours", "lora"]) if isinstance(job, Trial) and job.stage == "final"]
     assert {job.entry for job in finals} == {"lora"}
 
 
 def test_what_is_left_is_never_overestimated(study: Study) -> None:
-    plan, jobs = Plan(study, list(study.entries)), carried_out(study, workers=1, seed=0)
+    plan, names, jobs = Comparison(study), list(study.entries), carried_out(study, workers=1, seed=0)
     for number, job in enumerate(jobs):
-        assert plan.at_least_left() <= len(jobs) - number
+        assert plan.at_least_left(names) <= len(jobs) - number
         plan.finish(job, outcome(job))
-    assert plan.at_least_left() == 0
+    assert plan.at_least_left(names) == 0
 
 
-def test_a_sweep_is_run_at_once_and_a_plan_of_searches_has_no_final_runs(study: Study) -> None:
-    study = study.model_copy(update={"tuning": Tuning(sweep=(0.01, 0.1))})
-    plan = Plan(study, ["ours"], searches_only=True)
-    trials = [job for job in plan.ready() if isinstance(job, Trial)]
-    assert [trial.learning_rate for trial in trials] == [0.01, 0.02, 0.03, 0.06, 0.1]
-    assert {trial.stage for trial in trials} == {"tuning"}
-    assert plan.at_least_left() == len(plan.ready())
+def test_a_sweep_is_run_at_once(study: Study) -> None:
+    plan = Comparison(study.model_copy(update={"tuning": Tuning(sweep=(0.01, 0.1))}))
+    assert [trial.learning_rate for trial in plan.search("ours")] == [0.01, 0.02, 0.03, 0.06, 0.1]
+    assert plan.ready(["ours"]) == [Untouched(), *plan.search("ours")]
+    halves = plan.study.model_copy(update={"tuning": Tuning(sweep=(0.001, 0.03), per_decade=2)})
+    assert [rate(index) for index in sweep_of(halves, "ours")] == [1e-3, 3e-3, 1e-2, 3e-2]
 
 
 def test_a_run_with_one_question_without_a_loss_has_diverged(study: Study) -> None:
     study = study.model_copy(update={"tuning": Tuning(sweep=(0.01, 0.03))})
-    plan = Plan(study, ["ours"])
+    plan = Comparison(study)
     for trial, nll in zip(plan.search("ours"), ([1.0, None], [1.0, 2.0], [3.0, 2.0]), strict=True):
         plan.finish(trial, {"questions": {"nll": nll}, "scores": {"all": {"gold_loss": 1.5}}})
     assert plan.tuned("ours") == Tuned({0.01: None, 0.02: 1.5, 0.03: 1.5}, 0.02, interior=True)

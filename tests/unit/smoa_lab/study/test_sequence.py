@@ -24,10 +24,9 @@ from smoa_lab.study import sequence as sequence_module
 from smoa_lab.study.comparison import Comparison
 from smoa_lab.study.report import report
 from smoa_lab.study.runner import Runner
-from smoa_lab.study.search import Untouched
 from smoa_lab.study.sequence import LAYERS, EarlierTask, SequenceRunner, _spread, weight_changes
 from smoa_lab.study.study import Study
-from smoa_lab.study.trials import TrialStore
+from smoa_lab.study.trials import TrialStore, Untouched
 from smoa_lab.training.loaded_run import LoadedRun
 from tests.support import lab, tiny_models
 

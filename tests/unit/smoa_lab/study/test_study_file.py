@@ -8,10 +8,10 @@ import pytest
 import yaml
 
 from smoa.errors import ConfigError
+from smoa_lab.study.comparison import load_study, runner_of
 from smoa_lab.study.search import sweep_of
 from smoa_lab.study.sequence import SequenceRunner
 from smoa_lab.study.study import Study
-from smoa_lab.study.study_file import load_study, runner_of
 from tests.support.studies import tiny_study
 
 
@@ -49,7 +49,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     ({"references": ["nobody"]}, "nobody is not an entry; entries: ours, full"),
     ({"tuning": {"max_runs": 1}}, r"tuning\.max_runs"),
-    ({"tuning": {"sweep": [0.01, 0.001]}}, r"tuning\.sweep: Value error, must be \[lowest, highest\]"),
+    ({"tuning": {"sweep": [0.01, 0.001]}}, r"tuning\.sweep: must be \[lowest, highest\]"),
     ({"tuning": {}}, r"tuning\.sweep: is missing; a study of kind sequence runs"),
     (
         {"elsewhere": {"tasks": ["prose"], "test_exampels": 3}},
@@ -58,7 +58,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"elsewhere": {"tasks": ["proze"]}}, r"elsewhere: .*there is no task 'proze'.*'prose'"),
     ({"shared": {"data": {"tasks": ["piqa"]}}}, r"shared\.model: is missing"),
     ({"between": [{"data": {"tasks": ["arc_ez"]}}]}, r"entries\.ours\.between\[0\]: 1 problem\n  .*no task 'arc_ez'"),
-    ({"first": None}, r"two\.yaml: first: is missing"),
+    ({"first": None}, r"two\.yaml: 1 problem\n  first: is missing"),
     ({"first": {"learnin_rate": 1e-3}}, r"line \d+: first\.learnin_rate: unknown key; .*learning_rate"),
     ({"first": {"data": {"tasks": ["arc_ez"]}}}, r"two\.yaml: first: 1 problem\n  .*there is no task 'arc_ez'"),
     ({"first": {"adapter": {"r": 8}}}, r"first: 1 problem\n  adapter: method full trains all weights"),

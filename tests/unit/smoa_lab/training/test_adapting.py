@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from smoa.errors import ConfigError
+from smoa_lab.base_models import empty_model
 from smoa_lab.config.methods import METHODS
 from smoa_lab.config.run import ModelSection
 from smoa_lab.data.rows import question
 from smoa_lab.inspect import adapted_layers
-from smoa_lab.models.base_models import empty_model
 from smoa_lab.study.sequence import weight_changes
 from smoa_lab.training.adapting import after_training, check_adapter, with_adapter
 from tests.support import lab

@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from smoa import ConfigError, SmoaConfig
-from smoa.export.lora import BlockSpectra, RankRule, UpdateSpectra, convert_to_lora
+from smoa.conversion import BlockSpectra, RankRule, UpdateSpectra, convert_to_lora
 from smoa.layers.layer import SmoaLayer
 from tests.support import tiny_models
 from tests.support.layers import adapted_layer, base_layer, oracle_delta, smoa_layers

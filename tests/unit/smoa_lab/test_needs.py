@@ -11,14 +11,13 @@ from typing import Any
 import pytest
 
 from smoa.errors import DataError
+from smoa_lab import base_models
+from smoa_lab.base_models import evaluation_needs, model_needs, training_needs, unpacked_folder
 from smoa_lab.basics.extras import DRAWING, advice
 from smoa_lab.budget import budget_choices
 from smoa_lab.cli.demo import CONFIG
 from smoa_lab.config.run import ModelSection, check_config, load_config
 from smoa_lab.evaluate import evaluate_run
-from smoa_lab.models import base_models
-from smoa_lab.models.needs import evaluation_needs, model_needs, training_needs
-from smoa_lab.models.packaged_models import unpacked_folder
 from smoa_lab.training import train_run
 from smoa_lab.training.loaded_run import load_run
 from tests.support import lab

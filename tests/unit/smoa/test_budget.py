@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from smoa import PartitionError, SmoaConfig
-from smoa.maths.budget import TrainingMemory, adapter_bytes, rank_bound, trainable_parameters, training_memory
+from smoa.budget import TrainingMemory, adapter_bytes, rank_bound, trainable_parameters, training_memory
 from tests import reference
 from tests.support.layers import adapted_layer, base_layer, base_weight, factors, labels, ranks
 

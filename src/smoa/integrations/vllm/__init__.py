@@ -1,0 +1,14 @@
+"""vLLM serves SMoA adapters in its LoRA slots, beside LoRA and the base model, in one batch.
+
+With smoa there, `vllm serve BASE --enable-lora --enforce-eager --lora-modules anna=adapters/anna` is all: vLLM finds
+`register` by the entry point `vllm.general_plugins`. Loading, eviction, scheduling and prefix caching are vLLM's own.
+"""
+
+from __future__ import annotations
+
+
+def register() -> None:
+    """Let this process' vLLM serve SMoA adapters. A vLLM that lacks a name needed for it stays as it is."""
+    from smoa.integrations.vllm.names import install
+
+    install()

@@ -1,0 +1,75 @@
+"""Reads a SMoA adapter for vLLM: the factors of linear layers, checked before anything of the engine changes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft.utils import CONFIG_NAME
+from torch import Tensor
+
+from smoa.config import SmoaConfig
+from smoa.errors import ConfigError
+from smoa.files.loading import read_adapter
+from smoa.files.names import PARTS, PREFIX
+from smoa.tuner.pool import Loaded
+
+REMEDY = "vLLM serves factors of linear layers only; merge it with `smoa merge` and serve the model"
+
+
+@dataclass(frozen=True)
+class ServedFactors(Loaded):
+    """One layer's factors, in the place of the tensor `lora_a`, of which vLLM's manager asks no more than this."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the factors are until a slot takes them."""
+        return self.A.device
+
+    def pin_memory(self) -> ServedFactors:
+        """Themselves: they are copied once for each activation."""
+        return self
+
+
+def is_smoa(folder: str | Path) -> bool:
+    """Whether the folder's config is a SMoA adapter's; of a folder without a readable one vLLM says what is wrong."""
+    try:
+        saved = json.loads(Path(folder, CONFIG_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(saved, dict) and saved.get("peft_type") == "SMOA"
+
+
+def read_layers(folder: str, shape_of: Callable[[str], tuple[int, int] | str]) -> dict[str, ServedFactors]:
+    """The checked factors of each layer, by its name in the adapter.
+
+    Args:
+        folder: The adapter's.
+        shape_of: Gives (out_features, in_features) of the layer of a name, or why it can't be adapted.
+
+    Raises:
+        ConfigError: the adapter has more than factors, or adapts what vLLM does not let it.
+        AdapterFileError: the file is damaged, or fits other layers than the model's.
+    """
+    config = SmoaConfig.from_pretrained(folder)
+    settings = {name: getattr(config, name) for name in ("modules_to_save", "trainable_token_indices")}
+    settings |= {"target_parameters": config.target_parameters, "bias": config.bias if config.bias != "none" else None}
+    refused = [f"{name}={value!r}" for name, value in settings.items() if value]
+    if refused:
+        raise ConfigError(f"{folder}: has {', '.join(refused)}; {REMEDY}")
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in read_adapter(folder).items():
+        path, _, part = key.removeprefix(PREFIX).partition(".smoa_")
+        if f"smoa_{part}" not in PARTS:
+            raise ConfigError(f"{folder}: has {key}; {REMEDY}")
+        found.setdefault(path, {})[f"smoa_{part}"] = tensor
+    shapes = {path: shape_of(path) for path in sorted(found)}
+    refused = [f"{path} ({shape})" for path, shape in shapes.items() if isinstance(shape, str)]
+    if refused:
+        more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
+        raise ConfigError(f"{folder}: adapts {', '.join(refused[:3])}{more}; {REMEDY}")
+    sizes = {path: shape for path, shape in shapes.items() if not isinstance(shape, str)}
+    return {path: ServedFactors.checked(path, size, config, found[path], folder) for path, size in sizes.items()}

@@ -1,0 +1,238 @@
+"""What the adapters in a layer's slots add to a batch, each token with its own slot's adapter.
+
+vLLM fuses layers with the same input, such as q, k and v, into one. Its adapters are then those of one weight: W_q, W_k
+and W_v on a diagonal, whose input is x once for each of them. So a fused layer takes as few products as a plain one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smoa.maths.blocks import Blocks, Orders
+from smoa.maths.factors import BlockRun, Factors
+from smoa.maths.kernels.batched import diagonal_blocks
+from smoa.maths.kernels.choice import prefers_shared
+from smoa.maths.kernels.loops import product_dtype
+from smoa.maths.kernels.shared import Gathered, StackedFactors, formed, shared
+from smoa.maths.scale import MODULATIONS, rank_scale
+from smoa.tuner.pool import Loaded
+
+Rows = slice | Tensor
+"""Some tokens of a batch."""
+Parts = Sequence[Loaded | None]
+"""An adapter's factors of each slice of a layer; None where it leaves a slice as it is."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The tokens of a step that some slots serve: ``apart`` are slots with so many that their ΔW is formed, the other
+    tokens are ``rows``, and ``slots`` has the slot of each of them, or the one of all."""
+
+    apart: list[tuple[int, Rows]]
+    rows: Rows
+    slots: Tensor
+
+
+class Tokens:
+    """The slot of each token of a step, -1 for the base model, until vLLM's batch changes.
+
+    Args:
+        slots: In the order of the tokens.
+    """
+
+    def __init__(self, slots: Sequence[int]) -> None:
+        self.of_slot: dict[int, list[int]] = {}
+        for token, slot in enumerate(slots):
+            self.of_slot.setdefault(slot, []).append(token)
+        self.of_slot.pop(-1, None)
+        self._slots = slots
+        self._plans: dict[Any, Plan] = {}
+
+    def plan(self, members: frozenset[int], rank: int, device: torch.device) -> Plan:
+        """How to serve the tokens of these slots, whose adapters have blocks of this rank at most; of rank 0, together.
+
+        Layers with the same members share it.
+        """
+        key = members, rank, device
+        if key not in self._plans:
+            own = {slot: tokens for slot, tokens in self.of_slot.items() if slot in members}
+            apart = [slot for slot, tokens in own.items() if not prefers_shared((rank,), len(tokens))]
+            together = sorted(token for slot, tokens in own.items() if slot not in apart for token in tokens)
+            slots = [self._slots[token] for token in together]
+            self._plans[key] = Plan(
+                [(slot, _rows(own[slot], device)) for slot in apart],
+                _rows(together, device),
+                torch.tensor(slots[:1] if len(set(slots)) == 1 else slots, device=device),
+            )
+        return self._plans[key]
+
+
+def _rows(tokens: list[int], device: torch.device) -> Rows:
+    if tokens and tokens[-1] - tokens[0] == len(tokens) - 1:
+        return slice(tokens[0], tokens[-1] + 1)
+    return torch.tensor(tokens, device=device, dtype=torch.int64)
+
+
+class Slots:
+    """The adapters in the slots of a layer: ``lora`` are vLLM's own, ``groups`` those of SMoA."""
+
+    def __init__(self) -> None:
+        self.lora: set[int] = set()
+        self.groups: list[Group] = []
+
+    @torch.inference_mode()  # vLLM calls it within and without
+    def set(self, slot: int, parts: Parts, sizes: Sequence[int], weight: Callable[[], Tensor]) -> None:
+        """Put an adapter into a free slot.
+
+        Args:
+            slot: Its number.
+            parts: The adapter's factors.
+            sizes: out_features of each slice of the layer.
+            weight: Gives W (out_features, in_features). Called if no adapter with these blocks and ranks was here.
+        """
+        key = tuple(part and (part.ranks, part.modulation, part.digest) for part in parts)
+        group = next((group for group in self.groups if group.key == key), None)
+        if group is None:
+            self.groups = [group for group in self.groups if group.members]  # an empty one waits for its like till then
+            group = Group(key, parts, sizes, weight())
+            self.groups.append(group)
+        group.write(slot, parts)
+
+    def reset(self, slot: int) -> None:
+        """Free a slot."""
+        self.lora.discard(slot)
+        for group in self.groups:
+            group.members -= {slot}
+
+    def clear(self) -> None:
+        """Forget all adapters, and the weights that they multiply."""
+        self.lora.clear()
+        self.groups.clear()
+
+    def add_to(self, output: Tensor, x: Tensor, tokens: Tokens) -> None:
+        """Add to the output (tokens, out_features) what SMoA adapters make of the input x (tokens, in_features)."""
+        for group in self.groups:
+            if not group.members.isdisjoint(tokens.of_slot):
+                group.add_to(output, x, tokens)
+
+
+class Group:
+    """Adapters of a layer with the same blocks, ranks and modulation, by slot.
+
+    Args:
+        key: What they have in common.
+        parts: The first adapter's factors.
+        sizes: out_features of each slice of the layer.
+        weight: W (out_features, in_features).
+    """
+
+    def __init__(self, key: object, parts: Parts, sizes: Sequence[int], weight: Tensor) -> None:
+        self.key, self.members = key, frozenset[int]()
+        slices = [(part, rows) for part, rows in zip(parts, weight.split(list(sizes)), strict=True) if part is not None]
+        self.spans = _spans(parts, sizes)
+        blocks = [Blocks(p.row_labels.to(w.device), p.col_labels.to(w.device), len(p.ranks)) for p, w in slices]
+        runs: list[BlockRun] = []
+        entries: list[list[Tensor]] = []
+        row = col = rank = 0
+        for (part, own_weight), own in zip(slices, blocks, strict=True):
+            anchor = MODULATIONS[part.modulation].anchor(own_weight, own)
+            for run in Factors(part.A, part.B, part.ranks, 1.0, part.block_scale, own).runs():
+                diagonal = [] if anchor is None else [diagonal_blocks(own, run, anchor)]
+                last = runs[-1] if runs else None
+                if last is not None and (last.height, last.width, last.rank) == (run.height, run.width, run.rank):
+                    runs[-1] = replace(last, count=last.count + run.count)
+                    entries[-1] += diagonal
+                else:
+                    places = run.first_row + row, run.first_col + col, run.first_rank + rank
+                    runs.append(BlockRun(run.count, run.height, run.width, run.rank, *places))
+                    entries.append(diagonal)
+            row, col, rank = row + own.out_features, col + own.in_features, rank + sum(part.ranks)
+        dtype = product_dtype(weight.dtype, weight.device.type)
+        self.diagonal = [torch.cat(own).to(dtype) for own in entries if own]
+        height, width = max(part.B.shape[0] for part, _ in slices), max(part.A.shape[1] for part, _ in slices)
+        self.stack = StackedFactors(
+            weight.new_zeros(0, rank, width, dtype=torch.float32),
+            weight.new_zeros(0, height, rank, dtype=torch.float32),
+            weight.new_zeros(0, rank, dtype=torch.float32),
+            blocks[0] if len(blocks) == 1 else _on_a_diagonal(blocks),
+            tuple(runs),
+        )
+        self._gathered: tuple[Plan, Gathered] | None = None
+
+    def write(self, slot: int, parts: Parts) -> None:
+        """Put an adapter's factors into a slot."""
+        stack = self.stack
+        if slot >= len(stack.A):
+            more = max(slot + 1, len(stack.A) * 5 // 4) - len(stack.A)
+            parts_of = (stack.A, stack.B, stack.scale)
+            A, B, scale = (torch.cat([part, part.new_zeros(more, *part.shape[1:])]) for part in parts_of)
+            stack = self.stack = StackedFactors(A, B, scale, stack.blocks, stack.runs)
+        first = 0
+        for part in parts:
+            if part is None:
+                continue
+            ranks = slice(first, first := first + sum(part.ranks))
+            stack.A[slot, ranks, : part.A.shape[1]] = part.A.to(stack.A)
+            stack.B[slot, : part.B.shape[0], ranks] = part.B.to(stack.B)
+            stack.scale[slot, ranks] = (rank_scale(part.block_scale, part.ranks) * part.scaling).to(stack.scale)
+        self.members |= {slot}
+        self._gathered = None
+
+    def add_to(self, output: Tensor, x: Tensor, tokens: Tokens) -> None:
+        """Add to the output what the group's adapters make of the input."""
+        rank = max(run.rank for run in self.stack.runs) if self.diagonal else 0
+        plan = tokens.plan(self.members, rank, x.device)
+        for slot, rows in plan.apart:
+            self._add(output, rows, formed(self.stack, x[rows], slot, self.diagonal))
+        if len(plan.slots):
+            own = x[plan.rows].reshape(len(plan.slots), -1, x.shape[-1])
+            diagonal = (lambda: self.diagonal) if self.diagonal else None
+            self._add(
+                output, plan.rows, shared(self.stack, own, plan.slots, diagonal, self._gather(plan)).flatten(0, 1)
+            )
+
+    def _gather(self, plan: Plan) -> Gathered:
+        """The factors of each token, kept for the next step where they take no more room than the adapters."""
+        if self._gathered is not None and self._gathered[0] is plan:
+            return self._gathered[1]
+        gathered = self.stack.gathered(plan.slots)
+        self._gathered = (plan, gathered) if len(plan.slots) <= len(self.members) else None
+        return gathered
+
+    def _add(self, output: Tensor, rows: Rows, y: Tensor) -> None:
+        first = 0
+        for start, size in self.spans:
+            output[rows, start : start + size] += y[:, first : (first := first + size)]
+
+
+def _spans(parts: Parts, sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """Where the adapted slices are in the layer's output: first column and number of columns."""
+    spans: list[tuple[int, int]] = []
+    start = 0
+    for part, size in zip(parts, sizes, strict=True):
+        if part is not None and spans and sum(spans[-1]) == start:
+            spans[-1] = spans[-1][0], spans[-1][1] + size
+        elif part is not None:
+            spans.append((start, size))
+        start += size
+    return spans
+
+
+def _on_a_diagonal(blocks: Sequence[Blocks]) -> Blocks:
+    """The blocks of the weights on a diagonal, of which each has the same inputs."""
+    firsts = list(accumulate((own.out_features for own in blocks), initial=0))
+    orders = Orders(
+        torch.cat([own.orders.rows + first for own, first in zip(blocks, firsts, strict=False)]),
+        torch.cat([own.orders.rows_inverse + first for own, first in zip(blocks, firsts, strict=False)]),
+        torch.cat([own.orders.cols for own in blocks]),
+        torch.cat([own.orders.cols_inverse for own in blocks]),
+    )
+    row_labels, col_labels = (torch.cat([getattr(own, f"{side}_labels") for own in blocks]) for side in ("row", "col"))
+    shape = firsts[-1], sum(own.in_features for own in blocks)
+    return Blocks(row_labels, col_labels, sum(own.num_blocks for own in blocks), orders, shape=shape)

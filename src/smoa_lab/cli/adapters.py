@@ -1,0 +1,209 @@
+"""The commands that take a saved adapter or its run, or a model alone: ``smoa merge``, ``convert``, ``inspect``,
+``report`` and ``budget``; and ``smoa run``, other tools on adapters."""
+
+from __future__ import annotations
+
+import importlib
+import runpy
+import sys
+from dataclasses import asdict
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from smoa_lab.basics.extras import DRAWING
+from smoa_lab.cli.console import AsJson, Base, TrustRemoteCode, failed, print_json, reporting
+
+MergedDtype = Literal["auto", "float32", "bfloat16", "float16"]
+"""The choices of smoa.export.merge, whose import would make ``--help`` wait for torch."""
+
+
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="Folder of a run, or of an adapter.")],
+    output: Annotated[Path, typer.Argument(help="New folder for the merged model.")],
+    dtype: Annotated[
+        MergedDtype,
+        typer.Option(help="Dtype of the saved weights; auto: that of the base. Merging is done in float32."),
+    ] = "auto",
+    max_shard_size: Annotated[str, typer.Option(help="Largest file, e.g. 2GB.")] = "5GB",
+    base: Base = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json: AsJson = False,
+) -> None:
+    """Merge an adapter into its base model and save the result as a model that needs no adapter."""
+    with reporting():
+        from smoa_lab.merge import merge_run
+
+        export = merge_run(adapter, output, dtype, base, trust_remote_code, max_shard_size)
+        print_json(export.to_dict()) if json else typer.echo(f"{export.folder}: {export.summary()}")
+
+
+def convert(
+    adapter: Annotated[Path, typer.Argument(help="Folder of a run, or of an adapter (then no loss is measured).")],
+    output: Annotated[Path, typer.Argument(help="New folder for the LoRA.")],
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank of every layer.")] = None,
+    energy: Annotated[float | None, typer.Option(help="Share of ‖ΔW‖² to keep in every layer, e.g. 0.9.")] = None,
+    error: Annotated[float | None, typer.Option(help="Largest ‖ΔW − BA‖/‖ΔW‖ of a layer, e.g. 0.3.")] = None,
+    uniform_rank: Annotated[bool, typer.Option(help="Pad all layers to the same rank with zeros.")] = False,
+    score: Annotated[bool, typer.Option(help="Measure the loss on the run's held-out questions.")] = True,
+    base: Base = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Show every layer.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    json: AsJson = False,
+) -> None:
+    """Approximate a SMoA adapter by a LoRA, and measure what that loses of the update and of the task."""
+    with reporting():
+        from smoa.conversion import RankRule
+        from smoa_lab.convert import convert_run
+        from smoa_lab.pages.tables import Table
+
+        rule = RankRule(rank, energy, error)
+        result = convert_run(adapter, output, rule, base, uniform_rank, score, trust_remote_code)
+        if json:
+            print_json(result)
+            return
+        if layers:
+            rows = [[layer["module"], layer["rank"], f"{layer['error']:.3f}"] for layer in result["layers"]]
+            Table(["layer", "rank", "‖ΔW − BA‖/‖ΔW‖"], rows).print()
+        typer.echo(
+            f"{result['folder']}: LoRA of rank {result['rank']}, {result['parameters']:,} parameters (the adapter has "
+            f"{result['adapter_parameters']:,}); ‖ΔW − BA‖/‖ΔW‖ = {result['error']:.3f} over all layers."
+        )
+        if (loss := result["loss"]) is not None:
+            typer.echo(
+                f"Loss on {loss['questions']} held-out questions: base {loss['base']:.3f}, adapter "
+                f"{loss['adapter']:.3f}, LoRA {loss['lora']:.3f} (change {loss['lora_change']:+.3f} ± "
+                f"{loss['lora_change_stderr']:.3f}); {100 * loss['gain_kept']:.0f} % of the adapter's gain is kept."
+            )
+
+
+def inspect(
+    adapters: Annotated[list[Path], typer.Argument(help="Folder of a run, or of an adapter; several side by side.")],
+    against: Annotated[list[Path] | None, typer.Option(hidden=True)] = None,
+    base: Base = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with charts to this file.")] = None,
+    layer: Annotated[
+        list[str] | None,
+        typer.Option(help="Show layers whose name contains this in detail on the page; may be repeated."),
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json: AsJson = False,
+) -> None:
+    """Show size, norm, ranks and spectral coverage of the update of every adapted layer."""
+    with reporting(*(DRAWING if html else ())):
+        from smoa.atomic import check_place
+        from smoa_lab.inspect import inspect_layers, layer_table
+
+        if against:
+            typer.echo(
+                "--against is deprecated and will be removed in 0.4; name the adapters one after another", err=True
+            )
+        if html is not None:
+            check_place(html)
+        reports = {place: inspect_layers(place, base, trust_remote_code) for place in (*adapters, *(against or []))}
+        if html is not None:
+            from smoa_lab.inspect_page import inspection_page
+            from smoa_lab.pages.templates import write_page
+
+            # The run's name instead of ``adapter``; of several with one name, the whole path.
+            names = [place.parent.name if place.name == "adapter" else place.name for place in reports]
+            by_name = {
+                str(place) if names.count(name) > 1 else name: layers
+                for name, (place, layers) in zip(names, reports.items(), strict=True)
+            }
+            write_page(html, inspection_page(f"Inside {', '.join(by_name)}", by_name, layer or []))
+            typer.echo(f"Page: {html}", err=True)
+        if json:
+            plain = {str(place): [report.to_dict() for report in layers] for place, layers in reports.items()}
+            print_json(plain if len(plain) > 1 else next(iter(plain.values())))
+            return
+        for place, layers in reports.items():
+            if len(reports) > 1:
+                typer.echo(f"\n{place}")
+            layer_table(layers).without("effective rank").print()
+            far = sum(report.moved_too_far for report in layers)
+            if far:
+                typer.echo(f"\n! {far} of {len(layers)} layers were moved far: the model may have forgotten much.")
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, finished or not.")],
+    output: Annotated[Path | None, typer.Option(help="The page's file; RUN/report.html by default.")] = None,
+    json: AsJson = False,
+) -> None:
+    """Write a run's page: scores, loss, answers before and after, what was forgotten, config, how to load it."""
+    with reporting(*DRAWING):
+        from smoa_lab.report import report_run
+
+        page, missing = report_run(run, output)
+        if json:
+            print_json({"page": str(page), "missing": missing})
+            return
+        typer.echo(f"Page: {page}")
+        if missing:
+            typer.echo(" ".join(missing), err=True)
+
+
+def budget(
+    model: Annotated[
+        str, typer.Argument(help="Hub id, local folder, or gemma3-270m, smollm2-135m; its weights are not loaded.")
+    ],
+    amount: Annotated[
+        str,
+        typer.Argument(help="Share of the model, such as 0.1%, a number of parameters, or lora:8, LoRA's of rank 8."),
+    ],
+    targets: Annotated[
+        str, typer.Option(help="Names of the layers to adapt, separated by commas, or all-linear.")
+    ] = "all-linear",
+    trust_remote_code: TrustRemoteCode = False,
+    json: AsJson = False,
+) -> None:
+    """List the r and num_blocks that fit a parameter budget, with their rank bound and size on disk."""
+    with reporting():
+        from rich.filesize import decimal
+
+        from smoa_lab.budget import budget_choices
+        from smoa_lab.pages.tables import Table
+
+        choices = budget_choices(model, amount, tuple(name.strip() for name in targets.split(",")), trust_remote_code)
+        if json:
+            print_json([asdict(choice) for choice in choices])
+            return
+        columns = {
+            "num_blocks": [choice.num_blocks for choice in choices],
+            "r": [choice.r for choice in choices],
+            "parameters": [f"{choice.parameters:,}" for choice in choices],
+            "of model": [f"{choice.percent} %" for choice in choices],
+            "on disk": [decimal(choice.bytes_on_disk) for choice in choices],
+            "rank bound": [choice.rank_bound for choice in choices],
+            "LoRA's r": [choice.lora_r for choice in choices],
+        }
+        Table(list(columns), list(zip(*columns.values(), strict=True))).print()
+
+
+# All words after the tool's name are passed to the tool, `--help` too.
+RUN_SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+
+
+def run(
+    context: typer.Context,
+    tool: Annotated[
+        str, typer.Argument(help="Command of an installed Python package, such as lm_eval, or a .py file.")
+    ],
+) -> None:
+    """Run another tool on SMoA adapters, e.g. `smoa run lm_eval --model hf …`; its options follow its name."""
+    commands = list(entry_points(group="console_scripts", name=tool))
+    is_script = tool.endswith(".py")
+    if is_script and not Path(tool).is_file():
+        raise failed(f"{tool}: no such file")
+    if not is_script and not commands:
+        raise failed(f"{tool!r} is not a command of the packages in {sys.prefix}; install it there, or name a .py file")
+    importlib.import_module("smoa")  # registers the method with PEFT
+    sys.argv = [tool, *context.args]
+    if is_script:
+        sys.path.insert(0, str(Path(tool).resolve().parent))  # as Python does for a script
+        runpy.run_path(tool, run_name="__main__")
+    else:
+        sys.exit(commands[0].load()())

@@ -1,1 +1,0 @@
-"""Base models, and the packages that a run needs."""

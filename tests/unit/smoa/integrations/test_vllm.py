@@ -1,0 +1,282 @@
+"""The plugin without vLLM: reading adapters, refusals, slots. tests/serve runs it in the real one."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from smoa import AdapterFileError, ConfigError, SmoaConfig, save_adapter
+from smoa.integrations.vllm import register
+from smoa.integrations.vllm.slots import Slots, Tokens
+from smoa.tuner.pool import Loaded
+from tests.support import fake_vllm, tiny_mixtures, tiny_models
+from tests.support.stubs import import_with_stubs
+from tests.support.tolerance import assert_close
+from tests.support.updates import CASES, Problem, problem
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+KINDS: dict[str, dict[str, Any]] = {
+    "anna": {"r": 4, "num_blocks": 2},
+    "ben": {"r": 4, "num_blocks": 2},
+    "cleo": {
+        "r": 7,
+        "num_blocks": 3,
+        "target_modules": ["q_proj", "v_proj", "down_proj"],
+        "scale": "paper",
+        "alpha": 9,
+    },
+    "dora": {"r": 5, "block_ranks": [1, 4], "partition": "contiguous", "use_rslora": True},
+    "emil": {
+        "r": 4,
+        "num_blocks_pattern": {"k_proj": 4},
+        "rank_pattern": {"up_proj": 6},
+        "alpha_pattern": {"q_proj": 30},
+    },
+    "fay": {"r": 4, "modulation": "none"},
+    "gus": {"r": 4, "modulation": "noise", "scale": "layer"},
+}
+
+
+# Slots of one layer.
+
+
+def part(case: Problem, modulation: Any = "hadamard", scaling: float = 1.0) -> Loaded:
+    partition = case.partition
+    labels = partition.row_labels, partition.col_labels
+    A, B = case.A.detach(), case.B.detach()
+    return Loaded(case.ranks, modulation, scaling, True, A, B, *labels, torch.ones(len(case.ranks)))
+
+
+def added(layer: Slots, x: Tensor, slots: list[int], width: int) -> Tensor:
+    output = x.new_zeros(len(x), width)
+    with torch.no_grad():
+        layer.add_to(output, x, Tokens(slots))
+    return output
+
+
+@pytest.mark.parametrize("modulation", ["hadamard", "none"])
+@pytest.mark.parametrize(("out_features", "in_features", "ranks"), CASES)
+def test_each_token_gets_what_its_adapter_adds_to_each_slice(
+    out_features: int, in_features: int, ranks: tuple[int, ...], modulation: str
+) -> None:
+    sizes = [out_features, out_features + 3, out_features]
+    slices = [
+        problem(size, in_features, ranks, kind)
+        for size, kind in zip(sizes, ("spectral", "contiguous", "spectral"), strict=True)
+    ]
+    layer, weight, deltas = Slots(), torch.cat([own.weight for own in slices]).float(), {}
+    for slot, given in ((0, (0, 1, 2)), (2, (0, 1, 2)), (3, (0, 2)), (4, (1,))):
+        new = [own._replace(A=torch.randn_like(own.A), B=torch.randn_like(own.B)) for own in slices]
+        parts = [part(own, modulation, slot + 1) if place in given else None for place, own in enumerate(new)]
+        layer.set(slot, parts, sizes, lambda: weight)
+        own_deltas = [own.oracle(modulation, slot + 1) * (place in given) for place, own in enumerate(new)]
+        deltas[slot] = torch.cat(own_deltas)
+    slots = [0, 2, -1, 3, 3, 4, 0, -1, *[2] * 40, 4]  # slot 2 has so many that its ΔW is formed
+    x = torch.randn(len(slots), in_features)
+    expected = [
+        x[token].double() @ deltas[slot].T if slot >= 0 else torch.zeros(sum(sizes)) for token, slot in enumerate(slots)
+    ]
+    for _ in range(2):  # the second step takes what the first has gathered
+        found = added(layer, x, slots, sum(sizes))
+        torch.testing.assert_close(found.double(), torch.stack([e.double() for e in expected]), rtol=1e-4, atol=1e-3)
+
+
+def test_a_slot_serves_the_adapter_that_was_put_there_last() -> None:
+    cases = [problem(12, 10, (2, 1)), problem(12, 10, (2, 1, 1))]
+    first, second = (own._replace(weight=cases[0].weight) for own in cases)
+    layer, calls = Slots(), []
+
+    def weight() -> Tensor:
+        calls.append(1)
+        return first.weight.float()
+
+    x = torch.randn(3, 10)
+    for case, number_of_calls in ((first, 1), (second, 2), (second, 2), (first, 3)):
+        layer.reset(1)
+        assert not added(layer, x, [1, 1, 1], 12).any()
+        layer.set(1, [part(case)], [12], weight)
+        assert_close(added(layer, x, [1, 1, -1], 12)[:2], (x[:2].double() @ case.oracle("hadamard").T).float())
+        assert len(calls) == number_of_calls
+    assert len(layer.groups) == 1  # those that hold nobody leave when another comes
+    layer.clear()
+    assert not added(layer, x, [1, 1, 1], 12).any()
+
+
+# In vLLM's manager.
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    room = tmp_path_factory.mktemp("adapters")
+    for name, settings in KINDS.items():
+        given = {"target_modules": LINEAR, "init_weights": False} | settings
+        save_adapter(get_peft_model(tiny_models.build("llama"), SmoaConfig(**given)), room / name)
+    lora = get_peft_model(tiny_models.build("llama"), LoraConfig(target_modules=["down_proj"]))
+    lora.save_pretrained(room / "lora")
+    return room
+
+
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return import_with_stubs(monkeypatch, "smoa.integrations.vllm.names", fake_vllm.stubs())
+
+
+class Engine:
+    """A worker of the fake vLLM with the plugin in it."""
+
+    def __init__(self, slots: int = 8, **settings: Any) -> None:
+        worker_manager: Any = importlib.import_module("vllm.lora.worker_manager")
+        for _ in range(2):  # vLLM may load a plugin more than once
+            register()
+        self.worker = worker_manager.WorkerLoRAManager()
+        model, config = tiny_models.build("llama"), fake_vllm.engine_config(**settings)
+        self.manager = worker_manager.create_lora_manager(model, slots, vllm_config=config)
+        self.worker._adapter_manager = self.manager
+
+    def load(self, folder: Path, number: int = 1) -> Any:
+        return self.worker._load_adapter(SimpleNamespace(lora_path=str(folder), lora_int_id=number))
+
+
+@pytest.mark.usefixtures("names")
+@torch.no_grad()
+def test_adapters_of_all_kinds_share_a_batch(folder: Path) -> None:
+    engine = Engine()
+    for number, name in enumerate([*KINDS, "lora"], start=1):
+        engine.manager.activate(engine.load(folder / name, number), number - 1)
+    adapters = [0, *range(1, len(KINDS) + 2), 1, *[3] * 33]
+    engine.manager.map_tokens(adapters)
+    base = tiny_models.build("llama").double().eval()
+    for fused, layer in engine.manager.modules.items():
+        if fused == "lm_head":
+            continue
+        x = torch.randn(len(adapters), layer.input_size)
+        found = layer(x).double()
+        assert layer.applied == (fused == "model.layers.0.mlp.down_proj")  # the only one that the LoRA has
+        paths = engine.manager.packed_modules.get(fused, [fused])
+        for number, name in enumerate(["__base__", *KINDS], start=0):
+            model = (
+                base
+                if number == 0
+                else PeftModel.from_pretrained(
+                    tiny_models.build("llama").double(), str(folder / name), autocast_adapter_dtype=False
+                ).get_base_model()
+            )
+            rows = [row for row, own in enumerate(adapters) if own == number]
+            expected = torch.cat([model.get_submodule(path)(x[rows].double()) for path in paths], dim=-1)
+            torch.testing.assert_close(found[rows], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("names")
+@torch.no_grad()
+def test_without_a_lora_in_the_batch_vllm_computes_none(folder: Path) -> None:
+    engine = Engine()
+    engine.manager.activate(engine.load(folder / "anna"), 0)
+    layer, x = engine.manager.modules["model.layers.1.mlp.down_proj"], torch.randn(2, 48)
+    engine.manager.map_tokens([1, 0])
+    before = layer(x)
+    assert not torch.equal(before[0], layer.base_layer.packed @ x[0])
+    assert layer.applied == 0
+    engine.manager.remove_all_adapters()
+    assert torch.equal(layer(x)[0], (x @ layer.base_layer.packed.T)[0])
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "biases": ({"bias": "all"}, "bias='all'"),
+    "modules": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    "tokens": ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
+    "embeddings": ({"target_modules": ["embed_tokens"]}, "embed_tokens"),
+    "head": ({"target_modules": ["lm_head", "q_proj"]}, "lm_head"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.usefixtures("names")
+def test_what_vllm_cant_serve_is_refused_by_name(kind: str, tmp_path: Path) -> None:
+    settings, reason = REFUSED[kind]
+    config = SmoaConfig(r=4, **{"target_modules": ["q_proj"]} | settings)
+    save_adapter(get_peft_model(tiny_models.build("llama"), config), tmp_path)
+    with pytest.raises(ConfigError, match=f"{reason}.*smoa merge"):
+        Engine().load(tmp_path)
+
+
+@pytest.mark.usefixtures("names")
+def test_experts_are_refused_by_name(tmp_path: Path) -> None:
+    config = SmoaConfig(r=4, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
+    save_adapter(get_peft_model(tiny_mixtures.build_mixture("qwen3_moe"), config), tmp_path)
+    with pytest.raises(ConfigError, match=r"target_parameters.*smoa merge"):
+        Engine().load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"), [("cut", "not a whole safetensors file"), ("lost", "lacks"), ("infinite", "NaN or infinite")]
+)
+@pytest.mark.usefixtures("names")
+def test_a_damaged_folder_is_refused(damage: str, reason: str, folder: Path, tmp_path: Path) -> None:
+    for file in (folder / "anna").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = next(key for key in tensors if key.endswith("smoa_B.weight"))
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-100])
+    else:
+        changed = {} if damage == "lost" else {key: torch.full_like(tensors[key], torch.inf)}
+        save_file({name: t for name, t in tensors.items() if name != key} | changed, file)
+    with pytest.raises(AdapterFileError, match=reason):
+        Engine().load(tmp_path)
+
+
+@pytest.mark.usefixtures("names")
+def test_an_unreadable_config_is_left_to_vllm(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(ValueError, match="Expecting"):
+        Engine().load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "remedy"),
+    [
+        ({"enforce_eager": False}, "--enforce-eager"),
+        ({"tensor_parallel_size": 2}, "parallelism"),
+        ({"pipeline_parallel_size": 2}, "parallelism"),
+        ({"fully_sharded_loras": True}, "--fully-sharded-loras"),
+    ],
+)
+@pytest.mark.usefixtures("names")
+def test_an_engine_that_cant_serve_smoa_says_why_and_serves_lora(
+    settings: dict[str, Any], remedy: str, folder: Path
+) -> None:
+    engine = Engine(**settings)
+    with pytest.raises(ConfigError, match=remedy):
+        engine.load(folder / "anna")
+    assert engine.load(folder / "lora").rank == 8
+    assert {type(layer) for layer in engine.manager.modules.values()} == {
+        fake_vllm.BaseLinearLayerWithLoRA,
+        torch.nn.Identity,
+    }
+
+
+@pytest.mark.parametrize("lost", ["create_lora_manager", "WorkerLoRAManager"])
+def test_a_vllm_that_lacks_a_name_stays_as_it_is(
+    lost: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    stubs = fake_vllm.stubs()
+    del stubs["vllm.lora.worker_manager"][lost]
+    before = dict(stubs["vllm.lora.worker_manager"])
+    names = import_with_stubs(monkeypatch, "smoa.integrations.vllm.names", stubs)
+    names.install()
+    assert len(caplog.messages) == 1
+    assert lost in caplog.messages[0]
+    assert all(version in caplog.messages[0] for version in names.TRIED)
+    worker_manager = sys.modules["vllm.lora.worker_manager"]
+    assert all(getattr(worker_manager, name) is value for name, value in before.items())
