@@ -187,7 +187,7 @@ def reordered(x: Tensor, order: Tensor) -> Tensor:
     """`x[..., order]`, differentiable. On a CPU `index_select` takes up to ten times as long for three dimensions."""
     if x.device.type != "cpu":
         return x.index_select(-1, order)
-    return x.gather(-1, order.expand(*x.shape[:-1], len(order)))
+    return x.gather(-1, order.expand(*x.shape[:-1], -1))
 
 
 def take_columns(x: Tensor, order: Tensor, out: Tensor | None = None) -> Tensor:
