@@ -47,15 +47,6 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> N
         raise ConfigError(f"data.chat_template: {name} cannot be used: {error}; correct it, or name another") from error
 
 
-def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ConfigError if conversations cannot be put to this model."""
-    if not tokenizer.chat_template:
-        raise ConfigError(
-            "data.chat_template: this model has no chat template, and the rows are conversations; name one: alpaca, "
-            "which suits every base model, the name of a model's family (gemma3, qwen3, llama3, …), or a .jinja file"
-        )
-
-
 def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """The template with marks around the assistant's turns: the tokenizer's own, or TRL's for it; None if neither is
     known."""

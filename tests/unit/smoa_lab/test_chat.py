@@ -11,15 +11,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM
 
 from smoa.errors import ConfigError, DataError, SmoaError
 from smoa_lab.chat import COMMANDS, ChatModel, ChatTarget, Conversation, GenerationSettings, find, load, run_command
 from smoa_lab.config.run import ModelSection, check_config
-from smoa_lab.data.chat_templates import set_chat_template
-from smoa_lab.data.encoding import Encoder
 from smoa_lab.data.questions import Template
-from smoa_lab.data.rows import question
 from smoa_lab.training.run_folder import RunFolder
 from tests.support.chats import KeptScreen, chat_base, chat_model_of, saved_adapter, written
 from tests.support.lab import byte_tokenizer, tiny_base
@@ -133,25 +130,6 @@ def test_each_adapter_is_talked_to_through_its_own_template(tmp_path: Path, base
     forced = load(find(str(runs[1].path), {}, "chat"), GenerationSettings())
     forced.load(str(runs[1].path))
     assert forced.tokens(asked)["input_ids"].tolist() == own[0]
-
-
-@pytest.mark.parametrize("adds_bos", [True, False])
-def test_the_first_turn_through_alpacas_template_is_the_prompt_of_training(adds_bos: bool) -> None:
-    tokenizer: PreTrainedTokenizerBase = byte_tokenizer(adds_bos)
-    trained = Encoder(tokenizer, max_length=1000).answered(question("t", "1", "Why?\nHow?", "so"), "", end=False)
-    set_chat_template(tokenizer, "alpaca")
-    asked = [{"role": "user", "content": "Why?\nHow?"}]
-    assert tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"] == trained.prompt
-
-
-def test_later_turns_and_a_system_prompt_have_their_place_in_alpacas_template() -> None:
-    tokenizer = byte_tokenizer(adds_bos=False)
-    set_chat_template(tokenizer, "alpaca")
-    turns = [("system", "Be brief."), ("user", "Why?"), ("assistant", "So."), ("user", "How?")]
-    messages = [{"role": role, "content": content} for role, content in turns]
-    assert tokenizer.apply_chat_template(messages, tokenize=False) == (
-        "Be brief.\n\n### Instruction:\nWhy?\n\n### Response:\nSo.<eos>\n\n### Instruction:\nHow?\n\n### Response:\n"
-    )
 
 
 def said(model: ChatModel, **options: Any) -> str:

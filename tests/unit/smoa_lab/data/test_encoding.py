@@ -47,9 +47,7 @@ TALKS: dict[str, list[dict[str, str]]] = {
 
 
 def example_of(row: dict[str, Any]) -> Row:
-    format = recognise(row)
-    assert format is not None
-    return shape(row, format)
+    return shape(row, recognise(row))
 
 
 def trained(encoder: Encoder, row: dict[str, Any]) -> list[str]:
