@@ -126,7 +126,7 @@ def tiny_sequence(room: Path) -> dict[str, Any]:
             "data": {"tasks": ["piqa"], "validation_examples": 0},
             "training": training,
         },
-        "elsewhere": {"tasks": ["prose"]},
+        "other_domain": {"tasks": ["prose"]},
         "tuning": {"sweep": [0.003, 0.01], "per_decade": 2},
         "seeds": [0],
         "entries": {

@@ -163,7 +163,7 @@ def _stream(
     if named_base(raw.get("_name_or_path")).hub_id is None:  # releases before 5 note there where a model came from
         raw.pop("_name_or_path", None)
     raw["torch_dtype" if "torch_dtype" in raw else "dtype"] = _name(loss.dtype)
-    if model.config.num_labels != base.own_num_labels():
+    if model.config.num_labels != base.own_config().num_labels:
         raw.pop("num_labels", None)
         raw |= {key: model.config.to_dict()[key] for key in ("id2label", "label2id")}
     (folder / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -46,7 +46,8 @@ def check_adapter_state(model: nn.Module, config: SmoaConfig, adapter_name: str,
 
 def _check_state(model: nn.Module, config: SmoaConfig, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
     layers = adapter_layers(model, adapter_name)
-    keys_of = {name: _keys(name, adapter_name) for name in layers}
+    parts = [part.partition(".") for part in PARTS]
+    keys_of = {layer: [f"{layer}.{name}.{adapter_name}{dot}{rest}" for name, dot, rest in parts] for layer in layers}
     expected = {key for keys in keys_of.values() for key in keys}
     own = {key for key in state_dict if ".smoa_" in key}
     lost, foreign = _compare_others(model, config, state_dict.keys() - own)
@@ -61,12 +62,6 @@ def _check_state(model: nn.Module, config: SmoaConfig, adapter_name: str, state_
         ranks, scaling = layer.ranks[adapter_name], layer.scaling[adapter_name]
         stored = next(layer.smoa_A[adapter_name].parameters()).dtype
         check_parts(name, tensors, layer.saved_shapes(adapter_name), ranks, scaling, stored)
-
-
-def _keys(layer: str, adapter_name: str) -> list[str]:
-    """The keys of a layer's tensors in the model, in the order of `PARTS`."""
-    parts = (part.partition(".") for part in PARTS)
-    return [f"{layer}.{name}.{adapter_name}{dot}{rest}" for name, dot, rest in parts]
 
 
 def _difference(verb: str, keys: list[str]) -> str:

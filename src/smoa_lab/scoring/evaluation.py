@@ -6,7 +6,7 @@ import logging
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -77,7 +77,7 @@ def _of_free_answer(row: Row, scored: Score, tokens: Tokens) -> Outcome:
 
 def _of_choices(row: Row, scores: list[Score], lengths: list[int]) -> Outcome:
     assert row.label is not None
-    losses = [one.loss for one in scores]
+    losses = [choice.loss for choice in scores]
     normed = [loss / length for loss, length in zip(losses, lengths, strict=True)]
     return Outcome(
         row,
@@ -91,28 +91,22 @@ def _of_choices(row: Row, scores: list[Score], lengths: list[int]) -> Outcome:
 def score_outcomes(outcomes: Sequence[Outcome]) -> dict[str, Scores]:
     """Scores per task, and over all under ``all``."""
     names = dict.fromkeys(outcome.row.task for outcome in outcomes)
-    per_task = {name: _scores([one for one in outcomes if one.row.task == name]) for name in names}
+    per_task = {name: _scores([outcome for outcome in outcomes if outcome.row.task == name]) for name in names}
     return {**per_task, "all": _scores(outcomes)}
 
 
 def _scores(outcomes: Sequence[Outcome]) -> Scores:
     gold = Losses([outcome.gold_nll for outcome in outcomes], [outcome.gold_tokens for outcome in outcomes])
-    shares: dict[str, Any] = dict(
-        zip(("accuracy", "accuracy_stderr"), proportion([one.right for one in outcomes]), strict=True)
-    )
-    if all(outcome.row.choices for outcome in outcomes):
-        norm, error = proportion([one.right_norm for one in outcomes])
-        majority = _majority([outcome.row for outcome in outcomes])
-        shares |= {"accuracy_norm": norm, "accuracy_norm_stderr": error, "majority": majority}
-    return Scores(len(outcomes), gold.mean, gold.stderr, **shares, perplexity=gold.perplexity)
-
-
-def _majority(rows: list[Row]) -> float:
-    """How often each task's commonest label is right."""
+    right = proportion([outcome.right for outcome in outcomes])
+    scores = Scores(len(outcomes), gold.mean, gold.stderr, *right, perplexity=gold.perplexity)
+    if not all(outcome.row.choices for outcome in outcomes):
+        return scores
+    norm, error = proportion([outcome.right_norm for outcome in outcomes])
     counts: dict[str, Counter[int | None]] = defaultdict(Counter)
-    for row in rows:
-        counts[row.task][row.label] += 1
-    return sum(max(labels.values()) for labels in counts.values()) / len(rows)
+    for outcome in outcomes:
+        counts[outcome.row.task][outcome.row.label] += 1
+    majority = sum(max(labels.values()) for labels in counts.values()) / len(outcomes)
+    return replace(scores, accuracy_norm=norm, accuracy_norm_stderr=error, majority=majority)
 
 
 class Evaluation:
@@ -152,13 +146,15 @@ class Evaluation:
         logger.info("Scoring %d held-out %s %s training", len(self.rows), what, stage)
         if self.are_questions:
             self.outcomes[stage] = answer_outcomes(model, self.encoder, self.rows, self.batch_tokens)
-            scores = score_outcomes(self.outcomes[stage])
-            self.evaluation[stage] = {name: asdict(one) for name, one in scores.items()}
+            by_task = score_outcomes(self.outcomes[stage])
+            self.evaluation[stage] = {name: asdict(scores) for name, scores in by_task.items()}
         else:
             self.losses[stage] = self.measured(model)
             if self.rejected:
                 self.rejected_losses[stage] = row_losses(model, self.rejected, self.encoder.pad)
-            self.evaluation[stage] = {"all": _row_scores(self.losses[stage])}
+            losses = self.losses[stage]
+            scores = {"rows": len(losses.nll), "tokens": sum(losses.tokens), "loss": losses.mean}
+            self.evaluation[stage] = {"all": scores | {"loss_stderr": losses.stderr, "perplexity": losses.perplexity}}
         prompts = [ids for _, ids, _ in self.prompts]
         if self.are_questions:
             options = {"eos_token_id": self.encoder.tokenizer.eos_token_id}
@@ -172,7 +168,7 @@ class Evaluation:
         if self.are_questions:
             gold = [self.encoder.gold(row) for row in self.rows]
             scores = score(model, gold, self.encoder.pad, self.batch_tokens)
-            return Losses([one.loss for one in scores], [len(one.nll) for one in scores])
+            return Losses([row.loss for row in scores], [len(row.nll) for row in scores])
         tokens = self.tokens if self.tokens is not None else [self.encoder.encode(row) for row in self.rows]
         return row_losses(model, tokens, self.encoder.pad)
 
@@ -217,13 +213,3 @@ class Evaluation:
             }
             for number, (row, ids, reference) in enumerate(self.prompts)
         ]
-
-
-def _row_scores(losses: Losses) -> dict[str, Any]:
-    return {
-        "rows": len(losses.nll),
-        "tokens": sum(losses.tokens),
-        "loss": losses.mean,
-        "loss_stderr": losses.stderr,
-        "perplexity": losses.perplexity,
-    }

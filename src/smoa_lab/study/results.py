@@ -27,7 +27,7 @@ from smoa_lab.study.statistics import (
     outcomes,
 )
 from smoa_lab.study.study import Study
-from smoa_lab.study.trials import Result, TrialStore
+from smoa_lab.study.trials import Result
 
 Machine = tuple[str | None, int | None]
 Number = Annotated[float, BeforeValidator(lambda value: np.nan if value is None else value)]
@@ -79,32 +79,32 @@ def rows_of(comparison: Comparison) -> list[Row]:
         DataError: no final run is finished yet.
         ConfigError: a run was run with other settings than the study's.
     """
-    study = comparison.study
+    study, store = comparison.study, comparison.store
     searches = {name: comparison.stored_search(name) for name in study.entries}
-    finals = {name: _finals(comparison, name, searches[name]) for name in study.entries}
-    machine = _commonest_machine(comparison.store, study)
-    rows = [_row(study, name, searches[name], finals, machine) for name in study.entries if finals[name]]
+    finals: dict[str, dict[int, Result]] = {}
+    for name, search in searches.items():
+        chosen = search.learning_rate if search else study.entries[name].learning_rate
+        runs = comparison.stored_finals(name, chosen.__eq__)
+        finals[name] = {run["config"]["training"]["seed"]: run for run in runs}
+    made = [store.find(run) or {} for name in study.entries for run in store.names(f"final/{name}/")]
+    machine = Counter(map(_machine, made)).most_common(1)  # others take another time for the same work
+    rows = [_row(study, name, searches[name], finals, machine[0][0]) for name in study.entries if finals[name]]
     if not rows:
         raise DataError(f"{study.folder}: no final run is finished yet; run smoa compare on this study first")
     rows.sort(key=lambda row: (row.budget, row.loss))
-    return [row for _, of_budget in groupby(rows, lambda row: row.budget) for row in _with_holm(list(of_budget))]
-
-
-def _finals(comparison: Comparison, name: str, search: Tuned | None) -> dict[int, Result]:
-    """The final runs of the study's seeds, by seed, at the learning rate that the search chose."""
-    chosen = search.learning_rate if search else comparison.study.entries[name].learning_rate
-    finals = comparison.stored_finals(name, lambda rate: rate == chosen)
-    return {run["config"]["training"]["seed"]: run for run in finals}
-
-
-def _commonest_machine(store: TrialStore, study: Study) -> Machine:
-    """Device and threads of most final runs: those of others take another time for the same work."""
-    names = [run for name in study.entries for run in store.names(f"final/{name}/")]
-    counts = Counter(_machine(store.find(run) or {}) for run in names)
-    return max(counts, key=lambda machine: counts[machine], default=(None, None))
+    corrected_rows = []
+    for _, group in groupby(rows, lambda row: row.budget):
+        of_budget = list(group)
+        pairs = corrected([each for row in of_budget for each in (row.loss_difference, row.accuracy_difference)])
+        corrected_rows += [
+            replace(row, loss_difference=loss, accuracy_difference=accuracy)
+            for row, loss, accuracy in zip(of_budget, pairs[::2], pairs[1::2], strict=True)
+        ]
+    return corrected_rows
 
 
 def _machine(run: Result) -> Machine:
+    """Device and threads of a run."""
     made = run.get("provenance", {})
     return made.get("device"), made.get("threads")
 
@@ -148,12 +148,3 @@ def _spread(values: Floats) -> float:
     if not np.isfinite(values).all():
         return float("nan")
     return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-
-
-def _with_holm(rows: Sequence[Row]) -> list[Row]:
-    """The differences of loss and accuracy corrected for all comparisons of a table."""
-    differences = corrected([each for row in rows for each in (row.loss_difference, row.accuracy_difference)])
-    return [
-        replace(row, loss_difference=differences[2 * place], accuracy_difference=differences[2 * place + 1])
-        for place, row in enumerate(rows)
-    ]

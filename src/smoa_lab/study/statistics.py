@@ -22,7 +22,6 @@ Verdict = Literal["better", "same", "worse", "one seed"]
 RESAMPLES = 4000
 AT_ONCE = 100
 """Resamples that are drawn together."""
-INTERVAL = 95.0
 SIGNIFICANT = 0.05
 
 
@@ -65,8 +64,9 @@ class Interval:
 class Difference(Interval):
     """An entry's value minus the reference's. One seed says nothing of how seeds differ, so it gets no verdict.
 
-    ``p`` is two-sided, ``holm_p`` corrected for all comparisons of a table that get a verdict by their interval, and
-    ``holm_verdict`` the verdict by it. A run that diverged has no p-value, and its verdict stands.
+    ``p`` is two-sided and never below 2 / (resamples + 1), ``holm_p`` corrected for all comparisons of a table that get
+    a verdict by their interval, and ``holm_verdict`` the verdict by it. A run that diverged has no p-value, and its
+    verdict stands.
     """
 
     verdict: Verdict
@@ -135,15 +135,14 @@ def paired_difference(gaps: Floats, weights: Floats, sign: int) -> Difference:
 def difference(mean: float, samples: Floats, sign: int, seeds: int) -> Difference:
     """A difference with the interval and verdict of its resamples; ``sign`` is 1 where higher is better, else -1."""
     low, high = _bounds(samples)
-    verdict: Verdict = "better" if sign * low > 0 else "worse"
-    if low <= 0 <= high:
-        verdict = "same"
-    return Difference(mean, low, high, "one seed" if seeds < 2 else verdict, p_value(samples))
+    verdict: Verdict = "same" if low <= 0 <= high else "better" if sign * low > 0 else "worse"
+    beyond = min(int((samples <= 0).sum()), int((samples >= 0).sum()))
+    p = min(1.0, 2 * (beyond + 1) / (len(samples) + 1))
+    return Difference(mean, low, high, "one seed" if seeds < 2 else verdict, p)
 
 
 def _bounds(samples: Floats) -> tuple[float, float]:
-    tail = (100 - INTERVAL) / 2
-    low, high = map(float, np.percentile(samples, [tail, 100 - tail]))
+    low, high = map(float, np.percentile(samples, [2.5, 97.5]))
     return low, high
 
 
@@ -168,45 +167,29 @@ def seed_errors(of_seed: Floats, random: np.random.Generator) -> Floats:
     return np.asarray(random.permutation(many[50::101]) * of_seed.std(ddof=1) / seeds**0.5)
 
 
-def p_value(samples: Floats) -> float:
-    """Two-sided, that a difference with these resamples is 0; never below 2 / (resamples + 1)."""
-    beyond = min(int((samples <= 0).sum()), int((samples >= 0).sum()))
-    return min(1.0, 2 * (beyond + 1) / (len(samples) + 1))
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's p-values: those below 5 % are false in at most 5 % of studies with so many comparisons."""
-    order = np.argsort(p_values)
-    times = len(p_values) - np.arange(len(p_values))
-    adjusted = np.minimum(1.0, np.maximum.accumulate(np.asarray(p_values)[order] * times))
-    return [float(adjusted[place]) for place in np.argsort(order)]
-
-
 def corrected(differences: Sequence[Difference | None]) -> list[Difference | None]:
-    """The differences with Holm's p-values for all of them together, and the verdicts by these. Those without a
-    verdict by their interval stay as they are."""
-    known = {
-        place: each.p
+    """The differences with Holm's p-values for all of them together, and the verdicts by these: those below 5 % are
+    false in at most 5 % of studies with so many comparisons. Those without a verdict by their interval stay as they
+    are."""
+    known = sorted(
+        (each.p, place)
         for place, each in enumerate(differences)
         if each is not None and each.verdict != "one seed" and each.p is not None
-    }
-    changed = list(differences)
-    for place, p in zip(known, holm(list(known.values())), strict=True):
+    )
+    changed, least = list(differences), 0.0
+    for rank, (p, place) in enumerate(known):
         each = differences[place]
         assert each is not None
-        lost = each.verdict in ("better", "worse") and p >= SIGNIFICANT
-        changed[place] = replace(each, holm_p=p, holm_verdict="same" if lost else each.verdict)
+        least = max(least, min(1.0, p * (len(known) - rank)))
+        lost = each.verdict in ("better", "worse") and least >= SIGNIFICANT
+        changed[place] = replace(each, holm_p=least, holm_verdict="same" if lost else each.verdict)
     return changed
 
 
 def spearman(values: Sequence[float], others: Sequence[float]) -> float | None:
     """The correlation of ranks, ties given their mean rank; None where one of both is constant."""
-    ranks = _ranks(values), _ranks(others)
-    if any(np.ptp(rank) == 0 for rank in ranks):
-        return None
-    return float(np.corrcoef(*ranks)[0, 1])
-
-
-def _ranks(values: Sequence[float]) -> Floats:
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return np.asarray((np.cumsum(counts) - (counts - 1) / 2)[place])
+    ranks = []
+    for side in (values, others):
+        _, place, counts = np.unique(side, return_inverse=True, return_counts=True)
+        ranks.append((np.cumsum(counts) - (counts - 1) / 2)[place])
+    return None if any(np.ptp(rank) == 0 for rank in ranks) else float(np.corrcoef(ranks[0], ranks[1])[0, 1])
