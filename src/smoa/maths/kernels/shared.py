@@ -131,7 +131,7 @@ def formed(stack: StackedFactors, x: Tensor, slot: int, diagonal: Sequence[Tenso
     dtype, sorted_x = product_dtype(x.dtype, x.device.type), stack.blocks.sort_inputs(x)
     slots, outputs = torch.tensor([slot], device=x.device), []
     for run, entries in zip(stack.runs, diagonal, strict=True):
-        A, B = stack.of_A(run, slots)[0], stack.of_B(run, slots)[0]
+        A, B = (part[0, 0].transpose(0, 1) for part in (stack.of_A(run, slots), stack.of_B(run, slots)))
         delta = torch.bmm(B.mT, A.to(B.dtype)).mul_(entries).to(dtype)
         y = torch.bmm(run.of_inputs(sorted_x).to(dtype), delta.mT)
         outputs.append(y.transpose(0, 1).flatten(1))
