@@ -183,7 +183,9 @@ class ChatModel:
                 self.model = PeftModel.from_pretrained(self.model, str(folder), inner)
         except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
             self._remove(inner)
-            raise error if isinstance(error, SmoaError) else DataError(f"{place}: cannot be loaded: {error}") from error
+            if isinstance(error, SmoaError):
+                raise
+            raise DataError(f"{place}: cannot be loaded: {error}") from error
         self.adapters[name] = inner, through
         self.use(name)
 

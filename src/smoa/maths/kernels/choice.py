@@ -28,15 +28,16 @@ def prefers_batched(blocks: Blocks, tokens: int, kernels: Kernels = "auto") -> b
     return entries <= (SMALL_SLICE if blocks.is_contiguous and tokens <= FEW_TOKENS else SMALL_BLOCK)
 
 
-def prefers_apart(blocks: Blocks, tokens: int, kernels: Kernels = "auto") -> bool:
+def prefers_apart(
+    num_blocks: int, is_contiguous: bool, device_type: str, tokens: int, kernels: Kernels = "auto"
+) -> bool:
     """Whether to add `x ΔWᵀ` to `x Wᵀ` even where a product with W + ΔW is exact.
 
     To form W + ΔW takes passes over the weight, which pay only for many tokens.
     """
-    if kernels == "batched" or blocks.row_labels.device.type != "cpu":
+    if kernels == "batched" or device_type != "cpu":
         return kernels != "loop"
-    few = blocks.num_blocks**2 * (2 if blocks.is_contiguous else 1)
-    return blocks.num_blocks >= 4 and tokens < few
+    return num_blocks >= 4 and tokens < num_blocks**2 * (2 if is_contiguous else 1)
 
 
 def prefers_shared(ranks: Sequence[int], tokens: int, kernels: Kernels = "auto") -> bool:

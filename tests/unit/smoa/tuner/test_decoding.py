@@ -235,7 +235,7 @@ def test_a_mixed_batch_forms_no_update_and_gathers_the_blocks_of_each_weight_onc
         gathered.append(diagonal_blocks(blocks, run, anchor))
         return gathered[-1]
 
-    monkeypatch.setattr("smoa.layers.mixed_batch.diagonal_blocks", gather)
+    monkeypatch.setattr("smoa.maths.kernels.shared.diagonal_blocks", gather)
     model = two_adapters()
     names = {"adapter_names": ["default", "other"]}
     tokens = model.generate(input_ids=prompts()[:, :4], max_new_tokens=5, pad_token_id=0, **names, **options)
