@@ -11,8 +11,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from smoa_lab.data.encoding import Encoder, Tokens
-from smoa_lab.data.questions import candidates, instruction
-from smoa_lab.data.rows import Row
+from smoa_lab.data.rows import Row, candidates, instruction
 from smoa_lab.scoring.generation import continue_prompts
 from smoa_lab.scoring.losses import Losses, Score, proportion, row_losses, score
 
