@@ -290,7 +290,7 @@ def model_card(
         f"`{base.text}` with the {method_name(config)} adapter below merged into {len(loss.by_layer)} of its weights "
         "by smoa.\nIt is a plain transformers model: nothing else is needed to load it."
     )
-    told = "".join(f"\n{note}\n" for note in notes)
-    precision = f"## Precision\n\nMerged in float32, saved in {_name(loss.dtype)}: {loss.in_words()}\n{told}\n"
+    paragraphs = "".join(f"\n{note}\n" for note in notes)
+    precision = f"## Precision\n\nMerged in float32, saved in {_name(loss.dtype)}: {loss.in_words()}\n{paragraphs}\n"
     front_matter = {"library_name": "transformers", "tags": ["smoa", "merged"]}
     return card_text(title, base, config, front_matter, intro, loading, precision)

@@ -56,7 +56,9 @@ def _check_state(model: nn.Module, config: SmoaConfig, adapter_name: str, state_
         raise AdapterFileError("; ".join(_difference(verb, keys) for verb, keys in differences.items() if keys))
     for key in state_dict:  # in the order of all ranks, which gather FSDP2's shards together
         if key not in own:
-            _check_finite(key, whole(state_dict[key]))
+            tensor = whole(state_dict[key])
+            if tensor.is_floating_point():
+                _largest(key, tensor)
     for name, layer in layers.items():
         tensors = {key: whole(state_dict[key]) for key in keys_of[name]}
         ranks, scaling = layer.ranks[adapter_name], layer.scaling[adapter_name]
@@ -114,22 +116,21 @@ def check_parts(
     Raises:
         AdapterFileError: a tensor has a wrong shape or dtype, is not finite or no partition, or ΔW would overflow.
     """
+    largest = []
     for part, shape, (key, tensor) in zip(PARTS, shapes, tensors.items(), strict=True):
         if tensor.shape != shape:
             raise AdapterFileError(f"{key}: shape {tuple(tensor.shape)} doesn't fit the layer, expected {shape}")
         if part in LABELS:
             try:
-                for labels in tensor.reshape(-1, tensor.shape[-1]):  # of each matrix of a stack
+                for labels in [tensor] if tensor.ndim == 1 else tensor.flatten(0, -2):  # of each matrix of a stack
                     check_labels(labels, len(ranks), key)
             except PartitionError as error:
                 raise AdapterFileError(f"{error}; the adapter was made for another layer or num_blocks") from None
-        elif tensor.dtype not in FACTOR_DTYPES:
+            continue
+        if tensor.dtype not in FACTOR_DTYPES:
             raise AdapterFileError(f"{key}: {tensor.dtype} found, floating point expected")
-        else:
-            _check_finite(key, tensor.to(torch.float32 if part == SCALE else stored))
+        largest.append(_largest(key, tensor.to(torch.float32 if part == SCALE else stored)))
     # Finite values may make ΔW infinite, as a flipped bit of an exponent does.
-    A, B, _, _, scale = tensors.values()
-    largest = [float(tensor.abs().max()) for tensor in (A, B, scale)]
     size = math.prod([*largest, abs(scaling), max(ranks)])
     dtype = torch.promote_types(stored, torch.float32)
     if size > torch.finfo(dtype).max:
@@ -139,10 +140,13 @@ def check_parts(
         )
 
 
-def _check_finite(key: str, tensor: Tensor) -> None:
-    wide = tensor.float() if tensor.itemsize == 1 else tensor  # isfinite does not support all 8-bit formats
-    if tensor.is_floating_point() and not torch.isfinite(wide).all():
+def _largest(key: str, tensor: Tensor) -> float:
+    """The largest absolute value; raises AdapterFileError if one is NaN or infinite."""
+    wide = tensor.float() if tensor.itemsize == 1 else tensor  # norms don't support 8-bit formats
+    largest = float(torch.linalg.vector_norm(wide, torch.inf)) if wide.numel() else 0.0
+    if not math.isfinite(largest):
         raise AdapterFileError(f"{key}: holds NaN or infinite values; the adapter is broken")
+    return largest
 
 
 def check_gathered(state_dict: dict[str, Tensor]) -> None:

@@ -28,8 +28,7 @@ from smoa_lab.config.run import DataSection, Dtype, ModelSection, RunConfig, che
 from smoa_lab.config.run import native_dtype as machine_dtype
 from smoa_lab.data.tasks import Selection
 from smoa_lab.inspect import adapted_layers, weights_and_updates
-from smoa_lab.scoring.evaluation import Outcome, answer_outcomes
-from smoa_lab.scoring.forgetting import text_losses, whole_text
+from smoa_lab.scoring.evaluation import Outcome, answer_outcomes, text_losses, whole_text
 from smoa_lab.scoring.losses import Losses
 from smoa_lab.study.runner import Part, Runner, scored
 from smoa_lab.study.study import Entry, Study

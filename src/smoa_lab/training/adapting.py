@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from smoa.errors import ConfigError, nearest
 from smoa_lab.config.methods import METHODS
 from smoa_lab.data.tasks import find_task, load_task
-from smoa_lab.scoring.forgetting import text_length, whole_text
+from smoa_lab.scoring.evaluation import text_length, whole_text
 
 PASSAGES = 128
 """So many passages of general text show CorDA what to keep."""

@@ -18,7 +18,7 @@ from smoa_lab.basics.plain import portable, without_secrets
 from smoa_lab.config.methods import METHODS
 from smoa_lab.config.run import RunConfig
 from smoa_lab.pages.run_card import run_card, samples_text
-from smoa_lab.scoring.forgetting import Forgetting
+from smoa_lab.scoring.evaluation import Forgetting
 from smoa_lab.training.adapting import check_adapter
 from smoa_lab.training.loaded_run import LoadedRun, load_run
 from smoa_lab.training.run_folder import RunFolder, is_first_process, peak_memory, provenance

@@ -27,7 +27,7 @@ from smoa.maths.blocks import Blocks
 from smoa.maths.factors import BlockRun, Factors
 from smoa.maths.kernels.batched import diagonal_blocks
 from smoa.maths.kernels.loops import product_dtype
-from smoa.maths.kernels.operators import needs_plain_gradients, plain_gradients, without_autocast
+from smoa.maths.kernels.operators import is_transformed, needs_plain_gradients, plain_gradients, without_autocast
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +80,8 @@ of M's size is kept."""
 def diagonal_of(blocks: Blocks, runs: Sequence[BlockRun], anchor: Tensor) -> list[Tensor]:
     """The diagonal blocks of M for each run: views where blocks are contiguous, but copies in 16 bits on a CPU, which
     multiplies slices of them in three times the time."""
+    if torch.compiler.is_compiling() or is_transformed(anchor):
+        return [run.of_matrix(anchor, blocks) for run in runs]
     entries = [diagonal_blocks(blocks, run, anchor) for run in runs]
     return [part.contiguous() for part in entries] if anchor.dtype.itemsize == 2 else entries
 
@@ -104,7 +106,7 @@ def shared(
     """
     if diagonal is None:
         return _unmodulated(stack, x, slots)
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or is_transformed(x):
         return _products(stack, x, gathered or stack.gathered(slots), diagonal())
     if torch.compiler.is_compiling():
         y: Tensor = checkpoint(

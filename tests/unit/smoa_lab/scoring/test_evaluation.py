@@ -21,9 +21,18 @@ from transformers import (
 
 from smoa_lab.data.encoding import IGNORED, Encoder, Tokens
 from smoa_lab.data.rows import Message, Row, candidates, choice_question, question
-from smoa_lab.scoring import forgetting
-from smoa_lab.scoring.evaluation import Evaluation, Outcome, _of_free_answer, answer_outcomes, score_outcomes
-from smoa_lab.scoring.forgetting import Forgetting, at_least, text_length, text_losses
+from smoa_lab.scoring import evaluation as evaluation_module
+from smoa_lab.scoring.evaluation import (
+    Evaluation,
+    Forgetting,
+    Outcome,
+    _of_free_answer,
+    answer_outcomes,
+    at_least,
+    score_outcomes,
+    text_length,
+    text_losses,
+)
 from smoa_lab.scoring.losses import Losses, Score, score
 from tests.support import lab
 from tests.support.own_rows import MARKED, tiny_chat_model, tokenizer_with
@@ -248,7 +257,7 @@ def test_every_token_of_a_text_is_scored(adds_bos: bool, tmp_path: Path) -> None
 
 
 def test_a_long_text_is_cut_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forgetting, "TEXT_TOKENS", 11)
+    monkeypatch.setattr(evaluation_module, "TEXT_TOKENS", 11)
     model = LlamaForCausalLM.from_pretrained(lab.tiny_base(tmp_path))
     tokenizer = lab.byte_tokenizer()
     found = text_losses(model, tokenizer, [TEXTS[1]])
