@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from smoa.errors import ConfigError, nearest
 from smoa_lab.basics.extras import import_package
-from smoa_lab.data.questions import ALPACA
+from smoa_lab.data.rows import ALPACA
 
 SPECIAL = re.compile(r"<\|[a-z_]+\|>|<(?:start|end)_of_turn>|\[/?INST\]")
 """What looks like a special token in a template."""
