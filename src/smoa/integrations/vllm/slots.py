@@ -135,7 +135,9 @@ class Group:
     def __init__(self, key: object, parts: Parts, sizes: Sequence[int], weight: Tensor) -> None:
         self.key, self.members = key, frozenset[int]()
         slices = [(part, rows) for part, rows in zip(parts, weight.split(list(sizes)), strict=True) if part is not None]
-        self.spans = _spans(parts, sizes)
+        places = zip(parts, accumulate(sizes, initial=0), sizes, strict=False)
+        spans = [(start, size) for part, start, size in places if part is not None]
+        self.spans = [(0, sum(sizes))] if len(spans) == len(parts) else spans
         blocks = [Blocks(p.row_labels.to(w.device), p.col_labels.to(w.device), len(p.ranks)) for p, w in slices]
         runs: list[BlockRun] = []
         entries: list[list[Tensor]] = []
@@ -209,19 +211,6 @@ class Group:
         first = 0
         for start, size in self.spans:
             output[rows, start : start + size] += y[:, first : (first := first + size)]
-
-
-def _spans(parts: Parts, sizes: Sequence[int]) -> list[tuple[int, int]]:
-    """Where the adapted slices are in the layer's output: first column and number of columns."""
-    spans: list[tuple[int, int]] = []
-    start = 0
-    for part, size in zip(parts, sizes, strict=True):
-        if part is not None and spans and sum(spans[-1]) == start:
-            spans[-1] = spans[-1][0], spans[-1][1] + size
-        elif part is not None:
-            spans.append((start, size))
-        start += size
-    return spans
 
 
 def _on_a_diagonal(blocks: Sequence[Blocks]) -> Blocks:
