@@ -124,6 +124,6 @@ def test_smollm2_in_float32(tmp_path: Path) -> None:
         "large": smoa(r=64, num_blocks=8, target_modules=SOME, partition="contiguous"),
         "lora": lora(),
     }
-    save_adapters(smollm2(), tmp_path, kinds)
+    save_adapters(smollm2(), tmp_path, kinds, strength=6)
     answers, _ = ask(smollm2(), tmp_path, ["base", *kinds])
     assert_as_peft(smollm2(), tmp_path, answers)

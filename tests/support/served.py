@@ -40,12 +40,14 @@ def smollm2() -> Path:
     return Path(os.environ.get("SMOA_CACHE", "~/.cache/smoa")).expanduser() / "models" / "smollm2-135m"
 
 
-def save_adapters(base: Path, room: Path, configs: Mapping[str, PeftConfig]) -> None:
-    """Random adapters whose effect is plain to see."""
+def save_adapters(base: Path, room: Path, configs: Mapping[str, PeftConfig], strength: float = 1) -> None:
+    """Random adapters; the factors B of SMoA are `strength` times what they are made as."""
     for seed, (name, config) in enumerate(configs.items()):
         torch.manual_seed(seed)
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
         if isinstance(config, SmoaConfig):
+            for parameter in (own for path, own in model.named_parameters() if ".smoa_B." in path):
+                parameter.data *= strength
             save_adapter(model, room / name)
         else:
             model.save_pretrained(room / name)

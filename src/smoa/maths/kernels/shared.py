@@ -96,7 +96,7 @@ def shared(
         gathered: The stack's factors of these slots, if they are at hand and need no gradients.
     """
     if diagonal is None:
-        return _unmodulated(stack, x, slots)
+        return _unmodulated(stack, x, gathered or stack.gathered(slots))
     if not torch.is_grad_enabled():
         return _products(stack, x, gathered or stack.gathered(slots), diagonal())
     if torch.compiler.is_compiling():
@@ -110,7 +110,7 @@ def shared(
     return _Shared.apply(stack.A, stack.B, x, slots, stack, diagonal)  # type: ignore[no-untyped-call,no-any-return]
 
 
-def formed(stack: StackedFactors, x: Tensor, slot: int, diagonal: Sequence[Tensor]) -> Tensor:
+def formed(stack: StackedFactors, x: Tensor, gathered: Gathered, diagonal: Sequence[Tensor]) -> Tensor:
     """`x ΔWᵀ` of one adapter of the stack, whose ΔW is formed: (tokens, out_features) in the dtype of x.
 
     Cheaper than `shared` for many tokens; not differentiable.
@@ -118,17 +118,15 @@ def formed(stack: StackedFactors, x: Tensor, slot: int, diagonal: Sequence[Tenso
     Args:
         stack: The factors.
         x: (tokens, in_features).
-        slot: Which adapter.
+        gathered: The stack's factors of the adapter's slot.
         diagonal: The blocks of M, (blocks, height, width) for each run.
     """
-    dtype, sorted_x = product_dtype(x.dtype, x.device.type), stack.blocks.sort_inputs(x)
-    slots, outputs = torch.tensor([slot], device=x.device), []
-    for run, entries in zip(stack.runs, diagonal, strict=True):
-        A, B = stack.of_A(run, slots)[0], stack.of_B(run, slots)[0]
-        delta = torch.bmm(B.mT, A.to(B.dtype)).mul_(entries).to(dtype)
-        y = torch.bmm(run.of_inputs(sorted_x).to(dtype), delta.mT)
+    dtype, sorted_x, outputs = product_dtype(x.dtype, x.device.type), stack.blocks.sort_inputs(x), []
+    for run, (A, B), entries in zip(stack.runs, gathered, diagonal, strict=True):
+        delta = torch.bmm(B[:, 0, 0].mT, A[:, 0, 0].to(B.dtype)).mul_(entries).to(dtype)
+        y = torch.bmm(run.of_inputs(sorted_x).to(dtype), delta.mT).to(x.dtype)
         outputs.append(y.transpose(0, 1).flatten(1))
-    return stack.blocks.unsort_outputs(torch.cat(outputs, dim=-1).to(x.dtype))
+    return stack.blocks.unsort_outputs(torch.cat(outputs, dim=-1))
 
 
 def _with(stack: StackedFactors, A: Tensor, B: Tensor) -> StackedFactors:
@@ -141,9 +139,9 @@ def _products(stack: StackedFactors, x: Tensor, gathered: Gathered, diagonal: Se
     with torch.autocast(x.device.type, enabled=False):  # every dtype is chosen here
         for run, (A, B), entries in zip(stack.runs, gathered, diagonal, strict=True):
             z = _spread(run, A, _inputs(run, sorted_x), dtype) @ entries.to(dtype).mT
-            y = _summed(_groups(run, z, x) * B)
+            y = _summed(_groups(run, z, x) * B).to(x.dtype)
             outputs.append(y.permute(1, 2, 0, 3).flatten(2))
-    return stack.blocks.unsort_outputs(torch.cat(outputs, dim=-1).to(x.dtype))
+    return stack.blocks.unsort_outputs(outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1))
 
 
 def _spread(run: BlockRun, factors: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -179,11 +177,10 @@ def _outputs(run: BlockRun, y: Tensor) -> Tensor:
     return columns.view(*y.shape[:2], run.count, run.height).permute(2, 0, 1, 3)
 
 
-def _unmodulated(stack: StackedFactors, x: Tensor, slots: Tensor) -> Tensor:
+def _unmodulated(stack: StackedFactors, x: Tensor, gathered: Gathered) -> Tensor:
     sorted_x, outputs = stack.blocks.sort_inputs(x), []
-    for run in stack.runs:
-        A, B = stack.of_A(run, slots).transpose(0, 1), stack.of_B(run, slots).transpose(0, 1)
-        y = _inputs(run, sorted_x) @ A.mT.to(x.dtype) @ B.to(x.dtype)
+    for run, (A, B) in zip(stack.runs, gathered, strict=True):
+        y = _inputs(run, sorted_x) @ A[:, :, 0].mT.to(x.dtype) @ B[:, :, 0].to(x.dtype)
         outputs.append(y.permute(1, 2, 0, 3).flatten(2))
     return stack.blocks.unsort_outputs(torch.cat(outputs, dim=-1))
 
