@@ -4,6 +4,7 @@
     python benchmarks/gpu.py model        # a training step of a Llama-3-8B-shaped model with random weights
     python benchmarks/gpu.py quantized    # the same on a 4-bit base
     python benchmarks/gpu.py decoding     # tokens a second: base, merged, in `generate`, LoRA
+    python benchmarks/gpu.py fleet        # batches with 1 and 32 adapters: time and launches, LoRA beside them
     python benchmarks/gpu.py injection    # decomposing the weights, and whether the labels are the CPU's
 
 A part that is called again goes on with the rows that are missing. Each writes benchmarks/results/gpu_<part>.json, from
@@ -45,6 +46,7 @@ from smoa import SmoaConfig
 from smoa.maths.blocks import Blocks
 from smoa.maths.spectrum import make_partition
 from smoa.state import clear_spectrum_cache
+from smoa.tuner.generation import caches_of_generate
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (2048, 640))
 TOKENS = (512, 4096, 1, 16384)
@@ -245,6 +247,29 @@ def decode(rows: Rows, way: str) -> dict[str, Any]:
     return {"tokens_per_second": length / times[-1]}
 
 
+def fleet(rows: Rows) -> None:
+    """A forward of 32 rows with as many adapters, or one, to be compared with that of the base."""
+    for tokens, way, adapters in product((1, 16), ("base", "lora", "smoa-8"), (1, 32)):
+        if way != "base" or adapters == 1:
+            rows.measure(partial(fleet_cost, rows, tokens, way, adapters), tokens=tokens, way=way, adapters=adapters)
+
+
+def fleet_cost(rows: Rows, tokens: int, way: str, adapters: int) -> dict[str, Any]:
+    config, names = TINY_LLAMA if rows.tiny else LLAMA_3_8B, [f"adapter{number}" for number in range(adapters)]
+    made, chosen = llama(config, rows.device), {"target_modules": list(GEMMA_TARGETS)}
+    lora = LoraConfig(r=8, init_lora_weights=False, **chosen)
+    ours = SmoaConfig(r=8, num_blocks=8, partition="random", init_weights=False, **chosen)
+    if way != "base":
+        made = get_peft_model(made, lora if way == "lora" else ours, adapter_name=names[0])
+        for name in names[1:]:
+            made.add_adapter(name, lora if way == "lora" else ours)
+    ids = torch.randint(0, config.vocab_size, (32, tokens), device=rows.device)
+    options = {} if way == "base" else {"adapter_names": [names[row % adapters] for row in range(32)]}
+    made.eval()
+    with torch.no_grad(), caches_of_generate(made.get_base_model() if way == "smoa-8" else made):
+        return rows.cost_of(lambda: made(input_ids=ids, use_cache=False, **options), 5)
+
+
 def injection(rows: Rows) -> None:
     """Seconds to decompose weights of each shape, and the share of coordinates with the CPU's label."""
     for shape in ((64, 96),) if rows.tiny else SHAPES:
@@ -271,6 +296,7 @@ PARTS: dict[str, Callable[[Rows], None]] = {
     "model": model,
     "quantized": partial(model, quantized=True),
     "decoding": decoding,
+    "fleet": fleet,
     "injection": injection,
 }
 

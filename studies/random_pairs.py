@@ -18,8 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from smoa_lab.config.run import RunConfig
 from smoa_lab.data.rows import Row, choice_question, content_hash
 from smoa_lab.data.tasks import Selection
-from smoa_lab.study.classification import ClassificationRunner, encoder_folder
-from smoa_lab.study.runner import Runner
+from smoa_lab.study.runner import ClassificationRunner, Runner, encoder_folder
 from smoa_lab.study.study import Study
 
 CLASSES = tuple("ABCDEFGHIJKLMNOP")

@@ -19,7 +19,7 @@ import stored
 
 from smoa_lab.inspect_page import by_layer
 from smoa_lab.pages.charts import save_picture
-from smoa_lab.pages.tables import Table
+from smoa_lab.pages.tables import Table, score_table
 from smoa_lab.study.report import EVERY_RUN, PICTURES
 from smoa_lab.study.trials import PACK, TrialStore
 
@@ -46,10 +46,10 @@ then fresh seeds on the test part.
 NOTHING = "No result is stored yet: run one of the studies in [studies](../studies), then this script.\n"
 SINGLE_RUNS = (
     "Single runs of the lab, one seed each, at learning rates that were not tuned. They show what the lab reports and "
-    "rank nothing. *Gold loss* is the mean negative log-likelihood of the right answers. *Accuracy norm* picks the "
-    "choice by the likelihood per character. *Majority* is the share of the most common label. A generated answer is "
-    "right if it equals the reference; an answer without choices is right if greedy decoding would give it. BLEU runs "
-    "from 0 to 100."
+    "rank nothing. *Gold-answer loss* is the mean negative log-likelihood of the right answers. *Accuracy per "
+    "character* picks the choice by the likelihood per character. *Majority* is the share of the most common label. A "
+    "generated answer is right if it equals the reference; an answer without choices is right if greedy decoding would "
+    "give it. BLEU runs from 0 to 100."
 )
 HEADROOM = (
     "Can a study of a task show a difference between methods? A small LoRA and full fine-tuning get the same search "
@@ -136,22 +136,20 @@ def lab_results(files: list[Path]) -> list[str]:
         result = json.loads(path.read_text(encoding="utf-8"))
         key = ", ".join(result["config"]["data"]["tasks"]), result.get("protocol", "likelihood")
         groups.setdefault(key, []).append((path, result))
-    tables = [lab_table(*key, found) for key, found in groups.items()]
+    tables = [lab_table(*key, results) for key, results in groups.items()]
     return [f"## Single runs\n\n{textwrap.fill(SINGLE_RUNS, WIDTH)}\n", *tables] if tables else []
 
 
-def lab_table(tasks: str, protocol: str, found: list[tuple[Path, dict[str, Any]]]) -> str:
+def lab_table(tasks: str, protocol: str, results: list[tuple[Path, dict[str, Any]]]) -> str:
     """Table of the untouched model and each method, task by task, and how each was trained."""
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for _, result in found:
-        for model, by_task in stages(result).items():
-            rows |= {(task, model): by_task[task] for task in by_task if task != "all" or len(by_task) > 2}
-    order = list(dict.fromkeys(task for task, _ in rows))
-    lines = sorted(rows.items(), key=lambda line: (order.index(line[0][0]), line[0][1] != "untouched", line[0][1]))
-    names = [name for name in dict.fromkeys(key for scores in rows.values() for key in scores) if shown(name, rows)]
-    cells = [[task, model, *(score(scores, name) for name in names)] for (task, model), scores in lines]
-    header = ["task", "model", *(name.replace("_", " ") for name in names)]
-    return f"### {tasks}: {protocol}\n\n{Table(header, cells).markdown()}\n\n{''.join(origin(*one) for one in found)}"
+    models = {model: by_task for _, result in results for model, by_task in stages(result).items()}
+    scores = {
+        model: {task: own for task, own in models[model].items() if task != "all" or len(models[model]) > 2}
+        for model in sorted(models, key=lambda model: (model != "untouched", model))
+    }
+    table = score_table(scores)
+    lines = Table(["task", "model", *table.header[2:]], table.rows).markdown()
+    return f"### {tasks}: {protocol}\n\n{lines}\n\n{''.join(origin(*each) for each in results)}"
 
 
 def draw_inspection(file: Path) -> None:
@@ -187,10 +185,6 @@ def stages(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {method if result.get("adapter") else "untouched": result["scores"]}
 
 
-def shown(name: str, rows: dict[tuple[str, str], dict[str, Any]]) -> bool:
-    return not name.endswith("_stderr") and any(scores.get(name) is not None for scores in rows.values())
-
-
 def origin(path: Path, result: dict[str, Any]) -> str:
     """A line on what was run, with a link to its JSON."""
     config, link = result["config"], f"[{path.stem}](lab-results/{path.name})"
@@ -202,13 +196,6 @@ def origin(path: Path, result: dict[str, Any]) -> str:
         f"{result['training']['steps']} steps of {training.get('per_device_train_batch_size', 8)}, learning rate "
         f"{training['learning_rate']:g}, seed {training.get('seed', 42)}\n"
     )
-
-
-def score(scores: dict[str, Any], name: str) -> str:
-    value, error = scores.get(name), scores.get(f"{name}_stderr")
-    if value is None or isinstance(value, int):
-        return "–" if value is None else str(value)
-    return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
 
 
 if __name__ == "__main__":

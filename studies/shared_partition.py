@@ -25,7 +25,7 @@ from smoa.maths.spectrum import gram_scores, labels_from_scores
 from smoa_lab.config.methods import METHODS, Method
 from smoa_lab.config.run import RunConfig
 from smoa_lab.inspect import adapted_layers
-from smoa_lab.study.classification import ClassificationRunner
+from smoa_lab.study.runner import ClassificationRunner
 
 RANDOM, SPECTRAL = "smoa-shared-random", "smoa-shared-spectral"
 READERS = ("query", "key", "value", "intermediate.dense")

@@ -44,7 +44,7 @@ def comparison(name: str) -> Comparison:
     if config.startswith("recall"):
         runner = random_pairs.runner_of(study)
     elif config == "partition-headlines":
-        runner = shared_partition.SharedPartitionRunner(study.shared, study.elsewhere)
+        runner = shared_partition.SharedPartitionRunner(study.shared, study.other_domain)
     return Comparison(study, runner)
 
 

@@ -51,7 +51,7 @@ PART = [
     "tests/unit/smoa/test_merging_in_place.py",
     "tests/unit/smoa/tuner/test_model.py",
     "tests/unit/smoa/files/test_loading.py",
-    "tests/unit/smoa_lab/config/test_methods.py",
+    "tests/unit/smoa_lab/config/test_run.py",
 ]
 TRL_PART = ["tests/integration/test_examples.py::test_an_example_runs[trl_sft.py]"]
 """For rows that name a version of TRL."""

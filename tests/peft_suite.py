@@ -119,7 +119,7 @@ LEFT_OUT: dict[str, str] = {
         f"{LORAS}sums by SVD, TIES and DARE; test_combining.py has cat and linear"
     ),
     "mixed_adapter_batches_training_mode_raises": f"{ADAPTED}training several adapters (test_mixed_batch.py)",
-    "TestDynamicDispatch": f"{LORAS}its dispatcher of custom layers; test_kinds.py has smoa's kinds",
+    "TestDynamicDispatch": f"{LORAS}its dispatcher of custom layers; test_targets.py has smoa's kinds",
     "TestLoraNestedConfig|TestEva|with_runtime_config": f"{LORAS}configs inside its config",
     "(?<!alt_)weight_tying_tied_model_lora|weight_tying_enc_dec_modules_to_save": (
         f"{REFUSED}ensure_weight_tying with modules_to_save of a tied layer (docs/limits.md)"
@@ -133,20 +133,20 @@ LEFT_OUT: dict[str, str] = {
     "rslora_scaling|scaling_with_rslora": (
         f"{LORAS}alpha / √r; test_rank_stabilized_scaling_is_loras_at_equal_parameters has smoa's"
     ),
-    "lora_embedding_(default|false)": f"{LORAS}normal numbers in B of an embedding; test_factors.py has A and B",
-    "rank_not_divisible_by_groups": f"{LORAS}a rank of each group; test_conv.py has grouped convolutions",
+    "lora_embedding_(default|false)": f"{LORAS}normal numbers in B of an embedding; test_blocks.py has A and B",
+    "rank_not_divisible_by_groups": f"{LORAS}a rank of each group; test_kinds.py has grouped convolutions",
     "rank_pattern_for_moe": (
         f"{LORAS}one matrix for gate and up; test_patterns_go_by_the_parameters_name has the pattern of experts"
     ),
     "multiple_parameters_on_same_module|result_caching_works|target_parameters_forward_under_autocast": (
-        f"{LORAS}the calls of its parametrization; test_experts.py and test_autocast_and_half_precision_train"
+        f"{LORAS}the calls of its parametrization; test_mixtures.py and test_autocast_and_half_precision_train"
     ),
     "inject_from_state_dict_low_cpu_mem_usage$": (
         f"{LORAS}no buffers, which stay real; test_low_cpu_mem_usage_makes_meta_factors_only has the factors"
     ),
     "warns_for_unsharded": f"{LORAS}a warning in PEFT's save; test_factors_that_zero3_has_partitioned_are_not_saved",
-    "different_target_parameters_raises": f"{ADAPTED}adapters of several parameters; test_parameters.py",
-    "groups_greater_than_one": f"{ADAPTED}grouped convolutions; test_conv.py",
+    "different_target_parameters_raises": f"{ADAPTED}adapters of several parameters; test_targets.py",
+    "groups_greater_than_one": f"{ADAPTED}grouped convolutions; test_kinds.py",
     "stable_diffusion": "loads a pipeline of the Hub; tests/integration/test_diffusers.py has a UNet and a transformer",
     r"trainable tokens Same.*merge_layers_multi|merge_layers_multi.*trainable tokens Same": (
         "one output, changed by 0.0013 by the second of two random updates where the test asks for 0.0019; "

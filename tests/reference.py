@@ -104,14 +104,6 @@ def _place_in_block(block_labels: Sequence[int]) -> list[int]:
     return places
 
 
-def hira_delta_weight(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    return scaling * (B @ A) * weight
-
-
-def lora_delta_weight(A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    return scaling * (B @ A)
-
-
 def effective_weight(weight: Tensor, deltas: Sequence[Tensor]) -> Tensor:
     """W plus every active adapter's delta W, each of them made from the pristine W."""
     result = weight

@@ -66,7 +66,10 @@ def cached_spectral_scores(weight: Tensor, precise: bool = False) -> tuple[Tenso
         row_scores, col_scores = spectral_scores(weight, precise)
         scores = row_scores.cpu(), col_scores.cpu()
         _write(key, scores)
-    _remember(key, scores)
+    _memory[key] = scores
+    _memory.move_to_end(key)
+    while len(_memory) > 1 and sum(rows.nbytes + cols.nbytes for rows, cols in _memory.values()) > MEMORY_LIMIT:
+        _memory.popitem(last=False)
     device = decomposition_device(weight)  # another may have no float64
     return scores[0].to(device), scores[1].to(device)
 
@@ -81,13 +84,6 @@ def _content_key(weight: Tensor, precise: bool) -> str:
     digest = hashlib.sha256(f"{VERSION} {precise} {content.dtype} {tuple(content.shape)} ".encode())
     digest.update(content.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _remember(key: str, scores: tuple[Tensor, Tensor]) -> None:
-    _memory[key] = scores
-    _memory.move_to_end(key)
-    while len(_memory) > 1 and sum(rows.nbytes + cols.nbytes for rows, cols in _memory.values()) > MEMORY_LIMIT:
-        _memory.popitem(last=False)
 
 
 def _path(key: str) -> Path | None:

@@ -17,7 +17,7 @@ from smoa_lab.config.run import RunConfig
 from smoa_lab.data.rows import question_values
 from smoa_lab.data.tasks import Selection
 from smoa_lab.scoring.generation import evaluate_by_generation
-from smoa_lab.training.loaded_run import LoadedRun, load_run
+from smoa_lab.training.loaded_run import load_run
 from smoa_lab.training.run_folder import provenance
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,17 @@ def evaluate_run(
         "data": run.account(),
     }
     if protocol == "generation":
-        result |= _generated(model, run, batch_size, num_beams)
+        assert isinstance(run.data, Selection)
+        if not run.data.test:
+            raise DataError("data.test_examples: no held-out questions to score")
+        scores, texts = evaluate_by_generation(
+            model, run.encoder, run.data.test, run.data.families, batch_size, num_beams
+        )
+        result["scores"] = {name: asdict(score) for name, score in scores.items()}
+        result["texts"] = [
+            {**question_values(answer.row), "text": answer.text, "found": answer.found, "wanted": answer.wanted}
+            for answer in texts
+        ]
     else:
         evaluation = run.evaluation(alone=False)
         evaluation.measure(model, "after")
@@ -66,14 +76,3 @@ def evaluate_run(
             raise DataError(f"data: nothing is held out that could be scored; give {part}")
         result["scores"] = evaluation.evaluation["after"]
     return without_secrets(result)
-
-
-def _generated(model: Any, run: LoadedRun, batch_size: int, num_beams: int) -> dict[str, Any]:
-    assert isinstance(run.data, Selection)
-    if not run.data.test:
-        raise DataError("data.test_examples: no held-out questions to score")
-    scores, texts = evaluate_by_generation(model, run.encoder, run.data.test, run.data.families, batch_size, num_beams)
-    written = [
-        {**question_values(one.row), "text": one.text, "found": one.found, "wanted": one.wanted} for one in texts
-    ]
-    return {"scores": {name: asdict(score) for name, score in scores.items()}, "texts": written}

@@ -9,7 +9,6 @@ from typing import Any
 
 import altair as alt
 import torch
-from torch import Tensor
 
 from smoa.errors import ConfigError
 from smoa_lab.inspect import TOO_FAR, LayerReport, layer_table
@@ -58,12 +57,22 @@ def inspection_page(title: str, adapters: Reports, layers: Sequence[str] = ()) -
         rank = sum(report.rank for report in reports) / len(reports)
         trained = sum(report.parameters for report in reports)
         means.append(f"{name}: mean coverage {mean:.3f}, mean rank {rank:.0f}, {trained:,} trained")
-    blocks = by_block(adapters)
+    rows = [
+        {
+            "adapter": name,
+            **{key: getattr(report, key) for key in ("module", "relative_spectral_norm", "effective_rank")},
+        }
+        for name, reports in adapters.items()
+        for report in reports
+    ]
+    methods, blocks = _methods_of(adapters), by_block(adapters)
+    moved = by_layer(rows, methods, "relative_spectral_norm", "‖ΔW‖₂ / ‖W‖₂")
+    ranks = by_layer(rows, methods, "effective_rank", "effective rank of ΔW")
     figures = {
-        "How far each layer was moved": Figure(_lines(adapters, "relative_spectral_norm", "‖ΔW‖₂ / ‖W‖₂"), FAR),
+        "How far each layer was moved": Figure(moved, FAR),
         "Coverage of the spectrum": Figure(coverage(adapters), f"{COVERAGE} {'; '.join(means)}."),
         "Block by block": None if blocks is None else Figure(blocks, BLOCKS),
-        "Rank": Figure(_lines(adapters, "effective_rank", "effective rank of ΔW"), "Effective rank of ΔW."),
+        "Rank": Figure(ranks, "Effective rank of ΔW."),
         f"What changed most: {changed.module}": _detail(changed),
         **{report.module: _detail(report) for report in chosen if report is not changed},
     }
@@ -85,35 +94,32 @@ def _detail(report: LayerReport) -> Figure:
     return Figure(spectrum(report, color_of(report.method)), caption)
 
 
-def _lines(adapters: Reports, field: str, title: str) -> Any:
-    rows = [
-        {"adapter": name, "module": report.module, field: getattr(report, field)}
-        for name, reports in adapters.items()
-        for report in reports
-    ]
-    return by_layer(rows, _methods_of(adapters), field, title)
-
-
 def _methods_of(adapters: Reports) -> dict[str, str]:
-    """The method of each adapter."""
     return {name: reports[0].method for name, reports in adapters.items()}
+
+
+def _looks(methods: Mapping[str, str]) -> tuple[alt.Color, alt.StrokeDash]:
+    """Color and line of each adapter, with a legend where there are several."""
+    several = len(methods) > 1
+    return colors(methods, "adapter", several), dashes(methods, "adapter", several)
 
 
 def by_layer(rows: Sequence[Mapping[str, Any]], methods: Mapping[str, str], field: str, title: str) -> Any:
     """A panel for each kind of module, such as q_proj: ``field`` along the model's layers, a line for each adapter.
     ``rows`` have adapter, module and the field."""
     placed = [{**row, **place(row["module"])} for row in rows]
-    y = alt.Y(f"{field}:Q", title=None, axis=alt.Axis(tickCount=4))
+    color, dash = _looks(methods)
     panels = []
     for kind in dict.fromkeys(row["kind"] for row in placed):
-        own = alt.Chart(values(row for row in placed if row["kind"] == kind)).encode(
+        shown = alt.Chart(values(row for row in placed if row["kind"] == kind)).encode(
             x=alt.X("layer:Q", title=None, axis=alt.Axis(format="d", tickMinStep=1, tickCount=5, grid=False)),
-            y=y,
-            color=colors(methods, "adapter", len(methods) > 1),
+            y=alt.Y(f"{field}:Q", title=None, axis=alt.Axis(tickCount=4)),
+            color=color,
             tooltip=tooltip(adapter="", module="", **{field: ".4f"}),
         )
-        lines = own.mark_line(strokeWidth=1.5).encode(strokeDash=dashes(methods, "adapter", len(methods) > 1))
-        drawn = alt.layer(lines, own.mark_circle(size=24, opacity=1))
+        drawn = alt.layer(
+            shown.mark_line(strokeWidth=1.5).encode(strokeDash=dash), shown.mark_circle(size=24, opacity=1)
+        )
         panels.append(drawn.properties(width=PANEL, height=PANEL * 0.8, title=kind))
     return alt.concat(*panels, columns=COLUMNS, title=alt.Title(f"{title}, by layer", fontWeight="normal", offset=12))
 
@@ -142,26 +148,23 @@ def by_block(adapters: Reports) -> Any | None:
     ]
     if not rows:
         return None
-    titles = {"coverage": "coverage of ΔW's block", "scale": "scale s of the block"}
-    return alt.hconcat(*(_blocks_panel(rows, _methods_of(adapters), *panel) for panel in titles.items()))
-
-
-def _blocks_panel(rows: Sequence[dict[str, Any]], methods: Mapping[str, str], field: str, title: str) -> Any:
-    scale = alt.Scale(zero=True) if field == "coverage" else alt.Scale(type="log", nice=False)
-    several = len(methods) > 1
+    color, dash = _looks(_methods_of(adapters))
     shown = alt.Chart(values(rows)).encode(
-        x=alt.X("block:O", title="block, leading directions first", axis=alt.Axis(labelAngle=0)),
-        color=colors(methods, "adapter", len(methods) > 1),
+        x=alt.X("block:O", title="block, leading directions first", axis=alt.Axis(labelAngle=0)), color=color
     )
-    thin = shown.mark_line(strokeWidth=0.8, opacity=0.35).encode(
-        y=alt.Y(f"{field}:Q", title=title, scale=scale),
-        detail="line:N",
-        tooltip=tooltip(adapter="", module="", block="d", **{field: ".4g"}),
-    )
-    bold = shown.mark_line(strokeWidth=3, point=True).encode(
-        y=f"mean({field}):Q", strokeDash=dashes(methods, "adapter", several)
-    )
-    return alt.layer(thin, bold).properties(width=WIDTH / 2 - 60, height=220)
+    panels = []
+    for field, title, scale in (
+        ("coverage", "coverage of ΔW's block", alt.Scale(zero=True)),
+        ("scale", "scale s of the block", alt.Scale(type="log", nice=False)),
+    ):
+        thin = shown.mark_line(strokeWidth=0.8, opacity=0.35).encode(
+            y=alt.Y(f"{field}:Q", title=title, scale=scale),
+            detail="line:N",
+            tooltip=tooltip(adapter="", module="", block="d", **{field: ".4g"}),
+        )
+        bold = shown.mark_line(strokeWidth=3, point=True).encode(y=f"mean({field}):Q", strokeDash=dash)
+        panels.append(alt.layer(thin, bold).properties(width=WIDTH / 2 - 60, height=220))
+    return alt.hconcat(*panels)
 
 
 def coverage(adapters: Reports) -> Any:
@@ -169,29 +172,24 @@ def coverage(adapters: Reports) -> Any:
     directions alike."""
     rows = []
     for adapter, reports in adapters.items():
-        curve = torch.stack([_cumulative(report) for report in reports]).mean(0)
-        rows += [{"adapter": adapter, "part": i / BINS, "share": share} for i, share in enumerate(curve.tolist())]
+        curves = []
+        for report in reports:
+            energy = (report.spectrum.input_energy + report.spectrum.output_energy) / 2
+            cumulative = torch.cat([energy.new_zeros(1), energy.cumsum(0)])
+            curves.append(cumulative[torch.linspace(0, len(energy), BINS + 1).round().long()])
+        shares = torch.stack(curves).mean(0).tolist()
+        rows += [{"adapter": adapter, "part": i / BINS, "share": share} for i, share in enumerate(shares)]
     shown = alt.Chart(values(rows)).encode(
         x=alt.X("part:Q", title="part of W's singular directions, largest first (j / q)"),
         y=alt.Y("share:Q", title="share of ΔW's energy"),
         tooltip=tooltip(adapter="", part=".2f", share=".3f"),
     )
     even = alt.Chart(values([{"part": 0, "share": 0}, {"part": 1, "share": 1}])).encode(x="part:Q", y="share:Q")
-    methods = _methods_of(adapters)
+    color, dash = _looks(_methods_of(adapters))
     return alt.layer(
         even.mark_line(color=MUTED, strokeWidth=1, strokeDash=[4, 3]),
-        shown.mark_line().encode(
-            color=colors(methods, "adapter", len(methods) > 1), strokeDash=dashes(methods, "adapter", len(methods) > 1)
-        ),
+        shown.mark_line().encode(color=color, strokeDash=dash),
     ).properties(width=WIDTH - 60, height=240)
-
-
-def _cumulative(report: LayerReport) -> Tensor:
-    """(BINS + 1,) cumulative energy, input and output side together, on a grid of j / q."""
-    energy = (report.spectrum.input_energy + report.spectrum.output_energy) / 2
-    cumulative = torch.cat([energy.new_zeros(1), energy.cumsum(0)])
-    places = torch.linspace(0, len(energy), BINS + 1).round().long()
-    return cumulative[places]
 
 
 def spectrum(report: LayerReport, color: str) -> Any:
@@ -209,34 +207,28 @@ def spectrum(report: LayerReport, color: str) -> Any:
     ]
     domain = alt.Scale(domain=[0, len(of_layer.weight_values)], nice=False)
     chart = alt.Chart(values(rows), width=WIDTH - 60).encode(x=alt.X("direction:Q", title=None, scale=domain))
-    sizes = alt.layer(*(_curve(chart, name, shade) for name, shade in (("W", MUTED), ("ΔW", color))))
+    curves = []
+    for name, shade in (("W", MUTED), ("ΔW", color)):
+        axis = alt.Axis(format="~e", tickCount=4)
+        y = alt.Y(f"{name}:Q", title="singular value", scale=alt.Scale(type="log"), axis=axis)
+        line = chart.encode(y=y, tooltip=tooltip(direction="d", **{name: ".4g"})).mark_line(color=shade)
+        label = chart.transform_filter("datum.direction == 0").encode(y=y)
+        text = label.mark_text(align="left", dx=6, dy=-8, text=name, color=shade, fontWeight="bold")
+        curves.append(alt.layer(line, text))
     energy = chart.mark_area(color=color, opacity=0.6, line={"color": color, "strokeWidth": 1}).encode(
         x=alt.X("direction:Q", title="singular direction j of W, largest first", scale=domain),
         y=alt.Y("energy:Q", title="share of ΔW's energy"),
         tooltip=tooltip(direction="d", energy=".5f"),
     )
-    bands = [_bands(report, domain)] if report.bands else []
-    return alt.vconcat(sizes.properties(height=180), *bands, energy.properties(height=110))
-
-
-def _curve(chart: Any, name: str, color: str) -> Any:
-    log = alt.Y(
-        f"{name}:Q", title="singular value", scale=alt.Scale(type="log"), axis=alt.Axis(format="~e", tickCount=4)
-    )
-    line = chart.encode(y=log, tooltip=tooltip(direction="d", **{name: ".4g"})).mark_line(color=color)
-    label = chart.transform_filter("datum.direction == 0").encode(y=log)
-    return alt.layer(line, label.mark_text(align="left", dx=6, dy=-8, text=name, color=color, fontWeight="bold"))
-
-
-def _bands(report: LayerReport, domain: alt.Scale) -> Any:
-    """A bar for each block along the directions."""
-    rows = [{"block": number, "low": low, "high": high} for number, (low, high) in enumerate(report.bands, start=1)]
-    shown = alt.Chart(values(rows)).encode(
-        x=alt.X("low:Q", title=None, scale=domain),
-        x2="high:Q",
-        y=alt.Y("block:O", title="block", axis=alt.Axis(grid=False, ticks=False, labelOverlap=True)),
-        tooltip=tooltip(block="d", low=".1f", high=".1f"),
-    )
-    return shown.mark_bar(color=INK, opacity=0.45, height=5).properties(
-        width=WIDTH - 60, height=max(40, 12 * len(rows))
-    )
+    bands = []
+    if report.bands:
+        ends = [{"block": number, "low": low, "high": high} for number, (low, high) in enumerate(report.bands, start=1)]
+        bars = alt.Chart(values(ends)).encode(
+            x=alt.X("low:Q", title=None, scale=domain),
+            x2="high:Q",
+            y=alt.Y("block:O", title="block", axis=alt.Axis(grid=False, ticks=False, labelOverlap=True)),
+            tooltip=tooltip(block="d", low=".1f", high=".1f"),
+        )
+        drawn = bars.mark_bar(color=INK, opacity=0.45, height=5)
+        bands = [drawn.properties(width=WIDTH - 60, height=max(40, 12 * len(ends)))]
+    return alt.vconcat(alt.layer(*curves).properties(height=180), *bands, energy.properties(height=110))

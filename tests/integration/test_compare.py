@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -161,11 +160,3 @@ def test_options_that_do_not_fit_are_refused_before_any_work(
     assert refused.exit_code != 0
     assert message in refused.output
     assert not list((tmp_path / "study").glob("*/*"))
-
-
-def test_workers_without_ray_name_the_extra(
-    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
-    refused = CliRunner().invoke(app, ["compare", str(study_file(values, tmp_path)), "--workers", "2"])
-    assert refused.stderr == "error: this command needs ray; in a clone of smoa, run: pip install '.[cluster]'\n"

@@ -8,8 +8,7 @@ from typing import Any
 
 from smoa_lab.data.rows import question
 from smoa_lab.study.comparison import runner_of
-from smoa_lab.study.results import Row
-from smoa_lab.study.statistics import Difference, Interval
+from smoa_lab.study.results import Difference, Interval, Row
 from smoa_lab.study.study import Entry, Study
 from smoa_lab.study.trials import Trial, TrialStore
 from tests.support import lab
@@ -126,7 +125,7 @@ def tiny_sequence(room: Path) -> dict[str, Any]:
             "data": {"tasks": ["piqa"], "validation_examples": 0},
             "training": training,
         },
-        "elsewhere": {"tasks": ["prose"]},
+        "other_domain": {"tasks": ["prose"]},
         "tuning": {"sweep": [0.003, 0.01], "per_decade": 2},
         "seeds": [0],
         "entries": {

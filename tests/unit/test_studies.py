@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import shutil
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,10 +20,10 @@ import stored
 from smoa.errors import DataError
 from smoa_lab.study.comparison import load_study
 from smoa_lab.study.report import EVERY_RUN
-from smoa_lab.study.results import as_json
-from smoa_lab.study.statistics import outcomes
+from smoa_lab.study.results import as_json, outcomes, rows_of
+from smoa_lab.study.sequence_report import sequence_summary
 from smoa_lab.study.study import Study
-from smoa_lab.study.trials import PACK, Trial, TrialStore, Untouched, own_files, pack
+from smoa_lab.study.trials import PACK, Trial, TrialStore, Untouched, own_files
 from tests.support import studies
 
 ROOT = Path(__file__).parents[2]
@@ -48,10 +50,15 @@ def test_the_documents_show_as_many_studies_as_ever(monkeypatch: pytest.MonkeyPa
         assert {f"studies/{name}/{file}" for file in ("README.md", "page.html", "summary.json", PACK)} <= files.keys()
 
 
+report_of = cache(stored.report_of)
+
+
 @pytest.mark.parametrize("folder", stored.folders(), ids=lambda folder: folder.name)
 def test_a_stored_study_is_packed_whole_and_its_page_leads_to_its_runs(folder: Path) -> None:
     assert not own_files(folder), "run smoa compare --report-only --pack on this study"
-    report = stored.report_of(folder)
+    report = report_of(folder)
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert folder.name in stored.LARGER or text.startswith(report.readme().rstrip("\n"))
     html = report.page("../charts.js")
     assert not re.search(r"""<link[^>]+href=["']?https?:|\bsrc(?:set)?=["']?https?:|@import""", html)
     shown = re.findall(r'<span id="([^"]+)">', html)
@@ -72,6 +79,31 @@ def test_a_stored_study_was_run_with_the_settings_of_its_file(folder: Path) -> N
     comparison.stored(Untouched())
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("headroom-reuters", "commonsense-float32", "recall-256", "recall-gemma-256"),
+        *("retention-replay", "retention-seeds", "retention-smollm2-reversed"),
+    ],
+)
+def test_a_report_that_is_computed_anew_is_the_wanted(name: str) -> None:
+    comparison, wanted = stored.comparison(name), json.loads((stored.STUDIES / name / "summary.json").read_text())
+    is_sequence = comparison.study.kind == "sequence"
+    summary = sequence_summary(comparison) if is_sequence else as_json(rows_of(comparison))
+    assert_equal(json.loads(json.dumps(summary)), wanted)
+
+
+def assert_equal(value: Any, other: Any) -> None:
+    """The same values, numbers to 1e-12."""
+    if isinstance(value, dict | list):
+        keys = sorted(value) if isinstance(value, dict) else range(len(value))
+        assert len(value) == len(other)
+        for key in keys:
+            assert_equal(value[key], other[key])
+    else:
+        assert value == (pytest.approx(other, rel=1e-12) if isinstance(other, float) else other)
+
+
 FILES = sorted(file for file in stored.STUDIES.glob("*/*.yaml") if file.stem != "partition-headlines")
 
 
@@ -89,89 +121,19 @@ def test_the_documents_and_studies_take_at_most_10_megabytes() -> None:
     assert sum(path.stat().st_size for path in committed) <= 10_000_000
 
 
-FINAL: dict[str, Any] = {
-    "config": {
-        "model": {"name": "all-minilm-l6-v2", "dtype": "float32"},
-        "data": {"tasks": ["headlines"], "train_examples": 1920},
-        "training": {"per_device_train_batch_size": 32},
-    },
-    "steps": 60,
-    "scores": {"all": {"questions": 2000, "gold_loss": 3.25, "accuracy": 0.5}},
-}
-
-
-@pytest.fixture
-def docs(tmp_path: Path) -> Path:
-    """A folder of documents with stored results, beside one of studies."""
-    docs = tmp_path / "docs"
-    rows = [studies.row("lora"), studies.row("ours", loss=2.0, loss_difference=None)]
-    folder = tmp_path / "studies" / "headlines"
-    for row in rows:
-        for seed in row.seeds:
-            file = TrialStore(folder).file(Trial("final", row.entry, row.learning_rate, seed).name)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(FINAL))
-    (folder / "summary.json").write_text(json.dumps(as_json(rows)))
-    (folder / "differences.png").touch()
-    (docs / "lab-results").mkdir(parents=True)
-    scores = {"questions": 40, "gold_loss": 2.5, "gold_loss_stderr": 0.25, "accuracy": 0.375, "majority": None}
-    for method, loss in (("smoa", 2.0), ("lora", 2.25)):
-        metrics = {
-            "config": {
-                "method": method,
-                "model": {"dtype": "float32"},
-                "data": {"tasks": ["arc_easy"]},
-                "training": {"learning_rate": 0.01, "per_device_train_batch_size": 16},
-            },
-            "parameters": {"trainable": 158_976},
-            "training": {"steps": 60},
-            "evaluation": {"before": {"arc_easy": scores}, "after": {"arc_easy": {**scores, "gold_loss": loss}}},
-        }
-        (docs / "lab-results" / f"demo-{method}.json").write_text(json.dumps(metrics))
-    (docs / "inspections").mkdir()
-    layers = [
-        {"parameters": 10, "relative_update": 0.1, "rank": rank, "effective_rank": 2, "coverage": 0.5}
-        for rank in (4, 6)
-    ]
-    (docs / "inspections" / "demo.json").write_text(json.dumps({"runs/demo-smoa": layers}))
-    return docs
-
-
-def page(docs: Path) -> str:
-    results_page.main(docs, docs.parent / "studies")
-    return (docs / "results.md").read_text(encoding="utf-8")
-
-
-def test_a_study_is_shown_with_its_setting_its_tables_and_the_way_to_its_files(docs: Path) -> None:
-    text = page(docs)
-    assert "Budget all, reference ours: by loss 0 better, 0 same, 1 worse." in text
-    assert (
-        "Model: all-minilm-l6-v2, float32. Tasks: headlines; 1920 training examples, 60 steps of 32, 2000 test" in text
-    )
-    assert "| 2.5000 ± 0.1000 | 50.0 ± 10.0 | +0.5000 [+0.2500, +0.7500] | worse |" in text
-    assert "[summary as JSON](../studies/headlines/summary.json)" in text
-    assert "](../studies/headlines/differences.png)" in text
-    pack(docs.parent / "studies" / "headlines")
-    link = f", [every run as a line of JSON](../studies/headlines/{PACK})"
-    assert page(docs).count(link) == 1
-    assert page(docs).replace(link, "") == text
-
-
-def test_runs_on_the_same_tasks_stand_in_one_table_with_the_untouched_model(docs: Path) -> None:
-    text = page(docs)
-    assert [line for line in text.splitlines() if line.startswith("| arc_easy |")] == [
-        "| arc_easy | untouched | 40 | 2.500 ± 0.250 | 0.375 |",
-        "| arc_easy | lora | 40 | 2.250 ± 0.250 | 0.375 |",
-        "| arc_easy | smoa | 40 | 2.000 ± 0.250 | 0.375 |",
-    ]
-    assert "smoa, 158,976 parameters, float32, 60 steps of 16, learning rate 0.01, seed 42" in text
-    assert "](lab-results/demo-smoa.json)" in text
-    assert "| demo-smoa | 20 | 0.100 | 5 | 2 | 0.500 |" in text  # means over the layers of an adapter
-
-
 def test_without_results_the_page_says_so(tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
-    assert "No result is stored yet" in page(tmp_path / "docs")
+    results_page.main(tmp_path / "docs", tmp_path / "studies")
+    assert "No result is stored yet" in (tmp_path / "docs" / "results.md").read_text()
+
+
+def test_the_page_of_results_is_that_of_the_stored_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables of studies, of their headroom, of single runs and of inspected adapters."""
+    monkeypatch.setattr(stored, "report_of", report_of)
+    for name in ("lab-results", "inspections"):
+        shutil.copytree(results_page.DOCS / name, tmp_path / name)
+    results_page.main(tmp_path)
+    assert (tmp_path / "results.md").read_text() == (results_page.DOCS / "results.md").read_text()
 
 
 @pytest.fixture
@@ -216,35 +178,6 @@ def finish_headroom(study: Study, entry: str, seed: int, right: list[int]) -> No
 def summarize(study: Study, **seeds: list[int]) -> None:
     rows = [{"entry": name, "learning_rate": 0.01, "seeds": gained} for name, gained in seeds.items()]
     (study.folder / "summary.json").write_text(json.dumps(rows))
-
-
-def test_headroom_of_a_study_is_one_line(study: Study) -> None:
-    (study.folder).mkdir()
-    (study.folder / "untouched.json").write_text(
-        '{"questions": ' + str(of_answers([0] * 40)["questions"]).replace("'", '"') + "}"
-    )
-    for seed in (0, 1):
-        finish_headroom(study, "lora", seed, [1] * 20 + [0] * 20)
-        finish_headroom(study, "full", seed, [1] * 36 + [0] * 4)
-    finish_headroom(study, "full", 2, [0] * 40)  # which lora lacks
-    assert not headroom.is_of_headroom(study.folder)
-    summarize(study, lora=[0, 1], full=[0, 1, 2])
-    assert headroom.is_of_headroom(study.folder)
-    line = headroom.line(study.folder)
-    assert dict(zip(headroom.HEADER, line, strict=True)) == {
-        "task": "reuters",
-        "model": "encoder",
-        "seeds": "2",
-        "untouched %": "0.0",
-        "LoRA's r": "1",
-        "LoRA %": "50.0",
-        "full %": "90.0",
-        "better of both − untouched": "+90.0 ± 4.8",
-        "moves": "yes",
-        "full − LoRA": "+40.0 ± 7.8",
-        "standard errors": "5.1",
-        "headroom": "yes",
-    }
 
 
 def test_a_study_without_full_fine_tuning_has_no_headroom(study: Study) -> None:

@@ -94,7 +94,7 @@ class BaseCheckpoint:
 
         A head has any name. It is a saved tensor whose shape the model has with another number of labels only.
         """
-        config = self._config()
+        config = self.own_config()
         if not getattr(self.peft_config, "modules_to_save", None):
             return config
         saved = load_peft_weights(str(self.adapter), device="cpu")
@@ -104,16 +104,13 @@ class BaseCheckpoint:
                 continue
             labels = config.num_labels + len(head) - own[0]
             if labels > 0:
-                other = self._config(num_labels=labels)
+                other = self.own_config(num_labels=labels)
                 if self._shapes(other)[name] == head.shape:
                     return other
         return config
 
-    def own_num_labels(self) -> int:
-        """Number of labels of the base itself. If the adapter's head has the same number, their names are kept."""
-        return int(self._config().num_labels)
-
-    def _config(self, **options: Any) -> Any:
+    def own_config(self, **options: Any) -> Any:
+        """The config of the base itself. If the adapter's head has as many labels, their names are kept."""
         try:
             config = AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code, **options)
         except (OSError, ValueError) as error:  # the latter where the base runs code of its own
@@ -145,7 +142,7 @@ class BaseCheckpoint:
             config=config,
             trust_remote_code=self.trust_remote_code,
             dtype="auto",
-            ignore_mismatched_sizes=config.num_labels != self.own_num_labels(),  # the adapter has the head
+            ignore_mismatched_sizes=config.num_labels != self.own_config().num_labels,  # the adapter has the head
         )
         saved = load_peft_weights(str(self.adapter), device="cpu")
         for name, module in embeddings_of(model).items():

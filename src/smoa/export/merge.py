@@ -163,7 +163,7 @@ def _stream(
     if named_base(raw.get("_name_or_path")).hub_id is None:  # releases before 5 note there where a model came from
         raw.pop("_name_or_path", None)
     raw["torch_dtype" if "torch_dtype" in raw else "dtype"] = _name(loss.dtype)
-    if model.config.num_labels != base.own_num_labels():
+    if model.config.num_labels != base.own_config().num_labels:
         raw.pop("num_labels", None)
         raw |= {key: model.config.to_dict()[key] for key in ("id2label", "label2id")}
     (folder / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -290,7 +290,7 @@ def model_card(
         f"`{base.text}` with the {method_name(config)} adapter below merged into {len(loss.by_layer)} of its weights "
         "by smoa.\nIt is a plain transformers model: nothing else is needed to load it."
     )
-    told = "".join(f"\n{note}\n" for note in notes)
-    precision = f"## Precision\n\nMerged in float32, saved in {_name(loss.dtype)}: {loss.in_words()}\n{told}\n"
+    paragraphs = "".join(f"\n{note}\n" for note in notes)
+    precision = f"## Precision\n\nMerged in float32, saved in {_name(loss.dtype)}: {loss.in_words()}\n{paragraphs}\n"
     front_matter = {"library_name": "transformers", "tags": ["smoa", "merged"]}
     return card_text(title, base, config, front_matter, intro, loading, precision)

@@ -81,10 +81,15 @@ def adapter_card(
     base = base or named_base(config.base_model_name_or_path)
     rows = "".join(f"| {name} | {value:.4g} |\n" for name, value in metrics.items())
     results = f"## Results\n\n| metric | value |\n|---|---|\n{rows}\n" if metrics else ""
+    intro = f"A {method_name(config)} adapter of `{base.text}`, for PEFT."
+    if isinstance(config, SmoaConfig):
+        by_layer = " in layers for which its config gives no other number" if config.num_blocks_pattern else ""
+        paper = "[arXiv:2605.21147](https://arxiv.org/abs/2605.21147)"
+        intro = f"A SMoA adapter ({paper}) of `{base.text}`: r = {config.r}, {config.num_blocks} blocks{by_layer}."
     tags = [method_name(config).lower(), *([BASE_TAG + base.hub_id] if base.hub_id else [])]
     front_matter = {"library_name": "peft", "pipeline_tag": auto_class(config)[1], "tags": tags}
     sections = ("" if base.hub_id else LOCAL) + results + sections
-    return card_text(title, base, config, front_matter, _intro(base.text, config), loading_code(config, base), sections)
+    return card_text(title, base, config, front_matter, intro, loading_code(config, base), sections)
 
 
 def card_text(
@@ -138,16 +143,6 @@ def named_base(source: str | None) -> NamedBase:
     return (
         NamedBase(source, source) if is_hub_id else NamedBase(PureWindowsPath(source).name, None)
     )  # splits at / and \
-
-
-def _intro(base: str, config: Any) -> str:
-    if not isinstance(config, SmoaConfig):
-        return f"A {method_name(config)} adapter of `{base}`, for PEFT."
-    by_layer = " in layers for which its config gives no other number" if config.num_blocks_pattern else ""
-    return (
-        f"A SMoA adapter ([arXiv:2605.21147](https://arxiv.org/abs/2605.21147)) of `{base}`: "
-        f"r = {config.r}, {config.num_blocks} blocks{by_layer}."
-    )
 
 
 def auto_class(config: PeftConfig) -> tuple[str, str | None]:

@@ -46,7 +46,8 @@ def check_adapter_state(model: nn.Module, config: SmoaConfig, adapter_name: str,
 
 def _check_state(model: nn.Module, config: SmoaConfig, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
     layers = adapter_layers(model, adapter_name)
-    keys_of = {name: _keys(name, adapter_name) for name in layers}
+    parts = [part.partition(".") for part in PARTS]
+    keys_of = {layer: [f"{layer}.{name}.{adapter_name}{dot}{rest}" for name, dot, rest in parts] for layer in layers}
     expected = {key for keys in keys_of.values() for key in keys}
     own = {key for key in state_dict if ".smoa_" in key}
     lost, foreign = _compare_others(model, config, state_dict.keys() - own)
@@ -55,18 +56,14 @@ def _check_state(model: nn.Module, config: SmoaConfig, adapter_name: str, state_
         raise AdapterFileError("; ".join(_difference(verb, keys) for verb, keys in differences.items() if keys))
     for key in state_dict:  # in the order of all ranks, which gather FSDP2's shards together
         if key not in own:
-            _check_finite(key, whole(state_dict[key]))
+            tensor = whole(state_dict[key])
+            if tensor.is_floating_point():
+                _largest(key, tensor)
     for name, layer in layers.items():
         tensors = {key: whole(state_dict[key]) for key in keys_of[name]}
         ranks, scaling = layer.ranks[adapter_name], layer.scaling[adapter_name]
         stored = next(layer.smoa_A[adapter_name].parameters()).dtype
         check_parts(name, tensors, layer.saved_shapes(adapter_name), ranks, scaling, stored)
-
-
-def _keys(layer: str, adapter_name: str) -> list[str]:
-    """The keys of a layer's tensors in the model, in the order of `PARTS`."""
-    parts = (part.partition(".") for part in PARTS)
-    return [f"{layer}.{name}.{adapter_name}{dot}{rest}" for name, dot, rest in parts]
 
 
 def _difference(verb: str, keys: list[str]) -> str:
@@ -119,22 +116,21 @@ def check_parts(
     Raises:
         AdapterFileError: a tensor has a wrong shape or dtype, is not finite or no partition, or ΔW would overflow.
     """
+    largest = []
     for part, shape, (key, tensor) in zip(PARTS, shapes, tensors.items(), strict=True):
         if tensor.shape != shape:
             raise AdapterFileError(f"{key}: shape {tuple(tensor.shape)} doesn't fit the layer, expected {shape}")
         if part in LABELS:
             try:
-                for labels in tensor.reshape(-1, tensor.shape[-1]):  # of each matrix of a stack
+                for labels in [tensor] if tensor.ndim == 1 else tensor.flatten(0, -2):  # of each matrix of a stack
                     check_labels(labels, len(ranks), key)
             except PartitionError as error:
                 raise AdapterFileError(f"{error}; the adapter was made for another layer or num_blocks") from None
-        elif tensor.dtype not in FACTOR_DTYPES:
+            continue
+        if tensor.dtype not in FACTOR_DTYPES:
             raise AdapterFileError(f"{key}: {tensor.dtype} found, floating point expected")
-        else:
-            _check_finite(key, tensor.to(torch.float32 if part == SCALE else stored))
+        largest.append(_largest(key, tensor.to(torch.float32 if part == SCALE else stored)))
     # Finite values may make ΔW infinite, as a flipped bit of an exponent does.
-    A, B, _, _, scale = tensors.values()
-    largest = [float(tensor.abs().max()) for tensor in (A, B, scale)]
     size = math.prod([*largest, abs(scaling), max(ranks)])
     dtype = torch.promote_types(stored, torch.float32)
     if size > torch.finfo(dtype).max:
@@ -144,10 +140,13 @@ def check_parts(
         )
 
 
-def _check_finite(key: str, tensor: Tensor) -> None:
-    wide = tensor.float() if tensor.itemsize == 1 else tensor  # isfinite does not support all 8-bit formats
-    if tensor.is_floating_point() and not torch.isfinite(wide).all():
+def _largest(key: str, tensor: Tensor) -> float:
+    """The largest absolute value; raises AdapterFileError if one is NaN or infinite."""
+    wide = tensor.float() if tensor.itemsize == 1 else tensor  # norms don't support 8-bit formats
+    largest = float(torch.linalg.vector_norm(wide, torch.inf)) if wide.numel() else 0.0
+    if not math.isfinite(largest):
         raise AdapterFileError(f"{key}: holds NaN or infinite values; the adapter is broken")
+    return largest
 
 
 def check_gathered(state_dict: dict[str, Tensor]) -> None:

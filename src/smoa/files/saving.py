@@ -71,7 +71,11 @@ def save_adapter(
             if base_model_name is not None:
                 _rename_base(file, temporary / MODEL_CARD, base_model_name)
             if metrics is not None:
-                _write_card(file.parent, target.resolve().name, metrics)
+                config = SmoaConfig.from_pretrained(file.parent)
+                # as in the file: reading replaces `~` by the home folder, which would reveal the user's name
+                config.base_model_name_or_path = json.loads(file.read_text("utf-8"))["base_model_name_or_path"]
+                card = adapter_card(target.resolve().name, config, metrics)
+                (file.parent / MODEL_CARD).write_text(card, encoding="utf-8")
 
 
 def _rename_base(file: Path, card_file: Path, name: str) -> None:
@@ -85,10 +89,3 @@ def _rename_base(file: Path, card_file: Path, name: str) -> None:
         if old and {"/", "\\"} & set(old):  # a name without one may be any word of the text
             card.text = card.text.replace(str(Path(old).expanduser()), name).replace(old, name)
         card.save(card_file)
-
-
-def _write_card(folder: Path, title: str, metrics: Mapping[str, float]) -> None:
-    config = SmoaConfig.from_pretrained(folder)
-    # as in the file: reading replaces `~` by the home folder, which would reveal the user's name
-    config.base_model_name_or_path = json.loads((folder / CONFIG_NAME).read_text("utf-8"))["base_model_name_or_path"]
-    (folder / MODEL_CARD).write_text(adapter_card(title, config, metrics), encoding="utf-8")

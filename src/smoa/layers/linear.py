@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from smoa.config import Shape
-from smoa.layers.layer import SmoaLayer, is_instrumented
+from smoa.layers.layer import SmoaLayer, in_autocast_dtype, is_instrumented
 from smoa.layers.mixed_batch import mixed_outputs, shared_output
 from smoa.layers.weight_cache import BLOCKS, DIAGONAL, WHOLE, KeptUpdate, WeightCache
 from smoa.maths.kernels.choice import prefers_apart, prefers_shared
@@ -47,28 +47,26 @@ class Linear(SmoaLayer):
         self.decide_partition(adapter_name)
         self.gather(adapter_name)
         x, anchors = self.branch_input(x, adapter_name), MODULATIONS[self.modulation[adapter_name]].anchors
-        if anchors and self._multiplies_factors(x, adapter_name):
-            return shared_output(self, x, adapter_name)
-        kept = self._kept_update(adapter_name, x) if anchors else None  # without M, the factors are as quick
-        if kept is not None:
-            return kept.apply(x)
-        update = self.update(adapter_name)
-        return self._apply_update(update, x)
+        if anchors and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            cache = self.open_cache([adapter_name], x)
+            if cache is not None:
+                if (kept := self._kept_update(cache, adapter_name, x)) is not None:
+                    return kept.apply(x)
+            elif self._multiplies_factors(x, adapter_name):
+                return shared_output(self, x, adapter_name)
+        return self._apply_update(self.update(adapter_name), x)
 
     def _multiplies_factors(self, x: Tensor, adapter_name: str) -> bool:
-        """Whether few tokens take the product with the blocks of W: where these are slices, and no ΔW is kept."""
-        if not self.contiguous[adapter_name] or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        """Whether few tokens take the product with the blocks of W."""
+        if is_transformed(x):
             return False
-        few = prefers_shared(self.ranks[adapter_name], x.shape[:-1].numel(), chosen_kernels())
-        return few and self.open_cache([adapter_name], x) is None and not is_transformed(x)
+        return prefers_shared(self.ranks[adapter_name], x.shape[:-1].numel(), chosen_kernels())
 
     def _mixed_outputs(self, x: Tensor, adapter_names: list[str]) -> Iterator[tuple[Tensor | None, Tensor]]:
         return mixed_outputs(self, x, adapter_names)
 
-    def _kept_update(self, adapter_name: str, x: Tensor) -> KeptUpdate | None:
-        cache, dtype = self.open_cache([adapter_name], x), x.dtype
-        if cache is None:
-            return None
+    def _kept_update(self, cache: WeightCache, adapter_name: str, x: Tensor) -> KeptUpdate | None:
+        dtype = x.dtype
 
         def make() -> KeptUpdate:
             return KeptUpdate.of(self.update(adapter_name), self.pristine_weight(), dtype)
@@ -85,7 +83,12 @@ class Linear(SmoaLayer):
             weight = cache.get((WHOLE, *active), self.state_of_update(active), lambda: self.merged_weight(active))
             if weight is not None:
                 return nn.functional.linear(x, weight, self.bias)
-        result: Tensor = super()._active_forward(x, active, *args, **kwargs)
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        x = in_autocast_dtype(x.to(result.device))
+        for name in active:
+            anchors = MODULATIONS[self.modulation[name]].anchors  # without M, the factors are as quick
+            kept = self._kept_update(cache, name, x) if anchors else None
+            result = result + (self.branch_output(x, name) if kept is None else kept.apply(x)).to(result.dtype)
         return result
 
     def _has_plain_base(self) -> bool:
@@ -107,9 +110,10 @@ class Linear(SmoaLayer):
         by_weight = MODULATIONS[self.modulation[adapter_name]].by_weight
         if not by_weight or (isinstance(dropout, nn.Dropout) and self.training):
             return None
-        weight, update = self.stored_weight(), self.update(adapter_name)
+        weight = self.stored_weight()
         if weight.dtype != x.dtype or weight.requires_grad or is_transformed(x, weight):
             return None
-        tokens = x.shape[:-1].numel()
-        apart = self.route != "fused" and prefers_apart(update.factors.blocks, tokens, update.kernels)
-        return None if apart else update
+        blocks = len(self.ranks[adapter_name]), self.contiguous[adapter_name]
+        if self.route != "fused" and prefers_apart(*blocks, x.device.type, x.shape[:-1].numel(), chosen_kernels()):
+            return None
+        return self.update(adapter_name)

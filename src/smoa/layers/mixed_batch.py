@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from smoa.layers.layer import SmoaLayer
-from smoa.layers.weight_cache import BLOCKS, DIAGONAL, tensor_state
-from smoa.maths.kernels.batched import diagonal_blocks
+from smoa.layers.weight_cache import BLOCKS, DIAGONAL, is_sharded, tensor_state
 from smoa.maths.kernels.choice import Kernels, prefers_shared
 from smoa.maths.kernels.operators import is_transformed
-from smoa.maths.kernels.shared import Gathered, StackedFactors, shared
+from smoa.maths.kernels.shared import Gathered, StackedFactors, diagonal_of, shared
 from smoa.maths.scale import MODULATIONS
 from smoa.state import chosen_kernels
 
@@ -106,6 +105,9 @@ class MixedGroup:
         self.layer, self.names, self.rows, self.slots = layer, names, rows, slots
         factors = layer.update(names[0]).factors
         self.blocks, self.runs, self.modulation = factors.blocks, factors.runs(), layer.modulation[names[0]]
+        parts = [part._modules for part in (layer.smoa_A, layer.smoa_B)]
+        self._owners: list[Any] = [modules[name]._parameters for modules in parts for name in names]
+        self._keeps = not is_sharded(layer)  # whose storage is refilled unnoticed
         self._stacked: tuple[Any, tuple[StackedFactors, Gathered]] | None = None
 
     def output(self, x: Tensor) -> Tensor:
@@ -122,7 +124,7 @@ class MixedGroup:
     def stack(self) -> tuple[StackedFactors, Gathered | None]:
         """The stacked factors, and without gradients those of each row: as at the last call, unless one has changed."""
         layer, scaling = self.layer, [self.layer.scaling[name] for name in self.names]
-        state = None if torch.is_grad_enabled() else (scaling, _state_of_factors(layer, self.names))
+        state = None if torch.is_grad_enabled() or not self._keeps else (scaling, *self._state_of_factors())
         if state is not None and self._stacked is not None and self._stacked[0] == state:
             return self._stacked[1]
         stack = StackedFactors.of([layer.update(name).factors for name in self.names])
@@ -132,28 +134,26 @@ class MixedGroup:
         self._stacked = state, found
         return found
 
+    def _state_of_factors(self) -> tuple[list[int], list[int]]:
+        """Changes when a factor is written or replaced."""
+        weights = [owner.get("weight") for owner in self._owners]
+        try:
+            versions = [weight._version for weight in weights]
+        except (RuntimeError, AttributeError):  # made in inference mode, or sharded
+            versions = []
+        return list(map(id, weights)), versions
+
     def diagonal(self) -> Sequence[Tensor]:
         """The diagonal blocks of M for each run of blocks; copies are kept where calls may keep something."""
 
         def make() -> Sequence[Tensor]:
             anchor = MODULATIONS[self.modulation].anchor(self.layer.pristine_weight(), self.blocks)
             assert anchor is not None
-            return [diagonal_blocks(self.blocks, run, anchor) for run in self.runs]
+            return diagonal_of(self.blocks, self.runs, anchor)
 
-        cache = None if self.blocks.is_contiguous else self.layer.open_cache([], self.slots)
+        cache = self.layer.open_cache([], self.slots)
         if cache is None:
             return make()
         digest = self.layer.labels_digest[self.names[0]]
         kept = cache.get((DIAGONAL, self.modulation, str(digest)), tensor_state(self.layer.stored_weight()), make)
         return make() if kept is None else kept
-
-
-def _state_of_factors(layer: SmoaLayer, names: Sequence[str]) -> list[int]:
-    """Changes when a factor is written or replaced."""
-    state: list[int] = []
-    for part in (layer.smoa_A, layer.smoa_B):
-        modules = part._modules
-        for name in names:
-            weight: Any = modules[name]._parameters.get("weight")
-            state += id(weight), -1 if weight is None or weight.is_inference() else weight._version
-    return state

@@ -59,6 +59,8 @@ class WeightCache:
 
     def get(self, slot: tuple[str, ...], key: Hashable, make: Callable[[], T]) -> T | None:
         """The value for `slot` (kind, then adapters) in the state `key`; None if there is no memory for it."""
+        if self.gave_up:
+            return None
         kept = self.kept.get(slot)
         if kept is not None and kept[0] == key:
             return kept[1]  # type: ignore[no-any-return]
@@ -121,9 +123,8 @@ class KeptUpdate:
     def apply(self, x: Tensor) -> Tensor:
         """`x ΔWᵀ`: (…, out_features) in the dtype of x, not differentiable."""
         flat = self.blocks.sort_inputs(x.reshape(-1, x.shape[-1])).to(self.runs[0][1].dtype)
-        y = flat.new_empty(len(flat), self.blocks.out_features)
-        for run, entries in self.runs:
-            torch.bmm(run.of_inputs(flat), entries.mT, out=run.of_outputs(y))
+        parts = [(run.of_inputs(flat) @ entries.mT).transpose(0, 1).flatten(1) for run, entries in self.runs]
+        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         return self.blocks.unsort_outputs(y).to(x.dtype).view(*x.shape[:-1], y.shape[1])
 
     @property

@@ -152,11 +152,11 @@ class Blocks:
 
     def sort_inputs(self, x: Tensor) -> Tensor:
         """`x[..., orders.cols]`, differentiable; x itself if the blocks are contiguous."""
-        return x if self.is_contiguous else x.index_select(-1, self.orders.cols)
+        return x if self.is_contiguous else reordered(x, self.orders.cols)
 
     def unsort_outputs(self, y: Tensor) -> Tensor:
         """`y[..., orders.rows_inverse]`, differentiable; y itself if the blocks are contiguous."""
-        return y if self.is_contiguous else y.index_select(-1, self.orders.rows_inverse)
+        return y if self.is_contiguous else reordered(y, self.orders.rows_inverse)
 
     def transposed(self) -> Blocks:
         """The blocks of the transposed weight."""
@@ -183,10 +183,21 @@ class DiagonalBlocks:
         self.blocks.write(weight, self.entries)
 
 
+def reordered(x: Tensor, order: Tensor) -> Tensor:
+    """`x[..., order]`, differentiable. On a CPU `index_select` takes up to ten times as long for three dimensions."""
+    if x.device.type != "cpu":
+        return x.index_select(-1, order)
+    return x.gather(-1, order.expand(*x.shape[:-1], -1))
+
+
 def take_columns(x: Tensor, order: Tensor, out: Tensor | None = None) -> Tensor:
     """`x[:, order]`. With `out`, two-byte entries on a CPU are copied by NumPy, which takes a third of the time."""
-    if out is None or x.device.type != "cpu" or x.dtype.itemsize != 2:
+    if out is None:
+        return reordered(x, order)
+    if x.device.type != "cpu":
         return torch.index_select(x, 1, order, out=out)
+    if x.dtype.itemsize != 2:
+        return torch.gather(x, 1, order.expand(len(x), len(order)), out=out)
     entries, target = (tensor.detach().view(torch.int16).numpy() for tensor in (x, out))
     numpy.take(entries, order.numpy(), axis=1, out=target, mode="clip")  # the other modes buffer the output
     return out

@@ -28,7 +28,7 @@ from smoa.maths.factors import Factors
 from smoa.maths.kernels.batched import batched_backward, batched_forward
 from smoa.maths.kernels.operators import Gradients, is_transformed, recomputed
 from smoa.maths.scale import MODULATIONS, Modulation
-from smoa.maths.spectrum import PartitionKind, decomposable, finite_peak, gram_scores, make_partition, squarable
+from smoa.maths.spectrum import PartitionKind, finite_peak, gram_scores, make_partition, squarable
 from smoa.maths.update import Update
 
 ExpertPartition = Literal["each", "shared"]
@@ -270,6 +270,6 @@ def _partition(stack: Tensor, num_blocks: int, kind: PartitionKind, scores_of: S
 
 def _shared_scores(stack: Tensor, first: Tensor, precise: bool) -> tuple[Tensor, Tensor]:
     """Scores of the rows of `[W_1 … W_E]`, and of the columns of `[W_1; …; W_E]`, from `Σ W Wᵀ` and `Σ Wᵀ W`."""
-    weights = squarable(decomposable(stack))
+    weights = squarable(stack)
     rows, cols = (sum(W @ W.mT for W in side) for side in (weights, weights.mT))
     return gram_scores(rows, precise), gram_scores(cols, precise)

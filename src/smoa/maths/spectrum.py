@@ -47,7 +47,7 @@ def spectral_scores(weight: Tensor, precise: bool = False) -> tuple[Tensor, Tens
     Raises:
         PartitionError: the weight has NaN or infinite entries.
     """
-    weight = squarable(decomposable(weight))
+    weight = squarable(weight)
     if weight.shape[0] >= weight.shape[1]:
         return _tall_scores(weight, precise)
     col_scores, row_scores = _tall_scores(weight.T, precise)
@@ -55,12 +55,12 @@ def spectral_scores(weight: Tensor, precise: bool = False) -> tuple[Tensor, Tens
 
 
 def squarable(weight: Tensor) -> Tensor:
-    """The weight in float32 or float64, scaled if its squares would underflow or overflow.
+    """The weight where it can be decomposed, in float32 or float64, scaled if its squares would leave their range.
 
     Raises:
         PartitionError: the weight has NaN or infinite entries.
     """
-    weight = weight.detach()
+    weight = decomposable(weight.detach())
     weight = weight if weight.dtype == torch.float64 else weight.float()
     peak = finite_peak(weight)
     if SAFE_PEAK[0] < peak < SAFE_PEAK[1]:

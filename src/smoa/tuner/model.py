@@ -185,7 +185,10 @@ class SmoaModel(BaseTuner, StateDictHooks):
         if file is not None:
             file.check_unchanged(state_dict)
         named = with_plain_names(model)
-        saved = renamed(without_id(state_dict), _wrapper_names(named))
+        # A file may lack or have PEFT's prefix
+        wrappers = {parameter: wrapper for wrapper, parameter in parameter_names(named).items()}
+        wrappers |= {PREFIX + name.removeprefix(PREFIX): wrapper for name, wrapper in wrappers.items()}
+        saved = renamed(without_id(state_dict), wrappers)
         remapped = super()._remap_adapter_state_dict_for_load(named, config, adapter_name, saved)
         check_adapter_state(model, config, adapter_name, remapped)
         for layer in adapter_layers(model, adapter_name).values():
@@ -260,9 +263,3 @@ class SmoaModel(BaseTuner, StateDictHooks):
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         return adapter_names_hooks(self, kwargs)
-
-
-def _wrapper_names(model: Any) -> dict[str, str]:
-    """Names of the wrappers of parameters by those in a file, which may lack or have PEFT's prefix."""
-    names = {parameter: wrapper for wrapper, parameter in parameter_names(model).items()}
-    return names | {PREFIX + name.removeprefix(PREFIX): wrapper for name, wrapper in names.items()}

@@ -34,8 +34,7 @@ from smoa.layers.quantized import dequantized, find_backend
 from smoa.layers.weight_cache import tensor_state
 from smoa.maths.blocks import Blocks
 from smoa.maths.factors import BlockRun, Factors, factor_shapes, init_factors
-from smoa.maths.kernels.batched import diagonal_blocks
-from smoa.maths.kernels.shared import Gathered, StackedFactors, shared
+from smoa.maths.kernels.shared import Gathered, StackedFactors, diagonal_of, shared
 from smoa.maths.scale import MODULATIONS, ModulationKind, rank_scale
 from smoa.tuner.generation import BASE
 
@@ -246,8 +245,8 @@ class AdapterPool:
                 return kept[1]
             anchor = modulation.anchor(self._weight(place.layer), place.blocks)
             assert anchor is not None
-            found = [diagonal_blocks(place.blocks, run, anchor) for run in place.runs]
-            if not torch.is_grad_enabled() and not place.blocks.is_contiguous:
+            found = diagonal_of(place.blocks, place.runs, anchor)
+            if not torch.is_grad_enabled():
                 batch.diagonals[id(place)] = state, found
             return found
 

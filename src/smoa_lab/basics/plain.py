@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, TypeVar, cast
@@ -13,13 +14,18 @@ from typing import Any, TypeVar, cast
 from huggingface_hub import constants
 
 
+def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """``value`` with each plain value within dictionaries and lists changed."""
+    if isinstance(value, dict):
+        return {key: _mapped(inside, change) for key, inside in value.items()}
+    if isinstance(value, list | tuple):
+        return [_mapped(inside, change) for inside in value]
+    return change(value)
+
+
 def finite(value: Any) -> Any:
     """``value`` with None for NaN and infinities, also within dictionaries and lists: what a run left that diverged."""
-    if isinstance(value, dict):
-        return {key: finite(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return _mapped(value, lambda leaf: None if isinstance(leaf, float) and not math.isfinite(leaf) else leaf)
 
 
 def json_text(value: Any) -> str:
@@ -29,15 +35,13 @@ def json_text(value: Any) -> str:
 
 def portable(value: Any) -> Any:
     """``value`` with only the last name of every absolute path, also within dictionaries and lists."""
-    if isinstance(value, dict):
-        return {key: portable(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [portable(one) for one in value]
-    return PureWindowsPath(value).name if isinstance(value, str) and _is_of_this_machine(value) else value
 
+    def last_name(leaf: Any) -> Any:
+        is_place = isinstance(leaf, str) and (leaf.startswith("~/") or PurePosixPath(leaf).is_absolute())
+        is_place = is_place or (isinstance(leaf, str) and PureWindowsPath(leaf).is_absolute())
+        return PureWindowsPath(leaf).name if is_place else leaf
 
-def _is_of_this_machine(text: str) -> bool:
-    return text.startswith("~/") or PurePosixPath(text).is_absolute() or PureWindowsPath(text).is_absolute()
+    return _mapped(value, last_name)
 
 
 Value = TypeVar("Value")
@@ -72,24 +76,21 @@ def names_secret(key: str) -> bool:
 
 
 def without_secrets(value: Value) -> Value:
-    """Plain values without texts that are named like secrets, and with ``***`` in the place of each known token."""
-    return cast(Value, _cleaned(value, _known_tokens()))
-
-
-def _known_tokens() -> list[str]:
-    """Those in the environment, and the one that ``hf auth login`` has stored."""
-    found = [value.strip() for key, value in os.environ.items() if names_secret(key)]
+    """Plain values without texts that are named like secrets, and with ``***`` in the place of each known token: those
+    in the environment, and the one that ``hf auth login`` has stored."""
+    tokens = [text.strip() for key, text in os.environ.items() if names_secret(key)]
     with suppress(OSError, UnicodeDecodeError):
-        found.append(Path(constants.HF_TOKEN_PATH).read_text(encoding="utf-8").strip())
-    return sorted((one for one in found if len(one) >= SHORTEST and "/" not in one), key=len, reverse=True)
+        tokens.append(Path(constants.HF_TOKEN_PATH).read_text(encoding="utf-8").strip())
+    known = sorted((token for token in tokens if len(token) >= SHORTEST and "/" not in token), key=len, reverse=True)
+    return cast(Value, _cleaned(value, known))
 
 
 def _cleaned(value: Any, tokens: list[str]) -> Any:
     if isinstance(value, dict):
-        secret = {key for key, one in value.items() if isinstance(one, str) and names_secret(str(key))}
-        return {key: _cleaned(one, tokens) for key, one in value.items() if key not in secret}
+        secret = {key for key, text in value.items() if isinstance(text, str) and names_secret(str(key))}
+        return {key: _cleaned(inside, tokens) for key, inside in value.items() if key not in secret}
     if isinstance(value, list | tuple):
-        return [_cleaned(one, tokens) for one in value]
+        return [_cleaned(inside, tokens) for inside in value]
     if isinstance(value, str):
         for token in tokens:
             value = value.replace(token, "***")

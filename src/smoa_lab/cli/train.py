@@ -66,7 +66,17 @@ def print_scores(metrics: dict[str, Any]) -> None:
             for name in ("before", "after", "reference"):
                 if name in sample:
                     typer.echo(f"  {name + ':':10} {sample[name] or '(nothing)'}")
-    parts = [f"learned: {', '.join(learned)}"] if (learned := _learned(evaluation)) else []
+    parts = []
+    if len(evaluation) == 2:
+        before, after = evaluation["before"], evaluation["after"]
+        learned = [
+            f"{task} {100 * before[task]['accuracy']:.1f} → {100 * scores['accuracy']:.1f} %"
+            for task, scores in after.items()
+            if task != "all"
+        ]
+        if "rows" in after["all"]:
+            learned = [f"perplexity {before['all']['perplexity']:.2f} → {after['all']['perplexity']:.2f}"]
+        parts = [f"learned: {', '.join(learned)}"]
     if forgot:
         parts.append(f"forgot: {forgot['change']:+.3f} ± {forgot['stderr']:.3f} nats per token of general text")
     if parts:
@@ -78,17 +88,3 @@ def print_scores(metrics: dict[str, Any]) -> None:
         f"{decimal(parameters['adapter_bytes'])} on disk; {training['steps']} steps of {training['trainer']} in "
         f"{training['seconds']:.0f} s{speed}; at most {decimal(training['peak_memory_bytes'])} of memory"
     )
-
-
-def _learned(evaluation: dict[str, Any]) -> list[str]:
-    """The perplexity of rows, or the accuracy of each task, before and after."""
-    if len(evaluation) < 2:
-        return []
-    before, after = evaluation["before"], evaluation["after"]
-    if "rows" in after["all"]:
-        return [f"perplexity {before['all']['perplexity']:.2f} → {after['all']['perplexity']:.2f}"]
-    return [
-        f"{task} {100 * before[task]['accuracy']:.1f} → {100 * scores['accuracy']:.1f} %"
-        for task, scores in after.items()
-        if task != "all"
-    ]

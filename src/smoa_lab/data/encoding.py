@@ -7,8 +7,7 @@ TRL's own preparation gives the same tokens wherever it can mark the assistant's
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import groupby
@@ -17,10 +16,9 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from smoa.errors import DataError
-from smoa_lab.data.chat_templates import adds_bos, require_chat_template, training_template
-from smoa_lab.data.questions import ALPACA, AnswerStyle, Template, candidates, gold_response, instruction
-from smoa_lab.data.rows import Message, Row
+from smoa.errors import ConfigError, DataError
+from smoa_lab.data.chat_templates import adds_bos, training_template
+from smoa_lab.data.rows import ALPACA, AnswerStyle, Message, Row, Template, candidates, gold_response, instruction
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
 MARK = "\ue000"
@@ -122,7 +120,12 @@ class Encoder:
         if isinstance(completion, str):
             tokens = self._text(str(row.prompt), completion)
         else:
-            require_chat_template(self.tokenizer)
+            if not self.tokenizer.chat_template:
+                raise ConfigError(
+                    "data.chat_template: this model has no chat template, and the rows are conversations; name one: "
+                    "alpaca, which suits every base model, the name of a model's family (gemma3, qwen3, llama3, …), or "
+                    "a .jinja file"
+                )
             tokens = self._turns(_messages(row.prompt), completion)
         length = self.max_length
         if length is None or len(tokens.input_ids) <= length:
@@ -141,7 +144,15 @@ class Encoder:
 
     def answered(self, row: Row, response: str, end: bool) -> Tokens:
         """A question with any response; raises DataError if nothing precedes the response."""
-        prompt, answer = self._prompt_and_answer(self.question_text(row), response)
+
+        def ids(text: str) -> list[int]:
+            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+        text = self.question_text(row)
+        prompt, together = ids(text), ids(text + response)
+        # Together where that leaves the prompt as it is when the model generates, apart otherwise.
+        is_same = together[: len(prompt)] == prompt and len(together) > len(prompt)
+        answer = together[len(prompt) :] if is_same else ids(response)
         if not (self.head or prompt):
             raise DataError(
                 "the prompt is empty and the tokenizer adds no BOS token, so that nothing predicts the answer's first "
@@ -171,17 +182,6 @@ class Encoder:
         text = str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
         return text.removeprefix(self.tokenizer.bos_token or "") if self.head else text
 
-    def _prompt_and_answer(self, prompt: str, response: str) -> tuple[list[int], list[int]]:
-        """Tokenised together where that leaves the prompt as it is when the model generates, apart otherwise."""
-
-        def ids(text: str) -> list[int]:
-            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-        alone, together = ids(prompt), ids(prompt + response)
-        if together[: len(alone)] == alone and len(together) > len(alone):
-            return alone, together[len(alone) :]
-        return alone, ids(response)
-
     # What the model is asked to continue
 
     def prompt(self, row: Row, longest: int | None = None) -> tuple[list[int], str] | None:
@@ -190,21 +190,21 @@ class Encoder:
         fits."""
         if row.task:
             return self.answered(row, "", end=False).prompt, gold_response(row, self.style)
-        prompts = iter([self._beginning(row)]) if row.is_text else self._answers(_messages(row.prompt, row.completion))
-        return next((found for found in prompts if longest is None or len(found[0]) <= longest), None)
-
-    def _answers(self, messages: Sequence[Message]) -> Iterator[tuple[list[int], str]]:
-        """Each answer with all that is before it, the last first."""
-        for place in range(len(messages) - 1, 0, -1):
-            if messages[place].role == "assistant":
-                yield self._chat(messages[:place], add_generation_prompt=True), messages[place].content
-
-    def _beginning(self, row: Row) -> tuple[list[int], str]:
-        if row.prompt:
-            return self._ids(str(row.prompt)), str(row.completion)
-        ids = self._ids(str(row.completion))
-        shown = min(SHOWN, len(ids) // 2 + 1)
-        return ids[:shown], str(self.tokenizer.decode(ids[shown:]))
+        prompts: Iterable[tuple[list[int], str]]
+        if not row.is_text:
+            messages = _messages(row.prompt, row.completion)
+            prompts = (
+                (self._chat(messages[:place], add_generation_prompt=True), messages[place].content)
+                for place in reversed(range(1, len(messages)))
+                if messages[place].role == "assistant"
+            )
+        elif row.prompt:
+            prompts = [(self._ids(str(row.prompt)), str(row.completion))]
+        else:
+            ids = self._ids(str(row.completion))
+            begun = min(SHOWN, len(ids) // 2 + 1)
+            prompts = [(ids[:begun], str(self.tokenizer.decode(ids[begun:])))]
+        return next((prompt for prompt in prompts if longest is None or len(prompt[0]) <= longest), None)
 
     # Texts and turns
 
@@ -230,7 +230,8 @@ class Encoder:
             return Tokens(ids, list(ids))
         if self.marked_template is None:
             return self._by_turns(messages)
-        marked = self._apply(messages, chat_template=self.marked_template, return_assistant_tokens_mask=True)
+        options = {"chat_template": self.marked_template, "return_assistant_tokens_mask": True}
+        marked = self._apply(messages, tokenize=True, return_dict=True, **options)
         ids = list(marked["input_ids"])
         marks = zip(ids, marked["assistant_masks"], strict=True)
         return Tokens(ids, [token if trained else IGNORED for token, trained in marks])
@@ -274,30 +275,21 @@ class Encoder:
         return self._formatted([Message("user", MARK), Message("assistant", MARK)]).rpartition(MARK)[2].rstrip()
 
     def _formatted(self, messages: Sequence[Message]) -> str:
-        with _refusals():
-            return str(self.tokenizer.apply_chat_template([asdict(one) for one in messages], tokenize=False))
+        return str(self._apply(messages, tokenize=False))
 
     def _chat(self, messages: Sequence[Message], **options: Any) -> list[int]:
-        return list(self._apply(messages, **options)["input_ids"])
+        return list(self._apply(messages, tokenize=True, return_dict=True, **options)["input_ids"])
 
     def _apply(self, messages: Sequence[Message], **options: Any) -> Any:
-        with _refusals():
-            return self.tokenizer.apply_chat_template(
-                [asdict(message) for message in messages], tokenize=True, return_dict=True, **options
-            )
+        try:
+            return self.tokenizer.apply_chat_template([asdict(message) for message in messages], **options)
+        except (TemplateError, TypeError) as error:
+            raise DataError(
+                f"the chat template refuses this row: {error}; change the row, or name another data.chat_template"
+            ) from error
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text)["input_ids"])
-
-
-@contextmanager
-def _refusals() -> Iterator[None]:
-    try:
-        yield
-    except (TemplateError, TypeError) as error:
-        raise DataError(
-            f"the chat template refuses this row: {error}; change the row, or name another data.chat_template"
-        ) from error
 
 
 def trained_pieces(tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> list[tuple[str, bool]]:

@@ -1,18 +1,22 @@
-"""What held-out rows show before and after training: loss, perplexity, of questions the accuracy, sample answers."""
+"""What a model shows before and after training: on held-out rows loss, perplexity, accuracy and sample answers, and on
+general text the loss, whose rise is what the training forgot."""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from smoa_lab.data.encoding import Encoder, Tokens
-from smoa_lab.data.questions import candidates, instruction
-from smoa_lab.data.rows import Row
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from smoa_lab.basics.positions import positions_of
+from smoa_lab.data.encoding import Encoder, Tokens, pad_token
+from smoa_lab.data.general_text import describe, passages
+from smoa_lab.data.rows import Row, candidates, instruction
 from smoa_lab.scoring.generation import continue_prompts
 from smoa_lab.scoring.losses import Losses, Score, proportion, row_losses, score
 
@@ -77,7 +81,7 @@ def _of_free_answer(row: Row, scored: Score, tokens: Tokens) -> Outcome:
 
 def _of_choices(row: Row, scores: list[Score], lengths: list[int]) -> Outcome:
     assert row.label is not None
-    losses = [one.loss for one in scores]
+    losses = [choice.loss for choice in scores]
     normed = [loss / length for loss, length in zip(losses, lengths, strict=True)]
     return Outcome(
         row,
@@ -91,28 +95,22 @@ def _of_choices(row: Row, scores: list[Score], lengths: list[int]) -> Outcome:
 def score_outcomes(outcomes: Sequence[Outcome]) -> dict[str, Scores]:
     """Scores per task, and over all under ``all``."""
     names = dict.fromkeys(outcome.row.task for outcome in outcomes)
-    per_task = {name: _scores([one for one in outcomes if one.row.task == name]) for name in names}
+    per_task = {name: _scores([outcome for outcome in outcomes if outcome.row.task == name]) for name in names}
     return {**per_task, "all": _scores(outcomes)}
 
 
 def _scores(outcomes: Sequence[Outcome]) -> Scores:
     gold = Losses([outcome.gold_nll for outcome in outcomes], [outcome.gold_tokens for outcome in outcomes])
-    shares: dict[str, Any] = dict(
-        zip(("accuracy", "accuracy_stderr"), proportion([one.right for one in outcomes]), strict=True)
-    )
-    if all(outcome.row.choices for outcome in outcomes):
-        norm, error = proportion([one.right_norm for one in outcomes])
-        majority = _majority([outcome.row for outcome in outcomes])
-        shares |= {"accuracy_norm": norm, "accuracy_norm_stderr": error, "majority": majority}
-    return Scores(len(outcomes), gold.mean, gold.stderr, **shares, perplexity=gold.perplexity)
-
-
-def _majority(rows: list[Row]) -> float:
-    """How often each task's commonest label is right."""
+    right = proportion([outcome.right for outcome in outcomes])
+    scores = Scores(len(outcomes), gold.mean, gold.stderr, *right, perplexity=gold.perplexity)
+    if not all(outcome.row.choices for outcome in outcomes):
+        return scores
+    norm, error = proportion([outcome.right_norm for outcome in outcomes])
     counts: dict[str, Counter[int | None]] = defaultdict(Counter)
-    for row in rows:
-        counts[row.task][row.label] += 1
-    return sum(max(labels.values()) for labels in counts.values()) / len(rows)
+    for outcome in outcomes:
+        counts[outcome.row.task][outcome.row.label] += 1
+    majority = sum(max(labels.values()) for labels in counts.values()) / len(outcomes)
+    return replace(scores, accuracy_norm=norm, accuracy_norm_stderr=error, majority=majority)
 
 
 class Evaluation:
@@ -152,13 +150,15 @@ class Evaluation:
         logger.info("Scoring %d held-out %s %s training", len(self.rows), what, stage)
         if self.are_questions:
             self.outcomes[stage] = answer_outcomes(model, self.encoder, self.rows, self.batch_tokens)
-            scores = score_outcomes(self.outcomes[stage])
-            self.evaluation[stage] = {name: asdict(one) for name, one in scores.items()}
+            by_task = score_outcomes(self.outcomes[stage])
+            self.evaluation[stage] = {name: asdict(scores) for name, scores in by_task.items()}
         else:
             self.losses[stage] = self.measured(model)
             if self.rejected:
                 self.rejected_losses[stage] = row_losses(model, self.rejected, self.encoder.pad)
-            self.evaluation[stage] = {"all": _row_scores(self.losses[stage])}
+            losses = self.losses[stage]
+            scores = {"rows": len(losses.nll), "tokens": sum(losses.tokens), "loss": losses.mean}
+            self.evaluation[stage] = {"all": scores | {"loss_stderr": losses.stderr, "perplexity": losses.perplexity}}
         prompts = [ids for _, ids, _ in self.prompts]
         if self.are_questions:
             options = {"eos_token_id": self.encoder.tokenizer.eos_token_id}
@@ -172,7 +172,7 @@ class Evaluation:
         if self.are_questions:
             gold = [self.encoder.gold(row) for row in self.rows]
             scores = score(model, gold, self.encoder.pad, self.batch_tokens)
-            return Losses([one.loss for one in scores], [len(one.nll) for one in scores])
+            return Losses([row.loss for row in scores], [len(row.nll) for row in scores])
         tokens = self.tokens if self.tokens is not None else [self.encoder.encode(row) for row in self.rows]
         return row_losses(model, tokens, self.encoder.pad)
 
@@ -219,11 +219,75 @@ class Evaluation:
         ]
 
 
-def _row_scores(losses: Losses) -> dict[str, Any]:
-    return {
-        "rows": len(losses.nll),
-        "tokens": sum(losses.tokens),
-        "loss": losses.mean,
-        "loss_stderr": losses.stderr,
-        "perplexity": losses.perplexity,
-    }
+TEXT_TOKENS = 256
+"""A longer text is cut at its end, and a shorter one where the model takes less."""
+
+
+class Forgetting:
+    """Measures a model of the config ``base`` on ``text`` before and after training, on at least so many ``tokens``.
+
+    The text is read at once: a mistake in the run's config shows before any work.
+    """
+
+    def __init__(self, text: str, tokens: int, tokenizer: PreTrainedTokenizerBase, base: PretrainedConfig) -> None:
+        self.source, self.tokenizer = text, tokenizer
+        self.texts = at_least(tokenizer, passages(text), tokens, text_length(base)) if tokens else []
+        self.losses: dict[str, Losses] = {}
+
+    def measure(self, model: Any, stage: str) -> None:
+        """Measure the loss ``before`` or ``after``."""
+        if self.texts:
+            self.losses[stage] = text_losses(model, self.tokenizer, self.texts)
+
+    @property
+    def metrics(self) -> dict[str, Any] | None:
+        """What ``metrics.json`` has of it: the losses in nats per token, and their change with its standard error,
+        paired by text; None if it was not measured."""
+        if len(self.losses) < 2:
+            return None
+        before, after = self.losses["before"], self.losses["after"]
+        change = after.change_from(before)
+        return {
+            "text": describe(self.source),
+            "passages": len(self.texts),
+            "tokens": sum(before.tokens),
+            "before": before.mean,
+            "after": after.mean,
+            "change": change.mean,
+            "stderr": change.stderr,
+        }
+
+
+def text_length(config: PretrainedConfig) -> int:
+    """The most tokens of a text that this model is given."""
+    return min(TEXT_TOKENS, positions_of(config) or TEXT_TOKENS)
+
+
+def whole_text(row: Row) -> str:
+    """A question as plain text without a template: context, prompt and answer, one below the other."""
+    return "\n".join(str(part) for part in (row.context, row.prompt, row.completion) if part)
+
+
+def text_losses(model: Any, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Losses:
+    """The losses of plain texts, over all their tokens; a model without a BOS token is given the first one.
+
+    Dropout is off and no gradient is kept; the model's mode is restored.
+    """
+    length = text_length(model.config)
+    rows = [Tokens(ids, ids) for ids in (_ids(tokenizer, text, length) for text in texts)]
+    return row_losses(model, rows, pad_token(tokenizer))
+
+
+def at_least(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], tokens: int, length: int) -> list[str]:
+    """The first texts that, cut at ``length``, together have so many tokens; all of them if they have fewer."""
+    chosen: list[str] = []
+    for text in texts:
+        if tokens <= 0:
+            break
+        chosen.append(text)
+        tokens -= len(_ids(tokenizer, text, length))
+    return chosen
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> list[int]:
+    return list(tokenizer(text)["input_ids"])[:length]

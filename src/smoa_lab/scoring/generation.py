@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from smoa_lab.basics.extras import import_package
 from smoa_lab.basics.positions import prompt_room
 from smoa_lab.data.encoding import Encoder, pad_token
-from smoa_lab.data.questions import AnswerStyle, gold_response, label_names
-from smoa_lab.data.rows import Row
+from smoa_lab.data.rows import AnswerStyle, Row, gold_response, label_names
 from smoa_lab.data.tasks import Family
 from smoa_lab.scoring.losses import left_padded, proportion, scoring
 
@@ -67,16 +65,13 @@ def evaluate_by_generation(
     for name in dict.fromkeys(row.task for row in rows):
         family, chosen = families[name], [row for row in rows if row.task == name]
         texts = generate(model, encoder, chosen, NEW_TOKENS[family], batch_size, num_beams)
-        found = [_extracted(*pair, family, encoder.style) for pair in zip(chosen, texts, strict=True)]
-        scores[name] = _scores(found, family)
-        generated += found
+        extract, answers = EXTRACTORS[family], []
+        for row, text in zip(chosen, texts, strict=True):
+            wanted = extract(row, gold_response(row, encoder.style), encoder.style) or str(row.completion)
+            answers.append(Generated(row, text, extract(row, text, encoder.style), wanted))
+        scores[name] = _scores(answers, family)
+        generated += answers
     return scores, generated
-
-
-def _extracted(row: Row, text: str, family: Family, style: AnswerStyle) -> Generated:
-    extract = EXTRACTORS[family]
-    wanted = extract(row, gold_response(row, style), style)
-    return Generated(row, text, extract(row, text, style), str(row.completion) if wanted is None else wanted)
 
 
 def generate(
@@ -103,9 +98,16 @@ def continue_prompts(
     texts: dict[int, str] = {}
     pad = pad_token(tokenizer)
     room, new_tokens = prompt_room(model.config, new_tokens)
-    prompts = [_tail(ids, room, tokenizer.bos_token_id) for ids in prompts]
+    if room is not None:  # BOS stays where the prompt begins with it
+        heads = [ids[:1] if ids[:1] == [tokenizer.bos_token_id] else [] for ids in prompts]
+        prompts = [
+            ids if len(ids) <= room else head + ids[len(ids) - room + len(head) :]
+            for ids, head in zip(prompts, heads, strict=True)
+        ]
+    order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
     with scoring(model):
-        for numbers in _batches(prompts, batch_size):
+        for start in range(0, len(order), batch_size):
+            numbers = order[start : start + batch_size]
             batch = [prompts[number] for number in numbers]
             written = model.generate(
                 **left_padded(batch, pad, next(model.parameters()).device),
@@ -114,26 +116,9 @@ def continue_prompts(
                 pad_token_id=pad,
                 **options,
             )
-            texts.update(zip(numbers, _decoded(tokenizer, written[:, max(map(len, batch)) :]), strict=True))
+            answers = tokenizer.batch_decode(written[:, max(map(len, batch)) :], skip_special_tokens=True)
+            texts.update(zip(numbers, map(str.strip, answers), strict=True))
     return [texts[number] for number in range(len(prompts))]
-
-
-def _tail(ids: list[int], room: int | None, bos: int | None) -> list[int]:
-    """The last ``room`` tokens, after BOS where the prompt begins with it."""
-    if room is None or len(ids) <= room:
-        return ids
-    head = [ids[0]] if ids[0] == bos else []
-    return head + ids[len(ids) - room + len(head) :]
-
-
-def _batches(prompts: Sequence[list[int]], size: int) -> Iterator[list[int]]:
-    order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
-
-
-def _decoded(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> list[str]:
-    return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
 def extract_choice(row: Row, text: str, style: AnswerStyle) -> str | None:
@@ -165,23 +150,19 @@ EXTRACTORS: dict[Family, Callable[[Row, str, AnswerStyle], str | None]] = {
 
 
 def _scores(generated: list[Generated], family: Family) -> GenerationScores:
-    share, stderr = proportion([one.found == one.wanted for one in generated])
-    failures = sum(one.found is None for one in generated)
+    share, stderr = proportion([answer.found == answer.wanted for answer in generated])
+    scores = GenerationScores(len(generated), share, stderr, sum(answer.found is None for answer in generated))
     if family != "dialogue":
-        return GenerationScores(len(generated), share, stderr, failures)
-    return GenerationScores(len(generated), share, stderr, failures, *_overlap(generated))
-
-
-def _overlap(generated: list[Generated]) -> tuple[float, float, float]:
-    """Mean token F1, corpus BLEU and mean ROUGE-L of the texts against the gold answers."""
+        return scores
     sacrebleu = import_package("sacrebleu", "BLEU")
-    RougeScorer = import_package("rouge_score.rouge_scorer", "ROUGE").RougeScorer
-    pairs = [(str(one.row.completion), one.text) for one in generated]
-    f1 = sum(token_f1(text, answer) for answer, text in pairs) / len(pairs)
-    bleu = sacrebleu.corpus_bleu([text for _, text in pairs], [[answer for answer, _ in pairs]]).score
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    rouge = sum(scorer.score(answer, text)["rougeL"].fmeasure for answer, text in pairs) / len(pairs)
-    return f1, bleu, rouge
+    rouge = import_package("rouge_score.rouge_scorer", "ROUGE").RougeScorer(["rougeL"], use_stemmer=True)
+    pairs = [(str(answer.row.completion), answer.text) for answer in generated]
+    return replace(
+        scores,
+        token_f1=sum(token_f1(text, gold) for gold, text in pairs) / len(pairs),
+        bleu=sacrebleu.corpus_bleu([text for _, text in pairs], [[gold for gold, _ in pairs]]).score,
+        rouge_l=sum(rouge.score(gold, text)["rougeL"].fmeasure for gold, text in pairs) / len(pairs),
+    )
 
 
 def token_f1(text: str, answer: str) -> float:

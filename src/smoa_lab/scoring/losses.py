@@ -100,7 +100,7 @@ def row_losses(model: nn.Module, rows: Sequence[Tokens], pad: int) -> Losses:
     """The losses of rows, in order. ``pad`` is the token that fills a batch."""
     vocabulary = cast(Any, model).config.get_text_config().vocab_size
     scores = score(model, rows, pad, BATCH_LOGITS // vocabulary, share_prompts=False)
-    return Losses([one.loss for one in scores], [len(one.nll) for one in scores])
+    return Losses([row.loss for row in scores], [len(row.nll) for row in scores])
 
 
 def score(
@@ -149,40 +149,26 @@ def _score_batch(model: nn.Module, groups: list[list[Tokens]], pad: int) -> list
     device = next(model.parameters()).device
     batch = {name: tensor.to(device) for name, tensor in collate([row.columns for row in rows], pad).items()}
     labels = batch.pop("labels")
-    inputs: dict[str, Any] = {**batch, "use_cache": False} if shared is None else shared.continued_by(batch)
+    inputs: dict[str, Any] = {**batch, "use_cache": False}
+    if shared is not None:
+        name, cache, mask = shared
+        positions = mask.sum(dim=1, keepdim=True) + batch["attention_mask"].cumsum(dim=1) - 1  # none for padding
+        mask = torch.cat([mask, batch["attention_mask"]], dim=1)
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": mask, "position_ids": positions, name: cache}
     with logits_at(model, answer_positions(labels)):
         logits = answer_logits(model(**inputs).logits, labels)
     targets = labels[:, 1:][labels[:, 1:] != IGNORED].to(logits.device)
     counts = [row.trained for row in rows]
     nll = torch.split(F.cross_entropy(logits.float(), targets, reduction="none"), counts)
     hits = torch.split(logits.argmax(-1) == targets, counts)
-    return [Score(tuple(one.tolist()), bool(hit.all())) for one, hit in zip(nll, hits, strict=True)]
+    return [Score(tuple(losses.tolist()), bool(hit.all())) for losses, hit in zip(nll, hits, strict=True)]
 
 
-@dataclass(frozen=True)
-class _PromptCache:
-    """Keys and values of left-padded prompts, each repeated for its rows, with ``mask`` (rows, width).
-
-    ``name`` is the model's own for them.
-    """
-
-    name: str
-    keys_and_values: Any
-    mask: Tensor
-
-    def continued_by(self, batch: dict[str, Tensor]) -> dict[str, Any]:
-        """The model's inputs for right-padded continuations."""
-        lengths = self.mask.sum(dim=1, keepdim=True)
-        return {
-            "input_ids": batch["input_ids"],
-            "attention_mask": torch.cat([self.mask, batch["attention_mask"]], dim=1),
-            "position_ids": lengths + batch["attention_mask"].cumsum(dim=1) - 1,  # padding takes no further positions
-            self.name: self.keys_and_values,
-        }
-
-
-def _prompt_pass(model: nn.Module, prompts: list[list[int]], repeats: Tensor, pad: int) -> _PromptCache | None:
-    """Run each prompt once; None where the model keeps no keys and values that can be repeated."""
+def _prompt_pass(
+    model: nn.Module, prompts: list[list[int]], repeats: Tensor, pad: int
+) -> tuple[str, Any, Tensor] | None:
+    """Run each prompt once, padded left: the model's name for keys and values, these, each repeated for its rows, and
+    their mask (rows, width). None where the model keeps none that can be repeated."""
     inputs = left_padded(prompts, pad, next(model.parameters()).device)
     mask = inputs["attention_mask"]
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -194,7 +180,7 @@ def _prompt_pass(model: nn.Module, prompts: list[list[int]], repeats: Tensor, pa
         return None
     rows = torch.repeat_interleave(repeats).to(mask.device)
     cache.batch_select_indices(rows)
-    return _PromptCache(name, cache, mask[rows])
+    return name, cache, mask[rows]
 
 
 @contextmanager
@@ -254,7 +240,7 @@ def collate(rows: Sequence[dict[str, list[int]]], pad: int) -> dict[str, Tensor]
     width = max(len(row["input_ids"]) for row in rows)
 
     def padded(values: list[list[int]], filler: int) -> Tensor:
-        return torch.tensor([one + [filler] * (width - len(one)) for one in values], dtype=torch.long)
+        return torch.tensor([row + [filler] * (width - len(row)) for row in values], dtype=torch.long)
 
     return {
         "input_ids": padded([row["input_ids"] for row in rows], pad),

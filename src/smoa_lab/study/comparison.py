@@ -10,8 +10,7 @@ from typing import Any
 from smoa.errors import ConfigError
 from smoa_lab.config.run import ConfigText, RunConfig
 from smoa_lab.config.validation import block_problems
-from smoa_lab.study.classification import ClassificationRunner
-from smoa_lab.study.runner import Part, Runner
+from smoa_lab.study.runner import ClassificationRunner, Part, Runner
 from smoa_lab.study.search import Tuned, first_index, nearest_index, next_indices, rate, sweep_of
 from smoa_lab.study.sequence import SequenceRunner
 from smoa_lab.study.study import Study
@@ -25,7 +24,7 @@ def runner_of(study: Study) -> Runner:
     if study.kind == "sequence":
         return SequenceRunner(study)
     kind = ClassificationRunner if study.kind == "classification" else Runner
-    return kind(study.shared, study.elsewhere)
+    return kind(study.shared, study.other_domain)
 
 
 def load_study(path: str | Path, overrides: list[str] | None = None, trust_remote_code: bool = False) -> Study:
@@ -127,17 +126,17 @@ class Comparison:
     def ready(self, names: Sequence[str]) -> list[Job]:
         """What can be run now: the untouched model, searches, then final runs, one seed of all entries at a time."""
         searches = [trial for name in names for trial in self.search(name)]
-        rates = {name: self._final_rates(name) for name in names}
+        rates: dict[str, list[float]] = {}
+        for name in names:
+            if self.study.kind == "sequence":
+                rates[name] = [rate(index) for index in sweep_of(self.study, name)]
+            else:
+                rates[name] = [] if self.search(name) else [self.tuned(name).learning_rate]
         finals = [
             Trial("final", name, value, seed) for seed in self.study.seeds for name in names for value in rates[name]
         ]
         jobs: list[Job] = [Untouched(), *searches, *finals]
         return [job for job in jobs if job not in self.finished]
-
-    def _final_rates(self, name: str) -> list[float]:
-        if self.study.kind == "sequence":
-            return [rate(index) for index in sweep_of(self.study, name)]
-        return [] if self.search(name) else [self.tuned(name).learning_rate]
 
     def at_least_left(self, names: Sequence[str]) -> int:
         """Jobs that are not finished; of a search only those that it is sure to need."""

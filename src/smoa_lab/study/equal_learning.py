@@ -13,17 +13,16 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from smoa_lab.study.statistics import (
+from smoa_lab.study.results import (
     RESAMPLES,
     Difference,
     Floats,
     check_paired,
-    corrected,
     difference,
     paired_difference,
     seed_errors,
@@ -91,8 +90,11 @@ def curve_of(entry: str, runs: Sequence[Result], kept: Kept = "first") -> Curve 
             training = run["config"]["training"]
             by_rate[training["learning_rate"]][training["seed"]] = run
     seeds = sorted(set.intersection(*map(set, by_rate.values()))) if by_rate else []
-    finite = (rate for rate, of_rate in by_rate.items() if all(_is_finite(of_rate[seed], kept) for seed in seeds))
-    rates = sorted(finite)
+
+    def is_finite(run: Result) -> bool:
+        return None not in (*run["questions"]["nll"], *_kept(run, kept)["nll"])
+
+    rates = sorted(rate for rate, of_rate in by_rate.items() if all(is_finite(of_rate[seed]) for seed in seeds))
     if not rates or not seeds:
         return None
     chosen = [[by_rate[rate][seed] for seed in seeds] for rate in rates]
@@ -107,10 +109,6 @@ def _kept(run: Result, kept: Kept) -> dict[str, Any]:
     """The losses on what is to be kept."""
     losses: dict[str, Any] = run["first"]["questions"] if kept == "first" else run["texts"]
     return losses
-
-
-def _is_finite(run: Result, kept: Kept) -> bool:
-    return None not in (*run["questions"]["nll"], *_kept(run, kept)["nll"])
 
 
 def _losses(questions: list[list[dict[str, Any]]]) -> CurveLosses:
@@ -131,15 +129,6 @@ class Compared:
     entry: str
     reference: str
     difference: Difference | None = field(default=None, kw_only=True)
-
-
-AnyCompared = TypeVar("AnyCompared", bound=Compared)
-
-
-def with_holm(rows: Sequence[AnyCompared]) -> list[AnyCompared]:
-    """The differences corrected for all comparisons of a table."""
-    differences = corrected([row.difference for row in rows])
-    return [replace(row, difference=changed) for row, changed in zip(rows, differences, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -236,17 +225,11 @@ def _compared(own: Curve, reference: Curve, at: int) -> EqualLearning:
     readings = []
     for curve in (own, reference):
         losses = curve.learned.mean()
-        place = _reached(losses, level)
+        place = crossing(losses, level)
+        assert place is not None
         rate = math.exp(place.of(np.log(curve.rates)))
         readings.append(Reading(rate, place.of(curve.kept.mean()), is_lowest=bool(losses[0] < level)))
     return EqualLearning(own.entry, reference.entry, level, *readings)
-
-
-def _reached(losses: Sequence[float] | Floats, level: float) -> Crossing:
-    """The crossing of a level that is reached."""
-    place = crossing(losses, level)
-    assert place is not None
-    return place
 
 
 def _resampled_gaps(own: Curve, reference: Curve, at: int, random: np.random.Generator) -> Floats:
@@ -262,11 +245,12 @@ def _resampled_gaps(own: Curve, reference: Curve, at: int, random: np.random.Gen
     kept = [curve.kept.resampled(of_kept) for curve in (own, reference)]
     learned = [curve.learned.resampled(of_learned) for curve in (own, reference)]
     levels = np.maximum(learned[0][:, own.best], learned[1][:, at])
-    at_levels = [
-        np.array([_reached(losses, level).of(of_sample) for losses, level, of_sample in zip(*triple, strict=True)])
-        for triple in ((learned[0], levels, kept[0]), (learned[1], levels, kept[1]))
-    ]
-    return np.asarray(at_levels[0] - at_levels[1])
+    sides = []
+    for side in (0, 1):
+        samples = zip(learned[side], levels, kept[side], strict=True)
+        places = [(crossing(losses, level), of_sample) for losses, level, of_sample in samples]
+        sides.append(np.array([place.of(of_sample) for place, of_sample in places if place is not None]))
+    return np.asarray(sides[0] - sides[1])
 
 
 @dataclass(frozen=True)

@@ -85,9 +85,9 @@ class RayExecutor(Executor):
         if self._ray is None:
             self._begin()
         logger.info("%s", job.name)
-        share = {"num_cpus": self.share.cores, "num_gpus": self.share.gpus}
+        share = {"num_cpus": self.cores, "num_gpus": int(self.on_gpus)}
         task = self._ray.remote(perform).options(name=job.name, max_retries=RETRIES, **share)
-        self.running[job] = task.remote(self.study, self.place, job, self.share.cores)
+        self.running[job] = task.remote(self.study, self.place, job, self.cores)
 
     def next_finished(self) -> tuple[Job, Result]:
         """Wait for one of the running jobs.
@@ -114,16 +114,16 @@ class RayExecutor(Executor):
     def _begin(self) -> None:
         self._ray = connect(self.address)
         alive = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-        machines = [Machine(int(offers.get("CPU", 0)), int(offers.get("GPU", 0))) for offers in alive]
-        on_gpus = any(machine.gpus for machine in machines)
-        on_gpus = on_gpus and not (self.study.shared.get("training") or {}).get("use_cpu")
-        self.share = equal_share(machines, self.workers, on_gpus)
+        machines = [(int(offers.get("CPU", 0)), int(offers.get("GPU", 0))) for offers in alive]
+        uses_cpu = (self.study.shared.get("training") or {}).get("use_cpu")
+        self.on_gpus = any(gpus for _, gpus in machines) and not uses_cpu
+        self.cores = equal_share(machines, self.workers, self.on_gpus)
         self.place.mark.parent.mkdir(parents=True, exist_ok=True)
         self.place.mark.touch()
         if self.address is not None:
             check_machines(self._ray, self.place)
-        gpu = " and a GPU" if self.share.gpus else ""
-        logger.info("%d machines, %d workers; cores for each: %d%s", len(machines), self.workers, self.share.cores, gpu)
+        gpu = " and a GPU" if self.on_gpus else ""
+        logger.info("%d machines, %d workers; cores for each: %d%s", len(machines), self.workers, self.cores, gpu)
 
 
 def connect(address: str | None) -> Any:
@@ -224,32 +224,20 @@ def _question(module: str) -> Callable[[], tuple[str, str, str | None, str]]:
     return ask
 
 
-@dataclass(frozen=True)
-class Machine:
-    """What a machine of a cluster offers; of a share, what one worker takes."""
-
-    cores: int
-    gpus: int = 0
-
-    def places(self, share: Machine) -> int:
-        """How many workers with this share fit."""
-        by_cores = self.cores // share.cores
-        return min(by_cores, self.gpus // share.gpus) if share.gpus else by_cores
-
-
-def equal_share(machines: Sequence[Machine], workers: int, on_gpus: bool) -> Machine:
-    """The largest number of cores, with one GPU if ``on_gpus``, of which ``workers`` find place on the machines.
+def equal_share(machines: Sequence[tuple[int, int]], workers: int, on_gpus: bool) -> int:
+    """The most cores, with one GPU if ``on_gpus``, for each of ``workers`` on machines of so many cores and GPUs.
 
     Raises:
         ConfigError: there are fewer cores or GPUs than workers.
     """
-    gpus = int(on_gpus)
-    for cores in range(max((machine.cores for machine in machines), default=0), 0, -1):
-        share = Machine(cores, gpus)
-        if sum(machine.places(share) for machine in machines) >= workers:
+
+    def places(share: int) -> int:
+        return sum(min(cores // share, gpus if on_gpus else cores) for cores, gpus in machines)
+
+    for share in range(max((cores for cores, _ in machines), default=0), 0, -1):
+        if places(share) >= workers:
             return share
-    most = sum(machine.places(Machine(1, gpus)) for machine in machines)
     raise ConfigError(
         f"--workers {workers}: each takes {'a GPU and a core' if on_gpus else 'a core'} at least, "
-        f"and there is room for {most}; give at most {most}"
+        f"and there is room for {places(1)}; give at most {places(1)}"
     )

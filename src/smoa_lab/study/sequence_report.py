@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from smoa.errors import DataError
@@ -20,10 +20,9 @@ from smoa_lab.study.equal_learning import (
     at_next_rate,
     curve_of,
     least_gaps,
-    with_holm,
 )
+from smoa_lab.study.results import corrected, spearman
 from smoa_lab.study.search import nearest_index, sweep_of
-from smoa_lab.study.statistics import spearman
 from smoa_lab.study.study import Study
 from smoa_lab.study.trials import PACK, Result, Trial, Untouched, shell_command
 
@@ -172,8 +171,10 @@ def _comparisons(study: Study, curves: Sequence[Curve]) -> dict[str, list[dict[s
 
 
 def _corrected(rows: Iterable[Compared | None]) -> list[dict[str, Any]]:
-    """A table's rows as the summary has them."""
-    return [asdict(row) for row in with_holm([row for row in rows if row is not None])]
+    """A table's rows as the summary has them, corrected for all comparisons of the table."""
+    known = [row for row in rows if row is not None]
+    differences = corrected([row.difference for row in known])
+    return [asdict(replace(row, difference=changed)) for row, changed in zip(known, differences, strict=True)]
 
 
 def _correlation(rows: Sequence[dict[str, Any]], figure: str, forgot: str) -> float | None:
@@ -196,6 +197,7 @@ def sequence_sections(summary: Mapping[str, Any]) -> tuple[list[str], dict[str, 
         for run in summary["runs"]
     ]
     chart = frontier(runs, TITLES, before and before["first"]["gold_loss"])
+    where = WHERE + shell_command(f"final/{summary['runs'][0]['entry']}/") if runs else ""
     gaps = [summary["least_gaps"].get(row["entry"]) for row in summary["equal"]]
     equal = [[*line, _number(gap)] for line, gap in zip(_levels(summary["equal"]), gaps, strict=True)]
     explained = [
@@ -211,15 +213,11 @@ def sequence_sections(summary: Mapping[str, Any]) -> tuple[list[str], dict[str, 
         "First task, one rate too high": Table(NEXT_HEADER, _next_rates(summary["next_rate"]), NEXT),
         "Text elsewhere, one rate too high": Table(NEXT_HEADER, _next_rates(away["next_rate"]), ELSEWHERE),
         "Explanations": Table(explained_header, explained, EXPLAINED),
-        "Runs": Table(RUNS_HEADER, [_run_line(run) for run in summary["runs"]], _where(summary["runs"])),
+        "Runs": Table(RUNS_HEADER, [_run_line(run) for run in summary["runs"]], where),
     }
     charts = {} if chart is None else {"Kept against learned": Figure(chart, CAPTION)}
     shown = {title: table for title, table in tables.items() if table.rows}
     return [INTRODUCTION, _before_sentence(before)], {**charts, **shown}
-
-
-def _where(runs: Sequence[Mapping[str, Any]]) -> str:
-    return WHERE + shell_command(f"final/{runs[0]['entry']}/") if runs else ""
 
 
 def _name(run: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, PositiveFloat, field_validator, model_validator
+from pydantic import AfterValidator, AliasChoices, Field, PositiveFloat, field_validator, model_validator
 
 from smoa.errors import ConfigError, DataError
 from smoa_lab.basics.section import Section, Seed
@@ -76,7 +76,7 @@ class Study(Section):
     """A whole study. ``shared`` is a run's config but for method, adapter and learning rate.
 
     ``references`` are the entries to which the others of their budget are compared, by default the first one of each
-    budget. ``elsewhere`` is a data block of another domain: the loss on its test part shows what was forgotten.
+    budget. ``other_domain`` is a data block of one: the loss on its test part shows what was forgotten.
 
     In a study of kind ``sequence`` every entry starts from the model that ``first`` trained, trains the tasks
     ``between`` one after the other, and then that of ``shared``, with every seed at every rate of ``tuning.sweep``.
@@ -89,7 +89,10 @@ class Study(Section):
     between: list[Between] = Field(default=[])
     replay: int = Field(default=0, ge=0)
     shared: dict[str, Any]
-    elsewhere: DataSection | None = None
+    other_domain: DataSection | None = Field(
+        default=None,
+        validation_alias=AliasChoices("other_domain", "elsewhere"),  # of earlier releases
+    )
     entries: dict[str, Entry] = Field(min_length=1)
     references: list[str] = Field(default=[])
     tuning: Tuning = Tuning()
@@ -105,37 +108,32 @@ class Study(Section):
     @model_validator(mode="after")
     def _as_a_whole(self) -> Study:
         """What no block knows by itself: names, and what the kind needs."""
-        if problem := self._problem():
-            raise ValueError(problem)
-        return self
-
-    def _problem(self) -> str | None:
         entries, is_sequence = self.entries, self.kind == "sequence"
         bad = [name for name in entries if name in ("", ".", "..") or "/" in name or "\\" in name]
         if bad:
-            return f"entries: {bad[0]!r} can't name a folder; leave out slashes"
+            raise ValueError(f"entries: {bad[0]!r} can't name a folder; leave out slashes")
         unknown = [name for name in self.references if name not in entries]
         if unknown:
-            return f"references: {', '.join(unknown)} is not an entry; entries: {', '.join(entries)}"
+            raise ValueError(f"references: {', '.join(unknown)} is not an entry; entries: {', '.join(entries)}")
         both = sorted({entry.budget for entry in entries.values()} & entries.keys())
         if both:
-            return f"entries: {both[0]} is both an entry and a budget, so --only is ambiguous; rename one"
+            raise ValueError(f"entries: {both[0]} is both an entry and a budget, so --only is ambiguous; rename one")
         if is_sequence and self.first is None:
-            return "first: is missing; a study of kind sequence trains its first task by it"
+            raise ValueError("first: is missing; a study of kind sequence trains its first task by it")
         given = [key for key in ("first", "between", "replay") if getattr(self, key)]
         if given and not is_sequence:
-            return f"{given[0]}: only studies of kind sequence have it, got kind {self.kind}; leave it out"
+            raise ValueError(f"{given[0]}: only studies of kind sequence have it, got kind {self.kind}; leave it out")
         sweeping = [name for name, entry in entries.items() if entry.sweep is not None]
         if self.tuning.sweep is None and (is_sequence or sweeping):
             why = "a study of kind sequence runs every rate of it" if is_sequence else f"entries.{sweeping[0]} has one"
-            return f"tuning.sweep: is missing; {why}; give [lowest, highest]"
+            raise ValueError(f"tuning.sweep: is missing; {why}; give [lowest, highest]")
         if not isinstance(self.shared.get("model"), dict):
-            return "shared.model: is missing; an entry's own model block only changes parts of it"
+            raise ValueError("shared.model: is missing; an entry's own model block only changes parts of it")
         try:
-            _ = self.elsewhere and self.elsewhere.chosen()
+            _ = self.other_domain and self.other_domain.chosen()
         except DataError as error:
-            return f"elsewhere: {error}"
-        return None
+            raise ValueError(f"other_domain: {error}") from error
+        return self
 
     def chosen(self, only: Sequence[str]) -> list[str]:
         """The entries of these names or budgets, all where none is given; raises ConfigError for unknown ones."""

@@ -12,7 +12,6 @@ from smoa.errors import ConfigError
 from smoa_lab.base_models import with_rate
 from smoa_lab.config.run import RunConfig
 from smoa_lab.study.comparison import Comparison
-from smoa_lab.study.runner import without_bar
 from smoa_lab.study.search import Tuned, first_index, next_indices, rate
 from smoa_lab.study.study import Entry, Study, Tuning
 from smoa_lab.study.trials import Trial, TrialStore
@@ -38,17 +37,17 @@ def tune_run(config: RunConfig, max_runs: int = 6) -> Tuned:
         DataError: model or data cannot be loaded.
     """
     config = with_rate(config)
-    return _tune_rows(config, max_runs) if config.has_rows else _tune_questions(config, max_runs)
-
-
-def _tune_questions(config: RunConfig, max_runs: int) -> Tuned:
+    folder = config.folder.with_name(f"{config.folder.name}-tuning")
+    start, seed = float(config.training.get("learning_rate", START)), int(config.training.get("seed", 42))
+    if config.has_rows:
+        return _tune_rows(config, TrialStore(folder), start, seed, max_runs)
     shared = config.model_dump(mode="json", include={"model", "data", "task"})
     training = {key: value for key, value in config.training.items() if key not in OWN}
     study = Study(
-        folder=_folder(config),
+        folder=folder,
         shared={**shared, "training": training},
-        entries={"run": Entry(method=config.method, adapter=config.adapter, learning_rate=_start(config))},
-        tuning=Tuning(seed=_seed(config), max_runs=max_runs, refine=True),
+        entries={"run": Entry(method=config.method, adapter=config.adapter, learning_rate=start)},
+        tuning=Tuning(seed=seed, max_runs=max_runs, refine=True),
     )
     check_place(study.folder / "untouched.json")
     comparison = Comparison(study)
@@ -60,12 +59,12 @@ def _tune_questions(config: RunConfig, max_runs: int) -> Tuned:
     return comparison.tune("run")
 
 
-def _tune_rows(config: RunConfig, max_runs: int) -> Tuned:
-    store, start, losses = TrialStore(_folder(config)), first_index(_start(config)), dict[int, float | None]()
-    while indices := next_indices(start, losses, max_runs, refine=True):
+def _tune_rows(config: RunConfig, store: TrialStore, start: float, seed: int, max_runs: int) -> Tuned:
+    losses = dict[int, float | None]()
+    while indices := next_indices(first_index(start), losses, max_runs, refine=True):
         for index in indices:
-            trial = Trial("tuning", "run", rate(index), _seed(config))
-            own: dict[str, Any] = {"learning_rate": trial.learning_rate, "seed": trial.seed}
+            trial = Trial("tuning", "run", rate(index), seed)
+            own: dict[str, Any] = {"learning_rate": trial.learning_rate, "seed": seed}
             if not config.training.get("load_best_model_at_end"):
                 own["eval_strategy"] = "epoch"  # at the end, too; else no rows would be held out for it
             tried = _with(config, **own)
@@ -83,22 +82,10 @@ def _train_rows(config: RunConfig, work: Path) -> dict[str, Any]:
             "data: leaves no validation rows, by which rates are compared; give a larger data.validation_part"
         )
     checkpoint = RunFolder(work).start(config.to_yaml(), run.inputs())
-    _, trainer, _ = run.fit(without_bar(run.arguments()), checkpoint)
+    _, trainer, _ = run.fit(run.arguments(), checkpoint)
     loss = trainer.evaluate()["eval_loss"]  # of the adapter that is kept, which need not be the last
     return {"config": config.model_dump(mode="json"), "loss": loss}
 
 
 def _with(config: RunConfig, **training: Any) -> RunConfig:
     return config.model_copy(update={"training": {**config.training, **training}})
-
-
-def _folder(config: RunConfig) -> Path:
-    return config.folder.with_name(f"{config.folder.name}-tuning")
-
-
-def _start(config: RunConfig) -> float:
-    return float(config.training.get("learning_rate", START))
-
-
-def _seed(config: RunConfig) -> int:
-    return int(config.training.get("seed", 42))

@@ -10,7 +10,7 @@ from textwrap import shorten
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.corda import preprocess_corda
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from smoa.errors import ConfigError, nearest
 from smoa_lab.config.methods import METHODS
 from smoa_lab.data.tasks import find_task, load_task
-from smoa_lab.scoring.forgetting import text_length, whole_text
+from smoa_lab.scoring.evaluation import text_length, whole_text
 
 PASSAGES = 128
 """So many passages of general text show CorDA what to keep."""
@@ -97,32 +97,29 @@ def with_adapter(
 def after_training(model: Any, method: str) -> None:
     """Change a trained model as its method says: ``lora-reduced`` scales its intruder dimensions down (2410.21228)."""
     reduce = METHODS[method].after
-    if reduce is not None:
-        _replace_factors(model, reduce)
+    if reduce is None:
+        return
+    # PEFT puts the reduced factors into a second adapter; here they replace the trained ones.
+    trained = model.active_adapter
+    reduce(model, old_adapter_name=trained, new_adapter_name=REDUCED, logging_sink=None)
+    layers: Iterable[Any] = (module for module in model.modules() if isinstance(module, LoraLayer))
+    for layer in layers:
+        for factors in (layer.lora_A, layer.lora_B):
+            factors[trained].weight.data.copy_(factors[REDUCED].weight.data)
+    model.set_adapter(trained)
+    model.delete_adapter(REDUCED)
 
 
 def _measure_inputs(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: PeftConfig) -> None:
     if not isinstance(wanted, LoraConfig) or not wanted.target_modules:
         raise ConfigError("adapter.target_modules: is missing; corda measures these layers before it starts")
     texts = [whole_text(record) for record in load_task("prose", find_task("prose")).train[:PASSAGES]]
-    preprocess_corda(base, wanted, run_model=lambda: _read(base, tokenizer, texts))
 
+    @torch.no_grad()
+    def read() -> None:
+        """One at a time, as PEFT's hooks want it, and without the output layer."""
+        for text in texts:
+            tokens = tokenizer(text, truncation=True, max_length=text_length(base.config), return_tensors="pt")
+            base.base_model(input_ids=tokens["input_ids"].to(base.device))
 
-@torch.no_grad()
-def _read(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
-    """One at a time, as PEFT's hooks want it, and without the output layer."""
-    length = text_length(base.config)
-    for text in texts:
-        tokens = tokenizer(text, truncation=True, max_length=length, return_tensors="pt")
-        base.base_model(input_ids=tokens["input_ids"].to(base.device))
-
-
-def _replace_factors(model: PeftModel, reduce: Any) -> None:
-    """PEFT puts the reduced factors into a second adapter; here they replace the trained ones."""
-    trained = model.active_adapter
-    reduce(model, old_adapter_name=trained, new_adapter_name=REDUCED, logging_sink=None)
-    layers: Iterable[Any] = (module for module in model.modules() if isinstance(module, LoraLayer))
-    for factors in (factors for layer in layers for factors in (layer.lora_A, layer.lora_B)):
-        factors[trained].weight.data.copy_(factors[REDUCED].weight.data)
-    model.set_adapter(trained)
-    model.delete_adapter(REDUCED)
+    preprocess_corda(base, wanted, run_model=read)

@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 from peft.tuners.tuners_utils import check_target_module_exists
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tqdm import tqdm
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
@@ -97,9 +97,9 @@ class LoadedRun:
         tokens = self._question_tokens
         return {
             "truncation": {
-                "prompts_cut": sum(one.cut > 0 for one in tokens),
-                "prompt_tokens_cut": sum(one.cut for one in tokens),
-                "answers_cut": sum(one.answer_cut > 0 for one in tokens),
+                "prompts_cut": sum(row.cut > 0 for row in tokens),
+                "prompt_tokens_cut": sum(row.cut for row in tokens),
+                "answers_cut": sum(row.answer_cut > 0 for row in tokens),
             }
         }
 
@@ -138,34 +138,24 @@ class LoadedRun:
             ConfigError: a key is for another trainer, there is nothing to validate on, or the adapter is on the output
                 layer, whose own weight TRL computes the loss from.
         """
-        self._check_validation()
-        self._check_head()
-        return checked_arguments(self.config.arguments(self.format))
-
-    def _check_validation(self) -> None:
-        if not self.config.validates:
-            return
-        rows = isinstance(self.data, PreparedRows)
+        data, rows = self.config.data, isinstance(self.data, PreparedRows)
         number = self.data.account["parts"].get("validation", 0) if rows else len(self.data.validation)  # type: ignore[union-attr]
-        if number:
-            return
-        data, what = self.config.data, "rows" if rows else "questions"
-        key = "validation_part" if data.validation_examples != 0 else "validation_examples"
-        raise ConfigError(
-            f"data.{key}: {getattr(data, key)} of the {what} are none, and training.eval_strategy needs some; raise "
-            f"it, give more {what}, or leave eval_strategy out"
-        )
-
-    def _check_head(self) -> None:
-        wanted = METHODS[self.config.method].peft_config(self.config.adapter)
-        if getattr(wanted, "target_modules", None) is None:  # PEFT's defaults for a model leave the head out
-            return
-        head = self.base.get_output_embeddings()
-        name = next((name for name, module in self.base.named_modules() if module is head), None)
-        if name is not None and check_target_module_exists(wanted, name):
+        if self.config.validates and not number:
+            what, key = "rows" if rows else "questions", "validation_part"
+            key = key if data.validation_examples != 0 else "validation_examples"
             raise ConfigError(
-                f"adapter.target_modules: names {name}, the output layer, which TRL would not train; leave it out"
+                f"data.{key}: {getattr(data, key)} of the {what} are none, and training.eval_strategy needs some; "
+                f"raise it, give more {what}, or leave eval_strategy out"
             )
+        wanted = METHODS[self.config.method].peft_config(self.config.adapter)
+        if getattr(wanted, "target_modules", None) is not None:  # PEFT's defaults for a model leave the head out
+            head = self.base.get_output_embeddings()
+            name = next((name for name, module in self.base.named_modules() if module is head), None)
+            if name is not None and check_target_module_exists(wanted, name):
+                raise ConfigError(
+                    f"adapter.target_modules: names {name}, the output layer, which TRL would not train; leave it out"
+                )
+        return checked_arguments(self.config.arguments(self.format))
 
     @foreign_warnings_ignored()
     def fit(
@@ -175,8 +165,11 @@ class LoadedRun:
         set_seed(arguments.seed)  # the adapter's factors are drawn here
         method, revision = self.config.method, self.config.model.options.get("revision")
         model = with_adapter(self.base, self.tokenizer, method, self.config.adapter, revision)
-        if checkpoint and _is_over(checkpoint):
-            arguments = _without_steps(arguments)
+        if checkpoint and _is_over(checkpoint):  # within an epoch the Trainer would take another step
+            arguments = copy.copy(arguments)
+            arguments.max_steps, arguments.num_train_epochs = -1, 0
+            arguments.lr_scheduler_type = SchedulerType.CONSTANT  # others divide by the steps
+            arguments.lr_scheduler_kwargs = None
         trainer = self._trainer(model, arguments, [ProgressReport(), *watching])
         logger.info("Training on %s by %s", self.title, type(trainer).__name__)
         started = time.perf_counter()
@@ -222,20 +215,16 @@ class LoadedRun:
             validation = self.data.validation
             tokens = self._question_tokens if part == "train" else [self.encoder.encode(row) for row in validation]
             from_list = import_package("datasets", "training").Dataset.from_list
-            return from_list([one.columns for one in tokens]) if tokens else None
+            return from_list([row.columns for row in tokens]) if tokens else None
         section = self.config.rows
         at_most = section.train_examples if part == "train" else section.validation_examples
         data = self.data.part(part, at_most, section.seed)
         if part != "train" and not len(data):
             return None
-        if self.format == "preference":
-            return data.map(_pair, remove_columns=data.column_names)
-        return data.remove_columns("row")
-
-
-def _pair(row: dict[str, Any]) -> dict[str, Any]:
-    values = json.loads(row["row"])
-    return {"prompt": values["prompt"], "chosen": values["completion"], "rejected": values["rejected"]}
+        if self.format != "preference":
+            return data.remove_columns("row")
+        texts = data.map(lambda row: json.loads(row["row"]), remove_columns=data.column_names)
+        return texts.select_columns(["prompt", "completion", "rejected"]).rename_column("completion", "chosen")
 
 
 def load_run(config: RunConfig, questions: Selection | None = None) -> LoadedRun:
@@ -307,40 +296,24 @@ def sources(data: RowsSection) -> Sequence[RowSource]:
 class ProgressReport(TrainerCallback):
     """One log line for each of the Trainer's logs; on a terminal also a bar."""
 
-    def __init__(self) -> None:
-        self.bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.description}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-        )
-        self.on_terminal = self.bar.console.is_terminal
-
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        if state.is_world_process_zero and self.on_terminal:
-            self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
-            self.bar.start()
+        off = None if state.is_world_process_zero and not args.disable_tqdm else True  # None: without a terminal
+        self.bar = tqdm(desc="training", total=state.max_steps, initial=state.global_step, disable=off)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        if self.bar.live.is_started:
-            self.bar.update(self.task, completed=state.global_step)
+        self.bar.update(state.global_step - self.bar.n)
 
     def on_log(
         self, args: Any, state: TrainerState, control: Any, logs: dict[str, float] | None = None, **_: Any
     ) -> None:
         shown = [f"{name} {float(logs[name]):.4g}" for name in SHOWN if logs and name in logs]
-        if not shown or not state.is_world_process_zero:
-            return
-        if self.bar.live.is_started:
-            self.bar.update(self.task, description=shown[0])
-        logger.info("step %d/%d: %s", state.global_step, state.max_steps, ", ".join(shown))
+        if shown and state.is_world_process_zero:
+            self.bar.set_postfix_str(shown[0])
+            with self.bar.external_write_mode(sys.stderr):
+                logger.info("step %d/%d: %s", state.global_step, state.max_steps, ", ".join(shown))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.bar.live.is_started:  # else it would print an empty line
-            self.bar.stop()
+        self.bar.close()
 
 
 def checked_arguments(arguments: TrainingArguments) -> TrainingArguments:
@@ -373,15 +346,5 @@ def _is_over(checkpoint: str) -> bool:
     if state.global_step >= state.max_steps:
         return True
     stopping = state.stateful_callbacks.get(EarlyStoppingCallback.__name__)
-    if stopping is None:
-        return False
-    waited = stopping["attributes"]["early_stopping_patience_counter"]
-    return bool(waited >= stopping["args"]["early_stopping_patience"])
-
-
-def _without_steps(arguments: TrainingArguments) -> TrainingArguments:
-    """The same arguments with no step left: from a checkpoint within an epoch the Trainer always takes another one."""
-    none = copy.copy(arguments)
-    none.max_steps, none.num_train_epochs = -1, 0
-    none.lr_scheduler_type, none.lr_scheduler_kwargs = SchedulerType.CONSTANT, None  # others divide by the steps
-    return none
+    waited = stopping and stopping["attributes"]["early_stopping_patience_counter"]
+    return bool(stopping and waited >= stopping["args"]["early_stopping_patience"])

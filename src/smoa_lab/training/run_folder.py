@@ -80,25 +80,18 @@ class RunFolder:
         The Trainer removes old folders ``checkpoint-*``, whatever follows. A lock of ours is empty.
         """
         own = self._checkpoints()
-        found = [one.name for one in self.path.glob("checkpoint-*") if one.is_dir() and one not in own]
+        foreign = [path.name for path in self.path.glob("checkpoint-*") if path.is_dir() and path not in own]
         began = False
         with suppress(OSError, ValueError):  # no file, neither UTF-8 nor YAML
             config = parse_yaml(self.config.read_text(encoding="utf-8"), self.config)
             began = {"method", "training"} <= config.keys()
         if not began:
-            own += [
-                self.config,
-                self.inputs,
-                self.adapter,
-                self.picture,
-                self.picture.with_suffix(".svg"),
-                self.samples,
-            ]
-            own += [self.lock] if self.lock.exists() and self.lock.stat().st_size else []
-            found += [one.name for one in own if os.path.lexists(one)]
-        if found:
+            own += [self.config, self.inputs, self.adapter, self.picture, self.picture.with_suffix(".svg")]
+            own += [self.samples, *([self.lock] if self.lock.exists() and self.lock.stat().st_size else [])]
+            foreign += [path.name for path in own if os.path.lexists(path)]
+        if foreign:
             raise ConfigError(
-                f"{self.path}: contains {', '.join(sorted(found))}, which no run of smoa's made and this one would "
+                f"{self.path}: contains {', '.join(sorted(foreign))}, which no run of smoa's made and this one would "
                 "replace or remove; choose another training.output_dir"
             )
 
@@ -115,33 +108,34 @@ class RunFolder:
         self._check_content(config_yaml)
         checkpoint = self._last_whole_checkpoint() if self.path.is_dir() else None
         if checkpoint and self.inputs.is_file():
-            found = json.loads(self.inputs.read_text(encoding="utf-8"))
-            changed = [name for name, content in (inputs or {}).items() if found.get(name) != content]
+            began_with = json.loads(self.inputs.read_text(encoding="utf-8"))
+            changed = [name for name, content in (inputs or {}).items() if began_with.get(name) != content]
             if changed:
                 raise ConfigError(
                     f"{self.path}: contains an unfinished run, and the {' and the '.join(changed)} changed since then; "
                     "put back what was there, choose another training.output_dir, or remove the folder"
                 )
-        if checkpoint:
-            self._find_best_here(Path(checkpoint, TRAINER_STATE_NAME))
+        if checkpoint:  # the state of a run that was renamed has its best checkpoint where that was
+            file = Path(checkpoint, TRAINER_STATE_NAME)
+            state = json.loads(file.read_text(encoding="utf-8"))
+            best = state.get("best_model_checkpoint")
+            if best and Path(best).parent != self.path:
+                write_whole(file, json.dumps(state | {"best_model_checkpoint": str(self.path / Path(best).name)}))
         if inputs:
             write_whole(self.inputs, json.dumps(inputs) + "\n")
         write_whole(self.config, config_yaml)
         return checkpoint
 
-    def _find_best_here(self, file: Path) -> None:
-        """The state of a run that was renamed has its best checkpoint where that was."""
-        state = json.loads(file.read_text(encoding="utf-8"))
-        best = state.get("best_model_checkpoint")
-        if best and Path(best).parent != self.path:
-            write_whole(file, json.dumps(state | {"best_model_checkpoint": str(self.path / Path(best).name)}))
-
     def _was_started_by(self, config_yaml: str) -> bool:
         """Whether the folder's config has the same values, whatever the folder was called then; other releases write
         the same config in other words."""
-        texts = (self.config.read_text(encoding="utf-8"), config_yaml)
-        found, wanted = (without_secrets(_without_place(parse_yaml(text, self.config))) for text in texts)
-        return found == wanted
+        configs = []
+        for text in (self.config.read_text(encoding="utf-8"), config_yaml):
+            config = without_secrets(parse_yaml(text, self.config))
+            if isinstance(config.get("training"), dict):
+                config["training"].pop("output_dir", None)
+            configs.append(config)
+        return configs[0] == configs[1]
 
     def _last_whole_checkpoint(self) -> str | None:
         """The latest checkpoint; one that a kill or a full disk left half-written is removed.
@@ -165,7 +159,7 @@ class RunFolder:
 
     def _checkpoints(self) -> list[Path]:
         """What is named as the Trainer names its checkpoints; ``checkpoint-best`` is not."""
-        return [one for one in self.path.glob("checkpoint-*") if one.name.partition("-")[2].isdecimal()]
+        return [path for path in self.path.glob("checkpoint-*") if path.name.partition("-")[2].isdecimal()]
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -222,13 +216,6 @@ class _Cleaned(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return without_secrets(super().format(record))
-
-
-def _without_place(config: dict[str, Any]) -> dict[str, Any]:
-    training = config.get("training")
-    if not isinstance(training, dict):
-        return config
-    return {**config, "training": {key: value for key, value in training.items() if key != "output_dir"}}
 
 
 def is_first_process() -> bool:
@@ -295,8 +282,6 @@ def _version(package: str) -> str | None:
 
 def _processor() -> str:
     information = Path("/proc/cpuinfo")
-    if information.is_file():
-        for line in information.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    text = information.read_text(encoding="utf-8") if information.is_file() else ""
+    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
+    return next(iter(names), "") or platform.processor() or platform.machine()

@@ -7,8 +7,7 @@ from functools import partial
 from typing import Any
 
 from peft import PeftConfig
-from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from smoa.atomic import new_files, write_whole
 from smoa.errors import ConfigError
@@ -19,7 +18,7 @@ from smoa_lab.basics.plain import portable, without_secrets
 from smoa_lab.config.methods import METHODS
 from smoa_lab.config.run import RunConfig
 from smoa_lab.pages.run_card import run_card, samples_text
-from smoa_lab.scoring.forgetting import Forgetting
+from smoa_lab.scoring.evaluation import Forgetting
 from smoa_lab.training.adapting import check_adapter
 from smoa_lab.training.loaded_run import LoadedRun, load_run
 from smoa_lab.training.run_folder import RunFolder, is_first_process, peak_memory, provenance
@@ -70,46 +69,35 @@ def _train(
     model, trainer, seconds = run.fit(arguments, checkpoint)
     evaluation.measure(model, "after")
     forgetting.measure(model, "after")
+    trainable = sum(_entries(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    total = sum(map(_entries, model.parameters()))
+    history = trainer.state.log_history
+    tokens = [entry["num_tokens"] for entry in history if "num_tokens" in entry]
+    speed = {"tokens": tokens[-1], "tokens_per_second": round(tokens[-1] / seconds, 1)} if tokens else {}
     metrics = {
         "format": 1,
         "config": portable(run.config.model_dump(mode="json")),
         "provenance": provenance(arguments.seed, arguments.device),
-        "parameters": _parameters(model),
+        "parameters": {"trainable": trainable, "total": total, "percent": round(100 * trainable / total, 4)},
         "data": portable(run.account() | run.truncation()),
-        "training": {**_training(trainer, arguments, seconds), "resumed": bool(checkpoint)},
+        "training": {
+            "trainer": type(trainer).__name__.removeprefix("Sparse"),
+            "seconds": round(seconds, 1),
+            "steps": trainer.state.global_step,
+            "processes": arguments.world_size,
+            **speed,
+            "peak_memory_bytes": peak_memory(arguments.device),
+            "resumed": bool(checkpoint),
+        },
         "evaluation": evaluation.evaluation,
         "gain": evaluation.gain,
         "forgetting": forgetting.metrics,
         "samples": evaluation.samples,
-        "history": trainer.state.log_history,
+        "history": history,
     }
     is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if is_sharded else None  # all ranks gather it
     return from_rank_zero(partial(_save, run, folder, model, state, metrics))
-
-
-def _training(trainer: Trainer, arguments: TrainingArguments, seconds: float) -> dict[str, Any]:
-    """How the training went."""
-    return {
-        "trainer": type(trainer).__name__.removeprefix("Sparse"),
-        "seconds": round(seconds, 1),
-        "steps": trainer.state.global_step,
-        "processes": arguments.world_size,
-        **_speed(trainer.state.log_history, seconds),
-        "peak_memory_bytes": peak_memory(arguments.device),
-    }
-
-
-def _speed(history: list[dict[str, Any]], seconds: float) -> dict[str, float]:
-    """Tokens a second, where the trainer counts tokens."""
-    tokens = [entry["num_tokens"] for entry in history if "num_tokens" in entry]
-    return {"tokens": tokens[-1], "tokens_per_second": round(tokens[-1] / seconds, 1)} if tokens else {}
-
-
-def _parameters(model: nn.Module) -> dict[str, Any]:
-    trainable = sum(_entries(parameter) for parameter in model.parameters() if parameter.requires_grad)
-    total = sum(map(_entries, model.parameters()))
-    return {"trainable": trainable, "total": total, "percent": round(100 * trainable / total, 4)}
 
 
 def _entries(parameter: Any) -> int:

@@ -22,7 +22,7 @@ from accelerate.utils import DistributedType, load_fsdp_model, save_fsdp_model
 from peft import PeftModel, get_peft_model
 from peft.utils.other import fsdp_auto_wrap_policy
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import fully_shard
 
 import smoa.layers.buffers
 from smoa import PartitionError, SmoaConfig, make_partition
@@ -300,8 +300,7 @@ def fsdp1(folder: Path, **options: Any) -> Result:
     model = adapted()
     accelerator.state.fsdp_plugin.auto_wrap_policy = fsdp_auto_wrap_policy(model)
     model, _, losses = train(accelerator, model)
-    wrapped = sum(isinstance(module, FullyShardedDataParallel) for module in model.modules())
-    return {"losses": losses, "labels": labels(model), "wrapped": wrapped}
+    return {"losses": losses, "labels": labels(model)}
 
 
 def fsdp1_flat(folder: Path) -> Result:

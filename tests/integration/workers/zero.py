@@ -128,12 +128,6 @@ def zero3_embedding_and_convolution(folder: Path) -> Result:
     return trained(chosen, with_embedding_and_convolution(), folder)
 
 
-def zero3_narrow(folder: Path) -> Result:
-    """More blocks than v_proj has rows."""
-    chosen = accelerator(3)
-    return trained(chosen, adapted(loaded(folder), r=30, num_blocks=20), folder)
-
-
 def zero3_bfloat16(folder: Path) -> Result:
     chosen = accelerator(3, bf16={"enabled": True})
     return {"losses": train(chosen, adapted(loaded(folder)))[2]}
@@ -202,7 +196,6 @@ SCENARIOS: list[Callable[[Path], Result]] = [
     zero3_conv1d,
     zero3_experts,
     zero3_embedding_and_convolution,
-    zero3_narrow,
     zero3_bfloat16,
     zero3_generation,
     zero3_refusals,

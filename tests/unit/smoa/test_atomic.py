@@ -157,21 +157,6 @@ def test_a_save_that_is_killed_is_finished_before_the_next_one(tmp_path: Path) -
     assert not (folder / SAVE).exists()
 
 
-def test_what_may_not_be_moved_stays_for_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / SAVE).mkdir()
-    (tmp_path / SAVE / "a").write_text("new")
-
-    def locked(self: Path, target: Path) -> Path:
-        raise OSError(errno.EROFS, "Read-only file system")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", locked)
-        recover(tmp_path)
-    assert not (tmp_path / "a").exists()
-    recover(tmp_path)
-    assert (tmp_path / "a").read_text() == "new"
-
-
 def fill_often(folder: Path, text: str) -> None:
     for _ in range(50):
         fill(folder, text)

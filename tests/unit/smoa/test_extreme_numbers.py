@@ -73,20 +73,6 @@ def test_a_zero_weight_is_cut_in_natural_order_and_modulates_to_nothing(dtype: t
     assert all((factor.grad == 0).all() == (modulation == "hadamard") for factor in factors(layer))
 
 
-@pytest.mark.parametrize("r", [1, 200])
-def test_a_rank_beyond_the_blocks_size_gives_the_oracles_output_and_gradients(r: int) -> None:
-    layer = layer_of(torch.randn(6, 8, dtype=torch.float64), r=r, num_blocks=2, alpha=5.0)
-    x = torch.randn(3, 8, dtype=torch.float64)
-    A, B = (factor.detach().clone().requires_grad_() for factor in factors(layer))
-    expected = x @ (base_weight(layer) + oracle_delta(layer, A=A, B=B)).T
-    y = layer(x)
-    assert_close(y, expected)
-    y.square().sum().backward()
-    expected.square().sum().backward()
-    for found, oracle in zip(factors(layer), (A, B), strict=True):
-        assert_close(found.grad, oracle.grad)
-
-
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_a_layer_is_the_oracles_whatever_its_sizes_blocks_ranks_and_dtype(data: st.DataObject) -> None:

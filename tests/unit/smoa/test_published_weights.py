@@ -16,7 +16,7 @@ from smoa import SmoaConfig, UnsupportedModuleError
 from smoa.export.merge import merge_and_save
 from tests.support import tiny_models
 from tests.support.layers import layers_of
-from tests.support.published import DEQUANTIZED, dequantized, published
+from tests.support.published import dequantized, published
 from tests.support.tolerance import assert_close, relative_error
 
 pytestmark = [
@@ -67,7 +67,3 @@ def test_a_layer_that_is_left_in_its_format_is_refused_with_the_remedy(tmp_path:
     with pytest.raises(UnsupportedModuleError, match=r"q_proj: .*quantized weight.*dequantize=True"):
         get_peft_model(base, SmoaConfig(target_modules=QV))
     assert not layers_of(base)
-
-
-def test_every_format_has_a_config_that_dequantizes() -> None:
-    assert all(make().dequantize for method, make in DEQUANTIZED.items() if method != "compressed-tensors")

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import errno
 from pathlib import Path
 
 import pytest
@@ -100,15 +99,3 @@ def test_a_folder_that_cannot_be_written_is_told_and_stops_nothing(
     with pytest.warns(RuntimeWarning, match="SMOA_SPECTRUM_CACHE: can't write scores to .*file"):
         cached_spectral_scores(torch.randn(12, 10))
     assert len(decompositions) == 1
-
-
-def test_a_full_disk_leaves_no_half_written_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(tensors: object, file: Path) -> None:
-        file.write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
-    monkeypatch.setattr("smoa.state.save_file", full)
-    with pytest.warns(RuntimeWarning, match="No space left"):
-        cached_spectral_scores(torch.randn(12, 10))
-    assert not list(tmp_path.iterdir())

@@ -11,15 +11,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM
 
 from smoa.errors import ConfigError, DataError, SmoaError
 from smoa_lab.chat import COMMANDS, ChatModel, ChatTarget, Conversation, GenerationSettings, find, load, run_command
 from smoa_lab.config.run import ModelSection, check_config
-from smoa_lab.data.chat_templates import set_chat_template
-from smoa_lab.data.encoding import Encoder
-from smoa_lab.data.questions import Template
-from smoa_lab.data.rows import question
+from smoa_lab.data.rows import Template
 from smoa_lab.training.run_folder import RunFolder
 from tests.support.chats import KeptScreen, chat_base, chat_model_of, saved_adapter, written
 from tests.support.lab import byte_tokenizer, tiny_base
@@ -71,7 +68,7 @@ def finished_run(
     return folder
 
 
-def test_a_run_is_opened_with_its_dtype_and_template_unless_the_command_says_others(
+def test_what_is_opened_is_a_run_an_adapter_or_a_model_with_its_dtype_base_and_template_unless_others_are_given(
     tmp_path: Path, base: Path, mine: Path
 ) -> None:
     run = finished_run(tmp_path, base)
@@ -79,13 +76,14 @@ def test_a_run_is_opened_with_its_dtype_and_template_unless_the_command_says_oth
     assert find(str(run.path), {}) == ChatTarget(ModelSection(name=str(base), dtype="bfloat16"), run.adapter, "alpaca")
     target = find(str(run.path), {"name": "moved", "dtype": "float16"}, "chat")
     assert target == ChatTarget(ModelSection(name="moved", dtype="float16"), run.adapter, "chat", forced=True)
-    run = finished_run(tmp_path, base, method="full", name="full")
-    assert find(str(run.path), {}) == ChatTarget(ModelSection(name=str(run.adapter), dtype="bfloat16"), None, "alpaca")
-
-
-def test_an_adapter_is_opened_on_the_base_it_records_or_the_one_given(base: Path, mine: Path) -> None:
+    full = finished_run(tmp_path, base, method="full", name="full")
+    whole = ModelSection(name=str(full.adapter), dtype="bfloat16")
+    assert find(str(full.path), {}) == ChatTarget(whole, None, "alpaca")
     assert find(str(mine), {}) == ChatTarget(ModelSection(name=str(base)), mine, "chat")
     assert find(str(mine), {"name": "moved"}).model.name == "moved"
+    (tmp_path / "model.gguf").touch()
+    for place in ("smollm2-135m", "google/gemma-3-270m", str(base), str(tmp_path / "model.gguf")):
+        assert find(place, {}) == ChatTarget(ModelSection(name=place), None, "chat")
 
 
 def test_an_adapter_that_records_no_base_needs_one(tmp_path: Path, base: Path, mine: Path) -> None:
@@ -96,12 +94,6 @@ def test_an_adapter_that_records_no_base_needs_one(tmp_path: Path, base: Path, m
     file = adapter / "adapter_config.json"
     file.write_text(file.read_text().replace(f'"{base}"', "null"))
     assert load(find(str(adapter), {"name": str(base)}), GenerationSettings()).name == "lone"
-
-
-def test_anything_that_can_be_a_model_is_opened_without_an_adapter(tmp_path: Path, base: Path) -> None:
-    (tmp_path / "model.gguf").touch()
-    for place in ("smollm2-135m", "google/gemma-3-270m", str(base), str(tmp_path / "model.gguf")):
-        assert find(place, {}) == ChatTarget(ModelSection(name=place), None, "chat")
 
 
 def test_a_folder_without_a_model_is_named_with_what_was_looked_for(tmp_path: Path) -> None:
@@ -135,25 +127,6 @@ def test_each_adapter_is_talked_to_through_its_own_template(tmp_path: Path, base
     assert forced.tokens(asked)["input_ids"].tolist() == own[0]
 
 
-@pytest.mark.parametrize("adds_bos", [True, False])
-def test_the_first_turn_through_alpacas_template_is_the_prompt_of_training(adds_bos: bool) -> None:
-    tokenizer: PreTrainedTokenizerBase = byte_tokenizer(adds_bos)
-    trained = Encoder(tokenizer, max_length=1000).answered(question("t", "1", "Why?\nHow?", "so"), "", end=False)
-    set_chat_template(tokenizer, "alpaca")
-    asked = [{"role": "user", "content": "Why?\nHow?"}]
-    assert tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"] == trained.prompt
-
-
-def test_later_turns_and_a_system_prompt_have_their_place_in_alpacas_template() -> None:
-    tokenizer = byte_tokenizer(adds_bos=False)
-    set_chat_template(tokenizer, "alpaca")
-    turns = [("system", "Be brief."), ("user", "Why?"), ("assistant", "So."), ("user", "How?")]
-    messages = [{"role": role, "content": content} for role, content in turns]
-    assert tokenizer.apply_chat_template(messages, tokenize=False) == (
-        "Be brief.\n\n### Instruction:\nWhy?\n\n### Response:\nSo.<eos>\n\n### Instruction:\nHow?\n\n### Response:\n"
-    )
-
-
 def said(model: ChatModel, **options: Any) -> str:
     pieces: list[str] = []
     model.write(HELLO, pieces.append, **options)
@@ -170,7 +143,9 @@ def by_generate(base: Path, adapter: Path | None = None) -> str:
     return written(model, base, HELLO)
 
 
-def test_an_adapter_a_base_and_another_adapter_each_write_their_own_text(base: Path, mine: Path, other: Path) -> None:
+def test_an_adapter_a_base_and_another_adapter_each_write_their_own_text(
+    tmp_path: Path, base: Path, mine: Path, other: Path
+) -> None:
     pieces: list[str] = []
     chat_model_of(base).write(HELLO, pieces.append)
     assert len(pieces) > 1
@@ -190,6 +165,9 @@ def test_an_adapter_a_base_and_another_adapter_each_write_their_own_text(base: P
     model.toggle()
     model.toggle()
     assert said(model) == texts["mine"]
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    get_peft_model(plain(base), config).save_pretrained(tmp_path / "lora")
+    assert said(chat_model_of(tmp_path / "lora")) == by_generate(base, tmp_path / "lora") != texts["base"]
 
 
 def test_a_base_in_half_precision_writes_its_own_text_again_after_an_adapter(base: Path, mine: Path) -> None:
@@ -198,13 +176,6 @@ def test_a_base_in_half_precision_writes_its_own_text_again_after_an_adapter(bas
     model.toggle()
     half = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     assert said(model) == written(half, base, HELLO)
-
-
-def test_adapters_of_other_methods_talk_too(tmp_path: Path, base: Path) -> None:
-    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    get_peft_model(plain(base), config).save_pretrained(tmp_path / "lora")
-    model = chat_model_of(tmp_path / "lora")
-    assert said(model) == by_generate(base, tmp_path / "lora") != by_generate(base)
 
 
 def damage(adapter: Path) -> None:
@@ -408,20 +379,9 @@ def test_a_conversation_is_saved_in_the_format_of_training_data_and_over_no_othe
     assert theirs.read_text() == "theirs"
 
 
-@pytest.fixture
-def screen() -> KeptScreen:
-    return KeptScreen()
-
-
-@pytest.fixture
-def talk(mine: Path, screen: KeptScreen) -> Conversation:
-    return Conversation(chat_model_of(mine), screen)
-
-
-def test_help_lists_the_commands_and_they_say_what_they_did(
-    tmp_path: Path, other: Path, talk: Conversation, screen: KeptScreen
-) -> None:
-    file = tmp_path / "talk.jsonl"
+def test_help_lists_the_commands_and_they_say_what_they_did(tmp_path: Path, mine: Path, other: Path) -> None:
+    file, screen = tmp_path / "talk.jsonl", KeptScreen()
+    talk = conversation_with(mine, screen)
     talk.ask("hello")
     lines = {
         "/base": "From now on base answers.",
@@ -444,14 +404,10 @@ def test_help_lists_the_commands_and_they_say_what_they_did(
     assert file.is_file()
     assert (talk.turns, talk.system) == ([], [])
 
-
-def test_a_wrong_command_and_a_missing_argument_are_named_and_quitting_is_the_end_of_the_input(
-    talk: Conversation,
-) -> None:
     with pytest.raises(EOFError):
         run_command(talk, "/quit")
-    with pytest.raises(DataError, match=r"there is no command /rest; did you mean 'reset'\?"):
+    with pytest.raises(DataError, match=r"no command /rest; did you mean 'reset'\?"):
         run_command(talk, "/rest")
     for name in ("load", "save"):
-        with pytest.raises(DataError, match=rf"/{name} {COMMANDS[name][0]}: {COMMANDS[name][1][:20]}"):
+        with pytest.raises(DataError, match=f"/{name} {COMMANDS[name][0]}: {COMMANDS[name][1][:20]}"):
             run_command(talk, f"/{name} ")

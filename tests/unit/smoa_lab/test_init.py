@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from smoa.errors import ConfigError, DataError
+from smoa.errors import ConfigError
 from smoa_lab import init
 from smoa_lab.config import run
 from smoa_lab.config.run import check_config, load_config
@@ -25,7 +25,6 @@ from smoa_lab.init import (
     ModelFacts,
     Proposal,
     StepClock,
-    check_data,
     config_text,
     duration,
     expected,
@@ -93,48 +92,20 @@ def test_plain_text_and_pairs_of_texts_need_no_template_and_pairs_of_turns_do(ba
     assert (pairs.format, pairs.values["chat_template"]) == ("preference", "alpaca")
 
 
-def test_a_model_or_data_that_cannot_be_had_are_errors(base: ModelFacts, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"model\.name: cannot load"):
-        look_at_model(str(tmp_path))
-    with pytest.raises(DataError, match=r"nothing\.jsonl"):
-        check_data(str(tmp_path / "nothing.jsonl"))
-    with pytest.raises(DataError, match="1 bad row; nothing is trained"):
-        look_at_data(str(rows_file(tmp_path / "rows.jsonl", [*talks(3), {"messages": "none"}])), base)
-    assert [check_data(place) for place in ("arc_easy", "someone/rows")] == ["arc_easy", "someone/rows"]
-
-
-def test_a_tasks_name_gives_questions(base: ModelFacts, tmp_path: Path) -> None:
-    lab.fill_cache(tmp_path / "cache", lab.questions(20, "train"), lab.questions(5, "test"))
-    found = look_at_data("arc_easy", base)
-    assert found.values == {"tasks": ["arc_easy"]}
-    assert (found.format, found.kind, found.max_length) == (None, "questions", 256)
-    assert 15 <= found.train <= 20
-
-
-@pytest.fixture
-def _a_cpu_with_a_gigabyte(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**30))
-
-
 @pytest.mark.parametrize(
     ("listed", "has"), [({"avx512_bf16": True, "avx2": True}, True), ({"avx512_bf16": False}, False), (None, False)]
 )
-@pytest.mark.usefixtures("_a_cpu_with_a_gigabyte")
-def test_a_cpu_has_bfloat16_if_its_torch_lists_instructions_for_it(
+def test_a_cpu_has_bfloat16_if_its_torch_lists_instructions_for_it_and_a_gpu_comes_before_it(
     monkeypatch: pytest.MonkeyPatch, listed: dict[str, Any] | None, has: bool
 ) -> None:
-    if listed is None:  # an old torch
-        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    else:
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: listed, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**30))
     monkeypatch.setattr(run, "cpu_multiplies_bfloat16", CPU_MULTIPLIES_BFLOAT16)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: listed, raising=False)
+    if listed is None:  # an old torch
+        monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert this_machine() == Machine(2**30, None, has)
     assert this_machine().name == "the CPU"
-
-
-@pytest.mark.usefixtures("_a_cpu_with_a_gigabyte")
-def test_a_gpu_comes_before_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (7, 9))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
@@ -143,41 +114,33 @@ def test_a_gpu_comes_before_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert this_machine().name == "A GPU"
 
 
-CHOICE = proposal().choice
+CONFIG: Any = LlamaConfig(**{**MODEL.config.to_dict(), "num_hidden_layers": 100})
+DEEP = replace(MODEL, config=CONFIG)
+TWO_ROWS, ONE_DEEP_ROW = needed_bytes(proposal(rows=2)), needed_bytes(proposal(model=DEEP, rows=1))
+MACHINES: dict[str, tuple[ModelFacts, Machine, tuple[int, bool, str]]] = {
+    "a CPU with room": (MODEL, MACHINE, (4, False, "float32")),
+    "a GPU with room": (MODEL, Machine(10**10, "a GPU", bfloat16=True), (16, False, "bfloat16")),
+    "less memory": (MODEL, Machine(2 * TWO_ROWS), (2, False, "float32")),
+    "too little for one row": (DEEP, Machine(2 * (ONE_DEEP_ROW - 1)), (4, True, "float32")),
+    "too little for anything, which the measurement will tell": (MODEL, Machine(1), (1, True, "float32")),
+}
 
 
-def test_a_machine_with_room_gets_the_largest_batch_and_its_own_dtype() -> None:
-    on_cpu = propose(MODEL, ROWS, CHOICE, MACHINE)
-    assert (on_cpu.rows, on_cpu.accumulation, on_cpu.checkpointing, on_cpu.dtype) == (4, 4, False, "float32")
-    on_gpu = propose(MODEL, ROWS, CHOICE, Machine(10**10, "a GPU", bfloat16=True))
-    assert (on_gpu.rows, on_gpu.accumulation, on_gpu.dtype) == (16, 1, "bfloat16")
-    assert propose(MODEL, ROWS, CHOICE, Machine(10**10, bfloat16=True), "float32").dtype == "float32"
+@pytest.mark.parametrize("case", MACHINES)
+def test_the_batch_is_what_fits_and_a_step_learns_from_as_many_rows(case: str) -> None:
+    model, machine, chosen = MACHINES[case]
+    found = propose(model, ROWS, proposal().choice, machine)
+    assert (found.rows, found.checkpointing, found.dtype) == chosen
+    assert found.rows * found.accumulation == 16
+    assert propose(model, ROWS, proposal().choice, machine, "float16").dtype == "float16"
 
 
-def test_less_memory_gives_smaller_batches_of_the_same_step() -> None:
-    half = needed_bytes(proposal(rows=2))
-    found = propose(MODEL, ROWS, CHOICE, Machine(2 * half))
-    assert (found.rows, found.accumulation, found.checkpointing) == (2, 8, False)
-
-
-def test_activations_are_computed_again_only_if_one_row_does_not_fit() -> None:
-    config: Any = LlamaConfig(**{**MODEL.config.to_dict(), "num_hidden_layers": 100})
-    deep = replace(MODEL, config=config)
-    one = needed_bytes(proposal(model=deep, rows=1))
-    found = propose(deep, ROWS, CHOICE, Machine(2 * (one - 1)))
-    assert found.checkpointing
-    assert found.rows == 4  # which fits then
-    assert needed_bytes(found) < one
-
-
-def test_what_never_fits_is_left_to_the_measurement_which_halves_the_batch_and_keeps_the_step() -> None:
-    found = propose(MODEL, ROWS, CHOICE, Machine(1))
-    assert (found.rows, found.checkpointing) == (1, True)
-    with pytest.raises(ConfigError, match="'some/model' does not fit into memory"):
-        found.smaller()
+def test_what_does_not_fit_is_halved_and_at_last_computed_again() -> None:
     half = proposal(rows=2).smaller()
     assert (half.rows, half.accumulation, half.checkpointing) == (1, 16, False)
     assert half.smaller().checkpointing
+    with pytest.raises(ConfigError, match="'some/model' does not fit into memory"):
+        half.smaller().smaller()
 
 
 def test_preferences_need_the_memory_of_two_answers() -> None:
@@ -189,8 +152,7 @@ def test_preferences_need_the_memory_of_two_answers() -> None:
 def test_time_ends_a_run_before_its_epochs_do() -> None:
     assert proposal().steps_of_epochs == 3 * 7  # 25 batches of 4, 4 in a step
     short = proposal().within(minutes=1, seconds=6.1)
-    assert (short.steps, short.all_steps) == (9, 9)
-    assert short.values("runs/x")["training"]["max_steps"] == 9
+    assert short.all_steps == short.values("runs/x")["training"]["max_steps"] == 9
     long = proposal().within(minutes=60, seconds=6.1)
     assert (long.steps, long.all_steps) == (None, 21)
     assert long.values("runs/x")["training"]["num_train_epochs"] == 3
@@ -235,13 +197,7 @@ def test_a_batch_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch, er
     monkeypatch.setattr(init, "_three_steps", fits_two)
     found, _ = measure(proposal(rows=8))
     assert (found.rows, found.accumulation) == (2, 8)
-
-
-def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    def breaks(_: Proposal) -> Measured:
-        raise RuntimeError("shapes do not match")
-
-    monkeypatch.setattr(init, "_three_steps", breaks)
+    error = RuntimeError("shapes do not match")
     with pytest.raises(RuntimeError, match="shapes"):
         measure(proposal())
 

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from smoa.maths.blocks import Blocks, take_columns
 from smoa.maths.factors import BlockRun, Factors
-from smoa.maths.kernels.batched import diagonal_blocks
 from smoa.maths.kernels.choice import prefers_shared
 from smoa.maths.kernels.loops import product_dtype
-from smoa.maths.kernels.shared import Gathered, StackedFactors, formed, shared
+from smoa.maths.kernels.shared import Gathered, StackedFactors, diagonal_of, formed, shared
 from smoa.maths.scale import MODULATIONS, rank_scale
 from smoa.tuner.pool import Loaded
 
@@ -152,7 +151,7 @@ class Group:
         for (part, own_weight), own in zip(slices, blocks, strict=True):
             anchor = MODULATIONS[part.modulation].anchor(own_weight, own)
             for run in Factors(part.A, part.B, part.ranks, 1.0, part.block_scale, own).runs():
-                diagonal = [] if anchor is None else [diagonal_blocks(own, run, anchor)]
+                diagonal = [] if anchor is None else diagonal_of(own, [run], anchor)
                 last = runs[-1] if runs else None
                 if last is not None and (last.height, last.width, last.rank) == (run.height, run.width, run.rank):
                     runs[-1] = replace(last, count=last.count + run.count)
@@ -190,12 +189,12 @@ class Group:
             B[0, : part.B.shape[0], ranks] = part.B.to(B)
             scale[0, ranks] = (rank_scale(part.block_scale, part.ranks) * part.scaling).to(scale)
         own = replace(self.stack, A=A, B=B, scale=scale).gathered(torch.zeros(1, dtype=torch.int64, device=A.device))
-        slots = self.factors[0][0].shape[1]
+        slots = len(self.factors[0][0])
         if slot >= slots:
             more = max(slot + 1, slots * 5 // 4) - slots
             self.factors = [(_grown(all_A, more), _grown(all_B, more)) for all_A, all_B in self.factors]
         for (all_A, all_B), (own_A, own_B) in zip(self.factors, own, strict=True):
-            all_A[:, slot], all_B[:, slot] = own_A[:, 0], own_B[:, 0]
+            all_A[slot], all_B[slot] = own_A[0], own_B[0]
         self.members |= {slot}
         self._of_plan = None
 
@@ -204,7 +203,7 @@ class Group:
         rank = max(run.rank for run in self.stack.runs) if self.diagonal else 0
         plan = tokens.plan(self.members, rank, x.device)
         for slot, rows in plan.apart:
-            own = [(A[:, slot : slot + 1], B[:, slot : slot + 1]) for A, B in self.factors]
+            own = [(A[slot : slot + 1], B[slot : slot + 1]) for A, B in self.factors]
             self._add(output, rows, formed(self.stack, _sorted(x[rows], self.cols), own, self.diagonal))
         diagonal = (lambda: self.diagonal) if self.diagonal else None
         for (rows, slots), factors in zip(plan.together, self._factors(plan), strict=False):
@@ -217,7 +216,7 @@ class Group:
         if self._of_plan is not None and self._of_plan[0] is plan:
             return self._of_plan[1]
         found = (
-            [(A.index_select(1, slots), B.index_select(1, slots)) for A, B in self.factors]
+            [(A.index_select(0, slots), B.index_select(0, slots)) for A, B in self.factors]
             for _, slots in plan.together
         )
         if sum(len(slots) for _, slots in plan.together) > len(self.members):
@@ -232,7 +231,7 @@ class Group:
 
 
 def _grown(factors: Tensor, more: int) -> Tensor:
-    return torch.cat([factors, factors.new_zeros(len(factors), more, *factors.shape[2:])], 1)
+    return torch.cat([factors, factors.new_zeros(more, *factors.shape[1:])])
 
 
 def _sorted(x: Tensor, order: Tensor | None) -> Tensor:

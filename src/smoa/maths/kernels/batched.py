@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from smoa.maths.blocks import Blocks, take_columns
+from smoa.maths.blocks import Blocks
 from smoa.maths.factors import BlockRun, Factors
 from smoa.maths.kernels.loops import SCRATCH, product_dtype, sort_columns
 
 LARGE_BLOCK = 1 << 13
 """On a CPU, larger blocks are gathered faster by copying rows, then columns (measured: docs/experiment-log.md)."""
+COPIED_ROWS = 1 << 20
+"""Entries of the rows that are copied at once."""
 
 
 def batched_forward(factors: Factors, x: Tensor, anchor: Tensor) -> Tensor:
@@ -79,10 +81,14 @@ def diagonal_blocks(blocks: Blocks, run: BlockRun, anchor: Tensor) -> Tensor:
     """The blocks `M[I_k, J_k]` of a run, (blocks, height, width): a view of M if they are contiguous, else a copy."""
     if blocks.is_contiguous or anchor.device.type != "cpu" or run.height * run.width <= LARGE_BLOCK:
         return run.of_matrix(anchor, blocks)
-    entries = anchor.new_empty(run.count, run.height, run.width)
-    for block, rows, cols in zip(entries, *run.indices(blocks.orders), strict=True):
-        buffer = SCRATCH.take("rows", run.height, anchor.shape[1], anchor)
-        take_columns(torch.index_select(anchor, 0, rows.flatten(), out=buffer), cols.flatten(), out=block)
+    rows, cols = run.indices(blocks.orders)
+    entries, columns = anchor.new_empty(run.count, run.height, run.width), anchor.shape[1]
+    step = max(1, COPIED_ROWS // (run.height * columns))
+    for first in range(0, run.count, step):
+        part = slice(first, min(first + step, run.count))
+        height = (part.stop - first) * run.height
+        buffer = torch.index_select(anchor, 0, rows[part].flatten(), out=SCRATCH.take("rows", height, columns, anchor))
+        torch.gather(buffer.view(-1, run.height, columns), 2, cols[part].expand(-1, run.height, -1), out=entries[part])
     return entries
 
 

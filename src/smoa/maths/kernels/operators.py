@@ -9,6 +9,7 @@ operations.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -49,7 +50,7 @@ class Apart:
     kernels: Kernels = "auto"
 
     def forward(self, factors: Factors, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        forward = batched_forward if prefers_batched(factors.blocks, len(x), self.kernels) else loop_forward
+        forward = batched_forward if prefers_batched(factors.blocks, self.kernels) else loop_forward
         return forward(factors, x, weight)
 
     def plain(self, factors: Factors, x: Tensor, weight: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ class Apart:
     def backward(
         self, factors: Factors, g: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_factors: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
-        backward = batched_backward if prefers_batched(factors.blocks, len(x), self.kernels) else loop_backward
+        backward = batched_backward if prefers_batched(factors.blocks, self.kernels) else loop_backward
         return backward(factors, g, x, weight, needs_x)
 
 
@@ -131,14 +132,14 @@ def recomputed(
     elif torch.is_grad_enabled():
         y = _Recomputed.apply(route, factors, factors.A, factors.B, x, weight, bias)  # type: ignore[no-untyped-call]
     else:
-        with _exact(factors):
+        with without_autocast(factors.A.device.type):
             y = route.forward(factors, x, weight() if callable(weight) else weight, bias)
     return y
 
 
-def _exact(factors: Any) -> torch.autocast:
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """No autocast, because the kernels choose every dtype themselves."""
-    return torch.autocast(factors.A.device.type, enabled=False)
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 class _Recomputed(torch.autograd.Function):
@@ -149,7 +150,7 @@ class _Recomputed(torch.autograd.Function):
         made = callable(weight)
         ctx.save_for_backward(A, B, x, None if made else weight)
         ctx.route, ctx.factors, ctx.make = route, replace(factors, A=None, B=None), weight if made else None
-        with _exact(factors):
+        with without_autocast(factors.A.device.type):
             return route.forward(factors, x, weight() if made else weight, bias)
 
     @staticmethod
@@ -158,7 +159,7 @@ class _Recomputed(torch.autograd.Function):
         _, _, needs_A, needs_B, needs_x, _, needs_bias = ctx.needs_input_grad
         route: Route = ctx.route
         factors = replace(ctx.factors, A=A, B=B)
-        with _exact(factors):
+        with without_autocast(factors.A.device.type):
             weight = weight if ctx.make is None else ctx.make()
             if needs_plain_gradients(g):
                 inputs, needed = (A, B, x), (needs_A, needs_B, needs_x)
@@ -260,12 +261,12 @@ class _Operator:
 
     def _forward(self, *inputs: Any) -> Tensor:
         route, factors, rest = self._read(inputs)
-        with _exact(factors):
+        with without_autocast(factors.A.device.type):
             return route.forward(factors, *rest)  # type: ignore[no-any-return]
 
     def _backward(self, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         route, factors, rest = self._read(inputs)
-        with _exact(factors):
+        with without_autocast(factors.A.device.type):
             return route.backward(factors, *rest)  # type: ignore[no-any-return]
 
     def _output(self, *inputs: Any) -> Tensor:

@@ -25,8 +25,9 @@ from torch.utils.checkpoint import checkpoint
 
 from smoa.maths.blocks import Blocks
 from smoa.maths.factors import BlockRun, Factors
+from smoa.maths.kernels.batched import diagonal_blocks
 from smoa.maths.kernels.loops import product_dtype
-from smoa.maths.kernels.operators import needs_plain_gradients, plain_gradients
+from smoa.maths.kernels.operators import is_transformed, needs_plain_gradients, plain_gradients, without_autocast
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,26 +56,34 @@ class StackedFactors:
         return cls(A, B, scale, factors[0].blocks, factors[0].runs())
 
     def gathered(self, slots: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """The factors A and B of each group, for each run: (blocks, groups, 1, rank, width) and (…, height)."""
-        return [(_by_block(self.of_A(run, slots)), _by_block(self.of_B(run, slots))) for run in self.runs]
+        """The factors A and B of each group, for each run: as `of_A` and `of_B`, to be multiplied often."""
+        return [(self.of_A(run, slots).contiguous(), self.of_B(run, slots).contiguous()) for run in self.runs]
 
     def of_A(self, run: BlockRun, slots: Tensor) -> Tensor:
-        """The factors A of a run, each group's own: (groups, blocks, rank, width)."""
-        chosen = self.A.narrow(1, run.first_rank, run.count * run.rank).index_select(0, slots)
-        return chosen.narrow(2, 0, run.width).view(len(slots), run.count, run.rank, run.width)
+        """The factors A of a run, each group's own: (groups, 1, rank, blocks, width)."""
+        chosen = self.A.narrow(1, run.first_rank, run.count * run.rank).narrow(2, 0, run.width).index_select(0, slots)
+        return chosen.view(len(slots), run.count, run.rank, run.width).transpose(1, 2)[:, None]
 
     def of_B(self, run: BlockRun, slots: Tensor) -> Tensor:
-        """The factors B of a run with the scale, in float32 or wider: (groups, blocks, rank, height)."""
+        """The factors B of a run with the scale, in float32 or wider: (groups, 1, rank, blocks, height)."""
         ranks = run.first_rank, run.count * run.rank
         chosen = self.B.narrow(2, *ranks).narrow(1, 0, run.height).index_select(0, slots)
-        scale = self.scale.narrow(1, *ranks).index_select(0, slots)
-        scaled = chosen.to(scale.dtype) * scale[:, None]
-        return scaled.mT.view(len(slots), run.count, run.rank, run.height)
+        scaled = chosen * self.scale.narrow(1, *ranks).index_select(0, slots)[:, None]
+        return scaled.view(len(slots), run.height, run.count, run.rank).permute(0, 3, 2, 1)[:, None]
 
 
 Diagonal = Callable[[], Sequence[Tensor]]
 """Gives the diagonal blocks of M, (blocks, height, width) for each run: called again in the backward, so that nothing
 of M's size is kept."""
+
+
+def diagonal_of(blocks: Blocks, runs: Sequence[BlockRun], anchor: Tensor) -> list[Tensor]:
+    """The diagonal blocks of M for each run: views where blocks are contiguous, but copies in 16 bits on a CPU, which
+    multiplies slices of them in three times the time."""
+    if torch.compiler.is_compiling() or is_transformed(anchor):
+        return [run.of_matrix(anchor, blocks) for run in runs]
+    entries = [diagonal_blocks(blocks, run, anchor) for run in runs]
+    return [part.contiguous() for part in entries] if anchor.dtype.itemsize == 2 else entries
 
 
 Gathered = Sequence[tuple[Tensor, Tensor]]
@@ -97,7 +106,7 @@ def shared(
     """
     if diagonal is None:
         return _unmodulated(stack, x, gathered or stack.gathered(slots))
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or is_transformed(x):
         return _products(stack, x, gathered or stack.gathered(slots), diagonal())
     if torch.compiler.is_compiling():
         y: Tensor = checkpoint(
@@ -122,11 +131,12 @@ def formed(stack: StackedFactors, x: Tensor, gathered: Gathered, diagonal: Seque
         diagonal: The blocks of M, (blocks, height, width) for each run.
     """
     dtype, sorted_x, outputs = product_dtype(x.dtype, x.device.type), stack.blocks.sort_inputs(x), []
-    for run, (A, B), entries in zip(stack.runs, gathered, diagonal, strict=True):
-        delta = torch.bmm(B[:, 0, 0].mT, A[:, 0, 0].to(B.dtype)).mul_(entries).to(dtype)
-        y = torch.bmm(run.of_inputs(sorted_x).to(dtype), delta.mT).to(x.dtype)
+    for run, factors, entries in zip(stack.runs, gathered, diagonal, strict=True):
+        A, B = (part[0, 0].transpose(0, 1) for part in factors)
+        delta = torch.bmm(B.mT, A.to(B.dtype)).mul_(entries).to(dtype)
+        y = torch.bmm(run.of_inputs(sorted_x).to(dtype), delta.mT)
         outputs.append(y.transpose(0, 1).flatten(1))
-    return stack.blocks.unsort_outputs(torch.cat(outputs, dim=-1))
+    return stack.blocks.unsort_outputs(torch.cat(outputs, dim=-1).to(x.dtype))
 
 
 def _with(stack: StackedFactors, A: Tensor, B: Tensor) -> StackedFactors:
@@ -134,54 +144,44 @@ def _with(stack: StackedFactors, A: Tensor, B: Tensor) -> StackedFactors:
 
 
 def _products(stack: StackedFactors, x: Tensor, gathered: Gathered, diagonal: Sequence[Tensor]) -> Tensor:
-    dtype, sorted_x = product_dtype(x.dtype, x.device.type), stack.blocks.sort_inputs(x)
-    outputs = []
-    with torch.autocast(x.device.type, enabled=False):  # every dtype is chosen here
+    dtype, sorted_x, outputs = product_dtype(x.dtype, x.device.type), stack.blocks.sort_inputs(x), []
+    with without_autocast(x.device.type):  # every dtype is chosen here
         for run, (A, B), entries in zip(stack.runs, gathered, diagonal, strict=True):
-            z = _spread(run, A, _inputs(run, sorted_x), dtype) @ entries.to(dtype).mT
-            y = _summed(_groups(run, z, x) * B).to(x.dtype)
-            outputs.append(y.permute(1, 2, 0, 3).flatten(2))
-    return stack.blocks.unsort_outputs(outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1))
+            z = _multiplied(A * _inputs(run, sorted_x), entries.mT, dtype)
+            outputs.append(_summed(B * z).flatten(2))
+    y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+    return stack.blocks.unsort_outputs(y.to(x.dtype))
 
 
-def _spread(run: BlockRun, factors: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The values of each token, once for each rank, times the factors: (blocks, groups · tokens · rank, size)."""
-    spread = (values[:, :, :, None] * factors).to(dtype)
-    return spread.reshape(run.count, spread.shape[1:4].numel(), spread.shape[4])
-
-
-def _by_block(factors: Tensor) -> Tensor:
-    """(blocks, groups, 1, rank, size), of factors (groups, blocks, rank, size)."""
-    return factors.transpose(0, 1)[:, :, None]
-
-
-def _groups(run: BlockRun, products: Tensor, x: Tensor) -> Tensor:
-    """(blocks, groups, tokens, rank, size), of the result of a product."""
-    return products.view(run.count, *x.shape[:2], run.rank, products.shape[-1])
+def _multiplied(values: Tensor, entries: Tensor, dtype: torch.dtype) -> Tensor:
+    """Each block's values times its entries (blocks, …, …): (groups, tokens, rank, blocks, …) of such values."""
+    product = values.to(dtype).flatten(0, 2).transpose(0, 1) @ entries.to(dtype)
+    return product.transpose(0, 1).view(*values.shape[:4], product.shape[2])
 
 
 def _summed(values: Tensor) -> Tensor:
-    """The sum over the ranks: (blocks, groups, tokens, size)."""
-    return values.squeeze(3) if values.shape[3] == 1 else values.sum(3)
+    """The sum over the ranks: (groups, tokens, blocks, size)."""
+    return values.squeeze(2) if values.shape[2] == 1 else values.sum(2)
 
 
 def _inputs(run: BlockRun, x: Tensor) -> Tensor:
-    """(blocks, groups, tokens, width), of x (groups, tokens, in_features) sorted by block."""
+    """(groups, tokens, 1, blocks, width), of x (groups, tokens, in_features) sorted by block."""
     columns = x.narrow(2, run.first_col, run.count * run.width)
-    return columns.view(*x.shape[:2], run.count, run.width).permute(2, 0, 1, 3)
+    return columns.view(*x.shape[:2], 1, run.count, run.width)
 
 
 def _outputs(run: BlockRun, y: Tensor) -> Tensor:
-    """(blocks, groups, tokens, height), of y (groups, tokens, out_features) sorted by block."""
+    """(groups, tokens, 1, blocks, height), of y (groups, tokens, out_features) sorted by block."""
     columns = y.narrow(2, run.first_row, run.count * run.height)
-    return columns.view(*y.shape[:2], run.count, run.height).permute(2, 0, 1, 3)
+    return columns.view(*y.shape[:2], 1, run.count, run.height)
 
 
 def _unmodulated(stack: StackedFactors, x: Tensor, gathered: Gathered) -> Tensor:
     sorted_x, outputs = stack.blocks.sort_inputs(x), []
-    for run, (A, B) in zip(stack.runs, gathered, strict=True):
-        y = _inputs(run, sorted_x) @ A[:, :, 0].mT.to(x.dtype) @ B[:, :, 0].to(x.dtype)
-        outputs.append(y.permute(1, 2, 0, 3).flatten(2))
+    for run, factors in zip(stack.runs, gathered, strict=True):
+        inputs = _inputs(run, sorted_x).transpose(1, 3).squeeze(2)  # (groups, blocks, tokens, width)
+        A, B = (part.squeeze(1).transpose(1, 2).to(x.dtype) for part in factors)
+        outputs.append((inputs @ A.mT @ B).transpose(1, 2).flatten(2))
     return stack.blocks.unsort_outputs(torch.cat(outputs, dim=-1))
 
 
@@ -203,7 +203,7 @@ class _Shared(torch.autograd.Function):
                 lambda: _products(stack, x, stack.gathered(slots), diagonal), (A, B, x), ctx.needs_input_grad[:3], g
             )
             return of_A, of_B, of_x, None, None, None
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             return *_gradients(stack, g, x, slots, diagonal, ctx.needs_input_grad), None, None, None
 
 
@@ -218,21 +218,20 @@ def _gradients(
     grad_B = torch.zeros_like(stack.B, dtype=wide) if needs_B else None
     grad_x = torch.empty_like(sorted_x) if needs_x else None
     for run, entries in zip(stack.runs, diagonal, strict=True):
-        entries = entries.to(dtype)
         ranks = slice(run.first_rank, run.first_rank + run.count * run.rank)
         run_x, run_g = _inputs(run, sorted_x), _outputs(run, sorted_g)
-        A, B = _by_block(stack.of_A(run, slots)), _by_block(stack.of_B(run, slots))
+        A, B = stack.of_A(run, slots), stack.of_B(run, slots)
         if grad_A is not None or grad_x is not None:
-            q = _groups(run, _spread(run, B, run_g, dtype) @ entries, x)
+            q = _multiplied(B * run_g, entries, dtype)
             if grad_x is not None:
-                _inputs(run, grad_x).copy_(_summed(q * A))
+                _inputs(run, grad_x).squeeze(2).copy_(_summed(A * q))
             if grad_A is not None:
-                of_groups = (q * run_x[:, :, :, None].to(wide)).sum(2)  # (blocks, groups, rank, width)
-                grad_A[:, ranks, : run.width].index_add_(0, slots, of_groups.transpose(0, 1).flatten(1, 2))
+                of_groups = (run_x.to(wide) * q).sum(1)  # (groups, rank, blocks, width)
+                grad_A[:, ranks, : run.width].index_add_(0, slots, of_groups.transpose(1, 2).flatten(1, 2))
         if grad_B is not None:
-            z = _groups(run, _spread(run, A, run_x, dtype) @ entries.mT, x)
-            of_groups = (z * run_g[:, :, :, None].to(wide)).sum(2)
-            scaled = of_groups.transpose(0, 1).flatten(1, 2) * stack.scale[:, ranks].index_select(0, slots)[..., None]
+            z = _multiplied(A * run_x, entries.mT, dtype)
+            of_groups = (run_g.to(wide) * z).sum(1).transpose(1, 2).flatten(1, 2)
+            scaled = of_groups * stack.scale[:, ranks].index_select(0, slots)[..., None]
             grad_B[:, : run.height, ranks].index_add_(0, slots, scaled.mT)
     if grad_x is not None:
         grad_x = blocks.transposed().unsort_outputs(grad_x)

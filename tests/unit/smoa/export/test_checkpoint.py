@@ -143,14 +143,6 @@ def test_an_adapter_without_a_task_is_of_the_class_that_peft_noted(tmp_path: Pat
     assert type(base.on_meta()) is type(base.load()) is LlamaForCausalLM
 
 
-def test_on_the_meta_device_every_parameter_has_its_shape_and_no_memory(tmp_path: Path) -> None:
-    base = checkpoint(tmp_path, task_type="CAUSAL_LM")
-    model = base.on_meta()
-    assert all(parameter.device == torch.device("meta") for parameter in model.parameters())
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    assert shapes == {name: tensor.shape for name, tensor in tiny_models.build("llama").state_dict().items()}
-
-
 def test_the_labels_are_counted_in_the_adapters_head(tmp_path: Path) -> None:
     base = checkpoint(tmp_path, "bert", ("query",), task_type="SEQ_CLS")
     raw = json.loads((tmp_path / "base" / "config.json").read_text())
@@ -208,13 +200,6 @@ def test_a_weight_that_the_checkpoint_lacks_takes_a_loaded_model(tensor: Tensor 
         tensors["model.layers.0.self_attn.q_proj.weight"] = tensor
     save_file(tensors, file)
     assert plan_stream(adapter_in(tmp_path), tiny_models.build("llama"), Shards(tmp_path / "base")) is None
-
-
-def test_a_module_trained_whole_replaces_the_checkpoints_tensor(tmp_path: Path) -> None:
-    saved_both(tmp_path, modules_to_save=["input_layernorm"])
-    plan = plan_stream(adapter_in(tmp_path), tiny_models.build("llama"), Shards(tmp_path / "base"))
-    assert plan is not None
-    assert list(plan[1]) == [f"model.layers.{number}.input_layernorm.weight" for number in range(2)]
 
 
 def test_layers_that_the_model_does_not_have_are_told(tmp_path: Path) -> None:

@@ -404,23 +404,6 @@ def test_where_a_base_was_loaded_from_stays_out_of_the_merged_model(
     assert lab.files_with(base.parent, output) == lab.files_with("/home/somebody", output) == set()
 
 
-def test_a_folder_that_somebody_else_makes_meanwhile_stays(
-    base: Path, adapter: Path, output: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    saved(base, adapter)
-
-    def make(*arguments: Any) -> str:
-        output.mkdir()
-        (output / "theirs").touch()
-        return ""
-
-    monkeypatch.setattr(export_module, "model_card", make)
-    with pytest.raises(ConfigError, match="another process created it in the meantime"):
-        merge_and_save(adapter, output)
-    assert [file.name for file in output.iterdir()] == ["theirs"]
-    assert sorted(path.name for path in output.parent.iterdir()) == ["adapter", "base", "merged"]
-
-
 # Layers that can't be merged, and quantized bases.
 
 
@@ -447,15 +430,6 @@ def test_a_base_that_cannot_be_dequantized_is_told(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(PreTrainedModel, "dequantize", refuse)
     with pytest.raises(MergeError, match=r"can't be dequantized \(no way back\); give a base that isn't quantized"):
         with_plain_weights(model)
-
-
-def test_a_dequantized_base_is_not_saved_as_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_models.build("llama", torch.bfloat16)
-    model.hf_quantizer = model.config.quantization_config = object()
-    monkeypatch.setattr(PreTrainedModel, "dequantize", lambda self, dtype: self)
-    plain = with_plain_weights(model)
-    assert plain.dtype == torch.float32
-    assert not hasattr(plain.config, "quantization_config")
 
 
 # Mixtures of experts.
@@ -495,17 +469,6 @@ def test_a_mixture_is_merged_on_disk_under_the_names_of_its_checkpoint(
     assert export.streamed
     assert export.loss.total < 1e-5
     assert load_file(merged / "model.safetensors").keys() == names
-    assert_close(mixture_logits(AutoModelForCausalLM.from_pretrained(merged)), mixture_logits(model))
-
-
-def test_a_router_that_was_trained_is_merged_although_the_checkpoint_calls_it_otherwise(tmp_path: Path) -> None:
-    base, adapter, merged = tmp_path / "base", tmp_path / "adapter", tmp_path / "merged"
-    build_mixture("mixtral").save_pretrained(base)
-    config = SmoaConfig(r=4, target_modules=["q_proj"], modules_to_save=["gate"], task_type="CAUSAL_LM")
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
-    torch.nn.init.normal_(model.base_model.model.model.layers[0].mlp.gate.modules_to_save["default"].weight)
-    model.save_pretrained(adapter)
-    assert not merge_and_save(adapter, merged).streamed
     assert_close(mixture_logits(AutoModelForCausalLM.from_pretrained(merged)), mixture_logits(model))
 
 

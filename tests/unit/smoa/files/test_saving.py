@@ -93,11 +93,11 @@ def test_a_kill_while_an_adapter_replaces_another_leaves_one_of_them(
 ) -> None:
     folder = tmp_path / "room" / "adapter"
     found = []
-    for _ in kills(lambda: save_adapter(new, folder), folder, old, step=2):
+    for _ in kills(lambda: save_adapter(new, folder), folder, old, step=4):
         result = loaded(folder)
         assert torch.equal(result, delta(old)) or torch.equal(result, delta(new))
         found.append(torch.equal(result, delta(new)))
-    assert len(found) > 10
+    assert len(found) > 5
     assert found == sorted(found), "once the new one is there it stays"
     assert not found[0]
     assert found[-1]
@@ -106,7 +106,7 @@ def test_a_kill_while_an_adapter_replaces_another_leaves_one_of_them(
 def test_a_kill_while_the_first_adapter_is_saved_leaves_it_or_nothing(tmp_path: Path, new: PeftModel) -> None:
     folder = tmp_path / "room" / "adapter"
     found = []
-    for _ in kills(lambda: save_adapter(new, folder), folder, None, step=2):
+    for _ in kills(lambda: save_adapter(new, folder), folder, None, step=5):
         recover(folder)
         found.append((folder / "adapter_config.json").exists())
         assert not found[-1] or torch.equal(loaded(folder), delta(new))

@@ -173,25 +173,23 @@ def blocks_of(size: int, num_blocks: int, kind: str = "random", device: str = "c
 
 
 def test_small_blocks_are_batched_and_few_tokens_computed_apart_on_a_cpu() -> None:
-    assert prefers_batched(blocks_of(256, 8), tokens=4096)
-    assert not prefers_batched(blocks_of(640, 4), tokens=1)
-    assert prefers_batched(blocks_of(640, 4, "contiguous"), tokens=1)
-    assert not prefers_batched(blocks_of(640, 4, "contiguous"), tokens=4096)
-    assert prefers_apart(blocks_of(64, 8), tokens=63)
-    assert not prefers_apart(blocks_of(64, 8), tokens=64)
-    assert not prefers_apart(blocks_of(64, 2), tokens=1)
-    assert prefers_apart(blocks_of(64, 8, "contiguous"), tokens=127)
+    assert prefers_batched(blocks_of(256, 8))
+    assert not prefers_batched(blocks_of(640, 2))
+    assert prefers_apart(8, False, "cpu", tokens=255)
+    assert not prefers_apart(8, False, "cpu", tokens=256)
+    assert not prefers_apart(2, False, "cpu", tokens=16)
+    assert prefers_apart(8, True, "cpu", tokens=511)
     elsewhere = blocks_of(640, 2, device="meta")
-    assert prefers_batched(elsewhere, tokens=1 << 20)
-    assert prefers_apart(elsewhere, tokens=1 << 20)
+    assert prefers_batched(elsewhere)
+    assert prefers_apart(8, False, "cuda", tokens=1 << 20)
 
 
 def test_what_is_set_holds_everywhere(kernels: Any) -> None:
     layer = adapted_layer(base_layer(64, 64), r=8, num_blocks=8)
     assert layer.update("default").kernels == kernels
     for chosen in (blocks_of(64, 8), blocks_of(640, 2), blocks_of(640, 2, device="meta")):
-        assert prefers_batched(chosen, 512, kernels) == (kernels == "batched")
-    assert prefers_apart(blocks_of(640, 2), 512, kernels) == (kernels == "batched")
+        assert prefers_batched(chosen, kernels) == (kernels == "batched")
+    assert prefers_apart(2, False, "cpu", 512, kernels) == (kernels == "batched")
 
 
 def test_another_word_is_refused_and_changes_nothing() -> None:

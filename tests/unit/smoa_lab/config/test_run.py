@@ -6,13 +6,19 @@ import re
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
+from peft import PeftConfig
 from transformers import TrainingArguments
 from trl import DPOConfig, SFTConfig
 
-from smoa.errors import ConfigError
+from smoa import ConfigError, SmoaConfig
+from smoa_lab.config.methods import METHODS, Method
 from smoa_lab.config.run import ModelSection, adapter_rate, check_config, load_config, native_dtype
+from smoa_lab.config.yaml_text import apply_overrides, key_lines, parse_yaml, to_yaml
+from tests.support.peft_versions import METHODS_SINCE, installed
 
 ROWS = """
 model: {name: base}
@@ -52,12 +58,6 @@ def test_a_model_is_loaded_in_what_the_machine_multiplies(monkeypatch: pytest.Mo
     assert ModelSection(name="base").dtype == "bfloat16"
     monkeypatch.setattr("smoa_lab.config.run.cpu_multiplies_bfloat16", lambda: False)
     assert ModelSection(name="base").dtype == "float32"
-
-
-def test_an_override_changes_one_value(file: Path) -> None:
-    config = load_config(file, ["training.learning_rate=3e-3", "data.tasks=[piqa, boolq]"])
-    assert config.training["learning_rate"] == 0.003
-    assert config.questions.tasks == ["piqa", "boolq"]
 
 
 @pytest.mark.parametrize("key", ["trust_remote_code", "options.trust_remote_code", "options.allow_all_kernels"])
@@ -229,3 +229,82 @@ def test_early_stopping_evaluates_and_saves_as_often_as_it_logs_unless_told(
 def test_early_stopping_needs_validation() -> None:
     with pytest.raises(ConfigError, match="early_stopping: needs the loss on validation rows; set training"):
         stopping()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("training", "key.key=value"), ("=3", "key.key=value"), ("model.name.first=3", "name is not a block of keys")],
+)
+def test_an_override_that_goes_nowhere_is_refused(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        apply_overrides({"model": {"name": "base"}}, [override])
+
+
+def test_numbers_in_exponent_notation_are_numbers_and_no_is_a_word(file: Path) -> None:
+    training = load_config(file, ["training.eval_strategy=no", "training.bf16=false"]).training
+    assert (training["learning_rate"], training["eval_strategy"], training["bf16"]) == (0.01, "no", False)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1", "line 1"),
+        ("- 1", r"run\.yaml: must contain blocks"),
+        ("", "must contain blocks"),
+        ("model: 1\nmodel: 2", 'line 2: found duplicate key "model"'),
+        ("a: 2020-99-99", "month must be in 1..12"),
+    ],
+)
+def test_text_that_is_no_config_is_refused_with_its_place(file: Path, text: str, message: str) -> None:
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(file)
+
+
+def test_what_is_not_yaml_is_a_text_in_an_override() -> None:
+    values: dict[str, Any] = {}
+    apply_overrides(values, ["a.b=[1, 2]", "a.c=[1", "a.d=1e-3"])
+    assert values == {"a": {"b": [1, 2], "c": "[1", "d": 0.001}}
+
+
+def test_what_is_written_is_read_again_as_it_was() -> None:
+    values = {"b": {"text": "1e-3", "word": "no", "number": 1e-5, "none": None, "empty": {}, "list": [1, "é"]}, "a": 1}
+    text = to_yaml(values)
+    assert parse_yaml(text, Path("run.yaml")) == values
+    assert text.index("b:") < text.index("a:")
+    assert to_yaml({"train": "a long path " * 50}).count("\n") == 1
+
+
+def test_keys_know_their_lines() -> None:
+    assert key_lines("a:\n  b: 1\n  c: {d: 2}\n") == {("a",): 1, ("a", "b"): 2, ("a", "c"): 3, ("a", "c", "d"): 3}
+    assert key_lines("") == {}
+
+
+def test_a_block_may_be_referred_to(file: Path) -> None:
+    assert parse_yaml("a: &a {x: [1]}\nb: *a\nc: {<<: *a, y: 2}", file)["c"] == {"x": [1], "y": 2}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_makes_a_config_for_causal_language_models_or_is_refused_by_name(name: str) -> None:
+    block = {"target_modules": ["q_proj"], **({"total_step": 10} if name == "adalora" else {})}
+    if installed() < Version(METHODS_SINCE.get(name, "0")):
+        with pytest.raises(ConfigError, match=rf" is not in PEFT {re.escape(peft.__version__)}; run: pip install -U"):
+            METHODS[name].peft_config(block)
+        return
+    config = METHODS[name].peft_config(block)
+    if name == "full":
+        assert config is METHODS[name].config_class is None
+    else:
+        assert isinstance(config, PeftConfig)
+        assert config.task_type == "CAUSAL_LM"
+
+
+def test_what_the_installed_peft_cannot_do_after_training_is_refused_before() -> None:
+    with pytest.raises(ConfigError, match=r"reduce_all is not in PEFT \d"):
+        _ = Method("peft:LoraConfig", then="peft.tuners.lora.no_module:reduce_all").config_class
+
+
+def test_a_preset_wins_over_the_block_and_the_block_over_the_task_type() -> None:
+    config = METHODS["melora"].peft_config({"partition": "spectral", "task_type": "SEQ_CLS"})
+    assert isinstance(config, SmoaConfig)
+    assert (config.partition, config.modulation, config.task_type) == ("contiguous", "none", "SEQ_CLS")

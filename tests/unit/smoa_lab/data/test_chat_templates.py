@@ -8,13 +8,12 @@ from transformers import GenerationConfig
 from smoa.errors import ConfigError
 from smoa_lab.data.chat_templates import (
     alpaca,
-    require_chat_template,
     saved_chat_template,
     set_chat_template,
     stop_at_turns_end,
     training_template,
 )
-from smoa_lab.data.questions import ALPACA
+from smoa_lab.data.rows import ALPACA
 from tests.support.lab import byte_tokenizer
 from tests.support.own_rows import (
     MARKED,
@@ -81,12 +80,6 @@ def test_a_file_that_is_no_template_is_one_clear_error(content: bytes | None, pr
     assert str(caught.value).startswith(f"data.chat_template: {file}")
     assert problem in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_conversations_need_a_template() -> None:
-    require_chat_template(tokenizer_with(PLAIN))
-    with pytest.raises(ConfigError, match="has no chat template, and the rows are conversations; name one: alpaca"):
-        require_chat_template(tokenizer_with(None))
 
 
 def test_the_template_to_train_with_is_the_models_or_trls_for_it() -> None:

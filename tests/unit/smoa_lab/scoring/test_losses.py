@@ -17,9 +17,7 @@ from smoa_lab.scoring import losses
 from smoa_lab.scoring.losses import (
     Losses,
     answer_positions,
-    batches,
     collate,
-    left_padded,
     logits_at,
     row_losses,
     score,
@@ -50,12 +48,6 @@ def test_the_collator_pads_on_the_right_and_masks_what_it_padded(batch: dict[str
     assert batch["input_ids"].tolist() == [[1, 5, 6, 7, 8, 9], [1, 5, 10, 11, 12, 0]]
     assert batch["attention_mask"].tolist() == [[1] * 6, [1] * 5 + [0]]
     assert batch["labels"][1].tolist() == [IGNORED, IGNORED, 10, 11, 12, IGNORED]
-
-
-def test_prompts_that_go_on_are_padded_on_the_left() -> None:
-    batch = left_padded([[1, 5, 6], [7]], pad=0, device=torch.device("cpu"))
-    assert batch["input_ids"].tolist() == [[1, 5, 6], [0, 0, 7]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
 def test_only_the_logits_at_the_answers_are_computed(model: PreTrainedModel, batch: dict[str, Tensor]) -> None:
@@ -194,18 +186,6 @@ def test_losses_are_those_of_a_loop_over_rows_and_tokens(
     assert found.nll == pytest.approx([nll for nll, _ in expected], rel=1e-4, abs=1e-6)
 
 
-def test_rows_of_like_length_share_a_batch_within_the_limit() -> None:
-    assert list(batches([3, 20, 4, 6, 2], 12)) == [[1], [3, 2], [0, 4]]
-    assert list(batches([], 12)) == []
-
-
-def test_the_models_mode_is_restored_and_no_gradient_is_kept() -> None:
-    model = tiny_models.build("llama").train()
-    row_losses(model, ROWS, pad=0)
-    assert model.training
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
 def test_the_mean_is_over_tokens_and_not_over_rows() -> None:
     measured = Losses([2.0, 30.0], [1, 10])
     assert measured.mean == pytest.approx(32 / 11)
@@ -220,12 +200,6 @@ def test_a_change_is_paired_by_row() -> None:
     assert change.mean == pytest.approx(after.mean - before.mean) == pytest.approx(-1)
     assert change.stderr == pytest.approx(0, abs=1e-12)
     assert change.stderr < after.stderr
-
-
-def test_no_rows_give_no_losses() -> None:
-    model = tiny_models.build("llama")
-    assert row_losses(model, [], pad=0) == Losses([], [])
-    assert score(model, [], pad=0, batch_tokens=100) == []
 
 
 @pytest.mark.parametrize("training", [True, False])

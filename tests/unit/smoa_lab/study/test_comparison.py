@@ -1,21 +1,29 @@
 from __future__ import annotations
 
 import math
+import random
+import re
 import time
+from collections.abc import Callable
+from itertools import product
+from operator import itemgetter
 from pathlib import Path
 from threading import Thread, current_thread
 from typing import Any
 
 import pytest
+import yaml
 
 from smoa.errors import ConfigError
 from smoa_lab.config.run import RunConfig
-from smoa_lab.study.comparison import Comparison, Executor
-from smoa_lab.study.runner import Runner
-from smoa_lab.study.study import Entry, Study
-from smoa_lab.study.trials import Trial, TrialStore, Untouched
+from smoa_lab.study.comparison import Comparison, load_study, runner_of
+from smoa_lab.study.runner import ClassificationRunner, Runner
+from smoa_lab.study.search import Tuned, first_index, nearest_index, next_indices, rate, sweep_of
+from smoa_lab.study.sequence import SequenceRunner
+from smoa_lab.study.study import Entry, Study, Tuning
+from smoa_lab.study.trials import Job, Result, Trial, TrialStore, Untouched
 from tests.support import lab
-from tests.support.studies import finish
+from tests.support.studies import entry, finish, tiny_study
 
 
 def test_the_untouched_model_is_scored_once(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,8 +49,8 @@ def test_a_search_is_what_the_study_as_it_is_asks_for(study: Study) -> None:
     """Neither runs of another seed, nor the quarter decades of an earlier search, though they are the best."""
     assert Comparison(study).stored_search("ours") is None
     finish(study, Trial("tuning", "ours", 0.03, 7), 1.0)
-    for rate, loss in ((0.01, 2.0), (0.003, 2.2), (0.03, None), (0.006, 1.0), (0.02, 2.1)):
-        finish(study, Trial("tuning", "ours", rate, 100), loss)
+    for value, loss in ((0.01, 2.0), (0.003, 2.2), (0.03, None), (0.006, 1.0), (0.02, 2.1)):
+        finish(study, Trial("tuning", "ours", value, 100), loss)
     search = Comparison(study).stored_search("ours")
     assert search is not None
     assert (search.losses, search.learning_rate) == ({0.003: 2.2, 0.01: 2.0, 0.03: None}, 0.01)
@@ -74,11 +82,250 @@ def test_two_drivers_share_a_study_and_run_no_job_twice(study: Study, monkeypatc
     assert sum(name.startswith("final/") for _, name in ran) == len(study.entries) * len(study.seeds)
 
 
-def test_one_process_takes_one_job_at_a_time() -> None:
-    executor = Executor(lambda job: {"name": job.name})
-    assert not executor.is_full
-    executor.start(Untouched())
-    assert executor.is_full
-    assert list(executor.running) == [Untouched()]
-    assert executor.next_finished() == (Untouched(), {"name": "untouched"})
-    assert not executor.is_full
+BEST = {"ours": 0.1, "lora": 0.01, "full": 0.0003}
+
+
+def search(
+    losses: dict[int, float | None],
+    start: int = -8,
+    max_runs: int = 6,
+    refine: bool = False,
+    pick: Callable[[list[int]], int] = itemgetter(0),
+) -> dict[int, float | None]:
+    """Every index that the walk visits, with the loss there; ``pick`` says which of those needed is next."""
+    visited: dict[int, float | None] = {}
+    while indices := next_indices(start, visited, max_runs, refine):
+        index = pick(indices)
+        visited[index] = losses.get(index, 9.0)
+    return visited
+
+
+def valley(best: float) -> dict[int, float | None]:
+    return {index: abs(index - best) for index in range(-18, 6)}
+
+
+def test_the_grid_is_quarter_decades_and_a_search_starts_on_half_ones() -> None:
+    assert [rate(index) for index in range(-12, -6)] == [1e-3, 2e-3, 3e-3, 6e-3, 1e-2, 2e-2]
+    assert [nearest_index(rate(index)) for index in range(-12, 12)] == list(range(-12, 12))
+    assert [first_index(rate) for rate in (1e-3, 3e-3, 0.012, 0.03)] == [-12, -10, -8, -6]
+
+
+def test_the_search_walks_downhill_until_the_best_is_inside() -> None:
+    assert list(search({-8: 1.0})) == [-8, -10, -6]
+    for best in (-14, -2):
+        tuned = Tuned.of(search(valley(best)))
+        assert (tuned.learning_rate, tuned.interior) == (rate(best), True)
+
+
+def test_the_search_ends_when_its_runs_are_spent_and_a_finer_one_spends_two_more() -> None:
+    downhill: dict[int, float | None] = {index: -float(index) for index in range(-18, 18)}
+    visited = search(downhill, max_runs=4)
+    assert len(visited) == 4
+    assert not Tuned.of(visited).interior
+    assert len(search(downhill, max_runs=4, refine=True)) == 6
+
+
+def test_a_diverged_run_is_never_the_best() -> None:
+    visited = search({-10: 2.0, -8: None, -6: None})
+    assert Tuned.of(visited).learning_rate == rate(-10)
+    assert -12 in visited
+
+
+@pytest.mark.parametrize("best", [-9, -8, -7])
+def test_a_finer_search_tries_both_sides_of_the_best_half_decade(best: int) -> None:
+    visited = search(valley(best + 0.1), refine=True)
+    halves = {index: loss for index, loss in visited.items() if index % 2 == 0}
+    middle = nearest_index(Tuned.of(halves).learning_rate)
+    assert sorted(set(visited) - set(halves)) == [middle - 1, middle + 1]
+    assert Tuned.of(visited).learning_rate == rate(best)
+
+
+def test_a_search_visits_the_same_rates_in_whatever_order_results_come() -> None:
+    for best, max_runs in product(range(-16, 2), (3, 8)):
+        losses = valley(best + 0.1)
+        wanted = search(losses, -8, max_runs, refine=True)
+        for seed in range(5):
+            assert search(losses, -8, max_runs, True, random.Random(seed).choice) == wanted
+
+
+def outcome(job: Job) -> Result:
+    """A result that is the better the nearer a trial's rate is to the best of its entry."""
+    loss = 1.0 if isinstance(job, Untouched) else abs(job.learning_rate / BEST[job.entry] - 1)
+    return {"questions": {"nll": [loss]}, "scores": {"all": {"gold_loss": loss}}}
+
+
+def carried_out(study: Study, workers: int, seed: int) -> list[Job]:
+    """The jobs in the order in which that many workers, of random speed, finish them."""
+    plan, names, chance = Comparison(study), list(study.entries), random.Random(seed)
+    running: list[Job] = []
+    done: list[Job] = []
+    while jobs := plan.ready(names):
+        running += [job for job in jobs if job not in running][: workers - len(running)]
+        done.append(running.pop(chance.randrange(len(running))))
+        plan.finish(done[-1], outcome(done[-1]))
+    return done
+
+
+def test_one_worker_searches_first_and_then_runs_one_seed_of_all_entries_after_another(study: Study) -> None:
+    done = carried_out(study, workers=1, seed=0)
+    assert done[0] == Untouched()
+    finals = [job for job in done if isinstance(job, Trial) and job.stage == "final"]
+    assert done[-len(finals) :] == finals
+    assert [(job.entry, job.seed) for job in finals] == [(name, seed) for seed in (0, 1, 2) for name in BEST]
+
+
+@pytest.mark.parametrize("refine", [False, True])
+@pytest.mark.parametrize("workers", [2, 40])
+def test_many_workers_run_the_very_trials_that_one_runs(study: Study, workers: int, refine: bool) -> None:
+    study = study.model_copy(update={"tuning": Tuning(refine=refine)})
+    wanted = carried_out(study, workers=1, seed=0)
+    for seed in range(3):
+        done = carried_out(study, workers, seed)
+        assert len(done) == len(wanted)
+        assert set(done) == set(wanted)
+
+
+def test_an_entry_whose_search_is_over_waits_for_no_other(study: Study) -> None:
+    plan = Comparison(study)
+    while trials := plan.search("lora"):
+        plan.finish(trials[0], outcome(trials[0]))
+    finals = [job for job in plan.ready(["ours", "lora"]) if isinstance(job, Trial) and job.stage == "final"]
+    assert {job.entry for job in finals} == {"lora"}
+
+
+def test_what_is_left_is_never_overestimated(study: Study) -> None:
+    plan, names, jobs = Comparison(study), list(study.entries), carried_out(study, workers=1, seed=0)
+    for number, job in enumerate(jobs):
+        assert plan.at_least_left(names) <= len(jobs) - number
+        plan.finish(job, outcome(job))
+    assert plan.at_least_left(names) == 0
+
+
+def test_a_sweep_is_run_at_once(study: Study) -> None:
+    plan = Comparison(study.model_copy(update={"tuning": Tuning(sweep=(0.01, 0.1))}))
+    assert [trial.learning_rate for trial in plan.search("ours")] == [0.01, 0.02, 0.03, 0.06, 0.1]
+    assert plan.ready(["ours"]) == [Untouched(), *plan.search("ours")]
+    halves = plan.study.model_copy(update={"tuning": Tuning(sweep=(0.001, 0.03), per_decade=2)})
+    assert [rate(index) for index in sweep_of(halves, "ours")] == [1e-3, 3e-3, 1e-2, 3e-2]
+
+
+def test_a_run_with_one_question_without_a_loss_has_diverged(study: Study) -> None:
+    study = study.model_copy(update={"tuning": Tuning(sweep=(0.01, 0.03))})
+    plan = Comparison(study)
+    for trial, nll in zip(plan.search("ours"), ([1.0, None], [1.0, 2.0], [3.0, 2.0]), strict=True):
+        plan.finish(trial, {"questions": {"nll": nll}, "scores": {"all": {"gold_loss": 1.5}}})
+    assert plan.tuned("ours") == Tuned({0.01: None, 0.02: 1.5, 0.03: 1.5}, 0.02, interior=True)
+
+
+def load(values: dict[str, Any], folder: Path) -> Study:
+    file = folder / "two.yaml"
+    file.write_text(yaml.safe_dump(values, sort_keys=False))
+    return load_study(file)
+
+
+@pytest.mark.parametrize("place", ["shared", "first", "entries.ours"])
+def test_a_study_is_trusted_by_the_command_alone(place: str, sequence: dict[str, Any], tmp_path: Path) -> None:
+    load(sequence, tmp_path)
+    file = tmp_path / "two.yaml"
+    with pytest.raises(ConfigError, match=rf"{place}\.model\.trust_remote_code: a file can't allow"):
+        load_study(file, [f"{place}.model.trust_remote_code=true"])
+    study = load_study(file, trust_remote_code=True)
+    configs = [runner_of(study).config(entry, 1e-3, seed=0) for entry in study.entries.values()]
+    assert all(config.model.trust_remote_code for config in configs)
+
+
+def test_a_sequence_is_read(sequence: dict[str, Any], tmp_path: Path) -> None:
+    study = load(sequence, tmp_path)
+    assert isinstance(runner_of(study), SequenceRunner)
+    assert [list(sweep_of(study, name)) for name in study.entries] == [[-10, -8], [-12]]
+
+
+SWEPT = {"method": "lora", "learning_rate": 0.01, "sweep": [0.01, 0.1]}
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"entries": {}}, "entries"),
+    ({"entries": {"..": SWEPT}}, r"entries: '\.\.' can't name a folder; leave out slashes"),
+    ({"entries": {"lora": {**SWEPT, "budget": "lora"}}}, "is both an entry and a budget"),
+    (
+        {"entries": {"ours": {"method": "smoa", "learning_rate": 0.01, "adapter": {"num_block": 2}}}},
+        r"entries\.ours(.|\n)*num_block(.|\n)*did you mean 'num_blocks'",
+    ),
+    ({"references": ["nobody"]}, "nobody is not an entry; entries: ours, full"),
+    ({"tuning": {"max_runs": 1}}, r"tuning\.max_runs"),
+    ({"tuning": {"sweep": [0.01, 0.001]}}, r"tuning\.sweep: must be \[lowest, highest\]"),
+    ({"tuning": {}}, r"tuning\.sweep: is missing; a study of kind sequence runs"),
+    (
+        {"other_domain": {"tasks": ["prose"], "test_exampels": 3}},
+        r"other_domain\.test_exampels: unknown key; .*test_examples",
+    ),
+    ({"other_domain": {"tasks": ["proze"]}}, r"other_domain: .*there is no task 'proze'.*'prose'"),
+    ({"shared": {"data": {"tasks": ["piqa"]}}}, r"shared\.model: is missing"),
+    ({"between": [{"data": {"tasks": ["arc_ez"]}}]}, r"entries\.ours\.between\[0\]: 1 problem\n  .*no task 'arc_ez'"),
+    ({"first": None}, r"two\.yaml: 1 problem\n  first: is missing"),
+    ({"first": {"learnin_rate": 1e-3}}, r"line \d+: first\.learnin_rate: unknown key; .*learning_rate"),
+    ({"first": {"data": {"tasks": ["arc_ez"]}}}, r"two\.yaml: first: 1 problem\n  .*there is no task 'arc_ez'"),
+    ({"first": {"adapter": {"r": 8}}}, r"first: 1 problem\n  adapter: method full trains all weights"),
+    ({"kind": "answers"}, r"first: only studies of kind sequence have it, got kind answers"),
+    ({"kind": "answers", "first": None, "tuning": {}}, r"tuning\.sweep: is missing; entries\.full has one"),
+    ({"kind": "answers", "first": None, "replay": 5}, r"replay: only studies of kind sequence have it"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG)
+def test_a_wrong_study_is_one_clear_error(
+    change: dict[str, Any], message: str, sequence: dict[str, Any], tmp_path: Path
+) -> None:
+    if change.get("first"):
+        change = {"first": sequence["first"] | change["first"]}
+    with pytest.raises(ConfigError, match=message):
+        load(sequence | change, tmp_path)
+
+
+def test_all_mistakes_of_keys_are_told_at_once_with_their_lines_and_the_nearest_key(tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(
+        "kind: anwsers\nshared: {}\ntuning:\n  refin: true\n"
+        "entries:\n  ours:\n    method: smoa\n    learnin_rate: 0.01\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_study(file)
+    first, *lines = str(caught.value).splitlines()
+    assert first == f"{file}: 4 problems"
+    told = [
+        r"line 1: kind: .*got 'anwsers'; did you mean 'answers'",
+        r"line 4: tuning\.refin: unknown key; did you mean 'refine'",
+        r"line 6: entries\.ours\.learning_rate: is missing",
+        r"line 8: entries\.ours\.learnin_rate: unknown key; did you mean 'learning_rate'",
+    ]
+    for line, wanted in zip(lines, told, strict=True):
+        assert re.match(wanted, line.strip())
+
+
+def test_a_study_has_one_dtype_on_all_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("smoa_lab.config.run.cpu_multiplies_bfloat16", lambda: True)
+    study = tiny_study(tmp_path)
+    assert runner_of(study).config(study.entries["ours"], 0.01, seed=0).model.dtype == "float32"
+
+
+def test_the_untouched_model_of_a_quantized_study_is_described_without_training(study: Study) -> None:
+    """Full fine-tuning of quantized weights is refused, and is not what is asked for."""
+    in_4_bits = {"quantization_config": {"load_in_4bit": True}}
+    shared = {**study.shared, "model": {"name": "base", "options": in_4_bits}}
+    config = runner_of(study.model_copy(update={"shared": shared})).untouched_config(study.entries["ours"])
+    assert (config.method, config.adapter, config.model.options) == ("full", {}, in_4_bits)
+    assert "learning_rate" not in config.training
+
+
+# Not ours: a deprecation between transformers and peft.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+
+
+def test_an_entry_that_trains_more_than_it_declares_is_refused(shared: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"smoa .* trains 512 parameters, not 400 to within 2%"):
+        ClassificationRunner(shared).run(entry(parameters=400), 0.01, 0, "test", tmp_path / "work")
+    assert not list((tmp_path / "work").glob("checkpoint*"))  # before the first step
+
+
+def test_a_study_without_held_out_questions_is_refused(shared: dict[str, Any], tmp_path: Path) -> None:
+    shared["data"]["validation_examples"] = 0
+    with pytest.raises(ConfigError, match=r"shared\.data\.validation_examples: a study needs a validation part"):
+        ClassificationRunner(shared).run(entry(), 0.01, 0, "validation", tmp_path / "work")

@@ -122,12 +122,6 @@ def test_the_error_over_seeds_is_of_each_at_its_own_level() -> None:
     assert (found.mean, found.low, found.high) == pytest.approx((-0.5, -0.5, -0.5), abs=0.02)
 
 
-def test_an_entry_whose_lowest_rate_learns_more_is_marked() -> None:
-    found = at_equal_learning(made("ours", [1.3, 1.2], [3.0, 3.5]), REFERENCE)
-    assert found.own.is_lowest
-    assert found.own.kept_loss == pytest.approx(3.0, abs=0.01)
-
-
 def test_one_seed_gets_no_verdict_and_no_shared_seed_no_difference() -> None:
     one = at_equal_learning(made("ours", [2.0, 1.4], [3.0, 3.1], seeds=1), REFERENCE)
     assert one.difference is not None
@@ -237,11 +231,3 @@ def test_runs_on_other_questions_are_not_compared(study: Study) -> None:
     finish_in_turn(study, Trial("final", "ours", 0.03, 0), 1.0, 3.0, sha256="another")
     with pytest.raises(DataError, match="different questions"):
         curve(study)
-
-
-def test_resampling_counts_questions_with_their_tokens() -> None:
-    losses = CurveLosses(np.array([[[1.0, 6.0]], [[2.0, 9.0]]]), np.array([1.0, 3.0]))
-    assert losses.mean() == pytest.approx([7 / 4, 11 / 4])
-    assert losses.resampled(np.array([[1, 1], [2, 0], [0, 2]])) == pytest.approx(
-        np.array([[7 / 4, 11 / 4], [1, 2], [2, 3]])
-    )

@@ -20,7 +20,6 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
 import yaml
 from filelock import FileLock
 
@@ -30,7 +29,6 @@ from smoa.errors import ConfigError, DataError
 from smoa_lab.study import ray_executor
 from smoa_lab.study.comparison import Comparison, load_study
 from smoa_lab.study.ray_executor import (
-    Machine,
     Place,
     RayExecutor,
     check_machines,
@@ -40,7 +38,7 @@ from smoa_lab.study.ray_executor import (
     result_of,
 )
 from smoa_lab.study.study import Study
-from smoa_lab.study.trials import Job, Result, TrialStore, Untouched
+from smoa_lab.study.trials import Job, Result, TrialStore
 from tests.support import lab
 from tests.support.processes import ROOT, environment, free_port
 from tests.support.studies import ENCODER_ADAPTER
@@ -53,27 +51,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
-def test_workers_get_as_many_cores_as_fit() -> None:
-    three = [Machine(8), Machine(8), Machine(4)]
-    for machines, workers, cores in (
-        ([Machine(8)], 3, 2),
-        (three, 5, 4),
-        (three, 6, 2),
-        ([Machine(8), Machine(0)], 8, 1),
-    ):
-        assert equal_share(machines, workers, on_gpus=False) == Machine(cores)
+def test_workers_get_as_many_cores_as_fit_and_a_gpu_each_where_there_are_any() -> None:
+    three = [(8, 0), (8, 0), (4, 0)]
+    for machines, workers, cores in (([(8, 0)], 3, 2), (three, 5, 4), (three, 6, 2), ([(8, 0), (0, 0)], 8, 1)):
+        assert equal_share(machines, workers, on_gpus=False) == cores
+    assert [equal_share([(16, 4), (16, 1), (64, 0)], workers, on_gpus=True) for workers in (5, 2)] == [4, 16]
 
 
-def test_each_worker_gets_a_gpu_of_its_own() -> None:
-    machines = [Machine(16, gpus=4), Machine(16, gpus=1), Machine(64)]
-    assert equal_share(machines, 5, on_gpus=True) == Machine(4, gpus=1)
-    assert equal_share(machines, 2, on_gpus=True) == Machine(16, gpus=1)
-
-
-@pytest.mark.parametrize(
-    ("machines", "on_gpus", "most"), [([Machine(2)], False, 2), ([Machine(1, gpus=8)], True, 1), ([], False, 0)]
-)
-def test_more_workers_than_fit_are_refused(machines: list[Machine], on_gpus: bool, most: int) -> None:
+@pytest.mark.parametrize(("machines", "on_gpus", "most"), [([(2, 0)], False, 2), ([(1, 8)], True, 1), ([], False, 0)])
+def test_more_workers_than_fit_are_refused(machines: list[tuple[int, int]], on_gpus: bool, most: int) -> None:
     with pytest.raises(ConfigError, match=rf"--workers 3: .* there is room for {most}; give at most {most}"):
         equal_share(machines, 3, on_gpus)
 
@@ -90,28 +76,15 @@ def lonely(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return found
 
 
-@pytest.mark.parametrize(
-    ("address", "rule"),
-    [
-        *((address, "must be HOST:PORT") for address in ("nonsense", "ray://head:10001", ":6379", "head:x")),
-        *((f"{host}:{free_port()}", "does not answer (") for host in ("127.0.0.1", "[::1]", "no-such-host.invalid")),
-        ("127.0.0.1:99999", "does not answer ("),
-    ],
-    ids=[
-        "word",
-        "client",
-        "no host",
-        "no port",
-        "IPv4",
-        "IPv6",
-        "no such host",
-        "large port",
-    ],  # ports differ by process
-)
-def test_an_address_that_is_none_or_does_not_answer_is_named_at_once(
-    lonely: SimpleNamespace, address: str, rule: str
-) -> None:
-    with pytest.raises(ConfigError, match=re.escape(f"--ray-address {address}: {rule}")):
+ADDRESSES = {
+    **dict.fromkeys(("nonsense", "ray://head:10001", ":6379", "head:x"), "must be HOST:PORT"),
+    **dict.fromkeys(("127.0.0.1:1", "[::1]:1", "no-such-host.invalid:1", "127.0.0.1:99999"), "does not answer ("),
+}
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_an_address_that_is_none_or_does_not_answer_is_named_at_once(lonely: SimpleNamespace, address: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"--ray-address {address}: {ADDRESSES[address]}")):
         connect(address)
 
 
@@ -120,12 +93,6 @@ def test_where_no_cluster_is_found_the_error_says_what_to_start(lonely: SimpleNa
         for address in ("auto", f"127.0.0.1:{somebody.getsockname()[1]}"):
             with pytest.raises(ConfigError, match=r"may join \(Could not find .*run `ray start` on this machine too"):
                 connect(address)
-
-
-def test_without_ray_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(DataError, match=r"--workers: needs ray; in a clone of smoa, run: pip install '\.\[cluster\]'"):
-        connect(None)
 
 
 def test_what_is_started_here_sends_no_telemetry_unless_asked(
@@ -225,23 +192,6 @@ def test_a_machine_that_cannot_do_the_work_is_named_and_told_what_to_do(
     assert_refused("machine-7 does not see what other machines write there")
     with pytest.raises(DataError, match="must share this folder, and /no/such/place, under the same path"):
         Place("/no/such/place", place.mark).enter()
-
-
-def test_a_worker_keeps_a_study_that_it_has_begun(
-    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ray_executor, "_begun", {})
-    used: list[tuple[Comparison, int]] = []
-    monkeypatch.setattr(Comparison, "perform", lambda self, job: used.append((self, torch.get_num_threads())) or {})
-    mark = tmp_path / "mark"
-    mark.touch()
-    with threads(torch.get_num_threads()):
-        for number in (1, 2):
-            perform(study, Place(str(tmp_path), mark), Untouched(), number)
-    (first, one), (second, two) = used
-    assert first is second
-    assert (one, two) == (1, 2)
 
 
 @pytest.fixture(scope="module")

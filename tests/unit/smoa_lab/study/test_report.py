@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
-from dataclasses import asdict
 from html import unescape
 from typing import Any, Literal
 
 import pytest
 
 from smoa.errors import ConfigError, DataError
-from smoa_lab.pages.tables import Table
-from smoa_lab.study.comparison import Comparison
-from smoa_lab.study.equal_learning import Reading
 from smoa_lab.study.report import report
-from smoa_lab.study.results import Row, as_json, from_json, rows_of
-from smoa_lab.study.sequence_report import sequence_sections
-from smoa_lab.study.statistics import Difference
+from smoa_lab.study.results import Row, from_json
 from smoa_lab.study.study import Study
 from smoa_lab.study.trials import PACK, Trial, TrialStore, pack
 from tests.support.studies import QUESTIONS, finish, finish_a_study, finish_in_turn, finish_untouched, page
@@ -61,18 +54,6 @@ def test_an_entry_is_compared_once_the_reference_is_run_and_judged_from_two_seed
     assert difference is not None
     assert difference.verdict == "worse"
     assert "+0.5000 [+0.5000, +0.5000] | worse" in page(study)
-
-
-def test_every_budget_has_its_own_table_and_reference(study: Study) -> None:
-    for name, rate in (("ours", 0.01), ("lora", 0.01), ("full", 0.001)):
-        finish(study, Trial("final", name, rate, 0), 2.0)
-    assert {row.entry: row.reference for row in rows(study).values()} == {
-        "ours": "ours",
-        "lora": "ours",
-        "full": "full",
-    }
-    text = page(study)
-    assert text.index("## Budget: large") < text.index("## Budget: small")
 
 
 def test_a_sweep_is_told_by_its_steps_and_range(study: Study) -> None:
@@ -143,21 +124,6 @@ def test_every_link_of_a_report_leads_to_its_run_and_a_packed_study_has_the_same
     assert after == before
 
 
-def test_accuracy_is_told_task_by_task(study: Study) -> None:
-    for seed in (0, 1):
-        scores = {name: {"accuracy": share + seed / 10} for name, share in (("piqa", 0.5), ("boolq", 0.3))}
-        scores["all"] = {"gold_loss": 2.0, "accuracy": 0.4 + seed / 10, "majority": None}
-        finish(study, Trial("final", "ours", 0.01, seed), 2.0, scores=scores)
-    untouched = {"gold_loss": 4.0, "accuracy": 0.25, "majority": None}
-    scores = {"piqa": {"accuracy": 0.4}, "boolq": {"accuracy": 0.2}, "all": untouched}
-    finish_untouched(study, scores=scores)
-    report(study)
-    assert (
-        "| entry | piqa | boolq | mean |\n|---|--:|--:|--:|\n| ours | 55.0 | 35.0 | 45.0 |\n| untouched | 40.0"
-        in page(study)
-    )
-
-
 def test_what_was_known_before_is_told(study: Study) -> None:
     finish(study, Trial("final", "ours", 0.01, 0), 2.0, elsewhere=3.0)
     scores = {"all": {"gold_loss": 4.0, "accuracy": 0.25, "majority": 0.6}}
@@ -176,13 +142,6 @@ def test_runs_on_different_questions_are_not_compared(study: Study) -> None:
     finish(study, Trial("final", "lora", 0.01, 0), 2.5, sha256="another")
     with pytest.raises(DataError, match="were scored on different questions"):
         report(study)
-
-
-def test_the_seconds_of_resumed_runs_are_left_out(study: Study) -> None:
-    finish(study, Trial("final", "ours", 0.01, 0), 2.0, seconds=None)
-    assert next(iter(rows(study).values())).seconds is None
-    finish(study, Trial("final", "ours", 0.01, 1), 2.0)
-    assert next(iter(rows(study).values())).seconds == 7.0
 
 
 def test_seconds_are_those_of_the_machine_that_made_most_runs(study: Study) -> None:
@@ -223,55 +182,6 @@ def test_an_untouched_model_that_was_scored_on_other_data_is_not_reported(study:
         report(other)
 
 
-def test_a_row_is_the_same_after_its_summary_is_read(study: Study) -> None:
-    finish_a_study(study)
-    made = rows_of(Comparison(study))
-    assert from_json(as_json(made)) == made
-    nan = float("nan")
-    diverged = dataclasses.replace(made[0], loss=nan, loss_difference=Difference(nan, nan, nan, "worse"))
-    assert str(from_json(as_json([diverged]))) == str([diverged])
-
-
-@pytest.fixture
-def finished(sequence: dict[str, Any]) -> Study:
-    """Two entries at two rates and two seeds, a rate that diverged, and an entry that is not run yet."""
-    entries = {"ours": sequence["entries"]["ours"], "lora": {"method": "lora", "learning_rate": 0.01}}
-    sequence |= {"entries": entries | {"late": entries["lora"]}, "references": ["lora"], "seeds": [0, 1]}
-    sequence["tuning"]["sweep"] = [0.003, 0.03]
-    study = Study.model_validate(sequence)
-    for seed in (0, 1):
-        for rate, second, first in ((0.003, 2.0, 3.0), (0.01, 1.0, 3.4)):
-            finish_in_turn(study, Trial("final", "ours", rate, seed), second, first)
-            finish_in_turn(study, Trial("final", "lora", rate, seed), second + 0.1, first + 1)
-        finish_in_turn(study, Trial("final", "lora", 0.03, seed), None, 9.0, change=None)
-    scores = {"scores": {"all": {"gold_loss": 2.5, "accuracy": 0.25}}}
-    before = {**scores, "first": {"scores": {"all": {"gold_loss": 2.8, "accuracy": 0.5}}}, "elsewhere": 1.5}
-    finish_untouched(study, **before, start=before)
-    return study
-
-
-def test_the_summary_and_the_pages_have_runs_comparisons_and_explanations(finished: Study) -> None:
-    summary = report(finished).summary
-    assert json.loads((finished.folder / "summary.json").read_text()) == summary
-    assert len(summary["runs"]) == 10
-    ours, lora = summary["equal"]
-    assert (ours["entry"], lora["entry"], lora["difference"]) == ("ours", "lora", None)
-    assert ours["difference"]["verdict"] == ours["difference"]["holm_verdict"] == "better"
-    (lower,) = summary["lower_levels"]
-    assert ours["difference"]["holm_p"] == 2 * ours["difference"]["p"] == lower["difference"]["holm_p"]
-    assert summary["correlations"]["relative_norm"] == {"forgot": 1.0, "forgot_elsewhere": 1.0}
-    assert summary["before"]["start"]["elsewhere"] == 1.5
-    text, html = page(finished), (finished.folder / "index.html").read_text()
-    assert (finished.folder / "frontier.png").is_file()
-    assert "# study: arc_easy, then piqa, with" in text
-    assert "before the first task: first 2.800 (50.0 %), second 2.500 (25.0 %), elsewhere 1.500; after it" in text
-    assert "Not run yet: late." in text
-    for shown in (text, html):
-        assert "stable rank" in shown
-        assert "ours/lr-0.01-seed-0" in shown
-    assert 'id="final/lora/lr-0.03-seed-0"' in html
-
-
 def test_before_the_first_run_there_is_nothing_to_report(sequence: dict[str, Any]) -> None:
     with pytest.raises(DataError, match="no final run is finished yet"):
         report(Study.model_validate(sequence))
@@ -283,58 +193,3 @@ def test_a_study_without_the_reference_is_reported_without_comparisons(sequence:
     summary = report(study).summary
     assert (summary["equal"], summary["before"]) == ([], None)
     assert summary["correlations"]["stable_rank"] == {"forgot": None, "forgot_elsewhere": None}
-
-
-EQUAL = {
-    "entry": "ours",
-    "reference": "lora",
-    "level": 1.5,
-    "own": asdict(Reading(0.0123, 3.0, is_lowest=True)),
-    "other": asdict(Reading(0.001, 3.2, is_lowest=False)),
-    "difference": asdict(Difference(-0.2, -0.3, -0.1, "better", p=0.01, holm_p=0.07, holm_verdict="same")),
-}
-FIGURES = ("relative_norm", "relative_spectral_norm", "stable_rank", "intruders")
-
-
-def sequence_tables(**values: Any) -> dict[str, list[list[str]]]:
-    """The texts of the tables of a summary with these values and nothing else."""
-    empty: dict[str, Any] = {"equal": [], "lower_levels": [], "next_rate": []}
-    explained = {"correlations": {figure: {"forgot": None, "forgot_elsewhere": -0.5} for figure in FIGURES}}
-    known = {**empty, **explained, "least_gaps": {}, "kept_elsewhere": empty, "runs": [], "before": None}
-    _, sections = sequence_sections(known | values)
-    tables = {title: table for title, table in sections.items() if isinstance(table, Table)}
-    assert all(len(row) == len(table.header) for table in tables.values() for row in table.rows)
-    return {title: [[cell.text for cell in row] for row in table.cells()] for title, table in tables.items()}
-
-
-def test_an_entry_is_shown_beside_its_reference_with_both_verdicts() -> None:
-    reference = EQUAL | {"entry": "lora", "difference": None}
-    tables = sequence_tables(equal=[EQUAL, reference], least_gaps={"lora": 0.25})
-    ours, lora = tables["First task at equal learning of the second"]
-    read = ["1.500", "≤ 0.012", "3.000", "0.001", "3.200"]
-    assert ours == ["ours", *read, "-0.200 [-0.300, -0.100]", "better", "0.01", "0.07", "same", "–"]
-    assert (lora[7], lora[-1]) == ("reference", "0.250")
-
-
-def test_a_rate_too_high_is_shown_where_one_was_run() -> None:
-    assert list(sequence_tables()) == ["Explanations"]
-    assert sequence_tables()["Explanations"][-1] == ["intruder dimensions", "–", "-0.50"]
-    next_rate = {"best": 1e-3, "rate": 0.003, "learned_loss": 1.7, "kept_loss": 4.5, "cost": 0.75}
-    row = {"entry": "ours", "reference": "lora", **next_rate, "difference": EQUAL["difference"]}
-    (line,) = sequence_tables(next_rate=[row])["First task, one rate too high"]
-    first, after = ["ours", "0.001", "0.003", "1.700", "4.500", "+0.750"], ["better", "0.01", "0.07", "same"]
-    assert line == [*first, "-0.200 [-0.300, -0.100]", *after]
-    row |= {"kept_loss": None, "difference": None}
-    (line,) = sequence_tables(next_rate=[row])["First task, one rate too high"]
-    assert line == ["ours", "0.001", "0.003", "diverged", *[""] * 7]
-
-
-def test_a_run_that_diverged_has_dashes() -> None:
-    nothing = {"mean": None, "stderr": None}
-    losses = dict.fromkeys(("second_loss", "first_loss", "seconds", "relative_norm", "relative_spectral_norm"))
-    rest = {"stable_rank": 3.0, "intruders": 0, "forgot": nothing, "forgot_elsewhere": {"mean": 0.1, "stderr": 0.02}}
-    of_run = {"entry": "ours", "method": "smoa", "learning_rate": 0.1, "seed": 0}
-    run = {**of_run, "second_accuracy": 0.5, "first_accuracy": 0.25, **losses, **rest}
-    ((name, *line),) = sequence_tables(runs=[run])["Runs"]
-    assert name == "final/ours/lr-0.1-seed-0"
-    assert line == ["–", "50.0", "–", "25.0", "–", "+0.100 ± 0.020", "–", "–", "3", "0", "–"]

@@ -24,7 +24,7 @@ from smoa_lab.study import sequence as sequence_module
 from smoa_lab.study.comparison import Comparison
 from smoa_lab.study.report import report
 from smoa_lab.study.runner import Runner
-from smoa_lab.study.sequence import LAYERS, EarlierTask, SequenceRunner, _spread, weight_changes
+from smoa_lab.study.sequence import EarlierTask, SequenceRunner, weight_changes
 from smoa_lab.study.study import Study
 from smoa_lab.study.trials import TrialStore, Untouched
 from smoa_lab.training.loaded_run import LoadedRun
@@ -167,7 +167,7 @@ def test_a_stored_first_model_is_scored_anew_on_other_questions_and_never_mixed_
     for file in (study.folder / "untouched.json", *study.folder.glob("final/*/*.json")):
         file.unlink()
     sequence["shared"]["data"]["test_examples"] = 1
-    sequence["elsewhere"]["test_examples"] = 1
+    sequence["other_domain"]["test_examples"] = 1
     study = only_ours(sequence)
     Comparison(study).run()
     before = TrialStore(study.folder).find("untouched")
@@ -227,9 +227,9 @@ def test_tasks_between_are_trained_by_the_entrys_own_method(
     trained = []
     real_fit = LoadedRun.fit
 
-    def fit(lesson: LoadedRun, *arguments: Any) -> Any:
-        trained.append((lesson.title, lesson.config.method, lesson.config.training["max_steps"]))
-        return real_fit(lesson, *arguments)
+    def fit(run: LoadedRun, *arguments: Any) -> Any:
+        trained.append((run.title, run.config.method, run.config.training["max_steps"]))
+        return real_fit(run, *arguments)
 
     monkeypatch.setattr(LoadedRun, "fit", fit)
     study = chain(sequence, tmp_path)
@@ -307,12 +307,3 @@ def test_a_run_that_diverged_has_no_figures() -> None:
     model = copy.deepcopy(base)
     model.model.layers[1].self_attn.q_proj.weight.data.fill_(float("nan"))
     assert weight_changes(model, base) is None
-
-
-@pytest.mark.parametrize("number", [1, LAYERS + 1, 90])
-def test_the_layers_are_spread_over_the_model(number: int) -> None:
-    layers = [(str(i), None) for i in range(number)]
-    chosen = [int(path) for path, _ in _spread(layers)]
-    assert len(set(chosen)) == min(number, LAYERS)
-    assert (chosen[0], chosen[-1]) == (0, number - 1)
-    assert max(np.diff([*chosen]), default=1) - min(np.diff([*chosen]), default=1) <= 1

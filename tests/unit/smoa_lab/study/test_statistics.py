@@ -5,14 +5,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from smoa_lab.study.statistics import (
+from smoa_lab.study.results import (
     Difference,
     accuracy_difference,
     corrected,
-    holm,
+    difference,
     loss_difference,
     outcomes,
-    p_value,
     spearman,
 )
 
@@ -102,16 +101,16 @@ def test_one_seed_gets_no_verdict() -> None:
 
 
 def test_holm_multiplies_the_smallest_by_the_number_of_comparisons() -> None:
-    assert holm([0.04, 0.01, 0.03, 0.9]) == pytest.approx([0.09, 0.04, 0.09, 0.9])
-    assert holm([0.6, 0.7]) == [1.0, 1.0]
-    assert holm([]) == []
+    for given, wanted in (([0.04, 0.01, 0.03, 0.9], [0.09, 0.04, 0.09, 0.9]), ([0.6, 0.7], [1.0, 1.0]), ([], [])):
+        found = corrected([Difference(-0.5, -0.9, -0.1, "better", p=p) for p in given])
+        assert [each and each.holm_p for each in found] == pytest.approx(wanted)
 
 
 def test_the_p_value_is_twice_the_share_beyond_zero() -> None:
     samples = np.linspace(-1, 3, 4001)
-    assert p_value(samples) == pytest.approx(0.5, abs=1e-3)
-    assert p_value(samples + 10) == 2 / 4002
-    assert p_value(np.array([-1.0, 1.0])) == 1.0
+    assert difference(1.0, samples, 1, 3).p == pytest.approx(0.5, abs=1e-3)
+    assert difference(11.0, samples + 10, 1, 3).p == 2 / 4002
+    assert difference(0.0, np.array([-1.0, 1.0]), 1, 3).p == 1.0
 
 
 def test_the_correlation_is_of_ranks_with_ties_at_their_mean() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +25,7 @@ from smoa_lab.data.encoding import Tokens
 from smoa_lab.data.prepared import PreparedRows
 from smoa_lab.scoring.losses import row_losses
 from smoa_lab.training import loaded_run, train_run
-from smoa_lab.training.loaded_run import ProgressReport, load_run, read_rows_of, sources
+from smoa_lab.training.loaded_run import ProgressReport, load_run
 from tests.support.kills import killed_after_saving
 from tests.support.lab import files_with, steps, tiny_gpt2, tiny_run
 from tests.support.own_rows import (
@@ -94,11 +97,9 @@ def by_trl(values: dict[str, Any], rows: Path, folder: Path) -> list[float]:
 
 
 TRAINING: dict[str, dict[str, Any]] = {
-    "plain": {},
     "cut": {"max_length": 60},
     "packed": {"packing": True, "max_length": 128},
     "noise": {"neftune_noise_alpha": 20},
-    "no checkpointing": {"gradient_checkpointing": False},
     "accumulated": {"gradient_accumulation_steps": 3},
     "padding free": {"padding_free": True, "max_length": None},
 }
@@ -253,21 +254,6 @@ def test_a_base_model_without_a_template_is_refused_and_trains_with_alpaca(talks
     assert train(rows_config(tmp_path, talks, base, data={"chat_template": "alpaca"}))["training"]["steps"] == 2
 
 
-def test_keys_of_the_other_trainer_are_refused(talks: Path, preferences: Path, base: Path, tmp_path: Path) -> None:
-    for rows, key, told in (
-        (talks, {"beta": 0.1}, "beta is not for SFTConfig, which trains rows of the format messages"),
-        (preferences, {"packing": True}, "packing is not for DPOConfig, which trains rows of the format preference"),
-    ):
-        assert refused(rows_config(tmp_path, rows, base, training=key)).startswith(f"training: {told}")
-
-
-@pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated")
-@pytest.mark.parametrize("key", ["chat_template_path", "eos_token", "truncation_mode", "dataset_text_field"])
-def test_keys_that_contradict_the_tokens_are_refused(key: str, talks: Path, base: Path, tmp_path: Path) -> None:
-    message = refused(rows_config(tmp_path, talks, base, training={key: "keep_end" if "mode" in key else "x"}))
-    assert message.startswith(f"training.{key}: is not for rows: ")
-
-
 def test_an_adapter_on_the_output_layer_is_refused(talks: Path, base: Path, tmp_path: Path) -> None:
     adapter = {"r": 4, "num_blocks": 2, "target_modules": ["q_proj", "lm_head"]}
     message = refused(rows_config(tmp_path, talks, base, adapter=adapter))
@@ -377,14 +363,6 @@ def test_so_many_rows_are_trained_and_of_those_of_a_test_file_tested(talks: Path
     assert metrics["evaluation"]["after"]["all"]["rows"] == 1
 
 
-def test_a_tokenizer_is_enough_to_read_rows(talks: Path, base: Path, tmp_path: Path) -> None:
-    config = rows_config(tmp_path, talks, base, data={"chat_template": "alpaca"}, training={"max_length": 277})
-    encoder, rows = read_rows_of(config, AutoTokenizer.from_pretrained(base))
-    assert "Below is an instruction" in str(encoder.tokenizer.chat_template)
-    assert rows.account["max_length"] == 277
-    assert [source.name for source in sources(config.rows)] == [str(talks)]
-
-
 def test_processes_that_accelerate_does_not_count_don_t_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loaded_run, "is_distributed", lambda: True)
     monkeypatch.setattr(loaded_run.dist, "get_world_size", lambda: 2)
@@ -441,3 +419,19 @@ def test_validation_without_validation_questions_is_refused(tmp_path: Path, monk
     assert refused(check_config(values)).startswith(needs)
     values["data"]["validation_examples"] = 0
     assert refused(check_config(values)).startswith("data.validation_examples: 0 of the questions are none")
+
+
+@pytest.mark.parametrize("on_terminal", [True, False])
+def test_a_bar_follows_the_run_on_a_terminal_alone(on_terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream: Any = io.StringIO()
+    stream.isatty = lambda: on_terminal
+    monkeypatch.setattr(sys, "stderr", stream)
+    report, arguments = ProgressReport(), SimpleNamespace(disable_tqdm=False)
+    state = SimpleNamespace(is_world_process_zero=True, max_steps=4, global_step=0)
+    report.on_train_begin(arguments, state, None)  # type: ignore[arg-type]
+    state.global_step = 2
+    report.on_step_end(arguments, state, None)  # type: ignore[arg-type]
+    report.on_log(arguments, state, None, {"loss": 1.5})  # type: ignore[arg-type]
+    report.on_train_end(arguments, state, None)
+    assert ("2/4" in stream.getvalue() and "loss 1.5" in stream.getvalue()) == on_terminal
+    assert on_terminal or not stream.getvalue()  # not even an empty line

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import psutil
 import pytest
@@ -23,20 +22,11 @@ SMOA, LORA = (f"method: {method}\ntraining: {{output_dir: run}}\n" for method in
 """Configs as runs write them, but for what does not matter here."""
 
 
-def test_provenance_without_git_or_a_known_processor_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(*call: Any, **options: Any) -> None:
-        raise FileNotFoundError("git")
-
-    monkeypatch.setattr(run_folder.subprocess, "run", missing)
-    assert run_folder._git_state() == {"commit": None, "dirty": None}
-    assert run_folder._version("no-such-package") is None
-    monkeypatch.setattr(run_folder.platform, "processor", lambda: "aarch64")
-    for cpus, told in (("BogoMIPS : 50.00", "aarch64"), ("model name : A processor", "A processor")):
-        monkeypatch.setattr(Path, "is_file", lambda self: True)
-        monkeypatch.setattr(Path, "read_text", lambda self, encoding, cpus=cpus: f"processor : 0\n{cpus}\n")
-        assert run_folder._processor() == told
-    monkeypatch.setattr(Path, "is_file", lambda self: False)
-    assert run_folder._processor() == "aarch64"
+def test_provenance_without_git_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    made = run_folder.provenance(0, torch.device("cpu"))
+    assert (made["commit"], made["dirty"]) == (None, None)
+    assert made["device"]
 
 
 def test_half_a_checkpoint_is_removed_and_the_whole_one_before_it_is_taken(tmp_path: Path) -> None:

