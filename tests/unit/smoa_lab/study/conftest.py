@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from smoa_lab.study import equal_learning, results
+from smoa_lab.study import equal_learning, statistics
 from smoa_lab.study.study import Study
 from tests.support import lab, studies
 
