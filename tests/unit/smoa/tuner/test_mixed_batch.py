@@ -77,6 +77,7 @@ def test_names_that_fit_no_batch_or_model_are_refused(tiny_llama: PreTrainedMode
         ("llama", {"num_beams": 2}, "argument over both"),
         ("llama", {"num_beams": 3, "num_return_sequences": 2}, "config"),
         ("t5", {"num_beams": 3, "num_return_sequences": 2}, "argument"),
+        ("llama", {"num_return_sequences": 2, "do_sample": True, "top_k": 1}, "config"),
     ],
     ids=str,
 )
