@@ -89,7 +89,7 @@ def repository_path(page: str, target: str) -> str | None:
 
 def copy_of(path: str) -> str:
     """Where the site keeps the copy: files of studies under their own names."""
-    if path.startswith("studies/") and path.endswith(OF_STUDIES):
+    if path.startswith("studies/") and path.count("/") > 1 and path.endswith(OF_STUDIES):
         return path
     if (ROOT / path).is_dir():
         return f"repository/{path}/files.txt"
