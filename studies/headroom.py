@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from smoa.errors import DataError
-from smoa_lab.study.results import Outcomes, check_paired, outcomes
+from smoa_lab.study.statistics import Outcomes, check_paired, outcomes
 from smoa_lab.study.trials import Trial, TrialStore
 
 HEADER = [
@@ -75,10 +75,10 @@ def line(folder: Path) -> list[str]:
         check_paired(run, untouched)
     runs = {name: [of_seed[seed] for seed in sorted(seeds)] for name, of_seed in known.items()}
     before, lora, full = outcomes([untouched]), outcomes(runs["lora"]), outcomes(runs["full"])
-    best = max(lora, full, key=lambda one: one.accuracy().mean())
+    best = max(lora, full, key=lambda reached: reached.accuracy().mean())
     moved, gained = gain(best, before), gain(full, lora)
     config, adapter = runs["full"][0]["config"], runs["lora"][0]["config"]["adapter"]
-    percent = [f"{100 * one.accuracy().mean():.1f}" for one in (before, lora, full)]
+    percent = [f"{100 * reached.accuracy().mean():.1f}" for reached in (before, lora, full)]
     return [
         ", ".join(config["data"]["tasks"]),
         config["model"]["name"],

@@ -134,7 +134,7 @@ LEFT_OUT: dict[str, str] = {
         f"{LORAS}alpha / √r; test_rank_stabilized_scaling_is_loras_at_equal_parameters has smoa's"
     ),
     "lora_embedding_(default|false)": f"{LORAS}normal numbers in B of an embedding; test_blocks.py has A and B",
-    "rank_not_divisible_by_groups": f"{LORAS}a rank of each group; test_conv.py has grouped convolutions",
+    "rank_not_divisible_by_groups": f"{LORAS}a rank of each group; test_kinds.py has grouped convolutions",
     "rank_pattern_for_moe": (
         f"{LORAS}one matrix for gate and up; test_patterns_go_by_the_parameters_name has the pattern of experts"
     ),
@@ -146,7 +146,7 @@ LEFT_OUT: dict[str, str] = {
     ),
     "warns_for_unsharded": f"{LORAS}a warning in PEFT's save; test_factors_that_zero3_has_partitioned_are_not_saved",
     "different_target_parameters_raises": f"{ADAPTED}adapters of several parameters; test_targets.py",
-    "groups_greater_than_one": f"{ADAPTED}grouped convolutions; test_conv.py",
+    "groups_greater_than_one": f"{ADAPTED}grouped convolutions; test_kinds.py",
     "stable_diffusion": "loads a pipeline of the Hub; tests/integration/test_diffusers.py has a UNet and a transformer",
     r"trainable tokens Same.*merge_layers_multi|merge_layers_multi.*trainable tokens Same": (
         "one output, changed by 0.0013 by the second of two random updates where the test asks for 0.0019; "

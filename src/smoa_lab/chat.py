@@ -27,7 +27,7 @@ from smoa_lab.basics.cache import free_name
 from smoa_lab.basics.positions import positions_of
 from smoa_lab.config.run import ModelSection, native_dtype
 from smoa_lab.data.chat_templates import alpaca, saved_chat_template, stop_at_turns_end
-from smoa_lab.data.questions import Template
+from smoa_lab.data.rows import Template
 from smoa_lab.open_run import adapter_config, adapter_of_run, base_name, base_section, open_run, trained_template
 from smoa_lab.scoring.losses import scoring
 from smoa_lab.training.run_folder import RunFolder

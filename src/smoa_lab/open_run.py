@@ -13,7 +13,7 @@ from smoa.atomic import recover
 from smoa.errors import ConfigError
 from smoa.export.checkpoint import recorded_revision
 from smoa_lab.config.run import ModelSection, RunConfig, load_config
-from smoa_lab.data.questions import Template
+from smoa_lab.data.rows import Template
 from smoa_lab.training.run_folder import RunFolder
 
 

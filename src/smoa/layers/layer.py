@@ -506,6 +506,8 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         self._check_recomputed(adapter_names)
+        if torch.is_grad_enabled() and self.last_batch is not None:
+            self.last_batch = None  # some optimizers write factors without their version counters
         if adapter_names is not None:
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         active = [] if self.merged else self._present(self.active_adapters)

@@ -57,8 +57,8 @@ class Linear(SmoaLayer):
         return self._apply_update(self.update(adapter_name), x)
 
     def _multiplies_factors(self, x: Tensor, adapter_name: str) -> bool:
-        """Whether few tokens take the product with the blocks of W, where these are slices."""
-        if not self.contiguous[adapter_name] or is_transformed(x):
+        """Whether few tokens take the product with the blocks of W."""
+        if is_transformed(x):
             return False
         return prefers_shared(self.ranks[adapter_name], x.shape[:-1].numel(), chosen_kernels())
 

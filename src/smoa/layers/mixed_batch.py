@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from smoa.layers.layer import SmoaLayer
-from smoa.layers.weight_cache import BLOCKS, DIAGONAL, tensor_state
+from smoa.layers.weight_cache import BLOCKS, DIAGONAL, is_sharded, tensor_state
 from smoa.maths.kernels.choice import Kernels, prefers_shared
 from smoa.maths.kernels.operators import is_transformed
 from smoa.maths.kernels.shared import Gathered, StackedFactors, diagonal_of, shared
@@ -107,6 +107,7 @@ class MixedGroup:
         self.blocks, self.runs, self.modulation = factors.blocks, factors.runs(), layer.modulation[names[0]]
         parts = [part._modules for part in (layer.smoa_A, layer.smoa_B)]
         self._owners: list[Any] = [modules[name]._parameters for modules in parts for name in names]
+        self._keeps = not is_sharded(layer)  # whose storage is refilled unnoticed
         self._stacked: tuple[Any, tuple[StackedFactors, Gathered]] | None = None
 
     def output(self, x: Tensor) -> Tensor:
@@ -123,7 +124,7 @@ class MixedGroup:
     def stack(self) -> tuple[StackedFactors, Gathered | None]:
         """The stacked factors, and without gradients those of each row: as at the last call, unless one has changed."""
         layer, scaling = self.layer, [self.layer.scaling[name] for name in self.names]
-        state = None if torch.is_grad_enabled() else (scaling, *self._state_of_factors())
+        state = None if torch.is_grad_enabled() or not self._keeps else (scaling, *self._state_of_factors())
         if state is not None and self._stacked is not None and self._stacked[0] == state:
             return self._stacked[1]
         stack = StackedFactors.of([layer.update(name).factors for name in self.names])

@@ -76,8 +76,7 @@ class Update:
         anchor = None if not self.modulation.anchors else self.some_anchor(weight)
         if anchor is None or anchor.requires_grad or is_transformed(x, anchor):
             return plain_branch(self.factors, x, anchor)
-        tokens = x.shape[:-1].numel()
-        if torch.compiler.is_compiling() and prefers_batched(self.factors.blocks, tokens, self.kernels):
+        if torch.compiler.is_compiling() and prefers_batched(self.factors.blocks, self.kernels):
             return recomputed_branch(self.factors, x, anchor)
         return self._recomputed(x, anchor)
 

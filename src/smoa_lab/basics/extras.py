@@ -25,8 +25,8 @@ def extras() -> dict[str, set[str]]:
     names = metadata("smoa").get_all("Provides-Extra") or []
     lines = [Requirement(line) for line in requires("smoa") or []]
     optional = [line for line in lines if line.marker and not line.marker.evaluate({"extra": ""})]
-    found = {name: {line.name for line in optional if line.marker.evaluate({"extra": name})} for name in names}  # type: ignore[union-attr]
-    return dict(sorted(found.items(), key=lambda item: len(item[1])))
+    within = {name: {line.name for line in optional if line.marker.evaluate({"extra": name})} for name in names}  # type: ignore[union-attr]
+    return dict(sorted(within.items(), key=lambda item: len(item[1])))
 
 
 def package_of(module: str | None) -> str | None:
@@ -49,8 +49,8 @@ def install(*names: str) -> str:
 
 def _extras_with(*packages: str) -> list[str]:
     """The smallest extra of each package, without those that another one of them includes."""
-    found = {next(name for name, within in extras().items() if package in within) for package in packages}
-    return sorted(name for name in found if not any(extras()[name] < extras()[other] for other in found))
+    names = {next(name for name, within in extras().items() if package in within) for package in packages}
+    return sorted(name for name in names if not any(extras()[name] < extras()[other] for other in names))
 
 
 def missing(*modules: str) -> str | None:

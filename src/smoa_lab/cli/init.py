@@ -57,7 +57,7 @@ def init(
         )
         if asks and minutes is None and measure:
             question = "Minutes that training may take (0: as long as it takes)"
-            minutes = _taken(asks, "minutes", None, _minutes, question, "0")
+            minutes = float(typer.prompt(question, default="0", type=float, err=True))
         name = f"{Path(place.rstrip('/')).name.partition('.')[0] or 'run'}.yaml"
         file = config or _taken(asks, "config", None if asks else name, _free, "Write to", name)
         rows, machine = init.look_at_data(place, facts), init.this_machine()
@@ -94,18 +94,6 @@ def _taken(
 
 def _on_terminal() -> bool:
     return sys.stdin.isatty()
-
-
-def _minutes(text: str) -> float:
-    from smoa.errors import ConfigError
-
-    try:
-        minutes = float(text)
-    except ValueError:
-        minutes = -1.0
-    if not 0 <= minutes < float("inf"):
-        raise ConfigError(f"minutes: {text!r} is not a number of minutes, such as 30")
-    return minutes
 
 
 def _free(name: str) -> Path:

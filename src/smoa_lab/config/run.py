@@ -28,7 +28,7 @@ from smoa_lab.config.yaml_text import apply_overrides, key_lines, parse_yaml, to
 from smoa_lab.data.files import HubRows
 from smoa_lab.data.formats import Format
 from smoa_lab.data.general_text import STORY
-from smoa_lab.data.questions import AnswerStyle, Template
+from smoa_lab.data.rows import AnswerStyle, Template
 from smoa_lab.data.tasks import FileTask, Selection, Source, Task, find_task, select
 
 TRUST = ("trust_remote_code", "allow_all_kernels")

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from smoa.errors import ConfigError, nearest
 from smoa_lab.basics.extras import import_package
-from smoa_lab.data.questions import ALPACA
+from smoa_lab.data.rows import ALPACA
 
 SPECIAL = re.compile(r"<\|[a-z_]+\|>|<(?:start|end)_of_turn>|\[/?INST\]")
 """What looks like a special token in a template."""
@@ -54,10 +54,10 @@ def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     if utilities.has_generation_markers(tokenizer.chat_template):
         return str(tokenizer.get_chat_template())
     try:
-        found: str | None = utilities.get_training_chat_template(tokenizer)
+        template: str | None = utilities.get_training_chat_template(tokenizer)
     except (ValueError, TypeError, TemplateError):  # not one that TRL knows
         return None
-    return found
+    return template
 
 
 def stop_at_turns_end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -70,7 +70,7 @@ def stop_at_turns_end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     config: Any = model.generation_config
     known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if last in tokenizer.get_added_vocab().values() and last not in known:
-        config.eos_token_id = [*(one for one in known if one is not None), last]
+        config.eos_token_id = [*(token for token in known if token is not None), last]
 
 
 def saved_chat_template(folder: Path) -> str | None:
@@ -111,8 +111,8 @@ def _template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
             reason = error.strerror if isinstance(error, OSError) else error
             raise ConfigError(f"data.chat_template: {name}: {reason}; name a template in UTF-8") from error
     folder = resources.files("trl") / "chat_templates"
-    known = {file.name.removesuffix(".jinja") for file in folder.iterdir() if file.name.endswith(".jinja")}
-    known = {one for one in known if not one.endswith("_training")}
+    files = {file.name.removesuffix(".jinja") for file in folder.iterdir() if file.name.endswith(".jinja")}
+    known = {file for file in files if not file.endswith("_training")}
     if name not in known:
         raise ConfigError(
             f"data.chat_template: there is no template {name!r}{nearest(name, ['alpaca', *sorted(known)])}; "

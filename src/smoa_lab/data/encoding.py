@@ -18,8 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from smoa.errors import ConfigError, DataError
 from smoa_lab.data.chat_templates import adds_bos, training_template
-from smoa_lab.data.questions import ALPACA, AnswerStyle, Template, candidates, gold_response, instruction
-from smoa_lab.data.rows import Message, Row
+from smoa_lab.data.rows import ALPACA, AnswerStyle, Message, Row, Template, candidates, gold_response, instruction
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
 MARK = "\ue000"

@@ -141,7 +141,7 @@ def _preference(row: dict[str, Any]) -> Row:
     if _are_turns(prompt):
         before = read_turns(prompt, "prompt")
     else:  # the turns that both begin with
-        same = [one == other for (_, one), (_, other) in zip(better, worse, strict=False)]
+        same = [turn == other for (_, turn), (_, other) in zip(better, worse, strict=False)]
         shared = [*same, False].index(False)
         before, better, worse = better[:shared], better[shared:], worse[shared:]
     completion, other = _answered(before, better, "chosen"), _answered(before, worse, "rejected")

@@ -33,10 +33,10 @@ def passages(source: str) -> list[str]:
     Raises:
         DataError: the source cannot be read, or has no passage.
     """
-    found = list(_joined(_paragraphs(source)))
-    if not found:
+    texts = list(_joined(_paragraphs(source)))
+    if not texts:
         raise DataError(f"forgetting.text: {source}: has no passage of {WORDS} words; give more text")
-    return found
+    return texts
 
 
 def _paragraphs(source: str) -> Iterable[str]:

@@ -1,4 +1,11 @@
-"""The one type of a row: a prompt and what should follow it; and lists of questions: deduplicate, split, hash."""
+"""The one type of a row: a prompt and what should follow it. And questions: made, deduplicated, split, hashed, and put
+into words.
+
+The instruction format is Alpaca's, as in the commonsense line of work (LLM-Adapters, arXiv:2304.01933), without the
+indentation that its code carries by accident; or the model's own chat template. The answer is either the answer's
+*text* (which suits small models: letters and numbers of choices are near chance before training) or the reference's
+*label*: all choices are listed and the response is ``the correct answer is answer2``.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +14,7 @@ import json
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from smoa.errors import DataError
 
@@ -173,3 +180,68 @@ def content_hash(rows: Iterable[Row]) -> str:
         values = {key: value for key, value in question_values(row).items() if key != "id"}
         digest.update(json.dumps(values, sort_keys=True, ensure_ascii=False).encode() + b"\n")
     return digest.hexdigest()
+
+
+Template = Literal["alpaca", "chat"]
+AnswerStyle = Literal["text", "label"]
+
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+
+
+@dataclass(frozen=True)
+class LabelWording:
+    """The reference's wording of a multiple-choice task and the word before the number of a choice."""
+
+    request: str
+    word: str
+
+
+QUESTION = LabelWording("Please choose the correct answer to the question: ", "answer")
+LABEL_WORDINGS = {
+    "boolq": LabelWording("Please answer the following question with true or false, question: ", ""),
+    "piqa": LabelWording("Please choose the correct solution to the question: ", "solution"),
+    "hellaswag": LabelWording("Please choose the correct ending to complete the given sentence: ", "ending"),
+    "winogrande": LabelWording(
+        "Please choose the correct answer to fill in the blank to complete the given sentence: ", "option"
+    ),
+}
+TEXT_REQUESTS = {
+    "hellaswag": "Please complete the given sentence: ",
+    "winogrande": "Please fill in the blank to complete the given sentence: ",
+}
+"""Where the bare question does not say what is wanted."""
+
+
+def instruction(row: Row, style: AnswerStyle) -> str:
+    """The request, without the template around it. As in the reference, the label style leaves out BoolQ's passage."""
+    if style == "text" or not row.choices:
+        before = f"{row.context}\n" if row.context else ""
+        return f"{before}{TEXT_REQUESTS.get(row.task, '')}{row.prompt}"
+    wording = LABEL_WORDINGS.get(row.task, QUESTION)
+    names = label_names(row)
+    listed = " ".join(f"{name.capitalize()}: {text}" for name, text in zip(names, row.choices, strict=True))
+    choices = f"{listed}\n\n" if wording.word else ""
+    return f"{wording.request}{row.prompt}\n\n{choices}Answer format: {'/'.join(names)}"
+
+
+def label_names(row: Row) -> list[str]:
+    """What the reference calls the choices: ``answer1``, ``solution2``, ``true``, …"""
+    word = LABEL_WORDINGS.get(row.task, QUESTION).word
+    if not word:
+        return ["true" if text == "yes" else "false" for text in row.choices]
+    return [f"{word}{number}" for number in range(1, len(row.choices) + 1)]
+
+
+def candidates(row: Row, style: AnswerStyle) -> list[str]:
+    """The response that each choice would be, in order."""
+    if style == "text":
+        return list(row.choices)
+    return [f"the correct answer is {name}" for name in label_names(row)]
+
+
+def gold_response(row: Row, style: AnswerStyle) -> str:
+    """What the model should say to a question."""
+    return str(row.completion) if row.label is None else candidates(row, style)[row.label]

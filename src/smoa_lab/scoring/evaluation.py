@@ -16,8 +16,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from smoa_lab.basics.positions import positions_of
 from smoa_lab.data.encoding import Encoder, Tokens, pad_token
 from smoa_lab.data.general_text import describe, passages
-from smoa_lab.data.questions import candidates, instruction
-from smoa_lab.data.rows import Row
+from smoa_lab.data.rows import Row, candidates, instruction
 from smoa_lab.scoring.generation import continue_prompts
 from smoa_lab.scoring.losses import Losses, Score, proportion, row_losses, score
 

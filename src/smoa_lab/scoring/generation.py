@@ -18,8 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from smoa_lab.basics.extras import import_package
 from smoa_lab.basics.positions import prompt_room
 from smoa_lab.data.encoding import Encoder, pad_token
-from smoa_lab.data.questions import AnswerStyle, gold_response, label_names
-from smoa_lab.data.rows import Row
+from smoa_lab.data.rows import AnswerStyle, Row, gold_response, label_names
 from smoa_lab.data.tasks import Family
 from smoa_lab.scoring.losses import left_padded, proportion, scoring
 

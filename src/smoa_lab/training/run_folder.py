@@ -80,7 +80,7 @@ class RunFolder:
         The Trainer removes old folders ``checkpoint-*``, whatever follows. A lock of ours is empty.
         """
         own = self._checkpoints()
-        found = [path.name for path in self.path.glob("checkpoint-*") if path.is_dir() and path not in own]
+        foreign = [path.name for path in self.path.glob("checkpoint-*") if path.is_dir() and path not in own]
         began = False
         with suppress(OSError, ValueError):  # no file, neither UTF-8 nor YAML
             config = parse_yaml(self.config.read_text(encoding="utf-8"), self.config)
@@ -88,10 +88,10 @@ class RunFolder:
         if not began:
             own += [self.config, self.inputs, self.adapter, self.picture, self.picture.with_suffix(".svg")]
             own += [self.samples, *([self.lock] if self.lock.exists() and self.lock.stat().st_size else [])]
-            found += [path.name for path in own if os.path.lexists(path)]
-        if found:
+            foreign += [path.name for path in own if os.path.lexists(path)]
+        if foreign:
             raise ConfigError(
-                f"{self.path}: contains {', '.join(sorted(found))}, which no run of smoa's made and this one would "
+                f"{self.path}: contains {', '.join(sorted(foreign))}, which no run of smoa's made and this one would "
                 "replace or remove; choose another training.output_dir"
             )
 
@@ -108,8 +108,8 @@ class RunFolder:
         self._check_content(config_yaml)
         checkpoint = self._last_whole_checkpoint() if self.path.is_dir() else None
         if checkpoint and self.inputs.is_file():
-            found = json.loads(self.inputs.read_text(encoding="utf-8"))
-            changed = [name for name, content in (inputs or {}).items() if found.get(name) != content]
+            began_with = json.loads(self.inputs.read_text(encoding="utf-8"))
+            changed = [name for name, content in (inputs or {}).items() if began_with.get(name) != content]
             if changed:
                 raise ConfigError(
                     f"{self.path}: contains an unfinished run, and the {' and the '.join(changed)} changed since then; "
@@ -199,8 +199,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         logger = logging.getLogger("smoa_lab")
         handler = logging.FileHandler(self.log, encoding="utf-8")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        vars(handler)["format"] = lambda record: without_secrets(logging.FileHandler.format(handler, record))
+        handler.setFormatter(_Cleaned("%(asctime)s %(levelname)s %(message)s"))
         level = logger.level
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
@@ -210,6 +209,13 @@ class RunFolder:
             logger.removeHandler(handler)
             logger.setLevel(level)
             handler.close()
+
+
+class _Cleaned(logging.Formatter):
+    """Lines without the tokens of this machine."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_secrets(super().format(record))
 
 
 def is_first_process() -> bool:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from smoa.errors import ConfigError, DataError, SmoaError
 from smoa_lab.chat import COMMANDS, ChatModel, ChatTarget, Conversation, GenerationSettings, find, load, run_command
 from smoa_lab.config.run import ModelSection, check_config
-from smoa_lab.data.questions import Template
+from smoa_lab.data.rows import Template
 from smoa_lab.training.run_folder import RunFolder
 from tests.support.chats import KeptScreen, chat_base, chat_model_of, saved_adapter, written
 from tests.support.lab import byte_tokenizer, tiny_base

@@ -9,23 +9,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
+
 from smoa.maths.blocks import Blocks
 
 Kernels = Literal["auto", "loop", "batched", "shared"]
-SMALL_BLOCK = 1 << 13
-"""Entries of the largest blocks for which batched products are faster."""
-FEW_PRODUCTS = 32
+SMALL_BLOCK, SMALL_COMPILED = 3 << 14, 1 << 13
+"""Entries of the largest blocks for which batched products are faster, and for which they are in a compiled model."""
+FEW_PRODUCTS = 128
 """Products of a token with the blocks of W, for which it does not pay to form ΔW."""
-SMALL_SLICE, FEW_TOKENS = 1 << 15, 128
-"""Entries of the largest contiguous blocks for which they are faster, and the most tokens with which they are."""
 
 
-def prefers_batched(blocks: Blocks, tokens: int, kernels: Kernels = "auto") -> bool:
+def prefers_batched(blocks: Blocks, kernels: Kernels = "auto") -> bool:
     """Whether to multiply all blocks of one shape in one product, instead of one after the other."""
     if kernels in ("loop", "batched") or blocks.row_labels.device.type != "cpu":
         return kernels != "loop"
     entries = blocks.out_features * blocks.in_features // blocks.num_blocks**2
-    return entries <= (SMALL_SLICE if blocks.is_contiguous and tokens <= FEW_TOKENS else SMALL_BLOCK)
+    return entries <= (SMALL_COMPILED if torch.compiler.is_compiling() else SMALL_BLOCK)
 
 
 def prefers_apart(
@@ -37,7 +37,7 @@ def prefers_apart(
     """
     if kernels == "batched" or device_type != "cpu":
         return kernels != "loop"
-    return num_blocks >= 4 and tokens < num_blocks**2 * (2 if is_contiguous else 1)
+    return tokens < num_blocks**2 * (8 if is_contiguous else 4)
 
 
 def prefers_shared(ranks: Sequence[int], tokens: int, kernels: Kernels = "auto") -> bool:

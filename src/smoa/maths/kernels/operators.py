@@ -50,7 +50,7 @@ class Apart:
     kernels: Kernels = "auto"
 
     def forward(self, factors: Factors, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        forward = batched_forward if prefers_batched(factors.blocks, len(x), self.kernels) else loop_forward
+        forward = batched_forward if prefers_batched(factors.blocks, self.kernels) else loop_forward
         return forward(factors, x, weight)
 
     def plain(self, factors: Factors, x: Tensor, weight: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class Apart:
     def backward(
         self, factors: Factors, g: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_factors: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
-        backward = batched_backward if prefers_batched(factors.blocks, len(x), self.kernels) else loop_backward
+        backward = batched_backward if prefers_batched(factors.blocks, self.kernels) else loop_backward
         return backward(factors, g, x, weight, needs_x)
 
 

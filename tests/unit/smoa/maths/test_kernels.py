@@ -173,16 +173,14 @@ def blocks_of(size: int, num_blocks: int, kind: str = "random", device: str = "c
 
 
 def test_small_blocks_are_batched_and_few_tokens_computed_apart_on_a_cpu() -> None:
-    assert prefers_batched(blocks_of(256, 8), tokens=4096)
-    assert not prefers_batched(blocks_of(640, 4), tokens=1)
-    assert prefers_batched(blocks_of(640, 4, "contiguous"), tokens=1)
-    assert not prefers_batched(blocks_of(640, 4, "contiguous"), tokens=4096)
-    assert prefers_apart(8, False, "cpu", tokens=63)
-    assert not prefers_apart(8, False, "cpu", tokens=64)
-    assert not prefers_apart(2, False, "cpu", tokens=1)
-    assert prefers_apart(8, True, "cpu", tokens=127)
+    assert prefers_batched(blocks_of(256, 8))
+    assert not prefers_batched(blocks_of(640, 2))
+    assert prefers_apart(8, False, "cpu", tokens=255)
+    assert not prefers_apart(8, False, "cpu", tokens=256)
+    assert not prefers_apart(2, False, "cpu", tokens=16)
+    assert prefers_apart(8, True, "cpu", tokens=511)
     elsewhere = blocks_of(640, 2, device="meta")
-    assert prefers_batched(elsewhere, tokens=1 << 20)
+    assert prefers_batched(elsewhere)
     assert prefers_apart(8, False, "cuda", tokens=1 << 20)
 
 
@@ -190,7 +188,7 @@ def test_what_is_set_holds_everywhere(kernels: Any) -> None:
     layer = adapted_layer(base_layer(64, 64), r=8, num_blocks=8)
     assert layer.update("default").kernels == kernels
     for chosen in (blocks_of(64, 8), blocks_of(640, 2), blocks_of(640, 2, device="meta")):
-        assert prefers_batched(chosen, 512, kernels) == (kernels == "batched")
+        assert prefers_batched(chosen, kernels) == (kernels == "batched")
     assert prefers_apart(2, False, "cpu", 512, kernels) == (kernels == "batched")
 
 

@@ -19,7 +19,7 @@ from smoa_lab.cli import adapters, chat
 from smoa_lab.cli.console import Dtype
 from smoa_lab.cli.main import app
 from smoa_lab.config.run import ModelSection
-from smoa_lab.data import questions
+from smoa_lab.data import rows
 from tests.support.chats import chat_base, saved_adapter, written
 
 
@@ -150,5 +150,5 @@ def test_only_two_terminals_make_a_chat(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_the_choices_are_those_of_a_run_and_of_the_library() -> None:
     assert get_args(Dtype) == get_args(ModelSection.model_fields["dtype"].annotation)
-    assert set(get_args(chat.Template)) == set(get_args(questions.Template))
+    assert set(get_args(chat.Template)) == set(get_args(rows.Template))
     assert get_args(adapters.MergedDtype) == get_args(smoa.export.merge.Dtype)

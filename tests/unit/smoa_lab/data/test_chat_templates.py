@@ -13,7 +13,7 @@ from smoa_lab.data.chat_templates import (
     stop_at_turns_end,
     training_template,
 )
-from smoa_lab.data.questions import ALPACA
+from smoa_lab.data.rows import ALPACA
 from tests.support.lab import byte_tokenizer
 from tests.support.own_rows import (
     MARKED,

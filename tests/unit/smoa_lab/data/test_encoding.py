@@ -15,8 +15,7 @@ from smoa.errors import ConfigError, DataError
 from smoa_lab.data.chat_templates import alpaca
 from smoa_lab.data.encoding import IGNORED, Encoder, Tokens, trained_pieces
 from smoa_lab.data.formats import recognise, shape
-from smoa_lab.data.questions import candidates, gold_response, instruction
-from smoa_lab.data.rows import Row, choice_question, question
+from smoa_lab.data.rows import Row, candidates, choice_question, gold_response, instruction, question
 from tests.support import lab
 from tests.support.own_rows import MARKED, PLAIN, STRICT, TRIMMED, chat, tiny_chat_model, tokenizer_with, trl_template
 

@@ -20,8 +20,7 @@ from transformers import (
 )
 
 from smoa_lab.data.encoding import IGNORED, Encoder, Tokens
-from smoa_lab.data.questions import candidates
-from smoa_lab.data.rows import Message, Row, choice_question, question
+from smoa_lab.data.rows import Message, Row, candidates, choice_question, question
 from smoa_lab.scoring import evaluation as evaluation_module
 from smoa_lab.scoring.evaluation import (
     Evaluation,

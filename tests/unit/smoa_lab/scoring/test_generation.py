@@ -9,8 +9,7 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from smoa_lab.data.encoding import Encoder
-from smoa_lab.data.questions import gold_response
-from smoa_lab.data.rows import Row, choice_question, question
+from smoa_lab.data.rows import Row, choice_question, gold_response, question
 from smoa_lab.scoring.generation import (
     Generated,
     _scores,
