@@ -1,4 +1,5 @@
-"""Writes the tables and pictures of docs/performance.md, benchmarks/tables.md and docs/how-to/serve.md from benchmarks/results/*.json.
+"""Writes the tables and pictures of docs/performance.md, benchmarks/tables.md and docs/how-to/serve.md from the JSON in
+benchmarks/results.
 
     python benchmarks/report.py
 
