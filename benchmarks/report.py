@@ -237,6 +237,8 @@ def expert_partitions() -> str:
 def vllm_serving() -> str:
     """Milliseconds of each method in vLLM, and its multiple of the base's."""
     results = load("vllm_serving")
+    if not results:
+        return "Not run yet: `benchmarks/vllm_serving.py` measures it."
     content = results["vllm_serving"]
     methods, base = content["seconds"], content["seconds"]["base"]
     rows = [
