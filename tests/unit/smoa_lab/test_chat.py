@@ -337,6 +337,13 @@ def test_an_interrupted_answer_is_kept_as_far_as_it_got_and_the_chat_goes_on(bas
     assert cut.answers[1:] == whole.answers
 
 
+def test_room_is_kept_for_the_longest_answer(base: Path) -> None:
+    model = chat_model_of(base)
+    around = model.tokens([{"role": "user", "content": "x"}])["input_ids"].shape[1] - 1
+    for free, excess in ((12, 0), (11, 1), (0, 12)):
+        assert model.excess([{"role": "user", "content": "x" * (512 - around - free)}]) == excess
+
+
 def test_the_oldest_turns_are_dropped_where_the_model_can_read_no_more(base: Path) -> None:
     """The tiny model has 512 positions, and a character is a token."""
     screen = KeptScreen()
