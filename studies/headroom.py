@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from smoa.errors import DataError
-from smoa_lab.study.results import Outcomes, check_paired, outcomes
+from smoa_lab.study.statistics import Outcomes, check_paired, outcomes
 from smoa_lab.study.trials import Trial, TrialStore
 
 HEADER = [

@@ -8,7 +8,8 @@ from typing import Any
 
 from smoa_lab.data.rows import question
 from smoa_lab.study.comparison import runner_of
-from smoa_lab.study.results import Difference, Interval, Row
+from smoa_lab.study.results import Row
+from smoa_lab.study.statistics import Difference, Interval
 from smoa_lab.study.study import Entry, Study
 from smoa_lab.study.trials import Trial, TrialStore
 from tests.support import lab

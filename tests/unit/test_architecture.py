@@ -38,7 +38,7 @@ LAB = [
     "budget",
     "merge",
 ]
-LAB += ["convert", "report", "inspect", "inspect_page", "chat", "init", "study", "cli"]
+LAB += ["convert", "verify", "report", "inspect", "inspect_page", "chat", "init", "study", "cli"]
 APART = {("tuner", "export"), ("export", "tuner")}
 
 

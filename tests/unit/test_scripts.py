@@ -56,7 +56,7 @@ def called(file: Path) -> list[str]:
 
 
 def test_the_workflows_call_what_they_are_there_for() -> None:
-    weekly = ["matrix", "fuzz", "soak"]
+    weekly = ["matrix", "fuzz", "soak", "serve-test"]
     assert {file.stem: called(file) for file in FILES} == {"matrix": weekly, "release": ["dist"], "tests": ["test"]}
 
 

@@ -20,8 +20,9 @@ import stored
 from smoa.errors import DataError
 from smoa_lab.study.comparison import load_study
 from smoa_lab.study.report import EVERY_RUN
-from smoa_lab.study.results import as_json, outcomes, rows_of
+from smoa_lab.study.results import as_json, rows_of
 from smoa_lab.study.sequence_report import sequence_summary
+from smoa_lab.study.statistics import outcomes
 from smoa_lab.study.study import Study
 from smoa_lab.study.trials import PACK, Trial, TrialStore, Untouched, own_files
 from tests.support import studies

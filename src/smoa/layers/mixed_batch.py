@@ -115,7 +115,8 @@ class MixedGroup:
     """
 
     def __init__(self, layer: SmoaLayer, names: list[str], rows: Tensor | None, slots: Tensor, keeps: bool) -> None:
-        self.layer, self.names, self.rows, self.slots = layer, names, rows, slots
+        self.layer, self.names, self.rows = layer, names, rows
+        self.slots = slots if len(names) > 1 else slots[:1]  # the rows of one adapter are tokens of one group
         factors = layer.update(names[0]).factors
         self.blocks, self.runs, self.modulation = factors.blocks, factors.runs(), layer.modulation[names[0]]
         self._keeps = keeps
@@ -131,10 +132,13 @@ class MixedGroup:
         """`x ΔWᵀ` for x (rows, tokens, in_features) as a branch is given it."""
         stack, gathered = self.stack()
         diagonal = self.diagonal if MODULATIONS[self.modulation].anchors else None
-        return shared(stack, x, self.slots, diagonal, gathered)
+        y = shared(stack, x.reshape(len(self.slots), -1, x.shape[-1]), self.slots, diagonal, gathered)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def stack(self) -> tuple[StackedFactors, Gathered | None]:
         """The stacked factors and, on a CPU without gradients, those of each row, kept while the numbers are the same.
+
+        They are kept only where they take no more memory than the adapters.
 
         The numbers are compared, because averages of weights and some optimizers write past the version counters. On
         another device that would wait for it.
@@ -146,7 +150,7 @@ class MixedGroup:
             parts = layer.smoa_A, layer.smoa_B
             A, B = (torch.stack([linear_weight(part[name]) for name in self.names]) for part in parts)
         stack = StackedFactors(A, B, self._stacked_scale(B.dtype), self.blocks, self.runs)
-        if A.device.type != "cpu":
+        if A.device.type != "cpu" or len(self.slots) > len(self.names):
             return stack, None
         if (kept := self._kept) is None or not _is_equal(kept[0], stack):
             self._kept = kept = stack, stack.gathered(self.slots)

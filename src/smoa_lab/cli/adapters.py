@@ -1,5 +1,5 @@
-"""The commands that take a saved adapter or its run, or a model alone: ``smoa merge``, ``convert``, ``inspect``,
-``report`` and ``budget``; and ``smoa run``, other tools on adapters."""
+"""The commands that take a saved adapter or its run, or a model alone: ``smoa merge``, ``convert``, ``verify``,
+``inspect``, ``report`` and ``budget``; and ``smoa run``, other tools on adapters."""
 
 from __future__ import annotations
 
@@ -77,6 +77,34 @@ def convert(
                 f"{loss['adapter']:.3f}, LoRA {loss['lora']:.3f} (change {loss['lora_change']:+.3f} ± "
                 f"{loss['lora_change_stderr']:.3f}); {100 * loss['gain_kept']:.0f} % of the adapter's gain is kept."
             )
+
+
+def verify(
+    adapter: Annotated[Path, typer.Argument(help="Folder of a run, or of an adapter.")],
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="merged (in memory), the folder of a merged model or of a converted LoRA, or a server's address, such "
+            "as http://localhost:8000/v1; may be repeated. merged if left out."
+        ),
+    ] = None,
+    served_name: Annotated[str | None, typer.Option(help="The adapter's name at the server; its folder's.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens that a server is asked for, for each prompt.")] = 16,
+    base: Base = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json: AsJson = False,
+) -> None:
+    """Check on ten prompts that a merged model, a LoRA or a server says what the adapter says."""
+    with reporting():
+        from smoa_lab.verify import verify as compared
+
+        verdicts = compared(adapter, against or ["merged"], served_name, tokens, base, trust_remote_code)
+        if json:
+            print_json([verdict.to_dict() for verdict in verdicts])
+        else:
+            typer.echo("\n".join(verdict.line() for verdict in verdicts))
+        if not all(verdict.agrees for verdict in verdicts):
+            raise typer.Exit(1)
 
 
 def inspect(

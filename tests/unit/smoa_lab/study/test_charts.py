@@ -11,8 +11,8 @@ from smoa_lab.study.charts import (
     frontier,
     learning_rates,
 )
-from smoa_lab.study.results import Difference
 from smoa_lab.study.search import Tuned
+from smoa_lab.study.statistics import Difference
 from tests.support.studies import row
 
 NAN = float("nan")

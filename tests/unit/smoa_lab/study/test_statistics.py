@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from smoa_lab.study.results import (
+from smoa_lab.study.statistics import (
     Difference,
     accuracy_difference,
     corrected,

@@ -1,0 +1,216 @@
+"""Checks that what was made of an adapter, or serves it, says what the adapter says: ``smoa verify``."""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.utils import CONFIG_NAME
+from torch import Tensor
+from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
+
+from smoa.errors import ConfigError, DataError
+from smoa_lab.base_models import load_base_model
+from smoa_lab.config.run import ModelSection
+from smoa_lab.data.general_text import STORY, passages
+from smoa_lab.open_run import adapter_config, adapter_of_run, base_section
+
+PROMPTS, WORDS = 10, 24
+"""How many prompts there are, and how long each is."""
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""What rounding may change of a logit, relative to the largest one."""
+SERVED = 1e-2
+"""What may lie between the two best logits where a server, whose dtype is not known, takes the other one."""
+TIMEOUT = 120
+"""Seconds that a server may take for one prompt."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``difference``: the largest between two logits of adapter and target, relative to the largest logit; for a
+    server, the largest gap between the two best logits where it chose another token. ``allowed``: what rounding may
+    change. ``note``: what else there is to say."""
+
+    target: str
+    difference: float
+    allowed: float
+    note: str = ""
+
+    @property
+    def agrees(self) -> bool:
+        """Whether rounding explains the difference."""
+        return self.difference <= self.allowed
+
+    def line(self) -> str:
+        """The verdict for people to read."""
+        sign = "agrees" if self.agrees else "DIFFERS"
+        note = f"; {self.note}" if self.note else ""
+        return f"{sign}  {self.target}: largest difference {self.difference:.1e}, allowed {self.allowed:.0e}{note}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self) | {"agrees": self.agrees}
+
+
+def verify(
+    place: str | Path,
+    targets: Sequence[str],
+    served_name: str | None = None,
+    tokens: int = 16,
+    base: str | None = None,
+    trust_remote_code: bool = False,
+) -> list[Verdict]:
+    """Compare an adapter, unmerged and in float32, with what it was made into, on ten prompts.
+
+    Args:
+        place: Folder of an adapter of any method, or of a run.
+        targets: ``merged`` merges in memory. A folder has a merged model, or another adapter of the base, such as a
+            LoRA. An address (``http://…/v1``) is a server's, asked by OpenAI's protocol for greedy continuations.
+        served_name: The adapter's name at a server, by default that of its folder or run.
+        tokens: How many of them a server is asked for.
+        base: The base model, if not the recorded one.
+        trust_remote_code: Whether repositories of models may run their own code.
+
+    Raises:
+        ConfigError: there is no adapter, or a target is none of these things.
+        DataError: a model cannot be loaded, or a server doesn't answer.
+    """
+    source = adapter_of_run(place)
+    kinds = [(target, _kind(target)) for target in targets]
+    adapter_config(source)
+    model, tokenizer = load_base_model(base_section(source, base, trust_remote_code))
+    prompts = [" ".join(text.split()[:WORDS]) for text in passages(STORY)[:PROMPTS]]
+    ids = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in prompts]
+    before = _logits(model, ids)
+    asks = any(kind == "server" for _, kind in kinds)
+    answers = [_greedy(model, each, tokens)[0] for each in ids] if asks else []
+    adapted: Any = PeftModel.from_pretrained(model, str(source)).eval()
+    own = _logits(adapted, ids)
+    largest = float(own.abs().max())
+    changed = float((own - before).abs().max()) / largest
+    verdicts = [Verdict("base", 0.0, 0.0, f"the adapter changes logits by up to {changed:.1e}")]
+    if not changed:
+        verdicts = [Verdict("base", 1.0, 0.0, "the adapter changes nothing: untrained, or not applied")]
+    name = served_name or (source.parent.name if source.name == "adapter" else source.resolve().name)
+    for target, kind in kinds:
+        if kind == "server":
+            verdicts.append(_served(adapted, tokenizer, target, name, prompts, ids, answers, tokens))
+            continue
+        other, dtype = own, torch.float32
+        if kind == "merged":
+            adapted.merge_adapter()
+            other = _logits(adapted, ids)
+            adapted.unmerge_adapter()
+        elif kind == "adapter":
+            adapted = PeftModel.from_pretrained(adapted.unload(), target)
+            other = _logits(adapted, ids)
+            adapted = PeftModel.from_pretrained(adapted.unload(), str(source))
+        else:
+            saved, _ = load_base_model(ModelSection(name=target, trust_remote_code=trust_remote_code, dtype="float32"))
+            dtype = _dtype_of(target)
+            other = _logits(saved, ids)
+            del saved
+        difference = float((other - own).abs().max()) / largest
+        share = f"{difference / changed:.1%} of what the adapter changes" if changed else ""
+        verdicts.append(Verdict(target, difference, TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16]), share))
+    return verdicts
+
+
+def _kind(target: str) -> str:
+    if target == "merged":
+        return "merged"
+    if target.startswith(("http://", "https://")):
+        return "server"
+    for name, kind in ((CONFIG_NAME, "adapter"), (MODEL_CONFIG_NAME, "model")):
+        if Path(target, name).is_file():
+            return kind
+    raise ConfigError(
+        f"--against {target}: is neither merged, nor the folder of a model or an adapter, nor the address of a server "
+        "(http://localhost:8000/v1)"
+    )
+
+
+def _dtype_of(folder: str) -> torch.dtype:
+    """In which dtype a model's weights are saved, by its config."""
+    config = json.loads(Path(folder, MODEL_CONFIG_NAME).read_text(encoding="utf-8"))
+    found = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"), torch.float32)
+    return found if isinstance(found, torch.dtype) else torch.float32
+
+
+@torch.no_grad()
+def _logits(model: Any, ids: Sequence[Tensor]) -> Tensor:
+    """Those after each prompt, in float32: (prompts, vocabulary)."""
+    model.eval()
+    return torch.cat([model(input_ids=each.to(model.device)).logits[:, -1].float().cpu() for each in ids])
+
+
+@torch.no_grad()
+def _greedy(model: Any, ids: Tensor, tokens: int) -> tuple[list[int], list[float]]:
+    """The tokens of the greedy continuation, and the gap between the two best logits at each, to the largest one."""
+    options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    output = model.generate(
+        input_ids=ids.to(model.device),
+        max_new_tokens=tokens,
+        return_dict_in_generate=True,
+        output_logits=True,
+        pad_token_id=model.generation_config.pad_token_id or 0,
+        **options,
+    )
+    best = [logits.float().topk(2).values[0] for logits in output.logits]
+    largest = max(float(logits.float().abs().max()) for logits in output.logits)
+    return output.sequences[0, ids.shape[1] :].tolist(), [float(two[0] - two[1]) / largest for two in best]
+
+
+def _served(
+    model: Any,
+    tokenizer: Any,
+    address: str,
+    name: str,
+    prompts: Sequence[str],
+    ids: Sequence[Tensor],
+    of_base: Sequence[list[int]],
+    tokens: int,
+) -> Verdict:
+    """A server's greedy continuations beside the adapter's own and the base's."""
+    worst, same, as_base = 0.0, 0, 0
+    for prompt, each, untouched in zip(prompts, ids, of_base, strict=True):
+        text = _asked(address, name, prompt, tokens)
+        own, gaps = _greedy(model, each, tokens)
+        matching = _matching(tokenizer, own, text)
+        same += matching == len(own)
+        as_base += matching < len(own) and _matching(tokenizer, untouched, text) == len(untouched)
+        worst = max(worst, 0.0 if matching == len(own) else gaps[matching])
+    note = f"{same} of {len(prompts)} answers are the same"
+    if as_base > 1 and same + as_base == len(prompts):
+        worst, note = 1.0, f"{note}, the others are the base model's: the server seems to ignore the adapter"
+    return Verdict(f"{address} ({name})", worst, SERVED, note)
+
+
+def _matching(tokenizer: Any, tokens: Sequence[int], text: str) -> int:
+    """With how many of the tokens a text begins; all of them if they end it."""
+    for count in range(len(tokens)):
+        begun = tokenizer.decode(tokens[: count + 1], skip_special_tokens=True).rstrip("\ufffd")
+        if not text.startswith(begun):
+            return count
+    return len(tokens)
+
+
+def _asked(address: str, name: str, prompt: str, tokens: int) -> str:
+    body = {"model": name, "prompt": prompt, "max_tokens": tokens, "temperature": 0}
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', '')}"}
+    request = urllib.request.Request(f"{address.rstrip('/')}/completions", json.dumps(body).encode(), headers)
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+            return str(json.load(answer)["choices"][0]["text"])
+    except urllib.error.HTTPError as error:
+        raise DataError(f"{address}: refuses {name!r}: {error.read(500).decode(errors='replace')}") from error
+    except (OSError, ValueError, LookupError) as error:
+        raise DataError(f"{address}: gives no completion ({error}); is it a server of OpenAI's protocol?") from error

@@ -1,0 +1,130 @@
+"""`smoa verify`: what was made of an adapter, or serves it, says what the adapter says."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from smoa import SmoaConfig
+from smoa_lab.cli.main import app
+from tests.support import lab
+
+Answer = Callable[[str], str]
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter that changes much of a tiny model, beside its base."""
+    room = tmp_path_factory.mktemp("verify")
+    base = lab.saved(lab.tiny_llama(259, 256), lab.byte_tokenizer(), room / "base")
+    torch.manual_seed(0)
+    config = SmoaConfig(r=4, num_blocks=2, target_modules=["q_proj", "down_proj"], init_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    for name, parameter in model.named_parameters():
+        if "smoa_B" in name:
+            parameter.data *= 10
+    model.save_pretrained(room / "anna")
+    return room / "anna"
+
+
+def invoke(*arguments: object) -> Any:
+    return CliRunner().invoke(app, ["verify", *map(str, arguments)], catch_exceptions=False)
+
+
+def test_merged_model_and_lora_say_what_the_adapter_says(adapter: Path, tmp_path: Path) -> None:
+    runner = CliRunner()
+    runner.invoke(app, ["merge", str(adapter), str(tmp_path / "merged")], catch_exceptions=False)
+    runner.invoke(app, ["convert", str(adapter), str(tmp_path / "lora"), "--error", "1e-5"], catch_exceptions=False)
+    places = [part for name in ("merged", "lora") for part in ("--against", tmp_path / name)]
+    result = invoke(adapter, "--against", "merged", *places, "--json")
+    assert result.exit_code == 0, result.output
+    base, *others = json.loads(result.stdout)
+    assert "changes logits by up to" in base["note"]
+    assert len(others) == 3
+    assert all(verdict["difference"] < 1e-4 for verdict in others)
+
+
+def test_a_lora_that_lost_much_and_an_adapter_that_changes_nothing_are_told(adapter: Path, tmp_path: Path) -> None:
+    arguments = ["convert", str(adapter), str(tmp_path / "lora"), "--rank", "1"]
+    CliRunner().invoke(app, arguments, catch_exceptions=False)
+    result = invoke(adapter, "--against", tmp_path / "lora")
+    assert result.exit_code == 1
+    assert "DIFFERS" in result.output
+    model = AutoModelForCausalLM.from_pretrained(adapter.parent / "base")
+    get_peft_model(model, SmoaConfig(r=4, num_blocks=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "new")
+    result = invoke(tmp_path / "new")
+    assert result.exit_code == 1
+    assert "changes nothing" in result.output
+
+
+@contextmanager
+def serving(answer: Answer) -> Iterator[str]:
+    """The address of a server that knows one adapter, anna."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            known = body["model"] == "anna"
+            content = {"choices": [{"text": answer(body["prompt"])}]} if known else {"error": "no such model"}
+            self.send_response(200 if known else 404)
+            self.end_headers()
+            self.wfile.write(json.dumps(content).encode())
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def writer(adapter: Path, adapted: bool) -> Answer:
+    model: Any = AutoModelForCausalLM.from_pretrained(adapter.parent / "base")
+    model = PeftModel.from_pretrained(model, str(adapter)).eval() if adapted else model.eval()
+    tokenizer: Any = AutoTokenizer.from_pretrained(adapter.parent / "base")
+
+    def answer(prompt: str) -> str:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        written = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
+        return str(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True))
+
+    return answer
+
+
+def test_a_server_is_asked_and_one_that_ignores_the_adapter_is_told(adapter: Path) -> None:
+    with serving(writer(adapter, adapted=True)) as address:
+        result = invoke(adapter, "--against", address, "--tokens", 8)
+        assert result.exit_code == 0, result.output
+        assert "10 of 10 answers are the same" in result.output
+        refused = invoke(adapter, "--against", address, "--served-name", "bob")
+        assert refused.exit_code == 1
+        assert "no such model" in refused.output
+    with serving(writer(adapter, adapted=False)) as address:
+        result = invoke(adapter, "--against", address, "--tokens", 8)
+        assert result.exit_code == 1
+        assert "ignore the adapter" in result.output
+
+
+def test_what_is_nothing_to_compare_with_is_refused_before_a_model_is_loaded(adapter: Path, tmp_path: Path) -> None:
+    for target in (tmp_path, "nowhere"):
+        result = invoke(adapter, "--against", target)
+        assert result.exit_code == 1
+        assert f"{target}: is neither merged" in result.output
+    result = invoke(adapter, "--against", "http://127.0.0.1:9/v1")
+    assert result.exit_code == 1
+    assert "gives no completion" in result.output

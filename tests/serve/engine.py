@@ -1,0 +1,42 @@
+"""Asks a vLLM in this process, as a test has said on standard input, and writes what it answers to a file.
+
+    python -m tests.serve.engine OUT < request.json
+
+The request: the settings of `LLM`, the folder of each adapter, and rounds of [adapter, prompt] that are asked together.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    request: dict[str, Any] = json.load(sys.stdin)
+    engine = LLM(enable_lora=True, skip_tokenizer_init=True, **request["settings"])
+    loras = {
+        name: LoRARequest(name, number, path) for number, (name, path) in enumerate(request["adapters"].items(), 1)
+    }
+    refused = {}
+    for name in request.get("load", []):
+        try:
+            engine.llm_engine.add_lora(loras[name])
+        except Exception as error:  # any, to be told
+            refused[name] = f"{type(error).__name__}: {error}"
+    sampling = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, detokenize=False)
+    answers = []
+    for asked in request["rounds"]:
+        prompts: Any = [{"prompt_token_ids": prompt} for _, prompt in asked]
+        outputs = engine.generate(prompts, sampling, lora_request=[loras.get(n) for n, _ in asked], use_tqdm=False)
+        written = [list(output.outputs[0].token_ids) for output in outputs]
+        answers += [[name, prompt, own] for (name, prompt), own in zip(asked, written, strict=True)]
+    Path(sys.argv[1]).write_text(json.dumps({"answers": answers, "refused": refused}))
+
+
+if __name__ == "__main__":
+    main()
