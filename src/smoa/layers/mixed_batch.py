@@ -102,13 +102,14 @@ class MixedGroup:
     """
 
     def __init__(self, layer: SmoaLayer, names: list[str], rows: Tensor | None, slots: Tensor) -> None:
-        self.layer, self.names, self.rows, self.slots = layer, names, rows, slots
+        self.layer, self.names, self.rows = layer, names, rows
+        self.slots = slots if len(names) > 1 else slots[:1]  # the rows of one adapter are tokens of one group
         factors = layer.update(names[0]).factors
         self.blocks, self.runs, self.modulation = factors.blocks, factors.runs(), layer.modulation[names[0]]
         parts = [part._modules for part in (layer.smoa_A, layer.smoa_B)]
         self._owners: list[Any] = [modules[name]._parameters for modules in parts for name in names]
         self._keeps = not is_sharded(layer)  # whose storage is refilled unnoticed
-        self._stacked: tuple[Any, tuple[StackedFactors, Gathered]] | None = None
+        self._stacked: tuple[Any, tuple[StackedFactors, Gathered | None]] | None = None
 
     def output(self, x: Tensor) -> Tensor:
         """`x ΔWᵀ` for the group's rows of the layer's input x, each with the ΔW of its own adapter."""
@@ -119,10 +120,14 @@ class MixedGroup:
         """`x ΔWᵀ` for x (rows, tokens, in_features) as a branch is given it."""
         stack, gathered = self.stack()
         diagonal = self.diagonal if MODULATIONS[self.modulation].anchors else None
-        return shared(stack, x, self.slots, diagonal, gathered)
+        y = shared(stack, x.reshape(len(self.slots), -1, x.shape[-1]), self.slots, diagonal, gathered)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def stack(self) -> tuple[StackedFactors, Gathered | None]:
-        """The stacked factors, and without gradients those of each row: as at the last call, unless one has changed."""
+        """The stacked factors, and without gradients those of each row: as at the last call, unless one has changed.
+
+        Those of each row are kept only where they take no more memory than the adapters.
+        """
         layer, scaling = self.layer, [self.layer.scaling[name] for name in self.names]
         state = None if torch.is_grad_enabled() or not self._keeps else (scaling, *self._state_of_factors())
         if state is not None and self._stacked is not None and self._stacked[0] == state:
@@ -130,7 +135,7 @@ class MixedGroup:
         stack = StackedFactors.of([layer.update(name).factors for name in self.names])
         if state is None:
             return stack, None
-        found = stack, stack.gathered(self.slots)
+        found = stack, stack.gathered(self.slots) if len(self.slots) <= len(self.names) else None
         self._stacked = state, found
         return found
 

@@ -237,13 +237,13 @@ def test_the_template_saved_with_one_adapter_and_its_end_of_turn_are_not_another
 ) -> None:
     mine = Path(shutil.copytree(mine, tmp_path / "mine"))
     tokenizer = byte_tokenizer()
-    tokenizer.add_tokens("<over>")
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<over>{% endfor %}"
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<pad>{% endfor %}"
     tokenizer.save_pretrained(mine)
     model = chat_model_of(other)
     before = [model.tokens(HELLO)["input_ids"].tolist(), model.base.generation_config.eos_token_id]
     model.load(str(mine))
-    assert "<over>" in model.tokenizer.chat_template
+    assert model.tokenizer.chat_template == tokenizer.chat_template
+    assert tokenizer.pad_token_id in model.base.generation_config.eos_token_id
     model.use("other")
     assert [model.tokens(HELLO)["input_ids"].tolist(), model.base.generation_config.eos_token_id] == before
     again = chat_model_of(mine)

@@ -17,6 +17,8 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from tests.support import tiny_models
 from tests.support.adapted_models import QV, adapted, add_adapter
+from tests.support.layers import adapted_layer, base_layer, oracle_output
+from tests.support.layers import add_adapter as add_layer_adapter
 from tests.support.tiny_models import logits
 from tests.support.tolerance import assert_close
 
@@ -40,6 +42,20 @@ def test_a_mixed_batch_gives_what_each_adapter_gives_alone(
         assert_close(mixed[i], alone[name][i])
 
 
+@torch.no_grad()
+def test_a_mixed_batch_follows_labels_that_are_loaded_in_place() -> None:
+    layer = adapted_layer(base_layer(12, 10), num_blocks=3)
+    add_layer_adapter(layer, "other", num_blocks=3)
+    layer.eval()  # in training nothing is kept of a batch
+    x, names = torch.randn(2, 10, dtype=torch.float64), ["default", "other"]
+    for _ in range(2):
+        found = layer(x, adapter_names=names)
+        for row, name in enumerate(names):
+            assert_close(found[row], oracle_output(layer, x[row], name))
+        rows = layer.smoa_row_labels["default"].roll(1)
+        layer.load_state_dict({"smoa_row_labels.default": rows}, strict=False)
+
+
 def test_names_that_fit_no_batch_or_model_are_refused(tiny_llama: PreTrainedModel) -> None:
     model = adapted(tiny_llama)
     for names, reason in {("default",): "adapter_names", ("default", "nobody", "default"): "nobody"}.items():
@@ -61,6 +77,7 @@ def test_names_that_fit_no_batch_or_model_are_refused(tiny_llama: PreTrainedMode
         ("llama", {"num_beams": 2}, "argument over both"),
         ("llama", {"num_beams": 3, "num_return_sequences": 2}, "config"),
         ("t5", {"num_beams": 3, "num_return_sequences": 2}, "argument"),
+        ("llama", {"num_return_sequences": 2, "do_sample": True, "top_k": 1}, "config"),
     ],
     ids=str,
 )

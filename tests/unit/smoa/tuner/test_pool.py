@@ -95,19 +95,24 @@ def test_a_quantized_base_is_dequantized_once_for_all(bits: int, tmp_path: Path)
 
 def test_the_least_recently_used_adapter_leaves(folder: Path) -> None:
     pool = AdapterPool(base(), slots=2, folder=folder)
-    with pool.use(["anna", "ben"]):
-        pass
+    for names in (["anna", "ben"], ["anna"]):
+        with pool.use(names):
+            pass
+    pool.load("cleo", folder / "cleo")
+    assert pool.names == ["anna", "cleo"]
     with pool.use(["anna"]):
-        pool.load("cleo", folder / "cleo")
-        assert pool.names == ["anna", "cleo"]
-        with pool.use(["cleo"]), pytest.raises(ConfigError, match="2 slots are in use"):
+        with pool.use(["cleo"]):
+            pass
+        pool.load("ben", folder / "ben")  # the older one is in use
+        assert pool.names == ["anna", "ben"]
+        with pool.use(["ben"]), pytest.raises(ConfigError, match="2 slots are in use"):
             pool.load("dora", folder / "dora")
         with pytest.raises(ConfigError, match="in use"):
             pool.unload("anna")
     with pytest.raises(ConfigError, match=r"3 adapters.*2 slots"), pool.use(["anna", "ben", "dora"]):
         pass
     pool.unload("anna")
-    assert pool.names == ["cleo"]
+    assert pool.names == ["ben"]
 
 
 @pytest.mark.parametrize("name", ["anne", "../anna", ""])
