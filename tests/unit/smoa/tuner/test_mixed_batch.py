@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, PreTrainedModel
 
+from smoa.layers.layer import SmoaLayer
 from tests.support import tiny_models
 from tests.support.adapted_models import QV, adapted, add_adapter
 from tests.support.layers import adapted_layer, base_layer, oracle_output
@@ -117,6 +119,53 @@ def test_a_forward_repeats_no_names_whatever_generate_would_do(tiny_llama: PreTr
     expected = logits(model, adapter_names=names)
     model.generation_config.num_beams = 3
     assert torch.equal(logits(model, adapter_names=names), expected)
+
+
+def replace_scale(layer: SmoaLayer) -> None:
+    layer.smoa_block_scale["default"] = layer.smoa_block_scale["default"] * 2
+
+
+CHANGES: dict[str, Callable[[SmoaLayer], object]] = {
+    "a factor": lambda layer: layer.smoa_A["default"].weight.add_(1),
+    "past the version counter": lambda layer: layer.smoa_A["default"].weight.data.add_(1),
+    "its storage": lambda layer: setattr(layer.smoa_A["default"].weight, "data", layer.smoa_B["default"].weight.T + 1),
+    "its module": lambda layer: layer.smoa_A.update({"default": nn.Linear(6, 4, bias=False)}),
+    "scale": lambda layer: layer.set_scale("default", 7),
+    "block scales": replace_scale,
+    "the base": lambda layer: layer.get_base_layer().weight.data.mul_(2),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_a_change_between_two_calls_is_seen(change: str) -> None:
+    layer = adapted_layer(base_layer(12, 12, dtype=torch.float32), num_blocks=2, r=4)
+    x, batch = torch.randn(2, 1, 12), {"adapter_names": ["default", "default"]}
+    before = layer(x), layer(x, **batch)
+    CHANGES[change](layer)
+    weight, bias = layer.base_weight() + layer.delta("default"), layer.get_base_layer().bias
+    for y, earlier in zip((layer(x), layer(x, **batch)), before, strict=True):
+        torch.testing.assert_close(y, nn.functional.linear(x, weight, bias))
+        assert not torch.allclose(y, earlier)
+
+
+def test_what_was_made_in_inference_mode_may_change() -> None:
+    with torch.inference_mode():
+        layer = adapted_layer(base_layer(12, 12, dtype=torch.float32), num_blocks=2, r=4)
+        x, batch = torch.randn(2, 1, 12), {"adapter_names": ["default", "default"]}
+        layer(x, **batch)
+        layer.smoa_A["default"].weight.add_(1)
+        weight, bias = layer.base_weight() + layer.delta("default"), layer.get_base_layer().bias
+        torch.testing.assert_close(layer(x, **batch), nn.functional.linear(x, weight, bias))
+
+
+def test_a_base_weight_that_trains_gets_the_gradient_through_its_update() -> None:
+    layer = adapted_layer(base_layer(12, 12), num_blocks=2, r=4)
+    weight = layer.get_base_layer().weight.requires_grad_()
+    x = torch.randn(2, 1, 12, dtype=torch.float64)
+    (alone,) = torch.autograd.grad(layer(x).square().sum(), weight)
+    (mixed,) = torch.autograd.grad(layer(x, adapter_names=["default", "default"]).square().sum(), weight)
+    assert_close(mixed, alone)
 
 
 NAMES = ["other", "default", "other", "__base__"]
