@@ -41,7 +41,6 @@ serve-test: .venv-serve/.installed  ## serve SMoA adapters with vLLM on a CPU, i
 # The variable silences an advertisement.
 docs: $(VENV)/.dev-installed  ## build the documentation into site/; warnings are errors
 	$(BIN)/python studies/results_page.py
-	$(BIN)/python docs/figures/file_map.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 fuzz: $(VENV)/.dev-installed  ## load 10,000 mutated adapter folders, for 20 minutes at most

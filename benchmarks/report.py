@@ -1,4 +1,5 @@
-"""Writes the tables and pictures of docs/performance.md and docs/how-to/serve.md from benchmarks/results/*.json.
+"""Writes the tables and pictures of docs/performance.md, benchmarks/tables.md and docs/how-to/serve.md from the JSON in
+benchmarks/results.
 
     python benchmarks/report.py
 
@@ -275,18 +276,21 @@ def main() -> None:
         "compiled": layer_step(compiled=True),
         "model-step": model_step(),
         "decoding": decoding(),
-        "kernels": kernels(),
         "gpu": gpu(),
         "injection": injection(),
         "experts": experts(),
-        "expert-partitions": expert_partitions(),
     }
-    for page, of_page in {"performance.md": tables, "how-to/serve.md": {"vllm-serving": vllm_serving()}}.items():
-        text = (DOCS / page).read_text()
+    pages = {
+        DOCS / "performance.md": tables,
+        DOCS / "how-to" / "serve.md": {"vllm-serving": vllm_serving()},
+        FOLDER / "tables.md": {"kernels": kernels(), "expert-partitions": expert_partitions()},
+    }
+    for page, of_page in pages.items():
+        text = page.read_text()
         for name, content in of_page.items():
             pattern = rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)"
             text = re.sub(pattern, lambda match, of=content: f"{match[1]}\n{of}\n\n{match[2]}", text, flags=re.S)
-        (DOCS / page).write_text(text)
+        page.write_text(text)
     draw_sweep(DOCS / "images")
 
 

@@ -1,5 +1,5 @@
-"""What mkdocs does besides: formulas become MathML, studies get interactive pages, and links to the repository's files
-lead to copies in the site.
+"""What mkdocs does besides: formulas become MathML, studies get interactive pages, the design page gets the file map,
+and links to the repository's files lead to copies in the site.
 
 In the repository a page links to `../configs/demo.yaml`, as it must to work there. The site has no such file above it,
 so a copy goes to `repository/configs/demo.yaml.txt` (text that a browser shows, not saves) and the link with it.
@@ -20,8 +20,9 @@ from mkdocs.structure.files import File, Files
 from smoa_lab.pages.templates import SCRIPT, script
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "studies"))
+sys.path[:0] = [str(ROOT / "studies"), str(ROOT / "docs" / "figures")]
 
+import file_map  # noqa: E402
 import stored  # noqa: E402
 
 LINK = re.compile(r"(?<=\]\()(\.\./[^)\s#]+)")
@@ -62,7 +63,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         path = repository_path(page.file.src_uri, link[1])
         return link[1] if path is None else posixpath.relpath(copy_of(path), posixpath.dirname(page.file.src_uri))
 
-    markdown = LINK.sub(replaced, markdown)
+    markdown = LINK.sub(replaced, markdown).replace("<!-- file map -->\n", file_map.file_map())
     if STUDY.fullmatch(page.file.src_uri):
         return markdown.replace("\n\n", "\n\n[Interactive page](page.html)\n\n", 1)
     return STUDY_README.sub(r"\g<0>, [interactive page](\1page.html)", markdown)
@@ -89,7 +90,7 @@ def repository_path(page: str, target: str) -> str | None:
 
 def copy_of(path: str) -> str:
     """Where the site keeps the copy: files of studies under their own names."""
-    if path.startswith("studies/") and path.endswith(OF_STUDIES):
+    if path.startswith("studies/") and path.count("/") > 1 and path.endswith(OF_STUDIES):
         return path
     if (ROOT / path).is_dir():
         return f"repository/{path}/files.txt"

@@ -1,7 +1,7 @@
 """Runs one batch with several adapters.
 
 `adapter_names` has the name of an adapter for each sample, or `__base__` for none.
-Shows: logits and generated tokens are those of each adapter alone. docs/ecosystem.md has the cost.
+Shows: logits and generated tokens are those of each adapter alone. docs/performance.md has the cost.
 Printed when last run: Spain: Madrid, cow: moo, Kenya: Nairobi; logits differ from alone by at most 8e-06
 """
 

@@ -41,7 +41,7 @@ then fresh seeds on the test part.
 - **Studies**: `refined` also searched quarter decades; `float32` has its weights in that dtype.
 - **Loss elsewhere** is the loss on text of a domain that was not trained on. A rise means forgetting.
 
-[Limits](limits.md#of-the-evidence) sums up what the studies show.
+[The verdict](verdict.md) sums up what the studies show.
 """
 NOTHING = "No result is stored yet: run one of the studies in [studies](../studies), then this script.\n"
 SINGLE_RUNS = (

@@ -104,10 +104,10 @@ LORAS = "reads what LoRA alone has: "
 ADAPTED = "expects a refusal of what smoa adapts: "
 LEFT_OUT: dict[str, str] = {
     "pickle": f"{REFUSED}pickles (docs/files.md)",
-    "MHA|mha_|multihead": f"{REFUSED}MultiheadAttention (docs/limits.md)",
+    "MHA|mha_|multihead": f"{REFUSED}MultiheadAttention (docs/layers.md)",
     "existing_parametrization": f"{REFUSED}parametrized parameters (test_a_parametrized_parameter_is_refused)",
-    "duplicate_name_without_mutation.*True|PeftMixedModel|mixed_model": f"{REFUSED}PeftMixedModel (docs/limits.md)",
-    "TestHotSwapping": f"{REFUSED}PEFT's own hot-swapping; test_hotswap.py has smoa's (docs/limits.md)",
+    "duplicate_name_without_mutation.*True|PeftMixedModel|mixed_model": f"{REFUSED}PeftMixedModel (docs/layers.md)",
+    "TestHotSwapping": f"{REFUSED}PEFT's own hot-swapping; test_hotswap.py has smoa's (docs/layers.md)",
     "from_pretrained_missing_keys_warning": f"{REFUSED}a file that lacks tensors (docs/files.md)",
     "invalid_target_parameters_warns": f"{REFUSED}names that match no parameter (docs/how-to/experts.md)",
     r"bias_argument\[invalid": f"{REFUSED}a bias of no known name, at once, by the config (docs/files.md)",
@@ -122,7 +122,7 @@ LEFT_OUT: dict[str, str] = {
     "TestDynamicDispatch": f"{LORAS}its dispatcher of custom layers; test_targets.py has smoa's kinds",
     "TestLoraNestedConfig|TestEva|with_runtime_config": f"{LORAS}configs inside its config",
     "(?<!alt_)weight_tying_tied_model_lora|weight_tying_enc_dec_modules_to_save": (
-        f"{REFUSED}ensure_weight_tying with modules_to_save of a tied layer (docs/limits.md)"
+        f"{REFUSED}ensure_weight_tying with modules_to_save of a tied layer (docs/layers.md)"
     ),
     "(?<!alt_)weight_tying_(tied_model|enc_dec)_target_modules|tied_model_target_modules_lora.*(4-T|5-F)": (
         f"{LORAS}factors of the two ends transposed; test_tying.py"

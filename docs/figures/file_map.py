@@ -1,7 +1,4 @@
-"""Writes the file map of docs/design.md from the first line of every module.
-
-Run by `make docs`.
-"""
+"""Prints the file map: the first line of every module. docs/site_hooks.py puts it into the built design page."""
 
 from __future__ import annotations
 
@@ -10,8 +7,6 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "design.md"
-MARKERS = "<!-- file map: written by docs/figures/file_map.py -->\n", "<!-- end of the file map -->\n"
 
 
 def entries(folder: Path, depth: int = 0) -> list[tuple[str, str]]:
@@ -43,11 +38,5 @@ def file_map() -> str:
     return "\n".join(["```text", *(f"{name.ljust(width)}  {text}" for name, text in listed), "```", ""])
 
 
-def page() -> str:
-    """docs/design.md with the current map."""
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(MARKERS[0])
-    return before + MARKERS[0] + file_map() + MARKERS[1] + rest.partition(MARKERS[1])[2]
-
-
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    print(file_map())

@@ -1,4 +1,4 @@
-"""Writes the table of what can be adapted into docs/ecosystem.md: every cell is tried, with SMoA, LoRA and HiRA.
+"""Writes the table of what can be adapted into docs/layers.md: every cell is tried, with SMoA, LoRA and HiRA.
 
 Run it with PEFT 0.21, which has all three. The rows are the kinds of `smoa.layers.kinds`, some quantized or grouped,
 and one that SMoA refuses.
@@ -25,7 +25,7 @@ from smoa.conversion import convert_to_lora
 from smoa.export.streaming import SavedAdapter, target_of
 from smoa.layers.kinds import KINDS, Kind, kind_of
 
-PAGE = Path(__file__).parents[1] / "ecosystem.md"
+PAGE = Path(__file__).parents[1] / "layers.md"
 MARKERS = "<!-- layer kinds: written by docs/figures/layer_kinds.py -->\n", "<!-- end of the layer kinds -->\n"
 COLUMNS = ("trained", "merged", "unmerged bit for bit", "mixed batch", "converted to LoRA", "merged on disk")
 Layer = Callable[[], nn.Module]
@@ -191,7 +191,7 @@ def missing() -> list[Kind]:
 
 
 def page() -> str:
-    """docs/ecosystem.md with the current table."""
+    """docs/layers.md with the current table."""
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(MARKERS[0])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

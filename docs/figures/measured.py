@@ -6,7 +6,7 @@
 - conversion: what a LoRA of each rank keeps of a trained adapter (benchmarks/saved.py lora_conversion).
 - precision: how much of ΔW bfloat16 keeps in the output, measured here. ΔW = W ⊙ δ is relative to W. If W(1 + δ) is
   rounded to bfloat16, an entry with |δ| < 2⁻⁹ does not change. A ΔW that is rounded apart from W loses almost nothing.
-- rates: the loss by learning rate, for LoRA and SMoA, and the table of docs/migration.md; validation losses of studies
+- rates: the loss by learning rate, for LoRA and SMoA, and the table of studies/rates.md; validation losses of studies
   in quarter decades, one seed each. `--collect` adds an entry of a study's folder to the numbers; FACTOR is that of the
   scale, in units of 1 / rms of each block.
 - weight_sizes: the rms of the weights that SMoA adapts in Gemma 3 270M, measured here. At equal alpha / r, a step of
@@ -35,7 +35,6 @@ from smoa_lab.study.trials import TrialStore
 DOCS = Path(__file__).parents[1]
 IMAGES = DOCS / "images"
 RATES = IMAGES / "rates.json"
-START, END = "<!-- rates: written by docs/figures/measured.py -->\n", "<!-- end of rates -->"
 RATE_STYLES = {
     "LoRA": LORA,
     "SMoA, 3 / rms": (PALETTE["smoa"], DASHES[1]),
@@ -158,9 +157,9 @@ def losses(rows: list[dict[str, Any]], pair: str) -> dict[str, dict[float, float
 def rates() -> Any:
     rows = read(RATES)
     by_pair = {pair: losses(rows, pair) for pair in dict.fromkeys(row["pair"] for row in rows)}
-    page = DOCS / "migration.md"
-    before, _, rest = page.read_text(encoding="utf-8").partition(START)
-    page.write_text(before + START + rates_table(by_pair) + "\n" + END + rest.partition(END)[2], encoding="utf-8")
+    page = DOCS.parent / "studies" / "rates.md"
+    before, _, _ = page.read_text(encoding="utf-8").partition("|")
+    page.write_text(before + rates_table(by_pair) + "\n", encoding="utf-8")
     return alt.concat(*(panel(*pair) for pair in by_pair.items()), columns=2)
 
 

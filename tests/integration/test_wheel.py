@@ -42,7 +42,7 @@ def python(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_readmes_python_runs_with_the_wheel(python: Path, tiny_gemma3: PreTrainedModel, tmp_path: Path) -> None:
-    tiny_gemma3.save_pretrained(tmp_path / "google" / "gemma-3-270m")
+    tiny_gemma3.save_pretrained(tmp_path / "HuggingFaceTB" / "SmolLM2-135M-Instruct")
     (tmp_path / "readme.py").write_text(f"{PYTHON}\nimport smoa; print(smoa.__file__)\n", encoding="utf-8")
     done = subprocess.run(
         [str(python), "readme.py"], cwd=tmp_path, env=ELSEWHERE, capture_output=True, text=True, check=False

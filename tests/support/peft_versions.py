@@ -1,4 +1,4 @@
-"""What tests can't expect of some versions of PEFT and transformers: docs/ecosystem.md has the list."""
+"""What tests can't expect of some versions of PEFT and transformers: docs/versions.md has the list."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ MODULATIONS: dict[ModulationKind, Modulation] = {
 ScaleKind = Literal["paper", "layer", "block", "lora"]
 DEFAULT_SCALE: ScaleKind = "lora"
 FACTOR = 4.0
-"""Measured (docs/migration.md). With blocks of unit rms and LoRA's α/r the best learning rate was 2 to 5 times LoRA's:
+"""Measured (docs/verdict.md). With blocks of unit rms and LoRA's α/r the best learning rate was 2 to 5 times LoRA's:
 the first step's ΔW has the norm of LoRA's, but spreads it over many directions, where LoRA's has few."""
 
 SMALLEST = 1e-30
