@@ -275,6 +275,11 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         rows, cols, scale = (buffers[adapter_name] for buffers in self._saved_buffers())
         return rows, cols, scale
 
+    def partition_tensors(self, adapter_names: Sequence[str]) -> list[Tensor | None]:
+        """Row labels, column labels and block scales of some adapters, as they are stored."""
+        stored = [buffers._buffers for buffers in self._saved_buffers()]
+        return [tensors[name] for tensors in stored for name in adapter_names]
+
     def _add_partition(self, adapter_name: str, spec: PartitionSpec, defer: bool) -> None:
         device = self.stored_weight().device
         device = torch.device("cpu") if device.type == "meta" else device
@@ -444,7 +449,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """A: (r, ⌈n/K⌉) and B: (⌈m/K⌉, r), of all matrices."""
-        return _linear_weight(self.smoa_A[adapter_name]), _linear_weight(self.smoa_B[adapter_name])
+        return linear_weight(self.smoa_A[adapter_name]), linear_weight(self.smoa_B[adapter_name])
 
     def update(self, adapter_name: str) -> Update:
         """The adapter's `Update`, which forms ΔW or applies it to x, given the pristine weight."""
@@ -507,7 +512,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         self._check_recomputed(adapter_names)
         if torch.is_grad_enabled() and self.last_batch is not None:
-            self.last_batch = None  # some optimizers write factors without their version counters
+            self.last_batch = None  # a training step needs the memory
         if adapter_names is not None:
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         active = [] if self.merged else self._present(self.active_adapters)
@@ -718,7 +723,7 @@ def check_finite(merged: Tensor, names: list[str]) -> None:
         )
 
 
-def _linear_weight(linear: nn.Module) -> Tensor:
+def linear_weight(linear: nn.Module) -> Tensor:
     """Weight of a bias-free Linear, computed by its forward if a wrapper (FSDP) gathers the weight only there."""
     if type(linear) is nn.Linear:
         return refuse_partitioned(linear.weight)

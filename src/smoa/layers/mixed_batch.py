@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
-from typing import Any
+from operator import is_
 
 import torch
 from torch import Tensor
 
-from smoa.layers.layer import SmoaLayer
+from smoa.layers.layer import SmoaLayer, linear_weight
 from smoa.layers.weight_cache import BLOCKS, DIAGONAL, is_sharded, tensor_state
 from smoa.maths.kernels.choice import Kernels, prefers_shared
-from smoa.maths.kernels.operators import is_transformed
+from smoa.maths.kernels.operators import is_transformed, without_autocast
 from smoa.maths.kernels.shared import Gathered, StackedFactors, diagonal_of, shared
 from smoa.maths.scale import MODULATIONS
 from smoa.state import chosen_kernels
@@ -47,8 +47,8 @@ def _batch_of(layer: SmoaLayer, x: Tensor, adapter_names: tuple[str, ...]) -> Mi
         return MixedBatch(layer, adapter_names, tokens, x.device, kernels)
     state = adapter_names, tokens, x.device, kernels, layer.partition_version
     last = layer.last_batch
-    if last is None or last[0] != state:
-        last = state, MixedBatch(layer, adapter_names, tokens, x.device, kernels)
+    if last is None or last[0] != state or not last[1].is_current():
+        last = state, MixedBatch(layer, adapter_names, tokens, x.device, kernels, keeps=not is_sharded(layer))
         layer.last_batch = last
     batch: MixedBatch = last[1]
     return batch
@@ -65,18 +65,25 @@ class MixedBatch:
     """How a layer computes the rows of a batch: ``apart`` are adapters with their rows, ``groups`` take one product."""
 
     def __init__(
-        self, layer: SmoaLayer, adapter_names: Sequence[str], tokens: int, device: torch.device, kernels: Kernels
+        self,
+        layer: SmoaLayer,
+        adapter_names: Sequence[str],
+        tokens: int,
+        device: torch.device,
+        kernels: Kernels,
+        keeps: bool = False,
     ) -> None:
         rows_of: dict[str, list[int]] = {}
         for row, name in enumerate(adapter_names):
             rows_of.setdefault(name, []).append(row)
         self.names = [name for name in rows_of if name in layer.ranks]
+        trains_weight = torch.is_grad_enabled() and layer.stored_weight().requires_grad  # has no gradient in `shared`
         self.apart: list[tuple[str, Tensor]] = []
         together: dict[Hashable, list[str]] = {}
         for name in self.names:
             rows = rows_of[name]
             layer.decide_partition(name)
-            if prefers_shared(layer.ranks[name], tokens * len(rows), kernels):
+            if not trains_weight and prefers_shared(layer.ranks[name], tokens * len(rows), kernels):
                 together.setdefault(layer.mixed_key(name), []).append(name)
             else:
                 self.apart.append((name, torch.tensor(rows, device=device)))
@@ -88,7 +95,12 @@ class MixedBatch:
             rows = [row for row, name in enumerate(adapter_names) if name in slot_of]
             slots = torch.tensor([slot_of[adapter_names[row]] for row in rows], device=device)
             chosen = None if len(rows) == len(adapter_names) else torch.tensor(rows, device=device)
-            self.groups.append(MixedGroup(layer, names, chosen, slots))
+            self.groups.append(MixedGroup(layer, names, chosen, slots, keeps))
+        self._layer, self._partition = layer, layer.partition_tensors(self.names)
+
+    def is_current(self) -> bool:
+        """Whether the labels and block scales are the same tensors as when this was made."""
+        return all(map(is_, self._partition, self._layer.partition_tensors(self.names)))
 
 
 class MixedGroup:
@@ -99,17 +111,17 @@ class MixedGroup:
         names: The adapters.
         rows: Their rows of the batch; None for all.
         slots: The place in `names` of each of these rows' adapter.
+        keeps: Whether what is stacked may be kept for the next call.
     """
 
-    def __init__(self, layer: SmoaLayer, names: list[str], rows: Tensor | None, slots: Tensor) -> None:
+    def __init__(self, layer: SmoaLayer, names: list[str], rows: Tensor | None, slots: Tensor, keeps: bool) -> None:
         self.layer, self.names, self.rows = layer, names, rows
         self.slots = slots if len(names) > 1 else slots[:1]  # the rows of one adapter are tokens of one group
         factors = layer.update(names[0]).factors
         self.blocks, self.runs, self.modulation = factors.blocks, factors.runs(), layer.modulation[names[0]]
-        parts = [part._modules for part in (layer.smoa_A, layer.smoa_B)]
-        self._owners: list[Any] = [modules[name]._parameters for modules in parts for name in names]
-        self._keeps = not is_sharded(layer)  # whose storage is refilled unnoticed
-        self._stacked: tuple[Any, tuple[StackedFactors, Gathered | None]] | None = None
+        self._keeps = keeps
+        self._scale: tuple[Hashable, Tensor] | None = None
+        self._kept: tuple[StackedFactors, Gathered] | None = None
 
     def output(self, x: Tensor) -> Tensor:
         """`x ΔWᵀ` for the group's rows of the layer's input x, each with the ΔW of its own adapter."""
@@ -124,29 +136,34 @@ class MixedGroup:
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def stack(self) -> tuple[StackedFactors, Gathered | None]:
-        """The stacked factors, and without gradients those of each row: as at the last call, unless one has changed.
+        """The stacked factors and, on a CPU without gradients, those of each row, kept while the numbers are the same.
 
-        Those of each row are kept only where they take no more memory than the adapters.
+        They are kept only where they take no more memory than the adapters.
+
+        The numbers are compared, because averages of weights and some optimizers write past the version counters. On
+        another device that would wait for it.
         """
-        layer, scaling = self.layer, [self.layer.scaling[name] for name in self.names]
-        state = None if torch.is_grad_enabled() or not self._keeps else (scaling, *self._state_of_factors())
-        if state is not None and self._stacked is not None and self._stacked[0] == state:
-            return self._stacked[1]
-        stack = StackedFactors.of([layer.update(name).factors for name in self.names])
-        if state is None:
+        layer = self.layer
+        with without_autocast(self.slots.device.type):  # which can't stack every dtype
+            if not self._keeps:
+                return StackedFactors.of([layer.update(name).factors for name in self.names]), None
+            parts = layer.smoa_A, layer.smoa_B
+            A, B = (torch.stack([linear_weight(part[name]) for name in self.names]) for part in parts)
+        stack = StackedFactors(A, B, self._stacked_scale(B.dtype), self.blocks, self.runs)
+        if A.device.type != "cpu" or len(self.slots) > len(self.names):
             return stack, None
-        found = stack, stack.gathered(self.slots) if len(self.slots) <= len(self.names) else None
-        self._stacked = state, found
-        return found
+        if (kept := self._kept) is None or not _is_equal(kept[0], stack):
+            self._kept = kept = stack, stack.gathered(self.slots)
+        return kept
 
-    def _state_of_factors(self) -> tuple[list[int], list[int]]:
-        """Changes when a factor is written or replaced."""
-        weights = [owner.get("weight") for owner in self._owners]
-        try:
-            versions = [weight._version for weight in weights]
-        except (RuntimeError, AttributeError):  # made in inference mode, or sharded
-            versions = []
-        return list(map(id, weights)), versions
+    def _stacked_scale(self, dtype: torch.dtype) -> Tensor:
+        """s_k of each adapter for factors of this dtype, as at the last call, unless α/r has changed."""
+        layer, dtype = self.layer, torch.promote_types(dtype, torch.float32)
+        state = dtype, tuple(layer.scaling[name] for name in self.names)
+        if (kept := self._scale) is None or kept[0] != state:
+            scales = [layer.update(name).factors.scale(dtype) for name in self.names]
+            self._scale = kept = state, torch.stack(scales)
+        return kept[1]
 
     def diagonal(self) -> Sequence[Tensor]:
         """The diagonal blocks of M for each run of blocks; copies are kept where calls may keep something."""
@@ -162,3 +179,9 @@ class MixedGroup:
         digest = self.layer.labels_digest[self.names[0]]
         kept = cache.get((DIAGONAL, self.modulation, str(digest)), tensor_state(self.layer.stored_weight()), make)
         return make() if kept is None else kept
+
+
+def _is_equal(one: StackedFactors, other: StackedFactors) -> bool:
+    """Whether factors and scale are the same numbers of the same dtype."""
+    pairs = (one.A, other.A), (one.B, other.B), (one.scale, other.scale)
+    return all(a is b or (a.dtype == b.dtype and torch.equal(a, b)) for a, b in pairs)

@@ -6,7 +6,7 @@ import copy
 import json
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -187,6 +187,7 @@ class AdapterPool:
     def use(self, names: Sequence[str]) -> Iterator[None]:
         """Give each row of the batches within an adapter, or `"__base__"`; names that are not loaded are read from
         `folder`. `generate` may repeat each row, for beams or several answers. To train, call backward within too.
+        A thread that is started within computes with the base: call `use` in the thread that calls the model.
 
         Raises:
             ConfigError: an adapter is neither loaded nor in the folder, or more are named than there are slots.
@@ -235,9 +236,14 @@ class AdapterPool:
         x = in_autocast_dtype(x)
         flat, modulation = x.reshape(len(x), -1, x.shape[-1]), MODULATIONS[place.modulation]
         gathered: Gathered | None = None
-        if not torch.is_grad_enabled():
-            key = id(place), len(slots)
-            gathered = batch.gathered.get(key) or batch.gathered.setdefault(key, place.stack.gathered(slots))
+        if torch.is_grad_enabled():
+            batch.gathered.clear()  # an optimizer's step may come next
+        else:
+            key, state = (id(place), len(slots)), tuple(map(tensor_state, place.factors))
+            kept = batch.gathered.get(key)
+            if kept is None or kept[0] != state:
+                kept = batch.gathered[key] = state, place.stack.gathered(slots)
+            gathered = kept[1]
 
         def diagonal() -> Sequence[Tensor]:
             state = tensor_state(place.layer.weight)  # type: ignore[arg-type]  # a tensor
@@ -265,10 +271,11 @@ class AdapterPool:
     def _member(self, name: str) -> Member:
         with self._lock:
             if name not in self._members:
-                if self.folder is None or not name or Path(name).name != name or not (self.folder / name).is_dir():
-                    known = [*self._members, *(p.name for p in (self.folder.iterdir() if self.folder else ()))]
+                folder, is_name = self.folder, Path(name).name == name and name not in ("", "..")
+                if folder is None or not is_name or not (folder / name).is_dir():
+                    known = [*self._members, *(path.name for path in (folder.iterdir() if folder else ()))]
                     raise ConfigError(f"AdapterPool: no adapter {name!r}{nearest(name, known)}")
-                self.load(name, self.folder / name)
+                self.load(name, folder / name)
             self._members.move_to_end(name)
             return self._members[name]
 
@@ -283,23 +290,30 @@ class AdapterPool:
         with self._lock:
             if self._in_use[name]:
                 raise ConfigError(f"AdapterPool.load: {name!r} is in use; wait for the batch to end")
-            shelf = self._shelves.get(signature)
+            shelf, leaving = self._shelves.get(signature), self._leaving_for(name)
+            trained = any(other.fixed for other in self._shelves.values()) if fresh and shelf is None else False
+            if trained or not (shelf is None or shelf.has_room(self._members[other] for other in leaving)):
+                raise ConfigError(
+                    "AdapterPool: add all adapters before pool.parameters(), whose tensors keep their size"
+                )
             if shelf is None:
                 shelf = self._shelves[signature] = self._new_shelf(layers, source)
-            if name in self._members:
-                self.unload(name)
-            self._make_room()
+            for other in leaving:
+                self.unload(other)
             slot = shelf.take(self.slots)
             for path, each in layers.items():
                 shelf.places[path].write(slot, each, fresh, config)
             self._members[name] = Member(config, shelf, slot)
 
-    def _make_room(self) -> None:
-        while self.slots is not None and len(self._members) >= self.slots:
-            idle = next((name for name in self._members if not self._in_use[name]), None)
-            if idle is None:
-                raise ConfigError(f"AdapterPool: all {self.slots} slots are in use; raise slots, or wait")
-            self.unload(idle)
+    def _leaving_for(self, name: str) -> list[str]:
+        """The adapters that leave for a new one: that of its name, else the least recently used ones."""
+        if name in self._members:
+            return [name]
+        surplus = 0 if self.slots is None else max(0, len(self._members) + 1 - self.slots)
+        idle = [other for other in self._members if not self._in_use[other]]
+        if len(idle) < surplus:
+            raise ConfigError(f"AdapterPool: all {self.slots} slots are in use; raise slots, or wait")
+        return idle[:surplus]
 
     def _layers_of(self, config: SmoaConfig, tensors: Mapping[str, Tensor], source: str) -> dict[str, Loaded]:
         """The checked tensors of each layer, by its path in the base."""
@@ -466,13 +480,13 @@ class Shelf:
     fixed: bool = False
     """Whether an optimizer holds the factors, which then keep their size."""
 
+    def has_room(self, leaving: Iterable[Member]) -> bool:
+        """Whether there is a slot for one more adapter after these have left."""
+        return not self.fixed or bool(self.free) or any(member.shelf is self for member in leaving)
+
     def take(self, slots: int | None) -> int:
         """A free slot; the tensors grow by an eighth where there is none."""
         if not self.free:
-            if self.fixed:
-                raise ConfigError(
-                    "AdapterPool: add all adapters before pool.parameters(), whose tensors keep their size"
-                )
             larger = min(self.capacity + max(8, self.capacity // 8), max(slots or 1 << 62, self.capacity + 1))
             for place in self.places.values():
                 place.grow(larger)
@@ -495,7 +509,7 @@ class Batch:
 
     names: tuple[str, ...]
     members: dict[str, Member]
-    gathered: dict[tuple[int, int], Gathered] = field(default_factory=dict)
+    gathered: dict[tuple[int, int], tuple[Hashable, Gathered]] = field(default_factory=dict)
     diagonals: dict[int, tuple[Any, Sequence[Tensor]]] = field(default_factory=dict)
     _rows: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = field(default_factory=dict)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -57,7 +58,7 @@ def init(
         )
         if asks and minutes is None and measure:
             question = "Minutes that training may take (0: as long as it takes)"
-            minutes = float(typer.prompt(question, default="0", type=float, err=True))
+            minutes = _taken(asks, "minutes", None, _minutes, question, "0")
         name = f"{Path(place.rstrip('/')).name.partition('.')[0] or 'run'}.yaml"
         file = config or _taken(asks, "config", None if asks else name, _free, "Write to", name)
         rows, machine = init.look_at_data(place, facts), init.this_machine()
@@ -90,6 +91,19 @@ def _taken(
             return take(typer.prompt(question, default=default, err=True))
         except SmoaError as error:
             typer.echo(f"error: {error}", err=True)
+
+
+def _minutes(answer: str) -> float:
+    """The minutes of an answer; raises ConfigError unless they are a number, and at least 0."""
+    from smoa.errors import ConfigError
+
+    try:
+        minutes = float(answer)
+    except ValueError:
+        minutes = math.nan
+    if not 0 <= minutes < math.inf:
+        raise ConfigError(f"{answer!r} is not a valid number of minutes; give 0 or more")
+    return minutes
 
 
 def _on_terminal() -> bool:

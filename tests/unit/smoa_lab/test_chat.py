@@ -237,13 +237,13 @@ def test_the_template_saved_with_one_adapter_and_its_end_of_turn_are_not_another
 ) -> None:
     mine = Path(shutil.copytree(mine, tmp_path / "mine"))
     tokenizer = byte_tokenizer()
-    tokenizer.add_tokens("<over>")
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<over>{% endfor %}"
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<pad>{% endfor %}"
     tokenizer.save_pretrained(mine)
     model = chat_model_of(other)
     before = [model.tokens(HELLO)["input_ids"].tolist(), model.base.generation_config.eos_token_id]
     model.load(str(mine))
-    assert "<over>" in model.tokenizer.chat_template
+    assert model.tokenizer.chat_template == tokenizer.chat_template
+    assert tokenizer.pad_token_id in model.base.generation_config.eos_token_id
     model.use("other")
     assert [model.tokens(HELLO)["input_ids"].tolist(), model.base.generation_config.eos_token_id] == before
     again = chat_model_of(mine)
@@ -335,6 +335,13 @@ def test_an_interrupted_answer_is_kept_as_far_as_it_got_and_the_chat_goes_on(bas
     talk.reset()
     talk.ask("hello")
     assert cut.answers[1:] == whole.answers
+
+
+def test_room_is_kept_for_the_longest_answer(base: Path) -> None:
+    model = chat_model_of(base)
+    around = model.tokens([{"role": "user", "content": "x"}])["input_ids"].shape[1] - 1
+    for free, excess in ((12, 0), (11, 1), (0, 12)):
+        assert model.excess([{"role": "user", "content": "x" * (512 - around - free)}]) == excess
 
 
 def test_the_oldest_turns_are_dropped_where_the_model_can_read_no_more(base: Path) -> None:

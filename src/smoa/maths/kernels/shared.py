@@ -212,7 +212,8 @@ def _gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients for A, B and x, those that are needed."""
     needs_A, needs_B, needs_x = needs[:3]
-    blocks, dtype, wide = stack.blocks, product_dtype(x.dtype, x.device.type), stack.scale.dtype
+    blocks, dtype = stack.blocks, product_dtype(x.dtype, x.device.type)
+    wide = torch.promote_types(stack.scale.dtype, dtype)
     sorted_x, sorted_g = blocks.sort_inputs(x), blocks.transposed().sort_inputs(g)
     grad_A = torch.zeros_like(stack.A, dtype=wide) if needs_A else None
     grad_B = torch.zeros_like(stack.B, dtype=wide) if needs_B else None

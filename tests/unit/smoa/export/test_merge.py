@@ -534,6 +534,13 @@ def test_the_card_links_a_base_on_the_hub_only(base: str | NamedBase, tmp_path: 
     assert str(tmp_path) not in found.text
 
 
+def test_what_rounding_changes_in_the_base_itself_does_not_count_as_lost() -> None:
+    before = torch.full((2, 3), 1 + 2**-12)  # 1 in bfloat16
+    loss = RoundingLoss()
+    loss.add("layer", before, before + 1, torch.bfloat16)
+    assert loss.total == 0
+
+
 def test_what_rounding_took_is_told_in_all_and_of_the_worst_layer(tmp_path: Path) -> None:
     text = LOSS.in_words()
     assert "1.2 %" in text

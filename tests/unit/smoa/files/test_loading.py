@@ -239,11 +239,11 @@ def test_transformers_loads_modules_that_were_trained_whole(tmp_path: Path) -> N
 # From the Hub: a cache as it makes it, without network.
 
 
-def in_a_hub_cache(folder: Path, cache: Path) -> Path:
-    snapshot = cache / "models--lab--adapter" / "snapshots" / ("a" * 40)
+def in_a_hub_cache(folder: Path, cache: Path, revision: str = "main", commit: str = "a" * 40) -> Path:
+    snapshot = cache / "models--lab--adapter" / "snapshots" / commit
     shutil.copytree(folder, snapshot)
-    (snapshot.parents[1] / "refs").mkdir()
-    (snapshot.parents[1] / "refs" / "main").write_text("a" * 40)
+    (snapshot.parents[1] / "refs").mkdir(exist_ok=True)
+    (snapshot.parents[1] / "refs" / revision).write_text(commit)
     return snapshot
 
 
@@ -257,6 +257,17 @@ def test_an_adapter_of_the_hub_comes_through_the_door(saved: PeftModel, tmp_path
         PeftModel.from_pretrained(tiny_models.build("llama"), "lab/adapter", cache_dir=str(tmp_path / "cache"))
     with pytest.raises(AdapterFileError, match="pickle"):
         tiny_models.build("llama").load_adapter("lab/adapter", adapter_kwargs={"cache_dir": str(tmp_path / "cache")})
+
+
+def test_the_revision_that_is_asked_for_is_checked_and_loaded(saved: PeftModel, tmp_path: Path) -> None:
+    as_a_pickle(in_a_hub_cache(tmp_path / "adapter", tmp_path / "cache"))
+    in_a_hub_cache(tmp_path / "adapter", tmp_path / "cache", "safe", "b" * 40)
+    options = {"cache_dir": str(tmp_path / "cache"), "revision": "safe"}
+    by_peft = PeftModel.from_pretrained(tiny_models.build("llama"), "lab/adapter", **options)
+    by_transformers = tiny_models.build("llama")
+    by_transformers.load_adapter("lab/adapter", adapter_kwargs=options)
+    for model in (by_peft, by_transformers):
+        assert all(torch.equal(*pair) for pair in zip(updates(model), updates(saved), strict=True))
 
 
 def test_what_the_hub_does_not_have_is_left_to_peft() -> None:

@@ -56,10 +56,10 @@ def part(case: Problem, modulation: Any = "hadamard", scaling: float = 1.0) -> L
     return Loaded(case.ranks, modulation, scaling, True, A, B, *labels, torch.ones(len(case.ranks)))
 
 
-def added(layer: Slots, x: Tensor, slots: list[int], width: int) -> Tensor:
+def added(layer: Slots, x: Tensor, tokens: Tokens, width: int) -> Tensor:
     output = x.new_zeros(len(x), width)
     with torch.no_grad():
-        layer.add_to(output, x, Tokens(slots))
+        layer.add_to(output, x, tokens)
     return output
 
 
@@ -85,30 +85,32 @@ def test_each_token_gets_what_its_adapter_adds_to_each_slice(
     expected = [
         x[token].double() @ deltas[slot].T if slot >= 0 else torch.zeros(sum(sizes)) for token, slot in enumerate(slots)
     ]
+    tokens = Tokens(slots)
     for _ in range(2):  # the second step takes what the first has gathered
-        found = added(layer, x, slots, sum(sizes))
+        found = added(layer, x, tokens, sum(sizes))
         torch.testing.assert_close(found.double(), torch.stack([e.double() for e in expected]), rtol=1e-4, atol=1e-3)
 
 
 def test_a_slot_serves_the_adapter_that_was_put_there_last() -> None:
     cases = [problem(12, 10, (2, 1)), problem(12, 10, (2, 1, 1))]
     first, second = (own._replace(weight=cases[0].weight) for own in cases)
+    third = second._replace(A=torch.randn_like(second.A), B=torch.randn_like(second.B))
     layer, calls = Slots(), []
 
     def weight() -> Tensor:
         calls.append(1)
         return first.weight.float()
 
-    x = torch.randn(3, 10)
-    for case, number_of_calls in ((first, 1), (second, 2), (second, 2), (first, 3)):
+    x, tokens = torch.randn(3, 10), Tokens([1, 1, -1])
+    for case, number_of_calls in ((first, 1), (second, 2), (third, 2), (first, 3)):
         layer.reset(1)
-        assert not added(layer, x, [1, 1, 1], 12).any()
+        assert not added(layer, x, tokens, 12).any()
         layer.set(1, [part(case)], [12], weight)
-        assert_close(added(layer, x, [1, 1, -1], 12)[:2], (x[:2].double() @ case.oracle("hadamard").T).float())
+        assert_close(added(layer, x, tokens, 12)[:2], (x[:2].double() @ case.oracle("hadamard").T).float())
         assert len(calls) == number_of_calls
     assert len(layer.groups) == 1  # those that hold nobody leave when another comes
     layer.clear()
-    assert not added(layer, x, [1, 1, 1], 12).any()
+    assert not added(layer, x, tokens, 12).any()
 
 
 # In vLLM's manager.

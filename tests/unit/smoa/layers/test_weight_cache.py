@@ -130,6 +130,15 @@ def test_a_cache_of_blocks_is_widened_to_whole_weights() -> None:
             assert layer.smoa_weight_cache.effective is not None
 
 
+def test_a_generate_within_cached_weights_keeps_whole_weights() -> None:
+    layer = adapted_layer(base_layer(12, 12))
+    with cached_weights(layer):
+        with open_caches([(layer, False)]):  # as `generate` does
+            output(layer, torch.randn(2, 12, dtype=torch.float64))
+            assert layer.smoa_weight_cache.effective is not None
+        assert layer.smoa_weight_cache.whole
+
+
 def test_if_memory_runs_out_the_output_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = adapted_layer(base_layer(12, 12))
     x = torch.randn(2, 12, dtype=torch.float64)

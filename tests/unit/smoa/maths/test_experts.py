@@ -54,7 +54,9 @@ def test_only_x_and_the_factors_are_kept_for_the_backward() -> None:
 
 
 def test_stacked_blocks_are_the_blocks_of_each_matrix() -> None:
-    cases: list[Any] = [problem(11, 13, RANKS).partition, problem(11, 13, RANKS, "contiguous").partition]
+    own, runs = problem(11, 13, RANKS).partition, problem(11, 13, RANKS, "contiguous").partition
+    mixed = Blocks(runs.row_labels, own.col_labels, len(RANKS)), Blocks(own.row_labels, runs.col_labels, len(RANKS))
+    cases: list[Any] = [own, runs, *mixed]
     rows, cols = (torch.stack([getattr(case, side) for case in cases]) for side in ("row_labels", "col_labels"))
     for own, expected in zip(stacked_blocks(rows, cols, len(RANKS)), cases, strict=True):
         assert isinstance(own, Blocks)

@@ -95,22 +95,27 @@ def test_a_quantized_base_is_dequantized_once_for_all(bits: int, tmp_path: Path)
 
 def test_the_least_recently_used_adapter_leaves(folder: Path) -> None:
     pool = AdapterPool(base(), slots=2, folder=folder)
-    with pool.use(["anna", "ben"]):
-        pass
+    for names in (["anna", "ben"], ["anna"]):
+        with pool.use(names):
+            pass
+    pool.load("cleo", folder / "cleo")
+    assert pool.names == ["anna", "cleo"]
     with pool.use(["anna"]):
-        pool.load("cleo", folder / "cleo")
-        assert pool.names == ["anna", "cleo"]
-        with pool.use(["cleo"]), pytest.raises(ConfigError, match="2 slots are in use"):
+        with pool.use(["cleo"]):
+            pass
+        pool.load("ben", folder / "ben")  # the older one is in use
+        assert pool.names == ["anna", "ben"]
+        with pool.use(["ben"]), pytest.raises(ConfigError, match="2 slots are in use"):
             pool.load("dora", folder / "dora")
         with pytest.raises(ConfigError, match="in use"):
             pool.unload("anna")
     with pytest.raises(ConfigError, match=r"3 adapters.*2 slots"), pool.use(["anna", "ben", "dora"]):
         pass
     pool.unload("anna")
-    assert pool.names == ["cleo"]
+    assert pool.names == ["ben"]
 
 
-@pytest.mark.parametrize("name", ["anne", "../anna", ""])
+@pytest.mark.parametrize("name", ["anne", "../anna", "..", ""])
 def test_an_unknown_name_is_refused_with_the_nearest(folder: Path, name: str) -> None:
     pool = AdapterPool(base(), folder=folder)
     pool.load("ben", folder / "ben")
@@ -164,6 +169,42 @@ def test_a_gang_trains_each_adapter_as_if_it_were_alone() -> None:
         for path, parts in pool._parts(pool._member(name)).items():
             layer = single.get_base_model().get_submodule(path)
             assert_close(dict(parts)["smoa_B.weight"], layer.smoa_B["default"].weight.detach())
+
+
+def test_an_evaluation_sees_the_step_before_it() -> None:
+    model = base().double()
+    pool = AdapterPool(model, dtype=torch.float32)
+    pool.add("a", config(r=4, num_blocks=2))
+    optimizer = torch.optim.SGD(pool.parameters(), lr=1e-3)
+
+    @torch.no_grad()
+    def evaluated() -> Tensor:
+        return model(input_ids=ids(1)).logits
+
+    with pool.use(["a"]):
+        before = evaluated()
+        model(input_ids=ids(1)).logits.square().sum().backward()
+        optimizer.step()
+        after = evaluated()
+    with pool.use(["a"]):
+        assert torch.equal(after, evaluated())
+    assert not torch.allclose(after, before)
+
+
+def test_what_comes_after_the_parameters_is_refused_and_changes_nothing(folder: Path) -> None:
+    pool = AdapterPool(base(), folder=folder)
+    for number in range(8):
+        pool.load(f"{number}", folder / "anna")
+    pool.load("cleo", folder / "cleo")
+    pool.parameters()
+    names = pool.names
+    with pytest.raises(ConfigError, match="add all adapters"):
+        pool.load("cleo", folder / "anna")  # whose tensors are full
+    with pytest.raises(ConfigError, match="add all adapters"):
+        pool.add("another", config(r=8, num_blocks=4))  # whose tensors no optimizer would have
+    assert pool.names == names
+    pool.load("0", folder / "anna")
+    pool.load("dora", folder / "dora")  # to be served
 
 
 def test_a_new_adapter_changes_nothing_at_first() -> None:

@@ -74,14 +74,16 @@ def test_without_a_terminal_a_missing_option_is_named() -> None:
 
 def test_on_a_terminal_a_wrong_answer_is_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(init, "_on_terminal", lambda: True)
-    answers = ["nowhere/at/all", "base", "none.jsonl", "talks.jsonl", "much", "", "x", "0", "old.txt", ""]
+    answers = ["nowhere/at/all", "base", "none.jsonl", "talks.jsonl", "much", "", "x", "-5", "nan", "0", "old.txt", ""]
     made = invoke("--dtype", "float32", answers="\n".join(answers) + "\n")
     assert made.exit_code == 0, made.output
     for error in (
         "model.name: cannot load",
         "none.jsonl",
         "'much' is neither",
-        "valid",
+        "'x' is not a valid number of minutes",
+        "'-5' is not a valid number of minutes",
+        "'nan' is not a valid number of minutes",
         "ends in .yaml",
     ):
         assert error in made.output

@@ -196,8 +196,10 @@ def test_tokens_that_are_cut_and_labelled_are_left_to_the_trainer_as_they_are(ro
 
 
 def test_questions_are_trained_with_transformers_own_defaults(file: Path) -> None:
+    file.write_text(file.read_text().replace("learning_rate: 1e-2, ", ""))
     config = load_config(file, ["training.use_cpu=true"])
     given = {**config.training, "output_dir": "x"}
+    assert "learning_rate" not in config.training
     arguments, plain = config.arguments(), TrainingArguments(**given)
     for name in (field.name for field in dataclasses.fields(TrainingArguments) if field.init):
         if name != "output_dir":

@@ -60,7 +60,8 @@ def texts(number: int, start: int = 0) -> list[dict[str, Any]]:
 
 
 def prepare(train: Any, test: Any = None, template: str | None = MARKED, **changes: Any) -> PreparedRows:
-    encoder = Encoder(tokenizer_with(template), changes.get("max_length", 1024))
+    trained = {key: changes[key] for key in ("assistant_only", "completion_only") if key in changes}
+    encoder = Encoder(tokenizer_with(template), changes.get("max_length", 1024), **trained)
     return Reading(train, test, changes.get("format"), changes.get("shares", Shares()), encoder).prepare()
 
 
@@ -154,10 +155,12 @@ def test_rows_are_read_once_and_again_when_anything_changed() -> None:
         {"shares": Shares(0.5)},
         {"format": "text"},
         {"template": STRICT},
+        {"assistant_only": False},
+        {"completion_only": False},
     ]
     for change in changes:
         prepare(source, **change)
-    assert len(source.reads) == 5
+    assert len(source.reads) == 1 + len(changes)
     changed = Listed(texts(4), version=1)
     prepare(changed)
     assert len(changed.reads) == 1

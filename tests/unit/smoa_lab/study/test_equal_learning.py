@@ -226,6 +226,18 @@ def test_what_diverged_is_not_finished_or_is_not_in_the_study_is_left_out(study:
     assert rows[-1]["second_loss"] is None
 
 
+@pytest.mark.usefixtures("few_resamples")
+def test_all_levels_are_corrected_together(study: Study) -> None:
+    for rate, second, first in ((0.003, 2.0, 3.0), (0.01, 1.0, 4.0)):
+        for seed in (0, 1):
+            finish_in_turn(study, Trial("final", "lora", rate, seed), second, first)
+            finish_in_turn(study, Trial("final", "ours", rate, seed), second, first - 0.5)
+    summary = report(study).summary
+    found = [row["difference"] for table in ("equal", "lower_levels") for row in summary[table] if row["difference"]]
+    assert len(found) == 2
+    assert [each["holm_p"] for each in found] == pytest.approx([2 * min(each["p"] for each in found)] * 2)
+
+
 def test_runs_on_other_questions_are_not_compared(study: Study) -> None:
     finish_in_turn(study, Trial("final", "ours", 0.01, 0), 1.0, 3.0)
     finish_in_turn(study, Trial("final", "ours", 0.03, 0), 1.0, 3.0, sha256="another")

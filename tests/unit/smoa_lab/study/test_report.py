@@ -137,9 +137,14 @@ def test_what_was_known_before_is_told(study: Study) -> None:
     assert "The untouched model: loss 4.0000, accuracy 25.0 %.\n" in page(study)
 
 
-def test_runs_on_different_questions_are_not_compared(study: Study) -> None:
+@pytest.mark.parametrize("other", ["questions", "tokens"])
+def test_runs_on_different_questions_or_tokens_are_not_compared(study: Study, other: str) -> None:
     finish(study, Trial("final", "ours", 0.01, 0), 2.0, sha256="one")
-    finish(study, Trial("final", "lora", 0.01, 0), 2.5, sha256="another")
+    values: dict[str, Any] = {"sha256": "another"}
+    if other == "tokens":
+        questions = {name: [0] * QUESTIONS for name in ("task", "nll", "right")}
+        values = {"sha256": "one", "questions": {**questions, "tokens": [2] * QUESTIONS}}
+    finish(study, Trial("final", "lora", 0.01, 0), 2.5, **values)
     with pytest.raises(DataError, match="were scored on different questions"):
         report(study)
 

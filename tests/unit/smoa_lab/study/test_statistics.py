@@ -51,6 +51,18 @@ def test_pairing_finds_a_difference_far_below_the_spread_of_questions() -> None:
     assert accuracy_difference(outcomes(results(-0.5)), outcomes(results(0.0))).verdict == "better"
 
 
+def test_a_difference_that_every_token_has_is_certain_although_answers_differ_in_length() -> None:
+    entry, reference = results(0.0, noise=0.0), results(0.0, noise=0.0)
+    for runs, rise in ((entry, 0.1), (reference, 0.0)):
+        for run in runs:
+            questions = run["questions"]
+            questions["tokens"] = [1 + i % 5 for i in range(len(questions["nll"]))]
+            pairs = zip(questions["nll"], questions["tokens"], strict=True)
+            questions["nll"] = [nll + rise * tokens for nll, tokens in pairs]
+    found = loss_difference(outcomes(entry), outcomes(reference))
+    assert (found.low, found.mean, found.high) == pytest.approx((0.1, 0.1, 0.1))
+
+
 def test_an_entry_is_the_same_as_itself_run_again() -> None:
     again = results(0.0)
     for run in again:
