@@ -272,18 +272,21 @@ def draw_sweep(folder: Path) -> None:
 
 def main() -> None:
     tables = {
-        "layer-step": layer_step(),
-        "compiled": layer_step(compiled=True),
         "model-step": model_step(),
         "decoding": decoding(),
         "gpu": gpu(),
-        "injection": injection(),
         "experts": experts(),
     }
     pages = {
         DOCS / "performance.md": tables,
         DOCS / "how-to" / "serve.md": {"vllm-serving": vllm_serving()},
-        FOLDER / "tables.md": {"kernels": kernels(), "expert-partitions": expert_partitions()},
+        FOLDER / "tables.md": {
+            "layer-step": layer_step(),
+            "compiled": layer_step(compiled=True),
+            "injection": injection(),
+            "kernels": kernels(),
+            "expert-partitions": expert_partitions(),
+        },
     }
     for page, of_page in pages.items():
         text = page.read_text()

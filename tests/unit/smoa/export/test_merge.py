@@ -341,10 +341,12 @@ def test_a_quantized_base_is_merged_into_its_dequantized_weights(base: Path, ada
     pytest.importorskip("bitsandbytes")
     saved(base, adapter)
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    loaded = AutoModelForCausalLM.from_pretrained(base, quantization_config=config)
-    export = merge_and_save(adapter, output, base=loaded, dtype="float32")
-    again = AutoModelForCausalLM.from_pretrained(base, quantization_config=config).dequantize(dtype=torch.float32)
-    expected = PeftModel.from_pretrained(again.float(), adapter)
+    loaded, again = (
+        AutoModelForCausalLM.from_pretrained(base, quantization_config=config, dtype=torch.bfloat16) for _ in range(2)
+    )
+    export = merge_and_save(adapter, output, base=loaded)
+    expected = PeftModel.from_pretrained(again.dequantize(dtype=torch.float32).float(), adapter)
+    assert export.loss.dtype == torch.float32  # not what the base computes in
     assert any("dequantized" in note for note in export.notes)
     assert "dequantized" in (output / "README.md").read_text()
     assert_close(logits(merged_model(output)), logits(expected.eval()))
