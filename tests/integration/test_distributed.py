@@ -193,7 +193,7 @@ def test_accelerate_launch_gives_the_curve_of_one_process_with_twice_the_accumul
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
     lab.fill_cache(tmp_path / "cache", lab.questions(40, "train"), lab.questions(6, "test"))
     config = {
-        "model": {"name": str(lab.tiny_base(tmp_path / "base"))},
+        "model": {"name": str(lab.tiny_base(tmp_path / "base")), "dtype": "float32"},
         "adapter": {"r": 4, "num_blocks": 2, "target_modules": ["q_proj", "v_proj"]},  # dropout would differ
         "data": {"tasks": ["arc_easy"], "train_examples": 24, "validation_examples": 2},
         "training": {
