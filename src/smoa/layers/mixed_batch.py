@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
 from operator import is_
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from smoa.layers.layer import SmoaLayer, linear_weight
-from smoa.layers.weight_cache import BLOCKS, DIAGONAL, is_sharded, tensor_state
+from smoa.layers.weight_cache import BLOCKS, DIAGONAL, STACKED, is_sharded, tensor_state
 from smoa.maths.kernels.choice import Kernels, prefers_shared
 from smoa.maths.kernels.operators import is_transformed, without_autocast
 from smoa.maths.kernels.shared import Gathered, StackedFactors, diagonal_of, shared
@@ -48,7 +50,7 @@ def _batch_of(layer: SmoaLayer, x: Tensor, adapter_names: tuple[str, ...]) -> Mi
     state = adapter_names, tokens, x.device, kernels, layer.partition_version
     last = layer.last_batch
     if last is None or last[0] != state or not last[1].is_current():
-        last = state, MixedBatch(layer, adapter_names, tokens, x.device, kernels, keeps=not is_sharded(layer))
+        last = state, MixedBatch(layer, adapter_names, tokens, x.device, kernels)
         layer.last_batch = last
     batch: MixedBatch = last[1]
     return batch
@@ -71,7 +73,6 @@ class MixedBatch:
         tokens: int,
         device: torch.device,
         kernels: Kernels,
-        keeps: bool = False,
     ) -> None:
         rows_of: dict[str, list[int]] = {}
         for row, name in enumerate(adapter_names):
@@ -95,12 +96,26 @@ class MixedBatch:
             rows = [row for row, name in enumerate(adapter_names) if name in slot_of]
             slots = torch.tensor([slot_of[adapter_names[row]] for row in rows], device=device)
             chosen = None if len(rows) == len(adapter_names) else torch.tensor(rows, device=device)
-            self.groups.append(MixedGroup(layer, names, chosen, slots, keeps))
+            self.groups.append(MixedGroup(layer, names, chosen, slots))
         self._layer, self._partition = layer, layer.partition_tensors(self.names)
 
     def is_current(self) -> bool:
         """Whether the labels and block scales are the same tensors as when this was made."""
         return all(map(is_, self._partition, self._layer.partition_tensors(self.names)))
+
+
+@dataclass(frozen=True)
+class KeptFactors:
+    """Stacked factors, and those of each row of a batch."""
+
+    stack: StackedFactors
+    gathered: Gathered
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept."""
+        tensors = self.stack.A, self.stack.B, *(part for pair in self.gathered for part in pair)
+        return sum(tensor.nbytes for tensor in tensors)
 
 
 class MixedGroup:
@@ -111,17 +126,14 @@ class MixedGroup:
         names: The adapters.
         rows: Their rows of the batch; None for all.
         slots: The place in `names` of each of these rows' adapter.
-        keeps: Whether what is stacked may be kept for the next call.
     """
 
-    def __init__(self, layer: SmoaLayer, names: list[str], rows: Tensor | None, slots: Tensor, keeps: bool) -> None:
+    def __init__(self, layer: SmoaLayer, names: list[str], rows: Tensor | None, slots: Tensor) -> None:
         self.layer, self.names, self.rows = layer, names, rows
         self.slots = slots if len(names) > 1 else slots[:1]  # the rows of one adapter are tokens of one group
         factors = layer.update(names[0]).factors
         self.blocks, self.runs, self.modulation = factors.blocks, factors.runs(), layer.modulation[names[0]]
-        self._keeps = keeps
         self._scale: tuple[Hashable, Tensor] | None = None
-        self._kept: tuple[StackedFactors, Gathered] | None = None
 
     def output(self, x: Tensor) -> Tensor:
         """`x ΔWᵀ` for the group's rows of the layer's input x, each with the ΔW of its own adapter."""
@@ -136,25 +148,42 @@ class MixedGroup:
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def stack(self) -> tuple[StackedFactors, Gathered | None]:
-        """The stacked factors and, on a CPU without gradients, those of each row, kept while the numbers are the same.
+        """The stacked factors and, without gradients, those of each row.
 
-        They are kept only where they take no more memory than the adapters.
-
-        The numbers are compared, because averages of weights and some optimizers write past the version counters. On
-        another device that would wait for it.
+        They are kept while a cache is open and no version counter changes, unless they would take more memory than the
+        adapters. Else they are made in each call: averages of weights and some optimizers write past the counters.
         """
+        cache = None if len(self.slots) > len(self.names) else self.layer.open_cache(self.names, self.slots)
+        if cache is not None:
+            kept = cache.get((STACKED, *self.names), self._state_of_factors(), self._gathered)
+            if kept is not None:
+                return kept.stack, kept.gathered
+        return self._stack(), None
+
+    def _stack(self) -> StackedFactors:
         layer = self.layer
         with without_autocast(self.slots.device.type):  # which can't stack every dtype
-            if not self._keeps:
-                return StackedFactors.of([layer.update(name).factors for name in self.names]), None
+            if torch.is_grad_enabled() or is_sharded(layer):
+                return StackedFactors.of([layer.update(name).factors for name in self.names])
             parts = layer.smoa_A, layer.smoa_B
             A, B = (torch.stack([linear_weight(part[name]) for name in self.names]) for part in parts)
-        stack = StackedFactors(A, B, self._stacked_scale(B.dtype), self.blocks, self.runs)
-        if A.device.type != "cpu" or len(self.slots) > len(self.names):
-            return stack, None
-        if (kept := self._kept) is None or not _is_equal(kept[0], stack):
-            self._kept = kept = stack, stack.gathered(self.slots)
-        return kept
+        return StackedFactors(A, B, self._stacked_scale(B.dtype), self.blocks, self.runs)
+
+    def _gathered(self) -> KeptFactors:
+        stack = self._stack()
+        return KeptFactors(stack, stack.gathered(self.slots))
+
+    def _state_of_factors(self) -> Hashable:
+        """Changes when a factor is replaced, or written to in a way that version counters notice."""
+        layer = self.layer
+        modules = [part._modules[name] for part in (layer.smoa_A, layer.smoa_B) for name in self.names]
+        weights: list[Any] = [module._parameters.get("weight") for module in modules]
+        try:
+            versions = [weight._version for weight in weights]
+        except (RuntimeError, AttributeError):  # made in inference mode, or sharded
+            versions = []
+        scaling = [layer.scaling[name] for name in self.names]
+        return *scaling, *map(id, weights), *versions, *(getattr(weight, "dtype", None) for weight in weights[:1])
 
     def _stacked_scale(self, dtype: torch.dtype) -> Tensor:
         """s_k of each adapter for factors of this dtype, as at the last call, unless α/r has changed."""
@@ -179,9 +208,3 @@ class MixedGroup:
         digest = self.layer.labels_digest[self.names[0]]
         kept = cache.get((DIAGONAL, self.modulation, str(digest)), tensor_state(self.layer.stored_weight()), make)
         return make() if kept is None else kept
-
-
-def _is_equal(one: StackedFactors, other: StackedFactors) -> bool:
-    """Whether factors and scale are the same numbers of the same dtype."""
-    pairs = (one.A, other.A), (one.B, other.B), (one.scale, other.scale)
-    return all(a is b or (a.dtype == b.dtype and torch.equal(a, b)) for a, b in pairs)

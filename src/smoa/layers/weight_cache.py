@@ -38,7 +38,7 @@ from smoa.maths.factors import BlockRun
 from smoa.maths.update import Update
 
 T = TypeVar("T")
-WHOLE, BLOCKS, DIAGONAL = "W + ΔW", "blocks of ΔW", "blocks of W"
+WHOLE, BLOCKS, DIAGONAL, STACKED = "W + ΔW", "blocks of ΔW", "blocks of W", "factors of a batch"
 _LOCK = threading.Lock()
 
 
