@@ -85,7 +85,7 @@ def adapt(model: nn.Module) -> list[nn.Parameter]:
 
 
 def train(model: nn.Module, parameters: list[nn.Parameter], batch: dict[str, Tensor], steps: int) -> list[float]:
-    """The loss of each step; LoRA's learning rate serves."""
+    """The loss of each step, at LoRA's learning rate."""
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.0)
     losses = []
     for _ in range(steps):

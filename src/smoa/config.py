@@ -63,9 +63,9 @@ class SmoaConfig(PeftConfig):
         smoa_dropout: Dropout probability of the adapter's input.
         bias: Biases to train: "none", "all" or "smoa_only" (those of adapted layers).
         scale: The part of ΔW's scale that comes from the weight. "lora" multiplies each block by 4 / rms(block), so
-            that LoRA's alpha / r and learning rate serve. "block" and "layer" are 1 / rms of the block or of the
+            you can keep LoRA's alpha / r and learning rate. "block" and "layer" are 1 / rms of the block or of the
             layer's weight. "paper" leaves ΔW relative to the weight, whose entries are about 0.02: alpha = r then needs
-            10 to 50 times LoRA's learning rate, and alpha = 32·r one of about 1e-2. None means "lora".
+            10 to 33 times LoRA's learning rate, and alpha = 32·r one of about 1e-2. None means "lora".
         partition: How to assign coordinates to blocks: by "spectral" score, "contiguous" or at "random".
         modulation: "hadamard" multiplies each block by the frozen weight. Ablations: "none" does not, and "noise"
             multiplies by random numbers with the weight's norm.

@@ -5,7 +5,7 @@ r"""What an update takes from the weight: its anchor M, and the part c_k of each
 | paper | 1            | ΔW is relative to W, as in arXiv:2605.21147                    |
 | layer | 1 / rms(M)   | the anchor of a layer has unit rms, so α means what it does in LoRA |
 | block | 1 / rms(M_k) | the same for each diagonal block `M_k = M[I_k, J_k]`           |
-| lora  | 4 / rms(M_k) | LoRA's learning rate serves: see `FACTOR`                      |
+| lora  | 4 / rms(M_k) | keeps LoRA's learning rate: see `FACTOR`                       |
 
 M is the anchor: W itself, noise, or nothing, whose entries count as 1.
 """

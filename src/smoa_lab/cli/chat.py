@@ -41,7 +41,7 @@ def chat(
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Talk to an adapted model, and compare it with its base; /help lists what else it does."""
+    """Chat with an adapted model and compare it with its base; /help lists the commands."""
     changes: dict[str, Any] = {"name": base, "dtype": dtype, "trust_remote_code": trust_remote_code or None}
     with reporting():
         from smoa_lab.chat import Conversation, GenerationSettings, Screen, find, load

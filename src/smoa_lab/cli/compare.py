@@ -32,7 +32,7 @@ def compare(
     trust_remote_code: TrustRemoteCode = False,
     json: AsJson = False,
 ) -> None:
-    """Tune all methods in the same way, run each with fresh seeds, and report which is better, same or worse."""
+    """Tune all methods by the same search, run each with fresh seeds, and report which is better, same or worse."""
     on_ray = workers > 1 or ray_address is not None
     with reporting("accelerate", *DRAWING, "filelock", *(["ray"] if on_ray else [])):
         import transformers

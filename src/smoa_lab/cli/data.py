@@ -68,10 +68,10 @@ def prepare(
 @app.command()
 def check(
     place: Annotated[str, typer.Argument(help="File or folder of rows, a data set of the Hub, or a run's YAML file.")],
-    model: Annotated[str, typer.Option(help="Whose tokens and chat template to use, unless a YAML file says it.")] = (
-        "smollm2-135m"
-    ),
-    format: Annotated[str | None, typer.Option(help="Of the rows, where their columns don't say it.")] = None,
+    model: Annotated[
+        str, typer.Option(help="Model whose tokenizer and template to use; a YAML file names its own.")
+    ] = ("smollm2-135m"),
+    format: Annotated[str | None, typer.Option(help="Format of the rows, if their columns do not show it.")] = None,
     max_length: Annotated[int, typer.Option(min=8, help="Tokens at which a row is cut.")] = 1024,
     chat_template: Annotated[str | None, typer.Option(help="Instead of the model's own, e.g. alpaca.")] = None,
     examples: Annotated[int, typer.Option(min=0, help="Rows to show.")] = 3,

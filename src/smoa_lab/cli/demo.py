@@ -25,7 +25,9 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3}
 
 
 def demo(
-    config: Annotated[Path, typer.Argument(help="YAML file of the run; else smoa's own.", show_default=False)] = CONFIG,
+    config: Annotated[
+        Path, typer.Argument(help="YAML file of the run; by default the packaged demo.", show_default=False)
+    ] = CONFIG,
     overrides: Overrides = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:

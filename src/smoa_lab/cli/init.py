@@ -21,7 +21,8 @@ def init(
     model: Annotated[str | None, typer.Option(help="Hub id, folder, or gemma3-270m, smollm2-135m.")] = None,
     data: Annotated[str | None, typer.Option(help="File or folder of rows, a data set of the Hub, or a task.")] = None,
     parameters: Annotated[
-        str | None, typer.Option(help="How many to train: a number, a share such as 0.1%, or lora:8, LoRA's of a rank.")
+        str | None,
+        typer.Option(help="How many to train: a number, a share such as 0.1%, or lora:8, as many as LoRA of rank 8."),
     ] = None,
     minutes: Annotated[float | None, typer.Option(min=0.01, help="How long training may take.")] = None,
     dtype: Annotated[
@@ -29,10 +30,10 @@ def init(
         typer.Option(help="Dtype of the base model; by default what suits the machine.", show_default=False),
     ] = None,
     measure: Annotated[bool, typer.Option(help="Measure three steps.")] = True,
-    yes: Annotated[bool, typer.Option("--yes", help="Ask nothing; what is not given is left to smoa.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Ask nothing; use defaults for what is not given.")] = False,
     json: AsJson = False,
 ) -> None:
-    """Write a commented config for a model and data: ask what is not given, look at both, measure three steps."""
+    """Write a commented config for your model and data: ask for what is missing, and measure three steps."""
     with reporting("accelerate", "datasets", *DRAWING, "psutil", "trl"):
         from smoa.atomic import write_whole
         from smoa.errors import ConfigError
