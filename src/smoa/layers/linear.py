@@ -63,7 +63,10 @@ class Linear(SmoaLayer):
         return prefers_shared(self.ranks[adapter_name], x.shape[:-1].numel(), chosen_kernels())
 
     def _mixed_outputs(self, x: Tensor, adapter_names: list[str]) -> Iterator[tuple[Tensor | None, Tensor]]:
-        return mixed_outputs(self, x, adapter_names)
+        return mixed_outputs(self, x, adapter_names, self._formed_output)
+
+    def _formed_output(self, x: Tensor, adapter_name: str) -> Tensor:
+        return self._apply_update(self.update(adapter_name), self.branch_input(x, adapter_name))
 
     def _kept_update(self, cache: WeightCache, adapter_name: str, x: Tensor) -> KeptUpdate | None:
         dtype = x.dtype

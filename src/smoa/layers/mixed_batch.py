@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import is_
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from smoa.layers.layer import SmoaLayer, linear_weight
-from smoa.layers.weight_cache import BLOCKS, DIAGONAL, STACKED, is_sharded, tensor_state
+from smoa.layers.weight_cache import DIAGONAL, STACKED, is_sharded, tensor_state
 from smoa.maths.kernels.choice import Kernels, prefers_shared
 from smoa.maths.kernels.operators import is_transformed, without_autocast
 from smoa.maths.kernels.shared import Gathered, StackedFactors, diagonal_of, shared
@@ -19,7 +19,9 @@ from smoa.maths.scale import MODULATIONS
 from smoa.state import chosen_kernels
 
 
-def mixed_outputs(layer: SmoaLayer, x: Tensor, adapter_names: Sequence[str]) -> Iterator[tuple[Tensor | None, Tensor]]:
+def mixed_outputs(
+    layer: SmoaLayer, x: Tensor, adapter_names: Sequence[str], alone: Callable[[Tensor, str], Tensor]
+) -> Iterator[tuple[Tensor | None, Tensor]]:
     """What the adapters of a batch add to the output of a linear layer, with the rows that they add it to.
 
     Adapters with the same blocks, ranks, modulation and dropout take one product (`smoa.maths.kernels.shared`), but for
@@ -29,6 +31,7 @@ def mixed_outputs(layer: SmoaLayer, x: Tensor, adapter_names: Sequence[str]) -> 
         layer: The layer.
         x: (rows, …, in_features).
         adapter_names: The adapter of each row. A name that the layer does not have adds nothing.
+        alone: Computes one adapter's output with ΔW formed. Nothing of it may be kept: adapters may be many.
 
     Yields:
         The rows, None for all of them, and the output (rows, …, out_features).
@@ -37,7 +40,7 @@ def mixed_outputs(layer: SmoaLayer, x: Tensor, adapter_names: Sequence[str]) -> 
     with layer.onloaded(batch.names):
         layer.gather(*batch.names)
         for name, rows in batch.apart:
-            yield rows, layer.branch_output(x[rows], name)
+            yield rows, alone(x[rows], name)
         for group in batch.groups:
             yield group.rows, group.output(x if group.rows is None else x[group.rows])
 
@@ -89,7 +92,7 @@ class MixedBatch:
             else:
                 self.apart.append((name, torch.tensor(rows, device=device)))
         if (cache := layer.smoa_weight_cache) is not None:
-            cache.retain({BLOCKS, DIAGONAL}, [name for name, _ in self.apart])
+            cache.retain({DIAGONAL}, ())
         self.groups = []
         for names in together.values():
             slot_of = {name: slot for slot, name in enumerate(names)}

@@ -251,6 +251,16 @@ def test_a_mixed_batch_forms_no_update_and_gathers_the_blocks_of_each_weight_onc
     assert_nothing_kept(model, spy)
 
 
+def test_a_mixed_batch_of_many_tokens_keeps_no_update_of_its_many_adapters(
+    spy: Spy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("smoa.maths.kernels.choice.FEW_PRODUCTS", 0)
+    model = two_adapters()
+    model.generate(input_ids=prompts()[:, :4], max_new_tokens=3, pad_token_id=0, adapter_names=["default", "other"])
+    assert spy.fills == 0
+    assert spy.plain > 0
+
+
 def test_two_active_adapters_are_both_kept(spy: Spy) -> None:
     model = two_adapters()
     model.base_model.set_adapter(["default", "other"])
