@@ -317,12 +317,7 @@ class AdapterPool:
 
     def _layers_of(self, config: SmoaConfig, tensors: Mapping[str, Tensor], source: str) -> dict[str, Loaded]:
         """The checked tensors of each layer, by its path in the base."""
-        found: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in tensors.items():
-            path, _, part = key.removeprefix(PREFIX).partition(".smoa_")
-            if f"smoa_{part}" not in PARTS:
-                raise ConfigError(f"{source}: has {key}; a pool takes factors only, so load this adapter with PEFT")
-            found.setdefault(path, {})[f"smoa_{part}"] = tensor
+        found = by_layer(tensors, source, "a pool takes factors only, so load this adapter with PEFT")
         modules = dict(self.base.named_modules())
         layers = {}
         for path in sorted(found):
@@ -363,6 +358,17 @@ class AdapterPool:
 
 
 _CURRENT: ContextVar[tuple[AdapterPool, Batch] | None] = ContextVar("smoa_pool_batch", default=None)
+
+
+def by_layer(tensors: Mapping[str, Tensor], source: str, remedy: str) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a saved adapter by layer and part; raises ConfigError, with the remedy, if it has any others."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        path, _, part = key.removeprefix(PREFIX).partition(".smoa_")
+        if f"smoa_{part}" not in PARTS:
+            raise ConfigError(f"{source}: has {key}; {remedy}")
+        found.setdefault(path, {})[f"smoa_{part}"] = tensor
+    return found
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,11 @@ from pathlib import Path
 
 import torch
 from peft.utils import CONFIG_NAME
-from torch import Tensor
 
 from smoa.config import SmoaConfig
 from smoa.errors import ConfigError
 from smoa.files.loading import read_adapter
-from smoa.files.names import PARTS, PREFIX
-from smoa.tuner.pool import Loaded
+from smoa.tuner.pool import Loaded, by_layer
 
 REMEDY = "vLLM serves factors of linear layers only; merge it with `smoa merge` and serve the model"
 
@@ -60,12 +58,7 @@ def read_layers(folder: str, shape_of: Callable[[str], tuple[int, int] | str]) -
     refused = [f"{name}={value!r}" for name, value in settings.items() if value]
     if refused:
         raise ConfigError(f"{folder}: has {', '.join(refused)}; {REMEDY}")
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in read_adapter(folder).items():
-        path, _, part = key.removeprefix(PREFIX).partition(".smoa_")
-        if f"smoa_{part}" not in PARTS:
-            raise ConfigError(f"{folder}: has {key}; {REMEDY}")
-        found.setdefault(path, {})[f"smoa_{part}"] = tensor
+    found = by_layer(read_adapter(folder), folder, REMEDY)
     shapes = {path: shape_of(path) for path in sorted(found)}
     refused = [f"{path} ({shape})" for path, shape in shapes.items() if isinstance(shape, str)]
     if refused:
