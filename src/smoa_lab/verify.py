@@ -21,7 +21,7 @@ from smoa.errors import ConfigError, DataError
 from smoa_lab.base_models import load_base_model
 from smoa_lab.config.run import ModelSection
 from smoa_lab.data.general_text import STORY, passages
-from smoa_lab.open_run import adapter_config, adapter_of_run, base_section
+from smoa_lab.open_run import adapter_of_run, base_section
 
 PROMPTS, WORDS = 10, 24
 """How many prompts there are, and how long each is."""
@@ -85,7 +85,6 @@ def verify(
     """
     source = adapter_of_run(place)
     kinds = [(target, _kind(target)) for target in targets]
-    adapter_config(source)
     model, tokenizer = load_base_model(base_section(source, base, trust_remote_code))
     prompts = [" ".join(text.split()[:WORDS]) for text in passages(STORY)[:PROMPTS]]
     ids = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in prompts]

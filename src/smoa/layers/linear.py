@@ -58,9 +58,8 @@ class Linear(SmoaLayer):
 
     def _multiplies_factors(self, x: Tensor, adapter_name: str) -> bool:
         """Whether few tokens take the product with the blocks of W."""
-        if is_transformed(x):
-            return False
-        return prefers_shared(self.ranks[adapter_name], x.shape[:-1].numel(), chosen_kernels())
+        tokens = x.shape[:-1]
+        return not is_transformed(x) and prefers_shared(self.ranks[adapter_name], tokens.numel(), chosen_kernels())
 
     def _mixed_outputs(self, x: Tensor, adapter_names: list[str]) -> Iterator[tuple[Tensor | None, Tensor]]:
         return mixed_outputs(self, x, adapter_names, self._formed_output)

@@ -63,7 +63,8 @@ def shared_output(layer: SmoaLayer, x: Tensor, adapter_name: str) -> Tensor:
     """`x ΔWᵀ` of one adapter, by the product that many could share, for x as a branch is given it."""
     flat = x.reshape(1, -1, x.shape[-1])
     (group,) = _batch_of(layer, flat, (adapter_name,)).groups
-    return group.product(flat).view(*x.shape[:-1], layer.out_features)
+    product: Tensor = group.product(x)
+    return product
 
 
 class MixedBatch:
@@ -140,11 +141,10 @@ class MixedGroup:
 
     def output(self, x: Tensor) -> Tensor:
         """`x ΔWᵀ` for the group's rows of the layer's input x, each with the ΔW of its own adapter."""
-        x = self.layer.branch_input(x, self.names[0])
-        return self.product(x.reshape(len(x), -1, x.shape[-1])).view(*x.shape[:-1], self.layer.out_features)
+        return self.product(self.layer.branch_input(x, self.names[0]))
 
     def product(self, x: Tensor) -> Tensor:
-        """`x ΔWᵀ` for x (rows, tokens, in_features) as a branch is given it."""
+        """`x ΔWᵀ` for x (rows, …, in_features) as a branch is given it."""
         stack, gathered = self.stack()
         diagonal = self.diagonal if MODULATIONS[self.modulation].anchors else None
         y = shared(stack, x.reshape(len(self.slots), -1, x.shape[-1]), self.slots, diagonal, gathered)
