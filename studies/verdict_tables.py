@@ -45,8 +45,8 @@ class Compared:
         found = lora[key] if is_reference else smoa[key]
         mean, *ends = (factor * found[name] * (-1 if is_reference else 1) for name in ("mean", "low", "high"))
         verdict = {"better": "worse", "worse": "better"}.get(found["holm_verdict"]) if is_reference else None
-        reached = (factor * row[self.measure] for row in (smoa, lora))
-        return Values(*reached, mean, min(ends), max(ends), found["holm_p"], verdict or found["holm_verdict"])
+        of_smoa, of_lora = factor * smoa[self.measure], factor * lora[self.measure]
+        return Values(of_smoa, of_lora, mean, min(ends), max(ends), found["holm_p"], verdict or found["holm_verdict"])
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class Forgot:
         (row,) = (row for row in rows if self.rate is None or abs(row["other"]["rate"] / self.rate - 1) < 0.01)
         found, kept = row["difference"], row["own"]["kept_loss"] if "own" in row else row["kept_loss"]
         forgot = kept - summary["before"]["first"]["gold_loss"]
-        ends = found["low"], found["high"]
-        return Values(forgot, forgot - found["mean"], found["mean"], *ends, found["holm_p"], found["holm_verdict"])
+        mean, low, high = found["mean"], found["low"], found["high"]
+        return Values(forgot, forgot - mean, mean, low, high, found["holm_p"], found["holm_verdict"])
 
 
 LOSS, ACCURACY = Compared("loss"), Compared("accuracy")
