@@ -26,7 +26,6 @@ def demo(
     with reporting("accelerate", *DRAWING):
         from smoa.errors import ConfigError
         from smoa_lab.base_models import PACKAGED_MODELS, with_rate
-        from smoa_lab.config.methods import METHODS
         from smoa_lab.config.run import load_config
         from smoa_lab.training.loaded_run import load_run
         from smoa_lab.training.run_folder import RunFolder, in_free_folder
@@ -34,7 +33,7 @@ def demo(
         from smoa_lab.verify import verify
 
         checked = in_free_folder(with_rate(load_config(config, overrides, trust_remote_code)))
-        if METHODS[checked.method].config is None:
+        if checked.method == "full":
             raise ConfigError(
                 f"method: {checked.method} saves a whole model, and smoa demo reloads and merges an adapter; choose "
                 "another method, or train by smoa train"

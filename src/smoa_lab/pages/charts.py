@@ -32,7 +32,7 @@ PALETTE = {
 """Any two stay apart for readers without one kind of cones, and on light and dark paper."""
 
 MUTED = "#909498"
-"""What is not in the foreground, and methods without a color of their own."""
+"""What is not in the foreground, and methods without a color of their own, which differ in their lines."""
 
 INK = "currentColor"
 """Text and axes: the color of the page's text, black in a file."""
@@ -41,7 +41,7 @@ PAPER = "white"
 """The inside of hollow marks: the color of the page's paper, white in a file."""
 
 DASHES = ([1, 0], [6, 3], [2, 2], [8, 2, 2, 2])
-"""The lines of the entries of one method, in their order."""
+"""The lines of the entries of one color, in their order."""
 
 SHAPES = ("circle", "square", "triangle-up", "diamond")
 """Their points."""
@@ -60,7 +60,7 @@ def color_of(method: str) -> str:
 
 
 def dash_of(methods: Mapping[str, str]) -> dict[str, list[int]]:
-    """The line of each entry, given its method: entries of one method differ."""
+    """The line of each entry, given its method: entries of one color differ."""
     return _in_turn(methods, DASHES)
 
 
@@ -68,8 +68,9 @@ def _in_turn(methods: Mapping[str, str], marks: Sequence[Mark]) -> dict[str, Mar
     seen: Counter[str] = Counter()
     chosen = {}
     for entry, method in methods.items():
-        chosen[entry] = marks[seen[method] % len(marks)]
-        seen[method] += 1
+        color = color_of(method)
+        chosen[entry] = marks[seen[color] % len(marks)]
+        seen[color] += 1
     return chosen
 
 
