@@ -150,7 +150,7 @@ class Lines:
     def __init__(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> None:
         texts = [f"{row.prompt}{row.completion}" for row in rows]
         tokens = torch.tensor(tokenizer(texts, add_special_tokens=False)["input_ids"])
-        digits = [*tokenizer.convert_tokens_to_ids(list("0123456789")), tokenizer.eos_token_id]
+        digits = [*map(tokenizer.convert_tokens_to_ids, "0123456789"), tokenizer.eos_token_id]
         numbers = [[*map(int, str(row.completion)), DIGITS] for row in rows]
         self.answers = torch.tensor(numbers)
         self.hidden = torch.cat([hidden_below(base, LAYERS, part) for part in tokens.split(BATCH)])
@@ -200,17 +200,16 @@ def phone_book(count: int, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
     ]
 
 
-def top_of(base: PreTrainedModel, layers: int, tokens: Sequence[int]) -> PreTrainedModel:
+def top_of(base: Any, layers: int, tokens: Sequence[int]) -> Any:
     """The last layers of a model of Llama's kind as a model: hidden states in (``inputs_embeds``), logits of ``tokens``
     out."""
     config = copy.deepcopy(base.config)  # by from_dict it would lose the kind of attention
     config.update({"num_hidden_layers": layers, "vocab_size": len(tokens), "tie_word_embeddings": False})
     config.update({"use_cache": False})  # the layers have their places in the base
     with torch.device("meta"):
-        top: Any = type(base)(config)
-    below: Any = base.base_model
-    top.model.layers, top.model.norm = below.layers[-layers:], below.norm
-    top.model.rotary_emb = below.rotary_emb
+        top = type(base)(config)
+    top.model.layers, top.model.norm = base.model.layers[-layers:], base.model.norm
+    top.model.rotary_emb = base.model.rotary_emb
     rows = base.get_output_embeddings().weight[list(tokens)].detach().clone()
     top.lm_head.weight = nn.Parameter(rows, requires_grad=False)
     top.model.embed_tokens = nn.Embedding(1, config.hidden_size)  # not asked, and not to be on the meta device
