@@ -47,7 +47,7 @@ from smoa_lab.scoring.losses import scoring
 from smoa_lab.study.comparison import Comparison
 from smoa_lab.study.runner import Runner
 from smoa_lab.study.study import Study
-from smoa_lab.study.trials import Trial, TrialStore
+from smoa_lab.study.trials import TrialStore
 from smoa_lab.training.adapting import with_adapter
 from smoa_lab.training.loaded_run import REPLACED, checked_arguments
 
@@ -67,6 +67,9 @@ HUNDRED_KB = 25_000
 """Parameters of an adapter of 100 kB, in float32 as it is saved."""
 WHOLE_MODELS = {"2 (Allen-Zhu and Li)": 2.0, "3.6 (Morris et al.)": 3.6}
 """Bits a parameter."""
+SHOWN = """![Bits stored a parameter, and numbers recalled, against the number of names, by method.](capacity.png)
+
+"""
 PAGE = """# How many random numbers does an adapter hold?
 
 Written by `python studies/run.py` from the stored runs; do not edit. `First Last:` leads to ten digits drawn at random,
@@ -77,11 +80,16 @@ Written by `python studies/run.py` from the stored runs; do not edit. `First Las
 greedy decoding among the ten digits and the end gives whole. *At limit*: runs that took all passes allowed, so
 that their adapter could hold more.
 
-{table}
+{results}
 
-![Bits stored a parameter, and numbers recalled, against the number of names, by method.](capacity.png)
+{shown}Numbers that an adapter of 100 kB (25,000 parameters in float32) would hold, from the most that each recalled whole:
+{held}.
 
-Numbers that an adapter of 100 kB (25,000 parameters) would hold, from the most that each recalled whole: {held}.
+## The search of a learning rate
+
+Seed 100.
+
+{search}
 """
 
 
@@ -167,7 +175,7 @@ class Plateau(TrainerCallback):
 
     def __init__(self, warmup: int, steps: int, passes: int) -> None:
         """``steps`` are of a pass, and ``passes`` the most of all."""
-        self.warmup, self.steps, self.passes = warmup, steps, passes
+        self.warmup, self.steps = warmup, steps
         self.last = passes * steps
 
     def factor(self, step: int) -> float:
@@ -246,8 +254,68 @@ def at_searched_rates(study: Study, searched: Comparison) -> Study:
 
 
 def report(studies: Path) -> None:
-    """Write phonebook/README.md and its picture from the runs of all numbers of names."""
-    rows, folder = capacity(studies), studies / "phonebook"
+    """Write phonebook/README.md, and its picture, from the runs of all numbers of names."""
+    runs, folder = measured(studies), studies / "phonebook"
+    finals = means([run for run in runs if run["stage"] == "final"])
+    search = means([run for run in runs if run["stage"] == "tuning"])
+    held = {row["entry"]: max(each["held"] for each in finals if each["entry"] == row["entry"]) for row in finals}
+    most = ", ".join(f"{name} {held[name]:,.0f}" for name in sorted(held, key=lambda name: -held[name]))
+    drawn = [row for row in finals if not row["entry"].endswith("-r2")]
+    if has_picture := len({row["names"] for row in drawn}) > 1:
+        save_picture(picture(drawn), folder / "capacity.png")
+    parts = {"results": table(finals), "shown": SHOWN if has_picture else "", "held": most or "not known yet"}
+    write_whole(folder / "README.md", PAGE.format(**parts, search=table(search)))
+
+
+def measured(studies: Path) -> list[dict[str, Any]]:
+    """Of each run the bits stored a parameter, the numbers recalled and the passes taken; ``held`` is what as many
+    parameters as ``HUNDRED_KB`` would recall."""
+    runs = []
+    for folder in studies.glob("phonebook-*"):
+        store = TrialStore(folder)
+        for name in (name for name in store.names() if "/" in name):
+            run, (stage, entry, _) = store.find(name) or {}, name.split("/")
+            training, scores = run["config"]["training"], run["scores"]["all"]
+            names, share, parameters = scores["questions"], scores["accuracy"], run["parameters"]
+            loss = math.inf if scores["gold_loss"] is None else scores["gold_loss"] * DIGITS / math.log(2)
+            passes = run["steps"] / math.ceil(names / training["per_device_train_batch_size"])
+            runs.append(
+                {
+                    "stage": stage,
+                    "entry": entry,
+                    "method": run["config"]["method"],
+                    "rate": training["learning_rate"],
+                    "names": names,
+                    "parameters": parameters,
+                    "bits": names * (BITS - loss) / parameters,
+                    "recalled": 100 * share,
+                    "held": names * share / parameters * HUNDRED_KB,
+                    "passes": passes,
+                    "limit": passes >= training["num_train_epochs"],
+                }
+            )
+    return runs
+
+
+def means(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs of each adapter, number of names and rate as one row, the best first."""
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for run in runs:
+        groups.setdefault((run["names"], run["entry"], run["rate"]), []).append(run)
+    rows = [
+        {
+            **own[0],
+            **{key: sum(run[key] for run in own) / len(own) for key in ("bits", "recalled", "held", "passes")},
+            "seeds": len(own),
+            "limit": sum(run["limit"] for run in own),
+        }
+        for own in groups.values()
+    ]
+    return sorted(rows, key=lambda row: (row["names"], -row["bits"]))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
     header = ["adapter", "parameters", "names", "rate", "seeds", "bits a parameter", "recalled %", "passes", "at limit"]
     cells = [
         [
@@ -256,41 +324,7 @@ def report(studies: Path) -> None:
         ]
         for row in rows
     ]
-    held = {row["entry"]: max(each["held"] for each in rows if each["entry"] == row["entry"]) for row in rows}
-    most = ", ".join(f"{name} {held[name]:,.0f}" for name in sorted(held, key=lambda name: -held[name]))
-    write_whole(folder / "README.md", PAGE.format(table=Table(header, cells).markdown(), held=most))
-    save_picture(picture([row for row in rows if row["budget"] == "r1"]), folder / "capacity.png")
-
-
-def capacity(studies: Path) -> list[dict[str, Any]]:
-    """For each adapter and number of names, means over seeds. ``limit``: how many runs took all passes; ``held``: what
-    is recalled, by as many parameters as ``HUNDRED_KB``."""
-    rows = []
-    folders = {
-        int(folder.parent.name.rpartition("-")[2]): folder.parent for folder in studies.glob("phonebook-*/summary.json")
-    }
-    for names, folder in sorted(folders.items()):
-        store = TrialStore(folder)
-        for row in json.loads((folder / "summary.json").read_text(encoding="utf-8")):
-            trials = [Trial("final", row["entry"], row["learning_rate"], seed) for seed in row["seeds"]]
-            runs = [run for trial in trials if (run := store.find(trial.name))]
-            training = runs[0]["config"]["training"]
-            passes = [run["steps"] / math.ceil(names / training["per_device_train_batch_size"]) for run in runs]
-            stored = names * (BITS - DIGITS * row["loss"] / math.log(2))
-            rows.append(
-                {
-                    **{key: row[key] for key in ("entry", "method", "budget", "parameters")},
-                    "names": names,
-                    "rate": row["learning_rate"],
-                    "seeds": len(runs),
-                    "bits": stored / row["parameters"],
-                    "recalled": 100 * row["accuracy"],
-                    "passes": sum(passes) / len(passes),
-                    "limit": sum(each >= training["num_train_epochs"] for each in passes),
-                    "held": row["accuracy"] * names * HUNDRED_KB / row["parameters"],
-                }
-            )
-    return rows
+    return Table(header, cells).markdown() if rows else "No run yet."
 
 
 def picture(rows: list[dict[str, Any]]) -> Any:
