@@ -82,8 +82,8 @@ that their adapter could hold more.
 
 {results}
 
-{shown}Numbers that an adapter of 100 kB (25,000 parameters in float32) would hold, from the most that each recalled whole:
-{held}.
+{shown}Numbers that an adapter of 100 kB (25,000 parameters in float32) would hold, from the most that each
+recalled whole: {held}.
 
 ## The search of a learning rate
 
