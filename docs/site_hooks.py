@@ -1,4 +1,4 @@
-"""What mkdocs does in addition: formulas become MathML, studies get interactive pages, the design page gets the file map,
+"""What mkdocs does as well: formulas become MathML, studies get interactive pages, the design page gets the file map,
 and links to the repository's files lead to copies in the site.
 
 In the repository a page links to `../configs/demo.yaml`, as it must to work there. The site has no such file above it,

@@ -176,7 +176,7 @@ def works(layer: Layer, x: Tensor, config: Any) -> dict[str, bool]:
 
 
 def lines() -> Iterator[str]:
-    """The table in Markdown: in each cell the methods for which it works. Layers for which all is the same share a row."""
+    """The table in Markdown: in each cell the methods for which it works. Layers with the same cells share a row."""
     yield f"| layer | {' | '.join(COLUMNS)} |"
     yield "|---" * (len(COLUMNS) + 1) + "|"
     names: dict[str, list[str]] = {}
