@@ -113,6 +113,7 @@ def serve(base: ModelSection, folder: Path, host: str, port: int, settings: Sett
             model.to("cuda")  # type: ignore[arg-type]
         with suppress(KeyboardInterrupt), serving(model, tokenizer, base.name, folder, settings) as app:
             logger.info("http://%s:%s/v1 serves %s with the adapters in %s", host, port, base.name, folder)
+            logging.getLogger("transformers.cli.serving").setLevel(logging.ERROR)  # it warns of each request
             config = uvicorn.Config(app, log_level="info", timeout_graceful_shutdown=2)
             uvicorn.Server(config).run(sockets=[place])
 
