@@ -17,13 +17,13 @@ from smoa_lab.pages.charts import (
     DASHES,
     INK,
     MUTED,
+    NAMES,
     PALETTE,
     SCALE,
     color_of,
     colors,
-    dash_of,
+    dashes,
     save_pictures,
-    shapes,
     specification,
     values,
 )
@@ -64,7 +64,7 @@ def contrast(one: str, other: str) -> float:
 
 def test_every_method_has_a_color_and_others_are_muted() -> None:
     of_studies = {name for name in METHODS if name.startswith("smoa-shared-")}  # studies/shared_partition.py adds them
-    assert PALETTE.keys() == METHODS.keys() - of_studies
+    assert PALETTE.keys() == NAMES.keys() == METHODS.keys() - of_studies
     assert color_of("a method of tomorrow") == MUTED
 
 
@@ -83,10 +83,9 @@ def test_every_color_stands_out_from_light_and_dark_paper(paper: str) -> None:
     assert contrast(PALETTE["lora"], paper) > 3
 
 
-def test_entries_of_one_method_share_its_color_and_differ_in_their_lines() -> None:
+def test_entries_of_one_method_share_its_color_and_all_differ_in_their_lines() -> None:
     methods = {"smoa-k8": "smoa", "lora": "lora", "smoa-k4": "smoa"}
-    assert dash_of(methods) == {"smoa-k8": DASHES[0], "lora": DASHES[0], "smoa-k4": DASHES[1]}
-    assert shapes(methods).to_dict()["scale"]["range"] == ["circle", "circle", "square"]
+    assert dashes(methods).to_dict()["scale"]["range"] == list(DASHES[:3])
     scale = colors(methods).to_dict()["scale"]
     assert dict(zip(scale["domain"], scale["range"], strict=True)) == {
         "smoa-k8": PALETTE["smoa"],
