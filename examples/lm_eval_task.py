@@ -1,6 +1,6 @@
-"""Evaluates a SMoA adapter with `smoa run lm_eval --model hf --model_args pretrained=…,peft=…`.
+"""Evaluates a SMoA adapter with `smoa exec lm_eval --model hf --model_args pretrained=…,peft=…`.
 
-`smoa run` imports smoa before lm-eval's own command starts; all options are lm-eval's. The task is a local file, so
+`smoa exec` imports smoa before lm-eval's own command starts; all options are lm-eval's. The task is a local file, so
 that the example runs offline. Shows: accuracy of base model and adapter.
 Printed when last run: accuracy 0.20 -> 1.00
 """
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def score(folder: str, model_args: str) -> float:
-    command = f"smoa run lm_eval --model hf --model_args {model_args} --device cpu --tasks capitals"
+    command = f"smoa exec lm_eval --model hf --model_args {model_args} --device cpu --tasks capitals"
     where = f"--include_path {folder} --output_path {folder}/scores.json"
     subprocess.run([sys.executable, "-m", *command.split(), *where.split()], check=True)
     newest = max(Path(folder).glob("scores*.json"), key=lambda path: path.stat().st_mtime)

@@ -22,7 +22,7 @@ from smoa.layers.layer import SmoaLayer
 from smoa.maths.blocks import Blocks
 from smoa.maths.scale import MODULATIONS, block_scale
 from smoa.maths.spectrum import gram_scores, labels_from_scores
-from smoa_lab.config.methods import METHODS, Method
+from smoa_lab.config.methods import PRESETS, Method
 from smoa_lab.config.run import RunConfig
 from smoa_lab.inspect import adapted_layers
 from smoa_lab.study.runner import ClassificationRunner
@@ -80,4 +80,4 @@ def _cut(layer: SmoaLayer, adapter: str, scores: Tensor, reads: bool) -> None:
 
 def add_methods() -> None:
     """Let studies name the two methods."""
-    METHODS.update({name: Method("smoa:SmoaConfig", {"partition": "contiguous"}) for name in (RANDOM, SPECTRAL)})
+    PRESETS.update({name: Method("smoa", {"partition": "contiguous"}) for name in (RANDOM, SPECTRAL)})

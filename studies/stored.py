@@ -20,6 +20,11 @@ OTHERWISE = {
     "headlines-refined": ("headlines", "tuning.refine=true"),
     "commonsense-float32": ("commonsense", "shared.model.dtype=float32"),
     **{f"recall-{count}": ("recall", *random_pairs.sizes(count)) for count in (256, 512)},
+    "recall-blocks-512": (
+        "recall",
+        *random_pairs.sizes(512),
+        *("tuning.max_runs=5", "tuning.refine=true", "references=[smoa-k8, lora-r2, lora-r4]", "seeds=[10, 11, 12]"),
+    ),
     "recall-gemma-256": ("recall-gemma", *random_pairs.sizes(256)),
 }
 """Studies that are another one's file with changes: that file and the changes."""

@@ -112,7 +112,8 @@ def shapes_of(empty: PreTrainedModel, targets: tuple[str, ...], model: str) -> S
                 layers += [layout.shape] * layout.count
     if not layers:
         raise DataError(
-            f"model: {model!r} has no layers named {', '.join(targets)} that SMoA adapts; name its own with --targets"
+            f"model: {model!r} has no layers named {', '.join(targets)} that SMoA adapts; name its own with "
+            "--target-modules"
         )
     return Counter(layers)
 

@@ -20,7 +20,6 @@ from smoa.errors import ConfigError
 from smoa.files.card import loading_code
 from smoa_lab.base_models import described_base
 from smoa_lab.basics.plain import without_secrets
-from smoa_lab.config.methods import METHODS
 from smoa_lab.config.yaml_text import parse_yaml, to_yaml
 from smoa_lab.pages.run_card import ANSWERS
 from smoa_lab.pages.run_charts import accuracies, balance, losses
@@ -164,8 +163,8 @@ def _loading(record: RunRecord) -> list[Any]:
     adapter = record.folder.adapter
     if not adapter.is_dir():
         return ["adapter/ is not here: it was moved or deleted."] if record.whole else []
-    loaded, method = WHOLE_MODEL, METHODS.get(record.method)
-    if method is None or method.config is not None:
+    loaded = WHOLE_MODEL
+    if record.method != "full":
         config = PeftConfig.from_pretrained(str(adapter))
         loaded = loading_code(config, described_base(str(config.base_model_name_or_path)))
     return [code(loaded.replace("PATH", str(adapter))), code(f"smoa chat {record.folder.path}")]

@@ -185,7 +185,7 @@ def test_llamafactory_trains_merges_and_quantizes(room: Path) -> None:
         without_torchaudio(python)
         log = run(python, room, *train, recipe(room, "llamafactory.yaml", **changed, output_dir="out"))
         assert "Gradient checkpointing enabled" in log
-        run(python, room, "python", "-m", "smoa", "run", "llamafactory-cli", "export", "export.yaml")
+        run(python, room, "python", "-m", "smoa", "exec", "llamafactory-cli", "export", "export.yaml")
         check(room / "base", room / "out", room / "merged")
         bits = {"quantization_bit": 4, "max_steps": 2}
         log = run(python, room, *train, recipe(room, "llamafactory.yaml", **changed | bits, output_dir="out4"))

@@ -15,13 +15,13 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 SKIPPED = [
     ("<0.19", "converts_to_lora_without_loss", "has no convert_to_lora"),
     ("<0.19", r"output_layer_that_was_tied_gets_a_weight_of_its_own\[config1", "says tied after a merge that unties"),
-    ("<0.19", "intruders", "has no reduce_intruder_dimension"),
+    ("<0.19", "intruders|lora-reduced", "has no reduce_intruder_dimension"),
     ("<0.20", "peft_hira|Llama-2-7B HiRA", "has no HiRA"),
     ("<0.21", "test_a_second_adapter_of_the_same_name_is_refused", "replaces an adapter of the same name"),
 ]
 """(versions of PEFT, regular expression of test names, reason)."""
-METHODS_SINCE = {"lora-reduced": "0.19", "gralora": "0.19", "hira": "0.20"}
-"""The methods of the lab that the oldest PEFT lacks, and the PEFT that has them: an older one refuses them by name."""
+OF_NEWER_PEFT = {"gralora": "0.19", "hira": "0.20"}
+"""Methods that have a color in charts and that the oldest PEFT lacks, and the PEFT that has them."""
 NEEDS_TRANSFORMERS_OWN_METHODS = (
     r"test_transformers_own_adapter_interface_takes_smoa|test_transformers_saves_the_id_too"
     r"|test_an_example_runs\[(transformers_add_adapter|sentence_embeddings)"

@@ -209,11 +209,13 @@ def merge_in_memory(
         raise MergeError(
             f"{adapter}: can't be loaded into {type(model).__name__} ({error}); give the base model it was trained on"
         ) from error
+    if not hasattr(adapted.base_model, "merge_and_unload"):
+        kind = adapted.active_peft_config.peft_type.value
+        raise MergeError(f"{adapter}: PEFT can't merge {kind}, which is more than a change of weights; load it instead")
     adapted.eval()
     loss = RoundingLoss()
     with warnings.catch_warnings():
         # Merge layer by layer, so that only one weight at a time is kept for comparison.
-        warnings.filterwarnings("ignore", message="All adapters are already merged")
         warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied after merging")
         for name, layer in _layers_to_merge(adapted):
             _untie(model, layer)
@@ -222,10 +224,15 @@ def merge_in_memory(
                 layer.merge(safe_merge=True)
             except (ValueError, NotImplementedError) as error:
                 raise MergeError(f"{name}: {error}") from error
+            layer.merge = _merge_nothing  # OSF's would add its change again in merge_and_unload
             loss.add(name, before, _weight(layer).detach(), dtype)
         merged = adapted.merge_and_unload()
     merged.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     return loss
+
+
+def _merge_nothing(**_: Any) -> None:
+    """``merge`` of a layer that is merged."""
 
 
 def _layers_to_merge(adapted: PeftModel) -> list[tuple[str, Any]]:

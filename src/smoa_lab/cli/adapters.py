@@ -1,5 +1,5 @@
 """The commands that take a saved adapter or its run, or a model alone: ``smoa merge``, ``convert``, ``verify``,
-``inspect``, ``report`` and ``budget``; and ``smoa run``, other tools on adapters."""
+``inspect``, ``report`` and ``budget``; and ``smoa exec``, other tools on adapters."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ def merge(
 def convert(
     adapter: Annotated[Path, typer.Argument(help="Folder of a run, or of an adapter (then no loss is measured).")],
     output: Annotated[Path, typer.Argument(help="New folder for the LoRA.")],
-    rank: Annotated[int | None, typer.Option(min=1, help="Rank of every layer.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Rank of every layer; give this, --energy or --error.")
+    ] = None,
     energy: Annotated[float | None, typer.Option(help="Share of ‖ΔW‖² to keep in every layer, e.g. 0.9.")] = None,
     error: Annotated[float | None, typer.Option(help="Largest ‖ΔW − BA‖/‖ΔW‖ of a layer, e.g. 0.3.")] = None,
     uniform_rank: Annotated[bool, typer.Option(help="Pad all layers to the same rank with zeros.")] = False,
@@ -183,7 +185,10 @@ def budget(
         typer.Argument(help="Share of the model, such as 0.1%, a number of parameters, or lora:8, LoRA's of rank 8."),
     ],
     targets: Annotated[
-        str, typer.Option(help="Names of the layers to adapt, separated by commas, or all-linear.")
+        str,
+        typer.Option(
+            "--target-modules", "--targets", help="Names of the layers to adapt, separated by commas, or all-linear."
+        ),
     ] = "all-linear",
     trust_remote_code: TrustRemoteCode = False,
     json: AsJson = False,
@@ -212,16 +217,16 @@ def budget(
 
 
 # All words after the tool's name are passed to the tool, `--help` too.
-RUN_SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+EXEC_SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
 
 
-def run(
+def execute(
     context: typer.Context,
     tool: Annotated[
         str, typer.Argument(help="Command of an installed Python package, such as lm_eval, or a .py file.")
     ],
 ) -> None:
-    """Run another tool on SMoA adapters, e.g. `smoa run lm_eval --model hf …`; its options follow its name."""
+    """Run another tool in a process that knows SMoA adapters; the tool's own options follow its name."""
     commands = list(entry_points(group="console_scripts", name=tool))
     is_script = tool.endswith(".py")
     if is_script and not Path(tool).is_file():

@@ -26,9 +26,7 @@ def chat(
     base: Base = None,
     dtype: Annotated[
         Dtype | None,
-        typer.Option(
-            help="Dtype of the base model; by default the run's, or what suits the machine.", show_default=False
-        ),
+        typer.Option(help="model.dtype; by default the run's, or what suits the machine.", show_default=False),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.0,

@@ -12,7 +12,7 @@ from smoa_lab.cli.console import AsJson, TrustRemoteCode, failed, print_json, re
 app = typer.Typer(help="List the tasks, prepare their data before a run, or check your own rows.", no_args_is_help=True)
 
 
-@app.command("list")
+@app.command("list", epilog="Example: smoa data list")
 def list_tasks(json: AsJson = False) -> None:
     """List the tasks with their family and source."""
     with reporting():
@@ -30,7 +30,7 @@ def list_tasks(json: AsJson = False) -> None:
             Table(header, [[row[name] for name in header] for row in rows]).print()
 
 
-@app.command()
+@app.command(epilog="Example: smoa data prepare piqa csqa")
 def prepare(
     tasks: Annotated[list[str], typer.Argument(help="Tasks to prepare, as `smoa data list` names them.")],
     hub: Annotated[
@@ -65,15 +65,17 @@ def prepare(
             Table(list(rows[0]), [[str(value)[:16] for value in row.values()] for row in rows]).print()
 
 
-@app.command()
+@app.command(epilog="Example: smoa data check chats.jsonl --model smollm2-135m --examples 10")
 def check(
     place: Annotated[str, typer.Argument(help="File or folder of rows, a data set of the Hub, or a run's YAML file.")],
     model: Annotated[
         str, typer.Option(help="Model whose tokenizer and template to use; a YAML file names its own.")
     ] = ("smollm2-135m"),
-    format: Annotated[str | None, typer.Option(help="Format of the rows, if their columns do not show it.")] = None,
-    max_length: Annotated[int, typer.Option(min=8, help="Tokens at which a row is cut.")] = 1024,
-    chat_template: Annotated[str | None, typer.Option(help="Instead of the model's own, e.g. alpaca.")] = None,
+    format: Annotated[str | None, typer.Option(help="data.format, if the columns do not show it.")] = None,
+    max_length: Annotated[int, typer.Option(min=8, help="training.max_length: tokens at which a row is cut.")] = 1024,
+    chat_template: Annotated[
+        str | None, typer.Option(help="data.chat_template instead of the model's own, e.g. alpaca.")
+    ] = None,
     examples: Annotated[int, typer.Option(min=0, help="Rows to show.")] = 3,
     trust_remote_code: TrustRemoteCode = False,
     json: AsJson = False,

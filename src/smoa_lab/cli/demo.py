@@ -55,9 +55,8 @@ def demo(
 def check_verifiable(config: RunConfig) -> None:
     """Raise ConfigError if :func:`verify_saved` will have nothing to compare: no adapter, or no questions."""
     from smoa.errors import ConfigError
-    from smoa_lab.config.methods import METHODS
 
-    if METHODS[config.method].config is None:
+    if config.method == "full":
         raise ConfigError(
             f"method: {config.method} saves a whole model, and smoa demo reloads and merges an adapter; choose another "
             "method, or train by smoa train"

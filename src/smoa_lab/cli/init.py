@@ -18,16 +18,20 @@ Taken = TypeVar("Taken")
 
 def init(
     config: Annotated[Path | None, typer.Argument(help="YAML file to write; NAME.yaml for data called NAME.")] = None,
-    model: Annotated[str | None, typer.Option(help="Hub id, folder, or gemma3-270m, smollm2-135m.")] = None,
-    data: Annotated[str | None, typer.Option(help="File or folder of rows, a data set of the Hub, or a task.")] = None,
+    model: Annotated[str | None, typer.Option(help="model.name: Hub id, folder, or gemma3-270m, smollm2-135m.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="data: file or folder of rows, a data set of the Hub, or a task.")
+    ] = None,
     parameters: Annotated[
         str | None,
-        typer.Option(help="How many to train: a number, a share such as 0.1%, or lora:8, as many as LoRA of rank 8."),
+        typer.Option(
+            help="How many to train: a number, a share such as 0.1%, or lora:8, as many as LoRA of rank 8, the default."
+        ),
     ] = None,
-    minutes: Annotated[float | None, typer.Option(min=0.01, help="How long training may take.")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0.01, help="At most so long; by default 3 epochs.")] = None,
     dtype: Annotated[
         Dtype | None,
-        typer.Option(help="Dtype of the base model; by default what suits the machine.", show_default=False),
+        typer.Option(help="model.dtype; by default what suits the machine.", show_default=False),
     ] = None,
     measure: Annotated[bool, typer.Option(help="Measure three steps.")] = True,
     yes: Annotated[bool, typer.Option("--yes", help="Ask nothing; use defaults for what is not given.")] = False,

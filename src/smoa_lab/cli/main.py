@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Annotated
 
@@ -33,18 +34,31 @@ def _options(
     pass
 
 
-app.command("init")(init.init)
-app.command("train")(train.train)
-app.command("tune")(tune.tune)
-app.command("eval")(eval.evaluate)
-app.command("report")(adapters.report)
-app.command("chat")(chat.chat)
-app.command("merge")(adapters.merge)
-app.command("convert")(adapters.convert)
-app.command("verify")(adapters.verify)
-app.command("compare")(compare.compare)
-app.command("inspect")(adapters.inspect)
-app.command("budget")(adapters.budget)
-app.command("demo")(demo.demo)
-app.command("run", context_settings=adapters.RUN_SETTINGS)(adapters.run)
+COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
+    "init": (init.init, "smoa init my.yaml --model smollm2-135m --data chats.jsonl --minutes 30 --yes"),
+    "train": (train.train, "smoa train my.yaml training.max_steps=100"),
+    "tune": (tune.tune, "smoa tune my.yaml --max-runs 4"),
+    "eval": (eval.evaluate, "smoa eval runs/my --output scores.json"),
+    "report": (adapters.report, "smoa report runs/my --output my.html"),
+    "chat": (chat.chat, "smoa chat runs/my --temperature 0.7"),
+    "merge": (adapters.merge, "smoa merge runs/my merged --dtype float32"),
+    "convert": (adapters.convert, "smoa convert runs/my lora --rank 16"),
+    "verify": (adapters.verify, "smoa verify runs/my --against merged --against lora"),
+    "compare": (compare.compare, "smoa compare studies/headlines/headlines.yaml --workers 2"),
+    "inspect": (adapters.inspect, "smoa inspect runs/my --html inside.html"),
+    "budget": (adapters.budget, "smoa budget gemma3-270m lora:8"),
+    "demo": (demo.demo, "smoa demo"),
+}
+"""Each command's function and an example, in the order of ``smoa --help``."""
+EXEC = "smoa exec lm_eval --model hf --model_args pretrained=google/gemma-3-270m,peft=out --tasks arc_easy"
+
+for name, (function, example) in COMMANDS.items():
+    app.command(name, epilog=f"Example: {example}")(function)
+app.command("exec", epilog=f"Example: {EXEC}", context_settings=adapters.EXEC_SETTINGS)(adapters.execute)
+app.command(
+    "run",
+    help="The earlier name of smoa exec, which goes on working.",
+    hidden=True,
+    context_settings=adapters.EXEC_SETTINGS,
+)(adapters.execute)
 app.add_typer(data.app, name="data")

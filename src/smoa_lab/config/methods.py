@@ -1,28 +1,34 @@
-"""The table of methods that a run config can name: SMoA and the PEFT methods it is compared with."""
+"""The methods that a run can name: every one that the installed PEFT has, SMoA among them, and presets of them."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import peft
 from peft import PeftConfig
+from peft.config import PromptLearningConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora.config import CordaConfig
+from pydantic import StringConstraints
 
-from smoa.errors import ConfigError
+import smoa  # noqa: F401  (registers SMoA with PEFT)
+from smoa.errors import ConfigError, nearest
+
+MethodName = Annotated[str, StringConstraints(to_lower=True)]
 
 
 @dataclass(frozen=True)
 class Method:
-    """``config`` is ``module:class`` of a PEFT config, ``preset`` the settings that the method's name decides.
+    """``peft_type`` is PEFT's name of the method in lower case, ``preset`` the settings that the method's name decides.
 
-    ``full`` has no config: all weights are trained. ``then`` is ``module:function`` of what PEFT does to the trained
+    ``full`` has no such name: all weights are trained. ``then`` is ``module:function`` of what PEFT does to the trained
     adapter. ``loads`` is false if PEFT cannot load the saved adapter into the base model.
     """
 
-    config: str | None
+    peft_type: str | None
     preset: dict[str, Any] = field(default_factory=dict)
     then: str | None = None
     loads: bool = True
@@ -34,16 +40,27 @@ class Method:
         Raises:
             ConfigError: the installed PEFT is too old to have it.
         """
-        if self.config is None:
-            return None
         _ = self.after
-        found: type[PeftConfig] = _installed(self.config)
-        return found
+        return None if self.peft_type is None else _config_classes()[self.peft_type]
 
     @property
     def after(self) -> Callable[..., None] | None:
         """What changes the trained model; raises ConfigError if the installed PEFT is too old to have it."""
-        return None if self.then is None else _installed(self.then)
+        if self.then is None:
+            return None
+        module, name = self.then.split(":")
+        try:
+            found: Callable[..., None] = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError):
+            raise ConfigError(f"method: {name} is not in PEFT {peft.__version__}; run: pip install -U peft") from None
+        return found
+
+    @property
+    def budget_key(self) -> str | None:
+        """The key of the adapter that sets how many parameters it has; None if there is none."""
+        if self.peft_type in BUDGET_KEYS:
+            return BUDGET_KEYS[self.peft_type]
+        return "r" if hasattr(self.config_class, "r") else None
 
     def peft_config(self, adapter: dict[str, Any]) -> PeftConfig | None:
         """The PEFT config of a run: the ``adapter:`` block on top of the preset, for a causal language model."""
@@ -51,31 +68,69 @@ class Method:
         return None if chosen is None else chosen(**{"task_type": "CAUSAL_LM", **adapter, **self.preset})
 
 
-def _installed(place: str) -> Any:
-    module, name = place.split(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError):
-        raise ConfigError(f"{name} is not in PEFT {peft.__version__}; run: pip install -U peft") from None
-
-
-METHODS: dict[str, Method] = {
-    "smoa": Method("smoa:SmoaConfig"),
-    "melora": Method("smoa:SmoaConfig", {"partition": "contiguous", "modulation": "none"}),
-    "lora": Method("peft:LoraConfig"),
-    "rslora": Method("peft:LoraConfig", {"use_rslora": True}),
-    "dora": Method("peft:LoraConfig", {"use_dora": True}),
-    "pissa": Method("peft:LoraConfig", {"init_lora_weights": "pissa"}),
+PRESETS: dict[str, Method] = {
+    "melora": Method("smoa", {"partition": "contiguous", "modulation": "none"}),
+    "rslora": Method("lora", {"use_rslora": True}),
+    "dora": Method("lora", {"use_dora": True}),
+    "pissa": Method("lora", {"init_lora_weights": "pissa"}),
     "corda": Method(
-        "peft:LoraConfig",
-        {"init_lora_weights": "corda", "corda_config": CordaConfig(corda_method="kpm")},
-        loads=False,
+        "lora", {"init_lora_weights": "corda", "corda_config": CordaConfig(corda_method="kpm")}, loads=False
     ),
-    "lora-reduced": Method("peft:LoraConfig", then="peft.tuners.lora.intruders:reduce_intruder_dimension"),
-    "hira": Method("peft:HiraConfig"),
-    "gralora": Method("peft:GraloraConfig"),
-    "loha": Method("peft:LoHaConfig"),
-    "adalora": Method("peft:AdaLoraConfig"),
-    "osf": Method("peft:OSFConfig"),
+    "lora-reduced": Method("lora", then="peft.tuners.lora.intruders:reduce_intruder_dimension"),
     "full": Method(None),
 }
+BUDGET_KEYS: dict[str, str | None] = {
+    "adalora": "init_r",
+    "boft": "boft_block_size",
+    "c3a": "block_size",
+    "fourierft": "n_frequency",
+    "oft": "oft_block_size",
+    "osf": "effective_rank",
+    "tinylora": "u",
+    "unilora": "theta_d_length",
+    "waveft": "n_frequency",
+}
+"""Where it is another key than ``r``."""
+REFUSED = {
+    "poly": "chooses among its parameters by task ids, which rows here don't have",
+    "shadow": "trains a second model beside the base, with a loss of its own",
+    "xlora": "mixes adapters that were trained before",
+}
+"""Methods of PEFT that no run can train, and why."""
+PROMPTS = "trains virtual tokens before the text: losses here are read at the text's own places, and it can't be merged"
+
+
+def find_method(name: str) -> Method:
+    """The method of this name, a preset's or PEFT's own in any case: ``lora``, ``SHiRA``, ``dora``.
+
+    Raises:
+        ConfigError: there is none in the installed PEFT, or it is one that can't be trained here.
+    """
+    key = name.lower()
+    if key in PRESETS:
+        return PRESETS[key]
+    found = _config_classes().get(key)
+    if found is None:
+        names = method_names()
+        near = nearest(name, names).partition("; choose")[0]
+        raise ConfigError(
+            f"method: there is no method {name!r}{near or ';'} PEFT {peft.__version__} and smoa have "
+            f"{', '.join(names)}; a newer PEFT may have more"
+        )
+    if (reason := _refusal(key, found)) is not None:
+        raise ConfigError(f"method: {key} {reason}; choose another method")
+    return Method(key)
+
+
+def method_names() -> list[str]:
+    """All methods that a run can name."""
+    trained = (name for name, found in _config_classes().items() if _refusal(name, found) is None)
+    return sorted({*PRESETS, *trained})
+
+
+def _config_classes() -> dict[str, type[PeftConfig]]:
+    return {kind.value.lower(): found for kind, found in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+
+
+def _refusal(name: str, found: type[PeftConfig]) -> str | None:
+    return PROMPTS if issubclass(found, PromptLearningConfig) else REFUSED.get(name)

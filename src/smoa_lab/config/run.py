@@ -23,6 +23,7 @@ from smoa_lab.basics.extras import import_package
 from smoa_lab.basics.foreign import foreign_warnings_ignored
 from smoa_lab.basics.plain import without_secrets
 from smoa_lab.basics.section import Section, Seed
+from smoa_lab.config.methods import MethodName
 from smoa_lab.config.validation import Problem, all_problems
 from smoa_lab.config.yaml_text import apply_overrides, key_lines, parse_yaml, to_yaml
 from smoa_lab.data.files import HubRows
@@ -177,7 +178,7 @@ class RunConfig(Section):
     """
 
     model: ModelSection
-    method: str = "smoa"
+    method: MethodName = "smoa"
     adapter: dict[str, Any] = Field(default={})
     forgetting: ForgettingSection = ForgettingSection()
     training: dict[str, Any]

@@ -24,7 +24,7 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 from smoa.errors import ConfigError, DataError, nearest
 from smoa_lab.basics.extras import install
 from smoa_lab.basics.foreign import foreign_warnings_ignored
-from smoa_lab.config.methods import METHODS
+from smoa_lab.config.methods import find_method
 from smoa_lab.data.tasks import find_task
 
 RANGES: dict[str, Any] = {
@@ -98,15 +98,17 @@ def _task_problems(values: dict[str, Any]) -> Iterable[Problem]:
 
 def _method_problems(values: dict[str, Any]) -> Iterable[Problem]:
     name, adapter = str(values.get("method", "smoa")), values.get("adapter", {})
-    if name not in METHODS:
-        yield ("method",), f"there is no method {name!r}{nearest(name, METHODS)}"
+    try:
+        method = find_method(name)
+        config_class = method.config_class
+    except ConfigError as error:
+        yield ("method",), str(error).removeprefix("method: ")
         return
-    method = METHODS[name]
-    if method.config_class is None:
+    if config_class is None:
         if adapter:
             yield ("adapter",), f"method {name} trains all weights and takes no adapter keys"
     elif isinstance(adapter, dict):
-        problems = list(_dataclass_problems("adapter", method.config_class, adapter))
+        problems = list(_dataclass_problems("adapter", config_class, adapter))
         decided = method.preset.keys() & adapter.keys()
         problems += [(("adapter", key), f"is decided by method {name}; leave it out") for key in decided]
         yield from problems
@@ -181,7 +183,7 @@ def _quantization_problems(values: dict[str, Any]) -> Iterable[Problem]:
         return
     if str(model.get("name")).endswith(".gguf"):
         yield place, "a GGUF file is dequantized when loaded; name a model in float32 or bfloat16"
-    if values.get("method") == "full":
+    if str(values.get("method")).lower() == "full":
         yield ("method",), "full trains the weights, and quantized weights cannot be trained; choose an adapter"
     wanted = options[place[2]]
     if not isinstance(wanted, dict):

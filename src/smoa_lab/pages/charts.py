@@ -50,7 +50,7 @@ NAMES = {
 """What pictures call the methods."""
 
 MUTED = "#909498"
-"""What is not in the foreground, and methods without a color of their own."""
+"""What is not in the foreground, and methods without a color of their own, which differ in their lines."""
 
 INK = "currentColor"
 """Text and axes: the color of the page's text, black in a file."""

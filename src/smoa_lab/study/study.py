@@ -10,6 +10,7 @@ from pydantic import AfterValidator, AliasChoices, Field, PositiveFloat, field_v
 
 from smoa.errors import ConfigError, DataError
 from smoa_lab.basics.section import Section, Seed
+from smoa_lab.config.methods import MethodName
 from smoa_lab.config.run import DataSection
 
 
@@ -30,7 +31,7 @@ class Entry(Section):
     and ``model`` are laid over the shared blocks. ``sweep`` replaces the study's, for methods that need other rates.
     """
 
-    method: str
+    method: MethodName
     adapter: dict[str, Any] = Field(default={})
     learning_rate: float = Field(gt=0)
     budget: str = "all"
@@ -51,7 +52,7 @@ class Between(Section):
 class First(Between):
     """How the first task is trained. ``model``, ``task`` and ``training`` are laid over the shared blocks."""
 
-    method: str = "full"
+    method: MethodName = "full"
     adapter: dict[str, Any] = Field(default={})
     learning_rate: float = Field(gt=0)
     seed: Seed = 0

@@ -16,7 +16,7 @@ from peft.tuners.lora.corda import preprocess_corda
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from smoa.errors import ConfigError, nearest
-from smoa_lab.config.methods import METHODS
+from smoa_lab.config.methods import find_method
 from smoa_lab.data.tasks import find_task, load_task
 from smoa_lab.scoring.evaluation import text_length, whole_text
 
@@ -26,12 +26,13 @@ REDUCED = "reduced"
 
 
 def check_adapter(empty: PreTrainedModel, method: str, adapter: dict[str, Any]) -> None:
-    """Try the adapter on the base model without its weights, so that a mistake is found before they are loaded.
+    """Try the adapter on the base model without its weights, so that a mistake is found before they are loaded. Some
+    methods look at weights when they start, and are tried with them.
 
     Raises:
         ConfigError: a name matches no layer, PEFT refuses the adapter, or there is nothing to train.
     """
-    peft_config: Any = METHODS[method].peft_config(adapter)
+    peft_config: Any = find_method(method).peft_config(adapter)
     if peft_config is None:
         return
     _check_names([path for path, _ in empty.named_modules() if path], adapter)
@@ -40,7 +41,10 @@ def check_adapter(empty: PreTrainedModel, method: str, adapter: dict[str, Any]) 
     peft_config.task_type = None  # what a head needs does not matter
     with _explained(), warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")  # they come again with the weights
-        model = get_peft_model(empty, peft_config, low_cpu_mem_usage=True)
+        try:
+            model = get_peft_model(empty, peft_config, low_cpu_mem_usage=True)
+        except RuntimeError:  # of PyTorch: a value of a tensor without data
+            return
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("adapter: trains nothing; leave inference_mode out, and name layers that the method supports")
 
@@ -64,7 +68,7 @@ def _explained() -> Iterator[None]:
     """What PEFT refuses as a ConfigError."""
     try:
         yield
-    except (ValueError, TypeError, re.error) as error:
+    except (ValueError, TypeError, KeyError, NotImplementedError, re.error) as error:
         raise ConfigError(f"adapter: {shorten(str(error), 1000)}") from error
 
 
@@ -85,7 +89,7 @@ def with_adapter(
         ConfigError: PEFT refuses the adapter, or CorDA was given no ``target_modules``.
         DataError: the passages cannot be loaded.
     """
-    peft_config = METHODS[method].peft_config(adapter)
+    peft_config = find_method(method).peft_config(adapter)
     if peft_config is None:
         return base
     if method == "corda":
@@ -96,7 +100,7 @@ def with_adapter(
 
 def after_training(model: Any, method: str) -> None:
     """Change a trained model as its method says: ``lora-reduced`` scales its intruder dimensions down (2410.21228)."""
-    reduce = METHODS[method].after
+    reduce = find_method(method).after
     if reduce is None:
         return
     # PEFT puts the reduced factors into a second adapter; here they replace the trained ones.

@@ -41,7 +41,7 @@ from smoa_lab.basics.extras import import_package, require
 from smoa_lab.basics.foreign import foreign_warnings_ignored
 from smoa_lab.basics.plain import Unsaved, names_secret
 from smoa_lab.basics.positions import check_positions
-from smoa_lab.config.methods import METHODS
+from smoa_lab.config.methods import find_method
 from smoa_lab.config.run import RowsSection, RunConfig
 from smoa_lab.data.chat_templates import set_chat_template, stop_at_turns_end
 from smoa_lab.data.encoding import Encoder, Tokens
@@ -147,7 +147,7 @@ class LoadedRun:
                 f"data.{key}: {getattr(data, key)} of the {what} are none, and training.eval_strategy needs some; "
                 f"raise it, give more {what}, or leave eval_strategy out"
             )
-        wanted = METHODS[self.config.method].peft_config(self.config.adapter)
+        wanted = find_method(self.config.method).peft_config(self.config.adapter)
         if getattr(wanted, "target_modules", None) is not None:  # PEFT's defaults for a model leave the head out
             head = self.base.get_output_embeddings()
             name = next((name for name, module in self.base.named_modules() if module is head), None)

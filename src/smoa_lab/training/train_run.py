@@ -15,7 +15,7 @@ from smoa.layers.distributed import from_rank_zero
 from smoa_lab.base_models import described_base, empty_model, training_needs, with_rate
 from smoa_lab.basics.extras import require
 from smoa_lab.basics.plain import portable, without_secrets
-from smoa_lab.config.methods import METHODS
+from smoa_lab.config.methods import find_method
 from smoa_lab.config.run import RunConfig
 from smoa_lab.pages.run_card import run_card, samples_text
 from smoa_lab.scoring.evaluation import Forgetting
@@ -36,7 +36,7 @@ def train(config: RunConfig, run: LoadedRun | None = None) -> dict[str, Any]:
             it, the adapter does not fit the model, or the method saves nothing that PEFT can load.
         DataError: model or data cannot be loaded, or a package is missing.
     """
-    if not METHODS[config.method].loads:
+    if not find_method(config.method).loads:
         raise ConfigError(
             f"method: {config.method} changes the base model, so PEFT could not load the saved adapter; it is for "
             "`smoa compare` and `smoa tune`, which save none"
@@ -113,7 +113,7 @@ def _save(run: LoadedRun, folder: RunFolder, model: Any, state: Any, metrics: di
     with new_files(folder.adapter) as temporary:
         model.save_pretrained(temporary, state_dict=state)
         run.tokenizer.save_pretrained(temporary)
-        if METHODS[method].config is not None:  # else it is a whole model
+        if method != "full":
             saved, base = PeftConfig.from_pretrained(str(temporary)), described_base(run.config.model.name)
             card = run_card(folder.path.resolve().name, saved, base, metrics)
             (temporary / "README.md").write_text(card, encoding="utf-8")

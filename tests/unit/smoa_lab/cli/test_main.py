@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -84,5 +85,19 @@ def test_help_texts_are_shown_in_full() -> None:
     found = list(commands(typer.main.get_command(app)))
     assert len(found) > 10
     for command in found:
-        for text in (command.help, *(getattr(option, "help", None) for option in command.params)):
+        for text in (command.help, command.epilog, *(getattr(option, "help", None) for option in command.params)):
             assert Text.from_markup(text or "").plain == (text or "")
+
+
+def test_every_command_has_an_example_that_it_takes() -> None:
+    app_command: Any = typer.main.get_command(app)
+    for command in commands(app_command):
+        if getattr(command, "commands", None) or command.name == "run":
+            continue
+        opening, smoa_name, *words = shlex.split(command.epilog)
+        assert (opening, smoa_name) == ("Example:", "smoa")
+        chosen: Any = app_command
+        while getattr(chosen, "commands", None):
+            chosen, *words = chosen.commands[words[0]], *words[1:]
+        assert chosen is command
+        chosen.make_context(command.name, words)  # raises for an option or a value that it does not have

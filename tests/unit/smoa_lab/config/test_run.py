@@ -6,19 +6,16 @@ import re
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
-from packaging.version import Version
-from peft import PeftConfig
+from peft import IA3Config, PeftConfig
 from transformers import TrainingArguments
 from trl import DPOConfig, SFTConfig
 
 from smoa import ConfigError, SmoaConfig
-from smoa_lab.config.methods import METHODS, Method
+from smoa_lab.config.methods import Method, find_method, method_names
 from smoa_lab.config.run import ModelSection, adapter_rate, check_config, load_config, native_dtype
 from smoa_lab.config.yaml_text import apply_overrides, key_lines, parse_yaml, to_yaml
-from tests.support.peft_versions import METHODS_SINCE, installed
 
 ROWS = """
 model: {name: base}
@@ -286,27 +283,47 @@ def test_a_block_may_be_referred_to(file: Path) -> None:
     assert parse_yaml("a: &a {x: [1]}\nb: *a\nc: {<<: *a, y: 2}", file)["c"] == {"x": [1], "y": 2}
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_every_method_makes_a_config_for_causal_language_models_or_is_refused_by_name(name: str) -> None:
-    block = {"target_modules": ["q_proj"], **({"total_step": 10} if name == "adalora" else {})}
-    if installed() < Version(METHODS_SINCE.get(name, "0")):
-        with pytest.raises(ConfigError, match=rf" is not in PEFT {re.escape(peft.__version__)}; run: pip install -U"):
-            METHODS[name].peft_config(block)
-        return
-    config = METHODS[name].peft_config(block)
+@pytest.mark.parametrize("name", method_names())
+def test_every_method_makes_a_config_for_causal_language_models(name: str) -> None:
+    config = find_method(name).peft_config({"total_step": 10} if name == "adalora" else {})
     if name == "full":
-        assert config is METHODS[name].config_class is None
+        assert config is find_method(name).config_class is None
     else:
         assert isinstance(config, PeftConfig)
         assert config.task_type == "CAUSAL_LM"
 
 
+def test_a_method_of_peft_is_found_by_its_name_in_any_case() -> None:
+    assert find_method("IA3").config_class is IA3Config
+    assert find_method("DoRA") is find_method("dora")
+    assert (find_method("waveft").budget_key, find_method("lora").budget_key) == ("n_frequency", "r")
+    assert find_method("ia3").budget_key is find_method("full").budget_key is None
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "smao",
+            r"method: there is no method 'smao'; did you mean 'smoa'\? PEFT .* and smoa have adalora, .*, waveft; ",
+        ),
+        ("???", r"no method '\?\?\?'; PEFT .* have adalora, "),
+        ("prompt_tuning", "method: prompt_tuning trains virtual tokens before the text.*choose another"),
+        ("poly", "method: poly chooses among its parameters by task ids"),
+    ],
+)
+def test_a_method_that_no_run_can_train_is_refused(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        find_method(name)
+    assert name not in method_names()
+
+
 def test_what_the_installed_peft_cannot_do_after_training_is_refused_before() -> None:
     with pytest.raises(ConfigError, match=r"reduce_all is not in PEFT \d"):
-        _ = Method("peft:LoraConfig", then="peft.tuners.lora.no_module:reduce_all").config_class
+        _ = Method("lora", then="peft.tuners.lora.no_module:reduce_all").config_class
 
 
 def test_a_preset_wins_over_the_block_and_the_block_over_the_task_type() -> None:
-    config = METHODS["melora"].peft_config({"partition": "spectral", "task_type": "SEQ_CLS"})
+    config = find_method("melora").peft_config({"partition": "spectral", "task_type": "SEQ_CLS"})
     assert isinstance(config, SmoaConfig)
     assert (config.partition, config.modulation, config.task_type) == ("contiguous", "none", "SEQ_CLS")

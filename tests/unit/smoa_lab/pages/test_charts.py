@@ -10,9 +10,10 @@ from xml.etree import ElementTree
 import altair as alt
 import numpy as np
 import pytest
+from packaging.version import Version
 from PIL import Image
 
-from smoa_lab.config.methods import METHODS
+from smoa_lab.config.methods import find_method
 from smoa_lab.pages.charts import (
     DASHES,
     INK,
@@ -27,6 +28,7 @@ from smoa_lab.pages.charts import (
     specification,
     values,
 )
+from tests.support.peft_versions import OF_NEWER_PEFT, installed
 
 # Machado, Oliveira and Fernandes (2009), severity 1, on linear RGB.
 SIGHT = {
@@ -62,10 +64,13 @@ def contrast(one: str, other: str) -> float:
     return float(light[1] / light[0])
 
 
-def test_every_method_has_a_color_and_others_are_muted() -> None:
-    of_studies = {name for name in METHODS if name.startswith("smoa-shared-")}  # studies/shared_partition.py adds them
-    assert PALETTE.keys() == NAMES.keys() == METHODS.keys() - of_studies
-    assert color_of("a method of tomorrow") == MUTED
+def test_colors_are_of_methods_and_all_others_are_muted_and_differ_in_their_lines() -> None:
+    for name in PALETTE.keys() - {name for name, since in OF_NEWER_PEFT.items() if installed() < Version(since)}:
+        find_method(name)
+    others = {"a": "ia3", "b": "shira", "c": "a method of tomorrow"}
+    assert {color_of(method) for method in others.values()} == {MUTED}
+    assert dashes(others).to_dict()["scale"]["range"] == list(DASHES[:3])
+    assert PALETTE.keys() == NAMES.keys()
 
 
 @pytest.mark.parametrize("sight", SIGHT)

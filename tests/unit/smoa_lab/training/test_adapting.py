@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from smoa.errors import ConfigError
 from smoa_lab.base_models import empty_model
-from smoa_lab.config.methods import METHODS
+from smoa_lab.config.methods import PRESETS
 from smoa_lab.config.run import ModelSection
 from smoa_lab.data.rows import question
 from smoa_lab.inspect import adapted_layers
@@ -100,12 +100,9 @@ def test_an_adapter_that_does_not_fit_the_model_is_refused_without_its_weights(
         check_adapter(empty, method, adapter)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_an_adapter_of_each_method_that_fits_is_taken(method: str, empty: Any) -> None:
-    own = {"adalora": {"total_step": 9}, "full": {}}
-    check_adapter(
-        empty, method, {} if method == "full" else {"target_modules": ["self_attn.q_proj"], **own.get(method, {})}
-    )
+@pytest.mark.parametrize("method", PRESETS)
+def test_an_adapter_of_each_preset_that_fits_is_taken(method: str, empty: Any) -> None:
+    check_adapter(empty, method, {} if method == "full" else {"target_modules": ["self_attn.q_proj"]})
     assert all(parameter.is_meta for parameter in empty.parameters())
 
 

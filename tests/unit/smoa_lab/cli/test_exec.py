@@ -1,4 +1,4 @@
-"""`smoa run`: what it is for is that smoa was imported before the tool starts."""
+"""`smoa exec`: what it is for is that smoa was imported before the tool starts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_script_runs_as_python_runs_it_with_smoa_known_to_peft_and_nothing_els
     """Whatever other libraries warn of as they are imported; a command that fails prints one line."""
     (tmp_path / "beside.py").write_text("VALUE = 42\n")
     (tmp_path / "script.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "smoa_lab", "run", str(tmp_path / "script.py"), "--help", "-x", "1"]
+    command = [sys.executable, "-m", "smoa_lab", "exec", str(tmp_path / "script.py"), "--help", "-x", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.stdout, done.returncode) == ("SMOA 42 --help -x 1 __main__\n", 3)
     assert re.fullmatch(r"error: nothing: contains no adapter.*\n", done.stderr)
@@ -37,14 +37,23 @@ def test_a_script_runs_as_python_runs_it_with_smoa_known_to_peft_and_nothing_els
 
 def test_a_command_gets_its_own_options(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", sys.argv)  # which the command replaces
-    done = CliRunner().invoke(app, ["run", "accelerate", "env", "--help"])
+    done = CliRunner().invoke(app, ["exec", "accelerate", "env", "--help"])
     assert done.exit_code == 0, done.stderr
     assert "--config_file" in done.stdout
 
 
 def test_what_is_neither_command_nor_script_is_named() -> None:
     for tool, rule in {"no-such-tool": "is not a command", "nowhere.py": "no such file"}.items():
-        done = CliRunner().invoke(app, ["run", tool])
+        done = CliRunner().invoke(app, ["exec", tool])
         assert done.exit_code == 1
         assert tool in done.stderr
         assert rule in done.stderr
+
+
+def test_its_earlier_name_works_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "script.py").write_text("import sys; print(sys.argv[1:])")
+    done = CliRunner().invoke(app, ["run", str(tmp_path / "script.py"), "--help"])
+    assert done.stdout == "['--help']\n"
+    assert "earlier name of smoa exec" in CliRunner().invoke(app, ["run", "--help"]).stdout
