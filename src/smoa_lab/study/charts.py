@@ -116,7 +116,7 @@ def frontier(
         if before is not None:
             rule = alt.Chart(values([{"kept": before}])).mark_rule(color=MUTED, strokeDash=[2, 3])
             curves.append(rule.encode(y=y))
-        heading = alt.Title(entry, subtitle=f"dashed: {reference}" if others else "")
+        heading = alt.Title(entry, subtitle=f"hollow: {reference}" if others else "")
         panels.append(alt.layer(*curves).properties(width=FRONTIER, height=FRONTIER, title=heading))
     return alt.concat(*panels, columns=3)
 

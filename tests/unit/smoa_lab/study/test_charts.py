@@ -64,7 +64,7 @@ def test_every_entry_has_a_panel_beside_its_reference_and_every_run_is_a_point()
     known = [*runs("ours", [2.0, 1.0, 0.5], [3.0, 3.5, 4.0]), *runs("lora", [2.0, 1.25], [3.0, 4.0])]
     drawn = specification(frontier(known, TITLES, 2.9, {"ours": "lora", "lora": "lora"}))
     (panel,) = drawn["concat"]
-    assert (panel["title"]["text"], panel["title"]["subtitle"]) == ("ours", "dashed: lora")
+    assert (panel["title"]["text"], panel["title"]["subtitle"]) == ("ours", "hollow: lora")
     theirs, their_runs, line, points, own_runs, before = layers(panel, drawn)
     assert [len(one) for one in (their_runs, own_runs)] == [4, 6]
     assert {(one["entry"], one["learned"], one["kept"]) for one in theirs} == {("lora", 2.0, 3.0), ("lora", 1.25, 4.0)}
