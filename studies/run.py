@@ -45,8 +45,10 @@ def draw_swap() -> None:
         }
         rows.append({"entry": title, "method": "smoa", **ends, **words})
     told = "same number of parameters, learning rates tuned alike; filled: clear after correction for all comparisons"
-    title = alt.Title("Accuracy after the swap from LoRA to SMoA with its default scale", subtitle=told, offset=10)
-    picture = forest(rows, "SMoA's accuracy minus LoRA's (percentage points); right is better").properties(title=title)
+    heading = alt.Title("Accuracy after the swap from LoRA to SMoA with its default scale", subtitle=told, offset=10)
+    picture = forest(rows, "SMoA's accuracy minus LoRA's (percentage points); right is better").properties(
+        title=heading
+    )
     save_picture(picture, stored.STUDIES.parent / "docs" / "images" / "swap.png")
 
 
