@@ -80,9 +80,9 @@ def main() -> None:
         "commonsense": marked("scale-csqa", ("lora", "spectral-lora")),
     }
     for name, table in tables.items():
+        start, end = (text.index(f"<!-- {edge} {name} -->") for edge in ("begin", "end"))
         lines = table.markdown(["---"] * len(table.header))
-        pattern = rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)"
-        text = re.sub(pattern, lambda match, of=lines: f"{match[1]}\n{of}\n\n{match[2]}", text, flags=re.DOTALL)
+        text = f"{text[:start]}<!-- begin {name} -->\n\n{lines}\n\n{text[end:]}"
     PAGE.write_text(text, encoding="utf-8")
 
 
