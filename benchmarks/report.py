@@ -245,27 +245,26 @@ def draw_sweep(folder: Path) -> None:
 
 
 def draw_fleet(folder: Path) -> None:
-    """Draw the time of a batch of 32 rows, each with an adapter of its own, ÷ the base model's."""
+    """Draw the time of a batch of 32 rows, each with an adapter of its own, ÷ the base model's: of a token while
+    generating, where what the adapters share is kept, and of a prompt."""
     content = load("fleet")["fleet"]
-    eighth, equal = (content["cases"][f"names: 32 rows x 1 tokens, r = {r}, spectral, float32"] for r in (8, 64))
-    bars = {
-        "base model alone": ("", eighth["base"]),
-        "LoRA, r = 8: every token": ("lora", equal["lora 32"]),
-        "SMoA, as many parameters: first token": ("smoa", equal["32"]),
-        "SMoA, as many parameters: each further token": ("smoa", equal["kept 32"]),
-        "SMoA, ⅛ of the parameters: first token": ("smoa", eighth["32"]),
-        "SMoA, ⅛ of the parameters: each further token": ("smoa", eighth["kept 32"]),
-    }
-    rows = [{"name": name, "ratio": ratio, "label": f"{ratio:.1f}"} for name, (_, ratio) in bars.items()]
-    told = f"one token each, Llama of 4 layers and width 1024, float32, {content['provenance']['threads']} CPU threads"
+    methods = {"LoRA, r = 8": "lora", "SMoA, as many parameters": "smoa", "SMoA, ⅛ of the parameters": "smoa"}
+    panels = []
+    for title, tokens, key in (("a generated token", 1, "kept 32"), ("reading a prompt of 16 tokens", 16, "32")):
+        eighth, equal = (
+            content["cases"][f"names: 32 rows x {tokens} tokens, r = {r}, spectral, float32"] for r in (8, 64)
+        )
+        ratios = dict(zip(methods, (equal["lora 32"], equal[key], eighth[key]), strict=True))
+        rows = [{"name": name, "ratio": ratio, "label": f"{ratio:.1f}"} for name, ratio in ratios.items()]
+        x = alt.X("ratio:Q", title="time ÷ the base model's (1 is the base model; shorter is better)")
+        y = alt.Y("name:N", sort=None, title=None, axis=alt.Axis(ticks=False, domain=False, labelLimit=400))
+        chart = alt.Chart(values(rows)).encode(x=x.scale(domain=[0, 4]).axis(tickCount=4), y=y)
+        bars = chart.mark_bar(height=15).encode(color=colors(methods, "name"))
+        drawn = bars + chart.mark_text(align="left", dx=5).encode(text="label:N")
+        panels.append(drawn.properties(width=360, height=22 * len(rows), title=alt.Title(title, fontWeight="normal")))
+    told = f"Llama of 4 layers and width 1024, float32, {content['provenance']['threads']} CPU threads"
     heading = alt.Title("32 adapters in one batch", subtitle=told, offset=10)
-    chart = alt.Chart(values(rows)).encode(
-        x=alt.X("ratio:Q", title="time of a forward ÷ the base model's; shorter is better", axis=alt.Axis(tickCount=4)),
-        y=alt.Y("name:N", sort=None, title=None, axis=alt.Axis(ticks=False, domain=False, labelLimit=400)),
-    )
-    color = colors({name: method for name, (method, _) in bars.items()}, "name")
-    drawn = chart.mark_bar(height=15).encode(color=color) + chart.mark_text(align="left", dx=5).encode(text="label:N")
-    save_picture(drawn.properties(width=360, height=22 * len(bars), title=heading), folder / "fleet.png")
+    save_picture(alt.vconcat(*panels, title=heading), folder / "fleet.png")
 
 
 def main() -> None:
