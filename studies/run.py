@@ -12,6 +12,7 @@ import argparse
 import json
 
 import altair as alt
+import phonebook
 import stored
 
 from smoa_lab.pages.charts import save_picture
@@ -64,6 +65,8 @@ def main() -> None:
         else:
             made = stored.comparison(name)
             report(made.study, made.runner)
+    if any(name.startswith("phonebook") for name in given.names) or given.report_only:
+        phonebook.report(stored.STUDIES)
     if given.report_only and not given.names:
         draw_swap()
 
