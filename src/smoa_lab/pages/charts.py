@@ -71,6 +71,11 @@ def color_of(method: str) -> str:
     return PALETTE.get(method, MUTED)
 
 
+def dash_of(methods: Mapping[str, str]) -> dict[str, list[int]]:
+    """The line of each entry: they differ in gray too."""
+    return dict(zip(methods, cycle(DASHES), strict=False))
+
+
 def colors(methods: Mapping[str, str], field: str = "entry", legend: bool = False) -> alt.Color:
     """The encoding of ``field``, whose values are the keys, by the color of each one's method."""
     scale = alt.Scale(domain=list(methods), range=[color_of(method) for method in methods.values()])
@@ -79,7 +84,8 @@ def colors(methods: Mapping[str, str], field: str = "entry", legend: bool = Fals
 
 def dashes(methods: Mapping[str, str], field: str = "entry", legend: bool = False) -> alt.StrokeDash:
     """The encoding of ``field`` by line, to go with :func:`colors`, and in one legend with it."""
-    scale = alt.Scale(domain=list(methods), range=[dash for dash, _ in zip(cycle(DASHES), methods, strict=False)])
+    lines = dash_of(methods)
+    scale = alt.Scale(domain=list(lines), range=list(lines.values()))
     return alt.StrokeDash(f"{field}:N", scale=scale, legend=_legend() if legend else None)
 
 
