@@ -1,4 +1,4 @@
-"""The charts of one run: loss and learning rate by step, accuracies, and what was learned and forgotten."""
+"""The charts of one run: loss by step, accuracies, and what was learned and forgotten."""
 
 from __future__ import annotations
 
@@ -58,23 +58,6 @@ def _held_out(evaluation: Evaluation, last_step: int) -> Iterator[dict[str, Any]
         scores = evaluation.get(stage, {}).get("all", {})
         if scores.get("loss") is not None:
             yield {"step": step, "loss": scores["loss"], "data": HELD_OUT}
-
-
-def learning_rate(history: History, method: str) -> Any | None:
-    """The learning rate by step; None if it was not logged."""
-    points = [entry for entry in history if "learning_rate" in entry]
-    if not points:
-        return None
-    shown = alt.Chart(values({key: point[key] for key in ("step", "learning_rate")} for point in points))
-    return (
-        shown.mark_line(color=color_of(method), point=alt.OverlayMarkDef(size=24, color=color_of(method)))
-        .encode(
-            x=alt.X("step:Q", title="optimizer step", axis=alt.Axis(tickMinStep=1, grid=False)),
-            y=alt.Y("learning_rate:Q", title="learning rate", axis=alt.Axis(format="~g", tickCount=4)),
-            tooltip=tooltip(step="d", learning_rate="~g"),
-        )
-        .properties(width=WIDTH - 80, height=110)
-    )
 
 
 def accuracies(evaluation: Evaluation, method: str) -> Any | None:
