@@ -101,13 +101,15 @@ def verify(
             "as http://localhost:8000/v1; may be repeated. merged if left out."
         ),
     ] = None,
-    served_name: Annotated[str | None, typer.Option(help="The adapter's name at the server; its folder's.")] = None,
+    served_name: Annotated[
+        str | None, typer.Option(help="Adapter's name at the server; by default its folder's.")
+    ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens that a server is asked for, for each prompt.")] = 16,
     base: Base = None,
     trust_remote_code: TrustRemoteCode = False,
     json: AsJson = False,
 ) -> None:
-    """Check on ten prompts that a merged model, a LoRA or a server says what the adapter says."""
+    """Check on ten prompts that a merged model, a LoRA or a server answers as the adapter does."""
     with reporting():
         from smoa_lab.verify import verify as compared
 
