@@ -75,8 +75,8 @@ def budget_choices(model: str, amount: str, targets: tuple[str, ...], trust_remo
 
 @dataclass(frozen=True)
 class Sized:
-    """A method at a budget: ``adapter`` holds the key that sets its size, ``parameters`` is what it then trains (None: not
-    known). ``note`` says what keeps it from the budget."""
+    """A method at a budget: ``adapter`` holds the key that sets its size, ``parameters`` is what it then trains or None.
+    ``note`` says what keeps it from the budget."""
 
     method: str
     adapter: dict[str, int] = field(default_factory=dict)
