@@ -75,7 +75,7 @@ def budget_choices(model: str, amount: str, targets: tuple[str, ...], trust_remo
 
 @dataclass(frozen=True)
 class Sized:
-    """A method at a budget: ``adapter`` holds the key that sets its size, ``parameters`` is what it then trains or None.
+    """A method at a budget: ``adapter`` holds the key that sets its size, ``parameters`` is what it trains, if known.
     ``note`` says what keeps it from the budget."""
 
     method: str

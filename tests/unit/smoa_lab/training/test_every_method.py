@@ -27,6 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, of sin
 OWN: dict[str, dict[str, Any]] = {
     "adalora": {"total_step": 9},
     "adaption_prompt": {"adapter_len": 4, "adapter_layers": 1, "target_modules": None},
+    "bone": {"r": 8},
     "c3a": {"block_size": 16},
     "fourierft": {"n_frequency": 64},
     "frod": {"progressbar": False},
