@@ -1,4 +1,4 @@
-"""Writes docs/results.md from the stored results of studies, runs and inspections, and the pictures of the latter.
+"""Writes docs/results.md from the stored results of studies, runs and inspections, and the tables of docs/verdict.md.
 
     python studies/results_page.py
 
@@ -16,6 +16,7 @@ from typing import Any
 
 import headroom
 import stored
+import verdict_tables
 
 from smoa_lab.inspect_page import by_layer
 from smoa_lab.pages.charts import save_picture
@@ -73,6 +74,8 @@ def main(docs: Path = DOCS, studies: Path = stored.STUDIES) -> None:
     parts += [inspection(path) for path in sorted(docs.glob("inspections/*.json"))]
     text = "\n".join([INTRODUCTION, *(parts or [NOTHING])])
     (docs / "results.md").write_text(text, encoding="utf-8")
+    if (docs / "verdict.md").is_file():
+        verdict_tables.write(docs / "verdict.md", studies)
 
 
 def study(folder: Path) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import altair as alt
+import phonebook
 import results_page
 import stored
 
@@ -68,6 +69,8 @@ def main() -> None:
         elif name not in stored.LARGER:
             made = stored.comparison(name)
             report(made.study, made.runner)
+    if any(name.startswith("phonebook") for name in given.names) or given.report_only:
+        phonebook.report(stored.STUDIES)
     if given.report_only and not given.names:
         draw_recall()
         for file in sorted(results_page.DOCS.glob("inspections/*.json")):

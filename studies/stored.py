@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import phonebook
 import random_pairs
 import shared_partition
 from transformers.utils import logging as transformers_logging
@@ -25,6 +26,7 @@ OTHERWISE = {
         *random_pairs.sizes(512),
         *("tuning.max_runs=5", "tuning.refine=true", "references=[smoa-k8, lora-r2, lora-r4]", "seeds=[10, 11, 12]"),
     ),
+    **{f"phonebook-{count}": ("phonebook", *phonebook.sizes(count)) for count in (128, 256, 512, 1024, 2048)},
     "recall-gemma-256": ("recall-gemma", *random_pairs.sizes(256)),
 }
 """Studies that are another one's file with changes: that file and the changes."""
@@ -48,6 +50,10 @@ def comparison(name: str) -> Comparison:
     runner: Runner | None = None
     if config.startswith("recall"):
         runner = random_pairs.runner_of(study)
+    elif config == "phonebook":
+        runner = phonebook.PhoneBook(study.shared)
+        if name != phonebook.SEARCHED:
+            study = phonebook.at_searched_rates(study, comparison(phonebook.SEARCHED))
     elif config == "partition-headlines":
         runner = shared_partition.SharedPartitionRunner(study.shared, study.other_domain)
     return Comparison(study, runner)

@@ -74,11 +74,18 @@ def base_name(adapter: Path, base: str | None = None) -> str:
 
 
 def base_section(adapter: Path, base: str | None = None, trust_remote_code: bool = False) -> ModelSection:
-    """How to load the adapter's base: ``base``, or the recorded one in the recorded revision, in float32.
+    """How to load the adapter's base: ``base``, or the recorded one in the recorded revision, in float32; the base of a
+    run that quantized it while loading as that run did.
 
     Raises:
         ConfigError: the config records none, or is damaged.
     """
+    run = RunFolder(adapter.parent).config
+    quantizes = adapter.name == RunFolder(adapter.parent).adapter.name and run.is_file()
+    if base is None and quantizes and "quantization_config" in run.read_text(encoding="utf-8", errors="replace"):
+        model = load_config(run, trust_remote_code=trust_remote_code).model
+        if "quantization_config" in model.options:
+            return model
     name = base_name(adapter, base)
     revision = recorded_revision(adapter_config(adapter), name)
     options = {} if revision is None else {"revision": revision}

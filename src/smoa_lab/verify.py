@@ -11,21 +11,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from peft import PeftModel
 from peft.utils import CONFIG_NAME
+from rich.filesize import decimal
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 
 from smoa.errors import ConfigError, DataError
+from smoa.export.checkpoint import class_name, resize_as_saved
 from smoa_lab.base_models import load_base_model
 from smoa_lab.config.run import ModelSection
 from smoa_lab.data.general_text import STORY, passages
-from smoa_lab.open_run import adapter_of_run, base_section
+from smoa_lab.open_run import adapter_config, adapter_of_run, base_section
 
 PROMPTS, WORDS = 10, 24
 """How many prompts there are, and how long each is."""
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """What rounding may change of a logit, relative to the largest one."""
 SERVED = 1e-2
 """What may lie between the two best logits where a server, whose dtype is not known, takes the other one."""
@@ -67,8 +71,11 @@ def verify(
     tokens: int = 16,
     base: str | None = None,
     trust_remote_code: bool = False,
+    trained: PreTrainedModel | None = None,
 ) -> list[Verdict]:
     """Compare an adapter, unmerged and in float32, with what it was made into, on ten prompts.
+
+    Saved models are loaded one at a time, after the base is freed.
 
     Args:
         place: Folder of an adapter of any method, or of a run.
@@ -78,6 +85,7 @@ def verify(
         tokens: How many of them a server is asked for.
         base: The base model, if not the recorded one.
         trust_remote_code: Whether repositories of models may run their own code.
+        trained: The adapted model that was saved, if it is still in memory; it is compared too.
 
     Raises:
         ConfigError: there is no adapter, or a target is none of these things.
@@ -85,7 +93,9 @@ def verify(
     """
     source = adapter_of_run(place)
     kinds = [(target, _kind(target)) for target in targets]
-    model, tokenizer = load_base_model(base_section(source, base, trust_remote_code))
+    section = base_section(source, base, trust_remote_code)
+    model, tokenizer = load_base_model(section)
+    resize_as_saved(model, source)
     prompts = [" ".join(text.split()[:WORDS]) for text in passages(STORY)[:PROMPTS]]
     ids = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in prompts]
     before = _logits(model, ids)
@@ -93,34 +103,60 @@ def verify(
     answers = [_greedy(model, each, tokens)[0] for each in ids] if asks else []
     adapted: Any = PeftModel.from_pretrained(model, str(source)).eval()
     own = _logits(adapted, ids)
+    computed = section.dtype if getattr(model, "hf_quantizer", None) is None else "bfloat16"  # as its kernels do
     largest = float(own.abs().max())
     changed = float((own - before).abs().max()) / largest
     verdicts = [Verdict("base", 0.0, 0.0, f"the adapter changes logits by up to {changed:.1e}")]
     if not changed:
         verdicts = [Verdict("base", 1.0, 0.0, "the adapter changes nothing: untrained, or not applied")]
     name = served_name or (source.parent.name if source.name == "adapter" else source.resolve().name)
+
+    def compared(target: str, other: Tensor, *dtypes: str) -> Verdict:
+        difference = float((other - own).abs().max()) / largest
+        share = f"{difference / changed:.1%} of what the adapter changes" if changed else "the adapter changes nothing"
+        return Verdict(target, difference, max(TOLERANCE[dtype] for dtype in (computed, *dtypes)), share)
+
+    if trained is not None:
+        verdicts.append(compared("as trained", _logits(trained, ids), str(trained.dtype).removeprefix("torch.")))
+    found: dict[str, Verdict] = {}
     for target, kind in kinds:
         if kind == "server":
-            verdicts.append(_served(adapted, tokenizer, target, name, prompts, ids, answers, tokens))
-            continue
-        other, dtype = own, torch.float32
-        if kind == "merged":
+            found[target] = _served(adapted, tokenizer, target, name, prompts, ids, answers, tokens)
+        elif kind == "merged":
             adapted.merge_adapter()
-            other = _logits(adapted, ids)
+            found[target] = compared(target, _logits(adapted, ids))
             adapted.unmerge_adapter()
         elif kind == "adapter":
             adapted = PeftModel.from_pretrained(adapted.unload(), target)
-            other = _logits(adapted, ids)
+            found[target] = compared(target, _logits(adapted, ids))
             adapted = PeftModel.from_pretrained(adapted.unload(), str(source))
-        else:
-            saved, _ = load_base_model(ModelSection(name=target, trust_remote_code=trust_remote_code, dtype="float32"))
-            dtype = _dtype_of(target)
-            other = _logits(saved, ids)
-            del saved
-        difference = float((other - own).abs().max()) / largest
-        share = f"{difference / changed:.1%} of what the adapter changes" if changed else ""
-        verdicts.append(Verdict(target, difference, TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16]), share))
-    return verdicts
+    del model, adapted
+    for target in (target for target, kind in kinds if kind == "model"):
+        saved, _ = load_base_model(ModelSection(name=target, trust_remote_code=trust_remote_code, dtype="float32"))
+        found[target] = compared(target, _logits(saved, ids), _dtype_of(target))
+        del saved
+    return verdicts + [found[target] for target in targets]
+
+
+def verify_merged(
+    place: str | Path, folder: Path, base: str | None = None, trust_remote_code: bool = False
+) -> Verdict | str:
+    """What :func:`verify` says of a merged model that was just saved; or, as a text, why it can't be compared: it is no
+    language model, has no tokenizer, or in float32 doesn't fit into the memory that is free, for it may have been
+    merged tensor by tensor.
+
+    Raises:
+        DataError: the base or the merged model cannot be loaded.
+    """
+    if not class_name(adapter_config(adapter_of_run(place))).endswith("ForCausalLM"):
+        return "only language models can be"
+    if not any(folder.glob("tokenizer*")):
+        return "it has no tokenizer"
+    saved = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    needed = saved * 4 // getattr(torch, _dtype_of(str(folder))).itemsize
+    if needed > (free := psutil.virtual_memory().available):
+        return f"in float32 it takes {decimal(needed)} of memory, of which {decimal(free)} are free"
+    return verify(place, [str(folder)], base=base, trust_remote_code=trust_remote_code)[-1]
 
 
 def _kind(target: str) -> str:
@@ -137,11 +173,11 @@ def _kind(target: str) -> str:
     )
 
 
-def _dtype_of(folder: str) -> torch.dtype:
-    """In which dtype a model's weights are saved, by its config."""
+def _dtype_of(folder: str) -> str:
+    """In which dtype a model's weights are saved, by its config; bfloat16 for one that has no tolerance."""
     config = json.loads(Path(folder, MODEL_CONFIG_NAME).read_text(encoding="utf-8"))
-    found = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"), torch.float32)
-    return found if isinstance(found, torch.dtype) else torch.float32
+    found = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    return found if found in TOLERANCE else "bfloat16"
 
 
 @torch.no_grad()

@@ -48,7 +48,14 @@ def finished(overrides: list[str]) -> tuple[str, Path]:
 
 def test_the_demo_trains_scores_reloads_merges_and_says_where_things_lie(finished: tuple[str, Path]) -> None:
     output, run = finished
-    for said in ("before", "after", "trainable parameters", "they agree", str(run / "adapter")):
+    for said in (
+        "before",
+        "after",
+        "trainable parameters",
+        "agrees  as trained",
+        "agrees  merged",
+        str(run / "adapter"),
+    ):
         assert said in output
     assert {"adapter", "config.yaml", "metrics.json", "loss_curve.png", "loss_curve.svg", "train.log"} <= {
         file.name for file in run.iterdir()

@@ -8,16 +8,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
 
 from smoa import SmoaConfig
 from smoa_lab.cli.main import app
+from smoa_lab.merge import merge_run
+from smoa_lab.verify import verify
 from tests.support import lab
 
 Answer = Callable[[str], str]
@@ -66,6 +70,74 @@ def test_a_lora_that_lost_much_and_an_adapter_that_changes_nothing_are_told(adap
     result = invoke(tmp_path / "new")
     assert result.exit_code == 1
     assert "changes nothing" in result.output
+
+
+def test_the_trained_model_in_memory_is_compared_too(adapter: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(adapter.parent / "base")
+    trained: Any = PeftModel.from_pretrained(base, str(adapter))
+    _, same, merged = verify(adapter, ["merged"], trained=trained.base_model.model)
+    assert (same.target, same.agrees, merged.agrees) == ("as trained", True, True)
+    with torch.no_grad():
+        next(p for name, p in trained.named_parameters() if "smoa_B" in name).mul_(1.1)
+    assert not verify(adapter, [], trained=trained.base_model.model)[1].agrees
+
+
+def merge(*arguments: object) -> Any:
+    return CliRunner().invoke(app, ["merge", *map(str, arguments)], catch_exceptions=False)
+
+
+def test_a_merge_is_compared_with_its_adapter_unless_told_otherwise(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = merge(adapter, tmp_path / "merged")
+    assert done.exit_code == 0, done.output
+    assert f"agrees  {tmp_path / 'merged'}: largest difference " in done.stdout
+    told = json.loads(merge(adapter, tmp_path / "halved", "--dtype", "bfloat16", "--json").stdout)["verified"]
+    assert (told["agrees"], told["allowed"]) == (True, 5e-2)
+    assert told["difference"] > 1e-4
+    done = merge(adapter, tmp_path / "unseen", "--no-verify")
+    assert (done.exit_code, done.stdout.splitlines()[-1]) == (0, "Not compared with the adapter: --no-verify.")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    done = merge(adapter, tmp_path / "large")
+    assert done.exit_code == 0
+    assert "Not compared with the adapter: in float32 it takes" in done.stdout
+    assert "of which 1.0 kB are free" in done.stdout
+
+
+def test_a_merge_that_went_wrong_is_kept_and_told(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(*arguments: Any) -> Any:
+        export = merge_run(*arguments)
+        AutoModelForCausalLM.from_pretrained(adapter.parent / "base").save_pretrained(export.folder)
+        return export
+
+    monkeypatch.setattr("smoa_lab.merge.merge_run", wrong)
+    done = merge(adapter, tmp_path / "merged")
+    assert done.exit_code == 1
+    assert "DIFFERS" in done.stdout
+    assert "100.0% of what the adapter changes" in done.stdout
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+def test_an_adapter_with_new_tokens_is_merged_and_compared(tmp_path: Path) -> None:
+    base = lab.saved(lab.tiny_llama(259, 256), lab.byte_tokenizer(), tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(264, mean_resizing=False)
+    config = SmoaConfig(r=4, num_blocks=2, target_modules=["q_proj"], init_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(model, config).save_pretrained(tmp_path / "wide", save_embedding_layers=True)
+    done = merge(tmp_path / "wide", tmp_path / "merged")
+    assert done.exit_code == 0, done.output
+    assert "agrees  " in done.stdout
+
+
+def test_what_is_no_language_model_is_merged_without_a_comparison(tmp_path: Path) -> None:
+    base = lab.saved(lab.tiny_llama(259, 256), lab.byte_tokenizer(), tmp_path / "base")
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    config = SmoaConfig(r=4, num_blocks=2, target_modules=["q_proj"], init_weights=False, task_type="SEQ_CLS")
+    get_peft_model(model, config).save_pretrained(tmp_path / "classes")
+    done = merge(tmp_path / "classes", tmp_path / "merged")
+    assert (done.exit_code, "only language models" in done.stdout) == (0, True)
 
 
 @contextmanager

@@ -144,17 +144,22 @@ class BaseCheckpoint:
             dtype="auto",
             ignore_mismatched_sizes=config.num_labels != self.own_config().num_labels,  # the adapter has the head
         )
-        saved = load_peft_weights(str(self.adapter), device="cpu")
-        for name, module in embeddings_of(model).items():
-            own = saved.get(f"{PREFIX}{name}.weight")
-            if own is not None and len(own) != len(module.weight):
-                model.resize_token_embeddings(len(own), mean_resizing=False)
-                break  # it resizes both
+        resize_as_saved(model, self.adapter)
         return model
 
     def _model_class(self) -> Any:
         module = _noted_class(self.peft_config).get("parent_library", transformers.__name__)
         return getattr(importlib.import_module(module), class_name(self.peft_config))
+
+
+def resize_as_saved(model: PreTrainedModel, adapter: Path) -> None:
+    """Give the model as many tokens as the embeddings that an adapter saves have, if it saves any."""
+    saved = load_peft_weights(str(adapter), device="cpu")
+    for name, module in embeddings_of(model).items():
+        own = saved.get(f"{PREFIX}{name}.weight")
+        if own is not None and len(own) != len(module.weight):
+            model.resize_token_embeddings(len(own), mean_resizing=False)
+            break  # it resizes both
 
 
 def class_name(config: PeftConfig) -> str:

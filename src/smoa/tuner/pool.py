@@ -6,13 +6,12 @@ import copy
 import json
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -20,23 +19,31 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from smoa.atomic import new_files
 from smoa.config import SmoaConfig
 from smoa.errors import AdapterFileError, ConfigError, MergeError, UnsupportedModuleError, nearest
-from smoa.files.checks import check_parts
+from smoa.files.layers import Loaded, by_layer
 from smoa.files.loading import read_adapter
-from smoa.files.names import PARTS, PREFIX, with_id, without_id
+from smoa.files.names import PREFIX, with_id, without_id
 from smoa.layers.layer import SmoaLayer, as_matrix, in_autocast_dtype
 from smoa.layers.linear import Linear
 from smoa.layers.quantized import dequantized, find_backend
 from smoa.layers.weight_cache import tensor_state
-from smoa.maths.blocks import Blocks
-from smoa.maths.factors import BlockRun, Factors, factor_shapes, init_factors
-from smoa.maths.kernels.shared import Gathered, StackedFactors, diagonal_of, shared
-from smoa.maths.scale import MODULATIONS, ModulationKind, rank_scale
+from smoa.maths.kernels.operators import is_transformed
+from smoa.maths.kernels.shared import diagonal_of
+from smoa.maths.kernels.tokens import Rows, Tokens, products
+from smoa.maths.scale import MODULATIONS
 from smoa.tuner.generation import BASE
+from smoa.tuner.shelves import Batch, Member, NoSlotError, Place, Shelf
+
+if TYPE_CHECKING:
+    from transformers import ContinuousBatchingConfig
+    from transformers.generation.continuous_batching.requests import GenerationOutput
+
+    from smoa.tuner.batching import PoolManager
 
 ALIKE = 0.5
 """Share of coordinates in the same block above which two spectral adapters may be of one base, quantized or not."""
@@ -105,6 +112,8 @@ class AdapterPool:
             AdapterFileError: it is damaged, or was made for another base.
             ConfigError: its file has more than factors, or the name is taken by one that is in use.
         """
+        with self._lock:
+            self._leaving_for(name)  # raises where there is no slot, before anything is read
         config = SmoaConfig.from_pretrained(str(source))
         if not isinstance(config, SmoaConfig):
             raise ConfigError(f"{source}: is no SMoA adapter but {getattr(config, 'peft_type', 'none')}")
@@ -196,22 +205,98 @@ class AdapterPool:
         wanted = sorted(set(names) - {BASE})
         if self.slots is not None and len(wanted) > self.slots:
             raise ConfigError(f"AdapterPool.use: {len(wanted)} adapters are named for {self.slots} slots; raise slots")
-        held: dict[str, Member] = {}
+        held: dict[str, Member | None] = {}
         try:
-            with self._lock:
-                for name in wanted:
-                    held[name] = self._member(name)
-                    self._in_use[name] += 1  # before the next is read, which may make another leave
-            batch = Batch(tuple(names), held)
-            token = _CURRENT.set((self, batch))
+            for name in wanted:
+                held[name] = self._hold(name)
+            batch = Batch([held.get(name) for name in names])
             self._trained = batch if torch.is_grad_enabled() else None
-            try:
+            with self._computing(batch):
                 yield
-            finally:
-                _CURRENT.reset(token)
         finally:
-            with self._lock:
-                self._in_use.subtract(list(held))
+            self._release(held)
+
+    def generate_batch(
+        self,
+        inputs: Sequence[Sequence[int]],
+        adapter_names: Sequence[str],
+        generation_config: GenerationConfig | None = None,
+        continuous_batching_config: ContinuousBatchingConfig | None = None,
+        **options: Any,
+    ) -> dict[str, GenerationOutput]:
+        """`base.generate_batch` of transformers, its continuous batching, with an adapter for each prompt.
+
+        More adapters than there are slots take turns.
+
+        Args:
+            inputs: The tokens of each prompt.
+            adapter_names: An adapter for each prompt, or `"__base__"`.
+            generation_config: As transformers takes it.
+            continuous_batching_config: Likewise. CUDA graphs and compilation are refused. By default there is room for
+                32 requests on a CPU, where transformers would take most of the memory.
+            options: `max_new_tokens` and `record_timestamps`, as transformers takes them.
+
+        Returns:
+            What transformers returns: outputs by the names of requests, in the order of the prompts.
+
+        Raises:
+            ConfigError: an adapter is neither loaded nor in the folder, or a request is larger than the cache.
+            AdapterFileError: an adapter in the folder is damaged.
+            UnsupportedVersionError: this transformers lacks names that are needed.
+            RuntimeError: the model fails.
+        """
+        from smoa.tuner.batching import generate_batch
+
+        return generate_batch(self, inputs, adapter_names, generation_config, continuous_batching_config, **options)
+
+    def continuous_batching(
+        self,
+        generation_config: GenerationConfig | None = None,
+        continuous_batching_config: ContinuousBatchingConfig | None = None,
+        own_configs: bool = False,
+    ) -> AbstractContextManager[PoolManager]:
+        """A running manager of transformers' continuous batching, whose `add_request` takes `adapter=name` too.
+
+            with pool.continuous_batching() as manager:
+                manager.add_request(tokens, adapter="anna")
+
+        An adapter stays in its slot until its last request has ended: till then it can't be unloaded or replaced. No
+        request sees keys and values that another adapter has computed.
+
+        Args:
+            generation_config: As transformers takes it.
+            continuous_batching_config: Likewise. CUDA graphs and compilation are refused.
+            own_configs: Let `add_request` take `generation_config` and `seed`: how this request's tokens are chosen.
+
+        Raises:
+            UnsupportedVersionError: this transformers lacks names that are needed.
+            ConfigError: the config asks for graphs or compilation.
+        """
+        from smoa.tuner.batching import running
+
+        return running(self, generation_config, continuous_batching_config, own_configs)
+
+    def _hold(self, name: str) -> Member | None:
+        """The adapter of a name, None for the base, which stays in its slot until `_release`."""
+        if name == BASE:
+            return None
+        with self._lock:
+            member = self._member(name)
+            self._in_use[name] += 1  # before another is read, which may make one leave
+            return member
+
+    def _release(self, names: Iterable[str]) -> None:
+        with self._lock:
+            self._in_use.subtract(name for name in names if name != BASE)
+
+    @contextmanager
+    def _computing(self, batch: Batch) -> Iterator[None]:
+        """What this thread computes is of this batch."""
+        token = _CURRENT.set((self, batch))
+        try:
+            yield
+        finally:
+            _CURRENT.reset(token)
 
     def _batch(self) -> Batch | None:
         current = _CURRENT.get()
@@ -222,42 +307,46 @@ class AdapterPool:
     def _hook(self, path: str, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """The output of a layer of the base, with what the adapters of the rows add."""
         batch = self._batch()
-        if batch is None:
+        if batch is None or all(path not in shelf.places for shelf in batch.shelves):
             return output
-        x = args[0]
+        x, total = batch.rows(in_autocast_dtype(args[0])), batch.rows(output)
+        whole = slice(0, len(x))
         for shelf in batch.shelves:
-            if (place := shelf.places.get(path)) is not None:
-                rows, slots = batch.rows(shelf, len(x), x.device)
-                added = self._product(place, batch, x if rows is None else x[rows], slots).to(output.dtype)
-                output = output + added if rows is None else output.index_add(0, rows, added)
-        return output
+            if (place := shelf.places.get(path)) is None:
+                continue
+            for rows, added in self._products(place, batch, x, batch.tokens(shelf, len(x))):
+                if rows == whole:
+                    total = total + added.to(output.dtype)
+                    continue
+                if total.data_ptr() == output.data_ptr():
+                    total = total.clone()  # others may hold the output
+                if isinstance(rows, slice):
+                    total[rows] += added.to(output.dtype)
+                else:
+                    total.index_add_(0, rows, added.to(output.dtype))
+        return total.view_as(output)
 
-    def _product(self, place: Place, batch: Batch, x: Tensor, slots: Tensor) -> Tensor:
-        x = in_autocast_dtype(x)
-        flat, modulation = x.reshape(len(x), -1, x.shape[-1]), MODULATIONS[place.modulation]
-        gathered: Gathered | None = None
-        if torch.is_grad_enabled():
+    def _products(self, place: Place, batch: Batch, x: Tensor, tokens: Tokens) -> Iterator[tuple[Rows, Tensor]]:
+        members, anchors = frozenset(tokens.of_slot), MODULATIONS[place.modulation].anchors
+        diagonal = partial(self._diagonal, place, batch) if anchors else None
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed(x):
             batch.gathered.clear()  # an optimizer's step may come next
-        else:
-            key, state = (id(place), len(slots)), tuple(map(tensor_state, place.factors))
-            kept = batch.gathered.get(key)
-            if kept is None or kept[0] != state:
-                kept = batch.gathered[key] = state, place.stack.gathered(slots)
-            gathered = kept[1]
+            return products(place.stack, tokens.plan(members, None, x.device), x.__getitem__, diagonal, ())
+        each = x[0].numel() // x.shape[-1] * max(run.rank for run in place.runs) if anchors else 0
+        plan = tokens.plan(members, each, x.device)
+        return products(place.stack, plan, x.__getitem__, diagonal, *batch.factors(place, plan))
 
-        def diagonal() -> Sequence[Tensor]:
-            state = tensor_state(place.layer.weight)  # type: ignore[arg-type]  # a tensor
-            if (kept := batch.diagonals.get(id(place))) is not None and kept[0] == state:
-                return kept[1]
-            anchor = modulation.anchor(self._weight(place.layer), place.blocks)
-            assert anchor is not None
-            found = diagonal_of(place.blocks, place.runs, anchor)
-            if not torch.is_grad_enabled():
-                batch.diagonals[id(place)] = state, found
-            return found
-
-        y = shared(place.stack, flat, slots, diagonal if modulation.anchors else None, gathered)
-        return y.view(*x.shape[:-1], y.shape[-1])
+    def _diagonal(self, place: Place, batch: Batch) -> Sequence[Tensor]:
+        """The diagonal blocks of M."""
+        state = tensor_state(place.layer.weight)  # type: ignore[arg-type]  # a tensor
+        if (kept := batch.diagonals.get(id(place))) is not None and kept[0] == state:
+            return kept[1]
+        anchor = MODULATIONS[place.modulation].anchor(self._weight(place.layer), place.blocks)
+        assert anchor is not None
+        found = diagonal_of(place.blocks, place.runs, anchor)
+        if not torch.is_grad_enabled():
+            batch.diagonals[id(place)] = state, found
+        return found
 
     def _weight(self, layer: nn.Module) -> Tensor:
         """W (out_features, in_features), dequantized where it is quantized."""
@@ -271,13 +360,18 @@ class AdapterPool:
     def _member(self, name: str) -> Member:
         with self._lock:
             if name not in self._members:
-                folder, is_name = self.folder, Path(name).name == name and name not in ("", "..")
-                if folder is None or not is_name or not (folder / name).is_dir():
-                    known = [*self._members, *(path.name for path in (folder.iterdir() if folder else ()))]
-                    raise ConfigError(f"AdapterPool: no adapter {name!r}{nearest(name, known)}")
-                self.load(name, folder / name)
+                self._check_known(name)
+                assert self.folder is not None
+                self.load(name, self.folder / name)
             self._members.move_to_end(name)
             return self._members[name]
+
+    def _check_known(self, name: str) -> None:
+        """Raise ConfigError unless an adapter is loaded or in the folder."""
+        folder, is_name = self.folder, Path(name).name == name and name not in ("", "..")
+        if name not in self._members and (folder is None or not is_name or not (folder / name).is_dir()):
+            known = [*self._members, *(path.name for path in (folder.iterdir() if folder else ()))]
+            raise ConfigError(f"AdapterPool: no adapter {name!r}{nearest(name, known)}")
 
     def _put(
         self, name: str, config: SmoaConfig, tensors: Mapping[str, Tensor], source: str, fresh: bool = False
@@ -312,7 +406,7 @@ class AdapterPool:
         surplus = 0 if self.slots is None else max(0, len(self._members) + 1 - self.slots)
         idle = [other for other in self._members if not self._in_use[other]]
         if len(idle) < surplus:
-            raise ConfigError(f"AdapterPool: all {self.slots} slots are in use; raise slots, or wait")
+            raise NoSlotError(f"AdapterPool: all {self.slots} slots are in use; raise slots, or wait")
         return idle[:surplus]
 
     def _layers_of(self, config: SmoaConfig, tensors: Mapping[str, Tensor], source: str) -> dict[str, Loaded]:
@@ -358,181 +452,3 @@ class AdapterPool:
 
 
 _CURRENT: ContextVar[tuple[AdapterPool, Batch] | None] = ContextVar("smoa_pool_batch", default=None)
-
-
-def by_layer(tensors: Mapping[str, Tensor], source: str, remedy: str) -> dict[str, dict[str, Tensor]]:
-    """The tensors of a saved adapter by layer and part; raises ConfigError, with the remedy, if it has any others."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        path, _, part = key.removeprefix(PREFIX).partition(".smoa_")
-        if f"smoa_{part}" not in PARTS:
-            raise ConfigError(f"{source}: has {key}; {remedy}")
-        found.setdefault(path, {})[f"smoa_{part}"] = tensor
-    return found
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """The checked tensors of one layer of an adapter."""
-
-    ranks: tuple[int, ...]
-    modulation: ModulationKind
-    scaling: float
-    spectral: bool
-    A: Tensor
-    B: Tensor
-    row_labels: Tensor
-    col_labels: Tensor
-    block_scale: Tensor
-
-    @classmethod
-    def checked(
-        cls, path: str, shape: tuple[int, int], config: SmoaConfig, parts: Mapping[str, Tensor], source: str
-    ) -> Self:
-        """Raises AdapterFileError unless all parts are there, finite, and fit a layer of this shape."""
-        ranks = config.ranks_of(path, shape=shape)
-        lacking = next((part for part in PARTS if part not in parts), None)
-        if lacking is not None:
-            raise AdapterFileError(f"{source}: lacks {path}.{lacking}; save or fetch the adapter again")
-        sizes = *factor_shapes(*shape, ranks), *((size,) for size in (*shape, len(ranks)))
-        scaling = config.alpha_of(path, sum(ranks), shape) / sum(ranks)
-        A, B, rows, cols, scale = (parts[part] for part in PARTS)
-        try:
-            check_parts(path, {f"{path}.{part}": parts[part] for part in PARTS}, sizes, ranks, scaling, A.dtype)
-        except AdapterFileError as error:
-            raise AdapterFileError(f"{source}: {error}") from None
-        return cls(ranks, config.modulation, scaling, config.partition == "spectral", A, B, rows, cols, scale.float())
-
-    @property
-    def digest(self) -> int:
-        """Equal for equal blocks."""
-        return hash((self.row_labels.cpu().numpy().tobytes(), self.col_labels.cpu().numpy().tobytes()))
-
-
-@dataclass(eq=False)
-class Place:
-    """One layer's factors of all adapters of a shelf."""
-
-    layer: nn.Module
-    blocks: Blocks
-    ranks: tuple[int, ...]
-    runs: tuple[BlockRun, ...]
-    modulation: ModulationKind
-    spectral: bool
-    factors: tuple[nn.Parameter, nn.Parameter]
-    block_scale: Tensor
-    scale: Tensor
-
-    @classmethod
-    def like(cls, each: Loaded, layer: nn.Module, dtype: torch.dtype | None) -> Place:
-        """Without a slot yet."""
-        device = next(layer.parameters()).device
-        blocks = Blocks(each.row_labels.to(device), each.col_labels.to(device), len(each.ranks))
-        runs = Factors(each.A, each.B, each.ranks, 1.0, each.block_scale, blocks).runs()
-        dtype = dtype or each.A.dtype
-        A, B = (nn.Parameter(torch.zeros(0, *part.shape, dtype=dtype, device=device)) for part in (each.A, each.B))
-        block_scale = torch.zeros(0, len(each.ranks), device=device)
-        scale = torch.zeros(0, sum(each.ranks), dtype=torch.promote_types(dtype, torch.float32), device=device)
-        return cls(layer, blocks, each.ranks, runs, each.modulation, each.spectral, (A, B), block_scale, scale)
-
-    @property
-    def stack(self) -> StackedFactors:
-        """The factors as the product takes them."""
-        return StackedFactors(*self.factors, self.scale, self.blocks, self.runs)
-
-    def grow(self, capacity: int) -> None:
-        """Make room for so many adapters."""
-
-        def grown(tensor: Tensor) -> Tensor:
-            larger = tensor.new_zeros(capacity, *tensor.shape[1:])
-            larger[: len(tensor)] = tensor
-            return larger
-
-        for part in self.factors:
-            part.data = grown(part.data)
-        self.block_scale, self.scale = grown(self.block_scale), grown(self.scale)
-
-    @torch.no_grad()
-    def write(self, slot: int, each: Loaded, fresh: bool, config: SmoaConfig) -> None:
-        """Put an adapter's factors and scales into a slot; new ones are drawn."""
-        A, B = (part.data[slot] for part in self.factors)
-        if fresh:
-            init_factors(A, B, self.blocks.shape, self.ranks, config.init_weights, 0.1 / each.scaling)
-        else:
-            A.copy_(each.A)
-            B.copy_(each.B)
-        self.block_scale[slot] = each.block_scale
-        self.scale[slot] = rank_scale(self.block_scale[slot], self.ranks) * each.scaling
-
-    def parts(self, slot: int) -> list[tuple[str, Tensor]]:
-        """The tensors of a slot's adapter as they are saved."""
-        A, B = (part.detach()[slot].cpu().clone() for part in self.factors)
-        labels = self.blocks.row_labels.cpu().clone(), self.blocks.col_labels.cpu().clone()
-        return list(zip(PARTS, (A, B, *labels, self.block_scale[slot].cpu().clone()), strict=True))
-
-    def nbytes(self) -> int:
-        """Bytes of factors, scales and blocks."""
-        tensors = *self.factors, self.block_scale, self.scale, self.blocks.row_labels, self.blocks.col_labels
-        return sum(tensor.nbytes for tensor in (*tensors, *self.blocks.orders))
-
-
-@dataclass(eq=False)
-class Shelf:
-    """Adapters with the same layers, blocks, ranks and modulation, by slot."""
-
-    places: dict[str, Place]
-    free: list[int] = field(default_factory=list)
-    capacity: int = 0
-    fixed: bool = False
-    """Whether an optimizer holds the factors, which then keep their size."""
-
-    def has_room(self, leaving: Iterable[Member]) -> bool:
-        """Whether there is a slot for one more adapter after these have left."""
-        return not self.fixed or bool(self.free) or any(member.shelf is self for member in leaving)
-
-    def take(self, slots: int | None) -> int:
-        """A free slot; the tensors grow by an eighth where there is none."""
-        if not self.free:
-            larger = min(self.capacity + max(8, self.capacity // 8), max(slots or 1 << 62, self.capacity + 1))
-            for place in self.places.values():
-                place.grow(larger)
-            self.free, self.capacity = list(range(self.capacity, larger))[::-1], larger
-        return self.free.pop()
-
-
-@dataclass(frozen=True)
-class Member:
-    """An adapter that is loaded."""
-
-    config: SmoaConfig
-    shelf: Shelf
-    slot: int
-
-
-@dataclass(eq=False)
-class Batch:
-    """The adapter of each row, and what the calls of one `use` keep."""
-
-    names: tuple[str, ...]
-    members: dict[str, Member]
-    gathered: dict[tuple[int, int], tuple[Hashable, Gathered]] = field(default_factory=dict)
-    diagonals: dict[int, tuple[Any, Sequence[Tensor]]] = field(default_factory=dict)
-    _rows: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = field(default_factory=dict)
-
-    @property
-    def shelves(self) -> Iterable[Shelf]:
-        """The shelves of the batch's adapters."""
-        return {id(member.shelf): member.shelf for member in self.members.values()}.values()
-
-    def rows(self, shelf: Shelf, count: int, device: torch.device) -> tuple[Tensor | None, Tensor]:
-        """The rows of a batch of `count` that a shelf serves, None for all, and the slot of each."""
-        key = id(shelf), count
-        if key not in self._rows:
-            copies, rest = divmod(count, len(self.names))
-            if rest or not copies:
-                raise ValueError(f"AdapterPool.use: {len(self.names)} names for {count} rows; give one for each row")
-            repeated = [name for name in self.names for _ in range(copies)]
-            own = [row for row, name in enumerate(repeated) if name != BASE and self.members[name].shelf is shelf]
-            slots = torch.tensor([self.members[repeated[row]].slot for row in own], device=device)
-            self._rows[key] = None if len(own) == count else torch.tensor(own, device=device), slots
-        return self._rows[key]

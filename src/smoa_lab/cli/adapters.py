@@ -29,15 +29,26 @@ def merge(
     ] = "auto",
     max_shard_size: Annotated[str, typer.Option(help="Largest file, e.g. 2GB.")] = "5GB",
     base: Base = None,
+    verify: Annotated[bool, typer.Option(help="Compare the saved model with the adapter on ten prompts.")] = True,
     trust_remote_code: TrustRemoteCode = False,
     json: AsJson = False,
 ) -> None:
     """Merge an adapter into its base model and save the result as a model that needs no adapter."""
     with reporting():
         from smoa_lab.merge import merge_run
+        from smoa_lab.verify import verify_merged
 
         export = merge_run(adapter, output, dtype, base, trust_remote_code, max_shard_size)
-        print_json(export.to_dict()) if json else typer.echo(f"{export.folder}: {export.summary()}")
+        if not json:
+            typer.echo(f"{export.folder}: {export.summary()}")
+        found = verify_merged(adapter, output, base, trust_remote_code) if verify else "--no-verify"
+        verdict = None if isinstance(found, str) else found
+        if json:
+            print_json(export.to_dict() | {"verified": verdict and verdict.to_dict()})
+        else:
+            typer.echo(verdict.line() if verdict else f"Not compared with the adapter: {found}.")
+        if verdict and not verdict.agrees:
+            raise typer.Exit(1)
 
 
 def convert(

@@ -288,13 +288,16 @@ class ConfigText:
             raise ConfigError(f"{path}: cannot be read as text in UTF-8 ({error}); save it in that encoding") from error
         values = parse_yaml(text, file)
         apply_overrides(values, overrides or [])
-        config = cls(values, str(file), key_lines(text))
-        run = values.get("shared", values)  # a study has its runs' config there
+        return cls(values, str(file), key_lines(text)).trusting(trust_remote_code)
+
+    def trusting(self, trust_remote_code: bool) -> ConfigText:
+        """Itself, with the trust that the command's option gives; raises ConfigError if the values ask for it."""
+        run = self.values.get("shared", self.values)  # a study has its runs' config there
         if not trust_remote_code:
-            config.refuse(_trusting(values))
+            self.refuse(_trusting(self.values))
         elif isinstance(run, dict) and isinstance(run.get("model"), dict):
             run["model"]["trust_remote_code"] = True
-        return config
+        return self
 
     def checked(self) -> RunConfig:
         """The run, its training block laid over our defaults; raises ConfigError with all problems."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +125,14 @@ class Comparison:
         return self.tuned(name)
 
     def ready(self, names: Sequence[str]) -> list[Job]:
-        """What can be run now: the untouched model, searches, then final runs, one seed of all entries at a time."""
-        searches = [trial for name in names for trial in self.search(name)]
+        """What can be run now: the untouched model, searches, one rate of all entries at a time, then final runs, one
+        seed of all at a time."""
+        turns = [
+            (len(self._losses.get(name, {})) + turn, trial)
+            for name in names
+            for turn, trial in enumerate(self.search(name))
+        ]
+        searches = [trial for _, trial in sorted(turns, key=itemgetter(0))]
         rates: dict[str, list[float]] = {}
         for name in names:
             if self.study.kind == "sequence":

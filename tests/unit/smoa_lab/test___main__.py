@@ -22,7 +22,7 @@ CLI, LAB, *ONE_TASK = (
     {MODULES.get(name, name.replace("-", "_")) for name in extras()[extra]}
     for extra in ("cli", "lab", "sums", "dialogue")
 )
-LAB_ONLY = LAB - CLI - {"accelerate", "filelock", "jinja2"}
+LAB_ONLY = LAB - CLI - {"accelerate", "filelock", "jinja2", "psutil"}
 """Without those that peft and torch install in any case."""
 ONLY_TASKS = set().union(*ONE_TASK) - LAB
 

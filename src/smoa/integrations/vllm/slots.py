@@ -7,87 +7,24 @@ and W_v on a diagonal, whose input is x once for each of them. So a fused layer 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from smoa.files.layers import Loaded
 from smoa.maths.blocks import Blocks, take_columns
 from smoa.maths.factors import BlockRun, Factors
 from smoa.maths.kernels.loops import product_dtype
-from smoa.maths.kernels.shared import Gathered, StackedFactors, diagonal_of, formed, shared
+from smoa.maths.kernels.shared import Gathered, StackedFactors, diagonal_of
+from smoa.maths.kernels.tokens import Plan, Rows, Tokens, products
 from smoa.maths.scale import MODULATIONS, rank_scale
-from smoa.tuner.pool import Loaded
 
-Rows = slice | Tensor
-"""Some tokens of a batch."""
 Parts = Sequence[Loaded | None]
 """An adapter's factors of each slice of a layer; None where it leaves a slice as it is."""
-
-
-CHUNK = 128
-"""So many tokens times ranks take one product: on a CPU larger results do not fit the cache."""
-
-FEW_PRODUCTS = 64
-"""Products of an adapter's tokens with the blocks of W, for which it does not pay to form ΔW: for 128 it takes 0.6 of
-their time (layers of SmolLM2 135M, 32 adapters)."""
 FEW_ROWS = 4
 """Up to so many are sorted sooner by PyTorch than by NumPy."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The tokens of a step that some slots serve: ``apart`` are slots with so many that their ΔW is formed. The others
-    are together, by chunks of tokens with the slot of each, or the one of all."""
-
-    apart: list[tuple[int, Rows]]
-    together: list[tuple[Rows, Tensor]]
-
-
-class Tokens:
-    """The slot of each token of a step, -1 for the base model, until vLLM's batch changes.
-
-    Args:
-        slots: In the order of the tokens.
-    """
-
-    def __init__(self, slots: Sequence[int]) -> None:
-        self.of_slot: dict[int, list[int]] = {}
-        for token, slot in enumerate(slots):
-            self.of_slot.setdefault(slot, []).append(token)
-        self.of_slot.pop(-1, None)
-        self._slots = slots
-        self._plans: dict[Any, Plan] = {}
-
-    def plan(self, members: frozenset[int], rank: int, device: torch.device) -> Plan:
-        """How to serve the tokens of these slots, whose adapters have blocks of this rank at most; of rank 0, together.
-
-        Layers with the same members share it.
-        """
-        key = members, rank, device
-        if key not in self._plans:
-            own = {slot: tokens for slot, tokens in self.of_slot.items() if slot in members}
-            apart = [slot for slot, tokens in own.items() if rank * len(tokens) > FEW_PRODUCTS]
-            together = sorted(token for slot, tokens in own.items() if slot not in apart for token in tokens)
-            size = max(8, CHUNK // max(rank, 1))
-            chunks = [together[first : first + size] for first in range(0, len(together), size)]
-            self._plans[key] = Plan(
-                [(slot, _rows(own[slot], device)) for slot in apart],
-                [(_rows(chunk, device), self._slots_of(chunk).to(device)) for chunk in chunks],
-            )
-        return self._plans[key]
-
-    def _slots_of(self, tokens: list[int]) -> Tensor:
-        slots = [self._slots[token] for token in tokens]
-        return torch.tensor(slots[:1] if len(set(slots)) == 1 else slots)
-
-
-def _rows(tokens: list[int], device: torch.device) -> Rows:
-    if tokens[-1] - tokens[0] == len(tokens) - 1:
-        return slice(tokens[0], tokens[-1] + 1)
-    return torch.tensor(tokens, device=device, dtype=torch.int64)
 
 
 class Slots:
@@ -207,14 +144,11 @@ class Group:
         """Add to the output what the group's adapters make of the input."""
         rank = max(run.rank for run in self.stack.runs) if self.diagonal else 0
         plan = tokens.plan(self.members, rank, x.device)
-        for slot, rows in plan.apart:
-            own = [(A[slot : slot + 1], B[slot : slot + 1]) for A, B in self.factors]
-            self._add(output, rows, formed(self.stack, _sorted(x[rows], self.cols), own, self.diagonal))
+        apart = ([(A[slot : slot + 1], B[slot : slot + 1]) for A, B in self.factors] for slot, _ in plan.apart)
         diagonal = (lambda: self.diagonal) if self.diagonal else None
-        for (rows, slots), factors in zip(plan.together, self._factors(plan), strict=False):
-            inputs = _sorted(x[rows], self.cols)
-            y = shared(self.stack, inputs.reshape(len(slots), -1, inputs.shape[-1]), slots, diagonal, factors)
-            self._add(output, rows, y.flatten(0, 1))
+        inputs = lambda rows: _sorted(x[rows], self.cols)  # noqa: E731
+        for rows, y in products(self.stack, plan, inputs, diagonal, apart, self._factors(plan)):
+            self._add(output, rows, y)
 
     def _factors(self, plan: Plan) -> Iterable[Gathered]:
         """The factors of each token, kept for the next step where they take no more room than the adapters."""

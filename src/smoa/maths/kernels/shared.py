@@ -131,11 +131,12 @@ def formed(stack: StackedFactors, x: Tensor, gathered: Gathered, diagonal: Seque
         diagonal: The blocks of M, (blocks, height, width) for each run.
     """
     dtype, sorted_x, outputs = product_dtype(x.dtype, x.device.type), stack.blocks.sort_inputs(x), []
-    for run, factors, entries in zip(stack.runs, gathered, diagonal, strict=True):
-        A, B = (part[0, 0].transpose(0, 1) for part in factors)
-        delta = torch.bmm(B.mT, A.to(B.dtype)).mul_(entries).to(dtype)
-        y = torch.bmm(run.of_inputs(sorted_x).to(dtype), delta.mT)
-        outputs.append(y.transpose(0, 1).flatten(1))
+    with without_autocast(x.device.type):
+        for run, factors, entries in zip(stack.runs, gathered, diagonal, strict=True):
+            A, B = (part[0, 0].transpose(0, 1) for part in factors)
+            delta = torch.bmm(B.mT, A.to(B.dtype)).mul_(entries).to(dtype)
+            y = torch.bmm(run.of_inputs(sorted_x).to(dtype), delta.mT)
+            outputs.append(y.transpose(0, 1).flatten(1))
     return stack.blocks.unsort_outputs(torch.cat(outputs, dim=-1).to(x.dtype))
 
 

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from smoa import AdapterFileError, ConfigError, SmoaConfig, save_adapter
+from smoa.files.layers import Loaded
 from smoa.integrations.vllm import register
-from smoa.integrations.vllm.slots import Slots, Tokens
-from smoa.tuner.pool import Loaded
+from smoa.integrations.vllm.slots import Slots
+from smoa.maths.kernels.tokens import Tokens
 from tests.support import fake_vllm, tiny_mixtures, tiny_models
 from tests.support.stubs import import_with_stubs
 from tests.support.tolerance import assert_close

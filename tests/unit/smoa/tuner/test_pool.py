@@ -47,8 +47,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return room
 
 
-def ids(rows: int = len(ROWS)) -> Tensor:
-    return torch.randint(3, 20, (rows, 5), generator=torch.Generator().manual_seed(0))
+def ids(rows: int = len(ROWS), length: int = 5) -> Tensor:
+    return torch.randint(3, 20, (rows, length), generator=torch.Generator().manual_seed(0))
 
 
 def alone(folder: Path, name: str, row: Tensor, **options: Any) -> Any:
@@ -57,15 +57,16 @@ def alone(folder: Path, name: str, row: Tensor, **options: Any) -> Any:
         return model.generate(input_ids=row, **options) if options else model(input_ids=row).logits
 
 
+@pytest.mark.parametrize("length", [1, 5, 40])  # for 40 tokens it pays to form ΔW
 @torch.no_grad()
-def test_each_row_gets_what_its_adapter_alone_gives(folder: Path) -> None:
-    model = base()
+def test_each_row_gets_what_its_adapter_alone_gives(folder: Path, length: int) -> None:
+    model, batch = base(), ids(length=length)
     pool = AdapterPool(model, folder=folder)
     with pool.use(ROWS):
-        found = model(input_ids=ids()).logits
+        found = model(input_ids=batch).logits
     for row, name in enumerate(ROWS):
-        assert_close(found[row : row + 1], alone(folder, name, ids()[row : row + 1]))
-    assert torch.equal(model(input_ids=ids()).logits, base()(input_ids=ids()).logits)
+        assert_close(found[row : row + 1], alone(folder, name, batch[row : row + 1]))
+    assert torch.equal(model(input_ids=batch).logits, base()(input_ids=batch).logits)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=str)

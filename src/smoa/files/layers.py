@@ -1,0 +1,65 @@
+"""The factors of each linear layer of a saved adapter, checked before anything takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+from torch import Tensor
+
+from smoa.config import SmoaConfig
+from smoa.errors import AdapterFileError, ConfigError
+from smoa.files.checks import check_parts
+from smoa.files.names import PARTS, PREFIX
+from smoa.maths.factors import factor_shapes
+from smoa.maths.scale import ModulationKind
+
+
+def by_layer(tensors: Mapping[str, Tensor], source: str, remedy: str) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a saved adapter by layer and part; raises ConfigError, with the remedy, if it has any others."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        path, _, part = key.removeprefix(PREFIX).partition(".smoa_")
+        if f"smoa_{part}" not in PARTS:
+            raise ConfigError(f"{source}: has {key}; {remedy}")
+        found.setdefault(path, {})[f"smoa_{part}"] = tensor
+    return found
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The checked tensors of one layer of an adapter."""
+
+    ranks: tuple[int, ...]
+    modulation: ModulationKind
+    scaling: float
+    spectral: bool
+    A: Tensor
+    B: Tensor
+    row_labels: Tensor
+    col_labels: Tensor
+    block_scale: Tensor
+
+    @classmethod
+    def checked(
+        cls, path: str, shape: tuple[int, int], config: SmoaConfig, parts: Mapping[str, Tensor], source: str
+    ) -> Self:
+        """Raises AdapterFileError unless all parts are there, finite, and fit a layer of this shape."""
+        ranks = config.ranks_of(path, shape=shape)
+        lacking = next((part for part in PARTS if part not in parts), None)
+        if lacking is not None:
+            raise AdapterFileError(f"{source}: lacks {path}.{lacking}; save or fetch the adapter again")
+        sizes = *factor_shapes(*shape, ranks), *((size,) for size in (*shape, len(ranks)))
+        scaling = config.alpha_of(path, sum(ranks), shape) / sum(ranks)
+        A, B, rows, cols, scale = (parts[part] for part in PARTS)
+        try:
+            check_parts(path, {f"{path}.{part}": parts[part] for part in PARTS}, sizes, ranks, scaling, A.dtype)
+        except AdapterFileError as error:
+            raise AdapterFileError(f"{source}: {error}") from None
+        return cls(ranks, config.modulation, scaling, config.partition == "spectral", A, B, rows, cols, scale.float())
+
+    @property
+    def digest(self) -> int:
+        """Equal for equal blocks."""
+        return hash((self.row_labels.cpu().numpy().tobytes(), self.col_labels.cpu().numpy().tobytes()))

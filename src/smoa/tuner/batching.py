@@ -1,0 +1,387 @@
+"""transformers' continuous batching for a pool, with an adapter for each request. What it needs of transformers' names:
+
+| name                                                        | what for                                           |
+|-------------------------------------------------------------|----------------------------------------------------|
+| `ContinuousBatchingManager`, `add_request`                  | takes requests                                     |
+| `_generation_step`, `…inputs_and_outputs.requests_in_batch` | the requests of a step and their numbers of tokens |
+| `_generation_loop_body`, `_run_generation_loop`             | when requests have ended                           |
+| `scheduler.active_requests`, `waiting_requests`             | which requests live                                |
+| `OutputRouter.deliver_batch`                                | frees an adapter before its last answer is seen    |
+| `ContinuousBatchingLogitsProcessor`                         | lets each request have a generation config         |
+| `_create_batch_processor`, `cache.search_prefix_match`,     | keeps cached blocks apart by adapter               |
+| `mark_complete_blocks`                                      |                                                    |
+
+The manager computes in a thread of its own, which is why a step names its adapters there. None of this is a public
+interface but the manager, so each name is checked once.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from smoa.errors import ConfigError, UnsupportedVersionError
+from smoa.tuner.generation import BASE
+from smoa.tuner.shelves import Member, NoSlotError, Step
+
+TRIED = ("5.24.0",)
+"""Versions of transformers that the tests passed with."""
+
+
+def lacking(name: str) -> UnsupportedVersionError:
+    """The error for a transformers that lacks a name."""
+    return UnsupportedVersionError(
+        f"transformers {transformers.__version__} lacks {name}, which continuous batching with adapters needs; it was "
+        f"tried with transformers {', '.join(TRIED)}. AdapterPool.use works with any"
+    )
+
+
+try:
+    from transformers import ContinuousBatchingConfig, ContinuousBatchingManager, GenerationConfig, LogitsProcessorList
+    from transformers.generation.continuous_batching.cb_logits_processors import (
+        ContinuousBatchingLogitsProcessor,
+        ContinuousBatchingLogitsProcessorList,
+    )
+    from transformers.generation.continuous_batching.continuous_api import OutputRouter
+    from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput
+except ImportError as error:
+    raise lacking(str(error)) from error
+
+for owner, names in {
+    ContinuousBatchingLogitsProcessor: ("fill_defaults", "prepare_tensor_args"),
+    ContinuousBatchingManager: (
+        *("add_request", "_generation_step", "_generation_loop_body", "_run_generation_loop"),
+        "_create_batch_processor",
+    ),
+    OutputRouter: ("deliver_batch",),
+    FutureRequestState: ("state", "query_length", "has_new_token"),
+}.items():
+    for name in names:
+        if not hasattr(owner, name):
+            raise lacking(f"{owner.__name__}.{name}")
+
+ROOM = 32
+"""Requests for which a cache on a CPU has room by default."""
+STEP = 512
+"""Tokens of a step on a CPU by default."""
+PAGE = 32
+"""Tokens of a block of the cache on a CPU by default."""
+
+
+@dataclass(eq=False)
+class Lease:
+    """A request's adapter, and how its next token is chosen where not by the greatest logit. ``queued``: whether
+    transformers has the request, or had it."""
+
+    name: str
+    member: Member | None
+    chooses: Chooser | None = None
+    queued: bool = False
+
+
+@dataclass(eq=False)
+class Chooser:
+    """Chooses a request's next token as its own generation config says."""
+
+    processors: LogitsProcessorList
+    samples: bool
+    generator: torch.Generator
+
+    def __call__(self, tokens: list[int], scores: Tensor) -> Tensor:
+        """The logits (vocabulary,) as they were processed; if it samples, all but the sampled one are -inf."""
+        before: Any = torch.tensor([tokens], device=scores.device)
+        processed: Tensor = self.processors(before, scores[None])[0]
+        if not self.samples:
+            return processed
+        token = torch.multinomial(processed.softmax(-1), 1, generator=self.generator)
+        return torch.full_like(processed, -math.inf).index_fill(0, token, 0)
+
+
+class _Choosers(ContinuousBatchingLogitsProcessor):
+    """The choosers of a step's requests, by which the manager's greatest logit is each one's own choice."""
+
+    supported_kwargs, ignored_kwargs = dict[str, type](), ()
+
+    def __init__(self, manager: PoolManager) -> None:
+        self._manager, self._states = manager, list[Any]()
+
+    def fill_defaults(self, int32_tensor: Tensor) -> None:
+        int32_tensor.zero_()
+
+    def prepare_tensor_args(self, requests_with_new_token: list[FutureRequestState]) -> Tensor:
+        self._states = [future.state for future in requests_with_new_token]
+        return torch.zeros(len(self._states), dtype=torch.int32)
+
+    def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
+        for row, state in enumerate(self._states):
+            chooses = self._manager.lease(state.request_id).chooses
+            if chooses is not None:
+                scores[row] = chooses(state.initial_tokens + state.generated_tokens, scores[row])
+        return scores
+
+
+class _Router(OutputRouter):
+    """Frees the adapters of requests that have ended before their answers are seen."""
+
+    def __init__(self, manager: PoolManager) -> None:
+        super().__init__()
+        self._manager = manager
+
+    def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
+        self._manager.release_ended()
+        super().deliver_batch(outputs)
+
+
+class PoolManager(ContinuousBatchingManager):
+    """transformers' manager, with an adapter of a pool for each request.
+
+    Args:
+        pool: The adapters.
+        generation_config: As transformers takes it.
+        continuous_batching_config: Likewise.
+        own_configs: Whether each request may have a generation config of its own; `generation_config` is then that of
+            the others.
+    """
+
+    def __init__(
+        self,
+        pool: Any,
+        generation_config: GenerationConfig,
+        continuous_batching_config: ContinuousBatchingConfig,
+        own_configs: bool = False,
+    ) -> None:
+        config = copy.copy(continuous_batching_config)
+        graphs = config.use_cuda_graph
+        if graphs not in (None, False, (False, False)) or config.default_compile_level:
+            raise ConfigError("AdapterPool: CUDA graphs and compilation can't serve adapters; leave them out")
+        config.use_cuda_graph, config.use_async_batching = False, False
+        greedy = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=generation_config.max_new_tokens,
+            eos_token_id=generation_config.eos_token_id,
+        )
+        super().__init__(pool.base, greedy if own_configs else generation_config, config)
+        self._pool, self._leases, self._lease_lock = pool, dict[str, Lease](), threading.Lock()
+        self._default = generation_config if own_configs else None
+        if own_configs:
+            self.logit_processor = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([_Choosers(self)]))
+            self.logit_processor.tensors_required = 1
+        self._diagonals: dict[int, tuple[Any, Sequence[Tensor]]] = {}
+        self._step: tuple[Any, Step] | None = None
+        self.output_router = _Router(self)
+        try:
+            self.batch_processor = self._create_batch_processor()  # now, so that a lack of memory is an error here
+            _ = self._processor.scheduler.active_requests, self._processor.scheduler.waiting_requests
+            _ = self._processor.inputs_and_outputs.requests_in_batch
+            self.capacity: int = self._processor.cache.num_blocks * self.continuous_batching_config.page_size
+        except AttributeError as error:
+            raise lacking(str(error)) from error
+
+    def add_request(
+        self,
+        input_ids: Sequence[int],
+        request_id: str | None = None,
+        max_new_tokens: int | None = None,
+        *args: Any,
+        adapter: str = BASE,
+        generation_config: GenerationConfig | None = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> str | None:
+        """As transformers' own, with the name of an adapter that is loaded or in the pool's folder and, if requests
+        may have their own, a generation config: how tokens are chosen. The same seed samples the same tokens.
+
+        Raises:
+            ConfigError: there is no such adapter, all slots are in use by other adapters, a request of this name
+                runs, or the cache has no room for this one.
+            AdapterFileError: the adapter is damaged.
+        """
+        longest = self.generation_config.max_new_tokens if max_new_tokens is None else max_new_tokens
+        if not input_ids or len(input_ids) + (longest or 1) > self.capacity:
+            raise ConfigError(
+                f"add_request: {len(input_ids)} tokens and {longest} new ones: must be at least one, and at most "
+                f"{self.capacity} together, for which the cache has room; shorten them, or raise num_blocks"
+            )
+        lease = Lease(adapter, self._pool._hold(adapter))
+        if self._default is not None:
+            lease.chooses = self._chooser(generation_config or self._default, seed)
+        with self._lease_lock:
+            if request_id is None:
+                request_id, self._request_counter = f"req_{self._request_counter}", self._request_counter + 1
+            if self._leases.setdefault(request_id, lease) is not lease:
+                self._pool._release([adapter])
+                raise ConfigError(f"add_request: a request {request_id!r} runs already; choose another request_id")
+        added: str | None = None
+        try:
+            added = super().add_request(list(input_ids), request_id, max_new_tokens, *args, **kwargs)
+        finally:
+            lease.queued = True
+            if added is None:
+                self._end([request_id])
+        return added
+
+    def _chooser(self, config: GenerationConfig, seed: int | None) -> Chooser | None:
+        processors = self.model._get_logits_processor(config)
+        if not config.do_sample and not processors:
+            return None
+        generator = torch.Generator(self.model.device)
+        generator.manual_seed(seed) if seed is not None else generator.seed()
+        return Chooser(processors, bool(config.do_sample), generator)
+
+    def release_ended(self, everything: bool = False) -> None:
+        """Free the adapters of requests that have ended, or been canceled; called by the thread that computes."""
+        alive = set[str]()
+        if not everything:
+            with self.input_queue.mutex:
+                alive = {state.request_id for state in self.input_queue.queue}
+            scheduler = self._processor.scheduler
+            alive.update(map(self._parent, (*scheduler.active_requests, *scheduler.waiting_requests)))
+        self._end([name for name, lease in list(self._leases.items()) if lease.queued and name not in alive])
+
+    def _end(self, requests: Sequence[str]) -> None:
+        with self._lease_lock:
+            self._pool._release([self._leases.pop(request).name for request in requests if request in self._leases])
+
+    def _salted(self, request_id: str, tokens: list[int]) -> list[int]:
+        """The tokens, the first of them changed by the adapter: transformers knows cached blocks by their tokens and
+        all those before."""
+        member = self.lease(request_id).member
+        salt = 0 if member is None else member.number
+        return [token ^ (salt >> 11 * place & 0x7FF) << 20 for place, token in enumerate(tokens[:4])] + tokens[4:]
+
+    def _create_batch_processor(self) -> Any:
+        processor: Any = super()._create_batch_processor()
+        if processor is not self.batch_processor:
+            self._processor = processor
+            cache: Any = processor.cache
+            cache.search_prefix_match = self._with_salt(cache.search_prefix_match)
+            for allocator in cache.cache_allocators.values():
+                allocator.mark_complete_blocks = self._with_salt(allocator.mark_complete_blocks)
+        return processor
+
+    def _with_salt(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda request_id, tokens, *args: original(request_id, self._salted(request_id, tokens), *args)
+
+    def _parent(self, request_id: str) -> str:
+        return request_id if request_id in self._leases else request_id.rpartition("__child#")[0]
+
+    def lease(self, request_id: str) -> Lease:
+        """That of a request, or of the one of which it is another answer."""
+        return self._leases[self._parent(request_id)]
+
+    def _generation_loop_body(self, *args: Any, **kwargs: Any) -> bool:
+        goes_on: bool = super()._generation_loop_body(*args, **kwargs)
+        self.release_ended()
+        return goes_on
+
+    def _run_generation_loop(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._run_generation_loop(*args, **kwargs)
+        finally:
+            self.release_ended(everything=True)
+
+    def _generation_step(self) -> None:
+        requests = self._processor.inputs_and_outputs.requests_in_batch
+        members = [self.lease(future.state.request_id).member for future in requests]
+        lengths = [future.query_length for future in requests]
+        key = [id(member) for member in members], lengths
+        if self._step is None or self._step[0] != key:
+            tokens = [member for member, length in zip(members, lengths, strict=True) for _ in range(length)]
+            ends = torch.tensor(lengths).cumsum(0).sub_(1).tolist()
+            last = [end for end, future in zip(ends, requests, strict=True) if future.has_new_token]
+            last += [0] * (len(requests) - len(last))  # as transformers pads them
+            self._step = key, Step(tokens, last, self._diagonals)
+        with self._pool._computing(self._step[1]):
+            super()._generation_step()
+
+
+@contextmanager
+def running(
+    pool: Any,
+    generation_config: GenerationConfig | None = None,
+    continuous_batching_config: ContinuousBatchingConfig | None = None,
+    own_configs: bool = False,
+) -> Iterator[PoolManager]:
+    """A manager that runs, as `AdapterPool.continuous_batching` says."""
+    own = copy.copy(pool.base.generation_config if generation_config is None else generation_config)
+    own.eos_token_id = -1 if own.eos_token_id is None else own.eos_token_id  # as transformers has it
+    config = continuous_batching_config or _config(pool, ROOM, 4096)
+    manager = PoolManager(pool, own, config, own_configs)
+    manager.start()
+    try:
+        yield manager
+    except BaseException:
+        manager.stop(hard_stop=True)
+        raise
+    else:
+        manager.stop()
+    finally:
+        manager.destroy()
+        manager.release_ended(everything=True)
+
+
+def _config(pool: Any, requests: int, longest: int) -> ContinuousBatchingConfig:
+    """transformers' own on a GPU, where it takes the memory that is there; on a CPU with room for these requests."""
+    if pool.base.device.type != "cpu":
+        return ContinuousBatchingConfig()
+    blocks = min(requests, ROOM) * math.ceil(longest / PAGE) + 2
+    return ContinuousBatchingConfig(page_size=PAGE, num_blocks=blocks, max_batch_tokens=STEP)
+
+
+def generate_batch(
+    pool: Any,
+    inputs: Sequence[Sequence[int]],
+    names: Sequence[str],
+    generation_config: GenerationConfig | None = None,
+    continuous_batching_config: ContinuousBatchingConfig | None = None,
+    max_new_tokens: int | None = None,
+    record_timestamps: bool = False,
+) -> dict[str, GenerationOutput]:
+    """The answers to prompts, as `AdapterPool.generate_batch` says."""
+    if len(names) != len(inputs):
+        raise ConfigError(
+            f"AdapterPool.generate_batch: {len(names)} names for {len(inputs)} prompts; give one for each"
+        )
+    for name in sorted(set(names) - {BASE}):
+        pool._check_known(name)
+    if not inputs:
+        return {}
+    own = pool.base.generation_config if generation_config is None else generation_config
+    new = (own.max_new_tokens or 20) if max_new_tokens is None else max_new_tokens
+    config = continuous_batching_config or _config(pool, len(inputs), max(map(len, inputs)) + new)
+    first = {name: place for place, name in reversed(list(enumerate(names)))}
+    waiting = deque(sorted(range(len(inputs)), key=lambda place: first[names[place]]))  # each is loaded once
+    outputs: dict[str, GenerationOutput] = {}
+    with running(pool, generation_config, config) as manager:
+        answers = manager.num_return_sequences
+        while len(outputs) < answers * len(inputs):
+            while waiting:
+                place = waiting[0]
+                options: Any = {"request_id": f"req_{place}", "record_timestamps": record_timestamps}
+                try:
+                    manager.add_request(inputs[place], max_new_tokens=new, adapter=names[place], **options)
+                except NoSlotError:
+                    break
+                waiting.popleft()
+            output = manager.get_result(timeout=0.1)
+            error = output.error if output else manager.background_thread_status.fatal_error
+            if error is not None:
+                raise RuntimeError(f"AdapterPool.generate_batch: generation failed: {error}")
+            if output is not None and output.is_finished():
+                outputs[output.request_id] = output
+    order = (f"req_{place}{child}" for place in range(len(inputs)) for child in _children(answers))
+    return {name: outputs[name] for name in order}
+
+
+def _children(answers: int) -> list[str]:
+    return [*(f"__child#{number}" for number in range(answers - 1)), ""]

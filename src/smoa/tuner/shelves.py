@@ -1,0 +1,211 @@
+"""Where a pool's adapters stand: stacked by layer, those with the same blocks and ranks together."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smoa.config import SmoaConfig
+from smoa.errors import ConfigError
+from smoa.files.layers import Loaded
+from smoa.files.names import PARTS
+from smoa.layers.weight_cache import tensor_state
+from smoa.maths.blocks import Blocks
+from smoa.maths.factors import BlockRun, Factors, init_factors
+from smoa.maths.kernels.shared import Gathered, StackedFactors
+from smoa.maths.kernels.tokens import Plan, Tokens
+from smoa.maths.scale import ModulationKind, rank_scale
+
+
+class NoSlotError(ConfigError):
+    """All slots are in use; one will be free once a batch or a request ends."""
+
+
+@dataclass(eq=False)
+class Place:
+    """One layer's factors of all adapters of a shelf."""
+
+    layer: nn.Module
+    blocks: Blocks
+    ranks: tuple[int, ...]
+    runs: tuple[BlockRun, ...]
+    modulation: ModulationKind
+    spectral: bool
+    factors: tuple[nn.Parameter, nn.Parameter]
+    block_scale: Tensor
+    scale: Tensor
+
+    @classmethod
+    def like(cls, each: Loaded, layer: nn.Module, dtype: torch.dtype | None) -> Place:
+        """Without a slot yet."""
+        device = next(layer.parameters()).device
+        blocks = Blocks(each.row_labels.to(device), each.col_labels.to(device), len(each.ranks))
+        runs = Factors(each.A, each.B, each.ranks, 1.0, each.block_scale, blocks).runs()
+        dtype = dtype or each.A.dtype
+        A, B = (nn.Parameter(torch.zeros(0, *part.shape, dtype=dtype, device=device)) for part in (each.A, each.B))
+        block_scale = torch.zeros(0, len(each.ranks), device=device)
+        scale = torch.zeros(0, sum(each.ranks), dtype=torch.promote_types(dtype, torch.float32), device=device)
+        return cls(layer, blocks, each.ranks, runs, each.modulation, each.spectral, (A, B), block_scale, scale)
+
+    @property
+    def stack(self) -> StackedFactors:
+        """The factors as the product takes them."""
+        return StackedFactors(*self.factors, self.scale, self.blocks, self.runs)
+
+    def grow(self, capacity: int) -> None:
+        """Make room for so many adapters."""
+
+        def grown(tensor: Tensor) -> Tensor:
+            larger = tensor.new_zeros(capacity, *tensor.shape[1:])
+            larger[: len(tensor)] = tensor
+            return larger
+
+        for part in self.factors:
+            part.data = grown(part.data)
+        self.block_scale, self.scale = grown(self.block_scale), grown(self.scale)
+
+    @torch.no_grad()
+    def write(self, slot: int, each: Loaded, fresh: bool, config: SmoaConfig) -> None:
+        """Put an adapter's factors and scales into a slot; new ones are drawn."""
+        A, B = (part.data[slot] for part in self.factors)
+        if fresh:
+            init_factors(A, B, self.blocks.shape, self.ranks, config.init_weights, 0.1 / each.scaling)
+        else:
+            A.copy_(each.A)
+            B.copy_(each.B)
+        self.block_scale[slot] = each.block_scale
+        self.scale[slot] = rank_scale(self.block_scale[slot], self.ranks) * each.scaling
+
+    def parts(self, slot: int) -> list[tuple[str, Tensor]]:
+        """The tensors of a slot's adapter as they are saved."""
+        A, B = (part.detach()[slot].cpu().clone() for part in self.factors)
+        labels = self.blocks.row_labels.cpu().clone(), self.blocks.col_labels.cpu().clone()
+        return list(zip(PARTS, (A, B, *labels, self.block_scale[slot].cpu().clone()), strict=True))
+
+    def nbytes(self) -> int:
+        """Bytes of factors, scales and blocks."""
+        tensors = *self.factors, self.block_scale, self.scale, self.blocks.row_labels, self.blocks.col_labels
+        return sum(tensor.nbytes for tensor in (*tensors, *self.blocks.orders))
+
+
+@dataclass(eq=False)
+class Shelf:
+    """Adapters with the same layers, blocks, ranks and modulation, by slot."""
+
+    places: dict[str, Place]
+    free: list[int] = field(default_factory=list)
+    capacity: int = 0
+    fixed: bool = False
+    """Whether an optimizer holds the factors, which then keep their size."""
+
+    def has_room(self, leaving: Iterable[Member]) -> bool:
+        """Whether there is a slot for one more adapter after these have left."""
+        return not self.fixed or bool(self.free) or any(member.shelf is self for member in leaving)
+
+    def take(self, slots: int | None) -> int:
+        """A free slot; the tensors grow by an eighth where there is none."""
+        if not self.free:
+            larger = min(self.capacity + max(8, self.capacity // 8), max(slots or 1 << 62, self.capacity + 1))
+            for place in self.places.values():
+                place.grow(larger)
+            self.free, self.capacity = list(range(self.capacity, larger))[::-1], larger
+        return self.free.pop()
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """An adapter that is loaded; no two ever have the same ``number``."""
+
+    config: SmoaConfig
+    shelf: Shelf
+    slot: int
+    number: int = field(default_factory=count(1).__next__)
+
+
+class Batch:
+    """The adapter of each row, None for the base, and what calls with these rows keep.
+
+    Args:
+        members: The adapters.
+        diagonals: The diagonal blocks of W by layer, and the state that they came from; batches may share them.
+    """
+
+    keeps = True
+    """Whether the factors of each row are kept for the next call."""
+
+    def __init__(
+        self, members: Sequence[Member | None], diagonals: dict[int, tuple[Any, Sequence[Tensor]]] | None = None
+    ) -> None:
+        self.members = members
+        self.shelves = {id(member.shelf): member.shelf for member in members if member is not None}.values()
+        self.diagonals = {} if diagonals is None else diagonals
+        self.gathered: dict[int, tuple[Hashable, Any]] = {}
+        self._tokens: dict[tuple[int, int], Tokens] = {}
+
+    def rows(self, x: Tensor) -> Tensor:
+        """x with its rows, to each of which belongs one adapter, as the first dimension."""
+        return x
+
+    def tokens(self, shelf: Shelf, count: int) -> Tokens:
+        """The slots of `count` rows in a shelf."""
+        key = id(shelf), count
+        if key not in self._tokens:
+            served = (-1 if own is None or own.shelf is not shelf else own.slot for own in self._members_of(count))
+            self._tokens[key] = Tokens(list(served))
+        return self._tokens[key]
+
+    def _members_of(self, count: int) -> Sequence[Member | None]:
+        copies, rest = divmod(count, len(self.members))
+        if rest or not copies:
+            raise ValueError(f"AdapterPool.use: {len(self.members)} names for {count} rows; give one for each row")
+        return [member for member in self.members for _ in range(copies)]
+
+    def factors(self, place: Place, plan: Plan) -> tuple[Iterable[Gathered], Iterable[Gathered]]:
+        """The factors of a plan's slots apart, and of its chunks."""
+        state = plan, *map(tensor_state, place.factors)
+        kept = self.gathered.get(id(place))
+        if kept is not None and kept[0] == state:
+            return kept[1]  # type: ignore[no-any-return]
+        stack, device = place.stack, place.scale.device
+        apart = (stack.gathered(torch.tensor([slot], device=device)) for slot, _ in plan.apart)
+        together = (stack.gathered(slots) for _, slots in plan.together)
+        if not self.keeps:
+            return apart, together
+        self.gathered[id(place)] = state, (list(apart), list(together))
+        return self.gathered[id(place)][1]  # type: ignore[no-any-return]
+
+
+class Step(Batch):
+    """The adapter of each token of a step of continuous batching, in which tokens of all requests are packed.
+
+    Args:
+        members: The adapter of each token.
+        last: For each request the token that has logits: a layer may be given these alone.
+        diagonals: As of a batch.
+    """
+
+    def __init__(
+        self, members: Sequence[Member | None], last: Sequence[int], diagonals: dict[int, tuple[Any, Sequence[Tensor]]]
+    ) -> None:
+        super().__init__(members, diagonals)
+        self.last = last
+        self.keeps = len(last) == len(members)  # each request has one token, and the next step is likely to be alike
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The tokens."""
+        return x.flatten(0, -2)
+
+    def _members_of(self, count: int) -> Sequence[Member | None]:
+        if count == len(self.members):
+            return self.members
+        if count == len(self.last):
+            return [self.members[token] for token in self.last]
+        raise ValueError(
+            f"AdapterPool: a layer is given {count} tokens of a step of {len(self.members)}; its model can't be served "
+            "by continuous batching"
+        )

@@ -1,0 +1,120 @@
+"""The tables of docs/verdict.md, from the summaries of the studies; results_page.py writes them.
+
+A table goes between `<!-- begin NAME -->` and `<!-- end NAME -->`; the rest of the page is written by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smoa_lab.pages.tables import Table
+
+BARELY = 0.045
+"""A significant difference with a larger p than this is called one barely."""
+
+
+@dataclass(frozen=True)
+class Values:
+    """What SMoA and LoRA reached, SMoA minus LoRA, its 95 % interval, Holm's p and what Holm's correction leaves."""
+
+    smoa: float
+    lora: float
+    difference: float
+    low: float
+    high: float
+    p: float
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Compared:
+    """SMoA against LoRA in one measure of a study of classification or answers: ``loss``, or ``accuracy`` in %."""
+
+    measure: str
+    smoa: str = "spectral-lora"
+    lora: str = "lora"
+
+    def values(self, summary: list[dict[str, Any]]) -> Values:
+        rows = {row["entry"]: row for row in summary}
+        smoa, lora, key = rows[self.smoa], rows[self.lora], f"{self.measure}_difference"
+        factor, is_reference = (100 if self.measure == "accuracy" else 1), smoa["reference"] == self.smoa
+        found = lora[key] if is_reference else smoa[key]
+        mean, *ends = (factor * found[name] * (-1 if is_reference else 1) for name in ("mean", "low", "high"))
+        verdict = {"better": "worse", "worse": "better"}.get(found["holm_verdict"]) if is_reference else None
+        of_smoa, of_lora = factor * smoa[self.measure], factor * lora[self.measure]
+        return Values(of_smoa, of_lora, mean, min(ends), max(ends), found["holm_p"], verdict or found["holm_verdict"])
+
+
+@dataclass(frozen=True)
+class Forgot:
+    """What SMoA and LoRA forgot of the first task in a study of two tasks: in a ``part`` of the summary, at LoRA's
+    ``rate`` if the part has several."""
+
+    part: str
+    rate: float | None = None
+
+    def values(self, summary: dict[str, Any]) -> Values:
+        rows = [row for row in summary[self.part] if row["entry"] == "smoa-k8" and row["difference"]]
+        (row,) = (row for row in rows if self.rate is None or abs(row["other"]["rate"] / self.rate - 1) < 0.01)
+        found, kept = row["difference"], row["own"]["kept_loss"] if "own" in row else row["kept_loss"]
+        forgot = kept - summary["before"]["first"]["gold_loss"]
+        mean, low, high = found["mean"], found["low"], found["high"]
+        return Values(forgot, forgot - mean, mean, low, high, found["holm_p"], found["holm_verdict"])
+
+
+LOSS, ACCURACY = Compared("loss"), Compared("accuracy")
+ROWS: dict[str, list[tuple[str, str, Compared | Forgot]]] = {
+    "planned": [
+        ("Loss, commonsense mixture, Gemma", "commonsense", Compared("loss", "smoa-k8-r1", "lora-r1")),
+        ("The same, LoRA r = 2", "commonsense-float32", Compared("loss", "smoa-k8-r2", "lora-r2")),
+        ("Loss, headlines, MiniLM", "headlines", Compared("loss", "smoa-k8")),
+        ("The same, finer rates", "headlines-refined", Compared("loss", "smoa-k8")),
+        ("512 pairs recalled (%), MiniLM", "recall-512", Compared("accuracy", "smoa-k8")),
+        ("256 pairs recalled (%), Gemma", "recall-gemma-256", Compared("accuracy", "smoa-k8")),
+        ("Forgot, SmolLM2", "retention-smollm2", Forgot("equal")),
+        ("Forgot, SmolLM2, tasks swapped", "retention-smollm2-reversed", Forgot("equal")),
+        ("Forgot, SmolLM2, 1 in 11 rows old", "retention-replay", Forgot("equal")),
+        ("Forgot, Gemma", "retention-seeds", Forgot("equal")),
+        ("Forgot, Gemma, rate too high", "retention-seeds", Forgot("next_rate")),
+        ("Forgot, SmolLM2, rate too high", "retention-smollm2", Forgot("next_rate")),
+    ],
+    "added": [
+        ("Loss, headlines, MiniLM", "scale-headlines", LOSS),
+        ("Accuracy (%)", "scale-headlines", ACCURACY),
+        ("Loss, CommonsenseQA, Gemma", "scale-csqa", LOSS),
+        ("Accuracy (%)", "scale-csqa", ACCURACY),
+        ("Forgot, SmolLM2, LoRA at 2e-3", "retention-smollm2", Forgot("lower_levels", 2e-3)),
+        ("LoRA at 3e-3", "retention-smollm2", Forgot("lower_levels", 3e-3)),
+        ("Tasks swapped, LoRA at 2e-3", "retention-smollm2-reversed", Forgot("lower_levels", 2e-3)),
+        ("LoRA at 3e-3", "retention-smollm2-reversed", Forgot("lower_levels", 3e-3)),
+    ],
+}
+HEADER = ["measure", "SMoA", "LoRA", "difference", "Holm's p", "result"]
+
+
+def write(page: Path, studies: Path) -> None:
+    """Write the tables into the page."""
+    text = page.read_text(encoding="utf-8")
+    for name, rows in ROWS.items():
+        table = Table(HEADER, [line(title, studies / study, what) for title, study, what in rows]).markdown()
+        text = re.sub(
+            rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", rf"\1\n{table}\n\n\2", text, flags=re.DOTALL
+        )
+    page.write_text(text, encoding="utf-8")
+
+
+def line(title: str, study: Path, what: Compared | Forgot) -> list[str]:
+    """A row of the table; the title links to the study's report."""
+    values = what.values(json.loads((study / "summary.json").read_text(encoding="utf-8")))
+    numbers = values.smoa, values.lora, values.difference, values.low, values.high
+    largest = max(map(abs, numbers[:2]))
+    smoa, lora, *rest = (f"{number:.{0 if largest > 100 else 1 if largest > 10 else 3}f}" for number in numbers)
+    difference, low, high = (text.replace("-", "−") if text[0] == "-" else f"+{text}" for text in rest)
+    winner = {"better": "SMoA is better", "worse": "LoRA is better"}.get(values.verdict)
+    result = "not significant" if winner is None else winner + (", barely" if values.p > BARELY else "")
+    link = f"[{title}](../studies/{study.name}/README.md)"
+    return [link, smoa, lora, f"{difference} [{low}, {high}]", f"{values.p:.2g}", result]

@@ -1,0 +1,259 @@
+"""transformers' continuous batching over a pool: each request answers as its adapter alone does."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+
+from smoa import AdapterPool, SmoaConfig
+from smoa.errors import AdapterFileError, ConfigError, UnsupportedVersionError
+from tests.support import tiny_models
+
+transformers = pytest.importorskip("transformers", minversion="5.24")
+from transformers import ContinuousBatchingConfig, GenerationConfig  # noqa: E402
+
+KINDS: dict[str, dict[str, Any]] = {
+    "anna": {"r": 4, "num_blocks": 2},
+    "ben": {"r": 4, "num_blocks": 2},
+    "cleo": {"r": 6, "num_blocks": 4, "target_modules": ["q_proj", "down_proj"]},
+    "dora": {"r": 4, "num_blocks": 2, "partition": "contiguous", "scale": "paper", "alpha": 9},
+    "emil": {"r": 4, "num_blocks": 2, "modulation": "none"},
+    "fay": {"r": 4, "num_blocks": 2, "target_modules": ["v_proj", "lm_head"]},
+    "gus": {"r": 16, "num_blocks": 2, "target_modules": ["q_proj", "up_proj"]},  # forms ΔW for few tokens already
+}
+NEW = 6
+GREEDY = GenerationConfig(do_sample=False, max_new_tokens=NEW, eos_token_id=None, pad_token_id=0)
+SMALL: dict[str, Any] = {"page_size": 4, "num_blocks": 64, "max_batch_tokens": 64}
+
+
+def base() -> Any:
+    return tiny_models.build("llama").eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Saved adapters of one base."""
+    room = tmp_path_factory.mktemp("adapters")
+    torch.manual_seed(0)
+    for name, settings in KINDS.items():
+        config = SmoaConfig(**({"target_modules": ["q_proj", "v_proj"], "init_weights": False, "alpha": 40} | settings))
+        get_peft_model(base(), config).save_pretrained(room / name, save_embedding_layers=False)
+    return room
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(3, 20, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+class Alone:
+    """What PEFT generates with one adapter, computed once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.models, self.answers = folder, dict[str, Any](), dict[Any, list[int]]()
+
+    def __call__(self, name: str, tokens: list[int]) -> list[int]:
+        if name not in self.models:
+            model = base()
+            self.models[name] = model if name == "__base__" else PeftModel.from_pretrained(model, self.folder / name)
+        key = name, tuple(tokens)
+        if key not in self.answers:
+            ids = torch.tensor([tokens])
+            output = self.models[name].generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=GREEDY
+            )
+            self.answers[key] = output[0, len(tokens) :].tolist()
+        return self.answers[key]
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> Alone:
+    return Alone(folder)
+
+
+@pytest.fixture
+def pool(folder: Path) -> AdapterPool:
+    return AdapterPool(base(), folder=folder)
+
+
+def generated(pool: AdapterPool, inputs: list[list[int]], names: list[str], **settings: Any) -> list[list[int]]:
+    config = ContinuousBatchingConfig(**(SMALL | settings))
+    outputs = pool.generate_batch(inputs, names, GREEDY, config)
+    assert [output.prompt_ids for output in outputs.values()] == inputs
+    return [output.generated_tokens for output in outputs.values()]
+
+
+NAMES = [*KINDS, "__base__"]
+REQUESTS = [(name, prompt(length, length)) for length in (3, 9, 17) for name in NAMES]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"allow_block_sharing": False},
+        {"max_batch_tokens": 8},  # prompts are read in chunks
+        {"num_blocks": 12},  # more requests than there is room for
+    ],
+    ids=str,
+)
+def test_each_request_answers_as_its_adapter_alone(pool: AdapterPool, alone: Alone, settings: dict[str, Any]) -> None:
+    names, inputs = [name for name, _ in REQUESTS], [tokens for _, tokens in REQUESTS]
+    expected = [alone(name, tokens) for name, tokens in REQUESTS]
+    assert generated(pool, inputs, names, **settings) == expected
+    assert len({tuple(answer) for answer in expected}) > len(NAMES)  # they differ
+    for name in KINDS:
+        pool.unload(name)  # nothing is in use
+
+
+def test_no_adapter_sees_what_another_has_computed(pool: AdapterPool, alone: Alone) -> None:
+    tokens = prompt(21)
+    config = ContinuousBatchingConfig(**SMALL)
+    with pool.continuous_batching(GREEDY, config) as manager:
+        shared = []
+        cache: Any = manager.batch_processor.cache
+        search = cache.search_prefix_match
+        cache.search_prefix_match = lambda *args: shared.append(search(*args)) or shared[-1]
+        for name in [*NAMES, *NAMES]:  # one after the other, so that each finds the blocks of those before
+            manager.add_request(tokens, adapter=name)
+            assert manager.get_result(timeout=60).generated_tokens == alone(name, tokens)
+    assert shared == [0] * len(NAMES) + [20] * len(NAMES)
+
+
+def test_more_adapters_than_slots_take_turns(folder: Path, alone: Alone) -> None:
+    pool = AdapterPool(base(), slots=2, folder=folder)
+    names, inputs = [name for name, _ in REQUESTS], [tokens for _, tokens in REQUESTS]
+    assert generated(pool, inputs, names) == [alone(name, tokens) for name, tokens in REQUESTS]
+    assert len(pool.names) == 2
+
+
+def test_an_adapter_in_use_stays_and_a_canceled_request_frees_it(folder: Path, alone: Alone) -> None:
+    pool = AdapterPool(base(), slots=1, folder=folder)
+    with pool.continuous_batching(GREEDY, ContinuousBatchingConfig(**SMALL)) as manager:
+        manager.add_request(prompt(5), "long", max_new_tokens=200, adapter="anna", streaming=True)
+        assert manager.get_result(timeout=60).request_id == "long"
+        for change in (
+            lambda: pool.unload("anna"),
+            lambda: pool.load("anna", folder / "ben"),
+            lambda: pool.load("ben", folder / "ben"),
+            lambda: manager.add_request(prompt(5), adapter="ben"),
+        ):
+            with pytest.raises(ConfigError, match="in use"):
+                change()
+        with pytest.raises(ConfigError, match="runs already"):
+            manager.add_request(prompt(5), "long")
+        manager.cancel_request("long")
+        deadline = threading.Event()
+        while pool._in_use["anna"]:
+            assert not deadline.wait(0.01)
+        manager.add_request(prompt(5), "next", adapter="ben")
+        while (output := manager.get_result(timeout=60)).request_id != "next":
+            pass
+        assert output.generated_tokens == alone("ben", prompt(5))
+        pool.unload("ben")  # an answer that is seen holds nothing
+
+
+def test_adapters_are_loaded_while_others_answer(folder: Path, alone: Alone) -> None:
+    pool = AdapterPool(base(), slots=3, folder=folder)
+    with pool.continuous_batching(GREEDY, ContinuousBatchingConfig(**SMALL)) as manager:
+        for number in range(40):
+            name = ("anna", "ben")[number % 2]
+            manager.add_request(prompt(7), adapter=name, request_id=f"{name} {number}")
+            pool.load(f"other {number}", folder / "dora")
+        outputs = [manager.get_result(timeout=60) for _ in range(40)]
+    for output in outputs:
+        assert output.generated_tokens == alone(output.request_id.split()[0], prompt(7))
+
+
+def test_several_answers_to_a_prompt_are_all_its_adapters(pool: AdapterPool, alone: Alone) -> None:
+    config = GenerationConfig(**(GREEDY.to_dict() | {"num_return_sequences": 2, "do_sample": True, "top_k": 1}))
+    names = ["anna", "cleo"]
+    outputs = pool.generate_batch([prompt(6)] * 2, names, config, ContinuousBatchingConfig(**SMALL))
+    answers = [output.generated_tokens for output in outputs.values()]
+    assert answers == [alone(name, prompt(6)) for name in names for _ in range(2)]
+
+
+def test_each_request_may_have_a_generation_config(pool: AdapterPool, alone: Alone, folder: Path) -> None:
+    tokens = prompt(6)
+    banned = alone("anna", tokens)[0]
+    hot = GenerationConfig(do_sample=True, temperature=5.0)
+    without = GenerationConfig(do_sample=False, sequence_bias={(banned,): float("-inf")})
+    model = PeftModel.from_pretrained(base(), folder / "anna")
+    ids = torch.tensor([tokens])
+    settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "pad_token_id": 0, "bad_words_ids": [[banned]]}
+    avoiding = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, **settings)
+    with pool.continuous_batching(GREEDY, ContinuousBatchingConfig(**SMALL), own_configs=True) as manager:
+        for request in ("a", "b", "c"):
+            seed = {"a": 1, "b": 1, "c": 2}[request]
+            manager.add_request(tokens, f"hot {request}", adapter="anna", generation_config=hot, seed=seed)
+        manager.add_request(tokens, "without", adapter="anna", generation_config=without)
+        manager.add_request(tokens, "greedy", adapter="anna")
+        found = {
+            output.request_id: output.generated_tokens for output in (manager.get_result(timeout=60) for _ in range(5))
+        }
+    assert found["greedy"] == alone("anna", tokens)
+    assert found["without"] == avoiding[0, 6:].tolist()
+    assert found["hot a"] == found["hot b"] != found["hot c"]
+
+
+def test_what_cannot_be_served_is_refused_before_work_starts(
+    pool: AdapterPool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool.base, "forward", lambda **_: pytest.fail("work was started"))
+    inputs = [prompt(4)] * 2
+    with pytest.raises(ConfigError, match="'anne'; did you mean 'anna'"):
+        pool.generate_batch(inputs, ["anna", "anne"], GREEDY)
+    with pytest.raises(ConfigError, match="1 names for 2 prompts"):
+        pool.generate_batch(inputs, ["anna"], GREEDY)
+    with pytest.raises(ConfigError, match="256 together"):
+        generated(pool, [prompt(400)], ["anna"])
+    with pytest.raises(ConfigError, match="at least one"):
+        generated(pool, [[]], ["anna"])
+    with pytest.raises(ConfigError, match="graphs"):
+        generated(pool, inputs, ["anna", "ben"], use_cuda_graph=True)
+    shutil.copytree(folder / "anna", tmp_path / "broken")
+    (tmp_path / "broken" / "adapter_model.safetensors").write_bytes(b"half")
+    with pytest.raises(AdapterFileError, match="broken"):
+        generated(AdapterPool(pool.base, folder=tmp_path), inputs[:1], ["broken"])
+    assert pool.generate_batch([], []) == {}
+
+
+def test_a_failure_of_the_thread_that_computes_is_an_error_and_frees_the_adapters(
+    pool: AdapterPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(**_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(pool.base, "forward", broken)
+    with pytest.raises(RuntimeError, match="generation failed: out of memory"):
+        generated(pool, [prompt(4)], ["anna"])
+    pool.unload("anna")
+
+
+def test_the_default_cache_is_sized_by_the_requests(pool: AdapterPool, alone: Alone) -> None:
+    outputs = pool.generate_batch([prompt(40), prompt(3)], ["anna", "ben"], GREEDY, max_new_tokens=NEW)
+    answers = [output.generated_tokens for output in outputs.values()]
+    assert answers == [alone("anna", prompt(40)), alone("ben", prompt(3))]
+
+
+def test_without_the_pool_the_base_answers_as_ever(pool: AdapterPool, alone: Alone) -> None:
+    generated(pool, [prompt(9)], ["anna"])
+    outputs = pool.base.generate_batch([prompt(9)], GREEDY, ContinuousBatchingConfig(**SMALL), warmup=False)
+    assert [output.generated_tokens for output in outputs.values()] == [alone("__base__", prompt(9))]
+
+
+def test_an_older_transformers_is_one_clear_error(pool: AdapterPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib
+
+    from smoa.tuner import batching
+
+    monkeypatch.delattr(batching.FutureRequestState, "query_length")
+    with pytest.raises(UnsupportedVersionError, match=r"lacks FutureRequestState.query_length.*tried with.*5\.24"):
+        importlib.reload(batching)
+    monkeypatch.undo()
+    importlib.reload(batching)
