@@ -7,6 +7,7 @@
 | `_generation_loop_body`, `_run_generation_loop`             | when requests have ended                           |
 | `scheduler.active_requests`, `waiting_requests`             | which requests live                                |
 | `OutputRouter.deliver_batch`                                | frees an adapter before its last answer is seen    |
+| `ContinuousBatchingLogitsProcessor`                         | lets each request have a generation config         |
 | `_create_batch_processor`, `cache.search_prefix_match`,     | keeps cached blocks apart by adapter               |
 | `mark_complete_blocks`                                      |                                                    |
 
@@ -46,13 +47,18 @@ def lacking(name: str) -> UnsupportedVersionError:
 
 
 try:
-    from transformers import ContinuousBatchingConfig, ContinuousBatchingManager, GenerationConfig
+    from transformers import ContinuousBatchingConfig, ContinuousBatchingManager, GenerationConfig, LogitsProcessorList
+    from transformers.generation.continuous_batching.cb_logits_processors import (
+        ContinuousBatchingLogitsProcessor,
+        ContinuousBatchingLogitsProcessorList,
+    )
     from transformers.generation.continuous_batching.continuous_api import OutputRouter
     from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput
 except ImportError as error:
     raise lacking(str(error)) from error
 
 for owner, names in {
+    ContinuousBatchingLogitsProcessor: ("fill_defaults", "prepare_tensor_args"),
     ContinuousBatchingManager: (
         *("add_request", "_generation_step", "_generation_loop_body", "_run_generation_loop"),
         "_create_batch_processor",
@@ -74,11 +80,54 @@ PAGE = 32
 
 @dataclass(eq=False)
 class Lease:
-    """A request's adapter. ``queued``: whether transformers has the request, or had it."""
+    """A request's adapter, and how its next token is chosen where not by the greatest logit. ``queued``: whether
+    transformers has the request, or had it."""
 
     name: str
     member: Member | None
+    chooses: Chooser | None = None
     queued: bool = False
+
+
+@dataclass(eq=False)
+class Chooser:
+    """Chooses a request's next token as its own generation config says."""
+
+    processors: LogitsProcessorList
+    samples: bool
+    generator: torch.Generator
+
+    def __call__(self, tokens: list[int], scores: Tensor) -> Tensor:
+        """The logits (vocabulary,) as they were processed; if it samples, all but the sampled one are -inf."""
+        before: Any = torch.tensor([tokens], device=scores.device)
+        processed: Tensor = self.processors(before, scores[None])[0]
+        if not self.samples:
+            return processed
+        token = torch.multinomial(processed.softmax(-1), 1, generator=self.generator)
+        return torch.full_like(processed, -math.inf).index_fill(0, token, 0)
+
+
+class _Choosers(ContinuousBatchingLogitsProcessor):
+    """The choosers of a step's requests, by which the manager's greatest logit is each one's own choice."""
+
+    supported_kwargs, ignored_kwargs = dict[str, type](), ()
+
+    def __init__(self, manager: PoolManager) -> None:
+        self._manager, self._states = manager, list[Any]()
+
+    def fill_defaults(self, int32_tensor: Tensor) -> None:
+        int32_tensor.zero_()
+
+    def prepare_tensor_args(self, requests_with_new_token: list[FutureRequestState]) -> Tensor:
+        self._states = [future.state for future in requests_with_new_token]
+        return torch.zeros(len(self._states), dtype=torch.int32)
+
+    def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
+        for row, state in enumerate(self._states):
+            chooses = self._manager.lease(state.request_id).chooses
+            if chooses is not None:
+                scores[row] = chooses(state.initial_tokens + state.generated_tokens, scores[row])
+        return scores
 
 
 class _Router(OutputRouter):
@@ -100,18 +149,33 @@ class PoolManager(ContinuousBatchingManager):
         pool: The adapters.
         generation_config: As transformers takes it.
         continuous_batching_config: Likewise.
+        own_configs: Whether each request may have a generation config of its own; `generation_config` is then that of
+            the others.
     """
 
     def __init__(
-        self, pool: Any, generation_config: GenerationConfig, continuous_batching_config: ContinuousBatchingConfig
+        self,
+        pool: Any,
+        generation_config: GenerationConfig,
+        continuous_batching_config: ContinuousBatchingConfig,
+        own_configs: bool = False,
     ) -> None:
         config = copy.copy(continuous_batching_config)
         graphs = config.use_cuda_graph
         if graphs not in (None, False, (False, False)) or config.default_compile_level:
             raise ConfigError("AdapterPool: CUDA graphs and compilation can't serve adapters; leave them out")
         config.use_cuda_graph, config.use_async_batching = False, False
-        super().__init__(pool.base, generation_config, config)
+        greedy = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=generation_config.max_new_tokens,
+            eos_token_id=generation_config.eos_token_id,
+        )
+        super().__init__(pool.base, greedy if own_configs else generation_config, config)
         self._pool, self._leases, self._lease_lock = pool, dict[str, Lease](), threading.Lock()
+        self._default = generation_config if own_configs else None
+        if own_configs:
+            self.logit_processor = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([_Choosers(self)]))
+            self.logit_processor.tensors_required = 1
         self._diagonals: dict[int, tuple[Any, Sequence[Tensor]]] = {}
         self._step: tuple[Any, Step] | None = None
         self.output_router = _Router(self)
@@ -130,9 +194,12 @@ class PoolManager(ContinuousBatchingManager):
         max_new_tokens: int | None = None,
         *args: Any,
         adapter: str = BASE,
+        generation_config: GenerationConfig | None = None,
+        seed: int | None = None,
         **kwargs: Any,
     ) -> str | None:
-        """As transformers' own, with the name of an adapter that is loaded or in the pool's folder.
+        """As transformers' own, with the name of an adapter that is loaded or in the pool's folder and, if requests
+        may have their own, a generation config: how tokens are chosen. The same seed samples the same tokens.
 
         Raises:
             ConfigError: there is no such adapter, all slots are in use by other adapters, a request of this name
@@ -146,6 +213,8 @@ class PoolManager(ContinuousBatchingManager):
                 f"{self.capacity} together, for which the cache has room; shorten them, or raise num_blocks"
             )
         lease = Lease(adapter, self._pool._hold(adapter))
+        if self._default is not None:
+            lease.chooses = self._chooser(generation_config or self._default, seed)
         with self._lease_lock:
             if request_id is None:
                 request_id, self._request_counter = f"req_{self._request_counter}", self._request_counter + 1
@@ -160,6 +229,14 @@ class PoolManager(ContinuousBatchingManager):
             if added is None:
                 self._end([request_id])
         return added
+
+    def _chooser(self, config: GenerationConfig, seed: int | None) -> Chooser | None:
+        processors = self.model._get_logits_processor(config)
+        if not config.do_sample and not processors:
+            return None
+        generator = torch.Generator(self.model.device)
+        generator.manual_seed(seed) if seed is not None else generator.seed()
+        return Chooser(processors, bool(config.do_sample), generator)
 
     def release_ended(self, everything: bool = False) -> None:
         """Free the adapters of requests that have ended, or been canceled; called by the thread that computes."""
@@ -178,7 +255,7 @@ class PoolManager(ContinuousBatchingManager):
     def _salted(self, request_id: str, tokens: list[int]) -> list[int]:
         """The tokens, the first of them changed by the adapter: transformers knows cached blocks by their tokens and
         all those before."""
-        member = self._leases[self._parent(request_id)].member
+        member = self.lease(request_id).member
         salt = 0 if member is None else member.number
         return [token ^ (salt >> 11 * place & 0x7FF) << 20 for place, token in enumerate(tokens[:4])] + tokens[4:]
 
@@ -196,8 +273,11 @@ class PoolManager(ContinuousBatchingManager):
         return lambda request_id, tokens, *args: original(request_id, self._salted(request_id, tokens), *args)
 
     def _parent(self, request_id: str) -> str:
-        """The request of which this is another answer, or itself."""
         return request_id if request_id in self._leases else request_id.rpartition("__child#")[0]
+
+    def lease(self, request_id: str) -> Lease:
+        """That of a request, or of the one of which it is another answer."""
+        return self._leases[self._parent(request_id)]
 
     def _generation_loop_body(self, *args: Any, **kwargs: Any) -> bool:
         goes_on: bool = super()._generation_loop_body(*args, **kwargs)
@@ -212,7 +292,7 @@ class PoolManager(ContinuousBatchingManager):
 
     def _generation_step(self) -> None:
         requests = self._processor.inputs_and_outputs.requests_in_batch
-        members = [self._leases[self._parent(future.state.request_id)].member for future in requests]
+        members = [self.lease(future.state.request_id).member for future in requests]
         lengths = [future.query_length for future in requests]
         key = [id(member) for member in members], lengths
         if self._step is None or self._step[0] != key:
@@ -230,12 +310,13 @@ def running(
     pool: Any,
     generation_config: GenerationConfig | None = None,
     continuous_batching_config: ContinuousBatchingConfig | None = None,
+    own_configs: bool = False,
 ) -> Iterator[PoolManager]:
     """A manager that runs, as `AdapterPool.continuous_batching` says."""
     own = copy.copy(pool.base.generation_config if generation_config is None else generation_config)
     own.eos_token_id = -1 if own.eos_token_id is None else own.eos_token_id  # as transformers has it
     config = continuous_batching_config or _config(pool, ROOM, 4096)
-    manager = PoolManager(pool, own, config)
+    manager = PoolManager(pool, own, config, own_configs)
     manager.start()
     try:
         yield manager

@@ -112,6 +112,8 @@ class AdapterPool:
             AdapterFileError: it is damaged, or was made for another base.
             ConfigError: its file has more than factors, or the name is taken by one that is in use.
         """
+        with self._lock:
+            self._leaving_for(name)  # raises where there is no slot, before anything is read
         config = SmoaConfig.from_pretrained(str(source))
         if not isinstance(config, SmoaConfig):
             raise ConfigError(f"{source}: is no SMoA adapter but {getattr(config, 'peft_type', 'none')}")
@@ -251,6 +253,7 @@ class AdapterPool:
         self,
         generation_config: GenerationConfig | None = None,
         continuous_batching_config: ContinuousBatchingConfig | None = None,
+        own_configs: bool = False,
     ) -> AbstractContextManager[PoolManager]:
         """A running manager of transformers' continuous batching, whose `add_request` takes `adapter=name` too.
 
@@ -263,6 +266,7 @@ class AdapterPool:
         Args:
             generation_config: As transformers takes it.
             continuous_batching_config: Likewise. CUDA graphs and compilation are refused.
+            own_configs: Let `add_request` take `generation_config` and `seed`: how this request's tokens are chosen.
 
         Raises:
             UnsupportedVersionError: this transformers lacks names that are needed.
@@ -270,7 +274,7 @@ class AdapterPool:
         """
         from smoa.tuner.batching import running
 
-        return running(self, generation_config, continuous_batching_config)
+        return running(self, generation_config, continuous_batching_config, own_configs)
 
     def _hold(self, name: str) -> Member | None:
         """The adapter of a name, None for the base, which stays in its slot until `_release`."""

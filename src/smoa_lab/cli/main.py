@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from smoa_lab.cli import adapters, chat, compare, data, demo, eval, init, train, tune
+from smoa_lab.cli import adapters, chat, compare, data, demo, eval, init, serve, train, tune
 
 app = typer.Typer(
     name="smoa",
@@ -44,6 +44,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "merge": (adapters.merge, "smoa merge runs/my merged --dtype float32"),
     "convert": (adapters.convert, "smoa convert runs/my lora --rank 16"),
     "verify": (adapters.verify, "smoa verify runs/my --against merged --against lora"),
+    "serve": (serve.serve, "smoa serve smollm2-135m --adapters runs"),
     "compare": (compare.compare, "smoa compare studies/headlines/headlines.yaml --workers 2"),
     "inspect": (adapters.inspect, "smoa inspect runs/my --html inside.html"),
     "budget": (adapters.budget, "smoa budget gemma3-270m lora:8"),

@@ -178,6 +178,29 @@ def test_several_answers_to_a_prompt_are_all_its_adapters(pool: AdapterPool, alo
     assert answers == [alone(name, prompt(6)) for name in names for _ in range(2)]
 
 
+def test_each_request_may_have_a_generation_config(pool: AdapterPool, alone: Alone, folder: Path) -> None:
+    tokens = prompt(6)
+    banned = alone("anna", tokens)[0]
+    hot = GenerationConfig(do_sample=True, temperature=5.0)
+    without = GenerationConfig(do_sample=False, sequence_bias={(banned,): float("-inf")})
+    model = PeftModel.from_pretrained(base(), folder / "anna")
+    ids = torch.tensor([tokens])
+    settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "pad_token_id": 0, "bad_words_ids": [[banned]]}
+    avoiding = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, **settings)
+    with pool.continuous_batching(GREEDY, ContinuousBatchingConfig(**SMALL), own_configs=True) as manager:
+        for request in ("a", "b", "c"):
+            seed = {"a": 1, "b": 1, "c": 2}[request]
+            manager.add_request(tokens, f"hot {request}", adapter="anna", generation_config=hot, seed=seed)
+        manager.add_request(tokens, "without", adapter="anna", generation_config=without)
+        manager.add_request(tokens, "greedy", adapter="anna")
+        found = {
+            output.request_id: output.generated_tokens for output in (manager.get_result(timeout=60) for _ in range(5))
+        }
+    assert found["greedy"] == alone("anna", tokens)
+    assert found["without"] == avoiding[0, 6:].tolist()
+    assert found["hot a"] == found["hot b"] != found["hot c"]
+
+
 def test_what_cannot_be_served_is_refused_before_work_starts(
     pool: AdapterPool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
