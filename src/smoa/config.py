@@ -49,7 +49,7 @@ class SmoaConfig(PeftConfig):
     """Configuration of a SMoA adapter: `ΔW[I_k, J_k] = (α/r)·(B_k A_k) ⊙ W[I_k, J_k]` (arXiv:2605.21147).
 
     Trainable parameters of a layer: r(m+n)/K, 1/K of LoRA's at the same r. As in every method of PEFT, the model holds
-    this object, `model.peft_config[adapter_name]`, and PEFT fills in settings that you left out, as target_modules.
+    this object, `model.peft_config[adapter_name]`, and PEFT fills in what you left out, such as target_modules.
 
     Args:
         r: Total rank, Σ r_k over the blocks. The default of 16, with K = 2, trains as many parameters as LoRA's of 8.
