@@ -185,7 +185,7 @@ def test_the_keys_of_a_trainer_are_picked_and_others_are_refused(rows: Path) -> 
         load_config(rows, ["training.chat_template_path=x", "training.use_cpu=true"]).arguments("messages")
 
 
-def test_tokens_that_are_cut_and_labelled_are_left_to_the_trainer_as_they_are(rows: Path) -> None:
+def test_tokens_that_are_cut_and_labeled_are_left_to_the_trainer_as_they_are(rows: Path) -> None:
     for changes, length in (([], None), (["training.packing=true", "training.max_length=64"], 64)):
         arguments: Any = load_config(rows, ["training.use_cpu=true", *changes]).arguments("messages")
         assert (arguments.assistant_only_loss, arguments.max_length) == (False, length)
