@@ -231,7 +231,7 @@ def merge_in_memory(
     return loss
 
 
-def _merge_nothing(**_: Any) -> None:
+def _merge_nothing(*_: Any, **__: Any) -> None:
     """``merge`` of a layer that is merged."""
 
 
