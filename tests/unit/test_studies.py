@@ -46,7 +46,9 @@ def test_the_documents_show_as_many_studies_as_ever(monkeypatch: pytest.MonkeyPa
     site = SimpleNamespace(
         append=lambda file: files.update({file.src_uri: file}), documentation_pages=list, get_file_from_path=files.get
     )
-    hooks["File"].generated = lambda config, uri, **content: SimpleNamespace(src_uri=uri, **content)
+    monkeypatch.setattr(
+        hooks["File"], "generated", lambda config, uri, **content: SimpleNamespace(src_uri=uri, **content)
+    )
     hooks["on_files"](site, None)
     for name in names:
         assert {f"studies/{name}/{file}" for file in ("README.md", "page.html", "summary.json", PACK)} <= files.keys()
