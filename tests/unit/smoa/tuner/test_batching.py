@@ -14,6 +14,7 @@ from peft import PeftModel, get_peft_model
 from smoa import AdapterPool, SmoaConfig
 from smoa.errors import AdapterFileError, ConfigError, UnsupportedVersionError
 from tests.support import tiny_models
+from tests.support.tiny_models import VOCAB_SIZE
 
 transformers = pytest.importorskip("transformers", minversion="5.24")
 from transformers import ContinuousBatchingConfig, GenerationConfig  # noqa: E402
@@ -199,6 +200,23 @@ def test_each_request_may_have_a_generation_config(pool: AdapterPool, alone: Alo
     assert found["greedy"] == alone("anna", tokens)
     assert found["without"] == avoiding[0, 6:].tolist()
     assert found["hot a"] == found["hot b"] != found["hot c"]
+
+
+def test_a_request_whose_token_cannot_be_chosen_ends_alone(pool: AdapterPool, alone: Alone) -> None:
+    overflows = GenerationConfig(do_sample=True, temperature=1e-40)
+    with pool.continuous_batching(GREEDY, ContinuousBatchingConfig(**SMALL), own_configs=True) as manager:
+        manager.add_request(prompt(5), "before", adapter="anna")
+        manager.add_request(prompt(6), "fails", adapter="ben", generation_config=overflows, streaming=True)
+        manager.add_request(prompt(7), "after", adapter="ben")
+        found = {output.request_id: output for output in (manager.get_result(timeout=60) for _ in range(3))}
+        assert "probability" in found["fails"].error
+        assert found["before"].generated_tokens == alone("anna", prompt(5))
+        assert found["after"].generated_tokens == alone("ben", prompt(7))
+        pool.unload("ben")
+        for bias in ({(VOCAB_SIZE,): 1.0}, {(-1,): 1.0}):
+            with pytest.raises(ConfigError, match="generation_config"):
+                manager.add_request(prompt(5), adapter="anna", generation_config=GenerationConfig(sequence_bias=bias))
+        pool.unload("anna")
 
 
 def test_what_cannot_be_served_is_refused_before_work_starts(
