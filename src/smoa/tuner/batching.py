@@ -10,6 +10,7 @@
 | `ContinuousBatchingLogitsProcessor`                         | lets each request have a generation config         |
 | `_create_batch_processor`, `cache.search_prefix_match`,     | keeps cached blocks apart by adapter               |
 | `mark_complete_blocks`                                      |                                                    |
+| `inputs_and_outputs.get_model_kwargs`                       | lets other threads use the model meanwhile         |
 
 The manager computes in a thread of its own, which is why a step names its adapters there. None of this is a public
 interface but the manager, so each name is checked once.
@@ -274,6 +275,8 @@ class PoolManager(ContinuousBatchingManager):
             cache.search_prefix_match = self._with_salt(cache.search_prefix_match)
             for allocator in cache.cache_allocators.values():
                 allocator.mark_complete_blocks = self._with_salt(allocator.mark_complete_blocks)
+            inputs: Any = processor.inputs_and_outputs
+            inputs.get_model_kwargs = _without_is_causal(inputs.get_model_kwargs)
         return processor
 
     def _with_salt(self, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -314,6 +317,15 @@ class PoolManager(ContinuousBatchingManager):
             self._step = key, Step(tokens, last, self._diagonals)
         with self._pool._computing(self._step[1]):
             super()._generation_step()
+
+
+def _without_is_causal(original: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """The arguments of a step without `is_causal`. transformers writes it into the model's config while a step runs, so
+    that another thread's forward would attend to later tokens, and could leave it there for good. The step has masks,
+    or needs the default."""
+    return lambda *args, **options: {
+        name: value for name, value in original(*args, **options).items() if name != "is_causal"
+    }
 
 
 @contextmanager

@@ -171,6 +171,27 @@ def test_adapters_are_loaded_while_others_answer(folder: Path, alone: Alone) -> 
         assert output.generated_tokens == alone(output.request_id.split()[0], prompt(7))
 
 
+def test_another_thread_may_use_the_pool_within_a_step(pool: AdapterPool, alone: Alone) -> None:
+    ids, found = torch.tensor([prompt(7)]), []
+
+    def use() -> None:
+        with pool.use(["ben"]):
+            output = pool.base.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=GREEDY)
+        found.append(output[0, 7:].tolist())
+
+    def within(*_: Any) -> None:
+        if threading.current_thread() is not other:
+            handle.remove()
+            other.start()
+            other.join()
+
+    other = threading.Thread(target=use)
+    handle = pool.base.model.layers[0].register_forward_pre_hook(within)
+    assert generated(pool, [prompt(9)], ["anna"]) == [alone("anna", prompt(9))]
+    assert found == [alone("ben", prompt(7))]
+    assert not hasattr(pool.base.config, "is_causal")
+
+
 def test_several_answers_to_a_prompt_are_all_its_adapters(pool: AdapterPool, alone: Alone) -> None:
     config = GenerationConfig(**(GREEDY.to_dict() | {"num_return_sequences": 2, "do_sample": True, "top_k": 1}))
     names = ["anna", "cleo"]
