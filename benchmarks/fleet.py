@@ -1,7 +1,7 @@
 """Measures batches in which every row has an adapter of its own, beside PEFT's LoRA.
 
     python benchmarks/fleet.py            all parts, on two threads
-    python benchmarks/fleet.py names      one part: names, decoding, training, pool, batching
+    python benchmarks/fleet.py names      one part: names, decoding, training, pool
 
 The model is like a Llama with random weights: 4 layers of 1024/2816, seven targets. All times of a case are taken in
 turn in one process, each after a call of its own that warms the caches, and given as ratios. `names`: one forward
@@ -9,8 +9,7 @@ through `adapter_names`, of 32 rows, with 1 or 32 adapters, to the base's. "kept
 all adapters share, as `generate` does for each token after the first. `decoding`: `generate` of 48 tokens with one
 adapter. `training`: a step of 32 adapters with a row each, compared with 32 steps of one LoRA. `pool`: 1,000 adapters
 of SmolLM2 with the parameters of LoRA r = 1, of which a batch uses 32: memory, loading, and the time of a step to that
-with 32 loaded. `batching`: a step of transformers' continuous batching that gives each of 32 requests of SmolLM2 a
-token, with an adapter each, to one with the base, in bfloat16. Writes benchmarks/results/fleet.json.
+with 32 loaded. Writes benchmarks/results/fleet.json.
 """
 
 from __future__ import annotations
@@ -21,14 +20,13 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
 from _common import busy_elsewhere, pick_device, provenance, seconds, write_results
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from smoa import AdapterPool, SmoaConfig, keep_in_generate
 from smoa.tuner.generation import caches_of_generate
@@ -155,28 +153,9 @@ def pool(adapters: int, repeats: int) -> dict[str, Any]:
     }
 
 
-def batching(repeats: int) -> dict[str, Any]:
-    """Steps of `generate_batch` in which 32 requests get a token each: what 24 tokens take beyond 8, by 16."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(unpacked_folder("smollm2-135m"), dtype=torch.bfloat16).eval()
-    pool, names = AdapterPool(model), [str(number) for number in range(ADAPTERS)]
-    for name in names:
-        pool.add(name, SmoaConfig(r=8, num_blocks=8, target_modules=TARGETS, init_weights=False))
-    prompts = torch.randint(10, 500, (ADAPTERS, 16)).tolist()
-    config = GenerationConfig(do_sample=False, eos_token_id=-1)
-    timed: dict[str, Callable[[], object]] = {
-        f"{kind} {new}": partial(pool.generate_batch, prompts, of, config, max_new_tokens=new)
-        for kind, of in (("base", ["__base__"] * ADAPTERS), ("32 adapters", names))
-        for new in (8, 24)
-    }
-    medians = {case: statistics.median(values) for case, values in interleaved(timed, repeats).items()}
-    steps = {kind: [(medians[f"{kind} 24"] - medians[f"{kind} 8"]) / 16] for kind in ("base", "32 adapters")}
-    return _ratios(steps)
-
-
-def interleaved(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+def interleaved(functions: Mapping[Any, Callable[[], object]], repeats: int) -> dict[Any, list[float]]:
     """Times of each function, called in turn; the weights of another model have left the caches, so each runs twice."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
+    times: dict[Any, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
             function()
@@ -192,7 +171,7 @@ def _ratios(times: dict[str, list[float]], against: str = "base") -> dict[str, A
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=["names", "decoding", "training", "pool", "batching"])
+    parser.add_argument("parts", nargs="*", default=["names", "decoding", "training", "pool"])
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dry", action="store_true", help="write no results")
@@ -227,9 +206,6 @@ def main() -> None:
             print(case, found.setdefault(case, training(dtype, tokens, r, repeats // 2)), flush=True)
     if "pool" in arguments.parts:
         print(found.setdefault("pool: 1,000 adapters of SmolLM2, 32 rows x 1 token", pool(1000, repeats)), flush=True)
-    if "batching" in arguments.parts:
-        case = "batching: SmolLM2, 32 requests x 1 token, r = 8, bfloat16"
-        print(found.setdefault(case, batching(repeats // 3)), flush=True)
     if not arguments.dry:
         content = {"cases": found, "cores_busy_elsewhere": others(), "provenance": provenance(pick_device("cpu"))}
         print(write_results("fleet", content))

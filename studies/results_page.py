@@ -37,7 +37,8 @@ then fresh seeds on the test part.
 - **Entries** are named after their method, number of blocks (`k8`), change, and budget: `r1` means the trainable
   parameters of a LoRA of rank 1. In the studies of the scale, `spectral-lora` is SMoA as it is by default, spectral
   blocks with `scale="lora"`, and `lora` is LoRA.
-- **Studies**: `refined` also searched quarter decades; `float32` has its weights in that dtype.
+- **Studies**: `refined` also searched quarter decades (a decade is a factor of 10); `float32` has its weights in that
+  dtype.
 - **Loss elsewhere** is the loss on text of a domain that was not trained on. A rise means forgetting.
 
 [The verdict](verdict.md) sums up what the studies show.

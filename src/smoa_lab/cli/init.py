@@ -28,7 +28,9 @@ def init(
             help="How many to train: a number, a share such as 0.1%, or lora:8, as many as LoRA of rank 8, the default."
         ),
     ] = None,
-    minutes: Annotated[float | None, typer.Option(min=0.01, help="At most so long; by default 3 epochs.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.01, help="Minutes to train at most; by default 3 epochs.")
+    ] = None,
     dtype: Annotated[
         Dtype | None,
         typer.Option(help="model.dtype; by default what suits the machine.", show_default=False),

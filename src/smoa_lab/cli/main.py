@@ -58,7 +58,7 @@ for name, (function, example) in COMMANDS.items():
 app.command("exec", epilog=f"Example: {EXEC}", context_settings=adapters.EXEC_SETTINGS)(adapters.execute)
 app.command(
     "run",
-    help="The earlier name of smoa exec, which goes on working.",
+    help="The earlier name of smoa exec; still works.",
     hidden=True,
     context_settings=adapters.EXEC_SETTINGS,
 )(adapters.execute)

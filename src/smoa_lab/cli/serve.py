@@ -13,18 +13,18 @@ from smoa_lab.cli.console import Dtype, TrustRemoteCode, reporting
 def serve(
     base: Annotated[str, typer.Argument(help="The base model: a Hub id, a folder, or smollm2-135m, gemma3-270m.")],
     adapters: Annotated[Path, typer.Option(help="Folder in which each adapter, or run, has a folder of its name.")],
-    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all of this machine's.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     api_key: Annotated[
         str | None,
-        typer.Option(envvar="SMOA_API_KEY", show_envvar=True, help="What requests must bring; none if left out."),
+        typer.Option(envvar="SMOA_API_KEY", show_envvar=True, help="Key that requests must send; none by default."),
     ] = None,
-    slots: Annotated[int, typer.Option(min=1, help="The most adapters that are held at once.")] = 64,
+    slots: Annotated[int, typer.Option(min=1, help="Most adapters to hold at once.")] = 64,
     cache_tokens: Annotated[
         int | None,
-        typer.Option(min=64, help="Room for so many tokens of all requests; 8192 on a CPU, on a GPU what it holds."),
+        typer.Option(min=64, help="Tokens of all requests to hold; 8192 on a CPU, on a GPU what fits."),
     ] = None,
-    max_request_bytes: Annotated[int, typer.Option(min=1, help="The largest request.")] = 4 << 20,
+    max_request_bytes: Annotated[int, typer.Option(min=1, help="Largest request, in bytes.")] = 4 << 20,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Dtype of the base; by default what suits the machine.", show_default=False)
     ] = None,

@@ -116,7 +116,7 @@ class DataSection(Section):
 class RowsSection(Section):
     """A user's own rows: ``train``, a file or a folder of files, or ``hub``, a data set of the Hub.
 
-    ``format`` is recognised by the columns if left out. ``test`` is a second file or folder; without it ``test_part``
+    ``format`` is recognized by the columns if left out. ``test`` is a second file or folder; without it ``test_part``
     of the rows is held out, and ``validation_part`` where ``training.eval_strategy`` asks for it. ``chat_template``
     replaces the model's: ``alpaca``, a name that TRL has, or a ``.jinja`` file. ``samples`` counts the held-out prompts
     that the model answers before and after.
@@ -230,7 +230,7 @@ class RunConfig(Section):
 
     def arguments(self, format: str | None = None) -> TrainingArguments:
         """What the trainer takes: TRL's DPOConfig for rows of the format ``preference``, its SFTConfig for all others,
-        told that rows come as tokens that are cut and labelled. Where a run on questions names no value,
+        told that rows come as tokens that are cut and labeled. Where a run on questions names no value,
         transformers' own default holds, not TRL's.
 
         Raises:

@@ -117,8 +117,8 @@ def balance(evaluation: Evaluation, forgot: Mapping[str, Any] | None, method: st
         rows.append({"of": "general text (forgot)", "before": forgot["before"], "after": forgot["after"]})
     if not rows:
         return None
-    labelled = [{**row, "label": f"{row['after'] - row['before']:+.3f}"} for row in rows]
-    chart = alt.Chart(values(labelled)).encode(
+    labeled = [{**row, "label": f"{row['after'] - row['before']:+.3f}"} for row in rows]
+    chart = alt.Chart(values(labeled)).encode(
         y=alt.Y("of:N", sort=None, title=None, axis=alt.Axis(ticks=False, domain=False, labelLimit=240)),
         tooltip=tooltip(of="", before=".4f", after=".4f"),
     )
