@@ -74,6 +74,8 @@ FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
 """What an adapter's folder has to have."""
 CACHE_TOKENS, PAGE, STEP, REQUESTS = 8192, 32, 512, 256
 """On a CPU: tokens for which the cache has room, tokens of a block of it and of a step, and requests of a step."""
+GREEDY = 1e-5
+"""Below this temperature the greatest logit is taken: divided by less, logits overflow."""
 PAUSE = 0.02
 """Seconds between two looks for a free slot."""
 
@@ -105,6 +107,8 @@ def serve(base: ModelSection, folder: Path, host: str, port: int, settings: Sett
     """
     if not folder.is_dir():
         raise ConfigError(f"--adapters {folder}: is no folder; name the one in which each adapter has a folder")
+    if settings.api_key is not None and not settings.api_key.strip():
+        raise ConfigError("--api-key: is empty; give a key, or unset SMOA_API_KEY to let everyone ask")
     with listening(host, port) as place:
         if settings.api_key is None and not host.startswith("127.") and host not in ("localhost", "::1"):
             logger.warning("Whoever reaches %s can use this server: no --api-key is set", host)
@@ -182,7 +186,7 @@ class Adapters:
 
     def __init__(self, pool: AdapterPool, tokenizer: Any, base: str, folder: Path) -> None:
         self.pool, self.tokenizer, self.base, self.folder = pool, tokenizer, base, folder
-        self._lock, self._numbers = threading.Lock(), count(1)
+        self._lock, self._turn, self._numbers = threading.Lock(), asyncio.Lock(), count(1)
         self._served = {base: self._as_served(base, BASE, None, None, "chat")}
         self._refused: dict[str, tuple[Any, str]] = {}
 
@@ -199,21 +203,31 @@ class Adapters:
 
     @asynccontextmanager
     async def held(self, name: str) -> AsyncIterator[Served]:
-        """The adapter of a name, in a slot of the pool until the context ends; waits while all slots are in use.
+        """The adapter of a name, in a slot of the pool until the context ends; waits while all slots are in use. Who
+        came first is served first, so that adapters with many requests keep nobody out.
 
         Raises:
             HTTPException: there is none (404), or it can't be served (422).
         """
-        while True:
-            try:
-                served = await asyncio.to_thread(self._hold, name)
-                break
-            except NoSlotError:
-                await asyncio.sleep(PAUSE)
+        async with self._turn:
+            while True:
+                holding = asyncio.ensure_future(asyncio.to_thread(self._hold, name))
+                try:
+                    served = await asyncio.shield(holding)
+                    break
+                except NoSlotError:
+                    await asyncio.sleep(PAUSE)
+                except asyncio.CancelledError:  # the client has gone, but the thread goes on
+                    holding.add_done_callback(self._let_go)
+                    raise
         try:
             yield served
         finally:
             self.pool._release([served.key])
+
+    def _let_go(self, holding: asyncio.Future[Served]) -> None:
+        if not holding.cancelled() and holding.exception() is None:
+            self.pool._release([holding.result().key])
 
     def _hold(self, name: str) -> Served:
         with self._lock:
@@ -240,7 +254,7 @@ class Adapters:
             raise
         except Exception as error:  # whatever is wrong with this adapter, the others are served
             reason = str(error).replace(f"{place}", name)
-            if not isinstance(error, AdapterError):
+            if not isinstance(error, AdapterError | OSError | MemoryError):  # these may pass
                 self._refused[name] = state, reason
                 logger.warning("%s is not served: %s", name, reason)
             raise _refusal(422, f"the adapter {name!r} can't be served: {reason}", "adapter_refused") from error
@@ -264,7 +278,7 @@ class Adapters:
     def _places(self) -> dict[str, Path]:
         """The folders that have all files of an adapter, by name."""
         found = {}
-        for entry in sorted(self.folder.iterdir()):
+        for entry in sorted(self.folder.glob("[!.]*")):  # a hidden one may be one that is being written
             for place in (entry, entry / "adapter"):
                 if all((place / file).is_file() for file in FILES) and entry.name not in (self.base, ALIAS):
                     found[entry.name] = place
@@ -314,7 +328,7 @@ class Asked(BaseModel):
 
     model: str
     max_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0)
+    temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = None
     stream: bool | None = None
@@ -367,7 +381,7 @@ def _checked(body: dict[str, Any], kind: type[Asked]) -> dict[str, Any]:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise _refusal(400, f"{place}: {first['msg']}", "invalid_value", place) from error
-    return asked.model_dump(exclude_none=True)
+    return {field: value for field, value in asked.model_dump(exclude_none=True).items() if value != {}}
 
 
 # transformers' app, with one base and many adapters.
@@ -474,6 +488,8 @@ class _Handler(BaseHandler):
                 return await super().handle_request(taken, request_id)  # type: ignore[misc]
             except TemplateError as error:
                 raise _refusal(400, f"the chat template refuses this: {error}", "invalid_value") from error
+            except ConfigError as error:
+                raise _refusal(400, str(error), "invalid_value") from error
             finally:
                 _SERVED.reset(token)
 
@@ -485,7 +501,7 @@ class _Handler(BaseHandler):
         seed = body.pop("seed", None)  # transformers would seed all requests by it
         config: Any = super()._build_generation_config(body, *args, **options)
         if "temperature" in body or "top_p" in body:
-            config.do_sample = body.get("temperature") != 0
+            config.do_sample = body.get("temperature", 1) >= GREEDY
         config.seed, config.asked = seed, "max_tokens" in body or "max_completion_tokens" in body
         if self.asked is AskedChat:
             config.eos_token_id = _SERVED.get().ends
@@ -583,14 +599,14 @@ class Guard:
                 work.cancel()
                 await asyncio.wait((work,))
                 self.manager.cancel_request(request_id)
-                with self.manager.output_router._lock:
-                    self.manager.output_router.result_handlers.pop(request_id, None)
+            with self.manager.output_router._lock:
+                self.manager.output_router.result_handlers.pop(request_id, None)
 
     def _may(self, scope: Scope) -> bool:
         if self.settings.api_key is None:
             return True
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        return hmac.compare_digest(given, f"Bearer {self.settings.api_key}".encode())
+        scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+        return scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), self.settings.api_key.encode())
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
         """None if it is too large."""

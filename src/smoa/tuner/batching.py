@@ -10,6 +10,7 @@
 | `ContinuousBatchingLogitsProcessor`                         | lets each request have a generation config         |
 | `_create_batch_processor`, `cache.search_prefix_match`,     | keeps cached blocks apart by adapter               |
 | `mark_complete_blocks`                                      |                                                    |
+| `inputs_and_outputs.get_model_kwargs`                       | lets other threads use the model meanwhile         |
 
 The manager computes in a thread of its own, which is why a step names its adapters there. None of this is a public
 interface but the manager, so each name is checked once.
@@ -126,7 +127,10 @@ class _Choosers(ContinuousBatchingLogitsProcessor):
         for row, state in enumerate(self._states):
             chooses = self._manager.lease(state.request_id).chooses
             if chooses is not None:
-                scores[row] = chooses(state.initial_tokens + state.generated_tokens, scores[row])
+                try:
+                    scores[row] = chooses(state.initial_tokens + state.generated_tokens, scores[row])
+                except Exception as error:  # ends this request only
+                    self._manager.failed[state.request_id] = state, error
         return scores
 
 
@@ -139,7 +143,7 @@ class _Router(OutputRouter):
 
     def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
         self._manager.release_ended()
-        super().deliver_batch(outputs)
+        super().deliver_batch([output for output in outputs if output.request_id not in self._manager.failed])
 
 
 class PoolManager(ContinuousBatchingManager):
@@ -176,6 +180,7 @@ class PoolManager(ContinuousBatchingManager):
         if own_configs:
             self.logit_processor = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([_Choosers(self)]))
             self.logit_processor.tensors_required = 1
+        self.failed: dict[str, tuple[Any, Exception]] = {}
         self._diagonals: dict[int, tuple[Any, Sequence[Tensor]]] = {}
         self._step: tuple[Any, Step] | None = None
         self.output_router = _Router(self)
@@ -203,7 +208,7 @@ class PoolManager(ContinuousBatchingManager):
 
         Raises:
             ConfigError: there is no such adapter, all slots are in use by other adapters, a request of this name
-                runs, or the cache has no room for this one.
+                runs, the cache has no room for this one, or its generation config can't be used.
             AdapterFileError: the adapter is damaged.
         """
         longest = self.generation_config.max_new_tokens if max_new_tokens is None else max_new_tokens
@@ -212,9 +217,9 @@ class PoolManager(ContinuousBatchingManager):
                 f"add_request: {len(input_ids)} tokens and {longest} new ones: must be at least one, and at most "
                 f"{self.capacity} together, for which the cache has room; shorten them, or raise num_blocks"
             )
-        lease = Lease(adapter, self._pool._hold(adapter))
-        if self._default is not None:
-            lease.chooses = self._chooser(generation_config or self._default, seed)
+        own = generation_config or self._default
+        chooses = None if self._default is None or own is None else self._chooser(own, input_ids, seed)
+        lease = Lease(adapter, self._pool._hold(adapter), chooses)
         with self._lease_lock:
             if request_id is None:
                 request_id, self._request_counter = f"req_{self._request_counter}", self._request_counter + 1
@@ -230,13 +235,16 @@ class PoolManager(ContinuousBatchingManager):
                 self._end([request_id])
         return added
 
-    def _chooser(self, config: GenerationConfig, seed: int | None) -> Chooser | None:
-        processors = self.model._get_logits_processor(config)
-        if not config.do_sample and not processors:
-            return None
+    def _chooser(self, config: GenerationConfig, tokens: Sequence[int], seed: int | None) -> Chooser | None:
         generator = torch.Generator(self.model.device)
-        generator.manual_seed(seed) if seed is not None else generator.seed()
-        return Chooser(processors, bool(config.do_sample), generator)
+        scores = torch.zeros(self.model.config.get_text_config().vocab_size, device=self.model.device)
+        try:
+            chooses = Chooser(self.model._get_logits_processor(config), bool(config.do_sample), generator)
+            chooses(list(tokens), scores)  # once, to find here what is wrong with the config
+            generator.manual_seed(seed) if seed is not None else generator.seed()
+        except Exception as error:
+            raise ConfigError(f"add_request: generation_config and seed can't be used: {error}") from error
+        return chooses if chooses.samples or chooses.processors else None
 
     def release_ended(self, everything: bool = False) -> None:
         """Free the adapters of requests that have ended, or been canceled; called by the thread that computes."""
@@ -267,6 +275,8 @@ class PoolManager(ContinuousBatchingManager):
             cache.search_prefix_match = self._with_salt(cache.search_prefix_match)
             for allocator in cache.cache_allocators.values():
                 allocator.mark_complete_blocks = self._with_salt(allocator.mark_complete_blocks)
+            inputs: Any = processor.inputs_and_outputs
+            inputs.get_model_kwargs = _without_is_causal(inputs.get_model_kwargs)
         return processor
 
     def _with_salt(self, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -281,7 +291,11 @@ class PoolManager(ContinuousBatchingManager):
 
     def _generation_loop_body(self, *args: Any, **kwargs: Any) -> bool:
         goes_on: bool = super()._generation_loop_body(*args, **kwargs)
+        for request in self.failed:
+            self._processor.scheduler.finish_request(request)
         self.release_ended()
+        while self.failed:
+            self.output_router.fail_and_deliver(*self.failed.popitem()[1])
         return goes_on
 
     def _run_generation_loop(self, *args: Any, **kwargs: Any) -> None:
@@ -303,6 +317,15 @@ class PoolManager(ContinuousBatchingManager):
             self._step = key, Step(tokens, last, self._diagonals)
         with self._pool._computing(self._step[1]):
             super()._generation_step()
+
+
+def _without_is_causal(original: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """The arguments of a step without `is_causal`. transformers writes it into the model's config while a step runs, so
+    that another thread's forward would attend to later tokens, and could leave it there for good. The step has masks,
+    or needs the default."""
+    return lambda *args, **options: {
+        name: value for name, value in original(*args, **options).items() if name != "is_causal"
+    }
 
 
 @contextmanager

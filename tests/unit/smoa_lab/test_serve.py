@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import socket
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 from peft import PeftModel
 
+from smoa import AdapterPool
 from smoa.errors import ConfigError
 from tests.support.chats import chat_base, saved_adapter, written
 
@@ -24,9 +26,11 @@ openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("transformers", minversion="5.24")
 
+from fastapi import HTTPException  # noqa: E402
+
 from smoa_lab.base_models import load_base_model  # noqa: E402
 from smoa_lab.config.run import ModelSection  # noqa: E402
-from smoa_lab.serve import Settings, listening, serving  # noqa: E402
+from smoa_lab.serve import Adapters, Settings, listening, serve, serving  # noqa: E402
 
 KEY = "a secret"
 NEW = 12
@@ -187,12 +191,24 @@ def test_an_unknown_model_is_404_with_the_nearest_name(client: Any, room: Path) 
         ({"max_tokens": 4000}, "at most 512 together"),
         ({"prompt": "a" * 600}, "at most 512 together"),
         ({"prompt": ["a", "b"]}, "prompt"),
+        ({"temperature": 1e300}, "temperature"),
+        ({"temperature": 1, "seed": 10**30}, "seed"),
     ],
     ids=str,
 )
 def test_what_is_not_supported_is_refused_and_not_ignored(client: Any, options: dict[str, Any], words: str) -> None:
     with pytest.raises(openai.BadRequestError, match=words):
         completed(client, "anna", **options)
+
+
+def test_no_request_ends_the_generation_of_others(client: Any, alone: Alone) -> None:
+    assert completed(client, "anna", temperature=1e-40) == alone.completion("anna", "abc")
+    options = {"model": "anna", "messages": [{"role": "user", "content": "hag"}], "max_tokens": NEW, "temperature": 0}
+    for bias in ({"99999999": 1}, {"-1": 1}):
+        with pytest.raises(openai.BadRequestError, match="generation_config"):
+            client.chat.completions.create(**options, logit_bias=bias)
+    answer = client.chat.completions.create(**options, logit_bias={})
+    assert answer.choices[0].message.content == alone.chat("anna", "hag")
 
 
 def test_chats_that_the_template_or_the_server_refuse(client: Any) -> None:
@@ -235,6 +251,11 @@ def test_a_missing_or_wrong_key_is_401(address: str) -> None:
         headers = {"Authorization": f"Bearer {key}".encode().decode("latin-1")} if key is not None else {}
         assert post(address, "/v1/completions", key=None, **headers) == 401
         assert post(address, "/v1/models", None, key=None, **headers) == 401  # type: ignore[arg-type]
+
+
+def test_the_name_of_the_scheme_may_have_any_case(address: str) -> None:
+    for scheme in ("bearer", "BEARER"):
+        assert post(address, "/v1/models", None, key=None, Authorization=f"{scheme} {KEY}") == 200  # type: ignore[arg-type]
 
 
 def test_a_request_that_is_too_large_is_413_with_and_without_its_length(address: str) -> None:
@@ -305,6 +326,88 @@ def test_a_client_that_leaves_ends_its_request_and_requests_wait_for_a_slot(room
             time.sleep(0.1)
         assert completed(client, "ben") == alone.completion("ben", "abc")  # which needs the slot
         assert completed(client, "anna") == alone.completion("anna", "abc")
+
+
+def test_an_adapter_with_many_requests_keeps_nobody_out(room: Path, alone: Alone) -> None:
+    ended = threading.Event()
+    with (
+        served(room / "base", room / "adapters", slots=1, api_key=None) as address,
+        openai.OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0, timeout=60) as client,
+    ):
+
+        def ask() -> None:
+            while not ended.is_set():
+                completed(client, "anna", max_tokens=40)
+
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        try:
+            assert completed(client, "ben") == alone.completion("ben", "abc")
+        finally:
+            ended.set()
+            for thread in threads:
+                thread.join()
+
+
+@pytest.fixture
+def adapters(room: Path) -> Adapters:
+    model, tokenizer = load_base_model(ModelSection(name=str(room / "base"), dtype="float32"))
+    return Adapters(AdapterPool(model, slots=1), tokenizer, "tiny", room / "adapters")
+
+
+def test_a_client_that_leaves_while_its_adapter_is_read_holds_no_slot(
+    adapters: Adapters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold, reading = adapters._hold, threading.Event()
+
+    def slowly(name: str) -> Any:
+        reading.set()
+        time.sleep(0.05)
+        return hold(name)
+
+    async def leave(name: str) -> None:
+        async def ask() -> None:
+            async with adapters.held(name):
+                pytest.fail("has left")
+
+        task = asyncio.create_task(ask())
+        await asyncio.to_thread(reading.wait)
+        task.cancel()
+        await asyncio.wait((task,))
+        async with adapters.held("ben"):  # once the one slot is free
+            assert [name.partition("@")[0] for name in +adapters.pool._in_use] == ["ben"]
+
+    monkeypatch.setattr(adapters, "_hold", slowly)
+    asyncio.run(asyncio.wait_for(leave("anna"), 30))
+
+
+def test_a_reading_error_that_passes_is_not_remembered(adapters: Adapters, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def key() -> str:
+        async with adapters.held("anna") as served:
+            return served.key
+
+    def fail(*_: Any) -> None:
+        raise OSError("too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adapters.pool, "load", fail)
+        with pytest.raises(HTTPException, match="too many open files"):
+            asyncio.run(key())
+    assert asyncio.run(key()).startswith("anna@")
+
+
+def test_hidden_folders_are_no_adapters(adapters: Adapters, room: Path) -> None:
+    hidden = room / "adapters" / ".anna-1234"  # as one is named till it is complete
+    shutil.copytree(room / "adapters" / "anna", hidden)
+    assert {model["id"] for model in adapters.listed()} >= {"tiny", *ADAPTERS}
+    assert hidden.name not in {model["id"] for model in adapters.listed()}
+    shutil.rmtree(hidden)
+
+
+def test_an_empty_key_is_refused(room: Path) -> None:
+    with pytest.raises(ConfigError, match="--api-key"):
+        serve(ModelSection(name=str(room / "base")), room / "adapters", "127.0.0.1", 0, Settings(api_key=" "))
 
 
 def test_a_port_in_use_is_one_error() -> None:
