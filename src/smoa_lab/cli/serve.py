@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,6 +37,8 @@ def serve(
         from smoa_lab.serve import Settings
         from smoa_lab.serve import serve as run
 
+        if api_key is None and "SMOA_API_KEY" in os.environ:
+            api_key = ""  # typer takes an empty variable for none; it is refused
         options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
         section = ModelSection(name=base, trust_remote_code=trust_remote_code, **options)
         run(section, adapters, host, port, Settings(slots, api_key, max_request_bytes, cache_tokens))
