@@ -34,8 +34,8 @@ def serve(
     """Serve a base model and the adapters in a folder, many in one batch, by OpenAI's protocol."""
     with reporting("fastapi", "uvicorn", "openai"):
         from smoa_lab.config.run import ModelSection
-        from smoa_lab.serve import Settings
-        from smoa_lab.serve import serve as run
+        from smoa_lab.serving.server import Settings
+        from smoa_lab.serving.server import serve as run
 
         if api_key is None and "SMOA_API_KEY" in os.environ:
             api_key = ""  # typer takes an empty variable for none; it is refused

@@ -30,7 +30,8 @@ from fastapi import HTTPException  # noqa: E402
 
 from smoa_lab.base_models import load_base_model  # noqa: E402
 from smoa_lab.config.run import ModelSection  # noqa: E402
-from smoa_lab.serve import Adapters, Settings, listening, serve, serving  # noqa: E402
+from smoa_lab.serving.adapters import Adapters  # noqa: E402
+from smoa_lab.serving.server import Settings, listening, serve, serving  # noqa: E402
 
 KEY = "a secret"
 NEW = 12
