@@ -89,8 +89,10 @@ def _compare_others(model: nn.Module, config: SmoaConfig, keys: Set[str]) -> tup
         if isinstance(module, AuxiliaryTrainingWrapper) or name in embeddings
     )
     given = {key.removeprefix(PREFIX) for key in keys}
-    # With bias="all" PEFT saves the biases of modules_to_save a second time, under a name that nothing reads.
-    unread = {key for key in given if key.startswith(others) and key.endswith(".modules_to_save.bias")}
+    # PEFT saves biases of modules_to_save (bias="all") and resized embeddings among them a second time, under a name
+    # that nothing reads.
+    twice = (".modules_to_save.bias", ".modules_to_save.weight")
+    unread = {key for key in given if key.startswith(others) and key.endswith(twice)}
     known = {key for key in own if key.endswith(".bias") or key.startswith(others)} | unread
     return sorted(biases - given), sorted(given - known)
 

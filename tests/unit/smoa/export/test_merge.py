@@ -204,8 +204,11 @@ def test_tokens_that_were_trained_are_merged(base: Path, adapter: Path, output: 
     assert_close(logits(merged_model(output)), logits(adapted))
 
 
+@pytest.mark.parametrize("trained", [None, ["embed_tokens", "lm_head"]])
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_vocabulary_that_was_resized_is_merged(base: Path, adapter: Path, output: Path, tied: bool) -> None:
+def test_a_vocabulary_that_was_resized_is_merged(
+    base: Path, adapter: Path, output: Path, tied: bool, trained: list[str] | None
+) -> None:
     model: Any = tiny_models.build("llama")
     if tied:
         model.config.tie_word_embeddings = True
@@ -214,13 +217,21 @@ def test_a_vocabulary_that_was_resized_is_merged(base: Path, adapter: Path, outp
     model.name_or_path = str(base)
     size = model.config.vocab_size
     model.resize_token_embeddings(size + 3)
-    config = SmoaConfig(r=4, init_weights=False, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    config = SmoaConfig(
+        r=4, init_weights=False, target_modules=["q_proj"], modules_to_save=trained, task_type="CAUSAL_LM"
+    )
     adapted = get_peft_model(model, config).eval()
+    for name, parameter in adapted.named_parameters():
+        if ".modules_to_save." in name:
+            parameter.data.mul_(1.1)
     adapted.save_pretrained(adapter)
     merge_and_save(adapter, output)
     merged = merged_model(output)
     assert merged.config.vocab_size == size + 3
     assert_close(logits(merged), logits(adapted))
+    fresh: Any = AutoModelForCausalLM.from_pretrained(base)
+    fresh.resize_token_embeddings(size + 3)
+    assert_close(logits(PeftModel.from_pretrained(fresh, adapter).eval()), logits(adapted))
 
 
 @pytest.mark.parametrize("labels", [2, 4])
