@@ -153,9 +153,9 @@ def pool(adapters: int, repeats: int) -> dict[str, Any]:
     }
 
 
-def interleaved(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+def interleaved(functions: Mapping[Any, Callable[[], object]], repeats: int) -> dict[Any, list[float]]:
     """Times of each function, called in turn; the weights of another model have left the caches, so each runs twice."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
+    times: dict[Any, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
             function()

@@ -18,11 +18,11 @@ from typing import Any
 import altair as alt
 from _common import FOLDER, RESULTS, lower_quartile
 
-from smoa_lab.pages.charts import DASHES, MUTED, OTHER, SMOA, lines, save_picture
+from smoa_lab.pages.charts import SMOA, colors, lines, save_picture, values
 from smoa_lab.pages.tables import Table
 
 DOCS = FOLDER.parent / "docs"
-AXES = {"tokens": "tokens", "width": "width m = n", "num_blocks": "blocks K", "r": "rank budget r"}
+AXES = {"tokens": "tokens in the batch, 2048×2048", "width": "width m = n, 1,024 tokens"}
 FLOOR_BARS = {"4096x4096_float32": 1.20, "4096x4096_bfloat16": 1.40, "2048x640_float32": 1.25}
 ROUTES = {
     "base": "base model",
@@ -38,26 +38,6 @@ VLLM_METHODS = {
     "smoa 8": "SMoA, r = 8, K = 8 (1/8 of the parameters)",
     "smoa 64": "SMoA, r = 64, K = 8 (as many)",
 }
-SWEEPS: dict[str, tuple[str, list[tuple[str, Any, Any]], alt.Scale]] = {
-    "time": (
-        "time of a training step, relative",
-        [
-            ("SMoA ÷ floor", lambda point: point["over_floor"], SMOA),
-            ("SMoA ÷ frozen layer", lambda point: point["ratio"], OTHER),
-        ],
-        alt.Scale(zero=True),
-    ),
-    "memory": (
-        "MB kept for the backward",
-        [
-            ("kept by SMoA", lambda point: point["kept_bytes"] / 1e6, SMOA),
-            ("the input x alone", lambda point: point["input_bytes"] / 1e6, OTHER),
-            ("size of W (not kept)", lambda point: point["weight_bytes"] / 1e6, (MUTED, DASHES[2])),
-        ],
-        alt.Scale(type="log"),
-    ),
-}
-"""The pictures of the sweep: the axis, the lines (name, value, look), and the axis' scale."""
 
 
 def load(*names: str) -> dict[str, dict[str, Any]]:
@@ -250,24 +230,41 @@ def vllm_serving() -> str:
 
 
 def draw_sweep(folder: Path) -> None:
-    """Draw time ÷ floor and kept bytes against tokens, width, K and r, in one picture each."""
+    """Draw a layer's training step ÷ the frozen layer's, against tokens and width."""
     content = load("sweep_float32")["sweep_float32"]
-    told = f"One SMoA layer, {content['config']['dtype']}; where not varied: 1,024 tokens, 2048×2048, K=4, r=32"
-    heading = alt.Title(told, subtitle=machine(content["provenance"]), offset=14)
-    for picture, (title, names, scale) in SWEEPS.items():
-        y, styles = alt.Y("value:Q", title=title, scale=scale), {name: style for name, _, style in names}
-        panels = []
-        for quantity, label in AXES.items():
-            across = alt.Scale(type="log", base=2)
-            x = alt.X(f"{quantity}:Q", title=label, scale=across, axis=alt.Axis(tickCount=6))
-            points = content["results"][quantity]
-            rows = [
-                {"name": name, quantity: point[quantity], "value": value_of(point)}
-                for name, value_of, _ in names
-                for point in points
-            ]
-            panels.append(lines(rows, styles, x, y))
-        save_picture(alt.concat(*panels, columns=2, title=heading), folder / f"performance-{picture}.png")
+    panels = []
+    for quantity, label in AXES.items():
+        points = [
+            {"name": "SMoA", quantity: one[quantity], "ratio": one["ratio"]} for one in content["results"][quantity]
+        ]
+        ticks = alt.Axis(values=[one[quantity] for one in points], grid=False, labelFlush=False, format="d")
+        x = alt.X(f"{quantity}:Q", title=label, scale=alt.Scale(type="log", base=2, nice=False), axis=ticks)
+        y = alt.Y("ratio:Q", title="training step ÷ frozen layer's", scale=alt.Scale(zero=True))
+        panels.append(lines(points, {"SMoA": SMOA}, x, y))
+    save_picture(alt.hconcat(*panels), folder / "performance-time.png")
+
+
+def draw_fleet(folder: Path) -> None:
+    """Draw the time of a batch of 32 rows, each with an adapter of its own, ÷ the base model's: of a token while
+    generating, where what the adapters share is kept, and of a prompt."""
+    content = load("fleet")["fleet"]
+    methods = {"LoRA, r = 8": "lora", "SMoA, as many parameters": "smoa", "SMoA, ⅛ of the parameters": "smoa"}
+    panels = []
+    for title, tokens, key in (("a generated token", 1, "kept 32"), ("reading a prompt of 16 tokens", 16, "32")):
+        eighth, equal = (
+            content["cases"][f"names: 32 rows x {tokens} tokens, r = {r}, spectral, float32"] for r in (8, 64)
+        )
+        ratios = dict(zip(methods, (equal["lora 32"], equal[key], eighth[key]), strict=True))
+        rows = [{"name": name, "ratio": ratio, "label": f"{ratio:.1f}"} for name, ratio in ratios.items()]
+        x = alt.X("ratio:Q", title="time ÷ the base model's (1 is the base model; shorter is better)")
+        y = alt.Y("name:N", sort=None, title=None, axis=alt.Axis(ticks=False, domain=False, labelLimit=400))
+        chart = alt.Chart(values(rows)).encode(x=x.scale(domain=[0, 4]).axis(tickCount=4), y=y)
+        bars = chart.mark_bar(height=15).encode(color=colors(methods, "name"))
+        drawn = bars + chart.mark_text(align="left", dx=5).encode(text="label:N")
+        panels.append(drawn.properties(width=360, height=22 * len(rows), title=alt.Title(title, fontWeight="normal")))
+    told = f"Llama of 4 layers and width 1024, float32, {content['provenance']['threads']} CPU threads"
+    heading = alt.Title("32 adapters in one batch", subtitle=told, offset=10)
+    save_picture(alt.vconcat(*panels, title=heading), folder / "fleet.png")
 
 
 def main() -> None:
@@ -295,6 +292,7 @@ def main() -> None:
             text = re.sub(pattern, lambda match, of=content: f"{match[1]}\n{of}\n\n{match[2]}", text, flags=re.S)
         page.write_text(text)
     draw_sweep(DOCS / "images")
+    draw_fleet(DOCS / "images")
 
 
 if __name__ == "__main__":

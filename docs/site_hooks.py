@@ -1,4 +1,4 @@
-"""What mkdocs does besides: formulas become MathML, studies get interactive pages, the design page gets the file map,
+"""What mkdocs does as well: formulas become MathML, studies get interactive pages, the design page gets the file map,
 and links to the repository's files lead to copies in the site.
 
 In the repository a page links to `../configs/demo.yaml`, as it must to work there. The site has no such file above it,
@@ -66,7 +66,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     markdown = LINK.sub(replaced, markdown).replace("<!-- file map -->\n", file_map.file_map())
     if STUDY.fullmatch(page.file.src_uri):
         return markdown.replace("\n\n", "\n\n[Interactive page](page.html)\n\n", 1)
-    return STUDY_README.sub(r"\g<0>, [interactive page](\1page.html)", markdown)
+    is_results = page.file.src_uri == "results.md"
+    return STUDY_README.sub(r"\g<0>, [interactive page](\1page.html)", markdown) if is_results else markdown
 
 
 def on_page_content(content: str, **_: Any) -> str:

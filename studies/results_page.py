@@ -18,8 +18,6 @@ import headroom
 import stored
 import verdict_tables
 
-from smoa_lab.inspect_page import by_layer
-from smoa_lab.pages.charts import save_picture
 from smoa_lab.pages.tables import Table, score_table
 from smoa_lab.study.report import EVERY_RUN, PICTURES
 from smoa_lab.study.trials import PACK, TrialStore
@@ -39,7 +37,8 @@ then fresh seeds on the test part.
 - **Entries** are named after their method, number of blocks (`k8`), change, and budget: `r1` means the trainable
   parameters of a LoRA of rank 1. In the studies of the scale, `spectral-lora` is SMoA as it is by default, spectral
   blocks with `scale="lora"`, and `lora` is LoRA.
-- **Studies**: `refined` also searched quarter decades; `float32` has its weights in that dtype.
+- **Studies**: `refined` also searched quarter decades (a decade is a factor of 10); `float32` has its weights in that
+  dtype.
 - **Loss elsewhere** is the loss on text of a domain that was not trained on. A rise means forgetting.
 
 [The verdict](verdict.md) sums up what the studies show.
@@ -61,9 +60,8 @@ INSPECTION = (
     "Means over the adapted layers of trained adapters. Coverage is how far down W's spectrum the energy of the update "
     "reaches: 0 for the leading direction alone, 0.5 for all directions alike."
 )
-RUNS = (EVERY_RUN, "Runs")
+RUNS = (EVERY_RUN, "Runs", "Learning rates")
 """Tables that are too long for one page of all studies."""
-FIELDS = {"relative_update": "‖ΔW‖ / ‖W‖", "coverage": "coverage", "effective_rank": "effective rank of ΔW"}
 WIDTH = 120
 
 
@@ -155,16 +153,6 @@ def lab_table(tasks: str, protocol: str, results: list[tuple[Path, dict[str, Any
     return f"### {tasks}: {protocol}\n\n{lines}\n\n{''.join(origin(*each) for each in results)}"
 
 
-def draw_inspection(file: Path) -> None:
-    """One picture for each of FIELDS."""
-    places = json.loads(file.read_text(encoding="utf-8"))
-    methods = {Path(place).name: layers[0]["method"] for place, layers in places.items()}
-    rows = [{**layer, "adapter": Path(place).name} for place, layers in places.items() for layer in layers]
-    for field, title in FIELDS.items():
-        picture = file.with_name(f"{file.stem}-{field.replace('_', '-')}.png")
-        save_picture(by_layer(rows, methods, field, title), picture)
-
-
 def inspection(path: Path) -> str:
     """Table of means over the layers of each adapter that `smoa inspect` reported on."""
     digits = {"relative_update": 3, "rank": 0, "effective_rank": 0, "coverage": 3}
@@ -175,9 +163,7 @@ def inspection(path: Path) -> str:
         rows.append([Path(place).name, f"{trained:,}", *means])
     header = ["adapter", "trained", "‖ΔW‖/‖W‖", "rank of ΔW", "effective rank", "coverage"]
     told = f"{textwrap.fill(INSPECTION, WIDTH)}\n\n{Table(header, rows).markdown()}\n\n[JSON](inspections/{path.name})"
-    pictures = sorted(path.parent.glob(f"{path.stem}-*.png"))
-    shown = [f"![{one.stem.replace('-', ': ')}, by layer](inspections/{one.name})" for one in pictures]
-    return "\n\n".join([f"## {path.stem}: the spectrum", told, *shown]) + "\n"
+    return f"## {path.stem}: the spectrum\n\n{told}\n"
 
 
 def stages(result: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Runs studies of this folder, also those that have a runner of their own, where they stopped; or only reports them.
 
     python studies/run.py recall-256 [--only ENTRY ...]
-    python studies/run.py --report-only            # every stored study anew, and pictures of docs/
+    python studies/run.py --report-only            # every stored study anew, and docs/images/swap.png
 
 `smoa compare studies/NAME/NAME.yaml` does the same for a study without a runner of its own.
 """
@@ -10,50 +10,44 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
-from typing import Any
 
 import altair as alt
 import phonebook
-import results_page
 import stored
 
-from smoa_lab.pages.charts import DASHES, LORA, PALETTE, SMOA, lines, save_picture
-from smoa_lab.study.report import report
+from smoa_lab.pages.charts import save_picture
+from smoa_lab.study.charts import forest
+from smoa_lab.study.report import report, write_report
+from smoa_lab.study.results import from_json
 
-RECALL = {
-    "smoa-k8": ("SMoA, K = 8", SMOA),
-    "smoa-k2": ("SMoA, K = 2", (PALETTE["smoa"], DASHES[1])),
-    "none-spectral-k8": ("blocks without W, K = 8", (PALETTE["melora"], DASHES[2])),
-    "hira": ("HiRA", (PALETTE["hira"], DASHES[3])),
-    "lora": ("LoRA", LORA),
-    "lora-r2": ("LoRA, 2 times the parameters", (PALETTE["lora"], DASHES[2])),
-    "lora-r4": ("LoRA, 4 times the parameters", (PALETTE["lora"], DASHES[1])),
+SWAPS = {
+    "recall-512": ("smoa-k8", "recalling 512 random pairs, MiniLM 22M"),
+    "recall-256": ("smoa-k8", "recalling 256 random pairs, MiniLM 22M"),
+    "recall-gemma-256": ("smoa-k8", "recalling 256 random pairs, Gemma 3 270M"),
+    "scale-headlines": ("spectral-lora", "satire or news headlines, MiniLM 22M"),
+    "scale-csqa": ("spectral-lora", "CommonsenseQA, Gemma 3 270M"),
 }
-"""The entries of docs/images/recall.png, their names there and their lines."""
+"""Every study of SMoA's default against LoRA: the default's entry, and what docs/images/swap.png calls the study."""
 
 
-def recalled(folders: list[Path]) -> list[dict[str, Any]]:
-    """The share that each entry recalls by the number of pairs, which ends the folder's name."""
-    pairs = {folder: int(folder.name.rpartition("-")[2]) for folder in folders}
-    return [
-        {"name": RECALL[row["entry"]][0], "pairs": pairs[folder], "recalled": 100 * row["accuracy"]}
-        for folder in sorted(folders, key=pairs.__getitem__)
-        for row in json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        if row["entry"] in RECALL
-    ]
-
-
-def draw_recall() -> None:
-    """Draw how many random pairs each method recalls by an encoder."""
-    rows = recalled(list(stored.STUDIES.glob("recall-[0-9]*")))
-    ticks = alt.Axis(
-        values=sorted({row["pairs"] for row in rows}), format="d", title="random pairs to learn, 40 passes over them"
+def draw_swap() -> None:
+    """Draw the accuracy of SMoA's default minus LoRA's, as far as studies compared them."""
+    rows = []
+    for name, (entry, title) in SWAPS.items():
+        summary = json.loads((stored.STUDIES / name / "summary.json").read_text(encoding="utf-8"))
+        (row,) = (row for row in from_json(summary) if row.entry == entry)
+        found = row.accuracy_difference
+        assert found is not None, name
+        ends = {key: 100 * getattr(found, key) for key in ("low", "mean", "high")}
+        clear = found.label in ("better", "worse")
+        words = {"difference": found.signed(100, 1), "verdict": "", "clear": clear}
+        rows.append({"entry": title, "method": "smoa", **ends, **words})
+    told = "same number of parameters, learning rates tuned alike, 95 % intervals; filled: significant (Holm)"
+    heading = alt.Title("Accuracy after the swap from LoRA to SMoA with its default scale", subtitle=told, offset=10)
+    picture = forest(rows, "SMoA's accuracy minus LoRA's (percentage points); right is better").properties(
+        title=heading
     )
-    x = alt.X("pairs:Q", axis=ticks, scale=alt.Scale(type="log", nice=False))
-    y = alt.Y("recalled:Q", title="recalled (%)", scale=alt.Scale(domain=[0, 100]))
-    picture = lines(rows, dict(RECALL.values()), x, y, width=420, height=260)
-    save_picture(picture, stored.STUDIES.parent / "docs" / "images" / "recall.png")
+    save_picture(picture, stored.STUDIES.parent / "docs" / "images" / "swap.png")
 
 
 def main() -> None:
@@ -66,15 +60,15 @@ def main() -> None:
         print(name, flush=True)
         if not given.report_only:
             stored.run(name, given.only)
-        elif name not in stored.LARGER:
+        elif name in stored.LARGER:
+            write_report(stored.report_of(stored.STUDIES / name), stored.STUDIES / name)
+        else:
             made = stored.comparison(name)
             report(made.study, made.runner)
     if any(name.startswith("phonebook") for name in given.names) or given.report_only:
         phonebook.report(stored.STUDIES)
     if given.report_only and not given.names:
-        draw_recall()
-        for file in sorted(results_page.DOCS.glob("inspections/*.json")):
-            results_page.draw_inspection(file)
+        draw_swap()
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ OTHERWISE = {
 """Studies that are another one's file with changes: that file and the changes."""
 
 LARGER = ("headlines-ablation",)
-"""Studies with the report of an entry whose setting is gone; it is not written anew."""
+"""Studies with an entry whose setting is gone: their summary is not computed anew."""
 
 
 def folders() -> list[Path]:

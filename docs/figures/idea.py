@@ -100,7 +100,7 @@ def factor(ax: Axes, x: float, y: float, width: float, height: float) -> None:
 
 
 def equation(ax: Axes, anchor: Tensor) -> None:
-    """Draw the update of one block, ΔW = α/r (B A) ⊙ W, from left to right."""
+    """Draw the update of one block, ΔW = s (B A) ⊙ W, from left to right."""
     cell = CELL * ZOOM
     height, width, rank = ROWS * cell, COLS * cell, RANK * cell
     top = MIDDLE + height / 2
@@ -117,9 +117,11 @@ def equation(ax: Axes, anchor: Tensor) -> None:
         (anchor_at + width / 2, top, "$W[I_k, J_k]$"),
     ]:
         ax.text(x, y + 0.07, name, ha="center", va="bottom")
+    scale = r"$s_k = \frac{\alpha}{r} \cdot \frac{4}{\mathrm{rms}\; W[I_k, J_k]}$"
+    ax.text(a_at + width / 2, MIDDLE - height / 2 + 0.1, scale, ha="center", va="center", fontsize=12)
     for x, sign, size in [
         (update_at + width + 0.2, "=", 16),
-        (b_at - 0.45, r"$\frac{\alpha}{r}$", 18),
+        (b_at - 0.4, "$s_k$", 15),
         (b_at - 0.13, "(", 24),
         (a_at + width + 0.13, ")", 24),
         ((a_at + width + 0.2 + anchor_at) / 2, r"$\odot$", 17),

@@ -74,8 +74,8 @@ def _experts() -> nn.Module:
 
 ROWS: dict[str, tuple[Layer, Tensor]] = {
     "`nn.Linear`": (lambda: nn.Linear(8, 8), torch.randn(2, 8)),
-    "`nn.Linear` in 4 bits (bitsandbytes)": (lambda: _in_bits(4), torch.randn(2, 64)),
-    "`nn.Linear` in 8 bits (bitsandbytes)": (lambda: _in_bits(8), torch.randn(2, 64)),
+    "`nn.Linear` in 4 bits": (lambda: _in_bits(4), torch.randn(2, 64)),
+    "in 8 bits (bitsandbytes)": (lambda: _in_bits(8), torch.randn(2, 64)),
     "`Conv1D` of transformers": (lambda: Conv1D(8, 8), torch.randn(2, 8)),
     "`nn.Embedding`": (lambda: nn.Embedding(12, 8), TOKENS),
     "`nn.Conv1d`": _conv(1),
@@ -176,13 +176,16 @@ def works(layer: Layer, x: Tensor, config: Any) -> dict[str, bool]:
 
 
 def lines() -> Iterator[str]:
-    """The table in Markdown: in each cell the methods for which it works."""
+    """The table in Markdown: in each cell the methods for which it works. Layers with the same cells share a row."""
     yield f"| layer | {' | '.join(COLUMNS)} |"
     yield "|---" * (len(COLUMNS) + 1) + "|"
+    names: dict[str, list[str]] = {}
     for name, (layer, x) in ROWS.items():
         of_methods = {method: works(layer, x, config) for method, config in configs().items()}
-        cells = [", ".join(m for m, found in of_methods.items() if found[column]) or "–" for column in COLUMNS]
-        yield f"| {name} | {' | '.join(cells)} |"
+        cells = (", ".join(m for m, found in of_methods.items() if found[column]) or "–" for column in COLUMNS)
+        names.setdefault(" | ".join(cells), []).append(name)
+    for cells_of_all, alike in names.items():
+        yield f"| {', '.join(alike)} | {cells_of_all} |"
 
 
 def missing() -> list[Kind]:

@@ -18,7 +18,7 @@ from smoa.maths.blocks import Blocks
 from smoa.maths.spectrum import decomposable
 
 INTRUDERS_AMONG = 10
-"""So many leading left singular vectors of W + ΔW are looked at."""
+"""How many leading left singular vectors of W + ΔW are examined."""
 INTRUDER_COSINE = 0.5
 """One of them is an intruder if its cosine with each left singular vector of W is below this."""
 
@@ -54,7 +54,7 @@ class UpdateSpectrum:
 
     @property
     def relative_spectral_norm(self) -> float:
-        """‖ΔW‖₂ / ‖W‖₂: how far the update can move an output, beside the farthest that W does."""
+        """‖ΔW‖₂ / ‖W‖₂: the farthest that the update can move an output, relative to the farthest that W can."""
         return float(self.update_values[0] / self.weight_values[0])
 
     @property
@@ -79,7 +79,7 @@ def update_spectrum(weight: Tensor, delta_weight: Tensor, blocks: Blocks | None 
     Args:
         weight: W, (out_features, in_features).
         delta_weight: ΔW, (out_features, in_features).
-        blocks: The blocks outside of which ΔW is zero, if it has such.
+        blocks: The blocks outside which ΔW is zero; None if it has no blocks.
 
     Raises:
         PartitionError: the shapes differ.
@@ -98,14 +98,14 @@ def update_spectrum(weight: Tensor, delta_weight: Tensor, blocks: Blocks | None 
 
 @dataclass(frozen=True)
 class UpdateSize:
-    """How large ΔW is beside W, and how it changes W's leading directions.
+    """How large ΔW is relative to W, and how it changes W's leading directions.
 
     Args:
         relative_norm: ‖ΔW‖_F / ‖W‖_F.
         relative_spectral_norm: ‖ΔW‖₂ / ‖W‖₂.
         stable_rank: ‖ΔW‖_F² / ‖ΔW‖₂²; 0 if ΔW is zero.
-        intruders: Intruder dimensions (arXiv:2410.21228): those of the leading left singular vectors of W + ΔW that
-            are like none of W's.
+        intruders: Intruder dimensions (arXiv:2410.21228): leading left singular vectors of W + ΔW that resemble none of
+            W's.
     """
 
     relative_norm: float

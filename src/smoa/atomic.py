@@ -13,6 +13,7 @@ import os
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,6 +22,8 @@ from smoa.errors import ConfigError
 
 SAVE = ".smoa-save"
 """Name of the folder with complete files that are still to be moved to their places."""
+STALE = 24 * 3600
+"""Seconds after which what a killed save wrote is removed by the next save. None takes as long."""
 ATTEMPTS = 1000
 """How often a save finishes those of other processes before its own. More are no processes, but files that stay."""
 
@@ -94,6 +97,7 @@ def new_files(folder: Path) -> Iterator[Path]:
     folder = folder.resolve()
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
+    _remove_stale(folder)
     try:
         with tempfile.TemporaryDirectory(prefix=".smoa-", dir=folder, ignore_cleanup_errors=True) as room:
             temporary = Path(room, folder.name)
@@ -118,6 +122,15 @@ def new_files(folder: Path) -> Iterator[Path]:
         if is_new:
             with suppress(OSError):  # there are files in it
                 folder.rmdir()
+
+
+def _remove_stale(folder: Path) -> None:
+    """Remove what saves into `folder` that were killed long ago had begun to write."""
+    for room in folder.glob(".smoa-*"):
+        with suppress(OSError):
+            begun = [entry.name for entry in room.iterdir()] == [folder.name]  # else it is no save's
+            if begun and room.name != SAVE and _is_own(room) and time.time() - room.stat().st_mtime > STALE:
+                shutil.rmtree(room)
 
 
 def recover(folder: str | Path) -> None:

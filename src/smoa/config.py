@@ -49,7 +49,7 @@ class SmoaConfig(PeftConfig):
     """Configuration of a SMoA adapter: `ΔW[I_k, J_k] = (α/r)·(B_k A_k) ⊙ W[I_k, J_k]` (arXiv:2605.21147).
 
     Trainable parameters of a layer: r(m+n)/K, 1/K of LoRA's at the same r. As in every method of PEFT, the model holds
-    this object, `model.peft_config[adapter_name]`, and PEFT fills in settings that you left out, as target_modules.
+    this object, `model.peft_config[adapter_name]`, and PEFT fills in what you left out, such as target_modules.
 
     Args:
         r: Total rank, Σ r_k over the blocks. The default of 16, with K = 2, trains as many parameters as LoRA's of 8.
@@ -271,7 +271,9 @@ def _without_home(name: str | None) -> str | None:
 
 Rule = tuple[Callable[[Any], bool], str]
 
-COUNT: Rule = (lambda n: n >= 1, "a positive integer")
+MAX_RANK = 1 << 20
+"""More than any weight's smaller side, beyond which a rank adds nothing."""
+COUNT: Rule = (lambda n: 1 <= n <= MAX_RANK, f"a positive integer, at most {MAX_RANK}")
 BLOCKS: Rule = (lambda n: 1 <= n <= MAX_BLOCKS, f"a positive integer, at most {MAX_BLOCKS}")
 POSITIVE: Rule = (lambda x: 0 < x <= sys.float_info.max, "a positive number")
 SHARE: Rule = (lambda p: 0 <= p < 1, "a number in [0, 1)")
@@ -281,7 +283,7 @@ RULES: dict[str, Rule] = {
     "rank_pattern": COUNT,
     "num_blocks": BLOCKS,
     "num_blocks_pattern": BLOCKS,
-    "block_ranks": (lambda n: n >= 0, "a non-negative integer"),
+    "block_ranks": (lambda n: 0 <= n <= MAX_RANK, f"a non-negative integer, at most {MAX_RANK}"),
     "alpha": POSITIVE,
     "alpha_pattern": POSITIVE,
     "lora_alpha": POSITIVE,

@@ -2,7 +2,7 @@
 
 SmoaError
 ├── ConfigError(ValueError)              a setting, option or argument is invalid
-├── PartitionError(ValueError)           a weight can't be partitioned so, or labels don't fit their layer
+├── PartitionError(ValueError)           a weight can't be partitioned as asked, or labels don't fit
 ├── UnsupportedModuleError(TypeError)    SMoA can't adapt or change this kind of module
 ├── AdapterFileError(ValueError)         a saved adapter is damaged or doesn't fit the model
 ├── MergeError(ValueError)               adapters can't be merged, unmerged or combined safely
@@ -36,7 +36,7 @@ class ConfigError(SmoaError, ValueError):
 
 
 class PartitionError(SmoaError, ValueError):
-    """A weight can't be partitioned as asked, or labels are no valid partition of the layer."""
+    """A weight can't be partitioned as asked, or labels are not a valid partition of the layer."""
 
 
 class UnsupportedModuleError(SmoaError, TypeError):

@@ -34,7 +34,7 @@ def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "def
 
     Args:
         model: A PeftModel, compiled by `torch.compile` or not.
-        path: Folder or hub id.
+        path: Folder or Hub id.
 
     Raises:
         ConfigError: one of the two is not a SMoA adapter, or their settings don't match.

@@ -1,12 +1,17 @@
-"""Finds the r and num_blocks that fit a parameter budget on a model. Only shapes are read, no weights."""
+"""Finds the settings that fit a parameter budget on a model: SMoA's r and num_blocks, and the one key that sizes any
+other method. Only shapes are read, no weights."""
 
 from __future__ import annotations
 
+import copy
+import math
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -17,7 +22,9 @@ from smoa.errors import ConfigError, DataError
 from smoa.layers.kinds import kind_of
 from smoa.maths.experts import Layout
 from smoa_lab.base_models import empty_model
+from smoa_lab.config.methods import OTHER_LAYERS, find_method
 from smoa_lab.config.run import ModelSection
+from smoa_lab.training.adapting import count_trained
 
 BLOCKS = (1, 2, 4, 8, 16, 32)
 FIRST_BLOCKS = 4
@@ -26,6 +33,8 @@ ALL_LINEAR = "all-linear"
 """Every linear layer but the output, as PEFT understands it."""
 LORA = "lora:"
 """Before a rank: as many parameters as LoRA of that rank trains on the same layers."""
+LARGEST, MOST = 2**20, 1.02
+"""Of a method that is sized by one key: how many of its values are tried, and how much of the budget is still equal."""
 
 # (out_features, in_features) of each adapted layer, counted.
 Shapes = Counter[tuple[int, int]]
@@ -62,6 +71,127 @@ def budget_choices(model: str, amount: str, targets: tuple[str, ...], trust_remo
     if not choices:
         raise _too_small(amount, shapes)
     return choices
+
+
+@dataclass(frozen=True)
+class Sized:
+    """A method at a budget: ``adapter`` holds the key that sets its size, ``parameters`` is what it trains, if known.
+    ``note`` says what keeps it from the budget."""
+
+    method: str
+    adapter: dict[str, int] = field(default_factory=dict)
+    parameters: int | None = None
+    note: str = ""
+
+
+def size_methods(
+    model: str, amount: str, targets: tuple[str, ...], names: Sequence[str], trust_remote_code: bool = False
+) -> list[Sized]:
+    """Each of the methods ``names`` at ``amount``, which :func:`budget_choices` explains.
+
+    Raises:
+        ConfigError: ``amount`` cannot be read, or there is no such method.
+        DataError: no such model, or none of ``targets`` in it.
+    """
+    empty = empty_model(ModelSection(name=model, trust_remote_code=trust_remote_code))
+    shapes, total = shapes_of(empty, targets, model), sum(parameter.numel() for parameter in empty.parameters())
+    budget = _limit(amount, total, lora_parameters(shapes, 1))
+    wanted: Any = ALL_LINEAR if ALL_LINEAR in targets else list(targets)
+    sized = []
+    for name in names:
+        found = find_method(name).config_class
+        block = {} if name.lower() in OTHER_LAYERS or found is None else {"target_modules": wanted}
+        block |= {"total_step": 1} if hasattr(found, "total_step") else {}  # AdaLoRA's, which costs nothing
+        sized.append(size_method(empty, name, block, budget))
+    return sized
+
+
+def size_method(empty: PreTrainedModel, name: str, adapter: dict[str, Any], budget: float) -> Sized:
+    """The method on ``empty``, a model on the meta device, with the other keys of its block in ``adapter``: the value
+    of its budget key at which it trains nearest to ``budget``, at most 2 % more. PEFT counts the parameters."""
+    method, device = find_method(name), "meta"
+    if method.config_class is None:
+        return Sized(name, {}, empty.num_parameters(), "trains all weights")
+    key = method.budget_key
+
+    def trained(block: dict[str, Any]) -> int:
+        nonlocal device
+        own = copy.deepcopy(empty)
+        try:
+            return count_trained(own if device == "meta" else _with_zeros(own), name, block, device)
+        except RuntimeError as error:  # of PyTorch: a value of a tensor without data
+            if device != "meta" or "no data" in str(error):
+                raise ConfigError("reads the weights when it starts, so it can't be counted without them") from error
+        device = "cpu"
+        return trained(block)
+
+    counts: dict[int, int | None] = {}
+
+    def count(value: int) -> int | None:
+        if value not in counts:
+            try:
+                counts[value] = trained({**adapter, str(key): value})
+            except ConfigError:
+                counts[value] = None
+        return counts[value]
+
+    try:
+        if key is None:
+            found = trained(adapter)
+            return Sized(name, {}, found, f"no whole number sets its size{'' if found else '; needs keys of its own'}")
+        if key.endswith("block_size"):  # which divides the sides of every layer
+            sides = math.gcd(*(side for shape in shapes_of(empty, (ALL_LINEAR,), name) for side in shape))
+            values: Sequence[int] = [size for size in range(2, sides + 1) if sides % size == 0 and count(size)]
+        else:
+            step = next((2**power for power in range(7) if count(2**power)), 0)
+            values = range(step, step * LARGEST, step) if step else ()
+        if not values:
+            trained({**adapter, key: 8})
+    except ConfigError as error:
+        return Sized(name, note=str(error).removeprefix("adapter: "))
+    place = _last_within(values, count, budget)
+    near = [value for value in values[max(0, place - 1) : place + 2] if 0 < (count(value) or 0) <= MOST * budget]
+    if not near:
+        least = min(filter(None, counts.values()), default=0)
+        return Sized(name, note=f"{key} can't make it so small: it trains {least:,} or more")
+    chosen = min(near, key=lambda value: abs((count(value) or 0) - budget))
+    return Sized(name, {key: chosen}, count(chosen))
+
+
+def _last_within(values: Sequence[int], count: Callable[[int], int | None], budget: float) -> int:
+    """The place in ``values`` of the largest count up to ``budget``, -1 if there is none. Counts rise or fall all along
+    ``values``, most of them in a line; None is what PEFT refuses."""
+
+    def at(place: int) -> float:
+        found = count(values[place]) if place < len(values) else None
+        return math.inf if found is None else found
+
+    first, second = at(0), at(1)
+    if first < second:
+        if first > budget:
+            return -1
+        guess = int((budget - first) / (second - first))
+        if at(guess) <= budget < at(guess + 1):
+            return guess
+    lower, upper = 0, 1
+    while (at(lower) <= budget) == (at(upper) <= budget):
+        if upper >= len(values) - 1 or at(upper) <= at(lower) <= budget:
+            return lower if at(lower) <= budget else -1
+        lower, upper = upper, min(2 * upper, len(values) - 1)
+    good, bad = (lower, upper) if at(lower) <= budget else (upper, lower)
+    while abs(good - bad) > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if at(middle) <= budget else (good, middle)
+    return good
+
+
+def _with_zeros(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with zeros for weights, which take no memory."""
+    for module in model.modules():
+        for name, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            zeros = torch.zeros((), dtype=value.dtype).expand(value.shape)
+            setattr(module, name, nn.Parameter(zeros, False) if isinstance(value, nn.Parameter) else zeros)
+    return model
 
 
 def budget_choice(shapes: Shapes, total: int, amount: str) -> Choice:

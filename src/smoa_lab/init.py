@@ -21,14 +21,24 @@ from smoa.errors import ConfigError
 from smoa_lab.base_models import empty_model, load_tokenizer
 from smoa_lab.basics.extras import require
 from smoa_lab.basics.positions import positions_of
-from smoa_lab.budget import ALL_LINEAR, Choice, Shapes, shapes_of
-from smoa_lab.config.run import DataSection, Dtype, ModelSection, TaskSection, adapter_rate, check_config, native_dtype
-from smoa_lab.config.yaml_text import parse_yaml, to_yaml
+from smoa_lab.budget import ALL_LINEAR, Choice, Shapes, budget_choice, shapes_of
+from smoa_lab.config.run import (
+    ConfigText,
+    DataSection,
+    Dtype,
+    ModelSection,
+    RunConfig,
+    TaskSection,
+    adapter_rate,
+    check_config,
+    native_dtype,
+)
+from smoa_lab.config.yaml_text import apply_overrides, parse_yaml, to_yaml
 from smoa_lab.data.files import source_values
 from smoa_lab.data.tasks import TASKS, find_task, task_needs
 from smoa_lab.pages.templates import render
 from smoa_lab.training.loaded_run import load_run, sources, trainable_rows_of
-from smoa_lab.training.run_folder import peak_memory
+from smoa_lab.training.run_folder import in_free_folder, peak_memory
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +47,8 @@ LENGTHS = 64
 BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 BATCH = 16
 """Rows that a step learns from, in one or several batches."""
+PARAMETERS = "lora:8"
+"""How many to train, unless told."""
 EPOCHS = 3
 """Times that all rows are seen, unless that takes too long."""
 LARGEST = {True: 16, False: 4}
@@ -82,13 +94,13 @@ class DataFacts:
         return "rows" if self.format else "questions"
 
 
-def look_at_model(name: str) -> ModelFacts:
+def look_at_model(name: str, trust_remote_code: bool = False) -> ModelFacts:
     """Read a model's sizes from its config alone; no weights are read.
 
     Raises:
         DataError: there is no such model.
     """
-    empty = empty_model(ModelSection(name=name))
+    empty = empty_model(ModelSection(name=name, trust_remote_code=trust_remote_code))
     parameters = sum(parameter.numel() for parameter in empty.parameters())
     return ModelFacts(name, parameters, shapes_of(empty, (ALL_LINEAR,), name), empty.config)
 
@@ -101,8 +113,11 @@ def check_data(place: str) -> str:
     return place
 
 
-def look_at_data(place: str, model: ModelFacts) -> DataFacts:
-    """Count what ``place`` holds: a task's name, a file, a folder, or a data set of the Hub. Its rows are all read.
+def look_at_data(
+    place: str, model: ModelFacts, changes: Sequence[str] = (), trust_remote_code: bool = False
+) -> DataFacts:
+    """Count what ``place`` holds: a task's name, a file, a folder, or a data set of the Hub. Its rows are all read, as
+    the ``data.key=value`` of ``changes`` say.
 
     Raises:
         DataError: rows cannot be read, or some are bad, as `smoa train` would say.
@@ -111,13 +126,15 @@ def look_at_data(place: str, model: ModelFacts) -> DataFacts:
         require(task_needs({place: find_task(place)}))
         data = DataSection(tasks=[place])
         return DataFacts({"tasks": [place]}, len(data.select().train), TaskSection().max_length)
-    tokenizer = load_tokenizer(ModelSection(name=model.name))
+    wanted = ModelSection(name=model.name, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(wanted)
     lent = None if tokenizer.chat_template else "alpaca"
-    values = {
+    values: dict[str, Any] = {
         "model": {"name": model.name},
         "data": {**source_values(place), "chat_template": lent},
         "training": {"max_length": model.context},
     }
+    apply_overrides(values, [change for change in changes if change.startswith("data.")])
     config = check_config(values, place)
     _, rows = trainable_rows_of(config, tokenizer)
     account, (first, *_) = rows.account, rows.rows("train", 1)
@@ -226,6 +243,28 @@ def propose(
     tried = [replace(most, rows=rows, checkpointing=again) for again in (False, True) for rows in sizes]
     fitting = (proposal for proposal in tried if needed_bytes(proposal) <= SHARE[has_gpu] * machine.memory)
     return next(fitting, tried[-1])  # the estimate is coarse: three steps will tell
+
+
+def default_run(model: str, data: str, changes: Sequence[str] = (), trust_remote_code: bool = False) -> RunConfig:
+    """The run that ``smoa init --no-measure --yes`` writes for a model and data, with ``key.key=value`` changes, in the
+    first of the folders ``runs/NAME``, ``runs/NAME-2`` and so on without a finished run.
+
+    Raises:
+        ConfigError: a change is not valid.
+        DataError: there is no such model, or data cannot be read.
+    """
+    facts = look_at_model(model, trust_remote_code)
+    rows = look_at_data(check_data(data), facts, changes, trust_remote_code)
+    choice = budget_choice(facts.shapes, facts.parameters, PARAMETERS)
+    values = propose(facts, rows, choice, this_machine()).values(output_dir(file_for(data)))
+    values["training"]["output_dir"] = str(in_free_folder(check_config(values)).folder)
+    apply_overrides(values, list(changes))
+    return ConfigText(values, "smoa train").trusting(trust_remote_code).checked()
+
+
+def file_for(data: str) -> Path:
+    """The config's file, NAME.yaml for data called NAME."""
+    return Path(f"{Path(data.rstrip('/')).name.partition('.')[0] or 'run'}.yaml")
 
 
 def needed_bytes(proposal: Proposal) -> int:

@@ -30,10 +30,7 @@ COVERAGE = (
     "Share of ΔW's energy on the leading part of W's singular directions, mean of all layers; the diagonal treats all "
     "directions alike."
 )
-BLOCKS = (
-    "A thin line for each layer, the mean of all layers in bold. The scale s is what B A ⊙ W of the block is "
-    "multiplied with."
-)
+BLOCKS = "Small is a layer, large the mean of all layers. The scale s is what B A ⊙ W of the block is multiplied with."
 
 
 def inspection_page(title: str, adapters: Reports, layers: Sequence[str] = ()) -> str:
@@ -112,7 +109,7 @@ def by_layer(rows: Sequence[Mapping[str, Any]], methods: Mapping[str, str], fiel
     panels = []
     for kind in dict.fromkeys(row["kind"] for row in placed):
         shown = alt.Chart(values(row for row in placed if row["kind"] == kind)).encode(
-            x=alt.X("layer:Q", title=None, axis=alt.Axis(format="d", tickMinStep=1, tickCount=5, grid=False)),
+            x=alt.X("layer:Q", title="layer", axis=alt.Axis(format="d", tickMinStep=1, grid=False)),
             y=alt.Y(f"{field}:Q", title=None, axis=alt.Axis(tickCount=4)),
             color=color,
             tooltip=tooltip(adapter="", module="", **{field: ".4f"}),
@@ -131,13 +128,12 @@ def place(module: str) -> dict[str, Any]:
 
 
 def by_block(adapters: Reports) -> Any | None:
-    """Coverage and scale of every block: a thin line for each layer, the mean of all layers in bold. None without
-    blocks."""
+    """Coverage and scale of every block: a dot for each layer, and the mean of all layers. None without blocks."""
+    adapters = {name: reports for name, reports in adapters.items() if reports[0].block_scales}
     rows = [
         {
             "adapter": adapter,
             "module": report.module,
-            "line": f"{adapter} {report.module}",
             "block": block + 1,
             "coverage": report.spectrum.block_coverages[block],
             "scale": scale,
@@ -148,22 +144,20 @@ def by_block(adapters: Reports) -> Any | None:
     ]
     if not rows:
         return None
-    color, dash = _looks(_methods_of(adapters))
-    shown = alt.Chart(values(rows)).encode(
-        x=alt.X("block:O", title="block, leading directions first", axis=alt.Axis(labelAngle=0)), color=color
-    )
+    axis = alt.X("block:O", title="block, leading directions first", axis=alt.Axis(labelAngle=0))
+    color, _ = _looks(_methods_of(adapters))
+    shown = alt.Chart(values(rows)).encode(x=axis, xOffset=alt.XOffset("adapter:N", sort=None), color=color)
     panels = []
     for field, title, scale in (
         ("coverage", "coverage of ΔW's block", alt.Scale(zero=True)),
         ("scale", "scale s of the block", alt.Scale(type="log", nice=False)),
     ):
-        thin = shown.mark_line(strokeWidth=0.8, opacity=0.35).encode(
+        layers = shown.mark_point(size=12).encode(
             y=alt.Y(f"{field}:Q", title=title, scale=scale),
-            detail="line:N",
             tooltip=tooltip(adapter="", module="", block="d", **{field: ".4g"}),
         )
-        bold = shown.mark_line(strokeWidth=3, point=True).encode(y=f"mean({field}):Q", strokeDash=dash)
-        panels.append(alt.layer(thin, bold).properties(width=WIDTH / 2 - 60, height=220))
+        mean = shown.mark_point(size=90, strokeWidth=3).encode(y=f"mean({field}):Q")
+        panels.append(alt.layer(layers, mean).properties(width=WIDTH / 2 - 60, height=220))
     return alt.hconcat(*panels)
 
 

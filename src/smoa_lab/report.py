@@ -22,7 +22,7 @@ from smoa_lab.base_models import described_base
 from smoa_lab.basics.plain import without_secrets
 from smoa_lab.config.yaml_text import parse_yaml, to_yaml
 from smoa_lab.pages.run_card import ANSWERS
-from smoa_lab.pages.run_charts import accuracies, balance, learning_rate, losses
+from smoa_lab.pages.run_charts import accuracies, balance, losses
 from smoa_lab.pages.tables import score_table
 from smoa_lab.pages.templates import Figure, code, page, warning, write_page
 from smoa_lab.training.run_folder import RunFolder
@@ -147,12 +147,8 @@ def _scores(record: RunRecord) -> list[Any]:
 
 
 def _losses(record: RunRecord) -> list[Any]:
-    history, evaluation = record.metrics["history"], record.metrics.get("evaluation", {})
-    charts = {
-        "Loss on trained tokens, in nats per token.": losses(history, evaluation, record.method),
-        "Learning rate.": learning_rate(history, record.method),
-    }
-    return [Figure(chart, caption) for caption, chart in charts.items() if chart is not None]
+    chart = losses(record.metrics["history"], record.metrics.get("evaluation", {}), record.method)
+    return [] if chart is None else [Figure(chart, "Loss on trained tokens, in nats per token.")]
 
 
 def _samples(record: RunRecord) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Checks that what was made of an adapter, or serves it, says what the adapter says: ``smoa verify``."""
+"""Checks that a merged model, a LoRA or a server answers as the adapter does: ``smoa verify``."""
 
 from __future__ import annotations
 

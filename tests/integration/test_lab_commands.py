@@ -195,6 +195,9 @@ def test_budget_spends_no_more_than_it_may(config: dict[str, Any]) -> None:
     assert [choice["num_blocks"] for choice in choices][:2] == [1, 2]
     assert all(10 < choice["percent"] <= 20 for choice in choices)
     assert choices[1]["r"] > choices[0]["r"]
+    methods = json.loads(invoke("budget", config["model"]["name"], "lora:2", "--method", "SHiRA", "--json"))
+    assert [(one["method"], one["adapter"]) for one in methods] == [("SHiRA", {"r": 2})]
+    assert "trains all weights" in invoke("budget", config["model"]["name"], "lora:2", "--method", "full")
     result = CliRunner().invoke(app, ["budget", config["model"]["name"], "much"])
     assert "neither a percentage" in result.output
 

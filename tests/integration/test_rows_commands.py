@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from smoa_lab.cli.main import app
 from smoa_lab.data.files import read_rows
-from smoa_lab.data.formats import BadRow, recognise, shape
+from smoa_lab.data.formats import BadRow, recognize, shape
 from tests.support.own_rows import rows_base, rows_values
 from tests.support.processes import ROOT
 
@@ -40,7 +40,7 @@ def places(file: Path) -> list[float]:
     found = []
     for _, row in read_rows(file):
         assert not isinstance(row, BadRow)
-        format = recognise(row)
+        format = recognize(row)
         assert format is not None
         found.append(int(shape(row, format).digest[:12], 16) / 16**12)
     return found

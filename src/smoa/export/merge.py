@@ -106,13 +106,13 @@ def merge_and_save(
         adapter: Folder of the adapter, of any PEFT method that can merge.
         output: A folder that does not exist yet. It is created when it is complete.
         base: Base model to use instead of the one recorded in the adapter, whose revision then does not matter: a
-            folder, a hub id, or a loaded model, which is changed.
+            folder, a Hub id, or a loaded model, which is changed.
         dtype: Dtype of the saved weights. "auto" keeps the base's, or uses float32 if the base is quantized.
         max_shard_size: Largest file, in bytes or as text ("5GB").
         tokenizer: Tokenizer to save instead of the adapter's or the base's.
         trust_remote_code: Allow the base's repository to run its own code.
         notes: Sentences for the model card.
-        base_name: How the model card names the base, if it was loaded from another place than it comes from.
+        base_name: How the model card names the base, if not by the place it was loaded from.
 
     Raises:
         ConfigError: `output` exists, or `adapter` is not an adapter.
@@ -231,7 +231,7 @@ def merge_in_memory(
     return loss
 
 
-def _merge_nothing(**_: Any) -> None:
+def _merge_nothing(*_: Any, **__: Any) -> None:
     """``merge`` of a layer that is merged."""
 
 

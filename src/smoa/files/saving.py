@@ -35,16 +35,16 @@ def save_adapter(
     """Call `model.save_pretrained(folder)` so that a kill or a full disk leaves the old adapter or the new one, whole.
 
     Other files in the folder are not touched, so they may be open. The new files are written into a hidden folder
-    inside, flushed to the disk, and moved to their places together. What a kill between the moves leaves there the next
-    load or save moves.
+    inside, flushed to the disk, and moved to their places together. If a kill interrupts this, the next load or save
+    completes it.
 
     Args:
         model: A `PeftModel`, or a transformers model with an adapter.
         folder: Created if it does not exist.
         base_model_name: Name of the base model for `adapter_config.json` and the model card, instead of the path it
             was loaded from.
-        metrics: Results, may be empty. If given, each saved adapter gets a model card with base model, settings, these
-            results and how to load it, instead of PEFT's template.
+        metrics: Results, which may be empty. If given, each saved adapter gets a model card with base model,
+            settings, these results and how to load it, instead of PEFT's template.
         options: Passed to `save_pretrained`.
 
     Raises:

@@ -46,10 +46,9 @@ class Linear(SmoaLayer):
         """`x ΔWᵀ`, the adapter's contribution to the output; in training, dropout acts on x."""
         self.decide_partition(adapter_name)
         self.gather(adapter_name)
-        x, anchors = self.branch_input(x, adapter_name), MODULATIONS[self.modulation[adapter_name]].anchors
-        if anchors and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            cache = self.open_cache([adapter_name], x)
-            if cache is not None:
+        x = self.branch_input(x, adapter_name)
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if (cache := self.open_cache([adapter_name], x)) is not None:
                 if (kept := self._kept_update(cache, adapter_name, x)) is not None:
                     return kept.apply(x)
             elif self._multiplies_factors(x, adapter_name):
@@ -58,6 +57,8 @@ class Linear(SmoaLayer):
 
     def _multiplies_factors(self, x: Tensor, adapter_name: str) -> bool:
         """Whether few tokens take the product with the blocks of W."""
+        if not MODULATIONS[self.modulation[adapter_name]].anchors:
+            return False
         tokens = x.shape[:-1]
         return not is_transformed(x) and prefers_shared(self.ranks[adapter_name], tokens.numel(), chosen_kernels())
 
@@ -68,6 +69,9 @@ class Linear(SmoaLayer):
         return self._apply_update(self.update(adapter_name), self.branch_input(x, adapter_name))
 
     def _kept_update(self, cache: WeightCache, adapter_name: str, x: Tensor) -> KeptUpdate | None:
+        """The blocks of ΔW that `cache` keeps; None without M, where the factors are as quick, or without memory."""
+        if not MODULATIONS[self.modulation[adapter_name]].anchors:
+            return None
         dtype = x.dtype
 
         def make() -> KeptUpdate:
@@ -88,8 +92,7 @@ class Linear(SmoaLayer):
         result: Tensor = self.base_layer(x, *args, **kwargs)
         x = in_autocast_dtype(x.to(result.device))
         for name in active:
-            anchors = MODULATIONS[self.modulation[name]].anchors  # without M, the factors are as quick
-            kept = self._kept_update(cache, name, x) if anchors else None
+            kept = self._kept_update(cache, name, x)
             result = result + (self.branch_output(x, name) if kept is None else kept.apply(x)).to(result.dtype)
         return result
 

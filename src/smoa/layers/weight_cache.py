@@ -168,7 +168,7 @@ def open_caches(layers: Iterable[tuple[Any, bool]]) -> Iterator[None]:
 def cached_weights(model: nn.Module) -> Iterator[None]:
     """Keep W + ΔW of `model`'s adapted layers while the context is open, for calls without gradients.
 
-    16-bit layers keep the blocks of ΔW. `model.generate` keeps the blocks by itself: use this for loops of your own, to
+    16-bit layers keep the blocks of ΔW. `model.generate` keeps the blocks anyway: use this for loops of your own, to
     decode float32 models faster, and to keep everything from one `generate` to the next.
 
     Raises:

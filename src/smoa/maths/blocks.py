@@ -70,7 +70,7 @@ class Blocks:
         num_blocks: K, between 1 and 255.
         orders: The sorted coordinates, by default computed from the labels. If given, the labels are not checked again.
         is_contiguous: Whether the labels of both sides ascend. Computed with `orders`.
-        shape: (out_features, in_features), by default the labels'. In `torch.jit.trace` those are no plain numbers.
+        shape: (out_features, in_features), by default the labels'. In `torch.jit.trace` those are not plain numbers.
 
     Raises:
         PartitionError: K is out of range, the labels have another dtype or shape, or the block sizes are not those of

@@ -7,8 +7,10 @@
 | `_generation_loop_body`, `_run_generation_loop`             | when requests have ended                           |
 | `scheduler.active_requests`, `waiting_requests`             | which requests live                                |
 | `OutputRouter.deliver_batch`                                | frees an adapter before its last answer is seen    |
+| `ContinuousBatchingLogitsProcessor`                         | lets each request have a generation config         |
 | `_create_batch_processor`, `cache.search_prefix_match`,     | keeps cached blocks apart by adapter               |
 | `mark_complete_blocks`                                      |                                                    |
+| `inputs_and_outputs.get_model_kwargs`                       | lets other threads use the model meanwhile         |
 
 The manager computes in a thread of its own, which is why a step names its adapters there. None of this is a public
 interface but the manager, so each name is checked once.
@@ -46,13 +48,18 @@ def lacking(name: str) -> UnsupportedVersionError:
 
 
 try:
-    from transformers import ContinuousBatchingConfig, ContinuousBatchingManager, GenerationConfig
+    from transformers import ContinuousBatchingConfig, ContinuousBatchingManager, GenerationConfig, LogitsProcessorList
+    from transformers.generation.continuous_batching.cb_logits_processors import (
+        ContinuousBatchingLogitsProcessor,
+        ContinuousBatchingLogitsProcessorList,
+    )
     from transformers.generation.continuous_batching.continuous_api import OutputRouter
     from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput
 except ImportError as error:
     raise lacking(str(error)) from error
 
 for owner, names in {
+    ContinuousBatchingLogitsProcessor: ("fill_defaults", "prepare_tensor_args"),
     ContinuousBatchingManager: (
         *("add_request", "_generation_step", "_generation_loop_body", "_run_generation_loop"),
         "_create_batch_processor",
@@ -74,11 +81,57 @@ PAGE = 32
 
 @dataclass(eq=False)
 class Lease:
-    """A request's adapter. ``queued``: whether transformers has the request, or had it."""
+    """A request's adapter, and how its next token is chosen where not by the greatest logit. ``queued``: whether
+    transformers has the request, or had it."""
 
     name: str
     member: Member | None
+    chooses: Chooser | None = None
     queued: bool = False
+
+
+@dataclass(eq=False)
+class Chooser:
+    """Chooses a request's next token as its own generation config says."""
+
+    processors: LogitsProcessorList
+    samples: bool
+    generator: torch.Generator
+
+    def __call__(self, tokens: list[int], scores: Tensor) -> Tensor:
+        """The logits (vocabulary,) as they were processed; if it samples, all but the sampled one are -inf."""
+        before: Any = torch.tensor([tokens], device=scores.device)
+        processed: Tensor = self.processors(before, scores[None])[0]
+        if not self.samples:
+            return processed
+        token = torch.multinomial(processed.softmax(-1), 1, generator=self.generator)
+        return torch.full_like(processed, -math.inf).index_fill(0, token, 0)
+
+
+class _Choosers(ContinuousBatchingLogitsProcessor):
+    """The choosers of a step's requests, by which the manager's greatest logit is each one's own choice."""
+
+    supported_kwargs, ignored_kwargs = dict[str, type](), ()
+
+    def __init__(self, manager: PoolManager) -> None:
+        self._manager, self._states = manager, list[Any]()
+
+    def fill_defaults(self, int32_tensor: Tensor) -> None:
+        int32_tensor.zero_()
+
+    def prepare_tensor_args(self, requests_with_new_token: list[FutureRequestState]) -> Tensor:
+        self._states = [future.state for future in requests_with_new_token]
+        return torch.zeros(len(self._states), dtype=torch.int32)
+
+    def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
+        for row, state in enumerate(self._states):
+            chooses = self._manager.lease(state.request_id).chooses
+            if chooses is not None:
+                try:
+                    scores[row] = chooses(state.initial_tokens + state.generated_tokens, scores[row])
+                except Exception as error:  # ends this request only
+                    self._manager.failed[state.request_id] = state, error
+        return scores
 
 
 class _Router(OutputRouter):
@@ -90,7 +143,7 @@ class _Router(OutputRouter):
 
     def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
         self._manager.release_ended()
-        super().deliver_batch(outputs)
+        super().deliver_batch([output for output in outputs if output.request_id not in self._manager.failed])
 
 
 class PoolManager(ContinuousBatchingManager):
@@ -100,18 +153,34 @@ class PoolManager(ContinuousBatchingManager):
         pool: The adapters.
         generation_config: As transformers takes it.
         continuous_batching_config: Likewise.
+        own_configs: Whether each request may have a generation config of its own; `generation_config` is then that of
+            the others.
     """
 
     def __init__(
-        self, pool: Any, generation_config: GenerationConfig, continuous_batching_config: ContinuousBatchingConfig
+        self,
+        pool: Any,
+        generation_config: GenerationConfig,
+        continuous_batching_config: ContinuousBatchingConfig,
+        own_configs: bool = False,
     ) -> None:
         config = copy.copy(continuous_batching_config)
         graphs = config.use_cuda_graph
         if graphs not in (None, False, (False, False)) or config.default_compile_level:
             raise ConfigError("AdapterPool: CUDA graphs and compilation can't serve adapters; leave them out")
         config.use_cuda_graph, config.use_async_batching = False, False
-        super().__init__(pool.base, generation_config, config)
+        greedy = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=generation_config.max_new_tokens,
+            eos_token_id=generation_config.eos_token_id,
+        )
+        super().__init__(pool.base, greedy if own_configs else generation_config, config)
         self._pool, self._leases, self._lease_lock = pool, dict[str, Lease](), threading.Lock()
+        self._default = generation_config if own_configs else None
+        if own_configs:
+            self.logit_processor = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([_Choosers(self)]))
+            self.logit_processor.tensors_required = 1
+        self.failed: dict[str, tuple[Any, Exception]] = {}
         self._diagonals: dict[int, tuple[Any, Sequence[Tensor]]] = {}
         self._step: tuple[Any, Step] | None = None
         self.output_router = _Router(self)
@@ -130,13 +199,16 @@ class PoolManager(ContinuousBatchingManager):
         max_new_tokens: int | None = None,
         *args: Any,
         adapter: str = BASE,
+        generation_config: GenerationConfig | None = None,
+        seed: int | None = None,
         **kwargs: Any,
     ) -> str | None:
-        """As transformers' own, with the name of an adapter that is loaded or in the pool's folder.
+        """As transformers' own, with the name of an adapter that is loaded or in the pool's folder and, if requests
+        may have their own, a generation config: how tokens are chosen. The same seed samples the same tokens.
 
         Raises:
             ConfigError: there is no such adapter, all slots are in use by other adapters, a request of this name
-                runs, or the cache has no room for this one.
+                runs, the cache has no room for this one, or its generation config can't be used.
             AdapterFileError: the adapter is damaged.
         """
         longest = self.generation_config.max_new_tokens if max_new_tokens is None else max_new_tokens
@@ -145,7 +217,9 @@ class PoolManager(ContinuousBatchingManager):
                 f"add_request: {len(input_ids)} tokens and {longest} new ones: must be at least one, and at most "
                 f"{self.capacity} together, for which the cache has room; shorten them, or raise num_blocks"
             )
-        lease = Lease(adapter, self._pool._hold(adapter))
+        own = generation_config or self._default
+        chooses = None if self._default is None or own is None else self._chooser(own, input_ids, seed)
+        lease = Lease(adapter, self._pool._hold(adapter), chooses)
         with self._lease_lock:
             if request_id is None:
                 request_id, self._request_counter = f"req_{self._request_counter}", self._request_counter + 1
@@ -160,6 +234,17 @@ class PoolManager(ContinuousBatchingManager):
             if added is None:
                 self._end([request_id])
         return added
+
+    def _chooser(self, config: GenerationConfig, tokens: Sequence[int], seed: int | None) -> Chooser | None:
+        generator = torch.Generator(self.model.device)
+        scores = torch.zeros(self.model.config.get_text_config().vocab_size, device=self.model.device)
+        try:
+            chooses = Chooser(self.model._get_logits_processor(config), bool(config.do_sample), generator)
+            chooses(list(tokens), scores)  # once, to find here what is wrong with the config
+            generator.manual_seed(seed) if seed is not None else generator.seed()
+        except Exception as error:
+            raise ConfigError(f"add_request: generation_config and seed can't be used: {error}") from error
+        return chooses if chooses.samples or chooses.processors else None
 
     def release_ended(self, everything: bool = False) -> None:
         """Free the adapters of requests that have ended, or been canceled; called by the thread that computes."""
@@ -178,7 +263,7 @@ class PoolManager(ContinuousBatchingManager):
     def _salted(self, request_id: str, tokens: list[int]) -> list[int]:
         """The tokens, the first of them changed by the adapter: transformers knows cached blocks by their tokens and
         all those before."""
-        member = self._leases[self._parent(request_id)].member
+        member = self.lease(request_id).member
         salt = 0 if member is None else member.number
         return [token ^ (salt >> 11 * place & 0x7FF) << 20 for place, token in enumerate(tokens[:4])] + tokens[4:]
 
@@ -190,18 +275,27 @@ class PoolManager(ContinuousBatchingManager):
             cache.search_prefix_match = self._with_salt(cache.search_prefix_match)
             for allocator in cache.cache_allocators.values():
                 allocator.mark_complete_blocks = self._with_salt(allocator.mark_complete_blocks)
+            inputs: Any = processor.inputs_and_outputs
+            inputs.get_model_kwargs = _without_is_causal(inputs.get_model_kwargs)
         return processor
 
     def _with_salt(self, original: Callable[..., Any]) -> Callable[..., Any]:
         return lambda request_id, tokens, *args: original(request_id, self._salted(request_id, tokens), *args)
 
     def _parent(self, request_id: str) -> str:
-        """The request of which this is another answer, or itself."""
         return request_id if request_id in self._leases else request_id.rpartition("__child#")[0]
+
+    def lease(self, request_id: str) -> Lease:
+        """That of a request, or of the one of which it is another answer."""
+        return self._leases[self._parent(request_id)]
 
     def _generation_loop_body(self, *args: Any, **kwargs: Any) -> bool:
         goes_on: bool = super()._generation_loop_body(*args, **kwargs)
+        for request in self.failed:
+            self._processor.scheduler.finish_request(request)
         self.release_ended()
+        while self.failed:
+            self.output_router.fail_and_deliver(*self.failed.popitem()[1])
         return goes_on
 
     def _run_generation_loop(self, *args: Any, **kwargs: Any) -> None:
@@ -212,7 +306,7 @@ class PoolManager(ContinuousBatchingManager):
 
     def _generation_step(self) -> None:
         requests = self._processor.inputs_and_outputs.requests_in_batch
-        members = [self._leases[self._parent(future.state.request_id)].member for future in requests]
+        members = [self.lease(future.state.request_id).member for future in requests]
         lengths = [future.query_length for future in requests]
         key = [id(member) for member in members], lengths
         if self._step is None or self._step[0] != key:
@@ -225,17 +319,27 @@ class PoolManager(ContinuousBatchingManager):
             super()._generation_step()
 
 
+def _without_is_causal(original: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """The arguments of a step without `is_causal`. transformers writes it into the model's config while a step runs, so
+    that another thread's forward would attend to later tokens, and could leave it there for good. The step has masks,
+    or needs the default."""
+    return lambda *args, **options: {
+        name: value for name, value in original(*args, **options).items() if name != "is_causal"
+    }
+
+
 @contextmanager
 def running(
     pool: Any,
     generation_config: GenerationConfig | None = None,
     continuous_batching_config: ContinuousBatchingConfig | None = None,
+    own_configs: bool = False,
 ) -> Iterator[PoolManager]:
     """A manager that runs, as `AdapterPool.continuous_batching` says."""
     own = copy.copy(pool.base.generation_config if generation_config is None else generation_config)
     own.eos_token_id = -1 if own.eos_token_id is None else own.eos_token_id  # as transformers has it
     config = continuous_batching_config or _config(pool, ROOM, 4096)
-    manager = PoolManager(pool, own, config)
+    manager = PoolManager(pool, own, config, own_configs)
     manager.start()
     try:
         yield manager

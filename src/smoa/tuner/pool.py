@@ -50,7 +50,7 @@ ALIKE = 0.5
 
 
 class AdapterPool:
-    """Adapters of one base model that are used together, each row of a batch with its own.
+    """Many adapters over one base model, with an adapter for each row of a batch.
 
         pool = AdapterPool(base, folder="adapters")
         with pool.use(["anna", "ben", "__base__"]):
@@ -62,10 +62,10 @@ class AdapterPool:
     modules_to_save, token embeddings) is refused by name.
 
     Args:
-        base: The model. Its weights are not changed, and it computes as ever outside `use`.
-        slots: The most adapters that are held; None for any number. Beyond it the least recently used one leaves.
-        folder: Where adapters lie, each in a folder of its name, to be read when `use` asks for them.
-        dtype: Of the factors; by default that of the first adapter's.
+        base: The model. Its weights do not change, and outside `use` it computes as before.
+        slots: Most adapters to hold; None for any number. When full, the least recently used one is dropped.
+        folder: Holds a folder for each adapter, of its name, which is read when `use` names the adapter.
+        dtype: Dtype of the factors; by default the first adapter's.
 
     Raises:
         MergeError: adapters are merged into the base.
@@ -106,15 +106,17 @@ class AdapterPool:
         return list(self._members)
 
     def load(self, name: str, source: str | Path) -> None:
-        """Read a saved adapter, in the place of one of the same name.
+        """Read a saved adapter. It replaces one of the same name.
 
         Raises:
             AdapterFileError: it is damaged, or was made for another base.
             ConfigError: its file has more than factors, or the name is taken by one that is in use.
         """
+        with self._lock:
+            self._leaving_for(name)  # raises where there is no slot, before anything is read
         config = SmoaConfig.from_pretrained(str(source))
         if not isinstance(config, SmoaConfig):
-            raise ConfigError(f"{source}: is no SMoA adapter but {getattr(config, 'peft_type', 'none')}")
+            raise ConfigError(f"{source}: is not a SMoA adapter but {getattr(config, 'peft_type', 'none')}")
         self._put(name, config, read_adapter(source), str(source))
 
     def add(self, name: str, config: SmoaConfig) -> None:
@@ -137,7 +139,7 @@ class AdapterPool:
         self._put(name, copy.deepcopy(filled), tensors, name, fresh=True)
 
     def unload(self, name: str) -> None:
-        """Forget an adapter; its slot is free.
+        """Forget an adapter and free its slot.
 
         Raises:
             ConfigError: there is none of this name, or a batch uses it.
@@ -159,14 +161,14 @@ class AdapterPool:
             member.config.save_pretrained(temporary)
 
     def parameters(self) -> list[nn.Parameter]:
-        """The stacked factors, to train all adapters at once. Add them before: the tensors then keep their size."""
+        """The stacked factors, to train all adapters at once. Add adapters before: the tensors then keep their size."""
         for shelf in self._shelves.values():
             shelf.fixed = True
         return [part for shelf in self._shelves.values() for place in shelf.places.values() for part in place.factors]
 
     @torch.no_grad()
     def clip_gradients(self, max_norm: float) -> dict[str, float]:
-        """Scale the gradients of each adapter down to this norm, each for itself; the norms before, by name."""
+        """Clip the gradients of each adapter by itself to this norm. Return the norms before clipping, by name."""
         norms = {}
         for name, member in self._members.items():
             gradients = (part.grad for place in member.shelf.places.values() for part in place.factors)
@@ -177,7 +179,7 @@ class AdapterPool:
         return norms
 
     def close(self) -> None:
-        """Take the pool off its base, and forget all adapters."""
+        """Remove the pool from its base, and forget all adapters."""
         for handle in self._hooked.values():
             handle.remove()
         self._hooked.clear()
@@ -185,16 +187,18 @@ class AdapterPool:
         self._shelves.clear()
 
     def nbytes(self) -> int:
-        """Bytes of all that is held for adapters."""
+        """Bytes held for all adapters."""
         return sum(place.nbytes() for shelf in self._shelves.values() for place in shelf.places.values())
 
     # Computing.
 
     @contextmanager
     def use(self, names: Sequence[str]) -> Iterator[None]:
-        """Give each row of the batches within an adapter, or `"__base__"`; names that are not loaded are read from
-        `folder`. `generate` may repeat each row, for beams or several answers. To train, call backward within too.
-        A thread that is started within computes with the base: call `use` in the thread that calls the model.
+        """Give each row of a batch its adapter, or `"__base__"`, while the context is open.
+
+        Names that are not loaded are read from `folder`. `generate` may repeat rows, for beams or several answers. To
+        train, call backward inside too. A thread that is started inside computes with the base: call `use` in the
+        thread that calls the model.
 
         Raises:
             ConfigError: an adapter is neither loaded nor in the folder, or more are named than there are slots.
@@ -251,6 +255,7 @@ class AdapterPool:
         self,
         generation_config: GenerationConfig | None = None,
         continuous_batching_config: ContinuousBatchingConfig | None = None,
+        own_configs: bool = False,
     ) -> AbstractContextManager[PoolManager]:
         """A running manager of transformers' continuous batching, whose `add_request` takes `adapter=name` too.
 
@@ -263,6 +268,7 @@ class AdapterPool:
         Args:
             generation_config: As transformers takes it.
             continuous_batching_config: Likewise. CUDA graphs and compilation are refused.
+            own_configs: Let `add_request` take `generation_config` and `seed`: how this request's tokens are chosen.
 
         Raises:
             UnsupportedVersionError: this transformers lacks names that are needed.
@@ -270,7 +276,7 @@ class AdapterPool:
         """
         from smoa.tuner.batching import running
 
-        return running(self, generation_config, continuous_batching_config)
+        return running(self, generation_config, continuous_batching_config, own_configs)
 
     def _hold(self, name: str) -> Member | None:
         """The adapter of a name, None for the base, which stays in its slot until `_release`."""

@@ -101,13 +101,15 @@ def verify(
             "as http://localhost:8000/v1; may be repeated. merged if left out."
         ),
     ] = None,
-    served_name: Annotated[str | None, typer.Option(help="The adapter's name at the server; its folder's.")] = None,
+    served_name: Annotated[
+        str | None, typer.Option(help="Adapter's name at the server; by default its folder's.")
+    ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens that a server is asked for, for each prompt.")] = 16,
     base: Base = None,
     trust_remote_code: TrustRemoteCode = False,
     json: AsJson = False,
 ) -> None:
-    """Check on ten prompts that a merged model, a LoRA or a server says what the adapter says."""
+    """Check on ten prompts that a merged model, a LoRA or a server answers as the adapter does."""
     with reporting():
         from smoa_lab.verify import verify as compared
 
@@ -201,6 +203,9 @@ def budget(
             "--target-modules", "--targets", help="Names of the layers to adapt, separated by commas, or all-linear."
         ),
     ] = "all-linear",
+    method: Annotated[
+        list[str] | None, typer.Option(help="Size this method instead; may be repeated. all: every one that runs take.")
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     json: AsJson = False,
 ) -> None:
@@ -208,10 +213,30 @@ def budget(
     with reporting():
         from rich.filesize import decimal
 
-        from smoa_lab.budget import budget_choices
+        from smoa_lab.budget import budget_choices, size_methods
+        from smoa_lab.config.methods import method_names
         from smoa_lab.pages.tables import Table
 
-        choices = budget_choices(model, amount, tuple(name.strip() for name in targets.split(",")), trust_remote_code)
+        names = tuple(name.strip() for name in targets.split(","))
+        if method:
+            sized = size_methods(
+                model, amount, names, method_names() if method == ["all"] else method, trust_remote_code
+            )
+            if json:
+                print_json([asdict(one) for one in sized])
+                return
+            rows = [
+                (
+                    one.method,
+                    ", ".join(f"{key}: {value}" for key, value in one.adapter.items()),
+                    "" if one.parameters is None else f"{one.parameters:,}",
+                    one.note,
+                )
+                for one in sized
+            ]
+            Table(["method", "adapter", "parameters", ""], rows).print()
+            return
+        choices = budget_choices(model, amount, names, trust_remote_code)
         if json:
             print_json([asdict(choice) for choice in choices])
             return

@@ -113,7 +113,7 @@ def _print_account(place: str, model: str, account: dict[str, Any]) -> None:
 
     tokens, parts = account["tokens"], account["parts"]
     counts = ", ".join(f"{number:,} {part}" for part, number in parts.items()) or "none that can be trained on"
-    typer.echo(f"{place}: {account['format'] or 'no format recognised'}; rows: {counts}")
+    typer.echo(f"{place}: {account['format'] or 'no format recognized'}; rows: {counts}")
     if tokens["total"]:
         typer.echo(
             f"{tokens['total']:,} tokens of {model}, {account['trained_tokens']:,} of them trained; a row has "

@@ -28,7 +28,9 @@ def init(
             help="How many to train: a number, a share such as 0.1%, or lora:8, as many as LoRA of rank 8, the default."
         ),
     ] = None,
-    minutes: Annotated[float | None, typer.Option(min=0.01, help="At most so long; by default 3 epochs.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.01, help="Minutes to train at most; by default 3 epochs.")
+    ] = None,
     dtype: Annotated[
         Dtype | None,
         typer.Option(help="model.dtype; by default what suits the machine.", show_default=False),
@@ -56,15 +58,15 @@ def init(
         choice = _taken(
             asks,
             "parameters",
-            parameters or (None if asks else "lora:8"),
+            parameters or (None if asks else init.PARAMETERS),
             lambda amount: budget_choice(facts.shapes, facts.parameters, amount),
             "Parameters (number, 0.1%, or lora:8)",
-            "lora:8",
+            init.PARAMETERS,
         )
         if asks and minutes is None and measure:
             question = "Minutes that training may take (0: as long as it takes)"
             minutes = _taken(asks, "minutes", None, _minutes, question, "0")
-        name = f"{Path(place.rstrip('/')).name.partition('.')[0] or 'run'}.yaml"
+        name = str(init.file_for(place))
         file = config or _taken(asks, "config", None if asks else name, _free, "Write to", name)
         rows, machine = init.look_at_data(place, facts), init.this_machine()
         proposal, measured = init.propose(facts, rows, choice, machine, dtype), None

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from smoa_lab.cli import adapters, chat, compare, data, demo, eval, init, train, tune
+from smoa_lab.cli import adapters, chat, compare, data, demo, eval, init, serve, train, tune
 
 app = typer.Typer(
     name="smoa",
@@ -36,7 +36,7 @@ def _options(
 
 COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "init": (init.init, "smoa init my.yaml --model smollm2-135m --data chats.jsonl --minutes 30 --yes"),
-    "train": (train.train, "smoa train my.yaml training.max_steps=100"),
+    "train": (train.train, "smoa train --model smollm2-135m --data chats.jsonl training.max_steps=100"),
     "tune": (tune.tune, "smoa tune my.yaml --max-runs 4"),
     "eval": (eval.evaluate, "smoa eval runs/my --output scores.json"),
     "report": (adapters.report, "smoa report runs/my --output my.html"),
@@ -44,6 +44,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "merge": (adapters.merge, "smoa merge runs/my merged --dtype float32"),
     "convert": (adapters.convert, "smoa convert runs/my lora --rank 16"),
     "verify": (adapters.verify, "smoa verify runs/my --against merged --against lora"),
+    "serve": (serve.serve, "smoa serve smollm2-135m --adapters runs"),
     "compare": (compare.compare, "smoa compare studies/headlines/headlines.yaml --workers 2"),
     "inspect": (adapters.inspect, "smoa inspect runs/my --html inside.html"),
     "budget": (adapters.budget, "smoa budget gemma3-270m lora:8"),
@@ -57,7 +58,7 @@ for name, (function, example) in COMMANDS.items():
 app.command("exec", epilog=f"Example: {EXEC}", context_settings=adapters.EXEC_SETTINGS)(adapters.execute)
 app.command(
     "run",
-    help="The earlier name of smoa exec, which goes on working.",
+    help="The earlier name of smoa exec; still works.",
     hidden=True,
     context_settings=adapters.EXEC_SETTINGS,
 )(adapters.execute)

@@ -86,11 +86,14 @@ BUDGET_KEYS: dict[str, str | None] = {
     "fourierft": "n_frequency",
     "oft": "oft_block_size",
     "osf": "effective_rank",
+    "supertuning": None,
     "tinylora": "u",
     "unilora": "theta_d_length",
     "waveft": "n_frequency",
 }
-"""Where it is another key than ``r``."""
+"""Where it is another key than ``r``, or none that is a whole number."""
+OTHER_LAYERS = ("adaption_prompt", "ln_tuning", "trainable_tokens")
+"""Methods whose ``target_modules`` are attention modules, norms or embeddings, and not linear layers."""
 REFUSED = {
     "poly": "chooses among its parameters by task ids, which rows here don't have",
     "shadow": "trains a second model beside the base, with a loss of its own",

@@ -116,7 +116,7 @@ class DataSection(Section):
 class RowsSection(Section):
     """A user's own rows: ``train``, a file or a folder of files, or ``hub``, a data set of the Hub.
 
-    ``format`` is recognised by the columns if left out. ``test`` is a second file or folder; without it ``test_part``
+    ``format`` is recognized by the columns if left out. ``test`` is a second file or folder; without it ``test_part``
     of the rows is held out, and ``validation_part`` where ``training.eval_strategy`` asks for it. ``chat_template``
     replaces the model's: ``alpaca``, a name that TRL has, or a ``.jinja`` file. ``samples`` counts the held-out prompts
     that the model answers before and after.
@@ -230,7 +230,7 @@ class RunConfig(Section):
 
     def arguments(self, format: str | None = None) -> TrainingArguments:
         """What the trainer takes: TRL's DPOConfig for rows of the format ``preference``, its SFTConfig for all others,
-        told that rows come as tokens that are cut and labelled. Where a run on questions names no value,
+        told that rows come as tokens that are cut and labeled. Where a run on questions names no value,
         transformers' own default holds, not TRL's.
 
         Raises:
@@ -288,13 +288,16 @@ class ConfigText:
             raise ConfigError(f"{path}: cannot be read as text in UTF-8 ({error}); save it in that encoding") from error
         values = parse_yaml(text, file)
         apply_overrides(values, overrides or [])
-        config = cls(values, str(file), key_lines(text))
-        run = values.get("shared", values)  # a study has its runs' config there
+        return cls(values, str(file), key_lines(text)).trusting(trust_remote_code)
+
+    def trusting(self, trust_remote_code: bool) -> ConfigText:
+        """Itself, with the trust that the command's option gives; raises ConfigError if the values ask for it."""
+        run = self.values.get("shared", self.values)  # a study has its runs' config there
         if not trust_remote_code:
-            config.refuse(_trusting(values))
+            self.refuse(_trusting(self.values))
         elif isinstance(run, dict) and isinstance(run.get("model"), dict):
             run["model"]["trust_remote_code"] = True
-        return config
+        return self
 
     def checked(self) -> RunConfig:
         """The run, its training block laid over our defaults; raises ConfigError with all problems."""

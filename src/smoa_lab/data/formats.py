@@ -1,4 +1,4 @@
-"""Recognises the format of a row by its columns, checks it, and says what is wrong with it."""
+"""Recognizes the format of a row by its columns, checks it, and says what is wrong with it."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ REFUSED_COLUMNS = {
 """Columns that change what a row means, and what to do instead. Others are ignored, such as an id or a source."""
 
 
-def recognise(row: dict[str, Any]) -> Format:
+def recognize(row: dict[str, Any]) -> Format:
     """The format of a row. ``conversations`` whose turns have ``role`` are the format ``messages``.
 
     Raises:

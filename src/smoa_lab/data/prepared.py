@@ -23,7 +23,7 @@ from smoa_lab.basics.cache import cache_folder
 from smoa_lab.basics.extras import import_package
 from smoa_lab.data.encoding import Encoder
 from smoa_lab.data.files import RowSource
-from smoa_lab.data.formats import BadRow, Format, recognise, shape
+from smoa_lab.data.formats import BadRow, Format, recognize, shape
 from smoa_lab.data.rows import Row, row_from_json
 
 Part = Literal["train", "validation", "test"]
@@ -145,7 +145,7 @@ class Reading:
         """Read, check and tokenize all rows, unless the cache folder has them; bad ones are counted and left out.
 
         Raises:
-            DataError: a source cannot be read, its format is not recognised, it has no good rows, or the tokenizer
+            DataError: a source cannot be read, its format is not recognized, it has no good rows, or the tokenizer
                 cannot tell where in the text its tokens are.
         """
         folder = self.folder()
@@ -224,7 +224,7 @@ class _Pass:
             try:
                 if isinstance(values, BadRow):
                     raise values
-                self.format = self.format or recognise(values)
+                self.format = self.format or recognize(values)
                 row = shape(values, self.format)
                 part = self._part(row, is_test)
                 if part is not None:

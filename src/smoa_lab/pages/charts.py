@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
+from itertools import cycle
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import altair as alt
 
@@ -31,6 +31,24 @@ PALETTE = {
 }
 """Any two stay apart for readers without one kind of cones, and on light and dark paper."""
 
+NAMES = {
+    "smoa": "SMoA",
+    "melora": "MELoRA",
+    "lora": "LoRA",
+    "rslora": "rsLoRA",
+    "dora": "DoRA",
+    "pissa": "PiSSA",
+    "hira": "HiRA",
+    "gralora": "GraLoRA",
+    "loha": "LoHa",
+    "corda": "CorDA",
+    "lora-reduced": "LoRA without intruders",
+    "adalora": "AdaLoRA",
+    "osf": "OSF",
+    "full": "full fine-tuning",
+}
+"""What pictures call the methods."""
+
 MUTED = "#909498"
 """What is not in the foreground, and methods without a color of their own, which differ in their lines."""
 
@@ -41,17 +59,11 @@ PAPER = "white"
 """The inside of hollow marks: the color of the page's paper, white in a file."""
 
 DASHES = ([1, 0], [6, 3], [2, 2], [8, 2, 2, 2])
-"""The lines of the entries of one color, in their order."""
-
-SHAPES = ("circle", "square", "triangle-up", "diamond")
-"""Their points."""
+"""The lines of several entries, in their order: they differ in gray too."""
 
 WIDTH = 620
 PANEL = 144
 """Pixels of a chart, and of a panel of several."""
-
-
-Mark = TypeVar("Mark")
 
 
 def color_of(method: str) -> str:
@@ -60,18 +72,8 @@ def color_of(method: str) -> str:
 
 
 def dash_of(methods: Mapping[str, str]) -> dict[str, list[int]]:
-    """The line of each entry, given its method: entries of one color differ."""
-    return _in_turn(methods, DASHES)
-
-
-def _in_turn(methods: Mapping[str, str], marks: Sequence[Mark]) -> dict[str, Mark]:
-    seen: Counter[str] = Counter()
-    chosen = {}
-    for entry, method in methods.items():
-        color = color_of(method)
-        chosen[entry] = marks[seen[color] % len(marks)]
-        seen[color] += 1
-    return chosen
+    """The line of each entry: they differ in gray too."""
+    return dict(zip(methods, cycle(DASHES), strict=False))
 
 
 def colors(methods: Mapping[str, str], field: str = "entry", legend: bool = False) -> alt.Color:
@@ -85,12 +87,6 @@ def dashes(methods: Mapping[str, str], field: str = "entry", legend: bool = Fals
     lines = dash_of(methods)
     scale = alt.Scale(domain=list(lines), range=list(lines.values()))
     return alt.StrokeDash(f"{field}:N", scale=scale, legend=_legend() if legend else None)
-
-
-def shapes(methods: Mapping[str, str]) -> alt.Shape:
-    """The encoding of entries by the shape of their points, to go with :func:`colors`."""
-    marks = _in_turn(methods, SHAPES)
-    return alt.Shape("entry:N", scale=alt.Scale(domain=list(marks), range=list(marks.values())), legend=None)
 
 
 def _legend() -> alt.Legend:
@@ -154,7 +150,7 @@ def lines(
 ) -> Any:
     """A line with points for each of ``names``, the values of ``name`` in the rows, in its color and dash."""
     shades, dashes = zip(*names.values(), strict=True)
-    legend = alt.Legend(title=None, orient="top", symbolType="stroke", symbolStrokeWidth=2, columns=2, labelLimit=300)
+    legend = _legend() if len(names) > 1 else None
     color = alt.Color("name:N", scale=alt.Scale(domain=list(names), range=list(shades)), legend=legend)
     dash = alt.StrokeDash("name:N", scale=alt.Scale(domain=list(names), range=list(dashes)), legend=legend)
     fields = [str(axis.shorthand).removesuffix(":Q") for axis in (x, y)]

@@ -1,4 +1,4 @@
-"""The charts of one run: loss and learning rate by step, accuracies, and what was learned and forgotten."""
+"""The charts of one run: loss by step, accuracies, and what was learned and forgotten."""
 
 from __future__ import annotations
 
@@ -60,23 +60,6 @@ def _held_out(evaluation: Evaluation, last_step: int) -> Iterator[dict[str, Any]
             yield {"step": step, "loss": scores["loss"], "data": HELD_OUT}
 
 
-def learning_rate(history: History, method: str) -> Any | None:
-    """The learning rate by step; None if it was not logged."""
-    points = [entry for entry in history if "learning_rate" in entry]
-    if not points:
-        return None
-    shown = alt.Chart(values({key: point[key] for key in ("step", "learning_rate")} for point in points))
-    return (
-        shown.mark_line(color=color_of(method), point=alt.OverlayMarkDef(size=24, color=color_of(method)))
-        .encode(
-            x=alt.X("step:Q", title="optimizer step", axis=alt.Axis(tickMinStep=1, grid=False)),
-            y=alt.Y("learning_rate:Q", title="learning rate", axis=alt.Axis(format="~g", tickCount=4)),
-            tooltip=tooltip(step="d", learning_rate="~g"),
-        )
-        .properties(width=WIDTH - 80, height=110)
-    )
-
-
 def accuracies(evaluation: Evaluation, method: str) -> Any | None:
     """A bar for each task and stage with its standard error; a tick at the share of the commonest label. None where
     accuracy was not measured before and after."""
@@ -134,8 +117,8 @@ def balance(evaluation: Evaluation, forgot: Mapping[str, Any] | None, method: st
         rows.append({"of": "general text (forgot)", "before": forgot["before"], "after": forgot["after"]})
     if not rows:
         return None
-    labelled = [{**row, "label": f"{row['after'] - row['before']:+.3f}"} for row in rows]
-    chart = alt.Chart(values(labelled)).encode(
+    labeled = [{**row, "label": f"{row['after'] - row['before']:+.3f}"} for row in rows]
+    chart = alt.Chart(values(labeled)).encode(
         y=alt.Y("of:N", sort=None, title=None, axis=alt.Axis(ticks=False, domain=False, labelLimit=240)),
         tooltip=tooltip(of="", before=".4f", after=".4f"),
     )

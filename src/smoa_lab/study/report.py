@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from smoa import SmoaConfig
 from smoa.atomic import write_whole
-from smoa_lab.pages.charts import save_pictures
+from smoa_lab.pages.charts import NAMES, save_pictures
 from smoa_lab.pages.tables import Cell, Table
 from smoa_lab.pages.templates import SCRIPT, Figure, render, write_page
 from smoa_lab.study import charts
@@ -28,26 +30,15 @@ from smoa_lab.study.trials import PACK, TrialStore, Untouched, shell_command
 BUDGET = "Budget: "
 BY_TASK = "Accuracy % by task"
 EVERY_RUN = "Every run"
-PICTURES = {
-    "Differences": "differences.png",
-    "Learning rates": "learning_rates.png",
-    "Accuracy against trained parameters": "accuracy.png",
-    "Learning against forgetting": "frontier.png",
-    "Kept against learned": "frontier.png",
-}
-"""The charts that are saved as files too, by their headings."""
-PAGE_ONLY = ("Cost", EVERY_RUN)
-"""What README.md has no room for."""
-CAPTIONS = {
-    "Differences": "Test loss minus the reference's, with its interval. Filled points differ after Holm's correction "
-    "too.",
-    "Learning rates": "Each entry's search in color over all others in gray. Lines go on above the frame.",
-    "Accuracy against trained parameters": "Mean over tasks, with 95 % intervals over seeds and questions. Entries of "
-    "equal parameters stand side by side.",
-    "Learning against forgetting": "Every final run's test loss, and its loss on text of another domain. A ring is "
-    "the mean over seeds. Right is learned more, down is kept more. The dotted line is the untouched model.",
-    "Cost": "Seconds of a final run's training, mean over seeds, on the machine that ran most of the runs.",
-}
+PICTURES = {"Differences": "differences.png", "Kept against learned": "frontier.png"}
+"""The files of the charts by their headings."""
+DIFFERENCES = (
+    "Test loss minus the reference's, with its interval. Filled points differ after Holm's correction too. Entries are "
+    "called by their method and by the settings that are not its defaults; K is the number of blocks."
+)
+RATES = "Validation loss of each run of the search; * is the best."
+SIZES = ("r", "num_blocks", "alpha", "lora_alpha", "target_modules", "layers_to_transform", "layers_pattern")
+"""Settings of an adapter that are left out of an entry's full name."""
 INTRODUCTION = (
     "Every entry's learning rate is chosen on validation data by the same search. The figures are from fresh seeds on "
     "the test part. Differences are to the reference of the same budget, paired by seed and question, with 95 % "
@@ -95,7 +86,7 @@ class Report:
         """The Markdown, with the pictures that lie beside it."""
         parts = [f"# {self.title}", "Written by `smoa compare` from the stored runs; do not edit.", *self.introduction]
         for title, content in self.sections.items():
-            if title not in PAGE_ONLY:
+            if title != EVERY_RUN:  # README.md has no room for it
                 shown = content.markdown() if isinstance(content, Table) else f"![{title}]({PICTURES[title]})"
                 parts += [f"## {title}", content.caption, shown]
             elif isinstance(content, Table):
@@ -126,21 +117,27 @@ def report(study: Study, runner: Runner | None = None) -> Report:
     folder = study.folder
     write_whole(folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
     made = stored_report(folder, title, notes)
+    write_report(made, folder)
+    return made
+
+
+def write_report(made: Report, folder: Path) -> None:
+    """Write the pictures, README.md and index.html of a report into the study's folder."""
     for heading, content in made.sections.items():
-        if isinstance(content, Figure) and heading in PICTURES:
+        if isinstance(content, Figure):
             save_pictures(content.chart, folder / PICTURES[heading])
     write_whole(folder / "README.md", made.readme())
     write_page(folder / "index.html", made.page())
-    return made
 
 
 def stored_report(folder: Path, title: str, notes: Sequence[str] = ()) -> Report:
     """The report of a study whose ``summary.json`` and runs are stored; nothing is computed anew."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    store = TrialStore(folder)
     if isinstance(summary, dict):
-        introduction, sections = sequence_sections(summary)
+        introduction, sections = sequence_sections(summary, full_names(store))
     else:
-        introduction, sections = _entry_sections(from_json(summary), TrialStore(folder))
+        introduction, sections = _entry_sections(from_json(summary), store)
     return Report(title, summary, [text for text in introduction if text], sections, notes)
 
 
@@ -164,18 +161,15 @@ def _entry_sections(rows: Sequence[Row], store: TrialStore) -> tuple[list[str], 
     budgets = {
         budget: [row for row in rows if row.budget == budget] for budget in dict.fromkeys(r.budget for r in rows)
     }
-    drawn = {
-        "Differences": charts.differences(rows),
-        "Learning rates": charts.learning_rates(rows, store.names("tuning/")),
-        "Accuracy against trained parameters": charts.accuracy(rows),
-        "Learning against forgetting": _forgetting(rows, store, (untouched or {}).get("elsewhere")),
-        "Cost": charts.cost(rows),
-    }
     sections: Sections = {f"{BUDGET}{budget}": _results(of_budget) for budget, of_budget in budgets.items()}
     if len(rows[0].task_accuracy) > 1:
         by_task = {f"{BY_TASK}: {budget}": _by_task(of_budget, untouched) for budget, of_budget in budgets.items()}
         sections |= by_task
-    sections |= {title: Figure(chart, CAPTIONS[title]) for title, chart in drawn.items() if chart is not None}
+    chart = charts.differences(rows, full_names(store))
+    sections |= {} if chart is None else {"Differences": Figure(chart, DIFFERENCES)}
+    searched = {row.entry: row.search.losses for row in rows if row.search}
+    if searched:
+        sections["Learning rates"] = by_rate(searched, store.names("tuning/"))
     sections[EVERY_RUN] = _every_run(store, f"final/{rows[0].entry}/")
     return [INTRODUCTION, _untouched_sentence(untouched)], sections
 
@@ -248,17 +242,43 @@ def _every_run(store: TrialStore, example: str) -> Table:
     return Table(header, lines, WHERE + shell_command(example))
 
 
-def _forgetting(rows: Sequence[Row], store: TrialStore, before: float | None) -> Any | None:
-    """The chart of what final runs learned and forgot; None for a study that does not measure it."""
-    runs = []
-    for row in rows:
-        for seed in row.seeds:
-            name = charts.final_run(row, seed)
-            run = store.find(name.removeprefix("#")) or {}
-            losses = {"learned": run["scores"]["all"]["gold_loss"], "kept": run.get("elsewhere")}
-            shared = {"entry": row.entry, "method": row.method, "learning_rate": row.learning_rate, "seed": seed}
-            runs.append({**shared, **losses, "run": name})
-    return charts.frontier(runs, ("test loss (nats)", "loss elsewhere (nats)"), before)
+def by_rate(losses: Mapping[str, Mapping[float, float | None]], runs: Sequence[str] = ()) -> Table:
+    """The loss of each entry at each learning rate; None is a run that diverged. Losses lead to those of ``runs`` that
+    they are from."""
+    rates = sorted({rate for own in losses.values() for rate in own})
+    lines = []
+    for entry, own in losses.items():
+        best, cells = min((loss for loss in own.values() if loss is not None), default=None), []
+        for rate in rates:
+            loss = own.get(rate)
+            text = "" if rate not in own else "diverged" if loss is None else f"{loss:.3f}{' *' * (loss == best)}"
+            stem = f"tuning/{entry}/lr-{rate:g}-seed-"
+            run = next((f"#{name}" for name in runs if name.startswith(stem)), None)
+            cells.append(Cell(text, loss, links={text: run} if run and text else {}))
+        lines.append([entry, *cells])
+    return Table(["entry", *(f"{rate:g}" for rate in rates)], lines, RATES)
+
+
+def full_names(store: TrialStore) -> dict[str, str]:
+    """What pictures call each entry: its method and, of SMoA, K and the settings that are not the defaults. Its own
+    name is added where another one has the same."""
+    names = {}
+    for run in store.names("final/"):
+        entry = run.split("/")[1]
+        if entry not in names:
+            config = (store.find(run) or {})["config"]
+            method, adapter = config["method"], config.get("adapter", {})
+            names[entry] = NAMES.get(method, method)
+            if method == "smoa":
+                usual = SmoaConfig()
+                changed = [key for key in adapter if key not in SIZES and adapter[key] != getattr(usual, key, None)]
+                settings = [
+                    f"K = {adapter.get('num_blocks', usual.num_blocks)}",
+                    *(f"{k}={adapter[k]}" for k in changed),
+                ]
+                names[entry] += f", {', '.join(settings)}{'' if changed else ' (default)'}"
+    once = {name for name, count in Counter(names.values()).items() if count == 1}
+    return {e: name if name in once or e == name.lower() else f"{name}: {e}" for e, name in names.items()}
 
 
 def _untouched_sentence(untouched: dict[str, Any] | None) -> str:

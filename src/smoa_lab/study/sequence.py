@@ -1,4 +1,12 @@
-"""Studies of learning without forgetting: a first task is trained once, then each entry trains one or more others."""
+"""Studies of learning without forgetting: a first task is trained once, then each entry trains one or more others.
+
+A run's JSON also has
+
+- ``first``: scores of the first task after the last one; those before it are in ``untouched.json``
+- ``elsewhere``, ``texts``: loss on the texts of ``other_domain``, in nats per token; at most 256 tokens of each
+- ``forgot``: the rise of both losses, with its standard error, paired by question or text
+- ``change``: of 18 layers, mean and maximum of each figure of :class:`smoa.analysis.UpdateSize`
+"""
 
 from __future__ import annotations
 

@@ -49,9 +49,9 @@ INTRODUCTION = (
     "loss with its standard error, paired by question or text."
 )
 CAPTION = (
-    "Right is learned more, down is kept more. Every point is a run, a ring the mean over seeds; a line joins the "
-    "rings along an entry's learning rates. The dotted line is the loss before. Runs that lost more than the frame "
-    "shows are in the table."
+    "Lower left is better. A dot is a run, a point the mean over seeds; a line joins the points along an entry's "
+    "learning rates. Dashed and hollow is the entry's reference. The dotted line is the loss before the second task. "
+    "Runs that lost more than the frame shows are in the table."
 )
 EQUAL = (
     "The level is the lowest loss of the second task that both the entry and its reference reach: the higher one of "
@@ -184,19 +184,25 @@ def _correlation(rows: Sequence[dict[str, Any]], figure: str, forgot: str) -> fl
     return spearman(*zip(*known, strict=True)) if len(known) > 2 else None
 
 
-def sequence_sections(summary: Mapping[str, Any]) -> tuple[list[str], dict[str, Table | Figure]]:
-    """Introduction, and the chart and tables under their headings, from the values of the summary."""
+def sequence_sections(
+    summary: Mapping[str, Any], names: Mapping[str, str]
+) -> tuple[list[str], dict[str, Table | Figure]]:
+    """Introduction, and the chart and tables under their headings, from the values of the summary. ``names`` are what
+    the chart calls the entries."""
     away, before = summary["kept_elsewhere"], summary["before"]
     runs = [
         {
-            **{key: run[key] for key in ("entry", "method", "learning_rate", "seed")},
+            "entry": names.get(run["entry"], run["entry"]),
+            **{key: run[key] for key in ("method", "learning_rate", "seed")},
             "learned": run["second_loss"],
             "kept": run["first_loss"],
             "run": f"#{_name(run)}",
         }
         for run in summary["runs"]
     ]
-    chart = frontier(runs, TITLES, before and before["first"]["gold_loss"])
+    pairs = ((row[key] for key in ("entry", "reference")) for row in summary["equal"])
+    references = dict([names.get(name, name) for name in pair] for pair in pairs)
+    chart = frontier(runs, TITLES, before and before["first"]["gold_loss"], references)
     where = WHERE + shell_command(f"final/{summary['runs'][0]['entry']}/") if runs else ""
     gaps = [summary["least_gaps"].get(row["entry"]) for row in summary["equal"]]
     equal = [[*line, _number(gap)] for line, gap in zip(_levels(summary["equal"]), gaps, strict=True)]

@@ -163,6 +163,18 @@ def fill_often(folder: Path, text: str) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_what_a_save_began_that_was_killed_long_ago_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    names = {".smoa-old": tmp_path.name, ".smoa-new": tmp_path.name, ".smoa-mine": "other"}
+    for name, inside in names.items():
+        (tmp_path / name / inside).mkdir(parents=True)
+        (tmp_path / name / inside / "half").write_text("half")
+    for name in (".smoa-old", ".smoa-mine"):
+        os.utime(tmp_path / name, (0, 0))
+    with new_files(tmp_path) as room:
+        (room / "whole").write_text("whole")
+    assert {path.name for path in tmp_path.iterdir()} == {".smoa-new", ".smoa-mine", "whole"}
+
+
 def test_processes_may_save_into_one_folder_at_once(tmp_path: Path) -> None:
     folder, context = tmp_path / "folder", multiprocessing.get_context("fork")
     processes = [context.Process(target=fill_often, args=(folder, text)) for text in ("one", "two", "three")]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,7 +20,9 @@ from smoa_lab.budget import (
     model_shapes,
     parameters,
     shapes_of,
+    size_methods,
 )
+from smoa_lab.config.methods import find_method, method_names
 from tests import reference
 from tests.support import lab
 from tests.support.layers import smoa_layers
@@ -86,6 +89,72 @@ def test_loras_budget_is_what_lora_trains_on_the_same_layers(tmp_path: Path) -> 
     assert {choice.lora_r for choice in budget_choices(base, "lora:3", ("all-linear",))} == {3}
     choice = budget_choice(shapes, total, "LoRA:3")
     assert (choice.num_blocks, choice.r, choice.parameters) == (4, 12, of_lora)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(lab.tiny_base(tmp_path_factory.mktemp("base")))
+
+
+COARSE = ("dora", "hra", "lokr", "oft", "boft", "c3a", "osf")
+"""Methods that come no nearer to the budget of the test."""
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, of single methods
+@pytest.mark.parametrize(
+    ("name", "key"),
+    {
+        "lora": "r",
+        "smoa": "r",
+        "dora": "r",
+        "shira": "r",
+        "miss": "r",
+        "hra": "r",
+        "vera": "r",
+        "lokr": "r",
+        "adalora": "init_r",
+        "fourierft": "n_frequency",
+        "oft": "oft_block_size",
+        "boft": "boft_block_size",
+        "unilora": "theta_d_length",
+        "tinylora": "u",
+        "osf": "effective_rank",
+        "c3a": "block_size",
+    }.items(),
+)
+def test_a_method_is_sized_by_one_key_to_what_peft_then_counts(name: str, key: str, base: str) -> None:
+    if name not in method_names():
+        pytest.skip("not in this PEFT")
+    targets, amount = ("q_proj", "down_proj"), "400" if name in ("lokr", "c3a") else "lora:6"
+    (sized,) = size_methods(base, amount, targets, [name])
+    assert list(sized.adapter) == [key]
+    own = {"total_step": 1} if name == "adalora" else {}
+    config = find_method(name).peft_config({"target_modules": list(targets), **own, **sized.adapter})
+    assert config is not None
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    assert sized.parameters == sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    wanted = 400 if amount == "400" else 6 * 2 * (32 + 32 + 32 + 48)
+    assert (0.6 if name in COARSE else 0.95) * wanted <= sized.parameters <= 1.02 * wanted
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("name", "parameters", "note"),
+    [
+        ("ia3", 160, "no whole number sets its size"),
+        ("trainable_tokens", 0, "needs keys of its own"),
+        ("full", 32_096, "trains all weights"),
+        ("frod", None, "reads the weights when it starts"),
+        ("loha", None, r"r can't make it so small: it trains 576 or more"),
+        ("vblora", None, "must be divisible by `vector_length` 256"),
+    ],
+)
+def test_a_method_that_cannot_be_sized_says_why(name: str, parameters: int | None, note: str, base: str) -> None:
+    if name not in method_names():
+        pytest.skip("not in this PEFT")
+    (sized,) = size_methods(base, "lora:1", ("q_proj", "down_proj"), [name])
+    assert (sized.adapter, sized.parameters) == ({}, parameters)
+    assert re.search(note, sized.note)
 
 
 def test_r_is_a_multiple_of_the_number_of_blocks() -> None:

@@ -45,7 +45,7 @@ def test_a_finished_run_is_shown_whole(tmp_path: Path) -> None:
         "adapter/ is not here",
     ):
         assert told in page
-    assert page.count("<figure data-chart>") == 4
+    assert page.count("<figure data-chart>") == 3
 
 
 @pytest.mark.parametrize(

@@ -278,7 +278,7 @@ def test_other_blocks_gather(monkeypatch: pytest.MonkeyPatch, route: Route, dtyp
     assert found
 
 
-def test_labels_that_happen_to_ascend_are_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_that_happen_to_ascend_are_recognized(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = contiguous(partition="random", route="apart")
     for side in (layer.smoa_row_labels["default"], layer.smoa_col_labels["default"]):
         side.copy_(side.sort().values)

@@ -14,6 +14,7 @@ from peft import PeftModel, get_peft_model
 from smoa import AdapterPool, SmoaConfig
 from smoa.errors import AdapterFileError, ConfigError, UnsupportedVersionError
 from tests.support import tiny_models
+from tests.support.tiny_models import VOCAB_SIZE
 
 transformers = pytest.importorskip("transformers", minversion="5.24")
 from transformers import ContinuousBatchingConfig, GenerationConfig  # noqa: E402
@@ -170,12 +171,73 @@ def test_adapters_are_loaded_while_others_answer(folder: Path, alone: Alone) -> 
         assert output.generated_tokens == alone(output.request_id.split()[0], prompt(7))
 
 
+def test_another_thread_may_use_the_pool_within_a_step(pool: AdapterPool, alone: Alone) -> None:
+    ids, found = torch.tensor([prompt(7)]), []
+
+    def use() -> None:
+        with pool.use(["ben"]):
+            output = pool.base.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=GREEDY)
+        found.append(output[0, 7:].tolist())
+
+    def within(*_: Any) -> None:
+        if threading.current_thread() is not other:
+            handle.remove()
+            other.start()
+            other.join()
+
+    other = threading.Thread(target=use)
+    handle = pool.base.model.layers[0].register_forward_pre_hook(within)
+    assert generated(pool, [prompt(9)], ["anna"]) == [alone("anna", prompt(9))]
+    assert found == [alone("ben", prompt(7))]
+    assert not hasattr(pool.base.config, "is_causal")
+
+
 def test_several_answers_to_a_prompt_are_all_its_adapters(pool: AdapterPool, alone: Alone) -> None:
     config = GenerationConfig(**(GREEDY.to_dict() | {"num_return_sequences": 2, "do_sample": True, "top_k": 1}))
     names = ["anna", "cleo"]
     outputs = pool.generate_batch([prompt(6)] * 2, names, config, ContinuousBatchingConfig(**SMALL))
     answers = [output.generated_tokens for output in outputs.values()]
     assert answers == [alone(name, prompt(6)) for name in names for _ in range(2)]
+
+
+def test_each_request_may_have_a_generation_config(pool: AdapterPool, alone: Alone, folder: Path) -> None:
+    tokens = prompt(6)
+    banned = alone("anna", tokens)[0]
+    hot = GenerationConfig(do_sample=True, temperature=5.0)
+    without = GenerationConfig(do_sample=False, sequence_bias={(banned,): float("-inf")})
+    model = PeftModel.from_pretrained(base(), folder / "anna")
+    ids = torch.tensor([tokens])
+    settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "pad_token_id": 0, "bad_words_ids": [[banned]]}
+    avoiding = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, **settings)
+    with pool.continuous_batching(GREEDY, ContinuousBatchingConfig(**SMALL), own_configs=True) as manager:
+        for request in ("a", "b", "c"):
+            seed = {"a": 1, "b": 1, "c": 2}[request]
+            manager.add_request(tokens, f"hot {request}", adapter="anna", generation_config=hot, seed=seed)
+        manager.add_request(tokens, "without", adapter="anna", generation_config=without)
+        manager.add_request(tokens, "greedy", adapter="anna")
+        found = {
+            output.request_id: output.generated_tokens for output in (manager.get_result(timeout=60) for _ in range(5))
+        }
+    assert found["greedy"] == alone("anna", tokens)
+    assert found["without"] == avoiding[0, 6:].tolist()
+    assert found["hot a"] == found["hot b"] != found["hot c"]
+
+
+def test_a_request_whose_token_cannot_be_chosen_ends_alone(pool: AdapterPool, alone: Alone) -> None:
+    overflows = GenerationConfig(do_sample=True, temperature=1e-40)
+    with pool.continuous_batching(GREEDY, ContinuousBatchingConfig(**SMALL), own_configs=True) as manager:
+        manager.add_request(prompt(5), "before", adapter="anna")
+        manager.add_request(prompt(6), "fails", adapter="ben", generation_config=overflows, streaming=True)
+        manager.add_request(prompt(7), "after", adapter="ben")
+        found = {output.request_id: output for output in (manager.get_result(timeout=60) for _ in range(3))}
+        assert "probability" in found["fails"].error
+        assert found["before"].generated_tokens == alone("anna", prompt(5))
+        assert found["after"].generated_tokens == alone("ben", prompt(7))
+        pool.unload("ben")
+        for bias in ({(VOCAB_SIZE,): 1.0}, {(-1,): 1.0}):
+            with pytest.raises(ConfigError, match="generation_config"):
+                manager.add_request(prompt(5), adapter="anna", generation_config=GenerationConfig(sequence_bias=bias))
+        pool.unload("anna")
 
 
 def test_what_cannot_be_served_is_refused_before_work_starts(

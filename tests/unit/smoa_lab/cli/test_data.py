@@ -54,7 +54,7 @@ def test_rows_are_counted_and_bad_ones_are_listed(base: Path, tmp_path: Path) ->
 def test_rows_that_are_all_bad_are_listed_too_and_json_has_the_account_alone(base: Path, tmp_path: Path) -> None:
     done = check(write_rows(tmp_path / "rows.jsonl", [{"a": 1}]), base)
     assert done.exit_code == 0
-    assert "no format recognised; rows: none that can be trained on" in done.stdout
+    assert "no format recognized; rows: none that can be trained on" in done.stdout
     assert "1 bad rows" in done.stdout
     account = json.loads(check(write_rows(tmp_path / "rows.jsonl", chats(5)), base, "--json").stdout)
     assert sum(account["parts"].values()) == 5

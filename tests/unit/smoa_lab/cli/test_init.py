@@ -57,6 +57,52 @@ def test_a_config_for_rows_is_written_and_trains(tmp_path: Path) -> None:
     assert (tmp_path / "runs" / "mine" / "adapter" / "adapter_config.json").is_file()
 
 
+def train(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["train", *arguments])
+
+
+def test_a_model_and_data_are_trained_without_a_file_as_init_would_write_it(tmp_path: Path) -> None:
+    rows_file(tmp_path / "talks.jsonl", [*talks(40), {"messages": "none"}])
+    given = ("--model", "base", "--data", "talks.jsonl")
+    changes = ("model.dtype=float32", "data.skip_bad_rows=true", "training.max_steps=2", "data.samples=1")
+    changes = (*changes, "training.use_cpu=true", "adapter.target_modules=[q_proj]")
+    done = train(*changes, *given)
+    assert done.exit_code == 0, done.output
+    assert "Run folder: runs/talks\n" in done.stderr
+    assert "Adapter, metrics, log and loss curve: runs/talks" in done.stdout
+    stored = load_config(tmp_path / "runs" / "talks" / "config.yaml")
+    rows_file(tmp_path / "talks.jsonl", talks(40))
+    assert invoke("talks.yaml", *given, "--no-measure", "--yes").exit_code == 0
+    assert stored == load_config(tmp_path / "talks.yaml", list(changes))
+    assert CliRunner().invoke(app, ["merge", "runs/talks", "merged"]).exit_code == 0
+    assert CliRunner().invoke(app, ["eval", "runs/talks"]).exit_code == 0
+    assert "Run folder: runs/talks-2\n" in train(*given, *changes).stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--model is missing: name the YAML file of a run, or give both --model and --data"),
+        (("--model", "base"), "--data is missing"),
+        (("run.yaml", "--data", "talks.jsonl"), "run.yaml: a run's file has its own model and data"),
+        (("--model", "base", "--data", "none.jsonl"), "none.jsonl: no such file"),
+        (("--model", "base", "--data", "odd.jsonl"), "odd.jsonl"),
+        (("--model", "nowhere/at/all", "--data", "talks.jsonl"), "cannot load 'nowhere/at/all'"),
+        ((*GIVEN[:4], "adapter.rr=4"), "adapter.rr"),
+        ((*GIVEN[:4], "model.trust_remote_code=true"), "if you trust it, give --trust-remote-code"),
+    ],
+)
+def test_what_cannot_be_trained_without_a_file_is_one_error(
+    tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    rows_file(tmp_path / "odd.jsonl", [{"columns": "unknown"}])
+    refused = train(*arguments)
+    assert refused.exit_code == 1
+    assert message in refused.stderr
+    assert refused.stderr.count("error: ") == 1
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_task_gives_a_config_of_questions(tmp_path: Path) -> None:
     lab.fill_cache(tmp_path / "cache", lab.questions(20, "train"), lab.questions(5, "test"))
     made = invoke("--model", "base", "--data", "arc_easy", "--no-measure", "--yes")

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from smoa.errors import ConfigError, DataError
 from smoa_lab.data.chat_templates import alpaca
 from smoa_lab.data.encoding import IGNORED, Encoder, Tokens, trained_pieces
-from smoa_lab.data.formats import recognise, shape
+from smoa_lab.data.formats import recognize, shape
 from smoa_lab.data.rows import Row, candidates, choice_question, gold_response, instruction, question
 from tests.support import lab
 from tests.support.own_rows import MARKED, PLAIN, STRICT, TRIMMED, chat, tiny_chat_model, tokenizer_with, trl_template
@@ -46,7 +46,7 @@ TALKS: dict[str, list[dict[str, str]]] = {
 
 
 def example_of(row: dict[str, Any]) -> Row:
-    return shape(row, recognise(row))
+    return shape(row, recognize(row))
 
 
 def trained(encoder: Encoder, row: dict[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from smoa_lab.data.files import read_rows
-from smoa_lab.data.formats import SHAREGPT_ROLES, BadRow, Format, read_turns, recognise, shape, shown
+from smoa_lab.data.formats import SHAREGPT_ROLES, BadRow, Format, read_turns, recognize, shape, shown
 from smoa_lab.data.rows import Message, Row
 
 EXAMPLES = Path(__file__).parents[4] / "examples" / "data"
@@ -20,7 +20,7 @@ SYSTEM_TURN, USER_TURN, ANSWER_TURN, OTHER_TURN = (Message(**turn) for turn in (
 
 
 def shaped(row: dict[str, Any]) -> Row:
-    return shape(row, recognise(row))
+    return shape(row, recognize(row))
 
 
 def fault(row: dict[str, Any]) -> BadRow:
@@ -49,12 +49,12 @@ FORMATS: dict[str, tuple[dict[str, Any], Format | None]] = {
 
 
 @pytest.mark.parametrize(("row", "format"), FORMATS.values(), ids=FORMATS)
-def test_a_format_is_recognised_by_its_columns(row: dict[str, Any], format: Format | None) -> None:
+def test_a_format_is_recognized_by_its_columns(row: dict[str, Any], format: Format | None) -> None:
     if format is None:
         with pytest.raises(BadRow, match="columns"):
-            recognise(row)
+            recognize(row)
     else:
-        assert recognise(row) == format
+        assert recognize(row) == format
 
 
 CONVERSATIONS: dict[str, tuple[dict[str, Any], Row]] = {
@@ -172,7 +172,7 @@ EXAMPLE_FORMATS: dict[str, Format] = {
 @pytest.mark.parametrize("name", EXAMPLE_FORMATS)
 def test_the_example_of_each_format_is_read_whole(name: str) -> None:
     rows = [row for _, row in read_rows(EXAMPLES / name) if not isinstance(row, BadRow)]
-    assert [recognise(row) for row in rows] == [EXAMPLE_FORMATS[name]] * 3
+    assert [recognize(row) for row in rows] == [EXAMPLE_FORMATS[name]] * 3
     assert len({shaped(row) for row in rows}) == 3
 
 

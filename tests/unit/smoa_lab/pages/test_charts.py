@@ -18,13 +18,13 @@ from smoa_lab.pages.charts import (
     DASHES,
     INK,
     MUTED,
+    NAMES,
     PALETTE,
     SCALE,
     color_of,
     colors,
-    dash_of,
+    dashes,
     save_pictures,
-    shapes,
     specification,
     values,
 )
@@ -69,7 +69,8 @@ def test_colors_are_of_methods_and_all_others_are_muted_and_differ_in_their_line
         find_method(name)
     others = {"a": "ia3", "b": "shira", "c": "a method of tomorrow"}
     assert {color_of(method) for method in others.values()} == {MUTED}
-    assert list(dash_of(others).values()) == list(DASHES[:3])
+    assert dashes(others).to_dict()["scale"]["range"] == list(DASHES[:3])
+    assert PALETTE.keys() == NAMES.keys()
 
 
 @pytest.mark.parametrize("sight", SIGHT)
@@ -87,10 +88,9 @@ def test_every_color_stands_out_from_light_and_dark_paper(paper: str) -> None:
     assert contrast(PALETTE["lora"], paper) > 3
 
 
-def test_entries_of_one_method_share_its_color_and_differ_in_their_lines() -> None:
+def test_entries_of_one_method_share_its_color_and_all_differ_in_their_lines() -> None:
     methods = {"smoa-k8": "smoa", "lora": "lora", "smoa-k4": "smoa"}
-    assert dash_of(methods) == {"smoa-k8": DASHES[0], "lora": DASHES[0], "smoa-k4": DASHES[1]}
-    assert shapes(methods).to_dict()["scale"]["range"] == ["circle", "circle", "square"]
+    assert dashes(methods).to_dict()["scale"]["range"] == list(DASHES[:3])
     scale = colors(methods).to_dict()["scale"]
     assert dict(zip(scale["domain"], scale["range"], strict=True)) == {
         "smoa-k8": PALETTE["smoa"],

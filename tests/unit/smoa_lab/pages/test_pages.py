@@ -18,7 +18,7 @@ from smoa.files.card import NamedBase
 from smoa_lab.pages import templates
 from smoa_lab.pages.charts import PAPER, specification, values
 from smoa_lab.pages.run_card import run_card, samples_text
-from smoa_lab.pages.run_charts import accuracies, balance, draw_run, learning_rate, losses
+from smoa_lab.pages.run_charts import accuracies, balance, draw_run, losses
 from smoa_lab.pages.tables import Cell, Table, score_table
 from smoa_lab.pages.templates import SCRIPT, Figure, code, page, script, warning, write_page
 from tests.support.runs import stored_metrics
@@ -161,7 +161,7 @@ def test_accuracies_are_drawn_for_each_stage_and_for_all_tasks_where_there_are_s
 
 def test_what_was_not_measured_is_not_drawn() -> None:
     assert accuracies({"after": EVALUATION["after"]}, "smoa") is accuracies(ROWS, "smoa") is None
-    assert losses([{"step": 3, "train_loss": 1.0}], {}, "smoa") is learning_rate([], "smoa") is None
+    assert losses([{"step": 3, "train_loss": 1.0}], {}, "smoa") is None
     assert balance({}, None, "smoa") is None
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from smoa_lab.config.run import check_config
 from smoa_lab.data.encoding import Encoder
-from smoa_lab.data.formats import recognise, shape
+from smoa_lab.data.formats import recognize, shape
 from smoa_lab.data.rows import choice_question, question
 from smoa_lab.training.train_run import train
 from tests.support import lab
@@ -62,6 +62,6 @@ def test_tokens_and_labels_are_as_before() -> None:
     for marks in (PLAIN, MARKED):
         encoder = Encoder(tokenizer_with(marks), None)
         for row in rows:
-            tokens = encoder.encode(shape(row, recognise(row)))  # type: ignore[arg-type]
+            tokens = encoder.encode(shape(row, recognize(row)))  # type: ignore[arg-type]
             made.append([tokens.input_ids, tokens.labels])
     assert digest(made) == "f477b93e069d"
