@@ -38,7 +38,7 @@ LAB = [
     "budget",
     "merge",
 ]
-LAB += ["convert", "verify", "report", "inspect", "inspect_page", "chat", "serve", "init", "study", "cli"]
+LAB += ["convert", "verify", "report", "inspect", "inspect_page", "chat", "serving", "init", "study", "cli"]
 APART = {("tuner", "export"), ("export", "tuner")}
 
 

@@ -24,7 +24,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ from torch import Tensor
 
 from smoa.errors import ConfigError, UnsupportedVersionError
 from smoa.tuner.generation import BASE
-from smoa.tuner.shelves import Member, NoSlotError, Step
+from smoa.tuner.shelves import Member, NoSlotError, Step, new_number
 
 TRIED = ("5.24.0",)
 """Versions of transformers that the tests passed with."""
@@ -82,12 +82,13 @@ PAGE = 32
 @dataclass(eq=False)
 class Lease:
     """A request's adapter, and how its next token is chosen where not by the greatest logit. ``queued``: whether
-    transformers has the request, or had it."""
+    transformers has the request, or had it. ``number``: no other lease or adapter has it."""
 
     name: str
     member: Member | None
     chooses: Chooser | None = None
     queued: bool = False
+    number: int = field(default_factory=new_number)
 
 
 @dataclass(eq=False)
@@ -208,17 +209,26 @@ class PoolManager(ContinuousBatchingManager):
 
         Raises:
             ConfigError: there is no such adapter, all slots are in use by other adapters, a request of this name
-                runs, the cache has no room for this one, or its generation config can't be used.
+                runs, the cache has no room for this one, a token isn't in the vocabulary, or its generation config or
+                seed can't be used.
             AdapterFileError: the adapter is damaged.
         """
-        longest = self.generation_config.max_new_tokens if max_new_tokens is None else max_new_tokens
-        if not input_ids or len(input_ids) + (longest or 1) > self.capacity:
+        if self._default is None and not (generation_config is None and seed is None):
+            raise ConfigError("add_request: generation_config and seed of a request need own_configs=True")
+        own = generation_config or self._default
+        if max_new_tokens is None:
+            max_new_tokens = (own and own.max_new_tokens) or self.generation_config.max_new_tokens
+        tokens, vocabulary = list(map(int, input_ids)), self.model.config.get_text_config().vocab_size
+        if not tokens or len(tokens) + (max_new_tokens or 1) > self.capacity:
             raise ConfigError(
-                f"add_request: {len(input_ids)} tokens and {longest} new ones: must be at least one, and at most "
+                f"add_request: {len(tokens)} tokens and {max_new_tokens} new ones: must be at least one, and at most "
                 f"{self.capacity} together, for which the cache has room; shorten them, or raise num_blocks"
             )
-        own = generation_config or self._default
-        chooses = None if self._default is None or own is None else self._chooser(own, input_ids, seed)
+        if not 0 <= min(tokens) <= max(tokens) < vocabulary:
+            raise ConfigError(
+                f"add_request: tokens from {min(tokens)} to {max(tokens)}: the vocabulary has {vocabulary}"
+            )
+        chooses = None if self._default is None or own is None else self._chooser(own, tokens, seed)
         lease = Lease(adapter, self._pool._hold(adapter), chooses)
         with self._lease_lock:
             if request_id is None:
@@ -228,7 +238,7 @@ class PoolManager(ContinuousBatchingManager):
                 raise ConfigError(f"add_request: a request {request_id!r} runs already; choose another request_id")
         added: str | None = None
         try:
-            added = super().add_request(list(input_ids), request_id, max_new_tokens, *args, **kwargs)
+            added = super().add_request(tokens, request_id, max_new_tokens, *args, **kwargs)
         finally:
             lease.queued = True
             if added is None:
@@ -262,9 +272,9 @@ class PoolManager(ContinuousBatchingManager):
 
     def _salted(self, request_id: str, tokens: list[int]) -> list[int]:
         """The tokens, the first of them changed by the adapter: transformers knows cached blocks by their tokens and
-        all those before."""
-        member = self.lease(request_id).member
-        salt = 0 if member is None else member.number
+        all those before. Factors that are trained change between requests, so these share nothing."""
+        lease = self.lease(request_id)
+        salt = 0 if lease.member is None else lease.number if lease.member.shelf.fixed else lease.member.number
         return [token ^ (salt >> 11 * place & 0x7FF) << 20 for place, token in enumerate(tokens[:4])] + tokens[4:]
 
     def _create_batch_processor(self) -> Any:

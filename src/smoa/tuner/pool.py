@@ -179,7 +179,14 @@ class AdapterPool:
         return norms
 
     def close(self) -> None:
-        """Remove the pool from its base, and forget all adapters."""
+        """Remove the pool from its base, and forget all adapters.
+
+        Raises:
+            ConfigError: a batch or a request uses one.
+        """
+        with self._lock:
+            if used := sorted(+self._in_use):
+                raise ConfigError(f"AdapterPool.close: {used[0]!r} is in use; wait for the batch to end")
         for handle in self._hooked.values():
             handle.remove()
         self._hooked.clear()

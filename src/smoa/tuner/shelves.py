@@ -21,6 +21,8 @@ from smoa.maths.kernels.shared import Gathered, StackedFactors
 from smoa.maths.kernels.tokens import Plan, Tokens
 from smoa.maths.scale import ModulationKind, rank_scale
 
+new_number = count(1).__next__
+
 
 class NoSlotError(ConfigError):
     """All slots are in use; one will be free once a batch or a request ends."""
@@ -124,7 +126,7 @@ class Member:
     config: SmoaConfig
     shelf: Shelf
     slot: int
-    number: int = field(default_factory=count(1).__next__)
+    number: int = field(default_factory=new_number)
 
 
 class Batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,9 +34,11 @@ def serve(
     """Serve a base model and the adapters in a folder, many in one batch, by OpenAI's protocol."""
     with reporting("fastapi", "uvicorn", "openai"):
         from smoa_lab.config.run import ModelSection
-        from smoa_lab.serve import Settings
-        from smoa_lab.serve import serve as run
+        from smoa_lab.serving.server import Settings
+        from smoa_lab.serving.server import serve as run
 
+        if api_key is None and "SMOA_API_KEY" in os.environ:
+            api_key = ""  # typer takes an empty variable for none; it is refused
         options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
         section = ModelSection(name=base, trust_remote_code=trust_remote_code, **options)
         run(section, adapters, host, port, Settings(slots, api_key, max_request_bytes, cache_tokens))

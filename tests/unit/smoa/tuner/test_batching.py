@@ -126,6 +126,23 @@ def test_no_adapter_sees_what_another_has_computed(pool: AdapterPool, alone: Alo
     assert shared == [0] * len(NAMES) + [20] * len(NAMES)
 
 
+def test_after_a_step_of_training_nothing_of_before_is_used(folder: Path) -> None:
+    pool = AdapterPool(base(), folder=folder)
+    pool.load("anna", folder / "anna")
+    config, tokens = ContinuousBatchingConfig(**SMALL), prompt(12)
+    with pool.continuous_batching(GREEDY, config) as manager:
+        every_b = pool.parameters()[1::2]
+        manager.add_request(tokens, adapter="anna")
+        before = manager.get_result(timeout=60).generated_tokens
+        with torch.no_grad():
+            for part in every_b:
+                part.neg_()
+        manager.add_request(tokens, adapter="anna")
+        after = manager.get_result(timeout=60).generated_tokens
+        assert after != before
+        assert after == generated(pool, [tokens], ["anna"])[0]
+
+
 def test_more_adapters_than_slots_take_turns(folder: Path, alone: Alone) -> None:
     pool = AdapterPool(base(), slots=2, folder=folder)
     names, inputs = [name for name, _ in REQUESTS], [tokens for _, tokens in REQUESTS]
@@ -143,6 +160,7 @@ def test_an_adapter_in_use_stays_and_a_canceled_request_frees_it(folder: Path, a
             lambda: pool.load("anna", folder / "ben"),
             lambda: pool.load("ben", folder / "ben"),
             lambda: manager.add_request(prompt(5), adapter="ben"),
+            pool.close,
         ):
             with pytest.raises(ConfigError, match="in use"):
                 change()
@@ -215,10 +233,13 @@ def test_each_request_may_have_a_generation_config(pool: AdapterPool, alone: Alo
             manager.add_request(tokens, f"hot {request}", adapter="anna", generation_config=hot, seed=seed)
         manager.add_request(tokens, "without", adapter="anna", generation_config=without)
         manager.add_request(tokens, "greedy", adapter="anna")
+        short = GenerationConfig(do_sample=False, max_new_tokens=2)
+        manager.add_request(tokens, "short", adapter="anna", generation_config=short)
         found = {
-            output.request_id: output.generated_tokens for output in (manager.get_result(timeout=60) for _ in range(5))
+            output.request_id: output.generated_tokens for output in (manager.get_result(timeout=60) for _ in range(6))
         }
     assert found["greedy"] == alone("anna", tokens)
+    assert found["short"] == alone("anna", tokens)[:2]
     assert found["without"] == avoiding[0, 6:].tolist()
     assert found["hot a"] == found["hot b"] != found["hot c"]
 
@@ -253,6 +274,11 @@ def test_what_cannot_be_served_is_refused_before_work_starts(
         generated(pool, [prompt(400)], ["anna"])
     with pytest.raises(ConfigError, match="at least one"):
         generated(pool, [[]], ["anna"])
+    with pytest.raises(ConfigError, match=f"vocabulary has {VOCAB_SIZE}"):
+        generated(pool, [[3, VOCAB_SIZE]], ["anna"])
+    one_config = pool.continuous_batching(GREEDY, ContinuousBatchingConfig(**SMALL))
+    with one_config as manager, pytest.raises(ConfigError, match="own_configs"):
+        manager.add_request(prompt(4), adapter="anna", seed=1)
     with pytest.raises(ConfigError, match="graphs"):
         generated(pool, inputs, ["anna", "ben"], use_cuda_graph=True)
     shutil.copytree(folder / "anna", tmp_path / "broken")
