@@ -16,7 +16,7 @@ import random
 import time
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from smoa_lab.config.run import ModelSection, RunConfig
 from smoa_lab.data.rows import Row, content_hash, question
 from smoa_lab.data.sources import Wheel
 from smoa_lab.data.tasks import Selection
-from smoa_lab.pages.charts import MUTED, color_of, dash_of, lines, save_picture, values
+from smoa_lab.pages.charts import DASHES, MUTED, color_of, lines, save_picture, values
 from smoa_lab.pages.tables import Table
 from smoa_lab.scoring.evaluation import Outcome
 from smoa_lab.scoring.losses import scoring
@@ -330,11 +330,11 @@ def table(rows: list[dict[str, Any]]) -> str:
 def picture(rows: list[dict[str, Any]]) -> Any:
     """Bits stored and numbers recalled against the number of names, with what is known of whole models."""
     methods = {row["entry"]: row["method"] for row in rows}
-    looks = {name: (color_of(methods[name]), dash) for name, dash in dash_of(methods).items()}
+    looks = {name: (color_of(method), dash) for (name, method), dash in zip(methods.items(), cycle(DASHES))}
     shown = [{**row, "name": row["entry"]} for row in rows]
     ticks = alt.Axis(values=sorted({row["names"] for row in rows}), format=",", title="names to learn")
     x = alt.X("names:Q", axis=ticks, scale=alt.Scale(type="log", nice=False))
-    bits = alt.Y("bits:Q", title="bits stored a parameter", scale=alt.Scale(type="log", domain=[0.1, 5]))
+    bits = alt.Y("bits:Q", title="bits stored a parameter", scale=alt.Scale(type="log", domain=[0.1, 5], nice=False))
     recalled = alt.Y("recalled:Q", title="numbers recalled (%)", scale=alt.Scale(domain=[0, 100]))
     known = alt.Chart(values([{"bits": bits, "text": text} for text, bits in WHOLE_MODELS.items()])).encode(y="bits:Q")
     marks = known.mark_rule(color=MUTED) + known.mark_text(align="left", dx=4, dy=-6).encode(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +12,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from tests.support import tiny_models
+from smoa.errors import ConfigError
+from smoa_lab.study.comparison import Comparison
+from smoa_lab.study.trials import Trial
+from tests.support import studies, tiny_models
 
 DIGITS = [5, 9, 33]
 TARGETS = ["q_proj", "down_proj"]
@@ -57,3 +62,32 @@ def test_the_rate_goes_down_when_the_loss_no_longer_falls_or_all_is_known(losses
     state.global_step = last
     plateau.on_log(None, state, control)
     assert control.should_training_stop
+
+
+def test_other_numbers_of_names_take_the_rates_of_finished_searches(tmp_path: Path) -> None:
+    study = studies.tiny_study(tmp_path)
+    with pytest.raises(ConfigError, match="no learning rate is known"):
+        phonebook.at_searched_rates(study, Comparison(study))
+    for rate, loss in ((0.003, 0.5), (0.01, 0.9), (0.03, 1.0), (0.001, 0.7)):
+        studies.finish(study, Trial("tuning", "ours", rate, study.tuning.seed), loss)
+    studies.finish(study, Trial("tuning", "lora", 0.01, study.tuning.seed), 0.5)
+    other = phonebook.at_searched_rates(study, Comparison(study))
+    assert {name: entry.learning_rate for name, entry in other.entries.items()} == {"ours": 0.003}
+    assert Comparison(other).search("ours") == []
+
+
+def test_the_report_counts_the_bits_that_are_stored_and_the_numbers_recalled(tmp_path: Path) -> None:
+    study = studies.tiny_study(tmp_path / "phonebook-40")
+    steps = 7 * 5  # passes of 40 names in batches of 8
+    training = {"learning_rate": 0.01, "per_device_train_batch_size": 8, "num_train_epochs": 7}
+    for seed, loss in enumerate((math.log(10) / 2, math.log(10))):  # half of the bits, and none
+        config = {"method": "smoa", "training": training}
+        scores = {"all": {"questions": 40, "gold_loss": loss, "accuracy": 0.5 - seed / 4}}
+        studies.finish(study, Trial("final", "ours", 0.01, seed), loss, config=config, steps=steps, scores=scores)
+    (row,) = phonebook.means(phonebook.measured(tmp_path))
+    assert row["bits"] == pytest.approx(40 * phonebook.BITS / 4 / 1000)
+    assert (row["recalled"], row["held"], row["seeds"]) == (37.5, 0.375 * 40 * 25, 2)
+    assert (row["passes"], row["limit"]) == (7, 2)
+    (tmp_path / "phonebook").mkdir()
+    phonebook.report(tmp_path)
+    assert "| ours | 1,000 | 40 | 0.01 | 2 | 0.332 | 37.5 | 7 | 2 |" in (tmp_path / "phonebook/README.md").read_text()
