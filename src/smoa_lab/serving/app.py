@@ -42,7 +42,7 @@ ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health")
 GREEDY = 1e-5
 """Below this temperature the greatest logit is taken: divided by less, logits overflow."""
 
-SERVED: ContextVar[Served] = ContextVar("smoa_served")
+_SERVED: ContextVar[Served] = ContextVar("smoa_served")
 """What the request of this task asks for."""
 
 
@@ -65,7 +65,7 @@ class _State(GenerationState):
         self.manager = manager
 
     def get_manager(self, model_id: str, use_cb: bool = False) -> CBGenerateManager:
-        return _OfRequest(self.manager, SERVED.get().key)
+        return _OfRequest(self.manager, _SERVED.get().key)
 
     def is_cb_alive(self) -> bool:
         return self.manager.background_thread_status.fatal_error is None
@@ -137,7 +137,7 @@ class _Handler(BaseHandler):
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
         taken = checked(body, self.asked)
         async with self.model_manager.adapters.held(taken["model"]) as served:
-            token = SERVED.set(served)
+            token = _SERVED.set(served)
             try:
                 if self.asked is AskedChat and served.tokenizer.chat_template is None:
                     raise refusal(400, f"{served.name} has no chat template; use /v1/completions", "no_chat_template")
@@ -147,10 +147,10 @@ class _Handler(BaseHandler):
             except ConfigError as error:
                 raise refusal(400, str(error), "invalid_value") from error
             finally:
-                SERVED.reset(token)
+                _SERVED.reset(token)
 
     def _resolve_model(self, body: dict[str, Any]) -> tuple[str, Any, Any]:
-        served = SERVED.get()
+        served = _SERVED.get()
         return served.name, self.model_manager.adapters.pool.base, served.tokenizer
 
     def _build_generation_config(self, body: dict[str, Any], *args: Any, **options: Any) -> GenerationConfig:
@@ -160,7 +160,7 @@ class _Handler(BaseHandler):
             config.do_sample = body.get("temperature", 1) >= GREEDY
         config.seed, config.asked = seed, "max_tokens" in body or "max_completion_tokens" in body
         if self.asked is AskedChat:
-            config.eos_token_id = SERVED.get().ends
+            config.eos_token_id = _SERVED.get().ends
         return cast(GenerationConfig, config)
 
 

@@ -21,7 +21,7 @@ from transformers import ContinuousBatchingConfig
 
 from smoa import AdapterPool
 from smoa.errors import ConfigError, DataError
-from smoa.tuner.batching import PoolManager
+from smoa.tuner.batching import PAGE, STEP, PoolManager
 from smoa_lab.base_models import load_base_model
 from smoa_lab.config.run import ModelSection
 from smoa_lab.serving.adapters import Adapters
@@ -30,8 +30,8 @@ from smoa_lab.serving.requests import answer
 
 logger = logging.getLogger(__name__)
 
-CACHE_TOKENS, PAGE, STEP, REQUESTS = 8192, 32, 512, 256
-"""On a CPU: tokens for which the cache has room, tokens of a block of it and of a step, and requests of a step."""
+CACHE_TOKENS, REQUESTS = 8192, 256
+"""On a CPU: tokens for which the cache has room, and requests of a step."""
 
 
 @dataclass(frozen=True)
