@@ -114,11 +114,10 @@ class Adapters:
             return served
 
     def _adapter(self, name: str) -> Served:
-        places = self._places()
-        if name not in places:
-            known = [self.base, ALIAS, *places]
+        place, served = self._place(name), self._served.get(name)
+        if place is None:
+            known = [self.base, ALIAS, *self._places()]
             raise refusal(404, f"the model {name!r} does not exist{nearest(name, known)}", "model_not_found")
-        place, served = places[name], self._served.get(name)
         try:
             state = _state(place)
             refused = self._refused.get(name)
@@ -144,8 +143,7 @@ class Adapters:
         if _state(place) != state:
             self.pool.unload(key)
             raise AdapterError("it is being written; ask again")
-        run = self.folder / name
-        template = trained_template(run) if RunFolder(run).finished else "chat"
+        template = trained_template(self.folder / name)
         before, self._served[name] = self._served.get(name), self._as_served(name, key, state, place, template)
         if before is not None:
             with suppress(ConfigError):  # requests run with it: it leaves its slot like any other
@@ -155,13 +153,20 @@ class Adapters:
 
     def _places(self) -> dict[str, Path]:
         """The folders that have all files of an adapter, by name."""
-        found = {}
-        for entry in sorted(self.folder.glob("[!.]*")):  # a hidden one may be one that is being written
-            for place in (entry, entry / "adapter"):
-                if all((place / file).is_file() for file in FILES) and entry.name not in (self.base, ALIAS):
-                    found[entry.name] = place
-                    break
-        return found
+        names = sorted(entry.name for entry in self.folder.iterdir())
+        return {name: place for name in names if (place := self._place(name)) is not None}
+
+    def _place(self, name: str) -> Path | None:
+        """The folder that has all files of the adapter of this name; None if there is none."""
+        is_name = Path(name).name == name and not name.startswith(".")  # a hidden one may be being written
+        if not name or not is_name or name in (self.base, ALIAS):
+            return None
+        entry = self.folder / name
+        with suppress(OSError):  # such as a name that is too long
+            for place in (entry, RunFolder(entry).adapter):
+                if all((place / file).is_file() for file in FILES):
+                    return place
+        return None
 
     def _as_served(self, name: str, key: str, state: Any, place: Path | None, template: Template) -> Served:
         tokenizer = copy.copy(self.tokenizer)
