@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -109,80 +109,80 @@ def size_methods(
 def size_method(empty: PreTrainedModel, name: str, adapter: dict[str, Any], budget: float) -> Sized:
     """The method on ``empty``, a model on the meta device, with the other keys of its block in ``adapter``: the value
     of its budget key at which it trains nearest to ``budget``, at most 2 % more. PEFT counts the parameters."""
-    method, device = find_method(name), "meta"
+    method = find_method(name)
     if method.config_class is None:
         return Sized(name, {}, empty.num_parameters(), "trains all weights")
-    key = method.budget_key
-
-    def trained(block: dict[str, Any]) -> int:
-        nonlocal device
-        own = copy.deepcopy(empty)
-        try:
-            return count_trained(own if device == "meta" else _with_zeros(own), name, block, device)
-        except RuntimeError as error:  # of PyTorch: a value of a tensor without data
-            if device != "meta" or "no data" in str(error):
-                raise ConfigError("reads the weights when it starts, so it can't be counted without them") from error
-        device = "cpu"
-        return trained(block)
-
-    counts: dict[int, int | None] = {}
-
-    def count(value: int) -> int | None:
-        if value not in counts:
-            try:
-                counts[value] = trained({**adapter, str(key): value})
-            except ConfigError:
-                counts[value] = None
-        return counts[value]
-
+    key, trains = method.budget_key, _Trains(empty, name, adapter, method.budget_key)
     try:
         if key is None:
-            found = trained(adapter)
+            found = trains.with_block(adapter)
             return Sized(name, {}, found, f"no whole number sets its size{'' if found else '; needs keys of its own'}")
         if key.endswith("block_size"):  # which divides the sides of every layer
             sides = math.gcd(*(side for shape in shapes_of(empty, (ALL_LINEAR,), name) for side in shape))
-            values: Sequence[int] = [size for size in range(2, sides + 1) if sides % size == 0 and count(size)]
+            values: Sequence[int] = [
+                size for size in range(2, sides + 1) if sides % size == 0 and trains.at(size) < math.inf
+            ]
         else:
-            step = next((2**power for power in range(7) if count(2**power)), 0)
+            step = next((2**power for power in range(7) if trains.at(2**power) < math.inf), 0)
             values = range(step, step * LARGEST, step) if step else ()
         if not values:
-            trained({**adapter, key: 8})
+            trains.with_block({**adapter, key: 8})
     except ConfigError as error:
         return Sized(name, note=str(error).removeprefix("adapter: "))
-    place = _last_within(values, count, budget)
-    near = [value for value in values[max(0, place - 1) : place + 2] if 0 < (count(value) or 0) <= MOST * budget]
+    place = _last_within(values, trains.at, budget) if values else -1
+    near = [value for value in values[max(0, place - 1) : place + 2] if 0 < trains.at(value) <= MOST * budget]
     if not near:
-        least = min(filter(None, counts.values()), default=0)
+        least = min((found for found in trains.counts.values() if 0 < found < math.inf), default=0)
         return Sized(name, note=f"{key} can't make it so small: it trains {least:,} or more")
-    chosen = min(near, key=lambda value: abs((count(value) or 0) - budget))
-    return Sized(name, {key: chosen}, count(chosen))
+    chosen = min(near, key=lambda value: abs(trains.at(value) - budget))
+    return Sized(name, {key: chosen}, int(trains.at(chosen)))
 
 
-def _last_within(values: Sequence[int], count: Callable[[int], int | None], budget: float) -> int:
+class _Trains:
+    """What a method trains on an empty model for each value of its budget key, beside the other keys of its block."""
+
+    def __init__(self, empty: PreTrainedModel, name: str, adapter: dict[str, Any], key: str | None) -> None:
+        self.empty, self.name, self.adapter, self.key = empty, name, adapter, key
+        self.device = "meta"
+        self.counts: dict[int, float] = {}
+
+    def at(self, value: int) -> float:
+        """Infinite where PEFT refuses the value."""
+        if value not in self.counts:
+            try:
+                self.counts[value] = self.with_block({**self.adapter, str(self.key): value})
+            except ConfigError:
+                self.counts[value] = math.inf
+        return self.counts[value]
+
+    def with_block(self, block: dict[str, Any]) -> int:
+        """Raises ConfigError where the block is refused."""
+        own = copy.deepcopy(self.empty)
+        try:
+            return count_trained(own if self.device == "meta" else _with_zeros(own), self.name, block, self.device)
+        except RuntimeError as error:  # of PyTorch: a value of a tensor without data
+            if self.device != "meta" or "no data" in str(error):
+                raise ConfigError("reads the weights when it starts, so it can't be counted without them") from error
+        self.device = "cpu"
+        return self.with_block(block)
+
+
+def _last_within(values: Sequence[int], count: Callable[[int], float], budget: float) -> int:
     """The place in ``values`` of the largest count up to ``budget``, -1 if there is none. Counts rise or fall all along
-    ``values``, most of them in a line; None is what PEFT refuses."""
+    ``values``, most of them in a line."""
+    places = range(len(values))
 
-    def at(place: int) -> float:
-        found = count(values[place]) if place < len(values) else None
-        return math.inf if found is None else found
+    def is_within(place: int) -> bool:
+        return place < len(values) and count(values[place]) <= budget
 
-    first, second = at(0), at(1)
-    if first < second:
-        if first > budget:
-            return -1
-        guess = int((budget - first) / (second - first))
-        if at(guess) <= budget < at(guess + 1):
-            return guess
-    lower, upper = 0, 1
-    while (at(lower) <= budget) == (at(upper) <= budget):
-        if upper >= len(values) - 1 or at(upper) <= at(lower) <= budget:
-            return lower if at(lower) <= budget else -1
-        lower, upper = upper, min(2 * upper, len(values) - 1)
-    good, bad = (lower, upper) if at(lower) <= budget else (upper, lower)
-    while abs(good - bad) > 1:
-        middle = (good + bad) // 2
-        good, bad = (middle, bad) if at(middle) <= budget else (good, middle)
-    return good
+    first, second = (count(value) for value in (values[0], values[min(1, len(values) - 1)]))
+    if first >= second:
+        place = bisect_left(places, True, key=is_within) if second < first else 0
+        return place if is_within(place) else -1
+    guess = max(0, int((budget - first) / (second - first)))
+    if is_within(guess) and not is_within(guess + 1):
+        return guess
+    return bisect_left(places, True, key=lambda place: not is_within(place)) - 1
 
 
 def _with_zeros(model: PreTrainedModel) -> PreTrainedModel:
