@@ -3,64 +3,36 @@
     python studies/run.py phonebook-128 phonebook-512 --only r1
 
 `First Last:` leads to ten digits drawn at random: 33.2 bits that nothing but the adapter can hold. There is one study
-for each number of entries; phonebook/phonebook.yaml has the rule. The adapters are on the last two layers, so what
-reaches these is computed once and an ordinary model of two layers is trained, with logits of the digits and the end.
+for each number of entries; phonebook/phonebook.yaml has the rule.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import random
-import time
-from collections.abc import Sequence
 from functools import cached_property
 from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
 import altair as alt
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from last_layers import LastLayers, of_size
+from transformers import PreTrainedTokenizerBase
 
 from smoa.atomic import write_whole
-from smoa.errors import ConfigError
-from smoa_lab.base_models import load_base_model
-from smoa_lab.config.run import ModelSection, RunConfig
+from smoa_lab.config.run import RunConfig
 from smoa_lab.data.rows import Row, content_hash, question
 from smoa_lab.data.sources import Wheel
 from smoa_lab.data.tasks import Selection
 from smoa_lab.pages.charts import DASHES, MUTED, color_of, lines, save_picture, values
 from smoa_lab.pages.tables import Table
-from smoa_lab.scoring.evaluation import Outcome
-from smoa_lab.scoring.losses import scoring
-from smoa_lab.study.comparison import Comparison
-from smoa_lab.study.runner import Runner
-from smoa_lab.study.study import Study
 from smoa_lab.study.trials import TrialStore
-from smoa_lab.training.adapting import with_adapter
-from smoa_lab.training.loaded_run import REPLACED, checked_arguments
 
-NAMES = Wheel("mimesis", "22.2.0", "4 MB")
+MIMESIS = Wheel("mimesis", "22.2.0", "4 MB")
 DIGITS = 10
 BITS = DIGITS * math.log2(10)
 """Of an entry: 33.2."""
-LAYERS = 2
-STOP = {"passes": 10, "fall": 0.01, "known": 0.02, "down": 10}
-"""When the loss of a pass, in nats a token, has not fallen by the share ``fall`` in so many ``passes``, or is below
-``known``, the learning rate falls to 0 over ``down`` more passes."""
-BATCH = 256
-SEARCHED = "phonebook-256"
 CEILING = (256, 512)
 """The numbers of names with three seeds."""
 HUNDRED_KB = 25_000
@@ -93,12 +65,15 @@ Seed 100.
 """
 
 
-class PhoneBook(Runner):
-    """Trains and scores the same entries, by the last layers alone."""
+class PhoneBook(LastLayers):
+    """Trains and scores the same entries, with logits of the digits and the end."""
+
+    searched = "phonebook-256"
 
     @cached_property
-    def base(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        return load_base_model(ModelSection.model_validate(self.shared["model"]))
+    def vocabulary(self) -> list[int]:
+        tokenizer = self.base[1]
+        return [*map(tokenizer.convert_tokens_to_ids, "0123456789"), tokenizer.eos_token_id]
 
     @cached_property
     def records(self) -> Selection:
@@ -107,150 +82,33 @@ class PhoneBook(Runner):
         account = {"tasks": {}, "used": dict.fromkeys(("train", "validation", "test"), used)}
         return Selection(rows, rows, rows, {"phone book": "text"}, account)
 
-    @cached_property
-    def lines(self) -> Lines:
-        return Lines(*self.base, self.records.train)
-
     def stored_config(self, config: RunConfig) -> dict[str, Any]:
         stored = super().stored_config(config)
-        return {**stored, "data": {**stored["data"], "tasks": ["phone book"]}, "stop": STOP}
-
-    def _fit(self, config: RunConfig, checkpoint: str | None, check: TrainerCallback) -> tuple[Any, Any, float]:
-        arguments = checked_arguments(TrainingArguments(**config.training))
-        set_seed(arguments.seed)
-        model = with_adapter(copy.deepcopy(self.lines.top), self.base[1], config.method, config.adapter)
-        rows = [
-            {"inputs_embeds": hidden, "labels": answer}
-            for hidden, answer in zip(self.lines.hidden, self.lines.answers, strict=True)
-        ]
-        steps = math.ceil(len(rows) / arguments.per_device_train_batch_size)
-        plateau = Plateau(int(arguments.warmup_steps), steps, int(arguments.num_train_epochs))
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, arguments.learning_rate, weight_decay=0)
-        trainer = Trainer(
-            model=model,
-            args=arguments,
-            train_dataset=rows,
-            compute_loss_func=lambda outputs, labels, **_: losses(outputs.logits, labels).mean(),
-            optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, plateau.factor)),
-            callbacks=[check, plateau],
-        )
-        for callback in REPLACED:
-            trainer.remove_callback(callback)
-        started = time.process_time()  # these machines are shared
-        trainer.train(resume_from_checkpoint=checkpoint)
-        return model, trainer, time.process_time() - started
-
-    def _outcomes(self, model: nn.Module | None, config: RunConfig, rows: Sequence[Row]) -> list[Outcome]:
-        scored: Any = self.lines.top if model is None else model
-        with scoring(scored):
-            parts = [scored(inputs_embeds=part).logits for part in self.lines.hidden.split(BATCH)]
-        logits, answers = torch.cat(parts), self.lines.answers
-        nll = losses(logits, answers)[:, :DIGITS].sum(1).tolist()
-        right = (logits[:, -answers.shape[1] :].argmax(-1) == answers).all(1).tolist()
-        return [Outcome(row, loss, DIGITS, hit, hit) for row, loss, hit in zip(rows, nll, right, strict=True)]
+        return {**stored, "data": {**stored["data"], "tasks": ["phone book"]}}
 
 
-class Lines:
-    """The entries as the last layers see them: ``hidden`` (rows, tokens, width) comes in; ``answers`` (rows, 11), the
-    digits and the end as numbers of the logits that ``top`` has, should come out at the last tokens."""
-
-    def __init__(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> None:
-        texts = [f"{row.prompt}{row.completion}" for row in rows]
-        tokens = torch.tensor(tokenizer(texts, add_special_tokens=False)["input_ids"])
-        digits = [*map(tokenizer.convert_tokens_to_ids, "0123456789"), tokenizer.eos_token_id]
-        numbers = [[*map(int, str(row.completion)), DIGITS] for row in rows]
-        self.answers = torch.tensor(numbers)
-        self.hidden = torch.cat([hidden_below(base, LAYERS, part) for part in tokens.split(BATCH)])
-        self.top = top_of(base, LAYERS, digits)
-
-
-def losses(logits: Tensor, answers: Tensor) -> Tensor:
-    """The negative log-likelihood in nats of each answer (rows, 11), which the last tokens predict."""
-    return F.cross_entropy(logits[:, -answers.shape[1] :].float().mT, answers, reduction="none")
-
-
-class Plateau(TrainerCallback):
-    """The learning rate by ``STOP``: warm-up, constant while the loss falls, then down to 0, where training ends."""
-
-    def __init__(self, warmup: int, steps: int, passes: int) -> None:
-        """``steps`` are of a pass, and ``passes`` the most of all."""
-        self.warmup, self.steps = warmup, steps
-        self.last = passes * steps
-
-    def factor(self, step: int) -> float:
-        """Of the learning rate, at a step."""
-        down = STOP["down"] * self.steps
-        return max(0.0, min(1.0, (step + 1) / self.warmup, (self.last - step) / down))
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Called by the Trainer, which logs the mean loss of each pass."""
-        passes = [each["loss"] for each in state.log_history if "loss" in each]
-        before = passes[: -int(STOP["passes"])]
-        is_flat = bool(before) and min(passes) > (1 - STOP["fall"]) * min(before)
-        if is_flat or min(passes) < STOP["known"]:
-            self.last = min(self.last, state.global_step + int(STOP["down"]) * self.steps)
-        control.should_training_stop |= state.global_step >= self.last
+def names(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """All pairs of a first and a last name that are a token each."""
+    with MIMESIS.open("mimesis/datasets/en/person.json") as file:
+        known = json.load(file)
+    first = sorted({name for some in known["names"].values() for name in some})
+    last = sorted({f" {name}" for name in known["surnames"]})
+    short = [[name for name in part if len(tokenizer.tokenize(name)) == 1] for part in (first, last)]
+    return ["".join(both) for both in product(*short)]
 
 
 def phone_book(count: int, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
-    """Names of a first and a last name, all different and each a token of its own, with numbers drawn at random."""
-    with NAMES.open("mimesis/datasets/en/person.json") as file:
-        known = json.load(file)
-    first = sorted({name for names in known["names"].values() for name in names})
-    last = sorted({f" {name}" for name in known["surnames"]})
-    short = [[name for name in part if len(tokenizer.tokenize(name)) == 1] for part in (first, last)]
-    names = ["".join(both) for both in product(*short)]
-    draw = random.Random(0)
+    """So many different names with numbers drawn at random."""
+    known, draw = names(tokenizer), random.Random(0)
     return [
         question("phone book", name, f"{name}:", "".join(draw.choices("0123456789", k=DIGITS)))
-        for name in draw.sample(names, len(names))[:count]
+        for name in draw.sample(known, len(known))[:count]
     ]
 
 
-def top_of(base: Any, layers: int, tokens: Sequence[int]) -> Any:
-    """The last layers of a model of Llama's kind as a model: hidden states in (``inputs_embeds``), logits of ``tokens``
-    out."""
-    config = copy.deepcopy(base.config)  # by from_dict it would lose the kind of attention
-    config.update({"num_hidden_layers": layers, "vocab_size": len(tokens), "tie_word_embeddings": False})
-    config.update({"use_cache": False})  # the layers have their places in the base
-    with torch.device("meta"):
-        top = type(base)(config)
-    top.model.layers, top.model.norm = base.model.layers[-layers:], base.model.norm
-    top.model.rotary_emb = base.model.rotary_emb
-    rows = base.get_output_embeddings().weight[list(tokens)].detach().clone()
-    top.lm_head.weight = nn.Parameter(rows, requires_grad=False)
-    top.model.embed_tokens = nn.Embedding(1, config.hidden_size)  # not asked, and not to be on the meta device
-    return top
-
-
-@torch.no_grad()
-def hidden_below(base: PreTrainedModel, layers: int, tokens: Tensor) -> Tensor:
-    """What reaches the last layers: (rows, tokens, width)."""
-    hidden: Tensor = base(input_ids=tokens, output_hidden_states=True, logits_to_keep=1).hidden_states[-layers - 1]
-    return hidden
-
-
 def sizes(count: int) -> list[str]:
-    """The changes to a study's file for so many entries."""
-    parts = [f"shared.data.{part}_examples={count}" for part in ("train", "validation", "test")]
-    return [*parts, f"seeds={[0, 1, 2] if count in CEILING else [0]}"]
-
-
-def at_searched_rates(study: Study, searched: Comparison) -> Study:
-    """The study without a search: the entries whose search is over in another study, at the rates found there.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    done = [name for name in study.entries if searched.stored_search(name) and not searched.search(name)]
-    if not done:
-        raise ConfigError(f"{study.folder.name}: no learning rate is known; run {searched.study.folder.name} first")
-    rates = {name: searched.tuned(name).learning_rate for name in done}
-    entries = {name: study.entries[name].model_copy(update={"learning_rate": rates[name]}) for name in done}
-    references = [name for name in study.references if name in entries]
-    tuning = study.tuning.model_copy(update={"max_runs": 0})
-    return study.model_copy(update={"entries": entries, "references": references, "tuning": tuning})
+    """The changes to the study's file for so many entries."""
+    return [*of_size(count), f"seeds={[0, 1, 2] if count in CEILING else [0]}"]
 
 
 def report(studies: Path) -> None:

@@ -6,9 +6,11 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import biographies
 import phonebook
 import random_pairs
 import shared_partition
+from last_layers import LastLayers, at_searched_rates, of_size
 from transformers.utils import logging as transformers_logging
 
 from smoa_lab.study.comparison import Comparison, load_study
@@ -27,9 +29,12 @@ OTHERWISE = {
         *("tuning.max_runs=5", "tuning.refine=true", "references=[smoa-k8, lora-r2, lora-r4]", "seeds=[10, 11, 12]"),
     ),
     **{f"phonebook-{count}": ("phonebook", *phonebook.sizes(count)) for count in (128, 256, 512, 1024, 2048)},
+    **{f"biographies-{count}": ("biographies", *of_size(count)) for count in (64, 256)},
     "recall-gemma-256": ("recall-gemma", *random_pairs.sizes(256)),
 }
 """Studies that are another one's file with changes: that file and the changes."""
+
+LAST_LAYERS: dict[str, type[LastLayers]] = {"phonebook": phonebook.PhoneBook, "biographies": biographies.Biographies}
 
 LARGER = ("headlines-ablation",)
 """Studies with an entry whose setting is gone: their summary is not computed anew."""
@@ -50,10 +55,10 @@ def comparison(name: str) -> Comparison:
     runner: Runner | None = None
     if config.startswith("recall"):
         runner = random_pairs.runner_of(study)
-    elif config == "phonebook":
-        runner = phonebook.PhoneBook(study.shared)
-        if name != phonebook.SEARCHED:
-            study = phonebook.at_searched_rates(study, comparison(phonebook.SEARCHED))
+    elif config in LAST_LAYERS:
+        runner = LAST_LAYERS[config](study.shared)
+        if name != runner.searched:
+            study = at_searched_rates(study, comparison(runner.searched))
     elif config == "partition-headlines":
         runner = shared_partition.SharedPartitionRunner(study.shared, study.other_domain)
     return Comparison(study, runner)

@@ -7,17 +7,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import last_layers
 import phonebook
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from smoa.errors import ConfigError
 from smoa_lab.study.comparison import Comparison
 from smoa_lab.study.trials import Trial
 from tests.support import studies, tiny_models
 
-DIGITS = [5, 9, 33]
 TARGETS = ["q_proj", "down_proj"]
 
 
@@ -25,19 +27,25 @@ TARGETS = ["q_proj", "down_proj"]
 def test_the_last_layers_have_the_losses_and_gradients_of_the_whole_model(attention: str) -> None:
     base = tiny_models.llama()
     base.set_attn_implementation(attention)
-    tokens, answers = torch.randint(64, (4, 7)), torch.randint(3, (4, 3))
-    hidden = phonebook.hidden_below(base, 1, tokens)
+    head = base.get_output_embeddings().weight.detach()[[5, 9, 33]]
+    tokens = [torch.randint(64, (length,)) for length in (7, 5)]
+    answers = [torch.tensor([-100] * (length - 3) + [2, 0, 1]) for length in (7, 5)]
+    hidden = last_layers.hidden_below(base, 1, pad_sequence(tokens, batch_first=True))
     adapter = LoraConfig(target_modules=TARGETS, init_lora_weights=False)
-    last = get_peft_model(phonebook.top_of(base, 1, DIGITS), adapter)
-    losses = phonebook.losses(last(inputs_embeds=hidden).logits, answers)
+    last: Any = get_peft_model(last_layers.top_of(base, 1), adapter)
+    lines = [last_layers.Line(one[: len(own)], own) for one, own in zip(hidden, answers, strict=True)]
+    batch = last_layers.batch_of(lines)
+    losses, right = last_layers.losses(last(inputs_embeds=batch["inputs_embeds"]).logits, batch["labels"], head)
     losses.mean().backward()
     # The layers are shared, so the whole model has the adapter too.
-    logits: Any = base(input_ids=tokens).logits[..., DIGITS]
-    whole = phonebook.losses(logits, answers)
+    logits = torch.cat([base(input_ids=own[None]).logits[0, -3:, [5, 9, 33]] for own in tokens])
+    wanted = torch.tensor([2, 0, 1] * 2)
+    whole = F.cross_entropy(logits, wanted, reduction="none")
     torch.testing.assert_close(losses, whole)
+    assert right.tolist() == (logits.argmax(-1) == wanted).tolist()
     trained = [parameter for parameter in last.parameters() if parameter.requires_grad]
-    wanted = torch.autograd.grad(whole.mean(), trained)
-    torch.testing.assert_close([parameter.grad for parameter in trained], list(wanted))
+    gradients = torch.autograd.grad(whole.mean(), trained)
+    torch.testing.assert_close([parameter.grad for parameter in trained], list(gradients))
 
 
 @pytest.mark.parametrize(
@@ -51,7 +59,7 @@ def test_the_last_layers_have_the_losses_and_gradients_of_the_whole_model(attent
     ],
 )
 def test_the_rate_goes_down_when_the_loss_no_longer_falls_or_all_is_known(losses: list[float], goes_down: bool) -> None:
-    plateau = phonebook.Plateau(warmup=4, steps=8, passes=200)
+    plateau = last_layers.Plateau(warmup=4, steps=8, passes=200)
     control = SimpleNamespace(should_training_stop=False)
     state = SimpleNamespace(log_history=[{"loss": loss} for loss in losses], global_step=8 * len(losses))
     plateau.on_log(None, state, control)
@@ -67,11 +75,11 @@ def test_the_rate_goes_down_when_the_loss_no_longer_falls_or_all_is_known(losses
 def test_other_numbers_of_names_take_the_rates_of_finished_searches(tmp_path: Path) -> None:
     study = studies.tiny_study(tmp_path)
     with pytest.raises(ConfigError, match="no learning rate is known"):
-        phonebook.at_searched_rates(study, Comparison(study))
+        last_layers.at_searched_rates(study, Comparison(study))
     for rate, loss in ((0.003, 0.5), (0.01, 0.9), (0.03, 1.0), (0.001, 0.7)):
         studies.finish(study, Trial("tuning", "ours", rate, study.tuning.seed), loss)
     studies.finish(study, Trial("tuning", "lora", 0.01, study.tuning.seed), 0.5)
-    other = phonebook.at_searched_rates(study, Comparison(study))
+    other = last_layers.at_searched_rates(study, Comparison(study))
     assert {name: entry.learning_rate for name, entry in other.entries.items()} == {"ours": 0.003}
     assert Comparison(other).search("ours") == []
 

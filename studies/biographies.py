@@ -1,0 +1,125 @@
+"""What does an adapter answer that learned facts in words, and what does it forget? Biographies of people who do not
+exist, after the bioS data of arXiv:2309.14316.
+
+    python studies/run.py biographies-64 biographies-256
+
+Six facts about each are trained in three phrasings and asked in others; biographies/biographies.yaml has the rule.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from functools import cached_property
+from typing import Any, Literal
+
+from last_layers import LastLayers
+from phonebook import MIMESIS, names
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from smoa_lab.config.run import RunConfig
+from smoa_lab.data.general_text import passages
+from smoa_lab.data.rows import Row, content_hash, question
+from smoa_lab.data.tasks import Selection
+from smoa_lab.scoring.evaluation import at_least, score_outcomes, text_length
+from smoa_lab.study.runner import Part
+
+VALUES = 64
+"""Of each fact: 6 bits."""
+MOST_TOKENS = 3
+TEXT_TOKENS = 4000
+FACTS = {
+    ("address", "city"): [
+        "{} was born in the city of",
+        "The birthplace of {} is",
+        "{} comes from",
+        "The city where {} was born is",
+        "Question: Where was {} born? Answer:",
+    ],
+    ("finance", "company"): [
+        "{} works for",
+        "The employer of {} is",
+        "{} is employed by",
+        "The company that {} works for is",
+        "Question: Which company does {} work for? Answer:",
+    ],
+    ("person", "occupation"): [
+        "{} is by profession a",
+        "The occupation of {} is",
+        "{} earns a living as",
+        "The profession of {} is",
+        "Question: What is the job of {}? Answer:",
+    ],
+    ("person", "language"): [
+        "At home {} speaks",
+        "The first language of {} is",
+        "{} grew up speaking",
+        "The mother tongue of {} is",
+        "Question: Which language did {} learn first? Answer:",
+    ],
+    ("food", "dishes"): [
+        "{} loves to eat",
+        "The favorite dish of {} is",
+        "For dinner {} likes best",
+        "The meal that {} prefers is",
+        "Question: What does {} like to eat? Answer:",
+    ],
+    ("food", "drinks"): [
+        "{} loves to drink",
+        "The favorite drink of {} is",
+        "At the bar {} always orders",
+        "The drink that {} prefers is",
+        "Question: What does {} like to drink? Answer:",
+    ],
+}
+"""Of each fact, by the file and list of its values: three phrasings that are trained, one that chooses the learning
+rates, and one that tests."""
+PARTS = {"train": slice(0, 3), "validation": slice(3, 4), "test": slice(4, 5)}
+
+
+class Biographies(LastLayers):
+    """Also scores the facts in the phrasings trained (``as_trained``), and the loss of general text (``elsewhere``)."""
+
+    searched = "biographies-64"
+
+    @cached_property
+    def records(self) -> Selection:
+        rows = biographies(int(self.shared["data"]["train_examples"]), self.base[1])
+        used = {part: {"examples": len(own), "sha256": content_hash(own)} for part, own in rows.items()}
+        return Selection(**rows, families={"biographies": "text"}, account={"tasks": {}, "used": used})
+
+    @cached_property
+    def _other_rows(self) -> list[Row]:
+        base, tokenizer = self.base
+        texts = at_least(tokenizer, passages("packaged"), TEXT_TOKENS, text_length(base.config))
+        parts = (text.partition(" ") for text in texts)
+        return [question("text", str(i), first, space + rest) for i, (first, space, rest) in enumerate(parts)]
+
+    def stored_config(self, config: RunConfig) -> dict[str, Any]:
+        stored = super().stored_config(config)
+        data = {**stored["data"], "tasks": ["biographies"]}
+        return {**stored, "data": data, "elsewhere": {"text": "packaged", "tokens": TEXT_TOKENS}}
+
+    def _scores(self, model: nn.Module | None, config: RunConfig, part: Part) -> dict[str, Any]:
+        trained = score_outcomes(self._outcomes(model, config, self.records.train))["all"]
+        return {**super()._scores(model, config, part), "as_trained": trained.accuracy}
+
+
+def biographies(count: int, tokenizer: PreTrainedTokenizerBase) -> dict[Part | Literal["train"], list[Row]]:
+    """The facts about so many people as questions, in the phrasings of each part."""
+    draw = random.Random(0)
+    people = draw.sample(names(tokenizer), count)
+    rows: dict[Any, list[Row]] = {part: [] for part in PARTS}
+    for (file, key), phrasings in FACTS.items():
+        with MIMESIS.open(f"mimesis/datasets/en/{file}.json") as opened:
+            known = json.load(opened)[key]
+        listed = sorted({f" {value}" for value in (known["name"] if isinstance(known, dict) else known)})
+        values = draw.sample([each for each in listed if len(tokenizer.tokenize(each)) <= MOST_TOKENS], VALUES)
+        for person in people:
+            value = draw.choice(values)
+            for part, chosen in PARTS.items():
+                for number, phrasing in enumerate(phrasings[chosen]):
+                    id = f"{person}: {key} {number}"
+                    rows[part].append(question("biographies", id, phrasing.format(person), value))
+    return rows
