@@ -3,19 +3,21 @@ exist, after the bioS data of arXiv:2309.14316.
 
     python studies/run.py biographies-64 biographies-256
 
-Six facts about each are trained in three phrasings and asked in others; biographies/biographies.yaml has the rule.
+Six facts about each are trained in eight phrasings and asked in others; biographies/biographies.yaml has the rule.
 """
 
 from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal
 
-from last_layers import LastLayers
+from last_layers import LastLayers, Line
 from phonebook import MIMESIS, names
 from torch import nn
+from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from smoa_lab.config.run import RunConfig
@@ -34,6 +36,11 @@ FACTS = {
         "{} was born in the city of",
         "The birthplace of {} is",
         "{} comes from",
+        "Born and raised, {} is a child of",
+        "The home town of {} is",
+        "It is known that {} first saw the light of day in",
+        "Question: What is the birthplace of {}? Answer:",
+        "Question: From which city does {} come? Answer:",
         "The city where {} was born is",
         "Question: Where was {} born? Answer:",
     ],
@@ -41,6 +48,11 @@ FACTS = {
         "{} works for",
         "The employer of {} is",
         "{} is employed by",
+        "Every morning {} goes to the office of",
+        "The company of {} is",
+        "The wages of {} are paid by",
+        "Question: Who employs {}? Answer:",
+        "Question: What is the name of the employer of {}? Answer:",
         "The company that {} works for is",
         "Question: Which company does {} work for? Answer:",
     ],
@@ -48,6 +60,11 @@ FACTS = {
         "{} is by profession a",
         "The occupation of {} is",
         "{} earns a living as",
+        "By trade {} is known as a",
+        "The job title of {} is",
+        "All these years {} has worked as a",
+        "Question: What is the occupation of {}? Answer:",
+        "Question: What does {} do for a living? Answer:",
         "The profession of {} is",
         "Question: What is the job of {}? Answer:",
     ],
@@ -55,6 +72,11 @@ FACTS = {
         "At home {} speaks",
         "The first language of {} is",
         "{} grew up speaking",
+        "As a child {} learned to speak",
+        "The native language of {} is",
+        "The parents of {} only spoke",
+        "Question: What is the native language of {}? Answer:",
+        "Question: What does {} speak at home? Answer:",
         "The mother tongue of {} is",
         "Question: Which language did {} learn first? Answer:",
     ],
@@ -62,6 +84,11 @@ FACTS = {
         "{} loves to eat",
         "The favorite dish of {} is",
         "For dinner {} likes best",
+        "At every restaurant {} asks for",
+        "The favorite food of {} is",
+        "Nothing tastes better to {} than",
+        "Question: What is the favorite dish of {}? Answer:",
+        "Question: What should one cook for {}? Answer:",
         "The meal that {} prefers is",
         "Question: What does {} like to eat? Answer:",
     ],
@@ -69,13 +96,32 @@ FACTS = {
         "{} loves to drink",
         "The favorite drink of {} is",
         "At the bar {} always orders",
+        "When thirsty {} reaches for",
+        "The usual drink of {} is",
+        "In the glass of {} there is always",
+        "Question: What is the favorite drink of {}? Answer:",
+        "Question: What should one pour for {}? Answer:",
         "The drink that {} prefers is",
         "Question: What does {} like to drink? Answer:",
     ],
 }
-"""Of each fact, by the file and list of its values: three phrasings that are trained, one that chooses the learning
+"""Of each fact, by the file and list of its values: the phrasings that are trained, one that chooses the learning
 rates, and one that tests."""
-PARTS = {"train": slice(0, 3), "validation": slice(3, 4), "test": slice(4, 5)}
+TRAINED = 8
+PARTS = {"train": slice(0, TRAINED), "validation": slice(TRAINED, TRAINED + 1), "test": slice(TRAINED + 1, None)}
+
+
+class OnePhrasing(Dataset[Line]):
+    """Each fact once, in a phrasing that is drawn; ``lines`` has a fact's phrasings one after the other."""
+
+    def __init__(self, lines: Sequence[Line]) -> None:
+        self.lines = lines
+
+    def __len__(self) -> int:
+        return len(self.lines) // TRAINED
+
+    def __getitem__(self, fact: int) -> Line:
+        return self.lines[fact * TRAINED + random.randrange(TRAINED)]
 
 
 class Biographies(LastLayers):
@@ -100,6 +146,10 @@ class Biographies(LastLayers):
         stored = super().stored_config(config)
         data = {**stored["data"], "tasks": ["biographies"]}
         return {**stored, "data": data, "elsewhere": {"text": "packaged", "tokens": TEXT_TOKENS}}
+
+    @cached_property
+    def training_set(self) -> Any:
+        return OnePhrasing(self.lines(self.records.train))
 
     def _scores(self, model: nn.Module | None, config: RunConfig, part: Part) -> dict[str, Any]:
         trained = score_outcomes(self._outcomes(model, config, self.records.train))["all"]

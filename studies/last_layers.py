@@ -102,11 +102,16 @@ class LastLayers(Runner):
         hidden = hidden_below(base, LAYERS, pad_sequence(ids, batch_first=True))
         return [Line(one[: len(answer)], answer) for one, answer in zip(hidden, answers, strict=True)]
 
+    @property
+    def training_set(self) -> Any:
+        """The lines of a pass."""
+        return self.lines(self.records.train)
+
     def _fit(self, config: RunConfig, checkpoint: str | None, check: TrainerCallback) -> tuple[Any, Any, float]:
         arguments = checked_arguments(TrainingArguments(**config.training))
         set_seed(arguments.seed)
         model = with_adapter(copy.deepcopy(top_of(self.base[0], LAYERS)), self.base[1], config.method, config.adapter)
-        rows: Any = self.lines(self.records.train)
+        rows = self.training_set
         steps = math.ceil(len(rows) / arguments.per_device_train_batch_size)
         plateau = Plateau(int(arguments.warmup_steps), steps, int(arguments.num_train_epochs))
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -37,7 +37,7 @@ def test_each_fact_has_one_value_and_is_asked_in_a_phrasing_never_trained(monkey
     rows = biographies.biographies(4, words)
     assert rows == biographies.biographies(4, words)
     facts = len(biographies.FACTS)
-    assert {part: len(own) for part, own in rows.items()} == {"train": 72, "validation": 24, "test": 24}
+    assert {part: len(own) for part, own in rows.items()} == {"train": 192, "validation": 24, "test": 24}
     known: dict[str, set[Any]] = {}
     for own in rows.values():
         for row in own:

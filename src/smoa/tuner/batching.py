@@ -8,6 +8,7 @@
 | `scheduler.active_requests`, `waiting_requests`             | which requests live                                |
 | `OutputRouter.deliver_batch`                                | frees an adapter before its last answer is seen    |
 | `ContinuousBatchingLogitsProcessor`                         | lets each request have a generation config         |
+| `RequestState._new_tokens_limit`                            | ends a request                                     |
 | `_create_batch_processor`, `cache.search_prefix_match`,     | keeps cached blocks apart by adapter               |
 | `mark_complete_blocks`                                      |                                                    |
 | `inputs_and_outputs.get_model_kwargs`                       | lets other threads use the model meanwhile         |
@@ -93,11 +94,12 @@ class Lease:
 
 @dataclass(eq=False)
 class Chooser:
-    """Chooses a request's next token as its own generation config says."""
+    """Chooses a request's next token as its own generation config says. ``stops``: whether it ends with these."""
 
     processors: LogitsProcessorList
     samples: bool
     generator: torch.Generator
+    stops: Callable[[list[int]], bool] | None = None
 
     def __call__(self, tokens: list[int], scores: Tensor) -> Tensor:
         """The logits (vocabulary,) as they were processed; if it samples, all but the sampled one are -inf."""
@@ -130,6 +132,10 @@ class _Choosers(ContinuousBatchingLogitsProcessor):
             if chooses is not None:
                 try:
                     scores[row] = chooses(state.initial_tokens + state.generated_tokens, scores[row])
+                    if chooses.stops is not None:
+                        written = state.to_generation_output().generated_tokens
+                        if chooses.stops([*written, int(scores[row].argmax())]):
+                            state._new_tokens_limit = state.generated_len() + 1
                 except Exception as error:  # ends this request only
                     self._manager.failed[state.request_id] = state, error
         return scores
@@ -202,10 +208,12 @@ class PoolManager(ContinuousBatchingManager):
         adapter: str = BASE,
         generation_config: GenerationConfig | None = None,
         seed: int | None = None,
+        stops: Callable[[list[int]], bool] | None = None,
         **kwargs: Any,
     ) -> str | None:
         """As transformers' own, with the name of an adapter that is loaded or in the pool's folder and, if requests
-        may have their own, a generation config: how tokens are chosen. The same seed samples the same tokens.
+        may have their own, a generation config: how tokens are chosen. The same seed samples the same tokens. The
+        answer ends with the token for which ``stops`` is true of all that are written.
 
         Raises:
             ConfigError: there is no such adapter, all slots are in use by other adapters, a request of this name
@@ -213,8 +221,8 @@ class PoolManager(ContinuousBatchingManager):
                 seed can't be used.
             AdapterFileError: the adapter is damaged.
         """
-        if self._default is None and not (generation_config is None and seed is None):
-            raise ConfigError("add_request: generation_config and seed of a request need own_configs=True")
+        if self._default is None and any(own is not None for own in (generation_config, seed, stops)):
+            raise ConfigError("add_request: generation_config, seed and stops of a request need own_configs=True")
         own = generation_config or self._default
         if max_new_tokens is None:
             max_new_tokens = (own and own.max_new_tokens) or self.generation_config.max_new_tokens
@@ -228,7 +236,7 @@ class PoolManager(ContinuousBatchingManager):
             raise ConfigError(
                 f"add_request: tokens from {min(tokens)} to {max(tokens)}: the vocabulary has {vocabulary}"
             )
-        chooses = None if self._default is None or own is None else self._chooser(own, tokens, seed)
+        chooses = None if self._default is None or own is None else self._chooser(own, tokens, seed, stops)
         lease = Lease(adapter, self._pool._hold(adapter), chooses)
         with self._lease_lock:
             if request_id is None:
@@ -245,16 +253,16 @@ class PoolManager(ContinuousBatchingManager):
                 self._end([request_id])
         return added
 
-    def _chooser(self, config: GenerationConfig, tokens: Sequence[int], seed: int | None) -> Chooser | None:
+    def _chooser(self, config: GenerationConfig, tokens: Sequence[int], seed: int | None, stops: Any) -> Chooser | None:
         generator = torch.Generator(self.model.device)
         scores = torch.zeros(self.model.config.get_text_config().vocab_size, device=self.model.device)
         try:
-            chooses = Chooser(self.model._get_logits_processor(config), bool(config.do_sample), generator)
+            chooses = Chooser(self.model._get_logits_processor(config), bool(config.do_sample), generator, stops)
             chooses(list(tokens), scores)  # once, to find here what is wrong with the config
             generator.manual_seed(seed) if seed is not None else generator.seed()
         except Exception as error:
             raise ConfigError(f"add_request: generation_config and seed can't be used: {error}") from error
-        return chooses if chooses.samples or chooses.processors else None
+        return chooses if chooses.samples or chooses.processors or stops else None
 
     def release_ended(self, everything: bool = False) -> None:
         """Free the adapters of requests that have ended, or been canceled; called by the thread that computes."""

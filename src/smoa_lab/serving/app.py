@@ -24,13 +24,20 @@ from smoa.tuner.batching import TRIED, PoolManager
 from smoa_lab.basics.positions import positions_of
 from smoa_lab.serving.adapters import Adapters, Served
 from smoa_lab.serving.requests import Asked, AskedChat, AskedText, answer, checked, refusal
+from smoa_lab.serving.stops import Stops, UntilStop
 
 try:
     from transformers.cli.serving.chat_completion import ChatCompletionHandler
     from transformers.cli.serving.completion import CompletionHandler
     from transformers.cli.serving.model_manager import ModelManager
     from transformers.cli.serving.server import build_server
-    from transformers.cli.serving.utils import BaseHandler, CBGenerateManager, CBWorkerDeadError, GenerationState
+    from transformers.cli.serving.utils import (
+        BaseHandler,
+        CBGenerateManager,
+        CBWorkerDeadError,
+        GenerationState,
+        get_response_template,
+    )
 except ImportError as error:
     raise UnsupportedVersionError(
         f"smoa serve: the server of transformers {transformers.__version__} lacks a part of it ({error}); it was tried "
@@ -81,6 +88,17 @@ class _OfRequest(CBGenerateManager):
     def init_cb(self, model: Any, gen_config: GenerationConfig) -> None:
         self._cb.config = gen_config
 
+    def generate_streaming(self, *args: Any, **options: Any) -> tuple[Any, Any]:
+        queue, streamer = super().generate_streaming(*args, **options)
+        stops = self._cb.config.stops
+        return queue if stops is None else UntilStop(queue, stops), streamer
+
+    async def generate_non_streaming(self, *args: Any, **options: Any) -> tuple[str, int, list[int]]:
+        text, length, written = await super().generate_non_streaming(*args, **options)
+        stops = self._cb.config.stops
+        before = None if stops is None else stops.before(text)
+        return text if before is None else before, length, written
+
 
 class _Bound:
     """The running manager, whose `add_request` knows the adapter and the config of one request."""
@@ -114,6 +132,7 @@ class _Bound:
             adapter=self._key,
             generation_config=config,
             seed=config.seed,
+            stops=config.stops,
             **options,
         )
         if streaming:
@@ -139,8 +158,8 @@ class _Handler(BaseHandler):
         async with self.model_manager.adapters.held(taken["model"]) as served:
             token = _SERVED.set(served)
             try:
-                if self.asked is AskedChat and served.tokenizer.chat_template is None:
-                    raise refusal(400, f"{served.name} has no chat template; use /v1/completions", "no_chat_template")
+                if self.asked is AskedChat:
+                    self._check_chat(served, "stop" in taken)
                 return await super().handle_request(taken, request_id)  # type: ignore[misc]
             except TemplateError as error:
                 raise refusal(400, f"the chat template refuses this: {error}", "invalid_value") from error
@@ -149,15 +168,25 @@ class _Handler(BaseHandler):
             finally:
                 _SERVED.reset(token)
 
+    def _check_chat(self, served: Served, stop: bool) -> None:
+        if served.tokenizer.chat_template is None:
+            raise refusal(400, f"{served.name} has no chat template; use /v1/completions", "no_chat_template")
+        if stop and get_response_template(served.tokenizer, self.model_manager.adapters.pool.base):
+            raise refusal(400, f"stop: chats with {served.name} are parsed; leave it out", "unsupported", "stop")
+
     def _resolve_model(self, body: dict[str, Any]) -> tuple[str, Any, Any]:
         served = _SERVED.get()
         return served.name, self.model_manager.adapters.pool.base, served.tokenizer
 
     def _build_generation_config(self, body: dict[str, Any], *args: Any, **options: Any) -> GenerationConfig:
-        seed = body.pop("seed", None)  # transformers would seed all requests by it
+        seed, stop = (
+            body.pop("seed", None),
+            body.pop("stop", None),
+        )  # transformers would seed all requests, and not stop
         config: Any = super()._build_generation_config(body, *args, **options)
         if "temperature" in body or "top_p" in body:
             config.do_sample = body.get("temperature", 1) >= GREEDY
+        config.stops = Stops(stop, _SERVED.get().tokenizer) if stop else None
         config.seed, config.asked = seed, "max_tokens" in body or "max_completion_tokens" in body
         if self.asked is AskedChat:
             config.eos_token_id = _SERVED.get().ends

@@ -6,11 +6,13 @@ A field that this server cannot honor is refused, so that nothing is ignored in 
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+NotEmpty = Annotated[str, Field(min_length=1)]
 
 
 class Part(BaseModel):
@@ -36,6 +38,7 @@ class Asked(BaseModel):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = None
+    stop: Annotated[list[NotEmpty], BeforeValidator(lambda one: [one] if isinstance(one, str) else one)] | None = None
     stream: bool | None = None
 
 
@@ -66,7 +69,6 @@ NEUTRAL: dict[str, Any] = {
     "n": 1,
     "presence_penalty": 0,
     "response_format": {"type": "text"},
-    "stop": [],
     "tool_choice": "auto",
 }
 """Fields that are taken with this value only, which some clients send."""

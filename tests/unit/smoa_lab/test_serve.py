@@ -32,6 +32,7 @@ from smoa_lab.base_models import load_base_model  # noqa: E402
 from smoa_lab.config.run import ModelSection  # noqa: E402
 from smoa_lab.serving.adapters import Adapters  # noqa: E402
 from smoa_lab.serving.server import Settings, listening, serve, serving  # noqa: E402
+from smoa_lab.serving.stops import Stops, UntilStop  # noqa: E402
 
 KEY = "a secret"
 NEW = 12
@@ -160,6 +161,42 @@ def test_one_token_streams_to_its_end(client: Any, alone: Alone) -> None:
         assert chunks[-1].usage.completion_tokens == 1
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_ends_before_a_stop_and_others_go_on(client: Any, alone: Alone, stream: bool) -> None:
+    whole = alone.completion("anna", "abc")
+    found = whole[3:6]
+    for stop, expected in ((found, whole[: whole.find(found)]), (["unseen", whole[1:5]], whole[:1]), ("unseen", whole)):
+        answer = client.completions.create(
+            model="anna", prompt="abc", max_tokens=NEW, temperature=0, stop=stop, stream=stream
+        )
+        parts = list(answer) if stream else [answer]
+        assert "".join(part.choices[0].text for part in parts) == expected
+        assert parts[-1].choices[0].finish_reason == ("length" if expected == whole else "stop")
+        assert (parts[-1].usage.completion_tokens < NEW) is (expected != whole)
+    assert completed(client, "anna") == whole
+    chat = {"model": "anna", "messages": [{"role": "user", "content": "hag"}], "max_tokens": NEW, "temperature": 0}
+    whole = alone.chat("anna", "hag")
+    answer = client.chat.completions.create(**chat, stop=[whole[2:4]], stream=stream)
+    text = (
+        "".join(part.choices[0].delta.content or "" for part in answer) if stream else answer.choices[0].message.content
+    )
+    assert text == whole[: whole.find(whole[2:4])]
+
+
+def test_the_beginning_of_a_stop_is_held_back_until_it_is_known() -> None:
+    queue = asyncio.Queue[Any]()
+    shown = UntilStop(queue, Stops(["\n\n", "END"], None))
+    texts = ["one", "\n", "two E", "N", "E", "\nfour\n", "\n", "five", None]
+    for text in texts:
+        queue.put_nowait(text)
+    parts = []
+    while not parts or parts[-1] is not None:
+        parts.append(shown.get_nowait())
+    assert parts == ["one", "\ntwo ", "EN", "E\nfour", None]
+    with pytest.raises(asyncio.QueueEmpty):
+        shown.get_nowait()
+
+
 def test_each_request_samples_as_it_asks(client: Any, alone: Alone) -> None:
     assert completed(client, "anna", temperature=2, seed=1) == completed(client, "anna", temperature=2, seed=1)
     assert len({completed(client, "anna", temperature=2, seed=seed) for seed in range(4)}) > 1
@@ -183,7 +220,8 @@ def test_an_unknown_model_is_404_with_the_nearest_name(client: Any, room: Path) 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"extra_body": {"stop": ["a"]}}, "stop="),
+        ({"stop": ""}, "stop"),
+        ({"stop": ["a", 1]}, "stop"),
         ({"extra_body": {"n": 2}}, "n=2"),
         ({"extra_body": {"logprobs": 0}}, "logprobs=0"),
         ({"extra_body": {"generation_config": "{}"}}, "generation_config="),
