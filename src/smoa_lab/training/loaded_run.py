@@ -38,7 +38,6 @@ from smoa.layers.distributed import is_distributed
 from smoa_lab.base_models import base_content, data_needs, load_base_model
 from smoa_lab.basics.cache import cache_folder
 from smoa_lab.basics.extras import import_package, require
-from smoa_lab.basics.foreign import foreign_warnings_ignored
 from smoa_lab.basics.plain import Unsaved, names_secret
 from smoa_lab.basics.positions import check_positions
 from smoa_lab.config.methods import find_method
@@ -157,7 +156,6 @@ class LoadedRun:
                 )
         return checked_arguments(self.config.arguments(self.format))
 
-    @foreign_warnings_ignored()
     def fit(
         self, arguments: TrainingArguments, checkpoint: str | None, *watching: TrainerCallback
     ) -> tuple[Any, Trainer, float]:
