@@ -229,13 +229,11 @@ def test_layers_are_placed_by_their_number_and_kind() -> None:
 
 
 def test_every_kind_of_module_has_a_panel_with_a_line_for_each_adapter() -> None:
-    rows = [
-        {"adapter": adapter, "module": f"layers.{layer}.{kind}", "size": 0.1}
-        for adapter in ("ours", "theirs")
-        for layer in (0, 1)
-        for kind in ("q_proj", "up_proj")
-    ]
-    drawn = specification(by_layer(rows, {"ours": "smoa", "theirs": "lora"}, "size", "Size"))
+    modules = [f"layers.{layer}.{kind}" for layer in (0, 1) for kind in ("q_proj", "up_proj")]
+    ours, theirs = (
+        [dataclasses.replace(report(method), module=module) for module in modules] for method in ("smoa", "lora")
+    )
+    drawn = specification(by_layer({"ours": ours, "theirs": theirs}, "effective_rank", "Rank"))
     assert [panel["title"] for panel in drawn["concat"]] == ["q_proj", "up_proj"]
     scale = drawn["concat"][0]["layer"][0]["encoding"]["color"]["scale"]
     assert scale == {"domain": ["ours", "theirs"], "range": [color_of("smoa"), color_of("lora")]}
