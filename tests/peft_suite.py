@@ -78,7 +78,7 @@ EDITS = {
     ),
     '"these arguments."': '""',
     """"`target_parameters` must be a list of strings or None."
-        with pytest.raises(TypeError""": """"target_parameters='linear.weight' must be list[str]"
+        with pytest.raises(TypeError""": """"target_parameters='linear.weight' must be list.str. or null"
         with pytest.raises(ValueError""",
     "no tied modules are added": "ensure_weight_tying has no effect",
     "no tied modules were found in the model": "ensure_weight_tying has no effect",
@@ -104,6 +104,9 @@ LORAS = "reads what LoRA alone has: "
 ADAPTED = "expects a refusal of what smoa adapts: "
 LEFT_OUT: dict[str, str] = {
     "pickle": f"{REFUSED}pickles (docs/files.md)",
+    r"parameters_after_loading_model\[(Vanilla MLP 4|MLP 2 using nn.Parameter) SMoA": (
+        f"{REFUSED}factors whose ΔW may exceed float32, for the training of these diverges (docs/files.md)"
+    ),
     "MHA|mha_|multihead": f"{REFUSED}MultiheadAttention (docs/layers.md)",
     "existing_parametrization": f"{REFUSED}parametrized parameters (test_a_parametrized_parameter_is_refused)",
     "duplicate_name_without_mutation.*True|PeftMixedModel|mixed_model": f"{REFUSED}PeftMixedModel (docs/layers.md)",
@@ -165,7 +168,15 @@ IGNORED = (
 """Warnings of transformers 5.24 that PEFT 0.21's own calls give."""
 SHORT = {
     "TEST_CASES": ("Vanilla MLP 1 SMoA", "Embedding + transformers Conv1D 1 SMoA", "Conv2d 1 SMoA"),
-    "files": ("custom", "decoder", "feature_extraction", "seq_classifier", "token_classification", "target_parameters"),
+    "files": (
+        "config",
+        "custom",
+        "decoder",
+        "feature_extraction",
+        "seq_classifier",
+        "token_classification",
+        "target_parameters",
+    ),
 }
 """With --short: the cases of custom models, and files by a part of their names. Other lists keep their first case."""
 LISTS = ("TEST_CASES", "MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES", "ALL_CONFIGS")

@@ -21,14 +21,14 @@ from typing import Any
 import altair as alt
 import torch
 
-from smoa_lab.pages.charts import DASHES, MUTED, OTHER, PALETTE, SMOA, lines, save_picture, values
+from smoa_lab.pages.charts import DASHES, MUTED, OTHER, SMOA, color_of, lines, save_picture, values
 from smoa_lab.study.report import by_rate
 from smoa_lab.study.trials import TrialStore
 
 DOCS = Path(__file__).parents[1]
 IMAGES = DOCS / "images"
 RATES = IMAGES / "rates.json"
-RATE_LINES = {"LoRA": ("LoRA", (PALETTE["lora"], DASHES[1])), "SMoA, 4 / rms": ("SMoA (default)", SMOA)}
+RATE_LINES = {"LoRA": ("LoRA", (color_of("lora"), DASHES[1])), "SMoA, 4 / rms": ("SMoA (default)", SMOA)}
 """The entries that are drawn, their names there and their lines."""
 TICKS = (1e-3, 2e-3, 3e-3, 6e-3, 1e-2, 2e-2)
 HIGHEST, HIGHEST_SHARE = 0.45, 0.4

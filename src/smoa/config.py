@@ -175,11 +175,14 @@ class SmoaConfig(PeftConfig):
         """Write `adapter_config.json` in one step. The home folder in the path of a local base becomes `~`."""
         saved = copy.copy(self)
         saved.base_model_name_or_path = _without_home(self.base_model_name_or_path)
-        saved.save_id = self.make_save_id()
         with tempfile.TemporaryDirectory() as room:
             super(SmoaConfig, saved).save_pretrained(room, **kwargs)
             write_whole(Path(save_directory, CONFIG_NAME), Path(room, CONFIG_NAME).read_bytes())
         drop_save(Path(save_directory))  # this one is newer, and PEFT has written its weights
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as `adapter_config.json` has them, with the `save_id` that it would get."""
+        return {**super().to_dict(), "save_id": self.make_save_id()}
 
     def make_save_id(self) -> str | None:
         """The `save_id` of files that are saved with these settings: 32 hexadecimal digits.

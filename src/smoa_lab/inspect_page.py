@@ -54,17 +54,8 @@ def inspection_page(title: str, adapters: Reports, layers: Sequence[str] = ()) -
         rank = sum(report.rank for report in reports) / len(reports)
         trained = sum(report.parameters for report in reports)
         means.append(f"{name}: mean coverage {mean:.3f}, mean rank {rank:.0f}, {trained:,} trained")
-    rows = [
-        {
-            "adapter": name,
-            **{key: getattr(report, key) for key in ("module", "relative_spectral_norm", "effective_rank")},
-        }
-        for name, reports in adapters.items()
-        for report in reports
-    ]
-    methods, blocks = _methods_of(adapters), by_block(adapters)
-    moved = by_layer(rows, methods, "relative_spectral_norm", "‖ΔW‖₂ / ‖W‖₂")
-    ranks = by_layer(rows, methods, "effective_rank", "effective rank of ΔW")
+    moved = by_layer(adapters, "relative_spectral_norm", "‖ΔW‖₂ / ‖W‖₂")
+    blocks, ranks = by_block(adapters), by_layer(adapters, "effective_rank", "effective rank of ΔW")
     figures = {
         "How far each layer was moved": Figure(moved, FAR),
         "Coverage of the spectrum": Figure(coverage(adapters), f"{COVERAGE} {'; '.join(means)}."),
@@ -91,24 +82,24 @@ def _detail(report: LayerReport) -> Figure:
     return Figure(spectrum(report, color_of(report.method)), caption)
 
 
-def _methods_of(adapters: Reports) -> dict[str, str]:
-    return {name: reports[0].method for name, reports in adapters.items()}
-
-
-def _looks(methods: Mapping[str, str]) -> tuple[alt.Color, alt.StrokeDash]:
+def _looks(adapters: Reports) -> tuple[alt.Color, alt.StrokeDash]:
     """Color and line of each adapter, with a legend where there are several."""
-    several = len(methods) > 1
+    methods, several = {name: reports[0].method for name, reports in adapters.items()}, len(adapters) > 1
     return colors(methods, "adapter", several), dashes(methods, "adapter", several)
 
 
-def by_layer(rows: Sequence[Mapping[str, Any]], methods: Mapping[str, str], field: str, title: str) -> Any:
-    """A panel for each kind of module, such as q_proj: ``field`` along the model's layers, a line for each adapter.
-    ``rows`` have adapter, module and the field."""
-    placed = [{**row, **place(row["module"])} for row in rows]
-    color, dash = _looks(methods)
+def by_layer(adapters: Reports, field: str, title: str) -> Any:
+    """A panel for each kind of module, such as q_proj: ``field`` of the reports along the model's layers, a line for
+    each adapter."""
+    rows = [
+        {"adapter": name, "module": report.module, field: getattr(report, field), **place(report.module)}
+        for name, reports in adapters.items()
+        for report in reports
+    ]
+    color, dash = _looks(adapters)
     panels = []
-    for kind in dict.fromkeys(row["kind"] for row in placed):
-        shown = alt.Chart(values(row for row in placed if row["kind"] == kind)).encode(
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        shown = alt.Chart(values(row for row in rows if row["kind"] == kind)).encode(
             x=alt.X("layer:Q", title="layer", axis=alt.Axis(format="d", tickMinStep=1, grid=False)),
             y=alt.Y(f"{field}:Q", title=None, axis=alt.Axis(tickCount=4)),
             color=color,
@@ -145,7 +136,7 @@ def by_block(adapters: Reports) -> Any | None:
     if not rows:
         return None
     axis = alt.X("block:O", title="block, leading directions first", axis=alt.Axis(labelAngle=0))
-    color, _ = _looks(_methods_of(adapters))
+    color, _ = _looks(adapters)
     shown = alt.Chart(values(rows)).encode(x=axis, xOffset=alt.XOffset("adapter:N", sort=None), color=color)
     panels = []
     for field, title, scale in (
@@ -179,7 +170,7 @@ def coverage(adapters: Reports) -> Any:
         tooltip=tooltip(adapter="", part=".2f", share=".3f"),
     )
     even = alt.Chart(values([{"part": 0, "share": 0}, {"part": 1, "share": 1}])).encode(x="part:Q", y="share:Q")
-    color, dash = _looks(_methods_of(adapters))
+    color, dash = _looks(adapters)
     return alt.layer(
         even.mark_line(color=MUTED, strokeWidth=1, strokeDash=[4, 3]),
         shown.mark_line().encode(color=color, strokeDash=dash),

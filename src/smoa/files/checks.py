@@ -138,7 +138,7 @@ def check_parts(
     if size > torch.finfo(dtype).max:
         raise AdapterFileError(
             f"{name}: the largest values of its factors and scale multiply to {size:.0e}, beyond {dtype}; "
-            "one is damaged, fetch the adapter again"
+            "its training diverged, or one is damaged and the adapter is to be fetched again"
         )
 
 

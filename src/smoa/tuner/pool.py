@@ -341,7 +341,7 @@ class AdapterPool:
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed(x):
             batch.gathered.clear()  # an optimizer's step may come next
             return products(place.stack, tokens.plan(members, None, x.device), x.__getitem__, diagonal, ())
-        each = x[0].numel() // x.shape[-1] * max(run.rank for run in place.runs) if anchors else 0
+        each = x.numel() // (len(x) * x.shape[-1]) * max(place.ranks) if anchors else 0
         plan = tokens.plan(members, each, x.device)
         return products(place.stack, plan, x.__getitem__, diagonal, *batch.factors(place, plan))
 

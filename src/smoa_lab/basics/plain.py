@@ -14,12 +14,14 @@ from typing import Any, TypeVar, cast
 from huggingface_hub import constants
 
 
-def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
-    """``value`` with each plain value within dictionaries and lists changed."""
+def _mapped(value: Any, change: Callable[[Any], Any], hides: Callable[[str], bool] = lambda key: False) -> Any:
+    """``value`` with each plain value within dictionaries and lists changed, and without texts whose key ``hides``
+    them."""
     if isinstance(value, dict):
-        return {key: _mapped(inside, change) for key, inside in value.items()}
+        kept = ((key, inside) for key, inside in value.items() if not (isinstance(inside, str) and hides(str(key))))
+        return {key: _mapped(inside, change, hides) for key, inside in kept}
     if isinstance(value, list | tuple):
-        return [_mapped(inside, change) for inside in value]
+        return [_mapped(inside, change, hides) for inside in value]
     return change(value)
 
 
@@ -82,16 +84,10 @@ def without_secrets(value: Value) -> Value:
     with suppress(OSError, UnicodeDecodeError):
         tokens.append(Path(constants.HF_TOKEN_PATH).read_text(encoding="utf-8").strip())
     known = sorted((token for token in tokens if len(token) >= SHORTEST and "/" not in token), key=len, reverse=True)
-    return cast(Value, _cleaned(value, known))
 
+    def cleaned(leaf: Any) -> Any:
+        for token in known if isinstance(leaf, str) else ():
+            leaf = leaf.replace(token, "***")
+        return leaf
 
-def _cleaned(value: Any, tokens: list[str]) -> Any:
-    if isinstance(value, dict):
-        secret = {key for key, text in value.items() if isinstance(text, str) and names_secret(str(key))}
-        return {key: _cleaned(inside, tokens) for key, inside in value.items() if key not in secret}
-    if isinstance(value, list | tuple):
-        return [_cleaned(inside, tokens) for inside in value]
-    if isinstance(value, str):
-        for token in tokens:
-            value = value.replace(token, "***")
-    return value
+    return cast(Value, _mapped(value, cleaned, names_secret))

@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal
 import typer
 
 from smoa_lab.basics.extras import advice, missing
-from smoa_lab.basics.foreign import ignore_foreign_warnings
 from smoa_lab.basics.plain import json_text
 
 FULL_DISK = ("No space left", "quota exceeded", "inline_container", "iostream error")
@@ -36,7 +35,6 @@ def reporting(*modules: str) -> Iterator[None]:
         raise failed(f"this command {lacking}")
     from smoa.errors import SmoaError
 
-    ignore_foreign_warnings()
     try:
         with _logging():
             yield

@@ -20,7 +20,6 @@ from transformers import TrainingArguments
 
 from smoa.errors import ConfigError
 from smoa_lab.basics.extras import import_package
-from smoa_lab.basics.foreign import foreign_warnings_ignored
 from smoa_lab.basics.plain import without_secrets
 from smoa_lab.basics.section import Section, Seed
 from smoa_lab.config.methods import MethodName
@@ -256,8 +255,7 @@ class RunConfig(Section):
             training |= {"assistant_only_loss": False, "completion_only_loss": None}
             training |= {} if training.get("packing") else {"max_length": None}
         try:
-            with foreign_warnings_ignored():
-                return target(**training)
+            return target(**training)
         except (ValueError, TypeError) as error:
             raise ConfigError(f"training: {error}") from error
 

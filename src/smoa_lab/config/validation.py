@@ -23,7 +23,6 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 
 from smoa.errors import ConfigError, DataError, nearest
 from smoa_lab.basics.extras import install
-from smoa_lab.basics.foreign import foreign_warnings_ignored
 from smoa_lab.config.methods import find_method
 from smoa_lab.data.tasks import find_task
 
@@ -130,8 +129,7 @@ def _training_problems(training: Any, training_class: type[TrainingArguments]) -
     yield from problems
     if not problems:
         try:
-            with foreign_warnings_ignored():
-                training_class(**training)
+            training_class(**training)
         except (ValueError, TypeError, ImportError) as error:
             yield ("training",), str(error)
 

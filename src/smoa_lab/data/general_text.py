@@ -43,22 +43,18 @@ def _paragraphs(source: str) -> Iterable[str]:
     if source == STORY:
         return Path(__file__).with_name("in_the_year_2889.txt").read_text(encoding="utf-8").split("\n\n")
     if source == FINEWIKI:
-        return _articles()
+        datasets = import_package("datasets", "forgetting.text: finewiki")
+        try:
+            stream = datasets.load_dataset("HuggingFaceFW/finewiki", split="train", streaming=True)
+            return [row["text"][:2000] for row in islice(stream, ARTICLES)]
+        except (OSError, ValueError, RuntimeError) as error:
+            raise DataError(f"forgetting.text: finewiki: cannot be read from the Hub: {error}; use packaged") from error
     try:
         return Path(source).expanduser().read_text(encoding="utf-8").split("\n\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"forgetting.text: {source}: cannot be read: {error}; give packaged, finewiki, or a text file in UTF-8"
         ) from error
-
-
-def _articles() -> list[str]:
-    datasets = import_package("datasets", "forgetting.text: finewiki")
-    try:
-        stream = datasets.load_dataset("HuggingFaceFW/finewiki", split="train", streaming=True)
-        return [row["text"][:2000] for row in islice(stream, ARTICLES)]
-    except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(f"forgetting.text: finewiki: cannot be read from the Hub: {error}; use packaged") from error
 
 
 def _joined(paragraphs: Iterable[str]) -> Iterator[str]:

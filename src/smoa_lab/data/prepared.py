@@ -113,9 +113,13 @@ class PreparedRows:
         return list(map(row_from_json, self.part(part, at_most, seed)["row"]))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Reading:
-    """What is to be read, and how it is split and encoded."""
+    """What is to be read, how it is split and encoded, and what was counted meanwhile.
+
+    ``cut`` rows are longer than ``max_length``; ``dropped`` ones have nothing within it that is trained. ``repeated``
+    rows are kept; ``also_in_test`` ones are left out of training.
+    """
 
     train: RowSource
     test: RowSource | None
@@ -123,9 +127,22 @@ class Reading:
     shares: Shares
     encoder: Encoder
 
+    def __post_init__(self) -> None:
+        self.parts: Counter[str] = Counter()
+        self.lengths = array("I")
+        self.counts = dict.fromkeys(("trained_tokens", "cut", "dropped", "repeated", "also_in_test", "bad"), 0)
+        self.faults: list[str] = []
+        self.held_out: set[int] = set()
+        self.seen: set[int] = set()
+
     def folder(self) -> Path:
         """Where the tokens are kept: named after everything that decides them."""
-        encoder, tokenizer = self.encoder, self._tokenizer()
+        encoder, tokenizer = self.encoder, self.encoder.tokenizer
+        if not tokenizer.is_fast:
+            raise DataError(
+                f"model.name: its {type(tokenizer).__name__} cannot tell where in the text its tokens are, which rows "
+                "need; use a model with a tokenizer.json, or train on questions"
+            )
         decided = {
             "version": VERSION,
             "sources": [source.state() for source in (self.train, self.test) if source is not None],
@@ -156,56 +173,30 @@ class Reading:
             with locks.FileLock(f"{folder}.lock"):
                 if not folder.is_dir():
                     with new_folder(folder) as temporary:
-                        account = _Pass(self, temporary).read()
+                        account = self._read_all(temporary)
                         write_whole(temporary / "account.json", json.dumps(account, ensure_ascii=False))
         return PreparedRows(folder, json.loads((folder / "account.json").read_text(encoding="utf-8")))
 
-    def _tokenizer(self) -> Any:
-        tokenizer = self.encoder.tokenizer
-        if not tokenizer.is_fast:
-            raise DataError(
-                f"model.name: its {type(tokenizer).__name__} cannot tell where in the text its tokens are, which rows "
-                "need; use a model with a tokenizer.json, or train on questions"
-            )
-        return tokenizer
-
-
-class _Pass:
-    """One pass over the rows, which writes them out part by part and counts them.
-
-    ``cut`` rows are longer than ``max_length``; ``dropped`` ones have nothing within it that is trained. ``repeated``
-    rows are kept; ``also_in_test`` ones are left out of training.
-    """
-
-    def __init__(self, wanted: Reading, folder: Path) -> None:
-        self.wanted, self.folder, self.format = wanted, folder, wanted.format
-        self.parts: Counter[str] = Counter()
-        self.lengths = array("I")
-        self.counts = dict.fromkeys(("trained_tokens", "cut", "dropped", "repeated", "also_in_test", "bad"), 0)
-        self.faults: list[str] = []
-        self.held_out: set[int] = set()
-        self.seen: set[int] = set()
-
-    def read(self) -> dict[str, Any]:
-        """Read all sources; the account of them."""
+    def _read_all(self, folder: Path) -> dict[str, Any]:
+        """Read all sources once and write their rows into ``folder``, part by part; the account of them."""
         datasets = import_package("datasets", "data.train")
         writer = import_package("datasets.arrow_writer", "data.train").ArrowWriter
         integers = datasets.List(datasets.Value("int32"))
         columns = datasets.Features({"input_ids": integers, "labels": integers, "row": datasets.Value("string")})
-        test, counts, length = self.wanted.test, self.counts, self.wanted.encoder.max_length
+        counts, length = self.counts, self.encoder.max_length
         with ExitStack() as stack:
             self.writers = {
-                part: stack.enter_context(writer(path=str(self.folder / f"{part}.arrow"), features=columns))
+                part: stack.enter_context(writer(path=str(folder / f"{part}.arrow"), features=columns))
                 for part in PARTS
             }
-            if test is not None:
-                self._read(test, is_test=True)
-            self._read(self.wanted.train, is_test=False)
+            if self.test is not None:
+                self._read(self.test, is_test=True)
+            self._read(self.train, is_test=False)
             for part in self.writers.values():
                 part.finalize()
         if not self.parts["train"] and not counts["bad"]:
             raise DataError(
-                f"{self.wanted.train.name}: leaves no rows to train on: {counts['also_in_test']} are in the test data "
+                f"{self.train.name}: leaves no rows to train on: {counts['also_in_test']} are in the test data "
                 f"too, {counts['dropped']} have nothing trained within {length} tokens, {self.parts['test']} are held "
                 "out"
             )
@@ -236,7 +227,7 @@ class _Pass:
 
     def _part(self, row: Row, is_test: bool) -> Part | None:
         """Where the row goes; None if the test data have it too."""
-        digest, shares = row.digest, self.wanted.shares
+        digest, shares = row.digest, self.shares
         key = int(digest[:16], 16)
         is_held_out = key in self.held_out
         self.counts["repeated"] += key in self.seen and not is_held_out
@@ -247,10 +238,10 @@ class _Pass:
         if is_held_out:
             self.counts["also_in_test"] += 1
             return None
-        return (shares if self.wanted.test is None else Shares(shares.validation, 0.0)).part(digest)
+        return (shares if self.test is None else Shares(shares.validation, 0.0)).part(digest)
 
     def _write(self, row: Row, part: Part) -> None:
-        tokens = self.wanted.encoder.encode(row)
+        tokens = self.encoder.encode(row)
         self.lengths.append(len(tokens.input_ids) + tokens.cut)
         self.counts["cut"] += tokens.cut > 0
         self.counts["trained_tokens"] += tokens.trained

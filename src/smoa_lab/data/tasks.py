@@ -51,11 +51,6 @@ class FileTask(Section):
     family: Family = "text"
     columns: Columns = Columns()
 
-    @property
-    def is_parquet(self) -> bool:
-        """Whether a package is needed to read it."""
-        return any(str(path).endswith(".parquet") for path in (self.train, self.test))
-
 
 @dataclass(frozen=True)
 class Task:
@@ -90,7 +85,7 @@ def find_task(name: str, source: Source = "packaged", files: Mapping[str, FileTa
     """The task of that name, a file of the user's own first; raises DataError that names the nearest one."""
     own = (files or {}).get(name)
     if own is not None:
-        needs = ("pyarrow",) if own.is_parquet else ()
+        needs = ("pyarrow",) if any(str(path).endswith(".parquet") for path in (own.train, own.test)) else ()
         return Task(own.family, own.train, partial(read_file_split, name, own), needs, cached=False)
     if name in TASKS:
         return ON_HUB.get(name, TASKS[name]) if source == "hub" else TASKS[name]

@@ -13,41 +13,24 @@ import altair as alt
 
 from smoa.atomic import write_whole
 
-PALETTE = {
-    "smoa": "#0072b2",
-    "melora": "#4bd2b4",
-    "lora": "#d55e00",
-    "rslora": "#f0a500",
-    "dora": "#b45a87",
-    "pissa": "#87a54b",
-    "hira": "#a51eff",
-    "gralora": "#f00fd2",
-    "loha": "#5a96ff",
-    "corda": "#60303c",
-    "lora-reduced": "#782400",
-    "adalora": "#c3c387",
-    "osf": "#a5c3ff",
-    "full": "#87785a",
+METHODS = {
+    "smoa": ("SMoA", "#0072b2"),
+    "melora": ("MELoRA", "#4bd2b4"),
+    "lora": ("LoRA", "#d55e00"),
+    "rslora": ("rsLoRA", "#f0a500"),
+    "dora": ("DoRA", "#b45a87"),
+    "pissa": ("PiSSA", "#87a54b"),
+    "hira": ("HiRA", "#a51eff"),
+    "gralora": ("GraLoRA", "#f00fd2"),
+    "loha": ("LoHa", "#5a96ff"),
+    "corda": ("CorDA", "#60303c"),
+    "lora-reduced": ("LoRA without intruders", "#782400"),
+    "adalora": ("AdaLoRA", "#c3c387"),
+    "osf": ("OSF", "#a5c3ff"),
+    "full": ("full fine-tuning", "#87785a"),
 }
-"""Any two stay apart for readers without one kind of cones, and on light and dark paper."""
-
-NAMES = {
-    "smoa": "SMoA",
-    "melora": "MELoRA",
-    "lora": "LoRA",
-    "rslora": "rsLoRA",
-    "dora": "DoRA",
-    "pissa": "PiSSA",
-    "hira": "HiRA",
-    "gralora": "GraLoRA",
-    "loha": "LoHa",
-    "corda": "CorDA",
-    "lora-reduced": "LoRA without intruders",
-    "adalora": "AdaLoRA",
-    "osf": "OSF",
-    "full": "full fine-tuning",
-}
-"""What pictures call the methods."""
+"""What pictures call the methods, and their colors. Any two stay apart for readers without one kind of cones, and on
+light and dark paper."""
 
 MUTED = "#909498"
 """What is not in the foreground, and methods without a color of their own, which differ in their lines."""
@@ -66,33 +49,32 @@ PANEL = 144
 """Pixels of a chart, and of a panel of several."""
 
 
+def name_of(method: str) -> str:
+    """What pictures call the method."""
+    return METHODS.get(method, (method, MUTED))[0]
+
+
 def color_of(method: str) -> str:
     """The method's color."""
-    return PALETTE.get(method, MUTED)
+    return METHODS.get(method, (method, MUTED))[1]
 
 
-def dash_of(methods: Mapping[str, str]) -> dict[str, list[int]]:
-    """The line of each entry: they differ in gray too."""
-    return dict(zip(methods, cycle(DASHES), strict=False))
-
-
-def colors(methods: Mapping[str, str], field: str = "entry", legend: bool = False) -> alt.Color:
+def colors(methods: Mapping[str, str], field: str = "entry", legend: bool = False) -> Any:
     """The encoding of ``field``, whose values are the keys, by the color of each one's method."""
-    scale = alt.Scale(domain=list(methods), range=[color_of(method) for method in methods.values()])
-    return alt.Color(f"{field}:N", scale=scale, legend=_legend() if legend else None)
+    return _encoding(alt.Color, field, {entry: color_of(method) for entry, method in methods.items()}, legend)
 
 
-def dashes(methods: Mapping[str, str], field: str = "entry", legend: bool = False) -> alt.StrokeDash:
+def dashes(methods: Iterable[str], field: str = "entry", legend: bool = False) -> Any:
     """The encoding of ``field`` by line, to go with :func:`colors`, and in one legend with it."""
-    lines = dash_of(methods)
-    scale = alt.Scale(domain=list(lines), range=list(lines.values()))
-    return alt.StrokeDash(f"{field}:N", scale=scale, legend=_legend() if legend else None)
+    return _encoding(alt.StrokeDash, field, dict(zip(methods, cycle(DASHES), strict=False)), legend)
 
 
-def _legend() -> alt.Legend:
-    return alt.Legend(
+def _encoding(channel: Any, field: str, looks: Mapping[str, Any], has_legend: bool) -> Any:
+    legend = alt.Legend(
         title=None, orient="top", symbolType="stroke", symbolStrokeWidth=2, symbolOpacity=1, symbolSize=300
     )
+    scale = alt.Scale(domain=list(looks), range=list(looks.values()))
+    return channel(f"{field}:N", scale=scale, legend=legend if has_legend else None)
 
 
 def tooltip(**formats: str) -> list[alt.Tooltip]:
@@ -134,8 +116,7 @@ def specification(chart: Any) -> dict[str, Any]:
     return drawn
 
 
-SMOA = (PALETTE["smoa"], DASHES[0])
-LORA = (PALETTE["lora"], DASHES[0])
+SMOA = (color_of("smoa"), DASHES[0])
 OTHER = (MUTED, DASHES[1])
 """A line's color and dash."""
 
@@ -149,10 +130,9 @@ def lines(
     height: int = 190,
 ) -> Any:
     """A line with points for each of ``names``, the values of ``name`` in the rows, in its color and dash."""
-    shades, dashes = zip(*names.values(), strict=True)
-    legend = _legend() if len(names) > 1 else None
-    color = alt.Color("name:N", scale=alt.Scale(domain=list(names), range=list(shades)), legend=legend)
-    dash = alt.StrokeDash("name:N", scale=alt.Scale(domain=list(names), range=list(dashes)), legend=legend)
+    has_legend = len(names) > 1
+    color = _encoding(alt.Color, "name", {name: shade for name, (shade, _) in names.items()}, has_legend)
+    dash = _encoding(alt.StrokeDash, "name", {name: pattern for name, (_, pattern) in names.items()}, has_legend)
     fields = [str(axis.shorthand).removesuffix(":Q") for axis in (x, y)]
     chart = alt.Chart(values(rows)).encode(
         x=x, y=y, color=color, tooltip=tooltip(name="", **dict.fromkeys(fields, "~g"))

@@ -117,22 +117,20 @@ class Evaluation:
     """Measures a model on held-out ``rows`` before and after training, and lets it answer the first ``samples``.
 
     ``evaluation`` has the scores of each stage: of questions those of :class:`Scores` by task, of other rows loss and
-    perplexity, of preferences those of the better completions. ``tokens`` are the rows as tokens, if they are known.
-    Without ``baseline`` questions are scored after training only.
+    perplexity, of preferences those of the better completions. Without ``baseline`` questions are scored after training
+    only.
     """
 
     def __init__(
         self,
         encoder: Encoder,
         rows: Sequence[Row],
-        tokens: Sequence[Tokens] | None = None,
         samples: int = 0,
         batch_tokens: int = 4096,
         baseline: bool = True,
     ) -> None:
         self.encoder, self.rows, self.batch_tokens, self.baseline = encoder, rows, batch_tokens, baseline
         self.are_questions = bool(rows) and bool(rows[0].task)
-        self.tokens = tokens
         longest = None if self.are_questions else encoder.max_length
         prompts = ((row, encoder.prompt(row, longest)) for row in rows[:samples])
         self.prompts = [(row, *prompt) for row, prompt in prompts if prompt is not None]
@@ -173,8 +171,7 @@ class Evaluation:
             gold = [self.encoder.gold(row) for row in self.rows]
             scores = score(model, gold, self.encoder.pad, self.batch_tokens)
             return Losses([row.loss for row in scores], [len(row.nll) for row in scores])
-        tokens = self.tokens if self.tokens is not None else [self.encoder.encode(row) for row in self.rows]
-        return row_losses(model, tokens, self.encoder.pad)
+        return row_losses(model, [self.encoder.encode(row) for row in self.rows], self.encoder.pad)
 
     @property
     def gain(self) -> dict[str, float] | None:

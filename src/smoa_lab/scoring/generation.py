@@ -64,7 +64,9 @@ def evaluate_by_generation(
     generated: list[Generated] = []
     for name in dict.fromkeys(row.task for row in rows):
         family, chosen = families[name], [row for row in rows if row.task == name]
-        texts = generate(model, encoder, chosen, NEW_TOKENS[family], batch_size, num_beams)
+        prompts = [encoder.answered(row, "", end=False).prompt for row in chosen]
+        options = {"num_beams": num_beams, "eos_token_id": encoder.tokenizer.eos_token_id}
+        texts = continue_prompts(model, encoder.tokenizer, prompts, NEW_TOKENS[family], batch_size, **options)
         extract, answers = EXTRACTORS[family], []
         for row, text in zip(chosen, texts, strict=True):
             wanted = extract(row, gold_response(row, encoder.style), encoder.style) or str(row.completion)
@@ -72,15 +74,6 @@ def evaluate_by_generation(
         scores[name] = _scores(answers, family)
         generated += answers
     return scores, generated
-
-
-def generate(
-    model: Any, encoder: Encoder, rows: Sequence[Row], new_tokens: int, batch_size: int, num_beams: int = 1
-) -> list[str]:
-    """The text that the model writes for each row, in order, up to its end token."""
-    prompts = [encoder.answered(row, "", end=False).prompt for row in rows]
-    options = {"num_beams": num_beams, "eos_token_id": encoder.tokenizer.eos_token_id}
-    return continue_prompts(model, encoder.tokenizer, prompts, new_tokens, batch_size, **options)
 
 
 def continue_prompts(

@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -184,44 +184,35 @@ def check_machines(ray: Any, place: Place) -> None:
     Raises:
         DataError: a machine cannot import what runs jobs, has another version of smoa, or does not share the folder.
     """
-    on = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
-    for node in ray.nodes():
-        if node["Alive"] and node["Resources"].get("CPU"):
-            there = {"num_cpus": 0, "scheduling_strategy": on(node["NodeID"], soft=False)}
-            answer = ray.remote(_question(__name__)).options(**there).remote()
-            host, python, version, problem = result_of(ray, answer, "checking the machines")
-            if version != smoa.__version__:
-                fault = f"cannot run a study's runs ({problem})"
-                if version is not None:
-                    fault = f"has smoa {version}, and this machine {smoa.__version__}"
-                raise DataError(
-                    f"{host}: {python} {fault}; install smoa {smoa.__version__} there with its extra cluster, and give "
-                    "`ray start` in that environment: all machines of a cluster must have the same versions"
-                )
-            entering = ray.remote(Place.enter).options(**there).remote(place)
-            result_of(ray, entering, "checking the machines")
+    module, ours = __name__, smoa.__version__
 
-
-def _question(module: str) -> Callable[[], tuple[str, str, str | None, str]]:
-    """Asks a machine for its name, its Python, and its smoa or why that can't be imported.
-
-    It is defined within a function and imports what it needs itself, so that Ray sends its code: a function of a module
-    is sent by name, and fails unexplained where the module is missing.
-    """
-
-    def ask() -> tuple[str, str, str | None, str]:
+    def fault() -> str | None:
+        """Why a machine can't run jobs. Ray sends the code of this function, as it is within another one: a function of
+        a module is sent by name, and fails unexplained where the module is missing."""
         import importlib
         import socket
         import sys
 
+        here = f"{socket.gethostname()}: {sys.executable}"
         try:
             importlib.import_module(module)
-            version = importlib.import_module("smoa").__version__
+            theirs = importlib.import_module("smoa").__version__
         except Exception as error:  # whatever an environment raises that lacks something
-            return socket.gethostname(), sys.executable, None, str(error)
-        return socket.gethostname(), sys.executable, version, ""
+            return f"{here} cannot run a study's runs ({error})"
+        return None if theirs == ours else f"{here} has smoa {theirs}, and this machine {ours}"
 
-    return ask
+    on = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
+    for node in ray.nodes():
+        if node["Alive"] and node["Resources"].get("CPU"):
+            there = {"num_cpus": 0, "scheduling_strategy": on(node["NodeID"], soft=False)}
+            problem = result_of(ray, ray.remote(fault).options(**there).remote(), "checking the machines")
+            if problem is not None:
+                raise DataError(
+                    f"{problem}; install smoa {ours} there with its extra cluster, and give `ray start` in that "
+                    "environment: all machines of a cluster must have the same versions"
+                )
+            entering = ray.remote(Place.enter).options(**there).remote(place)
+            result_of(ray, entering, "checking the machines")
 
 
 def equal_share(machines: Sequence[tuple[int, int]], workers: int, on_gpus: bool) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 from smoa import SmoaConfig
 from smoa.atomic import write_whole
-from smoa_lab.pages.charts import NAMES, save_pictures
+from smoa_lab.pages.charts import name_of, save_pictures
 from smoa_lab.pages.tables import Cell, Table
 from smoa_lab.pages.templates import SCRIPT, Figure, render, write_page
 from smoa_lab.study import charts
@@ -268,7 +268,7 @@ def full_names(store: TrialStore) -> dict[str, str]:
         if entry not in names:
             config = (store.find(run) or {})["config"]
             method, adapter = config["method"], config.get("adapter", {})
-            names[entry] = NAMES.get(method, method)
+            names[entry] = name_of(method)
             if method == "smoa":
                 usual = SmoaConfig()
                 changed = [key for key in adapter if key not in SIZES and adapter[key] != getattr(usual, key, None)]

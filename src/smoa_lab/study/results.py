@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-from pydantic import BeforeValidator, TypeAdapter
+from pydantic import TypeAdapter
 
 from smoa.errors import DataError
 from smoa_lab.basics.plain import finite
@@ -19,6 +19,7 @@ from smoa_lab.study.statistics import (
     Difference,
     Floats,
     Interval,
+    Number,
     accuracy_difference,
     accuracy_interval,
     check_paired,
@@ -30,8 +31,6 @@ from smoa_lab.study.study import Study
 from smoa_lab.study.trials import Result
 
 Machine = tuple[str | None, int | None]
-Number = Annotated[float, BeforeValidator(lambda value: np.nan if value is None else value)]
-"""JSON has null for what a diverged run left without a number."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +64,6 @@ def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def from_json(values: Sequence[dict[str, Any]]) -> list[Row]:
     """The rows of a stored summary: what :func:`as_json` wrote."""
-    nan = dict.fromkeys(("mean", "low", "high"), np.nan)
-    differing = ("loss_difference", "accuracy_difference")
-    for row in (values := [dict(row) for row in values]):
-        row |= {key: {**row[key], **nan} for key in differing if row[key] and row[key]["mean"] is None}
     return TypeAdapter(list[Row]).validate_python(values)
 
 

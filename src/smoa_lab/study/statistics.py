@@ -10,14 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BeforeValidator
 
 from smoa.errors import DataError
 
 Floats = NDArray[np.float64]
+Number = Annotated[float, BeforeValidator(lambda value: np.nan if value is None else value)]
+"""Stored summaries have null for what a diverged run left without a number."""
 Verdict = Literal["better", "same", "worse", "one seed"]
 RESAMPLES = 4000
 AT_ONCE = 100
@@ -48,9 +51,9 @@ class Outcomes:
 class Interval:
     """A mean over seeds and questions with its 95 % interval."""
 
-    mean: float
-    low: float
-    high: float
+    mean: Number
+    low: Number
+    high: Number
 
     def signed(self, scale: float, digits: int) -> str:
         """``mean [low, high]`` as text, with their signs; of a run that diverged there are none."""

@@ -38,7 +38,6 @@ from smoa.layers.distributed import is_distributed
 from smoa_lab.base_models import base_content, data_needs, load_base_model
 from smoa_lab.basics.cache import cache_folder
 from smoa_lab.basics.extras import import_package, require
-from smoa_lab.basics.foreign import foreign_warnings_ignored
 from smoa_lab.basics.plain import Unsaved, names_secret
 from smoa_lab.basics.positions import check_positions
 from smoa_lab.config.methods import find_method
@@ -47,7 +46,6 @@ from smoa_lab.data.chat_templates import set_chat_template, stop_at_turns_end
 from smoa_lab.data.encoding import Encoder, Tokens
 from smoa_lab.data.files import FileSource, HubSource, RowSource
 from smoa_lab.data.prepared import Part, PreparedRows, Reading, Shares, require_good_rows
-from smoa_lab.data.rows import Row
 from smoa_lab.data.tasks import Selection
 from smoa_lab.scoring.evaluation import Evaluation
 from smoa_lab.scoring.losses import Losses
@@ -108,24 +106,16 @@ class LoadedRun:
         content = self.data.folder.name if isinstance(self.data, PreparedRows) else self.data.content
         return {"data": content, "base model": base_content(self.config.model)}
 
-    @property
-    def test_rows(self) -> list[Row]:
-        """What is held out for the test."""
-        if isinstance(self.data, Selection):
-            return self.data.test
-        return self.data.rows("test", self.config.rows.test_examples, self.config.data.seed)
-
     def evaluation(self, alone: bool = True) -> Evaluation:
         """What will be measured; ``alone`` is false if the model is spread over several processes, which write
         nothing."""
         task = self.config.task
         if isinstance(self.data, Selection):
             samples = task.samples * alone
-            return Evaluation(self.encoder, self.data.test, None, samples, task.eval_batch_tokens, task.baseline)
+            return Evaluation(self.encoder, self.data.test, samples, task.eval_batch_tokens, task.baseline)
         section = self.config.rows
-        held_out = self.data.part("test", section.test_examples, section.seed)
-        tokens = [Tokens(row["input_ids"], row["labels"]) for row in held_out]
-        return Evaluation(self.encoder, self.test_rows, tokens, section.samples * alone)
+        held_out = self.data.rows("test", section.test_examples, section.seed)
+        return Evaluation(self.encoder, held_out, section.samples * alone)
 
     def held_out_losses(self, model: Any) -> Losses:
         """The losses of the gold answers of all held-out questions, or of all held-out rows."""
@@ -157,7 +147,6 @@ class LoadedRun:
                 )
         return checked_arguments(self.config.arguments(self.format))
 
-    @foreign_warnings_ignored()
     def fit(
         self, arguments: TrainingArguments, checkpoint: str | None, *watching: TrainerCallback
     ) -> tuple[Any, Trainer, float]:

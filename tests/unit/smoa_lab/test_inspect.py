@@ -22,7 +22,7 @@ from smoa_lab.base_models import load_base_model
 from smoa_lab.config.run import ModelSection
 from smoa_lab.inspect import LayerReport, adapted_layers, inspect_layers, layer_table, weights_and_updates
 from smoa_lab.inspect_page import POINTS, by_block, by_layer, coverage, inspection_page, place, spectrum
-from smoa_lab.pages.charts import MUTED, PALETTE, specification
+from smoa_lab.pages.charts import MUTED, color_of, specification
 from tests.support import lab, tiny_models
 from tests.support.layers import Wrapper
 from tests.support.tiny_mixtures import EXPERTS, build_mixture, matrix_of, wrappers
@@ -229,16 +229,14 @@ def test_layers_are_placed_by_their_number_and_kind() -> None:
 
 
 def test_every_kind_of_module_has_a_panel_with_a_line_for_each_adapter() -> None:
-    rows = [
-        {"adapter": adapter, "module": f"layers.{layer}.{kind}", "size": 0.1}
-        for adapter in ("ours", "theirs")
-        for layer in (0, 1)
-        for kind in ("q_proj", "up_proj")
-    ]
-    drawn = specification(by_layer(rows, {"ours": "smoa", "theirs": "lora"}, "size", "Size"))
+    modules = [f"layers.{layer}.{kind}" for layer in (0, 1) for kind in ("q_proj", "up_proj")]
+    ours, theirs = (
+        [dataclasses.replace(report(method), module=module) for module in modules] for method in ("smoa", "lora")
+    )
+    drawn = specification(by_layer({"ours": ours, "theirs": theirs}, "effective_rank", "Rank"))
     assert [panel["title"] for panel in drawn["concat"]] == ["q_proj", "up_proj"]
     scale = drawn["concat"][0]["layer"][0]["encoding"]["color"]["scale"]
-    assert scale == {"domain": ["ours", "theirs"], "range": [PALETTE["smoa"], PALETTE["lora"]]}
+    assert scale == {"domain": ["ours", "theirs"], "range": [color_of("smoa"), color_of("lora")]}
 
 
 def test_blocks_have_their_coverage_and_scale_in_one_chart() -> None:
@@ -254,9 +252,9 @@ def test_the_coverage_rises_to_one_where_the_energy_ends() -> None:
 
 
 def test_a_long_spectrum_is_drawn_by_some_of_its_values_with_a_bar_for_each_block() -> None:
-    drawn = specification(spectrum(report(blocks=3), PALETTE["smoa"]))
+    drawn = specification(spectrum(report(blocks=3), color_of("smoa")))
     assert {len(rows) for rows in drawn["datasets"].values()} == {POINTS, 3}
-    assert {layer["layer"][0]["mark"]["color"] for layer in drawn["vconcat"][0]["layer"]} == {MUTED, PALETTE["smoa"]}
+    assert {layer["layer"][0]["mark"]["color"] for layer in drawn["vconcat"][0]["layer"]} == {MUTED, color_of("smoa")}
     nothing = torch.zeros(SIZE).double()
     flat = UpdateSpectrum(torch.ones(SIZE).double(), nothing, nothing, nothing)
     assert drawn_rows(spectrum(dataclasses.replace(report(blocks=0), spectrum=flat), MUTED))

@@ -156,8 +156,9 @@ def _products(stack: StackedFactors, x: Tensor, gathered: Gathered, diagonal: Se
 
 def _multiplied(values: Tensor, entries: Tensor, dtype: torch.dtype) -> Tensor:
     """Each block's values times its entries (blocks, …, …): (groups, tokens, rank, blocks, …) of such values."""
-    product = values.to(dtype).flatten(0, 2).transpose(0, 1) @ entries.to(dtype)
-    return product.transpose(0, 1).view(*values.shape[:4], product.shape[2])
+    groups, tokens, rank, blocks, _ = values.shape
+    product = torch.bmm(values.to(dtype).flatten(0, 2).transpose(0, 1), entries.to(dtype))
+    return product.transpose(0, 1).view(groups, tokens, rank, blocks, entries.shape[2])
 
 
 def _summed(values: Tensor) -> Tensor:
@@ -167,14 +168,18 @@ def _summed(values: Tensor) -> Tensor:
 
 def _inputs(run: BlockRun, x: Tensor) -> Tensor:
     """(groups, tokens, 1, blocks, width), of x (groups, tokens, in_features) sorted by block."""
-    columns = x.narrow(2, run.first_col, run.count * run.width)
-    return columns.view(*x.shape[:2], 1, run.count, run.width)
+    return _columns(x, run.first_col, run.count, run.width)
 
 
 def _outputs(run: BlockRun, y: Tensor) -> Tensor:
     """(groups, tokens, 1, blocks, height), of y (groups, tokens, out_features) sorted by block."""
-    columns = y.narrow(2, run.first_row, run.count * run.height)
-    return columns.view(*y.shape[:2], 1, run.count, run.height)
+    return _columns(y, run.first_row, run.count, run.height)
+
+
+def _columns(x: Tensor, first: int, blocks: int, size: int) -> Tensor:
+    groups, tokens, width = x.shape
+    own = x if width == blocks * size else x.narrow(2, first, blocks * size)
+    return own.view(groups, tokens, 1, blocks, size)
 
 
 def _unmodulated(stack: StackedFactors, x: Tensor, gathered: Gathered) -> Tensor:

@@ -108,4 +108,4 @@ def products(
     for (rows, slots), gathered in zip(plan.together, together, strict=False):
         x = inputs(rows)
         y = shared(stack, x.reshape(len(slots), -1, x.shape[-1]), slots, diagonal, gathered)
-        yield rows, y.flatten(0, 1).unflatten(0, x.shape[:-1])
+        yield rows, y.reshape(*x.shape[:-1], y.shape[-1])

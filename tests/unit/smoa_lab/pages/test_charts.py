@@ -17,9 +17,8 @@ from smoa_lab.config.methods import find_method
 from smoa_lab.pages.charts import (
     DASHES,
     INK,
+    METHODS,
     MUTED,
-    NAMES,
-    PALETTE,
     SCALE,
     color_of,
     colors,
@@ -65,17 +64,16 @@ def contrast(one: str, other: str) -> float:
 
 
 def test_colors_are_of_methods_and_all_others_are_muted_and_differ_in_their_lines() -> None:
-    for name in PALETTE.keys() - {name for name, since in OF_NEWER_PEFT.items() if installed() < Version(since)}:
+    for name in METHODS.keys() - {name for name, since in OF_NEWER_PEFT.items() if installed() < Version(since)}:
         find_method(name)
     others = {"a": "ia3", "b": "shira", "c": "a method of tomorrow"}
     assert {color_of(method) for method in others.values()} == {MUTED}
     assert dashes(others).to_dict()["scale"]["range"] == list(DASHES[:3])
-    assert PALETTE.keys() == NAMES.keys()
 
 
 @pytest.mark.parametrize("sight", SIGHT)
 def test_any_two_colors_stay_apart(sight: str) -> None:
-    seen = {method: lab(color, SIGHT[sight]) for method, color in PALETTE.items()}
+    seen = {method: lab(color, SIGHT[sight]) for method, (_, color) in METHODS.items()}
     pairs = itertools.combinations(seen, 2)
     nearest = min(pairs, key=lambda pair: float(np.linalg.norm(seen[pair[0]] - seen[pair[1]])))
     assert np.linalg.norm(seen[nearest[0]] - seen[nearest[1]]) > 15, nearest
@@ -83,9 +81,9 @@ def test_any_two_colors_stay_apart(sight: str) -> None:
 
 @pytest.mark.parametrize("paper", ["#ffffff", "#161616"])
 def test_every_color_stands_out_from_light_and_dark_paper(paper: str) -> None:
-    assert min(contrast(color, paper) for color in [*PALETTE.values(), MUTED]) > 1.6
-    assert contrast(PALETTE["smoa"], paper) > 3
-    assert contrast(PALETTE["lora"], paper) > 3
+    assert min(contrast(color, paper) for color in [*map(color_of, METHODS), MUTED]) > 1.6
+    assert contrast(color_of("smoa"), paper) > 3
+    assert contrast(color_of("lora"), paper) > 3
 
 
 def test_entries_of_one_method_share_its_color_and_all_differ_in_their_lines() -> None:
@@ -93,9 +91,9 @@ def test_entries_of_one_method_share_its_color_and_all_differ_in_their_lines() -
     assert dashes(methods).to_dict()["scale"]["range"] == list(DASHES[:3])
     scale = colors(methods).to_dict()["scale"]
     assert dict(zip(scale["domain"], scale["range"], strict=True)) == {
-        "smoa-k8": PALETTE["smoa"],
-        "lora": PALETTE["lora"],
-        "smoa-k4": PALETTE["smoa"],
+        "smoa-k8": color_of("smoa"),
+        "lora": color_of("lora"),
+        "smoa-k4": color_of("smoa"),
     }
 
 
@@ -107,7 +105,7 @@ def test_text_takes_the_color_of_the_page() -> None:
 
 def chart() -> Any:
     shown = alt.Chart(values([{"x": 0, "y": 1}, {"x": 1, "y": 2}])).mark_line(
-        color=PALETTE["smoa"], strokeWidth=6, clip=True
+        color=color_of("smoa"), strokeWidth=6, clip=True
     )
     return shown.encode(x="x:Q", y="y:Q").properties(width=100, height=50)
 
@@ -118,14 +116,14 @@ def test_a_picture_is_in_color_on_white_at_twice_its_size_and_an_svg_beside_it_s
         size, picture = saved.size, saved.convert("RGB")
     assert size[0] > 100 * SCALE
     assert picture.getpixel((0, 0)) == (255, 255, 255)
-    blue = tuple(int(PALETTE["smoa"][start : start + 2], 16) for start in (1, 3, 5))
+    blue = tuple(int(color_of("smoa")[start : start + 2], 16) for start in (1, 3, 5))
     assert blue in {color for _, color in picture.getcolors(2**16) or []}
     svg = ElementTree.parse(tmp_path / "chart.svg").getroot()
     paper = svg.find("{*}rect")
     assert paper is not None
     assert (paper.get("fill"), paper.get("width")) == ("white", svg.get("width"))
     assert size == tuple(SCALE * float(svg.get(side, "")) for side in ("width", "height"))
-    assert PALETTE["smoa"] in {line.get("stroke") for line in svg.findall(".//{*}path")}
+    assert color_of("smoa") in {line.get("stroke") for line in svg.findall(".//{*}path")}
     assert {"x", "y"} <= {text.text for text in svg.findall(".//{*}text")}
     save_pictures(chart(), tmp_path / "again.png")
     for ending in ("png", "svg"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from smoa_lab.pages.charts import PALETTE, specification
+from smoa_lab.pages.charts import color_of, specification
 from smoa_lab.study.charts import differences, frontier
 from smoa_lab.study.statistics import Difference
 from tests.support.studies import row
@@ -28,7 +28,7 @@ def test_a_difference_is_drawn_with_its_interval_its_words_and_its_run_a_forest_
     assert (drawn["difference"], drawn["verdict"]) == ("+0.5000 [+0.2500, +0.7500]", "worse")
     assert (drawn["entry"], drawn["reference"]) == ("LoRA", "SMoA")
     assert drawn["run"] == "#final/lora/lr-0.01-seed-3"
-    assert PALETTE["lora"] in str(specification(differences([row()], {})))
+    assert color_of("lora") in str(specification(differences([row()], {})))
     drawn = specification(differences([row(), row("other", budget="large", reference="full")], {}))
     assert [one["title"] for one in drawn["vconcat"]] == ["Budget: all", "Budget: large"]
 
