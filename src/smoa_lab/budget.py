@@ -33,8 +33,8 @@ ALL_LINEAR = "all-linear"
 """Every linear layer but the output, as PEFT understands it."""
 LORA = "lora:"
 """Before a rank: as many parameters as LoRA of that rank trains on the same layers."""
-LARGEST, MOST = 2**20, 1.02
-"""Of a method that is sized by one key: how many of its values are tried, and how much of the budget is still equal."""
+LARGEST, NEAR, MOST = 2**20, 0.95, 1.02
+"""Of a method that is sized by one key: how many of its values are tried, and which shares of the budget are equal."""
 
 # (out_features, in_features) of each adapted layer, counted.
 Shapes = Counter[tuple[int, int]]
@@ -135,7 +135,12 @@ def size_method(empty: PreTrainedModel, name: str, adapter: dict[str, Any], budg
         least = min((found for found in trains.counts.values() if 0 < found < math.inf), default=0)
         return Sized(name, note=f"{key} can't make it so small: it trains {least:,} or more")
     chosen = min(near, key=lambda value: abs(trains.at(value) - budget))
-    return Sized(name, {key: chosen}, int(trains.at(chosen)))
+    trained = int(trains.at(chosen))
+    if place == len(values) - 1 and trains.at(values[0]) < trained:  # counts of LoKr and others end at whole factors
+        chosen = values[bisect_left(values, trained, key=trains.at)]
+    share = trained / budget
+    note = "" if share >= NEAR else f"{share:.0%} of the budget is the nearest that {key} allows"
+    return Sized(name, {key: chosen}, trained, note)
 
 
 class _Trains:

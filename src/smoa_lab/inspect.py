@@ -1,5 +1,4 @@
-"""What an adapter changed in each layer: ΔW, its norms, ranks and spectrum. For all PEFT methods whose layers can
-return their ΔW."""
+"""What an adapter changed in each layer: ΔW, its norms, ranks and spectrum. For all PEFT methods that can merge."""
 
 from __future__ import annotations
 
@@ -17,6 +16,7 @@ from tqdm.auto import tqdm
 
 from smoa.analysis import UpdateSpectrum, update_spectrum
 from smoa.budget import rank_bound
+from smoa.errors import MergeError
 from smoa.layers.layer import SmoaLayer
 from smoa.maths.blocks import Blocks
 from smoa.maths.spectrum import spectral_scores
@@ -78,22 +78,27 @@ def inspect_layers(adapter: str | Path, base: str | None = None, trust_remote_co
     Raises:
         ConfigError: ``adapter`` is not the folder of an adapter or a run.
         DataError: the base model cannot be loaded.
+        MergeError: the adapter changes no matrix, or its method can't merge.
     """
     source = adapter_of_run(adapter)
     model, _ = load_base_model(base_section(source, base, trust_remote_code))
     adapted: Any = PeftModel.from_pretrained(model, str(source))
     method = adapted.active_peft_config.peft_type.value.lower()
     layers = list(adapted_layers(adapted.base_model.model))
+    if not layers:
+        raise MergeError(f"{source}: {method} changes no weight matrix of a layer, so there is no ΔW to show")
     shown = tqdm(layers, desc="Decomposing", disable=None, leave=False)
     with torch.no_grad():
         return [report for path, module in shown for report in _reports(path, module, adapted.active_adapter, method)]
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The layers whose ΔW can be had, by their paths, in the model's order."""
+    """The layers in which a matrix is changed, by their paths, in the model's order."""
     for path, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer) and hasattr(module, "get_delta_weight"):
-            yield path, module
+        if isinstance(module, BaseTunerLayer):
+            weight = getattr(module.get_base_layer(), "weight", None)
+            if isinstance(module, SmoaLayer) or (isinstance(weight, Tensor) and weight.ndim > 1):
+                yield path, module
 
 
 @torch.no_grad()
@@ -112,7 +117,10 @@ def weights_and_updates(path: str, module: Any, adapter: str) -> Iterator[tuple[
         return
     merged = deepcopy(module).double()
     before = merged.get_base_layer().weight.clone()
-    merged.merge(adapter_names=[adapter])
+    try:
+        merged.merge(adapter_names=[adapter])
+    except (NotImplementedError, ValueError) as error:
+        raise MergeError(f"{path}: ΔW is what a merge adds, and PEFT can't merge this method: {error}") from error
     yield path, before.flatten(1).float(), (merged.get_base_layer().weight - before).flatten(1).float()
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 
-from smoa.errors import ConfigError, DataError
+from smoa.errors import ConfigError, DataError, MergeError
 from smoa.export.checkpoint import class_name, resize_as_saved
 from smoa_lab.base_models import load_base_model
 from smoa_lab.config.run import ModelSection
@@ -90,16 +90,17 @@ def verify(
     Raises:
         ConfigError: there is no adapter, or a target is none of these things.
         DataError: a model cannot be loaded, or a server doesn't answer.
+        MergeError: ``merged`` is a target, and the method can't merge.
     """
     source = adapter_of_run(place)
-    kinds = [(target, _kind(target)) for target in targets]
+    kinds = {target: _kind(target) for target in targets}
     section = base_section(source, base, trust_remote_code)
     model, tokenizer = load_base_model(section)
     resize_as_saved(model, source)
     prompts = [" ".join(text.split()[:WORDS]) for text in passages(STORY)[:PROMPTS]]
     ids = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in prompts]
     before = _logits(model, ids)
-    asks = any(kind == "server" for _, kind in kinds)
+    asks = "server" in kinds.values()
     answers = [_greedy(model, each, tokens)[0] for each in ids] if asks else []
     adapted: Any = PeftModel.from_pretrained(model, str(source)).eval()
     own = _logits(adapted, ids)
@@ -119,19 +120,22 @@ def verify(
     if trained is not None:
         verdicts.append(compared("as trained", _logits(trained, ids), str(trained.dtype).removeprefix("torch.")))
     found: dict[str, Verdict] = {}
-    for target, kind in kinds:
+    for target, kind in sorted(kinds.items(), key=lambda one: one[1] == "merged"):  # last: not all can unmerge
         if kind == "server":
             found[target] = _served(adapted, tokenizer, target, name, prompts, ids, answers, tokens)
         elif kind == "merged":
-            adapted.merge_adapter()
+            try:
+                adapted.merge_adapter()
+            except (AttributeError, NotImplementedError, ValueError) as error:
+                method = adapted.active_peft_config.peft_type.value
+                raise MergeError(f"--against merged: PEFT can't merge {method} here: {error}") from error
             found[target] = compared(target, _logits(adapted, ids))
-            adapted.unmerge_adapter()
         elif kind == "adapter":
             adapted = PeftModel.from_pretrained(adapted.unload(), target)
             found[target] = compared(target, _logits(adapted, ids))
             adapted = PeftModel.from_pretrained(adapted.unload(), str(source))
     del model, adapted
-    for target in (target for target, kind in kinds if kind == "model"):
+    for target in (target for target, kind in kinds.items() if kind == "model"):
         saved, _ = load_base_model(ModelSection(name=target, trust_remote_code=trust_remote_code, dtype="float32"))
         found[target] = compared(target, _logits(saved, ids), _dtype_of(target))
         del saved

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import peft
 import psutil
 import pytest
 import torch
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from typer.testing import CliRunner
 
 from smoa import SmoaConfig
+from smoa.errors import MergeError
 from smoa_lab.cli.main import app
 from smoa_lab.merge import merge_run
 from smoa_lab.verify import verify
@@ -57,6 +59,23 @@ def test_merged_model_and_lora_say_what_the_adapter_says(adapter: Path, tmp_path
     assert "changes logits by up to" in base["note"]
     assert len(others) == 3
     assert all(verdict["difference"] < 1e-4 for verdict in others)
+
+
+def test_methods_that_cannot_unmerge_or_merge_are_compared_as_far_as_they_can(adapter: Path, tmp_path: Path) -> None:
+    def saved(config: str, **options: Any) -> Path:
+        if not hasattr(peft, config):
+            pytest.skip("not in this PEFT")
+        base = AutoModelForCausalLM.from_pretrained(adapter.parent / "base")
+        model = get_peft_model(base, getattr(peft, config)(target_modules=["q_proj"], **options))
+        for parameter in (own for own in model.parameters() if own.requires_grad):
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        model.save_pretrained(tmp_path / config)
+        return tmp_path / config
+
+    verdicts = verify(saved("OSFConfig"), ["merged", "merged", str(adapter)])
+    assert [verdict.agrees for verdict in verdicts] == [True, True, True, False]
+    with pytest.raises(MergeError, match="--against merged: PEFT can't merge LILY here"):
+        verify(saved("LilyConfig"), ["merged"])
 
 
 def test_a_lora_that_lost_much_and_an_adapter_that_changes_nothing_are_told(adapter: Path, tmp_path: Path) -> None:

@@ -256,7 +256,7 @@ class SequenceRunner(Runner):
 
 def weight_changes(model: nn.Module, base: nn.Module) -> dict[str, Any] | None:
     """How much a run changed the weights: mean and maximum over layers of each figure of :class:`UpdateSize`; None
-    where the run diverged.
+    where the run diverged, or changed no matrix.
 
     ΔW is the difference to ``base``, also for methods that take a part of W out when they start. The layers are the
     adapted ones or, where all weights were trained, all linear ones but the output layer.
@@ -270,6 +270,8 @@ def weight_changes(model: nn.Module, base: nn.Module) -> dict[str, Any] | None:
         if not delta.isfinite().all():
             return None
         sizes.append(asdict(update_size(before, delta)))
+    if not sizes:
+        return None
     values = {figure: [size[figure] for size in sizes] for figure in sizes[0]}
     return {
         "layers": len(sizes),

@@ -35,6 +35,7 @@ def check_adapter(empty: PreTrainedModel, method: str, adapter: dict[str, Any]) 
     if find_method(method).config_class is None:
         return
     _check_names([path for path, _ in empty.named_modules() if path], adapter)
+    _check_tokens(int(empty.get_input_embeddings().num_embeddings), adapter)
     try:
         trained = count_trained(empty, method, adapter)
     except RuntimeError:  # of PyTorch: a value of a tensor without data
@@ -57,6 +58,10 @@ def count_trained(empty: PreTrainedModel, method: str, adapter: dict[str, Any], 
             peft_config.init_lora_weights = True  # the others look at the weights
         peft_config.task_type = None  # what a head needs does not matter
         model = get_peft_model(empty, peft_config, low_cpu_mem_usage=device == "meta")
+        try:
+            PeftConfig.from_peft_type(**peft_config.to_dict())
+        except ValueError as error:  # IA³ adds the feed-forward layers that it knows of to some that were named
+            raise ValueError(f"{error}, as {method} completes the keys itself; set these as well") from error
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
@@ -74,12 +79,23 @@ def _check_names(paths: Sequence[str], adapter: dict[str, Any]) -> None:
                 raise ConfigError(f"adapter.{key}: the model has no layer {name!r}{nearest(str(name), layers)}")
 
 
+def _check_tokens(number: int, adapter: dict[str, Any]) -> None:
+    """Raise ConfigError for a token without a row in the embeddings, at which PEFT fails once it has the weights."""
+    for key in ("token_indices", "trainable_token_indices"):
+        named = adapter.get(key) or []
+        for token in (token for tokens in named.values() for token in tokens) if isinstance(named, dict) else named:
+            if not 0 <= token < number:
+                raise ConfigError(
+                    f"adapter.{key}: there is no token {token}; the embeddings have rows 0 to {number - 1}"
+                )
+
+
 @contextmanager
 def _explained() -> Iterator[None]:
     """What PEFT refuses as a ConfigError."""
     try:
         yield
-    except (ValueError, TypeError, KeyError, re.error) as error:
+    except (ValueError, TypeError, LookupError, ArithmeticError, re.error) as error:
         raise ConfigError(f"adapter: {shorten(str(error), 1000)}") from error
 
 

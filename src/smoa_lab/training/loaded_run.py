@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from peft import TrainableTokensConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from tqdm import tqdm
 from transformers import (
@@ -138,6 +139,11 @@ class LoadedRun:
                 f"raise it, give more {what}, or leave eval_strategy out"
             )
         wanted = find_method(self.config.method).peft_config(self.config.adapter)
+        if isinstance(wanted, TrainableTokensConfig) and getattr(self.base.config, "tie_word_embeddings", False):
+            raise ConfigError(
+                "method: trainable_tokens would adapt the output layer, which is tied to the embeddings, and TRL would "
+                "not train it; use lora with adapter.trainable_token_indices"
+            )
         if getattr(wanted, "target_modules", None) is not None:  # PEFT's defaults for a model leave the head out
             head = self.base.get_output_embeddings()
             name = next((name for name, module in self.base.named_modules() if module is head), None)

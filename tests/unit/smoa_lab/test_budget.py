@@ -135,6 +135,14 @@ def test_a_method_is_sized_by_one_key_to_what_peft_then_counts(name: str, key: s
     assert sized.parameters == sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     wanted = 400 if amount == "400" else 6 * 2 * (32 + 32 + 32 + 48)
     assert (0.6 if name in COARSE else 0.95) * wanted <= sized.parameters <= 1.02 * wanted
+    assert bool(sized.note) is (sized.parameters < 0.95 * wanted)
+
+
+def test_the_smallest_value_stands_where_larger_ones_train_no_more(base: str) -> None:
+    (sized,) = size_methods(base, "lora:4", ("q_proj", "down_proj"), ["lokr"])
+    assert sized.parameters == 336
+    assert sized.note == "29% of the budget is the nearest that r allows"
+    assert sized.adapter["r"] < 48
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from smoa import SmoaConfig
 from smoa.analysis import UpdateSpectrum
-from smoa.errors import ConfigError
+from smoa.errors import ConfigError, MergeError
 from smoa_lab import inspect
 from smoa_lab.base_models import load_base_model
 from smoa_lab.config.run import ModelSection
@@ -64,6 +64,7 @@ CONFIGS = {
     "lora": LoraConfig(**OPTIONS, lora_alpha=7),
     "dora": LoraConfig(**OPTIONS, use_dora=True),
     "smoa": SmoaConfig(r=4, num_blocks=2, target_modules=["q_proj"]),
+    "ia3": peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
 }
 if hasattr(peft, "HiraConfig"):  # from PEFT 0.20 on
     CONFIGS["hira"] = peft.HiraConfig(**OPTIONS)
@@ -85,6 +86,21 @@ def test_weight_and_update_add_up_to_the_merged_weight(config: PeftConfig) -> No
         assert torch.equal(weight, layer.get_base_layer().weight)
         assert update.norm() > 0
         torch.testing.assert_close(weight + update, merged[path].weight)
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")  # PEFT's, of norms
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("LNTuningConfig", "ln_tuning changes no weight matrix"),
+        ("LilyConfig", "q_proj: ΔW is what a merge adds, and PEFT can't merge this method"),
+    ],
+)
+def test_what_has_no_matrix_to_show_is_one_error(base: Path, config: str, message: str) -> None:
+    if not hasattr(peft, config):
+        pytest.skip("not in this PEFT")
+    with pytest.raises(MergeError, match=message):
+        reports(base, getattr(peft, config)(**{} if config == "LNTuningConfig" else {"target_modules": TARGETS}))
 
 
 @pytest.mark.parametrize("config", [SmoaConfig, LoraConfig])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from peft import LoraConfig, OSFConfig, PeftConfig, get_peft_model
+from peft import LNTuningConfig, LoraConfig, OSFConfig, PeftConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -302,8 +302,10 @@ def test_an_adapter_is_measured_by_what_merging_it_changes(config: PeftConfig) -
     assert found["relative_norm"] == pytest.approx({"mean": np.mean(expected), "max": max(expected)}, rel=1e-3)
 
 
-def test_a_run_that_diverged_has_no_figures() -> None:
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")  # PEFT's, of norms
+def test_a_run_that_diverged_or_changed_no_matrix_has_no_figures() -> None:
     base = tiny_models.build("llama")
+    assert weight_changes(get_peft_model(copy.deepcopy(base), LNTuningConfig()), base) is None
     model = copy.deepcopy(base)
     model.model.layers[1].self_attn.q_proj.weight.data.fill_(float("nan"))
     assert weight_changes(model, base) is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -258,6 +259,10 @@ def test_an_adapter_on_the_output_layer_is_refused(talks: Path, base: Path, tmp_
     adapter = {"r": 4, "num_blocks": 2, "target_modules": ["q_proj", "lm_head"]}
     message = refused(rows_config(tmp_path, talks, base, adapter=adapter))
     assert message.startswith("adapter.target_modules: names lm_head, the output layer, which TRL would not train")
+    tied = shutil.copytree(base, tmp_path / "tied") / "config.json"
+    tied.write_text(json.dumps({**json.loads(tied.read_text()), "tie_word_embeddings": True}))
+    tokens = rows_config(tmp_path, talks, tied.parent, method="trainable_tokens", adapter={"token_indices": [5]})
+    assert refused(tokens).startswith("method: trainable_tokens would adapt the output layer, which is tied")
 
 
 def test_without_named_layers_those_of_pefts_defaults_are_trained(talks: Path, base: Path, tmp_path: Path) -> None:
