@@ -160,7 +160,7 @@ def with_rate(config: RunConfig) -> RunConfig:
     if config.method == "full" or "learning_rate" in config.training:
         return config
     require(model_needs(config.model))
-    rate = adapter_rate(sum(parameter.numel() for parameter in empty_model(config.model).parameters()))
+    rate = adapter_rate(empty_model(config.model).num_parameters())
     return config.model_copy(update={"training": {**config.training, "learning_rate": rate}})
 
 
