@@ -137,7 +137,7 @@ def size_method(empty: PreTrainedModel, name: str, adapter: dict[str, Any], budg
     chosen = min(near, key=lambda value: abs(trains.at(value) - budget))
     trained = int(trains.at(chosen))
     if place == len(values) - 1 and trains.at(values[0]) < trained:  # counts of LoKr and others end at whole factors
-        chosen = values[bisect_left(values, trained, key=trains.at)]
+        chosen = values[bisect_left(values, True, key=lambda value: trains.at(value) >= trained)]
     share = trained / budget
     note = "" if share >= NEAR else f"{share:.0%} of the budget is the nearest that {key} allows"
     return Sized(name, {key: chosen}, trained, note)

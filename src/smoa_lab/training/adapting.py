@@ -35,7 +35,8 @@ def check_adapter(empty: PreTrainedModel, method: str, adapter: dict[str, Any]) 
     if find_method(method).config_class is None:
         return
     _check_names([path for path, _ in empty.named_modules() if path], adapter)
-    _check_tokens(int(empty.get_input_embeddings().num_embeddings), adapter)
+    embeddings: Any = empty.get_input_embeddings()
+    _check_tokens(embeddings.num_embeddings, adapter)
     try:
         trained = count_trained(empty, method, adapter)
     except RuntimeError:  # of PyTorch: a value of a tensor without data
