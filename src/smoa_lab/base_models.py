@@ -160,7 +160,7 @@ def with_rate(config: RunConfig) -> RunConfig:
     if config.method == "full" or "learning_rate" in config.training:
         return config
     require(model_needs(config.model))
-    rate = adapter_rate(sum(parameter.numel() for parameter in empty_model(config.model).parameters()))
+    rate = adapter_rate(empty_model(config.model).num_parameters())
     return config.model_copy(update={"training": {**config.training, "learning_rate": rate}})
 
 
@@ -296,7 +296,7 @@ def training_needs(config: RunConfig) -> Needs:
     optimizer = str(config.training.get("optim", ""))
     named = any(part in optimizer for part in OF_BITSANDBYTES)
     return {
-        "training": ("accelerate", "trl", *DRAWING),
+        "training": ("trl", *DRAWING),
         f"training.optim: {optimizer}": ("bitsandbytes",) if named else (),
         **data_needs(config),
     }
@@ -310,7 +310,7 @@ def evaluation_needs(config: RunConfig, protocol: str) -> Needs:
 
 def data_needs(config: RunConfig) -> Needs:
     """What a run needs for its data and base model."""
-    rows = {"data.train": ("trl", "datasets", "filelock")}
+    rows = {"data.train": ("trl", "datasets")}
     return {**(rows if config.has_rows else task_needs(config.questions.chosen())), **model_needs(config.model)}
 
 
@@ -323,5 +323,5 @@ def model_needs(model: ModelSection) -> Needs:
     bits = any(quantization.get(key) for key in ("load_in_4bit", "load_in_8bit"))
     return {
         f"model.name: {model.name!r}": own,
-        "model.options.quantization_config": ("accelerate", "bitsandbytes") if bits else (),
+        "model.options.quantization_config": ("bitsandbytes",) if bits else (),
     }

@@ -101,8 +101,7 @@ def look_at_model(name: str, trust_remote_code: bool = False) -> ModelFacts:
         DataError: there is no such model.
     """
     empty = empty_model(ModelSection(name=name, trust_remote_code=trust_remote_code))
-    parameters = sum(parameter.numel() for parameter in empty.parameters())
-    return ModelFacts(name, parameters, shapes_of(empty, (ALL_LINEAR,), name), empty.config)
+    return ModelFacts(name, empty.num_parameters(), shapes_of(empty, (ALL_LINEAR,), name), empty.config)
 
 
 def check_data(place: str) -> str:

@@ -266,13 +266,14 @@ class PoolManager(ContinuousBatchingManager):
 
     def release_ended(self, everything: bool = False) -> None:
         """Free the adapters of requests that have ended, or been canceled; called by the thread that computes."""
+        queued = [name for name, lease in list(self._leases.items()) if lease.queued]  # first: others add requests
         alive = set[str]()
         if not everything:
             with self.input_queue.mutex:
                 alive = {state.request_id for state in self.input_queue.queue}
             scheduler = self._processor.scheduler
             alive.update(map(self._parent, (*scheduler.active_requests, *scheduler.waiting_requests)))
-        self._end([name for name, lease in list(self._leases.items()) if lease.queued and name not in alive])
+        self._end([name for name in queued if name not in alive])
 
     def _end(self, requests: Sequence[str]) -> None:
         with self._lease_lock:

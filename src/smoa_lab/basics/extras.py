@@ -12,7 +12,7 @@ from typing import Any
 from packaging.requirements import Requirement
 
 Needs = Mapping[str, tuple[str, ...]]
-"""Modules, by what needs them, such as a place in a config."""
+"""Modules, by what needs them, such as a place in a config; but for those that PEFT brings."""
 DRAWING = ("altair", "vl_convert", "PIL")
 """The modules that draw charts."""
 PACKAGES = {"PIL": "pillow", "pyarrow": "datasets", "ruamel": "ruamel-yaml", "vl_convert": "vl-convert-python"}

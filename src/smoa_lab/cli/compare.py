@@ -34,7 +34,7 @@ def compare(
 ) -> None:
     """Tune all methods by the same search, run each with fresh seeds, and report which is better, same or worse."""
     on_ray = workers > 1 or ray_address is not None
-    with reporting("accelerate", *DRAWING, "filelock", *(["ray"] if on_ray else [])):
+    with reporting(*DRAWING, *(["ray"] if on_ray else [])):
         import transformers
 
         from smoa.atomic import check_place

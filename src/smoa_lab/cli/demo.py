@@ -23,7 +23,7 @@ def demo(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Fine-tune a small real model in minutes, show what changed, reload the adapter and merge it."""
-    with reporting("accelerate", *DRAWING):
+    with reporting(*DRAWING):
         from smoa.errors import ConfigError
         from smoa_lab.base_models import PACKAGED_MODELS, with_rate
         from smoa_lab.config.run import load_config

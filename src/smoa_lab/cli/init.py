@@ -40,7 +40,7 @@ def init(
     json: AsJson = False,
 ) -> None:
     """Write a commented config for your model and data: ask for what is missing, and measure three steps."""
-    with reporting("accelerate", "datasets", *DRAWING, "psutil", "trl"):
+    with reporting("datasets", *DRAWING, "trl"):
         from smoa.atomic import write_whole
         from smoa.errors import ConfigError
         from smoa_lab import init

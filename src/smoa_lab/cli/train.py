@@ -37,7 +37,7 @@ def train(
 
     With --model and --data it needs no file: it trains what `smoa init --no-measure` would write for them.
     """
-    with reporting("accelerate", *DRAWING):
+    with reporting(*DRAWING):
         from smoa_lab.config.run import load_config
         from smoa_lab.training.run_folder import is_first_process
         from smoa_lab.training.train_run import train as train_run

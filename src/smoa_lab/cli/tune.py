@@ -20,7 +20,7 @@ def tune(
     json: AsJson = False,
 ) -> None:
     """Find the learning rate with the lowest loss on validation questions or rows; print the line for the config."""
-    with reporting("accelerate"):
+    with reporting():
         from smoa_lab.config.run import load_config
         from smoa_lab.pages.tables import Table
         from smoa_lab.study.tune_run import tune_run

@@ -15,6 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
+from filelock import FileLock
 from tqdm.auto import tqdm
 
 from smoa.atomic import check_place, new_folder, write_whole
@@ -166,11 +167,10 @@ class Reading:
                 cannot tell where in the text its tokens are.
         """
         folder = self.folder()
-        locks = import_package("filelock", "data.train")
         if not folder.is_dir():
             check_place(folder / "account.json")
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with locks.FileLock(f"{folder}.lock"):
+            with FileLock(f"{folder}.lock"):
                 if not folder.is_dir():
                     with new_folder(folder) as temporary:
                         account = self._read_all(temporary)

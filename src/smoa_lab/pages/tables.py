@@ -92,6 +92,11 @@ def score_table(evaluation: Mapping[str, Mapping[str, Mapping[str, Any]]], capti
     return table.without("task") if {task for task, *_ in scored} == {"all"} else table
 
 
+def number(value: float | None, digits: int = 3, scale: float = 1) -> str:
+    """A number with so many digits, or a dash where there is none."""
+    return "–" if value is None else f"{scale * value:.{digits}f}"
+
+
 def score_text(scores: Mapping[str, Any], name: str) -> str:
     """``0.412 ± 0.035``, or a dash where there is no such score."""
     value, stderr = scores.get(name), scores.get(f"{name}_stderr")

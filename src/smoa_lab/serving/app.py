@@ -91,13 +91,18 @@ class _OfRequest(CBGenerateManager):
     def generate_streaming(self, *args: Any, **options: Any) -> tuple[Any, Any]:
         queue, streamer = super().generate_streaming(*args, **options)
         stops = self._cb.config.stops
-        return queue if stops is None else UntilStop(queue, stops), streamer
+        return queue if stops is None else UntilStop(queue, stops, self._stopped), streamer
 
     async def generate_non_streaming(self, *args: Any, **options: Any) -> tuple[str, int, list[int]]:
         text, length, written = await super().generate_non_streaming(*args, **options)
         stops = self._cb.config.stops
         before = None if stops is None else stops.before(text)
+        if before is not None:
+            self._stopped()
         return text if before is None else before, length, written
+
+    def _stopped(self) -> None:
+        self._cb.config.max_new_tokens = None  # by which transformers would say that the last token was the limit
 
 
 class _Bound:
@@ -179,17 +184,19 @@ class _Handler(BaseHandler):
         return served.name, self.model_manager.adapters.pool.base, served.tokenizer
 
     def _build_generation_config(self, body: dict[str, Any], *args: Any, **options: Any) -> GenerationConfig:
-        seed, stop = (
-            body.pop("seed", None),
-            body.pop("stop", None),
-        )  # transformers would seed all requests, and not stop
+        seed, stop = body.pop("seed", None), body.pop("stop", [])  # transformers would seed all requests, and not stop
         config: Any = super()._build_generation_config(body, *args, **options)
         if "temperature" in body or "top_p" in body:
             config.do_sample = body.get("temperature", 1) >= GREEDY
-        config.stops = Stops(stop, _SERVED.get().tokenizer) if stop else None
         config.seed, config.asked = seed, "max_tokens" in body or "max_completion_tokens" in body
+        served = _SERVED.get()
         if self.asked is AskedChat:
-            config.eos_token_id = _SERVED.get().ends
+            config.eos_token_id = served.ends
+        config.stops = Stops(stop, served.tokenizer) if stop else None
+        special = served.tokenizer.added_tokens_decoder.items() if stop else ()
+        if named := [number for number, token in special if token.special and token.content in stop]:
+            ends = config.eos_token_id  # text has no special tokens: such a stop is one more end
+            config.eos_token_id = [*(ends if isinstance(ends, list) else [-1 if ends is None else ends]), *named]
         return cast(GenerationConfig, config)
 
 

@@ -13,6 +13,9 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 NotEmpty = Annotated[str, Field(min_length=1)]
+Stop = Annotated[
+    list[NotEmpty], Field(max_length=1000), BeforeValidator(lambda one: [one] if isinstance(one, str) else one)
+]
 
 
 class Part(BaseModel):
@@ -38,7 +41,7 @@ class Asked(BaseModel):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = None
-    stop: Annotated[list[NotEmpty], BeforeValidator(lambda one: [one] if isinstance(one, str) else one)] | None = None
+    stop: Stop | None = None
     stream: bool | None = None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,8 @@ class Stops:
         """Whether the last of the tokens completes one of the strings."""
         longest = max(len(string.encode()) for string in self.strings)
         text = self.tokenizer.decode(tokens[-longest - 8 :], skip_special_tokens=True)  # a token has a byte or more
-        return self.before(text) is not None
+        is_whole = not text.endswith("\ufffd")  # a stream shows a token with a part of a character only when it is
+        return is_whole and self.before(text) is not None
 
     def before(self, text: str) -> str | None:
         """The text before the first of the strings in it; None if there is none."""
@@ -29,15 +30,18 @@ class Stops:
 
     def begun(self, text: str) -> int:
         """How many of the last characters may be the beginning of one of the strings."""
-        lengths = (size for string in self.strings for size in range(1, len(string)) if text.endswith(string[:size]))
-        return max(lengths, default=0)
+        sizes = ((string, range(min(len(string) - 1, len(text)), 0, -1)) for string in self.strings)
+        return max(
+            (next((size for size in own if text.endswith(string[:size])), 0) for string, own in sizes), default=0
+        )
 
 
 class UntilStop:
-    """A stream's queue of text that ends before a string of ``stops``; what may be its beginning is held back."""
+    """A stream's queue of text that ends before a string of ``stops``, at which it calls ``stopped``; what may be its
+    beginning is held back."""
 
-    def __init__(self, queue: asyncio.Queue[Any], stops: Stops) -> None:
-        self._queue, self._stops = queue, stops
+    def __init__(self, queue: asyncio.Queue[Any], stops: Stops, stopped: Callable[[], object]) -> None:
+        self._queue, self._stops, self._stopped = queue, stops, stopped
         self._held, self._ready, self._ended = "", deque[Any](), False
 
     async def get(self) -> Any:
@@ -59,7 +63,9 @@ class UntilStop:
         elif not self._ended:
             text = self._held + item
             before = self._stops.before(text)
-            self._ended = before is not None
+            if before is not None:
+                self._ended = True
+                self._stopped()
             shown = text[: len(text) - self._stops.begun(text)] if before is None else before
             self._held = "" if self._ended else text[len(shown) :]
             self._ready += [shown] if shown else []

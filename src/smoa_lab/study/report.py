@@ -16,8 +16,8 @@ from typing import Any
 from smoa import SmoaConfig
 from smoa.atomic import write_whole
 from smoa_lab.pages.charts import name_of, save_pictures
-from smoa_lab.pages.tables import Cell, Table
-from smoa_lab.pages.templates import SCRIPT, Figure, render, write_page
+from smoa_lab.pages.tables import Cell, Table, number
+from smoa_lab.pages.templates import SCRIPT, Figure, page, write_page
 from smoa_lab.study import charts
 from smoa_lab.study.comparison import Comparison
 from smoa_lab.study.results import Row, as_json, from_json, rows_of
@@ -79,8 +79,7 @@ class Report:
     def page(self, script: str = SCRIPT) -> str:
         """The HTML. ``script`` leads to the script that draws charts."""
         sections = [(title, [content]) for title, content in self.sections.items()]
-        introduction = [*self.introduction, *self.notes]
-        return render("page.html.jinja", title=self.title, introduction=introduction, sections=sections, script=script)
+        return page(self.title, sections, [*self.introduction, *self.notes], script)
 
     def readme(self) -> str:
         """The Markdown, with the pictures that lie beside it."""
@@ -194,8 +193,8 @@ def _results(rows: Sequence[Row]) -> Table:
             Cell(f"{100 * row.accuracy:.1f} ± {100 * row.accuracy_spread:.1f}", row.accuracy),
             *_difference(row, row.loss_difference, 1, 4),
             *_difference(row, row.accuracy_difference, 100, 1),
-            *[_number(row.elsewhere, 3)] * forgets,
-            _number(row.seconds, 0),
+            *[number(row.elsewhere, 3)] * forgets,
+            number(row.seconds, 0),
         ]
         lines.append(line)
     return Table(header, lines, "Test results, best loss first.")
@@ -206,10 +205,6 @@ def _difference(row: Row, difference: Difference | None, scale: float, digits: i
     if difference is None:
         return "", "reference" if row.entry == row.reference else ""
     return Cell(difference.signed(scale, digits), difference.mean), difference.label
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
 
 
 def _by_task(rows: Sequence[Row], untouched: dict[str, Any] | None) -> Table:

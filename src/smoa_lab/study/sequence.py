@@ -29,7 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from smoa.analysis import update_size
 from smoa.atomic import new_folder, write_whole
 from smoa.errors import ConfigError
-from smoa_lab.base_models import base_content, empty_model, load_base_model, training_needs
+from smoa_lab.base_models import empty_model, load_base_model, training_needs
 from smoa_lab.basics.extras import require
 from smoa_lab.basics.plain import without_secrets
 from smoa_lab.config.run import DataSection, Dtype, ModelSection, RunConfig, check_config
@@ -107,10 +107,8 @@ class EarlierTask:
 
     def _train(self, records: Selection, target: Path) -> None:
         logger.info("Training an earlier task into %s", target)
-        run = RunFolder(self.config.folder)
-        inputs = {"data": records.content, "base model": base_content(self.config.model)}
-        checkpoint = run.start(self.config.to_yaml(), inputs)
-        loaded = load_run(self.config, records)
+        run, loaded = RunFolder(self.config.folder), load_run(self.config, records)
+        checkpoint = run.start(self.config.to_yaml(), loaded.inputs())
         model, _, _ = loaded.fit(loaded.arguments(), checkpoint)
         merged = model.merge_and_unload() if isinstance(model, PeftModel) else model
         if self.is_first and not all(bool(parameter.isfinite().all()) for parameter in merged.parameters()):

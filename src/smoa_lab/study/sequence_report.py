@@ -8,7 +8,7 @@ from typing import Any
 
 from smoa.errors import DataError
 from smoa_lab.basics.plain import finite
-from smoa_lab.pages.tables import Cell, Table
+from smoa_lab.pages.tables import Cell, Table, number
 from smoa_lab.pages.templates import Figure
 from smoa_lab.study.charts import frontier
 from smoa_lab.study.comparison import Comparison
@@ -205,9 +205,9 @@ def sequence_sections(
     chart = frontier(runs, TITLES, before and before["first"]["gold_loss"], references)
     where = WHERE + shell_command(f"final/{summary['runs'][0]['entry']}/") if runs else ""
     gaps = [summary["least_gaps"].get(row["entry"]) for row in summary["equal"]]
-    equal = [[*line, _number(gap)] for line, gap in zip(_levels(summary["equal"]), gaps, strict=True)]
+    equal = [[*line, number(gap)] for line, gap in zip(_levels(summary["equal"]), gaps, strict=True)]
     explained = [
-        [title, *(_number(summary["correlations"][figure][forgot], 2) for forgot in FORGOT)]
+        [title, *(number(summary["correlations"][figure][forgot], 2) for forgot in FORGOT)]
         for figure, title in EXPLANATIONS.items()
     ]
     explained_header = ["Spearman's correlation over all runs with what was forgotten of the", *FORGOT.values()]
@@ -237,9 +237,9 @@ def _levels(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         readings = [
             text
             for read in (row["own"], row["other"])
-            for text in (f"{'≤ ' if read['is_lowest'] else ''}{read['rate']:.2g}", _number(read["kept_loss"]))
+            for text in (f"{'≤ ' if read['is_lowest'] else ''}{read['rate']:.2g}", number(read["kept_loss"]))
         ]
-        lines.append([row["entry"], _number(row["level"]), *readings, *_difference_cells(row)])
+        lines.append([row["entry"], number(row["level"]), *readings, *_difference_cells(row)])
     return lines
 
 
@@ -249,7 +249,7 @@ def _next_rates(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     for row in rows:
         losses = ["diverged", "", ""]
         if row["kept_loss"] is not None:
-            losses = [_number(row["learned_loss"]), _number(row["kept_loss"]), f"{row['cost']:+.3f}"]
+            losses = [number(row["learned_loss"]), number(row["kept_loss"]), f"{row['cost']:+.3f}"]
         lines.append([row["entry"], f"{row['best']:.2g}", f"{row['rate']:.2g}", *losses, *_difference_cells(row)])
     return lines
 
@@ -267,7 +267,7 @@ def _difference_cells(row: Mapping[str, Any]) -> list[str]:
 def _run_line(run: Mapping[str, Any]) -> list[Any]:
     """The line under ``RUNS_HEADER``."""
     losses = [
-        _number(run[f"{task}_{score}"], digits, scale)
+        number(run[f"{task}_{score}"], digits, scale)
         for task in ("second", "first")
         for score, digits, scale in (("loss", 3, 1), ("accuracy", 1, 100))
     ]
@@ -275,11 +275,7 @@ def _run_line(run: Mapping[str, Any]) -> list[Any]:
         "–" if None in run[key].values() else f"{run[key]['mean']:+.3f} ± {run[key]['stderr']:.3f}" for key in FORGOT
     ]
     figures = ["–" if run[key] is None else f"{run[key]:.3g}" for key in EXPLANATIONS]
-    return [Cell(_name(run), anchor=True), *losses, *rises, *figures, _number(run["seconds"], 0)]
-
-
-def _number(value: float | None, digits: int = 3, scale: float = 1) -> str:
-    return "–" if value is None else f"{scale * value:.{digits}f}"
+    return [Cell(_name(run), anchor=True), *losses, *rises, *figures, number(run["seconds"], 0)]
 
 
 def _before_sentence(before: Mapping[str, Any] | None) -> str:

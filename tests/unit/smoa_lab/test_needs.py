@@ -34,7 +34,7 @@ def needed(values: dict[str, Any]) -> set[str]:
 
 
 def test_training_needs_what_draws_its_loss_curve(values: dict[str, Any]) -> None:
-    assert needed(values) == {"accelerate", "trl", *DRAWING}
+    assert needed(values) == {"trl", *DRAWING}
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_training_needs_what_draws_its_loss_curve(values: dict[str, Any]) -> Non
     ids=lambda part: str(sorted(part) if isinstance(part, set) else part),
 )
 def test_a_run_needs_what_its_config_names(change: dict[str, Any], modules: set[str], values: dict[str, Any]) -> None:
-    assert needed(values | change) - {"accelerate", "trl", *DRAWING} == modules
+    assert needed(values | change) - {"trl", *DRAWING} == modules
 
 
 def test_the_demo_needs_no_extra_but_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from peft import PeftModel
 from smoa import AdapterPool
 from smoa.errors import ConfigError
 from tests.support.chats import chat_base, saved_adapter, written
+from tests.support.lab import byte_tokenizer
 
 openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
@@ -165,14 +166,21 @@ def test_one_token_streams_to_its_end(client: Any, alone: Alone) -> None:
 def test_an_answer_ends_before_a_stop_and_others_go_on(client: Any, alone: Alone, stream: bool) -> None:
     whole = alone.completion("anna", "abc")
     found = whole[3:6]
-    for stop, expected in ((found, whole[: whole.find(found)]), (["unseen", whole[1:5]], whole[:1]), ("unseen", whole)):
+    assert whole.find(whole[-6:]) == NEW - 6  # complete with the last token that there may be
+    stops: list[tuple[Any, str]] = [
+        (found, whole[: whole.find(found)]),
+        (["unseen", whole[1:5]], whole[:1]),
+        (whole[-6:], whole[:-6]),
+        ("unseen", whole),
+    ]
+    for stop, expected in stops:
         answer = client.completions.create(
             model="anna", prompt="abc", max_tokens=NEW, temperature=0, stop=stop, stream=stream
         )
         parts = list(answer) if stream else [answer]
         assert "".join(part.choices[0].text for part in parts) == expected
         assert parts[-1].choices[0].finish_reason == ("length" if expected == whole else "stop")
-        assert (parts[-1].usage.completion_tokens < NEW) is (expected != whole)
+        assert (parts[-1].usage.completion_tokens < NEW) is (expected not in (whole, whole[:-6]))
     assert completed(client, "anna") == whole
     chat = {"model": "anna", "messages": [{"role": "user", "content": "hag"}], "max_tokens": NEW, "temperature": 0}
     whole = alone.chat("anna", "hag")
@@ -185,16 +193,39 @@ def test_an_answer_ends_before_a_stop_and_others_go_on(client: Any, alone: Alone
 
 def test_the_beginning_of_a_stop_is_held_back_until_it_is_known() -> None:
     queue = asyncio.Queue[Any]()
-    shown = UntilStop(queue, Stops(["\n\n", "END"], None))
+    stopped: list[bool] = []
+    shown = UntilStop(queue, Stops(["\n\n", "END", "x" * 1_000_000], None), lambda: stopped.append(True))
     texts = ["one", "\n", "two E", "N", "E", "\nfour\n", "\n", "five", None]
     for text in texts:
         queue.put_nowait(text)
     parts = []
     while not parts or parts[-1] is not None:
         parts.append(shown.get_nowait())
-    assert parts == ["one", "\ntwo ", "EN", "E\nfour", None]
+    assert (parts, stopped) == (["one", "\ntwo ", "EN", "E\nfour", None], [True])
     with pytest.raises(asyncio.QueueEmpty):
         shown.get_nowait()
+
+
+def test_a_stop_before_a_part_of_a_character_waits_for_the_whole_one() -> None:
+    tokenizer = byte_tokenizer(merges=[("Ġ", "ð")])  # as in GPT-2: a space and the first byte of an emoji
+    tokens = tokenizer("ab \U0001f600", add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(tokens[:3]) == "ab \ufffd"
+    stops = Stops(["b "], tokenizer)
+    assert [stops(tokens[:size]) for size in range(1, len(tokens) + 1)] == [False] * (len(tokens) - 1) + [True]
+
+
+def test_a_special_token_is_a_stop_though_text_has_none(room: Path, alone: Alone, tmp_path: Path) -> None:
+    whole = alone.completion("base", "abc")
+    shutil.copytree(room / "base", tmp_path / "base")
+    tokenizer = loaded(tmp_path / "base")[0]
+    tokenizer.add_special_tokens({"additional_special_tokens": [whole[4]]})
+    tokenizer.save_pretrained(tmp_path / "base")
+    with (
+        served(tmp_path / "base", room / "adapters") as address,
+        openai.OpenAI(base_url=f"{address}/v1", api_key=KEY) as client,
+    ):
+        for stop, expected in ((None, whole.replace(whole[4], "")), ([whole[4], "x"], whole[: whole.find(whole[4])])):
+            assert completed(client, "base", stop=stop) == expected
 
 
 def test_each_request_samples_as_it_asks(client: Any, alone: Alone) -> None:
@@ -232,8 +263,9 @@ def test_an_unknown_model_is_404_with_the_nearest_name(client: Any, room: Path) 
         ({"prompt": ["a", "b"]}, "prompt"),
         ({"temperature": 1e300}, "temperature"),
         ({"temperature": 1, "seed": 10**30}, "seed"),
+        ({"stop": ["a"] * 1001}, "stop"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:40],
 )
 def test_what_is_not_supported_is_refused_and_not_ignored(client: Any, options: dict[str, Any], words: str) -> None:
     with pytest.raises(openai.BadRequestError, match=words):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from tests.support.tiny_models import VOCAB_SIZE
 
 transformers = pytest.importorskip("transformers", minversion="5.24")
 from transformers import ContinuousBatchingConfig, GenerationConfig  # noqa: E402
+
+from smoa.tuner.batching import PoolManager  # noqa: E402
 
 KINDS: dict[str, dict[str, Any]] = {
     "anna": {"r": 4, "num_blocks": 2},
@@ -175,6 +178,19 @@ def test_an_adapter_in_use_stays_and_a_canceled_request_frees_it(folder: Path, a
             pass
         assert output.generated_tokens == alone("ben", prompt(5))
         pool.unload("ben")  # an answer that is seen holds nothing
+
+
+def test_a_request_that_comes_while_ended_ones_are_looked_for_keeps_its_adapter(pool: AdapterPool) -> None:
+    manager = PoolManager(pool, GREEDY, ContinuousBatchingConfig(**SMALL))
+
+    class Arriving(dict[str, Any]):
+        def __iter__(self) -> Iterator[str]:
+            manager.add_request(prompt(5), "new", adapter="anna")
+            return super().__iter__()
+
+    manager._processor.scheduler.active_requests = Arriving()
+    manager.release_ended()
+    assert (manager.lease("new").name, pool._in_use["anna"]) == ("anna", 1)
 
 
 def test_adapters_are_loaded_while_others_answer(folder: Path, alone: Alone) -> None:
