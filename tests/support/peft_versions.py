@@ -30,7 +30,8 @@ NEEDS_TRANSFORMERS_OWN_METHODS = (
 OF_T5 = r"test_a_mixed_batch_generates_what_each_adapter_generates_alone\[t5|test_an_encoder_decoder_is_merged"
 """Tests of T5 with a task type, of which PEFT up to 0.21.0 calls a method that transformers dropped in 5.18."""
 NEEDS_TRANSFORMERS_LOADER = (
-    r"by_transformers|test_transformers_loads|test_a_refused_file_leaves|test_an_adapter_of_the_hub_comes"
+    r"by_transformers|test_transformers_loads|test_a_refused_file_leaves|test_an_adapter_of_the_hub_comes|"
+    "test_the_revision_that_is_asked"
 )
 """Tests of `model.load_adapter`, which from transformers 5.6 on imports what PEFT 0.18 does not have."""
 IGNORED = [
