@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from smoa.atomic import new_folder
 from smoa.config import SmoaConfig
-from smoa.errors import MergeError
+from smoa.errors import ConfigError, MergeError
 from smoa.export.checkpoint import (
     COMPANIONS,
     INDEX,
@@ -115,10 +116,14 @@ def merge_and_save(
         base_name: How the model card names the base, if not by the place it was loaded from.
 
     Raises:
-        ConfigError: `output` exists, or `adapter` is not an adapter.
+        ConfigError: `output` exists, `adapter` is not an adapter, or `max_shard_size` is no size.
         MergeError: the base can't be loaded, or a merged weight is not finite.
         AdapterFileError: the adapter doesn't fit the base.
     """
+    try:
+        split_torch_state_dict_into_shards({}, max_shard_size=max_shard_size)
+    except (ValueError, OverflowError) as error:
+        raise ConfigError(f"max_shard_size={max_shard_size!r} is no size, such as 2GB: {error}") from error
     source, target = Path(adapter), Path(output)
     config = adapter_config(source)
     wanted = None if dtype == "auto" else getattr(torch, dtype)

@@ -87,6 +87,11 @@ def merged_model(folder: Path, auto: Any = AutoModelForCausalLM) -> PreTrainedMo
     return model.eval()
 
 
+def test_a_shard_size_that_is_none_is_refused(adapter: Path, output: Path) -> None:
+    with pytest.raises(ConfigError, match="such as 2GB"):
+        merge_and_save(adapter, output, max_shard_size="5")
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
 def test_the_merged_model_gives_the_adapters_outputs(family: str, base: Path, adapter: Path, output: Path) -> None:
     first, second, *_ = TARGETS[family]
