@@ -5,22 +5,23 @@ from __future__ import annotations
 import logging
 import sys
 
-IMPORT_NOTES = {
+NOTES = {
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+    "bitsandbytes.autograd._functions": "MatMul8bitLt: inputs will be cast",
     "DeepSpeed": "Setting accelerator to CPU",
 }
-"""What libraries that PEFT and accelerate import log at once, by logger. It does not concern what the user asked for;
-DeepSpeed's goes to stdout, into the middle of JSON."""
+"""What libraries log when PEFT and accelerate import them, or in every layer, by logger. It does not concern what the
+user asked for; DeepSpeed's goes to stdout, into the middle of JSON."""
 
 
 def quiet_imports() -> None:
-    """Drop IMPORT_NOTES, and nothing else, from the log of the ``smoa`` command and of the lab."""
-    for name in IMPORT_NOTES:
+    """Drop NOTES, and nothing else, from the log of the ``smoa`` command and of the lab."""
+    for name in NOTES:
         logging.getLogger(name).addFilter(_is_news)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    return not (_in_the_lab() and record.getMessage().startswith(IMPORT_NOTES[record.name]))
+    return not (_in_the_lab() and record.getMessage().startswith(NOTES[record.name]))
 
 
 def _in_the_lab() -> bool:

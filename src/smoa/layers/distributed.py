@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
@@ -141,9 +142,9 @@ def partition_to_state_dict(layer: Any, state_dict: dict[str, Any], prefix: str,
     for name, factor in layer.smoa_A.items():
         if (key := f"{prefix}{SCALE}.{name}") in state_dict:
             scale = state_dict[key]
-            state_dict[key] = layer.exact_scales(name)[: scale.numel()].view(
-                scale.shape
-            )  # FSDP1 casts buffers in place
+            exact = layer.exact_scales(name)[: scale.numel()].view(scale.shape)
+            if not exact.is_meta and (scale.dtype != exact.dtype or not torch.equal(scale, exact)):
+                state_dict[key] = exact.clone()  # FSDP1 casts buffers in place; safetensors takes no part of a tensor
         weight = next(factor.parameters())
         if isinstance(weight, DTensor):
             for key in {f"{prefix}{part}.{name}" for part in PARTITION} & state_dict.keys():

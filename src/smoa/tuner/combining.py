@@ -6,6 +6,7 @@ factors, each scaled by √|w_i·s_ik|, as PEFT's LoRA does: r does not change, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import reduce
@@ -35,12 +36,13 @@ ALIKE = (
 def check_combination(
     known: Mapping[str, object], adapters: list[str], weights: list[float], adapter_name: str, combination: str
 ) -> None:
-    """Raise MergeError unless the adapters exist, each has one weight, and the new name is free."""
+    """Raise MergeError unless the adapters exist, each has one finite weight, and the new name is free."""
     unknown = set(adapters) - set(known)
-    if unknown or not adapters or len(adapters) != len(weights) or adapter_name in known:
+    fit = len(adapters) == len(weights) and all(map(math.isfinite, weights))
+    if unknown or not adapters or not fit or adapter_name in known:
         raise MergeError(
             f"can't combine {adapters} with weights {weights} into {adapter_name!r}: give existing adapters "
-            f"({', '.join(known)}), one weight each, and a new name"
+            f"({', '.join(known)}), one finite weight each, and a new name"
         )
     if combination not in get_args(Combination):
         raise MergeError(f"combination_type={combination!r} must be one of {get_args(Combination)}")

@@ -10,7 +10,6 @@ import torch
 from peft import set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTuner, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -148,11 +147,9 @@ class SmoaModel(BaseTuner, StateDictHooks):
         self._replace_module(parent, target_name, layer, target if kind is not None else layer)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, (AuxiliaryTrainingWrapper, SmoaLayer)):
-            # PEFT would assign the child's weight, which may not be a parameter, or not be there (HQQ, experts)
-            setattr(parent, child_name, new_module)
-            return
-        super()._replace_module(parent, child_name, new_module, child)
+        # A SMoA layer is on its device already. PEFT would move it, which fails on the meta device, and assign the
+        # child's weight, which may not be a parameter, or not be there (HQQ, experts).
+        setattr(parent, child_name, new_module)
 
     @classmethod
     def _get_adapter_state_dict(

@@ -15,7 +15,7 @@ import yaml
 
 import smoa
 from smoa import errors
-from smoa._quiet import IMPORT_NOTES
+from smoa._quiet import NOTES
 from smoa.errors import SmoaError
 
 SOURCE = Path(smoa.__file__).parent
@@ -98,7 +98,7 @@ def test_only_the_known_notes_are_dropped_and_only_in_the_lab(
     for module in modules:
         monkeypatch.setitem(sys.modules, module, ModuleType(module))
     monkeypatch.setattr(sys, "argv", argv)
-    for name, note in IMPORT_NOTES.items():
+    for name, note in NOTES.items():
         logger = logging.getLogger(name)
         texts = [f"{note}: an end that changes", f"{name} has news"]
         shown = [bool(logger.filter(logger.makeRecord(name, logging.INFO, "", 1, text, (), None))) for text in texts]

@@ -143,6 +143,9 @@ def test_an_adapter_moves_to_a_full_precision_base_and_back(
     full.save_pretrained(tmp_path / "back")
     back = PeftModel.from_pretrained(quantized_model(tmp_path / "base", **options), tmp_path / "back").eval()
     assert torch.equal(back(**tiny_models.batch("llama")).logits, expected)
+    base = quantized_model(tmp_path / "base", **options)
+    on_meta = PeftModel.from_pretrained(base, tmp_path / "back", low_cpu_mem_usage=True).eval()
+    assert torch.equal(on_meta(**tiny_models.batch("llama")).logits, expected)
 
 
 # Not ours: PEFT calls transformers by a name that transformers renamed.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, load_model, save_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -195,6 +195,17 @@ def test_the_scale_of_a_block_is_not_rounded(cast: str) -> None:
     assert torch.equal(layer.state_dict()["smoa_block_scale.default"], before)
     assert torch.equal(layer.block_scale("default"), before)
     assert torch.equal(layer.rank_scale("default"), before.repeat_interleave(2))
+
+
+def test_a_whole_model_is_saved_and_loaded_by_safetensors(tmp_path: Path) -> None:
+    config = SmoaConfig(r=4, target_modules=["q_proj"], init_weights=False)
+    saved, loaded = (get_peft_model(tiny_models.build("llama"), config).eval() for _ in range(2))
+    layer = saved.base_model.model.model.layers[0].self_attn.q_proj
+    layer.smoa_block_scale["default"].copy_(layer.smoa_block_scale["default"].bfloat16())  # as FSDP1 does
+    save_model(saved, tmp_path / "model.safetensors")  # as accelerate's save_model and load_state do
+    load_model(loaded, tmp_path / "model.safetensors")
+    batch = tiny_models.batch("llama")
+    assert torch.equal(loaded(**batch).logits, saved(**batch).logits)
 
 
 def test_using_an_adapter_on_the_meta_device_is_refused_clearly() -> None:

@@ -62,7 +62,8 @@ def test_a_combined_adapter_saves_and_loads(tmp_path: object) -> None:
     ("other", "arguments", "message"),
     [
         ({"r": 5}, (["one", "three"], [1.0, 1.0], "sum", "cat"), "existing adapters"),
-        ({"r": 5}, (["one"], [1.0, 1.0], "sum", "cat"), "one weight each"),
+        ({"r": 5}, (["one"], [1.0, 1.0], "sum", "cat"), "one finite weight each"),
+        ({"r": 5}, (["one"], [float("nan")], "sum", "cat"), "one finite weight each"),
         ({"r": 5}, (["one"], [1.0], "two", "cat"), "a new name"),
         ({"r": 5}, (["one", "two"], [1.0, 1.0], "sum", "svd"), "combination_type='svd'"),
         ({"r": 5}, (["one", "two"], [1.0, 1.0], "sum", "linear"), "equal block ranks"),
