@@ -22,6 +22,7 @@ from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 
 from smoa.errors import ConfigError, DataError, MergeError
 from smoa.export.checkpoint import class_name, resize_as_saved
+from smoa.export.merge import with_plain_weights
 from smoa_lab.base_models import load_base_model
 from smoa_lab.config.run import ModelSection
 from smoa_lab.data.general_text import STORY, passages
@@ -75,7 +76,8 @@ def verify(
 ) -> list[Verdict]:
     """Compare an adapter, unmerged and in float32, with what it was made into, on ten prompts.
 
-    Saved models are loaded one at a time, after the base is freed.
+    Saved models are loaded one at a time, after the base is freed. They are compared with the adapter on the
+    dequantized base.
 
     Args:
         place: Folder of an adapter of any method, or of a run.
@@ -104,7 +106,8 @@ def verify(
     answers = [_greedy(model, each, tokens)[0] for each in ids] if asks else []
     adapted: Any = PeftModel.from_pretrained(model, str(source)).eval()
     own = _logits(adapted, ids)
-    computed = section.dtype if getattr(model, "hf_quantizer", None) is None else "bfloat16"  # as its kernels do
+    quantized = getattr(model, "hf_quantizer", None) is not None
+    computed = "bfloat16" if quantized else section.dtype  # as its kernels do
     largest = float(own.abs().max())
     changed = float((own - before).abs().max()) / largest
     verdicts = [Verdict("base", 0.0, 0.0, f"the adapter changes logits by up to {changed:.1e}")]
@@ -135,6 +138,11 @@ def verify(
             found[target] = compared(target, _logits(adapted, ids))
             adapted = PeftModel.from_pretrained(adapted.unload(), str(source))
     del model, adapted
+    if quantized and "model" in kinds.values():  # kernels may round inputs to 8 bits; a merge takes the weights alone
+        plain = with_plain_weights(load_base_model(section)[0])
+        resize_as_saved(plain, source)
+        own, computed = _logits(PeftModel.from_pretrained(plain, str(source)), ids), "float32"
+        del plain
     for target in (target for target, kind in kinds.items() if kind == "model"):
         saved, _ = load_base_model(ModelSection(name=target, trust_remote_code=trust_remote_code, dtype="float32"))
         found[target] = compared(target, _logits(saved, ids), _dtype_of(target))

@@ -18,7 +18,7 @@ from smoa_lab.merge import merge_run
 from smoa_lab.training import train_run
 from smoa_lab.training.loaded_run import load_run
 from smoa_lab.training.run_folder import RunFolder
-from smoa_lab.verify import verify_merged
+from smoa_lab.verify import TOLERANCE, verify_merged
 from tests.support import lab
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}
@@ -69,6 +69,7 @@ def test_a_run_trains_on_the_quantized_model_and_is_scored_again_from_its_folder
     verdict = verify_merged(run.folder, run.folder.with_name("merged"))  # both on the weights that were quantized
     assert not isinstance(verdict, str)
     assert verdict.agrees, verdict.line()
+    assert verdict.allowed == TOLERANCE["float32"]
     model = PeftModel.from_pretrained(full, str(RunFolder(run.folder).adapter))
     merged = model.merge_and_unload(safe_merge=True)  # warnings are errors here: nothing is rounded
     assert torch.isfinite(merged.lm_head.weight).all()
