@@ -12,7 +12,7 @@ import json
 import random
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 from last_layers import LastLayers, Line
 from phonebook import MIMESIS, names
@@ -22,8 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from smoa_lab.config.run import RunConfig
 from smoa_lab.data.general_text import passages
-from smoa_lab.data.rows import Row, content_hash, question
-from smoa_lab.data.tasks import Selection
+from smoa_lab.data.rows import Row, question
 from smoa_lab.scoring.evaluation import at_least, score_outcomes, text_length
 from smoa_lab.study.runner import Part
 
@@ -127,13 +126,10 @@ class OnePhrasing(Dataset[Line]):
 class Biographies(LastLayers):
     """Also scores the facts in the phrasings trained (``as_trained``), and the loss of general text (``elsewhere``)."""
 
-    searched = "biographies-64"
+    task, searched = "biographies", "biographies-64"
 
-    @cached_property
-    def records(self) -> Selection:
-        rows = biographies(int(self.shared["data"]["train_examples"]), self.base[1])
-        used = {part: {"examples": len(own), "sha256": content_hash(own)} for part, own in rows.items()}
-        return Selection(**rows, families={"biographies": "text"}, account={"tasks": {}, "used": used})
+    def rows(self, count: int) -> dict[str, list[Row]]:
+        return biographies(count, self.base[1])
 
     @cached_property
     def _other_rows(self) -> list[Row]:
@@ -143,9 +139,7 @@ class Biographies(LastLayers):
         return [question("text", str(i), first, space + rest) for i, (first, space, rest) in enumerate(parts)]
 
     def stored_config(self, config: RunConfig) -> dict[str, Any]:
-        stored = super().stored_config(config)
-        data = {**stored["data"], "tasks": ["biographies"]}
-        return {**stored, "data": data, "elsewhere": {"text": "packaged", "tokens": TEXT_TOKENS}}
+        return {**super().stored_config(config), "elsewhere": {"text": "packaged", "tokens": TEXT_TOKENS}}
 
     @cached_property
     def training_set(self) -> Any:
@@ -156,11 +150,11 @@ class Biographies(LastLayers):
         return {**super()._scores(model, config, part), "as_trained": trained.accuracy}
 
 
-def biographies(count: int, tokenizer: PreTrainedTokenizerBase) -> dict[Part | Literal["train"], list[Row]]:
+def biographies(count: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Row]]:
     """The facts about so many people as questions, in the phrasings of each part."""
     draw = random.Random(0)
     people = draw.sample(names(tokenizer), count)
-    rows: dict[Any, list[Row]] = {part: [] for part in PARTS}
+    rows: dict[str, list[Row]] = {part: [] for part in PARTS}
     for (file, key), phrasings in FACTS.items():
         with MIMESIS.open(f"mimesis/datasets/en/{file}.json") as opened:
             known = json.load(opened)[key]

@@ -29,7 +29,9 @@ from transformers import (
 from smoa.errors import ConfigError
 from smoa_lab.base_models import load_base_model
 from smoa_lab.config.run import ModelSection, RunConfig
+from smoa_lab.data.encoding import IGNORED
 from smoa_lab.data.rows import Row, content_hash
+from smoa_lab.data.tasks import Selection
 from smoa_lab.scoring.evaluation import Outcome
 from smoa_lab.scoring.losses import scoring
 from smoa_lab.study.comparison import Comparison
@@ -43,21 +45,23 @@ STOP = {"passes": 10, "fall": 0.01, "known": 0.02, "down": 10}
 """When the loss of a pass, in nats a token, has not fallen by the share ``fall`` in so many ``passes``, or is below
 ``known``, the learning rate falls to 0 over ``down`` more passes."""
 BATCH = 256
-UNASKED = -100
 
 
 @dataclass(frozen=True)
 class Line:
     """What the last layers see of a row: ``hidden`` (tokens, width) comes in; ``answer`` (tokens) has what should come
-    out at each place, as a number of a logit, or ``UNASKED``."""
+    out at each place, as a number of a logit, or ``IGNORED``."""
 
     hidden: Tensor
     answer: Tensor
 
 
 class LastLayers(Runner):
-    """Trains and scores the last layers alone, of a model of Llama's kind. An answer ends with the end token."""
+    """Trains and scores the last layers alone, of a model of Llama's kind, on questions that are made here. An answer
+    ends with the end token."""
 
+    task: str
+    """What the questions are."""
     searched: str
     """The study whose search gives the learning rates of all sizes."""
 
@@ -77,16 +81,31 @@ class LastLayers(Runner):
         weight: Tensor = self.base[0].get_output_embeddings().weight.detach()
         return weight[self.vocabulary]
 
+    def rows(self, count: int) -> dict[str, list[Row]]:
+        """The questions of each part, about so many names."""
+        raise NotImplementedError
+
+    @cached_property
+    def records(self) -> Selection:
+        rows = self.rows(int(self.shared["data"]["train_examples"]))
+        used = {part: {"examples": len(own), "sha256": content_hash(own)} for part, own in rows.items()}
+        return Selection(**rows, families={self.task: "text"}, account={"tasks": {}, "used": used})
+
     def stored_config(self, config: RunConfig) -> dict[str, Any]:
-        return {**super().stored_config(config), "stop": STOP}
+        stored = super().stored_config(config)
+        return {**stored, "data": {**stored["data"], "tasks": [self.task]}, "stop": STOP}
+
+    @cached_property
+    def _kept(self) -> dict[str, list[Line]]:
+        return {}
 
     def lines(self, rows: Sequence[Row]) -> list[Line]:
         """The rows as the last layers see them; computed once."""
-        kept: dict[str, list[Line]] = self.__dict__.setdefault("_kept", {})
         key = content_hash(rows)
-        if key not in kept:
-            kept[key] = [line for start in range(0, len(rows), BATCH) for line in self._lines(rows[start:][:BATCH])]
-        return kept[key]
+        if key not in self._kept:
+            batches = (rows[start : start + BATCH] for start in range(0, len(rows), BATCH))
+            self._kept[key] = [line for batch in batches for line in self._lines(batch)]
+        return self._kept[key]
 
     def _lines(self, rows: Sequence[Row]) -> list[Line]:
         base, tokenizer = self.base
@@ -98,7 +117,7 @@ class LastLayers(Runner):
             )
             ids.append(torch.tensor([*prompt, *answer]))
             wanted = [numbers[token] for token in (*answer, tokenizer.eos_token_id)]
-            answers.append(torch.tensor([UNASKED] * (len(prompt) - 1) + wanted))
+            answers.append(torch.tensor([IGNORED] * (len(prompt) - 1) + wanted))
         hidden = hidden_below(base, LAYERS, pad_sequence(ids, batch_first=True))
         return [Line(one[: len(answer)], answer) for one, answer in zip(hidden, answers, strict=True)]
 
@@ -140,7 +159,7 @@ class LastLayers(Runner):
                 batch = batch_of(lines[start : start + BATCH])
                 labels = batch.pop("labels")
                 nll, right = losses(scored(**batch).logits, labels, self.head)
-                lengths = (labels != UNASKED).sum(1).tolist()
+                lengths = (labels != IGNORED).sum(1).tolist()
                 outcomes += [
                     Outcome(row, float(own[:-1].sum()), len(own) - 1, bool(hits.all()), bool(hits.all()))
                     for row, own, hits in zip(rows[start:], nll.split(lengths), right.split(lengths), strict=False)
@@ -151,14 +170,14 @@ class LastLayers(Runner):
 def batch_of(lines: Sequence[Line]) -> dict[str, Tensor]:
     """Lines of any length, filled up at their ends, which no earlier token sees."""
     hidden = pad_sequence([line.hidden for line in lines], batch_first=True)
-    answers = pad_sequence([line.answer for line in lines], batch_first=True, padding_value=UNASKED)
+    answers = pad_sequence([line.answer for line in lines], batch_first=True, padding_value=IGNORED)
     return {"inputs_embeds": hidden, "labels": answers}
 
 
 def losses(hidden: Tensor, answers: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
     """The negative log-likelihood in nats of each token that is asked for, row after row, and whether it is the
     likeliest; ``hidden`` comes out of the last layer."""
-    asked = answers != UNASKED
+    asked = answers != IGNORED
     logits, wanted = F.linear(hidden[asked], head).float(), answers[asked]
     return F.cross_entropy(logits, wanted, reduction="none"), logits.argmax(-1) == wanted
 

@@ -21,10 +21,8 @@ from last_layers import LastLayers, of_size
 from transformers import PreTrainedTokenizerBase
 
 from smoa.atomic import write_whole
-from smoa_lab.config.run import RunConfig
-from smoa_lab.data.rows import Row, content_hash, question
+from smoa_lab.data.rows import Row, question
 from smoa_lab.data.sources import Wheel
-from smoa_lab.data.tasks import Selection
 from smoa_lab.pages.charts import DASHES, MUTED, color_of, lines, save_picture, values
 from smoa_lab.pages.tables import Table
 from smoa_lab.study.trials import TrialStore
@@ -68,23 +66,15 @@ Seed 100.
 class PhoneBook(LastLayers):
     """Trains and scores the same entries, with logits of the digits and the end."""
 
-    searched = "phonebook-256"
+    task, searched = "phone book", "phonebook-256"
 
     @cached_property
     def vocabulary(self) -> list[int]:
         tokenizer = self.base[1]
         return [*map(tokenizer.convert_tokens_to_ids, "0123456789"), tokenizer.eos_token_id]
 
-    @cached_property
-    def records(self) -> Selection:
-        rows = phone_book(int(self.shared["data"]["train_examples"]), self.base[1])
-        used = {"examples": len(rows), "sha256": content_hash(rows)}
-        account = {"tasks": {}, "used": dict.fromkeys(("train", "validation", "test"), used)}
-        return Selection(rows, rows, rows, {"phone book": "text"}, account)
-
-    def stored_config(self, config: RunConfig) -> dict[str, Any]:
-        stored = super().stored_config(config)
-        return {**stored, "data": {**stored["data"], "tasks": ["phone book"]}}
+    def rows(self, count: int) -> dict[str, list[Row]]:
+        return dict.fromkeys(("train", "validation", "test"), phone_book(count, self.base[1]))
 
 
 def names(tokenizer: PreTrainedTokenizerBase) -> list[str]:
