@@ -137,9 +137,6 @@ class QuantizedLinear(Linear):
             return dequantized(self.quantization_backend, self._pristine_layers[0])
         return self.base_weight()
 
-    def _has_plain_base(self) -> bool:
-        return False
-
     # Break the graph, so that a compiler can't decide to keep the dequantized weight.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _apply_update(self, update: Update, x: Tensor) -> Tensor:

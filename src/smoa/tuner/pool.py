@@ -29,7 +29,7 @@ from smoa.errors import AdapterFileError, ConfigError, MergeError, UnsupportedMo
 from smoa.files.layers import Loaded, by_layer
 from smoa.files.loading import read_adapter
 from smoa.files.names import PREFIX, with_id, without_id
-from smoa.layers.layer import SmoaLayer, as_matrix, in_autocast_dtype
+from smoa.layers.layer import as_matrix, in_autocast_dtype, smoa_layers
 from smoa.layers.linear import Linear
 from smoa.layers.quantized import dequantized, find_backend
 from smoa.layers.weight_cache import tensor_state
@@ -80,9 +80,10 @@ class AdapterPool:
         folder: str | Path | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if any(isinstance(module, SmoaLayer) and module.merged for module in base.modules()):
+        adapted = smoa_layers(base)
+        if any(layer.merged for layer in adapted.values()):
             raise MergeError("AdapterPool: adapters are merged into the base; call unmerge_adapter first")
-        if isinstance(base, PeftModel) or any(isinstance(module, SmoaLayer) for module in base.modules()):
+        if adapted or isinstance(base, PeftModel):
             raise UnsupportedModuleError("AdapterPool: takes a base model without PEFT; call model.unload() first")
         for name, parameter in base.named_parameters():
             if isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") or parameter.is_meta:

@@ -18,7 +18,7 @@ from smoa.files.names import PARTS
 from smoa.layers.layer import RANDOM_SIZE
 from smoa.layers.weight_cache import tensor_state
 from smoa.maths.blocks import Blocks
-from smoa.maths.factors import BlockRun, Factors, init_factors
+from smoa.maths.factors import BlockRun, init_factors, runs_of
 from smoa.maths.kernels.shared import Gathered, StackedFactors
 from smoa.maths.kernels.tokens import Plan, Tokens
 from smoa.maths.scale import ModulationKind, rank_scale
@@ -48,12 +48,12 @@ class Place:
     def like(cls, each: Loaded, layer: nn.Module, dtype: torch.dtype | None) -> Place:
         """Without a slot yet."""
         device = next(layer.parameters()).device
-        blocks = Blocks(each.row_labels.to(device), each.col_labels.to(device), len(each.ranks))
-        runs = Factors(each.A, each.B, each.ranks, 1.0, each.block_scale, blocks).runs()
+        blocks = each.blocks(device)
         dtype = dtype or each.A.dtype
         A, B = (nn.Parameter(torch.zeros(0, *part.shape, dtype=dtype, device=device)) for part in (each.A, each.B))
         block_scale = torch.zeros(0, len(each.ranks), device=device)
         scale = torch.zeros(0, sum(each.ranks), dtype=torch.promote_types(dtype, torch.float32), device=device)
+        runs = runs_of(*blocks.shape, each.ranks)
         return cls(layer, blocks, each.ranks, runs, each.modulation, each.spectral, (A, B), block_scale, scale)
 
     @property
