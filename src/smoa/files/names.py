@@ -11,6 +11,8 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from smoa.compat import BASE_PREFIX
@@ -53,6 +55,41 @@ def embeddings_of(model: nn.Module) -> dict[str, Any]:
         with suppress(NotImplementedError):
             embeddings += [getter()] if getter is not None else []
     return {name: module for name, module in model.named_modules() if any(module is each for each in embeddings)}
+
+
+def new_tables(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The saved tensors without tables of embeddings that the model has already, and with its names of the others.
+
+    The names in a file depend on whether an adapter was on the embedding, perhaps another one. A table that is not new
+    would overwrite a merged one or, where PEFT assigns it, part it from the layers tied to it.
+    """
+    embeddings = {
+        plain_name(name).removeprefix(PREFIX): module
+        for name, module in embeddings_of(model).items()
+        if not isinstance(module, AuxiliaryTrainingWrapper)
+    }
+    result = {}
+    for key, tensor in state_dict.items():
+        bare = key.removeprefix(PREFIX)
+        name = next((name for name in embeddings if bare.startswith(f"{name}.")), None)
+        if name is not None and ".smoa_" not in bare:
+            module, tail = embeddings[name], bare.removeprefix(f"{name}.").removeprefix("base_layer.")
+            if tail == "weight" and _has_table(module, tensor):
+                continue
+            base = "base_layer." if isinstance(module, BaseTunerLayer) else ""
+            key = f"{key.removesuffix(bare)}{name}.{base}{tail}"
+        result[key] = tensor
+    return result
+
+
+def _has_table(module: Any, table: Tensor) -> bool:
+    """Whether this is the weight of an embedding before any merge."""
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    weight = getattr(base, "weight", None)
+    if type(weight) is not nn.Parameter or weight.is_meta or (weight.shape, weight.dtype) != (table.shape, table.dtype):
+        return False
+    weight = module.unmerged(weight) if isinstance(module, SmoaLayer) else weight
+    return torch.equal(weight, table.to(weight.device))
 
 
 def with_id(state_dict: dict[str, Tensor], config: SmoaConfig) -> dict[str, Tensor]:

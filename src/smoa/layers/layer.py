@@ -255,6 +255,8 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move an adapter to the device of the base layer, and its factors to the dtype (PEFT's contract)."""
+        if adapter_name not in self.ranks:
+            return
         weight = self.stored_weight()
         device = device or weight.device
         for factor in (self.smoa_A[adapter_name], self.smoa_B[adapter_name]):
@@ -446,6 +448,11 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
             if number in kept:
                 kept[number].write_to(weight)
         return weight
+
+    def unmerge_saved(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+        """Write the base layer's weight before any merge over the current one in a state dict, if it is in there."""
+        if (key := f"{prefix}weight") in state_dict:
+            state_dict[key] = self.unmerged(state_dict[key])
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """A: (r, ⌈n/K⌉) and B: (⌈m/K⌉, r), of all matrices."""

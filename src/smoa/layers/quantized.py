@@ -137,6 +137,11 @@ class QuantizedLinear(Linear):
             return dequantized(self.quantization_backend, self._pristine_layers[0])
         return self.base_weight()
 
+    def unmerge_saved(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+        """Write the quantized weight before any merge, and its scales, over the current ones in a state dict."""
+        if self._pristine_layers and f"{prefix}weight" in state_dict:
+            self._pristine_layers[0].state_dict(destination=state_dict, prefix=prefix)
+
     def _has_plain_base(self) -> bool:
         return False
 

@@ -17,7 +17,16 @@ from smoa.compat import StateDictHooks
 from smoa.errors import MergeError, PartitionError
 from smoa.files.checks import check_adapter_state, check_gathered
 from smoa.files.loading import incoming
-from smoa.files.names import PREFIX, adapter_layers, embeddings_of, parameter_names, renamed, with_id, without_id
+from smoa.files.names import (
+    PREFIX,
+    adapter_layers,
+    embeddings_of,
+    new_tables,
+    parameter_names,
+    renamed,
+    with_id,
+    without_id,
+)
 from smoa.layers.distributed import plain_name, refuse_writing, with_plain_names
 from smoa.layers.experts import ParamWrapper
 from smoa.layers.layer import SmoaLayer
@@ -164,9 +173,8 @@ class SmoaModel(BaseTuner, StateDictHooks):
             layer.decide_partition(adapter_name)  # in place: the buffers in `state_dict` see it
             config.restore(adapter_name, layer.made_with[adapter_name])
         for name, layer in embeddings_of(model).items():
-            table = f"{plain_name(name)}.base_layer.weight"  # PEFT saves it too if it is adapted
-            if isinstance(layer, SmoaLayer) and table in state_dict:
-                state_dict[table] = layer.unmerged(state_dict[table])
+            if isinstance(layer, SmoaLayer):  # PEFT saves its table too
+                layer.unmerge_saved(state_dict, f"{plain_name(name)}.base_layer.")
         named = with_plain_names(model)
         selected = dict(
             super()._get_adapter_state_dict(named, config, adapter_name, state_dict, unwanted_adapter_names)
@@ -187,6 +195,7 @@ class SmoaModel(BaseTuner, StateDictHooks):
         wrappers |= {PREFIX + name.removeprefix(PREFIX): wrapper for name, wrapper in wrappers.items()}
         saved = renamed(without_id(state_dict), wrappers)
         remapped = super()._remap_adapter_state_dict_for_load(named, config, adapter_name, saved)
+        remapped = new_tables(model, remapped)
         check_adapter_state(model, config, adapter_name, remapped)
         for layer in adapter_layers(model, adapter_name).values():
             for parameter in (*layer.smoa_A[adapter_name].parameters(), *layer.smoa_B[adapter_name].parameters()):
@@ -250,7 +259,8 @@ class SmoaModel(BaseTuner, StateDictHooks):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()  # type: ignore[no-untyped-call]  # PEFT leaves it without types
-        layers = {name: module for name, module in self.model.named_modules() if isinstance(module, SmoaLayer)}
+        modules = self.model.named_modules()  # an adapter that is deleted leaves its layers
+        layers = {name: module for name, module in modules if isinstance(module, SmoaLayer) and module.ranks}
         refuse_shared((name, layer.stored_weight(), dict(layer.smoa_A.items())) for name, layer in layers.items())
         users, adapted = users_of(self.model), Counter(id(layer.stored_weight()) for layer in layers.values())
         for layer in layers.values():

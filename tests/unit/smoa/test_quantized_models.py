@@ -110,6 +110,19 @@ def test_a_merge_tells_what_rounding_lost_and_is_undone(tmp_path: Path, bits: in
     assert stored_bits(model) == before
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantized_head_saved_while_merged_is_the_one_saved_unmerged(tmp_path: Path, bits: int) -> None:
+    options = {f"load_in_{bits}bit": True, "llm_int8_skip_modules": ["embed_tokens"]}
+    model = adapted_model(quantized_model(tmp_path / "base", **options), target_modules=["lm_head"]).eval()
+    expected = model(**tiny_models.batch("llama")).logits
+    with pytest.warns(UserWarning, match=LOST):
+        model.merge_adapter()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(quantized_model(tmp_path / "base", **options), tmp_path).eval()
+    assert torch.equal(loaded(**tiny_models.batch("llama")).logits, expected)
+
+
 def test_merge_and_unload_leaves_a_quantized_model_and_keeps_nothing(tmp_path: Path) -> None:
     model = adapted_model(quantized_model(tmp_path)).eval()
     set_aside = [weakref.ref(layer.get_base_layer()) for layer in layers_of(model)]

@@ -232,6 +232,24 @@ def test_every_adapter_is_saved_under_its_own_name_alone(tiny_llama: PreTrainedM
         assert all(labels(own) == labels(original, name) for own, original in layers)
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+def test_an_adapter_is_loaded_whether_or_not_another_is_on_an_embedding(
+    tiny_llama: PreTrainedModel, tmp_path: Path
+) -> None:
+    model = adapted(tiny_llama, target_modules=["embed_tokens", "lm_head"])
+    add_adapter(model, "other", target_modules=["lm_head", "q_proj"])
+    model.save_pretrained(tmp_path)
+    model.set_adapter("other")
+    alone = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path / "other").eval()
+    assert torch.equal(logits(alone), logits(model))
+    alone.save_pretrained(tmp_path / "alone")
+    for low_cpu_mem_usage in (False, True):
+        beside = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path).eval()
+        beside.load_adapter(tmp_path / "alone", "other", low_cpu_mem_usage=low_cpu_mem_usage)
+        beside.set_adapter("other")
+        assert torch.equal(logits(beside), logits(model))
+
+
 # --- the ways in -----------------------------------------------------------------------------------------------------
 
 

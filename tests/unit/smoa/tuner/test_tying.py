@@ -88,6 +88,7 @@ def test_it_is_saved_and_loaded_with_all_ends_tied(tmp_path: Path, family: str, 
     first, *others = effective_weights(loaded)
     assert all(torch.equal(first, other) for other in others)
     assert len({id(layer.smoa_A["default"].weight) for layer in smoa_layers(loaded).values()}) == 1
+    assert len({id(layer.stored_weight()) for layer in smoa_layers(loaded).values()}) == 1
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert len([name for name in saved if name.endswith("smoa_A.weight")]) == EVERY_END[family]
 
@@ -143,6 +144,16 @@ def test_without_the_setting_each_end_has_an_adapter_and_no_merge() -> None:
         adapted("q_proj")
     with pytest.raises(MergeError, match=r"lm_head and model\.embed_tokens share one weight"):
         model.merge_adapter()
+
+
+@pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied after merging:UserWarning")
+def test_a_deleted_adapter_of_one_end_does_not_keep_the_other_from_merging() -> None:
+    model = adapted("embed_tokens", ensure_weight_tying=False)
+    model.add_adapter("head", SmoaConfig(r=4, target_modules=["lm_head"], init_weights=False))
+    model.set_adapter("head")
+    model.delete_adapter("default")
+    expected = logits(model, "gemma3")
+    assert_close(logits(model.merge_and_unload(), "gemma3"), expected)
 
 
 def test_a_sum_of_tied_adapters_is_tied() -> None:
