@@ -56,7 +56,7 @@ class Converter:
 
         ``loss`` has the mean negative log-likelihood, in nats, of a token over the run's held-out questions' gold
         answers, or rows: of the base, the adapter and the LoRA; what the conversion adds, question by question, with
-        its standard error; and the share of the adapter's gain over the base that is kept.
+        its standard error; and the share of the adapter's gain over the base that is kept, None without a gain.
         """
         conversion = self.spectra.to_lora(rule, uniform_rank)
         name = str(conversion.config.base_model_name_or_path)
@@ -76,7 +76,7 @@ class Converter:
                 "lora": lora.mean,
                 "lora_change": change.mean,
                 "lora_change_stderr": change.stderr,
-                "gain_kept": (base - lora.mean) / (base - adapter),
+                "gain_kept": (base - lora.mean) / (base - adapter) if adapter < base else None,
             }
         return {
             "rank": conversion.config.r,

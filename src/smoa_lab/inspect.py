@@ -163,7 +163,8 @@ def _rank_bound(module: Any, adapter: str) -> int | None:
         sizes = module.out_features, module.in_features
         return rank_bound(*sizes, sum(block_ranks), len(block_ranks), block_ranks)
     ranks = getattr(module, "r", None)
-    return int(ranks[adapter]) if isinstance(ranks, dict) and hasattr(module, "lora_A") else None
+    is_scaled = getattr(module, "use_dora", {}).get(adapter)  # DoRA's magnitudes change W itself
+    return int(ranks[adapter]) if isinstance(ranks, dict) and hasattr(module, "lora_A") and not is_scaled else None
 
 
 def _bands(weight: Tensor, blocks: Blocks) -> tuple[tuple[float, float], ...]:

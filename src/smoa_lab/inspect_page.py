@@ -135,7 +135,7 @@ def by_block(adapters: Reports) -> Any | None:
     ]
     if not rows:
         return None
-    axis = alt.X("block:O", title="block, leading directions first", axis=alt.Axis(labelAngle=0))
+    axis = alt.X("block:O", title="block (of spectral ones: leading directions first)", axis=alt.Axis(labelAngle=0))
     color, _ = _looks(adapters)
     shown = alt.Chart(values(rows)).encode(x=axis, xOffset=alt.XOffset("adapter:N", sort=None), color=color)
     panels = []

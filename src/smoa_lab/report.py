@@ -23,7 +23,7 @@ from smoa_lab.basics.plain import without_secrets
 from smoa_lab.config.yaml_text import parse_yaml, to_yaml
 from smoa_lab.pages.run_card import ANSWERS
 from smoa_lab.pages.run_charts import accuracies, balance, losses
-from smoa_lab.pages.tables import score_table
+from smoa_lab.pages.tables import score_table, time_text
 from smoa_lab.pages.templates import Figure, code, page, warning, write_page
 from smoa_lab.training.run_folder import RunFolder
 
@@ -117,7 +117,7 @@ def _facts(record: RunRecord) -> list[Any]:
     versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items() if version)
     return [
         f"{record.method}, {parameters['trainable']:,} of {parameters['total']:,} parameters trained, "
-        f"{training['steps']} steps in {training['seconds']:.0f} s on {origin['device']}. {versions}."
+        f"{training['steps']} steps{time_text(training)} on {origin['device']}. {versions}."
     ]
 
 
@@ -148,7 +148,7 @@ def _scores(record: RunRecord) -> list[Any]:
 
 def _losses(record: RunRecord) -> list[Any]:
     chart = losses(record.metrics["history"], record.metrics.get("evaluation", {}), record.method)
-    return [] if chart is None else [Figure(chart, "Loss on trained tokens, in nats per token.")]
+    return [] if chart is None else [Figure(chart, "Loss by optimizer step.")]
 
 
 def _samples(record: RunRecord) -> list[Any]:

@@ -70,6 +70,8 @@ def test_eval_gives_what_training_gave_before_and_after(run: Path) -> None:
     for place, stage in ((run, "after"), (run / "config.yaml", "before")):
         own = json.loads(invoke("eval", place, "--json"))["scores"]["arc_easy"]
         assert own == pytest.approx(trained[stage]["arc_easy"])
+    base = json.loads((run / "metrics.json").read_text())["config"]["model"]["name"]
+    assert f"{base}, by likelihood\n" in invoke("eval", run / "config.yaml")
 
 
 def test_generation_counts_what_it_could_not_extract_and_keeps_every_text(run: Path, tmp_path: Path) -> None:

@@ -85,10 +85,14 @@ def convert(
             f"{result['adapter_parameters']:,}); ‖ΔW − BA‖/‖ΔW‖ = {result['error']:.3f} over all layers."
         )
         if (loss := result["loss"]) is not None:
+            kept = loss["gain_kept"]
+            share = (
+                "the adapter gained nothing" if kept is None else f"{100 * kept:.0f} % of the adapter's gain is kept"
+            )
             typer.echo(
-                f"Loss on {loss['questions']} held-out questions: base {loss['base']:.3f}, adapter "
+                f"Loss on {loss['questions']} held-out questions or rows: base {loss['base']:.3f}, adapter "
                 f"{loss['adapter']:.3f}, LoRA {loss['lora']:.3f} (change {loss['lora_change']:+.3f} ± "
-                f"{loss['lora_change_stderr']:.3f}); {100 * loss['gain_kept']:.0f} % of the adapter's gain is kept."
+                f"{loss['lora_change_stderr']:.3f}); {share}."
             )
 
 

@@ -37,7 +37,7 @@ def evaluate(
         if json:
             print_json(result)
         else:
-            typer.echo(f"{result['adapter'] or 'untouched model'}, by {result['protocol']}")
+            typer.echo(f"{result['adapter'] or config.model.name}, by {result['protocol']}")
             score_table({"": result["scores"]}).without("training").print()
         if output is not None:  # last: whatever happens to the file, the scores are printed
             write_whole(output, json_text(result) + "\n")

@@ -9,7 +9,7 @@ import typer
 
 from smoa_lab.basics.extras import DRAWING
 from smoa_lab.cli.console import AsJson, Overrides, TrustRemoteCode, print_json, reporting
-from smoa_lab.pages.tables import score_table
+from smoa_lab.pages.tables import score_table, time_text
 
 if TYPE_CHECKING:
     from smoa_lab.config.run import RunConfig
@@ -88,7 +88,7 @@ def print_scores(metrics: dict[str, Any]) -> None:
         score_table(evaluation).print()
     if gain and "accuracy" in gain:
         points, stderr = 100 * gain["accuracy"], 100 * gain["accuracy_stderr"]
-        typer.echo(f"\nAccuracy rose by {points:.1f} ± {stderr:.1f} points (standard error, paired by question).")
+        typer.echo(f"\nAccuracy changed by {points:+.1f} ± {stderr:.1f} points (standard error, paired by question).")
     if gain and "loss" in gain:
         change = f"{gain['loss']:+.3f} ± {gain['loss_stderr']:.3f}"
         typer.echo(f"\nThe loss changed by {change} (standard error, paired by row).")
@@ -122,6 +122,6 @@ def print_scores(metrics: dict[str, Any]) -> None:
     speed = f", {training['tokens_per_second']:,.0f} tokens a second" if "tokens_per_second" in training else ""
     typer.echo(
         f"\n{parameters['trainable']:,} trainable parameters, {parameters['percent']} % of {parameters['total']:,}; "
-        f"{decimal(parameters['adapter_bytes'])} on disk; {training['steps']} steps of {training['trainer']} in "
-        f"{training['seconds']:.0f} s{speed}; at most {decimal(training['peak_memory_bytes'])} of memory"
+        f"{decimal(parameters['adapter_bytes'])} on disk; {training['steps']} steps of {training['trainer']}"
+        f"{time_text(training)}{speed}; at most {decimal(training['peak_memory_bytes'])} of memory"
     )

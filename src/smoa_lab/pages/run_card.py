@@ -9,7 +9,7 @@ from peft import PeftConfig
 
 from smoa.files.card import NamedBase, adapter_card
 from smoa_lab.config.yaml_text import to_yaml
-from smoa_lab.pages.tables import Table, score_table
+from smoa_lab.pages.tables import Table, score_table, time_text
 from smoa_lab.pages.templates import render
 
 ANSWERS = {"reference": "Reference", "before": "Before", "after": "After"}
@@ -27,6 +27,7 @@ def run_card(title: str, config: PeftConfig, base: NamedBase, metrics: dict[str,
         stages=list(evaluation),
         of_rows="after" in evaluation and "rows" in evaluation["after"]["all"],
         results=score_table(evaluation),
+        time=time_text(metrics["training"]),
         samples=samples_text(metrics["samples"][:2], level=3),
         sources=_sources(metrics["data"]["tasks"]) if "tasks" in metrics["data"] else None,
         config=to_yaml({key: value for key, value in metrics["config"].items() if key != "adapter"}),

@@ -28,7 +28,8 @@ def draw_run(history: History, evaluation: Evaluation, file: Path, method: str, 
 
 
 def losses(history: History, evaluation: Evaluation, method: str) -> Any | None:
-    """The loss on trained tokens by step, each line named at its end; of held-out rows a point before and after."""
+    """The trainer's loss by step, each line named at its end; of held-out rows a point before and after, unless the
+    trainer's loss is another one: that of preferences."""
     points = [
         {"step": entry["step"], "loss": entry[key], "data": kind}
         for kind, key in KINDS.items()
@@ -37,11 +38,13 @@ def losses(history: History, evaluation: Evaluation, method: str) -> Any | None:
     ]
     if not points:
         return None
-    held_out = list(_held_out(evaluation, history[-1]["step"]))
+    prefers = any("rewards/margins" in entry for entry in history)
+    title = "loss of preferences" if prefers else "loss on trained tokens (nats per token)"
+    held_out = [] if prefers else list(_held_out(evaluation, history[-1]["step"]))
     shades = alt.Scale(domain=[*KINDS, HELD_OUT], range=[color_of(method), MUTED, INK])
     chart = alt.Chart(values(points)).encode(
         x=alt.X("step:Q", title="optimizer step", axis=alt.Axis(tickMinStep=1, grid=False)),
-        y=alt.Y("loss:Q", title="loss on trained tokens (nats per token)", scale=alt.Scale(zero=False)),
+        y=alt.Y("loss:Q", title=title, scale=alt.Scale(zero=False)),
         color=alt.Color("data:N", scale=shades, legend=None),
         tooltip=tooltip(data="", step="d", loss=".4f"),
     )

@@ -92,6 +92,11 @@ def score_table(evaluation: Mapping[str, Mapping[str, Mapping[str, Any]]], capti
     return table.without("task") if {task for task, *_ in scored} == {"all"} else table
 
 
+def time_text(training: Mapping[str, Any]) -> str:
+    """After how many steps there were: `` in 7 s``. Of a resumed run only the last part was timed."""
+    return f"{', the last ones' if training.get('resumed') else ''} in {training['seconds']:.0f} s"
+
+
 def number(value: float | None, digits: int = 3, scale: float = 1) -> str:
     """A number with so many digits, or a dash where there is none."""
     return "–" if value is None else f"{scale * value:.{digits}f}"

@@ -176,7 +176,8 @@ def _prompt_pass(
         output = model(**inputs, position_ids=positions, use_cache=True)
     name = "cache" if hasattr(output, "cache") else "past_key_values"  # before transformers 5.24
     cache: Any = getattr(output, name, None)
-    if not hasattr(cache, "batch_select_indices"):
+    recurrent = any(hasattr(layer, "conv_states") for layer in getattr(cache, "layers", ()))  # linear attention's state
+    if recurrent or not hasattr(cache, "batch_select_indices"):
         return None
     rows = torch.repeat_interleave(repeats).to(mask.device)
     cache.batch_select_indices(rows)

@@ -97,7 +97,8 @@ def frontier(
         by_entry.setdefault(run["entry"], []).append(run)
     means = _means(known)
     kept = [point["kept"] for point in means] + ([] if before is None else [before])
-    top = min(max(kept) + 0.1, min(kept) + TALLEST)
+    lowest = min(point["kept"] for point in means)  # in the frame, however far above ``before``
+    top = min(max(kept) + 0.1, max(min(kept) + TALLEST, lowest + 0.1))
     learned = [run["learned"] for run in known if run["kept"] <= top]
     scales = [
         alt.Scale(domain=ends, nice=False, padding=8) for ends in ([min(learned), max(learned)], [min(kept), top])

@@ -22,7 +22,6 @@ from smoa_lab.study.statistics import (
     RESAMPLES,
     Difference,
     Floats,
-    check_paired,
     difference,
     paired_difference,
     seed_errors,
@@ -79,11 +78,7 @@ class Curve:
 
 
 def curve_of(entry: str, runs: Sequence[Result], kept: Kept = "first") -> Curve | None:
-    """The curve of an entry by the seeds that all its rates have; None without one run that did not diverge.
-
-    Raises:
-        DataError: the runs were asked different questions.
-    """
+    """The curve of an entry by the seeds that all its rates have; None without one run that did not diverge."""
     by_rate: dict[float, dict[int, Result]] = defaultdict(dict)
     for run in runs:
         if kept == "first" or "texts" in run:
@@ -98,8 +93,6 @@ def curve_of(entry: str, runs: Sequence[Result], kept: Kept = "first") -> Curve 
     if not rates or not seeds:
         return None
     chosen = [[by_rate[rate][seed] for seed in seeds] for rate in rates]
-    for run in (run for of_rate in chosen for run in of_rate):
-        check_paired(run, chosen[0][0])
     of_kept = _losses([[_kept(run, kept) for run in of_rate] for of_rate in chosen])
     learned = _losses([[run["questions"] for run in of_rate] for of_rate in chosen])
     return Curve(entry, rates, seeds, of_kept, learned, diverged=sorted(by_rate.keys() - rates))

@@ -39,14 +39,14 @@ DIFFERENCES = (
 RATES = "Validation loss of each run of the search; * is the best."
 SIZES = ("r", "num_blocks", "alpha", "lora_alpha", "target_modules", "layers_to_transform", "layers_pattern")
 """Settings of an adapter that are left out of an entry's full name."""
+SEARCHED = "Every entry's learning rate is chosen on validation data by the same search. "
 INTRODUCTION = (
-    "Every entry's learning rate is chosen on validation data by the same search. The figures are from fresh seeds on "
-    "the test part. Differences are to the reference of the same budget, paired by seed and question, with 95 % "
-    "intervals (questions resampled, Student's t over seeds). 'Same' means that the interval includes 0; '(Holm: "
-    "same)' that Holm's correction for all comparisons of the table takes the verdict back. One seed gets no verdict. "
-    "± is the standard deviation over seeds, s the seconds of training on the machine that ran most of the runs. ! "
-    "marks a best learning rate at an edge of the search. Each method has one color. On the page, point at a mark for "
-    "its values; it leads to its run."
+    "The figures are from fresh seeds on the test part. Differences are to the reference of the same budget, paired by "
+    "seed and question, with 95 % intervals (questions resampled, Student's t over seeds). 'Same' means that the "
+    "interval includes 0; '(Holm: same)' that Holm's correction for all comparisons of the table takes the verdict "
+    "back. One seed gets no verdict. ± is the standard deviation over seeds, s the seconds of training on the machine "
+    "that ran most of the runs. ! marks a best learning rate at an edge of the search. Each method has one color. On "
+    "the page, point at a mark for its values; it leads to its run."
 )
 WHERE = (
     "The whole JSON of a run, with its config and the result of every question, is the file of that name in the "
@@ -142,6 +142,8 @@ def stored_report(folder: Path, title: str, notes: Sequence[str] = ()) -> Report
 
 def _search_in_words(study: Study) -> str:
     tuning = study.tuning
+    if tuning.max_runs == 0:
+        return "none; each entry runs at the rate that the study names"
     if tuning.sweep is not None:
         step = "half" if tuning.per_decade == 2 else "quarter"
         own = any(entry.sweep is not None for entry in study.entries.values())
@@ -170,7 +172,7 @@ def _entry_sections(rows: Sequence[Row], store: TrialStore) -> tuple[list[str], 
     if searched:
         sections["Learning rates"] = by_rate(searched, store.names("tuning/"))
     sections[EVERY_RUN] = _every_run(store, f"final/{rows[0].entry}/")
-    return [INTRODUCTION, _untouched_sentence(untouched)], sections
+    return [SEARCHED * bool(searched) + INTRODUCTION, _untouched_sentence(untouched)], sections
 
 
 def _results(rows: Sequence[Row]) -> Table:
@@ -181,8 +183,10 @@ def _results(rows: Sequence[Row]) -> Table:
     lines = []
     for row in rows:
         search = row.search
-        rate = "" if search is None else f"{search.learning_rate:g}{'' if search.interior else ' !'}"
-        loss = f"{row.loss:.4f} ± {row.loss_spread:.4f}" if math.isfinite(row.loss) else "diverged"
+        rate = f"{row.learning_rate:g}{' !' if search and not search.interior else ''}"
+        several = len(row.seeds) > 1  # one has no spread
+        loss = f"{row.loss:.4f}{f' ± {row.loss_spread:.4f}' * several}" if math.isfinite(row.loss) else "diverged"
+        accuracy = f"{100 * row.accuracy:.1f}{f' ± {100 * row.accuracy_spread:.1f}' * several}"
         line = [
             row.entry,
             Cell(f"{row.parameters:,}", row.parameters),
@@ -190,7 +194,7 @@ def _results(rows: Sequence[Row]) -> Table:
             len(search.losses) if search else 0,
             Cell(str(len(row.seeds)), links={str(seed): charts.final_run(row, seed) for seed in row.seeds}),
             Cell(loss, row.loss),
-            Cell(f"{100 * row.accuracy:.1f} ± {100 * row.accuracy_spread:.1f}", row.accuracy),
+            Cell(accuracy, row.accuracy),
             *_difference(row, row.loss_difference, 1, 4),
             *_difference(row, row.accuracy_difference, 100, 1),
             *[number(row.elsewhere, 3)] * forgets,

@@ -113,8 +113,8 @@ def _row(study: Study, name: str, search: Tuned | None, finals: dict[str, dict[i
     tasks = [task for task in runs[0]["scores"] if task != "all"]
     shared = [seed for seed in finals[name] if seed in finals[reference]] if name != reference else []
     pairs = [(finals[name][seed], finals[reference][seed]) for seed in shared]
-    for pair in pairs:
-        check_paired(*pair)
+    for run in (*runs, *(theirs for _, theirs in pairs)):
+        check_paired(run, runs[0])
     both = [outcomes(side) for side in zip(*pairs, strict=True)]
     return Row(
         entry=name,

@@ -22,7 +22,7 @@ from smoa_lab.study.equal_learning import (
     least_gaps,
 )
 from smoa_lab.study.search import nearest_index, sweep_of
-from smoa_lab.study.statistics import corrected, spearman
+from smoa_lab.study.statistics import check_paired, corrected, spearman
 from smoa_lab.study.study import Study
 from smoa_lab.study.trials import PACK, Result, Trial, Untouched, shell_command
 
@@ -105,6 +105,9 @@ def sequence_summary(comparison: Comparison) -> dict[str, Any]:
     rows = [_run_row(name, study.entries[name].method, run) for name, of_entry in runs.items() for run in of_entry]
     if not rows:
         raise DataError(f"{study.folder}: no final run is finished yet; run smoa compare on this study first")
+    every = [run for of_entry in runs.values() for run in of_entry]
+    for run in every:
+        check_paired(run, every[0])
     order = list(runs)
     rows.sort(key=lambda row: (order.index(row["entry"]), row["learning_rate"], row["seed"]))
     curves = [curve for name, of_entry in runs.items() if (curve := curve_of(name, of_entry))]

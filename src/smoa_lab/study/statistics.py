@@ -99,8 +99,10 @@ def outcomes(results: Sequence[dict[str, Any]]) -> Outcomes:
 
 
 def check_paired(run: dict[str, Any], other: dict[str, Any]) -> None:
-    """Raise DataError unless both runs were asked the same questions, in the same tokens."""
-    if run.get("sha256") != other.get("sha256") or run["questions"]["tokens"] != other["questions"]["tokens"]:
+    """Raise DataError unless both runs were asked the same questions, of a sequence's earlier tasks too, in the same
+    tokens."""
+    asked = [(of.get("sha256"), of.get("first", {}).get("sha256"), of["questions"]["tokens"]) for of in (run, other)]
+    if asked[0] != asked[1]:
         raise DataError(
             f"{run.get('name')} and {other.get('name')} were scored on different questions or by different "
             "tokenizers, so they can't be compared; move the older one away and run smoa compare again"

@@ -41,7 +41,7 @@ def tune_run(config: RunConfig, max_runs: int = 6) -> Tuned:
     start, seed = float(config.training.get("learning_rate", START)), int(config.training.get("seed", 42))
     if config.has_rows:
         return _tune_rows(config, TrialStore(folder), start, seed, max_runs)
-    shared = config.model_dump(mode="json", include={"model", "data", "task"})
+    shared = config.model_dump(mode="json", include={"model", "data", "task", "early_stopping"})
     training = {key: value for key, value in config.training.items() if key not in OWN}
     study = Study(
         folder=folder,

@@ -73,7 +73,8 @@ def _train(
     total = sum(map(_entries, model.parameters()))
     history = trainer.state.log_history
     tokens = [entry["num_tokens"] for entry in history if "num_tokens" in entry]
-    speed = {"tokens": tokens[-1], "tokens_per_second": round(tokens[-1] / seconds, 1)} if tokens else {}
+    is_whole = tokens and not checkpoint  # TRL counts a resumed run's tokens from 0 again
+    speed = {"tokens": tokens[-1], "tokens_per_second": round(tokens[-1] / seconds, 1)} if is_whole else {}
     metrics = {
         "format": 1,
         "config": portable(run.config.model_dump(mode="json")),

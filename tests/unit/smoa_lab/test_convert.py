@@ -57,6 +57,12 @@ def test_a_higher_rank_keeps_more_of_update_and_task(values: dict[str, Any], tmp
         assert len(spectrum.rows) == 2
 
 
+def test_an_adapter_that_learned_nothing_has_no_gain_to_keep(values: dict[str, Any], tmp_path: Path) -> None:
+    converter = Converter(finished_run(values))
+    converter.adapter_losses = converter.base_losses
+    assert converter.cut(RankRule(rank=2), tmp_path / "lora")["loss"]["gain_kept"] is None
+
+
 def test_without_held_out_questions_the_task_is_not_scored(values: dict[str, Any], tmp_path: Path) -> None:
     values["data"]["test_examples"] = 0
     report = convert_run(finished_run(values), tmp_path / "lora", RankRule(rank=2))

@@ -114,6 +114,11 @@ def test_the_update_of_a_convolution_is_a_matrix(config: type) -> None:
     assert torch.allclose(update, expected, atol=1e-5)
 
 
+def test_r_does_not_bind_the_rank_where_the_whole_weight_is_scaled(base: Path) -> None:
+    layers, _ = reports(base, LoraConfig(r=3, target_modules=TARGETS, init_lora_weights=False, use_dora=True))
+    assert {layer.rank_bound for layer in layers} == {None}
+
+
 def test_without_modulation_the_rank_is_bound_by_r(base: Path) -> None:
     layers, _ = reports(base, smoa_config(modulation="none", partition="contiguous"))
     assert {layer.rank_bound for layer in layers} == {4}

@@ -48,6 +48,11 @@ def test_a_finished_run_is_shown_whole(tmp_path: Path) -> None:
     assert page.count("<figure data-chart>") == 3
 
 
+def test_a_resumed_run_does_not_claim_all_its_steps_for_the_time_since_then(tmp_path: Path) -> None:
+    page, _ = reported(stored_run(tmp_path / "run", training={"steps": 20, "seconds": 7.25, "resumed": True}))
+    assert "trained, 20 steps, the last ones in 7 s on a CPU." in page
+
+
 @pytest.mark.parametrize(
     ("config", "code"), [(SmoaConfig(r=4, num_blocks=2), "import smoa"), (LoraConfig(r=2), "AutoPeftModelForCausalLM")]
 )

@@ -141,6 +141,13 @@ def test_held_out_rows_are_points_at_the_first_and_the_last_step() -> None:
     assert {(row["step"], row["loss"]) for row in found} == {(0, 3.0), (20, 2.0)}
 
 
+def test_the_loss_of_preferences_is_not_drawn_with_that_of_held_out_rows() -> None:
+    history = [{**entry, "rewards/margins": 0.1} for entry in HISTORY]
+    chart = losses(history, ROWS, "smoa")
+    assert "held-out rows" not in {row["data"] for row in rows(chart)}
+    assert "loss of preferences" in json.dumps(specification(chart))
+
+
 def test_losses_that_are_no_numbers_are_left_out() -> None:
     history = [*HISTORY[:2], {"step": 15, "loss": None}]
     diverged = {**ROWS, "after": {"all": {"loss": None, "perplexity": None}}}

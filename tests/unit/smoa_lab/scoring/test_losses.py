@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
-from transformers import PreTrainedModel
+from transformers import Lfm2Config, Lfm2ForCausalLM, PreTrainedModel
 
 from smoa_lab.data.encoding import IGNORED, Tokens
 from smoa_lab.scoring import losses
@@ -151,6 +151,15 @@ def test_a_model_that_keeps_no_keys_and_values_is_scored_all_the_same() -> None:
     model.register_forward_hook(forget)
     scores = score(model, SEQUENCES[:-1], pad=0, batch_tokens=1000)
     assert [one.loss for one in scores] == pytest.approx(expected, rel=1e-4)
+
+
+def test_layers_that_keep_a_state_instead_of_keys_and_values_share_no_prompt() -> None:
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    model = Lfm2ForCausalLM(Lfm2Config(**sizes, **heads, initializer_range=0.2, pad_token_id=0)).eval()
+    scores = score(model, SEQUENCES, pad=0, batch_tokens=1000)
+    assert [one.loss for one in scores] == pytest.approx([one_by_one(model, s) for s in SEQUENCES], rel=1e-4)
 
 
 ROWS = [

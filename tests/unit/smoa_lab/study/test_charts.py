@@ -75,6 +75,11 @@ def test_every_entry_has_a_panel_beside_its_reference_and_every_run_is_a_point()
     assert scale["domain"] == [0.0, 2.5]
 
 
+def test_runs_that_all_lost_much_are_within_the_frame() -> None:
+    drawn = specification(frontier(runs("ours", [1.0, 1.5], [9.0, 8.0]), TITLES, 2.0, {"ours": "ours"}))
+    assert drawn["concat"][0]["layer"][0]["encoding"]["y"]["scale"]["domain"] == [2.0, 8.1]
+
+
 def test_a_run_that_diverged_is_left_out_and_without_any_there_is_no_chart() -> None:
     drawn = specification(frontier(runs("ours", [2.0, None], [3.0, 9.0]), TITLES, None, {}))
     _, points = layers(drawn["concat"][0], drawn)

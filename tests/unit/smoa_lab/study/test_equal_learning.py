@@ -238,8 +238,9 @@ def test_all_levels_are_corrected_together(study: Study) -> None:
     assert [each["holm_p"] for each in found] == pytest.approx([2 * min(each["p"] for each in found)] * 2)
 
 
-def test_runs_on_other_questions_are_not_compared(study: Study) -> None:
+@pytest.mark.parametrize("other", ["ours", "lora"])
+def test_runs_on_other_questions_are_not_compared(study: Study, other: str) -> None:
     finish_in_turn(study, Trial("final", "ours", 0.01, 0), 1.0, 3.0)
-    finish_in_turn(study, Trial("final", "ours", 0.03, 0), 1.0, 3.0, sha256="another")
+    finish_in_turn(study, Trial("final", other, 0.03, 0), 1.0, 3.0, sha256="another")
     with pytest.raises(DataError, match="different questions"):
-        curve(study)
+        report(study)

@@ -12,7 +12,7 @@ import pytest
 from smoa.errors import ConfigError, DataError
 from smoa_lab.study.report import report
 from smoa_lab.study.results import Row, from_json
-from smoa_lab.study.study import Study
+from smoa_lab.study.study import Study, Tuning
 from smoa_lab.study.trials import PACK, Trial, TrialStore, pack
 from tests.support.studies import QUESTIONS, finish, finish_a_study, finish_in_turn, finish_untouched, page
 
@@ -147,6 +147,21 @@ def test_runs_on_different_questions_or_tokens_are_not_compared(study: Study, ot
     finish(study, Trial("final", "lora", 0.01, 0), 2.5, **values)
     with pytest.raises(DataError, match="were scored on different questions"):
         report(study)
+
+
+def test_a_run_on_data_that_changed_between_two_seeds_is_not_averaged_with_the_others(study: Study) -> None:
+    for seed, content in ((0, "one"), (1, "another")):
+        finish(study, Trial("final", "ours", 0.01, seed), 2.0, sha256=content)
+    with pytest.raises(DataError, match="were scored on different questions"):
+        report(study)
+
+
+def test_without_a_search_entries_run_at_their_own_rates_and_one_seed_has_no_spread(study: Study) -> None:
+    finish(study, Trial("final", "ours", 0.01, 0), 2.0)
+    report(study.model_copy(update={"tuning": Tuning(max_runs=0)}))
+    assert "| ours | 1,000 | 0.01 | 0 | 1 | 2.4875 | 50.0 |" in page(study)
+    assert "The search of a learning rate: none; each entry runs at the rate that the study names." in page(study)
+    assert "is chosen on validation data" not in page(study)
 
 
 def test_seconds_are_those_of_the_machine_that_made_most_runs(study: Study) -> None:

@@ -56,6 +56,20 @@ def test_the_search_finds_the_lowest_loss_and_keeps_its_runs(
     assert found.interior
 
 
+def test_a_search_on_questions_stops_as_early_as_the_run(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patience: list[int | None] = []
+
+    def tune(self: Comparison, name: str) -> None:
+        patience.append(self.runner.config(self.study.entries[name], 0.01, 0).early_stopping)
+
+    monkeypatch.setattr(Comparison, "tune", tune)
+    values["training"] |= {"eval_strategy": "epoch", "save_strategy": "epoch"}
+    tune_run(check_config({**values, "early_stopping": 2}))
+    assert patience == [2]
+
+
 def test_a_run_without_a_validation_part_is_refused(values: dict[str, Any], tmp_path: Path) -> None:
     values["data"]["validation_examples"] = 0
     with pytest.raises(ConfigError, match=r"^data: leaves no validation questions, .* set data\.validation_examples"):

@@ -187,6 +187,7 @@ def test_an_interrupted_run_goes_on_to_the_same_adapter(
     monkeypatch.setenv("SMOA_CACHE", str(cache.parent))
     metrics = train(broken)
     assert metrics["training"]["resumed"]
+    assert "tokens_per_second" in expected["training"].keys() - metrics["training"].keys()
     assert losses(metrics) == pytest.approx(losses(expected), abs=1e-5)
     for one in (whole, broken):
         assert not [entry for entry in one.folder.iterdir() if entry.name == "README.md" or "checkpoint" in entry.name]
