@@ -114,7 +114,7 @@ def onloaded(modules: Iterable[nn.Module], written: nn.Module | None = None) -> 
     try:
         yield
         hook = None if written is None else written.__dict__.get("_hf_hook")
-        if getattr(hook, "offload", False):  # as PEFT does, but not for experts in two wrappers, nor in a forward
+        if hook and getattr(hook, "offload", False):  # as PEFT does, but not in a forward, nor for nested wrappers
             hook.weights_map = {name: tensor.to("cpu") for name, tensor in named_module_tensors(written)}
     finally:
         for module, hook in hooks:
