@@ -16,7 +16,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from smoa.config import SmoaConfig
-from smoa.errors import AdapterFileError, ConfigError, MergeError
+from smoa.errors import AdapterFileError, ConfigError, MergeError, first_of
 from smoa.files.loading import door
 from smoa.files.names import PARTS, PREFIX, adapter_layers, parameter_names
 from smoa.layers.layer import SmoaLayer
@@ -97,8 +97,8 @@ def _fitted(
         own.difference_update(keys)
     if own:
         raise AdapterFileError(
-            f"{path}: has {sorted(own)[0]} and {len(own) - 1} more tensor(s) for layers that the loaded adapter "
-            "does not adapt; load it under another name with load_adapter"
+            f"{path}: has {first_of(sorted(own), 1)} for layers that the loaded adapter does not adapt; load it under "
+            "another name with load_adapter"
         )
     return fitted
 

@@ -22,6 +22,7 @@ from smoa_lab.base_models import empty_model, load_tokenizer
 from smoa_lab.basics.extras import require
 from smoa_lab.basics.positions import positions_of
 from smoa_lab.budget import ALL_LINEAR, Choice, Shapes, budget_choice, shapes_of
+from smoa_lab.config.methods import find_method
 from smoa_lab.config.run import (
     ConfigText,
     DataSection,
@@ -246,7 +247,8 @@ def propose(
 
 def default_run(model: str, data: str, changes: Sequence[str] = (), trust_remote_code: bool = False) -> RunConfig:
     """The run that ``smoa init --no-measure --yes`` writes for a model and data, with ``key.key=value`` changes, in the
-    first of the folders ``runs/NAME``, ``runs/NAME-2`` and so on without a finished run.
+    first of the folders ``runs/NAME``, ``runs/NAME-2`` and so on without a finished run. With ``method=lora``, or a
+    preset of it, the adapter is LoRA's of the same size.
 
     Raises:
         ConfigError: a change is not valid.
@@ -257,6 +259,9 @@ def default_run(model: str, data: str, changes: Sequence[str] = (), trust_remote
     choice = budget_choice(facts.shapes, facts.parameters, PARAMETERS)
     values = propose(facts, rows, choice, this_machine()).values(output_dir(file_for(data)))
     values["training"]["output_dir"] = str(in_free_folder(check_config(values)).folder)
+    apply_overrides(values, [change for change in changes if change.startswith("method=")])
+    if find_method(str(values["method"])).peft_type == "lora":
+        values["adapter"] = {"target_modules": ALL_LINEAR, "r": choice.lora_r, "lora_alpha": 2 * choice.lora_r}
     apply_overrides(values, list(changes))
     return ConfigText(values, "smoa train").trusting(trust_remote_code).checked()
 

@@ -26,7 +26,7 @@ from safetensors.torch import _TYPES as TYPES  # PyTorch's dtypes by safetensors
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from smoa.errors import ConfigError, MergeError
+from smoa.errors import ConfigError, MergeError, first_of
 from smoa.files.card import auto_class
 from smoa.files.loading import door
 from smoa.files.names import PREFIX, embeddings_of
@@ -192,7 +192,7 @@ class Shards:
         missing = sorted({file for file in self.files.values() if not (folder / file).is_file()})
         if missing:
             raise MergeError(
-                f"{folder / INDEX}: names {', '.join(missing[:3])}, which is missing; download the checkpoint again"
+                f"{folder / INDEX}: names {first_of(missing)}, which is missing; download the checkpoint again"
             )
         for file in sorted(set(self.files.values())):
             with safe_open(folder / file, "pt") as opened:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from smoa.config import SmoaConfig
-from smoa.errors import AdapterFileError, MergeError
+from smoa.errors import AdapterFileError, MergeError, first_of
 from smoa.export.checkpoint import Shards, write_checkpoint
 from smoa.files.loading import read_adapter
 from smoa.files.names import PARTS, PREFIX
@@ -219,7 +219,7 @@ def plan_stream(adapter: SavedAdapter, model: PreTrainedModel, checkpoint: Shard
     missing = sorted(name for name, target in targets.items() if target is None)
     if missing:
         raise AdapterFileError(
-            f"the adapter is for {missing[0]} and {len(missing) - 1} more that {type(model).__name__} does not have; "
+            f"the adapter is for {first_of(missing, 1)} that {type(model).__name__} does not have; "
             "give the base model it was trained on"
         )
     weights: dict[str, StreamTarget] = {}

@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
+import torch
 from torch import Tensor
 
 from smoa.config import SmoaConfig
 from smoa.errors import AdapterFileError, ConfigError
 from smoa.files.checks import check_parts
 from smoa.files.names import PARTS, PREFIX
+from smoa.maths.blocks import Blocks
 from smoa.maths.factors import factor_shapes
 from smoa.maths.scale import ModulationKind
 
@@ -58,6 +60,10 @@ class Loaded:
         except AdapterFileError as error:
             raise AdapterFileError(f"{source}: {error}") from None
         return cls(ranks, config.modulation, scaling, config.partition == "spectral", A, B, rows, cols, scale.float())
+
+    def blocks(self, device: torch.device) -> Blocks:
+        """Its blocks on a device."""
+        return Blocks(self.row_labels.to(device), self.col_labels.to(device), len(self.ranks))
 
     @property
     def digest(self) -> int:

@@ -699,6 +699,11 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
             stored.copy_(as_stored(matrix, stored.shape, self.fan_in_fan_out))
 
 
+def smoa_layers(model: nn.Module) -> dict[str, SmoaLayer]:
+    """The adapted layers of a model, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SmoaLayer)}
+
+
 def as_matrix(stored: Tensor, fan_in_fan_out: bool) -> Tensor:
     """W (out_features, in_features) of a weight as stored: transposed in a Conv1D, with a kernel in a convolution."""
     return stored.T if fan_in_fan_out else stored.flatten(1)

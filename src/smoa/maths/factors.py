@@ -87,7 +87,7 @@ class BlockRun:
         return rows.view(self.count, self.height, 1), cols.view(self.count, 1, self.width)
 
 
-def _runs(out_features: int, in_features: int, ranks: tuple[int, ...]) -> tuple[BlockRun, ...]:
+def _runs_of(out_features: int, in_features: int, ranks: tuple[int, ...]) -> tuple[BlockRun, ...]:
     num_blocks = len(ranks)
     shapes = zip(block_sizes(out_features, num_blocks), block_sizes(in_features, num_blocks), ranks, strict=True)
     runs, row, col, first_rank = [], 0, 0, 0
@@ -98,7 +98,13 @@ def _runs(out_features: int, in_features: int, ranks: tuple[int, ...]) -> tuple[
     return tuple(runs)
 
 
-_cached_runs = lru_cache(maxsize=4096)(_runs)
+_cached_runs = lru_cache(maxsize=4096)(_runs_of)
+
+
+def runs_of(out_features: int, in_features: int, ranks: tuple[int, ...]) -> tuple[BlockRun, ...]:
+    """The runs of blocks of one shape, in order."""
+    make = _runs_of if torch.compiler.is_compiling() else _cached_runs  # a compiler would trace the cache
+    return make(out_features, in_features, ranks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,8 +148,7 @@ class Factors:
 
     def runs(self) -> tuple[BlockRun, ...]:
         """The runs of blocks of one shape, in order."""
-        sizes = self.blocks.out_features, self.blocks.in_features, tuple(self.ranks)
-        return _runs(*sizes) if torch.compiler.is_compiling() else _cached_runs(*sizes)  # which would trace the cache
+        return runs_of(*self.blocks.shape, tuple(self.ranks))
 
     def spread_A(self, stacked: bool = False) -> Tensor:
         """Ã: (r, in_features) in natural column order, zero outside each block's own columns.

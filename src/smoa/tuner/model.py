@@ -29,7 +29,7 @@ from smoa.files.names import (
 )
 from smoa.layers.distributed import plain_name, refuse_writing, with_plain_names
 from smoa.layers.experts import ParamWrapper
-from smoa.layers.layer import SmoaLayer
+from smoa.layers.layer import SmoaLayer, smoa_layers
 from smoa.layers.quantized import keep_unpacked, requantization_reported
 from smoa.tuner.combining import Combination, check_combination, check_layer, combined_config, fill_combined
 from smoa.tuner.generation import adapter_names_hooks, forget_generate, watch_generate
@@ -238,7 +238,7 @@ class SmoaModel(BaseTuner, StateDictHooks):
         """
         check_combination(self.peft_config, adapters, weights, adapter_name, combination_type)
         config = combined_config([self.peft_config[name] for name in adapters], combination_type)  # type: ignore[misc]
-        layers = {n: m for n, m in self.model.named_modules() if isinstance(m, SmoaLayer) and {*adapters} & {*m.smoa_A}}
+        layers = {n: layer for n, layer in smoa_layers(self.model).items() if {*adapters} & {*layer.smoa_A}}
         for name, layer in layers.items():
             check_layer(name, layer, adapters, config)
         self.peft_config[adapter_name] = config
@@ -249,18 +249,17 @@ class SmoaModel(BaseTuner, StateDictHooks):
 
     @torch.no_grad()
     def _check_all_finite(self, adapter_names: list[str] | None) -> None:
-        for name, module in self.model.named_modules():
-            if isinstance(module, SmoaLayer):
-                try:
-                    with onload_layer(module):  # accelerate may have offloaded its weights
-                        module.check_merge(adapter_names)
-                except MergeError as error:
-                    raise MergeError(f"{name}: {error}") from None
+        for name, layer in smoa_layers(self.model).items():
+            try:
+                with onload_layer(layer):  # accelerate may have offloaded its weights
+                    layer.check_merge(adapter_names)
+            except MergeError as error:
+                raise MergeError(f"{name}: {error}") from None
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()  # type: ignore[no-untyped-call]  # PEFT leaves it without types
-        modules = self.model.named_modules()  # an adapter that is deleted leaves its layers
-        layers = {name: module for name, module in modules if isinstance(module, SmoaLayer) and module.ranks}
+        # an adapter that is deleted leaves its layers
+        layers = {name: layer for name, layer in smoa_layers(self.model).items() if layer.ranks}
         refuse_shared((name, layer.stored_weight(), dict(layer.smoa_A.items())) for name, layer in layers.items())
         users, adapted = users_of(self.model), Counter(id(layer.stored_weight()) for layer in layers.values())
         for layer in layers.values():

@@ -20,7 +20,7 @@ from torch.nn.parameter import UninitializedParameter
 from transformers import PreTrainedModel
 
 from smoa.config import Shape, SmoaConfig
-from smoa.errors import ConfigError, PartitionError, SmoaError, UnsupportedModuleError
+from smoa.errors import ConfigError, PartitionError, SmoaError, UnsupportedModuleError, first_of
 from smoa.files.loading import AdapterFile, incoming
 from smoa.layers.distributed import awaits_process_group, from_rank_zero, whole
 from smoa.layers.experts import ParamWrapper
@@ -43,15 +43,22 @@ ROUTERS = ("router", "gate")
 _REPORTED: WeakSet[nn.Module] = WeakSet()
 """Models whose experts `_report_experts` has named."""
 
-IsTarget = Callable[[Any, str], object]
-"""Whether a config makes the module of a name a target."""
 
-
-def survey_targets(model: nn.Module, peft_config: Any, is_target: IsTarget, loads_labels: bool) -> int:
+def survey_targets(
+    model: nn.Module, peft_config: Any, is_target: Callable[[Any, str], object], loads_labels: bool
+) -> int:
     """Check all targets, fill the config's target_modules as PEFT does, and report what a user should know.
 
-    Nothing of the model is changed. With `loads_labels` the partition is not made from the weights. Return the number
-    of target modules.
+    Nothing of the model is changed.
+
+    Args:
+        model: The model.
+        peft_config: The adapter's.
+        is_target: Whether a config makes the module of a name a target.
+        loads_labels: The partition is not made from the weights.
+
+    Returns:
+        The number of target modules.
 
     Raises:
         SmoaError: names every target that cannot be adapted, and why.
@@ -204,9 +211,8 @@ def _leave_out(config: SmoaConfig, model: nn.Module) -> None:
                 named[name] = type(base).__name__
     config.target_modules = set(config.target_modules or []) - left_out  # type: ignore[assignment]
     if named:
-        more = f" and {len(named) - 3} more" if len(named) > 3 else ""
         warnings.warn(
-            f"target_modules='all-linear' leaves out {', '.join([*named][:3])}{more}: SMoA can't adapt a "
+            f"target_modules='all-linear' leaves out {first_of([*named])}: SMoA can't adapt a "
             f"{', '.join(sorted({*named.values()}))}, which computes something else than a linear layer of a plain "
             "weight",
             stacklevel=2,
@@ -406,10 +412,9 @@ def _report_narrow(shapes: Mapping[str, Shape], config: SmoaConfig) -> None:
     """Name the targets that take fewer blocks than `num_blocks`, in one warning, given the shapes of their weights."""
     narrow = [name for name, shape in shapes.items() if config.num_blocks_of(name, shape) < config.num_blocks_of(name)]
     if narrow:
-        named = ", ".join(f"{name} takes {min(shapes[name])}" for name in narrow[:3])
-        more = f", and {len(narrow) - 3} more take fewer too" if len(narrow) > 3 else ""
+        named = first_of([f"{name} takes {min(shapes[name])}" for name in narrow])
         warnings.warn(
-            f"num_blocks={config.num_blocks} is larger than a side of {len(narrow)} of {len(shapes)} targets: {named}"
-            f"{more}; the rank of a block and alpha / r stay the same",
+            f"num_blocks={config.num_blocks} is larger than a side of {len(narrow)} of {len(shapes)} targets: {named}; "
+            "the rank of a block and alpha / r stay the same",
             stacklevel=2,
         )

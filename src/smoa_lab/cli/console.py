@@ -14,8 +14,8 @@ import typer
 from smoa_lab.basics.extras import advice, missing
 from smoa_lab.basics.plain import json_text
 
-FULL_DISK = ("No space left", "quota exceeded", "inline_container", "iostream error")
-"""Words of the errors of Python, safetensors and torch when a disk is full."""
+FULL_DISK = ("No space left", "quota exceeded", "File too large", "inline_container", "iostream error")
+"""Words of the errors of Python, safetensors and torch when a disk, or what a process may write, is full."""
 Overrides = Annotated[list[str] | None, typer.Argument(help="Values to change, e.g. training.learning_rate=1e-3.")]
 Base = Annotated[str | None, typer.Option(help="Base model to use instead of the one recorded in the adapter.")]
 TrustRemoteCode = Annotated[bool, typer.Option(help="Allow the model's repository to run its own code.")]
@@ -48,7 +48,8 @@ def reporting(*modules: str) -> Iterator[None]:
     except Exception as error:
         if not any(words in str(error) for words in FULL_DISK):
             raise
-        raise failed(f"the disk is full ({error}); make room, and run the same command again") from error
+        remedy = "make room, or raise ulimit -f, and run the same command again"
+        raise failed(f"the disk is full ({error}); {remedy}") from error
     except KeyboardInterrupt:
         typer.echo("interrupted; run the same command again to resume from the last checkpoint", err=True)
         raise typer.Exit(130) from None

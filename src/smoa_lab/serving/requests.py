@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Json, ValidationError
 
 NotEmpty = Annotated[str, Field(min_length=1)]
 Stop = Annotated[
@@ -25,12 +25,27 @@ class Part(BaseModel):
     text: str
 
 
+class Function(BaseModel):
+    """The function of a call, its arguments as JSON or as an object."""
+
+    name: str
+    arguments: Json[dict[str, Any]] | dict[str, Any]
+
+
+class ToolCall(BaseModel):
+    """What the model has called."""
+
+    model_config = ConfigDict(extra="allow")
+    function: Function
+
+
 class ChatMessage(BaseModel):
     """A message, and what else its chat template may want."""
 
     model_config = ConfigDict(extra="allow")
     role: str
     content: str | list[Part] | None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class Asked(BaseModel):
@@ -79,6 +94,10 @@ NEUTRAL: dict[str, Any] = {
 
 def checked(body: dict[str, Any], kind: type[Asked]) -> dict[str, Any]:
     """The fields of a request; raises HTTPException (400) for one that is wrong or not supported."""
+    try:
+        json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise refusal(400, f"half of a character, a lone surrogate, can't be read: {error}", "invalid_value") from error
     for field, value in body.items():
         same = (
             field in NEUTRAL and value == NEUTRAL[field] and isinstance(value, bool) == isinstance(NEUTRAL[field], bool)

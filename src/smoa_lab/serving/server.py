@@ -150,18 +150,19 @@ class Guard:
             gone.set()
 
         work, watcher = asyncio.ensure_future(self.app(scope, replay, send)), asyncio.ensure_future(watch())
-        try:
-            await asyncio.wait((work, watcher), return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                await work
-        finally:
-            watcher.cancel()
-            if not work.done():
-                work.cancel()
-                await asyncio.wait((work,))
-                self.manager.cancel_request(request_id)
-            with self.manager.output_router._lock:
-                self.manager.output_router.result_handlers.pop(request_id, None)
+        with suppress(asyncio.CancelledError):  # the server ends
+            try:
+                await asyncio.wait((work, watcher), return_when=asyncio.FIRST_COMPLETED)
+                if work.done():
+                    await work
+            finally:
+                watcher.cancel()
+                with self.manager.output_router._lock:
+                    self.manager.output_router.result_handlers.pop(request_id, None)
+                if not work.done():
+                    work.cancel()
+                    self.manager.cancel_request(request_id)
+                    await asyncio.wait((work,))
 
     def _may(self, scope: Scope) -> bool:
         if self.settings.api_key is None:

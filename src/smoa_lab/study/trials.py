@@ -219,12 +219,30 @@ def _line(run: dict[str, Any]) -> str:
     return json.dumps(run, ensure_ascii=False, separators=(",", ":")) + "\n"
 
 
+class _Stored(dict[str, Any]):
+    """An object within a run's JSON. Whoever needs a key that it lacks gets a DataError that names ``place``."""
+
+    place = ""
+
+    def __missing__(self, key: str) -> Any:
+        raise DataError(f"{self.place}: is damaged, it lacks {key!r}; {_REMEDY}")
+
+
 def _parse(text: str, place: str) -> Result:
     """The run of a file or line; raises DataError, which names ``place``, where it is not a JSON object."""
+
+    def placed(values: dict[str, Any]) -> _Stored:
+        stored = _Stored(values)
+        stored.place = place
+        return stored
+
     try:
-        return {**json.loads(text)}
-    except (ValueError, TypeError) as error:
+        run = json.loads(text, object_hook=placed)
+        if not isinstance(run, dict):
+            raise ValueError(f"found {type(run).__name__}")
+    except ValueError as error:
         raise DataError(f"{place}: is not a JSON object ({error}); {_REMEDY}") from error
+    return run
 
 
 @lru_cache(maxsize=2)  # a report reads every run several times

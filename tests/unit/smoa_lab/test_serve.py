@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,7 +33,8 @@ from fastapi import HTTPException  # noqa: E402
 from smoa_lab.base_models import load_base_model  # noqa: E402
 from smoa_lab.config.run import ModelSection  # noqa: E402
 from smoa_lab.serving.adapters import Adapters  # noqa: E402
-from smoa_lab.serving.server import Settings, listening, serve, serving  # noqa: E402
+from smoa_lab.serving.requests import AskedChat, checked  # noqa: E402
+from smoa_lab.serving.server import Guard, Settings, listening, serve, serving  # noqa: E402
 from smoa_lab.serving.stops import Stops, UntilStop  # noqa: E402
 
 KEY = "a secret"
@@ -270,6 +272,47 @@ def test_an_unknown_model_is_404_with_the_nearest_name(client: Any, room: Path) 
 def test_what_is_not_supported_is_refused_and_not_ignored(client: Any, options: dict[str, Any], words: str) -> None:
     with pytest.raises(openai.BadRequestError, match=words):
         completed(client, "anna", **options)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "user", "content": "\ud800"},
+        {"role": "user", "name": ["\ud800"]},
+        {"role": "assistant", "tool_calls": "now"},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "now"}}]},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "now", "arguments": "{"}}]},
+    ],
+)
+def test_a_message_that_no_template_could_read_is_refused(message: dict[str, Any]) -> None:
+    with pytest.raises(HTTPException) as refused:
+        checked({"model": "anna", "messages": [message]}, AskedChat)
+    assert refused.value.status_code == 400
+
+
+def test_a_request_that_an_ending_server_cancels_ends_without_an_error() -> None:
+    canceled = list[str]()
+    router = SimpleNamespace(_lock=threading.Lock(), result_handlers={})
+    manager: Any = SimpleNamespace(output_router=router, cancel_request=canceled.append)
+    parts = iter([{"type": "http.request", "body": b"{}"}])
+
+    async def receive() -> Any:
+        part = next(parts, None)
+        return part or await asyncio.Event().wait()
+
+    async def endless(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.Event().wait()
+
+    async def ending() -> None:
+        guard = Guard(endless, manager, Settings())
+        request = asyncio.ensure_future(guard({"type": "http", "path": "/health", "headers": []}, receive, receive))
+        for _ in range(2):  # by uvicorn, and by asyncio
+            await asyncio.sleep(0.01)
+            request.cancel()
+        await request
+
+    asyncio.run(ending())
+    assert len(canceled) == 1
 
 
 def test_no_request_ends_the_generation_of_others(client: Any, alone: Alone) -> None:

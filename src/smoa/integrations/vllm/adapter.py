@@ -11,7 +11,7 @@ import torch
 from peft.utils import CONFIG_NAME
 
 from smoa.config import SmoaConfig
-from smoa.errors import ConfigError
+from smoa.errors import ConfigError, first_of
 from smoa.files.layers import Loaded, by_layer
 from smoa.files.loading import read_adapter
 
@@ -62,7 +62,6 @@ def read_layers(folder: str, shape_of: Callable[[str], tuple[int, int] | str]) -
     shapes = {path: shape_of(path) for path in sorted(found)}
     refused = [f"{path} ({shape})" for path, shape in shapes.items() if isinstance(shape, str)]
     if refused:
-        more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
-        raise ConfigError(f"{folder}: adapts {', '.join(refused[:3])}{more}; {REMEDY}")
+        raise ConfigError(f"{folder}: adapts {first_of(refused)}; {REMEDY}")
     sizes = {path: shape for path, shape in shapes.items() if not isinstance(shape, str)}
     return {path: ServedFactors.checked(path, size, config, found[path], folder) for path, size in sizes.items()}

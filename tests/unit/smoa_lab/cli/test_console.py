@@ -28,6 +28,7 @@ def test_an_interrupted_command_says_how_to_go_on(capsys: pytest.CaptureFixture[
     "error",
     [
         OSError(28, "No space left on device", "run/checkpoint-2/optimizer.pt"),
+        OSError(27, "File too large", "run/adapter/README.md"),
         RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 16256 vs 16144"),
         Exception("No space left on device (os error 28)"),
     ],
@@ -37,7 +38,8 @@ def test_a_full_disk_is_one_line_whoever_finds_it_full(error: Exception, capsys:
         raise error
     assert ended.value.exit_code == 1
     told = capsys.readouterr().err
-    assert told == f"error: the disk is full ({error}); make room, and run the same command again\n"
+    remedy = "make room, or raise ulimit -f, and run the same command again"
+    assert told == f"error: the disk is full ({error}); {remedy}\n"
 
 
 def test_json_has_null_for_what_is_no_number(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from smoa_lab.cli import init
 from smoa_lab.cli.main import app
 from smoa_lab.config.run import RunConfig, load_config
+from smoa_lab.init import default_run
 from tests.support import lab
 from tests.support.proposals import rows_file, talks
 
@@ -77,6 +78,12 @@ def test_a_model_and_data_are_trained_without_a_file_as_init_would_write_it(tmp_
     assert CliRunner().invoke(app, ["merge", "runs/talks", "merged"]).exit_code == 0
     assert CliRunner().invoke(app, ["eval", "runs/talks"]).exit_code == 0
     assert "Run folder: runs/talks-2\n" in train(*given, *changes).stderr
+
+
+def test_without_a_file_a_method_of_lora_gets_lora_of_the_same_size() -> None:
+    run = default_run("base", "talks.jsonl", ["method=dora", "adapter.lora_dropout=0.1"])
+    block = {"target_modules": "all-linear", "r": 8, "lora_alpha": 16, "lora_dropout": 0.1}
+    assert (run.method, run.adapter) == ("dora", block)
 
 
 @pytest.mark.parametrize(

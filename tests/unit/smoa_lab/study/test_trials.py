@@ -236,6 +236,14 @@ def test_a_damaged_file_of_a_run_is_named(folder: Path, content: str) -> None:
     assert len(left(folder)) == len(NAMES) + 1
 
 
+def test_what_the_file_of_a_run_lacks_is_named(folder: Path) -> None:
+    TrialStore(folder).file(NAMES[0]).write_text('{"config": {}, "scores": {"all": {"accuracy": 0.5}}}')
+    run = TrialStore(folder).find(NAMES[0])
+    assert run is not None
+    with pytest.raises(DataError, match=r"seed-0\.json: is damaged, it lacks 'gold_loss'; restore the file"):
+        _ = run["scores"]["all"]["gold_loss"]
+
+
 @pytest.mark.skipif(not (shutil.which("gzip") and shutil.which("grep")), reason="gzip or grep is not installed")
 def test_the_command_that_reports_show_prints_a_run(folder: Path) -> None:
     before = everything(folder)
