@@ -10,6 +10,7 @@ import torch
 from peft import set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTuner, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -261,6 +262,12 @@ class SmoaModel(BaseTuner, StateDictHooks):
         # an adapter that is deleted leaves its layers
         layers = {name: layer for name, layer in smoa_layers(self.model).items() if layer.ranks}
         refuse_shared((name, layer.stored_weight(), dict(layer.smoa_A.items())) for name, layer in layers.items())
+        for name, layer in layers.items():
+            if isinstance(layer.base_layer, AuxiliaryTrainingWrapper):
+                raise MergeError(
+                    f"{name}: trainable_token_indices replaces rows of its weight, and a merge would lose what the "
+                    "adapter adds to them; keep the adapter unmerged, or train again without one of the two"
+                )
         users, adapted = users_of(self.model), Counter(weight_id(layer.stored_weight()) for layer in layers.values())
         for layer in layers.values():
             if not isinstance(layer, ParamWrapper):

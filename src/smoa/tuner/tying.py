@@ -121,7 +121,9 @@ def refuse_shared(layers: Iterable[tuple[str, Tensor, Mapping[str, object]]]) ->
 
 def users_of(model: nn.Module) -> Counter[int]:
     """How many modules use each parameter, by its `weight_id`. Several use that of tied embeddings."""
-    return Counter(weight_id(own) for module in model.modules() for own in module._parameters.values() if own is not None)
+    return Counter(
+        weight_id(own) for module in model.modules() for own in module._parameters.values() if own is not None
+    )
 
 
 def weight_id(weight: Tensor) -> int:
