@@ -162,8 +162,21 @@ class ParamWrapper(SmoaLayer):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # the compiler can't see through a stand-in
     def _adapted(self, active: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        with self._standing_in(active):
+        base: Any = self.get_base_layer()
+        offloaded = base.__dict__.get("_old_forward")  # by accelerate, which loads the parameter before it calls this
+        if offloaded is None:
+            with self._standing_in(active):
+                return self.base_layer(x, *args, **kwargs)
+
+        def loaded(*args: Any, **kwargs: Any) -> Any:
+            with self.onloaded(active), self._standing_in(active):
+                return offloaded(*args, **kwargs)
+
+        base._old_forward = loaded
+        try:
             return self.base_layer(x, *args, **kwargs)
+        finally:
+            base._old_forward = offloaded
 
     @contextmanager
     def _standing_in(self, active: list[str]) -> Iterator[None]:

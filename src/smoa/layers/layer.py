@@ -192,13 +192,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
     def update_layer(
         self, adapter_name: str, config: SmoaConfig, module: str = "", *, defer_partition: bool = False
     ) -> None:
-        """Add an adapter.
-
-        Args:
-            adapter_name: Name of the adapter.
-            config: The adapter's settings.
-            module: Name of this layer in the model, for the patterns of the config.
-            defer_partition: Don't decide the labels yet, because they are about to be loaded.
+        """Add an adapter, from what the constructor takes.
 
         Raises:
             PartitionError: K does not fit the layer, or the weight has NaN or infinite entries.
@@ -258,7 +252,8 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         if adapter_name not in self.ranks:
             return
         weight = self.stored_weight()
-        device = device or weight.device
+        hook = self.get_base_layer().__dict__.get("_hf_hook") if weight.is_meta else None  # of accelerate's offloading
+        device = torch.device(device or getattr(hook, "execution_device", None) or weight.device)
         for factor in (self.smoa_A[adapter_name], self.smoa_B[adapter_name]):
             if not any(parameter.is_meta for parameter in factor.parameters()):
                 factor.to(device, weight.dtype if weight.is_floating_point() else None)
@@ -580,13 +575,14 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         dtype = next(self.smoa_A[adapter_name].parameters()).dtype
         return self.ranks[adapter_name], self.modulation[adapter_name], p, dtype, self.labels_digest[adapter_name]
 
-    def onloaded(self, adapter_names: list[str]) -> AbstractContextManager[None]:
-        """Load what a branch reads, if accelerate has offloaded it. The base layer's own call does not keep it."""
+    def onloaded(self, adapter_names: list[str], written: bool = False) -> AbstractContextManager[None]:
+        """Load what a branch reads, or a merge writes, if accelerate has offloaded it. The base layer's own call does
+        not keep it."""
         base = self.get_base_layer()
         if torch.compiler.is_compiling() or "_hf_hook" not in base.__dict__:
             return nullcontext()
         factors = [part[name] for part in (self.smoa_A, self.smoa_B) for name in adapter_names]
-        return onloaded([base, *self._saved_buffers(), *factors])
+        return onloaded([base, *self._saved_buffers(), *factors], base if written else None)
 
     def gather(self, *adapter_names: str) -> None:
         """Gather weight and factors, which this layer reads without calling their modules, if ZeRO-3 splits them."""
@@ -638,12 +634,13 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         if not names:
             return
         refuse_writing(self.stored_weight())
-        if safe_merge and self.matrix_count > 1:
-            self.check_merge(names)
-        for number, pristine, merged in self.merged_matrices([*self.merged_adapters, *names]):
-            if safe_merge:
-                check_finite(merged, names)
-            self._write_merged(number, pristine, merged, names)
+        with self.onloaded(names, written=True):
+            if safe_merge and self.matrix_count > 1:
+                self.check_merge(names)
+            for number, pristine, merged in self.merged_matrices([*self.merged_adapters, *names]):
+                if safe_merge:
+                    check_finite(merged, names)
+                self._write_merged(number, pristine, merged, names)
         self.merged_adapters.extend(names)
 
     @torch.no_grad()
@@ -653,7 +650,8 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         refuse_writing(self.stored_weight())
-        self._restore_pristine()
+        with self.onloaded([], written=True):
+            self._restore_pristine()
         self.merged_adapters.clear()
 
     def merged_matrices(self, adapter_names: list[str]) -> Iterator[tuple[int, Tensor, Tensor]]:

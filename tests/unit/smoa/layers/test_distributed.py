@@ -225,6 +225,20 @@ def test_the_partition_of_an_offloaded_weight_is_decided_by_its_numbers() -> Non
     assert torch.equal(layer.block_scale("default"), expected.block_scale("default"))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_offloaded_layer_is_merged_and_unmerged_in_a_forward(kind: str, tmp_path: Path) -> None:
+    model = Wrapper(adapted_layer(kind_of_layer(kind), r=7, num_blocks=3)).eval()
+    x = input_of(kind)
+    with torch.no_grad():
+        adapted, plain = model(x), model.layer.base_layer(x)
+        disk_offload(model, str(tmp_path), torch.device("cpu"))
+        model.layer.merge()
+        assert_close(model(x), adapted)
+        model.layer.enable_adapters(False)
+        assert_close(model(x), plain)
+        assert all(parameter.is_meta for parameter in model.parameters())
+
+
 def test_an_offloaded_model_generates_as_before(tmp_path: Path) -> None:
     model = get_peft_model(tiny_models.build("llama"), SmoaConfig(init_weights=False, target_modules="all-linear"))
     ids = tiny_models.batch("llama")["input_ids"]
