@@ -152,8 +152,7 @@ def _stream(
     base: BaseCheckpoint, folder: Path, dtype: torch.dtype | None, max_shard_size: int | str
 ) -> RoundingLoss | None:
     """Merge from disk to disk. If that is not possible, write nothing and return None."""
-    config = base.peft_config
-    raw: dict[str, Any] = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
+    config, raw = base.peft_config, base.raw_config()
     if not isinstance(config, SmoaConfig) or config.trainable_token_indices or "quantization_config" in raw:
         return None
     if not any((base.folder / name).is_file() for name in (INDEX, SINGLE)):
@@ -229,15 +228,11 @@ def merge_in_memory(
                 layer.merge(safe_merge=True)
             except (ValueError, NotImplementedError) as error:
                 raise MergeError(f"{name}: {error}") from error
-            layer.merge = _merge_nothing  # OSF's would add its change again in merge_and_unload
+            layer.merge = lambda *_, **__: None  # OSF's would add its change again in merge_and_unload
             loss.add(name, before, _weight(layer).detach(), dtype)
         merged = adapted.merge_and_unload()
     merged.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     return loss
-
-
-def _merge_nothing(*_: Any, **__: Any) -> None:
-    """``merge`` of a layer that is merged."""
 
 
 def _layers_to_merge(adapted: PeftModel) -> list[tuple[str, Any]]:

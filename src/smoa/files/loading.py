@@ -178,13 +178,9 @@ def incoming() -> AdapterFile | None:
 def door(
     source: str | os.PathLike[str] | None, config: object = None, read: bool = False, **options: Any
 ) -> Iterator[AdapterFile | None]:
-    """Check a saved adapter, and return it from `incoming()` within the block.
+    """Check a saved adapter, found as by `find_adapter`, and return it from `incoming()` within the block.
 
-    Args:
-        source: Folder or hub id; None if the adapter is not in files.
-        config: The config to load it with, by default the one in the folder.
-        read: Read the tensors too.
-        options: PEFT's options for the Hub, such as `subfolder` and `revision`.
+    Without a source the adapter is not in files.
 
     Raises:
         AdapterFileError: the weights are a pickle, are damaged, or come from another adapter than the config.

@@ -192,13 +192,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
     def update_layer(
         self, adapter_name: str, config: SmoaConfig, module: str = "", *, defer_partition: bool = False
     ) -> None:
-        """Add an adapter.
-
-        Args:
-            adapter_name: Name of the adapter.
-            config: The adapter's settings.
-            module: Name of this layer in the model, for the patterns of the config.
-            defer_partition: Don't decide the labels yet, because they are about to be loaded.
+        """Add an adapter, from what the constructor takes.
 
         Raises:
             PartitionError: K does not fit the layer, or the weight has NaN or infinite entries.

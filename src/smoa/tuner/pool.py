@@ -227,9 +227,7 @@ class AdapterPool:
         try:
             for name in wanted:
                 held[name] = self._hold(name)
-            batch = Batch([held.get(name) for name in names])
-            self._trained = batch if torch.is_grad_enabled() else None
-            with self._computing(batch):
+            with self._computing(Batch([held.get(name) for name in names])):
                 yield
         finally:
             self._release(held)
@@ -309,12 +307,16 @@ class AdapterPool:
 
     @contextmanager
     def _computing(self, batch: Batch) -> Iterator[None]:
-        """What this thread computes is of this batch."""
-        token = _CURRENT.set((self, batch))
+        """What this thread computes is of this batch, and what a backward computes again in a thread of its own."""
+        token, outer = _CURRENT.set((self, batch)), self._trained
+        if torch.is_grad_enabled():
+            self._trained = batch
         try:
             yield
         finally:
             _CURRENT.reset(token)
+            if self._trained is batch:
+                self._trained = outer
 
     def _batch(self) -> Batch | None:
         current = _CURRENT.get()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import LlamaForCausalLM
 from smoa import AdapterFileError, ConfigError, MergeError, SmoaConfig
 from smoa.export import checkpoint as module
 from smoa.export.checkpoint import INDEX, BaseCheckpoint, Shards, adapter_config, base_folder, write_checkpoint
+from smoa.export.merge import merge_and_save
 from smoa.export.streaming import RoundingLoss, SavedAdapter, plan_stream
 from smoa.files.names import embeddings_of
 from tests.support import tiny_models
@@ -92,6 +94,40 @@ def test_an_index_that_names_a_missing_file_is_refused(source: Path, target: Pat
 
 
 # The folder, the config and the class of the base.
+
+
+def without(name: str) -> Callable[[Path], object]:
+    return lambda base: (base / name).unlink()
+
+
+def cut(name: str) -> Callable[[Path], object]:
+    return lambda base: (base / name).write_bytes((base / name).read_bytes()[:100])
+
+
+def empty_index(base: Path) -> None:
+    (base / INDEX).write_text("{}")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [without("config.json"), cut("config.json"), without("model.safetensors"), cut("model.safetensors"), empty_index],
+    ids=["no config", "half a config", "no weights", "half of the weights", "no index"],
+)
+def test_a_base_that_is_not_whole_is_one_error_and_leaves_nothing(
+    tmp_path: Path, spoil: Callable[[Path], object]
+) -> None:
+    base = checkpoint(tmp_path)
+    spoil(base.folder)
+    with pytest.raises(MergeError, match=r"(base|model\.safetensors): the base model can't be read"):
+        merge_and_save(base.adapter, tmp_path / "merged")
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
+
+
+def test_a_base_of_a_class_that_transformers_lacks_is_one_error(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path)
+    base.peft_config.auto_mapping["base_model_class"] = "NewerForCausalLM"
+    with pytest.raises(MergeError, match=r"NewerForCausalLM, which transformers .* lacks"):
+        base.load()
 
 
 def checkpoint(tmp_path: Path, family: str = "llama", targets: tuple[str, ...] = ("q_proj",), **config: Any) -> Any:

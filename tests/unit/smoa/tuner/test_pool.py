@@ -193,6 +193,26 @@ def test_a_gang_trains_each_adapter_as_if_it_were_alone() -> None:
             assert_close(dict(parts)["smoa_B.weight"], layer.smoa_B["default"].weight.detach())
 
 
+def test_what_a_backward_computes_again_in_its_own_thread_is_of_the_batch(folder: Path) -> None:
+    def gradient(**checkpoints: bool) -> Tensor:
+        model = base().train()
+        if checkpoints:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpoints)
+        pool = AdapterPool(model, folder=folder)
+        with pool.use(["anna"]):
+            loss = model(input_ids=ids(1)).logits.square().sum()
+            with torch.no_grad(), pool.use(["ben"]):  # as another thread may
+                pass
+            backward = threading.Thread(target=loss.backward)  # as on a GPU
+            backward.start()
+            backward.join()
+        place = pool._member("anna").shelf.places["model.layers.0.self_attn.q_proj"]
+        assert place.factors[1].grad is not None
+        return place.factors[1].grad[pool._member("anna").slot]
+
+    assert_close(gradient(use_reentrant=False), gradient())
+
+
 def test_an_evaluation_sees_the_step_before_it() -> None:
     model = base().double()
     pool = AdapterPool(model, dtype=torch.float32)
