@@ -27,7 +27,15 @@ from smoa_lab.basics.positions import positions_of
 from smoa_lab.config.run import ModelSection, native_dtype
 from smoa_lab.data.chat_templates import alpaca, saved_chat_template, stop_at_turns_end
 from smoa_lab.data.rows import Template
-from smoa_lab.open_run import adapter_config, adapter_of_run, base_name, base_section, open_run, trained_template
+from smoa_lab.open_run import (
+    adapter_config,
+    adapter_of_run,
+    base_name,
+    base_section,
+    open_run,
+    run_name,
+    trained_template,
+)
 from smoa_lab.scoring.generation import ends_of
 from smoa_lab.scoring.losses import scoring
 from smoa_lab.training.run_folder import RunFolder
@@ -172,9 +180,7 @@ class ChatModel:
             )
         template = template or self.template or trained_template(path)
         through = chat_template(self.tokenizer, self.own_template, folder, template)
-        resolved = folder.resolve()
-        run = resolved.parent.name if resolved.name == "adapter" else resolved.name
-        name, inner = free_name(run, self.adapters.__contains__), f"chat{len(self.adapters)}"
+        name, inner = free_name(run_name(folder), self.adapters.__contains__), f"chat{len(self.adapters)}"
         try:
             if isinstance(self.model, PeftModel):
                 self.model.load_adapter(str(folder), inner)
