@@ -32,7 +32,7 @@ from smoa.layers.distributed import (
 )
 from smoa.layers.weight_cache import WeightCache, tensor_state
 from smoa.maths.blocks import UNDECIDED, Blocks, DiagonalBlocks, Orders, ascend, check_labels, check_num_blocks
-from smoa.maths.factors import Factors, Initialization, factor_shapes, init_factors
+from smoa.maths.factors import Factors, Initialization, init_factors, saved_shapes
 from smoa.maths.kernels.operators import is_transformed
 from smoa.maths.scale import DEFAULT_SCALE, MODULATIONS, ModulationKind, rank_scale
 from smoa.maths.update import Update
@@ -177,15 +177,14 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         """G: how many matrices W the layer has."""
         return 1
 
-    def partition_shapes(self, adapter_name: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """Shapes of the saved row labels, column labels and block scales."""
-        return (self.out_features,), (self.in_features,), (len(self.ranks[adapter_name]),)
+    def stacked(self, adapter_name: str) -> tuple[int, int] | None:
+        """G and the number of their partitions, if the layer holds a stack of matrices."""
+        return None
 
     def saved_shapes(self, adapter_name: str) -> tuple[tuple[int, ...], ...]:
         """Shapes of A, B, row labels, column labels and block scales in an adapter's file."""
-        (r, width), (height, _) = factor_shapes(self.out_features, self.in_features, self.ranks[adapter_name])
-        r *= self.matrix_count
-        return (r, width), (height, r), *self.partition_shapes(adapter_name)
+        shape = self.out_features, self.in_features
+        return saved_shapes(shape, self.ranks[adapter_name], self.stacked(adapter_name))
 
     # Adding an adapter.
 
@@ -280,7 +279,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
     def _add_partition(self, adapter_name: str, spec: PartitionSpec, defer: bool) -> None:
         device = self.stored_weight().device
         device = torch.device("cpu") if device.type == "meta" else device
-        rows, cols, scale = self.partition_shapes(adapter_name)
+        rows, cols, scale = self.saved_shapes(adapter_name)[2:]
         labels = [torch.full(shape, UNDECIDED, dtype=torch.uint8, device=device) for shape in (rows, cols)]
         self._set_partition(adapter_name, labels[0], labels[1], torch.ones(scale, device=device, dtype=torch.float32))
         self.pending_partition[adapter_name] = spec

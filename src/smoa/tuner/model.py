@@ -43,7 +43,9 @@ class SmoaModel(BaseTuner, StateDictHooks):
 
     Raises:
         UnsupportedModuleError: a target is of a kind that SMoA can't adapt (`smoa.layers.kinds`).
-        PartitionError: K is larger than a side of a target, and `num_blocks_pattern` or `block_ranks` sets it.
+        PartitionError: a target's weight has NaN or infinite entries, or K is larger than a side of it, and
+            `num_blocks_pattern` or `block_ranks` sets it.
+        ConfigError: a name in `target_parameters` matches nothing, or settings contradict each other on this model.
     """
 
     prefix: str = "smoa_"
