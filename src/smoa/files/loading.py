@@ -111,7 +111,7 @@ def find_adapter(
     Raises:
         AdapterFileError: the weights are a pickle, are damaged, or come from another adapter than the config.
     """
-    saved = _json(_located(source, CONFIG_NAME, options))
+    saved = saved_config(_located(source, CONFIG_NAME, options))
     ours = saved.get("peft_type") == "SMOA" if config is None else isinstance(config, SmoaConfig)
     if not ours:
         return None
@@ -143,8 +143,8 @@ def _located(source: str | os.PathLike[str], name: str, options: dict[str, Any])
         return None
 
 
-def _json(path: Path | None) -> dict[str, Any]:
-    """The content of a config; empty if it can't be read, which PEFT then reports."""
+def saved_config(path: Path | None) -> dict[str, Any]:
+    """The content of a config; empty if it can't be read, which its loader then reports."""
     try:
         saved = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else {}
     except (OSError, ValueError, RecursionError):

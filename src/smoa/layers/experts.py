@@ -58,17 +58,15 @@ class ParamWrapper(SmoaLayer):
         """G: number of matrices."""
         return self.layout.count
 
-    def partition_shapes(self, adapter_name: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """Shapes of the saved row labels, column labels and block scales."""
-        parts, K = self.partitions[adapter_name], len(self.ranks[adapter_name])
-        return (parts, self.out_features), (parts, self.in_features), (self.layout.count, K)
+    def stacked(self, adapter_name: str) -> tuple[int, int]:
+        """G and the number of their partitions."""
+        return self.layout.count, self.partitions[adapter_name]
 
     def update_layer(
         self, adapter_name: str, config: SmoaConfig, module: str = "", *, defer_partition: bool = False
     ) -> None:
         """Add an adapter, as `SmoaLayer.update_layer` does."""
-        shared = config.expert_partition == "shared"
-        self.partitions[adapter_name] = self.layout.halves if shared else self.layout.count
+        self.partitions[adapter_name] = self.layout.partitions(config.expert_partition)
         super().update_layer(adapter_name, config, module, defer_partition=defer_partition)
 
     def _derive_orders(self, adapter_name: str, rows: Tensor, cols: Tensor) -> None:

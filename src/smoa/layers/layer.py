@@ -32,7 +32,7 @@ from smoa.layers.distributed import (
 )
 from smoa.layers.weight_cache import WeightCache, tensor_state
 from smoa.maths.blocks import UNDECIDED, Blocks, DiagonalBlocks, Orders, ascend, check_labels, check_num_blocks
-from smoa.maths.factors import Factors, Initialization, factor_shapes, init_factors
+from smoa.maths.factors import Factors, Initialization, init_factors, saved_shapes
 from smoa.maths.kernels.operators import is_transformed
 from smoa.maths.scale import DEFAULT_SCALE, MODULATIONS, ModulationKind, rank_scale
 from smoa.maths.update import Update
@@ -177,15 +177,14 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         """G: how many matrices W the layer has."""
         return 1
 
-    def partition_shapes(self, adapter_name: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """Shapes of the saved row labels, column labels and block scales."""
-        return (self.out_features,), (self.in_features,), (len(self.ranks[adapter_name]),)
+    def stacked(self, adapter_name: str) -> tuple[int, int] | None:
+        """G and the number of their partitions, if the layer holds a stack of matrices."""
+        return None
 
     def saved_shapes(self, adapter_name: str) -> tuple[tuple[int, ...], ...]:
         """Shapes of A, B, row labels, column labels and block scales in an adapter's file."""
-        (r, width), (height, _) = factor_shapes(self.out_features, self.in_features, self.ranks[adapter_name])
-        r *= self.matrix_count
-        return (r, width), (height, r), *self.partition_shapes(adapter_name)
+        shape = self.out_features, self.in_features
+        return saved_shapes(shape, self.ranks[adapter_name], self.stacked(adapter_name))
 
     # Adding an adapter.
 
@@ -280,7 +279,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
     def _add_partition(self, adapter_name: str, spec: PartitionSpec, defer: bool) -> None:
         device = self.stored_weight().device
         device = torch.device("cpu") if device.type == "meta" else device
-        rows, cols, scale = self.partition_shapes(adapter_name)
+        rows, cols, scale = self.saved_shapes(adapter_name)[2:]
         labels = [torch.full(shape, UNDECIDED, dtype=torch.uint8, device=device) for shape in (rows, cols)]
         self._set_partition(adapter_name, labels[0], labels[1], torch.ones(scale, device=device, dtype=torch.float32))
         self.pending_partition[adapter_name] = spec
@@ -513,14 +512,22 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         self._check_recomputed(adapter_names)
-        if torch.is_grad_enabled() and self.last_batch is not None:
-            self.last_batch = None  # a training step needs the memory
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._drop_kept()
         if adapter_names is not None:
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         active = [] if self.merged else self._present(self.active_adapters)
         for name in active:
             self.decide_partition(name)
         return self._active_forward(x, active, *args, **kwargs)
+
+    def _drop_kept(self) -> None:
+        """Drop what calls without gradients keep: a step of training needs the memory, and fused optimizers write
+        past the version counters."""
+        if self.last_batch is not None:
+            self.last_batch = None
+        if self.smoa_weight_cache is not None:
+            self.smoa_weight_cache.clear()
 
     def _check_recomputed(self, adapter_names: list[str] | None) -> None:
         """Refuse a checkpoint that is not transformers': it would compute a mixed batch again without its names."""

@@ -28,10 +28,20 @@ def split_rank(r: int, num_blocks: int) -> tuple[int, ...]:
     return block_sizes(r, num_blocks)
 
 
-def factor_shapes(out_features: int, in_features: int, ranks: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Shapes of A (r, ⌈n/K⌉) and B (⌈m/K⌉, r)."""
-    num_blocks, r = len(ranks), sum(ranks)
-    return (r, -(-in_features // num_blocks)), (-(-out_features // num_blocks), r)
+def saved_shapes(
+    shape: tuple[int, int], ranks: Sequence[int], stack: tuple[int, int] | None = None
+) -> tuple[tuple[int, ...], ...]:
+    """Shapes of A, B, row labels, column labels and block scales in an adapter's file.
+
+    Args:
+        shape: (out_features, in_features) of W.
+        ranks: r_k of every block.
+        stack: If the layer holds several matrices of this shape, their number G and that of their partitions.
+    """
+    (out_features, in_features), K, r = shape, len(ranks), sum(ranks)
+    count, of_labels, of_scales = (1, (), ()) if stack is None else (stack[0], stack[1:], stack[:1])
+    A, B = (count * r, -(-in_features // K)), (-(-out_features // K), count * r)
+    return A, B, (*of_labels, out_features), (*of_labels, in_features), (*of_scales, K)
 
 
 @dataclass(frozen=True)

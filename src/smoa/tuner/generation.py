@@ -157,10 +157,12 @@ def adapter_names_hooks(tuner: BaseTuner, kwargs: dict[str, Any]) -> Iterator[No
 
 
 def _taking_names(module: nn.Module) -> Iterator[nn.Module]:
-    """The layers that take the names; what is within them is not looked at, which is much where adapters are many."""
+    """The layers that take the names; their adapters are not looked at, which may be many."""
     if isinstance(module, (SmoaLayer, AuxiliaryTrainingWrapper)):
         yield module
-    else:
+    if isinstance(module, SmoaLayer):
+        yield from _taking_names(module.base_layer)  # trained tokens of a head that is tied
+    elif not isinstance(module, AuxiliaryTrainingWrapper):
         for child in module.children():
             yield from _taking_names(child)
 

@@ -10,6 +10,7 @@ import torch
 from peft import set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTuner, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -34,7 +35,7 @@ from smoa.layers.quantized import keep_unpacked, requantization_reported
 from smoa.tuner.combining import Combination, check_combination, check_layer, combined_config, fill_combined
 from smoa.tuner.generation import adapter_names_hooks, forget_generate, watch_generate
 from smoa.tuner.targets import check_target, existing_wrapper, survey_targets
-from smoa.tuner.tying import refuse_shared, tie_layers, users_of
+from smoa.tuner.tying import refuse_shared, tie_layers, users_of, weight_id
 
 
 class SmoaModel(BaseTuner, StateDictHooks):
@@ -42,7 +43,9 @@ class SmoaModel(BaseTuner, StateDictHooks):
 
     Raises:
         UnsupportedModuleError: a target is of a kind that SMoA can't adapt (`smoa.layers.kinds`).
-        PartitionError: K is larger than a side of a target, and `num_blocks_pattern` or `block_ranks` sets it.
+        PartitionError: a target's weight has NaN or infinite entries, or K is larger than a side of it, and
+            `num_blocks_pattern` or `block_ranks` sets it.
+        ConfigError: a name in `target_parameters` matches nothing, or settings contradict each other on this model.
     """
 
     prefix: str = "smoa_"
@@ -261,10 +264,16 @@ class SmoaModel(BaseTuner, StateDictHooks):
         # an adapter that is deleted leaves its layers
         layers = {name: layer for name, layer in smoa_layers(self.model).items() if layer.ranks}
         refuse_shared((name, layer.stored_weight(), dict(layer.smoa_A.items())) for name, layer in layers.items())
-        users, adapted = users_of(self.model), Counter(id(layer.stored_weight()) for layer in layers.values())
+        for name, layer in layers.items():
+            if isinstance(layer.base_layer, AuxiliaryTrainingWrapper):
+                raise MergeError(
+                    f"{name}: trainable_token_indices replaces rows of its weight, and a merge would lose what the "
+                    "adapter adds to them; keep the adapter unmerged, or train again without one of the two"
+                )
+        users, adapted = users_of(self.model), Counter(weight_id(layer.stored_weight()) for layer in layers.values())
         for layer in layers.values():
             if not isinstance(layer, ParamWrapper):
-                weight = id(layer.stored_weight())
+                weight = weight_id(layer.stored_weight())
                 layer.shares_weight = users[weight] > adapted[weight]
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from peft.utils import CONFIG_NAME
 from smoa.config import SmoaConfig
 from smoa.errors import ConfigError, first_of
 from smoa.files.layers import Loaded, by_layer
-from smoa.files.loading import read_adapter
+from smoa.files.loading import read_adapter, saved_config
 
 REMEDY = "vLLM serves factors of linear layers only; merge it with `smoa merge` and serve the model"
 
@@ -34,11 +33,7 @@ class ServedFactors(Loaded):
 
 def is_smoa(folder: str | Path) -> bool:
     """Whether the folder's config is a SMoA adapter's; of a folder without a readable one vLLM says what is wrong."""
-    try:
-        saved = json.loads(Path(folder, CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(saved, dict) and saved.get("peft_type") == "SMOA"
+    return saved_config(Path(folder, CONFIG_NAME)).get("peft_type") == "SMOA"
 
 
 def read_layers(folder: str, shape_of: Callable[[str], tuple[int, int] | str]) -> dict[str, ServedFactors]:

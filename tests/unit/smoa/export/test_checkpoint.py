@@ -23,7 +23,7 @@ from smoa.export.merge import merge_and_save
 from smoa.export.streaming import RoundingLoss, SavedAdapter, plan_stream
 from smoa.files.names import embeddings_of
 from tests.support import tiny_models
-from tests.support.adapter_files import rewritten, with_settings
+from tests.support.adapter_files import rewritten
 
 TENSORS = {
     "wide": torch.arange(6, dtype=torch.float64).reshape(2, 3),
@@ -244,12 +244,30 @@ def test_layers_that_the_model_does_not_have_are_told(tmp_path: Path) -> None:
         plan_stream(adapter_in(tmp_path), tiny_models.build("bert"), Shards(tmp_path / "base"))
 
 
-def test_a_layer_that_lacks_a_part_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("part", "tensor", "reason"),
+    [
+        ("B.weight", None, "lacks model.layers.1.self_attn.q_proj.smoa_B.weight"),
+        ("A.weight", torch.tensor(1.0), r"smoa_A.weight: shape \(\) doesn't fit"),
+        ("A.weight", torch.ones(4, 16, dtype=torch.int32), "smoa_A.weight: torch.int32 found"),
+        ("block_scale", torch.ones(5), r"smoa_block_scale: shape \(5,\) doesn't fit"),
+        ("C.weight", torch.ones(1), "has .*smoa_C.weight.*, expected"),
+    ],
+    ids=["a part is missing", "no dimensions", "integers", "more scales", "a part that none has"],
+)
+def test_a_damaged_layer_is_told_before_anything_is_merged(
+    tmp_path: Path, part: str, tensor: Tensor | None, reason: str
+) -> None:
     saved_both(tmp_path)
-    part = "base_model.model.model.layers.1.self_attn.q_proj.smoa_B.weight"
-    with_settings(rewritten(tmp_path / "adapter", lambda tensors: tensors.pop(part)))
-    with pytest.raises(AdapterFileError, match=r"layers\.1\.self_attn\.q_proj has .*'smoa_A\.weight'.*, expected"):
-        adapter_in(tmp_path)
+    name = f"base_model.model.model.layers.1.self_attn.q_proj.smoa_{part}"
+
+    def damage(tensors: dict[str, Tensor]) -> None:
+        tensors.pop(name, None)
+        tensors.update({} if tensor is None else {name: tensor})
+
+    rewritten(tmp_path / "adapter", damage)
+    with pytest.raises(AdapterFileError, match=reason):
+        plan_stream(adapter_in(tmp_path), tiny_models.build("llama"), Shards(tmp_path / "base"))
 
 
 def test_where_nothing_changes_nothing_is_lost() -> None:
