@@ -512,14 +512,22 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         self._check_recomputed(adapter_names)
-        if torch.is_grad_enabled() and self.last_batch is not None:
-            self.last_batch = None  # a training step needs the memory
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._drop_kept()
         if adapter_names is not None:
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         active = [] if self.merged else self._present(self.active_adapters)
         for name in active:
             self.decide_partition(name)
         return self._active_forward(x, active, *args, **kwargs)
+
+    def _drop_kept(self) -> None:
+        """Drop what calls without gradients keep: a step of training needs the memory, and fused optimizers write
+        past the version counters."""
+        if self.last_batch is not None:
+            self.last_batch = None
+        if self.smoa_weight_cache is not None:
+            self.smoa_weight_cache.clear()
 
     def _check_recomputed(self, adapter_names: list[str] | None) -> None:
         """Refuse a checkpoint that is not transformers': it would compute a mixed batch again without its names."""
