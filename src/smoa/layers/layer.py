@@ -296,13 +296,14 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         """
         if adapter_name not in self.pending_partition:
             return
-        if self._has_valid_labels(adapter_name):  # from a file, or from another process
+        if self.has_valid_labels(adapter_name):  # from a file, or from another process
             self._derive(adapter_name)
         elif not self._compute_partition(adapter_name):
             raise PartitionError("the base weight is on the meta device; load the weights before the adapter is used")
         del self.pending_partition[adapter_name]
 
-    def _has_valid_labels(self, adapter_name: str) -> bool:
+    def has_valid_labels(self, adapter_name: str) -> bool:
+        """Whether the adapter's labels are there, and a partition."""
         rows, cols, _ = self._partition(adapter_name)
         if rows.device.type == "meta":
             return False

@@ -172,8 +172,13 @@ class SmoaModel(BaseTuner, StateDictHooks):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        for layer in adapter_layers(model, adapter_name).values():
+        for name, layer in adapter_layers(model, adapter_name).items():
             layer.decide_partition(adapter_name)  # in place: the buffers in `state_dict` see it
+            if not layer.has_valid_labels(adapter_name):
+                raise PartitionError(
+                    f"{name}: the labels of {adapter_name!r} are no partition any more, as after an average of buffers; "
+                    "average parameters only: AveragedModel(model, use_buffers=False)"
+                )
             config.restore(adapter_name, layer.made_with[adapter_name])
         for name, layer in embeddings_of(model).items():
             if isinstance(layer, SmoaLayer):  # PEFT saves its table too
