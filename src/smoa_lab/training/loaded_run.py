@@ -126,9 +126,14 @@ class LoadedRun:
         """The trainer's arguments.
 
         Raises:
-            ConfigError: a key is for another trainer, there is nothing to validate on, or the adapter is on the output
-                layer, whose own weight TRL computes the loss from.
+            ConfigError: a key is for another trainer, there is nothing to validate on, the tokenizer has no token to
+                fill batches with, or the adapter is on the output layer, whose own weight TRL computes the loss from.
         """
+        if self.tokenizer.pad_token is None:
+            raise ConfigError(
+                "model.name: its tokenizer has neither a pad_token nor an eos_token, and TRL needs one; add an "
+                "eos_token to the tokenizer_config.json of the model's folder"
+            )
         data, rows = self.config.data, isinstance(self.data, PreparedRows)
         number = self.data.account["parts"].get("validation", 0) if rows else len(self.data.validation)  # type: ignore[union-attr]
         if self.config.validates and not number:
