@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from peft import TrainableTokensConfig
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -26,6 +27,7 @@ from transformers import (
     TrainerCallback,
     TrainerState,
     TrainingArguments,
+    get_scheduler,
     set_seed,
 )
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
@@ -156,7 +158,7 @@ class LoadedRun:
                 raise ConfigError(
                     f"adapter.target_modules: names {name}, the output layer, which TRL would not train; leave it out"
                 )
-        return checked_arguments(self.config.arguments(self.format))
+        return checked_arguments(self.config.arguments(self.format), self.base)
 
     def fit(
         self, arguments: TrainingArguments, checkpoint: str | None, *watching: TrainerCallback
@@ -316,11 +318,12 @@ class ProgressReport(TrainerCallback):
         self.bar.close()
 
 
-def checked_arguments(arguments: TrainingArguments) -> TrainingArguments:
+def checked_arguments(arguments: TrainingArguments, model: PreTrainedModel | None = None) -> TrainingArguments:
     """``arguments``, changed to pin memory only for a GPU, and to leave tokens out of checkpoints.
 
     Raises:
-        ConfigError: accelerate counts fewer processes than there are, or a package of ``report_to`` is not installed.
+        ConfigError: accelerate counts fewer processes than there are, a package of ``report_to`` or ``optim`` is not
+            installed, or the scheduler lacks settings.
     """
     if is_distributed() and arguments.world_size < dist.get_world_size():
         raise ConfigError(
@@ -332,6 +335,12 @@ def checked_arguments(arguments: TrainingArguments) -> TrainingArguments:
             reporter()
     except (RuntimeError, ImportError, ValueError) as error:
         raise ConfigError(f"training.report_to: {error}") from error
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+        trial = torch.optim.SGD([torch.zeros(1)])
+        get_scheduler(arguments.lr_scheduler_type, trial, 0, 1, arguments.lr_scheduler_kwargs)
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"training.optim or training.lr_scheduler_type: {error}") from error
     # Pinned memory speeds up copies to a GPU; without one torch only warns.
     arguments.dataloader_pin_memory &= arguments.device.type == "cuda"
     for key, value in vars(arguments).items():
