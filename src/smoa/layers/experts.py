@@ -32,7 +32,7 @@ class ParamWrapper(SmoaLayer):
     """
 
     converted_by_peft = False
-    other_param_names: tuple[str, ...] = (*SmoaLayer.other_param_names, "partitions", "_stack_blocks")
+    other_param_names: tuple[str, ...] = (*SmoaLayer.other_param_names, "_stack_blocks")
 
     def __init__(
         self,
@@ -44,7 +44,6 @@ class ParamWrapper(SmoaLayer):
         defer_partition: bool = False,
     ) -> None:
         self.parameter_name = parameter_name
-        self.partitions: dict[str, int] = {}
         self._stack_blocks: dict[str, list[Blocks]] = {}
         self._in_call: dict[int, dict[str, Stack]] = {}
         super().__init__(base_layer, adapter_name, config, key, defer_partition=defer_partition)
@@ -60,14 +59,7 @@ class ParamWrapper(SmoaLayer):
 
     def stacked(self, adapter_name: str) -> tuple[int, int]:
         """G and the number of their partitions."""
-        return self.layout.count, self.partitions[adapter_name]
-
-    def update_layer(
-        self, adapter_name: str, config: SmoaConfig, module: str = "", *, defer_partition: bool = False
-    ) -> None:
-        """Add an adapter, as `SmoaLayer.update_layer` does."""
-        self.partitions[adapter_name] = self.layout.partitions(config.expert_partition)
-        super().update_layer(adapter_name, config, module, defer_partition=defer_partition)
+        return self.layout.count, self.layout.partitions(self.made_with[adapter_name]["expert_partition"])
 
     def _derive_orders(self, adapter_name: str, rows: Tensor, cols: Tensor) -> None:
         self._stack_blocks[adapter_name] = stacked_blocks(rows, cols, len(self.ranks[adapter_name]))

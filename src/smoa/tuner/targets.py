@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakSet
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.integrations import gather_params_ctx
@@ -156,6 +157,13 @@ def _refusal(
         reason: str | None = f"supported are {SUPPORTED}"
     elif isinstance(base, NonDynamicallyQuantizableLinear):
         reason = "MultiheadAttention uses its weight without calling it, so an adapter would do nothing"
+    elif torch.backends.mha.get_fastpath_enabled() and isinstance(
+        model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer
+    ):
+        reason = (
+            "in evaluation a TransformerEncoderLayer uses its weight without calling it, unless you call "
+            "torch.backends.mha.set_fastpath_enabled(False) first"
+        )
     elif isinstance(base, nn.Embedding) and kind is not QUANTIZED:
         reason = kind.refusal(base) or _uncalled_embedding(name, base, model, config)
     else:
