@@ -22,7 +22,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from smoa.errors import ConfigError, UnsupportedModuleError
+from smoa.atomic import new_files
+from smoa.errors import ConfigError, UnsupportedModuleError, first_of
 from smoa.files.names import PREFIX, adapter_layers
 from smoa.layers.experts import ParamWrapper
 from smoa.layers.layer import SmoaLayer
@@ -172,12 +173,11 @@ class LoraConversion:
         return sum(layer.parameters for layer in self.layers)
 
     def save(self, folder: str | Path) -> None:
-        """Write `adapter_config.json` and `adapter_model.safetensors`, which PEFT loads without smoa."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        self.config.save_pretrained(str(folder))
-        save_file(
-            {name: tensor.contiguous() for name, tensor in self.state.items()}, Path(folder) / SAFETENSORS_WEIGHTS_NAME
-        )
+        """Write `adapter_config.json` and `adapter_model.safetensors` together; PEFT loads them without smoa."""
+        with new_files(Path(folder)) as temporary:
+            self.config.save_pretrained(str(temporary))
+            tensors = {name: tensor.contiguous() for name, tensor in self.state.items()}
+            save_file(tensors, temporary / SAFETENSORS_WEIGHTS_NAME)
 
 
 class UpdateSpectra:
@@ -200,8 +200,8 @@ class UpdateSpectra:
         grouped = [name for name, layer in layers.items() if getattr(layer.get_base_layer(), "groups", 1) != 1]
         if grouped:
             raise UnsupportedModuleError(
-                f"{grouped[0]} and {len(grouped) - 1} more: LoRA can't hold the update of a convolution with groups, "
-                "since its factors mix the channels of all groups; merge the adapter instead"
+                f"{first_of(grouped)}: LoRA can't hold the update of a convolution with groups, since its factors mix "
+                "the channels of all groups; merge the adapter instead"
             )
         state: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=adapter_name)
         # Trained tensors that are not factors: biases, modules_to_save, token embeddings

@@ -13,7 +13,7 @@ SmoaError
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 __all__ = [
     "AdapterFileError",
@@ -61,6 +61,12 @@ class UnsupportedVersionError(SmoaError, ImportError):
 
 LISTED = 20
 """Names that an error message lists at most."""
+
+
+def first_of(names: Sequence[str], shown: int = 3) -> str:
+    """The first names and how many more there are: "a, b, c and 2 more"."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -16,12 +16,12 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from smoa.config import SmoaConfig
-from smoa.errors import AdapterFileError, ConfigError, MergeError
+from smoa.errors import AdapterFileError, ConfigError, MergeError, first_of
 from smoa.files.loading import door
 from smoa.files.names import PARTS, PREFIX, adapter_layers, parameter_names
 from smoa.layers.layer import SmoaLayer
 from smoa.maths.blocks import slices
-from smoa.maths.factors import factor_shapes
+from smoa.maths.factors import saved_shapes
 
 
 @torch.no_grad()
@@ -97,8 +97,8 @@ def _fitted(
         own.difference_update(keys)
     if own:
         raise AdapterFileError(
-            f"{path}: has {sorted(own)[0]} and {len(own) - 1} more tensor(s) for layers that the loaded adapter "
-            "does not adapt; load it under another name with load_adapter"
+            f"{path}: has {first_of(sorted(own), 1)} for layers that the loaded adapter does not adapt; load it under "
+            "another name with load_adapter"
         )
     return fitted
 
@@ -109,10 +109,8 @@ def _padded(
     """Pad the ranks of each block with zeros to those of the slot, and multiply B by the ratio of the scales."""
     A, B, *partition = parts
     shape, count = (layer.out_features, layer.in_features), layer.matrix_count
-    r = len(A) // count
-    slot, ranks = layer.ranks[adapter_name], config.ranks_of(name, r, shape)
-    (_, width), (height, _) = factor_shapes(*shape, ranks)
-    if (tuple(A.shape), tuple(B.shape)) != ((count * r, width), (height, count * r)):
+    slot, ranks = layer.ranks[adapter_name], config.ranks_of(name, shape=shape)
+    if (A.shape, B.shape) != saved_shapes(shape, ranks, layer.stacked(adapter_name))[:2]:
         raise AdapterFileError(
             f"{path}: {name} has factors {tuple(A.shape)}, {tuple(B.shape)} that don't fit the layer"
         )
@@ -121,6 +119,7 @@ def _padded(
             f"{path}: {name} has block ranks {list(ranks)}, more than the {list(slot)} of the loaded "
             "adapter; load the adapter of the largest rank first"
         )
+    r, width, height = sum(ranks), A.shape[1], B.shape[0]
     ratio = config.alpha_of(name, r, shape) / r * layer.r[adapter_name] / layer.alpha[adapter_name]
     wide_A, wide_B = A.new_zeros(count, sum(slot), width), B.new_zeros(height, count, sum(slot))
     for source, target in zip(slices(ranks), slices(slot), strict=True):

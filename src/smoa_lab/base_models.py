@@ -140,6 +140,12 @@ def load_base_model(wanted: ModelSection) -> tuple[PreTrainedModel, PreTrainedTo
     return model, tokenizer
 
 
+def to_device(model: Any, device: torch.device | None = None) -> None:
+    """Move a loaded model to ``device``, by default the GPU if there is one, unless it was placed while loading."""
+    if not (hasattr(model, "hf_device_map") or getattr(model, "is_quantized", False)):
+        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def empty_model(wanted: ModelSection, auto_class: Any = AutoModelForCausalLM) -> PreTrainedModel:
     """The model with its config and layers, and without weights.
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import typer
 from jinja2 import TemplateError
 from peft import PeftModel
@@ -22,13 +21,22 @@ from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 from smoa import cached_weights
 from smoa.atomic import recover, write_whole
 from smoa.errors import ConfigError, DataError, SmoaError, nearest
-from smoa_lab.base_models import load_base_model, load_tokenizer, packaged_name
+from smoa_lab.base_models import load_base_model, load_tokenizer, packaged_name, to_device
 from smoa_lab.basics.cache import free_name
 from smoa_lab.basics.positions import positions_of
 from smoa_lab.config.run import ModelSection, native_dtype
 from smoa_lab.data.chat_templates import alpaca, saved_chat_template, stop_at_turns_end
 from smoa_lab.data.rows import Template
-from smoa_lab.open_run import adapter_config, adapter_of_run, base_name, base_section, open_run, trained_template
+from smoa_lab.open_run import (
+    adapter_config,
+    adapter_of_run,
+    base_name,
+    base_section,
+    open_run,
+    run_name,
+    trained_template,
+)
+from smoa_lab.scoring.generation import ends_of
 from smoa_lab.scoring.losses import scoring
 from smoa_lab.training.run_folder import RunFolder
 
@@ -88,8 +96,7 @@ def load(target: ChatTarget, settings: GenerationSettings) -> ChatModel:
     # Fails before the weights are read.
     template = chat_template(tokenizer, tokenizer.chat_template, target.adapter, target.template)
     model, _ = load_base_model(target.model)
-    if torch.cuda.is_available() and not (hasattr(model, "hf_device_map") or getattr(model, "is_quantized", False)):
-        model.to("cuda")  # type: ignore[arg-type]
+    to_device(model)
     recorded = None if target.adapter is None else adapter_config(target.adapter).base_model_name_or_path
     bases = [target.model.name, recorded or target.model.name]
     chat_model = ChatModel(model, tokenizer, settings, bases, target.template if target.forced else None)
@@ -173,9 +180,7 @@ class ChatModel:
             )
         template = template or self.template or trained_template(path)
         through = chat_template(self.tokenizer, self.own_template, folder, template)
-        resolved = folder.resolve()
-        run = resolved.parent.name if resolved.name == "adapter" else resolved.name
-        name, inner = free_name(run, self.adapters.__contains__), f"chat{len(self.adapters)}"
+        name, inner = free_name(run_name(folder), self.adapters.__contains__), f"chat{len(self.adapters)}"
         try:
             if isinstance(self.model, PeftModel):
                 self.model.load_adapter(str(folder), inner)
@@ -223,8 +228,6 @@ class ChatModel:
 
     def write(self, messages: Sequence[Message], show: Callable[[str], None], adapted: bool | None = None) -> None:
         """Write the next message and show it piece by piece, with the adapter or without, by default as it is set."""
-        known = self.base.generation_config.eos_token_id
-        ends = {*(known if isinstance(known, list) else [known]), self.tokenizer.eos_token_id} - {None}
         options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if self.settings.temperature:
             options = {"do_sample": True, "temperature": self.settings.temperature}
@@ -240,7 +243,7 @@ class ChatModel:
                 **self.tokens(messages).to(self.base.device),
                 max_new_tokens=self.settings.max_new_tokens,
                 pad_token_id=self.tokenizer.pad_token_id,
-                eos_token_id=sorted(ends) or None,
+                eos_token_id=ends_of(self.base, self.tokenizer),
                 streamer=streamer,
                 **options,
             )

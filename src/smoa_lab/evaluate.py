@@ -10,7 +10,7 @@ from typing import Any, Literal
 from peft import PeftModel
 
 from smoa.errors import ConfigError, DataError
-from smoa_lab.base_models import evaluation_needs
+from smoa_lab.base_models import evaluation_needs, to_device
 from smoa_lab.basics.extras import require
 from smoa_lab.basics.plain import without_secrets
 from smoa_lab.config.run import RunConfig
@@ -46,6 +46,8 @@ def evaluate_run(
     elif protocol != "likelihood":
         raise ConfigError(f"--protocol {protocol}: is for questions; held-out rows are scored by likelihood")
     run = load_run(config)
+    if not config.training.get("use_cpu"):
+        to_device(run.base)
     model: Any = run.base if adapter is None else PeftModel.from_pretrained(run.base, str(adapter))
     logger.info("Scoring held-out data by %s", protocol)
     result: dict[str, Any] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from peft import PeftConfig
@@ -51,6 +52,12 @@ def adapter_of_run(place: str | Path) -> Path:
         if (folder / CONFIG_NAME).is_file():
             return folder
     raise ConfigError(f"{place}: contains no adapter ({CONFIG_NAME}), nor does {place}/adapter")
+
+
+def run_name(place: str | Path) -> str:
+    """What the run, or the adapter that lies in no run, in this folder is called."""
+    folder = Path(os.path.abspath(place))  # noqa: PTH100 - of "." too, while a link keeps its name
+    return folder.parent.name if folder == RunFolder(folder.parent).adapter else folder.name
 
 
 def trained_template(place: Path) -> Template:

@@ -26,7 +26,7 @@ from smoa.export.merge import layers_to_merge, untie, with_plain_weights
 from smoa_lab.base_models import load_base_model
 from smoa_lab.config.run import ModelSection
 from smoa_lab.data.general_text import STORY, passages
-from smoa_lab.open_run import adapter_config, adapter_of_run, base_section
+from smoa_lab.open_run import adapter_config, adapter_of_run, base_section, run_name
 
 PROMPTS, WORDS = 10, 24
 """How many prompts there are, and how long each is."""
@@ -113,7 +113,7 @@ def verify(
     verdicts = [Verdict("base", 0.0, 0.0, f"the adapter changes logits by up to {changed:.1e}")]
     if not changed:
         verdicts = [Verdict("base", 1.0, 0.0, "the adapter changes nothing: untrained, or not applied")]
-    name = served_name or (source.parent.name if source.name == "adapter" else source.resolve().name)
+    name = served_name or run_name(source)
 
     def compared(target: str, other: Tensor, *dtypes: str) -> Verdict:
         difference = float((other - own).abs().max()) / largest

@@ -10,7 +10,8 @@ from __future__ import annotations
 import importlib
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,12 @@ from huggingface_hub import snapshot_download, split_state_dict_into_shards_fact
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftConfig
 from peft.utils import load_peft_weights
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import _TYPES as TYPES  # PyTorch's dtypes by safetensors' names of them
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from smoa.errors import ConfigError, MergeError
+from smoa.errors import ConfigError, MergeError, first_of
 from smoa.files.card import auto_class
 from smoa.files.loading import door
 from smoa.files.names import PREFIX, embeddings_of
@@ -80,9 +81,22 @@ def base_folder(name: str, revision: str | None = None) -> Path:
         ) from error
 
 
+@contextmanager
+def readable(place: Path) -> Iterator[None]:
+    """Raise MergeError if something of a base model that is read in this context is missing or damaged."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, SafetensorError) as error:  # ValueError: JSON, or the base runs its own code
+        raise MergeError(f"{place}: the base model can't be read; is it whole? {error}") from error
+
+
 @dataclass(frozen=True)
 class BaseCheckpoint:
-    """A base model in a folder, and the adapter to be merged into it."""
+    """A base model in a folder, and the adapter to be merged into it.
+
+    Raises:
+        MergeError: a method reads a part of the base that is missing or damaged.
+    """
 
     folder: Path
     adapter: Path
@@ -111,14 +125,18 @@ class BaseCheckpoint:
 
     def own_config(self, **options: Any) -> Any:
         """The config of the base itself. If the adapter's head has as many labels, their names are kept."""
-        try:
+        with readable(self.folder):
             config = AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code, **options)
-        except (OSError, ValueError) as error:  # the latter where the base runs code of its own
-            raise MergeError(f"{self.folder}: the base model's config cannot be read: {error}") from error
         quantization = getattr(config, "quantization_config", None)
         if isinstance(quantization, dict) and quantization.get("quant_method") in DEQUANTIZED_BY_TRANSFORMERS:
             quantization["dequantize"] = True
         return config
+
+    def raw_config(self) -> dict[str, Any]:
+        """`config.json` as it is."""
+        with readable(self.folder):
+            raw: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        return raw
 
     def on_meta(self, config: Any = None) -> PreTrainedModel:
         """The model without weights, for its modules and the shapes of its parameters; by default of `model_config`."""
@@ -137,19 +155,29 @@ class BaseCheckpoint:
     def load(self) -> PreTrainedModel:
         """The model in memory, in its own dtype, with as many tokens as the adapter's embeddings have, if any."""
         config = self.model_config()
-        model: PreTrainedModel = self._model_class().from_pretrained(
-            self.folder,
-            config=config,
-            trust_remote_code=self.trust_remote_code,
-            dtype="auto",
-            ignore_mismatched_sizes=config.num_labels != self.own_config().num_labels,  # the adapter has the head
-        )
+        of_adapter = config.num_labels != self.own_config().num_labels  # the head is
+        chosen = self._model_class()
+        with readable(self.folder):
+            model: PreTrainedModel = chosen.from_pretrained(
+                self.folder,
+                config=config,
+                trust_remote_code=self.trust_remote_code,
+                dtype="auto",
+                ignore_mismatched_sizes=of_adapter,
+            )
         resize_as_saved(model, self.adapter)
         return model
 
     def _model_class(self) -> Any:
         module = _noted_class(self.peft_config).get("parent_library", transformers.__name__)
-        return getattr(importlib.import_module(module), class_name(self.peft_config))
+        name = class_name(self.peft_config)
+        try:
+            return getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise MergeError(
+                f"{self.adapter}: is for a {name}, which transformers {transformers.__version__} lacks in {module}; "
+                "install the release that it was trained with"
+            ) from error
 
 
 def resize_as_saved(model: PreTrainedModel, adapter: Path) -> None:
@@ -178,24 +206,25 @@ class Shards:
     """The safetensors files of a folder: `entries` are their tensors without data, `read` loads one with its data.
 
     Raises:
-        MergeError: the index names a file that is missing.
+        MergeError: a file is missing or damaged.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.entries: dict[str, Tensor] = {}
-        if (folder / INDEX).is_file():
-            self.files: dict[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        else:
-            with safe_open(folder / SINGLE, "pt") as opened:
-                self.files = dict.fromkeys(opened.keys(), SINGLE)
+        with readable(folder):
+            if (folder / INDEX).is_file():
+                self.files: dict[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            else:
+                with safe_open(folder / SINGLE, "pt") as opened:
+                    self.files = dict.fromkeys(opened.keys(), SINGLE)
         missing = sorted({file for file in self.files.values() if not (folder / file).is_file()})
         if missing:
             raise MergeError(
-                f"{folder / INDEX}: names {', '.join(missing[:3])}, which is missing; download the checkpoint again"
+                f"{folder / INDEX}: names {first_of(missing)}, which is missing; download the checkpoint again"
             )
         for file in sorted(set(self.files.values())):
-            with safe_open(folder / file, "pt") as opened:
+            with readable(folder / file), safe_open(folder / file, "pt") as opened:
                 for key in opened.keys():  # noqa: SIM118  (safe_open is not a dict)
                     part = opened.get_slice(key)
                     self.entries[key] = torch.empty(part.get_shape(), dtype=TYPES[part.get_dtype()], device="meta")

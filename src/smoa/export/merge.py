@@ -14,7 +14,7 @@ import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -116,10 +116,13 @@ def merge_and_save(
         base_name: How the model card names the base, if not by the place it was loaded from.
 
     Raises:
-        ConfigError: `output` exists, `adapter` is not an adapter, or `max_shard_size` is no size.
+        ConfigError: `output` exists, `adapter` is not an adapter, `dtype` is none of these, or `max_shard_size` is no
+            size.
         MergeError: the base can't be loaded, or a merged weight is not finite.
         AdapterFileError: the adapter doesn't fit the base.
     """
+    if dtype not in get_args(Dtype):
+        raise ConfigError(f"dtype={dtype!r} must be one of {', '.join(map(repr, get_args(Dtype)))}")
     try:
         split_torch_state_dict_into_shards({}, max_shard_size=max_shard_size)
     except (ValueError, OverflowError) as error:
@@ -131,7 +134,9 @@ def merge_and_save(
         if isinstance(base, PreTrainedModel):
             name, origin, loss = str(base.name_or_path), None, None
         else:
-            name = str(base or config.base_model_name_or_path)
+            name = str(base or config.base_model_name_or_path or "")
+            if not name:
+                raise MergeError(f"{source}: doesn't say which base model it is for; give it as base")
             origin = base_folder(name, recorded_revision(config, name))
             checkpoint = BaseCheckpoint(origin, source, config, trust_remote_code)
             loss = _stream(checkpoint, folder, wanted, max_shard_size)
@@ -152,8 +157,7 @@ def _stream(
     base: BaseCheckpoint, folder: Path, dtype: torch.dtype | None, max_shard_size: int | str
 ) -> RoundingLoss | None:
     """Merge from disk to disk. If that is not possible, write nothing and return None."""
-    config = base.peft_config
-    raw: dict[str, Any] = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
+    config, raw = base.peft_config, base.raw_config()
     if not isinstance(config, SmoaConfig) or config.trainable_token_indices or "quantization_config" in raw:
         return None
     if not any((base.folder / name).is_file() for name in (INDEX, SINGLE)):
@@ -229,15 +233,11 @@ def merge_in_memory(
                 layer.merge(safe_merge=True)
             except (ValueError, NotImplementedError) as error:
                 raise MergeError(f"{name}: {error}") from error
-            layer.merge = _merge_nothing  # OSF's would add its change again in merge_and_unload
+            layer.merge = lambda *_, **__: None  # OSF's would add its change again in merge_and_unload
             loss.add(name, before, _weight(layer).detach(), dtype)
         merged = adapted.merge_and_unload()
     merged.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     return loss
-
-
-def _merge_nothing(*_: Any, **__: Any) -> None:
-    """``merge`` of a layer that is merged."""
 
 
 def layers_to_merge(adapted: PeftModel) -> list[tuple[str, Any]]:

@@ -17,17 +17,14 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from smoa.config import SmoaConfig
-from smoa.errors import AdapterFileError, MergeError
+from smoa.errors import AdapterFileError, MergeError, first_of
 from smoa.export.checkpoint import Shards, write_checkpoint
+from smoa.files.layers import Loaded
 from smoa.files.loading import read_adapter
-from smoa.files.names import PARTS, PREFIX
+from smoa.files.names import PREFIX
 from smoa.layers.kinds import kind_of
 from smoa.layers.layer import as_matrix, as_stored
-from smoa.maths.blocks import Blocks
 from smoa.maths.experts import HALVED, Layout
-from smoa.maths.factors import Factors
-from smoa.maths.scale import MODULATIONS, rank_scale
-from smoa.maths.update import Update
 
 SEPARATE = {
     HALVED: (("gate_proj.weight", "up_proj.weight"), ("w1.weight", "w3.weight")),
@@ -105,13 +102,14 @@ class SavedAdapter:
     """The tensors of an adapter's file, by the base model's module names.
 
     Raises:
-        AdapterFileError: the file is damaged, comes from another adapter than its config, or lacks tensors of a layer.
+        AdapterFileError: the file is damaged, or comes from another adapter than its config.
     """
 
     def __init__(self, folder: str | Path, config: SmoaConfig) -> None:
-        self.config = config
+        self.source, self.config = str(folder), config
         self.layers: dict[str, dict[str, Tensor]] = {}
         self.others: dict[str, Tensor] = {}
+        self.checked: dict[str, Loaded] = {}
         for key, tensor in read_adapter(folder).items():
             name = key.removeprefix(PREFIX)
             module, is_ours, part = name.partition(".smoa_")
@@ -119,49 +117,26 @@ class SavedAdapter:
                 self.layers.setdefault(module, {})["smoa_" + part] = tensor
             elif ".original_module." not in name and ".modules_to_save." not in name:  # also saved under the plain name
                 self.others[name.replace(".base_layer.", ".")] = tensor
-        for module, parts in self.layers.items():
-            if parts.keys() != set(PARTS):
-                raise AdapterFileError(f"{folder}: {module} has {sorted(parts)}, expected {sorted(PARTS)}")
+
+    def check(self, target: StreamTarget, shape: tuple[int, int]) -> None:
+        """Raise AdapterFileError unless a target's tensors are whole and fit its matrices, which have this shape."""
+        parts = self.layers[target.name]
+        self.checked[target.name] = Loaded.checked(target.name, shape, self.config, parts, self.source, target.layout)
 
     def merged(self, target: StreamTarget, weight: Tensor) -> Tensor:
-        """`W + ΔW` of what a tensor of the checkpoint holds, in its shape and in float32 or wider.
-
-        Raises:
-            AdapterFileError: the adapter's tensors don't fit the parameter.
-            PartitionError: the labels are not a partition of this weight.
-        """
+        """`W + ΔW` of what a tensor of the checkpoint holds, in its shape and in float32 or wider."""
+        update = self.checked[target.name].update
         if target.layout is None:
             pristine = as_matrix(weight, target.transposed)
-            merged = _sum(pristine, self._update(target).delta(pristine))
+            merged = _sum(pristine, update().delta(pristine))
             return as_stored(merged, weight.shape, target.transposed)
         if target.number is not None:
-            return _sum(weight, self._update(target, target.number).delta(weight))
+            return _sum(weight, update(target.number).delta(weight))
         merged = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
         matrices = (matrix for expert in target.layout.matrices(merged) for matrix in expert)  # views
         for number, matrix in enumerate(matrices):
-            matrix.copy_(_sum(matrix, self._update(target, number).delta(matrix)))
+            matrix.copy_(_sum(matrix, update(number).delta(matrix)))
         return merged
-
-    def _update(self, target: StreamTarget, number: int = 0) -> Update:
-        """ΔW of a layer, or of one of a parameter's matrices."""
-        name, layout = target.name, target.layout
-        A, B, rows, cols, block_scale = (self.layers[name][part] for part in PARTS)
-        count, shape = (1, (len(rows), len(cols))) if layout is None else (layout.count, layout.shape)
-        ranks = self.config.ranks_of(name, shape=shape)
-        r, K = sum(ranks), len(ranks)
-        if (rows.shape[-1], cols.shape[-1]) != shape or len(A) != count * r:
-            raise AdapterFileError(f"{name}: the adapter is for a parameter of another shape than {layout or shape}")
-        of_rows, of_cols = (labels.view(-1, labels.shape[-1]) for labels in (rows, cols))  # all experts may share them
-        place = number % len(of_rows)
-        factors = Factors(
-            A.unflatten(0, (count, r))[number],
-            B.unflatten(1, (count, r))[:, number],
-            ranks,
-            self.config.alpha_of(name, r, shape) / r,
-            rank_scale(block_scale.float().view(count, K)[number], ranks),
-            Blocks(of_rows[place], of_cols[place], K),
-        )
-        return Update(factors, MODULATIONS[self.config.modulation])
 
 
 def _sum(weight: Tensor, delta: Tensor) -> Tensor:
@@ -213,20 +188,20 @@ def plan_stream(adapter: SavedAdapter, model: PreTrainedModel, checkpoint: Shard
         only one of several tied weights changes, or the vocabulary was resized.
 
     Raises:
-        AdapterFileError: the model lacks a module that is adapted.
+        AdapterFileError: the model lacks a module that is adapted, or the adapter's tensors are damaged or don't fit.
     """
-    targets = {name: target_of(name, model) for name in adapter.layers}
-    missing = sorted(name for name, target in targets.items() if target is None)
+    found = {name: target_of(name, model) for name in adapter.layers}
+    targets = {name: target for name, target in found.items() if target is not None}
+    missing = sorted(found.keys() - targets)
     if missing:
         raise AdapterFileError(
-            f"the adapter is for {missing[0]} and {len(missing) - 1} more that {type(model).__name__} does not have; "
+            f"the adapter is for {first_of(missing, 1)} that {type(model).__name__} does not have; "
             "give the base model it was trained on"
         )
     weights: dict[str, StreamTarget] = {}
     apart: dict[str, StreamTarget] = {}
     prefixes = ("", f"{getattr(model, 'base_model_prefix', '')}.")
     for name, target in targets.items():
-        assert target is not None, "those that are missing were refused"
         separate = separate_experts(target, prefixes, checkpoint)
         apart |= separate
         weights |= {} if separate else {name if target.layout else f"{name}.weight": target}
@@ -245,6 +220,12 @@ def plan_stream(adapter: SavedAdapter, model: PreTrainedModel, checkpoint: Shard
     given |= {name: checkpoint.entries[keys[name]].shape for name in weights}
     if any(shapes[name] != shape for name, shape in given.items()):
         return None
+    for name, target in targets.items():
+        if target.layout is None:
+            out_features, in_features = as_matrix(checkpoint.entries[keys[f"{name}.weight"]], target.transposed).shape
+        else:
+            out_features, in_features = target.layout.shape
+        adapter.check(target, (out_features, in_features))
     replaced = {keys[name]: tensor for name, tensor in adapter.others.items()}
     return {keys[name]: target for name, target in weights.items()} | apart, replaced
 

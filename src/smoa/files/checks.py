@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from smoa.compat import trained_biases
 from smoa.config import SmoaConfig
-from smoa.errors import AdapterFileError, PartitionError
+from smoa.errors import AdapterFileError, PartitionError, first_of
 from smoa.files.loading import incoming
 from smoa.files.names import PARTS, PREFIX, adapter_layers, embeddings_of
 from smoa.layers.distributed import LABELS, SCALE, is_distributed, plain_name, whole, with_plain_names
@@ -52,8 +52,9 @@ def _check_state(model: nn.Module, config: SmoaConfig, adapter_name: str, state_
     own = {key for key in state_dict if ".smoa_" in key}
     lost, foreign = _compare_others(model, config, state_dict.keys() - own)
     differences = {"lacks": sorted(expected - own) + lost, "has unknown": sorted(own - expected) + foreign}
-    if any(differences.values()):
-        raise AdapterFileError("; ".join(_difference(verb, keys) for verb, keys in differences.items() if keys))
+    problems = [f"{verb} {len(keys)} tensor(s): {first_of(keys)}" for verb, keys in differences.items() if keys]
+    if problems:
+        raise AdapterFileError("; ".join(f"the adapter file {problem}" for problem in problems))
     for key in state_dict:  # in the order of all ranks, which gather FSDP2's shards together
         if key not in own:
             tensor = whole(state_dict[key])
@@ -64,11 +65,6 @@ def _check_state(model: nn.Module, config: SmoaConfig, adapter_name: str, state_
         ranks, scaling = layer.ranks[adapter_name], layer.scaling[adapter_name]
         stored = next(layer.smoa_A[adapter_name].parameters()).dtype
         check_parts(name, tensors, layer.saved_shapes(adapter_name), ranks, scaling, stored)
-
-
-def _difference(verb: str, keys: list[str]) -> str:
-    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-    return f"the adapter file {verb} {len(keys)} tensor(s): {', '.join(keys[:3])}{more}"
 
 
 def _compare_others(model: nn.Module, config: SmoaConfig, keys: Set[str]) -> tuple[list[str], list[str]]:
@@ -160,6 +156,6 @@ def check_gathered(state_dict: dict[str, Tensor]) -> None:
     empty = sorted(key for key, tensor in state_dict.items() if tensor.numel() == 0)
     if empty and not (is_distributed() and dist.get_rank() > 0):
         raise AdapterFileError(
-            f"{empty[0]}: is empty, as are {len(empty) - 1} others: DeepSpeed ZeRO-3 has partitioned these weights; "
+            f"{first_of(empty, 1)}: empty, because DeepSpeed ZeRO-3 has partitioned these weights; "
             "gather them on every rank: save_pretrained(folder, state_dict=accelerator.get_state_dict(engine))"
         )

@@ -1,4 +1,4 @@
-"""The factors of each linear layer of a saved adapter, checked before anything takes them."""
+"""The tensors of each layer of a saved adapter, checked before anything takes them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
+import torch
 from torch import Tensor
 
 from smoa.config import SmoaConfig
 from smoa.errors import AdapterFileError, ConfigError
 from smoa.files.checks import check_parts
 from smoa.files.names import PARTS, PREFIX
-from smoa.maths.factors import factor_shapes
-from smoa.maths.scale import ModulationKind
+from smoa.maths.blocks import Blocks
+from smoa.maths.experts import Layout
+from smoa.maths.factors import Factors, saved_shapes
+from smoa.maths.scale import MODULATIONS, ModulationKind, rank_scale
+from smoa.maths.update import Update
 
 
 def by_layer(tensors: Mapping[str, Tensor], source: str, remedy: str) -> dict[str, dict[str, Tensor]]:
@@ -43,14 +47,27 @@ class Loaded:
 
     @classmethod
     def checked(
-        cls, path: str, shape: tuple[int, int], config: SmoaConfig, parts: Mapping[str, Tensor], source: str
+        cls,
+        path: str,
+        shape: tuple[int, int],
+        config: SmoaConfig,
+        parts: Mapping[str, Tensor],
+        source: str,
+        layout: Layout | None = None,
     ) -> Self:
-        """Raises AdapterFileError unless all parts are there, finite, and fit a layer of this shape."""
-        ranks = config.ranks_of(path, shape=shape)
+        """Those of a layer of this shape, or of a parameter that holds matrices of it.
+
+        Raises:
+            AdapterFileError: a part is missing, not finite, or doesn't fit.
+        """
         lacking = next((part for part in PARTS if part not in parts), None)
         if lacking is not None:
             raise AdapterFileError(f"{source}: lacks {path}.{lacking}; save or fetch the adapter again")
-        sizes = *factor_shapes(*shape, ranks), *((size,) for size in (*shape, len(ranks)))
+        if len(parts) > len(PARTS):
+            raise AdapterFileError(f"{source}: {path} has {sorted(parts)}, expected {sorted(PARTS)}")
+        ranks = config.ranks_of(path, shape=shape)
+        stack = None if layout is None else (layout.count, layout.partitions(config.expert_partition))
+        sizes = saved_shapes(shape, ranks, stack)
         scaling = config.alpha_of(path, sum(ranks), shape) / sum(ranks)
         A, B, rows, cols, scale = (parts[part] for part in PARTS)
         try:
@@ -58,6 +75,19 @@ class Loaded:
         except AdapterFileError as error:
             raise AdapterFileError(f"{source}: {error}") from None
         return cls(ranks, config.modulation, scaling, config.partition == "spectral", A, B, rows, cols, scale.float())
+
+    def blocks(self, device: torch.device, number: int = 0) -> Blocks:
+        """The blocks of the layer, or of one of a parameter's matrices, on a device."""
+        rows, cols = (labels.view(-1, labels.shape[-1]) for labels in (self.row_labels, self.col_labels))
+        place = number % len(rows)  # all experts may share a partition
+        return Blocks(rows[place].to(device), cols[place].to(device), len(self.ranks))
+
+    def update(self, number: int = 0) -> Update:
+        """ΔW of the layer, or of one of a parameter's matrices."""
+        r, scale = sum(self.ranks), self.block_scale.view(-1, len(self.ranks))[number]
+        A, B = self.A[number * r : (number + 1) * r], self.B[:, number * r : (number + 1) * r]
+        blocks, of_ranks = self.blocks(A.device, number), rank_scale(scale, self.ranks)
+        return Update(Factors(A, B, self.ranks, self.scaling, of_ranks, blocks), MODULATIONS[self.modulation])
 
     @property
     def digest(self) -> int:

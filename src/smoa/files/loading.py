@@ -111,7 +111,7 @@ def find_adapter(
     Raises:
         AdapterFileError: the weights are a pickle, are damaged, or come from another adapter than the config.
     """
-    saved = _json(_located(source, CONFIG_NAME, options))
+    saved = saved_config(_located(source, CONFIG_NAME, options))
     ours = saved.get("peft_type") == "SMOA" if config is None else isinstance(config, SmoaConfig)
     if not ours:
         return None
@@ -143,8 +143,8 @@ def _located(source: str | os.PathLike[str], name: str, options: dict[str, Any])
         return None
 
 
-def _json(path: Path | None) -> dict[str, Any]:
-    """The content of a config; empty if it can't be read, which PEFT then reports."""
+def saved_config(path: Path | None) -> dict[str, Any]:
+    """The content of a config; empty if it can't be read, which its loader then reports."""
     try:
         saved = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else {}
     except (OSError, ValueError, RecursionError):
@@ -178,13 +178,9 @@ def incoming() -> AdapterFile | None:
 def door(
     source: str | os.PathLike[str] | None, config: object = None, read: bool = False, **options: Any
 ) -> Iterator[AdapterFile | None]:
-    """Check a saved adapter, and return it from `incoming()` within the block.
+    """Check a saved adapter, found as by `find_adapter`, and return it from `incoming()` within the block.
 
-    Args:
-        source: Folder or hub id; None if the adapter is not in files.
-        config: The config to load it with, by default the one in the folder.
-        read: Read the tensors too.
-        options: PEFT's options for the Hub, such as `subfolder` and `revision`.
+    Without a source the adapter is not in files.
 
     Raises:
         AdapterFileError: the weights are a pickle, are damaged, or come from another adapter than the config.

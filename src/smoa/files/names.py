@@ -19,7 +19,7 @@ from smoa.compat import BASE_PREFIX
 from smoa.config import SmoaConfig
 from smoa.layers.distributed import PARTITION, plain_name
 from smoa.layers.experts import ParamWrapper
-from smoa.layers.layer import SmoaLayer
+from smoa.layers.layer import SmoaLayer, smoa_layers
 
 PREFIX = BASE_PREFIX
 """Prefix of every name in a saved adapter, and of the base model's names inside a PeftModel."""
@@ -30,16 +30,13 @@ ID = "smoa_save_id"
 
 def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, SmoaLayer]:
     """The layers with the adapter, by their names in state dicts."""
-    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, SmoaLayer))
-    return {plain_name(name): layer for name, layer in layers if adapter_name in layer.smoa_A}
+    return {plain_name(name): layer for name, layer in smoa_layers(model).items() if adapter_name in layer.smoa_A}
 
 
 def parameter_names(model: nn.Module) -> dict[str, str]:
     """Names of the adapted parameters by those of their wrappers, which depend on how these are nested."""
-    wrappers = (
-        (plain_name(name), module) for name, module in model.named_modules() if isinstance(module, ParamWrapper)
-    )
-    return {name: f"{name.replace('.base_layer', '')}.{module.parameter_name}" for name, module in wrappers}
+    wrappers = {plain_name(name): each for name, each in model.named_modules() if isinstance(each, ParamWrapper)}
+    return {name: f"{name.replace('.base_layer', '')}.{each.parameter_name}" for name, each in wrappers.items()}
 
 
 def renamed(state_dict: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import named_module_tensors
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
@@ -96,8 +97,13 @@ def gather_for(module: nn.Module, parameters: Iterable[Tensor]) -> None:
 
 
 @contextmanager
-def onloaded(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Load what accelerate has offloaded of these modules, which it does by itself only when they are called."""
+def onloaded(modules: Iterable[nn.Module], written: nn.Module | None = None) -> Iterator[None]:
+    """Load what accelerate has offloaded of these modules, which it does by itself only when they are called.
+
+    Args:
+        modules: The modules.
+        written: One whose weights are written to, which are offloaded as they are then.
+    """
     hooks = []
     for module in modules:
         own = (*module._parameters.values(), *module._buffers.values())
@@ -107,6 +113,9 @@ def onloaded(modules: Iterable[nn.Module]) -> Iterator[None]:
         hook.pre_forward(module)
     try:
         yield
+        hook = None if written is None else written.__dict__.get("_hf_hook")
+        if hook and getattr(hook, "offload", False):  # as PEFT does, but not in a forward, nor for nested wrappers
+            hook.weights_map = {name: tensor.to("cpu") for name, tensor in named_module_tensors(written)}
     finally:
         for module, hook in hooks:
             hook.post_forward(module, None)

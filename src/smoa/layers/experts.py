@@ -32,7 +32,7 @@ class ParamWrapper(SmoaLayer):
     """
 
     converted_by_peft = False
-    other_param_names: tuple[str, ...] = (*SmoaLayer.other_param_names, "partitions", "_stack_blocks")
+    other_param_names: tuple[str, ...] = (*SmoaLayer.other_param_names, "_stack_blocks")
 
     def __init__(
         self,
@@ -44,7 +44,6 @@ class ParamWrapper(SmoaLayer):
         defer_partition: bool = False,
     ) -> None:
         self.parameter_name = parameter_name
-        self.partitions: dict[str, int] = {}
         self._stack_blocks: dict[str, list[Blocks]] = {}
         self._in_call: dict[int, dict[str, Stack]] = {}
         super().__init__(base_layer, adapter_name, config, key, defer_partition=defer_partition)
@@ -58,18 +57,9 @@ class ParamWrapper(SmoaLayer):
         """G: number of matrices."""
         return self.layout.count
 
-    def partition_shapes(self, adapter_name: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """Shapes of the saved row labels, column labels and block scales."""
-        parts, K = self.partitions[adapter_name], len(self.ranks[adapter_name])
-        return (parts, self.out_features), (parts, self.in_features), (self.layout.count, K)
-
-    def update_layer(
-        self, adapter_name: str, config: SmoaConfig, module: str = "", *, defer_partition: bool = False
-    ) -> None:
-        """Add an adapter, as `SmoaLayer.update_layer` does."""
-        shared = config.expert_partition == "shared"
-        self.partitions[adapter_name] = self.layout.halves if shared else self.layout.count
-        super().update_layer(adapter_name, config, module, defer_partition=defer_partition)
+    def stacked(self, adapter_name: str) -> tuple[int, int]:
+        """G and the number of their partitions."""
+        return self.layout.count, self.layout.partitions(self.made_with[adapter_name]["expert_partition"])
 
     def _derive_orders(self, adapter_name: str, rows: Tensor, cols: Tensor) -> None:
         self._stack_blocks[adapter_name] = stacked_blocks(rows, cols, len(self.ranks[adapter_name]))
@@ -162,8 +152,21 @@ class ParamWrapper(SmoaLayer):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # the compiler can't see through a stand-in
     def _adapted(self, active: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        with self._standing_in(active):
+        base: Any = self.get_base_layer()
+        offloaded = base.__dict__.get("_old_forward")  # by accelerate, which loads the parameter before it calls this
+        if offloaded is None:
+            with self._standing_in(active):
+                return self.base_layer(x, *args, **kwargs)
+
+        def loaded(*args: Any, **kwargs: Any) -> Any:
+            with self.onloaded(active), self._standing_in(active):
+                return offloaded(*args, **kwargs)
+
+        base._old_forward = loaded
+        try:
             return self.base_layer(x, *args, **kwargs)
+        finally:
+            base._old_forward = offloaded
 
     @contextmanager
     def _standing_in(self, active: list[str]) -> Iterator[None]:

@@ -32,7 +32,7 @@ from smoa.layers.distributed import (
 )
 from smoa.layers.weight_cache import WeightCache, tensor_state
 from smoa.maths.blocks import UNDECIDED, Blocks, DiagonalBlocks, Orders, ascend, check_labels, check_num_blocks
-from smoa.maths.factors import Factors, Initialization, factor_shapes, init_factors
+from smoa.maths.factors import Factors, Initialization, init_factors, saved_shapes
 from smoa.maths.kernels.operators import is_transformed
 from smoa.maths.scale import DEFAULT_SCALE, MODULATIONS, ModulationKind, rank_scale
 from smoa.maths.update import Update
@@ -177,28 +177,21 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         """G: how many matrices W the layer has."""
         return 1
 
-    def partition_shapes(self, adapter_name: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """Shapes of the saved row labels, column labels and block scales."""
-        return (self.out_features,), (self.in_features,), (len(self.ranks[adapter_name]),)
+    def stacked(self, adapter_name: str) -> tuple[int, int] | None:
+        """G and the number of their partitions, if the layer holds a stack of matrices."""
+        return None
 
     def saved_shapes(self, adapter_name: str) -> tuple[tuple[int, ...], ...]:
         """Shapes of A, B, row labels, column labels and block scales in an adapter's file."""
-        (r, width), (height, _) = factor_shapes(self.out_features, self.in_features, self.ranks[adapter_name])
-        r *= self.matrix_count
-        return (r, width), (height, r), *self.partition_shapes(adapter_name)
+        shape = self.out_features, self.in_features
+        return saved_shapes(shape, self.ranks[adapter_name], self.stacked(adapter_name))
 
     # Adding an adapter.
 
     def update_layer(
         self, adapter_name: str, config: SmoaConfig, module: str = "", *, defer_partition: bool = False
     ) -> None:
-        """Add an adapter.
-
-        Args:
-            adapter_name: Name of the adapter.
-            config: The adapter's settings.
-            module: Name of this layer in the model, for the patterns of the config.
-            defer_partition: Don't decide the labels yet, because they are about to be loaded.
+        """Add an adapter, from what the constructor takes.
 
         Raises:
             PartitionError: K does not fit the layer, or the weight has NaN or infinite entries.
@@ -258,7 +251,8 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         if adapter_name not in self.ranks:
             return
         weight = self.stored_weight()
-        device = device or weight.device
+        hook = self.get_base_layer().__dict__.get("_hf_hook") if weight.is_meta else None  # of accelerate's offloading
+        device = torch.device(device or getattr(hook, "execution_device", None) or weight.device)
         for factor in (self.smoa_A[adapter_name], self.smoa_B[adapter_name]):
             if not any(parameter.is_meta for parameter in factor.parameters()):
                 factor.to(device, weight.dtype if weight.is_floating_point() else None)
@@ -285,7 +279,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
     def _add_partition(self, adapter_name: str, spec: PartitionSpec, defer: bool) -> None:
         device = self.stored_weight().device
         device = torch.device("cpu") if device.type == "meta" else device
-        rows, cols, scale = self.partition_shapes(adapter_name)
+        rows, cols, scale = self.saved_shapes(adapter_name)[2:]
         labels = [torch.full(shape, UNDECIDED, dtype=torch.uint8, device=device) for shape in (rows, cols)]
         self._set_partition(adapter_name, labels[0], labels[1], torch.ones(scale, device=device, dtype=torch.float32))
         self.pending_partition[adapter_name] = spec
@@ -518,14 +512,22 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         self._check_recomputed(adapter_names)
-        if torch.is_grad_enabled() and self.last_batch is not None:
-            self.last_batch = None  # a training step needs the memory
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._drop_kept()
         if adapter_names is not None:
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         active = [] if self.merged else self._present(self.active_adapters)
         for name in active:
             self.decide_partition(name)
         return self._active_forward(x, active, *args, **kwargs)
+
+    def _drop_kept(self) -> None:
+        """Drop what calls without gradients keep: a step of training needs the memory, and fused optimizers write
+        past the version counters."""
+        if self.last_batch is not None:
+            self.last_batch = None
+        if self.smoa_weight_cache is not None:
+            self.smoa_weight_cache.clear()
 
     def _check_recomputed(self, adapter_names: list[str] | None) -> None:
         """Refuse a checkpoint that is not transformers': it would compute a mixed batch again without its names."""
@@ -580,13 +582,14 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         dtype = next(self.smoa_A[adapter_name].parameters()).dtype
         return self.ranks[adapter_name], self.modulation[adapter_name], p, dtype, self.labels_digest[adapter_name]
 
-    def onloaded(self, adapter_names: list[str]) -> AbstractContextManager[None]:
-        """Load what a branch reads, if accelerate has offloaded it. The base layer's own call does not keep it."""
+    def onloaded(self, adapter_names: list[str], written: bool = False) -> AbstractContextManager[None]:
+        """Load what a branch reads, or a merge writes, if accelerate has offloaded it. The base layer's own call does
+        not keep it."""
         base = self.get_base_layer()
         if torch.compiler.is_compiling() or "_hf_hook" not in base.__dict__:
             return nullcontext()
         factors = [part[name] for part in (self.smoa_A, self.smoa_B) for name in adapter_names]
-        return onloaded([base, *self._saved_buffers(), *factors])
+        return onloaded([base, *self._saved_buffers(), *factors], base if written else None)
 
     def gather(self, *adapter_names: str) -> None:
         """Gather weight and factors, which this layer reads without calling their modules, if ZeRO-3 splits them."""
@@ -638,12 +641,13 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         if not names:
             return
         refuse_writing(self.stored_weight())
-        if safe_merge and self.matrix_count > 1:
-            self.check_merge(names)
-        for number, pristine, merged in self.merged_matrices([*self.merged_adapters, *names]):
-            if safe_merge:
-                check_finite(merged, names)
-            self._write_merged(number, pristine, merged, names)
+        with self.onloaded(names, written=True):
+            if safe_merge and self.matrix_count > 1:
+                self.check_merge(names)
+            for number, pristine, merged in self.merged_matrices([*self.merged_adapters, *names]):
+                if safe_merge:
+                    check_finite(merged, names)
+                self._write_merged(number, pristine, merged, names)
         self.merged_adapters.extend(names)
 
     @torch.no_grad()
@@ -653,7 +657,8 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         refuse_writing(self.stored_weight())
-        self._restore_pristine()
+        with self.onloaded([], written=True):
+            self._restore_pristine()
         self.merged_adapters.clear()
 
     def merged_matrices(self, adapter_names: list[str]) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -697,6 +702,11 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         stored = self.stored_weight()
         if matrix.data_ptr() != stored.data_ptr():
             stored.copy_(as_stored(matrix, stored.shape, self.fan_in_fan_out))
+
+
+def smoa_layers(model: nn.Module) -> dict[str, SmoaLayer]:
+    """The adapted layers of a model, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SmoaLayer)}
 
 
 def as_matrix(stored: Tensor, fan_in_fan_out: bool) -> Tensor:

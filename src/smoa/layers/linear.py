@@ -63,10 +63,10 @@ class Linear(SmoaLayer):
         return not is_transformed(x) and prefers_shared(self.ranks[adapter_name], tokens.numel(), chosen_kernels())
 
     def _mixed_outputs(self, x: Tensor, adapter_names: list[str]) -> Iterator[tuple[Tensor | None, Tensor]]:
-        return mixed_outputs(self, x, adapter_names, self._formed_output)
+        def formed(x: Tensor, name: str) -> Tensor:
+            return self._apply_update(self.update(name), self.branch_input(x, name))
 
-    def _formed_output(self, x: Tensor, adapter_name: str) -> Tensor:
-        return self._apply_update(self.update(adapter_name), self.branch_input(x, adapter_name))
+        return mixed_outputs(self, x, adapter_names, formed)
 
     def _kept_update(self, cache: WeightCache, adapter_name: str, x: Tensor) -> KeptUpdate | None:
         """The blocks of ΔW that `cache` keeps; None without M, where the factors are as quick, or without memory."""
@@ -96,13 +96,10 @@ class Linear(SmoaLayer):
             result = result + (self.branch_output(x, name) if kept is None else kept.apply(x)).to(result.dtype)
         return result
 
-    def _has_plain_base(self) -> bool:
-        """Whether the base layer computes `x Wᵀ + b` of a plain weight and nothing else."""
-        return type(self.base_layer) in (nn.Linear, Conv1D)
-
     def _may_add_to_weight(self, device_type: str) -> bool:
         """Whether `x (W + ΔW)ᵀ` keeps a small ΔW, which 16-bit floats and TF32 would round away."""
-        if not self._has_plain_base() or torch.is_autocast_enabled(device_type):
+        is_plain = self.quantization_backend is None and type(self.base_layer) in (nn.Linear, Conv1D)
+        if not is_plain or torch.is_autocast_enabled(device_type):
             return False
         dtype = self.stored_weight().dtype
         return dtype == torch.float64 or (dtype == torch.float32 and multiplies_exactly(device_type))

@@ -142,9 +142,6 @@ class QuantizedLinear(Linear):
         if self._pristine_layers and f"{prefix}weight" in state_dict:
             self._pristine_layers[0].state_dict(destination=state_dict, prefix=prefix)
 
-    def _has_plain_base(self) -> bool:
-        return False
-
     # Break the graph, so that a compiler can't decide to keep the dequantized weight.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _apply_update(self, update: Update, x: Tensor) -> Tensor:

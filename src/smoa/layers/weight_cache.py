@@ -10,8 +10,8 @@ adapted layer keeps after its first call without gradients
 `generate` opens caches of blocks by itself (`smoa.tuner.generation`), `cached_weights` caches of whole weights.
 
 What a layer keeps has a key: the versions of factors, labels, scales and base weight, and the dtype. If one changes,
-the next call computes it again. Writes through `tensor.data` are not noticed, which PyTorch's version counters leave
-out. What a call doesn't use is dropped.
+the next call computes it again. A call with gradients drops it, for PyTorch's version counters leave out the writes of
+fused optimizers. Writes through `tensor.data` are not noticed. What a call doesn't use is dropped.
 
 Caches that are open already are shared, and the last user closes them, so that calls may be nested, or run in several
 threads: two threads may compute a value twice, and both are right. If memory runs out while a layer fills its cache,

@@ -122,24 +122,10 @@ class Blocks:
 
     def of(self, matrix: Tensor) -> list[Tensor]:
         """Copies of the K diagonal blocks `matrix[I_k, J_k]`, differentiable."""
-        parts = [self.part(matrix, rows, cols) for rows, cols in zip(self.row_slices, self.col_slices, strict=True)]
-        return [part.clone(memory_format=torch.contiguous_format) for part in parts] if self.is_contiguous else parts
-
-    def part(
-        self, matrix: Tensor, rows: slice, cols: slice, rows_out: Tensor | None = None, out: Tensor | None = None
-    ) -> Tensor:
-        """A diagonal block of `matrix`, or some of its rows: a view if the blocks are contiguous, else a copy.
-
-        Args:
-            rows: Slice of `orders.rows`.
-            cols: Slice of `orders.cols`.
-            rows_out: Buffer for a copy of the whole rows, (len(rows), in_features).
-            out: Buffer for the copy, which is then not differentiable.
-        """
+        places = list(zip(self.row_slices, self.col_slices, strict=True))
         if self.is_contiguous:
-            return matrix[rows, cols]
-        picked = torch.index_select(matrix, 0, self.orders.rows[rows], out=rows_out)
-        return take_columns(picked, self.orders.cols[cols], out)
+            return [matrix[rows, cols].clone(memory_format=torch.contiguous_format) for rows, cols in places]
+        return [reordered(matrix[self.orders.rows[rows]], self.orders.cols[cols]) for rows, cols in places]
 
     def write(self, matrix: Tensor, blocks: Sequence[Tensor]) -> None:
         """Overwrite the diagonal blocks of `matrix` in place, in its dtype and on its device."""
@@ -190,10 +176,8 @@ def reordered(x: Tensor, order: Tensor) -> Tensor:
     return x.gather(-1, order.expand(*x.shape[:-1], -1))
 
 
-def take_columns(x: Tensor, order: Tensor, out: Tensor | None = None) -> Tensor:
-    """`x[:, order]`. With `out`, two-byte entries on a CPU are copied by NumPy, which takes a third of the time."""
-    if out is None:
-        return reordered(x, order)
+def take_columns(x: Tensor, order: Tensor, out: Tensor) -> Tensor:
+    """`x[:, order]` in `out`; two-byte entries on a CPU are copied by NumPy, which takes a third of the time."""
     if x.device.type != "cpu":
         return torch.index_select(x, 1, order, out=out)
     if x.dtype.itemsize != 2:

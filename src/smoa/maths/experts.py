@@ -96,6 +96,10 @@ class Layout:
         """(out_features, in_features) of one matrix."""
         return self.out_features, self.in_features
 
+    def partitions(self, kind: ExpertPartition) -> int:
+        """P: number of partitions."""
+        return self.halves if kind == "shared" else self.count
+
     def matrices(self, parameter: Tensor) -> Tensor:
         """All matrices as a view: (experts, halves, out_features, in_features)."""
         stack = parameter if self.is_stack else parameter[None]

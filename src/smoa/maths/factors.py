@@ -28,10 +28,20 @@ def split_rank(r: int, num_blocks: int) -> tuple[int, ...]:
     return block_sizes(r, num_blocks)
 
 
-def factor_shapes(out_features: int, in_features: int, ranks: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Shapes of A (r, ⌈n/K⌉) and B (⌈m/K⌉, r)."""
-    num_blocks, r = len(ranks), sum(ranks)
-    return (r, -(-in_features // num_blocks)), (-(-out_features // num_blocks), r)
+def saved_shapes(
+    shape: tuple[int, int], ranks: Sequence[int], stack: tuple[int, int] | None = None
+) -> tuple[tuple[int, ...], ...]:
+    """Shapes of A, B, row labels, column labels and block scales in an adapter's file.
+
+    Args:
+        shape: (out_features, in_features) of W.
+        ranks: r_k of every block.
+        stack: If the layer holds several matrices of this shape, their number G and that of their partitions.
+    """
+    (out_features, in_features), K, r = shape, len(ranks), sum(ranks)
+    count, of_labels, of_scales = (1, (), ()) if stack is None else (stack[0], stack[1:], stack[:1])
+    A, B = (count * r, -(-in_features // K)), (-(-out_features // K), count * r)
+    return A, B, (*of_labels, out_features), (*of_labels, in_features), (*of_scales, K)
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,7 @@ class BlockRun:
         return rows.view(self.count, self.height, 1), cols.view(self.count, 1, self.width)
 
 
-def _runs(out_features: int, in_features: int, ranks: tuple[int, ...]) -> tuple[BlockRun, ...]:
+def _runs_of(out_features: int, in_features: int, ranks: tuple[int, ...]) -> tuple[BlockRun, ...]:
     num_blocks = len(ranks)
     shapes = zip(block_sizes(out_features, num_blocks), block_sizes(in_features, num_blocks), ranks, strict=True)
     runs, row, col, first_rank = [], 0, 0, 0
@@ -98,7 +108,13 @@ def _runs(out_features: int, in_features: int, ranks: tuple[int, ...]) -> tuple[
     return tuple(runs)
 
 
-_cached_runs = lru_cache(maxsize=4096)(_runs)
+_cached_runs = lru_cache(maxsize=4096)(_runs_of)
+
+
+def runs_of(out_features: int, in_features: int, ranks: tuple[int, ...]) -> tuple[BlockRun, ...]:
+    """The runs of blocks of one shape, in order."""
+    make = _runs_of if torch.compiler.is_compiling() else _cached_runs  # a compiler would trace the cache
+    return make(out_features, in_features, ranks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,8 +158,7 @@ class Factors:
 
     def runs(self) -> tuple[BlockRun, ...]:
         """The runs of blocks of one shape, in order."""
-        sizes = self.blocks.out_features, self.blocks.in_features, tuple(self.ranks)
-        return _runs(*sizes) if torch.compiler.is_compiling() else _cached_runs(*sizes)  # which would trace the cache
+        return runs_of(*self.blocks.shape, tuple(self.ranks))
 
     def spread_A(self, stacked: bool = False) -> Tensor:
         """Ã: (r, in_features) in natural column order, zero outside each block's own columns.

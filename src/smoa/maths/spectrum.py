@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from smoa.errors import PartitionError
+from smoa.errors import ConfigError, PartitionError
 from smoa.maths.blocks import Blocks, block_sizes, check_num_blocks
 
 PartitionKind = Literal["spectral", "contiguous", "random"]
@@ -192,7 +192,10 @@ def make_partition(
     Raises:
         PartitionError: K is not between 1 and min(out_features, in_features, 255), or the weight has NaN or infinite
             entries.
+        ConfigError: there is no such kind.
     """
+    if kind not in get_args(PartitionKind):
+        raise ConfigError(f"kind={kind!r} must be one of {', '.join(map(repr, get_args(PartitionKind)))}")
     out_features, in_features = weight.shape
     check_num_blocks(num_blocks, out_features, in_features)
     finite_peak(weight)

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from smoa.errors import ConfigError, UnsupportedVersionError
 from smoa.tuner.generation import BASE
-from smoa.tuner.shelves import Member, NoSlotError, Step, new_number
+from smoa.tuner.shelves import Diagonals, Member, NoSlotError, Step, new_number
 
 TRIED = ("5.24.0",)
 """Versions of transformers that the tests passed with."""
@@ -188,7 +188,7 @@ class PoolManager(ContinuousBatchingManager):
             self.logit_processor = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([_Choosers(self)]))
             self.logit_processor.tensors_required = 1
         self.failed: dict[str, tuple[Any, Exception]] = {}
-        self._diagonals: dict[int, tuple[Any, Sequence[Tensor]]] = {}
+        self._diagonals = Diagonals()
         self._step: tuple[Any, Step] | None = None
         self.output_router = _Router(self)
         try:

@@ -41,7 +41,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from smoa.errors import ConfigError, nearest
-from smoa.layers.layer import SmoaLayer
+from smoa.layers.layer import SmoaLayer, smoa_layers
 from smoa.layers.weight_cache import is_sharded, open_caches
 
 Kept = Literal["blocks", "weights", "off"]
@@ -81,13 +81,14 @@ def caches_of_generate(model: nn.Module) -> AbstractContextManager[None]:
 
 
 def _keeping(model: nn.Module) -> list[SmoaLayer]:
-    layers = [module for module in model.modules() if isinstance(module, SmoaLayer)]
-    return [layer for layer in layers if layer.generation_cache != "off" and _may_keep(layer)]
-
-
-def _may_keep(layer: Any) -> bool:
-    offloaded = any(parameter.device.type == "meta" for parameter in layer.parameters())  # accelerate does so
-    return layer.quantization_backend is None and not offloaded and not is_sharded(layer)
+    return [
+        layer
+        for layer in smoa_layers(model).values()
+        if layer.generation_cache != "off"
+        and layer.quantization_backend is None
+        and not any(parameter.is_meta for parameter in layer.parameters())  # accelerate offloads them
+        and not is_sharded(layer)
+    ]
 
 
 def watch_generate(model: nn.Module) -> None:
@@ -116,10 +117,10 @@ def keep_in_generate(model: nn.Module, kept: Kept) -> None:
     """
     if kept not in get_args(Kept):
         raise ConfigError(f"keep_in_generate: {kept!r} must be one of {', '.join(map(repr, get_args(Kept)))}")
-    layers = [module for module in model.modules() if isinstance(module, SmoaLayer)]
+    layers = smoa_layers(model)
     if not layers:
         raise ConfigError("keep_in_generate: the model has no SMoA adapter; add one first")
-    for layer in layers:
+    for layer in layers.values():
         layer.generation_cache = kept
 
 
@@ -156,10 +157,12 @@ def adapter_names_hooks(tuner: BaseTuner, kwargs: dict[str, Any]) -> Iterator[No
 
 
 def _taking_names(module: nn.Module) -> Iterator[nn.Module]:
-    """The layers that take the names; what is within them is not looked at, which is much where adapters are many."""
+    """The layers that take the names; their adapters are not looked at, which may be many."""
     if isinstance(module, (SmoaLayer, AuxiliaryTrainingWrapper)):
         yield module
-    else:
+    if isinstance(module, SmoaLayer):
+        yield from _taking_names(module.base_layer)  # trained tokens of a head that is tied
+    elif not isinstance(module, AuxiliaryTrainingWrapper):
         for child in module.children():
             yield from _taking_names(child)
 

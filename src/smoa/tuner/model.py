@@ -10,6 +10,7 @@ import torch
 from peft import set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTuner, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -29,12 +30,12 @@ from smoa.files.names import (
 )
 from smoa.layers.distributed import plain_name, refuse_writing, with_plain_names
 from smoa.layers.experts import ParamWrapper
-from smoa.layers.layer import SmoaLayer
+from smoa.layers.layer import SmoaLayer, smoa_layers
 from smoa.layers.quantized import keep_unpacked, requantization_reported
 from smoa.tuner.combining import Combination, check_combination, check_layer, combined_config, fill_combined
 from smoa.tuner.generation import adapter_names_hooks, forget_generate, watch_generate
 from smoa.tuner.targets import check_target, existing_wrapper, survey_targets
-from smoa.tuner.tying import refuse_shared, tie_layers, users_of
+from smoa.tuner.tying import refuse_shared, tie_layers, users_of, weight_id
 
 
 class SmoaModel(BaseTuner, StateDictHooks):
@@ -42,7 +43,9 @@ class SmoaModel(BaseTuner, StateDictHooks):
 
     Raises:
         UnsupportedModuleError: a target is of a kind that SMoA can't adapt (`smoa.layers.kinds`).
-        PartitionError: K is larger than a side of a target, and `num_blocks_pattern` or `block_ranks` sets it.
+        PartitionError: a target's weight has NaN or infinite entries, or K is larger than a side of it, and
+            `num_blocks_pattern` or `block_ranks` sets it.
+        ConfigError: a name in `target_parameters` matches nothing, or settings contradict each other on this model.
     """
 
     prefix: str = "smoa_"
@@ -238,7 +241,7 @@ class SmoaModel(BaseTuner, StateDictHooks):
         """
         check_combination(self.peft_config, adapters, weights, adapter_name, combination_type)
         config = combined_config([self.peft_config[name] for name in adapters], combination_type)  # type: ignore[misc]
-        layers = {n: m for n, m in self.model.named_modules() if isinstance(m, SmoaLayer) and {*adapters} & {*m.smoa_A}}
+        layers = {n: layer for n, layer in smoa_layers(self.model).items() if {*adapters} & {*layer.smoa_A}}
         for name, layer in layers.items():
             check_layer(name, layer, adapters, config)
         self.peft_config[adapter_name] = config
@@ -249,23 +252,28 @@ class SmoaModel(BaseTuner, StateDictHooks):
 
     @torch.no_grad()
     def _check_all_finite(self, adapter_names: list[str] | None) -> None:
-        for name, module in self.model.named_modules():
-            if isinstance(module, SmoaLayer):
-                try:
-                    with onload_layer(module):  # accelerate may have offloaded its weights
-                        module.check_merge(adapter_names)
-                except MergeError as error:
-                    raise MergeError(f"{name}: {error}") from None
+        for name, layer in smoa_layers(self.model).items():
+            try:
+                with onload_layer(layer):  # accelerate may have offloaded its weights
+                    layer.check_merge(adapter_names)
+            except MergeError as error:
+                raise MergeError(f"{name}: {error}") from None
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()  # type: ignore[no-untyped-call]  # PEFT leaves it without types
-        modules = self.model.named_modules()  # an adapter that is deleted leaves its layers
-        layers = {name: module for name, module in modules if isinstance(module, SmoaLayer) and module.ranks}
+        # an adapter that is deleted leaves its layers
+        layers = {name: layer for name, layer in smoa_layers(self.model).items() if layer.ranks}
         refuse_shared((name, layer.stored_weight(), dict(layer.smoa_A.items())) for name, layer in layers.items())
-        users, adapted = users_of(self.model), Counter(id(layer.stored_weight()) for layer in layers.values())
+        for name, layer in layers.items():
+            if isinstance(layer.base_layer, AuxiliaryTrainingWrapper):
+                raise MergeError(
+                    f"{name}: trainable_token_indices replaces rows of its weight, and a merge would lose what the "
+                    "adapter adds to them; keep the adapter unmerged, or train again without one of the two"
+                )
+        users, adapted = users_of(self.model), Counter(weight_id(layer.stored_weight()) for layer in layers.values())
         for layer in layers.values():
             if not isinstance(layer, ParamWrapper):
-                weight = id(layer.stored_weight())
+                weight = weight_id(layer.stored_weight())
                 layer.shares_weight = users[weight] > adapted[weight]
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:

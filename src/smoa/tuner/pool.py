@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import threading
+import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -28,7 +29,7 @@ from smoa.errors import AdapterFileError, ConfigError, MergeError, UnsupportedMo
 from smoa.files.layers import Loaded, by_layer
 from smoa.files.loading import read_adapter
 from smoa.files.names import PREFIX, with_id, without_id
-from smoa.layers.layer import SmoaLayer, as_matrix, in_autocast_dtype
+from smoa.layers.layer import as_matrix, in_autocast_dtype, smoa_layers
 from smoa.layers.linear import Linear
 from smoa.layers.quantized import dequantized, find_backend
 from smoa.layers.weight_cache import tensor_state
@@ -79,9 +80,10 @@ class AdapterPool:
         folder: str | Path | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if any(isinstance(module, SmoaLayer) and module.merged for module in base.modules()):
+        adapted = smoa_layers(base)
+        if any(layer.merged for layer in adapted.values()):
             raise MergeError("AdapterPool: adapters are merged into the base; call unmerge_adapter first")
-        if isinstance(base, PeftModel) or any(isinstance(module, SmoaLayer) for module in base.modules()):
+        if adapted or isinstance(base, PeftModel):
             raise UnsupportedModuleError("AdapterPool: takes a base model without PEFT; call model.unload() first")
         for name, parameter in base.named_parameters():
             if isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") or parameter.is_meta:
@@ -120,13 +122,18 @@ class AdapterPool:
         self._put(name, config, read_adapter(source), str(source))
 
     def add(self, name: str, config: SmoaConfig) -> None:
-        """Add a new adapter, as `get_peft_model(base, config)` makes one.
+        """Add a new adapter, as `get_peft_model(base, config)` makes one, but without dropout.
 
         Raises:
             ConfigError: the name is taken, or the config trains more than factors.
         """
         if name in self._members:
             raise ConfigError(f"AdapterPool.add: {name!r} is there already; unload it, or choose another name")
+        if config.smoa_dropout:
+            warnings.warn(
+                f"AdapterPool.add: a pool has no dropout, so smoa_dropout={config.smoa_dropout} has no effect",
+                stacklevel=2,
+            )
         settings = json.dumps(config.to_dict(), default=sorted, sort_keys=True)
         if settings not in self._templates:
             own = copy.deepcopy(config)
@@ -154,8 +161,10 @@ class AdapterPool:
 
     def save(self, name: str, folder: str | Path) -> None:
         """Write an adapter as an ordinary PEFT folder, whole or not at all."""
-        member = self._member(name)
-        tensors = {f"{PREFIX}{path}.{part}": t for path, parts in self._parts(member).items() for part, t in parts}
+        with self._lock:  # another adapter may take the slot later
+            member = self._member(name)
+            found = self._parts(member).items()
+        tensors = {f"{PREFIX}{path}.{part}": tensor for path, parts in found for part, tensor in parts}
         with new_files(Path(folder)) as temporary:
             save_file(with_id(tensors, member.config), temporary / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
             member.config.save_pretrained(temporary)
@@ -187,11 +196,11 @@ class AdapterPool:
         with self._lock:
             if used := sorted(+self._in_use):
                 raise ConfigError(f"AdapterPool.close: {used[0]!r} is in use; wait for the batch to end")
-        for handle in self._hooked.values():
-            handle.remove()
-        self._hooked.clear()
-        self._members.clear()
-        self._shelves.clear()
+            for handle in self._hooked.values():
+                handle.remove()
+            for known in (self._hooked, self._members, self._shelves, self._templates):
+                known.clear()
+            self._trained = None
 
     def nbytes(self) -> int:
         """Bytes held for all adapters."""
@@ -218,9 +227,7 @@ class AdapterPool:
         try:
             for name in wanted:
                 held[name] = self._hold(name)
-            batch = Batch([held.get(name) for name in names])
-            self._trained = batch if torch.is_grad_enabled() else None
-            with self._computing(batch):
+            with self._computing(Batch([held.get(name) for name in names])):
                 yield
         finally:
             self._release(held)
@@ -300,12 +307,16 @@ class AdapterPool:
 
     @contextmanager
     def _computing(self, batch: Batch) -> Iterator[None]:
-        """What this thread computes is of this batch."""
-        token = _CURRENT.set((self, batch))
+        """What this thread computes is of this batch, and what a backward computes again in a thread of its own."""
+        token, outer = _CURRENT.set((self, batch)), self._trained
+        if torch.is_grad_enabled():
+            self._trained = batch
         try:
             yield
         finally:
             _CURRENT.reset(token)
+            if self._trained is batch:
+                self._trained = outer
 
     def _batch(self) -> Batch | None:
         current = _CURRENT.get()
@@ -348,13 +359,13 @@ class AdapterPool:
     def _diagonal(self, place: Place, batch: Batch) -> Sequence[Tensor]:
         """The diagonal blocks of M."""
         state = tensor_state(place.layer.weight)  # type: ignore[arg-type]  # a tensor
-        if (kept := batch.diagonals.get(id(place))) is not None and kept[0] == state:
+        if (kept := batch.diagonals.get(place)) is not None and kept[0] == state:
             return kept[1]
         anchor = MODULATIONS[place.modulation].anchor(self._weight(place.layer), place.blocks)
         assert anchor is not None
         found = diagonal_of(place.blocks, place.runs, anchor)
         if not torch.is_grad_enabled():
-            batch.diagonals[id(place)] = state, found
+            batch.diagonals[place] = state, found
         return found
 
     def _weight(self, layer: nn.Module) -> Tensor:
@@ -390,7 +401,7 @@ class AdapterPool:
             raise ConfigError(f"AdapterPool: {name!r} can't name an adapter")
         layers = self._layers_of(config, tensors, source)
         signature = tuple((path, each.ranks, each.modulation, each.digest) for path, each in layers.items())
-        with self._lock:
+        with self._lock, torch.inference_mode(False):  # what is made in inference mode can't be written to outside
             if self._in_use[name]:
                 raise ConfigError(f"AdapterPool.load: {name!r} is in use; wait for the batch to end")
             shelf, leaving = self._shelves.get(signature), self._leaving_for(name)
@@ -407,6 +418,7 @@ class AdapterPool:
             for path, each in layers.items():
                 shelf.places[path].write(slot, each, fresh, config)
             self._members[name] = Member(config, shelf, slot)
+            self._shelves = {key: each for key, each in self._shelves.items() if each.fixed or not each.is_empty}
 
     def _leaving_for(self, name: str) -> list[str]:
         """The adapters that leave for a new one: that of its name, else the least recently used ones."""

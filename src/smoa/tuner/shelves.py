@@ -6,6 +6,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,10 @@ from smoa.config import SmoaConfig
 from smoa.errors import ConfigError
 from smoa.files.layers import Loaded
 from smoa.files.names import PARTS
+from smoa.layers.layer import RANDOM_SIZE
 from smoa.layers.weight_cache import tensor_state
 from smoa.maths.blocks import Blocks
-from smoa.maths.factors import BlockRun, Factors, init_factors
+from smoa.maths.factors import BlockRun, init_factors, runs_of
 from smoa.maths.kernels.shared import Gathered, StackedFactors
 from smoa.maths.kernels.tokens import Plan, Tokens
 from smoa.maths.scale import ModulationKind, rank_scale
@@ -46,12 +48,12 @@ class Place:
     def like(cls, each: Loaded, layer: nn.Module, dtype: torch.dtype | None) -> Place:
         """Without a slot yet."""
         device = next(layer.parameters()).device
-        blocks = Blocks(each.row_labels.to(device), each.col_labels.to(device), len(each.ranks))
-        runs = Factors(each.A, each.B, each.ranks, 1.0, each.block_scale, blocks).runs()
+        blocks = each.blocks(device)
         dtype = dtype or each.A.dtype
         A, B = (nn.Parameter(torch.zeros(0, *part.shape, dtype=dtype, device=device)) for part in (each.A, each.B))
         block_scale = torch.zeros(0, len(each.ranks), device=device)
         scale = torch.zeros(0, sum(each.ranks), dtype=torch.promote_types(dtype, torch.float32), device=device)
+        runs = runs_of(*blocks.shape, each.ranks)
         return cls(layer, blocks, each.ranks, runs, each.modulation, each.spectral, (A, B), block_scale, scale)
 
     @property
@@ -67,21 +69,23 @@ class Place:
             larger[: len(tensor)] = tensor
             return larger
 
-        for part in self.factors:
-            part.data = grown(part.data)
-        self.block_scale, self.scale = grown(self.block_scale), grown(self.scale)
+        A, B = (nn.Parameter(grown(part.detach())) for part in self.factors)  # batches that run keep the old ones
+        self.factors, self.block_scale, self.scale = (A, B), grown(self.block_scale), grown(self.scale)
 
     @torch.no_grad()
     def write(self, slot: int, each: Loaded, fresh: bool, config: SmoaConfig) -> None:
         """Put an adapter's factors and scales into a slot; new ones are drawn."""
         A, B = (part.data[slot] for part in self.factors)
-        if fresh:
-            init_factors(A, B, self.blocks.shape, self.ranks, config.init_weights, 0.1 / each.scaling)
-        else:
+        self.block_scale[slot] = each.block_scale
+        of_ranks = rank_scale(self.block_scale[slot], self.ranks)
+        self.scale[slot] = of_ranks * each.scaling
+        if not fresh:
             A.copy_(each.A)
             B.copy_(each.B)
-        self.block_scale[slot] = each.block_scale
-        self.scale[slot] = rank_scale(self.block_scale[slot], self.ranks) * each.scaling
+            return
+        init_factors(A, B, self.blocks.shape, self.ranks, config.init_weights, RANDOM_SIZE / each.scaling)
+        if config.init_weights is False:
+            B.div_(of_ranks)  # the same size for every scale, as in an adapted layer
 
     def parts(self, slot: int) -> list[tuple[str, Tensor]]:
         """The tensors of a slot's adapter as they are saved."""
@@ -104,6 +108,11 @@ class Shelf:
     capacity: int = 0
     fixed: bool = False
     """Whether an optimizer holds the factors, which then keep their size."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no slot is taken."""
+        return len(self.free) == self.capacity
 
     def has_room(self, leaving: Iterable[Member]) -> bool:
         """Whether there is a slot for one more adapter after these have left."""
@@ -129,23 +138,24 @@ class Member:
     number: int = field(default_factory=new_number)
 
 
+Diagonals = WeakKeyDictionary[Place, tuple[Hashable, Sequence[Tensor]]]
+
+
 class Batch:
     """The adapter of each row, None for the base, and what calls with these rows keep.
 
     Args:
         members: The adapters.
-        diagonals: The diagonal blocks of W by layer, and the state that they came from; batches may share them.
+        diagonals: The diagonal blocks of W by place, and the state that they came from; batches may share them.
     """
 
     keeps = True
     """Whether the factors of each row are kept for the next call."""
 
-    def __init__(
-        self, members: Sequence[Member | None], diagonals: dict[int, tuple[Any, Sequence[Tensor]]] | None = None
-    ) -> None:
+    def __init__(self, members: Sequence[Member | None], diagonals: Diagonals | None = None) -> None:
         self.members = members
         self.shelves = {id(member.shelf): member.shelf for member in members if member is not None}.values()
-        self.diagonals = {} if diagonals is None else diagonals
+        self.diagonals = Diagonals() if diagonals is None else diagonals
         self.gathered: dict[int, tuple[Hashable, Any]] = {}
         self._tokens: dict[tuple[int, int], Tokens] = {}
 
@@ -191,9 +201,7 @@ class Step(Batch):
         diagonals: As of a batch.
     """
 
-    def __init__(
-        self, members: Sequence[Member | None], last: Sequence[int], diagonals: dict[int, tuple[Any, Sequence[Tensor]]]
-    ) -> None:
+    def __init__(self, members: Sequence[Member | None], last: Sequence[int], diagonals: Diagonals) -> None:
         super().__init__(members, diagonals)
         self.last = last
         self.keeps = len(last) == len(members)  # each request has one token, and the next step is likely to be alike

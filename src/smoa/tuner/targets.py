@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakSet
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.integrations import gather_params_ctx
@@ -20,7 +21,7 @@ from torch.nn.parameter import UninitializedParameter
 from transformers import PreTrainedModel
 
 from smoa.config import Shape, SmoaConfig
-from smoa.errors import ConfigError, PartitionError, SmoaError, UnsupportedModuleError
+from smoa.errors import ConfigError, PartitionError, SmoaError, UnsupportedModuleError, first_of
 from smoa.files.loading import AdapterFile, incoming
 from smoa.layers.distributed import awaits_process_group, from_rank_zero, whole
 from smoa.layers.experts import ParamWrapper
@@ -43,15 +44,14 @@ ROUTERS = ("router", "gate")
 _REPORTED: WeakSet[nn.Module] = WeakSet()
 """Models whose experts `_report_experts` has named."""
 
-IsTarget = Callable[[Any, str], object]
-"""Whether a config makes the module of a name a target."""
 
-
-def survey_targets(model: nn.Module, peft_config: Any, is_target: IsTarget, loads_labels: bool) -> int:
+def survey_targets(
+    model: nn.Module, peft_config: Any, is_target: Callable[[Any, str], object], loads_labels: bool
+) -> int:
     """Check all targets, fill the config's target_modules as PEFT does, and report what a user should know.
 
-    Nothing of the model is changed. With `loads_labels` the partition is not made from the weights. Return the number
-    of target modules.
+    Nothing of the model is changed. `is_target` says whether a config makes the module of a name a target. With
+    `loads_labels` the partition is not made from the weights. Return the number of target modules.
 
     Raises:
         SmoaError: names every target that cannot be adapted, and why.
@@ -149,6 +149,13 @@ def _refusal(
         reason: str | None = f"supported are {SUPPORTED}"
     elif isinstance(base, NonDynamicallyQuantizableLinear):
         reason = "MultiheadAttention uses its weight without calling it, so an adapter would do nothing"
+    elif torch.backends.mha.get_fastpath_enabled() and isinstance(
+        model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer
+    ):
+        reason = (
+            "in evaluation a TransformerEncoderLayer uses its weight without calling it, unless you call "
+            "torch.backends.mha.set_fastpath_enabled(False) first"
+        )
     elif isinstance(base, nn.Embedding) and kind is not QUANTIZED:
         reason = kind.refusal(base) or _uncalled_embedding(name, base, model, config)
     else:
@@ -204,9 +211,8 @@ def _leave_out(config: SmoaConfig, model: nn.Module) -> None:
                 named[name] = type(base).__name__
     config.target_modules = set(config.target_modules or []) - left_out  # type: ignore[assignment]
     if named:
-        more = f" and {len(named) - 3} more" if len(named) > 3 else ""
         warnings.warn(
-            f"target_modules='all-linear' leaves out {', '.join([*named][:3])}{more}: SMoA can't adapt a "
+            f"target_modules='all-linear' leaves out {first_of([*named])}: SMoA can't adapt a "
             f"{', '.join(sorted({*named.values()}))}, which computes something else than a linear layer of a plain "
             "weight",
             stacklevel=2,
@@ -406,10 +412,9 @@ def _report_narrow(shapes: Mapping[str, Shape], config: SmoaConfig) -> None:
     """Name the targets that take fewer blocks than `num_blocks`, in one warning, given the shapes of their weights."""
     narrow = [name for name, shape in shapes.items() if config.num_blocks_of(name, shape) < config.num_blocks_of(name)]
     if narrow:
-        named = ", ".join(f"{name} takes {min(shapes[name])}" for name in narrow[:3])
-        more = f", and {len(narrow) - 3} more take fewer too" if len(narrow) > 3 else ""
+        named = first_of([f"{name} takes {min(shapes[name])}" for name in narrow])
         warnings.warn(
-            f"num_blocks={config.num_blocks} is larger than a side of {len(narrow)} of {len(shapes)} targets: {named}"
-            f"{more}; the rank of a block and alpha / r stay the same",
+            f"num_blocks={config.num_blocks} is larger than a side of {len(narrow)} of {len(shapes)} targets: {named}; "
+            "the rank of a block and alpha / r stay the same",
             stacklevel=2,
         )

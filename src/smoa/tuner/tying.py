@@ -28,7 +28,7 @@ def tied_groups(model: nn.Module) -> list[Group]:
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
         if weight is not None and ".smoa_" not in name:
-            users.setdefault(id(weight), []).append(name.removesuffix(".base_layer"))
+            users.setdefault(weight_id(weight), []).append(name.removesuffix(".base_layer"))
     return [names for names in users.values() if len(names) > 1]
 
 
@@ -111,9 +111,8 @@ def refuse_shared(layers: Iterable[tuple[str, Tensor, Mapping[str, object]]]) ->
     """
     owners: dict[int, tuple[str, Mapping[str, object]]] = {}
     for name, weight, factors in layers:
-        pointer = weight.data_ptr()  # 0 on the meta device
-        other, others_factors = owners.setdefault(pointer, (name, factors))
-        if pointer and others_factors != factors:
+        other, others_factors = owners.setdefault(weight_id(weight), (name, factors))
+        if others_factors != factors:
             raise MergeError(
                 f"{name} and {other} share one weight but have an adapter each, so no merged weight is right for both; "
                 "untie them, adapt one of them only, or set ensure_weight_tying=True before training"
@@ -121,5 +120,12 @@ def refuse_shared(layers: Iterable[tuple[str, Tensor, Mapping[str, object]]]) ->
 
 
 def users_of(model: nn.Module) -> Counter[int]:
-    """How many modules use each parameter, by its id. Several use that of tied embeddings."""
-    return Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
+    """How many modules use each parameter, by its `weight_id`. Several use that of tied embeddings."""
+    return Counter(
+        weight_id(own) for module in model.modules() for own in module._parameters.values() if own is not None
+    )
+
+
+def weight_id(weight: Tensor) -> int:
+    """The same for weights in one memory, which need not be one parameter: see `load_state_dict(assign=True)`."""
+    return weight.data_ptr() or id(weight)  # 0 on the meta device

@@ -152,10 +152,11 @@ def inspect(
         reports = {place: inspect_layers(place, base, trust_remote_code) for place in (*adapters, *(against or []))}
         if html is not None:
             from smoa_lab.inspect_page import inspection_page
+            from smoa_lab.open_run import run_name
             from smoa_lab.pages.templates import write_page
 
             # The run's name instead of ``adapter``; of several with one name, the whole path.
-            names = [place.parent.name if place.name == "adapter" else place.name for place in reports]
+            names = [run_name(place) for place in reports]
             by_name = {
                 str(place) if names.count(name) > 1 else name: layers
                 for name, (place, layers) in zip(names, reports.items(), strict=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -149,7 +149,7 @@ def in_test_part(text: str, one_in: int) -> bool:
 
 @dataclass(frozen=True)
 class Split:
-    """The three parts of a task, and how many training questions were dropped: ``also_in_test`` because the test part
+    """The three parts of a task, and how many training questions were dropped: ``also_in_test`` because a test part
     has them, ``repeated`` because the training part already had them."""
 
     train: list[Row]
@@ -159,12 +159,15 @@ class Split:
     repeated: int = 0
 
 
-def split(train: Sequence[Row], test: Sequence[Row], validation_part: float) -> Split:
-    """Drop from ``train`` the questions of ``test`` and repeated ones, then cut off a validation part.
+def split(
+    train: Sequence[Row], test: Sequence[Row], validation_part: float, of_others: Collection[tuple[str, ...]] = ()
+) -> Split:
+    """Drop from ``train`` the questions of ``test``, those of other tasks' test parts, whose contents are
+    ``of_others``, and repeated ones, then cut off a validation part.
 
     The cut is the same in all runs, whatever their seed and however much data they use.
     """
-    held_out = {row.content for row in test}
+    held_out = {row.content for row in test}.union(of_others)
     unseen = [row for row in train if row.content not in held_out]
     order = list({row.content: row for row in reversed(unseen)}.values())[::-1]  # the first of each content
     dropped = {"also_in_test": len(train) - len(unseen), "repeated": len(unseen) - len(order)}

@@ -155,7 +155,9 @@ def select(
     Raises:
         DataError: no training examples are left, or a source cannot be loaded.
     """
-    splits = {name: load_task(name, task, validation_part) for name, task in tasks.items()}
+    read = {name: (_questions(name, "train", task), _questions(name, "test", task)) for name, task in tasks.items()}
+    tested = {row.content for _, test in read.values() for row in test}
+    splits = {name: split(train, test, validation_part, tested) for name, (train, test) in read.items()}
     train = _sample([row for split in splits.values() for row in split.train], sizes.get("train"), seed)
     validation = _sample([row for split in splits.values() for row in split.validation], sizes.get("validation"), seed)
     test = [row for split in splits.values() for row in _sample(split.test, sizes.get("test"), seed)]

@@ -127,7 +127,6 @@ def lines(
     x: alt.X,
     y: alt.Y,
     width: int = 300,
-    height: int = 190,
 ) -> Any:
     """A line with points for each of ``names``, the values of ``name`` in the rows, in its color and dash."""
     has_legend = len(names) > 1
@@ -138,7 +137,7 @@ def lines(
         x=x, y=y, color=color, tooltip=tooltip(name="", **dict.fromkeys(fields, "~g"))
     )
     drawn = alt.layer(chart.mark_line().encode(strokeDash=dash), chart.mark_circle(size=45, opacity=1))
-    return drawn.properties(width=width, height=height)
+    return drawn.properties(width=width, height=190)
 
 
 def vega_lite_version() -> str:

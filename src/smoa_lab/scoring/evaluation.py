@@ -158,12 +158,9 @@ class Evaluation:
             scores = {"rows": len(losses.nll), "tokens": sum(losses.tokens), "loss": losses.mean}
             self.evaluation[stage] = {"all": scores | {"loss_stderr": losses.stderr, "perplexity": losses.perplexity}}
         prompts = [ids for _, ids, _ in self.prompts]
-        if self.are_questions:
-            options = {"eos_token_id": self.encoder.tokenizer.eos_token_id}
-            texts = continue_prompts(model, self.encoder.tokenizer, prompts, QUESTION_TOKENS, **options)
-            self.written[stage] = [" ".join(text.split()) for text in texts]
-        else:
-            self.written[stage] = continue_prompts(model, self.encoder.tokenizer, prompts, NEW_TOKENS)
+        new_tokens = QUESTION_TOKENS if self.are_questions else NEW_TOKENS
+        texts = continue_prompts(model, self.encoder.tokenizer, prompts, new_tokens)
+        self.written[stage] = [" ".join(text.split()) for text in texts] if self.are_questions else texts
 
     def measured(self, model: Any) -> Losses:
         """The losses of a model on the rows; of questions those of the gold answers."""

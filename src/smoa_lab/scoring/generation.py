@@ -65,8 +65,8 @@ def evaluate_by_generation(
     for name in dict.fromkeys(row.task for row in rows):
         family, chosen = families[name], [row for row in rows if row.task == name]
         prompts = [encoder.answered(row, "", end=False).prompt for row in chosen]
-        options = {"num_beams": num_beams, "eos_token_id": encoder.tokenizer.eos_token_id}
-        texts = continue_prompts(model, encoder.tokenizer, prompts, NEW_TOKENS[family], batch_size, **options)
+        new_tokens = NEW_TOKENS[family]
+        texts = continue_prompts(model, encoder.tokenizer, prompts, new_tokens, batch_size, num_beams=num_beams)
         extract, answers = EXTRACTORS[family], []
         for row, text in zip(chosen, texts, strict=True):
             wanted = extract(row, gold_response(row, encoder.style), encoder.style) or str(row.completion)
@@ -107,11 +107,18 @@ def continue_prompts(
                 max_new_tokens=new_tokens,
                 do_sample=False,
                 pad_token_id=pad,
-                **options,
+                **{"eos_token_id": ends_of(model, tokenizer), **options},
             )
             answers = tokenizer.batch_decode(written[:, max(map(len, batch)) :], skip_special_tokens=True)
             texts.update(zip(numbers, map(str.strip, answers), strict=True))
     return [texts[number] for number in range(len(prompts))]
+
+
+def ends_of(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+    """The tokens that end a text: those of the model's generation config, and the tokenizer's, with which answers are
+    trained."""
+    known = model.generation_config.eos_token_id
+    return sorted({*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id} - {None}) or None
 
 
 def extract_choice(row: Row, text: str, style: AnswerStyle) -> str | None:

@@ -92,8 +92,9 @@ def proportion(hits: Sequence[bool]) -> tuple[float, float]:
 
 def _ratio_error(nll: Sequence[float], tokens: Sequence[int]) -> float:
     """The standard error of a ratio of sums."""
-    mean = sum(nll) / sum(tokens)
-    return math.sqrt(sum((loss - mean * size) ** 2 for loss, size in zip(nll, tokens, strict=True))) / sum(tokens)
+    mean, rows = sum(nll) / sum(tokens), len(nll)
+    squares = sum((loss - mean * size) ** 2 for loss, size in zip(nll, tokens, strict=True))
+    return math.sqrt(squares * rows / max(1, rows - 1)) / sum(tokens)
 
 
 def row_losses(model: nn.Module, rows: Sequence[Tokens], pad: int) -> Losses:

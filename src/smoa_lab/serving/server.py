@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from transformers import ContinuousBatchingConfig
@@ -22,7 +21,7 @@ from transformers import ContinuousBatchingConfig
 from smoa import AdapterPool
 from smoa.errors import ConfigError, DataError
 from smoa.tuner.batching import PAGE, STEP, PoolManager
-from smoa_lab.base_models import load_base_model
+from smoa_lab.base_models import load_base_model, to_device
 from smoa_lab.config.run import ModelSection
 from smoa_lab.serving.adapters import Adapters
 from smoa_lab.serving.app import app_of
@@ -67,8 +66,7 @@ def serve(base: ModelSection, folder: Path, host: str, port: int, settings: Sett
         if settings.api_key is None and not host.startswith("127.") and host not in ("localhost", "::1"):
             logger.warning("Whoever reaches %s can use this server: no --api-key is set", host)
         model, tokenizer = load_base_model(base)
-        if torch.cuda.is_available() and not (hasattr(model, "hf_device_map") or getattr(model, "is_quantized", False)):
-            model.to("cuda")  # type: ignore[arg-type]
+        to_device(model)
         with suppress(KeyboardInterrupt), serving(model, tokenizer, base.name, folder, settings) as app:
             logger.info("http://%s:%s/v1 serves %s with the adapters in %s", host, port, base.name, folder)
             logging.getLogger("transformers.cli.serving").setLevel(logging.ERROR)  # it warns of each request

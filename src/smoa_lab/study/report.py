@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from smoa import SmoaConfig
@@ -281,13 +282,17 @@ def full_names(store: TrialStore) -> dict[str, str]:
 
 
 def _untouched_sentence(untouched: dict[str, Any] | None) -> str:
-    """The untouched model's scores in a sentence; nothing where it was not scored."""
+    """The untouched model's scores in a sentence, the means over tasks as of the entries; nothing where it was not
+    scored."""
     if untouched is None:
         return ""
     scores = untouched["scores"]["all"]
-    text = f"The untouched model: loss {scores['gold_loss']:.4f}, accuracy {100 * scores['accuracy']:.1f} %"
+    tasks = [of_task for name, of_task in untouched["scores"].items() if name != "all"] or [scores]
+    accuracy = fmean(of_task["accuracy"] for of_task in tasks)
+    text = f"The untouched model: loss {number(scores['gold_loss'], 4)}, accuracy {100 * accuracy:.1f} %"
     if scores["majority"] is not None:
-        text += f"; the commonest label of each task is right in {100 * scores['majority']:.1f} %"
+        majority = fmean(of_task["majority"] for of_task in tasks)
+        text += f"; the commonest label of each task is right in {100 * majority:.1f} %"
     if untouched.get("elsewhere") is not None:
         text += f"; its loss elsewhere is {untouched['elsewhere']:.3f}"
     return f"{text}."

@@ -172,10 +172,14 @@ class LoadedRun:
             arguments.max_steps, arguments.num_train_epochs = -1, 0
             arguments.lr_scheduler_type = SchedulerType.CONSTANT  # others divide by the steps
             arguments.lr_scheduler_kwargs = None
+        settings: Any = self.base.config.get_text_config()
+        routers = getattr(settings, "output_router_logits", None)
         trainer = self._trainer(model, arguments, [ProgressReport(), *watching])
         logger.info("Training on %s by %s", self.title, type(trainer).__name__)
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=checkpoint)
+        if routers is not None:  # TRL lets mixtures give them, for a loss that a cache of keys and values breaks
+            settings.output_router_logits = routers
         after_training(model, method)
         seconds = time.perf_counter() - started
         if REFERENCE in getattr(model, "peft_config", {}):

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from smoa.atomic import new_files, write_whole
 from smoa.errors import ConfigError
 from smoa.layers.distributed import from_rank_zero
-from smoa_lab.base_models import described_base, empty_model, training_needs, with_rate
+from smoa_lab.base_models import described_base, empty_model, to_device, training_needs, with_rate
 from smoa_lab.basics.extras import require
 from smoa_lab.basics.plain import portable, without_secrets
 from smoa_lab.config.methods import find_method
@@ -63,6 +63,8 @@ def _train(
 ) -> dict[str, Any]:
     if arguments.process_index > 0:
         logging.getLogger("smoa_lab").setLevel(logging.WARNING)  # rank 0 logs the rest
+    if arguments.world_size == 1 and not (arguments.deepspeed or arguments.fsdp):  # these place a model themselves
+        to_device(run.base, arguments.device)  # as the Trainer will; scoring before it would take the CPU
     evaluation = run.evaluation(alone=arguments.world_size == 1)
     evaluation.measure(run.base, "before")
     forgetting.measure(run.base, "before")

@@ -154,3 +154,10 @@ def test_a_layer_that_lacks_a_part_is_refused_and_nothing_is_changed(tmp_path: P
     with pytest.raises(AdapterFileError, match=r"layers\.1\.self_attn\.q_proj lacks .*smoa_B.*the adapter is broken"):
         hotswap_adapter(model, tmp_path)
     assert torch.equal(logits(model), before)
+
+
+def test_factors_of_another_rank_than_their_config_says_are_refused(tmp_path: Path) -> None:
+    saved(tmp_path)
+    with_settings(tmp_path, r=3)
+    with pytest.raises(AdapterFileError, match="don't fit the layer"):
+        hotswap_adapter(adapted(1), tmp_path)

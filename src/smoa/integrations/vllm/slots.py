@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from smoa.files.layers import Loaded
-from smoa.maths.blocks import Blocks, take_columns
-from smoa.maths.factors import BlockRun, Factors
+from smoa.maths.blocks import take_columns
+from smoa.maths.factors import BlockRun, runs_of
 from smoa.maths.kernels.loops import product_dtype
 from smoa.maths.kernels.shared import Gathered, StackedFactors, diagonal_of
 from smoa.maths.kernels.tokens import Plan, Rows, Tokens, products
@@ -86,13 +86,13 @@ class Group:
         starts = accumulate(sizes, initial=0)
         spans = [(start, size) for part, start, size in zip(parts, starts, sizes, strict=False) if part is not None]
         self.spans = [(0, sum(sizes))] if len(spans) == len(parts) else spans
-        blocks = [Blocks(p.row_labels.to(w.device), p.col_labels.to(w.device), len(p.ranks)) for p, w in slices]
+        blocks = [part.blocks(weight.device) for part, _ in slices]
         runs: list[BlockRun] = []
         entries: list[list[Tensor]] = []
         row = col = rank = 0
         for (part, own_weight), own in zip(slices, blocks, strict=True):
             anchor = MODULATIONS[part.modulation].anchor(own_weight, own)
-            for run in Factors(part.A, part.B, part.ranks, 1.0, part.block_scale, own).runs():
+            for run in runs_of(*own.shape, part.ranks):
                 diagonal = [] if anchor is None else diagonal_of(own, [run], anchor)
                 last = runs[-1] if runs else None
                 if last is not None and (last.height, last.width, last.rank) == (run.height, run.width, run.rank):

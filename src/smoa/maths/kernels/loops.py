@@ -108,11 +108,13 @@ def _anchor_chunks(factors: Factors, anchor: Tensor) -> Iterator[tuple[slice, sl
 
 
 def _anchor_part(blocks: Blocks, anchor: Tensor, chunk: slice, cols: slice) -> Tensor:
+    """Some rows of a diagonal block: a view if the blocks are contiguous, else a copy in a buffer."""
     if blocks.is_contiguous:
-        return blocks.part(anchor, chunk, cols)
+        return anchor[chunk, cols]
     size = chunk.stop - chunk.start
-    whole_rows = SCRATCH.take("rows", size, anchor.shape[1], anchor)
-    return blocks.part(anchor, chunk, cols, whole_rows, SCRATCH.take("anchor", size, cols.stop - cols.start, anchor))
+    buffer = SCRATCH.take("rows", size, anchor.shape[1], anchor)
+    rows = torch.index_select(anchor, 0, blocks.orders.rows[chunk], out=buffer)
+    return take_columns(rows, blocks.orders.cols[cols], SCRATCH.take("anchor", size, cols.stop - cols.start, anchor))
 
 
 def sort_columns(blocks: Blocks, x: Tensor, order: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from transformers import LlamaForCausalLM
 from smoa import AdapterFileError, ConfigError, MergeError, SmoaConfig
 from smoa.export import checkpoint as module
 from smoa.export.checkpoint import INDEX, BaseCheckpoint, Shards, adapter_config, base_folder, write_checkpoint
+from smoa.export.merge import merge_and_save
 from smoa.export.streaming import RoundingLoss, SavedAdapter, plan_stream
 from smoa.files.names import embeddings_of
 from tests.support import tiny_models
-from tests.support.adapter_files import rewritten, with_settings
+from tests.support.adapter_files import rewritten
 
 TENSORS = {
     "wide": torch.arange(6, dtype=torch.float64).reshape(2, 3),
@@ -92,6 +94,40 @@ def test_an_index_that_names_a_missing_file_is_refused(source: Path, target: Pat
 
 
 # The folder, the config and the class of the base.
+
+
+def without(name: str) -> Callable[[Path], object]:
+    return lambda base: (base / name).unlink()
+
+
+def cut(name: str) -> Callable[[Path], object]:
+    return lambda base: (base / name).write_bytes((base / name).read_bytes()[:100])
+
+
+def empty_index(base: Path) -> None:
+    (base / INDEX).write_text("{}")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [without("config.json"), cut("config.json"), without("model.safetensors"), cut("model.safetensors"), empty_index],
+    ids=["no config", "half a config", "no weights", "half of the weights", "no index"],
+)
+def test_a_base_that_is_not_whole_is_one_error_and_leaves_nothing(
+    tmp_path: Path, spoil: Callable[[Path], object]
+) -> None:
+    base = checkpoint(tmp_path)
+    spoil(base.folder)
+    with pytest.raises(MergeError, match=r"(base|model\.safetensors): the base model can't be read"):
+        merge_and_save(base.adapter, tmp_path / "merged")
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
+
+
+def test_a_base_of_a_class_that_transformers_lacks_is_one_error(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path)
+    base.peft_config.auto_mapping["base_model_class"] = "NewerForCausalLM"
+    with pytest.raises(MergeError, match=r"NewerForCausalLM, which transformers .* lacks"):
+        base.load()
 
 
 def checkpoint(tmp_path: Path, family: str = "llama", targets: tuple[str, ...] = ("q_proj",), **config: Any) -> Any:
@@ -208,12 +244,30 @@ def test_layers_that_the_model_does_not_have_are_told(tmp_path: Path) -> None:
         plan_stream(adapter_in(tmp_path), tiny_models.build("bert"), Shards(tmp_path / "base"))
 
 
-def test_a_layer_that_lacks_a_part_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("part", "tensor", "reason"),
+    [
+        ("B.weight", None, "lacks model.layers.1.self_attn.q_proj.smoa_B.weight"),
+        ("A.weight", torch.tensor(1.0), r"smoa_A.weight: shape \(\) doesn't fit"),
+        ("A.weight", torch.ones(4, 16, dtype=torch.int32), "smoa_A.weight: torch.int32 found"),
+        ("block_scale", torch.ones(5), r"smoa_block_scale: shape \(5,\) doesn't fit"),
+        ("C.weight", torch.ones(1), "has .*smoa_C.weight.*, expected"),
+    ],
+    ids=["a part is missing", "no dimensions", "integers", "more scales", "a part that none has"],
+)
+def test_a_damaged_layer_is_told_before_anything_is_merged(
+    tmp_path: Path, part: str, tensor: Tensor | None, reason: str
+) -> None:
     saved_both(tmp_path)
-    part = "base_model.model.model.layers.1.self_attn.q_proj.smoa_B.weight"
-    with_settings(rewritten(tmp_path / "adapter", lambda tensors: tensors.pop(part)))
-    with pytest.raises(AdapterFileError, match=r"layers\.1\.self_attn\.q_proj has .*'smoa_A\.weight'.*, expected"):
-        adapter_in(tmp_path)
+    name = f"base_model.model.model.layers.1.self_attn.q_proj.smoa_{part}"
+
+    def damage(tensors: dict[str, Tensor]) -> None:
+        tensors.pop(name, None)
+        tensors.update({} if tensor is None else {name: tensor})
+
+    rewritten(tmp_path / "adapter", damage)
+    with pytest.raises(AdapterFileError, match=reason):
+        plan_stream(adapter_in(tmp_path), tiny_models.build("llama"), Shards(tmp_path / "base"))
 
 
 def test_where_nothing_changes_nothing_is_lost() -> None:

@@ -87,6 +87,18 @@ def merged_model(folder: Path, auto: Any = AutoModelForCausalLM) -> PreTrainedMo
     return model.eval()
 
 
+@pytest.mark.parametrize("dtype", ["int8", "fp16", torch.bfloat16], ids=str)
+def test_a_dtype_that_is_no_choice_is_refused(dtype: Any, adapter: Path, output: Path) -> None:
+    with pytest.raises(ConfigError, match="must be one of 'auto', 'float32'"):
+        merge_and_save(adapter, output, dtype=dtype)
+
+
+def test_an_adapter_that_names_no_base_needs_one(adapter: Path, output: Path) -> None:
+    get_peft_model(nn.Sequential(nn.Linear(4, 4)), SmoaConfig(target_modules=["0"])).save_pretrained(adapter)
+    with pytest.raises(MergeError, match="give it as base"):
+        merge_and_save(adapter, output)
+
+
 def test_a_shard_size_that_is_none_is_refused(adapter: Path, output: Path) -> None:
     with pytest.raises(ConfigError, match="such as 2GB"):
         merge_and_save(adapter, output, max_shard_size="5")
@@ -508,7 +520,7 @@ def test_an_adapter_of_more_experts_is_refused(tmp_path: Path) -> None:
     config = SmoaConfig(r=4, target_modules=[], target_parameters=EXPERTS, task_type="CAUSAL_LM")
     model: PeftModel = get_peft_model(build_mixture("gpt_oss"), config)
     model.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match="another shape"):
+    with pytest.raises(AdapterFileError, match="doesn't fit the layer"):
         merge_and_save(tmp_path / "adapter", tmp_path / "merged", base=tmp_path / "base")
 
 

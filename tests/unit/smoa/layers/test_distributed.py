@@ -177,7 +177,7 @@ def test_factors_that_zero3_has_partitioned_are_not_saved(tmp_path: Path) -> Non
     for name, parameter in model.named_parameters():
         if ".smoa_" in name:
             _partition(parameter)
-    with pytest.raises(AdapterFileError, match=r"smoa_A.*: is empty, as are 3 others.*get_state_dict"):
+    with pytest.raises(AdapterFileError, match=r"smoa_A.* and 3 more: empty.*get_state_dict"):
         model.save_pretrained(tmp_path)
     assert not list(tmp_path.glob("*.safetensors"))
 
@@ -223,6 +223,20 @@ def test_the_partition_of_an_offloaded_weight_is_decided_by_its_numbers() -> Non
     layer = get_peft_model(base, SmoaConfig(r=4, num_blocks=2, target_modules=["layer"])).base_model.model.layer
     assert labels(layer) == labels(expected)
     assert torch.equal(layer.block_scale("default"), expected.block_scale("default"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_offloaded_layer_is_merged_and_unmerged_in_a_forward(kind: str, tmp_path: Path) -> None:
+    model = Wrapper(adapted_layer(kind_of_layer(kind), r=7, num_blocks=3)).eval()
+    x = input_of(kind)
+    with torch.no_grad():
+        adapted, plain = model(x), model.layer.base_layer(x)
+        disk_offload(model, str(tmp_path), torch.device("cpu"))
+        model.layer.merge()
+        assert_close(model(x), adapted)
+        model.layer.enable_adapters(False)
+        assert_close(model(x), plain)
+        assert all(parameter.is_meta for parameter in model.parameters())
 
 
 def test_an_offloaded_model_generates_as_before(tmp_path: Path) -> None:

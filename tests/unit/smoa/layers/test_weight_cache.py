@@ -54,7 +54,15 @@ def replace_factor(layer: Linear) -> None:
     layer.smoa_A["default"].weight = torch.nn.Parameter(torch.randn_like(layer.smoa_A["default"].weight))
 
 
+def train_a_step(layer: Linear) -> None:
+    optimizer = torch.optim.AdamW([layer.smoa_B["default"].weight], lr=1.0, fused=True)  # the counters miss it
+    with torch.enable_grad():
+        layer(torch.randn(2, 12)).sum().backward()
+    optimizer.step()
+
+
 CHANGES: dict[str, Callable[[Linear], object]] = {
+    "a step": train_a_step,
     "a factor": lambda layer: layer.smoa_B["default"].weight.mul_(3),
     "another factor": replace_factor,
     "the base": lambda layer: layer.get_base_layer().weight.mul_(2),

@@ -19,7 +19,7 @@ import smoa
 from smoa import cached_weights
 from smoa.layers.layer import SmoaLayer
 from smoa.maths.blocks import Blocks
-from smoa.maths.factors import Factors, factor_shapes
+from smoa.maths.factors import Factors, saved_shapes
 from smoa.maths.kernels import loops
 from smoa.maths.kernels.batched import batched_backward, batched_delta, batched_forward, plain_branch
 from smoa.maths.kernels.choice import prefers_apart, prefers_batched
@@ -255,7 +255,7 @@ def test_a_call_with_fake_tensors_changes_nothing_for_later_ones(
 @torch.no_grad()
 def test_a_step_holds_at_most_three_times_the_diagonal_blocks(dtype: torch.dtype, num_blocks: int, kind: str) -> None:
     weight = torch.randn(512, 768).to(dtype)  # beside which the factors and two tokens are small
-    A, B = (torch.randn(shape) for shape in factor_shapes(512, 768, (1,) * num_blocks))
+    A, B = (torch.randn(shape) for shape in saved_shapes((512, 768), (1,) * num_blocks)[:2])
     blocks: Blocks = make_partition(weight, num_blocks, kind)  # type: ignore[arg-type]
     given = Factors(A, B, (1,) * num_blocks, 1.0, torch.ones(num_blocks), blocks)
     x, g = torch.randn(2, 768).to(dtype), torch.randn(2, 512).to(dtype)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from smoa.analysis import update_spectrum
+from smoa.errors import ConfigError
 from smoa.layers.buffers import PartitionSpec
 from smoa.maths import spectrum
 from smoa.maths.spectrum import (
@@ -73,6 +74,11 @@ def test_the_spectral_partition_is_that_of_a_full_decomposition(shape: tuple[int
     expected_rows, expected_cols = reference.spectral_labels(weight, num_blocks)
     assert partition.row_labels.tolist() == expected_rows
     assert partition.col_labels.tolist() == expected_cols
+
+
+def test_an_unknown_kind_of_partition_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'contigous' must be one of 'spectral'"):
+        make_partition(torch.eye(4), 2, "contigous")  # type: ignore[arg-type]
 
 
 def test_the_random_partition_follows_the_seed() -> None:

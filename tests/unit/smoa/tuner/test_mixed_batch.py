@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, PreTrainedModel
 
+from smoa import MergeError
 from smoa.layers.layer import SmoaLayer
 from tests.support import tiny_models
 from tests.support.adapted_models import QV, adapted, add_adapter
@@ -42,6 +43,19 @@ def test_a_mixed_batch_gives_what_each_adapter_gives_alone(
     mixed = logits(model, adapter_names=names)
     for i, name in enumerate(names):
         assert_close(mixed[i], alone[name][i])
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`:UserWarning")
+def test_a_mixed_batch_trains_tokens_of_a_head_in_the_rows_of_their_adapter_only() -> None:
+    model = adapted(tiny_models.build("gemma3"), target_modules=["lm_head"], trainable_token_indices=[3, 5])
+    model.base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta["default"].mul_(2)
+    alone = logits(model, "gemma3")
+    mixed = logits(model, "gemma3", adapter_names=["default", "__base__", "__base__"])
+    assert_close(mixed[0], alone[0])
+    assert_close(mixed[1:], logits(tiny_models.build("gemma3"), "gemma3")[1:])
+    with pytest.raises(MergeError, match="lm_head: trainable_token_indices replaces rows of its weight"):
+        model.merge_adapter()
 
 
 @torch.no_grad()

@@ -116,6 +116,27 @@ def test_the_least_recently_used_adapter_leaves(folder: Path) -> None:
     assert pool.names == ["ben"]
 
 
+def test_the_tensors_of_adapters_that_left_are_freed(folder: Path) -> None:
+    pool = AdapterPool(base(), slots=1, folder=folder)
+    for name in KINDS:
+        with pool.use([name]):
+            pass
+    only = AdapterPool(base(), slots=1, folder=folder)
+    with only.use([name]):
+        assert pool.nbytes() == only.nbytes()
+
+
+def test_adapters_that_came_in_inference_mode_can_be_replaced_and_trained(folder: Path) -> None:
+    model = base()
+    pool = AdapterPool(model, folder=folder)
+    with torch.inference_mode(), pool.use(["anna"]):
+        model(input_ids=ids(1))
+    pool.load("ben", folder / "ben")
+    with pool.use(["anna"]):
+        model(input_ids=ids(1)).logits.sum().backward()
+    assert all(part.grad is not None for part in pool.parameters()[:2])
+
+
 @pytest.mark.parametrize("name", ["anne", "../anna", "..", ""])
 def test_an_unknown_name_is_refused_with_the_nearest(folder: Path, name: str) -> None:
     pool = AdapterPool(base(), folder=folder)
@@ -172,6 +193,26 @@ def test_a_gang_trains_each_adapter_as_if_it_were_alone() -> None:
             assert_close(dict(parts)["smoa_B.weight"], layer.smoa_B["default"].weight.detach())
 
 
+def test_what_a_backward_computes_again_in_its_own_thread_is_of_the_batch(folder: Path) -> None:
+    def gradient(**checkpoints: bool) -> Tensor:
+        model = base().train()
+        if checkpoints:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpoints)
+        pool = AdapterPool(model, folder=folder)
+        with pool.use(["anna"]):
+            loss = model(input_ids=ids(1)).logits.square().sum()
+            with torch.no_grad(), pool.use(["ben"]):  # as another thread may
+                pass
+            backward = threading.Thread(target=loss.backward)  # as on a GPU
+            backward.start()
+            backward.join()
+        place = pool._member("anna").shelf.places["model.layers.0.self_attn.q_proj"]
+        assert place.factors[1].grad is not None
+        return place.factors[1].grad[pool._member("anna").slot]
+
+    assert_close(gradient(use_reentrant=False), gradient())
+
+
 def test_an_evaluation_sees_the_step_before_it() -> None:
     model = base().double()
     pool = AdapterPool(model, dtype=torch.float32)
@@ -216,13 +257,24 @@ def test_a_new_adapter_changes_nothing_at_first() -> None:
         pool.add(name, config(init_weights=True))
     with pool.use(["a", "b"]):
         assert torch.equal(model(input_ids=ids(2)).logits, expected)
-    A = [dict(pool._parts(pool._member(name)))["model.layers.0.self_attn.q_proj"][0][1] for name in ("a", "b")]
-    assert not torch.equal(*A)
+    own = pool._member("a").shelf.places["model.layers.0.self_attn.q_proj"].factors[0]
+    assert not torch.equal(own[0], own[1])
     for number in range(6):
         pool.add(str(number), config(init_weights=True))
     pool.parameters()
     with pytest.raises(ConfigError, match="before"):
         pool.add("beyond the eight that there is room for", config(init_weights=True))
+
+
+def test_a_random_new_adapter_is_as_large_as_one_of_peft() -> None:
+    pool = AdapterPool(base())
+    with pytest.warns(UserWarning, match="smoa_dropout=0.1 has no effect"):
+        pool.add("random", config(smoa_dropout=0.1))
+    with pool.use(["random"]), torch.no_grad():
+        ours = pool.base(input_ids=ids(2)).logits
+        theirs = get_peft_model(base(), config())(input_ids=ids(2)).logits
+        plain = base()(input_ids=ids(2)).logits
+    assert float((ours - plain).norm() / (theirs - plain).norm()) == pytest.approx(1, abs=0.5)
 
 
 def spoiled(folder: Path, target: Path, change: Any) -> Path:

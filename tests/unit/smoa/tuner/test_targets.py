@@ -97,6 +97,19 @@ def test_a_layer_that_its_parent_never_calls_is_refused_by_name() -> None:
         get_peft_model(OddModel(), SmoaConfig(r=4, target_modules=["out_proj", "linear"]))
 
 
+def test_a_layer_that_its_parent_calls_in_training_only_is_refused_by_name() -> None:
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True), 1)
+    config, x = SmoaConfig(r=4, target_modules=["linear1"], init_weights=False), torch.randn(2, 3, 8)
+    with pytest.raises(UnsupportedModuleError, match=r"layers\.0\.linear1.*set_fastpath_enabled\(False\)"):
+        get_peft_model(encoder, config)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        model = get_peft_model(encoder, config)
+        assert_close(model.eval()(x), model.train()(x))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4}
 HEADS = {"num_key_value_heads": 2, "num_local_experts": 4, "pad_token_id": 0}
 

@@ -147,11 +147,13 @@ def test_without_the_setting_each_end_has_an_adapter_and_no_merge() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied after merging:UserWarning")
-def test_a_deleted_adapter_of_one_end_does_not_keep_the_other_from_merging() -> None:
+@pytest.mark.parametrize("assign", [False, True])
+def test_an_adapter_of_one_end_is_merged_into_a_weight_of_its_own(assign: bool) -> None:
     model = adapted("embed_tokens", ensure_weight_tying=False)
     model.add_adapter("head", SmoaConfig(r=4, target_modules=["lm_head"], init_weights=False))
     model.set_adapter("head")
-    model.delete_adapter("default")
+    model.delete_adapter("default")  # which leaves its layer
+    model.load_state_dict(model.state_dict(), assign=assign)  # or two parameters in one memory
     expected = logits(model, "gemma3")
     assert_close(logits(model.merge_and_unload(), "gemma3"), expected)
 

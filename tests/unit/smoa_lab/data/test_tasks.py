@@ -79,6 +79,15 @@ def test_training_is_a_sample_of_all_tasks_and_every_task_is_tested() -> None:
     assert chosen.families == {"a": "commonsense", "b": "commonsense"}
 
 
+def test_no_task_trains_on_the_test_questions_of_another() -> None:
+    test = lab.questions(5, "test")
+    a = Task("commonsense", "a", lambda part: test if part == "test" else lab.questions(9, "a"), cached=False)
+    b = Task("commonsense", "b", lambda part: [] if part == "test" else [*lab.questions(9, "b"), *test], cached=False)
+    chosen = select({"a": a, "b": b}, {})
+    assert not {row.content for row in chosen.test} & {row.content for row in chosen.train + chosen.validation}
+    assert [of["dropped_also_in_test"] for of in chosen.account["tasks"].values()] == [0, 5]
+
+
 def test_the_account_tells_source_sizes_and_hashes() -> None:
     chosen = select({"a": task("a", 20, 9)}, {}, validation_part=0.1)
     counted = {"train": 18, "validation": 2, "test": 9}

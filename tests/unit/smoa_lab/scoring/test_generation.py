@@ -13,6 +13,7 @@ from smoa_lab.scoring.generation import (
     Generated,
     _scores,
     continue_prompts,
+    ends_of,
     extract_all,
     extract_choice,
     extract_number,
@@ -102,6 +103,17 @@ def test_texts_come_back_in_order_whatever_the_batches(monkeypatch: pytest.Monke
     for size in (1, 3, 7):
         assert continue_prompts(model, tokenizer, [tokenizer(text)["input_ids"] for text in asked], 5, size) == asked
     assert model.training
+
+
+def test_a_text_ends_at_the_tokenizers_end_and_at_those_of_the_model() -> None:
+    model, tokenizer = tiny_models.build("llama"), lab.byte_tokenizer()
+    for known, ends in ((None, [2]), (7, [2, 7]), ([2, 7], [2, 7])):
+        model.generation_config.eos_token_id = known
+        assert ends_of(model, tokenizer) == ends
+    first = model.generate(torch.tensor([[3, 4]]), max_new_tokens=1, do_sample=False, eos_token_id=[], pad_token_id=0)
+    model.generation_config.eos_token_id = [int(first[0, -1])]
+    (text,) = continue_prompts(model, tokenizer, [[3, 4]], new_tokens=5)
+    assert text == tokenizer.decode(first[0, -1:]).strip()
 
 
 def test_a_prompt_that_leaves_no_positions_for_an_answer_loses_its_head(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from types import SimpleNamespace
 from typing import Any
 
@@ -199,7 +200,9 @@ def test_the_mean_is_over_tokens_and_not_over_rows() -> None:
     measured = Losses([2.0, 30.0], [1, 10])
     assert measured.mean == pytest.approx(32 / 11)
     residuals = [2 - 32 / 11, 30 - 320 / 11]
-    assert measured.stderr == pytest.approx(math.hypot(*residuals) / 11)
+    assert measured.stderr == pytest.approx(math.hypot(*residuals) * math.sqrt(2) / 11)
+    even = Losses([1.0, 2.0, 4.0, 5.0], [1, 1, 1, 1])
+    assert even.stderr == pytest.approx(statistics.stdev(even.nll) / 2)  # as of any mean
 
 
 def test_a_change_is_paired_by_row() -> None:

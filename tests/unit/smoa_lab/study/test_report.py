@@ -131,7 +131,11 @@ def test_what_was_known_before_is_told(study: Study) -> None:
     assert next(iter(rows(study).values())).elsewhere == 3.0
     told = "The untouched model: loss 4.0000, accuracy 25.0 %; the commonest label of each task is right in 60.0 %; "
     assert f"{told}its loss elsewhere is 3.500." in page(study)
-    scores["all"]["majority"] = None
+    every, small = scores["all"], {"accuracy": 1.0, "majority": 0.5}
+    finish_untouched(study, scores={"large": {**every, "accuracy": 0.2}, "small": small, "all": every})
+    report(study)
+    assert "accuracy 60.0 %; the commonest label of each task is right in 55.0 %." in page(study)
+    every["majority"] = None
     finish_untouched(study, scores=scores)
     report(study)
     assert "The untouched model: loss 4.0000, accuracy 25.0 %.\n" in page(study)

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaForCausalLM
+from transformers import AutoConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from smoa.errors import ConfigError
 from smoa_lab.config.run import ModelSection, RunConfig, check_config
 from smoa_lab.evaluate import evaluate_run
 from smoa_lab.open_run import base_section, open_run
+from smoa_lab.scoring.evaluation import Evaluation
 from smoa_lab.training import train_run
 from smoa_lab.training.loaded_run import LoadedRun
 from smoa_lab.training.run_folder import RunFolder
@@ -46,6 +47,27 @@ def test_without_held_out_questions_a_run_is_trained_and_not_scored(untested: Ru
     adapter = RunFolder(untested.folder).adapter
     assert (adapter / "adapter_model.safetensors").is_file()
     assert base_section(adapter) == ModelSection(name=model.name, options={"revision": "v2"})
+
+
+def test_a_mixture_gives_no_router_logits_once_it_is_trained(values: dict[str, Any], tmp_path: Path) -> None:
+    tokenizer = lab.byte_tokenizer()
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "num_key_value_heads": 2}
+    config = MixtralConfig(**lab.SIZES, **ends, vocab_size=len(tokenizer), num_local_experts=4, sliding_window=None)
+    lab.saved(MixtralForCausalLM(config), tokenizer, tmp_path / "mixture")
+    values["model"]["name"] = str(tmp_path / "mixture")
+    metrics = train_run.train(check_config({**values, "method": "full", "adapter": {}}))
+    assert metrics["evaluation"]["after"]["all"]["questions"] == 3
+    assert not AutoConfig.from_pretrained(tmp_path / "run" / "adapter").output_router_logits
+
+
+def test_the_base_is_scored_on_the_device_that_trains_it(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(train_run, "to_device", lambda _, device: done.append(device.type))
+    monkeypatch.setattr(Evaluation, "measure", lambda *_: done.append("scored"))
+    train_run.train(check_config(values))
+    assert done == ["cpu", "scored", "scored"]
 
 
 def test_the_validation_loss_is_measured_and_the_untouched_model_not_scored_where_the_run_asks_for_it(
