@@ -341,8 +341,8 @@ def checked_arguments(arguments: TrainingArguments, model: PreTrainedModel | Non
         raise ConfigError(f"training.report_to: {error}") from error
     try:
         Trainer.get_optimizer_cls_and_kwargs(arguments, model)
-        trial = torch.optim.SGD([torch.zeros(1)])
-        get_scheduler(arguments.lr_scheduler_type, trial, 0, 1, arguments.lr_scheduler_kwargs)
+        settings: Any = arguments.lr_scheduler_kwargs
+        get_scheduler(arguments.lr_scheduler_type, torch.optim.SGD([torch.zeros(1)]), 0, 1, settings)
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"training.optim or training.lr_scheduler_type: {error}") from error
     # Pinned memory speeds up copies to a GPU; without one torch only warns.
