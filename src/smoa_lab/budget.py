@@ -94,7 +94,7 @@ def size_methods(
         DataError: no such model, or none of ``targets`` in it.
     """
     empty = empty_model(ModelSection(name=model, trust_remote_code=trust_remote_code))
-    shapes, total = shapes_of(empty, targets, model), sum(parameter.numel() for parameter in empty.parameters())
+    shapes, total = shapes_of(empty, targets, model), empty.num_parameters()
     budget = _limit(amount, total, lora_parameters(shapes, 1))
     wanted: Any = ALL_LINEAR if ALL_LINEAR in targets else list(targets)
     sized = []
@@ -224,7 +224,7 @@ def choice_of(shapes: Shapes, total: int, r: int, num_blocks: int) -> Choice:
 def model_shapes(model: str, targets: tuple[str, ...], trust_remote_code: bool = False) -> tuple[Shapes, int]:
     """Shapes of the layers whose name ends in one of ``targets``, and the model's number of parameters."""
     empty = empty_model(ModelSection(name=model, trust_remote_code=trust_remote_code))
-    return shapes_of(empty, targets, model), sum(parameter.numel() for parameter in empty.parameters())
+    return shapes_of(empty, targets, model), empty.num_parameters()
 
 
 def shapes_of(empty: PreTrainedModel, targets: tuple[str, ...], model: str) -> Shapes:

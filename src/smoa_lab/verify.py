@@ -22,7 +22,7 @@ from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 
 from smoa.errors import ConfigError, DataError, MergeError
 from smoa.export.checkpoint import class_name, resize_as_saved
-from smoa.export.merge import with_plain_weights
+from smoa.export.merge import layers_to_merge, untie, with_plain_weights
 from smoa_lab.base_models import load_base_model
 from smoa_lab.config.run import ModelSection
 from smoa_lab.data.general_text import STORY, passages
@@ -128,6 +128,8 @@ def verify(
             found[target] = _served(adapted, tokenizer, target, name, prompts, ids, answers, tokens)
         elif kind == "merged":
             try:
+                for _, layer in layers_to_merge(adapted):  # as `smoa merge` does; PEFT's LoRA changes both ends
+                    untie(model, layer)
                 adapted.merge_adapter()
             except (AttributeError, NotImplementedError, ValueError) as error:
                 method = adapted.active_peft_config.peft_type.value

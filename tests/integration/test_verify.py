@@ -150,6 +150,18 @@ def test_an_adapter_with_new_tokens_is_merged_and_compared(tmp_path: Path) -> No
     assert "agrees  " in done.stdout
 
 
+@pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`")
+def test_a_lora_on_tied_embeddings_is_merged_at_its_own_end_only(tmp_path: Path) -> None:
+    model = lab.tiny_llama(259, 256)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    base = lab.saved(model, lab.byte_tokenizer(), tmp_path / "base")
+    config = peft.LoraConfig(target_modules=["embed_tokens"], init_lora_weights=False)
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    adapted.save_pretrained(tmp_path / "tied", save_embedding_layers=False)
+    assert [verdict.agrees for verdict in verify(tmp_path / "tied", ["merged"])] == [True, True]
+
+
 def test_what_is_no_language_model_is_merged_without_a_comparison(tmp_path: Path) -> None:
     base = lab.saved(lab.tiny_llama(259, 256), lab.byte_tokenizer(), tmp_path / "base")
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)

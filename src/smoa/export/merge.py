@@ -226,8 +226,8 @@ def merge_in_memory(
     with warnings.catch_warnings():
         # Merge layer by layer, so that only one weight at a time is kept for comparison.
         warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied after merging")
-        for name, layer in _layers_to_merge(adapted):
-            _untie(model, layer)
+        for name, layer in layers_to_merge(adapted):
+            untie(model, layer)
             before = _weight(layer).detach().clone()
             try:
                 layer.merge(safe_merge=True)
@@ -240,7 +240,7 @@ def merge_in_memory(
     return loss
 
 
-def _layers_to_merge(adapted: PeftModel) -> list[tuple[str, Any]]:
+def layers_to_merge(adapted: PeftModel) -> list[tuple[str, Any]]:
     """The layers to merge by name; of those that share weight and adapter, the first."""
     tuner: Any = adapted.base_model
     layers: dict[int, tuple[str, Any]] = {}
@@ -255,7 +255,7 @@ def _weight(layer: Any) -> Any:
     return getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"), None)
 
 
-def _untie(model: Any, layer: Any) -> None:
+def untie(model: Any, layer: Any) -> None:
     """Give the layer a weight of its own if another module shares it, because the adapter changes only this layer."""
     base: nn.Module = layer.get_base_layer()
     if getattr(layer, "tied", False) or _weight(layer) is not getattr(base, "weight", None):

@@ -76,19 +76,18 @@ class Loaded:
             raise AdapterFileError(f"{source}: {error}") from None
         return cls(ranks, config.modulation, scaling, config.partition == "spectral", A, B, rows, cols, scale.float())
 
-    def blocks(self, device: torch.device) -> Blocks:
-        """Its blocks on a device."""
-        return Blocks(self.row_labels.to(device), self.col_labels.to(device), len(self.ranks))
+    def blocks(self, device: torch.device, number: int = 0) -> Blocks:
+        """The blocks of the layer, or of one of a parameter's matrices, on a device."""
+        rows, cols = (labels.view(-1, labels.shape[-1]) for labels in (self.row_labels, self.col_labels))
+        place = number % len(rows)  # all experts may share a partition
+        return Blocks(rows[place].to(device), cols[place].to(device), len(self.ranks))
 
     def update(self, number: int = 0) -> Update:
         """ΔW of the layer, or of one of a parameter's matrices."""
-        r, K = sum(self.ranks), len(self.ranks)
-        rows, cols = (labels.view(-1, labels.shape[-1]) for labels in (self.row_labels, self.col_labels))
-        own, place = slice(number * r, (number + 1) * r), number % len(rows)  # all experts may share a partition
-        scale = rank_scale(self.block_scale.view(-1, K)[number], self.ranks)
-        blocks = Blocks(rows[place], cols[place], K)
-        factors = Factors(self.A[own], self.B[:, own], self.ranks, self.scaling, scale, blocks)
-        return Update(factors, MODULATIONS[self.modulation])
+        r, scale = sum(self.ranks), self.block_scale.view(-1, len(self.ranks))[number]
+        A, B = self.A[number * r : (number + 1) * r], self.B[:, number * r : (number + 1) * r]
+        blocks, of_ranks = self.blocks(A.device, number), rank_scale(scale, self.ranks)
+        return Update(Factors(A, B, self.ranks, self.scaling, of_ranks, blocks), MODULATIONS[self.modulation])
 
     @property
     def digest(self) -> int:

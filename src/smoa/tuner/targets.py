@@ -50,16 +50,8 @@ def survey_targets(
 ) -> int:
     """Check all targets, fill the config's target_modules as PEFT does, and report what a user should know.
 
-    Nothing of the model is changed.
-
-    Args:
-        model: The model.
-        peft_config: The adapter's.
-        is_target: Whether a config makes the module of a name a target.
-        loads_labels: The partition is not made from the weights.
-
-    Returns:
-        The number of target modules.
+    Nothing of the model is changed. `is_target` says whether a config makes the module of a name a target. With
+    `loads_labels` the partition is not made from the weights. Return the number of target modules.
 
     Raises:
         SmoaError: names every target that cannot be adapted, and why.

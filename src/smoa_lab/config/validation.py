@@ -124,7 +124,7 @@ def _training_problems(training: Any, training_class: type[TrainingArguments]) -
     problems = list(_dataclass_problems("training", training_class, training))
     if training.get("resume_from_checkpoint") is not None:
         problems.append((("training", "resume_from_checkpoint"), RESUMES))
-    if training.get("output_dir", "") is None:
+    if not training.get("output_dir", "runs"):
         problems.append((("training", "output_dir"), "is empty; name a folder"))
     yield from problems
     if not problems:

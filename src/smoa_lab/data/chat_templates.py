@@ -92,7 +92,7 @@ def alpaca(tokenizer: PreTrainedTokenizerBase) -> str:
     start = "{{ bos_token }}" * adds_bos(tokenizer)
     default = f"{{% if messages[0].role != 'system' %}}{{{{ {first_line!r} }}}}{{% endif %}}"
     question = f"{{{{ {before!r} + message.content + {after!r} }}}}"
-    answer = "{% generation %}{{ message.content + eos_token }}{% endgeneration %}"
+    answer = "{% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}"
     turns = (
         "{% if message.role == 'system' %}{{ message.content }}"
         f"{{% elif message.role == 'user' %}}{question}{{% else %}}{answer}{{% endif %}}"

@@ -13,6 +13,8 @@ STORY = "packaged"
 FINEWIKI = "finewiki"
 WORDS = 120
 """The least words of a passage."""
+LONGEST = 2 * WORDS
+"""Words at which a file's paragraphs are cut."""
 ARTICLES = 100
 """How many articles of the Hub's data set are read: those that PEFT's own comparison takes."""
 
@@ -50,11 +52,14 @@ def _paragraphs(source: str) -> Iterable[str]:
         except (OSError, ValueError, RuntimeError) as error:
             raise DataError(f"forgetting.text: finewiki: cannot be read from the Hub: {error}; use packaged") from error
     try:
-        return Path(source).expanduser().read_text(encoding="utf-8").split("\n\n")
+        paragraphs = Path(source).expanduser().read_text(encoding="utf-8").split("\n\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"forgetting.text: {source}: cannot be read: {error}; give packaged, finewiki, or a text file in UTF-8"
         ) from error
+    # A file may have no empty lines: of a paragraph of any length only the beginning would be measured.
+    words = [paragraph.split() for paragraph in paragraphs]
+    return [" ".join(own[start : start + LONGEST]) for own in words for start in range(0, len(own), LONGEST)]
 
 
 def _joined(paragraphs: Iterable[str]) -> Iterator[str]:

@@ -273,5 +273,5 @@ def _classes(rows: Sequence[Row]) -> int:
 
 
 def _row(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int) -> dict[str, Any]:
-    text = f"{row.context}\n{row.prompt}" if row.context else str(row.prompt)
-    return {**tokenizer(text, truncation=True, max_length=max_length), "labels": row.label}
+    texts = [row.context, str(row.prompt)] if row.context else [str(row.prompt)]  # of a pair the longer one is cut
+    return {**tokenizer(*texts, truncation=True, max_length=max_length), "labels": row.label}

@@ -63,7 +63,7 @@ def count_trained(empty: PreTrainedModel, method: str, adapter: dict[str, Any], 
             PeftConfig.from_peft_type(**peft_config.to_dict())
         except ValueError as error:  # IA³ adds the feed-forward layers that it knows of to some that were named
             raise ValueError(f"{error}, as {method} completes the keys itself; set these as well") from error
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return int(model.get_nb_trainable_parameters()[0])
 
 
 def _check_names(paths: Sequence[str], adapter: dict[str, Any]) -> None:

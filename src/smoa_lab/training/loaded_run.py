@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from peft import TrainableTokensConfig
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -26,6 +27,7 @@ from transformers import (
     TrainerCallback,
     TrainerState,
     TrainingArguments,
+    get_scheduler,
     set_seed,
 )
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
@@ -126,9 +128,14 @@ class LoadedRun:
         """The trainer's arguments.
 
         Raises:
-            ConfigError: a key is for another trainer, there is nothing to validate on, or the adapter is on the output
-                layer, whose own weight TRL computes the loss from.
+            ConfigError: a key is for another trainer, there is nothing to validate on, the tokenizer has no token to
+                fill batches with, or the adapter is on the output layer, whose own weight TRL computes the loss from.
         """
+        if self.tokenizer.pad_token is None:
+            raise ConfigError(
+                "model.name: its tokenizer has neither a pad_token nor an eos_token, and TRL needs one; add an "
+                "eos_token to the tokenizer_config.json of the model's folder"
+            )
         data, rows = self.config.data, isinstance(self.data, PreparedRows)
         number = self.data.account["parts"].get("validation", 0) if rows else len(self.data.validation)  # type: ignore[union-attr]
         if self.config.validates and not number:
@@ -151,7 +158,7 @@ class LoadedRun:
                 raise ConfigError(
                     f"adapter.target_modules: names {name}, the output layer, which TRL would not train; leave it out"
                 )
-        return checked_arguments(self.config.arguments(self.format))
+        return checked_arguments(self.config.arguments(self.format), self.base)
 
     def fit(
         self, arguments: TrainingArguments, checkpoint: str | None, *watching: TrainerCallback
@@ -315,11 +322,12 @@ class ProgressReport(TrainerCallback):
         self.bar.close()
 
 
-def checked_arguments(arguments: TrainingArguments) -> TrainingArguments:
+def checked_arguments(arguments: TrainingArguments, model: PreTrainedModel | None = None) -> TrainingArguments:
     """``arguments``, changed to pin memory only for a GPU, and to leave tokens out of checkpoints.
 
     Raises:
-        ConfigError: accelerate counts fewer processes than there are, or a package of ``report_to`` is not installed.
+        ConfigError: accelerate counts fewer processes than there are, a package of ``report_to`` or ``optim`` is not
+            installed, or the scheduler lacks settings.
     """
     if is_distributed() and arguments.world_size < dist.get_world_size():
         raise ConfigError(
@@ -331,6 +339,12 @@ def checked_arguments(arguments: TrainingArguments) -> TrainingArguments:
             reporter()
     except (RuntimeError, ImportError, ValueError) as error:
         raise ConfigError(f"training.report_to: {error}") from error
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+        settings: Any = arguments.lr_scheduler_kwargs
+        get_scheduler(arguments.lr_scheduler_type, torch.optim.SGD([torch.zeros(1)]), 0, 1, settings)
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"training.optim or training.lr_scheduler_type: {error}") from error
     # Pinned memory speeds up copies to a GPU; without one torch only warns.
     arguments.dataloader_pin_memory &= arguments.device.type == "cuda"
     for key, value in vars(arguments).items():

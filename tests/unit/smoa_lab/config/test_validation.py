@@ -24,6 +24,7 @@ from smoa_lab.config.run import check_config, load_config
         ({"data": {"tasks": [["arc_easy"]]}}, r"data\.tasks\.0: should be a valid string"),
         ({"data": {"tasks": ["arc_easy"], "files": 3}}, r"data\.files: should be a valid dictionary"),
         ({"training": {"output_dir": None}}, r"training\.output_dir: is empty"),
+        ({"training": {"output_dir": ""}}, r"training\.output_dir: is empty"),
         (
             {"training": {"eval_strategy": "steps", "load_best_model_at_end": True, "save_strategy": "epoch"}},
             "training: ",

@@ -25,6 +25,13 @@ def test_a_file_is_cut_into_passages_of_enough_words(tmp_path: Path, monkeypatch
     assert passages(str(file)) == ["One two three.\nFour five.", "Six seven eight nine ten."]
 
 
+def test_a_file_without_empty_lines_is_read_to_its_end(tmp_path: Path) -> None:
+    file = tmp_path / "own.txt"
+    file.write_text("\n".join(f"Line {i} has five words." for i in range(200)))
+    assert [len(passage.split()) for passage in passages(str(file))] == [240] * 4
+    assert passages(str(file))[1].startswith("Line 48 ")
+
+
 def test_articles_of_the_hub_are_read_as_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     def load_dataset(name: str, **options: Any) -> list[dict[str, str]]:
         assert (name, options) == ("HuggingFaceFW/finewiki", {"split": "train", "streaming": True})

@@ -102,11 +102,17 @@ def test_batches_of_padded_lines_score_each_line_as_alone(
     assert len(runner_module._row(tokenizer, records[-1], max_length=10)["input_ids"]) == 10
     for outcome in outcomes:
         record = outcome.row
-        text = f"{record.context}\n{record.prompt}" if record.context else record.prompt
+        texts = [record.context, record.prompt] if record.context else [record.prompt]
         with torch.no_grad():
-            logits = model(**tokenizer(text, return_tensors="pt")).logits
+            logits = model(**tokenizer(*texts, return_tensors="pt")).logits
         assert outcome.gold_nll == pytest.approx(float(cross_entropy(logits[0], torch.tensor(record.label))), rel=1e-4)
         assert outcome.right == (int(logits.argmax()) == record.label)
+
+
+def test_a_long_passage_does_not_cut_the_question_off() -> None:
+    tokenizer = lab.byte_tokenizer()
+    asked = choice_question("boolq", "1", "Is it wet?", ("yes", "no"), 0, "Water is wet. " * 20)
+    assert tokenizer.decode(runner_module._row(tokenizer, asked, max_length=40)["input_ids"]).endswith("Is it wet?")
 
 
 @pytest.mark.parametrize(

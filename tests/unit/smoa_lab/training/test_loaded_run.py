@@ -256,6 +256,15 @@ def test_a_base_model_without_a_template_is_refused_and_trains_with_alpaca(talks
     assert train(rows_config(tmp_path, talks, base, data={"chat_template": "alpaca"}))["training"]["steps"] == 2
 
 
+def test_a_tokenizer_without_a_token_to_fill_batches_with_is_refused(talks: Path, tmp_path: Path) -> None:
+    base = rows_base(tmp_path / "bare", template=None)
+    file = base / "tokenizer_config.json"
+    kept = {key: value for key, value in json.loads(file.read_text()).items() if key not in ("pad_token", "eos_token")}
+    file.write_text(json.dumps(kept))
+    message = refused(rows_config(tmp_path, talks, base, data={"chat_template": "alpaca"}))
+    assert "has neither a pad_token nor an eos_token, and TRL needs one; add an eos_token" in message
+
+
 def test_an_adapter_on_the_output_layer_is_refused(talks: Path, base: Path, tmp_path: Path) -> None:
     adapter = {"r": 4, "num_blocks": 2, "target_modules": ["q_proj", "lm_head"]}
     message = refused(rows_config(tmp_path, talks, base, adapter=adapter))
@@ -303,14 +312,14 @@ def test_only_answers_whose_prompts_fit_are_asked_for(base: Path, tmp_path: Path
     assert [sample["reference"] for sample in metrics["samples"]].count("Yes.") == 3
 
 
-def test_validation_without_rows_and_a_report_without_its_package_are_refused(
+def test_validation_without_rows_and_what_lacks_its_package_or_settings_are_refused(
     talks: Path, base: Path, tmp_path: Path
 ) -> None:
     config = rows_config(tmp_path, talks, base, data={"validation_part": 0.0}, training={"eval_strategy": "epoch"})
     assert refused(config).startswith("data.validation_part: 0.0 of the rows are none")
-    assert refused(rows_config(tmp_path, talks, base, training={"report_to": "comet_ml"})).startswith(
-        "training.report_to: "
-    )
+    for key, value in (("report_to", "comet_ml"), ("optim", "grokadamw"), ("lr_scheduler_type", "warmup_stable_decay")):
+        message = refused(rows_config(tmp_path, talks, base, training={key: value}))
+        assert key in message.partition(": ")[0]
 
 
 def test_files_without_a_good_row_are_refused(base: Path, tmp_path: Path) -> None:
