@@ -176,7 +176,7 @@ class SmoaModel(BaseTuner, StateDictHooks):
             layer.decide_partition(adapter_name)  # in place: the buffers in `state_dict` see it
             if not layer.has_valid_labels(adapter_name):
                 raise PartitionError(
-                    f"{name}: the labels of {adapter_name!r} are no partition any more, as after an average of buffers; "
+                    f"{name}: the labels of {adapter_name!r} are no partition any more, as after averaging buffers; "
                     "average parameters only: AveragedModel(model, use_buffers=False)"
                 )
             config.restore(adapter_name, layer.made_with[adapter_name])
