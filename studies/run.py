@@ -24,6 +24,7 @@ SWAPS = {
     "recall-512": ("smoa-k8", "recalling 512 random pairs, MiniLM 22M"),
     "recall-256": ("smoa-k8", "recalling 256 random pairs, MiniLM 22M"),
     "recall-gemma-256": ("smoa-k8", "recalling 256 random pairs, Gemma 3 270M"),
+    "phonebook-512": ("smoa-spectral", "recalling 512 numbers, SmolLM2 135M"),
     "phonebook-256": ("smoa-spectral", "recalling 256 numbers, SmolLM2 135M"),
     "scale-headlines": ("spectral-lora", "satire or news headlines, MiniLM 22M"),
     "scale-csqa": ("spectral-lora", "CommonsenseQA, Gemma 3 270M"),

@@ -76,6 +76,7 @@ ROWS: dict[str, list[tuple[str, str, Compared | Forgot]]] = {
         ("512 pairs recalled (%), MiniLM", "recall-512", Compared("accuracy", "smoa-k8")),
         ("256 pairs recalled (%), Gemma", "recall-gemma-256", Compared("accuracy", "smoa-k8")),
         ("256 numbers recalled (%), SmolLM2", "phonebook-256", Compared("accuracy", "smoa-spectral")),
+        ("512 numbers recalled (%), SmolLM2", "phonebook-512", Compared("accuracy", "smoa-spectral")),
         ("Forgot, SmolLM2", "retention-smollm2", Forgot("equal")),
         ("Forgot, SmolLM2, tasks swapped", "retention-smollm2-reversed", Forgot("equal")),
         ("Forgot, SmolLM2, 1 in 11 rows old", "retention-replay", Forgot("equal")),
