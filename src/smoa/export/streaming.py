@@ -118,10 +118,12 @@ class SavedAdapter:
             elif ".original_module." not in name and ".modules_to_save." not in name:  # also saved under the plain name
                 self.others[name.replace(".base_layer.", ".")] = tensor
 
-    def check(self, target: StreamTarget, shape: tuple[int, int]) -> None:
-        """Raise AdapterFileError unless a target's tensors are whole and fit its matrices, which have this shape."""
-        parts = self.layers[target.name]
-        self.checked[target.name] = Loaded.checked(target.name, shape, self.config, parts, self.source, target.layout)
+    def check(self, target: StreamTarget, weight: Tensor) -> None:
+        """Raise AdapterFileError unless a target's tensors are whole and fit its weight, or its layout."""
+        layout, parts = target.layout, self.layers[target.name]
+        out_features, in_features = as_matrix(weight, target.transposed).shape if layout is None else layout.shape
+        shape = out_features, in_features
+        self.checked[target.name] = Loaded.checked(target.name, shape, self.config, parts, self.source, layout)
 
     def merged(self, target: StreamTarget, weight: Tensor) -> Tensor:
         """`W + ΔW` of what a tensor of the checkpoint holds, in its shape and in float32 or wider."""
@@ -215,17 +217,13 @@ def plan_stream(adapter: SavedAdapter, model: PreTrainedModel, checkpoint: Shard
     unfound = {name for name, key in keys.items() if key not in checkpoint.entries}
     if unfound & weights.keys() or not unfound <= _missing(model, checkpoint, unfound):
         return None
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    given = {name: tensor.shape for name, tensor in adapter.others.items() if name in shapes}
+    own = model.state_dict()
+    given = {name: tensor.shape for name, tensor in adapter.others.items() if name in own}
     given |= {name: checkpoint.entries[keys[name]].shape for name in weights}
-    if any(shapes[name] != shape for name, shape in given.items()):
+    if any(own[name].shape != shape for name, shape in given.items()):
         return None
     for name, target in targets.items():
-        if target.layout is None:
-            out_features, in_features = as_matrix(checkpoint.entries[keys[f"{name}.weight"]], target.transposed).shape
-        else:
-            out_features, in_features = target.layout.shape
-        adapter.check(target, (out_features, in_features))
+        adapter.check(target, own[name if target.layout else f"{name}.weight"])
     replaced = {keys[name]: tensor for name, tensor in adapter.others.items()}
     return {keys[name]: target for name, target in weights.items()} | apart, replaced
 

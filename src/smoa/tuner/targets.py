@@ -26,7 +26,7 @@ from smoa.files.loading import AdapterFile, incoming
 from smoa.layers.distributed import awaits_process_group, from_rank_zero, whole
 from smoa.layers.experts import ParamWrapper
 from smoa.layers.kinds import KINDS, QUANTIZED, Kind, kind_of
-from smoa.layers.layer import SmoaLayer
+from smoa.layers.layer import SmoaLayer, smoa_layers
 from smoa.layers.quantized import find_backend
 from smoa.maths.blocks import check_num_blocks
 from smoa.maths.experts import Layout
@@ -63,7 +63,7 @@ def survey_targets(
         _leave_out(config, model)
     groups = tie_targets(model, config, is_target)
     file = incoming()
-    inside = tuple(name + "." for name, module in model.named_modules() if isinstance(module, SmoaLayer))
+    inside = tuple(f"{name}." for name in smoa_layers(model))
     problems: list[SmoaError] = []
     shapes: dict[str, Shape] = {}
     of_parameters: dict[str, Shape] = {}

@@ -93,7 +93,7 @@ def score_table(evaluation: Mapping[str, Mapping[str, Mapping[str, Any]]], capti
 
 
 def time_text(training: Mapping[str, Any]) -> str:
-    """After how many steps there were: `` in 7 s``. Of a resumed run only the last part was timed."""
+    """How long training took, to follow the number of steps: `` in 7 s``. A resumed run knows only its last part."""
     return f"{', the last ones' if training.get('resumed') else ''} in {training['seconds']:.0f} s"
 
 

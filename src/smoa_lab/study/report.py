@@ -173,7 +173,8 @@ def _entry_sections(rows: Sequence[Row], store: TrialStore) -> tuple[list[str], 
     if searched:
         sections["Learning rates"] = by_rate(searched, store.names("tuning/"))
     sections[EVERY_RUN] = _every_run(store, f"final/{rows[0].entry}/")
-    return [SEARCHED * bool(searched) + INTRODUCTION, _untouched_sentence(untouched)], sections
+    introduction = f"{SEARCHED}{INTRODUCTION}" if searched else INTRODUCTION
+    return [introduction, _untouched_sentence(untouched)], sections
 
 
 def _results(rows: Sequence[Row]) -> Table:
@@ -185,15 +186,15 @@ def _results(rows: Sequence[Row]) -> Table:
     for row in rows:
         search = row.search
         rate = f"{row.learning_rate:g}{' !' if search and not search.interior else ''}"
-        several = len(row.seeds) > 1  # one has no spread
-        loss = f"{row.loss:.4f}{f' ± {row.loss_spread:.4f}' * several}" if math.isfinite(row.loss) else "diverged"
-        accuracy = f"{100 * row.accuracy:.1f}{f' ± {100 * row.accuracy_spread:.1f}' * several}"
+        seeds = len(row.seeds)
+        loss = _mean(row.loss, row.loss_spread, 4, seeds) if math.isfinite(row.loss) else "diverged"
+        accuracy = _mean(100 * row.accuracy, 100 * row.accuracy_spread, 1, seeds)
         line = [
             row.entry,
             Cell(f"{row.parameters:,}", row.parameters),
             rate,
             len(search.losses) if search else 0,
-            Cell(str(len(row.seeds)), links={str(seed): charts.final_run(row, seed) for seed in row.seeds}),
+            Cell(str(seeds), links={str(seed): charts.final_run(row, seed) for seed in row.seeds}),
             Cell(loss, row.loss),
             Cell(accuracy, row.accuracy),
             *_difference(row, row.loss_difference, 1, 4),
@@ -203,6 +204,11 @@ def _results(rows: Sequence[Row]) -> Table:
         ]
         lines.append(line)
     return Table(header, lines, "Test results, best loss first.")
+
+
+def _mean(value: float, spread: float, digits: int, seeds: int) -> str:
+    """The mean over seeds and its spread, which one seed does not have."""
+    return f"{value:.{digits}f}" if seeds == 1 else f"{value:.{digits}f} ± {spread:.{digits}f}"
 
 
 def _difference(row: Row, difference: Difference | None, scale: float, digits: int) -> tuple[Any, str]:
