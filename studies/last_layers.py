@@ -153,12 +153,12 @@ class LastLayers(Runner):
     def _outcomes(self, model: nn.Module | None, config: RunConfig, rows: Sequence[Row]) -> list[Outcome]:
         """As for any free answer, the loss is without that of the end token."""
         scored: Any = top_of(self.base[0], LAYERS) if model is None else model
-        lines, outcomes = self.lines(rows), []
+        lines, head, outcomes = self.lines(rows), self.head, []  # kept, so not made in inference mode
         with scoring(scored):
             for start in range(0, len(rows), BATCH):
                 batch = batch_of(lines[start : start + BATCH])
                 labels = batch.pop("labels")
-                nll, right = losses(scored(**batch).logits, labels, self.head)
+                nll, right = losses(scored(**batch).logits, labels, head)
                 lengths = (labels != IGNORED).sum(1).tolist()
                 outcomes += [
                     Outcome(row, float(own[:-1].sum()), len(own) - 1, bool(hits.all()), bool(hits.all()))

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from smoa.errors import ConfigError
+from smoa_lab.data.rows import content_hash, question
 from smoa_lab.study.comparison import Comparison
 from smoa_lab.study.trials import Trial
 from tests.support import studies, tiny_models
@@ -46,6 +47,17 @@ def test_the_last_layers_have_the_losses_and_gradients_of_the_whole_model(attent
     trained = [parameter for parameter in last.parameters() if parameter.requires_grad]
     gradients = torch.autograd.grad(whole.mean(), trained)
     torch.testing.assert_close([parameter.grad for parameter in trained], list(gradients))
+
+
+def test_what_scored_the_untouched_model_also_trains() -> None:
+    runner: Any = object.__new__(last_layers.LastLayers)
+    runner.base = tiny_models.llama(), SimpleNamespace(eos_token_id=0)
+    row = question("names", "0", "Ann Fox:", " 1")
+    runner._kept[content_hash([row])] = [last_layers.Line(torch.randn(3, 32), torch.tensor([-100, 7, 0]))]
+    (outcome,) = runner._outcomes(None, None, [row])
+    assert outcome.gold_tokens == 1
+    hidden = torch.randn(1, 32, requires_grad=True)
+    last_layers.losses(hidden, torch.tensor([7]), runner.head)[0].mean().backward()
 
 
 @pytest.mark.parametrize(
