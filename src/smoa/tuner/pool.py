@@ -170,7 +170,10 @@ class AdapterPool:
             member.config.save_pretrained(temporary)
 
     def parameters(self) -> list[nn.Parameter]:
-        """The stacked factors, to train all adapters at once. Add adapters before: the tensors then keep their size."""
+        """The stacked factors, to train all adapters at once. Add adapters before: the tensors then keep their size.
+
+        One that takes the slot of another needs a new optimizer, or it starts with the moments of the other.
+        """
         for shelf in self._shelves.values():
             shelf.fixed = True
         return [part for shelf in self._shelves.values() for place in shelf.places.values() for part in place.factors]
