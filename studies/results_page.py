@@ -19,7 +19,6 @@ import stored
 import verdict_tables
 
 from smoa_lab.pages.tables import Table, score_table
-from smoa_lab.study.report import EVERY_RUN, PICTURES
 from smoa_lab.study.trials import PACK, TrialStore
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -27,21 +26,12 @@ INTRODUCTION = """# Results
 
 Written by `python studies/results_page.py` from stored JSON; do not edit.
 
-`smoa compare` runs a study from its YAML file. Every entry gets the same search for a learning rate on validation data,
-then fresh seeds on the test part.
+Each study leads to its report: tables, pictures, and every run. Every entry got the same search for a learning rate on
+validation data, then fresh seeds on the test part. [The verdict](verdict.md) sums up what the studies show.
 
-- **Differences** are to the reference of the entry's budget, paired by seed and by question, with 95 % intervals
-  (questions resampled, Student's t over seeds). *Better* and *worse* mean that the interval excludes 0, *same* that it
-  includes 0. *(Holm: same)* marks what Holm's correction for all comparisons of the table takes back. Lower loss is
-  better.
-- **Entries** are named after their method, number of blocks (`k8`), change, and budget: `r1` means the trainable
-  parameters of a LoRA of rank 1. In the studies of the scale, `spectral-lora` is SMoA as it is by default, spectral
-  blocks with `scale="lora"`, and `lora` is LoRA.
-- **Studies**: `refined` also searched quarter decades (a decade is a factor of 10); `float32` has its weights in that
-  dtype.
-- **Loss elsewhere** is the loss on text of a domain that was not trained on. A rise means forgetting.
-
-[The verdict](verdict.md) sums up what the studies show.
+The last column counts entries against the reference of their budget (`r1` means the trainable parameters of a LoRA of
+rank 1) by the test loss, or by what was recalled, paired by seed and question. *Same* means that the 95 % interval
+includes 0, or that Holm's correction for all comparisons of the budget takes the difference back.
 """
 NOTHING = "No result is stored yet: run one of the studies in [studies](../studies), then this script.\n"
 SINGLE_RUNS = (
@@ -60,14 +50,16 @@ INSPECTION = (
     "Means over the adapted layers of trained adapters. Coverage is how far down W's spectrum the energy of the update "
     "reaches: 0 for the leading direction alone, 0.5 for all directions alike."
 )
-RUNS = (EVERY_RUN, "Runs", "Learning rates")
-"""Tables that are too long for one page of all studies."""
 WIDTH = 120
+HEADER = ["study", "model", "tasks", "entries", "better, same or worse"]
+RECALLED = {"random pairs", "phone book"}
+VERDICTS = ("better", "same", "worse", "one seed")
 
 
 def main(docs: Path = DOCS, studies: Path = stored.STUDIES) -> None:
     folders = sorted(summary.parent for summary in studies.glob("*/summary.json"))
-    parts = [study(folder) for folder in folders if not folder.match("headroom-*")] + headroom_table(folders)
+    parts = [Table(HEADER, list(map(line, folders))).markdown(["---"] * len(HEADER)) + "\n"] if folders else []
+    parts += headroom_table(folders)
     parts += lab_results(sorted(docs.glob("lab-results/*.json")))
     parts += [inspection(path) for path in sorted(docs.glob("inspections/*.json"))]
     text = "\n".join([INTRODUCTION, *(parts or [NOTHING])])
@@ -76,23 +68,21 @@ def main(docs: Path = DOCS, studies: Path = stored.STUDIES) -> None:
         verdict_tables.write(docs / "verdict.md", studies)
 
 
-def study(folder: Path) -> str:
-    """One study: links to its report and runs, its tables but for that of the runs, and its pictures."""
-    report, home = stored.report_of(folder), f"../studies/{folder.name}"
-    files = {"README.md": "whole report", "summary.json": "summary as JSON", PACK: "every run as a line of JSON"}
-    links = ", ".join(f"[{title}]({home}/{file})" for file, title in files.items() if (folder / file).is_file())
-    parts = [f"## {folder.name}", f"{links}.", setting(folder), *report.introduction[1:]]
-    if isinstance(report.summary, dict):
-        parts += report.introduction[:1]
-    else:
-        parts.append(verdicts(report.summary))
-    for title, content in report.sections.items():
-        if isinstance(content, Table) and title not in RUNS:
-            parts += [f"### {title}", content.caption, content.markdown()]
-        elif (folder / PICTURES.get(title, "none")).is_file():
-            parts.append(f"![{title} of the study {folder.name}]({home}/{PICTURES[title]})")
-    wrapped = (part if part[0] in "#|![" else textwrap.fill(part, WIDTH) for part in parts if part)
-    return "\n\n".join(wrapped) + "\n"
+def line(folder: Path) -> list[str]:
+    """A study: a link to its report, what it trained, from the first of its final runs, and what came out."""
+    store, summary = TrialStore(folder), json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    run = store.find(store.names("final/")[0]) or {}
+    model, data, batch = (run["config"][key] for key in ("model", "data", "training"))
+    is_sequence = isinstance(summary, dict)
+    entries = {row["entry"] for row in (summary["runs"] if is_sequence else summary)}
+    return [
+        f"[{folder.name}](../studies/{folder.name}/README.md)",
+        f"{model['name']}, {model['dtype']}",
+        f"{', '.join(data['tasks'])}: {data['train_examples']} examples, {run['steps']} steps of "
+        f"{batch['per_device_train_batch_size']}, {run['scores']['all']['questions']} questions",
+        f"{len(entries)}",
+        "–" if is_sequence else verdicts(summary, "accuracy" if set(data["tasks"]) & RECALLED else "loss"),
+    ]
 
 
 def headroom_table(folders: list[Path]) -> list[str]:
@@ -105,29 +95,16 @@ def headroom_table(folders: list[Path]) -> list[str]:
     return [f"## Headroom\n\n{textwrap.fill(HEADROOM, WIDTH)}\n\n{lines}\n\nEvery run as a line of JSON: {runs}.\n"]
 
 
-def setting(folder: Path) -> str:
-    """The model and data of a study, from the first of its final runs, in a sentence."""
-    store = TrialStore(folder)
-    run = next(map(store.find, store.names("final/")), None)
-    if run is None:
-        return ""
-    model, data, batch = (run["config"][key] for key in ("model", "data", "training"))
-    return (
-        f"Model: {model['name']}, {model['dtype']}. Tasks: {', '.join(data['tasks'])}; {data['train_examples']} "
-        f"training examples, {run['steps']} steps of {batch['per_device_train_batch_size']}, "
-        f"{run['scores']['all']['questions']} test questions."
-    )
-
-
-def verdicts(rows: list[dict[str, Any]]) -> str:
-    """How many entries of each budget are better, the same and worse than the reference, by loss."""
+def verdicts(rows: list[dict[str, Any]], measure: str) -> str:
+    """How many entries of each budget are better, the same and worse than the reference, after Holm's correction."""
     told = []
     for budget in dict.fromkeys(row["budget"] for row in rows):
         own = [row for row in rows if row["budget"] == budget]
-        words = [row["loss_difference"]["verdict"] for row in own if row["loss_difference"]]
-        counts = ", ".join(f"{words.count(word)} {word}" for word in ("better", "same", "worse"))
-        told.append(f"Budget {budget}, reference {own[0]['reference']}: by loss {counts}.")
-    return " ".join(told)
+        found = [each for row in own if (each := row[f"{measure}_difference"])]
+        words = [each["holm_verdict"] or each["verdict"] for each in found]
+        counts = ", ".join(f"{count} {word}" for word in VERDICTS if (count := words.count(word)))
+        told += [f"{budget}, to {own[0]['reference']}: {counts}"] if counts else []
+    return "; ".join(told)
 
 
 def lab_results(files: list[Path]) -> list[str]:

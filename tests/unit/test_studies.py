@@ -137,9 +137,8 @@ def test_without_results_the_page_says_so(tmp_path: Path) -> None:
     assert "No result is stored yet" in (tmp_path / "docs" / "results.md").read_text()
 
 
-def test_the_page_of_results_is_that_of_the_stored_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_of_results_is_that_of_the_stored_ones(tmp_path: Path) -> None:
     """Tables of studies, of their headroom, of single runs and of inspected adapters; those of the verdict."""
-    monkeypatch.setattr(stored, "report_of", report_of)
     shutil.copy(results_page.DOCS / "verdict.md", tmp_path)
     for name in ("lab-results", "inspections"):
         shutil.copytree(results_page.DOCS / name, tmp_path / name)
