@@ -27,7 +27,6 @@ import stored  # noqa: E402
 
 LINK = re.compile(r"(?<=\]\()(\.\./[^)\s#]+)")
 STUDY = re.compile(r"studies/[^/]+/README\.md")
-STUDY_README = re.compile(r"\]\(([./]*studies/[^/)]+/)README\.md\)")
 OF_STUDIES = (".md", ".json", ".gz", ".png")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[\[(](.*?)\\[\])]</\1>', re.DOTALL)
 SHOWN_AS_THEY_ARE = (".json", ".png", ".svg", ".html")
@@ -66,8 +65,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     markdown = LINK.sub(replaced, markdown).replace("<!-- file map -->\n", file_map.file_map())
     if STUDY.fullmatch(page.file.src_uri):
         return markdown.replace("\n\n", "\n\n[Interactive page](page.html)\n\n", 1)
-    is_results = page.file.src_uri == "results.md"
-    return STUDY_README.sub(r"\g<0>, [interactive page](\1page.html)", markdown) if is_results else markdown
+    return markdown
 
 
 def on_page_content(content: str, **_: Any) -> str:
