@@ -12,6 +12,8 @@ import json
 import random
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from last_layers import LastLayers, Line
@@ -20,11 +22,14 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from smoa.atomic import write_whole
 from smoa_lab.config.run import RunConfig
 from smoa_lab.data.general_text import passages
 from smoa_lab.data.rows import Row, question
+from smoa_lab.pages.tables import Table
 from smoa_lab.scoring.evaluation import at_least, score_outcomes, text_length
 from smoa_lab.study.runner import Part
+from smoa_lab.study.trials import TrialStore
 
 VALUES = 64
 """Of each fact: 6 bits."""
@@ -109,6 +114,19 @@ rates, and one that tests."""
 TRAINED = 8
 PARTS = {"train": slice(0, TRAINED), "validation": slice(TRAINED, TRAINED + 1), "test": slice(TRAINED + 1, None)}
 
+PAGE = """# Facts in words: what is answered, what is forgotten
+
+Written by `python studies/run.py` from the stored runs; do not edit. Six facts about each of so many people who do not
+exist, learned by the last two layers of SmolLM2 135M in bfloat16. [The rule](biographies.yaml) says how; the folders
+`biographies-N` have each run and paired differences.
+
+*Known as trained*: facts answered in the eight phrasings that were trained, *in a new one*: in a question that never
+was; by greedy decoding among all tokens, ± the standard deviation over seeds. *Forgotten*: the rise of the loss of
+general text, in nats a token.
+
+{results}
+"""
+
 
 class OnePhrasing(Dataset[Line]):
     """Each fact once, in a phrasing that is drawn; ``lines`` has a fact's phrasings one after the other."""
@@ -167,3 +185,35 @@ def biographies(count: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, lis
                     id = f"{person}: {key} {number}"
                     rows[part].append(question("biographies", id, phrasing.format(person), value))
     return rows
+
+
+def report(studies: Path) -> None:
+    """Write biographies/README.md from the final runs of all numbers of people."""
+    header = [
+        "people",
+        "adapter",
+        "rate",
+        "seeds",
+        "known as trained %",
+        "known in a new phrasing %",
+        "forgotten",
+        "passes",
+    ]
+    rows: list[list[Any]] = []
+    for folder in studies.glob("biographies-*"):
+        store, entries = TrialStore(folder), dict[str, list[dict[str, Any]]]()
+        untouched = store.find("untouched") or {}
+        for name in store.names("final/"):
+            entries.setdefault(name.split("/")[1], []).append(store.find(name) or {})
+        for entry, runs in entries.items():
+            training, facts = runs[0]["config"]["training"], runs[0]["scores"]["all"]["questions"]
+            steps = -(-facts // training["per_device_train_batch_size"])
+            known = [[run["as_trained"] for run in runs], [run["scores"]["all"]["accuracy"] for run in runs]]
+            spreads = [f" ± {100 * stdev(shares):.1f}" if len(runs) > 1 else "" for shares in known]
+            shown = [f"{100 * fmean(shares):.1f}{spread}" for shares, spread in zip(known, spreads, strict=True)]
+            forgotten = fmean(run["elsewhere"] for run in runs) - untouched["elsewhere"]
+            passes = fmean(run["steps"] for run in runs) / steps
+            own = [facts // len(FACTS), entry, f"{training['learning_rate']:g}", len(runs), *shown]
+            rows.append([*own, f"{forgotten:+.3f}", f"{passes:.0f}"])
+    table = Table(header, sorted(rows, key=lambda row: (row[0], -float(row[5].split()[0])))).markdown()
+    write_whole(studies / "biographies" / "README.md", PAGE.format(results=table if rows else "No run yet."))

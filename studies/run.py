@@ -12,6 +12,7 @@ import argparse
 import json
 
 import altair as alt
+import biographies
 import phonebook
 import stored
 
@@ -67,8 +68,9 @@ def main() -> None:
         else:
             made = stored.comparison(name)
             report(made.study, made.runner)
-    if any(name.startswith("phonebook") for name in given.names) or given.report_only:
-        phonebook.report(stored.STUDIES)
+    for own in (phonebook, biographies):
+        if any(name.startswith(own.__name__) for name in given.names) or given.report_only:
+            own.report(stored.STUDIES)
     if given.report_only and not given.names:
         draw_swap()
 

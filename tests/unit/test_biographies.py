@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import biographies
 import phonebook
 import pytest
+
+from smoa_lab.study.trials import Trial
+from tests.support import studies
 
 
 class Known:
@@ -47,3 +51,17 @@ def test_each_fact_has_one_value_and_is_asked_in_a_phrasing_never_trained(monkey
     prompts = [str(row.prompt) for own in rows.values() for row in own]
     assert len(set(prompts)) == len(prompts)
     assert all(len(words.tokenize(row.completion)) <= biographies.MOST_TOKENS for row in rows["train"])
+
+
+def test_the_report_says_what_is_known_and_what_was_forgotten(tmp_path: Path) -> None:
+    study = studies.tiny_study(tmp_path / "biographies-2")
+    studies.finish_untouched(study, scores={}, elsewhere=3.5)
+    training = {"learning_rate": 0.01, "per_device_train_batch_size": 8}
+    for seed, accuracy in enumerate((0.25, 0.75)):
+        scores = {"all": {"questions": 12, "gold_loss": 1.0, "accuracy": accuracy}}
+        config, trial = {"training": training}, Trial("final", "ours", 0.01, seed)
+        studies.finish(study, trial, 1.0, config=config, steps=80, scores=scores, as_trained=1.0, elsewhere=3.75)
+    (tmp_path / "biographies").mkdir()
+    biographies.report(tmp_path)
+    text = (tmp_path / "biographies/README.md").read_text()
+    assert "| 2 | ours | 0.01 | 2 | 100.0 ± 0.0 | 50.0 ± 35.4 | +0.250 | 40 |" in text
