@@ -182,7 +182,7 @@ def picture(rows: list[dict[str, Any]]) -> Any:
     shown = [{**row, "name": row["entry"]} for row in rows]
     ticks = alt.Axis(values=sorted({row["names"] for row in rows}), format=",", title="names to learn")
     x = alt.X("names:Q", axis=ticks, scale=alt.Scale(type="log", nice=False))
-    bits = alt.Y("bits:Q", title="bits stored a parameter", scale=alt.Scale(type="log", domain=[0.1, 5], nice=False))
+    bits = alt.Y("bits:Q", title="bits stored a parameter", scale=alt.Scale(domain=[0, 4]))
     recalled = alt.Y("recalled:Q", title="numbers recalled (%)", scale=alt.Scale(domain=[0, 100]))
     known = alt.Chart(values([{"bits": bits, "text": text} for text, bits in WHOLE_MODELS.items()])).encode(y="bits:Q")
     marks = known.mark_rule(color=MUTED) + known.mark_text(align="left", dx=4, dy=-6).encode(
