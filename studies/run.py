@@ -15,11 +15,11 @@ import altair as alt
 import biographies
 import phonebook
 import stored
+from verdict_tables import Compared
 
 from smoa_lab.pages.charts import save_picture
 from smoa_lab.study.charts import forest
 from smoa_lab.study.report import report, write_report
-from smoa_lab.study.results import from_json
 
 SWAPS = {
     "recall-512": ("smoa-k8", "recalling 512 random pairs, MiniLM 22M"),
@@ -28,7 +28,8 @@ SWAPS = {
     "phonebook-512": ("smoa-spectral", "recalling 512 numbers, SmolLM2 135M"),
     "phonebook-256": ("smoa-spectral", "recalling 256 numbers, SmolLM2 135M"),
     "scale-headlines": ("spectral-lora", "satire or news headlines, MiniLM 22M"),
-    "scale-csqa": ("spectral-lora", "CommonsenseQA, Gemma 3 270M"),
+    "scale-csqa": ("spectral-lora", "CommonsenseQA, 300 questions, Gemma 3 270M"),
+    "which-blocks": ("smoa-spectral", "CommonsenseQA, 1,221 questions, Gemma 3 270M"),
 }
 """Every study of SMoA's default against LoRA: the default's entry, and what docs/images/swap.png calls the study."""
 
@@ -38,13 +39,10 @@ def draw_swap() -> None:
     rows = []
     for name, (entry, title) in SWAPS.items():
         summary = json.loads((stored.STUDIES / name / "summary.json").read_text(encoding="utf-8"))
-        (row,) = (row for row in from_json(summary) if row.entry == entry)
-        found = row.accuracy_difference
-        assert found is not None, name
-        ends = {key: 100 * getattr(found, key) for key in ("low", "mean", "high")}
-        clear = found.label in ("better", "worse")
-        words = {"difference": found.signed(100, 1), "verdict": "", "clear": clear}
-        rows.append({"entry": title, "method": "smoa", **ends, **words})
+        found = Compared("accuracy", entry).values(summary)
+        ends = {"low": found.low, "mean": found.difference, "high": found.high}
+        words = {"difference": f"{found.difference:+.1f} [{found.low:+.1f}, {found.high:+.1f}]", "verdict": ""}
+        rows.append({"entry": title, "method": "smoa", "clear": found.verdict in ("better", "worse"), **ends, **words})
     told = "same number of parameters, learning rates tuned alike, 95 % intervals; filled: significant (Holm)"
     heading = alt.Title("Accuracy after the swap from LoRA to SMoA with its default scale", subtitle=told, offset=10)
     picture = forest(rows, "SMoA's accuracy minus LoRA's (percentage points); right is better").properties(

@@ -73,6 +73,8 @@ ROWS: dict[str, list[tuple[str, str, Compared | Forgot]]] = {
         ("The same, LoRA r = 2", "commonsense-float32", Compared("loss", "smoa-k8-r2", "lora-r2")),
         ("Loss, headlines, MiniLM", "headlines", Compared("loss", "smoa-k8")),
         ("The same, finer rates", "headlines-refined", Compared("loss", "smoa-k8")),
+        ("Loss, CommonsenseQA, Gemma", "which-blocks", Compared("loss", "smoa-spectral")),
+        ("Accuracy (%)", "which-blocks", Compared("accuracy", "smoa-spectral")),
         ("512 pairs recalled (%), MiniLM", "recall-512", Compared("accuracy", "smoa-k8")),
         ("256 pairs recalled (%), Gemma", "recall-gemma-256", Compared("accuracy", "smoa-k8")),
         ("256 numbers recalled (%), SmolLM2", "phonebook-256", Compared("accuracy", "smoa-spectral")),
