@@ -25,6 +25,7 @@ from smoa_lab.data.rows import Row, question
 from smoa_lab.data.sources import Wheel
 from smoa_lab.pages.charts import DASHES, MUTED, color_of, lines, save_picture, values
 from smoa_lab.pages.tables import Table
+from smoa_lab.study.report import full_names
 from smoa_lab.study.trials import TrialStore
 
 MIMESIS = Wheel("mimesis", "22.2.0", "4 MB")
@@ -121,6 +122,7 @@ def measured(studies: Path) -> list[dict[str, Any]]:
     runs = []
     for folder in studies.glob("phonebook-*"):
         store = TrialStore(folder)
+        called = full_names(store)
         for name in (name for name in store.names() if "/" in name):
             run, (stage, entry, _) = store.find(name) or {}, name.split("/")
             training, scores = run["config"]["training"], run["scores"]["all"]
@@ -131,6 +133,7 @@ def measured(studies: Path) -> list[dict[str, Any]]:
                 {
                     "stage": stage,
                     "entry": entry,
+                    "name": called.get(entry, entry),
                     "method": run["config"]["method"],
                     "rate": training["learning_rate"],
                     "names": names,
@@ -177,9 +180,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def picture(rows: list[dict[str, Any]]) -> Any:
     """Bits stored and numbers recalled against the number of names, with what is known of whole models."""
-    methods = {row["entry"]: row["method"] for row in rows}
+    methods = {row["name"]: row["method"] for row in rows}
     looks = {name: (color_of(method), dash) for (name, method), dash in zip(methods.items(), cycle(DASHES))}
-    shown = [{**row, "name": row["entry"]} for row in rows]
     ticks = alt.Axis(values=sorted({row["names"] for row in rows}), format=",", title="names to learn")
     x = alt.X("names:Q", axis=ticks, scale=alt.Scale(type="log", nice=False))
     bits = alt.Y("bits:Q", title="bits stored a parameter", scale=alt.Scale(domain=[0, 4]))
@@ -188,4 +190,4 @@ def picture(rows: list[dict[str, Any]]) -> Any:
     marks = known.mark_rule(color=MUTED) + known.mark_text(align="left", dx=4, dy=-6).encode(
         x=alt.value(0), text="text:N"
     )
-    return alt.hconcat(marks + lines(shown, looks, x, bits), lines(shown, looks, x, recalled))
+    return alt.hconcat(marks + lines(rows, looks, x, bits), lines(rows, looks, x, recalled))
