@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from last_layers import LastLayers, Line
+from last_layers import LastLayers, Line, passes_of
 from phonebook import MIMESIS, names
 from torch import nn
 from torch.utils.data import Dataset
@@ -28,6 +28,7 @@ from smoa_lab.data.general_text import passages
 from smoa_lab.data.rows import Row, question
 from smoa_lab.pages.tables import Table
 from smoa_lab.scoring.evaluation import at_least, score_outcomes, text_length
+from smoa_lab.study.report import mean_text
 from smoa_lab.study.runner import Part
 from smoa_lab.study.trials import TrialStore
 
@@ -200,20 +201,18 @@ def report(studies: Path) -> None:
         "passes",
     ]
     rows: list[list[Any]] = []
-    for folder in studies.glob("biographies-*"):
+    for folder in sorted(studies.glob("biographies-*"), key=lambda folder: int(folder.name.rpartition("-")[2])):
         store, entries = TrialStore(folder), dict[str, list[dict[str, Any]]]()
-        untouched = store.find("untouched") or {}
         for name in store.names("final/"):
             entries.setdefault(name.split("/")[1], []).append(store.find(name) or {})
-        for entry, runs in entries.items():
-            training, facts = runs[0]["config"]["training"], runs[0]["scores"]["all"]["questions"]
-            steps = -(-facts // training["per_device_train_batch_size"])
-            known = [[run["as_trained"] for run in runs], [run["scores"]["all"]["accuracy"] for run in runs]]
-            spreads = [f" ± {100 * stdev(shares):.1f}" if len(runs) > 1 else "" for shares in known]
-            shown = [f"{100 * fmean(shares):.1f}{spread}" for shares, spread in zip(known, spreads, strict=True)]
-            forgotten = fmean(run["elsewhere"] for run in runs) - untouched["elsewhere"]
-            passes = fmean(run["steps"] for run in runs) / steps
-            own = [facts // len(FACTS), entry, f"{training['learning_rate']:g}", len(runs), *shown]
-            rows.append([*own, f"{forgotten:+.3f}", f"{passes:.0f}"])
-    table = Table(header, sorted(rows, key=lambda row: (row[0], -float(row[5].split()[0])))).markdown()
-    write_whole(studies / "biographies" / "README.md", PAGE.format(results=table if rows else "No run yet."))
+        known = {entry: [100 * run["scores"]["all"]["accuracy"] for run in runs] for entry, runs in entries.items()}
+        for entry in sorted(known, key=lambda entry: -fmean(known[entry])):
+            runs = entries[entry]
+            facts, rate = runs[0]["scores"]["all"]["questions"], runs[0]["config"]["training"]["learning_rate"]
+            shares = [100 * run["as_trained"] for run in runs], known[entry]
+            shown = [mean_text(fmean(own), stdev(own) if len(own) > 1 else 0.0, 1, len(own)) for own in shares]
+            forgotten = fmean(run["elsewhere"] for run in runs) - (store.find("untouched") or {})["elsewhere"]
+            own = [facts // len(FACTS), entry, f"{rate:g}", len(runs), *shown]
+            rows.append([*own, f"{forgotten:+.3f}", f"{fmean(map(passes_of, runs)):.0f}"])
+    results = Table(header, rows).markdown() if rows else "No run yet."
+    write_whole(studies / "biographies" / "README.md", PAGE.format(results=results))

@@ -78,8 +78,9 @@ class LastLayers(Runner):
     @cached_property
     def head(self) -> Tensor:
         """The output layer's rows of these tokens."""
-        weight: Tensor = self.base[0].get_output_embeddings().weight.detach()
-        return weight[self.vocabulary]
+        with torch.inference_mode(False):  # scoring may ask first, and what is made there can't be trained with
+            weight: Tensor = self.base[0].get_output_embeddings().weight.detach()
+            return weight[self.vocabulary]
 
     def rows(self, count: int) -> dict[str, list[Row]]:
         """The questions of each part, about so many names."""
@@ -153,12 +154,12 @@ class LastLayers(Runner):
     def _outcomes(self, model: nn.Module | None, config: RunConfig, rows: Sequence[Row]) -> list[Outcome]:
         """As for any free answer, the loss is without that of the end token."""
         scored: Any = top_of(self.base[0], LAYERS) if model is None else model
-        lines, head, outcomes = self.lines(rows), self.head, []  # kept, so not made in inference mode
+        lines, outcomes = self.lines(rows), []
         with scoring(scored):
             for start in range(0, len(rows), BATCH):
                 batch = batch_of(lines[start : start + BATCH])
                 labels = batch.pop("labels")
-                nll, right = losses(scored(**batch).logits, labels, head)
+                nll, right = losses(scored(**batch).logits, labels, self.head)
                 lengths = (labels != IGNORED).sum(1).tolist()
                 outcomes += [
                     Outcome(row, float(own[:-1].sum()), len(own) - 1, bool(hits.all()), bool(hits.all()))
@@ -225,6 +226,12 @@ def hidden_below(base: PreTrainedModel, layers: int, tokens: Tensor) -> Tensor:
     """What reaches the last layers: (rows, tokens, width)."""
     hidden: Tensor = base(input_ids=tokens, output_hidden_states=True, logits_to_keep=1).hidden_states[-layers - 1]
     return hidden
+
+
+def passes_of(run: dict[str, Any]) -> float:
+    """The passes that a stored run took; it has a question for each entry of a pass."""
+    entries, batch = run["scores"]["all"]["questions"], run["config"]["training"]["per_device_train_batch_size"]
+    return float(run["steps"] / math.ceil(entries / batch))
 
 
 def of_size(count: int) -> list[str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import altair as alt
-from last_layers import LastLayers, of_size
+from last_layers import LastLayers, of_size, passes_of
 from transformers import PreTrainedTokenizerBase
 
 from smoa.atomic import write_whole
@@ -128,7 +128,7 @@ def measured(studies: Path) -> list[dict[str, Any]]:
             training, scores = run["config"]["training"], run["scores"]["all"]
             names, share, parameters = scores["questions"], scores["accuracy"], run["parameters"]
             loss = math.inf if scores["gold_loss"] is None else scores["gold_loss"] * DIGITS / math.log(2)
-            passes = run["steps"] / math.ceil(names / training["per_device_train_batch_size"])
+            passes = passes_of(run)
             runs.append(
                 {
                     "stage": stage,

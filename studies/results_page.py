@@ -1,7 +1,4 @@
-"""Writes docs/results.md and the tables of docs/verdict.md from the stored results of studies.
-
-python studies/results_page.py [DOCS [STUDIES]]
-"""
+"""Writes docs/results.md and the tables of docs/verdict.md from the stored studies: python studies/results_page.py."""
 
 from __future__ import annotations
 
@@ -9,13 +6,14 @@ import json
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import headroom
 import stored
 import verdict_tables
 
 from smoa_lab.pages.tables import Table
+from smoa_lab.study.statistics import Verdict
 from smoa_lab.study.trials import PACK, TrialStore
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -39,7 +37,6 @@ HEADROOM = (
 WIDTH = 120
 HEADER = ["study", "model", "tasks", "entries", "better, same or worse"]
 RECALLED = {"random pairs", "phone book"}
-VERDICTS = ("better", "same", "worse", "one seed")
 
 
 def main(docs: Path = DOCS, studies: Path = stored.STUDIES) -> None:
@@ -86,7 +83,7 @@ def verdicts(rows: list[dict[str, Any]], measure: str) -> str:
         own = [row for row in rows if row["budget"] == budget]
         found = [each for row in own if (each := row[f"{measure}_difference"])]
         words = [each["holm_verdict"] or each["verdict"] for each in found]
-        counts = ", ".join(f"{count} {word}" for word in VERDICTS if (count := words.count(word)))
+        counts = ", ".join(f"{count} {word}" for word in get_args(Verdict) if (count := words.count(word)))
         told += [f"{budget}, to {own[0]['reference']}: {counts}"] if counts else []
     return "; ".join(told)
 

@@ -20,6 +20,7 @@ from verdict_tables import Compared
 from smoa_lab.pages.charts import save_picture
 from smoa_lab.study.charts import forest
 from smoa_lab.study.report import report, write_report
+from smoa_lab.study.statistics import Interval
 
 SWAPS = {
     "recall-512": ("smoa-k8", "recalling 512 random pairs, MiniLM 22M"),
@@ -41,7 +42,7 @@ def draw_swap() -> None:
         summary = json.loads((stored.STUDIES / name / "summary.json").read_text(encoding="utf-8"))
         found = Compared("accuracy", entry).values(summary)
         ends = {"low": found.low, "mean": found.difference, "high": found.high}
-        words = {"difference": f"{found.difference:+.1f} [{found.low:+.1f}, {found.high:+.1f}]", "verdict": ""}
+        words = {"difference": Interval(found.difference, found.low, found.high).signed(1, 1), "verdict": ""}
         rows.append({"entry": title, "method": "smoa", "clear": found.verdict in ("better", "worse"), **ends, **words})
     told = "same number of parameters, learning rates tuned alike, 95 % intervals; filled: significant (Holm)"
     heading = alt.Title("Accuracy after the swap from LoRA to SMoA with its default scale", subtitle=told, offset=10)

@@ -172,7 +172,7 @@ class AdapterPool:
     def parameters(self) -> list[nn.Parameter]:
         """The stacked factors, to train all adapters at once. Add adapters before: the tensors then keep their size.
 
-        One that takes the slot of another needs a new optimizer, or it starts with the moments of the other.
+        An adapter that takes the slot of one that has left needs a new optimizer: the old one keeps that one's moments.
         """
         for shelf in self._shelves.values():
             shelf.fixed = True

@@ -187,8 +187,8 @@ def _results(rows: Sequence[Row]) -> Table:
         search = row.search
         rate = f"{row.learning_rate:g}{' !' if search and not search.interior else ''}"
         seeds = len(row.seeds)
-        loss = _mean(row.loss, row.loss_spread, 4, seeds) if math.isfinite(row.loss) else "diverged"
-        accuracy = _mean(100 * row.accuracy, 100 * row.accuracy_spread, 1, seeds)
+        loss = mean_text(row.loss, row.loss_spread, 4, seeds) if math.isfinite(row.loss) else "diverged"
+        accuracy = mean_text(100 * row.accuracy, 100 * row.accuracy_spread, 1, seeds)
         line = [
             row.entry,
             Cell(f"{row.parameters:,}", row.parameters),
@@ -206,7 +206,7 @@ def _results(rows: Sequence[Row]) -> Table:
     return Table(header, lines, "Test results, best loss first.")
 
 
-def _mean(value: float, spread: float, digits: int, seeds: int) -> str:
+def mean_text(value: float, spread: float, digits: int, seeds: int) -> str:
     """The mean over seeds and its spread, which one seed does not have."""
     return f"{value:.{digits}f}" if seeds == 1 else f"{value:.{digits}f} ± {spread:.{digits}f}"
 
