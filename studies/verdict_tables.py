@@ -116,8 +116,8 @@ def line(title: str, study: Path, what: Compared | Forgot) -> list[str]:
     """A row of the table; the title links to the study's report."""
     values = what.values(json.loads((study / "summary.json").read_text(encoding="utf-8")))
     numbers = values.smoa, values.lora, values.difference, values.low, values.high
-    largest = max(map(abs, numbers[:2]))
-    smoa, lora, *rest = (f"{number:.{0 if largest > 100 else 1 if largest > 10 else 3}f}" for number in numbers)
+    digits = 1 if isinstance(what, Compared) and what.measure == "accuracy" else 3
+    smoa, lora, *rest = (f"{number:.{digits}f}" for number in numbers)
     difference, low, high = (text.replace("-", "−") if text[0] == "-" else f"+{text}" for text in rest)
     winner = {"better": "SMoA is better", "worse": "LoRA is better"}.get(values.verdict)
     result = "not significant" if winner is None else winner + (", barely" if values.p > BARELY else "")

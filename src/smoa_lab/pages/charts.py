@@ -27,6 +27,8 @@ METHODS = {
     "lora-reduced": ("LoRA without intruders", "#782400"),
     "adalora": ("AdaLoRA", "#c3c387"),
     "osf": ("OSF", "#a5c3ff"),
+    "shira": ("SHiRA", "#690fb4"),
+    "miss": ("MiSS", "#870078"),
     "full": ("full fine-tuning", "#87785a"),
 }
 """What pictures call the methods, and their colors. Any two stay apart for readers without one kind of cones, and on

@@ -66,7 +66,7 @@ def contrast(one: str, other: str) -> float:
 def test_colors_are_of_methods_and_all_others_are_muted_and_differ_in_their_lines() -> None:
     for name in METHODS.keys() - {name for name, since in OF_NEWER_PEFT.items() if installed() < Version(since)}:
         find_method(name)
-    others = {"a": "ia3", "b": "shira", "c": "a method of tomorrow"}
+    others = {"a": "ia3", "b": "vera", "c": "a method of tomorrow"}
     assert {color_of(method) for method in others.values()} == {MUTED}
     assert dashes(others).to_dict()["scale"]["range"] == list(DASHES[:3])
 
