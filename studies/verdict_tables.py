@@ -80,6 +80,7 @@ ROWS: dict[str, list[tuple[str, str, Compared | Forgot]]] = {
         ("256 numbers recalled (%), SmolLM2", "phonebook-256", Compared("accuracy", "smoa-spectral")),
         ("512 numbers recalled (%), SmolLM2", "phonebook-512", Compared("accuracy", "smoa-spectral")),
         ("Facts in a new phrasing (%), SmolLM2", "biographies-64", Compared("accuracy", "smoa-spectral")),
+        ("The same, four times the facts", "biographies-256", Compared("accuracy", "smoa-spectral")),
         ("Forgot, SmolLM2", "retention-smollm2", Forgot("equal")),
         ("Forgot, SmolLM2, tasks swapped", "retention-smollm2-reversed", Forgot("equal")),
         ("Forgot, SmolLM2, 1 in 11 rows old", "retention-replay", Forgot("equal")),
