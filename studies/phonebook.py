@@ -107,9 +107,9 @@ def report(studies: Path) -> None:
     runs, folder = measured(studies), studies / "phonebook"
     finals = means([run for run in runs if run["stage"] == "final"])
     search = means([run for run in runs if run["stage"] == "tuning"])
-    held = {row["entry"]: max(each["held"] for each in finals if each["entry"] == row["entry"]) for row in finals}
-    most = ", ".join(f"{name} {held[name]:,.0f}" for name in sorted(held, key=lambda name: -held[name]))
     drawn = [row for row in finals if not row["entry"].endswith("-r2")]
+    held = {row["entry"]: max(each["held"] for each in drawn if each["entry"] == row["entry"]) for row in drawn}
+    most = ", ".join(f"{name} {held[name]:,.0f}" for name in sorted(held, key=lambda name: -held[name]))
     if has_picture := len({row["names"] for row in drawn}) > 1:
         save_picture(picture(drawn), folder / "capacity.png")
     parts = {"results": table(finals), "shown": SHOWN if has_picture else "", "held": most or "not known yet"}
@@ -133,7 +133,7 @@ def measured(studies: Path) -> list[dict[str, Any]]:
                 {
                     "stage": stage,
                     "entry": entry,
-                    "name": called.get(entry, entry),
+                    "name": called.get(entry, entry).removesuffix(f": {entry}"),  # as without the other budget
                     "method": run["config"]["method"],
                     "rate": training["learning_rate"],
                     "names": names,
