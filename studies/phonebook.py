@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import altair as alt
+import numpy as np
 from last_layers import LastLayers, of_size, passes_of
 from transformers import PreTrainedTokenizerBase
 
@@ -55,6 +56,13 @@ that their adapter could hold more.
 
 {shown}Numbers that an adapter of 100 kB (25,000 parameters in float32) would hold, from the most that each
 recalled whole: {held}.
+
+## The law
+
+Bits known of each number = C · r^α · N^−β + b (arXiv:2605.30260), by least squares over the adapter's rows above, r = 1
+and 2; *rms* is of what remains, in bits.
+
+{law}
 
 ## The search of a learning rate
 
@@ -107,13 +115,12 @@ def report(studies: Path) -> None:
     runs, folder = measured(studies), studies / "phonebook"
     finals = means([run for run in runs if run["stage"] == "final"])
     search = means([run for run in runs if run["stage"] == "tuning"])
-    drawn = [row for row in finals if not row["entry"].endswith("-r2")]
-    held = {row["entry"]: max(each["held"] for each in drawn if each["entry"] == row["entry"]) for row in drawn}
+    held = {row["entry"]: max(each["held"] for each in finals if each["entry"] == row["entry"]) for row in finals}
     most = ", ".join(f"{name} {held[name]:,.0f}" for name in sorted(held, key=lambda name: -held[name]))
-    if has_picture := len({row["names"] for row in drawn}) > 1:
-        save_picture(picture(drawn), folder / "capacity.png")
+    if has_picture := len({row["names"] for row in finals}) > 1:
+        save_picture(picture(finals), folder / "capacity.png")
     parts = {"results": table(finals), "shown": SHOWN if has_picture else "", "held": most or "not known yet"}
-    write_whole(folder / "README.md", PAGE.format(**parts, search=table(search)))
+    write_whole(folder / "README.md", PAGE.format(**parts, law=laws(finals), search=table(search)))
 
 
 def measured(studies: Path) -> list[dict[str, Any]]:
@@ -122,7 +129,8 @@ def measured(studies: Path) -> list[dict[str, Any]]:
     runs = []
     for folder in studies.glob("phonebook-*"):
         store = TrialStore(folder)
-        called = full_names(store)
+        budgets = {entry: budget_of(entry) for entry in {name.split("/")[1] for name in store.names("final/")}}
+        called = full_names(store, budgets)
         for name in (name for name in store.names() if "/" in name):
             run, (stage, entry, _) = store.find(name) or {}, name.split("/")
             training, scores = run["config"]["training"], run["scores"]["all"]
@@ -133,7 +141,8 @@ def measured(studies: Path) -> list[dict[str, Any]]:
                 {
                     "stage": stage,
                     "entry": entry,
-                    "name": called.get(entry, entry).removesuffix(f": {entry}"),  # as without the other budget
+                    "name": called.get(entry, entry),
+                    "budget": budget_of(entry),
                     "method": run["config"]["method"],
                     "rate": training["learning_rate"],
                     "names": names,
@@ -146,6 +155,11 @@ def measured(studies: Path) -> list[dict[str, Any]]:
                 }
             )
     return runs
+
+
+def budget_of(entry: str) -> int:
+    """The r of LoRA with as many parameters."""
+    return 2 if entry.endswith("-r2") else 1
 
 
 def means(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -178,6 +192,35 @@ def table(rows: list[dict[str, Any]]) -> str:
     return Table(header, cells).markdown() if rows else "No run yet."
 
 
+def laws(rows: list[dict[str, Any]]) -> str:
+    """The fitted law of each adapter that has both budgets at three numbers of names or more, as Markdown."""
+    entries, lines = dict.fromkeys(row["entry"].removesuffix("-r2") for row in rows), []
+    for entry in entries:
+        own = [row for row in rows if row["entry"].removesuffix("-r2") == entry]
+        of_budget = [{row["names"] for row in own if row["budget"] == r} for r in (1, 2)]
+        if len(set.intersection(*of_budget)) >= 3:
+            r, names, parameters, bits = (
+                np.array([row[key] for row in own]) for key in ("budget", "names", "parameters", "bits")
+            )
+            factor, alpha, beta, constant, rms = fitted(r, names, bits * parameters / names)
+            lines.append([entry, f"{factor:.3g}", *(f"{value:.2f}" for value in (alpha, beta, constant, rms))])
+    return Table(["adapter", "C", "α", "β", "b", "rms"], lines).markdown() if lines else "Not fitted yet."
+
+
+def fitted(r: Any, names: Any, known: Any) -> tuple[float, ...]:
+    """C, α, β, b of C · r^α · N^−β + b = ``known`` (points) by least squares, and the root of the mean square that
+    remains; α and β are between -4 and 4, in steps of 0.02. Where C and β are below 0 the law falls from b."""
+    steps = np.linspace(-4, 4, 401)
+    alpha, beta = (grid.reshape(-1, 1) for grid in np.meshgrid(steps, steps[steps != 0]))
+    shape = r**alpha * names**-beta
+    offset, wanted = shape - shape.mean(1, keepdims=True), known - known.mean()
+    factor = offset @ wanted / (offset**2).sum(1)
+    rest = ((wanted - factor[:, None] * offset) ** 2).mean(1)
+    best = rest.argmin()
+    constant = known.mean() - factor[best] * shape[best].mean()
+    return float(factor[best]), float(alpha[best, 0]), float(beta[best, 0]), float(constant), float(rest[best] ** 0.5)
+
+
 def picture(rows: list[dict[str, Any]]) -> Any:
     """Bits stored and numbers recalled against the number of names, with what is known of whole models."""
     methods = {row["name"]: row["method"] for row in rows}
@@ -190,4 +233,9 @@ def picture(rows: list[dict[str, Any]]) -> Any:
     marks = known.mark_rule(color=MUTED) + known.mark_text(align="left", dx=4, dy=-6).encode(
         x=alt.value(0), text="text:N"
     )
-    return alt.hconcat(marks + lines(rows, looks, x, bits), lines(rows, looks, x, recalled))
+    panels = []
+    for r in sorted({row["budget"] for row in rows}):
+        own = [row for row in rows if row["budget"] == r]
+        both = alt.hconcat(marks + lines(own, looks, x, bits), lines(own, looks, x, recalled))
+        panels.append(both.properties(title=f"Parameters of LoRA r = {r}"))
+    return alt.vconcat(*panels)

@@ -38,10 +38,15 @@ class Compared:
     smoa: str = "spectral-lora"
     lora: str = "lora"
 
+    @property
+    def form(self) -> tuple[int, int]:
+        """The factor that a value is shown with, and the digits behind its point."""
+        return (100, 1) if self.measure == "accuracy" else (1, 3)
+
     def values(self, summary: list[dict[str, Any]]) -> Values:
         rows = {row["entry"]: row for row in summary}
         smoa, lora, key = rows[self.smoa], rows[self.lora], f"{self.measure}_difference"
-        factor, is_reference = (100 if self.measure == "accuracy" else 1), smoa["reference"] == self.smoa
+        factor, is_reference = self.form[0], smoa["reference"] == self.smoa
         found = lora[key] if is_reference else smoa[key]
         mean, *ends = (factor * found[name] * (-1 if is_reference else 1) for name in ("mean", "low", "high"))
         verdict = {"better": "worse", "worse": "better"}.get(found["holm_verdict"]) if is_reference else None
@@ -56,6 +61,7 @@ class Forgot:
 
     part: str
     rate: float | None = None
+    form = 1, 3
 
     def values(self, summary: dict[str, Any]) -> Values:
         rows = [row for row in summary[self.part] if row["entry"] == "smoa-k8" and row["difference"]]
@@ -117,8 +123,7 @@ def line(title: str, study: Path, what: Compared | Forgot) -> list[str]:
     """A row of the table; the title links to the study's report."""
     values = what.values(json.loads((study / "summary.json").read_text(encoding="utf-8")))
     numbers = values.smoa, values.lora, values.difference, values.low, values.high
-    digits = 1 if isinstance(what, Compared) and what.measure == "accuracy" else 3
-    smoa, lora, *rest = (f"{number:.{digits}f}" for number in numbers)
+    smoa, lora, *rest = (f"{number:.{what.form[1]}f}" for number in numbers)
     difference, low, high = (text.replace("-", "−") if text[0] == "-" else f"+{text}" for text in rest)
     winner = {"better": "SMoA is better", "worse": "LoRA is better"}.get(values.verdict)
     result = "not significant" if winner is None else winner + (", barely" if values.p > BARELY else "")

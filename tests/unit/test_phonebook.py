@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import last_layers
+import numpy as np
 import phonebook
 import pytest
 import torch
@@ -18,7 +20,8 @@ from torch.nn.utils.rnn import pad_sequence
 from smoa.errors import ConfigError
 from smoa_lab.data.rows import content_hash, question
 from smoa_lab.study.comparison import Comparison
-from smoa_lab.study.trials import Trial
+from smoa_lab.study.report import full_names
+from smoa_lab.study.trials import Trial, TrialStore
 from tests.support import studies, tiny_models
 
 TARGETS = ["q_proj", "down_proj"]
@@ -111,3 +114,34 @@ def test_the_report_counts_the_bits_that_are_stored_and_the_numbers_recalled(tmp
     (tmp_path / "phonebook").mkdir()
     phonebook.report(tmp_path)
     assert "| ours | 1,000 | 40 | 0.01 | 2 | 0.332 | 37.5 | 7 | 2 |" in (tmp_path / "phonebook/README.md").read_text()
+
+
+def test_the_law_is_found_from_made_values_where_both_budgets_are_there_at_three_numbers_of_names() -> None:
+    def rows(counts: tuple[int, ...]) -> list[dict[str, Any]]:
+        return [
+            {
+                "entry": f"ours{'-r2' * (r > 1)}",
+                "budget": r,
+                "names": n,
+                "parameters": 1000 * r,
+                "bits": own * n / 1000 / r,
+            }
+            for r, n in product((1, 2), counts)
+            for own in [50 * r**0.8 * n**-0.5 + 3]
+        ]
+
+    assert "| ours | 50 | 0.80 | 0.50 | 3.00 | 0.00 |" in phonebook.laws(rows((128, 512, 2048)))
+    assert "Not fitted" in phonebook.laws(rows((128, 512)))
+    falls_from_33 = phonebook.fitted(
+        *(np.array(known) for known in ([1, 1, 2, 2], [128, 512, 512, 2048], [32, 29, 31, 25]))
+    )
+    assert falls_from_33 == pytest.approx((-1 / 128, -1, -1, 33, 0), abs=1e-9)
+
+
+def test_entries_of_two_budgets_have_the_same_name(tmp_path: Path) -> None:
+    study = studies.tiny_study(tmp_path / "phonebook-40")
+    for entry in ("lora", "ours"):
+        studies.finish(study, Trial("final", entry, 0.01, 0), 1.0, config={"method": "lora"})
+    store = TrialStore(study.folder)
+    assert full_names(store, {"lora": 1, "ours": 2}) == {"lora": "LoRA", "ours": "LoRA"}
+    assert full_names(store) == {"lora": "LoRA", "ours": "LoRA: ours"}

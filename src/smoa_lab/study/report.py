@@ -167,7 +167,7 @@ def _entry_sections(rows: Sequence[Row], store: TrialStore) -> tuple[list[str], 
     if len(rows[0].task_accuracy) > 1:
         by_task = {f"{BY_TASK}: {budget}": _by_task(of_budget, untouched) for budget, of_budget in budgets.items()}
         sections |= by_task
-    chart = charts.differences(rows, full_names(store))
+    chart = charts.differences(rows, full_names(store, {row.entry: row.budget for row in rows}))
     sections |= {} if chart is None else {"Differences": Figure(chart, DIFFERENCES)}
     searched = {row.entry: row.search.losses for row in rows if row.search}
     if searched:
@@ -265,9 +265,9 @@ def by_rate(losses: Mapping[str, Mapping[float, float | None]], runs: Sequence[s
     return Table(["entry", *(f"{rate:g}" for rate in rates)], lines, RATES)
 
 
-def full_names(store: TrialStore) -> dict[str, str]:
+def full_names(store: TrialStore, budgets: Mapping[str, str | int] | None = None) -> dict[str, str]:
     """What pictures call each entry: its method and, of SMoA, K and the settings that are not the defaults. Its own
-    name is added where another one has the same."""
+    name is added where another one of its budget, of ``budgets``, has the same."""
     names = {}
     for run in store.names("final/"):
         entry = run.split("/")[1]
@@ -283,8 +283,9 @@ def full_names(store: TrialStore) -> dict[str, str]:
                     *(f"{k}={adapter[k]}" for k in changed),
                 ]
                 names[entry] += f", {', '.join(settings)}{'' if changed else ' (default)'}"
-    once = {name for name, count in Counter(names.values()).items() if count == 1}
-    return {e: name if name in once or e == name.lower() else f"{name}: {e}" for e, name in names.items()}
+    shown = {e: (name, (budgets or {}).get(e)) for e, name in names.items()}
+    uses = Counter(shown.values())
+    return {e: name if uses[shown[e]] == 1 or e == name.lower() else f"{name}: {e}" for e, name in names.items()}
 
 
 def _untouched_sentence(untouched: dict[str, Any] | None) -> str:
