@@ -56,7 +56,7 @@ def marked(study: str, entries: tuple[str, str]) -> Table:
         ]
         for i, row in enumerate(asked.test[:COUNT])
     ]
-    shares = [f"{100 * run['scores']['all']['accuracy']:.0f} %" for run in runs]
+    shares = [f"{100 * run['scores']['all']['accuracy']:.1f} %" for run in runs]
     return Table(["question", "answer", *STAGES], [*lines, [f"all {len(asked.test)} questions", "", *shares]])
 
 

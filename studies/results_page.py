@@ -21,8 +21,9 @@ INTRODUCTION = """# Results
 
 Written by `python studies/results_page.py` from stored JSON; do not edit.
 
-Each study leads to its report: tables, pictures, and every run. Every entry got the same search for a learning rate on
-validation data, then fresh seeds on the test part. [The verdict](verdict.md) sums up what the studies show.
+Each study leads to its report: tables, pictures, every run, and which learning rates were searched. All entries of a
+study got the same search on validation data, then fresh seeds on the test part. [The verdict](verdict.md) sums up what
+the studies show.
 
 The last column counts entries against the reference of their budget (`r1` means the trainable parameters of a LoRA of
 rank 1) by the test loss, or by what was recalled, paired by seed and question. *Same* means that the 95 % interval
@@ -50,16 +51,18 @@ def main(docs: Path = DOCS, studies: Path = stored.STUDIES) -> None:
 
 
 def line(folder: Path) -> list[str]:
-    """A study: a link to its report, what it trained, from the first of its final runs, and what came out."""
+    """A study: a link to its report, what its final runs trained, and what came out."""
     store, summary = TrialStore(folder), json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    run = store.find(store.names("final/")[0]) or {}
+    runs = [store.find(name) or {} for name in store.names("final/")]
+    run, steps = runs[0], [own["steps"] for own in runs]
+    fewest_to_most = " to ".join(map(str, sorted({min(steps), max(steps)})))
     model, data, batch = (run["config"][key] for key in ("model", "data", "training"))
     is_sequence = isinstance(summary, dict)
     entries = {row["entry"] for row in (summary["runs"] if is_sequence else summary)}
     return [
         f"[{folder.name}](../studies/{folder.name}/README.md)",
         f"{model['name']}, {model['dtype']}",
-        f"{', '.join(data['tasks'])}: {data['train_examples']} examples, {run['steps']} steps of "
+        f"{', '.join(data['tasks'])}: {data['train_examples']} examples, {fewest_to_most} steps of "
         f"{batch['per_device_train_batch_size']}, {run['scores']['all']['questions']} questions",
         f"{len(entries)}",
         "–" if is_sequence else verdicts(summary, "accuracy" if set(data["tasks"]) & RECALLED else "loss"),

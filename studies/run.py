@@ -44,7 +44,10 @@ def draw_swap() -> None:
         ends = {"low": found.low, "mean": found.difference, "high": found.high}
         words = {"difference": Interval(found.difference, found.low, found.high).signed(1, 1), "verdict": ""}
         rows.append({"entry": title, "method": "smoa", "clear": found.verdict in ("better", "worse"), **ends, **words})
-    told = "same number of parameters, learning rates tuned alike, 95 % intervals; filled: significant (Holm)"
+    told = [
+        "same number of parameters, learning rates tuned alike (512 numbers: those of 256), 95 % intervals;",
+        "filled: significant after Holm's correction",
+    ]
     heading = alt.Title("Accuracy after the swap from LoRA to SMoA with its default scale", subtitle=told, offset=10)
     picture = forest(rows, "SMoA's accuracy minus LoRA's (percentage points); right is better").properties(
         title=heading

@@ -76,7 +76,7 @@ class SmoaConfig(PeftConfig):
             "mlp.experts.gate_up_proj" and "mlp.experts.down_proj". Each expert's matrix, and gate and up each on its
             own, gets the method.
         expert_partition: Blocks of the matrices in `target_parameters`: "each" has its own, or all experts of a
-            parameter have "shared" ones, from one decomposition.
+            parameter have "shared" ones, from as many decompositions as one expert.
         exclude_modules: Names or a regular expression of modules not to adapt.
         modules_to_save: Modules to train and save whole, in addition to the adapter.
         layers_to_transform: Indices of the layers to adapt.
