@@ -22,25 +22,27 @@ from smoa_lab.study.charts import forest
 from smoa_lab.study.report import report, write_report
 from smoa_lab.study.statistics import Interval
 
-SWAPS = {
-    "recall-512": ("smoa-k8", "recalling 512 random pairs, MiniLM 22M"),
-    "recall-256": ("smoa-k8", "recalling 256 random pairs, MiniLM 22M"),
-    "recall-gemma-256": ("smoa-k8", "recalling 256 random pairs, Gemma 3 270M"),
-    "phonebook-512": ("smoa-spectral", "recalling 512 numbers, SmolLM2 135M"),
-    "phonebook-256": ("smoa-spectral", "recalling 256 numbers, SmolLM2 135M"),
-    "scale-headlines": ("spectral-lora", "satire or news headlines, MiniLM 22M"),
-    "scale-csqa": ("spectral-lora", "CommonsenseQA, 300 questions, Gemma 3 270M"),
-    "which-blocks": ("smoa-spectral", "CommonsenseQA, 1,221 questions, Gemma 3 270M"),
-}
-"""Every study of SMoA's default against LoRA: the default's entry, and what docs/images/swap.png calls the study."""
+SWAPS = [
+    ("recall-512", "smoa-k8", "recalling 512 random pairs, MiniLM 22M"),
+    ("recall-256", "smoa-k8", "recalling 256 random pairs, MiniLM 22M"),
+    ("recall-gemma-256", "smoa-k8", "recalling 256 random pairs, Gemma 3 270M"),
+    ("phonebook-512", "smoa-spectral", "recalling 512 numbers, SmolLM2 135M"),
+    ("phonebook-512", "smoa-spectral-r2", "512 numbers, twice the parameters"),
+    ("phonebook-256", "smoa-spectral", "recalling 256 numbers, SmolLM2 135M"),
+    ("phonebook-256", "smoa-spectral-r2", "256 numbers, twice the parameters"),
+    ("scale-headlines", "spectral-lora", "satire or news headlines, MiniLM 22M"),
+    ("scale-csqa", "spectral-lora", "CommonsenseQA, 300 questions, Gemma 3 270M"),
+    ("which-blocks", "smoa-spectral", "CommonsenseQA, 1,221 questions, Gemma 3 270M"),
+]
+"""Every study of SMoA's default against LoRA, the default's entry, and what docs/images/swap.png calls them."""
 
 
 def draw_swap() -> None:
     """Draw the accuracy of SMoA's default minus LoRA's, as far as studies compared them."""
     rows = []
-    for name, (entry, title) in SWAPS.items():
+    for name, entry, title in SWAPS:
         summary = json.loads((stored.STUDIES / name / "summary.json").read_text(encoding="utf-8"))
-        found = Compared("accuracy", entry).values(summary)
+        found = Compared("accuracy", entry, "lora-r2" if entry.endswith("-r2") else "lora").values(summary)
         ends = {"low": found.low, "mean": found.difference, "high": found.high}
         words = {"difference": Interval(found.difference, found.low, found.high).signed(1, 1), "verdict": ""}
         rows.append({"entry": title, "method": "smoa", "clear": found.verdict in ("better", "worse"), **ends, **words})
