@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
+
+from filelock import Timeout
 
 from smoa.errors import ConfigError
 from smoa_lab.config.run import ConfigText, RunConfig
@@ -18,6 +22,8 @@ from smoa_lab.study.study import Study
 from smoa_lab.study.trials import Job, Result, Trial, TrialStore, Untouched
 
 logger = logging.getLogger(__name__)
+AGAIN = 1.0
+"""Seconds after which a process that finds no free job looks again."""
 
 
 def runner_of(study: Study) -> Runner:
@@ -100,16 +106,21 @@ class Comparison:
             ConfigError: ``only`` names nothing of the study, or an entry's adapter does not fit the model.
             DataError: a package is missing.
         """
-        names, executor, checked = self.study.chosen(only), executor or Executor(self.perform), False
+        names, checked = self.study.chosen(only), False
+        executor = executor or Executor(partial(self.perform, waits=False))
         while jobs := self.ready(names):
             waiting = [job for job in jobs if job not in executor.running and not executor.is_full]
             free = (job for job in waiting if not self.store.is_running(job.name))
-            job = next(free, waiting[0] if waiting else None)  # at last one that another process runs, to wait for it
+            job = next(free, waiting[0] if waiting else None)  # at last one that another process runs
             if job is not None and self.store.find(job.name) is None:
                 checked = checked or self._check_needs(names)
                 executor.start(job)
                 continue
-            job, result = executor.next_finished() if job is None else (job, self.perform(job))
+            try:
+                job, result = executor.next_finished() if job is None else (job, self.perform(job))
+            except Timeout:  # another process runs it, or took it at the same moment
+                time.sleep(AGAIN)
+                continue
             self.finish(job, result)
             scores, seconds = result["scores"]["all"], result.get("seconds")
             took = "" if seconds is None else f" ({seconds} s)"  # neither of a resumed run nor of the untouched model
@@ -183,16 +194,18 @@ class Comparison:
                 raise ConfigError(f"entries.{name}: {error}") from error
         return True
 
-    def perform(self, job: Job) -> Result:
-        """The finished job, run in this process unless it is stored already."""
+    def perform(self, job: Job, waits: bool = True) -> Result:
+        """The finished job, run in this process unless it is stored already. Where another process runs it, that is
+        waited for, or without ``waits`` a Timeout raised."""
         if isinstance(job, Untouched):
             config = self._untouched_config()
-            return self.store.get(job.name, self._wanted(job), lambda work: self.runner.untouched(config, "test"))
+            return self.store.get(
+                job.name, self._wanted(job), lambda work: self.runner.untouched(config, "test"), waits
+            )
         entry = self.study.entries[job.entry]
         part: Part = "validation" if job.stage == "tuning" else "test"
-        return self.store.get(
-            job.name, self._wanted(job), lambda work: self.runner.run(entry, job.learning_rate, job.seed, part, work)
-        )
+        run = partial(self.runner.run, entry, job.learning_rate, job.seed, part)
+        return self.store.get(job.name, self._wanted(job), run, waits)
 
     def stored(self, job: Job) -> Result | None:
         """A finished job; raises ConfigError if it was run with other settings than the study's."""

@@ -86,17 +86,18 @@ class TrialStore:
             line = packed_runs(self.folder).get(name)
         return None if line is None else _parse(line, self._place(name))
 
-    def get(self, name: str, config: dict[str, Any], run: Callable[[Path], Result]) -> Result:
+    def get(self, name: str, config: dict[str, Any], run: Callable[[Path], Result], waits: bool = True) -> Result:
         """The finished trial, or else ``run(work folder)``, stored. Where another process runs it, that is waited for.
 
         Raises:
             ConfigError: a trial of that name was run by another config.
+            Timeout: another process runs it, and ``waits`` is False.
         """
         result = self.finished(name, config)
         if result is None:
             lock = self._lock(name)
             lock.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(lock):
+            with FileLock(lock, blocking=waits):
                 result = self.finished(name, config) or self._run(name, run)
             lock.unlink(missing_ok=True)  # whoever waits for it, or makes a new one, finds the stored run
         return result

@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from smoa.errors import ConfigError
 from smoa_lab.config.run import RunConfig
+from smoa_lab.study import comparison
 from smoa_lab.study.comparison import Comparison, load_study, runner_of
 from smoa_lab.study.runner import ClassificationRunner, Runner
 from smoa_lab.study.search import Tuned, first_index, nearest_index, next_indices, rate, sweep_of
@@ -56,7 +58,9 @@ def test_a_search_is_what_the_study_as_it_is_asks_for(study: Study) -> None:
     assert (search.losses, search.learning_rate) == ({0.003: 2.2, 0.01: 2.0, 0.03: None}, 0.01)
 
 
-def test_two_drivers_share_a_study_and_run_no_job_twice(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def ran(study: Study, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """The thread and the name of each job that was run; nothing is trained."""
     ran: list[tuple[str, str]] = []
 
     def result(name: str, config: RunConfig) -> dict[str, Any]:
@@ -72,6 +76,11 @@ def test_two_drivers_share_a_study_and_run_no_job_twice(study: Study, monkeypatc
     monkeypatch.setattr(Runner, "check_needs", lambda self, entry: None)
     monkeypatch.setattr(Runner, "untouched", lambda self, config, part: result("untouched", config))
     monkeypatch.setattr(Runner, "run", run)
+    monkeypatch.setattr(comparison, "AGAIN", 0.005)
+    return ran
+
+
+def test_two_drivers_share_a_study_and_run_no_job_twice(study: Study, ran: list[tuple[str, str]]) -> None:
     drivers = [Thread(target=Comparison(study).run, name=name) for name in "ab"]
     for driver in drivers:
         driver.start()
@@ -80,6 +89,36 @@ def test_two_drivers_share_a_study_and_run_no_job_twice(study: Study, monkeypatc
     assert sorted(name for _, name in ran) == TrialStore(study.folder).names()
     assert {driver for driver, _ in ran} == {"a", "b"}
     assert sum(name.startswith("final/") for _, name in ran) == len(study.entries) * len(study.seeds)
+
+
+def test_a_driver_that_loses_a_job_to_another_one_takes_the_next(
+    study: Study, ran: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when both looked at the same moment, after the same job."""
+    mine = Comparison(study)
+    mine.run(["ours"])
+    ran.clear()
+    taken = mine.ready(["lora"])[0]
+    looked: list[str] = []
+    is_running = TrialStore.is_running
+
+    def a_moment_ago(store: TrialStore, name: str) -> bool:
+        looked.append(name)
+        return len(looked) > 1 and is_running(store, name)
+
+    monkeypatch.setattr(TrialStore, "is_running", a_moment_ago)
+    lock = mine.store.folder / "work" / "locks" / f"{taken.name.replace('/', '_')}.lock"
+    with FileLock(lock):
+        driver = Thread(target=mine.run, args=(["lora"],), daemon=True)
+        driver.start()
+        deadline = time.monotonic() + 30
+        while not ran and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert looked[0] == taken.name
+        assert taken.name not in [name for _, name in ran]
+        assert ran
+    driver.join(30)
+    assert taken.name in [name for _, name in ran]
 
 
 BEST = {"ours": 0.1, "lora": 0.01, "full": 0.0003}
