@@ -97,7 +97,7 @@ class TrialStore:
         if result is None:
             lock = self._lock(name)
             lock.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(lock, blocking=waits):
+            with FileLock(lock, timeout=-1 if waits else 0):
                 result = self.finished(name, config) or self._run(name, run)
             lock.unlink(missing_ok=True)  # whoever waits for it, or makes a new one, finds the stored run
         return result
