@@ -194,6 +194,10 @@ class SmoaConfig(PeftConfig):
         settings = json.dumps({name: getattr(self, name) for name in MEANING}, sort_keys=True)
         return hashlib.blake2b(settings.encode(), digest_size=16).hexdigest()
 
+    def renew_save_id(self) -> None:
+        """Forget the id of a file that the config was read from: these settings become another adapter's."""
+        self.save_id, self._is_without_id = None, False
+
     def made_with(self) -> dict[str, Any]:
         """Copies of the settings in `MADE_WITH`, as they are now; names of modules have no order."""
         values = {name: copy.copy(getattr(self, name)) for name in MADE_WITH}

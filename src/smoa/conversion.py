@@ -176,7 +176,8 @@ class LoraConversion:
         """Write `adapter_config.json` and `adapter_model.safetensors` together; PEFT loads them without smoa."""
         with new_files(Path(folder)) as temporary:
             self.config.save_pretrained(str(temporary))
-            tensors = {name: tensor.contiguous() for name, tensor in self.state.items()}
+            form = torch.contiguous_format  # tied tables share their memory, which safetensors refuses
+            tensors = {name: tensor.clone(memory_format=form) for name, tensor in self.state.items()}
             save_file(tensors, temporary / SAFETENSORS_WEIGHTS_NAME)
 
 

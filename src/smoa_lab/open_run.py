@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from textwrap import shorten
+from typing import Any
 
-from peft import PeftConfig
-from peft.utils import CONFIG_NAME
+from peft import PeftConfig, PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
 
 import smoa  # noqa: F401  (registers SMoA with PEFT)
 from smoa.atomic import recover
-from smoa.errors import ConfigError
+from smoa.errors import ConfigError, DataError, SmoaError
 from smoa.export.checkpoint import recorded_revision
 from smoa_lab.config.run import ModelSection, RunConfig, load_config
 from smoa_lab.data.rows import Template
@@ -97,6 +101,34 @@ def base_section(adapter: Path, base: str | None = None, trust_remote_code: bool
     revision = recorded_revision(adapter_config(adapter), name)
     options = {} if revision is None else {"revision": revision}
     return ModelSection(name=name, dtype="float32", trust_remote_code=trust_remote_code, options=options)
+
+
+def with_saved(base: PreTrainedModel, adapter: Path) -> Any:
+    """The base with the saved adapter of any method.
+
+    Raises:
+        DataError: the adapter does not fit the base, or its weights are missing or damaged.
+        SmoaError: a SMoA adapter is damaged in another way.
+    """
+    check_weights(adapter)
+    try:
+        return PeftModel.from_pretrained(base, str(adapter))
+    except SmoaError:
+        raise
+    except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise DataError(f"{adapter}: cannot be loaded into this base: {shorten(str(error), 300)}") from error
+
+
+def check_weights(adapter: Path) -> None:
+    """Raise DataError unless the adapter has its weights in a whole safetensors file: a pickle is not read."""
+    file = adapter / SAFETENSORS_WEIGHTS_NAME
+    try:
+        with safe_open(file, "pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise DataError(
+            f"{file}: is not a whole safetensors file ({error}); save or fetch the adapter again"
+        ) from error
 
 
 def adapter_config(adapter: Path) -> PeftConfig:

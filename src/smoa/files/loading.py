@@ -242,7 +242,13 @@ def _guarded(original: Callable[..., Any], source: str) -> Callable[..., Any]:
         with door(place, config, checks_nothing, **options) as file:
             if checks_nothing and file is not None:
                 given["adapter_state_dict"] = file.tensors
-            return original(*call.args, **call.kwargs)
+            known = {*loaded}
+            try:
+                return original(*call.args, **call.kwargs)
+            except AdapterFileError:
+                if isinstance(args[0], PeftModel) and (new := {*loaded} - known):
+                    args[0].delete_adapter(new.pop())  # its tensors were refused
+                raise
 
     load.__smoa_door__ = True  # type: ignore[attr-defined]
     return load

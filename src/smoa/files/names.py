@@ -104,8 +104,8 @@ def without_id(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def is_id(key: str) -> bool:
-    """Whether this is the name of the id."""
-    return key.removeprefix(PREFIX) == ID
+    """Whether this is the name of the id, from which PEFT takes an adapter's name, such as `model`, out."""
+    return key.rpartition(".")[2] == ID
 
 
 def id_in(tensors: Mapping[str, Tensor]) -> str | None:

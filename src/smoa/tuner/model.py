@@ -60,8 +60,10 @@ class SmoaModel(BaseTuner, StateDictHooks):
         twin = None if comes else self._twin_of(adapter_name)
         self._loads_labels = comes or twin is not None
         self._inject(model, adapter_name, *args, **kwargs)
+        config: Any = self.peft_config[adapter_name]
+        if not comes:
+            config.renew_save_id()
         if twin is not None:
-            config: Any = self.peft_config[adapter_name]
             for layer in adapter_layers(self.model, adapter_name).values():
                 if twin not in layer.pending_partition:  # as on the meta device
                     layer.share_partition(twin, adapter_name)
@@ -249,6 +251,7 @@ class SmoaModel(BaseTuner, StateDictHooks):
         layers = {n: layer for n, layer in smoa_layers(self.model).items() if {*adapters} & {*layer.smoa_A}}
         for name, layer in layers.items():
             check_layer(name, layer, adapters, config)
+        config.renew_save_id()
         self.peft_config[adapter_name] = config
         self._loads_labels = True  # they come from the parts
         self._inject(self.model, adapter_name)

@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from smoa.atomic import new_files
 from smoa.config import SmoaConfig
-from smoa.errors import AdapterFileError, ConfigError, MergeError, UnsupportedModuleError, nearest
+from smoa.errors import AdapterFileError, ConfigError, MergeError, UnsupportedModuleError, first_of, nearest
 from smoa.files.layers import Loaded, by_layer
 from smoa.files.loading import read_adapter
 from smoa.files.names import PREFIX, with_id, without_id
@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
     from smoa.tuner.batching import PoolManager
 
+SEQUENCE_FIRST = ("fsmt", "led", "longformer", "xlnet")
+"""Types of models that give layers inputs whose first dimension is the tokens."""
 ALIKE = 0.5
 """Share of coordinates in the same block above which two spectral adapters may be of one base, quantized or not."""
 
@@ -64,13 +66,15 @@ class AdapterPool:
 
     Args:
         base: The model. Its weights do not change, and outside `use` it computes as before.
-        slots: Most adapters to hold; None for any number. When full, the least recently used one is dropped.
+        slots: Most adapters to hold; None for any number. When full, the least recently used one is dropped, unless it
+            is new, or was trained since it was loaded or saved.
         folder: Holds a folder for each adapter, of its name, which is read when `use` names the adapter.
         dtype: Dtype of the factors; by default the first adapter's.
 
     Raises:
         MergeError: adapters are merged into the base.
-        UnsupportedModuleError: the base's weights are sharded, offloaded, or wrapped by PEFT.
+        UnsupportedModuleError: the base's weights are sharded, offloaded, or wrapped by PEFT, or its layers are given
+            the tokens as first dimension.
     """
 
     def __init__(
@@ -85,6 +89,10 @@ class AdapterPool:
             raise MergeError("AdapterPool: adapters are merged into the base; call unmerge_adapter first")
         if adapted or isinstance(base, PeftModel):
             raise UnsupportedModuleError("AdapterPool: takes a base model without PEFT; call model.unload() first")
+        if (kind := getattr(getattr(base, "config", None), "model_type", None)) in SEQUENCE_FIRST:
+            raise UnsupportedModuleError(
+                f"AdapterPool: {kind} gives its layers tokens first, not rows; load its adapters with PEFT"
+            )
         for name, parameter in base.named_parameters():
             if isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") or parameter.is_meta:
                 raise UnsupportedModuleError(f"AdapterPool: {name} is sharded or offloaded; load the base whole")
@@ -95,6 +103,7 @@ class AdapterPool:
         self._members: OrderedDict[str, Member] = OrderedDict()
         self._shelves: dict[Any, Shelf] = {}
         self._in_use: Counter[str] = Counter()
+        self._unsaved: set[str] = set()
         self._templates: dict[str, tuple[SmoaConfig, dict[str, Tensor]]] = {}
         self._hooked: dict[str, Any] = {}
         self._lock = threading.RLock()
@@ -158,6 +167,7 @@ class AdapterPool:
                 raise ConfigError(f"AdapterPool.unload: {name!r} is in use; wait for the batch to end")
             member = self._members.pop(name)
             member.shelf.free.append(member.slot)
+            self._unsaved.discard(name)
 
     def save(self, name: str, folder: str | Path) -> None:
         """Write an adapter as an ordinary PEFT folder, whole or not at all."""
@@ -168,6 +178,7 @@ class AdapterPool:
         with new_files(Path(folder)) as temporary:
             save_file(with_id(tensors, member.config), temporary / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
             member.config.save_pretrained(temporary)
+        self._unsaved.discard(name)
 
     def parameters(self) -> list[nn.Parameter]:
         """The stacked factors, to train all adapters at once. Add adapters before: the tensors then keep their size.
@@ -201,7 +212,7 @@ class AdapterPool:
                 raise ConfigError(f"AdapterPool.close: {used[0]!r} is in use; wait for the batch to end")
             for handle in self._hooked.values():
                 handle.remove()
-            for known in (self._hooked, self._members, self._shelves, self._templates):
+            for known in (self._hooked, self._members, self._shelves, self._templates, self._unsaved):
                 known.clear()
             self._trained = None
 
@@ -230,6 +241,8 @@ class AdapterPool:
         try:
             for name in wanted:
                 held[name] = self._hold(name)
+            if torch.is_grad_enabled():  # an optimizer has the factors of fixed shelves
+                self._unsaved |= {name for name, member in held.items() if member is not None and member.shelf.fixed}
             with self._computing(Batch([held.get(name) for name in names])):
                 yield
         finally:
@@ -421,6 +434,8 @@ class AdapterPool:
             for path, each in layers.items():
                 shelf.places[path].write(slot, each, fresh, config)
             self._members[name] = Member(config, shelf, slot)
+            if fresh:
+                self._unsaved.add(name)
             self._shelves = {key: each for key, each in self._shelves.items() if each.fixed or not each.is_empty}
 
     def _leaving_for(self, name: str) -> list[str]:
@@ -428,7 +443,12 @@ class AdapterPool:
         if name in self._members:
             return [name]
         surplus = 0 if self.slots is None else max(0, len(self._members) + 1 - self.slots)
-        idle = [other for other in self._members if not self._in_use[other]]
+        if len(saved := [other for other in self._members if other not in self._unsaved]) < surplus:
+            raise ConfigError(
+                f"AdapterPool: no slot for {name!r}, since {first_of(sorted(self._unsaved))} would be lost: new, or "
+                "trained since the last save; save or unload one, or raise slots"
+            )
+        idle = [other for other in saved if not self._in_use[other]]
         if len(idle) < surplus:
             raise NoSlotError(f"AdapterPool: all {self.slots} slots are in use; raise slots, or wait")
         return idle[:surplus]

@@ -14,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from smoa.atomic import check_place, write_whole
@@ -56,7 +57,8 @@ class RunFolder:
     def check(self, config_yaml: str) -> None:
         """Raise ConfigError if another process trains into the folder, or it contains a finished run, or checkpoints of
         another config, or files that are not of a run, or cannot be written. Nothing is left in it."""
-        check_place(self.config)
+        for file in (self.config, self.inputs, self.log, self.picture, self.samples, self.report, self.metrics):
+            check_place(file)
         self._check_foreign()
         if self.lock.is_file() and is_first_process():
             with self._locked():
@@ -140,21 +142,32 @@ class RunFolder:
     def _last_whole_checkpoint(self) -> str | None:
         """The latest checkpoint; one that a kill or a full disk left half-written is removed.
 
-        The Trainer writes ``trainer_state.json`` last, so where that is whole everything is.
+        The Trainer writes ``trainer_state.json`` last, so where that is whole everything was.
+
+        Raises:
+            ConfigError: a file that training goes on from was removed since then, or is damaged.
         """
         while checkpoint := get_last_checkpoint(str(self.path)):
             try:
                 json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-                return str(checkpoint)
             except (OSError, ValueError):
                 logging.getLogger(__name__).warning("%s is incomplete and is removed", checkpoint)
                 shutil.rmtree(checkpoint)
+                continue
+            # The Trainer would silently go on without its moments and schedule
+            damaged = [file for file in _state_files(Path(checkpoint)) if not zipfile.is_zipfile(file)]
+            if damaged:
+                raise ConfigError(
+                    f"{damaged[0]}: is missing or damaged, so training can't go on as it was (save_only_model leaves "
+                    "it out); put it back, or remove this checkpoint"
+                )
+            return str(checkpoint)
         return None
 
     def finish(self, metrics: dict[str, Any]) -> None:
         """Write the metrics, which marks the run finished, and remove its checkpoints."""
         write_whole(self.metrics, json_text(metrics) + "\n")
-        for checkpoint in self._checkpoints():
+        for checkpoint in filter(Path.is_dir, self._checkpoints()):
             shutil.rmtree(checkpoint)
 
     def _checkpoints(self) -> list[Path]:
@@ -209,6 +222,13 @@ class RunFolder:
             logger.removeHandler(handler)
             logger.setLevel(level)
             handler.close()
+
+
+def _state_files(checkpoint: Path) -> list[Path]:
+    """What PyTorch wrote beside the weights, if one process wrote it for all."""
+    is_split = any(checkpoint.glob("global_step*")) or any(checkpoint.glob("optimizer[_.][b0-9]*"))
+    needed = [] if is_split else [checkpoint / OPTIMIZER_NAME, checkpoint / SCHEDULER_NAME]
+    return [*needed, *checkpoint.glob("rng_state*.pth")]
 
 
 class _Cleaned(logging.Formatter):

@@ -56,6 +56,14 @@ def test_a_cut_is_the_best_approximation_of_its_rank(rank: int) -> None:
     )
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:Model has `tie_word_embeddings")
+def test_tables_that_are_tied_are_saved_apart(tmp_path: Path) -> None:
+    model = adapted("gpt2", target_modules=["wte"], ensure_weight_tying=True)
+    convert_to_lora(model, rank=32).save(tmp_path)
+    lora = PeftModel.from_pretrained(tiny_models.build("gpt2"), tmp_path).eval()
+    torch.testing.assert_close(logits(lora, "gpt2"), logits(model, "gpt2"), rtol=1e-3, atol=1e-4)
+
+
 def test_blockwise_the_same_cut_takes_a_share_of_the_numbers() -> None:
     layer = adapted_layer(base_layer(16, 12), r=8, num_blocks=4)
     assert spectrum_of(layer).converted("layer", 5, 5, 1).blockwise_parameters == 5 * (16 + 12) // 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import json
@@ -206,6 +207,19 @@ def test_a_refused_file_leaves_the_base_of_a_model_as_it_was(saved: PeftModel, t
         assert torch.equal(weight, before)
 
 
+def test_a_refused_adapter_is_not_left_in_the_model(saved: PeftModel, tmp_path: Path) -> None:
+    model = by_peft_model(tmp_path)
+    with_nan(tmp_path / "adapter")
+    with pytest.raises(AdapterFileError, match="NaN"):
+        model.load_adapter(str(tmp_path / "adapter"), "other")
+    assert list(model.peft_config) == ["default"]
+    assert not [name for name, _ in model.named_parameters() if "other" in name]
+    assert model.active_adapters == ["default"]
+    with pytest.raises(AdapterFileError, match="NaN"):
+        model.load_adapter(str(tmp_path / "adapter"), "default")
+    assert list(model.peft_config) == ["default"]
+
+
 @pytest.mark.parametrize("load", [by_peft_model, by_transformers])
 def test_a_config_that_breaks_a_rule_is_refused_with_its_file(
     load: Callable[[Path], nn.Module], saved: PeftModel, tmp_path: Path
@@ -346,6 +360,26 @@ def test_a_config_that_is_changed_and_saved_alone_still_belongs_to_its_weights(
     assert loaded.peft_config["default"].alpha == 64
     loaded.save_pretrained(folder)
     by_peft_model(tmp_path)
+
+
+def test_a_new_adapter_of_a_config_that_was_read_has_its_own_id(saved: PeftModel, tmp_path: Path) -> None:
+    read = SmoaConfig.from_pretrained(tmp_path / "adapter")
+    model = get_peft_model(
+        tiny_models.build("llama"), dataclasses.replace(read, alpha=160.0, base_model_name_or_path=None)
+    )
+    model.save_pretrained(tmp_path / "other")
+    loaded = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path / "adapter", "default")
+    loaded.base_model.add_weighted_adapter(["default"], [0.5], "sum")
+    loaded.save_pretrained(tmp_path, selected_adapters=["sum"])
+    assert len({id_of(tmp_path / name) for name in ("adapter", "other", "sum")}) == 3
+
+
+def test_an_adapter_may_be_called_as_a_part_of_the_names_of_tensors(tmp_path: Path) -> None:
+    """PEFT takes its name out of the id's."""
+    model = get_peft_model(tiny_models.build("llama"), SmoaConfig(**SETTINGS), adapter_name="model")
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path / "model")
+    assert torch.equal(tiny_models.logits(loaded), tiny_models.logits(model.eval()))
 
 
 @pytest.mark.parametrize("change", [{"r": 9}, {"alpha_pattern": {"q_proj": 5.0}}])

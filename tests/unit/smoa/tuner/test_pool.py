@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, XLNetConfig, XLNetLMHeadModel
 
 from smoa import AdapterPool, SmoaConfig, save_adapter
 from smoa.errors import AdapterFileError, ConfigError, MergeError, UnsupportedModuleError
@@ -114,6 +114,33 @@ def test_the_least_recently_used_adapter_leaves(folder: Path) -> None:
         pass
     pool.unload("anna")
     assert pool.names == ["ben"]
+
+
+def test_what_is_not_saved_never_leaves_by_itself(folder: Path, tmp_path: Path) -> None:
+    model = base()
+    pool = AdapterPool(model, slots=2, folder=folder)
+    pool.add("mine", config())
+    pool.load("ben", folder / "ben")
+    pool.load("emil", folder / "emil")
+    assert pool.names == ["mine", "emil"]
+    pool.parameters()
+    with pool.use(["emil", "mine"]):
+        model(input_ids=ids(2)).logits.sum().backward()
+    with pytest.raises(ConfigError, match=r"no slot for 'anna', since emil, mine would be lost: .*save or unload one"):
+        pool.load("anna", folder / "anna")
+    pool.save("emil", tmp_path / "emil")
+    pool.load("anna", folder / "anna")
+    assert pool.names == ["mine", "anna"]
+    pool.unload("mine")
+    pool.load("ben", folder / "ben")
+    pool.load("cleo", folder / "cleo")
+    assert pool.names == ["ben", "cleo"]
+
+
+def test_a_model_that_puts_tokens_first_is_refused() -> None:
+    settings = XLNetConfig(vocab_size=20, d_model=16, n_layer=1, n_head=2, d_inner=16)
+    with pytest.raises(UnsupportedModuleError, match="xlnet gives its layers tokens first"):
+        AdapterPool(XLNetLMHeadModel(settings))
 
 
 def test_the_tensors_of_adapters_that_left_are_freed(folder: Path) -> None:

@@ -34,11 +34,47 @@ def test_half_a_checkpoint_is_removed_and_the_whole_one_before_it_is_taken(tmp_p
     for step, state in ((2, "{}"), (3, '{"epoch": 1.'), (4, None)):
         checkpoint = tmp_path / f"checkpoint-{step}"
         checkpoint.mkdir()
-        (checkpoint / "optimizer.pt").touch()
+        write_state_files(checkpoint)
         if state is not None:
             (checkpoint / "trainer_state.json").write_text(state)
     assert RunFolder(tmp_path).start(SMOA) == str(tmp_path / "checkpoint-2")
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def write_state_files(checkpoint: Path) -> None:
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({}, checkpoint / name)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.parametrize("content", [None, b"", b"half"])
+def test_a_checkpoint_that_lost_its_state_is_refused_and_kept(name: str, content: bytes | None, tmp_path: Path) -> None:
+    run = interrupted(tmp_path / "run", None)
+    file = tmp_path / "run" / "checkpoint-2" / name
+    file.unlink()
+    if content is not None:
+        file.write_bytes(content)
+    elif name == "rng_state.pth":  # which PyTorch can do without
+        return
+    with pytest.raises(ConfigError, match=rf"checkpoint-2/{name}: is missing or damaged"):
+        run.start(run.config.read_text())
+    assert file.parent.is_dir()
+
+
+def test_a_checkpoint_of_several_processes_has_its_state_elsewhere(tmp_path: Path) -> None:
+    run = interrupted(tmp_path / "run", None)
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    for name in ("optimizer.pt", "scheduler.pt"):
+        (checkpoint / name).unlink()
+    (checkpoint / "optimizer_0").mkdir()
+    assert run.start(run.config.read_text()) == str(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["train.log", "samples.md", "loss_curve.png"])
+def test_a_folder_in_the_way_of_a_file_is_found_before_any_work(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(ConfigError, match=rf"{name}: cannot be written"):
+        RunFolder(tmp_path).check(SMOA)
 
 
 def test_an_unfinished_run_is_resumed_by_the_same_config_in_other_words(tmp_path: Path) -> None:
@@ -175,6 +211,7 @@ def interrupted(folder: Path, inputs: dict[str, str] | None, state: str = "{}") 
     folder.mkdir()
     run.start(f"method: smoa\ntraining: {{output_dir: {folder}}}\n", inputs)
     (folder / "checkpoint-2").mkdir()
+    write_state_files(folder / "checkpoint-2")
     (folder / "checkpoint-2" / "trainer_state.json").write_text(state)
     return run
 
