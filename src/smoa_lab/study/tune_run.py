@@ -38,7 +38,7 @@ def tune_run(config: RunConfig, max_runs: int = 6) -> Tuned:
     """
     config = with_rate(config)
     folder = config.folder.with_name(f"{config.folder.name}-tuning")
-    check_place(folder / "tuning")
+    check_place(folder / "untouched.json")
     start, seed = float(config.training.get("learning_rate", START)), int(config.training.get("seed", 42))
     if config.has_rows:
         return _tune_rows(config, TrialStore(folder), start, seed, max_runs)
