@@ -32,6 +32,7 @@ from smoa_lab.open_run import (
     adapter_of_run,
     base_name,
     base_section,
+    loading_adapter,
     open_run,
     run_name,
     trained_template,
@@ -182,15 +183,14 @@ class ChatModel:
         through = chat_template(self.tokenizer, self.own_template, folder, template)
         name, inner = free_name(run_name(folder), self.adapters.__contains__), f"chat{len(self.adapters)}"
         try:
-            if isinstance(self.model, PeftModel):
-                self.model.load_adapter(str(folder), inner)
-            else:
-                self.model = PeftModel.from_pretrained(self.model, str(folder), inner)
-        except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+            with loading_adapter(place):
+                if isinstance(self.model, PeftModel):
+                    self.model.load_adapter(str(folder), inner)
+                else:
+                    self.model = PeftModel.from_pretrained(self.model, str(folder), inner)
+        except SmoaError:
             self._remove(inner)
-            if isinstance(error, SmoaError):
-                raise
-            raise DataError(f"{place}: cannot be loaded: {error}") from error
+            raise
         self.adapters[name] = inner, through
         self.use(name)
 

@@ -17,7 +17,7 @@ from smoa.conversion import RankRule, UpdateSpectra
 from smoa.errors import ConfigError
 from smoa_lab.base_models import described_base, load_base_model
 from smoa_lab.config.run import load_config
-from smoa_lab.open_run import adapter_config, adapter_of_run, base_section, with_saved
+from smoa_lab.open_run import adapter_config, adapter_of_run, base_section, with_saved_adapter
 from smoa_lab.scoring.losses import Losses
 from smoa_lab.training.loaded_run import LoadedRun, load_run
 from smoa_lab.training.run_folder import RunFolder
@@ -90,7 +90,7 @@ class Converter:
 
     @contextmanager
     def _adapted(self, adapter: Path) -> Iterator[PeftModel]:
-        model = with_saved(self.base, adapter)
+        model = with_saved_adapter(self.base, adapter)
         model.eval()
         yield model
         self.base = model.unload()

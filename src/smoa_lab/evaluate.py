@@ -14,7 +14,7 @@ from smoa_lab.basics.plain import without_secrets
 from smoa_lab.config.run import RunConfig
 from smoa_lab.data.rows import question_values
 from smoa_lab.data.tasks import Selection
-from smoa_lab.open_run import with_saved
+from smoa_lab.open_run import with_saved_adapter
 from smoa_lab.scoring.generation import evaluate_by_generation
 from smoa_lab.training.loaded_run import load_run
 from smoa_lab.training.run_folder import provenance
@@ -47,7 +47,7 @@ def evaluate_run(
     run = load_run(config)
     if not config.training.get("use_cpu"):
         to_device(run.base)
-    model: Any = run.base if adapter is None else with_saved(run.base, adapter)
+    model: Any = run.base if adapter is None else with_saved_adapter(run.base, adapter)
     logger.info("Scoring held-out data by %s", protocol)
     result: dict[str, Any] = {
         "format": 1,

@@ -20,7 +20,7 @@ from smoa.layers.layer import SmoaLayer
 from smoa.maths.blocks import Blocks
 from smoa.maths.spectrum import spectral_scores
 from smoa_lab.base_models import load_base_model
-from smoa_lab.open_run import adapter_of_run, base_section, with_saved
+from smoa_lab.open_run import adapter_of_run, base_section, with_saved_adapter
 from smoa_lab.pages.tables import Cell, Table
 
 TOO_FAR = {"relative_update": 0.06, "relative_spectral_norm": 0.2}
@@ -81,7 +81,7 @@ def inspect_layers(adapter: str | Path, base: str | None = None, trust_remote_co
     """
     source = adapter_of_run(adapter)
     model, _ = load_base_model(base_section(source, base, trust_remote_code))
-    adapted = with_saved(model, source)
+    adapted = with_saved_adapter(model, source)
     method = adapted.active_peft_config.peft_type.value.lower()
     layers = list(adapted_layers(adapted.base_model.model))
     if not layers:

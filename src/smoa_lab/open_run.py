@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -103,7 +105,7 @@ def base_section(adapter: Path, base: str | None = None, trust_remote_code: bool
     return ModelSection(name=name, dtype="float32", trust_remote_code=trust_remote_code, options=options)
 
 
-def with_saved(base: PreTrainedModel, adapter: Path) -> Any:
+def with_saved_adapter(base: PreTrainedModel, adapter: Path) -> Any:
     """The base with the saved adapter of any method.
 
     Raises:
@@ -111,12 +113,19 @@ def with_saved(base: PreTrainedModel, adapter: Path) -> Any:
         SmoaError: a SMoA adapter is damaged in another way.
     """
     check_weights(adapter)
-    try:
+    with loading_adapter(adapter):
         return PeftModel.from_pretrained(base, str(adapter))
+
+
+@contextmanager
+def loading_adapter(place: str | Path) -> Iterator[None]:
+    """Raise DataError for whatever PEFT and PyTorch raise where an adapter does not fit its base."""
+    try:
+        yield
     except SmoaError:
         raise
     except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise DataError(f"{adapter}: cannot be loaded into this base: {shorten(str(error), 300)}") from error
+        raise DataError(f"{place}: cannot be loaded into this base: {shorten(str(error), 300)}") from error
 
 
 def check_weights(adapter: Path) -> None:

@@ -25,7 +25,7 @@ from smoa.export.merge import layers_to_merge, untie, with_plain_weights
 from smoa_lab.base_models import load_base_model
 from smoa_lab.config.run import ModelSection
 from smoa_lab.data.general_text import STORY, passages
-from smoa_lab.open_run import adapter_config, adapter_of_run, base_section, check_weights, run_name, with_saved
+from smoa_lab.open_run import adapter_config, adapter_of_run, base_section, check_weights, run_name, with_saved_adapter
 
 PROMPTS, WORDS = 10, 24
 """How many prompts there are, and how long each is."""
@@ -104,7 +104,7 @@ def verify(
     before = _logits(model, ids)
     asks = "server" in kinds.values()
     answers = [_greedy(model, each, tokens)[0] for each in ids] if asks else []
-    adapted = with_saved(model, source).eval()
+    adapted = with_saved_adapter(model, source).eval()
     own = _logits(adapted, ids)
     quantized = getattr(model, "hf_quantizer", None) is not None
     computed = "bfloat16" if quantized else section.dtype  # as its kernels do
@@ -136,14 +136,14 @@ def verify(
                 raise MergeError(f"--against merged: PEFT can't merge {method} here: {error}") from error
             found[target] = compared(target, _logits(adapted, ids))
         elif kind == "adapter":
-            adapted = with_saved(adapted.unload(), Path(target))
+            adapted = with_saved_adapter(adapted.unload(), Path(target))
             found[target] = compared(target, _logits(adapted, ids))
-            adapted = with_saved(adapted.unload(), source)
+            adapted = with_saved_adapter(adapted.unload(), source)
     del model, adapted
     if quantized and "model" in kinds.values():  # kernels may round inputs to 8 bits; a merge takes the weights alone
         plain = with_plain_weights(load_base_model(section)[0])
         resize_as_saved(plain, source)
-        own, computed = _logits(with_saved(plain, source), ids), "float32"
+        own, computed = _logits(with_saved_adapter(plain, source), ids), "float32"
         del plain
     for target in (target for target, kind in kinds.items() if kind == "model"):
         saved, _ = load_base_model(ModelSection(name=target, trust_remote_code=trust_remote_code, dtype="float32"))

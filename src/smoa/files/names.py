@@ -104,7 +104,7 @@ def without_id(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def is_id(key: str) -> bool:
-    """Whether this is the name of the id, from which PEFT takes an adapter's name, such as `model`, out."""
+    """Whether this is the name of the id, also where PEFT took an adapter's name, such as `model`, out of it."""
     return key.rpartition(".")[2] == ID
 
 

@@ -103,7 +103,6 @@ class AdapterPool:
         self._members: OrderedDict[str, Member] = OrderedDict()
         self._shelves: dict[Any, Shelf] = {}
         self._in_use: Counter[str] = Counter()
-        self._unsaved: set[str] = set()
         self._templates: dict[str, tuple[SmoaConfig, dict[str, Tensor]]] = {}
         self._hooked: dict[str, Any] = {}
         self._lock = threading.RLock()
@@ -167,7 +166,6 @@ class AdapterPool:
                 raise ConfigError(f"AdapterPool.unload: {name!r} is in use; wait for the batch to end")
             member = self._members.pop(name)
             member.shelf.free.append(member.slot)
-            self._unsaved.discard(name)
 
     def save(self, name: str, folder: str | Path) -> None:
         """Write an adapter as an ordinary PEFT folder, whole or not at all."""
@@ -178,7 +176,7 @@ class AdapterPool:
         with new_files(Path(folder)) as temporary:
             save_file(with_id(tensors, member.config), temporary / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
             member.config.save_pretrained(temporary)
-        self._unsaved.discard(name)
+        member.is_saved = True
 
     def parameters(self) -> list[nn.Parameter]:
         """The stacked factors, to train all adapters at once. Add adapters before: the tensors then keep their size.
@@ -212,7 +210,7 @@ class AdapterPool:
                 raise ConfigError(f"AdapterPool.close: {used[0]!r} is in use; wait for the batch to end")
             for handle in self._hooked.values():
                 handle.remove()
-            for known in (self._hooked, self._members, self._shelves, self._templates, self._unsaved):
+            for known in (self._hooked, self._members, self._shelves, self._templates):
                 known.clear()
             self._trained = None
 
@@ -241,8 +239,10 @@ class AdapterPool:
         try:
             for name in wanted:
                 held[name] = self._hold(name)
-            if torch.is_grad_enabled():  # an optimizer has the factors of fixed shelves
-                self._unsaved |= {name for name, member in held.items() if member is not None and member.shelf.fixed}
+            if torch.is_grad_enabled():
+                for member in held.values():
+                    if member is not None and member.shelf.fixed:  # an optimizer has its factors
+                        member.is_saved = False
             with self._computing(Batch([held.get(name) for name in names])):
                 yield
         finally:
@@ -433,9 +433,7 @@ class AdapterPool:
             slot = shelf.take(self.slots)
             for path, each in layers.items():
                 shelf.places[path].write(slot, each, fresh, config)
-            self._members[name] = Member(config, shelf, slot)
-            if fresh:
-                self._unsaved.add(name)
+            self._members[name] = Member(config, shelf, slot, is_saved=not fresh)
             self._shelves = {key: each for key, each in self._shelves.items() if each.fixed or not each.is_empty}
 
     def _leaving_for(self, name: str) -> list[str]:
@@ -443,10 +441,11 @@ class AdapterPool:
         if name in self._members:
             return [name]
         surplus = 0 if self.slots is None else max(0, len(self._members) + 1 - self.slots)
-        if len(saved := [other for other in self._members if other not in self._unsaved]) < surplus:
+        saved = [other for other, member in self._members.items() if member.is_saved]
+        if len(saved) < surplus:
             raise ConfigError(
-                f"AdapterPool: no slot for {name!r}, since {first_of(sorted(self._unsaved))} would be lost: new, or "
-                "trained since the last save; save or unload one, or raise slots"
+                f"AdapterPool: no slot for {name!r}, since {first_of(sorted({*self._members} - {*saved}))} would be "
+                "lost: new, or trained since the last save; save or unload one, or raise slots"
             )
         idle = [other for other in saved if not self._in_use[other]]
         if len(idle) < surplus:

@@ -128,13 +128,15 @@ class Shelf:
         return self.free.pop()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Member:
     """An adapter that is loaded; no two ever have the same ``number``."""
 
     config: SmoaConfig
     shelf: Shelf
     slot: int
+    is_saved: bool
+    """Whether a folder has it as it is: it was not made here, nor trained since it was loaded or saved."""
     number: int = field(default_factory=new_number)
 
 

@@ -22,8 +22,8 @@ from smoa_lab.study.study import Study
 from smoa_lab.study.trials import Job, Result, Trial, TrialStore, Untouched
 
 logger = logging.getLogger(__name__)
-AGAIN = 1.0
-"""Seconds after which a process that finds no free job looks again."""
+POLL_SECONDS = 1.0
+"""How long a process that finds no free job waits before it looks again."""
 
 
 def runner_of(study: Study) -> Runner:
@@ -119,7 +119,7 @@ class Comparison:
             try:
                 job, result = executor.next_finished() if job is None else (job, self.perform(job))
             except Timeout:  # another process runs it, or took it at the same moment
-                time.sleep(AGAIN)
+                time.sleep(POLL_SECONDS)
                 continue
             self.finish(job, result)
             scores, seconds = result["scores"]["all"], result.get("seconds")

@@ -225,8 +225,8 @@ class RunFolder:
 
 
 def _state_files(checkpoint: Path) -> list[Path]:
-    """What PyTorch wrote beside the weights, if one process wrote it for all."""
-    is_split = any(checkpoint.glob("global_step*")) or any(checkpoint.glob("optimizer[_.][b0-9]*"))
+    """What PyTorch wrote beside the weights. DeepSpeed and FSDP keep the optimizer in a place of their own."""
+    is_split = any(any(checkpoint.glob(name)) for name in ("global_step*", "optimizer_*", "optimizer.bin"))
     needed = [] if is_split else [checkpoint / OPTIMIZER_NAME, checkpoint / SCHEDULER_NAME]
     return [*needed, *checkpoint.glob("rng_state*.pth")]
 

@@ -10,7 +10,7 @@ from smoa import SmoaConfig
 from smoa.atomic import SAVE
 from smoa.errors import ConfigError, DataError
 from smoa_lab.config.run import ModelSection
-from smoa_lab.open_run import adapter_of_run, base_name, base_section, open_run, run_name, with_saved
+from smoa_lab.open_run import adapter_of_run, base_name, base_section, open_run, run_name, with_saved_adapter
 from smoa_lab.training.run_folder import RunFolder
 from tests.support import tiny_models
 
@@ -69,13 +69,13 @@ def test_a_half_written_config_of_an_adapter_is_one_error(tmp_path: Path) -> Non
 def test_weights_that_are_damaged_or_of_another_base_are_one_error(method: str, tmp_path: Path) -> None:
     config = SmoaConfig(target_modules=["q_proj"]) if method == "smoa" else LoraConfig(target_modules=["q_proj"])
     get_peft_model(tiny_models.build("llama"), config).save_pretrained(tmp_path)
-    assert isinstance(with_saved(tiny_models.build("llama"), tmp_path), PeftModel)
+    assert isinstance(with_saved_adapter(tiny_models.build("llama"), tmp_path), PeftModel)
     with pytest.raises(DataError, match=r"cannot be loaded into this base: .*q_proj"):
-        with_saved(tiny_models.build("gpt2"), tmp_path)
+        with_saved_adapter(tiny_models.build("gpt2"), tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:99])
     with pytest.raises(DataError, match=r"adapter_model\.safetensors: is not a whole safetensors file"):
-        with_saved(tiny_models.build("llama"), tmp_path)
+        with_saved_adapter(tiny_models.build("llama"), tmp_path)
     file.rename(tmp_path / "adapter_model.bin")
     with pytest.raises(DataError, match="is not a whole safetensors file"):
-        with_saved(tiny_models.build("llama"), tmp_path)
+        with_saved_adapter(tiny_models.build("llama"), tmp_path)

@@ -76,7 +76,7 @@ def ran(study: Study, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     monkeypatch.setattr(Runner, "check_needs", lambda self, entry: None)
     monkeypatch.setattr(Runner, "untouched", lambda self, config, part: result("untouched", config))
     monkeypatch.setattr(Runner, "run", run)
-    monkeypatch.setattr(comparison, "AGAIN", 0.005)
+    monkeypatch.setattr(comparison, "POLL_SECONDS", 0.005)
     return ran
 
 

@@ -41,11 +41,6 @@ def test_half_a_checkpoint_is_removed_and_the_whole_one_before_it_is_taken(tmp_p
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
-def write_state_files(checkpoint: Path) -> None:
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-        torch.save({}, checkpoint / name)
-
-
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 @pytest.mark.parametrize("content", [None, b"", b"half"])
 def test_a_checkpoint_that_lost_its_state_is_refused_and_kept(name: str, content: bytes | None, tmp_path: Path) -> None:
@@ -54,7 +49,8 @@ def test_a_checkpoint_that_lost_its_state_is_refused_and_kept(name: str, content
     file.unlink()
     if content is not None:
         file.write_bytes(content)
-    elif name == "rng_state.pth":  # which PyTorch can do without
+    elif name == "rng_state.pth":  # which the Trainer can do without
+        assert run.start(run.config.read_text()) == str(file.parent)
         return
     with pytest.raises(ConfigError, match=rf"checkpoint-2/{name}: is missing or damaged"):
         run.start(run.config.read_text())
@@ -203,6 +199,12 @@ def test_the_commit_of_a_repository_that_only_surrounds_smoa_is_not_taken_for_it
     monkeypatch.setattr(run_folder, "__file__", str(own))
     assert len(run_folder._git_state()["commit"]) == 40
     assert run_folder._git_state()["dirty"] is False
+
+
+def write_state_files(checkpoint: Path) -> None:
+    """What the Trainer writes beside the weights."""
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({}, checkpoint / name)
 
 
 def interrupted(folder: Path, inputs: dict[str, str] | None, state: str = "{}") -> RunFolder:
