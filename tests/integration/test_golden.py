@@ -1,0 +1,101 @@
+"""What commit 1eaf65e9 made: its adapters load and say the same, its rows become the same tokens, its runs learn the
+same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+import smoa  # noqa: F401 - registers the method
+from smoa_lab.config.run import check_config
+from smoa_lab.data.encoding import Encoder, Tokens
+from smoa_lab.data.formats import recognize, shape
+from smoa_lab.training.train_run import train
+from tests.support import golden
+from tests.support.own_rows import MARKED, PLAIN, tokenizer_with, write_rows
+
+SAID = load_file(golden.GOLDEN / "outputs.safetensors")
+BASES: dict[str, str] = json.loads((golden.GOLDEN / "bases.json").read_text())
+LOSSES: dict[str, Any] = json.loads((golden.GOLDEN / "losses.json").read_text())
+FORMATS = ("messages", "prompt", "preference", "alpaca", "sharegpt", "text")
+ENCODERS: dict[str, dict[str, Any]] = {
+    "": {"max_length": 1024},
+    " whole": {"max_length": 1024, "assistant_only": False, "completion_only": False},
+    " cut": {"max_length": 48},
+}
+
+
+@pytest.mark.filterwarnings("ignore:num_blocks=10 is larger:UserWarning")
+@pytest.mark.parametrize("name", sorted(path.name for path in (golden.GOLDEN / "adapters").iterdir()))
+def test_a_saved_adapter_loads_and_says_what_it_said(name: str) -> None:
+    base = BASES[name]
+    torch.testing.assert_close(golden.output(golden.base(base), base), SAID[f"base:{base}"], rtol=1e-4, atol=1e-4)
+    model = PeftModel.from_pretrained(golden.base(base), str(golden.GOLDEN / "adapters" / name)).eval()
+    said = golden.output(model, base)
+    torch.testing.assert_close(said, SAID[name], rtol=1e-4, atol=1e-4)
+    assert (said - SAID[f"base:{base}"]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("template", ["plain", "marked"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_rows_become_the_same_tokens(format: str, template: str) -> None:
+    tokenizer = tokenizer_with({"plain": PLAIN, "marked": MARKED}[template])
+    rows = [shape(row, recognize(row)) for row in golden.rows(format)]
+    expected = golden.tokens()
+    for way, settings in ENCODERS.items():
+        encoder = Encoder(tokenizer, **settings)
+        assert [_plain(encoder.encode(row)) for row in rows] == expected[f"{format} {template}{way}"]
+        if format == "preference" and not way:
+            worse = [_plain(encoder.encode(row, rejected=True)) for row in rows]
+            assert worse == expected[f"{format} {template} rejected"]
+
+
+def _plain(tokens: Tokens) -> list[list[int]]:
+    return [tokens.input_ids, tokens.labels]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_run_learns_as_it_did(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
+    known, threads = LOSSES[name], torch.get_num_threads()
+    settings, format = known["config"], known["config"]["format"]
+    rows = golden.rows(format, 64)
+    parts = {"train": rows[:48], "test": rows[48:]}
+    files = {part: str(write_rows(tmp_path / f"{part}.jsonl", own)) for part, own in parts.items()}
+    data: dict[str, Any] = {**files, "samples": 0}
+    if format == "questions":
+        columns = {"prompt": "prompt", "choices": "choices", "label": "label", "context": "context"}
+        data = {"tasks": ["own"], "files": {"own": {**files, "columns": columns}}, "validation_part": 0.0}
+    training = {
+        "output_dir": str(tmp_path / "run"),
+        "use_cpu": True,
+        "max_steps": 10,
+        "logging_steps": 1,
+        "seed": 0,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.01,
+        "save_strategy": "no",
+    }
+    config = {
+        "model": {"name": str(golden.language_model(tmp_path / "base")), "dtype": "float32"},
+        "method": settings["method"],
+        "adapter": {**settings["adapter"], "target_modules": "all-linear"},
+        "data": data,
+        "forgetting": {"tokens": 512},
+        "training": training,
+    }
+    torch.set_num_threads(1)
+    try:
+        metrics = train(check_config(config | ({"task": {"samples": 0}} if format == "questions" else {})))
+    finally:
+        torch.set_num_threads(threads)
+    losses = [entry["loss"] for entry in metrics["history"] if "loss" in entry]
+    assert losses == pytest.approx(known["losses"], rel=1e-3)
+    for when in ("before", "after"):
+        assert metrics["forgetting"][when] == pytest.approx(known["forgetting"][when], rel=1e-3)
