@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import smoa
-from smoa.files.names import without_id
 from smoa.layers.layer import SmoaLayer
 from tests.support import tiny_models
 
@@ -33,7 +32,7 @@ def state(model: PeftModel) -> dict[str, Tensor]:
     """What is saved, every layer's ΔW, and the logits."""
     deltas = {f"delta {n}": m.delta("default") for n, m in model.named_modules() if isinstance(m, SmoaLayer)}
     logits = model(**tiny_models.batch("llama")).logits
-    found = {**without_id(get_peft_model_state_dict(model)), **deltas, "logits": logits}
+    found = {**get_peft_model_state_dict(model), **deltas, "logits": logits}
     return {name: tensor.detach().contiguous() for name, tensor in found.items()}
 
 

@@ -93,10 +93,6 @@ EDITS = {
         'sd_before = {k: v for k, v in sd_before.items() if "layers.5.self_attn.q_proj" not in k}'
     ),
     'del sd_before["model.decoder.layers.5.self_attn.q_proj.smoa_B.weight"]': "pass",
-    # the id of a save, which belongs to no layer
-    """for key in sd:
-            # assert that the adapter_name""": """for key in [k for k in sd if "save_id" not in k]:
-            # assert that the adapter_name""",
 }
 """Text in PEFT's tests, and what it becomes where SMoA has other words or more tensors."""
 REFUSED = "a documented refusal: "

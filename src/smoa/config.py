@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import math
 import os
 import re
@@ -32,13 +30,10 @@ from smoa.maths.spectrum import PartitionKind
 Bias = Literal["none", "all", "smoa_only"]
 Shape = tuple[int, int]
 """(out_features, in_features) of a weight."""
-MEANING = (
+MADE_WITH = (
     *("r", "num_blocks", "num_blocks_pattern", "block_ranks", "rank_pattern"),
     *("alpha", "alpha_pattern", "use_rslora", "scale", "modulation"),
-)
-"""Settings without which saved tensors can't be read: with others they give another ΔW."""
-MADE_WITH = (
-    *(*MEANING, "partition", "expert_partition", "target_modules", "target_parameters", "exclude_modules"),
+    *("partition", "expert_partition", "target_modules", "target_parameters", "exclude_modules"),
     *("layers_to_transform", "layers_pattern"),
 )
 """Settings that decide which layers get an adapter, and what it is there."""
@@ -89,8 +84,6 @@ class SmoaConfig(PeftConfig):
             it is tied to, all of them get one adapter, and a merge leaves them tied.
         lora_alpha: LoRA's name for alpha.
         lora_dropout: LoRA's name for smoa_dropout.
-        save_id: A digest of the settings that give the saved tensors their meaning, written into both files at each
-            save, to refuse a config and weights that don't belong together. A config read from a file keeps its id.
 
     Raises:
         ConfigError: at least one rule is broken; the message lists all of them.
@@ -120,13 +113,12 @@ class SmoaConfig(PeftConfig):
     fan_in_fan_out: bool = False
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     ensure_weight_tying: bool = False
-    save_id: str | None = None
 
     lora_alpha: InitVar[float | None] = None
     lora_dropout: InitVar[float | None] = None
+    save_id: InitVar[object] = None  # older files have one
 
-    def __post_init__(self, lora_alpha: float | None, lora_dropout: float | None) -> None:
-        from_file = self.peft_version is not None  # PEFT writes it; nobody gives it by hand
+    def __post_init__(self, lora_alpha: float | None, lora_dropout: float | None, save_id: object) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]  # PEFT leaves it without types
         self.peft_type = PeftType("SMOA")
         self.scale = DEFAULT_SCALE if self.scale is None else self.scale
@@ -137,7 +129,6 @@ class SmoaConfig(PeftConfig):
         problems += config_problems(self)
         if problems:
             raise ConfigError("SmoaConfig: " + "; ".join(problems))
-        self._is_without_id = from_file and self.save_id is None
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list) else value)
@@ -179,24 +170,6 @@ class SmoaConfig(PeftConfig):
             super(SmoaConfig, saved).save_pretrained(room, **kwargs)
             write_whole(Path(save_directory, CONFIG_NAME), Path(room, CONFIG_NAME).read_bytes())
         drop_save(Path(save_directory))  # this one is newer, and PEFT has written its weights
-
-    def to_dict(self) -> dict[str, Any]:
-        """All settings as `adapter_config.json` has them, with the `save_id` that it would get."""
-        return {**super().to_dict(), "save_id": self.make_save_id()}
-
-    def make_save_id(self) -> str | None:
-        """The `save_id` of files that are saved with these settings: 32 hexadecimal digits.
-
-        A config that was read from a file keeps its id, or has none, so that it can be changed and saved alone.
-        """
-        if self.save_id is not None or self._is_without_id:
-            return self.save_id
-        settings = json.dumps({name: getattr(self, name) for name in MEANING}, sort_keys=True)
-        return hashlib.blake2b(settings.encode(), digest_size=16).hexdigest()
-
-    def renew_save_id(self) -> None:
-        """Forget the id of a file that the config was read from: these settings become another adapter's."""
-        self.save_id, self._is_without_id = None, False
 
     def made_with(self) -> dict[str, Any]:
         """Copies of the settings in `MADE_WITH`, as they are now; names of modules have no order."""

@@ -107,20 +107,12 @@ def _edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -
     save_file({key: tensor.contiguous().clone() for key, tensor in tensors.items()}, folder / WEIGHTS)
 
 
-def _delete_id(folder: Path) -> None:
-    config = json.loads((folder / CONFIG).read_text())
-    config.pop("save_id", None)
-    (folder / CONFIG).write_text(json.dumps(config))
-
-
 def tensor_missing(rng: random.Random, folder: Path, corpus: Corpus) -> None:
-    _delete_id(folder)
     _edit_tensors(folder, lambda tensors: [tensors.pop(key) for key in rng.sample(sorted(tensors), rng.randint(1, 3))])
 
 
 def tensor_extra(rng: random.Random, folder: Path, corpus: Corpus) -> None:
     """Also those of the base, which would be written over it."""
-    _delete_id(folder)
     names = ["up.base_layer.weight", "down.base_layer.bias", "up.lora_A.weight", "left.smoa_A.weight", "head.weight"]
     names += ["up.smoa_C.weight", "up.weight", "head.original_module.weight", "up.smoa_A.other.weight"]
     shape = rng.choice([(10, 12), (12,), (4, 6), (3, 12)])
@@ -128,7 +120,6 @@ def tensor_extra(rng: random.Random, folder: Path, corpus: Corpus) -> None:
 
 
 def tensor_shape(rng: random.Random, folder: Path, corpus: Corpus) -> None:
-    _delete_id(folder)
 
     def change(tensors: dict[str, Tensor]) -> None:
         key = rng.choice(sorted(tensors))
@@ -141,7 +132,6 @@ def tensor_shape(rng: random.Random, folder: Path, corpus: Corpus) -> None:
 
 
 def tensor_dtype(rng: random.Random, folder: Path, corpus: Corpus) -> None:
-    _delete_id(folder)
     dtypes = [torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.bool, torch.float8_e4m3fn, torch.int8]
 
     def change(tensors: dict[str, Tensor]) -> None:
@@ -153,7 +143,6 @@ def tensor_dtype(rng: random.Random, folder: Path, corpus: Corpus) -> None:
 
 def tensor_values(rng: random.Random, folder: Path, corpus: Corpus) -> None:
     """NaN, infinities, and what overflows when the factor is cast."""
-    _delete_id(folder)
 
     def change(tensors: dict[str, Tensor]) -> None:
         key = rng.choice(sorted(key for key, tensor in tensors.items() if tensor.is_floating_point()))
@@ -167,7 +156,6 @@ def tensor_values(rng: random.Random, folder: Path, corpus: Corpus) -> None:
 
 def labels(rng: random.Random, folder: Path, corpus: Corpus) -> None:
     """Beyond the last block, of the wrong sizes, swapped, all one."""
-    _delete_id(folder)
 
     def change(tensors: dict[str, Tensor]) -> None:
         found = sorted(key for key in tensors if key.endswith("_labels"))
@@ -190,8 +178,6 @@ VALUES: list[Any] = [
 
 def config_value(rng: random.Random, folder: Path, corpus: Corpus) -> None:
     """A value of a wrong type, range or meaning for one of the keys."""
-    if rng.random() < 0.8:
-        _delete_id(folder)
     config = json.loads((folder / CONFIG).read_text())
     config[rng.choice(sorted(config))] = rng.choice(VALUES)
     (folder / CONFIG).write_text(json.dumps(config))
@@ -199,8 +185,6 @@ def config_value(rng: random.Random, folder: Path, corpus: Corpus) -> None:
 
 def config_keys(rng: random.Random, folder: Path, corpus: Corpus) -> None:
     """Keys missing, unknown, or of Python's own."""
-    if rng.random() < 0.5:
-        _delete_id(folder)
     config = json.loads((folder / CONFIG).read_text())
     config.pop(rng.choice(sorted(config)))
     if rng.random() < 0.5:
@@ -217,11 +201,6 @@ def config_bomb(rng: random.Random, folder: Path, corpus: Corpus) -> None:
     bombs.append(json.dumps(config)[:-1] + f', "r": {"9" * 4000}}}')
     bombs.append(json.dumps(config)[:-1] + f', "alpha_pattern": {"[" * 900 + "]" * 900}}}')
     (folder / CONFIG).write_text(rng.choice(bombs))
-
-
-def config_without_id(rng: random.Random, folder: Path, corpus: Corpus) -> None:
-    """As before ids were written: to be loaded."""
-    _delete_id(folder)
 
 
 def nothing(rng: random.Random, folder: Path, corpus: Corpus) -> None:
@@ -292,7 +271,7 @@ MUTATIONS: dict[str, Mutation] = {
     for function in (
         *(truncated, longer, header_names, header_bomb, sparse),
         *(tensor_missing, tensor_extra, tensor_shape, tensor_dtype, tensor_values, labels),
-        *(config_value, config_keys, config_bomb, config_without_id, nothing),
+        *(config_value, config_keys, config_bomb, nothing),
         *(files_swapped, file_missing, pickled, linked, code_beside),
     )
 }

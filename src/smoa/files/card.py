@@ -31,7 +31,7 @@ AUTO_CLASSES = {
 BASE_TAG = "base_model:adapter:"
 """How the tag of an adapter's base starts."""
 
-NOT_SHOWN = ("base_model_name_or_path", "inference_mode", "revision", "save_id")
+NOT_SHOWN = ("base_model_name_or_path", "inference_mode", "revision")
 
 TEXT = """---
 {front_matter}

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 from smoa.atomic import recover
 from smoa.config import SmoaConfig
 from smoa.errors import AdapterFileError, ConfigError
-from smoa.files.names import id_in, is_id, without_id
+from smoa.files.names import without_id
 
 HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "repo_type")
 
@@ -44,13 +44,11 @@ class AdapterFile:
     Args:
         path: The file.
         largest_rank: The largest number of rows of any factor A, by the header.
-        save_id: The id in it, if any.
-        tensors: All tensors but the id, on the CPU, if they were read too.
+        tensors: All tensors, on the CPU, if they were read too.
     """
 
     path: Path
     largest_rank: int
-    save_id: str | None
     tensors: dict[str, Tensor] | None = None
 
     @classmethod
@@ -66,7 +64,7 @@ class AdapterFile:
             with safe_open(path, "pt") as file:
                 keys = list(file.keys())
                 shapes = [file.get_slice(key).get_shape() for key in keys if key.endswith(".smoa_A.weight")]
-                tensors = {key: file.get_tensor(key) for key in keys if read or is_id(key)}
+                tensors = {key: file.get_tensor(key) for key in keys} if read else None
         except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: torch can't map the file
             raise AdapterFileError(
                 f"{path}: is not a whole safetensors file ({error}); save or fetch it again"
@@ -74,7 +72,7 @@ class AdapterFile:
         if not shapes:
             raise AdapterFileError(f"{path}: has no smoa_A factor, so it does not belong to {CONFIG_NAME}")
         largest = max(shape[0] if shape else 0 for shape in shapes)
-        return cls(path, largest, id_in(tensors), without_id(tensors) if read else None)
+        return cls(path, largest, None if tensors is None else without_id(tensors))
 
     def check_rank(self, module: str, rank: int) -> None:
         """Raise AdapterFileError if the config gives a module a larger rank than any factor in the file has.
@@ -86,12 +84,6 @@ class AdapterFile:
                 f"{self.path.with_name(CONFIG_NAME)}: r or rank_pattern asks for rank {rank} in {module}, but the "
                 f"largest factor in {self.path.name} has {self.largest_rank} rows; they come from different adapters"
             )
-
-    def check_unchanged(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raise AdapterFileError if tensors that were read from the file later come from another save."""
-        save_id = id_in(tensors)
-        if save_id is not None and save_id != self.save_id:
-            raise AdapterFileError(f"{self.path}: another adapter was saved here during the load; load it again")
 
 
 def find_adapter(
@@ -109,7 +101,7 @@ def find_adapter(
         None if there is none or it belongs to another method. PEFT then loads it, or reports what is missing.
 
     Raises:
-        AdapterFileError: the weights are a pickle, are damaged, or come from another adapter than the config.
+        AdapterFileError: the weights are a pickle or are damaged.
     """
     saved = saved_config(_located(source, CONFIG_NAME, options))
     ours = saved.get("peft_type") == "SMOA" if config is None else isinstance(config, SmoaConfig)
@@ -124,13 +116,7 @@ def find_adapter(
                 f"save the adapter as {SAFETENSORS_WEIGHTS_NAME}"
             )
         return None
-    file = AdapterFile.opened(path, read)
-    if isinstance(saved.get("save_id"), str) and saved["save_id"] != file.save_id:
-        raise AdapterFileError(
-            f"{path}: comes from another adapter than {CONFIG_NAME}: their save_id differ; use two files of one save, "
-            f"or delete save_id from {CONFIG_NAME} if they do belong together"
-        )
-    return file
+    return AdapterFile.opened(path, read)
 
 
 def _located(source: str | os.PathLike[str], name: str, options: dict[str, Any]) -> Path | None:
@@ -153,7 +139,7 @@ def saved_config(path: Path | None) -> dict[str, Any]:
 
 
 def read_adapter(source: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """All tensors of the SMoA adapter in a folder or on the Hub, without the id.
+    """All tensors of the SMoA adapter in a folder or on the Hub.
 
     Raises:
         AdapterFileError: there is no SMoA adapter, or `find_adapter` refuses it.
@@ -183,7 +169,7 @@ def door(
     Without a source the adapter is not in files.
 
     Raises:
-        AdapterFileError: the weights are a pickle, are damaged, or come from another adapter than the config.
+        AdapterFileError: the weights are a pickle or are damaged.
         ConfigError: the config breaks a rule; the message names the file.
     """
     if source is None:

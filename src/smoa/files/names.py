@@ -1,8 +1,4 @@
-"""Names in a saved adapter: prefix, kinds of tensors, layers, and the id in both of its files.
-
-The id refuses a config and weights that don't belong together. It is a setting in `adapter_config.json` and a tensor of
-16 bytes in the weights, because PEFT, transformers and accelerate all write what `get_peft_model_state_dict` returns.
-"""
+"""Names in a saved adapter: prefix, kinds of tensors, layers."""
 
 from __future__ import annotations
 
@@ -16,7 +12,6 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from smoa.compat import BASE_PREFIX
-from smoa.config import SmoaConfig
 from smoa.layers.distributed import PARTITION, plain_name
 from smoa.layers.experts import ParamWrapper
 from smoa.layers.layer import SmoaLayer, smoa_layers
@@ -25,7 +20,6 @@ PREFIX = BASE_PREFIX
 """Prefix of every name in a saved adapter, and of the base model's names inside a PeftModel."""
 PARTS = ("smoa_A.weight", "smoa_B.weight", *PARTITION)
 """The tensors of every saved layer: A, B, row labels, column labels and block scales."""
-ID = "smoa_save_id"
 
 
 def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, SmoaLayer]:
@@ -89,27 +83,6 @@ def _has_table(module: Any, table: Tensor) -> bool:
     return torch.equal(weight, table.to(weight.device))
 
 
-def with_id(state_dict: dict[str, Tensor], config: SmoaConfig) -> dict[str, Tensor]:
-    """The tensors to save, with the id that the config writes too, if it has one."""
-    save_id = config.make_save_id()
-    if save_id is None:
-        return state_dict
-    prefix = PREFIX if any(key.startswith(PREFIX) for key in state_dict) else ""
-    return state_dict | {prefix + ID: torch.tensor(list(bytes.fromhex(save_id)), dtype=torch.uint8)}
-
-
-def without_id(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The saved tensors, without the id."""
-    return {key: tensor for key, tensor in state_dict.items() if not is_id(key)}
-
-
-def is_id(key: str) -> bool:
-    """Whether this is the name of the id, also where PEFT took an adapter's name, such as `model`, out of it."""
-    return key.rpartition(".")[2] == ID
-
-
-def id_in(tensors: Mapping[str, Tensor]) -> str | None:
-    """The id among saved tensors, as the config writes it; None if there is none or it is damaged."""
-    saved = next((tensor for key, tensor in tensors.items() if is_id(key)), None)
-    whole = saved is not None and saved.dtype == torch.uint8 and saved.shape == (16,)
-    return bytes(saved.tolist()).hex() if saved is not None and whole else None
+def without_id(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The saved tensors, without the id that older files have among them."""
+    return {key: tensor for key, tensor in state_dict.items() if key.rpartition(".")[2] != "smoa_save_id"}

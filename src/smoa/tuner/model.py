@@ -25,7 +25,6 @@ from smoa.files.names import (
     new_tables,
     parameter_names,
     renamed,
-    with_id,
     without_id,
 )
 from smoa.layers.distributed import plain_name, refuse_writing, with_plain_names
@@ -61,8 +60,6 @@ class SmoaModel(BaseTuner, StateDictHooks):
         self._loads_labels = comes or twin is not None
         self._inject(model, adapter_name, *args, **kwargs)
         config: Any = self.peft_config[adapter_name]
-        if not comes:
-            config.renew_save_id()
         if twin is not None:
             for layer in adapter_layers(self.model, adapter_name).values():
                 if twin not in layer.pending_partition:  # as on the meta device
@@ -190,15 +187,12 @@ class SmoaModel(BaseTuner, StateDictHooks):
             super()._get_adapter_state_dict(named, config, adapter_name, state_dict, unwanted_adapter_names)
         )
         check_gathered(selected)
-        return with_id(renamed(selected, parameter_names(named)), config)
+        return renamed(selected, parameter_names(named))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        file = incoming()
-        if file is not None:
-            file.check_unchanged(state_dict)
         named = with_plain_names(model)
         # A file may lack or have PEFT's prefix
         wrappers = {parameter: wrapper for wrapper, parameter in parameter_names(named).items()}
@@ -251,7 +245,6 @@ class SmoaModel(BaseTuner, StateDictHooks):
         layers = {n: layer for n, layer in smoa_layers(self.model).items() if {*adapters} & {*layer.smoa_A}}
         for name, layer in layers.items():
             check_layer(name, layer, adapters, config)
-        config.renew_save_id()
         self.peft_config[adapter_name] = config
         self._loads_labels = True  # they come from the parts
         self._inject(self.model, adapter_name)

@@ -28,7 +28,7 @@ from smoa.config import SmoaConfig
 from smoa.errors import AdapterFileError, ConfigError, MergeError, UnsupportedModuleError, first_of, nearest
 from smoa.files.layers import Loaded, by_layer
 from smoa.files.loading import read_adapter
-from smoa.files.names import PREFIX, with_id, without_id
+from smoa.files.names import PREFIX
 from smoa.layers.layer import as_matrix, in_autocast_dtype, smoa_layers
 from smoa.layers.linear import Linear
 from smoa.layers.quantized import dequantized, find_backend
@@ -147,7 +147,7 @@ class AdapterPool:
             own = copy.deepcopy(config)
             model = get_peft_model(self.base, own)
             try:
-                self._templates[settings] = own, without_id(get_peft_model_state_dict(model))
+                self._templates[settings] = own, get_peft_model_state_dict(model)
             finally:
                 model.unload()
         filled, tensors = self._templates[settings]
@@ -174,7 +174,7 @@ class AdapterPool:
             found = self._parts(member).items()
         tensors = {f"{PREFIX}{path}.{part}": tensor for path, parts in found for part, tensor in parts}
         with new_files(Path(folder)) as temporary:
-            save_file(with_id(tensors, member.config), temporary / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
+            save_file(tensors, temporary / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
             member.config.save_pretrained(temporary)
         member.is_saved = True
 

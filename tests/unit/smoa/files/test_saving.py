@@ -134,7 +134,7 @@ def test_a_loader_that_cannot_finish_a_killed_save_never_reads_weights_by_anothe
         if same_settings:
             assert torch.equal(delta(PeftModel.from_pretrained(base(), folder)), delta(new))
         else:
-            with pytest.raises(AdapterFileError, match="save_id"):
+            with pytest.raises(AdapterFileError, match=r"adapter_config\.json"):
                 PeftModel.from_pretrained(base(), folder)
     assert torch.equal(delta(PeftModel.from_pretrained(base(), folder)), delta(new))
 
@@ -298,25 +298,6 @@ def test_a_token_given_for_loading_is_not_saved(tmp_path: Path, old: PeftModel) 
     again = PeftModel.from_pretrained(base(), tmp_path / "first", token="hf_secret")
     again.save_pretrained(tmp_path / "second")
     assert all(b"hf_secret" not in file.read_bytes() for file in (tmp_path / "second").iterdir())
-
-
-def test_an_adapter_that_another_process_saves_during_a_load_is_not_mixed_with_it(
-    tmp_path: Path, old: PeftModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, other = tmp_path / "adapter", adapter(3, **OLD | {"alpha": 9.0})
-    save_adapter(old, folder)
-    read = SmoaConfig.from_pretrained.__func__
-
-    def meanwhile(*arguments: Any, **options: Any) -> SmoaConfig:
-        found: SmoaConfig = read(*arguments, **options)
-        save_adapter(other, folder)
-        return found
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SmoaConfig, "from_pretrained", classmethod(meanwhile))
-        with pytest.raises(AdapterFileError, match="another adapter was saved here during the load; load it again"):
-            PeftModel.from_pretrained(base(), folder)
-    assert torch.equal(loaded(folder), delta(other))
 
 
 def test_lives_of_an_adapter_leave_weights_and_memory_as_they_were() -> None:

@@ -120,10 +120,10 @@ def test_a_loaded_adapter_applies_the_same_formula_to_the_base_it_is_on(
         assert_close(layer.get_delta_weight("default"), expected, dtype=torch.float32)
 
 
-def test_the_file_holds_factors_labels_scales_and_an_id_and_nothing_else(tmp_path: Path) -> None:
+def test_the_file_holds_factors_labels_and_scales_and_nothing_else(tmp_path: Path) -> None:
     model = trained_llama()
     tensors = load_file(saved(model, tmp_path) / "adapter_model.safetensors")
-    expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"base_model.model.smoa_save_id": ((16,), torch.uint8)}
+    expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for name, layer in smoa_layers(model).items():
         A_shape, B_shape = reference.factor_shapes(layer.out_features, layer.in_features, 3, 5)
         expected[f"{PREFIX}{name}.smoa_A.weight"] = (A_shape, torch.float32)
@@ -132,7 +132,7 @@ def test_the_file_holds_factors_labels_scales_and_an_id_and_nothing_else(tmp_pat
         expected[f"{PREFIX}{name}.smoa_col_labels"] = ((layer.in_features,), torch.uint8)
         expected[f"{PREFIX}{name}.smoa_block_scale"] = ((3,), torch.float32)
     assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()} == expected
-    assert all(name.startswith("base_model.model.model.layers.") for name in tensors if "smoa_save_id" not in name)
+    assert all(name.startswith("base_model.model.model.layers.") for name in tensors)
 
 
 def test_an_adapter_made_from_a_saved_config_alone_decides_its_labels_before_it_is_saved(tmp_path: Path) -> None:
