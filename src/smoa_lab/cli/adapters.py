@@ -128,7 +128,6 @@ def verify(
 
 def inspect(
     adapters: Annotated[list[Path], typer.Argument(help="Folder of a run, or of an adapter; several side by side.")],
-    against: Annotated[list[Path] | None, typer.Option(hidden=True)] = None,
     base: Base = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with charts to this file.")] = None,
     layer: Annotated[
@@ -143,13 +142,9 @@ def inspect(
         from smoa.atomic import check_place
         from smoa_lab.inspect import inspect_layers, layer_table
 
-        if against:
-            typer.echo(
-                "--against is deprecated and will be removed in 0.4; name the adapters one after another", err=True
-            )
         if html is not None:
             check_place(html)
-        reports = {place: inspect_layers(place, base, trust_remote_code) for place in (*adapters, *(against or []))}
+        reports = {place: inspect_layers(place, base, trust_remote_code) for place in adapters}
         if html is not None:
             from smoa_lab.inspect_page import inspection_page
             from smoa_lab.open_run import run_name
@@ -204,9 +199,7 @@ def budget(
     ],
     targets: Annotated[
         str,
-        typer.Option(
-            "--target-modules", "--targets", help="Names of the layers to adapt, separated by commas, or all-linear."
-        ),
+        typer.Option("--target-modules", help="Names of the layers to adapt, separated by commas, or all-linear."),
     ] = "all-linear",
     method: Annotated[
         list[str] | None, typer.Option(help="Size this method instead; may be repeated. all: every one that runs take.")

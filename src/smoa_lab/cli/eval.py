@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -13,12 +13,7 @@ from smoa_lab.cli.console import AsJson, TrustRemoteCode, print_json, reporting
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run, or a config file for the untouched model.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Values to change, e.g. task.max_length=512.")] = None,
-    protocol: Annotated[
-        Literal["likelihood", "generation"], typer.Option(help="Likelihood of the answers, or generated text.")
-    ] = "likelihood",
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch when generating.")] = 16,
-    num_beams: Annotated[int, typer.Option(min=1, help="Beams when generating; 1 is greedy.")] = 1,
-    output: Annotated[Path | None, typer.Option(help="Write the result, with every text, to this JSON file.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")] = None,
     trust_remote_code: TrustRemoteCode = False,
     json: AsJson = False,
 ) -> None:
@@ -33,11 +28,11 @@ def evaluate(
         if output is not None:
             check_place(output, is_new=True)
         config, adapter = open_run(run, overrides, trust_remote_code)
-        result = evaluate_run(config, adapter, protocol, batch_size, num_beams)
+        result = evaluate_run(config, adapter)
         if json:
             print_json(result)
         else:
-            typer.echo(f"{result['adapter'] or config.model.name}, by {result['protocol']}")
+            typer.echo(result["adapter"] or config.model.name)
             score_table({"": result["scores"]}).without("training").print()
         if output is not None:  # last: whatever happens to the file, the scores are printed
             write_whole(output, json_text(result) + "\n")

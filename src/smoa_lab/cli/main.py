@@ -56,10 +56,4 @@ EXEC = "smoa exec lm_eval --model hf --model_args pretrained=google/gemma-3-270m
 for name, (function, example) in COMMANDS.items():
     app.command(name, epilog=f"Example: {example}")(function)
 app.command("exec", epilog=f"Example: {EXEC}", context_settings=adapters.EXEC_SETTINGS)(adapters.execute)
-app.command(
-    "run",
-    help="The earlier name of smoa exec; still works.",
-    hidden=True,
-    context_settings=adapters.EXEC_SETTINGS,
-)(adapters.execute)
 app.add_typer(data.app, name="data")

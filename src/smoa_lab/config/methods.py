@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -11,7 +9,6 @@ import peft
 from peft import PeftConfig
 from peft.config import PromptLearningConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tuners.lora.config import CordaConfig
 from pydantic import StringConstraints
 
 import smoa  # noqa: F401  (registers SMoA with PEFT)
@@ -24,36 +21,16 @@ MethodName = Annotated[str, StringConstraints(to_lower=True)]
 class Method:
     """``peft_type`` is PEFT's name of the method in lower case, ``preset`` the settings that the method's name decides.
 
-    ``full`` has no such name: all weights are trained. ``then`` is ``module:function`` of what PEFT does to the trained
-    adapter. ``loads`` is false if PEFT cannot load the saved adapter into the base model.
+    ``full`` has no such name: all weights are trained.
     """
 
     peft_type: str | None
     preset: dict[str, Any] = field(default_factory=dict)
-    then: str | None = None
-    loads: bool = True
 
     @property
     def config_class(self) -> type[PeftConfig] | None:
-        """The PEFT config class.
-
-        Raises:
-            ConfigError: the installed PEFT is too old to have it.
-        """
-        _ = self.after
+        """The PEFT config class."""
         return None if self.peft_type is None else _config_classes()[self.peft_type]
-
-    @property
-    def after(self) -> Callable[..., None] | None:
-        """What changes the trained model; raises ConfigError if the installed PEFT is too old to have it."""
-        if self.then is None:
-            return None
-        module, name = self.then.split(":")
-        try:
-            found: Callable[..., None] = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError):
-            raise ConfigError(f"method: {name} is not in PEFT {peft.__version__}; run: pip install -U peft") from None
-        return found
 
     @property
     def budget_key(self) -> str | None:
@@ -73,10 +50,6 @@ PRESETS: dict[str, Method] = {
     "rslora": Method("lora", {"use_rslora": True}),
     "dora": Method("lora", {"use_dora": True}),
     "pissa": Method("lora", {"init_lora_weights": "pissa"}),
-    "corda": Method(
-        "lora", {"init_lora_weights": "corda", "corda_config": CordaConfig(corda_method="kpm")}, loads=False
-    ),
-    "lora-reduced": Method("lora", then="peft.tuners.lora.intruders:reduce_intruder_dimension"),
     "full": Method(None),
 }
 BUDGET_KEYS: dict[str, str | None] = {

@@ -23,8 +23,6 @@ METHODS = {
     "hira": ("HiRA", "#a51eff"),
     "gralora": ("GraLoRA", "#f00fd2"),
     "loha": ("LoHa", "#5a96ff"),
-    "corda": ("CorDA", "#60303c"),
-    "lora-reduced": ("LoRA without intruders", "#782400"),
     "adalora": ("AdaLoRA", "#c3c387"),
     "osf": ("OSF", "#a5c3ff"),
     "shira": ("SHiRA", "#690fb4"),

@@ -33,7 +33,7 @@ from smoa_lab.data.tasks import Selection, task_needs
 from smoa_lab.scoring.evaluation import Outcome, answer_outcomes, score_outcomes
 from smoa_lab.scoring.losses import scoring
 from smoa_lab.study.study import Entry
-from smoa_lab.training.adapting import after_training, check_adapter, with_adapter
+from smoa_lab.training.adapting import check_adapter, with_adapter
 from smoa_lab.training.loaded_run import REPLACED, LoadedRun, checked_arguments, load_run
 from smoa_lab.training.run_folder import RunFolder
 
@@ -217,13 +217,12 @@ class ClassificationRunner(Runner):
             trainer.remove_callback(callback)
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=checkpoint)
-        after_training(model, config.method)
         return model, trainer, time.perf_counter() - started
 
     def _adapted(self, config: RunConfig) -> tuple[Any, PreTrainedTokenizerBase]:
         """The model to train, and its tokenizer."""
         base, tokenizer = self._base(config)
-        return with_adapter(base, tokenizer, config.method, {**config.adapter, "task_type": "SEQ_CLS"}), tokenizer
+        return with_adapter(base, config.method, {**config.adapter, "task_type": "SEQ_CLS"}), tokenizer
 
     def _outcomes(self, model: nn.Module | None, config: RunConfig, rows: Sequence[Row]) -> list[Outcome]:
         base, tokenizer = self._base(config)

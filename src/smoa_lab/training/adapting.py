@@ -1,28 +1,20 @@
-"""Tries the adapter of a run's method without weights and gives it to the base, with what CorDA and intruders need."""
+"""Tries the adapter of a run's method without weights, and gives it to the base."""
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from textwrap import shorten
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.corda import preprocess_corda
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from peft import PeftConfig, get_peft_model
+from transformers import PreTrainedModel
 
 from smoa.errors import ConfigError, nearest
 from smoa_lab.config.methods import find_method
-from smoa_lab.data.tasks import find_task, load_task
-from smoa_lab.scoring.evaluation import text_length, whole_text
-
-PASSAGES = 128
-"""So many passages of general text show CorDA what to keep."""
-REDUCED = "reduced"
 
 
 def check_adapter(empty: PreTrainedModel, method: str, adapter: dict[str, Any]) -> None:
@@ -100,58 +92,16 @@ def _explained() -> Iterator[None]:
         raise ConfigError(f"adapter: {shorten(str(error), 1000)}") from error
 
 
-def with_adapter(
-    base: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    method: str,
-    adapter: dict[str, Any],
-    revision: str | None = None,
-) -> Any:
+def with_adapter(base: PreTrainedModel, method: str, adapter: dict[str, Any], revision: str | None = None) -> Any:
     """The model to train: a PeftModel or, for full fine-tuning, the base itself.
 
     The adapter's config records ``revision``, the base's branch or commit, so that whoever loads it gets the same base.
 
-    CorDA keeps what the inputs of the layers are on passages of the task ``prose``, its training part.
-
     Raises:
-        ConfigError: PEFT refuses the adapter, or CorDA was given no ``target_modules``.
-        DataError: the passages cannot be loaded.
+        ConfigError: PEFT refuses the adapter.
     """
     peft_config = find_method(method).peft_config(adapter)
     if peft_config is None:
         return base
-    if method == "corda":
-        _measure_inputs(base, tokenizer, peft_config)
     with _explained():
         return get_peft_model(base, peft_config, revision=revision)
-
-
-def after_training(model: Any, method: str) -> None:
-    """Change a trained model as its method says: ``lora-reduced`` scales its intruder dimensions down (2410.21228)."""
-    reduce = find_method(method).after
-    if reduce is None:
-        return
-    # PEFT puts the reduced factors into a second adapter; here they replace the trained ones.
-    trained = model.active_adapter
-    reduce(model, old_adapter_name=trained, new_adapter_name=REDUCED, logging_sink=None)
-    layers: Iterable[Any] = (module for module in model.modules() if isinstance(module, LoraLayer))
-    for layer in layers:
-        for factors in (layer.lora_A, layer.lora_B):
-            factors[trained].weight.data.copy_(factors[REDUCED].weight.data)
-    model.set_adapter(trained)
-    model.delete_adapter(REDUCED)
-
-
-def _measure_inputs(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: PeftConfig) -> None:
-    if not isinstance(wanted, LoraConfig) or not wanted.target_modules:
-        raise ConfigError("adapter.target_modules: is missing; corda measures these layers before it starts")
-    texts = [whole_text(record) for record in load_task("prose", find_task("prose")).train[:PASSAGES]]
-
-    @torch.no_grad()
-    def read() -> None:
-        """One at a time, as PEFT's hooks want it, and without the output layer."""
-        for text in texts:
-            tokens = tokenizer(text, truncation=True, max_length=text_length(base.config), return_tensors="pt")
-            base.base_model(input_ids=tokens["input_ids"].to(base.device))
-
-    preprocess_corda(base, wanted, run_model=read)

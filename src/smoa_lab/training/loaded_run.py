@@ -52,7 +52,7 @@ from smoa_lab.data.prepared import Part, PreparedRows, Reading, Shares, require_
 from smoa_lab.data.tasks import Selection
 from smoa_lab.scoring.evaluation import Evaluation
 from smoa_lab.scoring.losses import Losses
-from smoa_lab.training.adapting import after_training, with_adapter
+from smoa_lab.training.adapting import with_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ class LoadedRun:
         """The trained model, its trainer, and the seconds that training took."""
         set_seed(arguments.seed)  # the adapter's factors are drawn here
         method, revision = self.config.method, self.config.model.options.get("revision")
-        model = with_adapter(self.base, self.tokenizer, method, self.config.adapter, revision)
+        model = with_adapter(self.base, method, self.config.adapter, revision)
         if checkpoint and _is_over(checkpoint):  # within an epoch the Trainer would take another step
             arguments = copy.copy(arguments)
             arguments.max_steps, arguments.num_train_epochs = -1, 0
@@ -180,7 +180,6 @@ class LoadedRun:
         trainer.train(resume_from_checkpoint=checkpoint)
         if routers is not None:  # TRL lets mixtures give them, for a loss that a cache of keys and values breaks
             settings.output_router_logits = routers
-        after_training(model, method)
         seconds = time.perf_counter() - started
         if REFERENCE in getattr(model, "peft_config", {}):
             model.delete_adapter(REFERENCE)  # otherwise it would be saved too

@@ -10,12 +10,10 @@ from peft import PeftConfig
 from transformers import TrainingArguments
 
 from smoa.atomic import new_files, write_whole
-from smoa.errors import ConfigError
 from smoa.layers.distributed import from_rank_zero
 from smoa_lab.base_models import described_base, empty_model, to_device, training_needs, with_rate
 from smoa_lab.basics.extras import require
 from smoa_lab.basics.plain import portable, without_secrets
-from smoa_lab.config.methods import find_method
 from smoa_lab.config.run import RunConfig
 from smoa_lab.pages.run_card import run_card, samples_text
 from smoa_lab.scoring.evaluation import Forgetting
@@ -33,14 +31,9 @@ def train(config: RunConfig, run: LoadedRun | None = None) -> dict[str, Any]:
 
     Raises:
         ConfigError: the run's folder contains a finished run or one of another config, or another process trains into
-            it, the adapter does not fit the model, or the method saves nothing that PEFT can load.
+            it, or the adapter does not fit the model.
         DataError: model or data cannot be loaded, or a package is missing.
     """
-    if not find_method(config.method).loads:
-        raise ConfigError(
-            f"method: {config.method} changes the base model, so PEFT could not load the saved adapter; it is for "
-            "`smoa compare` and `smoa tune`, which save none"
-        )
     require(training_needs(config))
     config = config if run else with_rate(config)
     folder, text = RunFolder(config.folder), config.to_yaml()

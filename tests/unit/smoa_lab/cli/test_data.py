@@ -77,13 +77,13 @@ def test_a_runs_file_says_model_and_rows(base: Path, tmp_path: Path) -> None:
     assert "5 rows are cut at 40 tokens" in done.stdout
 
 
-def test_a_run_on_questions_is_sent_to_the_other_command(tmp_path: Path) -> None:
+def test_a_run_on_questions_is_refused(tmp_path: Path) -> None:
     fill_cache(tmp_path / "cache", questions(3, "train"), questions(3, "test"))
     values = {"model": {"name": str(tiny_base(tmp_path / "base"))}, "data": {"tasks": ["arc_easy"]}, "training": {}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     done = check(tmp_path / "run.yaml", tmp_path)
     assert done.exit_code == 1
-    assert "trains on questions; `smoa data prepare arc_easy` shows them" in done.stderr
+    assert "trains on questions (data.tasks); this shows rows" in done.stderr
 
 
 @pytest.mark.parametrize("options", [("--format", "chat"), ("--chat-template", "alpacca"), ("--model", "nowhere")])

@@ -48,12 +48,3 @@ def test_what_is_neither_command_nor_script_is_named() -> None:
         assert done.exit_code == 1
         assert tool in done.stderr
         assert rule in done.stderr
-
-
-def test_its_earlier_name_works_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", sys.argv)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    (tmp_path / "script.py").write_text("import sys; print(sys.argv[1:])")
-    done = CliRunner().invoke(app, ["run", str(tmp_path / "script.py"), "--help"])
-    assert done.stdout == "['--help']\n"
-    assert "earlier name of smoa exec" in CliRunner().invoke(app, ["run", "--help"]).stdout

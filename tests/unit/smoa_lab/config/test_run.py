@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from trl import DPOConfig, SFTConfig
 
 from smoa import ConfigError, SmoaConfig
-from smoa_lab.config.methods import Method, find_method, method_names
+from smoa_lab.config.methods import find_method, method_names
 from smoa_lab.config.run import ModelSection, adapter_rate, check_config, load_config, native_dtype
 from smoa_lab.config.yaml_text import apply_overrides, key_lines, parse_yaml, to_yaml
 
@@ -317,11 +317,6 @@ def test_a_method_that_no_run_can_train_is_refused(name: str, message: str) -> N
     with pytest.raises(ConfigError, match=message):
         find_method(name)
     assert name not in method_names()
-
-
-def test_what_the_installed_peft_cannot_do_after_training_is_refused_before() -> None:
-    with pytest.raises(ConfigError, match=r"reduce_all is not in PEFT \d"):
-        _ = Method("lora", then="peft.tuners.lora.no_module:reduce_all").config_class
 
 
 def test_a_preset_wins_over_the_block_and_the_block_over_the_task_type() -> None:

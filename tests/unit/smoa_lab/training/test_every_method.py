@@ -58,7 +58,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoadedRun]:
         yield load_run(check_config(values))
 
 
-@pytest.mark.parametrize("name", [name for name in method_names() if name not in ("full", "corda")])
+@pytest.mark.parametrize("name", [name for name in method_names() if name != "full"])
 def test_a_method_is_trained_saved_loaded_scored_and_merged(name: str, run: LoadedRun, tmp_path: Path) -> None:
     block = {"target_modules": ["q_proj", "down_proj"], **OWN.get(name, {})}
     block = {key: value for key, value in block.items() if value is not None}

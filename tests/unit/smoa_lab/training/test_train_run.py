@@ -83,14 +83,6 @@ def test_the_validation_loss_is_measured_and_the_untouched_model_not_scored_wher
     assert "eval_loss" in log
 
 
-def test_a_method_whose_adapter_could_not_be_loaded_is_refused(values: dict[str, Any]) -> None:
-    values |= {"method": "corda", "adapter": {"r": 4, "target_modules": ["q_proj"]}}
-    config = check_config(values)
-    with pytest.raises(ConfigError, match="method: corda changes the base model, so PEFT could not load"):
-        train_run.train(config)
-    assert not config.folder.exists()
-
-
 @pytest.mark.parametrize("method", ["smoa", "full"])
 def test_a_run_is_scored_again_from_its_folder_which_shares_nothing_of_this_machine(
     method: str, values: dict[str, Any], tmp_path: Path
