@@ -36,7 +36,6 @@ from smoa.errors import DataError
 from smoa.files.card import NamedBase, named_base
 from smoa_lab.basics.cache import cache_folder, content_of
 from smoa_lab.basics.extras import DRAWING, Needs, import_package, require
-from smoa_lab.basics.plain import without_secrets
 from smoa_lab.config.run import ModelSection, RunConfig, adapter_rate
 from smoa_lab.data.sources import Wheel
 from smoa_lab.data.tasks import task_needs
@@ -219,9 +218,7 @@ def _explained(wanted: ModelSection) -> Iterator[None]:
     try:
         yield
     except TypeError as error:  # transformers passes on unknown options
-        raise DataError(
-            f"model.options: cannot load {wanted.name!r} with {without_secrets(wanted.options)}: {error}"
-        ) from error
+        raise DataError(f"model.options: cannot load {wanted.name!r} with {wanted.options}: {error}") from error
     except SafetensorError as error:
         raise DataError(
             f"model.name: cannot load {wanted.name!r}: its weights are cut off or damaged ({error}); fetch it again"

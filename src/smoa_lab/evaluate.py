@@ -7,7 +7,6 @@ from typing import Any
 
 from smoa.errors import DataError
 from smoa_lab.base_models import to_device
-from smoa_lab.basics.plain import without_secrets
 from smoa_lab.config.run import RunConfig
 from smoa_lab.open_run import with_saved_adapter
 from smoa_lab.training.loaded_run import load_run
@@ -38,4 +37,4 @@ def evaluate_run(config: RunConfig, adapter: Path | None = None) -> dict[str, An
         "data": run.account(),
         "scores": evaluation.evaluation["after"],
     }
-    return without_secrets(result)
+    return result

@@ -19,7 +19,6 @@ from smoa.atomic import check_place
 from smoa.errors import ConfigError
 from smoa.files.card import loading_code
 from smoa_lab.base_models import described_base
-from smoa_lab.basics.plain import without_secrets
 from smoa_lab.config.yaml_text import parse_yaml, to_yaml
 from smoa_lab.pages.run_card import ANSWERS
 from smoa_lab.pages.run_charts import accuracies, balance, losses
@@ -84,7 +83,7 @@ def read_run(place: str | Path) -> tuple[RunRecord, list[str]]:
     if not folder.metrics.is_file() and not folder.config.is_file():
         raise ConfigError(f"{place}: is not the folder of a run: contains neither metrics.json nor config.yaml")
     try:
-        metrics, whole = without_secrets(dict(json.loads(folder.metrics.read_text(encoding="utf-8")))), True
+        metrics, whole = dict(json.loads(folder.metrics.read_text(encoding="utf-8"))), True
     except FileNotFoundError:
         metrics, whole = _logged(folder), False
         missing.append(
@@ -94,7 +93,7 @@ def read_run(place: str | Path) -> tuple[RunRecord, list[str]]:
         metrics, whole = _logged(folder), False
         missing.append(f"metrics.json is damaged: {error}. smoa eval scores the adapter again.")
     try:
-        config = without_secrets(parse_yaml(folder.config.read_text(encoding="utf-8"), folder.config))
+        config = parse_yaml(folder.config.read_text(encoding="utf-8"), folder.config)
     except (OSError, ValueError) as error:
         config = metrics["config"] if isinstance(metrics.get("config"), dict) else {}
         instead = " What is shown of it is from metrics.json." if config else ""

@@ -81,9 +81,7 @@ def _logging() -> Iterator[None]:
 
 def failed(message: str) -> typer.Exit:
     """The exit to raise, after printing the error on stderr."""
-    from smoa_lab.basics.plain import without_secrets
-
-    typer.echo(f"error: {without_secrets(message)}", err=True)
+    typer.echo(f"error: {message}", err=True)
     return typer.Exit(1)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,6 @@ from transformers import TrainingArguments
 
 from smoa.errors import ConfigError
 from smoa_lab.basics.extras import import_package
-from smoa_lab.basics.plain import without_secrets
 from smoa_lab.basics.section import Section, Seed
 from smoa_lab.config.methods import MethodName
 from smoa_lab.config.validation import Problem, all_problems
@@ -33,6 +33,8 @@ from smoa_lab.data.tasks import FileTask, Selection, Source, Task, find_task, se
 
 TRUST = ("trust_remote_code", "allow_all_kernels")
 """Keys, of ours and of ``from_pretrained``, that let a repository run its own code."""
+SECRET = re.compile(r"(hub_|.*access_)?token|(.*_)?api_key|password")
+"""Keys, of transformers and of packages that it calls, whose text is a secret."""
 TRAINING_DEFAULTS: dict[str, Any] = {"report_to": "none", "logging_steps": 10, "save_total_limit": 1}
 ROWS_DEFAULTS: dict[str, Any] = {"bf16": False, "assistant_only_loss": True}
 """More of them for a user's own rows. Precision is what ``model.dtype`` says; the loss is on the assistant's turns."""
@@ -224,8 +226,8 @@ class RunConfig(Section):
         return str(self.training.get("eval_strategy", "no")) != "no"
 
     def to_yaml(self) -> str:
-        """The resolved config: every default of ours filled in, and no secret."""
-        return to_yaml(without_secrets(self.model_dump(mode="json")))
+        """The resolved config: every default of ours filled in."""
+        return to_yaml(self.model_dump(mode="json"))
 
     def arguments(self, format: str | None = None) -> TrainingArguments:
         """What the trainer takes: TRL's DPOConfig for rows of the format ``preference``, its SFTConfig for all others,
@@ -262,11 +264,18 @@ class RunConfig(Section):
 
 @dataclass(frozen=True)
 class ConfigText:
-    """A config's plain values, where they are from, and the line of each key path."""
+    """A config's plain values, where they are from, and the line of each key path.
+
+    Raises:
+        ConfigError: it has a secret, which would be written wherever the config is.
+    """
 
     values: dict[str, Any]
     place: str = "config"
     lines: dict[tuple[str, ...], int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.refuse(_secrets(self.values))
 
     @classmethod
     def read(cls, path: str | Path, overrides: list[str] | None = None, trust_remote_code: bool = False) -> ConfigText:
@@ -366,6 +375,15 @@ def _trainer_class(training: dict[str, Any], prefers: bool) -> type[TrainingArgu
 
 def _keys(target: type[Any]) -> set[str]:
     return {field.name for field in dataclasses.fields(target)}
+
+
+def _secrets(values: Any, path: tuple[str, ...] = ()) -> Iterator[Problem]:
+    """The keys that hold a secret."""
+    inside = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    for key, value in inside:
+        if isinstance(value, str) and SECRET.fullmatch(str(key)):
+            yield (*path, str(key)), "a config can't hold a secret; leave it out, and set HF_TOKEN or log in instead"
+        yield from _secrets(value, (*path, str(key)))
 
 
 def _trusting(values: Any, path: tuple[str, ...] = ()) -> Iterator[Problem]:

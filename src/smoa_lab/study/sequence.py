@@ -31,7 +31,6 @@ from smoa.atomic import new_folder, write_whole
 from smoa.errors import ConfigError
 from smoa_lab.base_models import empty_model, load_base_model, training_needs
 from smoa_lab.basics.extras import require
-from smoa_lab.basics.plain import without_secrets
 from smoa_lab.config.run import DataSection, Dtype, ModelSection, RunConfig, check_config
 from smoa_lab.config.run import native_dtype as machine_dtype
 from smoa_lab.data.tasks import Selection
@@ -63,7 +62,7 @@ class EarlierTask:
     def __init__(
         self, config: RunConfig, room: Path, dtype: Dtype = "float32", previous: EarlierTask | None = None
     ) -> None:
-        self.described = without_secrets(config.model_dump(mode="json"))
+        self.described = config.model_dump(mode="json")
         self.described["training"].pop("output_dir")
         self.described["stored_as"] = dtype
         base = config.model

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 
 from smoa.atomic import write_whole
 from smoa.errors import ConfigError, DataError
-from smoa_lab.basics.plain import finite, without_secrets
+from smoa_lab.basics.plain import finite
 from smoa_lab.training.run_folder import provenance
 
 logger = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ class TrialStore:
     def _run(self, name: str, run: Callable[[Path], Result]) -> Result:
         work = self.folder / "work" / name
         logger.info("%s", name)
-        result = without_secrets(finite(run(work)))
+        result = finite(run(work))
         seed = int(result["config"]["training"].get("seed", 0))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         made = {"format": 1, "name": name, "provenance": provenance(seed, device)}
@@ -149,8 +149,7 @@ class TrialStore:
 
 
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:
-    """A config without where it was run, secrets, and what a study does not show."""
-    config = without_secrets(config)
+    """A config without where it was run, and what a study does not show."""
     hidden = {"training": "output_dir", "task": "samples"}
     return {
         key: {name: value for name, value in section.items() if name != hidden[key]} if key in hidden else section

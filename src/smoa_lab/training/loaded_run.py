@@ -41,7 +41,6 @@ from smoa.layers.distributed import is_distributed
 from smoa_lab.base_models import base_content, data_needs, load_base_model
 from smoa_lab.basics.cache import cache_folder
 from smoa_lab.basics.extras import import_package, require
-from smoa_lab.basics.plain import Unsaved, names_secret
 from smoa_lab.basics.positions import check_positions
 from smoa_lab.config.methods import find_method
 from smoa_lab.config.run import RowsSection, RunConfig
@@ -322,7 +321,7 @@ class ProgressReport(TrainerCallback):
 
 
 def checked_arguments(arguments: TrainingArguments, model: PreTrainedModel | None = None) -> TrainingArguments:
-    """``arguments``, changed to pin memory only for a GPU, and to leave tokens out of checkpoints.
+    """``arguments``, changed to pin memory only for a GPU.
 
     Raises:
         ConfigError: accelerate counts fewer processes than there are, a package of ``report_to`` or ``optim`` is not
@@ -346,9 +345,6 @@ def checked_arguments(arguments: TrainingArguments, model: PreTrainedModel | Non
         raise ConfigError(f"training.optim or training.lr_scheduler_type: {error}") from error
     # Pinned memory speeds up copies to a GPU; without one torch only warns.
     arguments.dataloader_pin_memory &= arguments.device.type == "cuda"
-    for key, value in vars(arguments).items():
-        if isinstance(value, str) and names_secret(key):
-            setattr(arguments, key, Unsaved(value))
     return arguments
 
 

@@ -28,7 +28,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from smoa.atomic import check_place, write_whole
 from smoa.errors import ConfigError
 from smoa_lab.basics.cache import free_name
-from smoa_lab.basics.plain import json_text, without_secrets
+from smoa_lab.basics.plain import json_text
 from smoa_lab.config.run import RunConfig
 from smoa_lab.config.yaml_text import parse_yaml
 
@@ -133,7 +133,7 @@ class RunFolder:
         the same config in other words."""
         configs = []
         for text in (self.config.read_text(encoding="utf-8"), config_yaml):
-            config = without_secrets(parse_yaml(text, self.config))
+            config = parse_yaml(text, self.config)
             if isinstance(config.get("training"), dict):
                 config["training"].pop("output_dir", None)
             configs.append(config)
@@ -212,7 +212,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         logger = logging.getLogger("smoa_lab")
         handler = logging.FileHandler(self.log, encoding="utf-8")
-        handler.setFormatter(_Cleaned("%(asctime)s %(levelname)s %(message)s"))
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         level = logger.level
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
@@ -229,13 +229,6 @@ def _state_files(checkpoint: Path) -> list[Path]:
     is_split = any(any(checkpoint.glob(name)) for name in ("global_step*", "optimizer_*", "optimizer.bin"))
     needed = [] if is_split else [checkpoint / OPTIMIZER_NAME, checkpoint / SCHEDULER_NAME]
     return [*needed, *checkpoint.glob("rng_state*.pth")]
-
-
-class _Cleaned(logging.Formatter):
-    """Lines without the tokens of this machine."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return without_secrets(super().format(record))
 
 
 def is_first_process() -> bool:

@@ -13,7 +13,7 @@ from smoa.atomic import new_files, write_whole
 from smoa.layers.distributed import from_rank_zero
 from smoa_lab.base_models import described_base, empty_model, to_device, training_needs, with_rate
 from smoa_lab.basics.extras import require
-from smoa_lab.basics.plain import portable, without_secrets
+from smoa_lab.basics.plain import portable
 from smoa_lab.config.run import RunConfig
 from smoa_lab.pages.run_card import run_card, samples_text
 from smoa_lab.scoring.evaluation import Forgetting
@@ -105,7 +105,7 @@ def _entries(parameter: Any) -> int:
 def _save(run: LoadedRun, folder: RunFolder, model: Any, state: Any, metrics: dict[str, Any]) -> dict[str, Any]:
     from smoa_lab.pages.run_charts import draw_run  # here: scoring and converting load runs and draw nothing
 
-    method, metrics = run.config.method, without_secrets(metrics)
+    method = run.config.method
     with new_files(folder.adapter) as temporary:
         model.save_pretrained(temporary, state_dict=state)
         run.tokenizer.save_pretrained(temporary)

@@ -139,17 +139,6 @@ def test_what_was_not_measured_or_is_no_number_is_not_called_missing_or_damaged(
     assert (headings(page), missing) == (["Config", "Load it"], [])
 
 
-def test_secrets_that_an_older_version_stored_are_not_shown(tmp_path: Path) -> None:
-    run = stored_run(tmp_path / "run")
-    (run / "config.yaml").write_text("model: {name: x, options: {token: hf_one}}\nmethod: smoa\n")
-    assert "hf_one" not in reported(run)[0]
-    (run / "config.yaml").unlink()
-    metrics = stored_metrics()
-    metrics["config"]["training"]["hub_token"] = "hf_one"
-    (run / "metrics.json").write_text(json.dumps(metrics))
-    assert "hf_one" not in reported(run)[0]
-
-
 @pytest.mark.parametrize(
     ("content", "told"),
     [

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import json
 import math
-import pickle
 import sys
 import tomllib
 import warnings
@@ -14,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from huggingface_hub import constants
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from transformers import BloomConfig, GPT2Config, LlamaConfig
@@ -23,7 +20,7 @@ import smoa_lab
 from smoa.errors import LISTED, ConfigError, DataError, nearest
 from smoa_lab.basics.cache import cache_folder, free_name
 from smoa_lab.basics.extras import advice, extras, import_package, missing, require
-from smoa_lab.basics.plain import Unsaved, finite, json_text, names_secret, portable, without_secrets
+from smoa_lab.basics.plain import finite, json_text, portable
 from smoa_lab.basics.positions import check_positions, positions_of, prompt_room
 
 
@@ -157,46 +154,3 @@ def test_the_text_is_json_that_others_can_read() -> None:
 def test_of_absolute_paths_only_the_last_name_is_left() -> None:
     values = {"name": "/home/me/base", "files": {"mine": ["~/data/train.jsonl", "C:\\data\\test.csv"]}}
     assert portable(values) == {"name": "base", "files": {"mine": ["train.jsonl", "test.csv"]}}
-
-
-@pytest.mark.parametrize(
-    "key",
-    [
-        *("token", "hub_token", "HF_TOKEN", "use_auth_token", "password", "secret", "client_secret", "Authorization"),
-        *("api_key", "apikey", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "private-key", "credentials"),
-    ],
-)
-def test_a_text_that_is_named_like_a_secret_is_left_out(key: str) -> None:
-    values = {"model": {"options": [{key: "x", "revision": "v2"}]}, "seed": 1}
-    assert without_secrets(values) == {"model": {"options": [{"revision": "v2"}]}, "seed": 1}
-
-
-def test_counts_of_tokens_and_a_tokenizers_own_tokens_are_no_secrets() -> None:
-    values = {
-        "tokens": 2048,
-        "token": True,
-        "num_tokens": 1.0,
-        "eos_token": "</s>",
-        "pad_token": "<pad>",
-        "monkey": "x",
-    }
-    assert without_secrets(values) == values
-    assert not names_secret("tokenizer")
-
-
-def test_the_tokens_of_this_machine_are_masked_wherever_they_stand(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stored = tmp_path / "token"
-    stored.write_text("hf_stored-one\n")
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(stored))
-    monkeypatch.setenv("HF_TOKEN", "hf_environment")
-    monkeypatch.setenv("MY_TOKEN", "short")
-    values = {"url": "https://me:hf_environment@host", "rows": ["a hf_stored-one b", "short"]}
-    assert without_secrets(values) == {"url": "https://me:***@host", "rows": ["a *** b", "short"]}
-
-
-def test_an_unsaved_token_can_be_used_and_copied_and_is_empty_once_it_was_pickled() -> None:
-    token = Unsaved("hf_one")
-    assert token == copy.deepcopy(token) == "hf_one"
-    assert pickle.loads(pickle.dumps(token)) == ""

@@ -69,6 +69,22 @@ def test_a_file_or_an_override_cannot_let_a_repository_run_its_code(file: Path, 
         load_config(file)
 
 
+@pytest.mark.parametrize("key", ["token", "hub_token", "my_access_token", "api_key", "wandb_api_key", "password"])
+def test_a_file_or_an_override_cannot_hold_a_secret(file: Path, key: str) -> None:
+    refused = rf"model\.options\.{key}: a config can't hold a secret; leave it out, and set HF_TOKEN"
+    with pytest.raises(ConfigError, match=refused) as caught:
+        load_config(file, [f"model.options.{key}=hf_one"])
+    assert "hf_one" not in str(caught.value)
+    file.write_text(file.read_text().replace("{name: base}", f"{{name: base, options: {{{key}: hf_one}}}}"))
+    with pytest.raises(ConfigError, match=f"line 2: {refused}"):
+        load_config(file)
+
+
+@pytest.mark.parametrize("option", ["pad_token=<pad>", "eos_token=</s>", "num_tokens=2", "token=true"])
+def test_a_tokenizers_own_tokens_and_counts_are_no_secrets(file: Path, option: str) -> None:
+    assert option.partition("=")[0] in load_config(file, [f"model.options.{option}"]).model.options
+
+
 def test_the_command_lets_a_repository_run_its_code_and_the_runs_config_says_so(file: Path) -> None:
     config = load_config(file, trust_remote_code=True)
     assert config.model.trust_remote_code

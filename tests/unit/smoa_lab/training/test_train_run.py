@@ -98,24 +98,6 @@ def test_a_run_is_scored_again_from_its_folder_which_shares_nothing_of_this_mach
     assert again["scores"] == metrics["evaluation"]["after"]
 
 
-def test_no_secret_is_in_what_a_run_leaves(
-    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Neither those of its config, nor the token of this machine, which a question holds; in checkpoints neither."""
-    monkeypatch.setenv("HF_TOKEN", "hf_of-this-machine")
-    lab.fill_cache(tmp_path / "cache", lab.questions(20, "train"), lab.questions(3, "hf_of-this-machine"))
-    values["model"]["options"] = {"token": "hf_of-the-model"}
-    values["training"] |= {"hub_token": "hf_of-the-trainer", "save_strategy": "steps", "save_steps": 1}
-    config = check_config(values)
-    monkeypatch.setattr(train_run.RunFolder, "_checkpoints", lambda folder: [])  # they stay
-    metrics = train_run.train(config)
-    assert (config.folder / "checkpoint-2" / "training_args.bin").is_file()
-    assert "***" in metrics["samples"][0]["question"]
-    for secret in ("hf_of-this-machine", "hf_of-the-model", "hf_of-the-trainer"):
-        assert lab.files_with(secret, config.folder) == set()
-    assert open_run(config.folder)[0].model.options == {}
-
-
 def own_questions(room: Path) -> dict[str, Any]:
     for part in ("train", "test"):
         rows = [json.dumps({"prompt": f"{part} {i}", "answer": str(i)}) for i in range(20)]
