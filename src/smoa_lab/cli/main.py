@@ -35,7 +35,7 @@ def _options(
 
 
 COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
-    "init": (init.init, "smoa init my.yaml --model smollm2-135m --data chats.jsonl --minutes 30 --yes"),
+    "init": (init.init, "smoa init my.yaml --model smollm2-135m --data chats.jsonl"),
     "train": (train.train, "smoa train --model smollm2-135m --data chats.jsonl training.max_steps=100"),
     "tune": (tune.tune, "smoa tune my.yaml --max-runs 4"),
     "eval": (eval.evaluate, "smoa eval runs/my --output scores.json"),

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from smoa_lab.basics.extras import DRAWING
 from smoa_lab.cli.console import AsJson, Overrides, TrustRemoteCode, print_json, reporting
 from smoa_lab.pages.tables import score_table, time_text
-
-if TYPE_CHECKING:
-    from smoa_lab.config.run import RunConfig
 
 
 def train(
@@ -35,18 +32,25 @@ def train(
 ) -> None:
     """Train an adapter on questions or on your own rows, and score it on held-out ones.
 
-    With --model and --data it needs no file: it trains what `smoa init --no-measure` would write for them.
+    With --model and --data it needs no file: it trains what `smoa init` would write for them.
     """
     with reporting(*DRAWING):
+        from smoa.errors import ConfigError
         from smoa_lab.config.run import load_config
         from smoa_lab.training.run_folder import is_first_process
         from smoa_lab.training.train_run import train as train_run
 
         if model is None and data is None and config is not None:
             checked = load_config(config, overrides, trust_remote_code)
+        elif model is None or data is None or (config is not None and "=" not in config):
+            raise ConfigError("give the YAML file of a run, which names model and data, or both --model and --data")
+        elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ConfigError("--model and --data are for one process; write a file by `smoa init`, and train from it")
         else:
+            from smoa_lab.init import default_run
+
             words = [*([] if config is None else [config]), *(overrides or [])]
-            checked = _without_file(model, data, words, trust_remote_code)
+            checked = default_run(model, data, words, trust_remote_code)
             typer.echo(f"Run folder: {checked.folder}", err=True)
         metrics = train_run(checked)
         if not is_first_process():
@@ -60,23 +64,6 @@ def train(
             return
         print_scores(metrics)
         typer.echo(f"\nAdapter, metrics, log and loss curve: {checked.folder}")
-
-
-def _without_file(model: str | None, data: str | None, words: list[str], trust_remote_code: bool) -> RunConfig:
-    """The run for a model and data; the words should be ``key.key=value``. Raises ConfigError if anything lacks."""
-    from smoa.errors import ConfigError
-    from smoa_lab.init import default_run
-
-    if words and "=" not in words[0]:
-        raise ConfigError(
-            f"{words[0]}: a run's file has its own model and data; leave out --model and --data, or the file"
-        )
-    if model is None or data is None:
-        lacking = "--model" if model is None else "--data"
-        raise ConfigError(f"{lacking} is missing: name the YAML file of a run, or give both --model and --data")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("--model and --data are for one process; write a file by `smoa init`, and train from that")
-    return default_run(model, data, words, trust_remote_code)
 
 
 def print_scores(metrics: dict[str, Any]) -> None:

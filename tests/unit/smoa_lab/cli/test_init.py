@@ -1,3 +1,5 @@
+"""`smoa init`, and `smoa train` without a file."""
+
 from __future__ import annotations
 
 import json
@@ -7,17 +9,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from smoa_lab.cli import init
+from smoa_lab import init
 from smoa_lab.cli.main import app
-from smoa_lab.config.run import RunConfig, load_config
-from smoa_lab.init import default_run
+from smoa_lab.config.run import RunConfig, check_config, load_config
+from smoa_lab.config.yaml_text import parse_yaml
+from smoa_lab.init import config_text, default_run, first_values
 from tests.support import lab
-from tests.support.proposals import rows_file, talks
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
-    pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated"),  # TRL sets it
-]
+from tests.support.chats import chat_base
+from tests.support.own_rows import chat, chats, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +29,70 @@ def _room(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base").symlink_to(base)
-    rows_file(tmp_path / "talks.jsonl", talks(40))
+    write_rows(tmp_path / "talks.jsonl", chats(40))
+
+
+def data_block(rows: list[dict[str, Any]], model: str = "base") -> dict[str, Any]:
+    write_rows(Path("rows.jsonl"), rows)
+    block: dict[str, Any] = first_values(model, "rows.jsonl")["data"]
+    return block
+
+
+def test_conversations_get_a_template_if_the_model_has_none(tmp_path: Path) -> None:
+    found = data_block(chats(40))
+    assert found == {"train": "rows.jsonl", "format": "messages", "chat_template": "alpaca", "test_part": 0.05}
+    assert "chat_template" not in data_block(chats(40), str(chat_base(tmp_path / "chat")))
+
+
+def test_plain_text_and_pairs_of_texts_need_no_template_and_pairs_of_turns_do() -> None:
+    assert "chat_template" not in data_block([{"text": f"Line {i}."} for i in range(20)])
+    assert "chat_template" not in data_block(
+        [{"prompt": f"{i}?", "chosen": "Yes.", "rejected": "No."} for i in range(20)]
+    )
+    pairs = [{"chosen": chat(f"{i}?", "Yes."), "rejected": chat(f"{i}?", "No.")} for i in range(20)]
+    found = data_block(pairs)
+    assert (found["format"], found["chat_template"]) == ("preference", "alpaca")
+
+
+def test_rows_are_cut_where_99_of_100_are_shorter_and_never_beyond_the_model() -> None:
+    rows = [{"text": f"Line {i} " * (1 + 60 * (i == 3))} for i in range(300)]
+    for all_rows, length in ((rows, 64), ([{"text": f"{i} " * 400} for i in range(20)], 512)):
+        write_rows(Path("rows.jsonl"), all_rows)
+        assert first_values("base", "rows.jsonl")["training"]["max_length"] == length
+
+
+def test_size_and_rate_are_by_the_model_and_its_memory_is_saved_if_it_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = first_values("base", "talks.jsonl", "lora:2", "float16")
+    assert values["adapter"] == {"target_modules": "all-linear", "num_blocks": 4, "r": 8, "alpha": 16}
+    assert values["model"] == {"name": "base", "dtype": "float16"}
+    assert (values["training"]["learning_rate"], values["training"]["gradient_checkpointing"]) == (2e-3, False)
+    assert values["training"]["logging_steps"] == 1  # of 9 steps
+    monkeypatch.setattr(init, "LARGE", 1000)
+    assert first_values("base", "talks.jsonl")["training"]["gradient_checkpointing"] is True
+
+
+ODD = "/rows of #1: mine/" + "long name " * 30 + ".jsonl"
+BLOCKS: dict[str, dict[str, Any]] = {
+    "rows": {"format": "messages", "test_part": 0.05},
+    "odd names": {"train": ODD, "chat_template": "alpaca"},
+    "hub": {"train": None, "hub": {"name": "some/rows"}},
+    "questions": {"train": None, "tasks": ["arc_easy"]},
+}
+
+
+@pytest.mark.parametrize("case", BLOCKS)
+def test_the_file_says_exactly_what_was_chosen_with_a_comment_beside_every_key(tmp_path: Path, case: str) -> None:
+    values = first_values("base", "talks.jsonl")
+    values["data"] = {key: value for key, value in {"train": "a.jsonl", **BLOCKS[case]}.items() if value is not None}
+    if case == "questions":
+        del values["training"]["max_length"]
+    file = tmp_path / "mine.yaml"
+    file.write_text(config_text(Path("mine.yaml"), values))
+    assert parse_yaml(file.read_text(), file) == values
+    assert load_config(file) == check_config(values)
+    lines = file.read_text().splitlines()
+    assert [line for line in lines if line and "# " not in line and not line.startswith("  - ")] == []
+    assert max(len(line) for line in lines) <= 130 or case == "odd names"
 
 
 def invoke(*arguments: str, answers: str | None = None) -> Any:
@@ -41,16 +103,11 @@ GIVEN = ("--model", "base", "--data", "talks.jsonl", "--dtype", "float32")
 
 
 def test_a_config_for_rows_is_written_and_trains(tmp_path: Path) -> None:
-    made = invoke("new/mine.yaml", *GIVEN, "--minutes", "30", "--parameters", "lora:2", "--json", "--yes")
+    made = invoke("new/mine.yaml", *GIVEN, "--parameters", "lora:2", "--json")
     assert made.exit_code == 0, made.output
     report = json.loads(made.stdout)
-    assert report["measured"]["seconds_per_step"] > 0
-    assert (report["file"], report["steps"]) == ("new/mine.yaml", report["config"]["training"].get("max_steps", 9))
-    config = load_config(tmp_path / "new" / "mine.yaml")
-    assert isinstance(config, RunConfig)
-    assert (config.data.chat_template, config.data.format) == ("alpaca", "messages")
-    assert config.adapter["r"] == 8
-    assert config.model_dump()["adapter"] == report["config"]["adapter"]
+    assert report["file"] == "new/mine.yaml"
+    assert load_config(tmp_path / "new" / "mine.yaml") == check_config(report["config"])
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["mine.yaml"]
     changes = ["training.max_steps=2", "training.use_cpu=true", "data.samples=1"]
     trained = CliRunner().invoke(app, ["train", "new/mine.yaml", *changes], catch_exceptions=False)
@@ -63,7 +120,7 @@ def train(*arguments: str) -> Any:
 
 
 def test_a_model_and_data_are_trained_without_a_file_as_init_would_write_it(tmp_path: Path) -> None:
-    rows_file(tmp_path / "talks.jsonl", [*talks(40), {"messages": "none"}])
+    write_rows(tmp_path / "talks.jsonl", [*chats(40), {"messages": "none"}])
     given = ("--model", "base", "--data", "talks.jsonl")
     changes = ("model.dtype=float32", "data.skip_bad_rows=true", "training.max_steps=2", "data.samples=1")
     changes = (*changes, "training.use_cpu=true", "adapter.target_modules=[q_proj]")
@@ -72,8 +129,8 @@ def test_a_model_and_data_are_trained_without_a_file_as_init_would_write_it(tmp_
     assert "Run folder: runs/talks\n" in done.stderr
     assert "Adapter, metrics, log and loss curve: runs/talks" in done.stdout
     stored = load_config(tmp_path / "runs" / "talks" / "config.yaml")
-    rows_file(tmp_path / "talks.jsonl", talks(40))
-    assert invoke("talks.yaml", *given, "--no-measure", "--yes").exit_code == 0
+    write_rows(tmp_path / "talks.jsonl", chats(40))
+    assert invoke("talks.yaml", *given).exit_code == 0
     assert stored == load_config(tmp_path / "talks.yaml", list(changes))
     assert CliRunner().invoke(app, ["merge", "runs/talks", "merged"]).exit_code == 0
     assert CliRunner().invoke(app, ["eval", "runs/talks"]).exit_code == 0
@@ -86,12 +143,15 @@ def test_without_a_file_a_method_of_lora_gets_lora_of_the_same_size() -> None:
     assert (run.method, run.adapter) == ("dora", block)
 
 
+BOTH = "give the YAML file of a run, which names model and data, or both --model and --data"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "--model is missing: name the YAML file of a run, or give both --model and --data"),
-        (("--model", "base"), "--data is missing"),
-        (("run.yaml", "--data", "talks.jsonl"), "run.yaml: a run's file has its own model and data"),
+        ((), BOTH),
+        (("--model", "base"), BOTH),
+        (("run.yaml", "--data", "talks.jsonl"), BOTH),
         (("--model", "base", "--data", "none.jsonl"), "none.jsonl: no such file"),
         (("--model", "base", "--data", "odd.jsonl"), "odd.jsonl"),
         (("--model", "nowhere/at/all", "--data", "talks.jsonl"), "cannot load 'nowhere/at/all'"),
@@ -102,7 +162,7 @@ def test_without_a_file_a_method_of_lora_gets_lora_of_the_same_size() -> None:
 def test_what_cannot_be_trained_without_a_file_is_one_error(
     tmp_path: Path, arguments: tuple[str, ...], message: str
 ) -> None:
-    rows_file(tmp_path / "odd.jsonl", [{"columns": "unknown"}])
+    write_rows(tmp_path / "odd.jsonl", [{"columns": "unknown"}])
     refused = train(*arguments)
     assert refused.exit_code == 1
     assert message in refused.stderr
@@ -111,36 +171,17 @@ def test_what_cannot_be_trained_without_a_file_is_one_error(
 
 
 def test_a_task_gives_a_config_of_questions(tmp_path: Path) -> None:
-    lab.fill_cache(tmp_path / "cache", lab.questions(20, "train"), lab.questions(5, "test"))
-    made = invoke("--model", "base", "--data", "arc_easy", "--no-measure", "--yes")
+    made = invoke("--model", "base", "--data", "arc_easy")
     assert made.exit_code == 0, made.output
     assert "arc_easy.yaml: written" in made.output
     assert isinstance(load_config(tmp_path / "arc_easy.yaml"), RunConfig)
 
 
-def test_without_a_terminal_a_missing_option_is_named() -> None:
-    for given, missing in ((("--data", "talks.jsonl"), "--model"), (("--model", "base"), "--data")):
-        refused = invoke(*given)
-        assert refused.exit_code == 1
-        assert f"{missing} is missing" in refused.output
-
-
-def test_on_a_terminal_a_wrong_answer_is_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(init, "_on_terminal", lambda: True)
-    answers = ["nowhere/at/all", "base", "none.jsonl", "talks.jsonl", "much", "", "x", "-5", "nan", "0", "old.txt", ""]
-    made = invoke("--dtype", "float32", answers="\n".join(answers) + "\n")
+def test_model_and_data_are_asked_for(tmp_path: Path) -> None:
+    made = invoke("mine.yaml", answers="base\ntalks.jsonl\n")
     assert made.exit_code == 0, made.output
-    for error in (
-        "model.name: cannot load",
-        "none.jsonl",
-        "'much' is neither",
-        "'x' is not a valid number of minutes",
-        "'-5' is not a valid number of minutes",
-        "'nan' is not a valid number of minutes",
-        "ends in .yaml",
-    ):
-        assert error in made.output
-    assert "num_train_epochs: 3" in (tmp_path / "talks.yaml").read_text()
+    assert "train: talks.jsonl" in (tmp_path / "mine.yaml").read_text()
+    assert invoke("other.yaml", answers="").exit_code == 1
 
 
 @pytest.mark.parametrize(
@@ -149,7 +190,6 @@ def test_on_a_terminal_a_wrong_answer_is_asked_for_again(tmp_path: Path, monkeyp
         (("mine.txt", *GIVEN), "mine.txt: the name of a config ends in .yaml"),
         (("talks.jsonl/mine.yaml", *GIVEN), "mine.yaml: cannot be written (Not a directory); choose another place"),
         ((*GIVEN, "--parameters", "1"), "too small"),
-        ((*GIVEN, "--minutes", "5", "--no-measure"), "leave out --no-measure, or --minutes"),
         (("--model", "nowhere/at/all", "--data", "talks.jsonl"), "cannot load 'nowhere/at/all'"),
         (("--model", "base", "--data", "none.jsonl"), "none.jsonl"),
         (("--model", "base", "--data", "bad.jsonl"), "1 bad row; nothing is trained"),
@@ -158,8 +198,8 @@ def test_on_a_terminal_a_wrong_answer_is_asked_for_again(tmp_path: Path, monkeyp
 def test_what_cannot_be_done_is_told_and_nothing_is_written(
     tmp_path: Path, arguments: tuple[str, ...], message: str
 ) -> None:
-    rows_file(tmp_path / "bad.jsonl", [*talks(3), {"messages": "none"}])
-    refused = invoke(*arguments, "--yes")
+    write_rows(tmp_path / "bad.jsonl", [*chats(3), {"messages": "none"}])
+    refused = invoke(*arguments)
     assert refused.exit_code == 1
     assert message in refused.output
     assert list(tmp_path.glob("*.y*ml")) == []
@@ -168,7 +208,7 @@ def test_what_cannot_be_done_is_told_and_nothing_is_written(
 def test_a_file_that_exists_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "talks.yaml").write_text("mine")
     for name in (("talks.yaml",), ()):
-        refused = invoke(*name, *GIVEN, "--yes")
+        refused = invoke(*name, *GIVEN)
         assert refused.exit_code == 1
         assert "talks.yaml: exists and is not overwritten; choose another name" in refused.output
     assert (tmp_path / "talks.yaml").read_text() == "mine"
