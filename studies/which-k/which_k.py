@@ -1,7 +1,7 @@
 """Runs the studies of this folder with the code of commit 1eaf65e9, in a clone of it: it has the task and its runner.
 
     git clone . ../old && git -C ../old checkout 1eaf65e9        # then `make .venv/.demo-installed` there
-    ../old/.venv/bin/python studies/which-k/run.py ../old which-k-512 [--only ENTRY ...]
+    ../old/.venv/bin/python studies/which-k/which_k.py ../old which-k-512 [--only ENTRY ...]
 
 They stop and resume as all studies do. The rule is in which-k-512.yaml; runs that another study has already made are
 taken from there. Afterwards the runs and the report of each study are copied into studies/NAME.
