@@ -68,10 +68,10 @@ format: $(VENV)/.dev-installed  ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-figures: $(VENV)/.dev-installed $(VENV)/.demo-installed  ## redraw the figures in docs/
+figures: $(VENV)/.dev-installed  ## redraw the figures in docs/
 	$(BIN)/python docs/figures/idea.py
 	$(BIN)/python docs/figures/measured.py
-	$(BIN)/python studies/run.py --report-only
+	$(BIN)/python studies/swap.py
 
 clean:  ## remove .venv and the files of tools
 	rm -rf $(VENV) .venv-serve .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage dist site

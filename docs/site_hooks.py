@@ -24,6 +24,7 @@ sys.path[:0] = [str(ROOT / "studies"), str(ROOT / "docs" / "figures")]
 
 import file_map  # noqa: E402
 import stored  # noqa: E402
+from study_page import study_page  # noqa: E402
 
 LINK = re.compile(r"(?<=\]\()(\.\./[^)\s#]+)")
 STUDY = re.compile(r"studies/[^/]+/README\.md")
@@ -37,7 +38,7 @@ def on_files(files: Files, config: Any) -> Files:
     docs/, that a page links to."""
     files.append(File.generated(config, f"studies/{SCRIPT}", content=script()))
     for folder in stored.folders():
-        page, place = stored.report_of(folder).page(f"../{SCRIPT}"), f"studies/{folder.name}"
+        page, place = study_page(folder, f"../{SCRIPT}"), f"studies/{folder.name}"
         files.append(File.generated(config, f"{place}/page.html", content=page))
         for file in sorted(folder.iterdir()):
             if file.suffix in OF_STUDIES:

@@ -9,18 +9,36 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
 
-import stored
+from stored import STUDIES, Run, runs_of
 
-from smoa.errors import DataError
-from smoa_lab.config.run import DataSection
 from smoa_lab.pages.tables import Table
-from smoa_lab.study.trials import TrialStore
 
-PAGE = stored.STUDIES.parent / "docs" / "gallery.md"
-COUNT = 5
-"""The first so many questions are shown."""
+PAGE = STUDIES.parent / "docs" / "gallery.md"
+LAB_RESULTS = PAGE.parent / "lab-results"
+ASKED = {
+    "retention-smollm2": (
+        "bf8fa2e6d0719e4648280e04eb25fefb50e9053d7e43bf86721049edccefa7a1",
+        [
+            ("State the final answer to the following arithmetic problem: 21 + 40 + 79 =", "140"),
+            ("State the final answer to the following arithmetic problem: 46 + 11 + 68 =", "125"),
+            ("State the final answer to the following arithmetic problem: 42 + 15 =", "57"),
+            ("State the final answer to the following arithmetic problem: 34 - 18 =", "16"),
+            ("State the final answer to the following arithmetic problem: 4 + 0 =", "4"),
+        ],
+    ),
+    "scale-csqa": (
+        "023048810e087ce3618e2d128228ebcc4e99c01a1c125b195cb84ffb01b74385",
+        [
+            ("If you have leftover cake, where would you put it?", "refrigerator"),
+            ("Where is one likely to find poker chips?", "bar"),
+            ("Where in your home would you keep a ballpoint pen when not in use?", "desk drawer"),
+            ("Where might you see a green field while driving?", "countryside"),
+            ("What can eating hamburger cause immediately after eating it?", "indigestion"),
+        ],
+    ),
+}
+"""Of each study the digest of its test part, which its runs have too, and the first questions with their answers."""
 WORDS = 24
 """A text is cut after so many words."""
 STAGES = ("before", "LoRA", "SMoA")
@@ -29,7 +47,7 @@ STAGES = ("before", "LoRA", "SMoA")
 def dialogue() -> Table:
     """What SmolLM2 said next in held-out conversations: every sample of the two runs."""
     lora, smoa = (
-        json.loads((PAGE.parent / "lab-results" / "rows" / f"chitchat-{method}.json").read_text(encoding="utf-8"))
+        json.loads((LAB_RESULTS / "rows" / f"chitchat-{method}.json").read_text(encoding="utf-8"))
         for method in ("lora", "smoa")
     )
     lines = []
@@ -43,27 +61,24 @@ def dialogue() -> Table:
 def marked(study: str, entries: tuple[str, str]) -> Table:
     """Which of the first questions of a study's test part were answered right: by the untouched model, and with seed 0
     by LoRA and SMoA at the rate of their lowest loss."""
-    store = TrialStore(stored.STUDIES / study)
-    runs = [store.find("untouched") or {}, *(best(store, entry) for entry in entries)]
-    asked = DataSection.model_validate(runs[0]["config"]["data"]).select()
-    if {run["sha256"] for run in runs} != {asked.account["used"]["test"]["sha256"]}:
-        raise DataError(f"studies/{study}: its questions are not those that are read now; install its data as then")
+    runs, (digest, questions) = runs_of(STUDIES / study), ASKED[study]
+    shown = [runs["untouched"], *(best(runs, entry) for entry in entries)]
+    assert {run["sha256"] for run in shown} == {digest}  # the questions are those that were asked
     lines = [
-        [
-            cell(str(row.prompt)),
-            cell(str(row.completion)),
-            *("right" if run["questions"]["right"][i] else "wrong" for run in runs),
-        ]
-        for i, row in enumerate(asked.test[:COUNT])
+        [question, answer, *("right" if run["questions"]["right"][i] else "wrong" for run in shown)]
+        for i, (question, answer) in enumerate(questions)
     ]
-    shares = [f"{100 * run['scores']['all']['accuracy']:.1f} %" for run in runs]
-    return Table(["question", "answer", *STAGES], [*lines, [f"all {len(asked.test)} questions", "", *shares]])
+    count, shares = len(shown[0]["questions"]["right"]), [run["scores"]["all"]["accuracy"] for run in shown]
+    return Table(
+        ["question", "answer", *STAGES],
+        [*lines, [f"all {count} questions", "", *(f"{100 * own:.1f} %" for own in shares)]],
+    )
 
 
-def best(store: TrialStore, entry: str) -> dict[str, Any]:
+def best(runs: dict[str, Run], entry: str) -> Run:
     """The entry's run with seed 0 whose loss is lowest."""
-    found = [store.find(name) or {} for name in store.names(f"final/{entry}/") if name.endswith("-seed-0")]
-    return min(found, key=lambda run: run["scores"]["all"]["gold_loss"] or float("inf"))
+    own = [run for name, run in runs.items() if name.startswith(f"final/{entry}/") and name.endswith("-seed-0")]
+    return min(own, key=lambda run: run["scores"]["all"]["gold_loss"] or float("inf"))
 
 
 def cell(text: str) -> str:

@@ -6,48 +6,38 @@ accuracy is √(s_q² + s_s²): s_q over questions, of the mean over seeds; s_s 
 
 from __future__ import annotations
 
-import json
-import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
-
-from smoa.errors import DataError
-from smoa_lab.study.statistics import Outcomes, check_paired, outcomes
-from smoa_lab.study.trials import Trial, TrialStore
+from numpy.typing import NDArray
+from stored import final_name, runs_of, summary_of
 
 HEADER = [
     *("task", "model", "seeds", "untouched %", "LoRA's r", "LoRA %", "full %", "better of both − untouched", "moves"),
     *("full − LoRA", "standard errors", "headroom"),
 ]
-_ENTRIES = {"lora", "full"}
 ENOUGH = 3.0
 """Standard errors from which on a difference counts."""
 
 
-@dataclass(frozen=True)
-class Gain:
+class Gain(NamedTuple):
     """A difference in accuracy with its standard error."""
 
     mean: float
     stderr: float
 
     @property
-    def errors(self) -> float:
-        """The difference in standard errors."""
-        return self.mean / self.stderr if self.stderr else math.copysign(math.inf, self.mean)
-
-    @property
     def is_clear(self) -> bool:
-        return self.errors >= ENOUGH
+        return self.mean >= ENOUGH * self.stderr
+
+    def __str__(self) -> str:
+        return f"{100 * self.mean:+.1f} ± {100 * self.stderr:.1f}"
 
 
-def gain(after: Outcomes, before: Outcomes) -> Gain:
-    """Paired by question and by seed, or with the one seed of ``before``."""
-    share = after.share / after.share.mean()
-    gaps = (after.right - before.right) * share
+def gain(after: NDArray[np.float64], before: NDArray[np.float64]) -> Gain:
+    """Both are (seeds, questions), 1 where the answer is right; paired, or with the one seed of ``before``."""
+    gaps = after - before
     seeds, questions = gaps.shape
     of_questions = gaps.mean(axis=0).std(ddof=1) / questions**0.5
     of_seeds = gaps.mean(axis=1).std(ddof=1) / seeds**0.5 if seeds > 1 else 0.0
@@ -55,57 +45,37 @@ def gain(after: Outcomes, before: Outcomes) -> Gain:
 
 
 def is_of_headroom(folder: Path) -> bool:
-    """Whether the study has a report with both entries."""
-    return _rows(folder).keys() >= _ENTRIES
+    summary = summary_of(folder)
+    return isinstance(summary, list) and {row["entry"] for row in summary} >= {"lora", "full"}
 
 
 def line(folder: Path) -> list[str]:
-    """The row under ``HEADER`` of a study that has a report.
-
-    Raises:
-        DataError: a run of ``lora`` or ``full`` with the same seed, or the untouched model is missing.
-    """
-    store = TrialStore(folder)
-    untouched = store.find("untouched")
-    known = {name: _runs(store, row) for name, row in _rows(folder).items() if name in _ENTRIES}
-    seeds = set.intersection(*map(set, known.values())) if len(known) == len(_ENTRIES) else set()
-    if untouched is None or not seeds:
-        raise DataError(f"{folder}: headroom needs the untouched model and final runs of lora and full; run the study")
-    for run in (run for of_entry in known.values() for run in of_entry.values()):
-        check_paired(run, untouched)
-    runs = {name: [of_seed[seed] for seed in sorted(seeds)] for name, of_seed in known.items()}
-    before, lora, full = outcomes([untouched]), outcomes(runs["lora"]), outcomes(runs["full"])
-    best = max(lora, full, key=lambda reached: reached.accuracy().mean())
-    moved, gained = gain(best, before), gain(full, lora)
-    config, adapter = runs["full"][0]["config"], runs["lora"][0]["config"]["adapter"]
-    percent = [f"{100 * reached.accuracy().mean():.1f}" for reached in (before, lora, full)]
+    """The row of a study under ``HEADER``."""
+    runs, rows = runs_of(folder), {row["entry"]: row for row in summary_of(folder)}
+    seeds = sorted({*rows["lora"]["seeds"]} & {*rows["full"]["seeds"]})
+    names = {
+        "untouched": ["untouched"],
+        **{
+            entry: [final_name(entry, rows[entry]["learning_rate"], seed) for seed in seeds]
+            for entry in ("lora", "full")
+        },
+    }
+    right = {who: np.array([runs[name]["questions"]["right"] for name in own], float) for who, own in names.items()}
+    shares = {who: own.mean() for who, own in right.items()}
+    moved = gain(right["lora" if shares["lora"] >= shares["full"] else "full"], right["untouched"])
+    gained = gain(right["full"], right["lora"])
+    config = runs[names["full"][0]]["config"]
     return [
         ", ".join(config["data"]["tasks"]),
         config["model"]["name"],
         str(len(seeds)),
-        percent[0],
-        str(adapter["r"]),
-        *percent[1:],
-        _signed(moved),
+        f"{100 * shares['untouched']:.1f}",
+        str(runs[names["lora"][0]]["config"]["adapter"]["r"]),
+        f"{100 * shares['lora']:.1f}",
+        f"{100 * shares['full']:.1f}",
+        str(moved),
         "yes" if moved.is_clear else "no",
-        _signed(gained),
-        f"{gained.errors:.1f}",
+        str(gained),
+        f"{gained.mean / gained.stderr:.1f}",
         "yes" if moved.is_clear and gained.is_clear else "no",
     ]
-
-
-def _rows(folder: Path) -> dict[str, dict[str, Any]]:
-    """The rows of the study's summary by entry; none without a report, and of a sequence."""
-    file = folder / "summary.json"
-    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
-    return {row["entry"]: row for row in found} if isinstance(found, list) else {}
-
-
-def _runs(store: TrialStore, row: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """The final runs of an entry by seed, at the learning rate that its search chose."""
-    names = {seed: Trial("final", row["entry"], row["learning_rate"], seed).name for seed in row["seeds"]}
-    return {seed: run for seed, name in names.items() if (run := store.find(name)) is not None}
-
-
-def _signed(found: Gain) -> str:
-    return f"{100 * found.mean:+.1f} ± {100 * found.stderr:.1f}"

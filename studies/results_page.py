@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import headroom
-import stored
 import verdict_tables
+from stored import PACK, folders, runs_of, summary_of
 
 from smoa_lab.pages.tables import Table
-from smoa_lab.study.statistics import Verdict
-from smoa_lab.study.trials import PACK, TrialStore
 
 DOCS = Path(__file__).parents[1] / "docs"
 INTRODUCTION = """# Results
@@ -29,7 +26,6 @@ The last column counts entries against the reference of their budget (`r1` means
 rank 1) by the test loss, or by what was recalled, paired by seed and question. *Same* means that the 95 % interval
 includes 0, or that Holm's correction for all comparisons of the budget takes the difference back.
 """
-NOTHING = "No result is stored yet: run one of the studies in [studies](../studies), then this script.\n"
 HEADROOM = (
     "Can a study of a task show a difference between methods? A small LoRA and full fine-tuning get the same search "
     "for a learning rate. A task has headroom if training moves accuracy and full fine-tuning beats LoRA, both by "
@@ -37,23 +33,20 @@ HEADROOM = (
 )
 WIDTH = 120
 HEADER = ["study", "model", "tasks", "entries", "better, same or worse"]
+VERDICTS = ("better", "same", "worse", "one seed")
 RECALLED = {"random pairs", "phone book"}
 
 
-def main(docs: Path = DOCS, studies: Path = stored.STUDIES) -> None:
-    folders = sorted(summary.parent for summary in studies.glob("*/summary.json"))
-    parts = [Table(HEADER, list(map(line, folders))).markdown(["---"] * len(HEADER)) + "\n"] if folders else []
-    parts += headroom_table(folders)
-    text = "\n".join([INTRODUCTION, *(parts or [NOTHING])])
-    (docs / "results.md").write_text(text, encoding="utf-8")
-    if (docs / "verdict.md").is_file():
-        verdict_tables.write(docs / "verdict.md", studies)
+def main(docs: Path = DOCS) -> None:
+    table = Table(HEADER, list(map(line, folders()))).markdown(["---"] * len(HEADER))
+    (docs / "results.md").write_text(f"{INTRODUCTION}\n{table}\n\n{headroom_table()}", encoding="utf-8")
+    verdict_tables.write(docs / "verdict.md")
 
 
 def line(folder: Path) -> list[str]:
     """A study: a link to its report, what its final runs trained, and what came out."""
-    store, summary = TrialStore(folder), json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    runs = [store.find(name) or {} for name in store.names("final/")]
+    summary = summary_of(folder)
+    runs = [run for name, run in runs_of(folder).items() if name.startswith("final/")]
     run, steps = runs[0], [own["steps"] for own in runs]
     fewest_to_most = " to ".join(map(str, sorted({min(steps), max(steps)})))
     model, data, batch = (run["config"][key] for key in ("model", "data", "training"))
@@ -69,14 +62,12 @@ def line(folder: Path) -> list[str]:
     ]
 
 
-def headroom_table(folders: list[Path]) -> list[str]:
+def headroom_table() -> str:
     """The table of all tasks on which LoRA and full fine-tuning were tuned alike."""
-    tried = [folder for folder in folders if headroom.is_of_headroom(folder)]
-    if not tried:
-        return []
+    tried = [folder for folder in folders() if headroom.is_of_headroom(folder)]
     lines = Table(headroom.HEADER, [headroom.line(folder) for folder in tried]).markdown()
     runs = ", ".join(f"[{folder.name}](../studies/{folder.name}/{PACK})" for folder in tried)
-    return [f"## Headroom\n\n{textwrap.fill(HEADROOM, WIDTH)}\n\n{lines}\n\nEvery run as a line of JSON: {runs}.\n"]
+    return f"## Headroom\n\n{textwrap.fill(HEADROOM, WIDTH)}\n\n{lines}\n\nEvery run as a line of JSON: {runs}.\n"
 
 
 def verdicts(rows: list[dict[str, Any]], measure: str) -> str:
@@ -86,7 +77,7 @@ def verdicts(rows: list[dict[str, Any]], measure: str) -> str:
         own = [row for row in rows if row["budget"] == budget]
         found = [each for row in own if (each := row[f"{measure}_difference"])]
         words = [each["holm_verdict"] or each["verdict"] for each in found]
-        counts = ", ".join(f"{count} {word}" for word in get_args(Verdict) if (count := words.count(word)))
+        counts = ", ".join(f"{count} {word}" for word in VERDICTS if (count := words.count(word)))
         told += [f"{budget}, to {own[0]['reference']}: {counts}"] if counts else []
     return "; ".join(told)
 

@@ -5,11 +5,12 @@ A table goes between `<!-- begin NAME -->` and `<!-- end NAME -->`; the rest of 
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from stored import STUDIES, summary_of
 
 from smoa_lab.pages.tables import Table
 
@@ -110,11 +111,11 @@ ROWS: dict[str, list[tuple[str, str, Compared | Forgot]]] = {
 HEADER = ["measure", "SMoA", "LoRA", "difference", "Holm's p", "result"]
 
 
-def write(page: Path, studies: Path) -> None:
+def write(page: Path) -> None:
     """Write the tables into the page."""
     text = page.read_text(encoding="utf-8")
     for name, rows in ROWS.items():
-        table = Table(HEADER, [line(title, studies / study, what) for title, study, what in rows]).markdown()
+        table = Table(HEADER, [line(title, STUDIES / study, what) for title, study, what in rows]).markdown()
         text = re.sub(
             rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", rf"\1\n{table}\n\n\2", text, flags=re.DOTALL
         )
@@ -123,7 +124,7 @@ def write(page: Path, studies: Path) -> None:
 
 def line(title: str, study: Path, what: Compared | Forgot) -> list[str]:
     """A row of the table; the title links to the study's report."""
-    values = what.values(json.loads((study / "summary.json").read_text(encoding="utf-8")))
+    values = what.values(summary_of(study))
     numbers = values.smoa, values.lora, values.difference, values.low, values.high
     smoa, lora, *rest = (f"{number:.{what.form[1]}f}" for number in numbers)
     difference, low, high = (text.replace("-", "−") if text[0] == "-" else f"+{text}" for text in rest)

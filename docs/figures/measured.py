@@ -1,7 +1,6 @@
 """Draws the pictures of single measurements in docs/images, each from a JSON beside it or of a benchmark.
 
     python docs/figures/measured.py [precision] [rates]
-    python docs/figures/measured.py --collect PAIR ENTRY FACTOR STUDY_FOLDER STUDY_ENTRY
 
 - precision: how much of ΔW bfloat16 keeps in the output, measured here. ΔW = W ⊙ δ is relative to W. If W(1 + δ) is
   rounded to bfloat16, an entry with |δ| < 2⁻⁹ does not change. A ΔW that is rounded apart from W loses almost nothing.
@@ -22,8 +21,7 @@ import altair as alt
 import torch
 
 from smoa_lab.pages.charts import DASHES, MUTED, OTHER, SMOA, color_of, lines, save_picture, values
-from smoa_lab.study.report import by_rate
-from smoa_lab.study.trials import TrialStore
+from smoa_lab.pages.tables import Table
 
 DOCS = Path(__file__).parents[1]
 IMAGES = DOCS / "images"
@@ -78,9 +76,20 @@ def rates() -> Any:
         pairs.setdefault(row["pair"], {}).setdefault(row["entry"], {})[row["learning_rate"]] = row["loss"]
     page = DOCS.parent / "studies" / "rates.md"
     before, _, _ = page.read_text(encoding="utf-8").partition("|")
-    table = by_rate({f"{pair}: {entry}": losses for pair, of in pairs.items() for entry, losses in of.items()})
-    page.write_text(before + table.markdown() + "\n", encoding="utf-8")
+    every = sorted({rate for entries in pairs.values() for losses in entries.values() for rate in losses})
+    lines = [
+        [f"{pair}: {entry}", *(loss_text(losses, rate) for rate in every)]
+        for pair, entries in pairs.items()
+        for entry, losses in entries.items()
+    ]
+    table = Table(["entry", *(f"{rate:g}" for rate in every)], lines).markdown()
+    page.write_text(f"{before}{table}\n", encoding="utf-8")
     return alt.concat(*(panel(*pair) for pair in pairs.items()), columns=3)
+
+
+def loss_text(losses: dict[float, float], rate: float) -> str:
+    """The loss at a rate, the best with a star; nothing where none was run."""
+    return f"{losses[rate]:.3f}{' *' * (losses[rate] == min(losses.values()))}" if rate in losses else ""
 
 
 def panel(title: str, entries: dict[str, dict[float, float]]) -> Any:
@@ -100,34 +109,6 @@ def panel(title: str, entries: dict[str, dict[float, float]]) -> Any:
     return lines(rows, dict(RATE_LINES.values()), x, y, width=220).properties(title=alt.Title(model, subtitle=data))
 
 
-def collect(pair: str, entry: str, factor: str, folder: str, study_entry: str) -> None:
-    """Add the tuning runs of a study's entry to the numbers of `rates`."""
-    store, rows = TrialStore(Path(folder)), read(RATES)
-    for name in store.names(f"tuning/{study_entry}/"):
-        run = store.find(name) or {}
-        scores, config = run["scores"]["all"], run["config"]
-        rate = config["training"]["learning_rate"]
-        rows = [row for row in rows if (row["pair"], row["entry"], row["learning_rate"]) != (pair, entry, rate)]
-        rows.append(
-            {
-                "pair": pair,
-                "entry": entry,
-                "factor": float(factor) or None,
-                "learning_rate": rate,
-                "loss": round(scores["gold_loss"], 4),
-                "accuracy": round(scores["accuracy"], 4),
-                "questions": scores["questions"],
-                "parameters": run["parameters"],
-                "adapter": config["adapter"],
-                "seed": config["training"]["seed"],
-                "commit": run["provenance"]["commit"],
-                "versions": {name: run["provenance"]["versions"][name] for name in ("smoa", "torch", "peft")},
-            }
-        )
-    rows.sort(key=lambda row: (row["pair"], row["entry"], row["learning_rate"]))
-    RATES.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8")
-
-
 PICTURES: dict[str, Callable[[], Any]] = {
     "precision": precision,
     "rates": rates,
@@ -135,9 +116,6 @@ PICTURES: dict[str, Callable[[], Any]] = {
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--collect"]:
-        collect(*sys.argv[2:])
-        return
     for name in sys.argv[1:] or PICTURES:
         save_picture(PICTURES[name](), IMAGES / f"{name}.png")
 

@@ -14,7 +14,7 @@ from smoa_lab.cli.console import AsJson, TrustRemoteCode, print_json, reporting
 
 
 def compare(
-    study: Annotated[Path, typer.Argument(help="YAML file of the study; studies/ has ready ones.")],
+    study: Annotated[Path, typer.Argument(help="YAML file of the study.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Values to change, e.g. seeds=[0,1].")] = None,
     only: Annotated[
         list[str] | None, typer.Option("--only", help="Run only this entry or budget; may be repeated.")

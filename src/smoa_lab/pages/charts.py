@@ -48,6 +48,9 @@ WIDTH = 620
 PANEL = 144
 """Pixels of a chart, and of a panel of several."""
 
+LINE = 22
+"""Pixels of an entry in a forest."""
+
 
 def name_of(method: str) -> str:
     """What pictures call the method."""
@@ -138,6 +141,28 @@ def lines(
     )
     drawn = alt.layer(chart.mark_line().encode(strokeDash=dash), chart.mark_circle(size=45, opacity=1))
     return drawn.properties(width=width, height=190)
+
+
+def forest(rows: Sequence[Mapping[str, Any]], title: str) -> Any:
+    """A line for each of ``rows``, which have entry, method, low, mean, high, difference and verdict in words, clear
+    (whether the point is filled) and the run that it leads to. ``title`` is the axis'."""
+    bold = alt.ExprRef("test(/default/, datum.label) ? 'bold' : 'normal'")
+    axis = alt.Axis(ticks=False, domain=False, labelLimit=400, labelFontWeight=bold)
+    shown = alt.Chart(values(rows)).encode(y=alt.Y("entry:N", sort=None, title=None, axis=axis))
+    methods = {row["entry"]: row["method"] for row in rows}
+    colored = shown.encode(color=colors(methods), tooltip=tooltip(entry="", difference="", verdict=""))
+    x = alt.X("low:Q", title=title, axis=alt.Axis(labelFlush=False, tickCount=6))
+    point = colored.encode(x="mean:Q", href="run:N")
+    words = shown.mark_text(align="left", fontSize=11)
+    room = WIDTH - 260
+    return alt.layer(
+        alt.Chart(values([{"zero": 0}])).mark_rule(color=MUTED, strokeDash=[4, 3]).encode(x="zero:Q"),
+        colored.mark_rule(strokeWidth=2).encode(x=x, x2="high:Q"),
+        point.mark_point(size=70, strokeWidth=2, fill=PAPER, opacity=1),
+        point.transform_filter("datum.clear").mark_circle(size=90, opacity=1),
+        words.encode(x=alt.value(room + 12), text="difference:N"),
+        words.encode(x=alt.value(room + 170), text="verdict:N"),
+    ).properties(width=room, height=LINE * len(rows))
 
 
 def vega_lite_version() -> str:

@@ -11,12 +11,10 @@ from typing import Any
 
 import altair as alt
 
-from smoa_lab.pages.charts import DASHES, MUTED, PAPER, WIDTH, color_of, colors, tooltip, values
+from smoa_lab.pages.charts import DASHES, MUTED, PAPER, color_of, forest, tooltip, values
 from smoa_lab.study.results import Row
 from smoa_lab.study.trials import Trial
 
-LINE = 22
-"""Pixels of an entry in a forest."""
 FRONTIER = 190
 """Pixels of a side of a frontier's panel."""
 TALLEST = 2.0
@@ -57,28 +55,6 @@ def differences(rows: Sequence[Row], names: Mapping[str, str]) -> Any | None:
         for budget, own in compared.items()
     ]
     return alt.vconcat(*plots).resolve_scale(color="independent")
-
-
-def forest(rows: Sequence[Mapping[str, Any]], title: str) -> Any:
-    """A line for each of ``rows``, which have entry, method, low, mean, high, difference and verdict in words, clear
-    (whether the point is filled) and the run that it leads to. ``title`` is the axis'."""
-    bold = alt.ExprRef("test(/default/, datum.label) ? 'bold' : 'normal'")
-    axis = alt.Axis(ticks=False, domain=False, labelLimit=400, labelFontWeight=bold)
-    shown = alt.Chart(values(rows)).encode(y=alt.Y("entry:N", sort=None, title=None, axis=axis))
-    methods = {row["entry"]: row["method"] for row in rows}
-    colored = shown.encode(color=colors(methods), tooltip=tooltip(entry="", difference="", verdict=""))
-    x = alt.X("low:Q", title=title, axis=alt.Axis(labelFlush=False, tickCount=6))
-    point = colored.encode(x="mean:Q", href="run:N")
-    words = shown.mark_text(align="left", fontSize=11)
-    room = WIDTH - 260
-    return alt.layer(
-        alt.Chart(values([{"zero": 0}])).mark_rule(color=MUTED, strokeDash=[4, 3]).encode(x="zero:Q"),
-        colored.mark_rule(strokeWidth=2).encode(x=x, x2="high:Q"),
-        point.mark_point(size=70, strokeWidth=2, fill=PAPER, opacity=1),
-        point.transform_filter("datum.clear").mark_circle(size=90, opacity=1),
-        words.encode(x=alt.value(room + 12), text="difference:N"),
-        words.encode(x=alt.value(room + 170), text="verdict:N"),
-    ).properties(width=room, height=LINE * len(rows))
 
 
 def frontier(
