@@ -77,25 +77,18 @@ class RunFolder:
             )
 
     def _check_foreign(self) -> None:
-        """Raise ConfigError if the folder has what a run replaces or removes, and no run made it.
-
-        The Trainer removes old folders ``checkpoint-*``, whatever follows. A lock of ours is empty.
-        """
-        own = self._checkpoints()
-        foreign = [path.name for path in self.path.glob("checkpoint-*") if path.is_dir() and path not in own]
+        """Raise ConfigError if there are files, and not the config of a run: what a run writes and removes would be
+        among them."""
         began = False
         with suppress(OSError, ValueError):  # no file, neither UTF-8 nor YAML
-            config = parse_yaml(self.config.read_text(encoding="utf-8"), self.config)
-            began = {"method", "training"} <= config.keys()
-        if not began:
-            own += [self.config, self.inputs, self.adapter, self.picture, self.picture.with_suffix(".svg")]
-            own += [self.samples, *([self.lock] if self.lock.exists() and self.lock.stat().st_size else [])]
-            foreign += [path.name for path in own if os.path.lexists(path)]
-        if foreign:
-            raise ConfigError(
-                f"{self.path}: contains {', '.join(sorted(foreign))}, which no run of smoa's made and this one would "
-                "replace or remove; choose another training.output_dir"
-            )
+            began = {"method", "training"} <= parse_yaml(self.config.read_text(encoding="utf-8"), self.config).keys()
+        if not began and is_first_process() and self.path.is_dir():
+            foreign = [path for path in self.path.iterdir() if path != self.lock and not path.name.startswith(".")]
+            if foreign:
+                raise ConfigError(
+                    f"{self.path}: is not empty and contains no run of smoa's ({min(foreign).name}); choose another "
+                    "training.output_dir"
+                )
 
     def start(self, config_yaml: str, inputs: Mapping[str, str] | None = None) -> str | None:
         """Claim the folder for this config; the checkpoint to resume from, if an interrupted run left one.

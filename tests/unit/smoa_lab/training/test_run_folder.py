@@ -89,32 +89,25 @@ def test_a_run_that_has_no_checkpoint_yet_gives_way_to_another_config(tmp_path: 
     assert run.config.read_text() == LORA
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("checkpoint-500/model.safetensors", "checkpoint-7", "adapter/README.md", "config.yaml", "lock"),
-    ],
-)
-def test_what_no_run_made_is_neither_replaced_nor_removed(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["checkpoint-500/model.safetensors", "adapter/README.md", "config.yaml", "notes.txt"])
+def test_a_folder_of_other_files_is_refused(name: str, tmp_path: Path) -> None:
     """The config is that of another program."""
     file = tmp_path / name
     file.parent.mkdir(exist_ok=True)
     file.write_text("base_model: mine")
     for refuse in (RunFolder(tmp_path).check, RunFolder(tmp_path).start):
-        with pytest.raises(ConfigError, match=rf"contains {Path(name).parts[0]}, which no run .* choose another"):
+        with pytest.raises(ConfigError, match=rf"is not empty .*\({Path(name).parts[0]}\); choose another"):
             refuse(SMOA)
-    assert [file.read_text(), len(list(tmp_path.rglob("*.*")))] == ["base_model: mine", 1 if "." in name else 0]
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
+    assert file.read_text() == "base_model: mine"
 
 
 def test_of_checkpoints_only_those_of_the_trainer_are_removed(tmp_path: Path) -> None:
-    (tmp_path / "checkpoint-notes.txt").touch()
     run = RunFolder(tmp_path)
-    run.check(SMOA)
     assert run.start(SMOA) is None
+    (tmp_path / "checkpoint-notes.txt").touch()
     for name in ("checkpoint-2", "checkpoint-best", "checkpoint-2-copy"):
         (tmp_path / name).mkdir()
-    with pytest.raises(ConfigError, match="contains checkpoint-2-copy, checkpoint-best, which no run"):
-        run.check(SMOA)  # on going on, the Trainer would remove them
     run.finish({})
     assert {path.name for path in tmp_path.glob("checkpoint*")} == {
         *("checkpoint-best", "checkpoint-2-copy", "checkpoint-notes.txt")
