@@ -41,7 +41,7 @@ from smoa.layers.distributed import is_distributed
 from smoa_lab.base_models import base_content, data_needs, load_base_model
 from smoa_lab.basics.cache import cache_folder
 from smoa_lab.basics.extras import import_package, require
-from smoa_lab.basics.positions import check_positions
+from smoa_lab.basics.positions import positions_of
 from smoa_lab.config.methods import find_method
 from smoa_lab.config.run import RowsSection, RunConfig
 from smoa_lab.data.chat_templates import set_chat_template, stop_at_turns_end
@@ -240,21 +240,32 @@ def load_run(config: RunConfig, questions: Selection | None = None) -> LoadedRun
         DataError: model or data cannot be loaded, bad rows are not to be skipped, or a package is missing.
     """
     require(data_needs(config))
-    if not config.has_rows:
-        questions = config.questions.select() if questions is None else questions
-        base, tokenizer = load_base_model(config.model)
-        check_positions(base.config, "task.max_length", config.task.max_length, "questions")
-        return LoadedRun(config, base, tokenizer, encoder_of(config, tokenizer), questions)
-    for source in sources(config.rows):
-        source.check()
-    check_place(cache_folder() / "rows" / "tokens")
+    if config.has_rows:
+        for source in sources(config.rows):
+            source.check()
+        check_place(cache_folder() / "rows" / "tokens")
+    elif questions is None:
+        questions = config.questions.select()
     base, tokenizer = load_base_model(config.model)
-    encoder, rows = trainable_rows_of(config, tokenizer)
-    longest = min(rows.account["max_length"] or math.inf, rows.account["tokens"]["longest"])
-    check_positions(base.config, "training.max_length", longest, "rows")
-    if rows.account["format"] != "text" and tokenizer.chat_template:
-        stop_at_turns_end(base, tokenizer)
-    return LoadedRun(config, base, tokenizer, encoder, rows)
+    data: Selection | PreparedRows
+    if questions is not None:
+        encoder, data = encoder_of(config, tokenizer), questions
+        key, longest = "task.max_length", config.task.max_length
+    else:
+        encoder, data = trainable_rows_of(config, tokenizer)
+        key, longest = (
+            "training.max_length",
+            min(data.account["max_length"] or math.inf, data.account["tokens"]["longest"]),
+        )
+        if data.account["format"] != "text" and tokenizer.chat_template:
+            stop_at_turns_end(base, tokenizer)
+    positions = positions_of(base.config)
+    if positions is not None and longest > positions:
+        raise ConfigError(
+            f"{key}: rows of up to {longest:,} tokens would be given to this model, which has {positions:,} positions; "
+            f"set it to {positions}"
+        )
+    return LoadedRun(config, base, tokenizer, encoder, data)
 
 
 def encoder_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Encoder:

@@ -17,11 +17,11 @@ from packaging.utils import canonicalize_name
 from transformers import BloomConfig, GPT2Config, LlamaConfig
 
 import smoa_lab
-from smoa.errors import LISTED, ConfigError, DataError, nearest
+from smoa.errors import LISTED, DataError, nearest
 from smoa_lab.basics.cache import cache_folder, free_name
 from smoa_lab.basics.extras import advice, extras, import_package, missing, require
 from smoa_lab.basics.plain import finite, json_text, portable
-from smoa_lab.basics.positions import check_positions, positions_of, prompt_room
+from smoa_lab.basics.positions import positions_of, prompt_room
 
 
 def test_the_cache_folder_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,17 +61,6 @@ def test_positions_are_the_configs_own_or_not_limited() -> None:
     assert positions_of(GPT2Config(n_positions=100)) == 100
     assert positions_of(LlamaConfig(max_position_embeddings=100)) == 100
     assert positions_of(BloomConfig()) is None
-
-
-def test_more_tokens_than_positions_are_refused() -> None:
-    check_positions(GPT2Config(n_positions=100), "task.max_length", 100, "questions")
-    check_positions(BloomConfig(), "task.max_length", 10**6, "questions")
-    with pytest.raises(
-        ConfigError,
-        match=r"^task\.max_length: questions of up to 1,001 tokens would be given to this model, which has 1,000 "
-        r"positions; set it to 1000$",
-    ):
-        check_positions(GPT2Config(n_positions=1000), "task.max_length", 1001, "questions")
 
 
 @pytest.mark.parametrize(("positions", "new_tokens", "room"), [(100, 24, (76, 24)), (100, 99, (50, 50))])

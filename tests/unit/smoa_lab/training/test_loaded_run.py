@@ -421,7 +421,7 @@ def test_questions_of_all_the_models_positions_are_trained_and_answered_and_long
     values["adapter"] = {"r": 4, "num_blocks": 2, "target_modules": ["c_attn"]}
     long, fitting = (check_config({**values, "task": {"max_length": length, "samples": 2}}) for length in (129, 128))
     told = refused(long)
-    assert told.startswith("task.max_length: questions of up to 129 tokens ")
+    assert told.startswith("task.max_length: rows of up to 129 tokens ")
     assert told.endswith("set it to 128")
     metrics = train(fitting)
     assert metrics["data"]["truncation"]["prompts_cut"] == 15  # so each has as many tokens as there are positions
