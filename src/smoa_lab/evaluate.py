@@ -29,7 +29,7 @@ def evaluate_run(config: RunConfig, adapter: Path | None = None) -> dict[str, An
     if not evaluation.evaluation:
         part = "test, or a larger test_part" if config.has_rows else "a larger test_examples"
         raise DataError(f"data: nothing is held out that could be scored; give {part}")
-    result = {
+    return {
         "format": 1,
         "adapter": str(adapter) if adapter else None,
         "config": config.model_dump(mode="json"),
@@ -37,4 +37,3 @@ def evaluate_run(config: RunConfig, adapter: Path | None = None) -> dict[str, An
         "data": run.account(),
         "scores": evaluation.evaluation["after"],
     }
-    return result

@@ -7,12 +7,11 @@ import inspect
 import math
 import typing
 from collections.abc import Iterable
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import (
     BaseModel,
     ConfigDict,
-    Field,
     PydanticSchemaGenerationError,
     PydanticUserError,
     TypeAdapter,
@@ -26,34 +25,7 @@ from smoa_lab.basics.extras import install
 from smoa_lab.config.methods import find_method
 from smoa_lab.data.tasks import find_task
 
-RANGES: dict[str, Any] = {
-    **dict.fromkeys(
-        (
-            *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_steps"),
-            *("eval_accumulation_steps", "save_total_limit", "max_length"),
-        ),
-        Field(ge=1, strict=True),
-    ),
-    **dict.fromkeys(("num_train_epochs", "save_steps"), Field(gt=0)),
-    **dict.fromkeys(
-        (
-            *("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"),
-            *("dataloader_num_workers", "logging_steps", "eval_steps"),
-        ),
-        Field(ge=0),
-    ),
-    **dict.fromkeys(("adam_beta1", "adam_beta2"), Field(ge=0, lt=1)),
-    **dict.fromkeys(("seed", "data_seed"), Field(ge=0, lt=2**32, strict=True)),
-}
-"""Training values that the trainer would fail at, or take for something else. Its own default is always good."""
 RESUMES = "smoa resumes an interrupted run by itself: leave it out, and run the same command again"
-MISPLACED = {
-    **dict.fromkeys(("load_in_4bit", "load_in_8bit"), "belongs one level deeper, in model.options.quantization_config"),
-    **dict.fromkeys(("dtype", "torch_dtype"), "set model.dtype instead"),
-    "trust_remote_code": "set model.trust_remote_code instead",
-}
-
-
 Problem = tuple[tuple[str, ...], str]
 """A key's path, by which its line is found, and what is wrong with it."""
 
@@ -124,6 +96,9 @@ def _training_problems(training: Any, training_class: type[TrainingArguments]) -
     problems = list(_dataclass_problems("training", training_class, training))
     if training.get("resume_from_checkpoint") is not None:
         problems.append((("training", "resume_from_checkpoint"), RESUMES))
+    steps = training.get("max_steps")
+    if isinstance(steps, int) and steps < 1 and steps != -1:  # the Trainer would take whole epochs
+        problems.append((("training", "max_steps"), f"should be at least 1; got {steps}"))
     if not training.get("output_dir", "runs"):
         problems.append((("training", "output_dir"), "is empty; name a folder"))
     yield from problems
@@ -135,7 +110,7 @@ def _training_problems(training: Any, training_class: type[TrainingArguments]) -
 
 
 def _dataclass_problems(block: str, target: type[Any], values: dict[str, Any]) -> Iterable[Problem]:
-    """Unknown keys, and values of the wrong type or out of range, for the dataclass to which a block is handed."""
+    """Unknown keys, and values of the wrong type, for the dataclass to which a block is handed."""
     valid = {field.name: field for field in dataclasses.fields(target) if field.init}
     hints = typing.get_type_hints(target)
     for key, value in values.items():
@@ -146,12 +121,8 @@ def _dataclass_problems(block: str, target: type[Any], values: dict[str, Any]) -
         allowed = [str(choice) for choice in valid[key].metadata.get("choices", ())]
         if (reason := _type_problem(hints[key], value)) is not None:
             yield path, f"{reason}; got {value!r}"
-        elif value is None or value == valid[key].default:
-            continue
-        elif allowed and str(value) not in allowed:
+        elif value not in (None, valid[key].default) and allowed and str(value) not in allowed:
             yield path, f"there is no {value!r}{nearest(str(value), allowed)}"
-        elif block == "training" and (reason := _type_problem(Annotated[hints[key], RANGES.get(key)], value)):
-            yield path, f"{reason}; got {value!r}"
 
 
 def _type_problem(hint: Any, value: Any) -> str | None:
@@ -175,8 +146,6 @@ def _quantization_problems(values: dict[str, Any]) -> Iterable[Problem]:
     if not isinstance(model, dict) or not isinstance(options, dict):
         return
     place = ("model", "options", "quantization_config")
-    for key in options.keys() & MISPLACED.keys():
-        yield (*place[:2], key), MISPLACED[key]
     if place[2] not in options:
         return
     if str(model.get("name")).endswith(".gguf"):

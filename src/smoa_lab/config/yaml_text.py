@@ -41,7 +41,7 @@ def parse_yaml(text: str, file: Path) -> dict[str, Any]:
 def _load(text: str) -> Any:
     try:
         return _yaml().load(text)
-    except (ValueError, RecursionError) as error:  # such as a date that does not exist
+    except ValueError as error:  # such as a date that does not exist
         raise MarkedYAMLError(problem=str(error)) from error
 
 

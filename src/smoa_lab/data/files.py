@@ -22,8 +22,6 @@ Placed = tuple[str, dict[str, Any] | BadRow]
 """Where a row is, such as "chats.jsonl, row 12", and the row, or what keeps it from being one."""
 Numbered = Iterator[tuple[int, Any]]
 
-LARGEST_LIST = 1 << 30
-"""Bytes of a JSON list, which is read whole. JSON lines have no limit."""
 BATCH = 16
 """Rows of a Parquet file that are decoded at once."""
 
@@ -61,7 +59,7 @@ def files_of(place: Path) -> list[Path]:
             raise DataError(f"{place}: no file in this folder is one of {kinds}; name a file, or add one")
         for file in files:
             file.expanduser().open("rb").close()
-    except (OSError, RuntimeError) as error:  # RuntimeError: the home of an unknown user
+    except OSError as error:
         raise DataError(f"{place}: cannot be read: {error}; check the path and its permissions") from error
     return files
 
@@ -82,7 +80,7 @@ def _rows(file: Path) -> Iterator[Placed]:
             if not isinstance(row, dict | BadRow):
                 row = BadRow(None, f"found {shown(row)}, expected an object with columns")
             yield f"{file}, row {number}", row
-    except (ValueError, OSError, EOFError, RecursionError, zlib.error, csv.Error) as error:
+    except (ValueError, OSError, EOFError, zlib.error, csv.Error) as error:
         raise DataError(
             f"{file}: cannot be read after row {number}: {' '.join(str(error).split())}; a file has to be whole, in "
             "UTF-8 and of the kind that its name says, .jsonl for one object in each line"
@@ -98,16 +96,14 @@ def _json_lines(file: Path) -> Numbered:
                 continue
             try:
                 yield number, json.loads(line)
-            except (ValueError, RecursionError) as error:
+            except ValueError as error:
                 text = shown(line.decode(errors="replace"))
                 yield number, BadRow(None, f"is not JSON ({error}): {text}; expected one whole object in each line")
 
 
 def _json_list(file: Path) -> Numbered:
     with _open(file, "rb") as stream:
-        content = stream.read(LARGEST_LIST + 1)
-    if len(content) > LARGEST_LIST:
-        raise ValueError(f"is larger than {LARGEST_LIST:,} bytes, too large for one list")
+        content = stream.read()
     rows = json.loads(content) if content.strip() else []
     if not isinstance(rows, list):
         raise ValueError(f"found {shown(rows)}, expected a list of objects")

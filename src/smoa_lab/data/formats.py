@@ -171,7 +171,7 @@ def _has_roles(value: object) -> bool:
 def _parsed(text: str) -> object:
     try:
         return json.loads(text)
-    except (ValueError, RecursionError):
+    except ValueError:
         return None
 
 

@@ -27,8 +27,6 @@ def check_adapter(empty: PreTrainedModel, method: str, adapter: dict[str, Any]) 
     if find_method(method).config_class is None:
         return
     _check_names([path for path, _ in empty.named_modules() if path], adapter)
-    embeddings: Any = empty.get_input_embeddings()
-    _check_tokens(embeddings.num_embeddings, adapter)
     try:
         trained = count_trained(empty, method, adapter)
     except RuntimeError:  # of PyTorch: a value of a tensor without data
@@ -70,17 +68,6 @@ def _check_names(paths: Sequence[str], adapter: dict[str, Any]) -> None:
         for name in wanted if isinstance(wanted, list) and key != "exclude_modules" else ():
             if not any(f".{path}".endswith(f".{name}") for path in paths):
                 raise ConfigError(f"adapter.{key}: the model has no layer {name!r}{nearest(str(name), layers)}")
-
-
-def _check_tokens(number: int, adapter: dict[str, Any]) -> None:
-    """Raise ConfigError for a token without a row in the embeddings, at which PEFT fails once it has the weights."""
-    for key in ("token_indices", "trainable_token_indices"):
-        named = adapter.get(key) or []
-        for token in (token for tokens in named.values() for token in tokens) if isinstance(named, dict) else named:
-            if not 0 <= token < number:
-                raise ConfigError(
-                    f"adapter.{key}: there is no token {token}; the embeddings have rows 0 to {number - 1}"
-                )
 
 
 @contextmanager

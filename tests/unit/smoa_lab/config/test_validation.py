@@ -88,13 +88,8 @@ def test_a_mistake_is_told_by_its_key(overrides: list[str], message: str, file: 
     [
         ("learning_rate=.nan", "should be a finite number; got nan"),
         ("learning_rate=1e999", "should be a finite number; got inf"),
-        ("learning_rate=-1e-3", "should be greater than or equal to 0; got -0.001"),
         ("learning_rate='1e-3'", "should be a number, and no text; got '1e-3'"),
-        ("per_device_train_batch_size=0", "should be greater than or equal to 1; got 0"),
-        ("per_device_eval_batch_size=2.0", "should be a valid integer; got 2.0"),
-        ("num_train_epochs=0", "should be greater than 0; got 0"),
-        ("data_seed=4294967296", "should be less than 4294967296; got 4294967296"),
-        ("adam_beta1=1.0", "should be less than 1; got 1.0"),
+        ("max_steps=0", "should be at least 1; got 0"),
         ("bf16=no", "should be true or false, and no text; got 'no'"),
         ("train_sampling_strategy=group_by_lenght", "there is no 'group_by_lenght'; did you mean 'group_by_length'?"),
         ("resume_from_checkpoint=true", "smoa resumes an interrupted run by itself: leave it out"),
@@ -130,9 +125,6 @@ def config() -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "bfloat16"}, r"model\.options\.dtype: set model\.dtype instead"),
-        ({"trust_remote_code": True}, r"model\.options\.trust_remote_code: set model\.trust_remote_code instead"),
-        ({"load_in_4bit": True}, r"model\.options\.load_in_4bit: belongs one level deeper, in .*quantization_config"),
         (
             {"quantization_config": True},
             r"quantization_config: must be a block of keys, such as load_in_4bit: true; got True",

@@ -102,15 +102,6 @@ def test_a_list_may_be_written_in_any_style(tmp_path: Path, style: dict[str, Any
     assert [row for _, row in read_rows(tmp_path / "a.json")] == rows
 
 
-def test_a_list_too_large_to_read_whole_is_refused_with_the_format_that_has_no_limit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("smoa_lab.data.files.LARGEST_LIST", 10)
-    (tmp_path / "a.json").write_text('[{"text": "a"}]')
-    with pytest.raises(DataError, match=r"larger than 10 bytes.*\.jsonl"):
-        list(read_rows(tmp_path / "a.json"))
-
-
 LINE = '{"text": "Café"}\n'.encode()
 WHOLE = parquet_table([{"text": "a" * 5000}])
 PACKED = gzip.compress(LINE * 1000)
@@ -118,7 +109,6 @@ UNREADABLE = {
     "list.json": (b'{"text": "a"}\n{"text": "b"}', r"\.jsonl for one object in each line"),
     "cut.json": (b'[{"text": "a"}, {"te', "column 18"),
     "object.json": (b'{"text": "a"}', "expected a list"),
-    "deep.json": (b"[" * 100_000, "recursion"),
     "latin.json": ('[{"text": "Café"}]'.encode("latin-1"), "UTF-8"),
     "empty-list.json": (b"[]", "no rows"),
     "blank.json": (b" \n", "no rows"),
@@ -154,7 +144,6 @@ BAD_ROWS = {
     "long.jsonl": (b'{"text": "' + b"word " * 100_000, "Unterminated string"),
     "two.jsonl": (b'{"text": "a"} {"text": "b"}', "Extra data"),
     "list.jsonl": (b'[{"text": "a"}]', "expected an object"),
-    "deep.jsonl": (b'{"text": ' + b"[" * 100_000, "recursion"),
     "digits.jsonl": (b'{"text": ' + b"1" * 5000 + b"}", "digits"),
     "latin.jsonl": (LINE.decode().encode("latin-1"), "byte 0xe9"),
     "number.json": (b"3", "expected an object"),
@@ -188,7 +177,6 @@ def test_a_place_without_data_is_named_before_anything_is_read(tmp_path: Path) -
         (Path("nowhere.jsonl"), r"nowhere\.jsonl: no such file"),
         (tmp_path, "no file in this folder is one of jsonl, csv, parquet, json"),
         (Path("a" * 300 + ".jsonl"), "too long.*permissions"),
-        (Path("~nobody-of-this-name/a.jsonl"), "home directory"),
     ):
         with pytest.raises(DataError, match=words):
             FileSource(place).check()

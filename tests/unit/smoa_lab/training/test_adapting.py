@@ -41,10 +41,6 @@ def empty(tmp_path: Path) -> Any:
         ({"target_modules": TARGETS, "modules_to_save": ["lm_hed"]}, r"modules_to_save: .*did you mean 'lm_head'"),
         ({"target_modules": TARGETS, "layers_to_transform": [9]}, "adapter: Target modules .*layers_to_transform"),
         ({"target_modules": TARGETS, "inference_mode": True}, "adapter: trains nothing; leave inference_mode out"),
-        (
-            {"target_modules": TARGETS, "trainable_token_indices": [3, 259]},
-            r"adapter\.trainable_token_indices: there is no token 259; the embeddings have rows 0 to 258",
-        ),
     ],
 )
 def test_an_adapter_that_does_not_fit_the_model_is_refused_without_its_weights(
@@ -59,7 +55,6 @@ def test_an_adapter_that_does_not_fit_the_model_is_refused_without_its_weights(
     [
         ("ia3", {"target_modules": TARGETS}, "`feedforward_modules` should be a subset .* as ia3 completes the keys"),
         ("vera", {"target_modules": TARGETS, "r": 0}, "adapter: float division by zero"),
-        ("trainable_tokens", {"token_indices": [-1]}, r"adapter\.token_indices: there is no token -1"),
     ],
 )
 def test_what_other_methods_would_fail_at_after_training_is_refused(
