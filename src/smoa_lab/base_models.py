@@ -11,7 +11,7 @@ import logging
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.utils import quantization_config
 
-from smoa.atomic import check_place, new_folder
+from smoa.atomic import check_place, new_folder, write_whole
 from smoa.errors import DataError
 from smoa.files.card import NamedBase, named_base
 from smoa_lab.basics.cache import cache_folder, content_of
@@ -127,11 +127,13 @@ def load_base_model(wanted: ModelSection) -> tuple[PreTrainedModel, PreTrainedTo
     """
     require(model_needs(wanted))
     source, gguf_file = locate(wanted.name)
-    options: dict[str, Any] = {"dtype": getattr(torch, wanted.dtype), **wanted.options}
+    options: dict[str, Any] = dict(wanted.options)
     if gguf_file:
         options |= _dequantize(gguf_file)
     with _explained(wanted), _bars_on_terminals_only():
-        model = AutoModelForCausalLM.from_pretrained(source, **_shared(wanted, gguf_file), **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=getattr(torch, wanted.dtype), **_shared(wanted, gguf_file), **options
+        )
     tokenizer = load_tokenizer(wanted)
     if gguf_file:
         _unmark_gguf(model)
@@ -177,7 +179,20 @@ def base_content(wanted: ModelSection) -> str:
         return str(_base_config(wanted)._commit_hash)
     own = sorted(file for file in folder.iterdir() if file.suffix in DECIDING and file.is_file())
     files = [folder / gguf_file] if gguf_file else own
-    return sha256(" ".join(f"{file.name} {content_of(file)}" for file in files).encode()).hexdigest()
+    return sha256(" ".join(f"{file.name} {_kept_content(file)}" for file in files).encode()).hexdigest()
+
+
+def _kept_content(file: Path) -> str:
+    """:func:`content_of`, kept in the cache folder by the file's path, size and time: a base has gigabytes."""
+    state = file.stat()
+    key = sha256(f"{file.resolve()} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()
+    kept = cache_folder() / "contents" / key
+    if not kept.is_file():
+        content = content_of(file)
+        with suppress(OSError):  # a cache that cannot be written only costs time
+            write_whole(kept, content)
+        return content
+    return kept.read_text(encoding="utf-8")
 
 
 def _base_config(wanted: ModelSection) -> Any:

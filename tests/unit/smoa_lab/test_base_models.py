@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import sys
 import zipfile
 from pathlib import Path
@@ -165,18 +166,40 @@ def test_the_tokenizer_comes_from_the_same_revision(tmp_path: Path, monkeypatch:
     assert asked == ["v2"]
 
 
-def test_a_base_is_another_when_its_weights_are_and_the_same_with_other_notes(tmp_path: Path) -> None:
+def test_a_base_is_another_when_its_weights_are_and_the_same_with_other_notes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
     wanted = ModelSection(name=str(lab.tiny_base(tmp_path)))
     before = base_content(wanted)
     (tmp_path / "README.md").write_text("notes")
     assert base_content(wanted) == before
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
+    os.utime(weights, ns=(0, 0))
     assert base_content(wanted) != before
     (tmp_path / "one.gguf").write_bytes(b"weights")
     (tmp_path / "other.gguf").write_bytes(b"others")
     one, other = (base_content(ModelSection(name=str(tmp_path / name))) for name in ("one.gguf", "other.gguf"))
     assert one != other
+
+
+def test_a_bases_files_are_read_once_for_their_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = ModelSection(name=str(lab.tiny_base(tmp_path / "base")))
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
+    before = base_content(wanted)
+    read: list[str] = []
+
+    def content_of(file: Path) -> str:
+        read.append(file.name)
+        return "another"
+
+    monkeypatch.setattr(base_models, "content_of", content_of)
+    assert base_content(wanted) == before
+    assert read == []
+    os.utime(tmp_path / "base" / "model.safetensors", ns=(0, 0))
+    assert base_content(wanted) != before
+    assert read == ["model.safetensors"]
 
 
 def test_a_base_on_the_hub_is_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
