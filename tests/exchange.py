@@ -23,7 +23,7 @@ from tests.support import tiny_models
 CONFIGS: dict[str, dict[str, Any]] = {
     "plain": {"scale": "block"},
     "biases": {"bias": "smoa_only", "partition": "random"},
-    "modules": {"modules_to_save": ["lm_head"], "modulation": "noise"},
+    "modules": {"modules_to_save": ["lm_head"], "modulation": "none"},
     "pattern": {"num_blocks_pattern": {"v_proj": 2}, "scale": "layer"},
 }
 

@@ -22,7 +22,6 @@ from peft.utils.other import get_pattern_key
 from smoa.atomic import drop_save, write_whole
 from smoa.errors import ConfigError
 from smoa.maths.blocks import MAX_BLOCKS
-from smoa.maths.experts import ExpertPartition
 from smoa.maths.factors import Initialization, split_rank
 from smoa.maths.scale import DEFAULT_SCALE, ModulationKind, ScaleKind
 from smoa.maths.spectrum import PartitionKind
@@ -31,9 +30,9 @@ Bias = Literal["none", "all", "smoa_only"]
 Shape = tuple[int, int]
 """(out_features, in_features) of a weight."""
 MADE_WITH = (
-    *("r", "num_blocks", "num_blocks_pattern", "block_ranks", "rank_pattern"),
+    *("r", "num_blocks", "num_blocks_pattern", "rank_pattern"),
     *("alpha", "alpha_pattern", "use_rslora", "scale", "modulation"),
-    *("partition", "expert_partition", "target_modules", "target_parameters", "exclude_modules"),
+    *("partition", "target_modules", "target_parameters", "exclude_modules"),
     *("layers_to_transform", "layers_pattern"),
 )
 """Settings that decide which layers get an adapter, and what it is there."""
@@ -47,12 +46,11 @@ class SmoaConfig(PeftConfig):
     this object, `model.peft_config[adapter_name]`, and PEFT fills in what you left out, such as target_modules.
 
     Args:
-        r: Total rank, Σ r_k over the blocks. The default of 16, with K = 2, trains as many parameters as LoRA's of 8.
+        r: Total rank, Σ r_k. It is split evenly over the blocks; the first ones get the remainder. The default of 16,
+            with K = 2, trains as many parameters as LoRA's of 8.
         num_blocks: K, at most 255. A layer whose weight has a side shorter than K takes as many blocks as that side is
             long, and the ranks of the first of the K blocks. alpha / r stays the same. One warning names these layers.
-            With `block_ranks` it is an error.
         num_blocks_pattern: K by module name or regular expression, at most the smaller side of the weights it names.
-        block_ranks: r_k of each block, summing to r. None splits r evenly; the first blocks get the remainder.
         alpha: ΔW is scaled by alpha / r; None means alpha = r.
         use_rslora: Scale by alpha / √(r/K) instead, rsLoRA's at equal parameters. alpha = None then means r / K.
         smoa_dropout: Dropout probability of the adapter's input.
@@ -62,16 +60,13 @@ class SmoaConfig(PeftConfig):
             layer's weight. "paper" leaves ΔW relative to the weight, whose entries are about 0.02: alpha = r then needs
             10 to 33 times LoRA's learning rate, and alpha = 32·r one of about 1e-2. None means "lora".
         partition: How to assign coordinates to blocks: by "spectral" score, "contiguous" or at "random".
-        modulation: "hadamard" multiplies each block by the frozen weight. Ablations: "none" does not, and "noise"
-            multiplies by random numbers with the weight's norm.
+        modulation: "hadamard" multiplies each block by the frozen weight. "none", for ablations, does not.
         init_weights: True starts with B = 0 and "zero_A" with A = 0, so ΔW is zero. False makes a visible random
             update, for tests.
         target_modules: As in LoRA: names, a regular expression, or "all-linear". None uses the architecture's default.
         target_parameters: As in LoRA: names of parameters with a matrix for each expert of a mixture, such as
             "mlp.experts.gate_up_proj" and "mlp.experts.down_proj". Each expert's matrix, and gate and up each on its
             own, gets the method.
-        expert_partition: Blocks of the matrices in `target_parameters`: "each" has its own, or all experts of a
-            parameter have "shared" ones, from as many decompositions as one expert.
         exclude_modules: Names or a regular expression of modules not to adapt.
         modules_to_save: Modules to train and save whole, in addition to the adapter.
         layers_to_transform: Indices of the layers to adapt.
@@ -92,7 +87,6 @@ class SmoaConfig(PeftConfig):
     r: int = 16
     num_blocks: int = 2
     num_blocks_pattern: dict[str, int] = field(default_factory=dict)
-    block_ranks: list[int] | None = None
     alpha: float | None = None
     use_rslora: bool = False
     scale: ScaleKind | None = None
@@ -103,7 +97,6 @@ class SmoaConfig(PeftConfig):
     init_weights: Initialization = True
     target_modules: list[str] | str | None = None
     target_parameters: list[str] | None = None
-    expert_partition: ExpertPartition = "each"
     exclude_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     layers_to_transform: list[int] | int | None = None
@@ -116,15 +109,35 @@ class SmoaConfig(PeftConfig):
 
     lora_alpha: InitVar[float | None] = None
     lora_dropout: InitVar[float | None] = None
-    save_id: InitVar[object] = None  # older files have one
+    # In older files:
+    save_id: InitVar[object] = None
+    block_ranks: InitVar[object] = None
+    expert_partition: InitVar[object] = None
 
-    def __post_init__(self, lora_alpha: float | None, lora_dropout: float | None, save_id: object) -> None:
+    def __post_init__(
+        self,
+        lora_alpha: float | None,
+        lora_dropout: float | None,
+        save_id: object,
+        block_ranks: object,
+        expert_partition: object,
+    ) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]  # PEFT leaves it without types
         self.peft_type = PeftType("SMOA")
         self.scale = DEFAULT_SCALE if self.scale is None else self.scale
         for name in (each.name for each in fields(self)):
-            setattr(self, name, _as_json(getattr(self, name), ordered=name == "block_ranks"))
-        problems = self._rename("alpha", "lora_alpha", lora_alpha)
+            setattr(self, name, _as_json(getattr(self, name)))
+        gone = {
+            "modulation": "noise" if str(self.modulation) == "noise" else None,
+            "block_ranks": block_ranks,
+            "expert_partition": None if expert_partition == "each" else expert_partition,
+        }
+        problems = [
+            f"{name}={shortened(value)} is not supported any more; smoa at commit 1eaf65e9 reads it"
+            for name, value in gone.items()
+            if value is not None
+        ]
+        problems += self._rename("alpha", "lora_alpha", lora_alpha)
         problems += self._rename("smoa_dropout", "lora_dropout", lora_dropout)
         problems += config_problems(self)
         if problems:
@@ -196,12 +209,12 @@ class SmoaConfig(PeftConfig):
         Args:
             module: Name of the module.
             shape: (out_features, in_features). K is limited by its smaller side, unless `num_blocks_pattern` names the
-                module or `block_ranks` is set.
+                module.
         """
         named: int | None = _by_pattern(self.num_blocks_pattern, module, None)
         if named is not None:
             return named
-        return self.num_blocks if shape is None or self.block_ranks is not None else min(self.num_blocks, *shape)
+        return self.num_blocks if shape is None else min(self.num_blocks, *shape)
 
     def rank_of(self, module: str, shape: Shape | None = None) -> int:
         """Total rank of a module: that of as many blocks as it has, each of the rank that it would have among all."""
@@ -211,8 +224,6 @@ class SmoaConfig(PeftConfig):
 
     def ranks_of(self, module: str = "", r: int | None = None, shape: Shape | None = None) -> tuple[int, ...]:
         """Rank of each block of a module. The default name matches no pattern; r replaces the configured total."""
-        if self.block_ranks is not None:
-            return tuple(self.block_ranks)
         return split_rank(self.rank_of(module, shape) if r is None else r, self.num_blocks_of(module, shape))
 
     def alpha_of(self, module: str, r: int, shape: Shape | None = None) -> float:
@@ -230,11 +241,11 @@ def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     return patterns.get(get_pattern_key(list(patterns), module), default)
 
 
-def _as_json(value: object, ordered: bool) -> object:
-    """Convert collections that JSON lacks to lists; sets only if order has no meaning."""
+def _as_json(value: object) -> object:
+    """Convert collections that JSON lacks to lists."""
     if isinstance(value, dict):
-        return {key: _as_json(inner, ordered) for key, inner in value.items()}
-    if isinstance(value, (set, frozenset)) and not ordered:
+        return {key: _as_json(inner) for key, inner in value.items()}
+    if isinstance(value, (set, frozenset)):
         return sorted(value, key=str)
     return list(value) if isinstance(value, (tuple, range)) else value
 
@@ -263,7 +274,6 @@ RULES: dict[str, Rule] = {
     "rank_pattern": COUNT,
     "num_blocks": BLOCKS,
     "num_blocks_pattern": BLOCKS,
-    "block_ranks": (lambda n: 0 <= n <= MAX_RANK, f"a non-negative integer, at most {MAX_RANK}"),
     "alpha": POSITIVE,
     "alpha_pattern": POSITIVE,
     "lora_alpha": POSITIVE,
@@ -329,17 +339,6 @@ def _combination_problems(config: Any) -> Iterator[str]:
             f"layers_to_transform={config.layers_to_transform!r} needs target_modules to be a list of names, "
             f"not the regular expression {config.target_modules!r}"
         )
-    if config.block_ranks is None:
-        return
-    for name in ("rank_pattern", "num_blocks_pattern"):
-        if getattr(config, name):
-            yield f"block_ranks and {name} can't be combined: block_ranks fits one r and one K; drop one of them"
-            return
-    ranks, total = config.block_ranks, sum(config.block_ranks)
-    if len(ranks) != config.num_blocks:
-        yield f"block_ranks={ranks} has {len(ranks)} entries; give one for each of num_blocks={config.num_blocks}"
-    elif total != config.r:
-        yield f"block_ranks={ranks} sums to {total}; the ranks of all blocks must sum to r={config.r}"
 
 
 def fits(value: object, hint: Any) -> bool:

@@ -21,14 +21,13 @@ from smoa.files.loading import door
 from smoa.files.names import PARTS, PREFIX, adapter_layers, parameter_names
 from smoa.layers.layer import SmoaLayer
 from smoa.maths.blocks import slices
-from smoa.maths.factors import saved_shapes
 
 
 @torch.no_grad()
 def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "default") -> None:
     """Replace the loaded adapter `adapter_name` by the one saved in `path`.
 
-    The new adapter must have the same num_blocks, modulation, bias, expert_partition and ensure_weight_tying, no block
+    The new adapter must have the same num_blocks, modulation, bias and ensure_weight_tying, no block
     of larger rank, and no layer that the loaded one lacks. Layers that only the loaded one has do nothing until the
     next swap. The loaded adapter's dropout stays. An error changes nothing.
 
@@ -67,7 +66,7 @@ def _checked_config(old: SmoaConfig, path: str) -> SmoaConfig:
     new = PeftConfig.from_pretrained(path)
     if not isinstance(new, SmoaConfig):
         raise ConfigError(f"{path}: is a {new.peft_type} adapter and can't replace a SMoA adapter")
-    fixed = ("num_blocks", "num_blocks_pattern", "modulation", "bias", "expert_partition", "ensure_weight_tying")
+    fixed = ("num_blocks", "num_blocks_pattern", "modulation", "bias", "ensure_weight_tying")
     different = [name for name in fixed if getattr(new, name) != getattr(old, name)]
     if different:
         differences = "; ".join(f"{name}={getattr(new, name)!r}, not {getattr(old, name)!r}" for name in different)
@@ -110,7 +109,7 @@ def _padded(
     A, B, *partition = parts
     shape, count = (layer.out_features, layer.in_features), layer.matrix_count
     slot, ranks = layer.ranks[adapter_name], config.ranks_of(name, shape=shape)
-    if (A.shape, B.shape) != saved_shapes(shape, ranks, layer.stacked(adapter_name))[:2]:
+    if (A.shape, B.shape) != layer.saved_shapes(ranks)[:2]:
         raise AdapterFileError(
             f"{path}: {name} has factors {tuple(A.shape)}, {tuple(B.shape)} that don't fit the layer"
         )

@@ -43,11 +43,9 @@ KINDS: dict[str, PeftConfig] = {
     "contiguous": smoa(num_blocks=4, partition="contiguous", scale="layer"),
     "large": smoa(r=64, num_blocks=8, target_modules=SOME, alpha=64),
     "ragged": smoa(r=7, num_blocks=5, scale="block"),
-    "unequal": smoa(num_blocks=4, block_ranks=[4, 1, 2, 1]),
     "patterns": smoa(num_blocks=4, num_blocks_pattern={"v_proj": 2}, **PATTERNS),
     "paper": smoa(r=4, scale="paper", alpha=200, use_rslora=True),
     "unmodulated": smoa(num_blocks=4, modulation="none"),
-    "noise": smoa(r=4, num_blocks=4, modulation="noise"),
     "lora": lora(),
 }
 rng = random.Random(0)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from smoa.maths.blocks import Blocks
 from smoa.maths.factors import Factors
-from smoa.maths.scale import MODULATIONS
 from smoa.maths.spectrum import make_partition
 from smoa.maths.update import Update
 from tests import reference
@@ -40,7 +39,7 @@ class Problem(NamedTuple):
         return Factors(self.A, self.B, self.ranks, scaling, torch.tensor(rank_scale), self.partition)
 
     def update(self, modulation: str, scaling: float = 1.0) -> Update:
-        return Update(self.factors(scaling), MODULATIONS[modulation])  # type: ignore[index]
+        return Update(self.factors(scaling), modulation)  # type: ignore[arg-type]
 
     def smoa(self, modulation: str, scaling: float = 1.0) -> Tensor:
         return self.update(modulation, scaling).delta(self.weight)

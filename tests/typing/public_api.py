@@ -14,7 +14,6 @@ from smoa import PartitionError, SmoaConfig, SmoaError, SpectralPartition, make_
 def config_fields_have_types() -> None:
     config = SmoaConfig(r=8, num_blocks=2, alpha=16, partition="random", modulation="none", bias="smoa_only")
     assert_type(config.r, int)
-    assert_type(config.block_ranks, list[int] | None)
     assert_type(config.alpha, float | None)
 
 

@@ -64,7 +64,7 @@ def _check_state(model: nn.Module, config: SmoaConfig, adapter_name: str, state_
         tensors = {key: whole(state_dict[key]) for key in keys_of[name]}
         ranks, scaling = layer.ranks[adapter_name], layer.scaling[adapter_name]
         stored = next(layer.smoa_A[adapter_name].parameters()).dtype
-        check_parts(name, tensors, layer.saved_shapes(adapter_name), ranks, scaling, stored)
+        check_parts(name, tensors, layer.saved_shapes(ranks), ranks, scaling, stored)
 
 
 def _compare_others(model: nn.Module, config: SmoaConfig, keys: Set[str]) -> tuple[list[str], list[str]]:

@@ -16,7 +16,7 @@ from smoa.files.names import PARTS, PREFIX
 from smoa.maths.blocks import Blocks
 from smoa.maths.experts import Layout
 from smoa.maths.factors import Factors, saved_shapes
-from smoa.maths.scale import MODULATIONS, ModulationKind, rank_scale
+from smoa.maths.scale import ModulationKind, rank_scale
 from smoa.maths.update import Update
 
 
@@ -66,8 +66,7 @@ class Loaded:
         if len(parts) > len(PARTS):
             raise AdapterFileError(f"{source}: {path} has {sorted(parts)}, expected {sorted(PARTS)}")
         ranks = config.ranks_of(path, shape=shape)
-        stack = None if layout is None else (layout.count, layout.partitions(config.expert_partition))
-        sizes = saved_shapes(shape, ranks, stack)
+        sizes = saved_shapes(shape, ranks, None if layout is None else layout.count)
         scaling = config.alpha_of(path, sum(ranks), shape) / sum(ranks)
         A, B, rows, cols, scale = (parts[part] for part in PARTS)
         try:
@@ -79,15 +78,14 @@ class Loaded:
     def blocks(self, device: torch.device, number: int = 0) -> Blocks:
         """The blocks of the layer, or of one of a parameter's matrices, on a device."""
         rows, cols = (labels.view(-1, labels.shape[-1]) for labels in (self.row_labels, self.col_labels))
-        place = number % len(rows)  # all experts may share a partition
-        return Blocks(rows[place].to(device), cols[place].to(device), len(self.ranks))
+        return Blocks(rows[number].to(device), cols[number].to(device), len(self.ranks))
 
     def update(self, number: int = 0) -> Update:
         """ΔW of the layer, or of one of a parameter's matrices."""
         r, scale = sum(self.ranks), self.block_scale.view(-1, len(self.ranks))[number]
         A, B = self.A[number * r : (number + 1) * r], self.B[:, number * r : (number + 1) * r]
         blocks, of_ranks = self.blocks(A.device, number), rank_scale(scale, self.ranks)
-        return Update(Factors(A, B, self.ranks, self.scaling, of_ranks, blocks), MODULATIONS[self.modulation])
+        return Update(Factors(A, B, self.ranks, self.scaling, of_ranks, blocks), self.modulation)
 
     @property
     def digest(self) -> int:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from smoa.maths.blocks import Blocks
-from smoa.maths.experts import ExpertPartition, stack_partition, stacked_blocks
-from smoa.maths.scale import MODULATIONS, ModulationKind, ScaleKind, block_scale
+from smoa.maths.experts import stack_partition, stacked_blocks
+from smoa.maths.scale import ModulationKind, ScaleKind, block_scale
 from smoa.maths.spectrum import PartitionKind, make_partition
 from smoa.state import cached_spectral_scores
 
@@ -23,29 +23,26 @@ class PartitionSpec:
     partition: PartitionKind
     modulation: ModulationKind
     scale: ScaleKind
-    expert_partition: ExpertPartition = "each"
 
     def decide(self, num_blocks: int, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Row labels, column labels and block scales, on the CPU.
 
         Args:
             num_blocks: K.
-            weight: W (m, n), for (m,), (n,) and (K,). Or W of all experts (experts, halves, m, n), for (P, m), (P, n)
-                and (experts·halves, K), where P counts the partitions.
+            weight: W (m, n), for (m,), (n,) and (K,). Or W of all experts (experts, halves, m, n), for (G, m), (G, n)
+                and (G, K), where G = experts·halves.
         """
         if weight.dim() == 2:
             blocks = make_partition(weight, num_blocks, self.partition, cached_spectral_scores)
             return blocks.row_labels.cpu(), blocks.col_labels.cpu(), self._block_scale(weight, blocks)
-        scores_of = cached_spectral_scores
-        rows, cols = stack_partition(weight, num_blocks, self.partition, self.expert_partition, scores_of)
+        rows, cols = stack_partition(weight, num_blocks, self.partition, cached_spectral_scores)
         stacked = stacked_blocks(rows.to(weight.device), cols.to(weight.device), num_blocks)
         matrices = (matrix for expert in weight for matrix in expert)
-        scales = [self._block_scale(matrix, stacked[i % len(stacked)]) for i, matrix in enumerate(matrices)]
+        scales = [self._block_scale(matrix, blocks) for matrix, blocks in zip(matrices, stacked, strict=True)]
         return rows, cols, torch.stack(scales)
 
     def _block_scale(self, weight: Tensor, blocks: Blocks) -> Tensor:
-        anchor = MODULATIONS[self.modulation].anchor(weight, blocks) if self.scale != "paper" else None
-        return block_scale(self.scale, anchor, blocks)
+        return block_scale(self.scale, None if self.modulation == "none" else weight, blocks)
 
 
 class AdapterBuffers(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from smoa.layers.layer import SmoaLayer
 from smoa.layers.stand_in import StandIn
 from smoa.maths.blocks import Blocks
 from smoa.maths.experts import Layout, Run, Stack, stacked_blocks
-from smoa.maths.scale import MODULATIONS
+from smoa.maths.factors import saved_shapes
 from smoa.maths.update import Update
 
 _LOCK = threading.Lock()
@@ -26,9 +26,9 @@ _LOCK = threading.Lock()
 class ParamWrapper(SmoaLayer):
     """SMoA on one parameter of a module, named as PEFT's own, which `_inject_parameters` looks for.
 
-    The parameter holds G matrices of one shape (m, n), see `Layout`. The labels are (P, m) and (P, n), where P is G, or
-    the matrices of one expert if all experts share a partition. The block scales are (G, K). Wrappers of several
-    parameters of one module are nested, as in PEFT's LoRA. No second copy of the parameter is made, not in a merge.
+    The parameter holds G matrices of one shape (m, n), see `Layout`. The labels are (G, m) and (G, n), the block scales
+    (G, K). Wrappers of several parameters of one module are nested, as in PEFT's LoRA. No second copy of the parameter
+    is made, not in a merge.
     """
 
     converted_by_peft = False
@@ -57,9 +57,9 @@ class ParamWrapper(SmoaLayer):
         """G: number of matrices."""
         return self.layout.count
 
-    def stacked(self, adapter_name: str) -> tuple[int, int]:
-        """G and the number of their partitions."""
-        return self.layout.count, self.layout.partitions(self.made_with[adapter_name]["expert_partition"])
+    def saved_shapes(self, ranks: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+        """Shapes of A, B, row labels, column labels and block scales in the file of an adapter of these ranks."""
+        return saved_shapes(self.layout.shape, ranks, self.layout.count)
 
     def _derive_orders(self, adapter_name: str, rows: Tensor, cols: Tensor) -> None:
         self._stack_blocks[adapter_name] = stacked_blocks(rows, cols, len(self.ranks[adapter_name]))
@@ -93,16 +93,14 @@ class ParamWrapper(SmoaLayer):
     def blocks(self, adapter_name: str, number: int = 0) -> Blocks:
         """The adapter's blocks of one matrix; decided now if they are still pending."""
         self.decide_partition(adapter_name)
-        blocks = self._stack_blocks[adapter_name]
-        return blocks[number % len(blocks)]
+        return self._stack_blocks[adapter_name][number]
 
     def stack(self, adapter_name: str) -> Stack:
         """The adapter's `Stack`, which forms ΔW of each matrix or applies it to x, given the pristine weights."""
         self.decide_partition(adapter_name)
         A, B = self.factors(adapter_name)
         ranks, scaling, scale = self.ranks[adapter_name], self.scaling[adapter_name], self.rank_scale(adapter_name)
-        blocks, modulation = self._stack_blocks[adapter_name], MODULATIONS[self.modulation[adapter_name]]
-        return Stack(A, B, ranks, scaling, scale, blocks, modulation)
+        return Stack(A, B, ranks, scaling, scale, self._stack_blocks[adapter_name], self.modulation[adapter_name])
 
     def updates(self, adapter_name: str) -> list[Update]:
         """The adapter's `Update` of each matrix."""

@@ -34,7 +34,7 @@ from smoa.layers.weight_cache import WeightCache, tensor_state
 from smoa.maths.blocks import UNDECIDED, Blocks, DiagonalBlocks, Orders, ascend, check_labels, check_num_blocks
 from smoa.maths.factors import Factors, Initialization, init_factors, saved_shapes
 from smoa.maths.kernels.operators import is_transformed
-from smoa.maths.scale import DEFAULT_SCALE, MODULATIONS, ModulationKind, rank_scale
+from smoa.maths.scale import DEFAULT_SCALE, ModulationKind, rank_scale
 from smoa.maths.update import Update
 from smoa.state import chosen_kernels
 
@@ -177,14 +177,9 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         """G: how many matrices W the layer has."""
         return 1
 
-    def stacked(self, adapter_name: str) -> tuple[int, int] | None:
-        """G and the number of their partitions, if the layer holds a stack of matrices."""
-        return None
-
-    def saved_shapes(self, adapter_name: str) -> tuple[tuple[int, ...], ...]:
-        """Shapes of A, B, row labels, column labels and block scales in an adapter's file."""
-        shape = self.out_features, self.in_features
-        return saved_shapes(shape, self.ranks[adapter_name], self.stacked(adapter_name))
+    def saved_shapes(self, ranks: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+        """Shapes of A, B, row labels, column labels and block scales in the file of an adapter of these ranks."""
+        return saved_shapes((self.out_features, self.in_features), ranks)
 
     # Adding an adapter.
 
@@ -208,7 +203,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         self.smoa_dropout[adapter_name] = nn.Dropout(config.smoa_dropout) if config.smoa_dropout else nn.Identity()
         self._add_factors(adapter_name, config.init_weights)
         scale = config.scale or DEFAULT_SCALE
-        spec = PartitionSpec(config.partition, config.modulation, scale, config.expert_partition)
+        spec = PartitionSpec(config.partition, config.modulation, scale)
         self._add_partition(adapter_name, spec, defer_partition)
         if config.init_weights is False:
             self.equalize_random_update(adapter_name)
@@ -221,7 +216,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
 
     def _add_factors(self, adapter_name: str, init: Initialization) -> None:
-        (of_A, of_B), r = self.saved_shapes(adapter_name)[:2], self.r[adapter_name]
+        (of_A, of_B), r = self.saved_shapes(self.ranks[adapter_name])[:2], self.r[adapter_name]
         A, B = nn.Linear(of_A[1], of_A[0], bias=False), nn.Linear(of_B[1], of_B[0], bias=False)
         with torch.no_grad():
             for part_A, part_B in zip(A.weight.split(r), B.weight.split(r, dim=1), strict=True):
@@ -279,7 +274,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
     def _add_partition(self, adapter_name: str, spec: PartitionSpec, defer: bool) -> None:
         device = self.stored_weight().device
         device = torch.device("cpu") if device.type == "meta" else device
-        rows, cols, scale = self.saved_shapes(adapter_name)[2:]
+        rows, cols, scale = self.saved_shapes(self.ranks[adapter_name])[2:]
         labels = [torch.full(shape, UNDECIDED, dtype=torch.uint8, device=device) for shape in (rows, cols)]
         self._set_partition(adapter_name, labels[0], labels[1], torch.ones(scale, device=device, dtype=torch.float32))
         self.pending_partition[adapter_name] = spec
@@ -459,7 +454,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         A, B = self.factors(adapter_name)
         ranks, scaling = self.ranks[adapter_name], self.scaling[adapter_name]
         factors = Factors(A, B, ranks, scaling, self.rank_scale(adapter_name), blocks)
-        return Update(factors, MODULATIONS[self.modulation[adapter_name]], chosen_kernels())
+        return Update(factors, self.modulation[adapter_name], chosen_kernels())
 
     def updates(self, adapter_name: str) -> list[Update]:
         """The adapter's `Update` of each matrix."""
@@ -572,7 +567,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
     def branch_input(self, x: Tensor, adapter_name: str) -> Tensor:
         """What an adapter's branch is given for the layer's input x: in training dropout acts on it."""
         x = self.smoa_dropout[adapter_name](x)
-        if not MODULATIONS[self.modulation[adapter_name]].anchors:
+        if self.modulation[adapter_name] == "none":
             return self._cast_input_dtype(x, self.factors(adapter_name)[0].dtype)
         return in_autocast_dtype(x)
 

@@ -15,7 +15,6 @@ from smoa.layers.mixed_batch import mixed_outputs, shared_output
 from smoa.layers.weight_cache import BLOCKS, DIAGONAL, WHOLE, KeptUpdate, WeightCache
 from smoa.maths.kernels.choice import prefers_apart, prefers_shared
 from smoa.maths.kernels.operators import is_transformed, multiplies_exactly
-from smoa.maths.scale import MODULATIONS
 from smoa.maths.update import Update
 from smoa.state import chosen_kernels
 
@@ -57,7 +56,7 @@ class Linear(SmoaLayer):
 
     def _multiplies_factors(self, x: Tensor, adapter_name: str) -> bool:
         """Whether few tokens take the product with the blocks of W."""
-        if not MODULATIONS[self.modulation[adapter_name]].anchors:
+        if self.modulation[adapter_name] == "none":
             return False
         tokens = x.shape[:-1]
         return not is_transformed(x) and prefers_shared(self.ranks[adapter_name], tokens.numel(), chosen_kernels())
@@ -70,7 +69,7 @@ class Linear(SmoaLayer):
 
     def _kept_update(self, cache: WeightCache, adapter_name: str, x: Tensor) -> KeptUpdate | None:
         """The blocks of ΔW that `cache` keeps; None without M, where the factors are as quick, or without memory."""
-        if not MODULATIONS[self.modulation[adapter_name]].anchors:
+        if self.modulation[adapter_name] == "none":
             return None
         dtype = x.dtype
 
@@ -109,8 +108,7 @@ class Linear(SmoaLayer):
         if self.route == "apart" or not self._may_add_to_weight(x.device.type) or is_instrumented(self.base_layer):
             return None
         dropout = self.smoa_dropout[adapter_name]
-        by_weight = MODULATIONS[self.modulation[adapter_name]].by_weight
-        if not by_weight or (isinstance(dropout, nn.Dropout) and self.training):
+        if self.modulation[adapter_name] == "none" or (isinstance(dropout, nn.Dropout) and self.training):
             return None
         weight = self.stored_weight()
         if weight.dtype != x.dtype or weight.requires_grad or is_transformed(x, weight):

@@ -15,7 +15,6 @@ from smoa.layers.weight_cache import DIAGONAL, STACKED, is_sharded, tensor_state
 from smoa.maths.kernels.choice import Kernels, prefers_shared
 from smoa.maths.kernels.operators import is_transformed, without_autocast
 from smoa.maths.kernels.shared import Gathered, StackedFactors, diagonal_of, shared
-from smoa.maths.scale import MODULATIONS
 from smoa.state import chosen_kernels
 
 
@@ -146,7 +145,7 @@ class MixedGroup:
     def product(self, x: Tensor) -> Tensor:
         """`x ΔWᵀ` for x (rows, …, in_features) as a branch is given it."""
         stack, gathered = self.stack()
-        diagonal = self.diagonal if MODULATIONS[self.modulation].anchors else None
+        diagonal = None if self.modulation == "none" else self.diagonal
         y = shared(stack, x.reshape(len(self.slots), -1, x.shape[-1]), self.slots, diagonal, gathered)
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -201,13 +200,11 @@ class MixedGroup:
         """The diagonal blocks of M for each run of blocks; copies are kept where calls may keep something."""
 
         def make() -> Sequence[Tensor]:
-            anchor = MODULATIONS[self.modulation].anchor(self.layer.pristine_weight(), self.blocks)
-            assert anchor is not None
-            return diagonal_of(self.blocks, self.runs, anchor)
+            return diagonal_of(self.blocks, self.runs, self.layer.pristine_weight())
 
         cache = self.layer.open_cache([], self.slots)
         if cache is None:
             return make()
         digest = self.layer.labels_digest[self.names[0]]
-        kept = cache.get((DIAGONAL, self.modulation, str(digest)), tensor_state(self.layer.stored_weight()), make)
+        kept = cache.get((DIAGONAL, str(digest)), tensor_state(self.layer.stored_weight()), make)
         return make() if kept is None else kept

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from smoa.maths.factors import Factors
 from smoa.maths.kernels.operators import Gradients, is_transformed, recomputed
-from smoa.maths.scale import Modulation
+from smoa.maths.scale import ModulationKind
 from smoa.maths.update import Update
 
 
@@ -84,7 +84,7 @@ def convolved(
 class _Convolved:
     """The route of a convolution."""
 
-    modulation: Modulation
+    modulation: ModulationKind
     geometry: Geometry
     with_base: bool
 

@@ -2,36 +2,29 @@ r"""The updates of a stack of matrices of one shape, such as the experts of a mi
 
     ΔW_g[I_gk, J_gk] = s_gk·(B_gk A_gk) ⊙ W_g[I_gk, J_gk],   g = 0 … G−1   (arXiv:2605.21147)
 
-Every matrix is one of its own: `Stack.update(g)` is its `Update`. The matrices share K, the ranks and α/r. A product
-concerns only the matrices that some row of x belongs to. Their diagonal blocks are formed one matrix after the other,
-and formed again for the backward, so that only x and the factors are kept.
-
-Every matrix has a partition of its own, or all experts share one, which has as few decompositions as one expert. A
-shared partition sorts input coordinates by the scores of `[W_1; …; W_E]`, the experts' matrices on top of each other,
-and output coordinates by those of `[W_1 … W_E]`, side by side.
+Every matrix has a partition of its own: `Stack.update(g)` is its `Update`. The matrices share K, the ranks and α/r. A
+product concerns only the matrices that some row of x belongs to. Their diagonal blocks are formed one matrix after the
+other, and formed again for the backward, so that only x and the factors are kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from smoa.errors import UnsupportedModuleError
 from smoa.maths.blocks import Blocks, Orders
 from smoa.maths.factors import Factors
 from smoa.maths.kernels.batched import batched_backward, batched_forward
 from smoa.maths.kernels.operators import Gradients, is_transformed, recomputed
-from smoa.maths.scale import MODULATIONS, Modulation
-from smoa.maths.spectrum import PartitionKind, finite_peak, gram_scores, make_partition, squarable
+from smoa.maths.scale import ModulationKind
+from smoa.maths.spectrum import PartitionKind, finite_peak, make_partition
 from smoa.maths.update import Update
 
-ExpertPartition = Literal["each", "shared"]
 Scores = Callable[[Tensor, bool], tuple[Tensor, Tensor]]
 
 HALVED = "gate_up_proj"
@@ -96,10 +89,6 @@ class Layout:
         """(out_features, in_features) of one matrix."""
         return self.out_features, self.in_features
 
-    def partitions(self, kind: ExpertPartition) -> int:
-        """P: number of partitions."""
-        return self.halves if kind == "shared" else self.count
-
     def matrices(self, parameter: Tensor) -> Tensor:
         """All matrices as a view: (experts, halves, out_features, in_features)."""
         stack = parameter if self.is_stack else parameter[None]
@@ -130,8 +119,8 @@ class Stack:
         ranks: r_k of every block, the same in each matrix.
         scaling: α/r.
         rank_scale: The part of the scale that comes from the weights, (G, r) float32.
-        blocks: Blocks of each matrix or, if fewer, of each h: the same for all experts.
-        modulation: How the anchors are made.
+        blocks: Blocks of each matrix.
+        modulation: As in `Update`.
     """
 
     A: Tensor
@@ -140,7 +129,7 @@ class Stack:
     scaling: float
     rank_scale: Tensor
     blocks: Sequence[Blocks]
-    modulation: Modulation = MODULATIONS["hadamard"]
+    modulation: ModulationKind = "hadamard"
 
     def slots(self, number: int) -> slice:
         """The ranks of one matrix."""
@@ -149,21 +138,12 @@ class Stack:
 
     def update(self, number: int) -> Update:
         """ΔW of one matrix."""
-        slots, blocks = self.slots(number), self.blocks[number % len(self.blocks)]
-        rank_scale = self.rank_scale[number]
-        factors = Factors(self.A[slots], self.B[:, slots], self.ranks, self.scaling, rank_scale, blocks)
+        slots, of_ranks, blocks = self.slots(number), self.rank_scale[number], self.blocks[number]
+        factors = Factors(self.A[slots], self.B[:, slots], self.ranks, self.scaling, of_ranks, blocks)
         return Update(factors, self.modulation)
 
     def transposed(self) -> Stack:
-        """The updates of the transposed matrices, which are ΔWᵀ.
-
-        Raises:
-            UnsupportedModuleError: the anchors are noise, which the transposed matrices would have other draws of.
-        """
-        if self.modulation.anchors and not self.modulation.by_weight:
-            raise UnsupportedModuleError(
-                "modulation='noise' can't adapt a parameter W that its module multiplies as x W; use another modulation"
-            )
+        """The updates of the transposed matrices, which are ΔWᵀ."""
         return replace(self, A=self.B.T, B=self.A.T, blocks=[blocks.transposed() for blocks in self.blocks])
 
     def apply(self, x: Tensor, matrices: Tensor, runs: Sequence[Run]) -> Tensor:
@@ -177,7 +157,7 @@ class Stack:
             runs: The rows of each expert.
         """
         route = _OfRuns(tuple(runs))
-        if not self.modulation.anchors or is_transformed(x):  # without M, autograd keeps the products of x with A only
+        if self.modulation == "none" or is_transformed(x):  # without M, autograd keeps the products of x with A only
             return route.plain(self, x, matrices)
         return recomputed(route, self, x, matrices)
 
@@ -204,7 +184,7 @@ class _OfRuns:
     def forward(self, stack: Stack, x: Tensor, matrices: Tensor, bias: Tensor | None = None) -> Tensor:
         output = self._room(x, *matrices.shape[1:3])
         for rows, half, _, update, matrix in self._parts(stack, matrices):
-            output[rows, half] = batched_forward(update.factors, x[rows], update.some_anchor(matrix))
+            output[rows, half] = batched_forward(update.factors, x[rows], matrix)
         return output
 
     def plain(self, stack: Stack, x: Tensor, matrices: Tensor) -> Tensor:
@@ -216,8 +196,8 @@ class _OfRuns:
     def backward(self, stack: Stack, g: Tensor, x: Tensor, matrices: Tensor, needs_x: bool) -> Gradients:
         grad_x, grad_A, grad_B = self._room(x, x.shape[1]), torch.zeros_like(stack.A), torch.zeros_like(stack.B)
         for rows, half, number, update, matrix in self._parts(stack, matrices):
-            anchor, slots = update.some_anchor(matrix), stack.slots(number)
-            gradients = batched_backward(update.factors, g[rows, half], x[rows], anchor, needs_x)
+            slots = stack.slots(number)
+            gradients = batched_backward(update.factors, g[rows, half], x[rows], matrix, needs_x)
             of_x, grad_A[slots], grad_B[:, slots] = gradients
             if needs_x:
                 grad_x[rows] = of_x if half == 0 else of_x.add_(grad_x[rows])
@@ -225,11 +205,11 @@ class _OfRuns:
 
 
 def stacked_blocks(row_labels: Tensor, col_labels: Tensor, num_blocks: int) -> list[Blocks]:
-    """Blocks of each of P matrices; their orders are int32, because there may be many matrices.
+    """Blocks of each of G matrices; their orders are int32, because there may be many matrices.
 
     Args:
-        row_labels: uint8 (P, out_features).
-        col_labels: uint8 (P, in_features).
+        row_labels: uint8 (G, out_features).
+        col_labels: uint8 (G, in_features).
         num_blocks: K.
     """
     orders = [order.int().unbind() for order in Orders.of(row_labels, col_labels)]
@@ -240,40 +220,22 @@ def stacked_blocks(row_labels: Tensor, col_labels: Tensor, num_blocks: int) -> l
     return [Blocks(row, col, num_blocks, Orders(*order), flag) for row, col, order, flag in rows]
 
 
-def stack_partition(
-    matrices: Tensor, num_blocks: int, kind: PartitionKind, expert_partition: ExpertPartition, scores_of: Scores
-) -> tuple[Tensor, Tensor]:
-    """Row labels (P, out_features) and column labels (P, in_features), uint8 on the CPU, with a progress bar.
+def stack_partition(matrices: Tensor, num_blocks: int, kind: PartitionKind, scores_of: Scores) -> tuple[Tensor, Tensor]:
+    """Row labels (G, out_features) and column labels (G, in_features), uint8 on the CPU, with a progress bar.
 
     Args:
         matrices: W of all experts, (E, H, out_features, in_features).
         num_blocks: K.
         kind: How to assign coordinates to blocks.
-        expert_partition: "each" gives every matrix its own, P = E·H. "shared" gives one to each of the H, P = H.
         scores_of: `smoa.maths.spectrum.spectral_scores`, or a cache of it.
 
     Raises:
         PartitionError: K does not fit, or a weight has NaN or infinite entries.
     """
     finite_peak(matrices)
-    each = [matrix[None] for expert in matrices for matrix in expert]  # views, which `flatten` may not give
-    stacks = each if expert_partition == "each" else matrices.transpose(0, 1)
+    each = [matrix for expert in matrices for matrix in expert]  # views, which `flatten` may not give
     hidden = True if kind != "spectral" else None  # None: shown on a terminal only
-    bar = tqdm(stacks, desc="SMoA partitions of experts", unit="matrix", delay=1, disable=hidden, leave=False)
-    partitions = [_partition(stack, num_blocks, kind, scores_of) for stack in bar]
+    bar = tqdm(each, desc="SMoA partitions of experts", unit="matrix", delay=1, disable=hidden, leave=False)
+    partitions = [make_partition(matrix, num_blocks, kind, scores_of) for matrix in bar]
     rows, cols = ([getattr(blocks, side).cpu() for blocks in partitions] for side in ("row_labels", "col_labels"))
     return torch.stack(rows), torch.stack(cols)
-
-
-def _partition(stack: Tensor, num_blocks: int, kind: PartitionKind, scores_of: Scores) -> Blocks:
-    """Blocks of one matrix, or those that a stack of them shares."""
-    if len(stack) > 1:
-        scores_of = partial(_shared_scores, stack)
-    return make_partition(stack[0], num_blocks, kind, scores_of)
-
-
-def _shared_scores(stack: Tensor, first: Tensor, precise: bool) -> tuple[Tensor, Tensor]:
-    """Scores of the rows of `[W_1 … W_E]`, and of the columns of `[W_1; …; W_E]`, from `Σ W Wᵀ` and `Σ Wᵀ W`."""
-    weights = squarable(stack)
-    rows, cols = (sum(W @ W.mT for W in side) for side in (weights, weights.mT))
-    return gram_scores(rows, precise), gram_scores(cols, precise)

@@ -28,20 +28,18 @@ def split_rank(r: int, num_blocks: int) -> tuple[int, ...]:
     return block_sizes(r, num_blocks)
 
 
-def saved_shapes(
-    shape: tuple[int, int], ranks: Sequence[int], stack: tuple[int, int] | None = None
-) -> tuple[tuple[int, ...], ...]:
+def saved_shapes(shape: tuple[int, int], ranks: Sequence[int], count: int | None = None) -> tuple[tuple[int, ...], ...]:
     """Shapes of A, B, row labels, column labels and block scales in an adapter's file.
 
     Args:
         shape: (out_features, in_features) of W.
         ranks: r_k of every block.
-        stack: If the layer holds several matrices of this shape, their number G and that of their partitions.
+        count: G, if the layer holds a stack of matrices of this shape.
     """
     (out_features, in_features), K, r = shape, len(ranks), sum(ranks)
-    count, of_labels, of_scales = (1, (), ()) if stack is None else (stack[0], stack[1:], stack[:1])
-    A, B = (count * r, -(-in_features // K)), (-(-out_features // K), count * r)
-    return A, B, (*of_labels, out_features), (*of_labels, in_features), (*of_scales, K)
+    stack, rows = ((), r) if count is None else ((count,), count * r)
+    A, B = (rows, -(-in_features // K)), (-(-out_features // K), rows)
+    return A, B, (*stack, out_features), (*stack, in_features), (*stack, K)
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,13 @@ r"""What an update takes from the weight: its anchor M, and the part c_k of each
 | block | 1 / rms(M_k) | the same for each diagonal block `M_k = M[I_k, J_k]`           |
 | lora  | 4 / rms(M_k) | keeps LoRA's learning rate: see `FACTOR`                       |
 
-M is the anchor: W itself, noise, or nothing, whose entries count as 1.
+M is the anchor: W itself, or nothing, whose entries count as 1.
 """
 
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -23,7 +21,8 @@ from torch import Tensor
 
 from smoa.maths.blocks import Blocks
 
-ModulationKind = Literal["hadamard", "none", "noise"]
+ModulationKind = Literal["hadamard", "none"]
+"""By M: "hadamard" is W, the paper's method. "none" has none: with contiguous blocks MELoRA, with one block LoRA."""
 SAFE_RMS = 1e-15, 1e15
 """Where squares neither underflow nor overflow in float32."""
 
@@ -36,37 +35,6 @@ def rms_of(weight: Tensor) -> float:
         return size
     peak = float(weight.abs().max())
     return peak * rms_of(weight / peak) if 0 < peak < math.inf else peak
-
-
-def _noise(weight: Tensor, blocks: Blocks) -> Tensor:
-    """Draw M with a seed that is a hash of the labels, so that it is the same wherever the adapter is loaded."""
-    seed = zlib.crc32(torch.cat([blocks.row_labels, blocks.col_labels]).cpu().numpy().tobytes())
-    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
-    return noise.mul_(rms_of(weight) / rms_of(noise)).to(weight.device, weight.dtype)
-
-
-@dataclass(frozen=True)
-class Modulation:
-    """How the anchor M of `ΔW = s·(BA) ⊙ M` is made.
-
-    Args:
-        anchor: Makes M (out_features, in_features) from the pristine weight and the blocks; None without modulation.
-        anchors: Whether there is an M.
-        by_weight: Whether M is W itself, so that `W + ΔW = W ⊙ (1 + s·BA)` can be formed in one pass.
-    """
-
-    anchor: Callable[[Tensor, Blocks], Tensor | None]
-    anchors: bool
-    by_weight: bool
-
-
-MODULATIONS: dict[ModulationKind, Modulation] = {
-    "hadamard": Modulation(lambda weight, blocks: weight, anchors=True, by_weight=True),
-    "none": Modulation(lambda weight, blocks: None, anchors=False, by_weight=False),
-    "noise": Modulation(_noise, anchors=True, by_weight=False),
-}
-"""By M: "hadamard" is W, the paper's method. "none" has no M: with contiguous blocks it is MELoRA, with one block LoRA.
-"noise" is Gaussian noise with W's Frobenius norm, an ablation that replaces W's own entries."""
 
 
 ScaleKind = Literal["paper", "layer", "block", "lora"]

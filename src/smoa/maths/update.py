@@ -2,7 +2,7 @@ r"""The update ΔW of one layer, the central object of the method:
 
     ΔW[I_k, J_k] = s_k·(B_k A_k) ⊙ M_k,   zero off the diagonal blocks   (arXiv:2605.21147)
 
-M is the frozen weight W, or the anchor of another modulation. `delta` forms ΔW. `apply` computes `x ΔWᵀ`,
+M is the frozen weight W, or there is none. `delta` forms ΔW. `apply` computes `x ΔWᵀ`,
 `apply_with_base` computes `x(W + ΔW)ᵀ + b` and `lookup` rows of ΔW, all without forming ΔW. All agree. Only `Factors`
 applies the scale.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from smoa.maths.kernels.batched import batched_delta, plain_branch, recomputed_b
 from smoa.maths.kernels.choice import Kernels, prefers_batched
 from smoa.maths.kernels.loops import product_dtype
 from smoa.maths.kernels.operators import Apart, Fused, is_transformed, recomputed
-from smoa.maths.scale import MODULATIONS, Modulation, rank_scale
+from smoa.maths.scale import ModulationKind, rank_scale
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,23 +30,13 @@ class Update:
 
     Args:
         factors: A, B, the scale and the blocks.
-        modulation: How M is made.
+        modulation: "hadamard" for M = W, "none" without M.
         kernels: How `x ΔWᵀ` is computed; the results are the same.
     """
 
     factors: Factors
-    modulation: Modulation = MODULATIONS["hadamard"]
+    modulation: ModulationKind = "hadamard"
     kernels: Kernels = "auto"
-
-    def anchor(self, weight: Tensor) -> Tensor | None:
-        """M (out_features, in_features), made from the pristine weight; None without modulation."""
-        return self.modulation.anchor(weight, self.factors.blocks)
-
-    def some_anchor(self, weight: Tensor | Callable[[], Tensor]) -> Tensor:
-        """M, if there is one, also of a weight that is made anew for each use."""
-        anchor = self.anchor(weight() if callable(weight) else weight)
-        assert anchor is not None, "without an anchor, autograd computes the gradients"
-        return anchor
 
     def delta(self, weight: Tensor) -> Tensor:
         """Dense ΔW (out_features, in_features), in the widest of float32 and the dtypes of `weight` and the factors.
@@ -57,10 +46,9 @@ class Update:
         """
         wide = self.factors.wide(torch.promote_types(self.factors.dtype, weight.dtype))
         product = wide.spread_B() @ wide.spread_A()
-        anchor = self.anchor(weight)
-        if anchor is None:
+        if self.modulation == "none":
             return product
-        return product * anchor if is_transformed(anchor) else product.mul_(anchor)
+        return product * weight if is_transformed(weight) else product.mul_(weight)
 
     def apply(self, x: Tensor, weight: Tensor | Callable[[], Tensor]) -> Tensor:
         """`x ΔWᵀ` for x (…, in_features) in the dtype of x; differentiable in x, A and B.
@@ -71,17 +59,20 @@ class Update:
             x: (…, in_features).
             weight: Pristine W (out_features, in_features), or a function that dequantizes it, for the backward again.
         """
-        if callable(weight) and self.modulation.anchors and not is_transformed(x):
-            return self._recomputed(x, partial(self.some_anchor, weight))
-        anchor = None if not self.modulation.anchors else self.some_anchor(weight)
-        if anchor is None or anchor.requires_grad or is_transformed(x, anchor):
-            return plain_branch(self.factors, x, anchor)
+        if self.modulation == "none":
+            return plain_branch(self.factors, x, None)
+        if callable(weight):
+            if not is_transformed(x):
+                return self._recomputed(x, weight)
+            weight = weight()
+        if weight.requires_grad or is_transformed(x, weight):
+            return plain_branch(self.factors, x, weight)
         if torch.compiler.is_compiling() and prefers_batched(self.factors.blocks, self.kernels):
-            return recomputed_branch(self.factors, x, anchor)
-        return self._recomputed(x, anchor)
+            return recomputed_branch(self.factors, x, weight)
+        return self._recomputed(x, weight)
 
-    def _recomputed(self, x: Tensor, anchor: Tensor | Callable[[], Tensor]) -> Tensor:
-        y = recomputed(Apart(self.kernels), self.factors, x.reshape(-1, x.shape[-1]), anchor)
+    def _recomputed(self, x: Tensor, weight: Tensor | Callable[[], Tensor]) -> Tensor:
+        y = recomputed(Apart(self.kernels), self.factors, x.reshape(-1, x.shape[-1]), weight)
         return y.view(*x.shape[:-1], self.factors.blocks.out_features)
 
     def apply_with_base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -103,7 +94,7 @@ class Update:
         """
         with torch.autocast(weight.device.type, enabled=False):  # it would round the factors
             dtype = product_dtype(dtype, weight.device.type)
-            return list(batched_delta(self.factors.wide(), self.some_anchor(weight), dtype))
+            return list(batched_delta(self.factors.wide(), weight, dtype))
 
     def lookup(self, tokens: Tensor, weight: Tensor, padding: int | None = None, by_freq: bool = False) -> Tensor:
         """`ΔW[tokens]`, what an adapted embedding adds: (tokens, in_features), float32 or wider.
@@ -121,8 +112,7 @@ class Update:
         factors = self.factors
         with torch.autocast(weight.device.type, enabled=False):  # it would round the factors
             rows = (self._rows_of_B(tokens) * factors.scale(factors.dtype)) @ factors.spread_A().to(factors.dtype)
-            anchor = self.anchor(weight)
-            rows = rows if anchor is None else rows * F.embedding(tokens, anchor)
+            rows = rows if self.modulation == "none" else rows * F.embedding(tokens, weight)
             if padding is not None:
                 rows = torch.where((tokens == padding)[:, None], rows.detach(), rows)
             if by_freq and rows.requires_grad:

@@ -1,6 +1,7 @@
 """`add_weighted_adapter`: a new adapter that is the weighted sum of adapters with one partition.
 
-`cat` is exact: it concatenates the ranks of each block, so `ΔW = Σ w_i ΔW_i`, and the new r is Σ r_i. `linear` adds the
+`cat` is exact: it concatenates the ranks of each block, so `ΔW = Σ w_i ΔW_i`, and the new r is Σ r_i, which must split
+evenly over the blocks. `linear` adds the
 factors, each scaled by √|w_i·s_ik|, as PEFT's LoRA does: r does not change, and the cross terms are an error.
 """
 
@@ -27,7 +28,6 @@ ALIKE = (
     "modulation",
     "target_modules",
     "target_parameters",
-    "expert_partition",
     "ensure_weight_tying",
 )
 """Settings that adapters must share to be combined."""
@@ -68,12 +68,15 @@ def combined_config(configs: list[SmoaConfig], combination: Combination) -> Smoa
     ranks = [config.ranks_of() for config in configs]
     if combination == "linear" and len(set(ranks)) > 1:
         raise MergeError(f"combination_type='linear' needs equal block ranks, found {ranks}; use 'cat'")
-    total = [sum(column) for column in zip(*ranks, strict=True)] if combination == "cat" else list(ranks[0])
-    r = sum(total)
+    total = tuple(map(sum, zip(*ranks, strict=True))) if combination == "cat" else ranks[0]
+    if total != split_rank(sum(total), first.num_blocks):
+        raise MergeError(
+            f"can't combine adapters of r={[config.r for config in configs]}: their block ranks add up to {total}, no "
+            f"even split; combine adapters of which all but one have an r that num_blocks={first.num_blocks} divides"
+        )
     return replace(
         first,
-        r=r,
-        block_ranks=None if total == [*split_rank(r, first.num_blocks)] else total,
+        r=sum(total),
         alpha=None,
         alpha_pattern={},
         use_rslora=False,
@@ -81,8 +84,8 @@ def combined_config(configs: list[SmoaConfig], combination: Combination) -> Smoa
     )
 
 
-def check_layer(name: str, layer: SmoaLayer, adapters: list[str], config: SmoaConfig) -> None:
-    """Raise MergeError unless the layer has all these adapters, with the same partition, and `config` fits it."""
+def check_layer(name: str, layer: SmoaLayer, adapters: list[str]) -> None:
+    """Raise MergeError unless the layer has all these adapters, with the same partition."""
     absent = [adapter for adapter in adapters if adapter not in layer.smoa_A]
     if absent:
         raise MergeError(f"{name}: {', '.join(absent)} doesn't adapt this layer; combine adapters of the same layers")
@@ -91,11 +94,6 @@ def check_layer(name: str, layer: SmoaLayer, adapters: list[str], config: SmoaCo
         raise MergeError(
             f"{name}: adapters {', '.join(adapters)} have different partitions, so their sum is not a SMoA adapter; "
             "merge them one after another, or convert them to LoRA and combine those"
-        )
-    if config.block_ranks is not None and config.num_blocks > min(layer.out_features, layer.in_features):
-        raise MergeError(
-            f"{name}: has room for fewer blocks than num_blocks={config.num_blocks}, so the sum can't have block ranks "
-            f"{config.block_ranks}; combine adapters whose r is a multiple of num_blocks"
         )
 
 

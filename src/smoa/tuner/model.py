@@ -43,7 +43,7 @@ class SmoaModel(BaseTuner, StateDictHooks):
     Raises:
         UnsupportedModuleError: a target is of a kind that SMoA can't adapt (`smoa.layers.kinds`).
         PartitionError: a target's weight has NaN or infinite entries, or K is larger than a side of it, and
-            `num_blocks_pattern` or `block_ranks` sets it.
+            `num_blocks_pattern` sets it.
         ConfigError: a name in `target_parameters` matches nothing, or settings contradict each other on this model.
     """
 
@@ -244,7 +244,7 @@ class SmoaModel(BaseTuner, StateDictHooks):
         config = combined_config([self.peft_config[name] for name in adapters], combination_type)  # type: ignore[misc]
         layers = {n: layer for n, layer in smoa_layers(self.model).items() if {*adapters} & {*layer.smoa_A}}
         for name, layer in layers.items():
-            check_layer(name, layer, adapters, config)
+            check_layer(name, layer, adapters)
         self.peft_config[adapter_name] = config
         self._loads_labels = True  # they come from the parts
         self._inject(self.model, adapter_name)

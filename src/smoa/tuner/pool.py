@@ -36,7 +36,6 @@ from smoa.layers.weight_cache import tensor_state
 from smoa.maths.kernels.operators import is_transformed
 from smoa.maths.kernels.shared import diagonal_of
 from smoa.maths.kernels.tokens import Rows, Tokens, products
-from smoa.maths.scale import MODULATIONS
 from smoa.tuner.generation import BASE
 from smoa.tuner.shelves import Batch, Member, NoSlotError, Place, Shelf
 
@@ -363,7 +362,7 @@ class AdapterPool:
         return total.view_as(output)
 
     def _products(self, place: Place, batch: Batch, x: Tensor, tokens: Tokens) -> Iterator[tuple[Rows, Tensor]]:
-        members, anchors = frozenset(tokens.of_slot), MODULATIONS[place.modulation].anchors
+        members, anchors = frozenset(tokens.of_slot), place.modulation == "hadamard"
         diagonal = partial(self._diagonal, place, batch) if anchors else None
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed(x):
             batch.gathered.clear()  # an optimizer's step may come next
@@ -377,9 +376,7 @@ class AdapterPool:
         state = tensor_state(place.layer.weight)  # type: ignore[arg-type]  # a tensor
         if (kept := batch.diagonals.get(place)) is not None and kept[0] == state:
             return kept[1]
-        anchor = MODULATIONS[place.modulation].anchor(self._weight(place.layer), place.blocks)
-        assert anchor is not None
-        found = diagonal_of(place.blocks, place.runs, anchor)
+        found = diagonal_of(place.blocks, place.runs, self._weight(place.layer))
         if not torch.is_grad_enabled():
             batch.diagonals[place] = state, found
         return found

@@ -119,7 +119,7 @@ def check_target(
         ConfigError: the kernels of a Mamba model read its weight and don't call it.
         UnsupportedModuleError: SMoA can't adapt this kind of module.
         AdapterFileError: the config gives it a larger rank than any factor in the file has.
-        PartitionError: K is larger than a side of its weight, and `num_blocks_pattern` or `block_ranks` sets it.
+        PartitionError: K is larger than a side of its weight, and `num_blocks_pattern` sets it.
     """
     base = base_of(module)
     try:
@@ -336,7 +336,7 @@ def check_parameter(target: TargetParameter, config: SmoaConfig, file: AdapterFi
             and 3.
         UnsupportedModuleError: it is quantized or parametrized.
         AdapterFileError: the config gives it a larger rank than any factor in the file has.
-        PartitionError: K is larger than a side of its matrices, and `num_blocks_pattern` or `block_ranks` sets it.
+        PartitionError: K is larger than a side of its matrices, and `num_blocks_pattern` sets it.
     """
     place = f"target_parameters: {target.key} has shape {target.shape}"
     if not target.module_name:  # these first words are PEFT's
@@ -365,7 +365,7 @@ def check_fit(name: str, shape: Shape, config: SmoaConfig, file: AdapterFile | N
 
     Raises:
         AdapterFileError: the config gives them a larger rank than any factor in the file has.
-        PartitionError: K is larger than a side, and `num_blocks_pattern` or `block_ranks` sets it.
+        PartitionError: K is larger than a side, and `num_blocks_pattern` sets it.
     """
     if file is not None:
         file.check_rank(name, count * config.rank_of(name, shape))

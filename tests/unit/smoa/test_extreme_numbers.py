@@ -78,21 +78,18 @@ def test_a_zero_weight_is_cut_in_natural_order_and_modulates_to_nothing(dtype: t
 def test_a_layer_is_the_oracles_whatever_its_sizes_blocks_ranks_and_dtype(data: st.DataObject) -> None:
     m, n = data.draw(st.integers(1, 20), "m"), data.draw(st.integers(1, 20), "n")
     num_blocks = data.draw(st.integers(1, min(m, n)), "K")
-    block_ranks = data.draw(
-        st.lists(st.integers(0, 6), min_size=num_blocks, max_size=num_blocks).filter(any), "block_ranks"
-    )
+    r = data.draw(st.integers(1, 6 * num_blocks), "r")
     dtype = data.draw(st.sampled_from(DTYPES), "dtype")
     torch.manual_seed(data.draw(st.integers(0, 1000), "seed"))
     layer = adapted_layer(
         base_layer(m, n, conv1d=data.draw(st.booleans(), "conv1d"), dtype=dtype),
-        r=sum(block_ranks),
-        block_ranks=block_ranks,
+        r=r,
         num_blocks=num_blocks,
         alpha=data.draw(st.floats(0.1, 20), "alpha"),
         partition=data.draw(st.sampled_from(["spectral", "contiguous", "random"]), "partition"),
         modulation=data.draw(st.sampled_from(["hadamard", "none"]), "modulation"),
     )
-    assert ranks(layer) == block_ranks
+    assert ranks(layer) == reference.block_ranks(r, num_blocks)
     x = torch.randn(data.draw(st.integers(1, 70), "tokens"), n, dtype=dtype)
     expected = oracle_output(layer, x)
     # in half precision rounding is in proportion to the largest summand, not to what is left of the sum
@@ -131,19 +128,15 @@ def test_a_weight_that_is_not_finite_is_refused_by_the_name_of_its_layer_before_
     assert {type(layer) for layer in model.children()} == {nn.Linear}
 
 
-@pytest.mark.parametrize(("partition", "expert_partition"), [("spectral", "each"), ("contiguous", "shared")])
-def test_an_expert_that_is_not_finite_is_refused_before_any_module_is_replaced(
-    partition: str, expert_partition: str
-) -> None:
+@pytest.mark.parametrize("partition", ["spectral", "contiguous"])
+def test_an_expert_that_is_not_finite_is_refused_before_any_module_is_replaced(partition: str) -> None:
     model = build_mixture("qwen3_moe")
     experts = model.model.layers[0].mlp.experts
     with torch.no_grad():
         experts.down_proj[3, 0, 0] = float("nan")
-    settings = {"partition": partition, "expert_partition": expert_partition}
+    config = SmoaConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.down_proj"], partition=partition)
     with pytest.raises(PartitionError, match=r"experts\.down_proj: .*NaN or infinite"):
-        get_peft_model(
-            model, SmoaConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.down_proj"], **settings)
-        )
+        get_peft_model(model, config)
     assert not smoa_layers(model)
 
 

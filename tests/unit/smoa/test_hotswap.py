@@ -40,7 +40,7 @@ def saved(folder: Path, seed: int = 2, family: str = "llama", **config: Any) -> 
     [
         {"partition": "random", "r": 4, "alpha": 5.0},
         {"r": 3, "alpha": None},
-        {"r": 2, "block_ranks": [0, 2, 0]},
+        {"r": 2},
         {"rank_pattern": {"v_proj": 3}, "alpha_pattern": {"q_proj": 1.0}},
         {"target_modules": ["q_proj"]},
         {"smoa_dropout": 0.5},
@@ -109,7 +109,6 @@ def test_a_cache_of_weights_is_dropped(dtype: torch.dtype, tmp_path: Path) -> No
     ("other", "reason"),
     [
         ({"r": 9}, "more than the"),
-        ({"block_ranks": [1, 4, 1]}, "more than the"),
         ({"num_blocks": 2}, "num_blocks=2, not 3"),
         ({"modulation": "none"}, "modulation='none'"),
         ({"bias": "all"}, "bias='all'"),

@@ -147,7 +147,6 @@ def test_layers_of_which_each_has_room_or_a_number_of_its_own_cause_no_warning()
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"r": 8, "num_blocks": 2, "block_ranks": [4, 4]}, r"one: num_blocks=2 must be between 1 and 1 .*back: "),
         ({"num_blocks": 4, "num_blocks_pattern": {"two": 3}}, r"two: num_blocks=3 must be between 1 and 2"),
         ({"num_blocks": 4, "num_blocks_pattern": {"one|two": 2}}, r"one: num_blocks=2 must be between 1 and 1"),
     ],
@@ -218,8 +217,8 @@ def test_a_sum_of_adapters_is_exact_and_loads_to_the_same_bits(r: int, other: in
     assert all(torch.equal(tensor, weights[name]) for name, tensor in again.state_dict().items())
 
 
-def test_a_sum_whose_block_ranks_a_narrow_layer_can_not_have_is_refused_and_not_added() -> None:
+def test_a_sum_whose_ranks_do_not_split_evenly_is_refused_and_not_added() -> None:
     model = two_adapters(7, 7)
-    with pytest.raises(MergeError, match=r"one: has room for fewer blocks than num_blocks=3, .*\[6, 4, 4\]; combine"):
+    with pytest.raises(MergeError, match=r"of r=\[7, 7\]: their block ranks add up to \(6, 4, 4\), no even split"):
         model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
     assert "sum" not in model.peft_config

@@ -29,9 +29,7 @@ from smoa.registration import check_peft_version, ensure_peft_type, register
 from tests.support import tiny_models
 from tests.support.quantized import BITSANDBYTES, quantized_layer, stored_bits
 
-CONFIG = SmoaConfig(
-    r=7, num_blocks=3, block_ranks=[4, 2, 1], alpha=2.5, target_modules=["q_proj", "v_proj"], smoa_dropout=0.1
-)
+CONFIG = SmoaConfig(r=7, num_blocks=3, alpha=2.5, target_modules=["q_proj", "v_proj"], smoa_dropout=0.1)
 
 
 def test_smoa_is_a_member_of_pefts_enum() -> None:

@@ -19,7 +19,7 @@ from smoa.maths.factors import BlockRun, runs_of
 from smoa.maths.kernels.loops import product_dtype
 from smoa.maths.kernels.shared import Gathered, StackedFactors, diagonal_of
 from smoa.maths.kernels.tokens import Plan, Rows, Tokens, products
-from smoa.maths.scale import MODULATIONS, rank_scale
+from smoa.maths.scale import rank_scale
 
 Parts = Sequence[Loaded | None]
 """An adapter's factors of each slice of a layer; None where it leaves a slice as it is."""
@@ -91,9 +91,8 @@ class Group:
         entries: list[list[Tensor]] = []
         row = col = rank = 0
         for (part, own_weight), own in zip(slices, blocks, strict=True):
-            anchor = MODULATIONS[part.modulation].anchor(own_weight, own)
             for run in runs_of(*own.shape, part.ranks):
-                diagonal = [] if anchor is None else diagonal_of(own, [run], anchor)
+                diagonal = [] if part.modulation == "none" else diagonal_of(own, [run], own_weight)
                 last = runs[-1] if runs else None
                 if last is not None and (last.height, last.width, last.rank) == (run.height, run.width, run.rank):
                     runs[-1] = replace(last, count=last.count + run.count)

@@ -35,7 +35,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "scale": "paper",
         "alpha": 9,
     },
-    "dora": {"r": 5, "block_ranks": [1, 4], "partition": "contiguous", "use_rslora": True},
+    "dora": {"r": 5, "partition": "contiguous", "use_rslora": True},
     "emil": {
         "r": 4,
         "num_blocks_pattern": {"k_proj": 4},
@@ -43,7 +43,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "alpha_pattern": {"q_proj": 30},
     },
     "fay": {"r": 4, "modulation": "none"},
-    "gus": {"r": 4, "modulation": "noise", "scale": "layer"},
+    "gus": {"r": 4, "scale": "layer"},
 }
 
 

@@ -114,7 +114,7 @@ def test_a_saved_adapter_loads_to_the_same_output_without_a_decomposition(kind: 
         loaded = PeftModel.from_pretrained(Wrapper(fresh), tmp_path)
     assert torch.equal(loaded(x), expected)
     own = loaded.base_model.model.layer
-    loaded.add_adapter("two", SmoaConfig(**SETTINGS))
+    loaded.add_adapter("two", SmoaConfig(**SETTINGS | {"r": 6}))
     randomise(own, "two")
     loaded.base_model.add_weighted_adapter(["default", "two"], [0.5, -2.0], "sum")
     assert_close(own.delta("sum"), 0.5 * own.delta("default") - 2 * own.delta("two"))

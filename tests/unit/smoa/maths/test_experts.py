@@ -8,10 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from smoa.errors import UnsupportedModuleError
 from smoa.maths.blocks import Blocks, Orders
 from smoa.maths.experts import Layout, Run, Stack, stack_partition, stacked_blocks
-from smoa.maths.scale import MODULATIONS
 from smoa.maths.spectrum import spectral_scores
 from tests import reference
 from tests.support.tolerance import assert_close
@@ -22,20 +20,13 @@ RUNS = [Run(2, slice(0, 4)), Run(0, slice(4, 5))]
 """Rows of x of the experts 2 and 0; the last row belongs to none."""
 
 
-def stack(modulation: str = "hadamard") -> tuple[Stack, list[Problem], Tensor]:
+def stack() -> tuple[Stack, list[Problem], Tensor]:
     """Six ragged matrices, and their weights (experts, halves, 11, 13)."""
     cases = [problem(11, 13, RANKS) for _ in range(EXPERTS * HALVES)]
     blocks = [case.partition for case in cases]
     A, B = torch.cat([case.A for case in cases]), torch.cat([case.B for case in cases], dim=1)
-    kind = MODULATIONS[modulation]  # type: ignore[index]
-    found = Stack(A, B, RANKS, 0.5, torch.ones(len(cases), sum(RANKS)), blocks, kind)
+    found = Stack(A, B, RANKS, 0.5, torch.ones(len(cases), sum(RANKS)), blocks)
     return found, cases, torch.stack([case.weight for case in cases]).unflatten(0, (EXPERTS, HALVES))
-
-
-def test_noise_can_not_be_transposed() -> None:
-    own, _, _ = stack("noise")
-    with pytest.raises(UnsupportedModuleError, match=r"modulation='noise' .* use another modulation"):
-        own.transposed()
 
 
 def test_only_x_and_the_factors_are_kept_for_the_backward() -> None:
@@ -91,27 +82,17 @@ def matrices() -> torch.Tensor:
 
 def test_each_matrix_gets_the_oracles_partition_of_it() -> None:
     weights = matrices()
-    rows, cols = stack_partition(weights, K, "spectral", "each", spectral_scores)
+    rows, cols = stack_partition(weights, K, "spectral", spectral_scores)
     found = list(zip(rows.tolist(), cols.tolist(), strict=True))
     assert found == [reference.spectral_labels(weight, K) for weight in weights.flatten(0, 1)]
     assert rows.dtype == torch.uint8
 
 
-def test_a_shared_partition_is_that_of_all_experts_matrices_beside_and_above_each_other() -> None:
-    weights = matrices()
-    rows, cols = stack_partition(weights, K, "spectral", "shared", spectral_scores)
-    for half in range(2):
-        stack = weights[:, half]
-        assert rows[half].tolist() == reference.spectral_labels(torch.cat(list(stack), dim=1), K)[0]
-        assert cols[half].tolist() == reference.spectral_labels(torch.cat(list(stack)), K)[1]
-
-
-@pytest.mark.parametrize("expert_partition", ["each", "shared"])
-def test_contiguous_blocks_decompose_nothing(expert_partition: str) -> None:
+def test_contiguous_blocks_decompose_nothing() -> None:
     def refuse(*_: object) -> tuple[torch.Tensor, torch.Tensor]:
         raise AssertionError("a weight was decomposed")
 
-    rows, cols = stack_partition(matrices(), K, "contiguous", expert_partition, refuse)  # type: ignore[arg-type]
+    rows, cols = stack_partition(matrices(), K, "contiguous", refuse)
     assert all(row == reference.contiguous_labels(11, K) for row in rows.tolist())
     assert all(col == reference.contiguous_labels(13, K) for col in cols.tolist())
 

@@ -7,76 +7,22 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from smoa import PartitionError, SmoaConfig
 from smoa.export.merge import merge_and_save
-from smoa.maths.scale import MODULATIONS, ScaleKind, block_scale, rms_of
+from smoa.maths.scale import ScaleKind, block_scale, rms_of
 from smoa.maths.spectrum import make_partition
-from tests import reference
 from tests.support import lab
 from tests.support.layers import (
     adapted_layer,
     base_layer,
     base_weight,
-    default_dtype,
-    factors,
-    labels,
     oracle_output,
-    ranks,
     smoa_layers,
 )
 from tests.support.tolerance import assert_close
-
-
-def noise_for(weight: Tensor, num_blocks: int = 2) -> Tensor:
-    anchor = MODULATIONS["noise"].anchor(weight, make_partition(weight, num_blocks))
-    assert anchor is not None
-    return anchor
-
-
-def test_noise_depends_on_the_labels_and_not_on_the_generator_which_it_leaves_alone() -> None:
-    weight = torch.randn(8, 6)
-    before = torch.get_rng_state()
-    first = noise_for(weight)
-    assert torch.equal(torch.get_rng_state(), before)
-    torch.manual_seed(7)
-    assert torch.equal(noise_for(weight), first)
-    assert not torch.equal(noise_for(weight, num_blocks=3), first)
-
-
-@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
-def test_a_noise_anchor_gives_the_oracles_output_and_gradients_with_noise_for_the_weight(conv1d: bool) -> None:
-    layer = adapted_layer(
-        base_layer(17, 10, conv1d=conv1d), r=5, alpha=3.0, num_blocks=3, modulation="noise", scale="paper"
-    )
-    x = torch.randn(4, 10, dtype=torch.float64, requires_grad=True)
-    A, B = factors(layer)
-    twins = [tensor.detach().clone().requires_grad_() for tensor in (x, A, B)]
-    delta = reference.delta_weight(
-        layer.update("default").anchor(layer.pristine_weight()).detach(),
-        *twins[1:],
-        *labels(layer),
-        ranks(layer),
-        layer.scaling["default"],
-    )
-    expected = reference.forward(twins[0], base_weight(layer), layer.get_base_layer().bias, [delta])
-    y = layer(x)
-    assert_close(y, expected)
-    found = torch.autograd.grad(y.sin().sum(), [x, A, B])
-    for own, oracles in zip(found, torch.autograd.grad(expected.sin().sum(), twins), strict=True):
-        assert_close(own, oracles)
-    assert_close(layer.delta("default"), delta)
-
-
-def test_noise_has_the_weights_norm_and_nothing_else_of_it() -> None:
-    layer = adapted_layer(base_layer(60, 40), r=4, num_blocks=2, modulation="noise")
-    noise, weight = layer.update("default").anchor(layer.pristine_weight()), base_weight(layer)
-    assert float(noise.norm() / weight.norm()) == pytest.approx(1, rel=1e-5)
-    correlation = float((noise * weight).sum() / (noise.norm() * weight.norm()))
-    assert abs(correlation) < 0.1
-    assert torch.equal(noise, layer.update("default").anchor(layer.pristine_weight()))
 
 
 @pytest.mark.parametrize("size", [1e-45, 1e-22, 1.0, 1e19, 1e38])
@@ -86,13 +32,6 @@ def test_the_rms_is_exact_where_squares_underflow_or_overflow(size: float) -> No
     for dtype in (torch.float16, torch.bfloat16):
         half = (1000 * torch.randn(5, 7)).to(dtype)  # whose squares overflow it
         assert rms_of(half) == pytest.approx(float(half.double().square().mean().sqrt()), rel=1e-6)
-
-
-def test_the_noise_does_not_depend_on_the_default_dtype() -> None:
-    layer = adapted_layer(base_layer(12, 8, dtype=torch.float32), r=4, num_blocks=2, modulation="noise")
-    expected = layer.delta("default")
-    with default_dtype(torch.float64):
-        assert torch.equal(layer.delta("default"), expected)
 
 
 def test_the_scale_by_block_gives_every_anchor_unit_rms_and_loras_four_times_that() -> None:
@@ -147,11 +86,8 @@ def llama(folder: Path, **options: object) -> PeftModel:
     return get_peft_model(base, SmoaConfig(**{**settings, "init_weights": False, **options}))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("options", [{"modulation": "noise"}, {"scale": "layer"}], ids=str)
-def test_a_reloaded_adapter_has_the_same_update_and_merges_the_same_on_disk(
-    options: dict[str, object], tmp_path: Path
-) -> None:
-    model = llama(tmp_path / "base", **options)
+def test_a_reloaded_adapter_has_the_same_update_and_merges_the_same_on_disk(tmp_path: Path) -> None:
+    model = llama(tmp_path / "base", scale="layer")
     model.save_pretrained(tmp_path / "adapter")
     again = PeftModel.from_pretrained(llama(tmp_path / "base").unload(), tmp_path / "adapter")
     merge_and_save(tmp_path / "adapter", tmp_path / "merged", base=tmp_path / "base")

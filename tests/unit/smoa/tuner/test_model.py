@@ -199,7 +199,7 @@ def test_adapters_that_came_and_went_leave_no_tensor_and_no_name() -> None:
         return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
 
     def live(name: str) -> None:
-        model.add_adapter(name, SmoaConfig(**settings, expert_partition="shared"))
+        model.add_adapter(name, SmoaConfig(**settings))
         model.set_adapter(name)
         model(ids)
         model.merge_adapter()

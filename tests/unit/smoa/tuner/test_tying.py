@@ -160,7 +160,7 @@ def test_an_adapter_of_one_end_is_merged_into_a_weight_of_its_own(assign: bool) 
 
 def test_a_sum_of_tied_adapters_is_tied() -> None:
     model = adapted()
-    model.add_adapter("second", SmoaConfig(**model.peft_config["default"].to_dict() | {"init_weights": False}))
+    model.add_adapter("second", SmoaConfig(**model.peft_config["default"].to_dict() | {"r": 6, "init_weights": False}))
     model.add_weighted_adapter(["default", "second"], [0.5, -2.0], "sum")
     for layer in smoa_layers(model).values():
         assert_close(layer.delta("sum"), 0.5 * layer.delta("default") - 2.0 * layer.delta("second"))
