@@ -7,7 +7,6 @@ and one that SMoA refuses.
 from __future__ import annotations
 
 import copy
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,12 +21,11 @@ from transformers.pytorch_utils import Conv1D
 
 from smoa import SmoaConfig
 from smoa.conversion import convert_to_lora
-from smoa.export.streaming import SavedAdapter, target_of
 from smoa.layers.kinds import KINDS, Kind, kind_of
 
 PAGE = Path(__file__).parents[1] / "layers.md"
 MARKERS = "<!-- layer kinds: written by docs/figures/layer_kinds.py -->\n", "<!-- end of the layer kinds -->\n"
-COLUMNS = ("trained", "merged", "unmerged bit for bit", "mixed batch", "converted to LoRA", "merged on disk")
+COLUMNS = ("trained", "merged", "unmerged bit for bit", "mixed batch", "converted to LoRA")
 Layer = Callable[[], nn.Module]
 TOKENS = torch.tensor([[3, 5, 1], [7, 2, 2]])
 
@@ -119,11 +117,12 @@ class Trial:
         return any(p.grad is not None and p.grad.abs().sum() > 0 for p in self.model.parameters())
 
     def _run(self, model: nn.Module, **options: Any) -> Tensor:
+        layer = (model.base_model.model if isinstance(model, PeftModel) else model).layer
         if isinstance(self.base, nn.MultiheadAttention):
-            return model.base_model.model.layer(self.x, self.x, self.x)[0]
+            return layer(self.x, self.x, self.x)[0]
         if self.has_experts:
             chosen = torch.tensor([[0, 2]] * len(self.x))
-            return model.base_model.model.layer(self.x, chosen, torch.full(chosen.shape, 0.5), **options)
+            return layer(self.x, chosen, torch.full(chosen.shape, 0.5), **options)
         return model(self.x, **options)
 
     def _weight(self, model: PeftModel) -> Tensor:
@@ -131,10 +130,11 @@ class Trial:
         return base.gate_up_proj if self.has_experts else base.weight
 
     def merged(self) -> bool:
-        before = self._run(self.model)
-        self.model.merge_adapter(safe_merge=True)
-        same = torch.allclose(self._run(self.model), before, rtol=1e-4, atol=1e-4)
-        return bool(self.model.base_model.model.layer.merged) and (same or not is_plain(self.base))
+        before, alone = self._run(self.model), self._run(Model(self.base))
+        merged = self.model.merge_and_unload(safe_merge=True)
+        after = self._run(merged)
+        kept = torch.allclose(after, before, rtol=1e-4, atol=1e-4) or not is_plain(self.base)
+        return type(merged.layer) is type(self.base) and kept and not torch.equal(after, alone)
 
     def unmerged_bit_for_bit(self) -> bool:
         model = self._adapted()
@@ -154,16 +154,6 @@ class Trial:
             return False  # it is one
         convert = convert_to_lora if isinstance(self.config, SmoaConfig) else peft.convert_to_lora
         return convert(self._adapted(), rank=4) is not None
-
-    def merged_on_disk(self) -> bool:
-        model, name = self._adapted(), "layer.gate_up_proj" if self.has_experts else "layer"
-        target = target_of(name, Model(self.base)) if is_plain(self.base) else None
-        with tempfile.TemporaryDirectory() as folder:
-            model.save_pretrained(folder)
-            saved, weight = SavedAdapter(folder, self.config), self._weight(model).detach()
-            saved.check(target, weight)
-            saved.merged(target, weight)
-        return True
 
 
 def works(layer: Layer, x: Tensor, config: Any) -> dict[str, bool]:

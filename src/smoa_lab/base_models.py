@@ -125,20 +125,36 @@ def load_base_model(wanted: ModelSection) -> tuple[PreTrainedModel, PreTrainedTo
     Raises:
         DataError: the model cannot be loaded, or an option is unknown.
     """
+    model, _ = load_weights(wanted)
+    return model, load_tokenizer(wanted)
+
+
+def load_weights(
+    wanted: ModelSection, auto_class: Any = AutoModelForCausalLM, dtype: str | None = None
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model alone, in ``wanted.dtype`` or another one (``auto``: its own), and what transformers says of its
+    loading: ``missing_keys``, ``unexpected_keys``, …
+
+    Raises:
+        DataError: the model cannot be loaded, or an option is unknown.
+    """
     require(model_needs(wanted))
     source, gguf_file = locate(wanted.name)
     options: dict[str, Any] = dict(wanted.options)
     if gguf_file:
         options |= _dequantize(gguf_file)
     with _explained(wanted), _bars_on_terminals_only():
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=getattr(torch, wanted.dtype), **_shared(wanted, gguf_file), **options
+        model, found = auto_class.from_pretrained(
+            source,
+            dtype=dtype or getattr(torch, wanted.dtype),
+            output_loading_info=True,
+            **_shared(wanted, gguf_file),
+            **options,
         )
-    tokenizer = load_tokenizer(wanted)
     if gguf_file:
         _unmark_gguf(model)
         model.name_or_path = wanted.name  # from_pretrained records the folder, not the file
-    return model, tokenizer
+    return model, found
 
 
 def to_device(model: Any, device: torch.device | None = None) -> None:
@@ -153,8 +169,10 @@ def empty_model(wanted: ModelSection, auto_class: Any = AutoModelForCausalLM) ->
     Raises:
         DataError: there is no such model.
     """
-    config = _base_config(wanted)
+    config = base_config(wanted)
     with _explained(wanted), torch.device("meta"):
+        if not hasattr(auto_class, "from_config"):
+            return cast(PreTrainedModel, auto_class(config))
         return cast(PreTrainedModel, auto_class.from_config(config, trust_remote_code=wanted.trust_remote_code))
 
 
@@ -176,7 +194,7 @@ def base_content(wanted: ModelSection) -> str:
     source, gguf_file = locate(wanted.name)
     folder = Path(source)
     if not folder.is_dir():
-        return str(_base_config(wanted)._commit_hash)
+        return str(base_config(wanted)._commit_hash)
     own = sorted(file for file in folder.iterdir() if file.suffix in DECIDING and file.is_file())
     files = [folder / gguf_file] if gguf_file else own
     return sha256(" ".join(f"{file.name} {_kept_content(file)}" for file in files).encode()).hexdigest()
@@ -195,8 +213,12 @@ def _kept_content(file: Path) -> str:
     return kept.read_text(encoding="utf-8")
 
 
-def _base_config(wanted: ModelSection) -> Any:
-    """The config as the model is loaded with it: plain options may change its values."""
+def base_config(wanted: ModelSection) -> Any:
+    """The config as the model is loaded with it: plain options may change its values.
+
+    Raises:
+        DataError: there is no such model.
+    """
     source, gguf_file = locate(wanted.name)
     options = {key: value for key, value in wanted.options.items() if isinstance(value, str | int | float)}
     with _explained(wanted):

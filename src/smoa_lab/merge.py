@@ -1,17 +1,133 @@
-"""Merges an adapter, or a run's, into the base model that it was trained on."""
+"""Merges an adapter, or a run's, into its base model: the result is a model that transformers loads without smoa.
+
+ΔW is relative to W, so bfloat16 drops changes of an entry by less than a 512th. Each weight is therefore merged in
+float32, and the share of ΔW that rounding to the saved dtype loses is measured.
+"""
 
 from __future__ import annotations
 
+import importlib
+import shutil
+import warnings
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from smoa.atomic import check_place
-from smoa.export.merge import Dtype, Export, merge_and_save
-from smoa_lab.base_models import described_base, load_base_model, packaged_name, prepare_packaged_model
-from smoa_lab.data.chat_templates import saved_chat_template
-from smoa_lab.open_run import adapter_of_run, base_section
+import torch
+import transformers
+from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
+from peft import PeftConfig
+from peft.utils import load_peft_weights
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from smoa.atomic import check_place, new_folder
+from smoa.errors import ConfigError, MergeError, first_of
+from smoa.files.card import NamedBase, auto_class, card_text, method_name
+from smoa.files.names import PREFIX, embeddings_of
+from smoa_lab.base_models import (
+    base_config,
+    described_base,
+    empty_model,
+    load_tokenizer,
+    load_weights,
+    locate,
+    packaged_name,
+    places,
+)
+from smoa_lab.config.run import ModelSection
+from smoa_lab.open_run import adapter_config, adapter_of_run, base_section, check_weights, with_saved_adapter
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model")
+COMPANIONS = ("chat_template*", "generation_config.json", "*processor_config.json", "*.py")
+LEGAL = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+DEQUANTIZED_BY_TRANSFORMERS = ("fp8", "mxfp4", "compressed-tensors")
+"""Formats of checkpoints that transformers dequantizes while it loads them, if their config has `dequantize`."""
 GGUF_NOTE = "The base is a GGUF file: the adapter is merged into its dequantized weights, on which it was trained."
+DEQUANTIZED = "The base is quantized. The adapter is merged into its dequantized weights, on which it was used."
+NOTEWORTHY = 0.01
+"""Share of ΔW lost to rounding from which on the summary recommends float32."""
+
+
+@dataclass
+class Merged:
+    """What `merge_run` did.
+
+    Args:
+        folder: Folder of the merged model.
+        base: Name of the base model.
+        dtype: In which its weights are saved.
+        notes: Sentences for the users of the merged model.
+        by_layer: ‖error of ΔW‖ / ‖ΔW‖ after rounding to the dtype, by layer.
+        update: ‖ΔW‖² over all layers.
+        error: ‖error of ΔW‖² over all layers.
+    """
+
+    folder: Path
+    base: str
+    dtype: torch.dtype = torch.float32
+    notes: tuple[str, ...] = ()
+    by_layer: dict[str, float] = field(default_factory=dict)
+    update: float = 0.0
+    error: float = 0.0
+
+    @property
+    def lost(self) -> float:
+        """‖error of ΔW‖ / ‖ΔW‖ over all layers, 0 if nothing changes."""
+        return (self.error / self.update) ** 0.5 if self.update else 0.0
+
+    @property
+    def dtype_name(self) -> str:
+        """Without PyTorch's prefix."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def add(self, name: str, before: Tensor, after: Tensor) -> None:
+        """Add one layer, given its weight before and after the merge, in float32.
+
+        Raises:
+            MergeError: the merged weight is not finite in the dtype.
+        """
+        rounded = after.to(self.dtype)
+        if not torch.isfinite(rounded).all():
+            raise MergeError(
+                f"{name}: the merged weight is NaN, infinite or out of the range of {self.dtype}; the adapter is "
+                "broken, or needs float32 or bfloat16"
+            )
+        update, error = (float(torch.linalg.vector_norm(part)) ** 2 for part in (after - before, rounded - after))
+        self.by_layer[name] = (error / update) ** 0.5 if update else 0.0
+        self.update += update
+        self.error += error
+
+    def in_words(self) -> str:
+        """One sentence on how much rounding changed the update, over all layers and in the worst one."""
+        if self.lost == 0:
+            return "rounding took nothing from the adapter's update."
+        worst = max(self.by_layer, key=self.by_layer.__getitem__)
+        return (
+            f"rounding took {100 * self.lost:.2g} % of the adapter's update "
+            f"(‖error‖ / ‖ΔW‖; the most in {worst}: {100 * self.by_layer[worst]:.2g} %)."
+        )
+
+    def summary(self) -> str:
+        """The result in sentences."""
+        said = f"{len(self.by_layer)} weights merged in float32, saved in {self.dtype_name}: {self.in_words()}"
+        advice = ["--dtype float32 loses almost nothing."] if self.lost >= NOTEWORTHY else []
+        return " ".join([said, *advice, *self.notes])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "folder": str(self.folder),
+            "base": self.base,
+            "dtype": self.dtype_name,
+            "layers": len(self.by_layer),
+            "update_lost": self.lost,
+            "update_lost_by_layer": self.by_layer,
+            "notes": list(self.notes),
+        }
 
 
 def merge_run(
@@ -21,26 +137,252 @@ def merge_run(
     base: str | None = None,
     trust_remote_code: bool = False,
     max_shard_size: int | str = "5GB",
-) -> Export:
-    """Merge an adapter (its folder, or a run's) in float32 and save the whole model with its tokenizer.
+) -> Merged:
+    """Merge an adapter (its folder, or a run's, of any PEFT method that can merge) and save the whole model: weights,
+    config, tokenizer, generation config, licence files and a model card. It needs the base's size in memory.
 
-    The base is the one that the run loaded, which may be a GGUF file, a packaged model, or quantized while loading.
+    Args:
+        adapter: Folder of the adapter or the run.
+        output: A folder that does not exist yet. It is created when it is complete.
+        dtype: Dtype in which the base is loaded and saved. "auto" keeps the base's, or uses float32 for a base that is
+            quantized or a GGUF file.
+        base: Base model to use instead of the one recorded in the adapter, whose revision then does not matter.
+        trust_remote_code: Allow the base's repository to run its own code.
+        max_shard_size: Largest file, in bytes or as text ("5GB").
 
     Raises:
-        ConfigError: ``output`` exists, or ``adapter`` contains no adapter.
-        DataError: the base model cannot be loaded.
-        MergeError: a merged weight is not finite, or not in range of ``dtype``.
+        ConfigError: ``output`` exists, ``adapter`` contains no adapter, or ``max_shard_size`` is no size.
+        DataError: the base model cannot be loaded, or the adapter does not fit it; AdapterFileError if it is SMoA's.
+        MergeError: the base has tensors that its class does not load, or lacks some; the method can't merge; or a
+            merged weight is not finite in the dtype.
     """
-    source = adapter_of_run(adapter)
-    check_place(Path(output), is_new=True)
-    wanted = base_section(source, base, trust_remote_code)
-    quantized, packaged = "quantization_config" in wanted.options, packaged_name(wanted.name)
-    options: dict[str, Any] = {"max_shard_size": max_shard_size, "trust_remote_code": trust_remote_code}
-    options["base_name"] = described_base(wanted.name)
-    options["notes"] = (GGUF_NOTE,) if not quantized and (packaged or wanted.name.endswith(".gguf")) else ()
-    if not quantized and not wanted.name.endswith(".gguf"):
-        place = str(prepare_packaged_model(packaged)) if packaged else wanted.name
-        return merge_and_save(source, output, base=place, dtype=dtype, **options)
-    model, tokenizer = load_base_model(wanted)
-    tokenizer.chat_template = saved_chat_template(source) or tokenizer.chat_template
-    return merge_and_save(source, output, base=model, dtype=dtype, tokenizer=tokenizer, **options)
+    source, target = adapter_of_run(adapter), Path(output)
+    check_place(target, is_new=True)
+    check_weights(source)
+    try:
+        split_torch_state_dict_into_shards({}, max_shard_size=max_shard_size)
+    except (ValueError, OverflowError) as error:
+        raise ConfigError(f"max_shard_size={max_shard_size!r} is no size, such as 2GB: {error}") from error
+    config, section = adapter_config(source), base_section(source, base, trust_remote_code)
+    of_gguf = bool(section.name.endswith(".gguf") or packaged_name(section.name))
+    wanted: Dtype = "float32" if dtype == "auto" and of_gguf else dtype
+    with new_folder(target) as folder, torch.no_grad():
+        model, notes = _load(section, source, config, wanted)
+        result = Merged(target, section.name, model.dtype, (GGUF_NOTE, *notes) if of_gguf else notes)
+        model = merge_in_memory(model, source, result)
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        _save_other_files(section, source, folder)
+        card = model_card(described_base(section.name), folder, config, result)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    return result
+
+
+def _load(
+    section: ModelSection, adapter: Path, config: PeftConfig, dtype: Dtype
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """The base with plain weights, in the class that the adapter is for and with as many labels and tokens as it has;
+    and what to say of it.
+
+    Raises:
+        DataError: it cannot be loaded.
+        MergeError: it has tensors that the class does not load, or lacks some that the adapter does not have either.
+    """
+    name, chosen = class_name(config), _class_of(adapter, config)
+    saved = load_peft_weights(str(adapter), device="cpu")
+    options: dict[str, Any] = dict(section.options)
+    own = base_config(section)
+    format_of_base = getattr(own, "quantization_config", None)
+    if isinstance(format_of_base, dict) and format_of_base.get("quant_method") in DEQUANTIZED_BY_TRANSFORMERS:
+        format_of_base["dequantize"] = True
+        options["config"] = own
+    elif (labels := _labels(section, chosen, saved)) is not None:
+        options |= {"num_labels": labels, "ignore_mismatched_sizes": True}
+    computed = "quantization_config" in options  # by a run that quantizes, in the section's dtype
+    loaded_in = None if computed else "auto" if format_of_base else dtype
+    model, found = load_weights(section.model_copy(update={"options": options}), chosen, loaded_in)
+    new = {*found["missing_keys"], *(mismatched[0] for mismatched in found["mismatched_keys"])}
+    lacking, left = sorted(key for key in new if PREFIX + key not in saved), sorted(found["unexpected_keys"])
+    if lacking:
+        raise MergeError(
+            f"{section.name}: lacks {first_of(lacking)}, which the adapter doesn't have either; give the base model it "
+            "was trained on"
+        )
+    if left and not new:
+        raise MergeError(
+            f"{section.name}: has {first_of(left)}, which {name} doesn't load, so the merged model would lack them; "
+            "load the model in the class that has them, and merge it by merge_and_unload"
+        )
+    is_quantized = getattr(model, "hf_quantizer", None) is not None
+    own_dtype = torch.float32 if is_quantized else model.dtype
+    model = with_plain_weights(model, own_dtype if dtype == "auto" else getattr(torch, dtype))
+    resize_as_saved(model, adapter)
+    of_head = [f"{name} has a head of its own; the base's {first_of(left)} left out."] if left else []
+    return model, (*([DEQUANTIZED] if is_quantized or format_of_base else []), *of_head)
+
+
+def class_name(config: PeftConfig) -> str:
+    """Name of transformers' class for the adapter's task or, without one, of the class that PEFT noted."""
+    return _noted_class(config).get("base_model_class") or auto_class(config)[0]
+
+
+def _noted_class(config: PeftConfig) -> dict[str, str]:
+    """What PEFT notes of a model of transformers if its adapter has no task: `base_model_class`, `parent_library`."""
+    noted: dict[str, str] = config.auto_mapping or {}
+    of_transformers = noted.get("parent_library", "").startswith("transformers.")
+    return noted if config.task_type is None and of_transformers else {}
+
+
+def _class_of(adapter: Path, config: PeftConfig) -> Any:
+    module, name = _noted_class(config).get("parent_library", transformers.__name__), class_name(config)
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise MergeError(
+            f"{adapter}: is for a {name}, which transformers {transformers.__version__} lacks in {module}; "
+            "install the release that it was trained with"
+        ) from error
+
+
+def _labels(section: ModelSection, chosen: Any, saved: dict[str, Tensor]) -> int | None:
+    """How many labels the adapter's head has, if not as many as the base's.
+
+    A head has any name. It is a saved tensor whose shape the model has with another number of labels only.
+    """
+    own = empty_model(section, chosen)
+    for name, tensor in own.state_dict().items():
+        head = saved.get(PREFIX + name)
+        if head is None or head.shape == tensor.shape or head.dim() != tensor.dim():
+            continue
+        labels = int(own.config.num_labels or 0) + len(head) - len(tensor)
+        if labels > 0:
+            other = section.model_copy(update={"options": {**section.options, "num_labels": labels}})
+            if empty_model(other, chosen).state_dict()[name].shape == head.shape:
+                return labels
+    return None
+
+
+def resize_as_saved(model: PreTrainedModel, adapter: Path) -> None:
+    """Give the model as many tokens as the embeddings that an adapter saves have, if it saves any."""
+    saved = load_peft_weights(str(adapter), device="cpu")
+    for name, module in embeddings_of(model).items():
+        own = saved.get(f"{PREFIX}{name}.weight")
+        if own is not None and len(own) != len(module.weight):
+            model.resize_token_embeddings(len(own), mean_resizing=False)
+            break  # it resizes both
+
+
+def with_plain_weights(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Return the model with plain weights of the dtype, dequantized if it was quantized.
+
+    Raises:
+        MergeError: transformers can't dequantize the model's format.
+    """
+    if getattr(model, "hf_quantizer", None) is not None:
+        try:
+            model = model.dequantize(dtype=dtype)
+        except NotImplementedError as error:
+            raise MergeError(f"the base can't be dequantized ({error}); give a base that isn't quantized") from error
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+    plain: PreTrainedModel = model.to(dtype)  # type: ignore[arg-type]
+    return plain
+
+
+def merge_in_memory(model: PreTrainedModel, adapter: Path, result: Merged) -> PreTrainedModel:
+    """Merge the adapter of any PEFT method into `model`, which is changed, one weight at a time in float32.
+
+    Raises:
+        DataError: the adapter doesn't fit the base; AdapterFileError if it is a SMoA adapter.
+        MergeError: a merged weight is NaN or infinite, or the method can't merge.
+    """
+    adapted = with_saved_adapter(model, adapter).eval()
+    if not hasattr(adapted.base_model, "merge_and_unload"):
+        kind = adapted.active_peft_config.peft_type.value
+        raise MergeError(f"{adapter}: PEFT can't merge {kind}, which is more than a change of weights; load it instead")
+    for name, layer in layers_to_merge(adapted):
+        untie(model, layer)
+        layer.merge = partial(_merge_layer, name, layer, layer.merge, result)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied after merging")
+        merged: PreTrainedModel = adapted.merge_and_unload().to(result.dtype)
+    return merged
+
+
+def _merge_layer(name: str, layer: Any, merge: Any, result: Merged, *arguments: Any, **options: Any) -> None:
+    """Merge a layer in float32, add to the result what rounding loses, and round."""
+    _weight(layer).data = _weight(layer).data.float()
+    before = _weight(layer).detach().clone()
+    try:
+        merge(*arguments, **options)
+    except (ValueError, NotImplementedError) as error:
+        raise MergeError(f"{name}: {error}") from error
+    result.add(name, before, _weight(layer).detach())
+    _weight(layer).data = _weight(layer).data.to(result.dtype)
+
+
+def layers_to_merge(adapted: Any) -> list[tuple[str, Any]]:
+    """The layers to merge by name; of those that share weight and adapter, the first."""
+    tuner: Any = adapted.base_model
+    layers: dict[int, tuple[str, Any]] = {}
+    for name, module in tuner.model.named_modules():
+        if isinstance(module, tuner.tuner_layer_cls) and isinstance(_weight(module), Tensor):
+            layers.setdefault(id(_weight(module)) if getattr(module, "tied", False) else id(module), (name, module))
+    return list(layers.values())
+
+
+def _weight(layer: Any) -> Any:
+    """A layer's weight, or the parameter that it wraps."""
+    return getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"), None)
+
+
+def untie(model: Any, layer: Any) -> None:
+    """Give the layer a weight of its own if another module shares it, because the adapter changes only this layer."""
+    base: nn.Module = layer.get_base_layer()
+    if getattr(layer, "tied", False) or _weight(layer) is not getattr(base, "weight", None):
+        return
+    users = [module for module in model.modules() if getattr(module, "weight", None) is base.weight]
+    if len({id(module) for module in users} - {id(layer)}) > 1:
+        base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)  # type: ignore[operator]
+        model.config.tie_word_embeddings = False
+
+
+def _save_other_files(section: ModelSection, adapter: Path, folder: Path) -> None:
+    """The tokenizer (the adapter's, else the base's), and the base's generation config, code and licence."""
+    place, gguf_file = locate(section.name)
+    base = Path(place)
+    if not base.is_dir():
+        patterns = [*TOKENIZER, *COMPANIONS, *LEGAL]
+        base = Path(snapshot_download(place, allow_patterns=patterns, **places(section.options)))
+    if any(adapter.glob("tokenizer*")):
+        _copy(adapter, folder, (*TOKENIZER, "chat_template*"))
+    elif gguf_file:
+        load_tokenizer(section).save_pretrained(folder)
+    else:
+        _copy(base, folder, TOKENIZER)
+    if not gguf_file:  # else the folder may be anybody's
+        _copy(base, folder, (*COMPANIONS, *LEGAL))
+
+
+def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
+    for file in (file for pattern in patterns for file in source.glob(pattern)):
+        if file.is_file() and not (target / file.name).exists():
+            shutil.copyfile(file, target / file.name)
+
+
+def model_card(base: NamedBase, folder: Path, config: PeftConfig, result: Merged) -> str:
+    """The card as Markdown, with the front matter that model hubs read, and code that loads what `folder` has."""
+    loads = {"model": class_name(config)}
+    if any(folder.glob("*processor_config.json")):
+        loads["processor"] = "AutoProcessor"
+    elif any(folder.glob("tokenizer*")):
+        loads["tokenizer"] = "AutoTokenizer"
+    lines = (f'{name} = {auto}.from_pretrained("PATH")' for name, auto in loads.items())
+    loading = "\n".join([f"from transformers import {', '.join(loads.values())}", "", *lines])
+    intro = (
+        f"`{base.text}` with the {method_name(config)} adapter below merged into {len(result.by_layer)} of its weights "
+        "by smoa.\nIt is a plain transformers model: nothing else is needed to load it."
+    )
+    notes = "".join(f"\n{note}\n" for note in result.notes)
+    precision = f"## Precision\n\nMerged in float32, saved in {result.dtype_name}: {result.in_words()}\n{notes}\n"
+    front_matter = {"library_name": "transformers", "tags": ["smoa", "merged"]}
+    return card_text(result.folder.name, base, config, front_matter, intro, loading, precision)

@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 import smoa  # noqa: F401  (registers SMoA with PEFT)
 from smoa.atomic import recover
 from smoa.errors import ConfigError, DataError, SmoaError
-from smoa.export.checkpoint import recorded_revision
 from smoa_lab.config.run import ModelSection, RunConfig, load_config
 from smoa_lab.data.rows import Template
 from smoa_lab.training.run_folder import RunFolder
@@ -100,8 +99,9 @@ def base_section(adapter: Path, base: str | None = None, trust_remote_code: bool
         if "quantization_config" in model.options:
             return model
     name = base_name(adapter, base)
-    revision = recorded_revision(adapter_config(adapter), name)
-    options = {} if revision is None else {"revision": revision}
+    config = adapter_config(adapter)
+    of_base = name == config.base_model_name_or_path  # the revision says nothing of another base
+    options = {"revision": config.revision} if of_base and config.revision is not None else {}
     return ModelSection(name=name, dtype="float32", trust_remote_code=trust_remote_code, options=options)
 
 

@@ -20,11 +20,10 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 
 from smoa.errors import ConfigError, DataError, MergeError
-from smoa.export.checkpoint import class_name, resize_as_saved
-from smoa.export.merge import layers_to_merge, untie, with_plain_weights
 from smoa_lab.base_models import load_base_model
 from smoa_lab.config.run import ModelSection
 from smoa_lab.data.general_text import STORY, passages
+from smoa_lab.merge import class_name, layers_to_merge, resize_as_saved, untie, with_plain_weights
 from smoa_lab.open_run import adapter_config, adapter_of_run, base_section, check_weights, run_name, with_saved_adapter
 
 PROMPTS, WORDS = 10, 24
@@ -156,8 +155,7 @@ def verify_merged(
     place: str | Path, folder: Path, base: str | None = None, trust_remote_code: bool = False
 ) -> Verdict | str:
     """What :func:`verify` says of a merged model that was just saved; or, as a text, why it can't be compared: it is no
-    language model, has no tokenizer, or in float32 doesn't fit into the memory that is free, for it may have been
-    merged tensor by tensor.
+    language model, has no tokenizer, or in float32 doesn't fit into the memory that is free.
 
     Raises:
         DataError: the base or the merged model cannot be loaded.

@@ -17,7 +17,7 @@ from smoa_lab.basics.extras import DRAWING
 from smoa_lab.cli.console import AsJson, Base, TrustRemoteCode, failed, print_json, reporting
 
 MergedDtype = Literal["auto", "float32", "bfloat16", "float16"]
-"""The choices of smoa.export.merge, whose import would make ``--help`` wait for torch."""
+"""The choices of smoa_lab.merge, whose import would make ``--help`` wait for torch."""
 
 
 def merge(
@@ -25,7 +25,7 @@ def merge(
     output: Annotated[Path, typer.Argument(help="New folder for the merged model.")],
     dtype: Annotated[
         MergedDtype,
-        typer.Option(help="Dtype of the saved weights; auto: that of the base. Merging is done in float32."),
+        typer.Option(help="Dtype to load and save the base in; auto: its own. Merging is done in float32."),
     ] = "auto",
     max_shard_size: Annotated[str, typer.Option(help="Largest file, e.g. 2GB.")] = "5GB",
     base: Base = None,
@@ -38,13 +38,13 @@ def merge(
         from smoa_lab.merge import merge_run
         from smoa_lab.verify import verify_merged
 
-        export = merge_run(adapter, output, dtype, base, trust_remote_code, max_shard_size)
+        merged = merge_run(adapter, output, dtype, base, trust_remote_code, max_shard_size)
         if not json:
-            typer.echo(f"{export.folder}: {export.summary()}")
+            typer.echo(f"{merged.folder}: {merged.summary()}")
         found = verify_merged(adapter, output, base, trust_remote_code) if verify else "--no-verify"
         verdict = None if isinstance(found, str) else found
         if json:
-            print_json(export.to_dict() | {"verified": verdict and verdict.to_dict()})
+            print_json(merged.to_dict() | {"verified": verdict and verdict.to_dict()})
         else:
             typer.echo(verdict.line() if verdict else f"Not compared with the adapter: {found}.")
         if verdict and not verdict.agrees:

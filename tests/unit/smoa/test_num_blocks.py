@@ -14,11 +14,9 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from smoa import MergeError, PartitionError, SmoaConfig
-from smoa.export.merge import merge_and_save
 from tests import reference
 from tests.support import tiny_models
 from tests.support.decompositions import NoDecomposition
@@ -171,18 +169,6 @@ def test_a_saved_adapter_loads_to_the_same_bits_without_a_warning(
     with NoDecomposition():
         again = PeftModel.from_pretrained(tiny_models.build("llama"), tmp_path, low_cpu_mem_usage=low_memory).eval()
     assert torch.equal(logits(again), logits(model))
-
-
-@pytest.mark.parametrize("config", [{}, PATTERNS[1]], ids=str)
-def test_a_merge_on_disk_gives_it_the_same_blocks(
-    config: dict[str, Any], tiny_llama: PreTrainedModel, tmp_path: Path
-) -> None:
-    model = llama(**config)
-    model.save_pretrained(tmp_path / "adapter")
-    tiny_llama.save_pretrained(tmp_path / "base")
-    merge_and_save(tmp_path / "adapter", tmp_path / "merged", base=tmp_path / "base")
-    merged = type(tiny_llama).from_pretrained(tmp_path / "merged")
-    assert_close(logits(merged), logits(model))
 
 
 def two_adapters(r: int, other: int) -> PeftModel:

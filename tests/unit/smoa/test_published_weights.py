@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from smoa import SmoaConfig, UnsupportedModuleError
-from smoa.export.merge import merge_and_save
+from smoa_lab.merge import merge_run
 from tests.support import tiny_models
 from tests.support.layers import layers_of
 from tests.support.published import dequantized, published
@@ -54,7 +54,7 @@ def test_a_dequantized_checkpoint_is_adapted_trained_saved_and_merged(method: st
         expected = model.eval()(**batch).logits
         loaded = PeftModel.from_pretrained(dequantized(method, tmp_path / "base"), tmp_path / "adapter")
         assert torch.equal(loaded.eval()(**batch).logits, expected)
-        merge_and_save(tmp_path / "adapter", tmp_path / "merged", dtype="float32")
+        merge_run(tmp_path / "adapter", tmp_path / "merged", "float32")
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
         assert_close(merged(**batch).logits, expected.float(), dtype=torch.bfloat16)
     assert not hasattr(merged.config, "quantization_config")

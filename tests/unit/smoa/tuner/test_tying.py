@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from smoa import ConfigError, MergeError, SmoaConfig
-from smoa.export.merge import merge_and_save
 from smoa.hotswap import hotswap_adapter
 from smoa.tuner.tying import tied_groups
 from tests.support import tiny_models
@@ -122,18 +121,6 @@ def test_several_adapters_are_merged_one_after_the_other() -> None:
     assert_close(logits(model, "gemma3"), expected)
     model.unmerge_adapter()
     assert torch.equal(model.base_model.model.lm_head.stored_weight(), before)
-
-
-def test_smoa_merge_leaves_the_ends_tied(tmp_path: Path) -> None:
-    tiny_models.build("gemma3").save_pretrained(tmp_path / "base")
-    model = adapted()
-    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
-    model.save_pretrained(tmp_path / "adapter")
-    export = merge_and_save(tmp_path / "adapter", tmp_path / "merged")
-    assert list(export.loss.by_layer) == ["model.embed_tokens"]
-    merged = type(tiny_models.build("gemma3")).from_pretrained(tmp_path / "merged").eval()
-    assert merged.config.tie_word_embeddings
-    assert_close(logits(merged, "gemma3"), logits(model, "gemma3"))
 
 
 def test_without_the_setting_each_end_has_an_adapter_and_no_merge() -> None:

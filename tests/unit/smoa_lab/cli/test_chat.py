@@ -13,7 +13,7 @@ import typer
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
-import smoa.export.merge
+from smoa_lab import merge
 from smoa_lab.chat import Screen
 from smoa_lab.cli import adapters, chat
 from smoa_lab.cli.console import Dtype
@@ -151,4 +151,4 @@ def test_only_two_terminals_make_a_chat(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_choices_are_those_of_a_run_and_of_the_library() -> None:
     assert get_args(Dtype) == get_args(ModelSection.model_fields["dtype"].annotation)
     assert set(get_args(chat.Template)) == set(get_args(rows.Template))
-    assert get_args(adapters.MergedDtype) == get_args(smoa.export.merge.Dtype)
+    assert get_args(adapters.MergedDtype) == get_args(merge.Dtype)

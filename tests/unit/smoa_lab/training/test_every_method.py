@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from smoa.errors import MergeError
-from smoa.export.merge import merge_in_memory
 from smoa_lab.base_models import empty_model
 from smoa_lab.config.methods import method_names
 from smoa_lab.config.run import check_config
+from smoa_lab.merge import Merged, merge_in_memory
 from smoa_lab.training.adapting import check_adapter
 from smoa_lab.training.loaded_run import LoadedRun, load_run
 from tests.support import lab
@@ -76,7 +75,8 @@ def test_a_method_is_trained_saved_loaded_scored_and_merged(name: str, run: Load
     assert run.held_out_losses(loaded).nll == pytest.approx(trained, abs=1e-4)
 
     def merge() -> None:
-        merge_in_memory(copy.deepcopy(run.base), tmp_path / "adapter", tmp_path / "merged", torch.float32, "5GB")
+        result = Merged(tmp_path / "merged", "base")
+        merge_in_memory(copy.deepcopy(run.base), tmp_path / "adapter", result).save_pretrained(result.folder)
 
     if name in UNMERGED:
         with pytest.raises(MergeError, match=UNMERGED[name]):

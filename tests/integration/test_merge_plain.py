@@ -13,7 +13,7 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
 from smoa import SmoaConfig
-from smoa.export.merge import merge_and_save
+from smoa_lab.merge import merge_run
 from tests.support import tiny_models
 from tests.support.tolerance import assert_close
 
@@ -43,7 +43,7 @@ def test_plain_transformers_loads_a_merged_model(family: str, tmp_path: Path) ->
     config = SmoaConfig(r=4, num_blocks=2, init_weights=False, target_modules=targets, task_type="CAUSAL_LM")
     model = get_peft_model(base, config).eval()
     model.save_pretrained(tmp_path / "adapter")
-    merge_and_save(tmp_path / "adapter", tmp_path / "merged", max_shard_size="20KB")
+    merge_run(tmp_path / "adapter", tmp_path / "merged", max_shard_size="20KB")
     inputs = tiny_models.batch(family)
     save_file(inputs, tmp_path / "inputs.safetensors")
     program = PROGRAM.format(
