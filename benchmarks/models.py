@@ -1,4 +1,4 @@
-"""Measures whole models, each of Gemma 3 270M (needs `pip install '.[demo]'`).
+"""Measures whole models, each of Gemma 3 270M (needs `pip install '.[lab,demo]'`).
 
     python benchmarks/models.py model_step
     python benchmarks/models.py decoding

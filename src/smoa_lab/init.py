@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from smoa_lab.base_models import empty_model, load_tokenizer
-from smoa_lab.basics.extras import require
 from smoa_lab.basics.positions import positions_of
 from smoa_lab.budget import ALL_LINEAR, budget_choice, shapes_of
 from smoa_lab.config.methods import find_method
 from smoa_lab.config.run import ConfigText, Dtype, ModelSection, RunConfig, adapter_rate, check_config, native_dtype
 from smoa_lab.config.yaml_text import apply_overrides, to_yaml
 from smoa_lab.data.files import source_values
-from smoa_lab.data.tasks import TASKS, find_task, task_needs
+from smoa_lab.data.tasks import TASKS
 from smoa_lab.training.loaded_run import trainable_rows_of
 from smoa_lab.training.run_folder import in_free_folder
 
@@ -88,7 +87,6 @@ def first_values(
         adapter = {"r": choice.lora_r, "lora_alpha": 2 * choice.lora_r}
     length, logging = {}, 10
     if data in TASKS:
-        require(task_needs({data: find_task(data)}))
         block: dict[str, Any] = {"tasks": [data]}
     else:
         block, rows, longest = _look_at_rows(data, section, positions_of(empty.config), changes)

@@ -13,7 +13,6 @@ from typing import Annotated, Literal
 
 import typer
 
-from smoa_lab.basics.extras import DRAWING
 from smoa_lab.cli.console import AsJson, Base, TrustRemoteCode, failed, print_json, reporting
 
 MergedDtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -138,7 +137,7 @@ def inspect(
     json: AsJson = False,
 ) -> None:
     """Show size, norm, ranks and spectral coverage of the update of every adapted layer."""
-    with reporting(*(DRAWING if html else ())):
+    with reporting():
         from smoa.atomic import check_place
         from smoa_lab.inspect import inspect_layers, layer_table
 
@@ -177,7 +176,7 @@ def report(
     json: AsJson = False,
 ) -> None:
     """Write a run's page: scores, loss, answers before and after, what was forgotten, config, how to load it."""
-    with reporting(*DRAWING):
+    with reporting():
         from smoa_lab.report import report_run
 
         page, missing = report_run(run, output)

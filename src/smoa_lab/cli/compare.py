@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 
-from smoa_lab.basics.extras import DRAWING
 from smoa_lab.cli.console import AsJson, TrustRemoteCode, print_json, reporting
 
 
@@ -34,7 +33,7 @@ def compare(
 ) -> None:
     """Tune all methods by the same search, run each with fresh seeds, and report which is better, same or worse."""
     on_ray = workers > 1 or ray_address is not None
-    with reporting(*DRAWING, *(["ray"] if on_ray else [])):
+    with reporting():
         import transformers
 
         from smoa.atomic import check_place

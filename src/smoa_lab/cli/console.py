@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from smoa_lab.basics.extras import advice, missing
 from smoa_lab.basics.plain import json_text
 
 FULL_DISK = ("No space left", "quota exceeded", "File too large", "inline_container", "iostream error")
@@ -25,14 +24,8 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @contextmanager
-def reporting(*modules: str) -> Iterator[None]:
-    """Show the lab's log on stderr; an error of smoa's ends the command with one message and exit code 1.
-
-    So does a missing package of one of smoa's extras: at once if it is of ``modules``, which the command always needs.
-    """
-    lacking = missing(*modules)
-    if lacking is not None:
-        raise failed(f"this command {lacking}")
+def reporting() -> Iterator[None]:
+    """Show the lab's log on stderr; an error of smoa's ends the command with one message and exit code 1."""
     from smoa.errors import SmoaError
 
     try:
@@ -40,11 +33,6 @@ def reporting(*modules: str) -> Iterator[None]:
             yield
     except SmoaError as error:
         raise failed(str(error)) from error
-    except ImportError as error:
-        lacking = advice(error.name)
-        if lacking is None:
-            raise
-        raise failed(f"this command {lacking}") from error
     except Exception as error:
         if not any(words in str(error) for words in FULL_DISK):
             raise

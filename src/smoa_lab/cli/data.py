@@ -27,7 +27,7 @@ def check(
     json: AsJson = False,
 ) -> None:
     """Show what would be trained on: formats, lengths, what is cut or dropped, bad rows, and examples."""
-    with reporting("trl", "datasets"):
+    with reporting():
         from smoa_lab.base_models import load_tokenizer
         from smoa_lab.config.run import check_config, load_config
         from smoa_lab.data.files import source_values

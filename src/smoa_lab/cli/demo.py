@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from smoa_lab.basics.extras import DRAWING
 from smoa_lab.cli.console import Overrides, TrustRemoteCode, reporting
 from smoa_lab.cli.train import print_scores
 
@@ -23,7 +22,7 @@ def demo(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Fine-tune a small real model in minutes, show what changed, reload the adapter and merge it."""
-    with reporting(*DRAWING):
+    with reporting():
         from smoa.errors import ConfigError
         from smoa_lab.base_models import PACKAGED_MODELS, with_rate
         from smoa_lab.config.run import load_config

@@ -37,7 +37,7 @@ def init(
     json: AsJson = False,
 ) -> None:
     """Write a commented config for your model and data; ask for them if they are not given."""
-    with reporting("datasets", "trl"):
+    with reporting():
         from smoa.atomic import check_place, write_whole
         from smoa.errors import ConfigError
         from smoa_lab import init

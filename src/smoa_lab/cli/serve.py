@@ -32,7 +32,7 @@ def serve(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Serve a base model and the adapters in a folder, many in one batch, by OpenAI's protocol."""
-    with reporting("fastapi", "uvicorn", "openai"):
+    with reporting():
         from smoa_lab.config.run import ModelSection
         from smoa_lab.serving.server import Settings
         from smoa_lab.serving.server import serve as run

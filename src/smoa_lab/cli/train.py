@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from smoa_lab.basics.extras import DRAWING
 from smoa_lab.cli.console import AsJson, Overrides, TrustRemoteCode, print_json, reporting
 from smoa_lab.pages.tables import score_table, time_text
 
@@ -34,7 +33,7 @@ def train(
 
     With --model and --data it needs no file: it trains what `smoa init` would write for them.
     """
-    with reporting(*DRAWING):
+    with reporting():
         from smoa.errors import ConfigError
         from smoa_lab.config.run import load_config
         from smoa_lab.training.run_folder import is_first_process

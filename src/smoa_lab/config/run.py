@@ -20,7 +20,6 @@ from pydantic import Discriminator, Field, Tag, model_serializer, model_validato
 from transformers import TrainingArguments
 
 from smoa.errors import ConfigError
-from smoa_lab.basics.extras import import_package
 from smoa_lab.basics.section import Section, Seed
 from smoa_lab.config.methods import MethodName
 from smoa_lab.config.validation import Problem, all_problems
@@ -314,7 +313,6 @@ class ConfigText:
         target: type[TrainingArguments] = TrainingArguments
         defaults = {**TRAINING_DEFAULTS, "output_dir": f"runs/{Path(self.place).stem}"}
         if _kind_of_data(data) == "rows":
-            import_package("trl", f"{self.place}: data.train")
             target = _trainer_class(given, data.get("format") == "preference")
             defaults |= {key: value for key, value in ROWS_DEFAULTS.items() if key in _keys(target)}
             if values.get("task") is not None:
@@ -367,7 +365,8 @@ def check_config(values: dict[str, Any], place: str = "config") -> RunConfig:
 
 def _trainer_class(training: dict[str, Any], prefers: bool) -> type[TrainingArguments]:
     """TRL's DPOConfig for preferences, or where a key is only its; else SFTConfig."""
-    trl = import_package("trl", "training")
+    import trl  # here, since it takes seconds
+
     only_dpo = _keys(trl.DPOConfig) - _keys(trl.SFTConfig)
     chosen: type[TrainingArguments] = trl.DPOConfig if prefers or training.keys() & only_dpo else trl.SFTConfig
     return chosen

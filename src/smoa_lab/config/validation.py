@@ -21,7 +21,6 @@ from transformers import TrainingArguments
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from smoa.errors import ConfigError, DataError, nearest
-from smoa_lab.basics.extras import install
 from smoa_lab.config.methods import find_method
 from smoa_lab.data.tasks import find_task
 
@@ -159,7 +158,7 @@ def _quantization_problems(values: dict[str, Any]) -> Iterable[Problem]:
     try:
         known = {"quant_method", *inspect.signature(type(AutoQuantizationConfig.from_dict(wanted))).parameters}
     except (ValueError, TypeError, AttributeError, ImportError) as error:
-        yield place, f"{error}; {install('quantized')}" if isinstance(error, ImportError) else str(error)
+        yield place, f"{error}; pip install 'smoa[quantized]'" if isinstance(error, ImportError) else str(error)
         return
     for key in wanted.keys() - known:
         yield (*place, key), f"there is no such key{nearest(key, known)}"

@@ -11,7 +11,6 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from smoa.errors import ConfigError, nearest
-from smoa_lab.basics.extras import import_package
 from smoa_lab.data.rows import ALPACA
 
 SPECIAL = re.compile(r"<\|[a-z_]+\|>|<(?:start|end)_of_turn>|\[/?INST\]")
@@ -50,7 +49,8 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> N
 def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """The template with marks around the assistant's turns: the tokenizer's own, or TRL's for it; None if neither is
     known."""
-    utilities: Any = import_package("trl.chat_template_utils", "data.train")
+    from trl import chat_template_utils as utilities
+
     if utilities.has_generation_markers(tokenizer.chat_template):
         return str(tokenizer.get_chat_template())
     try:

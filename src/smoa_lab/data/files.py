@@ -14,7 +14,6 @@ from typing import Any
 
 from smoa.errors import DataError
 from smoa_lab.basics.cache import content_of
-from smoa_lab.basics.extras import import_package
 from smoa_lab.basics.section import Section
 from smoa_lab.data.formats import BadRow, shown
 
@@ -123,7 +122,8 @@ def _csv_rows(file: Path) -> Numbered:
 
 
 def _parquet_rows(file: Path) -> Numbered:
-    parquet = import_package("pyarrow.parquet", "Parquet")
+    from pyarrow import parquet
+
     try:
         with parquet.ParquetFile(file) as table:
             batches = table.iter_batches(batch_size=BATCH)
@@ -199,10 +199,11 @@ class HubSource:
         return f"{self.wanted.name} ({self.split})"
 
     def check(self) -> None:
-        import_package("datasets", "data.hub")
+        """Only reading shows what is there."""
 
     def rows(self) -> Iterator[Placed]:
-        datasets = import_package("datasets", "data.hub")
+        import datasets
+
         wanted = self.wanted
         try:
             stream = datasets.load_dataset(

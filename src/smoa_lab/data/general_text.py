@@ -7,7 +7,6 @@ from itertools import islice
 from pathlib import Path
 
 from smoa.errors import DataError
-from smoa_lab.basics.extras import import_package
 
 STORY = "packaged"
 FINEWIKI = "finewiki"
@@ -45,7 +44,8 @@ def _paragraphs(source: str) -> Iterable[str]:
     if source == STORY:
         return Path(__file__).with_name("in_the_year_2889.txt").read_text(encoding="utf-8").split("\n\n")
     if source == FINEWIKI:
-        datasets = import_package("datasets", "forgetting.text: finewiki")
+        import datasets
+
         try:
             stream = datasets.load_dataset("HuggingFaceFW/finewiki", split="train", streaming=True)
             return [row["text"][:2000] for row in islice(stream, ARTICLES)]

@@ -21,7 +21,6 @@ from tqdm.auto import tqdm
 from smoa.atomic import check_place, new_folder, write_whole
 from smoa.errors import DataError
 from smoa_lab.basics.cache import cache_folder
-from smoa_lab.basics.extras import import_package
 from smoa_lab.data.encoding import Encoder
 from smoa_lab.data.files import RowSource
 from smoa_lab.data.formats import BadRow, Format, recognize, shape
@@ -104,7 +103,9 @@ class PreparedRows:
 
     def part(self, part: Part, at_most: int | None = None, seed: int = 0) -> Any:
         """A ``datasets.Dataset``, of ``at_most`` rows drawn at random."""
-        dataset = import_package("datasets", "data.train").Dataset.from_file(str(self.folder / f"{part}.arrow"))
+        from datasets import Dataset
+
+        dataset = Dataset.from_file(str(self.folder / f"{part}.arrow"))
         if at_most is None or len(dataset) <= at_most:
             return dataset
         return dataset.shuffle(seed=seed, keep_in_memory=True).select(range(at_most), keep_in_memory=True)
@@ -179,14 +180,15 @@ class Reading:
 
     def _read_all(self, folder: Path) -> dict[str, Any]:
         """Read all sources once and write their rows into ``folder``, part by part; the account of them."""
-        datasets = import_package("datasets", "data.train")
-        writer = import_package("datasets.arrow_writer", "data.train").ArrowWriter
+        import datasets
+        from datasets.arrow_writer import ArrowWriter
+
         integers = datasets.List(datasets.Value("int32"))
         columns = datasets.Features({"input_ids": integers, "labels": integers, "row": datasets.Value("string")})
         counts, length = self.counts, self.encoder.max_length
         with ExitStack() as stack:
             self.writers = {
-                part: stack.enter_context(writer(path=str(folder / f"{part}.arrow"), features=columns))
+                part: stack.enter_context(ArrowWriter(path=str(folder / f"{part}.arrow"), features=columns))
                 for part in PARTS
             }
             if self.test is not None:

@@ -13,7 +13,6 @@ import json
 from typing import Any
 
 from smoa.errors import DataError
-from smoa_lab.basics.extras import import_package
 from smoa_lab.data.rows import Row, choice_question, in_test_part, question
 from smoa_lab.data.sources import Wheel, hub_rows
 
@@ -74,7 +73,8 @@ def read_chitchat(split: str) -> list[Row]:
 
     Conversations of one sender, or of fewer than four turns, are left out.
     """
-    package = import_package("chitchat_dataset", "chitchat")
+    import chitchat_dataset as package
+
     conversations: dict[str, Any] = dict(package.Dataset())
     chosen = {
         key: talk for key, talk in conversations.items() if in_test_part(key, CHITCHAT_TEST_SHARE) == (split == "test")
@@ -110,7 +110,8 @@ def read_gsm8k(split: str) -> list[Row]:
 
 def read_chain_sum(split: str) -> list[Row]:
     """Sums and differences of two or three numbers of one or two digits (reasoning-gym's ``chain_sum``)."""
-    reasoning_gym = import_package("reasoning_gym", "chain_sum")
+    import reasoning_gym
+
     seed, size = CHAIN_SUM[split]
     items: Any = reasoning_gym.create_dataset("chain_sum", size=size, seed=seed, **CHAIN_SUM_OPTIONS)
     questions = {

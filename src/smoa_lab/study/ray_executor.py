@@ -16,7 +16,6 @@ import torch
 
 import smoa
 from smoa.errors import ConfigError, DataError
-from smoa_lab.basics.extras import import_package
 from smoa_lab.study.comparison import Comparison, Executor
 from smoa_lab.study.study import Study
 from smoa_lab.study.trials import Job, Result
@@ -132,10 +131,10 @@ def connect(address: str | None) -> Any:
 
     Raises:
         ConfigError: nothing answers at the address, or no cluster that this machine belongs to.
-        DataError: Ray is not installed.
     """
-    ray = import_package("ray", "--workers")
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    import ray
+
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         ray.init("local", include_dashboard=False, object_store_memory=STORE, **quiet)

@@ -24,12 +24,11 @@ from transformers import (
 )
 
 from smoa.errors import ConfigError, DataError
-from smoa_lab.base_models import base_content, empty_model, places, training_needs
-from smoa_lab.basics.extras import require
+from smoa_lab.base_models import base_content, empty_model, places
 from smoa_lab.config.run import DataSection, ModelSection, RunConfig, check_config
 from smoa_lab.data.rows import Row
 from smoa_lab.data.sources import installed_file
-from smoa_lab.data.tasks import Selection, task_needs
+from smoa_lab.data.tasks import Selection
 from smoa_lab.scoring.evaluation import Outcome, answer_outcomes, score_outcomes
 from smoa_lab.scoring.losses import scoring
 from smoa_lab.study.study import Entry
@@ -76,11 +75,8 @@ class Runner:
         return {**config.model_dump(mode="json"), "elsewhere": other}
 
     def check_needs(self, entry: Entry) -> None:
-        """Raise DataError if a package is missing that the runs of an entry will need, ConfigError if its adapter does
-        not fit the model."""
-        other = {} if self.other_domain is None else task_needs(self.other_domain.chosen())
+        """Raise ConfigError if the adapter of an entry does not fit the model."""
         config = self.config(entry, entry.learning_rate, seed=0)
-        require({**training_needs(config), **other})
         check_adapter(empty_model(self._base_section(config), self.auto_class), config.method, config.adapter)
 
     def _base_section(self, config: RunConfig) -> ModelSection:

@@ -29,8 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from smoa.analysis import update_size
 from smoa.atomic import new_folder, write_whole
 from smoa.errors import ConfigError
-from smoa_lab.base_models import empty_model, load_base_model, training_needs
-from smoa_lab.basics.extras import require
+from smoa_lab.base_models import empty_model, load_base_model
 from smoa_lab.config.run import DataSection, Dtype, ModelSection, RunConfig, check_config
 from smoa_lab.config.run import native_dtype as machine_dtype
 from smoa_lab.data.tasks import Selection
@@ -158,11 +157,9 @@ class SequenceRunner(Runner):
         return {**super().stored_config(config), "first": self._first_task.described, **between, **replay}
 
     def check_needs(self, entry: Entry) -> None:
-        """Check what the entry needs for the earlier tasks too."""
+        """Check the first task's adapter too."""
         super().check_needs(entry)
-        first, config = self.first_config(), self.config(entry, entry.learning_rate, seed=0)
-        for earlier in (first, *self.between_configs(config)):
-            require(training_needs(earlier))
+        first = self.first_config()
         check_adapter(empty_model(first.model), first.method, first.adapter)
 
     @cached_property

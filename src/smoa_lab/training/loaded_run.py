@@ -38,9 +38,8 @@ from transformers.trainer_utils import SchedulerType
 from smoa.atomic import check_place
 from smoa.errors import ConfigError, DataError
 from smoa.layers.distributed import is_distributed
-from smoa_lab.base_models import base_content, data_needs, load_base_model
+from smoa_lab.base_models import base_content, load_base_model
 from smoa_lab.basics.cache import cache_folder
-from smoa_lab.basics.extras import import_package, require
 from smoa_lab.basics.positions import positions_of
 from smoa_lab.config.methods import find_method
 from smoa_lab.config.run import RowsSection, RunConfig
@@ -185,7 +184,8 @@ class LoadedRun:
         return model, trainer, seconds
 
     def _trainer(self, model: Any, arguments: Any, callbacks: list[TrainerCallback]) -> Trainer:
-        trl = import_package("trl", "training")
+        import trl
+
         if self.config.early_stopping is not None:
             callbacks = [*callbacks, EarlyStoppingCallback(self.config.early_stopping)]
         chosen: Any = trl.DPOTrainer if self.format == "preference" else trl.SFTTrainer
@@ -218,8 +218,9 @@ class LoadedRun:
         if isinstance(self.data, Selection):
             validation = self.data.validation
             tokens = self._question_tokens if part == "train" else [self.encoder.encode(row) for row in validation]
-            from_list = import_package("datasets", "training").Dataset.from_list
-            return from_list([row.columns for row in tokens]) if tokens else None
+            from datasets import Dataset
+
+            return Dataset.from_list([row.columns for row in tokens]) if tokens else None
         section = self.config.rows
         at_most = section.train_examples if part == "train" else section.validation_examples
         data = self.data.part(part, at_most, section.seed)
@@ -237,9 +238,8 @@ def load_run(config: RunConfig, questions: Selection | None = None) -> LoadedRun
 
     Raises:
         ConfigError: the model has fewer positions than rows may have tokens, or no chat template.
-        DataError: model or data cannot be loaded, bad rows are not to be skipped, or a package is missing.
+        DataError: model or data cannot be loaded, or bad rows are not to be skipped.
     """
-    require(data_needs(config))
     if config.has_rows:
         for source in sources(config.rows):
             source.check()

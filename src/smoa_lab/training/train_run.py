@@ -11,11 +11,11 @@ from transformers import TrainingArguments
 
 from smoa.atomic import new_files, write_whole
 from smoa.layers.distributed import from_rank_zero
-from smoa_lab.base_models import described_base, empty_model, to_device, training_needs, with_rate
-from smoa_lab.basics.extras import require
+from smoa_lab.base_models import described_base, empty_model, to_device, with_rate
 from smoa_lab.basics.plain import portable
 from smoa_lab.config.run import RunConfig
 from smoa_lab.pages.run_card import run_card, samples_text
+from smoa_lab.pages.run_charts import draw_run
 from smoa_lab.scoring.evaluation import Forgetting
 from smoa_lab.training.adapting import check_adapter
 from smoa_lab.training.loaded_run import LoadedRun, load_run
@@ -32,9 +32,8 @@ def train(config: RunConfig, run: LoadedRun | None = None) -> dict[str, Any]:
     Raises:
         ConfigError: the run's folder contains a finished run or one of another config, or another process trains into
             it, or the adapter does not fit the model.
-        DataError: model or data cannot be loaded, or a package is missing.
+        DataError: model or data cannot be loaded.
     """
-    require(training_needs(config))
     config = config if run else with_rate(config)
     folder, text = RunFolder(config.folder), config.to_yaml()
     folder.check(text)
@@ -103,8 +102,6 @@ def _entries(parameter: Any) -> int:
 
 
 def _save(run: LoadedRun, folder: RunFolder, model: Any, state: Any, metrics: dict[str, Any]) -> dict[str, Any]:
-    from smoa_lab.pages.run_charts import draw_run  # here: scoring and converting load runs and draw nothing
-
     method = run.config.method
     with new_files(folder.adapter) as temporary:
         model.save_pretrained(temporary, state_dict=state)

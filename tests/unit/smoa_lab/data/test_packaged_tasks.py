@@ -334,15 +334,6 @@ def test_what_is_no_conversation_of_two_is_left_out(carry: Any) -> None:
     assert small.read_chitchat("train") == small.read_chitchat("test") == []
 
 
-def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("chitchat_dataset", "reasoning_gym"):
-        monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(DataError, match=r"chitchat: needs chitchat-dataset; .*'\.\[dialogue\]'"):
-        small.read_chitchat("train")
-    with pytest.raises(DataError, match=r"chain_sum: needs reasoning-gym; .*'\.\[sums\]'"):
-        small.read_chain_sum("train")
-
-
 def test_sums_are_right_and_come_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("reasoning_gym")
     monkeypatch.setattr(small, "CHAIN_SUM", {"train": (0, 300), "test": (1_000_000, 100)})

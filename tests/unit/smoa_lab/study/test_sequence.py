@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from smoa import SmoaConfig
-from smoa.errors import ConfigError, DataError
+from smoa.errors import ConfigError
 from smoa_lab.cli.main import app
 from smoa_lab.study import sequence as sequence_module
 from smoa_lab.study.comparison import Comparison
@@ -191,10 +190,8 @@ def test_what_cannot_be_run_is_refused_before_any_work(
 ) -> None:
     with pytest.raises(ConfigError, match=r"replay: must be at most the 12 training rows of first\.data, got 13"):
         Comparison(only_ours(sequence, replay=13)).run()
-    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     for data, error, message in (
         ({**sequence["first"]["data"], "test_examples": 0}, ConfigError, r"first\.data\.test_examples: .* test part"),
-        ({"tasks": ["chain_sum"]}, DataError, r"data\.tasks: chain_sum: needs reasoning-gym"),
     ):
         with pytest.raises(error, match=message):
             Comparison(only_ours(sequence, first={**sequence["first"], "data": data})).run()
