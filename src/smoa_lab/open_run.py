@@ -14,11 +14,12 @@ from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 
 import smoa  # noqa: F401  (registers SMoA with PEFT)
 from smoa.atomic import recover
 from smoa.errors import ConfigError, DataError, SmoaError
-from smoa_lab.config.run import ModelSection, RunConfig, load_config
+from smoa_lab.config.run import ModelSection, RunConfig, load_config, native_dtype
 from smoa_lab.data.rows import Template
 from smoa_lab.training.run_folder import RunFolder
 
@@ -71,6 +72,27 @@ def trained_template(place: Path) -> Template:
         return "chat"
     config = open_run(place, trust_remote_code=True)[0]  # nothing is loaded
     return "chat" if config.has_rows else config.task.template
+
+
+def find_model(place: str, changes: dict[str, Any]) -> tuple[ModelSection, Path | None, Template]:
+    """The model of ``place``, its adapter and the template to talk through: a run's own, else the model's. ``changes``
+    are laid over the model's section: ``name``, ``dtype``, ``trust_remote_code``. Nothing is loaded yet.
+
+    Raises:
+        ConfigError: ``place`` is a folder without a run, an adapter and a model.
+    """
+    path = Path(place).expanduser()
+    if RunFolder(path).finished:
+        config, adapter = open_run(path, trust_remote_code=changes.get("trust_remote_code", False))
+        return config.model.model_copy(update=changes), adapter, trained_template(path)
+    try:
+        adapter = adapter_of_run(path)
+    except ConfigError as error:
+        if path.is_dir() and not (path / MODEL_CONFIG_NAME).is_file():
+            raise ConfigError(f"{error}, nor a model ({MODEL_CONFIG_NAME}), nor is it a finished run") from error
+        return ModelSection(name=place).model_copy(update=changes), None, "chat"
+    model = base_section(adapter, changes.get("name"))
+    return model.model_copy(update={"dtype": native_dtype(), **changes}), adapter, "chat"
 
 
 def base_name(adapter: Path, base: str | None = None) -> str:

@@ -1,4 +1,4 @@
-"""A tiny model with a chat template, adapters of it, and a screen that keeps what a chat shows."""
+"""A tiny model with a chat template, adapters of it, and a chat that keeps what it shows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from smoa_lab.chat import ChatModel, GenerationSettings, Screen, find, load
+from smoa_lab.chat import Chat
 from tests.support.adapted_models import adapted
 from tests.support.lab import byte_tokenizer, tiny_base
 
@@ -19,7 +19,7 @@ TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
 )
-SETTINGS = GenerationSettings(max_new_tokens=12)
+NEW_TOKENS = 12
 
 
 def chat_base(folder: Path) -> Path:
@@ -40,12 +40,7 @@ def saved_adapter(folder: Path, base: Path, seed: int = 1, **config: Any) -> Pat
     return folder
 
 
-def chat_model_of(place: Path, settings: GenerationSettings = SETTINGS, **changes: Any) -> ChatModel:
-    """The chat model that `smoa chat` makes of a place."""
-    return load(find(str(place), changes), settings)
-
-
-def written(model: Any, place: Path, messages: list[dict[str, str]], new_tokens: int = SETTINGS.max_new_tokens) -> str:
+def written(model: Any, place: Path, messages: list[dict[str, str]], new_tokens: int = NEW_TOKENS) -> str:
     """What transformers' own `generate` writes, greedily."""
     tokenizer: Any = AutoTokenizer.from_pretrained(place)
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
@@ -54,21 +49,20 @@ def written(model: Any, place: Path, messages: list[dict[str, str]], new_tokens:
     return text
 
 
-class KeptScreen(Screen):
-    """Keeps pieces, answers and notes in lists."""
+class KeptChat(Chat):
+    """Keeps answers and notes in lists."""
 
-    def __init__(self) -> None:
-        super().__init__(is_terminal=False)
-        self.pieces: list[str] = []
+    def __init__(self, place: Path, template: Any = None, temperature: float = 0.0, **changes: Any) -> None:
         self.answers: list[str] = []
         self.notes: list[str] = []
+        super().__init__(str(place), changes, template, NEW_TOKENS, temperature)
 
-    def write(self, piece: str) -> None:
-        self.pieces.append(piece)
-
-    def end(self) -> None:
-        self.answers.append("".join(self.pieces))
-        self.pieces = []
+    def write(self, messages: list[dict[str, str]], name: str) -> None:
+        before = len(self.pieces)
+        try:
+            super().write(messages, name)
+        finally:
+            self.answers.append("".join(self.pieces[before:]))
 
     def say(self, note: str) -> None:
         self.notes.append(note)

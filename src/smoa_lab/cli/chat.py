@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import importlib
-import io
 import sys
 from contextlib import suppress
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from smoa_lab.cli.console import Base, Dtype, TrustRemoteCode, reporting
 
 if TYPE_CHECKING:
-    from smoa_lab.chat import Conversation
+    from smoa_lab.chat import Chat
 
 Template = Literal["chat", "alpaca"]
 
@@ -40,16 +39,16 @@ def chat(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Chat with an adapted model and compare it with its base; /help lists the commands."""
-    changes: dict[str, Any] = {"name": base, "dtype": dtype, "trust_remote_code": trust_remote_code or None}
+    given = {"name": base, "dtype": dtype, "trust_remote_code": trust_remote_code or None}
+    changes = {key: value for key, value in given.items() if value is not None}
     with reporting():
-        from smoa_lab.chat import Conversation, GenerationSettings, Screen, find, load
+        from smoa_lab.chat import Chat
 
         try:
-            target = find(place, {key: value for key, value in changes.items() if value is not None}, template)
-            model = load(target, GenerationSettings(max_new_tokens, temperature))
-            screen = Screen(is_terminal=_is_terminal())
-            conversation = Conversation(model, screen, system)
-            (_talk if screen.is_terminal else _answer_lines)(conversation)
+            chat = Chat(place, changes, template, max_new_tokens, temperature, _is_terminal())
+            if system:
+                chat.system(system)
+            _talk(chat)
         except KeyboardInterrupt:  # while the model is loaded, and in a pipe: there is nothing to resume
             raise typer.Exit(130) from None
 
@@ -58,44 +57,21 @@ def _is_terminal() -> bool:
     return sys.stdin.isatty() and sys.stdout.isatty()
 
 
-def _talk(conversation: Conversation) -> None:
-    with suppress(ImportError):  # Windows has none
-        importlib.import_module("readline")  # input() then keeps a history
-    conversation.screen.say(f"{conversation.model.name} answers. /help lists the commands.")
-    with suppress(EOFError):
-        while True:
-            try:
-                _respond(conversation, _typed(f"{conversation.model.name}> "))
-            except KeyboardInterrupt:
-                conversation.screen.say("Interrupted. /quit or Ctrl-D ends the chat.")
+def _talk(chat: Chat) -> None:
+    from smoa.errors import SmoaError
 
-
-def _typed(prompt: str) -> str:
-    try:
-        return input(prompt)
-    except (EOFError, KeyboardInterrupt):
-        typer.echo()  # their keys leave the line open
-        raise
-
-
-def _answer_lines(conversation: Conversation) -> None:
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # a line that can't be read must not end the others
-    with suppress(EOFError):
-        for line in sys.stdin:
-            _respond(conversation, line.rstrip("\r\n"))
-
-
-def _respond(conversation: Conversation, line: str) -> None:
-    from smoa.errors import DataError, SmoaError
-    from smoa_lab.chat import run_command
-
-    try:
-        if line != line.encode(errors="replace").decode():
-            raise DataError("a line is not text in UTF-8; it is left out")
-        if line.startswith("/"):
-            run_command(conversation, line)
-        elif line.strip():
-            conversation.ask(line.strip())
-    except SmoaError as error:
-        conversation.screen.say(f"error: {error}")
+    if chat.is_terminal:
+        with suppress(ImportError):  # Windows has none
+            importlib.import_module("readline")  # input() then keeps a history
+        chat.say("/help lists the commands.")
+    while True:
+        try:
+            chat.respond(input(f"{chat.name}> " if chat.is_terminal else ""))
+        except SmoaError as error:
+            chat.say(f"error: {error}")
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            if not chat.is_terminal:
+                raise
+            chat.say("\nInterrupted. /quit or Ctrl-D ends the chat.")

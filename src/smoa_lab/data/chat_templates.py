@@ -10,8 +10,8 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from smoa.errors import ConfigError, nearest
-from smoa_lab.data.rows import ALPACA
+from smoa.errors import ConfigError, DataError, nearest
+from smoa_lab.data.rows import ALPACA, Template
 
 SPECIAL = re.compile(r"<\|[a-z_]+\|>|<(?:start|end)_of_turn>|\[/?INST\]")
 """What looks like a special token in a template."""
@@ -80,6 +80,21 @@ def saved_chat_template(folder: Path) -> str | None:
     except (OSError, ValueError):
         return None
     return template if isinstance(template, str) else None
+
+
+def chat_template(tokenizer: Any, own: Any, adapter: Path | None, template: Template) -> str:
+    """The chat template to talk through: Alpaca's, or that of an adapter or, where none is saved with it, its base's
+    ``own``.
+
+    Raises:
+        DataError: neither has one.
+    """
+    if template == "alpaca":
+        return alpaca(tokenizer)
+    text = (None if adapter is None else saved_chat_template(adapter)) or own
+    if not text:
+        raise DataError(f"{tokenizer.name_or_path}: its tokenizer has no chat template; use --template alpaca")
+    return str(text)
 
 
 def alpaca(tokenizer: PreTrainedTokenizerBase) -> str:

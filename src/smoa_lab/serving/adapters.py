@@ -20,8 +20,7 @@ from smoa import AdapterPool
 from smoa.errors import ConfigError, DataError, nearest
 from smoa.tuner.generation import BASE
 from smoa.tuner.shelves import NoSlotError
-from smoa_lab.chat import chat_template
-from smoa_lab.data.chat_templates import stop_at_turns_end
+from smoa_lab.data.chat_templates import chat_template, stop_at_turns_end
 from smoa_lab.data.rows import Template
 from smoa_lab.open_run import trained_template
 from smoa_lab.serving.requests import refusal

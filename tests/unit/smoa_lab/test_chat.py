@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from smoa.errors import ConfigError, DataError, SmoaError
-from smoa_lab.chat import COMMANDS, ChatModel, ChatTarget, Conversation, GenerationSettings, find, load, run_command
+from smoa_lab.chat import COMMANDS
 from smoa_lab.config.run import ModelSection, check_config
 from smoa_lab.data.rows import Template
+from smoa_lab.open_run import find_model
 from smoa_lab.training.run_folder import RunFolder
-from tests.support.chats import KeptScreen, chat_base, chat_model_of, saved_adapter, written
+from tests.support.chats import KeptChat, chat_base, saved_adapter, written
 from tests.support.lab import byte_tokenizer, tiny_base
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -73,40 +74,40 @@ def test_what_is_opened_is_a_run_an_adapter_or_a_model_with_its_dtype_base_and_t
 ) -> None:
     run = finished_run(tmp_path, base)
     shutil.copytree(mine, run.adapter, dirs_exist_ok=True)
-    assert find(str(run.path), {}) == ChatTarget(ModelSection(name=str(base), dtype="bfloat16"), run.adapter, "alpaca")
-    target = find(str(run.path), {"name": "moved", "dtype": "float16"}, "chat")
-    assert target == ChatTarget(ModelSection(name="moved", dtype="float16"), run.adapter, "chat", forced=True)
+    assert find_model(str(run.path), {}) == (ModelSection(name=str(base), dtype="bfloat16"), run.adapter, "alpaca")
+    moved = ModelSection(name="moved", dtype="float16")
+    assert find_model(str(run.path), {"name": "moved", "dtype": "float16"}) == (moved, run.adapter, "alpaca")
     full = finished_run(tmp_path, base, method="full", name="full")
     whole = ModelSection(name=str(full.adapter), dtype="bfloat16")
-    assert find(str(full.path), {}) == ChatTarget(whole, None, "alpaca")
-    assert find(str(mine), {}) == ChatTarget(ModelSection(name=str(base)), mine, "chat")
-    assert find(str(mine), {"name": "moved"}).model.name == "moved"
+    assert find_model(str(full.path), {}) == (whole, None, "alpaca")
+    assert find_model(str(mine), {}) == (ModelSection(name=str(base)), mine, "chat")
+    assert find_model(str(mine), {"name": "moved"})[0].name == "moved"
     (tmp_path / "model.gguf").touch()
     for place in ("smollm2-135m", "google/gemma-3-270m", str(base), str(tmp_path / "model.gguf")):
-        assert find(place, {}) == ChatTarget(ModelSection(name=place), None, "chat")
+        assert find_model(place, {}) == (ModelSection(name=place), None, "chat")
 
 
 def test_an_adapter_that_records_no_base_needs_one(tmp_path: Path, base: Path, mine: Path) -> None:
     adapter = Path(shutil.copytree(mine, tmp_path / "lone"))
     LoraConfig(target_modules=["q_proj"]).save_pretrained(tmp_path / "lora")
     with pytest.raises(ConfigError, match=r"adapter_config\.json: records no base model; name it with --base"):
-        find(str(tmp_path / "lora"), {})
+        KeptChat(tmp_path / "lora")
     file = adapter / "adapter_config.json"
     file.write_text(file.read_text().replace(f'"{base}"', "null"))
-    assert load(find(str(adapter), {"name": str(base)}), GenerationSettings()).name == "lone"
+    assert KeptChat(adapter, name=str(base)).name == "lone"
 
 
 def test_a_folder_without_a_model_is_named_with_what_was_looked_for(tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
-    with pytest.raises(ConfigError, match=r"adapter: contains no finished run .*adapter_config\.json.* or model"):
-        find(str(tmp_path / "adapter"), {})
+    with pytest.raises(ConfigError, match=r"adapter: contains no adapter .*nor a model .*nor is it a finished run"):
+        find_model(str(tmp_path / "adapter"), {})
 
 
 def test_a_model_without_a_chat_template_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = find(str(tiny_base(tmp_path / "plain")), {})
+    plain = tiny_base(tmp_path / "plain")
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)  # the weights are not read
     with pytest.raises(DataError, match=r"plain: its tokenizer has no chat template; use --template alpaca"):
-        load(target, GenerationSettings())
+        KeptChat(plain)
 
 
 def test_each_adapter_is_talked_to_through_its_own_template(tmp_path: Path, base: Path, mine: Path) -> None:
@@ -115,22 +116,21 @@ def test_each_adapter_is_talked_to_through_its_own_template(tmp_path: Path, base
     own = []
     for run in runs:
         shutil.copytree(mine, run.adapter, dirs_exist_ok=True)
-        own.append(load(find(str(run.path), {}), GenerationSettings()).tokens(asked)["input_ids"].tolist())
+        own.append(KeptChat(run.path).tokens(asked)["input_ids"].tolist())
     assert own[0] != own[1]
-    model = load(find(str(runs[0].path), {}), GenerationSettings())
+    model = KeptChat(runs[0].path)
     model.load(str(runs[1].path))
     assert model.tokens(asked)["input_ids"].tolist() == own[1]
     model.use("chat")
     assert model.tokens(asked)["input_ids"].tolist() == own[0]
-    forced = load(find(str(runs[1].path), {}, "chat"), GenerationSettings())
+    forced = KeptChat(runs[1].path, "chat")
     forced.load(str(runs[1].path))
     assert forced.tokens(asked)["input_ids"].tolist() == own[0]
 
 
-def said(model: ChatModel, **options: Any) -> str:
-    pieces: list[str] = []
-    model.write(HELLO, pieces.append, **options)
-    return "".join(pieces)
+def said(model: KeptChat, name: str | None = None) -> str:
+    model.write(HELLO, name or model.name)
+    return model.answers.pop()
 
 
 def plain(base: Path) -> Any:
@@ -146,34 +146,33 @@ def by_generate(base: Path, adapter: Path | None = None) -> str:
 def test_an_adapter_a_base_and_another_adapter_each_write_their_own_text(
     tmp_path: Path, base: Path, mine: Path, other: Path
 ) -> None:
-    pieces: list[str] = []
-    chat_model_of(base).write(HELLO, pieces.append)
-    assert len(pieces) > 1
-    texts = {"base": "".join(pieces), "mine": by_generate(base, mine), "other": by_generate(base, other)}
+    plain_model = KeptChat(base)
+    texts = {"base": said(plain_model), "mine": by_generate(base, mine), "other": by_generate(base, other)}
+    assert len(plain_model.pieces) > 1
     assert len(set(texts.values())) == 3
     assert texts["base"] == by_generate(base)
-    model = chat_model_of(mine)
+    model = KeptChat(mine)
     assert (model.name, said(model)) == ("mine", texts["mine"])
-    model.toggle()
+    model.base()
     assert (model.name, said(model)) == ("base", texts["base"])
-    assert said(model, adapted=True) == texts["mine"]
+    assert said(model, "mine") == texts["mine"]
     model.load(str(other))
     assert (model.name, said(model)) == ("other", texts["other"])
-    assert said(model, adapted=False) == texts["base"]
+    assert said(model, "base") == texts["base"]
     model.use("mine")
     assert said(model) == texts["mine"]
-    model.toggle()
-    model.toggle()
+    model.base()
+    model.base()
     assert said(model) == texts["mine"]
     config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     get_peft_model(plain(base), config).save_pretrained(tmp_path / "lora")
-    assert said(chat_model_of(tmp_path / "lora")) == by_generate(base, tmp_path / "lora") != texts["base"]
+    assert said(KeptChat(tmp_path / "lora")) == by_generate(base, tmp_path / "lora") != texts["base"]
 
 
 def test_a_base_in_half_precision_writes_its_own_text_again_after_an_adapter(base: Path, mine: Path) -> None:
-    model = chat_model_of(mine, dtype="bfloat16")
+    model = KeptChat(mine, dtype="bfloat16")
     said(model)
-    model.toggle()
+    model.base()
     half = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     assert said(model) == written(half, base, HELLO)
 
@@ -185,23 +184,40 @@ def damage(adapter: Path) -> None:
     save_file({name: torch.cat([one, one], -1) if "smoa_B" in name else one for name, one in tensors.items()}, file)
 
 
-def test_a_load_that_fails_leaves_the_model_as_it_was(tmp_path: Path, base: Path, mine: Path, other: Path) -> None:
+def test_a_damaged_file_is_refused_before_the_model_is_touched(
+    tmp_path: Path, base: Path, mine: Path, other: Path
+) -> None:
     other = Path(shutil.copytree(other, tmp_path / "other"))
-    damage(other)
-    model = chat_model_of(base)
+    file = other / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    model = KeptChat(base)
     for expected in (by_generate(base), by_generate(base, mine)):
-        with pytest.raises(SmoaError):
+        with pytest.raises(DataError, match="is not a whole safetensors file"):
             model.load(str(other))
         assert said(model) == expected
         model.load(str(mine))
         assert said(model) == by_generate(base, mine)
 
 
+def test_a_load_that_leaves_the_model_half_changed_ends_the_chat(
+    tmp_path: Path, base: Path, mine: Path, other: Path
+) -> None:
+    other = Path(shutil.copytree(other, tmp_path / "other"))
+    damage(other)
+    with pytest.raises(SystemExit, match=r"error: .*doesn't fit the layer"):
+        KeptChat(base).load(str(other))
+    model = KeptChat(mine)
+    with pytest.raises(SmoaError, match="doesn't fit the layer"):
+        model.load(str(other))  # smoa takes back what it began
+    assert said(model) == by_generate(base, mine)
+
+
 def test_a_load_that_cannot_work_is_an_error_of_ours(tmp_path: Path, base: Path, mine: Path) -> None:
     config = LoraConfig(r=2, target_modules=["nothing"], base_model_name_or_path=str(base))
     config.save_pretrained(tmp_path / "lora")
+    save_file({}, tmp_path / "lora" / "adapter_model.safetensors")
     other = saved_adapter(tmp_path / "other", chat_base(tmp_path / "another-base"))
-    model = chat_model_of(mine)
+    model = KeptChat(mine)
     for place, error, told in (
         (tmp_path / "lora", DataError, "lora: cannot be loaded"),
         (tmp_path, ConfigError, "contains no adapter"),
@@ -214,7 +230,7 @@ def test_a_load_that_cannot_work_is_an_error_of_ours(tmp_path: Path, base: Path,
 
 def test_a_base_that_was_moved_is_known_by_both_names(tmp_path: Path, base: Path, mine: Path, other: Path) -> None:
     moved = shutil.copytree(base, tmp_path / "moved")
-    model = chat_model_of(mine, name=str(moved))
+    model = KeptChat(mine, name=str(moved))
     model.load(str(other))
     assert list(model.adapters) == ["mine", "other"]
 
@@ -223,7 +239,7 @@ def test_adapters_are_named_after_their_runs_and_numbered_if_those_have_one_name
     tmp_path: Path, base: Path, mine: Path
 ) -> None:
     """Also after runs whose names PyTorch refuses for a module: with a dot, or of a method."""
-    model = chat_model_of(base)
+    model = KeptChat(base)
     for name in ("lr-0.1", "a/train", "b/train", "demo-2", "demo", "a/demo", "b/demo-2"):
         shutil.copytree(mine, tmp_path / name / "adapter")
         model.load(str(tmp_path / name))
@@ -239,120 +255,107 @@ def test_the_template_saved_with_one_adapter_and_its_end_of_turn_are_not_another
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<pad>{% endfor %}"
     tokenizer.save_pretrained(mine)
-    model = chat_model_of(other)
-    before = [model.tokens(HELLO)["input_ids"].tolist(), model.base.generation_config.eos_token_id]
+    model = KeptChat(other)
+    before = [model.tokens(HELLO)["input_ids"].tolist(), model.base_model.generation_config.eos_token_id]
     model.load(str(mine))
     assert model.tokenizer.chat_template == tokenizer.chat_template
-    assert tokenizer.pad_token_id in model.base.generation_config.eos_token_id
+    assert tokenizer.pad_token_id in model.base_model.generation_config.eos_token_id
     model.use("other")
-    assert [model.tokens(HELLO)["input_ids"].tolist(), model.base.generation_config.eos_token_id] == before
-    again = chat_model_of(mine)
+    assert [model.tokens(HELLO)["input_ids"].tolist(), model.base_model.generation_config.eos_token_id] == before
+    again = KeptChat(mine)
     again.load(str(other))
-    assert [again.tokens(HELLO)["input_ids"].tolist(), again.base.generation_config.eos_token_id] == before
+    assert [again.tokens(HELLO)["input_ids"].tolist(), again.base_model.generation_config.eos_token_id] == before
 
 
 def test_a_temperature_samples(base: Path) -> None:
-    model = chat_model_of(base, GenerationSettings(max_new_tokens=12, temperature=5.0))
+    model = KeptChat(base, temperature=5.0)
     assert len({said(model) for _ in range(3)}) > 1
 
 
-def conversation_with(place: Path, screen: KeptScreen, system: str | None = None, new_tokens: int = 12) -> Conversation:
-    return Conversation(chat_model_of(place, GenerationSettings(new_tokens)), screen, system)
-
-
-def roles(conversation: Conversation) -> list[str]:
-    return [turn["role"] for turn in conversation.turns]
-
-
 def test_the_model_sees_the_system_prompt_and_all_turns(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    screen = KeptScreen()
-    talk = conversation_with(base, screen, "be kind")
-    prompts: list[str] = []
-    write = talk.model.write
+    talk = KeptChat(base)
+    talk.system("be kind")
+    prompts: list[list[str]] = []
+    write = talk.write
     monkeypatch.setattr(
-        talk.model,
-        "write",
-        lambda turns, *rest: (prompts.append([one["content"] for one in turns]), write(turns, *rest)),
+        talk, "write", lambda turns, name: (prompts.append([one["content"] for one in turns]), write(turns, name))
     )
     talk.ask("one")
     talk.ask("two")
-    first = screen.answers[0].strip()
+    first = talk.answers[0].strip()
     assert prompts == [["be kind", "one"], ["be kind", "one", first, "two"]]
     talk.reset()
     with pytest.raises(DataError, match="chat template refuses this: no such prompt"):
-        talk.set_system("forbidden")
+        talk.system("forbidden")
     talk.ask("three")
-    talk.set_system("")
+    talk.system("")
     talk.reset()
     talk.ask("four")
     assert prompts[2:] == [["be kind", "three"], ["four"]]
 
 
 def test_both_answer_the_last_message_and_the_conversation_stays(base: Path, mine: Path) -> None:
-    screen, alone = KeptScreen(), KeptScreen()
-    plain = conversation_with(base, alone)
-    plain.ask("hello")
+    alone, talk = KeptChat(base), KeptChat(mine)
+    alone.ask("hello")
     with pytest.raises(DataError, match="no adapter is loaded"):
-        plain.ask_both()
-    talk = conversation_with(mine, screen)
+        alone.respond("/both")
     with pytest.raises(DataError, match="no message to answer yet"):
-        talk.ask_both()
+        talk.respond("/both")
     talk.ask("hello")
     before = list(talk.turns)
-    talk.model.toggle()  # whichever is on
-    talk.ask_both()
-    own, *both = screen.answers
-    assert screen.notes == ["base:", "mine:"]
+    talk.base()  # whichever is on
+    talk.both()
+    own, *both = talk.answers
+    assert talk.notes[-2:] == ["base:", "mine:"]
     assert both == [alone.answers[0], own]
     assert own != alone.answers[0]
     assert talk.turns == before
 
 
-class Interrupting(KeptScreen):
-    """Ctrl-C after so many pieces."""
+class Interrupting(KeptChat):
+    """Ctrl-C after a piece."""
 
-    def __init__(self, after: int) -> None:
-        super().__init__()
-        self.after = after
+    after = 1
 
-    def write(self, piece: str) -> None:
+    def show(self, piece: str) -> None:
         if len(self.pieces) == self.after:
             raise KeyboardInterrupt
-        super().write(piece)
+        super().show(piece)
 
 
 def test_an_interrupted_answer_is_kept_as_far_as_it_got_and_the_chat_goes_on(base: Path) -> None:
-    whole, cut = KeptScreen(), Interrupting(after=1)
-    conversation_with(base, whole).ask("hello")
-    talk = conversation_with(base, cut)
+    whole, talk = KeptChat(base), Interrupting(base)
+    whole.ask("hello")
     with pytest.raises(KeyboardInterrupt):
         talk.ask("hello")
     kept = talk.turns[1]["content"]
     assert kept
     assert whole.answers[0].strip().startswith(kept)
     assert kept != whole.answers[0].strip()
-    cut.after = -1
+    talk.after = -1
     talk.reset()
     talk.ask("hello")
-    assert cut.answers[1:] == whole.answers
+    assert talk.answers[1:] == whole.answers
 
 
 def test_room_is_kept_for_the_longest_answer(base: Path) -> None:
-    model = chat_model_of(base)
-    around = model.tokens([{"role": "user", "content": "x"}])["input_ids"].shape[1] - 1
-    for free, excess in ((12, 0), (11, 1), (0, 12)):
-        assert model.excess([{"role": "user", "content": "x" * (512 - around - free)}]) == excess
+    talk = KeptChat(base)
+    around = talk.tokens([{"role": "user", "content": "x"}])["input_ids"].shape[1] - 1
+    talk.ask("x" * (512 - around - 12))
+    talk.reset()
+    with pytest.raises(DataError, match="exceed the model's positions by 1;"):
+        talk.ask("x" * (512 - around - 11))
 
 
 def test_the_oldest_turns_are_dropped_where_the_model_can_read_no_more(base: Path) -> None:
     """The tiny model has 512 positions, and a character is a token."""
-    screen = KeptScreen()
-    talk = conversation_with(base, screen, "be kind")
+    talk = KeptChat(base)
+    talk.system("be kind")
     for number in range(6):
         talk.ask(f"{number}" * 120)
-    assert len(screen.answers) == 6
-    assert [note[:40] for note in screen.notes] == ["The conversation is longer than the mode"]
-    assert roles(talk) == ["user", "assistant"] * 6
+    assert len(talk.answers) == 6
+    assert [note[:40] for note in talk.notes[1:]] == ["The conversation is longer than the mode"]
+    assert [turn["role"] for turn in talk.turns] == ["user", "assistant"] * 6
     assert 0 < talk.first < 10
     assert talk.first % 2 == 0
     seen = talk.first
@@ -364,35 +367,32 @@ def test_the_oldest_turns_are_dropped_where_the_model_can_read_no_more(base: Pat
 def test_a_conversation_is_saved_in_the_format_of_training_data_and_over_no_other_file(
     tmp_path: Path, base: Path
 ) -> None:
-    screen, file = KeptScreen(), tmp_path / "talk.jsonl"
-    talk = conversation_with(base, screen, "sei nett")
+    talk, file = KeptChat(base), tmp_path / "talk.jsonl"
+    talk.system("sei nett")
     with pytest.raises(DataError, match="nothing to save"):
         talk.save(str(file))
     talk.ask("schön?")
-    assert talk.save(str(file)) == f"{file}: saved, 2 messages"
+    talk.save(str(file))
+    assert talk.notes[-1] == f"{file}: saved, 2 messages"
     (row,) = map(json.loads, file.read_text("utf-8").splitlines())
-    answer = {"role": "assistant", "content": screen.answers[0].strip()}
+    answer = {"role": "assistant", "content": talk.answers[0].strip()}
     assert row == {
         "messages": [{"role": "system", "content": "sei nett"}, {"role": "user", "content": "schön?"}, answer]
     }
-    talk.ask("more")
-    assert talk.save(str(file)) == f"{file}: replaced, 4 messages"
-    theirs = tmp_path / "theirs.jsonl"
-    theirs.write_text("theirs")
-    with pytest.raises(ConfigError, match="exists and was not saved by this chat"):
-        talk.save(str(theirs))
-    with pytest.raises(DataError, match="cannot be written"):
-        talk.save(str(theirs / "below"))
-    assert theirs.read_text() == "theirs"
+    before = file.read_text()
+    for place, message in ((file, "exists and is not overwritten"), (file / "below", "cannot be written")):
+        with pytest.raises(ConfigError, match=message):
+            talk.save(str(place))
+    assert file.read_text() == before
 
 
 def test_help_lists_the_commands_and_they_say_what_they_did(tmp_path: Path, mine: Path, other: Path) -> None:
-    file, screen = tmp_path / "talk.jsonl", KeptScreen()
-    talk = conversation_with(mine, screen)
+    file = tmp_path / "talk.jsonl"
+    talk = KeptChat(mine)
     talk.ask("hello")
     lines = {
-        "/base": "From now on base answers.",
-        f"/load {other}": "From now on other answers.",
+        "/base": "base answers.",
+        f"/load {other}": "Loaded: mine, other. other answers.",
         "/use mine": "Loaded: mine, other. mine answers.",
         "/use": "Loaded: mine, other. mine answers.",
         "/system be kind": "The system prompt is set.",
@@ -401,20 +401,20 @@ def test_help_lists_the_commands_and_they_say_what_they_did(tmp_path: Path, mine
         "/reset": "The conversation starts anew.",
         "/system": "There is no system prompt now.",
     }
-    run_command(talk, "/help")
-    told = screen.notes[-1].splitlines()
+    talk.respond("/help")
+    told = talk.notes[-1].splitlines()
     assert [line.split()[0] for line in told[:-1]] == [f"/{name}" for name in COMMANDS]
     assert all(text in line for line, (_, text) in zip(told, COMMANDS.values(), strict=False))
     for line, said in lines.items():
-        run_command(talk, line)
-        assert screen.notes[-1] == said
+        talk.respond(line)
+        assert talk.notes[-1] == said
     assert file.is_file()
-    assert (talk.turns, talk.system) == ([], [])
+    assert (talk.turns, talk.prompt) == ([], [])
 
     with pytest.raises(EOFError):
-        run_command(talk, "/quit")
+        talk.respond("/quit")
     with pytest.raises(DataError, match=r"no command /rest; did you mean 'reset'\?"):
-        run_command(talk, "/rest")
+        talk.respond("/rest")
     for name in ("load", "save"):
         with pytest.raises(DataError, match=f"/{name} {COMMANDS[name][0]}: {COMMANDS[name][1][:20]}"):
-            run_command(talk, f"/{name} ")
+            talk.respond(f"/{name} ")
