@@ -34,6 +34,7 @@ from smoa.atomic import check_place, new_folder, write_whole
 from smoa.errors import DataError
 from smoa.files.card import NamedBase, named_base
 from smoa_lab.basics.cache import cache_folder, content_of
+from smoa_lab.basics.trust import is_trusted
 from smoa_lab.config.run import ModelSection, RunConfig, adapter_rate
 from smoa_lab.data.sources import Wheel
 
@@ -143,7 +144,7 @@ def load_weights(
             source,
             dtype=dtype or getattr(torch, wanted.dtype),
             output_loading_info=True,
-            **_shared(wanted, gguf_file),
+            **_shared(gguf_file),
             **options,
         )
     if gguf_file:
@@ -168,7 +169,7 @@ def empty_model(wanted: ModelSection, auto_class: Any = AutoModelForCausalLM) ->
     with _explained(wanted), torch.device("meta"):
         if not hasattr(auto_class, "from_config"):
             return cast(PreTrainedModel, auto_class(config))
-        return cast(PreTrainedModel, auto_class.from_config(config, trust_remote_code=wanted.trust_remote_code))
+        return cast(PreTrainedModel, auto_class.from_config(config, trust_remote_code=is_trusted()))
 
 
 def with_rate(config: RunConfig) -> RunConfig:
@@ -216,7 +217,7 @@ def base_config(wanted: ModelSection) -> Any:
     source, gguf_file = locate(wanted.name)
     options = {key: value for key, value in wanted.options.items() if isinstance(value, str | int | float)}
     with _explained(wanted):
-        return AutoConfig.from_pretrained(source, **_shared(wanted, gguf_file), **options)
+        return AutoConfig.from_pretrained(source, **_shared(gguf_file), **options)
 
 
 def load_tokenizer(wanted: ModelSection) -> PreTrainedTokenizerBase:
@@ -227,7 +228,7 @@ def load_tokenizer(wanted: ModelSection) -> PreTrainedTokenizerBase:
     """
     source, gguf_file = locate(wanted.name)
     with _explained(wanted):
-        tokenizer: Any = AutoTokenizer.from_pretrained(source, **_shared(wanted, gguf_file), **places(wanted.options))
+        tokenizer: Any = AutoTokenizer.from_pretrained(source, **_shared(gguf_file), **places(wanted.options))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return cast(PreTrainedTokenizerBase, tokenizer)
@@ -238,9 +239,9 @@ def places(options: Mapping[str, Any]) -> dict[str, Any]:
     return {key: options[key] for key in PLACES if key in options}
 
 
-def _shared(wanted: ModelSection, gguf_file: str | None) -> dict[str, Any]:
+def _shared(gguf_file: str | None) -> dict[str, Any]:
     """Arguments for the model and its tokenizer."""
-    return {"trust_remote_code": wanted.trust_remote_code} | ({"gguf_file": gguf_file} if gguf_file else {})
+    return {"trust_remote_code": is_trusted()} | ({"gguf_file": gguf_file} if gguf_file else {})
 
 
 @contextmanager

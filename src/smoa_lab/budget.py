@@ -55,7 +55,7 @@ class Choice:
     lora_r: int
 
 
-def budget_choices(model: str, amount: str, targets: tuple[str, ...], trust_remote_code: bool = False) -> list[Choice]:
+def budget_choices(model: str, amount: str, targets: tuple[str, ...]) -> list[Choice]:
     """The largest r within ``amount`` for each number of blocks. ``amount`` is ``"0.1%"`` of the model, a parameter
     count, or ``"lora:8"``, what LoRA of that rank trains.
 
@@ -63,7 +63,7 @@ def budget_choices(model: str, amount: str, targets: tuple[str, ...], trust_remo
         ConfigError: ``amount`` cannot be read, or is too small for r = num_blocks = 1.
         DataError: no such model, or none of ``targets`` in it.
     """
-    shapes, total = model_shapes(model, targets, trust_remote_code)
+    shapes, total = model_shapes(model, targets)
     limit = _limit(amount, total, lora_parameters(shapes, 1))
     widest = max(min(shape) for shape in shapes)
     largest = {k: _largest_r(shapes, k, limit) for k in BLOCKS if k <= widest}
@@ -84,16 +84,14 @@ class Sized:
     note: str = ""
 
 
-def size_methods(
-    model: str, amount: str, targets: tuple[str, ...], names: Sequence[str], trust_remote_code: bool = False
-) -> list[Sized]:
+def size_methods(model: str, amount: str, targets: tuple[str, ...], names: Sequence[str]) -> list[Sized]:
     """Each of the methods ``names`` at ``amount``, which :func:`budget_choices` explains.
 
     Raises:
         ConfigError: ``amount`` cannot be read, or there is no such method.
         DataError: no such model, or none of ``targets`` in it.
     """
-    empty = empty_model(ModelSection(name=model, trust_remote_code=trust_remote_code))
+    empty = empty_model(ModelSection(name=model))
     shapes, total = shapes_of(empty, targets, model), empty.num_parameters()
     budget = _limit(amount, total, lora_parameters(shapes, 1))
     wanted: Any = ALL_LINEAR if ALL_LINEAR in targets else list(targets)
@@ -221,9 +219,9 @@ def choice_of(shapes: Shapes, total: int, r: int, num_blocks: int) -> Choice:
     return Choice(num_blocks, r, spent, percent, size, bound, spent // lora_parameters(shapes, 1))
 
 
-def model_shapes(model: str, targets: tuple[str, ...], trust_remote_code: bool = False) -> tuple[Shapes, int]:
+def model_shapes(model: str, targets: tuple[str, ...]) -> tuple[Shapes, int]:
     """Shapes of the layers whose name ends in one of ``targets``, and the model's number of parameters."""
-    empty = empty_model(ModelSection(name=model, trust_remote_code=trust_remote_code))
+    empty = empty_model(ModelSection(name=model))
     return shapes_of(empty, targets, model), empty.num_parameters()
 
 

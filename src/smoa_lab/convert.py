@@ -31,9 +31,7 @@ class Converter:
         DataError: base model or data cannot be loaded.
     """
 
-    def __init__(
-        self, place: str | Path, base: str | None = None, score: bool = True, trust_remote_code: bool = False
-    ) -> None:
+    def __init__(self, place: str | Path, base: str | None = None, score: bool = True) -> None:
         self.source = adapter_of_run(place)
         kind = getattr(adapter_config(self.source).peft_type, "value", None)
         if kind != "SMOA":
@@ -42,8 +40,8 @@ class Converter:
         self.run: LoadedRun | None = None
         if score and config.is_file():
             moved = [] if base is None else [f"model.name={json.dumps(base)}"]
-            self.run = load_run(load_config(config, moved, trust_remote_code))
-        section = base_section(self.source, base, trust_remote_code)
+            self.run = load_run(load_config(config, moved))
+        section = base_section(self.source, base)
         self.base: Any = self.run.base if self.run else load_base_model(section)[0]
         self.base_losses = self._losses(self.base)
         with self._adapted(self.source) as model:
@@ -107,7 +105,6 @@ def convert_run(
     base: str | None = None,
     uniform_rank: bool = False,
     score: bool = True,
-    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Write the LoRA to ``output`` and return what it loses; of the task too if ``place`` is a run's folder.
 
@@ -116,6 +113,6 @@ def convert_run(
         DataError: base model or data cannot be loaded.
     """
     check_place(Path(output), is_new=True)
-    converter = Converter(place, base, score, trust_remote_code)
+    converter = Converter(place, base, score)
     with new_folder(Path(output)) as temporary:
         return {"folder": str(output), **converter.cut(rule, temporary, uniform_rank)}

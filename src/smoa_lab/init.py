@@ -66,7 +66,6 @@ def first_values(
     parameters: str = PARAMETERS,
     dtype: Dtype | None = None,
     changes: Sequence[str] = (),
-    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """The config for a model and data: a task's name, a file, a folder, or a data set of the Hub. Of the model no
     weights are read; rows are all read, as the ``data.key=value`` of ``changes`` say. With ``method=lora`` among them,
@@ -76,7 +75,7 @@ def first_values(
         ConfigError: ``parameters`` are too few, or cannot be read.
         DataError: there is no such model, rows cannot be read, or some are bad, as `smoa train` would say.
     """
-    section = ModelSection(name=model, trust_remote_code=trust_remote_code)
+    section = ModelSection(name=model)
     empty = empty_model(section)
     size = empty.num_parameters()
     choice = budget_choice(shapes_of(empty, (ALL_LINEAR,), model), size, parameters)
@@ -131,7 +130,7 @@ def _look_at_rows(
     return block, account["parts"]["train"], min(length, context or length)
 
 
-def default_run(model: str, data: str, changes: Sequence[str] = (), trust_remote_code: bool = False) -> RunConfig:
+def default_run(model: str, data: str, changes: Sequence[str] = ()) -> RunConfig:
     """The run that ``smoa init`` writes for a model and data, with ``key.key=value`` changes, in the first of the
     folders ``runs/NAME``, ``runs/NAME-2`` and so on without a finished run.
 
@@ -139,10 +138,10 @@ def default_run(model: str, data: str, changes: Sequence[str] = (), trust_remote
         ConfigError: a change is not valid.
         DataError: there is no such model, or data cannot be read.
     """
-    values = first_values(model, data, changes=changes, trust_remote_code=trust_remote_code)
+    values = first_values(model, data, changes=changes)
     values["training"]["output_dir"] = str(in_free_folder(check_config(values)).folder)
     apply_overrides(values, list(changes))
-    return ConfigText(values, "smoa train").trusting(trust_remote_code).checked()
+    return ConfigText(values, "smoa train").checked()
 
 
 def file_for(data: str) -> Path:

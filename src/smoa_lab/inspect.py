@@ -71,7 +71,7 @@ class LayerReport:
         return {name: getattr(self, name) for name in (*names, *ranks)} | (blocks if self.block_scales else {})
 
 
-def inspect_layers(adapter: str | Path, base: str | None = None, trust_remote_code: bool = False) -> list[LayerReport]:
+def inspect_layers(adapter: str | Path, base: str | None = None) -> list[LayerReport]:
     """A report on every adapted layer, in the model's order.
 
     Raises:
@@ -80,7 +80,7 @@ def inspect_layers(adapter: str | Path, base: str | None = None, trust_remote_co
         MergeError: the adapter changes no matrix, or its method can't merge.
     """
     source = adapter_of_run(adapter)
-    model, _ = load_base_model(base_section(source, base, trust_remote_code))
+    model, _ = load_base_model(base_section(source, base))
     adapted = with_saved_adapter(model, source)
     method = adapted.active_peft_config.peft_type.value.lower()
     layers = list(adapted_layers(adapted.base_model.model))

@@ -135,7 +135,6 @@ def merge_run(
     output: str | Path,
     dtype: Dtype = "auto",
     base: str | None = None,
-    trust_remote_code: bool = False,
     max_shard_size: int | str = "5GB",
 ) -> Merged:
     """Merge an adapter (its folder, or a run's, of any PEFT method that can merge) and save the whole model: weights,
@@ -147,7 +146,6 @@ def merge_run(
         dtype: Dtype in which the base is loaded and saved. "auto" keeps the base's, or uses float32 for a base that is
             quantized or a GGUF file.
         base: Base model to use instead of the one recorded in the adapter, whose revision then does not matter.
-        trust_remote_code: Allow the base's repository to run its own code.
         max_shard_size: Largest file, in bytes or as text ("5GB").
 
     Raises:
@@ -163,7 +161,7 @@ def merge_run(
         split_torch_state_dict_into_shards({}, max_shard_size=max_shard_size)
     except (ValueError, OverflowError) as error:
         raise ConfigError(f"max_shard_size={max_shard_size!r} is no size, such as 2GB: {error}") from error
-    config, section = adapter_config(source), base_section(source, base, trust_remote_code)
+    config, section = adapter_config(source), base_section(source, base)
     of_gguf = bool(section.name.endswith(".gguf") or packaged_name(section.name))
     wanted: Dtype = "float32" if dtype == "auto" and of_gguf else dtype
     with new_folder(target) as folder, torch.no_grad():

@@ -24,9 +24,7 @@ from smoa_lab.data.rows import Template
 from smoa_lab.training.run_folder import RunFolder
 
 
-def open_run(
-    place: str | Path, overrides: list[str] | None = None, trust_remote_code: bool = False
-) -> tuple[RunConfig, Path | None]:
+def open_run(place: str | Path, overrides: list[str] | None = None) -> tuple[RunConfig, Path | None]:
     """The config and the adapter of a finished run's folder; of a config file the config alone.
 
     A run that trained the whole model has no adapter; its config then names the trained model.
@@ -36,11 +34,11 @@ def open_run(
     """
     path = Path(place)
     if path.is_file():
-        return load_config(path, overrides, trust_remote_code), None
+        return load_config(path, overrides), None
     folder = RunFolder(path)
     if not folder.finished:
         raise ConfigError(f"{path}: is neither a config file nor the folder of a finished run (with metrics.json)")
-    config = load_config(folder.config, overrides, trust_remote_code)
+    config = load_config(folder.config, overrides)
     if config.method == "full":
         model = config.model.model_copy(update={"name": str(folder.adapter)})
         return config.model_copy(update={"model": model}), None
@@ -70,20 +68,20 @@ def trained_template(place: Path) -> Template:
     """The template of questions that the run in ``place`` was trained with; ``chat`` for all else."""
     if not RunFolder(place).finished:
         return "chat"
-    config = open_run(place, trust_remote_code=True)[0]  # nothing is loaded
+    config = open_run(place)[0]
     return "chat" if config.has_rows else config.task.template
 
 
 def find_model(place: str, changes: dict[str, Any]) -> tuple[ModelSection, Path | None, Template]:
     """The model of ``place``, its adapter and the template to talk through: a run's own, else the model's. ``changes``
-    are laid over the model's section: ``name``, ``dtype``, ``trust_remote_code``. Nothing is loaded yet.
+    are laid over the model's section: ``name``, ``dtype``. Nothing is loaded yet.
 
     Raises:
         ConfigError: ``place`` is a folder without a run, an adapter and a model.
     """
     path = Path(place).expanduser()
     if RunFolder(path).finished:
-        config, adapter = open_run(path, trust_remote_code=changes.get("trust_remote_code", False))
+        config, adapter = open_run(path)
         return config.model.model_copy(update=changes), adapter, trained_template(path)
     try:
         adapter = adapter_of_run(path)
@@ -107,7 +105,7 @@ def base_name(adapter: Path, base: str | None = None) -> str:
     return name
 
 
-def base_section(adapter: Path, base: str | None = None, trust_remote_code: bool = False) -> ModelSection:
+def base_section(adapter: Path, base: str | None = None) -> ModelSection:
     """How to load the adapter's base: ``base``, or the recorded one in the recorded revision, in float32; the base of a
     run that quantized it while loading as that run did.
 
@@ -117,14 +115,14 @@ def base_section(adapter: Path, base: str | None = None, trust_remote_code: bool
     run = RunFolder(adapter.parent).config
     quantizes = adapter.name == RunFolder(adapter.parent).adapter.name and run.is_file()
     if base is None and quantizes and "quantization_config" in run.read_text(encoding="utf-8", errors="replace"):
-        model = load_config(run, trust_remote_code=trust_remote_code).model
+        model = load_config(run).model
         if "quantization_config" in model.options:
             return model
     name = base_name(adapter, base)
     config = adapter_config(adapter)
     of_base = name == config.base_model_name_or_path  # the revision says nothing of another base
     options = {"revision": config.revision} if of_base and config.revision is not None else {}
-    return ModelSection(name=name, dtype="float32", trust_remote_code=trust_remote_code, options=options)
+    return ModelSection(name=name, dtype="float32", options=options)
 
 
 def with_saved_adapter(base: PreTrainedModel, adapter: Path) -> Any:

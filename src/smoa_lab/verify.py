@@ -69,7 +69,6 @@ def verify(
     served_name: str | None = None,
     tokens: int = 16,
     base: str | None = None,
-    trust_remote_code: bool = False,
     trained: PreTrainedModel | None = None,
 ) -> list[Verdict]:
     """Compare an adapter, unmerged and in float32, with what it was made into, on ten prompts.
@@ -84,7 +83,6 @@ def verify(
         served_name: The adapter's name at a server, by default that of its folder or run.
         tokens: How many of them a server is asked for.
         base: The base model, if not the recorded one.
-        trust_remote_code: Whether repositories of models may run their own code.
         trained: The adapted model that was saved, if it is still in memory; it is compared too.
 
     Raises:
@@ -95,7 +93,7 @@ def verify(
     source = adapter_of_run(place)
     check_weights(source)
     kinds = {target: _kind(target) for target in targets}
-    section = base_section(source, base, trust_remote_code)
+    section = base_section(source, base)
     model, tokenizer = load_base_model(section)
     resize_as_saved(model, source)
     prompts = [" ".join(text.split()[:WORDS]) for text in passages(STORY)[:PROMPTS]]
@@ -145,15 +143,13 @@ def verify(
         own, computed = _logits(with_saved_adapter(plain, source), ids), "float32"
         del plain
     for target in (target for target, kind in kinds.items() if kind == "model"):
-        saved, _ = load_base_model(ModelSection(name=target, trust_remote_code=trust_remote_code, dtype="float32"))
+        saved, _ = load_base_model(ModelSection(name=target, dtype="float32"))
         found[target] = compared(target, _logits(saved, ids), _dtype_of(target))
         del saved
     return verdicts + [found[target] for target in targets]
 
 
-def verify_merged(
-    place: str | Path, folder: Path, base: str | None = None, trust_remote_code: bool = False
-) -> Verdict | str:
+def verify_merged(place: str | Path, folder: Path, base: str | None = None) -> Verdict | str:
     """What :func:`verify` says of a merged model that was just saved; or, as a text, why it can't be compared: it is no
     language model, has no tokenizer, or in float32 doesn't fit into the memory that is free.
 
@@ -168,7 +164,7 @@ def verify_merged(
     needed = saved * 4 // getattr(torch, _dtype_of(str(folder))).itemsize
     if needed > (free := psutil.virtual_memory().available):
         return f"in float32 it takes {decimal(needed)} of memory, of which {decimal(free)} are free"
-    return verify(place, [str(folder)], base=base, trust_remote_code=trust_remote_code)[-1]
+    return verify(place, [str(folder)], base=base)[-1]
 
 
 def _kind(target: str) -> str:

@@ -37,10 +37,10 @@ def merge(
         from smoa_lab.merge import merge_run
         from smoa_lab.verify import verify_merged
 
-        merged = merge_run(adapter, output, dtype, base, trust_remote_code, max_shard_size)
+        merged = merge_run(adapter, output, dtype, base, max_shard_size)
         if not json:
             typer.echo(f"{merged.folder}: {merged.summary()}")
-        found = verify_merged(adapter, output, base, trust_remote_code) if verify else "--no-verify"
+        found = verify_merged(adapter, output, base) if verify else "--no-verify"
         verdict = None if isinstance(found, str) else found
         if json:
             print_json(merged.to_dict() | {"verified": verdict and verdict.to_dict()})
@@ -72,7 +72,7 @@ def convert(
         from smoa_lab.pages.tables import Table
 
         rule = RankRule(rank, energy, error)
-        result = convert_run(adapter, output, rule, base, uniform_rank, score, trust_remote_code)
+        result = convert_run(adapter, output, rule, base, uniform_rank, score)
         if json:
             print_json(result)
             return
@@ -116,7 +116,7 @@ def verify(
     with reporting():
         from smoa_lab.verify import verify as compared
 
-        verdicts = compared(adapter, against or ["merged"], served_name, tokens, base, trust_remote_code)
+        verdicts = compared(adapter, against or ["merged"], served_name, tokens, base)
         if json:
             print_json([verdict.to_dict() for verdict in verdicts])
         else:
@@ -143,7 +143,7 @@ def inspect(
 
         if html is not None:
             check_place(html)
-        reports = {place: inspect_layers(place, base, trust_remote_code) for place in adapters}
+        reports = {place: inspect_layers(place, base) for place in adapters}
         if html is not None:
             from smoa_lab.inspect_page import inspection_page
             from smoa_lab.open_run import run_name
@@ -216,9 +216,7 @@ def budget(
 
         names = tuple(name.strip() for name in targets.split(","))
         if method:
-            sized = size_methods(
-                model, amount, names, method_names() if method == ["all"] else method, trust_remote_code
-            )
+            sized = size_methods(model, amount, names, method_names() if method == ["all"] else method)
             if json:
                 print_json([asdict(one) for one in sized])
                 return
@@ -233,7 +231,7 @@ def budget(
             ]
             Table(["method", "adapter", "parameters", ""], rows).print()
             return
-        choices = budget_choices(model, amount, names, trust_remote_code)
+        choices = budget_choices(model, amount, names)
         if json:
             print_json([asdict(choice) for choice in choices])
             return

@@ -39,7 +39,7 @@ def chat(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Chat with an adapted model and compare it with its base; /help lists the commands."""
-    given = {"name": base, "dtype": dtype, "trust_remote_code": trust_remote_code or None}
+    given = {"name": base, "dtype": dtype}
     changes = {key: value for key, value in given.items() if value is not None}
     with reporting():
         from smoa_lab.chat import Chat

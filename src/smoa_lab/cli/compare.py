@@ -47,7 +47,7 @@ def compare(
             raise ConfigError(
                 "--only, --workers and --ray-address are about runs, and --report-only runs nothing; leave one out"
             )
-        checked = load_study(study, overrides, trust_remote_code)
+        checked = load_study(study, overrides)
         check_place(checked.folder / "summary.json")
         transformers.utils.logging.set_verbosity_error()  # a line for every new classification head
         if not report_only:

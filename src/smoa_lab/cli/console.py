@@ -7,17 +7,31 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import typer
 
 from smoa_lab.basics.plain import json_text
+from smoa_lab.basics.trust import trust_remote_code
 
 FULL_DISK = ("No space left", "quota exceeded", "File too large", "inline_container", "iostream error")
 """Words of the errors of Python, safetensors and torch when a disk, or what a process may write, is full."""
 Overrides = Annotated[list[str] | None, typer.Argument(help="Values to change, e.g. training.learning_rate=1e-3.")]
 Base = Annotated[str | None, typer.Option(help="Base model to use instead of the one recorded in the adapter.")]
-TrustRemoteCode = Annotated[bool, typer.Option(help="Allow the model's repository to run its own code.")]
+
+
+def _trust(context: typer.Context, given: bool) -> bool:
+    """Turn the switch that loading a model reads; every command turns it anew."""
+    trust_remote_code(given)
+    context.call_on_close(partial(trust_remote_code, False))
+    return given
+
+
+TrustRemoteCode = Annotated[
+    bool, typer.Option(help="Allow the model's repository to run its own code.", callback=_trust)
+]
+"""An option that acts by itself: no command reads its value."""
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Dtype = Literal["float32", "bfloat16", "float16"]
 """The choices of ``model.dtype``, whose import would make ``--help`` wait for torch."""

@@ -34,13 +34,14 @@ def check(
         from smoa_lab.training.loaded_run import read_rows_of
 
         if place.endswith((".yaml", ".yml")):
-            config = load_config(place, trust_remote_code=trust_remote_code)
+            config = load_config(place)
             if not config.has_rows:
                 raise failed(f"{place}: trains on questions (data.tasks); this shows rows (data.train or data.hub)")
         else:
             data = {**source_values(place), "format": format, "chat_template": chat_template}
-            wanted = {"name": model, "trust_remote_code": trust_remote_code}
-            config = check_config({"model": wanted, "data": data, "training": {"max_length": max_length}}, place)
+            config = check_config(
+                {"model": {"name": model}, "data": data, "training": {"max_length": max_length}}, place
+            )
         tokenizer = load_tokenizer(config.model)
         _, rows = read_rows_of(config, tokenizer)
         if json:

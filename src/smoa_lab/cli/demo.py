@@ -31,7 +31,7 @@ def demo(
         from smoa_lab.training.train_run import train
         from smoa_lab.verify import verify
 
-        checked = in_free_folder(with_rate(load_config(config, overrides, trust_remote_code)))
+        checked = in_free_folder(with_rate(load_config(config, overrides)))
         if checked.method == "full":
             raise ConfigError(
                 f"method: {checked.method} saves a whole model, and smoa demo reloads and merges an adapter; choose "
@@ -44,7 +44,7 @@ def demo(
         print_scores(metrics)
         folder = RunFolder(checked.folder)
         typer.echo("\nThe saved adapter, loaded again:")
-        verdicts = verify(folder.path, ["merged"], trust_remote_code=trust_remote_code, trained=ready.base)
+        verdicts = verify(folder.path, ["merged"], trained=ready.base)
         typer.echo("\n".join(verdict.line() for verdict in verdicts))
         typer.echo(f"\nAdapter:    {folder.adapter}\nLoss curve: {folder.picture}\nMetrics:    {folder.metrics}")
         typer.echo(f"To train your own: copy {config}, edit the copy, and pass it to `smoa train`.")

@@ -27,7 +27,7 @@ def evaluate(
 
         if output is not None:
             check_place(output, is_new=True)
-        config, adapter = open_run(run, overrides, trust_remote_code)
+        config, adapter = open_run(run, overrides)
         result = evaluate_run(config, adapter)
         if json:
             print_json(result)

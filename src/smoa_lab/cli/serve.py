@@ -40,5 +40,5 @@ def serve(
         if api_key is None and "SMOA_API_KEY" in os.environ:
             api_key = ""  # typer takes an empty variable for none; it is refused
         options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
-        section = ModelSection(name=base, trust_remote_code=trust_remote_code, **options)
+        section = ModelSection(name=base, **options)
         run(section, adapters, host, port, Settings(slots, api_key, max_request_bytes, cache_tokens))

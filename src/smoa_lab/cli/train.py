@@ -40,7 +40,7 @@ def train(
         from smoa_lab.training.train_run import train as train_run
 
         if model is None and data is None and config is not None:
-            checked = load_config(config, overrides, trust_remote_code)
+            checked = load_config(config, overrides)
         elif model is None or data is None or (config is not None and "=" not in config):
             raise ConfigError("give the YAML file of a run, which names model and data, or both --model and --data")
         elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -49,7 +49,7 @@ def train(
             from smoa_lab.init import default_run
 
             words = [*([] if config is None else [config]), *(overrides or [])]
-            checked = default_run(model, data, words, trust_remote_code)
+            checked = default_run(model, data, words)
             typer.echo(f"Run folder: {checked.folder}", err=True)
         metrics = train_run(checked)
         if not is_first_process():

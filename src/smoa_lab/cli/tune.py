@@ -25,7 +25,7 @@ def tune(
         from smoa_lab.pages.tables import Table
         from smoa_lab.study.tune_run import tune_run
 
-        search = tune_run(load_config(config, overrides, trust_remote_code), max_runs)
+        search = tune_run(load_config(config, overrides), max_runs)
         if json:
             losses = {f"{rate:g}": loss for rate, loss in search.losses.items()}
             print_json({"learning_rate": search.learning_rate, "interior": search.interior, "losses": losses})

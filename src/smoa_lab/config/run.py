@@ -31,7 +31,7 @@ from smoa_lab.data.rows import AnswerStyle, Template
 from smoa_lab.data.tasks import FileTask, Selection, Source, Task, find_task, select
 
 TRUST = ("trust_remote_code", "allow_all_kernels")
-"""Keys, of ours and of ``from_pretrained``, that let a repository run its own code."""
+"""Keys of ``from_pretrained`` that let a repository run its own code."""
 SECRET = re.compile(r"(hub_|.*access_)?token|(.*_)?api_key|password")
 """Keys, of transformers and of packages that it calls, whose text is a secret."""
 TRAINING_DEFAULTS: dict[str, Any] = {"report_to": "none", "logging_steps": 10, "save_total_limit": 1}
@@ -83,7 +83,6 @@ class ModelSection(Section):
 
     name: str
     dtype: Dtype = Field(default_factory=native_dtype)
-    trust_remote_code: bool = False
     options: dict[str, Any] = Field(default={})
 
 
@@ -266,7 +265,7 @@ class ConfigText:
     """A config's plain values, where they are from, and the line of each key path.
 
     Raises:
-        ConfigError: it has a secret, which would be written wherever the config is.
+        ConfigError: it holds a secret, or lets a repository run its own code, which only the command may.
     """
 
     values: dict[str, Any]
@@ -274,16 +273,14 @@ class ConfigText:
     lines: dict[tuple[str, ...], int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.refuse(_secrets(self.values))
+        self.refuse(_forbidden(self.values))
 
     @classmethod
-    def read(cls, path: str | Path, overrides: list[str] | None = None, trust_remote_code: bool = False) -> ConfigText:
+    def read(cls, path: str | Path, overrides: list[str] | None = None) -> ConfigText:
         """Read a YAML file and lay ``key.key=value`` overrides over it.
 
-        Only ``trust_remote_code`` lets the model's repository run its own code: a file can come from a stranger.
-
         Raises:
-            ConfigError: the file cannot be read, or asks for such trust.
+            ConfigError: the file cannot be read, or has a key that no config may have.
         """
         file = Path(path)
         if not file.is_file():
@@ -294,16 +291,7 @@ class ConfigText:
             raise ConfigError(f"{path}: cannot be read as text in UTF-8 ({error}); save it in that encoding") from error
         values = parse_yaml(text, file)
         apply_overrides(values, overrides or [])
-        return cls(values, str(file), key_lines(text)).trusting(trust_remote_code)
-
-    def trusting(self, trust_remote_code: bool) -> ConfigText:
-        """Itself, with the trust that the command's option gives; raises ConfigError if the values ask for it."""
-        run = self.values.get("shared", self.values)  # a study has its runs' config there
-        if not trust_remote_code:
-            self.refuse(_trusting(self.values))
-        elif isinstance(run, dict) and isinstance(run.get("model"), dict):
-            run["model"]["trust_remote_code"] = True
-        return self
+        return cls(values, str(file), key_lines(text))
 
     def checked(self) -> RunConfig:
         """The run, its training block laid over our defaults; raises ConfigError with all problems."""
@@ -349,13 +337,13 @@ class ConfigText:
             raise ConfigError("\n  ".join([title, *(text for _, text in sorted(texts))]))
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None, trust_remote_code: bool = False) -> RunConfig:
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """Read ``path``, apply ``key.key=value`` overrides and check everything.
 
     Raises:
         ConfigError: lists *all* problems, each with its line and the nearest valid key or value.
     """
-    return ConfigText.read(path, overrides, trust_remote_code).checked()
+    return ConfigText.read(path, overrides).checked()
 
 
 def check_config(values: dict[str, Any], place: str = "config") -> RunConfig:
@@ -376,20 +364,13 @@ def _keys(target: type[Any]) -> set[str]:
     return {field.name for field in dataclasses.fields(target)}
 
 
-def _secrets(values: Any, path: tuple[str, ...] = ()) -> Iterator[Problem]:
-    """The keys that hold a secret."""
-    inside = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
-    for key, value in inside:
-        if isinstance(value, str) and SECRET.fullmatch(str(key)):
-            yield (*path, str(key)), "a config can't hold a secret; leave it out, and set HF_TOKEN or log in instead"
-        yield from _secrets(value, (*path, str(key)))
-
-
-def _trusting(values: Any, path: tuple[str, ...] = ()) -> Iterator[Problem]:
-    """The keys that allow a repository to run its own code."""
+def _forbidden(values: Any, path: tuple[str, ...] = ()) -> Iterator[Problem]:
+    """The keys that no config may have: those of :data:`TRUST` and of :data:`SECRET`."""
     inside = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
     for key, value in inside:
         place = (*path, str(key))
         if key in TRUST and value not in (False, None):
             yield place, "a file can't allow a repository to run its code; if you trust it, give --trust-remote-code"
-        yield from _trusting(value, place)
+        if isinstance(value, str) and SECRET.fullmatch(str(key)):
+            yield place, "a config can't hold a secret; leave it out, and set HF_TOKEN or log in instead"
+        yield from _forbidden(value, place)

@@ -34,13 +34,13 @@ def runner_of(study: Study) -> Runner:
     return kind(study.shared, study.other_domain)
 
 
-def load_study(path: str | Path, overrides: list[str] | None = None, trust_remote_code: bool = False) -> Study:
+def load_study(path: str | Path, overrides: list[str] | None = None) -> Study:
     """Read a study, lay ``key.key=value`` overrides over it and check every entry's run.
 
     Raises:
         ConfigError: lists the problems of the study, and of each entry's run, before any work starts.
     """
-    text = ConfigText.read(path, overrides, trust_remote_code)
+    text = ConfigText.read(path, overrides)
     file = Path(path)
     values = {"folder": f"studies/{file.stem}", **text.values}
     text.refuse(block_problems(Study, values))

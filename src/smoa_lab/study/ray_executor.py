@@ -16,6 +16,7 @@ import torch
 
 import smoa
 from smoa.errors import ConfigError, DataError
+from smoa_lab.basics.trust import is_trusted, trust_remote_code
 from smoa_lab.study.comparison import Comparison, Executor
 from smoa_lab.study.study import Study
 from smoa_lab.study.trials import Job, Result
@@ -34,20 +35,23 @@ _begun: dict[Path, Comparison] = {}
 
 @dataclass(frozen=True)
 class Place:
-    """Where a study is run: the folder in which the command was given, and a file in the study's folder that only
-    machines see which share it."""
+    """Where a study is run: the folder in which the command was given, a file in the study's folder that only machines
+    see which share it, and whether the command trusts the repositories of models."""
 
     folder: str
     mark: Path
+    is_trusted: bool = False
 
     def enter(self) -> None:
-        """Make it the working folder; raises DataError where this machine does not share it."""
+        """Make it the working folder, with the command's trust; raises DataError where this machine does not share
+        it."""
         if not Path(self.folder).is_dir() or not Path(self.folder, self.mark).is_file():
             raise DataError(
                 f"{self.mark.parents[1]}: {socket.gethostname()} does not see what other machines write there; all "
                 f"machines of the cluster must share this folder, and {self.folder}, under the same path"
             )
         os.chdir(self.folder)
+        trust_remote_code(self.is_trusted)
 
 
 def perform(study: Study, place: Place, job: Job, threads: int) -> Result:
@@ -72,7 +76,7 @@ class RayExecutor(Executor):
 
     def __init__(self, study: Study, workers: int, address: str | None = None) -> None:
         self.study, self.workers, self.address = study, workers, address
-        self.place = Place(str(Path.cwd()), study.folder / "work" / f"driver-{uuid.uuid4().hex}")
+        self.place = Place(str(Path.cwd()), study.folder / "work" / f"driver-{uuid.uuid4().hex}", is_trusted())
         self.running = {}
         self._ray: Any = None
 

@@ -25,6 +25,7 @@ from transformers import (
 
 from smoa.errors import ConfigError, DataError
 from smoa_lab.base_models import base_content, empty_model, places
+from smoa_lab.basics.trust import is_trusted
 from smoa_lab.config.run import DataSection, ModelSection, RunConfig, check_config
 from smoa_lab.data.rows import Row
 from smoa_lab.data.sources import installed_file
@@ -242,7 +243,7 @@ class ClassificationRunner(Runner):
         options: dict[str, Any] = {
             "dtype": getattr(torch, config.model.dtype),
             "num_labels": _classes([*self.records.train, *self._other_rows]),
-            "trust_remote_code": config.model.trust_remote_code,
+            "trust_remote_code": is_trusted(),
             **config.model.options,
         }
         try:

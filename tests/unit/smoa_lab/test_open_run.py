@@ -56,7 +56,7 @@ def test_the_recorded_base_is_loaded_in_the_recorded_revision_and_another_is_not
     assert (base_name(adapter), base_name(adapter, "another/base")) == ("its/base", "another/base")
     recorded = ModelSection(name="its/base", options={"revision": "v2"})
     assert base_section(adapter) == base_section(adapter, "its/base") == recorded
-    assert base_section(adapter, "another/base", True) == ModelSection(name="another/base", trust_remote_code=True)
+    assert base_section(adapter, "another/base") == ModelSection(name="another/base")
 
 
 def test_a_half_written_config_of_an_adapter_is_one_error(tmp_path: Path) -> None:

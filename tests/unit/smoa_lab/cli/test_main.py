@@ -15,7 +15,10 @@ from typer.testing import CliRunner
 
 import smoa
 from smoa import SmoaConfig
+from smoa.errors import SmoaError
+from smoa_lab.base_models import empty_model
 from smoa_lab.cli.main import app
+from smoa_lab.config.run import ModelSection
 
 OUTSIDE = """
 import sys
@@ -44,6 +47,15 @@ def test_help_and_version_wait_for_no_heavy_import_and_a_wrong_command_is_a_usag
 EVIL = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M", "AutoTokenizer": ["evil.T", None]}
 
 
+def strangers_model(base: Path, room: Path) -> Path:
+    """Make the folder of a model with code of its own; the file that the code leaves in ``room``."""
+    base.mkdir(exist_ok=True)
+    (base / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": EVIL}))
+    (base / "tokenizer_config.json").write_text(json.dumps({"auto_map": EVIL}))
+    (base / "evil.py").write_text(f"import pathlib\npathlib.Path('{room}/RAN').touch()\n")
+    return room / "RAN"
+
+
 @pytest.mark.parametrize(
     "command", ["chat RUN", "eval RUN", "convert RUN lora --rank 1", "merge RUN merged", "inspect RUN", "report RUN"]
 )
@@ -57,10 +69,7 @@ def test_the_folder_of_a_stranger_runs_no_code(
     run = tmp_path / "run"
     base = run / "adapter" if method == "full" else tmp_path / "base"
     SmoaConfig(base_model_name_or_path=str(base), target_modules=["q_proj"]).save_pretrained(run / "adapter")
-    base.mkdir(exist_ok=True)
-    (base / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": EVIL}))
-    (base / "tokenizer_config.json").write_text(json.dumps({"auto_map": EVIL}))
-    (base / "evil.py").write_text(f"import pathlib\npathlib.Path('{tmp_path}/RAN').touch()\n")
+    ran = strangers_model(base, tmp_path)
     options = "options: {quantization_config: {load_in_4bit: true}}" if method == "smoa" else "options: {}"
     (run / "config.yaml").write_text(
         f"model: {{name: {base}, trust_remote_code: true, {options}}}\nmethod: {method}\n"
@@ -68,10 +77,26 @@ def test_the_folder_of_a_stranger_runs_no_code(
     )
     (run / "metrics.json").write_text("{}")
     done = CliRunner().invoke(app, command.replace("RUN", "run").split(), input="hi\n")
-    assert not (tmp_path / "RAN").exists()
+    assert not ran.exists()
     assert done.exception is None or isinstance(done.exception, SystemExit)
     if command.split()[0] in ("chat", "eval", "convert"):
         assert "config.yaml: 1 problem\n  line 1: model.trust_remote_code: a file can't allow" in done.stderr
+
+
+def test_the_commands_option_lets_a_repository_run_its_code_until_the_command_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    ran = strangers_model(tmp_path / "base", tmp_path)
+    budget = ["budget", str(tmp_path / "base"), "1M"]
+    CliRunner().invoke(app, budget)
+    assert not ran.exists()
+    CliRunner().invoke(app, [*budget, "--trust-remote-code"])
+    assert ran.exists()
+    ran.unlink()
+    with pytest.raises(SmoaError):
+        empty_model(ModelSection(name=str(tmp_path / "base")))
+    assert not ran.exists()
 
 
 def commands(command: Any) -> Iterator[Any]:

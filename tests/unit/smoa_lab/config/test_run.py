@@ -85,16 +85,6 @@ def test_a_tokenizers_own_tokens_and_counts_are_no_secrets(file: Path, option: s
     assert option.partition("=")[0] in load_config(file, [f"model.options.{option}"]).model.options
 
 
-def test_the_command_lets_a_repository_run_its_code_and_the_runs_config_says_so(file: Path) -> None:
-    config = load_config(file, trust_remote_code=True)
-    assert config.model.trust_remote_code
-    file.write_text(config.to_yaml())
-    with pytest.raises(ConfigError, match=r"trust_remote_code: a file can't allow"):
-        load_config(file)
-    assert load_config(file, trust_remote_code=True) == config
-    assert not load_config(file, ["model.trust_remote_code=false"]).model.trust_remote_code
-
-
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such file"):
         load_config(tmp_path / "nowhere.yaml")

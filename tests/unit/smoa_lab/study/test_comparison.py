@@ -263,14 +263,11 @@ def load(values: dict[str, Any], folder: Path) -> Study:
 
 
 @pytest.mark.parametrize("place", ["shared", "first", "entries.ours"])
-def test_a_study_is_trusted_by_the_command_alone(place: str, sequence: dict[str, Any], tmp_path: Path) -> None:
+def test_no_study_lets_a_repository_run_its_code(place: str, sequence: dict[str, Any], tmp_path: Path) -> None:
     load(sequence, tmp_path)
     file = tmp_path / "two.yaml"
     with pytest.raises(ConfigError, match=rf"{place}\.model\.trust_remote_code: a file can't allow"):
         load_study(file, [f"{place}.model.trust_remote_code=true"])
-    study = load_study(file, trust_remote_code=True)
-    configs = [runner_of(study).config(entry, 1e-3, seed=0) for entry in study.entries.values()]
-    assert all(config.model.trust_remote_code for config in configs)
 
 
 def test_a_sequence_is_read(sequence: dict[str, Any], tmp_path: Path) -> None:

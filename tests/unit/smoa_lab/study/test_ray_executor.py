@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Thread
@@ -26,6 +27,7 @@ from filelock import FileLock
 import smoa
 from smoa.atomic import write_whole
 from smoa.errors import ConfigError, DataError
+from smoa_lab.basics.trust import is_trusted
 from smoa_lab.study import ray_executor
 from smoa_lab.study.comparison import Comparison, load_study
 from smoa_lab.study.ray_executor import (
@@ -192,6 +194,12 @@ def test_a_machine_that_cannot_do_the_work_is_named_and_told_what_to_do(
     assert_refused("machine-7 does not see what other machines write there")
     with pytest.raises(DataError, match="must share this folder, and /no/such/place, under the same path"):
         Place("/no/such/place", place.mark).enter()
+
+
+def test_a_worker_trusts_what_the_command_trusts(place: Place) -> None:
+    for given in (True, False):
+        replace(place, is_trusted=given).enter()
+        assert is_trusted() == given
 
 
 @pytest.fixture(scope="module")
