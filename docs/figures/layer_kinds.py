@@ -20,7 +20,6 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwe
 from transformers.pytorch_utils import Conv1D
 
 from smoa import SmoaConfig
-from smoa.conversion import convert_to_lora
 from smoa.layers.kinds import KINDS, Kind, kind_of
 
 PAGE = Path(__file__).parents[1] / "layers.md"
@@ -152,8 +151,7 @@ class Trial:
     def converted_to_lora(self) -> bool:
         if isinstance(self.config, LoraConfig):
             return False  # it is one
-        convert = convert_to_lora if isinstance(self.config, SmoaConfig) else peft.convert_to_lora
-        return convert(self._adapted(), rank=4) is not None
+        return peft.convert_to_lora(self._adapted(), rank=4) is not None
 
 
 def works(layer: Layer, x: Tensor, config: Any) -> dict[str, bool]:

@@ -1,118 +1,144 @@
-"""Approximates an adapter, or a run's, by a LoRA, and measures what that loses of ΔW and of the task."""
+"""Approximates a SMoA adapter, or a run's, by a LoRA, and measures what that loses of ΔW and of the task.
+
+The best LoRA of rank k keeps the k largest singular values of ΔW (Eckart and Young, 1936). PEFT's `convert_to_lora`
+computes it. Each layer is converted by itself, so that a rank beyond its smaller side is that side.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
-from torch import nn
+import peft
+import torch
+from peft import LoraConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor
 
 from smoa.atomic import check_place, new_folder
-from smoa.conversion import RankRule, UpdateSpectra
-from smoa.errors import ConfigError
+from smoa.errors import ConfigError, UnsupportedModuleError, UnsupportedVersionError, first_of
+from smoa.files.names import PREFIX, adapter_layers
 from smoa_lab.base_models import described_base, load_base_model
 from smoa_lab.config.run import load_config
 from smoa_lab.open_run import adapter_config, adapter_of_run, base_section, with_saved_adapter
-from smoa_lab.scoring.losses import Losses
 from smoa_lab.training.loaded_run import LoadedRun, load_run
 from smoa_lab.training.run_folder import RunFolder
-
-
-class Converter:
-    """A saved adapter on its base model: makes LoRAs of any rank from it, and scores them if the run's data is known.
-
-    Raises:
-        ConfigError: ``place`` is not the folder of an adapter or a run, or the adapter is not SMoA.
-        DataError: base model or data cannot be loaded.
-    """
-
-    def __init__(self, place: str | Path, base: str | None = None, score: bool = True) -> None:
-        self.source = adapter_of_run(place)
-        kind = getattr(adapter_config(self.source).peft_type, "value", None)
-        if kind != "SMOA":
-            raise ConfigError(f"{self.source}: is an adapter of the type {kind}; only SMoA's are converted to LoRA")
-        config = RunFolder(Path(place)).config
-        self.run: LoadedRun | None = None
-        if score and config.is_file():
-            moved = [] if base is None else [f"model.name={json.dumps(base)}"]
-            self.run = load_run(load_config(config, moved))
-        section = base_section(self.source, base)
-        self.base: Any = self.run.base if self.run else load_base_model(section)[0]
-        self.base_losses = self._losses(self.base)
-        with self._adapted(self.source) as model:
-            self.spectra = UpdateSpectra(model)
-            self.adapter_parameters = sum(p.numel() for name, p in model.named_parameters() if ".smoa_" in name)
-            self.adapter_losses = self._losses(model)
-
-    def cut(self, rule: RankRule, output: Path, uniform_rank: bool = False) -> dict[str, Any]:
-        """Save a LoRA in the new folder ``output``, load it from there by PEFT, score it; its figures.
-
-        ``loss`` has the mean negative log-likelihood, in nats, of a token over the run's held-out questions' gold
-        answers, or rows: of the base, the adapter and the LoRA; what the conversion adds, question by question, with
-        its standard error; and the share of the adapter's gain over the base that is kept, None without a gain.
-        """
-        conversion = self.spectra.to_lora(rule, uniform_rank)
-        name = str(conversion.config.base_model_name_or_path)
-        # A packaged base is in the cache folder, which no other machine has.
-        conversion.config.base_model_name_or_path = described_base(name).hub_id or name
-        conversion.save(output)
-        loss = None
-        if self.base_losses.nll:
-            with self._adapted(output) as model:
-                lora = self._losses(model)
-            change = lora.change_from(self.adapter_losses)
-            base, adapter = self.base_losses.mean, self.adapter_losses.mean
-            loss = {
-                "questions": len(lora.nll),
-                "base": base,
-                "adapter": adapter,
-                "lora": lora.mean,
-                "lora_change": change.mean,
-                "lora_change_stderr": change.stderr,
-                "gain_kept": (base - lora.mean) / (base - adapter) if adapter < base else None,
-            }
-        return {
-            "rank": conversion.config.r,
-            "error": conversion.error,
-            "parameters": conversion.parameters,
-            "blockwise_parameters": sum(layer.blockwise_parameters for layer in conversion.layers),
-            "adapter_parameters": self.adapter_parameters,
-            "loss": loss,
-            "layers": [asdict(layer) for layer in conversion.layers],
-        }
-
-    @contextmanager
-    def _adapted(self, adapter: Path) -> Iterator[PeftModel]:
-        model = with_saved_adapter(self.base, adapter)
-        model.eval()
-        yield model
-        self.base = model.unload()
-
-    def _losses(self, model: nn.Module) -> Losses:
-        """The losses of all gold answers or held-out rows; none if the run's data are not known."""
-        return Losses([], []) if self.run is None else self.run.held_out_losses(model)
 
 
 def convert_run(
     place: str | Path,
     output: str | Path,
-    rule: RankRule,
+    rank: int | float,
     base: str | None = None,
-    uniform_rank: bool = False,
     score: bool = True,
 ) -> dict[str, Any]:
-    """Write the LoRA to ``output`` and return what it loses; of the task too if ``place`` is a run's folder.
+    """Write a LoRA to the new folder ``output``, load it from there, and say what it loses of the adapter.
+
+    ``loss``, if ``place`` is a run's folder, has the mean negative log-likelihood, in nats, of a token over the run's
+    held-out questions' gold answers, or rows: of the base, the adapter and the LoRA; what the conversion adds, question
+    by question, with its standard error; and the share of the adapter's gain over the base that is kept, None without a
+    gain.
+
+    Args:
+        place: Folder of a SMoA adapter, or of a run.
+        output: A folder that does not exist yet.
+        rank: The rank of every layer, or of its smaller side if that is less; or, as a float in (0, 1], the share of
+            ‖ΔW‖² that each layer keeps at the least rank that does.
+        base: The base model, if not the recorded one.
+        score: Whether to measure the loss.
 
     Raises:
-        ConfigError: ``output`` exists, or ``place`` contains no SMoA adapter.
+        ConfigError: ``output`` exists, ``place`` contains no SMoA adapter, or ``rank`` is out of range.
+        UnsupportedModuleError: the adapter is on a layer that PEFT does not convert.
+        UnsupportedVersionError: this PEFT has no ``convert_to_lora``.
         DataError: base model or data cannot be loaded.
     """
     check_place(Path(output), is_new=True)
-    converter = Converter(place, base, score)
-    with new_folder(Path(output)) as temporary:
-        return {"folder": str(output), **converter.cut(rule, temporary, uniform_rank)}
+    if not hasattr(peft, "convert_to_lora"):
+        raise UnsupportedVersionError(f"PEFT {peft.__version__} has no convert_to_lora; install peft 0.19 or later")
+    if not (rank >= 1 if isinstance(rank, int) else 0 < rank <= 1):
+        raise ConfigError(f"rank={rank} must be a positive integer, or a share of ‖ΔW‖² in (0, 1]")
+    source = adapter_of_run(place)
+    kind = getattr(adapter_config(source).peft_type, "value", None)
+    if kind != "SMOA":
+        raise ConfigError(f"{source}: is an adapter of the type {kind}; only SMoA's are converted to LoRA")
+    config, run = RunFolder(Path(place)).config, None
+    if score and config.is_file():
+        moved = [] if base is None else [f"model.name={json.dumps(base)}"]
+        run = load_run(load_config(config, moved))
+    model = run.base if run else load_base_model(base_section(source, base))[0]
+    adapted = with_saved_adapter(model, source).eval()
+    report: dict[str, Any] = {"folder": str(output)}
+    report["adapter_parameters"] = sum(p.numel() for name, p in adapted.named_parameters() if ".smoa_" in name)
+    with new_folder(Path(output)) as folder:
+        report |= _save_lora(adapted, rank, folder)
+        return report | {"loss": _loss(run, adapted, folder) if run else None}
+
+
+def _loss(run: LoadedRun, adapted: Any, folder: Path) -> dict[str, Any] | None:
+    """What `convert_run` says of the loss; None if nothing is held out."""
+    adapter = run.held_out_losses(adapted)
+    if not adapter.nll:
+        return None
+    model = adapted.unload()
+    before, lora = run.held_out_losses(model), run.held_out_losses(with_saved_adapter(model, folder).eval())
+    change = lora.change_from(adapter)
+    gained = before.mean - adapter.mean
+    return {
+        "questions": len(lora.nll),
+        "base": before.mean,
+        "adapter": adapter.mean,
+        "lora": lora.mean,
+        "lora_change": change.mean,
+        "lora_change_stderr": change.stderr,
+        "gain_kept": (before.mean - lora.mean) / gained if gained > 0 else None,
+    }
+
+
+@torch.no_grad()
+def _save_lora(model: Any, rank: int | float, folder: Path) -> dict[str, Any]:
+    """Write the LoRA's files; its largest rank, its number of parameters, and the error of ΔW, by layer and in all."""
+    layers = adapter_layers(model.base_model.model, "default")
+    others = [name for name, layer in layers.items() if not layer.supports_lora_conversion("default")]
+    if others:
+        raise UnsupportedModuleError(
+            f"{first_of(others)}: PEFT converts linear layers only; merge the adapter instead (smoa merge)"
+        )
+    # Trained tensors that are not factors: biases, modules_to_save, token embeddings
+    saved: dict[str, Tensor] = get_peft_model_state_dict(model)
+    state = {name: tensor for name, tensor in saved.items() if ".smoa_" not in name}
+    ranks, found, parameters, update, error = dict[str, int](), list[dict[str, Any]](), 0, 0.0, 0.0
+    for name, layer in layers.items():
+        delta = layer.delta("default").float()
+        _, factors = peft.convert_to_lora(layer, min(rank, *delta.shape) if isinstance(rank, int) else rank)
+        A, B = (factors[f".lora_{part}.weight"] for part in "AB")
+        state |= {f"{PREFIX}{name}.lora_A.weight": A, f"{PREFIX}{name}.lora_B.weight": B}
+        of_layer, lost = (float(torch.linalg.vector_norm(part)) ** 2 for part in (delta, delta - B @ A))
+        ranks[name] = len(A)
+        found.append({"module": name, "rank": len(A), "error": (lost / of_layer) ** 0.5 if of_layer else 0.0})
+        parameters, update, error = parameters + A.numel() + B.numel(), update + of_layer, error + lost
+    config, largest = model.peft_config["default"], max(ranks.values())
+    exceptions = {name: own for name, own in ranks.items() if own != largest}
+    name = str(config.base_model_name_or_path)
+    lora = LoraConfig(
+        r=largest,  # and alpha, in every layer: the factors include the scale
+        lora_alpha=largest,
+        rank_pattern=exceptions,
+        alpha_pattern=dict(exceptions),
+        target_modules=list(ranks),
+        bias="lora_only" if config.bias == "smoa_only" else config.bias,
+        modules_to_save=config.modules_to_save,
+        trainable_token_indices=config.trainable_token_indices,
+        fan_in_fan_out=any(layer.fan_in_fan_out for layer in layers.values()),
+        task_type=config.task_type,
+        # a packaged base is in the cache folder, which no other machine has
+        base_model_name_or_path=described_base(name).hub_id or name,
+        revision=config.revision,
+        inference_mode=True,
+    )
+    lora.save_pretrained(str(folder))
+    save_file({key: tensor.contiguous().clone() for key, tensor in state.items()}, folder / SAFETENSORS_WEIGHTS_NAME)
+    total = (error / update) ** 0.5 if update else 0.0
+    return {"rank": largest, "error": total, "parameters": parameters, "layers": found}

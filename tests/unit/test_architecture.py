@@ -64,7 +64,7 @@ def arrows(package: str) -> set[tuple[str, str, str]]:
 
 @pytest.mark.parametrize(("package", "order"), [("smoa", LIBRARY), ("smoa_lab", LAB)])
 def test_folders_import_only_what_lies_below_them(package: str, order: list[str]) -> None:
-    top = {"__main__", "_quiet", "registration", "analysis", "budget", "conversion", "hotswap"}
+    top = {"__main__", "_quiet", "registration", "analysis", "budget", "hotswap"}
     wrong = [
         f"{module} imports from {target}"
         for module, part, target in sorted(arrows(package))

@@ -478,7 +478,7 @@ class SmoaLayer(nn.Module, BaseTunerLayer):
         return as_stored(self.delta(adapter), self.stored_weight().shape, self.fan_in_fan_out)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether PEFT's own converter knows this kind of layer. `smoa.conversion` knows more."""
+        """Whether PEFT's converter knows this kind of layer."""
         return self.converted_by_peft
 
     def set_scale(self, adapter: str, scale: float) -> None:

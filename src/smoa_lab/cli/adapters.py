@@ -54,11 +54,9 @@ def convert(
     adapter: Annotated[Path, typer.Argument(help="Folder of a run, or of an adapter (then no loss is measured).")],
     output: Annotated[Path, typer.Argument(help="New folder for the LoRA.")],
     rank: Annotated[
-        int | None, typer.Option(min=1, help="Rank of every layer; give this, --energy or --error.")
+        int | None, typer.Option(min=1, help="Rank of every layer, at most its smaller side; give this or --energy.")
     ] = None,
     energy: Annotated[float | None, typer.Option(help="Share of ‖ΔW‖² to keep in every layer, e.g. 0.9.")] = None,
-    error: Annotated[float | None, typer.Option(help="Largest ‖ΔW − BA‖/‖ΔW‖ of a layer, e.g. 0.3.")] = None,
-    uniform_rank: Annotated[bool, typer.Option(help="Pad all layers to the same rank with zeros.")] = False,
     score: Annotated[bool, typer.Option(help="Measure the loss on the run's held-out questions.")] = True,
     base: Base = None,
     layers: Annotated[bool, typer.Option("--layers", help="Show every layer.")] = False,
@@ -67,12 +65,12 @@ def convert(
 ) -> None:
     """Approximate a SMoA adapter by a LoRA, and measure what that loses of the update and of the task."""
     with reporting():
-        from smoa.conversion import RankRule
         from smoa_lab.convert import convert_run
         from smoa_lab.pages.tables import Table
 
-        rule = RankRule(rank, energy, error)
-        result = convert_run(adapter, output, rule, base, uniform_rank, score)
+        if (rank is not None and energy is not None) or (kept := energy if rank is None else rank) is None:
+            raise failed("give --rank or --energy")
+        result = convert_run(adapter, output, kept, base, score)
         if json:
             print_json(result)
             return
@@ -84,14 +82,11 @@ def convert(
             f"{result['adapter_parameters']:,}); ‖ΔW − BA‖/‖ΔW‖ = {result['error']:.3f} over all layers."
         )
         if (loss := result["loss"]) is not None:
-            kept = loss["gain_kept"]
-            share = (
-                "the adapter gained nothing" if kept is None else f"{100 * kept:.0f} % of the adapter's gain is kept"
-            )
+            gain = loss["gain_kept"]
+            share = "" if gain is None else f"; {100 * gain:.0f} % of the adapter's gain is kept"
             typer.echo(
-                f"Loss on {loss['questions']} held-out questions or rows: base {loss['base']:.3f}, adapter "
-                f"{loss['adapter']:.3f}, LoRA {loss['lora']:.3f} (change {loss['lora_change']:+.3f} ± "
-                f"{loss['lora_change_stderr']:.3f}); {share}."
+                f"Held-out loss: base {loss['base']:.3f}, adapter {loss['adapter']:.3f}, LoRA {loss['lora']:.3f} "
+                f"(change {loss['lora_change']:+.3f} ± {loss['lora_change_stderr']:.3f}){share}."
             )
 
 

@@ -41,7 +41,6 @@ def test_all_is_what_is_exported() -> None:
     [
         ("analysis", "UpdateSize UpdateSpectrum effective_rank numerical_rank stable_rank update_size update_spectrum"),
         ("budget", "TrainingMemory adapter_bytes rank_bound trainable_parameters training_memory"),
-        ("conversion", "ConvertedLayer LoraConversion RankRule convert_to_lora"),
         ("hotswap", "hotswap_adapter"),
     ],
 )

@@ -13,7 +13,6 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from smoa import SmoaConfig
-from smoa.conversion import convert_to_lora
 from smoa.layers.kinds import Convolution, Embedding
 from smoa.layers.linear import Linear
 from tests.support.decompositions import NoDecomposition
@@ -77,21 +76,6 @@ def test_a_model_is_a_no_op_then_learns_then_is_saved_loaded_and_merged(tower: s
     merged = loaded.merge_and_unload(safe_merge=True)
     assert not layers_of(merged)
     assert_close(output(merged, tower), trained)
-
-
-@pytest.mark.parametrize("tower", ["clip", "convnext", "qwen2_5_vl"])
-def test_a_lora_of_full_rank_says_the_same(tower: str, tmp_path: Path) -> None:
-    unfit = ("dwconv", "conv1", "conv2")  # grouped, or read by Whisper, which fails with PEFT's LoRA
-    targets = [name for name in TOWERS[tower].targets if name not in unfit]
-    model = adapted(tower, target_modules=targets)
-    convert_to_lora(model, error=0.0).save(tmp_path)
-    lora = PeftModel.from_pretrained(build_tower(tower), tmp_path).eval()
-    assert_close(output(lora, tower), output(model, tower))
-
-
-def test_grouped_convolutions_are_not_converted_to_lora() -> None:
-    with pytest.raises(TypeError, match=r"layers\.0\.dwconv.* groups"):
-        convert_to_lora(adapted("convnext"), rank=2)
 
 
 @pytest.mark.parametrize(("model", "tower"), [("gemma3", "model.vision_tower"), ("qwen2_5_vl", "model.visual")])

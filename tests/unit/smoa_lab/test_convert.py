@@ -6,19 +6,22 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from transformers import LlamaForCausalLM
 
 from smoa import SmoaConfig
-from smoa.conversion import RankRule
-from smoa.errors import ConfigError
+from smoa.errors import ConfigError, UnsupportedModuleError, UnsupportedVersionError
 from smoa_lab import convert as convert_module
 from smoa_lab.config.run import check_config
-from smoa_lab.convert import Converter, convert_run
+from smoa_lab.convert import convert_run
 from smoa_lab.training.run_folder import RunFolder
-from tests.support import lab
+from tests.support import lab, tiny_models
+from tests.support.tolerance import assert_close
 
+pytestmark = pytest.mark.skipif(not hasattr(peft, "convert_to_lora"), reason="this PEFT has no convert_to_lora")
 ADAPTER = {"r": 4, "num_blocks": 2, "target_modules": ["q_proj", "v_proj"]}
 
 
@@ -30,42 +33,113 @@ def values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     )
 
 
-def finished_run(values: dict[str, Any]) -> Path:
+def finished_run(values: dict[str, Any], init_weights: bool = False) -> Path:
     """A folder as a run of that config leaves it, with an adapter of random factors."""
     run = RunFolder(Path(values["training"]["output_dir"]))
     base = LlamaForCausalLM.from_pretrained(values["model"]["name"])
-    config = SmoaConfig(**ADAPTER, init_weights=False, task_type="CAUSAL_LM")
+    config = SmoaConfig(**ADAPTER, init_weights=init_weights, task_type="CAUSAL_LM")
     get_peft_model(base, config).save_pretrained(run.adapter)
     run.config.write_text(check_config(values).to_yaml())
     return run.path
 
 
 def test_a_higher_rank_keeps_more_of_update_and_task(values: dict[str, Any], tmp_path: Path) -> None:
-    converter = Converter(finished_run(values))
-    before = converter.base_losses
-    points = [converter.cut(RankRule(rank=rank), tmp_path / f"rank-{rank}") for rank in (1, 4, 32)]
-    assert [point["rank"] for point in points][:2] == [1, 4]
+    run = finished_run(values)
+    points = [convert_run(run, tmp_path / f"rank-{rank}", rank) for rank in (1, 4, 999)]
+    assert [point["rank"] for point in points] == [1, 4, 32]  # the smaller side of the larger layer
     assert points[0]["error"] > points[1]["error"] > points[2]["error"]
     assert points[2]["error"] < 1e-6
     changes = [abs(point["loss"]["lora_change"]) for point in points]
     assert changes[2] < 1e-5 < changes[0]
     assert points[2]["loss"]["gain_kept"] == pytest.approx(1.0, abs=1e-3)
-    assert converter._losses(converter.base) == before
-    for spectrum in converter.spectra.layers.values():
-        needed = [RankRule(error=error).choose(spectrum.values) for error in (0.5, 0.3, 0.1, 0.05)]
-        assert needed == sorted(needed)
-        assert len(spectrum.rows) == 2
 
 
 def test_an_adapter_that_learned_nothing_has_no_gain_to_keep(values: dict[str, Any], tmp_path: Path) -> None:
-    converter = Converter(finished_run(values))
-    converter.adapter_losses = converter.base_losses
-    assert converter.cut(RankRule(rank=2), tmp_path / "lora")["loss"]["gain_kept"] is None
+    run = finished_run(values, init_weights=True)
+    report = convert_run(run, tmp_path / "lora", 0.9)
+    assert report["loss"]["gain_kept"] is None
+    assert (report["rank"], report["error"]) == (1, 0.0)
+
+
+@pytest.mark.parametrize("rank", [3, 0.7])
+def test_the_errors_that_are_reported_are_those_of_the_loaded_lora(
+    rank: float, values: dict[str, Any], tmp_path: Path
+) -> None:
+    run = finished_run(values)
+    report = convert_run(run, tmp_path / "lora", rank, score=False)
+    ours, theirs = (
+        PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(values["model"]["name"]), folder)
+        for folder in (RunFolder(run).adapter, tmp_path / "lora")
+    )
+    error, total = 0.0, 0.0
+    for layer in report["layers"]:
+        wanted, found = (
+            model.base_model.model.get_submodule(layer["module"]).get_delta_weight("default").detach()
+            for model in (ours, theirs)
+        )
+        difference, norm = float((found - wanted).norm()), float(wanted.norm())
+        assert layer["error"] == pytest.approx(difference / norm, rel=1e-3)
+        assert isinstance(rank, int) or 1 - layer["error"] ** 2 >= rank
+        error, total = error + difference**2, total + norm**2
+    assert report["error"] == pytest.approx((error / total) ** 0.5, rel=1e-3)
+    assert report["parameters"] == sum(p.numel() for name, p in theirs.named_parameters() if ".lora_" in name)
+
+
+def saved_adapter(folder: Path, family: str = "llama", **config: Any) -> PeftModel:
+    """An adapter in ``folder``, whose biases and whole modules were trained too, and its base in ``folder/base``."""
+    base = tiny_models.build(family)
+    base.save_pretrained(folder / "base")
+    lab.byte_tokenizer().save_pretrained(folder / "base")
+    base.name_or_path = str(folder / "base")
+    options = {"r": 4, "num_blocks": 2, "init_weights": False, "task_type": "CAUSAL_LM"} | config
+    model = get_peft_model(base, SmoaConfig(**options)).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "smoa_" not in name:
+            nn.init.normal_(parameter)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("gpt2", {"target_modules": ["c_attn", "c_proj"], "bias": "smoa_only", "modules_to_save": ["ln_f"]}),
+        ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["mlp"], "revision": "v2"}),
+        ("llama", {"target_modules": ["q_proj", "lm_head"], "trainable_token_indices": [3, 5]}),
+    ],
+)
+def test_what_was_trained_besides_comes_along(family: str, config: dict[str, Any], tmp_path: Path) -> None:
+    model = saved_adapter(tmp_path / "adapter", family, **config)
+    base = str(tmp_path / "adapter" / "base")
+    convert_run(tmp_path / "adapter", tmp_path / "lora", 999, base=base)
+    lora = PeftModel.from_pretrained(tiny_models.build(family), tmp_path / "lora").eval()
+    assert lora.peft_config["default"].revision == config.get("revision")
+    assert_close(tiny_models.logits(lora, family), tiny_models.logits(model, family))
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
+def test_layers_that_are_not_linear_are_refused_with_the_remedy(tmp_path: Path) -> None:
+    saved_adapter(tmp_path / "adapter", target_modules=["q_proj", "embed_tokens"])
+    with pytest.raises(UnsupportedModuleError, match=r"embed_tokens: PEFT converts linear layers only; merge"):
+        convert_run(tmp_path / "adapter", tmp_path / "lora", 2)
+    assert not (tmp_path / "lora").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 0.0, 1.5])
+def test_a_rank_that_is_none_is_refused(rank: float, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="must be a positive integer, or a share"):
+        convert_run(tmp_path, tmp_path / "lora", rank)
+
+
+def test_a_peft_that_converts_nothing_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delattr(peft, "convert_to_lora")
+    with pytest.raises(UnsupportedVersionError, match=r"has no convert_to_lora; install peft 0\.19 or later"):
+        convert_run(tmp_path, tmp_path / "lora", 2)
 
 
 def test_without_held_out_questions_the_task_is_not_scored(values: dict[str, Any], tmp_path: Path) -> None:
     values["data"]["test_examples"] = 0
-    report = convert_run(finished_run(values), tmp_path / "lora", RankRule(rank=2))
+    report = convert_run(finished_run(values), tmp_path / "lora", 2)
     assert report["loss"] is None
     assert report["rank"] == 2
     assert (tmp_path / "lora" / "adapter_config.json").is_file()
@@ -74,9 +148,8 @@ def test_without_held_out_questions_the_task_is_not_scored(values: dict[str, Any
 def test_scoring_can_be_left_out_and_a_local_base_is_named_in_the_loras_config_only(
     values: dict[str, Any], tmp_path: Path
 ) -> None:
-    report = convert_run(finished_run(values), tmp_path / "lora", RankRule(error=0.1), score=False)
+    report = convert_run(finished_run(values), tmp_path / "lora", 0.99, score=False)
     assert report["loss"] is None
-    assert report["error"] <= 0.1
     assert lab.files_with(tmp_path, tmp_path / "lora") == {"adapter_config.json"}
 
 
@@ -89,7 +162,7 @@ def test_a_packaged_base_is_named_by_what_it_was_made_from(
     cached.parent.mkdir(parents=True)
     Path(values["model"]["name"]).rename(cached)
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(cached)}))
-    convert_run(run, tmp_path / "lora", RankRule(rank=2), score=False)
+    convert_run(run, tmp_path / "lora", 2, score=False)
     assert lab.files_with(tmp_path, tmp_path / "lora") == set()
     assert LoraConfig.from_pretrained(tmp_path / "lora").base_model_name_or_path == "google/gemma-3-270m"
 
@@ -98,7 +171,7 @@ def test_a_packaged_base_is_named_by_what_it_was_made_from(
 def test_another_base_takes_the_place_of_the_runs(values: dict[str, Any], tmp_path: Path) -> None:
     run = finished_run(values)
     Path(values["model"]["name"]).rename(tmp_path / "moved")
-    report = convert_run(run, tmp_path / "lora", RankRule(rank=2), base=str(tmp_path / "moved"))
+    report = convert_run(run, tmp_path / "lora", 2, base=str(tmp_path / "moved"))
     assert report["loss"] is not None
 
 
@@ -109,5 +182,5 @@ def test_an_adapter_of_another_method_is_refused_by_its_type(
     get_peft_model(base, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
     monkeypatch.setattr(convert_module, "load_base_model", pytest.fail)
     with pytest.raises(ConfigError, match="adapter: is an adapter of the type LORA; only SMoA's are converted"):
-        convert_run(tmp_path / "adapter", tmp_path / "lora", RankRule(rank=2))
+        convert_run(tmp_path / "adapter", tmp_path / "lora", 2)
     assert not (tmp_path / "lora").exists()
