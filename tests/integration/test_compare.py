@@ -12,12 +12,10 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from smoa.errors import ConfigError
 from smoa_lab.cli.main import app
 from smoa_lab.study.comparison import Comparison, load_study
 from smoa_lab.study.report import report
 from smoa_lab.study.runner import Runner
-from smoa_lab.study.trials import TrialStore, own_files
 from tests.support import lab
 
 # Not ours: a deprecation between transformers and peft.
@@ -30,7 +28,6 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     room = tmp_path_factory.mktemp("room")
     lab.tiny_base(room / "base")
     lab.fill_cache(room / "cache", lab.questions(40, "train"), lab.questions(6, "test"))
-    lab.fill_cache(room / "cache", lab.questions(4, "train", "piqa"), lab.questions(4, "test", "piqa"), "piqa")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SMOA_CACHE", str(room / "cache"))
         yield room
@@ -47,7 +44,6 @@ def values(room: Path, tmp_path: Path) -> dict[str, Any]:
             "data": {"tasks": ["arc_easy"], "train_examples": 8, "validation_examples": 2},
             "training": {"max_steps": 1, "per_device_train_batch_size": 2, "save_strategy": "no", "use_cpu": True},
         },
-        "elsewhere": {"tasks": ["piqa"]},
         "tuning": {"max_runs": 0},
         "seeds": [0],
         "entries": {
@@ -76,7 +72,6 @@ def test_a_study_is_run_reported_and_never_run_twice(
     assert rows["ours"]["loss_difference"] is None
     assert rows["lora"]["loss_difference"]["verdict"] in ("better", "same", "worse")
     assert rows["lora"]["seeds"] == [0, 1]
-    assert rows["lora"]["elsewhere"] > 0
     folder = tmp_path / "study"
     assert len(list(folder.glob("tuning/*/*.json"))) == 6
     assert len(list(folder.glob("final/*/*.json"))) == 4
@@ -90,37 +85,6 @@ def test_a_study_is_run_reported_and_never_run_twice(
 
     monkeypatch.setattr(Runner, "run", lambda *args: pytest.fail("a finished trial is run again"))
     Comparison(load_study(file)).run()
-
-
-def test_a_packed_study_goes_on_where_it_stopped(
-    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def compared(*options: str) -> Any:
-        ran = CliRunner().invoke(app, ["compare", str(file), "--json", *options], catch_exceptions=False)
-        assert ran.exit_code == 0, ran.output
-        return json.loads(ran.stdout)
-
-    values["entries"]["lora"]["budget"] = "other"
-    file = study_file(values, tmp_path)
-    first = compared("--pack", "--only", "other")
-    assert [(row["entry"], row["seeds"]) for row in first] == [("lora", [0])]
-    store = TrialStore(tmp_path / "study")
-    assert not own_files(store.folder)
-    whole_run, ran = Runner.run, []
-    monkeypatch.setattr(Runner, "run", lambda *args: ran.append((args[1].method, args[3])) or whole_run(*args))
-    study_file(values | {"seeds": [0, 1]}, tmp_path)
-    rows = compared()
-    assert ran == [("smoa", 0), ("smoa", 1), ("lora", 1)]
-    assert len(own_files(store.folder)) == 3
-    assert compared("--report-only", "--pack") == rows
-    assert not own_files(store.folder)
-    assert store.names() == [
-        *(f"final/{name}-seed-{seed}" for name in ("lora/lr-0.003", "ours/lr-0.01") for seed in (0, 1)),
-        "untouched",
-    ]
-    values["shared"]["training"]["max_steps"] = 2
-    with pytest.raises(ConfigError, match=r"runs\.jsonl\.gz: final/ours/\S+: was run with other values of training"):
-        Comparison(load_study(study_file(values, tmp_path))).run()
 
 
 def test_a_killed_trial_is_run_again(values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoTokenizer,
-    BertConfig,
-    BertModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -113,28 +111,10 @@ def steps(number: int, **training: Any) -> dict[str, Any]:
     return {"max_steps": number, "per_device_train_batch_size": 2, "logging_steps": 1, **training}
 
 
-def tiny_encoder(folder: Path) -> Path:
-    """A BERT of two layers without a head and its tokenizer, saved as a base for classification."""
-    tokenizer = byte_tokenizer()
-    torch.manual_seed(0)
-    without_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=128, **SIZES, **without_dropout)
-    return saved(BertModel(config), tokenizer, folder)
-
-
 def questions(number: int, part: str, task: str = "arc_easy") -> list[Row]:
     """Sums in words: enough for the machinery, and every one different."""
     return [
         choice_question(task, f"{part}-{i}", f"In {part}, what is {i} plus one?", [str(i), str(i + 1), "none"], 1)
-        for i in range(number)
-    ]
-
-
-def verdicts(number: int, part: str, task: str = "headlines") -> list[Row]:
-    """Lines that are one of two classes, the same two for all."""
-    choices = ("serious", "sarcastic")
-    return [
-        choice_question(task, f"{part}-{i}", f"In {part} line {i} is {choices[i % 2]}.", choices, i % 2)
         for i in range(number)
     ]
 

@@ -6,20 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from smoa_lab.data.rows import question
-from smoa_lab.study.comparison import runner_of
 from smoa_lab.study.results import Row
+from smoa_lab.study.runner import Runner
 from smoa_lab.study.statistics import Difference, Interval
 from smoa_lab.study.study import Entry, Study
 from smoa_lab.study.trials import Trial, TrialStore
-from tests.support import lab
 
-ENCODER_ADAPTER = {"r": 4, "num_blocks": 2, "target_modules": ["query", "value"]}
+ADAPTER = {"r": 4, "num_blocks": 2, "target_modules": ["q_proj", "v_proj"]}
 
 
 def entry(method: str = "smoa", **values: Any) -> Entry:
-    """An entry of a study of tiny encoders."""
-    return Entry(method=method, learning_rate=0.01, **{"adapter": ENCODER_ADAPTER} | values)
+    """An entry of a study of tiny models."""
+    return Entry(method=method, learning_rate=0.01, **{"adapter": ADAPTER} | values)
 
 
 QUESTIONS = 40
@@ -40,9 +38,9 @@ def tiny_study(folder: Path) -> Study:
 
 def finish(study: Study, trial: Trial, loss: float | None, **values: Any) -> None:
     """Store the result of a trial, with the same loss on every question; None is a run that diverged."""
-    runner = runner_of(study)
+    config = Runner(study.shared).config(study.entries[trial.entry], trial.learning_rate, trial.seed)
     result = {
-        "config": runner.stored_config(runner.config(study.entries[trial.entry], trial.learning_rate, trial.seed)),
+        "config": config.model_dump(mode="json"),
         "parameters": 1000,
         "seconds": 7.0,
         "scores": {"all": {"gold_loss": loss, "accuracy": 0.5, "majority": None}},
@@ -75,7 +73,6 @@ def row(entry: str = "lora", **values: Any) -> Row:
         "accuracy_spread": 0.1,
         "accuracy_interval": Interval(0.5, 0.4, 0.6),
         "task_accuracy": {"csqa": 0.5},
-        "elsewhere": None,
         "seconds": 7.0,
         "accuracy_difference": None,
         "loss_difference": Difference(0.5, 0.25, 0.75, "worse"),
@@ -102,56 +99,6 @@ def finish_a_study(study: Study) -> None:
 
 def finish_untouched(study: Study, **values: Any) -> None:
     """Store a result of the untouched model."""
-    runner = runner_of(study)
-    config = runner.stored_config(runner.untouched_config(next(iter(study.entries.values()))))
+    config = Runner(study.shared).untouched_config(next(iter(study.entries.values()))).model_dump(mode="json")
     study.folder.mkdir(parents=True, exist_ok=True)
     (study.folder / "untouched.json").write_text(json.dumps({"config": config, **values}))
-
-
-def tiny_sequence(room: Path) -> dict[str, Any]:
-    """The values of a study that learns questions of one task after those of another, on a tiny model in ``room``."""
-    for task in ("arc_easy", "piqa"):
-        parts = (lab.questions(number, f"{task} {part}", task) for part, number in (("train", 12), ("test", 3)))
-        lab.fill_cache(room / "cache", *parts, task)
-    prose = [question("prose", str(i), f"Title {i}", "Some words of a text. " * (i + 1)) for i in range(3)]
-    lab.fill_cache(room / "cache", prose, prose[:2], "prose")
-    training = {"max_steps": 2, "per_device_train_batch_size": 4, "save_strategy": "no", "use_cpu": True}
-    adapter = {"r": 4, "num_blocks": 2, "target_modules": ["q_proj", "v_proj"]}
-    return {
-        "kind": "sequence",
-        "folder": str(room / "study"),
-        "first": {"data": {"tasks": ["arc_easy"], "validation_examples": 0}, "learning_rate": 1e-3},
-        "shared": {
-            "model": {"name": str(lab.tiny_base(room / "base"))},
-            "data": {"tasks": ["piqa"], "validation_examples": 0},
-            "training": training,
-        },
-        "other_domain": {"tasks": ["prose"]},
-        "tuning": {"sweep": [0.003, 0.01], "per_decade": 2},
-        "seeds": [0],
-        "entries": {
-            "ours": {"method": "smoa", "adapter": adapter, "learning_rate": 0.01},
-            "full": {"method": "full", "learning_rate": 0.001, "sweep": [0.001, 0.001]},
-        },
-    }
-
-
-def finish_in_turn(study: Study, trial: Trial, second: float | None, first: float, **values: Any) -> None:
-    """Store the result of a sequence's trial, with these losses on every question; None is a run that diverged."""
-    nll = [first + i / QUESTIONS for i in range(QUESTIONS)]
-    scores = {"all": {"gold_loss": sum(nll) / QUESTIONS, "accuracy": 0.5}}
-    figures = ("relative_norm", "relative_spectral_norm", "stable_rank", "intruders")
-    of_first = {
-        "first": {
-            "scores": scores,
-            "questions": {
-                "task": ["csqa"] * QUESTIONS,
-                "nll": nll,
-                "tokens": [1] * QUESTIONS,
-                "right": [1] * QUESTIONS,
-            },
-        },
-        "forgot": {"first": {"mean": first, "stderr": 0.1}, "elsewhere": {"mean": 0.1 * first, "stderr": 0.01}},
-        "change": {figure: {"mean": first, "max": 2 * first} for figure in figures},
-    }
-    finish(study, trial, second, **of_first | values)

@@ -25,23 +25,17 @@ def compare(
         str | None, typer.Option("--ray-address", help="Run on the Ray cluster at this HOST:PORT, or auto.")
     ] = None,
     report_only: Annotated[bool, typer.Option("--report-only", help="Run nothing; report the finished runs.")] = False,
-    pack: Annotated[
-        bool, typer.Option("--pack", help="Afterwards move all finished runs into one compressed file, runs.jsonl.gz.")
-    ] = False,
     trust_remote_code: TrustRemoteCode = False,
     json: AsJson = False,
 ) -> None:
     """Tune all methods by the same search, run each with fresh seeds, and report which is better, same or worse."""
     on_ray = workers > 1 or ray_address is not None
     with reporting():
-        import transformers
-
         from smoa.atomic import check_place
         from smoa.errors import ConfigError
         from smoa_lab.study.comparison import Comparison, load_study
         from smoa_lab.study.ray_executor import RayExecutor
         from smoa_lab.study.report import report
-        from smoa_lab.study.trials import pack as pack_runs
 
         if report_only and (only or on_ray):
             raise ConfigError(
@@ -49,7 +43,6 @@ def compare(
             )
         checked = load_study(study, overrides)
         check_place(checked.folder / "summary.json")
-        transformers.utils.logging.set_verbosity_error()  # a line for every new classification head
         if not report_only:
             comparison = Comparison(checked)
             if on_ray:  # Ray reports dead workers on stdout, which is kept free for results
@@ -57,8 +50,6 @@ def compare(
                     comparison.run(only or [], executor)
             else:
                 comparison.run(only or [])
-        if pack:
-            pack_runs(checked.folder)
         made = report(checked)
         if json:
             print_json(made.summary)

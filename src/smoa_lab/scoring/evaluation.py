@@ -257,11 +257,6 @@ def text_length(config: PretrainedConfig) -> int:
     return min(TEXT_TOKENS, positions_of(config) or TEXT_TOKENS)
 
 
-def whole_text(row: Row) -> str:
-    """A question as plain text without a template: context, prompt and answer, one below the other."""
-    return "\n".join(str(part) for part in (row.context, row.prompt, row.completion) if part)
-
-
 def text_losses(model: Any, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Losses:
     """The losses of plain texts, over all their tokens; a model without a BOS token is given the first one.
 

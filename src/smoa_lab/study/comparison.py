@@ -15,23 +15,14 @@ from filelock import Timeout
 from smoa.errors import ConfigError
 from smoa_lab.config.run import ConfigText, RunConfig
 from smoa_lab.config.validation import block_problems
-from smoa_lab.study.runner import ClassificationRunner, Part, Runner
+from smoa_lab.study.runner import Part, Runner
 from smoa_lab.study.search import Tuned, first_index, nearest_index, next_indices, rate, sweep_of
-from smoa_lab.study.sequence import SequenceRunner
 from smoa_lab.study.study import Study
 from smoa_lab.study.trials import Job, Result, Trial, TrialStore, Untouched
 
 logger = logging.getLogger(__name__)
 POLL_SECONDS = 1.0
 """How long a process that finds no free job waits before it looks again."""
-
-
-def runner_of(study: Study) -> Runner:
-    """What trains and scores one entry of the study."""
-    if study.kind == "sequence":
-        return SequenceRunner(study)
-    kind = ClassificationRunner if study.kind == "classification" else Runner
-    return kind(study.shared, study.other_domain)
 
 
 def load_study(path: str | Path, overrides: list[str] | None = None) -> Study:
@@ -45,14 +36,8 @@ def load_study(path: str | Path, overrides: list[str] | None = None) -> Study:
     values = {"folder": f"studies/{file.stem}", **text.values}
     text.refuse(block_problems(Study, values))
     study = Study.model_validate(values)
-    runner = runner_of(study)
     for name, entry in study.entries.items():
-        place = f"{file}: entries.{name}"
-        config = runner.config(entry, entry.learning_rate, seed=0, place=place)
-        if isinstance(runner, SequenceRunner):
-            runner.between_configs(config, place)
-    if isinstance(runner, SequenceRunner):
-        runner.first_config(place=f"{file}: first")
+        Runner(study.shared).config(entry, entry.learning_rate, seed=0, place=f"{file}: entries.{name}")
     return study
 
 
@@ -84,14 +69,13 @@ class Executor:
 class Comparison:
     """Runs what is missing of a study; every finished run counts, and a killed one is run again or resumed.
 
-    Results choose jobs, and the order in which they come does not: many workers run the very trials that one runs. In
-    a sequence every rate is scored on the test part: nothing is chosen, so nothing is searched.
+    Results choose jobs, and the order in which they come does not: many workers run the very trials that one runs.
     """
 
-    def __init__(self, study: Study, runner: Runner | None = None) -> None:
+    def __init__(self, study: Study) -> None:
         self.study = study
         self.store = TrialStore(study.folder)
-        self.runner = runner or runner_of(study)
+        self.runner = Runner(study.shared)
         self.finished: set[Job] = set()
         self._losses: dict[str, dict[int, float | None]] = {}
         self._configs: dict[str, dict[str, Any]] = {}
@@ -143,15 +127,8 @@ class Comparison:
             for turn, trial in enumerate(self.search(name))
         ]
         searches = [trial for _, trial in sorted(turns, key=itemgetter(0))]
-        rates: dict[str, list[float]] = {}
-        for name in names:
-            if self.study.kind == "sequence":
-                rates[name] = [rate(index) for index in sweep_of(self.study, name)]
-            else:
-                rates[name] = [] if self.search(name) else [self.tuned(name).learning_rate]
-        finals = [
-            Trial("final", name, value, seed) for seed in self.study.seeds for name in names for value in rates[name]
-        ]
+        rates = {name: self.tuned(name).learning_rate for name in names if not self.search(name)}
+        finals = [Trial("final", name, value, seed) for seed in self.study.seeds for name, value in rates.items()]
         jobs: list[Job] = [Untouched(), *searches, *finals]
         return [job for job in jobs if job not in self.finished]
 
@@ -170,7 +147,7 @@ class Comparison:
     def search(self, name: str) -> list[Trial]:
         """The trials that an entry's search needs next; none when it is over."""
         tuning, losses = self.study.tuning, self._losses.get(name, {})
-        if self.study.kind == "sequence" or tuning.max_runs == 0:
+        if tuning.max_runs == 0:
             return []
         if tuning.sweep is None:
             start = first_index(self.study.entries[name].learning_rate)
@@ -214,12 +191,11 @@ class Comparison:
         """What is stored of a job's config. An entry's trials differ in rate and seed alone; of the untouched model any
         training will do, since none took place."""
         if isinstance(job, Untouched):
-            wanted, stored = self.runner.stored_config(self._untouched_config()), self.store.find(job.name)
+            wanted, stored = self._untouched_config().model_dump(mode="json"), self.store.find(job.name)
             return wanted if stored is None else {**wanted, "training": stored["config"]["training"]}
         if job.entry not in self._configs:
             entry = self.study.entries[job.entry]
-            known = self.runner.config(entry, entry.learning_rate, seed=0)
-            self._configs[job.entry] = self.runner.stored_config(known)
+            self._configs[job.entry] = self.runner.config(entry, entry.learning_rate, seed=0).model_dump(mode="json")
         config = self._configs[job.entry]
         return {**config, "training": {**config["training"], "learning_rate": job.learning_rate, "seed": job.seed}}
 
@@ -238,15 +214,11 @@ class Comparison:
                 self.finish(trial, run)
         return self.tuned(name) if name in self._losses else None
 
-    def stored_finals(self, name: str, is_shown: Callable[[float], bool] = lambda rate: True) -> list[Result]:
-        """The final runs of an entry with the study's seeds, by name, at the learning rates for which ``is_shown`` is
-        true.
+    def stored_finals(self, name: str, learning_rate: float) -> dict[int, Result]:
+        """The final runs of an entry at a learning rate, by their seeds, of those of the study.
 
         Raises:
             ConfigError: one of them was run with other settings than the study's.
         """
-        runs = [self.store.find(run) or {} for run in self.store.names(f"final/{name}/")]
-        trainings = [run["config"]["training"] for run in runs]
-        shown = [each for each in trainings if each["seed"] in self.study.seeds and is_shown(each["learning_rate"])]
-        trials = [Trial("final", name, each["learning_rate"], each["seed"]) for each in shown]
-        return [run for trial in trials if (run := self.stored(trial)) is not None]
+        trials = {seed: Trial("final", name, learning_rate, seed) for seed in self.study.seeds}
+        return {seed: run for seed, trial in trials.items() if (run := self.stored(trial)) is not None}

@@ -10,7 +10,6 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -18,21 +17,18 @@ from smoa import SmoaConfig
 from smoa.atomic import write_whole
 from smoa_lab.pages.charts import name_of, save_pictures
 from smoa_lab.pages.tables import Cell, Table, number
-from smoa_lab.pages.templates import SCRIPT, Figure, page, write_page
+from smoa_lab.pages.templates import Figure, page, write_page
 from smoa_lab.study import charts
 from smoa_lab.study.comparison import Comparison
-from smoa_lab.study.results import Row, as_json, from_json, rows_of
-from smoa_lab.study.runner import Runner as Runner
-from smoa_lab.study.sequence_report import sequence_sections, sequence_summary, sequence_title
+from smoa_lab.study.results import Row, as_json, rows_of
 from smoa_lab.study.statistics import Difference
 from smoa_lab.study.study import Study
-from smoa_lab.study.trials import PACK, TrialStore, Untouched, shell_command
+from smoa_lab.study.trials import TrialStore, Untouched
 
 BUDGET = "Budget: "
 BY_TASK = "Accuracy % by task"
 EVERY_RUN = "Every run"
-PICTURES = {"Differences": "differences.png", "Kept against learned": "frontier.png"}
-"""The files of the charts by their headings."""
+PICTURE = "differences.png"
 DIFFERENCES = (
     "Test loss minus the reference's, with its interval. Filled points differ after Holm's correction too. Entries are "
     "called by their method and by the settings that are not its defaults; K is the number of blocks."
@@ -51,7 +47,7 @@ INTRODUCTION = (
 )
 WHERE = (
     "The whole JSON of a run, with its config and the result of every question, is the file of that name in the "
-    f"study's folder or, once the study is packed, a line of {PACK}: "
+    "study's folder."
 )
 Sections = dict[str, Table | Figure]
 """The tables and charts of a report under their headings."""
@@ -72,73 +68,52 @@ class Report:
         tables = {title: table for title, table in self.sections.items() if isinstance(table, Table)}
         results = {title: table for title, table in tables.items() if title.startswith(BUDGET)}
         for title, table in results.items():
-            for column in ("lr", "runs", "elsewhere", "s"):
+            for column in ("lr", "runs", "s"):
                 table = table.without(column) if column in table.header else table
             results[title] = table
         return results or dict(list(tables.items())[:1])
 
-    def page(self, script: str = SCRIPT) -> str:
-        """The HTML. ``script`` leads to the script that draws charts."""
+    def page(self) -> str:
+        """The HTML."""
         sections = [(title, [content]) for title, content in self.sections.items()]
-        return page(self.title, sections, [*self.introduction, *self.notes], script)
+        return page(self.title, sections, [*self.introduction, *self.notes])
 
     def readme(self) -> str:
         """The Markdown, with the pictures that lie beside it."""
         parts = [f"# {self.title}", "Written by `smoa compare` from the stored runs; do not edit.", *self.introduction]
         for title, content in self.sections.items():
             if title != EVERY_RUN:  # README.md has no room for it
-                shown = content.markdown() if isinstance(content, Table) else f"![{title}]({PICTURES[title]})"
+                shown = content.markdown() if isinstance(content, Table) else f"![{title}]({PICTURE})"
                 parts += [f"## {title}", content.caption, shown]
             elif isinstance(content, Table):
                 parts.append(content.caption)
         return "\n\n".join([*parts, *self.notes]) + "\n"
 
 
-def report(study: Study, runner: Runner | None = None) -> Report:
-    """Write ``README.md``, ``index.html``, ``summary.json`` and pictures into the study's folder. ``runner`` ran it,
-    by default that of its kind.
+def report(study: Study) -> Report:
+    """Write ``README.md``, ``index.html``, ``summary.json`` and the picture into the study's folder.
 
     Raises:
         DataError: no final run is finished yet, or runs were asked different questions.
         ConfigError: a run was run with other settings than the study's.
     """
-    comparison = Comparison(study, runner)
+    comparison, folder = Comparison(study), study.folder
     comparison.stored(Untouched())  # raises ConfigError
-    if study.kind == "sequence":
-        title = sequence_title(study)
-        summary: Any = sequence_summary(comparison)
-        entries, notes = {run["entry"] for run in summary["runs"]}, []
-    else:
-        title, rows = f"{study.folder.name}: {study.kind} of {study.shared['model']['name']}", rows_of(comparison)
-        summary, entries = as_json(rows), {row.entry for row in rows}
-        notes = [f"The search of a learning rate: {_search_in_words(study)}."]
-    missing = [name for name in study.entries if name not in entries]
+    rows = rows_of(comparison)
+    introduction, sections = _sections(rows, comparison.store)
+    done = {row.entry for row in rows}
+    missing = [name for name in study.entries if name not in done]
+    notes = [f"The search of a learning rate: {_search_in_words(study)}."]
     notes += [f"Not run yet: {', '.join(missing)}."] if missing else []
-    folder = study.folder
-    write_whole(folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
-    made = stored_report(folder, title, notes)
-    write_report(made, folder)
-    return made
-
-
-def write_report(made: Report, folder: Path) -> None:
-    """Write the pictures, README.md and index.html of a report into the study's folder."""
-    for heading, content in made.sections.items():
+    title = f"{folder.name}: answers of {study.shared['model']['name']}"
+    made = Report(title, as_json(rows), [text for text in introduction if text], sections, notes)
+    write_whole(folder / "summary.json", json.dumps(made.summary, indent=1, allow_nan=False) + "\n")
+    for content in sections.values():
         if isinstance(content, Figure):
-            save_pictures(content.chart, folder / PICTURES[heading])
+            save_pictures(content.chart, folder / PICTURE)
     write_whole(folder / "README.md", made.readme())
     write_page(folder / "index.html", made.page())
-
-
-def stored_report(folder: Path, title: str, notes: Sequence[str] = ()) -> Report:
-    """The report of a study whose ``summary.json`` and runs are stored; nothing is computed anew."""
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    store = TrialStore(folder)
-    if isinstance(summary, dict):
-        introduction, sections = sequence_sections(summary, full_names(store))
-    else:
-        introduction, sections = _entry_sections(from_json(summary), store)
-    return Report(title, summary, [text for text in introduction if text], sections, notes)
+    return made
 
 
 def _search_in_words(study: Study) -> str:
@@ -157,8 +132,8 @@ def _search_in_words(study: Study) -> str:
     )
 
 
-def _entry_sections(rows: Sequence[Row], store: TrialStore) -> tuple[list[str], Sections]:
-    """Introduction and sections of a study whose entries were tuned."""
+def _sections(rows: Sequence[Row], store: TrialStore) -> tuple[list[str], Sections]:
+    """Introduction and sections."""
     untouched = store.find("untouched")
     budgets = {
         budget: [row for row in rows if row.budget == budget] for budget in dict.fromkeys(r.budget for r in rows)
@@ -171,17 +146,17 @@ def _entry_sections(rows: Sequence[Row], store: TrialStore) -> tuple[list[str], 
     sections |= {} if chart is None else {"Differences": Figure(chart, DIFFERENCES)}
     searched = {row.entry: row.search.losses for row in rows if row.search}
     if searched:
-        sections["Learning rates"] = by_rate(searched, store.names("tuning/"))
-    sections[EVERY_RUN] = _every_run(store, f"final/{rows[0].entry}/")
+        sections["Learning rates"] = _by_rate(searched, store.names("tuning/"))
+    sections[EVERY_RUN] = _every_run(store)
     introduction = f"{SEARCHED}{INTRODUCTION}" if searched else INTRODUCTION
     return [introduction, _untouched_sentence(untouched)], sections
 
 
 def _results(rows: Sequence[Row]) -> Table:
     """The entries of a budget, best loss first."""
-    reference, forgets = rows[0].reference, any(row.elsewhere is not None for row in rows)
+    reference = rows[0].reference
     header = ["entry", "trained", "lr", "runs", "seeds", "loss", "accuracy %"]
-    header += [f"loss − {reference}", "", f"accuracy % − {reference}", "", *["elsewhere"] * forgets, "s"]
+    header += [f"loss − {reference}", "", f"accuracy % − {reference}", "", "s"]
     lines = []
     for row in rows:
         search = row.search
@@ -199,7 +174,6 @@ def _results(rows: Sequence[Row]) -> Table:
             Cell(accuracy, row.accuracy),
             *_difference(row, row.loss_difference, 1, 4),
             *_difference(row, row.accuracy_difference, 100, 1),
-            *[number(row.elsewhere, 3)] * forgets,
             number(row.seconds, 0),
         ]
         lines.append(line)
@@ -228,7 +202,7 @@ def _by_task(rows: Sequence[Row], untouched: dict[str, Any] | None) -> Table:
     return Table(["entry", *tasks, "mean"], lines, "The mean over seeds.")
 
 
-def _every_run(store: TrialStore, example: str) -> Table:
+def _every_run(store: TrialStore) -> Table:
     """The lines that links lead to."""
     lines = []
     for name in store.names():
@@ -245,10 +219,10 @@ def _every_run(store: TrialStore, example: str) -> Table:
             ]
         )
     header = ["run", "loss", "accuracy %", "steps", "s", "machine", "commit"]
-    return Table(header, lines, WHERE + shell_command(example))
+    return Table(header, lines, WHERE)
 
 
-def by_rate(losses: Mapping[str, Mapping[float, float | None]], runs: Sequence[str] = ()) -> Table:
+def _by_rate(losses: Mapping[str, Mapping[float, float | None]], runs: Sequence[str]) -> Table:
     """The loss of each entry at each learning rate; None is a run that diverged. Losses lead to those of ``runs`` that
     they are from."""
     rates = sorted({rate for own in losses.values() for rate in own})
@@ -265,7 +239,7 @@ def by_rate(losses: Mapping[str, Mapping[float, float | None]], runs: Sequence[s
     return Table(["entry", *(f"{rate:g}" for rate in rates)], lines, RATES)
 
 
-def full_names(store: TrialStore, budgets: Mapping[str, str | int] | None = None) -> dict[str, str]:
+def full_names(store: TrialStore, budgets: Mapping[str, str]) -> dict[str, str]:
     """What pictures call each entry: its method and, of SMoA, K and the settings that are not the defaults. Its own
     name is added where another one of its budget, of ``budgets``, has the same."""
     names = {}
@@ -283,7 +257,7 @@ def full_names(store: TrialStore, budgets: Mapping[str, str | int] | None = None
                     *(f"{k}={adapter[k]}" for k in changed),
                 ]
                 names[entry] += f", {', '.join(settings)}{'' if changed else ' (default)'}"
-    shown = {e: (name, (budgets or {}).get(e)) for e, name in names.items()}
+    shown = {e: (name, budgets.get(e)) for e, name in names.items()}
     uses = Counter(shown.values())
     return {e: name if uses[shown[e]] == 1 or e == name.lower() else f"{name}: {e}" for e, name in names.items()}
 
@@ -300,6 +274,4 @@ def _untouched_sentence(untouched: dict[str, Any] | None) -> str:
     if scores["majority"] is not None:
         majority = fmean(of_task["majority"] for of_task in tasks)
         text += f"; the commonest label of each task is right in {100 * majority:.1f} %"
-    if untouched.get("elsewhere") is not None:
-        text += f"; its loss elsewhere is {untouched['elsewhere']:.3f}"
     return f"{text}."

@@ -9,7 +9,6 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
-from pydantic import TypeAdapter
 
 from smoa.errors import DataError
 from smoa_lab.basics.plain import finite
@@ -19,7 +18,6 @@ from smoa_lab.study.statistics import (
     Difference,
     Floats,
     Interval,
-    Number,
     accuracy_difference,
     accuracy_interval,
     check_paired,
@@ -45,13 +43,12 @@ class Row:
     learning_rate: float
     search: Tuned | None
     seeds: list[int]
-    loss: Number
-    loss_spread: Number
+    loss: float
+    loss_spread: float
     accuracy: float
     accuracy_spread: float
     accuracy_interval: Interval
     task_accuracy: dict[str, float]
-    elsewhere: float | None
     seconds: float | None
     loss_difference: Difference | None
     accuracy_difference: Difference | None
@@ -60,11 +57,6 @@ class Row:
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Plain values, with null for what a diverged run left without a number."""
     return [finite(asdict(row)) for row in rows]
-
-
-def from_json(values: Sequence[dict[str, Any]]) -> list[Row]:
-    """The rows of a stored summary: what :func:`as_json` wrote."""
-    return TypeAdapter(list[Row]).validate_python(values)
 
 
 def rows_of(comparison: Comparison) -> list[Row]:
@@ -79,8 +71,7 @@ def rows_of(comparison: Comparison) -> list[Row]:
     finals: dict[str, dict[int, Result]] = {}
     for name, search in searches.items():
         chosen = search.learning_rate if search else study.entries[name].learning_rate
-        runs = comparison.stored_finals(name, chosen.__eq__)
-        finals[name] = {run["config"]["training"]["seed"]: run for run in runs}
+        finals[name] = comparison.stored_finals(name, chosen)
     made = [store.find(run) or {} for name in study.entries for run in store.names(f"final/{name}/")]
     machine = Counter(map(_machine, made)).most_common(1)  # others take another time for the same work
     rows = [_row(study, name, searches[name], finals, machine[0][0]) for name in study.entries if finals[name]]
@@ -108,7 +99,6 @@ def _row(study: Study, name: str, search: Tuned | None, finals: dict[str, dict[i
     runs, reference = list(finals[name].values()), study.reference(name)
     reached = outcomes(runs)
     losses, accuracies = reached.mean_loss(), reached.accuracy()
-    away = [run["elsewhere"] for run in runs if run.get("elsewhere") is not None]
     timed = [run["seconds"] for run in runs if run["seconds"] is not None and _machine(run) == machine]
     tasks = [task for task in runs[0]["scores"] if task != "all"]
     shared = [seed for seed in finals[name] if seed in finals[reference]] if name != reference else []
@@ -131,7 +121,6 @@ def _row(study: Study, name: str, search: Tuned | None, finals: dict[str, dict[i
         accuracy_spread=_spread(accuracies),
         accuracy_interval=accuracy_interval(reached),
         task_accuracy={task: float(np.mean([run["scores"][task]["accuracy"] for run in runs])) for task in tasks},
-        elsewhere=float(np.mean(away)) if away else None,
         seconds=float(np.mean(timed)) if timed else None,
         loss_difference=loss_difference(*both) if both else None,
         accuracy_difference=accuracy_difference(*both) if both else None,

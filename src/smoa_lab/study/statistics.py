@@ -10,17 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BeforeValidator
 
 from smoa.errors import DataError
 
 Floats = NDArray[np.float64]
-Number = Annotated[float, BeforeValidator(lambda value: np.nan if value is None else value)]
-"""Stored summaries have null for what a diverged run left without a number."""
 Verdict = Literal["better", "same", "worse", "one seed"]
 RESAMPLES = 4000
 AT_ONCE = 100
@@ -51,9 +48,9 @@ class Outcomes:
 class Interval:
     """A mean over seeds and questions with its 95 % interval."""
 
-    mean: Number
-    low: Number
-    high: Number
+    mean: float
+    low: float
+    high: float
 
     def signed(self, scale: float, digits: int) -> str:
         """``mean [low, high]`` as text, with their signs; of a run that diverged there are none."""
@@ -99,9 +96,8 @@ def outcomes(results: Sequence[dict[str, Any]]) -> Outcomes:
 
 
 def check_paired(run: dict[str, Any], other: dict[str, Any]) -> None:
-    """Raise DataError unless both runs were asked the same questions, of a sequence's earlier tasks too, in the same
-    tokens."""
-    asked = [(of.get("sha256"), of.get("first", {}).get("sha256"), of["questions"]["tokens"]) for of in (run, other)]
+    """Raise DataError unless both runs were asked the same questions in the same tokens."""
+    asked = [(of.get("sha256"), of["questions"]["tokens"]) for of in (run, other)]
     if asked[0] != asked[1]:
         raise DataError(
             f"{run.get('name')} and {other.get('name')} were scored on different questions or by different "
@@ -189,12 +185,3 @@ def corrected(differences: Sequence[Difference | None]) -> list[Difference | Non
         lost = each.verdict in ("better", "worse") and least >= SIGNIFICANT
         changed[place] = replace(each, holm_p=least, holm_verdict="same" if lost else each.verdict)
     return changed
-
-
-def spearman(values: Sequence[float], others: Sequence[float]) -> float | None:
-    """The correlation of ranks, ties given their mean rank; None where one of both is constant."""
-    ranks = []
-    for side in (values, others):
-        _, place, counts = np.unique(side, return_inverse=True, return_counts=True)
-        ranks.append((np.cumsum(counts) - (counts - 1) / 2)[place])
-    return None if any(np.ptp(rank) == 0 for rank in ranks) else float(np.corrcoef(ranks[0], ranks[1])[0, 1])

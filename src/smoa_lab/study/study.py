@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, AliasChoices, Field, PositiveFloat, field_validator, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, field_validator, model_validator
 
-from smoa.errors import ConfigError, DataError
+from smoa.errors import ConfigError
 from smoa_lab.basics.section import Section, Seed
 from smoa_lab.config.methods import MethodName
-from smoa_lab.config.run import DataSection
 
 
 def _ascending(sweep: tuple[float, float]) -> tuple[float, float]:
@@ -27,7 +26,7 @@ Sweep = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_ascending
 class Entry(Section):
     """One method at one setting. ``learning_rate`` is where its search starts, ``budget`` the table it belongs to.
 
-    ``parameters``, if given, is the number it must train, a task head aside, to within 2 %. ``training``
+    ``parameters``, if given, is the number it must train, to within 2 %. ``training``
     and ``model`` are laid over the shared blocks. ``sweep`` replaces the study's, for methods that need other rates.
     """
 
@@ -39,24 +38,6 @@ class Entry(Section):
     training: dict[str, Any] = Field(default={})
     model: dict[str, Any] = Field(default={})
     sweep: Sweep | None = None
-
-
-class Between(Section):
-    """A task that every entry trains by its own method, rate and seed, between the first and the last one."""
-
-    data: dict[str, Any]
-    task: dict[str, Any] = Field(default={})
-    training: dict[str, Any] = Field(default={})
-
-
-class First(Between):
-    """How the first task is trained. ``model``, ``task`` and ``training`` are laid over the shared blocks."""
-
-    method: MethodName = "full"
-    adapter: dict[str, Any] = Field(default={})
-    learning_rate: float = Field(gt=0)
-    seed: Seed = 0
-    model: dict[str, Any] = Field(default={})
 
 
 class Tuning(Section):
@@ -77,23 +58,11 @@ class Study(Section):
     """A whole study. ``shared`` is a run's config but for method, adapter and learning rate.
 
     ``references`` are the entries to which the others of their budget are compared, by default the first one of each
-    budget. ``other_domain`` is a data block of one: the loss on its test part shows what was forgotten.
-
-    In a study of kind ``sequence`` every entry starts from the model that ``first`` trained, trains the tasks
-    ``between`` one after the other, and then that of ``shared``, with every seed at every rate of ``tuning.sweep``.
-    ``replay`` is how many rows of the first task are mixed into the training rows of the last.
+    budget.
     """
 
-    kind: Literal["answers", "classification", "sequence"] = "answers"
     folder: Path
-    first: First | None = None
-    between: list[Between] = Field(default=[])
-    replay: int = Field(default=0, ge=0)
     shared: dict[str, Any]
-    other_domain: DataSection | None = Field(
-        default=None,
-        validation_alias=AliasChoices("other_domain", "elsewhere"),  # of earlier releases
-    )
     entries: dict[str, Entry] = Field(min_length=1)
     references: list[str] = Field(default=[])
     tuning: Tuning = Tuning()
@@ -108,8 +77,8 @@ class Study(Section):
 
     @model_validator(mode="after")
     def _as_a_whole(self) -> Study:
-        """What no block knows by itself: names, and what the kind needs."""
-        entries, is_sequence = self.entries, self.kind == "sequence"
+        """What no block knows by itself."""
+        entries = self.entries
         bad = [name for name in entries if name in ("", ".", "..") or "/" in name or "\\" in name]
         if bad:
             raise ValueError(f"entries: {bad[0]!r} can't name a folder; leave out slashes")
@@ -119,21 +88,11 @@ class Study(Section):
         both = sorted({entry.budget for entry in entries.values()} & entries.keys())
         if both:
             raise ValueError(f"entries: {both[0]} is both an entry and a budget, so --only is ambiguous; rename one")
-        if is_sequence and self.first is None:
-            raise ValueError("first: is missing; a study of kind sequence trains its first task by it")
-        given = [key for key in ("first", "between", "replay") if getattr(self, key)]
-        if given and not is_sequence:
-            raise ValueError(f"{given[0]}: only studies of kind sequence have it, got kind {self.kind}; leave it out")
         sweeping = [name for name, entry in entries.items() if entry.sweep is not None]
-        if self.tuning.sweep is None and (is_sequence or sweeping):
-            why = "a study of kind sequence runs every rate of it" if is_sequence else f"entries.{sweeping[0]} has one"
-            raise ValueError(f"tuning.sweep: is missing; {why}; give [lowest, highest]")
+        if self.tuning.sweep is None and sweeping:
+            raise ValueError(f"tuning.sweep: is missing; entries.{sweeping[0]} has one; give [lowest, highest]")
         if not isinstance(self.shared.get("model"), dict):
             raise ValueError("shared.model: is missing; an entry's own model block only changes parts of it")
-        try:
-            _ = self.other_domain and self.other_domain.chosen()
-        except DataError as error:
-            raise ValueError(f"other_domain: {error}") from error
         return self
 
     def chosen(self, only: Sequence[str]) -> list[str]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from smoa_lab.study import equal_learning, statistics
+from smoa_lab.study import statistics
 from smoa_lab.study.study import Study
 from tests.support import lab, studies
 
@@ -19,26 +19,17 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
 
 @pytest.fixture
 def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What all runs of a study share: two steps on lines of two classes."""
+    """What all runs of a study share: two steps on questions."""
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
-    lab.fill_cache(tmp_path / "cache", lab.verdicts(40, "train"), lab.verdicts(8, "test"), "headlines")
+    lab.fill_cache(tmp_path / "cache", lab.questions(40, "train"), lab.questions(8, "test"))
     return {
-        "model": {"name": str(lab.tiny_encoder(tmp_path / "base"))},
-        "data": {"tasks": ["headlines"], "train_examples": 8, "validation_examples": 2},
-        "task": {"max_length": 64},
+        "model": {"name": str(lab.tiny_base(tmp_path / "base"))},
+        "data": {"tasks": ["arc_easy"], "train_examples": 8, "validation_examples": 2},
         "training": {"max_steps": 2, "per_device_train_batch_size": 4, "save_strategy": "no", "use_cpu": True},
     }
 
 
 @pytest.fixture
-def sequence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A study of two tasks in turn, as values; nothing is run yet."""
-    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "cache"))
-    return studies.tiny_sequence(tmp_path)
-
-
-@pytest.fixture
 def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of what is told, and not of how exact it is."""
-    for module in (statistics, equal_learning):
-        monkeypatch.setattr(module, "RESAMPLES", 400)
+    monkeypatch.setattr(statistics, "RESAMPLES", 400)

@@ -18,10 +18,9 @@ from filelock import FileLock
 from smoa.errors import ConfigError
 from smoa_lab.config.run import RunConfig
 from smoa_lab.study import comparison
-from smoa_lab.study.comparison import Comparison, load_study, runner_of
-from smoa_lab.study.runner import ClassificationRunner, Runner
+from smoa_lab.study.comparison import Comparison, load_study
+from smoa_lab.study.runner import Runner
 from smoa_lab.study.search import Tuned, first_index, nearest_index, next_indices, rate, sweep_of
-from smoa_lab.study.sequence import SequenceRunner
 from smoa_lab.study.study import Entry, Study, Tuning
 from smoa_lab.study.trials import Job, Result, Trial, TrialStore, Untouched
 from tests.support import lab
@@ -262,18 +261,24 @@ def load(values: dict[str, Any], folder: Path) -> Study:
     return load_study(file)
 
 
-@pytest.mark.parametrize("place", ["shared", "first", "entries.ours"])
-def test_no_study_lets_a_repository_run_its_code(place: str, sequence: dict[str, Any], tmp_path: Path) -> None:
-    load(sequence, tmp_path)
+@pytest.fixture
+def values(shared: dict[str, Any]) -> dict[str, Any]:
+    """What a study's file has."""
+    return {
+        "shared": shared,
+        "entries": {
+            "ours": {"method": "smoa", "learning_rate": 0.01},
+            "full": {"method": "full", "learning_rate": 0.001},
+        },
+    }
+
+
+@pytest.mark.parametrize("place", ["shared", "entries.ours"])
+def test_no_study_lets_a_repository_run_its_code(place: str, values: dict[str, Any], tmp_path: Path) -> None:
+    load(values, tmp_path)
     file = tmp_path / "two.yaml"
     with pytest.raises(ConfigError, match=rf"{place}\.model\.trust_remote_code: a file can't allow"):
         load_study(file, [f"{place}.model.trust_remote_code=true"])
-
-
-def test_a_sequence_is_read(sequence: dict[str, Any], tmp_path: Path) -> None:
-    study = load(sequence, tmp_path)
-    assert isinstance(runner_of(study), SequenceRunner)
-    assert [list(sweep_of(study, name)) for name in study.entries] == [[-10, -8], [-12]]
 
 
 SWEPT = {"method": "lora", "learning_rate": 0.01, "sweep": [0.01, 0.1]}
@@ -288,46 +293,30 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"references": ["nobody"]}, "nobody is not an entry; entries: ours, full"),
     ({"tuning": {"max_runs": 1}}, r"tuning\.max_runs"),
     ({"tuning": {"sweep": [0.01, 0.001]}}, r"tuning\.sweep: must be \[lowest, highest\]"),
-    ({"tuning": {}}, r"tuning\.sweep: is missing; a study of kind sequence runs"),
-    (
-        {"other_domain": {"tasks": ["prose"], "test_exampels": 3}},
-        r"other_domain\.test_exampels: unknown key; .*test_examples",
-    ),
-    ({"other_domain": {"tasks": ["proze"]}}, r"other_domain: .*there is no task 'proze'.*'prose'"),
     ({"shared": {"data": {"tasks": ["piqa"]}}}, r"shared\.model: is missing"),
-    ({"between": [{"data": {"tasks": ["arc_ez"]}}]}, r"entries\.ours\.between\[0\]: 1 problem\n  .*no task 'arc_ez'"),
-    ({"first": None}, r"two\.yaml: 1 problem\n  first: is missing"),
-    ({"first": {"learnin_rate": 1e-3}}, r"line \d+: first\.learnin_rate: unknown key; .*learning_rate"),
-    ({"first": {"data": {"tasks": ["arc_ez"]}}}, r"two\.yaml: first: 1 problem\n  .*there is no task 'arc_ez'"),
-    ({"first": {"adapter": {"r": 8}}}, r"first: 1 problem\n  adapter: method full trains all weights"),
-    ({"kind": "answers"}, r"first: only studies of kind sequence have it, got kind answers"),
-    ({"kind": "answers", "first": None, "tuning": {}}, r"tuning\.sweep: is missing; entries\.full has one"),
-    ({"kind": "answers", "first": None, "replay": 5}, r"replay: only studies of kind sequence have it"),
+    ({"entries": {"lora": SWEPT}}, r"tuning\.sweep: is missing; entries\.lora has one"),
 ]
 
 
 @pytest.mark.parametrize(("change", "message"), WRONG)
 def test_a_wrong_study_is_one_clear_error(
-    change: dict[str, Any], message: str, sequence: dict[str, Any], tmp_path: Path
+    change: dict[str, Any], message: str, values: dict[str, Any], tmp_path: Path
 ) -> None:
-    if change.get("first"):
-        change = {"first": sequence["first"] | change["first"]}
     with pytest.raises(ConfigError, match=message):
-        load(sequence | change, tmp_path)
+        load(values | change, tmp_path)
 
 
 def test_all_mistakes_of_keys_are_told_at_once_with_their_lines_and_the_nearest_key(tmp_path: Path) -> None:
     file = tmp_path / "study.yaml"
     file.write_text(
-        "kind: anwsers\nshared: {}\ntuning:\n  refin: true\n"
-        "entries:\n  ours:\n    method: smoa\n    learnin_rate: 0.01\n"
+        "folder: 3\nshared: {}\ntuning:\n  refin: true\nentries:\n  ours:\n    method: smoa\n    learnin_rate: 0.01\n"
     )
     with pytest.raises(ConfigError) as caught:
         load_study(file)
     first, *lines = str(caught.value).splitlines()
     assert first == f"{file}: 4 problems"
     told = [
-        r"line 1: kind: .*got 'anwsers'; did you mean 'answers'",
+        r"line 1: folder: ",
         r"line 4: tuning\.refin: unknown key; did you mean 'refine'",
         r"line 6: entries\.ours\.learning_rate: is missing",
         r"line 8: entries\.ours\.learnin_rate: unknown key; did you mean 'learning_rate'",
@@ -339,14 +328,14 @@ def test_all_mistakes_of_keys_are_told_at_once_with_their_lines_and_the_nearest_
 def test_a_study_has_one_dtype_on_all_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("smoa_lab.config.run.cpu_multiplies_bfloat16", lambda: True)
     study = tiny_study(tmp_path)
-    assert runner_of(study).config(study.entries["ours"], 0.01, seed=0).model.dtype == "float32"
+    assert Runner(study.shared).config(study.entries["ours"], 0.01, seed=0).model.dtype == "float32"
 
 
 def test_the_untouched_model_of_a_quantized_study_is_described_without_training(study: Study) -> None:
     """Full fine-tuning of quantized weights is refused, and is not what is asked for."""
     in_4_bits = {"quantization_config": {"load_in_4bit": True}}
     shared = {**study.shared, "model": {"name": "base", "options": in_4_bits}}
-    config = runner_of(study.model_copy(update={"shared": shared})).untouched_config(study.entries["ours"])
+    config = Runner(shared).untouched_config(study.entries["ours"])
     assert (config.method, config.adapter, config.model.options) == ("full", {}, in_4_bits)
     assert "learning_rate" not in config.training
 
@@ -356,12 +345,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 
 def test_an_entry_that_trains_more_than_it_declares_is_refused(shared: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"smoa .* trains 512 parameters, not 400 to within 2%"):
-        ClassificationRunner(shared).run(entry(parameters=400), 0.01, 0, "test", tmp_path / "work")
+    with pytest.raises(ConfigError, match=r"smoa .* trains 448 parameters, not 400 to within 2%"):
+        Runner(shared).run(entry(parameters=400), 0.01, 0, "test", tmp_path / "work")
     assert not list((tmp_path / "work").glob("checkpoint*"))  # before the first step
 
 
 def test_a_study_without_held_out_questions_is_refused(shared: dict[str, Any], tmp_path: Path) -> None:
     shared["data"]["validation_examples"] = 0
     with pytest.raises(ConfigError, match=r"shared\.data\.validation_examples: a study needs a validation part"):
-        ClassificationRunner(shared).run(entry(), 0.01, 0, "validation", tmp_path / "work")
+        Runner(shared).run(entry(), 0.01, 0, "validation", tmp_path / "work")

@@ -43,7 +43,7 @@ from smoa_lab.study.study import Study
 from smoa_lab.study.trials import Job, Result, TrialStore
 from tests.support import lab
 from tests.support.processes import ROOT, environment, free_port
-from tests.support.studies import ENCODER_ADAPTER
+from tests.support.studies import ADAPTER
 from tests.support.threads import threads
 
 ray = pytest.importorskip("ray")
@@ -204,10 +204,10 @@ def test_a_worker_trusts_what_the_command_trusts(place: Place) -> None:
 
 @pytest.fixture(scope="module")
 def room(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with a tiny encoder, lines of two classes, and the cache in which they lie."""
+    """A folder with a tiny model, questions, and the cache in which they lie."""
     room = tmp_path_factory.mktemp("workers")
-    lab.fill_cache(room / "cache", lab.verdicts(40, "train"), lab.verdicts(8, "test"), "headlines")
-    lab.tiny_encoder(room / "base")
+    lab.fill_cache(room / "cache", lab.questions(40, "train"), lab.questions(8, "test"))
+    lab.tiny_base(room / "base")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SMOA_CACHE", str(room / "cache"))
         patch.setenv("RAY_AUTH_MODE", "disabled")  # else Ray writes a token into the home folder
@@ -219,19 +219,17 @@ def study_file(room: Path, name: str) -> Path:
     """Two entries at two seeds, and the untouched model: five jobs."""
     training = {"max_steps": 2, "per_device_train_batch_size": 4, "save_strategy": "no", "use_cpu": True}
     values = {
-        "kind": "classification",
         "folder": str(room / name),
         "shared": {
             "model": {"name": str(room / "base")},
-            "data": {"tasks": ["headlines"], "train_examples": 16, "validation_examples": 4},
-            "task": {"max_length": 64},
+            "data": {"tasks": ["arc_easy"], "train_examples": 16, "validation_examples": 4},
             "training": training,
         },
         "tuning": {"max_runs": 0},
         "seeds": [0, 1],
         "entries": {
-            "ours": {"method": "smoa", "adapter": ENCODER_ADAPTER, "learning_rate": 0.01},
-            "lora": {"method": "lora", "adapter": {"r": 2, "target_modules": ["query"]}, "learning_rate": 0.01},
+            "ours": {"method": "smoa", "adapter": ADAPTER, "learning_rate": 0.01},
+            "lora": {"method": "lora", "adapter": {"r": 2, "target_modules": ["q_proj"]}, "learning_rate": 0.01},
         },
     }
     file = room / f"{name}.yaml"

@@ -12,7 +12,6 @@ from smoa_lab.study.statistics import (
     difference,
     loss_difference,
     outcomes,
-    spearman,
 )
 
 
@@ -123,13 +122,6 @@ def test_the_p_value_is_twice_the_share_beyond_zero() -> None:
     assert difference(1.0, samples, 1, 3).p == pytest.approx(0.5, abs=1e-3)
     assert difference(11.0, samples + 10, 1, 3).p == 2 / 4002
     assert difference(0.0, np.array([-1.0, 1.0]), 1, 3).p == 1.0
-
-
-def test_the_correlation_is_of_ranks_with_ties_at_their_mean() -> None:
-    assert spearman([1, 2, 3], [1, 10, 1000]) == pytest.approx(1.0)
-    assert spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1.0)
-    assert spearman([1, 2, 2, 3], [4, 5, 6, 7]) == pytest.approx(np.corrcoef([1, 2.5, 2.5, 4], [1, 2, 3, 4])[0, 1])
-    assert spearman([0, 0, 0], [1, 2, 3]) is None
 
 
 def test_holm_takes_back_what_many_comparisons_find_by_chance() -> None:
