@@ -8,11 +8,11 @@ import threading
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -20,7 +20,6 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from smoa.atomic import new_files
@@ -38,12 +37,6 @@ from smoa.maths.kernels.shared import diagonal_of
 from smoa.maths.kernels.tokens import Rows, Tokens, products
 from smoa.tuner.generation import BASE
 from smoa.tuner.shelves import Batch, Member, NoSlotError, Place, Shelf
-
-if TYPE_CHECKING:
-    from transformers import ContinuousBatchingConfig
-    from transformers.generation.continuous_batching.requests import GenerationOutput
-
-    from smoa.tuner.batching import PoolManager
 
 SEQUENCE_FIRST = ("fsmt", "led", "longformer", "xlnet")
 """Types of models that give layers inputs whose first dimension is the tokens."""
@@ -237,78 +230,23 @@ class AdapterPool:
         held: dict[str, Member | None] = {}
         try:
             for name in wanted:
-                held[name] = self._hold(name)
+                held[name] = self.hold(name)
             if torch.is_grad_enabled():
                 for member in held.values():
                     if member is not None and member.shelf.fixed:  # an optimizer has its factors
                         member.is_saved = False
-            with self._computing(Batch([held.get(name) for name in names])):
+            with self.computing(Batch([held.get(name) for name in names])):
                 yield
         finally:
-            self._release(held)
+            self.release(held)
 
-    def generate_batch(
-        self,
-        inputs: Sequence[Sequence[int]],
-        adapter_names: Sequence[str],
-        generation_config: GenerationConfig | None = None,
-        continuous_batching_config: ContinuousBatchingConfig | None = None,
-        **options: Any,
-    ) -> dict[str, GenerationOutput]:
-        """`base.generate_batch` of transformers, its continuous batching, with an adapter for each prompt.
-
-        More adapters than there are slots take turns.
-
-        Args:
-            inputs: The tokens of each prompt.
-            adapter_names: An adapter for each prompt, or `"__base__"`.
-            generation_config: As transformers takes it.
-            continuous_batching_config: Likewise. CUDA graphs and compilation are refused. By default there is room for
-                32 requests on a CPU, where transformers would take most of the memory.
-            options: `max_new_tokens` and `record_timestamps`, as transformers takes them.
-
-        Returns:
-            What transformers returns: outputs by the names of requests, in the order of the prompts.
+    def hold(self, name: str) -> Member | None:
+        """The adapter of a name, None for the base. It stays in its slot until `release` was called as often.
 
         Raises:
-            ConfigError: an adapter is neither loaded nor in the folder, or a request is larger than the cache.
-            AdapterFileError: an adapter in the folder is damaged.
-            UnsupportedVersionError: this transformers lacks names that are needed.
-            RuntimeError: the model fails.
+            ConfigError: it is neither loaded nor in the folder; NoSlotError if all slots are in use.
+            AdapterFileError: it is damaged.
         """
-        from smoa.tuner.batching import generate_batch
-
-        return generate_batch(self, inputs, adapter_names, generation_config, continuous_batching_config, **options)
-
-    def continuous_batching(
-        self,
-        generation_config: GenerationConfig | None = None,
-        continuous_batching_config: ContinuousBatchingConfig | None = None,
-        own_configs: bool = False,
-    ) -> AbstractContextManager[PoolManager]:
-        """A running manager of transformers' continuous batching, whose `add_request` takes `adapter=name` too.
-
-            with pool.continuous_batching() as manager:
-                manager.add_request(tokens, adapter="anna")
-
-        An adapter stays in its slot until its last request has ended: till then it can't be unloaded or replaced. No
-        request sees keys and values that another adapter has computed.
-
-        Args:
-            generation_config: As transformers takes it.
-            continuous_batching_config: Likewise. CUDA graphs and compilation are refused.
-            own_configs: Let `add_request` take `generation_config` and `seed`: how this request's tokens are chosen.
-
-        Raises:
-            UnsupportedVersionError: this transformers lacks names that are needed.
-            ConfigError: the config asks for graphs or compilation.
-        """
-        from smoa.tuner.batching import running
-
-        return running(self, generation_config, continuous_batching_config, own_configs)
-
-    def _hold(self, name: str) -> Member | None:
-        """The adapter of a name, None for the base, which stays in its slot until `_release`."""
         if name == BASE:
             return None
         with self._lock:
@@ -316,13 +254,17 @@ class AdapterPool:
             self._in_use[name] += 1  # before another is read, which may make one leave
             return member
 
-    def _release(self, names: Iterable[str]) -> None:
+    def release(self, names: Iterable[str]) -> None:
+        """Let adapters go that `hold` keeps in their slots."""
         with self._lock:
             self._in_use.subtract(name for name in names if name != BASE)
 
     @contextmanager
-    def _computing(self, batch: Batch) -> Iterator[None]:
-        """What this thread computes is of this batch, and what a backward computes again in a thread of its own."""
+    def computing(self, batch: Batch) -> Iterator[None]:
+        """What this thread computes is of this batch, and what a backward computes again in a thread of its own.
+
+        `use` is this with adapters that it holds meanwhile.
+        """
         token, outer = _CURRENT.set((self, batch)), self._trained
         if torch.is_grad_enabled():
             self._trained = batch
@@ -393,18 +335,13 @@ class AdapterPool:
     def _member(self, name: str) -> Member:
         with self._lock:
             if name not in self._members:
-                self._check_known(name)
-                assert self.folder is not None
-                self.load(name, self.folder / name)
+                folder, is_name = self.folder, Path(name).name == name and name not in ("", "..")
+                if folder is None or not is_name or not (folder / name).is_dir():
+                    known = [*self._members, *(path.name for path in (folder.iterdir() if folder else ()))]
+                    raise ConfigError(f"AdapterPool: no adapter {name!r}{nearest(name, known)}")
+                self.load(name, folder / name)
             self._members.move_to_end(name)
             return self._members[name]
-
-    def _check_known(self, name: str) -> None:
-        """Raise ConfigError unless an adapter is loaded or in the folder."""
-        folder, is_name = self.folder, Path(name).name == name and name not in ("", "..")
-        if name not in self._members and (folder is None or not is_name or not (folder / name).is_dir()):
-            known = [*self._members, *(path.name for path in (folder.iterdir() if folder else ()))]
-            raise ConfigError(f"AdapterPool: no adapter {name!r}{nearest(name, known)}")
 
     def _put(
         self, name: str, config: SmoaConfig, tensors: Mapping[str, Tensor], source: str, fresh: bool = False

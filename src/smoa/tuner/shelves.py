@@ -169,11 +169,12 @@ class Batch:
         """The slots of `count` rows in a shelf."""
         key = id(shelf), count
         if key not in self._tokens:
-            served = (-1 if own is None or own.shelf is not shelf else own.slot for own in self._members_of(count))
+            served = (-1 if own is None or own.shelf is not shelf else own.slot for own in self.members_of(count))
             self._tokens[key] = Tokens(list(served))
         return self._tokens[key]
 
-    def _members_of(self, count: int) -> Sequence[Member | None]:
+    def members_of(self, count: int) -> Sequence[Member | None]:
+        """The adapter of each of `count` rows."""
         copies, rest = divmod(count, len(self.members))
         if rest or not copies:
             raise ValueError(f"AdapterPool.use: {len(self.members)} names for {count} rows; give one for each row")
@@ -192,32 +193,3 @@ class Batch:
             return apart, together
         self.gathered[id(place)] = state, (list(apart), list(together))
         return self.gathered[id(place)][1]  # type: ignore[no-any-return]
-
-
-class Step(Batch):
-    """The adapter of each token of a step of continuous batching, in which tokens of all requests are packed.
-
-    Args:
-        members: The adapter of each token.
-        last: For each request the token that has logits: a layer may be given these alone.
-        diagonals: As of a batch.
-    """
-
-    def __init__(self, members: Sequence[Member | None], last: Sequence[int], diagonals: Diagonals) -> None:
-        super().__init__(members, diagonals)
-        self.last = last
-        self.keeps = len(last) == len(members)  # each request has one token, and the next step is likely to be alike
-
-    def rows(self, x: Tensor) -> Tensor:
-        """The tokens."""
-        return x.flatten(0, -2)
-
-    def _members_of(self, count: int) -> Sequence[Member | None]:
-        if count == len(self.members):
-            return self.members
-        if count == len(self.last):
-            return [self.members[token] for token in self.last]
-        raise ValueError(
-            f"AdapterPool: a layer is given {count} tokens of a step of {len(self.members)}; its model can't be served "
-            "by continuous batching"
-        )

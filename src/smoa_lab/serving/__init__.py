@@ -1,1 +1,5 @@
 """`smoa serve`."""
+
+from smoa_lab.serving.names import check
+
+check()

@@ -100,16 +100,16 @@ class Adapters:
         try:
             yield served
         finally:
-            self.pool._release([served.key])
+            self.pool.release([served.key])
 
     def _let_go(self, holding: asyncio.Future[Served]) -> None:
         if not holding.cancelled() and holding.exception() is None:
-            self.pool._release([holding.result().key])
+            self.pool.release([holding.result().key])
 
     def _hold(self, name: str) -> Served:
         with self._lock:
             served = self._served[self.base] if name in (self.base, ALIAS) else self._adapter(name)
-            self.pool._hold(served.key)
+            self.pool.hold(served.key)
             return served
 
     def _adapter(self, name: str) -> Served:

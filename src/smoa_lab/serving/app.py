@@ -11,38 +11,30 @@ from contextvars import ContextVar
 from functools import partial
 from typing import Any, ClassVar, cast
 
-import transformers
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from jinja2 import TemplateError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from transformers import GenerationConfig
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.completion import CompletionHandler
+from transformers.cli.serving.model_manager import ModelManager
+from transformers.cli.serving.server import build_server
+from transformers.cli.serving.utils import (
+    BaseHandler,
+    CBGenerateManager,
+    CBWorkerDeadError,
+    GenerationState,
+    get_response_template,
+)
 
-from smoa.errors import ConfigError, UnsupportedVersionError
-from smoa.tuner.batching import TRIED, PoolManager
+from smoa.errors import ConfigError
 from smoa_lab.basics.positions import positions_of
 from smoa_lab.serving.adapters import Adapters, Served
+from smoa_lab.serving.batching import PoolManager
 from smoa_lab.serving.requests import Asked, AskedChat, AskedText, answer, checked, refusal
 from smoa_lab.serving.stops import Stops, UntilStop
-
-try:
-    from transformers.cli.serving.chat_completion import ChatCompletionHandler
-    from transformers.cli.serving.completion import CompletionHandler
-    from transformers.cli.serving.model_manager import ModelManager
-    from transformers.cli.serving.server import build_server
-    from transformers.cli.serving.utils import (
-        BaseHandler,
-        CBGenerateManager,
-        CBWorkerDeadError,
-        GenerationState,
-        get_response_template,
-    )
-except ImportError as error:
-    raise UnsupportedVersionError(
-        f"smoa serve: the server of transformers {transformers.__version__} lacks a part of it ({error}); it was tried "
-        f"with transformers {', '.join(TRIED)}"
-    ) from error
 
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health")
 """What is served of transformers' app."""

@@ -20,17 +20,17 @@ from transformers import ContinuousBatchingConfig
 
 from smoa import AdapterPool
 from smoa.errors import ConfigError, DataError
-from smoa.tuner.batching import PAGE, STEP, PoolManager
 from smoa_lab.base_models import load_base_model, to_device
 from smoa_lab.config.run import ModelSection
 from smoa_lab.serving.adapters import Adapters
 from smoa_lab.serving.app import app_of
+from smoa_lab.serving.batching import PoolManager, running
 from smoa_lab.serving.requests import answer
 
 logger = logging.getLogger(__name__)
 
-CACHE_TOKENS, REQUESTS = 8192, 256
-"""On a CPU: tokens for which the cache has room, and requests of a step."""
+CACHE_TOKENS, PAGE, STEP, REQUESTS = 8192, 32, 512, 256
+"""On a CPU: tokens for which the cache has room, tokens of a block of it, and tokens and requests of a step."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def serving(model: Any, tokenizer: Any, name: str, folder: Path, settings: Setti
         config.page_size, config.max_batch_tokens, config.max_requests_per_batch = PAGE, STEP, REQUESTS
     if tokens is not None:
         config.num_blocks = -(-tokens // config.page_size)
-    with pool.continuous_batching(model.generation_config, config, own_configs=True) as manager:
+    with running(pool, model.generation_config, config) as manager:
         adapters = Adapters(pool, tokenizer, name, folder)
         yield Guard(app_of(adapters, manager), manager, settings)
 

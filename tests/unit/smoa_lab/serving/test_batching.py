@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,16 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from smoa import AdapterPool, SmoaConfig
-from smoa.errors import AdapterFileError, ConfigError, UnsupportedVersionError
+from smoa.errors import AdapterFileError, ConfigError
 from tests.support import tiny_models
 from tests.support.tiny_models import VOCAB_SIZE
 
-transformers = pytest.importorskip("transformers", minversion="5.24")
-from transformers import ContinuousBatchingConfig, GenerationConfig  # noqa: E402
+for package in ("fastapi", "openai", "uvicorn"):
+    pytest.importorskip(package)
+pytest.importorskip("transformers", minversion="5.24")
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from smoa.tuner.batching import PoolManager  # noqa: E402
+from smoa_lab.serving.batching import PoolManager, running
 
 KINDS: dict[str, dict[str, Any]] = {
     "anna": {"r": 4, "num_blocks": 2},
@@ -85,11 +88,16 @@ def pool(folder: Path) -> AdapterPool:
     return AdapterPool(base(), folder=folder)
 
 
+def started(pool: AdapterPool, **settings: Any) -> AbstractContextManager[PoolManager]:
+    return running(pool, GREEDY, ContinuousBatchingConfig(**(SMALL | settings)))
+
+
 def generated(pool: AdapterPool, inputs: list[list[int]], names: list[str], **settings: Any) -> list[list[int]]:
-    config = ContinuousBatchingConfig(**(SMALL | settings))
-    outputs = pool.generate_batch(inputs, names, GREEDY, config)
-    assert [output.prompt_ids for output in outputs.values()] == inputs
-    return [output.generated_tokens for output in outputs.values()]
+    with started(pool, **settings) as manager:
+        for number, (tokens, name) in enumerate(zip(inputs, names, strict=True)):
+            manager.add_request(tokens, str(number), adapter=name)
+        outputs = {output.request_id: output for output in (manager.get_result(timeout=60) for _ in inputs)}
+    return [outputs[str(number)].generated_tokens for number in range(len(inputs))]
 
 
 NAMES = [*KINDS, "__base__"]
@@ -117,8 +125,7 @@ def test_each_request_answers_as_its_adapter_alone(pool: AdapterPool, alone: Alo
 
 def test_no_adapter_sees_what_another_has_computed(pool: AdapterPool, alone: Alone) -> None:
     tokens = prompt(21)
-    config = ContinuousBatchingConfig(**SMALL)
-    with pool.continuous_batching(GREEDY, config) as manager:
+    with started(pool) as manager:
         shared = []
         cache: Any = manager.batch_processor.cache
         search = cache.search_prefix_match
@@ -132,8 +139,8 @@ def test_no_adapter_sees_what_another_has_computed(pool: AdapterPool, alone: Alo
 def test_after_a_step_of_training_nothing_of_before_is_used(folder: Path) -> None:
     pool = AdapterPool(base(), folder=folder)
     pool.load("anna", folder / "anna")
-    config, tokens = ContinuousBatchingConfig(**SMALL), prompt(12)
-    with pool.continuous_batching(GREEDY, config) as manager:
+    tokens = prompt(12)
+    with started(pool) as manager:
         every_b = pool.parameters()[1::2]
         manager.add_request(tokens, adapter="anna")
         before = manager.get_result(timeout=60).generated_tokens
@@ -146,16 +153,9 @@ def test_after_a_step_of_training_nothing_of_before_is_used(folder: Path) -> Non
         assert after == generated(pool, [tokens], ["anna"])[0]
 
 
-def test_more_adapters_than_slots_take_turns(folder: Path, alone: Alone) -> None:
-    pool = AdapterPool(base(), slots=2, folder=folder)
-    names, inputs = [name for name, _ in REQUESTS], [tokens for _, tokens in REQUESTS]
-    assert generated(pool, inputs, names) == [alone(name, tokens) for name, tokens in REQUESTS]
-    assert len(pool.names) == 2
-
-
 def test_an_adapter_in_use_stays_and_a_canceled_request_frees_it(folder: Path, alone: Alone) -> None:
     pool = AdapterPool(base(), slots=1, folder=folder)
-    with pool.continuous_batching(GREEDY, ContinuousBatchingConfig(**SMALL)) as manager:
+    with started(pool) as manager:
         manager.add_request(prompt(5), "long", max_new_tokens=200, adapter="anna", streaming=True)
         assert manager.get_result(timeout=60).request_id == "long"
         for change in (
@@ -195,7 +195,7 @@ def test_a_request_that_comes_while_ended_ones_are_looked_for_keeps_its_adapter(
 
 def test_adapters_are_loaded_while_others_answer(folder: Path, alone: Alone) -> None:
     pool = AdapterPool(base(), slots=3, folder=folder)
-    with pool.continuous_batching(GREEDY, ContinuousBatchingConfig(**SMALL)) as manager:
+    with started(pool) as manager:
         for number in range(40):
             name = ("anna", "ben")[number % 2]
             manager.add_request(prompt(7), adapter=name, request_id=f"{name} {number}")
@@ -226,14 +226,6 @@ def test_another_thread_may_use_the_pool_within_a_step(pool: AdapterPool, alone:
     assert not hasattr(pool.base.config, "is_causal")
 
 
-def test_several_answers_to_a_prompt_are_all_its_adapters(pool: AdapterPool, alone: Alone) -> None:
-    config = GenerationConfig(**(GREEDY.to_dict() | {"num_return_sequences": 2, "do_sample": True, "top_k": 1}))
-    names = ["anna", "cleo"]
-    outputs = pool.generate_batch([prompt(6)] * 2, names, config, ContinuousBatchingConfig(**SMALL))
-    answers = [output.generated_tokens for output in outputs.values()]
-    assert answers == [alone(name, prompt(6)) for name in names for _ in range(2)]
-
-
 def test_each_request_may_have_a_generation_config(pool: AdapterPool, alone: Alone, folder: Path) -> None:
     tokens = prompt(6)
     banned = alone("anna", tokens)[0]
@@ -243,7 +235,7 @@ def test_each_request_may_have_a_generation_config(pool: AdapterPool, alone: Alo
     ids = torch.tensor([tokens])
     settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "pad_token_id": 0, "bad_words_ids": [[banned]]}
     avoiding = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, **settings)
-    with pool.continuous_batching(GREEDY, ContinuousBatchingConfig(**SMALL), own_configs=True) as manager:
+    with started(pool) as manager:
         for request in ("a", "b", "c"):
             seed = {"a": 1, "b": 1, "c": 2}[request]
             manager.add_request(tokens, f"hot {request}", adapter="anna", generation_config=hot, seed=seed)
@@ -262,7 +254,7 @@ def test_each_request_may_have_a_generation_config(pool: AdapterPool, alone: Alo
 
 def test_a_request_whose_token_cannot_be_chosen_ends_alone(pool: AdapterPool, alone: Alone) -> None:
     overflows = GenerationConfig(do_sample=True, temperature=1e-40)
-    with pool.continuous_batching(GREEDY, ContinuousBatchingConfig(**SMALL), own_configs=True) as manager:
+    with started(pool) as manager:
         manager.add_request(prompt(5), "before", adapter="anna")
         manager.add_request(prompt(6), "fails", adapter="ben", generation_config=overflows, streaming=True)
         manager.add_request(prompt(7), "after", adapter="ben")
@@ -281,27 +273,18 @@ def test_what_cannot_be_served_is_refused_before_work_starts(
     pool: AdapterPool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pool.base, "forward", lambda **_: pytest.fail("work was started"))
-    inputs = [prompt(4)] * 2
     with pytest.raises(ConfigError, match="'anne'; did you mean 'anna'"):
-        pool.generate_batch(inputs, ["anna", "anne"], GREEDY)
-    with pytest.raises(ConfigError, match="1 names for 2 prompts"):
-        pool.generate_batch(inputs, ["anna"], GREEDY)
+        generated(pool, [prompt(4)], ["anne"])
     with pytest.raises(ConfigError, match="256 together"):
         generated(pool, [prompt(400)], ["anna"])
     with pytest.raises(ConfigError, match="at least one"):
         generated(pool, [[]], ["anna"])
     with pytest.raises(ConfigError, match=f"vocabulary has {VOCAB_SIZE}"):
         generated(pool, [[3, VOCAB_SIZE]], ["anna"])
-    one_config = pool.continuous_batching(GREEDY, ContinuousBatchingConfig(**SMALL))
-    with one_config as manager, pytest.raises(ConfigError, match="own_configs"):
-        manager.add_request(prompt(4), adapter="anna", seed=1)
-    with pytest.raises(ConfigError, match="graphs"):
-        generated(pool, inputs, ["anna", "ben"], use_cuda_graph=True)
     shutil.copytree(folder / "anna", tmp_path / "broken")
     (tmp_path / "broken" / "adapter_model.safetensors").write_bytes(b"half")
     with pytest.raises(AdapterFileError, match="broken"):
-        generated(AdapterPool(pool.base, folder=tmp_path), inputs[:1], ["broken"])
-    assert pool.generate_batch([], []) == {}
+        generated(AdapterPool(pool.base, folder=tmp_path), [prompt(4)], ["broken"])
 
 
 def test_a_failure_of_the_thread_that_computes_is_an_error_and_frees_the_adapters(
@@ -311,30 +294,15 @@ def test_a_failure_of_the_thread_that_computes_is_an_error_and_frees_the_adapter
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(pool.base, "forward", broken)
-    with pytest.raises(RuntimeError, match="generation failed: out of memory"):
-        generated(pool, [prompt(4)], ["anna"])
+    with started(pool) as manager:
+        manager.add_request(prompt(4), adapter="anna")
+        assert "out of memory" in manager.get_result(timeout=60).error
+        manager.stop(hard_stop=True)
+        assert "out of memory" in str(manager.background_thread_status.fatal_error)
     pool.unload("anna")
-
-
-def test_the_default_cache_is_sized_by_the_requests(pool: AdapterPool, alone: Alone) -> None:
-    outputs = pool.generate_batch([prompt(40), prompt(3)], ["anna", "ben"], GREEDY, max_new_tokens=NEW)
-    answers = [output.generated_tokens for output in outputs.values()]
-    assert answers == [alone("anna", prompt(40)), alone("ben", prompt(3))]
 
 
 def test_without_the_pool_the_base_answers_as_ever(pool: AdapterPool, alone: Alone) -> None:
     generated(pool, [prompt(9)], ["anna"])
     outputs = pool.base.generate_batch([prompt(9)], GREEDY, ContinuousBatchingConfig(**SMALL), warmup=False)
     assert [output.generated_tokens for output in outputs.values()] == [alone("__base__", prompt(9))]
-
-
-def test_an_older_transformers_is_one_clear_error(pool: AdapterPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    import importlib
-
-    from smoa.tuner import batching
-
-    monkeypatch.delattr(batching.FutureRequestState, "query_length")
-    with pytest.raises(UnsupportedVersionError, match=r"lacks FutureRequestState.query_length.*tried with.*5\.24"):
-        importlib.reload(batching)
-    monkeypatch.undo()
-    importlib.reload(batching)

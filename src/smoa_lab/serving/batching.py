@@ -1,20 +1,7 @@
-"""transformers' continuous batching for a pool, with an adapter for each request. What it needs of transformers' names:
+"""transformers' continuous batching over a pool, with an adapter for each request and its own generation config.
 
-| name                                                        | what for                                           |
-|-------------------------------------------------------------|----------------------------------------------------|
-| `ContinuousBatchingManager`, `add_request`                  | takes requests                                     |
-| `_generation_step`, `…inputs_and_outputs.requests_in_batch` | the requests of a step and their numbers of tokens |
-| `_generation_loop_body`, `_run_generation_loop`             | when requests have ended                           |
-| `scheduler.active_requests`, `waiting_requests`             | which requests live                                |
-| `OutputRouter.deliver_batch`                                | frees an adapter before its last answer is seen    |
-| `ContinuousBatchingLogitsProcessor`                         | lets each request have a generation config         |
-| `RequestState._new_tokens_limit`                            | ends a request                                     |
-| `_create_batch_processor`, `cache.search_prefix_match`,     | keeps cached blocks apart by adapter               |
-| `mark_complete_blocks`                                      |                                                    |
-| `inputs_and_outputs.get_model_kwargs`                       | lets other threads use the model meanwhile         |
-
-The manager computes in a thread of its own, which is why a step names its adapters there. None of this is a public
-interface but the manager, so each name is checked once.
+The manager computes in a thread of its own, which is why a step names its adapters there. `names` has all that this
+takes of transformers.
 """
 
 from __future__ import annotations
@@ -22,62 +9,55 @@ from __future__ import annotations
 import copy
 import math
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
+from transformers import ContinuousBatchingConfig, ContinuousBatchingManager, GenerationConfig, LogitsProcessorList
+from transformers.generation.continuous_batching.cb_logits_processors import (
+    ContinuousBatchingLogitsProcessor,
+    ContinuousBatchingLogitsProcessorList,
+)
+from transformers.generation.continuous_batching.continuous_api import OutputRouter
+from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput
 
-from smoa.errors import ConfigError, UnsupportedVersionError
+from smoa import AdapterPool
+from smoa.errors import ConfigError
 from smoa.tuner.generation import BASE
-from smoa.tuner.shelves import Diagonals, Member, NoSlotError, Step, new_number
-
-TRIED = ("5.24.0",)
-"""Versions of transformers that the tests passed with."""
+from smoa.tuner.shelves import Batch, Diagonals, Member, new_number
 
 
-def lacking(name: str) -> UnsupportedVersionError:
-    """The error for a transformers that lacks a name."""
-    return UnsupportedVersionError(
-        f"transformers {transformers.__version__} lacks {name}, which continuous batching with adapters needs; it was "
-        f"tried with transformers {', '.join(TRIED)}. AdapterPool.use works with any"
-    )
+class Step(Batch):
+    """The adapter of each token of a step, in which tokens of all requests are packed.
 
+    Args:
+        members: The adapter of each token.
+        last: For each request the token that has logits: a layer may be given these alone.
+        diagonals: As of a batch.
+    """
 
-try:
-    from transformers import ContinuousBatchingConfig, ContinuousBatchingManager, GenerationConfig, LogitsProcessorList
-    from transformers.generation.continuous_batching.cb_logits_processors import (
-        ContinuousBatchingLogitsProcessor,
-        ContinuousBatchingLogitsProcessorList,
-    )
-    from transformers.generation.continuous_batching.continuous_api import OutputRouter
-    from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput
-except ImportError as error:
-    raise lacking(str(error)) from error
+    def __init__(self, members: Sequence[Member | None], last: Sequence[int], diagonals: Diagonals) -> None:
+        super().__init__(members, diagonals)
+        self.last = last
+        self.keeps = len(last) == len(members)  # each request has one token, and the next step is likely to be alike
 
-for owner, names in {
-    ContinuousBatchingLogitsProcessor: ("fill_defaults", "prepare_tensor_args"),
-    ContinuousBatchingManager: (
-        *("add_request", "_generation_step", "_generation_loop_body", "_run_generation_loop"),
-        "_create_batch_processor",
-    ),
-    OutputRouter: ("deliver_batch",),
-    FutureRequestState: ("state", "query_length", "has_new_token"),
-}.items():
-    for name in names:
-        if not hasattr(owner, name):
-            raise lacking(f"{owner.__name__}.{name}")
+    def rows(self, x: Tensor) -> Tensor:
+        """The tokens."""
+        return x.flatten(0, -2)
 
-ROOM = 32
-"""Requests for which a cache on a CPU has room by default."""
-STEP = 512
-"""Tokens of a step on a CPU by default."""
-PAGE = 32
-"""Tokens of a block of the cache on a CPU by default."""
+    def members_of(self, count: int) -> Sequence[Member | None]:
+        """The adapter of each token, or of each one that has logits."""
+        if count == len(self.members):
+            return self.members
+        if count == len(self.last):
+            return [self.members[token] for token in self.last]
+        raise ValueError(
+            f"AdapterPool: a layer is given {count} tokens of a step of {len(self.members)}; its model can't be served "
+            "by continuous batching"
+        )
 
 
 @dataclass(eq=False)
@@ -156,48 +136,41 @@ class _Router(OutputRouter):
 class PoolManager(ContinuousBatchingManager):
     """transformers' manager, with an adapter of a pool for each request.
 
+    An adapter stays in its slot until its last request has ended. No request sees keys and values that another adapter
+    has computed.
+
     Args:
         pool: The adapters.
-        generation_config: As transformers takes it.
-        continuous_batching_config: Likewise.
-        own_configs: Whether each request may have a generation config of its own; `generation_config` is then that of
-            the others.
+        generation_config: How the tokens of requests that bring no config are chosen.
+        continuous_batching_config: As transformers takes it; CUDA graphs are off.
     """
 
     def __init__(
         self,
-        pool: Any,
+        pool: AdapterPool,
         generation_config: GenerationConfig,
         continuous_batching_config: ContinuousBatchingConfig,
-        own_configs: bool = False,
     ) -> None:
         config = copy.copy(continuous_batching_config)
-        graphs = config.use_cuda_graph
-        if graphs not in (None, False, (False, False)) or config.default_compile_level:
-            raise ConfigError("AdapterPool: CUDA graphs and compilation can't serve adapters; leave them out")
         config.use_cuda_graph, config.use_async_batching = False, False
+        ends = generation_config.eos_token_id
         greedy = GenerationConfig(
             do_sample=False,
             max_new_tokens=generation_config.max_new_tokens,
-            eos_token_id=generation_config.eos_token_id,
+            eos_token_id=-1 if ends is None else ends,  # as transformers has it
         )
-        super().__init__(pool.base, greedy if own_configs else generation_config, config)
+        model: Any = pool.base
+        super().__init__(model, greedy, config)
         self._pool, self._leases, self._lease_lock = pool, dict[str, Lease](), threading.Lock()
-        self._default = generation_config if own_configs else None
-        if own_configs:
-            self.logit_processor = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([_Choosers(self)]))
-            self.logit_processor.tensors_required = 1
+        self._default = generation_config
+        self.logit_processor = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([_Choosers(self)]))
+        self.logit_processor.tensors_required = 1
         self.failed: dict[str, tuple[Any, Exception]] = {}
         self._diagonals = Diagonals()
         self._step: tuple[Any, Step] | None = None
         self.output_router = _Router(self)
-        try:
-            self.batch_processor = self._create_batch_processor()  # now, so that a lack of memory is an error here
-            _ = self._processor.scheduler.active_requests, self._processor.scheduler.waiting_requests
-            _ = self._processor.inputs_and_outputs.requests_in_batch
-            self.capacity: int = self._processor.cache.num_blocks * self.continuous_batching_config.page_size
-        except AttributeError as error:
-            raise lacking(str(error)) from error
+        self.batch_processor = self._create_batch_processor()  # now, so that a lack of memory is an error here
+        self.capacity: int = self._processor.cache.num_blocks * self.continuous_batching_config.page_size
 
     def add_request(
         self,
@@ -211,9 +184,9 @@ class PoolManager(ContinuousBatchingManager):
         stops: Callable[[list[int]], bool] | None = None,
         **kwargs: Any,
     ) -> str | None:
-        """As transformers' own, with the name of an adapter that is loaded or in the pool's folder and, if requests
-        may have their own, a generation config: how tokens are chosen. The same seed samples the same tokens. The
-        answer ends with the token for which ``stops`` is true of all that are written.
+        """As transformers' own, with the name of an adapter that is loaded or in the pool's folder, and a generation
+        config: how tokens are chosen. The same seed samples the same tokens. The answer ends with the token for which
+        ``stops`` is true of all that are written.
 
         Raises:
             ConfigError: there is no such adapter, all slots are in use by other adapters, a request of this name
@@ -221,11 +194,9 @@ class PoolManager(ContinuousBatchingManager):
                 seed can't be used.
             AdapterFileError: the adapter is damaged.
         """
-        if self._default is None and any(own is not None for own in (generation_config, seed, stops)):
-            raise ConfigError("add_request: generation_config, seed and stops of a request need own_configs=True")
         own = generation_config or self._default
         if max_new_tokens is None:
-            max_new_tokens = (own and own.max_new_tokens) or self.generation_config.max_new_tokens
+            max_new_tokens = own.max_new_tokens or self.generation_config.max_new_tokens
         tokens, vocabulary = list(map(int, input_ids)), self.model.config.get_text_config().vocab_size
         if not tokens or len(tokens) + (max_new_tokens or 1) > self.capacity:
             raise ConfigError(
@@ -236,13 +207,13 @@ class PoolManager(ContinuousBatchingManager):
             raise ConfigError(
                 f"add_request: tokens from {min(tokens)} to {max(tokens)}: the vocabulary has {vocabulary}"
             )
-        chooses = None if self._default is None or own is None else self._chooser(own, tokens, seed, stops)
-        lease = Lease(adapter, self._pool._hold(adapter), chooses)
+        chooses = self._chooser(own, tokens, seed, stops)
+        lease = Lease(adapter, self._pool.hold(adapter), chooses)
         with self._lease_lock:
             if request_id is None:
                 request_id, self._request_counter = f"req_{self._request_counter}", self._request_counter + 1
             if self._leases.setdefault(request_id, lease) is not lease:
-                self._pool._release([adapter])
+                self._pool.release([adapter])
                 raise ConfigError(f"add_request: a request {request_id!r} runs already; choose another request_id")
         added: str | None = None
         try:
@@ -272,12 +243,12 @@ class PoolManager(ContinuousBatchingManager):
             with self.input_queue.mutex:
                 alive = {state.request_id for state in self.input_queue.queue}
             scheduler = self._processor.scheduler
-            alive.update(map(self._parent, (*scheduler.active_requests, *scheduler.waiting_requests)))
+            alive.update(scheduler.active_requests, scheduler.waiting_requests)
         self._end([name for name in queued if name not in alive])
 
     def _end(self, requests: Sequence[str]) -> None:
         with self._lease_lock:
-            self._pool._release([self._leases.pop(request).name for request in requests if request in self._leases])
+            self._pool.release([self._leases.pop(request).name for request in requests if request in self._leases])
 
     def _salted(self, request_id: str, tokens: list[int]) -> list[int]:
         """The tokens, the first of them changed by the adapter: transformers knows cached blocks by their tokens and
@@ -301,12 +272,9 @@ class PoolManager(ContinuousBatchingManager):
     def _with_salt(self, original: Callable[..., Any]) -> Callable[..., Any]:
         return lambda request_id, tokens, *args: original(request_id, self._salted(request_id, tokens), *args)
 
-    def _parent(self, request_id: str) -> str:
-        return request_id if request_id in self._leases else request_id.rpartition("__child#")[0]
-
     def lease(self, request_id: str) -> Lease:
-        """That of a request, or of the one of which it is another answer."""
-        return self._leases[self._parent(request_id)]
+        """That of a request."""
+        return self._leases[request_id]
 
     def _generation_loop_body(self, *args: Any, **kwargs: Any) -> bool:
         goes_on: bool = super()._generation_loop_body(*args, **kwargs)
@@ -334,7 +302,7 @@ class PoolManager(ContinuousBatchingManager):
             last = [end for end, future in zip(ends, requests, strict=True) if future.has_new_token]
             last += [0] * (len(requests) - len(last))  # as transformers pads them
             self._step = key, Step(tokens, last, self._diagonals)
-        with self._pool._computing(self._step[1]):
+        with self._pool.computing(self._step[1]):
             super()._generation_step()
 
 
@@ -349,16 +317,10 @@ def _without_is_causal(original: Callable[..., dict[str, Any]]) -> Callable[...,
 
 @contextmanager
 def running(
-    pool: Any,
-    generation_config: GenerationConfig | None = None,
-    continuous_batching_config: ContinuousBatchingConfig | None = None,
-    own_configs: bool = False,
+    pool: AdapterPool, generation_config: GenerationConfig, continuous_batching_config: ContinuousBatchingConfig
 ) -> Iterator[PoolManager]:
-    """A manager that runs, as `AdapterPool.continuous_batching` says."""
-    own = copy.copy(pool.base.generation_config if generation_config is None else generation_config)
-    own.eos_token_id = -1 if own.eos_token_id is None else own.eos_token_id  # as transformers has it
-    config = continuous_batching_config or _config(pool, ROOM, 4096)
-    manager = PoolManager(pool, own, config, own_configs)
+    """A manager that takes requests and computes until the context ends."""
+    manager = PoolManager(pool, generation_config, continuous_batching_config)
     manager.start()
     try:
         yield manager
@@ -370,60 +332,3 @@ def running(
     finally:
         manager.destroy()
         manager.release_ended(everything=True)
-
-
-def _config(pool: Any, requests: int, longest: int) -> ContinuousBatchingConfig:
-    """transformers' own on a GPU, where it takes the memory that is there; on a CPU with room for these requests."""
-    if pool.base.device.type != "cpu":
-        return ContinuousBatchingConfig()
-    blocks = min(requests, ROOM) * math.ceil(longest / PAGE) + 2
-    return ContinuousBatchingConfig(page_size=PAGE, num_blocks=blocks, max_batch_tokens=STEP)
-
-
-def generate_batch(
-    pool: Any,
-    inputs: Sequence[Sequence[int]],
-    names: Sequence[str],
-    generation_config: GenerationConfig | None = None,
-    continuous_batching_config: ContinuousBatchingConfig | None = None,
-    max_new_tokens: int | None = None,
-    record_timestamps: bool = False,
-) -> dict[str, GenerationOutput]:
-    """The answers to prompts, as `AdapterPool.generate_batch` says."""
-    if len(names) != len(inputs):
-        raise ConfigError(
-            f"AdapterPool.generate_batch: {len(names)} names for {len(inputs)} prompts; give one for each"
-        )
-    for name in sorted(set(names) - {BASE}):
-        pool._check_known(name)
-    if not inputs:
-        return {}
-    own = pool.base.generation_config if generation_config is None else generation_config
-    new = (own.max_new_tokens or 20) if max_new_tokens is None else max_new_tokens
-    config = continuous_batching_config or _config(pool, len(inputs), max(map(len, inputs)) + new)
-    first = {name: place for place, name in reversed(list(enumerate(names)))}
-    waiting = deque(sorted(range(len(inputs)), key=lambda place: first[names[place]]))  # each is loaded once
-    outputs: dict[str, GenerationOutput] = {}
-    with running(pool, generation_config, config) as manager:
-        answers = manager.num_return_sequences
-        while len(outputs) < answers * len(inputs):
-            while waiting:
-                place = waiting[0]
-                options: Any = {"request_id": f"req_{place}", "record_timestamps": record_timestamps}
-                try:
-                    manager.add_request(inputs[place], max_new_tokens=new, adapter=names[place], **options)
-                except NoSlotError:
-                    break
-                waiting.popleft()
-            output = manager.get_result(timeout=0.1)
-            error = output.error if output else manager.background_thread_status.fatal_error
-            if error is not None:
-                raise RuntimeError(f"AdapterPool.generate_batch: generation failed: {error}")
-            if output is not None and output.is_finished():
-                outputs[output.request_id] = output
-    order = (f"req_{place}{child}" for place in range(len(inputs)) for child in _children(answers))
-    return {name: outputs[name] for name in order}
-
-
-def _children(answers: int) -> list[str]:
-    return [*(f"__child#{number}" for number in range(answers - 1)), ""]
