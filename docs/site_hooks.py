@@ -17,8 +17,6 @@ from typing import Any
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
-from smoa_lab.pages.templates import SCRIPT, script
-
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "studies"), str(ROOT / "docs" / "figures")]
 
@@ -36,9 +34,8 @@ SHOWN_AS_THEY_ARE = (".json", ".png", ".svg", ".html")
 def on_files(files: Files, config: Any) -> Files:
     """Add the report and the interactive page of every study, and a copy of every other file of the repository, outside
     docs/, that a page links to."""
-    files.append(File.generated(config, f"studies/{SCRIPT}", content=script()))
     for folder in stored.folders():
-        page, place = study_page(folder, f"../{SCRIPT}"), f"studies/{folder.name}"
+        page, place = study_page(folder), f"studies/{folder.name}"
         files.append(File.generated(config, f"{place}/page.html", content=page))
         for file in sorted(folder.iterdir()):
             if file.suffix in OF_STUDIES:

@@ -30,8 +30,8 @@ TALLEST = 2.0
 """The frontier's frame ends so many nats above its lowest loss."""
 
 
-def study_page(folder: Path, script: str) -> str:
-    """The HTML; ``script`` leads to the script that draws charts."""
+def study_page(folder: Path) -> str:
+    """The HTML."""
     summary, runs = summary_of(folder), runs_of(folder)
     head, *parts = (folder / "README.md").read_text(encoding="utf-8").rstrip("\n").split("\n\n## ")
     title, _, *introduction = head.removeprefix("# ").split("\n\n")
@@ -45,7 +45,7 @@ def study_page(folder: Path, script: str) -> str:
             sections.append((heading, [linked(heading, caption, content, summary, runs)]))
     if isinstance(summary, list):  # its runs are not in README.md, but what is said of them, after the last table
         sections.append(("Every run", [Table(EVERY_RUN, [run_line(*each) for each in runs.items()], rest[0])]))
-    return page(title, sections, introduction, script)
+    return page(title, sections, introduction)
 
 
 def linked(heading: str, caption: str, content: str, summary: Any, runs: Mapping[str, Run]) -> Table:

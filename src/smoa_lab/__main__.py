@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 LAB = (
-    *("PIL", "accelerate", "altair", "datasets", "filelock", "gguf", "jinja2", "platformdirs", "psutil", "pyarrow"),
+    *("accelerate", "altair", "datasets", "filelock", "gguf", "jinja2", "platformdirs", "psutil", "pyarrow"),
     *("pydantic", "rich", "ruamel", "trl", "typer", "vl_convert"),
 )
 EXTRAS = {

@@ -12,21 +12,18 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    modeling_gguf_pytorch_utils,
 )
 from transformers.utils import quantization_config
 
@@ -139,7 +136,7 @@ def load_weights(
     options: dict[str, Any] = dict(wanted.options)
     if gguf_file:
         options |= _dequantize(gguf_file)
-    with _explained(wanted), _bars_on_terminals_only():
+    with _explained(wanted):
         model, found = auto_class.from_pretrained(
             source,
             dtype=dtype or getattr(torch, wanted.dtype),
@@ -301,17 +298,6 @@ def _dequantize(gguf_file: str) -> dict[str, Any]:
     if not hasattr(quantization_config, "GgufConfig"):
         return {}
     return {"quantization_config": quantization_config.GgufConfig(gguf_file=gguf_file, dequantize=True)}
-
-
-@contextmanager
-def _bars_on_terminals_only() -> Iterator[None]:
-    """transformers' bar for GGUF files does not obey its ``disable_progress_bar``, and fills logs with half lines."""
-    reader: Any = modeling_gguf_pytorch_utils
-    shown, reader.tqdm = reader.tqdm, partial(tqdm, disable=None)
-    try:
-        yield
-    finally:
-        reader.tqdm = shown
 
 
 def _unmark_gguf(model: PreTrainedModel) -> None:

@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM
 from smoa import SmoaConfig
 from smoa_lab.inspect import inspect_layers
 from smoa_lab.inspect_page import inspection_page
-from smoa_lab.pages.templates import write_page
 from smoa_lab.report import report_run
 from smoa_lab.study.report import report
 from tests.support import lab
@@ -53,19 +52,19 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
         model.save_pretrained(folder / config.peft_type.value)
     adapters = {name: inspect_layers(folder / name, base=str(base)) for name in ("SMOA", "LORA")}
-    write_page(folder / "inspect.html", inspection_page("Adapters", adapters))
+    (folder / "inspect.html").write_text(inspection_page("Adapters", adapters), encoding="utf-8")
     study = tiny_study(folder / "study")
     finish_a_study(study)
     report(study)
-    run, _ = report_run(stored_run(folder / "run"))
+    run = report_run(stored_run(folder / "run"))
     return {"inspect": folder / "inspect.html", "compare": study.folder / "index.html", "report": run}
 
 
 def seen(page: Path, expression: str, tmp_path: Path, *options: str) -> Any:
     """The value of a JavaScript expression in the page, once it is drawn."""
     file = tmp_path / "page.html"
-    file.write_text(page.read_text(encoding="utf-8").replace("</body>", PROBE % expression), encoding="utf-8")
-    shutil.copy(page.with_name("charts.js"), tmp_path)
+    before, _, after = page.read_text(encoding="utf-8").rpartition("</body>")
+    file.write_text(f"{before}{PROBE % expression}{after}", encoding="utf-8")
     command = [str(CHROMIUM), *OPTIONS, f"--user-data-dir={tmp_path / 'profile'}", *options, file.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     start = done.stdout.index('data-seen="') + len('data-seen="')
@@ -87,21 +86,6 @@ def test_a_heading_sorts_the_table_and_says_so_to_screen_readers(pages: dict[str
     assert len(ascending) == 6
 
 
-def test_a_point_shows_its_values_when_it_is_reached_and_leads_to_its_run(
-    pages: dict[str, Path], tmp_path: Path
-) -> None:
-    script = """(async () => { const point = document.querySelector('.chart [role=link]'); point.focus();
-      await new Promise(done => setTimeout(done, 100));
-      const told = document.getElementById('vg-tooltip-element')?.innerText ?? '';
-      point.dispatchEvent(new KeyboardEvent('keydown', { key: 'Enter', bubbles: true }));
-      await new Promise(done => setTimeout(done, 100));
-      return [told, location.hash, document.querySelector(':target')?.textContent]; })()"""
-    told, place, target = seen(pages["compare"], script, tmp_path)
-    assert "LoRA" in told
-    assert "worse" in told
-    assert (place, target) == ("#final/lora/lr-0.01-seed-0", "final/lora/lr-0.01-seed-0")
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_page_fits_its_window_is_for_keyboards_and_screen_readers_and_fetches_nothing(
     kind: str, pages: dict[str, Path], tmp_path: Path
@@ -109,14 +93,13 @@ def test_a_page_fits_its_window_is_for_keyboards_and_screen_readers_and_fetches_
     script = """(() => { const charts = [...document.querySelectorAll('.chart')];
       const told = (one, name) => one.getAttribute(name)
         ?? one.querySelector('[role=graphics-document]')?.getAttribute(name);
-      const stops = [...document.querySelectorAll('th button, .wide, .chart [role=link]')];
+      const stops = [...document.querySelectorAll('th button, .wide')];
       return {
         language: document.documentElement.lang,
         charts: charts.map(one => [told(one, 'role'), told(one, 'aria-label')]),
         reached: stops.map(one => { one.focus(); return document.activeElement === one && one.tabIndex === 0; }),
         fetched: performance.getEntriesByType('resource').map(one => one.name),
         widths: [document.documentElement.scrollWidth, window.innerWidth],
-        marks: document.querySelector('.chart .marks').viewBox.baseVal.width,
       }; })()"""
     wide, narrow = (seen(pages[kind], script, tmp_path, f"--window-size={width},800") for width in (1200, 500))
     assert wide["language"] == "en"
@@ -124,10 +107,9 @@ def test_a_page_fits_its_window_is_for_keyboards_and_screen_readers_and_fetches_
     assert all(role == "graphics-document" and len(text) > 10 for role, text in wide["charts"])
     assert len(wide["reached"]) > 5
     assert all(wide["reached"])
-    assert set(wide["fetched"]) <= {(tmp_path / "charts.js").as_uri()}
+    assert wide["fetched"] == []
     for content, window in (wide["widths"], narrow["widths"]):
         assert content <= window
-    assert kind != "inspect" or wide["marks"] > narrow["marks"]  # panels stand below each other
 
 
 def test_paper_and_ink_are_light_or_dark_as_the_reader_has_it(pages: dict[str, Path], tmp_path: Path) -> None:

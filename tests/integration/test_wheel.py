@@ -58,7 +58,7 @@ def test_the_command_the_demo_the_text_for_forgetting_and_pages_come_with_the_wh
         "from smoa_lab.cli.demo import CONFIG; from smoa_lab.config.run import load_config; "
         "from smoa_lab.data.general_text import passages; "
         "from smoa_lab.pages.templates import page; "
-        "print(load_config(CONFIG).folder, len(passages('packaged')), 'charts.js' in page('Empty')); "
+        "print(load_config(CONFIG).folder, len(passages('packaged')), 'vegaEmbed' in page('Empty')); "
         "import runpy, sys; sys.argv[1:] = ['--help']; "
         f"runpy.run_path({str(python.parents[1] / SCRIPTS / 'smoa')!r}, run_name='__main__')"
     )

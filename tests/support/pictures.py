@@ -10,19 +10,17 @@ from typing import Any
 import pytest
 
 from smoa_lab.pages import run_charts
-from smoa_lab.pages.charts import specification
 from smoa_lab.study import report
 
 
 @pytest.fixture(scope="module")
 def quick_pictures() -> Iterator[None]:
-    """The files of pictures contain what would be drawn."""
+    """The file of a picture contains what would be drawn."""
 
     def save(chart: Any, file: Path) -> None:
-        for ending in (".png", ".svg"):
-            file.with_suffix(ending).write_text(json.dumps(specification(chart)), encoding="utf-8")
+        file.write_text(json.dumps(chart.to_dict()), encoding="utf-8")
 
     with pytest.MonkeyPatch.context() as patch:
         for module in (run_charts, report):
-            patch.setattr(module, "save_pictures", save)
+            patch.setattr(module, "save_picture", save)
         yield

@@ -190,7 +190,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         patch.setenv("NO_MKDOCS_2_WARNING", "1")
-        patch.setattr("study_page.study_page", lambda folder, script: "<p>A study.</p>")
+        patch.setattr("study_page.study_page", lambda folder: "<p>A study.</p>")
         mkdocs.build(config.load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder), strict=True))
     return folder
 

@@ -133,7 +133,7 @@ def inspect(
 ) -> None:
     """Show size, norm, ranks and spectral coverage of the update of every adapted layer."""
     with reporting():
-        from smoa.atomic import check_place
+        from smoa.atomic import check_place, write_whole
         from smoa_lab.inspect import inspect_layers, layer_table
 
         if html is not None:
@@ -142,7 +142,6 @@ def inspect(
         if html is not None:
             from smoa_lab.inspect_page import inspection_page
             from smoa_lab.open_run import run_name
-            from smoa_lab.pages.templates import write_page
 
             # The run's name instead of ``adapter``; of several with one name, the whole path.
             names = [run_name(place) for place in reports]
@@ -150,7 +149,7 @@ def inspect(
                 str(place) if names.count(name) > 1 else name: layers
                 for name, (place, layers) in zip(names, reports.items(), strict=True)
             }
-            write_page(html, inspection_page(f"Inside {', '.join(by_name)}", by_name, layer or []))
+            write_whole(html, inspection_page(f"Inside {', '.join(by_name)}", by_name, layer or []))
             typer.echo(f"Page: {html}", err=True)
         if json:
             plain = {str(place): [report.to_dict() for report in layers] for place, layers in reports.items()}
@@ -174,13 +173,11 @@ def report(
     with reporting():
         from smoa_lab.report import report_run
 
-        page, missing = report_run(run, output)
+        page = report_run(run, output)
         if json:
-            print_json({"page": str(page), "missing": missing})
-            return
-        typer.echo(f"Page: {page}")
-        if missing:
-            typer.echo(" ".join(missing), err=True)
+            print_json({"page": str(page)})
+        else:
+            typer.echo(f"Page: {page}")
 
 
 def budget(

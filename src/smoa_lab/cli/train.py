@@ -57,7 +57,7 @@ def train(
         if report:
             from smoa_lab.report import report_run
 
-            typer.echo(f"Page: {report_run(checked.folder)[0]}", err=True)
+            typer.echo(f"Page: {report_run(checked.folder)}", err=True)
         if json:
             print_json(metrics)
             return

@@ -1,8 +1,7 @@
-"""How every chart looks (one color for each method, lines that differ in gray too), and charts as PNG and SVG files."""
+"""How every chart looks (one color for each method, lines that differ in gray too), and charts as PNG files."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from itertools import cycle
@@ -93,21 +92,15 @@ def values(rows: Iterable[Mapping[str, Any]]) -> alt.InlineData:
     return alt.InlineData(values=[dict(row) for row in rows])
 
 
-def specification(chart: Any) -> dict[str, Any]:
-    """The chart as Vega-Lite, in this look."""
+@alt.theme.register("smoa", enable=True)
+def _look() -> alt.theme.ThemeConfig:
     axis = {"labelColor": INK, "titleColor": INK, "domainColor": MUTED, "tickColor": MUTED, "gridColor": MUTED}
-    looks = {
-        "background": "transparent",
+    title = {"color": INK, "anchor": "start", "fontSize": 12, "offset": 4, "subtitleColor": INK, "subtitleFontSize": 11}
+    looks: Any = {
         "font": "Arial, Helvetica, sans-serif",
+        "padding": 10,
         "axis": {**axis, "gridOpacity": 0.25, "titleFontWeight": "normal", "labelFontSize": 11, "titleFontSize": 12},
-        "title": {
-            "color": INK,
-            "anchor": "start",
-            "fontSize": 12,
-            "offset": 4,
-            "subtitleColor": INK,
-            "subtitleFontSize": 11,
-        },
+        "title": title,
         "text": {"color": INK, "fontSize": 11},
         "legend": {"labelColor": INK, "titleColor": INK, "titleFontWeight": "normal"},
         "header": {"labelColor": INK, "titleColor": INK, "labelFontWeight": "bold", "labelAnchor": "start"},
@@ -115,8 +108,7 @@ def specification(chart: Any) -> dict[str, Any]:
         "line": {"strokeWidth": 2},
         "concat": {"spacing": 14},
     }
-    drawn: dict[str, Any] = chart.properties(config=looks).to_dict()
-    return drawn
+    return {"config": looks}
 
 
 SMOA = (color_of("smoa"), DASHES[0])
@@ -165,42 +157,11 @@ def forest(rows: Sequence[Mapping[str, Any]], title: str) -> Any:
     ).properties(width=room, height=LINE * len(rows))
 
 
-def vega_lite_version() -> str:
-    """The version of Vega-Lite that charts are written in, as vl-convert names it."""
-    return ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
-
-
 SCALE = 2
-COLORS = 192
-
-
-def save_pictures(chart: Any, png: Path) -> None:
-    """Write the chart as ``png`` and, with the same name, as an SVG."""
-    import vl_convert
-
-    save_picture(chart, png)
-    svg = vl_convert.vegalite_to_svg(_on_white(chart), vl_version=vega_lite_version())
-    write_whole(png.with_suffix(".svg"), _renumbered(svg))
 
 
 def save_picture(chart: Any, file: Path) -> None:
-    """Write the chart as a PNG, at twice its size, in few colors, which takes half the bytes."""
-    import vl_convert
-    from PIL import Image
-
-    drawn = vl_convert.vegalite_to_png(_on_white(chart), vl_version=vega_lite_version(), scale=SCALE)
-    compact = BytesIO()
-    Image.open(BytesIO(drawn)).convert("RGB").quantize(COLORS, dither=Image.Dither.NONE).save(
-        compact, format="png", optimize=True
-    )
-    write_whole(file, compact.getvalue())
-
-
-def _renumbered(svg: str) -> str:
-    """``svg`` with its clip paths counted from 0: Vega counts them on over all charts of a process."""
-    names: dict[str, str] = {}
-    return re.sub(r'(?<=[#"])clip\d+(?=[")])', lambda clip: names.setdefault(clip[0], f"clip{len(names)}"), svg)
-
-
-def _on_white(chart: Any) -> dict[str, Any]:
-    return {**specification(chart), "background": "white", "padding": 10}
+    """Write the chart as a PNG, on white, at twice its size."""
+    picture = BytesIO()
+    chart.save(picture, format="png", scale_factor=SCALE)
+    write_whole(file, picture.getvalue())

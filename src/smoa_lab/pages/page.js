@@ -1,3 +1,9 @@
+// Draws each figure's chart, which is beside it as Vega-Lite.
+for (const figure of document.querySelectorAll('figure[data-chart]')) {
+  const place = figure.querySelector('.chart'), chart = JSON.parse(figure.querySelector('script').textContent);
+  vegaEmbed(place, chart, { renderer: 'svg', actions: false }).then(() => { place.dataset.drawn = ''; });
+}
+
 // Sorts a table by data-value where a cell has one, else by its text; numbers as numbers.
 for (const button of document.querySelectorAll('th button')) button.addEventListener('click', () => {
   const head = button.closest('th'), table = head.closest('table'), column = head.cellIndex;

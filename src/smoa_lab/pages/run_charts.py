@@ -8,7 +8,7 @@ from typing import Any
 
 import altair as alt
 
-from smoa_lab.pages.charts import INK, MUTED, WIDTH, color_of, save_pictures, tooltip, values
+from smoa_lab.pages.charts import INK, MUTED, WIDTH, color_of, save_picture, tooltip, values
 
 History = Sequence[Mapping[str, Any]]
 Evaluation = Mapping[str, Mapping[str, Any]]
@@ -20,11 +20,11 @@ LINE = 17
 
 
 def draw_run(history: History, evaluation: Evaluation, file: Path, method: str, title: str) -> None:
-    """Save losses and accuracies as ``file``, a PNG, and as an SVG beside it; nothing if nothing was logged."""
+    """Save losses and accuracies as ``file``, a PNG; nothing if nothing was logged."""
     charts = [chart for chart in (losses(history, evaluation, method), accuracies(evaluation, method)) if chart]
     if charts:
         drawn = alt.vconcat(*charts, title=alt.Title(title)).resolve_scale(color="independent")
-        save_pictures(drawn, file)
+        save_picture(drawn, file)
 
 
 def losses(history: History, evaluation: Evaluation, method: str) -> Any | None:

@@ -1,5 +1,5 @@
-"""HTML and Markdown from the jinja2 templates of this folder. Pages work offline: light and dark, fit for print, with
-charts and sortable tables that a keyboard reaches."""
+"""HTML and Markdown from the jinja2 templates of this folder. A page is one file that works offline: light and
+dark, fit for print, with charts and with tables that a keyboard sorts."""
 
 from __future__ import annotations
 
@@ -8,29 +8,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from smoa.atomic import write_whole
 from smoa_lab.basics.plain import finite
 
-SCRIPT = "charts.js"
-"""Draws the charts. It lies beside the pages that need it."""
 
-
-def page(
-    title: str,
-    sections: Iterable[tuple[str, Sequence[Any]]] = (),
-    introduction: Sequence[Any] = (),
-    script: str = SCRIPT,
-) -> str:
+def page(title: str, sections: Iterable[tuple[str, Sequence[Any]]] = (), introduction: Sequence[Any] = ()) -> str:
     """A whole page: the ``introduction``, then sections under headings. Both hold texts, which are paragraphs, tables,
-    figures, :func:`code`, and texts by name. ``script`` leads to the script that draws charts."""
-    values = {"title": title, "sections": sections, "introduction": introduction, "script": script}
-    return render("page.html.jinja", **values)
+    figures, :func:`code`, and texts by name."""
+    return render("page.html.jinja", title=title, sections=sections, introduction=introduction, script=_script())
 
 
 def render(template: str, **values: Any) -> str:
@@ -70,9 +59,9 @@ class Figure:
     @property
     def json(self) -> Markup:
         """The chart as Vega-Lite."""
-        from smoa_lab.pages.charts import PAPER, specification
+        from smoa_lab.pages.charts import PAPER
 
-        chart = finite({**specification(self.chart), "description": self.caption})
+        chart = finite({**self.chart.to_dict(), "background": None, "description": self.caption})
         text = json.dumps(chart, ensure_ascii=False, separators=(",", ":"))
         text = text.replace(json.dumps(PAPER), '"var(--paper, white)"')
         return Markup(text.replace("<", "\\u003c"))  # no <!--, no </script>
@@ -81,21 +70,10 @@ class Figure:
         return render("figure.html.jinja", figure=self)
 
 
-def write_page(file: Path, text: str) -> None:
-    """Write a page and, beside it, the script that draws its charts."""
-    beside = file.with_name(SCRIPT)
-    if not beside.is_file() or beside.read_text(encoding="utf-8") != script():
-        write_whole(beside, script())
-    write_whole(file, text)
-
-
 @cache
-def script() -> str:
-    """The script that draws charts: Vega, as the package vl-convert has it. It fetches nothing."""
+def _script() -> Markup:
+    """What draws charts and sorts tables, with Vega as the package vl-convert has it. It fetches nothing."""
     import vl_convert
 
-    from smoa_lab.pages.charts import vega_lite_version
-
-    drawing = (files("smoa_lab.pages") / SCRIPT).read_text(encoding="utf-8")
-    bundled: str = vl_convert.javascript_bundle(drawing, vl_version=vega_lite_version())
-    return bundled
+    own = (files("smoa_lab.pages") / "page.js").read_text(encoding="utf-8")
+    return Markup(vl_convert.javascript_bundle(own))

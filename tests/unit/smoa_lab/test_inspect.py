@@ -22,7 +22,7 @@ from smoa_lab.base_models import load_base_model
 from smoa_lab.config.run import ModelSection
 from smoa_lab.inspect import LayerReport, adapted_layers, inspect_layers, layer_table, weights_and_updates
 from smoa_lab.inspect_page import POINTS, by_block, by_layer, coverage, inspection_page, place, spectrum
-from smoa_lab.pages.charts import MUTED, color_of, specification
+from smoa_lab.pages.charts import MUTED, color_of
 from tests.support import lab, tiny_models
 from tests.support.layers import Wrapper
 from tests.support.tiny_mixtures import EXPERTS, build_mixture, matrix_of, wrappers
@@ -241,7 +241,7 @@ def report(method: str = "smoa", blocks: int = 2) -> LayerReport:
 
 
 def drawn_rows(chart: Any) -> list[list[dict[str, Any]]]:
-    return list(specification(chart)["datasets"].values())
+    return list(chart.to_dict()["datasets"].values())
 
 
 def test_layers_are_placed_by_their_number_and_kind() -> None:
@@ -254,7 +254,7 @@ def test_every_kind_of_module_has_a_panel_with_a_line_for_each_adapter() -> None
     ours, theirs = (
         [dataclasses.replace(report(method), module=module) for module in modules] for method in ("smoa", "lora")
     )
-    drawn = specification(by_layer({"ours": ours, "theirs": theirs}, "effective_rank", "Rank"))
+    drawn = by_layer({"ours": ours, "theirs": theirs}, "effective_rank", "Rank").to_dict()
     assert [panel["title"] for panel in drawn["concat"]] == ["q_proj", "up_proj"]
     scale = drawn["concat"][0]["layer"][0]["encoding"]["color"]["scale"]
     assert scale == {"domain": ["ours", "theirs"], "range": [color_of("smoa"), color_of("lora")]}
@@ -273,7 +273,7 @@ def test_the_coverage_rises_to_one_where_the_energy_ends() -> None:
 
 
 def test_a_long_spectrum_is_drawn_by_some_of_its_values_with_a_bar_for_each_block() -> None:
-    drawn = specification(spectrum(report(blocks=3), color_of("smoa")))
+    drawn = spectrum(report(blocks=3), color_of("smoa")).to_dict()
     assert {len(rows) for rows in drawn["datasets"].values()} == {POINTS, 3}
     assert {layer["layer"][0]["mark"]["color"] for layer in drawn["vconcat"][0]["layer"]} == {MUTED, color_of("smoa")}
     nothing = torch.zeros(SIZE).double()

@@ -1,4 +1,4 @@
-"""What pages are made of: figures, tables, charts of a run, its card, and the script that lies beside them."""
+"""What pages are made of: figures, tables, charts of a run, its card, and its script."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from PIL import Image
 
 from smoa import SmoaConfig
 from smoa.files.card import NamedBase
-from smoa_lab.pages import templates
-from smoa_lab.pages.charts import PAPER, specification, values
+from smoa_lab.pages.charts import PAPER, values
 from smoa_lab.pages.run_card import run_card, samples_text
 from smoa_lab.pages.run_charts import accuracies, balance, draw_run, losses
 from smoa_lab.pages.tables import Cell, Table, score_table
-from smoa_lab.pages.templates import SCRIPT, Figure, code, page, script, warning, write_page
+from smoa_lab.pages.templates import Figure, code, page, warning
 from tests.support.runs import stored_metrics
 
 
@@ -48,7 +47,7 @@ def test_text_that_looks_like_html_is_text_wherever_it_stands() -> None:
     name = "<b>x</b>"
     row = [name, Cell(name, value=name), Cell(name, anchor=True), Cell(name, links={name: name})]
     table = Table([name], [row], name)
-    text = page(name, [(name, [name, table, code(name), {name: name}])], [warning(name)])
+    text = page(name, [(name, [name, table, code(name), {name: name}])], [warning(name)]).partition("<script>")[0]
     assert name not in text
     assert text.count("<td>&lt;b&gt;x&lt;/b&gt;</td>") == 1
     assert '<td data-value="&lt;b' in text
@@ -56,21 +55,13 @@ def test_text_that_looks_like_html_is_text_wherever_it_stands() -> None:
     assert '<td><span id="&lt;b' in text
 
 
-def test_the_script_is_one_file_that_imports_nothing() -> None:
-    text = script()
-    assert len(text) < 1_000_000
-    assert not any(line.startswith(("import ", "export ")) for line in text.splitlines())
-    assert "figure[data-chart]" in text
-
-
-def test_the_script_is_laid_beside_the_page_unless_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / SCRIPT).write_text("of another version")
-    write_page(tmp_path / "page.html", page("Empty"))
-    assert (tmp_path / SCRIPT).read_text(encoding="utf-8") == script()
-    assert '<script src="charts.js"></script>' in (tmp_path / "page.html").read_text()
-    assert '<script src="../charts.js"></script>' in page("Empty", script="../charts.js")
-    monkeypatch.setattr(templates, "write_whole", lambda file, text: file.name == SCRIPT and pytest.fail("again"))
-    write_page(tmp_path / "page.html", "")
+def test_the_script_is_in_the_page_and_imports_nothing() -> None:
+    head, script = page("Empty").split("<script>")
+    assert len(script) < 1_000_000
+    assert not any(line.startswith(("import ", "export ")) for line in script.splitlines())
+    assert "figure[data-chart]" in script
+    assert script.count("</script>") == 1
+    assert "http" not in head
 
 
 TABLE = Table(["name", "rank"], [["q_proj", 8], [Cell("v_proj", value=1), Cell("3 4", links={"3": "#3", "4": "#4"})]])
@@ -128,7 +119,7 @@ ROWS = {stage: {"all": {"loss": loss, "perplexity": 9.0}} for stage, loss in (("
 
 
 def rows(chart: Any) -> list[dict[str, Any]]:
-    return [row for one in specification(chart)["datasets"].values() for row in one]
+    return [row for one in chart.to_dict()["datasets"].values() for row in one]
 
 
 def test_training_and_validation_loss_are_drawn_by_step() -> None:
@@ -145,7 +136,7 @@ def test_the_loss_of_preferences_is_not_drawn_with_that_of_held_out_rows() -> No
     history = [{**entry, "rewards/margins": 0.1} for entry in HISTORY]
     chart = losses(history, ROWS, "smoa")
     assert "held-out rows" not in {row["data"] for row in rows(chart)}
-    assert "loss of preferences" in json.dumps(specification(chart))
+    assert "loss of preferences" in json.dumps(chart.to_dict())
 
 
 def test_losses_that_are_no_numbers_are_left_out() -> None:

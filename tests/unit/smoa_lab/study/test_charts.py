@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from smoa_lab.pages.charts import color_of, specification
+from smoa_lab.pages.charts import color_of
 from smoa_lab.study.charts import differences
 from smoa_lab.study.statistics import Difference
 from tests.support.studies import row
@@ -14,7 +14,7 @@ NAN = float("nan")
 
 def data(chart: Any) -> list[dict[str, Any]]:
     """The rows that a chart draws."""
-    found = [rows for rows in specification(chart)["datasets"].values() if "entry" in rows[0]]
+    found = [rows for rows in chart.to_dict()["datasets"].values() if "entry" in rows[0]]
     assert len(found) == 1
     return list(found[0])
 
@@ -27,8 +27,8 @@ def test_a_difference_is_drawn_with_its_interval_its_words_and_its_run_a_forest_
     assert (drawn["difference"], drawn["verdict"]) == ("+0.5000 [+0.2500, +0.7500]", "worse")
     assert (drawn["entry"], drawn["reference"]) == ("LoRA", "SMoA")
     assert drawn["run"] == "#final/lora/lr-0.01-seed-3"
-    assert color_of("lora") in str(specification(differences([row()], {})))
-    drawn = specification(differences([row(), row("other", budget="large", reference="full")], {}))
+    assert color_of("lora") in str(differences([row()], {}).to_dict())
+    drawn = differences([row(), row("other", budget="large", reference="full")], {}).to_dict()
     assert [one["title"] for one in drawn["vconcat"]] == ["Budget: all", "Budget: large"]
 
 

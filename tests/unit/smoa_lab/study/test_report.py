@@ -110,8 +110,7 @@ def test_every_link_of_a_report_leads_to_its_run(study: Study) -> None:
     assert values == ["2.0000", "50.0", "60", "7", "a CPU", "ccccccc"]
     assert lines["tuning/ours/lr-0.03-seed-100"].startswith("<td>diverged</td>")
     files = {file.name for file in study.folder.iterdir() if file.is_file()}
-    pictures = {"differences.png", "differences.svg"}
-    assert files == {"README.md", "charts.js", "index.html", "summary.json", "untouched.json", *pictures}
+    assert files == {"README.md", "index.html", "summary.json", "untouched.json", "differences.png"}
 
 
 def test_what_was_known_before_is_told(study: Study) -> None:
