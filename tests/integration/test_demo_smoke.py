@@ -25,7 +25,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 def overrides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     """What turns the demo into two steps on a tiny model."""
     room = tmp_path_factory.mktemp("room")
-    lab.fill_cache(room / "cache", lab.questions(24, "train", "csqa"), lab.questions(8, "test", "csqa"), "csqa")
     base = lab.tiny_base(room / "base")
     small = {"max_steps": 2, "per_device_train_batch_size": 4, "save_steps": 1, "logging_steps": 1, "use_cpu": True}
     with pytest.MonkeyPatch.context() as patch:
@@ -34,6 +33,8 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
             f"model.name={base}",
             f"training.output_dir={room / 'run'}",
             "task.max_length=256",
+            "data.train_examples=24",
+            "data.test_examples=8",
             *(f"training.{key}={value}" for key, value in small.items()),
         ]
 

@@ -28,7 +28,7 @@ from smoa_lab.data.files import HubRows
 from smoa_lab.data.formats import Format
 from smoa_lab.data.general_text import STORY
 from smoa_lab.data.rows import AnswerStyle, Template
-from smoa_lab.data.tasks import FileTask, Selection, Source, Task, find_task, select
+from smoa_lab.data.tasks import FileTask, Selection, Task, find_task, select
 
 TRUST = ("trust_remote_code", "allow_all_kernels")
 """Keys of ``from_pretrained`` that let a repository run its own code."""
@@ -94,7 +94,6 @@ class DataSection(Section):
     """
 
     tasks: list[str] = Field(min_length=1)
-    source: Source = "packaged"
     files: dict[str, FileTask] = Field(default={})
     train_examples: int | None = Field(default=None, gt=0)
     validation_examples: int | None = Field(default=None, ge=0)
@@ -104,7 +103,7 @@ class DataSection(Section):
 
     def chosen(self) -> dict[str, Task]:
         """The tasks by name."""
-        return {name: find_task(name, self.source, self.files) for name in self.tasks}
+        return {name: find_task(name, self.files) for name in self.tasks}
 
     def select(self) -> Selection:
         """The questions of the run; raises DataError if they cannot be loaded."""

