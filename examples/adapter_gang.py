@@ -48,6 +48,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for person in people:
             pool.save(person, Path(folder, person))
+        pool.close()
         asked = tokenizer(["I live in"] * 64, return_tensors="pt", padding=True)
         with torch.no_grad(), AdapterPool(model, slots=64, folder=folder).use(list(people)):
             out = tokenizer.batch_decode(model.generate(**asked, max_new_tokens=7, do_sample=False))

@@ -7,17 +7,16 @@ Keeps the blocks of ΔW while a model generates, so that an adapter that is not 
 
 How the start and the end are found. PEFT's `generate` calls the base model's, some of it past the tuner; TRL, lm-eval
 and pipelines call either, and transformers' own `model.load_adapter` has no PeftModel at all. All of them look up
-`generate` on the base model. So injection gives this one object, not its class, an attribute `generate` that opens the
-caches and calls the class's method; `unload` takes it away. The other ways were rejected:
+`generate` on the base model. So injection wraps this method of the base model's class, once: a model without adapters
+finds no layer whose cache to open. The other ways were rejected:
 
 - A method of the tuner misses `PeftModel.generate` without a task type, and models without a PeftModel.
 - A layer can't see where `generate` ends. The key-value cache, whose lifetime it might share, outlives the call if it
   is static or returned.
-- Replacing a method of transformers' classes changes models that have no adapter.
+- An attribute of the one object must hold its model. Held weakly, `from_pretrained(adapter).generate(…)` loses its
+  model; held strongly, a deleted model keeps its memory until the garbage collector comes.
 
-The attribute holds its model weakly, so that deleting a model frees it at once, and follows it when the model is copied
-or pickled; a shallow copy (`copy.copy`) generates with the original. A model that has a `generate` of its own on the
-object keeps it.
+A model that has a `generate` of its own on the object keeps it.
 
 These layers keep nothing and compute as ever: quantized ones, whose dequantized blocks might be larger than the model;
 sharded ones (FSDP, ZeRO-3), whose refilled storage a cache can't notice; those that accelerate offloads; adapters in
@@ -29,10 +28,10 @@ beam or sequence to return, so the names are repeated too.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from functools import wraps
 from textwrap import shorten
 from typing import Any, Literal, get_args
 
@@ -48,31 +47,8 @@ Kept = Literal["blocks", "weights", "off"]
 BASE = "__base__"
 CHECKPOINT = "_gradient_checkpointing_func"
 """The attribute by which transformers' modules compute a part of a model again in the backward."""
-_COPIES: ContextVar[int] = ContextVar("smoa_copies", default=1)
+COPIES: ContextVar[int] = ContextVar("smoa_copies", default=1)
 """Rows for each sample in the `generate` that runs: one for each beam, or each sequence to return."""
-
-
-class Generate:
-    """The `generate` of one model, with the caches of its adapted layers open, which repeats a mixed batch's names."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = weakref.ref(model)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        model: Any = self._model()
-        with caches_of_generate(model), samples_repeated(model, args, kwargs):
-            return type(model).generate(model, *args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        model: Any = self._model()
-        return getattr(type(model).generate, name)  # such as __wrapped__
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Generate:
-        model: Any = self._model()
-        return Generate(memo.get(id(model), model))
-
-    def __reduce__(self) -> Any:
-        return Generate, (self._model(),)
 
 
 def caches_of_generate(model: nn.Module) -> AbstractContextManager[None]:
@@ -92,15 +68,20 @@ def _keeping(model: nn.Module) -> list[SmoaLayer]:
 
 
 def watch_generate(model: nn.Module) -> None:
-    """Open the caches of the model's adapted layers in each call of its `generate`, if it has one."""
-    if callable(getattr(type(model), "generate", None)) and "generate" not in model.__dict__:
-        model.generate = Generate(model)  # type: ignore[assignment]  # torch expects modules and tensors
+    """Let the `generate` of the model's class, if it has one, open the caches of adapted layers and repeat the names of a
+    mixed batch."""
+    kind: Any = type(model)
+    generate = getattr(kind, "generate", None)
+    if not callable(generate) or hasattr(generate, "smoa_watched"):
+        return
 
+    @wraps(generate)
+    def watched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with caches_of_generate(self), samples_repeated(self, args, kwargs):
+            return generate(self, *args, **kwargs)
 
-def forget_generate(model: nn.Module) -> None:
-    """Give the model its class's `generate` back."""
-    if isinstance(model.__dict__.get("generate"), Generate):
-        del model.__dict__["generate"]
+    watched.smoa_watched = True  # type: ignore[attr-defined]
+    kind.generate = watched
 
 
 def keep_in_generate(model: nn.Module, kept: Kept) -> None:
@@ -146,7 +127,7 @@ def adapter_names_hooks(tuner: BaseTuner, kwargs: dict[str, Any]) -> Iterator[No
     repeated: dict[int, list[str]] = {}
 
     def with_names(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        copies = 1 if module in once else max(beams, _COPIES.get())
+        copies = 1 if module in once else max(beams, COPIES.get())
         if copies not in repeated:
             repeated[copies] = [name for name in adapter_names for _ in range(copies)]
         return args, {**kwargs, "adapter_names": repeated[copies]}
@@ -210,8 +191,8 @@ def samples_repeated(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
         return next((value for value in values if isinstance(value, int)), 1)
 
-    token = _COPIES.set(max(setting("num_beams"), setting("num_return_sequences")))
+    token = COPIES.set(max(setting("num_beams"), setting("num_return_sequences")))
     try:
         yield
     finally:
-        _COPIES.reset(token)
+        COPIES.reset(token)

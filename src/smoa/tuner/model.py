@@ -32,7 +32,7 @@ from smoa.layers.experts import ParamWrapper
 from smoa.layers.layer import SmoaLayer, smoa_layers
 from smoa.layers.quantized import keep_unpacked, requantization_reported
 from smoa.tuner.combining import Combination, check_combination, check_layer, combined_config, fill_combined
-from smoa.tuner.generation import adapter_names_hooks, forget_generate, watch_generate
+from smoa.tuner.generation import adapter_names_hooks, watch_generate
 from smoa.tuner.targets import check_target, existing_wrapper, survey_targets
 from smoa.tuner.tying import refuse_shared, tie_layers, users_of, weight_id
 
@@ -224,9 +224,7 @@ class SmoaModel(BaseTuner, StateDictHooks):
         if merge and safe_merge:
             self._check_all_finite(adapter_names)
         with requantization_reported(self.model):
-            model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        forget_generate(model)
-        return model
+            return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: Combination = "cat"

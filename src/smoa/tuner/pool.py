@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import threading
 import warnings
+import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -35,11 +38,14 @@ from smoa.layers.weight_cache import tensor_state
 from smoa.maths.kernels.operators import is_transformed
 from smoa.maths.kernels.shared import diagonal_of
 from smoa.maths.kernels.tokens import Rows, Tokens, products
-from smoa.tuner.generation import BASE
+from smoa.tuner.generation import BASE, watch_generate
 from smoa.tuner.shelves import Batch, Member, NoSlotError, Place, Shelf
+from smoa.tuner.uses import Mark, Uses
 
 SEQUENCE_FIRST = ("fsmt", "led", "longformer", "xlnet")
 """Types of models that give layers inputs whose first dimension is the tokens."""
+ROUTED = re.compile(r"(^|\.)experts?\.\d+(\.|$)")
+"""The paths of layers within an expert that is a module."""
 ALIKE = 0.5
 """Share of coordinates in the same block above which two spectral adapters may be of one base, quantized or not."""
 
@@ -64,6 +70,7 @@ class AdapterPool:
         dtype: Dtype of the factors; by default the first adapter's.
 
     Raises:
+        ConfigError: the base has a pool that is not closed.
         MergeError: adapters are merged into the base.
         UnsupportedModuleError: the base's weights are sharded, offloaded, or wrapped by PEFT, or its layers are given
             the tokens as first dimension.
@@ -79,7 +86,7 @@ class AdapterPool:
         adapted = smoa_layers(base)
         if any(layer.merged for layer in adapted.values()):
             raise MergeError("AdapterPool: adapters are merged into the base; call unmerge_adapter first")
-        if adapted or isinstance(base, PeftModel):
+        if any(isinstance(module, BaseTunerLayer | PeftModel) for module in base.modules()):
             raise UnsupportedModuleError("AdapterPool: takes a base model without PEFT; call model.unload() first")
         if (kind := getattr(getattr(base, "config", None), "model_type", None)) in SEQUENCE_FIRST:
             raise UnsupportedModuleError(
@@ -90,6 +97,12 @@ class AdapterPool:
                 raise UnsupportedModuleError(f"AdapterPool: {name} is sharded or offloaded; load the base whole")
         if slots is not None and slots < 1:
             raise ConfigError(f"AdapterPool: slots={slots} must be at least 1, or None")
+        if (other := _POOLS.get(base, lambda: None)()) is not None:
+            raise ConfigError(
+                f"AdapterPool: the base has a pool, with {len(other.names)} adapters; close that one first"
+            )
+        _POOLS[base] = weakref.ref(self)
+        watch_generate(base)
         self.base, self.slots, self.dtype = base, slots, dtype
         self.folder = None if folder is None else Path(folder)
         self._members: OrderedDict[str, Member] = OrderedDict()
@@ -98,7 +111,7 @@ class AdapterPool:
         self._templates: dict[str, tuple[SmoaConfig, dict[str, Tensor]]] = {}
         self._hooked: dict[str, Any] = {}
         self._lock = threading.RLock()
-        self._trained: Batch | None = None
+        self._uses = Uses()
 
     # Which adapters there are.
 
@@ -137,11 +150,7 @@ class AdapterPool:
         settings = json.dumps(config.to_dict(), default=sorted, sort_keys=True)
         if settings not in self._templates:
             own = copy.deepcopy(config)
-            model = get_peft_model(self.base, own)
-            try:
-                self._templates[settings] = own, get_peft_model_state_dict(model)
-            finally:
-                model.unload()
+            self._templates[settings] = own, get_peft_model_state_dict(get_peft_model(self._twin(), own))
         filled, tensors = self._templates[settings]
         self._put(name, copy.deepcopy(filled), tensors, name, fresh=True)
 
@@ -204,7 +213,7 @@ class AdapterPool:
                 handle.remove()
             for known in (self._hooked, self._members, self._shelves, self._templates):
                 known.clear()
-            self._trained = None
+            _POOLS.pop(self.base, None)
 
     def nbytes(self) -> int:
         """Bytes held for all adapters."""
@@ -214,16 +223,21 @@ class AdapterPool:
 
     @contextmanager
     def use(self, names: Sequence[str]) -> Iterator[None]:
-        """Give each row of a batch its adapter, or `"__base__"`, while the context is open.
+        """Give each sample of a batch its adapter, or `"__base__"`, while the context is open.
 
-        Names that are not loaded are read from `folder`. `generate` may repeat rows, for beams or several answers. To
-        train, call backward inside too. A thread that is started inside computes with the base: call `use` in the
-        thread that calls the model.
+        Names that are not loaded are read from `folder`. `generate` may repeat samples, for beams or several answers. A
+        thread that is started inside computes with the base: call `use` in the thread that calls the model. A generator
+        that yields inside `use` needs a thread of its own: beside it, the base refuses calls. With gradient
+        checkpointing, call backward inside the `use` of the forward.
 
         Raises:
             ConfigError: an adapter is neither loaded nor in the folder, or more are named than there are slots.
             AdapterFileError: an adapter in the folder is damaged.
         """
+        if not names:
+            raise ConfigError(
+                "AdapterPool.use: names nothing; give an adapter or '__base__' for each sample of the batch"
+            )
         wanted = sorted(set(names) - {BASE})
         if self.slots is not None and len(wanted) > self.slots:
             raise ConfigError(f"AdapterPool.use: {len(wanted)} adapters are named for {self.slots} slots; raise slots")
@@ -235,6 +249,7 @@ class AdapterPool:
                 for member in held.values():
                     if member is not None and member.shelf.fixed:  # an optimizer has its factors
                         member.is_saved = False
+            self._forget_kept()
             with self.computing(Batch([held.get(name) for name in names])):
                 yield
         finally:
@@ -259,39 +274,27 @@ class AdapterPool:
         with self._lock:
             self._in_use.subtract(name for name in names if name != BASE)
 
-    @contextmanager
-    def computing(self, batch: Batch) -> Iterator[None]:
-        """What this thread computes is of this batch, and what a backward computes again in a thread of its own.
+    def computing(self, batch: Batch) -> AbstractContextManager[None]:
+        """Give the calls in this context a batch of adapters that are held."""
+        return self._uses.opened(batch)
 
-        `use` is this with adapters that it holds meanwhile.
-        """
-        token, outer = _CURRENT.set((self, batch)), self._trained
-        if torch.is_grad_enabled():
-            self._trained = batch
-        try:
-            yield
-        finally:
-            _CURRENT.reset(token)
-            if self._trained is batch:
-                self._trained = outer
+    def _forget_kept(self) -> None:
+        """Drop the factors that batches keep, if an optimizer may have changed them: not all leave a trace."""
+        if any(shelf.fixed for shelf in self._shelves.values()):
+            for batch in tuple(self._uses.open):
+                batch.gathered.clear()
 
-    def _batch(self) -> Batch | None:
-        current = _CURRENT.get()
-        if current is not None:
-            return current[1] if current[0] is self else None
-        return self._trained if torch._C._current_graph_task_id() != -1 else None  # a checkpoint in a thread of its own
-
-    def _hook(self, path: str, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        """The output of a layer of the base, with what the adapters of the rows add."""
-        batch = self._batch()
+    def added(self, path: str, x: Tensor, output: Tensor, training: bool) -> Tensor:
+        """The output of a layer of the base for x, with what the adapters of the samples add."""
+        batch = self._uses.of_call(path, training)
         if batch is None or all(path not in shelf.places for shelf in batch.shelves):
             return output
-        x, total = batch.rows(in_autocast_dtype(args[0])), batch.rows(output)
+        x, total = batch.rows(in_autocast_dtype(x)), batch.rows(output)
         whole = slice(0, len(x))
         for shelf in batch.shelves:
             if (place := shelf.places.get(path)) is None:
                 continue
-            for rows, added in self._products(place, batch, x, batch.tokens(shelf, len(x))):
+            for rows, added in self._products(place, batch, x, batch.tokens(shelf, len(x), path)):
                 if rows == whole:
                     total = total + added.to(output.dtype)
                     continue
@@ -301,13 +304,21 @@ class AdapterPool:
                     total[rows] += added.to(output.dtype)
                 else:
                     total.index_add_(0, rows, added.to(output.dtype))
-        return total.view_as(output)
+        total = total.view_as(output)
+        if (
+            torch.is_grad_enabled()
+            and total.requires_grad
+            and not torch.compiler.is_compiling()
+            and not is_transformed(x)
+        ):
+            total = Mark.apply(total, batch.number)  # type: ignore[no-untyped-call]
+        return total
 
     def _products(self, place: Place, batch: Batch, x: Tensor, tokens: Tokens) -> Iterator[tuple[Rows, Tensor]]:
         members, anchors = frozenset(tokens.of_slot), place.modulation == "hadamard"
         diagonal = partial(self._diagonal, place, batch) if anchors else None
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed(x):
-            batch.gathered.clear()  # an optimizer's step may come next
+            self._forget_kept()
             return products(place.stack, tokens.plan(members, None, x.device), x.__getitem__, diagonal, ())
         each = x.numel() // (len(x) * x.shape[-1]) * max(place.ranks) if anchors else 0
         plan = tokens.plan(members, each, x.device)
@@ -393,9 +404,17 @@ class AdapterPool:
         layers = {}
         for path in sorted(found):
             layer = modules.get(path)
+            if isinstance(layer, BaseTunerLayer):
+                raise UnsupportedModuleError(
+                    f"{source}: PEFT has adapted {path} since the pool was made; unload that first"
+                )
             if not isinstance(layer, nn.Linear | Conv1D):
                 kind = "no such layer" if layer is None else f"a {type(layer).__name__}"
                 raise AdapterFileError(f"{source}: {path} is {kind} in this base; a pool takes linear layers")
+            if ROUTED.search(path):
+                raise UnsupportedModuleError(
+                    f"{source}: {path} is an expert, which is given tokens of many samples; load this adapter with PEFT"
+                )
             layers[path] = Loaded.checked(path, Linear.shape_of(layer), config, found[path], source)
         return layers
 
@@ -406,7 +425,7 @@ class AdapterPool:
             self._check_base(path, each, source)
             places[path] = Place.like(each, layer, self.dtype)
             if path not in self._hooked:
-                self._hooked[path] = layer.register_forward_hook(partial(self._hook, path))
+                self._hooked[path] = layer.register_forward_hook(Hook(weakref.ref(self), path))
         return Shelf(places)
 
     def _check_base(self, path: str, each: Loaded, source: str) -> None:
@@ -424,8 +443,29 @@ class AdapterPool:
                 )
             return
 
+    def _twin(self) -> Any:
+        """A base of other modules with the same weights, of which PEFT may change what it likes."""
+        shared = {id(part): part for part in (*self.base.parameters(), *self.base.buffers())}
+        trained = {id(part): nn.Parameter(part.data) for part in self.base.parameters() if part.requires_grad}
+        return copy.deepcopy(self.base, shared | trained)
+
     def _parts(self, member: Member) -> dict[str, list[tuple[str, Tensor]]]:
         return {path: place.parts(member.slot) for path, place in member.shelf.places.items()}
 
 
-_CURRENT: ContextVar[tuple[AdapterPool, Batch] | None] = ContextVar("smoa_pool_batch", default=None)
+@dataclass
+class Hook:
+    """Adds to a layer's output what its pool's adapters do. A copy of the base, or one from a file, has no pool."""
+
+    pool: weakref.ref[AdapterPool] | None
+    path: str
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        pool = None if self.pool is None else self.pool()
+        return output if pool is None else pool.added(self.path, args[0], output, layer.training)
+
+    def __reduce__(self) -> Any:
+        return Hook, (None, self.path)
+
+
+_POOLS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[AdapterPool]] = weakref.WeakKeyDictionary()

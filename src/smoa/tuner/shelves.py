@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,6 +23,7 @@ from smoa.maths.factors import BlockRun, init_factors, runs_of
 from smoa.maths.kernels.shared import Gathered, StackedFactors
 from smoa.maths.kernels.tokens import Plan, Tokens
 from smoa.maths.scale import ModulationKind, rank_scale
+from smoa.tuner.generation import COPIES
 
 new_number = count(1).__next__
 
@@ -153,32 +155,45 @@ class Batch:
 
     keeps = True
     """Whether the factors of each row are kept for the next call."""
+    is_open = False
+    """Whether its `use` has begun and not ended."""
+    trains = False
+    """Whether gradients were on when it was opened."""
+    streams: tuple[FrameType, ...] = ()
+    """While it is open, the generators in which it was opened, the innermost first."""
+    is_of_stream = False
+    """Whether there were any."""
 
     def __init__(self, members: Sequence[Member | None], diagonals: Diagonals | None = None) -> None:
         self.members = members
         self.shelves = {id(member.shelf): member.shelf for member in members if member is not None}.values()
         self.diagonals = Diagonals() if diagonals is None else diagonals
         self.gathered: dict[int, tuple[Hashable, Any]] = {}
-        self._tokens: dict[tuple[int, int], Tokens] = {}
+        self.number = new_number()
+        self._tokens: dict[tuple[int, int, int], Tokens] = {}
 
     def rows(self, x: Tensor) -> Tensor:
         """x with its rows, to each of which belongs one adapter, as the first dimension."""
         return x
 
-    def tokens(self, shelf: Shelf, count: int) -> Tokens:
-        """The slots of `count` rows in a shelf."""
-        key = id(shelf), count
+    def tokens(self, shelf: Shelf, count: int, path: str) -> Tokens:
+        """The slots of the `count` rows that the layer at `path` is given in a shelf."""
+        key = id(shelf), count, COPIES.get()
         if key not in self._tokens:
-            served = (-1 if own is None or own.shelf is not shelf else own.slot for own in self.members_of(count))
+            served = (-1 if own is None or own.shelf is not shelf else own.slot for own in self.members_of(count, path))
             self._tokens[key] = Tokens(list(served))
         return self._tokens[key]
 
-    def members_of(self, count: int) -> Sequence[Member | None]:
-        """The adapter of each of `count` rows."""
-        copies, rest = divmod(count, len(self.members))
-        if rest or not copies:
-            raise ValueError(f"AdapterPool.use: {len(self.members)} names for {count} rows; give one for each row")
-        return [member for member in self.members for _ in range(copies)]
+    def members_of(self, count: int, path: str) -> Sequence[Member | None]:
+        """The adapter of each row. As many as there are rows; only `generate` says that it repeats samples, and how often."""
+        if count == len(self.members):
+            return self.members
+        if count == len(self.members) * (copies := COPIES.get()):
+            return [member for member in self.members for _ in range(copies)]
+        raise ConfigError(
+            f"AdapterPool.use: {len(self.members)} names, but {path} is given {count} rows; name an adapter for each "
+            "sample of the batch, and none that adapts a layer whose rows are not samples"
+        )
 
     def factors(self, place: Place, plan: Plan) -> tuple[Iterable[Gathered], Iterable[Gathered]]:
         """The factors of a plan's slots apart, and of its chunks."""
@@ -189,7 +204,9 @@ class Batch:
         stack, device = place.stack, place.scale.device
         apart = (stack.gathered(torch.tensor([slot], device=device)) for slot, _ in plan.apart)
         together = (stack.gathered(slots) for _, slots in plan.together)
-        if not self.keeps:
+        if not self.keeps or any(
+            part.grad is not None for part in place.factors
+        ):  # a step may come, and leave no trace
             return apart, together
         self.gathered[id(place)] = state, (list(apart), list(together))
         return self.gathered[id(place)][1]  # type: ignore[no-any-return]

@@ -48,14 +48,14 @@ class Step(Batch):
         """The tokens."""
         return x.flatten(0, -2)
 
-    def members_of(self, count: int) -> Sequence[Member | None]:
+    def members_of(self, count: int, path: str) -> Sequence[Member | None]:
         """The adapter of each token, or of each one that has logits."""
         if count == len(self.members):
             return self.members
         if count == len(self.last):
             return [self.members[token] for token in self.last]
-        raise ValueError(
-            f"AdapterPool: a layer is given {count} tokens of a step of {len(self.members)}; its model can't be served "
+        raise ConfigError(
+            f"AdapterPool: {path} is given {count} tokens of a step of {len(self.members)}; its model can't be served "
             "by continuous batching"
         )
 

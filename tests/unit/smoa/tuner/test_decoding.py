@@ -7,6 +7,7 @@ import pickle
 import threading
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from peft import inject_adapter_in_model
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from smoa import ConfigError, SmoaConfig, cached_weights, keep_in_generate
 from smoa.layers.mixed_batch import shared_output
@@ -22,7 +24,7 @@ from smoa.maths.blocks import Blocks
 from smoa.maths.factors import BlockRun
 from smoa.maths.kernels.batched import diagonal_blocks
 from smoa.maths.update import Update
-from smoa.tuner.generation import Generate, _keeping
+from smoa.tuner.generation import _keeping
 from tests.support import tiny_models
 from tests.support.adapted_models import SETTINGS, adapted, add_adapter
 from tests.support.layers import Wrapper, layers_of
@@ -315,13 +317,13 @@ def test_a_disabled_or_merged_adapter_keeps_nothing(spy: Spy) -> None:
 
 
 @pytest.mark.parametrize("unload", ["unload", "merge_and_unload"])
-def test_unloading_gives_the_model_its_own_generate_back(unload: str) -> None:
+def test_an_unloaded_model_generates_as_its_class_does(unload: str, spy: Spy) -> None:
     model = model_of()
     base = model.get_base_model()
-    assert isinstance(base.__dict__["generate"], Generate)
     getattr(model, unload)()
     assert "generate" not in base.__dict__
     answer(base)
+    assert (spy.fills, spy.plain) == (0, 0)
 
 
 # how it ends
@@ -457,12 +459,29 @@ def test_a_setting_that_does_not_exist_is_refused() -> None:
         keep_in_generate(tiny_models.build("llama"), "off")
 
 
-# the attribute
+# the method
 
 
-def test_a_model_that_cannot_generate_gets_no_attribute() -> None:
+def test_a_class_that_cannot_generate_gets_no_method() -> None:
     model = inject_adapter_in_model(SmoaConfig(target_modules=["layer"]), Wrapper(nn.Linear(8, 8)))
-    assert "generate" not in model.__dict__
+    assert not hasattr(model, "generate")
+
+
+def test_the_method_outlives_the_name_of_its_model(tmp_path: Path, spy: Spy) -> None:
+    model = model_of()
+    model.save_pretrained(tmp_path)
+    inputs = tiny_models.batch("llama")["input_ids"]
+    expected = model.generate(input_ids=inputs, max_new_tokens=3)
+    generate = inject_adapter_in_model(model.peft_config["default"], tiny_models.build("llama")).generate
+    gc.collect()
+    assert len(generate(input_ids=inputs, max_new_tokens=3)) == len(expected)
+    base = tiny_models.build("llama")
+    base.save_pretrained(tmp_path / "base")
+    config = SmoaConfig.from_pretrained(tmp_path)
+    config.base_model_name_or_path = str(tmp_path / "base")
+    config.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).generate(input_ids=inputs, max_new_tokens=3)
+    assert torch.equal(loaded, expected)
 
 
 def test_a_generate_of_the_models_own_stays() -> None:
@@ -476,7 +495,8 @@ def test_a_generate_of_the_models_own_stays() -> None:
 
 def test_what_others_look_up_on_the_method_is_there() -> None:
     base = model_of().get_base_model()
-    assert base.generate.__wrapped__ is type(base).generate.__wrapped__
+    assert base.generate.__self__ is base
+    assert next(iter(inspect.signature(base.generate).parameters)) != "self"
     assert "max_new_tokens" in inspect.getsource(inspect.unwrap(base.generate)) or "generation_config" in str(
         inspect.signature(base.generate)
     )

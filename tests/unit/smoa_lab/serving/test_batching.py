@@ -284,7 +284,7 @@ def test_what_cannot_be_served_is_refused_before_work_starts(
     shutil.copytree(folder / "anna", tmp_path / "broken")
     (tmp_path / "broken" / "adapter_model.safetensors").write_bytes(b"half")
     with pytest.raises(AdapterFileError, match="broken"):
-        generated(AdapterPool(pool.base, folder=tmp_path), [prompt(4)], ["broken"])
+        generated(AdapterPool(base(), folder=tmp_path), [prompt(4)], ["broken"])
 
 
 def test_a_failure_of_the_thread_that_computes_is_an_error_and_frees_the_adapters(
