@@ -68,8 +68,8 @@ def _keeping(model: nn.Module) -> list[SmoaLayer]:
 
 
 def watch_generate(model: nn.Module) -> None:
-    """Let the `generate` of the model's class, if it has one, open the caches of adapted layers and repeat the names of a
-    mixed batch."""
+    """Let the `generate` of the model's class, if it has one, open caches of adapted layers and repeat a mixed batch's
+    names."""
     kind: Any = type(model)
     generate = getattr(kind, "generate", None)
     if not callable(generate) or hasattr(generate, "smoa_watched"):

@@ -185,7 +185,7 @@ class Batch:
         return self._tokens[key]
 
     def members_of(self, count: int, path: str) -> Sequence[Member | None]:
-        """The adapter of each row. As many as there are rows; only `generate` says that it repeats samples, and how often."""
+        """The adapter of each row. Only `generate` says that it repeats samples, and how often."""
         if count == len(self.members):
             return self.members
         if count == len(self.members) * (copies := COPIES.get()):
