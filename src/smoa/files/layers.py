@@ -14,10 +14,8 @@ from smoa.errors import AdapterFileError, ConfigError
 from smoa.files.checks import check_parts
 from smoa.files.names import PARTS, PREFIX
 from smoa.maths.blocks import Blocks
-from smoa.maths.experts import Layout
-from smoa.maths.factors import Factors, saved_shapes
-from smoa.maths.scale import ModulationKind, rank_scale
-from smoa.maths.update import Update
+from smoa.maths.factors import saved_shapes
+from smoa.maths.scale import ModulationKind
 
 
 def by_layer(tensors: Mapping[str, Tensor], source: str, remedy: str) -> dict[str, dict[str, Tensor]]:
@@ -47,15 +45,9 @@ class Loaded:
 
     @classmethod
     def checked(
-        cls,
-        path: str,
-        shape: tuple[int, int],
-        config: SmoaConfig,
-        parts: Mapping[str, Tensor],
-        source: str,
-        layout: Layout | None = None,
+        cls, path: str, shape: tuple[int, int], config: SmoaConfig, parts: Mapping[str, Tensor], source: str
     ) -> Self:
-        """Those of a layer of this shape, or of a parameter that holds matrices of it.
+        """Those of a layer of this shape.
 
         Raises:
             AdapterFileError: a part is missing, not finite, or doesn't fit.
@@ -66,7 +58,7 @@ class Loaded:
         if len(parts) > len(PARTS):
             raise AdapterFileError(f"{source}: {path} has {sorted(parts)}, expected {sorted(PARTS)}")
         ranks = config.ranks_of(path, shape=shape)
-        sizes = saved_shapes(shape, ranks, None if layout is None else layout.count)
+        sizes = saved_shapes(shape, ranks)
         scaling = config.alpha_of(path, sum(ranks), shape) / sum(ranks)
         A, B, rows, cols, scale = (parts[part] for part in PARTS)
         try:
@@ -75,17 +67,9 @@ class Loaded:
             raise AdapterFileError(f"{source}: {error}") from None
         return cls(ranks, config.modulation, scaling, config.partition == "spectral", A, B, rows, cols, scale.float())
 
-    def blocks(self, device: torch.device, number: int = 0) -> Blocks:
-        """The blocks of the layer, or of one of a parameter's matrices, on a device."""
-        rows, cols = (labels.view(-1, labels.shape[-1]) for labels in (self.row_labels, self.col_labels))
-        return Blocks(rows[number].to(device), cols[number].to(device), len(self.ranks))
-
-    def update(self, number: int = 0) -> Update:
-        """ΔW of the layer, or of one of a parameter's matrices."""
-        r, scale = sum(self.ranks), self.block_scale.view(-1, len(self.ranks))[number]
-        A, B = self.A[number * r : (number + 1) * r], self.B[:, number * r : (number + 1) * r]
-        blocks, of_ranks = self.blocks(A.device, number), rank_scale(scale, self.ranks)
-        return Update(Factors(A, B, self.ranks, self.scaling, of_ranks, blocks), self.modulation)
+    def blocks(self, device: torch.device) -> Blocks:
+        """The blocks of the layer, on a device."""
+        return Blocks(self.row_labels.to(device), self.col_labels.to(device), len(self.ranks))
 
     @property
     def digest(self) -> int:

@@ -18,8 +18,9 @@ from smoa.errors import AdapterFileError, ConfigError
 from tests.support import tiny_models
 from tests.support.tiny_models import VOCAB_SIZE
 
-for package in ("fastapi", "openai", "uvicorn"):
-    pytest.importorskip(package)
+pytest.importorskip("fastapi")
+pytest.importorskip("openai")
+pytest.importorskip("uvicorn")
 pytest.importorskip("transformers", minversion="5.24")
 from transformers import ContinuousBatchingConfig, GenerationConfig
 

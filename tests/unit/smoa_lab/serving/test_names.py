@@ -8,8 +8,9 @@ import pytest
 
 from smoa.errors import UnsupportedVersionError
 
-for package in ("fastapi", "openai", "uvicorn"):
-    pytest.importorskip(package)
+pytest.importorskip("fastapi")
+pytest.importorskip("openai")
+pytest.importorskip("uvicorn")
 pytest.importorskip("transformers", minversion="5.24")
 
 import smoa_lab.serving
