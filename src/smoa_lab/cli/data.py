@@ -54,8 +54,6 @@ def check(
 
 
 def _print_account(place: str, model: str, account: dict[str, Any]) -> None:
-    from smoa_lab.data.prepared import histogram_lines
-
     tokens, parts = account["tokens"], account["parts"]
     counts = ", ".join(f"{number:,} {part}" for part, number in parts.items()) or "none that can be trained on"
     typer.echo(f"{place}: {account['format'] or 'no format recognized'}; rows: {counts}")
@@ -64,7 +62,10 @@ def _print_account(place: str, model: str, account: dict[str, Any]) -> None:
             f"{tokens['total']:,} tokens of {model}, {account['trained_tokens']:,} of them trained; a row has "
             f"{tokens['shortest']:,} to {tokens['longest']:,}, half of them at most {tokens['median']:,}\n"
         )
-        typer.echo("\n".join([f"{'tokens':>13}", *histogram_lines(tokens["histogram"])]) + "\n")
+        most = max(count for _, count in tokens["histogram"])
+        for bound, count in tokens["histogram"]:
+            typer.echo(f"{f'up to {bound:,}':>13}  {'█' * round(40 * count / most):40}  {count:,}")
+        typer.echo()
     typer.echo(f"{account['cut']:,} rows are cut at {account['max_length']} tokens")
     typer.echo(f"{account['dropped']:,} rows are dropped: nothing that is trained is left in them")
     typer.echo(f"{account['repeated']:,} rows repeat an earlier one")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from array import array
-from bisect import bisect_left
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from filelock import FileLock
 from tqdm.auto import tqdm
 
@@ -57,29 +57,16 @@ def length_summary(lengths: array[int]) -> dict[str, Any]:
     """Total and quantiles, and how many rows are at most 16, 32, 64, … tokens long and longer than the bound before."""
     if not lengths:
         return {"total": 0, "histogram": []}
-    order = sorted(lengths)
-    bounds = [FIRST]
-    while bounds[-1] < order[-1]:
-        bounds.append(2 * bounds[-1])
-    places = Counter(bisect_left(bounds, length) for length in order)
-    quantile = {name: order[int(share * (len(order) - 1))] for name, share in QUANTILES.items()}
+    values = np.asarray(lengths)
+    doublings = np.ceil(np.log2(np.maximum(values, FIRST) / FIRST)).astype(int)
+    counts = np.bincount(doublings).tolist()
     return {
-        "total": sum(order),
-        "shortest": order[0],
-        **quantile,
-        "longest": order[-1],
-        "histogram": [[bound, places[number]] for number, bound in enumerate(bounds)][min(places) :],
+        "total": int(values.sum()),
+        "shortest": int(values.min()),
+        **{name: int(np.quantile(values, share, method="lower")) for name, share in QUANTILES.items()},
+        "longest": int(values.max()),
+        "histogram": [[FIRST << number, counts[number]] for number in range(doublings.min(), len(counts))],
     }
-
-
-def histogram_lines(histogram: list[list[int]]) -> list[str]:
-    """A bar for each range of lengths: ``  17–32  ████  12``."""
-    most = max(count for _, count in histogram)
-    lows = [bound // 2 + 1 if bound > FIRST else 1 for bound, _ in histogram]
-    return [
-        f"{f'{low}–{bound}':>13}  {'█' * round(40 * count / most):40}  {count:,}"
-        for low, (bound, count) in zip(lows, histogram, strict=True)
-    ]
 
 
 def require_good_rows(account: dict[str, Any], skip: bool) -> None:
