@@ -14,10 +14,12 @@ from typing import Any
 import altair as alt
 from stored import Run, final_name, runs_of, summary_of
 
-from smoa_lab.pages.charts import DASHES, MUTED, PAPER, color_of, forest, name_of, tooltip, values
+from smoa_lab.pages.charts import DASHES, METHODS, MUTED, PAPER, forest, tooltip, values
 from smoa_lab.pages.tables import Cell, Table
 from smoa_lab.pages.templates import Figure, page
 
+LOOKS = {**METHODS, "corda": ("CorDA", "#60303c")}
+"""Names and colors of methods, also of one that today's code doesn't train."""
 EVERY_RUN = ["run", "loss", "accuracy %", "steps", "s", "machine", "commit"]
 SIZES = ("r", "num_blocks", "alpha", "lora_alpha", "target_modules", "layers_to_transform", "layers_pattern")
 """Settings of an adapter that are left out of an entry's full name."""
@@ -94,7 +96,7 @@ def full_names(runs: Mapping[str, Run], budgets: Mapping[str, str] | None = None
     names: dict[str, str] = {}
     for run in (run for name, run in runs.items() if name.startswith("final/")):
         entry, method, adapter = run["name"].split("/")[1], run["config"]["method"], run["config"].get("adapter", {})
-        names[entry] = name_of(method)
+        names[entry] = LOOKS.get(method, (method, MUTED))[0]
         if method == "smoa":
             changed = [
                 f"{key}={adapter[key]}" for key in adapter if key not in SIZES and adapter[key] != USUAL.get(key)
@@ -178,7 +180,7 @@ def _curve(runs: Sequence[Mapping[str, Any]], x: alt.X, y: alt.Y, dashed: bool =
     """An entry's runs as dots, and their means by learning rate as points, on a line where they are more than two."""
     if not runs:
         return []
-    means, color = _means(runs), color_of(runs[0]["method"])
+    means, color = _means(runs), LOOKS[runs[0]["method"]][1]
     mean = alt.Chart(values(means)).encode(x=x, y=y)
     line = mean.mark_line(color=color, strokeDash=DASHES[dashed], clip=True).encode(order="learning_rate:Q")
     shown = tooltip(entry="", learning_rate="~g", seed="", learned=".4f", kept=".4f")

@@ -66,12 +66,11 @@ class Report:
     def results(self) -> dict[str, Table]:
         """The tables that a terminal shows, without the columns that it has no room for."""
         tables = {title: table for title, table in self.sections.items() if isinstance(table, Table)}
-        results = {title: table for title, table in tables.items() if title.startswith(BUDGET)}
-        for title, table in results.items():
-            for column in ("lr", "runs", "s"):
-                table = table.without(column) if column in table.header else table
-            results[title] = table
-        return results or dict(list(tables.items())[:1])
+        return {
+            title: table.without("lr").without("runs").without("s")
+            for title, table in tables.items()
+            if title.startswith(BUDGET)
+        }
 
     def page(self) -> str:
         """The HTML."""
@@ -100,7 +99,7 @@ def report(study: Study) -> Report:
     comparison, folder = Comparison(study), study.folder
     comparison.stored(Untouched())  # raises ConfigError
     rows = rows_of(comparison)
-    introduction, sections = _sections(rows, comparison.store)
+    introduction, sections = _sections(study, rows, comparison.store)
     done = {row.entry for row in rows}
     missing = [name for name in study.entries if name not in done]
     notes = [f"The search of a learning rate: {_search_in_words(study)}."]
@@ -132,7 +131,7 @@ def _search_in_words(study: Study) -> str:
     )
 
 
-def _sections(rows: Sequence[Row], store: TrialStore) -> tuple[list[str], Sections]:
+def _sections(study: Study, rows: Sequence[Row], store: TrialStore) -> tuple[list[str], Sections]:
     """Introduction and sections."""
     untouched = store.find("untouched")
     budgets = {
@@ -142,7 +141,7 @@ def _sections(rows: Sequence[Row], store: TrialStore) -> tuple[list[str], Sectio
     if len(rows[0].task_accuracy) > 1:
         by_task = {f"{BY_TASK}: {budget}": _by_task(of_budget, untouched) for budget, of_budget in budgets.items()}
         sections |= by_task
-    chart = charts.differences(rows, full_names(store, {row.entry: row.budget for row in rows}))
+    chart = charts.differences(rows, _full_names(study, rows))
     sections |= {} if chart is None else {"Differences": Figure(chart, DIFFERENCES)}
     searched = {row.entry: row.search.losses for row in rows if row.search}
     if searched:
@@ -239,25 +238,18 @@ def _by_rate(losses: Mapping[str, Mapping[float, float | None]], runs: Sequence[
     return Table(["entry", *(f"{rate:g}" for rate in rates)], lines, RATES)
 
 
-def full_names(store: TrialStore, budgets: Mapping[str, str]) -> dict[str, str]:
+def _full_names(study: Study, rows: Sequence[Row]) -> dict[str, str]:
     """What pictures call each entry: its method and, of SMoA, K and the settings that are not the defaults. Its own
-    name is added where another one of its budget, of ``budgets``, has the same."""
-    names = {}
-    for run in store.names("final/"):
-        entry = run.split("/")[1]
-        if entry not in names:
-            config = (store.find(run) or {})["config"]
-            method, adapter = config["method"], config.get("adapter", {})
-            names[entry] = name_of(method)
-            if method == "smoa":
-                usual = SmoaConfig()
-                changed = [key for key in adapter if key not in SIZES and adapter[key] != getattr(usual, key, None)]
-                settings = [
-                    f"K = {adapter.get('num_blocks', usual.num_blocks)}",
-                    *(f"{k}={adapter[k]}" for k in changed),
-                ]
-                names[entry] += f", {', '.join(settings)}{'' if changed else ' (default)'}"
-    shown = {e: (name, budgets.get(e)) for e, name in names.items()}
+    name is added where another one of its budget has the same."""
+    names, usual = {}, SmoaConfig()
+    for row in rows:
+        names[row.entry] = name_of(row.method)
+        if row.method == "smoa":
+            adapter = study.entries[row.entry].adapter
+            changed = [key for key in adapter if key not in SIZES and adapter[key] != getattr(usual, key, None)]
+            settings = [f"K = {adapter.get('num_blocks', usual.num_blocks)}", *(f"{k}={adapter[k]}" for k in changed)]
+            names[row.entry] += f", {', '.join(settings)}{'' if changed else ' (default)'}"
+    shown = {row.entry: (names[row.entry], row.budget) for row in rows}
     uses = Counter(shown.values())
     return {e: name if uses[shown[e]] == 1 or e == name.lower() else f"{name}: {e}" for e, name in names.items()}
 
