@@ -205,7 +205,7 @@ def _load(
             f"{section.name}: lacks {first_of(lacking)}, which the adapter doesn't have either; give the base model it "
             "was trained on"
         )
-    if left and not new:
+    if left and not new and name != "AutoModel":  # these have no head, or another one than the checkpoint
         raise MergeError(
             f"{section.name}: has {first_of(left)}, which {name} doesn't load, so the merged model would lack them; "
             "load the model in the class that has them, and merge it by merge_and_unload"
@@ -214,8 +214,8 @@ def _load(
     own_dtype = torch.float32 if is_quantized else model.dtype
     model = with_plain_weights(model, own_dtype if dtype == "auto" else getattr(torch, dtype))
     resize_as_saved(model, adapter)
-    of_head = [f"{name} has a head of its own; the base's {first_of(left)} left out."] if left else []
-    return model, (*([DEQUANTIZED] if is_quantized or format_of_base else []), *of_head)
+    left_out = [f"Left out, since {name} doesn't load it: {first_of(left)} of the base."] if left else []
+    return model, (*([DEQUANTIZED] if is_quantized or format_of_base else []), *left_out)
 
 
 def class_name(config: PeftConfig) -> str:
@@ -316,6 +316,7 @@ def _merge_layer(name: str, layer: Any, merge: Any, result: Merged, *arguments: 
         raise MergeError(f"{name}: {error}") from error
     result.add(name, before, _weight(layer).detach())
     _weight(layer).data = _weight(layer).data.to(result.dtype)
+    del layer.merge  # a cycle, which would keep the layer and what it needs to unmerge
 
 
 def layers_to_merge(adapted: Any) -> list[tuple[str, Any]]:

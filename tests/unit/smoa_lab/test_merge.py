@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -171,10 +172,24 @@ def test_what_the_class_replaces_by_a_head_of_the_adapters_is_left_out_and_told(
     adapted = get_peft_model(model, SmoaConfig(task_type="SEQ_CLS", target_modules=["q_proj"], init_weights=False))
     adapted.save_pretrained(adapter)
     found = merge_run(adapter, output)
-    [note] = found.notes
-    assert "head of its own; the base's lm_head.weight left out" in note
+    assert found.notes == (
+        "Left out, since AutoModelForSequenceClassification doesn't load it: lm_head.weight of the base.",
+    )
     head = merged_model(output, AutoModelForSequenceClassification).score.weight
     assert torch.equal(head, model.score.modules_to_save["default"].weight)
+
+
+def test_of_a_language_model_that_makes_embeddings_the_head_is_left_out_and_told(
+    base: Path, adapter: Path, output: Path
+) -> None:
+    tiny_models.build("llama").save_pretrained(base)
+    config = SmoaConfig(task_type="FEATURE_EXTRACTION", target_modules=["q_proj"], init_weights=False)
+    adapted = get_peft_model(AutoModel.from_pretrained(base), config).eval()
+    adapted.save_pretrained(adapter)
+    assert "AutoModel doesn't load it: lm_head.weight" in merge_run(adapter, output).summary()
+    merged, batch = merged_model(output, AutoModel), {"input_ids": torch.arange(3, 14)[None]}
+    with torch.no_grad():
+        assert_close(merged(**batch).last_hidden_state, adapted(**batch).last_hidden_state)
 
 
 def test_tensors_that_the_model_does_not_load_are_not_lost_silently(base: Path, adapter: Path, output: Path) -> None:
