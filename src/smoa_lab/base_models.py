@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any, cast
@@ -362,11 +363,26 @@ def prepare_packaged_model(name: str) -> Path:
     logger.info("Dequantizing %s into %s (once, about a minute)", packaged.hub_id, folder)
     with new_folder(folder, keep_existing=True) as temporary:
         gguf = packaged.write(temporary)
-        model, tokenizer = load_base_model(ModelSection(name=str(gguf), dtype="float32"))
+        with _gguf_read_once():
+            model, tokenizer = load_base_model(ModelSection(name=str(gguf), dtype="float32"))
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         gguf.unlink()
     return folder
+
+
+@contextmanager
+def _gguf_read_once() -> Iterator[None]:
+    """transformers reads a GGUF file for its config, for its weights and for its tokenizer; the vocabulary in it takes
+    the package ten seconds each time."""
+    import gguf
+
+    module: Any = gguf
+    reader, module.GGUFReader = module.GGUFReader, lru_cache(maxsize=1)(module.GGUFReader)
+    try:
+        yield
+    finally:
+        module.GGUFReader = reader
 
 
 def _dequantize(gguf_file: str) -> dict[str, Any]:
