@@ -5,8 +5,8 @@ belong to tokens whose loss is never asked for. So the hidden states are gathere
 on it: the model's own forward runs unchanged around it (soft-capping and scaling of logits, wrappers for several
 processes), for every causal language model whose ``get_output_embeddings`` is applied to (batch, tokens, hidden).
 
-The choices of a question share its prompt. The prompt goes through the model once, but for its last token; its keys and
-values are then repeated for each choice.
+The choices of a question share its prompt, and the questions of a batch their template's beginning. Both go through the
+model once; the keys and values are then repeated for each question and choice.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, takewhile
 from typing import Any, cast
 
 import torch
@@ -142,47 +142,81 @@ def batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
 def _score_batch(model: nn.Module, groups: list[list[Tokens]], pad: int) -> list[Score]:
     """Scores of all rows in order."""
     rows = [row for group in groups for row in group]
-    prompts = [group[0].prompt[:-1] for group in groups]
+    prompts = [group[0].prompt for group in groups]
     repeats = torch.tensor([len(group) for group in groups])
-    shared = _prompt_pass(model, prompts, repeats, pad) if int(repeats.max()) > 1 and all(prompts) else None
-    if shared is not None:  # what is left of a row begins with the prompt's last token
-        rows = [Tokens(row.input_ids[row.start - 1 :], row.labels[row.start - 1 :]) for row in rows]
+    may_share = int(repeats.max()) > 1 and all(prompts) and all(row.answer for row in rows)
+    shared = _prompt_pass(model, prompts, repeats, pad) if may_share else None
+    if shared is None:
+        return [Score(tuple(nll), all(hits)) for nll, hits in _predicted(model, rows, pad)]
+    logits, past, mask = shared
+    prompt_of = torch.repeat_interleave(repeats).to(logits.device)
+    first = torch.tensor([row.answer[0] for row in rows], device=logits.device)
+    nll = -F.log_softmax(logits.float(), dim=-1)[prompt_of, first]
+    hits = logits.argmax(-1)[prompt_of] == first
+    answers = [Tokens(row.answer, row.labels[row.start :]) for row in rows]
+    scored = zip(nll.tolist(), hits.tolist(), _predicted(model, answers, pad, past, mask), strict=True)
+    return [Score((loss, *losses), hit and all(others)) for loss, hit, (losses, others) in scored]
+
+
+def _predicted(
+    model: nn.Module, rows: list[Tokens], pad: int, past: dict[str, Any] | None = None, mask: Tensor | None = None
+) -> list[tuple[list[float], list[bool]]]:
+    """Of each row the losses of its trained tokens, the first of all apart, and whether each is the likeliest. ``past``
+    has the keys and values of what comes before the rows, and ``mask`` tells them from padding."""
     device = next(model.parameters()).device
     batch = {name: tensor.to(device) for name, tensor in collate([row.columns for row in rows], pad).items()}
-    labels = batch.pop("labels")
-    inputs: dict[str, Any] = {**batch, "use_cache": False}
-    if shared is not None:
-        name, cache, mask = shared
-        positions = mask.sum(dim=1, keepdim=True) + batch["attention_mask"].cumsum(dim=1) - 1  # none for padding
-        mask = torch.cat([mask, batch["attention_mask"]], dim=1)
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": mask, "position_ids": positions, name: cache}
-    with logits_at(model, answer_positions(labels)):
-        logits = answer_logits(model(**inputs).logits, labels)
-    targets = labels[:, 1:][labels[:, 1:] != IGNORED].to(logits.device)
+    labels = batch.pop("labels")[:, 1:]
+    wanted = labels != IGNORED
+    if not wanted.any():
+        return [([], []) for _ in rows]
+    inputs: dict[str, Any] = {name: tensor[:, :-1] for name, tensor in batch.items()}  # the last one predicts nothing
+    if past is None or mask is None:
+        inputs["use_cache"] = False
+    else:
+        own = inputs["attention_mask"]
+        positions = mask.sum(dim=1, keepdim=True) + own.cumsum(dim=1) - 1  # none for padding
+        inputs |= {"attention_mask": torch.cat([mask, own], dim=1), "position_ids": positions, **past}
+    with logits_at(model, wanted):
+        logits = wanted_logits(model(**inputs).logits, wanted)
+    targets = labels[wanted].to(logits.device)
     counts = [row.trained for row in rows]
     nll = torch.split(F.cross_entropy(logits.float(), targets, reduction="none"), counts)
     hits = torch.split(logits.argmax(-1) == targets, counts)
-    return [Score(tuple(losses.tolist()), bool(hit.all())) for losses, hit in zip(nll, hits, strict=True)]
+    return [(losses.tolist(), hit.tolist()) for losses, hit in zip(nll, hits, strict=True)]
 
 
 def _prompt_pass(
     model: nn.Module, prompts: list[list[int]], repeats: Tensor, pad: int
-) -> tuple[str, Any, Tensor] | None:
-    """Run each prompt once, padded left: the model's name for keys and values, these, each repeated for its rows, and
-    their mask (rows, width). None where the model keeps none that can be repeated."""
-    inputs = left_padded(prompts, pad, next(model.parameters()).device)
-    mask = inputs["attention_mask"]
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    with logits_at(model, torch.zeros_like(mask, dtype=torch.bool)):
-        output = model(**inputs, position_ids=positions, use_cache=True)
-    name = "cache" if hasattr(output, "cache") else "past_key_values"  # before transformers 5.24
-    cache: Any = getattr(output, name, None)
-    recurrent = any(hasattr(layer, "conv_states") for layer in getattr(cache, "layers", ()))  # linear attention's state
-    if recurrent or not hasattr(cache, "batch_select_indices"):
-        return None
-    rows = torch.repeat_interleave(repeats).to(mask.device)
-    cache.batch_select_indices(rows)
-    return name, cache, mask[rows]
+) -> tuple[Tensor, dict[str, Any], Tensor] | None:
+    """Run what all prompts begin with, such as a template's words, once, and then the rest of each, padded left: the
+    logits after each prompt (prompts, vocabulary), keys and values by the model's name for them, each repeated for its
+    rows, and their mask (rows, width). None where the model keeps none that can be repeated."""
+    device = next(model.parameters()).device
+    beginnings = zip(*(prompt[:-1] for prompt in prompts), strict=False)
+    common = [tokens[0] for tokens in takewhile(lambda tokens: len(set(tokens)) == 1, beginnings)]
+    passes = [([prompt[len(common) :] for prompt in prompts], torch.repeat_interleave(repeats))]
+    if common:
+        passes.insert(0, ([common], torch.zeros(len(prompts), dtype=torch.long)))
+    past: dict[str, Any] = {}
+    mask = torch.zeros(len(passes[0][0]), 0, dtype=torch.long, device=device)
+    for texts, rows in passes:
+        inputs = left_padded(texts, pad, device)
+        own = inputs["attention_mask"]
+        mask = torch.cat([mask, own], dim=1)
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -own.shape[1] :]
+        inputs |= {"attention_mask": mask, "position_ids": positions, **past}
+        last = torch.zeros_like(own, dtype=torch.bool)
+        last[:, -1] = True
+        with logits_at(model, last):
+            output = model(**inputs, use_cache=True)
+        name = "cache" if hasattr(output, "cache") else "past_key_values"  # before transformers 5.24
+        cache: Any = getattr(output, name, None)
+        recurrent = any(hasattr(layer, "conv_states") for layer in getattr(cache, "layers", ()))  # linear attention's
+        if recurrent or not hasattr(cache, "batch_select_indices"):
+            return None
+        cache.batch_select_indices(rows.to(device))
+        past, mask = {name: cache}, mask[rows.to(device)]
+    return wanted_logits(output.logits, last), past, mask
 
 
 @contextmanager
@@ -230,11 +264,9 @@ def answer_positions(labels: Tensor) -> Tensor:
     return wanted
 
 
-def answer_logits(logits: Tensor, labels: Tensor) -> Tensor:
-    """(N, vocabulary): the logits that predict the N trained tokens, from those under :func:`logits_at` or from all."""
-    if logits.shape[:2] == labels.shape:
-        return logits[answer_positions(labels)]
-    return logits.reshape(-1, logits.shape[-1])
+def wanted_logits(logits: Tensor, positions: Tensor) -> Tensor:
+    """(N, vocabulary): the logits at N ``positions``, from those under :func:`logits_at` or from all."""
+    return logits[positions] if logits.shape[:2] == positions.shape else logits.reshape(-1, logits.shape[-1])
 
 
 def collate(rows: Sequence[dict[str, list[int]]], pad: int) -> dict[str, Tensor]:

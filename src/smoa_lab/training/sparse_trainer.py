@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from trl.trainer.sft_trainer import SFTTrainer
 
 from smoa_lab.data.encoding import IGNORED
-from smoa_lab.scoring.losses import answer_logits, answer_positions, logits_at
+from smoa_lab.scoring.losses import answer_positions, logits_at, wanted_logits
 
 
 class SparseSFTTrainer(SFTTrainer):  # type: ignore[misc, unused-ignore]
@@ -26,9 +26,9 @@ class SparseSFTTrainer(SFTTrainer):  # type: ignore[misc, unused-ignore]
         if arguments.loss_type != "nll" or self.label_smoother or self.aux_loss_enabled or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[no-untyped-call, unused-ignore]
         labels = inputs.pop("labels")
-        targets = labels[:, 1:][labels[:, 1:] != IGNORED]
-        with logits_at(self.accelerator.unwrap_model(model), answer_positions(labels)):
-            logits = answer_logits(model(**{**inputs, "use_cache": False}).logits, labels)
+        targets, positions = labels[:, 1:][labels[:, 1:] != IGNORED], answer_positions(labels)
+        with logits_at(self.accelerator.unwrap_model(model), positions):
+            logits = wanted_logits(model(**{**inputs, "use_cache": False}).logits, positions)
         total = F.cross_entropy(logits.float(), targets.to(logits.device), reduction="sum")
         if model.training:
             mask = inputs.get("attention_mask")
