@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import urllib.error
 import urllib.request
@@ -25,6 +26,9 @@ from smoa_lab.config.run import ModelSection
 from smoa_lab.data.general_text import STORY, passages
 from smoa_lab.merge import class_name, layers_to_merge, resize_as_saved, untie, with_plain_weights
 from smoa_lab.open_run import adapter_config, adapter_of_run, base_section, check_weights, run_name, with_saved_adapter
+from smoa_lab.scoring.losses import logits_at
+
+logger = logging.getLogger(__name__)
 
 PROMPTS, WORDS = 10, 24
 """How many prompts there are, and how long each is."""
@@ -94,10 +98,12 @@ def verify(
     check_weights(source)
     kinds = {target: _kind(target) for target in targets}
     section = base_section(source, base)
+    logger.info("Loading %s and its base", source)
     model, tokenizer = load_base_model(section)
     resize_as_saved(model, source)
     prompts = [" ".join(text.split()[:WORDS]) for text in passages(STORY)[:PROMPTS]]
     ids = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in prompts]
+    logger.info("Comparing the logits after %d prompts", len(ids))
     before = _logits(model, ids)
     asks = "server" in kinds.values()
     answers = [_greedy(model, each, tokens)[0] for each in ids] if asks else []
@@ -192,7 +198,11 @@ def _dtype_of(folder: str) -> str:
 def _logits(model: Any, ids: Sequence[Tensor]) -> Tensor:
     """Those after each prompt, in float32: (prompts, vocabulary)."""
     model.eval()
-    return torch.cat([model(input_ids=each.to(model.device)).logits[:, -1].float().cpu() for each in ids])
+    found = []
+    for each in ids:
+        with logits_at(model, torch.arange(each.shape[1])[None] == each.shape[1] - 1):
+            found.append(model(input_ids=each.to(model.device)).logits[:, -1].float().cpu())
+    return torch.cat(found)
 
 
 @torch.no_grad()

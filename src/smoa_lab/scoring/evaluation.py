@@ -231,6 +231,7 @@ class Forgetting:
     def measure(self, model: Any, stage: str) -> None:
         """Measure the loss ``before`` or ``after``."""
         if self.texts:
+            logger.info("Scoring %d passages of general text %s training", len(self.texts), stage)
             self.losses[stage] = text_losses(model, self.tokenizer, self.texts)
 
     @property
