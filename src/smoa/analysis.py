@@ -17,11 +17,6 @@ from smoa.errors import PartitionError
 from smoa.maths.blocks import Blocks
 from smoa.maths.spectrum import decomposable
 
-INTRUDERS_AMONG = 10
-"""How many leading left singular vectors of W + ΔW are examined."""
-INTRUDER_COSINE = 0.5
-"""One of them is an intruder if its cosine with each left singular vector of W is below this."""
-
 
 @dataclass(frozen=True)
 class UpdateSpectrum:
@@ -84,61 +79,6 @@ def update_spectrum(weight: Tensor, delta_weight: Tensor, blocks: Blocks | None 
     Raises:
         PartitionError: the shapes differ.
     """
-    W, delta = _wide(weight, delta_weight)
-    U, sigma, Vh = torch.linalg.svd(W, full_matrices=False)
-    by_row, by_column = (delta @ Vh.T).square(), (delta.T @ U).square()
-    return UpdateSpectrum(
-        weight_values=sigma.double().cpu(),
-        update_values=torch.linalg.svdvals(delta).double().cpu(),
-        input_energy=_shares(by_row.sum(0)),
-        output_energy=_shares(by_column.sum(0)),
-        block_energy=None if blocks is None else _by_block(by_row, by_column, blocks),
-    )
-
-
-@dataclass(frozen=True)
-class UpdateSize:
-    """How large ΔW is relative to W, and how it changes W's leading directions.
-
-    Args:
-        relative_norm: ‖ΔW‖_F / ‖W‖_F.
-        relative_spectral_norm: ‖ΔW‖₂ / ‖W‖₂.
-        stable_rank: ‖ΔW‖_F² / ‖ΔW‖₂²; 0 if ΔW is zero.
-        intruders: Intruder dimensions (arXiv:2410.21228): leading left singular vectors of W + ΔW that resemble none of
-            W's.
-    """
-
-    relative_norm: float
-    relative_spectral_norm: float
-    stable_rank: float
-    intruders: int
-
-
-def update_size(weight: Tensor, delta_weight: Tensor) -> UpdateSize:
-    """Measure ΔW with three SVDs, in float32 or wider.
-
-    Args:
-        weight: W, (out_features, in_features).
-        delta_weight: ΔW, (out_features, in_features).
-
-    Raises:
-        PartitionError: the shapes differ.
-    """
-    W, delta = _wide(weight, delta_weight)
-    U, sigma, _ = torch.linalg.svd(W, full_matrices=False)
-    values = torch.linalg.svdvals(delta)
-    after = torch.linalg.svd(W + delta, full_matrices=False)[0][:, :INTRUDERS_AMONG]
-    likeness = (after.T @ U).abs().amax(dim=1)
-    return UpdateSize(
-        relative_norm=float(delta.norm() / W.norm()),
-        relative_spectral_norm=float(values[0] / sigma[0]),
-        stable_rank=stable_rank(values),
-        intruders=int((likeness < INTRUDER_COSINE).sum()),
-    )
-
-
-def _wide(weight: Tensor, delta_weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in float32 or wider; raises PartitionError if the shapes differ."""
     if weight.shape != delta_weight.shape:
         raise PartitionError(
             f"delta_weight has shape {tuple(delta_weight.shape)}, but the weight has shape {tuple(weight.shape)}; "
@@ -148,7 +88,15 @@ def _wide(weight: Tensor, delta_weight: Tensor) -> tuple[Tensor, Tensor]:
         decomposable(matrix.detach()).to(torch.promote_types(matrix.dtype, torch.float32))
         for matrix in (weight, delta_weight)
     )
-    return W, delta
+    U, sigma, Vh = torch.linalg.svd(W, full_matrices=False)
+    by_row, by_column = (delta @ Vh.T).square(), (delta.T @ U).square()
+    return UpdateSpectrum(
+        weight_values=sigma.double().cpu(),
+        update_values=torch.linalg.svdvals(delta).double().cpu(),
+        input_energy=_shares(by_row.sum(0)),
+        output_energy=_shares(by_column.sum(0)),
+        block_energy=None if blocks is None else _by_block(by_row, by_column, blocks),
+    )
 
 
 def stable_rank(singular_values: Tensor) -> float:

@@ -39,7 +39,7 @@ def test_all_is_what_is_exported() -> None:
 @pytest.mark.parametrize(
     ("path", "names"),
     [
-        ("analysis", "UpdateSize UpdateSpectrum effective_rank numerical_rank stable_rank update_size update_spectrum"),
+        ("analysis", "UpdateSpectrum effective_rank numerical_rank stable_rank update_spectrum"),
         ("budget", "TrainingMemory adapter_bytes rank_bound trainable_parameters training_memory"),
         ("hotswap", "hotswap_adapter"),
     ],
