@@ -39,13 +39,32 @@ def report_run(place: str | Path, output: Path | None = None) -> Path:
     check_place(file)
     config = parse_yaml(folder.config.read_text(encoding="utf-8"), folder.config)
     method = str(config.get("method", "smoa"))
+    try:
+        introduction, sections = _shown(folder, method)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{folder.metrics}: is damaged ({error!r}); smoa eval scores an adapter again") from error
+    sections["Config"] = [code(to_yaml(config))]
+    if folder.adapter.is_dir():
+        loaded = WHOLE_MODEL
+        if method != "full":
+            saved = adapter_config(folder.adapter)
+            loaded = loading_code(saved, described_base(str(saved.base_model_name_or_path)))
+        sections["Load it"] = [code(loaded.replace("PATH", str(folder.adapter))), code(f"smoa chat {folder.path}")]
+    shown = [(title, parts) for title, parts in sections.items() if parts]
+    write_whole(file, page(folder.path.resolve().name, shown, [introduction]))
+    return file
+
+
+def _shown(folder: RunFolder, method: str) -> tuple[Any, dict[str, list[Any]]]:
+    """The introduction, and the sections of what was measured."""
     metrics: dict[str, Any] = {"history": [], "evaluation": {}, "forgetting": None, "samples": []}
     if folder.finished:
-        metrics = _read(folder.metrics)
+        metrics = json.loads(folder.metrics.read_text(encoding="utf-8"))
     elif (checkpoint := get_last_checkpoint(str(folder.path))) is not None:
-        metrics["history"] = _read(Path(checkpoint, TRAINER_STATE_NAME))["log_history"]
+        state = json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        metrics["history"] = state["log_history"]
     loss = losses(metrics["history"], metrics["evaluation"], method)
-    sections = {
+    return _facts(metrics, method) if folder.finished else warning(UNFINISHED), {
         "Learned and forgotten": _balance(metrics, method),
         "Held-out scores": _scores(metrics["evaluation"], method),
         "Loss": [] if loss is None else [Figure(loss, "Loss by optimizer step.")],
@@ -53,20 +72,7 @@ def report_run(place: str | Path, output: Path | None = None) -> Path:
             {title: sample[name].strip() or "(nothing)" for name, title in NAMES.items() if name in sample}
             for sample in metrics["samples"]
         ],
-        "Config": [code(to_yaml(config))],
-        "Load it": _loading(folder, method) if folder.adapter.is_dir() else [],
     }
-    shown = [(title, parts) for title, parts in sections.items() if parts]
-    introduction = _facts(metrics, method) if folder.finished else warning(UNFINISHED)
-    write_whole(file, page(folder.path.resolve().name, shown, [introduction]))
-    return file
-
-
-def _read(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{file}: is damaged ({error}); smoa eval scores an adapter again") from error
 
 
 NAMES = {"question": "Prompt", **ANSWERS}
@@ -104,11 +110,3 @@ def _scores(evaluation: dict[str, Any], method: str) -> list[Any]:
     figures: list[Any] = [] if chart is None else [Figure(chart, "Accuracy before and after training.")]
     table = score_table(evaluation, "Held-out data; losses are in nats per token.")
     return [*figures, table] if table.rows else []
-
-
-def _loading(folder: RunFolder, method: str) -> list[Any]:
-    loaded = WHOLE_MODEL
-    if method != "full":
-        config = adapter_config(folder.adapter)
-        loaded = loading_code(config, described_base(str(config.base_model_name_or_path)))
-    return [code(loaded.replace("PATH", str(folder.adapter))), code(f"smoa chat {folder.path}")]

@@ -69,9 +69,10 @@ def test_a_run_of_all_weights_is_loaded_as_a_model(tmp_path: Path) -> None:
     assert "AutoModelForCausalLM.from_pretrained" in reported(run)
 
 
-def test_damaged_metrics_are_one_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ['{"config": {', "[1]", "{}"])
+def test_damaged_metrics_are_one_error(content: str, tmp_path: Path) -> None:
     run = stored_run(tmp_path / "run")
-    (run / "metrics.json").write_text('{"config": {')
+    (run / "metrics.json").write_text(content)
     with pytest.raises(ConfigError, match=r"metrics\.json: is damaged \("):
         report_run(run)
 
